@@ -1,0 +1,149 @@
+//! User choices -> checked limits. Every bound of the engine is here or derived here, with its reason.
+
+use crate::error::{Error, Result};
+use crate::types::{BLOCK, Micros};
+
+const KIB: u64 = 1024;
+const MIB: u64 = 1024 * KIB;
+
+/// What is fixed when a store is created and kept in its superblock.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Bytes of an extent, the unit of data space: a power of two, 64 KiB to 8 MiB.
+    pub extent_bytes: u64,
+    /// Bytes of a log segment: a power of two, 64 KiB to 1 GiB.
+    pub segment_bytes: u64,
+    /// Log segments of each shard, at least 4. Together they bound the log that recovery may have to read.
+    pub segments_count: u32,
+    /// Virtual shards: a power of two, up to 512. The most cores that a store can ever use.
+    pub vshards_count: u32,
+}
+
+impl Default for Geometry {
+    fn default() -> Self {
+        Geometry { extent_bytes: 4 * MIB, segment_bytes: 16 * MIB, segments_count: 8, vshards_count: 256 }
+    }
+}
+
+/// How to open a store. The defaults suit a server that has the machine for itself.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Used when the store does not exist yet; an existing store keeps its own.
+    pub geometry: Geometry,
+    /// Bytes of memory for pages, map nodes and log buffers together (default 256 MiB).
+    pub memory_bytes: u64,
+    /// How long dirty pages gather before they are written (1 to 10 ms, default 5 ms). Never in front of an
+    /// acknowledgement of a durable commit.
+    pub coalesce_window_us: Micros,
+    /// Dirty pages that start a write at once (1 to 64, default 64).
+    pub coalesce_batch_pages: usize,
+    /// Most pages of one vectored read or write (1 to 64, default 64).
+    pub vectored_pages_max: usize,
+    /// Log writes in flight (1 to 8, default 4).
+    pub log_writes_max: usize,
+    /// Whole pages of one log group up to which they are written into the log, and again to their place later.
+    /// Above it they are written once, straight to their place. 0: always once.
+    pub inline_pages_max: usize,
+    /// Most bytes of one commit: pages and patches together (default 4 MiB).
+    pub txn_bytes_max: u64,
+    /// Most bytes of data space; 0: as much as the file system gives.
+    pub data_bytes_max: u64,
+    /// Requests under way at a time, over all handles (default 4,096); more wait, and then get `Busy`.
+    pub requests_max: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            geometry: Geometry::default(),
+            memory_bytes: 256 * MIB,
+            coalesce_window_us: 5_000,
+            coalesce_batch_pages: 64,
+            vectored_pages_max: 64,
+            log_writes_max: 4,
+            inline_pages_max: 4,
+            txn_bytes_max: 4 * MIB,
+            data_bytes_max: 0,
+            requests_max: 4096,
+        }
+    }
+}
+
+/// Checked options with what follows from them. All counts are in the unit that their name ends in.
+#[derive(Clone, Debug)]
+pub(crate) struct Limits {
+    pub geometry: Geometry,
+    pub memory_blocks: u32,
+    pub coalesce_window_us: Micros,
+    pub coalesce_batch_pages: usize,
+    pub vectored_pages_max: usize,
+    pub log_writes_max: usize,
+    pub inline_pages_max: usize,
+    pub txn_bytes_max: u64,
+    pub data_extents_max: u32,
+    pub requests_max: usize,
+    /// Blocks of the buffer in which a log group gathers. An eighth of a segment, so that the end of a segment
+    /// that is too small for the next group wastes little; at most 1 MiB, enough for 8,000 small commits.
+    pub group_blocks: u32,
+}
+
+fn power_of_two(name: &str, value: u64, min: u64, max: u64) -> Result<()> {
+    if value.is_power_of_two() && (min..=max).contains(&value) {
+        return Ok(());
+    }
+    Err(Error::invalid(format_args!("{name} is {value}: it must be a power of two from {min} to {max}")))
+}
+
+fn within(name: &str, value: u64, min: u64, max: u64) -> Result<()> {
+    if (min..=max).contains(&value) {
+        return Ok(());
+    }
+    Err(Error::invalid(format_args!("{name} is {value}: it must be from {min} to {max}")))
+}
+
+impl Geometry {
+    pub(crate) fn check(&self) -> Result<()> {
+        power_of_two("extent_bytes", self.extent_bytes, 64 * KIB, 8 * MIB)?;
+        power_of_two("segment_bytes", self.segment_bytes, 64 * KIB, 1024 * MIB)?;
+        within("segments_count", self.segments_count.into(), 4, 1024)?;
+        power_of_two("vshards_count", self.vshards_count.into(), 1, 512)
+    }
+
+    /// Blocks of an extent, summary included.
+    pub(crate) fn extent_blocks(&self) -> u32 {
+        (self.extent_bytes / BLOCK as u64) as u32
+    }
+}
+
+impl Options {
+    /// Checks every value, and derives the limits for a store of geometry `geometry`.
+    pub(crate) fn limits(&self, geometry: &Geometry) -> Result<Limits> {
+        geometry.check()?;
+        within("memory_bytes", self.memory_bytes, 2 * MIB, 1 << 42)?;
+        within("coalesce_window_us", self.coalesce_window_us, 1_000, 10_000)?;
+        within("coalesce_batch_pages", self.coalesce_batch_pages as u64, 1, 64)?;
+        within("vectored_pages_max", self.vectored_pages_max as u64, 1, 64)?;
+        within("log_writes_max", self.log_writes_max as u64, 1, 8)?;
+        within("inline_pages_max", self.inline_pages_max as u64, 0, 64)?;
+        within("txn_bytes_max", self.txn_bytes_max, 4 * KIB, 64 * MIB)?;
+        within("requests_max", self.requests_max as u64, 1, 1 << 20)?;
+        let group_blocks = (geometry.segment_bytes / 8).min(MIB) / BLOCK as u64;
+        Ok(Limits {
+            geometry: geometry.clone(),
+            memory_blocks: (self.memory_bytes / BLOCK as u64) as u32,
+            coalesce_window_us: self.coalesce_window_us,
+            coalesce_batch_pages: self.coalesce_batch_pages,
+            vectored_pages_max: self.vectored_pages_max,
+            log_writes_max: self.log_writes_max,
+            inline_pages_max: self.inline_pages_max,
+            // A commit must fit into one group, and its pages into a quarter of the memory.
+            txn_bytes_max: self.txn_bytes_max.min(self.memory_bytes / 4),
+            data_extents_max: match self.data_bytes_max {
+                0 => u32::MAX,
+                bytes => (bytes / geometry.extent_bytes).max(1) as u32,
+            },
+            requests_max: self.requests_max,
+            group_blocks: group_blocks as u32,
+        })
+    }
+}

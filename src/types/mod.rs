@@ -1,0 +1,18 @@
+//! The words of the engine as types: ids, places, sizes, order. No I/O, no state.
+//!
+//! Each is a newtype with a private field and only the arithmetic that is lawful for it; `Debug` is short
+//! (`p12`, `s3`, `lsn 8041`), so that a trace can be read.
+
+mod lsn;
+mod page;
+mod place;
+
+pub use lsn::Lsn;
+pub use page::{PageClass, PageId, PageKey, ShardId, VShard, VolumeId};
+pub use place::{ExtentNo, Place, SegmentNo};
+
+/// The unit of all I/O and of all places: 4 KiB, the smallest page and the physical block of common devices.
+pub const BLOCK: usize = 4096;
+
+/// Virtual or real time in microseconds since some start; always passed in, never read from a clock here.
+pub type Micros = u64;
