@@ -1,0 +1,123 @@
+//! What goes into a shard and what comes out of it.
+
+use crate::disk::{DiskOp, OpId};
+use crate::error::Result;
+use crate::pool::FrameRef;
+use crate::types::{BLOCK, Lsn, PageKey};
+use bytes::Bytes;
+use smallvec::SmallVec;
+use std::ops::Deref;
+
+/// The driver's name for a request under way; each gets exactly one reply.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Token(pub u64);
+
+/// What callers ask of a shard.
+#[derive(Debug)]
+pub enum Request {
+    /// The newest version of these pages, durable or not; unwritten pages read as zeros. At most
+    /// `vectored_pages_max` of them.
+    Read(SmallVec<[PageKey; 1]>),
+    /// One atomic commit.
+    Commit(Commit),
+    /// Replies when every commit acknowledged before is durable.
+    Flush,
+    /// Replies when the commit with this LSN, and all before it, are durable.
+    WaitDurable(Lsn),
+    /// Writes all dirty pages and a new page map; afterwards recovery need not read the log up to here.
+    Checkpoint,
+    /// Counters.
+    Stats,
+    /// Finishes what is under way, makes a checkpoint and records the end of the log. Later requests get `Closed`.
+    Close,
+}
+
+/// One atomic commit: all of `changes`, in order, if no page of `reads` has changed since.
+#[derive(Debug, Default)]
+pub struct Commit {
+    /// Pages read, with the LSN of the version read (zero for an absent page).
+    pub reads: Vec<(PageKey, Lsn)>,
+    /// Changes; a page may occur more than once. Empty: only the reads are validated.
+    pub changes: Vec<(PageKey, Change)>,
+    /// Reply when durable (`true`), or as soon as ordered and visible.
+    pub durable: bool,
+}
+
+/// A change of one page.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// The whole page: exactly 4 KiB.
+    Put(Bytes),
+    /// Some bytes of a page, at least one, within its 4 KiB; an absent page counts as zeros.
+    Patch {
+        /// First byte.
+        offset: u32,
+        /// The new bytes.
+        bytes: Bytes,
+    },
+    /// The page is absent from now on.
+    Free,
+}
+
+/// Answers to [`Request`]s.
+#[derive(Debug)]
+pub enum Response {
+    /// To `Read`, in the order asked.
+    Pages(SmallVec<[PageRef; 1]>),
+    /// To `Commit`: its LSN; for a commit without changes the highest LSN it read.
+    Committed(Lsn),
+    /// To `Flush`: everything up to here is durable.
+    Flushed(Lsn),
+    /// To `WaitDurable`.
+    Durable,
+    /// To `Checkpoint`: the log up to here is not needed any more.
+    Checkpointed(Lsn),
+    /// To `Stats`.
+    Stats(Box<crate::metrics::ShardStats>),
+    /// To `Close`.
+    Closed,
+}
+
+/// What a shard wants done.
+#[derive(Debug)]
+pub enum Effect {
+    /// Start this operation and bring back its completion.
+    Submit(OpId, DiskOp),
+    /// Answer this request.
+    Reply(Token, Result<Response>),
+}
+
+/// A page as it was when read: pinned and immutable, without a copy. Dereferences to its 4,096 bytes.
+///
+/// A pin keeps memory from being reused: hold it briefly. It stays valid after the store is closed.
+#[derive(Clone, Debug)]
+pub struct PageRef {
+    frame: Option<FrameRef>,
+    lsn: Lsn,
+}
+
+static ZEROS: [u8; BLOCK] = [0; BLOCK];
+
+impl PageRef {
+    pub(crate) fn new(frame: Option<FrameRef>, lsn: Lsn) -> Self {
+        PageRef { frame, lsn }
+    }
+
+    /// The LSN of the commit that wrote this version; zero for an absent page. It may not be durable yet:
+    /// `Store::wait_durable` waits for it.
+    pub fn lsn(&self) -> Lsn {
+        self.lsn
+    }
+
+    /// Whether the page was never written, or freed; it reads as zeros then.
+    pub fn is_absent(&self) -> bool {
+        self.frame.is_none()
+    }
+}
+
+impl Deref for PageRef {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        self.frame.as_deref().unwrap_or(&ZEROS)
+    }
+}
