@@ -6,6 +6,8 @@ pub mod metrics;
 mod options;
 pub mod pool;
 pub mod shard;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;
 pub mod types;
 pub use error::{Error, ErrorKind, Result};
 pub use options::{Geometry, Options};
