@@ -90,10 +90,11 @@ fn taken(context: String) -> io::Error {
 }
 
 impl Address {
-    /// Checks that nobody is there, without changing anything.
-    pub fn plan(&self) -> io::Result<Plan> {
+    /// Checks that nobody is there, without changing anything. The directory `made_later` need not exist yet.
+    pub fn plan(&self, made_later: &Path) -> io::Result<Plan> {
         match self {
             Address::Unix(path) => {
+                check_parent(path, made_later)?;
                 check_unix(path)?;
                 Ok(Plan::Unix(path.clone()))
             }
@@ -110,6 +111,18 @@ fn bind_name(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(format!(".{}", std::process::id()));
     name.into()
+}
+
+fn check_parent(path: &Path, made_later: &Path) -> io::Result<()> {
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    if parent == made_later && !parent.exists() {
+        return Ok(());
+    }
+    let hint = format!("can't make the socket unix:{}; its directory must exist and be writable", path.display());
+    rustix::fs::access(parent, rustix::fs::Access::WRITE_OK).map_err(io::Error::from).map_err(failed(hint))
 }
 
 fn check_unix(path: &Path) -> io::Result<()> {
@@ -242,14 +255,14 @@ mod tests {
         let path = dir.path().join("s");
         drop(UnixListener::bind(&path).unwrap());
         let address = Address::Unix(path.clone());
-        let listener = address.plan().unwrap().bind().unwrap();
+        let listener = address.plan(dir.path()).unwrap().bind().unwrap();
         assert_eq!(fs::symlink_metadata(&path).unwrap().mode() & 0o777, 0o600);
-        assert_eq!(address.plan().unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(address.plan(dir.path()).unwrap_err().kind(), io::ErrorKind::AddrInUse);
         assert!(UnixStream::connect(&path).is_ok());
         drop(listener);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "files left behind");
         fs::write(&path, "mine").unwrap();
-        assert_eq!(address.plan().unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(address.plan(dir.path()).unwrap_err().kind(), io::ErrorKind::AddrInUse);
         assert_eq!(fs::read(&path).unwrap(), b"mine");
     }
 }

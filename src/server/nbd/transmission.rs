@@ -32,6 +32,8 @@ struct Connection<'a, E> {
     export: &'a E,
     gate: &'a Gate,
     stopping: &'a AtomicBool,
+    /// The client is gone: what it asked before needs no work any more.
+    gone: AtomicBool,
     /// A request panicked.
     failed: AtomicBool,
 }
@@ -39,7 +41,8 @@ struct Connection<'a, E> {
 /// Serves `export` until the client disconnects, breaks the protocol, or the server stops.
 pub fn serve<E: Export>(socket: &Socket, export: &E, limits: &Limits, stopping: &AtomicBool) -> io::Result<()> {
     let gate = Gate::new(limits.requests_max, limits.bytes_max);
-    let connection = Connection { socket, export, gate: &gate, stopping, failed: AtomicBool::new(false) };
+    let (gone, failed) = (AtomicBool::new(false), AtomicBool::new(false));
+    let connection = Connection { socket, export, gate: &gate, stopping, gone, failed };
     let (executor, done) = (Executor::new(), Event::new());
     let finished = done.listen();
     std::thread::scope(|scope| {
@@ -95,7 +98,7 @@ impl<E: Export> Connection<'_, E> {
             let mut payload = vec![0; request.payload_bytes() as usize];
             reader.read_exact(&mut payload)?;
             executor.spawn(self.answer(request, outcome, payload.into(), pass)).detach();
-            if stopping {
+            if stopping || self.gone.load(Ordering::Acquire) {
                 return Ok(());
             }
         }
@@ -146,6 +149,7 @@ impl<E: Export> Connection<'_, E> {
         let mut socket = self.socket;
         if socket.write_all(bytes).is_err() {
             // The client is gone or the stream is out of step: wake the reader, too.
+            self.gone.store(true, Ordering::Release);
             self.socket.shut(Shutdown::Both);
         }
     }
