@@ -23,7 +23,7 @@ mod server;
 mod socket;
 mod span;
 mod transmission;
-//mod volume;
+mod volume;
 
 #[cfg(test)]
 mod tests;
@@ -31,7 +31,7 @@ mod tests;
 pub use listener::{Address, Listener, Plan};
 pub use proto::Errno;
 pub use server::Server;
-//pub use volume::StoreExports;
+pub use volume::StoreExports;
 
 use bytes::Bytes;
 use std::future::Future;
