@@ -1,0 +1,1 @@
+//! The portable disk (to come).
