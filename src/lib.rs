@@ -16,6 +16,8 @@ pub mod shard;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
 pub mod types;
+mod verify;
 pub use error::{Error, ErrorKind, Result};
 pub use options::{Geometry, Options};
 pub use recovery::RecoveryReport;
+pub use verify::{Damage, VerifyReport, verify};

@@ -39,7 +39,7 @@ fn compiled() -> Vec<Layout> {
         superblock::VShardRow { generation, redo_lsn, shard, reserved }
         root::Head { magic, crc, vshard, reserved, store_id, generation, redo_lsn, checkpoint, reserved2 }
         extent::TableHead { magic, crc, index, store_id, checkpoint, reserved }
-        extent::TableRow { state, class, live, summary_crc, reserved }
+        extent::TableRow { state, class, live, summary_crc, summary_slot, reserved }
         extent::SummaryHead { magic, crc, extent, store_id, count, reserved }
         extent::SummaryItem { lsn, id, block, blocks, kind, volume, level, class, vshard, reserved }
         node::Entry { place, lsn, len, crc, class, codec, key_id, flags, nonce, tag, reserved }

@@ -2,7 +2,7 @@
 
 use super::Verifier;
 use crate::disk::FileId;
-use crate::format::extent::{Item, ItemKind, TableRow, decode_summary, summary_blocks};
+use crate::format::extent::{Item, ItemKind, TableRow, decode_summary, summary_at, summary_blocks};
 use crate::format::superblock::Superblock;
 use crate::types::{BLOCK, ExtentNo, Place};
 
@@ -32,7 +32,7 @@ impl Named {
     /// The map names this item; the message says why it can't.
     pub(super) fn name(&mut self, item: Item, data_blocks: u32) -> Result<(), &'static str> {
         if item.block >= data_blocks {
-            return Err("is said to lie in the summary of its extent");
+            return Err("is said to lie in the summaries of its extent");
         }
         if self.has(item.block) {
             return Err("is said to lie where something else lies");
@@ -78,19 +78,19 @@ impl Verifier<'_> {
                     self.damaged(&structure, place, what, "these blocks: they may be overwritten");
                 }
                 0 => {}
-                1 => self.summary(superblock, no, named, row.summary_crc.get(), map_is_whole),
+                1 => self.summary(superblock, no, named, row, map_is_whole),
                 other => self.damaged(&structure, place, format_args!("has the unknown state {other}"), "its space"),
             }
         }
     }
 
-    fn summary(&mut self, superblock: &Superblock, no: ExtentNo, named: &Named, crc: u32, map_is_whole: bool) {
+    fn summary(&mut self, superblock: &Superblock, no: ExtentNo, named: &Named, row: TableRow, map_is_whole: bool) {
         let blocks = superblock.geometry.extent_blocks();
-        let place = Place { extent: no, block: blocks - summary_blocks(blocks) };
+        let place = Place { extent: no, block: summary_at(blocks, row.summary_slot) };
         let at = (FileId::Data, place.offset(superblock.geometry.extent_bytes));
         let read = self.read(at.0, at.1, summary_blocks(blocks) as usize * BLOCK).map_err(|error| error.to_string());
         let decoded = read
-            .and_then(|bytes| decode_summary(superblock.store_id, no, crc, &bytes).map_err(str::to_string))
+            .and_then(|bytes| decode_summary(superblock.store_id, no, row.summary_crc.get(), &bytes).map_err(str::to_string))
             .and_then(|items| {
                 let named_mix = items.into_iter().filter(|item| named.has(item.block)).fold(0, |sum, i| sum ^ mix(i));
                 match map_is_whole && named_mix != named.mix {

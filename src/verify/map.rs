@@ -10,7 +10,7 @@ use super::Verifier;
 use crate::checksum::crc32c;
 use crate::disk::FileId;
 use crate::error::Result;
-use crate::format::extent::{Item, ItemKind, NodeKey, summary_blocks};
+use crate::format::extent::{Item, ItemKind, NodeKey, data_blocks};
 use crate::format::node::{self, Child, Entry, LEAF_ENTRIES, NODE_CHILDREN};
 use crate::format::superblock::Superblock;
 use crate::types::{BLOCK, Lsn, PageKey, Place, VShard, VolumeId};
@@ -67,8 +67,8 @@ fn describe(key: NodeKey) -> String {
 impl Verifier<'_> {
     /// Walks all trees.
     pub(super) fn map(&mut self, superblock: &Superblock, roots: &[Trees], extents: &mut [Named]) {
-        let blocks = superblock.geometry.extent_blocks();
-        let mut walk = Walk { superblock, extents, data_blocks: blocks - summary_blocks(blocks) };
+        let data_blocks = data_blocks(superblock.geometry.extent_blocks());
+        let mut walk = Walk { superblock, extents, data_blocks };
         for (vshard, trees) in roots.iter().enumerate() {
             for (volume, top) in trees.iter().flat_map(|trees| trees.iter().enumerate()) {
                 if top.is_present() {
