@@ -63,6 +63,8 @@ struct Extent {
     summarized: usize,
     /// The last summary is encoded: there will be no other.
     is_final: bool,
+    /// Between which checkpoints its summary was last encoded.
+    summarized_in: u64,
     next_block: u32,
     items: Vec<Item>,
 }
@@ -76,6 +78,7 @@ const FREE: Extent = Extent {
     summary_slot: 0,
     summarized: 0,
     is_final: false,
+    summarized_in: 0,
     next_block: 0,
     items: Vec::new(),
 };
@@ -113,6 +116,8 @@ pub(crate) struct Extents {
     left_captured: Vec<Place>,
     retiring: Vec<Place>,
     live_blocks: u64,
+    /// Grows with each checkpoint that ends.
+    interval: u64,
 }
 
 impl Extents {
@@ -128,6 +133,7 @@ impl Extents {
             left_captured: Vec::new(),
             retiring: Vec::new(),
             live_blocks: 0,
+            interval: 1,
         };
         this.grow(count);
         for (i, row) in rows.iter().enumerate().take(count as usize).filter(|(_, row)| row.state == 1) {
@@ -204,10 +210,18 @@ impl Extents {
         numbers.filter(|no| self.is_unsummarized(*no)).collect()
     }
 
-    /// Whether `no` needs a summary written.
+    /// Full extents whose last summary had to wait for the end of a checkpoint.
+    pub(crate) fn filled(&self) -> Vec<ExtentNo> {
+        let mut due = self.unsummarized();
+        due.retain(|no| self.extents[no.index()].state == ExtentState::Closing);
+        due
+    }
+
+    /// Whether `no` needs a summary written, and may have it before the checkpoint under way ends.
     pub(crate) fn is_unsummarized(&self, no: ExtentNo) -> bool {
         let extent = &self.extents[no.index()];
         match extent.state {
+            _ if extent.summarized_in == self.interval => false,
             ExtentState::Closing => !extent.is_final,
             ExtentState::Open => extent.items.len() > extent.summarized,
             _ => false,
@@ -243,6 +257,7 @@ impl Extents {
         let store_id = self.store_id;
         let extent = &mut self.extents[no.index()];
         extent.summary_slot ^= 1;
+        extent.summarized_in = self.interval;
         extent.summary_crc = encode_summary(store_id, no, &extent.items, out);
         extent.summarized = extent.items.len();
         if extent.state == ExtentState::Closing {
@@ -356,6 +371,7 @@ impl Extents {
 
     /// The checkpoint's superblock is durable: what it retired is free. Returns the number of blocks.
     pub(crate) fn end_checkpoint(&mut self) -> u64 {
+        self.interval += 1;
         let retiring = std::mem::take(&mut self.retiring);
         for place in &retiring {
             let extent = &mut self.extents[place.extent.index()];

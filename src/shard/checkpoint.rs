@@ -89,11 +89,6 @@ impl Checkpoint {
         self.phase != Phase::Idle
     }
 
-    /// The table of this checkpoint is fixed and not durable yet: summaries must stay as both tables name them.
-    pub(super) fn fixes_summaries(&self) -> bool {
-        matches!(self.phase, Phase::Flush | Phase::Super { .. } | Phase::SuperFlush { .. })
-    }
-
     /// Dirty pages must go to their places now.
     pub(super) fn wants_pages(&self) -> bool {
         self.phase == Phase::Pages
@@ -379,6 +374,7 @@ impl Shard {
         self.stats.checkpoints += 1;
         self.log.recycle(redo);
         let freed = self.extents.end_checkpoint();
+        self.summaries.extend(self.extents.filled());
         self.compacted.clear();
         self.grow_failed_at = None;
         tracing::debug!(shard = self.id.get(), %redo, freed_blocks = freed, "checkpoint");

@@ -189,7 +189,7 @@ impl Shard {
 
     /// Writes the summaries of extents that are full, and those that a checkpoint asks for.
     pub(super) fn write_summaries(&mut self) {
-        if self.failed.is_some() || self.checkpoint.fixes_summaries() {
+        if self.failed.is_some() {
             return;
         }
         while let Some(no) = self.summaries.last().copied() {
