@@ -117,6 +117,7 @@ fn copy_of(disk: &SimDisk) -> SimDisk {
 fn kind(structure: &str) -> &'static str {
     let kinds = [
         ("superblock copy", "superblock copy"),
+        ("the superblock", "superblock copy"),
         ("the root of", "root"),
         ("block ", "table block"),
         ("interior node", "interior node"),
@@ -127,7 +128,8 @@ fn kind(structure: &str) -> &'static str {
         ("extent ", "extent"),
         ("the log ", "log group"),
     ];
-    kinds.iter().find(|(start, _)| structure.starts_with(start)).expect("a structure of a known kind").1
+    let found = kinds.iter().find(|(start, _)| structure.starts_with(start));
+    found.unwrap_or_else(|| panic!("no known kind of structure: {structure}")).1
 }
 
 /// Opens and reads everything: only right bytes, or an error that names the place.
