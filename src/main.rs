@@ -1,2 +1,8 @@
-//! The process.
-fn main() {}
+//! The program: commands over the library's public API, and nothing that callers of the library could not do.
+
+mod cli;
+mod server;
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

@@ -1,0 +1,97 @@
+//! The command line: arguments in, an exit code out.
+//!
+//! 1. Exit codes: 0 done, 1 failed, 2 wrong arguments. `verify` says 1 for a damaged store, too.
+//! 2. What went wrong goes to stderr as one line `error: …` that says what to do; results go to stdout, logs to stderr.
+//! 3. Arguments are checked as a whole before anything is touched.
+//!
+//! Not here: what the commands do.
+
+mod serve;
+mod size;
+mod verify;
+
+use clap::{Parser, Subcommand};
+use std::fmt;
+use std::io::IsTerminal;
+use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
+
+const EXAMPLES: &str = "\
+Examples:
+  corepage serve
+      A store in ./corepage-data with a volume `disk` of 1 GiB, exported at nbd://127.0.0.1:10809
+  corepage serve --dir /srv/store --volume scratch --size 20G --nbd unix:/run/corepage.sock
+      One more volume, exported on a Unix socket
+  nbdcopy --flush disk.img nbd://127.0.0.1:10809/disk
+      Copies an image in (from Debian's libnbd-bin)
+  corepage verify --dir /srv/store
+      Reads a closed store whole and names what is damaged
+
+Logs go to stderr; RUST_LOG sets how much (error, warn, info, debug).";
+
+/// A crash-safe page store, and a server for it.
+#[derive(Debug, Parser)]
+#[command(version, about, after_help = EXAMPLES, arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Open a store, make what is missing, and export its volumes until SIGTERM or SIGINT
+    Serve(serve::Arguments),
+    /// Read a closed store whole and name what is damaged
+    Verify(verify::Arguments),
+}
+
+/// Why a command ends early, and with which exit code.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    text: String,
+    code: u8,
+}
+
+impl Failure {
+    /// Something went wrong.
+    fn new(text: impl fmt::Display) -> Self {
+        Failure { text: text.to_string(), code: 1 }
+    }
+
+    /// The arguments can't be meant like this.
+    fn usage(text: impl fmt::Display) -> Self {
+        Failure { text: text.to_string(), code: 2 }
+    }
+}
+
+impl From<corepage::Error> for Failure {
+    fn from(error: corepage::Error) -> Self {
+        Failure::new(error)
+    }
+}
+
+impl From<std::io::Error> for Failure {
+    fn from(error: std::io::Error) -> Self {
+        Failure::new(error)
+    }
+}
+
+/// The whole program.
+pub fn main() -> ExitCode {
+    // Prints usage errors as `error: …` and exits with 2.
+    let arguments = Arguments::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let ansi = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi).init();
+    let outcome = match arguments.command {
+        Command::Serve(arguments) => serve::run(&arguments),
+        Command::Verify(arguments) => verify::run(&arguments),
+    };
+    match outcome {
+        Ok(code) => code,
+        Err(failure) => {
+            eprintln!("error: {}", failure.text);
+            ExitCode::from(failure.code)
+        }
+    }
+}

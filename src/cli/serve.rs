@@ -1,0 +1,158 @@
+//! `corepage serve`: a store, its volumes, and their server, from start to clean end.
+//!
+//! ```text
+//! check arguments ─> plan listeners ─> open store ─> make volumes ─> bind ─> serve ─ SIGTERM, SIGINT ─> stop ─> close
+//! ```
+//!
+//! 1. Up to the opened store a refused start changes nothing; from there on the store is closed cleanly on every way out.
+//! 2. The line `listening on …` is printed when clients can connect, and not before.
+//! 3. A second signal while closing ends the process at once, which is what crash safety is for.
+
+use super::{Failure, size};
+use crate::server::nbd::{Address, Limits, Listener, Plan, Server, StoreExports};
+use clap::ValueEnum;
+use corepage::{Options, Store, Volume};
+use futures_lite::future::block_on;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use tracing::{error, info};
+
+/// The volume that a fresh store gets if none is asked for.
+const DEFAULT_VOLUME: (&str, u64) = ("disk", 1 << 30);
+
+/// How pages reach the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Driver {
+    /// The fastest that this machine and this version have
+    Auto,
+    /// io_uring (not in this version)
+    Ring,
+    /// Plain system calls on threads
+    Portable,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// Directory of the store; made if it does not exist
+    #[arg(long, value_name = "DIR", default_value = "./corepage-data")]
+    dir: PathBuf,
+    /// Memory for pages, for example 512M or 4GiB [default: 256MiB]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    memory: Option<u64>,
+    /// How pages reach the disk
+    #[arg(long, value_enum, default_value_t = Driver::Auto)]
+    driver: Driver,
+    /// Where to listen: unix:PATH or tcp:HOST:PORT of this machine (port 0: any); may be repeated
+    #[arg(long, value_name = "ADDRESS", default_value = "tcp:127.0.0.1:10809")]
+    nbd: Vec<Address>,
+    /// A volume to make if it does not exist
+    #[arg(long, value_name = "NAME", requires = "size")]
+    volume: Option<String>,
+    /// Its size, for example 10G: a multiple of 4 KiB
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, requires = "volume")]
+    size: Option<u64>,
+}
+
+impl Arguments {
+    /// What the arguments say together.
+    fn check(&self) -> Result<Options, Failure> {
+        if self.driver == Driver::Ring {
+            let text = "the ring driver is not in this version; use --driver auto or --driver portable";
+            return Err(Failure::usage(text));
+        }
+        if let Some(bytes) = self.size
+            && (bytes == 0 || bytes % 4096 != 0)
+        {
+            return Err(Failure::usage(format_args!("--size {bytes} is not a positive multiple of 4096 bytes")));
+        }
+        let mut options = Options::default();
+        if let Some(bytes) = self.memory {
+            options.memory_bytes = bytes;
+        }
+        Ok(options)
+    }
+}
+
+/// Runs until a signal comes.
+pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
+    let options = arguments.check()?;
+    let plans = arguments.nbd.iter().map(|a| a.plan(&arguments.dir)).collect::<Result<Vec<_>, _>>()?;
+    // Before the store is open, so that no signal can end the process in between without closing it.
+    let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    let impatient = Arc::new(AtomicBool::new(false));
+    for signal in [SIGTERM, SIGINT] {
+        signal_hook::flag::register_conditional_shutdown(signal, 1, impatient.clone())?;
+    }
+    let store = block_on(Store::open(&arguments.dir, options.clone()))?;
+    let outcome = serve(arguments, plans, &options, &store, || {
+        let signal = signals.forever().next();
+        info!(signal, "closing the store; a second signal ends the process at once");
+        impatient.store(true, Ordering::Release);
+    });
+    let closed = block_on(store.close());
+    outcome?;
+    closed?;
+    info!("closed cleanly");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn serve(
+    arguments: &Arguments,
+    plans: Vec<Plan>,
+    options: &Options,
+    store: &Store,
+    wait: impl FnOnce(),
+) -> Result<(), Failure> {
+    let volumes = volumes(arguments, store)?;
+    let listeners = plans.into_iter().map(Plan::bind).collect::<Result<Vec<_>, _>>()?;
+    let lines = listening(&listeners, &volumes);
+    let server = Server::start(listeners, StoreExports::new(store.clone(), options), Limits::default())?;
+    report(&arguments.dir, store, &lines);
+    wait();
+    if !server.stop() {
+        error!("some requests got no answer from the store");
+    }
+    Ok(())
+}
+
+/// All volumes, with the one that was asked for, or a first one.
+fn volumes(arguments: &Arguments, store: &Store) -> Result<Vec<Volume>, Failure> {
+    let volumes = block_on(store.volumes())?;
+    let (name, bytes) = match (&arguments.volume, arguments.size) {
+        (Some(name), Some(bytes)) => (name.as_str(), bytes),
+        _ if volumes.is_empty() => DEFAULT_VOLUME,
+        _ => return Ok(volumes),
+    };
+    match volumes.iter().find(|v| v.name() == name) {
+        None => {
+            block_on(store.create_volume(name, bytes))?;
+            Ok(block_on(store.volumes())?)
+        }
+        Some(volume) if volume.bytes() == bytes => Ok(volumes),
+        Some(volume) => Err(Failure::new(format_args!(
+            "the volume {name} exists with {} bytes, not {bytes}: leave --volume and --size out, or use another name",
+            volume.bytes()
+        ))),
+    }
+}
+
+/// One line for each listener.
+fn listening(listeners: &[Listener], volumes: &[Volume]) -> Vec<String> {
+    let names: Vec<_> = volumes.iter().map(|v| format!("{} {}", v.name(), size::show(v.bytes()))).collect();
+    listeners.iter().map(|l| format!("listening on {l} (volumes: {})", names.join(", "))).collect()
+}
+
+/// Says what was found and where clients can connect. A closed stdout is no reason to stop serving.
+fn report(dir: &Path, store: &Store, lines: &[String]) {
+    let mut out = std::io::stdout().lock();
+    let _ = writeln!(out, "store {}: {}", dir.display(), store.recovery());
+    for line in lines {
+        let _ = writeln!(out, "{line}");
+    }
+    let _ = out.flush();
+}

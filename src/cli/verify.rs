@@ -1,0 +1,29 @@
+//! `corepage verify`: reads a closed store whole and names what is damaged.
+//!
+//! 1. Exit code 0 means that every byte the store refers to was read and is the one written; anything else is 1.
+//!
+//! Changes nothing, and repairs nothing.
+
+use super::Failure;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// Directory of the store
+    #[arg(long, value_name = "DIR", default_value = "./corepage-data")]
+    dir: PathBuf,
+}
+
+/// Prints what was found.
+pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
+    let report = corepage::verify(&arguments.dir)?;
+    let mut out = std::io::stdout().lock();
+    for damage in &report.damaged {
+        let _ = writeln!(out, "damaged: {damage}");
+    }
+    let _ = writeln!(out, "{report}");
+    let _ = out.flush();
+    Ok(if report.damaged.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

@@ -1,0 +1,135 @@
+//! From the greeting to the chosen export: fixed newstyle.
+//!
+//! ```text
+//! greeting ──> client flags ──> option ──GO, EXPORT_NAME of a known export──> transmission
+//!                                 │ ^
+//!                                 v │ INFO, LIST, unknown or malformed options: answered, and on
+//!                                 └─┘ ABORT, wrong magic, too much: the connection ends
+//! ```
+//!
+//! 1. An option's data is always read whole before its answer, so the stream stays in step.
+//! 2. At most `options_max` options of at most [`proto::OPTION_BYTES_MAX`] bytes; time is bounded by the stream given.
+//!
+//! Does not touch the data of any export.
+
+use super::proto::{self, InfoRequest, option, reply};
+use super::{Export, Exports};
+use std::io::{self, Read, Write};
+
+/// How a handshake ended well.
+pub enum Outcome<E> {
+    /// The client wants to use this export.
+    Chosen(String, E),
+    /// The client said goodbye.
+    Aborted,
+}
+
+/// Talks until the client has chosen, or the connection can't go on.
+pub fn handshake<S: Read + Write, X: Exports>(
+    stream: &mut S,
+    exports: &X,
+    options_max: usize,
+) -> io::Result<Outcome<X::Export>> {
+    stream.write_all(&proto::greeting())?;
+    let mut flags = [0; 4];
+    stream.read_exact(&mut flags)?;
+    let flags = u32::from_be_bytes(flags);
+    if flags & !(proto::CLIENT_FIXED_NEWSTYLE | proto::CLIENT_NO_ZEROES) != 0 {
+        return Err(proto::broken("unknown client flags"));
+    }
+    let mut talk = Talk { stream, exports, zeroes: flags & proto::CLIENT_NO_ZEROES == 0 };
+    for _ in 0..options_max {
+        if let Some(outcome) = talk.option()? {
+            return Ok(outcome);
+        }
+    }
+    Err(proto::broken("too many options"))
+}
+
+struct Talk<'a, S, X> {
+    stream: &'a mut S,
+    exports: &'a X,
+    zeroes: bool,
+}
+
+impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
+    /// Reads and answers one option; an outcome ends the handshake.
+    fn option(&mut self) -> io::Result<Option<Outcome<X::Export>>> {
+        let mut header = [0; 16];
+        self.stream.read_exact(&mut header)?;
+        let (option, length) = proto::parse_option(&header)?;
+        if length > proto::OPTION_BYTES_MAX {
+            // To stay in step we would have to read up to 4 GiB that nobody needs.
+            self.answer(option, reply::ERR_TOO_BIG, &[])?;
+            return Err(proto::broken("option data too long"));
+        }
+        let mut data = vec![0; length as usize];
+        self.stream.read_exact(&mut data)?;
+        match option {
+            option::EXPORT_NAME => return self.export_name(&data).map(Some),
+            option::GO | option::INFO => return self.info(option, &data),
+            option::LIST => self.list(&data)?,
+            option::ABORT => {
+                // The client may be gone without waiting for this; that is its right.
+                let _ = self.answer(option, reply::ACK, &[]);
+                return Ok(Some(Outcome::Aborted));
+            }
+            _ => self.answer(option, reply::ERR_UNSUP, &[])?,
+        }
+        Ok(None)
+    }
+
+    fn answer(&mut self, option: u32, kind: u32, data: &[u8]) -> io::Result<()> {
+        self.stream.write_all(&proto::option_reply(option, kind, data))
+    }
+
+    fn export_name(&mut self, data: &[u8]) -> io::Result<Outcome<X::Export>> {
+        let name = proto::parse_name(data).ok_or_else(|| proto::broken("bad export name"))?;
+        // This option has no way to say no.
+        let Ok(Some((name, export))) = self.exports.find(&name) else {
+            return Err(proto::broken("EXPORT_NAME of an unknown export"));
+        };
+        self.stream.write_all(&proto::export_name_reply(export.bytes(), self.zeroes))?;
+        Ok(Outcome::Chosen(name, export))
+    }
+
+    fn info(&mut self, option: u32, data: &[u8]) -> io::Result<Option<Outcome<X::Export>>> {
+        let Some(request) = InfoRequest::parse(data) else {
+            self.answer(option, reply::ERR_INVALID, b"malformed request")?;
+            return Ok(None);
+        };
+        let (name, export) = match self.exports.find(&request.name) {
+            Ok(Some(found)) => found,
+            Ok(None) => {
+                self.answer(option, reply::ERR_UNKNOWN, b"no volume of this name")?;
+                return Ok(None);
+            }
+            Err(_) => {
+                self.answer(option, reply::ERR_SHUTDOWN, b"the store is not available")?;
+                return Ok(None);
+            }
+        };
+        self.answer(option, reply::INFO, &proto::info_export(export.bytes()))?;
+        if request.wants_name {
+            self.answer(option, reply::INFO, &proto::info_name(&name))?;
+        }
+        if request.wants_block_size {
+            self.answer(option, reply::INFO, &proto::info_block_size())?;
+        }
+        self.answer(option, reply::ACK, &[])?;
+        Ok((option == option::GO).then_some(Outcome::Chosen(name, export)))
+    }
+
+    fn list(&mut self, data: &[u8]) -> io::Result<()> {
+        if !data.is_empty() {
+            return self.answer(option::LIST, reply::ERR_INVALID, b"LIST takes no data");
+        }
+        let Ok(names) = self.exports.names() else {
+            return self.answer(option::LIST, reply::ERR_SHUTDOWN, b"the store is not available");
+        };
+        for name in names {
+            self.answer(option::LIST, reply::SERVER, &proto::list_entry(&name))?;
+        }
+        self.answer(option::LIST, reply::ACK, &[])
+    }
+}

@@ -1,0 +1,268 @@
+//! Where the server listens: `unix:PATH` or `tcp:HOST:PORT`, on this machine only.
+//!
+//! ```text
+//! Address ── plan: look, don't touch ──> Plan ── bind ──> Listener
+//! ```
+//!
+//! 1. [`Address::plan`] changes nothing in the file system, so that a start that is refused later leaves nothing behind.
+//! 2. A Unix socket is bound under a name of its own, made 0600, and only then renamed to its place: nobody else can
+//!    connect at any time, and a stale socket is replaced in one step. Only a socket that refuses connections is stale.
+//! 3. The socket file is removed at the end, if it is still ours.
+//! 4. TCP means loopback: there is neither encryption nor a password here.
+
+use super::socket::Socket;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use std::fmt;
+use std::fs;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+/// Clients that may wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// What the user asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// A socket file.
+    Unix(PathBuf),
+    /// A loopback address; port 0 takes a free one.
+    Tcp(SocketAddr),
+}
+
+/// An address that was free when we looked.
+#[derive(Debug)]
+pub enum Plan {
+    /// Not bound yet: it would leave a file.
+    Unix(PathBuf),
+    /// Bound: leaves nothing behind.
+    Tcp(TcpListener),
+}
+
+/// A bound address. Dropping it removes the socket file.
+#[derive(Debug)]
+pub enum Listener {
+    /// A socket file, with its inode.
+    Unix(UnixListener, PathBuf, u64),
+    /// A TCP port.
+    Tcp(TcpListener),
+}
+
+impl FromStr for Address {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            Some(("unix", path)) if !path.is_empty() => Ok(Address::Unix(path.into())),
+            Some(("tcp", rest)) => parse_tcp(rest).map(Address::Tcp),
+            _ => Err("use unix:PATH or tcp:HOST:PORT, for example tcp:127.0.0.1:10809".into()),
+        }
+    }
+}
+
+fn parse_tcp(text: &str) -> Result<SocketAddr, String> {
+    let local = text.strip_prefix("localhost:").and_then(|port| port.parse().ok());
+    let local = local.map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
+    let address: SocketAddr = match local {
+        Some(address) => address,
+        None => text.parse().map_err(|_| "HOST must be 127.0.0.1, [::1] or localhost, PORT a number up to 65535")?,
+    };
+    if !address.ip().is_loopback() {
+        return Err(format!(
+            "{} can be reached from other machines, and NBD here has no password: use 127.0.0.1 and a tunnel (ssh -L)",
+            address.ip()
+        ));
+    }
+    Ok(address)
+}
+
+/// An error with what to do about it.
+fn failed(context: String) -> impl FnOnce(io::Error) -> io::Error {
+    move |e| io::Error::new(e.kind(), format!("{context}: {e}"))
+}
+
+fn taken(context: String) -> io::Error {
+    io::Error::new(io::ErrorKind::AddrInUse, context)
+}
+
+impl Address {
+    /// Checks that nobody is there, without changing anything. The directory `made_later` need not exist yet.
+    pub fn plan(&self, made_later: &Path) -> io::Result<Plan> {
+        match self {
+            Address::Unix(path) => {
+                check_parent(path, made_later)?;
+                check_unix(path)?;
+                Ok(Plan::Unix(path.clone()))
+            }
+            Address::Tcp(address) => {
+                let hint = format!("can't listen on tcp:{address}; choose another port with --nbd");
+                TcpListener::bind(address).map(Plan::Tcp).map_err(failed(hint))
+            }
+        }
+    }
+}
+
+/// The name under which a socket is bound before it is renamed.
+fn bind_name(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{}", std::process::id()));
+    name.into()
+}
+
+fn check_parent(path: &Path, made_later: &Path) -> io::Result<()> {
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    if parent == made_later && !parent.exists() {
+        return Ok(());
+    }
+    let hint = format!("can't make the socket unix:{}; its directory must exist and be writable", path.display());
+    rustix::fs::access(parent, rustix::fs::Access::WRITE_OK).map_err(io::Error::from).map_err(failed(hint))
+}
+
+fn check_unix(path: &Path) -> io::Result<()> {
+    let shown = path.display();
+    if SocketAddrUnix::new(bind_name(path)).is_err() {
+        let text = format!("the path unix:{shown} is too long for a socket (about 95 bytes): use a shorter one");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+    }
+    match fs::symlink_metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(failed(format!("can't use unix:{shown}"))(e)),
+        Ok(meta) if !meta.file_type().is_socket() => {
+            return Err(taken(format!("{shown} exists and is not a socket: remove it, or choose another path with --nbd")));
+        }
+        Ok(_) => {}
+    }
+    match UnixStream::connect(path) {
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
+        Err(e) => Err(failed(format!("can't tell whether a server listens on unix:{shown}"))(e)),
+        Ok(_) => Err(taken(format!("a server listens on unix:{shown}: stop it, or choose another path with --nbd"))),
+    }
+}
+
+impl Plan {
+    /// Takes connections from now on; they wait until they are accepted.
+    pub fn bind(self) -> io::Result<Listener> {
+        match self {
+            Plan::Tcp(listener) => Ok(Listener::Tcp(listener)),
+            Plan::Unix(path) => {
+                let hint = format!("can't make the socket unix:{}", path.display());
+                bind_unix(path).map_err(failed(hint))
+            }
+        }
+    }
+}
+
+fn bind_unix(path: PathBuf) -> io::Result<Listener> {
+    // Again: it may have come to life since the plan was made.
+    check_unix(&path)?;
+    let name = bind_name(&path);
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(&name)?)?;
+    let finish = || -> io::Result<u64> {
+        // Nobody can connect before `listen`.
+        fs::set_permissions(&name, fs::Permissions::from_mode(0o600))?;
+        rustix::net::listen(&socket, BACKLOG)?;
+        let inode = fs::symlink_metadata(&name)?.ino();
+        fs::rename(&name, &path)?;
+        Ok(inode)
+    };
+    let inode = finish().inspect_err(|_| {
+        let _ = fs::remove_file(&name);
+    })?;
+    Ok(Listener::Unix(socket.into(), path, inode))
+}
+
+impl Listener {
+    /// The next client.
+    pub fn accept(&self) -> io::Result<Socket> {
+        match self {
+            Listener::Unix(listener, ..) => Ok(Socket::Unix(listener.accept()?.0)),
+            Listener::Tcp(listener) => {
+                let stream = listener.accept()?.0;
+                // Replies are whole: waiting for more of them would only cost time.
+                stream.set_nodelay(true)?;
+                Ok(Socket::Tcp(stream))
+            }
+        }
+    }
+
+    /// Makes `accept` fail, now and from now on.
+    pub fn wake(&self) {
+        let fd = match self {
+            Listener::Unix(listener, ..) => listener.as_fd(),
+            Listener::Tcp(listener) => listener.as_fd(),
+        };
+        let _ = rustix::net::shutdown(fd, rustix::net::Shutdown::Both);
+    }
+}
+
+impl fmt::Display for Listener {
+    /// As a URI that clients take.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Listener::Unix(_, path, _) => write!(f, "nbd+unix:///?socket={}", path.display()),
+            Listener::Tcp(listener) => match listener.local_addr() {
+                Ok(address) => write!(f, "nbd://{address}"),
+                Err(_) => f.write_str("nbd://(unknown)"),
+            },
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Listener::Unix(_, path, inode) = self
+            && fs::symlink_metadata(&*path).is_ok_and(|meta| meta.ino() == *inode)
+        {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Address, String> {
+        text.parse()
+    }
+
+    /// An unprotected block device on the network is somebody else's block device.
+    #[test]
+    fn only_addresses_of_this_machine_are_taken() {
+        assert_eq!(parse("tcp:127.0.0.1:0"), Ok(Address::Tcp(([127, 0, 0, 1], 0).into())));
+        assert_eq!(parse("tcp:localhost:10809"), Ok(Address::Tcp(([127, 0, 0, 1], 10809).into())));
+        assert!(parse("tcp:[::1]:7").is_ok());
+        for bad in ["tcp:0.0.0.0:10809", "tcp:[::]:1", "tcp:192.168.1.1:1", "tcp:example.org:1", "tcp:127.0.0.1"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+        for bad in ["", "unix:", "tcp:", "udp:127.0.0.1:1", "/tmp/x", "tcp:127.0.0.1:65536"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    /// A crashed server must not keep the next one from starting, and a running one must not lose its clients.
+    #[test]
+    fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        drop(UnixListener::bind(&path).unwrap());
+        let address = Address::Unix(path.clone());
+        let listener = address.plan(dir.path()).unwrap().bind().unwrap();
+        assert_eq!(fs::symlink_metadata(&path).unwrap().mode() & 0o777, 0o600);
+        assert_eq!(address.plan(dir.path()).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert!(UnixStream::connect(&path).is_ok());
+        drop(listener);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "files left behind");
+        fs::write(&path, "mine").unwrap();
+        assert_eq!(address.plan(dir.path()).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(fs::read(&path).unwrap(), b"mine");
+    }
+}

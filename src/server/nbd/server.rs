@@ -1,0 +1,165 @@
+//! Connections and their end: accepts, counts, stops.
+//!
+//! 1. A connection is in the table from before its threads start until after they have ended.
+//! 2. [`Server::stop`]: no new connections, no new requests (`ESHUTDOWN`), what is in flight is answered; a client that
+//!    does not take its replies is cut off after the grace time. When it returns true, nobody uses the exports any more.
+//!
+//! Does not close the store.
+
+use super::handshake::{Outcome, handshake};
+use super::listener::Listener;
+use super::socket::{Deadline, Socket};
+use super::{Exports, Limits, transmission};
+use std::collections::HashMap;
+use std::io;
+use std::net::Shutdown;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use tracing::{debug, info, warn};
+
+/// How long after the grace time requests may still wait for the store.
+const STORE_WAIT: Duration = Duration::from_secs(30);
+/// Between two tries to accept when the process has run out of descriptors.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// A server at work.
+pub struct Server<X: Exports> {
+    shared: Arc<Shared<X>>,
+    acceptors: Vec<(Arc<Listener>, JoinHandle<()>)>,
+}
+
+struct Shared<X> {
+    exports: X,
+    limits: Limits,
+    stopping: AtomicBool,
+    connections: Mutex<Connections>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Connections {
+    next: u64,
+    open: HashMap<u64, Arc<Socket>>,
+}
+
+impl<X: Exports> Server<X> {
+    /// Starts a thread per listener.
+    pub fn start(listeners: Vec<Listener>, exports: X, limits: Limits) -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            exports,
+            limits,
+            stopping: AtomicBool::new(false),
+            connections: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        let mut server = Server { shared, acceptors: Vec::new() };
+        for listener in listeners {
+            let (listener, shared) = (Arc::new(listener), server.shared.clone());
+            let own = listener.clone();
+            let thread = std::thread::Builder::new().name("nbd-accept".into()).spawn(move || accept(&own, &shared))?;
+            server.acceptors.push((listener, thread));
+        }
+        Ok(server)
+    }
+
+    /// Ends it, see the head of this file. False if requests still wait for the store after a long time.
+    pub fn stop(mut self) -> bool {
+        self.shared.stopping.store(true, Ordering::Release);
+        for (listener, thread) in self.acceptors.drain(..) {
+            listener.wake();
+            let _ = thread.join();
+        }
+        self.shared.shut_all(Shutdown::Read);
+        if self.shared.wait_empty(self.shared.limits.grace) {
+            return true;
+        }
+        warn!("some clients do not take their replies: cutting them off");
+        self.shared.shut_all(Shutdown::Both);
+        self.shared.wait_empty(STORE_WAIT)
+    }
+}
+
+fn accept<X: Exports>(listener: &Listener, shared: &Arc<Shared<X>>) {
+    loop {
+        let accepted = listener.accept();
+        if shared.stopping.load(Ordering::Acquire) {
+            return;
+        }
+        match accepted {
+            Ok(socket) => shared.admit(socket),
+            Err(e) => {
+                warn!(error = %e, "can't accept a connection; trying again");
+                std::thread::sleep(ACCEPT_RETRY);
+            }
+        }
+    }
+}
+
+impl<X: Exports> Shared<X> {
+    // Plain data, right at every step: a panic elsewhere does not spoil it.
+    fn lock(&self) -> MutexGuard<'_, Connections> {
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts a connection's thread, if there is room.
+    fn admit(self: &Arc<Self>, socket: Socket) {
+        let mut connections = self.lock();
+        if connections.open.len() >= self.limits.connections_max {
+            drop(connections);
+            warn!(max = self.limits.connections_max, "refused a client: too many connections");
+            return;
+        }
+        let (id, socket) = (connections.next, Arc::new(socket));
+        connections.next += 1;
+        connections.open.insert(id, socket.clone());
+        drop(connections);
+        let entry = Entry { shared: self.clone(), id };
+        let run = move || {
+            if let Err(e) = entry.shared.connection(id, &socket) {
+                info!(connection = id, error = %e, "connection ended");
+            }
+            // Only now, with no request under way, does the entry go.
+            socket.shut(Shutdown::Both);
+            drop(entry);
+        };
+        if let Err(e) = std::thread::Builder::new().name("nbd-client".into()).spawn(run) {
+            warn!(error = %e, "refused a client: no thread for it");
+        }
+    }
+
+    fn connection(&self, id: u64, socket: &Socket) -> io::Result<()> {
+        let mut stream = Deadline::new(socket, self.limits.handshake);
+        let (name, export) = match handshake(&mut stream, &self.exports, self.limits.options_max)? {
+            Outcome::Chosen(name, export) => (name, export),
+            Outcome::Aborted => return Ok(()),
+        };
+        stream.lift()?;
+        debug!(connection = id, volume = name, "transmission begins");
+        transmission::serve(socket, &export, &self.limits, &self.stopping)
+    }
+
+    fn shut_all(&self, how: Shutdown) {
+        self.lock().open.values().for_each(|socket| socket.shut(how));
+    }
+
+    fn wait_empty(&self, limit: Duration) -> bool {
+        let busy = |c: &mut Connections| !c.open.is_empty();
+        let waited = self.changed.wait_timeout_while(self.lock(), limit, busy);
+        waited.unwrap_or_else(PoisonError::into_inner).0.open.is_empty()
+    }
+}
+
+/// Takes a connection out of the table however its thread ends.
+struct Entry<X: Exports> {
+    shared: Arc<Shared<X>>,
+    id: u64,
+}
+
+impl<X: Exports> Drop for Entry<X> {
+    fn drop(&mut self) {
+        self.shared.lock().open.remove(&self.id);
+        self.shared.changed.notify_all();
+    }
+}

@@ -1,0 +1,168 @@
+//! An export over a volume: page id = offset / 4096.
+//!
+//! 1. A write within the commit limit is one atomic commit, whatever its alignment: whole pages are put, edges patched.
+//! 2. A longer one is several commits in order of offset. Only the last asks for durability: commits become durable in
+//!    their order, so it covers the ones before it.
+//! 3. `Busy` is waited for, within bounds; every other failure is told the client at once.
+//!
+//! A flush here is the store's flush: it covers the acknowledged writes of all connections and volumes.
+
+use super::proto::Errno;
+use super::span::{self, PAGE, Span, spans};
+use super::{Export, Exports};
+use bytes::Bytes;
+use corepage::{Change, Durability, Error, ErrorKind, Options, PageId, Store, Volume};
+use std::future::Future;
+use std::time::{Duration, Instant};
+use tracing::warn;
+
+/// Pages of a read at a time: each is pinned while it is copied, so this bounds the pins of a large request.
+const READ_PAGES: usize = 256;
+/// Changes of a commit: 4,096 freed pages are 16 MiB of the volume.
+const CHANGES_MAX: usize = 4096;
+/// What a change is reckoned to take in a commit beside its bytes.
+const CHANGE_BYTES: u64 = 64;
+/// How long a request waits for a busy store, and for how long between tries.
+const BUSY_LIMIT: Duration = Duration::from_secs(5);
+const BUSY_PAUSE: Duration = Duration::from_millis(1);
+
+static ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
+
+/// All volumes of a store.
+#[derive(Clone)]
+pub struct StoreExports {
+    store: Store,
+    commit_bytes_max: u64,
+}
+
+/// One volume.
+pub struct VolumeExport {
+    store: Store,
+    volume: Volume,
+    commit_bytes_max: u64,
+}
+
+impl StoreExports {
+    /// The volumes of `store`, which was opened with `options`.
+    pub fn new(store: Store, options: &Options) -> Self {
+        // The store holds a commit to a quarter of its memory, too; half of that leaves room for its own records.
+        let commit_bytes_max = options.txn_bytes_max.min(options.memory_bytes / 8).max(2 * PAGE);
+        StoreExports { store, commit_bytes_max }
+    }
+}
+
+impl Exports for StoreExports {
+    type Export = VolumeExport;
+
+    fn names(&self) -> Result<Vec<String>, Errno> {
+        let volumes = futures_lite::future::block_on(self.store.volumes()).map_err(errno)?;
+        Ok(volumes.iter().map(|v| v.name().to_owned()).collect())
+    }
+
+    /// The default export is the volume `disk`, or the only one there is.
+    fn find(&self, name: &str) -> Result<Option<(String, VolumeExport)>, Errno> {
+        let mut volumes = futures_lite::future::block_on(self.store.volumes()).map_err(errno)?;
+        let wanted = if name.is_empty() && volumes.len() != 1 { "disk" } else { name };
+        let index = volumes.iter().position(|v| wanted.is_empty() || v.name() == wanted);
+        let Some(volume) = index.map(|i| volumes.swap_remove(i)) else { return Ok(None) };
+        let (store, commit_bytes_max) = (self.store.clone(), self.commit_bytes_max);
+        Ok(Some((volume.name().to_owned(), VolumeExport { store, volume, commit_bytes_max })))
+    }
+}
+
+impl VolumeExport {
+    /// Commits all of `range`, batch after batch, with the changes that `change` makes of its spans.
+    async fn commit_all(&self, range: (u64, u64), fua: bool, change: impl Fn(&Span) -> Change) -> Result<(), Errno> {
+        let cost = |s: &Span| match change(s) {
+            Change::Free => CHANGE_BYTES,
+            _ => CHANGE_BYTES + u64::from(s.length),
+        };
+        let mut rest = spans(range.0, range.1).peekable();
+        while rest.peek().is_some() {
+            let batch = span::batch(&mut rest, CHANGES_MAX, self.commit_bytes_max, cost);
+            let last = rest.peek().is_none();
+            let durability = if fua && last { Durability::Durable } else { Durability::Buffered };
+            patiently(|| {
+                let changes = batch.iter().map(|s| (PageId::new(s.page), change(s))).collect();
+                self.volume.apply(changes, durability)
+            })
+            .await?;
+        }
+        Ok(())
+    }
+}
+
+impl Export for VolumeExport {
+    fn bytes(&self) -> u64 {
+        self.volume.bytes()
+    }
+
+    async fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
+        let mut rest = spans(offset, into.len() as u64).peekable();
+        let mut into = into;
+        while rest.peek().is_some() {
+            let batch = span::batch(&mut rest, READ_PAGES, u64::MAX, |_| 0);
+            let ids: Vec<PageId> = batch.iter().map(|s| PageId::new(s.page)).collect();
+            let pages = patiently(|| self.volume.read_many(&ids)).await?;
+            for (span, page) in batch.iter().zip(&pages) {
+                let (head, tail) = into.split_at_mut(span.length as usize);
+                head.copy_from_slice(&page[span.in_page()]);
+                into = tail;
+            }
+        }
+        Ok(())
+    }
+
+    async fn write(&self, offset: u64, data: Bytes, fua: bool) -> Result<(), Errno> {
+        let change = |span: &Span| {
+            let at = (span.page * PAGE + u64::from(span.start) - offset) as usize;
+            let bytes = data.slice(at..at + span.length as usize);
+            if span.is_whole() { Change::Put(bytes) } else { Change::Patch { offset: span.start, bytes } }
+        };
+        self.commit_all((offset, data.len() as u64), fua, change).await
+    }
+
+    async fn zero(&self, offset: u64, length: u64, hole: bool, fua: bool) -> Result<(), Errno> {
+        let change = |span: &Span| match (span.is_whole(), hole) {
+            (true, true) => Change::Free,
+            (true, false) => Change::Put(Bytes::from_static(&ZEROS)),
+            (false, _) => Change::Patch { offset: span.start, bytes: Bytes::from_static(&ZEROS[span.in_page()]) },
+        };
+        self.commit_all((offset, length), fua, change).await
+    }
+
+    async fn flush(&self) -> Result<(), Errno> {
+        patiently(|| self.store.flush()).await.map(drop)
+    }
+}
+
+/// Tries again while the store is busy. The pause blocks this connection's reply thread and nobody else's, and the
+/// other requests of the connection get their turn after each.
+async fn patiently<T, F: Future<Output = Result<T, Error>>>(mut attempt: impl FnMut() -> F) -> Result<T, Errno> {
+    let mut started = None;
+    loop {
+        match attempt().await {
+            Ok(value) => return Ok(value),
+            Err(e) if matches!(e.kind(), ErrorKind::Busy | ErrorKind::Conflict) => {
+                if started.get_or_insert_with(Instant::now).elapsed() > BUSY_LIMIT {
+                    return Err(errno(e));
+                }
+                std::thread::sleep(BUSY_PAUSE);
+                futures_lite::future::yield_now().await;
+            }
+            Err(e) => return Err(errno(e)),
+        }
+    }
+}
+
+/// The client's view of an error; what is lost on the way is logged.
+fn errno(error: Error) -> Errno {
+    match error.kind() {
+        ErrorKind::Full => Errno::NoSpace,
+        ErrorKind::Invalid | ErrorKind::TooLarge | ErrorKind::NotFound => Errno::Invalid,
+        _ => {
+            warn!(error = %error, "a request failed");
+            Errno::Io
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! What the tests with real processes share: a server to start, kill and stop, tools to look for, chance from a seed.
+//!
+//! 1. No process outlives its guard: [`Served`] kills by id when it is dropped.
+//! 2. A missing tool is said loudly, and is a failure where COREPAGE_REQUIRE_TOOLS=1 is set (as `scripts/check` does).
+
+#![allow(dead_code, missing_docs)]
+
+pub mod nbd;
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+/// How long a start, with recovery, may take on a busy machine.
+const START_LIMIT: Duration = Duration::from_secs(120);
+/// How long a clean stop may take.
+const STOP_LIMIT: Duration = Duration::from_secs(120);
+
+/// A directory for one test, on the disk that the build uses, removed at the end.
+pub fn scratch(name: &str) -> tempfile::TempDir {
+    tempfile::Builder::new().prefix(name).tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory for the test")
+}
+
+/// `corepage` with `arguments`, with little to say on stderr.
+pub fn corepage(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_corepage"));
+    command.args(arguments).env("RUST_LOG", "error").stdin(Stdio::null());
+    command
+}
+
+/// Whether `tool` is there; without it the test can't show anything.
+pub fn has_tool(tool: &str) -> bool {
+    let found = std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]).any(|d| d.join(tool).exists()));
+    if !found {
+        assert_ne!(std::env::var("COREPAGE_REQUIRE_TOOLS").as_deref(), Ok("1"), "{tool} is not installed, and is required");
+        eprintln!("SKIPPED: {tool} is not installed; set COREPAGE_REQUIRE_TOOLS=1 to make this a failure");
+    }
+    found
+}
+
+/// Runs a command to its end, and shows what it said if it fails.
+pub fn run(command: &mut Command) {
+    let shown = format!("{command:?}");
+    let output = command.output().unwrap_or_else(|e| panic!("{shown}: {e}"));
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{shown}: {}\n{out}\n{err}", output.status);
+}
+
+/// A running `corepage serve`.
+pub struct Served {
+    child: Child,
+    /// Its lines on stdout up to the last listener's.
+    pub lines: Vec<String>,
+    /// Where it listens, as URIs.
+    pub uris: Vec<String>,
+}
+
+impl Served {
+    /// Serves `dir` on a free TCP port.
+    pub fn start(dir: &Path) -> Served {
+        Served::start_with(dir, &["--nbd", "tcp:127.0.0.1:0"])
+    }
+
+    /// Serves `dir` with these arguments, and waits until it listens on each `--nbd` among them.
+    pub fn start_with(dir: &Path, arguments: &[&str]) -> Served {
+        let mut command = corepage(&["serve", "--dir"]);
+        let mut child = command.arg(dir).args(arguments).stdout(Stdio::piped()).spawn().expect("corepage starts");
+        let stdout = child.stdout.take().expect("stdout is piped");
+        let mut served = Served { child, lines: Vec::new(), uris: Vec::new() };
+        let (sender, lines) = mpsc::channel();
+        // To the end of the stream, so that the server never finds its stdout closed.
+        std::thread::spawn(move || BufReader::new(stdout).lines().map_while(Result::ok).for_each(|l| drop(sender.send(l))));
+        let wanted = arguments.iter().filter(|a| **a == "--nbd").count();
+        let end = Instant::now() + START_LIMIT;
+        while served.uris.len() < wanted {
+            let left = end.saturating_duration_since(Instant::now());
+            let line = lines.recv_timeout(left).unwrap_or_else(|e| panic!("no `listening` line: {e}; {:?}", served.lines));
+            if let Some(rest) = line.strip_prefix("listening on ") {
+                served.uris.push(rest.split(" (").next().unwrap_or(rest).to_owned());
+            }
+            served.lines.push(line);
+        }
+        served
+    }
+
+    /// The first address, as HOST:PORT or as a socket's path.
+    pub fn address(&self) -> String {
+        let uri = &self.uris[0];
+        uri.trim_start_matches("nbd://").trim_start_matches("nbd+unix:///?socket=").to_owned()
+    }
+
+    /// A client in transmission on the default export.
+    pub fn client(&self) -> nbd::Client {
+        nbd::Client::go(&self.address(), "")
+    }
+
+    /// Kills it at once, as a crash of the process would.
+    pub fn kill(mut self) {
+        self.child.kill().expect("the server was still running");
+        self.child.wait().expect("a killed process ends");
+    }
+
+    /// Asks it to end.
+    pub fn terminate(&self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("the server was still running");
+    }
+
+    /// Asks it to end, and waits until it has.
+    pub fn stop(mut self) -> ExitStatus {
+        self.terminate();
+        self.wait()
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self) -> ExitStatus {
+        let end = Instant::now() + STOP_LIMIT;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("the child can be waited for") {
+                return status;
+            }
+            assert!(Instant::now() < end, "the server does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Chance that can be repeated (SplitMix64, Steele, Lea and Flood, 2014).
+#[derive(Clone, Debug)]
+pub struct Chance(u64);
+
+impl Chance {
+    pub fn new(seed: u64) -> Self {
+        Chance(seed)
+    }
+
+    /// Another sequence for each list of numbers.
+    pub fn of(numbers: &[u64]) -> Self {
+        let mut chance = Chance(0);
+        for number in numbers {
+            chance.0 = chance.next() ^ number;
+        }
+        chance
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A number below `bound`.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+
+    pub fn fill(&mut self, bytes: &mut [u8]) {
+        for chunk in bytes.chunks_mut(8) {
+            chunk.copy_from_slice(&self.next().to_le_bytes()[..chunk.len()]);
+        }
+    }
+
+    pub fn bytes(&mut self, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; count];
+        self.fill(&mut bytes);
+        bytes
+    }
+}
+
+/// How many kills a kill loop makes: 20, or what COREPAGE_KILLS says.
+pub fn kills_count() -> u64 {
+    std::env::var("COREPAGE_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(20)
+}
+
+/// Path of every file below `dir` with its kind and bytes, to show that nothing has changed.
+pub fn snapshot(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut all = Vec::new();
+    let mut open = vec![dir.to_owned()];
+    while let Some(dir) = open.pop() {
+        for entry in std::fs::read_dir(dir).into_iter().flatten() {
+            let entry = entry.expect("a directory entry");
+            let kind = entry.file_type().expect("its kind");
+            let bytes = if kind.is_file() { std::fs::read(entry.path()).expect("its bytes") } else { Vec::new() };
+            if kind.is_dir() {
+                open.push(entry.path());
+            }
+            all.push((entry.path(), bytes));
+        }
+    }
+    all.sort();
+    all
+}
