@@ -6,7 +6,7 @@ use super::canary::Canary;
 use crate::disk::{Completion, Disk};
 use crate::error::Result;
 use crate::options::Options;
-use crate::shard::{Effect, Request, Token};
+use crate::shard::{Effect, Request, Shard, Token};
 use crate::types::{Lsn, Micros};
 
 /// A state machine that takes requests and completions and emits effects.
@@ -42,3 +42,42 @@ pub struct Opened {
 
 /// Opens a store, and makes it if there is none.
 pub type Open = fn(&mut dyn Disk, &Options, u64, Micros) -> Result<(Box<dyn Engine>, Opened)>;
+
+impl Engine for Shard {
+    fn request(&mut self, token: Token, request: Request) {
+        Shard::request(self, token, request);
+    }
+    fn complete(&mut self, completion: Completion) {
+        Shard::complete(self, completion);
+    }
+    fn turn(&mut self, now: Micros) {
+        Shard::turn(self, now);
+    }
+    fn next_effect(&mut self) -> Option<Effect> {
+        Shard::next_effect(self)
+    }
+    fn deadline(&self) -> Option<Micros> {
+        Shard::deadline(self)
+    }
+    fn is_closed(&self) -> bool {
+        Shard::is_closed(self)
+    }
+    fn take_drawn(&mut self) -> Vec<(Token, Lsn)> {
+        Shard::take_drawn(self)
+    }
+    fn set_canary(&mut self, canary: Option<Canary>) {
+        Shard::set_canary(self, canary);
+    }
+}
+
+/// Opens a real store.
+pub fn open_store(
+    disk: &mut dyn Disk,
+    options: &Options,
+    seed: u64,
+    now: Micros,
+) -> Result<(Box<dyn Engine>, Opened)> {
+    let (shard, report) = crate::recovery::open(disk, options, seed, now)?;
+    let opened = Opened { created: report.created, clean: report.clean, cut: report.cut };
+    Ok((Box::new(shard), opened))
+}

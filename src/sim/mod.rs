@@ -24,3 +24,5 @@ pub mod world;
 mod fake;
 #[cfg(test)]
 mod tests;
+
+pub use canary::{Canary, planted};

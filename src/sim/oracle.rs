@@ -26,8 +26,8 @@ pub struct Tolerance {
     pub io: bool,
     /// Space is short.
     pub full: bool,
-    /// Bytes of a commit from which on it may be too large, by options and geometry.
-    pub large: u64,
+    /// Most bytes of one commit.
+    pub commit_bytes_max: u64,
     /// Most pages of one read.
     pub read_pages_max: usize,
 }
@@ -209,12 +209,15 @@ impl Oracle {
         let Some(asked) = self.asked.get_mut(&token) else {
             return Err(format!("{token:?} drew {lsn:?} without being under way"));
         };
-        let Kind::Commit(commit) = &asked.what else {
-            return Err(format!("{token:?}, no commit, drew {lsn:?}"));
-        };
+        if asked.what.bytes() > self.tolerance.commit_bytes_max || asked.what.is_wrong(usize::MAX) {
+            return Err(format!("{token:?} drew {lsn:?}, and had to be refused: {}", asked.what.describe()));
+        }
         if let Some(before) = asked.drawn.replace(lsn) {
             return Err(format!("{token:?} drew {before:?} and then {lsn:?}"));
         }
+        let Kind::Commit(commit) = &asked.what else {
+            return Err(format!("{token:?}, no commit, drew {lsn:?}"));
+        };
         for &(key, read) in &commit.reads {
             let now = self.model.at(key, last).told();
             if now != read {
@@ -296,9 +299,11 @@ impl Oracle {
     }
 
     fn judge_reader(&mut self, asked: &Asked, commit: &Commit, lsn: Lsn) -> Verdict {
-        let highest = commit.reads.iter().map(|&(_, read)| read).max().unwrap_or(Lsn::ZERO);
-        if lsn != highest {
-            return Err(format!("answered with {lsn:?}, and the highest it read is {highest:?}"));
+        // That a page was freed is something that was read, too.
+        let told = commit.reads.iter().map(|&(_, read)| read).max().unwrap_or(Lsn::ZERO);
+        let newest = commit.reads.iter().map(|&(key, _)| self.model.at(key, self.last).lsn).max();
+        if lsn < told || lsn > newest.unwrap_or(Lsn::ZERO).max(told) {
+            return Err(format!("answered with {lsn:?}; it was told {told:?}, the newest is {newest:?}"));
         }
         let all = commit.reads.iter().flat_map(|&(key, _)| self.model.since(key, asked.seen));
         let mut moments: Vec<Lsn> = all.map(|version| version.lsn.max(asked.seen)).collect();
@@ -311,7 +316,7 @@ impl Oracle {
         }
         self.counters.commits_reading += 1;
         if commit.durable {
-            self.durable = self.durable.max(highest);
+            self.durable = self.durable.max(lsn);
         }
         Ok(())
     }
@@ -348,7 +353,7 @@ impl Oracle {
             ErrorKind::Busy => (&mut counters.busy, true),
             ErrorKind::Full => (&mut counters.full, full && matches!(asked.what, Kind::Commit(_) | Kind::Checkpoint)),
             ErrorKind::Invalid => (&mut counters.invalid, asked.what.is_wrong(read_pages_max)),
-            ErrorKind::TooLarge => (&mut counters.invalid, asked.what.bytes() >= self.tolerance.large),
+            ErrorKind::TooLarge => (&mut counters.invalid, asked.what.bytes() > self.tolerance.commit_bytes_max),
             ErrorKind::Closed => (&mut counters.stopped, io || self.closing),
             ErrorKind::Io => (&mut counters.stopped, io),
             ErrorKind::OutcomeUnknown => (&mut counters.unknown, io),

@@ -146,7 +146,7 @@ pub fn options(rng: &mut Rng) -> Options {
     Options {
         geometry: Geometry {
             extent_bytes: *rng.pick(&[64, 64, 128]) * 1024,
-            segment_bytes: *rng.pick(&[64, 128, 128]) * 1024,
+            segment_bytes: *rng.pick(&[64, 128, 256, 256]) * 1024,
             segments_count: rng.within(4, 6) as u32,
             vshards_count: 1 << rng.below(4),
         },
@@ -162,11 +162,11 @@ pub fn options(rng: &mut Rng) -> Options {
     }
 }
 
-/// Bytes of a change as the limit on commits counts them.
+/// Bytes of a change as the limit on commits counts them: the memory that it may need.
 pub fn change_bytes(change: &Change) -> u64 {
     match change {
-        Change::Put(bytes) | Change::Patch { bytes, .. } => bytes.len() as u64,
-        Change::Free => 0,
+        Change::Put(_) | Change::Patch { .. } => BLOCK as u64,
+        Change::Free => 512,
     }
 }
 
@@ -214,7 +214,7 @@ impl Workload {
 
     /// The request for it.
     pub fn request(&mut self, ask: Ask, oracle: &Oracle) -> Request {
-        let many = self.rng.within(2, self.profile.pages_max);
+        let many = self.rng.within(2, self.profile.pages_max.min(self.commit_pages_max()).max(2));
         match ask {
             Ask::Put => self.commit(1, |w| w.put()),
             Ask::PutMany => self.commit(many, |w| w.put()),
@@ -241,10 +241,16 @@ impl Workload {
             Ask::Stats | Ask::Idle => Request::Stats,
             Ask::Wrong => self.wrong(),
             Ask::TooLarge => {
-                let limit = self.options.txn_bytes_max.min(self.options.memory_bytes / 4);
-                self.commit(limit / BLOCK as u64 + 1, |w| w.put())
+                let count = self.commit_pages_max() + 1;
+                self.commit(count, |w| w.put())
             }
         }
+    }
+
+    /// Most pages that one commit may change.
+    fn commit_pages_max(&self) -> u64 {
+        let limits = self.options.limits(&self.options.geometry).expect("the options are good");
+        limits.txn_bytes_max / BLOCK as u64
     }
 
     fn key(&mut self) -> PageKey {
@@ -291,7 +297,7 @@ impl Workload {
     }
 
     fn transact(&mut self, oracle: &Oracle, stale: bool) -> Request {
-        let count = self.rng.within(1, self.profile.pages_max.min(6));
+        let count = self.rng.within(1, self.commit_pages_max().min(6));
         let Request::Commit(mut commit) = self.commit(count, |w| match w.rng.below(8) {
             0 => Change::Free,
             1..=3 => w.put(),

@@ -538,13 +538,11 @@ impl World {
 
 /// What may be refused with these options, without any error of the device.
 fn tolerance(options: &Options) -> Tolerance {
-    let limit = options.txn_bytes_max.min(options.memory_bytes / 4);
-    // Patches must fit into one log group.
-    let group = (options.geometry.segment_bytes / 8) - BLOCK as u64;
+    let limits = options.limits(&options.geometry).expect("the options are good");
     Tolerance {
         io: false,
         full: options.data_bytes_max > 0,
-        large: limit.min(group / 2),
+        commit_bytes_max: limits.txn_bytes_max,
         read_pages_max: options.vectored_pages_max,
     }
 }
