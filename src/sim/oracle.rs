@@ -12,7 +12,7 @@
 
 use super::model::Model;
 use crate::error::{Error, ErrorKind, Result as StoreResult};
-use crate::shard::{Commit, PageRef, Request, Response, Token};
+use crate::shard::{Change, Commit, PageRef, Request, Response, Token};
 use crate::types::{BLOCK, Lsn, Micros, PageKey};
 use std::collections::BTreeMap;
 
@@ -112,6 +112,8 @@ pub struct Oracle {
     pub model: Model,
     tolerance: Tolerance,
     last: Lsn,
+    /// All commits of this life, in order, for messages and for cuts that are not reported.
+    drawn: Vec<(Lsn, Vec<(PageKey, Change)>)>,
     ever: Lsn,
     durable: Lsn,
     ordered: Lsn,
@@ -128,6 +130,7 @@ impl Oracle {
             model: Model::default(),
             tolerance,
             last: Lsn::ZERO,
+            drawn: Vec::new(),
             ever: Lsn::ZERO,
             durable: Lsn::ZERO,
             ordered: Lsn::ZERO,
@@ -225,6 +228,7 @@ impl Oracle {
             }
         }
         self.model.apply(lsn, &commit.changes);
+        self.drawn.push((lsn, commit.changes.clone()));
         self.counters.commits_drawn += 1;
         Ok(())
     }
@@ -369,22 +373,31 @@ impl Oracle {
         self.counters.in_doubt += pending as u64;
     }
 
-    /// Holds what recovery says against what it had to find.
-    pub fn judge_cut(&self, cut: Lsn, clean: bool) -> Verdict {
+    /// Holds what recovery says against what it had to find; returns the cut that `pages`, all that there are, show.
+    ///
+    /// It is the one reported, unless that lies above everything drawn: a recovery that was crashed into may have
+    /// begun a new epoch, above the LSNs that it dropped, and its successor reports where that epoch began.
+    pub fn judge_state(&self, cut: Lsn, clean: bool, pages: &[(PageKey, PageRef)]) -> Result<Lsn, String> {
         if cut < self.durable {
             return Err(format!("cut at {cut:?}, although everything up to {:?} was said to be durable", self.durable));
-        }
-        if cut > self.ever {
-            return Err(format!("cut at {cut:?}, and nothing above {:?} was ever drawn", self.ever));
         }
         if self.closed && !clean {
             return Err("the store was closed cleanly and recovery says that it was not".into());
         }
-        Ok(())
+        let judge = |cut| pages.iter().try_for_each(|(key, page)| self.judge_recovered(*key, cut, page));
+        if cut <= self.last {
+            return judge(cut).map(|()| cut);
+        }
+        let doubtful = self.drawn.iter().rev().map(|&(lsn, _)| lsn).filter(|&lsn| lsn > self.durable);
+        let found = doubtful.chain([self.durable]).find(|&cut| judge(cut).is_ok());
+        found.ok_or_else(|| {
+            let why = judge(self.last).expect_err("no cut was found");
+            format!("cut at {cut:?}, and the state is that of no LSN from {:?} on; newest: {why}", self.durable)
+        })
     }
 
     /// Holds a page, read after recovery, against the model at the cut.
-    pub fn judge_recovered(&self, key: PageKey, cut: Lsn, page: &PageRef) -> Verdict {
+    fn judge_recovered(&self, key: PageKey, cut: Lsn, page: &PageRef) -> Verdict {
         let version = self.model.at(key, cut);
         let right = match &version.page {
             Some(bytes) => page.lsn() == version.lsn && bytes[..] == page[..],
@@ -394,24 +407,46 @@ impl Oracle {
             return Ok(());
         }
         Err(format!(
-            "after recovery with cut {cut:?} (durable {:?}, last {:?}): {key:?} came at {:?} as {}, expected at {:?} as {}",
+            "after recovery with cut {cut:?} (durable {:?}, last {:?}): {key:?} came at {:?} as {}, expected at {:?} as {}, \
+             {}; its history: {:?}",
             self.durable,
             self.last,
             page.lsn(),
             self.model.whose(page),
             version.told(),
             version.page.as_deref().map_or_else(|| "absent".into(), super::model::describe),
+            difference(page, version.page.as_deref()),
+            self.history(key),
         ))
     }
 
-    /// The store goes on from `cut`.
-    pub fn restart_at(&mut self, cut: Lsn) {
+    /// The changes of a page in this life, for messages.
+    fn history(&self, key: PageKey) -> Vec<(Lsn, String)> {
+        let all = self.drawn.iter().flat_map(|(lsn, changes)| changes.iter().map(move |change| (*lsn, change)));
+        let of_page = all.filter(|(_, change)| change.0 == key);
+        of_page.map(|(lsn, change)| (lsn, super::workload::describe_change(change))).collect()
+    }
+
+    /// The store goes on from the state at `cut`; recovery reported `reported`, which is that or higher.
+    pub fn restart_at(&mut self, cut: Lsn, reported: Lsn) {
         let kept = self.asked.values().filter(|a| a.drawn.is_some_and(|lsn| lsn > self.durable && lsn <= cut));
         self.counters.in_doubt_kept += kept.count() as u64;
         self.asked.clear();
         self.model.restart_at(cut);
+        self.drawn.clear();
         (self.last, self.durable, self.ordered) = (cut, cut, cut);
+        self.ever = self.ever.max(reported);
         (self.closing, self.closed) = (false, false);
+    }
+}
+
+/// Where two pages differ, for messages.
+fn difference(page: &[u8], expected: Option<&[u8]>) -> String {
+    let Some(expected) = expected else { return "which is absent".into() };
+    let differs: Vec<usize> = (0..BLOCK).filter(|&i| page[i] != expected[i]).collect();
+    match (differs.first(), differs.last()) {
+        (Some(first), Some(last)) => format!("{} bytes differ, from {first} to {last}", differs.len()),
+        _ => "all bytes are the same".into(),
     }
 }
 
@@ -433,7 +468,6 @@ impl Kind {
 
     /// Whether it is asked for wrongly, on purpose.
     fn is_wrong(&self, read_pages_max: usize) -> bool {
-        use crate::shard::Change;
         match self {
             Kind::Read(keys) => keys.is_empty() || keys.len() > read_pages_max,
             Kind::Commit(commit) => commit.changes.iter().any(|(_, change)| match change {

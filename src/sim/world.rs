@@ -20,7 +20,7 @@ use super::workload::{Ask, Profile, Workload};
 use crate::disk::Disk;
 use crate::options::Options;
 use crate::shard::{Effect, PageRef, Request, Response, Token};
-use crate::types::{BLOCK, Micros, PageKey};
+use crate::types::{Lsn, Micros, PageKey};
 use smallvec::SmallVec;
 
 /// What a run is to be.
@@ -456,11 +456,11 @@ impl World {
             self.replace_disk(image);
             self.tally.crashes += u64::from(was_off);
             let opened = self.open().map_err(|why| format!("after {loss:?}: {why}"))?;
-            self.check(opened).map_err(|why| format!("after {loss:?}: {why}"))?;
+            let cut = self.check(opened).map_err(|why| format!("after {loss:?}: {why}"))?;
             if n + 1 < self.plan.images {
                 self.shard = None;
             } else {
-                self.oracle.restart_at(opened.cut);
+                self.oracle.restart_at(cut, opened.cut);
                 self.workload.on_restart();
             }
         }
@@ -475,23 +475,21 @@ impl World {
         let image = self.disk.crash(loss, &mut self.rng);
         self.replace_disk(image);
         let opened = self.open()?;
-        self.check(opened)?;
-        self.oracle.restart_at(opened.cut);
+        let cut = self.check(opened)?;
+        self.oracle.restart_at(cut, opened.cut);
         self.workload.on_restart();
         Ok(())
     }
 
-    /// Holds the whole state against the model at the cut.
-    fn check(&mut self, opened: Opened) -> Outcome {
-        self.oracle.judge_cut(opened.cut, opened.clean)?;
+    /// Holds the whole state against the model; returns the cut that it shows.
+    fn check(&mut self, opened: Opened) -> Outcome<Lsn> {
         let universe = self.workload.profile.universe.clone();
+        let mut all = Vec::with_capacity(universe.len());
         for keys in universe.chunks(self.options.vectored_pages_max) {
             let pages = self.read_now(keys)?;
-            for (&key, page) in keys.iter().zip(&pages) {
-                self.oracle.judge_recovered(key, opened.cut, page)?;
-            }
+            all.extend(keys.iter().copied().zip(pages));
         }
-        Ok(())
+        self.oracle.judge_state(opened.cut, opened.clean, &all)
     }
 
     /// Reads pages past the judge, while nothing else is under way.
