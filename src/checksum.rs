@@ -1,5 +1,124 @@
-//! x
-/// x
-pub fn crc32c(bytes: &[u8]) -> u32 { crc32c::crc32c(bytes) }
-/// x
-pub fn crc32c_append(crc: u32, bytes: &[u8]) -> u32 { crc32c::crc32c_append(crc, bytes) }
+//! CRC-32C (Castagnoli, RFC 3720 appendix B.4): the one checksum of everything that is stored.
+//!
+//! Invariants
+//! 1. The sum depends on the bytes alone: not on the machine, the implementation chosen, alignment, or how the bytes
+//!    were split over calls. A store moves between machines.
+//! 2. The implementation is chosen at run time, so that one binary runs on every x86-64 and ARM machine.
+//!
+//! Two crates share the work. `crc-fast` folds with carry-less multiplication and wins on pages; `crc32c` uses the
+//! CRC instruction and costs less to start. Both fall back to tables where the instructions are missing.
+//!
+//! It does *not*: protect against an adversary, or correct anything.
+
+use std::sync::LazyLock;
+
+/// Bytes from which folding is used. Measured on an x86-64 with AVX-512: alike below 128 bytes, 7 against 12 ns at 128,
+/// 103 against 192 ns at 4,096.
+const FOLD_BYTES_MIN: usize = 128;
+
+/// Whether this machine can fold.
+static FOLDS: LazyLock<bool> = LazyLock::new(|| !fold_target().contains("software"));
+
+fn fold_target() -> String {
+    crc_fast::get_calculator_target(crc_fast::CrcAlgorithm::Crc32Iscsi)
+}
+
+/// The sum of `bytes`.
+#[inline]
+pub fn crc32c(bytes: &[u8]) -> u32 {
+    if bytes.len() >= FOLD_BYTES_MIN && *FOLDS { crc_fast::crc32_iscsi(bytes) } else { crc32c::crc32c(bytes) }
+}
+
+/// The sum of what `crc` is the sum of, followed by `bytes`. The sum of nothing is 0.
+#[inline]
+pub fn crc32c_append(crc: u32, bytes: &[u8]) -> u32 {
+    if bytes.len() < FOLD_BYTES_MIN || !*FOLDS {
+        return crc32c::crc32c_append(crc, bytes);
+    }
+    let mut digest = crc_fast::Digest::new_with_init_state(crc_fast::CrcAlgorithm::Crc32Iscsi, u64::from(!crc));
+    digest.update(bytes);
+    digest.finalize() as u32
+}
+
+/// Appends the sum of each of `parts` to `out`.
+pub fn crc32c_each<'a>(parts: impl IntoIterator<Item = &'a [u8]>, out: &mut Vec<u32>) {
+    out.extend(parts.into_iter().map(crc32c));
+}
+
+/// How sums are computed on this machine, for reports: for pages, and for short pieces.
+pub fn implementation() -> String {
+    let short = if has_crc_instruction() { "crc instruction" } else { "tables" };
+    if *FOLDS { format!("{} ({short} below {FOLD_BYTES_MIN} bytes)", fold_target()) } else { short.to_owned() }
+}
+
+fn has_crc_instruction() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return std::arch::is_x86_feature_detected!("sse4.2");
+    #[cfg(target_arch = "aarch64")]
+    return std::arch::is_aarch64_feature_detected!("crc");
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    return false;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// One bit at a time, straight from the definition.
+    fn reference(bytes: &[u8]) -> u32 {
+        let step = |crc: u32, _| if crc & 1 == 1 { (crc >> 1) ^ 0x82f6_3b78 } else { crc >> 1 };
+        !bytes.iter().fold(!0u32, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), step))
+    }
+
+    fn noise(len: usize) -> Vec<u8> {
+        (0..len as u32).map(|i| (i.wrapping_mul(0x9e37_79b1) >> 24) as u8).collect()
+    }
+
+    /// RFC 3720, appendix B.4: other programs must be able to check our sums.
+    #[test]
+    fn the_published_vectors_hold() {
+        assert_eq!(crc32c(&[0; 32]), 0x8a91_36aa);
+        assert_eq!(crc32c(&[0xff; 32]), 0x62a8_ab43);
+        let up: Vec<u8> = (0..32).collect();
+        assert_eq!(crc32c(&up), 0x46dd_794e);
+        let down: Vec<u8> = (0..32).rev().collect();
+        assert_eq!(crc32c(&down), 0x113f_db5c);
+        assert_eq!(crc32c(b"123456789"), 0xe306_9283);
+        assert_eq!(crc32c(b""), 0);
+    }
+
+    /// A sum that changed with the length class would make good pages look damaged after an update.
+    #[test]
+    fn every_length_around_the_choice_gives_the_reference() {
+        let bytes = noise(1200);
+        for len in 0..bytes.len() {
+            assert_eq!(crc32c(&bytes[..len]), reference(&bytes[..len]), "length {len}");
+        }
+        let block = noise(8192);
+        for start in 0..65 {
+            assert_eq!(crc32c(&block[start..start + 4096]), reference(&block[start..start + 4096]), "start {start}");
+        }
+    }
+
+    proptest! {
+        /// Log bodies are summed piece by piece, and checked whole.
+        #[test]
+        fn splitting_changes_nothing(bytes in proptest::collection::vec(any::<u8>(), 0..10_000), cut in any::<u16>()) {
+            let (head, tail) = bytes.split_at(usize::from(cut) % (bytes.len() + 1));
+            let whole = crc32c(&bytes);
+            prop_assert_eq!(whole, reference(&bytes));
+            prop_assert_eq!(crc32c_append(crc32c(head), tail), whole);
+            prop_assert_eq!(crc32c_append(0, &bytes), whole);
+            let mut each = Vec::new();
+            crc32c_each([head, tail], &mut each);
+            prop_assert_eq!(each, vec![reference(head), reference(tail)]);
+        }
+    }
+
+    /// The operator reads it in the report.
+    #[test]
+    fn the_implementation_has_a_name() {
+        assert!(!implementation().is_empty());
+    }
+}

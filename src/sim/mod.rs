@@ -21,8 +21,6 @@ pub mod workload;
 pub mod world;
 
 #[cfg(test)]
-mod fake;
-#[cfg(test)]
 mod tests;
 
 pub use canary::{Canary, planted};

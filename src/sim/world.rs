@@ -364,7 +364,13 @@ impl World {
         }
         self.idle_turns = if busy { 0 } else { self.idle_turns + 1 };
         if self.idle_turns > IDLE_TURNS_MAX {
-            return Err(format!("{IDLE_TURNS_MAX} turns in which nothing happened: {}", self.waiting()));
+            let deadline = self.shard().deadline();
+            let (due, flying) = (self.disk.next_due(), self.disk.in_flight());
+            return Err(format!(
+                "{IDLE_TURNS_MAX} turns in which nothing happened, at {now}, deadline {deadline:?}, {flying} operations \
+                 in flight, the next due at {due:?}: {}",
+                self.waiting()
+            ));
         }
         Ok(())
     }
