@@ -111,6 +111,8 @@ pub struct Oracle {
     /// The state that it judges by.
     pub model: Model,
     tolerance: Tolerance,
+    /// The cut with which this life began.
+    began: Lsn,
     last: Lsn,
     /// All commits of this life, in order, for messages and for cuts that are not reported.
     drawn: Vec<(Lsn, Vec<(PageKey, Change)>)>,
@@ -129,6 +131,7 @@ impl Oracle {
         Oracle {
             model: Model::default(),
             tolerance,
+            began: Lsn::ZERO,
             last: Lsn::ZERO,
             drawn: Vec::new(),
             ever: Lsn::ZERO,
@@ -303,10 +306,10 @@ impl Oracle {
     }
 
     fn judge_reader(&mut self, asked: &Asked, commit: &Commit, lsn: Lsn) -> Verdict {
-        // That a page was freed is something that was read, too.
+        // That a page was freed is something that was read, too; of an earlier life that is not known here.
         let told = commit.reads.iter().map(|&(_, read)| read).max().unwrap_or(Lsn::ZERO);
         let newest = commit.reads.iter().map(|&(key, _)| self.model.at(key, self.last).lsn).max();
-        if lsn < told || lsn > newest.unwrap_or(Lsn::ZERO).max(told) {
+        if lsn < told || lsn > newest.unwrap_or(Lsn::ZERO).max(told).max(self.began) {
             return Err(format!("answered with {lsn:?}; it was told {told:?}, the newest is {newest:?}"));
         }
         let all = commit.reads.iter().flat_map(|&(key, _)| self.model.since(key, asked.seen));
@@ -434,7 +437,7 @@ impl Oracle {
         self.asked.clear();
         self.model.restart_at(cut);
         self.drawn.clear();
-        (self.last, self.durable, self.ordered) = (cut, cut, cut);
+        (self.began, self.last, self.durable, self.ordered) = (cut, cut, cut, cut);
         self.ever = self.ever.max(reported);
         (self.closing, self.closed) = (false, false);
     }

@@ -233,7 +233,9 @@ impl World {
                 self.replace_disk(image);
                 continue;
             }
-            let (mut shard, opened) = opened.map_err(|error| format!("recovery: {error}"))?;
+            let (mut shard, mut opened) = opened.map_err(|error| format!("recovery: {error}"))?;
+            // A recovery that was crashed into may have begun to use the store again.
+            opened.clean |= depth > 0;
             self.disk.keep_power();
             // Crashes come at any event of a recovery, mostly; some come to nothing, so that the end is reached.
             self.recovery_events = (self.disk.events() - at + 2).max(8);
