@@ -2,7 +2,7 @@
 //!
 //! If these fail, whoever writes a tool from the document reads wrong bytes.
 
-use super::{extent, group, node, root, superblock};
+use super::{catalog, extent, group, node, root, superblock};
 use crate::{format, types};
 use std::collections::BTreeMap;
 
@@ -44,6 +44,7 @@ fn compiled() -> Vec<Layout> {
         extent::SummaryItem { lsn, id, block, blocks, kind, volume, level, class, vshard, reserved }
         node::Entry { place, lsn, len, crc, class, codec, key_id, flags, nonce, tag, reserved }
         node::Child { place, crc, level, present, reserved }
+        catalog::VolumeRecord { magic, crc, name_len, reserved, bytes, name }
         group::RawRun { first, count }
         group::Head { magic, head_crc, body_crc, epoch, generation, number, prev_crc, shard, runs_count, segment, block, body_blocks, blocks, records_bytes, slots_count, commits_count, key_id, reserved, watermark, superblock_generation, runs, nonce, tag, reserved2 }
         group::RawRecord { lsn, bytes, changes_count, kind, reserved }
@@ -69,6 +70,7 @@ fn constants() -> BTreeMap<String, u64> {
         root::VOLUMES_MAX,
         node::LEAF_ENTRIES,
         node::NODE_CHILDREN,
+        catalog::NAME_BYTES_MAX,
         extent::TABLE_ROWS,
         group::RUNS_MAX,
         group::HEAD_BYTES,

@@ -237,7 +237,10 @@ impl Shard {
             return Some(self.now);
         }
         let window = self.limits.coalesce_window_us;
-        let group = (!self.log.open.is_empty()).then(|| self.log.open.opened_at + window);
+        // A group that may not go before a write completes needs no turn before that: a deadline in the past would
+        // make the driver spin.
+        let may_go = !self.log.open.is_empty() && self.log.in_flight.len() < self.limits.log_writes_max;
+        let group = may_go.then(|| self.log.open.opened_at + window);
         let pages = (!self.dirty.is_empty()).then(|| self.dirty_since.max(self.now.saturating_sub(window)) + window);
         let growth = self.stalled_for_space.then_some(self.now + space::GROW_RETRY_US);
         let next = [group, pages, growth].into_iter().flatten().min()?;

@@ -7,6 +7,7 @@
 use super::{VerifyReport, verify_disk};
 use crate::disk::{Disk, FileId};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::catalog;
 use crate::options::{Geometry, Options};
 use crate::recovery;
 use crate::shard::{Change, Commit, Effect, Request, Response, Shard, Token};
@@ -86,9 +87,12 @@ fn reference_store() -> (SimDisk, Model) {
         let mut changes = Vec::new();
         for _ in 0..rng.within(1, 6) {
             let page = if rng.one_in(20) { rng.below(4) << 40 } else { rng.below(100) };
-            let key = key(rng.below(3) as u8, page);
+            let key = if rng.one_in(20) { key(0, rng.within(3, 9)) } else { key(rng.within(1, 3) as u8, page) };
             let now = model.entry(key).or_insert_with(|| vec![0; BLOCK]);
             let change = match rng.below(8) {
+                _ if key.volume == VolumeId::CATALOG => {
+                    Change::Put(catalog::encode(&format!("volume-{round}"), round * BLOCK as u64).into())
+                }
                 0 => Change::Free,
                 1 | 2 => Change::Patch { offset: rng.below(4000) as u32, bytes: Bytes::from(vec![round as u8; 90]) },
                 _ => {

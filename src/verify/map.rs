@@ -10,6 +10,7 @@ use super::Verifier;
 use crate::checksum::crc32c;
 use crate::disk::FileId;
 use crate::error::Result;
+use crate::format::catalog;
 use crate::format::extent::{Item, ItemKind, NodeKey, data_blocks};
 use crate::format::node::{self, Child, Entry, LEAF_ENTRIES, NODE_CHILDREN};
 use crate::format::superblock::Superblock;
@@ -40,7 +41,7 @@ impl Walk<'_> {
     }
 
     /// The ids of the pages below a node, in words.
-    fn pages_below(&self, key: NodeKey) -> String {
+    fn pages_below(&self, key: NodeKey, volume: &str) -> String {
         let bits = 6 + 8 * u32::from(key.level);
         let first = key.prefix.checked_shl(bits).unwrap_or(0);
         let last = first | 1u64.checked_shl(bits).map_or(u64::MAX, |size| size - 1);
@@ -49,13 +50,8 @@ impl Walk<'_> {
         let key_bits = 64 - vshards.trailing_zeros();
         let last = last.min(1u64.checked_shl(key_bits).map_or(u64::MAX, |size| size - 1));
         let id = |dense| PageKey::from_place(key.volume, key.vshard, dense, vshards).page;
-        format!(
-            "pages {:?} to {:?} of volume {}, those of them in virtual shard {}",
-            id(first),
-            id(last),
-            key.volume.get(),
-            key.vshard.get()
-        )
+        let (first, last) = (id(first), id(last));
+        format!("pages {first:?} to {last:?} of {volume}, those of them in virtual shard {}", key.vshard.get())
     }
 }
 
@@ -90,7 +86,7 @@ impl Verifier<'_> {
         let bytes = match checked {
             Ok(bytes) => bytes,
             Err(what) => {
-                let affects = walk.pages_below(key);
+                let affects = walk.pages_below(key, &self.volume(key.volume));
                 return self.damaged(describe(key), (FileId::Data, offset), what, affects);
             }
         };
@@ -145,10 +141,9 @@ impl Verifier<'_> {
         match self.read(FileId::Data, offset, run.len() * BLOCK) {
             Ok(bytes) => {
                 for ((place, page, entry), bytes) in run.iter().zip(bytes.chunks(BLOCK)) {
-                    if crc32c(bytes) == entry.crc.get() {
-                        self.report.pages += 1;
-                    } else {
-                        self.page_damaged(*page, walk.offset(*place), "does not have the bytes that were written");
+                    match self.page(*page, entry, bytes) {
+                        Ok(()) => self.report.pages += 1,
+                        Err(what) => self.page_damaged(*page, walk.offset(*place), what),
                     }
                 }
             }
@@ -158,8 +153,19 @@ impl Verifier<'_> {
         }
     }
 
+    fn page(&mut self, page: PageKey, entry: &Entry, bytes: &[u8]) -> Result<(), &'static str> {
+        if crc32c(bytes) != entry.crc.get() {
+            return Err("does not have the bytes that were written");
+        }
+        if page.volume == VolumeId::CATALOG {
+            let (name, _) = catalog::decode(bytes)?;
+            self.volumes.insert(VolumeId::new(page.page.get() as u8), name);
+        }
+        Ok(())
+    }
+
     fn page_damaged(&mut self, page: PageKey, offset: u64, what: impl std::fmt::Display) {
-        let affects = format!("{:?} of volume {}", page.page, page.volume.get());
+        let affects = format!("{:?} of {}", page.page, self.volume(page.volume));
         self.damaged(format_args!("page {page:?}"), (FileId::Data, offset), what, affects);
     }
 }

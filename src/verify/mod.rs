@@ -21,10 +21,13 @@ mod head;
 mod log;
 mod map;
 
+use crate::disk::portable::{Access, PortableDisk, PortableOptions};
 use crate::disk::{Disk, FileId};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::Arena;
 use crate::recovery::read_bytes;
+use crate::types::VolumeId;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
@@ -104,7 +107,10 @@ impl fmt::Display for VerifyReport {
 /// `NotFound` if there is no store, `InUse` if a process has it open, `Unsupported` for another format version, `Io`
 /// if its files can't be opened. Damage is no error: it is in the report.
 pub fn verify(dir: &Path) -> Result<VerifyReport> {
-    Err(Error::new(ErrorKind::Unsupported, dir.display()))
+    // One operation at a time is asked for.
+    let options = PortableOptions { workers_count: 1, ..PortableOptions::default() };
+    let mut disk = PortableDisk::open(dir, Access::ReadOnly, &options)?;
+    verify_disk(&mut disk)
 }
 
 /// The same on any disk.
@@ -113,7 +119,8 @@ pub(crate) fn verify_disk(disk: &mut dyn Disk) -> Result<VerifyReport> {
     if meta_bytes.is_none() {
         return Err(Error::new(ErrorKind::NotFound, "there is no store: its file meta is missing"));
     }
-    let mut this = Verifier { disk, arena: Arena::new(ARENA_BLOCKS)?, report: VerifyReport::default() };
+    let (arena, report) = (Arena::new(ARENA_BLOCKS)?, VerifyReport::default());
+    let mut this = Verifier { disk, arena, report, volumes: BTreeMap::new() };
     let Some(superblock) = this.superblock()? else { return Ok(this.report) };
     this.report.clean = superblock.clean;
     if !superblock.clean {
@@ -134,6 +141,8 @@ struct Verifier<'a> {
     disk: &'a mut dyn Disk,
     arena: Arena,
     report: VerifyReport,
+    /// Names of volumes, as far as the catalog has been read.
+    volumes: BTreeMap<VolumeId, String>,
 }
 
 impl Verifier<'_> {
@@ -144,6 +153,15 @@ impl Verifier<'_> {
         }
         read_bytes(self.disk, &mut self.arena, file, offset, len)
             .map_err(|error| Error::corrupt(format_args!("can't be read: {error}")))
+    }
+
+    /// A volume in words.
+    fn volume(&self, volume: VolumeId) -> String {
+        match self.volumes.get(&volume) {
+            _ if volume == VolumeId::CATALOG => "the catalog".into(),
+            Some(name) => format!("volume {name}"),
+            None => format!("volume number {}", volume.get()),
+        }
     }
 
     fn damaged(
