@@ -20,7 +20,7 @@ mod load;
 mod replay;
 mod scan;
 
-pub(crate) use load::{Loaded, find_superblock};
+pub(crate) use load::{Loaded, find_superblock, read_bytes};
 pub(crate) use scan::{Scan, scan};
 
 use crate::commit::GlobalOrder;
