@@ -112,6 +112,7 @@ impl Shard {
 
     /// The checkpoint with which a recovery ends.
     pub(crate) fn begin_epoch(&mut self, epoch: NewEpoch) {
+        self.recovering = false;
         self.checkpoint.new_epoch = Some(epoch);
         self.need_checkpoint();
     }
@@ -139,6 +140,7 @@ impl Shard {
             return;
         }
         match self.checkpoint.phase {
+            Phase::Idle if self.recovering => {}
             Phase::Idle => {
                 let used = self.log.segments_count() - self.log.free_segments();
                 let log_is_long = used > self.log.segments_count() / 2;

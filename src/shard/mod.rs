@@ -125,6 +125,8 @@ pub struct Shard {
     closed: bool,
     failed: Option<Error>,
     redo_error: Option<Error>,
+    /// Until recovery has redone everything: no checkpoint may begin, it would call records reflected that are not.
+    recovering: bool,
     again: bool,
     stats: ShardStats,
     #[cfg(any(test, feature = "sim"))]
@@ -193,6 +195,7 @@ impl Shard {
             closed: false,
             failed: None,
             redo_error: None,
+            recovering: true,
             again: false,
             stats: ShardStats::default(),
             #[cfg(any(test, feature = "sim"))]

@@ -127,7 +127,7 @@ impl Shard {
         if self.free_blocks() >= low + self.owed_blocks() {
             return;
         }
-        if self.wants_growth() {
+        if self.wants_growth() || self.recovering {
             self.grow();
             return;
         }
