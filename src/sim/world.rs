@@ -331,7 +331,8 @@ impl World {
 
     fn waiting(&self) -> String {
         let oldest = self.oracle.oldest().map_or_else(|| "nobody".into(), |(_, what)| what);
-        format!("{} wait, the first of them {oldest}", self.oracle.outstanding())
+        let shard = self.shard.as_ref().map(|shard| shard.describe()).unwrap_or_default();
+        format!("{} wait, the first of them {oldest}; {shard}", self.oracle.outstanding())
     }
 
     /// One turn of the shard: completions in, effects out.
