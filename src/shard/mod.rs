@@ -29,6 +29,7 @@ mod writeback;
 pub use event::{Change, Commit, Effect, PageRef, Request, Response, Token};
 pub(crate) use checkpoint::NewEpoch;
 pub(crate) use commits::LSN_AHEAD_MAX;
+use redo::Redoing;
 pub(crate) use redo::{RedoChange, RedoKind};
 
 use crate::commit::GlobalOrder;
@@ -125,8 +126,8 @@ pub struct Shard {
     closed: bool,
     failed: Option<Error>,
     redo_error: Option<Error>,
-    /// Until recovery has redone everything: no checkpoint may begin, it would call records reflected that are not.
-    recovering: bool,
+    /// While recovery redoes the log.
+    redoing: Option<Redoing>,
     again: bool,
     stats: ShardStats,
     #[cfg(any(test, feature = "sim"))]
@@ -195,7 +196,7 @@ impl Shard {
             closed: false,
             failed: None,
             redo_error: None,
-            recovering: true,
+            redoing: None,
             again: false,
             stats: ShardStats::default(),
             #[cfg(any(test, feature = "sim"))]
