@@ -400,8 +400,7 @@ mod memory {
             use rustix::mm::{Advice, MapFlags};
             let owner = Self::mmap(len, MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB).ok()?;
             // SAFETY: the range is our own fresh mapping; populating changes no bytes.
-            let touched =
-                unsafe { rustix::mm::madvise(owner.at.as_ptr().cast(), len, Advice::LinuxPopulateWrite) };
+            let touched = unsafe { rustix::mm::madvise(owner.at.as_ptr().cast(), len, Advice::LinuxPopulateWrite) };
             if touched.is_err() {
                 owner.release();
                 return None;
