@@ -210,7 +210,7 @@ impl Shared {
 }
 
 fn open(dir: &std::path::Path, options: &Options) -> Result<(PortableDisk, Shard, RecoveryReport)> {
-    let mut disk = PortableDisk::open(dir, Access::ReadWrite, &Default::default())?;
+    let mut disk = PortableDisk::open(dir, Access::ReadWrite)?;
     let mut random = [0; 8];
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
         .map_err(|e| Error::io("asking the kernel for random bytes", e.into()))?;

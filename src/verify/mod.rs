@@ -109,7 +109,7 @@ impl fmt::Display for VerifyReport {
 pub fn verify(dir: &Path) -> Result<VerifyReport> {
     // One operation at a time is asked for.
     let options = PortableOptions { workers_count: 1, ..PortableOptions::default() };
-    let mut disk = PortableDisk::open(dir, Access::ReadOnly, &options)?;
+    let mut disk = PortableDisk::open_with(dir, Access::ReadOnly, &options)?;
     verify_disk(&mut disk)
 }
 
