@@ -1,5 +1,37 @@
-//! # corepage
-#![allow(dead_code)]
+//! # corepage: a crash-safe, transactional page store
+//!
+//! ```
+//! use corepage::{Options, PageId, Store};
+//! use futures_lite::future::block_on;
+//!
+//! # fn main() -> corepage::Result<()> { block_on(async {
+//! # let dir = tempfile::tempdir().expect("a directory for the example");
+//! let store = Store::open(dir.path(), Options::default()).await?;
+//! let disk = store.create_volume("disk", 64 << 20).await?;
+//!
+//! let page = PageId::new(7);
+//! disk.write(page, vec![1; 4096]).await?; // durable on return
+//! disk.patch(page, 100, &b"hello"[..]).await?; // only these bytes go through the log
+//! assert_eq!(&disk.read(page).await?[100..105], b"hello");
+//!
+//! let mut txn = store.begin(); // serializable, over any pages and volumes
+//! let first = txn.read(&disk, page).await?[0];
+//! txn.write(&disk, PageId::new(8), vec![first + 1; 4096])?;
+//! txn.free(&disk, page)?;
+//! let lsn = txn.commit().await?; // or `Conflict`: retry
+//! println!("durable at LSN {lsn}");
+//!
+//! disk.write_back(page, vec![9; 4096]).await?; // ordered and visible, not durable yet
+//! store.flush().await?; // now it is
+//! store.close().await
+//! # }) }
+//! ```
+//!
+//! The modules, in the order in which a write travels: [`Store`] and [`Volume`] (handles) - `runtime` (a thread that
+//! drives a shard) - `shard` (the state machine: pages, commits, group commit, write-back, checkpoints) - `log`,
+//! `coalesce`, `map` (what it decides with) - [`format`] (every byte on disk) - [`pool`] (memory) - [`disk`] (the seam
+//! to the device). `recovery` opens a store; `sim` drives the same shard by seed under a simulated disk.
+
 pub mod checksum;
 mod coalesce;
 mod commit;
@@ -12,10 +44,16 @@ pub mod metrics;
 mod options;
 pub mod pool;
 mod recovery;
+mod runtime;
 pub mod shard;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
+mod store;
 pub mod types;
+
 pub use error::{Error, ErrorKind, Result};
 pub use options::{Geometry, Options};
 pub use recovery::RecoveryReport;
+pub use shard::{Change, PageRef};
+pub use store::{Durability, PageView, Store, Txn, Volume};
+pub use types::{Lsn, PageId};

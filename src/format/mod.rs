@@ -8,6 +8,7 @@
 //!
 //! Byte offsets: `docs/format.md`, which a test holds against these types.
 
+pub mod catalog;
 pub mod extent;
 pub mod group;
 pub mod node;

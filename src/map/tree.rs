@@ -194,7 +194,8 @@ impl Map {
             return Ok(None);
         }
         while level > key.level {
-            let at = NodeKey { level, prefix: key.prefix >> bits_below(level), ..key };
+            let prefix = key.prefix.checked_shr(bits_below(level)).unwrap_or(0);
+            let at = NodeKey { level, prefix, ..key };
             let Some(idx) = self.index.get(&at) else { return Err((at, child)) };
             let below = key.prefix.checked_shr(bits_below(level - 1)).unwrap_or(0);
             child = node::child(&self.node(*idx).frame, below as usize & ((1 << NODE_BITS) - 1));

@@ -10,6 +10,7 @@ use crate::pool::Arena;
 use crate::shard::{RedoChange, RedoKind, Shard};
 use crate::types::{BLOCK, Lsn, Micros};
 use bytes::Bytes;
+use smallvec::smallvec;
 
 /// Brings the shard up to the cut.
 pub(super) fn replay(
@@ -58,10 +59,12 @@ fn decode(group: &ScannedGroup, bytes: &Bytes, scan: &Scan, report: &mut Recover
             continue;
         }
         report.commits_applied += 1;
+        let first_of_commit = changes.len();
         for change in record.changes {
             let (key, lsn, kind) = match change {
                 LoggedChange::Patch(key, offset, patch) => {
-                    (key, lsn, RedoKind::Patch { offset, bytes: bytes.slice_ref(patch) })
+                    let patches = smallvec![(offset, bytes.slice_ref(patch))];
+                    (key, lsn, RedoKind::Patches { over_zeros: false, patches })
                 }
                 LoggedChange::Free(key) => (key, lsn, RedoKind::Free),
                 LoggedChange::Image(_, slot) => {
@@ -78,8 +81,21 @@ fn decode(group: &ScannedGroup, bytes: &Bytes, scan: &Scan, report: &mut Recover
                     (slot.key, slot.entry.lsn(), kind)
                 }
             };
-            changes.push(RedoChange { lsn, key, kind });
+            add(&mut changes, first_of_commit, RedoChange { lsn, key, kind })?;
         }
     }
     Some(changes)
+}
+
+/// Adds a change of the commit whose changes begin at `first`, to that which it did to the same page before, if any.
+fn add(changes: &mut Vec<RedoChange>, first: usize, change: RedoChange) -> Option<()> {
+    match changes[first..].iter().position(|earlier| earlier.key == change.key) {
+        None => changes.push(change),
+        Some(at) => {
+            let earlier = changes.remove(first + at);
+            let kind = earlier.kind.then(change.kind)?;
+            changes.push(RedoChange { kind, ..change });
+        }
+    }
+    Some(())
 }

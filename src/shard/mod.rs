@@ -237,7 +237,10 @@ impl Shard {
             return Some(self.now);
         }
         let window = self.limits.coalesce_window_us;
-        let group = (!self.log.open.is_empty()).then(|| self.log.open.opened_at + window);
+        // A group that may not go before a write completes needs no turn before that: a deadline in the past would
+        // make the driver spin.
+        let may_go = !self.log.open.is_empty() && self.log.in_flight.len() < self.limits.log_writes_max;
+        let group = may_go.then(|| self.log.open.opened_at + window);
         let pages = (!self.dirty.is_empty()).then(|| self.dirty_since.max(self.now.saturating_sub(window)) + window);
         let growth = self.stalled_for_space.then_some(self.now + space::GROW_RETRY_US);
         let next = [group, pages, growth].into_iter().flatten().min()?;
@@ -351,5 +354,33 @@ impl Shard {
     /// Plants a bug.
     pub fn set_canary(&mut self, canary: Option<crate::sim::Canary>) {
         self.canary = canary;
+    }
+}
+
+impl std::fmt::Debug for Shard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shard")
+            .field("id", &self.id)
+            .field("next", &self.order.next())
+            .field("watermark", &self.order.watermark())
+            .field("pending", &self.pending.len())
+            .field("ready", &self.ready.len())
+            .field("waiting", &self.waiting.len())
+            .field("ops", &self.ops.len())
+            .field("groups_in_flight", &self.log.in_flight.len())
+            .field("open_group", &self.log.open.first_lsn())
+            .field("free_segments", &self.log.free_segments())
+            .field("flushing", &self.flushing)
+            .field("dirty", &self.dirty.len())
+            .field("captures", &self.captures.len())
+            .field("reserved_blocks", &self.reserved_blocks)
+            .field("dirty_nodes", &self.map.dirty_count())
+            .field("checkpoint", &self.checkpoint)
+            .field("space", &self.extents.space())
+            .field("left", &self.extents.left_count())
+            .field("compacting", &self.compaction.is_some())
+            .field("growing", &self.growing)
+            .field("failed", &self.failed)
+            .finish()
     }
 }

@@ -1,7 +1,8 @@
 //! Redo: recovery brings the changes of the log, in LSN order; they take the same way as new ones, without the log.
 //!
 //! Invariants
-//! 1. One batch at a time, in order; so changes of a page are applied in LSN order.
+//! 1. One batch at a time, in order; so changes of a page are applied in LSN order. All that a commit did to a page is
+//!    one change: a second one with the same LSN would be skipped by rule 2.
 //! 2. A change at or below the page's version is skipped: the root reflects it already.
 //! 3. Nothing is served meanwhile, and nothing that is durable is overwritten: a crash here only means to begin anew.
 
@@ -12,6 +13,7 @@ use crate::format::extent::ItemKind;
 use crate::format::node::Entry;
 use crate::types::{Lsn, PageKey};
 use bytes::Bytes;
+use smallvec::SmallVec;
 
 /// One change to be redone.
 pub(crate) struct RedoChange {
@@ -26,11 +28,35 @@ pub(crate) enum RedoKind {
     Image(Bytes),
     /// It has been written to its place already.
     Placed(Entry),
-    Patch {
-        offset: u32,
-        bytes: Bytes,
+    Patches {
+        /// The page was freed first: the patches go over zeros.
+        over_zeros: bool,
+        /// Offset and bytes, in order.
+        patches: SmallVec<[(u32, Bytes); 1]>,
     },
     Free,
+}
+
+impl RedoKind {
+    /// Whether the page's older content must be in memory.
+    fn needs_data(&self) -> bool {
+        matches!(self, RedoKind::Patches { over_zeros: false, .. })
+    }
+
+    /// What this and then `next`, of the same commit, do to a page. `None`: no commit logs that.
+    pub(crate) fn then(self, next: RedoKind) -> Option<RedoKind> {
+        match (self, next) {
+            (RedoKind::Patches { over_zeros, mut patches }, RedoKind::Patches { over_zeros: false, patches: more }) => {
+                patches.extend(more);
+                Some(RedoKind::Patches { over_zeros, patches })
+            }
+            (RedoKind::Free, RedoKind::Patches { patches, .. }) => {
+                Some(RedoKind::Patches { over_zeros: true, patches })
+            }
+            (_, RedoKind::Patches { .. }) => None,
+            (_, whole) => Some(whole),
+        }
+    }
 }
 
 impl Shard {
@@ -42,7 +68,7 @@ impl Shard {
     /// Begins to redo a batch; pump the shard until [`redo_done`](Self::redo_done).
     pub(crate) fn redo(&mut self, changes: Vec<RedoChange>) {
         let pages = changes.iter().map(|c| self.table.get(c.key)).collect();
-        let data: Vec<bool> = changes.iter().map(|c| matches!(c.kind, RedoKind::Patch { .. })).collect();
+        let data: Vec<bool> = changes.iter().map(|c| c.kind.needs_data()).collect();
         let mut changes = changes;
         changes.reverse();
         self.begin(None, PendingKind::Redo(changes), pages, |i| data[i]);
@@ -74,7 +100,7 @@ impl Shard {
             let Some(change) = changes.pop() else { break };
             let idx = self.table.get(change.key);
             let page = &self.table.pages[idx];
-            let needs_data = matches!(change.kind, RedoKind::Patch { .. }) && page.lsn < change.lsn;
+            let needs_data = change.kind.needs_data() && page.lsn < change.lsn;
             if needs_data && !page.absent && page.frame.is_none() {
                 changes.push(change);
                 self.ready.pop_front();
@@ -99,7 +125,15 @@ impl Shard {
         }
         match change.kind {
             RedoKind::Image(bytes) => self.set_content(idx, 0, &bytes),
-            RedoKind::Patch { offset, bytes } => self.set_content(idx, offset as usize, &bytes),
+            RedoKind::Patches { over_zeros, patches } => {
+                if over_zeros {
+                    page.frame = None;
+                    page.absent = true;
+                }
+                for (offset, bytes) in patches {
+                    self.set_content(idx, offset as usize, &bytes);
+                }
+            }
             RedoKind::Free if page.absent => return,
             RedoKind::Free => {
                 page.frame = None;

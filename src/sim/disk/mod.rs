@@ -134,6 +134,11 @@ impl SimDisk {
         state.cut_power_if_due();
     }
 
+    /// Submissions and completions so far.
+    pub fn events(&self) -> u64 {
+        self.0.borrow().events
+    }
+
     /// Takes a planned power cut back.
     pub fn keep_power(&self) {
         self.0.borrow_mut().power_off_at = None;

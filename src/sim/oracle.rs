@@ -1,0 +1,499 @@
+//! The judge: holds everything that a shard does and answers against the contract.
+//!
+//! Invariants
+//! 1. A commit counts from the moment at which its LSN is drawn; what was read by it must be current then.
+//! 2. `durable` is the highest LSN of which any answer said that it is durable. No crash may take it away.
+//! 3. LSNs drawn only ever rise, over all lives of the store.
+//!
+//! A judge that can't condemn is worth nothing: `tests` here shows it every lie it is there for, and the canaries
+//! show that the lies are found in whole runs.
+//!
+//! It does *not* drive anything, and makes no difference between shards of different kinds.
+
+use super::model::Model;
+use crate::error::{Error, ErrorKind, Result as StoreResult};
+use crate::shard::{Change, Commit, PageRef, Request, Response, Token};
+use crate::types::{BLOCK, Lsn, Micros, PageKey};
+use std::collections::BTreeMap;
+
+/// A check that passed, or what was wrong.
+pub type Verdict = std::result::Result<(), String>;
+
+/// Which errors are no fault of the store in this run.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tolerance {
+    /// Device errors of any kind were injected: the store may stop.
+    pub io: bool,
+    /// Space is short.
+    pub full: bool,
+    /// Most bytes of one commit.
+    pub commit_bytes_max: u64,
+    /// Most pages of one read.
+    pub read_pages_max: usize,
+}
+
+/// What was asked and not answered yet.
+struct Asked {
+    what: Kind,
+    at: Micros,
+    /// The newest LSN when it was asked.
+    seen: Lsn,
+    /// The newest LSN acknowledged to anyone when it was asked.
+    ordered: Lsn,
+    drawn: Option<Lsn>,
+}
+
+enum Kind {
+    Read(Vec<PageKey>),
+    Commit(Commit),
+    Flush,
+    WaitDurable(Lsn),
+    Checkpoint,
+    Stats,
+    Close,
+}
+
+/// How the answers were distributed: a run in which everything conflicts proves little.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OracleCounters {
+    /// Commits that got an LSN.
+    pub commits_drawn: u64,
+    /// Durable commits acknowledged.
+    pub commits_durable: u64,
+    /// Buffered commits acknowledged.
+    pub commits_buffered: u64,
+    /// Transactions without changes that were acknowledged.
+    pub commits_reading: u64,
+    /// Commits refused with `Conflict`.
+    pub conflicts: u64,
+    /// Requests refused with `Busy`.
+    pub busy: u64,
+    /// Commits refused with `Full`.
+    pub full: u64,
+    /// Requests refused as wrong or too large, as they were.
+    pub invalid: u64,
+    /// Requests answered with `Closed` or `Io`.
+    pub stopped: u64,
+    /// Commits answered with `OutcomeUnknown`.
+    pub unknown: u64,
+    /// Pages read and found right.
+    pub pages_read: u64,
+    /// Flushes, waits, checkpoints, closes.
+    pub others: u64,
+    /// Commits with an LSN and without an acknowledgement as durable at a crash.
+    pub in_doubt: u64,
+    /// Of those, found after recovery.
+    pub in_doubt_kept: u64,
+}
+
+impl OracleCounters {
+    /// Adds another run's.
+    pub fn add(&mut self, other: &OracleCounters) {
+        self.commits_drawn += other.commits_drawn;
+        self.commits_durable += other.commits_durable;
+        self.commits_buffered += other.commits_buffered;
+        self.commits_reading += other.commits_reading;
+        self.conflicts += other.conflicts;
+        self.busy += other.busy;
+        self.full += other.full;
+        self.invalid += other.invalid;
+        self.stopped += other.stopped;
+        self.unknown += other.unknown;
+        self.pages_read += other.pages_read;
+        self.others += other.others;
+        self.in_doubt += other.in_doubt;
+        self.in_doubt_kept += other.in_doubt_kept;
+    }
+}
+
+/// The judge.
+pub struct Oracle {
+    /// The state that it judges by.
+    pub model: Model,
+    tolerance: Tolerance,
+    /// The cut with which this life began.
+    began: Lsn,
+    last: Lsn,
+    /// All commits of this life, in order, for messages and for cuts that are not reported.
+    drawn: Vec<(Lsn, Vec<(PageKey, Change)>)>,
+    ever: Lsn,
+    durable: Lsn,
+    ordered: Lsn,
+    closing: bool,
+    closed: bool,
+    asked: BTreeMap<Token, Asked>,
+    counters: OracleCounters,
+}
+
+impl Oracle {
+    /// A judge of an empty store.
+    pub fn new(tolerance: Tolerance) -> Self {
+        Oracle {
+            model: Model::default(),
+            tolerance,
+            began: Lsn::ZERO,
+            last: Lsn::ZERO,
+            drawn: Vec::new(),
+            ever: Lsn::ZERO,
+            durable: Lsn::ZERO,
+            ordered: Lsn::ZERO,
+            closing: false,
+            closed: false,
+            asked: BTreeMap::new(),
+            counters: OracleCounters::default(),
+        }
+    }
+
+    /// The newest LSN drawn in this life.
+    pub fn last(&self) -> Lsn {
+        self.last
+    }
+
+    /// The highest LSN that the store may not lose any more.
+    pub fn durable(&self) -> Lsn {
+        self.durable
+    }
+
+    /// The highest LSN acknowledged, as durable or not.
+    pub fn ordered(&self) -> Lsn {
+        self.ordered
+    }
+
+    /// What happened so far.
+    pub fn counters(&self) -> OracleCounters {
+        self.counters
+    }
+
+    /// Requests without an answer.
+    pub fn outstanding(&self) -> usize {
+        self.asked.len()
+    }
+
+    /// From now on these errors are nobody's fault.
+    pub fn tolerate(&mut self, tolerance: Tolerance) {
+        self.tolerance = tolerance;
+    }
+
+    /// What is tolerated now.
+    pub fn tolerance(&self) -> Tolerance {
+        self.tolerance
+    }
+
+    /// The oldest request without an answer, for messages, and when it was asked.
+    pub fn oldest(&self) -> Option<(Micros, String)> {
+        let (token, asked) = self.asked.iter().min_by_key(|(_, asked)| asked.at)?;
+        Some((asked.at, format!("{token:?}: {}, drawn {:?}", asked.what.describe(), asked.drawn)))
+    }
+
+    /// A request is about to be handed to the shard.
+    pub fn on_request(&mut self, token: Token, request: &Request, now: Micros) {
+        let what = match request {
+            Request::Read(keys) => Kind::Read(keys.to_vec()),
+            Request::Commit(Commit { reads, changes, durable }) => Kind::Commit(Commit {
+                reads: reads.clone(),
+                changes: changes.clone(),
+                durable: *durable,
+            }),
+            Request::Flush => Kind::Flush,
+            Request::WaitDurable(lsn) => Kind::WaitDurable(*lsn),
+            Request::Checkpoint => Kind::Checkpoint,
+            Request::Stats => Kind::Stats,
+            Request::Close => Kind::Close,
+        };
+        self.closing |= matches!(what, Kind::Close);
+        let asked = Asked { what, at: now, seen: self.last, ordered: self.ordered, drawn: None };
+        self.asked.insert(token, asked);
+    }
+
+    /// A request got its LSN.
+    pub fn on_drawn(&mut self, token: Token, lsn: Lsn) -> Verdict {
+        if lsn <= self.ever {
+            return Err(format!("{token:?} drew {lsn:?}, and {:?} had been used before", self.ever));
+        }
+        let last = std::mem::replace(&mut self.last, lsn);
+        self.ever = lsn;
+        let Some(asked) = self.asked.get_mut(&token) else {
+            return Err(format!("{token:?} drew {lsn:?} without being under way"));
+        };
+        if asked.what.bytes() > self.tolerance.commit_bytes_max || asked.what.is_wrong(usize::MAX) {
+            return Err(format!("{token:?} drew {lsn:?}, and had to be refused: {}", asked.what.describe()));
+        }
+        if let Some(before) = asked.drawn.replace(lsn) {
+            return Err(format!("{token:?} drew {before:?} and then {lsn:?}"));
+        }
+        let Kind::Commit(commit) = &asked.what else {
+            return Err(format!("{token:?}, no commit, drew {lsn:?}"));
+        };
+        for &(key, read) in &commit.reads {
+            let now = self.model.at(key, last).told();
+            if now != read {
+                return Err(format!("{token:?} committed as {lsn:?}; it read {key:?} at {read:?}, at {now:?} by then"));
+            }
+        }
+        self.model.apply(lsn, &commit.changes);
+        self.drawn.push((lsn, commit.changes.clone()));
+        self.counters.commits_drawn += 1;
+        Ok(())
+    }
+
+    /// The pages that a read under way asked for.
+    pub fn keys_of(&self, token: Token) -> Vec<PageKey> {
+        match self.asked.get(&token) {
+            Some(Asked { what: Kind::Read(keys), .. }) => keys.clone(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// A request is answered.
+    pub fn on_reply(&mut self, token: Token, reply: &StoreResult<Response>) -> Verdict {
+        let Some(asked) = self.asked.remove(&token) else {
+            return Err(format!("a second answer, or one that nobody waits for: {token:?} {reply:?}"));
+        };
+        let verdict = match reply {
+            Ok(response) => self.judge(&asked, response),
+            Err(error) => self.judge_error(&asked, error),
+        };
+        verdict.map_err(|why| format!("{token:?} {}: {why}", asked.what.describe()))
+    }
+
+    fn judge(&mut self, asked: &Asked, response: &Response) -> Verdict {
+        match (&asked.what, response) {
+            (Kind::Read(keys), Response::Pages(pages)) => {
+                if keys.len() != pages.len() {
+                    return Err(format!("{} pages for {} keys", pages.len(), keys.len()));
+                }
+                self.counters.pages_read += pages.len() as u64;
+                keys.iter().zip(pages).try_for_each(|(&key, page)| self.judge_page(key, page, asked.seen))
+            }
+            (Kind::Commit(commit), Response::Committed(lsn)) if commit.changes.is_empty() => {
+                self.judge_reader(asked, commit, *lsn)
+            }
+            (Kind::Commit(commit), Response::Committed(lsn)) => {
+                if asked.drawn != Some(*lsn) {
+                    return Err(format!("acknowledged as {lsn:?}, drew {:?}", asked.drawn));
+                }
+                self.ordered = self.ordered.max(*lsn);
+                if commit.durable {
+                    self.counters.commits_durable += 1;
+                    self.durable = self.durable.max(*lsn);
+                } else {
+                    self.counters.commits_buffered += 1;
+                }
+                Ok(())
+            }
+            (Kind::Flush, Response::Flushed(lsn)) if *lsn < asked.ordered => {
+                Err(format!("flushed up to {lsn:?}, although {:?} had been acknowledged before", asked.ordered))
+            }
+            (Kind::Flush, Response::Flushed(lsn)) | (Kind::Checkpoint, Response::Checkpointed(lsn)) => {
+                self.says_durable(*lsn)
+            }
+            (Kind::WaitDurable(lsn), Response::Durable) => self.says_durable(*lsn),
+            (Kind::Stats, Response::Stats(stats)) => self.says_durable(Lsn::new(stats.durable_lsn)),
+            (Kind::Close, Response::Closed) => {
+                self.closed = true;
+                self.says_durable(self.last)
+            }
+            (_, other) => Err(format!("answered with {other:?}")),
+        }
+    }
+
+    /// An answer says that everything up to `lsn` is durable.
+    fn says_durable(&mut self, lsn: Lsn) -> Verdict {
+        self.counters.others += 1;
+        // A store may count from higher than we know, after recovery; it owes no more than what was drawn.
+        self.durable = self.durable.max(lsn.min(self.last));
+        Ok(())
+    }
+
+    fn judge_reader(&mut self, asked: &Asked, commit: &Commit, lsn: Lsn) -> Verdict {
+        // That a page was freed is something that was read, too; of an earlier life that is not known here.
+        let told = commit.reads.iter().map(|&(_, read)| read).max().unwrap_or(Lsn::ZERO);
+        let newest = commit.reads.iter().map(|&(key, _)| self.model.at(key, self.last).lsn).max();
+        if lsn < told || lsn > newest.unwrap_or(Lsn::ZERO).max(told).max(self.began) {
+            return Err(format!("answered with {lsn:?}; it was told {told:?}, the newest is {newest:?}"));
+        }
+        let all = commit.reads.iter().flat_map(|&(key, _)| self.model.since(key, asked.seen));
+        let mut moments: Vec<Lsn> = all.map(|version| version.lsn.max(asked.seen)).collect();
+        moments.push(asked.seen);
+        let right = |&moment: &Lsn| {
+            commit.reads.iter().all(|&(key, read)| self.model.at(key, moment).told() == read)
+        };
+        if !moments.iter().any(right) {
+            return Err(format!("its reads {:?} were never all current while it was under way", commit.reads));
+        }
+        self.counters.commits_reading += 1;
+        if commit.durable {
+            self.durable = self.durable.max(lsn);
+        }
+        Ok(())
+    }
+
+    /// Whether a page is one that may be read by a request asked when `seen` was the newest LSN.
+    fn judge_page(&self, key: PageKey, page: &PageRef, seen: Lsn) -> Verdict {
+        let possible = self.model.since(key, seen);
+        let right = possible.iter().any(|version| match &version.page {
+            Some(bytes) => !page.is_absent() && page.lsn() == version.lsn && bytes[..] == page[..],
+            None => page.is_absent() && page.lsn() == Lsn::ZERO && page.iter().all(|&byte| byte == 0),
+        });
+        if right {
+            return Ok(());
+        }
+        let lsns: Vec<Lsn> = possible.iter().map(|version| version.told()).collect();
+        Err(format!(
+            "{key:?} came at {:?}{} as {}; it may be one of {lsns:?}, of which the last is {}",
+            page.lsn(),
+            if page.is_absent() { " (absent)" } else { "" },
+            self.model.whose(page),
+            possible.last().and_then(|v| v.page.as_deref()).map_or_else(|| "absent".into(), super::model::describe),
+        ))
+    }
+
+    fn judge_error(&mut self, asked: &Asked, error: &Error) -> Verdict {
+        let kind = error.kind();
+        if asked.drawn.is_some() && kind != ErrorKind::OutcomeUnknown {
+            return Err(format!("it drew {:?} and was refused with {kind:?}: {error}", asked.drawn));
+        }
+        let Tolerance { io, full, read_pages_max, .. } = self.tolerance;
+        let counters = &mut self.counters;
+        let (counter, allowed) = match kind {
+            ErrorKind::Conflict => (&mut counters.conflicts, self.model.justifies_conflict(asked)),
+            ErrorKind::Busy => (&mut counters.busy, true),
+            ErrorKind::Full => (&mut counters.full, full && matches!(asked.what, Kind::Commit(_) | Kind::Checkpoint)),
+            ErrorKind::Invalid => (&mut counters.invalid, asked.what.is_wrong(read_pages_max)),
+            ErrorKind::TooLarge => (&mut counters.invalid, asked.what.bytes() > self.tolerance.commit_bytes_max),
+            ErrorKind::Closed => (&mut counters.stopped, io || self.closing),
+            ErrorKind::Io => (&mut counters.stopped, io),
+            ErrorKind::OutcomeUnknown => (&mut counters.unknown, io),
+            _ => (&mut counters.stopped, false),
+        };
+        *counter += 1;
+        if allowed { Ok(()) } else { Err(format!("{kind:?} for no reason: {error}")) }
+    }
+
+    /// The power is lost, the process is dead, or a closed store is about to be opened again.
+    pub fn on_crash(&mut self) {
+        let pending = self.asked.values().filter(|a| a.drawn.is_some_and(|lsn| lsn > self.durable)).count();
+        self.counters.in_doubt += pending as u64;
+    }
+
+    /// Holds what recovery says against what it had to find; returns the cut that `pages`, all that there are, show.
+    ///
+    /// It is the one reported, unless that lies above everything drawn: a recovery that was crashed into may have
+    /// begun a new epoch, above the LSNs that it dropped, and its successor reports where that epoch began.
+    pub fn judge_state(&self, cut: Lsn, clean: bool, pages: &[(PageKey, PageRef)]) -> Result<Lsn, String> {
+        if cut < self.durable {
+            return Err(format!("cut at {cut:?}, although everything up to {:?} was said to be durable", self.durable));
+        }
+        if self.closed && !clean {
+            return Err("the store was closed cleanly and recovery says that it was not".into());
+        }
+        let judge = |cut| pages.iter().try_for_each(|(key, page)| self.judge_recovered(*key, cut, page));
+        if cut <= self.last {
+            return judge(cut).map(|()| cut);
+        }
+        let doubtful = self.drawn.iter().rev().map(|&(lsn, _)| lsn).filter(|&lsn| lsn > self.durable);
+        let found = doubtful.chain([self.durable]).find(|&cut| judge(cut).is_ok());
+        found.ok_or_else(|| {
+            let why = judge(self.last).expect_err("no cut was found");
+            format!("cut at {cut:?}, and the state is that of no LSN from {:?} on; newest: {why}", self.durable)
+        })
+    }
+
+    /// Holds a page, read after recovery, against the model at the cut.
+    fn judge_recovered(&self, key: PageKey, cut: Lsn, page: &PageRef) -> Verdict {
+        let version = self.model.at(key, cut);
+        let right = match &version.page {
+            Some(bytes) => page.lsn() == version.lsn && bytes[..] == page[..],
+            None => page.is_absent() && page.lsn() == Lsn::ZERO,
+        };
+        if right {
+            return Ok(());
+        }
+        Err(format!(
+            "after recovery with cut {cut:?} (durable {:?}, last {:?}): {key:?} came at {:?} as {}, expected at {:?} as {}, \
+             {}; its history: {:?}",
+            self.durable,
+            self.last,
+            page.lsn(),
+            self.model.whose(page),
+            version.told(),
+            version.page.as_deref().map_or_else(|| "absent".into(), super::model::describe),
+            difference(page, version.page.as_deref()),
+            self.history(key),
+        ))
+    }
+
+    /// The changes of a page in this life, for messages.
+    fn history(&self, key: PageKey) -> Vec<(Lsn, String)> {
+        let all = self.drawn.iter().flat_map(|(lsn, changes)| changes.iter().map(move |change| (*lsn, change)));
+        let of_page = all.filter(|(_, change)| change.0 == key);
+        of_page.map(|(lsn, change)| (lsn, super::workload::describe_change(change))).collect()
+    }
+
+    /// The store goes on from the state at `cut`; recovery reported `reported`, which is that or higher.
+    pub fn restart_at(&mut self, cut: Lsn, reported: Lsn) {
+        let kept = self.asked.values().filter(|a| a.drawn.is_some_and(|lsn| lsn > self.durable && lsn <= cut));
+        self.counters.in_doubt_kept += kept.count() as u64;
+        self.asked.clear();
+        self.model.restart_at(cut);
+        self.drawn.clear();
+        (self.began, self.last, self.durable, self.ordered) = (cut, cut, cut, cut);
+        self.ever = self.ever.max(reported);
+        (self.closing, self.closed) = (false, false);
+    }
+}
+
+/// Where two pages differ, for messages.
+fn difference(page: &[u8], expected: Option<&[u8]>) -> String {
+    let Some(expected) = expected else { return "which is absent".into() };
+    let differs: Vec<usize> = (0..BLOCK).filter(|&i| page[i] != expected[i]).collect();
+    match (differs.first(), differs.last()) {
+        (Some(first), Some(last)) => format!("{} bytes differ, from {first} to {last}", differs.len()),
+        _ => "all bytes are the same".into(),
+    }
+}
+
+impl Model {
+    fn justifies_conflict(&self, asked: &Asked) -> bool {
+        let Kind::Commit(commit) = &asked.what else { return false };
+        commit.reads.iter().any(|&(key, read)| {
+            self.since(key, asked.seen).iter().any(|v| v.told() != read) || self.since(key, read).len() > 1
+        })
+    }
+}
+
+impl Kind {
+    fn bytes(&self) -> u64 {
+        let Kind::Commit(commit) = self else { return 0 };
+        let sizes = commit.changes.iter().map(|(_, change)| super::workload::change_bytes(change));
+        sizes.sum()
+    }
+
+    /// Whether it is asked for wrongly, on purpose.
+    fn is_wrong(&self, read_pages_max: usize) -> bool {
+        match self {
+            Kind::Read(keys) => keys.is_empty() || keys.len() > read_pages_max,
+            Kind::Commit(commit) => commit.changes.iter().any(|(_, change)| match change {
+                Change::Put(bytes) => bytes.len() != BLOCK,
+                Change::Patch { offset, bytes } => bytes.is_empty() || *offset as usize + bytes.len() > BLOCK,
+                Change::Free => false,
+            }),
+            _ => false,
+        }
+    }
+
+    fn describe(&self) -> String {
+        match self {
+            Kind::Read(keys) => format!("read {keys:?}"),
+            Kind::Commit(Commit { reads, changes, durable }) => {
+                let changes: Vec<_> = changes.iter().map(super::workload::describe_change).collect();
+                format!("commit of {changes:?}, reads {reads:?}, durable {durable}")
+            }
+            Kind::Flush => "flush".into(),
+            Kind::WaitDurable(lsn) => format!("wait for {lsn:?}"),
+            Kind::Checkpoint => "checkpoint".into(),
+            Kind::Stats => "stats".into(),
+            Kind::Close => "close".into(),
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! A volume: a sparse space of pages with a name.
+
+use super::Store;
+use crate::error::{Error, Result};
+use crate::shard::{Change, Commit, PageRef};
+use crate::types::{Lsn, PageId, PageKey, VolumeId};
+use bytes::Bytes;
+use std::sync::Arc;
+
+/// When a commit is acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// When it is durable, and everything before it.
+    Durable,
+    /// As soon as it is ordered and visible to all; durable after a later flush, at the latest.
+    Buffered,
+}
+
+/// A handle to one volume. Pages are 4,096 bytes; those never written, or freed, read as zeros.
+#[derive(Clone, Debug)]
+pub struct Volume {
+    store: Store,
+    id: VolumeId,
+    name: Arc<str>,
+    bytes: u64,
+}
+
+impl Volume {
+    pub(super) fn new(store: Store, id: VolumeId, name: &str, bytes: u64) -> Self {
+        Volume { store, id, name: name.into(), bytes }
+    }
+
+    /// Its number in the store.
+    pub fn id(&self) -> VolumeId {
+        self.id
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its size, as exported to clients. The library lets any page id be used.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The store it belongs to.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    pub(super) fn key(&self, page: PageId) -> PageKey {
+        PageKey::new(self.id, page)
+    }
+
+    /// The newest version of a page, durable or not ([`PageRef::lsn`] tells which).
+    ///
+    /// # Errors
+    /// `Corrupt`: the bytes on the device are not those that were written. `Io`: they can't be read. `Busy`: no
+    /// memory is free. `Closed`.
+    pub async fn read(&self, page: PageId) -> Result<PageRef> {
+        let pages = self.store.read(&[self.key(page)]).await?;
+        pages.into_iter().next().ok_or_else(|| Error::corrupt("a read gave no page"))
+    }
+
+    /// Several pages, in the order asked: neighbours on the device are read together. Each is the newest version of
+    /// its own moment: use a transaction to read several pages of one state.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), of the first page that fails.
+    pub async fn read_many(&self, pages: &[PageId]) -> Result<Vec<PageRef>> {
+        let keys: Vec<PageKey> = pages.iter().map(|page| self.key(*page)).collect();
+        self.store.read(&keys).await
+    }
+
+    /// Writes a whole page of 4,096 bytes; durable on return.
+    ///
+    /// # Errors
+    /// `Invalid`: another length. `Full`: no space; nothing was done. `OutcomeUnknown`: the device failed while the
+    /// commit was on its way; reopen and look. `Closed`.
+    pub async fn write(&self, page: PageId, bytes: impl Into<Bytes>) -> Result<Lsn> {
+        self.apply(vec![(page, Change::Put(bytes.into()))], Durability::Durable).await
+    }
+
+    /// Writes a whole page; ordered and visible on return, durable after a later [`Store::flush`]. Repeated writes
+    /// of a page within the window are absorbed.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub async fn write_back(&self, page: PageId, bytes: impl Into<Bytes>) -> Result<Lsn> {
+        self.apply(vec![(page, Change::Put(bytes.into()))], Durability::Buffered).await
+    }
+
+    /// Writes several pages as one commit: all or none; durable on return.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write), and `TooLarge` beyond `txn_bytes_max`.
+    pub async fn write_many(&self, pages: Vec<(PageId, Bytes)>) -> Result<Lsn> {
+        let changes = pages.into_iter().map(|(page, bytes)| (page, Change::Put(bytes))).collect();
+        self.apply(changes, Durability::Durable).await
+    }
+
+    /// Writes `bytes` at byte `offset` of a page; durable on return. Only these bytes go through the log.
+    ///
+    /// # Errors
+    /// `Invalid`: no bytes, or they do not fit into the page. Else as [`write`](Self::write).
+    pub async fn patch(&self, page: PageId, offset: u32, bytes: impl Into<Bytes>) -> Result<Lsn> {
+        self.apply(vec![(page, Change::Patch { offset, bytes: bytes.into() })], Durability::Durable).await
+    }
+
+    /// Frees a page: it reads as zeros and takes no space any more; durable on return.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub async fn free(&self, page: PageId) -> Result<Lsn> {
+        self.apply(vec![(page, Change::Free)], Durability::Durable).await
+    }
+
+    /// Any changes of pages of this volume as one commit, in order: all or none.
+    ///
+    /// # Errors
+    /// As [`write_many`](Self::write_many) and [`patch`](Self::patch).
+    pub async fn apply(&self, changes: Vec<(PageId, Change)>, durability: Durability) -> Result<Lsn> {
+        let changes = changes.into_iter().map(|(page, change)| (self.key(page), change)).collect();
+        self.store.commit(Commit { reads: Vec::new(), changes, durable: durability == Durability::Durable }).await
+    }
+}
