@@ -65,7 +65,15 @@ impl PortableDisk {
     /// # Errors
     /// `InUse` if another process has the store open, `NotFound` if there is nothing to read, `Invalid` if the
     /// directory holds files that are no store's but have the names of its files, `Io` for the rest.
-    pub fn open(dir: &Path, access: Access, options: &PortableOptions) -> Result<PortableDisk> {
+    pub fn open(dir: &Path, access: Access) -> Result<PortableDisk> {
+        Self::open_with(dir, access, &PortableOptions::default())
+    }
+
+    /// The same with other than the default options.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_with(dir: &Path, access: Access, options: &PortableOptions) -> Result<PortableDisk> {
         let (directory, files) = Directory::open(dir, access, options)?;
         let directory = Arc::new(directory);
         let workers_count = options.workers_count.clamp(1, 256);

@@ -10,7 +10,7 @@ use smallvec::smallvec;
 const LOG: FileId = FileId::Log(ShardId::new(0), SegmentNo::new(0));
 
 fn open(dir: &Path, access: Access) -> Result<PortableDisk> {
-    PortableDisk::open(dir, access, &PortableOptions::default())
+    PortableDisk::open(dir, access)
 }
 
 fn filled(arena: &mut Arena, order: u8, byte: u8) -> Frame {
@@ -168,7 +168,7 @@ fn a_flood_of_operations_completes() {
     let dir = tempfile::tempdir().unwrap();
     let mut arena = Arena::new(2048).unwrap();
     let options = PortableOptions { workers_count: 2, direct: false };
-    let mut disk = PortableDisk::open(dir.path(), Access::ReadWrite, &options).unwrap();
+    let mut disk = PortableDisk::open_with(dir.path(), Access::ReadWrite, &options).unwrap();
     assert!(!disk.report().direct);
     allocate(&mut disk, LOG, 0, 1 << 20).unwrap();
     for i in 0..1000 {
