@@ -137,7 +137,7 @@ impl Options {
             log_writes_max: self.log_writes_max,
             inline_pages_max: self.inline_pages_max,
             // A commit must fit into one group, and its pages into a quarter of the memory.
-            txn_bytes_max: self.txn_bytes_max.min(self.memory_bytes / 4),
+            txn_bytes_max: self.txn_bytes_max.min(self.memory_bytes / 4).min(geometry.segment_bytes / 4),
             data_extents_max: match self.data_bytes_max {
                 0 => u32::MAX,
                 bytes => (bytes / geometry.extent_bytes).max(1) as u32,

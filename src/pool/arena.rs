@@ -1,6 +1,46 @@
 //! The arena: one mapping of aligned memory, cut into frames of 4 KiB << order.
 //!
-//! (interface to be kept; implementation to come)
+//! A run of blocks goes this way:
+//!
+//! ```text
+//!   free --alloc--> owned (Frame, pins >= 0) --Frame dropped, no pin--> returned --drained by the owner--> free
+//!                        \--Frame dropped, pins left--> orphan --last FrameRef dropped--> returned
+//! ```
+//!
+//! Invariants
+//! 1. A run has at most one [`Frame`]. Its state word counts the [`FrameRef`]s to it, and has [`ORPHAN`] set once the
+//!    frame is gone. The run is returned exactly once: by the frame if it goes last (word 0), else by the reference
+//!    whose release takes the word from `ORPHAN | 1` to `ORPHAN`; no other transition returns it.
+//! 2. Pins are made only from a `&Frame` or a `&FrameRef`. So whoever holds `&mut Frame` and sees a count of zero is
+//!    alone with the bytes, for as long as that borrow lasts: this is what makes [`Frame::try_mut`] sound. The zero is
+//!    read with acquire and pins are released with release, so the last reader's reads come before the first write.
+//! 3. Bytes are changed only through `try_mut`; while a pin exists there is no `&mut` to them, and [`Deref`] gives
+//!    shared slices only.
+//! 4. Each run that is not free holds one strong count of the shared part, and so does the arena. The mapping ends
+//!    with the last of them. Pins hold none: they keep their run from being returned, and the run holds the count.
+//! 5. A returned run waits in a queue with room for every block, so returning never fails, on any thread.
+//! 6. All bytes are initialised from the start (fresh anonymous mappings are zero), and stay so.
+//!
+//! It does *not*: zero frames (a fresh one has arbitrary bytes), decide who gets memory, or wait for it.
+#![allow(unsafe_code)]
+
+use super::buddy::{Buddy, ORDER_MAX};
+use crate::error::{Error, ErrorKind, Result};
+use crate::types::BLOCK;
+use crossbeam_queue::ArrayQueue;
+use std::fmt;
+use std::mem::ManuallyDrop;
+use std::ops::Deref;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering, fence};
+
+/// Set in a run's state word when its [`Frame`] is gone while pins are left.
+const ORPHAN: u32 = 1 << 31;
+/// Far above any use and far below [`ORPHAN`]: reaching it means that pins are leaked in a loop.
+const PINS_MAX: u32 = 1 << 30;
+/// Returned single blocks that are taken back at a time, so that no allocation pays for all of them.
+const DRAIN_BATCH: usize = 64;
 
 /// Where the arena's memory comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,3 +52,416 @@ pub enum ArenaKind {
     /// Ordinary 4 KiB pages.
     Small,
 }
+
+/// What the arena and all its frames share.
+struct Shared {
+    memory: memory::Memory,
+    /// One word per block; only that of a run's first block is in use.
+    states: Box<[AtomicU32]>,
+    /// First blocks of runs that were returned and not yet drained.
+    returned: ArrayQueue<u32>,
+}
+
+impl Shared {
+    /// Ends a run's time out of the arena: it must have no frame and no pin any more.
+    ///
+    /// # Safety
+    /// * `shared` comes from `Arc::into_raw` and the caller gives up the run's strong count of it.
+    /// * It is called once for each time the run was handed out (invariant 1).
+    unsafe fn give_back(shared: NonNull<Shared>, block: u32) {
+        // SAFETY: the run's own strong count, given up here, keeps the allocation alive until the Arc is dropped.
+        let shared = unsafe { Arc::from_raw(shared.as_ptr().cast_const()) };
+        let pushed = shared.returned.push(block);
+        debug_assert!(pushed.is_ok(), "more runs returned than there are blocks");
+    }
+}
+
+/// The owner's end of the arena: hands out frames. It belongs to one thread at a time; frames and pins may be
+/// dropped on any.
+pub struct Arena {
+    shared: Arc<Shared>,
+    buddy: Buddy,
+}
+
+impl Arena {
+    /// Maps memory for `blocks` blocks of 4 KiB, with huge pages if the machine gives any.
+    ///
+    /// # Errors
+    /// `Invalid` for no blocks at all, `Busy` if the machine has not that much memory.
+    pub fn new(blocks: u32) -> Result<Arena> {
+        if blocks == 0 || blocks > u32::MAX - (1 << ORDER_MAX) {
+            return Err(Error::invalid(format_args!("an arena of {blocks} blocks: give it at least one")));
+        }
+        let memory = memory::Memory::map(blocks as usize * BLOCK).map_err(|e| {
+            let mib = (u64::from(blocks) * BLOCK as u64) >> 20;
+            Error::io(format_args!("mapping {mib} MiB of memory (lower memory_bytes)"), e).with_kind(ErrorKind::Busy)
+        })?;
+        let shared = Shared {
+            memory,
+            states: (0..blocks).map(|_| AtomicU32::new(0)).collect(),
+            returned: ArrayQueue::new(blocks as usize),
+        };
+        Ok(Arena { shared: Arc::new(shared), buddy: Buddy::new(blocks) })
+    }
+
+    /// A frame of 4 KiB << `order`, aligned to its size within the arena; `None` if there is no such run now, or
+    /// `order` is above 9. Its bytes are arbitrary.
+    pub fn alloc(&mut self, order: u8) -> Option<Frame> {
+        if order != 0 || !self.buddy.has_quick() {
+            self.drain(if order == 0 { DRAIN_BATCH } else { usize::MAX });
+        }
+        let block = self.buddy.take(order).or_else(|| {
+            self.drain(usize::MAX);
+            self.buddy.take(order)
+        })?;
+        // Relaxed: the run came back through the queue, which orders everything its former users did before this.
+        self.shared.states[block as usize].store(0, Ordering::Relaxed);
+        let shared = Arc::into_raw(self.shared.clone()).cast_mut();
+        // SAFETY: Arc::into_raw never gives null.
+        let shared = unsafe { NonNull::new_unchecked(shared) };
+        Some(Frame { run: Run { shared, block, order } })
+    }
+
+    /// Blocks that can be handed out now, those just returned included.
+    pub fn free_blocks(&mut self) -> u32 {
+        self.drain(usize::MAX);
+        self.buddy.free_blocks()
+    }
+
+    /// All blocks.
+    pub fn blocks(&self) -> u32 {
+        self.shared.states.len() as u32
+    }
+
+    /// What memory the machine gave.
+    pub fn kind(&self) -> ArenaKind {
+        self.shared.memory.kind()
+    }
+
+    fn drain(&mut self, most: usize) {
+        for _ in 0..most {
+            // Asking first is two plain loads; popping from an empty queue is a full fence.
+            if self.shared.returned.is_empty() {
+                return;
+            }
+            let Some(block) = self.shared.returned.pop() else { return };
+            self.buddy.give(block);
+        }
+    }
+}
+
+impl fmt::Debug for Arena {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "arena of {} blocks, {:?}", self.blocks(), self.kind())
+    }
+}
+
+/// Where a run lies. Plain data: `Frame` and `FrameRef` give it its meaning.
+#[derive(Clone, Copy)]
+struct Run {
+    shared: NonNull<Shared>,
+    block: u32,
+    order: u8,
+}
+
+impl Run {
+    fn shared(&self) -> &Shared {
+        // SAFETY: a Run lives only in a Frame or FrameRef, whose run is not returned yet and holds a strong count of
+        // `shared` (invariant 4). Nobody has a `&mut Shared`.
+        unsafe { self.shared.as_ref() }
+    }
+
+    fn state(&self) -> &AtomicU32 {
+        &self.shared().states[self.block as usize]
+    }
+
+    fn len(&self) -> usize {
+        BLOCK << self.order
+    }
+
+    fn start(&self) -> NonNull<u8> {
+        // SAFETY: `block` is below the arena's count of blocks, so the offset stays within the mapping.
+        unsafe { self.shared().memory.start().add(self.block as usize * BLOCK) }
+    }
+
+    /// Counts one more pin; only from a `&Frame` or `&FrameRef` (invariant 2).
+    fn pin(self) -> FrameRef {
+        // Relaxed, as in Arc: whoever makes a pin has access to the bytes already.
+        let before = self.state().fetch_add(1, Ordering::Relaxed);
+        if before & !ORPHAN >= PINS_MAX {
+            self.state().fetch_sub(1, Ordering::Relaxed);
+            panic!("{PINS_MAX} pins of one frame: they are leaked somewhere");
+        }
+        FrameRef { run: self }
+    }
+}
+
+impl fmt::Debug for Run {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "f{}", self.block)?;
+        if self.order > 0 {
+            write!(f, "+{}", 1u32 << self.order)?;
+        }
+        Ok(())
+    }
+}
+
+/// The unique owner of a run of blocks. It can be read, pinned, and, while nothing pins it, written.
+pub struct Frame {
+    run: Run,
+}
+
+// SAFETY: a Frame is an owner of bytes (like Box<[u8]>) whose shared bookkeeping is atomic; `&Frame` gives shared
+// slices and pins only, and changing the bytes needs `&mut Frame`.
+unsafe impl Send for Frame {}
+// SAFETY: as above.
+unsafe impl Sync for Frame {}
+
+impl Frame {
+    /// Bytes: 4 KiB << order.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.run.len()
+    }
+
+    /// Keeps the bytes as they are, and their memory from being reused, for as long as the result lives.
+    pub fn pin(&self) -> FrameRef {
+        self.run.pin()
+    }
+
+    /// Pins at this moment.
+    pub fn pins(&self) -> u32 {
+        self.run.state().load(Ordering::Acquire)
+    }
+
+    /// The bytes for writing; `None` while a pin exists.
+    pub fn try_mut(&mut self) -> Option<&mut [u8]> {
+        if self.pins() != 0 {
+            return None;
+        }
+        // SAFETY: invariant 2: with `&mut self` and no pins, nobody else can reach these bytes or get to reach them
+        // during the borrow. The run lies within the mapping, is not shared with another run, and is initialised.
+        Some(unsafe { std::slice::from_raw_parts_mut(self.run.start().as_ptr(), self.run.len()) })
+    }
+}
+
+impl Deref for Frame {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: within the mapping and initialised (invariant 6); writing needs `&mut Frame` (invariant 3).
+        unsafe { std::slice::from_raw_parts(self.run.start().as_ptr(), self.run.len()) }
+    }
+}
+
+impl Drop for Frame {
+    fn drop(&mut self) {
+        let state = self.run.state();
+        // Without pins nobody is left who could change the word: no need for a read-modify-write.
+        let pins = match state.load(Ordering::Acquire) {
+            0 => 0,
+            _ => state.fetch_or(ORPHAN, Ordering::AcqRel),
+        };
+        if pins == 0 {
+            // SAFETY: the frame goes last (the word was 0, so every reference is gone and none can be made any more):
+            // this is the one return of invariant 1, with the run's strong count.
+            unsafe { Shared::give_back(self.run.shared, self.run.block) }
+        }
+    }
+}
+
+impl fmt::Debug for Frame {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.run.fmt(f)
+    }
+}
+
+/// A pin: the bytes of a frame, shared and unchanging. The memory is reused only after the last one is dropped.
+pub struct FrameRef {
+    run: Run,
+}
+
+// SAFETY: a FrameRef gives shared access to bytes that do not change while it lives (invariant 3), and its count is
+// atomic: like Arc<[u8]>.
+unsafe impl Send for FrameRef {}
+// SAFETY: as above.
+unsafe impl Sync for FrameRef {}
+
+impl FrameRef {
+    /// Bytes of the frame.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.run.len()
+    }
+
+    /// Whether both pin the same frame.
+    pub fn same_frame(&self, other: &FrameRef) -> bool {
+        self.run.shared == other.run.shared && self.run.block == other.run.block
+    }
+}
+
+impl Clone for FrameRef {
+    fn clone(&self) -> Self {
+        self.run.pin()
+    }
+}
+
+impl Deref for FrameRef {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: within the mapping and initialised (invariant 6); while this pin exists nobody has `&mut` to the
+        // bytes (invariant 3) and the run is not returned (invariant 1).
+        unsafe { std::slice::from_raw_parts(self.run.start().as_ptr(), self.run.len()) }
+    }
+}
+
+impl Drop for FrameRef {
+    fn drop(&mut self) {
+        // Copied out first: once the pin is released the frame's owner may return the run and free `shared`, so
+        // nothing of it may be touched afterwards unless this was the last pin of an orphan.
+        let Run { shared, block, .. } = self.run;
+        let before = self.run.state().fetch_sub(1, Ordering::Release);
+        if before == ORPHAN | 1 {
+            fence(Ordering::Acquire);
+            // SAFETY: the frame is gone and this was the last pin: exactly one release sees this value, and it is the
+            // one return of invariant 1, with the run's strong count.
+            unsafe { Shared::give_back(shared, block) }
+        }
+    }
+}
+
+impl fmt::Debug for FrameRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.run.fmt(f)
+    }
+}
+
+/// The mapping itself: from the kernel, or under Miri (which knows no mmap) from the allocator.
+mod memory {
+    use super::*;
+
+    const HUGE: usize = 2 << 20;
+
+    pub(super) struct Memory {
+        start: NonNull<u8>,
+        kind: ArenaKind,
+        owner: ManuallyDrop<Owner>,
+    }
+
+    // SAFETY: plain memory, owned; access to its bytes is governed by Frame and FrameRef.
+    unsafe impl Send for Memory {}
+    // SAFETY: as above.
+    unsafe impl Sync for Memory {}
+
+    /// What has to be given back to the system.
+    struct Owner {
+        at: NonNull<u8>,
+        len: usize,
+    }
+
+    impl Memory {
+        pub(super) fn start(&self) -> NonNull<u8> {
+            self.start
+        }
+
+        pub(super) fn kind(&self) -> ArenaKind {
+            self.kind
+        }
+
+        /// At least `len` zero bytes, aligned to 2 MiB.
+        pub(super) fn map(len: usize) -> std::io::Result<Memory> {
+            let len = len.next_multiple_of(HUGE);
+            if let Some(owner) = Owner::huge(len) {
+                return Ok(Memory { start: owner.at, kind: ArenaKind::HugePages, owner: ManuallyDrop::new(owner) });
+            }
+            // One huge page more than wanted, so that an aligned start lies within; untouched pages cost nothing.
+            let owner = Owner::plain(len + HUGE)?;
+            let skip = owner.at.align_offset(HUGE);
+            assert!(skip <= HUGE, "the mapping holds an aligned start");
+            // SAFETY: `skip` is at most HUGE, and the mapping is `len + HUGE` long.
+            let start = unsafe { owner.at.add(skip) };
+            let kind = if owner.advise(start, len) { ArenaKind::Transparent } else { ArenaKind::Small };
+            Ok(Memory { start, kind, owner: ManuallyDrop::new(owner) })
+        }
+    }
+
+    impl Drop for Memory {
+        fn drop(&mut self) {
+            // SAFETY: taken once, here; the strong counts of invariant 4 say that no run is in use any more.
+            let owner = unsafe { ManuallyDrop::take(&mut self.owner) };
+            owner.release();
+        }
+    }
+
+    #[cfg(not(miri))]
+    impl Owner {
+        /// Explicit huge pages, if an administrator has reserved enough of them. They are touched at once: where a
+        /// control group forbids them the kernel says so only on first touch, with a signal.
+        fn huge(len: usize) -> Option<Owner> {
+            use rustix::mm::{Advice, MapFlags};
+            let owner = Self::mmap(len, MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB).ok()?;
+            // SAFETY: the range is our own fresh mapping; populating changes no bytes.
+            let touched =
+                unsafe { rustix::mm::madvise(owner.at.as_ptr().cast(), len, Advice::LinuxPopulateWrite) };
+            if touched.is_err() {
+                owner.release();
+                return None;
+            }
+            Some(owner)
+        }
+
+        fn plain(len: usize) -> std::io::Result<Owner> {
+            Ok(Self::mmap(len, rustix::mm::MapFlags::PRIVATE)?)
+        }
+
+        fn mmap(len: usize, flags: rustix::mm::MapFlags) -> rustix::io::Result<Owner> {
+            use rustix::mm::ProtFlags;
+            // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no existing memory.
+            let at = unsafe {
+                rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags)?
+            };
+            let at = NonNull::new(at.cast()).ok_or(rustix::io::Errno::NOMEM)?;
+            Ok(Owner { at, len })
+        }
+
+        /// Asks for transparent huge pages, and says whether the machine gives any.
+        fn advise(&self, start: NonNull<u8>, len: usize) -> bool {
+            let setting = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+            if !setting.is_ok_and(|s| !s.contains("[never]")) {
+                return false;
+            }
+            // SAFETY: the range lies within our own mapping; the advice changes no bytes.
+            unsafe { rustix::mm::madvise(start.as_ptr().cast(), len, rustix::mm::Advice::LinuxHugepage) }.is_ok()
+        }
+
+        fn release(self) {
+            // SAFETY: exactly the range that was mapped, by its only owner. A failure leaks it, which is harmless.
+            let _ = unsafe { rustix::mm::munmap(self.at.as_ptr().cast(), self.len) };
+        }
+    }
+
+    #[cfg(miri)]
+    impl Owner {
+        fn layout(len: usize) -> std::alloc::Layout {
+            std::alloc::Layout::from_size_align(len, BLOCK).expect("a small test arena")
+        }
+        fn huge(_: usize) -> Option<Owner> {
+            None
+        }
+        fn plain(len: usize) -> std::io::Result<Owner> {
+            // SAFETY: the length is not zero.
+            let at = unsafe { std::alloc::alloc_zeroed(Self::layout(len)) };
+            Ok(Owner { at: NonNull::new(at).ok_or(std::io::ErrorKind::OutOfMemory)?, len })
+        }
+        fn advise(&self, _: NonNull<u8>, _: usize) -> bool {
+            false
+        }
+        fn release(self) {
+            // SAFETY: allocated by `plain` with the same layout.
+            unsafe { std::alloc::dealloc(self.at.as_ptr(), Self::layout(self.len)) }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "arena_tests.rs"]
+mod tests;

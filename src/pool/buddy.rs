@@ -1,1 +1,238 @@
-//! x
+//! The buddy allocator behind the arena: which runs of blocks are free. Pure bookkeeping, no memory of its own.
+//!
+//! Invariants
+//! 1. Every block belongs to exactly one run: free in a list, free in the quick stack, or handed out. A run of
+//!    order `o` has `1 << o` blocks and begins at a multiple of that.
+//! 2. `heads` tells the state of a run at its first block, and is [`INSIDE`] at all others.
+//! 3. Two free buddies never stand in the lists side by side: they are merged when the second one arrives. Only the
+//!    quick stack holds single blocks back from merging, and it is emptied before a larger run is refused.
+//!
+//! It does *not*: touch the memory, know about pins, or synchronise; one thread owns it.
+
+/// The largest order: runs of 512 blocks, 2 MiB.
+pub(super) const ORDER_MAX: u8 = 9;
+
+/// Single blocks kept ready without merging. Enough for a batch of page writes; what it holds back from larger runs
+/// is returned as soon as one of those is wanted.
+const QUICK_MAX: usize = 256;
+
+const NONE: u32 = u32::MAX;
+const INSIDE: u8 = 0;
+const FREE: u8 = 0x40;
+const USED: u8 = 0x80;
+const QUICK: u8 = 0xC0;
+const STATE: u8 = 0xC0;
+
+/// A doubly linked list node of a free run, kept beside the memory so that free memory is never touched.
+#[derive(Clone, Copy)]
+struct Link {
+    next: u32,
+    prev: u32,
+}
+
+/// Which runs of `heads.len()` blocks are free.
+pub(super) struct Buddy {
+    heads: Box<[u8]>,
+    links: Box<[Link]>,
+    /// First free run of each order.
+    lists: [u32; ORDER_MAX as usize + 1],
+    quick: Vec<u32>,
+    free_blocks: u32,
+}
+
+impl Buddy {
+    /// All of `blocks` free.
+    pub(super) fn new(blocks: u32) -> Self {
+        let mut buddy = Buddy {
+            heads: vec![INSIDE; blocks as usize].into(),
+            links: vec![Link { next: NONE, prev: NONE }; blocks as usize].into(),
+            lists: [NONE; ORDER_MAX as usize + 1],
+            quick: Vec::with_capacity(QUICK_MAX),
+            free_blocks: blocks,
+        };
+        // The largest aligned run that still fits, from the front; then the lists, which are stacks, are filled from
+        // the back so that low addresses go first.
+        let mut runs = Vec::new();
+        let mut at = 0;
+        while at < blocks {
+            let fits = (blocks - at).ilog2() as u8;
+            let order = fits.min(at.trailing_zeros().min(u32::from(ORDER_MAX)) as u8).min(ORDER_MAX);
+            runs.push((at, order));
+            at += 1 << order;
+        }
+        for (block, order) in runs.into_iter().rev() {
+            buddy.link(block, order);
+        }
+        buddy
+    }
+
+    /// Blocks that are free, in runs of whatever size.
+    pub(super) fn free_blocks(&self) -> u32 {
+        self.free_blocks
+    }
+
+    /// Whether [`take`](Self::take) of a single block will not have to split.
+    pub(super) fn has_quick(&self) -> bool {
+        !self.quick.is_empty()
+    }
+
+    /// Takes a run of `1 << order` blocks, aligned to its size; `None` if there is no such run, or never can be.
+    pub(super) fn take(&mut self, order: u8) -> Option<u32> {
+        if order == 0
+            && let Some(block) = self.quick.pop()
+        {
+            self.heads[block as usize] = USED;
+            self.free_blocks -= 1;
+            return Some(block);
+        }
+        if order > ORDER_MAX {
+            return None;
+        }
+        self.take_from_lists(order).or_else(|| {
+            self.settle();
+            self.take_from_lists(order)
+        })
+    }
+
+    /// Gives back the run that begins at `block`, and returns its order.
+    ///
+    /// # Panics
+    /// If no run that is handed out begins there: a frame was returned twice.
+    pub(super) fn give(&mut self, block: u32) -> u8 {
+        let head = self.heads[block as usize];
+        assert_eq!(head & STATE, USED, "block {block} is given back but was not handed out");
+        let order = head & !STATE;
+        self.free_blocks += 1 << order;
+        if order == 0 && self.quick.len() < QUICK_MAX {
+            self.heads[block as usize] = QUICK;
+            self.quick.push(block);
+        } else {
+            self.merge(block, order);
+        }
+        order
+    }
+
+    /// Merges what the quick stack has held back.
+    fn settle(&mut self) {
+        while let Some(block) = self.quick.pop() {
+            self.merge(block, 0);
+        }
+    }
+
+    fn take_from_lists(&mut self, order: u8) -> Option<u32> {
+        let found = (order..=ORDER_MAX).find(|&o| self.lists[o as usize] != NONE)?;
+        let block = self.lists[found as usize];
+        self.unlink(block, found);
+        // The upper half of every split stays free.
+        for half in (order..found).rev() {
+            self.link(block + (1 << half), half);
+        }
+        self.heads[block as usize] = USED | order;
+        self.free_blocks -= 1 << order;
+        Some(block)
+    }
+
+    fn merge(&mut self, mut block: u32, mut order: u8) {
+        self.heads[block as usize] = INSIDE;
+        while order < ORDER_MAX {
+            let other = block ^ (1 << order);
+            if self.heads.get(other as usize) != Some(&(FREE | order)) {
+                break;
+            }
+            self.unlink(other, order);
+            block = block.min(other);
+            order += 1;
+        }
+        self.link(block, order);
+    }
+
+    fn link(&mut self, block: u32, order: u8) {
+        let next = self.lists[order as usize];
+        self.links[block as usize] = Link { next, prev: NONE };
+        if next != NONE {
+            self.links[next as usize].prev = block;
+        }
+        self.lists[order as usize] = block;
+        self.heads[block as usize] = FREE | order;
+    }
+
+    fn unlink(&mut self, block: u32, order: u8) {
+        let Link { next, prev } = self.links[block as usize];
+        if prev == NONE {
+            self.lists[order as usize] = next;
+        } else {
+            self.links[prev as usize].next = next;
+        }
+        if next != NONE {
+            self.links[next as usize].prev = prev;
+        }
+        self.heads[block as usize] = INSIDE;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    /// Takes everything in single blocks and gives it back: afterwards each run that fits must be whole again.
+    fn assert_whole(buddy: &mut Buddy, blocks: u32) {
+        assert_eq!(buddy.free_blocks(), blocks);
+        let large = blocks >> ORDER_MAX;
+        let runs: Vec<u32> = (0..large).map(|_| buddy.take(ORDER_MAX).expect("a merged run")).collect();
+        assert_eq!(buddy.take(ORDER_MAX), None);
+        assert_eq!(buddy.free_blocks(), blocks - (large << ORDER_MAX));
+        for run in runs {
+            buddy.give(run);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 4 } else { 256 }, ..ProptestConfig::default() })]
+
+        /// Two owners of one block would overwrite each other's pages; a run that is lost is memory lost for good.
+        #[test]
+        fn runs_never_overlap_and_merge_back_fully(
+            blocks in 1u32..3000,
+            steps in proptest::collection::vec((0u8..12, any::<u16>()), 0..600),
+        ) {
+            let mut buddy = Buddy::new(blocks);
+            let mut owned = vec![false; blocks as usize];
+            let mut out: BTreeMap<u32, u8> = BTreeMap::new();
+            for (order, pick) in steps {
+                if pick % 3 == 0 && !out.is_empty() {
+                    let block = *out.keys().nth(pick as usize % out.len()).unwrap();
+                    let order = out.remove(&block).unwrap();
+                    prop_assert_eq!(buddy.give(block), order);
+                    owned[block as usize..(block + (1 << order)) as usize].fill(false);
+                } else if let Some(block) = buddy.take(order) {
+                    prop_assert_eq!(block % (1 << order), 0);
+                    let run = &mut owned[block as usize..(block + (1 << order)) as usize];
+                    prop_assert!(run.iter().all(|&o| !o));
+                    run.fill(true);
+                    out.insert(block, order);
+                } else if order <= ORDER_MAX {
+                    let free = owned.chunks_exact(1 << order).any(|run| run.iter().all(|&o| !o));
+                    prop_assert!(!free, "order {} refused although an aligned free run exists", order);
+                }
+                let free = owned.iter().filter(|&&o| !o).count();
+                prop_assert_eq!(buddy.free_blocks() as usize, free);
+            }
+            for (block, _) in out {
+                buddy.give(block);
+            }
+            assert_whole(&mut buddy, blocks);
+        }
+    }
+
+    /// A second return of the same run must be caught before it has two owners.
+    #[test]
+    #[should_panic(expected = "not handed out")]
+    fn a_run_is_given_back_once() {
+        let mut buddy = Buddy::new(4);
+        let block = buddy.take(1).unwrap();
+        buddy.give(block);
+        buddy.give(block);
+    }
+}

@@ -1,5 +1,355 @@
-//! One core's share of the store, as a state machine without I/O, clock or randomness.
+//! One core's share of the store, as a state machine without I/O, clock or randomness: events in, effects out.
+//!
+//! ```text
+//! request --> pages (resolve, load) --> commits (validate, admit, draw, apply) --> open group
+//!                                                                                      |close
+//!       reply <-- watermark <-- flush <-- log write, pages straight to their places <--+
+//!   dirty pages --> write-back (window, sorted, merged) --> places --> page map --> checkpoint --> superblock
+//! ```
+//! Invariants
+//! 1. Everything happens in [`Shard::turn`] and [`Shard::complete`]; between two calls nothing changes.
+//! 2. No effect of a commit leaves the shard before its LSN is drawn.
+//! 3. A durable reply leaves only when the watermark has reached the commit.
+//! 4. After the first failed write or flush nothing is acknowledged any more (`failed`), and nothing more is written.
+//! 5. Every queue is bounded: [`Shard::accepting`] says when to stop bringing requests.
+//!
+//! It names no file system, ring, clock, thread or random source: drivers and the simulator do.
 
+mod checkpoint;
+mod commits;
+mod compaction;
 mod event;
+mod groups;
+mod pages;
+mod redo;
+mod requests;
+mod space;
+mod writeback;
 
 pub use event::{Change, Commit, Effect, PageRef, Request, Response, Token};
+pub(crate) use checkpoint::NewEpoch;
+pub(crate) use commits::LSN_AHEAD_MAX;
+pub(crate) use redo::{RedoChange, RedoKind};
+
+use crate::commit::GlobalOrder;
+use crate::disk::{Completion, DiskOp, OpId};
+use crate::error::{Error, ErrorKind};
+use crate::format::extent::NodeKey;
+use crate::format::node::Child;
+use crate::format::superblock::Superblock;
+use crate::log::{FlushSet, Log};
+use crate::map::{Extents, Map};
+use crate::metrics::ShardStats;
+use crate::options::Limits;
+use crate::pool::Arena;
+#[cfg(any(test, feature = "sim"))]
+use crate::types::Lsn;
+use crate::types::{ExtentNo, Micros, ShardId};
+use checkpoint::Checkpoint;
+use compaction::Compaction;
+use hashbrown::HashMap;
+use pages::{NodeWaiter, PageRead, Table};
+use requests::{Pending, Waiting};
+use slab::Slab;
+use space::Growth;
+use std::collections::{BinaryHeap, VecDeque};
+use std::sync::Arc;
+use writeback::{Capture, Unsettled};
+
+/// What an operation under way is for.
+enum OpKind {
+    PageRead(Vec<PageRead>),
+    NodeRead(NodeKey, Child),
+    /// The log write of a group.
+    GroupLog(u64),
+    /// Pages of a group, straight to their places.
+    GroupData(u64, Vec<usize>),
+    /// The flush of some groups.
+    GroupFlush(FlushSet),
+    /// Dirty pages to their places.
+    PageWrite(Vec<usize>),
+    SummaryWrite(ExtentNo),
+    SummaryRead(ExtentNo),
+    /// A step of the checkpoint.
+    Checkpoint,
+    /// More data space.
+    Grow(Growth),
+}
+
+/// One shard. See the module's documentation.
+pub struct Shard {
+    id: ShardId,
+    limits: Limits,
+    order: Arc<GlobalOrder>,
+    now: Micros,
+    arena: Arena,
+    table: Table,
+    map: Map,
+    extents: Extents,
+    log: Log,
+    /// The newest one that is durable.
+    superblock: Superblock,
+    ops: Slab<OpKind>,
+    effects: VecDeque<Effect>,
+    pending: Slab<Pending>,
+    /// Commits whose pages are all there, in the order in which they became so.
+    ready: VecDeque<usize>,
+    /// Other requests whose pages are all there.
+    finished: VecDeque<usize>,
+    /// Replies that wait for the watermark.
+    waiting: BinaryHeap<Waiting>,
+    waiting_seq: u64,
+    node_waiters: HashMap<NodeKey, Vec<NodeWaiter>, foldhash::fast::FixedState>,
+    nodes_wanted: Vec<(NodeKey, Child)>,
+    reads_wanted: Vec<usize>,
+    flushing: bool,
+    /// Dirty pages in the order in which they became so.
+    dirty: Vec<usize>,
+    dirty_since: Micros,
+    captures: Slab<Capture>,
+    /// Written captures that wait for the watermark.
+    unsettled: BinaryHeap<Unsettled>,
+    page_writes: usize,
+    /// Blocks that dirty pages and slots will need.
+    reserved_blocks: u64,
+    moves: Vec<usize>,
+    compaction: Option<Compaction>,
+    compacted: hashbrown::HashSet<ExtentNo, foldhash::fast::FixedState>,
+    checkpoint: Checkpoint,
+    summaries: Vec<ExtentNo>,
+    summaries_under_way: usize,
+    growing: bool,
+    grow_failed_at: Option<Micros>,
+    stalled_for_space: bool,
+    closing: Option<Option<Token>>,
+    closed: bool,
+    failed: Option<Error>,
+    redo_error: Option<Error>,
+    again: bool,
+    stats: ShardStats,
+    #[cfg(any(test, feature = "sim"))]
+    drawn: Vec<(Token, Lsn)>,
+    #[cfg(any(test, feature = "sim"))]
+    canary: Option<crate::sim::Canary>,
+    #[cfg(any(test, feature = "sim"))]
+    reused_early: Vec<crate::types::Place>,
+}
+
+/// What a shard is made of, as found by recovery.
+pub(crate) struct Parts {
+    pub id: ShardId,
+    pub limits: Limits,
+    pub order: Arc<GlobalOrder>,
+    pub arena: Arena,
+    pub map: Map,
+    pub extents: Extents,
+    pub log: Log,
+    pub superblock: Superblock,
+    pub seed: u64,
+    pub now: Micros,
+}
+
+impl Shard {
+    pub(crate) fn new(parts: Parts) -> Self {
+        let hasher = || foldhash::fast::FixedState::with_seed(parts.seed);
+        Shard {
+            id: parts.id,
+            limits: parts.limits,
+            order: parts.order,
+            now: parts.now,
+            arena: parts.arena,
+            table: Table::new(parts.seed),
+            map: parts.map,
+            extents: parts.extents,
+            log: parts.log,
+            superblock: parts.superblock,
+            ops: Slab::new(),
+            effects: VecDeque::new(),
+            pending: Slab::new(),
+            ready: VecDeque::new(),
+            finished: VecDeque::new(),
+            waiting: BinaryHeap::new(),
+            waiting_seq: 0,
+            node_waiters: HashMap::with_hasher(hasher()),
+            nodes_wanted: Vec::new(),
+            reads_wanted: Vec::new(),
+            flushing: false,
+            dirty: Vec::new(),
+            dirty_since: 0,
+            captures: Slab::new(),
+            unsettled: BinaryHeap::new(),
+            page_writes: 0,
+            reserved_blocks: 0,
+            moves: Vec::new(),
+            compaction: None,
+            compacted: hashbrown::HashSet::with_hasher(hasher()),
+            checkpoint: Checkpoint::default(),
+            summaries: Vec::new(),
+            summaries_under_way: 0,
+            growing: false,
+            grow_failed_at: None,
+            stalled_for_space: false,
+            closing: None,
+            closed: false,
+            failed: None,
+            redo_error: None,
+            again: false,
+            stats: ShardStats::default(),
+            #[cfg(any(test, feature = "sim"))]
+            drawn: Vec::new(),
+            #[cfg(any(test, feature = "sim"))]
+            canary: None,
+            #[cfg(any(test, feature = "sim"))]
+            reused_early: Vec::new(),
+        }
+    }
+
+    /// Advances everything as far as it goes without a completion; afterwards drain
+    /// [`next_effect`](Self::next_effect).
+    pub fn turn(&mut self, now: Micros) {
+        self.now = self.now.max(now);
+        for _ in 0..16 {
+            self.again = false;
+            self.finish_ready();
+            self.run_commits();
+            self.advance_groups();
+            self.write_back();
+            self.advance_checkpoint();
+            self.advance_space();
+            self.advance_compaction();
+            self.write_summaries();
+            self.submit_reads();
+            self.advance_close();
+            if !self.again {
+                break;
+            }
+        }
+    }
+
+    /// The next thing to be done, if any.
+    pub fn next_effect(&mut self) -> Option<Effect> {
+        self.effects.pop_front()
+    }
+
+    /// When `turn` should be called at the latest if nothing arrives; `None`: not before something does.
+    pub fn deadline(&self) -> Option<Micros> {
+        if self.again {
+            return Some(self.now);
+        }
+        let window = self.limits.coalesce_window_us;
+        let group = (!self.log.open.is_empty()).then(|| self.log.open.opened_at + window);
+        let pages = (!self.dirty.is_empty()).then(|| self.dirty_since.max(self.now.saturating_sub(window)) + window);
+        let growth = self.stalled_for_space.then_some(self.now + space::GROW_RETRY_US);
+        let next = [group, pages, growth].into_iter().flatten().min()?;
+        (self.failed.is_none()).then_some(next.max(self.now + 1))
+    }
+
+    /// Whether more requests may be brought; false is back-pressure.
+    pub fn accepting(&self) -> bool {
+        self.pending.len() < self.limits.requests_max
+    }
+
+    /// Whether `Close` has been carried out.
+    pub fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    /// Brings the end of an operation.
+    pub fn complete(&mut self, completion: Completion) {
+        let kind = self.ops.remove(completion.id.0 as usize);
+        match kind {
+            OpKind::PageRead(reads) => self.pages_read(reads, completion),
+            OpKind::NodeRead(key, child) => self.node_read(key, child, completion),
+            OpKind::GroupLog(number) => self.group_written(number, completion.result),
+            OpKind::GroupData(number, captures) => {
+                let ok = completion.result.is_ok();
+                self.group_written(number, completion.result);
+                if ok {
+                    self.captures_written(captures);
+                }
+            }
+            OpKind::GroupFlush(set) => self.group_flushed(set, completion.result),
+            OpKind::PageWrite(captures) => {
+                self.page_writes -= captures.len();
+                match completion.result {
+                    Ok(()) => self.captures_written(captures),
+                    Err(error) => self.fail(error),
+                }
+            }
+            OpKind::SummaryWrite(extent) => {
+                self.summaries_under_way -= 1;
+                match completion.result {
+                    Ok(()) => self.extents.summary_written(extent),
+                    Err(error) => self.fail(error),
+                }
+            }
+            OpKind::SummaryRead(extent) => self.summary_read(extent, completion),
+            OpKind::Checkpoint => self.checkpoint_step_done(completion),
+            OpKind::Grow(growth) => self.grown(growth, completion.result),
+        }
+    }
+
+    /// The clock that drives it from now on may show less than the one that drove it until now.
+    pub(crate) fn rebase_clock(&mut self, now: Micros) {
+        self.now = now;
+        self.dirty_since = now;
+    }
+
+    /// The sizes of the store.
+    pub(crate) fn geometry(&self) -> &crate::options::Geometry {
+        &self.limits.geometry
+    }
+
+    /// Why it stopped, if it did.
+    pub(crate) fn failure(&self) -> Option<Error> {
+        self.failed.clone()
+    }
+
+    /// Operations under way.
+    pub(crate) fn ops_under_way(&self) -> usize {
+        self.ops.len()
+    }
+
+    fn submit(&mut self, kind: OpKind, op: DiskOp) {
+        let id = self.ops.insert(kind);
+        self.effects.push_back(Effect::Submit(OpId(id as u64), op));
+    }
+
+    /// A write or a flush failed: nothing is acknowledged from now on.
+    fn fail(&mut self, error: Error) {
+        if self.failed.is_some() {
+            return;
+        }
+        tracing::error!(shard = self.id.get(), %error, "the store stops writing; reopen it");
+        let stopped = Error::new(
+            ErrorKind::Closed,
+            format_args!("the store has stopped writing after a failure ({error}); reopen it to recover"),
+        );
+        self.failed = Some(stopped);
+        self.fail_writers(&error);
+    }
+
+    /// Counters, as of now.
+    fn counters(&mut self) -> ShardStats {
+        let space = self.extents.space();
+        self.stats.extents_total = space.total.into();
+        self.stats.extents_free = space.free.into();
+        self.stats.blocks_live = space.live_blocks;
+        self.stats.last_lsn = self.order.next().before().get();
+        self.stats.durable_lsn = self.order.watermark().get();
+        self.stats.clone()
+    }
+}
+
+#[cfg(any(test, feature = "sim"))]
+impl Shard {
+    /// Which request got which LSN, in order, since last asked: also for commits that are never answered.
+    pub fn take_drawn(&mut self) -> Vec<(Token, Lsn)> {
+        std::mem::take(&mut self.drawn)
+    }
+
+    /// Plants a bug.
+    pub fn set_canary(&mut self, canary: Option<crate::sim::Canary>) {
+        self.canary = canary;
+    }
+}

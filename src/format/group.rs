@@ -1,0 +1,401 @@
+//! A log group: the unit in which the log is written, and found again whole or not at all.
+//!
+//! ```text
+//! | head 256 B | records ... | slots ... | zeros | inline page | inline page | ...
+//! |<------------------ body blocks ------------->|<---- one block each ------->|
+//! ```
+//! The head is sealed by `head_crc`, seeded with the epoch's salt and covering the group's own position, so that
+//! neither recycled bytes, nor user data that happens to be a copy of a log, can pass for a group. `body_crc`
+//! covers the rest of the body blocks, padding included. A slot names the image of one page: inline in this
+//! group, or at its final place in an extent; its sum is in the slot.
+
+use super::node::Entry;
+use super::{crc_around, get};
+use crate::types::{BLOCK, Lsn, PageKey, SegmentNo, ShardId, VolumeId};
+use std::mem::offset_of;
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// LSN runs that one group can hold.
+pub const RUNS_MAX: usize = 8;
+/// Bytes of the head; records follow.
+pub const HEAD_BYTES: usize = size_of::<Head>();
+const MAGIC: [u8; 8] = *b"CPGROUP\0";
+
+/// Consecutive LSNs.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Default)]
+pub struct RawRun {
+    /// First.
+    pub first: U64,
+    /// How many.
+    pub count: U64,
+}
+
+/// Head of a group.
+#[repr(C)]
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+pub struct Head {
+    /// `CPGROUP`.
+    pub magic: [u8; 8],
+    /// CRC32C of the head, seeded with the salt, this field as zeros.
+    pub head_crc: U32,
+    /// CRC32C of the body after the head.
+    pub body_crc: U32,
+    /// The epoch.
+    pub epoch: U64,
+    /// The segment's generation: grows each time that a segment is begun.
+    pub generation: U64,
+    /// Grows by one with each group of this log in this epoch.
+    pub number: U64,
+    /// `head_crc` of the group before; zero for the first.
+    pub prev_crc: U32,
+    /// Whose log.
+    pub shard: U16,
+    /// Runs in use.
+    pub runs_count: U16,
+    /// The segment it stands in.
+    pub segment: U32,
+    /// The block it begins at.
+    pub block: U32,
+    /// Body blocks, the head's included.
+    pub body_blocks: U32,
+    /// All blocks, inline pages included.
+    pub blocks: U32,
+    /// Bytes of records after the head.
+    pub records_bytes: U32,
+    /// Slots after the records.
+    pub slots_count: U32,
+    /// Commits recorded.
+    pub commits_count: U32,
+    /// With which key the body is encrypted: 0 = not.
+    pub key_id: U16,
+    /// Zero.
+    pub reserved: U16,
+    /// Durable up to here when this group was submitted.
+    pub watermark: U64,
+    /// The newest superblock when this group was submitted.
+    pub superblock_generation: U64,
+    /// All LSNs that this group accounts for, whether or not a commit uses them.
+    pub runs: [RawRun; RUNS_MAX],
+    /// Nonce of the encryption.
+    pub nonce: [u8; 12],
+    /// Authentication tag of the encryption.
+    pub tag: [u8; 16],
+    /// Zero.
+    pub reserved2: [u8; 4],
+}
+
+/// Head of the record of one commit; [`RawChange`]s follow.
+#[repr(C)]
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+pub struct RawRecord {
+    /// The commit.
+    pub lsn: U64,
+    /// Bytes of the record, this head included.
+    pub bytes: U32,
+    /// Changes.
+    pub changes_count: U32,
+    /// 0 = a whole commit. Others (parts of a commit over shards) later.
+    pub kind: u8,
+    /// Zero.
+    pub reserved: [u8; 7],
+}
+
+/// One change; the bytes of a patch follow it.
+#[repr(C)]
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+pub struct RawChange {
+    /// 1 = the page is as in a slot, 2 = patch, 3 = free.
+    pub kind: u8,
+    /// The volume.
+    pub volume: u8,
+    /// Size class.
+    pub class: u8,
+    /// Zero.
+    pub reserved: u8,
+    /// Slot number, or bytes of the patch.
+    pub len: U32,
+    /// First byte of the patch.
+    pub offset: U32,
+    /// The page.
+    pub page: U64,
+}
+
+/// The image of one page.
+#[repr(C)]
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+pub struct RawSlot {
+    /// The page.
+    pub page: U64,
+    /// The volume.
+    pub volume: u8,
+    /// 0 = not written (freed again in the same run), 1 = inline, 2 = at its final place.
+    pub state: u8,
+    /// Zero.
+    pub reserved: U16,
+    /// For inline images, the block within the group.
+    pub block: U32,
+    /// What the page map will say of it; the place only in state 2.
+    pub entry: Entry,
+}
+
+const _: () = assert!(HEAD_BYTES == 256 && size_of::<RawRecord>() == 24);
+const _: () = assert!(size_of::<RawChange>() == 20 && size_of::<RawSlot>() == 80);
+
+/// A sealed head in memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupHead {
+    /// Epoch.
+    pub epoch: u64,
+    /// Whose log.
+    pub shard: ShardId,
+    /// Where it stands.
+    pub segment: SegmentNo,
+    /// The block at which it begins.
+    pub block: u32,
+    /// Segment generation.
+    pub generation: u64,
+    /// Group number.
+    pub number: u64,
+    /// Sum of the head before.
+    pub prev_crc: u32,
+    /// Sum of this head.
+    pub head_crc: u32,
+    /// Sum of the body.
+    pub body_crc: u32,
+    /// Body blocks.
+    pub body_blocks: u32,
+    /// All blocks.
+    pub blocks: u32,
+    /// Bytes of records.
+    pub records_bytes: u32,
+    /// Slots.
+    pub slots_count: u32,
+    /// Commits.
+    pub commits_count: u32,
+    /// Durable up to here at submission.
+    pub watermark: Lsn,
+    /// Newest superblock at submission.
+    pub superblock_generation: u64,
+    /// Runs: first LSN and count.
+    pub runs: Vec<(Lsn, u64)>,
+}
+
+fn seed(salt: u64) -> u32 {
+    crate::checksum::crc32c(&salt.to_le_bytes())
+}
+
+impl GroupHead {
+    /// Fills the first [`HEAD_BYTES`] of `out`; sets `head_crc`.
+    pub fn seal(&mut self, salt: u64, out: &mut [u8]) {
+        let mut runs = [RawRun::default(); RUNS_MAX];
+        for (raw, (first, count)) in runs.iter_mut().zip(&self.runs) {
+            *raw = RawRun { first: first.get().into(), count: (*count).into() };
+        }
+        let mut raw = Head {
+            magic: MAGIC,
+            head_crc: 0.into(),
+            body_crc: self.body_crc.into(),
+            epoch: self.epoch.into(),
+            generation: self.generation.into(),
+            number: self.number.into(),
+            prev_crc: self.prev_crc.into(),
+            shard: self.shard.get().into(),
+            runs_count: (self.runs.len() as u16).into(),
+            segment: self.segment.get().into(),
+            block: self.block.into(),
+            body_blocks: self.body_blocks.into(),
+            blocks: self.blocks.into(),
+            records_bytes: self.records_bytes.into(),
+            slots_count: self.slots_count.into(),
+            commits_count: self.commits_count.into(),
+            key_id: 0.into(),
+            reserved: 0.into(),
+            watermark: self.watermark.get().into(),
+            superblock_generation: self.superblock_generation.into(),
+            runs,
+            nonce: [0; 12],
+            tag: [0; 16],
+            reserved2: [0; 4],
+        };
+        self.head_crc = crc_around(seed(salt), raw.as_bytes(), offset_of!(Head, head_crc));
+        raw.head_crc = self.head_crc.into();
+        out[..HEAD_BYTES].copy_from_slice(raw.as_bytes());
+    }
+
+    /// The head at the start of `block_bytes`, if there is one that belongs to this epoch and position and whose
+    /// numbers fit a segment of `segment_blocks`.
+    pub fn open(
+        block_bytes: &[u8],
+        salt: u64,
+        epoch: u64,
+        (shard, segment, block): (ShardId, SegmentNo, u32),
+        segment_blocks: u32,
+    ) -> Option<GroupHead> {
+        let raw: &Head = get(block_bytes, 0)?;
+        let sum = || crc_around(seed(salt), raw.as_bytes(), offset_of!(Head, head_crc));
+        if raw.magic != MAGIC || raw.epoch.get() != epoch || raw.head_crc.get() != sum() {
+            return None;
+        }
+        let here = raw.shard.get() == shard.get() && raw.segment.get() == segment.get() && raw.block.get() == block;
+        let (body, all) = (raw.body_blocks.get(), raw.blocks.get());
+        let fits = body >= 1 && body <= all && all <= segment_blocks - block.min(segment_blocks);
+        let needed = HEAD_BYTES as u64
+            + u64::from(raw.records_bytes.get())
+            + u64::from(raw.slots_count.get()) * size_of::<RawSlot>() as u64;
+        let runs_count = usize::from(raw.runs_count.get());
+        if !here || !fits || runs_count > RUNS_MAX || needed > u64::from(body) * BLOCK as u64 {
+            return None;
+        }
+        Some(GroupHead {
+            epoch,
+            shard,
+            segment,
+            block,
+            generation: raw.generation.get(),
+            number: raw.number.get(),
+            prev_crc: raw.prev_crc.get(),
+            head_crc: raw.head_crc.get(),
+            body_crc: raw.body_crc.get(),
+            body_blocks: body,
+            blocks: all,
+            records_bytes: raw.records_bytes.get(),
+            slots_count: raw.slots_count.get(),
+            commits_count: raw.commits_count.get(),
+            watermark: Lsn::new(raw.watermark.get()),
+            superblock_generation: raw.superblock_generation.get(),
+            runs: raw.runs[..runs_count].iter().map(|r| (Lsn::new(r.first.get()), r.count.get())).collect(),
+        })
+    }
+}
+
+/// One change of a decoded record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoggedChange<'a> {
+    /// The page is as in this slot.
+    Image(PageKey, u32),
+    /// Bytes from an offset.
+    Patch(PageKey, u32, &'a [u8]),
+    /// The page is absent.
+    Free(PageKey),
+}
+
+/// Where a page's image is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SlotState {
+    /// Not written.
+    Dead,
+    /// In the group, at this block of it.
+    Inline(u32),
+    /// At the place that the entry names.
+    Placed,
+}
+
+/// A decoded slot.
+#[derive(Clone, Copy)]
+pub struct Slot {
+    /// The page.
+    pub key: PageKey,
+    /// Where its image is.
+    pub state: SlotState,
+    /// Version and sum; place and all if placed.
+    pub entry: Entry,
+}
+
+impl Slot {
+    /// The form on disk.
+    pub fn encode(&self) -> RawSlot {
+        let (state, block) = match self.state {
+            SlotState::Dead => (0, 0),
+            SlotState::Inline(block) => (1, block),
+            SlotState::Placed => (2, 0),
+        };
+        RawSlot {
+            page: self.key.page.get().into(),
+            volume: self.key.volume.get(),
+            state,
+            reserved: 0.into(),
+            block: block.into(),
+            entry: self.entry,
+        }
+    }
+}
+
+/// The checked body of a group.
+pub struct Body<'a> {
+    records: &'a [u8],
+    /// The slots.
+    pub slots: Vec<Slot>,
+}
+
+/// A commit as logged.
+pub struct Record<'a> {
+    /// The commit.
+    pub lsn: Lsn,
+    /// Its changes, in order.
+    pub changes: Vec<LoggedChange<'a>>,
+}
+
+impl<'a> Body<'a> {
+    /// Checks the body in `bytes`, the group's body blocks. `None` if the sum is wrong or it contradicts itself.
+    pub fn open(head: &GroupHead, bytes: &'a [u8]) -> Option<Body<'a>> {
+        let body = bytes.get(..head.body_blocks as usize * BLOCK)?;
+        if crate::checksum::crc32c(&body[HEAD_BYTES..]) != head.body_crc {
+            return None;
+        }
+        let records_end = HEAD_BYTES + head.records_bytes as usize;
+        let mut slots = Vec::new();
+        for i in 0..head.slots_count as usize {
+            let raw: &RawSlot = get(body, records_end + i * size_of::<RawSlot>())?;
+            let state = match raw.state {
+                0 => SlotState::Dead,
+                1 if (head.body_blocks..head.blocks).contains(&raw.block.get()) => SlotState::Inline(raw.block.get()),
+                2 => SlotState::Placed,
+                _ => return None,
+            };
+            let key = PageKey::new(VolumeId::new(raw.volume), raw.page.get().into());
+            slots.push(Slot { key, state, entry: raw.entry });
+        }
+        Some(Body { records: &body[HEAD_BYTES..records_end], slots })
+    }
+
+    /// The commits, in order. `None` if a record contradicts itself.
+    pub fn records(&self) -> Option<Vec<Record<'a>>> {
+        let mut records = Vec::new();
+        let mut at = 0;
+        while at < self.records.len() {
+            let raw: &RawRecord = get(self.records, at)?;
+            let end = at.checked_add(raw.bytes.get() as usize).filter(|end| *end <= self.records.len())?;
+            let mut next = at + size_of::<RawRecord>();
+            let mut changes = Vec::new();
+            for _ in 0..raw.changes_count.get() {
+                let change = self.change(&mut next)?;
+                changes.push(change);
+            }
+            if raw.kind != 0 || next != end {
+                return None;
+            }
+            records.push(Record { lsn: Lsn::new(raw.lsn.get()), changes });
+            at = end;
+        }
+        Some(records)
+    }
+
+    fn change(&self, at: &mut usize) -> Option<LoggedChange<'a>> {
+        let raw: &RawChange = get(self.records, *at)?;
+        *at += size_of::<RawChange>();
+        let key = PageKey::new(VolumeId::new(raw.volume), raw.page.get().into());
+        match raw.kind {
+            1 if (raw.len.get() as usize) < self.slots.len() => Some(LoggedChange::Image(key, raw.len.get())),
+            2 => {
+                let bytes = self.records.get(*at..*at + raw.len.get() as usize)?;
+                let end = u64::from(raw.offset.get()) + u64::from(raw.len.get());
+                *at += bytes.len();
+                (end <= BLOCK as u64).then_some(LoggedChange::Patch(key, raw.offset.get(), bytes))
+            }
+            3 => Some(LoggedChange::Free(key)),
+            _ => None,
+        }
+    }
+}

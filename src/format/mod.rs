@@ -1,0 +1,45 @@
+//! Every byte on disk, and nothing else: layouts, their encoding, and their checks.
+//!
+//! Invariants
+//! 1. Numbers are little endian; structures have no padding that is not named; sizes are asserted here.
+//! 2. A structure read from a device becomes a value of one of these types only through a function that checks
+//!    its checksum and says what is wrong. Nothing here panics on any input.
+//! 3. A structure that carries its own checksum computes it with that field zero.
+//!
+//! Byte offsets: `docs/format.md`, which a test holds against these types.
+
+pub mod extent;
+pub mod group;
+pub mod node;
+pub mod root;
+pub mod superblock;
+
+use crate::checksum::crc32c_append;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// The version of everything described here. Another version is refused with a clear error.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// A type that is its own bytes.
+pub(crate) trait Plain: FromBytes + IntoBytes + Immutable + KnownLayout + Unaligned {}
+impl<T: FromBytes + IntoBytes + Immutable + KnownLayout + Unaligned> Plain for T {}
+
+/// The value at byte `at` of `bytes`, if it is all there.
+pub(crate) fn get<T: Plain>(bytes: &[u8], at: usize) -> Option<&T> {
+    T::ref_from_prefix(bytes.get(at..)?).ok().map(|(value, _)| value)
+}
+
+/// Writes `value` at byte `at`.
+///
+/// # Panics
+/// If it does not fit: the caller laid the structure out.
+pub(crate) fn put<T: Plain>(bytes: &mut [u8], at: usize, value: &T) {
+    bytes[at..at + size_of::<T>()].copy_from_slice(value.as_bytes());
+}
+
+/// The sum of `bytes` with the four bytes at `field`, where the sum itself stands, taken as zeros.
+pub(crate) fn crc_around(seed: u32, bytes: &[u8], field: usize) -> u32 {
+    let sum = crc32c_append(seed, &bytes[..field]);
+    let sum = crc32c_append(sum, &[0; 4]);
+    crc32c_append(sum, &bytes[field + 4..])
+}

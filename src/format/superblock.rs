@@ -1,0 +1,296 @@
+//! The superblock: what a store is, and the one write by which a checkpoint or a recovery becomes true.
+//!
+//! Four copies of 16 KiB stand at the start of the meta file. Generation `g` is written to copies `2 * (g % 2)`
+//! and the one after it, one after the other, a flush after each: so a crash spoils at most one copy, and a
+//! generation of which both copies are unreadable is damage.
+
+use super::{FORMAT_VERSION, Plain, crc_around, get, put};
+use crate::options::Geometry;
+use crate::types::{Lsn, SegmentNo, ShardId};
+use std::mem::offset_of;
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// Bytes of one copy.
+pub const SUPERBLOCK_BYTES: usize = 16 * 1024;
+/// Copies.
+pub const SUPERBLOCK_COPIES: u64 = 4;
+/// The most shards, and so logs, that a store can have at a time.
+pub const SHARDS_MAX: usize = 64;
+/// The most virtual shards.
+pub const VSHARDS_MAX: usize = 512;
+const MAGIC: [u8; 8] = *b"COREPAGE";
+
+/// The fixed part.
+#[repr(C)]
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+pub struct Head {
+    /// `COREPAGE`.
+    pub magic: [u8; 8],
+    /// [`FORMAT_VERSION`].
+    pub version: U32,
+    /// CRC32C of all 16 KiB, this field as zeros.
+    pub crc: U32,
+    /// Which of the four copies this is.
+    pub copy: U32,
+    /// Shards of the deal, and so logs.
+    pub shards_count: U16,
+    /// 1 after a clean close: the logs hold nothing that is needed.
+    pub clean: u8,
+    /// How flushes are made: 0 = `fdatasync` of each file written. Others later.
+    pub flush_method: u8,
+    /// Random, made with the store.
+    pub store_id: [u8; 16],
+    /// Grows by one with each superblock.
+    pub generation: U64,
+    /// Grows by one each time the store is opened for writing.
+    pub epoch: U64,
+    /// The first LSN that this epoch may use.
+    pub epoch_first_lsn: U64,
+    /// Random, made with the epoch: the seed of its group sums.
+    pub salt: U64,
+    /// The newest checkpoint: the number that extent table blocks must carry.
+    pub checkpoint: U64,
+    /// All commits up to here were durable when this was written.
+    pub watermark: U64,
+    /// No LSN from here on was drawn when this was written after recovery or at close.
+    pub next_lsn: U64,
+    /// Bytes of an extent.
+    pub extent_bytes: U64,
+    /// Bytes of a log segment.
+    pub segment_bytes: U64,
+    /// Segments of each log.
+    pub segments_count: U32,
+    /// Virtual shards.
+    pub vshards_count: U32,
+    /// Extents that existed; later ones, if the data file has grown since, are free.
+    pub extents_count: U32,
+    /// Zero.
+    pub reserved: [u8; 132],
+}
+
+/// The end of one shard's log at a clean close; zeros otherwise.
+#[repr(C)]
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Default)]
+pub struct LogRow {
+    /// The segment last written to.
+    pub segment: U32,
+    /// The block in it after the last group.
+    pub block: U32,
+    /// Its generation.
+    pub generation: U64,
+    /// The last group's number; zero if the epoch wrote none.
+    pub number: U64,
+    /// The last group's head sum.
+    pub sum: U32,
+    /// Zero.
+    pub reserved: U32,
+}
+
+/// What the superblock says of one virtual shard.
+#[repr(C)]
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Default)]
+pub struct VShardRow {
+    /// The generation of the root slot that counts.
+    pub generation: U64,
+    /// The roots named here reflect every record up to this LSN.
+    pub redo_lsn: U64,
+    /// The shard to which it is dealt.
+    pub shard: U16,
+    /// Zero.
+    pub reserved: [u8; 6],
+}
+
+const LOGS_AT: usize = size_of::<Head>();
+const VSHARDS_AT: usize = LOGS_AT + SHARDS_MAX * size_of::<LogRow>();
+const _: () = assert!(size_of::<Head>() == 256 && size_of::<LogRow>() == 32 && size_of::<VShardRow>() == 24);
+const _: () = assert!(VSHARDS_AT + VSHARDS_MAX * size_of::<VShardRow>() <= SUPERBLOCK_BYTES);
+
+/// A checked superblock in memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Superblock {
+    /// Clean close.
+    pub clean: bool,
+    /// The store's identity.
+    pub store_id: [u8; 16],
+    /// Generation of this superblock.
+    pub generation: u64,
+    /// Epoch.
+    pub epoch: u64,
+    /// First LSN of the epoch.
+    pub epoch_first_lsn: Lsn,
+    /// Seed of group sums.
+    pub salt: u64,
+    /// Number of the newest checkpoint.
+    pub checkpoint: u64,
+    /// Durable up to here.
+    pub watermark: Lsn,
+    /// Above every LSN drawn.
+    pub next_lsn: Lsn,
+    /// Fixed sizes.
+    pub geometry: Geometry,
+    /// Extents.
+    pub extents_count: u32,
+    /// One for each shard.
+    pub logs: Vec<LogEnd>,
+    /// One for each virtual shard.
+    pub vshards: Vec<VShardState>,
+}
+
+/// [`LogRow`] in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LogEnd {
+    /// The segment last written to.
+    pub segment: SegmentNo,
+    /// The block after the last group.
+    pub block: u32,
+    /// The segment's generation.
+    pub generation: u64,
+    /// The last group's number.
+    pub number: u64,
+    /// The last group's sum.
+    pub sum: u32,
+}
+
+/// [`VShardRow`] in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VShardState {
+    /// Generation of the root that counts.
+    pub generation: u64,
+    /// Every record up to here is in the root.
+    pub redo_lsn: Lsn,
+    /// Owner in the deal.
+    pub shard: ShardId,
+}
+
+/// Why a copy does not count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// Not a superblock at all.
+    Magic,
+    /// A superblock of another version.
+    Version(u32),
+    /// The sum is wrong.
+    Sum,
+    /// The sum is right, but this is another copy, or the values make no sense.
+    Values,
+}
+
+impl Superblock {
+    /// The byte offset in the meta file of copy `copy`.
+    pub fn offset(copy: u64) -> u64 {
+        copy * SUPERBLOCK_BYTES as u64
+    }
+
+    /// The copies that generation `generation` is written to, in order.
+    pub fn copies_of(generation: u64) -> [u64; 2] {
+        let first = generation % 2 * 2;
+        [first, first + 1]
+    }
+
+    /// Fills `out`, of [`SUPERBLOCK_BYTES`], with copy `copy`.
+    pub fn encode(&self, copy: u64, out: &mut [u8]) {
+        out.fill(0);
+        let head = Head {
+            magic: MAGIC,
+            version: FORMAT_VERSION.into(),
+            crc: 0.into(),
+            copy: (copy as u32).into(),
+            shards_count: (self.logs.len() as u16).into(),
+            clean: self.clean.into(),
+            flush_method: 0,
+            store_id: self.store_id,
+            generation: self.generation.into(),
+            epoch: self.epoch.into(),
+            epoch_first_lsn: self.epoch_first_lsn.get().into(),
+            salt: self.salt.into(),
+            checkpoint: self.checkpoint.into(),
+            watermark: self.watermark.get().into(),
+            next_lsn: self.next_lsn.get().into(),
+            extent_bytes: self.geometry.extent_bytes.into(),
+            segment_bytes: self.geometry.segment_bytes.into(),
+            segments_count: self.geometry.segments_count.into(),
+            vshards_count: self.geometry.vshards_count.into(),
+            extents_count: self.extents_count.into(),
+            reserved: [0; 132],
+        };
+        put(out, 0, &head);
+        for (i, log) in self.logs.iter().enumerate() {
+            let row = LogRow {
+                segment: log.segment.get().into(),
+                block: log.block.into(),
+                generation: log.generation.into(),
+                number: log.number.into(),
+                sum: log.sum.into(),
+                reserved: 0.into(),
+            };
+            put(out, LOGS_AT + i * size_of::<LogRow>(), &row);
+        }
+        for (i, vshard) in self.vshards.iter().enumerate() {
+            let row = VShardRow {
+                generation: vshard.generation.into(),
+                redo_lsn: vshard.redo_lsn.get().into(),
+                shard: vshard.shard.get().into(),
+                reserved: [0; 6],
+            };
+            put(out, VSHARDS_AT + i * size_of::<VShardRow>(), &row);
+        }
+        let crc = U32::from(crc_around(0, out, offset_of!(Head, crc)));
+        put(out, offset_of!(Head, crc), &crc);
+    }
+
+    /// Checks and decodes copy `copy`.
+    pub fn decode(copy: u64, bytes: &[u8]) -> Result<Self, Refusal> {
+        let head: &Head = get(bytes, 0).ok_or(Refusal::Magic)?;
+        if head.magic != MAGIC {
+            return Err(Refusal::Magic);
+        }
+        if head.version.get() != FORMAT_VERSION {
+            return Err(Refusal::Version(head.version.get()));
+        }
+        if crc_around(0, bytes, offset_of!(Head, crc)) != head.crc.get() {
+            return Err(Refusal::Sum);
+        }
+        let geometry = Geometry {
+            extent_bytes: head.extent_bytes.get(),
+            segment_bytes: head.segment_bytes.get(),
+            segments_count: head.segments_count.get(),
+            vshards_count: head.vshards_count.get(),
+        };
+        let shards = usize::from(head.shards_count.get());
+        if u64::from(head.copy.get()) != copy || geometry.check().is_err() || !(1..=SHARDS_MAX).contains(&shards) {
+            return Err(Refusal::Values);
+        }
+        let logs = rows(bytes, LOGS_AT, shards, |row: &LogRow| LogEnd {
+            segment: SegmentNo::new(row.segment.get()),
+            block: row.block.get(),
+            generation: row.generation.get(),
+            number: row.number.get(),
+            sum: row.sum.get(),
+        });
+        let vshards = rows(bytes, VSHARDS_AT, geometry.vshards_count as usize, |row: &VShardRow| VShardState {
+            generation: row.generation.get(),
+            redo_lsn: Lsn::new(row.redo_lsn.get()),
+            shard: ShardId::new(row.shard.get()),
+        });
+        Ok(Superblock {
+            clean: head.clean == 1,
+            store_id: head.store_id,
+            generation: head.generation.get(),
+            epoch: head.epoch.get(),
+            epoch_first_lsn: Lsn::new(head.epoch_first_lsn.get()),
+            salt: head.salt.get(),
+            checkpoint: head.checkpoint.get(),
+            watermark: Lsn::new(head.watermark.get()),
+            next_lsn: Lsn::new(head.next_lsn.get()),
+            geometry,
+            extents_count: head.extents_count.get(),
+            logs,
+            vshards,
+        })
+    }
+}
+
+fn rows<T: Plain, V>(bytes: &[u8], at: usize, count: usize, decode: impl Fn(&T) -> V) -> Vec<V> {
+    (0..count).filter_map(|i| get::<T>(bytes, at + i * size_of::<T>())).map(decode).collect()
+}

@@ -1,0 +1,226 @@
+//! The group in the making: records gather in chunks of the arena until it is closed.
+//!
+//! Invariants
+//! 1. Records stand in LSN order. All LSNs drawn for this group are in its runs, used or not.
+//! 2. A slot stands for one page within one run: further changes of the page in the same run are absorbed by it.
+//!    A cut can fall between two runs, never within one, so no state that a crash can ask for is lost.
+//! 3. Nothing here is written to a device before [`OpenGroup::finish`] has sealed it.
+
+use crate::checksum::crc32c_append;
+use crate::format::group::{GroupHead, HEAD_BYTES, RUNS_MAX, RawChange, RawRecord, RawSlot, Slot};
+use crate::pool::{Frame, FrameRef};
+use crate::types::{BLOCK, Lsn, Micros, PageKey};
+use zerocopy::IntoBytes;
+
+/// Buffers of equal size, taken from the arena once.
+pub(crate) struct Chunks {
+    stock: Vec<Frame>,
+    bytes: usize,
+}
+
+impl Chunks {
+    /// These buffers, each of `bytes`.
+    pub(crate) fn new(stock: Vec<Frame>, bytes: usize) -> Self {
+        Chunks { stock, bytes }
+    }
+
+    fn take(&mut self) -> Frame {
+        self.stock.pop().expect("admission kept chunks in stock")
+    }
+}
+
+/// A page whose image goes with the group.
+pub(crate) struct OpenSlot {
+    pub key: PageKey,
+    /// Of the newest change that the image holds.
+    pub lsn: Lsn,
+    /// In which run.
+    pub run: usize,
+    /// The image, if the page was changed again in a later run.
+    pub sealed: Option<FrameRef>,
+    /// Freed again in the same run: nothing is written.
+    pub dead: bool,
+}
+
+/// The open group.
+pub(crate) struct OpenGroup {
+    chunks: Chunks,
+    filled: Vec<Frame>,
+    len: usize,
+    record_at: usize,
+    record_changes: u32,
+    runs: Vec<(Lsn, u64)>,
+    commits_count: u32,
+    /// Page images.
+    pub slots: Vec<OpenSlot>,
+    /// When its first LSN was drawn.
+    pub opened_at: Micros,
+    /// Somebody waits for its durability.
+    pub urgent: bool,
+}
+
+/// A group ready to be written: `body` are its bytes without inline pages.
+pub(crate) struct Finished {
+    pub chunks: Vec<Frame>,
+    pub body_len: usize,
+}
+
+impl OpenGroup {
+    pub(crate) fn new(chunks: Chunks) -> Self {
+        OpenGroup {
+            chunks,
+            filled: Vec::new(),
+            len: HEAD_BYTES,
+            record_at: 0,
+            record_changes: 0,
+            runs: Vec::new(),
+            commits_count: 0,
+            slots: Vec::new(),
+            opened_at: 0,
+            urgent: false,
+        }
+    }
+
+    /// Nothing was drawn for it.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.runs.is_empty()
+    }
+
+    pub(crate) fn first_lsn(&self) -> Option<Lsn> {
+        self.runs.first().map(|(first, _)| *first)
+    }
+
+    pub(crate) fn last_lsn(&self) -> Lsn {
+        self.runs.last().map_or(Lsn::ZERO, |(first, count)| first.plus(count - 1))
+    }
+
+    /// Index of the run that is being filled.
+    pub(crate) fn run(&self) -> usize {
+        self.runs.len().saturating_sub(1)
+    }
+
+    /// Whether one more run, not adjoining the last, would not fit.
+    pub(crate) fn runs_full(&self) -> bool {
+        self.runs.len() == RUNS_MAX
+    }
+
+    /// Body blocks if `bytes` of records and `slots` slots came on top.
+    pub(crate) fn body_blocks_with(&self, bytes: usize, slots: usize) -> u32 {
+        (self.len + bytes + (self.slots.len() + slots) * size_of::<RawSlot>()).div_ceil(BLOCK) as u32
+    }
+
+    /// Whether the stock has the chunks for a body of `blocks`.
+    pub(crate) fn stock_suffices(&self, blocks: u32) -> bool {
+        let chunks = (blocks as usize * BLOCK).div_ceil(self.chunks.bytes);
+        chunks <= self.filled.len() + self.chunks.stock.len()
+    }
+
+    /// Accounts for `count` LSNs from `first`.
+    pub(crate) fn add_run(&mut self, first: Lsn, count: u64, now: Micros) {
+        if self.runs.is_empty() {
+            self.opened_at = now;
+        }
+        match self.runs.last_mut() {
+            Some((last_first, last_count)) if last_first.plus(*last_count) == first => *last_count += count,
+            _ => self.runs.push((first, count)),
+        }
+        debug_assert!(self.runs.len() <= RUNS_MAX);
+    }
+
+    /// Begins the record of a commit.
+    pub(crate) fn begin_record(&mut self) {
+        self.record_at = self.len;
+        self.record_changes = 0;
+        self.append(&[0; size_of::<RawRecord>()]);
+    }
+
+    /// One change of the commit; `patch` are the bytes of a patch, empty otherwise.
+    pub(crate) fn change(&mut self, kind: u8, key: PageKey, len: u32, offset: u32, patch: &[u8]) {
+        let raw = RawChange {
+            kind,
+            volume: key.volume.get(),
+            class: 0,
+            reserved: 0,
+            len: len.into(),
+            offset: offset.into(),
+            page: key.page.get().into(),
+        };
+        self.append(raw.as_bytes());
+        self.append(patch);
+        self.record_changes += 1;
+    }
+
+    /// Ends the record.
+    pub(crate) fn end_record(&mut self, lsn: Lsn) {
+        let raw = RawRecord {
+            lsn: lsn.get().into(),
+            bytes: ((self.len - self.record_at) as u32).into(),
+            changes_count: self.record_changes.into(),
+            kind: 0,
+            reserved: [0; 7],
+        };
+        self.overwrite(self.record_at, raw.as_bytes());
+        self.commits_count += 1;
+    }
+
+    fn append(&mut self, bytes: &[u8]) {
+        let at = self.len;
+        self.len += bytes.len();
+        while self.filled.len() * self.chunks.bytes < self.len {
+            let chunk = self.chunks.take();
+            self.filled.push(chunk);
+        }
+        self.overwrite(at, bytes);
+    }
+
+    fn overwrite(&mut self, mut at: usize, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let (chunk, start) = (at / self.chunks.bytes, at % self.chunks.bytes);
+            let n = bytes.len().min(self.chunks.bytes - start);
+            let frame = self.filled[chunk].try_mut().expect("open chunks are not pinned");
+            frame[start..start + n].copy_from_slice(&bytes[..n]);
+            at += n;
+            bytes = &bytes[n..];
+        }
+    }
+
+    /// Completes `head` (counts, sums, runs), writes the slots, pads and seals; the group is empty afterwards.
+    pub(crate) fn finish(&mut self, slots: &[Slot], inline_blocks: u32, head: &mut GroupHead, salt: u64) -> Finished {
+        head.records_bytes = (self.len - HEAD_BYTES) as u32;
+        head.slots_count = slots.len() as u32;
+        head.commits_count = self.commits_count;
+        head.runs = std::mem::take(&mut self.runs);
+        for slot in slots {
+            self.append(slot.encode().as_bytes());
+        }
+        let padding = self.len.next_multiple_of(BLOCK) - self.len;
+        self.append(&[0; BLOCK][..padding]);
+        let body_len = self.len;
+        head.body_blocks = (body_len / BLOCK) as u32;
+        head.blocks = head.body_blocks + inline_blocks;
+        head.body_crc = self.body_sum(body_len);
+        let mut sealed = [0; HEAD_BYTES];
+        head.seal(salt, &mut sealed);
+        self.overwrite(0, &sealed);
+        self.len = HEAD_BYTES;
+        self.commits_count = 0;
+        self.slots.clear();
+        self.urgent = false;
+        Finished { chunks: std::mem::take(&mut self.filled), body_len }
+    }
+
+    fn body_sum(&self, body_len: usize) -> u32 {
+        let mut sum = 0;
+        for (i, chunk) in self.filled.iter().enumerate() {
+            let base = i * self.chunks.bytes;
+            let from = if i == 0 { HEAD_BYTES } else { 0 };
+            sum = crc32c_append(sum, &chunk[from..chunk.len().min(body_len - base)]);
+        }
+        sum
+    }
+
+    /// Buffers of groups that are durable come back.
+    pub(crate) fn restock(&mut self, chunks: Vec<Frame>) {
+        self.chunks.stock.extend(chunks);
+    }
+}

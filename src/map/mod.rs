@@ -1,0 +1,7 @@
+//! Where everything is: the page map (a radix tree for each virtual shard and volume) and the extents.
+
+mod extents;
+mod tree;
+
+pub(crate) use extents::{ExtentState, Extents, Stream};
+pub(crate) use tree::{Lookup, Map, NodeIdx};

@@ -1,0 +1,459 @@
+//! The page map in memory: nodes are read when first needed, changed in place, and written anew at checkpoints.
+//!
+//! ```text
+//! root block (virtual shard) --volume--> interior nodes (256 children) --...--> leaf (64 entries) --> page
+//! ```
+//! Invariants
+//! 1. A node is in memory only while its parent is (the root block always is); so marking a path dirty needs no I/O.
+//! 2. A dirty node's ancestors are dirty; `dirty` of its virtual shard holds exactly the dirty nodes.
+//! 3. A node that is pinned, dirty, or has children in memory is not evicted.
+//! 4. A child entry in a parent states the place and sum of the child as last *written*; while the child is in
+//!    memory, the child in memory counts.
+//! 5. The map never names a version above the watermark: only the write-back calls [`Map::set`], and only then.
+//!
+//! It does not read or write the device, allocate places, or know which pages are cached.
+
+use crate::checksum::crc32c;
+use crate::format::extent::NodeKey;
+use crate::format::node::{self, Child, Entry};
+use crate::format::put;
+use crate::format::root::{RootHead, VOLUMES_MAX};
+use crate::pool::{Arena, Frame, FrameRef};
+use crate::types::{BLOCK, Lsn, PageKey, Place, VShard, VolumeId};
+use hashbrown::HashMap;
+use std::collections::BTreeSet;
+
+const LEAF_BITS: u32 = 6;
+const NODE_BITS: u32 = 8;
+
+/// A node in memory.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub(crate) struct NodeIdx(u32);
+
+struct Node {
+    key: NodeKey,
+    frame: Frame,
+    /// Where it was last written.
+    place: Option<Place>,
+    dirty: bool,
+    /// Pages that will change it, or requests that wait on it.
+    pins: u32,
+    /// Children in memory.
+    children: u32,
+    /// Used since the hand of the clock last passed.
+    used: bool,
+}
+
+/// A virtual shard's root in memory.
+pub(crate) struct Root {
+    /// Children by volume.
+    pub children: Box<[Child; VOLUMES_MAX]>,
+    /// Generation of the newest root written.
+    pub generation: u64,
+    dirty: bool,
+    dirty_nodes: BTreeSet<(u8, VolumeId, u64)>,
+}
+
+/// What a lookup finds.
+pub(crate) enum Lookup {
+    /// The entry (or none): all nodes needed were in memory.
+    Found(Option<Entry>),
+    /// This node must be read first, from here, with this sum.
+    Load(NodeKey, Child),
+}
+
+/// A node to be written by a checkpoint.
+pub(crate) struct NodeWrite {
+    /// Where to.
+    pub place: Place,
+    /// A copy, fixed.
+    pub frame: FrameRef,
+}
+
+/// The page map of all virtual shards that one shard owns.
+pub(crate) struct Map {
+    vshards_count: u32,
+    roots: Vec<Root>,
+    nodes: Vec<Option<Node>>,
+    vacant: Vec<u32>,
+    index: HashMap<NodeKey, NodeIdx, foldhash::fast::FixedState>,
+    dirty_count: usize,
+    hand: usize,
+}
+
+fn prefix(dense: u64, level: u8) -> u64 {
+    dense.checked_shr(LEAF_BITS + NODE_BITS * u32::from(level)).unwrap_or(0)
+}
+
+fn slot_in(dense: u64, level: u8) -> usize {
+    match level {
+        0 => (dense & ((1 << LEAF_BITS) - 1)) as usize,
+        _ => (dense >> (LEAF_BITS + NODE_BITS * u32::from(level - 1))) as usize & ((1 << NODE_BITS) - 1),
+    }
+}
+
+/// The slot of the node `key` in its parent.
+fn slot_of(key: NodeKey) -> usize {
+    key.prefix as usize & ((1 << NODE_BITS) - 1)
+}
+
+fn parent_of(key: NodeKey) -> NodeKey {
+    NodeKey { level: key.level + 1, prefix: key.prefix >> NODE_BITS, ..key }
+}
+
+impl Map {
+    /// The map with these roots (children and generation), nothing else in memory.
+    pub(crate) fn new(roots: Vec<(Box<[Child; VOLUMES_MAX]>, u64)>, seed: u64) -> Self {
+        let root =
+            |(children, generation)| Root { children, generation, dirty: false, dirty_nodes: BTreeSet::new() };
+        Map {
+            vshards_count: roots.len() as u32,
+            roots: roots.into_iter().map(root).collect(),
+            nodes: Vec::new(),
+            vacant: Vec::new(),
+            index: HashMap::with_hasher(foldhash::fast::FixedState::with_seed(seed)),
+            dirty_count: 0,
+            hand: 0,
+        }
+    }
+
+    /// Where `key` belongs.
+    pub(crate) fn position(&self, key: PageKey) -> (VShard, u64) {
+        key.place_in(self.vshards_count)
+    }
+
+    /// Nodes that the next checkpoint will write.
+    pub(crate) fn dirty_count(&self) -> usize {
+        self.dirty_count
+    }
+
+    /// Nodes in memory.
+    pub(crate) fn loaded_count(&self) -> usize {
+        self.index.len()
+    }
+
+    fn node(&self, idx: NodeIdx) -> &Node {
+        self.nodes[idx.0 as usize].as_ref().expect("a node in the index exists")
+    }
+
+    fn node_mut(&mut self, idx: NodeIdx) -> &mut Node {
+        self.nodes[idx.0 as usize].as_mut().expect("a node in the index exists")
+    }
+
+    fn top(&self, vshard: VShard, volume: VolumeId) -> Child {
+        self.roots[vshard.index()].children.get(usize::from(volume.get())).copied().unwrap_or_default()
+    }
+
+    /// Looks `key` up.
+    pub(crate) fn lookup(&mut self, key: PageKey) -> Lookup {
+        let (vshard, dense) = self.position(key);
+        let leaf = NodeKey { vshard, volume: key.volume, level: 0, prefix: prefix(dense, 0) };
+        if let Some(idx) = self.index.get(&leaf).copied() {
+            let node = self.node_mut(idx);
+            node.used = true;
+            return Lookup::Found(present(node::entry(&node.frame, slot_in(dense, 0))));
+        }
+        let mut child = self.top(vshard, key.volume);
+        let mut level = child.level;
+        if !child.is_present() || prefix(dense, level) != 0 {
+            return Lookup::Found(None);
+        }
+        loop {
+            let at = NodeKey { vshard, volume: key.volume, level, prefix: prefix(dense, level) };
+            let Some(idx) = self.index.get(&at).copied() else {
+                return Lookup::Load(at, child);
+            };
+            let node = self.node_mut(idx);
+            node.used = true;
+            if level == 0 {
+                return Lookup::Found(present(node::entry(&node.frame, slot_in(dense, 0))));
+            }
+            child = node::child(&node.frame, slot_in(dense, level));
+            if !child.is_present() {
+                return Lookup::Found(None);
+            }
+            level -= 1;
+        }
+    }
+
+    /// Whether a node is in memory, and where it was last written.
+    pub(crate) fn resident(&self, key: NodeKey) -> Option<Option<Place>> {
+        self.index.get(&key).map(|idx| self.node(*idx).place)
+    }
+
+    /// The place and sum of node `key` by its parent, if the path to it is in memory; else the first node on it
+    /// that is not. `Ok(None)`: there is no such node.
+    pub(crate) fn find_node(&self, key: NodeKey) -> Result<Option<Child>, (NodeKey, Child)> {
+        let mut child = self.top(key.vshard, key.volume);
+        if !child.is_present() || child.level < key.level {
+            return Ok(None);
+        }
+        let mut level = child.level;
+        let bits_below = |level: u8| NODE_BITS * u32::from(level - key.level);
+        if key.prefix.checked_shr(bits_below(level)).unwrap_or(0) != 0 {
+            return Ok(None);
+        }
+        while level > key.level {
+            let at = NodeKey { level, prefix: key.prefix >> bits_below(level), ..key };
+            let Some(idx) = self.index.get(&at) else { return Err((at, child)) };
+            let below = key.prefix.checked_shr(bits_below(level - 1)).unwrap_or(0);
+            child = node::child(&self.node(*idx).frame, below as usize & ((1 << NODE_BITS) - 1));
+            if !child.is_present() {
+                return Ok(None);
+            }
+            level -= 1;
+        }
+        Ok(Some(child))
+    }
+
+    /// Puts a node into memory that was read from `child`'s place and whose sum was checked.
+    pub(crate) fn insert_loaded(&mut self, key: NodeKey, place: Place, frame: Frame) {
+        if !self.index.contains_key(&key) {
+            self.insert(key, Some(place), frame);
+        }
+    }
+
+    fn insert(&mut self, key: NodeKey, place: Option<Place>, frame: Frame) -> NodeIdx {
+        let node = Node { key, frame, place, dirty: false, pins: 0, children: 0, used: true };
+        let idx = match self.vacant.pop() {
+            Some(i) => NodeIdx(i),
+            None => {
+                self.nodes.push(None);
+                NodeIdx(self.nodes.len() as u32 - 1)
+            }
+        };
+        self.nodes[idx.0 as usize] = Some(node);
+        self.index.insert(key, idx);
+        if let Some(parent) = self.index.get(&parent_of(key)).copied() {
+            self.node_mut(parent).children += 1;
+        }
+        idx
+    }
+
+    fn remove(&mut self, idx: NodeIdx) -> Node {
+        let node = self.nodes[idx.0 as usize].take().expect("a node in the index exists");
+        self.vacant.push(idx.0);
+        self.index.remove(&node.key);
+        if let Some(parent) = self.index.get(&parent_of(node.key)).copied() {
+            self.node_mut(parent).children -= 1;
+        }
+        node
+    }
+
+    /// Nodes that [`pin`](Self::pin) would have to create for `key`: frames that the arena must have.
+    pub(crate) fn missing_nodes(&self, key: PageKey) -> u32 {
+        let (vshard, dense) = self.position(key);
+        let leaf = NodeKey { vshard, volume: key.volume, level: 0, prefix: prefix(dense, 0) };
+        if self.index.contains_key(&leaf) {
+            return 0;
+        }
+        let mut level = self.top(vshard, key.volume).level;
+        while prefix(dense, level) != 0 {
+            level += 1;
+        }
+        // The path down, and the levels that growth puts above the present top.
+        2 * (u32::from(level) + 1)
+    }
+
+    /// Makes the leaf of `key` exist in memory and pins it. All nodes on the path that exist on disk must be in
+    /// memory (a lookup just found the entry or its absence).
+    pub(crate) fn pin(&mut self, key: PageKey, arena: &mut Arena) -> NodeIdx {
+        let (vshard, dense) = self.position(key);
+        let leaf = NodeKey { vshard, volume: key.volume, level: 0, prefix: prefix(dense, 0) };
+        if let Some(idx) = self.index.get(&leaf).copied() {
+            self.node_mut(idx).pins += 1;
+            return idx;
+        }
+        self.grow(vshard, key.volume, dense, arena);
+        let top = self.top(vshard, key.volume).level;
+        for level in (0..=top).rev() {
+            let at = NodeKey { vshard, volume: key.volume, level, prefix: prefix(dense, level) };
+            if !self.index.contains_key(&at) {
+                self.insert(at, None, zeroed(arena));
+            }
+        }
+        let idx = self.index[&leaf];
+        self.node_mut(idx).pins += 1;
+        idx
+    }
+
+    /// Raises the tree of a volume until it covers `dense`.
+    fn grow(&mut self, vshard: VShard, volume: VolumeId, dense: u64, arena: &mut Arena) {
+        let v = usize::from(volume.get());
+        let old = self.top(vshard, volume);
+        if !old.is_present() {
+            let mut level = 0;
+            while prefix(dense, level) != 0 {
+                level += 1;
+            }
+            self.roots[vshard.index()].children[v] = Child { level, present: 1, ..Child::default() };
+            let idx = self.insert(NodeKey { vshard, volume, level, prefix: 0 }, None, zeroed(arena));
+            // A top that is nowhere on disk must not leave memory before a checkpoint has written it.
+            self.mark_dirty(idx);
+            return;
+        }
+        let mut child = old;
+        while prefix(dense, child.level) != 0 {
+            let mut frame = zeroed(arena);
+            put(frame.try_mut().expect("a new frame has no pins"), 0, &child);
+            let below = NodeKey { vshard, volume, level: child.level, prefix: 0 };
+            let above = parent_of(below);
+            let idx = self.insert(above, None, frame);
+            self.node_mut(idx).children = u32::from(self.index.contains_key(&below));
+            child = Child { level: above.level, present: 1, ..Child::default() };
+            self.roots[vshard.index()].children[v] = child;
+            self.mark_dirty(idx);
+        }
+    }
+
+    /// Takes a pin back.
+    pub(crate) fn unpin(&mut self, idx: NodeIdx) {
+        let node = self.node_mut(idx);
+        assert!(node.pins > 0, "a pin too few on {:?}", node.key);
+        node.pins -= 1;
+    }
+
+    /// Sets the entry of `key` in its pinned leaf; returns the one before.
+    pub(crate) fn set(&mut self, leaf: NodeIdx, key: PageKey, entry: Option<Entry>) -> Option<Entry> {
+        let (vshard, dense) = self.position(key);
+        let node = self.node_mut(leaf);
+        assert!(node.pins > 0 && node.key.vshard == vshard && node.key.prefix == prefix(dense, 0));
+        let slot = slot_in(dense, 0);
+        let before = present(node::entry(&node.frame, slot));
+        let bytes = node.frame.try_mut().expect("nodes are never pinned by I/O");
+        put(bytes, slot * size_of::<Entry>(), &entry.unwrap_or_default());
+        self.mark_dirty(leaf);
+        before
+    }
+
+    /// Marks a node in memory to be written by the next checkpoint (compaction moves nodes so).
+    pub(crate) fn touch(&mut self, key: NodeKey) {
+        if let Some(idx) = self.index.get(&key).copied() {
+            self.mark_dirty(idx);
+        }
+    }
+
+    fn mark_dirty(&mut self, mut idx: NodeIdx) {
+        loop {
+            let node = self.node_mut(idx);
+            if node.dirty {
+                return;
+            }
+            node.dirty = true;
+            let key = node.key;
+            self.dirty_count += 1;
+            let root = &mut self.roots[key.vshard.index()];
+            root.dirty = true;
+            root.dirty_nodes.insert((key.level, key.volume, key.prefix));
+            match self.index.get(&parent_of(key)) {
+                Some(parent) => idx = *parent,
+                None => return,
+            }
+        }
+    }
+
+    /// Whether virtual shard `vshard` has anything for a checkpoint to write.
+    pub(crate) fn is_dirty(&self, vshard: VShard) -> bool {
+        self.roots[vshard.index()].dirty
+    }
+
+    /// Dirty nodes of `vshard`: frames and blocks that [`capture`](Self::capture) needs.
+    pub(crate) fn dirty_in(&self, vshard: VShard) -> usize {
+        self.roots[vshard.index()].dirty_nodes.len()
+    }
+
+    /// Fixes the state of one virtual shard for a checkpoint: gives each dirty node a new place, bottom up, and
+    /// returns the copies to be written; the places that they leave go to `retired`. Afterwards nothing of the
+    /// virtual shard is dirty and its root's generation is one higher.
+    pub(crate) fn capture(
+        &mut self,
+        vshard: VShard,
+        arena: &mut Arena,
+        mut alloc: impl FnMut(NodeKey) -> Place,
+        retired: &mut Vec<Place>,
+    ) -> Vec<NodeWrite> {
+        let dirty = std::mem::take(&mut self.roots[vshard.index()].dirty_nodes);
+        let mut writes = Vec::with_capacity(dirty.len());
+        for (level, volume, prefix) in dirty {
+            let key = NodeKey { vshard, volume, level, prefix };
+            let idx = self.index[&key];
+            self.dirty_count -= 1;
+            let node = self.node_mut(idx);
+            node.dirty = false;
+            retired.extend(node.place.take());
+            let empty = node.pins == 0 && node.children == 0 && node.frame.iter().all(|b| *b == 0);
+            let child = if empty {
+                Child::default()
+            } else {
+                let place = alloc(key);
+                let mut copy = arena.alloc(0).expect("the checkpoint was admitted");
+                copy.try_mut().expect("a new frame has no pins").copy_from_slice(&node.frame);
+                node.place = Some(place);
+                let crc = crc32c(&copy);
+                writes.push(NodeWrite { place, frame: copy.pin() });
+                Child::at(place, crc, level)
+            };
+            self.set_child(key, child);
+            if empty {
+                self.remove(idx);
+            }
+        }
+        let root = &mut self.roots[vshard.index()];
+        root.dirty = false;
+        root.generation += 1;
+        writes
+    }
+
+    fn set_child(&mut self, key: NodeKey, child: Child) {
+        let volume = usize::from(key.volume.get());
+        match self.index.get(&parent_of(key)).copied() {
+            Some(parent) => {
+                let node = self.node_mut(parent);
+                assert!(node.dirty, "the parent of a dirty node is dirty");
+                let bytes = node.frame.try_mut().expect("nodes are never pinned by I/O");
+                put(bytes, slot_of(key) * size_of::<Child>(), &child);
+            }
+            None => self.roots[key.vshard.index()].children[volume] = child,
+        }
+    }
+
+    /// The root of `vshard`.
+    pub(crate) fn root(&self, vshard: VShard) -> &Root {
+        &self.roots[vshard.index()]
+    }
+
+    /// Encodes the root block of `vshard` as it is now.
+    pub(crate) fn encode_root(&self, vshard: VShard, store_id: [u8; 16], redo: Lsn, checkpoint: u64, out: &mut [u8]) {
+        let root = &self.roots[vshard.index()];
+        let head = RootHead { vshard, store_id, generation: root.generation, redo_lsn: redo, checkpoint };
+        crate::format::root::encode(&head, &root.children, out);
+    }
+
+    /// Drops one node that is not needed, if there is one; returns whether memory was freed.
+    pub(crate) fn evict_one(&mut self) -> bool {
+        for _ in 0..self.nodes.len() * 2 {
+            self.hand = if self.hand + 1 >= self.nodes.len() { 0 } else { self.hand + 1 };
+            let Some(node) = self.nodes[self.hand].as_mut() else { continue };
+            if node.dirty || node.pins > 0 || node.children > 0 {
+                continue;
+            }
+            if std::mem::take(&mut node.used) {
+                continue;
+            }
+            self.remove(NodeIdx(self.hand as u32));
+            return true;
+        }
+        false
+    }
+}
+
+fn present(entry: Entry) -> Option<Entry> {
+    entry.is_present().then_some(entry)
+}
+
+fn zeroed(arena: &mut Arena) -> Frame {
+    let mut frame = arena.alloc(0).expect("frames for new nodes were admitted");
+    frame.try_mut().expect("a new frame has no pins").fill(0);
+    debug_assert_eq!(frame.len(), BLOCK);
+    frame
+}

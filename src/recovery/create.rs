@@ -1,0 +1,120 @@
+//! Making a store from nothing.
+//!
+//! Invariants
+//! 1. The superblock comes last: until it is durable there is no store, and a creation that was cut short begins
+//!    anew.
+//! 2. A directory that ever held a commit is never taken for an unfinished creation: the first block of the first
+//!    log segment tells (the first group of a store always goes there).
+
+use super::load::read_bytes;
+use super::mix;
+use crate::disk::{Disk, DiskOp, FileId, IoSlice, execute};
+use crate::error::{Error, Result};
+use crate::format::extent::{TABLE_ROWS, encode_table, table_offset};
+use crate::format::node::Child;
+use crate::format::root::{self, RootHead, VOLUMES_MAX};
+use crate::format::superblock::{
+    LogEnd, Refusal, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock, VShardState,
+};
+use crate::options::Limits;
+use crate::pool::Arena;
+use crate::types::{BLOCK, Lsn, SegmentNo, ShardId, VShard};
+
+/// Extents of a new store: the reserves of all purposes and a little more; it grows from there.
+const EXTENTS_FIRST: u32 = 16;
+
+/// Whether the files are those of a creation that did not finish: no superblock, and never a commit.
+pub(super) fn is_unfinished(disk: &mut dyn Disk, arena: &mut Arena) -> Result<bool> {
+    for copy in 0..SUPERBLOCK_COPIES {
+        let offset = Superblock::offset(copy);
+        if disk.len(FileId::Meta)?.unwrap_or(0) < offset + SUPERBLOCK_BYTES as u64 {
+            continue;
+        }
+        let bytes = read_bytes(disk, arena, FileId::Meta, offset, SUPERBLOCK_BYTES)?;
+        match Superblock::decode(copy, &bytes) {
+            Ok(_) | Err(Refusal::Version(_)) => return Ok(false),
+            Err(_) => {}
+        }
+    }
+    let first = FileId::Log(ShardId::new(0), SegmentNo::new(0));
+    if disk.len(first)?.unwrap_or(0) < BLOCK as u64 {
+        return Ok(true);
+    }
+    Ok(read_bytes(disk, arena, first, 0, BLOCK)?.iter().all(|b| *b == 0))
+}
+
+/// Creates all files and the first superblock.
+pub(super) fn create(disk: &mut dyn Disk, arena: &mut Arena, limits: &Limits, seed: u64) -> Result<()> {
+    let geometry = &limits.geometry;
+    let extents_count = EXTENTS_FIRST.min(limits.data_extents_max);
+    if extents_count < 10 {
+        return Err(Error::invalid(format_args!(
+            "data_bytes_max is too small: at least 10 extents of {} bytes are needed",
+            geometry.extent_bytes
+        )));
+    }
+    for i in 0..geometry.segments_count {
+        let file = FileId::Log(ShardId::new(0), SegmentNo::new(i));
+        allocate(disk, file, geometry.segment_bytes)?;
+    }
+    allocate(disk, FileId::Data, u64::from(extents_count) * geometry.extent_bytes)?;
+    let table_blocks = extents_count.div_ceil(TABLE_ROWS);
+    allocate(disk, FileId::Table, table_offset(table_blocks, 0))?;
+    allocate(disk, FileId::Meta, root::meta_bytes(geometry.vshards_count))?;
+    let mut store_id = [0; 16];
+    store_id[..8].copy_from_slice(&mix(seed ^ 1).to_le_bytes());
+    store_id[8..].copy_from_slice(&mix(seed ^ 2).to_le_bytes());
+    let mut block = vec![0; BLOCK];
+    for i in 0..geometry.vshards_count as u16 {
+        let vshard = VShard::new(i);
+        let head = RootHead { vshard, store_id, generation: 0, redo_lsn: Lsn::ZERO, checkpoint: 0 };
+        root::encode(&head, &[Child::default(); VOLUMES_MAX], &mut block);
+        write_bytes(disk, arena, FileId::Meta, root::offset(vshard, 0, geometry.vshards_count), &block)?;
+    }
+    for index in 0..table_blocks {
+        encode_table(store_id, index, 0, &[], &mut block);
+        write_bytes(disk, arena, FileId::Table, table_offset(index, 0), &block)?;
+    }
+    flush(disk, &[FileId::Meta, FileId::Table])?;
+    let superblock = Superblock {
+        clean: true,
+        store_id,
+        generation: 1,
+        epoch: 0,
+        epoch_first_lsn: Lsn::new(1),
+        salt: mix(seed ^ 3),
+        checkpoint: 0,
+        watermark: Lsn::ZERO,
+        next_lsn: Lsn::new(1),
+        geometry: geometry.clone(),
+        extents_count,
+        logs: vec![LogEnd::default()],
+        vshards: vec![VShardState::default(); geometry.vshards_count as usize],
+    };
+    let mut bytes = vec![0; SUPERBLOCK_BYTES];
+    for copy in Superblock::copies_of(superblock.generation) {
+        superblock.encode(copy, &mut bytes);
+        write_bytes(disk, arena, FileId::Meta, Superblock::offset(copy), &bytes)?;
+        flush(disk, &[FileId::Meta])?;
+    }
+    Ok(())
+}
+
+fn allocate(disk: &mut dyn Disk, file: FileId, to: u64) -> Result<()> {
+    execute(disk, DiskOp::Allocate { file, from: 0, to }).map(drop)
+}
+
+fn flush(disk: &mut dyn Disk, files: &[FileId]) -> Result<()> {
+    execute(disk, DiskOp::Flush { files: files.into() }).map(drop)
+}
+
+fn write_bytes(disk: &mut dyn Disk, arena: &mut Arena, file: FileId, offset: u64, bytes: &[u8]) -> Result<()> {
+    let mut frames = Vec::new();
+    for block in bytes.chunks(BLOCK) {
+        let mut frame = arena.alloc(0).ok_or_else(|| Error::invalid("memory_bytes is too small to open a store"))?;
+        frame.try_mut().expect("a new frame has no pins").copy_from_slice(block);
+        frames.push(frame);
+    }
+    let from = frames.iter().map(|frame| IoSlice::whole(frame.pin())).collect();
+    execute(disk, DiskOp::Write { file, offset, from }).map(drop)
+}

@@ -1,0 +1,154 @@
+//! Reading what a store is: superblock, roots, extent table. Each is checked, and named if it is damaged.
+
+use crate::disk::{Disk, DiskOp, FileId, execute};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::FORMAT_VERSION;
+use crate::format::extent::{TABLE_ROWS, TableRow, decode_table, table_offset};
+use crate::format::node::Child;
+use crate::format::root::{self, VOLUMES_MAX};
+use crate::format::superblock::{Refusal, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock};
+use crate::pool::Arena;
+use crate::types::{BLOCK, VShard};
+
+/// What the superblock names.
+pub(crate) struct Loaded {
+    /// Children and generation of each virtual shard's root.
+    pub roots: Vec<(Box<[Child; VOLUMES_MAX]>, u64)>,
+    /// The extent table.
+    pub table: Vec<TableRow>,
+}
+
+/// Reads `len` bytes (whole blocks) at `offset`.
+pub(crate) fn read_bytes(
+    disk: &mut dyn Disk,
+    arena: &mut Arena,
+    file: FileId,
+    offset: u64,
+    len: usize,
+) -> Result<Vec<u8>> {
+    const BATCH: usize = 64;
+    let mut bytes = Vec::with_capacity(len);
+    while bytes.len() < len {
+        let blocks = ((len - bytes.len()) / BLOCK).min(BATCH);
+        let frames: Option<_> = (0..blocks).map(|_| arena.alloc(0)).collect();
+        let into = frames.ok_or_else(|| Error::invalid("memory_bytes is too small to open a store"))?;
+        let op = DiskOp::Read { file, offset: offset + bytes.len() as u64, into };
+        let DiskOp::Read { into, .. } = execute(disk, op)? else { unreachable!("a read completes as a read") };
+        into.iter().for_each(|frame| bytes.extend_from_slice(frame));
+    }
+    Ok(bytes)
+}
+
+/// The newest superblock, and what is wrong with the copies that can't be used.
+pub(crate) fn find_superblock(disk: &mut dyn Disk, arena: &mut Arena) -> Result<(Superblock, Vec<String>)> {
+    let mut best: Option<Superblock> = None;
+    let mut warnings = Vec::new();
+    let mut other_version = None;
+    let mut readable = [false; SUPERBLOCK_COPIES as usize];
+    for copy in 0..SUPERBLOCK_COPIES {
+        let offset = Superblock::offset(copy);
+        if disk.len(FileId::Meta)?.unwrap_or(0) < offset + SUPERBLOCK_BYTES as u64 {
+            warnings.push(format!("superblock copy {copy}: the meta file ends before it"));
+            continue;
+        }
+        let decoded = read_bytes(disk, arena, FileId::Meta, offset, SUPERBLOCK_BYTES)
+            .map(|bytes| (Superblock::decode(copy, &bytes), bytes.iter().all(|b| *b == 0)));
+        match decoded {
+            Ok((Ok(superblock), _)) => {
+                readable[copy as usize] = true;
+                if best.as_ref().is_none_or(|b| b.generation < superblock.generation) {
+                    best = Some(superblock);
+                }
+            }
+            Ok((Err(Refusal::Version(version)), _)) => other_version = Some(version),
+            // A store that was just created has written two copies only.
+            Ok((Err(_), true)) if copy < 2 => readable[copy as usize] = true,
+            Ok((Err(refusal), _)) => {
+                let what = match refusal {
+                    Refusal::Magic => "is not a superblock",
+                    Refusal::Sum => "has a wrong checksum",
+                    _ => "contradicts itself or belongs elsewhere",
+                };
+                warnings.push(format!("superblock copy {copy} at byte {offset} of the meta file {what}"));
+            }
+            Err(error) => warnings.push(format!("superblock copy {copy}: {error}")),
+        }
+    }
+    if let Some(version) = other_version {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format_args!(
+                "the store has format version {version}; this program reads version {FORMAT_VERSION} only: \
+                 open it with the program that wrote it"
+            ),
+        ));
+    }
+    let newest = best.ok_or_else(|| {
+        Error::corrupt(format_args!(
+            "no superblock copy can be used ({}); restore the meta file from a backup",
+            warnings.join("; ")
+        ))
+    })?;
+    both_readable(&newest, readable, &warnings)?;
+    Ok((newest, warnings))
+}
+
+/// A crash spoils one copy at most. If both copies of the generation that may follow the newest are unreadable,
+/// that generation may have counted: then the state found is an older one, and its use would lose commits.
+fn both_readable(newest: &Superblock, readable: [bool; 4], warnings: &[String]) -> Result<()> {
+    let [a, b] = Superblock::copies_of(newest.generation + 1).map(|copy| readable[copy as usize]);
+    if a || b {
+        return Ok(());
+    }
+    Err(Error::corrupt(format_args!(
+        "both superblock copies that may be newer than generation {} are damaged ({}): opening the older state could \
+         lose commits; restore the meta file from a backup",
+        newest.generation,
+        warnings.join("; ")
+    )))
+}
+
+/// Reads the roots and the extent table that the superblock names.
+pub(crate) fn load(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblock) -> Result<Loaded> {
+    let count = superblock.geometry.vshards_count;
+    let mut roots = Vec::with_capacity(count as usize);
+    for i in 0..count as u16 {
+        roots.push(load_root(disk, arena, superblock, VShard::new(i))?);
+    }
+    let mut table = Vec::new();
+    for index in 0..superblock.extents_count.div_ceil(TABLE_ROWS) {
+        let offset = table_offset(index, superblock.checkpoint);
+        let bytes = read_bytes(disk, arena, FileId::Table, offset, BLOCK)?;
+        let rows = decode_table(superblock.store_id, index, superblock.checkpoint, &bytes).map_err(|what| {
+            Error::corrupt(format_args!("block {index} of the extent table (byte {offset} of file extents) {what}"))
+        })?;
+        table.extend(rows);
+    }
+    Ok(Loaded { roots, table })
+}
+
+fn load_root(
+    disk: &mut dyn Disk,
+    arena: &mut Arena,
+    superblock: &Superblock,
+    vshard: VShard,
+) -> Result<(Box<[Child; VOLUMES_MAX]>, u64)> {
+    let state = superblock.vshards[vshard.index()];
+    let offset = root::offset(vshard, state.generation, superblock.geometry.vshards_count);
+    let bytes = read_bytes(disk, arena, FileId::Meta, offset, BLOCK)?;
+    let damaged = |what: String| {
+        let number = vshard.get();
+        Error::corrupt(format_args!("the root of virtual shard {number} (byte {offset} of the meta file) {what}"))
+    };
+    let (head, children) = root::decode(&bytes).map_err(|what| damaged(what.to_string()))?;
+    if head.vshard != vshard || head.store_id != superblock.store_id {
+        return Err(damaged("is another root: a write went astray".into()));
+    }
+    if head.generation != state.generation {
+        return Err(damaged(format!(
+            "has generation {}, but the superblock names {}: a write was lost",
+            head.generation, state.generation
+        )));
+    }
+    Ok((children, state.generation))
+}

@@ -1,0 +1,221 @@
+//! Opening a store: create it, or find the state that the last crash left, bring it up to its cut, and only then
+//! take requests.
+//!
+//! ```text
+//! superblock --> roots, extent table --clean--> new epoch
+//!                        |not clean
+//!                        v
+//!      scan all logs --> cut --> flush what was read --> redo up to the cut --> checkpoint + new epoch
+//! ```
+//! Invariants
+//! 1. Until the last step nothing that is durable and needed is overwritten: a crash in a recovery only means that
+//!    the next one begins anew, from the same bytes.
+//! 2. One superblock write makes the new roots, the cut and the new epoch true together; so exactly one epoch ever
+//!    has records in the logs.
+//! 3. LSNs of the new epoch lie above every LSN that can have been drawn before.
+//! 4. Damage at or below the highest recorded watermark is an error, never a cut.
+
+mod create;
+mod load;
+mod replay;
+mod scan;
+
+pub(crate) use load::{Loaded, find_superblock};
+pub(crate) use scan::{Scan, scan};
+
+use crate::commit::GlobalOrder;
+use crate::disk::{Disk, DiskOp, FileId, execute};
+use crate::error::{Error, Result};
+use crate::format::superblock::Superblock;
+use crate::log::{Chunks, Log};
+use crate::map::{Extents, Map};
+use crate::options::{Limits, Options};
+use crate::pool::Arena;
+use crate::shard::{Effect, LSN_AHEAD_MAX, NewEpoch, Parts, Shard};
+use crate::types::{BLOCK, Lsn, Micros, SegmentNo, ShardId};
+use std::sync::Arc;
+
+/// What opening a store found and did.
+#[derive(Clone, Debug, Default)]
+pub struct RecoveryReport {
+    /// The store did not exist.
+    pub created: bool,
+    /// It had been closed cleanly (or was just created): nothing had to be recovered.
+    pub clean: bool,
+    /// Log groups found whole.
+    pub groups_scanned: u64,
+    /// Log groups found torn, as a crash leaves them.
+    pub groups_torn: u64,
+    /// The store holds exactly the commits up to here.
+    pub cut: Lsn,
+    /// Commits redone.
+    pub commits_applied: u64,
+    /// Commits found in the log above the cut, and dropped.
+    pub commits_dropped: u64,
+    /// The epoch that begins.
+    pub epoch: u64,
+    /// Superblock copies that could not be used, each with the reason.
+    pub warnings: Vec<String>,
+}
+
+/// Opens the store on `disk`, or creates it, and returns it ready for requests. `seed` is where all randomness
+/// comes from.
+pub(crate) fn open(
+    disk: &mut dyn Disk,
+    options: &Options,
+    seed: u64,
+    now: Micros,
+) -> Result<(Shard, RecoveryReport)> {
+    let mut report = RecoveryReport::default();
+    let mut arena = Arena::new((options.memory_bytes / BLOCK as u64).max(512) as u32)?;
+    if disk.len(FileId::Meta)?.is_none() || create::is_unfinished(disk, &mut arena)? {
+        let limits = options.limits(&options.geometry)?;
+        create::create(disk, &mut arena, &limits, seed)?;
+        report.created = true;
+    }
+    let (superblock, warnings) = find_superblock(disk, &mut arena)?;
+    report.warnings = warnings;
+    let limits = options.limits(&superblock.geometry)?;
+    let loaded = load::load(disk, &mut arena, &superblock)?;
+    report.clean = superblock.clean;
+    let scan = if superblock.clean {
+        Scan::nothing(&superblock)
+    } else {
+        scan(disk, &mut arena, &superblock)?
+    };
+    report.groups_scanned = scan.groups.len() as u64;
+    report.groups_torn = scan.torn;
+    report.cut = scan.cut;
+    let new_epoch = NewEpoch {
+        epoch: superblock.epoch + 1,
+        salt: mix(seed ^ superblock.epoch),
+        first_lsn: if superblock.clean { superblock.next_lsn } else { scan.highest.plus(LSN_AHEAD_MAX) },
+    };
+    report.epoch = new_epoch.epoch;
+    let was_clean = superblock.clean;
+    let mut shard = build(disk, arena, limits, superblock, loaded, &scan, new_epoch, seed, now)?;
+    if !was_clean {
+        // A dead process may have left writes that we have just read and that no flush has covered.
+        flush_all(disk, &shard)?;
+        replay::replay(disk, &mut shard, &scan, &mut report, now)?;
+    }
+    shard.begin_epoch(new_epoch);
+    pump(disk, &mut shard, now, |shard| Ok(!shard.checkpoint_under_way()))?;
+    shard.rebase_clock(now);
+    Ok((shard, report))
+}
+
+#[expect(clippy::too_many_arguments, reason = "one caller, and each is a part of the shard")]
+fn build(
+    disk: &mut dyn Disk,
+    mut arena: Arena,
+    limits: Limits,
+    superblock: Superblock,
+    loaded: Loaded,
+    scan: &Scan,
+    new_epoch: NewEpoch,
+    seed: u64,
+    now: Micros,
+) -> Result<Shard> {
+    let geometry = &limits.geometry;
+    let extents_count = superblock.extents_count.max(scan.extents_named);
+    let data_bytes = disk.len(FileId::Data)?.unwrap_or(0);
+    if data_bytes < u64::from(extents_count) * geometry.extent_bytes {
+        return Err(Error::corrupt(format_args!(
+            "the data file has {data_bytes} bytes, but {extents_count} extents of {} bytes are in use: it was truncated",
+            geometry.extent_bytes
+        )));
+    }
+    let mut extents = Extents::new(
+        superblock.store_id,
+        geometry.extent_blocks(),
+        geometry.vshards_count,
+        &loaded.table,
+        extents_count,
+    );
+    for group in &scan.groups {
+        group.places.iter().for_each(|place| extents.reserve_named(place.extent));
+    }
+    let chunks = log_chunks(&mut arena, &limits)?;
+    let segment_blocks = (geometry.segment_bytes / BLOCK as u64) as u32;
+    let log = Log::new(geometry.segments_count, segment_blocks, chunks);
+    let order = Arc::new(GlobalOrder::new(new_epoch.first_lsn, 1));
+    let map = Map::new(loaded.roots, seed);
+    let id = ShardId::new(0);
+    Ok(Shard::new(Parts { id, limits, order, arena, map, extents, log, superblock, seed, now }))
+}
+
+/// The buffers in which log groups gather: enough for all that can be in flight, and one commit of the largest size.
+fn log_chunks(arena: &mut Arena, limits: &Limits) -> Result<Chunks> {
+    let order = limits.group_blocks.min(16).ilog2() as u8;
+    let chunk_blocks = 1u64 << order;
+    let largest = limits.txn_bytes_max / BLOCK as u64 * 103 / 100 + 2;
+    let blocks = u64::from(limits.group_blocks) * limits.log_writes_max as u64 + 2 * largest + chunk_blocks;
+    let stock: Option<Vec<_>> = (0..blocks.div_ceil(chunk_blocks)).map(|_| arena.alloc(order)).collect();
+    let stock = stock.filter(|_| arena.free_blocks() > arena.blocks() / 4).ok_or_else(|| {
+        Error::invalid(format_args!(
+            "memory_bytes is {}: the log buffers alone need {}; raise memory_bytes or lower txn_bytes_max",
+            u64::from(limits.memory_blocks) * BLOCK as u64,
+            blocks * BLOCK as u64
+        ))
+    })?;
+    Ok(Chunks::new(stock, chunk_blocks as usize * BLOCK))
+}
+
+fn flush_all(disk: &mut dyn Disk, shard: &Shard) -> Result<()> {
+    let segments = shard.geometry().segments_count;
+    let logs = (0..segments).map(|i| FileId::Log(ShardId::new(0), SegmentNo::new(i)));
+    let files = logs.chain([FileId::Data, FileId::Meta, FileId::Table]).collect();
+    execute(disk, DiskOp::Flush { files }).map(drop)
+}
+
+/// Drives the shard until `done` says so. For opening only: there are no callers yet, and the clock is a count.
+pub(crate) fn pump(
+    disk: &mut dyn Disk,
+    shard: &mut Shard,
+    mut now: Micros,
+    mut done: impl FnMut(&mut Shard) -> Result<bool>,
+) -> Result<()> {
+    let mut completions = Vec::new();
+    loop {
+        now += 100;
+        shard.turn(now);
+        while let Some(effect) = shard.next_effect() {
+            match effect {
+                Effect::Submit(id, op) => disk.submit(id, op),
+                Effect::Reply(..) => unreachable!("no request was made"),
+            }
+        }
+        if let Some(error) = shard.failure() {
+            // Operations under way own their buffers until they complete.
+            drain(disk, shard);
+            return Err(error);
+        }
+        if done(shard)? && shard.ops_under_way() == 0 {
+            return Ok(());
+        }
+        disk.reap(&mut completions);
+        if completions.is_empty() && shard.ops_under_way() > 0 {
+            disk.wait(None);
+            disk.reap(&mut completions);
+        }
+        completions.drain(..).for_each(|completion| shard.complete(completion));
+    }
+}
+
+fn drain(disk: &mut dyn Disk, shard: &mut Shard) {
+    let mut completions = Vec::new();
+    while shard.ops_under_way() > 0 {
+        disk.wait(None);
+        disk.reap(&mut completions);
+        completions.drain(..).for_each(|completion| shard.complete(completion));
+    }
+}
+
+/// SplitMix64's finisher: spreads one random seed over several uses.
+fn mix(seed: u64) -> u64 {
+    let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}

@@ -1,0 +1,430 @@
+//! Commits: admission (nothing can fail after the draw but the device), validation, the draw, and their effect.
+//!
+//! Invariants
+//! 1. Everything that a commit needs (log room, frames, data space, its map leaves in memory) is there before its
+//!    LSN is drawn. If space is short for good, it fails with `Full`, and nothing was done.
+//! 2. All commits of a turn get their LSNs by one draw, before any effect of the turn leaves.
+//! 3. Validation and effect are one step: no other commit comes between.
+//! 4. A drawn LSN that isn't used (a conflict with an earlier commit of the same turn) stays in its group's run:
+//!    it is accounted for.
+
+use super::requests::PendingKind;
+use super::{Change, Commit, NodeWaiter, Response, Shard};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::group::{RawChange, RawRecord};
+use crate::log::OpenSlot;
+use crate::map::Lookup;
+use crate::types::{BLOCK, Lsn, PageKey};
+use bytes::Bytes;
+use smallvec::SmallVec;
+
+/// Frames left alone by commits, for reads, map nodes and checkpoints.
+const FRAMES_RESERVE: u32 = 16;
+
+/// LSNs above the watermark at most. A new epoch begins this far above everything found, so that an LSN which was
+/// drawn, and perhaps told to somebody, but never reached a device, is not drawn again.
+pub(crate) const LSN_AHEAD_MAX: u64 = 1 << 24;
+
+/// What commits need.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Need {
+    /// Bytes of records.
+    record_bytes: usize,
+    /// Whole pages, each a slot.
+    slots: usize,
+    /// Frames for new versions.
+    frames: u32,
+    /// Changes: each may dirty a page and a path of the map.
+    pub changes: u64,
+    /// Only frees: they may use a reserve.
+    pub frees_only: bool,
+}
+
+/// Whether a commit may go on.
+enum Admission {
+    Yes,
+    /// Wait for memory, log room or space; it comes.
+    Stalled,
+    /// It waits for a map node.
+    Waiting,
+    No(Error),
+}
+
+impl Need {
+    fn of(commit: &Commit) -> Need {
+        let mut need = Need { record_bytes: size_of::<RawRecord>(), frees_only: true, ..Need::default() };
+        for (_, change) in &commit.changes {
+            need.record_bytes += size_of::<RawChange>();
+            match change {
+                Change::Put(_) => need.slots += 1,
+                Change::Patch { bytes, .. } => need.record_bytes += bytes.len(),
+                Change::Free => continue,
+            }
+            need.frames += 1;
+            need.frees_only = false;
+        }
+        need.changes = commit.changes.len() as u64;
+        need
+    }
+
+    fn plus(self, other: Need) -> Need {
+        Need {
+            record_bytes: self.record_bytes + other.record_bytes,
+            slots: self.slots + other.slots,
+            frames: self.frames + other.frames,
+            changes: self.changes + other.changes,
+            frees_only: other.frees_only,
+        }
+    }
+}
+
+impl Shard {
+    /// Executes the commits whose pages are there, as far as there is room.
+    pub(super) fn run_commits(&mut self) {
+        let mut batch: SmallVec<[usize; 32]> = SmallVec::new();
+        let mut need = Need::default();
+        self.stalled_for_space = false;
+        while let Some(waiter) = self.ready.front().copied() {
+            if matches!(self.pending[waiter].kind, PendingKind::Redo(_)) {
+                if !batch.is_empty() || !self.run_redo(waiter) {
+                    break;
+                }
+                continue;
+            }
+            if let Some(result) = self.ends_without_draw(waiter) {
+                self.ready.pop_front();
+                let read_lsn = self.read_lsn(waiter);
+                self.finish_commit(waiter, result, read_lsn);
+                continue;
+            }
+            let PendingKind::Commit(commit) = &self.pending[waiter].kind else { unreachable!("only commits") };
+            let with = need.plus(Need::of(commit));
+            match self.admit(waiter, with, batch.is_empty()) {
+                Admission::Yes => {
+                    self.ready.pop_front();
+                    batch.push(waiter);
+                    need = with;
+                }
+                Admission::Waiting => {
+                    self.ready.pop_front();
+                }
+                Admission::Stalled => break,
+                Admission::No(error) => {
+                    self.ready.pop_front();
+                    self.finish_commit(waiter, Err(error), Lsn::ZERO);
+                }
+            }
+        }
+        self.execute(&batch);
+    }
+
+    /// The result of a commit that needs no LSN: a failure, a conflict, or nothing to change.
+    fn ends_without_draw(&mut self, waiter: usize) -> Option<Result<Option<Lsn>>> {
+        let pending = &self.pending[waiter];
+        let PendingKind::Commit(commit) = &pending.kind else { return None };
+        if let Some(error) = pending.error.clone().or_else(|| self.failed.clone()) {
+            return Some(Err(error));
+        }
+        if let Err(error) = self.validate(waiter) {
+            return Some(Err(error));
+        }
+        commit.changes.is_empty().then_some(Ok(None))
+    }
+
+    /// Whether every page that the commit read is still as it was read.
+    fn validate(&self, waiter: usize) -> Result<()> {
+        let pending = &self.pending[waiter];
+        let PendingKind::Commit(commit) = &pending.kind else { return Ok(()) };
+        for ((key, lsn), idx) in commit.reads.iter().zip(&pending.pages) {
+            let now = self.table.pages[*idx].version();
+            if now != *lsn {
+                return Err(Error::conflict(*key, *lsn, now));
+            }
+        }
+        Ok(())
+    }
+
+    fn admit(&mut self, waiter: usize, need: Need, first: bool) -> Admission {
+        let body = self.log.open.body_blocks_with(need.record_bytes, need.slots);
+        let group_is_new = self.log.open.is_empty() && first;
+        let inline = self.limits.inline_pages_max as u32;
+        let drawn_ahead = self.order.next().get() - self.order.watermark().get();
+        if self.log.open.runs_full()
+            || drawn_ahead > LSN_AHEAD_MAX / 2
+            || (body > self.limits.group_blocks && !group_is_new)
+            || !self.log.has_room(body + inline)
+            || !self.log.open.stock_suffices(body)
+        {
+            self.log.open.urgent |= !self.log.open.is_empty();
+            if self.log.free_segments() == 0 {
+                self.need_checkpoint();
+            }
+            return Admission::Stalled;
+        }
+        let dirty_max = (self.limits.memory_blocks / 4) as u64;
+        if !first || self.reserved_blocks > 0 {
+            let dirty = self.reserved_blocks + need.changes;
+            if dirty > dirty_max || self.map.dirty_count() as u64 > dirty_max / 2 {
+                self.relieve();
+                return Admission::Stalled;
+            }
+        }
+        match self.admit_space(&need) {
+            Ok(true) => {}
+            Ok(false) => return Admission::Stalled,
+            Err(error) => return Admission::No(error),
+        }
+        self.admit_memory(waiter, need.frames)
+    }
+
+    /// Makes room in memory: dirty pages go to their places, dirty nodes too if there are many.
+    fn relieve(&mut self) {
+        self.log.open.urgent |= !self.log.open.is_empty();
+        self.dirty_since = 0;
+        if self.map.dirty_count() as u32 > self.limits.memory_blocks / 16 {
+            self.need_checkpoint();
+        }
+    }
+
+    /// Frames for the new versions, and the map leaves in memory, pinned.
+    fn admit_memory(&mut self, waiter: usize, frames: u32) -> Admission {
+        let changed: SmallVec<[usize; 4]> = self.changed_pages(waiter);
+        let nodes: u32 = changed
+            .iter()
+            .map(|idx| &self.table.pages[*idx])
+            .filter(|page| page.leaf.is_none())
+            .map(|page| self.map.missing_nodes(page.key))
+            .sum();
+        if !self.ensure_frames(frames + nodes + FRAMES_RESERVE) {
+            self.relieve();
+            let hopeless = self.ops.is_empty() && self.dirty.is_empty() && self.log.in_flight.is_empty();
+            if hopeless && self.log.open.is_empty() && !self.checkpoint.is_active() && self.map.dirty_count() == 0 {
+                return Admission::No(Error::new(
+                    ErrorKind::Busy,
+                    "no memory is left: pages are pinned by readers; drop PageRefs, or open with more memory_bytes",
+                ));
+            }
+            return Admission::Stalled;
+        }
+        for idx in changed {
+            let page = &self.table.pages[idx];
+            if page.leaf.is_some() {
+                continue;
+            }
+            match self.map.lookup(page.key) {
+                Lookup::Found(_) => {
+                    let leaf = self.map.pin(page.key, &mut self.arena);
+                    self.table.pages[idx].leaf = Some(leaf);
+                }
+                Lookup::Load(key, child) => {
+                    self.need_more(waiter);
+                    self.want_node(key, child, NodeWaiter::Request(waiter));
+                    return Admission::Waiting;
+                }
+            }
+        }
+        Admission::Yes
+    }
+
+    fn changed_pages(&self, waiter: usize) -> SmallVec<[usize; 4]> {
+        let pending = &self.pending[waiter];
+        let reads = match &pending.kind {
+            PendingKind::Commit(commit) => commit.reads.len(),
+            _ => 0,
+        };
+        pending.pages[reads..].iter().copied().collect()
+    }
+
+    /// Room in memory for a redo of `frames` pages, as for a commit.
+    pub(super) fn admit_redo(&mut self, waiter: usize, frames: u32) -> bool {
+        if self.reserved_blocks > u64::from(self.limits.memory_blocks / 4) {
+            self.relieve();
+            return false;
+        }
+        match self.admit_memory(waiter, frames) {
+            Admission::Yes => true,
+            Admission::Waiting => {
+                self.ready.pop_front();
+                false
+            }
+            _ => false,
+        }
+    }
+
+    /// Draws the LSNs of a turn's commits and carries them out.
+    fn execute(&mut self, batch: &[usize]) {
+        if batch.is_empty() {
+            return;
+        }
+        let first = self.order.draw(self.id, batch.len() as u64);
+        self.log.open.add_run(first, batch.len() as u64, self.now);
+        for (i, waiter) in batch.iter().enumerate() {
+            let lsn = first.plus(i as u64);
+            let read_lsn = self.read_lsn(*waiter);
+            let result = self.validate(*waiter).map(|()| {
+                self.apply(*waiter, lsn);
+                Some(lsn)
+            });
+            self.finish_commit(*waiter, result, read_lsn);
+        }
+        self.again = true;
+    }
+
+    /// The newest change of any page that the commit read, a `Free` included: its reply waits until that is durable.
+    fn read_lsn(&self, waiter: usize) -> Lsn {
+        let pending = &self.pending[waiter];
+        let PendingKind::Commit(commit) = &pending.kind else { return Lsn::ZERO };
+        let read = pending.pages[..commit.reads.len()].iter().map(|idx| self.table.pages[*idx].lsn);
+        read.max().unwrap_or(Lsn::ZERO)
+    }
+
+    fn finish_commit(&mut self, waiter: usize, result: Result<Option<Lsn>>, read_lsn: Lsn) {
+        let pending = self.release(waiter);
+        let token = pending.token.expect("a commit has a token");
+        let PendingKind::Commit(commit) = pending.kind else { unreachable!("only commits") };
+        #[cfg(any(test, feature = "sim"))]
+        if let Ok(Some(lsn)) = &result {
+            self.drawn.push((token, *lsn));
+        }
+        match result {
+            Err(error) => self.reply(token, Err(error)),
+            Ok(None) => self.reply_when_durable(read_lsn, token, Response::Committed(read_lsn), false),
+            Ok(Some(lsn)) if commit.durable && !self.acknowledges_early() => {
+                self.reply_when_durable(lsn, token, Response::Committed(lsn), true);
+            }
+            Ok(Some(lsn)) => self.reply_when_durable(read_lsn, token, Response::Committed(lsn), true),
+        }
+    }
+
+    fn acknowledges_early(&self) -> bool {
+        #[cfg(any(test, feature = "sim"))]
+        return crate::sim::planted(self.canary, crate::sim::Canary::AcknowledgedEarly);
+        #[cfg(not(any(test, feature = "sim")))]
+        false
+    }
+
+    /// Carries a commit out and writes its record into the open group.
+    fn apply(&mut self, waiter: usize, lsn: Lsn) {
+        let pages = self.changed_pages(waiter);
+        let PendingKind::Commit(commit) = &mut self.pending[waiter].kind else { unreachable!("only commits") };
+        let changes = std::mem::take(&mut commit.changes);
+        self.stats.commits += 1;
+        self.log.open.begin_record();
+        for ((key, change), idx) in changes.into_iter().zip(pages) {
+            match change {
+                Change::Put(bytes) => self.apply_put(idx, key, &bytes, lsn),
+                Change::Patch { offset, bytes } => self.apply_patch(idx, key, offset, &bytes, lsn),
+                Change::Free => self.apply_free(idx, key, lsn),
+            }
+        }
+        self.log.open.end_record(lsn);
+    }
+
+    fn apply_put(&mut self, idx: usize, key: PageKey, bytes: &Bytes, lsn: Lsn) {
+        self.stats.page_writes += 1;
+        self.seal_older_slot(idx);
+        self.set_content(idx, 0, bytes);
+        let slot = match self.table.pages[idx].slot {
+            Some(slot) => {
+                self.stats.absorbed_writes += 1;
+                slot
+            }
+            None => self.new_slot(idx, key, lsn),
+        };
+        self.log.open.slots[slot].lsn = lsn;
+        self.log.open.change(1, key, slot as u32, 0, &[]);
+        self.changed(idx, lsn);
+    }
+
+    fn apply_patch(&mut self, idx: usize, key: PageKey, offset: u32, bytes: &Bytes, lsn: Lsn) {
+        self.stats.patches += 1;
+        self.seal_older_slot(idx);
+        self.set_content(idx, offset as usize, bytes);
+        match self.table.pages[idx].slot {
+            // The page's image goes with this group: it holds the patch.
+            Some(slot) => {
+                self.log.open.slots[slot].lsn = lsn;
+                self.log.open.change(1, key, slot as u32, 0, &[]);
+            }
+            None => self.log.open.change(2, key, bytes.len() as u32, offset, bytes),
+        }
+        self.changed(idx, lsn);
+    }
+
+    fn apply_free(&mut self, idx: usize, key: PageKey, lsn: Lsn) {
+        self.stats.frees += 1;
+        if self.table.pages[idx].absent {
+            return;
+        }
+        self.seal_older_slot(idx);
+        let page = &mut self.table.pages[idx];
+        page.frame = None;
+        page.absent = true;
+        if let Some(slot) = page.slot.take() {
+            self.log.open.slots[slot].dead = true;
+            self.reserved_blocks -= 1;
+        }
+        self.log.open.change(3, key, 0, 0, &[]);
+        self.changed(idx, lsn);
+    }
+
+    fn new_slot(&mut self, idx: usize, key: PageKey, lsn: Lsn) -> usize {
+        let run = self.log.open.run();
+        self.log.open.slots.push(OpenSlot { key, lsn, run, sealed: None, dead: false });
+        self.reserved_blocks += 1;
+        let slot = self.log.open.slots.len() - 1;
+        self.table.pages[idx].slot = Some(slot);
+        slot
+    }
+
+    /// A slot of an earlier run keeps the image as it was: a cut may fall between the runs.
+    fn seal_older_slot(&mut self, idx: usize) {
+        let page = &mut self.table.pages[idx];
+        let Some(slot) = page.slot else { return };
+        if self.log.open.slots[slot].run != self.log.open.run() {
+            self.log.open.slots[slot].sealed = page.frame.as_ref().map(|f| f.pin());
+            page.slot = None;
+        }
+    }
+
+    /// Writes `bytes` at `offset` of the page, into a new frame if somebody looks at the old one.
+    pub(super) fn set_content(&mut self, idx: usize, offset: usize, bytes: &[u8]) {
+        let whole = bytes.len() == BLOCK;
+        let page = &mut self.table.pages[idx];
+        let range = offset..offset + bytes.len();
+        if let Some(content) = page.frame.as_mut().and_then(|f| f.try_mut()) {
+            content[range].copy_from_slice(bytes);
+        } else {
+            let mut frame = self.arena.alloc(0).expect("a frame for each change was admitted");
+            let content = frame.try_mut().expect("a new frame has no pins");
+            match &page.frame {
+                _ if whole => {}
+                Some(old) => content.copy_from_slice(old),
+                None => content.fill(0),
+            }
+            content[range].copy_from_slice(bytes);
+            page.frame = Some(frame);
+        }
+        page.absent = false;
+    }
+
+    /// The page has a new version: it must get to its place, and those who wait for it have it.
+    pub(super) fn changed(&mut self, idx: usize, lsn: Lsn) {
+        let page = &mut self.table.pages[idx];
+        page.lsn = lsn;
+        if page.dirty_from.is_none() {
+            page.dirty_from = Some(lsn);
+            self.reserved_blocks += 1;
+        } else {
+            self.stats.absorbed_writes += u64::from(page.slot.is_none());
+        }
+        if !page.queued {
+            page.queued = true;
+            if self.dirty.is_empty() {
+                self.dirty_since = self.now;
+            }
+            self.dirty.push(idx);
+        }
+        self.wake_waiters(idx);
+    }
+}

@@ -1,0 +1,371 @@
+//! The pages that a shard knows: what is cached, what is being read, who waits for it.
+//!
+//! ```text
+//! Unresolved --map lookup (may read nodes)--> Resolved: version known --read--> Cached
+//!                                                 \--no entry--> Absent
+//! ```
+//! Invariants
+//! 1. `lsn` is the version of the content that the next reader gets; `mapped_lsn` is the version that the map
+//!    names. They differ only while a change is on its way to its place.
+//! 2. A page leaves the table only when nothing refers to it: no request, no capture, no slot, not dirty, no pin.
+//! 3. A page with a change on its way has its map leaf pinned, so that the map can be changed without a read.
+//! 4. Bytes from the device become a page's content only if their sum is the entry's, and the entry is still the
+//!    page's: a page changed meanwhile ignores a late read.
+
+use super::{OpKind, Shard};
+use crate::coalesce;
+use crate::disk::{Completion, DiskOp, FileId};
+use crate::error::Error;
+use crate::format::extent::NodeKey;
+use crate::format::node::{Child, Entry};
+use crate::map::{Lookup, NodeIdx};
+use crate::pool::Frame;
+use crate::types::{Lsn, PageKey, Place};
+use hashbrown::HashMap;
+use slab::Slab;
+use smallvec::SmallVec;
+
+/// A page in the table.
+pub(super) struct Page {
+    pub key: PageKey,
+    /// Version of the content; the LSN of the `Free` for a page freed since it was loaded.
+    pub lsn: Lsn,
+    /// Version that the map names.
+    pub mapped_lsn: Lsn,
+    /// The content, if in memory.
+    pub frame: Option<Frame>,
+    /// What the map says.
+    pub entry: Option<Entry>,
+    pub resolved: bool,
+    pub absent: bool,
+    resolving: bool,
+    loading: bool,
+    /// Requests that need it to stay.
+    pub holds: u32,
+    /// Versions on their way to their places.
+    pub captures: u32,
+    /// Its slot in the open group.
+    pub slot: Option<usize>,
+    /// First change that no capture holds yet.
+    pub dirty_from: Option<Lsn>,
+    /// It stands in the queue of the coalescer.
+    pub queued: bool,
+    /// Its map leaf, pinned.
+    pub leaf: Option<NodeIdx>,
+    /// The checkpoint under way waits for this version to be in the map.
+    pub checkpoint_target: Lsn,
+    used: bool,
+    waiters: SmallVec<[(usize, bool); 2]>,
+}
+
+impl Page {
+    /// The version as readers and transactions see it: zero while absent.
+    pub fn version(&self) -> Lsn {
+        if self.absent { Lsn::ZERO } else { self.lsn }
+    }
+
+    fn has(&self, data: bool) -> bool {
+        self.resolved && (!data || self.absent || self.frame.is_some())
+    }
+
+    fn is_idle(&self) -> bool {
+        self.holds == 0
+            && self.captures == 0
+            && self.slot.is_none()
+            && self.dirty_from.is_none()
+            && !self.queued
+            && !self.resolving
+            && !self.loading
+            && self.leaf.is_none()
+            && self.waiters.is_empty()
+            && self.frame.as_ref().is_none_or(|f| f.pins() == 0)
+    }
+}
+
+/// The table.
+pub(super) struct Table {
+    pub pages: Slab<Page>,
+    index: HashMap<PageKey, usize, foldhash::fast::FixedState>,
+    hand: usize,
+}
+
+impl Table {
+    pub fn new(seed: u64) -> Self {
+        let index = HashMap::with_hasher(foldhash::fast::FixedState::with_seed(seed));
+        Table { pages: Slab::new(), index, hand: 0 }
+    }
+
+    /// The page's index, if the table has it.
+    pub fn find(&self, key: PageKey) -> Option<usize> {
+        self.index.get(&key).copied()
+    }
+
+    /// The page's index; a new one is unresolved.
+    pub fn get(&mut self, key: PageKey) -> usize {
+        if let Some(idx) = self.find(key) {
+            self.pages[idx].used = true;
+            return idx;
+        }
+        let idx = self.pages.insert(Page {
+            key,
+            lsn: Lsn::ZERO,
+            mapped_lsn: Lsn::ZERO,
+            frame: None,
+            entry: None,
+            resolved: false,
+            absent: false,
+            resolving: false,
+            loading: false,
+            holds: 0,
+            captures: 0,
+            slot: None,
+            dirty_from: None,
+            queued: false,
+            leaf: None,
+            checkpoint_target: Lsn::ZERO,
+            used: true,
+            waiters: SmallVec::new(),
+        });
+        self.index.insert(key, idx);
+        idx
+    }
+
+    fn remove(&mut self, idx: usize) {
+        let page = self.pages.remove(idx);
+        self.index.remove(&page.key);
+    }
+
+    /// Drops one idle page that has memory, by the clock; pages without memory are dropped on the way.
+    fn evict_one(&mut self) -> bool {
+        for _ in 0..self.pages.len() * 2 + 2 {
+            self.hand = if self.hand + 1 >= self.pages.capacity() { 0 } else { self.hand + 1 };
+            let Some(page) = self.pages.get_mut(self.hand) else { continue };
+            if !page.is_idle() || std::mem::take(&mut page.used) {
+                continue;
+            }
+            let had_memory = page.frame.is_some();
+            self.remove(self.hand);
+            if had_memory {
+                return true;
+            }
+        }
+        false
+    }
+}
+
+/// Who waits for a node.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum NodeWaiter {
+    Page(usize),
+    Request(usize),
+    Compaction,
+}
+
+/// One page of a read under way.
+pub(super) struct PageRead {
+    pub page: usize,
+    pub entry: Entry,
+}
+
+impl Shard {
+    /// Frees memory until `frames` single frames can be had.
+    pub(super) fn ensure_frames(&mut self, frames: u32) -> bool {
+        while self.arena.free_blocks() < frames {
+            if !self.table.evict_one() && !self.map.evict_one() {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Registers that pending request `waiter` needs page `idx` (resolved; with its data if `data`). Returns true
+    /// if it has it already; else the waiter is told later.
+    pub(super) fn want(&mut self, idx: usize, data: bool, waiter: usize) -> bool {
+        if self.table.pages[idx].has(data) {
+            return true;
+        }
+        self.table.pages[idx].waiters.push((waiter, data));
+        self.advance_page(idx);
+        false
+    }
+
+    /// Takes the next step for a page that somebody waits for.
+    pub(super) fn advance_page(&mut self, idx: usize) {
+        let page = &self.table.pages[idx];
+        if !page.resolved && !page.resolving {
+            match self.map.lookup(page.key) {
+                Lookup::Found(entry) => self.resolve(idx, entry),
+                Lookup::Load(key, child) => {
+                    self.table.pages[idx].resolving = true;
+                    self.want_node(key, child, NodeWaiter::Page(idx));
+                }
+            }
+        }
+        let page = &mut self.table.pages[idx];
+        let wants_data = page.waiters.iter().any(|(_, data)| *data);
+        if page.resolved && !page.absent && page.frame.is_none() && !page.loading && wants_data {
+            page.loading = true;
+            self.reads_wanted.push(idx);
+        }
+        self.wake_waiters(idx);
+    }
+
+    fn resolve(&mut self, idx: usize, entry: Option<Entry>) {
+        let page = &mut self.table.pages[idx];
+        page.resolved = true;
+        page.absent = entry.is_none();
+        page.lsn = entry.map_or(Lsn::ZERO, |e| e.lsn());
+        page.mapped_lsn = page.lsn;
+        page.entry = entry;
+    }
+
+    /// Tells those whose need is met.
+    pub(super) fn wake_waiters(&mut self, idx: usize) {
+        let page = &mut self.table.pages[idx];
+        if page.waiters.is_empty() {
+            return;
+        }
+        let mut met: SmallVec<[usize; 4]> = SmallVec::new();
+        let (resolved, all) = (page.has(false), page.has(true));
+        page.waiters.retain(|(waiter, data)| {
+            let has = if *data { all } else { resolved };
+            if has {
+                met.push(*waiter);
+            }
+            !has
+        });
+        for waiter in met {
+            self.need_met(waiter, None);
+        }
+    }
+
+    fn fail_waiters(&mut self, idx: usize, error: &Error) {
+        for (waiter, _) in std::mem::take(&mut self.table.pages[idx].waiters) {
+            self.need_met(waiter, Some(error.clone()));
+        }
+    }
+
+    /// Asks for a node to be read, or joins those who wait for it.
+    pub(super) fn want_node(&mut self, key: NodeKey, child: Child, waiter: NodeWaiter) {
+        let waiters = self.node_waiters.entry(key).or_default();
+        waiters.push(waiter);
+        if waiters.len() == 1 {
+            self.nodes_wanted.push((key, child));
+        }
+    }
+
+    /// Submits the reads that were asked for in this turn, sorted and merged.
+    pub(super) fn submit_reads(&mut self) {
+        while let Some((key, child)) = self.nodes_wanted.pop() {
+            if !self.ensure_frames(1) {
+                self.nodes_wanted.push((key, child));
+                break;
+            }
+            let frame = self.arena.alloc(0).expect("a frame was ensured");
+            self.stats.device_reads += 1;
+            let offset = child.place().offset(self.limits.geometry.extent_bytes);
+            let into = std::iter::once(frame).collect();
+            self.submit(OpKind::NodeRead(key, child), DiskOp::Read { file: FileId::Data, offset, into });
+        }
+        let mut blocks = Vec::new();
+        let mut later = Vec::new();
+        for idx in std::mem::take(&mut self.reads_wanted) {
+            let page = &mut self.table.pages[idx];
+            match page.entry {
+                Some(entry) if page.frame.is_none() && !page.absent && entry.lsn() == page.lsn => {
+                    if self.ensure_frames(1) {
+                        let frame = self.arena.alloc(0).expect("a frame was ensured");
+                        blocks.push((entry.place(), (PageRead { page: idx, entry }, frame)));
+                    } else {
+                        later.push(idx);
+                    }
+                }
+                _ => page.loading = false,
+            }
+        }
+        self.reads_wanted = later;
+        for run in coalesce::plan(blocks, self.limits.vectored_pages_max) {
+            self.stats.device_reads += 1;
+            let (reads, into): (Vec<_>, _) = run.items.into_iter().unzip::<_, _, Vec<_>, smallvec::SmallVec<_>>();
+            let offset = run.place.offset(self.limits.geometry.extent_bytes);
+            self.submit(OpKind::PageRead(reads), DiskOp::Read { file: FileId::Data, offset, into });
+        }
+    }
+
+    /// Pages arrive from the device.
+    pub(super) fn pages_read(&mut self, reads: Vec<PageRead>, completion: Completion) {
+        let DiskOp::Read { into, .. } = completion.op else { unreachable!("a read completes as a read") };
+        for (read, frame) in reads.into_iter().zip(into) {
+            let page = &mut self.table.pages[read.page];
+            page.loading = false;
+            if page.frame.is_some() || page.absent || page.entry != Some(read.entry) {
+                // Changed or moved since: these bytes are not its content any more.
+                self.advance_page(read.page);
+                continue;
+            }
+            let result = match &completion.result {
+                Ok(()) => self.check_page(read.page, &read.entry, &frame),
+                Err(error) => Err(error.clone()),
+            };
+            match result {
+                Ok(()) => {
+                    self.table.pages[read.page].frame = Some(frame);
+                    self.wake_waiters(read.page);
+                }
+                Err(error) => self.fail_waiters(read.page, &error),
+            }
+        }
+    }
+
+    fn check_page(&mut self, idx: usize, entry: &Entry, bytes: &[u8]) -> Result<(), Error> {
+        self.stats.checksums += 1;
+        let key = self.table.pages[idx].key;
+        if entry.len.get() as usize != bytes.len() || entry.class != 0 || entry.codec != 0 || entry.key_id.get() != 0 {
+            return Err(Error::corrupt(format_args!(
+                "page {key:?}: the page map describes it in a way that this version does not write; run `corepage verify`"
+            )));
+        }
+        if crate::checksum::crc32c(bytes) != entry.crc.get() {
+            return Err(damaged(&format!("page {key:?} ({:?})", entry.lsn()), entry.place()));
+        }
+        Ok(())
+    }
+
+    /// A node arrives from the device.
+    pub(super) fn node_read(&mut self, key: NodeKey, child: Child, completion: Completion) {
+        let DiskOp::Read { mut into, .. } = completion.op else { unreachable!("a read completes as a read") };
+        let frame = into.pop().expect("a node is one frame");
+        self.stats.checksums += 1;
+        let result = match completion.result {
+            Ok(()) if crate::checksum::crc32c(&frame) == child.crc.get() => Ok(()),
+            Ok(()) => Err(damaged(&format!("map node {key:?}"), child.place())),
+            Err(error) => Err(error),
+        };
+        let waiters = self.node_waiters.remove(&key).unwrap_or_default();
+        if result.is_ok() {
+            self.map.insert_loaded(key, child.place(), frame);
+        }
+        for waiter in waiters {
+            match waiter {
+                NodeWaiter::Page(idx) => {
+                    self.table.pages[idx].resolving = false;
+                    match &result {
+                        Ok(()) => self.advance_page(idx),
+                        Err(error) => self.fail_waiters(idx, error),
+                    }
+                }
+                NodeWaiter::Request(waiter) => self.need_met(waiter, result.clone().err()),
+                NodeWaiter::Compaction => self.compaction_node_read(result.clone()),
+            }
+        }
+    }
+}
+
+/// The error for bytes that are not what was written.
+pub(super) fn damaged(what: &str, place: Place) -> Error {
+    Error::corrupt(format_args!(
+        "{what} at extent {}, block {} of the data file is damaged: its checksum is wrong; run `corepage verify`",
+        place.extent.get(),
+        place.block
+    ))
+}

@@ -1,0 +1,329 @@
+//! Requests under way: from arrival to the one reply that each gets.
+//!
+//! Invariants
+//! 1. A pending request holds its pages (they stay in the table) until it is released, once.
+//! 2. A request is `ready`/`finished` exactly once, when the last page that it needs is there or has failed.
+//! 3. Replies that promise durability wait in `waiting`, ordered by LSN, for the watermark.
+
+use super::event::{Commit, PageRef, Request, Response, Token};
+use super::redo::RedoChange;
+use super::{Change, Effect, Shard};
+use crate::error::{Error, ErrorKind, Result};
+use crate::types::{BLOCK, Lsn, Place};
+use smallvec::SmallVec;
+use std::cmp::Ordering;
+
+/// A request that waits for pages.
+pub(super) struct Pending {
+    pub token: Option<Token>,
+    pub kind: PendingKind,
+    /// Pages, in the order of the request: those read, then those changed.
+    pub pages: SmallVec<[usize; 2]>,
+    missing: u32,
+    pub error: Option<Error>,
+}
+
+pub(super) enum PendingKind {
+    Read,
+    Commit(Commit),
+    Redo(Vec<RedoChange>),
+    /// Compaction wants to move the page away from here.
+    Move(Place),
+}
+
+/// A reply that waits until everything up to `lsn` is durable.
+pub(super) struct Waiting {
+    lsn: Lsn,
+    seq: u64,
+    token: Token,
+    response: Response,
+    /// A commit: if the log fails, nobody knows whether it will be found.
+    is_commit: bool,
+}
+
+impl PartialEq for Waiting {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+impl Eq for Waiting {}
+impl PartialOrd for Waiting {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Waiting {
+    /// The lowest LSN is the greatest: the heap gives it first.
+    fn cmp(&self, other: &Self) -> Ordering {
+        (other.lsn, other.seq).cmp(&(self.lsn, self.seq))
+    }
+}
+
+impl Shard {
+    /// Brings a request; its reply comes as an effect, of this or a later turn.
+    pub fn request(&mut self, token: Token, request: Request) {
+        if let Err(error) = self.admit_request(&request) {
+            self.reply(token, Err(error));
+            return;
+        }
+        match request {
+            Request::Read(keys) => {
+                let pages = keys.iter().map(|key| self.table.get(*key)).collect();
+                self.begin(Some(token), PendingKind::Read, pages, |_| true);
+            }
+            Request::Commit(commit) => {
+                let reads = commit.reads.iter().map(|(key, _)| *key);
+                let keys: Vec<_> = reads.chain(commit.changes.iter().map(|(key, _)| *key)).collect();
+                let pages = keys.iter().map(|key| self.table.get(*key)).collect();
+                let reads = commit.reads.len();
+                let patched: Vec<bool> =
+                    commit.changes.iter().map(|(_, change)| matches!(change, Change::Patch { .. })).collect();
+                self.begin(Some(token), PendingKind::Commit(commit), pages, |i| i >= reads && patched[i - reads]);
+            }
+            Request::Flush => {
+                let upto = self.order.next().before();
+                self.reply_when_durable(upto, token, Response::Flushed(upto), false);
+            }
+            Request::WaitDurable(lsn) => self.reply_when_durable(lsn, token, Response::Durable, false),
+            Request::Checkpoint => self.request_checkpoint(token),
+            Request::Stats => {
+                let stats = Box::new(self.counters());
+                self.reply(token, Ok(Response::Stats(stats)));
+            }
+            Request::Close => self.closing = Some(Some(token)),
+        }
+    }
+
+    fn admit_request(&self, request: &Request) -> Result<()> {
+        if self.closed || self.closing.is_some() {
+            return Err(Error::new(ErrorKind::Closed, "the store is closed; open it again"));
+        }
+        match request {
+            Request::Read(keys) if keys.len() > self.limits.vectored_pages_max => Err(Error::invalid(format_args!(
+                "{} pages in one read: at most {} (vectored_pages_max)",
+                keys.len(),
+                self.limits.vectored_pages_max
+            ))),
+            Request::Commit(commit) => {
+                check_commit(commit, self.limits.txn_bytes_max)?;
+                self.failed.clone().map_or(Ok(()), Err)
+            }
+            Request::WaitDurable(lsn) if *lsn >= self.order.next() => Err(Error::invalid(format_args!(
+                "LSN {lsn} has not been given to any commit yet; the next is {}",
+                self.order.next()
+            ))),
+            Request::WaitDurable(lsn) if *lsn <= self.order.watermark() => Ok(()),
+            Request::Flush | Request::WaitDurable(_) | Request::Checkpoint => {
+                self.failed.clone().map_or(Ok(()), Err)
+            }
+            Request::Read(_) | Request::Stats | Request::Close => Ok(()),
+        }
+    }
+
+    /// Registers a request and asks for its pages; `data(i)` says whether page `i` is needed with its bytes.
+    pub(super) fn begin(
+        &mut self,
+        token: Option<Token>,
+        kind: PendingKind,
+        pages: SmallVec<[usize; 2]>,
+        data: impl Fn(usize) -> bool,
+    ) -> usize {
+        let waiter = self.pending.insert(Pending { token, kind, pages: pages.clone(), missing: 1, error: None });
+        for idx in &pages {
+            self.table.pages[*idx].holds += 1;
+        }
+        for (i, idx) in pages.into_iter().enumerate() {
+            if !self.want_quiet(idx, data(i), waiter) {
+                self.pending[waiter].missing += 1;
+            }
+        }
+        // The one that stood for "not all asked yet".
+        self.need_met(waiter, None);
+        waiter
+    }
+
+    /// As `want`, but counts before it asks: the answer may come at once.
+    fn want_quiet(&mut self, idx: usize, data: bool, waiter: usize) -> bool {
+        self.pending[waiter].missing += 1;
+        let has = self.want(idx, data, waiter);
+        self.pending[waiter].missing -= 1;
+        has
+    }
+
+    /// One thing that the request waited for is there, or has failed.
+    pub(super) fn need_met(&mut self, waiter: usize, error: Option<Error>) {
+        let pending = &mut self.pending[waiter];
+        if error.is_some() {
+            pending.error = error;
+        }
+        pending.missing -= 1;
+        if pending.missing == 0 {
+            self.again = true;
+            match pending.kind {
+                PendingKind::Commit(_) | PendingKind::Redo(_) => self.ready.push_back(waiter),
+                PendingKind::Read | PendingKind::Move(_) => self.finished.push_back(waiter),
+            }
+        }
+    }
+
+    /// A ready request must wait for one more thing.
+    pub(super) fn need_more(&mut self, waiter: usize) {
+        self.pending[waiter].missing += 1;
+    }
+
+    /// Ends a request: its pages may go.
+    pub(super) fn release(&mut self, waiter: usize) -> Pending {
+        let pending = self.pending.remove(waiter);
+        for idx in &pending.pages {
+            self.table.pages[*idx].holds -= 1;
+            self.unpin_if_clean(*idx);
+        }
+        pending
+    }
+
+    /// Answers reads, and hands moves to compaction.
+    pub(super) fn finish_ready(&mut self) {
+        while let Some(waiter) = self.finished.pop_front() {
+            match self.pending[waiter].kind {
+                PendingKind::Move(from) => self.move_ready(waiter, from),
+                _ => self.finish_read(waiter),
+            }
+        }
+    }
+
+    fn finish_read(&mut self, waiter: usize) {
+        let pending = self.release(waiter);
+        let token = pending.token.expect("a read has a token");
+        if let Some(error) = pending.error {
+            self.reply(token, Err(error));
+            return;
+        }
+        self.stats.page_reads += pending.pages.len() as u64;
+        let pages = pending.pages.iter().map(|idx| {
+            let page = &self.table.pages[*idx];
+            PageRef::new(page.frame.as_ref().map(|f| f.pin()), page.version())
+        });
+        let pages = pages.collect();
+        self.reply(token, Ok(Response::Pages(pages)));
+    }
+
+    /// Replies now or when `lsn` is durable.
+    pub(super) fn reply_when_durable(&mut self, lsn: Lsn, token: Token, response: Response, is_commit: bool) {
+        if lsn <= self.order.watermark() {
+            self.reply(token, Ok(response));
+            return;
+        }
+        self.log.open.urgent = true;
+        self.again = true;
+        self.waiting_seq += 1;
+        self.waiting.push(Waiting { lsn, seq: self.waiting_seq, token, response, is_commit });
+    }
+
+    /// The watermark has advanced.
+    pub(super) fn acknowledge(&mut self) {
+        let watermark = self.order.watermark();
+        while self.waiting.peek().is_some_and(|w| w.lsn <= watermark) {
+            if let Some(w) = self.waiting.pop() {
+                self.reply(w.token, Ok(w.response));
+            }
+        }
+    }
+
+    /// Ends everything that waits for durability: it will not come any more.
+    pub(super) fn fail_writers(&mut self, cause: &Error) {
+        let stopped = self.failed.clone().expect("called when failed");
+        for w in std::mem::take(&mut self.waiting) {
+            let error = if w.is_commit {
+                let context = format_args!(
+                    "whether commit {} will be found is not known: {cause}; reopen the store and look",
+                    w.lsn
+                );
+                Error::new(ErrorKind::OutcomeUnknown, context)
+            } else {
+                stopped.clone()
+            };
+            self.reply(w.token, Err(error));
+        }
+        self.fail_checkpoint(&stopped);
+        self.again = true;
+    }
+
+    pub(super) fn reply(&mut self, token: Token, result: Result<Response>) {
+        if matches!(&result, Err(error) if error.kind() == ErrorKind::Conflict) {
+            self.stats.conflicts += 1;
+        }
+        self.effects.push_back(Effect::Reply(token, result));
+    }
+
+    /// Carries out `Close` when nothing is under way any more.
+    pub(super) fn advance_close(&mut self) {
+        if self.closing.is_none() || self.closed {
+            return;
+        }
+        if self.failed.is_some() {
+            // What the device still holds is waited for: its buffers are ours again only then.
+            if self.ops.is_empty() && self.pending.is_empty() {
+                let error = self.failed.clone();
+                self.end_close(Err(error.expect("just seen")));
+            }
+            return;
+        }
+        let idle = self.pending.is_empty() && self.compaction.is_none() && self.moves.is_empty();
+        if idle {
+            self.checkpoint_for_close();
+        }
+    }
+
+    /// The closing checkpoint is durable, or will not come.
+    pub(super) fn end_close(&mut self, result: Result<()>) {
+        self.closed = true;
+        if let Some(Some(token)) = self.closing.replace(None) {
+            self.reply(token, result.map(|()| Response::Closed));
+        }
+    }
+}
+
+/// What a commit counts against `txn_bytes_max`: the memory that its pages and map leaves may need at once.
+fn commit_bytes(commit: &Commit) -> u64 {
+    let change = |(_, change): &(_, Change)| match change {
+        Change::Put(_) | Change::Patch { .. } => BLOCK as u64,
+        Change::Free => FREE_BYTES,
+    };
+    commit.changes.iter().map(change).sum()
+}
+
+/// A freed page needs no memory but, at worst, a map leaf for every eight: pages are freed in runs.
+const FREE_BYTES: u64 = 512;
+
+fn check_commit(commit: &Commit, bytes_max: u64) -> Result<()> {
+    for (key, change) in &commit.changes {
+        match change {
+            Change::Put(bytes) if bytes.len() != BLOCK => {
+                let len = bytes.len();
+                return Err(Error::invalid(format_args!("page {key:?}: {len} bytes given, a page has {BLOCK}")));
+            }
+            Change::Patch { offset, bytes } if bytes.is_empty() || *offset as usize + bytes.len() > BLOCK => {
+                return Err(Error::invalid(format_args!(
+                    "page {key:?}: a patch of {} bytes at {offset} does not fit: it needs 1 to {BLOCK} bytes in the page",
+                    bytes.len()
+                )));
+            }
+            _ => {}
+        }
+        if usize::from(key.volume.get()) >= crate::format::root::VOLUMES_MAX {
+            return Err(Error::invalid(format_args!("page {key:?}: volume numbers end at 247")));
+        }
+    }
+    let bytes = commit_bytes(commit);
+    let reads_max = bytes_max / 64;
+    if bytes > bytes_max || commit.reads.len() as u64 > reads_max {
+        return Err(Error::new(
+            ErrorKind::TooLarge,
+            format_args!(
+                "a commit of {bytes} bytes and {} reads: at most {bytes_max} bytes (txn_bytes_max) and {reads_max} reads; split it",
+                commit.reads.len()
+            ),
+        ));
+    }
+    Ok(())
+}

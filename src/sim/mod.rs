@@ -1,0 +1,4 @@
+//! The deterministic simulator.
+pub mod canary;
+pub mod disk;
+pub mod rng;

@@ -1,0 +1,527 @@
+//! The habits of this repository, as tests: what a reviewer should not have to look for.
+//!
+//! Every rule is a function from text to a list of complaints, and has a test in which a planted text makes it
+//! complain: a check that can't fail is no check. The rules look at text, not at syntax trees; where one is in your
+//! way for no good reason, mend the rule.
+//!
+//! If these fail, nothing breaks for users today; the next reader pays.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Lines of a source file before its tests.
+const FILE_LINES_MAX: usize = 500;
+/// Lines of a function, blank and comment lines not counted.
+const FUNCTION_LINES_MAX: usize = 70;
+
+/// The only files with `unsafe` code, each with the reason.
+const UNSAFE_FILES: &[(&str, &str)] = &[
+    ("src/pool/arena.rs", "maps the memory and hands out its frames as slices"),
+    ("src/pool/frame.rs", "the frames' side of the arena"),
+];
+
+/// The only folders that may name glommio, so that the rest builds and runs without it.
+const GLOMMIO_FOLDERS: &[&str] = &["src/runtime", "src/server"];
+
+/// Where the process begins: it prints, reads clocks and uses what it likes.
+const OUTER: &[&str] = &["src/main.rs", "src/cli", "src/server", "src/runtime", "src/bench"];
+
+/// The layers, lowest first. A module may name those in lower rows, and those in its own row that it lists.
+const LAYERS: &[&[(&str, &[&str])]] = &[
+    &[("types", &[])],
+    &[("error", &[])],
+    &[("options", &[]), ("checksum", &[]), ("metrics", &[])],
+    &[("format", &[])],
+    &[("pool", &[])],
+    &[("disk", &[])],
+    &[("map", &[]), ("coalesce", &[]), ("commit", &[]), ("log", &["commit"])],
+    &[("shard", &[])],
+    &[("recovery", &[]), ("verify", &[])],
+    &[("catalog", &[])],
+    &[("sim", &[]), ("runtime", &["mesh"]), ("mesh", &[])],
+    &[("store", &[])],
+    &[("server", &[])],
+    &[("bench", &[])],
+    &[("cli", &[])],
+];
+
+/// What the top of the repository may hold, besides names with a leading dot and what Git ignores.
+const TOP_LEVEL: &[&str] = &["Cargo.toml", "Cargo.lock", "src", "benches", "tests", "scripts", "README.md", "LICENSE"];
+const IGNORED_BY_GIT: &[&str] = &["target", "corepage-data"];
+
+/// Spelled in halves, so that this file does not complain about itself.
+const LEFTOVERS: &[&str] =
+    &[concat!("todo", "!("), concat!("unimpl", "emented!("), concat!("dbg", "!("), concat!("FIX", "ME")];
+
+// --- the tree ---
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// All files under `folder` whose names end in one of `endings`: path from the root, and text.
+fn files(folder: &str, endings: &[&str]) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    let mut folders = vec![root().join(folder)];
+    while let Some(next) = folders.pop() {
+        let Ok(entries) = fs::read_dir(&next) else { continue };
+        for path in entries.map(|entry| entry.unwrap().path()) {
+            if path.is_dir() {
+                folders.push(path);
+            } else if endings.iter().any(|ending| path.to_str().unwrap().ends_with(ending)) {
+                let name = path.strip_prefix(root()).unwrap().to_str().unwrap().to_owned();
+                found.push((name, fs::read_to_string(&path).unwrap()));
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+fn sources() -> Vec<(String, String)> {
+    let found = files("src", &[".rs"]);
+    assert!(found.len() > 5, "the sources were not found");
+    found
+}
+
+fn is_test_file(name: &str) -> bool {
+    name.starts_with("tests/") || name.ends_with("tests.rs") || name.contains("/tests/")
+}
+
+fn is_under(name: &str, folders: &[&str]) -> bool {
+    folders.iter().any(|folder| {
+        name.strip_prefix(folder).is_some_and(|rest| rest.is_empty() || rest == ".rs" || rest.starts_with('/'))
+    })
+}
+
+fn complain_about(files: Vec<(String, String)>, rule: impl Fn(&str, &str) -> Vec<String>) {
+    let complaints: Vec<String> = files.iter().flat_map(|(name, text)| rule(name, text)).collect();
+    assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
+}
+
+/// The text with comments and the insides of strings and characters as blanks; lines stay where they are.
+fn code_only(text: &str) -> String {
+    let bytes = text.as_bytes();
+    let mut out = bytes.to_vec();
+    let mut at = 0;
+    while at < bytes.len() {
+        let end = match (bytes[at], bytes.get(at + 1)) {
+            (b'/', Some(b'/')) => at + text[at..].find('\n').unwrap_or(text.len() - at),
+            (b'/', Some(b'*')) => at + text[at..].find("*/").map_or(text.len() - at, |n| n + 2),
+            (b'r', Some(b'"' | b'#')) if at == 0 || !is_word(bytes[at - 1]) || bytes[at - 1] == b'b' => {
+                let hashes = bytes[at + 1..].iter().take_while(|&&b| b == b'#').count();
+                if bytes.get(at + 1 + hashes) != Some(&b'"') {
+                    at += 1;
+                    continue;
+                }
+                let close = format!("\"{}", "#".repeat(hashes));
+                let from = at + 2 + hashes;
+                from + text[from..].find(&close).map_or(text.len() - from, |n| n + close.len())
+            }
+            (b'"', _) => quoted_end(bytes, at),
+            (b'\'', Some(b'\\')) => quoted_end(bytes, at),
+            (b'\'', Some(_)) if char_len(text, at + 1).is_some_and(|n| bytes.get(at + 1 + n) == Some(&b'\'')) => {
+                at + 2 + char_len(text, at + 1).unwrap()
+            }
+            _ => {
+                at += 1;
+                continue;
+            }
+        };
+        out[at..end].iter_mut().filter(|byte| **byte != b'\n').for_each(|byte| *byte = b' ');
+        at = end;
+    }
+    String::from_utf8(out).unwrap()
+}
+
+fn quoted_end(bytes: &[u8], start: usize) -> usize {
+    let mut at = start + 1;
+    while at < bytes.len() && bytes[at] != bytes[start] {
+        at += if bytes[at] == b'\\' { 2 } else { 1 };
+    }
+    (at + 1).min(bytes.len())
+}
+
+fn char_len(text: &str, at: usize) -> Option<usize> {
+    text[at..].chars().next().map(char::len_utf8)
+}
+
+fn is_word(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || byte == b'_'
+}
+
+/// Byte offsets at which `word` stands by itself.
+fn words<'a>(code: &'a str, word: &'a str) -> impl Iterator<Item = usize> + 'a {
+    code.match_indices(word).map(|(at, _)| at).filter(move |&at| {
+        let (before, after) = (at.checked_sub(1), at + word.len());
+        !before.is_some_and(|i| is_word(code.as_bytes()[i])) && !code.as_bytes().get(after).is_some_and(|&b| is_word(b))
+    })
+}
+
+fn line_of(text: &str, at: usize) -> usize {
+    text[..at].matches('\n').count() + 1
+}
+
+/// The part of a file before its tests: up to a `#[cfg(test)]` at the start of a line that is not merely the
+/// declaration of a module in another file.
+fn before_tests(text: &str) -> &str {
+    let mut from = 0;
+    while let Some(at) = text[from..].find("\n#[cfg(test)]\n").map(|at| from + at) {
+        let after = &text[at + "\n#[cfg(test)]\n".len()..];
+        let line = after.lines().find(|line| !line.starts_with("#[")).unwrap_or("");
+        if !(line.contains("mod ") && line.ends_with(';')) && !line.starts_with("use ") {
+            return &text[..at + 1];
+        }
+        from = at + 1;
+    }
+    text
+}
+
+// --- the rules ---
+
+fn head_comment(name: &str, text: &str) -> Vec<String> {
+    let ok = text.starts_with("//! ") && text.lines().next().is_some_and(|line| line.len() > 12);
+    if ok { vec![] } else { vec![format!("{name}:1: a file opens with `//!` and says what it is for")] }
+}
+
+fn file_length(name: &str, text: &str) -> Vec<String> {
+    let lines = before_tests(text).lines().count();
+    if lines <= FILE_LINES_MAX || is_test_file(name) {
+        return vec![];
+    }
+    vec![format!("{name}: {lines} lines before its tests, at most {FILE_LINES_MAX}: split it where it has two jobs")]
+}
+
+fn function_length(name: &str, text: &str) -> Vec<String> {
+    let code = code_only(before_tests(text));
+    let mut complaints = Vec::new();
+    for at in words(&code, "fn") {
+        let rest = &code[at..];
+        let Some(open) = rest.find(['{', ';']).filter(|&open| rest.as_bytes()[open] == b'{') else { continue };
+        let mut depth = 0;
+        let end = rest[open..].bytes().position(|byte| {
+            depth += i32::from(byte == b'{') - i32::from(byte == b'}');
+            depth == 0
+        });
+        let body = &rest[..open + end.unwrap_or(rest.len() - open - 1) + 1];
+        let lines = body.lines().filter(|line| !line.trim().is_empty()).count();
+        if lines > FUNCTION_LINES_MAX {
+            let head = rest.split(['(', '<']).next().unwrap();
+            let line = line_of(&code, at);
+            complaints.push(format!("{name}:{line}: `{head}` has {lines} lines, at most {FUNCTION_LINES_MAX}"));
+        }
+    }
+    complaints
+}
+
+fn no_leftovers(name: &str, text: &str) -> Vec<String> {
+    let found = LEFTOVERS.iter().filter_map(|word| text.find(word).map(|at| (word, at)));
+    found.map(|(word, at)| format!("{name}:{}: `{word}`: finish it or open an issue", line_of(text, at))).collect()
+}
+
+fn unsafe_only_where_named(name: &str, text: &str) -> Vec<String> {
+    let code = code_only(text);
+    let allowed = UNSAFE_FILES.iter().any(|(file, _)| *file == name);
+    if allowed {
+        return unsafe_has_argument(name, text, &code);
+    }
+    let lines = words(&code, "unsafe").map(|at| line_of(&code, at));
+    lines.map(|line| format!("{name}:{line}: `unsafe` outside of the files listed in tests/tidy.rs")).collect()
+}
+
+/// Where `unsafe` is allowed, each block and `impl` has a `SAFETY:` comment above it, and each function a section.
+fn unsafe_has_argument(name: &str, text: &str, code: &str) -> Vec<String> {
+    let lines: Vec<&str> = text.lines().collect();
+    let argued = |line: usize| {
+        let above = lines[..line - 1].iter().rev().take_while(|l| {
+            let l = l.trim_start();
+            l.starts_with("//") || l.starts_with("#[") || l.starts_with("unsafe impl")
+        });
+        above.chain([&lines[line - 1]]).any(|l| l.contains("SAFETY:") || l.contains("# Safety"))
+    };
+    let missing = words(code, "unsafe").map(|at| line_of(code, at)).filter(|&line| !argued(line));
+    missing.map(|line| format!("{name}:{line}: `unsafe` without a `SAFETY:` comment above it")).collect()
+}
+
+fn glommio_only_in_the_runtime(name: &str, text: &str) -> Vec<String> {
+    if is_under(name, GLOMMIO_FOLDERS) {
+        return vec![];
+    }
+    let code = code_only(text);
+    let lines = words(&code, "glommio").map(|at| line_of(&code, at));
+    lines.map(|line| format!("{name}:{line}: glommio is named only in {GLOMMIO_FOLDERS:?}")).collect()
+}
+
+/// What a simulated run must not depend on, and what a library must not do to its host.
+fn no_hidden_inputs(name: &str, text: &str) -> Vec<String> {
+    if is_under(name, OUTER) || is_test_file(name) {
+        return vec![];
+    }
+    const WORDS: &[(&str, &str)] = &[
+        ("collections::HashMap", "iterates in random order"),
+        ("collections::HashSet", "iterates in random order"),
+        ("RandomState", "is seeded at random: foldhash::fast::FixedState"),
+        ("println", "prints: trace or return it"),
+        ("eprintln", "prints: trace or return it"),
+    ];
+    let code = code_only(before_tests(text));
+    let find = |(word, why)| words(&code, word).map(move |at| (word, why, at)).collect::<Vec<_>>();
+    let found = WORDS.iter().copied().flat_map(find);
+    found.map(|(word, why, at)| format!("{name}:{}: `{word}` {why}", line_of(&code, at))).collect()
+}
+
+/// The layer of a file: its folder, or its own name at the top of `src`.
+fn layer_of(name: &str) -> Option<&str> {
+    let inner = name.strip_prefix("src/")?;
+    let layer = inner.split(['/', '.']).next()?;
+    (!["lib", "main"].contains(&layer)).then_some(layer)
+}
+
+/// The modules that a file names as `crate::module`, `crate::{a, b::c}` included, with the line.
+fn modules_named(code: &str) -> Vec<(String, usize)> {
+    let mut named = Vec::new();
+    for at in words(code, "crate") {
+        let Some(rest) = code[at..].strip_prefix("crate::") else { continue };
+        if code[..at].ends_with("in ") {
+            continue; // pub(in crate::x)
+        }
+        let mut depth = 0;
+        let mut fresh = true;
+        for (i, c) in rest.char_indices() {
+            match c {
+                '{' => depth += 1,
+                '}' => depth -= 1,
+                ',' if depth == 1 => fresh = true,
+                _ if is_word(c as u8) && c.is_ascii() && fresh && depth <= 1 => {
+                    let word: String = rest[i..].chars().take_while(|&c| c.is_ascii() && is_word(c as u8)).collect();
+                    named.push((word, line_of(code, at + i)));
+                    fresh = false;
+                }
+                _ => {}
+            }
+            if depth == 0 && (c == '}' || !fresh) {
+                break;
+            }
+        }
+    }
+    named
+}
+
+/// The module behind a name that the crate's face exports.
+fn home_of(word: &str) -> &str {
+    match word {
+        "Error" | "ErrorKind" | "Result" => "error",
+        "Options" | "Geometry" => "options",
+        _ => word,
+    }
+}
+
+fn layers_know_what_is_below(name: &str, text: &str) -> Vec<String> {
+    let Some(layer) = layer_of(name).filter(|_| !is_test_file(name)) else { return vec![] };
+    let row = |layer: &str| LAYERS.iter().position(|row| row.iter().any(|(name, _)| *name == layer));
+    let Some(own_row) = row(layer) else {
+        return vec![format!("{name}: the layer `{layer}` is not in the table of tests/tidy.rs")];
+    };
+    let siblings = LAYERS[own_row].iter().find(|(name, _)| *name == layer).unwrap().1;
+    let mut complaints = Vec::new();
+    for (word, line) in modules_named(&code_only(before_tests(text))) {
+        let other = home_of(&word);
+        let lawful = other == layer || siblings.contains(&other) || row(other).is_some_and(|other| other < own_row);
+        if !lawful {
+            complaints.push(format!("{name}:{line}: `{layer}` names `{other}`, which is not below it"));
+        }
+    }
+    complaints
+}
+
+/// Links in a document that lead to files of this repository, and do not arrive.
+fn links_arrive(name: &str, text: &str) -> Vec<String> {
+    let folder = Path::new(name).parent().unwrap_or(Path::new(""));
+    let mut complaints = Vec::new();
+    for (at, _) in text.match_indices("](") {
+        let target = text[at + 2..].split([')', '#', ' ']).next().unwrap();
+        if target.is_empty() || target.contains("://") {
+            continue;
+        }
+        let path: PathBuf = root().join(folder).join(target);
+        if !path.exists() {
+            complaints.push(format!("{name}:{}: the link to {target} leads nowhere", line_of(text, at)));
+        }
+    }
+    complaints
+}
+
+/// A decision note: numbered, dated, and with its four parts.
+fn decision_note(name: &str, text: &str) -> Vec<String> {
+    let file = name.rsplit('/').next().unwrap();
+    let mut complaints = Vec::new();
+    if file.len() < 9 || !file.as_bytes()[..4].iter().all(u8::is_ascii_digit) || file.as_bytes()[4] != b'-' {
+        complaints.push(format!("{name}: is not named NNNN-subject.md"));
+    }
+    for part in ["\nDate: 2", "\n## Problem\n", "\n## Options\n", "\n## Decision\n", "\n## Figures\n", "\n## Price\n"] {
+        if !text.contains(part) {
+            complaints.push(format!("{name}: has no `{}`", part.trim()));
+        }
+    }
+    complaints
+}
+
+fn top_level(names: &[String]) -> Vec<String> {
+    let unknown = names.iter().filter(|name| {
+        !name.starts_with('.') && !TOP_LEVEL.contains(&name.as_str()) && !IGNORED_BY_GIT.contains(&name.as_str())
+    });
+    unknown.map(|name| format!("{name}: the top of the repository holds only {TOP_LEVEL:?}")).collect()
+}
+
+// --- the repository, held against the rules ---
+
+#[test]
+fn every_source_file_says_what_it_is_for() {
+    complain_about(sources(), head_comment);
+    complain_about(files("tests", &[".rs"]), head_comment);
+    complain_about(files("benches", &[".rs"]), head_comment);
+}
+
+#[test]
+fn files_are_short() {
+    complain_about(sources(), file_length);
+}
+
+#[test]
+fn functions_are_short() {
+    complain_about(sources(), function_length);
+}
+
+#[test]
+fn nothing_is_left_half_done() {
+    for folder in ["src", "tests", "benches", "scripts"] {
+        complain_about(files(folder, &[""]), no_leftovers);
+    }
+}
+
+#[test]
+fn unsafe_code_stands_only_in_the_named_files() {
+    complain_about(sources(), unsafe_only_where_named);
+    complain_about(files("tests", &[".rs"]), unsafe_only_where_named);
+}
+
+#[test]
+fn glommio_stays_inside_the_runtime_and_the_server() {
+    complain_about(sources(), glommio_only_in_the_runtime);
+}
+
+#[test]
+fn the_engine_has_no_hidden_inputs_and_does_not_print() {
+    complain_about(sources(), no_hidden_inputs);
+}
+
+#[test]
+fn layers_know_only_what_is_below_them() {
+    complain_about(sources(), layers_know_what_is_below);
+}
+
+#[test]
+fn documents_link_to_what_exists() {
+    complain_about(files("src/docs", &[".md"]), links_arrive);
+    complain_about(vec![("README.md".into(), fs::read_to_string(root().join("README.md")).unwrap())], links_arrive);
+}
+
+#[test]
+fn decisions_are_noted_with_options_figures_and_price() {
+    let notes = files("src/docs/decisions", &[""]);
+    assert!(!notes.is_empty());
+    complain_about(notes, decision_note);
+}
+
+#[test]
+fn the_top_of_the_repository_is_tidy() {
+    let names = fs::read_dir(root()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let complaints = top_level(&names.collect::<Vec<_>>());
+    assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
+}
+
+/// The oldest compiler is stated in two places; a reader must not find two answers.
+#[test]
+fn the_readme_and_the_manifest_name_the_same_oldest_compiler() {
+    let manifest = fs::read_to_string(root().join("Cargo.toml")).unwrap();
+    let version = manifest.split("rust-version = \"").nth(1).unwrap().split('"').next().unwrap();
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    assert!(readme.contains(&format!("Rust {version}")), "README.md does not say `Rust {version}`");
+}
+
+// --- each rule can fail ---
+
+/// Asserts that the rule finds something in `bad` and nothing in `good`.
+#[track_caller]
+fn can_fail(rule: impl Fn(&str, &str) -> Vec<String>, name: &str, bad: &str, good: &str) {
+    assert!(!rule(name, bad).is_empty(), "the rule let pass:\n{bad}");
+    assert_eq!(rule(name, good), Vec::<String>::new(), "the rule complained about:\n{good}");
+}
+
+#[test]
+fn planted_texts_are_found() {
+    let name = "src/map/x.rs";
+    can_fail(head_comment, name, "use std::fmt;\n", "//! The map of places.\n");
+    let line = "let a = 1;\n";
+    can_fail(file_length, name, &line.repeat(501), &format!("{}\n#[cfg(test)]\nmod tests {{\n", line.repeat(499)));
+    can_fail(file_length, name, &format!("\n#[cfg(test)]\nmod tests;\n{}", line.repeat(500)), &line.repeat(500));
+    let function = |n| format!("fn f() {{\n{}}}\n", "    g(\"}\"); // }\n".repeat(n));
+    can_fail(function_length, name, &function(69), &format!("{}{}", function(68), function(68)));
+    let commented = "fn f() {\n".to_owned() + &"    // why\n".repeat(90) + "}\n";
+    can_fail(function_length, name, &function(80), &commented);
+    for word in LEFTOVERS {
+        can_fail(no_leftovers, name, &format!("a\n{word})"), "a method");
+    }
+    can_fail(unsafe_only_where_named, name, "unsafe { f() }", "#![deny(unsafe_code)] // unsafe\n\"unsafe\"");
+    let arena = "src/pool/arena.rs";
+    can_fail(unsafe_only_where_named, arena, "    unsafe { f() }", "// SAFETY: f has\n// no demands\nunsafe { f() }");
+    can_fail(glommio_only_in_the_runtime, name, "use glommio::Task;", "// not glommio\n");
+    assert!(glommio_only_in_the_runtime("src/runtime/executor.rs", "use glommio::Task;").is_empty());
+    can_fail(no_hidden_inputs, name, "use std::collections::HashMap;", "use std::collections::BTreeMap;");
+    can_fail(no_hidden_inputs, name, "println!(\"x\")", "//! println!(\"x\")\n\n#[cfg(test)]\nmod t { println!() }");
+    can_fail(links_arrive, "README.md", "[a](src/none.md)", "[a](src/lib.rs#x) [b](https://example.org)");
+    let note = "# 1\n\nDate: 2026-11-23\n\n## Problem\n\n## Options\n\n## Decision\n\n## Figures\n\n## Price\n";
+    can_fail(decision_note, "src/docs/decisions/0001-x.md", &note.replace("## Price\n", ""), note);
+    assert!(!decision_note("src/docs/decisions/x.md", note).is_empty());
+}
+
+#[test]
+fn planted_layer_breaks_are_found() {
+    let rule = layers_know_what_is_below;
+    can_fail(rule, "src/pool/arena.rs", "use crate::disk::Disk;", "use crate::types::Lsn;");
+    can_fail(rule, "src/pool/arena.rs", "fn f() { crate::shard::g() }", "fn f() { crate::error::g() }");
+    can_fail(
+        rule,
+        "src/map/x.rs",
+        "use crate::{\n    types::{Lsn, Place},\n    log::Group,\n};",
+        "use crate::{types, Result};",
+    );
+    can_fail(rule, "src/map/x.rs", "use crate::log::Group;", "use crate::map::y::Z;");
+    can_fail(rule, "src/map/x.rs", "use crate::Store;", "\n#[cfg(test)]\nmod tests { use crate::sim::X; }");
+    assert!(!rule("src/novel/x.rs", "").is_empty());
+}
+
+#[test]
+fn planted_top_level_entries_are_found() {
+    assert_eq!(top_level(&["src".into(), ".ci".into(), "target".into()]), Vec::<String>::new());
+    assert_eq!(top_level(&["docs".into()]).len(), 1);
+}
+
+/// The rules above lean on this one: what stands in comments and strings is not code.
+#[test]
+fn comments_and_strings_are_not_code() {
+    let cases: BTreeMap<&str, &str> = [
+        ("a // b", "a     "),
+        ("a /* b\n*/ c", "a     \n   c"),
+        ("\"a\\\"b\" c", "       c"),
+        ("r#\"a\"b\"# c", "         c"),
+        ("'\\'' '{' c", "         c"),
+        ("fn f<'a>(x: &'a u8)", "fn f<'a>(x: &'a u8)"),
+        ("for r in b", "for r in b"),
+    ]
+    .into();
+    for (text, code) in cases {
+        assert_eq!(code_only(text), code);
+    }
+}
