@@ -135,7 +135,9 @@ fn check_unix(path: &Path) -> io::Result<()> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(e) => return Err(failed(format!("can't use unix:{shown}"))(e)),
         Ok(meta) if !meta.file_type().is_socket() => {
-            return Err(taken(format!("{shown} exists and is not a socket: remove it, or choose another path with --nbd")));
+            return Err(taken(format!(
+                "{shown} exists and is not a socket: remove it, or choose another path with --nbd"
+            )));
         }
         Ok(_) => {}
     }
