@@ -1,1 +1,1 @@
-//! x
+//! The portable disk (to come).

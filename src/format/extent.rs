@@ -1,4 +1,4 @@
-//! The extent table, and the summary at the end of a closed extent.
+//! The extent table, and the summaries at the end of an extent.
 //!
 //! Table block `i` describes extents `128 * i` and on; it stands in two slots, of which checkpoint number `c`
 //! writes slot `c % 2`, and counts if it carries the checkpoint number of the superblock.
@@ -36,19 +36,22 @@ pub struct TableHead {
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Default)]
 pub struct TableRow {
-    /// 0 = free, 1 = closed.
+    /// 0 = free, 1 = in use.
     pub state: u8,
     /// Size class of its pages.
     pub class: u8,
     /// Blocks that the roots of this checkpoint refer to.
     pub live: U16,
-    /// The summary's own sum.
+    /// The sum of the summary that counts.
     pub summary_crc: U32,
+    /// Which of the two summary areas that is.
+    pub summary_slot: u8,
     /// Zero.
-    pub reserved: [u8; 16],
+    pub reserved: [u8; 15],
 }
 
-/// Head of a summary; [`SummaryItem`]s follow. The summary fills the last blocks of its extent.
+/// Head of a summary; [`SummaryItem`]s follow. An extent ends with two summary areas, used in turn: an extent that
+/// is still being filled gets a new summary with each checkpoint, and the one before stays until that is durable.
 #[repr(C)]
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 pub struct SummaryHead {
@@ -127,10 +130,26 @@ pub struct NodeKey {
     pub prefix: u64,
 }
 
-/// Blocks at the end of an extent of `extent_blocks` blocks that its summary takes.
+/// Blocks of one of the two summary areas at the end of an extent of `extent_blocks` blocks.
 pub const fn summary_blocks(extent_blocks: u32) -> u32 {
-    let bytes = size_of::<SummaryHead>() + extent_blocks as usize * size_of::<SummaryItem>();
-    bytes.div_ceil(BLOCK) as u32
+    let mut blocks = 1;
+    loop {
+        let items = (extent_blocks - 2 * blocks) as usize;
+        if size_of::<SummaryHead>() + items * size_of::<SummaryItem>() <= blocks as usize * BLOCK {
+            return blocks;
+        }
+        blocks += 1;
+    }
+}
+
+/// Blocks of an extent that hold pages and nodes; the summary areas follow.
+pub const fn data_blocks(extent_blocks: u32) -> u32 {
+    extent_blocks - 2 * summary_blocks(extent_blocks)
+}
+
+/// The block at which summary area `slot` of an extent begins.
+pub const fn summary_at(extent_blocks: u32, slot: u8) -> u32 {
+    data_blocks(extent_blocks) + (slot as u32 & 1) * summary_blocks(extent_blocks)
 }
 
 /// Where table block `index` of checkpoint `checkpoint` stands in the table file.

@@ -1,7 +1,7 @@
 //! Extents: who may be filled, what is live in them, and when a place is free again.
 //!
 //! ```text
-//! Free --open--> Open(stream) --full or checkpoint--> Closing --summary durable with a checkpoint--> Closed --> Free
+//! Free --open--> Open(stream) --full--> Closing --summary written--> Closed --nothing live--> Free
 //! ```
 //! Invariants
 //! 1. Places are handed out front to back within an extent, once; an extent is filled again only after `Free`.
@@ -13,10 +13,15 @@
 //! 4. A place that the map left goes to its virtual shard's `left` list; the next checkpoint *retires* it, and it
 //!    stops being live when that checkpoint's superblock is durable: by then no root names it, and no log record
 //!    that recovery would read.
+//! 5. Whatever a durable root names lies in an extent whose durable table row names a summary that lists it: each
+//!    checkpoint writes the summaries of the extents still open, each time into the other of two areas. An extent
+//!    gets at most one summary between two checkpoints.
 //!
 //! It plans; the shard writes.
 
-use crate::format::extent::{Item, ItemKind, TABLE_ROWS, TableRow, encode_summary, encode_table, summary_blocks};
+use crate::format::extent::{
+    Item, ItemKind, TABLE_ROWS, TableRow, data_blocks, encode_summary, encode_table, summary_at, summary_blocks,
+};
 use crate::types::{BLOCK, ExtentNo, Place, VShard};
 use std::collections::BTreeSet;
 
@@ -40,7 +45,7 @@ pub(crate) enum ExtentState {
     Free,
     /// Being filled.
     Open,
-    /// Full or given up; its summary is being written.
+    /// Full, or found by recovery; its last summary is not written yet.
     Closing,
     /// Filled, with a summary.
     Closed,
@@ -53,6 +58,13 @@ struct Extent {
     assigned: u32,
     excluded: u32,
     summary_crc: u32,
+    summary_slot: u8,
+    /// Items in the summary as last encoded.
+    summarized: usize,
+    /// The last summary is encoded: there will be no other.
+    is_final: bool,
+    /// Between which checkpoints its summary was last encoded.
+    summarized_in: u64,
     next_block: u32,
     items: Vec<Item>,
 }
@@ -63,6 +75,10 @@ const FREE: Extent = Extent {
     assigned: 0,
     excluded: 0,
     summary_crc: 0,
+    summary_slot: 0,
+    summarized: 0,
+    is_final: false,
+    summarized_in: 0,
     next_block: 0,
     items: Vec::new(),
 };
@@ -100,6 +116,8 @@ pub(crate) struct Extents {
     left_captured: Vec<Place>,
     retiring: Vec<Place>,
     live_blocks: u64,
+    /// Grows with each checkpoint that ends.
+    interval: u64,
 }
 
 impl Extents {
@@ -115,12 +133,19 @@ impl Extents {
             left_captured: Vec::new(),
             retiring: Vec::new(),
             live_blocks: 0,
+            interval: 1,
         };
         this.grow(count);
         for (i, row) in rows.iter().enumerate().take(count as usize).filter(|(_, row)| row.state == 1) {
             let live = u32::from(row.live.get());
             this.extents[i] =
-                Extent { state: ExtentState::Closed, live, summary_crc: row.summary_crc.get(), ..FREE };
+                Extent {
+                    state: ExtentState::Closed,
+                    live,
+                    summary_crc: row.summary_crc.get(),
+                    summary_slot: row.summary_slot,
+                    ..FREE
+                };
             this.live_blocks += u64::from(live);
             this.free.remove(&(i as u32));
         }
@@ -135,7 +160,7 @@ impl Extents {
 
     /// Blocks for data in an extent.
     pub(crate) fn data_blocks(&self) -> u32 {
-        self.extent_blocks - summary_blocks(self.extent_blocks)
+        data_blocks(self.extent_blocks)
     }
 
     /// Sums.
@@ -148,32 +173,59 @@ impl Extents {
         }
     }
 
-    /// Takes an extent that log records name out of the free ones, before recovery writes anything.
-    pub(crate) fn reserve_named(&mut self, extent: ExtentNo) {
-        if self.free.remove(&extent.get()) {
-            let e = &mut self.extents[extent.index()];
-            e.state = ExtentState::Closing;
-            e.next_block = u32::MAX;
+    /// An extent that log records name, before recovery writes anything: nothing is put into it any more. If it was
+    /// in use, returns where its summary is (and its sum): the caller reads it and brings the items.
+    pub(crate) fn reserve_named(&mut self, no: ExtentNo) -> Option<(Place, u32)> {
+        let at = self.summary_place(no);
+        let extent = &mut self.extents[no.index()];
+        let was = extent.state;
+        if was == ExtentState::Closing {
+            return None;
         }
+        self.free.remove(&no.get());
+        extent.state = ExtentState::Closing;
+        extent.is_final = false;
+        (was == ExtentState::Closed).then_some((at, extent.summary_crc))
+    }
+
+    /// The items that the summary of a [reserved](Self::reserve_named) extent lists.
+    pub(crate) fn restore_items(&mut self, no: ExtentNo, items: Vec<Item>) {
+        self.extents[no.index()].items = items;
     }
 
     /// During recovery: a place that a log record names, now to be named by the map too.
     pub(crate) fn adopt(&mut self, place: Place, what: ItemKind) {
-        if let Some(extent) = self.extents.get_mut(place.extent.index()) {
-            extent.assigned += 1;
-            // Closed by an earlier checkpoint: its summary has the item already.
-            if extent.state != ExtentState::Closed {
-                extent.items.push(Item { block: place.block, what });
-            }
+        let extent = &mut self.extents[place.extent.index()];
+        assert_eq!(extent.state, ExtentState::Closing, "named extents were reserved");
+        extent.assigned += 1;
+        if !extent.items.iter().any(|item| item.block == place.block) {
+            extent.items.push(Item { block: place.block, what });
         }
     }
 
-    /// Extents that recovery took out of the free ones, to be closed with a summary by its checkpoint.
-    pub(crate) fn close_adopted(&mut self) -> Vec<ExtentNo> {
-        let adopted = |(i, e): (usize, &Extent)| {
-            (e.state == ExtentState::Closing && e.next_block == u32::MAX).then_some(ExtentNo::new(i as u32))
-        };
-        self.extents.iter().enumerate().filter_map(adopted).collect()
+    /// Extents whose last summary is not written yet, and those that are open and have items that their summary
+    /// does not list: all that a checkpoint must write before its table.
+    pub(crate) fn unsummarized(&self) -> Vec<ExtentNo> {
+        let numbers = (0..self.extents.len() as u32).map(ExtentNo::new);
+        numbers.filter(|no| self.is_unsummarized(*no)).collect()
+    }
+
+    /// Full extents whose last summary had to wait for the end of a checkpoint.
+    pub(crate) fn filled(&self) -> Vec<ExtentNo> {
+        let mut due = self.unsummarized();
+        due.retain(|no| self.extents[no.index()].state == ExtentState::Closing);
+        due
+    }
+
+    /// Whether `no` needs a summary written, and may have it before the checkpoint under way ends.
+    pub(crate) fn is_unsummarized(&self, no: ExtentNo) -> bool {
+        let extent = &self.extents[no.index()];
+        match extent.state {
+            _ if extent.summarized_in == self.interval => false,
+            ExtentState::Closing => !extent.is_final,
+            ExtentState::Open => extent.items.len() > extent.summarized,
+            _ => false,
+        }
     }
 
     /// A place for one block, and the extent that this filled up, if any: its summary is to be written.
@@ -200,31 +252,34 @@ impl Extents {
         Some((Place { extent: no, block }, full.then_some(no)))
     }
 
-    /// Gives up all open extents and returns them: their summaries are to be written.
-    pub(crate) fn close_open(&mut self) -> Vec<ExtentNo> {
-        let open: Vec<_> = self.open.iter_mut().filter_map(Option::take).collect();
-        for no in &open {
-            self.extents[no.index()].state = ExtentState::Closing;
-        }
-        open
-    }
-
-    /// Fills the summary of a closing extent, and returns where it goes.
+    /// Fills the next summary of an open or closing extent, and returns where it goes.
     pub(crate) fn encode_summary(&mut self, no: ExtentNo, out: &mut [u8]) -> Place {
-        let (store_id, block) = (self.store_id, self.data_blocks());
+        let store_id = self.store_id;
         let extent = &mut self.extents[no.index()];
-        assert_eq!(extent.state, ExtentState::Closing, "only a closing extent gets a summary");
+        extent.summary_slot ^= 1;
+        extent.summarized_in = self.interval;
         extent.summary_crc = encode_summary(store_id, no, &extent.items, out);
-        extent.items = Vec::new();
-        Place { extent: no, block }
+        extent.summarized = extent.items.len();
+        if extent.state == ExtentState::Closing {
+            extent.items = Vec::new();
+            extent.is_final = true;
+        }
+        self.summary_place(no)
     }
 
     /// The summary of `no` has been written.
     pub(crate) fn summary_written(&mut self, no: ExtentNo) {
         let extent = &mut self.extents[no.index()];
-        assert_eq!(extent.state, ExtentState::Closing);
-        extent.state = ExtentState::Closed;
-        self.free_if_empty(no);
+        // Filled up while the summary was under way: one more follows.
+        if extent.state == ExtentState::Closing && extent.is_final {
+            extent.state = ExtentState::Closed;
+            self.free_if_empty(no);
+        }
+    }
+
+    /// Where the summary of `no` is.
+    pub(crate) fn summary_place(&self, no: ExtentNo) -> Place {
+        Place { extent: no, block: summary_at(self.extent_blocks, self.extents[no.index()].summary_slot) }
     }
 
     /// Bytes of a summary.
@@ -301,8 +356,14 @@ impl Extents {
             if live == 0 {
                 return TableRow::default();
             }
-            assert_eq!(e.state, ExtentState::Closed, "what a root names has a summary");
-            TableRow { state: 1, live: (live as u16).into(), summary_crc: e.summary_crc.into(), ..TableRow::default() }
+            assert!(e.state != ExtentState::Free && e.summary_crc != 0, "what a root names has a summary");
+            TableRow {
+                state: 1,
+                live: (live as u16).into(),
+                summary_crc: e.summary_crc.into(),
+                summary_slot: e.summary_slot,
+                ..TableRow::default()
+            }
         };
         let rows: Vec<_> = self.extents[from..to].iter().map(row).collect();
         encode_table(self.store_id, index, checkpoint, &rows, out);
@@ -310,6 +371,7 @@ impl Extents {
 
     /// The checkpoint's superblock is durable: what it retired is free. Returns the number of blocks.
     pub(crate) fn end_checkpoint(&mut self) -> u64 {
+        self.interval += 1;
         let retiring = std::mem::take(&mut self.retiring);
         for place in &retiring {
             let extent = &mut self.extents[place.extent.index()];

@@ -3,5 +3,5 @@
 mod extents;
 mod tree;
 
-pub(crate) use extents::{ExtentState, Extents, Stream};
+pub(crate) use extents::{Extents, Stream};
 pub(crate) use tree::{Lookup, Map, NodeIdx};

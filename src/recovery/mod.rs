@@ -26,6 +26,7 @@ pub(crate) use scan::{Scan, scan};
 use crate::commit::GlobalOrder;
 use crate::disk::{Disk, DiskOp, FileId, execute};
 use crate::error::{Error, Result};
+use crate::format::extent::decode_summary;
 use crate::format::superblock::Superblock;
 use crate::log::{Chunks, Log};
 use crate::map::{Extents, Map};
@@ -133,9 +134,7 @@ fn build(
         &loaded.table,
         extents_count,
     );
-    for group in &scan.groups {
-        group.places.iter().for_each(|place| extents.reserve_named(place.extent));
-    }
+    reserve_named(disk, &mut arena, &superblock, scan, &mut extents)?;
     let chunks = log_chunks(&mut arena, &limits)?;
     let segment_blocks = (geometry.segment_bytes / BLOCK as u64) as u32;
     let log = Log::new(geometry.segments_count, segment_blocks, chunks);
@@ -143,6 +142,26 @@ fn build(
     let map = Map::new(loaded.roots, seed);
     let id = ShardId::new(0);
     Ok(Shard::new(Parts { id, limits, order, arena, map, extents, log, superblock, seed, now }))
+}
+
+/// Keeps the extents that log records name as they are; what they hold already is listed by their summaries.
+fn reserve_named(
+    disk: &mut dyn Disk,
+    arena: &mut Arena,
+    superblock: &Superblock,
+    scan: &Scan,
+    extents: &mut Extents,
+) -> Result<()> {
+    for place in scan.groups.iter().flat_map(|group| &group.places) {
+        let Some((at, crc)) = extents.reserve_named(place.extent) else { continue };
+        let offset = at.offset(superblock.geometry.extent_bytes);
+        let bytes = load::read_bytes(disk, arena, FileId::Data, offset, extents.summary_bytes())?;
+        let items = decode_summary(superblock.store_id, place.extent, crc, &bytes).map_err(|what| {
+            Error::corrupt(format_args!("the summary of extent {} (byte {offset} of file data) {what}", place.extent.get()))
+        })?;
+        extents.restore_items(place.extent, items);
+    }
+    Ok(())
 }
 
 /// The buffers in which log groups gather: enough for all that can be in flight, and one commit of the largest size.
@@ -219,3 +238,6 @@ fn mix(seed: u64) -> u64 {
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
 }
+
+#[cfg(test)]
+mod tests;

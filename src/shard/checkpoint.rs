@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! Idle --> Pages --> Capture --> Summaries --> Flush --> Super(copy 1) --> SuperFlush --> Super(copy 2) --> ... Idle
-//!          dirty     nodes,      open extents  data,     the commit point
-//!          pages     one virtual are closed;   roots,
+//!          dirty     nodes,      of extents    data,     the commit point
+//!          pages     one virtual in use; then  roots,
 //!          up to     shard a     roots, table  table
 //!          redo      turn
 //! ```
@@ -24,7 +24,7 @@ use crate::format::root;
 use crate::format::superblock::{SUPERBLOCK_BYTES, Superblock, VShardState};
 use crate::map::Stream;
 use crate::pool::Frame;
-use crate::types::{BLOCK, ExtentNo, Lsn, VShard};
+use crate::types::{BLOCK, Lsn, VShard};
 use smallvec::SmallVec;
 
 /// Where a checkpoint stands.
@@ -67,8 +67,6 @@ pub(super) struct Checkpoint {
     pages_left: u64,
     /// Operations of this phase under way.
     ops: u32,
-    /// Extents whose summaries must be written before the roots.
-    closing: Vec<ExtentNo>,
     /// Virtual shards with a new root, and its block.
     roots: Vec<(VShard, Frame)>,
     next: Option<Superblock>,
@@ -78,6 +76,13 @@ pub(super) struct Checkpoint {
 
 /// Node writes under way at most, in blocks.
 const NODE_OPS_MAX: u32 = 64;
+
+impl std::fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?} redo {:?} pages left {} ops {}", self.phase, self.redo, self.pages_left, self.ops)?;
+        write!(f, " wanted {}", self.wanted)
+    }
+}
 
 impl Checkpoint {
     pub(super) fn is_active(&self) -> bool {
@@ -185,10 +190,9 @@ impl Shard {
     fn capture_vshard(&mut self, next: u16) {
         if u32::from(next) == self.limits.geometry.vshards_count {
             if self.checkpoint.ops == 0 {
-                self.checkpoint.closing = self.extents.close_open();
-                self.checkpoint.closing.extend(self.extents.close_adopted());
-                let closing = self.checkpoint.closing.clone();
-                self.summaries.extend(closing);
+                self.summaries.extend(self.extents.unsummarized());
+                self.summaries.sort();
+                self.summaries.dedup();
                 self.checkpoint.phase = Phase::Summaries;
                 self.again = true;
             }
@@ -236,11 +240,10 @@ impl Shard {
 
     /// All nodes are written: waits for the summaries, then writes roots and table.
     fn write_roots_and_table(&mut self) {
-        let unwritten = |no: &ExtentNo| self.extents.state(*no) == Some(crate::map::ExtentState::Closing);
-        if self.checkpoint.ops > 0 || self.summaries_under_way > 0 || self.checkpoint.closing.iter().any(unwritten) {
+        if self.checkpoint.ops > 0 || self.summaries_under_way > 0 || !self.summaries.is_empty() {
             return;
         }
-        if !self.summaries.is_empty() || !self.ensure_frames(self.extents.table_blocks() + 8) {
+        if !self.ensure_frames(self.extents.table_blocks() + 8) {
             return;
         }
         let count = self.limits.geometry.vshards_count;
@@ -371,6 +374,7 @@ impl Shard {
         self.stats.checkpoints += 1;
         self.log.recycle(redo);
         let freed = self.extents.end_checkpoint();
+        self.summaries.extend(self.extents.filled());
         self.compacted.clear();
         self.grow_failed_at = None;
         tracing::debug!(shard = self.id.get(), %redo, freed_blocks = freed, "checkpoint");

@@ -42,7 +42,7 @@ impl Shard {
             return false;
         }
         let into = (0..blocks).map(|_| self.arena.alloc(0).expect("frames were ensured")).collect();
-        let place = Place { extent, block: self.extents.data_blocks() };
+        let place = self.extents.summary_place(extent);
         self.compacted.insert(extent);
         self.compaction = Some(Compaction { extent, items: Vec::new(), next: 0, loading: 0, waits_for_node: true });
         let offset = place.offset(self.limits.geometry.extent_bytes);

@@ -353,3 +353,31 @@ impl Shard {
         self.canary = canary;
     }
 }
+
+impl std::fmt::Debug for Shard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shard")
+            .field("id", &self.id)
+            .field("next", &self.order.next())
+            .field("watermark", &self.order.watermark())
+            .field("pending", &self.pending.len())
+            .field("ready", &self.ready.len())
+            .field("waiting", &self.waiting.len())
+            .field("ops", &self.ops.len())
+            .field("groups_in_flight", &self.log.in_flight.len())
+            .field("open_group", &self.log.open.first_lsn())
+            .field("free_segments", &self.log.free_segments())
+            .field("flushing", &self.flushing)
+            .field("dirty", &self.dirty.len())
+            .field("captures", &self.captures.len())
+            .field("reserved_blocks", &self.reserved_blocks)
+            .field("dirty_nodes", &self.map.dirty_count())
+            .field("checkpoint", &self.checkpoint)
+            .field("space", &self.extents.space())
+            .field("left", &self.extents.left_count())
+            .field("compacting", &self.compaction.is_some())
+            .field("growing", &self.growing)
+            .field("failed", &self.failed)
+            .finish()
+    }
+}

@@ -187,7 +187,7 @@ impl Shard {
         }
     }
 
-    /// Writes the summaries of extents that are full or given up.
+    /// Writes the summaries of extents that are full, and those that a checkpoint asks for.
     pub(super) fn write_summaries(&mut self) {
         if self.failed.is_some() {
             return;
@@ -198,6 +198,9 @@ impl Shard {
                 return;
             }
             self.summaries.pop();
+            if !self.extents.is_unsummarized(no) {
+                continue;
+            }
             let mut summary = vec![0; bytes];
             let place = self.extents.encode_summary(no, &mut summary);
             let mut from = smallvec::SmallVec::new();

@@ -2,3 +2,4 @@
 pub mod canary;
 pub mod disk;
 pub mod rng;
+pub use canary::{Canary, planted};

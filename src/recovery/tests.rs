@@ -1,0 +1,139 @@
+//! Opening, closing and crashing one shard on the simulated disk: the plain paths. The hard ones are the
+//! simulator's (`sim/`).
+
+use super::*;
+use crate::shard::{Change, Commit, Request, Response, Token};
+use crate::sim::disk::{Loss, SimDisk};
+use crate::sim::rng::Rng;
+use crate::types::{PageId, PageKey, VolumeId};
+use bytes::Bytes;
+
+struct Driver {
+    disk: SimDisk,
+    shard: Shard,
+    now: Micros,
+    token: u64,
+}
+
+fn options() -> Options {
+    Options {
+        geometry: crate::Geometry {
+            extent_bytes: 64 << 10,
+            segment_bytes: 128 << 10,
+            segments_count: 4,
+            vshards_count: 4,
+        },
+        memory_bytes: 4 << 20,
+        ..Options::default()
+    }
+}
+
+impl Driver {
+    fn open(mut disk: SimDisk) -> (Driver, RecoveryReport) {
+        let (shard, report) = open(&mut disk, &options(), 7, 0).expect("the store opens");
+        (Driver { disk, shard, now: 0, token: 0 }, report)
+    }
+
+    fn ask(&mut self, request: Request) -> Result<Response> {
+        self.token += 1;
+        let token = Token(self.token);
+        self.shard.request(token, request);
+        for _ in 0..100_000 {
+            self.now += 50;
+            self.shard.turn(self.now);
+            let mut answer = None;
+            while let Some(effect) = self.shard.next_effect() {
+                match effect {
+                    Effect::Submit(id, op) => self.disk.submit(id, op),
+                    Effect::Reply(to, result) if to == token => answer = Some(result),
+                    Effect::Reply(..) => {}
+                }
+            }
+            if let Some(answer) = answer {
+                return answer;
+            }
+            self.disk.advance_to(self.now);
+            let mut done = Vec::new();
+            self.disk.reap(&mut done);
+            done.into_iter().for_each(|completion| self.shard.complete(completion));
+        }
+        panic!("no answer to a request: {:#?}", self.shard);
+    }
+
+    fn commit(&mut self, changes: Vec<(PageKey, Change)>) -> Lsn {
+        match self.ask(Request::Commit(Commit { reads: vec![], changes, durable: true })) {
+            Ok(Response::Committed(lsn)) => lsn,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn read(&mut self, key: PageKey) -> Vec<u8> {
+        match self.ask(Request::Read(smallvec::smallvec![key])) {
+            Ok(Response::Pages(pages)) => pages[0].to_vec(),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+fn key(page: u64) -> PageKey {
+    PageKey::new(VolumeId::new(1), PageId::new(page))
+}
+
+fn put(byte: u8) -> Change {
+    Change::Put(Bytes::from(vec![byte; BLOCK]))
+}
+
+/// The first promise: what was acknowledged is there after a crash, and after a clean close.
+#[test]
+fn commits_are_found_again() {
+    let (mut d, report) = Driver::open(SimDisk::new(1));
+    assert!(report.created && report.clean);
+    let first = d.commit((0..8).map(|i| (key(i), put(i as u8))).collect());
+    assert!(d.commit(vec![(key(3), Change::Patch { offset: 10, bytes: Bytes::from_static(b"hello") })]) > first);
+    d.commit(vec![(key(4), Change::Free), (key(1 << 40), put(9))]);
+    let check = |d: &mut Driver| {
+        assert_eq!(d.read(key(5)), vec![5; BLOCK]);
+        assert_eq!(&d.read(key(3))[8..16], b"\x03\x03hello\x03");
+        assert_eq!(d.read(key(4)), vec![0; BLOCK]);
+        assert_eq!(d.read(key(1 << 40)), vec![9; BLOCK]);
+        assert_eq!(d.read(key(77)), vec![0; BLOCK]);
+    };
+    check(&mut d);
+    let crashed = d.disk.crash(Loss::random(&mut Rng::new(3)), &mut Rng::new(4));
+    let (mut d, report) = Driver::open(crashed);
+    assert!(!report.clean && report.commits_applied == 3, "{report:?}");
+    check(&mut d);
+    assert!(matches!(d.ask(Request::Close), Ok(Response::Closed)));
+    let (mut d, report) = Driver::open(d.disk);
+    assert!(report.clean && !report.created);
+    check(&mut d);
+}
+
+/// Space and log are reclaimed: a store that is overwritten for ever does not grow for ever.
+#[test]
+fn overwriting_reclaims_space_and_log() {
+    let (mut d, _) = Driver::open(SimDisk::new(2));
+    let mut rng = Rng::new(5);
+    let mut model = vec![0u8; 200];
+    for round in 0..1500u64 {
+        let n = rng.within(1, 7);
+        let changes = (0..n).map(|_| {
+            let page = rng.below(200);
+            model[page as usize] = round as u8;
+            (key(page), put(round as u8))
+        });
+        let changes = changes.collect();
+        d.commit(changes);
+    }
+    for page in 0..200 {
+        assert_eq!(d.read(key(page)), vec![model[page as usize]; BLOCK], "page {page}");
+    }
+    let Ok(Response::Stats(stats)) = d.ask(Request::Stats) else { panic!("no counters") };
+    println!("{stats:#?}");
+    assert!(stats.checkpoints > 3 && stats.extents_total < 60, "{stats:?}");
+    let crashed = d.disk.crash(Loss::random(&mut Rng::new(3)), &mut Rng::new(4));
+    let (mut d, _) = Driver::open(crashed);
+    for page in 0..200 {
+        assert_eq!(d.read(key(page)), vec![model[page as usize]; BLOCK], "page {page}");
+    }
+}
