@@ -199,6 +199,6 @@ fn a_sound_store_verifies_and_serves_after_a_signal() {
     assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(snapshot(dir.path()) == before, "verify changed the store");
     let served = Served::start(dir.path());
-    assert!(served.lines.iter().any(|l| l.contains("closed cleanly")), "{:?}", served.lines);
+    assert!(served.lines.iter().any(|l| l.contains("had been closed cleanly")), "{:?}", served.lines);
     assert_eq!(served.client().read(0, 4), b"kept");
 }

@@ -13,6 +13,7 @@ use super::{Export, Exports};
 use bytes::Bytes;
 use corepage::{Change, Durability, Error, ErrorKind, Options, PageId, Store, Volume};
 use std::future::Future;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tracing::warn;
 
@@ -155,13 +156,20 @@ async fn patiently<T, F: Future<Output = Result<T, Error>>>(mut attempt: impl Fn
     }
 }
 
-/// The client's view of an error; what is lost on the way is logged.
+/// Failures so far, over all connections.
+static FAILURES: AtomicU64 = AtomicU64::new(0);
+
+/// The client's view of an error; what is lost on the way is logged, for the 1st, 2nd, 4th, 8th … failure only: clients
+/// of a failed store try again and again, and must not fill a disk with log.
 fn errno(error: Error) -> Errno {
     match error.kind() {
         ErrorKind::Full => Errno::NoSpace,
         ErrorKind::Invalid | ErrorKind::TooLarge | ErrorKind::NotFound => Errno::Invalid,
         _ => {
-            warn!(error = %error, "a request failed");
+            let failures = FAILURES.fetch_add(1, Ordering::Relaxed) + 1;
+            if failures.is_power_of_two() {
+                warn!(error = %error, failures, "a request failed");
+            }
             Errno::Io
         }
     }
