@@ -158,7 +158,7 @@ fn chain(store: &Store, volume: &Volume) -> bool {
         for (page, change) in changes(0, seq) {
             txn.change(volume, PageId::new(page), change)?;
         }
-        Ok::<_, corepage::Error>((seq, txn.commit(Durability::Durable).await?))
+        Ok::<_, corepage::Error>((seq, txn.commit().await?))
     };
     match block_on(attempt()) {
         Ok((seq, lsn)) => Ack { region: 0, seq, lsn: lsn.get(), durable: true }.print(),
