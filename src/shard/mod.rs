@@ -355,6 +355,41 @@ impl Shard {
         std::mem::take(&mut self.drawn)
     }
 
+    /// What it waits for, for the message about a run that hangs.
+    pub fn whereabouts(&self) -> String {
+        format!(
+            "{} pending, {} ready, {} finished, {} ops, {} waiting for durability, open group of {} urgent {}, {} groups \
+             in flight, flushing {}, {} dirty, {} captures, {} page writes, {} blocks reserved, {} dirty nodes, \
+             checkpoint {:?}, compaction {}, {} moves, growing {}, stalled for space {}, {} segments free, {} frames free, \
+             next {} watermark {}, failed {:?}, closing {}",
+            self.pending.len(),
+            self.ready.len(),
+            self.finished.len(),
+            self.ops.len(),
+            self.waiting.len(),
+            self.log.open.slots.len(),
+            self.log.open.urgent,
+            self.log.in_flight.len(),
+            self.flushing,
+            self.dirty.len(),
+            self.captures.len(),
+            self.page_writes,
+            self.reserved_blocks,
+            self.map.dirty_count(),
+            self.checkpoint,
+            self.compaction.is_some(),
+            self.moves.len(),
+            self.growing,
+            self.stalled_for_space,
+            self.log.free_segments(),
+            self.arena.blocks(),
+            self.order.next(),
+            self.order.watermark(),
+            self.failed,
+            self.closing.is_some(),
+        )
+    }
+
     /// Plants a bug.
     pub fn set_canary(&mut self, canary: Option<crate::sim::Canary>) {
         self.canary = canary;
