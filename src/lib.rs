@@ -50,6 +50,7 @@ pub mod shard;
 pub mod sim;
 mod store;
 pub mod types;
+mod verify;
 
 pub use error::{Error, ErrorKind, Result};
 pub use options::{Geometry, Options};
@@ -57,3 +58,4 @@ pub use recovery::RecoveryReport;
 pub use shard::{Change, PageRef};
 pub use store::{Durability, PageView, Store, Txn, Volume};
 pub use types::{Lsn, PageId};
+pub use verify::{Damage, VerifyReport, verify};

@@ -3,6 +3,9 @@
 //! If these fail, clients written against the specification can't connect, read other bytes than were written, lose what
 //! was acknowledged, or are disturbed by somebody else's connection.
 
+// Real processes take real time; nothing here is replayed from a seed but the data.
+#![allow(clippy::disallowed_methods)]
+
 mod common;
 
 use common::nbd::*;
@@ -26,7 +29,8 @@ fn the_handshake_is_the_specifications_byte_for_byte() {
     assert_eq!(client.take(18), b"NBDMAGICIHAVEOPT\x00\x03");
     client.send(b"\x00\x00\x00\x03");
     client.send(b"IHAVEOPT\x00\x00\x00\x03\x00\x00\x00\x00");
-    let mut list = b"\x00\x03\xe8\x89\x04\x55\x65\xa9\x00\x00\x00\x03\x00\x00\x00\x02\x00\x00\x00\x07\x00\x00\x00\x03vol".to_vec();
+    let mut list =
+        b"\x00\x03\xe8\x89\x04\x55\x65\xa9\x00\x00\x00\x03\x00\x00\x00\x02\x00\x00\x00\x07\x00\x00\x00\x03vol".to_vec();
     list.extend(b"\x00\x03\xe8\x89\x04\x55\x65\xa9\x00\x00\x00\x03\x00\x00\x00\x01\x00\x00\x00\x00");
     assert_eq!(client.take(list.len()), list);
 
@@ -183,7 +187,9 @@ impl Model {
                 let how = [0, NO_HOLE, FAST_ZERO][self.chance.below(3) as usize];
                 assert_eq!(client.call(flags | how, WRITE_ZEROES, at as u64, length as u32, &[]), 0);
             }
-            _ => assert!(client.read(at as u64, length as u32) == self.bytes[at..at + length], "{length} bytes at {at}"),
+            _ => {
+                assert!(client.read(at as u64, length as u32) == self.bytes[at..at + length], "{length} bytes at {at}")
+            }
         }
     }
 }

@@ -11,7 +11,7 @@
 use super::{Failure, size};
 use crate::server::nbd::{Address, Limits, Listener, Plan, Server, StoreExports};
 use clap::ValueEnum;
-use corepage::{Options, Store, Volume};
+use corepage::{Options, RecoveryReport, Store, Volume};
 use futures_lite::future::block_on;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -150,9 +150,23 @@ fn listening(listeners: &[Listener], volumes: &[Volume]) -> Vec<String> {
 /// Says what was found and where clients can connect. A closed stdout is no reason to stop serving.
 fn report(dir: &Path, store: &Store, lines: &[String]) {
     let mut out = std::io::stdout().lock();
-    let _ = writeln!(out, "store {}: {}", dir.display(), store.recovery());
+    let _ = writeln!(out, "store {}: portable driver; {}", dir.display(), found(store.recovery()));
     for line in lines {
         let _ = writeln!(out, "{line}");
     }
     let _ = out.flush();
+}
+
+/// What opening the store found, for people.
+fn found(report: &RecoveryReport) -> String {
+    if report.created {
+        return "new".into();
+    }
+    if report.clean {
+        return format!("it had been closed cleanly at LSN {}", report.cut);
+    }
+    format!(
+        "recovered to LSN {}: {} log groups scanned, {} of them torn; {} commits applied, {} dropped above the cut",
+        report.cut, report.groups_scanned, report.groups_torn, report.commits_applied, report.commits_dropped
+    )
 }

@@ -9,6 +9,8 @@
 //! Byte offsets: `docs/format.md`, which a test holds against these types.
 
 pub mod catalog;
+#[cfg(test)]
+mod document_tests;
 pub mod extent;
 pub mod group;
 pub mod node;

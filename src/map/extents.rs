@@ -1,7 +1,8 @@
 //! Extents: who may be filled, what is live in them, and when a place is free again.
 //!
 //! ```text
-//! Free --open--> Open(stream) --full--> Closing --summary written--> Closed --nothing live--> Free
+//! Free --open--> Open(stream) --full-----------> Closing --summary written--> Closed --nothing live--> Free
+//! Free, Closed --named by the log--> Adopting --end of redo--> Closing, Closed
 //! ```
 //! Invariants
 //! 1. Places are handed out front to back within an extent, once; an extent is filled again only after `Free`.
@@ -45,7 +46,9 @@ pub(crate) enum ExtentState {
     Free,
     /// Being filled.
     Open,
-    /// Full, or found by recovery; its last summary is not written yet.
+    /// Named by log records that recovery redoes: nothing is put into it, but items of the log may be adopted.
+    Adopting,
+    /// Full, or given up by recovery; its last summary is not written yet.
     Closing,
     /// Filled, with a summary.
     Closed,
@@ -179,24 +182,42 @@ impl Extents {
         let at = self.summary_place(no);
         let extent = &mut self.extents[no.index()];
         let was = extent.state;
-        if was == ExtentState::Closing {
+        if was == ExtentState::Adopting {
             return None;
         }
         self.free.remove(&no.get());
-        extent.state = ExtentState::Closing;
-        extent.is_final = false;
+        extent.state = ExtentState::Adopting;
         (was == ExtentState::Closed).then_some((at, extent.summary_crc))
     }
 
     /// The items that the summary of a [reserved](Self::reserve_named) extent lists.
     pub(crate) fn restore_items(&mut self, no: ExtentNo, items: Vec<Item>) {
-        self.extents[no.index()].items = items;
+        let extent = &mut self.extents[no.index()];
+        extent.summarized = items.len();
+        extent.items = items;
+    }
+
+    /// Redo is over: no more items come from the log.
+    pub(crate) fn end_adoption(&mut self) {
+        for i in 0..self.extents.len() {
+            let extent = &mut self.extents[i];
+            if extent.state != ExtentState::Adopting {
+                continue;
+            }
+            // A summary that lists everything is as good as a last one.
+            let listed = extent.items.len() == extent.summarized;
+            extent.state = if listed { ExtentState::Closed } else { ExtentState::Closing };
+            if listed {
+                extent.items = Vec::new();
+                self.free_if_empty(ExtentNo::new(i as u32));
+            }
+        }
     }
 
     /// During recovery: a place that a log record names, now to be named by the map too.
     pub(crate) fn adopt(&mut self, place: Place, what: ItemKind) {
         let extent = &mut self.extents[place.extent.index()];
-        assert_eq!(extent.state, ExtentState::Closing, "named extents were reserved");
+        assert_eq!(extent.state, ExtentState::Adopting, "named extents were reserved");
         extent.assigned += 1;
         if !extent.items.iter().any(|item| item.block == place.block) {
             extent.items.push(Item { block: place.block, what });
@@ -223,7 +244,7 @@ impl Extents {
         match extent.state {
             _ if extent.summarized_in == self.interval => false,
             ExtentState::Closing => !extent.is_final,
-            ExtentState::Open => extent.items.len() > extent.summarized,
+            ExtentState::Open | ExtentState::Adopting => extent.items.len() > extent.summarized,
             _ => false,
         }
     }

@@ -244,16 +244,14 @@ impl Map {
     /// Nodes that [`pin`](Self::pin) would have to create for `key`: frames that the arena must have.
     pub(crate) fn missing_nodes(&self, key: PageKey) -> u32 {
         let (vshard, dense) = self.position(key);
-        let leaf = NodeKey { vshard, volume: key.volume, level: 0, prefix: prefix(dense, 0) };
-        if self.index.contains_key(&leaf) {
-            return 0;
+        let mut top = self.top(vshard, key.volume).level;
+        while prefix(dense, top) != 0 {
+            top += 1;
         }
-        let mut level = self.top(vshard, key.volume).level;
-        while prefix(dense, level) != 0 {
-            level += 1;
-        }
-        // The path down, and the levels that growth puts above the present top.
-        2 * (u32::from(level) + 1)
+        let at = |level| NodeKey { vshard, volume: key.volume, level, prefix: prefix(dense, level) };
+        let path = (0..=top).take_while(|level| !self.index.contains_key(&at(*level))).count() as u32;
+        // A tree that grows gets its new tops above the old one too.
+        path + u32::from(top - self.top(vshard, key.volume).level)
     }
 
     /// Makes the leaf of `key` exist in memory and pins it. All nodes on the path that exist on disk must be in

@@ -20,7 +20,7 @@ mod load;
 mod replay;
 mod scan;
 
-pub(crate) use load::{Loaded, find_superblock};
+pub(crate) use load::{Loaded, find_superblock, read_bytes};
 pub(crate) use scan::{Scan, scan};
 
 use crate::commit::GlobalOrder;
@@ -57,6 +57,22 @@ pub struct RecoveryReport {
     pub epoch: u64,
     /// Superblock copies that could not be used, each with the reason.
     pub warnings: Vec<String>,
+}
+
+impl std::fmt::Display for RecoveryReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.created {
+            return write!(f, "created, epoch {}", self.epoch);
+        }
+        if self.clean {
+            return write!(f, "closed cleanly at LSN {}, epoch {} begins", self.cut, self.epoch);
+        }
+        write!(
+            f,
+            "recovered to LSN {}: {} log groups scanned, {} torn; {} commits applied, {} dropped; epoch {} begins",
+            self.cut, self.groups_scanned, self.groups_torn, self.commits_applied, self.commits_dropped, self.epoch
+        )
+    }
 }
 
 /// Opens the store on `disk`, or creates it, and returns it ready for requests. `seed` is where all randomness

@@ -22,36 +22,46 @@ pub(super) fn replay(
 ) -> Result<()> {
     let mut arena = Arena::new(64)?;
     report.commits_dropped = scan.dropped;
+    shard.begin_redo(scan.redo, scan.cut);
     for group in &scan.groups {
         let file = FileId::Log(group.head.shard, group.head.segment);
         let len = group.head.blocks as usize * BLOCK;
         let offset = u64::from(group.head.block) * BLOCK as u64;
         let bytes = Bytes::from(read_bytes(disk, &mut arena, file, offset, len)?);
-        let changes = decode(group, &bytes, scan, report).ok_or_else(|| {
+        let commits = decode(group, &bytes, scan, report).ok_or_else(|| {
             Error::corrupt(format_args!("{file}: the group at block {} changed while it was read", group.head.block))
         })?;
-        redo(disk, shard, changes, now)?;
+        redo(disk, shard, commits, now)?;
+    }
+    shard.end_redo();
+    Ok(())
+}
+
+/// Redoes whole commits, as many at a time as fit into memory.
+fn redo(disk: &mut dyn Disk, shard: &mut Shard, commits: Vec<Commit>, now: Micros) -> Result<()> {
+    let batch_max = shard.redo_batch_max();
+    let mut batch = Vec::new();
+    let mut commits = commits.into_iter().peekable();
+    while let Some(Commit { lsn, changes }) = commits.next() {
+        batch.extend(changes);
+        if commits.peek().is_none_or(|next| batch.len() + next.changes.len() > batch_max) {
+            shard.redo(lsn, std::mem::take(&mut batch));
+            pump(disk, shard, now, |shard| Ok(shard.redo_done()? && !shard.checkpoint_under_way()))?;
+        }
     }
     Ok(())
 }
 
-fn redo(disk: &mut dyn Disk, shard: &mut Shard, changes: Vec<RedoChange>, now: Micros) -> Result<()> {
-    let batch_max = shard.redo_batch_max();
-    let mut changes = changes.into_iter();
-    loop {
-        let batch: Vec<RedoChange> = changes.by_ref().take(batch_max).collect();
-        if batch.is_empty() {
-            return Ok(());
-        }
-        shard.redo(batch);
-        pump(disk, shard, now, Shard::redo_done)?;
-    }
+/// A commit as the log has it.
+struct Commit {
+    lsn: Lsn,
+    changes: Vec<RedoChange>,
 }
 
-fn decode(group: &ScannedGroup, bytes: &Bytes, scan: &Scan, report: &mut RecoveryReport) -> Option<Vec<RedoChange>> {
+fn decode(group: &ScannedGroup, bytes: &Bytes, scan: &Scan, report: &mut RecoveryReport) -> Option<Vec<Commit>> {
     let body = Body::open(&group.head, bytes)?;
     let wanted = |lsn: Lsn| lsn > scan.redo && lsn <= scan.cut;
-    let mut changes = Vec::new();
+    let mut commits = Vec::new();
     for record in body.records()? {
         let lsn = record.lsn;
         if !wanted(lsn) {
@@ -59,7 +69,7 @@ fn decode(group: &ScannedGroup, bytes: &Bytes, scan: &Scan, report: &mut Recover
             continue;
         }
         report.commits_applied += 1;
-        let first_of_commit = changes.len();
+        let mut changes = Vec::new();
         for change in record.changes {
             let (key, lsn, kind) = match change {
                 LoggedChange::Patch(key, offset, patch) => {
@@ -81,18 +91,19 @@ fn decode(group: &ScannedGroup, bytes: &Bytes, scan: &Scan, report: &mut Recover
                     (slot.key, slot.entry.lsn(), kind)
                 }
             };
-            add(&mut changes, first_of_commit, RedoChange { lsn, key, kind })?;
+            add(&mut changes, RedoChange { lsn, key, kind })?;
         }
+        commits.push(Commit { lsn, changes });
     }
-    Some(changes)
+    Some(commits)
 }
 
-/// Adds a change of the commit whose changes begin at `first`, to that which it did to the same page before, if any.
-fn add(changes: &mut Vec<RedoChange>, first: usize, change: RedoChange) -> Option<()> {
-    match changes[first..].iter().position(|earlier| earlier.key == change.key) {
+/// Adds a change to what the commit did to the same page before, if anything: a page has one version a commit.
+fn add(changes: &mut Vec<RedoChange>, change: RedoChange) -> Option<()> {
+    match changes.iter().rposition(|earlier| earlier.key == change.key) {
         None => changes.push(change),
         Some(at) => {
-            let earlier = changes.remove(first + at);
+            let earlier = changes.remove(at);
             let kind = earlier.kind.then(change.kind)?;
             changes.push(RedoChange { kind, ..change });
         }

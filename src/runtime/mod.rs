@@ -8,5 +8,4 @@ mod inbox;
 mod inflight;
 mod portable;
 
-pub(crate) use inflight::Reply;
 pub(crate) use portable::Runtime;

@@ -142,7 +142,8 @@ impl Shard {
             Phase::Idle => {
                 let used = self.log.segments_count() - self.log.free_segments();
                 let log_is_long = used > self.log.segments_count() / 2;
-                if self.checkpoint.wanted || log_is_long {
+                let is_moment = self.redoing.is_none_or(|redoing| !redoing.mid_batch);
+                if (self.checkpoint.wanted || log_is_long) && is_moment {
                     self.begin_checkpoint();
                 }
             }
@@ -160,7 +161,7 @@ impl Shard {
         let c = &mut self.checkpoint;
         c.wanted = false;
         c.phase = Phase::Pages;
-        c.redo = self.order.next().before();
+        c.redo = self.redoing.map_or(self.order.next().before(), |redoing| redoing.done);
         c.waiters = std::mem::take(&mut c.next_waiters);
         c.pages_left = 0;
         self.extents.begin_checkpoint();
@@ -301,8 +302,8 @@ impl Shard {
             clean: c.clean,
             generation: old.generation + 1,
             checkpoint: old.checkpoint + 1,
-            watermark: self.order.watermark(),
-            next_lsn: self.order.next(),
+            watermark: self.redoing.map_or(self.order.watermark(), |redoing| redoing.cut),
+            next_lsn: self.redoing.map_or(self.order.next(), |redoing| redoing.cut.plus(1)),
             extents_count: self.extents.space().total,
             logs: vec![if c.clean { self.log.end() } else { Default::default() }],
             vshards: (0..self.limits.geometry.vshards_count as u16).map(vshard).collect(),

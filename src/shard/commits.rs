@@ -147,7 +147,8 @@ impl Shard {
     fn admit(&mut self, waiter: usize, need: Need, first: bool) -> Admission {
         let body = self.log.open.body_blocks_with(need.record_bytes, need.slots);
         let group_is_new = self.log.open.is_empty() && first;
-        let inline = self.limits.inline_pages_max as u32;
+        // No more than the group's pages: `inline_pages_max` alone may be more than a small segment holds.
+        let inline = self.limits.inline_pages_max.min(self.log.open.slots.len() + need.slots) as u32;
         let drawn_ahead = self.order.next().get() - self.order.watermark().get();
         if self.log.open.runs_full()
             || drawn_ahead > LSN_AHEAD_MAX / 2

@@ -32,7 +32,7 @@ pub(super) struct Compaction {
 impl Shard {
     /// Begins with the emptiest extent; false if there is none worth it.
     pub(super) fn begin_compaction(&mut self) -> bool {
-        if self.compaction.is_some() || self.closing.is_some() {
+        if self.compaction.is_some() || self.closing.is_some() || self.redoing.is_some() {
             return self.compaction.is_some();
         }
         let compacted = &self.compacted;

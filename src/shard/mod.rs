@@ -29,6 +29,7 @@ mod writeback;
 pub use event::{Change, Commit, Effect, PageRef, Request, Response, Token};
 pub(crate) use checkpoint::NewEpoch;
 pub(crate) use commits::LSN_AHEAD_MAX;
+use redo::Redoing;
 pub(crate) use redo::{RedoChange, RedoKind};
 
 use crate::commit::GlobalOrder;
@@ -125,6 +126,8 @@ pub struct Shard {
     closed: bool,
     failed: Option<Error>,
     redo_error: Option<Error>,
+    /// While recovery redoes the log.
+    redoing: Option<Redoing>,
     again: bool,
     stats: ShardStats,
     #[cfg(any(test, feature = "sim"))]
@@ -193,6 +196,7 @@ impl Shard {
             closed: false,
             failed: None,
             redo_error: None,
+            redoing: None,
             again: false,
             stats: ShardStats::default(),
             #[cfg(any(test, feature = "sim"))]
@@ -349,6 +353,41 @@ impl Shard {
     /// Which request got which LSN, in order, since last asked: also for commits that are never answered.
     pub fn take_drawn(&mut self) -> Vec<(Token, Lsn)> {
         std::mem::take(&mut self.drawn)
+    }
+
+    /// What it waits for, for the message about a run that hangs.
+    pub fn whereabouts(&self) -> String {
+        format!(
+            "{} pending, {} ready, {} finished, {} ops, {} waiting for durability, open group of {} urgent {}, {} groups \
+             in flight, flushing {}, {} dirty, {} captures, {} page writes, {} blocks reserved, {} dirty nodes, \
+             checkpoint {:?}, compaction {}, {} moves, growing {}, stalled for space {}, {} segments free, {} frames free, \
+             next {} watermark {}, failed {:?}, closing {}",
+            self.pending.len(),
+            self.ready.len(),
+            self.finished.len(),
+            self.ops.len(),
+            self.waiting.len(),
+            self.log.open.slots.len(),
+            self.log.open.urgent,
+            self.log.in_flight.len(),
+            self.flushing,
+            self.dirty.len(),
+            self.captures.len(),
+            self.page_writes,
+            self.reserved_blocks,
+            self.map.dirty_count(),
+            self.checkpoint,
+            self.compaction.is_some(),
+            self.moves.len(),
+            self.growing,
+            self.stalled_for_space,
+            self.log.free_segments(),
+            self.arena.blocks(),
+            self.order.next(),
+            self.order.watermark(),
+            self.failed,
+            self.closing.is_some(),
+        )
     }
 
     /// Plants a bug.

@@ -4,7 +4,9 @@
 //! 1. One batch at a time, in order; so changes of a page are applied in LSN order. All that a commit did to a page is
 //!    one change: a second one with the same LSN would be skipped by rule 2.
 //! 2. A change at or below the page's version is skipped: the root reflects it already.
-//! 3. Nothing is served meanwhile, and nothing that is durable is overwritten: a crash here only means to begin anew.
+//! 3. If memory or space run short meanwhile, a checkpoint may come in between: it belongs to the old epoch, and its
+//!    redo LSN is that of the last batch that is done, so that a recovery after a crash goes on from there.
+//! 4. Nothing is served meanwhile, and nothing that is durable is overwritten: a crash here only means to begin anew.
 
 use super::Shard;
 use super::requests::PendingKind;
@@ -59,14 +61,41 @@ impl RedoKind {
     }
 }
 
+/// How far redo has come.
+#[derive(Clone, Copy)]
+pub(super) struct Redoing {
+    /// Every record up to here is redone.
+    pub done: Lsn,
+    /// The state to be restored; everything up to here is durable.
+    pub cut: Lsn,
+    /// Some changes of a batch are applied, others not: no moment for a checkpoint.
+    pub mid_batch: bool,
+    /// The last commit of the batch under way.
+    batch: Lsn,
+}
+
 impl Shard {
-    /// Changes that a batch may have: their pages are in memory together.
-    pub(crate) fn redo_batch_max(&self) -> usize {
-        (self.limits.memory_blocks / 16).clamp(8, 1024) as usize
+    /// The roots reflect everything up to `redo`; the log is to be redone up to `cut`.
+    pub(crate) fn begin_redo(&mut self, redo: Lsn, cut: Lsn) {
+        self.redoing = Some(Redoing { done: redo, cut, mid_batch: false, batch: redo });
     }
 
-    /// Begins to redo a batch; pump the shard until [`redo_done`](Self::redo_done).
-    pub(crate) fn redo(&mut self, changes: Vec<RedoChange>) {
+    /// All of the log is redone: what recovery kept apart is an extent like any other.
+    pub(crate) fn end_redo(&mut self) {
+        self.redoing = None;
+        self.extents.end_adoption();
+    }
+
+    /// Changes that a batch may have: their pages are in memory together.
+    pub(crate) fn redo_batch_max(&self) -> usize {
+        (self.limits.memory_blocks / 32).clamp(4, 1024) as usize
+    }
+
+    /// Begins to redo a batch of whole commits, the last of them `lsn`; pump the shard until [`redo_done`](Self::redo_done).
+    pub(crate) fn redo(&mut self, lsn: Lsn, changes: Vec<RedoChange>) {
+        if let Some(redoing) = &mut self.redoing {
+            redoing.batch = lsn;
+        }
         let pages = changes.iter().map(|c| self.table.get(c.key)).collect();
         let data: Vec<bool> = changes.iter().map(|c| c.kind.needs_data()).collect();
         let mut changes = changes;
@@ -98,6 +127,9 @@ impl Shard {
         loop {
             let PendingKind::Redo(changes) = &mut self.pending[waiter].kind else { unreachable!("only redo") };
             let Some(change) = changes.pop() else { break };
+            if let Some(redoing) = &mut self.redoing {
+                redoing.mid_batch = true;
+            }
             let idx = self.table.get(change.key);
             let page = &self.table.pages[idx];
             let needs_data = change.kind.needs_data() && page.lsn < change.lsn;
@@ -111,6 +143,10 @@ impl Shard {
                 return true;
             }
             self.redo_change(idx, change);
+        }
+        if let Some(redoing) = &mut self.redoing {
+            redoing.mid_batch = false;
+            redoing.done = redoing.batch;
         }
         self.ready.pop_front();
         self.release(waiter);

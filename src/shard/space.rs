@@ -127,8 +127,7 @@ impl Shard {
         if self.free_blocks() >= low + self.owed_blocks() {
             return;
         }
-        if self.wants_growth() {
-            self.grow();
+        if (self.wants_growth() || self.redoing.is_some()) && self.grow() {
             return;
         }
         if self.checkpoint_under_way() || self.compaction.is_some() {

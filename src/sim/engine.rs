@@ -25,6 +25,8 @@ pub trait Engine {
     fn is_closed(&self) -> bool;
     /// Which request drew which LSN since last asked, in order.
     fn take_drawn(&mut self) -> Vec<(Token, Lsn)>;
+    /// What it waits for, in words.
+    fn describe(&self) -> String;
     /// Plants a bug.
     fn set_canary(&mut self, canary: Option<Canary>);
 }
@@ -64,6 +66,9 @@ impl Engine for Shard {
     }
     fn take_drawn(&mut self) -> Vec<(Token, Lsn)> {
         Shard::take_drawn(self)
+    }
+    fn describe(&self) -> String {
+        Shard::whereabouts(self)
     }
     fn set_canary(&mut self, canary: Option<Canary>) {
         Shard::set_canary(self, canary);

@@ -13,13 +13,19 @@
 
 pub mod canary;
 pub mod disk;
+mod drive;
 pub mod engine;
 pub mod model;
 pub mod oracle;
+pub mod plan;
 pub mod rng;
 pub mod workload;
 pub mod world;
 
+#[cfg(test)]
+mod fault_tests;
+#[cfg(test)]
+mod oracle_tests;
 #[cfg(test)]
 mod tests;
 

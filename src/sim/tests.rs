@@ -2,10 +2,11 @@
 //!
 //! `COREPAGE_SEED=n` runs one seed, `COREPAGE_SEEDS=n` so many; each failure prints the command that repeats it.
 
+use super::canary::{Canary, take_fired};
 use super::engine::open_store;
 use super::world::{Failure, Plan, Tally, run};
 
-fn plan(seed: u64) -> Plan {
+pub(super) fn plan(seed: u64) -> Plan {
     Plan {
         seed,
         lives: 25,
@@ -32,7 +33,7 @@ fn seeds(usual: u64) -> std::ops::RangeInclusive<u64> {
     }
 }
 
-fn must(test: &str, result: Result<Tally, Failure>) -> Tally {
+pub(super) fn must(test: &str, result: Result<Tally, Failure>) -> Tally {
     result.unwrap_or_else(|failure| {
         let seed = failure.seed;
         panic!("{failure}\nrepeat: COREPAGE_SEED={seed} cargo test --lib sim::tests::{test} -- --nocapture")
@@ -47,8 +48,34 @@ fn acknowledged_commits_survive_every_crash() {
     for seed in seeds(200) {
         total.add(&must("acknowledged_commits_survive_every_crash", run(&plan(seed))));
     }
-    println!("{total:#?}\n{:?}", began.elapsed());
+    println!("{total:?}\n{:?}", began.elapsed());
     if number("COREPAGE_SEED").is_none() {
         assert!(total.crashes + total.crashes_in_recovery >= 10_000, "{total:?}");
+    }
+}
+
+/// If this fails, a failure found at night can't be repeated in the morning.
+#[test]
+fn same_seed_same_trace() {
+    for seed in [1, 7, 23] {
+        let plan = Plan { lives: 6, ..plan(seed) };
+        let (first, second) = (must("same_seed_same_trace", run(&plan)), must("same_seed_same_trace", run(&plan)));
+        assert_eq!((first.trace, first.turns), (second.trace, second.turns), "seed {seed}");
+        assert_eq!((first.oracle, first.disk), (second.oracle, second.disk), "seed {seed}");
+        assert_ne!(first.trace, must("same_seed_same_trace", run(&Plan { seed: seed + 100, ..plan })).trace);
+    }
+}
+
+/// A checker that can't fail is a defect: every planted bug must do its damage and be found, by the same runs.
+#[test]
+fn every_planted_bug_fires_and_is_caught() {
+    for canary in Canary::ALL {
+        take_fired();
+        let began = std::time::Instant::now();
+        let caught = (1..=60).find_map(|seed| run(&Plan { canary: Some(canary), ..plan(seed) }).err());
+        let fired = take_fired();
+        println!("{canary:?}: fired {fired} times, {:?}, {caught:?}", began.elapsed());
+        assert!(fired > 0, "{canary:?} never fired: it proves nothing");
+        assert!(caught.is_some(), "{canary:?} fired {fired} times and was not caught");
     }
 }

@@ -5,134 +5,45 @@
 //!
 //! Invariants
 //! 1. Everything that happens follows from the plan; the same plan gives the same trace.
-//! 2. An answer counts only if it was given before the power failed.
-//! 3. Without errors of the device every request is answered in bounded virtual time: if nothing is in flight and no
+//! 2. Without errors of the device every request is answered in bounded virtual time: if nothing is in flight and no
 //!    deadline is set while somebody waits, the run fails, as it does if the shard turns without end.
 //!
 //! It does *not* judge; see `oracle`.
 
-use super::canary::Canary;
-use super::disk::{DiskCounters, Fault, Latency, Loss, SimDisk};
-use super::engine::{Engine, Open, Opened};
-use super::oracle::{Oracle, OracleCounters, Tolerance};
+use super::drive::IDLE_TURNS_MAX;
+use super::disk::{Fault, Latency, Loss, SimDisk};
+use super::engine::{Engine, Opened};
+use super::oracle::Oracle;
+pub use super::plan::{Failure, Plan, Tally};
+use super::plan::tolerance;
 use super::rng::{Rng, mix};
 use super::workload::{Ask, Profile, Workload};
-use crate::disk::Disk;
+use crate::error::Result as StoreResult;
 use crate::options::Options;
-use crate::shard::{Effect, PageRef, Request, Response, Token};
-use crate::types::{Lsn, Micros, PageKey};
-use smallvec::SmallVec;
-
-/// What a run is to be.
-#[derive(Clone)]
-pub struct Plan {
-    /// From which all else follows.
-    pub seed: u64,
-    /// Crashes and closes; after each the store is opened again.
-    pub lives: u32,
-    /// Images of the disk that are recovered and checked for each crash; the last one goes on.
-    pub images: u32,
-    /// Events of the disk in a life, at most.
-    pub events_max: u64,
-    /// Of a hundred recoveries, how many are crashed into.
-    pub recovery_crash_percent: u64,
-    /// A planted bug.
-    pub canary: Option<Canary>,
-    /// Errors of the device, from the second life on, in every life.
-    pub faults: Vec<Fault>,
-    /// Instead of the seed's own.
-    pub options: Option<Options>,
-    /// Instead of the seed's own.
-    pub profile: Option<Profile>,
-    /// What is opened.
-    pub open: Open,
-}
-
-/// What a run did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Tally {
-    /// States of the disk that were recovered after a crash during work.
-    pub crashes: u64,
-    /// Crashes in recovery.
-    pub crashes_in_recovery: u64,
-    /// Of those, crashes in the recovery after such a crash.
-    pub crashes_in_second_recovery: u64,
-    /// Clean closes.
-    pub closes: u64,
-    /// Requests made.
-    pub requests: u64,
-    /// Turns of the shard.
-    pub turns: u64,
-    /// Virtual microseconds.
-    pub virtual_us: u64,
-    /// Answers.
-    pub oracle: OracleCounters,
-    /// Operations and losses.
-    pub disk: DiskCounters,
-    /// A hash of all operations and answers, in order.
-    pub trace: u64,
-}
-
-/// A run that failed.
-#[derive(Clone, Debug)]
-pub struct Failure {
-    /// Of the run.
-    pub seed: u64,
-    /// In which life.
-    pub life: u32,
-    /// After how many requests.
-    pub requests: u64,
-    /// What was wrong.
-    pub why: String,
-}
-
-impl std::fmt::Display for Failure {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Failure { seed, life, requests, why } = self;
-        write!(f, "seed {seed}, life {life}, after {requests} requests: {why}")
-    }
-}
-
-/// How long a request may take without errors of the device.
-const PATIENCE_US: Micros = 60_000_000;
-/// Turns in a row in which nothing happens, before the shard is said to spin.
-const IDLE_TURNS_MAX: u32 = 1_000;
+use crate::shard::{PageRef, Request, Response, Token};
+use crate::types::Lsn;
 
 /// The world.
 pub struct World {
     plan: Plan,
-    rng: Rng,
-    options: Options,
+    pub(super) rng: Rng,
+    pub(super) options: Options,
     pub(super) workload: Workload,
     pub(super) oracle: Oracle,
-    disk: SimDisk,
-    shard: Option<Box<dyn Engine>>,
+    pub(super) disk: SimDisk,
+    pub(super) shard: Option<Box<dyn Engine>>,
     /// Pages that clients hold on to, with the bytes that they had at first.
-    held: Vec<(PageRef, Box<[u8]>)>,
-    next_token: u64,
-    idle_turns: u32,
+    pub(super) held: Vec<(PageRef, Box<[u8]>)>,
+    pub(super) next_token: u64,
+    pub(super) idle_turns: u32,
+    /// An answer that a test waits for, and the answer.
+    pub(super) watched: Option<(Token, Option<StoreResult<Response>>)>,
     recovery_events: u64,
     life: u32,
     pub(super) tally: Tally,
 }
 
-type Outcome<T = ()> = std::result::Result<T, String>;
-
-impl Tally {
-    /// Adds another run's.
-    pub fn add(&mut self, other: &Tally) {
-        self.crashes += other.crashes;
-        self.crashes_in_recovery += other.crashes_in_recovery;
-        self.crashes_in_second_recovery += other.crashes_in_second_recovery;
-        self.closes += other.closes;
-        self.requests += other.requests;
-        self.turns += other.turns;
-        self.virtual_us += other.virtual_us;
-        self.disk.add(&other.disk);
-        self.oracle.add(&other.oracle);
-        self.trace = mix(self.trace ^ other.trace);
-    }
-}
+pub(super) type Outcome<T = ()> = std::result::Result<T, String>;
 
 /// Runs a plan to its end. A panic of the engine is a failure like any other.
 pub fn run(plan: &Plan) -> std::result::Result<Tally, Failure> {
@@ -178,6 +89,7 @@ impl World {
             held: Vec::new(),
             next_token: 0,
             idle_turns: 0,
+            watched: None,
             recovery_events: 40,
             life: 0,
             tally: Tally::default(),
@@ -253,7 +165,7 @@ impl World {
         self.disk = image;
     }
 
-    fn check_disk(&self) -> Outcome {
+    pub(super) fn check_disk(&self) -> Outcome {
         self.disk.violation().map_or(Ok(()), |violation| Err(format!("breach of the disk seam: {violation}")))
     }
 
@@ -274,157 +186,6 @@ impl World {
         self.disk.cut_power_after(events);
         while !self.disk.is_off() {
             self.step()?;
-        }
-        Ok(())
-    }
-
-    /// Asks for something, or lets time pass.
-    pub(super) fn step(&mut self) -> Outcome {
-        if self.oracle.outstanding() < self.workload.profile.in_flight && self.rng.chance(60) {
-            let ask = self.workload.next();
-            if ask == Ask::Idle {
-                return self.idle();
-            }
-            let request = self.workload.request(ask, &self.oracle);
-            self.ask(request);
-            // Several requests may reach one turn.
-            if self.rng.one_in(3) && self.oracle.outstanding() < self.workload.profile.in_flight {
-                return Ok(());
-            }
-            return self.turn();
-        }
-        self.pass()
-    }
-
-    pub(super) fn shard(&mut self) -> &mut dyn Engine {
-        self.shard.as_deref_mut().expect("the store is open")
-    }
-
-    /// Hands a request to the shard.
-    pub(super) fn ask(&mut self, request: Request) -> Token {
-        self.next_token += 1;
-        let token = Token(self.next_token);
-        self.tally.requests += 1;
-        self.oracle.on_request(token, &request, self.disk.now());
-        self.shard().request(token, request);
-        token
-    }
-
-    /// Lets time pass up to the next event, and the shard turn.
-    pub(super) fn pass(&mut self) -> Outcome {
-        let deadline = self.shard().deadline();
-        let next = [self.disk.next_due(), deadline].into_iter().flatten().min();
-        match next {
-            Some(at) => self.disk.advance_to(at),
-            None if self.oracle.outstanding() == 0 => return Ok(()),
-            // Requests may have been made since the last turn.
-            None if self.idle_turns < 2 => {}
-            None => return Err(format!("nothing is in flight and no deadline is set: {}", self.waiting())),
-        }
-        if let Some((since, _)) = self.oracle.oldest() {
-            if self.disk.now() > since + PATIENCE_US {
-                return Err(format!("no answer for {} s: {}", PATIENCE_US / 1_000_000, self.waiting()));
-            }
-        }
-        self.turn()
-    }
-
-    fn waiting(&self) -> String {
-        let oldest = self.oracle.oldest().map_or_else(|| "nobody".into(), |(_, what)| what);
-        format!("{} wait, the first of them {oldest}", self.oracle.outstanding())
-    }
-
-    /// One turn of the shard: completions in, effects out.
-    pub(super) fn turn(&mut self) -> Outcome {
-        let mut done = Vec::new();
-        self.disk.clone().reap(&mut done);
-        if self.disk.is_off() {
-            return Ok(());
-        }
-        let mut busy = !done.is_empty();
-        for completion in done {
-            self.shard().complete(completion);
-        }
-        let now = self.disk.now();
-        self.tally.turns += 1;
-        self.shard().turn(now);
-        for (token, lsn) in self.shard().take_drawn() {
-            self.oracle.on_drawn(token, lsn)?;
-        }
-        while let Some(effect) = self.shard().next_effect() {
-            busy = true;
-            match effect {
-                Effect::Submit(id, op) => {
-                    self.disk.clone().submit(id, op);
-                    self.check_disk()?;
-                    if self.disk.is_off() {
-                        return Ok(());
-                    }
-                }
-                Effect::Reply(token, reply) => self.answer(token, reply)?,
-            }
-        }
-        self.idle_turns = if busy { 0 } else { self.idle_turns + 1 };
-        if self.idle_turns > IDLE_TURNS_MAX {
-            let deadline = self.shard().deadline();
-            let (due, flying) = (self.disk.next_due(), self.disk.in_flight());
-            return Err(format!(
-                "{IDLE_TURNS_MAX} turns in which nothing happened, at {now}, deadline {deadline:?}, {flying} operations \
-                 in flight, the next due at {due:?}: {}",
-                self.waiting()
-            ));
-        }
-        Ok(())
-    }
-
-    fn answer(&mut self, token: Token, reply: crate::error::Result<Response>) -> Outcome {
-        let asked_for = self.oracle.keys_of(token);
-        self.oracle.on_reply(token, &reply)?;
-        let kind = reply.as_ref().err().map_or(0, |error| error.kind() as u64 + 1);
-        self.tally.trace = mix(self.tally.trace ^ token.0 ^ (kind << 32) ^ (self.disk.now() << 40));
-        if let Ok(Response::Pages(pages)) = reply {
-            for (key, page) in asked_for.into_iter().zip(pages) {
-                self.workload.on_read(key, page.lsn());
-                if self.rng.one_in(8) && self.held.len() < 16 {
-                    let bytes = page.to_vec().into();
-                    self.held.push((page, bytes));
-                }
-            }
-        }
-        if self.rng.one_in(8) {
-            self.let_go(1)?;
-        }
-        Ok(())
-    }
-
-    /// Gives back pages that were held, which must be as they were.
-    fn let_go(&mut self, count: usize) -> Outcome {
-        for (page, bytes) in self.held.drain(..count.min(self.held.len())) {
-            if page[..] != bytes[..] {
-                return Err(format!("a page of {:?} changed while it was held", page.lsn()));
-            }
-        }
-        Ok(())
-    }
-
-    /// Nobody asks for anything for a while.
-    fn idle(&mut self) -> Outcome {
-        let until = self.disk.now() + self.rng.within(100, 200_000);
-        while !self.disk.is_off() {
-            let deadline = self.shard().deadline();
-            match [self.disk.next_due(), deadline].into_iter().flatten().min() {
-                Some(at) if at <= until => self.pass()?,
-                _ => break,
-            }
-        }
-        self.disk.advance_to(until);
-        Ok(())
-    }
-
-    /// Lets everything under way come to its end.
-    pub(super) fn settle(&mut self) -> Outcome {
-        while self.oracle.outstanding() > 0 && !self.disk.is_off() {
-            self.pass()?;
         }
         Ok(())
     }
@@ -489,6 +250,54 @@ impl World {
         Ok(())
     }
 
+    /// The same without looking at any page: nothing is in memory yet.
+    pub(super) fn reopen_unchecked(&mut self, loss: Loss) -> Outcome {
+        self.oracle.on_crash();
+        self.shard = None;
+        let image = self.disk.crash(loss, &mut self.rng);
+        self.replace_disk(image);
+        let opened = self.open()?;
+        self.oracle.restart_at(opened.cut, opened.cut);
+        self.workload.on_restart();
+        Ok(())
+    }
+
+    /// Opens a damaged image of the closed store and reads everything: `Ok` if all is right, `Err(Ok)` with the
+    /// error that names the damage, `Err(Err)` if something wrong was served or the error is of another kind.
+    pub(super) fn inspect(&mut self, image: SimDisk) -> Result<(), Result<String, String>> {
+        let judged = |error: &crate::Error| match error.kind() {
+            crate::ErrorKind::Corrupt | crate::ErrorKind::Unsupported => Ok(error.to_string()),
+            _ => Err(format!("{:?}: {error}", error.kind())),
+        };
+        let disk = std::mem::replace(&mut self.disk, image.clone());
+        let opened = (self.plan.open)(&mut image.clone(), &self.options, 1, 0);
+        let result = opened.map_err(|error| judged(&error)).and_then(|(shard, opened)| {
+            let closed = self.shard.replace(shard);
+            let result = self.inspect_pages(opened.cut, judged);
+            self.shard = closed;
+            result
+        });
+        self.disk = disk;
+        result
+    }
+
+    fn inspect_pages(
+        &mut self,
+        cut: Lsn,
+        judged: impl Fn(&crate::Error) -> Result<String, String>,
+    ) -> Result<(), Result<String, String>> {
+        for key in self.workload.profile.universe.clone() {
+            match self.try_read_now(&[key]) {
+                Err(why) => return Err(Err(why)),
+                Ok(Err(error)) => return Err(judged(&error)),
+                Ok(Ok(pages)) => {
+                    self.oracle.judge_state(cut, true, &[(key, pages[0].clone())]).map_err(Err)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Holds the whole state against the model; returns the cut that it shows.
     fn check(&mut self, opened: Opened) -> Outcome<Lsn> {
         let universe = self.workload.profile.universe.clone();
@@ -500,55 +309,10 @@ impl World {
         self.oracle.judge_state(opened.cut, opened.clean, &all)
     }
 
-    /// Reads pages past the judge, while nothing else is under way.
-    pub(super) fn read_now(&mut self, keys: &[PageKey]) -> Outcome<SmallVec<[PageRef; 1]>> {
-        self.next_token += 1;
-        let token = Token(self.next_token);
-        self.shard().request(token, Request::Read(keys.iter().copied().collect()));
-        for _ in 0..10_000 {
-            let mut done = Vec::new();
-            self.disk.clone().reap(&mut done);
-            for completion in done {
-                self.shard().complete(completion);
-            }
-            let now = self.disk.now();
-            self.shard().turn(now);
-            while let Some(effect) = self.shard().next_effect() {
-                match effect {
-                    Effect::Submit(id, op) => self.disk.clone().submit(id, op),
-                    Effect::Reply(of, Ok(Response::Pages(pages))) if of == token => return Ok(pages),
-                    Effect::Reply(of, reply) => return Err(format!("reading {keys:?}: {of:?} {reply:?}")),
-                }
-            }
-            self.check_disk()?;
-            let deadline = self.shard().deadline();
-            let next = [self.disk.next_due(), deadline].into_iter().flatten().min();
-            let next = next.ok_or_else(|| format!("reading {keys:?} hangs"))?;
-            self.disk.advance_to(next);
-        }
-        Err(format!("reading {keys:?} never ends"))
-    }
-
     fn sum_up(mut self) -> Tally {
         self.replace_disk(self.disk.clone());
         self.tally.oracle = self.oracle.counters();
         self.tally.virtual_us = self.disk.now();
         self.tally
-    }
-
-    /// The disk, for faults and damage by hand.
-    pub(super) fn disk(&self) -> &SimDisk {
-        &self.disk
-    }
-}
-
-/// What may be refused with these options, without any error of the device.
-fn tolerance(options: &Options) -> Tolerance {
-    let limits = options.limits(&options.geometry).expect("the options are good");
-    Tolerance {
-        io: false,
-        full: options.data_bytes_max > 0,
-        commit_bytes_max: limits.txn_bytes_max,
-        read_pages_max: options.vectored_pages_max,
     }
 }

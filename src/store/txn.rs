@@ -110,7 +110,11 @@ impl Txn {
         self.change(volume, page, Change::Free)
     }
 
-    fn change(&mut self, volume: &Volume, page: PageId, change: Change) -> Result<()> {
+    /// Any change of a page; checked at the commit.
+    ///
+    /// # Errors
+    /// `Invalid`: a volume of another store.
+    pub fn change(&mut self, volume: &Volume, page: PageId, change: Change) -> Result<()> {
         let key = self.key(volume, page)?;
         self.changes.push((key, change));
         Ok(())

@@ -3,10 +3,12 @@
 //! 1. No process outlives its guard: [`Served`] kills by id when it is dropped.
 //! 2. A missing tool is said loudly, and is a failure where COREPAGE_REQUIRE_TOOLS=1 is set (as `scripts/check` does).
 
-#![allow(dead_code, missing_docs)]
+// Each test uses a part of this, in real time.
+#![allow(dead_code, missing_docs, clippy::disallowed_methods)]
 
 pub mod nbd;
 
+use std::hash::Hasher;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -32,10 +34,15 @@ pub fn corepage(arguments: &[&str]) -> Command {
 
 /// Whether `tool` is there; without it the test can't show anything.
 pub fn has_tool(tool: &str) -> bool {
-    let found = std::env::var_os("PATH")
-        .is_some_and(|path| std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]).any(|d| d.join(tool).exists()));
+    let found = std::env::var_os("PATH").is_some_and(|path| {
+        std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]).any(|d| d.join(tool).exists())
+    });
     if !found {
-        assert_ne!(std::env::var("COREPAGE_REQUIRE_TOOLS").as_deref(), Ok("1"), "{tool} is not installed, and is required");
+        assert_ne!(
+            std::env::var("COREPAGE_REQUIRE_TOOLS").as_deref(),
+            Ok("1"),
+            "{tool} is not installed, and is required"
+        );
         eprintln!("SKIPPED: {tool} is not installed; set COREPAGE_REQUIRE_TOOLS=1 to make this a failure");
     }
     found
@@ -72,12 +79,15 @@ impl Served {
         let mut served = Served { child, lines: Vec::new(), uris: Vec::new() };
         let (sender, lines) = mpsc::channel();
         // To the end of the stream, so that the server never finds its stdout closed.
-        std::thread::spawn(move || BufReader::new(stdout).lines().map_while(Result::ok).for_each(|l| drop(sender.send(l))));
+        std::thread::spawn(move || {
+            BufReader::new(stdout).lines().map_while(Result::ok).for_each(|l| drop(sender.send(l)))
+        });
         let wanted = arguments.iter().filter(|a| **a == "--nbd").count();
         let end = Instant::now() + START_LIMIT;
         while served.uris.len() < wanted {
             let left = end.saturating_duration_since(Instant::now());
-            let line = lines.recv_timeout(left).unwrap_or_else(|e| panic!("no `listening` line: {e}; {:?}", served.lines));
+            let line =
+                lines.recv_timeout(left).unwrap_or_else(|e| panic!("no `listening` line: {e}; {:?}", served.lines));
             if let Some(rest) = line.strip_prefix("listening on ") {
                 served.uris.push(rest.split(" (").next().unwrap_or(rest).to_owned());
             }
@@ -183,19 +193,21 @@ pub fn kills_count() -> u64 {
     std::env::var("COREPAGE_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(20)
 }
 
-/// Path of every file below `dir` with its kind and bytes, to show that nothing has changed.
-pub fn snapshot(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+/// Path of everything below `dir` with the bytes of files as a sum, to show that nothing has changed.
+pub fn snapshot(dir: &Path) -> Vec<(PathBuf, u64)> {
     let mut all = Vec::new();
     let mut open = vec![dir.to_owned()];
     while let Some(dir) = open.pop() {
         for entry in std::fs::read_dir(dir).into_iter().flatten() {
             let entry = entry.expect("a directory entry");
             let kind = entry.file_type().expect("its kind");
-            let bytes = if kind.is_file() { std::fs::read(entry.path()).expect("its bytes") } else { Vec::new() };
-            if kind.is_dir() {
+            let mut sum = std::hash::DefaultHasher::new();
+            if kind.is_file() {
+                sum.write(&std::fs::read(entry.path()).expect("its bytes"));
+            } else if kind.is_dir() {
                 open.push(entry.path());
             }
-            all.push((entry.path(), bytes));
+            all.push((entry.path(), sum.finish()));
         }
     }
     all.sort();

@@ -38,9 +38,8 @@ impl Gate {
 
     /// Waits until a request with `bytes` of payload may be in flight.
     pub fn enter(&self, bytes: usize) -> Pass<'_> {
-        let full = |s: &mut State| {
-            s.requests > 0 && (s.requests >= self.requests_max || s.bytes + bytes > self.bytes_max)
-        };
+        let full =
+            |s: &mut State| s.requests > 0 && (s.requests >= self.requests_max || s.bytes + bytes > self.bytes_max);
         let mut state = self.changed.wait_while(self.lock(), full).unwrap_or_else(PoisonError::into_inner);
         state.requests += 1;
         state.bytes += bytes;

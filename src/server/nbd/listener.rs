@@ -135,7 +135,9 @@ fn check_unix(path: &Path) -> io::Result<()> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(e) => return Err(failed(format!("can't use unix:{shown}"))(e)),
         Ok(meta) if !meta.file_type().is_socket() => {
-            return Err(taken(format!("{shown} exists and is not a socket: remove it, or choose another path with --nbd")));
+            return Err(taken(format!(
+                "{shown} exists and is not a socket: remove it, or choose another path with --nbd"
+            )));
         }
         Ok(_) => {}
     }
@@ -163,6 +165,10 @@ fn bind_unix(path: PathBuf) -> io::Result<Listener> {
     // Again: it may have come to life since the plan was made.
     check_unix(&path)?;
     let name = bind_name(&path);
+    // Left by a process with our number that was killed between the steps below; no living one has it.
+    if fs::symlink_metadata(&name).is_ok_and(|meta| meta.file_type().is_socket()) {
+        fs::remove_file(&name)?;
+    }
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     rustix::net::bind(&socket, &SocketAddrUnix::new(&name)?)?;
     let finish = || -> io::Result<u64> {

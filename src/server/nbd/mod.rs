@@ -44,7 +44,8 @@ pub struct Limits {
     pub connections_max: usize,
     /// Requests in flight on a connection: beyond 64 a fast device gains nothing, and replies only get later.
     pub requests_max: usize,
-    /// Payload in flight on a connection, in and out: two requests of the largest size.
+    /// Payload in flight on a connection, in and out: one request of the largest size, or 64 of 512 KiB. Times
+    /// `connections_max` it is the most memory that clients can take who send much and read nothing (4 GiB).
     pub bytes_max: usize,
     /// From the accepted connection to the end of the handshake, so that silent clients don't use up the connections.
     pub handshake: Duration,
@@ -59,7 +60,7 @@ impl Default for Limits {
         Limits {
             connections_max: 128,
             requests_max: 64,
-            bytes_max: 64 << 20,
+            bytes_max: 32 << 20,
             handshake: Duration::from_secs(10),
             options_max: 128,
             grace: Duration::from_secs(5),

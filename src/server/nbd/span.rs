@@ -55,7 +55,9 @@ pub fn batch<I: Iterator<Item = Span>>(
 ) -> Vec<Span> {
     let mut batch = Vec::new();
     let mut bytes = 0;
-    while let Some(span) = from.next_if(|s| batch.is_empty() || (batch.len() < count_max && bytes + cost(s) <= bytes_max)) {
+    while let Some(span) =
+        from.next_if(|s| batch.is_empty() || (batch.len() < count_max && bytes + cost(s) <= bytes_max))
+    {
         bytes += cost(&span);
         batch.push(span);
     }

@@ -125,7 +125,8 @@ fn malformed_options_are_answered_and_the_next_one_is_understood() {
         assert!(matches!(outcome, Ok(Outcome::Chosen(name, _)) if name == "disk"));
         assert_eq!(answer[12..16], reply::ERR_INVALID.to_be_bytes());
     }
-    let (outcome, answer) = talk(&[FLAGS.to_vec(), option_bytes(5, b""), option_bytes(8, b"xyz"), option_bytes(2, b"")]);
+    let (outcome, answer) =
+        talk(&[FLAGS.to_vec(), option_bytes(5, b""), option_bytes(8, b"xyz"), option_bytes(2, b"")]);
     assert!(matches!(outcome, Ok(Outcome::Aborted)));
     let unsupported = |n| proto::option_reply(n, reply::ERR_UNSUP, b"");
     assert_eq!(answer, [unsupported(5), unsupported(8), proto::option_reply(2, reply::ACK, b"")].concat());
@@ -136,7 +137,8 @@ fn malformed_options_are_answered_and_the_next_one_is_understood() {
 fn a_handshake_out_of_bounds_ends_the_connection() {
     let endless = vec![option_bytes(77, b""); 17];
     let too_long = [&proto::OPTION_MAGIC.to_be_bytes()[..], &[0, 0, 0, 7], &u32::MAX.to_be_bytes()].concat();
-    for said in [endless, vec![too_long], vec![b"NOTMAGIC\0\0\0\x07\0\0\0\0".to_vec()], vec![option_bytes(1, b"none")]] {
+    for said in [endless, vec![too_long], vec![b"NOTMAGIC\0\0\0\x07\0\0\0\0".to_vec()], vec![option_bytes(1, b"none")]]
+    {
         assert!(talk(&[&[FLAGS.to_vec()][..], &said].concat()).0.is_err());
     }
     assert!(talk(&[vec![0, 0, 0, 0x83]]).0.is_err(), "unknown client flags");

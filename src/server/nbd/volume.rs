@@ -13,6 +13,7 @@ use super::{Export, Exports};
 use bytes::Bytes;
 use corepage::{Change, Durability, Error, ErrorKind, Options, PageId, Store, Volume};
 use std::future::Future;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tracing::warn;
 
@@ -20,8 +21,8 @@ use tracing::warn;
 const READ_PAGES: usize = 256;
 /// Changes of a commit: 4,096 freed pages are 16 MiB of the volume.
 const CHANGES_MAX: usize = 4096;
-/// What a change is reckoned to take in a commit beside its bytes.
-const CHANGE_BYTES: u64 = 64;
+/// What the store counts for a freed page; for any other change it counts a page.
+const FREE_BYTES: u64 = 512;
 /// How long a request waits for a busy store, and for how long between tries.
 const BUSY_LIMIT: Duration = Duration::from_secs(5);
 const BUSY_PAUSE: Duration = Duration::from_millis(1);
@@ -45,8 +46,8 @@ pub struct VolumeExport {
 impl StoreExports {
     /// The volumes of `store`, which was opened with `options`.
     pub fn new(store: Store, options: &Options) -> Self {
-        // The store holds a commit to a quarter of its memory, too; half of that leaves room for its own records.
-        let commit_bytes_max = options.txn_bytes_max.min(options.memory_bytes / 8).max(2 * PAGE);
+        // The store holds a commit to a quarter of its memory, too.
+        let commit_bytes_max = options.txn_bytes_max.min(options.memory_bytes / 4);
         StoreExports { store, commit_bytes_max }
     }
 }
@@ -74,8 +75,8 @@ impl VolumeExport {
     /// Commits all of `range`, batch after batch, with the changes that `change` makes of its spans.
     async fn commit_all(&self, range: (u64, u64), fua: bool, change: impl Fn(&Span) -> Change) -> Result<(), Errno> {
         let cost = |s: &Span| match change(s) {
-            Change::Free => CHANGE_BYTES,
-            _ => CHANGE_BYTES + u64::from(s.length),
+            Change::Free => FREE_BYTES,
+            Change::Put(_) | Change::Patch { .. } => PAGE,
         };
         let mut rest = spans(range.0, range.1).peekable();
         while rest.peek().is_some() {
@@ -155,13 +156,20 @@ async fn patiently<T, F: Future<Output = Result<T, Error>>>(mut attempt: impl Fn
     }
 }
 
-/// The client's view of an error; what is lost on the way is logged.
+/// Failures so far, over all connections.
+static FAILURES: AtomicU64 = AtomicU64::new(0);
+
+/// The client's view of an error; what is lost on the way is logged, for the 1st, 2nd, 4th, 8th … failure only: clients
+/// of a failed store try again and again, and must not fill a disk with log.
 fn errno(error: Error) -> Errno {
     match error.kind() {
         ErrorKind::Full => Errno::NoSpace,
         ErrorKind::Invalid | ErrorKind::TooLarge | ErrorKind::NotFound => Errno::Invalid,
         _ => {
-            warn!(error = %error, "a request failed");
+            let failures = FAILURES.fetch_add(1, Ordering::Relaxed) + 1;
+            if failures.is_power_of_two() {
+                warn!(error = %error, failures, "a request failed");
+            }
             Errno::Io
         }
     }

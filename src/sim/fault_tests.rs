@@ -1,0 +1,315 @@
+//! Devices that fail, fill up and rot, under the simulator.
+
+use super::disk::{Area, Damage, ENOSPC, Fault, Loss, OpKind};
+use super::model::page_bytes;
+use super::rng::Rng;
+use super::tests::plan;
+use super::workload::{self, Profile};
+use super::world::{Outcome, Plan, World};
+use crate::disk::FileId;
+use crate::error::ErrorKind;
+use crate::options::Options;
+use crate::shard::{Change, Commit, Request, Response};
+use crate::types::{PageId, PageKey, VolumeId};
+
+fn quiet(seed: u64) -> Plan {
+    Plan { recovery_crash_percent: 0, ..plan(seed) }
+}
+
+fn commit(changes: Vec<(PageKey, Change)>) -> Request {
+    Request::Commit(Commit { reads: Vec::new(), changes, durable: true })
+}
+
+fn key(n: u64) -> PageKey {
+    PageKey::new(VolumeId::new(1), PageId::new(n))
+}
+
+fn put(n: u64, tag: u64) -> Request {
+    commit(vec![(key(n), Change::Put(page_bytes(key(n), tag)))])
+}
+
+/// Runs `test` for each seed, and says which one failed.
+fn for_seeds(seeds: u64, mut test: impl FnMut(u64) -> Outcome) {
+    for seed in 1..=seeds {
+        test(seed).unwrap_or_else(|why| panic!("seed {seed}: {why}"));
+    }
+}
+
+fn steps(world: &mut World, count: u32) -> Outcome {
+    (0..count).try_for_each(|_| world.step())
+}
+
+fn tolerate_errors(world: &mut World) {
+    let tolerance = world.oracle.tolerance();
+    world.oracle.tolerate(super::oracle::Tolerance { io: true, ..tolerance });
+}
+
+/// One error of the device, at some time; then everything that the contract says about a store that has failed.
+fn fails_and_stops(seed: u64, fault: Fault) -> Outcome<u64> {
+    let mut world = World::new(quiet(seed));
+    world.begin()?;
+    steps(&mut world, 60)?;
+    world.disk.inject(fault);
+    tolerate_errors(&mut world);
+    for _ in 0..3_000 {
+        world.step()?;
+        if world.disk.counters().faults() > 0 {
+            break;
+        }
+    }
+    if world.disk.counters().faults() == 0 {
+        return Ok(0);
+    }
+    // Some more, for requests that meet the failure on their way.
+    steps(&mut world, 40)?;
+    world.settle()?;
+    let durable = world.oracle.durable();
+    let answer = world.call(put(1, 1 << 40))?;
+    match answer.as_ref().map_err(|error| error.kind()) {
+        Err(ErrorKind::Closed | ErrorKind::Io) => {}
+        _ => return Err(format!("after a failed write a commit is answered with {answer:?}")),
+    }
+    let answer = world.call(Request::Flush)?;
+    if answer.is_ok() && world.oracle.durable() > durable {
+        return Err(format!("after a failed write a flush is answered with {answer:?}"));
+    }
+    let unknown = world.oracle.counters().unknown;
+    let mut rng = Rng::new(seed);
+    world.reopen(Loss::random(&mut rng))?;
+    let tolerance = world.oracle.tolerance();
+    world.oracle.tolerate(super::oracle::Tolerance { io: false, ..tolerance });
+    steps(&mut world, 100)?;
+    world.settle()?;
+    world.reopen(Loss::random(&mut rng))?;
+    Ok(1 + unknown)
+}
+
+/// Who calls a failed flush good on the second try loses what was acknowledged after it.
+#[test]
+fn failed_log_write_or_flush_stops_acknowledgements() {
+    for (kind, area) in [
+        (OpKind::Write, Area::Log),
+        (OpKind::Flush, Area::Log),
+        (OpKind::Write, Area::File(FileId::Data)),
+        (OpKind::Write, Area::File(FileId::Meta)),
+        (OpKind::Write, Area::File(FileId::Table)),
+        (OpKind::Flush, Area::Any),
+    ] {
+        let (mut fired, mut unknown) = (0, 0);
+        for_seeds(40, |seed| {
+            let after = Rng::new(seed).below(20);
+            let fault = Fault { forever: seed % 2 == 0, ..Fault::once(kind, area, after) };
+            let found = fails_and_stops(seed, fault).map_err(|why| format!("{kind:?} {area:?}: {why}"))?;
+            fired += found.min(1);
+            unknown += found.saturating_sub(1);
+            Ok(())
+        });
+        println!("{kind:?} {area:?}: {fired} fired, {unknown} commits of unknown outcome");
+        assert!(fired >= 5, "{kind:?} {area:?} fired {fired} times only");
+    }
+}
+
+/// A device that can't read a block must not make the store serve something else, or forget how to go on.
+#[test]
+fn a_read_error_is_an_error_and_never_wrong_data() {
+    let mut fired = 0;
+    for_seeds(40, |seed| {
+        let mut world = World::new(quiet(seed));
+        world.begin()?;
+        steps(&mut world, 300)?;
+        world.settle()?;
+        world.reopen(Loss::Process)?;
+        // The check after reopening has read everything: only a store that has just been opened reads again.
+        let answer = world.call(Request::Close)?;
+        answer.map_err(|error| error.to_string())?;
+        world.reopen_unchecked(Loss::Nothing)?;
+        tolerate_errors(&mut world);
+        for after in 0..6 {
+            world.disk.inject(Fault::once(OpKind::Read, Area::Any, after * 2));
+        }
+        steps(&mut world, 300)?;
+        world.settle()?;
+        fired += world.disk.counters().faults_read;
+        world.disk.clear_faults();
+        let tolerance = world.oracle.tolerance();
+        world.oracle.tolerate(super::oracle::Tolerance { io: false, ..tolerance });
+        steps(&mut world, 100)?;
+        world.settle()?;
+        world.reopen(Loss::Everything)
+    });
+    println!("{fired} read errors fired");
+    assert!(fired >= 100, "{fired} read errors fired");
+}
+
+/// A full store that could not free pages any more would be lost to its owner.
+#[test]
+fn a_full_disk_refuses_commits_cleanly_and_goes_on_when_there_is_space() {
+    for_seeds(10, |seed| {
+        let options = workload::options(&mut Rng::new(seed));
+        let extents = 20 + seed;
+        let options = Options { data_bytes_max: extents * options.geometry.extent_bytes, ..options };
+        let mut world = World::new(Plan { options: Some(options), ..quiet(seed) });
+        world.begin()?;
+        let (mut written, mut refused) = (0, 0);
+        for n in 0..2_000 {
+            match world.call(put(n, n + 1))?.map_err(|error| error.kind()) {
+                Ok(_) => written = n + 1,
+                Err(ErrorKind::Full) => {
+                    refused += 1;
+                    if refused > 3 {
+                        break;
+                    }
+                }
+                Err(kind) => return Err(format!("page {n} is refused with {kind:?}")),
+            }
+        }
+        if refused == 0 || written < 50 {
+            return Err(format!("{written} pages written, {refused} refused: it never was full"));
+        }
+        for n in 0..written {
+            world.call(Request::Read(smallvec::smallvec![key(n)]))?.map_err(|e| format!("a read fails: {e}"))?;
+        }
+        for n in 0..written / 2 {
+            world.call(commit(vec![(key(n), Change::Free)]))?.map_err(|e| format!("a free fails: {e}"))?;
+        }
+        for n in 0..written / 4 {
+            world.call(put(n, n + 10_000))?.map_err(|e| format!("after frees page {n} is refused: {e}"))?;
+        }
+        world.reopen(Loss::Everything)?;
+        world.call(put(0, 1 << 30))?.map_err(|e| format!("after reopening: {e}"))?;
+        Ok(())
+    });
+}
+
+/// The same when the file system says that it is full.
+#[test]
+fn a_file_system_without_space_is_a_full_store_until_there_is_space() {
+    for_seeds(10, |seed| {
+        let mut world = World::new(quiet(seed));
+        let tolerance = world.oracle.tolerance();
+        world.oracle.tolerate(super::oracle::Tolerance { full: true, ..tolerance });
+        world.begin()?;
+        world.disk.inject(Fault { forever: true, errno: ENOSPC, ..Fault::once(OpKind::Allocate, Area::Any, 1) });
+        let mut n = 0;
+        let full = loop {
+            n += 1;
+            match world.call(put(n, n))? {
+                Ok(_) if n < 5_000 => {}
+                answer => break answer.map_err(|error| error.kind()),
+            }
+        };
+        if !matches!(full, Err(ErrorKind::Full)) {
+            return Err(format!("page {n} of a full file system is answered with {full:?}"));
+        }
+        world.disk.clear_faults();
+        world.disk.advance_to(world.disk.now() + 10_000_000);
+        world.call(put(n, n))?.map_err(|e| format!("with space again: {e}"))?;
+        world.reopen(Loss::Everything)
+    });
+}
+
+/// Random work with little space: the check is that of all runs.
+#[test]
+fn crashes_of_full_stores_lose_nothing() {
+    let mut total = super::world::Tally::default();
+    for seed in 1..=25 {
+        let mut rng = Rng::new(seed);
+        let options = workload::options(&mut rng);
+        let options =
+            Options { data_bytes_max: rng.within(14, 22) * options.geometry.extent_bytes, ..options };
+        let plan = Plan { options: Some(options), ..plan(seed) };
+        total.add(&super::tests::must("crashes_of_full_stores_lose_nothing", super::world::run(&plan)));
+    }
+    println!("{total:?}");
+    assert!(total.oracle.full > 100, "{total:?}");
+}
+
+/// Without reclaiming, a store that is only ever overwritten fills the disk.
+#[test]
+fn overwriting_a_store_ten_times_does_not_grow_it() {
+    const PAGES: u64 = 600;
+    for_seeds(4, |seed| {
+        let mut world = World::new(quiet(seed));
+        world.begin()?;
+        let mut rng = Rng::new(seed);
+        let mut sizes = Vec::new();
+        for round in 0..11 {
+            for n in 0..PAGES {
+                let n = if round == 0 { n } else { rng.below(PAGES) };
+                world.call(put(n, round * PAGES + n + 1))?.map_err(|error| error.to_string())?;
+            }
+            world.call(Request::Checkpoint)?.map_err(|error| error.to_string())?;
+            match world.call(Request::Stats)?.map_err(|error| error.to_string())? {
+                Response::Stats(stats) => sizes.push(stats.extents_total),
+                other => return Err(format!("{other:?}")),
+            }
+        }
+        println!("seed {seed}: extents after each round {sizes:?}");
+        if sizes[10] > sizes[1] + sizes[1] / 4 + 4 {
+            return Err(format!("the store grew: {sizes:?}"));
+        }
+        world.reopen(Loss::Everything)
+    });
+}
+
+/// Nobody pays for a store that is not used.
+#[test]
+fn an_idle_store_asks_for_no_turns() {
+    for_seeds(30, |seed| {
+        let mut world = World::new(quiet(seed));
+        world.begin()?;
+        steps(&mut world, 300)?;
+        world.settle()?;
+        for _ in 0..2_000 {
+            if world.disk.next_due().is_none() && world.shard().deadline().is_none() {
+                return Ok(());
+            }
+            world.pass()?;
+        }
+        Err(format!("it never comes to rest: {}", world.shard().describe()))
+    });
+}
+
+/// Bit rot, lost and misdirected writes on a store that was closed: named, never served, never a panic.
+#[test]
+fn damage_to_a_closed_store_is_named_and_never_served() {
+    let (mut changed, mut refused, mut harmless) = (0, 0, 0);
+    for seed in 1..=4 {
+        let mut world = World::new(Plan { profile: Some(small_profile(seed)), ..quiet(seed) });
+        world.begin().unwrap();
+        steps(&mut world, 400).unwrap();
+        world.close().unwrap();
+        let mut rng = Rng::new(seed);
+        for (file, len) in world.disk.files() {
+            for _ in 0..60 {
+                let blocks = len / 4096;
+                let block = rng.below(blocks);
+                let damage = match rng.below(4) {
+                    0 => Damage::Flip { bit: rng.below(4096 * 8) as usize },
+                    1 => Damage::Zero,
+                    2 => Damage::Stale,
+                    _ => Damage::Swap { with: rng.below(blocks) },
+                };
+                let image = world.disk.crash(Loss::Everything, &mut rng);
+                if !image.damage(file, block, damage) {
+                    continue;
+                }
+                changed += 1;
+                match world.inspect(image) {
+                    Ok(()) => harmless += 1,
+                    Err(Ok(why)) => {
+                        refused += 1;
+                        assert!(!why.is_empty());
+                    }
+                    Err(Err(why)) => panic!("seed {seed}: {file} block {block} {damage:?}: {why}"),
+                }
+            }
+        }
+    }
+    println!("{changed} damaged, {refused} refused, {harmless} in what nobody needs");
+    assert!(refused > 50, "{refused}");
+}
+
+fn small_profile(seed: u64) -> Profile {
+    Profile { in_flight: 4, ..Profile::random(&mut Rng::new(seed)) }
+}

@@ -1,0 +1,112 @@
+//! What a run is to be, what it did, and how it failed.
+
+use super::canary::Canary;
+use super::disk::{DiskCounters, Fault};
+use super::engine::Open;
+use super::oracle::{OracleCounters, Tolerance};
+use super::rng::mix;
+use super::workload::Profile;
+use crate::metrics::ShardStats;
+use crate::options::Options;
+
+/// What a run is to be.
+#[derive(Clone)]
+pub struct Plan {
+    /// From which all else follows.
+    pub seed: u64,
+    /// Crashes and closes; after each the store is opened again.
+    pub lives: u32,
+    /// Images of the disk that are recovered and checked for each crash; the last one goes on.
+    pub images: u32,
+    /// Events of the disk in a life, at most.
+    pub events_max: u64,
+    /// Of a hundred recoveries, how many are crashed into.
+    pub recovery_crash_percent: u64,
+    /// A planted bug.
+    pub canary: Option<Canary>,
+    /// Errors of the device, from the second life on, in every life.
+    pub faults: Vec<Fault>,
+    /// Instead of the seed's own.
+    pub options: Option<Options>,
+    /// Instead of the seed's own.
+    pub profile: Option<Profile>,
+    /// What is opened.
+    pub open: Open,
+}
+
+/// What a run did.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    /// States of the disk that were recovered after a crash during work.
+    pub crashes: u64,
+    /// Crashes in recovery.
+    pub crashes_in_recovery: u64,
+    /// Of those, crashes in the recovery after such a crash.
+    pub crashes_in_second_recovery: u64,
+    /// Clean closes.
+    pub closes: u64,
+    /// Requests made.
+    pub requests: u64,
+    /// Turns of the shard.
+    pub turns: u64,
+    /// Virtual microseconds.
+    pub virtual_us: u64,
+    /// Answers.
+    pub oracle: OracleCounters,
+    /// Operations and losses.
+    pub disk: DiskCounters,
+    /// The newest counters that the shard gave.
+    pub shard: ShardStats,
+    /// A hash of all operations and answers, in order.
+    pub trace: u64,
+}
+
+/// A run that failed.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    /// Of the run.
+    pub seed: u64,
+    /// In which life.
+    pub life: u32,
+    /// After how many requests.
+    pub requests: u64,
+    /// What was wrong.
+    pub why: String,
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Failure { seed, life, requests, why } = self;
+        write!(f, "seed {seed}, life {life}, after {requests} requests: {why}")
+    }
+}
+
+impl Tally {
+    /// Adds another run's.
+    pub fn add(&mut self, other: &Tally) {
+        self.crashes += other.crashes;
+        self.crashes_in_recovery += other.crashes_in_recovery;
+        self.crashes_in_second_recovery += other.crashes_in_second_recovery;
+        self.closes += other.closes;
+        self.requests += other.requests;
+        self.turns += other.turns;
+        self.virtual_us += other.virtual_us;
+        self.disk.add(&other.disk);
+        self.oracle.add(&other.oracle);
+        self.shard.checkpoints += other.shard.checkpoints;
+        self.shard.extents_compacted += other.shard.extents_compacted;
+        self.shard.pages_moved += other.shard.pages_moved;
+        self.trace = mix(self.trace ^ other.trace);
+    }
+}
+
+/// What may be refused with these options, without any error of the device.
+pub(super) fn tolerance(options: &Options) -> Tolerance {
+    let limits = options.limits(&options.geometry).expect("the options are good");
+    Tolerance {
+        io: false,
+        full: options.data_bytes_max > 0,
+        commit_bytes_max: limits.txn_bytes_max,
+        read_pages_max: options.vectored_pages_max,
+    }
+}

@@ -1,0 +1,269 @@
+//! Damage to every kind of structure of a closed store, on the simulated disk: each block of each file in turn is
+//! flipped, zeroed, set back to what it was before, or swapped with another.
+//!
+//! If these fail, someone is served wrong bytes, or is told that a damaged store is whole. The same through the public
+//! face, on real files: `tests/damage.rs`.
+
+use super::{VerifyReport, verify_disk};
+use crate::disk::{Disk, FileId};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::catalog;
+use crate::options::{Geometry, Options};
+use crate::recovery;
+use crate::shard::{Change, Commit, Effect, Request, Response, Shard, Token};
+use crate::sim::disk::{Damage, Loss, SimDisk};
+use crate::sim::rng::Rng;
+use crate::types::{BLOCK, PageId, PageKey, VolumeId};
+use bytes::Bytes;
+use std::collections::{BTreeMap, BTreeSet};
+
+type Model = BTreeMap<PageKey, Vec<u8>>;
+
+struct Driver {
+    disk: SimDisk,
+    shard: Shard,
+    now: u64,
+}
+
+fn options() -> Options {
+    let geometry =
+        Geometry { extent_bytes: 64 << 10, segment_bytes: 128 << 10, segments_count: 4, vshards_count: 4 };
+    Options { geometry, memory_bytes: 4 << 20, ..Options::default() }
+}
+
+impl Driver {
+    fn open(mut disk: SimDisk) -> Result<Driver> {
+        let (shard, _) = recovery::open(&mut disk, &options(), 7, 0)?;
+        Ok(Driver { disk, shard, now: 0 })
+    }
+
+    fn ask(&mut self, request: Request) -> Result<Response> {
+        self.shard.request(Token(1), request);
+        for _ in 0..100_000 {
+            self.now += 50;
+            self.shard.turn(self.now);
+            let mut answer = None;
+            while let Some(effect) = self.shard.next_effect() {
+                match effect {
+                    Effect::Submit(id, op) => self.disk.submit(id, op),
+                    Effect::Reply(_, result) => answer = Some(result),
+                }
+            }
+            if let Some(answer) = answer {
+                return answer;
+            }
+            self.disk.advance_to(self.now);
+            let mut done = Vec::new();
+            self.disk.reap(&mut done);
+            done.into_iter().for_each(|completion| self.shard.complete(completion));
+        }
+        panic!("no answer to a request");
+    }
+
+    fn commit(&mut self, changes: Vec<(PageKey, Change)>) {
+        let commit = Commit { reads: vec![], changes, durable: true };
+        assert!(matches!(self.ask(Request::Commit(commit)), Ok(Response::Committed(_))));
+    }
+
+    fn read(&mut self, key: PageKey) -> Result<Vec<u8>> {
+        match self.ask(Request::Read([key].into_iter().collect()))? {
+            Response::Pages(pages) => Ok(pages[0].to_vec()),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+fn key(volume: u8, page: u64) -> PageKey {
+    PageKey::new(VolumeId::new(volume), PageId::new(page))
+}
+
+/// A store with all that can be on disk: several volumes, dense and lone ids, patches, frees, compaction, a log
+/// that went round; closed cleanly. And what must be read from it.
+fn reference_store() -> (SimDisk, Model) {
+    let mut driver = Driver::open(SimDisk::new(1)).expect("a fresh disk");
+    let mut rng = Rng::new(2);
+    let mut model = Model::new();
+    for round in 0..500u64 {
+        let mut changes = Vec::new();
+        for _ in 0..rng.within(1, 6) {
+            let page = if rng.one_in(20) { rng.below(4) << 40 } else { rng.below(100) };
+            let key = if rng.one_in(20) { key(0, rng.within(3, 9)) } else { key(rng.within(1, 3) as u8, page) };
+            let now = model.entry(key).or_insert_with(|| vec![0; BLOCK]);
+            let change = match rng.below(8) {
+                _ if key.volume == VolumeId::CATALOG => {
+                    Change::Put(catalog::encode(&format!("volume-{round}"), round * BLOCK as u64).into())
+                }
+                0 => Change::Free,
+                1 | 2 => Change::Patch { offset: rng.below(4000) as u32, bytes: Bytes::from(vec![round as u8; 90]) },
+                _ => {
+                    let word = rng.next().to_le_bytes();
+                    Change::Put(word.iter().copied().cycle().take(BLOCK).collect())
+                }
+            };
+            match &change {
+                Change::Free => *now = vec![0; BLOCK],
+                Change::Patch { offset, bytes } => now[*offset as usize..][..bytes.len()].copy_from_slice(bytes),
+                Change::Put(bytes) => now.copy_from_slice(bytes),
+            }
+            changes.push((key, change));
+        }
+        driver.commit(changes);
+    }
+    assert!(matches!(driver.ask(Request::Close), Ok(Response::Closed)));
+    (driver.disk, model)
+}
+
+fn copy_of(disk: &SimDisk) -> SimDisk {
+    disk.crash(Loss::Nothing, &mut Rng::new(3))
+}
+
+/// The kind of structure, from its name in a report.
+fn kind(structure: &str) -> &'static str {
+    let kinds = [
+        ("superblock copy", "superblock copy"),
+        ("the superblock", "superblock copy"),
+        ("the root of", "root"),
+        ("block ", "table block"),
+        ("interior node", "interior node"),
+        ("leaf node", "leaf node"),
+        ("page v0/", "catalog page"),
+        ("page ", "page"),
+        ("the summary of", "summary"),
+        ("extent ", "extent"),
+        ("the log ", "log group"),
+    ];
+    let found = kinds.iter().find(|(start, _)| structure.starts_with(start));
+    found.unwrap_or_else(|| panic!("no known kind of structure: {structure}")).1
+}
+
+/// Opens and reads everything: only right bytes, or an error that names the place.
+fn never_wrong(disk: SimDisk, model: &Model, what: &str) -> bool {
+    let mut driver = match Driver::open(disk) {
+        Ok(driver) => driver,
+        Err(error) => {
+            assert_names_the_place(&error, what);
+            return false;
+        }
+    };
+    let mut all_right = true;
+    for (key, bytes) in model {
+        match driver.read(*key) {
+            Ok(found) => assert!(found == *bytes, "{what}: wrong bytes of {key:?} were served"),
+            Err(error) => {
+                assert_names_the_place(&error, what);
+                all_right = false;
+            }
+        }
+    }
+    all_right
+}
+
+fn assert_names_the_place(error: &Error, what: &str) {
+    let text = error.to_string();
+    assert!([ErrorKind::Corrupt, ErrorKind::Unsupported].contains(&error.kind()), "{what}: {error:?}");
+    assert!(["byte", "block", "copy", "version"].iter().any(|word| text.contains(word)), "{what}: no place in: {text}");
+}
+
+fn names_block(report: &VerifyReport, file: FileId, blocks: &[u64]) -> bool {
+    let size = |structure: &str| match kind(structure) {
+        "superblock copy" => 4,
+        "log group" => 32,
+        _ => 1,
+    };
+    report.damaged.iter().any(|damage| {
+        let first = damage.offset / BLOCK as u64;
+        damage.file == file && blocks.iter().any(|block| (first..first + size(&damage.structure)).contains(block))
+    })
+}
+
+/// Where each kind of structure lies, found by damaging every block once.
+fn survey(disk: &SimDisk) -> BTreeMap<&'static str, Vec<(FileId, u64)>> {
+    let mut places: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    for (file, len) in disk.files() {
+        for block in 0..len / BLOCK as u64 {
+            let damaged = copy_of(disk);
+            assert!(damaged.damage(file, block, Damage::Flip { bit: 4099 }));
+            let report = verify_disk(&mut damaged.clone()).expect("damage is in the report");
+            match report.damaged.first() {
+                Some(damage) => {
+                    assert!(names_block(&report, file, &[block]), "{file} block {block}: {:?}", report.damaged);
+                    places.entry(kind(&damage.structure)).or_default().push((file, block));
+                }
+                None => places.entry("nothing").or_default().push((file, block)),
+            }
+        }
+    }
+    places
+}
+
+const KINDS: [&str; 9] = [
+    "superblock copy",
+    "root",
+    "table block",
+    "interior node",
+    "leaf node",
+    "catalog page",
+    "page",
+    "summary",
+    "log group",
+];
+
+/// The fourth promise of the whole: damage is detected, named, and never served.
+#[test]
+fn damage_of_every_structure_is_named_and_never_served() {
+    let (disk, model) = reference_store();
+    let report = verify_disk(&mut disk.clone()).expect("a closed store");
+    assert!(report.is_whole() && report.clean, "{report}\n{:?}", report.damaged);
+    let live = model.values().filter(|bytes| bytes.iter().any(|b| *b != 0)).count() as u64;
+    assert!(report.pages >= live && report.nodes > 10 && report.extents > 5 && report.groups > 0, "{report}");
+    assert!(never_wrong(copy_of(&disk), &model, "an undamaged store"));
+
+    let places = survey(&disk);
+    let mut seen = BTreeSet::new();
+    let mut rng = Rng::new(4);
+    for kind in KINDS {
+        let all = places.get(kind).unwrap_or_else(|| panic!("the reference store has no {kind}"));
+        for (i, (file, block)) in all.iter().copied().enumerate().filter(|(i, _)| i % all.len().div_ceil(30) == 0) {
+            let others: Vec<u64> = all.iter().filter(|(f, b)| *f == file && *b != block).map(|(_, b)| *b).collect();
+            let with = if others.is_empty() { block ^ 1 } else { *rng.pick(&others) };
+            let bit = rng.below(BLOCK as u64 * 8) as usize;
+            let kinds = [Damage::Flip { bit }, Damage::Zero, Damage::Stale, Damage::Swap { with }];
+            for (n, damage) in kinds.into_iter().enumerate() {
+                let what = format!("{kind} {i}, block {block} of {file}, {damage:?}");
+                let damaged = copy_of(&disk);
+                if !damaged.damage(file, block, damage) {
+                    continue;
+                }
+                let report = verify_disk(&mut damaged.clone()).expect("damage is in the report");
+                let both = if n == 3 { vec![block, with] } else { vec![block] };
+                assert!(names_block(&report, file, &both), "{what}: not named: {report}\n{:?}", report.damaged);
+                never_wrong(damaged, &model, &what);
+                seen.insert((kind, n));
+            }
+        }
+    }
+    let missing: Vec<_> = KINDS.iter().flat_map(|k| (0..4).map(move |n| (*k, n))).filter(|x| !seen.contains(x)).collect();
+    assert_eq!(missing, [], "these were never tried");
+    // What nothing refers to may hold anything.
+    let dead = &places["nothing"];
+    for (file, block) in dead.iter().copied().step_by(dead.len().div_ceil(40)) {
+        let damaged = copy_of(&disk);
+        damaged.damage(file, block, Damage::Flip { bit: 77 });
+        assert!(never_wrong(damaged, &model, "a block that nothing refers to"));
+    }
+}
+
+/// After a crash `verify` must neither call the store whole without a word nor call a legal tail damage.
+#[test]
+fn an_unclean_store_is_called_unclean_and_not_damaged() {
+    let mut driver = Driver::open(SimDisk::new(5)).expect("a fresh disk");
+    for i in 0..50 {
+        driver.commit(vec![(key(1, i), Change::Put(Bytes::from(vec![i as u8; BLOCK])))]);
+    }
+    for seed in 0..20 {
+        let mut rng = Rng::new(seed);
+        let crashed = driver.disk.crash(Loss::random(&mut rng), &mut rng);
+        let report = verify_disk(&mut crashed.clone()).expect("a store");
+        assert!(report.is_whole() && !report.clean && report.notes.len() == 2, "{report}\n{:?}", report.damaged);
+    }
+}

@@ -1,0 +1,139 @@
+//! Extents: what the map names in each, against its summary and its live count.
+
+use super::Verifier;
+use crate::disk::FileId;
+use crate::format::extent::{Item, ItemKind, TableRow, decode_summary, summary_at, summary_blocks};
+use crate::format::superblock::Superblock;
+use crate::types::{BLOCK, ExtentNo, Place};
+
+/// One extent as the table says, and what of it the map names.
+pub(super) struct Named {
+    /// `None`: its table block is damaged.
+    row: Option<TableRow>,
+    /// One bit for each block.
+    blocks: Vec<u64>,
+    /// The items named, mixed into one number that does not depend on their order.
+    mix: u64,
+}
+
+impl Named {
+    pub(super) fn new(row: Option<TableRow>, extent_blocks: u32) -> Self {
+        Named { row, blocks: vec![0; extent_blocks.div_ceil(64) as usize], mix: 0 }
+    }
+
+    fn has(&self, block: u32) -> bool {
+        self.blocks.get(block as usize / 64).is_some_and(|bits| bits >> (block % 64) & 1 == 1)
+    }
+
+    fn count(&self) -> u32 {
+        self.blocks.iter().map(|bits| bits.count_ones()).sum()
+    }
+
+    /// The map names this item; the message says why it can't.
+    pub(super) fn name(&mut self, item: Item, data_blocks: u32) -> Result<(), &'static str> {
+        if item.block >= data_blocks {
+            return Err("is said to lie in the summaries of its extent");
+        }
+        if self.has(item.block) {
+            return Err("is said to lie where something else lies");
+        }
+        self.blocks[item.block as usize / 64] |= 1 << (item.block % 64);
+        self.mix ^= mix(item);
+        Ok(())
+    }
+}
+
+fn mix(item: Item) -> u64 {
+    let (a, b, c) = match item.what {
+        ItemKind::Page(key, lsn) => (key.page.get(), lsn.get(), u64::from(key.volume.get()) << 8),
+        ItemKind::Node(key) => {
+            let levels = u64::from(key.vshard.get()) << 24 | u64::from(key.level) << 16;
+            (key.prefix, u64::MAX, levels | u64::from(key.volume.get()) << 8 | 1)
+        }
+    };
+    [a, b, c, u64::from(item.block)].iter().fold(0, |sum, word| {
+        let z = (sum ^ word).wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z ^ (z >> 27)
+    })
+}
+
+impl Verifier<'_> {
+    /// Reads the summary of each extent in use, and compares what is in it, and how much of it is live, with the map.
+    pub(super) fn summaries(&mut self, superblock: &Superblock, extents: &[Named]) {
+        // Where part of the map could not be read, less is named than is there, and counts say nothing.
+        let map_is_whole = self.report.damaged.iter().all(|damage| damage.structure.starts_with("superblock copy"));
+        for (i, named) in extents.iter().enumerate() {
+            let Some(row) = named.row else { continue };
+            let no = ExtentNo::new(i as u32);
+            let place = (FileId::Data, Place { extent: no, block: 0 }.offset(superblock.geometry.extent_bytes));
+            let structure = format!("extent {i}");
+            if map_is_whole && u32::from(row.live.get()) != named.count() {
+                let what = format!("has {} live blocks, the table says {}", named.count(), row.live.get());
+                self.damaged(&structure, place, what, "when its space is free again");
+            }
+            match row.state {
+                0 if named.count() > 0 => {
+                    let what = format!("is free in the table, but the map names {} blocks of it", named.count());
+                    self.damaged(&structure, place, what, "these blocks: they may be overwritten");
+                }
+                0 => {}
+                1 => self.summary(superblock, no, named, row, map_is_whole),
+                other => self.damaged(&structure, place, format_args!("has the unknown state {other}"), "its space"),
+            }
+        }
+    }
+
+    fn summary(&mut self, superblock: &Superblock, no: ExtentNo, named: &Named, row: TableRow, map_is_whole: bool) {
+        let blocks = superblock.geometry.extent_blocks();
+        let place = Place { extent: no, block: summary_at(blocks, row.summary_slot) };
+        let at = (FileId::Data, place.offset(superblock.geometry.extent_bytes));
+        let read = self.read(at.0, at.1, summary_blocks(blocks) as usize * BLOCK).map_err(|error| error.to_string());
+        let decoded = read
+            .and_then(|bytes| decode_summary(superblock.store_id, no, row.summary_crc.get(), &bytes).map_err(str::to_string))
+            .and_then(|items| {
+                let named_mix = items.into_iter().filter(|item| named.has(item.block)).fold(0, |sum, i| sum ^ mix(i));
+                match map_is_whole && named_mix != named.mix {
+                    true => Err("does not list what the map names in this extent".to_string()),
+                    false => Ok(()),
+                }
+            });
+        match decoded {
+            Ok(()) => self.report.extents += 1,
+            Err(what) => {
+                let affects = "compaction of this extent; its pages are read without it";
+                self.damaged(format_args!("the summary of extent {}", no.get()), at, what, affects);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{Lsn, PageKey, VolumeId};
+
+    fn page(block: u32, id: u64, lsn: u64) -> Item {
+        let key = PageKey::new(VolumeId::new(1), id.into());
+        Item { block, what: ItemKind::Page(key, Lsn::new(lsn)) }
+    }
+
+    /// Two pages in one place means that one of them is served for the other.
+    #[test]
+    fn a_place_named_twice_is_found() {
+        let mut named = Named::new(None, 128);
+        assert_eq!(named.name(page(127, 1, 1), 128), Ok(()));
+        assert!(named.name(page(127, 2, 2), 128).is_err());
+        assert!(named.name(page(100, 3, 3), 100).is_err());
+        assert_eq!(named.count(), 1);
+    }
+
+    /// The comparison with the summary must notice any one field that differs.
+    #[test]
+    fn items_that_differ_in_one_field_differ_when_mixed() {
+        let all = [page(1, 2, 3), page(2, 2, 3), page(1, 3, 3), page(1, 2, 4)];
+        for (i, a) in all.iter().enumerate() {
+            assert!(all[i + 1..].iter().all(|b| mix(*a) != mix(*b)));
+        }
+    }
+}

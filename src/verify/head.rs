@@ -1,0 +1,134 @@
+//! The superblock copies, the roots that the newest names, and the extent table of its checkpoint.
+
+use super::Verifier;
+use super::extents::Named;
+use crate::disk::FileId;
+use crate::error::{ErrorKind, Result};
+use crate::format::extent::{TABLE_ROWS, TableRow, decode_table, table_offset};
+use crate::format::node::Child;
+use crate::format::root::{self, VOLUMES_MAX};
+use crate::format::superblock::{Refusal, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock};
+use crate::recovery::find_superblock;
+use crate::types::{BLOCK, VShard};
+
+/// The trees of a virtual shard, one for each volume; `None` if its root is damaged.
+pub(super) type Trees = Option<Box<[Child; VOLUMES_MAX]>>;
+
+impl Verifier<'_> {
+    /// Checks all copies; returns the superblock with which the store would be opened.
+    pub(super) fn superblock(&mut self) -> Result<Option<Superblock>> {
+        let newest = match find_superblock(self.disk, &mut self.arena) {
+            Ok((newest, _)) => Some(newest),
+            Err(error) if error.kind() == ErrorKind::Corrupt => {
+                self.damaged("the superblock", (FileId::Meta, 0), error, "the whole store: it can't be opened");
+                None
+            }
+            Err(error) => return Err(error),
+        };
+        for copy in 0..SUPERBLOCK_COPIES {
+            if let Some(what) = self.copy_damage(copy, newest.as_ref()) {
+                let affects = "this copy only, while another of its generation is whole";
+                let at = (FileId::Meta, Superblock::offset(copy));
+                self.damaged(format_args!("superblock copy {copy}"), at, what, affects);
+            }
+        }
+        Ok(newest)
+    }
+
+    fn copy_damage(&mut self, copy: u64, newest: Option<&Superblock>) -> Option<String> {
+        let bytes = match self.read(FileId::Meta, Superblock::offset(copy), SUPERBLOCK_BYTES) {
+            Ok(bytes) => bytes,
+            Err(error) => return Some(error.to_string()),
+        };
+        let found = match Superblock::decode(copy, &bytes) {
+            Ok(found) => found,
+            // A store that was never opened after its creation has written one pair only.
+            Err(_) if newest.is_some_and(|n| n.generation == 1) && copy < 2 && bytes.iter().all(|b| *b == 0) => {
+                return None;
+            }
+            Err(Refusal::Magic) => return Some("is not a superblock".into()),
+            Err(Refusal::Version(version)) => return Some(format!("claims to be of format version {version}")),
+            Err(Refusal::Sum) => return Some("has a wrong checksum".into()),
+            Err(Refusal::Values) => return Some("is another copy, or contradicts itself: a write went astray".into()),
+        };
+        let newest = newest?;
+        let own_pair = Superblock::copies_of(newest.generation).contains(&copy);
+        let expected = newest.generation - u64::from(!own_pair);
+        // A crash between the writes of a pair leaves the second copy two generations behind.
+        let in_step = found.generation == expected || (!newest.clean && found.generation + 2 == expected);
+        if !in_step {
+            return Some(format!(
+                "has generation {}, and {expected} was written here: a write was lost",
+                found.generation
+            ));
+        }
+        (own_pair && found.generation == newest.generation && found != *newest)
+            .then(|| "differs from the other copy of its generation".into())
+    }
+
+    /// Reads the root of every virtual shard.
+    pub(super) fn roots(&mut self, superblock: &Superblock) -> Vec<Trees> {
+        (0..superblock.geometry.vshards_count as u16).map(|i| self.root(superblock, VShard::new(i))).collect()
+    }
+
+    fn root(&mut self, superblock: &Superblock, vshard: VShard) -> Trees {
+        let state = superblock.vshards[vshard.index()];
+        let offset = root::offset(vshard, state.generation, superblock.geometry.vshards_count);
+        let read = self.read(FileId::Meta, offset, BLOCK).map_err(|error| error.to_string());
+        let checked = read.and_then(|bytes| {
+            let (head, trees) = root::decode(&bytes)?;
+            if head.vshard != vshard || head.store_id != superblock.store_id {
+                return Err("is another root: a write went astray".to_string());
+            }
+            if head.generation != state.generation {
+                let (found, named) = (head.generation, state.generation);
+                return Err(format!("has generation {found}, the superblock names {named}: a write was lost"));
+            }
+            if head.redo_lsn > state.redo_lsn || head.checkpoint > superblock.checkpoint {
+                return Err("is newer than the superblock that names it".to_string());
+            }
+            Ok(trees)
+        });
+        checked
+            .map_err(|what| {
+                let number = vshard.get();
+                let affects = format!("every page of virtual shard {number}, and the store can't be opened");
+                self.damaged(format_args!("the root of virtual shard {number}"), (FileId::Meta, offset), what, affects);
+            })
+            .ok()
+    }
+
+    /// Reads the extent table.
+    pub(super) fn table(&mut self, superblock: &Superblock) -> Vec<Named> {
+        let data_bytes = self.disk.len(FileId::Data).ok().flatten().unwrap_or(0);
+        let count = superblock.extents_count;
+        let needed = u64::from(count) * superblock.geometry.extent_bytes;
+        if data_bytes < needed {
+            let what = format!("has {data_bytes} bytes, and its {count} extents need {needed}: it was truncated");
+            self.damaged("the data file", (FileId::Data, data_bytes), what, "what lay beyond its end");
+        }
+        let mut extents = Vec::new();
+        for index in 0..count.div_ceil(TABLE_ROWS) {
+            let offset = table_offset(index, superblock.checkpoint);
+            let read = self.read(FileId::Table, offset, BLOCK).map_err(|error| error.to_string());
+            let decoded = read.and_then(|bytes| {
+                decode_table(superblock.store_id, index, superblock.checkpoint, &bytes).map_err(str::to_string)
+            });
+            let rows: Vec<Option<TableRow>> = match decoded {
+                Ok(rows) => rows.into_iter().map(Some).collect(),
+                Err(what) => {
+                    let affects = format!(
+                        "which of the extents from {} on are free, and the store can't be opened",
+                        index * TABLE_ROWS
+                    );
+                    let structure = format!("block {index} of the extent table");
+                    self.damaged(structure, (FileId::Table, offset), what, affects);
+                    vec![None; TABLE_ROWS as usize]
+                }
+            };
+            extents.extend(rows.into_iter().map(|row| Named::new(row, superblock.geometry.extent_blocks())));
+        }
+        extents.truncate(count as usize);
+        extents
+    }
+}

@@ -1,0 +1,409 @@
+//! Damage to every kind of structure on disk, through the public face and on real files: each is flipped, zeroed, set
+//! back to what an earlier close left there, or swapped with another of its kind. `Store` must serve right bytes or a
+//! clear error, and `verify` must name the place.
+//!
+//! If these fail, bit rot, a lost or a misdirected write reaches a user as wrong data. The same for *every* block, on
+//! the simulated disk: `src/verify/damage_tests.rs`.
+//!
+//! The structures are found by a reader of its own (below), which knows the format document only.
+
+#![allow(clippy::disallowed_methods)]
+
+use corepage::disk::FileId;
+use corepage::format::{extent, node, root, superblock::Superblock};
+use corepage::types::{Place, VShard};
+use corepage::{Change, Durability, Error, ErrorKind, Geometry, Options, PageId, Store, VerifyReport};
+use futures_lite::future::block_on;
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+const BLOCK: usize = 4096;
+const VOLUMES: [&str; 3] = ["alpha", "beta", "gamma"];
+/// Enough that the extent table has two blocks.
+const PAGES: u64 = 800;
+
+type Model = BTreeMap<(usize, u64), Vec<u8>>;
+/// A place in a file: name, offset, bytes.
+type Spot = (String, u64, usize);
+
+fn options() -> Options {
+    let geometry =
+        Geometry { extent_bytes: 64 << 10, segment_bytes: 128 << 10, segments_count: 4, vshards_count: 4 };
+    Options { geometry, memory_bytes: 16 << 20, ..Options::default() }
+}
+
+// --- the reference store ---
+
+/// A store that was filled, closed, changed and closed again; what it was at the first close; and what it holds.
+struct Reference {
+    _dir: tempfile::TempDir,
+    now: PathBuf,
+    earlier: PathBuf,
+    model: Model,
+    spots: BTreeMap<&'static str, Vec<Spot>>,
+}
+
+fn reference() -> &'static Reference {
+    static REFERENCE: OnceLock<Reference> = OnceLock::new();
+    REFERENCE.get_or_init(|| {
+        let dir = tempfile::tempdir().expect("a directory for the store");
+        let (now, earlier) = (dir.path().join("now"), dir.path().join("earlier"));
+        let mut model = Model::new();
+        let mut random = 1u64;
+        block_on(async {
+            let store = Store::open(&now, options()).await?;
+            for name in VOLUMES {
+                store.create_volume(name, 1 << 50).await?;
+            }
+            work(&store, &mut model, &mut random, 40).await?;
+            store.close().await?;
+            copy(&now, &earlier);
+            let store = Store::open(&now, options()).await?;
+            work(&store, &mut model, &mut random, 25).await?;
+            store.close().await
+        })
+        .expect("the reference store is made");
+        let spots = spots(&now);
+        Reference { _dir: dir, now, earlier, model, spots }
+    })
+}
+
+/// Commits of whole pages, patches and frees: all pages once, then some of them again and again, so that extents are
+/// left, compacted and filled once more.
+async fn work(store: &Store, model: &mut Model, random: &mut u64, rounds: u64) -> corepage::Result<()> {
+    let volumes = store.volumes().await?;
+    for round in 0..rounds {
+        for (v, volume) in volumes.iter().enumerate() {
+            let mut changes = Vec::new();
+            for i in 0..PAGES / 20 {
+                let page = if round < 20 { round * (PAGES / 20) + i } else { next(random) % (PAGES / 4) };
+                let page = if page % 97 == 5 { page << 30 } else { page };
+                let now = model.entry((v, page)).or_insert_with(|| vec![0; BLOCK]);
+                let change = match next(random) % 10 {
+                    0 => Change::Free,
+                    1 | 2 => {
+                        let offset = (next(random) % 4000) as u32;
+                        Change::Patch { offset, bytes: vec![round as u8 + 1; 90].into() }
+                    }
+                    _ => Change::Put(next(random).to_le_bytes().repeat(BLOCK / 8).into()),
+                };
+                match &change {
+                    Change::Free => now.fill(0),
+                    Change::Patch { offset, bytes } => now[*offset as usize..][..bytes.len()].copy_from_slice(bytes),
+                    Change::Put(bytes) => now.copy_from_slice(bytes),
+                }
+                changes.push((PageId::new(page), change));
+            }
+            volume.apply(changes, Durability::Durable).await?;
+        }
+    }
+    Ok(())
+}
+
+fn next(random: &mut u64) -> u64 {
+    *random ^= *random << 13;
+    *random ^= *random >> 7;
+    *random ^= *random << 17;
+    *random
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).expect("a directory for a copy");
+    for entry in fs::read_dir(from).expect("the store is there") {
+        let entry = entry.expect("an entry");
+        fs::copy(entry.path(), to.join(entry.file_name())).expect("a copy of a file");
+    }
+}
+
+fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = fs::read_dir(dir).expect("the directory").map(|entry| entry.expect("an entry"));
+    entries.map(|e| (e.file_name().into_string().expect("a name"), fs::read(e.path()).expect("a file"))).collect()
+}
+
+// --- where the structures are ---
+
+fn read_at(dir: &Path, file: &str, offset: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    fs::File::open(dir.join(file)).and_then(|f| f.read_exact_at(&mut bytes, offset)).expect("a read in a store's file");
+    bytes
+}
+
+fn newest(dir: &Path) -> Superblock {
+    let copies = (0..4).filter_map(|copy| {
+        let offset = Superblock::offset(copy);
+        Superblock::decode(copy, &read_at(dir, "meta", offset, corepage::format::superblock::SUPERBLOCK_BYTES)).ok()
+    });
+    copies.max_by_key(|s| s.generation).expect("a superblock")
+}
+
+/// All structures of a cleanly closed store, by kind.
+fn spots(dir: &Path) -> BTreeMap<&'static str, Vec<Spot>> {
+    let superblock = newest(dir);
+    assert!(superblock.clean);
+    let geometry = &superblock.geometry;
+    let mut spots: BTreeMap<&'static str, Vec<Spot>> = BTreeMap::new();
+    let mut add = |kind, file: &str, offset, len| spots.entry(kind).or_default().push((file.to_string(), offset, len));
+    (0..4).for_each(|copy| add("superblock copy", "meta", Superblock::offset(copy), 16384));
+    let mut nodes = Vec::new();
+    for (i, state) in superblock.vshards.iter().enumerate() {
+        let offset = root::offset(VShard::new(i as u16), state.generation, geometry.vshards_count);
+        add("root", "meta", offset, BLOCK);
+        let (_, trees) = root::decode(&read_at(dir, "meta", offset, BLOCK)).expect("a root");
+        nodes.extend(trees.iter().copied().enumerate().filter(|(_, child)| child.is_present()));
+    }
+    while let Some((volume, child)) = nodes.pop() {
+        let offset = child.place().offset(geometry.extent_bytes);
+        let bytes = read_at(dir, "data", offset, BLOCK);
+        add(if child.level == 0 { "leaf node" } else { "interior node" }, "data", offset, BLOCK);
+        for slot in 0..if child.level == 0 { node::LEAF_ENTRIES } else { node::NODE_CHILDREN } {
+            let (entry, below) = (node::entry(&bytes, slot), node::child(&bytes, slot));
+            if child.level == 0 && entry.is_present() {
+                let kind = if volume == 0 { "catalog page" } else { "page" };
+                add(kind, "data", entry.place().offset(geometry.extent_bytes), BLOCK);
+            } else if child.level > 0 && below.is_present() {
+                nodes.push((volume, below));
+            }
+        }
+    }
+    for index in 0..superblock.extents_count.div_ceil(extent::TABLE_ROWS) {
+        let offset = extent::table_offset(index, superblock.checkpoint);
+        add("table block", "extents", offset, BLOCK);
+        let bytes = read_at(dir, "extents", offset, BLOCK);
+        let rows = extent::decode_table(superblock.store_id, index, superblock.checkpoint, &bytes).expect("a table block");
+        for (i, row) in rows.iter().enumerate().filter(|(_, row)| row.state == 1) {
+            let blocks = (geometry.extent_bytes / BLOCK as u64) as u32;
+            let extent = corepage::types::ExtentNo::new(index * extent::TABLE_ROWS + i as u32);
+            let place = Place { extent, block: extent::summary_at(blocks, row.summary_slot) };
+            let len = extent::summary_blocks(blocks) as usize * BLOCK;
+            add("summary", "data", place.offset(geometry.extent_bytes), len);
+        }
+    }
+    let end = superblock.logs[0];
+    let file = FileId::Log(corepage::types::ShardId::new(0), end.segment).to_string();
+    (0..u64::from(end.block)).for_each(|block| add("log block", &file, block * BLOCK as u64, BLOCK));
+    spots
+}
+
+// --- damage ---
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Damage {
+    Flipped,
+    Zeroed,
+    Stale,
+    Swapped,
+}
+
+/// What the store can still do.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Left {
+    /// It opens, and everything is read right.
+    Everything,
+    /// It opens, and some pages are refused.
+    SomePages,
+    /// It is refused.
+    Nothing,
+}
+
+/// Damages the structure at `spot` of the copy in `dir`; `false` if that changed nothing.
+fn damage(dir: &Path, spot: &Spot, other: &Spot, how: Damage) -> bool {
+    let (file, offset, len) = spot;
+    let before = read_at(dir, file, *offset, *len);
+    let mut after = before.clone();
+    match how {
+        Damage::Flipped => after[len / 3] ^= 4,
+        Damage::Zeroed => after.fill(0),
+        Damage::Stale if offset + *len as u64 <= fs::metadata(reference().earlier.join(file)).map_or(0, |m| m.len()) => {
+            after = read_at(&reference().earlier, file, *offset, *len);
+        }
+        Damage::Stale => {}
+        Damage::Swapped => {
+            after = read_at(dir, &other.0, other.1, *len);
+            write_at(dir, other, &before);
+        }
+    }
+    write_at(dir, spot, &after);
+    after != before
+}
+
+fn write_at(dir: &Path, (file, offset, _): &Spot, bytes: &[u8]) {
+    let file = fs::OpenOptions::new().write(true).open(dir.join(file)).expect("a store's file");
+    file.write_all_at(bytes, *offset).expect("a write to a store's file");
+}
+
+/// Opens, reads everything and compares.
+fn read_all(dir: &Path, what: &str) -> Left {
+    let names_place = |error: &Error| {
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{what}: {error}");
+        let text = error.to_string();
+        assert!(["byte ", "block ", "copy ", "copies"].iter().any(|word| text.contains(word)), "{what}: no place: {text}");
+    };
+    let store = match block_on(Store::open(dir, options())) {
+        Ok(store) => store,
+        Err(error) => {
+            names_place(&error);
+            return Left::Nothing;
+        }
+    };
+    let volumes = match block_on(store.volumes()) {
+        Ok(volumes) => volumes,
+        Err(error) => {
+            names_place(&error);
+            return Left::SomePages;
+        }
+    };
+    let mut left = Left::Everything;
+    for ((volume, page), bytes) in &reference().model {
+        match block_on(volumes[*volume].read(PageId::new(*page))) {
+            Ok(found) => assert!(found[..] == bytes[..], "{what}: wrong bytes of page {page} of {}", VOLUMES[*volume]),
+            Err(error) => {
+                names_place(&error);
+                left = Left::SomePages;
+            }
+        }
+    }
+    left
+}
+
+fn is_named(report: &VerifyReport, (file, offset, len): &Spot) -> bool {
+    let inside = |at: u64| (*offset..offset + *len as u64).contains(&at);
+    // A group is named at its beginning, which may lie before the block.
+    let in_group = |at: u64| file.starts_with("log") && at <= *offset;
+    report.damaged.iter().any(|d| d.file.to_string() == *file && (inside(d.offset) || in_group(d.offset)))
+}
+
+/// Damages structures of one kind in all four ways. `tolerated`: what may be left of the store.
+fn damage_each(kind: &str, tolerated: &[Left]) {
+    let all = reference().spots.get(kind).unwrap_or_else(|| panic!("the reference store has no {kind}"));
+    assert!(all.len() >= 2, "the reference store has only {} of {kind}", all.len());
+    let mut done = Vec::new();
+    for (i, spot) in all.iter().enumerate().step_by(all.len().div_ceil(4)) {
+        for how in [Damage::Flipped, Damage::Zeroed, Damage::Stale, Damage::Swapped] {
+            // Two blocks of zeros, or of one group, make no damage when swapped: look for another pair.
+            let other = &all[(i + all.len() / 2) % all.len()];
+            let dir = tempfile::tempdir().expect("a directory for a copy");
+            copy(&reference().now, dir.path());
+            if !damage(dir.path(), spot, other, how) {
+                continue;
+            }
+            let what = format!("{kind} at byte {} of {}, {how:?}", spot.1, spot.0);
+            let report = corepage::verify(dir.path()).expect("damage is in the report");
+            let named = is_named(&report, spot) || (how == Damage::Swapped && is_named(&report, other));
+            assert!(named, "{what}: not named: {report}\n{:?}", report.damaged);
+            let left = read_all(dir.path(), &what);
+            assert!(tolerated.contains(&left), "{what}: left was {left:?}");
+            done.push(how);
+        }
+    }
+    for how in [Damage::Flipped, Damage::Zeroed, Damage::Stale, Damage::Swapped] {
+        assert!(done.contains(&how), "{kind} was never {how:?}");
+    }
+}
+
+#[test]
+fn an_undamaged_store_is_whole() {
+    let dir = tempfile::tempdir().expect("a directory for a copy");
+    copy(&reference().now, dir.path());
+    let before = contents(dir.path());
+    let report = corepage::verify(dir.path()).expect("a closed store");
+    assert!(report.is_whole() && report.clean, "{report}\n{:?}", report.damaged);
+    assert!(contents(dir.path()) == before, "verify changed something");
+    assert_eq!(read_all(dir.path(), "undamaged"), Left::Everything);
+    assert!(reference().spots["table block"].len() >= 2);
+}
+
+/// One copy of four is redundant: the store opens, and only `verify` speaks of it. Two that take each other's place
+/// are damage that can't come from a crash.
+#[test]
+fn damaged_superblock_copies_are_named() {
+    damage_each("superblock copy", &[Left::Everything, Left::Nothing]);
+}
+
+#[test]
+fn a_store_with_a_damaged_root_is_refused() {
+    damage_each("root", &[Left::Nothing]);
+}
+
+#[test]
+fn a_store_with_a_damaged_table_block_is_refused() {
+    damage_each("table block", &[Left::Nothing]);
+}
+
+#[test]
+fn pages_below_a_damaged_interior_node_are_refused() {
+    damage_each("interior node", &[Left::SomePages]);
+}
+
+#[test]
+fn pages_below_a_damaged_leaf_are_refused() {
+    damage_each("leaf node", &[Left::SomePages]);
+}
+
+#[test]
+fn damaged_pages_are_refused() {
+    damage_each("page", &[Left::SomePages]);
+}
+
+#[test]
+fn damaged_catalog_pages_are_refused() {
+    damage_each("catalog page", &[Left::SomePages]);
+}
+
+/// The summary is for compaction: nothing else needs it.
+#[test]
+fn damaged_summaries_are_named() {
+    damage_each("summary", &[Left::Everything]);
+}
+
+/// After a clean close the log is not needed, but a device that lost some of it is not to be trusted.
+#[test]
+fn damaged_log_groups_are_named() {
+    damage_each("log block", &[Left::Everything]);
+}
+
+// --- refusals ---
+
+/// A newer program's store must not be touched by an older one.
+#[test]
+fn a_store_of_another_version_is_refused_and_not_changed() {
+    let dir = tempfile::tempdir().expect("a directory for a copy");
+    copy(&reference().now, dir.path());
+    for copy in 0..4 {
+        write_at(dir.path(), &("meta".into(), Superblock::offset(copy) + 8, 4), &2u32.to_le_bytes());
+    }
+    let before = contents(dir.path());
+    let error = block_on(Store::open(dir.path(), options())).expect_err("another version");
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert!(error.to_string().contains("version 2"), "{error}");
+    assert_eq!(corepage::verify(dir.path()).expect_err("another version").kind(), ErrorKind::Unsupported);
+    assert!(contents(dir.path()) == before, "a refused store was changed");
+}
+
+/// What can't be opened must be left as it is, for whoever mends it.
+#[test]
+fn a_store_without_a_superblock_is_refused_and_not_changed() {
+    let dir = tempfile::tempdir().expect("a directory for a copy");
+    copy(&reference().now, dir.path());
+    for copy in 0..4 {
+        write_at(dir.path(), &("meta".into(), Superblock::offset(copy), 1), &[0; 16384]);
+    }
+    let before = contents(dir.path());
+    let error = block_on(Store::open(dir.path(), options())).expect_err("no superblock");
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    assert!(contents(dir.path()) == before, "a refused store was changed");
+    assert!(!corepage::verify(dir.path()).expect("damage is in the report").is_whole());
+}
+
+#[test]
+fn verify_says_why_it_can_not_read() {
+    let dir = tempfile::tempdir().expect("a directory");
+    assert_eq!(corepage::verify(&dir.path().join("none")).expect_err("no store").kind(), ErrorKind::NotFound);
+    let store = block_on(Store::open(dir.path(), options())).expect("a fresh store");
+    assert_eq!(corepage::verify(dir.path()).expect_err("it is open").kind(), ErrorKind::InUse);
+    block_on(store.close()).expect("a clean close");
+    drop(store);
+    assert!(corepage::verify(dir.path()).expect("a closed store").is_whole());
+}
