@@ -31,7 +31,7 @@ type Spot = (String, u64, usize);
 
 fn options() -> Options {
     let geometry =
-        Geometry { extent_bytes: 64 << 10, segment_bytes: 128 << 10, segments_count: 4, vshards_count: 4 };
+        Geometry { extent_bytes: 64 << 10, segment_bytes: 1 << 20, segments_count: 4, vshards_count: 4 };
     Options { geometry, memory_bytes: 16 << 20, ..Options::default() }
 }
 
