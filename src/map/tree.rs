@@ -241,6 +241,16 @@ impl Map {
         node
     }
 
+    /// Nodes from the leaf of `key` to the root, which a change may dirty.
+    pub(crate) fn path_len(&self, key: PageKey) -> u64 {
+        let (vshard, dense) = self.position(key);
+        let mut top = self.top(vshard, key.volume).level;
+        while prefix(dense, top) != 0 {
+            top += 1;
+        }
+        u64::from(top) + 1
+    }
+
     /// Nodes that [`pin`](Self::pin) would have to create for `key`: frames that the arena must have.
     pub(crate) fn missing_nodes(&self, key: PageKey) -> u32 {
         let (vshard, dense) = self.position(key);

@@ -23,6 +23,9 @@ use crate::types::{BLOCK, Lsn, SegmentNo, ShardId, VShard};
 /// Extents of a new store: the reserves of all purposes and a little more; it grows from there.
 const EXTENTS_FIRST: u32 = 16;
 
+/// With fewer, the reserves alone would leave no room for a page.
+const EXTENTS_MIN: u32 = 12;
+
 /// Whether the files are those of a creation that did not finish: no superblock, and never a commit.
 pub(super) fn is_unfinished(disk: &mut dyn Disk, arena: &mut Arena) -> Result<bool> {
     for copy in 0..SUPERBLOCK_COPIES {
@@ -47,9 +50,9 @@ pub(super) fn is_unfinished(disk: &mut dyn Disk, arena: &mut Arena) -> Result<bo
 pub(super) fn create(disk: &mut dyn Disk, arena: &mut Arena, limits: &Limits, seed: u64) -> Result<()> {
     let geometry = &limits.geometry;
     let extents_count = EXTENTS_FIRST.min(limits.data_extents_max);
-    if extents_count < 10 {
+    if extents_count < EXTENTS_MIN {
         return Err(Error::invalid(format_args!(
-            "data_bytes_max is too small: at least 10 extents of {} bytes are needed",
+            "data_bytes_max is too small: at least {EXTENTS_MIN} extents of {} bytes are needed",
             geometry.extent_bytes
         )));
     }

@@ -20,7 +20,7 @@ use hashbrown::HashSet;
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -36,6 +36,8 @@ struct Shared {
     waiting: AtomicUsize,
     requests_max: usize,
     place_free: Event,
+    /// Nobody holds the store any more: the thread is to end.
+    abandoned: AtomicBool,
     ended: Event,
 }
 
@@ -59,8 +61,11 @@ impl Runtime {
             waiting: AtomicUsize::new(0),
             requests_max: options.requests_max.max(1),
             place_free: Event::new(),
+            abandoned: AtomicBool::new(false),
             ended: Event::new(),
         });
+        // A caller that gives up while the store is being opened must not leave it open, and locked, for ever.
+        let opening = Opening(Some(&shared));
         let (send, opened) = crossbeam_channel::bounded(1);
         let ready = Arc::new(Event::new());
         let (theirs, wake) = (shared.clone(), ready.clone());
@@ -69,6 +74,7 @@ impl Runtime {
             let opened = opened.unwrap_or_else(|_| Err(Error::new(ErrorKind::Closed, "opening the store panicked")));
             let result = match opened {
                 Ok((disk, shard, report)) => {
+                    theirs.inbox.set_unparker(disk.unparker());
                     let _ = send.send(Ok((report, disk.report())));
                     wake.notify(usize::MAX);
                     run(&theirs, disk, shard);
@@ -90,6 +96,7 @@ impl Runtime {
                 Err(_) => break Err(Error::new(ErrorKind::Closed, "the shard's thread ended while it opened the store")),
             }
         };
+        opening.done();
         match result {
             Ok((recovery, disk)) => Ok(Runtime { shared, thread: Some(thread), recovery, disk }),
             Err(error) => {
@@ -153,23 +160,33 @@ impl Runtime {
             listener.await;
         }
     }
+}
 
-    fn join(&mut self) {
-        if let Some(thread) = self.thread.take() {
+impl Drop for Runtime {
+    /// Ends the thread without a clean close, as a crash would, but waits for what the device has under way: the
+    /// store can be opened again at once.
+    fn drop(&mut self) {
+        self.shared.abandon();
+        // The last handle may go on the shard's own thread, with a task that a reply has woken.
+        if let Some(thread) = self.thread.take().filter(|t| t.thread().id() != std::thread::current().id()) {
             let _ = thread.join();
         }
     }
 }
 
-impl Drop for Runtime {
-    /// Ends the thread without a clean close, as a crash would, but waits for what the device has under way.
+/// A store that is being opened.
+struct Opening<'a>(Option<&'a Shared>);
+
+impl Opening<'_> {
+    fn done(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Opening<'_> {
     fn drop(&mut self) {
-        if self.thread.is_some() {
-            if let Ok((token, reply)) = self.shared.inflight.register() {
-                drop(reply);
-                let _ = self.shared.inbox.push(token, Request::Close);
-            }
-            self.join();
+        if let Some(shared) = self.0 {
+            shared.abandon();
         }
     }
 }
@@ -186,6 +203,11 @@ impl Drop for Waiting<'_> {
 }
 
 impl Shared {
+    fn abandon(&self) {
+        self.abandoned.store(true, Ordering::SeqCst);
+        self.inbox.wake();
+    }
+
     fn try_place(&self) -> bool {
         let place = |n: usize| (n < self.requests_max).then_some(n + 1);
         self.under_way.fetch_update(Ordering::AcqRel, Ordering::Acquire, place).is_ok()
@@ -234,11 +256,9 @@ fn open(dir: &std::path::Path, options: &Options) -> Result<(PortableDisk, Shard
 
 /// The thread's life: laps until closed, then everything still waiting is told.
 fn run(shared: &Shared, disk: PortableDisk, shard: Shard) {
-    shared.inbox.set_unparker(disk.unparker());
     let mut accepted: HashSet<Token> = HashSet::new();
     let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| laps(shared, disk, shard, &mut accepted)));
     shared.inbox.close();
-    shared.ended.notify(usize::MAX);
     if outcome.is_err() {
         tracing::error!("the shard panicked; the store is closed as after a crash");
     }
@@ -247,6 +267,7 @@ fn run(shared: &Shared, disk: PortableDisk, shard: Shard) {
         shared.finish(token, Err(Error::new(ErrorKind::OutcomeUnknown, context)));
     }
     shared.refuse_rest();
+    shared.ended.notify(usize::MAX);
 }
 
 fn laps(shared: &Shared, mut disk: PortableDisk, mut shard: Shard, accepted: &mut HashSet<Token>) {
@@ -255,6 +276,9 @@ fn laps(shared: &Shared, mut disk: PortableDisk, mut shard: Shard, accepted: &mu
     let now = || start.elapsed().as_micros() as Micros;
     let mut completions: Vec<Completion> = Vec::new();
     loop {
+        if shared.abandoned.load(Ordering::SeqCst) {
+            return;
+        }
         let mut busy = false;
         for _ in 0..BATCH {
             if !shard.accepting() {

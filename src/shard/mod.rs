@@ -52,7 +52,7 @@ use hashbrown::HashMap;
 use pages::{NodeWaiter, PageRead, Table};
 use requests::{Pending, Waiting};
 use slab::Slab;
-use space::Growth;
+use space::{Growth, Reclaiming};
 use std::collections::{BinaryHeap, VecDeque};
 use std::sync::Arc;
 use writeback::{Capture, Unsettled};
@@ -122,6 +122,7 @@ pub struct Shard {
     growing: bool,
     grow_failed_at: Option<Micros>,
     stalled_for_space: bool,
+    reclaiming: Reclaiming,
     closing: Option<Option<Token>>,
     closed: bool,
     failed: Option<Error>,
@@ -192,6 +193,7 @@ impl Shard {
             growing: false,
             grow_failed_at: None,
             stalled_for_space: false,
+            reclaiming: Reclaiming::default(),
             closing: None,
             closed: false,
             failed: None,

@@ -131,8 +131,8 @@ impl Store {
             }
         }
         let key = free.ok_or_else(|| Error::invalid("there are 247 volumes, the most that a store can have"))?;
-        // Everything was read: two creations at the same time can't take the same name or number.
-        let reads = keys.iter().zip(&pages).map(|(key, page)| (*key, page.lsn())).collect();
+        // Numbers are given in order, so two creations at a time, of the same name or not, meet at the first free page.
+        let reads = keys.iter().zip(&pages).take_while(|(k, _)| **k <= key).map(|(k, page)| (*k, page.lsn())).collect();
         let record = Bytes::from(catalog::encode(name, bytes));
         self.commit(Commit { reads, changes: vec![(key, Change::Put(record))], durable: true }).await?;
         Ok(Volume::new(self.clone(), VolumeId::new(key.page.get() as u8), name, bytes))
@@ -206,6 +206,11 @@ impl Store {
             return Err(Error::new(ErrorKind::Closed, "the store is closed; open it again"));
         }
         let result = self.ask(Request::Close).await.map(drop);
+        if result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Busy) {
+            // It did not get through: the store is open, and the next call may close it.
+            *self.inner.closing.lock().unwrap_or_else(PoisonError::into_inner) = false;
+            return result;
+        }
         self.inner.runtime.ended().await;
         result
     }
