@@ -437,9 +437,4 @@ impl Extents {
     pub(crate) fn left_count(&self) -> usize {
         self.left_captured.len() + self.retiring.len() + self.per_vshard.iter().map(|v| v.left.len()).sum::<usize>()
     }
-
-    /// State of an extent.
-    pub(crate) fn state(&self, no: ExtentNo) -> Option<ExtentState> {
-        self.extents.get(no.index()).map(|e| e.state)
-    }
 }

@@ -127,11 +127,6 @@ impl Map {
         self.dirty_count
     }
 
-    /// Nodes in memory.
-    pub(crate) fn loaded_count(&self) -> usize {
-        self.index.len()
-    }
-
     fn node(&self, idx: NodeIdx) -> &Node {
         self.nodes[idx.0 as usize].as_ref().expect("a node in the index exists")
     }

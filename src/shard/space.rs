@@ -171,9 +171,8 @@ impl Shard {
             return;
         }
         let left = self.extents.left_count() as u64;
-        if left >= low / 4 {
-            self.need_checkpoint();
-        } else if !self.begin_compaction() && left > 0 && self.stalled_for_space {
+        let pays = left >= low / 4;
+        if pays || (!self.begin_compaction() && left > 0 && self.stalled_for_space) {
             self.need_checkpoint();
         }
     }
