@@ -208,13 +208,7 @@ impl Shard {
             .sum();
         if !self.ensure_frames(frames + nodes + FRAMES_RESERVE) {
             self.relieve();
-            let hopeless = self.ops.is_empty() && self.dirty.is_empty() && self.log.in_flight.is_empty();
-            if hopeless && self.log.open.is_empty() && !self.checkpoint.is_active() && self.map.dirty_count() == 0 {
-                return Admission::No(Error::new(
-                    ErrorKind::Busy,
-                    "no memory is left: pages are pinned by readers; drop PageRefs, or open with more memory_bytes",
-                ));
-            }
+            self.memory_short = true;
             return Admission::Stalled;
         }
         for idx in changed {
@@ -260,6 +254,25 @@ impl Shard {
             }
             _ => false,
         }
+    }
+
+    /// Refuses the first commit that waits for memory, and all reads that do: none of them would ever go on.
+    pub(super) fn refuse_for_memory(&mut self) {
+        let error = Error::new(
+            ErrorKind::Busy,
+            "no memory is left: pages are pinned by readers; drop PageRefs, or open with more memory_bytes",
+        );
+        self.refuse_reads(&error);
+        if let Some(waiter) = self.ready.pop_front() {
+            match self.pending[waiter].kind {
+                PendingKind::Redo(_) => {
+                    self.redo_error = Some(error);
+                    self.release(waiter);
+                }
+                _ => self.finish_commit(waiter, Err(error), Lsn::ZERO),
+            }
+        }
+        self.again = true;
     }
 
     /// Draws the LSNs of a turn's commits and carries them out.

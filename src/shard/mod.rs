@@ -122,6 +122,8 @@ pub struct Shard {
     growing: bool,
     grow_failed_at: Option<Micros>,
     stalled_for_space: bool,
+    /// Somebody waits for a frame.
+    memory_short: bool,
     reclaiming: Reclaiming,
     closing: Option<Option<Token>>,
     closed: bool,
@@ -193,6 +195,7 @@ impl Shard {
             growing: false,
             grow_failed_at: None,
             stalled_for_space: false,
+            memory_short: false,
             reclaiming: Reclaiming::default(),
             closing: None,
             closed: false,
@@ -216,6 +219,7 @@ impl Shard {
         self.now = self.now.max(now);
         for _ in 0..16 {
             self.again = false;
+            self.memory_short = false;
             self.finish_ready();
             self.run_commits();
             self.advance_groups();
@@ -229,6 +233,10 @@ impl Shard {
             if !self.again {
                 break;
             }
+        }
+        // Nothing is under way that could give memory back: it is in the hands of readers.
+        if self.memory_short && self.ops.is_empty() {
+            self.refuse_for_memory();
         }
     }
 
