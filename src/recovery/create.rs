@@ -94,10 +94,21 @@ pub(super) fn create(disk: &mut dyn Disk, arena: &mut Arena, limits: &Limits, se
         logs: vec![LogEnd::default()],
         vshards: vec![VShardState::default(); geometry.vshards_count as usize],
     };
+    rewrite_copies(disk, arena, &superblock, &Superblock::copies_of(superblock.generation))
+}
+
+/// Writes the superblock into these copies, a flush after each. An open does so with the copies that a crash has
+/// spoiled: else a second crash could spoil the other copy of the same pair, and no generation could be trusted.
+pub(super) fn rewrite_copies(
+    disk: &mut dyn Disk,
+    arena: &mut Arena,
+    superblock: &Superblock,
+    copies: &[u64],
+) -> Result<()> {
     let mut bytes = vec![0; SUPERBLOCK_BYTES];
-    for copy in Superblock::copies_of(superblock.generation) {
-        superblock.encode(copy, &mut bytes);
-        write_bytes(disk, arena, FileId::Meta, Superblock::offset(copy), &bytes)?;
+    for copy in copies {
+        superblock.encode(*copy, &mut bytes);
+        write_bytes(disk, arena, FileId::Meta, Superblock::offset(*copy), &bytes)?;
         flush(disk, &[FileId::Meta])?;
     }
     Ok(())
