@@ -69,14 +69,17 @@ pub(crate) fn find_superblock(disk: &mut dyn Disk, arena: &mut Arena) -> Result<
                     best = Some(superblock);
                 }
             }
-            Ok((Err(Refusal::Version(version)), _)) => other_version = Some(version),
             Ok((Err(refusal), zeros)) => {
                 unreadable.push(copy);
                 let what = match refusal {
                     _ if zeros => "is all zeros",
                     Refusal::Magic => "is not a superblock",
+                    Refusal::Version(version) => {
+                        other_version = Some(version);
+                        "claims to be of another format version"
+                    }
                     Refusal::Sum => "has a wrong checksum",
-                    _ => "contradicts itself or belongs elsewhere",
+                    Refusal::Values => "contradicts itself or belongs elsewhere",
                 };
                 warnings.push(format!("superblock copy {copy} at byte {offset} of the meta file {what}"));
             }
@@ -86,7 +89,8 @@ pub(crate) fn find_superblock(disk: &mut dyn Disk, arena: &mut Arena) -> Result<
             }
         }
     }
-    if let Some(version) = other_version {
+    // Next to a copy of this version, one that claims another is damaged.
+    if let (None, Some(version)) = (&best, other_version) {
         return Err(Error::new(
             ErrorKind::Unsupported,
             format_args!(
