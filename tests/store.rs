@@ -299,6 +299,7 @@ fn an_open_that_is_dropped_lets_go() {
         }
         tries += 1;
         assert!(tries < 1000, "the store stays locked");
+        #[allow(clippy::disallowed_methods, reason = "the end of another thread is waited for")]
         std::thread::sleep(std::time::Duration::from_millis(10));
     };
     find(&store);

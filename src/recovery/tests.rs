@@ -114,7 +114,7 @@ fn commits_are_found_again() {
 fn overwriting_reclaims_space_and_log() {
     let (mut d, _) = Driver::open(SimDisk::new(2));
     let mut rng = Rng::new(5);
-    let mut model = vec![0u8; 200];
+    let mut model = [0u8; 200];
     for round in 0..1500u64 {
         let n = rng.within(1, 7);
         let changes = (0..n).map(|_| {

@@ -95,7 +95,7 @@ fn reference_store() -> (SimDisk, Model) {
                 0 => Change::Free,
                 1 | 2 => Change::Patch { offset: rng.below(4000) as u32, bytes: Bytes::from(vec![round as u8; 90]) },
                 _ => {
-                    let word = rng.next().to_le_bytes();
+                    let word = rng.draw().to_le_bytes();
                     Change::Put(word.iter().copied().cycle().take(BLOCK).collect())
                 }
             };
