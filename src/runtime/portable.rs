@@ -54,16 +54,7 @@ pub(crate) struct Runtime {
 impl Runtime {
     /// Opens the store in `dir` on a thread of its own, and returns when it takes requests.
     pub(crate) async fn start(dir: PathBuf, options: Options) -> Result<Runtime> {
-        let shared = Arc::new(Shared {
-            inbox: Inbox::new(options.requests_max.max(1)),
-            inflight: Arc::new(InFlight::default()),
-            under_way: AtomicUsize::new(0),
-            waiting: AtomicUsize::new(0),
-            requests_max: options.requests_max.max(1),
-            place_free: Event::new(),
-            abandoned: AtomicBool::new(false),
-            ended: Event::new(),
-        });
+        let shared = Arc::new(Shared::new(options.requests_max.max(1)));
         // A caller that gives up while the store is being opened must not leave it open, and locked, for ever.
         let opening = Opening(Some(&shared));
         let (send, opened) = crossbeam_channel::bounded(1);
@@ -77,7 +68,7 @@ impl Runtime {
                     theirs.inbox.set_unparker(disk.unparker());
                     let _ = send.send(Ok((report, disk.report())));
                     wake.notify(usize::MAX);
-                    run(&theirs, disk, shard);
+                    run(&theirs, |accepted| laps(&theirs, disk, shard, accepted));
                     return;
                 }
                 Err(error) => Err(error),
@@ -93,7 +84,9 @@ impl Runtime {
             match opened.try_recv() {
                 Ok(result) => break result,
                 Err(crossbeam_channel::TryRecvError::Empty) => listener.await,
-                Err(_) => break Err(Error::new(ErrorKind::Closed, "the shard's thread ended while it opened the store")),
+                Err(_) => {
+                    break Err(Error::new(ErrorKind::Closed, "the shard's thread ended while it opened the store"));
+                }
             }
         };
         opening.done();
@@ -203,6 +196,19 @@ impl Drop for Waiting<'_> {
 }
 
 impl Shared {
+    fn new(requests_max: usize) -> Self {
+        Shared {
+            inbox: Inbox::new(requests_max),
+            inflight: Arc::new(InFlight::default()),
+            under_way: AtomicUsize::new(0),
+            waiting: AtomicUsize::new(0),
+            requests_max,
+            place_free: Event::new(),
+            abandoned: AtomicBool::new(false),
+            ended: Event::new(),
+        }
+    }
+
     fn abandon(&self) {
         self.abandoned.store(true, Ordering::SeqCst);
         self.inbox.wake();
@@ -255,9 +261,9 @@ fn open(dir: &std::path::Path, options: &Options) -> Result<(PortableDisk, Shard
 }
 
 /// The thread's life: laps until closed, then everything still waiting is told.
-fn run(shared: &Shared, disk: PortableDisk, shard: Shard) {
+fn run(shared: &Shared, laps: impl FnOnce(&mut HashSet<Token>)) {
     let mut accepted: HashSet<Token> = HashSet::new();
-    let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| laps(shared, disk, shard, &mut accepted)));
+    let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| laps(&mut accepted)));
     shared.inbox.close();
     if outcome.is_err() {
         tracing::error!("the shard panicked; the store is closed as after a crash");
@@ -325,5 +331,42 @@ fn laps(shared: &Shared, mut disk: PortableDisk, mut shard: Shard, accepted: &mu
             disk.wait(timeout);
             shared.inbox.awake();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_lite::future::block_on;
+
+    /// A bug in the shard must not become a caller that waits for ever, nor a promise that nobody can keep.
+    #[test]
+    fn a_panic_of_the_shard_answers_everybody() {
+        let shared = Arc::new(Shared::new(2));
+        let thread = std::thread::spawn(|| {});
+        let (recovery, disk) = (RecoveryReport::default(), no_disk());
+        let runtime = Runtime { shared: shared.clone(), thread: Some(thread), recovery, disk };
+        let taken = block_on(runtime.submit(Request::Flush)).expect("there is a place");
+        let queued = block_on(runtime.submit(Request::Flush)).expect("there is a place");
+        // No place is left: this one waits, and is answered all the same.
+        let waiter = std::thread::spawn(move || {
+            let kind = |result: Result<Response>| result.expect_err("the shard is gone").kind();
+            let waited = block_on(async { runtime.submit(Request::Flush).await?.await });
+            let late = block_on(async { runtime.submit(Request::Flush).await?.await });
+            (kind(waited), kind(late))
+        });
+        run(&shared, |accepted| {
+            let (token, _) = shared.inbox.pop().expect("a request was submitted");
+            accepted.insert(token);
+            panic!("planted by a test");
+        });
+        assert_eq!(block_on(taken).expect_err("it was under way").kind(), ErrorKind::OutcomeUnknown);
+        assert_eq!(block_on(queued).expect_err("it was not begun").kind(), ErrorKind::Closed);
+        assert_eq!(waiter.join().expect("no hang"), (ErrorKind::Closed, ErrorKind::Closed));
+        assert_eq!(shared.under_way.load(Ordering::SeqCst), 0, "every place is free again");
+    }
+
+    fn no_disk() -> DiskReport {
+        DiskReport { driver: "none", file_system: String::new(), direct: false, flush: "none", depth: 0 }
     }
 }

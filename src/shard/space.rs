@@ -74,12 +74,13 @@ impl Shard {
         let blocks = 2 * need.changes + need.nodes;
         let reserve = RESERVE_EXTENTS * u64::from(self.extents.data_blocks());
         let reserve = if need.frees_only { reserve / 2 } else { reserve };
-        if self.free_blocks() >= self.owed_blocks() + blocks + reserve {
+        let wanted = self.owed_blocks() + blocks + reserve;
+        if self.free_blocks() >= wanted {
             self.reclaiming = Reclaiming::default();
             return Ok(true);
         }
         self.stalled_for_space = true;
-        if self.reclaim() {
+        if self.reclaim(wanted) {
             return Ok(false);
         }
         let space = self.extents.space();
@@ -121,13 +122,22 @@ impl Shard {
         false
     }
 
-    /// Whether space is being made, or can be; does what is next for it.
-    fn reclaim(&mut self) -> bool {
+    /// Blocks that would be free if nothing dead were left anywhere: reclaiming can't make more.
+    fn spare_blocks(&self) -> u64 {
+        let space = self.extents.space();
+        (u64::from(space.total) * u64::from(space.data_blocks)).saturating_sub(self.named_blocks())
+    }
+
+    /// Whether space is being made, or can be, for `wanted` free blocks in all; does what is next for it.
+    fn reclaim(&mut self, wanted: u64) -> bool {
         if self.growing || self.checkpoint_under_way() || self.compaction.is_some() || !self.moves.is_empty() {
             return true;
         }
         if self.wants_growth() && self.grow(0) {
             return true;
+        }
+        if self.spare_blocks() < wanted {
+            return self.grow(0);
         }
         let named = self.named_blocks();
         if self.reclaiming.given_up_at.is_some_and(|at| named >= at) {
