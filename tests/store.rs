@@ -299,7 +299,7 @@ fn an_open_that_is_dropped_lets_go() {
         }
         tries += 1;
         assert!(tries < 1000, "the store stays locked");
-        std::thread::sleep(std::time::Duration::from_millis(10));
+        std::thread::park_timeout(std::time::Duration::from_millis(10));
     };
     find(&store);
 }
@@ -404,4 +404,19 @@ fn a_directory_with_foreign_files_is_left_alone() {
     std::fs::write(dir.path().join("data"), "precious").unwrap();
     assert_eq!(kind(block_on(Store::open(dir.path(), small()))), ErrorKind::Invalid);
     assert_eq!(std::fs::read_to_string(dir.path().join("data")).unwrap(), "precious");
+}
+
+/// A store that has lost its superblocks must say so: made anew in place, it would be filled with zeros.
+#[test]
+fn a_store_without_its_meta_file_is_refused_and_not_made_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, volume) = create(dir.path());
+    block_on(volume.write(id(1), page(5))).unwrap();
+    block_on(store.close()).unwrap();
+    drop((store, volume));
+    let (meta, aside) = (dir.path().join("meta"), dir.path().join("aside"));
+    std::fs::rename(&meta, &aside).unwrap();
+    assert!(block_on(Store::open(dir.path(), small())).is_err());
+    std::fs::rename(&aside, &meta).unwrap();
+    assert_filled(&find(&open(dir.path())), 1, 5);
 }

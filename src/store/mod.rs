@@ -108,7 +108,7 @@ impl Store {
                 "volume name {name:?}: it must have 1 to 255 bytes and no control characters"
             )));
         }
-        if bytes == 0 || bytes % BLOCK as u64 != 0 {
+        if bytes == 0 || !bytes.is_multiple_of(BLOCK as u64) {
             return Err(Error::invalid(format_args!(
                 "a volume of {bytes} bytes: it must be a multiple of {BLOCK}, not 0"
             )));
