@@ -11,7 +11,7 @@
 use super::{Failure, size};
 use crate::server::nbd::{Address, Limits, Listener, Plan, Server, StoreExports};
 use clap::ValueEnum;
-use corepage::{Options, RecoveryReport, Store, Volume};
+use corepage::{Options, Store, Volume};
 use futures_lite::future::block_on;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 /// The volume that a fresh store gets if none is asked for.
 const DEFAULT_VOLUME: (&str, u64) = ("disk", 1 << 30);
@@ -69,6 +69,11 @@ impl Arguments {
             && (bytes == 0 || bytes % 4096 != 0)
         {
             return Err(Failure::usage(format_args!("--size {bytes} is not a positive multiple of 4096 bytes")));
+        }
+        if let Some(name) = &self.volume
+            && (name.is_empty() || name.len() > 255 || name.chars().any(char::is_control))
+        {
+            return Err(Failure::usage("--volume: a name has 1 to 255 bytes and no control characters"));
         }
         let mut options = Options::default();
         if let Some(bytes) = self.memory {
@@ -150,23 +155,12 @@ fn listening(listeners: &[Listener], volumes: &[Volume]) -> Vec<String> {
 /// Says what was found and where clients can connect. A closed stdout is no reason to stop serving.
 fn report(dir: &Path, store: &Store, lines: &[String]) {
     let mut out = std::io::stdout().lock();
-    let _ = writeln!(out, "store {}: portable driver; {}", dir.display(), found(store.recovery()));
+    let _ = writeln!(out, "store {}: {}; {}", dir.display(), store.disk_report(), store.recovery());
+    for warning in &store.recovery().warnings {
+        warn!("{warning}");
+    }
     for line in lines {
         let _ = writeln!(out, "{line}");
     }
     let _ = out.flush();
-}
-
-/// What opening the store found, for people.
-fn found(report: &RecoveryReport) -> String {
-    if report.created {
-        return "new".into();
-    }
-    if report.clean {
-        return format!("it had been closed cleanly at LSN {}", report.cut);
-    }
-    format!(
-        "recovered to LSN {}: {} log groups scanned, {} of them torn; {} commits applied, {} dropped above the cut",
-        report.cut, report.groups_scanned, report.groups_torn, report.commits_applied, report.commits_dropped
-    )
 }

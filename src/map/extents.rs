@@ -377,7 +377,7 @@ impl Extents {
             if live == 0 {
                 return TableRow::default();
             }
-            assert!(e.state != ExtentState::Free && e.summary_crc != 0, "what a root names has a summary");
+            assert!(e.state != ExtentState::Free, "what a root names has a summary");
             TableRow {
                 state: 1,
                 live: (live as u16).into(),
@@ -436,10 +436,5 @@ impl Extents {
     /// Blocks left by the map that no checkpoint has retired yet.
     pub(crate) fn left_count(&self) -> usize {
         self.left_captured.len() + self.retiring.len() + self.per_vshard.iter().map(|v| v.left.len()).sum::<usize>()
-    }
-
-    /// State of an extent.
-    pub(crate) fn state(&self, no: ExtentNo) -> Option<ExtentState> {
-        self.extents.get(no.index()).map(|e| e.state)
     }
 }

@@ -127,11 +127,6 @@ impl Map {
         self.dirty_count
     }
 
-    /// Nodes in memory.
-    pub(crate) fn loaded_count(&self) -> usize {
-        self.index.len()
-    }
-
     fn node(&self, idx: NodeIdx) -> &Node {
         self.nodes[idx.0 as usize].as_ref().expect("a node in the index exists")
     }
@@ -239,6 +234,16 @@ impl Map {
             self.node_mut(parent).children -= 1;
         }
         node
+    }
+
+    /// Nodes from the leaf of `key` to the root, which a change may dirty.
+    pub(crate) fn path_len(&self, key: PageKey) -> u64 {
+        let (vshard, dense) = self.position(key);
+        let mut top = self.top(vshard, key.volume).level;
+        while prefix(dense, top) != 0 {
+            top += 1;
+        }
+        u64::from(top) + 1
     }
 
     /// Nodes that [`pin`](Self::pin) would have to create for `key`: frames that the arena must have.

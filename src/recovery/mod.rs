@@ -20,7 +20,7 @@ mod load;
 mod replay;
 mod scan;
 
-pub(crate) use load::{Loaded, find_superblock, read_bytes};
+pub(crate) use load::{FoundSuperblock, Loaded, find_superblock, read_bytes};
 pub(crate) use scan::{Scan, scan};
 
 use crate::commit::GlobalOrder;
@@ -90,7 +90,7 @@ pub(crate) fn open(
         create::create(disk, &mut arena, &limits, seed)?;
         report.created = true;
     }
-    let (superblock, warnings) = find_superblock(disk, &mut arena)?;
+    let FoundSuperblock { superblock, unreadable, warnings } = find_superblock(disk, &mut arena)?;
     report.warnings = warnings;
     let limits = options.limits(&superblock.geometry)?;
     let loaded = load::load(disk, &mut arena, &superblock)?;
@@ -103,6 +103,7 @@ pub(crate) fn open(
     report.groups_scanned = scan.groups.len() as u64;
     report.groups_torn = scan.torn;
     report.cut = scan.cut;
+    create::rewrite_copies(disk, &mut arena, &superblock, &unreadable)?;
     let new_epoch = NewEpoch {
         epoch: superblock.epoch + 1,
         salt: mix(seed ^ superblock.epoch),

@@ -114,7 +114,7 @@ fn commits_are_found_again() {
 fn overwriting_reclaims_space_and_log() {
     let (mut d, _) = Driver::open(SimDisk::new(2));
     let mut rng = Rng::new(5);
-    let mut model = vec![0u8; 200];
+    let mut model = [0u8; 200];
     for round in 0..1500u64 {
         let n = rng.within(1, 7);
         let changes = (0..n).map(|_| {
@@ -136,4 +136,30 @@ fn overwriting_reclaims_space_and_log() {
     for page in 0..200 {
         assert_eq!(d.read(key(page)), vec![model[page as usize]; BLOCK], "page {page}");
     }
+}
+
+/// Readers that keep their pages must not make others wait for ever: they are told.
+#[test]
+fn memory_in_the_hands_of_readers_is_busy_and_comes_back() {
+    let (mut d, _) = Driver::open(SimDisk::new(3));
+    for page in 0..2000 {
+        d.commit(vec![(key(page), put(page as u8))]);
+    }
+    let mut pinned = Vec::new();
+    let mut refused = 0;
+    for page in 0..2000 {
+        match d.ask(Request::Read(smallvec::smallvec![key(page)])) {
+            Ok(Response::Pages(pages)) => pinned.extend(pages),
+            Err(error) if error.kind() == crate::ErrorKind::Busy => refused += 1,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(refused > 0, "all 2000 pages fit into memory");
+    let commit = Commit { changes: vec![(key(1), put(1))], durable: true, ..Commit::default() };
+    assert!(matches!(d.ask(Request::Commit(commit)), Err(error) if error.kind() == crate::ErrorKind::Busy));
+    assert!(pinned.iter().all(|page| page.iter().all(|byte| *byte == page[0])));
+    pinned.clear();
+    d.commit(vec![(key(1), put(77))]);
+    assert_eq!(d.read(key(1))[0], 77);
+    assert_eq!(d.read(key(1999))[0], 1999u32 as u8);
 }

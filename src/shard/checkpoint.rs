@@ -377,7 +377,7 @@ impl Shard {
         let freed = self.extents.end_checkpoint();
         self.summaries.extend(self.extents.filled());
         self.compacted.clear();
-        self.grow_failed_at = None;
+        self.note_reclaimed();
         tracing::debug!(shard = self.id.get(), %redo, freed_blocks = freed, "checkpoint");
         for token in std::mem::take(&mut self.checkpoint.waiters) {
             self.reply(token, Ok(Response::Checkpointed(redo)));

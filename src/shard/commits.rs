@@ -13,7 +13,8 @@ use super::{Change, Commit, NodeWaiter, Response, Shard};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::group::{RawChange, RawRecord};
 use crate::log::OpenSlot;
-use crate::map::Lookup;
+use crate::format::node::LEAF_ENTRIES;
+use crate::map::{Lookup, Map};
 use crate::types::{BLOCK, Lsn, PageKey};
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -34,8 +35,10 @@ pub(super) struct Need {
     slots: usize,
     /// Frames for new versions.
     frames: u32,
-    /// Changes: each may dirty a page and a path of the map.
+    /// Changes: each may dirty a page.
     pub changes: u64,
+    /// Map nodes that they may dirty.
+    pub nodes: u64,
     /// Only frees: they may use a reserve.
     pub frees_only: bool,
 }
@@ -51,9 +54,15 @@ enum Admission {
 }
 
 impl Need {
-    fn of(commit: &Commit) -> Need {
+    fn of(commit: &Commit, map: &Map) -> Need {
         let mut need = Need { record_bytes: size_of::<RawRecord>(), frees_only: true, ..Need::default() };
-        for (_, change) in &commit.changes {
+        let mut last = None;
+        for (key, change) in &commit.changes {
+            // Pages of one leaf share its path.
+            let leaf = (key.volume, key.page.get() / LEAF_ENTRIES as u64);
+            if last.replace(leaf) != Some(leaf) {
+                need.nodes += map.path_len(*key);
+            }
             need.record_bytes += size_of::<RawChange>();
             match change {
                 Change::Put(_) => need.slots += 1,
@@ -73,6 +82,7 @@ impl Need {
             slots: self.slots + other.slots,
             frames: self.frames + other.frames,
             changes: self.changes + other.changes,
+            nodes: self.nodes + other.nodes,
             frees_only: other.frees_only,
         }
     }
@@ -98,7 +108,7 @@ impl Shard {
                 continue;
             }
             let PendingKind::Commit(commit) = &self.pending[waiter].kind else { unreachable!("only commits") };
-            let with = need.plus(Need::of(commit));
+            let with = need.plus(Need::of(commit, &self.map));
             match self.admit(waiter, with, batch.is_empty()) {
                 Admission::Yes => {
                     self.ready.pop_front();
@@ -198,13 +208,7 @@ impl Shard {
             .sum();
         if !self.ensure_frames(frames + nodes + FRAMES_RESERVE) {
             self.relieve();
-            let hopeless = self.ops.is_empty() && self.dirty.is_empty() && self.log.in_flight.is_empty();
-            if hopeless && self.log.open.is_empty() && !self.checkpoint.is_active() && self.map.dirty_count() == 0 {
-                return Admission::No(Error::new(
-                    ErrorKind::Busy,
-                    "no memory is left: pages are pinned by readers; drop PageRefs, or open with more memory_bytes",
-                ));
-            }
+            self.memory_short = true;
             return Admission::Stalled;
         }
         for idx in changed {
@@ -250,6 +254,25 @@ impl Shard {
             }
             _ => false,
         }
+    }
+
+    /// Refuses the first commit that waits for memory, and all reads that do: none of them would ever go on.
+    pub(super) fn refuse_for_memory(&mut self) {
+        let error = Error::new(
+            ErrorKind::Busy,
+            "no memory is left: pages are pinned by readers; drop PageRefs, or open with more memory_bytes",
+        );
+        self.refuse_reads(&error);
+        if let Some(waiter) = self.ready.pop_front() {
+            match self.pending[waiter].kind {
+                PendingKind::Redo(_) => {
+                    self.redo_error = Some(error);
+                    self.release(waiter);
+                }
+                _ => self.finish_commit(waiter, Err(error), Lsn::ZERO),
+            }
+        }
+        self.again = true;
     }
 
     /// Draws the LSNs of a turn's commits and carries them out.

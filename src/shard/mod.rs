@@ -52,7 +52,7 @@ use hashbrown::HashMap;
 use pages::{NodeWaiter, PageRead, Table};
 use requests::{Pending, Waiting};
 use slab::Slab;
-use space::Growth;
+use space::{Growth, Reclaiming};
 use std::collections::{BinaryHeap, VecDeque};
 use std::sync::Arc;
 use writeback::{Capture, Unsettled};
@@ -122,6 +122,9 @@ pub struct Shard {
     growing: bool,
     grow_failed_at: Option<Micros>,
     stalled_for_space: bool,
+    /// Somebody waits for a frame.
+    memory_short: bool,
+    reclaiming: Reclaiming,
     closing: Option<Option<Token>>,
     closed: bool,
     failed: Option<Error>,
@@ -192,6 +195,8 @@ impl Shard {
             growing: false,
             grow_failed_at: None,
             stalled_for_space: false,
+            memory_short: false,
+            reclaiming: Reclaiming::default(),
             closing: None,
             closed: false,
             failed: None,
@@ -214,6 +219,7 @@ impl Shard {
         self.now = self.now.max(now);
         for _ in 0..16 {
             self.again = false;
+            self.memory_short = false;
             self.finish_ready();
             self.run_commits();
             self.advance_groups();
@@ -227,6 +233,10 @@ impl Shard {
             if !self.again {
                 break;
             }
+        }
+        // Nothing is under way that could give memory back: it is in the hands of readers.
+        if self.memory_short && self.ops.is_empty() {
+            self.refuse_for_memory();
         }
     }
 

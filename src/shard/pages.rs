@@ -259,6 +259,7 @@ impl Shard {
         while let Some((key, child)) = self.nodes_wanted.pop() {
             if !self.ensure_frames(1) {
                 self.nodes_wanted.push((key, child));
+                self.memory_short = true;
                 break;
             }
             let frame = self.arena.alloc(0).expect("a frame was ensured");
@@ -283,12 +284,24 @@ impl Shard {
                 _ => page.loading = false,
             }
         }
+        self.memory_short |= !later.is_empty();
         self.reads_wanted = later;
         for run in coalesce::plan(blocks, self.limits.vectored_pages_max) {
             self.stats.device_reads += 1;
             let (reads, into): (Vec<_>, _) = run.items.into_iter().unzip::<_, _, Vec<_>, smallvec::SmallVec<_>>();
             let offset = run.place.offset(self.limits.geometry.extent_bytes);
             self.submit(OpKind::PageRead(reads), DiskOp::Read { file: FileId::Data, offset, into });
+        }
+    }
+
+    /// Ends the reads that wait for memory.
+    pub(super) fn refuse_reads(&mut self, error: &Error) {
+        for idx in std::mem::take(&mut self.reads_wanted) {
+            self.table.pages[idx].loading = false;
+            self.fail_waiters(idx, error);
+        }
+        for (key, _) in std::mem::take(&mut self.nodes_wanted) {
+            self.wake_node_waiters(key, Err(error.clone()));
         }
     }
 
@@ -341,11 +354,14 @@ impl Shard {
             Ok(()) => Err(damaged(&format!("map node {key:?}"), child.place())),
             Err(error) => Err(error),
         };
-        let waiters = self.node_waiters.remove(&key).unwrap_or_default();
         if result.is_ok() {
             self.map.insert_loaded(key, child.place(), frame);
         }
-        for waiter in waiters {
+        self.wake_node_waiters(key, result);
+    }
+
+    fn wake_node_waiters(&mut self, key: NodeKey, result: Result<(), Error>) {
+        for waiter in self.node_waiters.remove(&key).unwrap_or_default() {
             match waiter {
                 NodeWaiter::Page(idx) => {
                     self.table.pages[idx].resolving = false;

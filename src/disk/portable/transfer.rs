@@ -37,7 +37,7 @@ pub(super) fn carry_out(directory: &Directory, files: &[Arc<StoreFile>], op: &mu
     let context = |what: &str, id, offset: u64, len: u64, e: io::Error| {
         directory.error(id, format_args!("{what} of {len} bytes at {offset} of"), e)
     };
-    let len = op.len();
+    let len = op.bytes();
     match op {
         DiskOp::Read { file, offset, into } => {
             let open = existing(directory, files, *file)?;

@@ -93,7 +93,7 @@ impl SimDisk {
     /// The disk as it is found after a crash now; the one that crashed stays as it is.
     pub fn crash(&self, loss: Loss, rng: &mut Rng) -> SimDisk {
         let state = self.0.borrow();
-        let fate = Fate { loss, salt: rng.next() };
+        let fate = Fate { loss, salt: rng.draw() };
         let mut files = state.files.clone();
         let landing = if state.is_off { state.landing.clone() } else { state.in_flight_now() };
         let mut counters = DiskCounters { crashes: 1, ..Default::default() };
