@@ -406,3 +406,18 @@ fn a_directory_with_foreign_files_is_left_alone() {
     assert_eq!(kind(block_on(Store::open(dir.path(), small()))), ErrorKind::Invalid);
     assert_eq!(std::fs::read_to_string(dir.path().join("data")).unwrap(), "precious");
 }
+
+/// A store that has lost its superblocks must say so: made anew in place, it would be filled with zeros.
+#[test]
+fn a_store_without_its_meta_file_is_refused_and_not_made_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, volume) = create(dir.path());
+    block_on(volume.write(id(1), page(5))).unwrap();
+    block_on(store.close()).unwrap();
+    drop((store, volume));
+    let (meta, aside) = (dir.path().join("meta"), dir.path().join("aside"));
+    std::fs::rename(&meta, &aside).unwrap();
+    assert!(block_on(Store::open(dir.path(), small())).is_err());
+    std::fs::rename(&aside, &meta).unwrap();
+    assert_filled(&find(&open(dir.path())), 1, 5);
+}

@@ -85,7 +85,7 @@ pub(crate) fn open(
 ) -> Result<(Shard, RecoveryReport)> {
     let mut report = RecoveryReport::default();
     let mut arena = Arena::new((options.memory_bytes / BLOCK as u64).max(512) as u32)?;
-    if disk.len(FileId::Meta)?.is_none() || create::is_unfinished(disk, &mut arena)? {
+    if create::is_unfinished(disk, &mut arena)? {
         let limits = options.limits(&options.geometry)?;
         create::create(disk, &mut arena, &limits, seed)?;
         report.created = true;
