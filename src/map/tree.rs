@@ -68,6 +68,8 @@ pub(crate) struct NodeWrite {
     pub place: Place,
     /// A copy, fixed.
     pub frame: FrameRef,
+    /// The node, pinned: until it is written its place holds other bytes, and it must not be read from there.
+    pub node: NodeIdx,
 }
 
 /// The page map of all virtual shards that one shard owns.
@@ -367,7 +369,7 @@ impl Map {
     }
 
     /// Fixes the state of one virtual shard for a checkpoint: gives each dirty node a new place, bottom up, and
-    /// returns the copies to be written; the places that they leave go to `retired`. Afterwards nothing of the
+    /// returns the copies to be written, their nodes pinned; the places that they leave go to `retired`. Afterwards nothing of the
     /// virtual shard is dirty and its root's generation is one higher.
     pub(crate) fn capture(
         &mut self,
@@ -394,7 +396,8 @@ impl Map {
                 copy.try_mut().expect("a new frame has no pins").copy_from_slice(&node.frame);
                 node.place = Some(place);
                 let crc = crc32c(&copy);
-                writes.push(NodeWrite { place, frame: copy.pin() });
+                node.pins += 1;
+                writes.push(NodeWrite { place, frame: copy.pin(), node: idx });
                 Child::at(place, crc, level)
             };
             self.set_child(key, child);
