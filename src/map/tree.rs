@@ -106,8 +106,7 @@ fn parent_of(key: NodeKey) -> NodeKey {
 impl Map {
     /// The map with these roots (children and generation), nothing else in memory.
     pub(crate) fn new(roots: Vec<(Box<[Child; VOLUMES_MAX]>, u64)>, seed: u64) -> Self {
-        let root =
-            |(children, generation)| Root { children, generation, dirty: false, dirty_nodes: BTreeSet::new() };
+        let root = |(children, generation)| Root { children, generation, dirty: false, dirty_nodes: BTreeSet::new() };
         Map {
             vshards_count: roots.len() as u32,
             roots: roots.into_iter().map(root).collect(),

@@ -13,9 +13,7 @@ use crate::error::{Error, Result};
 use crate::format::extent::{TABLE_ROWS, encode_table, table_offset};
 use crate::format::node::Child;
 use crate::format::root::{self, RootHead, VOLUMES_MAX};
-use crate::format::superblock::{
-    LogEnd, Refusal, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock, VShardState,
-};
+use crate::format::superblock::{LogEnd, Refusal, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock, VShardState};
 use crate::options::Limits;
 use crate::pool::Arena;
 use crate::types::{BLOCK, Lsn, SegmentNo, ShardId, VShard};

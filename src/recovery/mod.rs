@@ -77,12 +77,7 @@ impl std::fmt::Display for RecoveryReport {
 
 /// Opens the store on `disk`, or creates it, and returns it ready for requests. `seed` is where all randomness
 /// comes from.
-pub(crate) fn open(
-    disk: &mut dyn Disk,
-    options: &Options,
-    seed: u64,
-    now: Micros,
-) -> Result<(Shard, RecoveryReport)> {
+pub(crate) fn open(disk: &mut dyn Disk, options: &Options, seed: u64, now: Micros) -> Result<(Shard, RecoveryReport)> {
     let mut report = RecoveryReport::default();
     let mut arena = Arena::new((options.memory_bytes / BLOCK as u64).max(512) as u32)?;
     if create::is_unfinished(disk, &mut arena)? {
@@ -95,11 +90,7 @@ pub(crate) fn open(
     let limits = options.limits(&superblock.geometry)?;
     let loaded = load::load(disk, &mut arena, &superblock)?;
     report.clean = superblock.clean;
-    let scan = if superblock.clean {
-        Scan::nothing(&superblock)
-    } else {
-        scan(disk, &mut arena, &superblock)?
-    };
+    let scan = if superblock.clean { Scan::nothing(&superblock) } else { scan(disk, &mut arena, &superblock)? };
     report.groups_scanned = scan.groups.len() as u64;
     report.groups_torn = scan.torn;
     report.cut = scan.cut;
@@ -174,7 +165,10 @@ fn reserve_named(
         let offset = at.offset(superblock.geometry.extent_bytes);
         let bytes = load::read_bytes(disk, arena, FileId::Data, offset, extents.summary_bytes())?;
         let items = decode_summary(superblock.store_id, place.extent, crc, &bytes).map_err(|what| {
-            Error::corrupt(format_args!("the summary of extent {} (byte {offset} of file data) {what}", place.extent.get()))
+            Error::corrupt(format_args!(
+                "the summary of extent {} (byte {offset} of file data) {what}",
+                place.extent.get()
+            ))
         })?;
         extents.restore_items(place.extent, items);
     }

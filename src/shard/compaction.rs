@@ -56,9 +56,8 @@ impl Shard {
         let bytes: Vec<u8> = into.iter().flat_map(|frame| frame.iter().copied()).collect();
         let crc = self.extents.summary_crc(extent);
         let items = completion.result.and_then(|()| {
-            decode_summary(self.superblock.store_id, extent, crc, &bytes).map_err(|what| {
-                Error::corrupt(format_args!("the summary of extent {} {what}", extent.get()))
-            })
+            decode_summary(self.superblock.store_id, extent, crc, &bytes)
+                .map_err(|what| Error::corrupt(format_args!("the summary of extent {} {what}", extent.get())))
         });
         let Some(compaction) = &mut self.compaction else { return };
         match items {

@@ -26,9 +26,9 @@ mod requests;
 mod space;
 mod writeback;
 
-pub use event::{Change, Commit, Effect, PageRef, Request, Response, Token};
 pub(crate) use checkpoint::NewEpoch;
 pub(crate) use commits::LSN_AHEAD_MAX;
+pub use event::{Change, Commit, Effect, PageRef, Request, Response, Token};
 use redo::Redoing;
 pub(crate) use redo::{RedoChange, RedoKind};
 

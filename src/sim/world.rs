@@ -10,12 +10,12 @@
 //!
 //! It does *not* judge; see `oracle`.
 
-use super::drive::IDLE_TURNS_MAX;
 use super::disk::{Fault, Latency, Loss, SimDisk};
+use super::drive::IDLE_TURNS_MAX;
 use super::engine::{Engine, Opened};
 use super::oracle::Oracle;
-pub use super::plan::{Failure, Plan, Tally};
 use super::plan::tolerance;
+pub use super::plan::{Failure, Plan, Tally};
 use super::rng::{Rng, mix};
 use super::workload::{Ask, Profile, Workload};
 use crate::error::Result as StoreResult;

@@ -109,7 +109,9 @@ impl Store {
             )));
         }
         if bytes == 0 || !bytes.is_multiple_of(BLOCK as u64) {
-            return Err(Error::invalid(format_args!("a volume of {bytes} bytes: it must be a multiple of {BLOCK}, not 0")));
+            return Err(Error::invalid(format_args!(
+                "a volume of {bytes} bytes: it must be a multiple of {BLOCK}, not 0"
+            )));
         }
         loop {
             match self.try_create(name, bytes).await {

@@ -72,9 +72,7 @@ impl Fate {
         match self.loss {
             Loss::Everything => false,
             Loss::Nothing | Loss::Process => true,
-            Loss::Sectors(percent) => {
-                self.roll([version.op, (file << 48) + block, sector as u64]) % 100 < percent
-            }
+            Loss::Sectors(percent) => self.roll([version.op, (file << 48) + block, sector as u64]) % 100 < percent,
             Loss::Writes(percent) => self.roll([version.op, 0, 0]) % 100 < percent,
             Loss::Prefixes => {
                 // Mostly short of the end, often whole: the length is not known here, so draw up to 64 blocks.
@@ -154,8 +152,7 @@ fn land(
                 let cut = ((reach - index * SECTORS) * SECTOR).min(BLOCK);
                 let mut bytes = **old.visible();
                 bytes[..cut].copy_from_slice(&block[..cut]);
-                let version =
-                    Version { op: *number, index: index as u32, done, doomed: false, bytes: Rc::new(bytes) };
+                let version = Version { op: *number, index: index as u32, done, doomed: false, bytes: Rc::new(bytes) };
                 content.write(first + index as u64, version);
             }
         }

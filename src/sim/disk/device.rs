@@ -8,9 +8,9 @@
 //!
 //! It does *not* make crash images.
 
+use super::Latency;
 use super::fault::{self, DiskCounters, ENOSPC, Fault, OpKind};
 use super::file::{Block, SECTOR, SECTORS, SimFile, Version};
-use super::Latency;
 use crate::disk::{Completion, DiskOp, FileId, OpId};
 use crate::error::{Error, Result};
 use crate::sim::canary::{Canary, planted};
