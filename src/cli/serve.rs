@@ -93,8 +93,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     for signal in [SIGTERM, SIGINT] {
         signal_hook::flag::register_conditional_shutdown(signal, 1, impatient.clone())?;
     }
-    let store = block_on(Store::open(&arguments.dir, options.clone()))?;
-    let outcome = serve(arguments, plans, &options, &store, || {
+    let store = block_on(Store::open(&arguments.dir, options))?;
+    let outcome = serve(arguments, plans, &store, || {
         let signal = signals.forever().next();
         info!(signal, "closing the store; a second signal ends the process at once");
         impatient.store(true, Ordering::Release);
@@ -106,17 +106,11 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn serve(
-    arguments: &Arguments,
-    plans: Vec<Plan>,
-    options: &Options,
-    store: &Store,
-    wait: impl FnOnce(),
-) -> Result<(), Failure> {
+fn serve(arguments: &Arguments, plans: Vec<Plan>, store: &Store, wait: impl FnOnce()) -> Result<(), Failure> {
     let volumes = volumes(arguments, store)?;
     let listeners = plans.into_iter().map(Plan::bind).collect::<Result<Vec<_>, _>>()?;
     let lines = listening(&listeners, &volumes);
-    let server = Server::start(listeners, StoreExports::new(store.clone(), options), Limits::default())?;
+    let server = Server::start(listeners, StoreExports::new(store.clone()), Limits::default())?;
     report(&arguments.dir, store, &lines);
     wait();
     if !server.stop() {

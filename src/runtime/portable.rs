@@ -49,6 +49,8 @@ pub(crate) struct Runtime {
     pub(crate) recovery: RecoveryReport,
     /// What the disk is like.
     pub(crate) disk: DiskReport,
+    /// What one commit may count at most.
+    pub(crate) txn_bytes_max: u64,
 }
 
 impl Runtime {
@@ -66,7 +68,7 @@ impl Runtime {
             let result = match opened {
                 Ok((disk, shard, report)) => {
                     theirs.inbox.set_unparker(disk.unparker());
-                    let _ = send.send(Ok((report, disk.report())));
+                    let _ = send.send(Ok((report, disk.report(), shard.txn_bytes_max())));
                     wake.notify(usize::MAX);
                     run(&theirs, |accepted| laps(&theirs, disk, shard, accepted));
                     return;
@@ -91,7 +93,9 @@ impl Runtime {
         };
         opening.done();
         match result {
-            Ok((recovery, disk)) => Ok(Runtime { shared, thread: Some(thread), recovery, disk }),
+            Ok((recovery, disk, txn_bytes_max)) => {
+                Ok(Runtime { shared, thread: Some(thread), recovery, disk, txn_bytes_max })
+            }
             Err(error) => {
                 let _ = thread.join();
                 Err(error)
@@ -345,7 +349,7 @@ mod tests {
         let shared = Arc::new(Shared::new(2));
         let thread = std::thread::spawn(|| {});
         let (recovery, disk) = (RecoveryReport::default(), no_disk());
-        let runtime = Runtime { shared: shared.clone(), thread: Some(thread), recovery, disk };
+        let runtime = Runtime { shared: shared.clone(), thread: Some(thread), recovery, disk, txn_bytes_max: 0 };
         let taken = block_on(runtime.submit(Request::Flush)).expect("there is a place");
         let queued = block_on(runtime.submit(Request::Flush)).expect("there is a place");
         // No place is left: this one waits, and is answered all the same.

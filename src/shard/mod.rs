@@ -317,6 +317,11 @@ impl Shard {
         &self.limits.geometry
     }
 
+    /// What one commit may count at most.
+    pub(crate) fn txn_bytes_max(&self) -> u64 {
+        self.limits.txn_bytes_max
+    }
+
     /// Why it stopped, if it did.
     pub(crate) fn failure(&self) -> Option<Error> {
         self.failed.clone()

@@ -70,6 +70,12 @@ impl Store {
         &self.inner.runtime.recovery
     }
 
+    /// The most that one commit may count: 4 KiB for each page written or patched, 512 bytes for each page freed.
+    /// It is `Options::txn_bytes_max`, or less where the memory or the log segments ask for it.
+    pub fn txn_bytes_max(&self) -> u64 {
+        self.inner.runtime.txn_bytes_max
+    }
+
     /// What the machine really gives: direct I/O, file system, flush method.
     pub fn disk_report(&self) -> &DiskReport {
         &self.inner.runtime.disk
