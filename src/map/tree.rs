@@ -36,7 +36,7 @@ struct Node {
     /// Where it was last written.
     place: Option<Place>,
     dirty: bool,
-    /// Pages that will change it, or requests that wait on it.
+    /// Pages that will change it, reads of its children, and its own write.
     pins: u32,
     /// Children in memory.
     children: u32,
@@ -121,6 +121,12 @@ impl Map {
     /// Where `key` belongs.
     pub(crate) fn position(&self, key: PageKey) -> (VShard, u64) {
         key.place_in(self.vshards_count)
+    }
+
+    /// Nodes in memory, and how many of them are pinned.
+    pub(crate) fn in_memory(&self) -> (usize, usize) {
+        let pinned = self.nodes.iter().flatten().filter(|node| node.pins > 0).count();
+        (self.index.len(), pinned)
     }
 
     /// Nodes that the next checkpoint will write.
@@ -258,6 +264,14 @@ impl Map {
         let path = (0..=top).take_while(|level| !self.index.contains_key(&at(*level))).count() as u32;
         // A tree that grows gets its new tops above the old one too.
         path + u32::from(top - self.top(vshard, key.volume).level)
+    }
+
+    /// Pins the parent of a node that is about to be read, so that it is still there when the node arrives.
+    /// `None`: the node hangs from the root block.
+    pub(crate) fn pin_parent(&mut self, key: NodeKey) -> Option<NodeIdx> {
+        let parent = self.index.get(&parent_of(key)).copied()?;
+        self.node_mut(parent).pins += 1;
+        Some(parent)
     }
 
     /// Makes the leaf of `key` exist in memory and pins it. All nodes on the path that exist on disk must be in

@@ -172,13 +172,9 @@ impl Shard {
             }
             return Admission::Stalled;
         }
-        let dirty_max = (self.limits.memory_blocks / 4) as u64;
-        if !first || self.reserved_blocks > 0 {
-            let dirty = self.reserved_blocks + need.changes;
-            if dirty > dirty_max || self.map.dirty_count() as u64 > dirty_max / 2 {
-                self.relieve();
-                return Admission::Stalled;
-            }
+        if !self.dirty_fits(need.changes, need.nodes, first) {
+            self.relieve();
+            return Admission::Stalled;
         }
         match self.admit_space(&need) {
             Ok(true) => {}
@@ -188,13 +184,28 @@ impl Shard {
         self.admit_memory(waiter, need.frames)
     }
 
+    /// Whether memory holds what would be dirty then: pages in a quarter of it, and map nodes in an eighth, of which a
+    /// checkpoint makes copies. One commit goes alone if it must.
+    fn dirty_fits(&self, changes: u64, nodes: u64, first: bool) -> bool {
+        let memory = u64::from(self.limits.memory_blocks);
+        let alone = first && self.reserved_blocks == 0;
+        let dirty_nodes = self.map.dirty_count() as u64;
+        (alone || self.reserved_blocks + changes <= memory / 4)
+            && (dirty_nodes == 0 || dirty_nodes + nodes <= memory / 8)
+    }
+
     /// Makes room in memory: dirty pages go to their places, dirty nodes too if there are many.
     fn relieve(&mut self) {
         self.log.open.urgent |= !self.log.open.is_empty();
         self.dirty_since = 0;
-        if self.map.dirty_count() as u32 > self.limits.memory_blocks / 16 {
+        if self.map.dirty_count() as u32 > self.limits.memory_blocks / 32 {
             self.need_checkpoint();
         }
+    }
+
+    /// So many that only a checkpoint should come now, and no more of them.
+    pub(super) fn dirty_nodes_are_many(&self) -> bool {
+        self.map.dirty_count() as u32 > self.limits.memory_blocks / 16
     }
 
     /// Frames for the new versions, and the map leaves in memory, pinned.
@@ -242,7 +253,7 @@ impl Shard {
 
     /// Room in memory for a redo of `frames` pages, as for a commit.
     pub(super) fn admit_redo(&mut self, waiter: usize, frames: u32) -> bool {
-        if self.reserved_blocks > u64::from(self.limits.memory_blocks / 4) {
+        if !self.dirty_fits(u64::from(frames), 0, false) {
             self.relieve();
             return false;
         }

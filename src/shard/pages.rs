@@ -137,7 +137,7 @@ impl Table {
 
     /// Drops one idle page that has memory, by the clock; pages without memory are dropped on the way.
     fn evict_one(&mut self) -> bool {
-        for _ in 0..self.pages.len() * 2 + 2 {
+        for _ in 0..self.pages.capacity() * 2 {
             self.hand = if self.hand + 1 >= self.pages.capacity() { 0 } else { self.hand + 1 };
             let Some(page) = self.pages.get_mut(self.hand) else { continue };
             if !page.is_idle() || std::mem::take(&mut page.used) {
@@ -159,6 +159,14 @@ pub(super) enum NodeWaiter {
     Page(usize),
     Request(usize),
     Compaction,
+}
+
+/// A node that is to be read.
+pub(super) struct NodeWanted {
+    key: NodeKey,
+    child: Child,
+    /// Pinned meanwhile: a node is in memory only while its parent is.
+    parent: Option<NodeIdx>,
 }
 
 /// One page of a read under way.
@@ -250,23 +258,24 @@ impl Shard {
         let waiters = self.node_waiters.entry(key).or_default();
         waiters.push(waiter);
         if waiters.len() == 1 {
-            self.nodes_wanted.push((key, child));
+            let parent = self.map.pin_parent(key);
+            self.nodes_wanted.push(NodeWanted { key, child, parent });
         }
     }
 
     /// Submits the reads that were asked for in this turn, sorted and merged.
     pub(super) fn submit_reads(&mut self) {
-        while let Some((key, child)) = self.nodes_wanted.pop() {
+        while let Some(wanted) = self.nodes_wanted.pop() {
             if !self.ensure_frames(1) {
-                self.nodes_wanted.push((key, child));
+                self.nodes_wanted.push(wanted);
                 self.memory_short = true;
                 break;
             }
             let frame = self.arena.alloc(0).expect("a frame was ensured");
             self.stats.device_reads += 1;
-            let offset = child.place().offset(self.limits.geometry.extent_bytes);
+            let offset = wanted.child.place().offset(self.limits.geometry.extent_bytes);
             let into = std::iter::once(frame).collect();
-            self.submit(OpKind::NodeRead(key, child), DiskOp::Read { file: FileId::Data, offset, into });
+            self.submit(OpKind::NodeRead(wanted), DiskOp::Read { file: FileId::Data, offset, into });
         }
         let mut blocks = Vec::new();
         let mut later = Vec::new();
@@ -300,8 +309,8 @@ impl Shard {
             self.table.pages[idx].loading = false;
             self.fail_waiters(idx, error);
         }
-        for (key, _) in std::mem::take(&mut self.nodes_wanted) {
-            self.wake_node_waiters(key, Err(error.clone()));
+        for wanted in std::mem::take(&mut self.nodes_wanted) {
+            self.node_arrived(wanted, Err(error.clone()));
         }
     }
 
@@ -345,7 +354,8 @@ impl Shard {
     }
 
     /// A node arrives from the device.
-    pub(super) fn node_read(&mut self, key: NodeKey, child: Child, completion: Completion) {
+    pub(super) fn node_read(&mut self, wanted: NodeWanted, completion: Completion) {
+        let NodeWanted { key, child, .. } = wanted;
         let DiskOp::Read { mut into, .. } = completion.op else { unreachable!("a read completes as a read") };
         let frame = into.pop().expect("a node is one frame");
         self.stats.checksums += 1;
@@ -357,10 +367,13 @@ impl Shard {
         if result.is_ok() {
             self.map.insert_loaded(key, child.place(), frame);
         }
-        self.wake_node_waiters(key, result);
+        self.node_arrived(wanted, result);
     }
 
-    fn wake_node_waiters(&mut self, key: NodeKey, result: Result<(), Error>) {
+    /// The node is in memory, or will not come: those who wait for it go on.
+    fn node_arrived(&mut self, wanted: NodeWanted, result: Result<(), Error>) {
+        let key = wanted.key;
+        wanted.parent.into_iter().for_each(|parent| self.map.unpin(parent));
         for waiter in self.node_waiters.remove(&key).unwrap_or_default() {
             match waiter {
                 NodeWaiter::Page(idx) => {

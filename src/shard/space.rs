@@ -180,8 +180,9 @@ impl Shard {
         if self.checkpoint_under_way() || self.compaction.is_some() {
             return;
         }
-        let left = self.extents.left_count() as u64;
-        let pays = left >= low / 4;
+        // Dirty nodes leave their places with the next checkpoint.
+        let left = (self.extents.left_count() + self.map.dirty_count()) as u64;
+        let pays = left >= low / 4 || self.dirty_nodes_are_many();
         if pays || (!self.begin_compaction() && left > 0 && self.stalled_for_space) {
             self.need_checkpoint();
         }
