@@ -47,6 +47,7 @@ mod recovery;
 mod runtime;
 pub mod shard;
 #[cfg(any(test, feature = "sim"))]
+#[cfg_attr(not(test), allow(dead_code, reason = "some of it serves the unit tests only"))]
 pub mod sim;
 mod store;
 pub mod types;

@@ -188,7 +188,7 @@ fn crowd(seed: u64) {
     let (mut d, _) = Driver::open_with(SimDisk::new(seed), &crowded());
     let mut rng = Rng::new(seed);
     let mut model = std::collections::BTreeMap::new();
-    let page = |n: u64| if n % 5 == 0 { n << 33 } else { n * 37 };
+    let page = |n: u64| if n.is_multiple_of(5) { n << 33 } else { n * 37 };
     for round in 0..6000u64 {
         let n = rng.below(3000);
         match rng.below(10) {
