@@ -25,6 +25,9 @@ use tracing::{error, info, warn};
 /// The volume that a fresh store gets if none is asked for.
 const DEFAULT_VOLUME: (&str, u64) = ("disk", 1 << 30);
 
+/// Clients keep up to a megabyte of pages each while they are answered.
+const MEMORY_MIN: u64 = 16 << 20;
+
 /// How pages reach the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Driver {
@@ -77,6 +80,11 @@ impl Arguments {
         }
         let mut options = Options::default();
         if let Some(bytes) = self.memory {
+            if bytes < MEMORY_MIN {
+                return Err(Failure::usage(format_args!(
+                    "--memory {bytes} is too little for a server: give at least 16M"
+                )));
+            }
             options.memory_bytes = bytes;
         }
         Ok(options)

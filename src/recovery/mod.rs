@@ -27,7 +27,7 @@ use crate::commit::GlobalOrder;
 use crate::disk::{Disk, DiskOp, FileId, execute};
 use crate::error::{Error, Result};
 use crate::format::extent::decode_summary;
-use crate::format::superblock::Superblock;
+use crate::format::superblock::{SUPERBLOCK_BYTES, Superblock};
 use crate::log::{Chunks, Log};
 use crate::map::{Extents, Map};
 use crate::options::{Limits, Options};
@@ -110,7 +110,7 @@ pub(crate) fn open(disk: &mut dyn Disk, options: &Options, seed: u64, now: Micro
     }
     shard.begin_epoch(new_epoch);
     pump(disk, &mut shard, now, |shard| Ok(!shard.checkpoint_under_way()))?;
-    shard.rebase_clock(now);
+    shard.opened(now);
     Ok((shard, report))
 }
 
@@ -144,12 +144,14 @@ fn build(
     );
     reserve_named(disk, &mut arena, &superblock, scan, &mut extents)?;
     let chunks = log_chunks(&mut arena, &limits)?;
+    let superblock_frames: Option<Vec<_>> = (0..SUPERBLOCK_BYTES / BLOCK).map(|_| arena.alloc(0)).collect();
+    let superblock_frames = superblock_frames.ok_or_else(|| Error::invalid("memory_bytes is too small"))?;
     let segment_blocks = (geometry.segment_bytes / BLOCK as u64) as u32;
     let log = Log::new(geometry.segments_count, segment_blocks, chunks);
     let order = Arc::new(GlobalOrder::new(new_epoch.first_lsn, 1));
     let map = Map::new(loaded.roots, seed);
     let id = ShardId::new(0);
-    Ok(Shard::new(Parts { id, limits, order, arena, map, extents, log, superblock, seed, now }))
+    Ok(Shard::new(Parts { id, limits, order, arena, map, extents, log, superblock, superblock_frames, seed, now }))
 }
 
 /// Keeps the extents that log records name as they are; what they hold already is listed by their summaries.

@@ -248,7 +248,7 @@ impl Shard {
         if self.checkpoint.ops > 0 || self.summaries_under_way > 0 || !self.summaries.is_empty() {
             return;
         }
-        if !self.ensure_frames(self.extents.table_blocks() + 8) {
+        if !self.ensure_frames(self.extents.table_blocks()) {
             return;
         }
         let count = self.limits.geometry.vshards_count;
@@ -350,19 +350,13 @@ impl Shard {
     }
 
     fn write_superblock(&mut self, copy: usize) {
-        if !self.ensure_frames(8) {
-            // Its own root and table frames have just come back, so this can only be memory pinned by readers.
-            self.fail(Error::new(crate::ErrorKind::Busy, "no memory for the superblock: all frames are pinned"));
-            return;
-        }
         let Some(next) = &self.checkpoint.next else { return };
         let number = Superblock::copies_of(next.generation)[copy];
         let mut bytes = vec![0; SUPERBLOCK_BYTES];
         next.encode(number, &mut bytes);
         let mut from = SmallVec::new();
-        for block in bytes.chunks(BLOCK) {
-            let mut frame = self.arena.alloc(0).expect("frames were ensured");
-            frame.try_mut().expect("a new frame has no pins").copy_from_slice(block);
+        for (block, frame) in bytes.chunks(BLOCK).zip(&mut self.superblock_frames) {
+            frame.try_mut().expect("the superblock before is written").copy_from_slice(block);
             from.push(IoSlice::whole(frame.pin()));
         }
         self.checkpoint.phase = Phase::Super { copy };

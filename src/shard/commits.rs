@@ -172,8 +172,7 @@ impl Shard {
             }
             return Admission::Stalled;
         }
-        if !self.dirty_fits(need.changes, need.nodes, first) {
-            self.relieve();
+        if !self.dirty_fits(need.changes, first) {
             return Admission::Stalled;
         }
         match self.admit_space(&need) {
@@ -185,13 +184,16 @@ impl Shard {
     }
 
     /// Whether memory holds what would be dirty then: pages in a quarter of it, and map nodes in an eighth, of which a
-    /// checkpoint makes copies. One commit goes alone if it must.
-    fn dirty_fits(&self, changes: u64, nodes: u64, first: bool) -> bool {
+    /// checkpoint makes copies. One commit goes alone if it must. If not, what is dirty is written.
+    fn dirty_fits(&mut self, changes: u64, first: bool) -> bool {
         let memory = u64::from(self.limits.memory_blocks);
         let alone = first && self.reserved_blocks == 0;
-        let dirty_nodes = self.map.dirty_count() as u64;
-        (alone || self.reserved_blocks + changes <= memory / 4)
-            && (dirty_nodes == 0 || dirty_nodes + nodes <= memory / 8)
+        let pages_fit = alone || self.reserved_blocks + changes <= memory / 4;
+        let nodes_fit = self.map.dirty_count() as u64 <= memory / 8;
+        if !pages_fit || !nodes_fit {
+            self.relieve();
+        }
+        pages_fit && nodes_fit
     }
 
     /// Makes room in memory: dirty pages go to their places, dirty nodes too if there are many.
@@ -253,8 +255,7 @@ impl Shard {
 
     /// Room in memory for a redo of `frames` pages, as for a commit.
     pub(super) fn admit_redo(&mut self, waiter: usize, frames: u32) -> bool {
-        if !self.dirty_fits(u64::from(frames), 0, false) {
-            self.relieve();
+        if !self.dirty_fits(u64::from(frames), false) {
             return false;
         }
         match self.admit_memory(waiter, frames) {

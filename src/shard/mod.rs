@@ -41,7 +41,7 @@ use crate::log::{FlushSet, Log};
 use crate::map::{Extents, Map};
 use crate::metrics::ShardStats;
 use crate::options::Limits;
-use crate::pool::Arena;
+use crate::pool::{Arena, Frame};
 #[cfg(any(test, feature = "sim"))]
 use crate::types::Lsn;
 use crate::types::{ExtentNo, Micros, ShardId};
@@ -76,6 +76,9 @@ enum OpKind {
     Grow(Growth),
 }
 
+/// How often a checkpoint that waits for memory looks for it.
+const STARVED_RETRY_US: Micros = 10_000;
+
 /// One shard. See the module's documentation.
 pub struct Shard {
     id: ShardId,
@@ -89,6 +92,8 @@ pub struct Shard {
     log: Log,
     /// The newest one that is durable.
     superblock: Superblock,
+    /// In which the next one is written: the end of a checkpoint must not depend on what readers leave.
+    superblock_frames: Vec<Frame>,
     ops: Slab<OpKind>,
     effects: VecDeque<Effect>,
     pending: Slab<Pending>,
@@ -130,6 +135,8 @@ pub struct Shard {
     redo_error: Option<Error>,
     /// While recovery redoes the log.
     redoing: Option<Redoing>,
+    /// No requests yet.
+    opening: bool,
     again: bool,
     stats: ShardStats,
     #[cfg(any(test, feature = "sim"))]
@@ -150,6 +157,7 @@ pub(crate) struct Parts {
     pub extents: Extents,
     pub log: Log,
     pub superblock: Superblock,
+    pub superblock_frames: Vec<Frame>,
     pub seed: u64,
     pub now: Micros,
 }
@@ -168,6 +176,7 @@ impl Shard {
             extents: parts.extents,
             log: parts.log,
             superblock: parts.superblock,
+            superblock_frames: parts.superblock_frames,
             ops: Slab::new(),
             effects: VecDeque::new(),
             pending: Slab::new(),
@@ -201,6 +210,7 @@ impl Shard {
             failed: None,
             redo_error: None,
             redoing: None,
+            opening: true,
             again: false,
             stats: ShardStats::default(),
             #[cfg(any(test, feature = "sim"))]
@@ -256,7 +266,9 @@ impl Shard {
         let group = may_go.then(|| self.log.open.opened_at + window);
         let pages = (!self.dirty.is_empty()).then(|| self.dirty_since.max(self.now.saturating_sub(window)) + window);
         let growth = self.stalled_for_space.then_some(self.now + space::GROW_RETRY_US);
-        let next = [group, pages, growth].into_iter().flatten().min()?;
+        // Memory that readers give back says nothing: a checkpoint that waits for it has to look.
+        let starved = (self.checkpoint.is_active() && self.ops.is_empty()).then_some(self.now + STARVED_RETRY_US);
+        let next = [group, pages, growth, starved].into_iter().flatten().min()?;
         (self.failed.is_none()).then_some(next.max(self.now + 1))
     }
 
@@ -305,10 +317,11 @@ impl Shard {
         }
     }
 
-    /// The clock that drives it from now on may show less than the one that drove it until now.
-    pub(crate) fn rebase_clock(&mut self, now: Micros) {
+    /// The store is open: requests come. The clock that drives it from now on may show less than the one that drove it until now.
+    pub(crate) fn opened(&mut self, now: Micros) {
         self.now = now;
         self.dirty_since = now;
+        self.opening = false;
     }
 
     /// The sizes of the store.

@@ -177,6 +177,13 @@ impl Shard {
         if (self.wants_growth() && self.grow(0)) || (self.redoing.is_some() && self.grow(BEYOND_EXTENTS)) {
             return;
         }
+        if self.opening {
+            // Opening has an end: places that redo has left are retired if they are needed, and nothing is moved.
+            if self.redoing.is_some() && self.free_blocks() < low / 4 && self.extents.left_count() > 0 {
+                self.need_checkpoint();
+            }
+            return;
+        }
         if self.checkpoint_under_way() || self.compaction.is_some() {
             return;
         }
