@@ -122,6 +122,8 @@ pub struct Shard {
     growing: bool,
     grow_failed_at: Option<Micros>,
     stalled_for_space: bool,
+    /// Compactions since a commit found space: more than there are extents make none.
+    compactions_in_vain: u32,
     closing: Option<Option<Token>>,
     closed: bool,
     failed: Option<Error>,
@@ -192,6 +194,7 @@ impl Shard {
             growing: false,
             grow_failed_at: None,
             stalled_for_space: false,
+            compactions_in_vain: 0,
             closing: None,
             closed: false,
             failed: None,

@@ -60,10 +60,12 @@ impl Shard {
         let reserve = RESERVE_EXTENTS * u64::from(self.extents.data_blocks());
         let reserve = if need.frees_only { reserve / 2 } else { reserve };
         if self.free_blocks() >= self.owed_blocks() + blocks + reserve {
+            self.compactions_in_vain = 0;
             return Ok(true);
         }
         self.stalled_for_space = true;
-        if self.reclaim() {
+        let wanted = self.owed_blocks() + blocks + reserve;
+        if self.reclaim(wanted) {
             return Ok(false);
         }
         let space = self.extents.space();
@@ -90,12 +92,22 @@ impl Shard {
         false
     }
 
-    /// Whether space is being made, or can be; does what is next for it.
-    fn reclaim(&mut self) -> bool {
+    /// Blocks that would be free if nothing dead were left anywhere: compaction can't make more.
+    fn spare_blocks(&self) -> u64 {
+        let space = self.extents.space();
+        let live = space.live_blocks.saturating_sub(self.extents.left_count() as u64);
+        (u64::from(space.total) * u64::from(space.data_blocks)).saturating_sub(live)
+    }
+
+    /// Whether space is being made, or can be, for `wanted` free blocks in all; does what is next for it.
+    ///
+    /// It ends: what was left and what is dirty is written once, and compactions that don't help are counted.
+    fn reclaim(&mut self, wanted: u64) -> bool {
         if self.growing || self.checkpoint_under_way() || self.compaction.is_some() || !self.moves.is_empty() {
             return true;
         }
-        if self.wants_growth() && self.grow() {
+        let hopeless = self.spare_blocks() < wanted || self.compactions_in_vain > 2 * self.extents.space().total;
+        if (self.wants_growth() || hopeless) && self.grow() {
             return true;
         }
         if self.extents.left_count() > 0 {
@@ -107,7 +119,11 @@ impl Shard {
             self.need_checkpoint();
             return true;
         }
-        self.begin_compaction() || self.grow()
+        if !hopeless && self.begin_compaction() {
+            self.compactions_in_vain += 1;
+            return true;
+        }
+        self.grow()
     }
 
     /// Whether most of the space is live, so that reclaiming would give little.
@@ -127,7 +143,8 @@ impl Shard {
         if self.free_blocks() >= low + self.owed_blocks() {
             return;
         }
-        if (self.wants_growth() || self.redoing.is_some()) && self.grow() {
+        let hopeless = self.spare_blocks() < low + self.owed_blocks();
+        if (self.wants_growth() || hopeless || self.redoing.is_some()) && self.grow() {
             return;
         }
         if self.checkpoint_under_way() || self.compaction.is_some() {
