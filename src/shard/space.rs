@@ -18,6 +18,10 @@ use crate::types::{BLOCK, Micros, Place};
 const FILL_PERCENT: u64 = 70;
 /// Extents that commits leave to map nodes, checkpoints and compaction; frees may use half of them.
 const RESERVE_EXTENTS: u64 = 6;
+/// Extents by which recovery and checkpoints may pass `data_bytes_max`: each crash leaves the extents that were being
+/// filled half empty, and only compaction, which comes after recovery, gives them back. Without it a full store
+/// could not be opened again.
+const OVERDRAFT_EXTENTS: u32 = 24;
 /// After a failed growth the next is tried this much later.
 pub(super) const GROW_RETRY_US: Micros = 1_000_000;
 
@@ -85,7 +89,7 @@ impl Shard {
             return true;
         }
         self.stalled_for_space = true;
-        if !self.growing && !self.grow() {
+        if !self.growing && !self.grow_up_to(self.limits.data_extents_max.saturating_add(OVERDRAFT_EXTENTS)) {
             let context = "no space is left for the page map, and the data space can't grow";
             self.fail(Error::new(ErrorKind::Full, context));
         }
@@ -160,13 +164,18 @@ impl Shard {
 
     /// Begins to grow the data space; false if it can't.
     fn grow(&mut self) -> bool {
+        let overdraft = if self.redoing.is_some() { OVERDRAFT_EXTENTS } else { 0 };
+        self.grow_up_to(self.limits.data_extents_max.saturating_add(overdraft))
+    }
+
+    fn grow_up_to(&mut self, extents_max: u32) -> bool {
         let space = self.extents.space();
         let waits = self.grow_failed_at.is_some_and(|at| self.now < at + GROW_RETRY_US);
-        if self.growing || waits || space.total >= self.limits.data_extents_max {
+        if self.growing || waits || space.total >= extents_max {
             return self.growing;
         }
         let chunk = (space.total / 8).clamp(4, 64);
-        let to = space.total.saturating_add(chunk).min(self.limits.data_extents_max);
+        let to = space.total.saturating_add(chunk).min(extents_max);
         self.growing = true;
         let table = |extents: u32| table_offset(extents.div_ceil(TABLE_ROWS), 0);
         let growth = Growth { to, table_done: false };
