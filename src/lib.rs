@@ -29,8 +29,8 @@
 //!
 //! The modules, in the order in which a write travels: [`Store`] and [`Volume`] (handles) - `runtime` (a thread that
 //! drives a shard) - `shard` (the state machine: pages, commits, group commit, write-back, checkpoints) - `log`,
-//! `coalesce`, `map` (what it decides with) - [`format`] (every byte on disk) - [`pool`] (memory) - [`disk`] (the seam
-//! to the device). `recovery` opens a store; `sim` drives the same shard by seed under a simulated disk.
+//! `coalesce`, `map` (what it decides with) - [`mod@format`] (every byte on disk) - [`pool`] (memory) - [`disk`] (the
+//! seam to the device). `recovery` opens a store; `sim` drives the same shard by seed under a simulated disk.
 
 pub mod checksum;
 mod coalesce;
@@ -47,6 +47,7 @@ mod recovery;
 mod runtime;
 pub mod shard;
 #[cfg(any(test, feature = "sim"))]
+#[cfg_attr(not(test), allow(dead_code, reason = "some of it serves the unit tests only"))]
 pub mod sim;
 mod store;
 pub mod types;

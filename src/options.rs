@@ -44,7 +44,8 @@ pub struct Options {
     /// Whole pages of one log group up to which they are written into the log, and again to their place later.
     /// Above it they are written once, straight to their place. 0: always once.
     pub inline_pages_max: usize,
-    /// Most bytes of one commit: pages and patches together (default 4 MiB).
+    /// The most that one commit may count (default 4 MiB): 4 KiB for each page written or patched, 512 bytes for each
+    /// page freed. Little memory or short log segments lower it; `Store::txn_bytes_max` says what holds.
     pub txn_bytes_max: u64,
     /// Most bytes of data space; 0: as much as the file system gives.
     pub data_bytes_max: u64,
@@ -83,7 +84,8 @@ pub(crate) struct Limits {
     pub data_extents_max: u32,
     pub requests_max: usize,
     /// Blocks of the buffer in which a log group gathers. An eighth of a segment, so that the end of a segment
-    /// that is too small for the next group wastes little; at most 1 MiB, enough for 8,000 small commits.
+    /// that is too small for the next group wastes little; at most 1 MiB, enough for 8,000 small commits, and at most
+    /// a 64th of the memory. A power of two.
     pub group_blocks: u32,
 }
 
@@ -127,7 +129,8 @@ impl Options {
         within("inline_pages_max", self.inline_pages_max as u64, 0, 64)?;
         within("txn_bytes_max", self.txn_bytes_max, 4 * KIB, 64 * MIB)?;
         within("requests_max", self.requests_max as u64, 1, 1 << 20)?;
-        let group_blocks = (geometry.segment_bytes / 8).min(MIB) / BLOCK as u64;
+        let group_bytes = (geometry.segment_bytes / 8).min(MIB).min(1 << (self.memory_bytes / 64).ilog2());
+        let group_blocks = group_bytes / BLOCK as u64;
         Ok(Limits {
             geometry: geometry.clone(),
             memory_blocks: (self.memory_bytes / BLOCK as u64) as u32,
@@ -136,8 +139,8 @@ impl Options {
             vectored_pages_max: self.vectored_pages_max,
             log_writes_max: self.log_writes_max,
             inline_pages_max: self.inline_pages_max,
-            // A commit must fit into one group, and its pages into a quarter of the memory.
-            txn_bytes_max: self.txn_bytes_max.min(self.memory_bytes / 4).min(geometry.segment_bytes / 4),
+            // A commit must fit into one group, and the pages and log buffers of several into the memory.
+            txn_bytes_max: self.txn_bytes_max.min(self.memory_bytes / 16).min(geometry.segment_bytes / 4),
             data_extents_max: match self.data_bytes_max {
                 0 => u32::MAX,
                 bytes => (bytes / geometry.extent_bytes).max(1) as u32,

@@ -24,14 +24,15 @@ const BLOCK: usize = 4096;
 const VOLUMES: [&str; 3] = ["alpha", "beta", "gamma"];
 /// Enough that the extent table has two blocks.
 const PAGES: u64 = 800;
+/// Structures of a kind that are damaged in each way.
+const SAMPLES: usize = 3;
 
 type Model = BTreeMap<(usize, u64), Vec<u8>>;
 /// A place in a file: name, offset, bytes.
 type Spot = (String, u64, usize);
 
 fn options() -> Options {
-    let geometry =
-        Geometry { extent_bytes: 64 << 10, segment_bytes: 128 << 10, segments_count: 4, vshards_count: 4 };
+    let geometry = Geometry { extent_bytes: 64 << 10, segment_bytes: 1 << 20, segments_count: 4, vshards_count: 4 };
     Options { geometry, memory_bytes: 16 << 20, ..Options::default() }
 }
 
@@ -62,6 +63,7 @@ fn reference() -> &'static Reference {
             store.close().await?;
             copy(&now, &earlier);
             let store = Store::open(&now, options()).await?;
+            store.create_volume("not in the model", 1 << 20).await?;
             work(&store, &mut model, &mut random, 25).await?;
             store.close().await
         })
@@ -76,7 +78,7 @@ fn reference() -> &'static Reference {
 async fn work(store: &Store, model: &mut Model, random: &mut u64, rounds: u64) -> corepage::Result<()> {
     let volumes = store.volumes().await?;
     for round in 0..rounds {
-        for (v, volume) in volumes.iter().enumerate() {
+        for (v, volume) in volumes.iter().take(VOLUMES.len()).enumerate() {
             let mut changes = Vec::new();
             for i in 0..PAGES / 20 {
                 let page = if round < 20 { round * (PAGES / 20) + i } else { next(random) % (PAGES / 4) };
@@ -115,6 +117,26 @@ fn copy(from: &Path, to: &Path) {
     for entry in fs::read_dir(from).expect("the store is there") {
         let entry = entry.expect("an entry");
         fs::copy(entry.path(), to.join(entry.file_name())).expect("a copy of a file");
+    }
+}
+
+/// Makes `to` the same as `from` again, writing only what differs: fresh copies of whole files would all have to reach
+/// the device before the store can read past the page cache.
+fn restore(from: &Path, to: &Path) {
+    const CHUNK: usize = 64 << 10;
+    for entry in fs::read_dir(from).expect("the store is there") {
+        let entry = entry.expect("an entry");
+        let right = fs::read(entry.path()).expect("a file");
+        let file = fs::OpenOptions::new().read(true).write(true).open(to.join(entry.file_name())).expect("a copy");
+        file.set_len(right.len() as u64).expect("a length");
+        let mut found = vec![0; CHUNK];
+        for (i, right) in right.chunks(CHUNK).enumerate() {
+            let offset = (i * CHUNK) as u64;
+            file.read_exact_at(&mut found[..right.len()], offset).expect("a read");
+            if found[..right.len()] != *right {
+                file.write_all_at(right, offset).expect("a write");
+            }
+        }
     }
 }
 
@@ -172,7 +194,8 @@ fn spots(dir: &Path) -> BTreeMap<&'static str, Vec<Spot>> {
         let offset = extent::table_offset(index, superblock.checkpoint);
         add("table block", "extents", offset, BLOCK);
         let bytes = read_at(dir, "extents", offset, BLOCK);
-        let rows = extent::decode_table(superblock.store_id, index, superblock.checkpoint, &bytes).expect("a table block");
+        let rows =
+            extent::decode_table(superblock.store_id, index, superblock.checkpoint, &bytes).expect("a table block");
         for (i, row) in rows.iter().enumerate().filter(|(_, row)| row.state == 1) {
             let blocks = (geometry.extent_bytes / BLOCK as u64) as u32;
             let extent = corepage::types::ExtentNo::new(index * extent::TABLE_ROWS + i as u32);
@@ -208,6 +231,17 @@ enum Left {
     Nothing,
 }
 
+/// What was there at the first close, if the file was so long.
+fn earlier((file, offset, len): &Spot) -> Option<Vec<u8>> {
+    let dir = &reference().earlier;
+    let exists = fs::metadata(dir.join(file)).is_ok_and(|m| offset + *len as u64 <= m.len());
+    exists.then(|| read_at(dir, file, *offset, *len))
+}
+
+fn was_different(spot: &Spot) -> bool {
+    earlier(spot).is_some_and(|bytes| bytes != read_at(&reference().now, &spot.0, spot.1, spot.2))
+}
+
 /// Damages the structure at `spot` of the copy in `dir`; `false` if that changed nothing.
 fn damage(dir: &Path, spot: &Spot, other: &Spot, how: Damage) -> bool {
     let (file, offset, len) = spot;
@@ -216,10 +250,7 @@ fn damage(dir: &Path, spot: &Spot, other: &Spot, how: Damage) -> bool {
     match how {
         Damage::Flipped => after[len / 3] ^= 4,
         Damage::Zeroed => after.fill(0),
-        Damage::Stale if offset + *len as u64 <= fs::metadata(reference().earlier.join(file)).map_or(0, |m| m.len()) => {
-            after = read_at(&reference().earlier, file, *offset, *len);
-        }
-        Damage::Stale => {}
+        Damage::Stale => after = earlier(spot).expect("places were chosen so"),
         Damage::Swapped => {
             after = read_at(dir, &other.0, other.1, *len);
             write_at(dir, other, &before);
@@ -239,7 +270,10 @@ fn read_all(dir: &Path, what: &str) -> Left {
     let names_place = |error: &Error| {
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{what}: {error}");
         let text = error.to_string();
-        assert!(["byte ", "block ", "copy ", "copies"].iter().any(|word| text.contains(word)), "{what}: no place: {text}");
+        assert!(
+            ["byte ", "block ", "copy ", "copies"].iter().any(|word| text.contains(word)),
+            "{what}: no place: {text}"
+        );
     };
     let store = match block_on(Store::open(dir, options())) {
         Ok(store) => store,
@@ -279,13 +313,17 @@ fn is_named(report: &VerifyReport, (file, offset, len): &Spot) -> bool {
 fn damage_each(kind: &str, tolerated: &[Left]) {
     let all = reference().spots.get(kind).unwrap_or_else(|| panic!("the reference store has no {kind}"));
     assert!(all.len() >= 2, "the reference store has only {} of {kind}", all.len());
-    let mut done = Vec::new();
-    for (i, spot) in all.iter().enumerate().step_by(all.len().div_ceil(4)) {
-        for how in [Damage::Flipped, Damage::Zeroed, Damage::Stale, Damage::Swapped] {
-            // Two blocks of zeros, or of one group, make no damage when swapped: look for another pair.
-            let other = &all[(i + all.len() / 2) % all.len()];
-            let dir = tempfile::tempdir().expect("a directory for a copy");
-            copy(&reference().now, dir.path());
+    let dir = tempfile::tempdir().expect("a directory for a copy");
+    copy(&reference().now, dir.path());
+    for how in [Damage::Flipped, Damage::Zeroed, Damage::Stale, Damage::Swapped] {
+        // Not every place had something else in it at the first close.
+        let mut places: Vec<usize> =
+            (0..all.len()).filter(|i| how != Damage::Stale || was_different(&all[*i])).collect();
+        places = places.iter().copied().step_by(places.len().div_ceil(SAMPLES).max(1)).collect();
+        let mut done = 0;
+        for i in places {
+            restore(&reference().now, dir.path());
+            let (spot, other) = (&all[i], &all[(i + all.len() / 2) % all.len()]);
             if !damage(dir.path(), spot, other, how) {
                 continue;
             }
@@ -295,11 +333,9 @@ fn damage_each(kind: &str, tolerated: &[Left]) {
             assert!(named, "{what}: not named: {report}\n{:?}", report.damaged);
             let left = read_all(dir.path(), &what);
             assert!(tolerated.contains(&left), "{what}: left was {left:?}");
-            done.push(how);
+            done += 1;
         }
-    }
-    for how in [Damage::Flipped, Damage::Zeroed, Damage::Stale, Damage::Swapped] {
-        assert!(done.contains(&how), "{kind} was never {how:?}");
+        assert!(done > 0, "{kind} was never {how:?}");
     }
 }
 

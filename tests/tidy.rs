@@ -174,7 +174,7 @@ fn before_tests(text: &str) -> &str {
     while let Some(at) = text[from..].find("\n#[cfg(test)]\n").map(|at| from + at) {
         let after = &text[at + "\n#[cfg(test)]\n".len()..];
         let line = after.lines().find(|line| !line.starts_with("#[")).unwrap_or("");
-        if !(line.contains("mod ") && line.ends_with(';')) && !line.starts_with("use ") {
+        if !(line.starts_with("use ") || line.contains("mod ") && line.ends_with(';')) {
             return &text[..at + 1];
         }
         from = at + 1;

@@ -11,7 +11,7 @@
 use super::{Failure, size};
 use crate::server::nbd::{Address, Limits, Listener, Plan, Server, StoreExports};
 use clap::ValueEnum;
-use corepage::{Options, RecoveryReport, Store, Volume};
+use corepage::{Options, Store, Volume};
 use futures_lite::future::block_on;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 /// The volume that a fresh store gets if none is asked for.
 const DEFAULT_VOLUME: (&str, u64) = ("disk", 1 << 30);
@@ -70,6 +70,11 @@ impl Arguments {
         {
             return Err(Failure::usage(format_args!("--size {bytes} is not a positive multiple of 4096 bytes")));
         }
+        if let Some(name) = &self.volume
+            && (name.is_empty() || name.len() > 255 || name.chars().any(char::is_control))
+        {
+            return Err(Failure::usage("--volume: a name has 1 to 255 bytes and no control characters"));
+        }
         let mut options = Options::default();
         if let Some(bytes) = self.memory {
             options.memory_bytes = bytes;
@@ -88,8 +93,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     for signal in [SIGTERM, SIGINT] {
         signal_hook::flag::register_conditional_shutdown(signal, 1, impatient.clone())?;
     }
-    let store = block_on(Store::open(&arguments.dir, options.clone()))?;
-    let outcome = serve(arguments, plans, &options, &store, || {
+    let store = block_on(Store::open(&arguments.dir, options))?;
+    let outcome = serve(arguments, plans, &store, || {
         let signal = signals.forever().next();
         info!(signal, "closing the store; a second signal ends the process at once");
         impatient.store(true, Ordering::Release);
@@ -101,17 +106,11 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn serve(
-    arguments: &Arguments,
-    plans: Vec<Plan>,
-    options: &Options,
-    store: &Store,
-    wait: impl FnOnce(),
-) -> Result<(), Failure> {
+fn serve(arguments: &Arguments, plans: Vec<Plan>, store: &Store, wait: impl FnOnce()) -> Result<(), Failure> {
     let volumes = volumes(arguments, store)?;
     let listeners = plans.into_iter().map(Plan::bind).collect::<Result<Vec<_>, _>>()?;
     let lines = listening(&listeners, &volumes);
-    let server = Server::start(listeners, StoreExports::new(store.clone(), options), Limits::default())?;
+    let server = Server::start(listeners, StoreExports::new(store.clone()), Limits::default())?;
     report(&arguments.dir, store, &lines);
     wait();
     if !server.stop() {
@@ -150,23 +149,12 @@ fn listening(listeners: &[Listener], volumes: &[Volume]) -> Vec<String> {
 /// Says what was found and where clients can connect. A closed stdout is no reason to stop serving.
 fn report(dir: &Path, store: &Store, lines: &[String]) {
     let mut out = std::io::stdout().lock();
-    let _ = writeln!(out, "store {}: portable driver; {}", dir.display(), found(store.recovery()));
+    let _ = writeln!(out, "store {}: {}; {}", dir.display(), store.disk_report(), store.recovery());
+    for warning in &store.recovery().warnings {
+        warn!("{warning}");
+    }
     for line in lines {
         let _ = writeln!(out, "{line}");
     }
     let _ = out.flush();
-}
-
-/// What opening the store found, for people.
-fn found(report: &RecoveryReport) -> String {
-    if report.created {
-        return "new".into();
-    }
-    if report.clean {
-        return format!("it had been closed cleanly at LSN {}", report.cut);
-    }
-    format!(
-        "recovered to LSN {}: {} log groups scanned, {} of them torn; {} commits applied, {} dropped above the cut",
-        report.cut, report.groups_scanned, report.groups_torn, report.commits_applied, report.commits_dropped
-    )
 }

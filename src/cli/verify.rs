@@ -25,5 +25,11 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     }
     let _ = writeln!(out, "{report}");
     let _ = out.flush();
-    Ok(if report.damaged.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    if !report.damaged.is_empty() {
+        return Err(Failure::new(format_args!(
+            "the store {} is damaged, see above; what is not listed can still be read: copy it out, or restore a copy",
+            arguments.dir.display()
+        )));
+    }
+    Ok(ExitCode::SUCCESS)
 }

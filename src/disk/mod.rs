@@ -72,15 +72,39 @@ impl IoSlice {
 /// One operation. Offsets and lengths are multiples of 4 KiB, lists are not empty and have at most 256 entries.
 pub enum DiskOp {
     /// Fills the frames, in order, from consecutive bytes beginning at `offset`.
-    Read { file: FileId, offset: u64, into: SmallVec<[Frame; 4]> },
+    Read {
+        /// The file.
+        file: FileId,
+        /// First byte.
+        offset: u64,
+        /// What to fill.
+        into: SmallVec<[Frame; 4]>,
+    },
     /// Writes the slices, in order, to consecutive bytes beginning at `offset`; one vectored write. The range
     /// must have been allocated. Nothing is durable until a later flush.
-    Write { file: FileId, offset: u64, from: SmallVec<[IoSlice; 4]> },
+    Write {
+        /// The file.
+        file: FileId,
+        /// First byte.
+        offset: u64,
+        /// What to write.
+        from: SmallVec<[IoSlice; 4]>,
+    },
     /// Makes all completed writes to these files durable.
-    Flush { files: SmallVec<[FileId; 4]> },
+    Flush {
+        /// The files.
+        files: SmallVec<[FileId; 4]>,
+    },
     /// Creates the file if it is missing and makes the bytes `from..to` exist, as zeros. On completion they are
     /// durable, the directory entry too, and overwriting them changes no metadata.
-    Allocate { file: FileId, from: u64, to: u64 },
+    Allocate {
+        /// The file.
+        file: FileId,
+        /// First byte.
+        from: u64,
+        /// The byte behind the last.
+        to: u64,
+    },
 }
 
 impl DiskOp {
@@ -95,7 +119,7 @@ impl DiskOp {
     }
 
     /// Bytes that it transfers.
-    pub fn len(&self) -> u64 {
+    pub fn bytes(&self) -> u64 {
         match self {
             DiskOp::Read { into, .. } => into.iter().map(|f| f.len() as u64).sum(),
             DiskOp::Write { from, .. } => from.iter().map(|s| u64::from(s.len)).sum(),
@@ -109,7 +133,7 @@ impl fmt::Debug for DiskOp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             DiskOp::Read { file, offset, .. } | DiskOp::Write { file, offset, .. } => {
-                write!(f, "{} {file} {offset}+{}", self.name(), self.len())
+                write!(f, "{} {file} {offset}+{}", self.name(), self.bytes())
             }
             DiskOp::Flush { files } => write!(f, "flush {files:?}"),
             DiskOp::Allocate { file, from, to } => write!(f, "allocate {file} {from}..{to}"),

@@ -18,6 +18,7 @@
 //! It does *not*: order operations (writes and flushes under way at a time overtake each other), schedule, or cache.
 
 mod files;
+mod kernel;
 mod transfer;
 
 pub use files::{Access, DiskReport, PortableOptions};
@@ -74,6 +75,7 @@ impl PortableDisk {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_with(dir: &Path, access: Access, options: &PortableOptions) -> Result<PortableDisk> {
+        kernel::check()?;
         let (directory, files) = Directory::open(dir, access, options)?;
         let directory = Arc::new(directory);
         let workers_count = options.workers_count.clamp(1, 256);

@@ -95,10 +95,10 @@ fn stated_layouts(document: &str) -> Vec<Layout> {
             inside = true;
         } else if line.starts_with('#') {
             inside = false;
-        } else if let Some(row) = cells(line).filter(|row| inside && row.len() == 4) {
-            if let (Ok(offset), Ok(bytes)) = (row[0].parse(), row[1].parse()) {
-                all.last_mut().expect("inside one").2.push((offset, bytes, row[2].to_string()));
-            }
+        } else if let Some(row) = cells(line).filter(|row| inside && row.len() == 4)
+            && let (Ok(offset), Ok(bytes)) = (row[0].parse(), row[1].parse())
+        {
+            all.last_mut().expect("inside one").2.push((offset, bytes, row[2].to_string()));
         }
     }
     all

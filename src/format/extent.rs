@@ -251,12 +251,7 @@ fn encode_item(item: &Item) -> SummaryItem {
 }
 
 /// Checks and decodes a summary area whose sum must be `crc`; the message says what is wrong.
-pub fn decode_summary(
-    store_id: [u8; 16],
-    extent: ExtentNo,
-    crc: u32,
-    bytes: &[u8],
-) -> Result<Vec<Item>, &'static str> {
+pub fn decode_summary(store_id: [u8; 16], extent: ExtentNo, crc: u32, bytes: &[u8]) -> Result<Vec<Item>, &'static str> {
     let head: &SummaryHead = get(bytes, 0).ok_or("is too short")?;
     if crc_around(0, bytes, offset_of!(SummaryHead, crc)) != crc || head.crc.get() != crc {
         return Err("has a wrong checksum");

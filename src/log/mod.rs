@@ -38,7 +38,6 @@ pub(crate) enum GroupState {
 pub(crate) struct InFlight {
     pub number: u64,
     pub first_lsn: Lsn,
-    pub last_lsn: Lsn,
     pub state: GroupState,
     pub segment: SegmentNo,
     /// It has pages written straight to the data space.

@@ -125,7 +125,13 @@ pub(crate) struct Extents {
 
 impl Extents {
     /// The extents as a table says; `count` may be more than it has rows: the rest is free.
-    pub(crate) fn new(store_id: [u8; 16], extent_blocks: u32, vshards_count: u32, rows: &[TableRow], count: u32) -> Self {
+    pub(crate) fn new(
+        store_id: [u8; 16],
+        extent_blocks: u32,
+        vshards_count: u32,
+        rows: &[TableRow],
+        count: u32,
+    ) -> Self {
         let mut this = Extents {
             store_id,
             extent_blocks,
@@ -141,14 +147,13 @@ impl Extents {
         this.grow(count);
         for (i, row) in rows.iter().enumerate().take(count as usize).filter(|(_, row)| row.state == 1) {
             let live = u32::from(row.live.get());
-            this.extents[i] =
-                Extent {
-                    state: ExtentState::Closed,
-                    live,
-                    summary_crc: row.summary_crc.get(),
-                    summary_slot: row.summary_slot,
-                    ..FREE
-                };
+            this.extents[i] = Extent {
+                state: ExtentState::Closed,
+                live,
+                summary_crc: row.summary_crc.get(),
+                summary_slot: row.summary_slot,
+                ..FREE
+            };
             this.live_blocks += u64::from(live);
             this.free.remove(&(i as u32));
         }
@@ -377,7 +382,7 @@ impl Extents {
             if live == 0 {
                 return TableRow::default();
             }
-            assert!(e.state != ExtentState::Free && e.summary_crc != 0, "what a root names has a summary");
+            assert!(e.state != ExtentState::Free, "what a root names has a summary");
             TableRow {
                 state: 1,
                 live: (live as u16).into(),
@@ -436,10 +441,5 @@ impl Extents {
     /// Blocks left by the map that no checkpoint has retired yet.
     pub(crate) fn left_count(&self) -> usize {
         self.left_captured.len() + self.retiring.len() + self.per_vshard.iter().map(|v| v.left.len()).sum::<usize>()
-    }
-
-    /// State of an extent.
-    pub(crate) fn state(&self, no: ExtentNo) -> Option<ExtentState> {
-        self.extents.get(no.index()).map(|e| e.state)
     }
 }

@@ -36,7 +36,7 @@ struct Node {
     /// Where it was last written.
     place: Option<Place>,
     dirty: bool,
-    /// Pages that will change it, or requests that wait on it.
+    /// Pages that will change it, reads of its children, and its own write.
     pins: u32,
     /// Children in memory.
     children: u32,
@@ -68,6 +68,8 @@ pub(crate) struct NodeWrite {
     pub place: Place,
     /// A copy, fixed.
     pub frame: FrameRef,
+    /// The node, pinned: until it is written its place holds other bytes, and it must not be read from there.
+    pub node: NodeIdx,
 }
 
 /// The page map of all virtual shards that one shard owns.
@@ -104,8 +106,7 @@ fn parent_of(key: NodeKey) -> NodeKey {
 impl Map {
     /// The map with these roots (children and generation), nothing else in memory.
     pub(crate) fn new(roots: Vec<(Box<[Child; VOLUMES_MAX]>, u64)>, seed: u64) -> Self {
-        let root =
-            |(children, generation)| Root { children, generation, dirty: false, dirty_nodes: BTreeSet::new() };
+        let root = |(children, generation)| Root { children, generation, dirty: false, dirty_nodes: BTreeSet::new() };
         Map {
             vshards_count: roots.len() as u32,
             roots: roots.into_iter().map(root).collect(),
@@ -122,14 +123,15 @@ impl Map {
         key.place_in(self.vshards_count)
     }
 
+    /// Nodes in memory, and how many of them are pinned.
+    pub(crate) fn in_memory(&self) -> (usize, usize) {
+        let pinned = self.nodes.iter().flatten().filter(|node| node.pins > 0).count();
+        (self.index.len(), pinned)
+    }
+
     /// Nodes that the next checkpoint will write.
     pub(crate) fn dirty_count(&self) -> usize {
         self.dirty_count
-    }
-
-    /// Nodes in memory.
-    pub(crate) fn loaded_count(&self) -> usize {
-        self.index.len()
     }
 
     fn node(&self, idx: NodeIdx) -> &Node {
@@ -241,6 +243,16 @@ impl Map {
         node
     }
 
+    /// Nodes from the leaf of `key` to the root, which a change may dirty.
+    pub(crate) fn path_len(&self, key: PageKey) -> u64 {
+        let (vshard, dense) = self.position(key);
+        let mut top = self.top(vshard, key.volume).level;
+        while prefix(dense, top) != 0 {
+            top += 1;
+        }
+        u64::from(top) + 1
+    }
+
     /// Nodes that [`pin`](Self::pin) would have to create for `key`: frames that the arena must have.
     pub(crate) fn missing_nodes(&self, key: PageKey) -> u32 {
         let (vshard, dense) = self.position(key);
@@ -252,6 +264,14 @@ impl Map {
         let path = (0..=top).take_while(|level| !self.index.contains_key(&at(*level))).count() as u32;
         // A tree that grows gets its new tops above the old one too.
         path + u32::from(top - self.top(vshard, key.volume).level)
+    }
+
+    /// Pins the parent of a node that is about to be read, so that it is still there when the node arrives.
+    /// `None`: the node hangs from the root block.
+    pub(crate) fn pin_parent(&mut self, key: NodeKey) -> Option<NodeIdx> {
+        let parent = self.index.get(&parent_of(key)).copied()?;
+        self.node_mut(parent).pins += 1;
+        Some(parent)
     }
 
     /// Makes the leaf of `key` exist in memory and pins it. All nodes on the path that exist on disk must be in
@@ -362,7 +382,7 @@ impl Map {
     }
 
     /// Fixes the state of one virtual shard for a checkpoint: gives each dirty node a new place, bottom up, and
-    /// returns the copies to be written; the places that they leave go to `retired`. Afterwards nothing of the
+    /// returns the copies to be written, their nodes pinned; the places that they leave go to `retired`. Afterwards nothing of the
     /// virtual shard is dirty and its root's generation is one higher.
     pub(crate) fn capture(
         &mut self,
@@ -389,7 +409,8 @@ impl Map {
                 copy.try_mut().expect("a new frame has no pins").copy_from_slice(&node.frame);
                 node.place = Some(place);
                 let crc = crc32c(&copy);
-                writes.push(NodeWrite { place, frame: copy.pin() });
+                node.pins += 1;
+                writes.push(NodeWrite { place, frame: copy.pin(), node: idx });
                 Child::at(place, crc, level)
             };
             self.set_child(key, child);

@@ -13,15 +13,16 @@ use crate::error::{Error, Result};
 use crate::format::extent::{TABLE_ROWS, encode_table, table_offset};
 use crate::format::node::Child;
 use crate::format::root::{self, RootHead, VOLUMES_MAX};
-use crate::format::superblock::{
-    LogEnd, Refusal, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock, VShardState,
-};
+use crate::format::superblock::{LogEnd, Refusal, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock, VShardState};
 use crate::options::Limits;
 use crate::pool::Arena;
 use crate::types::{BLOCK, Lsn, SegmentNo, ShardId, VShard};
 
 /// Extents of a new store: the reserves of all purposes and a little more; it grows from there.
 const EXTENTS_FIRST: u32 = 16;
+
+/// With fewer, the reserves alone would leave no room for a page.
+const EXTENTS_MIN: u32 = 12;
 
 /// Whether the files are those of a creation that did not finish: no superblock, and never a commit.
 pub(super) fn is_unfinished(disk: &mut dyn Disk, arena: &mut Arena) -> Result<bool> {
@@ -47,9 +48,9 @@ pub(super) fn is_unfinished(disk: &mut dyn Disk, arena: &mut Arena) -> Result<bo
 pub(super) fn create(disk: &mut dyn Disk, arena: &mut Arena, limits: &Limits, seed: u64) -> Result<()> {
     let geometry = &limits.geometry;
     let extents_count = EXTENTS_FIRST.min(limits.data_extents_max);
-    if extents_count < 10 {
+    if extents_count < EXTENTS_MIN {
         return Err(Error::invalid(format_args!(
-            "data_bytes_max is too small: at least 10 extents of {} bytes are needed",
+            "data_bytes_max is too small: at least {EXTENTS_MIN} extents of {} bytes are needed",
             geometry.extent_bytes
         )));
     }
@@ -91,10 +92,21 @@ pub(super) fn create(disk: &mut dyn Disk, arena: &mut Arena, limits: &Limits, se
         logs: vec![LogEnd::default()],
         vshards: vec![VShardState::default(); geometry.vshards_count as usize],
     };
+    rewrite_copies(disk, arena, &superblock, &Superblock::copies_of(superblock.generation))
+}
+
+/// Writes the superblock into these copies, a flush after each. An open does so with the copies that a crash has
+/// spoiled: else a second crash could spoil the other copy of the same pair, and no generation could be trusted.
+pub(super) fn rewrite_copies(
+    disk: &mut dyn Disk,
+    arena: &mut Arena,
+    superblock: &Superblock,
+    copies: &[u64],
+) -> Result<()> {
     let mut bytes = vec![0; SUPERBLOCK_BYTES];
-    for copy in Superblock::copies_of(superblock.generation) {
-        superblock.encode(copy, &mut bytes);
-        write_bytes(disk, arena, FileId::Meta, Superblock::offset(copy), &bytes)?;
+    for copy in copies {
+        superblock.encode(*copy, &mut bytes);
+        write_bytes(disk, arena, FileId::Meta, Superblock::offset(*copy), &bytes)?;
         flush(disk, &[FileId::Meta])?;
     }
     Ok(())

@@ -39,42 +39,58 @@ pub(crate) fn read_bytes(
     Ok(bytes)
 }
 
+/// The superblock that counts.
+pub(crate) struct FoundSuperblock {
+    pub superblock: Superblock,
+    /// Copies that can't be used.
+    pub unreadable: Vec<u64>,
+    /// What is wrong with each of them.
+    pub warnings: Vec<String>,
+}
+
 /// The newest superblock, and what is wrong with the copies that can't be used.
-pub(crate) fn find_superblock(disk: &mut dyn Disk, arena: &mut Arena) -> Result<(Superblock, Vec<String>)> {
+pub(crate) fn find_superblock(disk: &mut dyn Disk, arena: &mut Arena) -> Result<FoundSuperblock> {
     let mut best: Option<Superblock> = None;
     let mut warnings = Vec::new();
     let mut other_version = None;
-    let mut readable = [false; SUPERBLOCK_COPIES as usize];
+    let mut unreadable = Vec::new();
     for copy in 0..SUPERBLOCK_COPIES {
         let offset = Superblock::offset(copy);
         if disk.len(FileId::Meta)?.unwrap_or(0) < offset + SUPERBLOCK_BYTES as u64 {
             warnings.push(format!("superblock copy {copy}: the meta file ends before it"));
+            unreadable.push(copy);
             continue;
         }
         let decoded = read_bytes(disk, arena, FileId::Meta, offset, SUPERBLOCK_BYTES)
             .map(|bytes| (Superblock::decode(copy, &bytes), bytes.iter().all(|b| *b == 0)));
         match decoded {
             Ok((Ok(superblock), _)) => {
-                readable[copy as usize] = true;
                 if best.as_ref().is_none_or(|b| b.generation < superblock.generation) {
                     best = Some(superblock);
                 }
             }
-            Ok((Err(Refusal::Version(version)), _)) => other_version = Some(version),
-            // A store that was just created has written two copies only.
-            Ok((Err(_), true)) if copy < 2 => readable[copy as usize] = true,
-            Ok((Err(refusal), _)) => {
+            Ok((Err(refusal), zeros)) => {
+                unreadable.push(copy);
                 let what = match refusal {
+                    _ if zeros => "is all zeros",
                     Refusal::Magic => "is not a superblock",
+                    Refusal::Version(version) => {
+                        other_version = Some(version);
+                        "claims to be of another format version"
+                    }
                     Refusal::Sum => "has a wrong checksum",
-                    _ => "contradicts itself or belongs elsewhere",
+                    Refusal::Values => "contradicts itself or belongs elsewhere",
                 };
                 warnings.push(format!("superblock copy {copy} at byte {offset} of the meta file {what}"));
             }
-            Err(error) => warnings.push(format!("superblock copy {copy}: {error}")),
+            Err(error) => {
+                unreadable.push(copy);
+                warnings.push(format!("superblock copy {copy}: {error}"));
+            }
         }
     }
-    if let Some(version) = other_version {
+    // Next to a copy of this version, one that claims another is damaged.
+    if let (None, Some(version)) = (&best, other_version) {
         return Err(Error::new(
             ErrorKind::Unsupported,
             format_args!(
@@ -89,15 +105,17 @@ pub(crate) fn find_superblock(disk: &mut dyn Disk, arena: &mut Arena) -> Result<
             warnings.join("; ")
         ))
     })?;
-    both_readable(&newest, readable, &warnings)?;
-    Ok((newest, warnings))
+    // A store that was just created has written the copies of one generation only, and held nothing before.
+    if newest.generation > 1 {
+        one_readable(&newest, &unreadable, &warnings)?;
+    }
+    Ok(FoundSuperblock { superblock: newest, unreadable, warnings })
 }
 
 /// A crash spoils one copy at most. If both copies of the generation that may follow the newest are unreadable,
 /// that generation may have counted: then the state found is an older one, and its use would lose commits.
-fn both_readable(newest: &Superblock, readable: [bool; 4], warnings: &[String]) -> Result<()> {
-    let [a, b] = Superblock::copies_of(newest.generation + 1).map(|copy| readable[copy as usize]);
-    if a || b {
+fn one_readable(newest: &Superblock, unreadable: &[u64], warnings: &[String]) -> Result<()> {
+    if !Superblock::copies_of(newest.generation + 1).iter().all(|copy| unreadable.contains(copy)) {
         return Ok(());
     }
     Err(Error::corrupt(format_args!(

@@ -20,7 +20,7 @@ mod load;
 mod replay;
 mod scan;
 
-pub(crate) use load::{Loaded, find_superblock, read_bytes};
+pub(crate) use load::{FoundSuperblock, Loaded, find_superblock, read_bytes};
 pub(crate) use scan::{Scan, scan};
 
 use crate::commit::GlobalOrder;
@@ -77,32 +77,24 @@ impl std::fmt::Display for RecoveryReport {
 
 /// Opens the store on `disk`, or creates it, and returns it ready for requests. `seed` is where all randomness
 /// comes from.
-pub(crate) fn open(
-    disk: &mut dyn Disk,
-    options: &Options,
-    seed: u64,
-    now: Micros,
-) -> Result<(Shard, RecoveryReport)> {
+pub(crate) fn open(disk: &mut dyn Disk, options: &Options, seed: u64, now: Micros) -> Result<(Shard, RecoveryReport)> {
     let mut report = RecoveryReport::default();
     let mut arena = Arena::new((options.memory_bytes / BLOCK as u64).max(512) as u32)?;
-    if disk.len(FileId::Meta)?.is_none() || create::is_unfinished(disk, &mut arena)? {
+    if create::is_unfinished(disk, &mut arena)? {
         let limits = options.limits(&options.geometry)?;
         create::create(disk, &mut arena, &limits, seed)?;
         report.created = true;
     }
-    let (superblock, warnings) = find_superblock(disk, &mut arena)?;
+    let FoundSuperblock { superblock, unreadable, warnings } = find_superblock(disk, &mut arena)?;
     report.warnings = warnings;
     let limits = options.limits(&superblock.geometry)?;
     let loaded = load::load(disk, &mut arena, &superblock)?;
     report.clean = superblock.clean;
-    let scan = if superblock.clean {
-        Scan::nothing(&superblock)
-    } else {
-        scan(disk, &mut arena, &superblock)?
-    };
+    let scan = if superblock.clean { Scan::nothing(&superblock) } else { scan(disk, &mut arena, &superblock)? };
     report.groups_scanned = scan.groups.len() as u64;
     report.groups_torn = scan.torn;
     report.cut = scan.cut;
+    create::rewrite_copies(disk, &mut arena, &superblock, &unreadable)?;
     let new_epoch = NewEpoch {
         epoch: superblock.epoch + 1,
         salt: mix(seed ^ superblock.epoch),
@@ -173,7 +165,10 @@ fn reserve_named(
         let offset = at.offset(superblock.geometry.extent_bytes);
         let bytes = load::read_bytes(disk, arena, FileId::Data, offset, extents.summary_bytes())?;
         let items = decode_summary(superblock.store_id, place.extent, crc, &bytes).map_err(|what| {
-            Error::corrupt(format_args!("the summary of extent {} (byte {offset} of file data) {what}", place.extent.get()))
+            Error::corrupt(format_args!(
+                "the summary of extent {} (byte {offset} of file data) {what}",
+                place.extent.get()
+            ))
         })?;
         extents.restore_items(place.extent, items);
     }

@@ -142,12 +142,7 @@ fn inline_matches(slot: &crate::format::group::Slot, group: &[u8]) -> bool {
 }
 
 /// Whether the pages that a group above the watermark wrote straight to their places are all there.
-fn placed_pages_match(
-    disk: &mut dyn Disk,
-    arena: &mut Arena,
-    superblock: &Superblock,
-    found: &Found,
-) -> Result<bool> {
+fn placed_pages_match(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblock, found: &Found) -> Result<bool> {
     let data_bytes = disk.len(FileId::Data)?.unwrap_or(0);
     for slot in found.slots.iter().filter(|s| s.state == SlotState::Placed) {
         let offset = slot.entry.place().offset(superblock.geometry.extent_bytes);
@@ -177,7 +172,8 @@ fn find_cut(found: &[Found], redo: Lsn) -> Lsn {
 
 fn missing(found: &[Found], cut: Lsn, watermark: Lsn) -> Error {
     let covers = |f: &&Found| {
-        !f.whole && f.head.runs.iter().any(|(first, count)| (first.get()..first.get() + count).contains(&(cut.get() + 1)))
+        !f.whole
+            && f.head.runs.iter().any(|(first, count)| (first.get()..first.get() + count).contains(&(cut.get() + 1)))
     };
     let place = match found.iter().find(covers) {
         Some(f) => format!(

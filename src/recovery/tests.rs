@@ -15,6 +15,12 @@ struct Driver {
     token: u64,
 }
 
+/// A store whose pages and map nodes are many times its memory.
+fn crowded() -> Options {
+    let geometry = crate::Geometry { vshards_count: 64, ..options().geometry };
+    Options { geometry, memory_bytes: 2 << 20, ..options() }
+}
+
 fn options() -> Options {
     Options {
         geometry: crate::Geometry {
@@ -29,9 +35,14 @@ fn options() -> Options {
 }
 
 impl Driver {
-    fn open(mut disk: SimDisk) -> (Driver, RecoveryReport) {
-        let (shard, report) = open(&mut disk, &options(), 7, 0).expect("the store opens");
-        (Driver { disk, shard, now: 0, token: 0 }, report)
+    fn open(disk: SimDisk) -> (Driver, RecoveryReport) {
+        Driver::open_with(disk, &options())
+    }
+
+    fn open_with(mut disk: SimDisk, options: &Options) -> (Driver, RecoveryReport) {
+        let (shard, report) = open(&mut disk, options, 7, 0).expect("the store opens");
+        let now = disk.now();
+        (Driver { disk, shard, now, token: 0 }, report)
     }
 
     fn ask(&mut self, request: Request) -> Result<Response> {
@@ -63,7 +74,7 @@ impl Driver {
     fn commit(&mut self, changes: Vec<(PageKey, Change)>) -> Lsn {
         match self.ask(Request::Commit(Commit { reads: vec![], changes, durable: true })) {
             Ok(Response::Committed(lsn)) => lsn,
-            other => panic!("{other:?}"),
+            other => panic!("{other:?}: {:#?}", self.shard),
         }
     }
 
@@ -114,7 +125,7 @@ fn commits_are_found_again() {
 fn overwriting_reclaims_space_and_log() {
     let (mut d, _) = Driver::open(SimDisk::new(2));
     let mut rng = Rng::new(5);
-    let mut model = vec![0u8; 200];
+    let mut model = [0u8; 200];
     for round in 0..1500u64 {
         let n = rng.within(1, 7);
         let changes = (0..n).map(|_| {
@@ -136,4 +147,83 @@ fn overwriting_reclaims_space_and_log() {
     for page in 0..200 {
         assert_eq!(d.read(key(page)), vec![model[page as usize]; BLOCK], "page {page}");
     }
+}
+
+/// Readers that keep their pages must not make others wait for ever: they are told.
+#[test]
+fn memory_in_the_hands_of_readers_is_busy_and_comes_back() {
+    let (mut d, _) = Driver::open(SimDisk::new(3));
+    for page in 0..2000 {
+        d.commit(vec![(key(page), put(page as u8))]);
+    }
+    let mut pinned = Vec::new();
+    let mut refused = 0;
+    for page in 0..2000 {
+        match d.ask(Request::Read(smallvec::smallvec![key(page)])) {
+            Ok(Response::Pages(pages)) => pinned.extend(pages),
+            Err(error) if error.kind() == crate::ErrorKind::Busy => refused += 1,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(refused > 0, "all 2000 pages fit into memory");
+    let commit = Commit { changes: vec![(key(1), put(1))], durable: true, ..Commit::default() };
+    assert!(matches!(d.ask(Request::Commit(commit)), Err(error) if error.kind() == crate::ErrorKind::Busy));
+    assert!(pinned.iter().all(|page| page.iter().all(|byte| *byte == page[0])));
+    pinned.clear();
+    d.commit(vec![(key(1), put(77))]);
+    assert_eq!(d.read(key(1))[0], 77);
+    assert_eq!(d.read(key(1999))[0], 1999u32 as u8);
+}
+
+/// Pages and map nodes come and go all the time in a store that is larger than memory: none may be taken for another,
+/// be lost on the way out, or come back as it was before.
+#[test]
+fn a_store_many_times_its_memory_is_right() {
+    for seed in 0..4 {
+        crowd(seed);
+    }
+}
+
+fn crowd(seed: u64) {
+    let (mut d, _) = Driver::open_with(SimDisk::new(seed), &crowded());
+    let mut rng = Rng::new(seed);
+    let mut model = std::collections::BTreeMap::new();
+    let page = |n: u64| if n.is_multiple_of(5) { n << 33 } else { n * 37 };
+    for round in 0..6000u64 {
+        let n = rng.below(3000);
+        match rng.below(10) {
+            0 => {
+                d.commit(vec![(key(page(n)), Change::Free)]);
+                model.remove(&n);
+            }
+            1..=3 => {
+                let bytes = Bytes::from(round.to_le_bytes().to_vec());
+                d.commit(vec![(key(page(n)), Change::Patch { offset: 0, bytes })]);
+                let old = model.get(&n).map_or(0, |(_, fill)| *fill);
+                model.insert(n, (round, old));
+            }
+            4..=6 => {
+                let fill = round as u8;
+                let mut bytes = vec![fill; BLOCK];
+                bytes[..8].copy_from_slice(&round.to_le_bytes());
+                d.commit(vec![(key(page(n)), Change::Put(bytes.into()))]);
+                model.insert(n, (round, fill));
+            }
+            _ => check(&mut d, n, key(page(n)), &model),
+        }
+        if round % 1500 == 1499 {
+            let crashed = d.disk.crash(Loss::random(&mut rng), &mut rng);
+            d = Driver::open_with(crashed, &crowded()).0;
+        }
+    }
+    for n in 0..3000 {
+        check(&mut d, n, key(page(n)), &model);
+    }
+}
+
+fn check(d: &mut Driver, n: u64, key: PageKey, model: &std::collections::BTreeMap<u64, (u64, u8)>) {
+    let (first, fill) = model.get(&n).copied().unwrap_or((0, 0));
+    let bytes = d.read(key);
+    assert_eq!(bytes[..8], first.to_le_bytes(), "page {n}");
+    assert!(bytes[8..].iter().all(|b| *b == fill), "page {n}");
 }

@@ -33,6 +33,16 @@ impl Inbox {
     /// How the thread is woken.
     pub(super) fn set_unparker(&self, unparker: Unparker) {
         let _ = self.unparker.set(unparker);
+        // With the one in `wake`: either that finds the unparker, or the thread finds why it was to be woken.
+        fence(Ordering::SeqCst);
+    }
+
+    /// Wakes the thread for another reason than a request, which the caller has made visible before.
+    pub(super) fn wake(&self) {
+        fence(Ordering::SeqCst);
+        if let Some(unparker) = self.unparker.get() {
+            unparker.unpark();
+        }
     }
 
     /// Hands a request to the shard; gives it back if the inbox is full.

@@ -98,9 +98,7 @@ impl Drop for Reply {
             return;
         }
         let answered = match self.table.slots.get(self.key) {
-            Some(slot) => {
-                slot.state.compare_exchange(WAITING, ABANDONED, Ordering::AcqRel, Ordering::Acquire).is_err()
-            }
+            Some(slot) => slot.state.compare_exchange(WAITING, ABANDONED, Ordering::AcqRel, Ordering::Acquire).is_err(),
             None => false,
         };
         if answered {

@@ -20,7 +20,7 @@ use hashbrown::HashSet;
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -36,6 +36,8 @@ struct Shared {
     waiting: AtomicUsize,
     requests_max: usize,
     place_free: Event,
+    /// Nobody holds the store any more: the thread is to end.
+    abandoned: AtomicBool,
     ended: Event,
 }
 
@@ -47,20 +49,16 @@ pub(crate) struct Runtime {
     pub(crate) recovery: RecoveryReport,
     /// What the disk is like.
     pub(crate) disk: DiskReport,
+    /// What one commit may count at most.
+    pub(crate) txn_bytes_max: u64,
 }
 
 impl Runtime {
     /// Opens the store in `dir` on a thread of its own, and returns when it takes requests.
     pub(crate) async fn start(dir: PathBuf, options: Options) -> Result<Runtime> {
-        let shared = Arc::new(Shared {
-            inbox: Inbox::new(options.requests_max.max(1)),
-            inflight: Arc::new(InFlight::default()),
-            under_way: AtomicUsize::new(0),
-            waiting: AtomicUsize::new(0),
-            requests_max: options.requests_max.max(1),
-            place_free: Event::new(),
-            ended: Event::new(),
-        });
+        let shared = Arc::new(Shared::new(options.requests_max.max(1)));
+        // A caller that gives up while the store is being opened must not leave it open, and locked, for ever.
+        let opening = Opening(Some(&shared));
         let (send, opened) = crossbeam_channel::bounded(1);
         let ready = Arc::new(Event::new());
         let (theirs, wake) = (shared.clone(), ready.clone());
@@ -69,9 +67,10 @@ impl Runtime {
             let opened = opened.unwrap_or_else(|_| Err(Error::new(ErrorKind::Closed, "opening the store panicked")));
             let result = match opened {
                 Ok((disk, shard, report)) => {
-                    let _ = send.send(Ok((report, disk.report())));
+                    theirs.inbox.set_unparker(disk.unparker());
+                    let _ = send.send(Ok((report, disk.report(), shard.txn_bytes_max())));
                     wake.notify(usize::MAX);
-                    run(&theirs, disk, shard);
+                    run(&theirs, |accepted| laps(&theirs, disk, shard, accepted));
                     return;
                 }
                 Err(error) => Err(error),
@@ -87,11 +86,16 @@ impl Runtime {
             match opened.try_recv() {
                 Ok(result) => break result,
                 Err(crossbeam_channel::TryRecvError::Empty) => listener.await,
-                Err(_) => break Err(Error::new(ErrorKind::Closed, "the shard's thread ended while it opened the store")),
+                Err(_) => {
+                    break Err(Error::new(ErrorKind::Closed, "the shard's thread ended while it opened the store"));
+                }
             }
         };
+        opening.done();
         match result {
-            Ok((recovery, disk)) => Ok(Runtime { shared, thread: Some(thread), recovery, disk }),
+            Ok((recovery, disk, txn_bytes_max)) => {
+                Ok(Runtime { shared, thread: Some(thread), recovery, disk, txn_bytes_max })
+            }
             Err(error) => {
                 let _ = thread.join();
                 Err(error)
@@ -153,23 +157,33 @@ impl Runtime {
             listener.await;
         }
     }
+}
 
-    fn join(&mut self) {
-        if let Some(thread) = self.thread.take() {
+impl Drop for Runtime {
+    /// Ends the thread without a clean close, as a crash would, but waits for what the device has under way: the
+    /// store can be opened again at once.
+    fn drop(&mut self) {
+        self.shared.abandon();
+        // The last handle may go on the shard's own thread, with a task that a reply has woken.
+        if let Some(thread) = self.thread.take().filter(|t| t.thread().id() != std::thread::current().id()) {
             let _ = thread.join();
         }
     }
 }
 
-impl Drop for Runtime {
-    /// Ends the thread without a clean close, as a crash would, but waits for what the device has under way.
+/// A store that is being opened.
+struct Opening<'a>(Option<&'a Shared>);
+
+impl Opening<'_> {
+    fn done(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Opening<'_> {
     fn drop(&mut self) {
-        if self.thread.is_some() {
-            if let Ok((token, reply)) = self.shared.inflight.register() {
-                drop(reply);
-                let _ = self.shared.inbox.push(token, Request::Close);
-            }
-            self.join();
+        if let Some(shared) = self.0 {
+            shared.abandon();
         }
     }
 }
@@ -186,6 +200,24 @@ impl Drop for Waiting<'_> {
 }
 
 impl Shared {
+    fn new(requests_max: usize) -> Self {
+        Shared {
+            inbox: Inbox::new(requests_max),
+            inflight: Arc::new(InFlight::default()),
+            under_way: AtomicUsize::new(0),
+            waiting: AtomicUsize::new(0),
+            requests_max,
+            place_free: Event::new(),
+            abandoned: AtomicBool::new(false),
+            ended: Event::new(),
+        }
+    }
+
+    fn abandon(&self) {
+        self.abandoned.store(true, Ordering::SeqCst);
+        self.inbox.wake();
+    }
+
     fn try_place(&self) -> bool {
         let place = |n: usize| (n < self.requests_max).then_some(n + 1);
         self.under_way.fetch_update(Ordering::AcqRel, Ordering::Acquire, place).is_ok()
@@ -233,12 +265,10 @@ fn open(dir: &std::path::Path, options: &Options) -> Result<(PortableDisk, Shard
 }
 
 /// The thread's life: laps until closed, then everything still waiting is told.
-fn run(shared: &Shared, disk: PortableDisk, shard: Shard) {
-    shared.inbox.set_unparker(disk.unparker());
+fn run(shared: &Shared, laps: impl FnOnce(&mut HashSet<Token>)) {
     let mut accepted: HashSet<Token> = HashSet::new();
-    let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| laps(shared, disk, shard, &mut accepted)));
+    let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| laps(&mut accepted)));
     shared.inbox.close();
-    shared.ended.notify(usize::MAX);
     if outcome.is_err() {
         tracing::error!("the shard panicked; the store is closed as after a crash");
     }
@@ -247,14 +277,23 @@ fn run(shared: &Shared, disk: PortableDisk, shard: Shard) {
         shared.finish(token, Err(Error::new(ErrorKind::OutcomeUnknown, context)));
     }
     shared.refuse_rest();
+    shared.ended.notify(usize::MAX);
+}
+
+/// Microseconds since now: the driver is where the shard's clock comes from.
+#[expect(clippy::disallowed_methods, reason = "the one place that reads a clock")]
+fn clock() -> impl Fn() -> Micros {
+    let start = Instant::now();
+    move || start.elapsed().as_micros() as Micros
 }
 
 fn laps(shared: &Shared, mut disk: PortableDisk, mut shard: Shard, accepted: &mut HashSet<Token>) {
-    #[expect(clippy::disallowed_methods, reason = "the driver is where the shard's clock comes from")]
-    let start = Instant::now();
-    let now = || start.elapsed().as_micros() as Micros;
+    let now = clock();
     let mut completions: Vec<Completion> = Vec::new();
     loop {
+        if shared.abandoned.load(Ordering::SeqCst) {
+            return;
+        }
         let mut busy = false;
         for _ in 0..BATCH {
             if !shard.accepting() {
@@ -296,5 +335,42 @@ fn laps(shared: &Shared, mut disk: PortableDisk, mut shard: Shard, accepted: &mu
             disk.wait(timeout);
             shared.inbox.awake();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_lite::future::block_on;
+
+    /// A bug in the shard must not become a caller that waits for ever, nor a promise that nobody can keep.
+    #[test]
+    fn a_panic_of_the_shard_answers_everybody() {
+        let shared = Arc::new(Shared::new(2));
+        let thread = std::thread::spawn(|| {});
+        let (recovery, disk) = (RecoveryReport::default(), no_disk());
+        let runtime = Runtime { shared: shared.clone(), thread: Some(thread), recovery, disk, txn_bytes_max: 0 };
+        let taken = block_on(runtime.submit(Request::Flush)).expect("there is a place");
+        let queued = block_on(runtime.submit(Request::Flush)).expect("there is a place");
+        // No place is left: this one waits, and is answered all the same.
+        let waiter = std::thread::spawn(move || {
+            let kind = |result: Result<Response>| result.expect_err("the shard is gone").kind();
+            let waited = block_on(async { runtime.submit(Request::Flush).await?.await });
+            let late = block_on(async { runtime.submit(Request::Flush).await?.await });
+            (kind(waited), kind(late))
+        });
+        run(&shared, |accepted| {
+            let (token, _) = shared.inbox.pop().expect("a request was submitted");
+            accepted.insert(token);
+            panic!("planted by a test");
+        });
+        assert_eq!(block_on(taken).expect_err("it was under way").kind(), ErrorKind::OutcomeUnknown);
+        assert_eq!(block_on(queued).expect_err("it was not begun").kind(), ErrorKind::Closed);
+        assert_eq!(waiter.join().expect("no hang"), (ErrorKind::Closed, ErrorKind::Closed));
+        assert_eq!(shared.under_way.load(Ordering::SeqCst), 0, "every place is free again");
+    }
+
+    fn no_disk() -> DiskReport {
+        DiskReport { driver: "none", file_system: String::new(), direct: false, flush: "none", depth: 0 }
     }
 }

@@ -22,7 +22,7 @@ use crate::error::Error;
 use crate::format::extent::{ItemKind, table_offset};
 use crate::format::root;
 use crate::format::superblock::{SUPERBLOCK_BYTES, Superblock, VShardState};
-use crate::map::Stream;
+use crate::map::{NodeIdx, Stream};
 use crate::pool::Frame;
 use crate::types::{BLOCK, Lsn, VShard};
 use smallvec::SmallVec;
@@ -67,6 +67,8 @@ pub(super) struct Checkpoint {
     pages_left: u64,
     /// Operations of this phase under way.
     ops: u32,
+    /// Nodes whose writes are under way.
+    nodes: Vec<NodeIdx>,
     /// Virtual shards with a new root, and its block.
     roots: Vec<(VShard, Frame)>,
     next: Option<Superblock>,
@@ -191,6 +193,7 @@ impl Shard {
     fn capture_vshard(&mut self, next: u16) {
         if u32::from(next) == self.limits.geometry.vshards_count {
             if self.checkpoint.ops == 0 {
+                std::mem::take(&mut self.checkpoint.nodes).into_iter().for_each(|node| self.map.unpin(node));
                 self.summaries.extend(self.extents.unsummarized());
                 self.summaries.sort();
                 self.summaries.dedup();
@@ -220,6 +223,7 @@ impl Shard {
         };
         let writes = self.map.capture(vshard, &mut self.arena, alloc, &mut retired);
         self.extents.captured(vshard, writes.iter().map(|w| w.place), retired);
+        self.checkpoint.nodes.extend(writes.iter().map(|w| w.node));
         self.stats.nodes_written += writes.len() as u64;
         self.stats.checksums += writes.len() as u64;
         let mut frame = self.arena.alloc(0).expect("a frame was ensured");
@@ -377,7 +381,7 @@ impl Shard {
         let freed = self.extents.end_checkpoint();
         self.summaries.extend(self.extents.filled());
         self.compacted.clear();
-        self.grow_failed_at = None;
+        self.note_reclaimed();
         tracing::debug!(shard = self.id.get(), %redo, freed_blocks = freed, "checkpoint");
         for token in std::mem::take(&mut self.checkpoint.waiters) {
             self.reply(token, Ok(Response::Checkpointed(redo)));

@@ -12,8 +12,9 @@ use super::requests::PendingKind;
 use super::{Change, Commit, NodeWaiter, Response, Shard};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::group::{RawChange, RawRecord};
+use crate::format::node::LEAF_ENTRIES;
 use crate::log::OpenSlot;
-use crate::map::Lookup;
+use crate::map::{Lookup, Map};
 use crate::types::{BLOCK, Lsn, PageKey};
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -34,8 +35,10 @@ pub(super) struct Need {
     slots: usize,
     /// Frames for new versions.
     frames: u32,
-    /// Changes: each may dirty a page and a path of the map.
+    /// Changes: each may dirty a page.
     pub changes: u64,
+    /// Map nodes that they may dirty.
+    pub nodes: u64,
     /// Only frees: they may use a reserve.
     pub frees_only: bool,
 }
@@ -51,9 +54,15 @@ enum Admission {
 }
 
 impl Need {
-    fn of(commit: &Commit) -> Need {
+    fn of(commit: &Commit, map: &Map) -> Need {
         let mut need = Need { record_bytes: size_of::<RawRecord>(), frees_only: true, ..Need::default() };
-        for (_, change) in &commit.changes {
+        let mut last = None;
+        for (key, change) in &commit.changes {
+            // Pages of one leaf share its path.
+            let leaf = (key.volume, key.page.get() / LEAF_ENTRIES as u64);
+            if last.replace(leaf) != Some(leaf) {
+                need.nodes += map.path_len(*key);
+            }
             need.record_bytes += size_of::<RawChange>();
             match change {
                 Change::Put(_) => need.slots += 1,
@@ -73,6 +82,7 @@ impl Need {
             slots: self.slots + other.slots,
             frames: self.frames + other.frames,
             changes: self.changes + other.changes,
+            nodes: self.nodes + other.nodes,
             frees_only: other.frees_only,
         }
     }
@@ -98,7 +108,7 @@ impl Shard {
                 continue;
             }
             let PendingKind::Commit(commit) = &self.pending[waiter].kind else { unreachable!("only commits") };
-            let with = need.plus(Need::of(commit));
+            let with = need.plus(Need::of(commit, &self.map));
             match self.admit(waiter, with, batch.is_empty()) {
                 Admission::Yes => {
                     self.ready.pop_front();
@@ -162,13 +172,9 @@ impl Shard {
             }
             return Admission::Stalled;
         }
-        let dirty_max = (self.limits.memory_blocks / 4) as u64;
-        if !first || self.reserved_blocks > 0 {
-            let dirty = self.reserved_blocks + need.changes;
-            if dirty > dirty_max || self.map.dirty_count() as u64 > dirty_max / 2 {
-                self.relieve();
-                return Admission::Stalled;
-            }
+        if !self.dirty_fits(need.changes, need.nodes, first) {
+            self.relieve();
+            return Admission::Stalled;
         }
         match self.admit_space(&need) {
             Ok(true) => {}
@@ -178,13 +184,28 @@ impl Shard {
         self.admit_memory(waiter, need.frames)
     }
 
+    /// Whether memory holds what would be dirty then: pages in a quarter of it, and map nodes in an eighth, of which a
+    /// checkpoint makes copies. One commit goes alone if it must.
+    fn dirty_fits(&self, changes: u64, nodes: u64, first: bool) -> bool {
+        let memory = u64::from(self.limits.memory_blocks);
+        let alone = first && self.reserved_blocks == 0;
+        let dirty_nodes = self.map.dirty_count() as u64;
+        (alone || self.reserved_blocks + changes <= memory / 4)
+            && (dirty_nodes == 0 || dirty_nodes + nodes <= memory / 8)
+    }
+
     /// Makes room in memory: dirty pages go to their places, dirty nodes too if there are many.
     fn relieve(&mut self) {
         self.log.open.urgent |= !self.log.open.is_empty();
         self.dirty_since = 0;
-        if self.map.dirty_count() as u32 > self.limits.memory_blocks / 16 {
+        if self.map.dirty_count() as u32 > self.limits.memory_blocks / 32 {
             self.need_checkpoint();
         }
+    }
+
+    /// So many that only a checkpoint should come now, and no more of them.
+    pub(super) fn dirty_nodes_are_many(&self) -> bool {
+        self.map.dirty_count() as u32 > self.limits.memory_blocks / 16
     }
 
     /// Frames for the new versions, and the map leaves in memory, pinned.
@@ -198,13 +219,7 @@ impl Shard {
             .sum();
         if !self.ensure_frames(frames + nodes + FRAMES_RESERVE) {
             self.relieve();
-            let hopeless = self.ops.is_empty() && self.dirty.is_empty() && self.log.in_flight.is_empty();
-            if hopeless && self.log.open.is_empty() && !self.checkpoint.is_active() && self.map.dirty_count() == 0 {
-                return Admission::No(Error::new(
-                    ErrorKind::Busy,
-                    "no memory is left: pages are pinned by readers; drop PageRefs, or open with more memory_bytes",
-                ));
-            }
+            self.memory_short = true;
             return Admission::Stalled;
         }
         for idx in changed {
@@ -238,7 +253,7 @@ impl Shard {
 
     /// Room in memory for a redo of `frames` pages, as for a commit.
     pub(super) fn admit_redo(&mut self, waiter: usize, frames: u32) -> bool {
-        if self.reserved_blocks > u64::from(self.limits.memory_blocks / 4) {
+        if !self.dirty_fits(u64::from(frames), 0, false) {
             self.relieve();
             return false;
         }
@@ -250,6 +265,25 @@ impl Shard {
             }
             _ => false,
         }
+    }
+
+    /// Refuses the first commit that waits for memory, and all reads that do: none of them would ever go on.
+    pub(super) fn refuse_for_memory(&mut self) {
+        let error = Error::new(
+            ErrorKind::Busy,
+            "no memory is left: pages are pinned by readers; drop PageRefs, or open with more memory_bytes",
+        );
+        self.refuse_reads(&error);
+        if let Some(waiter) = self.ready.pop_front() {
+            match self.pending[waiter].kind {
+                PendingKind::Redo(_) => {
+                    self.redo_error = Some(error);
+                    self.release(waiter);
+                }
+                _ => self.finish_commit(waiter, Err(error), Lsn::ZERO),
+            }
+        }
+        self.again = true;
     }
 
     /// Draws the LSNs of a turn's commits and carries them out.

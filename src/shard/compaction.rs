@@ -4,7 +4,8 @@
 //! 1. An item moves only if the map names this very place; everything else in the extent is dead already.
 //! 2. A moved page keeps its version; its old place is given back as any place that the map left.
 //! 3. A map node moves by being marked dirty: the next checkpoint writes it elsewhere.
-//! 4. One extent at a time, few pages at a time: commits and reads go on.
+//! 4. It stops for a checkpoint when many nodes are dirty: they can't leave memory before.
+//! 5. One extent at a time, few pages at a time: commits and reads go on.
 
 use super::requests::PendingKind;
 use super::{NodeWaiter, OpKind, Shard};
@@ -56,9 +57,8 @@ impl Shard {
         let bytes: Vec<u8> = into.iter().flat_map(|frame| frame.iter().copied()).collect();
         let crc = self.extents.summary_crc(extent);
         let items = completion.result.and_then(|()| {
-            decode_summary(self.superblock.store_id, extent, crc, &bytes).map_err(|what| {
-                Error::corrupt(format_args!("the summary of extent {} {what}", extent.get()))
-            })
+            decode_summary(self.superblock.store_id, extent, crc, &bytes)
+                .map_err(|what| Error::corrupt(format_args!("the summary of extent {} {what}", extent.get())))
         });
         let Some(compaction) = &mut self.compaction else { return };
         match items {
@@ -91,6 +91,11 @@ impl Shard {
                 c.next = c.items.len();
             }
             if c.waits_for_node || c.loading >= MOVES_MAX {
+                return;
+            }
+            if self.map.dirty_count() as u32 > self.limits.memory_blocks / 16 && c.next < c.items.len() {
+                // Every node that moves is dirty until a checkpoint has written it.
+                self.need_checkpoint();
                 return;
             }
             let Some(item) = c.items.get(c.next).copied() else { break };

@@ -101,7 +101,6 @@ impl Shard {
         self.log.in_flight.push_back(InFlight {
             number: position.number,
             first_lsn,
-            last_lsn,
             state: GroupState::Writing(1 + data_writes),
             segment: position.segment,
             wrote_data: data_writes > 0,

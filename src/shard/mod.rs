@@ -26,9 +26,9 @@ mod requests;
 mod space;
 mod writeback;
 
-pub use event::{Change, Commit, Effect, PageRef, Request, Response, Token};
 pub(crate) use checkpoint::NewEpoch;
 pub(crate) use commits::LSN_AHEAD_MAX;
+pub use event::{Change, Commit, Effect, PageRef, Request, Response, Token};
 use redo::Redoing;
 pub(crate) use redo::{RedoChange, RedoKind};
 
@@ -36,7 +36,6 @@ use crate::commit::GlobalOrder;
 use crate::disk::{Completion, DiskOp, OpId};
 use crate::error::{Error, ErrorKind};
 use crate::format::extent::NodeKey;
-use crate::format::node::Child;
 use crate::format::superblock::Superblock;
 use crate::log::{FlushSet, Log};
 use crate::map::{Extents, Map};
@@ -49,10 +48,10 @@ use crate::types::{ExtentNo, Micros, ShardId};
 use checkpoint::Checkpoint;
 use compaction::Compaction;
 use hashbrown::HashMap;
-use pages::{NodeWaiter, PageRead, Table};
+use pages::{NodeWaiter, NodeWanted, PageRead, Table};
 use requests::{Pending, Waiting};
 use slab::Slab;
-use space::Growth;
+use space::{Growth, Reclaiming};
 use std::collections::{BinaryHeap, VecDeque};
 use std::sync::Arc;
 use writeback::{Capture, Unsettled};
@@ -60,7 +59,7 @@ use writeback::{Capture, Unsettled};
 /// What an operation under way is for.
 enum OpKind {
     PageRead(Vec<PageRead>),
-    NodeRead(NodeKey, Child),
+    NodeRead(NodeWanted),
     /// The log write of a group.
     GroupLog(u64),
     /// Pages of a group, straight to their places.
@@ -101,7 +100,7 @@ pub struct Shard {
     waiting: BinaryHeap<Waiting>,
     waiting_seq: u64,
     node_waiters: HashMap<NodeKey, Vec<NodeWaiter>, foldhash::fast::FixedState>,
-    nodes_wanted: Vec<(NodeKey, Child)>,
+    nodes_wanted: Vec<NodeWanted>,
     reads_wanted: Vec<usize>,
     flushing: bool,
     /// Dirty pages in the order in which they became so.
@@ -122,8 +121,9 @@ pub struct Shard {
     growing: bool,
     grow_failed_at: Option<Micros>,
     stalled_for_space: bool,
-    /// Compactions since a commit found space: more than there are extents make none.
-    compactions_in_vain: u32,
+    /// Somebody waits for a frame.
+    memory_short: bool,
+    reclaiming: Reclaiming,
     closing: Option<Option<Token>>,
     closed: bool,
     failed: Option<Error>,
@@ -194,7 +194,8 @@ impl Shard {
             growing: false,
             grow_failed_at: None,
             stalled_for_space: false,
-            compactions_in_vain: 0,
+            memory_short: false,
+            reclaiming: Reclaiming::default(),
             closing: None,
             closed: false,
             failed: None,
@@ -217,6 +218,7 @@ impl Shard {
         self.now = self.now.max(now);
         for _ in 0..16 {
             self.again = false;
+            self.memory_short = false;
             self.finish_ready();
             self.run_commits();
             self.advance_groups();
@@ -230,6 +232,10 @@ impl Shard {
             if !self.again {
                 break;
             }
+        }
+        // Nothing is under way that could give memory back: it is in the hands of readers.
+        if self.memory_short && self.ops.is_empty() {
+            self.refuse_for_memory();
         }
     }
 
@@ -269,7 +275,7 @@ impl Shard {
         let kind = self.ops.remove(completion.id.0 as usize);
         match kind {
             OpKind::PageRead(reads) => self.pages_read(reads, completion),
-            OpKind::NodeRead(key, child) => self.node_read(key, child, completion),
+            OpKind::NodeRead(wanted) => self.node_read(wanted, completion),
             OpKind::GroupLog(number) => self.group_written(number, completion.result),
             OpKind::GroupData(number, captures) => {
                 let ok = completion.result.is_ok();
@@ -308,6 +314,19 @@ impl Shard {
     /// The sizes of the store.
     pub(crate) fn geometry(&self) -> &crate::options::Geometry {
         &self.limits.geometry
+    }
+
+    /// What one commit may count at most.
+    pub(crate) fn txn_bytes_max(&self) -> u64 {
+        self.limits.txn_bytes_max
+    }
+
+    /// What is in memory, in words.
+    fn memory(&self) -> String {
+        let with_frame = self.table.pages.iter().filter(|(_, page)| page.frame.is_some()).count();
+        let (nodes, pinned) = self.map.in_memory();
+        let pages = self.table.pages.len();
+        format!("{with_frame} of {pages} pages with their bytes, {nodes} nodes, {pinned} of them pinned")
     }
 
     /// Why it stopped, if it did.
@@ -417,6 +436,7 @@ impl std::fmt::Debug for Shard {
             .field("captures", &self.captures.len())
             .field("reserved_blocks", &self.reserved_blocks)
             .field("dirty_nodes", &self.map.dirty_count())
+            .field("memory", &self.memory())
             .field("checkpoint", &self.checkpoint)
             .field("space", &self.extents.space())
             .field("left", &self.extents.left_count())

@@ -137,7 +137,7 @@ impl Table {
 
     /// Drops one idle page that has memory, by the clock; pages without memory are dropped on the way.
     fn evict_one(&mut self) -> bool {
-        for _ in 0..self.pages.len() * 2 + 2 {
+        for _ in 0..self.pages.capacity() * 2 {
             self.hand = if self.hand + 1 >= self.pages.capacity() { 0 } else { self.hand + 1 };
             let Some(page) = self.pages.get_mut(self.hand) else { continue };
             if !page.is_idle() || std::mem::take(&mut page.used) {
@@ -159,6 +159,14 @@ pub(super) enum NodeWaiter {
     Page(usize),
     Request(usize),
     Compaction,
+}
+
+/// A node that is to be read.
+pub(super) struct NodeWanted {
+    key: NodeKey,
+    child: Child,
+    /// Pinned meanwhile: a node is in memory only while its parent is.
+    parent: Option<NodeIdx>,
 }
 
 /// One page of a read under way.
@@ -250,22 +258,24 @@ impl Shard {
         let waiters = self.node_waiters.entry(key).or_default();
         waiters.push(waiter);
         if waiters.len() == 1 {
-            self.nodes_wanted.push((key, child));
+            let parent = self.map.pin_parent(key);
+            self.nodes_wanted.push(NodeWanted { key, child, parent });
         }
     }
 
     /// Submits the reads that were asked for in this turn, sorted and merged.
     pub(super) fn submit_reads(&mut self) {
-        while let Some((key, child)) = self.nodes_wanted.pop() {
+        while let Some(wanted) = self.nodes_wanted.pop() {
             if !self.ensure_frames(1) {
-                self.nodes_wanted.push((key, child));
+                self.nodes_wanted.push(wanted);
+                self.memory_short = true;
                 break;
             }
             let frame = self.arena.alloc(0).expect("a frame was ensured");
             self.stats.device_reads += 1;
-            let offset = child.place().offset(self.limits.geometry.extent_bytes);
+            let offset = wanted.child.place().offset(self.limits.geometry.extent_bytes);
             let into = std::iter::once(frame).collect();
-            self.submit(OpKind::NodeRead(key, child), DiskOp::Read { file: FileId::Data, offset, into });
+            self.submit(OpKind::NodeRead(wanted), DiskOp::Read { file: FileId::Data, offset, into });
         }
         let mut blocks = Vec::new();
         let mut later = Vec::new();
@@ -283,12 +293,24 @@ impl Shard {
                 _ => page.loading = false,
             }
         }
+        self.memory_short |= !later.is_empty();
         self.reads_wanted = later;
         for run in coalesce::plan(blocks, self.limits.vectored_pages_max) {
             self.stats.device_reads += 1;
             let (reads, into): (Vec<_>, _) = run.items.into_iter().unzip::<_, _, Vec<_>, smallvec::SmallVec<_>>();
             let offset = run.place.offset(self.limits.geometry.extent_bytes);
             self.submit(OpKind::PageRead(reads), DiskOp::Read { file: FileId::Data, offset, into });
+        }
+    }
+
+    /// Ends the reads that wait for memory.
+    pub(super) fn refuse_reads(&mut self, error: &Error) {
+        for idx in std::mem::take(&mut self.reads_wanted) {
+            self.table.pages[idx].loading = false;
+            self.fail_waiters(idx, error);
+        }
+        for wanted in std::mem::take(&mut self.nodes_wanted) {
+            self.node_arrived(wanted, Err(error.clone()));
         }
     }
 
@@ -332,7 +354,8 @@ impl Shard {
     }
 
     /// A node arrives from the device.
-    pub(super) fn node_read(&mut self, key: NodeKey, child: Child, completion: Completion) {
+    pub(super) fn node_read(&mut self, wanted: NodeWanted, completion: Completion) {
+        let NodeWanted { key, child, .. } = wanted;
         let DiskOp::Read { mut into, .. } = completion.op else { unreachable!("a read completes as a read") };
         let frame = into.pop().expect("a node is one frame");
         self.stats.checksums += 1;
@@ -341,11 +364,17 @@ impl Shard {
             Ok(()) => Err(damaged(&format!("map node {key:?}"), child.place())),
             Err(error) => Err(error),
         };
-        let waiters = self.node_waiters.remove(&key).unwrap_or_default();
         if result.is_ok() {
             self.map.insert_loaded(key, child.place(), frame);
         }
-        for waiter in waiters {
+        self.node_arrived(wanted, result);
+    }
+
+    /// The node is in memory, or will not come: those who wait for it go on.
+    fn node_arrived(&mut self, wanted: NodeWanted, result: Result<(), Error>) {
+        let key = wanted.key;
+        wanted.parent.into_iter().for_each(|parent| self.map.unpin(parent));
+        for waiter in self.node_waiters.remove(&key).unwrap_or_default() {
             match waiter {
                 NodeWaiter::Page(idx) => {
                     self.table.pages[idx].resolving = false;

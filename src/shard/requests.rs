@@ -113,9 +113,7 @@ impl Shard {
                 self.order.next()
             ))),
             Request::WaitDurable(lsn) if *lsn <= self.order.watermark() => Ok(()),
-            Request::Flush | Request::WaitDurable(_) | Request::Checkpoint => {
-                self.failed.clone().map_or(Ok(()), Err)
-            }
+            Request::Flush | Request::WaitDurable(_) | Request::Checkpoint => self.failed.clone().map_or(Ok(()), Err),
             Request::Read(_) | Request::Stats | Request::Close => Ok(()),
         }
     }

@@ -17,11 +17,11 @@ use crate::types::{BLOCK, Micros, Place};
 /// Above this share of live blocks the space grows, below it it is compacted.
 const FILL_PERCENT: u64 = 70;
 /// Extents that commits leave to map nodes, checkpoints and compaction; frees may use half of them.
-const RESERVE_EXTENTS: u64 = 6;
-/// Extents by which recovery and checkpoints may pass `data_bytes_max`: each crash leaves the extents that were being
-/// filled half empty, and only compaction, which comes after recovery, gives them back. Without it a full store
-/// could not be opened again.
-const OVERDRAFT_EXTENTS: u32 = 24;
+const RESERVE_EXTENTS: u64 = 8;
+/// Extents beyond `data_bytes_max` that the engine may take for itself, to finish a recovery or a checkpoint.
+const BEYOND_EXTENTS: u32 = 64;
+/// Checkpoints in a row without a gain, while a commit waits for space, after which there is none to be had.
+const FRUITLESS_MAX: u32 = 4;
 /// After a failed growth the next is tried this much later.
 pub(super) const GROW_RETRY_US: Micros = 1_000_000;
 
@@ -30,6 +30,17 @@ pub(super) const GROW_RETRY_US: Micros = 1_000_000;
 pub(super) struct Growth {
     to: u32,
     table_done: bool,
+}
+
+/// Whether reclaiming still helps.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Reclaiming {
+    /// Free blocks at most since a commit had to wait.
+    best: u64,
+    /// Checkpoints since `best` was reached.
+    fruitless: u32,
+    /// Live blocks when it was given up: it is tried again when something was freed.
+    given_up_at: Option<u64>,
 }
 
 impl Shard {
@@ -59,16 +70,16 @@ impl Shard {
 
     /// Whether a commit's pages and map nodes will find space. `Ok(false)`: not yet.
     pub(super) fn admit_space(&mut self, need: &Need) -> Result<bool> {
-        // Each change may take a block as a slot and another later, and dirty a leaf and its parents.
-        let blocks = if need.frees_only { 2 * need.changes } else { 4 * need.changes };
+        // Each change may take a block as a slot and another later; its map nodes come on top.
+        let blocks = 2 * need.changes + need.nodes;
         let reserve = RESERVE_EXTENTS * u64::from(self.extents.data_blocks());
         let reserve = if need.frees_only { reserve / 2 } else { reserve };
-        if self.free_blocks() >= self.owed_blocks() + blocks + reserve {
-            self.compactions_in_vain = 0;
+        let wanted = self.owed_blocks() + blocks + reserve;
+        if self.free_blocks() >= wanted {
+            self.reclaiming = Reclaiming::default();
             return Ok(true);
         }
         self.stalled_for_space = true;
-        let wanted = self.owed_blocks() + blocks + reserve;
         if self.reclaim(wanted) {
             return Ok(false);
         }
@@ -83,57 +94,73 @@ impl Shard {
         ))
     }
 
+    /// A checkpoint has ended: what was retired is free.
+    pub(super) fn note_reclaimed(&mut self) {
+        let free = self.free_blocks();
+        let r = &mut self.reclaiming;
+        if free > r.best {
+            *r = Reclaiming { best: free, ..Reclaiming::default() };
+        } else if self.stalled_for_space {
+            r.fruitless += 1;
+        }
+    }
+
+    fn named_blocks(&self) -> u64 {
+        self.extents.space().live_blocks.saturating_sub(self.extents.left_count() as u64)
+    }
+
     /// Room for the nodes of one virtual shard; if not, space is made.
     pub(super) fn space_for_nodes(&mut self, nodes: u32) -> bool {
         if self.free_blocks() > u64::from(nodes) {
             return true;
         }
         self.stalled_for_space = true;
-        if !self.growing && !self.grow_up_to(self.limits.data_extents_max.saturating_add(OVERDRAFT_EXTENTS)) {
+        if !self.growing && !self.grow(BEYOND_EXTENTS) {
             let context = "no space is left for the page map, and the data space can't grow";
             self.fail(Error::new(ErrorKind::Full, context));
         }
         false
     }
 
-    /// Blocks that would be free if nothing dead were left anywhere: compaction can't make more.
+    /// Blocks that would be free if nothing dead were left anywhere: reclaiming can't make more.
     fn spare_blocks(&self) -> u64 {
         let space = self.extents.space();
-        let live = space.live_blocks.saturating_sub(self.extents.left_count() as u64);
-        (u64::from(space.total) * u64::from(space.data_blocks)).saturating_sub(live)
+        (u64::from(space.total) * u64::from(space.data_blocks)).saturating_sub(self.named_blocks())
     }
 
     /// Whether space is being made, or can be, for `wanted` free blocks in all; does what is next for it.
-    ///
-    /// It ends: what was left and what is dirty is written once, and compactions that don't help are counted.
     fn reclaim(&mut self, wanted: u64) -> bool {
         if self.growing || self.checkpoint_under_way() || self.compaction.is_some() || !self.moves.is_empty() {
             return true;
         }
-        let hopeless = self.spare_blocks() < wanted || self.compactions_in_vain > 2 * self.extents.space().total;
-        if (self.wants_growth() || hopeless) && self.grow() {
+        if self.wants_growth() && self.grow(0) {
             return true;
         }
-        if self.extents.left_count() > 0 {
-            self.need_checkpoint();
-            return true;
+        if self.spare_blocks() < wanted {
+            return self.grow(0);
         }
-        if self.reserved_blocks > 0 || self.page_writes > 0 || self.map.dirty_count() > 0 {
+        let named = self.named_blocks();
+        if self.reclaiming.given_up_at.is_some_and(|at| named >= at) {
+            return self.grow(0);
+        }
+        if self.reclaiming.fruitless >= FRUITLESS_MAX {
+            self.reclaiming = Reclaiming { given_up_at: Some(named), ..Reclaiming::default() };
+            return self.grow(0);
+        }
+        let is_dirty = self.reserved_blocks > 0 || self.page_writes > 0 || self.map.dirty_count() > 0;
+        if self.extents.left_count() > 0 || is_dirty {
             // What is dirty leaves places when it is written.
             self.need_checkpoint();
             return true;
         }
-        if !hopeless && self.begin_compaction() {
-            self.compactions_in_vain += 1;
-            return true;
-        }
-        self.grow()
+        self.begin_compaction() || self.grow(0)
     }
 
     /// Whether most of the space is live, so that reclaiming would give little.
     fn wants_growth(&self) -> bool {
         let space = self.extents.space();
-        let live = space.live_blocks.saturating_sub(self.extents.left_count() as u64) + self.owed_blocks();
+        let reserve = RESERVE_EXTENTS * u64::from(space.data_blocks);
+        let live = self.named_blocks() + self.owed_blocks() + reserve;
         live * 100 > u64::from(space.total) * u64::from(space.data_blocks) * FILL_PERCENT
     }
 
@@ -147,35 +174,30 @@ impl Shard {
         if self.free_blocks() >= low + self.owed_blocks() {
             return;
         }
-        let hopeless = self.spare_blocks() < low + self.owed_blocks();
-        if (self.wants_growth() || hopeless || self.redoing.is_some()) && self.grow() {
+        if (self.wants_growth() && self.grow(0)) || (self.redoing.is_some() && self.grow(BEYOND_EXTENTS)) {
             return;
         }
         if self.checkpoint_under_way() || self.compaction.is_some() {
             return;
         }
-        let left = self.extents.left_count() as u64;
-        if left >= low / 4 {
-            self.need_checkpoint();
-        } else if !self.begin_compaction() && left > 0 && self.stalled_for_space {
+        // Dirty nodes leave their places with the next checkpoint.
+        let left = (self.extents.left_count() + self.map.dirty_count()) as u64;
+        let pays = left >= low / 4 || self.dirty_nodes_are_many();
+        if pays || (!self.begin_compaction() && left > 0 && self.stalled_for_space) {
             self.need_checkpoint();
         }
     }
 
-    /// Begins to grow the data space; false if it can't.
-    fn grow(&mut self) -> bool {
-        let overdraft = if self.redoing.is_some() { OVERDRAFT_EXTENTS } else { 0 };
-        self.grow_up_to(self.limits.data_extents_max.saturating_add(overdraft))
-    }
-
-    fn grow_up_to(&mut self, extents_max: u32) -> bool {
+    /// Begins to grow the data space, at most `beyond` extents past its limit; false if it can't.
+    fn grow(&mut self, beyond: u32) -> bool {
         let space = self.extents.space();
         let waits = self.grow_failed_at.is_some_and(|at| self.now < at + GROW_RETRY_US);
-        if self.growing || waits || space.total >= extents_max {
+        let most = self.limits.data_extents_max.saturating_add(beyond);
+        if self.growing || waits || space.total >= most {
             return self.growing;
         }
         let chunk = (space.total / 8).clamp(4, 64);
-        let to = space.total.saturating_add(chunk).min(extents_max);
+        let to = space.total.saturating_add(chunk).min(most);
         self.growing = true;
         let table = |extents: u32| table_offset(extents.div_ceil(TABLE_ROWS), 0);
         let growth = Growth { to, table_done: false };

@@ -24,7 +24,7 @@ impl World {
     /// Asks for something, or lets time pass.
     pub(super) fn step(&mut self) -> Outcome {
         if self.oracle.outstanding() < self.workload.profile.in_flight && self.rng.chance(60) {
-            let ask = self.workload.next();
+            let ask = self.workload.next_ask();
             if ask == Ask::Idle {
                 return self.idle();
             }
@@ -65,10 +65,10 @@ impl World {
             None if self.idle_turns < 2 => {}
             None => return Err(format!("nothing is in flight and no deadline is set: {}", self.waiting())),
         }
-        if let Some((since, _)) = self.oracle.oldest() {
-            if self.disk.now() > since + PATIENCE_US {
-                return Err(format!("no answer for {} s: {}", PATIENCE_US / 1_000_000, self.waiting()));
-            }
+        if let Some((since, _)) = self.oracle.oldest()
+            && self.disk.now() > since + PATIENCE_US
+        {
+            return Err(format!("no answer for {} s: {}", PATIENCE_US / 1_000_000, self.waiting()));
         }
         self.turn()
     }

@@ -76,12 +76,7 @@ impl Engine for Shard {
 }
 
 /// Opens a real store.
-pub fn open_store(
-    disk: &mut dyn Disk,
-    options: &Options,
-    seed: u64,
-    now: Micros,
-) -> Result<(Box<dyn Engine>, Opened)> {
+pub fn open_store(disk: &mut dyn Disk, options: &Options, seed: u64, now: Micros) -> Result<(Box<dyn Engine>, Opened)> {
     let (shard, report) = crate::recovery::open(disk, options, seed, now)?;
     let opened = Opened { created: report.created, clean: report.clean, cut: report.cut };
     Ok((Box::new(shard), opened))

@@ -215,8 +215,7 @@ fn crashes_of_full_stores_lose_nothing() {
     for seed in 1..=25 {
         let mut rng = Rng::new(seed);
         let options = workload::options(&mut rng);
-        let options =
-            Options { data_bytes_max: rng.within(14, 22) * options.geometry.extent_bytes, ..options };
+        let options = Options { data_bytes_max: rng.within(14, 22) * options.geometry.extent_bytes, ..options };
         let plan = Plan { options: Some(options), ..plan(seed) };
         match super::world::run(&plan) { Ok(t) => total.add(&t), Err(f) => println!("FAIL {f}") }
     }

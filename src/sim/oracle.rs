@@ -189,11 +189,9 @@ impl Oracle {
     pub fn on_request(&mut self, token: Token, request: &Request, now: Micros) {
         let what = match request {
             Request::Read(keys) => Kind::Read(keys.to_vec()),
-            Request::Commit(Commit { reads, changes, durable }) => Kind::Commit(Commit {
-                reads: reads.clone(),
-                changes: changes.clone(),
-                durable: *durable,
-            }),
+            Request::Commit(Commit { reads, changes, durable }) => {
+                Kind::Commit(Commit { reads: reads.clone(), changes: changes.clone(), durable: *durable })
+            }
             Request::Flush => Kind::Flush,
             Request::WaitDurable(lsn) => Kind::WaitDurable(*lsn),
             Request::Checkpoint => Kind::Checkpoint,
@@ -315,9 +313,7 @@ impl Oracle {
         let all = commit.reads.iter().flat_map(|&(key, _)| self.model.since(key, asked.seen));
         let mut moments: Vec<Lsn> = all.map(|version| version.lsn.max(asked.seen)).collect();
         moments.push(asked.seen);
-        let right = |&moment: &Lsn| {
-            commit.reads.iter().all(|&(key, read)| self.model.at(key, moment).told() == read)
-        };
+        let right = |&moment: &Lsn| commit.reads.iter().all(|&(key, read)| self.model.at(key, moment).told() == read);
         if !moments.iter().any(right) {
             return Err(format!("its reads {:?} were never all current while it was under way", commit.reads));
         }

@@ -36,11 +36,11 @@ impl Rng {
 
     /// An independent stream; `purpose` keeps forks of one parent apart.
     pub fn fork(&mut self, purpose: u64) -> Self {
-        Rng::new(self.next() ^ mix(purpose))
+        Rng::new(self.draw() ^ mix(purpose))
     }
 
     /// 64 random bits.
-    pub fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         let s = &mut self.state;
         let result = s[0].wrapping_add(s[3]).rotate_left(23).wrapping_add(s[0]);
         let t = s[1] << 17;
@@ -56,7 +56,7 @@ impl Rng {
     /// A number below `bound`, which is not zero.
     pub fn below(&mut self, bound: u64) -> u64 {
         assert!(bound > 0, "nothing is below zero");
-        ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
+        ((u128::from(self.draw()) * u128::from(bound)) >> 64) as u64
     }
 
     /// A number from `low` to `high`, both included.
@@ -100,11 +100,11 @@ mod tests {
     #[test]
     fn a_seed_means_the_same_numbers_for_ever() {
         let mut rng = Rng::new(1);
-        let drawn: Vec<u64> = (0..3).map(|_| rng.next()).collect();
+        let drawn: Vec<u64> = (0..3).map(|_| rng.draw()).collect();
         let mut again = Rng::new(1);
-        assert_eq!(drawn, (0..3).map(|_| again.next()).collect::<Vec<_>>());
+        assert_eq!(drawn, (0..3).map(|_| again.draw()).collect::<Vec<_>>());
         let mut fork = again.fork(7);
-        assert_ne!(fork.next(), again.next());
+        assert_ne!(fork.draw(), again.draw());
     }
 
     /// A generator that never reaches a bound would leave cases out for ever.

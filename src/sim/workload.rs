@@ -126,7 +126,7 @@ fn universe(rng: &mut Rng) -> Vec<PageKey> {
         let start = *rng.pick(&[0, 1, 500, 1 << 20, u64::MAX - 400]);
         let lone_percent = *rng.pick(&[0, 5, 20]);
         for n in 0..count {
-            let any = rng.next();
+            let any = rng.draw();
             let id = match rng.chance(lone_percent) {
                 true => *rng.pick(&[any, n << 9, n << 18, 1 << (n % 64), u64::MAX - n]),
                 false => start.wrapping_add(n),
@@ -208,7 +208,7 @@ impl Workload {
     }
 
     /// The next thing to do.
-    pub fn next(&mut self) -> Ask {
+    pub fn next_ask(&mut self) -> Ask {
         ASKS[self.rng.weighted(&self.profile.weights)].0
     }
 

@@ -10,12 +10,12 @@
 //!
 //! It does *not* judge; see `oracle`.
 
-use super::drive::IDLE_TURNS_MAX;
 use super::disk::{Fault, Latency, Loss, SimDisk};
+use super::drive::IDLE_TURNS_MAX;
 use super::engine::{Engine, Opened};
 use super::oracle::Oracle;
-pub use super::plan::{Failure, Plan, Tally};
 use super::plan::tolerance;
+pub use super::plan::{Failure, Plan, Tally};
 use super::rng::{Rng, mix};
 use super::workload::{Ask, Profile, Workload};
 use crate::error::Result as StoreResult;
@@ -72,7 +72,7 @@ impl World {
         let options = plan.options.clone().unwrap_or(options);
         let profile = Profile::random(&mut rng);
         let profile = plan.profile.clone().unwrap_or(profile);
-        let disk = SimDisk::new(rng.next());
+        let disk = SimDisk::new(rng.draw());
         let slow = rng.within(1, 8);
         let usual = Latency::default();
         let latency = Latency { flush: (usual.flush.0 * slow, usual.flush.1 * slow), ..usual };
@@ -135,7 +135,7 @@ impl World {
                 self.disk.cut_power_after(self.rng.within(1, self.recovery_events));
             }
             let now = self.disk.now();
-            let opened = (self.plan.open)(&mut self.disk.clone(), &self.options, self.rng.next(), now);
+            let opened = (self.plan.open)(&mut self.disk.clone(), &self.options, self.rng.draw(), now);
             self.check_disk()?;
             if self.disk.is_off() {
                 self.tally.crashes_in_recovery += 1;
@@ -194,7 +194,7 @@ impl World {
     pub(super) fn close(&mut self) -> Outcome {
         self.ask(Request::Close);
         if self.rng.one_in(2) {
-            let late = self.workload.next();
+            let late = self.workload.next_ask();
             if late != Ask::Idle {
                 let request = self.workload.request(late, &self.oracle);
                 self.ask(request);

@@ -70,6 +70,12 @@ impl Store {
         &self.inner.runtime.recovery
     }
 
+    /// The most that one commit may count: 4 KiB for each page written or patched, 512 bytes for each page freed.
+    /// It is `Options::txn_bytes_max`, or less where the memory or the log segments ask for it.
+    pub fn txn_bytes_max(&self) -> u64 {
+        self.inner.runtime.txn_bytes_max
+    }
+
     /// What the machine really gives: direct I/O, file system, flush method.
     pub fn disk_report(&self) -> &DiskReport {
         &self.inner.runtime.disk
@@ -108,8 +114,10 @@ impl Store {
                 "volume name {name:?}: it must have 1 to 255 bytes and no control characters"
             )));
         }
-        if bytes == 0 || bytes % BLOCK as u64 != 0 {
-            return Err(Error::invalid(format_args!("a volume of {bytes} bytes: it must be a multiple of {BLOCK}, not 0")));
+        if bytes == 0 || !bytes.is_multiple_of(BLOCK as u64) {
+            return Err(Error::invalid(format_args!(
+                "a volume of {bytes} bytes: it must be a multiple of {BLOCK}, not 0"
+            )));
         }
         loop {
             match self.try_create(name, bytes).await {
@@ -131,8 +139,8 @@ impl Store {
             }
         }
         let key = free.ok_or_else(|| Error::invalid("there are 247 volumes, the most that a store can have"))?;
-        // Everything was read: two creations at the same time can't take the same name or number.
-        let reads = keys.iter().zip(&pages).map(|(key, page)| (*key, page.lsn())).collect();
+        // Numbers are given in order, so two creations at a time, of the same name or not, meet at the first free page.
+        let reads = keys.iter().zip(&pages).take_while(|(k, _)| **k <= key).map(|(k, page)| (*k, page.lsn())).collect();
         let record = Bytes::from(catalog::encode(name, bytes));
         self.commit(Commit { reads, changes: vec![(key, Change::Put(record))], durable: true }).await?;
         Ok(Volume::new(self.clone(), VolumeId::new(key.page.get() as u8), name, bytes))
@@ -206,6 +214,11 @@ impl Store {
             return Err(Error::new(ErrorKind::Closed, "the store is closed; open it again"));
         }
         let result = self.ask(Request::Close).await.map(drop);
+        if result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Busy) {
+            // It did not get through: the store is open, and the next call may close it.
+            *self.inner.closing.lock().unwrap_or_else(PoisonError::into_inner) = false;
+            return result;
+        }
         self.inner.runtime.ended().await;
         result
     }

@@ -26,8 +26,7 @@ struct Driver {
 }
 
 fn options() -> Options {
-    let geometry =
-        Geometry { extent_bytes: 64 << 10, segment_bytes: 128 << 10, segments_count: 4, vshards_count: 4 };
+    let geometry = Geometry { extent_bytes: 64 << 10, segment_bytes: 128 << 10, segments_count: 4, vshards_count: 4 };
     Options { geometry, memory_bytes: 4 << 20, ..Options::default() }
 }
 
@@ -96,7 +95,7 @@ fn reference_store() -> (SimDisk, Model) {
                 0 => Change::Free,
                 1 | 2 => Change::Patch { offset: rng.below(4000) as u32, bytes: Bytes::from(vec![round as u8; 90]) },
                 _ => {
-                    let word = rng.next().to_le_bytes();
+                    let word = rng.draw().to_le_bytes();
                     Change::Put(word.iter().copied().cycle().take(BLOCK).collect())
                 }
             };
@@ -242,7 +241,8 @@ fn damage_of_every_structure_is_named_and_never_served() {
             }
         }
     }
-    let missing: Vec<_> = KINDS.iter().flat_map(|k| (0..4).map(move |n| (*k, n))).filter(|x| !seen.contains(x)).collect();
+    let missing: Vec<_> =
+        KINDS.iter().flat_map(|k| (0..4).map(move |n| (*k, n))).filter(|x| !seen.contains(x)).collect();
     assert_eq!(missing, [], "these were never tried");
     // What nothing refers to may hold anything.
     let dead = &places["nothing"];

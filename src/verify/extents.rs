@@ -90,7 +90,9 @@ impl Verifier<'_> {
         let at = (FileId::Data, place.offset(superblock.geometry.extent_bytes));
         let read = self.read(at.0, at.1, summary_blocks(blocks) as usize * BLOCK).map_err(|error| error.to_string());
         let decoded = read
-            .and_then(|bytes| decode_summary(superblock.store_id, no, row.summary_crc.get(), &bytes).map_err(str::to_string))
+            .and_then(|bytes| {
+                decode_summary(superblock.store_id, no, row.summary_crc.get(), &bytes).map_err(str::to_string)
+            })
             .and_then(|items| {
                 let named_mix = items.into_iter().filter(|item| named.has(item.block)).fold(0, |sum, i| sum ^ mix(i));
                 match map_is_whole && named_mix != named.mix {

@@ -18,7 +18,7 @@ impl Verifier<'_> {
     /// Checks all copies; returns the superblock with which the store would be opened.
     pub(super) fn superblock(&mut self) -> Result<Option<Superblock>> {
         let newest = match find_superblock(self.disk, &mut self.arena) {
-            Ok((newest, _)) => Some(newest),
+            Ok(found) => Some(found.superblock),
             Err(error) if error.kind() == ErrorKind::Corrupt => {
                 self.damaged("the superblock", (FileId::Meta, 0), error, "the whole store: it can't be opened");
                 None

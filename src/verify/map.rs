@@ -4,9 +4,9 @@
 //! 1. A node is taken apart only after its sum was found right; a wrong one ends this branch and no other.
 //! 2. The depth is that of the tree's top, which is bounded; no node can lead back up.
 
+use super::Verifier;
 use super::extents::Named;
 use super::head::Trees;
-use super::Verifier;
 use crate::checksum::crc32c;
 use crate::disk::FileId;
 use crate::error::Result;
@@ -36,7 +36,8 @@ impl Walk<'_> {
     /// The map names `what` at `place`; the message says why that can't be.
     fn name(&mut self, place: Place, what: ItemKind) -> Result<(), &'static str> {
         let item = Item { block: place.block, what };
-        let extent = self.extents.get_mut(place.extent.index()).ok_or("is said to lie in an extent that does not exist")?;
+        let extent =
+            self.extents.get_mut(place.extent.index()).ok_or("is said to lie in an extent that does not exist")?;
         extent.name(item, self.data_blocks)
     }
 

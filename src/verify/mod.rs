@@ -21,7 +21,7 @@ mod head;
 mod log;
 mod map;
 
-use crate::disk::portable::{Access, PortableDisk, PortableOptions};
+use crate::disk::portable::{Access, PortableDisk};
 use crate::disk::{Disk, FileId};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::Arena;
@@ -107,9 +107,7 @@ impl fmt::Display for VerifyReport {
 /// `NotFound` if there is no store, `InUse` if a process has it open, `Unsupported` for another format version, `Io`
 /// if its files can't be opened. Damage is no error: it is in the report.
 pub fn verify(dir: &Path) -> Result<VerifyReport> {
-    // One operation at a time is asked for.
-    let options = PortableOptions { workers_count: 1, ..PortableOptions::default() };
-    let mut disk = PortableDisk::open_with(dir, Access::ReadOnly, &options)?;
+    let mut disk = PortableDisk::open(dir, Access::ReadOnly)?;
     verify_disk(&mut disk)
 }
 

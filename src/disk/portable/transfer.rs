@@ -37,7 +37,7 @@ pub(super) fn carry_out(directory: &Directory, files: &[Arc<StoreFile>], op: &mu
     let context = |what: &str, id, offset: u64, len: u64, e: io::Error| {
         directory.error(id, format_args!("{what} of {len} bytes at {offset} of"), e)
     };
-    let len = op.len();
+    let len = op.bytes();
     match op {
         DiskOp::Read { file, offset, into } => {
             let open = existing(directory, files, *file)?;
@@ -196,9 +196,10 @@ fn write_zeros(file: &File, from: u64, to: u64) -> rustix::io::Result<()> {
         return Ok(());
     }
     // Asking for the space at once keeps it in one piece. Some file systems can't; then the writes below get it.
-    match rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, from, to - from) {
-        Err(e @ (Errno::NOSPC | Errno::DQUOT)) => return Err(e),
-        _ => {}
+    if let Err(e @ (Errno::NOSPC | Errno::DQUOT)) =
+        rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, from, to - from)
+    {
+        return Err(e);
     }
     let mut at = from;
     while at < to {

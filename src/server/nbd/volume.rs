@@ -11,7 +11,7 @@ use super::proto::Errno;
 use super::span::{self, PAGE, Span, spans};
 use super::{Export, Exports};
 use bytes::Bytes;
-use corepage::{Change, Durability, Error, ErrorKind, Options, PageId, Store, Volume};
+use corepage::{Change, Durability, Error, ErrorKind, PageId, Store, Volume};
 use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -44,10 +44,9 @@ pub struct VolumeExport {
 }
 
 impl StoreExports {
-    /// The volumes of `store`, which was opened with `options`.
-    pub fn new(store: Store, options: &Options) -> Self {
-        // The store holds a commit to a quarter of its memory, too.
-        let commit_bytes_max = options.txn_bytes_max.min(options.memory_bytes / 4);
+    /// The volumes of `store`.
+    pub fn new(store: Store) -> Self {
+        let commit_bytes_max = store.txn_bytes_max();
         StoreExports { store, commit_bytes_max }
     }
 }

@@ -72,9 +72,7 @@ impl Fate {
         match self.loss {
             Loss::Everything => false,
             Loss::Nothing | Loss::Process => true,
-            Loss::Sectors(percent) => {
-                self.roll([version.op, (file << 48) + block, sector as u64]) % 100 < percent
-            }
+            Loss::Sectors(percent) => self.roll([version.op, (file << 48) + block, sector as u64]) % 100 < percent,
             Loss::Writes(percent) => self.roll([version.op, 0, 0]) % 100 < percent,
             Loss::Prefixes => {
                 // Mostly short of the end, often whole: the length is not known here, so draw up to 64 blocks.
@@ -93,7 +91,7 @@ impl SimDisk {
     /// The disk as it is found after a crash now; the one that crashed stays as it is.
     pub fn crash(&self, loss: Loss, rng: &mut Rng) -> SimDisk {
         let state = self.0.borrow();
-        let fate = Fate { loss, salt: rng.next() };
+        let fate = Fate { loss, salt: rng.draw() };
         let mut files = state.files.clone();
         let landing = if state.is_off { state.landing.clone() } else { state.in_flight_now() };
         let mut counters = DiskCounters { crashes: 1, ..Default::default() };
@@ -154,8 +152,7 @@ fn land(
                 let cut = ((reach - index * SECTORS) * SECTOR).min(BLOCK);
                 let mut bytes = **old.visible();
                 bytes[..cut].copy_from_slice(&block[..cut]);
-                let version =
-                    Version { op: *number, index: index as u32, done, doomed: false, bytes: Rc::new(bytes) };
+                let version = Version { op: *number, index: index as u32, done, doomed: false, bytes: Rc::new(bytes) };
                 content.write(first + index as u64, version);
             }
         }

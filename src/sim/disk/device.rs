@@ -8,9 +8,9 @@
 //!
 //! It does *not* make crash images.
 
+use super::Latency;
 use super::fault::{self, DiskCounters, ENOSPC, Fault, OpKind};
 use super::file::{Block, SECTOR, SECTORS, SimFile, Version};
-use super::Latency;
 use crate::disk::{Completion, DiskOp, FileId, OpId};
 use crate::error::{Error, Result};
 use crate::sim::canary::{Canary, planted};
@@ -99,8 +99,8 @@ impl State {
                 let whole = from % BLOCK as u64 == 0 && to % BLOCK as u64 == 0 && from < to;
                 return if whole { Ok(()) } else { breach("not whole blocks") };
             }
-            DiskOp::Read { file, offset, into } => (file, *offset, into.len(), offset + op.len()),
-            DiskOp::Write { file, offset, from } => (file, *offset, from.len(), offset + op.len()),
+            DiskOp::Read { file, offset, into } => (file, *offset, into.len(), offset + op.bytes()),
+            DiskOp::Write { file, offset, from } => (file, *offset, from.len(), offset + op.bytes()),
         };
         if entries == 0 || entries > 256 || offset == end {
             return breach("an empty list or one of more than 256 entries");
@@ -285,7 +285,7 @@ impl State {
     fn count_overlaps(&mut self, new: &Flying) {
         let range = |op: &DiskOp| match op {
             DiskOp::Read { file, offset, .. } | DiskOp::Write { file, offset, .. } => {
-                Some((*file, *offset, offset + op.len()))
+                Some((*file, *offset, offset + op.bytes()))
             }
             _ => None,
         };
@@ -315,7 +315,7 @@ impl State {
             sum = flying.blocks.iter().fold(sum, |sum, block| mix(sum ^ u64::from(crc32c::crc32c(&block[..]))));
         }
         let kind = OpKind::of(&flying.op) as u64;
-        for part in [what, kind, file, at, flying.op.len(), flying.id.0, self.now, sum] {
+        for part in [what, kind, file, at, flying.op.bytes(), flying.id.0, self.now, sum] {
             self.trace = mix(self.trace ^ part);
         }
     }

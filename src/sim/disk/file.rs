@@ -79,11 +79,6 @@ impl SimFile {
         (self.blocks.len() * BLOCK) as u64
     }
 
-    /// Its length in blocks.
-    pub fn blocks_count(&self) -> u64 {
-        self.blocks.len() as u64
-    }
-
     /// The block with this number.
     pub fn block(&self, number: u64) -> Option<&BlockState> {
         self.blocks.get(number as usize)
