@@ -217,7 +217,7 @@ fn crashes_of_full_stores_lose_nothing() {
         let options = workload::options(&mut rng);
         let options = Options { data_bytes_max: rng.within(14, 22) * options.geometry.extent_bytes, ..options };
         let plan = Plan { options: Some(options), ..plan(seed) };
-        match super::world::run(&plan) { Ok(t) => total.add(&t), Err(f) => println!("FAIL {f}") }
+        total.add(&super::tests::must("crashes_of_full_stores_lose_nothing", super::world::run(&plan)));
     }
     println!("{total:?}");
     assert!(total.oracle.full > 100, "{total:?}");
