@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use tracing::{error, info, warn};
+use tracing::{error, info};
 
 /// The volume that a fresh store gets if none is asked for.
 const DEFAULT_VOLUME: (&str, u64) = ("disk", 1 << 30);
@@ -158,9 +158,6 @@ fn listening(listeners: &[Listener], volumes: &[Volume]) -> Vec<String> {
 fn report(dir: &Path, store: &Store, lines: &[String]) {
     let mut out = std::io::stdout().lock();
     let _ = writeln!(out, "store {}: {}; {}", dir.display(), store.disk_report(), store.recovery());
-    for warning in &store.recovery().warnings {
-        warn!("{warning}");
-    }
     for line in lines {
         let _ = writeln!(out, "{line}");
     }

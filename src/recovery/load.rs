@@ -108,6 +108,8 @@ pub(crate) fn find_superblock(disk: &mut dyn Disk, arena: &mut Arena) -> Result<
     // A store that was just created has written the copies of one generation only, and held nothing before.
     if newest.generation > 1 {
         one_readable(&newest, &unreadable, &warnings)?;
+    } else {
+        warnings.retain(|warning| !warning.ends_with("is all zeros"));
     }
     Ok(FoundSuperblock { superblock: newest, unreadable, warnings })
 }

@@ -212,7 +212,7 @@ fn a_file_system_without_space_is_a_full_store_until_there_is_space() {
 #[test]
 fn crashes_of_full_stores_lose_nothing() {
     let mut total = super::world::Tally::default();
-    for seed in 1..=25 {
+    for seed in super::tests::seeds(25) {
         let mut rng = Rng::new(seed);
         let options = workload::options(&mut rng);
         let options = Options { data_bytes_max: rng.within(14, 22) * options.geometry.extent_bytes, ..options };
@@ -220,7 +220,9 @@ fn crashes_of_full_stores_lose_nothing() {
         total.add(&super::tests::must("crashes_of_full_stores_lose_nothing", super::world::run(&plan)));
     }
     println!("{total:?}");
-    assert!(total.oracle.full > 100, "{total:?}");
+    if std::env::var_os("COREPAGE_SEED").is_none() {
+        assert!(total.oracle.full > 100, "{total:?}");
+    }
 }
 
 /// Without reclaiming, a store that is only ever overwritten fills the disk.
