@@ -75,6 +75,32 @@ impl std::fmt::Display for RecoveryReport {
     }
 }
 
+/// A store being opened.
+pub(crate) struct Opening {
+    /// One for each core. They need turns, completions and messages until all of them say that they are open; if one
+    /// has failed by then, opening has.
+    pub shards: Vec<Shard>,
+    /// What was found.
+    pub report: RecoveryReport,
+    /// What the shards share.
+    pub order: Arc<GlobalOrder>,
+}
+
+/// Finds out what is on `disk`, or creates a store there, and deals it out to `shards_count` shards. No other
+/// operation may be under way on `disk`; on return none is. `seed` is where all randomness comes from.
+pub(crate) fn begin(
+    disk: &mut dyn Disk,
+    options: &Options,
+    shards_count: u16,
+    seed: u64,
+    now: Micros,
+) -> Result<Opening> {
+    assert_eq!(shards_count, 1);
+    let (shard, report) = open(disk, options, seed, now)?;
+    let order = shard.order().clone();
+    Ok(Opening { shards: vec![shard], report, order })
+}
+
 /// Opens the store on `disk`, or creates it, and returns it ready for requests. `seed` is where all randomness
 /// comes from.
 pub(crate) fn open(disk: &mut dyn Disk, options: &Options, seed: u64, now: Micros) -> Result<(Shard, RecoveryReport)> {
@@ -215,6 +241,7 @@ pub(crate) fn pump(
         while let Some(effect) = shard.next_effect() {
             match effect {
                 Effect::Submit(id, op) => disk.submit(id, op),
+                Effect::Send(..) => unreachable!("there is one shard"),
                 Effect::Reply(..) => unreachable!("no request was made"),
             }
         }

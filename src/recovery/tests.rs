@@ -57,7 +57,7 @@ impl Driver {
                 match effect {
                     Effect::Submit(id, op) => self.disk.submit(id, op),
                     Effect::Reply(to, result) if to == token => answer = Some(result),
-                    Effect::Reply(..) => {}
+                    Effect::Reply(..) | Effect::Send(..) => {}
                 }
             }
             if let Some(answer) = answer {

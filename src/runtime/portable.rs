@@ -314,6 +314,7 @@ fn laps(shared: &Shared, mut disk: PortableDisk, mut shard: Shard, accepted: &mu
             busy = true;
             match effect {
                 Effect::Submit(id, op) => disk.submit(id, op),
+                Effect::Send(..) => unreachable!("there is one shard"),
                 Effect::Reply(token, result) => {
                     accepted.remove(&token);
                     shared.finish(token, result);

@@ -1,9 +1,10 @@
 //! What goes into a shard and what comes out of it.
 
+use super::Message;
 use crate::disk::{DiskOp, OpId};
 use crate::error::Result;
 use crate::pool::FrameRef;
-use crate::types::{BLOCK, Lsn, PageKey};
+use crate::types::{BLOCK, Lsn, PageKey, ShardId};
 use bytes::Bytes;
 use smallvec::SmallVec;
 use std::ops::Deref;
@@ -85,6 +86,8 @@ pub enum Effect {
     Submit(OpId, DiskOp),
     /// Answer this request.
     Reply(Token, Result<Response>),
+    /// Bring this to another shard, after all that was sent to it before.
+    Send(ShardId, Message),
 }
 
 /// A page as it was when read: pinned and immutable, without a copy. Dereferences to its 4,096 bytes.

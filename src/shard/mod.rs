@@ -20,6 +20,7 @@ mod commits;
 mod compaction;
 mod event;
 mod groups;
+mod message;
 mod pages;
 mod redo;
 mod requests;
@@ -29,6 +30,7 @@ mod writeback;
 pub(crate) use checkpoint::NewEpoch;
 pub(crate) use commits::LSN_AHEAD_MAX;
 pub use event::{Change, Commit, Effect, PageRef, Request, Response, Token};
+pub use message::Message;
 use redo::Redoing;
 pub(crate) use redo::{RedoChange, RedoKind};
 
@@ -42,9 +44,7 @@ use crate::map::{Extents, Map};
 use crate::metrics::ShardStats;
 use crate::options::Limits;
 use crate::pool::{Arena, Frame};
-#[cfg(any(test, feature = "sim"))]
-use crate::types::Lsn;
-use crate::types::{ExtentNo, Micros, ShardId};
+use crate::types::{ExtentNo, Lsn, Micros, ShardId};
 use checkpoint::Checkpoint;
 use compaction::Compaction;
 use hashbrown::HashMap;
@@ -315,6 +315,29 @@ impl Shard {
             OpKind::Checkpoint => self.checkpoint_step_done(completion),
             OpKind::Grow(growth) => self.grown(growth, completion.result),
         }
+    }
+
+    /// What all shards share.
+    pub(crate) fn order(&self) -> &Arc<GlobalOrder> {
+        &self.order
+    }
+
+    /// A message from another shard.
+    pub fn message(&mut self, from: ShardId, message: Message) {
+        match message {
+            Message::Nudge(upto) => tracing::trace!(shard = self.id.get(), from = from.get(), %upto, "nudge"),
+        }
+    }
+
+    /// Whether opening is over: requests may come. Until then it only needs turns, completions and messages.
+    pub fn is_open(&self) -> bool {
+        !self.opening
+    }
+
+    /// The lowest LSN for whose durability something here waits: when the watermark reaches it, a turn is due even if
+    /// nothing has arrived. `None`: nothing waits.
+    pub fn waits_for(&self) -> Option<Lsn> {
+        self.waiting.peek().map(|w| w.lsn())
     }
 
     /// The store is open: requests come. The clock that drives it from now on may show less than the one that drove it until now.

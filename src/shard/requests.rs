@@ -41,6 +41,12 @@ pub(super) struct Waiting {
     is_commit: bool,
 }
 
+impl Waiting {
+    pub fn lsn(&self) -> Lsn {
+        self.lsn
+    }
+}
+
 impl PartialEq for Waiting {
     fn eq(&self, other: &Self) -> bool {
         self.cmp(other) == Ordering::Equal

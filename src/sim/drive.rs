@@ -107,6 +107,7 @@ impl World {
                     }
                 }
                 Effect::Reply(token, reply) => self.answer(token, reply)?,
+                Effect::Send(..) => return Err("a message to no shard".into()),
             }
         }
         self.idle_turns = if busy { 0 } else { self.idle_turns + 1 };
@@ -222,6 +223,7 @@ impl World {
                     Effect::Submit(id, op) => self.disk.clone().submit(id, op),
                     Effect::Reply(of, Ok(Response::Pages(pages))) if of == token => return Ok(Ok(pages)),
                     Effect::Reply(of, Err(error)) if of == token => return Ok(Err(error)),
+                    Effect::Send(..) => return Err("a message to no shard".into()),
                     Effect::Reply(of, reply) => return Err(format!("reading {keys:?}: {of:?} {reply:?}")),
                 }
             }

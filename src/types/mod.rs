@@ -3,10 +3,12 @@
 //! Each is a newtype with a private field and only the arithmetic that is lawful for it; `Debug` is short
 //! (`p12`, `s3`, `lsn 8041`), so that a trace can be read.
 
+mod deal;
 mod lsn;
 mod page;
 mod place;
 
+pub use deal::Deal;
 pub use lsn::Lsn;
 pub use page::{PageClass, PageId, PageKey, ShardId, VShard, VolumeId};
 pub use place::{ExtentNo, Place, SegmentNo};

@@ -125,6 +125,10 @@ impl ShardId {
     pub const fn get(self) -> u16 {
         self.0
     }
+    /// The number, as an index.
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
 }
 
 impl fmt::Debug for ShardId {

@@ -46,6 +46,7 @@ impl Driver {
                 match effect {
                     Effect::Submit(id, op) => self.disk.submit(id, op),
                     Effect::Reply(_, result) => answer = Some(result),
+                    Effect::Send(..) => {}
                 }
             }
             if let Some(answer) = answer {

@@ -1,0 +1,43 @@
+//! Which shard owns which virtual shard, and so which page.
+//!
+//! The deal is made anew at each open: a changed number of cores is another deal, not a copy of the data.
+
+use super::{PageKey, ShardId, VShard};
+
+/// How the virtual shards of a store are dealt out to its shards: one to each in turn.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Deal {
+    vshards_count: u32,
+    shards_count: u16,
+}
+
+impl Deal {
+    /// A deal of `vshards_count` virtual shards to `shards_count` shards.
+    ///
+    /// # Panics
+    /// If there are no shards, or more of them than virtual shards.
+    pub const fn new(vshards_count: u32, shards_count: u16) -> Self {
+        assert!(shards_count > 0 && shards_count as u32 <= vshards_count, "each shard owns a virtual shard");
+        Deal { vshards_count, shards_count }
+    }
+
+    /// Shards.
+    pub const fn shards_count(self) -> u16 {
+        self.shards_count
+    }
+
+    /// The shard that owns `vshard`.
+    pub const fn owner(self, vshard: VShard) -> ShardId {
+        ShardId::new(vshard.get() % self.shards_count)
+    }
+
+    /// The shard that owns the page.
+    pub fn shard_of(self, key: PageKey) -> ShardId {
+        self.owner(key.place_in(self.vshards_count).0)
+    }
+
+    /// All shards, in order.
+    pub fn shards(self) -> impl Iterator<Item = ShardId> {
+        (0..self.shards_count).map(ShardId::new)
+    }
+}
