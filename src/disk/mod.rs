@@ -14,15 +14,18 @@
 //! It does *not*: checksum, retry at another place, or know what the bytes mean.
 
 mod device;
+mod driver;
 mod files;
 mod flush;
 mod kernel;
 pub mod portable;
 mod report;
 mod transfer;
+pub mod uring;
 mod waker;
 
 pub use device::{DeviceTraits, FlushChoice, FlushMethod, choose};
+pub use driver::{DriverChoice, DriverOptions, FileDisk};
 pub use files::{Access, FileOptions, Files};
 pub use report::{DiskReport, Polling};
 pub use waker::DiskWaker;
@@ -208,3 +211,8 @@ pub fn execute(disk: &mut dyn Disk, op: DiskOp) -> Result<DiskOp> {
         disk.wait(None);
     }
 }
+
+#[cfg(test)]
+mod bench_tests;
+#[cfg(test)]
+mod tests;
