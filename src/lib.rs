@@ -40,6 +40,7 @@ mod error;
 pub mod format;
 mod log;
 mod map;
+mod mesh;
 pub mod metrics;
 mod options;
 pub mod pool;
@@ -50,6 +51,7 @@ pub mod shard;
 #[cfg_attr(not(test), allow(dead_code, reason = "some of it serves the unit tests only"))]
 pub mod sim;
 mod store;
+mod sync;
 pub mod types;
 mod verify;
 

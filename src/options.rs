@@ -25,6 +25,21 @@ impl Default for Geometry {
     }
 }
 
+/// The most shards that a store is run with.
+pub(crate) const SHARDS_MAX: u16 = 64;
+
+/// What moves bytes between memory and device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Driver {
+    /// io_uring where it works, else plain threads; the report says which, and why.
+    #[default]
+    Auto,
+    /// io_uring; opening fails with the reason where it does not work.
+    Ring,
+    /// Plain threads and system calls.
+    Portable,
+}
+
 /// How to open a store. The defaults suit a server that has the machine for itself.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -51,6 +66,17 @@ pub struct Options {
     pub data_bytes_max: u64,
     /// Requests under way at a time, over all handles (default 4,096); more wait, and then get `Busy`.
     pub requests_max: usize,
+    /// The cores to run on, one shard each (default: all that the opening thread may use).
+    pub cores: Option<Vec<usize>>,
+    /// How many shards to run, if not one on each core. More shards than cores work, but don't poll.
+    pub shards: Option<u16>,
+    /// Poll without end instead of waiting when nothing happens: lower latency for a whole core per shard.
+    pub poll: bool,
+    /// What moves bytes between memory and device.
+    pub driver: Driver,
+    /// Entries of each shard's io_uring (a power of two, 16 to 4,096, default 256): transfers that a shard has at the
+    /// device at a time.
+    pub ring_entries: u32,
 }
 
 impl Default for Options {
@@ -66,6 +92,11 @@ impl Default for Options {
             txn_bytes_max: 4 * MIB,
             data_bytes_max: 0,
             requests_max: 4096,
+            cores: None,
+            shards: None,
+            poll: false,
+            driver: Driver::Auto,
+            ring_entries: 256,
         }
     }
 }
@@ -118,6 +149,19 @@ impl Geometry {
 }
 
 impl Options {
+    fn check_shards(&self, geometry: &Geometry) -> Result<()> {
+        let Some(shards) = self.shards else { return Ok(()) };
+        within("shards", shards.into(), 1, SHARDS_MAX.into())?;
+        if u32::from(shards) > geometry.vshards_count {
+            return Err(Error::invalid(format_args!(
+                "shards is {shards}, but the store has {} virtual shards, and each shard needs one; it was fixed when \
+                 the store was created",
+                geometry.vshards_count
+            )));
+        }
+        Ok(())
+    }
+
     /// Checks every value, and derives the limits for a store of geometry `geometry`.
     pub(crate) fn limits(&self, geometry: &Geometry) -> Result<Limits> {
         geometry.check()?;
@@ -129,6 +173,8 @@ impl Options {
         within("inline_pages_max", self.inline_pages_max as u64, 0, 64)?;
         within("txn_bytes_max", self.txn_bytes_max, 4 * KIB, 64 * MIB)?;
         within("requests_max", self.requests_max as u64, 1, 1 << 20)?;
+        power_of_two("ring_entries", self.ring_entries.into(), 16, 4096)?;
+        self.check_shards(geometry)?;
         let group_bytes = (geometry.segment_bytes / 8).min(MIB).min(1 << (self.memory_bytes / 64).ilog2());
         let group_blocks = group_bytes / BLOCK as u64;
         Ok(Limits {

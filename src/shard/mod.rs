@@ -352,6 +352,11 @@ impl Shard {
         &self.limits.geometry
     }
 
+    /// The memory that its operations read into and write from.
+    pub(crate) fn mapping(&self) -> crate::pool::Mapping {
+        self.arena.mapping()
+    }
+
     /// What one commit may count at most.
     pub(crate) fn txn_bytes_max(&self) -> u64 {
         self.limits.txn_bytes_max

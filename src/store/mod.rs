@@ -78,7 +78,7 @@ impl Store {
 
     /// What the machine really gives: direct I/O, file system, flush method.
     pub fn disk_report(&self) -> &DiskReport {
-        &self.inner.runtime.disk
+        &self.inner.runtime.report.disk
     }
 
     pub(crate) async fn ask(&self, request: Request) -> Result<Response> {
