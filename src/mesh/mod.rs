@@ -25,4 +25,4 @@ pub(crate) use inbox::Inbox;
 pub(crate) use inflight::{InFlight, Reply};
 pub(crate) use lanes::Lanes;
 pub(crate) use parking::{Parking, raised};
-pub(crate) use slot::{Completed, Dropped, Polled, Slot};
+pub(crate) use slot::{Dropped, Polled, Slot};
