@@ -9,7 +9,7 @@ use super::world::{Outcome, Plan, World};
 use crate::disk::FileId;
 use crate::error::ErrorKind;
 use crate::options::Options;
-use crate::shard::{Change, Commit, Request, Response};
+use crate::shard::{Change, Commit, Request};
 use crate::types::{PageId, PageKey, VolumeId};
 
 fn quiet(seed: u64) -> Plan {
@@ -240,10 +240,7 @@ fn overwriting_a_store_ten_times_does_not_grow_it() {
                 world.call(put(n, round * PAGES + n + 1))?.map_err(|error| error.to_string())?;
             }
             world.call(Request::Checkpoint)?.map_err(|error| error.to_string())?;
-            match world.call(Request::Stats)?.map_err(|error| error.to_string())? {
-                Response::Stats(stats) => sizes.push(stats.extents_total),
-                other => return Err(format!("{other:?}")),
-            }
+            sizes.push(world.stats_now()?.extents_total);
         }
         println!("seed {seed}: extents after each round {sizes:?}");
         if sizes[10] > sizes[1] + sizes[1] / 4 + 4 {
@@ -262,12 +259,12 @@ fn an_idle_store_asks_for_no_turns() {
         steps(&mut world, 300)?;
         world.settle()?;
         for _ in 0..2_000 {
-            if world.disk.next_due().is_none() && world.shard().deadline().is_none() {
+            if world.cluster().next_at().is_none() {
                 return Ok(());
             }
             world.pass()?;
         }
-        Err(format!("it never comes to rest: {}", world.shard().describe()))
+        Err(format!("it never comes to rest: {}", world.cluster().describe()))
     });
 }
 
@@ -340,12 +337,8 @@ fn crashes_do_not_leak_space() {
                 for _ in 0..2 {
                     world.call(Request::Checkpoint)?.map_err(|error| error.to_string())?;
                 }
-                match world.call(Request::Stats)?.map_err(|error| error.to_string())? {
-                    Response::Stats(stats) => {
-                        sizes.push((stats.extents_total, stats.extents_free, stats.blocks_live));
-                    }
-                    other => return Err(format!("{other:?}")),
-                }
+                let stats = world.stats_now()?;
+                sizes.push((stats.extents_total, stats.extents_free, stats.blocks_live));
             }
         }
         println!("seed {seed}: extents, free ones and live blocks after ten crashes each {sizes:?}");

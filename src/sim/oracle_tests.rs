@@ -5,7 +5,7 @@ use super::oracle::{Oracle, Tolerance};
 use crate::error::{Error, ErrorKind};
 use crate::pool::Arena;
 use crate::shard::{Change, Commit, PageRef, Request, Response, Token};
-use crate::types::{BLOCK, Lsn, PageId, PageKey, VolumeId};
+use crate::types::{BLOCK, Lsn, PageId, PageKey, ShardId, VolumeId};
 use smallvec::smallvec;
 
 const P: PageKey = PageKey::new(VolumeId::new(1), PageId::new(7));
@@ -36,7 +36,7 @@ impl Court {
 
     fn ask(&mut self, request: Request) -> Token {
         self.token += 1;
-        self.oracle.on_request(Token(self.token), &request, 0);
+        self.oracle.on_request(Token(self.token), &request, ShardId::new(0), 0);
         Token(self.token)
     }
 

@@ -3,7 +3,6 @@
 //! `COREPAGE_SEED=n` runs one seed, `COREPAGE_SEEDS=n` so many; each failure prints the command that repeats it.
 
 use super::canary::{Canary, take_fired};
-use super::engine::open_store;
 use super::world::{Failure, Plan, Tally, run};
 
 pub(super) fn plan(seed: u64) -> Plan {
@@ -17,7 +16,7 @@ pub(super) fn plan(seed: u64) -> Plan {
         faults: Vec::new(),
         options: None,
         profile: None,
-        open: open_store,
+        shards_max: 1,
     }
 }
 
@@ -60,7 +59,7 @@ fn same_seed_same_trace() {
     for seed in [1, 7, 23] {
         let plan = Plan { lives: 6, ..plan(seed) };
         let (first, second) = (must("same_seed_same_trace", run(&plan)), must("same_seed_same_trace", run(&plan)));
-        assert_eq!((first.trace, first.turns), (second.trace, second.turns), "seed {seed}");
+        assert_eq!((first.trace, first.cluster), (second.trace, second.cluster), "seed {seed}");
         assert_eq!((first.oracle, first.disk), (second.oracle, second.disk), "seed {seed}");
         assert_ne!(first.trace, must("same_seed_same_trace", run(&Plan { seed: seed + 100, ..plan })).trace);
     }
