@@ -162,9 +162,7 @@ impl World {
         if let Ok(Response::Stats(stats)) = &reply {
             self.stats.insert(shard, stats.as_ref().clone());
         }
-        if let Some((watched, answer)) = &mut self.watched
-            && *watched == token
-        {
+        if let Some(answer) = self.watched.get_mut(&token) {
             *answer = Some(reply);
             return Ok(());
         }
@@ -217,14 +215,20 @@ impl World {
     /// Asks for something that is not split, and waits for the answer, which is judged like all others.
     pub(super) fn call(&mut self, request: Request) -> Outcome<StoreResult<Response>> {
         let token = self.ask(request);
+        self.watch(token);
         self.wait_for(token)
     }
 
-    /// Waits for an answer.
+    /// Keeps the answer, when it comes, for [`wait_for`](Self::wait_for).
+    pub(super) fn watch(&mut self, token: Token) {
+        self.watched.insert(token, None);
+    }
+
+    /// Waits for an answer that is [watched](Self::watch) for.
     pub(super) fn wait_for(&mut self, token: Token) -> Outcome<StoreResult<Response>> {
-        self.watched = Some((token, None));
         loop {
-            if let Some((_, Some(answer))) = self.watched.take_if(|(_, answer)| answer.is_some()) {
+            if let Some(answer) = self.watched.get_mut(&token).and_then(Option::take) {
+                self.watched.remove(&token);
                 return Ok(answer);
             }
             if self.disk.is_off() {
@@ -238,6 +242,7 @@ impl World {
     pub(super) fn stats_now(&mut self) -> Outcome<ShardStats> {
         for shard in self.cluster().deal().shards() {
             let token = self.ask_shard(shard, Request::Stats);
+            self.watch(token);
             match self.wait_for(token)?.map_err(|error| error.to_string())? {
                 Response::Stats(stats) => self.stats.insert(shard, *stats),
                 other => return Err(format!("counters asked for, {other:?} given")),

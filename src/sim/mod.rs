@@ -27,6 +27,8 @@ pub mod world;
 #[cfg(test)]
 mod fault_tests;
 #[cfg(test)]
+mod isolation_tests;
+#[cfg(test)]
 mod oracle_tests;
 #[cfg(test)]
 mod tests;

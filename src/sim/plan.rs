@@ -30,8 +30,8 @@ pub struct Plan {
     pub options: Option<Options>,
     /// Instead of the seed's own.
     pub profile: Option<Profile>,
-    /// Most shards; each open draws their number anew.
-    pub shards_max: u16,
+    /// How many shards; each open draws their number anew, of those that the store allows.
+    pub shards: std::ops::RangeInclusive<u16>,
 }
 
 /// What a run did.

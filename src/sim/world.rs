@@ -45,8 +45,8 @@ pub struct World {
     /// Pages that clients hold on to, with the bytes that they had at first.
     pub(super) held: Vec<(PageRef, Box<[u8]>)>,
     pub(super) next_token: u64,
-    /// An answer that a test waits for, and the answer.
-    pub(super) watched: Option<(Token, Option<StoreResult<Response>>)>,
+    /// Answers that a test waits for.
+    pub(super) watched: BTreeMap<Token, Option<StoreResult<Response>>>,
     recovery_events: u64,
     life: u32,
     pub(super) tally: Tally,
@@ -104,7 +104,7 @@ impl World {
             stats: BTreeMap::new(),
             held: Vec::new(),
             next_token: 0,
-            watched: None,
+            watched: BTreeMap::new(),
             recovery_events: 40,
             life: 0,
             tally: Tally::default(),
@@ -173,8 +173,9 @@ impl World {
 
     /// Opens what is on the disk with any number of shards.
     fn open_once(&mut self) -> Outcome<StoreResult<(Cluster, Opened)>> {
-        let most = self.options.geometry.vshards_count.min(u32::from(self.plan.shards_max));
-        let shards = self.rng.within(1, most.into()) as u16;
+        let most = self.options.geometry.vshards_count as u16;
+        let (least, most) = (most.min(*self.plan.shards.start()), most.min(*self.plan.shards.end()));
+        let shards = self.rng.within(least.into(), most.into()) as u16;
         // Each shard needs memory of its own.
         let options = Options { memory_bytes: self.options.memory_bytes * u64::from(shards), ..self.options.clone() };
         let (mut cluster, opened) = match Cluster::begin(&self.disk, &options, shards, &mut self.rng) {
