@@ -27,8 +27,9 @@ use crate::shard::{Effect, Message, Request, Response, Shard, Token};
 use crate::types::{Deal, Lsn, Micros, ShardId};
 use std::sync::Arc;
 
-/// Turns in a row in which nothing happens, before the store is said to spin.
-const IDLE_TURNS_MAX: u32 = 1_000;
+/// Turns in a row in which nothing happens, before the store is said to spin, if they come faster than this on average.
+const IDLE_TURNS_MAX: u64 = 1_000;
+const IDLE_TURN_US: Micros = 200;
 /// Messages between two shards at a time, before the protocol is said to have no bound.
 const MESSAGES_MAX: usize = 8_192;
 /// Which bits of an operation's number at the disk say whose it is.
@@ -44,7 +45,9 @@ pub struct Cluster {
     pub pace: Pace,
     rng: Rng,
     disk: SimDisk,
-    idle_turns: u32,
+    idle_turns: u64,
+    /// When something happened last.
+    busy_at: Micros,
     counters: ClusterCounters,
 }
 
@@ -125,20 +128,18 @@ impl Cluster {
         let opened = Opened { created: report.created, clean: report.clean, cut: report.cut };
         assert_eq!(opening.shards.len(), usize::from(shards), "as many shards as asked for");
         let now = Some(disk.now());
-        let node = |shard: Shard| {
-            let deal = Deal::new(shard.geometry().vshards_count, shards);
-            (Node { shard, requests: Vec::new(), completions: Vec::new(), free_at: 0, woken_at: now }, deal)
-        };
-        let (nodes, deals): (Vec<Node>, Vec<Deal>) = opening.shards.into_iter().map(node).unzip();
+        let node = |shard| Node { shard, requests: Vec::new(), completions: Vec::new(), free_at: 0, woken_at: now };
+        let nodes: Vec<Node> = opening.shards.into_iter().map(node).collect();
         let cluster = Cluster {
             net: Net::new(nodes.len()),
-            deal: deals[0],
+            deal: Deal::new(options.geometry.vshards_count, shards),
             nodes,
             order: opening.order,
             pace: Pace::random(&mut rng, shards),
             rng,
             disk: disk.clone(),
             idle_turns: 0,
+            busy_at: disk.now(),
             counters: ClusterCounters::default(),
         };
         Ok((cluster, opened))
@@ -206,7 +207,7 @@ impl Cluster {
     pub fn request(&mut self, shard: ShardId, token: Token, request: Request) {
         let at = self.disk.now() + self.pace.request_us(&mut self.rng);
         self.nodes[shard.index()].requests.push((at, token, request));
-        self.idle_turns = 0;
+        (self.idle_turns, self.busy_at) = (0, self.disk.now());
     }
 
     /// When something happens next; `None`: never, unless somebody asks for something.
@@ -381,9 +382,10 @@ impl Cluster {
         self.counters.turns += 1;
         self.counters.switches += u64::from(last != index as u64);
         self.counters.trace = (mix(self.counters.trace ^ now) & !0xff) | index as u64;
-        self.idle_turns = if busy { 0 } else { self.idle_turns + 1 };
-        if self.idle_turns > IDLE_TURNS_MAX {
-            return Err(format!("{IDLE_TURNS_MAX} turns in which nothing happened: {}", self.describe()));
+        (self.idle_turns, self.busy_at) = if busy { (0, now) } else { (self.idle_turns + 1, self.busy_at) };
+        if self.idle_turns > IDLE_TURNS_MAX && now < self.busy_at + self.idle_turns * IDLE_TURN_US {
+            let (turns, since) = (self.idle_turns, self.busy_at);
+            return Err(format!("{turns} turns in which nothing happened, since {since}: {}", self.describe()));
         }
         if self.net.most() > MESSAGES_MAX {
             return Err(format!("{} messages under way between two shards: {}", self.net.most(), self.describe()));

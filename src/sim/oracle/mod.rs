@@ -56,6 +56,8 @@ pub struct Oracle {
     drawn: Vec<(Lsn, Vec<(PageKey, Change)>)>,
     ever: Lsn,
     durable: Lsn,
+    /// Who said so.
+    promise: &'static str,
     ordered: Lsn,
     closing: bool,
     closed: bool,
@@ -79,6 +81,7 @@ impl Oracle {
             drawn: Vec::new(),
             ever: Lsn::ZERO,
             durable: Lsn::ZERO,
+            promise: "nobody",
             ordered: Lsn::ZERO,
             closing: false,
             closed: false,
@@ -174,8 +177,7 @@ impl Oracle {
             return Err(format!("the watermark fell from {:?} to {watermark:?}", self.watermark));
         }
         self.watermark = watermark;
-        // It counts from the epoch's first LSN, which is above all that we know.
-        self.durable = self.durable.max(watermark.min(self.last));
+        self.promise(watermark, "the watermark");
         Ok(())
     }
 
@@ -269,7 +271,7 @@ impl Oracle {
                 self.spread.acknowledged(*lsn);
                 if commit.durable {
                     self.counters.commits_durable += 1;
-                    self.durable = self.durable.max(*lsn);
+                    self.promise(*lsn, "the answer to a durable commit");
                 } else {
                     self.counters.commits_buffered += 1;
                 }
@@ -294,9 +296,18 @@ impl Oracle {
     /// An answer says that everything up to `lsn` is durable.
     fn says_durable(&mut self, lsn: Lsn) -> Verdict {
         self.counters.others += 1;
-        // A store may count from higher than we know, after recovery; it owes no more than what was drawn.
-        self.durable = self.durable.max(lsn.min(self.last));
+        self.promise(lsn, "an answer to a flush, a wait, a checkpoint, counters or a close");
         Ok(())
+    }
+
+    /// Somebody said that everything up to `lsn` is durable. What counts is the last commit up to there: an epoch
+    /// begins far above the last one.
+    fn promise(&mut self, lsn: Lsn, who: &'static str) {
+        let commits = self.drawn.partition_point(|&(drawn, _)| drawn <= lsn);
+        let Some(&(lsn, _)) = commits.checked_sub(1).and_then(|last| self.drawn.get(last)) else { return };
+        if lsn > self.durable {
+            (self.durable, self.promise) = (lsn, who);
+        }
     }
 
     fn judge_reader(&mut self, asked: &Asked, commit: &Commit, lsn: Lsn) -> Verdict {
@@ -315,7 +326,7 @@ impl Oracle {
         }
         self.counters.commits_reading += 1;
         if commit.durable {
-            self.durable = self.durable.max(lsn);
+            self.promise(lsn, "the answer to a reader");
         }
         Ok(())
     }
@@ -387,7 +398,13 @@ impl Oracle {
     /// begun a new epoch, above the LSNs that it dropped, and its successor reports where that epoch began.
     pub fn judge_state(&self, cut: Lsn, clean: bool, pages: &[(PageKey, PageRef)]) -> Result<Lsn, String> {
         if cut < self.durable {
-            return Err(format!("cut at {cut:?}, although everything up to {:?} was said to be durable", self.durable));
+            return Err(format!(
+                "cut at {cut:?}, although everything up to {:?} was said to be durable, by {}; drawn since {:?}: {:?}",
+                self.durable,
+                self.promise,
+                self.began,
+                self.drawn.iter().map(|(lsn, changes)| (lsn, changes.len())).collect::<Vec<_>>(),
+            ));
         }
         if self.closed && !clean {
             return Err("the store was closed cleanly and recovery says that it was not".into());
