@@ -21,19 +21,16 @@ pub enum Canary {
     PlaceReusedEarly,
     /// A log segment is recycled before a durable root covers the records in it.
     LogTrimmedEarly,
-    /// A held page is taken for free, by votes and by commits of one shard.
-    HoldIgnored,
 }
 
 impl Canary {
     /// All of them.
-    pub const ALL: [Canary; 6] = [
+    pub const ALL: [Canary; 5] = [
         Canary::FlushSkipped,
         Canary::ShortWriteIgnored,
         Canary::AcknowledgedEarly,
         Canary::PlaceReusedEarly,
         Canary::LogTrimmedEarly,
-        Canary::HoldIgnored,
     ];
 
     /// Whether this is the bug that is planted; does not count.

@@ -152,7 +152,7 @@ pub fn options(rng: &mut Rng) -> Options {
             extent_bytes: *rng.pick(&[64, 64, 128]) * 1024,
             segment_bytes: *rng.pick(&[64, 128, 256, 256]) * 1024,
             segments_count: rng.within(4, 6) as u32,
-            vshards_count: 1 << rng.below(4),
+            vshards_count: *rng.pick(&[1, 2, 4, 8, 8, 16]),
         },
         memory_bytes: rng.within(2, 4) << 20,
         coalesce_window_us: rng.within(1_000, 10_000),

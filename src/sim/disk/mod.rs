@@ -8,6 +8,8 @@
 //!    violation of the seam, as is a transfer outside of what was allocated. Violations end the run.
 //! 4. After the power is cut nothing changes any more and every operation fails, so that a crash can be injected
 //!    into code that holds the disk as `&mut dyn Disk`, recovery above all.
+//! 5. After a flush of a file has failed every later one of that file fails, whoever asks: what one shard's flush has
+//!    lost may be another shard's, for whom a flush that succeeds would prove nothing.
 //!
 //! It does *not* know what the bytes mean, and is not told which of them matter.
 
@@ -31,7 +33,7 @@ use crate::types::{BLOCK, Micros};
 use device::{State, power_is_off};
 use file::{Block, SimFile};
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 /// A simulated disk; clones are handles of the same one.
@@ -77,6 +79,7 @@ impl SimDisk {
             power_off_at: None,
             is_off: false,
             faults: Vec::new(),
+            poisoned: BTreeSet::new(),
             counters: DiskCounters::default(),
             violation: None,
             trace: 0,
