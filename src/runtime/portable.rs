@@ -246,7 +246,11 @@ fn open(dir: &std::path::Path, options: &Options) -> Result<(PortableDisk, Shard
     let mut random = [0; 8];
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
         .map_err(|e| Error::io("asking the kernel for random bytes", e.into()))?;
-    let (shard, report) = recovery::open(&mut disk, options, u64::from_le_bytes(random), 0)?;
+    let opening = recovery::begin(&mut disk, options, 1, u64::from_le_bytes(random), 0)?;
+    let report = opening.report;
+    let mut together = crate::shard::Together::new(opening.shards);
+    together.open(&mut disk, 0)?;
+    let shard = together.shards.remove(0);
     for warning in &report.warnings {
         tracing::warn!("{warning}");
     }

@@ -32,6 +32,12 @@ pub(super) struct Capture {
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Unsettled(Reverse<(Lsn, usize)>);
 
+impl Unsettled {
+    pub fn lsn(&self) -> Lsn {
+        self.0.0.0
+    }
+}
+
 /// Pages in flight to their places at most: enough for the queue of a fast device, few enough to leave memory.
 const PAGE_WRITES_MAX: usize = 1024;
 
@@ -164,6 +170,7 @@ impl Shard {
             self.settle(capture);
         } else {
             self.log.open.urgent |= !self.log.open.is_empty();
+            self.wanted = self.wanted.max(lsn);
             self.unsettled.push(Unsettled(Reverse((lsn, capture))));
         }
     }
@@ -171,7 +178,7 @@ impl Shard {
     /// The watermark has advanced: what is written and durable goes into the map.
     pub(super) fn settle_durable(&mut self) {
         let watermark = self.order.watermark();
-        while self.unsettled.peek().is_some_and(|u| u.0.0.0 <= watermark) {
+        while self.unsettled.peek().is_some_and(|u| u.lsn() <= watermark) {
             if let Some(Unsettled(Reverse((_, capture)))) = self.unsettled.pop() {
                 self.settle(capture);
             }

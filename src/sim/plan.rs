@@ -102,7 +102,7 @@ impl Tally {
 
 /// What may be refused with these options, without any error of the device.
 pub(super) fn tolerance(options: &Options) -> Tolerance {
-    let limits = options.limits(&options.geometry).expect("the options are good");
+    let limits = options.limits(&options.geometry, 1).expect("the options are good");
     Tolerance {
         io: false,
         full: options.data_bytes_max > 0,

@@ -249,7 +249,7 @@ impl Workload {
 
     /// Most pages that one commit may change.
     fn commit_pages_max(&self) -> u64 {
-        let limits = self.options.limits(&self.options.geometry).expect("the options are good");
+        let limits = self.options.limits(&self.options.geometry, 1).expect("the options are good");
         limits.txn_bytes_max / BLOCK as u64
     }
 
