@@ -32,6 +32,21 @@
 //! `coalesce`, `map` (what it decides with) - [`mod@format`] (every byte on disk) - [`pool`] (memory) - [`disk`] (the
 //! seam to the device). `recovery` opens a store; `sim` drives the same shard by seed under a simulated disk.
 
+/// Whether a bug is planted here, for the simulator to find (`sim::canary`); in a release of the engine the answer is a
+/// constant no.
+macro_rules! planted {
+    ($which:ident) => {{
+        #[cfg(any(test, feature = "sim"))]
+        {
+            crate::sim::planted(crate::sim::Canary::$which)
+        }
+        #[cfg(not(any(test, feature = "sim")))]
+        {
+            false
+        }
+    }};
+}
+
 pub mod checksum;
 mod coalesce;
 mod commit;

@@ -439,8 +439,7 @@ impl Shard {
     }
 
     fn trim_log_early(&mut self) {
-        #[cfg(any(test, feature = "sim"))]
-        if crate::sim::planted(self.canary, crate::sim::Canary::LogTrimmedEarly) {
+        if planted!(LogTrimmedEarly) {
             self.log.recycle(Lsn::MAX);
         }
     }

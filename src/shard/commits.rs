@@ -398,18 +398,11 @@ impl Shard {
         match result {
             Err(error) => self.reply(token, Err(error)),
             Ok(None) => self.reply_when_durable(read_lsn, token, Response::Committed(read_lsn), false),
-            Ok(Some(lsn)) if commit.durable && !self.acknowledges_early() => {
+            Ok(Some(lsn)) if commit.durable && !planted!(AcknowledgedEarly) => {
                 self.reply_when_durable(lsn, token, Response::Committed(lsn), true);
             }
             Ok(Some(lsn)) => self.reply_when_durable(read_lsn, token, Response::Committed(lsn), true),
         }
-    }
-
-    fn acknowledges_early(&self) -> bool {
-        #[cfg(any(test, feature = "sim"))]
-        return crate::sim::planted(self.canary, crate::sim::Canary::AcknowledgedEarly);
-        #[cfg(not(any(test, feature = "sim")))]
-        false
     }
 
     /// Carries a commit out and writes its record into the open group.

@@ -187,8 +187,6 @@ pub struct Shard {
     #[cfg(any(test, feature = "sim"))]
     drawn: Vec<(Token, Lsn)>,
     #[cfg(any(test, feature = "sim"))]
-    canary: Option<crate::sim::Canary>,
-    #[cfg(any(test, feature = "sim"))]
     reused_early: Vec<crate::types::Place>,
 }
 
@@ -292,8 +290,6 @@ impl Shard {
             stats: ShardStats::default(),
             #[cfg(any(test, feature = "sim"))]
             drawn: Vec::new(),
-            #[cfg(any(test, feature = "sim"))]
-            canary: None,
             #[cfg(any(test, feature = "sim"))]
             reused_early: Vec::new(),
         }
@@ -632,11 +628,6 @@ impl Shard {
             self.failed,
             self.closing.is_some(),
         )
-    }
-
-    /// Plants a bug.
-    pub fn set_canary(&mut self, canary: Option<crate::sim::Canary>) {
-        self.canary = canary;
     }
 }
 

@@ -216,7 +216,7 @@ impl Shard {
     fn leave_place(&mut self, vshard: crate::types::VShard, place: Place) {
         self.extents.leave_page(vshard, place);
         #[cfg(any(test, feature = "sim"))]
-        if crate::sim::planted(self.canary, crate::sim::Canary::PlaceReusedEarly) {
+        if crate::sim::planted(crate::sim::Canary::PlaceReusedEarly) {
             self.reused_early.push(place);
         }
     }

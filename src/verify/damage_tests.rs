@@ -5,7 +5,7 @@
 //! face, on real files: `tests/damage.rs`.
 
 use super::{VerifyReport, verify_disk};
-use crate::disk::{Disk, FileId};
+use crate::disk::FileId;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::catalog;
 use crate::options::{Geometry, Options};
