@@ -126,7 +126,11 @@ pub(crate) fn begin(
     let new_epoch = NewEpoch {
         epoch: superblock.epoch + 1,
         salt: mix(seed ^ superblock.epoch),
-        first_lsn: if superblock.clean { superblock.next_lsn } else { scan.highest.plus(LSN_AHEAD_MAX) },
+        first_lsn: match superblock.clean {
+            // An epoch without a commit leaves the next LSN below its own first.
+            true => superblock.next_lsn.max(superblock.epoch_first_lsn),
+            false => scan.highest.plus(LSN_AHEAD_MAX),
+        },
     };
     report.epoch = new_epoch.epoch;
     let order = Arc::new(GlobalOrder::new(new_epoch.first_lsn, usize::from(shards_count)));

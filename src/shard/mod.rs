@@ -143,6 +143,8 @@ pub struct Shard {
     /// Dirty pages in the order in which they became so.
     dirty: Vec<usize>,
     dirty_since: Micros,
+    /// None of them can be written before something happens here, or the watermark reaches this.
+    dirty_stuck: Option<Lsn>,
     captures: Slab<Capture>,
     /// Written captures that wait for the watermark.
     unsettled: BinaryHeap<Unsettled>,
@@ -256,6 +258,7 @@ impl Shard {
             flushing: false,
             dirty: Vec::new(),
             dirty_since: 0,
+            dirty_stuck: None,
             captures: Slab::new(),
             unsettled: BinaryHeap::new(),
             page_writes: 0,
@@ -364,7 +367,7 @@ impl Shard {
         // make the driver spin.
         let may_go = !self.log.open.is_empty() && self.log.in_flight.len() < self.limits.log_writes_max;
         let group = may_go.then(|| self.log.open.opened_at + window);
-        let pages = (!self.dirty.is_empty()).then(|| self.dirty_since.max(self.now.saturating_sub(window)) + window);
+        let pages = (!self.dirty.is_empty() && self.dirty_stuck.is_none()).then(|| self.dirty_since.max(self.now.saturating_sub(window)) + window);
         let growth = self.stalled_for_space.then_some(self.now + space::GROW_RETRY_US);
         // Memory that readers give back says nothing: a checkpoint that waits for it has to look.
         let starved = self.checkpoint.is_starved().then_some(self.now + STARVED_RETRY_US);
@@ -463,7 +466,7 @@ impl Shard {
     pub fn waits_for(&self) -> Option<Lsn> {
         let page = self.unsettled.peek().map(|unsettled| unsettled.lsn());
         let reply = self.waiting.peek().map(|waiting| waiting.lsn());
-        [page, reply, self.checkpoint.waits_for()].into_iter().flatten().min()
+        [page, reply, self.checkpoint.waits_for(), self.dirty_stuck].into_iter().flatten().min()
     }
 
     /// The watermark may have advanced, by this shard or another.
@@ -471,6 +474,7 @@ impl Shard {
         let watermark = self.order.watermark();
         if watermark > self.seen_watermark {
             self.seen_watermark = watermark;
+            self.dirty_stuck = None;
             self.acknowledge();
             self.settle_durable();
             self.again = true;

@@ -51,9 +51,11 @@ impl Shard {
         let pressed = self.checkpoint.wants_pages() || self.closing.is_some();
         let due = self.dirty.len() >= self.limits.coalesce_batch_pages
             || self.now >= self.dirty_since.saturating_add(self.limits.coalesce_window_us);
-        if self.dirty.is_empty() || !(due || pressed) || self.page_writes >= PAGE_WRITES_MAX {
+        let stuck = self.dirty_stuck.is_some() && !pressed;
+        if self.dirty.is_empty() || !(due || pressed) || stuck || self.page_writes >= PAGE_WRITES_MAX {
             return;
         }
+        let mut stuck_at = Lsn::MAX;
         let mut take = Vec::new();
         let mut later = Vec::new();
         let watermark = self.order.watermark();
@@ -70,12 +72,16 @@ impl Shard {
                 || (page.lsn > watermark && !pressed)
                 || take.len() >= room
             {
+                if page.lsn > watermark {
+                    stuck_at = stuck_at.min(page.lsn);
+                }
                 later.push(idx);
             } else {
                 page.queued = false;
                 take.push(idx);
             }
         }
+        self.dirty_stuck = (take.is_empty() && !later.is_empty()).then_some(stuck_at);
         self.dirty = later;
         self.dirty_since = self.now;
         self.capture_pages(take);
@@ -165,6 +171,7 @@ impl Shard {
     }
 
     fn capture_written(&mut self, capture: usize) {
+        self.dirty_stuck = None;
         let lsn = self.captures[capture].lsn;
         if lsn <= self.order.watermark() {
             self.settle(capture);

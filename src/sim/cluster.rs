@@ -192,6 +192,11 @@ impl Cluster {
         self.order.watermark()
     }
 
+    /// The newest LSN that was drawn, used or void.
+    pub fn newest(&self) -> Lsn {
+        self.order.next().before()
+    }
+
     /// The first breach of the disk seam's rules, if there was one.
     pub fn violation(&self) -> Option<String> {
         self.disk.violation()

@@ -255,7 +255,7 @@ fn a_watermark_is_a_promise() {
     let mut court = Court::new();
     let (old, lost) = (court.page(1, 1), PageRef::new(None, Lsn::ZERO));
     assert!(court.recovers(1, old.clone()) && !court.recovers(0, lost));
-    court.oracle.on_watermark(lsn(2)).unwrap();
+    court.oracle.on_watermark(lsn(2), lsn(2)).unwrap();
     assert!(!court.recovers(1, old), "the watermark had reached 2");
-    assert!(court.oracle.on_watermark(lsn(1)).is_err(), "it fell");
+    assert!(court.oracle.on_watermark(lsn(1), lsn(1)).is_err(), "it fell");
 }
