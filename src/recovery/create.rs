@@ -143,7 +143,7 @@ fn flush(disk: &mut dyn Disk, files: &[FileId]) -> Result<()> {
     execute(disk, DiskOp::Flush { files: files.into() }).map(drop)
 }
 
-fn write_bytes(disk: &mut dyn Disk, arena: &mut Arena, file: FileId, offset: u64, bytes: &[u8]) -> Result<()> {
+pub(super) fn write_bytes(disk: &mut dyn Disk, arena: &mut Arena, file: FileId, offset: u64, bytes: &[u8]) -> Result<()> {
     let mut frames = Vec::new();
     for block in bytes.chunks(BLOCK) {
         let mut frame = arena.alloc(0).ok_or_else(|| Error::invalid("memory_bytes is too small to open a store"))?;

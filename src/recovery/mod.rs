@@ -121,6 +121,7 @@ pub(crate) fn begin(
     create::make_logs(disk, &superblock.geometry, shards_count, false)?;
     if !superblock.clean {
         // A dead process may have left writes that we have just read and that no flush has covered.
+        rewrite_doubtful(disk, &mut arena, &superblock, &scan)?;
         flush_all(disk, &superblock)?;
     }
     let new_epoch = NewEpoch {
@@ -255,6 +256,18 @@ fn log_chunks(arena: &mut Arena, limits: &Limits) -> Result<Chunks> {
         ))
     })?;
     Ok(Chunks::new(stock, chunk_blocks as usize * BLOCK))
+}
+
+/// Writes the pages that doubtful groups have put to their places once more. If a flush of the dead process has failed, the
+/// kernel may show what it will never write (it marks such pages clean), and a flush of ours would say that all is well.
+/// All else that the log holds is written anew by its redo.
+fn rewrite_doubtful(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblock, scan: &Scan) -> Result<()> {
+    for place in scan.groups.iter().filter(|group| group.is_doubtful).flat_map(|group| &group.places) {
+        let offset = place.offset(superblock.geometry.extent_bytes);
+        let bytes = read_bytes(disk, arena, FileId::Data, offset, BLOCK)?;
+        create::write_bytes(disk, arena, FileId::Data, offset, &bytes)?;
+    }
+    Ok(())
 }
 
 fn flush_all(disk: &mut dyn Disk, superblock: &Superblock) -> Result<()> {

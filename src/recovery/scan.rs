@@ -27,6 +27,8 @@ pub(crate) struct ScannedGroup {
     pub head: GroupHead,
     /// Places that its slots name.
     pub places: Vec<Place>,
+    /// It lies above every recorded watermark: nobody knows whether a flush has covered it.
+    pub is_doubtful: bool,
     /// The shards of the new deal whose pages it changes, a bit for each.
     pub concerns: u64,
 }
@@ -119,10 +121,10 @@ pub(crate) fn scan(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblo
         return Err(missing(&found, cut, watermark));
     }
     let highest = found.iter().map(Found::last_lsn).fold(watermark.max(superblock.next_lsn.before()), Lsn::max);
-    Ok(keep(found, redo, cut, highest))
+    Ok(keep(found, redo, cut, highest, watermark))
 }
 
-fn keep(found: Vec<Found>, redo: Lsn, cut: Lsn, highest: Lsn) -> Scan {
+fn keep(found: Vec<Found>, redo: Lsn, cut: Lsn, highest: Lsn, watermark: Lsn) -> Scan {
     let torn = found.iter().filter(|f| !f.whole).count() as u64;
     let (groups, extents_named) = (Vec::new(), 0);
     let mut scan = Scan { groups, torn, redo, cut, highest, applied: 0, dropped: 0, extents_named };
@@ -137,7 +139,8 @@ fn keep(found: Vec<Found>, redo: Lsn, cut: Lsn, highest: Lsn) -> Scan {
         let places: Vec<Place> = placed.map(|s| s.entry.place()).collect();
         let named = places.iter().map(|p| p.extent.get() + 1).max().unwrap_or(0);
         scan.extents_named = scan.extents_named.max(named);
-        scan.groups.push(ScannedGroup { head: f.head, places, concerns: f.concerns });
+        let is_doubtful = f.last_lsn() > watermark;
+        scan.groups.push(ScannedGroup { head: f.head, places, is_doubtful, concerns: f.concerns });
     }
     scan
 }

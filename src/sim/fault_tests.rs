@@ -146,12 +146,12 @@ fn a_read_error_is_an_error_and_never_wrong_data() {
 fn a_full_disk_refuses_commits_cleanly_and_goes_on_when_there_is_space() {
     for_seeds(10, |seed| {
         let options = workload::options(&mut Rng::new(seed));
-        let extents = 20 + seed;
+        let extents = (20 + seed) * u64::from(super::tests::SHARDS_MAX);
         let options = Options { data_bytes_max: extents * options.geometry.extent_bytes, ..options };
         let mut world = World::new(Plan { options: Some(options), ..quiet(seed) });
         world.begin()?;
         let (mut written, mut refused) = (0, 0);
-        for n in 0..2_000 {
+        for n in 0..8_000 {
             match world.call(put(n, n + 1))?.map_err(|error| error.kind()) {
                 Ok(_) => written = n + 1,
                 Err(ErrorKind::Full) => {
@@ -214,7 +214,8 @@ fn crashes_of_full_stores_lose_nothing() {
     let total = super::tests::run_all("crashes_of_full_stores_lose_nothing", 25, |seed| {
         let mut rng = Rng::new(seed);
         let options = workload::options(&mut rng);
-        let options = Options { data_bytes_max: rng.within(14, 22) * options.geometry.extent_bytes, ..options };
+        let extents = rng.within(14, 22) * u64::from(super::tests::SHARDS_MAX);
+        let options = Options { data_bytes_max: extents * options.geometry.extent_bytes, ..options };
         Plan { options: Some(options), ..plan(seed) }
     });
     if super::tests::many_seeds() {

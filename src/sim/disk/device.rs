@@ -37,6 +37,8 @@ pub(super) struct State {
     pub(super) power_off_at: Option<u64>,
     pub(super) is_off: bool,
     pub(super) faults: Vec<Fault>,
+    /// Files of which a flush has failed: it is told to all who flush them afterwards, as the seam promises.
+    pub(super) unflushable: BTreeMap<FileId, i32>,
     pub(super) counters: DiskCounters,
     pub(super) violation: Option<String>,
     pub(super) trace: u64,
@@ -145,7 +147,11 @@ impl State {
         self.done += 1;
         self.note(&flying, 2);
         let kind = OpKind::of(&flying.op);
-        let result = match fault::strike(&mut self.faults, &flying.op) {
+        let struck = fault::strike(&mut self.faults, &flying.op);
+        if let (DiskOp::Flush { files }, Some(errno)) = (&flying.op, struck) {
+            files.iter().for_each(|file| _ = self.unflushable.insert(*file, errno));
+        }
+        let result = match struck.or_else(|| self.failed_before(&flying.op)) {
             Some(errno) => {
                 self.counters.count_fault(kind);
                 self.fail(&flying);
@@ -161,6 +167,11 @@ impl State {
             }
         };
         Completion { id: flying.id, op: flying.op, result }
+    }
+
+    fn failed_before(&self, op: &DiskOp) -> Option<i32> {
+        let DiskOp::Flush { files } = op else { return None };
+        files.iter().find_map(|file| self.unflushable.get(file).copied())
     }
 
     fn carry_out(&mut self, flying: &mut Flying) {

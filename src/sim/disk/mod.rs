@@ -77,6 +77,7 @@ impl SimDisk {
             power_off_at: None,
             is_off: false,
             faults: Vec::new(),
+            unflushable: BTreeMap::new(),
             counters: DiskCounters::default(),
             violation: None,
             trace: 0,
