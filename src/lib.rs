@@ -30,7 +30,8 @@
 //! The modules, in the order in which a write travels: [`Store`] and [`Volume`] (handles) - `runtime` (a thread that
 //! drives a shard) - `shard` (the state machine: pages, commits, group commit, write-back, checkpoints) - `log`,
 //! `coalesce`, `map` (what it decides with) - [`mod@format`] (every byte on disk) - [`pool`] (memory) - [`disk`] (the
-//! seam to the device). `recovery` opens a store; `sim` drives the same shard by seed under a simulated disk.
+//! seam to the device). `recovery` opens a store; [`probe`] says what the machine
+//! gives; `sim` drives the same shard by seed under a simulated disk.
 
 pub mod checksum;
 mod coalesce;
@@ -43,6 +44,7 @@ mod map;
 pub mod metrics;
 mod options;
 pub mod pool;
+pub mod probe;
 mod recovery;
 mod runtime;
 pub mod shard;

@@ -35,6 +35,7 @@ const LAYERS: &[&[(&str, &[&str])]] = &[
     &[("format", &[])],
     &[("pool", &[])],
     &[("disk", &[])],
+    &[("probe", &[])],
     &[("map", &[]), ("coalesce", &[]), ("commit", &[]), ("log", &["commit"])],
     &[("shard", &[])],
     &[("recovery", &[]), ("verify", &["recovery"])],

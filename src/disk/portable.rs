@@ -22,6 +22,8 @@ mod kernel;
 mod transfer;
 
 pub use files::{Access, DiskReport, PortableOptions};
+pub(crate) use files::{file_system, try_direct};
+pub(crate) use kernel::check as check_kernel;
 
 use super::{Completion, Disk, DiskOp, FileId, OpId};
 use crate::error::{Error, Result};

@@ -128,7 +128,7 @@ impl Directory {
         if directory.direct {
             // On the descriptors that hold the locks, so that there is no moment without one.
             for (file, id) in files.iter().filter_map(|f| Some((f.get()?, f.id))) {
-                directory.set_direct(file).map_err(|e| directory.error(id, "setting direct I/O on", e.into()))?;
+                set_direct(file).map_err(|e| directory.error(id, "setting direct I/O on", e.into()))?;
             }
         }
         Ok((directory, files))
@@ -142,11 +142,6 @@ impl Directory {
                 Ok(file)
             })
             .collect()
-    }
-
-    fn set_direct(&self, file: &File) -> rustix::io::Result<()> {
-        let flags = rustix::fs::fcntl_getfl(file)?;
-        rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT)
     }
 
     /// Opens and locks `file`, if it is not open yet; `create` makes it if it is missing.
@@ -223,34 +218,7 @@ impl Directory {
             let _ = rustix::fs::fcntl_setfl(file, flags);
             return Ok(works);
         }
-        let scratch = self.scratch()?;
-        let mut block = Box::new(Block([0x5a; BLOCK]));
-        let works =
-            self.set_direct(&scratch).is_ok() && matches!(rustix::io::pwrite(&scratch, &block.0, 0), Ok(BLOCK)) && {
-                block.0.fill(0);
-                matches!(rustix::io::pread(&scratch, &mut block.0, 0), Ok(BLOCK)) && block.0 == [0x5a; BLOCK]
-            };
-        Ok(works)
-    }
-
-    /// A file that is gone when it is closed. That it can be made shows that the directory can be written.
-    fn scratch(&self) -> Result<File> {
-        let mode = Mode::from_raw_mode(0o600);
-        let flags = OFlags::RDWR | OFlags::CLOEXEC;
-        if let Ok(file) = rustix::fs::openat(&self.handle, ".", flags | OFlags::TMPFILE, mode) {
-            return Ok(file.into());
-        }
-        let name = format!(".corepage-probe-{}", std::process::id());
-        let made = rustix::fs::openat(&self.handle, name.as_str(), flags | OFlags::CREATE | OFlags::EXCL, mode);
-        let made = made.map_err(|e| {
-            let context = format_args!(
-                "the directory {} can't be written: give this user the right to, or use another",
-                self.path.display()
-            );
-            Error::io(context, e.into())
-        })?;
-        let _ = rustix::fs::unlinkat(&self.handle, name.as_str(), rustix::fs::AtFlags::empty());
-        Ok(made.into())
+        try_direct(&self.handle, &self.path)
     }
 
     pub(super) fn may_write(&self, what: &str, id: FileId) -> Result<()> {
@@ -292,6 +260,44 @@ impl Directory {
             depth: self.workers_count.clamp(1, 256),
         }
     }
+}
+
+fn set_direct(file: &File) -> rustix::io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(file)?;
+    rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT)
+}
+
+/// Whether a block can be written and read directly in `directory`, which is `path`; leaves nothing behind.
+///
+/// # Errors
+/// `Io`: the directory can't be written.
+pub(crate) fn try_direct(directory: &File, path: &Path) -> Result<bool> {
+    let scratch = scratch(directory, path)?;
+    let mut block = Box::new(Block([0x5a; BLOCK]));
+    Ok(set_direct(&scratch).is_ok() && matches!(rustix::io::pwrite(&scratch, &block.0, 0), Ok(BLOCK)) && {
+        block.0.fill(0);
+        matches!(rustix::io::pread(&scratch, &mut block.0, 0), Ok(BLOCK)) && block.0 == [0x5a; BLOCK]
+    })
+}
+
+/// A file that is gone when it is closed. That it can be made shows that the directory can be written.
+fn scratch(directory: &File, path: &Path) -> Result<File> {
+    let mode = Mode::from_raw_mode(0o600);
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    if let Ok(file) = rustix::fs::openat(directory, ".", flags | OFlags::TMPFILE, mode) {
+        return Ok(file.into());
+    }
+    let name = format!(".corepage-probe-{}", std::process::id());
+    let made = rustix::fs::openat(directory, name.as_str(), flags | OFlags::CREATE | OFlags::EXCL, mode);
+    let made = made.map_err(|e| {
+        let context = format_args!(
+            "the directory {} can't be written: give this user the right to, or use another",
+            path.display()
+        );
+        Error::io(context, e.into())
+    })?;
+    let _ = rustix::fs::unlinkat(directory, name.as_str(), rustix::fs::AtFlags::empty());
+    Ok(made.into())
 }
 
 /// A block at an address that direct I/O takes.
@@ -341,7 +347,7 @@ pub(super) fn parse_name(name: &str) -> Option<FileId> {
 }
 
 /// The name of the file system, from the magic numbers of statfs(2).
-fn file_system(handle: impl AsFd) -> String {
+pub(crate) fn file_system(handle: impl AsFd) -> String {
     let Ok(stat) = rustix::fs::fstatfs(handle) else { return "an unknown file system".into() };
     let name = match stat.f_type as u32 {
         0xef53 => "ext4",
