@@ -10,6 +10,9 @@ use std::fmt;
 
 /// Whether this version has the ring driver. Until then io_uring is looked at and reported, and not used.
 pub(super) const RING_DRIVER: bool = false;
+/// The drivers' names.
+pub(super) const RING: &str = "io_uring";
+const PORTABLE: &str = "portable";
 /// Entries of the ring that is tried: those of a shard's.
 const ENTRIES: u32 = 256;
 /// The bit of `CAP_SYS_ADMIN` (capabilities(7)).
@@ -136,21 +139,27 @@ impl fmt::Display for IoUring {
 /// The way to the disk that is taken.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Driver {
-    /// `ring` or `portable`.
+    /// `io_uring` or `portable`.
     pub name: &'static str,
     /// Why it is not the ring.
     pub because: Option<String>,
 }
 
 impl Driver {
-    /// What `auto` takes.
+    /// What `auto` takes on this machine, for this process.
+    pub fn auto() -> Driver {
+        let roots = Roots::default();
+        Driver::choose(&IoUring::try_one(&roots, &MemoryLocks::look(&roots)))
+    }
+
+    /// What `auto` takes where a ring was tried with this outcome.
     pub fn choose(io_uring: &IoUring) -> Driver {
         if !io_uring.available {
-            Driver { name: "portable", because: Some(io_uring.to_string()) }
+            Driver { name: PORTABLE, because: Some(io_uring.to_string()) }
         } else if RING_DRIVER {
-            Driver { name: "ring", because: None }
+            Driver { name: RING, because: None }
         } else {
-            Driver { name: "portable", because: Some("the ring driver is not in this version".to_owned()) }
+            Driver { name: PORTABLE, because: Some("the ring driver is not in this version".to_owned()) }
         }
     }
 }

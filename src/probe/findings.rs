@@ -4,6 +4,7 @@
 //! 2. `Fatal` is what no store can be opened with, and nothing else: a missing ring or direct I/O only costs speed.
 //! 3. A command stands alone and can be copied as it is; names in capitals are for the reader to fill in.
 
+use super::driver::RING;
 use super::{Device, DirectIo, Driver, Machine, RingRefusal};
 use crate::options::Options;
 use serde::Serialize;
@@ -76,7 +77,7 @@ impl Machine {
     }
 
     pub(super) fn findings_with(&self, driver: &Driver) -> Vec<Finding> {
-        let ring = driver.name == "ring";
+        let ring = driver.name == RING;
         vec![
             self.kernel(),
             self.ring(ring),

@@ -7,7 +7,7 @@ use super::*;
 use rustix::io::Errno;
 use std::fs;
 
-const RING: Driver = Driver { name: "ring", because: None };
+const RING: Driver = Driver { name: super::driver::RING, because: None };
 
 /// A machine of which nothing is left to wish for: an NVMe device with polling queues, and all limits lifted.
 fn best() -> Machine {
@@ -165,7 +165,7 @@ fn locked_memory_is_counted_in_executors_and_buffers() {
     assert_eq!(executors(64 << 10, false), Some(0), "glommio asks for the limit, whatever holds");
     assert_eq!(executors(8 << 20, false), None);
     assert_eq!(MemoryLocks::new(None, None, true).executors_max, None);
-    assert_eq!(locks(8 << 20, true).buffer_bytes(2), Some((8 << 20) - (2 * 576 << 10)));
+    assert_eq!(locks(8 << 20, true).buffer_bytes(2), Some((8 << 20) - (2 * (576 << 10))));
     assert_eq!(locks(64 << 10, true).buffer_bytes(2), Some(0));
     assert_eq!(locks(64 << 10, false).buffer_bytes(2), None);
 }

@@ -12,6 +12,7 @@ use crate::disk::portable::{Access, DiskReport, PortableDisk};
 use crate::disk::{Completion, Disk};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Options;
+use crate::probe::Driver;
 use crate::recovery::{self, RecoveryReport};
 use crate::shard::{Effect, Request, Response, Shard, Token};
 use crate::types::Micros;
@@ -47,6 +48,8 @@ pub(crate) struct Runtime {
     thread: Option<JoinHandle<()>>,
     /// What opening found.
     pub(crate) recovery: RecoveryReport,
+    /// The driver, and why it is not another.
+    pub(crate) driver: Driver,
     /// What the disk is like.
     pub(crate) disk: DiskReport,
     /// What one commit may count at most.
@@ -94,7 +97,7 @@ impl Runtime {
         opening.done();
         match result {
             Ok((recovery, disk, txn_bytes_max)) => {
-                Ok(Runtime { shared, thread: Some(thread), recovery, disk, txn_bytes_max })
+                Ok(Runtime { shared, thread: Some(thread), recovery, driver: Driver::auto(), disk, txn_bytes_max })
             }
             Err(error) => {
                 let _ = thread.join();
@@ -350,7 +353,8 @@ mod tests {
         let shared = Arc::new(Shared::new(2));
         let thread = std::thread::spawn(|| {});
         let (recovery, disk) = (RecoveryReport::default(), no_disk());
-        let runtime = Runtime { shared: shared.clone(), thread: Some(thread), recovery, disk, txn_bytes_max: 0 };
+        let (theirs, thread, driver) = (shared.clone(), Some(thread), Driver::auto());
+        let runtime = Runtime { shared: theirs, thread, recovery, driver, disk, txn_bytes_max: 0 };
         let taken = block_on(runtime.submit(Request::Flush)).expect("there is a place");
         let queued = block_on(runtime.submit(Request::Flush)).expect("there is a place");
         // No place is left: this one waits, and is answered all the same.
