@@ -22,7 +22,7 @@ mod kernel;
 mod transfer;
 
 pub use files::{Access, DiskReport, PortableOptions};
-pub(crate) use files::{file_system, try_direct};
+pub(crate) use files::{file_system, free_bytes, try_direct};
 pub(crate) use kernel::check as check_kernel;
 
 use super::{Completion, Disk, DiskOp, FileId, OpId};

@@ -4,7 +4,7 @@
 
 use super::Roots;
 use super::mounts::mount_of;
-use crate::disk::portable::{file_system, try_direct};
+use crate::disk::portable::{file_system, free_bytes, try_direct};
 use serde::Serialize;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -67,7 +67,7 @@ impl Directory {
         let mount = roots.proc("self/mountinfo").and_then(|text| mount_of(&text, &looked_at.canonicalize().ok()?));
         let device_path = mount.as_ref().map(|mount| mount.source.clone());
         found.file_system = Some(file_system(&handle));
-        found.free_bytes = rustix::fs::fstatvfs(&handle).ok().map(|fs| fs.f_bavail.saturating_mul(fs.f_frsize));
+        found.free_bytes = free_bytes(&handle);
         match try_direct(&handle, &looked_at) {
             Ok(works) => found.direct_io = if works { DirectIo::Works } else { DirectIo::Refused },
             Err(e) => found.unwritable = Some(e.to_string()),

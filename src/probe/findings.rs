@@ -126,7 +126,9 @@ impl Machine {
             RingRefusal::Setting => {
                 finding.better("allow it on this machine", Some("sysctl kernel.io_uring_disabled=0"))
             }
-            RingRefusal::MemoryLocks => finding.better("more locked memory", Some("ulimit -l unlimited")),
+            RingRefusal::MemoryLocks => finding
+                .better("more locked memory, for this shell (as root)", Some("ulimit -l unlimited"))
+                .better("the same in a systemd unit", Some("LimitMEMLOCK=infinity")),
             RingRefusal::OpenFiles => finding.better("more open files", Some("ulimit -n 65536")),
             RingRefusal::Policy => finding.better("ask who set this machine's security policy", None),
             RingRefusal::Other => finding,
@@ -173,7 +175,7 @@ impl Machine {
         }
         let finding = Finding::good(SUBJECT, here, "fdatasync of each file written to");
         let finding = match name {
-            "tmpfs" => finding
+            "tmpfs" | "ramfs" => finding
                 .but(Level::Improvable)
                 .better("a directory on a disk: this one is memory, and gone when the machine stops", None),
             "btrfs" => finding.but(Level::Improvable).better(

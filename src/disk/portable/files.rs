@@ -239,7 +239,7 @@ impl Directory {
 
     /// Whether the file system says that it has `bytes` left for this user; if it does not say, they may be there.
     pub(super) fn has_room(&self, bytes: u64) -> bool {
-        rustix::fs::fstatvfs(&self.handle).map_or(true, |fs| fs.f_bavail.saturating_mul(fs.f_frsize) >= bytes)
+        free_bytes(&self.handle).is_none_or(|free| free >= bytes)
     }
 
     /// Makes the names of files that were created durable.
@@ -346,6 +346,12 @@ pub(super) fn parse_name(name: &str) -> Option<FileId> {
     (id.to_string() == name).then_some(id)
 }
 
+/// Bytes that this user may still fill, if the file system says; those in memory say nothing: no blocks, none free.
+pub(crate) fn free_bytes(handle: impl AsFd) -> Option<u64> {
+    let stat = rustix::fs::fstatvfs(handle).ok().filter(|stat| stat.f_blocks > 0)?;
+    Some(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
 /// The name of the file system, from the magic numbers of statfs(2).
 pub(crate) fn file_system(handle: impl AsFd) -> String {
     let Ok(stat) = rustix::fs::fstatfs(handle) else { return "an unknown file system".into() };
@@ -354,6 +360,7 @@ pub(crate) fn file_system(handle: impl AsFd) -> String {
         0x5846_5342 => "xfs",
         0x9123_683e => "btrfs",
         0x0102_1994 => "tmpfs",
+        0x8584_58f6 => "ramfs",
         0x794c_7630 => "overlayfs",
         0x2fc1_2fc1 => "zfs",
         0xf2f5_2010 => "f2fs",
