@@ -89,7 +89,7 @@ fn the_keys_of_the_json_form_stay() {
     let wanted = "can_run corepage driver.because driver.name findings[].here findings[].level findings[].subject \
         findings[].used machine.checksum machine.cores.allowed[] machine.cores.online_count \
         machine.cores.physical_count machine.cores.quota_count machine.directory.direct_io \
-        machine.directory.file_system machine.directory.free_bytes machine.directory.looked_at machine.directory.path \
+        machine.directory.file_system machine.directory.flush machine.directory.free_bytes machine.directory.looked_at machine.directory.path \
         machine.directory.unwritable machine.huge_pages.free_count machine.huge_pages.reserved_count \
         machine.huge_pages.transparent machine.io_uring.available machine.io_uring.disabled_setting \
         machine.io_uring.error machine.io_uring.refusal machine.io_uring.seccomp_filter machine.kernel.refused \

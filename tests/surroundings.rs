@@ -42,6 +42,8 @@ struct Expected {
     /// How it transfers.
     transfers: &'static str,
     file_system: String,
+    /// The way of flushing.
+    flush: String,
 }
 
 impl Expected {
@@ -60,7 +62,10 @@ impl Expected {
         if without.contains(&Without::DirectIo) {
             assert_eq!(direct, "refused", "the filter is not in force");
         }
+        let findings = facts["findings"].as_array().expect("findings");
+        let flush = findings.iter().find(|finding| finding["subject"] == "file system").expect("the subject is there");
         Expected {
+            flush: flush["used"].as_str().expect("text").to_owned(),
             driver_hint: match without {
                 [Without::Ring(libc::EPERM), ..] => "portable, because",
                 [Without::Ring(_), ..] => "(ENOSYS)",
@@ -80,7 +85,7 @@ impl Expected {
         assert!(disk.contains(self.transfers), "{disk}: not {}", self.transfers);
         assert!(disk.contains(&format!(" {},", self.file_system)), "{disk}: not on {}", self.file_system);
         assert!(disk.contains(self.driver.split(',').next().expect("a name")), "{disk}: not {}", self.driver);
-        assert!(disk.contains("fdatasync") || disk.contains("DSYNC"), "{disk} names no way of flushing");
+        assert!(disk.contains(&self.flush), "{disk}: not {}", self.flush);
     }
 }
 

@@ -5,7 +5,8 @@
 //! 3. A command stands alone and can be copied as it is; names in capitals are for the reader to fill in.
 
 use super::driver::RING;
-use super::{Device, DirectIo, Driver, Machine, RingRefusal};
+use super::{DirectIo, Driver, Machine, RingRefusal};
+use crate::disk::BlockDevice;
 use crate::options::Options;
 use serde::Serialize;
 
@@ -173,7 +174,8 @@ impl Machine {
                 .but(Level::Fatal)
                 .better("another directory", Some("corepage doctor --dir DIR"));
         }
-        let finding = Finding::good(SUBJECT, here, "fdatasync of each file written to");
+        let used = directory.flush.map_or("unknown".to_owned(), |flush| flush.to_string());
+        let finding = Finding::good(SUBJECT, here, used);
         let finding = match name {
             "tmpfs" | "ramfs" => finding
                 .but(Level::Improvable)
@@ -213,7 +215,7 @@ impl Machine {
         let used = match (device.write_cache.as_deref(), device.fua) {
             (Some("write through"), _) => "a completed write is durable: flushes cost little",
             (Some(_), Some(true)) => "single writes can be made durable (FUA)",
-            (Some(_), _) => "its cache is flushed once for each group of commits",
+            (Some(_), _) => "its cache is flushed for each group of commits",
             (None, _) => "its cache is taken to be volatile, and flushed",
         };
         let finding = Finding::good(SUBJECT, describe(device), used);
@@ -227,8 +229,8 @@ impl Machine {
     fn polling(&self) -> Finding {
         const SUBJECT: &str = "device polling";
         match &self.directory.device {
-            Some(Device { io_poll: Some(true), .. }) => Finding::good(SUBJECT, "possible", "interrupts"),
-            Some(Device { nvme: true, .. }) => {
+            Some(BlockDevice { io_poll: Some(true), .. }) => Finding::good(SUBJECT, "possible", "interrupts"),
+            Some(BlockDevice { nvme: true, .. }) => {
                 let command = format!("nvme.poll_queues={}", self.cores.allowed.len().max(1));
                 Finding::good(SUBJECT, "off: the driver has no polling queues", "interrupts")
                     .but(Level::Improvable)
@@ -304,7 +306,7 @@ impl Machine {
 }
 
 /// `vda1 on vda: write back, no FUA, blocks of 512 (logical) and 4096 (physical) bytes`.
-fn describe(device: &Device) -> String {
+fn describe(device: &BlockDevice) -> String {
     let mut parts = vec![match &device.partition {
         Some(partition) => format!("{partition} on {}", device.name),
         None => device.name.clone(),

@@ -2,7 +2,7 @@
 //! functions of text.
 
 use super::Roots;
-use crate::disk::portable::check_kernel;
+use crate::disk::check_kernel;
 use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 

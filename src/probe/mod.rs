@@ -17,7 +17,7 @@ mod findings;
 mod machine;
 mod mounts;
 
-pub use directory::{Device, DirectIo, Directory};
+pub use directory::{DirectIo, Directory};
 pub use driver::{Driver, IoUring, RingRefusal};
 pub use findings::{Better, Finding, Level, human_bytes};
 pub use machine::{Cores, HugePages, Kernel, MemoryLocks, OpenFiles};

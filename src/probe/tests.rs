@@ -4,6 +4,7 @@ use super::driver::{Circumstances, explain};
 use super::machine::{chosen, count, has_capability, is_whole_id_map};
 use super::mounts::mount_of;
 use super::*;
+use crate::disk::{BlockDevice, FlushMethod};
 use rustix::io::Errno;
 use std::fs;
 
@@ -28,15 +29,16 @@ fn best() -> Machine {
             file_system: Some("xfs".into()),
             free_bytes: Some(1 << 40),
             direct_io: DirectIo::Works,
-            device: Some(Device {
+            device: Some(BlockDevice {
                 name: "nvme0n1".into(),
                 number: "259:0".into(),
                 nvme: true,
                 write_cache: Some("write through".into()),
                 io_poll: Some(true),
                 rotational: Some(false),
-                ..Device::default()
+                ..BlockDevice::default()
             }),
+            flush: Some(FlushMethod::Dsync),
         },
         huge_pages: HugePages { reserved_count: Some(512), free_count: Some(512), transparent: Some("madvise".into()) },
         cores: Cores { online_count: Some(4), allowed: (0..4).collect(), physical_count: Some(4), quota_count: None },
@@ -195,44 +197,6 @@ nonsense";
     assert_eq!(on("/homes"), Some(("ext4".into(), "/dev/vda1".into())), "/homes is not below /home");
     assert_eq!(on("/mnt/a b/c"), Some(("tmpfs".into(), "none".into())));
     assert_eq!(mount_of("", Path::new("/")), None);
-}
-
-/// A tree as /sys has them: the device `name`, with files.
-fn device_tree(sys: &Path, number: &str, path: &str, files: &[(&str, &str)]) {
-    let device = sys.join("devices").join(path);
-    for (file, text) in files {
-        let file = device.join(file);
-        fs::create_dir_all(file.parent().unwrap()).unwrap();
-        fs::write(file, format!("{text}\n")).unwrap();
-    }
-    fs::create_dir_all(sys.join("dev/block")).unwrap();
-    std::os::unix::fs::symlink(&device, sys.join("dev/block").join(number)).unwrap();
-}
-
-/// A partition has no queue of its own: asked there, every device would look as if it had no write cache.
-#[test]
-fn a_partition_is_judged_by_its_device_and_a_mapping_names_what_is_under_it() {
-    let dir = tempfile::tempdir().unwrap();
-    let roots = Roots { proc: dir.path().join("proc"), sys: dir.path().join("sys") };
-    let queue = [("queue/write_cache", "write back"), ("queue/fua", "1"), ("queue/rotational", "0")];
-    let sizes = [("queue/logical_block_size", "512"), ("queue/physical_block_size", "4096"), ("queue/io_poll", "1")];
-    device_tree(&roots.sys, "259:0", "pci/nvme0n1", &[queue, sizes].concat());
-    device_tree(&roots.sys, "259:1", "pci/nvme0n1/nvme0n1p1", &[("partition", "1")]);
-    device_tree(&roots.sys, "252:0", "virtual/dm-0", &[("slaves/nvme0n1p1/x", ""), ("queue/write_cache", "none")]);
-    device_tree(&roots.sys, "7:0", "virtual/loop0", &[("loop/backing_file", "/srv/image")]);
-    device_tree(&roots.sys, "254:0", "virtio/vda", &[("queue/rotational", "1")]);
-    let look = |major, minor| Device::look(&roots, rustix::fs::makedev(major, minor));
-    let whole = look(259, 0).unwrap();
-    assert_eq!((whole.nvme, whole.fua, whole.io_poll, whole.rotational), (true, Some(true), Some(true), Some(false)));
-    assert_eq!((whole.logical_block_bytes, whole.physical_block_bytes), (Some(512), Some(4096)));
-    assert_eq!(whole.write_cache.as_deref(), Some("write back"));
-    let partition = look(259, 1).unwrap();
-    assert_eq!(partition.partition.as_deref(), Some("nvme0n1p1"));
-    assert_eq!(Device { number: "259:0".into(), partition: None, ..partition }, whole);
-    assert_eq!(look(252, 0).unwrap().on, ["nvme0n1p1"]);
-    assert_eq!(look(7, 0).unwrap().on, ["/srv/image"]);
-    assert_eq!(look(254, 0).unwrap().rotational, None, "virtual disks turn in no case");
-    assert_eq!(look(0, 40), None);
 }
 
 #[test]

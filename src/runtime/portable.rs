@@ -376,6 +376,6 @@ mod tests {
     }
 
     fn no_disk() -> DiskReport {
-        DiskReport { driver: "none", file_system: String::new(), direct: false, flush: "none", depth: 0 }
+        DiskReport::none()
     }
 }

@@ -1,4 +1,4 @@
-//! The oldest kernel that this driver is meant for: asked before a file is touched.
+//! The oldest kernel that the disks on files are meant for: asked before a file is touched.
 //!
 //! It does not probe single features; each is probed where it is used.
 

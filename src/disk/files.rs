@@ -1,5 +1,8 @@
 //! The directory and its files: opening, locking, and finding out what the file system can do.
 //!
+//! One [`Files`] serves all disks of a store: each shard has a disk of its own, on a thread of its own, over the same
+//! descriptors. A file that one of them creates is there for all.
+//!
 //! Invariants
 //! 1. A descriptor is locked before anything is read from it or written to it: exclusively for writing, shared for
 //!    reading only. The lock is on the open file itself, so writes of a dying process that are still in flight hold it.
@@ -8,17 +11,26 @@
 //!    files with a store's names, they are somebody else's, and opening refuses.
 //! 4. Direct I/O is used only where a real block was transferred with it: some file systems accept the flag on open
 //!    and fail each transfer.
+//! 5. A descriptor is closed when the last disk is gone, not before: so nothing is in flight without the lock.
+//!
+//! It does *not* transfer anything but what a probe takes.
 
-use super::super::FileId;
+use super::FileId;
+use super::device::{self, DeviceTraits, FlushChoice, FlushMethod};
+use super::flush::Rounds;
+use super::report::{DiskReport, Polling};
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::{BLOCK, SegmentNo, ShardId};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
+use smallvec::SmallVec;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, OnceLock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// What may be done to the files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,40 +41,18 @@ pub enum Access {
     ReadOnly,
 }
 
-/// How to run the portable disk.
+/// How to open the files.
 #[derive(Clone, Debug)]
-pub struct PortableOptions {
-    /// Threads, and so operations under way at the device at a time (default 8).
-    pub workers_count: usize,
+pub struct FileOptions {
     /// Pass the page cache by where the file system can (default). Otherwise all transfers go through it.
     pub direct: bool,
+    /// How writes become durable (default: what suits file system and device).
+    pub flush: FlushChoice,
 }
 
-impl Default for PortableOptions {
+impl Default for FileOptions {
     fn default() -> Self {
-        PortableOptions { workers_count: 8, direct: true }
-    }
-}
-
-/// What the machine gives, as found out when the files were opened.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DiskReport {
-    /// The driver.
-    pub driver: &'static str,
-    /// The file system's name, or its magic number.
-    pub file_system: String,
-    /// Whether transfers pass the page cache by.
-    pub direct: bool,
-    /// The call that makes writes durable.
-    pub flush: &'static str,
-    /// Operations at the device at a time.
-    pub depth: usize,
-}
-
-impl fmt::Display for DiskReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let how = if self.direct { "direct I/O" } else { "buffered I/O (the file system refuses direct I/O)" };
-        write!(f, "{} on {}, {how}, {}, depth {}", self.driver, self.file_system, self.flush, self.depth)
+        FileOptions { direct: true, flush: FlushChoice::Auto }
     }
 }
 
@@ -70,16 +60,23 @@ impl fmt::Display for DiskReport {
 pub(super) struct StoreFile {
     id: FileId,
     file: OnceLock<File>,
-    /// The error of the first failed flush. Held during a flush: the kernel tells a lost write to one caller only, so
-    /// of two flushes at a time one would report success for what the other knows to be lost.
-    pub(super) flush: Mutex<Option<Error>>,
+    /// Its own flushes, if none stands for all files.
+    rounds: Arc<Rounds>,
+    /// It was flushed since it was opened: what an earlier process may have left in the device's cache is durable.
+    settled: AtomicBool,
     /// Held while the file is created or made longer.
     pub(super) growth: Mutex<()>,
 }
 
 impl StoreFile {
-    pub(super) fn missing(id: FileId) -> Self {
-        StoreFile { id, file: OnceLock::new(), flush: Mutex::new(None), growth: Mutex::new(()) }
+    fn missing(id: FileId) -> Self {
+        StoreFile {
+            id,
+            file: OnceLock::new(),
+            rounds: Arc::default(),
+            settled: AtomicBool::new(false),
+            growth: Mutex::new(()),
+        }
     }
 
     pub(super) fn id(&self) -> FileId {
@@ -89,20 +86,35 @@ impl StoreFile {
     pub(super) fn get(&self) -> Option<&File> {
         self.file.get()
     }
+
+    pub(super) fn set_settled(&self) {
+        self.settled.store(true, Ordering::Release);
+    }
 }
 
-/// An open directory.
-pub(super) struct Directory {
+/// The open files of a store, locked.
+pub struct Files {
     path: PathBuf,
     handle: File,
     access: Access,
     direct: bool,
-    file_system: String,
-    workers_count: usize,
+    traits: DeviceTraits,
+    method: FlushMethod,
+    /// The flushes of all files, where one stands for all.
+    shared_rounds: Arc<Rounds>,
+    files: Mutex<BTreeMap<FileId, Arc<StoreFile>>>,
 }
 
-impl Directory {
-    pub(super) fn open(path: &Path, access: Access, options: &PortableOptions) -> Result<(Directory, Vec<StoreFile>)> {
+impl Files {
+    /// Opens the directory `path` and locks all files of a store that are in it. With [`Access::ReadWrite`] a missing
+    /// directory is made; with [`Access::ReadOnly`] nothing is created or changed, ever.
+    ///
+    /// # Errors
+    /// `InUse` if another process has the store open, `NotFound` if there is nothing to read, `Invalid` if the
+    /// directory holds files that are no store's but have the names of its files, or if the flush method asked for
+    /// would lose data there, `Unsupported` on a kernel that is too old, `Io` for the rest.
+    pub fn open(path: &Path, access: Access, options: &FileOptions) -> Result<Arc<Files>> {
+        super::kernel::check()?;
         if access == Access::ReadWrite {
             make_directory(path)?;
         }
@@ -113,25 +125,89 @@ impl Directory {
             _ => Error::io(format_args!("opening the directory {}", path.display()), e),
         })?;
         let ids = store_files(path)?;
-        let mut directory = Directory {
+        let mut files = Files {
             path: path.to_owned(),
-            file_system: file_system(&handle),
+            traits: device::look(&handle, false, true),
             handle,
             access,
             direct: false,
-            workers_count: options.workers_count,
+            method: FlushMethod::PerFile,
+            shared_rounds: Arc::default(),
+            files: Mutex::default(),
         };
-        directory.refuse_foreign(&ids)?;
+        files.refuse_foreign(&ids)?;
         // Locks first: a probe in a directory that another process uses would be in its way.
-        let files = directory.open_all(&ids)?;
-        directory.direct = options.direct && directory.probe(files.first())?;
-        if directory.direct {
+        let opened = files.open_all(&ids)?;
+        let (works, surely) = if options.direct { files.probe(opened.first())? } else { (false, false) };
+        files.direct = works;
+        if files.direct {
             // On the descriptors that hold the locks, so that there is no moment without one.
-            for (file, id) in files.iter().filter_map(|f| Some((f.get()?, f.id))) {
-                set_direct(file).map_err(|e| directory.error(id, "setting direct I/O on", e.into()))?;
+            for (file, id) in opened.iter().filter_map(|f| Some((f.get()?, f.id))) {
+                files.set_direct(file).map_err(|e| files.error(id, "setting direct I/O on", e.into()))?;
             }
         }
-        Ok((directory, files))
+        files.traits = device::look(&files.handle, surely, files.on_one_device(&opened));
+        files.method = device::choose(&files.traits, options.flush)?;
+        let by_id = opened.into_iter().map(|file| (file.id, Arc::new(file))).collect();
+        files.files = Mutex::new(by_id);
+        Ok(Arc::new(files))
+    }
+
+    /// Whether no file is mounted into the directory from elsewhere.
+    fn on_one_device(&self, files: &[StoreFile]) -> bool {
+        let device = |file: &File| file.metadata().ok().map(|meta| meta.dev());
+        let own = device(&self.handle);
+        own.is_some() && files.iter().filter_map(StoreFile::get).all(|file| device(file) == own)
+    }
+
+    /// The file, which may not exist yet. The same object for all disks; each keeps what it got.
+    pub(super) fn file(&self, id: FileId) -> Arc<StoreFile> {
+        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        files.entry(id).or_insert_with(|| Arc::new(StoreFile::missing(id))).clone()
+    }
+
+    /// The rounds in which a flush of `file` takes part.
+    pub(super) fn rounds<'a>(&'a self, file: &'a StoreFile) -> &'a Arc<Rounds> {
+        match self.method {
+            FlushMethod::Shared => &self.shared_rounds,
+            FlushMethod::PerFile | FlushMethod::Dsync => &file.rounds,
+        }
+    }
+
+    /// Whether writes to this file are durable on completion.
+    pub(super) fn writes_durably(&self, id: FileId) -> bool {
+        self.method == FlushMethod::Dsync && matches!(id, FileId::Log(..))
+    }
+
+    /// Those of `files` that a flush has to ask for: one of each set of rounds, and no file whose writes are all
+    /// durable already.
+    ///
+    /// # Errors
+    /// `Invalid` if the store is open for reading only, `Io` if one of them does not exist.
+    pub(super) fn to_flush(&self, files: &[Arc<StoreFile>]) -> Result<SmallVec<[Arc<StoreFile>; 4]>> {
+        let mut found: SmallVec<[Arc<StoreFile>; 4]> = SmallVec::new();
+        for file in files {
+            self.may_write("flush", file.id)?;
+            if file.get().is_none() {
+                return Err(self.error(file.id, "flushing", std::io::ErrorKind::NotFound.into()));
+            }
+            let durable = self.writes_durably(file.id) && file.settled.load(Ordering::Acquire);
+            let known = || found.iter().any(|other| Arc::ptr_eq(self.rounds(other), self.rounds(file)));
+            if !durable && !known() {
+                found.push(file.clone());
+            }
+        }
+        Ok(found)
+    }
+
+    /// What file system and device are like.
+    pub fn traits(&self) -> &DeviceTraits {
+        &self.traits
+    }
+
+    /// How writes become durable.
+    pub fn flush_method(&self) -> FlushMethod {
+        self.method
     }
 
     fn open_all(&self, ids: &[FileId]) -> Result<Vec<StoreFile>> {
@@ -142,6 +218,10 @@ impl Directory {
                 Ok(file)
             })
             .collect()
+    }
+
+    pub(super) fn set_direct(&self, file: &File) -> rustix::io::Result<()> {
+        set_direct(file)
     }
 
     /// Opens and locks `file`, if it is not open yet; `create` makes it if it is missing.
@@ -207,18 +287,23 @@ impl Directory {
     }
 
     /// Whether a block can be transferred directly: by a write and a read of a scratch file without a name, or, if
-    /// nothing may be written, by a read of `sample`.
-    fn probe(&self, sample: Option<&StoreFile>) -> Result<bool> {
+    /// nothing may be written, by a read of `sample`. And whether the kernel vouches for it.
+    fn probe(&self, sample: Option<&StoreFile>) -> Result<(bool, bool)> {
         if self.access == Access::ReadOnly {
-            let Some(file) = sample.and_then(StoreFile::get) else { return Ok(false) };
+            let Some(file) = sample.and_then(StoreFile::get) else { return Ok((false, false)) };
             let mut block = Box::new(Block([0; BLOCK]));
-            let Ok(flags) = rustix::fs::fcntl_getfl(file) else { return Ok(false) };
+            let Ok(flags) = rustix::fs::fcntl_getfl(file) else { return Ok((false, false)) };
             let works = rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT).is_ok()
                 && matches!(rustix::io::pread(file, &mut block.0, 0), Ok(BLOCK));
             let _ = rustix::fs::fcntl_setfl(file, flags);
-            return Ok(works);
+            return Ok((works, false));
         }
         try_direct(&self.handle, &self.path)
+    }
+
+    /// A file that is gone when it is closed.
+    pub(super) fn scratch(&self) -> Result<File> {
+        scratch(&self.handle, &self.path)
     }
 
     pub(super) fn may_write(&self, what: &str, id: FileId) -> Result<()> {
@@ -239,7 +324,7 @@ impl Directory {
 
     /// Whether the file system says that it has `bytes` left for this user; if it does not say, they may be there.
     pub(super) fn has_room(&self, bytes: u64) -> bool {
-        free_bytes(&self.handle).is_none_or(|free| free >= bytes)
+        device::free_bytes(&self.handle).is_none_or(|free| free >= bytes)
     }
 
     /// Makes the names of files that were created durable.
@@ -251,33 +336,51 @@ impl Directory {
         Error::io(format_args!("{doing} {}", self.path.join(id.to_string()).display()), cause)
     }
 
+    /// What a disk over these files can say of them; the rest is its own.
     pub(super) fn report(&self) -> DiskReport {
         DiskReport {
-            driver: "portable",
-            file_system: self.file_system.clone(),
+            file_system: self.traits.file_system.clone(),
             direct: self.direct,
-            flush: "fdatasync",
-            depth: self.workers_count.clamp(1, 256),
+            flush: self.method,
+            polling: Polling::Off("the driver waits for interrupts".into()),
+            ..DiskReport::none()
         }
     }
+
+    pub(super) fn access(&self) -> Access {
+        self.access
+    }
+
+    pub(super) fn is_direct(&self) -> bool {
+        self.direct
+    }
+}
+
+impl fmt::Debug for Files {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the files in {}", self.path.display())
+    }
+}
+
+/// Whether a block can be written and read directly in `directory`, which is `path`, and whether the kernel vouches for
+/// it. Leaves nothing behind.
+///
+/// # Errors
+/// `Io`: the directory can't be written.
+pub(super) fn try_direct(directory: &File, path: &Path) -> Result<(bool, bool)> {
+    let scratch = scratch(directory, path)?;
+    let mut block = Box::new(Block([0x5a; BLOCK]));
+    let works = set_direct(&scratch).is_ok() && matches!(rustix::io::pwrite(&scratch, &block.0, 0), Ok(BLOCK)) && {
+        block.0.fill(0);
+        matches!(rustix::io::pread(&scratch, &mut block.0, 0), Ok(BLOCK)) && block.0 == [0x5a; BLOCK]
+    };
+    let says = device::says_direct(&scratch);
+    Ok((works && says != Some(false), works && says == Some(true)))
 }
 
 fn set_direct(file: &File) -> rustix::io::Result<()> {
     let flags = rustix::fs::fcntl_getfl(file)?;
     rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT)
-}
-
-/// Whether a block can be written and read directly in `directory`, which is `path`; leaves nothing behind.
-///
-/// # Errors
-/// `Io`: the directory can't be written.
-pub(crate) fn try_direct(directory: &File, path: &Path) -> Result<bool> {
-    let scratch = scratch(directory, path)?;
-    let mut block = Box::new(Block([0x5a; BLOCK]));
-    Ok(set_direct(&scratch).is_ok() && matches!(rustix::io::pwrite(&scratch, &block.0, 0), Ok(BLOCK)) && {
-        block.0.fill(0);
-        matches!(rustix::io::pread(&scratch, &mut block.0, 0), Ok(BLOCK)) && block.0 == [0x5a; BLOCK]
-    })
 }
 
 /// A file that is gone when it is closed. That it can be made shows that the directory can be written.
@@ -302,7 +405,7 @@ fn scratch(directory: &File, path: &Path) -> Result<File> {
 
 /// A block at an address that direct I/O takes.
 #[repr(C, align(4096))]
-struct Block([u8; BLOCK]);
+pub(super) struct Block(pub(super) [u8; BLOCK]);
 
 fn make_directory(path: &Path) -> Result<()> {
     if path.is_dir() {
@@ -344,30 +447,4 @@ pub(super) fn parse_name(name: &str) -> Option<FileId> {
     };
     // "log-0-0" is not a name that we give.
     (id.to_string() == name).then_some(id)
-}
-
-/// Bytes that this user may still fill, if the file system says; those in memory say nothing: no blocks, none free.
-pub(crate) fn free_bytes(handle: impl AsFd) -> Option<u64> {
-    let stat = rustix::fs::fstatvfs(handle).ok().filter(|stat| stat.f_blocks > 0)?;
-    Some(stat.f_bavail.saturating_mul(stat.f_frsize))
-}
-
-/// The name of the file system, from the magic numbers of statfs(2).
-pub(crate) fn file_system(handle: impl AsFd) -> String {
-    let Ok(stat) = rustix::fs::fstatfs(handle) else { return "an unknown file system".into() };
-    let name = match stat.f_type as u32 {
-        0xef53 => "ext4",
-        0x5846_5342 => "xfs",
-        0x9123_683e => "btrfs",
-        0x0102_1994 => "tmpfs",
-        0x8584_58f6 => "ramfs",
-        0x794c_7630 => "overlayfs",
-        0x2fc1_2fc1 => "zfs",
-        0xf2f5_2010 => "f2fs",
-        0x6573_5546 => "fuse",
-        0x6969 => "nfs",
-        0x0102_1997 => "9p",
-        other => return format!("file system {other:#x}"),
-    };
-    name.into()
 }
