@@ -19,6 +19,7 @@ mod files;
 mod flush;
 mod kernel;
 pub mod portable;
+mod refusal;
 mod report;
 mod transfer;
 mod waker;
@@ -28,6 +29,8 @@ pub(crate) use device::Prospect;
 pub use device::{DeviceTraits, FlushChoice, FlushMethod, choose};
 pub use files::{Access, FileOptions, Files};
 pub(crate) use kernel::check as check_kernel;
+pub(crate) use refusal::Circumstances;
+pub use refusal::{RingRefusal, RingRefused};
 pub use report::{DiskReport, Polling};
 pub use waker::DiskWaker;
 

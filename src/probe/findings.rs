@@ -5,8 +5,8 @@
 //! 3. A command stands alone and can be copied as it is; names in capitals are for the reader to fill in.
 
 use super::driver::RING;
-use super::{DirectIo, Driver, Machine, RingRefusal};
-use crate::disk::BlockDevice;
+use super::{DirectIo, Driver, Machine};
+use crate::disk::{BlockDevice, RingRefusal};
 use crate::options::Options;
 use serde::Serialize;
 
@@ -108,7 +108,7 @@ impl Machine {
     }
 
     fn ring(&self, used: bool) -> Finding {
-        let Some(refusal) = self.io_uring.refusal else {
+        let Some(refused) = self.io_uring.refused() else {
             let used = if used {
                 "the ring driver: a ring of its own for each core"
             } else {
@@ -116,9 +116,9 @@ impl Machine {
             };
             return Finding::good("io_uring", "available", used);
         };
-        let finding = Finding::good("io_uring", self.io_uring.to_string(), "the portable driver: plain system calls")
+        let finding = Finding::good("io_uring", refused.to_string(), "the portable driver: plain system calls")
             .but(Level::Improvable);
-        match refusal {
+        match refused.refusal {
             RingRefusal::Kernel => finding.better("a kernel with io_uring: 5.11 or newer, CONFIG_IO_URING=y", None),
             RingRefusal::Seccomp => finding.better(
                 "a filter that allows io_uring_setup, io_uring_enter and io_uring_register; in a container",

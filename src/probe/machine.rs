@@ -2,7 +2,7 @@
 //! functions of text.
 
 use super::Roots;
-use crate::disk::check_kernel;
+use crate::disk::{Circumstances, check_kernel};
 use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 
@@ -10,8 +10,6 @@ use serde::Serialize;
 const EXECUTOR_BYTES: u64 = 512 << 10;
 /// What the engine adds for each: the executor's own I/O memory (64 KiB).
 const EXECUTOR_OWN_BYTES: u64 = 64 << 10;
-/// The bit of `CAP_IPC_LOCK` in a set of capabilities (capabilities(7)).
-const CAP_IPC_LOCK: u32 = 14;
 
 /// The kernel.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -46,11 +44,7 @@ pub struct MemoryLocks {
 impl MemoryLocks {
     pub(super) fn look(roots: &Roots) -> MemoryLocks {
         let limit = getrlimit(Resource::Memlock);
-        let capabilities = roots.status("CapEff");
-        // Capabilities in a user namespace of one's own do not count for locks.
-        let is_initial = roots.proc("self/uid_map").is_none_or(|map| is_whole_id_map(&map));
-        let exempt = is_initial && capabilities.is_some_and(|hex| has_capability(&hex, CAP_IPC_LOCK));
-        MemoryLocks::new(limit.current, limit.maximum, !exempt)
+        MemoryLocks::new(limit.current, limit.maximum, Circumstances::look(&roots.proc).locks_enforced)
     }
 
     pub(super) fn new(limit_bytes: Option<u64>, hard_limit_bytes: Option<u64>, enforced: bool) -> MemoryLocks {
@@ -72,16 +66,6 @@ impl MemoryLocks {
         let limit = self.limit_bytes.filter(|_| self.enforced)?;
         Some(limit.saturating_sub(executors_count.saturating_mul(EXECUTOR_BYTES + EXECUTOR_OWN_BYTES)))
     }
-}
-
-/// Whether the hexadecimal set `hex` of /proc/self/status has capability number `bit`.
-pub(super) fn has_capability(hex: &str, bit: u32) -> bool {
-    u64::from_str_radix(hex, 16).is_ok_and(|set| set >> bit & 1 == 1)
-}
-
-/// Whether a uid_map is that of the initial user namespace: all ids, as they are.
-pub(super) fn is_whole_id_map(map: &str) -> bool {
-    map.split_whitespace().eq(["0", "0", "4294967295"])
 }
 
 /// Pages of 2 MiB.

@@ -18,7 +18,7 @@ mod machine;
 mod mounts;
 
 pub use directory::{DirectIo, Directory};
-pub use driver::{Driver, IoUring, RingRefusal};
+pub use driver::{Driver, IoUring};
 pub use findings::{Better, Finding, Level, human_bytes};
 pub use machine::{Cores, HugePages, Kernel, MemoryLocks, OpenFiles};
 
@@ -50,12 +50,10 @@ impl Machine {
     /// Looks at the machine, as seen by this process and from the directory `dir`, which need not exist.
     pub fn look(dir: &Path) -> Machine {
         let roots = Roots::default();
-        let kernel = Kernel::look();
-        let memory_locks = MemoryLocks::look(&roots);
         Machine {
-            io_uring: IoUring::try_one(&roots, &memory_locks),
-            kernel,
-            memory_locks,
+            io_uring: IoUring::try_one(&roots),
+            kernel: Kernel::look(),
+            memory_locks: MemoryLocks::look(&roots),
             directory: Directory::look(&roots, dir),
             huge_pages: HugePages::look(&roots),
             cores: Cores::look(&roots),
@@ -91,13 +89,6 @@ impl Roots {
     /// The text of a file below `/sys`.
     fn sys(&self, name: &str) -> Option<String> {
         text(&self.sys.join(name))
-    }
-
-    /// A field of /proc/self/status.
-    fn status(&self, field: &str) -> Option<String> {
-        let status = self.proc("self/status")?;
-        let value = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
-        Some(value.trim().to_owned())
     }
 }
 

@@ -1,11 +1,9 @@
 //! The readers on files of other machines, and the findings for machines that are not at hand.
 
-use super::driver::{Circumstances, explain};
-use super::machine::{chosen, count, has_capability, is_whole_id_map};
+use super::machine::{chosen, count};
 use super::mounts::mount_of;
 use super::*;
-use crate::disk::{BlockDevice, FlushMethod};
-use rustix::io::Errno;
+use crate::disk::{BlockDevice, FlushMethod, RingRefusal, RingRefused};
 use std::fs;
 
 const RING: Driver = Driver { name: super::driver::RING, because: None };
@@ -14,13 +12,7 @@ const RING: Driver = Driver { name: super::driver::RING, because: None };
 fn best() -> Machine {
     Machine {
         kernel: Kernel { release: "6.12.0".into(), refused: None },
-        io_uring: IoUring {
-            available: true,
-            refusal: None,
-            error: None,
-            disabled_setting: Some(0),
-            seccomp_filter: false,
-        },
+        io_uring: IoUring::new(None, Some(0), false),
         memory_locks: MemoryLocks::new(None, None, true),
         directory: Directory {
             path: "/srv/store".into(),
@@ -48,9 +40,7 @@ fn best() -> Machine {
 }
 
 fn refuse(machine: &mut Machine, refusal: RingRefusal, error: &str) {
-    machine.io_uring.available = false;
-    machine.io_uring.refusal = Some(refusal);
-    machine.io_uring.error = Some(error.into());
+    machine.io_uring = IoUring::new(Some(RingRefused { refusal, error: error.into() }), Some(0), false);
 }
 
 /// What the findings say that is not good: subjects, and all commands.
@@ -69,37 +59,11 @@ fn a_machine_as_it_should_be_gets_no_advice() {
     assert!(best().can_run());
 }
 
-/// A wrong reason sends its reader to change a setting that was never the cause.
-#[test]
-fn a_refused_ring_is_explained_by_what_refused_it() {
-    use RingRefusal::*;
-    let it = |setting, filter, admin| Circumstances { setting, filter, admin, locks_enforced: true };
-    let cases = [
-        (Errno::NOSYS, it(None, false, false), Kernel),
-        (Errno::NOSYS, it(None, true, false), Kernel),
-        (Errno::NOSYS, it(Some(0), true, false), Seccomp),
-        (Errno::PERM, it(Some(0), true, true), Seccomp),
-        (Errno::PERM, it(None, true, false), Seccomp),
-        (Errno::PERM, it(Some(2), true, true), Setting),
-        (Errno::PERM, it(Some(1), false, false), Setting),
-        (Errno::PERM, it(Some(1), true, true), Seccomp),
-        (Errno::PERM, it(Some(0), false, false), Policy),
-        (Errno::ACCESS, it(Some(0), false, false), Policy),
-        (Errno::NOMEM, it(Some(0), false, false), MemoryLocks),
-        (Errno::NOMEM, Circumstances::default(), Other),
-        (Errno::MFILE, it(Some(0), false, false), OpenFiles),
-        (Errno::INVAL, it(Some(0), false, false), Other),
-    ];
-    for (errno, circumstances, wanted) in cases {
-        assert_eq!(explain(errno, circumstances), wanted, "{errno:?} {circumstances:?}");
-    }
-}
-
 #[test]
 fn each_refusal_names_its_reason_and_its_remedy_and_stops_nobody() {
     use RingRefusal::*;
     let cases = [
-        (Kernel, "ENOSYS", "kernel has no io_uring (ENOSYS)", None),
+        (Kernel, "ENOSYS", "too old a one (ENOSYS)", None),
         (Seccomp, "EPERM", "a seccomp filter forbids io_uring (EPERM)", Some("seccomp=PROFILE")),
         (Setting, "EPERM", "kernel.io_uring_disabled", Some("sysctl kernel.io_uring_disabled=0")),
         (MemoryLocks, "ENOMEM", "locked memory", Some("ulimit -l unlimited")),
@@ -177,10 +141,6 @@ fn texts_of_the_kernel_are_read_as_they_are_meant() {
     assert_eq!(chosen("always [madvise] never\n").as_deref(), Some("madvise"));
     assert_eq!(chosen("always"), None);
     assert_eq!((count("0-3,8"), count("0"), count("0-"), count("")), (Some(5), Some(1), None, None));
-    assert!(has_capability("000001ffffffffff", 14) && !has_capability("000001fffffFbfff", 14));
-    assert!(!has_capability("", 14) && !has_capability("0000000000000000", 14));
-    assert!(is_whole_id_map("         0          0 4294967295"));
-    assert!(!is_whole_id_map("         0       1000          1"));
 }
 
 #[test]
