@@ -275,10 +275,12 @@ fn the_store_keeps_its_promises_on_btrfs_and_xfs() {
     }
 }
 
-/// A file system that refuses direct I/O by itself, without a filter's help.
+/// Without a filter's help: one that refuses direct I/O, and one that takes the flag and goes through the cache.
 #[test]
-fn the_store_runs_on_a_file_system_without_direct_io() {
-    let Some(mounted) = Mounted::ramfs() else { return };
-    assert_eq!(Expected::new(&[], mounted.path()).transfers, "buffered I/O");
-    keeps_what_it_acknowledged(&[], mounted.path());
+fn the_store_runs_on_file_systems_without_direct_io() {
+    let journals_data = || Mounted::image_with("ext4", "loop,data=journal");
+    for mounted in [Mounted::ramfs(), journals_data()].into_iter().flatten() {
+        assert_eq!(Expected::new(&[], mounted.path()).transfers, "buffered I/O");
+        keeps_what_it_acknowledged(&[], mounted.path());
+    }
 }

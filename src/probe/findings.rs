@@ -200,9 +200,11 @@ impl Machine {
         const SUBJECT: &str = "direct I/O";
         match self.directory.direct_io {
             DirectIo::Works => Finding::good(SUBJECT, "works", "direct: the page cache is passed by"),
-            DirectIo::Refused => Finding::good(SUBJECT, "refused by the file system", "buffered, by the page cache")
-                .but(Level::Improvable)
-                .better("a directory on ext4 or XFS", Some("corepage doctor --dir DIR")),
+            DirectIo::Refused => {
+                Finding::good(SUBJECT, "not with this file system", "buffered: through the page cache")
+                    .but(Level::Improvable)
+                    .better("a directory on ext4 or XFS", Some("corepage doctor --dir DIR"))
+            }
             DirectIo::Unknown => Finding::good(SUBJECT, "could not be tried", "nothing").but(Level::Fatal),
         }
     }

@@ -100,6 +100,11 @@ const IMAGE_BYTES: u64 = 2 << 30;
 impl Mounted {
     /// `kind` as in mkfs.KIND; `None`, loudly, without root or without the tool.
     pub fn image(kind: &str) -> Option<Mounted> {
+        Mounted::image_with(kind, "loop")
+    }
+
+    /// The same with options for mount, of which `loop` must be one.
+    pub fn image_with(kind: &str, options: &str) -> Option<Mounted> {
         let mkfs = format!("mkfs.{kind}");
         if !is_root() || !has_tool(&mkfs) || !has_tool("mount") {
             return None;
@@ -109,7 +114,7 @@ impl Mounted {
         std::fs::File::create(&image).and_then(|file| file.set_len(IMAGE_BYTES)).expect("an image file");
         run(tool(&mkfs).arg("-q").arg(&image));
         // The loop device is let go when the file system is unmounted.
-        Some(Mounted::mount(scratch, &["-o", "loop", "-t", kind], &image))
+        Some(Mounted::mount(scratch, &["-o", options, "-t", kind], &image))
     }
 
     /// A file system in memory that refuses direct I/O, as tmpfs did before Linux 6.6.
