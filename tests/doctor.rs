@@ -115,6 +115,10 @@ fn a_ring_that_a_filter_forbids_is_seen_by_trying_and_its_reason_is_named() {
     let (code, old) = facts(&[OLD_KERNEL], dir.path());
     let ring = &old["machine"]["io_uring"];
     assert_eq!((code, &ring["available"], &ring["error"]), (0, &Value::Bool(false), &Value::from("ENOSYS")));
+    let (code, unused) = facts(&[Without::RingUse], dir.path());
+    let used = &unused["machine"]["io_uring"];
+    assert_eq!((code, &used["available"]), (0, &Value::Bool(false)));
+    assert_eq!(used["error"], "EPERM when entering a ring");
     // The setting shows that the kernel has io_uring.
     assert_eq!(ring["refusal"], if ring["disabled_setting"].is_null() { "kernel" } else { "seccomp" });
 }

@@ -158,7 +158,6 @@ fn listening(listeners: &[Listener], volumes: &[Volume]) -> Vec<String> {
 fn report(dir: &Path, store: &Store, lines: &[String]) {
     let mut out = std::io::stdout().lock();
     let _ = writeln!(out, "store {}: {}; {}", dir.display(), store.disk_report(), store.recovery());
-    let _ = writeln!(out, "driver: {}", store.driver());
     for line in lines {
         let _ = writeln!(out, "{line}");
     }

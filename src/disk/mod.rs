@@ -15,6 +15,7 @@
 
 mod block;
 mod device;
+mod driver;
 mod files;
 mod flush;
 mod kernel;
@@ -22,11 +23,13 @@ pub mod portable;
 mod refusal;
 mod report;
 mod transfer;
+pub mod uring;
 mod waker;
 
 pub use block::BlockDevice;
 pub(crate) use device::Prospect;
 pub use device::{DeviceTraits, FlushChoice, FlushMethod, choose};
+pub use driver::{DriverChoice, DriverOptions, FileDisk};
 pub use files::{Access, FileOptions, Files};
 pub(crate) use kernel::check as check_kernel;
 pub(crate) use refusal::Circumstances;
@@ -215,3 +218,6 @@ pub fn execute(disk: &mut dyn Disk, op: DiskOp) -> Result<DiskOp> {
         disk.wait(None);
     }
 }
+
+#[cfg(test)]
+mod tests;

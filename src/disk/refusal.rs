@@ -45,9 +45,13 @@ pub struct RingRefused {
 
 impl RingRefused {
     /// Explains an error of the kernel by what holds for this process.
-    pub(crate) fn by_error(e: &std::io::Error) -> RingRefused {
+    pub(crate) fn by_error(doing: &str, e: &std::io::Error) -> RingRefused {
         let errno = Errno::from_io_error(e).unwrap_or(Errno::INVAL);
-        RingRefused { refusal: explain(errno, &Circumstances::look(Path::new("/proc"))), error: name(errno) }
+        let error = match doing {
+            "making a ring" => name(errno),
+            _ => format!("{} when {doing}", name(errno)),
+        };
+        RingRefused { refusal: explain(errno, &Circumstances::look(Path::new("/proc"))), error }
     }
 }
 
@@ -84,7 +88,8 @@ impl Circumstances {
     /// Reads `proc`, which is `/proc`.
     pub(crate) fn look(proc: &Path) -> Circumstances {
         let text = |name: &str| std::fs::read_to_string(proc.join(name)).unwrap_or_default();
-        let (status, uid_map) = (text("self/status"), text("self/uid_map"));
+        // Filters and capabilities are each thread's own.
+        let (status, uid_map) = (text("thread-self/status"), text("self/uid_map"));
         let field = |name: &str| status.lines().find_map(|line| Some(line.strip_prefix(name)?.trim()));
         let has = |bit| field("CapEff:").is_some_and(|hex| has_capability(hex, bit));
         // Capabilities in a user namespace of one's own do not count for locks.
@@ -175,9 +180,13 @@ mod tests {
         let look = |setting: &str, mode: u32, capabilities: &str, map: &str| {
             std::fs::create_dir_all(dir.path().join("sys/kernel")).expect("a folder");
             std::fs::create_dir_all(dir.path().join("self")).expect("a folder");
+            std::fs::create_dir_all(dir.path().join("thread-self")).expect("a folder");
             let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).expect("a file");
             write("sys/kernel/io_uring_disabled", setting);
-            write("self/status", &format!("Name:\tx\nCapEff:\t{capabilities}\nNoNewPrivs:\t0\nSeccomp:\t{mode}\n"));
+            write(
+                "thread-self/status",
+                &format!("Name:\tx\nCapEff:\t{capabilities}\nNoNewPrivs:\t0\nSeccomp:\t{mode}\n"),
+            );
             write("self/uid_map", map);
             let it = Circumstances::look(dir.path());
             (it.setting, it.filter, it.admin, it.locks_enforced)

@@ -35,6 +35,8 @@ pub struct DiskReport {
     pub offered_bytes: u64,
     /// Whether completions are polled for.
     pub polling: Polling,
+    /// Why the driver is not the one that was wanted.
+    pub fallback: Option<String>,
 }
 
 impl DiskReport {
@@ -50,6 +52,7 @@ impl DiskReport {
             fixed_bytes: 0,
             offered_bytes: 0,
             polling: Polling::Off("there is no device".into()),
+            fallback: None,
         }
     }
 }
@@ -57,7 +60,11 @@ impl DiskReport {
 impl fmt::Display for DiskReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let how = if self.direct { "direct I/O" } else { "buffered I/O (no direct I/O on this file system)" };
-        write!(f, "{} on {}, {how}, {}, depth {}", self.driver, self.file_system, self.flush, self.depth)?;
+        f.write_str(self.driver)?;
+        if let Some(why) = &self.fallback {
+            write!(f, ", because {why},")?;
+        }
+        write!(f, " on {}, {how}, {}, depth {}", self.file_system, self.flush, self.depth)?;
         if self.ring_entries == 0 {
             return Ok(());
         }

@@ -1,7 +1,7 @@
 //! io_uring: whether a ring can really be set up, why not, and which driver follows.
 
 use super::Roots;
-use crate::disk::{Circumstances, RingRefusal, RingRefused};
+use crate::disk::{Circumstances, RingRefusal, RingRefused, uring};
 use serde::Serialize;
 use std::fmt;
 
@@ -10,8 +10,6 @@ pub(super) const RING_DRIVER: bool = false;
 /// The drivers' names.
 pub(super) const RING: &str = "io_uring";
 const PORTABLE: &str = "portable";
-/// Entries of the ring that is tried: those of a shard's.
-const ENTRIES: u32 = 256;
 
 /// Whether a ring can be set up.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -32,7 +30,7 @@ impl IoUring {
     /// Sets a ring up, and takes it down again.
     pub(super) fn try_one(roots: &Roots) -> IoUring {
         let it = Circumstances::look(&roots.proc);
-        IoUring::new(probe().err(), it.setting, it.filter)
+        IoUring::new(uring::probe_ordinary().err(), it.setting, it.filter)
     }
 
     pub(super) fn new(refused: Option<RingRefused>, disabled_setting: Option<u32>, seccomp_filter: bool) -> IoUring {
@@ -49,10 +47,6 @@ impl IoUring {
     pub fn refused(&self) -> Option<RingRefused> {
         self.refusal.map(|refusal| RingRefused { refusal, error: self.error.clone().unwrap_or_default() })
     }
-}
-
-fn probe() -> Result<(), RingRefused> {
-    io_uring::IoUring::new(ENTRIES).map(drop).map_err(|e| RingRefused::by_error(&e))
 }
 
 /// The way to the disk that is taken.

@@ -86,7 +86,7 @@ impl Machine {
             self.file_system(),
             self.direct_io(),
             self.device(),
-            self.polling(),
+            self.polling(ring),
             self.huge(),
             self.processors(ring),
             self.checksums(),
@@ -228,11 +228,14 @@ impl Machine {
         finding
     }
 
-    fn polling(&self) -> Finding {
+    fn polling(&self, ring: bool) -> Finding {
         const SUBJECT: &str = "device polling";
         match &self.directory.device {
+            Some(BlockDevice { io_poll: Some(true), .. }) if ring => {
+                Finding::good(SUBJECT, "possible", "completions are polled for, if a trial succeeds")
+            }
             Some(BlockDevice { io_poll: Some(true), .. }) => Finding::good(SUBJECT, "possible", "interrupts"),
-            Some(BlockDevice { nvme: true, .. }) => {
+            Some(BlockDevice { nvme: true, .. }) if ring => {
                 let command = format!("nvme.poll_queues={}", self.cores.allowed.len().max(1));
                 Finding::good(SUBJECT, "off: the driver has no polling queues", "interrupts")
                     .but(Level::Improvable)

@@ -61,10 +61,12 @@ impl MemoryLocks {
         }
     }
 
-    /// What is left for registered buffers beside `executors_count` executors; `None`: no limit.
+    /// What can be registered beside `executors_count` executors: at most half of the limit, as the ring disks ask
+    /// for. `None`: no limit.
     pub fn buffer_bytes(&self, executors_count: u64) -> Option<u64> {
         let limit = self.limit_bytes.filter(|_| self.enforced)?;
-        Some(limit.saturating_sub(executors_count.saturating_mul(EXECUTOR_BYTES + EXECUTOR_OWN_BYTES)))
+        let executors = executors_count.saturating_mul(EXECUTOR_BYTES + EXECUTOR_OWN_BYTES);
+        Some(limit.saturating_sub(executors).min(limit / 2))
     }
 }
 

@@ -131,7 +131,8 @@ fn locked_memory_is_counted_in_executors_and_buffers() {
     assert_eq!(executors(64 << 10, false), Some(0), "glommio asks for the limit, whatever holds");
     assert_eq!(executors(8 << 20, false), None);
     assert_eq!(MemoryLocks::new(None, None, true).executors_max, None);
-    assert_eq!(locks(8 << 20, true).buffer_bytes(2), Some((8 << 20) - (2 * (576 << 10))));
+    assert_eq!(locks(8 << 20, true).buffer_bytes(2), Some(4 << 20));
+    assert_eq!(locks(2 << 20, true).buffer_bytes(2), Some((2 << 20) - (2 * (576 << 10))));
     assert_eq!(locks(64 << 10, true).buffer_bytes(2), Some(0));
     assert_eq!(locks(64 << 10, false).buffer_bytes(2), None);
 }

@@ -48,8 +48,6 @@ pub(crate) struct Runtime {
     thread: Option<JoinHandle<()>>,
     /// What opening found.
     pub(crate) recovery: RecoveryReport,
-    /// The driver, and why it is not another.
-    pub(crate) driver: Driver,
     /// What the disk is like.
     pub(crate) disk: DiskReport,
     /// What one commit may count at most.
@@ -71,7 +69,8 @@ impl Runtime {
             let result = match opened {
                 Ok((disk, shard, report)) => {
                     theirs.inbox.set_unparker(disk.unparker());
-                    let _ = send.send(Ok((report, disk.report(), shard.txn_bytes_max())));
+                    let on = DiskReport { fallback: Driver::auto().because, ..disk.report() };
+                    let _ = send.send(Ok((report, on, shard.txn_bytes_max())));
                     wake.notify(usize::MAX);
                     run(&theirs, |accepted| laps(&theirs, disk, shard, accepted));
                     return;
@@ -97,7 +96,7 @@ impl Runtime {
         opening.done();
         match result {
             Ok((recovery, disk, txn_bytes_max)) => {
-                Ok(Runtime { shared, thread: Some(thread), recovery, driver: Driver::auto(), disk, txn_bytes_max })
+                Ok(Runtime { shared, thread: Some(thread), recovery, disk, txn_bytes_max })
             }
             Err(error) => {
                 let _ = thread.join();
@@ -353,8 +352,7 @@ mod tests {
         let shared = Arc::new(Shared::new(2));
         let thread = std::thread::spawn(|| {});
         let (recovery, disk) = (RecoveryReport::default(), no_disk());
-        let (theirs, thread, driver) = (shared.clone(), Some(thread), Driver::auto());
-        let runtime = Runtime { shared: theirs, thread, recovery, driver, disk, txn_bytes_max: 0 };
+        let runtime = Runtime { shared: shared.clone(), thread: Some(thread), recovery, disk, txn_bytes_max: 0 };
         let taken = block_on(runtime.submit(Request::Flush)).expect("there is a place");
         let queued = block_on(runtime.submit(Request::Flush)).expect("there is a place");
         // No place is left: this one waits, and is answered all the same.

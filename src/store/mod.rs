@@ -20,7 +20,6 @@ use crate::format::catalog;
 use crate::format::root::VOLUMES_MAX;
 use crate::metrics::ShardStats;
 use crate::options::Options;
-use crate::probe::Driver;
 use crate::recovery::RecoveryReport;
 use crate::runtime::Runtime;
 use crate::shard::{Change, Commit, PageRef, Request, Response};
@@ -77,14 +76,9 @@ impl Store {
         self.inner.runtime.txn_bytes_max
     }
 
-    /// What the machine really gives: direct I/O, file system, flush method.
+    /// What the machine really gives: driver and why not another, direct I/O, file system, flush method.
     pub fn disk_report(&self) -> &DiskReport {
         &self.inner.runtime.disk
-    }
-
-    /// The driver that was taken, and why it is not another.
-    pub fn driver(&self) -> &Driver {
-        &self.inner.runtime.driver
     }
 
     pub(crate) async fn ask(&self, request: Request) -> Result<Response> {

@@ -23,6 +23,8 @@ use std::process::Command;
 pub enum Without {
     /// io_uring: setting a ring up fails with this error, by a seccomp filter, as in containers.
     Ring(i32),
+    /// The right to use a ring (EPERM), which is another than the right to make one.
+    RingUse,
     /// Direct I/O: opening with O_DIRECT, and setting it later, fail with EINVAL, as file systems do that lack it.
     DirectIo,
     /// Locked memory above so many bytes; the capability to pass the limit is taken, too.
@@ -52,7 +54,7 @@ pub fn start_without<'c>(command: &'c mut Command, these: &[Without]) -> &'c mut
                     }
                 }
                 Without::FilesAbove(count) => limit(Resource::Nofile, count)?,
-                Without::Ring(_) | Without::DirectIo => {}
+                Without::Ring(_) | Without::RingUse | Without::DirectIo => {}
             }
         }
         filters.iter().try_for_each(|filter| seccompiler::apply_filter(filter).map_err(|_| io::ErrorKind::Other.into()))
@@ -74,6 +76,7 @@ fn filter(without: &Without) -> Option<BpfProgram> {
     let direct = libc::O_DIRECT as u64;
     let (errno, calls) = match *without {
         Without::Ring(errno) => (errno, vec![(libc::SYS_io_uring_setup, vec![])]),
+        Without::RingUse => (libc::EPERM, vec![(libc::SYS_io_uring_enter, vec![])]),
         Without::DirectIo => {
             let flags = |argument| condition(argument, SeccompCmpOp::MaskedEq(direct), direct);
             let sets = condition(1, SeccompCmpOp::Eq, libc::F_SETFL as u64);
