@@ -23,7 +23,7 @@ use std::path::Path;
 pub enum FlushMethod {
     /// One `fdatasync` for each file that was written.
     PerFile,
-    /// One `fdatasync` for all files of the store, and for all shards that ask at the time.
+    /// One `fdatasync` for all files that are to be flushed at a time.
     Shared,
     /// Log writes are durable when they complete (`RWF_DSYNC`); other files get an `fdatasync` each.
     Dsync,

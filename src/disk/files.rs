@@ -17,13 +17,12 @@
 
 use super::FileId;
 use super::device::{self, DeviceTraits, FlushChoice, FlushMethod};
-use super::flush::Rounds;
+use super::flush::{Failure, RoundFiles, Rounds};
 use super::report::{DiskReport, Polling};
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::{BLOCK, SegmentNo, ShardId};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
-use smallvec::SmallVec;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
@@ -100,8 +99,8 @@ pub struct Files {
     direct: bool,
     traits: DeviceTraits,
     method: FlushMethod,
-    /// The flushes of all files, where one stands for all.
-    shared_rounds: Arc<Rounds>,
+    /// The first failed flush, where one stands for all files.
+    failed: Failure,
     files: Mutex<BTreeMap<FileId, Arc<StoreFile>>>,
 }
 
@@ -132,7 +131,7 @@ impl Files {
             access,
             direct: false,
             method: FlushMethod::PerFile,
-            shared_rounds: Arc::default(),
+            failed: Failure::default(),
             files: Mutex::default(),
         };
         files.refuse_foreign(&ids)?;
@@ -166,10 +165,15 @@ impl Files {
         files.entry(id).or_insert_with(|| Arc::new(StoreFile::missing(id))).clone()
     }
 
-    /// The rounds in which a flush of `file` takes part.
-    pub(super) fn rounds<'a>(&'a self, file: &'a StoreFile) -> &'a Arc<Rounds> {
+    /// What a disk needs for itself: its rounds, where one flush stands for all files.
+    pub(super) fn new_rounds(&self) -> Arc<Rounds> {
+        Rounds::with(self.failed.clone())
+    }
+
+    /// The rounds in which a flush of `file` takes part, for a disk that has `own`.
+    pub(super) fn rounds<'a>(&self, own: &'a Arc<Rounds>, file: &'a StoreFile) -> &'a Arc<Rounds> {
         match self.method {
-            FlushMethod::Shared => &self.shared_rounds,
+            FlushMethod::Shared => own,
             FlushMethod::PerFile | FlushMethod::Dsync => &file.rounds,
         }
     }
@@ -184,15 +188,15 @@ impl Files {
     ///
     /// # Errors
     /// `Invalid` if the store is open for reading only, `Io` if one of them does not exist.
-    pub(super) fn to_flush(&self, files: &[Arc<StoreFile>]) -> Result<SmallVec<[Arc<StoreFile>; 4]>> {
-        let mut found: SmallVec<[Arc<StoreFile>; 4]> = SmallVec::new();
+    pub(super) fn to_flush(&self, own: &Arc<Rounds>, files: &[Arc<StoreFile>]) -> Result<RoundFiles> {
+        let mut found = RoundFiles::new();
         for file in files {
             self.may_write("flush", file.id)?;
             if file.get().is_none() {
                 return Err(self.error(file.id, "flushing", std::io::ErrorKind::NotFound.into()));
             }
             let durable = self.writes_durably(file.id) && file.settled.load(Ordering::Acquire);
-            let known = || found.iter().any(|other| Arc::ptr_eq(self.rounds(other), self.rounds(file)));
+            let known = || found.iter().any(|other| Arc::ptr_eq(self.rounds(own, other), self.rounds(own, file)));
             if !durable && !known() {
                 found.push(file.clone());
             }

@@ -220,4 +220,6 @@ pub fn execute(disk: &mut dyn Disk, op: DiskOp) -> Result<DiskOp> {
 }
 
 #[cfg(test)]
+mod bench_tests;
+#[cfg(test)]
 mod tests;

@@ -21,7 +21,7 @@ pub use super::files::Access;
 pub use super::report::DiskReport;
 
 use super::files::{FileOptions, Files, StoreFile};
-use super::flush::Waiter;
+use super::flush::{Rounds, Waiter};
 use super::waker::DiskWaker;
 use super::{Completion, Disk, DiskOp, FileId, OpId, transfer};
 use crate::error::{Error, Result};
@@ -90,6 +90,7 @@ impl PortableDisk {
         // Never holds more than the owner has under way, which is the owner's to bound.
         let (done, completions) = crossbeam_channel::unbounded();
         let parker = Parker::new();
+        let rounds = files.new_rounds();
         let mut disk = PortableDisk {
             files,
             known: BTreeMap::new(),
@@ -102,6 +103,7 @@ impl PortableDisk {
         for i in 0..workers_count {
             let worker = Worker {
                 files: disk.files.clone(),
+                rounds: rounds.clone(),
                 queue: queue.clone(),
                 done: done.clone(),
                 owner: disk.parker.unparker(),
@@ -196,6 +198,7 @@ impl Drop for PortableDisk {
 
 struct Worker {
     files: Arc<Files>,
+    rounds: Arc<Rounds>,
     queue: Receiver<Job>,
     done: Sender<Completion>,
     owner: Unparker,
@@ -233,7 +236,8 @@ impl Worker {
     /// Has the files flushed, and completes the operation then. An allocation needs that very file's flush.
     fn flush(&self, id: OpId, op: DiskOp, files: SmallVec<[Arc<StoreFile>; 1]>) {
         let exactly = matches!(op, DiskOp::Allocate { .. });
-        let wanted = if exactly { Ok(files.iter().cloned().collect()) } else { self.files.to_flush(&files) };
+        let wanted =
+            if exactly { Ok(files.iter().cloned().collect()) } else { self.files.to_flush(&self.rounds, &files) };
         drop(files);
         let wanted = match wanted {
             Ok(wanted) if !wanted.is_empty() => wanted,
@@ -249,7 +253,7 @@ impl Worker {
                     owner.unpark();
                 }
             };
-            let round = self.files.rounds(&file).join(&file, exactly, Waiter::Call(Box::new(call)));
+            let round = self.files.rounds(&self.rounds, &file).join(&file, exactly, Waiter::Call(Box::new(call)));
             drop(file);
             if let Some(round) = round {
                 transfer::lead(&self.files, round);

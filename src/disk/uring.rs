@@ -3,7 +3,7 @@
 //! ```text
 //!   submit --> operation (cut into spans) --> queue --push--> submission queue == kernel ==> completions --reap--> out
 //!                                               ^---------- the rest of short transfers ---------'
-//!   flush ---> rounds, shared by all disks: one that leads puts an fsync into its ring, the others get mail
+//!   flush ---> rounds of a file, shared by all disks: one that leads puts an fsync into its ring, the others get mail
 //!   allocate -> helper thread, which sends mail; then as flush
 //! ```
 //! Invariants
@@ -31,7 +31,7 @@ pub use probe::probe;
 pub(crate) use probe::probe_ordinary;
 
 use super::files::{Access, FileOptions, Files, StoreFile};
-use super::flush::{Leader, Mail, Mailbox, Round, Waiter};
+use super::flush::{Leader, Mail, Mailbox, Round, Rounds, Waiter};
 use super::report::{DiskReport, Polling};
 use super::waker::{DiskWaker, Sleep};
 use super::{Completion, Disk, DiskOp, FileId, OpId};
@@ -90,6 +90,7 @@ pub struct UringDisk {
     second: Option<Ring>,
     entries: Entries,
     files: Arc<Files>,
+    rounds: Arc<Rounds>,
     targets: Targets,
     buffers: Buffers,
     ops: Slab<Op>,
@@ -143,6 +144,7 @@ impl UringDisk {
             entries: Entries::new((depth + second.as_ref().map_or(0, |_| 16)) as usize),
             main,
             second,
+            rounds: files.new_rounds(),
             files,
             buffers: Buffers::default(),
             ops: Slab::new(),
@@ -214,7 +216,7 @@ impl UringDisk {
     fn begin_flush(&mut self, id: OpId, op: DiskOp) {
         let DiskOp::Flush { files } = &op else { unreachable!("only flushes are flushed") };
         let named: Vec<_> = files.iter().map(|&file| self.files.file(file)).collect();
-        match self.files.to_flush(&named) {
+        match self.files.to_flush(&self.rounds, &named) {
             Ok(wanted) if !wanted.is_empty() => {
                 let op = Op { id, op, target: None, parts: Default::default(), left: 0, error: None };
                 let key = self.ops.insert(op) as u32;
@@ -223,7 +225,7 @@ impl UringDisk {
                 self.awaits_mail += wanted.len();
                 for file in wanted {
                     let waiter = Waiter::Ring(self.mailbox.clone(), key);
-                    if let Some(round) = self.files.rounds(&file).join(&file, false, waiter) {
+                    if let Some(round) = self.files.rounds(&self.rounds, &file).join(&file, false, waiter) {
                         self.lead(round);
                     }
                 }
@@ -245,7 +247,7 @@ impl UringDisk {
         }
         let helper = match &mut self.helper {
             Some(helper) => helper,
-            none => match Helper::start(self.files.clone(), self.mailbox.clone()) {
+            none => match Helper::start(self.files.clone(), self.rounds.clone(), self.mailbox.clone()) {
                 Ok(helper) => none.insert(helper),
                 Err(error) => return self.finish(id, op, Err(error)),
             },

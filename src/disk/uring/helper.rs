@@ -8,7 +8,7 @@
 //! It is started by the first allocation, and sleeps when there is none.
 
 use super::super::files::{Files, StoreFile};
-use super::super::flush::{Mail, Mailbox, Waiter};
+use super::super::flush::{Mail, Mailbox, Rounds, Waiter};
 use super::super::{DiskOp, transfer};
 use crate::error::{Error, Result};
 use crossbeam_channel::{Receiver, Sender};
@@ -31,10 +31,10 @@ pub(super) struct Helper {
 }
 
 impl Helper {
-    pub(super) fn start(files: Arc<Files>, mailbox: Arc<Mailbox>) -> Result<Helper> {
+    pub(super) fn start(files: Arc<Files>, rounds: Arc<Rounds>, mailbox: Arc<Mailbox>) -> Result<Helper> {
         // Never holds more than the disk's owner has under way, which is the owner's to bound.
         let (jobs, queue) = crossbeam_channel::unbounded();
-        let body = move || run(&files, &mailbox, &queue);
+        let body = move || run(&files, &rounds, &mailbox, &queue);
         let thread = std::thread::Builder::new().name("corepage-alloc".into()).spawn(body);
         let thread = thread.map_err(|e| Error::io("starting a thread (is the limit of threads reached?)", e))?;
         Ok(Helper { jobs: Some(jobs), thread: Some(thread) })
@@ -56,7 +56,7 @@ impl Drop for Helper {
     }
 }
 
-fn run(files: &Files, mailbox: &Arc<Mailbox>, queue: &Receiver<Job>) {
+fn run(files: &Files, rounds: &Arc<Rounds>, mailbox: &Arc<Mailbox>, queue: &Receiver<Job>) {
     while let Ok(Job { key, file, from, to }) = queue.recv() {
         let mut op = DiskOp::Allocate { file: file.id(), from, to };
         let outcome = catch_unwind(AssertUnwindSafe(|| transfer::carry_out(files, &file, &mut op)));
@@ -69,7 +69,7 @@ fn run(files: &Files, mailbox: &Arc<Mailbox>, queue: &Receiver<Job>) {
             continue;
         }
         let waiter = Waiter::Ring(mailbox.clone(), key);
-        if let Some(round) = files.rounds(&file).join(&file, true, waiter) {
+        if let Some(round) = files.rounds(rounds, &file).join(&file, true, waiter) {
             mailbox.post(Mail::Lead(round));
         }
     }

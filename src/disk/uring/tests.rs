@@ -5,7 +5,8 @@
 use super::super::execute;
 use super::super::tests::{LOG, OTHER, allocate, filled, flush, read, write};
 use super::*;
-use crate::disk::{DriverChoice, DriverOptions, FileDisk, IoSlice, Polling};
+use crate::disk::flush::Failure;
+use crate::disk::{DriverChoice, DriverOptions, FileDisk, FlushChoice, FlushMethod, IoSlice, Polling};
 use crate::pool::{Arena, Frame};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::thread::CapabilitySet;
@@ -181,42 +182,54 @@ fn an_error_of_the_device_is_an_error_of_the_operation() {
 /// A flush that failed must stay failed, for every disk and every file that it stood for.
 #[test]
 fn a_failed_round_is_the_answer_to_all_later_flushes() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut disk = UringDisk::open(dir.path(), Access::ReadWrite).unwrap();
-    let files = disk.files.clone();
-    let mut other = UringDisk::with_files(files.clone(), &UringOptions::default()).unwrap();
-    allocate(&mut disk, LOG, 0, 8192).unwrap();
-    allocate(&mut other, OTHER, 0, 8192).unwrap();
-    flush(&mut disk, &[LOG, OTHER]).unwrap();
-    // A round that somebody else leads: both disks wait for the next one.
-    let file = files.file(LOG);
-    let round = files.rounds(&file).join(&file, false, Waiter::Call(Box::new(|_| {}))).expect("nothing is under way");
-    for disk in [&mut disk, &mut other] {
-        disk.submit(OpId(1), DiskOp::Flush { files: smallvec![LOG] });
-        disk.push();
-    }
-    let cause = std::io::Error::from_raw_os_error(5);
-    assert!(round.end(Err(Error::io("flushing", cause)), Leader::Stays).is_none());
-    for disk in [&mut disk, &mut other] {
+    for choice in [FlushChoice::PerFile, FlushChoice::Auto] {
+        let dir = tempfile::tempdir().unwrap();
+        let options = FileOptions { flush: choice, ..FileOptions::default() };
+        let files = Files::open(dir.path(), Access::ReadWrite, &options).unwrap();
+        let mut disks = [(); 2].map(|()| UringDisk::with_files(files.clone(), &UringOptions::default()).unwrap());
+        allocate(&mut disks[0], LOG, 0, 8192).unwrap();
+        allocate(&mut disks[1], OTHER, 0, 8192).unwrap();
+        flush(&mut disks[0], &[LOG, OTHER]).unwrap();
+        // A round that somebody else leads: who comes now waits for the next one.
+        let file = files.file(LOG);
+        let nobody = Waiter::Call(Box::new(|_| {}));
+        let round = files.rounds(&disks[0].rounds, &file).join(&file, false, nobody).expect("nothing is under way");
+        disks[0].submit(OpId(1), DiskOp::Flush { files: smallvec![LOG] });
+        disks[0].push();
+        let cause = std::io::Error::from_raw_os_error(5);
+        assert!(round.end(Err(Error::io("flushing", cause)), Leader::Stays).is_none());
         let mut done = Vec::new();
         while done.is_empty() {
-            disk.wait(None);
-            disk.reap(&mut done);
+            disks[0].wait(None);
+            disks[0].reap(&mut done);
         }
         assert!(done[0].result.is_err());
-        flush(disk, &[LOG]).expect_err("it stays failed");
-        let covered = flush(disk, &[OTHER]);
-        assert_eq!(covered.is_err(), files.flush_method() == crate::disk::FlushMethod::Shared);
-        allocate(disk, LOG, 8192, 12288).expect_err("its flush can't be trusted either");
+        for disk in &mut disks {
+            flush(disk, &[LOG]).expect_err("it stays failed");
+            let covered = flush(disk, &[OTHER]);
+            assert_eq!(covered.is_err(), files.flush_method() == FlushMethod::Shared);
+            allocate(disk, LOG, 8192, 12288).expect_err("its flush can't be trusted either");
+        }
     }
-    // A leader that panics has failed.
+}
+
+/// Where one flush stands for all files, one that was under way when another failed is not to be trusted.
+#[test]
+fn a_failure_reaches_the_rounds_of_other_disks_that_are_under_way() {
+    let told = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let failed = Failure::default();
+    let rounds = [(); 2].map(|()| Rounds::with(failed.clone()));
     let dir = tempfile::tempdir().unwrap();
-    let mut disk = UringDisk::open(dir.path(), Access::ReadWrite).unwrap();
-    allocate(&mut disk, LOG, 0, 8192).unwrap();
-    let files = disk.files.clone();
-    let file = files.file(LOG);
-    drop(files.rounds(&file).join(&file, false, Waiter::Call(Box::new(|_| {}))));
-    flush(&mut disk, &[LOG]).expect_err("nobody knows what was flushed");
+    let file = Files::open(dir.path(), Access::ReadWrite, &FileOptions::default()).unwrap().file(LOG);
+    let [one, two] = rounds.map(|rounds| {
+        let told = told.clone();
+        let waiter = Waiter::Call(Box::new(move |result: Result<()>| told.lock().unwrap().push(result.is_ok())));
+        rounds.join(&file, false, waiter).expect("nothing is under way")
+    });
+    // A leader that panics has failed.
+    drop(one);
+    assert!(two.end(Ok(()), Leader::Stays).is_none());
+    assert_eq!(*told.lock().unwrap(), [false, false]);
 }
 
 /// Who comes while a round is under way goes into the next, which another disk may have to lead.
@@ -228,7 +241,7 @@ fn the_next_round_is_led_by_whoever_waits_for_it() {
     allocate(&mut disk, LOG, 0, 8192).unwrap();
     let file = files.file(LOG);
     for leader in [Leader::Leaves(None), Leader::Leaves(Some(&Mailbox::new(disk.waker())))] {
-        let round = files.rounds(&file).join(&file, false, Waiter::Call(Box::new(|_| {})));
+        let round = files.rounds(&disk.rounds, &file).join(&file, false, Waiter::Call(Box::new(|_| {})));
         disk.submit(OpId(1), DiskOp::Flush { files: smallvec![LOG] });
         disk.push();
         disk.wait(Some(1000));
@@ -249,16 +262,16 @@ fn the_next_round_is_led_by_whoever_waits_for_it() {
 fn durable_writes_spare_only_flushes_of_what_this_process_wrote() {
     let dir = tempfile::tempdir().unwrap();
     allocate(&mut UringDisk::open(dir.path(), Access::ReadWrite).unwrap(), LOG, 0, 8192).unwrap();
-    let options = FileOptions { flush: crate::disk::FlushChoice::Dsync, ..FileOptions::default() };
+    let options = FileOptions { flush: FlushChoice::Dsync, ..FileOptions::default() };
     let files = Files::open(dir.path(), Access::ReadWrite, &options).unwrap();
     let mut disk = UringDisk::with_files(files.clone(), &UringOptions::default()).unwrap();
     let log = [files.file(LOG)];
-    assert_eq!(files.to_flush(&log).unwrap().len(), 1);
+    assert_eq!(files.to_flush(&disk.rounds, &log).unwrap().len(), 1);
     flush(&mut disk, &[LOG]).unwrap();
-    assert_eq!(files.to_flush(&log).unwrap().len(), 0);
+    assert_eq!(files.to_flush(&disk.rounds, &log).unwrap().len(), 0);
     allocate(&mut disk, FileId::Data, 0, 8192).unwrap();
     assert_eq!(
-        files.to_flush(&[files.file(FileId::Data)]).unwrap().len(),
+        files.to_flush(&disk.rounds, &[files.file(FileId::Data)]).unwrap().len(),
         1,
         "its writes are not durable by themselves"
     );
