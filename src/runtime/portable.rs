@@ -12,6 +12,7 @@ use crate::disk::portable::{Access, DiskReport, PortableDisk};
 use crate::disk::{Completion, Disk};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Options;
+use crate::probe::Driver;
 use crate::recovery::{self, RecoveryReport};
 use crate::shard::{Effect, Request, Response, Shard, Token};
 use crate::types::Micros;
@@ -68,7 +69,8 @@ impl Runtime {
             let result = match opened {
                 Ok((disk, shard, report)) => {
                     theirs.inbox.set_unparker(disk.unparker());
-                    let _ = send.send(Ok((report, disk.report(), shard.txn_bytes_max())));
+                    let on = DiskReport { fallback: Driver::auto().because, ..disk.report() };
+                    let _ = send.send(Ok((report, on, shard.txn_bytes_max())));
                     wake.notify(usize::MAX);
                     run(&theirs, |accepted| laps(&theirs, disk, shard, accepted));
                     return;
@@ -376,6 +378,6 @@ mod tests {
     }
 
     fn no_disk() -> DiskReport {
-        DiskReport { driver: "none", file_system: String::new(), direct: false, flush: "none", depth: 0 }
+        DiskReport::none()
     }
 }

@@ -76,7 +76,7 @@ impl Store {
         self.inner.runtime.txn_bytes_max
     }
 
-    /// What the machine really gives: direct I/O, file system, flush method.
+    /// What the machine really gives: driver and why not another, direct I/O, file system, flush method.
     pub fn disk_report(&self) -> &DiskReport {
         &self.inner.runtime.disk
     }
