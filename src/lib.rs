@@ -30,7 +30,8 @@
 //! The modules, in the order in which a write travels: [`Store`] and [`Volume`] (handles) - `runtime` (a thread that
 //! drives a shard) - `shard` (the state machine: pages, commits, group commit, write-back, checkpoints) - `log`,
 //! `coalesce`, `map` (what it decides with) - [`mod@format`] (every byte on disk) - [`pool`] (memory) - [`disk`] (the
-//! seam to the device). `recovery` opens a store; `sim` drives the same shard by seed under a simulated disk.
+//! seam to the device). `recovery` opens a store; [`probe`] says what the machine
+//! gives; `sim` drives the same shard by seed under a simulated disk.
 
 /// Whether a bug is planted here, for the simulator to find (`sim::canary`); in a release of the engine the answer is a
 /// constant no.
@@ -58,6 +59,7 @@ mod map;
 pub mod metrics;
 mod options;
 pub mod pool;
+pub mod probe;
 mod recovery;
 mod runtime;
 pub mod shard;

@@ -5,6 +5,8 @@ use crate::types::{BLOCK, Micros};
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
+/// Shards, and so logs, that the superblock has room for.
+const SHARDS_MAX: u64 = 64;
 
 /// What is fixed when a store is created and kept in its superblock.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,6 +76,7 @@ impl Default for Options {
 #[derive(Clone, Debug)]
 pub(crate) struct Limits {
     pub geometry: Geometry,
+    pub shards_count: u16,
     pub memory_blocks: u32,
     pub coalesce_window_us: Micros,
     pub coalesce_batch_pages: usize,
@@ -118,10 +121,14 @@ impl Geometry {
 }
 
 impl Options {
-    /// Checks every value, and derives the limits for a store of geometry `geometry`.
-    pub(crate) fn limits(&self, geometry: &Geometry) -> Result<Limits> {
+    /// Checks every value, and derives the limits of each shard of a store of geometry `geometry` with `shards_count`
+    /// shards, which divide the memory among them.
+    pub(crate) fn limits(&self, geometry: &Geometry, shards_count: u16) -> Result<Limits> {
         geometry.check()?;
-        within("memory_bytes", self.memory_bytes, 2 * MIB, 1 << 42)?;
+        let shards = u64::from(shards_count);
+        within("shards", shards, 1, u64::from(geometry.vshards_count).min(SHARDS_MAX))?;
+        within("memory_bytes", self.memory_bytes, 2 * MIB * shards, 1 << 42)?;
+        let memory_bytes = self.memory_bytes / shards;
         within("coalesce_window_us", self.coalesce_window_us, 1_000, 10_000)?;
         within("coalesce_batch_pages", self.coalesce_batch_pages as u64, 1, 64)?;
         within("vectored_pages_max", self.vectored_pages_max as u64, 1, 64)?;
@@ -129,18 +136,19 @@ impl Options {
         within("inline_pages_max", self.inline_pages_max as u64, 0, 64)?;
         within("txn_bytes_max", self.txn_bytes_max, 4 * KIB, 64 * MIB)?;
         within("requests_max", self.requests_max as u64, 1, 1 << 20)?;
-        let group_bytes = (geometry.segment_bytes / 8).min(MIB).min(1 << (self.memory_bytes / 64).ilog2());
+        let group_bytes = (geometry.segment_bytes / 8).min(MIB).min(1 << (memory_bytes / 64).ilog2());
         let group_blocks = group_bytes / BLOCK as u64;
         Ok(Limits {
             geometry: geometry.clone(),
-            memory_blocks: (self.memory_bytes / BLOCK as u64) as u32,
+            shards_count,
+            memory_blocks: (memory_bytes / BLOCK as u64) as u32,
             coalesce_window_us: self.coalesce_window_us,
             coalesce_batch_pages: self.coalesce_batch_pages,
             vectored_pages_max: self.vectored_pages_max,
             log_writes_max: self.log_writes_max,
             inline_pages_max: self.inline_pages_max,
             // A commit must fit into one group, and the pages and log buffers of several into the memory.
-            txn_bytes_max: self.txn_bytes_max.min(self.memory_bytes / 16).min(geometry.segment_bytes / 4),
+            txn_bytes_max: self.txn_bytes_max.min(memory_bytes / 16).min(geometry.segment_bytes / 4),
             data_extents_max: match self.data_bytes_max {
                 0 => u32::MAX,
                 bytes => (bytes / geometry.extent_bytes).max(1) as u32,

@@ -13,10 +13,32 @@
 //!
 //! It does *not*: checksum, retry at another place, or know what the bytes mean.
 
+mod block;
+mod device;
+mod driver;
+mod files;
+mod flush;
+mod kernel;
 pub mod portable;
+mod refusal;
+mod report;
+mod transfer;
+pub mod uring;
+mod waker;
+
+pub use block::BlockDevice;
+pub(crate) use device::Prospect;
+pub use device::{DeviceTraits, FlushChoice, FlushMethod, choose};
+pub use driver::{DriverChoice, DriverOptions, FileDisk};
+pub use files::{Access, FileOptions, Files};
+pub(crate) use kernel::check as check_kernel;
+pub(crate) use refusal::Circumstances;
+pub use refusal::{RingRefusal, RingRefused};
+pub use report::{DiskReport, Polling};
+pub use waker::DiskWaker;
 
 use crate::error::{Error, Result};
-use crate::pool::{Frame, FrameRef};
+use crate::pool::{Frame, FrameRef, Mapping};
 use crate::types::{Micros, SegmentNo, ShardId};
 use smallvec::SmallVec;
 use std::fmt;
@@ -157,8 +179,17 @@ pub struct Completion {
 
 /// A device, or several, with the store's files on it.
 pub trait Disk {
-    /// Starts an operation. Never blocks for long; the implementation queues what the device can't take yet.
+    /// Starts an operation. Never blocks for long; the implementation queues what the device can't take yet. It may
+    /// keep it back until the next [`push`](Self::push) or [`wait`](Self::wait), so that many go in one system call.
     fn submit(&mut self, id: OpId, op: DiskOp);
+
+    /// Hands what was submitted to the device: to be called once per lap, after the submissions.
+    fn push(&mut self) {}
+
+    /// Makes the memory that operations will use known to the kernel, where that helps. Once, before the first one.
+    fn register(&mut self, memory: Mapping) {
+        drop(memory);
+    }
 
     /// Appends the completions that have arrived since, without waiting.
     fn reap(&mut self, out: &mut Vec<Completion>);
@@ -187,3 +218,8 @@ pub fn execute(disk: &mut dyn Disk, op: DiskOp) -> Result<DiskOp> {
         disk.wait(None);
     }
 }
+
+#[cfg(test)]
+mod bench_tests;
+#[cfg(test)]
+mod tests;

@@ -17,28 +17,40 @@
 //!
 //! It does *not*: order operations (writes and flushes under way at a time overtake each other), schedule, or cache.
 
-mod files;
-mod kernel;
-mod transfer;
+pub use super::files::Access;
+pub use super::report::DiskReport;
 
-pub use files::{Access, DiskReport, PortableOptions};
-
-use super::{Completion, Disk, DiskOp, FileId, OpId};
+use super::files::{FileOptions, Files, StoreFile};
+use super::flush::{Rounds, Waiter};
+use super::waker::DiskWaker;
+use super::{Completion, Disk, DiskOp, FileId, OpId, transfer};
 use crate::error::{Error, Result};
 use crate::types::Micros;
 use crossbeam_channel::{Receiver, Sender, TrySendError};
-use files::{Directory, StoreFile};
 use parking::{Parker, Unparker};
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// Operations that may stand in the channel for each worker. Enough that none runs dry between two laps of the owner.
 const QUEUED_PER_WORKER: usize = 16;
+
+/// How to run the portable disk.
+#[derive(Clone, Debug)]
+pub struct PortableOptions {
+    /// Threads, and so operations under way at the device at a time (default 8).
+    pub workers_count: usize,
+}
+
+impl Default for PortableOptions {
+    fn default() -> Self {
+        PortableOptions { workers_count: 8 }
+    }
+}
 
 /// An operation with the files that it names.
 struct Job {
@@ -47,10 +59,10 @@ struct Job {
     files: SmallVec<[Arc<StoreFile>; 1]>,
 }
 
-/// A directory of ordinary files as the store's disk.
+/// Ordinary files as the store's disk, and threads that use them.
 pub struct PortableDisk {
-    directory: Arc<Directory>,
-    files: BTreeMap<FileId, Arc<StoreFile>>,
+    files: Arc<Files>,
+    known: BTreeMap<FileId, Arc<StoreFile>>,
     /// Taken only in `drop`.
     jobs: Option<Sender<Job>>,
     overflow: VecDeque<Job>,
@@ -60,32 +72,28 @@ pub struct PortableDisk {
 }
 
 impl PortableDisk {
-    /// Opens the directory `dir` and locks all files of a store that are in it. With [`Access::ReadWrite`] a missing
-    /// directory is made; with [`Access::ReadOnly`] nothing is created or changed, ever.
+    /// Opens the store in the directory `dir` for this disk alone, with the default options.
     ///
     /// # Errors
-    /// `InUse` if another process has the store open, `NotFound` if there is nothing to read, `Invalid` if the
-    /// directory holds files that are no store's but have the names of its files, `Io` for the rest.
+    /// As [`Files::open`], and `Io` if no thread can be started.
     pub fn open(dir: &Path, access: Access) -> Result<PortableDisk> {
-        Self::open_with(dir, access, &PortableOptions::default())
+        Self::with_files(Files::open(dir, access, &FileOptions::default())?, &PortableOptions::default())
     }
 
-    /// The same with other than the default options.
+    /// One more disk over these files.
     ///
     /// # Errors
-    /// As [`open`](Self::open).
-    pub fn open_with(dir: &Path, access: Access, options: &PortableOptions) -> Result<PortableDisk> {
-        kernel::check()?;
-        let (directory, files) = Directory::open(dir, access, options)?;
-        let directory = Arc::new(directory);
+    /// `Io` if no thread can be started.
+    pub fn with_files(files: Arc<Files>, options: &PortableOptions) -> Result<PortableDisk> {
         let workers_count = options.workers_count.clamp(1, 256);
         let (jobs, queue) = crossbeam_channel::bounded::<Job>(workers_count * QUEUED_PER_WORKER);
         // Never holds more than the owner has under way, which is the owner's to bound.
         let (done, completions) = crossbeam_channel::unbounded();
         let parker = Parker::new();
+        let rounds = files.new_rounds();
         let mut disk = PortableDisk {
-            directory,
-            files: files.into_iter().map(|file| (file.id(), Arc::new(file))).collect(),
+            files,
+            known: BTreeMap::new(),
             jobs: Some(jobs),
             overflow: VecDeque::new(),
             completions,
@@ -94,7 +102,8 @@ impl PortableDisk {
         };
         for i in 0..workers_count {
             let worker = Worker {
-                directory: disk.directory.clone(),
+                files: disk.files.clone(),
+                rounds: rounds.clone(),
                 queue: queue.clone(),
                 done: done.clone(),
                 owner: disk.parker.unparker(),
@@ -112,13 +121,18 @@ impl PortableDisk {
         self.parker.unparker()
     }
 
+    /// The same, as all disks have it.
+    pub fn waker(&self) -> DiskWaker {
+        DiskWaker::of_parker(self.parker.unparker())
+    }
+
     /// What the machine gives.
     pub fn report(&self) -> DiskReport {
-        self.directory.report()
+        DiskReport { driver: "portable", depth: self.workers.len(), ..self.files.report() }
     }
 
     fn file(&mut self, id: FileId) -> Arc<StoreFile> {
-        self.files.entry(id).or_insert_with(|| Arc::new(StoreFile::missing(id))).clone()
+        self.known.entry(id).or_insert_with(|| self.files.file(id)).clone()
     }
 
     fn feed(&mut self) {
@@ -168,7 +182,7 @@ impl Disk for PortableDisk {
 
     fn len(&mut self, file: FileId) -> Result<Option<u64>> {
         let file = self.file(file);
-        self.directory.len(&file)
+        self.files.len(&file)
     }
 }
 
@@ -183,7 +197,8 @@ impl Drop for PortableDisk {
 }
 
 struct Worker {
-    directory: Arc<Directory>,
+    files: Arc<Files>,
+    rounds: Arc<Rounds>,
     queue: Receiver<Job>,
     done: Sender<Completion>,
     owner: Unparker,
@@ -192,18 +207,75 @@ struct Worker {
 impl Worker {
     fn run(self) {
         while let Ok(Job { id, mut op, files }) = self.queue.recv() {
-            let outcome = catch_unwind(AssertUnwindSafe(|| transfer::carry_out(&self.directory, &files, &mut op)));
-            let result = outcome.unwrap_or_else(|_| {
-                let cause = std::io::Error::other("the disk thread panicked");
-                Err(Error::io(format_args!("{op:?}"), cause))
-            });
-            // Before the completion: whoever gets it may be the last to hold the files, and expect them closed.
-            drop(files);
-            if self.done.send(Completion { id, op, result }).is_err() {
-                return;
+            let flush = matches!(op, DiskOp::Flush { .. });
+            let mut result = Ok(());
+            if !flush && let Some(file) = files.first() {
+                let outcome = catch_unwind(AssertUnwindSafe(|| transfer::carry_out(&self.files, file, &mut op)));
+                result = outcome.unwrap_or_else(|_| {
+                    let cause = std::io::Error::other("the disk thread panicked");
+                    Err(Error::io(format_args!("{op:?}"), cause))
+                });
             }
-            self.owner.unpark();
+            match op {
+                DiskOp::Flush { .. } | DiskOp::Allocate { .. } if result.is_ok() => self.flush(id, op, files),
+                op => {
+                    // First: whoever gets the completion may be the last to hold the files, and expect them closed.
+                    drop(files);
+                    self.complete(Completion { id, op, result });
+                }
+            }
         }
+    }
+
+    fn complete(&self, completion: Completion) {
+        // Fails only when the disk is gone, and with it whoever would want to know.
+        let _ = self.done.send(completion);
+        self.owner.unpark();
+    }
+
+    /// Has the files flushed, and completes the operation then. An allocation needs that very file's flush.
+    fn flush(&self, id: OpId, op: DiskOp, files: SmallVec<[Arc<StoreFile>; 1]>) {
+        let exactly = matches!(op, DiskOp::Allocate { .. });
+        let wanted =
+            if exactly { Ok(files.iter().cloned().collect()) } else { self.files.to_flush(&self.rounds, &files) };
+        drop(files);
+        let wanted = match wanted {
+            Ok(wanted) if !wanted.is_empty() => wanted,
+            other => return self.complete(Completion { id, op, result: other.map(drop) }),
+        };
+        let pending = Pending { left: wanted.len(), completion: Some(Completion { id, op, result: Ok(()) }) };
+        let pending = Arc::new(Mutex::new(pending));
+        for file in wanted {
+            let (pending, done, owner) = (pending.clone(), self.done.clone(), self.owner.clone());
+            let call = move |result| {
+                if let Some(completion) = pending.lock().unwrap_or_else(PoisonError::into_inner).take_in(result) {
+                    let _ = done.send(completion);
+                    owner.unpark();
+                }
+            };
+            let round = self.files.rounds(&self.rounds, &file).join(&file, exactly, Waiter::Call(Box::new(call)));
+            drop(file);
+            if let Some(round) = round {
+                transfer::lead(&self.files, round);
+            }
+        }
+    }
+}
+
+/// A flush of several files, until the last one is done.
+struct Pending {
+    left: usize,
+    completion: Option<Completion>,
+}
+
+impl Pending {
+    /// One is done; the completion, if it was the last.
+    fn take_in(&mut self, result: Result<()>) -> Option<Completion> {
+        self.left -= 1;
+        if let (Err(_), Some(Completion { result: whole @ Ok(()), .. })) = (&result, &mut self.completion) {
+            *whole = result;
+        }
+        if self.left == 0 { self.completion.take() } else { None }
     }
 }
 

@@ -138,6 +138,11 @@ impl Arena {
         self.shared.memory.kind()
     }
 
+    /// The memory of all frames together, which stays mapped at least as long as the result lives.
+    pub fn mapping(&self) -> Mapping {
+        Mapping(self.shared.clone())
+    }
+
     fn drain(&mut self, most: usize) {
         for _ in 0..most {
             // Asking first is two plain loads; popping from an empty queue is a full fence.
@@ -153,6 +158,21 @@ impl Arena {
 impl fmt::Debug for Arena {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "arena of {} blocks, {:?}", self.blocks(), self.kind())
+    }
+}
+
+/// The memory of an arena as a whole: where it lies, for those who make it known to the kernel. Not its bytes.
+pub struct Mapping(Arc<Shared>);
+
+impl Mapping {
+    /// The first byte; aligned to 2 MiB.
+    pub fn start(&self) -> NonNull<u8> {
+        self.0.memory.start()
+    }
+
+    /// Bytes that frames may lie in.
+    pub fn bytes(&self) -> usize {
+        self.0.states.len() * BLOCK
     }
 }
 

@@ -3,4 +3,4 @@
 mod arena;
 mod buddy;
 
-pub use arena::{Arena, ArenaKind, Frame, FrameRef};
+pub use arena::{Arena, ArenaKind, Frame, FrameRef, Mapping};

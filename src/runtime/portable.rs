@@ -12,6 +12,7 @@ use crate::disk::portable::{Access, DiskReport, PortableDisk};
 use crate::disk::{Completion, Disk};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Options;
+use crate::probe::Driver;
 use crate::recovery::{self, RecoveryReport};
 use crate::shard::{Effect, Request, Response, Shard, Token};
 use crate::types::Micros;
@@ -68,7 +69,8 @@ impl Runtime {
             let result = match opened {
                 Ok((disk, shard, report)) => {
                     theirs.inbox.set_unparker(disk.unparker());
-                    let _ = send.send(Ok((report, disk.report(), shard.txn_bytes_max())));
+                    let on = DiskReport { fallback: Driver::auto().because, ..disk.report() };
+                    let _ = send.send(Ok((report, on, shard.txn_bytes_max())));
                     wake.notify(usize::MAX);
                     run(&theirs, |accepted| laps(&theirs, disk, shard, accepted));
                     return;
@@ -246,7 +248,11 @@ fn open(dir: &std::path::Path, options: &Options) -> Result<(PortableDisk, Shard
     let mut random = [0; 8];
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
         .map_err(|e| Error::io("asking the kernel for random bytes", e.into()))?;
-    let (shard, report) = recovery::open(&mut disk, options, u64::from_le_bytes(random), 0)?;
+    let opening = recovery::begin(&mut disk, options, 1, u64::from_le_bytes(random), 0)?;
+    let report = opening.report;
+    let mut together = crate::shard::Together::new(opening.shards);
+    together.open(&mut disk, 0)?;
+    let shard = together.shards.remove(0);
     for warning in &report.warnings {
         tracing::warn!("{warning}");
     }
@@ -372,6 +378,6 @@ mod tests {
     }
 
     fn no_disk() -> DiskReport {
-        DiskReport { driver: "none", file_system: String::new(), direct: false, flush: "none", depth: 0 }
+        DiskReport::none()
     }
 }

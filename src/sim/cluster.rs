@@ -132,7 +132,7 @@ impl Cluster {
         let nodes: Vec<Node> = opening.shards.into_iter().map(node).collect();
         let cluster = Cluster {
             net: Net::new(nodes.len()),
-            deal: Deal::new(options.geometry.vshards_count, shards),
+            deal: nodes[0].shard.deal(),
             nodes,
             order: opening.order,
             pace: Pace::random(&mut rng, shards),
@@ -191,6 +191,11 @@ impl Cluster {
     /// Everything up to here is durable, the shards say.
     pub fn watermark(&self) -> Lsn {
         self.order.watermark()
+    }
+
+    /// The newest LSN that was drawn, used or void.
+    pub fn newest(&self) -> Lsn {
+        self.order.next().before()
     }
 
     /// The first breach of the disk seam's rules, if there was one.

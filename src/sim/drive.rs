@@ -128,7 +128,8 @@ impl World {
             self.oracle.on_drawn(token, lsn)?;
         }
         let watermark = self.cluster().watermark();
-        self.oracle.on_watermark(watermark)?;
+        let newest = self.cluster().newest();
+        self.oracle.on_watermark(watermark, newest)?;
         for (token, reply) in turn.replies {
             if self.oracle.is_spread(token) {
                 let mark = self.cluster().mark(turn.shard);

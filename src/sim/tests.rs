@@ -7,7 +7,7 @@ use super::world::{Failure, Plan, Tally, run};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Most shards of a store in these tests.
-pub(super) const SHARDS_MAX: u16 = 1;
+pub(super) const SHARDS_MAX: u16 = 4;
 
 pub(super) fn plan(seed: u64) -> Plan {
     Plan {

@@ -59,7 +59,7 @@ impl Store {
     /// `Corrupt`: damage that recovery must not pass over; nothing was changed. `Invalid`: an option; the message
     /// says which. `Io`, `Full`: the directory can't be written.
     pub async fn open(dir: impl AsRef<Path>, options: Options) -> Result<Store> {
-        options.limits(&options.geometry)?;
+        options.limits(&options.geometry, 1)?;
         let read_pages = options.vectored_pages_max.min(READ_PAGES);
         let runtime = Runtime::start(dir.as_ref().to_path_buf(), options).await?;
         Ok(Store { inner: Arc::new(Inner { runtime, read_pages, closing: Mutex::new(false) }) })
@@ -76,7 +76,7 @@ impl Store {
         self.inner.runtime.txn_bytes_max
     }
 
-    /// What the machine really gives: direct I/O, file system, flush method.
+    /// What the machine really gives: driver and why not another, direct I/O, file system, flush method.
     pub fn disk_report(&self) -> &DiskReport {
         &self.inner.runtime.disk
     }

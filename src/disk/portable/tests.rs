@@ -1,6 +1,7 @@
 //! Tests of the portable disk on a real directory: what it promises the engine, and what it does not touch.
 
 use super::*;
+use crate::disk::files::parse_name;
 use crate::disk::{IoSlice, execute};
 use crate::error::ErrorKind;
 use crate::pool::{Arena, Frame};
@@ -167,8 +168,9 @@ fn foreign_files_with_our_names_are_refused_and_untouched() {
 fn a_flood_of_operations_completes() {
     let dir = tempfile::tempdir().unwrap();
     let mut arena = Arena::new(2048).unwrap();
-    let options = PortableOptions { workers_count: 2, direct: false };
-    let mut disk = PortableDisk::open_with(dir.path(), Access::ReadWrite, &options).unwrap();
+    let options = FileOptions { direct: false, ..FileOptions::default() };
+    let files = Files::open(dir.path(), Access::ReadWrite, &options).unwrap();
+    let mut disk = PortableDisk::with_files(files, &PortableOptions { workers_count: 2 }).unwrap();
     assert!(!disk.report().direct);
     allocate(&mut disk, LOG, 0, 1 << 20).unwrap();
     for i in 0..1000 {
@@ -191,8 +193,8 @@ fn a_flood_of_operations_completes() {
 fn another_thread_ends_a_wait() {
     let dir = tempfile::tempdir().unwrap();
     let mut disk = open(dir.path(), Access::ReadWrite).unwrap();
-    let waker = disk.unparker();
-    let other = std::thread::spawn(move || waker.unpark());
+    let waker = disk.waker();
+    let other = std::thread::spawn(move || waker.wake());
     disk.wait(None);
     other.join().unwrap();
     disk.wait(Some(1000));
@@ -203,9 +205,9 @@ fn another_thread_ends_a_wait() {
 fn file_names_have_one_form() {
     let ids = [FileId::Meta, FileId::Table, FileId::Data, LOG, FileId::Log(ShardId::new(1000), SegmentNo::new(12345))];
     for id in ids {
-        assert_eq!(files::parse_name(&id.to_string()), Some(id));
+        assert_eq!(parse_name(&id.to_string()), Some(id));
     }
     for name in ["log-0-0", "log-000-0000x", "Meta", "log-+00-0000", ""] {
-        assert_eq!(files::parse_name(name), None, "{name}");
+        assert_eq!(parse_name(name), None, "{name}");
     }
 }

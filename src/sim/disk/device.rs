@@ -9,14 +9,14 @@
 //! It does *not* make crash images.
 
 use super::Latency;
-use super::fault::{self, DiskCounters, EIO, ENOSPC, Fault, OpKind};
+use super::fault::{self, DiskCounters, ENOSPC, Fault, OpKind};
 use super::file::{Block, SECTOR, SECTORS, SimFile, Version};
 use crate::disk::{Completion, DiskOp, FileId, OpId};
 use crate::error::{Error, Result};
 use crate::sim::canary::{Canary, planted};
 use crate::sim::rng::{Rng, mix};
 use crate::types::{BLOCK, Micros};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 /// All of a simulated disk.
@@ -37,8 +37,8 @@ pub(super) struct State {
     pub(super) power_off_at: Option<u64>,
     pub(super) is_off: bool,
     pub(super) faults: Vec<Fault>,
-    /// Files of which a flush has failed.
-    pub(super) poisoned: BTreeSet<FileId>,
+    /// Files of which a flush has failed: it is told to all who flush them afterwards, as the seam promises.
+    pub(super) unflushable: BTreeMap<FileId, i32>,
     pub(super) counters: DiskCounters,
     pub(super) violation: Option<String>,
     pub(super) trace: u64,
@@ -147,8 +147,11 @@ impl State {
         self.done += 1;
         self.note(&flying, 2);
         let kind = OpKind::of(&flying.op);
-        let struck = fault::strike(&mut self.faults, &flying.op).or_else(|| self.repeats_failure(&flying.op));
-        let result = match struck {
+        let struck = fault::strike(&mut self.faults, &flying.op);
+        if let (DiskOp::Flush { files }, Some(errno)) = (&flying.op, struck) {
+            files.iter().for_each(|file| _ = self.unflushable.insert(*file, errno));
+        }
+        let result = match struck.or_else(|| self.failed_before(&flying.op)) {
             Some(errno) => {
                 self.counters.count_fault(kind);
                 self.fail(&flying);
@@ -166,10 +169,9 @@ impl State {
         Completion { id: flying.id, op: flying.op, result }
     }
 
-    /// A flush of what another flush has failed to make durable.
-    fn repeats_failure(&self, op: &DiskOp) -> Option<i32> {
+    fn failed_before(&self, op: &DiskOp) -> Option<i32> {
         let DiskOp::Flush { files } = op else { return None };
-        files.iter().any(|file| self.poisoned.contains(file)).then_some(EIO)
+        files.iter().find_map(|file| self.unflushable.get(file).copied())
     }
 
     fn carry_out(&mut self, flying: &mut Flying) {
@@ -226,7 +228,6 @@ impl State {
             }
             DiskOp::Flush { files } => {
                 let percent = *self.rng.pick(&[0, 50, 100]);
-                self.poisoned.extend(files.iter().copied());
                 for file in files {
                     let content = self.files.get_mut(file).expect("checked at submission");
                     content.fail_flush(flying.covers, || self.rng.chance(percent));

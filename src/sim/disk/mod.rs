@@ -33,7 +33,7 @@ use crate::types::{BLOCK, Micros};
 use device::{State, power_is_off};
 use file::{Block, SimFile};
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 /// A simulated disk; clones are handles of the same one.
@@ -79,7 +79,7 @@ impl SimDisk {
             power_off_at: None,
             is_off: false,
             faults: Vec::new(),
-            poisoned: BTreeSet::new(),
+            unflushable: BTreeMap::new(),
             counters: DiskCounters::default(),
             violation: None,
             trace: 0,

@@ -152,7 +152,7 @@ fn flushes_after_a_failed_one_fail_and_make_nothing_of_it_durable() {
         rig.disk.inject(Fault::once(OpKind::Flush, Area::Any, 0));
         rig.write(0, &[1]);
         assert_eq!(rig.flush().unwrap_err().kind(), crate::ErrorKind::Io);
-        assert_eq!(rig.flush().unwrap_err().kind(), crate::ErrorKind::Io);
+        assert_eq!(rig.flush().unwrap_err().kind(), crate::ErrorKind::Io, "whoever asks next is told, too");
         assert_eq!(rig.read(0), [1; 4096], "it is still visible");
         lost += u32::from(rig.crashed(Loss::Nothing, 1).read(0) == [0; 4096]);
         assert_eq!(rig.disk.counters().faults_flush, 2);

@@ -52,6 +52,8 @@ pub struct Oracle {
     /// The cut with which this life began.
     began: Lsn,
     last: Lsn,
+    /// The newest LSN that was drawn, void ones too.
+    newest: Lsn,
     /// All commits of this life, in order, for messages and for cuts that are not reported.
     drawn: Vec<(Lsn, Vec<(PageKey, Change)>)>,
     ever: Lsn,
@@ -78,6 +80,7 @@ impl Oracle {
             deal: Deal::new(1, 1),
             began: Lsn::ZERO,
             last: Lsn::ZERO,
+            newest: Lsn::ZERO,
             drawn: Vec::new(),
             ever: Lsn::ZERO,
             durable: Lsn::ZERO,
@@ -172,7 +175,9 @@ impl Oracle {
     }
 
     /// The shards say that everything up to `watermark` is durable.
-    pub fn on_watermark(&mut self, watermark: Lsn) -> Verdict {
+    /// The newest LSN drawn is `newest`; it may be void.
+    pub fn on_watermark(&mut self, watermark: Lsn, newest: Lsn) -> Verdict {
+        self.newest = newest;
         if watermark < self.watermark {
             return Err(format!("the watermark fell from {:?} to {watermark:?}", self.watermark));
         }
@@ -394,8 +399,7 @@ impl Oracle {
 
     /// Holds what recovery says against what it had to find; returns the cut that `pages`, all that there are, show.
     ///
-    /// It is the one reported, unless that lies above everything drawn: a recovery that was crashed into may have
-    /// begun a new epoch, above the LSNs that it dropped, and its successor reports where that epoch began.
+    /// It is the one reported, which is a commit that was drawn, or the state with which the life began.
     pub fn judge_state(&self, cut: Lsn, clean: bool, pages: &[(PageKey, PageRef)]) -> Result<Lsn, String> {
         if cut < self.durable {
             return Err(format!(
@@ -410,15 +414,10 @@ impl Oracle {
             return Err("the store was closed cleanly and recovery says that it was not".into());
         }
         let judge = |cut| pages.iter().try_for_each(|(key, page)| self.judge_recovered(*key, cut, page));
-        if cut <= self.last {
-            return judge(cut).map(|()| cut);
+        if cut > self.last.max(self.newest) {
+            return Err(format!("cut at {cut:?}, although nothing above {:?} was drawn", self.newest));
         }
-        let doubtful = self.drawn.iter().rev().map(|&(lsn, _)| lsn).filter(|&lsn| lsn > self.durable);
-        let found = doubtful.chain([self.durable]).find(|&cut| judge(cut).is_ok());
-        found.ok_or_else(|| {
-            let why = judge(self.last).expect_err("no cut was found");
-            format!("cut at {cut:?}, and the state is that of no LSN from {:?} on; newest: {why}", self.durable)
-        })
+        judge(cut).map(|()| cut)
     }
 
     /// Holds a page, read after recovery, against the model at the cut.
@@ -463,7 +462,7 @@ impl Oracle {
         self.watermark = Lsn::ZERO;
         self.model.restart_at(cut);
         self.drawn.clear();
-        (self.began, self.last, self.durable, self.ordered) = (cut, cut, cut, cut);
+        (self.began, self.last, self.newest, self.durable, self.ordered) = (cut, cut, cut, cut, cut);
         self.ever = self.ever.max(reported);
         (self.closing, self.closed) = (false, false);
     }

@@ -1,4 +1,4 @@
-//! The oldest kernel that this driver is meant for: asked before a file is touched.
+//! The oldest kernel that the disks on files are meant for: asked before a file is touched.
 //!
 //! It does not probe single features; each is probed where it is used.
 
@@ -12,7 +12,7 @@ const OLDEST: (u32, u32) = (4, 14);
 ///
 /// # Errors
 /// `Unsupported`, with both versions.
-pub(super) fn check() -> Result<()> {
+pub(crate) fn check() -> Result<()> {
     let uname = rustix::system::uname();
     judge(&uname.release().to_string_lossy())
 }

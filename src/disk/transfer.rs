@@ -2,23 +2,22 @@
 //!
 //! Invariants
 //! 1. `Ok` means every byte: short transfers are continued, `EINTR` and `EAGAIN` repeated.
-//! 2. No flush is repeated after a failure. The kernel may have dropped the pages and marked them clean, so a second
-//!    call that succeeds proves nothing; the first error stays with the file.
-//! 3. An allocation writes `from..to` and nothing else. If it fails, the file has its former length again.
+//! 2. An allocation writes `from..to` and nothing else. If it fails, the file has its former length again.
 //!
-//! It runs on the disk's threads and may wait as long as the device does.
+//! It runs on threads of the disks' and may wait as long as the device does. It does *not* decide when to flush.
 
-use super::super::{DiskOp, FileId, IoSlice};
-use super::files::{Directory, StoreFile};
+use super::files::{Files, StoreFile};
+use super::flush::{Leader, Round};
+use super::{DiskOp, FileId, IoSlice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::Frame;
 use crate::types::BLOCK;
 use rustix::fs::FallocateFlags;
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags};
 use smallvec::SmallVec;
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, PoisonError};
+use std::sync::PoisonError;
 
 /// Linux takes at most this many pieces in one call.
 const IOV_MAX: usize = 1024;
@@ -32,35 +31,55 @@ const ZEROS_BYTES: usize = 1 << 20;
 struct Zeros([u8; ZEROS_BYTES]);
 static ZEROS: Zeros = Zeros([0; ZEROS_BYTES]);
 
-/// Carries out `op`; `files` are those that it names, in its order.
-pub(super) fn carry_out(directory: &Directory, files: &[Arc<StoreFile>], op: &mut DiskOp) -> Result<()> {
+/// Carries out `op`, all of an allocation but its flush; `stored` is the file that it names.
+///
+/// # Panics
+/// On a flush: that is what rounds are for.
+pub(super) fn carry_out(files: &Files, stored: &StoreFile, op: &mut DiskOp) -> Result<()> {
     let context = |what: &str, id, offset: u64, len: u64, e: io::Error| {
-        directory.error(id, format_args!("{what} of {len} bytes at {offset} of"), e)
+        files.error(id, format_args!("{what} of {len} bytes at {offset} of"), e)
     };
     let len = op.bytes();
     match op {
         DiskOp::Read { file, offset, into } => {
-            let open = existing(directory, files, *file)?;
+            let open = existing(files, stored)?;
             let mut parts = parts_mut(into, *file)?;
             read_fully(open, *offset, &mut parts).map_err(|e| context("read", *file, *offset, len, e))
         }
         DiskOp::Write { file, offset, from } => {
-            directory.may_write("write", *file)?;
-            let open = existing(directory, files, *file)?;
-            write_fully(open, *offset, from).map_err(|e| context("write", *file, *offset, len, e))
+            files.may_write("write", *file)?;
+            let open = existing(files, stored)?;
+            let flags = write_flags(files, *file);
+            write_fully(open, *offset, from, flags).map_err(|e| context("write", *file, *offset, len, e))
         }
-        DiskOp::Flush { .. } => files.iter().try_for_each(|file| flush(directory, file)),
+        DiskOp::Flush { .. } => unreachable!("flushes go in rounds"),
         DiskOp::Allocate { file, from, to } => {
-            directory.may_write("allocation", *file)?;
-            let Some(store_file) = files.first() else { return Err(Error::invalid("an allocation names no file")) };
-            allocate(directory, store_file, *from, *to)
+            files.may_write("allocation", *file)?;
+            allocate(files, stored, *from, *to)
         }
     }
 }
 
-fn existing<'f>(directory: &Directory, files: &'f [Arc<StoreFile>], id: FileId) -> Result<&'f File> {
-    let open = files.first().and_then(|file| file.get());
-    open.ok_or_else(|| directory.error(id, "using", io::ErrorKind::NotFound.into()))
+/// Leads rounds on this thread, until there is none or another disk does.
+pub(super) fn lead(files: &Files, round: Round) {
+    let mut leading = Some(round);
+    while let Some(round) = leading {
+        let result = round.files().iter().try_for_each(|file| {
+            let open = existing(files, file)?;
+            rustix::fs::fdatasync(open).map_err(|e| files.error(file.id(), "flushing", e.into()))
+        });
+        leading = round.end(result, Leader::Leaves(None));
+    }
+}
+
+/// The flags of writes to this file.
+pub(super) fn write_flags(files: &Files, id: FileId) -> ReadWriteFlags {
+    if files.writes_durably(id) { ReadWriteFlags::DSYNC } else { ReadWriteFlags::empty() }
+}
+
+/// The descriptor of a file that must exist.
+pub(super) fn existing<'f>(files: &Files, file: &'f StoreFile) -> Result<&'f File> {
+    file.get().ok_or_else(|| files.error(file.id(), "using", io::ErrorKind::NotFound.into()))
 }
 
 fn parts_mut(into: &mut [Frame], id: FileId) -> Result<SmallVec<[&mut [u8]; 8]>> {
@@ -91,7 +110,7 @@ fn read_fully(file: &File, offset: u64, parts: &mut [&mut [u8]]) -> io::Result<(
 }
 
 /// Writes `slices` from `offset` on.
-fn write_fully(file: &File, offset: u64, slices: &[IoSlice]) -> io::Result<()> {
+fn write_fully(file: &File, offset: u64, slices: &[IoSlice], flags: ReadWriteFlags) -> io::Result<()> {
     let total: usize = slices.iter().map(|s| s.len as usize).sum();
     let mut progress = Progress::new(total);
     while let Some(done) = progress.rest() {
@@ -105,7 +124,10 @@ fn write_fully(file: &File, offset: u64, slices: &[IoSlice]) -> io::Result<()> {
                 vectors.push(io::IoSlice::new(&bytes[skipped..]));
             }
         }
-        let outcome = rustix::io::pwritev(file, &vectors, offset + done as u64);
+        let outcome = match flags.is_empty() {
+            true => rustix::io::pwritev(file, &vectors, offset + done as u64),
+            false => rustix::io::pwritev2(file, &vectors, offset + done as u64, flags),
+        };
         progress.advance(outcome, io::ErrorKind::WriteZero)?;
     }
     Ok(())
@@ -152,42 +174,26 @@ impl Progress {
     }
 }
 
-fn flush(directory: &Directory, file: &StoreFile) -> Result<()> {
-    directory.may_write("flush", file.id())?;
-    let Some(open) = file.get() else {
-        return Err(directory.error(file.id(), "flushing", io::ErrorKind::NotFound.into()));
-    };
-    let mut failed = file.flush.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(error) = &*failed {
-        return Err(error.clone());
-    }
-    rustix::fs::fdatasync(open).map_err(|e| {
-        let error = directory.error(file.id(), "flushing", e.into());
-        failed.insert(error).clone()
-    })
-}
-
-fn allocate(directory: &Directory, file: &StoreFile, from: u64, to: u64) -> Result<()> {
+fn allocate(files: &Files, file: &StoreFile, from: u64, to: u64) -> Result<()> {
     let id = file.id();
     if from > to || !from.is_multiple_of(BLOCK as u64) || !to.is_multiple_of(BLOCK as u64) {
         return Err(Error::invalid(format_args!("an allocation of {from}..{to} in `{id}`: not whole blocks")));
     }
     let _growth = file.growth.lock().unwrap_or_else(PoisonError::into_inner);
-    let open = directory.open_file(file, true)?;
-    let former = directory.len(file)?.unwrap_or(0);
+    let open = files.open_file(file, true)?;
+    let former = files.len(file)?.unwrap_or(0);
     // Asked first: to find out by trying would fill the disk to the brim, and all others on it would feel that.
-    let fits = directory.has_room(to.saturating_sub(former.max(from)));
+    let fits = files.has_room(to.saturating_sub(former.max(from)));
     let zeroed = if fits { write_zeros(open, from, to) } else { Err(Errno::NOSPC) };
     if let Err(e) = zeroed {
         // Space that was taken on the way goes back, or a full disk would stay full.
         let _ = rustix::fs::ftruncate(open, former);
         let doing = format_args!("allocating {} bytes at {from} of", to - from);
         let full = matches!(e, Errno::NOSPC | Errno::DQUOT);
-        let error = directory.error(id, doing, e.into());
+        let error = files.error(id, doing, e.into());
         return Err(if full { error.with_kind(ErrorKind::Full) } else { error });
     }
-    flush(directory, file)?;
-    directory.sync().map_err(|e| directory.error(id, "making durable the name of", e))
+    files.sync().map_err(|e| files.error(id, "making durable the name of", e))
 }
 
 /// Makes `from..to` exist as zeros that were really written: overwriting them changes no metadata any more.

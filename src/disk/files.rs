@@ -1,0 +1,454 @@
+//! The directory and its files: opening, locking, and finding out what the file system can do.
+//!
+//! One [`Files`] serves all disks of a store: each shard has a disk of its own, on a thread of its own, over the same
+//! descriptors. A file that one of them creates is there for all.
+//!
+//! Invariants
+//! 1. A descriptor is locked before anything is read from it or written to it: exclusively for writing, shared for
+//!    reading only. The lock is on the open file itself, so writes of a dying process that are still in flight hold it.
+//! 2. Opening neither creates nor changes a store's file; only an allocation creates one.
+//! 3. A directory without the first log segment holds no store, for creation begins with that file. If it has other
+//!    files with a store's names, they are somebody else's, and opening refuses.
+//! 4. Direct I/O is used only where a real block was transferred with it: some file systems accept the flag on open
+//!    and fail each transfer.
+//! 5. A descriptor is closed when the last disk is gone, not before: so nothing is in flight without the lock.
+//!
+//! It does *not* transfer anything but what a probe takes.
+
+use super::FileId;
+use super::device::{self, DeviceTraits, FlushChoice, FlushMethod};
+use super::flush::{Failure, RoundFiles, Rounds};
+use super::report::{DiskReport, Polling};
+use crate::error::{Error, ErrorKind, Result};
+use crate::types::{BLOCK, SegmentNo, ShardId};
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+/// What may be done to the files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Everything.
+    ReadWrite,
+    /// Reading: nothing is created or changed.
+    ReadOnly,
+}
+
+/// How to open the files.
+#[derive(Clone, Debug)]
+pub struct FileOptions {
+    /// Pass the page cache by where the file system can (default). Otherwise all transfers go through it.
+    pub direct: bool,
+    /// How writes become durable (default: what suits file system and device).
+    pub flush: FlushChoice,
+}
+
+impl Default for FileOptions {
+    fn default() -> Self {
+        FileOptions { direct: true, flush: FlushChoice::Auto }
+    }
+}
+
+/// A file of the store; it may not exist yet.
+pub(super) struct StoreFile {
+    id: FileId,
+    file: OnceLock<File>,
+    /// Its own flushes, if none stands for all files.
+    rounds: Arc<Rounds>,
+    /// It was flushed since it was opened: what an earlier process may have left in the device's cache is durable.
+    settled: AtomicBool,
+    /// Held while the file is created or made longer.
+    pub(super) growth: Mutex<()>,
+}
+
+impl StoreFile {
+    fn missing(id: FileId) -> Self {
+        StoreFile {
+            id,
+            file: OnceLock::new(),
+            rounds: Arc::default(),
+            settled: AtomicBool::new(false),
+            growth: Mutex::new(()),
+        }
+    }
+
+    pub(super) fn id(&self) -> FileId {
+        self.id
+    }
+
+    pub(super) fn get(&self) -> Option<&File> {
+        self.file.get()
+    }
+
+    pub(super) fn set_settled(&self) {
+        self.settled.store(true, Ordering::Release);
+    }
+}
+
+/// The open files of a store, locked.
+pub struct Files {
+    path: PathBuf,
+    handle: File,
+    access: Access,
+    direct: bool,
+    traits: DeviceTraits,
+    method: FlushMethod,
+    /// The first failed flush, where one stands for all files.
+    failed: Failure,
+    files: Mutex<BTreeMap<FileId, Arc<StoreFile>>>,
+}
+
+impl Files {
+    /// Opens the directory `path` and locks all files of a store that are in it. With [`Access::ReadWrite`] a missing
+    /// directory is made; with [`Access::ReadOnly`] nothing is created or changed, ever.
+    ///
+    /// # Errors
+    /// `InUse` if another process has the store open, `NotFound` if there is nothing to read, `Invalid` if the
+    /// directory holds files that are no store's but have the names of its files, or if the flush method asked for
+    /// would lose data there, `Unsupported` on a kernel that is too old, `Io` for the rest.
+    pub fn open(path: &Path, access: Access, options: &FileOptions) -> Result<Arc<Files>> {
+        super::kernel::check()?;
+        if access == Access::ReadWrite {
+            make_directory(path)?;
+        }
+        let handle = File::open(path).map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound => {
+                Error::io(format_args!("there is no store in {}", path.display()), e).with_kind(ErrorKind::NotFound)
+            }
+            _ => Error::io(format_args!("opening the directory {}", path.display()), e),
+        })?;
+        let ids = store_files(path)?;
+        let mut files = Files {
+            path: path.to_owned(),
+            traits: device::look(&handle, false, true),
+            handle,
+            access,
+            direct: false,
+            method: FlushMethod::PerFile,
+            failed: Failure::default(),
+            files: Mutex::default(),
+        };
+        files.refuse_foreign(&ids)?;
+        // Locks first: a probe in a directory that another process uses would be in its way.
+        let opened = files.open_all(&ids)?;
+        let (works, surely) = if options.direct { files.probe(opened.first())? } else { (false, false) };
+        files.direct = works;
+        if files.direct {
+            // On the descriptors that hold the locks, so that there is no moment without one.
+            for (file, id) in opened.iter().filter_map(|f| Some((f.get()?, f.id))) {
+                files.set_direct(file).map_err(|e| files.error(id, "setting direct I/O on", e.into()))?;
+            }
+        }
+        files.traits = device::look(&files.handle, surely, files.on_one_device(&opened));
+        files.method = device::choose(&files.traits, options.flush)?;
+        let by_id = opened.into_iter().map(|file| (file.id, Arc::new(file))).collect();
+        files.files = Mutex::new(by_id);
+        Ok(Arc::new(files))
+    }
+
+    /// Whether no file is mounted into the directory from elsewhere.
+    fn on_one_device(&self, files: &[StoreFile]) -> bool {
+        let device = |file: &File| file.metadata().ok().map(|meta| meta.dev());
+        let own = device(&self.handle);
+        own.is_some() && files.iter().filter_map(StoreFile::get).all(|file| device(file) == own)
+    }
+
+    /// The file, which may not exist yet. The same object for all disks; each keeps what it got.
+    pub(super) fn file(&self, id: FileId) -> Arc<StoreFile> {
+        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        files.entry(id).or_insert_with(|| Arc::new(StoreFile::missing(id))).clone()
+    }
+
+    /// What a disk needs for itself: its rounds, where one flush stands for all files.
+    pub(super) fn new_rounds(&self) -> Arc<Rounds> {
+        Rounds::with(self.failed.clone())
+    }
+
+    /// The rounds in which a flush of `file` takes part, for a disk that has `own`.
+    pub(super) fn rounds<'a>(&self, own: &'a Arc<Rounds>, file: &'a StoreFile) -> &'a Arc<Rounds> {
+        match self.method {
+            FlushMethod::Shared => own,
+            FlushMethod::PerFile | FlushMethod::Dsync => &file.rounds,
+        }
+    }
+
+    /// Whether writes to this file are durable on completion.
+    pub(super) fn writes_durably(&self, id: FileId) -> bool {
+        self.method == FlushMethod::Dsync && matches!(id, FileId::Log(..))
+    }
+
+    /// Those of `files` that a flush has to ask for: one of each set of rounds, and no file whose writes are all
+    /// durable already.
+    ///
+    /// # Errors
+    /// `Invalid` if the store is open for reading only, `Io` if one of them does not exist.
+    pub(super) fn to_flush(&self, own: &Arc<Rounds>, files: &[Arc<StoreFile>]) -> Result<RoundFiles> {
+        let mut found = RoundFiles::new();
+        for file in files {
+            self.may_write("flush", file.id)?;
+            if file.get().is_none() {
+                return Err(self.error(file.id, "flushing", std::io::ErrorKind::NotFound.into()));
+            }
+            let durable = self.writes_durably(file.id) && file.settled.load(Ordering::Acquire);
+            let known = || found.iter().any(|other| Arc::ptr_eq(self.rounds(own, other), self.rounds(own, file)));
+            if !durable && !known() {
+                found.push(file.clone());
+            }
+        }
+        Ok(found)
+    }
+
+    /// What file system and device are like.
+    pub fn traits(&self) -> &DeviceTraits {
+        &self.traits
+    }
+
+    /// How writes become durable.
+    pub fn flush_method(&self) -> FlushMethod {
+        self.method
+    }
+
+    fn open_all(&self, ids: &[FileId]) -> Result<Vec<StoreFile>> {
+        ids.iter()
+            .map(|&id| {
+                let file = StoreFile::missing(id);
+                self.open_file(&file, false)?;
+                Ok(file)
+            })
+            .collect()
+    }
+
+    pub(super) fn set_direct(&self, file: &File) -> rustix::io::Result<()> {
+        set_direct(file)
+    }
+
+    /// Opens and locks `file`, if it is not open yet; `create` makes it if it is missing.
+    pub(super) fn open_file<'f>(&self, file: &'f StoreFile, create: bool) -> Result<&'f File> {
+        if let Some(open) = file.file.get() {
+            return Ok(open);
+        }
+        let mut flags = OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        flags |= if self.access == Access::ReadWrite { OFlags::RDWR } else { OFlags::RDONLY };
+        if create {
+            flags |= OFlags::CREATE;
+        }
+        if self.direct {
+            flags |= OFlags::DIRECT;
+        }
+        let name = file.id.to_string();
+        let opened = rustix::fs::openat(&self.handle, name.as_str(), flags, Mode::from_raw_mode(0o600))
+            .map_err(|e| self.error(file.id, "opening", e.into()))?;
+        let opened = File::from(opened);
+        let kind = opened.metadata().map_err(|e| self.error(file.id, "looking at", e))?.file_type();
+        if !kind.is_file() {
+            let path = self.path.join(&name);
+            return Err(Error::invalid(format_args!("{} is not an ordinary file: move it away", path.display())));
+        }
+        self.lock(&opened, file.id)?;
+        Ok(file.file.get_or_init(|| opened))
+    }
+
+    fn lock(&self, file: &File, id: FileId) -> Result<()> {
+        let how = match self.access {
+            Access::ReadWrite => FlockOperation::NonBlockingLockExclusive,
+            Access::ReadOnly => FlockOperation::NonBlockingLockShared,
+        };
+        match rustix::fs::flock(file, how) {
+            Ok(()) => Ok(()),
+            Err(Errno::WOULDBLOCK) => Err(Error::new(
+                ErrorKind::InUse,
+                format_args!(
+                    "the store in {} is open in another process (`fuser -v {}` names it): close that one first",
+                    self.path.display(),
+                    self.path.join(id.to_string()).display()
+                ),
+            )),
+            Err(e) => Err(self.error(id, "locking", e.into())),
+        }
+    }
+
+    /// Invariant 3.
+    fn refuse_foreign(&self, ids: &[FileId]) -> Result<()> {
+        let first = FileId::Log(ShardId::new(0), SegmentNo::new(0));
+        match ids.iter().find(|id| **id != first) {
+            Some(foreign) if !ids.contains(&first) => Err(Error::invalid(format_args!(
+                "{} has a file `{foreign}` but no `{first}`, so it is not a store, or only a part of one: use another \
+                 directory, or bring the missing files back",
+                self.path.display()
+            ))),
+            _ if ids.is_empty() && self.access == Access::ReadOnly => {
+                let context = format_args!("there is no store in {}", self.path.display());
+                Err(Error::new(ErrorKind::NotFound, context))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether a block can be transferred directly: by a write and a read of a scratch file without a name, or, if
+    /// nothing may be written, by a read of `sample`. And whether the kernel vouches for it.
+    fn probe(&self, sample: Option<&StoreFile>) -> Result<(bool, bool)> {
+        if self.access == Access::ReadOnly {
+            let Some(file) = sample.and_then(StoreFile::get) else { return Ok((false, false)) };
+            let mut block = Box::new(Block([0; BLOCK]));
+            let Ok(flags) = rustix::fs::fcntl_getfl(file) else { return Ok((false, false)) };
+            let works = rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT).is_ok()
+                && matches!(rustix::io::pread(file, &mut block.0, 0), Ok(BLOCK));
+            let _ = rustix::fs::fcntl_setfl(file, flags);
+            return Ok((works, false));
+        }
+        try_direct(&self.handle, &self.path)
+    }
+
+    /// A file that is gone when it is closed.
+    pub(super) fn scratch(&self) -> Result<File> {
+        scratch(&self.handle, &self.path)
+    }
+
+    pub(super) fn may_write(&self, what: &str, id: FileId) -> Result<()> {
+        match self.access {
+            Access::ReadWrite => Ok(()),
+            Access::ReadOnly => Err(Error::invalid(format_args!(
+                "{what} of `{id}`: the store in {} is open for reading only",
+                self.path.display()
+            ))),
+        }
+    }
+
+    pub(super) fn len(&self, file: &StoreFile) -> Result<Option<u64>> {
+        let Some(open) = file.get() else { return Ok(None) };
+        let meta = open.metadata().map_err(|e| self.error(file.id, "looking at", e))?;
+        Ok(Some(meta.len()))
+    }
+
+    /// Whether the file system says that it has `bytes` left for this user; if it does not say, they may be there.
+    pub(super) fn has_room(&self, bytes: u64) -> bool {
+        device::free_bytes(&self.handle).is_none_or(|free| free >= bytes)
+    }
+
+    /// Makes the names of files that were created durable.
+    pub(super) fn sync(&self) -> std::io::Result<()> {
+        self.handle.sync_all()
+    }
+
+    pub(super) fn error(&self, id: FileId, doing: impl fmt::Display, cause: std::io::Error) -> Error {
+        Error::io(format_args!("{doing} {}", self.path.join(id.to_string()).display()), cause)
+    }
+
+    /// What a disk over these files can say of them; the rest is its own.
+    pub(super) fn report(&self) -> DiskReport {
+        DiskReport {
+            file_system: self.traits.file_system.clone(),
+            direct: self.direct,
+            flush: self.method,
+            polling: Polling::Off("the driver waits for interrupts".into()),
+            ..DiskReport::none()
+        }
+    }
+
+    pub(super) fn access(&self) -> Access {
+        self.access
+    }
+
+    pub(super) fn is_direct(&self) -> bool {
+        self.direct
+    }
+}
+
+impl fmt::Debug for Files {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the files in {}", self.path.display())
+    }
+}
+
+/// Whether a block can be written and read directly in `directory`, which is `path`, and whether the kernel vouches for
+/// it. Leaves nothing behind.
+///
+/// # Errors
+/// `Io`: the directory can't be written.
+pub(super) fn try_direct(directory: &File, path: &Path) -> Result<(bool, bool)> {
+    let scratch = scratch(directory, path)?;
+    let mut block = Box::new(Block([0x5a; BLOCK]));
+    let works = set_direct(&scratch).is_ok() && matches!(rustix::io::pwrite(&scratch, &block.0, 0), Ok(BLOCK)) && {
+        block.0.fill(0);
+        matches!(rustix::io::pread(&scratch, &mut block.0, 0), Ok(BLOCK)) && block.0 == [0x5a; BLOCK]
+    };
+    let says = device::says_direct(&scratch);
+    Ok((works && says != Some(false), works && says == Some(true)))
+}
+
+fn set_direct(file: &File) -> rustix::io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(file)?;
+    rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT)
+}
+
+/// A file that is gone when it is closed. That it can be made shows that the directory can be written.
+fn scratch(directory: &File, path: &Path) -> Result<File> {
+    let mode = Mode::from_raw_mode(0o600);
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    if let Ok(file) = rustix::fs::openat(directory, ".", flags | OFlags::TMPFILE, mode) {
+        return Ok(file.into());
+    }
+    let name = format!(".corepage-probe-{}", std::process::id());
+    let made = rustix::fs::openat(directory, name.as_str(), flags | OFlags::CREATE | OFlags::EXCL, mode);
+    let made = made.map_err(|e| {
+        let context = format_args!(
+            "the directory {} can't be written: give this user the right to, or use another",
+            path.display()
+        );
+        Error::io(context, e.into())
+    })?;
+    let _ = rustix::fs::unlinkat(directory, name.as_str(), rustix::fs::AtFlags::empty());
+    Ok(made.into())
+}
+
+/// A block at an address that direct I/O takes.
+#[repr(C, align(4096))]
+pub(super) struct Block(pub(super) [u8; BLOCK]);
+
+fn make_directory(path: &Path) -> Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(path).map_err(|e| {
+        Error::io(format_args!("making the directory {} (use one that this user may write)", path.display()), e)
+    })?;
+    // Its own name must outlive a crash, too. Where the parent can't be opened that is the administrator's to see to.
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if let Ok(parent) = File::open(parent) {
+        let _ = parent.sync_all();
+    }
+    Ok(())
+}
+
+/// The files in a directory that have names of a store's, in a fixed order.
+fn store_files(path: &Path) -> Result<Vec<FileId>> {
+    let context = |e| Error::io(format_args!("listing the directory {}", path.display()), e);
+    let mut ids = Vec::new();
+    for entry in std::fs::read_dir(path).map_err(context)? {
+        let name = entry.map_err(context)?.file_name();
+        ids.extend(name.to_str().and_then(parse_name));
+    }
+    ids.sort();
+    Ok(ids)
+}
+
+/// The inverse of [`FileId`]'s `Display`.
+pub(super) fn parse_name(name: &str) -> Option<FileId> {
+    let id = match name {
+        "meta" => FileId::Meta,
+        "extents" => FileId::Table,
+        "data" => FileId::Data,
+        _ => {
+            let (shard, segment) = name.strip_prefix("log-")?.split_once('-')?;
+            FileId::Log(ShardId::new(shard.parse().ok()?), SegmentNo::new(segment.parse().ok()?))
+        }
+    };
+    // "log-0-0" is not a name that we give.
+    (id.to_string() == name).then_some(id)
+}

@@ -1,0 +1,79 @@
+//! What the machine really gives: found out when the disk was opened, and told in one line.
+//!
+//! It does *not* decide anything.
+
+use super::device::FlushMethod;
+use std::fmt;
+
+/// Whether completions are polled for at the device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Polling {
+    /// Yes.
+    On,
+    /// No, and why.
+    Off(String),
+}
+
+/// What the machine gives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskReport {
+    /// The driver: `io_uring` or `portable`.
+    pub driver: &'static str,
+    /// The file system's name, or its magic number.
+    pub file_system: String,
+    /// Whether transfers pass the page cache by.
+    pub direct: bool,
+    /// How writes become durable.
+    pub flush: FlushMethod,
+    /// Operations at the device at a time.
+    pub depth: usize,
+    /// Entries of the ring; 0 without one.
+    pub ring_entries: u32,
+    /// Bytes of memory that the kernel knows, and so needs not look up for each transfer.
+    pub fixed_bytes: u64,
+    /// Bytes of memory that were offered to it.
+    pub offered_bytes: u64,
+    /// Whether completions are polled for.
+    pub polling: Polling,
+    /// Why the driver is not the one that was wanted.
+    pub fallback: Option<String>,
+}
+
+impl DiskReport {
+    /// The report of a disk that is none.
+    pub fn none() -> Self {
+        DiskReport {
+            driver: "none",
+            file_system: "no file system".into(),
+            direct: false,
+            flush: FlushMethod::PerFile,
+            depth: 0,
+            ring_entries: 0,
+            fixed_bytes: 0,
+            offered_bytes: 0,
+            polling: Polling::Off("there is no device".into()),
+            fallback: None,
+        }
+    }
+}
+
+impl fmt::Display for DiskReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let how = if self.direct { "direct I/O" } else { "buffered I/O (no direct I/O on this file system)" };
+        f.write_str(self.driver)?;
+        if let Some(why) = &self.fallback {
+            write!(f, ", because {why},")?;
+        }
+        write!(f, " on {}, {how}, {}, depth {}", self.file_system, self.flush, self.depth)?;
+        if self.ring_entries == 0 {
+            return Ok(());
+        }
+        let mib = |bytes: u64| bytes as f64 / (1 << 20) as f64;
+        let (fixed, offered) = (mib(self.fixed_bytes), mib(self.offered_bytes));
+        write!(f, ", ring of {} entries, {fixed:.1} of {offered:.1} MiB registered", self.ring_entries)?;
+        match &self.polling {
+            Polling::On => write!(f, ", polled"),
+            Polling::Off(why) => write!(f, ", not polled ({why})"),
+        }
+    }
+}
