@@ -125,15 +125,19 @@ impl UringDisk {
     /// `Unsupported` if io_uring can't be used here, with the reason; take the portable disk then.
     pub fn with_files(files: Arc<Files>, options: &UringOptions) -> Result<UringDisk> {
         probe().map_err(|why| Error::new(ErrorKind::Unsupported, why))?;
-        let depth = options.ring_entries.clamp(4, 4096).next_power_of_two();
         let polling = match options.polling {
             true => probe::polling(&files),
             false => Polling::Off("not asked for".into()),
         };
         let polled = polling == Polling::On;
+        Self::with_rings(files, options, polling, polled)
+    }
+
+    fn with_rings(files: Arc<Files>, options: &UringOptions, polling: Polling, two: bool) -> Result<UringDisk> {
+        let depth = options.ring_entries.clamp(4, 4096).next_power_of_two();
         let making = |e| Error::new(ErrorKind::Unsupported, probe::explain("making a ring", &e));
-        let main = Ring::new(depth, polled).map_err(making)?;
-        let second = if polled { Some(Ring::new(depth.min(16), false).map_err(making)?) } else { None };
+        let main = Ring::new(depth, polling == Polling::On).map_err(making)?;
+        let second = if two { Some(Ring::new(depth.min(16), false).map_err(making)?) } else { None };
         let sleep =
             Sleep::new().map_err(|e| Error::io("making an eventfd (is the limit of open files reached?)", e))?;
         let sleep = Arc::new(sleep);

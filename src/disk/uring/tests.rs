@@ -263,6 +263,44 @@ fn durable_writes_spare_only_flushes_of_what_this_process_wrote() {
     execute(&mut disk, DiskOp::Write { file: LOG, offset: 0, from }).unwrap();
 }
 
+/// A device that polls needs a second ring for flushes and wake-ups. There is none here, so the two are tried alone.
+#[test]
+fn two_rings_work_as_one_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = Files::open(dir.path(), Access::ReadWrite, &FileOptions::default()).unwrap();
+    let options = UringOptions { ring_entries: 8, ..UringOptions::default() };
+    let none = Polling::Off("a test".into());
+    let mut disk = UringDisk::with_rings(files.clone(), &options, none, true).unwrap();
+    let mut arena = Arena::new(1024).unwrap();
+    disk.register(arena.mapping());
+    allocate(&mut disk, LOG, 0, 4 << 20).unwrap();
+    let frames: Vec<Frame> = (0..100).map(|i| filled(&mut arena, 0, i)).collect();
+    for (i, frame) in (0..).zip(&frames) {
+        let from = smallvec![IoSlice::whole(frame.pin())];
+        disk.submit(OpId(i), DiskOp::Write { file: LOG, offset: i << 12, from });
+        disk.submit(OpId(1000 + i), DiskOp::Flush { files: smallvec![LOG] });
+    }
+    let mut done = Vec::new();
+    while done.len() < 200 {
+        disk.push();
+        disk.wait(None);
+        disk.reap(&mut done);
+    }
+    assert!(done.iter().all(|c| c.result.is_ok()));
+    for i in 0..100 {
+        assert_eq!(read(&mut disk, &mut arena, LOG, i << 12, &[0]).unwrap()[0][5], i as u8);
+    }
+    let waker = disk.waker();
+    let other = std::thread::spawn(move || waker.wake());
+    disk.wait(None);
+    other.join().unwrap();
+    disk.submit(OpId(1), DiskOp::Flush { files: smallvec![LOG] });
+    disk.submit(OpId(2), DiskOp::Read { file: LOG, offset: 0, into: smallvec![arena.alloc(8).unwrap()] });
+    disk.push();
+    drop((disk, files));
+    Files::open(dir.path(), Access::ReadWrite, &FileOptions::default()).unwrap();
+}
+
 /// On a file system in memory and on one without direct I/O the ring works like everywhere.
 #[test]
 fn the_ring_works_on_file_systems_of_all_kinds() {
