@@ -219,7 +219,7 @@ impl UringDisk {
     fn begin_flush(&mut self, id: OpId, op: DiskOp) {
         let DiskOp::Flush { files } = &op else { unreachable!("only flushes are flushed") };
         let named: Vec<_> = files.iter().map(|&file| self.files.file(file)).collect();
-        match self.files.to_flush(&self.rounds, &named) {
+        match self.files.to_flush(&named) {
             Ok(wanted) if !wanted.is_empty() => {
                 let op = Op { id, op, target: None, parts: Default::default(), left: 0, error: None };
                 let key = self.ops.insert(op) as u32;
@@ -228,7 +228,7 @@ impl UringDisk {
                 self.awaits_mail += wanted.len();
                 for file in wanted {
                     let waiter = Waiter::Ring(self.mailbox.clone(), key);
-                    if let Some(round) = self.files.rounds(&self.rounds, &file).join(&file, false, waiter) {
+                    if let Some(round) = self.files.join(&self.rounds, &file, false, waiter) {
                         self.lead(round);
                     }
                 }
