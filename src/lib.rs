@@ -56,6 +56,7 @@ mod error;
 pub mod format;
 mod log;
 mod map;
+mod mesh;
 pub mod metrics;
 mod options;
 pub mod pool;
@@ -67,13 +68,15 @@ pub mod shard;
 #[cfg_attr(not(test), allow(dead_code, reason = "some of it serves the unit tests only"))]
 pub mod sim;
 mod store;
+mod sync;
 pub mod types;
 mod verify;
 
 pub use error::{Error, ErrorKind, Result};
-pub use options::{Geometry, Options};
+pub use options::{Driver, Geometry, Options};
 pub use recovery::RecoveryReport;
 pub use shard::{Change, PageRef};
-pub use store::{Durability, PageView, Store, Txn, Volume};
+pub use runtime::RuntimeReport;
+pub use store::{ShardHandle, Durability, PageView, Store, Txn, Volume};
 pub use types::{Lsn, PageId};
 pub use verify::{Damage, VerifyReport, verify};

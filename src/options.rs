@@ -5,8 +5,6 @@ use crate::types::{BLOCK, Micros};
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
-/// Shards, and so logs, that the superblock has room for.
-const SHARDS_MAX: u64 = 64;
 
 /// What is fixed when a store is created and kept in its superblock.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +23,21 @@ impl Default for Geometry {
     fn default() -> Self {
         Geometry { extent_bytes: 4 * MIB, segment_bytes: 16 * MIB, segments_count: 8, vshards_count: 256 }
     }
+}
+
+/// The most shards that a store is run with.
+pub(crate) const SHARDS_MAX: u16 = 64;
+
+/// What moves bytes between memory and device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Driver {
+    /// io_uring where it works, else plain threads; the report says which, and why.
+    #[default]
+    Auto,
+    /// io_uring; opening fails with the reason where it does not work.
+    Ring,
+    /// Plain threads and system calls.
+    Portable,
 }
 
 /// How to open a store. The defaults suit a server that has the machine for itself.
@@ -53,6 +66,17 @@ pub struct Options {
     pub data_bytes_max: u64,
     /// Requests under way at a time, over all handles (default 4,096); more wait, and then get `Busy`.
     pub requests_max: usize,
+    /// The cores to run on, one shard each (default: all that the opening thread may use).
+    pub cores: Option<Vec<usize>>,
+    /// How many shards to run, if not one on each core. More shards than cores work, but don't poll.
+    pub shards: Option<u16>,
+    /// Poll without end instead of waiting when nothing happens: lower latency for a whole core per shard.
+    pub poll: bool,
+    /// What moves bytes between memory and device.
+    pub driver: Driver,
+    /// Entries of each shard's io_uring (a power of two, 16 to 4,096, default 256): transfers that a shard has at the
+    /// device at a time.
+    pub ring_entries: u32,
 }
 
 impl Default for Options {
@@ -68,6 +92,11 @@ impl Default for Options {
             txn_bytes_max: 4 * MIB,
             data_bytes_max: 0,
             requests_max: 4096,
+            cores: None,
+            shards: None,
+            poll: false,
+            driver: Driver::Auto,
+            ring_entries: 256,
         }
     }
 }
@@ -120,14 +149,26 @@ impl Geometry {
     }
 }
 
+fn check_shards(shards_count: u16, geometry: &Geometry) -> Result<()> {
+    within("shards", shards_count.into(), 1, SHARDS_MAX.into())?;
+    if u32::from(shards_count) > geometry.vshards_count {
+        return Err(Error::invalid(format_args!(
+            "{shards_count} shards, but the store has {} virtual shards, and each shard needs one; their number was fixed \
+             when the store was created: open it with fewer shards",
+            geometry.vshards_count
+        )));
+    }
+    Ok(())
+}
+
 impl Options {
     /// Checks every value, and derives the limits of each shard of a store of geometry `geometry` with `shards_count`
     /// shards, which divide the memory among them.
     pub(crate) fn limits(&self, geometry: &Geometry, shards_count: u16) -> Result<Limits> {
         geometry.check()?;
+        check_shards(shards_count, geometry)?;
         let shards = u64::from(shards_count);
-        within("shards", shards, 1, u64::from(geometry.vshards_count).min(SHARDS_MAX))?;
-        within("memory_bytes", self.memory_bytes, 2 * MIB * shards, 1 << 42)?;
+        within("memory_bytes (2 MiB at least for each shard)", self.memory_bytes, 2 * MIB * shards, 1 << 42)?;
         let memory_bytes = self.memory_bytes / shards;
         within("coalesce_window_us", self.coalesce_window_us, 1_000, 10_000)?;
         within("coalesce_batch_pages", self.coalesce_batch_pages as u64, 1, 64)?;
@@ -136,6 +177,7 @@ impl Options {
         within("inline_pages_max", self.inline_pages_max as u64, 0, 64)?;
         within("txn_bytes_max", self.txn_bytes_max, 4 * KIB, 64 * MIB)?;
         within("requests_max", self.requests_max as u64, 1, 1 << 20)?;
+        power_of_two("ring_entries", self.ring_entries.into(), 16, 4096)?;
         let group_bytes = (geometry.segment_bytes / 8).min(MIB).min(1 << (memory_bytes / 64).ilog2());
         let group_blocks = group_bytes / BLOCK as u64;
         Ok(Limits {

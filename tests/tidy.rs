@@ -34,7 +34,7 @@ const OUTER: &[&str] = &["src/main.rs", "src/cli", "src/server", "src/runtime", 
 
 /// The layers, lowest first. A module may name those in lower rows, and those in its own row that it lists.
 const LAYERS: &[&[(&str, &[&str])]] = &[
-    &[("types", &[])],
+    &[("types", &[]), ("sync", &[])],
     &[("error", &[])],
     &[("options", &[]), ("checksum", &[]), ("metrics", &[])],
     &[("format", &[])],

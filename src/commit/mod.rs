@@ -8,9 +8,9 @@
 //!
 //! This is the only state that shards share. It does not know pages, logs or waiters.
 
+use crate::sync::{AtomicU64, Ordering};
 use crate::types::{Lsn, ShardId};
 use crossbeam_utils::CachePadded;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Sequencer, bounds and watermark of one open store.
 #[derive(Debug)]
@@ -71,7 +71,7 @@ impl GlobalOrder {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(corepage_loom)))]
 mod tests {
     use super::*;
 
@@ -90,5 +90,89 @@ mod tests {
         assert_eq!(order.refresh(), Lsn::new(6));
         order.publish(a, Lsn::MAX);
         assert_eq!(order.refresh(), Lsn::new(8));
+    }
+}
+
+#[cfg(all(test, corepage_loom))]
+mod loom {
+    use super::*;
+    use ::loom::sync::Arc;
+    use ::loom::thread;
+
+    type Draw = fn(&GlobalOrder, ShardId) -> Lsn;
+    type Refresh = fn(&GlobalOrder) -> Lsn;
+
+    /// Shards draw, wait for their device (here: nothing), and publish; one that refreshes at any moment must not be
+    /// told that an LSN is durable which was drawn and is not. `flushed[lsn]` is set before its bound is raised.
+    fn run(shards: u16, draw: Draw, refresh: Refresh) {
+        let order = Arc::new(GlobalOrder::new(Lsn::new(1), usize::from(shards)));
+        let flushed: Arc<Vec<AtomicU64>> = Arc::new((0..8).map(|_| AtomicU64::new(0)).collect());
+        let check = |flushed: &[AtomicU64], watermark: Lsn| {
+            for lsn in 1..=watermark.get() as usize {
+                assert_eq!(flushed[lsn].load(Ordering::Acquire), 1, "lsn {lsn} is not durable, watermark {watermark}");
+            }
+        };
+        let writers: Vec<_> = (1..shards)
+            .map(|shard| {
+                let (order, flushed, shard) = (order.clone(), flushed.clone(), ShardId::new(shard));
+                thread::spawn(move || {
+                    let lsn = draw(&order, shard);
+                    flushed[lsn.get() as usize].store(1, Ordering::Release);
+                    order.publish(shard, Lsn::MAX);
+                    check(&flushed, refresh(&order));
+                })
+            })
+            .collect();
+        check(&flushed, refresh(&order));
+        let lsn = draw(&order, ShardId::new(0));
+        check(&flushed, refresh(&order));
+        flushed[lsn.get() as usize].store(1, Ordering::Release);
+        order.publish(ShardId::new(0), Lsn::MAX);
+        check(&flushed, refresh(&order));
+        writers.into_iter().for_each(|writer| writer.join().unwrap());
+        assert_eq!(refresh(&order), Lsn::new(u64::from(shards)), "an idle store holds nothing back");
+    }
+
+    fn holds(shards: u16, preemptions: Option<usize>, draw: Draw, refresh: Refresh) -> bool {
+        let mut model = ::loom::model::Builder::new();
+        model.preemption_bound = preemptions;
+        let model = || model.check(move || run(shards, draw, refresh));
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(model)).is_ok()
+    }
+
+    fn draw_one(order: &GlobalOrder, shard: ShardId) -> Lsn {
+        order.draw(shard, 1)
+    }
+
+    /// An acknowledgement of an LSN that is not durable is a commit that a crash takes back.
+    #[test]
+    fn loom_the_watermark_stays_below_what_is_drawn_and_not_durable() {
+        assert!(holds(2, None, draw_one, GlobalOrder::refresh), "two shards");
+        assert!(holds(3, Some(2), draw_one, GlobalOrder::refresh), "three shards");
+    }
+
+    /// The rules of the design, broken one at a time.
+    #[test]
+    fn loom_mutants_of_the_global_order_are_caught() {
+        let publishes_late = |order: &GlobalOrder, shard: ShardId| {
+            let lsn = order.next.fetch_add(1, Ordering::SeqCst);
+            order.bounds[usize::from(shard.get())].store(lsn, Ordering::SeqCst);
+            Lsn::new(lsn)
+        };
+        assert!(!holds(2, None, publishes_late, GlobalOrder::refresh), "bound published after the draw");
+        let reads_late = |order: &GlobalOrder| {
+            let low = order.bounds.iter().map(|b| b.load(Ordering::SeqCst)).fold(u64::MAX, u64::min);
+            let found = low.min(order.next.load(Ordering::SeqCst)).saturating_sub(1);
+            Lsn::new(order.watermark.fetch_max(found, Ordering::AcqRel).max(found))
+        };
+        assert!(!holds(2, None, draw_one, reads_late), "sequencer read after the bounds");
+        let forgets = |order: &GlobalOrder, _: ShardId| Lsn::new(order.next.fetch_add(1, Ordering::SeqCst));
+        assert!(!holds(2, None, forgets, GlobalOrder::refresh), "no bound at all");
+        let draws_relaxed = |order: &GlobalOrder, shard: ShardId| {
+            let floor = order.next.load(Ordering::Relaxed);
+            order.bounds[usize::from(shard.get())].store(floor, Ordering::Relaxed);
+            Lsn::new(order.next.fetch_add(1, Ordering::Relaxed))
+        };
+        assert!(!holds(2, None, draws_relaxed, GlobalOrder::refresh), "a draw that releases nothing");
     }
 }

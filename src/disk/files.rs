@@ -17,7 +17,7 @@
 
 use super::FileId;
 use super::device::{self, DeviceTraits, FlushChoice, FlushMethod};
-use super::flush::{Failure, RoundFiles, Rounds};
+use super::flush::{Failure, Round, RoundFiles, Rounds, Waiter};
 use super::report::{DiskReport, Polling};
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::{BLOCK, SegmentNo, ShardId};
@@ -84,6 +84,10 @@ impl StoreFile {
 
     pub(super) fn get(&self) -> Option<&File> {
         self.file.get()
+    }
+
+    fn is_settled(&self) -> bool {
+        self.settled.load(Ordering::Acquire)
     }
 
     pub(super) fn set_settled(&self) {
@@ -171,7 +175,7 @@ impl Files {
     }
 
     /// The rounds in which a flush of `file` takes part, for a disk that has `own`.
-    pub(super) fn rounds<'a>(&self, own: &'a Arc<Rounds>, file: &'a StoreFile) -> &'a Arc<Rounds> {
+    fn rounds<'a>(&self, own: &'a Arc<Rounds>, file: &'a StoreFile) -> &'a Arc<Rounds> {
         match self.method {
             FlushMethod::Shared => own,
             FlushMethod::PerFile | FlushMethod::Dsync => &file.rounds,
@@ -183,25 +187,38 @@ impl Files {
         self.method == FlushMethod::Dsync && matches!(id, FileId::Log(..))
     }
 
-    /// Those of `files` that a flush has to ask for: one of each set of rounds, and no file whose writes are all
-    /// durable already.
+    /// Those of `files` whose flush has to be asked for: no file whose writes are all durable already, and one for all
+    /// where that is enough. It is not for a file that was never flushed since it was opened: a process that died may
+    /// have left it longer than its metadata on the device says, or in the page cache.
     ///
     /// # Errors
     /// `Invalid` if the store is open for reading only, `Io` if one of them does not exist.
-    pub(super) fn to_flush(&self, own: &Arc<Rounds>, files: &[Arc<StoreFile>]) -> Result<RoundFiles> {
+    pub(super) fn to_flush(&self, files: &[Arc<StoreFile>]) -> Result<RoundFiles> {
         let mut found = RoundFiles::new();
         for file in files {
             self.may_write("flush", file.id)?;
             if file.get().is_none() {
                 return Err(self.error(file.id, "flushing", std::io::ErrorKind::NotFound.into()));
             }
-            let durable = self.writes_durably(file.id) && file.settled.load(Ordering::Acquire);
-            let known = || found.iter().any(|other| Arc::ptr_eq(self.rounds(own, other), self.rounds(own, file)));
-            if !durable && !known() {
+            let covered = file.is_settled()
+                && (self.writes_durably(file.id) || (self.method == FlushMethod::Shared && !found.is_empty()));
+            if !covered && !found.iter().any(|other| Arc::ptr_eq(other, file)) {
                 found.push(file.clone());
             }
         }
         Ok(found)
+    }
+
+    /// Asks for a flush of `file`, for a disk that has `own`; `exactly` (after an allocation): of no other in its stead.
+    /// `Some`: the caller is to lead the round.
+    pub(super) fn join(
+        &self,
+        own: &Arc<Rounds>,
+        file: &Arc<StoreFile>,
+        exactly: bool,
+        waiter: Waiter,
+    ) -> Option<Round> {
+        self.rounds(own, file).join(file, exactly || !file.is_settled(), waiter)
     }
 
     /// What file system and device are like.

@@ -5,8 +5,8 @@ use crate::disk::{Circumstances, RingRefusal, RingRefused, uring};
 use serde::Serialize;
 use std::fmt;
 
-/// Whether this version has the ring driver. Until then io_uring is looked at and reported, and not used.
-pub(super) const RING_DRIVER: bool = false;
+/// Whether this version has the ring driver.
+pub(super) const RING_DRIVER: bool = true;
 /// The drivers' names.
 pub(super) const RING: &str = "io_uring";
 const PORTABLE: &str = "portable";

@@ -1,11 +1,34 @@
-//! Driving a shard for real: a thread that waits for requests and completions and turns the shard.
+//! Driving shards for real: a thread for each, pinned to a core, that takes requests, messages and completions, turns
+//! the shard and carries out what it wants done.
 //!
 //! ```text
-//! handle --register--> in-flight table --push--> inbox --wake--> shard thread --> shard --> reply --> in-flight table
+//! handle --take a place--> in-flight table --> inbox --wake--> lap of the shard's thread --> reply --> handle
+//! task on the shard ------------------------> queue of its own, no hop ---^
 //! ```
+//! Invariants
+//! 1. Every request gets a reply, also when a shard panics or the store is dropped: nothing hangs.
+//! 2. At most `requests_max` requests of handles are under way; callers beyond it wait, and too many of those get
+//!    `Busy`.
+//! 3. If one shard ends without a clean close, all do.
+//! 4. What is not to be had here (io_uring, memory locks) is found out before anything is begun; then the portable
+//!    driver runs, and the report says why.
 
-mod inbox;
-mod inflight;
+mod cores;
+mod driver;
+mod handle;
+mod local;
+mod machine;
+mod places;
 mod portable;
+mod report;
+mod ring;
+mod seat;
+mod shared;
+mod start;
 
-pub(crate) use portable::Runtime;
+pub(crate) use handle::Runtime;
+pub(crate) use local::Local;
+pub use report::RuntimeReport;
+
+#[cfg(all(test, not(corepage_loom)))]
+mod tests;

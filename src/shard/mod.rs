@@ -29,6 +29,7 @@ mod part;
 mod redo;
 mod requests;
 mod space;
+#[cfg(test)]
 mod together;
 mod writeback;
 
@@ -37,6 +38,7 @@ pub(crate) use commits::LSN_AHEAD_MAX;
 pub use event::{Change, Commit, Effect, PageRef, Request, Response, Token};
 pub use message::Message;
 pub(crate) use redo::Recovering;
+#[cfg(test)]
 pub(crate) use together::Together;
 
 use crate::commit::GlobalOrder;
@@ -523,6 +525,11 @@ impl Shard {
         let holds_back = self.log.open.first_lsn().is_some_and(|lsn| lsn <= upto) || !self.log.open.parts.is_empty();
         self.log.open.urgent |= holds_back;
         self.pass_nudge_on(upto);
+    }
+
+    /// The memory that its operations read into and write from.
+    pub(crate) fn mapping(&self) -> crate::pool::Mapping {
+        self.arena.mapping()
     }
 
     /// What one commit may count at most.

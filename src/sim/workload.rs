@@ -163,6 +163,7 @@ pub fn options(rng: &mut Rng) -> Options {
         txn_bytes_max: *rng.pick(&[128 << 10, 256 << 10, 4 << 20]),
         data_bytes_max: 0,
         requests_max: rng.within(32, 64) as usize,
+        ..Options::default()
     }
 }
 

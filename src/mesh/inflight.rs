@@ -5,38 +5,36 @@
 //!    it or was dropped. Dropping a future never undoes its request, and leaks nothing.
 //! 2. Keys carry a generation (`sharded-slab`): a late reply can't reach a later request in the same slot.
 //! 3. The first completion counts; others are ignored.
+//! 4. The highest bit of a token is never set here: it marks requests that never leave their shard's thread.
 //!
-//! Nothing here waits: tables and slots are lock-free.
+//! Nothing here waits: tables and slots are lock-free. What happens in a slot is [`slot`](super::slot)'s.
 
+use super::slot::{Completed, Dropped, Polled, Slot};
 use crate::error::{Error, ErrorKind, Result};
 use crate::shard::{Response, Token};
-use atomic_waker::AtomicWaker;
-use crossbeam_utils::atomic::AtomicCell;
-use sharded_slab::Slab;
+use sharded_slab::{Config, Slab};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::{Context, Poll};
 
-const WAITING: u8 = 0;
-const ANSWERED: u8 = 1;
-const ABANDONED: u8 = 2;
+/// Keys that leave the highest bit alone.
+struct Keys;
 
-#[derive(Default)]
-struct Slot {
-    state: AtomicU8,
-    waker: AtomicWaker,
-    result: AtomicCell<Option<Box<Result<Response>>>>,
+impl Config for Keys {
+    const RESERVED_BITS: usize = 1;
 }
 
 /// The table.
-#[derive(Default)]
 pub(crate) struct InFlight {
-    slots: Slab<Slot>,
+    slots: Slab<Slot<Result<Response>>, Keys>,
 }
 
 impl InFlight {
+    pub(crate) fn new() -> Self {
+        InFlight { slots: Slab::new_with_config() }
+    }
+
     /// A new request: its token, and the future of its reply.
     pub(crate) fn register(self: &Arc<Self>) -> Result<(Token, Reply)> {
         let key = self.slots.insert(Slot::default()).ok_or_else(|| {
@@ -49,21 +47,20 @@ impl InFlight {
     pub(crate) fn complete(&self, token: Token, result: Result<Response>) {
         let key = token.0 as usize;
         let Some(slot) = self.slots.get(key) else { return };
-        if slot.state.load(Ordering::Acquire) == WAITING {
-            slot.result.store(Some(Box::new(result)));
+        if slot.complete(result) == Completed::Free {
+            drop(slot);
+            self.slots.remove(key);
         }
-        match slot.state.compare_exchange(WAITING, ANSWERED, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) => slot.waker.wake(),
-            Err(ABANDONED) => {
-                drop(slot);
-                self.slots.remove(key);
-            }
-            Err(_) => {}
-        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn holds(&self, token: Token) -> bool {
+        self.slots.contains(token.0 as usize)
     }
 }
 
 /// The reply to a request, to come.
+#[must_use = "the request is under way whether this is awaited or not"]
 pub(crate) struct Reply {
     table: Arc<InFlight>,
     key: usize,
@@ -80,11 +77,10 @@ impl Future for Reply {
         }
         let result = {
             let Some(slot) = self.table.slots.get(self.key) else { return Poll::Ready(Err(closed())) };
-            slot.waker.register(cx.waker());
-            if slot.state.load(Ordering::Acquire) != ANSWERED {
-                return Poll::Pending;
+            match slot.poll(cx.waker()) {
+                Polled::Pending => return Poll::Pending,
+                Polled::Free(result) => result,
             }
-            slot.result.take()
         };
         self.done = true;
         self.table.slots.remove(self.key);
@@ -97,17 +93,14 @@ impl Drop for Reply {
         if self.done {
             return;
         }
-        let answered = match self.table.slots.get(self.key) {
-            Some(slot) => slot.state.compare_exchange(WAITING, ABANDONED, Ordering::AcqRel, Ordering::Acquire).is_err(),
-            None => false,
-        };
-        if answered {
+        let left = self.table.slots.get(self.key).is_none_or(|slot| slot.abandon() == Dropped::Left);
+        if !left {
             self.table.slots.remove(self.key);
         }
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(corepage_loom)))]
 mod tests {
     use super::*;
     use crate::types::Lsn;
@@ -120,7 +113,7 @@ mod tests {
     /// A reply that goes to another caller would tell it of a commit that is not its own.
     #[test]
     fn each_request_gets_its_own_reply() {
-        let table = Arc::new(InFlight::default());
+        let table = Arc::new(InFlight::new());
         let (a, mut reply_a) = table.register().expect("there is room");
         let (b, reply_b) = table.register().expect("there is room");
         assert!(block_on(poll_once(&mut reply_a)).is_none());
@@ -134,7 +127,7 @@ mod tests {
     /// Callers give up all the time; each must cost nothing afterwards.
     #[test]
     fn a_dropped_future_leaks_nothing() {
-        let table = Arc::new(InFlight::default());
+        let table = Arc::new(InFlight::new());
         for early in [true, false] {
             let (token, reply) = table.register().expect("there is room");
             if early {
@@ -144,7 +137,19 @@ mod tests {
                 table.complete(token, committed(1));
                 drop(reply);
             }
-            assert!(!table.slots.contains(token.0 as usize));
+            assert!(!table.holds(token));
+        }
+    }
+
+    /// The mark of requests that stay on their thread must never be taken for part of a key.
+    #[test]
+    fn tokens_leave_the_highest_bit_alone() {
+        let table = Arc::new(InFlight::new());
+        for _ in 0..10_000 {
+            let (token, reply) = table.register().expect("there is room");
+            assert_eq!(token.0 >> 63, 0);
+            table.complete(token, committed(1));
+            assert!(block_on(reply).is_ok());
         }
     }
 }

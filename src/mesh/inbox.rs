@@ -1,0 +1,91 @@
+//! The bounded lock-free inbox of a shard.
+//!
+//! Invariants
+//! 1. After `close` nothing stays in it: the thread that closes takes out what is there, and whoever pushes looks
+//!    afterwards whether it is closed, and then takes out what is there too. One of the two sees the item.
+//!
+//! It does *not* wake the thread: that is [`Parking`](super::Parking).
+
+use crate::sync::{AtomicBool, Ordering, Queue, fence};
+
+/// The inbox.
+pub(crate) struct Inbox<T> {
+    queue: Queue<T>,
+    closed: AtomicBool,
+}
+
+impl<T> Inbox<T> {
+    pub(crate) fn new(capacity: usize) -> Self {
+        Inbox { queue: Queue::new(capacity), closed: AtomicBool::new(false) }
+    }
+
+    /// Hands an item to the shard; gives it back if the inbox is full. Then the caller asks
+    /// [`is_closed`](Self::is_closed), and if so takes everything out.
+    pub(crate) fn push(&self, item: T) -> Result<(), T> {
+        self.queue.push(item)?;
+        fence(Ordering::SeqCst);
+        Ok(())
+    }
+
+    pub(crate) fn pop(&self) -> Option<T> {
+        self.queue.pop()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// The thread will take nothing out any more, but for what is in it now.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        fence(Ordering::SeqCst);
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+}
+
+#[cfg(all(test, corepage_loom))]
+mod loom {
+    use super::*;
+    use ::loom::sync::Arc;
+    use ::loom::thread;
+    use std::sync::atomic::AtomicUsize;
+
+    fn refuse(inbox: &Inbox<u32>, refused: &AtomicUsize) {
+        while inbox.pop().is_some() {
+            refused.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    fn closing(push: fn(&Inbox<u32>), look: bool) -> bool {
+        let model = move || {
+            let (inbox, refused) = (Arc::new(Inbox::new(4)), std::sync::Arc::new(AtomicUsize::new(0)));
+            let (theirs, counts) = (inbox.clone(), refused.clone());
+            let sender = thread::spawn(move || {
+                push(&theirs);
+                if look && theirs.is_closed() {
+                    refuse(&theirs, &counts);
+                }
+            });
+            inbox.close();
+            refuse(&inbox, &refused);
+            sender.join().unwrap();
+            assert_eq!(refused.load(Ordering::SeqCst), 1, "each is refused, and once");
+        };
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| ::loom::model(model))).is_ok()
+    }
+
+    /// A request that a closed inbox keeps is a caller that waits for ever.
+    #[test]
+    fn loom_nothing_stays_in_a_closed_inbox() {
+        assert!(closing(|inbox| inbox.push(1).unwrap(), true));
+    }
+
+    #[test]
+    fn loom_mutants_of_the_inbox_are_caught() {
+        assert!(!closing(|inbox| inbox.push(1).unwrap(), false), "a sender that does not look");
+        assert!(!closing(|inbox| inbox.queue.push(1).unwrap(), true), "a sender that does not fence");
+    }
+}

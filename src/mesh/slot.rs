@@ -1,0 +1,203 @@
+//! Where the reply to one request waits for the one who asked.
+//!
+//! ```text
+//!            complete                    put
+//!   waiting ----------> being answered ------> answered --poll--> taken: the asker frees the slot
+//!      |drop                 |drop                |drop: the asker frees the slot
+//!      v                     v
+//!   abandoned           abandoned: the answerer frees the slot, now or when it answers
+//! ```
+//! Invariants
+//! 1. The first completion counts; others do nothing.
+//! 2. The result is taken by the asker once, or dropped with the slot.
+//! 3. Exactly one side is told to free the slot, and after that neither touches it again.
+
+use crate::sync::{AtomicU8, AtomicWaker, Hand, Ordering};
+use std::task::Waker;
+
+const WAITING: u8 = 0;
+const ANSWERING: u8 = 1;
+const ANSWERED: u8 = 2;
+const ABANDONED: u8 = 3;
+
+/// The slot.
+pub(crate) struct Slot<T> {
+    state: AtomicU8,
+    waker: AtomicWaker,
+    result: Hand<T>,
+}
+
+/// What came of a completion.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Completed {
+    /// The asker has been woken.
+    Delivered,
+    /// The asker has gone: the caller frees the slot.
+    Free,
+    /// It had been completed before.
+    Ignored,
+}
+
+/// What the asker found.
+pub(crate) enum Polled<T> {
+    Pending,
+    /// The result, if there was one; the caller frees the slot.
+    Free(Option<Box<T>>),
+}
+
+/// What is left to do when the asker goes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Dropped {
+    /// The answerer will free the slot.
+    Left,
+    /// The caller frees the slot.
+    Free,
+}
+
+impl<T> Default for Slot<T> {
+    fn default() -> Self {
+        Slot { state: AtomicU8::new(WAITING), waker: AtomicWaker::default(), result: Hand::default() }
+    }
+}
+
+impl<T> Slot<T> {
+    /// The reply has come.
+    pub(crate) fn complete(&self, result: T) -> Completed {
+        match self.state.compare_exchange(WAITING, ANSWERING, Ordering::Acquire, Ordering::Acquire) {
+            Ok(_) => {}
+            Err(ABANDONED) => return Completed::Free,
+            Err(_) => return Completed::Ignored,
+        }
+        self.result.store(Some(Box::new(result)));
+        match self.state.compare_exchange(ANSWERING, ANSWERED, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => {
+                self.waker.wake();
+                Completed::Delivered
+            }
+            Err(_) => Completed::Free,
+        }
+    }
+
+    /// The asker looks; `waker` is woken when there is more to see.
+    pub(crate) fn poll(&self, waker: &Waker) -> Polled<T> {
+        if self.state.load(Ordering::Acquire) != ANSWERED {
+            self.waker.register(waker);
+            if self.state.load(Ordering::Acquire) != ANSWERED {
+                return Polled::Pending;
+            }
+        }
+        Polled::Free(self.result.take())
+    }
+
+    /// The asker goes without the reply.
+    pub(crate) fn abandon(&self) -> Dropped {
+        match self.state.swap(ABANDONED, Ordering::AcqRel) {
+            ANSWERED => Dropped::Free,
+            _ => Dropped::Left,
+        }
+    }
+}
+
+#[cfg(all(test, corepage_loom))]
+mod loom {
+    use super::*;
+    use ::loom::sync::Arc;
+    use ::loom::thread;
+    use std::sync::atomic::{AtomicUsize, Ordering as Real};
+    use std::task::Wake;
+
+    #[derive(Default)]
+    struct Bell(AtomicUsize);
+
+    impl Wake for Bell {
+        fn wake(self: std::sync::Arc<Self>) {
+            self.0.fetch_add(1, Real::SeqCst);
+        }
+    }
+
+    /// One answerer, one asker that looks and then waits or goes; the slot is freed once, whatever happens.
+    fn exchange(complete: fn(&Slot<u32>) -> Completed, poll: fn(&Slot<u32>, &Waker) -> Polled<u32>, goes: bool) {
+        let slot = Arc::new(Slot::default());
+        let freed = std::sync::Arc::new(AtomicUsize::new(0));
+        let (theirs, counts) = (slot.clone(), freed.clone());
+        let answerer = thread::spawn(move || {
+            if complete(&theirs) == Completed::Free {
+                counts.fetch_add(1, Real::SeqCst);
+            }
+        });
+        let bell = std::sync::Arc::new(Bell::default());
+        let waker = Waker::from(bell.clone());
+        let taken = match poll(&slot, &waker) {
+            Polled::Free(result) => {
+                assert_eq!(result.as_deref(), Some(&7), "the result is there");
+                freed.fetch_add(1, Real::SeqCst);
+                true
+            }
+            Polled::Pending => false,
+        };
+        if !taken && goes && slot.abandon() == Dropped::Free {
+            freed.fetch_add(1, Real::SeqCst);
+        }
+        answerer.join().unwrap();
+        if taken || goes {
+            assert_eq!(freed.load(Real::SeqCst), 1, "the slot is freed once");
+            return;
+        }
+        assert_eq!(bell.0.load(Real::SeqCst), 1, "the asker waits for ever");
+        assert!(matches!(poll(&slot, &waker), Polled::Free(Some(result)) if *result == 7));
+    }
+
+    fn holds(complete: fn(&Slot<u32>) -> Completed, poll: fn(&Slot<u32>, &Waker) -> Polled<u32>, goes: bool) -> bool {
+        let model = move || exchange(complete, poll, goes);
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| ::loom::model(model))).is_ok()
+    }
+
+    /// A slot freed twice gives its place to two requests; one freed never is a leak; a lost reply is a hang.
+    #[test]
+    fn loom_each_reply_is_taken_once_and_each_slot_freed_once() {
+        for goes in [false, true] {
+            assert!(holds(|slot| slot.complete(7), Slot::poll, goes));
+        }
+    }
+
+    /// Two completions at a time: a reply, and the end of the shard that gives up.
+    #[test]
+    fn loom_the_first_completion_counts() {
+        ::loom::model(|| {
+            let slot = Arc::new(Slot::default());
+            let theirs = slot.clone();
+            let other = thread::spawn(move || theirs.complete(8));
+            let own = slot.complete(7);
+            let counted = [own, other.join().unwrap()].map(|c| u32::from(c == Completed::Delivered));
+            assert_eq!(counted.iter().sum::<u32>(), 1);
+            let Polled::Free(Some(result)) = slot.poll(Waker::noop()) else { panic!("there is a result") };
+            assert_eq!(*result == 7, counted[0] == 1, "the result is that of the completion that counted");
+        });
+    }
+
+    #[test]
+    fn loom_mutants_of_the_slot_are_caught() {
+        let early = |slot: &Slot<u32>| {
+            slot.state.store(ANSWERED, Ordering::Release);
+            slot.result.store(Some(Box::new(7)));
+            slot.waker.wake();
+            Completed::Delivered
+        };
+        assert!(!holds(early, Slot::poll, false), "answered before the result is there");
+        let deaf = |slot: &Slot<u32>, waker: &Waker| {
+            if slot.state.load(Ordering::Acquire) == ANSWERED {
+                return Polled::Free(slot.result.take());
+            }
+            slot.waker.register(waker);
+            Polled::Pending
+        };
+        assert!(!holds(|slot| slot.complete(7), deaf, false), "an asker that does not look again");
+        let blind = |slot: &Slot<u32>| {
+            slot.result.store(Some(Box::new(7)));
+            slot.state.store(ANSWERED, Ordering::Release);
+            slot.waker.wake();
+            Completed::Delivered
+        };
+        assert!(!holds(blind, Slot::poll, true), "an answerer that does not see that the asker has gone");
+    }
+}

@@ -1,0 +1,152 @@
+//! The running store, as its handles see it: where requests go, and that each is answered.
+
+use super::local::{Join, Local, Spawn};
+use super::report::RuntimeReport;
+use super::shared::{Shared, closed};
+use super::start;
+use crate::error::{Error, ErrorKind, Result};
+use crate::mesh::Reply;
+use crate::options::Options;
+use crate::recovery::RecoveryReport;
+use crate::shard::Request;
+use crate::types::{Deal, ShardId};
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+
+/// The threads that drive the shards of one store.
+pub(crate) struct Runtime {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    deal: Deal,
+    /// For requests that any shard can answer.
+    next: AtomicUsize,
+    /// What opening found.
+    pub(crate) recovery: RecoveryReport,
+    /// How the store is driven.
+    pub(crate) report: RuntimeReport,
+    /// What one commit may count at most.
+    pub(crate) txn_bytes_max: u64,
+}
+
+impl Runtime {
+    /// Opens the store in `dir`, and returns when it takes requests.
+    pub(crate) async fn start(dir: PathBuf, options: Options) -> Result<Runtime> {
+        start::start(dir, options).await
+    }
+
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        threads: Vec<JoinHandle<()>>,
+        deal: Deal,
+        recovery: RecoveryReport,
+        report: RuntimeReport,
+        txn_bytes_max: u64,
+    ) -> Runtime {
+        Runtime { shared, threads, deal, next: AtomicUsize::new(0), recovery, report, txn_bytes_max }
+    }
+
+    /// Which shard owns what.
+    pub(crate) fn deal(&self) -> Deal {
+        self.deal
+    }
+
+    /// Submits a request to the shard that it belongs to; once this returns, dropping the reply does not undo it.
+    ///
+    /// The pages of a read belong to one shard; a commit goes to the shard of its first changed page, or of the first
+    /// that it read; what any shard can answer goes to each in turn. [`Request::Stats`] is for
+    /// [`submit_to`](Self::submit_to), or it is the first shard's.
+    pub(crate) async fn submit(&self, request: Request) -> Result<Reply> {
+        let shard = self.shard_for(&request);
+        self.submit_to(shard, request).await
+    }
+
+    /// The shard that a request belongs to.
+    pub(crate) fn shard_for(&self, request: &Request) -> ShardId {
+        let first = ShardId::new(0);
+        let key = match request {
+            Request::Read(keys) => {
+                debug_assert!(keys.iter().all(|key| self.deal.shard_of(*key) == self.deal.shard_of(keys[0])));
+                keys.first()
+            }
+            Request::Commit(commit) => {
+                commit.changes.first().map(|(key, _)| key).or(commit.reads.first().map(|(key, _)| key))
+            }
+            Request::Flush | Request::WaitDurable(_) => {
+                let next = self.next.fetch_add(1, Ordering::Relaxed) % usize::from(self.deal.shards_count());
+                return ShardId::new(next as u16);
+            }
+            Request::Checkpoint | Request::Stats | Request::Close => None,
+        };
+        key.map_or(first, |key| self.deal.shard_of(*key))
+    }
+
+    /// Submits a request to a shard; once this returns, dropping the reply does not undo it.
+    pub(crate) async fn submit_to(&self, shard: ShardId, request: Request) -> Result<Reply> {
+        let shared = &self.shared;
+        shared.places.take().await?;
+        let (token, reply) = match shared.inflight.register() {
+            Ok(registered) => registered,
+            Err(error) => {
+                shared.places.leave(1);
+                return Err(error);
+            }
+        };
+        let port = &shared.ports[usize::from(shard.get())];
+        match port.inbox.push((token, request)) {
+            Ok(()) => port.parking.rouse(),
+            Err(_) => shared.finish(token, Err(Error::new(ErrorKind::Busy, "the inbox is full; try again"))),
+        }
+        if port.inbox.is_closed() {
+            shared.refuse_rest(port);
+        }
+        Ok(reply)
+    }
+
+    /// Runs what `make` makes as a task on the shard's own thread, where its requests take no hop.
+    pub(crate) fn spawn_on<T, F, G>(&self, shard: ShardId, make: G) -> Result<Join<T>>
+    where
+        T: Send + 'static,
+        F: Future<Output = T> + 'static,
+        G: FnOnce(Local) -> F + Send + 'static,
+    {
+        let port = &self.shared.ports[usize::from(shard.get())];
+        let (spawn, join) = Spawn::new(make);
+        if port.inbox.is_closed() {
+            return Err(closed());
+        }
+        if port.spawns.push(spawn).is_err() {
+            return Err(Error::new(ErrorKind::Busy, "too many tasks are on their way to this shard; try again"));
+        }
+        port.parking.rouse();
+        if port.spawns.is_closed() {
+            port.refuse_spawns();
+        }
+        Ok(join)
+    }
+
+    #[cfg(test)]
+    pub(super) fn shared_for_tests(&self) -> &Shared {
+        &self.shared
+    }
+
+    /// Waits until the shards have let go of their files; they do after `Close`.
+    pub(crate) async fn ended(&self) {
+        self.shared.ended().await;
+    }
+}
+
+impl Drop for Runtime {
+    /// Ends the threads without a clean close, as a crash would, but waits for what the device has under way: the
+    /// store can be opened again at once.
+    fn drop(&mut self) {
+        self.shared.abandon();
+        // The last handle may go on a shard's own thread, with one of its tasks.
+        let here = std::thread::current().id();
+        for thread in self.threads.drain(..).filter(|thread| thread.thread().id() != here) {
+            let _ = thread.join();
+        }
+    }
+}

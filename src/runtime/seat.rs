@@ -1,0 +1,177 @@
+//! A shard's thread from its first moment to its last, on any driver.
+//!
+//! ```text
+//!   made a disk --ready--> waits for orders --begin (one thread only)--> began
+//!      |                        |take: its shard
+//!      |refused                 v
+//!      v                    laps, opening --open--> laps --> ended
+//!    ends                       |failed: ends, and so do all
+//! ```
+//! Invariants
+//! 1. Whatever happens, the coordinator hears of it: refused; or ready, and then open or failed. A panic is a failure.
+//! 2. A thread that panics ends all.
+//! 3. `Shared::thread_ended` comes when the thread has let go of its files, and last.
+
+use super::driver::{Clock, Driver, Lap, Pace, Rig};
+use super::machine::{Begun, Machine};
+use super::shared::Shared;
+use crate::commit::GlobalOrder;
+use crate::disk::{Disk, DiskReport, DiskWaker, Files};
+use crate::error::{Error, ErrorKind, Result};
+use crate::mesh::Lanes;
+use crate::types::ShardId;
+use crossbeam_channel::{Receiver, Sender};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+/// Laps between two looks at the executor.
+const LAPS_MAX: usize = 64;
+
+/// Opens the store on the disk of one of the threads, and makes the shards of all.
+pub(super) type Opener<M> = Box<dyn FnOnce(&mut dyn Disk) -> Result<Begun<M>> + Send>;
+
+/// What a thread tells the coordinator.
+pub(super) enum News<M> {
+    /// It has a disk.
+    Ready(DiskReport),
+    /// It can't have what its driver needs, and why.
+    Refused(Error),
+    /// The opener's result.
+    Began(Result<Begun<M>>),
+    /// Its shard is open.
+    Open,
+    /// Its shard can't be opened.
+    Failed(Error),
+}
+
+/// What the coordinator tells a thread.
+pub(super) enum Orders<M> {
+    /// Run the opener.
+    Begin(Opener<M>),
+    /// Drive this shard.
+    Take(Box<M>, Arc<GlobalOrder>),
+}
+
+/// Where a shard's thread sits.
+pub(super) struct Seat<M: Machine> {
+    pub(super) id: ShardId,
+    pub(super) pin: Option<usize>,
+    pub(super) pace: Pace,
+    pub(super) clock: Clock,
+    pub(super) requests_max: usize,
+    pub(super) ring_entries: u32,
+    pub(super) shards_count: u16,
+    pub(super) shared: Arc<Shared>,
+    pub(super) lanes: Lanes<M::Message>,
+    pub(super) files: Arc<Files>,
+    pub(super) news: Sender<News<M>>,
+    pub(super) orders: Receiver<Orders<M>>,
+}
+
+/// A shard's thread with its shard.
+pub(super) struct Drive<M: Machine, D: Disk> {
+    driver: Option<Driver<M, D>>,
+    /// Until the shard is open, or has failed.
+    opening: Option<Sender<News<M>>>,
+    shared: Arc<Shared>,
+}
+
+impl<M: Machine> Seat<M> {
+    /// The thread can't have what its driver needs.
+    pub(super) fn refuse(self, error: Error) {
+        let _ = self.news.send(News::Refused(error));
+    }
+
+    /// The thread has its disk, and waits for its shard; `None`: there is none for it, and the thread ends.
+    pub(super) fn sit<D: Disk>(self, mut disk: D, waker: DiskWaker, report: DiskReport) -> Option<Drive<M, D>> {
+        let Seat { id, pace, clock, requests_max, shared, lanes, files, news, orders, .. } = self;
+        // The disk has its own; the last of them holds the store's lock.
+        drop(files);
+        shared.ports[usize::from(id.get())].parking.set_waker(waker);
+        let _ = news.send(News::Ready(report));
+        while let Ok(next) = orders.recv() {
+            match next {
+                Orders::Begin(opener) => {
+                    let began = catch_unwind(AssertUnwindSafe(|| opener(&mut disk)));
+                    let began = began.unwrap_or_else(|_| Err(panicked()));
+                    let _ = news.send(News::Began(began));
+                }
+                Orders::Take(machine, order) => {
+                    let rig =
+                        Rig { id, machine: *machine, shared: shared.clone(), lanes, order, clock, pace, requests_max };
+                    let driver = Some(Driver::new(rig, disk));
+                    return Some(Drive { driver, opening: Some(news), shared });
+                }
+            }
+        }
+        None
+    }
+}
+
+/// What a shard's thread runs: `body`, and then that it has ended, whatever happened.
+pub(super) fn occupy<M: Machine>(seat: Seat<M>, body: impl FnOnce(Seat<M>)) {
+    let (shared, news) = (seat.shared.clone(), seat.news.clone());
+    if catch_unwind(AssertUnwindSafe(|| body(seat))).is_err() {
+        tracing::error!("a shard's thread panicked; the store is closed as after a crash");
+        let _ = news.send(News::Failed(panicked()));
+        shared.abandon();
+    }
+    drop(news);
+    shared.thread_ended();
+}
+
+fn panicked() -> Error {
+    Error::new(ErrorKind::Closed, "opening the store panicked")
+}
+
+impl<M: Machine, D: Disk> Drive<M, D> {
+    /// Some laps; false: the shard has ended, and nothing is left to do.
+    pub(super) fn go(&mut self) -> bool {
+        match catch_unwind(AssertUnwindSafe(|| self.laps())) {
+            Ok(true) => return true,
+            Ok(false) => {}
+            Err(_) => {
+                tracing::error!("a shard panicked; the store is closed as after a crash");
+                self.tell(News::Failed(panicked()));
+                self.shared.abandon();
+            }
+        }
+        false
+    }
+
+    fn laps(&mut self) -> bool {
+        let Some(driver) = &mut self.driver else { return false };
+        for _ in 0..LAPS_MAX {
+            let lap = driver.lap();
+            if self.opening.is_some() {
+                let news = match driver.machine().failure() {
+                    Some(error) => News::Failed(error),
+                    None if driver.machine().is_open() => News::Open,
+                    None if lap == Lap::Ended => News::Failed(super::shared::closed()),
+                    None => continue,
+                };
+                let failed = matches!(news, News::Failed(_));
+                let _ = self.opening.take().map(|opening| opening.send(news));
+                if failed {
+                    return false;
+                }
+            }
+            if lap == Lap::Ended {
+                return false;
+            }
+        }
+        true
+    }
+
+    fn tell(&mut self, news: News<M>) {
+        let _ = self.opening.take().map(|opening| opening.send(news));
+    }
+}
+
+impl<M: Machine, D: Disk> Drop for Drive<M, D> {
+    fn drop(&mut self) {
+        if let Some(driver) = self.driver.take() {
+            driver.end();
+        }
+    }
+}

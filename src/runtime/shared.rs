@@ -1,0 +1,124 @@
+//! What handles and the threads of all shards share.
+//!
+//! Invariants
+//! 1. A request is in an inbox, in a shard or answered. When a thread ends it answers what it had accepted, closes its
+//!    inbox, and refuses the rest.
+//! 2. `abandoned` ends all threads: no handle is left, or a shard has stopped without a clean close.
+
+use super::local::Spawn;
+use super::places::Places;
+use crate::error::{Error, ErrorKind, Result};
+use crate::mesh::{InFlight, Inbox, Parking};
+use crate::shard::{Request, Response, Token};
+use async_task::Runnable;
+use crossbeam_queue::SegQueue;
+use event_listener::Event;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+/// Requests that an inbox holds whatever `requests_max` is; beyond it, a share of that.
+const INBOX_MAX: usize = 16_384;
+/// Closures on their way to a shard.
+const SPAWNS_MAX: usize = 1024;
+
+/// The way into one shard.
+pub(super) struct Port {
+    pub(super) inbox: Inbox<(Token, Request)>,
+    pub(super) spawns: Inbox<Spawn>,
+    /// Tasks of the shard that other threads have woken: each at most once, so bounded by the tasks.
+    pub(super) woken: SegQueue<Runnable>,
+    pub(super) parking: Parking,
+}
+
+pub(super) struct Shared {
+    pub(super) ports: Box<[Port]>,
+    pub(super) inflight: Arc<InFlight>,
+    pub(super) places: Places,
+    abandoned: AtomicBool,
+    running: AtomicUsize,
+    ended: Event,
+}
+
+impl Shared {
+    pub(super) fn new(shards_count: u16, requests_max: usize) -> Self {
+        let capacity = requests_max.clamp(1, INBOX_MAX.max(requests_max / usize::from(shards_count)));
+        let port = |_| Port {
+            inbox: Inbox::new(capacity),
+            spawns: Inbox::new(SPAWNS_MAX),
+            woken: SegQueue::new(),
+            parking: Parking::new(),
+        };
+        Shared {
+            ports: (0..shards_count).map(port).collect(),
+            inflight: Arc::new(InFlight::new()),
+            places: Places::new(requests_max),
+            abandoned: AtomicBool::new(false),
+            running: AtomicUsize::new(usize::from(shards_count)),
+            ended: Event::new(),
+        }
+    }
+
+    /// All threads are to end, without a clean close.
+    pub(super) fn abandon(&self) {
+        self.abandoned.store(true, Ordering::SeqCst);
+        self.ports.iter().for_each(|port| port.parking.alarm());
+    }
+
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.abandoned.load(Ordering::Relaxed)
+    }
+
+    /// Answers a request and frees its place.
+    pub(super) fn finish(&self, token: Token, result: Result<Response>) {
+        self.inflight.complete(token, result);
+        self.places.leave(1);
+    }
+
+    /// The shard's thread takes nothing any more: what was accepted has an unknown outcome, the rest was not begun.
+    pub(super) fn close_port(&self, port: &Port, accepted: impl Iterator<Item = Token>) {
+        port.inbox.close();
+        port.spawns.close();
+        for token in accepted {
+            let context = "the shard stopped; whether this was done is not known: reopen the store and look";
+            self.finish(token, Err(Error::new(ErrorKind::OutcomeUnknown, context)));
+        }
+        self.refuse_rest(port);
+        port.refuse_spawns();
+    }
+
+    /// Refuses what is left in a closed inbox.
+    pub(super) fn refuse_rest(&self, port: &Port) {
+        while let Some((token, _)) = port.inbox.pop() {
+            self.finish(token, Err(closed()));
+        }
+    }
+
+    /// The thread has let go of its files.
+    pub(super) fn thread_ended(&self) {
+        if self.running.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.ended.notify(usize::MAX);
+        }
+    }
+
+    /// Waits until all threads have let go of their files.
+    pub(super) async fn ended(&self) {
+        loop {
+            let listener = self.ended.listen();
+            if self.running.load(Ordering::SeqCst) == 0 {
+                return;
+            }
+            listener.await;
+        }
+    }
+}
+
+impl Port {
+    /// Drops closures that no shard will run; whoever waits for them is told.
+    pub(super) fn refuse_spawns(&self) {
+        while self.spawns.pop().is_some() {}
+    }
+}
+
+pub(super) fn closed() -> Error {
+    Error::new(ErrorKind::Closed, "the store is closed; open it again")
+}

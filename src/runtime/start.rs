@@ -1,0 +1,242 @@
+//! Starting: a coordinator opens the files, starts a thread for each shard, has one of them begin to open the store,
+//! deals out the shards, and waits until all are open.
+//!
+//! Invariants
+//! 1. Nothing of the store is touched before every thread has what its driver needs; so the portable driver can still
+//!    be taken instead.
+//! 2. If one shard can't be opened, all threads have ended, and the files are let go, when the error is returned.
+//! 3. A caller who gives up leaves no store open: the coordinator finishes, finds nobody, and closes as after a crash.
+
+use super::cores::{self, Plan};
+use super::driver::{Clock, Pace};
+use super::handle::Runtime;
+use super::machine::{self, Begun, Machine};
+use super::report::RuntimeReport;
+use super::seat::{News, Opener, Orders, Seat, occupy};
+use super::shared::Shared;
+use super::{portable, ring};
+use crate::disk::{Access, DiskReport, FileOptions, Files};
+use crate::error::{Error, ErrorKind, Result};
+use crate::mesh::Lanes;
+use crate::options::{Driver, Options};
+use crate::types::{Micros, ShardId};
+use crossbeam_channel::{Receiver, Sender};
+use event_listener::Event;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+/// How long a shard polls after the last thing that happened: longer than a read of a fast device takes, short enough
+/// not to starve the kernel worker that completes a durable write.
+const POLL_US: Micros = 50;
+
+/// What the tests replace.
+pub(super) type Begin<M> = fn(&mut dyn crate::disk::Disk, &Options, u16, Micros) -> Result<Begun<M>>;
+
+/// Opens the store in `dir`, without blocking the caller.
+pub(super) async fn start(dir: PathBuf, options: Options) -> Result<Runtime> {
+    start_with(dir, options, machine::begin).await
+}
+
+/// The same with shards of any kind.
+pub(super) async fn start_with<M: Machine>(dir: PathBuf, options: Options, begin: Begin<M>) -> Result<Runtime> {
+    let (send, result) = crossbeam_channel::bounded(1);
+    let ready = Arc::new(Event::new());
+    let wake = ready.clone();
+    let body = move || {
+        let opened = catch_unwind(AssertUnwindSafe(|| open(&dir, &options, begin)));
+        let opened = opened.unwrap_or_else(|_| Err(Error::new(ErrorKind::Closed, "opening the store panicked")));
+        // If nobody listens any more, the runtime is dropped here, and the store closed.
+        let _ = send.send(opened);
+        wake.notify(usize::MAX);
+    };
+    let thread = std::thread::Builder::new().name("corepage-open".into()).spawn(body);
+    thread.map_err(|e| Error::io("starting a thread", e))?;
+    loop {
+        let listener = ready.listen();
+        match result.try_recv() {
+            Ok(result) => return result,
+            Err(crossbeam_channel::TryRecvError::Empty) => listener.await,
+            Err(_) => return Err(Error::new(ErrorKind::Closed, "opening the store panicked")),
+        }
+    }
+}
+
+/// Why the threads of one driver did not get going.
+enum Stop {
+    /// The driver can't run here; nothing was touched.
+    Refused(Error),
+    Failed(Error),
+}
+
+fn open<M: Machine>(dir: &Path, options: &Options, begin: Begin<M>) -> Result<Runtime> {
+    let plan = cores::plan(options, &cores::allowed())?;
+    options.limits(&options.geometry, plan.shards_count)?;
+    let files = Files::open(dir, Access::ReadWrite, &FileOptions::default())?;
+    let why = match options.driver {
+        Driver::Portable => None,
+        Driver::Ring | Driver::Auto => {
+            let launched = match ring::probe() {
+                Ok(()) => Launch::new(options, &plan, true).run(&files, begin),
+                Err(why) => Err(Stop::Refused(Error::new(ErrorKind::Unsupported, why))),
+            };
+            match launched {
+                Ok(runtime) => return Ok(runtime),
+                Err(Stop::Failed(error)) => return Err(error),
+                Err(Stop::Refused(error)) if options.driver == Driver::Ring => return Err(error),
+                Err(Stop::Refused(error)) => Some(error.to_string()),
+            }
+        }
+    };
+    if let Some(why) = &why {
+        tracing::warn!("portable driver: {why}");
+    }
+    match Launch::new(options, &plan, false).run(&files, begin) {
+        Ok(mut runtime) => {
+            runtime.report.disk.fallback = why;
+            Ok(runtime)
+        }
+        Err(Stop::Refused(error) | Stop::Failed(error)) => Err(error),
+    }
+}
+
+/// The threads of one driver, being started.
+struct Launch<'a> {
+    options: &'a Options,
+    plan: &'a Plan,
+    ring: bool,
+    clock: Clock,
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl<'a> Launch<'a> {
+    fn new(options: &'a Options, plan: &'a Plan, ring: bool) -> Self {
+        let shared = Arc::new(Shared::new(plan.shards_count, options.requests_max));
+        Launch { options, plan, ring, clock: Clock::start(), shared, threads: Vec::new() }
+    }
+
+    fn pace(&self) -> Pace {
+        match () {
+            () if self.plan.crowded => Pace::For(0),
+            () if self.options.poll => Pace::WithoutEnd,
+            () => Pace::For(if self.ring { POLL_US } else { 0 }),
+        }
+    }
+
+    fn run<M: Machine>(mut self, files: &Arc<Files>, begin: Begin<M>) -> std::result::Result<Runtime, Stop> {
+        let (news, heard) = crossbeam_channel::unbounded();
+        let mut orders = Vec::new();
+        let result = self.seat_all(files, &news, &mut orders);
+        drop(news);
+        let result = result.and_then(|()| self.open_all(&heard, &orders, begin));
+        drop(orders);
+        match result {
+            Ok((begun, disk)) => Ok(self.runtime(begun, disk)),
+            Err(stop) => {
+                self.shared.abandon();
+                self.threads.into_iter().for_each(|thread| drop(thread.join()));
+                Err(stop)
+            }
+        }
+    }
+
+    fn seat_all<M: Machine>(
+        &mut self,
+        files: &Arc<Files>,
+        news: &Sender<News<M>>,
+        orders: &mut Vec<Sender<Orders<M>>>,
+    ) -> std::result::Result<(), Stop> {
+        let lanes = Lanes::all(self.plan.shards_count);
+        for (shard, (lanes, pin)) in lanes.into_iter().zip(&self.plan.pins).enumerate() {
+            let (give, take) = crossbeam_channel::unbounded();
+            orders.push(give);
+            let seat = Seat {
+                id: ShardId::new(shard as u16),
+                pin: *pin,
+                pace: self.pace(),
+                clock: self.clock,
+                requests_max: self.options.requests_max,
+                ring_entries: self.options.ring_entries,
+                shards_count: self.plan.shards_count,
+                shared: self.shared.clone(),
+                lanes,
+                files: files.clone(),
+                news: news.clone(),
+                orders: take,
+            };
+            let ring = self.ring;
+            let body = move || occupy(seat, if ring { ring::thread } else { portable::thread });
+            let thread = std::thread::Builder::new().name(format!("corepage-s{shard}")).spawn(body);
+            let thread = thread.map_err(|e| Stop::Failed(Error::io("starting a shard's thread", e)))?;
+            self.threads.push(thread);
+        }
+        Ok(())
+    }
+
+    fn open_all<M: Machine>(
+        &self,
+        heard: &Receiver<News<M>>,
+        orders: &[Sender<Orders<M>>],
+        begin: Begin<M>,
+    ) -> std::result::Result<(Begun<M>, DiskReport), Stop> {
+        let mut disk = None;
+        for _ in orders {
+            let News::Ready(report) = hear(heard)? else { unreachable!("no orders were given") };
+            disk = disk.or(Some(report));
+        }
+        let (options, shards_count, now) = (self.options.clone(), self.plan.shards_count, self.clock.now());
+        let opener: Opener<M> = Box::new(move |disk| begin(disk, &options, shards_count, now));
+        let _ = orders[0].send(Orders::Begin(opener));
+        let News::Began(begun) = hear(heard)? else { unreachable!("one thread has orders, and has not failed") };
+        let mut begun = begun.map_err(Stop::Failed)?;
+        assert_eq!(begun.machines.len(), orders.len(), "a shard for each thread");
+        for (machine, give) in std::mem::take(&mut begun.machines).into_iter().zip(orders) {
+            let _ = give.send(Orders::Take(Box::new(machine), begun.order.clone()));
+        }
+        for _ in orders {
+            let News::Open = hear(heard)? else { unreachable!("each thread has its shard") };
+        }
+        Ok((begun, disk.unwrap_or_else(DiskReport::none)))
+    }
+
+    fn runtime<M>(self, begun: Begun<M>, disk: DiskReport) -> Runtime {
+        let poll_us = match self.pace() {
+            Pace::For(us) => Some(us),
+            Pace::WithoutEnd => None,
+        };
+        let report = RuntimeReport {
+            driver: if self.ring { "io_uring" } else { "portable" },
+            pins: self.plan.pins.clone(),
+            poll_us,
+            disk,
+        };
+        let recovery = &begun.recovery;
+        tracing::info!(
+            created = recovery.created,
+            clean = recovery.clean,
+            groups = recovery.groups_scanned,
+            torn = recovery.groups_torn,
+            cut = recovery.cut.get(),
+            applied = recovery.commits_applied,
+            dropped = recovery.commits_dropped,
+            epoch = recovery.epoch,
+            driver = report.driver,
+            shards = self.plan.shards_count,
+            "store opened"
+        );
+        Runtime::new(self.shared, self.threads, begun.deal, begun.recovery, report, begun.txn_bytes_max)
+    }
+}
+
+fn hear<M>(heard: &Receiver<News<M>>) -> std::result::Result<News<M>, Stop> {
+    match heard.recv() {
+        Ok(News::Refused(error)) => Err(Stop::Refused(error)),
+        Ok(News::Failed(error)) => Err(Stop::Failed(error)),
+        Ok(news) => Ok(news),
+        Err(_) => {
+            Err(Stop::Failed(Error::new(ErrorKind::Closed, "the shards' threads ended while they opened the store")))
+        }
+    }
+}

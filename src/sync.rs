@@ -1,0 +1,112 @@
+//! The atomics of everything that threads share without locks: the processor's, or loom's in its models.
+//!
+//! `RUSTFLAGS="--cfg corepage_loom" cargo test --release --lib loom` checks the models; loom's own `--cfg loom` would
+//! break packages that we depend on. What has no twin in loom has a stand-in here, at most as strong as the original.
+//!
+//! It does *not* hold a protocol: those are `commit` and `mesh`.
+
+#[cfg(not(all(test, corepage_loom)))]
+mod real {
+    use crossbeam_queue::ArrayQueue;
+    use crossbeam_utils::atomic::AtomicCell;
+
+    pub(crate) use atomic_waker::AtomicWaker;
+    pub(crate) use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
+
+    /// A bounded lock-free queue.
+    pub(crate) type Queue<T> = ArrayQueue<T>;
+    /// Hands one value from a thread to another.
+    pub(crate) type Hand<T> = AtomicCell<Option<Box<T>>>;
+}
+
+#[cfg(all(test, corepage_loom))]
+mod stand_ins {
+    use loom::sync::Mutex;
+    use std::collections::VecDeque;
+    use std::task::Waker;
+
+    pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
+
+    /// A queue whose length is known without the lock: whether it is empty is no more than an atomic load.
+    pub(crate) struct Queue<T> {
+        capacity: usize,
+        len: AtomicU64,
+        items: Mutex<VecDeque<T>>,
+    }
+
+    impl<T> Queue<T> {
+        pub(crate) fn new(capacity: usize) -> Self {
+            Queue { capacity, len: AtomicU64::new(0), items: Mutex::new(VecDeque::new()) }
+        }
+
+        pub(crate) fn push(&self, item: T) -> Result<(), T> {
+            let mut items = self.items.lock().unwrap();
+            if items.len() == self.capacity {
+                return Err(item);
+            }
+            items.push_back(item);
+            drop(items);
+            self.len.fetch_add(1, Ordering::Release);
+            Ok(())
+        }
+
+        pub(crate) fn pop(&self) -> Option<T> {
+            if self.is_empty() {
+                return None;
+            }
+            let item = self.items.lock().unwrap().pop_front()?;
+            self.len.fetch_sub(1, Ordering::Release);
+            Some(item)
+        }
+
+        pub(crate) fn is_empty(&self) -> bool {
+            self.len.load(Ordering::Acquire) == 0
+        }
+    }
+
+    /// Hands one value over.
+    pub(crate) struct Hand<T>(Mutex<Option<Box<T>>>);
+
+    impl<T> Default for Hand<T> {
+        fn default() -> Self {
+            Hand(Mutex::new(None))
+        }
+    }
+
+    impl<T> Hand<T> {
+        pub(crate) fn store(&self, value: Option<Box<T>>) {
+            *self.0.lock().unwrap() = value;
+        }
+
+        pub(crate) fn take(&self) -> Option<Box<T>> {
+            self.0.lock().unwrap().take()
+        }
+    }
+
+    /// One waker, set by one thread and woken by others.
+    pub(crate) struct AtomicWaker(Mutex<Option<Waker>>);
+
+    impl Default for AtomicWaker {
+        fn default() -> Self {
+            AtomicWaker(Mutex::new(None))
+        }
+    }
+
+    impl AtomicWaker {
+        pub(crate) fn register(&self, waker: &Waker) {
+            *self.0.lock().unwrap() = Some(waker.clone());
+        }
+
+        pub(crate) fn wake(&self) {
+            let waker = self.0.lock().unwrap().take();
+            if let Some(waker) = waker {
+                waker.wake();
+            }
+        }
+    }
+}
+
+#[cfg(not(all(test, corepage_loom)))]
+pub(crate) use real::*;
+#[cfg(all(test, corepage_loom))]
+pub(crate) use stand_ins::*;
