@@ -129,7 +129,7 @@ pub(crate) fn begin(
         first_lsn: match superblock.clean {
             // An epoch without a commit leaves the next LSN below its own first.
             true => superblock.next_lsn.max(superblock.epoch_first_lsn),
-            false => scan.highest.plus(LSN_AHEAD_MAX),
+            false => scan.highest.plus(if planted!(LsnsReused) { 1 } else { LSN_AHEAD_MAX }),
         },
     };
     report.epoch = new_epoch.epoch;

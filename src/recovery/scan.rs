@@ -114,7 +114,7 @@ pub(crate) fn scan(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblo
         )));
     }
     for f in found.iter_mut().filter(|f| f.whole && f.last_lsn() > watermark) {
-        f.whole = placed_pages_match(disk, arena, superblock, f)?;
+        f.whole = placed_pages_match(disk, arena, superblock, f)? || planted!(PlacedUnchecked);
     }
     let cut = find_cut(&found, redo);
     if cut < watermark {
@@ -214,7 +214,7 @@ fn find_cut(found: &[Found], redo: Lsn) -> Lsn {
     runs.sort();
     let mut cut = redo;
     for (first, count) in runs {
-        if first > cut.plus(1) {
+        if first > cut.plus(1) && !planted!(GapIgnored) {
             break;
         }
         cut = cut.max(Lsn::new(first.get().saturating_add(count).saturating_sub(1)));
@@ -227,7 +227,9 @@ fn find_cut(found: &[Found], redo: Lsn) -> Lsn {
         let Role::Owner(others) = record.role else { return false };
         (0..64).any(|shard| others & 1 << shard != 0 && !parts.contains(&(record.lsn, ShardId::new(shard))))
     };
-    let incomplete = records().map(|(_, record)| record).filter(|record| record.lsn > redo && lacks_a_part(record));
+    let incomplete = records()
+        .map(|(_, record)| record)
+        .filter(|record| record.lsn > redo && lacks_a_part(record) && !planted!(PartIgnored));
     incomplete.map(|record| record.lsn.before()).fold(cut, Lsn::min)
 }
 

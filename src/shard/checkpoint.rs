@@ -155,7 +155,9 @@ impl Shard {
                 }
             }
             Phase::Told => self.begin_when_ready(),
-            Phase::Watermark if self.order.watermark() >= self.checkpoint.redo => self.count_pages(),
+            Phase::Watermark if self.order.watermark() >= self.checkpoint.redo || planted!(RedoNotAwaited) => {
+                self.count_pages();
+            }
             Phase::Pages if self.checkpoint.pages_left == 0 => {
                 self.checkpoint.phase = Phase::Capture { next: 0 };
                 self.again = true;
@@ -399,6 +401,9 @@ impl Shard {
             log_end: if clean { self.log.end() } else { Default::default() },
         };
         self.checkpoint.phase = Phase::Waiting;
+        if planted!(RecycledBeforeSuperblock) {
+            self.log.recycle(self.checkpoint.redo);
+        }
         self.send(ShardId::LEADER, Message::Ready(Box::new(contribution)));
     }
 

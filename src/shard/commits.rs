@@ -142,7 +142,7 @@ impl Shard {
     /// The page for which a commit must wait; none if it fails anyway.
     fn waits_for_hold(&self, waiter: usize) -> Option<usize> {
         let goes_on = self.pending[waiter].error.is_none() && self.failed.is_none() && self.validate(waiter).is_ok();
-        if goes_on { self.held_page(waiter) } else { None }
+        if goes_on { self.held_page(waiter).filter(|_| !planted!(HoldIgnored)) } else { None }
     }
 
     /// The result of a commit that needs no LSN: a failure, a conflict, or nothing to change.

@@ -51,6 +51,9 @@ impl Shard {
         // The change counts where a page is read and changed.
         set.sort_by_key(|(idx, change)| (*idx, !change));
         set.dedup_by_key(|(idx, _)| *idx);
+        if set.iter().any(|(_, change)| !change) && planted!(ReadsNotHeld) {
+            set.retain(|(_, change)| *change);
+        }
         set
     }
 

@@ -113,7 +113,9 @@ impl Shard {
         if let Some(error) = pending.error.clone().or_else(|| self.failed.clone()) {
             return Some(Vote::No(error));
         }
-        if let Err(error) = self.validate(waiter) {
+        if let Err(error) = self.validate(waiter)
+            && !planted!(PartNotValidated)
+        {
             return Some(Vote::No(error));
         }
         if self.held_page(waiter).is_some() {
@@ -154,6 +156,9 @@ impl Shard {
                 if !is_reader {
                     self.apply_part(waiter, of, lsn, Role::Part(1 << owner.get()), urgent);
                     self.send(owner, Message::Applied(txn));
+                    if planted!(PartDurableEarly) {
+                        self.send(owner, Message::Durable(txn));
+                    }
                 }
                 self.end_part(waiter);
             }

@@ -223,7 +223,7 @@ impl Shard {
     fn leave_place(&mut self, vshard: crate::types::VShard, place: Place) {
         self.extents.leave_page(vshard, place);
         #[cfg(any(test, feature = "sim"))]
-        if crate::sim::planted(crate::sim::Canary::PlaceReusedEarly) {
+        if planted!(PlaceReusedEarly) {
             self.reused_early.push(place);
         }
     }

@@ -21,16 +21,64 @@ pub enum Canary {
     PlaceReusedEarly,
     /// A log segment is recycled before a durable root covers the records in it.
     LogTrimmedEarly,
+    /// A shard recycles its log when its own roots are written: others, and the superblock, are not yet.
+    RecycledBeforeSuperblock,
+    /// A checkpoint does not wait until every record up to its redo LSN is applied at the shard.
+    RedoNotAwaited,
+    /// A commit of one shard does not wait for the hold of a commit over shards.
+    HoldIgnored,
+    /// Pages that a commit over shards only read are not held until it is decided.
+    ReadsNotHeld,
+    /// A shard votes without looking whether what was read there has changed.
+    PartNotValidated,
+    /// The owner takes the vote "a page is held" for a yes, and draws.
+    VoteIgnored,
+    /// A buffered commit over shards is acknowledged before all its parts are visible.
+    AcknowledgedUnseen,
+    /// A part is reported as durable when it is applied.
+    PartDurableEarly,
+    /// The owner's bound rises when its own part is durable: the watermark passes parts that are not.
+    PartsHoldNothingBack,
+    /// FLUSH waits for what its own shard has drawn only.
+    FlushForOwnShard,
+    /// An idle shard's bound is the next LSN instead of none: it holds the watermark back for ever.
+    IdleHoldsBack,
+    /// A parked shard does not say what its replies wait for: nobody wakes it.
+    NobodyWoken,
+    /// The cut passes LSNs that no log accounts for.
+    GapIgnored,
+    /// Recovery takes a commit over shards for complete though a part is missing.
+    PartIgnored,
+    /// Recovery takes a group for complete without looking at the pages written straight to their places.
+    PlacedUnchecked,
+    /// A new epoch begins right above the LSNs found, not above those that may have been drawn.
+    LsnsReused,
 }
 
 impl Canary {
     /// All of them.
-    pub const ALL: [Canary; 5] = [
+    pub const ALL: [Canary; 21] = [
         Canary::FlushSkipped,
         Canary::ShortWriteIgnored,
         Canary::AcknowledgedEarly,
         Canary::PlaceReusedEarly,
         Canary::LogTrimmedEarly,
+        Canary::RecycledBeforeSuperblock,
+        Canary::RedoNotAwaited,
+        Canary::HoldIgnored,
+        Canary::ReadsNotHeld,
+        Canary::PartNotValidated,
+        Canary::VoteIgnored,
+        Canary::AcknowledgedUnseen,
+        Canary::PartDurableEarly,
+        Canary::PartsHoldNothingBack,
+        Canary::FlushForOwnShard,
+        Canary::IdleHoldsBack,
+        Canary::NobodyWoken,
+        Canary::GapIgnored,
+        Canary::PartIgnored,
+        Canary::PlacedUnchecked,
+        Canary::LsnsReused,
     ];
 
     /// Whether this is the bug that is planted; does not count.

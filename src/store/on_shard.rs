@@ -89,7 +89,11 @@ impl Store {
     ///
     /// # Panics
     /// The result panics if the task did.
-    pub fn on_shard<T, F, G>(&self, shard: usize, make: G) -> Result<impl Future<Output = Result<T>> + Send + use<T, F, G>>
+    pub fn on_shard<T, F, G>(
+        &self,
+        shard: usize,
+        make: G,
+    ) -> Result<impl Future<Output = Result<T>> + Send + use<T, F, G>>
     where
         T: Send + 'static,
         F: Future<Output = T> + 'static,
