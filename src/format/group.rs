@@ -76,7 +76,7 @@ pub struct Head {
     pub watermark: U64,
     /// The newest superblock when this group was submitted.
     pub superblock_generation: U64,
-    /// All LSNs that this group accounts for, whether or not a commit uses them.
+    /// All LSNs that this shard drew and this group accounts for, whether or not a commit uses them.
     pub runs: [RawRun; RUNS_MAX],
     /// Nonce of the encryption.
     pub nonce: [u8; 12],
