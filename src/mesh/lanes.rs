@@ -209,7 +209,9 @@ mod tests {
             }
         }
         loop {
-            a.hand_over(|_| drop(to_b.send(())));
+            a.hand_over(|_| {
+                let _ = to_b.send(());
+            });
             if a.is_handed_over() {
                 break;
             }

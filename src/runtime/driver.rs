@@ -111,7 +111,7 @@ impl<M: Machine, D: Disk> Driver<M, D> {
         &self.rig.machine
     }
 
-    /// One lap, and a wait if nothing happened in it.
+    /// One lap. After an idle one the caller lets it [`rest`](Self::rest_if).
     pub(super) fn lap(&mut self) -> Lap {
         if self.rig.shared.is_abandoned() {
             return Lap::Ended;
@@ -138,7 +138,6 @@ impl<M: Machine, D: Disk> Driver<M, D> {
             self.active_at = self.now;
             return Lap::Busy;
         }
-        self.rest();
         Lap::Idle
     }
 
@@ -232,7 +231,13 @@ impl<M: Machine, D: Disk> Driver<M, D> {
         self.rig.lanes.hand_over(|to| ports[usize::from(to.get())].parking.rouse());
     }
 
-    /// Nothing happened: polls on, or waits.
+    /// If nothing happened: polls on, or waits.
+    pub(super) fn rest_if(&mut self, lap: Lap) {
+        if lap == Lap::Idle {
+            self.rest();
+        }
+    }
+
     fn rest(&mut self) {
         match self.rig.pace {
             Pace::For(us) if self.now.saturating_sub(self.active_at) >= us => {}

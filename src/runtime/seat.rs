@@ -148,7 +148,10 @@ impl<M: Machine, D: Disk> Drive<M, D> {
                     Some(error) => News::Failed(error),
                     None if driver.machine().is_open() => News::Open,
                     None if lap == Lap::Ended => News::Failed(super::shared::closed()),
-                    None => continue,
+                    None => {
+                        driver.rest_if(lap);
+                        continue;
+                    }
                 };
                 let failed = matches!(news, News::Failed(_));
                 let _ = self.opening.take().map(|opening| opening.send(news));
@@ -159,6 +162,7 @@ impl<M: Machine, D: Disk> Drive<M, D> {
             if lap == Lap::Ended {
                 return false;
             }
+            driver.rest_if(lap);
         }
         true
     }

@@ -98,7 +98,8 @@ impl Machine for Toy {
             self.order.publish(self.id, self.written_at.front().map_or(Lsn::MAX, |(_, lsn)| *lsn));
         }
         let durable = self.order.refresh();
-        while let Some((lsn, token)) = self.waiting.pop_front_if(|(lsn, _)| *lsn <= durable) {
+        while self.waiting.front().is_some_and(|(lsn, _)| *lsn <= durable) {
+            let Some((lsn, token)) = self.waiting.pop_front() else { break };
             self.deeds.push_back(Deed::Reply(token, Ok(Response::Committed(lsn))));
         }
     }
@@ -264,13 +265,12 @@ fn callers_beyond_the_places_wait_and_then_get_busy() {
         // Half of them give up, and take no place from the others; dropping a reply frees none before it is answered.
         waiting.truncate(8);
         drop(taken);
-        let mut served = 0;
-        while let Some(next) = waiting.pop() {
+        let since = std::time::Instant::now();
+        while !waiting.is_empty() {
             answer_held(&runtime);
-            let _ = block_on(next).expect("a place was left");
-            served += 1;
+            waiting.retain_mut(|caller| block_on(poll_once(caller)).is_none_or(|got| got.is_err()));
+            assert!(since.elapsed() < Duration::from_secs(20), "places that were left reach nobody");
         }
-        assert_eq!(served, 8);
     });
 }
 
