@@ -30,7 +30,23 @@
 //! The modules, in the order in which a write travels: [`Store`] and [`Volume`] (handles) - `runtime` (a thread that
 //! drives a shard) - `shard` (the state machine: pages, commits, group commit, write-back, checkpoints) - `log`,
 //! `coalesce`, `map` (what it decides with) - [`mod@format`] (every byte on disk) - [`pool`] (memory) - [`disk`] (the
-//! seam to the device). `recovery` opens a store; `sim` drives the same shard by seed under a simulated disk.
+//! seam to the device). `recovery` opens a store; [`probe`] says what the machine
+//! gives; `sim` drives the same shard by seed under a simulated disk.
+
+/// Whether a bug is planted here, for the simulator to find (`sim::canary`); in a release of the engine the answer is a
+/// constant no.
+macro_rules! planted {
+    ($which:ident) => {{
+        #[cfg(any(test, feature = "sim"))]
+        {
+            crate::sim::planted(crate::sim::Canary::$which)
+        }
+        #[cfg(not(any(test, feature = "sim")))]
+        {
+            false
+        }
+    }};
+}
 
 pub mod checksum;
 mod coalesce;
@@ -44,6 +60,7 @@ mod mesh;
 pub mod metrics;
 mod options;
 pub mod pool;
+pub mod probe;
 mod recovery;
 mod runtime;
 pub mod shard;
@@ -56,9 +73,10 @@ pub mod types;
 mod verify;
 
 pub use error::{Error, ErrorKind, Result};
-pub use options::{Geometry, Options};
+pub use options::{Driver, Geometry, Options};
 pub use recovery::RecoveryReport;
+pub use runtime::RuntimeReport;
 pub use shard::{Change, PageRef};
-pub use store::{Durability, PageView, Store, Txn, Volume};
+pub use store::{Durability, PageView, ShardHandle, Store, Txn, Volume};
 pub use types::{Lsn, PageId};
 pub use verify::{Damage, VerifyReport, verify};

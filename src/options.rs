@@ -105,6 +105,7 @@ impl Default for Options {
 #[derive(Clone, Debug)]
 pub(crate) struct Limits {
     pub geometry: Geometry,
+    pub shards_count: u16,
     pub memory_blocks: u32,
     pub coalesce_window_us: Micros,
     pub coalesce_batch_pages: usize,
@@ -148,24 +149,27 @@ impl Geometry {
     }
 }
 
-impl Options {
-    fn check_shards(&self, geometry: &Geometry) -> Result<()> {
-        let Some(shards) = self.shards else { return Ok(()) };
-        within("shards", shards.into(), 1, SHARDS_MAX.into())?;
-        if u32::from(shards) > geometry.vshards_count {
-            return Err(Error::invalid(format_args!(
-                "shards is {shards}, but the store has {} virtual shards, and each shard needs one; it was fixed when \
-                 the store was created",
-                geometry.vshards_count
-            )));
-        }
-        Ok(())
+fn check_shards(shards_count: u16, geometry: &Geometry) -> Result<()> {
+    within("shards", shards_count.into(), 1, SHARDS_MAX.into())?;
+    if u32::from(shards_count) > geometry.vshards_count {
+        return Err(Error::invalid(format_args!(
+            "{shards_count} shards, but the store has {} virtual shards, and each shard needs one; their number was fixed \
+             when the store was created: open it with fewer shards",
+            geometry.vshards_count
+        )));
     }
+    Ok(())
+}
 
-    /// Checks every value, and derives the limits for a store of geometry `geometry`.
-    pub(crate) fn limits(&self, geometry: &Geometry) -> Result<Limits> {
+impl Options {
+    /// Checks every value, and derives the limits of each shard of a store of geometry `geometry` with `shards_count`
+    /// shards, which divide the memory among them.
+    pub(crate) fn limits(&self, geometry: &Geometry, shards_count: u16) -> Result<Limits> {
         geometry.check()?;
-        within("memory_bytes", self.memory_bytes, 2 * MIB, 1 << 42)?;
+        check_shards(shards_count, geometry)?;
+        let shards = u64::from(shards_count);
+        within("memory_bytes (2 MiB at least for each shard)", self.memory_bytes, 2 * MIB * shards, 1 << 42)?;
+        let memory_bytes = self.memory_bytes / shards;
         within("coalesce_window_us", self.coalesce_window_us, 1_000, 10_000)?;
         within("coalesce_batch_pages", self.coalesce_batch_pages as u64, 1, 64)?;
         within("vectored_pages_max", self.vectored_pages_max as u64, 1, 64)?;
@@ -174,19 +178,19 @@ impl Options {
         within("txn_bytes_max", self.txn_bytes_max, 4 * KIB, 64 * MIB)?;
         within("requests_max", self.requests_max as u64, 1, 1 << 20)?;
         power_of_two("ring_entries", self.ring_entries.into(), 16, 4096)?;
-        self.check_shards(geometry)?;
-        let group_bytes = (geometry.segment_bytes / 8).min(MIB).min(1 << (self.memory_bytes / 64).ilog2());
+        let group_bytes = (geometry.segment_bytes / 8).min(MIB).min(1 << (memory_bytes / 64).ilog2());
         let group_blocks = group_bytes / BLOCK as u64;
         Ok(Limits {
             geometry: geometry.clone(),
-            memory_blocks: (self.memory_bytes / BLOCK as u64) as u32,
+            shards_count,
+            memory_blocks: (memory_bytes / BLOCK as u64) as u32,
             coalesce_window_us: self.coalesce_window_us,
             coalesce_batch_pages: self.coalesce_batch_pages,
             vectored_pages_max: self.vectored_pages_max,
             log_writes_max: self.log_writes_max,
             inline_pages_max: self.inline_pages_max,
             // A commit must fit into one group, and the pages and log buffers of several into the memory.
-            txn_bytes_max: self.txn_bytes_max.min(self.memory_bytes / 16).min(geometry.segment_bytes / 4),
+            txn_bytes_max: self.txn_bytes_max.min(memory_bytes / 16).min(geometry.segment_bytes / 4),
             data_extents_max: match self.data_bytes_max {
                 0 => u32::MAX,
                 bytes => (bytes / geometry.extent_bytes).max(1) as u32,

@@ -23,6 +23,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ("src/disk/uring/entries.rs", "makes those entries, and keeps what they point to"),
     ("src/disk/uring/buffers.rs", "registers the arena with the kernel"),
     ("src/disk/uring/probe.rs", "one polled read, to see whether the device does that"),
+    ("tests/common/surroundings.rs", "limits and filters are set in a child between fork and exec"),
 ];
 
 /// The only folders that may name glommio, so that the rest builds and runs without it.
@@ -39,6 +40,7 @@ const LAYERS: &[&[(&str, &[&str])]] = &[
     &[("format", &[])],
     &[("pool", &[])],
     &[("disk", &[])],
+    &[("probe", &[])],
     &[("map", &[]), ("coalesce", &[]), ("commit", &[]), ("log", &["commit"])],
     &[("shard", &[])],
     &[("recovery", &[]), ("verify", &["recovery"])],

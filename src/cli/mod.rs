@@ -1,11 +1,13 @@
 //! The command line: arguments in, an exit code out.
 //!
-//! 1. Exit codes: 0 done, 1 failed, 2 wrong arguments. `verify` says 1 for a damaged store, too.
+//! 1. Exit codes: 0 done, 1 failed, 2 wrong arguments. `verify` says 1 for a damaged store,
+//!    `doctor` for a machine on which none can run.
 //! 2. What went wrong goes to stderr as one line `error: …` that says what to do; results go to stdout, logs to stderr.
 //! 3. Arguments are checked as a whole before anything is touched.
 //!
 //! Not here: what the commands do.
 
+mod doctor;
 mod serve;
 mod size;
 mod verify;
@@ -24,6 +26,8 @@ Examples:
       One more volume, exported on a Unix socket
   nbdcopy --flush disk.img nbd://127.0.0.1:10809/disk
       Copies an image in (from Debian's libnbd-bin)
+  corepage doctor --dir /srv/store
+      Says what this machine gives for a store there, and which commands would make it better
   corepage verify --dir /srv/store
       Reads a closed store whole and names what is damaged
 
@@ -41,6 +45,8 @@ struct Arguments {
 enum Command {
     /// Open a store, make what is missing, and export its volumes until SIGTERM or SIGINT
     Serve(serve::Arguments),
+    /// Say what this machine gives, what is made of it, and which commands would make it better
+    Doctor(doctor::Arguments),
     /// Read a closed store whole and name what is damaged
     Verify(verify::Arguments),
 }
@@ -85,6 +91,7 @@ pub fn main() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi).init();
     let outcome = match arguments.command {
         Command::Serve(arguments) => serve::run(&arguments),
+        Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Verify(arguments) => verify::run(&arguments),
     };
     match outcome {

@@ -11,7 +11,7 @@
 use super::{Failure, size};
 use crate::server::nbd::{Address, Limits, Listener, Plan, Server, StoreExports};
 use clap::ValueEnum;
-use corepage::{Options, Store, Volume};
+use corepage::{Driver, Options, Store, Volume};
 use futures_lite::future::block_on;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -30,13 +30,23 @@ const MEMORY_MIN: u64 = 16 << 20;
 
 /// How pages reach the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Driver {
-    /// The fastest that this machine and this version have
+enum DriverChoice {
+    /// io_uring where it can be used, else portable; the report says which, and why
     Auto,
-    /// io_uring (not in this version)
+    /// io_uring, or no start
     Ring,
     /// Plain system calls on threads
     Portable,
+}
+
+impl From<DriverChoice> for Driver {
+    fn from(choice: DriverChoice) -> Driver {
+        match choice {
+            DriverChoice::Auto => Driver::Auto,
+            DriverChoice::Ring => Driver::Ring,
+            DriverChoice::Portable => Driver::Portable,
+        }
+    }
 }
 
 #[derive(Debug, clap::Args)]
@@ -48,8 +58,17 @@ pub struct Arguments {
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     memory: Option<u64>,
     /// How pages reach the disk
-    #[arg(long, value_enum, default_value_t = Driver::Auto)]
-    driver: Driver,
+    #[arg(long, value_enum, default_value_t = DriverChoice::Auto)]
+    driver: DriverChoice,
+    /// Cores to run on, one shard on each, for example 0,1 [default: all]
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    cores: Option<Vec<usize>>,
+    /// Shards, if not one on each core; more than cores work, but don't poll
+    #[arg(long, value_name = "N")]
+    shards: Option<u16>,
+    /// Keep every core busy polling: the lowest latency, at the price of the cores
+    #[arg(long)]
+    poll: bool,
     /// Where to listen: unix:PATH or tcp:HOST:PORT of this machine (port 0: any); may be repeated
     #[arg(long, value_name = "ADDRESS", default_value = "tcp:127.0.0.1:10809")]
     nbd: Vec<Address>,
@@ -64,10 +83,6 @@ pub struct Arguments {
 impl Arguments {
     /// What the arguments say together.
     fn check(&self) -> Result<Options, Failure> {
-        if self.driver == Driver::Ring {
-            let text = "the ring driver is not in this version; use --driver auto or --driver portable";
-            return Err(Failure::usage(text));
-        }
         if let Some(bytes) = self.size
             && (bytes == 0 || bytes % 4096 != 0)
         {
@@ -78,7 +93,13 @@ impl Arguments {
         {
             return Err(Failure::usage("--volume: a name has 1 to 255 bytes and no control characters"));
         }
-        let mut options = Options::default();
+        let mut options = Options {
+            driver: self.driver.into(),
+            cores: self.cores.clone(),
+            shards: self.shards,
+            poll: self.poll,
+            ..Options::default()
+        };
         if let Some(bytes) = self.memory {
             if bytes < MEMORY_MIN {
                 return Err(Failure::usage(format_args!(
@@ -157,7 +178,7 @@ fn listening(listeners: &[Listener], volumes: &[Volume]) -> Vec<String> {
 /// Says what was found and where clients can connect. A closed stdout is no reason to stop serving.
 fn report(dir: &Path, store: &Store, lines: &[String]) {
     let mut out = std::io::stdout().lock();
-    let _ = writeln!(out, "store {}: {}; {}", dir.display(), store.disk_report(), store.recovery());
+    let _ = writeln!(out, "store {}: {}; {}", dir.display(), store.report(), store.recovery());
     for line in lines {
         let _ = writeln!(out, "{line}");
     }

@@ -4,25 +4,13 @@
 //!
 //! Does not judge whether a size makes sense.
 
+pub use corepage::probe::human_bytes as show;
 use parse_size::Config;
 
 /// Bytes of `text`.
 pub fn parse(text: &str) -> Result<u64, String> {
     let config = Config::new().with_binary();
     config.parse_size(text).map_err(|e| format!("{e}; write a size like 64M, 1GiB or 4096"))
-}
-
-/// `bytes` for people.
-pub fn show(bytes: u64) -> String {
-    let mut unit = "bytes";
-    let mut value = bytes as f64;
-    for next in ["KiB", "MiB", "GiB", "TiB"] {
-        if value < 1024.0 {
-            break;
-        }
-        (unit, value) = (next, value / 1024.0);
-    }
-    if unit == "bytes" { format!("{bytes} bytes") } else { format!("{value:.1} {unit}") }
 }
 
 #[cfg(test)]

@@ -51,6 +51,11 @@ impl GlobalOrder {
         self.bounds[usize::from(shard.get())].store(bound.get(), Ordering::SeqCst);
     }
 
+    /// What `shard` has published.
+    pub fn bound(&self, shard: ShardId) -> Lsn {
+        Lsn::new(self.bounds[usize::from(shard.get())].load(Ordering::SeqCst))
+    }
+
     /// Recomputes the watermark and returns it.
     pub fn refresh(&self) -> Lsn {
         // The sequencer is read before the bounds: what is drawn after this read is above `next` anyway.

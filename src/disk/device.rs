@@ -6,16 +6,20 @@
 //!
 //! It does *not* measure, and it trusts what the device says of its cache.
 
+use super::block::BlockDevice;
+use super::files::try_direct;
 use crate::error::{Error, Result};
 use rustix::fs::{AtFlags, StatxFlags};
+use serde::Serialize;
 use std::fmt;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::Path;
 
 /// How writes become durable.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum FlushMethod {
     /// One `fdatasync` for each file that was written.
     PerFile,
@@ -103,29 +107,48 @@ fn obstacle(traits: &DeviceTraits) -> Option<String> {
 
 /// Looks at the directory's file system and at the device below it.
 pub(super) fn look(handle: &File, surely_direct: bool, one_device: bool) -> DeviceTraits {
-    let device = handle.metadata().map_or(0, |meta| meta.dev());
+    let device = handle.metadata().ok().and_then(|meta| BlockDevice::look(Path::new("/sys"), meta.dev()));
+    let device = device.unwrap_or_default();
     DeviceTraits {
         file_system: file_system(handle),
         surely_direct,
         one_device,
-        write_through: queue_setting(device, "write_cache").is_some_and(|s| s == "write through"),
-        fua: queue_setting(device, "fua").is_some_and(|s| s == "1"),
+        write_through: device.write_cache.is_some_and(|cache| cache == "write through"),
+        fua: device.fua == Some(true),
     }
 }
 
-/// A setting of the queue of the block device that has the number `device`, or of the one that it is a partition of.
-fn queue_setting(device: u64, name: &str) -> Option<String> {
-    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
-    let block = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
-    let text =
-        ["queue", "../queue"].iter().find_map(|queue| std::fs::read_to_string(block.join(queue).join(name)).ok());
-    text.map(|text| text.trim().to_string())
+/// What a store in a directory would find there.
+pub(crate) struct Prospect {
+    /// The file system's name, or its magic number.
+    pub file_system: String,
+    /// Bytes that this user may still fill, if the file system says.
+    pub free_bytes: Option<u64>,
+    /// Whether transfers pass the page cache by, and how writes become durable.
+    pub transfers: Result<(bool, FlushMethod)>,
+}
+
+impl Prospect {
+    /// Tries it in `directory`, which is `path`; leaves nothing behind.
+    pub(crate) fn of(directory: &File, path: &Path) -> Prospect {
+        let transfers = try_direct(directory, path).and_then(|(works, surely)| {
+            let flush = choose(&look(directory, surely, true), FlushChoice::Auto)?;
+            Ok((works, flush))
+        });
+        Prospect { file_system: file_system(directory), free_bytes: free_bytes(directory), transfers }
+    }
 }
 
 /// Whether the kernel says that it transfers directly; `None` if it does not say.
 pub(super) fn says_direct(file: &File) -> Option<bool> {
     let stat = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
     (stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0).then_some(stat.stx_dio_offset_align != 0)
+}
+
+/// Bytes that this user may still fill, if the file system says; those in memory say nothing: no blocks, none free.
+pub(super) fn free_bytes(handle: impl AsFd) -> Option<u64> {
+    let stat = rustix::fs::fstatvfs(handle).ok().filter(|stat| stat.f_blocks > 0)?;
+    Some(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
 /// The name of the file system, from the magic numbers of statfs(2).
@@ -136,6 +159,7 @@ fn file_system(handle: impl AsFd) -> String {
         0x5846_5342 => "xfs",
         0x9123_683e => "btrfs",
         0x0102_1994 => "tmpfs",
+        0x8584_58f6 => "ramfs",
         0x794c_7630 => "overlayfs",
         0x2fc1_2fc1 => "zfs",
         0xf2f5_2010 => "f2fs",

@@ -8,7 +8,7 @@ use super::report::DiskReport;
 use super::uring::{UringDisk, UringOptions};
 use super::waker::DiskWaker;
 use super::{Completion, Disk, DiskOp, FileId, OpId};
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::pool::Mapping;
 use crate::types::Micros;
 use std::sync::Arc;
@@ -56,6 +56,12 @@ impl FileDisk {
                 Ok(disk) => return Ok(FileDisk::Ring(Box::new(disk))),
                 Err(e) if options.choice == DriverChoice::Auto && e.kind() == ErrorKind::Unsupported => {
                     why_not = Some(e.to_string());
+                }
+                Err(e) if e.kind() == ErrorKind::Unsupported => {
+                    return Err(Error::new(
+                        ErrorKind::Unsupported,
+                        format_args!("{e}: take the portable driver, or let `corepage doctor` say what mends it"),
+                    ));
                 }
                 Err(e) => return Err(e),
             }

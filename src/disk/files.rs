@@ -17,7 +17,7 @@
 
 use super::FileId;
 use super::device::{self, DeviceTraits, FlushChoice, FlushMethod};
-use super::flush::{Failure, RoundFiles, Rounds};
+use super::flush::{Failure, Round, RoundFiles, Rounds, Waiter};
 use super::report::{DiskReport, Polling};
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::{BLOCK, SegmentNo, ShardId};
@@ -84,6 +84,10 @@ impl StoreFile {
 
     pub(super) fn get(&self) -> Option<&File> {
         self.file.get()
+    }
+
+    fn is_settled(&self) -> bool {
+        self.settled.load(Ordering::Acquire)
     }
 
     pub(super) fn set_settled(&self) {
@@ -171,7 +175,7 @@ impl Files {
     }
 
     /// The rounds in which a flush of `file` takes part, for a disk that has `own`.
-    pub(super) fn rounds<'a>(&self, own: &'a Arc<Rounds>, file: &'a StoreFile) -> &'a Arc<Rounds> {
+    fn rounds<'a>(&self, own: &'a Arc<Rounds>, file: &'a StoreFile) -> &'a Arc<Rounds> {
         match self.method {
             FlushMethod::Shared => own,
             FlushMethod::PerFile | FlushMethod::Dsync => &file.rounds,
@@ -183,25 +187,38 @@ impl Files {
         self.method == FlushMethod::Dsync && matches!(id, FileId::Log(..))
     }
 
-    /// Those of `files` that a flush has to ask for: one of each set of rounds, and no file whose writes are all
-    /// durable already.
+    /// Those of `files` whose flush has to be asked for: no file whose writes are all durable already, and one for all
+    /// where that is enough. It is not for a file that was never flushed since it was opened: a process that died may
+    /// have left it longer than its metadata on the device says, or in the page cache.
     ///
     /// # Errors
     /// `Invalid` if the store is open for reading only, `Io` if one of them does not exist.
-    pub(super) fn to_flush(&self, own: &Arc<Rounds>, files: &[Arc<StoreFile>]) -> Result<RoundFiles> {
+    pub(super) fn to_flush(&self, files: &[Arc<StoreFile>]) -> Result<RoundFiles> {
         let mut found = RoundFiles::new();
         for file in files {
             self.may_write("flush", file.id)?;
             if file.get().is_none() {
                 return Err(self.error(file.id, "flushing", std::io::ErrorKind::NotFound.into()));
             }
-            let durable = self.writes_durably(file.id) && file.settled.load(Ordering::Acquire);
-            let known = || found.iter().any(|other| Arc::ptr_eq(self.rounds(own, other), self.rounds(own, file)));
-            if !durable && !known() {
+            let covered = file.is_settled()
+                && (self.writes_durably(file.id) || (self.method == FlushMethod::Shared && !found.is_empty()));
+            if !covered && !found.iter().any(|other| Arc::ptr_eq(other, file)) {
                 found.push(file.clone());
             }
         }
         Ok(found)
+    }
+
+    /// Asks for a flush of `file`, for a disk that has `own`; `exactly` (after an allocation): of no other in its stead.
+    /// `Some`: the caller is to lead the round.
+    pub(super) fn join(
+        &self,
+        own: &Arc<Rounds>,
+        file: &Arc<StoreFile>,
+        exactly: bool,
+        waiter: Waiter,
+    ) -> Option<Round> {
+        self.rounds(own, file).join(file, exactly || !file.is_settled(), waiter)
     }
 
     /// What file system and device are like.
@@ -225,8 +242,7 @@ impl Files {
     }
 
     pub(super) fn set_direct(&self, file: &File) -> rustix::io::Result<()> {
-        let flags = rustix::fs::fcntl_getfl(file)?;
-        rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT)
+        set_direct(file)
     }
 
     /// Opens and locks `file`, if it is not open yet; `create` makes it if it is missing.
@@ -303,35 +319,12 @@ impl Files {
             let _ = rustix::fs::fcntl_setfl(file, flags);
             return Ok((works, false));
         }
-        let scratch = self.scratch()?;
-        let mut block = Box::new(Block([0x5a; BLOCK]));
-        let works =
-            self.set_direct(&scratch).is_ok() && matches!(rustix::io::pwrite(&scratch, &block.0, 0), Ok(BLOCK)) && {
-                block.0.fill(0);
-                matches!(rustix::io::pread(&scratch, &mut block.0, 0), Ok(BLOCK)) && block.0 == [0x5a; BLOCK]
-            };
-        let says = device::says_direct(&scratch);
-        Ok((works && says != Some(false), works && says == Some(true)))
+        try_direct(&self.handle, &self.path)
     }
 
-    /// A file that is gone when it is closed. That it can be made shows that the directory can be written.
+    /// A file that is gone when it is closed.
     pub(super) fn scratch(&self) -> Result<File> {
-        let mode = Mode::from_raw_mode(0o600);
-        let flags = OFlags::RDWR | OFlags::CLOEXEC;
-        if let Ok(file) = rustix::fs::openat(&self.handle, ".", flags | OFlags::TMPFILE, mode) {
-            return Ok(file.into());
-        }
-        let name = format!(".corepage-probe-{}", std::process::id());
-        let made = rustix::fs::openat(&self.handle, name.as_str(), flags | OFlags::CREATE | OFlags::EXCL, mode);
-        let made = made.map_err(|e| {
-            let context = format_args!(
-                "the directory {} can't be written: give this user the right to, or use another",
-                self.path.display()
-            );
-            Error::io(context, e.into())
-        })?;
-        let _ = rustix::fs::unlinkat(&self.handle, name.as_str(), rustix::fs::AtFlags::empty());
-        Ok(made.into())
+        scratch(&self.handle, &self.path)
     }
 
     pub(super) fn may_write(&self, what: &str, id: FileId) -> Result<()> {
@@ -352,7 +345,7 @@ impl Files {
 
     /// Whether the file system says that it has `bytes` left for this user; if it does not say, they may be there.
     pub(super) fn has_room(&self, bytes: u64) -> bool {
-        rustix::fs::fstatvfs(&self.handle).map_or(true, |fs| fs.f_bavail.saturating_mul(fs.f_frsize) >= bytes)
+        device::free_bytes(&self.handle).is_none_or(|free| free >= bytes)
     }
 
     /// Makes the names of files that were created durable.
@@ -388,6 +381,47 @@ impl fmt::Debug for Files {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "the files in {}", self.path.display())
     }
+}
+
+/// Whether a block can be written and read directly in `directory`, which is `path`, and whether the kernel vouches for
+/// it. Leaves nothing behind.
+///
+/// # Errors
+/// `Io`: the directory can't be written.
+pub(super) fn try_direct(directory: &File, path: &Path) -> Result<(bool, bool)> {
+    let scratch = scratch(directory, path)?;
+    let mut block = Box::new(Block([0x5a; BLOCK]));
+    let works = set_direct(&scratch).is_ok() && matches!(rustix::io::pwrite(&scratch, &block.0, 0), Ok(BLOCK)) && {
+        block.0.fill(0);
+        matches!(rustix::io::pread(&scratch, &mut block.0, 0), Ok(BLOCK)) && block.0 == [0x5a; BLOCK]
+    };
+    let says = device::says_direct(&scratch);
+    Ok((works && says != Some(false), works && says == Some(true)))
+}
+
+fn set_direct(file: &File) -> rustix::io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(file)?;
+    rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT)
+}
+
+/// A file that is gone when it is closed. That it can be made shows that the directory can be written.
+fn scratch(directory: &File, path: &Path) -> Result<File> {
+    let mode = Mode::from_raw_mode(0o600);
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    if let Ok(file) = rustix::fs::openat(directory, ".", flags | OFlags::TMPFILE, mode) {
+        return Ok(file.into());
+    }
+    let name = format!(".corepage-probe-{}", std::process::id());
+    let made = rustix::fs::openat(directory, name.as_str(), flags | OFlags::CREATE | OFlags::EXCL, mode);
+    let made = made.map_err(|e| {
+        let context = format_args!(
+            "the directory {} can't be written: give this user the right to, or use another",
+            path.display()
+        );
+        Error::io(context, e.into())
+    })?;
+    let _ = rustix::fs::unlinkat(directory, name.as_str(), rustix::fs::AtFlags::empty());
+    Ok(made.into())
 }
 
 /// A block at an address that direct I/O takes.

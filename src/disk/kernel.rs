@@ -12,7 +12,7 @@ const OLDEST: (u32, u32) = (4, 14);
 ///
 /// # Errors
 /// `Unsupported`, with both versions.
-pub(super) fn check() -> Result<()> {
+pub(crate) fn check() -> Result<()> {
     let uname = rustix::system::uname();
     judge(&uname.release().to_string_lossy())
 }

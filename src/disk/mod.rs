@@ -13,20 +13,27 @@
 //!
 //! It does *not*: checksum, retry at another place, or know what the bytes mean.
 
+mod block;
 mod device;
 mod driver;
 mod files;
 mod flush;
 mod kernel;
 pub mod portable;
+mod refusal;
 mod report;
 mod transfer;
 pub mod uring;
 mod waker;
 
+pub use block::BlockDevice;
+pub(crate) use device::Prospect;
 pub use device::{DeviceTraits, FlushChoice, FlushMethod, choose};
 pub use driver::{DriverChoice, DriverOptions, FileDisk};
 pub use files::{Access, FileOptions, Files};
+pub(crate) use kernel::check as check_kernel;
+pub(crate) use refusal::Circumstances;
+pub use refusal::{RingRefusal, RingRefused};
 pub use report::{DiskReport, Polling};
 pub use waker::DiskWaker;
 

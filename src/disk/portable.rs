@@ -236,8 +236,7 @@ impl Worker {
     /// Has the files flushed, and completes the operation then. An allocation needs that very file's flush.
     fn flush(&self, id: OpId, op: DiskOp, files: SmallVec<[Arc<StoreFile>; 1]>) {
         let exactly = matches!(op, DiskOp::Allocate { .. });
-        let wanted =
-            if exactly { Ok(files.iter().cloned().collect()) } else { self.files.to_flush(&self.rounds, &files) };
+        let wanted = if exactly { Ok(files.iter().cloned().collect()) } else { self.files.to_flush(&files) };
         drop(files);
         let wanted = match wanted {
             Ok(wanted) if !wanted.is_empty() => wanted,
@@ -253,7 +252,7 @@ impl Worker {
                     owner.unpark();
                 }
             };
-            let round = self.files.rounds(&self.rounds, &file).join(&file, exactly, Waiter::Call(Box::new(call)));
+            let round = self.files.join(&self.rounds, &file, exactly, Waiter::Call(Box::new(call)));
             drop(file);
             if let Some(round) = round {
                 transfer::lead(&self.files, round);

@@ -60,10 +60,11 @@ impl DiskReport {
 impl fmt::Display for DiskReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let how = if self.direct { "direct I/O" } else { "buffered I/O (no direct I/O on this file system)" };
-        write!(f, "{} on {}, {how}, {}, depth {}", self.driver, self.file_system, self.flush, self.depth)?;
+        f.write_str(self.driver)?;
         if let Some(why) = &self.fallback {
-            write!(f, " ({why})")?;
+            write!(f, ", because {why},")?;
         }
+        write!(f, " on {}, {how}, {}, depth {}", self.file_system, self.flush, self.depth)?;
         if self.ring_entries == 0 {
             return Ok(());
         }

@@ -28,6 +28,7 @@ mod ring;
 mod targets;
 
 pub use probe::probe;
+pub(crate) use probe::probe_ordinary;
 
 use super::files::{Access, FileOptions, Files, StoreFile};
 use super::flush::{Leader, Mail, Mailbox, Round, Rounds, Waiter};
@@ -125,15 +126,19 @@ impl UringDisk {
     /// `Unsupported` if io_uring can't be used here, with the reason; take the portable disk then.
     pub fn with_files(files: Arc<Files>, options: &UringOptions) -> Result<UringDisk> {
         probe().map_err(|why| Error::new(ErrorKind::Unsupported, why))?;
-        let depth = options.ring_entries.clamp(4, 4096).next_power_of_two();
         let polling = match options.polling {
             true => probe::polling(&files),
             false => Polling::Off("not asked for".into()),
         };
         let polled = polling == Polling::On;
-        let making = |e| Error::new(ErrorKind::Unsupported, probe::explain("making a ring", &e));
-        let main = Ring::new(depth, polled).map_err(making)?;
-        let second = if polled { Some(Ring::new(depth.min(16), false).map_err(making)?) } else { None };
+        Self::with_rings(files, options, polling, polled)
+    }
+
+    fn with_rings(files: Arc<Files>, options: &UringOptions, polling: Polling, two: bool) -> Result<UringDisk> {
+        let depth = options.ring_entries.clamp(4, 4096).next_power_of_two();
+        let making = |e| Error::new(ErrorKind::Unsupported, probe::refused("making a ring", &e));
+        let main = Ring::new(depth, polling == Polling::On).map_err(making)?;
+        let second = if two { Some(Ring::new(depth.min(16), false).map_err(making)?) } else { None };
         let sleep =
             Sleep::new().map_err(|e| Error::io("making an eventfd (is the limit of open files reached?)", e))?;
         let sleep = Arc::new(sleep);
@@ -215,7 +220,7 @@ impl UringDisk {
     fn begin_flush(&mut self, id: OpId, op: DiskOp) {
         let DiskOp::Flush { files } = &op else { unreachable!("only flushes are flushed") };
         let named: Vec<_> = files.iter().map(|&file| self.files.file(file)).collect();
-        match self.files.to_flush(&self.rounds, &named) {
+        match self.files.to_flush(&named) {
             Ok(wanted) if !wanted.is_empty() => {
                 let op = Op { id, op, target: None, parts: Default::default(), left: 0, error: None };
                 let key = self.ops.insert(op) as u32;
@@ -224,7 +229,7 @@ impl UringDisk {
                 self.awaits_mail += wanted.len();
                 for file in wanted {
                     let waiter = Waiter::Ring(self.mailbox.clone(), key);
-                    if let Some(round) = self.files.rounds(&self.rounds, &file).join(&file, false, waiter) {
+                    if let Some(round) = self.files.join(&self.rounds, &file, false, waiter) {
                         self.lead(round);
                     }
                 }

@@ -34,7 +34,7 @@ pub struct TableHead {
 
 /// One extent as of a checkpoint. All zeros: free.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Default)]
 pub struct TableRow {
     /// 0 = free, 1 = in use.
     pub state: u8,

@@ -76,7 +76,7 @@ pub struct Head {
     pub watermark: U64,
     /// The newest superblock when this group was submitted.
     pub superblock_generation: U64,
-    /// All LSNs that this group accounts for, whether or not a commit uses them.
+    /// All LSNs that this shard drew and this group accounts for, whether or not a commit uses them.
     pub runs: [RawRun; RUNS_MAX],
     /// Nonce of the encryption.
     pub nonce: [u8; 12],
@@ -86,7 +86,7 @@ pub struct Head {
     pub reserved2: [u8; 4],
 }
 
-/// Head of the record of one commit; [`RawChange`]s follow.
+/// Head of the record of one commit; [`RawChange`]s follow, behind the [`RawParts`] if it is a commit over shards.
 #[repr(C)]
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 pub struct RawRecord {
@@ -96,10 +96,18 @@ pub struct RawRecord {
     pub bytes: U32,
     /// Changes.
     pub changes_count: U32,
-    /// 0 = a whole commit. Others (parts of a commit over shards) later.
+    /// 0 = a whole commit, 1 = the owner's part of a commit over shards, 2 = another shard's part of one.
     pub kind: u8,
     /// Zero.
     pub reserved: [u8; 7],
+}
+
+/// The other shards of a commit over shards: it counts only if each of them has logged its part under the same LSN.
+#[repr(C)]
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+pub struct RawParts {
+    /// In the owner's record: a bit for each other shard that has a part. In another's: the bit of the owner.
+    pub shards: U64,
 }
 
 /// One change; the bytes of a patch follow it.
@@ -141,7 +149,7 @@ pub struct RawSlot {
 }
 
 const _: () = assert!(HEAD_BYTES == 256 && size_of::<RawRecord>() == 24);
-const _: () = assert!(size_of::<RawChange>() == 20 && size_of::<RawSlot>() == 80);
+const _: () = assert!(size_of::<RawChange>() == 20 && size_of::<RawSlot>() == 80 && size_of::<RawParts>() == 8);
 
 /// A sealed head in memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -329,10 +337,42 @@ pub struct Body<'a> {
     pub slots: Vec<Slot>,
 }
 
-/// A commit as logged.
+/// What a record is of its commit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// All of it.
+    Whole,
+    /// The part of the shard that drew the LSN; the bits are the other shards that have parts.
+    Owner(u64),
+    /// The part of another shard.
+    Part(u64),
+}
+
+impl Role {
+    /// The number on disk.
+    pub fn kind(self) -> u8 {
+        match self {
+            Role::Whole => 0,
+            Role::Owner(_) => 1,
+            Role::Part(_) => 2,
+        }
+    }
+
+    /// The shards that the record names; `None` in the record of a whole commit.
+    pub fn shards(self) -> Option<u64> {
+        match self {
+            Role::Whole => None,
+            Role::Owner(shards) | Role::Part(shards) => Some(shards),
+        }
+    }
+}
+
+/// A commit, or a part of one, as logged.
 pub struct Record<'a> {
     /// The commit.
     pub lsn: Lsn,
+    /// What this is of it.
+    pub role: Role,
     /// Its changes, in order.
     pub changes: Vec<LoggedChange<'a>>,
 }
@@ -368,18 +408,32 @@ impl<'a> Body<'a> {
             let raw: &RawRecord = get(self.records, at)?;
             let end = at.checked_add(raw.bytes.get() as usize).filter(|end| *end <= self.records.len())?;
             let mut next = at + size_of::<RawRecord>();
+            let role = self.role(raw.kind, &mut next)?;
             let mut changes = Vec::new();
             for _ in 0..raw.changes_count.get() {
                 let change = self.change(&mut next)?;
                 changes.push(change);
             }
-            if raw.kind != 0 || next != end {
+            if next != end {
                 return None;
             }
-            records.push(Record { lsn: Lsn::new(raw.lsn.get()), changes });
+            records.push(Record { lsn: Lsn::new(raw.lsn.get()), role, changes });
             at = end;
         }
         Some(records)
+    }
+
+    fn role(&self, kind: u8, at: &mut usize) -> Option<Role> {
+        if kind == 0 {
+            return Some(Role::Whole);
+        }
+        let parts: &RawParts = get(self.records, *at)?;
+        *at += size_of::<RawParts>();
+        match kind {
+            1 => Some(Role::Owner(parts.shards.get())),
+            2 => Some(Role::Part(parts.shards.get())),
+            _ => None,
+        }
     }
 
     fn change(&self, at: &mut usize) -> Option<LoggedChange<'a>> {

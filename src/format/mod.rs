@@ -21,7 +21,7 @@ use crate::checksum::crc32c_append;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// The version of everything described here. Another version is refused with a clear error.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 /// A type that is its own bytes.
 pub(crate) trait Plain: FromBytes + IntoBytes + Immutable + KnownLayout + Unaligned {}

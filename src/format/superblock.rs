@@ -37,7 +37,7 @@ pub struct Head {
     pub shards_count: U16,
     /// 1 after a clean close: the logs hold nothing that is needed.
     pub clean: u8,
-    /// How flushes are made: 0 = `fdatasync` of each file written. Others later.
+    /// Zero: the flush method is chosen anew at each open.
     pub flush_method: u8,
     /// Random, made with the store.
     pub store_id: [u8; 16],
@@ -53,7 +53,8 @@ pub struct Head {
     pub checkpoint: U64,
     /// All commits up to here were durable when this was written.
     pub watermark: U64,
-    /// No LSN from here on was drawn when this was written after recovery or at close.
+    /// After recovery, until a checkpoint has something of the epoch: the LSN after the cut. Then: no LSN from here on was
+    /// drawn when the last step of the checkpoint began.
     pub next_lsn: U64,
     /// Bytes of an extent.
     pub extent_bytes: U64,

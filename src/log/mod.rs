@@ -14,7 +14,7 @@
 
 mod open;
 
-pub(crate) use open::{Chunks, OpenGroup, OpenSlot};
+pub(crate) use open::{Chunks, OpenGroup, OpenSlot, PartRef};
 
 use crate::format::superblock::LogEnd;
 use crate::pool::Frame;
@@ -37,7 +37,10 @@ pub(crate) enum GroupState {
 /// A group on its way to the device.
 pub(crate) struct InFlight {
     pub number: u64,
+    /// The lowest LSN that this shard drew for it; [`Lsn::MAX`] if it holds parts only.
     pub first_lsn: Lsn,
+    /// Commits over shards whose part here becomes durable with it.
+    pub parts: Vec<PartRef>,
     pub state: GroupState,
     pub segment: SegmentNo,
     /// It has pages written straight to the data space.
@@ -185,21 +188,23 @@ impl Log {
         (!set.numbers.is_empty()).then_some(set)
     }
 
-    /// A flush that covered `numbers` succeeded. Returns the buffers of the groups that became durable in order.
-    pub(crate) fn flushed(&mut self, numbers: &[u64]) -> Vec<Frame> {
+    /// A flush that covered `numbers` succeeded. Returns what is in the groups that became durable in order.
+    pub(crate) fn flushed(&mut self, numbers: &[u64]) -> (Vec<Frame>, Vec<PartRef>) {
         for group in self.in_flight.iter_mut().filter(|g| numbers.contains(&g.number)) {
             group.state = GroupState::Durable;
         }
-        let mut chunks = Vec::new();
-        while self.in_flight.front().is_some_and(|g| g.state == GroupState::Durable) {
-            chunks.extend(self.in_flight.pop_front().into_iter().flat_map(|g| g.chunks));
+        let (mut chunks, mut parts) = (Vec::new(), Vec::new());
+        while let Some(group) = self.in_flight.pop_front_if(|group| group.state == GroupState::Durable) {
+            chunks.extend(group.chunks);
+            parts.extend(group.parts);
         }
-        chunks
+        (chunks, parts)
     }
 
-    /// The lowest LSN that is drawn and not durable.
+    /// The lowest LSN that this shard has drawn and that is not durable in this log.
     pub(crate) fn bound(&self) -> Lsn {
-        self.in_flight.front().map(|g| g.first_lsn).or_else(|| self.open.first_lsn()).unwrap_or(Lsn::MAX)
+        let flying = self.in_flight.iter().map(|group| group.first_lsn);
+        flying.chain(self.open.first_lsn()).min().unwrap_or(Lsn::MAX)
     }
 
     /// The end of the log, for a clean close.

@@ -1,15 +1,17 @@
 //! The group in the making: records gather in chunks of the arena until it is closed.
 //!
 //! Invariants
-//! 1. Records stand in LSN order. All LSNs drawn for this group are in its runs, used or not.
-//! 2. A slot stands for one page within one run: further changes of the page in the same run are absorbed by it.
-//!    A cut can fall between two runs, never within one, so no state that a crash can ask for is lost.
+//! 1. Records of one page stand in LSN order. All LSNs that this shard drew for the group are in its runs, used or not;
+//!    a part of another shard's commit is recorded, and its owner accounts for the LSN.
+//! 2. A slot stands for one page within one *era*: further changes of the page in the same era are absorbed by it. An
+//!    era ends with a run, and before and after each commit over shards: a cut can fall between two eras, never within
+//!    one, so no state that a crash can ask for is lost.
 //! 3. Nothing here is written to a device before [`OpenGroup::finish`] has sealed it.
 
 use crate::checksum::crc32c_append;
-use crate::format::group::{GroupHead, HEAD_BYTES, RUNS_MAX, RawChange, RawRecord, RawSlot, Slot};
+use crate::format::group::{GroupHead, HEAD_BYTES, RUNS_MAX, RawChange, RawParts, RawRecord, RawSlot, Role, Slot};
 use crate::pool::{Frame, FrameRef};
-use crate::types::{BLOCK, Lsn, Micros, PageKey};
+use crate::types::{BLOCK, Lsn, Micros, PageKey, ShardId};
 use zerocopy::IntoBytes;
 
 /// Buffers of equal size, taken from the arena once.
@@ -34,11 +36,11 @@ pub(crate) struct OpenSlot {
     pub key: PageKey,
     /// Of the newest change that the image holds.
     pub lsn: Lsn,
-    /// In which run.
-    pub run: usize,
-    /// The image, if the page was changed again in a later run.
+    /// In which era.
+    pub era: u32,
+    /// The image, if the page was changed again in a later era.
     pub sealed: Option<FrameRef>,
-    /// Freed again in the same run: nothing is written.
+    /// Freed again in the same era: nothing is written.
     pub dead: bool,
 }
 
@@ -50,18 +52,30 @@ pub(crate) struct OpenGroup {
     record_at: usize,
     record_changes: u32,
     runs: Vec<(Lsn, u64)>,
+    era: u32,
+    last_lsn: Lsn,
     commits_count: u32,
     /// Page images.
     pub slots: Vec<OpenSlot>,
-    /// When its first LSN was drawn.
+    /// When the first thing came into it.
     pub opened_at: Micros,
     /// Somebody waits for its durability.
     pub urgent: bool,
+    /// Commits over shards whose part here becomes durable with it.
+    pub parts: Vec<PartRef>,
+}
+
+/// A commit over shards, by its owner and the owner's number for it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub(crate) struct PartRef {
+    pub owner: ShardId,
+    pub txn: u64,
 }
 
 /// A group ready to be written: `body` are its bytes without inline pages.
 pub(crate) struct Finished {
     pub chunks: Vec<Frame>,
+    pub parts: Vec<PartRef>,
     pub body_len: usize,
 }
 
@@ -74,29 +88,38 @@ impl OpenGroup {
             record_at: 0,
             record_changes: 0,
             runs: Vec::new(),
+            era: 0,
+            last_lsn: Lsn::ZERO,
             commits_count: 0,
             slots: Vec::new(),
             opened_at: 0,
             urgent: false,
+            parts: Vec::new(),
         }
     }
 
-    /// Nothing was drawn for it.
+    /// Nothing was drawn for it, and no part is in it.
     pub(crate) fn is_empty(&self) -> bool {
-        self.runs.is_empty()
+        self.runs.is_empty() && self.len == HEAD_BYTES
     }
 
     pub(crate) fn first_lsn(&self) -> Option<Lsn> {
         self.runs.first().map(|(first, _)| *first)
     }
 
+    /// The highest LSN in it, parts included.
     pub(crate) fn last_lsn(&self) -> Lsn {
-        self.runs.last().map_or(Lsn::ZERO, |(first, count)| first.plus(count - 1))
+        self.last_lsn
     }
 
-    /// Index of the run that is being filled.
-    pub(crate) fn run(&self) -> usize {
-        self.runs.len().saturating_sub(1)
+    /// The era that is being filled.
+    pub(crate) fn era(&self) -> u32 {
+        self.era
+    }
+
+    /// A cut may fall here.
+    pub(crate) fn end_era(&mut self) {
+        self.era += 1;
     }
 
     /// Whether one more run, not adjoining the last, would not fit.
@@ -109,29 +132,41 @@ impl OpenGroup {
         (self.len + bytes + (self.slots.len() + slots) * size_of::<RawSlot>()).div_ceil(BLOCK) as u32
     }
 
-    /// Whether the stock has the chunks for a body of `blocks`.
-    pub(crate) fn stock_suffices(&self, blocks: u32) -> bool {
-        let chunks = (blocks as usize * BLOCK).div_ceil(self.chunks.bytes);
+    /// Whether the stock has the chunks for bodies of `blocks` in all, of which up to `more` may begin a chunk too many.
+    pub(crate) fn stock_suffices(&self, blocks: u32, more: usize) -> bool {
+        let chunks = (blocks as usize * BLOCK).div_ceil(self.chunks.bytes) + more;
         chunks <= self.filled.len() + self.chunks.stock.len()
     }
 
     /// Accounts for `count` LSNs from `first`.
     pub(crate) fn add_run(&mut self, first: Lsn, count: u64, now: Micros) {
-        if self.runs.is_empty() {
-            self.opened_at = now;
-        }
+        self.begin_at(now);
         match self.runs.last_mut() {
             Some((last_first, last_count)) if last_first.plus(*last_count) == first => *last_count += count,
-            _ => self.runs.push((first, count)),
+            _ => {
+                self.runs.push((first, count));
+                self.end_era();
+            }
         }
-        debug_assert!(self.runs.len() <= RUNS_MAX);
+        self.last_lsn = self.last_lsn.max(first.plus(count - 1));
+        assert!(self.runs.len() <= RUNS_MAX, "admission left a run free");
     }
 
-    /// Begins the record of a commit.
-    pub(crate) fn begin_record(&mut self) {
+    fn begin_at(&mut self, now: Micros) {
+        if self.is_empty() {
+            self.opened_at = now;
+        }
+    }
+
+    /// Begins the record of a commit, or of a part of one.
+    pub(crate) fn begin_record(&mut self, role: Role, now: Micros) {
+        self.begin_at(now);
         self.record_at = self.len;
         self.record_changes = 0;
         self.append(&[0; size_of::<RawRecord>()]);
+        if let Some(shards) = role.shards() {
+            self.append(RawParts { shards: shards.into() }.as_bytes());
+        }
     }
 
     /// One change of the commit; `patch` are the bytes of a patch, empty otherwise.
@@ -151,16 +186,17 @@ impl OpenGroup {
     }
 
     /// Ends the record.
-    pub(crate) fn end_record(&mut self, lsn: Lsn) {
+    pub(crate) fn end_record(&mut self, role: Role, lsn: Lsn) {
+        self.last_lsn = self.last_lsn.max(lsn);
         let raw = RawRecord {
             lsn: lsn.get().into(),
             bytes: ((self.len - self.record_at) as u32).into(),
             changes_count: self.record_changes.into(),
-            kind: 0,
+            kind: role.kind(),
             reserved: [0; 7],
         };
         self.overwrite(self.record_at, raw.as_bytes());
-        self.commits_count += 1;
+        self.commits_count += u32::from(!matches!(role, Role::Part(_)));
     }
 
     fn append(&mut self, bytes: &[u8]) {
@@ -204,9 +240,11 @@ impl OpenGroup {
         self.overwrite(0, &sealed);
         self.len = HEAD_BYTES;
         self.commits_count = 0;
+        self.last_lsn = Lsn::ZERO;
+        self.era = 0;
         self.slots.clear();
         self.urgent = false;
-        Finished { chunks: std::mem::take(&mut self.filled), body_len }
+        Finished { chunks: std::mem::take(&mut self.filled), parts: std::mem::take(&mut self.parts), body_len }
     }
 
     fn body_sum(&self, body_len: usize) -> u32 {

@@ -18,11 +18,12 @@
 //!    checkpoint writes the summaries of the extents still open, each time into the other of two areas. An extent
 //!    gets at most one summary between two checkpoints.
 //!
+//! 6. Each extent has one shard as its home, which fills it, counts in it and frees it. A free one can change its home.
+//!
 //! It plans; the shard writes.
 
-use crate::format::extent::{
-    Item, ItemKind, TABLE_ROWS, TableRow, data_blocks, encode_summary, encode_table, summary_at, summary_blocks,
-};
+use super::foreign::{Foreign, ForeignChanges};
+use crate::format::extent::{Item, ItemKind, TableRow, data_blocks, encode_summary, summary_at, summary_blocks};
 use crate::types::{BLOCK, ExtentNo, Place, VShard};
 use std::collections::BTreeSet;
 
@@ -42,6 +43,8 @@ const STREAMS: usize = 3;
 /// State of an extent.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum ExtentState {
+    /// Another shard is its home.
+    Foreign,
     /// Nothing in it is needed.
     Free,
     /// Being filled.
@@ -72,19 +75,26 @@ struct Extent {
     items: Vec<Item>,
 }
 
-const FREE: Extent = Extent {
-    state: ExtentState::Free,
-    live: 0,
-    assigned: 0,
-    excluded: 0,
-    summary_crc: 0,
-    summary_slot: 0,
-    summarized: 0,
-    is_final: false,
-    summarized_in: 0,
-    next_block: 0,
-    items: Vec::new(),
-};
+const FREE: Extent = Extent::empty(ExtentState::Free);
+const FOREIGN: Extent = Extent::empty(ExtentState::Foreign);
+
+impl Extent {
+    const fn empty(state: ExtentState) -> Extent {
+        Extent {
+            state,
+            live: 0,
+            assigned: 0,
+            excluded: 0,
+            summary_crc: 0,
+            summary_slot: 0,
+            summarized: 0,
+            is_final: false,
+            summarized_in: 0,
+            next_block: 0,
+            items: Vec::new(),
+        }
+    }
+}
 
 #[derive(Default)]
 struct PerVShard {
@@ -107,11 +117,16 @@ pub(crate) struct Space {
     pub data_blocks: u32,
 }
 
-/// All extents that one shard owns.
+/// All extents, and of those that have one shard as their home what is in them.
 pub(crate) struct Extents {
     store_id: [u8; 16],
     extent_blocks: u32,
     extents: Vec<Extent>,
+    /// Those at home here.
+    mine_count: u32,
+    foreign: Foreign,
+    /// Places here that other shards are about to leave.
+    expected: usize,
     free: BTreeSet<u32>,
     open: [Option<ExtentNo>; STREAMS],
     per_vshard: Vec<PerVShard>,
@@ -124,18 +139,23 @@ pub(crate) struct Extents {
 }
 
 impl Extents {
-    /// The extents as a table says; `count` may be more than it has rows: the rest is free.
+    /// The extents as a table says; `count` may be more than it has rows: the rest is free. `is_mine`: which are at home
+    /// here.
     pub(crate) fn new(
         store_id: [u8; 16],
         extent_blocks: u32,
         vshards_count: u32,
         rows: &[TableRow],
         count: u32,
+        is_mine: impl Fn(ExtentNo) -> bool,
     ) -> Self {
         let mut this = Extents {
             store_id,
             extent_blocks,
             extents: Vec::new(),
+            mine_count: 0,
+            foreign: Foreign::new(vshards_count),
+            expected: 0,
             free: BTreeSet::new(),
             open: [None; STREAMS],
             per_vshard: (0..vshards_count).map(|_| PerVShard::default()).collect(),
@@ -144,8 +164,10 @@ impl Extents {
             live_blocks: 0,
             interval: 1,
         };
-        this.grow(count);
-        for (i, row) in rows.iter().enumerate().take(count as usize).filter(|(_, row)| row.state == 1) {
+        this.cover(count);
+        this.grant((0..count).map(ExtentNo::new).filter(|no| is_mine(*no)));
+        let in_use = |(i, row): &(usize, &TableRow)| row.state == 1 && is_mine(ExtentNo::new(*i as u32));
+        for (i, row) in rows.iter().enumerate().take(count as usize).filter(in_use) {
             let live = u32::from(row.live.get());
             this.extents[i] = Extent {
                 state: ExtentState::Closed,
@@ -160,10 +182,42 @@ impl Extents {
         this
     }
 
-    /// Appends free extents until there are `count`.
-    pub(crate) fn grow(&mut self, count: u32) {
-        self.free.extend(self.extents.len() as u32..count);
-        self.extents.resize(self.extents.len().max(count as usize), FREE);
+    /// There are `count` extents at least; new ones are not at home here before they are [granted](Self::grant).
+    pub(crate) fn cover(&mut self, count: u32) {
+        self.extents.resize(self.extents.len().max(count as usize), FOREIGN);
+    }
+
+    /// Free extents that are at home here from now on.
+    pub(crate) fn grant(&mut self, extents: impl IntoIterator<Item = ExtentNo>) {
+        for no in extents {
+            self.cover(no.get() + 1);
+            let extent = &mut self.extents[no.index()];
+            assert_eq!(extent.state, ExtentState::Foreign, "{no:?} is granted once");
+            *extent = FREE;
+            self.free.insert(no.get());
+            self.mine_count += 1;
+        }
+    }
+
+    /// Gives up to `count` free extents away.
+    pub(crate) fn give_away(&mut self, count: usize) -> Vec<ExtentNo> {
+        let given: Vec<u32> = self.free.iter().rev().take(count).copied().collect();
+        for no in &given {
+            self.free.remove(no);
+            self.extents[*no as usize] = FOREIGN;
+            self.mine_count -= 1;
+        }
+        given.into_iter().map(ExtentNo::new).collect()
+    }
+
+    /// Extents of all homes that are known here.
+    pub(crate) fn count(&self) -> u32 {
+        self.extents.len() as u32
+    }
+
+    /// Whether `no` is at home here.
+    pub(crate) fn is_mine(&self, no: ExtentNo) -> bool {
+        self.extents.get(no.index()).is_some_and(|extent| extent.state != ExtentState::Foreign)
     }
 
     /// Blocks for data in an extent.
@@ -174,7 +228,7 @@ impl Extents {
     /// Sums.
     pub(crate) fn space(&self) -> Space {
         Space {
-            total: self.extents.len() as u32,
+            total: self.mine_count,
             free: self.free.len() as u32,
             live_blocks: self.live_blocks,
             data_blocks: self.data_blocks(),
@@ -187,7 +241,7 @@ impl Extents {
         let at = self.summary_place(no);
         let extent = &mut self.extents[no.index()];
         let was = extent.state;
-        if was == ExtentState::Adopting {
+        if matches!(was, ExtentState::Adopting | ExtentState::Foreign) {
             return None;
         }
         self.free.remove(&no.get());
@@ -219,14 +273,47 @@ impl Extents {
         }
     }
 
-    /// During recovery: a place that a log record names, now to be named by the map too.
-    pub(crate) fn adopt(&mut self, place: Place, what: ItemKind) {
+    /// During recovery: the map of `vshard` names from now on a place that a log record names.
+    pub(crate) fn adopt(&mut self, vshard: VShard, place: Place, what: ItemKind) {
+        if !self.is_mine(place.extent) {
+            self.foreign.name(vshard, place, what);
+            return;
+        }
+        self.list(place, what);
+        self.extents[place.extent.index()].assigned += 1;
+        self.name_page(vshard, place);
+    }
+
+    fn list(&mut self, place: Place, what: ItemKind) {
         let extent = &mut self.extents[place.extent.index()];
         assert_eq!(extent.state, ExtentState::Adopting, "named extents were reserved");
-        extent.assigned += 1;
         if !extent.items.iter().any(|item| item.block == place.block) {
             extent.items.push(Item { block: place.block, what });
         }
+    }
+
+    /// What the capture of another shard means for the extents at home here.
+    pub(crate) fn take_over(&mut self, named: Vec<(Place, ItemKind)>, retired: Vec<Place>, left: Vec<Place>) {
+        for (place, what) in named {
+            self.list(place, what);
+            self.extents[place.extent.index()].live += 1;
+            self.live_blocks += 1;
+        }
+        for place in retired.iter().chain(&left) {
+            self.extents[place.extent.index()].excluded += 1;
+        }
+        self.retiring.extend(retired);
+        self.left_captured.extend(left);
+    }
+
+    /// What the capture of this shard means for the extents of others; called when all is captured.
+    pub(crate) fn hand_over(&mut self) -> ForeignChanges {
+        self.foreign.hand_over()
+    }
+
+    /// Another shard is about to leave a place here.
+    pub(crate) fn expect_left(&mut self) {
+        self.expected += 1;
     }
 
     /// Extents whose last summary is not written yet, and those that are open and have items that their summary
@@ -331,12 +418,18 @@ impl Extents {
 
     /// The map of `vshard` does not name `place` any more.
     pub(crate) fn leave_page(&mut self, vshard: VShard, place: Place) {
+        if !self.is_mine(place.extent) {
+            self.foreign.leave(vshard, place);
+            return;
+        }
         self.per_vshard[vshard.index()].left.push(place);
     }
 
     /// A checkpoint begins: everything left so far will be retired by it.
     pub(crate) fn begin_checkpoint(&mut self) {
         assert!(self.retiring.is_empty(), "one checkpoint at a time");
+        self.foreign.begin_checkpoint();
+        self.expected = 0;
         self.retiring = std::mem::take(&mut self.left_captured);
         for i in 0..self.per_vshard.len() {
             let left = std::mem::take(&mut self.per_vshard[i].left);
@@ -356,6 +449,9 @@ impl Extents {
             extent.live += 1;
             self.live_blocks += 1;
         }
+        self.foreign.captured(vshard);
+        let (retired, foreign): (Vec<Place>, Vec<Place>) = retired.into_iter().partition(|p| self.is_mine(p.extent));
+        foreign.into_iter().for_each(|place| self.foreign.retire(place));
         let mine = &mut self.per_vshard[vshard.index()];
         for extent in mine.fresh.drain(..) {
             self.extents[extent.index()].excluded -= 1;
@@ -368,31 +464,24 @@ impl Extents {
         self.retiring.extend(retired);
     }
 
-    /// Table blocks.
-    pub(crate) fn table_blocks(&self) -> u32 {
-        (self.extents.len() as u32).div_ceil(TABLE_ROWS)
-    }
-
-    /// Fills table block `index` for checkpoint `checkpoint`.
-    pub(crate) fn encode_table(&self, index: u32, checkpoint: u64, out: &mut [u8]) {
-        let from = (index * TABLE_ROWS) as usize;
-        let to = (from + TABLE_ROWS as usize).min(self.extents.len());
-        let row = |e: &Extent| {
+    /// What the table says of the extents at home here: those with something that the new roots name.
+    pub(crate) fn rows(&self) -> Vec<(ExtentNo, TableRow)> {
+        let row = |(i, e): (usize, &Extent)| {
             let live = e.live - e.excluded;
             if live == 0 {
-                return TableRow::default();
+                return None;
             }
             assert!(e.state != ExtentState::Free, "what a root names has a summary");
-            TableRow {
+            let row = TableRow {
                 state: 1,
                 live: (live as u16).into(),
                 summary_crc: e.summary_crc.into(),
                 summary_slot: e.summary_slot,
                 ..TableRow::default()
-            }
+            };
+            Some((ExtentNo::new(i as u32), row))
         };
-        let rows: Vec<_> = self.extents[from..to].iter().map(row).collect();
-        encode_table(self.store_id, index, checkpoint, &rows, out);
+        self.extents.iter().enumerate().filter_map(row).collect()
     }
 
     /// The checkpoint's superblock is durable: what it retired is free. Returns the number of blocks.
@@ -440,6 +529,9 @@ impl Extents {
 
     /// Blocks left by the map that no checkpoint has retired yet.
     pub(crate) fn left_count(&self) -> usize {
-        self.left_captured.len() + self.retiring.len() + self.per_vshard.iter().map(|v| v.left.len()).sum::<usize>()
+        self.expected
+            + self.left_captured.len()
+            + self.retiring.len()
+            + self.per_vshard.iter().map(|v| v.left.len()).sum::<usize>()
     }
 }

@@ -1,6 +1,7 @@
 //! Where everything is: the page map (a radix tree for each virtual shard and volume) and the extents.
 
 mod extents;
+mod foreign;
 mod tree;
 
 pub(crate) use extents::{Extents, Stream};

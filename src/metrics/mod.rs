@@ -47,8 +47,53 @@ pub struct ShardStats {
     pub blocks_live: u64,
     /// Commits refused with `Conflict`.
     pub conflicts: u64,
+    /// Commits over several shards, counted at their owner.
+    pub commits_cross: u64,
+    /// Of those, asked for again because a page was held, or room was short.
+    pub cross_retries: u64,
+    /// Votes against a commit over shards because a page was held.
+    pub holds_met: u64,
+    /// Commits of one shard that waited for a page that was held.
+    pub held_back: u64,
+    /// Messages to other shards.
+    pub messages: u64,
     /// The newest LSN drawn.
     pub last_lsn: u64,
     /// Everything up to here is durable.
     pub durable_lsn: u64,
+}
+
+impl ShardStats {
+    /// Adds the counters of another shard of the same store.
+    pub fn add(&mut self, other: &ShardStats) {
+        self.commits += other.commits;
+        self.page_reads += other.page_reads;
+        self.cache_hits += other.cache_hits;
+        self.page_writes += other.page_writes;
+        self.patches += other.patches;
+        self.frees += other.frees;
+        self.log_groups += other.log_groups;
+        self.log_bytes += other.log_bytes;
+        self.flushes += other.flushes;
+        self.pages_written += other.pages_written;
+        self.page_write_ops += other.page_write_ops;
+        self.absorbed_writes += other.absorbed_writes;
+        self.nodes_written += other.nodes_written;
+        self.device_reads += other.device_reads;
+        self.checksums += other.checksums;
+        self.checkpoints += other.checkpoints;
+        self.extents_compacted += other.extents_compacted;
+        self.pages_moved += other.pages_moved;
+        self.extents_total += other.extents_total;
+        self.extents_free += other.extents_free;
+        self.blocks_live += other.blocks_live;
+        self.conflicts += other.conflicts;
+        self.commits_cross += other.commits_cross;
+        self.cross_retries += other.cross_retries;
+        self.holds_met += other.holds_met;
+        self.held_back += other.held_back;
+        self.messages += other.messages;
+        self.last_lsn = self.last_lsn.max(other.last_lsn);
+        self.durable_lsn = self.durable_lsn.max(other.durable_lsn);
+    }
 }

@@ -4,7 +4,7 @@
 //! 1. The superblock comes last: until it is durable there is no store, and a creation that was cut short begins
 //!    anew.
 //! 2. A directory that ever held a commit is never taken for an unfinished creation: the first block of the first
-//!    log segment tells (the first group of a store always goes there).
+//!    segment of each log tells (the first group of a log always goes there).
 
 use super::load::read_bytes;
 use super::mix;
@@ -13,15 +13,17 @@ use crate::error::{Error, Result};
 use crate::format::extent::{TABLE_ROWS, encode_table, table_offset};
 use crate::format::node::Child;
 use crate::format::root::{self, RootHead, VOLUMES_MAX};
-use crate::format::superblock::{LogEnd, Refusal, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock, VShardState};
-use crate::options::Limits;
+use crate::format::superblock::{
+    LogEnd, Refusal, SHARDS_MAX, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock, VShardState,
+};
+use crate::options::{Geometry, Limits};
 use crate::pool::Arena;
 use crate::types::{BLOCK, Lsn, SegmentNo, ShardId, VShard};
 
-/// Extents of a new store: the reserves of all purposes and a little more; it grows from there.
+/// Extents of a new store for each shard: the reserves of all purposes and a little more; it grows from there.
 const EXTENTS_FIRST: u32 = 16;
 
-/// With fewer, the reserves alone would leave no room for a page.
+/// With fewer for each shard, the reserves alone would leave no room for a page.
 const EXTENTS_MIN: u32 = 12;
 
 /// Whether the files are those of a creation that did not finish: no superblock, and never a commit.
@@ -37,27 +39,36 @@ pub(super) fn is_unfinished(disk: &mut dyn Disk, arena: &mut Arena) -> Result<bo
             Err(_) => {}
         }
     }
-    let first = FileId::Log(ShardId::new(0), SegmentNo::new(0));
-    if disk.len(first)?.unwrap_or(0) < BLOCK as u64 {
-        return Ok(true);
+    for shard in 0..SHARDS_MAX as u16 {
+        let first = FileId::Log(ShardId::new(shard), SegmentNo::new(0));
+        if disk.len(first)?.unwrap_or(0) < BLOCK as u64 {
+            continue;
+        }
+        if read_bytes(disk, arena, first, 0, BLOCK)?.iter().any(|b| *b != 0) {
+            return Ok(false);
+        }
     }
-    Ok(read_bytes(disk, arena, first, 0, BLOCK)?.iter().all(|b| *b == 0))
+    Ok(true)
 }
 
 /// Creates all files and the first superblock.
-pub(super) fn create(disk: &mut dyn Disk, arena: &mut Arena, limits: &Limits, seed: u64) -> Result<()> {
+pub(super) fn create(
+    disk: &mut dyn Disk,
+    arena: &mut Arena,
+    limits: &Limits,
+    shards_count: u16,
+    seed: u64,
+) -> Result<()> {
     let geometry = &limits.geometry;
-    let extents_count = EXTENTS_FIRST.min(limits.data_extents_max);
-    if extents_count < EXTENTS_MIN {
+    let extents_count = (EXTENTS_FIRST * u32::from(shards_count)).min(limits.data_extents_max);
+    let extents_min = EXTENTS_MIN * u32::from(shards_count);
+    if extents_count < extents_min {
         return Err(Error::invalid(format_args!(
-            "data_bytes_max is too small: at least {EXTENTS_MIN} extents of {} bytes are needed",
+            "data_bytes_max is too small: at least {extents_min} extents of {} bytes are needed for {shards_count} shards",
             geometry.extent_bytes
         )));
     }
-    for i in 0..geometry.segments_count {
-        let file = FileId::Log(ShardId::new(0), SegmentNo::new(i));
-        allocate(disk, file, geometry.segment_bytes)?;
-    }
+    make_logs(disk, geometry, shards_count, true)?;
     allocate(disk, FileId::Data, u64::from(extents_count) * geometry.extent_bytes)?;
     let table_blocks = extents_count.div_ceil(TABLE_ROWS);
     allocate(disk, FileId::Table, table_offset(table_blocks, 0))?;
@@ -89,7 +100,7 @@ pub(super) fn create(disk: &mut dyn Disk, arena: &mut Arena, limits: &Limits, se
         next_lsn: Lsn::new(1),
         geometry: geometry.clone(),
         extents_count,
-        logs: vec![LogEnd::default()],
+        logs: vec![LogEnd::default(); usize::from(shards_count)],
         vshards: vec![VShardState::default(); geometry.vshards_count as usize],
     };
     rewrite_copies(disk, arena, &superblock, &Superblock::copies_of(superblock.generation))
@@ -112,6 +123,20 @@ pub(super) fn rewrite_copies(
     Ok(())
 }
 
+/// Makes the log segments of all shards that are not there yet; with `anew` all of them.
+pub(super) fn make_logs(disk: &mut dyn Disk, geometry: &Geometry, shards_count: u16, anew: bool) -> Result<()> {
+    for shard in (0..shards_count).map(ShardId::new) {
+        for segment in (0..geometry.segments_count).map(SegmentNo::new) {
+            let file = FileId::Log(shard, segment);
+            let len = if anew { 0 } else { disk.len(file)?.unwrap_or(0) };
+            if len < geometry.segment_bytes {
+                execute(disk, DiskOp::Allocate { file, from: len, to: geometry.segment_bytes })?;
+            }
+        }
+    }
+    Ok(())
+}
+
 fn allocate(disk: &mut dyn Disk, file: FileId, to: u64) -> Result<()> {
     execute(disk, DiskOp::Allocate { file, from: 0, to }).map(drop)
 }
@@ -120,7 +145,13 @@ fn flush(disk: &mut dyn Disk, files: &[FileId]) -> Result<()> {
     execute(disk, DiskOp::Flush { files: files.into() }).map(drop)
 }
 
-fn write_bytes(disk: &mut dyn Disk, arena: &mut Arena, file: FileId, offset: u64, bytes: &[u8]) -> Result<()> {
+pub(super) fn write_bytes(
+    disk: &mut dyn Disk,
+    arena: &mut Arena,
+    file: FileId,
+    offset: u64,
+    bytes: &[u8],
+) -> Result<()> {
     let mut frames = Vec::new();
     for block in bytes.chunks(BLOCK) {
         let mut frame = arena.alloc(0).ok_or_else(|| Error::invalid("memory_bytes is too small to open a store"))?;

@@ -2,11 +2,14 @@
 //! take requests.
 //!
 //! ```text
-//! superblock --> roots, extent table --clean--> new epoch
-//!                        |not clean
-//!                        v
-//!      scan all logs --> cut --> flush what was read --> redo up to the cut --> checkpoint + new epoch
+//! superblock --> roots, extent table --clean------------------------+
+//!                        |not clean                                  v
+//!      scan all logs --> cut --> flush what was read --> deal out: one shard for each core
+//!                                                                    |
+//!                 each shard redoes its part, all at once, then one checkpoint begins the new epoch
 //! ```
+//! What stands above the line is done here, by one thread; the rest by the shards, wherever they are driven.
+
 //! Invariants
 //! 1. Until the last step nothing that is durable and needed is overwritten: a crash in a recovery only means that
 //!    the next one begins anew, from the same bytes.
@@ -17,7 +20,6 @@
 
 mod create;
 mod load;
-mod replay;
 mod scan;
 
 pub(crate) use load::{FoundSuperblock, Loaded, find_superblock, read_bytes};
@@ -32,8 +34,8 @@ use crate::log::{Chunks, Log};
 use crate::map::{Extents, Map};
 use crate::options::{Limits, Options};
 use crate::pool::Arena;
-use crate::shard::{Effect, LSN_AHEAD_MAX, NewEpoch, Parts, Shard};
-use crate::types::{BLOCK, Lsn, Micros, SegmentNo, ShardId};
+use crate::shard::{LSN_AHEAD_MAX, NewEpoch, Recovering, Setup, Shard};
+use crate::types::{BLOCK, Deal, Lsn, Micros, SegmentNo, ShardId};
 use std::sync::Arc;
 
 /// What opening a store found and did.
@@ -95,89 +97,121 @@ pub(crate) fn begin(
     seed: u64,
     now: Micros,
 ) -> Result<Opening> {
-    assert_eq!(shards_count, 1);
-    let (shard, report) = open(disk, options, seed, now)?;
-    let order = shard.order().clone();
-    Ok(Opening { shards: vec![shard], report, order })
-}
-
-/// Opens the store on `disk`, or creates it, and returns it ready for requests. `seed` is where all randomness
-/// comes from.
-pub(crate) fn open(disk: &mut dyn Disk, options: &Options, seed: u64, now: Micros) -> Result<(Shard, RecoveryReport)> {
     let mut report = RecoveryReport::default();
-    let mut arena = Arena::new((options.memory_bytes / BLOCK as u64).max(512) as u32)?;
+    let mut arena = Arena::new(READ_BLOCKS)?;
     if create::is_unfinished(disk, &mut arena)? {
-        let limits = options.limits(&options.geometry)?;
-        create::create(disk, &mut arena, &limits, seed)?;
+        let limits = options.limits(&options.geometry, shards_count)?;
+        create::create(disk, &mut arena, &limits, shards_count, seed)?;
         report.created = true;
     }
     let FoundSuperblock { superblock, unreadable, warnings } = find_superblock(disk, &mut arena)?;
     report.warnings = warnings;
-    let limits = options.limits(&superblock.geometry)?;
+    let limits = options.limits(&superblock.geometry, shards_count)?;
+    let deal = Deal::new(superblock.geometry.vshards_count, shards_count);
     let loaded = load::load(disk, &mut arena, &superblock)?;
     report.clean = superblock.clean;
-    let scan = if superblock.clean { Scan::nothing(&superblock) } else { scan(disk, &mut arena, &superblock)? };
+    let scan = if superblock.clean { Scan::nothing(&superblock) } else { scan(disk, &mut arena, &superblock, deal)? };
     report.groups_scanned = scan.groups.len() as u64;
     report.groups_torn = scan.torn;
-    report.cut = scan.cut;
+    report.cut = scan.state(&superblock);
+    report.commits_applied = scan.applied;
+    report.commits_dropped = scan.dropped;
     create::rewrite_copies(disk, &mut arena, &superblock, &unreadable)?;
+    create::make_logs(disk, &superblock.geometry, shards_count, false)?;
+    if !superblock.clean {
+        // A dead process may have left writes that we have just read and that no flush has covered.
+        rewrite_doubtful(disk, &mut arena, &superblock, &scan)?;
+        flush_all(disk, &superblock)?;
+    }
     let new_epoch = NewEpoch {
         epoch: superblock.epoch + 1,
         salt: mix(seed ^ superblock.epoch),
-        first_lsn: if superblock.clean { superblock.next_lsn } else { scan.highest.plus(LSN_AHEAD_MAX) },
+        first_lsn: match superblock.clean {
+            // An epoch without a commit leaves the next LSN below its own first.
+            true => superblock.next_lsn.max(superblock.epoch_first_lsn),
+            false => scan.highest.plus(if planted!(LsnsReused) { 1 } else { LSN_AHEAD_MAX }),
+        },
     };
     report.epoch = new_epoch.epoch;
-    let was_clean = superblock.clean;
-    let mut shard = build(disk, arena, limits, superblock, loaded, &scan, new_epoch, seed, now)?;
-    if !was_clean {
-        // A dead process may have left writes that we have just read and that no flush has covered.
-        flush_all(disk, &shard)?;
-        replay::replay(disk, &mut shard, &scan, &mut report, now)?;
-    }
-    shard.begin_epoch(new_epoch);
-    pump(disk, &mut shard, now, |shard| Ok(!shard.checkpoint_under_way()))?;
-    shard.opened(now);
-    Ok((shard, report))
+    let order = Arc::new(GlobalOrder::new(new_epoch.first_lsn, usize::from(shards_count)));
+    let whole = Whole { deal, limits, superblock, loaded, scan, new_epoch, order: order.clone(), seed, now };
+    whole.check_length(disk)?;
+    let shards = deal.shards().map(|id| whole.shard(disk, &mut arena, id, report.cut)).collect::<Result<_>>()?;
+    Ok(Opening { shards, report, order })
 }
 
-#[expect(clippy::too_many_arguments, reason = "one caller, and each is a part of the shard")]
-fn build(
-    disk: &mut dyn Disk,
-    mut arena: Arena,
+/// Memory for what is read before there are shards: enough for one read at a time.
+const READ_BLOCKS: u32 = 512;
+
+/// What all shards are made from.
+struct Whole {
+    deal: Deal,
     limits: Limits,
     superblock: Superblock,
     loaded: Loaded,
-    scan: &Scan,
+    scan: Scan,
     new_epoch: NewEpoch,
+    order: Arc<GlobalOrder>,
     seed: u64,
     now: Micros,
-) -> Result<Shard> {
-    let geometry = &limits.geometry;
-    let extents_count = superblock.extents_count.max(scan.extents_named);
-    let data_bytes = disk.len(FileId::Data)?.unwrap_or(0);
-    if data_bytes < u64::from(extents_count) * geometry.extent_bytes {
-        return Err(Error::corrupt(format_args!(
-            "the data file has {data_bytes} bytes, but {extents_count} extents of {} bytes are in use: it was truncated",
-            geometry.extent_bytes
-        )));
+}
+
+impl Whole {
+    fn extents_count(&self) -> u32 {
+        self.superblock.extents_count.max(self.scan.extents_named)
     }
-    let mut extents = Extents::new(
-        superblock.store_id,
-        geometry.extent_blocks(),
-        geometry.vshards_count,
-        &loaded.table,
-        extents_count,
-    );
-    reserve_named(disk, &mut arena, &superblock, scan, &mut extents)?;
-    let chunks = log_chunks(&mut arena, &limits)?;
-    let superblock_frames: Option<Vec<_>> = (0..SUPERBLOCK_BYTES / BLOCK).map(|_| arena.alloc(0)).collect();
-    let superblock_frames = superblock_frames.ok_or_else(|| Error::invalid("memory_bytes is too small"))?;
-    let segment_blocks = (geometry.segment_bytes / BLOCK as u64) as u32;
-    let log = Log::new(geometry.segments_count, segment_blocks, chunks);
-    let order = Arc::new(GlobalOrder::new(new_epoch.first_lsn, 1));
-    let map = Map::new(loaded.roots, seed);
-    let id = ShardId::new(0);
-    Ok(Shard::new(Parts { id, limits, order, arena, map, extents, log, superblock, superblock_frames, seed, now }))
+
+    fn check_length(&self, disk: &mut dyn Disk) -> Result<()> {
+        let (count, bytes) = (self.extents_count(), self.limits.geometry.extent_bytes);
+        let data_bytes = disk.len(FileId::Data)?.unwrap_or(0);
+        if data_bytes >= u64::from(count) * bytes {
+            return Ok(());
+        }
+        Err(Error::corrupt(format_args!(
+            "the data file has {data_bytes} bytes, but {count} extents of {bytes} bytes are in use: it was truncated"
+        )))
+    }
+
+    /// One shard, with memory of its own.
+    fn shard(&self, disk: &mut dyn Disk, read_arena: &mut Arena, id: ShardId, cut: Lsn) -> Result<Shard> {
+        let geometry = &self.limits.geometry;
+        let shards_count = u32::from(self.deal.shards_count());
+        let mut arena = Arena::new(self.limits.memory_blocks)?;
+        let mut extents = Extents::new(
+            self.superblock.store_id,
+            geometry.extent_blocks(),
+            geometry.vshards_count,
+            &self.loaded.table,
+            self.extents_count(),
+            |no| no.get() % shards_count == u32::from(id.get()),
+        );
+        reserve_named(disk, read_arena, &self.superblock, &self.scan, &mut extents)?;
+        let chunks = log_chunks(&mut arena, &self.limits)?;
+        let superblock_frames: Option<Vec<_>> = (0..SUPERBLOCK_BYTES / BLOCK).map(|_| arena.alloc(0)).collect();
+        let superblock_frames = superblock_frames.ok_or_else(|| Error::invalid("memory_bytes is too small"))?;
+        let segment_blocks = (geometry.segment_bytes / BLOCK as u64) as u32;
+        let seed = mix(self.seed ^ u64::from(id.get()) << 32);
+        let groups = self.scan.groups.iter().filter(|group| group.concerns & 1 << id.get() != 0);
+        let recovering = (!self.superblock.clean)
+            .then(|| Recovering::new(self.scan.redo, self.scan.cut, groups.map(|group| group.head.clone()).collect()));
+        Ok(Shard::new(Setup {
+            id,
+            deal: self.deal,
+            limits: self.limits.clone(),
+            order: self.order.clone(),
+            arena,
+            map: Map::new(self.loaded.roots.clone(), seed),
+            extents,
+            log: Log::new(geometry.segments_count, segment_blocks, chunks),
+            superblock: self.superblock.clone(),
+            superblock_frames,
+            recovering,
+            cut,
+            new_epoch: (id == ShardId::LEADER).then_some(self.new_epoch),
+            seed,
+            now: self.now,
+        }))
+    }
 }
 
 /// Keeps the extents that log records name as they are; what they hold already is listed by their summaries.
@@ -208,7 +242,9 @@ fn log_chunks(arena: &mut Arena, limits: &Limits) -> Result<Chunks> {
     let order = limits.group_blocks.min(16).ilog2() as u8;
     let chunk_blocks = 1u64 << order;
     let largest = limits.txn_bytes_max / BLOCK as u64 * 103 / 100 + 2;
-    let blocks = u64::from(limits.group_blocks) * limits.log_writes_max as u64 + 2 * largest + chunk_blocks;
+    // Parts of commits over shards may each begin a buffer.
+    let parts = chunk_blocks * if limits.shards_count > 1 { limits.log_writes_max as u64 } else { 0 };
+    let blocks = u64::from(limits.group_blocks) * limits.log_writes_max as u64 + 2 * largest + chunk_blocks + parts;
     let stock: Option<Vec<_>> = (0..blocks.div_ceil(chunk_blocks)).map(|_| arena.alloc(order)).collect();
     let stock = stock.filter(|_| arena.free_blocks() > arena.blocks() / 4).ok_or_else(|| {
         Error::invalid(format_args!(
@@ -220,55 +256,24 @@ fn log_chunks(arena: &mut Arena, limits: &Limits) -> Result<Chunks> {
     Ok(Chunks::new(stock, chunk_blocks as usize * BLOCK))
 }
 
-fn flush_all(disk: &mut dyn Disk, shard: &Shard) -> Result<()> {
-    let segments = shard.geometry().segments_count;
-    let logs = (0..segments).map(|i| FileId::Log(ShardId::new(0), SegmentNo::new(i)));
+/// Writes the pages that doubtful groups have put to their places once more. If a flush of the dead process has failed, the
+/// kernel may show what it will never write (it marks such pages clean), and a flush of ours would say that all is well.
+/// All else that the log holds is written anew by its redo.
+fn rewrite_doubtful(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblock, scan: &Scan) -> Result<()> {
+    for place in scan.groups.iter().filter(|group| group.is_doubtful).flat_map(|group| &group.places) {
+        let offset = place.offset(superblock.geometry.extent_bytes);
+        let bytes = read_bytes(disk, arena, FileId::Data, offset, BLOCK)?;
+        create::write_bytes(disk, arena, FileId::Data, offset, &bytes)?;
+    }
+    Ok(())
+}
+
+fn flush_all(disk: &mut dyn Disk, superblock: &Superblock) -> Result<()> {
+    let segments = superblock.geometry.segments_count;
+    let shards = (0..superblock.logs.len() as u16).map(ShardId::new);
+    let logs = shards.flat_map(|shard| (0..segments).map(move |i| FileId::Log(shard, SegmentNo::new(i))));
     let files = logs.chain([FileId::Data, FileId::Meta, FileId::Table]).collect();
     execute(disk, DiskOp::Flush { files }).map(drop)
-}
-
-/// Drives the shard until `done` says so. For opening only: there are no callers yet, and the clock is a count.
-pub(crate) fn pump(
-    disk: &mut dyn Disk,
-    shard: &mut Shard,
-    mut now: Micros,
-    mut done: impl FnMut(&mut Shard) -> Result<bool>,
-) -> Result<()> {
-    let mut completions = Vec::new();
-    loop {
-        now += 100;
-        shard.turn(now);
-        while let Some(effect) = shard.next_effect() {
-            match effect {
-                Effect::Submit(id, op) => disk.submit(id, op),
-                Effect::Send(..) => unreachable!("there is one shard"),
-                Effect::Reply(..) => unreachable!("no request was made"),
-            }
-        }
-        if let Some(error) = shard.failure() {
-            // Operations under way own their buffers until they complete.
-            drain(disk, shard);
-            return Err(error);
-        }
-        if done(shard)? && shard.ops_under_way() == 0 {
-            return Ok(());
-        }
-        disk.reap(&mut completions);
-        if completions.is_empty() && shard.ops_under_way() > 0 {
-            disk.wait(None);
-            disk.reap(&mut completions);
-        }
-        completions.drain(..).for_each(|completion| shard.complete(completion));
-    }
-}
-
-fn drain(disk: &mut dyn Disk, shard: &mut Shard) {
-    let mut completions = Vec::new();
-    while shard.ops_under_way() > 0 {
-        disk.wait(None);
-        disk.reap(&mut completions);
-        completions.drain(..).for_each(|completion| shard.complete(completion));
-    }
 }
 
 /// SplitMix64's finisher: spreads one random seed over several uses.

@@ -2,7 +2,7 @@
 //! simulator's (`sim/`).
 
 use super::*;
-use crate::shard::{Change, Commit, Request, Response, Token};
+use crate::shard::{Change, Commit, Request, Response, Together, Token};
 use crate::sim::disk::{Loss, SimDisk};
 use crate::sim::rng::Rng;
 use crate::types::{PageId, PageKey, VolumeId};
@@ -10,7 +10,8 @@ use bytes::Bytes;
 
 struct Driver {
     disk: SimDisk,
-    shard: Shard,
+    all: Together,
+    deal: Deal,
     now: Micros,
     token: u64,
 }
@@ -39,42 +40,43 @@ impl Driver {
         Driver::open_with(disk, &options())
     }
 
-    fn open_with(mut disk: SimDisk, options: &Options) -> (Driver, RecoveryReport) {
-        let (shard, report) = open(&mut disk, options, 7, 0).expect("the store opens");
-        let now = disk.now();
-        (Driver { disk, shard, now, token: 0 }, report)
+    fn open_with(disk: SimDisk, options: &Options) -> (Driver, RecoveryReport) {
+        Driver::open_shards(disk, options, 1)
+    }
+
+    fn open_shards(mut disk: SimDisk, options: &Options, shards_count: u16) -> (Driver, RecoveryReport) {
+        let opening = begin(&mut disk, options, shards_count, 7, 0).expect("the store can be opened");
+        let mut all = Together::new(opening.shards);
+        all.open(&mut disk, 0).expect("the store opens");
+        let (now, deal) = (disk.now() + 1_000_000, all.shards[0].deal());
+        (Driver { disk, all, deal, now, token: 0 }, opening.report)
     }
 
     fn ask(&mut self, request: Request) -> Result<Response> {
         self.token += 1;
         let token = Token(self.token);
-        self.shard.request(token, request);
+        let shard = match &request {
+            Request::Read(keys) => self.deal.shard_of(keys[0]),
+            Request::Commit(commit) => self.deal.shard_of(commit.changes[0].0),
+            _ => ShardId::LEADER,
+        };
+        self.all.request(shard, token, request);
         for _ in 0..100_000 {
             self.now += 50;
-            self.shard.turn(self.now);
-            let mut answer = None;
-            while let Some(effect) = self.shard.next_effect() {
-                match effect {
-                    Effect::Submit(id, op) => self.disk.submit(id, op),
-                    Effect::Reply(to, result) if to == token => answer = Some(result),
-                    Effect::Reply(..) | Effect::Send(..) => {}
-                }
-            }
-            if let Some(answer) = answer {
+            self.all.lap(&mut self.disk, self.now);
+            if let Some((to, answer)) = self.all.replies.pop() {
+                assert_eq!(to, token, "one request at a time");
                 return answer;
             }
             self.disk.advance_to(self.now);
-            let mut done = Vec::new();
-            self.disk.reap(&mut done);
-            done.into_iter().for_each(|completion| self.shard.complete(completion));
         }
-        panic!("no answer to a request: {:#?}", self.shard);
+        panic!("no answer to a request: {:#?}", self.all.shards);
     }
 
     fn commit(&mut self, changes: Vec<(PageKey, Change)>) -> Lsn {
         match self.ask(Request::Commit(Commit { reads: vec![], changes, durable: true })) {
             Ok(Response::Committed(lsn)) => lsn,
-            other => panic!("{other:?}: {:#?}", self.shard),
+            other => panic!("{other:?}: {:#?}", self.all.shards),
         }
     }
 

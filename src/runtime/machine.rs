@@ -7,7 +7,7 @@ use crate::options::Options;
 use crate::pool::Mapping;
 use crate::recovery::{self, RecoveryReport};
 use crate::shard::{Effect, Message, Request, Response, Shard, Token};
-use crate::types::{Lsn, Micros, ShardId};
+use crate::types::{Deal, Lsn, Micros, ShardId};
 use std::sync::Arc;
 
 /// [`Effect`], with messages of any kind.
@@ -104,7 +104,8 @@ pub(super) struct Begun<M> {
     pub(super) order: Arc<GlobalOrder>,
     /// What one commit may count at most.
     pub(super) txn_bytes_max: u64,
-    pub(super) vshards_count: u32,
+    /// Which shard owns what.
+    pub(super) deal: Deal,
 }
 
 /// Begins to open the store on `disk`.
@@ -120,7 +121,7 @@ pub(super) fn begin(disk: &mut dyn Disk, options: &Options, shards_count: u16, n
     let first = opening.shards.first().ok_or_else(|| Error::invalid("a store needs a shard"))?;
     Ok(Begun {
         txn_bytes_max: first.txn_bytes_max(),
-        vshards_count: first.geometry().vshards_count,
+        deal: first.deal(),
         order: opening.order,
         machines: opening.shards,
         recovery: report,

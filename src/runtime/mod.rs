@@ -27,7 +27,7 @@ mod shared;
 mod start;
 
 pub(crate) use handle::Runtime;
-pub(crate) use local::{Join, Local};
+pub(crate) use local::Local;
 pub use report::RuntimeReport;
 
 #[cfg(all(test, not(corepage_loom)))]

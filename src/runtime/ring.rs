@@ -31,7 +31,7 @@ const LOCKED_MIN: u64 = 512 << 10;
 /// # Errors
 /// Why not, with what mends it.
 pub(super) fn probe() -> Result<(), String> {
-    uring::probe()?;
+    uring::probe().map_err(|why| why.to_string())?;
     match getrlimit(Resource::Memlock).current {
         Some(bytes) if bytes < LOCKED_MIN => Err(format!(
             "the limit of locked memory is {} KiB, and the executor needs {} KiB: raise it (ulimit -l, LimitMEMLOCK)",

@@ -19,7 +19,7 @@ use crate::disk::{Access, DiskReport, FileOptions, Files};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::Lanes;
 use crate::options::{Driver, Options};
-use crate::types::{Deal, Micros, ShardId};
+use crate::types::{Micros, ShardId};
 use crossbeam_channel::{Receiver, Sender};
 use event_listener::Event;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -71,10 +71,8 @@ enum Stop {
 }
 
 fn open<M: Machine>(dir: &Path, options: &Options, begin: Begin<M>) -> Result<Runtime> {
-    options.limits(&options.geometry)?;
-    // Until recovery deals the store out to more.
-    let options = &Options { shards: options.shards.or(Some(1)), ..options.clone() };
     let plan = cores::plan(options, &cores::allowed())?;
+    options.limits(&options.geometry, plan.shards_count)?;
     let files = Files::open(dir, Access::ReadWrite, &FileOptions::default())?;
     let why = match options.driver {
         Driver::Portable => None,
@@ -228,8 +226,7 @@ impl<'a> Launch<'a> {
             shards = self.plan.shards_count,
             "store opened"
         );
-        let deal = Deal::new(begun.vshards_count, self.plan.shards_count);
-        Runtime::new(self.shared, self.threads, deal, begun.recovery, report, begun.txn_bytes_max)
+        Runtime::new(self.shared, self.threads, begun.deal, begun.recovery, report, begun.txn_bytes_max)
     }
 }
 

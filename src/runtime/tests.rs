@@ -13,7 +13,7 @@ use crate::options::{Driver, Options};
 use crate::pool::Mapping;
 use crate::recovery::RecoveryReport;
 use crate::shard::{Commit, Request, Response, Token};
-use crate::types::{Lsn, Micros, ShardId};
+use crate::types::{Deal, Lsn, Micros, ShardId};
 use futures_lite::future::{block_on, poll_once};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -157,7 +157,7 @@ fn toys(_: &mut dyn Disk, _: &Options, shards_count: u16, _: Micros) -> Result<B
     };
     let machines = (0..shards_count).map(toy).collect();
     let recovery = RecoveryReport::default();
-    Ok(Begun { machines, recovery, order: order.clone(), txn_bytes_max: 0, vshards_count: 256 })
+    Ok(Begun { machines, recovery, order: order.clone(), txn_bytes_max: 0, deal: Deal::new(256, shards_count) })
 }
 
 fn toys_of_which_one_fails(disk: &mut dyn Disk, options: &Options, count: u16, now: Micros) -> Result<Begun<Toy>> {

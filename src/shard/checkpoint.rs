@@ -1,30 +1,34 @@
-//! Checkpoints: a new page map becomes durable, and the log before it is not needed any more.
+//! Checkpoints, at each shard: a new page map becomes durable, and the log before it is not needed any more. Shard 0
+//! leads; see `lead`.
 //!
 //! ```text
-//! Idle --> Pages --> Capture --> Summaries --> Flush --> Super(copy 1) --> SuperFlush --> Super(copy 2) --> ... Idle
-//!          dirty     nodes,      of extents    data,     the commit point
-//!          pages     one virtual in use; then  roots,
-//!          up to     shard a     roots, table  table
-//!          redo      turn
+//! Idle --Begin--> Begun --Redo(LSN)--> Watermark --> Pages --> Capture --> Handover --> Summaries --> Roots --> Waiting --Done--> Idle
+//!                 places               it has        dirty     nodes,      all others   of extents    written   table, flush and
+//!                 left so far          reached       pages     one virtual have         in use        Ready     superblock are
+//!                 are retired          the LSN       written   shard a     captured                             the leader's
+//!                                                              turn        too
 //! ```
 //! Invariants
-//! 1. `redo` is the newest LSN when it begins. Before the capture, every change up to `redo` is in the map and the
-//!    watermark has reached `redo`; so the new roots reflect every record up to it, and name nothing that is not
-//!    durable. They may reflect later ones: page LSNs guard the redo.
-//! 2. Commits go on all the while. A virtual shard is fixed at one moment, each at its own.
-//! 3. Until the first superblock copy is durable, the roots, the table and the log of the checkpoint before count.
-//! 4. Only after both copies are durable are log segments recycled and retired places given out again.
+//! 1. The redo LSN is chosen when every shard has begun. Every record up to it is applied where it belongs once the
+//!    watermark has reached it, since a commit over shards holds the watermark back until each part is durable; so the
+//!    new roots reflect every record up to it, and name nothing that is not durable. They may reflect later ones: page
+//!    LSNs guard the redo.
+//! 2. What is retired was left before the redo LSN was chosen, so the redo LSN has passed its successor.
+//! 3. Commits go on all the while. A virtual shard is fixed at one moment, each at its own.
+//! 4. Until the first superblock copy is durable, the roots, the table and the log of the checkpoint before count.
+//! 5. Only after both copies are durable are log segments recycled and retired places given out again.
 
+use super::message::{Begin, Contribution, Handover, Message};
 use super::{OpKind, Response, Shard, Token};
 use crate::coalesce;
 use crate::disk::{Completion, DiskOp, FileId, IoSlice};
 use crate::error::Error;
-use crate::format::extent::{ItemKind, table_offset};
+use crate::format::extent::ItemKind;
 use crate::format::root;
-use crate::format::superblock::{SUPERBLOCK_BYTES, Superblock, VShardState};
+use crate::format::superblock::Superblock;
 use crate::map::{NodeIdx, Stream};
 use crate::pool::Frame;
-use crate::types::{BLOCK, Lsn, VShard};
+use crate::types::{BLOCK, Lsn, ShardId, VShard};
 use smallvec::SmallVec;
 
 /// Where a checkpoint stands.
@@ -32,25 +36,28 @@ use smallvec::SmallVec;
 enum Phase {
     #[default]
     Idle,
+    /// It is told, and waits until what must not run beside it has ended.
+    Told,
+    Begun,
+    Watermark,
     Pages,
     Capture {
         next: u16,
     },
+    Handover,
     Summaries,
-    Flush,
-    Super {
-        copy: usize,
-    },
-    SuperFlush {
-        copy: usize,
-    },
+    Roots,
+    Waiting,
 }
 
 /// A new epoch that the checkpoint's superblock begins (the one that ends a recovery).
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct NewEpoch {
+pub struct NewEpoch {
+    /// Its number.
     pub epoch: u64,
+    /// The seed of its group sums.
     pub salt: u64,
+    /// The first LSN that it may use.
     pub first_lsn: Lsn,
 }
 
@@ -59,9 +66,9 @@ pub(crate) struct NewEpoch {
 pub(super) struct Checkpoint {
     phase: Phase,
     wanted: bool,
-    /// It ends the store's life: nothing comes after it.
-    clean: bool,
-    new_epoch: Option<NewEpoch>,
+    /// The leader has been asked for it.
+    asked: bool,
+    begin: Option<Begin>,
     redo: Lsn,
     /// Pages whose version at the beginning is not in the map yet.
     pages_left: u64,
@@ -71,9 +78,12 @@ pub(super) struct Checkpoint {
     nodes: Vec<NodeIdx>,
     /// Virtual shards with a new root, and its block.
     roots: Vec<(VShard, Frame)>,
-    next: Option<Superblock>,
-    waiters: Vec<Token>,
-    next_waiters: Vec<Token>,
+    /// Shards that have handed over what their capture means here.
+    handovers: u16,
+    /// It waits for memory, of which nobody tells.
+    starved: bool,
+    pub(super) waiters: Vec<Token>,
+    pub(super) next_waiters: Vec<Token>,
 }
 
 /// Node writes under way at most, in blocks.
@@ -82,7 +92,7 @@ const NODE_OPS_MAX: u32 = 64;
 impl std::fmt::Debug for Checkpoint {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{:?} redo {:?} pages left {} ops {}", self.phase, self.redo, self.pages_left, self.ops)?;
-        write!(f, " wanted {}", self.wanted)
+        write!(f, " handovers {} wanted {} asked {}", self.handovers, self.wanted, self.asked)
     }
 }
 
@@ -95,15 +105,28 @@ impl Checkpoint {
     pub(super) fn wants_pages(&self) -> bool {
         self.phase == Phase::Pages
     }
+
+    /// What is open must become durable now.
+    pub(super) fn wants_groups(&self) -> bool {
+        !matches!(self.phase, Phase::Idle | Phase::Told)
+    }
+
+    /// It waits for memory, of which nobody tells.
+    pub(super) fn starve(&mut self) {
+        self.starved = true;
+    }
+
+    pub(super) fn is_starved(&self) -> bool {
+        self.starved
+    }
+
+    /// The LSN that the watermark must reach.
+    pub(super) fn waits_for(&self) -> Option<Lsn> {
+        (self.phase == Phase::Watermark).then_some(self.redo)
+    }
 }
 
 impl Shard {
-    /// A caller asks for a checkpoint that covers everything up to now.
-    pub(super) fn request_checkpoint(&mut self, token: Token) {
-        self.checkpoint.next_waiters.push(token);
-        self.need_checkpoint();
-    }
-
     /// A checkpoint is to begin, once the one under way has ended.
     pub(super) fn need_checkpoint(&mut self) {
         if !self.checkpoint.wanted {
@@ -112,61 +135,79 @@ impl Shard {
         }
     }
 
-    /// The checkpoint with which a recovery ends.
-    pub(crate) fn begin_epoch(&mut self, epoch: NewEpoch) {
-        self.checkpoint.new_epoch = Some(epoch);
-        self.need_checkpoint();
-    }
-
     /// Whether a checkpoint is wanted or under way.
     pub(crate) fn checkpoint_under_way(&self) -> bool {
         self.checkpoint.wanted || self.checkpoint.is_active()
-    }
-
-    /// Nothing is under way but what the closing checkpoint needs: begins it, once.
-    pub(super) fn checkpoint_for_close(&mut self) {
-        if self.checkpoint.is_active() || self.checkpoint.clean {
-            return;
-        }
-        if !self.log.open.is_empty() || !self.log.in_flight.is_empty() || self.flushing || self.growing {
-            return;
-        }
-        self.checkpoint.clean = true;
-        self.checkpoint.wanted = true;
-        self.again = true;
     }
 
     pub(super) fn advance_checkpoint(&mut self) {
         if self.failed.is_some() {
             return;
         }
+        self.checkpoint.starved = false;
         match self.checkpoint.phase {
             Phase::Idle => {
                 let used = self.log.segments_count() - self.log.free_segments();
                 let log_is_long = used > self.log.segments_count() / 2;
-                let is_moment = self.redoing.is_none_or(|redoing| !redoing.mid_batch);
-                if (self.checkpoint.wanted || log_is_long) && is_moment {
-                    self.begin_checkpoint();
+                if (self.checkpoint.wanted || log_is_long) && !self.checkpoint.asked {
+                    self.checkpoint.asked = true;
+                    self.send(ShardId::LEADER, Message::WantCheckpoint);
                 }
             }
-            Phase::Pages if self.checkpoint.pages_left == 0 && self.order.watermark() >= self.checkpoint.redo => {
+            Phase::Told => self.begin_when_ready(),
+            Phase::Watermark if self.order.watermark() >= self.checkpoint.redo || planted!(RedoNotAwaited) => {
+                self.count_pages();
+            }
+            Phase::Pages if self.checkpoint.pages_left == 0 => {
                 self.checkpoint.phase = Phase::Capture { next: 0 };
                 self.again = true;
             }
             Phase::Capture { next } => self.capture_vshard(next),
-            Phase::Summaries => self.write_roots_and_table(),
+            Phase::Handover if self.checkpoint.handovers == self.deal.shards_count() - 1 => self.list_summaries(),
+            Phase::Summaries => self.write_roots(),
             _ => {}
         }
     }
 
-    fn begin_checkpoint(&mut self) {
+    /// The leader begins a checkpoint.
+    pub(super) fn begin_checkpoint(&mut self, begin: Begin) {
+        assert_eq!(self.checkpoint.phase, Phase::Idle, "one checkpoint at a time");
         let c = &mut self.checkpoint;
-        c.wanted = false;
-        c.phase = Phase::Pages;
-        c.redo = self.redoing.map_or(self.order.next().before(), |redoing| redoing.done);
+        (c.wanted, c.asked, c.begin) = (false, false, Some(begin));
+        c.phase = Phase::Told;
         c.waiters = std::mem::take(&mut c.next_waiters);
-        c.pages_left = 0;
+        self.again = true;
+    }
+
+    fn begin_when_ready(&mut self) {
+        let Some(begin) = self.checkpoint.begin else { return };
+        // The last checkpoint finds nothing under way, and leaves nothing behind.
+        if begin.clean && !(self.pending.is_empty() && self.parts.is_empty() && self.cross.is_empty() && !self.growing)
+        {
+            return;
+        }
+        if begin.new_epoch.is_some() {
+            self.recovering = None;
+        }
         self.extents.begin_checkpoint();
+        self.trim_log_early();
+        self.checkpoint.phase = Phase::Begun;
+        self.send(ShardId::LEADER, Message::Began);
+        self.again = true;
+    }
+
+    /// Every shard has begun: this is what the roots must reflect.
+    pub(super) fn redo_lsn_chosen(&mut self, redo: Lsn) {
+        assert_eq!(self.checkpoint.phase, Phase::Begun, "the LSN comes when all have begun");
+        self.checkpoint.redo = redo;
+        self.checkpoint.phase = Phase::Watermark;
+        self.again = true;
+    }
+
+    /// All that the roots must reflect is applied: which pages are not in the map yet?
+    fn count_pages(&mut self) {
+        self.checkpoint.phase = Phase::Pages;
+        self.checkpoint.pages_left = 0;
         let slots = self.log.open.slots.iter().filter_map(|slot| self.table.find(slot.key));
         let captured = self.captures.iter().map(|(_, capture)| capture.page);
         let behind: Vec<usize> = self.dirty.iter().copied().chain(slots).chain(captured).collect();
@@ -177,7 +218,6 @@ impl Shard {
                 self.checkpoint.pages_left += 1;
             }
         }
-        self.trim_log_early();
         self.again = true;
     }
 
@@ -191,20 +231,24 @@ impl Shard {
     }
 
     fn capture_vshard(&mut self, next: u16) {
-        if u32::from(next) == self.limits.geometry.vshards_count {
+        let mut next = next;
+        while u32::from(next) < self.limits.geometry.vshards_count && self.deal.owner(VShard::new(next)) != self.id {
+            next += 1;
+        }
+        if u32::from(next) >= self.limits.geometry.vshards_count {
             if self.checkpoint.ops == 0 {
                 std::mem::take(&mut self.checkpoint.nodes).into_iter().for_each(|node| self.map.unpin(node));
-                self.summaries.extend(self.extents.unsummarized());
-                self.summaries.sort();
-                self.summaries.dedup();
-                self.checkpoint.phase = Phase::Summaries;
-                self.again = true;
+                self.hand_over();
             }
             return;
         }
         let vshard = VShard::new(next);
         let nodes = self.map.dirty_in(vshard) as u32;
-        if self.checkpoint.ops >= NODE_OPS_MAX || !self.ensure_frames(nodes + 2) || !self.space_for_nodes(nodes) {
+        if self.checkpoint.ops >= NODE_OPS_MAX || !self.space_for_nodes(nodes) {
+            return;
+        }
+        if !self.ensure_frames(nodes + 2) {
+            self.checkpoint.starved = true;
             return;
         }
         self.again = true;
@@ -238,39 +282,71 @@ impl Shard {
         }
     }
 
-    fn checkpoint_op(&mut self, op: DiskOp) {
+    pub(super) fn checkpoint_op(&mut self, op: DiskOp) {
         self.checkpoint.ops += 1;
         self.submit(OpKind::Checkpoint, op);
     }
 
-    /// All nodes are written: waits for the summaries, then writes roots and table.
-    fn write_roots_and_table(&mut self) {
-        if self.checkpoint.ops > 0 || self.summaries_under_way > 0 || !self.summaries.is_empty() {
-            return;
+    /// All is captured: the others learn what it means for their extents.
+    fn hand_over(&mut self) {
+        let changes = self.extents.hand_over();
+        let mut out: Vec<Handover> = self.deal.shards().map(|_| Handover::default()).collect();
+        let home = |place: crate::types::Place| self.first_home(place.extent).index();
+        for (place, what) in changes.named {
+            out[home(place)].named.push((place, what));
         }
-        if !self.ensure_frames(self.extents.table_blocks()) {
+        for place in changes.retired {
+            out[home(place)].retired.push(place);
+        }
+        for place in changes.left {
+            out[home(place)].left.push(place);
+        }
+        self.checkpoint.phase = Phase::Handover;
+        for (shard, handover) in self.deal.shards().zip(out) {
+            if shard != self.id {
+                self.send(shard, Message::Captured(Box::new(handover)));
+            }
+        }
+        self.again = true;
+    }
+
+    /// Another shard has captured its trees.
+    pub(super) fn handed_over(&mut self, handover: Handover) {
+        self.checkpoint.handovers += 1;
+        self.extents.take_over(handover.named, handover.retired, handover.left);
+        self.again = true;
+    }
+
+    fn list_summaries(&mut self) {
+        self.checkpoint.handovers = 0;
+        if self.checkpoint.begin.is_some_and(|begin| begin.new_epoch.is_some()) {
+            // Nothing more comes out of the log: what recovery kept apart is an extent like any other.
+            self.extents.end_adoption();
+        }
+        self.summaries.extend(self.extents.unsummarized());
+        self.summaries.sort();
+        self.summaries.dedup();
+        self.checkpoint.phase = Phase::Summaries;
+        self.again = true;
+    }
+
+    /// All nodes are written: waits for the summaries, then writes the roots.
+    fn write_roots(&mut self) {
+        if self.summaries_under_way > 0 || !self.summaries.is_empty() {
             return;
         }
         let count = self.limits.geometry.vshards_count;
         let roots = std::mem::take(&mut self.checkpoint.roots);
-        let mut writes: Vec<(FileId, u64, Frame)> = Vec::new();
-        for (vshard, frame) in roots {
-            writes.push((FileId::Meta, root::offset(vshard, self.map.root(vshard).generation, count), frame));
-        }
-        let number = self.superblock.checkpoint + 1;
-        for index in 0..self.extents.table_blocks() {
-            let mut frame = self.arena.alloc(0).expect("frames were ensured");
-            self.extents.encode_table(index, number, frame.try_mut().expect("a new frame has no pins"));
-            writes.push((FileId::Table, table_offset(index, number), frame));
-        }
-        writes.sort_by_key(|(file, offset, _)| (*file, *offset));
+        let offset = |vshard| root::offset(vshard, self.map.root(vshard).generation, count);
+        let writes = roots.into_iter().map(|(vshard, frame)| (FileId::Meta, offset(vshard), frame)).collect();
+        self.checkpoint.phase = Phase::Roots;
         self.submit_blocks(writes);
-        self.checkpoint.phase = Phase::Flush;
-        self.checkpoint.next = Some(self.next_superblock());
+        self.contribute();
     }
 
     /// Writes blocks, neighbours together.
-    fn submit_blocks(&mut self, writes: Vec<(FileId, u64, Frame)>) {
+    pub(super) fn submit_blocks(&mut self, mut writes: Vec<(FileId, u64, Frame)>) {
+        writes.sort_by_key(|(file, offset, _)| (*file, *offset));
         let mut run: Option<(FileId, u64, SmallVec<[IoSlice; 4]>)> = None;
         for (file, offset, frame) in writes {
             let slice = IoSlice::whole(frame.pin());
@@ -294,33 +370,6 @@ impl Shard {
         }
     }
 
-    fn next_superblock(&self) -> Superblock {
-        let old = &self.superblock;
-        let c = &self.checkpoint;
-        let vshard = |i: u16| VShardState {
-            generation: self.map.root(VShard::new(i)).generation,
-            redo_lsn: c.redo,
-            shard: self.id,
-        };
-        let mut next = Superblock {
-            clean: c.clean,
-            generation: old.generation + 1,
-            checkpoint: old.checkpoint + 1,
-            watermark: self.redoing.map_or(self.order.watermark(), |redoing| redoing.cut),
-            next_lsn: self.redoing.map_or(self.order.next(), |redoing| redoing.cut.plus(1)),
-            extents_count: self.extents.space().total,
-            logs: vec![if c.clean { self.log.end() } else { Default::default() }],
-            vshards: (0..self.limits.geometry.vshards_count as u16).map(vshard).collect(),
-            ..old.clone()
-        };
-        if let Some(new) = c.new_epoch {
-            next.epoch = new.epoch;
-            next.salt = new.salt;
-            next.epoch_first_lsn = new.first_lsn;
-        }
-        next
-    }
-
     /// One of the checkpoint's operations has ended.
     pub(super) fn checkpoint_step_done(&mut self, completion: Completion) {
         self.checkpoint.ops -= 1;
@@ -332,44 +381,39 @@ impl Shard {
         }
         self.again = true;
         match self.checkpoint.phase {
-            Phase::Flush => match completion.op {
-                DiskOp::Flush { .. } => self.write_superblock(0),
-                _ => {
-                    let files = smallvec::smallvec![FileId::Data, FileId::Meta, FileId::Table];
-                    self.checkpoint_op(DiskOp::Flush { files });
-                }
-            },
-            Phase::Super { copy } => {
-                self.checkpoint.phase = Phase::SuperFlush { copy };
-                self.checkpoint_op(DiskOp::Flush { files: smallvec::smallvec![FileId::Meta] });
-            }
-            Phase::SuperFlush { copy: 0 } => self.write_superblock(1),
-            Phase::SuperFlush { .. } => self.end_checkpoint(),
-            Phase::Idle | Phase::Pages | Phase::Capture { .. } | Phase::Summaries => {}
+            Phase::Roots => self.contribute(),
+            Phase::Waiting => self.lead_step_done(completion.op),
+            _ => {}
         }
     }
 
-    fn write_superblock(&mut self, copy: usize) {
-        let Some(next) = &self.checkpoint.next else { return };
-        let number = Superblock::copies_of(next.generation)[copy];
-        let mut bytes = vec![0; SUPERBLOCK_BYTES];
-        next.encode(number, &mut bytes);
-        let mut from = SmallVec::new();
-        for (block, frame) in bytes.chunks(BLOCK).zip(&mut self.superblock_frames) {
-            frame.try_mut().expect("the superblock before is written").copy_from_slice(block);
-            from.push(IoSlice::whole(frame.pin()));
+    /// The shard's part is written: the leader may go on.
+    fn contribute(&mut self) {
+        if self.checkpoint.ops > 0 {
+            return;
         }
-        self.checkpoint.phase = Phase::Super { copy };
-        self.checkpoint_op(DiskOp::Write { file: FileId::Meta, offset: Superblock::offset(number), from });
+        let mine = (0..self.limits.geometry.vshards_count as u16).map(VShard::new);
+        let mine = mine.filter(|vshard| self.deal.owner(*vshard) == self.id);
+        let clean = self.checkpoint.begin.is_some_and(|begin| begin.clean);
+        let contribution = Contribution {
+            rows: self.extents.rows(),
+            roots: mine.map(|vshard| (vshard, self.map.root(vshard).generation)).collect(),
+            log_end: if clean { self.log.end() } else { Default::default() },
+        };
+        self.checkpoint.phase = Phase::Waiting;
+        if planted!(RecycledBeforeSuperblock) {
+            self.log.recycle(self.checkpoint.redo);
+        }
+        self.send(ShardId::LEADER, Message::Ready(Box::new(contribution)));
     }
 
-    /// Both copies are durable.
-    fn end_checkpoint(&mut self) {
-        let Some(next) = self.checkpoint.next.take() else { return };
+    /// Both copies of the superblock are durable.
+    pub(super) fn end_checkpoint(&mut self, superblock: Superblock) {
+        assert_eq!(self.checkpoint.phase, Phase::Waiting, "the superblock follows the last contribution");
+        let begin = self.checkpoint.begin.take().expect("it has begun");
         let redo = self.checkpoint.redo;
         self.checkpoint.phase = Phase::Idle;
-        self.checkpoint.new_epoch = None;
-        self.superblock = next;
+        self.superblock = superblock;
         self.stats.checkpoints += 1;
         self.log.recycle(redo);
         let freed = self.extents.end_checkpoint();
@@ -380,7 +424,10 @@ impl Shard {
         for token in std::mem::take(&mut self.checkpoint.waiters) {
             self.reply(token, Ok(Response::Checkpointed(redo)));
         }
-        if self.checkpoint.clean {
+        if begin.new_epoch.is_some() {
+            self.opening = false;
+        }
+        if begin.clean {
             self.end_close(Ok(()));
         } else if !self.checkpoint.next_waiters.is_empty() {
             self.checkpoint.wanted = true;
@@ -398,8 +445,7 @@ impl Shard {
     }
 
     fn trim_log_early(&mut self) {
-        #[cfg(any(test, feature = "sim"))]
-        if crate::sim::planted(self.canary, crate::sim::Canary::LogTrimmedEarly) {
+        if planted!(LogTrimmedEarly) {
             self.log.recycle(Lsn::MAX);
         }
     }

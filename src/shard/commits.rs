@@ -5,13 +5,15 @@
 //!    LSN is drawn. If space is short for good, it fails with `Full`, and nothing was done.
 //! 2. All commits of a turn get their LSNs by one draw, before any effect of the turn leaves.
 //! 3. Validation and effect are one step: no other commit comes between.
-//! 4. A drawn LSN that isn't used (a conflict with an earlier commit of the same turn) stays in its group's run:
-//!    it is accounted for.
+//! 4. A drawn LSN that isn't used (a conflict with an earlier commit of the same turn) stays in its group's run: it is
+//!    void, and accounted for.
+//! 5. What parts of commits over shards have reserved is left alone.
 
+use super::part::Reserved;
 use super::requests::PendingKind;
 use super::{Change, Commit, NodeWaiter, Response, Shard};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::group::{RawChange, RawRecord};
+use crate::format::group::{HEAD_BYTES, RawChange, RawParts, RawRecord, RawSlot, Role};
 use crate::format::node::LEAF_ENTRIES;
 use crate::log::OpenSlot;
 use crate::map::{Lookup, Map};
@@ -25,6 +27,9 @@ const FRAMES_RESERVE: u32 = 16;
 /// LSNs above the watermark at most. A new epoch begins this far above everything found, so that an LSN which was
 /// drawn, and perhaps told to somebody, but never reached a device, is not drawn again.
 pub(crate) const LSN_AHEAD_MAX: u64 = 1 << 24;
+
+/// For how long a part that found no space keeps space being made.
+const SPACE_WANTED_US: crate::types::Micros = 100_000;
 
 /// What commits need.
 #[derive(Clone, Copy, Default)]
@@ -44,7 +49,7 @@ pub(super) struct Need {
 }
 
 /// Whether a commit may go on.
-enum Admission {
+pub(super) enum Admission {
     Yes,
     /// Wait for memory, log room or space; it comes.
     Stalled,
@@ -54,8 +59,9 @@ enum Admission {
 }
 
 impl Need {
-    fn of(commit: &Commit, map: &Map) -> Need {
-        let mut need = Need { record_bytes: size_of::<RawRecord>(), frees_only: true, ..Need::default() };
+    pub(super) fn of(commit: &Commit, map: &Map) -> Need {
+        let record_bytes = size_of::<RawRecord>() + size_of::<RawParts>();
+        let mut need = Need { record_bytes, frees_only: true, ..Need::default() };
         let mut last = None;
         for (key, change) in &commit.changes {
             // Pages of one leaf share its path.
@@ -101,6 +107,11 @@ impl Shard {
                 }
                 continue;
             }
+            if let Some(idx) = self.waits_for_hold(waiter) {
+                self.ready.pop_front();
+                self.wait_for_hold(waiter, idx);
+                continue;
+            }
             if let Some(result) = self.ends_without_draw(waiter) {
                 self.ready.pop_front();
                 let read_lsn = self.read_lsn(waiter);
@@ -128,6 +139,12 @@ impl Shard {
         self.execute(&batch);
     }
 
+    /// The page for which a commit must wait; none if it fails anyway.
+    fn waits_for_hold(&self, waiter: usize) -> Option<usize> {
+        let goes_on = self.pending[waiter].error.is_none() && self.failed.is_none() && self.validate(waiter).is_ok();
+        if goes_on { self.held_page(waiter).filter(|_| !planted!(HoldIgnored)) } else { None }
+    }
+
     /// The result of a commit that needs no LSN: a failure, a conflict, or nothing to change.
     fn ends_without_draw(&mut self, waiter: usize) -> Option<Result<Option<Lsn>>> {
         let pending = &self.pending[waiter];
@@ -142,9 +159,9 @@ impl Shard {
     }
 
     /// Whether every page that the commit read is still as it was read.
-    fn validate(&self, waiter: usize) -> Result<()> {
+    pub(super) fn validate(&self, waiter: usize) -> Result<()> {
         let pending = &self.pending[waiter];
-        let PendingKind::Commit(commit) = &pending.kind else { return Ok(()) };
+        let Some(commit) = pending.commit() else { return Ok(()) };
         for ((key, lsn), idx) in commit.reads.iter().zip(&pending.pages) {
             let now = self.table.pages[*idx].version();
             if now != *lsn {
@@ -157,19 +174,13 @@ impl Shard {
     fn admit(&mut self, waiter: usize, need: Need, first: bool) -> Admission {
         let body = self.log.open.body_blocks_with(need.record_bytes, need.slots);
         let group_is_new = self.log.open.is_empty() && first;
-        // No more than the group's pages: `inline_pages_max` alone may be more than a small segment holds.
-        let inline = self.limits.inline_pages_max.min(self.log.open.slots.len() + need.slots) as u32;
-        let drawn_ahead = self.order.next().get() - self.order.watermark().get();
-        if self.log.open.runs_full()
-            || drawn_ahead > LSN_AHEAD_MAX / 2
-            || (body > self.limits.group_blocks && !group_is_new)
-            || !self.log.has_room(body + inline)
-            || !self.log.open.stock_suffices(body)
-        {
+        let too_long = body > self.limits.group_blocks && !group_is_new;
+        let blocks = body + self.inline_blocks(self.log.open.slots.len() + need.slots);
+        if self.log.open.runs_full() || self.drawn_far_ahead() || too_long {
             self.log.open.urgent |= !self.log.open.is_empty();
-            if self.log.free_segments() == 0 {
-                self.need_checkpoint();
-            }
+            return Admission::Stalled;
+        }
+        if !self.log_fits(blocks, body, None) {
             return Admission::Stalled;
         }
         if !self.dirty_fits(need.changes, first) {
@@ -183,12 +194,79 @@ impl Shard {
         self.admit_memory(waiter, need.frames)
     }
 
+    /// Whether a part of a commit over shards may be voted for: what it needs must be there whenever it is decided, in
+    /// this group or a later one.
+    pub(super) fn admit_part(&mut self, waiter: usize, need: &Need) -> Admission {
+        let (body, slots) = match self.log.open.is_empty() {
+            true => (0, 0),
+            false => (self.log.open.body_blocks_with(0, 0), self.log.open.slots.len()),
+        };
+        let more = self.reservation(need);
+        if !self.log_fits(body + self.inline_blocks(slots), body, Some(more)) {
+            return Admission::Stalled;
+        }
+        let alone = self.reserved.count == 0;
+        if !self.dirty_fits(need.changes, alone) {
+            return Admission::Stalled;
+        }
+        match self.admit_space(need) {
+            Ok(true) => {}
+            Ok(false) => {
+                self.space_wanted_until = self.now + SPACE_WANTED_US;
+                return Admission::Stalled;
+            }
+            Err(error) => return Admission::No(error),
+        }
+        self.admit_memory(waiter, need.frames)
+    }
+
+    /// What a part keeps from others until it is decided.
+    pub(super) fn reservation(&self, need: &Need) -> Reserved {
+        let body = (HEAD_BYTES + need.record_bytes + need.slots * size_of::<RawSlot>()).div_ceil(BLOCK) as u32;
+        Reserved {
+            count: 1,
+            log_blocks: body + self.inline_blocks(need.slots),
+            frames: need.frames,
+            changes: need.changes,
+            space_blocks: 2 * need.changes + need.nodes,
+        }
+    }
+
+    /// Blocks of inline pages that a group with `slots` slots has at most. No more than its pages: `inline_pages_max`
+    /// alone may be more than a small segment holds.
+    fn inline_blocks(&self, slots: usize) -> u32 {
+        self.limits.inline_pages_max.min(slots) as u32
+    }
+
+    pub(super) fn drawn_far_ahead(&self) -> bool {
+        self.order.next().get() - self.order.watermark().get() > LSN_AHEAD_MAX / 2
+    }
+
+    /// Whether the log has room and buffers for an open group of `blocks` (of which `body` without inline pages) and all
+    /// that is reserved, `more` included; if not, room is made. With room in the rest of the segment, or in a free one,
+    /// for the sum, there is room however it is divided into groups.
+    fn log_fits(&mut self, blocks: u32, body: u32, more: Option<Reserved>) -> bool {
+        let reserved = self.reserved.plus(more.unwrap_or_default());
+        // Each group that closes may leave the end of a buffer unused.
+        let closes = reserved.count.min(self.limits.log_writes_max);
+        if self.log.has_room(blocks + reserved.log_blocks)
+            && self.log.open.stock_suffices(body + reserved.log_blocks, closes)
+        {
+            return true;
+        }
+        self.log.open.urgent |= !self.log.open.is_empty();
+        if self.log.free_segments() == 0 {
+            self.need_checkpoint();
+        }
+        false
+    }
+
     /// Whether memory holds what would be dirty then: pages in a quarter of it, and map nodes in an eighth, of which a
     /// checkpoint makes copies. One commit goes alone if it must. If not, what is dirty is written.
     fn dirty_fits(&mut self, changes: u64, first: bool) -> bool {
         let memory = u64::from(self.limits.memory_blocks);
         let alone = first && self.reserved_blocks == 0;
-        let pages_fit = alone || self.reserved_blocks + changes <= memory / 4;
+        let pages_fit = alone || self.reserved_blocks + self.reserved.changes + changes <= memory / 4;
         let nodes_fit = self.map.dirty_count() as u64 <= memory / 8;
         if !pages_fit || !nodes_fit {
             self.relieve();
@@ -246,11 +324,7 @@ impl Shard {
 
     fn changed_pages(&self, waiter: usize) -> SmallVec<[usize; 4]> {
         let pending = &self.pending[waiter];
-        let reads = match &pending.kind {
-            PendingKind::Commit(commit) => commit.reads.len(),
-            _ => 0,
-        };
-        pending.pages[reads..].iter().copied().collect()
+        pending.pages[pending.reads_count()..].iter().copied().collect()
     }
 
     /// Room in memory for a redo of `frames` pages, as for a commit.
@@ -278,8 +352,8 @@ impl Shard {
         if let Some(waiter) = self.ready.pop_front() {
             match self.pending[waiter].kind {
                 PendingKind::Redo(_) => {
-                    self.redo_error = Some(error);
                     self.release(waiter);
+                    self.fail(error);
                 }
                 _ => self.finish_commit(waiter, Err(error), Lsn::ZERO),
             }
@@ -298,7 +372,7 @@ impl Shard {
             let lsn = first.plus(i as u64);
             let read_lsn = self.read_lsn(*waiter);
             let result = self.validate(*waiter).map(|()| {
-                self.apply(*waiter, lsn);
+                self.apply(*waiter, lsn, Role::Whole);
                 Some(lsn)
             });
             self.finish_commit(*waiter, result, read_lsn);
@@ -307,10 +381,9 @@ impl Shard {
     }
 
     /// The newest change of any page that the commit read, a `Free` included: its reply waits until that is durable.
-    fn read_lsn(&self, waiter: usize) -> Lsn {
+    pub(super) fn read_lsn(&self, waiter: usize) -> Lsn {
         let pending = &self.pending[waiter];
-        let PendingKind::Commit(commit) = &pending.kind else { return Lsn::ZERO };
-        let read = pending.pages[..commit.reads.len()].iter().map(|idx| self.table.pages[*idx].lsn);
+        let read = pending.pages[..pending.reads_count()].iter().map(|idx| self.table.pages[*idx].lsn);
         read.max().unwrap_or(Lsn::ZERO)
     }
 
@@ -325,27 +398,25 @@ impl Shard {
         match result {
             Err(error) => self.reply(token, Err(error)),
             Ok(None) => self.reply_when_durable(read_lsn, token, Response::Committed(read_lsn), false),
-            Ok(Some(lsn)) if commit.durable && !self.acknowledges_early() => {
+            Ok(Some(lsn)) if commit.durable && !planted!(AcknowledgedEarly) => {
                 self.reply_when_durable(lsn, token, Response::Committed(lsn), true);
             }
             Ok(Some(lsn)) => self.reply_when_durable(read_lsn, token, Response::Committed(lsn), true),
         }
     }
 
-    fn acknowledges_early(&self) -> bool {
-        #[cfg(any(test, feature = "sim"))]
-        return crate::sim::planted(self.canary, crate::sim::Canary::AcknowledgedEarly);
-        #[cfg(not(any(test, feature = "sim")))]
-        false
-    }
-
     /// Carries a commit out and writes its record into the open group.
-    fn apply(&mut self, waiter: usize, lsn: Lsn) {
+    pub(super) fn apply(&mut self, waiter: usize, lsn: Lsn, role: Role) {
         let pages = self.changed_pages(waiter);
-        let PendingKind::Commit(commit) = &mut self.pending[waiter].kind else { unreachable!("only commits") };
-        let changes = std::mem::take(&mut commit.changes);
-        self.stats.commits += 1;
-        self.log.open.begin_record();
+        let changes = match &mut self.pending[waiter].kind {
+            PendingKind::Commit(commit) => &mut commit.changes,
+            // The changes stay counted where the pages are: only their order matters from here on.
+            PendingKind::Part(part) => &mut part.commit.changes,
+            _ => unreachable!("only commits"),
+        };
+        let changes = std::mem::take(changes);
+        self.stats.commits += u64::from(!matches!(role, Role::Part(_)));
+        self.log.open.begin_record(role, self.now);
         for ((key, change), idx) in changes.into_iter().zip(pages) {
             match change {
                 Change::Put(bytes) => self.apply_put(idx, key, &bytes, lsn),
@@ -353,7 +424,7 @@ impl Shard {
                 Change::Free => self.apply_free(idx, key, lsn),
             }
         }
-        self.log.open.end_record(lsn);
+        self.log.open.end_record(role, lsn);
     }
 
     fn apply_put(&mut self, idx: usize, key: PageKey, bytes: &Bytes, lsn: Lsn) {
@@ -405,19 +476,19 @@ impl Shard {
     }
 
     fn new_slot(&mut self, idx: usize, key: PageKey, lsn: Lsn) -> usize {
-        let run = self.log.open.run();
-        self.log.open.slots.push(OpenSlot { key, lsn, run, sealed: None, dead: false });
+        let era = self.log.open.era();
+        self.log.open.slots.push(OpenSlot { key, lsn, era, sealed: None, dead: false });
         self.reserved_blocks += 1;
         let slot = self.log.open.slots.len() - 1;
         self.table.pages[idx].slot = Some(slot);
         slot
     }
 
-    /// A slot of an earlier run keeps the image as it was: a cut may fall between the runs.
+    /// A slot of an earlier era keeps the image as it was: a cut may fall between the two.
     fn seal_older_slot(&mut self, idx: usize) {
         let page = &mut self.table.pages[idx];
         let Some(slot) = page.slot else { return };
-        if self.log.open.slots[slot].run != self.log.open.run() {
+        if self.log.open.slots[slot].era != self.log.open.era() {
             self.log.open.slots[slot].sealed = page.frame.as_ref().map(|f| f.pin());
             page.slot = None;
         }

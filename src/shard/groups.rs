@@ -19,7 +19,7 @@ use crate::format::node::Entry;
 use crate::log::{FlushSet, GroupState, InFlight, OpenSlot};
 use crate::map::Stream;
 use crate::pool::{Frame, FrameRef};
-use crate::types::{BLOCK, Place};
+use crate::types::{BLOCK, Lsn, Place};
 use smallvec::SmallVec;
 
 /// A page image of the group being closed.
@@ -53,10 +53,11 @@ impl Shard {
             || open.body_blocks_with(0, 0) > self.limits.group_blocks / 2
             || self.now >= open.opened_at + self.limits.coalesce_window_us
             || self.closing.is_some()
-            || self.checkpoint.is_active()
+            || self.checkpoint.wants_groups()
     }
 
     fn close_group(&mut self) {
+        self.dirty_stuck = None;
         let body_blocks = self.log.open.body_blocks_with(0, 0);
         let mut open = std::mem::take(&mut self.log.open.slots);
         let mut images = self.take_images(&mut open);
@@ -67,7 +68,7 @@ impl Shard {
         }
         let slots = self.describe(&open, &images, body_blocks);
         let inline_blocks = if inline { images.len() as u32 } else { 0 };
-        let (first_lsn, last_lsn) = (self.log.open.first_lsn().expect("not empty"), self.log.open.last_lsn());
+        let (first_lsn, last_lsn) = (self.log.open.first_lsn().unwrap_or(Lsn::MAX), self.log.open.last_lsn());
         let position = self.log.place(body_blocks + inline_blocks, last_lsn);
         let mut head = GroupHead {
             epoch: self.superblock.epoch,
@@ -101,6 +102,7 @@ impl Shard {
         self.log.in_flight.push_back(InFlight {
             number: position.number,
             first_lsn,
+            parts: finished.parts,
             state: GroupState::Writing(1 + data_writes),
             segment: position.segment,
             wrote_data: data_writes > 0,
@@ -217,12 +219,10 @@ impl Shard {
         if self.failed.is_some() {
             return;
         }
-        let chunks = self.log.flushed(&set.numbers);
+        let (chunks, parts) = self.log.flushed(&set.numbers);
         self.log.open.restock(chunks);
-        self.order.publish(self.id, self.log.bound());
-        self.order.refresh();
-        self.acknowledge();
-        self.settle_durable();
+        self.parts_durable(parts);
+        self.publish_bound();
         self.again = true;
     }
 }

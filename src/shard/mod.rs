@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! request --> pages (resolve, load) --> commits (validate, admit, draw, apply) --> open group
-//!                                                                                      |close
+//!      \--> cross (ask all shards, draw) <--messages--> part (hold, vote, apply) ------^   |close
 //!       reply <-- watermark <-- flush <-- log write, pages straight to their places <--+
 //!   dirty pages --> write-back (window, sorted, merged) --> places --> page map --> checkpoint --> superblock
 //! ```
@@ -18,21 +18,28 @@
 mod checkpoint;
 mod commits;
 mod compaction;
+mod cross;
 mod event;
 mod groups;
+mod holds;
+mod lead;
 mod message;
 mod pages;
+mod part;
 mod redo;
 mod requests;
 mod space;
+#[cfg(test)]
+mod together;
 mod writeback;
 
 pub(crate) use checkpoint::NewEpoch;
 pub(crate) use commits::LSN_AHEAD_MAX;
 pub use event::{Change, Commit, Effect, PageRef, Request, Response, Token};
 pub use message::Message;
-use redo::Redoing;
-pub(crate) use redo::{RedoChange, RedoKind};
+pub(crate) use redo::Recovering;
+#[cfg(test)]
+pub(crate) use together::Together;
 
 use crate::commit::GlobalOrder;
 use crate::disk::{Completion, DiskOp, OpId};
@@ -44,15 +51,18 @@ use crate::map::{Extents, Map};
 use crate::metrics::ShardStats;
 use crate::options::Limits;
 use crate::pool::{Arena, Frame};
-use crate::types::{ExtentNo, Lsn, Micros, ShardId};
+use crate::types::{Deal, ExtentNo, Lsn, Micros, ShardId};
 use checkpoint::Checkpoint;
-use compaction::Compaction;
+use compaction::{Compaction, Moves};
+use cross::Cross;
 use hashbrown::HashMap;
+use lead::Lead;
 use pages::{NodeWaiter, NodeWanted, PageRead, Table};
+use part::{Parts, Reserved};
 use requests::{Pending, Waiting};
 use slab::Slab;
-use space::{Growth, Reclaiming};
-use std::collections::{BinaryHeap, VecDeque};
+use space::{Growth, Reclaiming, SpaceAsked};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use std::sync::Arc;
 use writeback::{Capture, Unsettled};
 
@@ -74,6 +84,8 @@ enum OpKind {
     Checkpoint,
     /// More data space.
     Grow(Growth),
+    /// Some blocks of a log group that is redone, from this one on.
+    RedoRead(usize),
 }
 
 /// How often a checkpoint that waits for memory looks for it.
@@ -82,6 +94,7 @@ const STARVED_RETRY_US: Micros = 10_000;
 /// One shard. See the module's documentation.
 pub struct Shard {
     id: ShardId,
+    deal: Deal,
     limits: Limits,
     order: Arc<GlobalOrder>,
     now: Micros,
@@ -99,8 +112,29 @@ pub struct Shard {
     pending: Slab<Pending>,
     /// Commits whose pages are all there, in the order in which they became so.
     ready: VecDeque<usize>,
+    /// Parts of commits over shards whose pages are all there.
+    ready_parts: VecDeque<usize>,
     /// Other requests whose pages are all there.
     finished: VecDeque<usize>,
+    /// Messages to itself.
+    loopback: VecDeque<Message>,
+    /// Commits over shards that this shard owns, by its number for them.
+    cross: BTreeMap<u64, Cross>,
+    cross_next: u64,
+    cross_waiting: Vec<u64>,
+    /// Those for which all votes are in.
+    decidable: VecDeque<u64>,
+    /// LSNs drawn for commits over shards of which some part is not durable.
+    cross_undurable: BTreeSet<Lsn>,
+    /// Parts voted for and not decided yet, and what they have reserved.
+    parts: Parts,
+    reserved: Reserved,
+    /// The highest LSN for whose durability somebody here waits; what each shard has been told of it.
+    wanted: Lsn,
+    nudged: Vec<Lsn>,
+    /// The highest LSN for which another shard waits.
+    nudged_upto: Lsn,
+    seen_watermark: Lsn,
     /// Replies that wait for the watermark.
     waiting: BinaryHeap<Waiting>,
     waiting_seq: u64,
@@ -111,6 +145,8 @@ pub struct Shard {
     /// Dirty pages in the order in which they became so.
     dirty: Vec<usize>,
     dirty_since: Micros,
+    /// None of them can be written before something happens here, or the watermark reaches this.
+    dirty_stuck: Option<Lsn>,
     captures: Slab<Capture>,
     /// Written captures that wait for the watermark.
     unsettled: BinaryHeap<Unsettled>,
@@ -118,23 +154,36 @@ pub struct Shard {
     /// Blocks that dirty pages and slots will need.
     reserved_blocks: u64,
     moves: Vec<usize>,
+    moves_asked: Moves,
     compaction: Option<Compaction>,
     compacted: hashbrown::HashSet<ExtentNo, foldhash::fast::FixedState>,
     checkpoint: Checkpoint,
+    lead: Lead,
     summaries: Vec<ExtentNo>,
     summaries_under_way: usize,
     growing: bool,
-    grow_failed_at: Option<Micros>,
+    space_asked: SpaceAsked,
+    /// Requests for space that wait for the leader, and how far beyond the limit each may go.
+    space_wanted: VecDeque<(ShardId, u32)>,
+    growth_under_way: bool,
+    /// When it failed last, and how far beyond the limit it had been asked for.
+    grow_failed: Option<(Micros, u32)>,
     stalled_for_space: bool,
+    space_wanted_until: Micros,
     /// Somebody waits for a frame.
     memory_short: bool,
     reclaiming: Reclaiming,
     closing: Option<Option<Token>>,
     closed: bool,
+    quiet: bool,
     failed: Option<Error>,
-    redo_error: Option<Error>,
-    /// While recovery redoes the log.
-    redoing: Option<Redoing>,
+    /// The first failure, while opening.
+    open_error: Option<Error>,
+    /// Until the log is redone.
+    recovering: Option<Recovering>,
+    redone: bool,
+    /// The commit up to which the store was recovered.
+    cut: Lsn,
     /// No requests yet.
     opening: bool,
     again: bool,
@@ -142,14 +191,13 @@ pub struct Shard {
     #[cfg(any(test, feature = "sim"))]
     drawn: Vec<(Token, Lsn)>,
     #[cfg(any(test, feature = "sim"))]
-    canary: Option<crate::sim::Canary>,
-    #[cfg(any(test, feature = "sim"))]
     reused_early: Vec<crate::types::Place>,
 }
 
 /// What a shard is made of, as found by recovery.
-pub(crate) struct Parts {
+pub(crate) struct Setup {
     pub id: ShardId,
+    pub deal: Deal,
     pub limits: Limits,
     pub order: Arc<GlobalOrder>,
     pub arena: Arena,
@@ -158,15 +206,24 @@ pub(crate) struct Parts {
     pub log: Log,
     pub superblock: Superblock,
     pub superblock_frames: Vec<Frame>,
+    /// What is to be redone; `None` after a clean close.
+    pub recovering: Option<Recovering>,
+    /// The commit up to which the store was recovered.
+    pub cut: Lsn,
+    /// The epoch to be begun, for the leader.
+    pub new_epoch: Option<NewEpoch>,
     pub seed: u64,
     pub now: Micros,
 }
 
 impl Shard {
-    pub(crate) fn new(parts: Parts) -> Self {
+    pub(crate) fn new(parts: Setup) -> Self {
         let hasher = || foldhash::fast::FixedState::with_seed(parts.seed);
+        let lead = Lead::new(parts.new_epoch);
+        let seen_watermark = parts.order.watermark();
         Shard {
             id: parts.id,
+            deal: parts.deal,
             limits: parts.limits,
             order: parts.order,
             now: parts.now,
@@ -181,7 +238,20 @@ impl Shard {
             effects: VecDeque::new(),
             pending: Slab::new(),
             ready: VecDeque::new(),
+            ready_parts: VecDeque::new(),
             finished: VecDeque::new(),
+            loopback: VecDeque::new(),
+            cross: BTreeMap::new(),
+            cross_next: 1,
+            cross_waiting: Vec::new(),
+            decidable: VecDeque::new(),
+            cross_undurable: BTreeSet::new(),
+            parts: HashMap::with_hasher(hasher()),
+            reserved: Reserved::default(),
+            wanted: Lsn::ZERO,
+            nudged: vec![Lsn::ZERO; usize::from(parts.deal.shards_count())],
+            nudged_upto: Lsn::ZERO,
+            seen_watermark,
             waiting: BinaryHeap::new(),
             waiting_seq: 0,
             node_waiters: HashMap::with_hasher(hasher()),
@@ -190,33 +260,41 @@ impl Shard {
             flushing: false,
             dirty: Vec::new(),
             dirty_since: 0,
+            dirty_stuck: None,
             captures: Slab::new(),
             unsettled: BinaryHeap::new(),
             page_writes: 0,
             reserved_blocks: 0,
             moves: Vec::new(),
+            moves_asked: Moves::default(),
             compaction: None,
             compacted: hashbrown::HashSet::with_hasher(hasher()),
             checkpoint: Checkpoint::default(),
+            lead,
             summaries: Vec::new(),
             summaries_under_way: 0,
             growing: false,
-            grow_failed_at: None,
+            space_asked: SpaceAsked::default(),
+            space_wanted: VecDeque::new(),
+            growth_under_way: false,
+            grow_failed: None,
             stalled_for_space: false,
+            space_wanted_until: 0,
             memory_short: false,
             reclaiming: Reclaiming::default(),
             closing: None,
             closed: false,
+            quiet: false,
             failed: None,
-            redo_error: None,
-            redoing: None,
+            open_error: None,
+            recovering: parts.recovering,
+            redone: false,
+            cut: parts.cut,
             opening: true,
             again: false,
             stats: ShardStats::default(),
             #[cfg(any(test, feature = "sim"))]
             drawn: Vec::new(),
-            #[cfg(any(test, feature = "sim"))]
-            canary: None,
             #[cfg(any(test, feature = "sim"))]
             reused_early: Vec::new(),
         }
@@ -226,16 +304,24 @@ impl Shard {
     /// [`next_effect`](Self::next_effect).
     pub fn turn(&mut self, now: Micros) {
         self.now = self.now.max(now);
+        self.note_watermark();
         for _ in 0..16 {
             self.again = false;
             self.memory_short = false;
+            self.deliver_to_self();
             self.finish_ready();
+            self.run_parts();
             self.run_commits();
+            self.retry_cross();
+            self.decide();
             self.advance_groups();
             self.write_back();
+            self.advance_lead();
             self.advance_checkpoint();
+            self.advance_redo();
             self.advance_space();
             self.advance_compaction();
+            self.advance_moves();
             self.write_summaries();
             self.submit_reads();
             self.advance_close();
@@ -244,8 +330,27 @@ impl Shard {
             }
         }
         // Nothing is under way that could give memory back: it is in the hands of readers.
-        if self.memory_short && self.ops.is_empty() {
+        let stuck = !self.checkpoint_under_way() || self.checkpoint.is_starved();
+        if self.memory_short && self.ops.is_empty() && stuck {
             self.refuse_for_memory();
+        }
+        self.nudge_others();
+    }
+
+    /// Carries a message to another shard, or keeps it for this one.
+    fn send(&mut self, to: ShardId, message: Message) {
+        if to == self.id {
+            self.loopback.push_back(message);
+            self.again = true;
+        } else {
+            self.stats.messages += 1;
+            self.effects.push_back(Effect::Send(to, message));
+        }
+    }
+
+    fn deliver_to_self(&mut self) {
+        while let Some(message) = self.loopback.pop_front() {
+            self.message(self.id, message);
         }
     }
 
@@ -264,17 +369,18 @@ impl Shard {
         // make the driver spin.
         let may_go = !self.log.open.is_empty() && self.log.in_flight.len() < self.limits.log_writes_max;
         let group = may_go.then(|| self.log.open.opened_at + window);
-        let pages = (!self.dirty.is_empty()).then(|| self.dirty_since.max(self.now.saturating_sub(window)) + window);
+        let pages = (!self.dirty.is_empty() && self.dirty_stuck.is_none())
+            .then(|| self.dirty_since.max(self.now.saturating_sub(window)) + window);
         let growth = self.stalled_for_space.then_some(self.now + space::GROW_RETRY_US);
         // Memory that readers give back says nothing: a checkpoint that waits for it has to look.
-        let starved = (self.checkpoint.is_active() && self.ops.is_empty()).then_some(self.now + STARVED_RETRY_US);
-        let next = [group, pages, growth, starved].into_iter().flatten().min()?;
+        let starved = self.checkpoint.is_starved().then_some(self.now + STARVED_RETRY_US);
+        let next = [group, pages, growth, starved, self.next_retry()].into_iter().flatten().min()?;
         (self.failed.is_none()).then_some(next.max(self.now + 1))
     }
 
     /// Whether more requests may be brought; false is back-pressure.
     pub fn accepting(&self) -> bool {
-        self.pending.len() < self.limits.requests_max
+        self.pending.len() + self.cross.len() < self.limits.requests_max
     }
 
     /// Whether `Close` has been carried out.
@@ -314,18 +420,42 @@ impl Shard {
             OpKind::SummaryRead(extent) => self.summary_read(extent, completion),
             OpKind::Checkpoint => self.checkpoint_step_done(completion),
             OpKind::Grow(growth) => self.grown(growth, completion.result),
+            OpKind::RedoRead(at) => self.redo_read(at, completion),
         }
     }
 
-    /// What all shards share.
-    pub(crate) fn order(&self) -> &Arc<GlobalOrder> {
-        &self.order
+    /// Which shard owns which page.
+    pub(crate) fn deal(&self) -> Deal {
+        self.deal
     }
 
     /// A message from another shard.
     pub fn message(&mut self, from: ShardId, message: Message) {
+        self.again = true;
         match message {
-            Message::Nudge(upto) => tracing::trace!(shard = self.id.get(), from = from.get(), %upto, "nudge"),
+            Message::Prepare(txn, ask) => self.prepare(from, txn, *ask),
+            Message::Vote(txn, vote) => self.voted(from, txn, vote),
+            Message::Decide(txn, decision) => self.decided(from, txn, decision),
+            Message::Applied(txn) => self.part_applied(txn),
+            Message::Durable(txn) => self.part_durable(txn),
+            Message::Nudge(upto) => self.nudged(upto),
+            Message::Failed(error) => self.stop(error),
+            Message::WantCheckpoint => self.checkpoint_wanted(),
+            Message::Begin(begin) => self.begin_checkpoint(begin),
+            Message::Began => self.shard_began(),
+            Message::Redo(redo) => self.redo_lsn_chosen(redo),
+            Message::Captured(handover) => self.handed_over(*handover),
+            Message::Ready(contribution) => self.shard_ready(from, *contribution),
+            Message::Done(superblock) => self.end_checkpoint(*superblock),
+            Message::Redone => self.shard_redone(),
+            Message::Quiesce => self.quiesce(),
+            Message::Quiet => self.shard_quiet(),
+            Message::WantSpace(beyond) => self.space_wanted_by(from, beyond),
+            Message::Granted(extents) => self.space_granted(extents),
+            Message::Denied => self.space_denied(),
+            Message::Spare => self.spare_space(from),
+            Message::Move(what, place) => self.move_asked(from, what, place),
+            Message::Moved(error) => self.moved(from, error),
         }
     }
 
@@ -337,19 +467,68 @@ impl Shard {
     /// The lowest LSN for whose durability something here waits: when the watermark reaches it, a turn is due even if
     /// nothing has arrived. `None`: nothing waits.
     pub fn waits_for(&self) -> Option<Lsn> {
-        self.waiting.peek().map(|w| w.lsn())
+        let page = self.unsettled.peek().map(|unsettled| unsettled.lsn());
+        let reply = self.waiting.peek().map(|waiting| waiting.lsn()).filter(|_| !planted!(NobodyWoken));
+        [page, reply, self.checkpoint.waits_for(), self.dirty_stuck].into_iter().flatten().min()
     }
 
-    /// The store is open: requests come. The clock that drives it from now on may show less than the one that drove it until now.
-    pub(crate) fn opened(&mut self, now: Micros) {
-        self.now = now;
-        self.dirty_since = now;
-        self.opening = false;
+    /// The watermark may have advanced, by this shard or another.
+    fn note_watermark(&mut self) {
+        let watermark = self.order.watermark();
+        if watermark > self.seen_watermark {
+            self.seen_watermark = watermark;
+            self.dirty_stuck = None;
+            self.acknowledge();
+            self.settle_durable();
+            self.again = true;
+        }
     }
 
-    /// The sizes of the store.
-    pub(crate) fn geometry(&self) -> &crate::options::Geometry {
-        &self.limits.geometry
+    /// Publishes what this shard still holds back.
+    fn publish_bound(&mut self) {
+        let parts = self.cross_undurable.first().filter(|_| !planted!(PartsHoldNothingBack));
+        let mut bound = self.log.bound().min(parts.copied().unwrap_or(Lsn::MAX));
+        if bound == Lsn::MAX && planted!(IdleHoldsBack) {
+            bound = self.order.next();
+        }
+        self.order.publish(self.id, bound);
+        self.order.refresh();
+        self.note_watermark();
+    }
+
+    /// Shards that hold back what somebody here waits for are told: their window must not delay it.
+    fn nudge_others(&mut self) {
+        let wanted = self.wanted;
+        if wanted <= self.order.watermark() || self.failed.is_some() {
+            return;
+        }
+        for shard in self.deal.shards() {
+            if shard != self.id && self.order.bound(shard) <= wanted {
+                self.nudge(shard, wanted);
+            }
+        }
+        self.pass_nudge_on(wanted);
+    }
+
+    fn nudge(&mut self, shard: ShardId, upto: Lsn) {
+        if self.nudged[shard.index()] < upto {
+            self.nudged[shard.index()] = upto;
+            self.send(shard, Message::Nudge(upto));
+        }
+    }
+
+    /// Parts elsewhere of commits that this shard owns hold it back, too.
+    fn pass_nudge_on(&mut self, upto: Lsn) {
+        if self.cross_undurable.first().is_some_and(|lsn| *lsn <= upto) {
+            self.deal.others(self.id).for_each(|shard| self.nudge(shard, upto));
+        }
+    }
+
+    fn nudged(&mut self, upto: Lsn) {
+        self.nudged_upto = self.nudged_upto.max(upto);
+        let holds_back = self.log.open.first_lsn().is_some_and(|lsn| lsn <= upto) || !self.log.open.parts.is_empty();
+        self.log.open.urgent |= holds_back;
+        self.pass_nudge_on(upto);
     }
 
     /// The memory that its operations read into and write from.
@@ -372,7 +551,7 @@ impl Shard {
 
     /// Why it stopped, if it did.
     pub(crate) fn failure(&self) -> Option<Error> {
-        self.failed.clone()
+        self.open_error.clone().or_else(|| self.failed.clone())
     }
 
     /// Operations under way.
@@ -385,17 +564,31 @@ impl Shard {
         self.effects.push_back(Effect::Submit(OpId(id as u64), op));
     }
 
-    /// A write or a flush failed: nothing is acknowledged from now on.
+    /// A write or a flush failed: nothing is acknowledged from now on, by any shard.
     fn fail(&mut self, error: Error) {
         if self.failed.is_some() {
             return;
         }
         tracing::error!(shard = self.id.get(), %error, "the store stops writing; reopen it");
+        for shard in self.deal.others(self.id) {
+            self.send(shard, Message::Failed(error.clone()));
+        }
+        self.stop(error);
+    }
+
+    /// This or another shard has failed.
+    fn stop(&mut self, error: Error) {
+        if self.failed.is_some() {
+            return;
+        }
         let stopped = Error::new(
             ErrorKind::Closed,
             format_args!("the store has stopped writing after a failure ({error}); reopen it to recover"),
         );
         self.failed = Some(stopped);
+        if self.opening {
+            self.open_error.get_or_insert_with(|| error.clone());
+        }
         self.fail_writers(&error);
     }
 
@@ -451,11 +644,6 @@ impl Shard {
             self.failed,
             self.closing.is_some(),
         )
-    }
-
-    /// Plants a bug.
-    pub fn set_canary(&mut self, canary: Option<crate::sim::Canary>) {
-        self.canary = canary;
     }
 }
 

@@ -12,6 +12,7 @@
 //! 4. Bytes from the device become a page's content only if their sum is the entry's, and the entry is still the
 //!    page's: a page changed meanwhile ignores a late read.
 
+use super::holds::Hold;
 use super::{OpKind, Shard};
 use crate::coalesce;
 use crate::disk::{Completion, DiskOp, FileId};
@@ -54,6 +55,8 @@ pub(super) struct Page {
     pub leaf: Option<NodeIdx>,
     /// The checkpoint under way waits for this version to be in the map.
     pub checkpoint_target: Lsn,
+    /// By commits over shards.
+    pub hold: Hold,
     used: bool,
     waiters: SmallVec<[(usize, bool); 2]>,
 }
@@ -123,6 +126,7 @@ impl Table {
             queued: false,
             leaf: None,
             checkpoint_target: Lsn::ZERO,
+            hold: Hold::default(),
             used: true,
             waiters: SmallVec::new(),
         });
@@ -158,7 +162,8 @@ impl Table {
 pub(super) enum NodeWaiter {
     Page(usize),
     Request(usize),
-    Compaction,
+    /// A node that compaction moves.
+    Move,
 }
 
 /// A node that is to be read.
@@ -176,8 +181,9 @@ pub(super) struct PageRead {
 }
 
 impl Shard {
-    /// Frees memory until `frames` single frames can be had.
+    /// Frees memory until `frames` single frames can be had, besides those that parts of commits have reserved.
     pub(super) fn ensure_frames(&mut self, frames: u32) -> bool {
+        let frames = frames + self.reserved.frames;
         while self.arena.free_blocks() < frames {
             if !self.table.evict_one() && !self.map.evict_one() {
                 return false;
@@ -384,7 +390,7 @@ impl Shard {
                     }
                 }
                 NodeWaiter::Request(waiter) => self.need_met(waiter, result.clone().err()),
-                NodeWaiter::Compaction => self.compaction_node_read(result.clone()),
+                NodeWaiter::Move => self.node_move_read(result.clone().err()),
             }
         }
     }

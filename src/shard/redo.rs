@@ -1,31 +1,40 @@
-//! Redo: recovery brings the changes of the log, in LSN order; they take the same way as new ones, without the log.
+//! Redo: while the store is opened, each shard reads the groups of the old logs that concern its pages, and does their
+//! changes again. They take the same way as new ones, without the log.
 //!
+//! ```text
+//! next group --read--> decoded: whole commits --a batch at a time: pages loaded, admitted, changed--> next group ... Redone
+//! ```
 //! Invariants
-//! 1. One batch at a time, in order; so changes of a page are applied in LSN order. All that a commit did to a page is
-//!    one change: a second one with the same LSN would be skipped by rule 2.
+//! 1. All records of a page stand in one log, in LSN order: an epoch has one deal. So the logs need no merging here; what
+//!    needed all of them, the cut, is known before. All that a commit did to a page is one change: a second one with the
+//!    same LSN would be skipped by rule 2.
 //! 2. A change at or below the page's version is skipped: the root reflects it already.
-//! 3. If memory or space run short meanwhile, a checkpoint may come in between: it belongs to the old epoch, and its
-//!    redo LSN is that of the last batch that is done, so that a recovery after a crash goes on from there.
+//! 3. If memory or space run short meanwhile, a checkpoint may come in between. It belongs to the old epoch and keeps the old
+//!    redo LSN: a recovery after a crash begins anew, and skips what is there by rule 2.
 //! 4. Nothing is served meanwhile, and nothing that is durable is overwritten: a crash here only means to begin anew.
 
-use super::Shard;
+use super::message::Message;
 use super::requests::PendingKind;
+use super::{OpKind, Shard};
+use crate::disk::{Completion, DiskOp, FileId};
 use crate::error::Error;
 use crate::format::extent::ItemKind;
+use crate::format::group::{Body, GroupHead, LoggedChange, SlotState};
 use crate::format::node::Entry;
-use crate::types::{Lsn, PageKey};
+use crate::types::{BLOCK, Lsn, PageKey, ShardId};
 use bytes::Bytes;
 use smallvec::SmallVec;
+use std::collections::VecDeque;
 
 /// One change to be redone.
-pub(crate) struct RedoChange {
+pub(super) struct RedoChange {
     pub lsn: Lsn,
     pub key: PageKey,
     pub kind: RedoKind,
 }
 
 /// What the log says of the page.
-pub(crate) enum RedoKind {
+pub(super) enum RedoKind {
     /// These bytes.
     Image(Bytes),
     /// It has been written to its place already.
@@ -46,7 +55,7 @@ impl RedoKind {
     }
 
     /// What this and then `next`, of the same commit, do to a page. `None`: no commit logs that.
-    pub(crate) fn then(self, next: RedoKind) -> Option<RedoKind> {
+    fn then(self, next: RedoKind) -> Option<RedoKind> {
         match (self, next) {
             (RedoKind::Patches { over_zeros, mut patches }, RedoKind::Patches { over_zeros: false, patches: more }) => {
                 patches.extend(more);
@@ -61,62 +70,138 @@ impl RedoKind {
     }
 }
 
-/// How far redo has come.
-#[derive(Clone, Copy)]
-pub(super) struct Redoing {
-    /// Every record up to here is redone.
-    pub done: Lsn,
+/// What is to be redone, and how far that has come.
+pub(crate) struct Recovering {
+    /// The roots reflect everything up to here.
+    pub redo: Lsn,
     /// The state to be restored; everything up to here is durable.
     pub cut: Lsn,
-    /// Some changes of a batch are applied, others not: no moment for a checkpoint.
-    pub mid_batch: bool,
-    /// The last commit of the batch under way.
-    batch: Lsn,
+    /// Groups that concern the shard, each log in its order.
+    pub groups: VecDeque<GroupHead>,
+    load: Option<Load>,
+    commits: VecDeque<Redone>,
 }
 
+impl Recovering {
+    pub(crate) fn new(redo: Lsn, cut: Lsn, groups: VecDeque<GroupHead>) -> Self {
+        Recovering { redo, cut, groups, load: None, commits: VecDeque::new() }
+    }
+}
+
+/// A group that is being read.
+struct Load {
+    head: GroupHead,
+    bytes: Vec<u8>,
+    asked: usize,
+    under_way: u32,
+}
+
+/// The changes of one commit that concern the shard.
+type Redone = Vec<RedoChange>;
+
 impl Shard {
-    /// The roots reflect everything up to `redo`; the log is to be redone up to `cut`.
-    pub(crate) fn begin_redo(&mut self, redo: Lsn, cut: Lsn) {
-        self.redoing = Some(Redoing { done: redo, cut, mid_batch: false, batch: redo });
+    /// Takes the next step, if nothing is under way for the last.
+    pub(super) fn advance_redo(&mut self) {
+        if self.redone || self.failed.is_some() || !self.pending.is_empty() {
+            return;
+        }
+        let Some(recovering) = &mut self.recovering else { return self.all_redone() };
+        if !recovering.commits.is_empty() {
+            self.redo_batch();
+        } else if recovering.load.is_some() {
+            self.load_group();
+        } else if let Some(head) = recovering.groups.pop_front() {
+            let bytes = vec![0; head.blocks as usize * BLOCK];
+            recovering.load = Some(Load { head, bytes, asked: 0, under_way: 0 });
+            self.load_group();
+        } else {
+            self.all_redone();
+        }
     }
 
-    /// All of the log is redone: what recovery kept apart is an extent like any other.
-    pub(crate) fn end_redo(&mut self) {
-        self.redoing = None;
-        self.extents.end_adoption();
+    fn all_redone(&mut self) {
+        self.redone = true;
+        self.send(ShardId::LEADER, Message::Redone);
     }
 
-    /// Changes that a batch may have: their pages are in memory together.
-    pub(crate) fn redo_batch_max(&self) -> usize {
-        (self.limits.memory_blocks / 32).clamp(4, 1024) as usize
+    /// Reads what is not asked for yet, as memory allows.
+    fn load_group(&mut self) {
+        let blocks_max = self.limits.vectored_pages_max;
+        while let Some(load) = self.recovering.as_mut().and_then(|r| r.load.as_mut()) {
+            let blocks = (load.head.blocks as usize - load.asked).min(blocks_max);
+            if blocks == 0 {
+                return;
+            }
+            let (at, first) = (load.asked, load.head.block as usize);
+            let file = FileId::Log(load.head.shard, load.head.segment);
+            if !self.ensure_frames(blocks as u32) {
+                self.memory_short = true;
+                return;
+            }
+            if let Some(load) = self.recovering.as_mut().and_then(|r| r.load.as_mut()) {
+                load.asked += blocks;
+                load.under_way += 1;
+            }
+            let into = (0..blocks).map(|_| self.arena.alloc(0).expect("frames were ensured")).collect();
+            self.submit(OpKind::RedoRead(at), DiskOp::Read { file, offset: ((first + at) * BLOCK) as u64, into });
+        }
     }
 
-    /// Begins to redo a batch of whole commits, the last of them `lsn`; pump the shard until [`redo_done`](Self::redo_done).
-    pub(crate) fn redo(&mut self, lsn: Lsn, changes: Vec<RedoChange>) {
-        if let Some(redoing) = &mut self.redoing {
-            redoing.batch = lsn;
+    /// Blocks of a group arrive, from block `at` of it on.
+    pub(super) fn redo_read(&mut self, at: usize, completion: Completion) {
+        self.again = true;
+        let DiskOp::Read { into, .. } = completion.op else { unreachable!("a read completes as a read") };
+        if let Err(error) = completion.result {
+            return self.fail(error);
+        }
+        let Some(load) = self.recovering.as_mut().and_then(|r| r.load.as_mut()) else { return };
+        for (block, frame) in load.bytes[at * BLOCK..].chunks_mut(BLOCK).zip(&into) {
+            block.copy_from_slice(frame);
+        }
+        load.under_way -= 1;
+        if load.under_way == 0 && load.asked == load.head.blocks as usize {
+            self.group_loaded();
+        }
+    }
+
+    fn group_loaded(&mut self) {
+        let Some(recovering) = &mut self.recovering else { return };
+        let Some(Load { head, bytes, .. }) = recovering.load.take() else { return };
+        let (redo, cut, deal, id) = (recovering.redo, recovering.cut, self.deal, self.id);
+        let commits =
+            decode(&head, &Bytes::from(bytes), |lsn| lsn > redo && lsn <= cut, |key| deal.shard_of(key) == id);
+        match commits {
+            Some(commits) => recovering.commits.extend(commits),
+            None => {
+                let file = FileId::Log(head.shard, head.segment);
+                let context = format_args!("{file}: the group at block {} changed while it was read", head.block);
+                self.fail(Error::corrupt(context));
+            }
+        }
+    }
+
+    /// Begins to redo whole commits, as many at a time as fit into memory.
+    fn redo_batch(&mut self) {
+        let most = (self.limits.memory_blocks / 32).clamp(4, 1024) as usize;
+        let Some(recovering) = &mut self.recovering else { return };
+        let mut changes: Vec<RedoChange> = Vec::new();
+        while let Some(next) = recovering.commits.front()
+            && (changes.is_empty() || changes.len() + next.len() <= most)
+        {
+            changes.extend(recovering.commits.pop_front().into_iter().flatten());
         }
         let pages = changes.iter().map(|c| self.table.get(c.key)).collect();
         let data: Vec<bool> = changes.iter().map(|c| c.kind.needs_data()).collect();
-        let mut changes = changes;
         changes.reverse();
         self.begin(None, PendingKind::Redo(changes), pages, |i| data[i]);
     }
 
-    /// Whether the last batch is done; an error if it can't be.
-    pub(crate) fn redo_done(&mut self) -> Result<bool, Error> {
-        if let Some(error) = self.redo_error.take().or_else(|| self.failed.clone()) {
-            return Err(error);
-        }
-        Ok(self.pending.is_empty())
-    }
-
     /// Goes on with the batch at the front of the queue. False: it has to wait there.
     pub(super) fn run_redo(&mut self, waiter: usize) -> bool {
-        if let Some(error) = self.pending[waiter].error.take() {
-            self.redo_error = Some(error);
+        if let Some(error) = self.pending[waiter].error.take().or_else(|| self.failed.clone()) {
             self.ready.pop_front();
             self.release(waiter);
+            self.fail(error);
             return true;
         }
         let PendingKind::Redo(changes) = &self.pending[waiter].kind else { unreachable!("only redo") };
@@ -127,9 +212,6 @@ impl Shard {
         loop {
             let PendingKind::Redo(changes) = &mut self.pending[waiter].kind else { unreachable!("only redo") };
             let Some(change) = changes.pop() else { break };
-            if let Some(redoing) = &mut self.redoing {
-                redoing.mid_batch = true;
-            }
             let idx = self.table.get(change.key);
             let page = &self.table.pages[idx];
             let needs_data = change.kind.needs_data() && page.lsn < change.lsn;
@@ -143,10 +225,6 @@ impl Shard {
                 return true;
             }
             self.redo_change(idx, change);
-        }
-        if let Some(redoing) = &mut self.redoing {
-            redoing.mid_batch = false;
-            redoing.done = redoing.batch;
         }
         self.ready.pop_front();
         self.release(waiter);
@@ -193,11 +271,66 @@ impl Shard {
         }
         let leaf = page.leaf.expect("admission pinned the leaf");
         let (vshard, _) = self.map.position(key);
-        self.extents.adopt(place, ItemKind::Page(key, lsn));
-        self.extents.name_page(vshard, place);
+        self.extents.adopt(vshard, place, ItemKind::Page(key, lsn));
         if let Some(old) = self.map.set(leaf, key, Some(entry)) {
             self.extents.leave_page(vshard, old.place());
         }
         self.wake_waiters(idx);
     }
+}
+
+/// The commits of a group that are wanted, with those of their changes that are.
+fn decode(
+    head: &GroupHead,
+    bytes: &Bytes,
+    wanted: impl Fn(Lsn) -> bool,
+    mine: impl Fn(PageKey) -> bool,
+) -> Option<Vec<Redone>> {
+    let body = Body::open(head, bytes)?;
+    let mut commits = Vec::new();
+    for record in body.records()?.into_iter().filter(|record| wanted(record.lsn)) {
+        let mut changes = Vec::new();
+        for change in record.changes {
+            let (key, lsn, kind) = match change {
+                LoggedChange::Patch(key, offset, patch) => {
+                    let patches = smallvec::smallvec![(offset, bytes.slice_ref(patch))];
+                    (key, record.lsn, RedoKind::Patches { over_zeros: false, patches })
+                }
+                LoggedChange::Free(key) => (key, record.lsn, RedoKind::Free),
+                LoggedChange::Image(_, slot) => {
+                    let slot = body.slots.get(slot as usize)?;
+                    let kind = match slot.state {
+                        // Freed again within the same era: the Free follows.
+                        SlotState::Dead => continue,
+                        SlotState::Placed => RedoKind::Placed(slot.entry),
+                        SlotState::Inline(block) => {
+                            let at = block as usize * BLOCK;
+                            RedoKind::Image(bytes.slice(at..at + BLOCK))
+                        }
+                    };
+                    (slot.key, slot.entry.lsn(), kind)
+                }
+            };
+            if mine(key) {
+                add(&mut changes, RedoChange { lsn, key, kind })?;
+            }
+        }
+        if !changes.is_empty() {
+            commits.push(changes);
+        }
+    }
+    Some(commits)
+}
+
+/// Adds a change to what the commit did to the same page before, if anything: a page has one version a commit.
+fn add(changes: &mut Vec<RedoChange>, change: RedoChange) -> Option<()> {
+    match changes.iter().rposition(|earlier| earlier.key == change.key) {
+        None => changes.push(change),
+        Some(at) => {
+            let earlier = changes.remove(at);
+            let kind = earlier.kind.then(change.kind)?;
+            changes.push(RedoChange { kind, ..change });
+        }
+    }
+    Some(())
 }

@@ -6,10 +6,11 @@
 //! 3. Replies that promise durability wait in `waiting`, ordered by LSN, for the watermark.
 
 use super::event::{Commit, PageRef, Request, Response, Token};
+use super::part::Part;
 use super::redo::RedoChange;
 use super::{Change, Effect, Shard};
 use crate::error::{Error, ErrorKind, Result};
-use crate::types::{BLOCK, Lsn, Place};
+use crate::types::{BLOCK, Lsn, PageKey, Place, ShardId};
 use smallvec::SmallVec;
 use std::cmp::Ordering;
 
@@ -26,9 +27,43 @@ pub(super) struct Pending {
 pub(super) enum PendingKind {
     Read,
     Commit(Commit),
+    /// Of a commit over shards.
+    Part(Box<Part>),
     Redo(Vec<RedoChange>),
-    /// Compaction wants to move the page away from here.
-    Move(Place),
+    /// Compaction, of that shard, wants to move the page away from here.
+    Move(Place, ShardId),
+}
+
+impl Pending {
+    /// The commit, or the part of one.
+    pub fn commit(&self) -> Option<&Commit> {
+        match &self.kind {
+            PendingKind::Commit(commit) => Some(commit),
+            PendingKind::Part(part) => Some(&part.commit),
+            _ => None,
+        }
+    }
+
+    /// Whether a caller waits for it.
+    pub fn is_own(&self) -> bool {
+        matches!(self.kind, PendingKind::Read | PendingKind::Commit(_))
+    }
+
+    /// How many of the pages are there because they were read.
+    pub fn reads_count(&self) -> usize {
+        self.commit().map_or(0, |commit| commit.reads.len())
+    }
+}
+
+/// Which changes need the old bytes of their page.
+pub(super) fn patched(changes: &[(PageKey, Change)]) -> Vec<bool> {
+    changes.iter().map(|(_, change)| matches!(change, Change::Patch { .. })).collect()
+}
+
+/// The error for a commit that was on its way when the store stopped.
+pub(super) fn outcome_unknown(lsn: Lsn, cause: &Error) -> Error {
+    let context = format_args!("whether commit {lsn} will be found is not known: {cause}; reopen the store and look");
+    Error::new(ErrorKind::OutcomeUnknown, context)
 }
 
 /// A reply that waits until everything up to `lsn` is durable.
@@ -77,18 +112,20 @@ impl Shard {
                 let pages = keys.iter().map(|key| self.table.get(*key)).collect();
                 self.begin(Some(token), PendingKind::Read, pages, |_| true);
             }
+            Request::Commit(commit) if !self.is_local(&commit) => self.begin_cross(token, commit),
             Request::Commit(commit) => {
                 let reads = commit.reads.iter().map(|(key, _)| *key);
                 let keys: Vec<_> = reads.chain(commit.changes.iter().map(|(key, _)| *key)).collect();
                 let pages = keys.iter().map(|key| self.table.get(*key)).collect();
                 let reads = commit.reads.len();
-                let patched: Vec<bool> =
-                    commit.changes.iter().map(|(_, change)| matches!(change, Change::Patch { .. })).collect();
+                let patched = patched(&commit.changes);
                 self.begin(Some(token), PendingKind::Commit(commit), pages, |i| i >= reads && patched[i - reads]);
             }
             Request::Flush => {
                 let upto = self.order.next().before();
-                self.reply_when_durable(upto, token, Response::Flushed(upto), false);
+                let own = self.log.bound() > upto && upto > self.order.watermark() && planted!(FlushForOwnShard);
+                let awaited = if own { self.order.watermark() } else { upto };
+                self.reply_when_durable(awaited, token, Response::Flushed(upto), false);
             }
             Request::WaitDurable(lsn) => self.reply_when_durable(lsn, token, Response::Durable, false),
             Request::Checkpoint => self.request_checkpoint(token),
@@ -96,7 +133,7 @@ impl Shard {
                 let stats = Box::new(self.counters());
                 self.reply(token, Ok(Response::Stats(stats)));
             }
-            Request::Close => self.closing = Some(Some(token)),
+            Request::Close => self.request_close(token),
         }
     }
 
@@ -105,6 +142,12 @@ impl Shard {
             return Err(Error::new(ErrorKind::Closed, "the store is closed; open it again"));
         }
         match request {
+            Request::Read(keys) if keys.iter().any(|key| self.deal.shard_of(*key) != self.id) => {
+                Err(Error::invalid(format_args!("a read of pages of another shard came to shard {}", self.id.get())))
+            }
+            Request::Checkpoint | Request::Close if self.id != ShardId::LEADER => {
+                Err(Error::invalid(format_args!("only shard 0 takes checkpoints and closes, not {}", self.id.get())))
+            }
             Request::Read(keys) if keys.len() > self.limits.vectored_pages_max => Err(Error::invalid(format_args!(
                 "{} pages in one read: at most {} (vectored_pages_max)",
                 keys.len(),
@@ -165,7 +208,8 @@ impl Shard {
             self.again = true;
             match pending.kind {
                 PendingKind::Commit(_) | PendingKind::Redo(_) => self.ready.push_back(waiter),
-                PendingKind::Read | PendingKind::Move(_) => self.finished.push_back(waiter),
+                PendingKind::Part(_) => self.ready_parts.push_back(waiter),
+                PendingKind::Read | PendingKind::Move(..) => self.finished.push_back(waiter),
             }
         }
     }
@@ -189,7 +233,7 @@ impl Shard {
     pub(super) fn finish_ready(&mut self) {
         while let Some(waiter) = self.finished.pop_front() {
             match self.pending[waiter].kind {
-                PendingKind::Move(from) => self.move_ready(waiter, from),
+                PendingKind::Move(from, home) => self.move_ready(waiter, from, home),
                 _ => self.finish_read(waiter),
             }
         }
@@ -218,6 +262,7 @@ impl Shard {
             return;
         }
         self.log.open.urgent = true;
+        self.wanted = self.wanted.max(lsn);
         self.again = true;
         self.waiting_seq += 1;
         self.waiting.push(Waiting { lsn, seq: self.waiting_seq, token, response, is_commit });
@@ -237,17 +282,11 @@ impl Shard {
     pub(super) fn fail_writers(&mut self, cause: &Error) {
         let stopped = self.failed.clone().expect("called when failed");
         for w in std::mem::take(&mut self.waiting) {
-            let error = if w.is_commit {
-                let context = format_args!(
-                    "whether commit {} will be found is not known: {cause}; reopen the store and look",
-                    w.lsn
-                );
-                Error::new(ErrorKind::OutcomeUnknown, context)
-            } else {
-                stopped.clone()
-            };
+            let error = if w.is_commit { outcome_unknown(w.lsn, cause) } else { stopped.clone() };
             self.reply(w.token, Err(error));
         }
+        self.fail_cross(cause, &stopped);
+        self.drop_parts();
         self.fail_checkpoint(&stopped);
         self.again = true;
     }
@@ -257,33 +296,6 @@ impl Shard {
             self.stats.conflicts += 1;
         }
         self.effects.push_back(Effect::Reply(token, result));
-    }
-
-    /// Carries out `Close` when nothing is under way any more.
-    pub(super) fn advance_close(&mut self) {
-        if self.closing.is_none() || self.closed {
-            return;
-        }
-        if self.failed.is_some() {
-            // What the device still holds is waited for: its buffers are ours again only then.
-            if self.ops.is_empty() && self.pending.is_empty() {
-                let error = self.failed.clone();
-                self.end_close(Err(error.expect("just seen")));
-            }
-            return;
-        }
-        let idle = self.pending.is_empty() && self.compaction.is_none() && self.moves.is_empty();
-        if idle {
-            self.checkpoint_for_close();
-        }
-    }
-
-    /// The closing checkpoint is durable, or will not come.
-    pub(super) fn end_close(&mut self, result: Result<()>) {
-        self.closed = true;
-        if let Some(Some(token)) = self.closing.replace(None) {
-            self.reply(token, result.map(|()| Response::Closed));
-        }
     }
 }
 

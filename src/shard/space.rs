@@ -5,14 +5,16 @@
 //! 2. `Full` only when nothing can give space any more: no growth, no checkpoint that would free places, nothing to
 //!    compact. Until then a commit waits.
 //! 3. The space grows only while more than [`FILL_PERCENT`] of it is live; else it is reclaimed.
+//! 4. The leader makes the file longer, for whoever asks; if it can't, the others give of what they have.
 
 use super::commits::Need;
+use super::message::Message;
 use super::{OpKind, Shard};
 use crate::disk::{DiskOp, FileId, IoSlice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::extent::{ItemKind, TABLE_ROWS, table_offset};
 use crate::map::Stream;
-use crate::types::{BLOCK, Micros, Place};
+use crate::types::{BLOCK, ExtentNo, Micros, Place, ShardId};
 
 /// Above this share of live blocks the space grows, below it it is compacted.
 const FILL_PERCENT: u64 = 70;
@@ -28,8 +30,20 @@ pub(super) const GROW_RETRY_US: Micros = 1_000_000;
 /// A growth under way: first the table, then the data.
 #[derive(Clone, Copy)]
 pub(super) struct Growth {
+    of: ShardId,
     to: u32,
     table_done: bool,
+}
+
+/// Who was asked for more space.
+#[derive(Clone, Copy, Default)]
+pub(super) enum SpaceAsked {
+    #[default]
+    Nobody,
+    /// The leader; how far beyond the limit it may go.
+    Leader(u32),
+    /// All others: how many have not answered, whether one gave something.
+    Others { left: u16, got: bool, beyond: u32 },
 }
 
 /// Whether reclaiming still helps.
@@ -65,7 +79,7 @@ impl Shard {
 
     /// Blocks that what is dirty now will take.
     fn owed_blocks(&self) -> u64 {
-        self.reserved_blocks + self.map.dirty_count() as u64
+        self.reserved_blocks + self.reserved.space_blocks + self.map.dirty_count() as u64
     }
 
     /// Whether a commit's pages and map nodes will find space. `Ok(false)`: not yet.
@@ -100,7 +114,7 @@ impl Shard {
         let r = &mut self.reclaiming;
         if free > r.best {
             *r = Reclaiming { best: free, ..Reclaiming::default() };
-        } else if self.stalled_for_space {
+        } else if self.stalled_for_space || self.now < self.space_wanted_until {
             r.fruitless += 1;
         }
     }
@@ -174,12 +188,12 @@ impl Shard {
         if self.free_blocks() >= low + self.owed_blocks() {
             return;
         }
-        if (self.wants_growth() && self.grow(0)) || (self.redoing.is_some() && self.grow(BEYOND_EXTENTS)) {
+        if (self.wants_growth() && self.grow(0)) || (self.recovering.is_some() && self.grow(BEYOND_EXTENTS)) {
             return;
         }
         if self.opening {
             // Opening has an end: places that redo has left are retired if they are needed, and nothing is moved.
-            if self.redoing.is_some() && self.free_blocks() < low / 4 && self.extents.left_count() > 0 {
+            if self.recovering.is_some() && self.free_blocks() < low / 4 && self.extents.left_count() > 0 {
                 self.need_checkpoint();
             }
             return;
@@ -190,36 +204,57 @@ impl Shard {
         // Dirty nodes leave their places with the next checkpoint.
         let left = (self.extents.left_count() + self.map.dirty_count()) as u64;
         let pays = left >= low / 4 || self.dirty_nodes_are_many();
-        if pays || (!self.begin_compaction() && left > 0 && self.stalled_for_space) {
+        let stalled = self.stalled_for_space || self.now < self.space_wanted_until;
+        if pays || (!self.begin_compaction() && left > 0 && stalled) {
             self.need_checkpoint();
         }
     }
 
-    /// Begins to grow the data space, at most `beyond` extents past its limit; false if it can't.
+    /// Asks for more data space, at most `beyond` extents past its limit; false if it was refused a moment ago.
     fn grow(&mut self, beyond: u32) -> bool {
-        let space = self.extents.space();
-        let waits = self.grow_failed_at.is_some_and(|at| self.now < at + GROW_RETRY_US);
-        let most = self.limits.data_extents_max.saturating_add(beyond);
-        if self.growing || waits || space.total >= most {
+        let refused = |(at, most): (Micros, u32)| self.now < at + GROW_RETRY_US && beyond <= most;
+        if self.growing || self.grow_failed.is_some_and(refused) {
             return self.growing;
         }
-        let chunk = (space.total / 8).clamp(4, 64);
-        let to = space.total.saturating_add(chunk).min(most);
         self.growing = true;
-        let table = |extents: u32| table_offset(extents.div_ceil(TABLE_ROWS), 0);
-        let growth = Growth { to, table_done: false };
-        if table(to) > table(space.total) {
-            let op = DiskOp::Allocate { file: FileId::Table, from: table(space.total), to: table(to) };
-            self.submit(OpKind::Grow(growth), op);
-        } else {
-            self.grow_data(growth);
-        }
+        self.space_asked = SpaceAsked::Leader(beyond);
+        self.send(ShardId::LEADER, Message::WantSpace(beyond));
         true
+    }
+
+    /// A shard asks the leader for space.
+    pub(super) fn space_wanted_by(&mut self, shard: ShardId, beyond: u32) {
+        self.space_wanted.push_back((shard, beyond));
+        self.grow_next();
+    }
+
+    fn grow_next(&mut self) {
+        while !self.growth_under_way
+            && let Some((of, beyond)) = self.space_wanted.pop_front()
+        {
+            let count = self.extents.count();
+            let most = self.limits.data_extents_max.saturating_add(beyond);
+            if count >= most || self.failed.is_some() {
+                self.send(of, Message::Denied);
+                continue;
+            }
+            let chunk = (count / 8).clamp(4, 64);
+            let to = count.saturating_add(chunk).min(most);
+            self.growth_under_way = true;
+            let table = |extents: u32| table_offset(extents.div_ceil(TABLE_ROWS), 0);
+            let growth = Growth { of, to, table_done: false };
+            if table(to) > table(count) {
+                let op = DiskOp::Allocate { file: FileId::Table, from: table(count), to: table(to) };
+                self.submit(OpKind::Grow(growth), op);
+            } else {
+                self.grow_data(growth);
+            }
+        }
     }
 
     fn grow_data(&mut self, growth: Growth) {
         let bytes = |extents: u32| u64::from(extents) * self.limits.geometry.extent_bytes;
-        let (from, to) = (bytes(self.extents.space().total), bytes(growth.to));
+        let (from, to) = (bytes(self.extents.count()), bytes(growth.to));
         let growth = Growth { table_done: true, ..growth };
         self.submit(OpKind::Grow(growth), DiskOp::Allocate { file: FileId::Data, from, to });
     }
@@ -228,17 +263,65 @@ impl Shard {
     pub(super) fn grown(&mut self, growth: Growth, result: Result<()>) {
         self.again = true;
         match result {
-            Ok(()) if !growth.table_done => self.grow_data(growth),
+            Ok(()) if !growth.table_done => return self.grow_data(growth),
             Ok(()) => {
-                self.growing = false;
-                self.extents.grow(growth.to);
+                let new: Vec<ExtentNo> = (self.extents.count()..growth.to).map(ExtentNo::new).collect();
+                self.extents.cover(growth.to);
+                self.send(growth.of, Message::Granted(new));
             }
             Err(error) => {
                 tracing::warn!(%error, "the data space can't grow");
-                self.growing = false;
-                self.grow_failed_at = Some(self.now);
+                self.send(growth.of, Message::Denied);
             }
         }
+        self.growth_under_way = false;
+        self.grow_next();
+    }
+
+    /// Extents that are this shard's from now on, by the leader or by another shard.
+    pub(super) fn space_granted(&mut self, extents: Vec<ExtentNo>) {
+        let some = !extents.is_empty();
+        self.extents.grant(extents);
+        match self.space_asked {
+            SpaceAsked::Others { left, got, beyond } => self.another_has_answered(left - 1, got || some, beyond),
+            _ => self.end_growth(true, 0),
+        }
+    }
+
+    /// The file can't be longer: the others may have some to spare.
+    pub(super) fn space_denied(&mut self) {
+        let SpaceAsked::Leader(beyond) = self.space_asked else { return };
+        for shard in self.deal.others(self.id) {
+            self.send(shard, Message::Spare);
+        }
+        self.another_has_answered(self.deal.shards_count() - 1, false, beyond);
+    }
+
+    fn another_has_answered(&mut self, left: u16, got: bool, beyond: u32) {
+        self.space_asked = SpaceAsked::Others { left, got, beyond };
+        if left == 0 {
+            self.end_growth(got, beyond);
+        }
+    }
+
+    fn end_growth(&mut self, got: bool, beyond: u32) {
+        self.space_asked = SpaceAsked::Nobody;
+        self.growing = false;
+        self.grow_failed = (!got).then_some((self.now, beyond));
+    }
+
+    /// Another shard has no space left: half of what this one does not need.
+    pub(super) fn spare_space(&mut self, to: ShardId) {
+        let space = self.extents.space();
+        let needed = self.owed_blocks().div_ceil(u64::from(space.data_blocks)) + 2 * RESERVE_EXTENTS;
+        let spare = u64::from(space.free).saturating_sub(needed) / 2;
+        let given = if self.failed.is_some() { Vec::new() } else { self.extents.give_away(spare as usize) };
+        self.send(to, Message::Granted(given));
+    }
+
+    /// Where the extent was at home when the store was opened; it is still, if it is not at home here.
+    pub(super) fn first_home(&self, no: ExtentNo) -> ShardId {
+        ShardId::new((no.get() % u32::from(self.deal.shards_count())) as u16)
     }
 
     /// Writes the summaries of extents that are full, and those that a checkpoint asks for.

@@ -32,6 +32,12 @@ pub(super) struct Capture {
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Unsettled(Reverse<(Lsn, usize)>);
 
+impl Unsettled {
+    pub fn lsn(&self) -> Lsn {
+        self.0.0.0
+    }
+}
+
 /// Pages in flight to their places at most: enough for the queue of a fast device, few enough to leave memory.
 const PAGE_WRITES_MAX: usize = 1024;
 
@@ -45,9 +51,11 @@ impl Shard {
         let pressed = self.checkpoint.wants_pages() || self.closing.is_some();
         let due = self.dirty.len() >= self.limits.coalesce_batch_pages
             || self.now >= self.dirty_since.saturating_add(self.limits.coalesce_window_us);
-        if self.dirty.is_empty() || !(due || pressed) || self.page_writes >= PAGE_WRITES_MAX {
+        let stuck = self.dirty_stuck.is_some() && !pressed;
+        if self.dirty.is_empty() || !(due || pressed) || stuck || self.page_writes >= PAGE_WRITES_MAX {
             return;
         }
+        let mut stuck_at = Lsn::MAX;
         let mut take = Vec::new();
         let mut later = Vec::new();
         let watermark = self.order.watermark();
@@ -64,12 +72,16 @@ impl Shard {
                 || (page.lsn > watermark && !pressed)
                 || take.len() >= room
             {
+                if page.lsn > watermark {
+                    stuck_at = stuck_at.min(page.lsn);
+                }
                 later.push(idx);
             } else {
                 page.queued = false;
                 take.push(idx);
             }
         }
+        self.dirty_stuck = (take.is_empty() && !later.is_empty()).then_some(stuck_at);
         self.dirty = later;
         self.dirty_since = self.now;
         self.capture_pages(take);
@@ -159,11 +171,13 @@ impl Shard {
     }
 
     fn capture_written(&mut self, capture: usize) {
+        self.dirty_stuck = None;
         let lsn = self.captures[capture].lsn;
         if lsn <= self.order.watermark() {
             self.settle(capture);
         } else {
             self.log.open.urgent |= !self.log.open.is_empty();
+            self.wanted = self.wanted.max(lsn);
             self.unsettled.push(Unsettled(Reverse((lsn, capture))));
         }
     }
@@ -171,7 +185,7 @@ impl Shard {
     /// The watermark has advanced: what is written and durable goes into the map.
     pub(super) fn settle_durable(&mut self) {
         let watermark = self.order.watermark();
-        while self.unsettled.peek().is_some_and(|u| u.0.0.0 <= watermark) {
+        while self.unsettled.peek().is_some_and(|u| u.lsn() <= watermark) {
             if let Some(Unsettled(Reverse((_, capture)))) = self.unsettled.pop() {
                 self.settle(capture);
             }
@@ -209,7 +223,7 @@ impl Shard {
     fn leave_place(&mut self, vshard: crate::types::VShard, place: Place) {
         self.extents.leave_page(vshard, place);
         #[cfg(any(test, feature = "sim"))]
-        if crate::sim::planted(self.canary, crate::sim::Canary::PlaceReusedEarly) {
+        if planted!(PlaceReusedEarly) {
             self.reused_early.push(place);
         }
     }

@@ -1,7 +1,7 @@
 //! Planted bugs: each must be caught by the ordinary checks, or the checks prove nothing.
 //!
 //! A place in the engine or in the simulated disk asks [`planted`] at the moment at which the bug would do its
-//! damage, and misbehaves if the answer is yes. The question counts, so that a test can tell "not caught" from
+//! damage, and misbehaves if the answer is yes. Bugs are planted per thread: recovery, too, can ask. The question counts, so that a test can tell "not caught" from
 //! "never reached". To add one: a variant, its line in [`Canary::ALL`], and one question in the code.
 //!
 //! It is compiled for tests and for the feature `sim` only, never into a release of the engine.
@@ -13,34 +13,93 @@ use std::cell::Cell;
 pub enum Canary {
     /// A flush is reported as done and makes nothing durable. Planted in the simulated disk.
     FlushSkipped,
+    /// A write that transferred only a part is taken for complete. Planted in the simulated disk.
+    ShortWriteIgnored,
     /// A durable commit is acknowledged before its log write and flush are done.
     AcknowledgedEarly,
     /// A place is given out again while a durable root or a log record still names it.
     PlaceReusedEarly,
     /// A log segment is recycled before a durable root covers the records in it.
     LogTrimmedEarly,
-    /// A write that transferred only a part is taken for complete. Planted in the simulated disk.
-    ShortWriteIgnored,
+    /// A shard recycles its log when its own roots are written: others, and the superblock, are not yet.
+    RecycledBeforeSuperblock,
+    /// A checkpoint does not wait until every record up to its redo LSN is applied at the shard.
+    RedoNotAwaited,
+    /// A commit of one shard does not wait for the hold of a commit over shards.
+    HoldIgnored,
+    /// Pages that a commit over shards only read are not held until it is decided.
+    ReadsNotHeld,
+    /// A shard votes without looking whether what was read there has changed.
+    PartNotValidated,
+    /// The owner takes the vote "a page is held" for a yes, and draws.
+    VoteIgnored,
+    /// A buffered commit over shards is acknowledged before all its parts are visible.
+    AcknowledgedUnseen,
+    /// A part is reported as durable when it is applied.
+    PartDurableEarly,
+    /// The owner's bound rises when its own part is durable: the watermark passes parts that are not.
+    PartsHoldNothingBack,
+    /// FLUSH waits for what its own shard has drawn only.
+    FlushForOwnShard,
+    /// An idle shard's bound is the next LSN instead of none: it holds the watermark back for ever.
+    IdleHoldsBack,
+    /// A parked shard does not say what its replies wait for: nobody wakes it.
+    NobodyWoken,
+    /// The cut passes LSNs that no log accounts for.
+    GapIgnored,
+    /// Recovery takes a commit over shards for complete though a part is missing.
+    PartIgnored,
+    /// Recovery takes a group for complete without looking at the pages written straight to their places.
+    PlacedUnchecked,
+    /// A new epoch begins right above the LSNs found, not above those that may have been drawn.
+    LsnsReused,
 }
 
 impl Canary {
     /// All of them.
-    pub const ALL: [Canary; 5] = [
+    pub const ALL: [Canary; 21] = [
         Canary::FlushSkipped,
+        Canary::ShortWriteIgnored,
         Canary::AcknowledgedEarly,
         Canary::PlaceReusedEarly,
         Canary::LogTrimmedEarly,
-        Canary::ShortWriteIgnored,
+        Canary::RecycledBeforeSuperblock,
+        Canary::RedoNotAwaited,
+        Canary::HoldIgnored,
+        Canary::ReadsNotHeld,
+        Canary::PartNotValidated,
+        Canary::VoteIgnored,
+        Canary::AcknowledgedUnseen,
+        Canary::PartDurableEarly,
+        Canary::PartsHoldNothingBack,
+        Canary::FlushForOwnShard,
+        Canary::IdleHoldsBack,
+        Canary::NobodyWoken,
+        Canary::GapIgnored,
+        Canary::PartIgnored,
+        Canary::PlacedUnchecked,
+        Canary::LsnsReused,
     ];
+
+    /// Whether this is the bug that is planted; does not count.
+    pub fn is_planted(self) -> bool {
+        PLANTED.with(Cell::get) == Some(self)
+    }
 }
 
 thread_local! {
+    static PLANTED: Cell<Option<Canary>> = const { Cell::new(None) };
     static FIRED: Cell<u64> = const { Cell::new(0) };
 }
 
+/// Plants a bug on this thread, or none.
+pub fn plant(canary: Option<Canary>) {
+    PLANTED.with(|planted| planted.set(canary));
+}
+
 /// Whether `which` is the bug that is planted; counts it as fired if so. Ask only where the bug changes something.
-pub fn planted(canary: Option<Canary>, which: Canary) -> bool {
-    let fires = canary == Some(which);
+pub fn planted(which: Canary) -> bool {
+    let fires = which.is_planted();
     if fires {
         FIRED.with(|count| count.set(count.get() + 1));
     }

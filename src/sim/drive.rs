@@ -1,24 +1,32 @@
-//! How the world drives the shard: requests in, time on, completions in, effects out, answers to the judge.
+//! How the world drives the store: requests in, time on, answers to the judge.
 //!
 //! Invariants
-//! 1. A turn brings completions, turns the shard, tells the judge the LSNs drawn, and only then the answers.
-//! 2. After the power is cut nothing of a turn counts any more, not even what the shard has already said.
-//! 3. Time moves only to the next completion or deadline, or over a time in which nobody asks for anything.
+//! 1. Of a turn the judge is told the LSNs drawn first, then the watermark, and only then the answers.
+//! 2. A request goes to one shard, as the handles of the store route it: reads are split, counters asked of all.
+//! 3. Time moves only to the next event, or over a time in which nobody asks for anything.
 
-use super::engine::Engine;
+use super::cluster::{Cluster, Turn};
 use super::rng::mix;
 use super::workload::Ask;
 use super::world::{Outcome, World};
-use crate::disk::Disk;
 use crate::error::Result as StoreResult;
-use crate::shard::{Effect, PageRef, Request, Response, Token};
-use crate::types::{Micros, PageKey};
+use crate::metrics::ShardStats;
+use crate::shard::{Commit, PageRef, Request, Response, Token};
+use crate::types::{Deal, Micros, PageKey, ShardId};
 use smallvec::SmallVec;
+use std::collections::BTreeMap;
 
-/// How long a request may take without errors of the device.
+/// How long a request may take without errors of the device, if no shard is slow.
 const PATIENCE_US: Micros = 60_000_000;
-/// Turns in a row in which nothing happens, before the shard is said to spin.
-pub(super) const IDLE_TURNS_MAX: u32 = 1_000;
+
+/// Pages by shard; of each shard in the order given.
+fn by_shard(deal: Deal, keys: &[PageKey]) -> BTreeMap<ShardId, Vec<PageKey>> {
+    let mut shares: BTreeMap<ShardId, Vec<PageKey>> = BTreeMap::new();
+    for &key in keys {
+        shares.entry(deal.shard_of(key)).or_default().push(key);
+    }
+    shares
+}
 
 impl World {
     /// Asks for something, or lets time pass.
@@ -30,110 +38,132 @@ impl World {
             }
             let request = self.workload.request(ask, &self.oracle);
             self.ask(request);
-            // Several requests may reach one turn.
+            // Several requests may be under way before anybody turns.
             if self.rng.one_in(3) && self.oracle.outstanding() < self.workload.profile.in_flight {
                 return Ok(());
             }
-            return self.turn();
         }
         self.pass()
     }
 
-    pub(super) fn shard(&mut self) -> &mut dyn Engine {
-        self.shard.as_deref_mut().expect("the store is open")
+    pub(super) fn cluster(&mut self) -> &mut Cluster {
+        self.cluster.as_mut().expect("the store is open")
     }
 
-    /// Hands a request to the shard.
+    /// Hands a request to the shard, or to the shards, that it is for; the token of the last part.
     pub(super) fn ask(&mut self, request: Request) -> Token {
+        let deal = self.cluster().deal();
+        match request {
+            Request::Read(keys) => {
+                let mut token = Token(0);
+                for (shard, keys) in by_shard(deal, &keys) {
+                    token = self.ask_shard(shard, Request::Read(keys.into()));
+                }
+                token
+            }
+            Request::Stats => {
+                let mut token = Token(0);
+                for shard in deal.shards() {
+                    token = self.ask_shard(shard, Request::Stats);
+                }
+                token
+            }
+            other => {
+                let shard = self.route(&other);
+                self.ask_shard(shard, other)
+            }
+        }
+    }
+
+    /// The shard for a request that is not split.
+    fn route(&mut self, request: &Request) -> ShardId {
+        let deal = self.cluster().deal();
+        let (stray, idle) = (self.cluster().pace.stray_percent, self.cluster().pace.idle);
+        let home = match request {
+            Request::Checkpoint | Request::Close => return ShardId::new(0),
+            Request::Commit(Commit { reads, changes, .. }) => {
+                let first = changes.iter().map(|&(key, _)| key).chain(reads.iter().map(|&(key, _)| key)).next();
+                first.map(|key| deal.shard_of(key)).filter(|_| !self.rng.chance(stray))
+            }
+            _ => None,
+        };
+        home.unwrap_or_else(|| {
+            let any = ShardId::new(self.rng.below(u64::from(deal.shards_count())) as u16);
+            if Some(any) == idle { ShardId::new(0) } else { any }
+        })
+    }
+
+    /// Hands a request to a shard.
+    pub(super) fn ask_shard(&mut self, shard: ShardId, request: Request) -> Token {
         self.next_token += 1;
         let token = Token(self.next_token);
         self.tally.requests += 1;
-        self.idle_turns = 0;
-        self.oracle.on_request(token, &request, self.disk.now());
-        self.shard().request(token, request);
+        self.oracle.on_request(token, &request, shard, self.disk.now());
+        self.cluster().request(shard, token, request);
         token
     }
 
-    /// Lets time pass up to the next event, and the shard turn.
+    /// Lets time pass up to the next event, and a shard turn if it is one's turn.
     pub(super) fn pass(&mut self) -> Outcome {
-        let deadline = self.shard().deadline();
-        let next = [self.disk.next_due(), deadline].into_iter().flatten().min();
-        match next {
-            Some(at) => self.disk.advance_to(at),
-            None if self.oracle.outstanding() == 0 => return Ok(()),
-            // Requests may have been made since the last turn.
-            None if self.idle_turns < 2 => {}
-            None => return Err(format!("nothing is in flight and no deadline is set: {}", self.waiting())),
-        }
+        let turn = self.cluster().step().map_err(|why| format!("{why}\n{}", self.waiting()))?;
+        self.check_disk()?;
+        let Some(turn) = turn else {
+            return match self.oracle.outstanding() {
+                0 => Ok(()),
+                _ => Err(format!("nothing is in flight and no deadline is set: {}", self.waiting())),
+            };
+        };
+        let patience = PATIENCE_US * self.cluster().pace.patience();
         if let Some((since, _)) = self.oracle.oldest()
-            && self.disk.now() > since + PATIENCE_US
+            && self.disk.now() > since + patience
         {
-            return Err(format!("no answer for {} s: {}", PATIENCE_US / 1_000_000, self.waiting()));
+            return Err(format!("no answer for {} s: {}", patience / 1_000_000, self.waiting()));
         }
-        self.turn()
+        self.judge(turn)
+    }
+
+    /// Tells the judge what came of a turn.
+    fn judge(&mut self, turn: Turn) -> Outcome {
+        for &(token, lsn) in &turn.drawn {
+            self.oracle.on_drawn(token, lsn)?;
+        }
+        let watermark = self.cluster().watermark();
+        let newest = self.cluster().newest();
+        self.oracle.on_watermark(watermark, newest)?;
+        for (token, reply) in turn.replies {
+            if self.oracle.is_spread(token) {
+                let mark = self.cluster().mark(turn.shard);
+                self.lingering.push((token, mark));
+            }
+            self.answer(turn.shard, token, reply)?;
+        }
+        let cluster = self.cluster.as_ref().expect("the store is open");
+        let oracle = &mut self.oracle;
+        self.lingering.retain(|(token, mark)| {
+            let over = cluster.reached(mark);
+            if over {
+                oracle.on_let_go(*token);
+            }
+            !over
+        });
+        Ok(())
     }
 
     fn waiting(&self) -> String {
         let oldest = self.oracle.oldest().map_or_else(|| "nobody".into(), |(_, what)| what);
-        let shard = self.shard.as_ref().map(|shard| shard.describe()).unwrap_or_default();
-        format!("{} wait, the first of them {oldest}; {shard}", self.oracle.outstanding())
+        let shards = self.cluster.as_ref().map(Cluster::describe).unwrap_or_default();
+        format!("{} wait, the first of them {oldest}; {shards}", self.oracle.outstanding())
     }
 
-    /// One turn of the shard: completions in, effects out.
-    pub(super) fn turn(&mut self) -> Outcome {
-        let mut done = Vec::new();
-        self.disk.clone().reap(&mut done);
-        if self.disk.is_off() {
-            return Ok(());
-        }
-        let mut busy = !done.is_empty();
-        for completion in done {
-            self.shard().complete(completion);
-        }
-        let now = self.disk.now();
-        self.tally.turns += 1;
-        self.shard().turn(now);
-        for (token, lsn) in self.shard().take_drawn() {
-            self.oracle.on_drawn(token, lsn)?;
-        }
-        while let Some(effect) = self.shard().next_effect() {
-            busy = true;
-            match effect {
-                Effect::Submit(id, op) => {
-                    self.disk.clone().submit(id, op);
-                    self.check_disk()?;
-                    if self.disk.is_off() {
-                        return Ok(());
-                    }
-                }
-                Effect::Reply(token, reply) => self.answer(token, reply)?,
-                Effect::Send(..) => return Err("a message to no shard".into()),
-            }
-        }
-        self.idle_turns = if busy { 0 } else { self.idle_turns + 1 };
-        if self.idle_turns > IDLE_TURNS_MAX {
-            let deadline = self.shard().deadline();
-            let (due, flying) = (self.disk.next_due(), self.disk.in_flight());
-            return Err(format!(
-                "{IDLE_TURNS_MAX} turns in which nothing happened, at {now}, deadline {deadline:?}, {flying} operations \
-                 in flight, the next due at {due:?}: {}",
-                self.waiting()
-            ));
-        }
-        Ok(())
-    }
-
-    fn answer(&mut self, token: Token, reply: StoreResult<Response>) -> Outcome {
+    fn answer(&mut self, shard: ShardId, token: Token, reply: StoreResult<Response>) -> Outcome {
         let asked_for = self.oracle.keys_of(token);
         self.oracle.on_reply(token, &reply)?;
         let kind = reply.as_ref().err().map_or(0, |error| error.kind() as u64 + 1);
         self.tally.trace = mix(self.tally.trace ^ token.0 ^ (kind << 32) ^ (self.disk.now() << 40));
         if let Ok(Response::Stats(stats)) = &reply {
-            self.tally.shard = stats.as_ref().clone();
+            self.stats.insert(shard, stats.as_ref().clone());
         }
-        if let Some((watched, answer)) = &mut self.watched
-            && *watched == token
-        {
+        if let Some(answer) = self.watched.get_mut(&token) {
             *answer = Some(reply);
             return Ok(());
         }
@@ -166,8 +196,7 @@ impl World {
     pub(super) fn idle(&mut self) -> Outcome {
         let until = self.disk.now() + self.rng.within(100, 200_000);
         while !self.disk.is_off() {
-            let deadline = self.shard().deadline();
-            match [self.disk.next_due(), deadline].into_iter().flatten().min() {
+            match self.cluster().next_at() {
                 Some(at) if at <= until => self.pass()?,
                 _ => break,
             }
@@ -184,13 +213,23 @@ impl World {
         Ok(())
     }
 
-    /// Asks for something and waits for the answer, which is judged like all others.
+    /// Asks for something that is not split, and waits for the answer, which is judged like all others.
     pub(super) fn call(&mut self, request: Request) -> Outcome<StoreResult<Response>> {
         let token = self.ask(request);
-        self.watched = Some((token, None));
-        self.turn()?;
+        self.watch(token);
+        self.wait_for(token)
+    }
+
+    /// Keeps the answer, when it comes, for [`wait_for`](Self::wait_for).
+    pub(super) fn watch(&mut self, token: Token) {
+        self.watched.insert(token, None);
+    }
+
+    /// Waits for an answer that is [watched](Self::watch) for.
+    pub(super) fn wait_for(&mut self, token: Token) -> Outcome<StoreResult<Response>> {
         loop {
-            if let Some((_, Some(answer))) = self.watched.take_if(|(_, answer)| answer.is_some()) {
+            if let Some(answer) = self.watched.get_mut(&token).and_then(Option::take) {
+                self.watched.remove(&token);
                 return Ok(answer);
             }
             if self.disk.is_off() {
@@ -200,39 +239,64 @@ impl World {
         }
     }
 
-    /// Reads pages past the judge, while nothing else is under way.
-    pub(super) fn read_now(&mut self, keys: &[PageKey]) -> Outcome<SmallVec<[PageRef; 1]>> {
-        self.try_read_now(keys)?.map_err(|error| format!("reading {keys:?}: {:?}: {error}", error.kind()))
+    /// The counters of all shards together, as of now.
+    pub(super) fn stats_now(&mut self) -> Outcome<ShardStats> {
+        for shard in self.cluster().deal().shards() {
+            let token = self.ask_shard(shard, Request::Stats);
+            self.watch(token);
+            match self.wait_for(token)?.map_err(|error| error.to_string())? {
+                Response::Stats(stats) => self.stats.insert(shard, *stats),
+                other => return Err(format!("counters asked for, {other:?} given")),
+            };
+        }
+        Ok(self.stats_told())
     }
 
-    /// The same; an error of the store is an answer.
+    /// The newest counters told, of all shards together.
+    pub(super) fn stats_told(&self) -> ShardStats {
+        self.stats.values().fold(ShardStats::default(), |sum, one| ShardStats {
+            checkpoints: sum.checkpoints + one.checkpoints,
+            extents_compacted: sum.extents_compacted + one.extents_compacted,
+            pages_moved: sum.pages_moved + one.pages_moved,
+            extents_total: sum.extents_total + one.extents_total,
+            extents_free: sum.extents_free + one.extents_free,
+            blocks_live: sum.blocks_live + one.blocks_live,
+            ..sum
+        })
+    }
+
+    /// Reads pages past the judge, while nothing else is under way; in the order asked for.
+    pub(super) fn read_now(&mut self, keys: &[PageKey]) -> Outcome<Vec<(PageKey, PageRef)>> {
+        let mut all = BTreeMap::new();
+        for (_, keys) in by_shard(self.cluster().deal(), keys) {
+            for keys in keys.chunks(self.options.vectored_pages_max) {
+                let pages = self.try_read_now(keys)?;
+                let pages = pages.map_err(|error| format!("reading {keys:?}: {:?}: {error}", error.kind()))?;
+                all.extend(keys.iter().copied().zip(pages));
+            }
+        }
+        Ok(keys.iter().map(|key| (*key, all[key].clone())).collect())
+    }
+
+    /// Reads pages of one shard in the same way; an error of the store is an answer.
     pub(super) fn try_read_now(&mut self, keys: &[PageKey]) -> Outcome<StoreResult<SmallVec<[PageRef; 1]>>> {
         self.next_token += 1;
         let token = Token(self.next_token);
-        self.shard().request(token, Request::Read(keys.iter().copied().collect()));
-        for _ in 0..10_000 {
-            let mut done = Vec::new();
-            self.disk.clone().reap(&mut done);
-            for completion in done {
-                self.shard().complete(completion);
+        let cluster = self.cluster.as_mut().expect("the store is open");
+        let shard = cluster.deal().shard_of(keys[0]);
+        cluster.request(shard, token, Request::Read(keys.iter().copied().collect()));
+        for _ in 0..100_000 {
+            let turn = cluster.step()?.ok_or_else(|| format!("reading {keys:?} hangs: {}", cluster.describe()))?;
+            if let Some(violation) = cluster.violation() {
+                return Err(violation);
             }
-            let now = self.disk.now();
-            self.shard().turn(now);
-            while let Some(effect) = self.shard().next_effect() {
-                match effect {
-                    Effect::Submit(id, op) => self.disk.clone().submit(id, op),
-                    Effect::Reply(of, Ok(Response::Pages(pages))) if of == token => return Ok(Ok(pages)),
-                    Effect::Reply(of, Err(error)) if of == token => return Ok(Err(error)),
-                    Effect::Send(..) => return Err("a message to no shard".into()),
-                    Effect::Reply(of, reply) => return Err(format!("reading {keys:?}: {of:?} {reply:?}")),
-                }
+            match turn.replies.into_iter().next() {
+                None => {}
+                Some((of, Ok(Response::Pages(pages)))) if of == token => return Ok(Ok(pages)),
+                Some((of, Err(error))) if of == token => return Ok(Err(error)),
+                Some((of, reply)) => return Err(format!("reading {keys:?}: {of:?} {reply:?}")),
             }
-            self.check_disk()?;
-            let deadline = self.shard().deadline();
-            let next = [self.disk.next_due(), deadline].into_iter().flatten().min();
-            let next = next.ok_or_else(|| format!("reading {keys:?} hangs"))?;
-            self.disk.advance_to(next);
         }
-        Err(format!("reading {keys:?} never ends"))
+        Err(format!("reading {keys:?} never ends: {}", cluster.describe()))
     }
 }

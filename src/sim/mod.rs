@@ -1,22 +1,24 @@
 //! The deterministic simulator: a whole store with its clients, its disk and its crashes, from one seed.
 //!
-//! Read in this order: [`rng`] (chance), [`disk`] (the device that loses, tears and fails), [`model`] and
-//! [`oracle`] (what must hold), [`workload`] (what clients do), [`world`] (who drives it all), [`canary`] (bugs that
-//! must be found).
+//! Read in this order: [`rng`] (chance), [`disk`] (the device that loses, tears and fails), [`net`], [`pace`] and
+//! [`cluster`] (shards that talk, each at its own speed), [`model`] and [`oracle`] (what must hold), [`workload`] (what
+//! clients do), [`world`] (who runs it all), [`canary`] (bugs that must be found).
 //!
 //! Invariants
 //! 1. One thread, a virtual clock, one seed: the same plan gives the same trace, to the bit.
-//! 2. What is driven is the shard that releases contain, without a line of its own for the simulator but the
+//! 2. What is driven are the shards that releases contain, without a line of its own for the simulator but the
 //!    planted bugs and the list of LSNs drawn.
 //!
 //! It does *not* run in a release: it is compiled for tests and for the feature `sim`.
 
 pub mod canary;
+pub mod cluster;
 pub mod disk;
 mod drive;
-pub mod engine;
 pub mod model;
+pub mod net;
 pub mod oracle;
+pub mod pace;
 pub mod plan;
 pub mod rng;
 pub mod workload;
@@ -24,6 +26,8 @@ pub mod world;
 
 #[cfg(test)]
 mod fault_tests;
+#[cfg(test)]
+mod isolation_tests;
 #[cfg(test)]
 mod oracle_tests;
 #[cfg(test)]

@@ -5,11 +5,12 @@ use super::oracle::{Oracle, Tolerance};
 use crate::error::{Error, ErrorKind};
 use crate::pool::Arena;
 use crate::shard::{Change, Commit, PageRef, Request, Response, Token};
-use crate::types::{BLOCK, Lsn, PageId, PageKey, VolumeId};
+use crate::types::{BLOCK, Deal, Lsn, PageId, PageKey, ShardId, VolumeId};
 use smallvec::smallvec;
 
 const P: PageKey = PageKey::new(VolumeId::new(1), PageId::new(7));
 const Q: PageKey = PageKey::new(VolumeId::new(1), PageId::new(8));
+const R: PageKey = PageKey::new(VolumeId::new(1), PageId::new(512));
 
 struct Court {
     oracle: Oracle,
@@ -34,10 +35,38 @@ impl Court {
         court
     }
 
+    /// The same for two shards: P belongs to shard 0 and R to shard 1.
+    fn of_two() -> Self {
+        let mut court = Court::new();
+        court.oracle.deal(Deal::new(8, 2));
+        let owner = |key: PageKey| Deal::new(8, 2).shard_of(key);
+        assert_ne!(owner(P), owner(R));
+        court
+    }
+
     fn ask(&mut self, request: Request) -> Token {
+        let shard = match &request {
+            Request::Commit(commit) if !commit.changes.is_empty() => Deal::new(8, 2).shard_of(commit.changes[0].0),
+            _ => ShardId::new(0),
+        };
         self.token += 1;
-        self.oracle.on_request(Token(self.token), &request, 0);
+        self.oracle.on_request(Token(self.token), &request, shard, 0);
         Token(self.token)
+    }
+
+    /// A commit over both shards, drawn: owned by that of P, or of R if `other`.
+    fn spread(&mut self, n: u64, other: bool) -> Token {
+        let mut changes = vec![(P, Change::Put(page_bytes(P, n))), (R, Change::Put(page_bytes(R, n)))];
+        if other {
+            changes.reverse();
+        }
+        let token = self.ask(Request::Commit(Commit { reads: Vec::new(), changes, durable: false }));
+        self.oracle.on_drawn(token, lsn(n)).unwrap();
+        token
+    }
+
+    fn acknowledge(&mut self, token: Token, n: u64) {
+        self.oracle.on_reply(token, &Ok(Response::Committed(lsn(n)))).unwrap();
     }
 
     fn put(&mut self, tag: u64, reads: Vec<(PageKey, Lsn)>, durable: bool) -> Token {
@@ -76,9 +105,7 @@ fn a_state_that_is_no_prefix_is_condemned() {
     assert!(!court.recovers(1, new), "a commit above the cut is there");
     assert!(!court.recovers(2, mixed), "old bytes under a new LSN");
     assert!(!court.recovers(0, PageRef::new(None, Lsn::ZERO)), "an acknowledged commit is gone");
-    // A cut above everything drawn is that of a new epoch: it must still show a prefix.
-    assert!(court.recovers(99, old));
-    assert!(!court.recovers(99, PageRef::new(None, Lsn::ZERO)), "an acknowledged commit is gone");
+    assert!(!court.recovers(99, old), "a cut above everything that was drawn");
 }
 
 /// Plain reads may be of any version since they were asked for, and of no other.
@@ -163,4 +190,70 @@ fn false_answers_are_condemned() {
     court.oracle.on_reply(token, &Ok(Response::Flushed(lsn(3)))).unwrap();
     let lost = PageRef::new(None, Lsn::ZERO);
     assert!(!court.recovers(2, lost) && BLOCK == 4096, "flushed, and gone");
+}
+
+/// A commit over several shards need not be seen before it is acknowledged; but at its owner, by those who have seen
+/// it already, and afterwards it must be.
+#[test]
+fn what_is_seen_of_a_commit_over_shards_never_goes_back() {
+    let mut court = Court::of_two();
+    let token = court.spread(3, true);
+    let [old, new] = [(2, 2), (3, 3)].map(|(at, tag)| court.page(at, tag));
+    assert!(court.reads(old.clone()), "drawn at the other shard, on its way to that of P");
+    assert!(court.reads(new.clone()) && !court.reads(old.clone()), "seen, and then not any more");
+    let mut court = Court::of_two();
+    let token_at_home = court.spread(3, false);
+    assert!(!court.reads(old.clone()), "drawn at the shard of P itself");
+    court.acknowledge(token_at_home, 3);
+    let mut court = Court::of_two();
+    assert_eq!(court.spread(3, true), token);
+    court.acknowledge(token, 3);
+    assert!(!court.reads(old.clone()) && court.reads(new), "acknowledged");
+    let mut court = Court::of_two();
+    let token = court.spread(3, true);
+    let alone = court.put(4, Vec::new(), false);
+    court.oracle.on_drawn(alone, lsn(4)).unwrap();
+    assert!(!court.reads(old), "a later commit of the shard itself is there");
+    court.acknowledge(token, 3);
+}
+
+/// A hold is an excuse only while it can be there, for those whom it excludes.
+#[test]
+fn conflicts_are_excused_only_by_holds_that_can_be_met() {
+    let transact = |court: &mut Court, reads| {
+        let changes = vec![(Q, Change::Free)];
+        court.ask(Request::Commit(Commit { reads, changes, durable: false }))
+    };
+    let mut court = Court::of_two();
+    let spread = court.ask(Request::Commit(Commit {
+        reads: vec![(P, lsn(2))],
+        changes: vec![(R, Change::Free)],
+        durable: false,
+    }));
+    let reader = transact(&mut court, vec![(P, lsn(2))]);
+    assert!(court.oracle.on_reply(reader, &Err(no())).is_err(), "readers of one page do not exclude each other");
+    let writer = court.put(9, Vec::new(), false);
+    assert!(court.oracle.on_reply(writer, &Err(no())).is_err(), "who only writes waits");
+    let during = transact(&mut court, vec![(R, Lsn::ZERO)]);
+    court.oracle.on_reply(spread, &Err(Error::new(ErrorKind::Busy, "busy"))).unwrap();
+    let lingering = transact(&mut court, vec![(R, Lsn::ZERO)]);
+    court.oracle.on_let_go(spread);
+    for token in [during, lingering] {
+        court.oracle.on_reply(token, &Err(no())).unwrap();
+        court.oracle.on_let_go(token);
+    }
+    let after = transact(&mut court, vec![(R, Lsn::ZERO)]);
+    assert!(court.oracle.on_reply(after, &Err(no())).is_err(), "nothing is held any more");
+    assert_eq!(court.oracle.counters().conflicts_held, 5);
+}
+
+/// Who looks at the watermark takes what is below it for durable.
+#[test]
+fn a_watermark_is_a_promise() {
+    let mut court = Court::new();
+    let (old, lost) = (court.page(1, 1), PageRef::new(None, Lsn::ZERO));
+    assert!(court.recovers(1, old.clone()) && !court.recovers(0, lost));
+    court.oracle.on_watermark(lsn(2), lsn(2)).unwrap();
+    assert!(!court.recovers(1, old), "the watermark had reached 2");
+    assert!(court.oracle.on_watermark(lsn(1), lsn(1)).is_err(), "it fell");
 }

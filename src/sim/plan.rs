@@ -1,9 +1,9 @@
 //! What a run is to be, what it did, and how it failed.
 
 use super::canary::Canary;
+use super::cluster::ClusterCounters;
 use super::disk::{DiskCounters, Fault};
-use super::engine::Open;
-use super::oracle::{OracleCounters, Tolerance};
+use super::oracle::OracleCounters;
 use super::rng::mix;
 use super::workload::Profile;
 use crate::metrics::ShardStats;
@@ -30,8 +30,8 @@ pub struct Plan {
     pub options: Option<Options>,
     /// Instead of the seed's own.
     pub profile: Option<Profile>,
-    /// What is opened.
-    pub open: Open,
+    /// How many shards; each open draws their number anew, of those that the store allows.
+    pub shards: std::ops::RangeInclusive<u16>,
 }
 
 /// What a run did.
@@ -47,15 +47,15 @@ pub struct Tally {
     pub closes: u64,
     /// Requests made.
     pub requests: u64,
-    /// Turns of the shard.
-    pub turns: u64,
     /// Virtual microseconds.
     pub virtual_us: u64,
     /// Answers.
     pub oracle: OracleCounters,
+    /// Turns and messages.
+    pub cluster: ClusterCounters,
     /// Operations and losses.
     pub disk: DiskCounters,
-    /// The newest counters that the shard gave.
+    /// The newest counters that the shards of each life gave, summed.
     pub shard: ShardStats,
     /// A hash of all operations and answers, in order.
     pub trace: u64,
@@ -89,24 +89,18 @@ impl Tally {
         self.crashes_in_second_recovery += other.crashes_in_second_recovery;
         self.closes += other.closes;
         self.requests += other.requests;
-        self.turns += other.turns;
         self.virtual_us += other.virtual_us;
         self.disk.add(&other.disk);
         self.oracle.add(&other.oracle);
-        self.shard.checkpoints += other.shard.checkpoints;
-        self.shard.extents_compacted += other.shard.extents_compacted;
-        self.shard.pages_moved += other.shard.pages_moved;
+        self.cluster.add(&other.cluster);
+        self.add_stats(&other.shard);
         self.trace = mix(self.trace ^ other.trace);
     }
-}
 
-/// What may be refused with these options, without any error of the device.
-pub(super) fn tolerance(options: &Options) -> Tolerance {
-    let limits = options.limits(&options.geometry).expect("the options are good");
-    Tolerance {
-        io: false,
-        full: options.data_bytes_max > 0,
-        commit_bytes_max: limits.txn_bytes_max,
-        read_pages_max: options.vectored_pages_max,
+    /// Adds the counters of some shards.
+    pub fn add_stats(&mut self, stats: &ShardStats) {
+        self.shard.checkpoints += stats.checkpoints;
+        self.shard.extents_compacted += stats.extents_compacted;
+        self.shard.pages_moved += stats.pages_moved;
     }
 }

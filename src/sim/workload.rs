@@ -12,7 +12,7 @@ use super::oracle::Oracle;
 use super::rng::Rng;
 use crate::options::{Geometry, Options};
 use crate::shard::{Change, Commit, Request};
-use crate::types::{BLOCK, Lsn, PageId, PageKey, VolumeId};
+use crate::types::{BLOCK, Deal, Lsn, PageId, PageKey, ShardId, VolumeId};
 use bytes::Bytes;
 use std::collections::BTreeMap;
 
@@ -88,6 +88,8 @@ pub struct Profile {
     pub durable_percent: u64,
     /// Of a hundred changes, how many go to the first few pages.
     pub hot_percent: u64,
+    /// Of a hundred commits, how many change pages of one shard only.
+    pub local_percent: u64,
     /// Most pages of one commit.
     pub pages_max: u64,
 }
@@ -113,23 +115,25 @@ impl Profile {
             in_flight: *rng.pick(&[1, 2, 4, 8, 16, 32]),
             durable_percent: *rng.pick(&[0, 10, 50, 90, 100]),
             hot_percent: *rng.pick(&[0, 0, 50, 90]),
+            local_percent: *rng.pick(&[0, 20, 90]),
             pages_max: rng.within(2, 20),
         }
     }
 }
 
-/// Two volumes with clustered and lone page ids.
+/// Two volumes with clustered and lone page ids; the clusters are in several virtual shards.
 fn universe(rng: &mut Rng) -> Vec<PageKey> {
     let mut pages = std::collections::BTreeSet::new();
     for volume in 1..=2 {
         let count = rng.within(20, 100);
-        let start = *rng.pick(&[0, 1, 500, 1 << 20, u64::MAX - 400]);
+        let clusters = rng.within(1, 6);
+        let start = *rng.pick(&[0, 1, 500, 1 << 20, u64::MAX - 4_000]);
         let lone_percent = *rng.pick(&[0, 5, 20]);
         for n in 0..count {
             let any = rng.draw();
             let id = match rng.chance(lone_percent) {
                 true => *rng.pick(&[any, n << 9, n << 18, 1 << (n % 64), u64::MAX - n]),
-                false => start.wrapping_add(n),
+                false => start.wrapping_add((n % clusters) * 600 + n / clusters),
             };
             pages.insert(PageKey::new(VolumeId::new(volume), PageId::new(id)));
         }
@@ -148,7 +152,7 @@ pub fn options(rng: &mut Rng) -> Options {
             extent_bytes: *rng.pick(&[64, 64, 128]) * 1024,
             segment_bytes: *rng.pick(&[64, 128, 256, 256]) * 1024,
             segments_count: rng.within(4, 6) as u32,
-            vshards_count: 1 << rng.below(4),
+            vshards_count: *rng.pick(&[1, 2, 4, 8, 8, 16]),
         },
         memory_bytes: rng.within(2, 4) << 20,
         coalesce_window_us: rng.within(1_000, 10_000),
@@ -188,6 +192,10 @@ pub struct Workload {
     pub options: Options,
     rng: Rng,
     tag: u64,
+    deal: Deal,
+    /// A shard whose pages nobody touches in this life.
+    idle: Option<ShardId>,
+    txn_bytes_max: u64,
     /// The newest LSN that a reader was told of each page; stale by now, maybe.
     told: BTreeMap<PageKey, Lsn>,
 }
@@ -195,7 +203,15 @@ pub struct Workload {
 impl Workload {
     /// The workload of a profile.
     pub fn new(profile: Profile, options: Options, rng: Rng) -> Self {
-        Workload { profile, options, rng, tag: 0, told: BTreeMap::new() }
+        let (deal, txn_bytes_max) = (Deal::new(1, 1), BLOCK as u64);
+        Workload { profile, options, rng, tag: 0, deal, idle: None, txn_bytes_max, told: BTreeMap::new() }
+    }
+
+    /// The store is open, dealt out in this way; nobody is to touch the pages of `idle`.
+    pub fn begin_life(&mut self, deal: Deal, idle: Option<ShardId>, txn_bytes_max: u64) {
+        let touched = |key: &PageKey| Some(deal.shard_of(*key)) != idle;
+        self.idle = idle.filter(|_| self.profile.universe.iter().any(touched));
+        (self.deal, self.txn_bytes_max) = (deal, txn_bytes_max);
     }
 
     /// Remembers what a reader was told.
@@ -250,24 +266,39 @@ impl Workload {
 
     /// Most pages that one commit may change.
     fn commit_pages_max(&self) -> u64 {
-        let limits = self.options.limits(&self.options.geometry).expect("the options are good");
-        limits.txn_bytes_max / BLOCK as u64
+        self.txn_bytes_max / BLOCK as u64
     }
 
     fn key(&mut self) -> PageKey {
         let hot = self.rng.chance(self.profile.hot_percent);
         let among = if hot { 6.min(self.profile.universe.len()) } else { self.profile.universe.len() };
-        self.profile.universe[self.rng.below(among as u64) as usize]
+        let start = self.rng.below(among as u64) as usize;
+        // The next one, if it belongs to the idle shard.
+        let universe = &self.profile.universe;
+        let all = universe[start..].iter().chain(&universe[..start]);
+        *all.into_iter().find(|key| self.is_touched(key)).expect("not all pages belong to the idle shard")
+    }
+
+    fn is_touched(&self, key: &PageKey) -> bool {
+        self.idle.is_none_or(|idle| self.deal.shard_of(*key) != idle)
+    }
+
+    /// A page of the same shard as `near`, if one is found soon.
+    fn key_near(&mut self, near: PageKey) -> PageKey {
+        let shard = self.deal.shard_of(near);
+        let deal = self.deal;
+        (0..8).map(|_| self.key()).find(|key| deal.shard_of(*key) == shard).unwrap_or(near)
     }
 
     fn commit(&mut self, count: u64, mut change: impl FnMut(&mut Self) -> Change) -> Request {
-        let start = self.rng.below(self.profile.universe.len() as u64);
-        let in_a_row = self.rng.one_in(3);
+        let first = self.key();
+        let local = self.rng.chance(self.profile.local_percent);
         let mut changes = Vec::with_capacity(count as usize);
         for n in 0..count {
-            let key = match in_a_row {
-                true => self.profile.universe[(start + n) as usize % self.profile.universe.len()],
-                false => self.key(),
+            let key = match (n, local) {
+                (0, _) => first,
+                (_, true) => self.key_near(first),
+                (_, false) => self.key(),
             };
             let change = match change(self) {
                 Change::Put(_) => self.put_to(key),
@@ -340,7 +371,8 @@ impl Workload {
         let change = match self.rng.below(4) {
             0 => {
                 let count = self.options.vectored_pages_max + 1;
-                return Request::Read((0..count).map(|_| self.key()).collect());
+                // Of one page, or it would be split.
+                return Request::Read((0..count).map(|_| key).collect());
             }
             1 => Change::Put(patch_bytes(1, BLOCK - 1)),
             2 => Change::Patch { offset: 0, bytes: Bytes::new() },

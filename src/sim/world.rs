@@ -6,22 +6,28 @@
 //! Invariants
 //! 1. Everything that happens follows from the plan; the same plan gives the same trace.
 //! 2. Without errors of the device every request is answered in bounded virtual time: if nothing is in flight and no
-//!    deadline is set while somebody waits, the run fails, as it does if the shard turns without end.
+//!    deadline is set while somebody waits, the run fails, as it does if the shards turn without end.
+//! 3. The number of shards is another at each open.
 //!
 //! It does *not* judge; see `oracle`.
 
+use super::canary::plant;
+use super::cluster::{Cluster, Opened};
 use super::disk::{Fault, Latency, Loss, SimDisk};
-use super::drive::IDLE_TURNS_MAX;
-use super::engine::{Engine, Opened};
-use super::oracle::Oracle;
-use super::plan::tolerance;
+use super::net::Mark;
+use super::oracle::{Oracle, Tolerance};
 pub use super::plan::{Failure, Plan, Tally};
 use super::rng::{Rng, mix};
 use super::workload::{Ask, Profile, Workload};
 use crate::error::Result as StoreResult;
+use crate::metrics::ShardStats;
 use crate::options::Options;
 use crate::shard::{PageRef, Request, Response, Token};
-use crate::types::Lsn;
+use crate::types::{Lsn, ShardId};
+use std::collections::BTreeMap;
+
+/// Events after the answer to `Close` within which all shards are closed.
+const CLOSING_MAX: u32 = 10_000;
 
 /// The world.
 pub struct World {
@@ -31,13 +37,16 @@ pub struct World {
     pub(super) workload: Workload,
     pub(super) oracle: Oracle,
     pub(super) disk: SimDisk,
-    pub(super) shard: Option<Box<dyn Engine>>,
+    pub(super) cluster: Option<Cluster>,
+    /// Commits over several shards that are answered, and what must arrive before nothing is held for them.
+    pub(super) lingering: Vec<(Token, Mark)>,
+    /// The newest counters that each shard gave.
+    pub(super) stats: BTreeMap<ShardId, ShardStats>,
     /// Pages that clients hold on to, with the bytes that they had at first.
     pub(super) held: Vec<(PageRef, Box<[u8]>)>,
     pub(super) next_token: u64,
-    pub(super) idle_turns: u32,
-    /// An answer that a test waits for, and the answer.
-    pub(super) watched: Option<(Token, Option<StoreResult<Response>>)>,
+    /// Answers that a test waits for.
+    pub(super) watched: BTreeMap<Token, Option<StoreResult<Response>>>,
     recovery_events: u64,
     life: u32,
     pub(super) tally: Tally,
@@ -47,8 +56,10 @@ pub(super) type Outcome<T = ()> = std::result::Result<T, String>;
 
 /// Runs a plan to its end. A panic of the engine is a failure like any other.
 pub fn run(plan: &Plan) -> std::result::Result<Tally, Failure> {
+    plant(plan.canary);
     let mut world = World::new(plan.clone());
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| world.go()));
+    plant(None);
     let why = match result {
         Ok(Ok(())) => return Ok(world.sum_up()),
         Ok(Err(why)) => why,
@@ -77,19 +88,23 @@ impl World {
         let usual = Latency::default();
         let latency = Latency { flush: (usual.flush.0 * slow, usual.flush.1 * slow), ..usual };
         disk.set_latency(latency);
-        disk.set_canary(plan.canary);
-        let tolerance = tolerance(&options);
+        let tolerance = Tolerance {
+            full: options.data_bytes_max > 0,
+            read_pages_max: options.vectored_pages_max,
+            ..Tolerance::default()
+        };
         World {
             workload: Workload::new(profile, options.clone(), rng.fork(2)),
             oracle: Oracle::new(tolerance),
             options,
             rng,
             disk,
-            shard: None,
+            cluster: None,
+            lingering: Vec::new(),
+            stats: BTreeMap::new(),
             held: Vec::new(),
             next_token: 0,
-            idle_turns: 0,
-            watched: None,
+            watched: BTreeMap::new(),
             recovery_events: 40,
             life: 0,
             tally: Tally::default(),
@@ -134,8 +149,7 @@ impl World {
             if depth < 2 && self.rng.chance(self.plan.recovery_crash_percent) {
                 self.disk.cut_power_after(self.rng.within(1, self.recovery_events));
             }
-            let now = self.disk.now();
-            let opened = (self.plan.open)(&mut self.disk.clone(), &self.options, self.rng.draw(), now);
+            let opened = self.open_once();
             self.check_disk()?;
             if self.disk.is_off() {
                 self.tally.crashes_in_recovery += 1;
@@ -145,17 +159,48 @@ impl World {
                 self.replace_disk(image);
                 continue;
             }
-            let (mut shard, mut opened) = opened.map_err(|error| format!("recovery: {error}"))?;
+            let (cluster, mut opened) = opened?.map_err(|error| format!("recovery: {error}"))?;
             // A recovery that was crashed into may have begun to use the store again.
             opened.clean |= depth > 0;
             self.disk.keep_power();
             // Crashes come at any event of a recovery, mostly; some come to nothing, so that the end is reached.
             self.recovery_events = (self.disk.events() - at + 2).max(8);
-            shard.set_canary(self.plan.canary);
-            self.shard = Some(shard);
+            self.begin_life(cluster);
             return Ok(opened);
         }
         unreachable!("the loop ends with the third recovery")
+    }
+
+    /// Opens what is on the disk with any number of shards.
+    fn open_once(&mut self) -> Outcome<StoreResult<(Cluster, Opened)>> {
+        let most = self.options.geometry.vshards_count as u16;
+        let (least, most) = (most.min(*self.plan.shards.start()), most.min(*self.plan.shards.end()));
+        let shards = self.rng.within(least.into(), most.into()) as u16;
+        // Each shard needs memory of its own.
+        let options = Options { memory_bytes: self.options.memory_bytes * u64::from(shards), ..self.options.clone() };
+        let (mut cluster, opened) = match Cluster::begin(&self.disk, &options, shards, &mut self.rng) {
+            Ok(begun) => begun,
+            Err(error) => return Ok(Err(error)),
+        };
+        Ok(cluster.finish_opening()?.map(|()| (cluster, opened)))
+    }
+
+    fn begin_life(&mut self, cluster: Cluster) {
+        self.end_life();
+        self.oracle.deal(cluster.deal());
+        let tolerance = self.oracle.tolerance();
+        self.oracle.tolerate(Tolerance { commit_bytes_max: cluster.txn_bytes_max(), ..tolerance });
+        self.workload.begin_life(cluster.deal(), cluster.pace.idle, cluster.txn_bytes_max());
+        self.cluster = Some(cluster);
+    }
+
+    fn end_life(&mut self) {
+        if let Some(cluster) = self.cluster.take() {
+            self.tally.cluster.add(&cluster.counters());
+            self.tally.add_stats(&self.stats_told());
+        }
+        self.lingering.clear();
+        self.stats.clear();
     }
 
     fn replace_disk(&mut self, image: SimDisk) {
@@ -200,23 +245,25 @@ impl World {
                 self.ask(request);
             }
         }
-        self.turn()?;
         self.settle()?;
-        for _ in 0..IDLE_TURNS_MAX {
-            if self.shard().is_closed() {
+        for _ in 0..CLOSING_MAX {
+            if self.cluster().is_closed() {
                 self.tally.closes += 1;
                 return Ok(());
             }
+            if self.cluster().next_at().is_none() {
+                break;
+            }
             self.pass()?;
         }
-        Err("Close was answered, and the shard is not closed".into())
+        Err(format!("Close was answered, and not all shards are closed: {}", self.cluster().describe()))
     }
 
     /// Makes what is left of the disk, several times if planned, and goes on with the last.
     fn end(&mut self) -> Outcome {
         self.let_go(usize::MAX)?;
         self.oracle.on_crash();
-        self.shard = None;
+        self.end_life();
         let crashed = self.disk.clone();
         let was_off = crashed.is_off();
         for n in 0..self.plan.images {
@@ -227,7 +274,7 @@ impl World {
             let opened = self.open().map_err(|why| format!("after {loss:?}: {why}"))?;
             let cut = self.check(opened).map_err(|why| format!("after {loss:?}: {why}"))?;
             if n + 1 < self.plan.images {
-                self.shard = None;
+                self.end_life();
             } else {
                 self.oracle.restart_at(cut, opened.cut);
                 self.workload.on_restart();
@@ -240,7 +287,7 @@ impl World {
     pub(super) fn reopen(&mut self, loss: Loss) -> Outcome {
         self.let_go(usize::MAX)?;
         self.oracle.on_crash();
-        self.shard = None;
+        self.end_life();
         let image = self.disk.crash(loss, &mut self.rng);
         self.replace_disk(image);
         let opened = self.open()?;
@@ -253,7 +300,7 @@ impl World {
     /// The same without looking at any page: nothing is in memory yet.
     pub(super) fn reopen_unchecked(&mut self, loss: Loss) -> Outcome {
         self.oracle.on_crash();
-        self.shard = None;
+        self.end_life();
         let image = self.disk.crash(loss, &mut self.rng);
         self.replace_disk(image);
         let opened = self.open()?;
@@ -269,14 +316,13 @@ impl World {
             crate::ErrorKind::Corrupt | crate::ErrorKind::Unsupported => Ok(error.to_string()),
             _ => Err(format!("{:?}: {error}", error.kind())),
         };
-        let disk = std::mem::replace(&mut self.disk, image.clone());
-        let opened = (self.plan.open)(&mut image.clone(), &self.options, 1, 0);
-        let result = opened.map_err(|error| judged(&error)).and_then(|(shard, opened)| {
-            let closed = self.shard.replace(shard);
-            let result = self.inspect_pages(opened.cut, judged);
-            self.shard = closed;
-            result
+        let disk = std::mem::replace(&mut self.disk, image);
+        let opened = self.open_once().map_err(Err);
+        let result = opened.and_then(|opened| opened.map_err(|error| judged(&error))).and_then(|(cluster, opened)| {
+            self.begin_life(cluster);
+            self.inspect_pages(opened.cut, judged)
         });
+        self.end_life();
         self.disk = disk;
         result
     }
@@ -301,15 +347,16 @@ impl World {
     /// Holds the whole state against the model; returns the cut that it shows.
     fn check(&mut self, opened: Opened) -> Outcome<Lsn> {
         let universe = self.workload.profile.universe.clone();
-        let mut all = Vec::with_capacity(universe.len());
-        for keys in universe.chunks(self.options.vectored_pages_max) {
+        // Not all at once: there may be less memory than pages.
+        for keys in universe.chunks(100) {
             let pages = self.read_now(keys)?;
-            all.extend(keys.iter().copied().zip(pages));
+            self.oracle.judge_state(opened.cut, opened.clean, &pages)?;
         }
-        self.oracle.judge_state(opened.cut, opened.clean, &all)
+        Ok(opened.cut)
     }
 
     fn sum_up(mut self) -> Tally {
+        self.end_life();
         self.replace_disk(self.disk.clone());
         self.tally.oracle = self.oracle.counters();
         self.tally.virtual_us = self.disk.now();

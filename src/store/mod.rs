@@ -8,9 +8,11 @@
 //! 3. Volumes are named in the catalog (volume 0) by ordinary transactions: creation is as atomic and durable as any
 //!    commit.
 
+mod on_shard;
 mod txn;
 mod volume;
 
+pub use on_shard::ShardHandle;
 pub use txn::{PageView, Txn};
 pub use volume::{Durability, Volume};
 
@@ -21,10 +23,11 @@ use crate::format::root::VOLUMES_MAX;
 use crate::metrics::ShardStats;
 use crate::options::Options;
 use crate::recovery::RecoveryReport;
-use crate::runtime::Runtime;
+use crate::runtime::{Runtime, RuntimeReport};
 use crate::shard::{Change, Commit, PageRef, Request, Response};
 use crate::types::{BLOCK, Lsn, PageId, PageKey, VolumeId};
 use bytes::Bytes;
+use smallvec::SmallVec;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -59,7 +62,6 @@ impl Store {
     /// `Corrupt`: damage that recovery must not pass over; nothing was changed. `Invalid`: an option; the message
     /// says which. `Io`, `Full`: the directory can't be written.
     pub async fn open(dir: impl AsRef<Path>, options: Options) -> Result<Store> {
-        options.limits(&options.geometry)?;
         let read_pages = options.vectored_pages_max.min(READ_PAGES);
         let runtime = Runtime::start(dir.as_ref().to_path_buf(), options).await?;
         Ok(Store { inner: Arc::new(Inner { runtime, read_pages, closing: Mutex::new(false) }) })
@@ -76,9 +78,14 @@ impl Store {
         self.inner.runtime.txn_bytes_max
     }
 
-    /// What the machine really gives: direct I/O, file system, flush method.
+    /// What the machine really gives: driver and why not another, direct I/O, file system, flush method.
     pub fn disk_report(&self) -> &DiskReport {
         &self.inner.runtime.report.disk
+    }
+
+    /// How the store is driven: driver, shards and cores, and what the disk is like.
+    pub fn report(&self) -> &RuntimeReport {
+        &self.inner.runtime.report
     }
 
     pub(crate) async fn ask(&self, request: Request) -> Result<Response> {
@@ -86,21 +93,32 @@ impl Store {
     }
 
     pub(crate) async fn commit(&self, commit: Commit) -> Result<Lsn> {
-        match self.ask(Request::Commit(commit)).await? {
-            Response::Committed(lsn) => Ok(lsn),
-            other => Err(unexpected(&other)),
-        }
+        committed(self.ask(Request::Commit(commit)).await?)
     }
 
     pub(crate) async fn read(&self, keys: &[PageKey]) -> Result<Vec<PageRef>> {
-        let mut pages = Vec::with_capacity(keys.len());
-        for keys in keys.chunks(self.inner.read_pages) {
-            match self.ask(Request::Read(keys.into())).await? {
-                Response::Pages(read) => pages.extend(read),
-                other => return Err(unexpected(&other)),
+        let most = self.inner.read_pages;
+        let deal = self.inner.runtime.deal();
+        if keys.len() <= most && keys.iter().all(|key| deal.shard_of(*key) == deal.shard_of(keys[0])) {
+            return Ok(pages(self.ask(Request::Read(keys.into())).await?)?.into_vec());
+        }
+        // Each shard reads what is its own, all at once.
+        let mut by_shard: Vec<Vec<usize>> = deal.shards().map(|_| Vec::new()).collect();
+        for (i, key) in keys.iter().enumerate() {
+            by_shard[deal.shard_of(*key).index()].push(i);
+        }
+        let mut asked = Vec::new();
+        for part in by_shard.iter().flat_map(|part| part.chunks(most)) {
+            let request = Request::Read(part.iter().map(|i| keys[*i]).collect());
+            asked.push((part, self.inner.runtime.submit(request).await?));
+        }
+        let mut found: Vec<Option<PageRef>> = keys.iter().map(|_| None).collect();
+        for (part, reply) in asked {
+            for (i, page) in part.iter().zip(pages(reply.await?)?) {
+                found[*i] = Some(page);
             }
         }
-        Ok(pages)
+        found.into_iter().collect::<Option<_>>().ok_or_else(|| Error::corrupt("a read gave fewer pages than asked for"))
     }
 
     /// Creates volume `name` of `bytes` bytes; durable on return. All its pages read as zeros.
@@ -195,12 +213,25 @@ impl Store {
         }
     }
 
-    /// Counters since the store was opened.
+    /// Counters since the store was opened, of all shards together.
     pub async fn stats(&self) -> Result<ShardStats> {
-        match self.ask(Request::Stats).await? {
-            Response::Stats(stats) => Ok(*stats),
-            other => Err(unexpected(&other)),
+        let mut total = ShardStats::default();
+        for stats in self.shard_stats().await? {
+            total.add(&stats);
         }
+        Ok(total)
+    }
+
+    /// Counters since the store was opened, of each shard.
+    pub async fn shard_stats(&self) -> Result<Vec<ShardStats>> {
+        let mut all = Vec::new();
+        for shard in self.inner.runtime.deal().shards() {
+            match self.inner.runtime.submit_to(shard, Request::Stats).await?.await? {
+                Response::Stats(stats) => all.push(*stats),
+                other => return Err(unexpected(&other)),
+            }
+        }
+        Ok(all)
     }
 
     /// Finishes what is under way, makes everything durable and records the end of the log, so that the next open
@@ -230,6 +261,20 @@ fn catalog_keys() -> impl Iterator<Item = PageKey> {
 
 fn decode(key: PageKey, page: &[u8]) -> Result<(String, u64)> {
     catalog::decode(page).map_err(|what| Error::corrupt(format_args!("catalog page {:?} {what}", key.page)))
+}
+
+fn committed(response: Response) -> Result<Lsn> {
+    match response {
+        Response::Committed(lsn) => Ok(lsn),
+        other => Err(unexpected(&other)),
+    }
+}
+
+fn pages(response: Response) -> Result<SmallVec<[PageRef; 1]>> {
+    match response {
+        Response::Pages(pages) => Ok(pages),
+        other => Err(unexpected(&other)),
+    }
 }
 
 fn unexpected(response: &Response) -> Error {

@@ -36,6 +36,11 @@ impl Deal {
         self.owner(key.place_in(self.vshards_count).0)
     }
 
+    /// All shards but `shard`, in order.
+    pub fn others(self, shard: ShardId) -> impl Iterator<Item = ShardId> {
+        self.shards().filter(move |other| *other != shard)
+    }
+
     /// All shards, in order.
     pub fn shards(self) -> impl Iterator<Item = ShardId> {
         (0..self.shards_count).map(ShardId::new)

@@ -117,6 +117,9 @@ impl fmt::Debug for PageKey {
 pub struct ShardId(u16);
 
 impl ShardId {
+    /// The shard that leads the others in what the store does as a whole.
+    pub const LEADER: ShardId = ShardId(0);
+
     /// The shard with this number.
     pub const fn new(raw: u16) -> Self {
         ShardId(raw)

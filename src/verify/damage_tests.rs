@@ -5,15 +5,15 @@
 //! face, on real files: `tests/damage.rs`.
 
 use super::{VerifyReport, verify_disk};
-use crate::disk::{Disk, FileId};
+use crate::disk::FileId;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::catalog;
 use crate::options::{Geometry, Options};
 use crate::recovery;
-use crate::shard::{Change, Commit, Effect, Request, Response, Shard, Token};
+use crate::shard::{Change, Commit, Request, Response, Together, Token};
 use crate::sim::disk::{Damage, Loss, SimDisk};
 use crate::sim::rng::Rng;
-use crate::types::{BLOCK, PageId, PageKey, VolumeId};
+use crate::types::{BLOCK, PageId, PageKey, ShardId, VolumeId};
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -21,7 +21,7 @@ type Model = BTreeMap<PageKey, Vec<u8>>;
 
 struct Driver {
     disk: SimDisk,
-    shard: Shard,
+    all: Together,
     now: u64,
 }
 
@@ -32,30 +32,21 @@ fn options() -> Options {
 
 impl Driver {
     fn open(mut disk: SimDisk) -> Result<Driver> {
-        let (shard, _) = recovery::open(&mut disk, &options(), 7, 0)?;
-        Ok(Driver { disk, shard, now: 0 })
+        let opening = recovery::begin(&mut disk, &options(), 1, 7, 0)?;
+        let mut all = Together::new(opening.shards);
+        all.open(&mut disk, 0)?;
+        Ok(Driver { now: disk.now() + 1_000_000, disk, all })
     }
 
     fn ask(&mut self, request: Request) -> Result<Response> {
-        self.shard.request(Token(1), request);
+        self.all.request(ShardId::LEADER, Token(1), request);
         for _ in 0..100_000 {
             self.now += 50;
-            self.shard.turn(self.now);
-            let mut answer = None;
-            while let Some(effect) = self.shard.next_effect() {
-                match effect {
-                    Effect::Submit(id, op) => self.disk.submit(id, op),
-                    Effect::Reply(_, result) => answer = Some(result),
-                    Effect::Send(..) => {}
-                }
-            }
-            if let Some(answer) = answer {
+            self.all.lap(&mut self.disk, self.now);
+            if let Some((_, answer)) = self.all.replies.pop() {
                 return answer;
             }
             self.disk.advance_to(self.now);
-            let mut done = Vec::new();
-            self.disk.reap(&mut done);
-            done.into_iter().for_each(|completion| self.shard.complete(completion));
         }
         panic!("no answer to a request");
     }

@@ -7,7 +7,7 @@ use crate::error::ErrorKind;
 use crate::format::group::{Body, GroupHead, SlotState};
 use crate::format::superblock::{LogEnd, Superblock};
 use crate::recovery::scan;
-use crate::types::{BLOCK, ShardId};
+use crate::types::{BLOCK, Deal, ShardId};
 
 impl Verifier<'_> {
     /// Checks the log of each shard.
@@ -22,9 +22,10 @@ impl Verifier<'_> {
 
     /// What the next opening would find.
     fn unclean_log(&mut self, superblock: &Superblock) {
-        match scan(self.disk, &mut self.arena, superblock) {
+        let deal = Deal::new(superblock.geometry.vshards_count, superblock.logs.len() as u16);
+        match scan(self.disk, &mut self.arena, superblock, deal) {
             Ok(found) => {
-                let (groups, torn, cut) = (found.groups.len(), found.torn, found.cut);
+                let (groups, torn, cut) = (found.groups.len(), found.torn, found.state(superblock));
                 self.report.groups += groups as u64;
                 let note = format!("the log holds {groups} groups to be replayed, up to commit {cut}; {torn} are torn");
                 self.report.notes.push(note);

@@ -7,6 +7,7 @@
 #![allow(dead_code, missing_docs, clippy::disallowed_methods)]
 
 pub mod nbd;
+pub mod surroundings;
 
 use std::hash::Hasher;
 use std::io::{BufRead, BufReader};
@@ -37,15 +38,14 @@ pub fn has_tool(tool: &str) -> bool {
     let found = std::env::var_os("PATH").is_some_and(|path| {
         std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]).any(|d| d.join(tool).exists())
     });
-    if !found {
-        assert_ne!(
-            std::env::var("COREPAGE_REQUIRE_TOOLS").as_deref(),
-            Ok("1"),
-            "{tool} is not installed, and is required"
-        );
-        eprintln!("SKIPPED: {tool} is not installed; set COREPAGE_REQUIRE_TOOLS=1 to make this a failure");
-    }
-    found
+    found || skip(format_args!("{tool} is not installed"))
+}
+
+/// Says loudly that a test can't show anything here, and fails where that must not be. Returns false.
+pub fn skip(why: impl std::fmt::Display) -> bool {
+    assert_ne!(std::env::var("COREPAGE_REQUIRE_TOOLS").as_deref(), Ok("1"), "{why}, and this is required");
+    eprintln!("SKIPPED: {why}; set COREPAGE_REQUIRE_TOOLS=1 to make this a failure");
+    false
 }
 
 /// Runs a command to its end, and shows what it said if it fails.
@@ -73,7 +73,13 @@ impl Served {
 
     /// Serves `dir` with these arguments, and waits until it listens on each `--nbd` among them.
     pub fn start_with(dir: &Path, arguments: &[&str]) -> Served {
+        Served::start_without(&[], dir, arguments)
+    }
+
+    /// The same in hostile surroundings.
+    pub fn start_without(these: &[surroundings::Without], dir: &Path, arguments: &[&str]) -> Served {
         let mut command = corepage(&["serve", "--dir"]);
+        surroundings::start_without(&mut command, these);
         let mut child = command.arg(dir).args(arguments).stdout(Stdio::piped()).spawn().expect("corepage starts");
         let stdout = child.stdout.take().expect("stdout is piped");
         let mut served = Served { child, lines: Vec::new(), uris: Vec::new() };

@@ -69,7 +69,7 @@ fn run(files: &Files, rounds: &Arc<Rounds>, mailbox: &Arc<Mailbox>, queue: &Rece
             continue;
         }
         let waiter = Waiter::Ring(mailbox.clone(), key);
-        if let Some(round) = files.rounds(rounds, &file).join(&file, true, waiter) {
+        if let Some(round) = files.join(rounds, &file, true, waiter) {
             mailbox.post(Mail::Lead(round));
         }
     }

@@ -4,29 +4,29 @@
 #![allow(unsafe_code)]
 
 use super::super::files::{Access, Block, Files};
+use super::super::refusal::{RingRefusal, RingRefused};
 use super::super::report::Polling;
+use super::UringOptions;
 use super::ring::Ring;
 use crate::types::BLOCK;
 use io_uring::{IoUring, Probe, opcode, types};
-use rustix::io::Errno;
-use rustix::process::{Resource, getrlimit};
 use std::io;
 use std::os::fd::AsRawFd;
 
 /// Whether the ring disk can be used here.
 ///
 /// # Errors
-/// Why not, with what mends it; take the portable disk then.
-pub fn probe() -> Result<(), String> {
-    let ring = Ring::new(4, false).map_err(|e| explain("making a ring", &e))?;
+/// Why not; take the portable disk then.
+pub fn probe() -> Result<(), RingRefused> {
+    let ring = Ring::new(4, false).map_err(|e| refused("making a ring", &e))?;
     let ring: &IoUring = ring.get();
     let params = ring.params();
     if !params.is_feature_ext_arg() || !params.is_feature_nodrop() || !params.is_feature_submit_stable() {
         let release = rustix::system::uname().release().to_string_lossy().into_owned();
-        return Err(format!("io_uring of Linux {release} has no timed waits: Linux 5.11 or newer is needed"));
+        return Err(lacking(format!("Linux {release} has no timed waits in it: 5.11 or newer is needed")));
     }
     let mut known = Probe::new();
-    ring.submitter().register_probe(&mut known).map_err(|e| explain("asking what the ring can do", &e))?;
+    ring.submitter().register_probe(&mut known).map_err(|e| refused("asking what the ring can do", &e))?;
     let needed = [
         ("READ", opcode::Read::CODE),
         ("WRITE", opcode::Write::CODE),
@@ -37,37 +37,28 @@ pub fn probe() -> Result<(), String> {
         ("FSYNC", opcode::Fsync::CODE),
     ];
     match needed.iter().find(|(_, code)| !known.is_supported(*code)) {
-        Some((name, _)) => Err(format!("io_uring of this kernel does not know {name}")),
+        Some((name, _)) => Err(lacking(format!("it does not know {name}"))),
         // That entries may be submitted is another right than to make a ring.
-        None => ring.submit().map(drop).map_err(|e| explain("entering a ring", &e)),
+        None => ring.submit().map(drop).map_err(|e| refused("entering a ring", &e)),
     }
 }
 
-/// Why the kernel refused, and what mends it.
-pub(super) fn explain(doing: &str, e: &io::Error) -> String {
-    let errno = e.raw_os_error().map(Errno::from_raw_os_error);
-    let why = match errno {
-        Some(Errno::NOSYS) => "this kernel has no io_uring, or a filter of system calls (seccomp) hides it".to_string(),
-        Some(Errno::PERM | Errno::ACCESS) => {
-            let setting = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
-            match setting.trim() {
-                "" | "0" => "a filter of system calls (seccomp) or a security module forbids it, as containers do by \
-                             default: allow io_uring_setup, io_uring_enter and io_uring_register"
-                    .to_string(),
-                value => format!("an administrator has forbidden it: kernel.io_uring_disabled is {value}"),
-            }
-        }
-        Some(Errno::NOMEM) => {
-            let limit = getrlimit(Resource::Memlock).current;
-            let limit = limit.map_or("unlimited".to_string(), |bytes| format!("{} KiB", bytes / 1024));
-            format!(
-                "the limit of locked memory ({limit}; `ulimit -l`) or of the control group leaves no room: raise it"
-            )
-        }
-        Some(Errno::MFILE | Errno::NFILE) => "the limit of open files is reached (`ulimit -n`): raise it".to_string(),
-        _ => "for no reason that is known here".to_string(),
-    };
-    format!("io_uring can't be used: {doing} failed with {e}: {why}")
+/// The same, and whether there is room for a ring of ordinary size: little locked memory may do for a small one only.
+///
+/// # Errors
+/// As [`probe`].
+pub(crate) fn probe_ordinary() -> Result<(), RingRefused> {
+    probe()?;
+    Ring::new(UringOptions::default().ring_entries, false).map(drop).map_err(|e| refused("making a ring", &e))
+}
+
+fn lacking(what: String) -> RingRefused {
+    RingRefused { refusal: RingRefusal::Kernel, error: what }
+}
+
+/// Why the kernel refused.
+pub(super) fn refused(doing: &str, e: &io::Error) -> RingRefused {
+    RingRefused::by_error(doing, e)
 }
 
 /// Whether the device below these files can be polled: by a polled read of data that was really written. Without

@@ -13,9 +13,13 @@ use crate::types::Micros;
 use io_uring::types::{SubmitArgs, Timespec};
 use io_uring::{Builder, IoUring, cqueue, squeue};
 use std::io;
+use std::time::Duration;
 
 /// Completion entries beyond the depth: for the read of the eventfd, and to be far from the brim.
 const SPARE: u32 = 4;
+/// How often to try again for want of locked memory, and after how long; together 100 ms.
+const NO_ROOM_TRIES: u32 = 20;
+const NO_ROOM_PAUSE: Duration = Duration::from_millis(5);
 
 pub(super) struct Ring {
     ring: IoUring,
@@ -28,7 +32,23 @@ pub(super) struct Ring {
 
 impl Ring {
     /// A ring for `depth` entries at a time.
+    ///
+    /// The kernel gives the locked memory of a closed ring back some milliseconds later. So a server that is started
+    /// again at once, after a crash for instance, may find no room yet: that is waited for, a little.
+    #[allow(clippy::disallowed_methods, reason = "the kernel tells nobody when it is done")]
     pub(super) fn new(depth: u32, polled: bool) -> io::Result<Ring> {
+        for _ in 0..NO_ROOM_TRIES {
+            match Self::try_new(depth, polled) {
+                Err(e) if e.raw_os_error() == Some(rustix::io::Errno::NOMEM.raw_os_error()) => {
+                    std::thread::sleep(NO_ROOM_PAUSE);
+                }
+                made => return made,
+            }
+        }
+        Self::try_new(depth, polled)
+    }
+
+    fn try_new(depth: u32, polled: bool) -> io::Result<Ring> {
         // What makes completions cheapest first; older kernels know less.
         let flags: [fn(&mut Builder) -> &mut Builder; 3] = [
             |b| b.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().setup_submit_all(),

@@ -111,7 +111,6 @@ impl SimDisk {
             new.done = done;
             new.number = state.number;
             new.latency = state.latency;
-            new.canary = state.canary;
         }
         image
     }

@@ -37,7 +37,8 @@ pub(super) struct State {
     pub(super) power_off_at: Option<u64>,
     pub(super) is_off: bool,
     pub(super) faults: Vec<Fault>,
-    pub(super) canary: Option<Canary>,
+    /// Files of which a flush has failed: it is told to all who flush them afterwards, as the seam promises.
+    pub(super) unflushable: BTreeMap<FileId, i32>,
     pub(super) counters: DiskCounters,
     pub(super) violation: Option<String>,
     pub(super) trace: u64,
@@ -68,7 +69,7 @@ pub(super) fn power_is_off(what: &dyn std::fmt::Display) -> Error {
 }
 
 impl State {
-    pub(super) fn submit(&mut self, id: OpId, op: DiskOp) {
+    pub(super) fn submit(&mut self, id: OpId, op: DiskOp, factor: u64) {
         self.number += 1;
         if let Err(violation) = self.check(&op) {
             self.violation.get_or_insert(violation);
@@ -77,7 +78,7 @@ impl State {
             DiskOp::Write { from, .. } => copy_blocks(from.iter().map(|slice| slice.bytes())),
             _ => Vec::new(),
         };
-        let flying = Flying { id, due: self.due(&op), number: self.number, covers: self.done, blocks, op };
+        let flying = Flying { id, due: self.due(&op, factor), number: self.number, covers: self.done, blocks, op };
         self.note(&flying, 1);
         self.count_overlaps(&flying);
         self.flying.push(flying);
@@ -115,7 +116,7 @@ impl State {
         }
     }
 
-    fn due(&mut self, op: &DiskOp) -> Micros {
+    fn due(&mut self, op: &DiskOp, factor: u64) -> Micros {
         let (from, to) = match op {
             DiskOp::Read { .. } => self.latency.read,
             DiskOp::Write { .. } => self.latency.write,
@@ -125,7 +126,7 @@ impl State {
         if self.rng.one_in(self.latency.stall_one_in) {
             took *= self.rng.within(1, 100);
         }
-        self.now + took
+        self.now + took * factor
     }
 
     pub(super) fn reap(&mut self, out: &mut Vec<Completion>) {
@@ -146,7 +147,11 @@ impl State {
         self.done += 1;
         self.note(&flying, 2);
         let kind = OpKind::of(&flying.op);
-        let result = match fault::strike(&mut self.faults, &flying.op) {
+        let struck = fault::strike(&mut self.faults, &flying.op);
+        if let (DiskOp::Flush { files }, Some(errno)) = (&flying.op, struck) {
+            files.iter().for_each(|file| _ = self.unflushable.insert(*file, errno));
+        }
+        let result = match struck.or_else(|| self.failed_before(&flying.op)) {
             Some(errno) => {
                 self.counters.count_fault(kind);
                 self.fail(&flying);
@@ -162,6 +167,11 @@ impl State {
             }
         };
         Completion { id: flying.id, op: flying.op, result }
+    }
+
+    fn failed_before(&self, op: &DiskOp) -> Option<i32> {
+        let DiskOp::Flush { files } = op else { return None };
+        files.iter().find_map(|file| self.unflushable.get(file).copied())
     }
 
     fn carry_out(&mut self, flying: &mut Flying) {
@@ -186,15 +196,15 @@ impl State {
                 let (file, first) = (*file, *offset / BLOCK as u64);
                 let sectors = flying.blocks.len() * SECTORS;
                 let mut reached = sectors;
-                if self.canary == Some(Canary::ShortWriteIgnored) && self.rng.one_in(8) {
-                    planted(self.canary, Canary::ShortWriteIgnored);
+                if Canary::ShortWriteIgnored.is_planted() && self.rng.one_in(8) {
+                    planted(Canary::ShortWriteIgnored);
                     reached = self.rng.below(sectors as u64) as usize;
                 }
                 self.land(file, first, flying.number, &flying.blocks, reached);
             }
             DiskOp::Flush { files } => {
-                if self.canary == Some(Canary::FlushSkipped) && self.rng.one_in(2) {
-                    planted(self.canary, Canary::FlushSkipped);
+                if Canary::FlushSkipped.is_planted() && self.rng.one_in(2) {
+                    planted(Canary::FlushSkipped);
                     return;
                 }
                 for file in files.iter() {

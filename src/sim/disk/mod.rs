@@ -8,6 +8,8 @@
 //!    violation of the seam, as is a transfer outside of what was allocated. Violations end the run.
 //! 4. After the power is cut nothing changes any more and every operation fails, so that a crash can be injected
 //!    into code that holds the disk as `&mut dyn Disk`, recovery above all.
+//! 5. After a flush of a file has failed every later one of that file fails, whoever asks: what one shard's flush has
+//!    lost may be another shard's, for whom a flush that succeeds would prove nothing.
 //!
 //! It does *not* know what the bytes mean, and is not told which of them matter.
 
@@ -24,7 +26,6 @@ pub use damage::Damage;
 pub use fault::{Area, DiskCounters, EIO, ENOSPC, Fault, OpKind};
 pub use file::{SECTOR, SECTORS};
 
-use super::canary::Canary;
 use super::rng::Rng;
 use crate::disk::{Completion, Disk, DiskOp, FileId, OpId};
 use crate::error::Result;
@@ -78,7 +79,7 @@ impl SimDisk {
             power_off_at: None,
             is_off: false,
             faults: Vec::new(),
-            canary: None,
+            unflushable: BTreeMap::new(),
             counters: DiskCounters::default(),
             violation: None,
             trace: 0,
@@ -112,14 +113,14 @@ impl SimDisk {
         self.0.borrow_mut().latency = latency;
     }
 
-    /// Plants a bug of the disk, or of nobody.
-    pub fn set_canary(&self, canary: Option<Canary>) {
-        self.0.borrow_mut().canary = canary;
-    }
-
     /// Plans an error.
     pub fn inject(&self, fault: Fault) {
         self.0.borrow_mut().faults.push(fault);
+    }
+
+    /// Submits an operation that takes `factor` times as long as usual.
+    pub fn submit_slowly(&self, id: OpId, op: DiskOp, factor: u64) {
+        self.0.borrow_mut().submit(id, op, factor);
     }
 
     /// Forgets the errors planned.
@@ -172,7 +173,7 @@ impl SimDisk {
 
 impl Disk for SimDisk {
     fn submit(&mut self, id: OpId, op: DiskOp) {
-        self.0.borrow_mut().submit(id, op);
+        self.submit_slowly(id, op, 1);
     }
 
     fn reap(&mut self, out: &mut Vec<Completion>) {

@@ -3,17 +3,28 @@
 //! Invariants
 //! 1. A commit counts from the moment at which its LSN is drawn; what was read by it must be current then.
 //! 2. `durable` is the highest LSN of which any answer said that it is durable. No crash may take it away.
+//!    The watermark is such an answer to everybody who looks at it.
 //! 3. LSNs drawn only ever rise, over all lives of the store.
+//! 4. What a commit over several shards changed may be read as before until it is acknowledged, but not at its
+//!    owner; what it holds excuses conflicts (`spread`). Transactions are exact: what they read is current at the draw.
 //!
-//! A judge that can't condemn is worth nothing: `tests` here shows it every lie it is there for, and the canaries
+//! A judge that can't condemn is worth nothing: `oracle_tests` shows it every lie it is there for, and the canaries
 //! show that the lies are found in whole runs.
 //!
-//! It does *not* drive anything, and makes no difference between shards of different kinds.
+//! It does *not* drive anything.
 
-use super::model::Model;
+mod asked;
+mod counters;
+mod spread;
+
+pub use counters::OracleCounters;
+
+use super::model::{Model, Version};
 use crate::error::{Error, ErrorKind, Result as StoreResult};
 use crate::shard::{Change, Commit, PageRef, Request, Response, Token};
-use crate::types::{BLOCK, Lsn, Micros, PageKey};
+use crate::types::{BLOCK, Deal, Lsn, Micros, PageKey, ShardId};
+use asked::{Asked, Kind};
+use spread::Spread;
 use std::collections::BTreeMap;
 
 /// A check that passed, or what was wrong.
@@ -32,96 +43,31 @@ pub struct Tolerance {
     pub read_pages_max: usize,
 }
 
-/// What was asked and not answered yet.
-struct Asked {
-    what: Kind,
-    at: Micros,
-    /// The newest LSN when it was asked.
-    seen: Lsn,
-    /// The newest LSN acknowledged to anyone when it was asked.
-    ordered: Lsn,
-    drawn: Option<Lsn>,
-}
-
-enum Kind {
-    Read(Vec<PageKey>),
-    Commit(Commit),
-    Flush,
-    WaitDurable(Lsn),
-    Checkpoint,
-    Stats,
-    Close,
-}
-
-/// How the answers were distributed: a run in which everything conflicts proves little.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct OracleCounters {
-    /// Commits that got an LSN.
-    pub commits_drawn: u64,
-    /// Durable commits acknowledged.
-    pub commits_durable: u64,
-    /// Buffered commits acknowledged.
-    pub commits_buffered: u64,
-    /// Transactions without changes that were acknowledged.
-    pub commits_reading: u64,
-    /// Commits refused with `Conflict`.
-    pub conflicts: u64,
-    /// Requests refused with `Busy`.
-    pub busy: u64,
-    /// Commits refused with `Full`.
-    pub full: u64,
-    /// Requests refused as wrong or too large, as they were.
-    pub invalid: u64,
-    /// Requests answered with `Closed` or `Io`.
-    pub stopped: u64,
-    /// Commits answered with `OutcomeUnknown`.
-    pub unknown: u64,
-    /// Pages read and found right.
-    pub pages_read: u64,
-    /// Flushes, waits, checkpoints, closes.
-    pub others: u64,
-    /// Commits with an LSN and without an acknowledgement as durable at a crash.
-    pub in_doubt: u64,
-    /// Of those, found after recovery.
-    pub in_doubt_kept: u64,
-}
-
-impl OracleCounters {
-    /// Adds another run's.
-    pub fn add(&mut self, other: &OracleCounters) {
-        self.commits_drawn += other.commits_drawn;
-        self.commits_durable += other.commits_durable;
-        self.commits_buffered += other.commits_buffered;
-        self.commits_reading += other.commits_reading;
-        self.conflicts += other.conflicts;
-        self.busy += other.busy;
-        self.full += other.full;
-        self.invalid += other.invalid;
-        self.stopped += other.stopped;
-        self.unknown += other.unknown;
-        self.pages_read += other.pages_read;
-        self.others += other.others;
-        self.in_doubt += other.in_doubt;
-        self.in_doubt_kept += other.in_doubt_kept;
-    }
-}
-
 /// The judge.
 pub struct Oracle {
     /// The state that it judges by.
     pub model: Model,
     tolerance: Tolerance,
+    deal: Deal,
     /// The cut with which this life began.
     began: Lsn,
     last: Lsn,
+    /// The newest LSN that was drawn, void ones too.
+    newest: Lsn,
     /// All commits of this life, in order, for messages and for cuts that are not reported.
     drawn: Vec<(Lsn, Vec<(PageKey, Change)>)>,
     ever: Lsn,
     durable: Lsn,
+    /// Who said so.
+    promise: &'static str,
     ordered: Lsn,
     closing: bool,
     closed: bool,
+    watermark: Lsn,
     asked: BTreeMap<Token, Asked>,
+    spread: Spread,
+    /// Requests and answers so far.
+    moment: u64,
     counters: OracleCounters,
 }
 
@@ -131,15 +77,21 @@ impl Oracle {
         Oracle {
             model: Model::default(),
             tolerance,
+            deal: Deal::new(1, 1),
             began: Lsn::ZERO,
             last: Lsn::ZERO,
+            newest: Lsn::ZERO,
             drawn: Vec::new(),
             ever: Lsn::ZERO,
             durable: Lsn::ZERO,
+            promise: "nobody",
             ordered: Lsn::ZERO,
             closing: false,
             closed: false,
+            watermark: Lsn::ZERO,
             asked: BTreeMap::new(),
+            spread: Spread::default(),
+            moment: 0,
             counters: OracleCounters::default(),
         }
     }
@@ -179,28 +131,71 @@ impl Oracle {
         self.tolerance
     }
 
+    /// Which shard has which page, from now on.
+    pub fn deal(&mut self, deal: Deal) {
+        self.deal = deal;
+    }
+
     /// The oldest request without an answer, for messages, and when it was asked.
     pub fn oldest(&self) -> Option<(Micros, String)> {
         let (token, asked) = self.asked.iter().min_by_key(|(_, asked)| asked.at)?;
         Some((asked.at, format!("{token:?}: {}, drawn {:?}", asked.what.describe(), asked.drawn)))
     }
 
-    /// A request is about to be handed to the shard.
-    pub fn on_request(&mut self, token: Token, request: &Request, now: Micros) {
-        let what = match request {
-            Request::Read(keys) => Kind::Read(keys.to_vec()),
-            Request::Commit(Commit { reads, changes, durable }) => {
-                Kind::Commit(Commit { reads: reads.clone(), changes: changes.clone(), durable: *durable })
-            }
-            Request::Flush => Kind::Flush,
-            Request::WaitDurable(lsn) => Kind::WaitDurable(*lsn),
-            Request::Checkpoint => Kind::Checkpoint,
-            Request::Stats => Kind::Stats,
-            Request::Close => Kind::Close,
-        };
+    /// A request is about to be handed to `shard`.
+    pub fn on_request(&mut self, token: Token, request: &Request, shard: ShardId, now: Micros) {
+        self.moment += 1;
+        let what = Kind::of(request, |key| self.oldest_visible(key).lsn);
         self.closing |= matches!(what, Kind::Close);
-        let asked = Asked { what, at: now, seen: self.last, ordered: self.ordered, drawn: None };
+        let mut asked = Asked {
+            what,
+            at: now,
+            shard,
+            seen: self.last,
+            ordered: self.ordered,
+            moment: self.moment,
+            drawn: None,
+            spread: false,
+        };
+        if let Kind::Commit(commit) = &asked.what
+            && spread::is_spread(self.deal, shard, commit)
+        {
+            asked.spread = true;
+            self.counters.spread_overlaps += u64::from(self.spread.asked(token, commit));
+        }
         self.asked.insert(token, asked);
+    }
+
+    /// The oldest version that a page may be read as by somebody who asks now.
+    fn oldest_visible(&self, key: PageKey) -> &Version {
+        let versions = self.model.since(key, Lsn::ZERO);
+        let shard = self.deal.shard_of(key);
+        let unseen = versions[1..].iter().rev().take_while(|v| self.spread.may_be_unseen(v.lsn, key, shard));
+        &versions[versions.len() - 1 - unseen.count()]
+    }
+
+    /// The shards say that everything up to `watermark` is durable.
+    /// The newest LSN drawn is `newest`; it may be void.
+    pub fn on_watermark(&mut self, watermark: Lsn, newest: Lsn) -> Verdict {
+        self.newest = newest;
+        if watermark < self.watermark {
+            return Err(format!("the watermark fell from {:?} to {watermark:?}", self.watermark));
+        }
+        self.watermark = watermark;
+        self.promise(watermark, "the watermark");
+        Ok(())
+    }
+
+    /// Nothing can be held any more for this commit over several shards, which is answered.
+    pub fn on_let_go(&mut self, token: Token) {
+        self.moment += 1;
+        let oldest = self.asked.values().map(|asked| asked.moment).min().unwrap_or(self.moment);
+        self.spread.let_go(token, self.moment, oldest);
+    }
+
+    /// Whether this request is a commit over several shards.
+    pub fn is_spread(&self, token: Token) -> bool {
+        self.asked.get(&token).is_some_and(|asked| asked.spread)
     }
 
     /// A request got its LSN.
@@ -213,7 +208,7 @@ impl Oracle {
         let Some(asked) = self.asked.get_mut(&token) else {
             return Err(format!("{token:?} drew {lsn:?} without being under way"));
         };
-        if asked.what.bytes() > self.tolerance.commit_bytes_max || asked.what.is_wrong(usize::MAX) {
+        if asked.what.must_fail(&self.tolerance) {
             return Err(format!("{token:?} drew {lsn:?}, and had to be refused: {}", asked.what.describe()));
         }
         if let Some(before) = asked.drawn.replace(lsn) {
@@ -223,10 +218,16 @@ impl Oracle {
             return Err(format!("{token:?}, no commit, drew {lsn:?}"));
         };
         for &(key, read) in &commit.reads {
-            let now = self.model.at(key, last).told();
+            let version = self.model.at(key, last);
+            let now = version.told();
             if now != read {
                 return Err(format!("{token:?} committed as {lsn:?}; it read {key:?} at {read:?}, at {now:?} by then"));
             }
+            self.spread.gave(key, version.lsn);
+        }
+        if asked.spread {
+            self.spread.drawn(lsn, asked.shard);
+            self.counters.spread_drawn += 1;
         }
         self.model.apply(lsn, &commit.changes);
         self.drawn.push((lsn, commit.changes.clone()));
@@ -237,7 +238,7 @@ impl Oracle {
     /// The pages that a read under way asked for.
     pub fn keys_of(&self, token: Token) -> Vec<PageKey> {
         match self.asked.get(&token) {
-            Some(Asked { what: Kind::Read(keys), .. }) => keys.clone(),
+            Some(Asked { what: Kind::Read(keys), .. }) => keys.iter().map(|&(key, _)| key).collect(),
             _ => Vec::new(),
         }
     }
@@ -247,9 +248,10 @@ impl Oracle {
         let Some(asked) = self.asked.remove(&token) else {
             return Err(format!("a second answer, or one that nobody waits for: {token:?} {reply:?}"));
         };
+        self.moment += 1;
         let verdict = match reply {
             Ok(response) => self.judge(&asked, response),
-            Err(error) => self.judge_error(&asked, error),
+            Err(error) => self.judge_error(token, &asked, error),
         };
         verdict.map_err(|why| format!("{token:?} {}: {why}", asked.what.describe()))
     }
@@ -260,8 +262,8 @@ impl Oracle {
                 if keys.len() != pages.len() {
                     return Err(format!("{} pages for {} keys", pages.len(), keys.len()));
                 }
-                self.counters.pages_read += pages.len() as u64;
-                keys.iter().zip(pages).try_for_each(|(&key, page)| self.judge_page(key, page, asked.seen))
+                let all = keys.iter().zip(pages);
+                all.into_iter().try_for_each(|(&(key, oldest), page)| self.judge_page(key, page, oldest, asked.seen))
             }
             (Kind::Commit(commit), Response::Committed(lsn)) if commit.changes.is_empty() => {
                 self.judge_reader(asked, commit, *lsn)
@@ -271,9 +273,10 @@ impl Oracle {
                     return Err(format!("acknowledged as {lsn:?}, drew {:?}", asked.drawn));
                 }
                 self.ordered = self.ordered.max(*lsn);
+                self.spread.acknowledged(*lsn);
                 if commit.durable {
                     self.counters.commits_durable += 1;
-                    self.durable = self.durable.max(*lsn);
+                    self.promise(*lsn, "the answer to a durable commit");
                 } else {
                     self.counters.commits_buffered += 1;
                 }
@@ -298,9 +301,18 @@ impl Oracle {
     /// An answer says that everything up to `lsn` is durable.
     fn says_durable(&mut self, lsn: Lsn) -> Verdict {
         self.counters.others += 1;
-        // A store may count from higher than we know, after recovery; it owes no more than what was drawn.
-        self.durable = self.durable.max(lsn.min(self.last));
+        self.promise(lsn, "an answer to a flush, a wait, a checkpoint, counters or a close");
         Ok(())
+    }
+
+    /// Somebody said that everything up to `lsn` is durable. What counts is the last commit up to there: an epoch
+    /// begins far above the last one.
+    fn promise(&mut self, lsn: Lsn, who: &'static str) {
+        let commits = self.drawn.partition_point(|&(drawn, _)| drawn <= lsn);
+        let Some(&(lsn, _)) = commits.checked_sub(1).and_then(|last| self.drawn.get(last)) else { return };
+        if lsn > self.durable {
+            (self.durable, self.promise) = (lsn, who);
+        }
     }
 
     fn judge_reader(&mut self, asked: &Asked, commit: &Commit, lsn: Lsn) -> Verdict {
@@ -319,19 +331,23 @@ impl Oracle {
         }
         self.counters.commits_reading += 1;
         if commit.durable {
-            self.durable = self.durable.max(lsn);
+            self.promise(lsn, "the answer to a reader");
         }
         Ok(())
     }
 
-    /// Whether a page is one that may be read by a request asked when `seen` was the newest LSN.
-    fn judge_page(&self, key: PageKey, page: &PageRef, seen: Lsn) -> Verdict {
-        let possible = self.model.since(key, seen);
-        let right = possible.iter().any(|version| match &version.page {
+    /// Whether a page is one that may be read by a request for which the version of `oldest` was the oldest one
+    /// possible, and `seen` the newest LSN.
+    fn judge_page(&mut self, key: PageKey, page: &PageRef, oldest: Lsn, seen: Lsn) -> Verdict {
+        let possible = self.model.since(key, oldest);
+        let right = possible.iter().find(|version| match &version.page {
             Some(bytes) => !page.is_absent() && page.lsn() == version.lsn && bytes[..] == page[..],
             None => page.is_absent() && page.lsn() == Lsn::ZERO && page.iter().all(|&byte| byte == 0),
         });
-        if right {
+        if let Some(version) = right {
+            self.counters.pages_read += 1;
+            self.counters.pages_behind += u64::from(version.lsn < self.model.at(key, seen).lsn);
+            self.spread.gave(key, version.lsn);
             return Ok(());
         }
         let lsns: Vec<Lsn> = possible.iter().map(|version| version.told()).collect();
@@ -344,7 +360,7 @@ impl Oracle {
         ))
     }
 
-    fn judge_error(&mut self, asked: &Asked, error: &Error) -> Verdict {
+    fn judge_error(&mut self, token: Token, asked: &Asked, error: &Error) -> Verdict {
         let kind = error.kind();
         if asked.drawn.is_some() && kind != ErrorKind::OutcomeUnknown {
             return Err(format!("it drew {:?} and was refused with {kind:?}: {error}", asked.drawn));
@@ -352,9 +368,16 @@ impl Oracle {
         let Tolerance { io, full, read_pages_max, .. } = self.tolerance;
         let counters = &mut self.counters;
         let (counter, allowed) = match kind {
-            ErrorKind::Conflict => (&mut counters.conflicts, self.model.justifies_conflict(asked)),
+            ErrorKind::Conflict => {
+                let changed = self.model.justifies_conflict(asked);
+                counters.conflicts_held += u64::from(!changed);
+                (&mut counters.conflicts, changed || self.spread.justifies_conflict(token, asked))
+            }
             ErrorKind::Busy => (&mut counters.busy, true),
-            ErrorKind::Full => (&mut counters.full, full && matches!(asked.what, Kind::Commit(_) | Kind::Checkpoint)),
+            ErrorKind::Full => {
+                counters.spread_full += u64::from(asked.spread);
+                (&mut counters.full, full && matches!(asked.what, Kind::Commit(_) | Kind::Checkpoint))
+            }
             ErrorKind::Invalid => (&mut counters.invalid, asked.what.is_wrong(read_pages_max)),
             ErrorKind::TooLarge => (&mut counters.invalid, asked.what.bytes() > self.tolerance.commit_bytes_max),
             ErrorKind::Closed => (&mut counters.stopped, io || self.closing),
@@ -368,31 +391,33 @@ impl Oracle {
 
     /// The power is lost, the process is dead, or a closed store is about to be opened again.
     pub fn on_crash(&mut self) {
-        let pending = self.asked.values().filter(|a| a.drawn.is_some_and(|lsn| lsn > self.durable)).count();
-        self.counters.in_doubt += pending as u64;
+        for asked in self.asked.values().filter(|a| a.drawn.is_some_and(|lsn| lsn > self.durable)) {
+            self.counters.in_doubt += 1;
+            self.counters.spread_in_doubt += u64::from(asked.spread);
+        }
     }
 
     /// Holds what recovery says against what it had to find; returns the cut that `pages`, all that there are, show.
     ///
-    /// It is the one reported, unless that lies above everything drawn: a recovery that was crashed into may have
-    /// begun a new epoch, above the LSNs that it dropped, and its successor reports where that epoch began.
+    /// It is the one reported, which is a commit that was drawn, or the state with which the life began.
     pub fn judge_state(&self, cut: Lsn, clean: bool, pages: &[(PageKey, PageRef)]) -> Result<Lsn, String> {
         if cut < self.durable {
-            return Err(format!("cut at {cut:?}, although everything up to {:?} was said to be durable", self.durable));
+            return Err(format!(
+                "cut at {cut:?}, although everything up to {:?} was said to be durable, by {}; drawn since {:?}: {:?}",
+                self.durable,
+                self.promise,
+                self.began,
+                self.drawn.iter().map(|(lsn, changes)| (lsn, changes.len())).collect::<Vec<_>>(),
+            ));
         }
         if self.closed && !clean {
             return Err("the store was closed cleanly and recovery says that it was not".into());
         }
         let judge = |cut| pages.iter().try_for_each(|(key, page)| self.judge_recovered(*key, cut, page));
-        if cut <= self.last {
-            return judge(cut).map(|()| cut);
+        if cut > self.last.max(self.newest) {
+            return Err(format!("cut at {cut:?}, although nothing above {:?} was drawn", self.newest));
         }
-        let doubtful = self.drawn.iter().rev().map(|&(lsn, _)| lsn).filter(|&lsn| lsn > self.durable);
-        let found = doubtful.chain([self.durable]).find(|&cut| judge(cut).is_ok());
-        found.ok_or_else(|| {
-            let why = judge(self.last).expect_err("no cut was found");
-            format!("cut at {cut:?}, and the state is that of no LSN from {:?} on; newest: {why}", self.durable)
-        })
+        judge(cut).map(|()| cut)
     }
 
     /// Holds a page, read after recovery, against the model at the cut.
@@ -428,12 +453,16 @@ impl Oracle {
 
     /// The store goes on from the state at `cut`; recovery reported `reported`, which is that or higher.
     pub fn restart_at(&mut self, cut: Lsn, reported: Lsn) {
-        let kept = self.asked.values().filter(|a| a.drawn.is_some_and(|lsn| lsn > self.durable && lsn <= cut));
-        self.counters.in_doubt_kept += kept.count() as u64;
+        for asked in self.asked.values().filter(|a| a.drawn.is_some_and(|lsn| lsn > self.durable && lsn <= cut)) {
+            self.counters.in_doubt_kept += 1;
+            self.counters.spread_kept += u64::from(asked.spread);
+        }
         self.asked.clear();
+        self.spread = Spread::default();
+        self.watermark = Lsn::ZERO;
         self.model.restart_at(cut);
         self.drawn.clear();
-        (self.began, self.last, self.durable, self.ordered) = (cut, cut, cut, cut);
+        (self.began, self.last, self.newest, self.durable, self.ordered) = (cut, cut, cut, cut, cut);
         self.ever = self.ever.max(reported);
         (self.closing, self.closed) = (false, false);
     }
@@ -458,38 +487,10 @@ impl Model {
     }
 }
 
-impl Kind {
-    fn bytes(&self) -> u64 {
-        let Kind::Commit(commit) = self else { return 0 };
-        let sizes = commit.changes.iter().map(|(_, change)| super::workload::change_bytes(change));
-        sizes.sum()
-    }
-
-    /// Whether it is asked for wrongly, on purpose.
-    fn is_wrong(&self, read_pages_max: usize) -> bool {
-        match self {
-            Kind::Read(keys) => keys.is_empty() || keys.len() > read_pages_max,
-            Kind::Commit(commit) => commit.changes.iter().any(|(_, change)| match change {
-                Change::Put(bytes) => bytes.len() != BLOCK,
-                Change::Patch { offset, bytes } => bytes.is_empty() || *offset as usize + bytes.len() > BLOCK,
-                Change::Free => false,
-            }),
-            _ => false,
-        }
-    }
-
-    fn describe(&self) -> String {
-        match self {
-            Kind::Read(keys) => format!("read {keys:?}"),
-            Kind::Commit(Commit { reads, changes, durable }) => {
-                let changes: Vec<_> = changes.iter().map(super::workload::describe_change).collect();
-                format!("commit of {changes:?}, reads {reads:?}, durable {durable}")
-            }
-            Kind::Flush => "flush".into(),
-            Kind::WaitDurable(lsn) => format!("wait for {lsn:?}"),
-            Kind::Checkpoint => "checkpoint".into(),
-            Kind::Stats => "stats".into(),
-            Kind::Close => "close".into(),
-        }
+impl Spread {
+    /// A commit that only writes waits for what is held, and conflicts with nothing.
+    fn justifies_conflict(&self, token: Token, asked: &Asked) -> bool {
+        let Kind::Commit(commit) = &asked.what else { return false };
+        !commit.reads.is_empty() && self.may_have_met(token, commit, asked.moment)
     }
 }

@@ -1,0 +1,203 @@
+//! Why the kernel refuses a ring: the error says little, so what is known of this process is put beside it.
+//!
+//! 1. Only trying shows whether a ring can be had. The files in /proc serve to explain a refusal, never to predict one.
+//! 2. Where several reasons hold, the one is named that has to go first: the machine's setting before a filter.
+//!
+//! It does *not* try anything.
+
+use rustix::io::Errno;
+use serde::Serialize;
+use std::fmt;
+use std::path::Path;
+
+/// The bits of capabilities in a set (capabilities(7)).
+const CAP_IPC_LOCK: u32 = 14;
+const CAP_SYS_ADMIN: u32 = 21;
+
+/// Why there is no ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RingRefusal {
+    /// The kernel does not have it, or not all of it that is needed: older than 5.11, or built without.
+    Kernel,
+    /// A seccomp filter on this process refuses it, as those of containers do.
+    Seccomp,
+    /// The setting kernel.io_uring_disabled refuses it.
+    Setting,
+    /// A security module, or something else that gives no reason, refuses it.
+    Policy,
+    /// The limit of locked memory is used up.
+    MemoryLocks,
+    /// The limit of open files is used up.
+    OpenFiles,
+    /// Anything else; the error's name tells.
+    Other,
+}
+
+/// A ring that was refused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct RingRefused {
+    /// Why.
+    pub refusal: RingRefusal,
+    /// The kernel's error (`EPERM`), or what its io_uring lacks.
+    pub error: String,
+}
+
+impl RingRefused {
+    /// Explains an error of the kernel by what holds for this process.
+    pub(crate) fn by_error(doing: &str, e: &std::io::Error) -> RingRefused {
+        let errno = Errno::from_io_error(e).unwrap_or(Errno::INVAL);
+        let error = match doing {
+            "making a ring" => name(errno),
+            _ => format!("{} when {doing}", name(errno)),
+        };
+        RingRefused { refusal: explain(errno, &Circumstances::look(Path::new("/proc"))), error }
+    }
+}
+
+impl fmt::Display for RingRefused {
+    /// As in "portable, because …".
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let why = match self.refusal {
+            RingRefusal::Kernel => "this kernel has no io_uring, or too old a one",
+            RingRefusal::Seccomp => "a seccomp filter forbids io_uring",
+            RingRefusal::Setting => "the setting kernel.io_uring_disabled forbids io_uring",
+            RingRefusal::Policy => "a security policy forbids io_uring",
+            RingRefusal::MemoryLocks => "the limit of locked memory leaves no room for an io_uring ring",
+            RingRefusal::OpenFiles => "the limit of open files leaves none for an io_uring ring",
+            RingRefusal::Other => "an io_uring ring can't be set up",
+        };
+        write!(f, "{why} ({})", self.error)
+    }
+}
+
+/// What is known of this process.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Circumstances {
+    /// kernel.io_uring_disabled: 0 allowed, 1 for the privileged only, 2 forbidden; absent before Linux 6.6.
+    pub setting: Option<u32>,
+    /// A seccomp filter is on it.
+    pub filter: bool,
+    /// It has `CAP_SYS_ADMIN`.
+    pub admin: bool,
+    /// The kernel holds it to the limit of locked memory.
+    pub locks_enforced: bool,
+}
+
+impl Circumstances {
+    /// Reads `proc`, which is `/proc`.
+    pub(crate) fn look(proc: &Path) -> Circumstances {
+        let text = |name: &str| std::fs::read_to_string(proc.join(name)).unwrap_or_default();
+        // Filters and capabilities are each thread's own.
+        let (status, uid_map) = (text("thread-self/status"), text("self/uid_map"));
+        let field = |name: &str| status.lines().find_map(|line| Some(line.strip_prefix(name)?.trim()));
+        let has = |bit| field("CapEff:").is_some_and(|hex| has_capability(hex, bit));
+        // Capabilities in a user namespace of one's own do not count for locks.
+        let is_initial = uid_map.is_empty() || is_whole_id_map(&uid_map);
+        Circumstances {
+            setting: text("sys/kernel/io_uring_disabled").trim().parse().ok(),
+            filter: field("Seccomp:") == Some("2"),
+            admin: has(CAP_SYS_ADMIN),
+            locks_enforced: !(is_initial && has(CAP_IPC_LOCK)),
+        }
+    }
+}
+
+/// Whether the hexadecimal set `hex` has capability number `bit`.
+fn has_capability(hex: &str, bit: u32) -> bool {
+    u64::from_str_radix(hex, 16).is_ok_and(|set| set >> bit & 1 == 1)
+}
+
+/// Whether a uid_map is that of the initial user namespace: all ids, as they are.
+fn is_whole_id_map(map: &str) -> bool {
+    map.split_whitespace().eq(["0", "0", "4294967295"])
+}
+
+fn explain(errno: Errno, it: &Circumstances) -> RingRefusal {
+    match errno {
+        // The setting exists only where io_uring does, so there it is a filter that plays an old kernel.
+        Errno::NOSYS if it.filter && it.setting.is_some() => RingRefusal::Seccomp,
+        Errno::NOSYS => RingRefusal::Kernel,
+        Errno::PERM | Errno::ACCESS => match it.setting {
+            Some(2) => RingRefusal::Setting,
+            Some(1) if !it.admin => RingRefusal::Setting,
+            _ if it.filter => RingRefusal::Seccomp,
+            _ => RingRefusal::Policy,
+        },
+        Errno::NOMEM if it.locks_enforced => RingRefusal::MemoryLocks,
+        Errno::MFILE | Errno::NFILE => RingRefusal::OpenFiles,
+        _ => RingRefusal::Other,
+    }
+}
+
+fn name(errno: Errno) -> String {
+    let name = match errno {
+        Errno::NOSYS => "ENOSYS",
+        Errno::PERM => "EPERM",
+        Errno::ACCESS => "EACCES",
+        Errno::NOMEM => "ENOMEM",
+        Errno::MFILE => "EMFILE",
+        Errno::NFILE => "ENFILE",
+        Errno::INVAL => "EINVAL",
+        other => return format!("error {}", other.raw_os_error()),
+    };
+    name.to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A wrong reason sends its reader to change a setting that was never the cause.
+    #[test]
+    fn a_refused_ring_is_explained_by_what_refused_it() {
+        use RingRefusal::*;
+        let it = |setting, filter, admin| Circumstances { setting, filter, admin, locks_enforced: true };
+        let cases = [
+            (Errno::NOSYS, it(None, false, false), Kernel),
+            (Errno::NOSYS, it(None, true, false), Kernel),
+            (Errno::NOSYS, it(Some(0), true, false), Seccomp),
+            (Errno::PERM, it(Some(0), true, true), Seccomp),
+            (Errno::PERM, it(None, true, false), Seccomp),
+            (Errno::PERM, it(Some(2), true, true), Setting),
+            (Errno::PERM, it(Some(1), false, false), Setting),
+            (Errno::PERM, it(Some(1), true, true), Seccomp),
+            (Errno::PERM, it(Some(0), false, false), Policy),
+            (Errno::ACCESS, it(Some(0), false, false), Policy),
+            (Errno::NOMEM, it(Some(0), false, false), MemoryLocks),
+            (Errno::NOMEM, Circumstances::default(), Other),
+            (Errno::MFILE, it(Some(0), false, false), OpenFiles),
+            (Errno::INVAL, it(Some(0), false, false), Other),
+        ];
+        for (errno, circumstances, wanted) in cases {
+            assert_eq!(explain(errno, &circumstances), wanted, "{errno:?} {circumstances:?}");
+        }
+    }
+
+    #[test]
+    fn circumstances_are_read_as_they_are_meant() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let look = |setting: &str, mode: u32, capabilities: &str, map: &str| {
+            std::fs::create_dir_all(dir.path().join("sys/kernel")).expect("a folder");
+            std::fs::create_dir_all(dir.path().join("self")).expect("a folder");
+            std::fs::create_dir_all(dir.path().join("thread-self")).expect("a folder");
+            let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).expect("a file");
+            write("sys/kernel/io_uring_disabled", setting);
+            write(
+                "thread-self/status",
+                &format!("Name:\tx\nCapEff:\t{capabilities}\nNoNewPrivs:\t0\nSeccomp:\t{mode}\n"),
+            );
+            write("self/uid_map", map);
+            let it = Circumstances::look(dir.path());
+            (it.setting, it.filter, it.admin, it.locks_enforced)
+        };
+        let whole = "         0          0 4294967295\n";
+        assert_eq!(look("0\n", 0, "000001ffffffffff", whole), (Some(0), false, true, false));
+        assert_eq!(look("2\n", 2, "000001ffffffbfff", whole), (Some(2), true, true, true));
+        assert_eq!(look("", 2, "0000000000000000", whole), (None, true, false, true));
+        // Root in a container without privileges.
+        assert_eq!(look("1\n", 2, "000001ffffffffff", "0 100000 65536\n"), (Some(1), true, true, true));
+        let nothing = Circumstances::look(Path::new("/no-such-directory"));
+        assert!(nothing.setting.is_none() && !nothing.filter && nothing.locks_enforced);
+    }
+}

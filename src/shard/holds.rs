@@ -1,0 +1,85 @@
+//! Holds: what keeps the pages of a commit over shards as they are between the vote and the decision.
+//!
+//! Invariants
+//! 1. A page is held either by any number of commits that read it, or by one that changes it.
+//! 2. A commit over shards never waits for a hold: it votes [`Vote::Held`](super::message::Vote), so there is no deadlock.
+//!    Commits of this shard alone do wait, in the order in which they came.
+//! 3. While a page is held, no LSN but the holder's is drawn for it. The holder's LSN is drawn after the vote, so it is
+//!    above every version of the page.
+
+use super::Shard;
+use smallvec::SmallVec;
+
+/// Who holds a page.
+#[derive(Default)]
+pub(super) struct Hold {
+    shared: u32,
+    exclusive: bool,
+    /// Commits of this shard that wait for it.
+    waiters: SmallVec<[usize; 1]>,
+}
+
+impl Hold {
+    /// Whether somebody may read (`false`) or change (`true`) the page.
+    pub fn allows(&self, change: bool) -> bool {
+        !self.exclusive && (self.shared == 0 || !change)
+    }
+}
+
+impl Shard {
+    /// A page of the commit that is held in a way that the commit can't go on: index in the table.
+    pub(super) fn held_page(&self, waiter: usize) -> Option<usize> {
+        let pending = &self.pending[waiter];
+        let reads = pending.reads_count();
+        let held = |(i, idx): (usize, &usize)| !self.table.pages[*idx].hold.allows(i >= reads);
+        pending.pages.iter().enumerate().find(|(i, idx)| held((*i, idx))).map(|(_, idx)| *idx)
+    }
+
+    /// A commit of this shard waits until the page is not held any more.
+    pub(super) fn wait_for_hold(&mut self, waiter: usize, idx: usize) {
+        self.need_more(waiter);
+        self.table.pages[idx].hold.waiters.push(waiter);
+        self.stats.held_back += 1;
+    }
+
+    /// Pages of a part and whether each is changed; each page once.
+    fn held_set(&self, waiter: usize) -> SmallVec<[(usize, bool); 4]> {
+        let pending = &self.pending[waiter];
+        let reads = pending.reads_count();
+        let mut set: SmallVec<[(usize, bool); 4]> =
+            pending.pages.iter().enumerate().map(|(i, idx)| (*idx, i >= reads)).collect();
+        // The change counts where a page is read and changed.
+        set.sort_by_key(|(idx, change)| (*idx, !change));
+        set.dedup_by_key(|(idx, _)| *idx);
+        if set.iter().any(|(_, change)| !change) && planted!(ReadsNotHeld) {
+            set.retain(|(_, change)| *change);
+        }
+        set
+    }
+
+    /// Holds the pages of a part.
+    pub(super) fn hold_pages(&mut self, waiter: usize) {
+        for (idx, change) in self.held_set(waiter) {
+            let hold = &mut self.table.pages[idx].hold;
+            assert!(hold.allows(change), "a held page means another vote");
+            match change {
+                true => hold.exclusive = true,
+                false => hold.shared += 1,
+            }
+        }
+    }
+
+    /// Lets the pages of a part go; those that waited for them go on.
+    pub(super) fn let_pages_go(&mut self, waiter: usize) {
+        for (idx, change) in self.held_set(waiter) {
+            let hold = &mut self.table.pages[idx].hold;
+            match change {
+                true => hold.exclusive = false,
+                false => hold.shared -= 1,
+            }
+            for waiter in std::mem::take(&mut hold.waiters) {
+                self.need_met(waiter, None);
+            }
+        }
+    }
+}
