@@ -1,6 +1,7 @@
 //! Figures of the runtime, by hand: `cargo test --release --lib figures -- --ignored --nocapture --test-threads 1`.
 //!
 //! Not tests: they print, and assert only what would make the figures meaningless.
+#![allow(clippy::disallowed_methods, reason = "figures are times")]
 
 use super::handle::Runtime;
 use crate::options::{Driver, Options};
