@@ -7,7 +7,7 @@
 //! 3. The space grows only while more than [`FILL_PERCENT`] of it is live; else it is reclaimed.
 //! 4. The leader makes the file longer, for whoever asks; if it can't, the others give of what they have.
 
-use super::commits::Need;
+use super::admission::Need;
 use super::message::Message;
 use super::{OpKind, Shard};
 use crate::disk::{DiskOp, FileId, IoSlice};
@@ -292,7 +292,7 @@ impl Shard {
     pub(super) fn space_denied(&mut self) {
         let SpaceAsked::Leader(beyond) = self.space_asked else { return };
         for shard in self.deal.others(self.id) {
-            self.send(shard, Message::Spare);
+            self.send(shard, Message::Spare(beyond > 0));
         }
         self.another_has_answered(self.deal.shards_count() - 1, false, beyond);
     }
@@ -311,10 +311,11 @@ impl Shard {
     }
 
     /// Another shard has no space left: half of what this one does not need.
-    pub(super) fn spare_space(&mut self, to: ShardId) {
+    pub(super) fn spare_space(&mut self, to: ShardId, urgent: bool) {
         let space = self.extents.space();
-        let needed = self.owed_blocks().div_ceil(u64::from(space.data_blocks)) + 2 * RESERVE_EXTENTS;
-        let spare = u64::from(space.free).saturating_sub(needed) / 2;
+        let kept = if urgent { 2 } else { 2 * RESERVE_EXTENTS };
+        let needed = self.owed_blocks().div_ceil(u64::from(space.data_blocks)) + kept;
+        let spare = u64::from(space.free).saturating_sub(needed).div_ceil(2);
         let given = if self.failed.is_some() { Vec::new() } else { self.extents.give_away(spare as usize) };
         self.send(to, Message::Granted(given));
     }
