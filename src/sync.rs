@@ -110,3 +110,32 @@ mod stand_ins {
 pub(crate) use real::*;
 #[cfg(all(test, corepage_loom))]
 pub(crate) use stand_ins::*;
+
+/// Running a model, and whether it held: one that can't fail checks nothing, so each has mutants.
+#[cfg(all(test, corepage_loom))]
+pub(crate) mod model {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    /// Whether all has held so far. A panic in a model would take loom down with it.
+    #[derive(Clone, Default)]
+    pub(crate) struct Verdict(Arc<AtomicBool>);
+
+    impl Verdict {
+        pub(crate) fn expect(&self, holds: bool) {
+            if !holds {
+                self.0.store(true, Ordering::SeqCst);
+            }
+        }
+    }
+
+    /// Runs `model` in every order of its steps with at most `preemptions`.
+    pub(crate) fn holds(preemptions: Option<usize>, model: impl Fn(&Verdict) + Sync + Send + 'static) -> bool {
+        let verdict = Verdict::default();
+        let theirs = verdict.clone();
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound = preemptions;
+        builder.check(move || model(&theirs));
+        !verdict.0.load(Ordering::SeqCst)
+    }
+}

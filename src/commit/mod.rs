@@ -102,6 +102,7 @@ mod tests {
 #[cfg(all(test, corepage_loom))]
 mod loom {
     use super::*;
+    use crate::sync::model::{self, Verdict};
     use ::loom::sync::Arc;
     use ::loom::thread;
 
@@ -110,40 +111,36 @@ mod loom {
 
     /// Shards draw, wait for their device (here: nothing), and publish; one that refreshes at any moment must not be
     /// told that an LSN is durable which was drawn and is not. `flushed[lsn]` is set before its bound is raised.
-    fn run(shards: u16, draw: Draw, refresh: Refresh) {
+    fn run(verdict: &Verdict, shards: u16, draw: Draw, refresh: Refresh) {
         let order = Arc::new(GlobalOrder::new(Lsn::new(1), usize::from(shards)));
         let flushed: Arc<Vec<AtomicU64>> = Arc::new((0..8).map(|_| AtomicU64::new(0)).collect());
-        let check = |flushed: &[AtomicU64], watermark: Lsn| {
-            for lsn in 1..=watermark.get() as usize {
-                assert_eq!(flushed[lsn].load(Ordering::Acquire), 1, "lsn {lsn} is not durable, watermark {watermark}");
-            }
-        };
         let writers: Vec<_> = (1..shards)
             .map(|shard| {
-                let (order, flushed, shard) = (order.clone(), flushed.clone(), ShardId::new(shard));
+                let (order, flushed, verdict) = (order.clone(), flushed.clone(), verdict.clone());
                 thread::spawn(move || {
-                    let lsn = draw(&order, shard);
+                    let lsn = draw(&order, ShardId::new(shard));
                     flushed[lsn.get() as usize].store(1, Ordering::Release);
-                    order.publish(shard, Lsn::MAX);
-                    check(&flushed, refresh(&order));
+                    order.publish(ShardId::new(shard), Lsn::MAX);
+                    check(&verdict, &flushed, refresh(&order));
                 })
             })
             .collect();
-        check(&flushed, refresh(&order));
+        check(verdict, &flushed, refresh(&order));
         let lsn = draw(&order, ShardId::new(0));
-        check(&flushed, refresh(&order));
+        check(verdict, &flushed, refresh(&order));
         flushed[lsn.get() as usize].store(1, Ordering::Release);
         order.publish(ShardId::new(0), Lsn::MAX);
-        check(&flushed, refresh(&order));
         writers.into_iter().for_each(|writer| writer.join().unwrap());
-        assert_eq!(refresh(&order), Lsn::new(u64::from(shards)), "an idle store holds nothing back");
+        // An idle store holds nothing back.
+        verdict.expect(refresh(&order) == Lsn::new(u64::from(shards)));
+    }
+
+    fn check(verdict: &Verdict, flushed: &[AtomicU64], watermark: Lsn) {
+        (1..=watermark.get() as usize).for_each(|lsn| verdict.expect(flushed[lsn].load(Ordering::Acquire) == 1));
     }
 
     fn holds(shards: u16, preemptions: Option<usize>, draw: Draw, refresh: Refresh) -> bool {
-        let mut model = ::loom::model::Builder::new();
-        model.preemption_bound = preemptions;
-        let model = || model.check(move || run(shards, draw, refresh));
-        std::panic::catch_unwind(std::panic::AssertUnwindSafe(model)).is_ok()
+        model::holds(preemptions, move |verdict| run(verdict, shards, draw, refresh))
     }
 
     fn draw_one(order: &GlobalOrder, shard: ShardId) -> Lsn {

@@ -49,6 +49,7 @@ impl<T> Inbox<T> {
 #[cfg(all(test, corepage_loom))]
 mod loom {
     use super::*;
+    use crate::sync::model::{Verdict, holds};
     use ::loom::sync::Arc;
     use ::loom::thread;
     use std::sync::atomic::AtomicUsize;
@@ -60,7 +61,7 @@ mod loom {
     }
 
     fn closing(push: fn(&Inbox<u32>), look: bool) -> bool {
-        let model = move || {
+        holds(None, move |verdict: &Verdict| {
             let (inbox, refused) = (Arc::new(Inbox::new(4)), std::sync::Arc::new(AtomicUsize::new(0)));
             let (theirs, counts) = (inbox.clone(), refused.clone());
             let sender = thread::spawn(move || {
@@ -72,9 +73,9 @@ mod loom {
             inbox.close();
             refuse(&inbox, &refused);
             sender.join().unwrap();
-            assert_eq!(refused.load(Ordering::SeqCst), 1, "each is refused, and once");
-        };
-        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| ::loom::model(model))).is_ok()
+            // Each is refused, and once.
+            verdict.expect(refused.load(Ordering::SeqCst) == 1);
+        })
     }
 
     /// A request that a closed inbox keeps is a caller that waits for ever.

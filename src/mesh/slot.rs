@@ -101,6 +101,7 @@ impl<T> Slot<T> {
 #[cfg(all(test, corepage_loom))]
 mod loom {
     use super::*;
+    use crate::sync::model::{self, Verdict};
     use ::loom::sync::Arc;
     use ::loom::thread;
     use std::sync::atomic::{AtomicUsize, Ordering as Real};
@@ -116,7 +117,12 @@ mod loom {
     }
 
     /// One answerer, one asker that looks and then waits or goes; the slot is freed once, whatever happens.
-    fn exchange(complete: fn(&Slot<u32>) -> Completed, poll: fn(&Slot<u32>, &Waker) -> Polled<u32>, goes: bool) {
+    fn exchange(
+        verdict: &Verdict,
+        complete: fn(&Slot<u32>) -> Completed,
+        poll: fn(&Slot<u32>, &Waker) -> Polled<u32>,
+        goes: bool,
+    ) {
         let slot = Arc::new(Slot::default());
         let freed = std::sync::Arc::new(AtomicUsize::new(0));
         let (theirs, counts) = (slot.clone(), freed.clone());
@@ -129,7 +135,7 @@ mod loom {
         let waker = Waker::from(bell.clone());
         let taken = match poll(&slot, &waker) {
             Polled::Free(result) => {
-                assert_eq!(result.as_deref(), Some(&7), "the result is there");
+                verdict.expect(result.as_deref() == Some(&7));
                 freed.fetch_add(1, Real::SeqCst);
                 true
             }
@@ -140,16 +146,16 @@ mod loom {
         }
         answerer.join().unwrap();
         if taken || goes {
-            assert_eq!(freed.load(Real::SeqCst), 1, "the slot is freed once");
+            verdict.expect(freed.load(Real::SeqCst) == 1);
             return;
         }
-        assert_eq!(bell.0.load(Real::SeqCst), 1, "the asker waits for ever");
-        assert!(matches!(poll(&slot, &waker), Polled::Free(Some(result)) if *result == 7));
+        // Otherwise the asker waits for ever.
+        verdict.expect(bell.0.load(Real::SeqCst) == 1);
+        verdict.expect(matches!(poll(&slot, &waker), Polled::Free(Some(result)) if *result == 7));
     }
 
     fn holds(complete: fn(&Slot<u32>) -> Completed, poll: fn(&Slot<u32>, &Waker) -> Polled<u32>, goes: bool) -> bool {
-        let model = move || exchange(complete, poll, goes);
-        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| ::loom::model(model))).is_ok()
+        model::holds(None, move |verdict| exchange(verdict, complete, poll, goes))
     }
 
     /// A slot freed twice gives its place to two requests; one freed never is a leak; a lost reply is a hang.
@@ -163,16 +169,17 @@ mod loom {
     /// Two completions at a time: a reply, and the end of the shard that gives up.
     #[test]
     fn loom_the_first_completion_counts() {
-        ::loom::model(|| {
+        assert!(model::holds(None, |verdict| {
             let slot = Arc::new(Slot::default());
             let theirs = slot.clone();
             let other = thread::spawn(move || theirs.complete(8));
             let own = slot.complete(7);
             let counted = [own, other.join().unwrap()].map(|c| u32::from(c == Completed::Delivered));
-            assert_eq!(counted.iter().sum::<u32>(), 1);
-            let Polled::Free(Some(result)) = slot.poll(Waker::noop()) else { panic!("there is a result") };
-            assert_eq!(*result == 7, counted[0] == 1, "the result is that of the completion that counted");
-        });
+            verdict.expect(counted.iter().sum::<u32>() == 1);
+            let wanted = if counted[0] == 1 { 7 } else { 8 };
+            // The result is that of the completion that counted.
+            verdict.expect(matches!(slot.poll(Waker::noop()), Polled::Free(Some(result)) if *result == wanted));
+        }));
     }
 
     #[test]

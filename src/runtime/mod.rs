@@ -32,3 +32,5 @@ pub use report::RuntimeReport;
 
 #[cfg(all(test, not(corepage_loom)))]
 mod tests;
+#[cfg(all(test, not(corepage_loom)))]
+mod figures;

@@ -1,0 +1,102 @@
+//! Figures of the runtime, by hand: `cargo test --release --lib figures -- --ignored --nocapture --test-threads 1`.
+//!
+//! Not tests: they print, and assert only what would make the figures meaningless.
+
+use super::handle::Runtime;
+use crate::options::{Driver, Options};
+use crate::shard::{Change, Commit, Request, Response};
+use crate::types::{PageId, PageKey, ShardId, VolumeId};
+use futures_lite::future::block_on;
+use smallvec::smallvec;
+use std::time::{Duration, Instant};
+
+fn key() -> PageKey {
+    PageKey::new(VolumeId::new(1), PageId::new(7))
+}
+
+fn read() -> Request {
+    Request::Read(smallvec![key()])
+}
+
+fn with_page(driver: Driver, poll: bool, figure: impl Fn(&Runtime, ShardId)) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let options = Options { driver, poll, shards: Some(1), ..Options::default() };
+    let runtime = block_on(Runtime::start(dir.path().to_path_buf(), options)).expect("it opens");
+    let commit = Commit { reads: vec![], changes: vec![(key(), Change::Put(vec![7; 4096].into()))], durable: true };
+    block_on(async { runtime.submit(Request::Commit(commit)).await?.await }).expect("it is durable");
+    let shard = runtime.deal().shard_of(key());
+    figure(&runtime, shard);
+    block_on(async { runtime.submit(Request::Close).await?.await }).expect("it closes");
+    block_on(runtime.ended());
+}
+
+fn p50(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
+}
+
+#[test]
+#[ignore = "prints figures"]
+fn figures_of_a_cached_read_from_a_foreign_thread() {
+    for driver in [Driver::Ring, Driver::Portable] {
+        for (name, poll, pause, count) in [
+            ("polling", true, Duration::ZERO, 200_000),
+            ("awake or polling for a bounded time", false, Duration::ZERO, 100_000),
+            ("parked", false, Duration::from_millis(1), 1000),
+        ] {
+            with_page(driver, poll, |runtime, _| {
+                let times = (0..count).map(|_| {
+                    std::thread::sleep(pause);
+                    let start = Instant::now();
+                    let reply = block_on(async { runtime.submit(read()).await?.await });
+                    let time = start.elapsed();
+                    assert!(matches!(reply, Ok(Response::Pages(pages)) if pages[0][0] == 7));
+                    time
+                });
+                println!("{driver:?}, {name}: round trip P50 {:?}", p50(times.collect()));
+            });
+        }
+    }
+}
+
+#[test]
+#[ignore = "prints figures"]
+fn figures_of_a_cached_read_from_a_task_on_the_shard() {
+    for driver in [Driver::Ring, Driver::Portable] {
+        for depth in [1usize, 16, 64] {
+            with_page(driver, false, |runtime, shard| {
+                let calls = 2_000_000;
+                let task = runtime.spawn_on(shard, move |local| async move {
+                    let start = Instant::now();
+                    for _ in 0..calls / depth {
+                        let replies: smallvec::SmallVec<[_; 64]> = (0..depth).map(|_| local.call(read())).collect();
+                        for reply in replies {
+                            assert!(matches!(reply.await, Ok(Response::Pages(pages)) if pages[0][0] == 7));
+                        }
+                    }
+                    start.elapsed()
+                });
+                let time = block_on(task.expect("it starts")).expect("it ends");
+                println!("{driver:?}, depth {depth}: {:.0} ns a call", time.as_nanos() as f64 / calls as f64);
+            });
+        }
+    }
+}
+
+#[test]
+#[ignore = "prints figures"]
+fn figures_of_an_idle_store() {
+    let ticks = || {
+        let stat = std::fs::read_to_string("/proc/self/stat").expect("it is there");
+        let fields: Vec<u64> = stat.split(' ').skip(13).take(2).map(|n| n.parse().expect("a number")).collect();
+        fields.iter().sum::<u64>()
+    };
+    for driver in [Driver::Ring, Driver::Portable] {
+        with_page(driver, false, |_, _| {
+            std::thread::sleep(Duration::from_secs(1));
+            let before = ticks();
+            std::thread::sleep(Duration::from_secs(5));
+            println!("{driver:?}, idle: {:.2} % of a core", (ticks() - before) as f64 / 5.0);
+        });
+    }
+}
