@@ -31,6 +31,6 @@ pub(crate) use local::Local;
 pub use report::RuntimeReport;
 
 #[cfg(all(test, not(corepage_loom)))]
-mod tests;
-#[cfg(all(test, not(corepage_loom)))]
 mod figures;
+#[cfg(all(test, not(corepage_loom)))]
+mod tests;

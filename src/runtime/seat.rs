@@ -154,7 +154,7 @@ impl<M: Machine, D: Disk> Drive<M, D> {
                     }
                 };
                 let failed = matches!(news, News::Failed(_));
-                let _ = self.opening.take().map(|opening| opening.send(news));
+                let _ = self.opening.take().map(|opening| opening.send(news).is_ok());
                 if failed {
                     return false;
                 }
@@ -168,7 +168,7 @@ impl<M: Machine, D: Disk> Drive<M, D> {
     }
 
     fn tell(&mut self, news: News<M>) {
-        let _ = self.opening.take().map(|opening| opening.send(news));
+        let _ = self.opening.take().map(|opening| opening.send(news).is_ok());
     }
 }
 

@@ -127,7 +127,7 @@ impl Shard {
         match self.admit_space(need) {
             Ok(true) => {}
             Ok(false) => {
-                self.space_wanted_until = self.now + SPACE_WANTED_US;
+                self.space.wanted_until = self.now + SPACE_WANTED_US;
                 return Admission::Stalled;
             }
             Err(error) => return Admission::No(error),

@@ -28,7 +28,7 @@ impl Shard {
     pub(super) fn run_commits(&mut self) {
         let mut batch: SmallVec<[usize; 32]> = SmallVec::new();
         let mut need = Need::default();
-        self.stalled_for_space = false;
+        self.space.stalled = false;
         while let Some(waiter) = self.ready.front().copied() {
             if matches!(self.pending[waiter].kind, PendingKind::Redo(_)) {
                 if !batch.is_empty() || !self.run_redo(waiter) {

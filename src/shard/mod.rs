@@ -62,11 +62,12 @@ use compaction::{Compaction, Moves};
 use cross::Cross;
 use hashbrown::HashMap;
 use lead::Lead;
+use order::Waits;
 use pages::{NodeWaiter, NodeWanted, PageRead, Table};
 use part::{Parts, Reserved};
 use requests::{Pending, Waiting};
 use slab::Slab;
-use space::{Growth, Reclaiming, SpaceAsked};
+use space::{Growth, Space};
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use std::sync::Arc;
 use writeback::{Capture, Unsettled};
@@ -134,12 +135,7 @@ pub struct Shard {
     /// Parts voted for and not decided yet, and what they have reserved.
     parts: Parts,
     reserved: Reserved,
-    /// The highest LSN for whose durability somebody here waits; what each shard has been told of it.
-    wanted: Lsn,
-    nudged: Vec<Lsn>,
-    /// The highest LSN for which another shard waits.
-    nudged_upto: Lsn,
-    seen_watermark: Lsn,
+    waits: Waits,
     /// Replies that wait for the watermark.
     waiting: BinaryHeap<Waiting>,
     waiting_seq: u64,
@@ -150,8 +146,6 @@ pub struct Shard {
     /// Dirty pages in the order in which they became so.
     dirty: Vec<usize>,
     dirty_since: Micros,
-    /// None of them can be written before something happens here, or the watermark reaches this.
-    dirty_stuck: Option<Lsn>,
     captures: Slab<Capture>,
     /// Written captures that wait for the watermark.
     unsettled: BinaryHeap<Unsettled>,
@@ -166,18 +160,9 @@ pub struct Shard {
     lead: Lead,
     summaries: Vec<ExtentNo>,
     summaries_under_way: usize,
-    growing: bool,
-    space_asked: SpaceAsked,
-    /// Requests for space that wait for the leader, and how far beyond the limit each may go.
-    space_wanted: VecDeque<(ShardId, u32)>,
-    growth_under_way: bool,
-    /// When it failed last, and how far beyond the limit it had been asked for.
-    grow_failed: Option<(Micros, u32)>,
-    stalled_for_space: bool,
-    space_wanted_until: Micros,
+    space: Space,
     /// Somebody waits for a frame.
     memory_short: bool,
-    reclaiming: Reclaiming,
     closing: Option<Option<Token>>,
     closed: bool,
     quiet: bool,
@@ -269,9 +254,9 @@ impl Shard {
         // make the driver spin.
         let may_go = !self.log.open.is_empty() && self.log.in_flight.len() < self.limits.log_writes_max;
         let group = may_go.then(|| self.log.open.opened_at + window);
-        let pages = (!self.dirty.is_empty() && self.dirty_stuck.is_none())
+        let pages = (!self.dirty.is_empty() && self.waits.dirty_stuck.is_none())
             .then(|| self.dirty_since.max(self.now.saturating_sub(window)) + window);
-        let growth = self.stalled_for_space.then_some(self.now + space::GROW_RETRY_US);
+        let growth = self.space.stalled.then_some(self.now + space::GROW_RETRY_US);
         // Memory that readers give back says nothing: a checkpoint that waits for it has to look.
         let starved = self.checkpoint.is_starved().then_some(self.now + STARVED_RETRY_US);
         let next = [group, pages, growth, starved, self.next_retry()].into_iter().flatten().min()?;
@@ -369,7 +354,7 @@ impl Shard {
     pub fn waits_for(&self) -> Option<Lsn> {
         let page = self.unsettled.peek().map(|unsettled| unsettled.lsn());
         let reply = self.waiting.peek().map(|waiting| waiting.lsn()).filter(|_| !planted!(NobodyWoken));
-        [page, reply, self.checkpoint.waits_for(), self.dirty_stuck].into_iter().flatten().min()
+        [page, reply, self.checkpoint.waits_for(), self.waits.dirty_stuck].into_iter().flatten().min()
     }
 
     /// What one commit may count at most.

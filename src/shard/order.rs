@@ -7,15 +7,37 @@
 
 use super::Shard;
 use super::message::Message;
-use crate::types::{Lsn, ShardId};
+use crate::commit::GlobalOrder;
+use crate::types::{Deal, Lsn, ShardId};
+
+/// What is waited for, here and elsewhere.
+pub(super) struct Waits {
+    /// The highest LSN for whose durability somebody here waits.
+    pub wanted: Lsn,
+    /// What each shard has been told of it.
+    nudged: Vec<Lsn>,
+    /// The highest LSN for which another shard waits.
+    pub nudged_upto: Lsn,
+    /// The watermark as last seen.
+    seen: Lsn,
+    /// No dirty page can be written before something happens here, or the watermark reaches this.
+    pub dirty_stuck: Option<Lsn>,
+}
+
+impl Waits {
+    pub fn new(order: &GlobalOrder, deal: Deal) -> Self {
+        let nudged = vec![Lsn::ZERO; usize::from(deal.shards_count())];
+        Waits { wanted: Lsn::ZERO, nudged, nudged_upto: Lsn::ZERO, seen: order.watermark(), dirty_stuck: None }
+    }
+}
 
 impl Shard {
     /// The watermark may have advanced, by this shard or another.
     pub(super) fn note_watermark(&mut self) {
         let watermark = self.order.watermark();
-        if watermark > self.seen_watermark {
-            self.seen_watermark = watermark;
-            self.dirty_stuck = None;
+        if watermark > self.waits.seen {
+            self.waits.seen = watermark;
+            self.waits.dirty_stuck = None;
             self.acknowledge();
             self.settle_durable();
             self.again = true;
@@ -36,7 +58,7 @@ impl Shard {
 
     /// Shards that hold back what somebody here waits for are told: their window must not delay it.
     pub(super) fn nudge_others(&mut self) {
-        let wanted = self.wanted;
+        let wanted = self.waits.wanted;
         if wanted <= self.order.watermark() || self.failed.is_some() {
             return;
         }
@@ -49,8 +71,8 @@ impl Shard {
     }
 
     fn nudge(&mut self, shard: ShardId, upto: Lsn) {
-        if self.nudged[shard.index()] < upto {
-            self.nudged[shard.index()] = upto;
+        if self.waits.nudged[shard.index()] < upto {
+            self.waits.nudged[shard.index()] = upto;
             self.send(shard, Message::Nudge(upto));
         }
     }
@@ -63,7 +85,7 @@ impl Shard {
     }
 
     pub(super) fn nudged(&mut self, upto: Lsn) {
-        self.nudged_upto = self.nudged_upto.max(upto);
+        self.waits.nudged_upto = self.waits.nudged_upto.max(upto);
         let holds_back = self.log.open.first_lsn().is_some_and(|lsn| lsn <= upto) || !self.log.open.parts.is_empty();
         self.log.open.urgent |= holds_back;
         self.pass_nudge_on(upto);

@@ -180,7 +180,7 @@ impl Shard {
         self.apply(waiter, lsn, role);
         self.log.open.end_era();
         self.log.open.parts.push(of);
-        self.log.open.urgent |= urgent || lsn <= self.nudged_upto;
+        self.log.open.urgent |= urgent || lsn <= self.waits.nudged_upto;
     }
 
     fn unreserve(&mut self, waiter: usize) {

@@ -4,10 +4,11 @@ use super::Shard;
 use super::checkpoint::{Checkpoint, NewEpoch};
 use super::compaction::Moves;
 use super::lead::Lead;
+use super::order::Waits;
 use super::pages::Table;
 use super::part::Reserved;
 use super::redo::Recovering;
-use super::space::{Reclaiming, SpaceAsked};
+use super::space::Space;
 use crate::commit::GlobalOrder;
 use crate::format::superblock::Superblock;
 use crate::log::Log;
@@ -47,7 +48,7 @@ impl Shard {
     pub(crate) fn new(parts: Setup) -> Self {
         let hasher = || foldhash::fast::FixedState::with_seed(parts.seed);
         let lead = Lead::new(parts.new_epoch);
-        let seen_watermark = parts.order.watermark();
+        let waits = Waits::new(&parts.order, parts.deal);
         Shard {
             id: parts.id,
             deal: parts.deal,
@@ -75,10 +76,7 @@ impl Shard {
             cross_undurable: BTreeSet::new(),
             parts: HashMap::with_hasher(hasher()),
             reserved: Reserved::default(),
-            wanted: Lsn::ZERO,
-            nudged: vec![Lsn::ZERO; usize::from(parts.deal.shards_count())],
-            nudged_upto: Lsn::ZERO,
-            seen_watermark,
+            waits,
             waiting: BinaryHeap::new(),
             waiting_seq: 0,
             node_waiters: HashMap::with_hasher(hasher()),
@@ -87,7 +85,6 @@ impl Shard {
             flushing: false,
             dirty: Vec::new(),
             dirty_since: 0,
-            dirty_stuck: None,
             captures: Slab::new(),
             unsettled: BinaryHeap::new(),
             page_writes: 0,
@@ -100,15 +97,8 @@ impl Shard {
             lead,
             summaries: Vec::new(),
             summaries_under_way: 0,
-            growing: false,
-            space_asked: SpaceAsked::default(),
-            space_wanted: VecDeque::new(),
-            growth_under_way: false,
-            grow_failed: None,
-            stalled_for_space: false,
-            space_wanted_until: 0,
+            space: Space::default(),
             memory_short: false,
-            reclaiming: Reclaiming::default(),
             closing: None,
             closed: false,
             quiet: false,

@@ -37,8 +37,8 @@ impl Shard {
             self.checkpoint,
             self.compaction.is_some(),
             self.moves.len(),
-            self.growing,
-            self.stalled_for_space,
+            self.space.growing,
+            self.space.stalled,
             self.log.free_segments(),
             self.arena.blocks(),
             self.order.next(),
@@ -72,7 +72,7 @@ impl std::fmt::Debug for Shard {
             .field("space", &self.extents.space())
             .field("left", &self.extents.left_count())
             .field("compacting", &self.compaction.is_some())
-            .field("growing", &self.growing)
+            .field("growing", &self.space.growing)
             .field("failed", &self.failed)
             .finish()
     }
