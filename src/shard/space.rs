@@ -41,10 +41,10 @@ pub(super) struct Growth {
 pub(super) enum SpaceAsked {
     #[default]
     Nobody,
-    /// The leader; how far beyond the limit it may go.
-    Leader(u32),
+    /// The leader. How much it matters: how far beyond the limit it may go, or most of all if nothing goes on without.
+    Leader { weight: u32 },
     /// All others: how many have not answered, whether one gave something.
-    Others { left: u16, got: bool, beyond: u32 },
+    Others { left: u16, got: bool, weight: u32 },
 }
 
 /// The shard's dealings with space.
@@ -56,7 +56,7 @@ pub(super) struct Space {
     /// Requests that wait for the leader, and how far beyond the limit each may go.
     pub requests: VecDeque<(ShardId, u32)>,
     pub growth_under_way: bool,
-    /// When it was refused last, and how far beyond the limit it had been asked for.
+    /// When it was refused last, and the weight of the request.
     pub failed: Option<(Micros, u32)>,
     /// A commit waits for it.
     pub stalled: bool,
@@ -148,7 +148,7 @@ impl Shard {
             return true;
         }
         self.space.stalled = true;
-        if !self.space.growing && !self.grow(BEYOND_EXTENTS) {
+        if !self.space.growing && !self.ask_for_space(BEYOND_EXTENTS, true) {
             let context = "no space is left for the page map, and the data space can't grow";
             self.fail(Error::new(ErrorKind::Full, context));
         }
@@ -231,12 +231,18 @@ impl Shard {
 
     /// Asks for more data space, at most `beyond` extents past its limit; false if it was refused a moment ago.
     fn grow(&mut self, beyond: u32) -> bool {
-        let refused = |(at, most): (Micros, u32)| self.now < at + GROW_RETRY_US && beyond <= most;
+        self.ask_for_space(beyond, false)
+    }
+
+    /// The same; `urgent`: without it nothing goes on.
+    fn ask_for_space(&mut self, beyond: u32, urgent: bool) -> bool {
+        let weight = if urgent { u32::MAX } else { beyond };
+        let refused = |(at, most): (Micros, u32)| self.now < at + GROW_RETRY_US && weight <= most;
         if self.space.growing || self.space.failed.is_some_and(refused) {
             return self.space.growing;
         }
         self.space.growing = true;
-        self.space.asked = SpaceAsked::Leader(beyond);
+        self.space.asked = SpaceAsked::Leader { weight };
         self.send(ShardId::LEADER, Message::WantSpace(beyond));
         true
     }
@@ -302,31 +308,31 @@ impl Shard {
         let some = !extents.is_empty();
         self.extents.grant(extents);
         match self.space.asked {
-            SpaceAsked::Others { left, got, beyond } => self.another_has_answered(left - 1, got || some, beyond),
+            SpaceAsked::Others { left, got, weight } => self.another_has_answered(left - 1, got || some, weight),
             _ => self.end_growth(true, 0),
         }
     }
 
     /// The file can't be longer: the others may have some to spare.
     pub(super) fn space_denied(&mut self) {
-        let SpaceAsked::Leader(beyond) = self.space.asked else { return };
+        let SpaceAsked::Leader { weight } = self.space.asked else { return };
         for shard in self.deal.others(self.id) {
-            self.send(shard, Message::Spare(beyond > 0));
+            self.send(shard, Message::Spare(weight == u32::MAX));
         }
-        self.another_has_answered(self.deal.shards_count() - 1, false, beyond);
+        self.another_has_answered(self.deal.shards_count() - 1, false, weight);
     }
 
-    fn another_has_answered(&mut self, left: u16, got: bool, beyond: u32) {
-        self.space.asked = SpaceAsked::Others { left, got, beyond };
+    fn another_has_answered(&mut self, left: u16, got: bool, weight: u32) {
+        self.space.asked = SpaceAsked::Others { left, got, weight };
         if left == 0 {
-            self.end_growth(got, beyond);
+            self.end_growth(got, weight);
         }
     }
 
-    fn end_growth(&mut self, got: bool, beyond: u32) {
+    fn end_growth(&mut self, got: bool, weight: u32) {
         self.space.asked = SpaceAsked::Nobody;
         self.space.growing = false;
-        self.space.failed = (!got).then_some((self.now, beyond));
+        self.space.failed = (!got).then_some((self.now, weight));
     }
 
     /// Another shard has no space left: half of what this one does not need.
