@@ -1,4 +1,5 @@
-//! A writer killed at random, over and over, on the same store. 20 kills in each test, or as many as COREPAGE_KILLS says.
+//! A writer killed at random, over and over, on the same store, which is opened with another number of shards each time,
+//! now by ring, now portable. 20 kills in each test, or as many as COREPAGE_KILLS says.
 //!
 //! Every write is a function of (region, sequence number), so from the sequence number found after a crash follows what
 //! *every* page must hold, and one comparison shows wholeness, order and prefix at once. If these fail, transactions
@@ -12,13 +13,11 @@
 mod common;
 
 use bytes::Bytes;
+use common::role::{Role, Run, Task, say};
 use common::{Chance, Served, kills_count, nbd, scratch};
-use corepage::{Change, Durability, ErrorKind, Lsn, Options, PageId, Store, Volume};
+use corepage::{Change, Durability, ErrorKind, Lsn, PageId, Store, Volume};
 use futures_lite::future::block_on;
 use std::collections::{BTreeMap, HashSet};
-use std::io::{BufRead, BufReader, Write};
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -29,8 +28,12 @@ const REGION_PAGES: u64 = 400;
 /// writes blindly, now durable, now buffered.
 const REGIONS: u64 = 4;
 const CHAIN_THREADS: usize = 3;
-const ROLE: &str = "COREPAGE_KILL_ROLE";
-const STORE: &str = "COREPAGE_KILL_STORE";
+
+/// Where a page of the trace is: those of the last region side by side, all others so far apart that most of a
+/// transaction's pages belong to different shards.
+fn place(page: u64) -> PageId {
+    PageId::new(if page < (REGIONS - 1) * REGION_PAGES { page * 97 } else { (1 << 20) + page })
+}
 
 /// What transaction `seq` of a region does, sequence page included.
 fn changes(region: u64, seq: u64) -> Vec<(u64, Change)> {
@@ -99,19 +102,16 @@ impl Ack {
         Some(Ack { region: word()?, seq: word()?, lsn: word()?, durable: word()? == 1 })
     }
 
-    /// One `write`, so that a kill can't cut it in two.
-    fn print(&self) {
-        let line = format!("ack {} {} {} {}\n", self.region, self.seq, self.lsn, u64::from(self.durable));
-        std::io::stdout().lock().write_all(line.as_bytes()).expect("the parent reads");
+    fn say(&self) {
+        say(format_args!("ack {} {} {} {}", self.region, self.seq, self.lsn, u64::from(self.durable)));
     }
 }
 
 /// Not a test of its own: what the child does.
 #[test]
 fn child() {
-    let (Ok(role), Some(store)) = (std::env::var(ROLE), std::env::var_os(STORE)) else { return };
-    let dir = Path::new(&store);
-    let store = block_on(Store::open(dir.join("store"), Options::default())).expect("the store opens after a kill");
+    let Some(Task { role, dir, run }) = Task::of_this_process() else { return };
+    let store = block_on(Store::open(dir.join("store"), run.options())).expect("the store opens after a kill");
     let volume = match block_on(store.volume("trace")).expect("volumes can be looked up") {
         Some(volume) => volume,
         None => block_on(store.create_volume("trace", 64 << 20)).expect("a volume is made"),
@@ -132,7 +132,7 @@ fn child() {
 
 /// All pages of the trace.
 fn dump(volume: &Volume) -> Vec<u8> {
-    let ids: Vec<_> = (0..REGIONS * REGION_PAGES).map(PageId::new).collect();
+    let ids: Vec<_> = (0..REGIONS * REGION_PAGES).map(place).collect();
     let pages = ids.chunks(64).flat_map(|ids| block_on(volume.read_many(ids)).expect("pages can be read"));
     pages.flat_map(|page| page.to_vec()).collect()
 }
@@ -154,14 +154,14 @@ fn write(store: &Store, volume: &Volume) {
 fn chain(store: &Store, volume: &Volume) -> bool {
     let attempt = || async {
         let mut txn = store.begin();
-        let seq = sequence(&txn.read(volume, PageId::new(0)).await?) + 1;
+        let seq = sequence(&txn.read(volume, place(0)).await?) + 1;
         for (page, change) in changes(0, seq) {
-            txn.change(volume, PageId::new(page), change)?;
+            txn.change(volume, place(page), change)?;
         }
         Ok::<_, corepage::Error>((seq, txn.commit().await?))
     };
     match block_on(attempt()) {
-        Ok((seq, lsn)) => Ack { region: 0, seq, lsn: lsn.get(), durable: true }.print(),
+        Ok((seq, lsn)) => Ack { region: 0, seq, lsn: lsn.get(), durable: true }.say(),
         Err(e) => assert!(matches!(e.kind(), ErrorKind::Conflict | ErrorKind::Busy), "{e}"),
     }
     true
@@ -169,62 +169,25 @@ fn chain(store: &Store, volume: &Volume) -> bool {
 
 /// Transactions of a region of one's own, in their order.
 fn blind(volume: &Volume, region: u64) {
-    let first = PageId::new(region * REGION_PAGES);
+    let first = place(region * REGION_PAGES);
     let mut seq = sequence(&block_on(volume.read(first)).expect("the sequence page can be read"));
     loop {
         seq += 1;
         let durable = Chance::of(&[region, seq, 1]).below(4) == 0;
         let durability = if durable { Durability::Durable } else { Durability::Buffered };
         let lsn = apply(volume, &changes(region, seq), durability);
-        Ack { region, seq, lsn: lsn.get(), durable }.print();
+        Ack { region, seq, lsn: lsn.get(), durable }.say();
     }
 }
 
 fn apply(volume: &Volume, changes: &[(u64, Change)], durability: Durability) -> Lsn {
     loop {
-        let changes = changes.iter().map(|(page, change)| (PageId::new(*page), change.clone())).collect();
+        let changes = changes.iter().map(|(page, change)| (place(*page), change.clone())).collect();
         match block_on(volume.apply(changes, durability)) {
             Ok(lsn) => return lsn,
             Err(e) => assert!(matches!(e.kind(), ErrorKind::Conflict | ErrorKind::Busy), "{e}"),
         }
         std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
-/// This program again, in a role, with what it says.
-struct Role {
-    child: Child,
-    lines: std::thread::JoinHandle<Vec<String>>,
-    heard: std::sync::mpsc::Receiver<()>,
-}
-
-impl Role {
-    fn start(role: &str, dir: &Path) -> Role {
-        let mut command = Command::new(std::env::current_exe().expect("this program"));
-        command.args(["--exact", "child", "--nocapture"]).env(ROLE, role).env(STORE, dir);
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("this program starts");
-        let stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
-        let (sender, heard) = std::sync::mpsc::channel();
-        let lines = std::thread::spawn(move || {
-            let lines = stdout.lines().map_while(Result::ok);
-            lines.inspect(|l| _ = (l == "ready" || l == "dumped").then(|| sender.send(()))).collect()
-        });
-        Role { child, lines, heard }
-    }
-
-    /// Waits for the child's word that it is where its role wants it.
-    fn wait(&self) {
-        self.heard.recv_timeout(Duration::from_secs(120)).expect("the child says that it is ready");
-    }
-
-    /// Kills it, and gives back all that it said.
-    fn kill(mut self) -> Vec<String> {
-        if let Some(status) = self.child.try_wait().expect("the child can be waited for") {
-            assert!(status.success(), "the child failed before it was killed: {status}");
-        }
-        self.child.kill().expect("the child can be killed");
-        self.child.wait().expect("a killed process ends");
-        self.lines.join().expect("its lines were read")
     }
 }
 
@@ -248,7 +211,7 @@ fn a_killed_writer_leaves_a_prefix_of_whole_transactions_with_all_that_was_ackno
     let (mut model, mut lsns) = (Model::new(), HashSet::new());
     let mut chance = Chance::new(2);
     for round in 0..kills_count() {
-        let writer = Role::start("write", dir.path());
+        let writer = Role::start("write", dir.path(), Run::of_step(2 * round));
         // One time in four the clock runs from the start, so that the kill meets the recovery.
         if chance.below(4) > 0 {
             writer.wait();
@@ -256,7 +219,7 @@ fn a_killed_writer_leaves_a_prefix_of_whole_transactions_with_all_that_was_ackno
         std::thread::sleep(Duration::from_millis(5 + chance.below(496)));
         let acks: Vec<_> = writer.kill().iter().filter_map(|line| Ack::parse(line)).collect();
         // Now closed cleanly, now killed again: recoveries must also follow one another.
-        let reader = Role::start(if round % 2 == 0 { "close" } else { "die" }, dir.path());
+        let reader = Role::start(if round % 2 == 0 { "close" } else { "die" }, dir.path(), Run::of_step(2 * round + 1));
         reader.wait();
         let dump = std::fs::read(dir.path().join("dump")).expect("the dump is there");
         reader.kill();
@@ -361,8 +324,8 @@ fn a_killed_server_leaves_each_connections_requests_whole_and_in_order() {
         .map(|sender| Arc::new(Mutex::new(sender)))
         .collect();
     let mut durable = BTreeMap::new();
-    for _ in 0..kills_count() {
-        let served = Served::start(dir.path());
+    for round in 0..kills_count() {
+        let served = Served::start_as(Run::of_step(round), dir.path());
         let mut client = served.client();
         for (n, sender) in senders.iter().enumerate() {
             let mut sender = sender.lock().expect("no sender failed");

@@ -40,10 +40,16 @@ impl GlobalOrder {
     pub fn draw(&self, shard: ShardId, count: u64) -> Lsn {
         let bound = &self.bounds[usize::from(shard.get())];
         let floor = self.next.load(Ordering::Acquire);
-        if floor < bound.load(Ordering::Relaxed) {
+        let lowers = floor < bound.load(Ordering::Relaxed);
+        if lowers {
             bound.store(floor, Ordering::SeqCst);
         }
-        Lsn::new(self.next.fetch_add(count, Ordering::SeqCst))
+        let first = self.next.fetch_add(count, Ordering::SeqCst);
+        if lowers && first > floor {
+            // Others drew in between: their LSNs must not wait for these.
+            bound.store(first, Ordering::SeqCst);
+        }
+        Lsn::new(first)
     }
 
     /// Publishes that `shard` has nothing below `bound` that is not durable.

@@ -30,6 +30,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+/// How long the lock of a dying process is waited for. A killed process that drove a ring can be waited for by its
+/// parent before the kernel has taken the ring, and with it the locked descriptors, down.
+const DYING_MAX: Duration = Duration::from_secs(2);
+const DYING_STEP: Duration = Duration::from_millis(5);
 
 /// What may be done to the files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -276,7 +282,7 @@ impl Files {
             Access::ReadWrite => FlockOperation::NonBlockingLockExclusive,
             Access::ReadOnly => FlockOperation::NonBlockingLockShared,
         };
-        match rustix::fs::flock(file, how) {
+        match lock_patiently(file, how) {
             Ok(()) => Ok(()),
             Err(Errno::WOULDBLOCK) => Err(Error::new(
                 ErrorKind::InUse,
@@ -468,4 +474,17 @@ pub(super) fn parse_name(name: &str) -> Option<FileId> {
     };
     // "log-0-0" is not a name that we give.
     (id.to_string() == name).then_some(id)
+}
+
+/// `WOULDBLOCK` only if somebody holds it who is not about to let go.
+#[allow(clippy::disallowed_methods, reason = "the end of another process is waited for")]
+fn lock_patiently(file: &File, how: FlockOperation) -> rustix::io::Result<()> {
+    let mut waited = Duration::ZERO;
+    loop {
+        match rustix::fs::flock(file, how) {
+            Err(Errno::WOULDBLOCK) if waited < DYING_MAX => std::thread::sleep(DYING_STEP),
+            other => return other,
+        }
+        waited += DYING_STEP;
+    }
 }

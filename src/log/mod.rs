@@ -194,7 +194,8 @@ impl Log {
             group.state = GroupState::Durable;
         }
         let (mut chunks, mut parts) = (Vec::new(), Vec::new());
-        while let Some(group) = self.in_flight.pop_front_if(|group| group.state == GroupState::Durable) {
+        while self.in_flight.front().is_some_and(|group| group.state == GroupState::Durable) {
+            let Some(group) = self.in_flight.pop_front() else { break };
             chunks.extend(group.chunks);
             parts.extend(group.parts);
         }

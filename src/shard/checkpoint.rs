@@ -182,7 +182,8 @@ impl Shard {
     fn begin_when_ready(&mut self) {
         let Some(begin) = self.checkpoint.begin else { return };
         // The last checkpoint finds nothing under way, and leaves nothing behind.
-        if begin.clean && !(self.pending.is_empty() && self.parts.is_empty() && self.cross.is_empty() && !self.growing)
+        if begin.clean
+            && !(self.pending.is_empty() && self.parts.is_empty() && self.cross.is_empty() && !self.space.growing)
         {
             return;
         }

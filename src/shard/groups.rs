@@ -57,7 +57,7 @@ impl Shard {
     }
 
     fn close_group(&mut self) {
-        self.dirty_stuck = None;
+        self.waits.dirty_stuck = None;
         let body_blocks = self.log.open.body_blocks_with(0, 0);
         let mut open = std::mem::take(&mut self.log.open.slots);
         let mut images = self.take_images(&mut open);

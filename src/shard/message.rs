@@ -64,8 +64,9 @@ pub enum Message {
     Granted(Vec<ExtentNo>),
     /// The data space can't grow.
     Denied,
-    /// Give some free extents to the sender, if you have more than you need.
-    Spare,
+    /// Give some free extents to the sender, if you have more than you need; or (`true`) more than two, because
+    /// the sender can't finish an opening or a checkpoint.
+    Spare(bool),
     /// Compaction wants this moved from here.
     Move(ItemKind, Place),
     /// It is on its way, or needs not move; or it can't be.

@@ -15,6 +15,7 @@
 //!
 //! It names no file system, ring, clock, thread or random source: drivers and the simulator do.
 
+mod admission;
 mod checkpoint;
 mod commits;
 mod compaction;
@@ -24,13 +25,16 @@ mod groups;
 mod holds;
 mod lead;
 mod message;
+mod order;
 mod pages;
 mod part;
 mod redo;
 mod requests;
+mod setup;
 mod space;
 #[cfg(test)]
 mod together;
+mod whereabouts;
 mod writeback;
 
 pub(crate) use checkpoint::NewEpoch;
@@ -38,6 +42,7 @@ pub(crate) use commits::LSN_AHEAD_MAX;
 pub use event::{Change, Commit, Effect, PageRef, Request, Response, Token};
 pub use message::Message;
 pub(crate) use redo::Recovering;
+pub(crate) use setup::Setup;
 #[cfg(test)]
 pub(crate) use together::Together;
 
@@ -57,11 +62,12 @@ use compaction::{Compaction, Moves};
 use cross::Cross;
 use hashbrown::HashMap;
 use lead::Lead;
+use order::Waits;
 use pages::{NodeWaiter, NodeWanted, PageRead, Table};
 use part::{Parts, Reserved};
 use requests::{Pending, Waiting};
 use slab::Slab;
-use space::{Growth, Reclaiming, SpaceAsked};
+use space::{Growth, Space};
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use std::sync::Arc;
 use writeback::{Capture, Unsettled};
@@ -129,12 +135,7 @@ pub struct Shard {
     /// Parts voted for and not decided yet, and what they have reserved.
     parts: Parts,
     reserved: Reserved,
-    /// The highest LSN for whose durability somebody here waits; what each shard has been told of it.
-    wanted: Lsn,
-    nudged: Vec<Lsn>,
-    /// The highest LSN for which another shard waits.
-    nudged_upto: Lsn,
-    seen_watermark: Lsn,
+    waits: Waits,
     /// Replies that wait for the watermark.
     waiting: BinaryHeap<Waiting>,
     waiting_seq: u64,
@@ -145,8 +146,6 @@ pub struct Shard {
     /// Dirty pages in the order in which they became so.
     dirty: Vec<usize>,
     dirty_since: Micros,
-    /// None of them can be written before something happens here, or the watermark reaches this.
-    dirty_stuck: Option<Lsn>,
     captures: Slab<Capture>,
     /// Written captures that wait for the watermark.
     unsettled: BinaryHeap<Unsettled>,
@@ -161,18 +160,9 @@ pub struct Shard {
     lead: Lead,
     summaries: Vec<ExtentNo>,
     summaries_under_way: usize,
-    growing: bool,
-    space_asked: SpaceAsked,
-    /// Requests for space that wait for the leader, and how far beyond the limit each may go.
-    space_wanted: VecDeque<(ShardId, u32)>,
-    growth_under_way: bool,
-    /// When it failed last, and how far beyond the limit it had been asked for.
-    grow_failed: Option<(Micros, u32)>,
-    stalled_for_space: bool,
-    space_wanted_until: Micros,
+    space: Space,
     /// Somebody waits for a frame.
     memory_short: bool,
-    reclaiming: Reclaiming,
     closing: Option<Option<Token>>,
     closed: bool,
     quiet: bool,
@@ -194,112 +184,7 @@ pub struct Shard {
     reused_early: Vec<crate::types::Place>,
 }
 
-/// What a shard is made of, as found by recovery.
-pub(crate) struct Setup {
-    pub id: ShardId,
-    pub deal: Deal,
-    pub limits: Limits,
-    pub order: Arc<GlobalOrder>,
-    pub arena: Arena,
-    pub map: Map,
-    pub extents: Extents,
-    pub log: Log,
-    pub superblock: Superblock,
-    pub superblock_frames: Vec<Frame>,
-    /// What is to be redone; `None` after a clean close.
-    pub recovering: Option<Recovering>,
-    /// The commit up to which the store was recovered.
-    pub cut: Lsn,
-    /// The epoch to be begun, for the leader.
-    pub new_epoch: Option<NewEpoch>,
-    pub seed: u64,
-    pub now: Micros,
-}
-
 impl Shard {
-    pub(crate) fn new(parts: Setup) -> Self {
-        let hasher = || foldhash::fast::FixedState::with_seed(parts.seed);
-        let lead = Lead::new(parts.new_epoch);
-        let seen_watermark = parts.order.watermark();
-        Shard {
-            id: parts.id,
-            deal: parts.deal,
-            limits: parts.limits,
-            order: parts.order,
-            now: parts.now,
-            arena: parts.arena,
-            table: Table::new(parts.seed),
-            map: parts.map,
-            extents: parts.extents,
-            log: parts.log,
-            superblock: parts.superblock,
-            superblock_frames: parts.superblock_frames,
-            ops: Slab::new(),
-            effects: VecDeque::new(),
-            pending: Slab::new(),
-            ready: VecDeque::new(),
-            ready_parts: VecDeque::new(),
-            finished: VecDeque::new(),
-            loopback: VecDeque::new(),
-            cross: BTreeMap::new(),
-            cross_next: 1,
-            cross_waiting: Vec::new(),
-            decidable: VecDeque::new(),
-            cross_undurable: BTreeSet::new(),
-            parts: HashMap::with_hasher(hasher()),
-            reserved: Reserved::default(),
-            wanted: Lsn::ZERO,
-            nudged: vec![Lsn::ZERO; usize::from(parts.deal.shards_count())],
-            nudged_upto: Lsn::ZERO,
-            seen_watermark,
-            waiting: BinaryHeap::new(),
-            waiting_seq: 0,
-            node_waiters: HashMap::with_hasher(hasher()),
-            nodes_wanted: Vec::new(),
-            reads_wanted: Vec::new(),
-            flushing: false,
-            dirty: Vec::new(),
-            dirty_since: 0,
-            dirty_stuck: None,
-            captures: Slab::new(),
-            unsettled: BinaryHeap::new(),
-            page_writes: 0,
-            reserved_blocks: 0,
-            moves: Vec::new(),
-            moves_asked: Moves::default(),
-            compaction: None,
-            compacted: hashbrown::HashSet::with_hasher(hasher()),
-            checkpoint: Checkpoint::default(),
-            lead,
-            summaries: Vec::new(),
-            summaries_under_way: 0,
-            growing: false,
-            space_asked: SpaceAsked::default(),
-            space_wanted: VecDeque::new(),
-            growth_under_way: false,
-            grow_failed: None,
-            stalled_for_space: false,
-            space_wanted_until: 0,
-            memory_short: false,
-            reclaiming: Reclaiming::default(),
-            closing: None,
-            closed: false,
-            quiet: false,
-            failed: None,
-            open_error: None,
-            recovering: parts.recovering,
-            redone: false,
-            cut: parts.cut,
-            opening: true,
-            again: false,
-            stats: ShardStats::default(),
-            #[cfg(any(test, feature = "sim"))]
-            drawn: Vec::new(),
-            #[cfg(any(test, feature = "sim"))]
-            reused_early: Vec::new(),
-        }
-    }
-
     /// Advances everything as far as it goes without a completion; afterwards drain
     /// [`next_effect`](Self::next_effect).
     pub fn turn(&mut self, now: Micros) {
@@ -369,9 +254,9 @@ impl Shard {
         // make the driver spin.
         let may_go = !self.log.open.is_empty() && self.log.in_flight.len() < self.limits.log_writes_max;
         let group = may_go.then(|| self.log.open.opened_at + window);
-        let pages = (!self.dirty.is_empty() && self.dirty_stuck.is_none())
+        let pages = (!self.dirty.is_empty() && self.waits.dirty_stuck.is_none())
             .then(|| self.dirty_since.max(self.now.saturating_sub(window)) + window);
-        let growth = self.stalled_for_space.then_some(self.now + space::GROW_RETRY_US);
+        let growth = self.space.stalled.then_some(self.now + space::GROW_RETRY_US);
         // Memory that readers give back says nothing: a checkpoint that waits for it has to look.
         let starved = self.checkpoint.is_starved().then_some(self.now + STARVED_RETRY_US);
         let next = [group, pages, growth, starved, self.next_retry()].into_iter().flatten().min()?;
@@ -453,7 +338,7 @@ impl Shard {
             Message::WantSpace(beyond) => self.space_wanted_by(from, beyond),
             Message::Granted(extents) => self.space_granted(extents),
             Message::Denied => self.space_denied(),
-            Message::Spare => self.spare_space(from),
+            Message::Spare(urgent) => self.spare_space(from, urgent),
             Message::Move(what, place) => self.move_asked(from, what, place),
             Message::Moved(error) => self.moved(from, error),
         }
@@ -469,71 +354,7 @@ impl Shard {
     pub fn waits_for(&self) -> Option<Lsn> {
         let page = self.unsettled.peek().map(|unsettled| unsettled.lsn());
         let reply = self.waiting.peek().map(|waiting| waiting.lsn()).filter(|_| !planted!(NobodyWoken));
-        [page, reply, self.checkpoint.waits_for(), self.dirty_stuck].into_iter().flatten().min()
-    }
-
-    /// The watermark may have advanced, by this shard or another.
-    fn note_watermark(&mut self) {
-        let watermark = self.order.watermark();
-        if watermark > self.seen_watermark {
-            self.seen_watermark = watermark;
-            self.dirty_stuck = None;
-            self.acknowledge();
-            self.settle_durable();
-            self.again = true;
-        }
-    }
-
-    /// Publishes what this shard still holds back.
-    fn publish_bound(&mut self) {
-        let parts = self.cross_undurable.first().filter(|_| !planted!(PartsHoldNothingBack));
-        let mut bound = self.log.bound().min(parts.copied().unwrap_or(Lsn::MAX));
-        if bound == Lsn::MAX && planted!(IdleHoldsBack) {
-            bound = self.order.next();
-        }
-        self.order.publish(self.id, bound);
-        self.order.refresh();
-        self.note_watermark();
-    }
-
-    /// Shards that hold back what somebody here waits for are told: their window must not delay it.
-    fn nudge_others(&mut self) {
-        let wanted = self.wanted;
-        if wanted <= self.order.watermark() || self.failed.is_some() {
-            return;
-        }
-        for shard in self.deal.shards() {
-            if shard != self.id && self.order.bound(shard) <= wanted {
-                self.nudge(shard, wanted);
-            }
-        }
-        self.pass_nudge_on(wanted);
-    }
-
-    fn nudge(&mut self, shard: ShardId, upto: Lsn) {
-        if self.nudged[shard.index()] < upto {
-            self.nudged[shard.index()] = upto;
-            self.send(shard, Message::Nudge(upto));
-        }
-    }
-
-    /// Parts elsewhere of commits that this shard owns hold it back, too.
-    fn pass_nudge_on(&mut self, upto: Lsn) {
-        if self.cross_undurable.first().is_some_and(|lsn| *lsn <= upto) {
-            self.deal.others(self.id).for_each(|shard| self.nudge(shard, upto));
-        }
-    }
-
-    fn nudged(&mut self, upto: Lsn) {
-        self.nudged_upto = self.nudged_upto.max(upto);
-        let holds_back = self.log.open.first_lsn().is_some_and(|lsn| lsn <= upto) || !self.log.open.parts.is_empty();
-        self.log.open.urgent |= holds_back;
-        self.pass_nudge_on(upto);
-    }
-
-    /// The memory that its operations read into and write from.
-    pub(crate) fn mapping(&self) -> crate::pool::Mapping {
-        self.arena.mapping()
+        [page, reply, self.checkpoint.waits_for(), self.waits.dirty_stuck].into_iter().flatten().min()
     }
 
     /// What one commit may count at most.
@@ -601,77 +422,5 @@ impl Shard {
         self.stats.last_lsn = self.order.next().before().get();
         self.stats.durable_lsn = self.order.watermark().get();
         self.stats.clone()
-    }
-}
-
-#[cfg(any(test, feature = "sim"))]
-impl Shard {
-    /// Which request got which LSN, in order, since last asked: also for commits that are never answered.
-    pub fn take_drawn(&mut self) -> Vec<(Token, Lsn)> {
-        std::mem::take(&mut self.drawn)
-    }
-
-    /// What it waits for, for the message about a run that hangs.
-    pub fn whereabouts(&self) -> String {
-        format!(
-            "{} pending, {} ready, {} finished, {} ops, {} waiting for durability, open group of {} urgent {}, {} groups \
-             in flight, flushing {}, {} dirty, {} captures, {} page writes, {} blocks reserved, {} dirty nodes, \
-             checkpoint {:?}, compaction {}, {} moves, growing {}, stalled for space {}, {} segments free, {} frames free, \
-             next {} watermark {}, failed {:?}, closing {}",
-            self.pending.len(),
-            self.ready.len(),
-            self.finished.len(),
-            self.ops.len(),
-            self.waiting.len(),
-            self.log.open.slots.len(),
-            self.log.open.urgent,
-            self.log.in_flight.len(),
-            self.flushing,
-            self.dirty.len(),
-            self.captures.len(),
-            self.page_writes,
-            self.reserved_blocks,
-            self.map.dirty_count(),
-            self.checkpoint,
-            self.compaction.is_some(),
-            self.moves.len(),
-            self.growing,
-            self.stalled_for_space,
-            self.log.free_segments(),
-            self.arena.blocks(),
-            self.order.next(),
-            self.order.watermark(),
-            self.failed,
-            self.closing.is_some(),
-        )
-    }
-}
-
-impl std::fmt::Debug for Shard {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shard")
-            .field("id", &self.id)
-            .field("next", &self.order.next())
-            .field("watermark", &self.order.watermark())
-            .field("pending", &self.pending.len())
-            .field("ready", &self.ready.len())
-            .field("waiting", &self.waiting.len())
-            .field("ops", &self.ops.len())
-            .field("groups_in_flight", &self.log.in_flight.len())
-            .field("open_group", &self.log.open.first_lsn())
-            .field("free_segments", &self.log.free_segments())
-            .field("flushing", &self.flushing)
-            .field("dirty", &self.dirty.len())
-            .field("captures", &self.captures.len())
-            .field("reserved_blocks", &self.reserved_blocks)
-            .field("dirty_nodes", &self.map.dirty_count())
-            .field("memory", &self.memory())
-            .field("checkpoint", &self.checkpoint)
-            .field("space", &self.extents.space())
-            .field("left", &self.extents.left_count())
-            .field("compacting", &self.compaction.is_some())
-            .field("growing", &self.growing)
-            .field("failed", &self.failed)
-            .finish()
     }
 }

@@ -11,7 +11,7 @@
 //! 2. After a `Yes` nothing but the device can fail: log room, buffers, frames, space and the map leaves are reserved.
 //! 3. The record of a part, and an owner's, stands alone in its era: a cut can fall right before and right after it.
 
-use super::commits::{Admission, Need};
+use super::admission::{Admission, Need};
 use super::message::{Ask, Decision, Message, Vote};
 use super::requests::PendingKind;
 use super::{Commit, Shard};
@@ -180,7 +180,7 @@ impl Shard {
         self.apply(waiter, lsn, role);
         self.log.open.end_era();
         self.log.open.parts.push(of);
-        self.log.open.urgent |= urgent || lsn <= self.nudged_upto;
+        self.log.open.urgent |= urgent || lsn <= self.waits.nudged_upto;
     }
 
     fn unreserve(&mut self, waiter: usize) {

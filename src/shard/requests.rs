@@ -262,7 +262,7 @@ impl Shard {
             return;
         }
         self.log.open.urgent = true;
-        self.wanted = self.wanted.max(lsn);
+        self.waits.wanted = self.waits.wanted.max(lsn);
         self.again = true;
         self.waiting_seq += 1;
         self.waiting.push(Waiting { lsn, seq: self.waiting_seq, token, response, is_commit });

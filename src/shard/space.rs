@@ -7,7 +7,7 @@
 //! 3. The space grows only while more than [`FILL_PERCENT`] of it is live; else it is reclaimed.
 //! 4. The leader makes the file longer, for whoever asks; if it can't, the others give of what they have.
 
-use super::commits::Need;
+use super::admission::Need;
 use super::message::Message;
 use super::{OpKind, Shard};
 use crate::disk::{DiskOp, FileId, IoSlice};
@@ -15,6 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::extent::{ItemKind, TABLE_ROWS, table_offset};
 use crate::map::Stream;
 use crate::types::{BLOCK, ExtentNo, Micros, Place, ShardId};
+use std::collections::VecDeque;
 
 /// Above this share of live blocks the space grows, below it it is compacted.
 const FILL_PERCENT: u64 = 70;
@@ -40,10 +41,28 @@ pub(super) struct Growth {
 pub(super) enum SpaceAsked {
     #[default]
     Nobody,
-    /// The leader; how far beyond the limit it may go.
-    Leader(u32),
+    /// The leader. How much it matters: how far beyond the limit it may go, or most of all if nothing goes on without.
+    Leader { weight: u32 },
     /// All others: how many have not answered, whether one gave something.
-    Others { left: u16, got: bool, beyond: u32 },
+    Others { left: u16, got: bool, weight: u32 },
+}
+
+/// The shard's dealings with space.
+#[derive(Default)]
+pub(super) struct Space {
+    /// More is asked for.
+    pub growing: bool,
+    pub asked: SpaceAsked,
+    /// Requests that wait for the leader, and how far beyond the limit each may go.
+    pub requests: VecDeque<(ShardId, u32)>,
+    pub growth_under_way: bool,
+    /// When it was refused last, and the weight of the request.
+    pub failed: Option<(Micros, u32)>,
+    /// A commit waits for it.
+    pub stalled: bool,
+    /// A part found none a moment ago: until then it is being made.
+    pub wanted_until: Micros,
+    pub reclaiming: Reclaiming,
 }
 
 /// Whether reclaiming still helps.
@@ -90,10 +109,10 @@ impl Shard {
         let reserve = if need.frees_only { reserve / 2 } else { reserve };
         let wanted = self.owed_blocks() + blocks + reserve;
         if self.free_blocks() >= wanted {
-            self.reclaiming = Reclaiming::default();
+            self.space.reclaiming = Reclaiming::default();
             return Ok(true);
         }
-        self.stalled_for_space = true;
+        self.space.stalled = true;
         if self.reclaim(wanted) {
             return Ok(false);
         }
@@ -111,10 +130,10 @@ impl Shard {
     /// A checkpoint has ended: what was retired is free.
     pub(super) fn note_reclaimed(&mut self) {
         let free = self.free_blocks();
-        let r = &mut self.reclaiming;
+        let r = &mut self.space.reclaiming;
         if free > r.best {
             *r = Reclaiming { best: free, ..Reclaiming::default() };
-        } else if self.stalled_for_space || self.now < self.space_wanted_until {
+        } else if self.space.stalled || self.now < self.space.wanted_until {
             r.fruitless += 1;
         }
     }
@@ -128,8 +147,8 @@ impl Shard {
         if self.free_blocks() > u64::from(nodes) {
             return true;
         }
-        self.stalled_for_space = true;
-        if !self.growing && !self.grow(BEYOND_EXTENTS) {
+        self.space.stalled = true;
+        if !self.space.growing && !self.ask_for_space(BEYOND_EXTENTS, true) {
             let context = "no space is left for the page map, and the data space can't grow";
             self.fail(Error::new(ErrorKind::Full, context));
         }
@@ -144,7 +163,7 @@ impl Shard {
 
     /// Whether space is being made, or can be, for `wanted` free blocks in all; does what is next for it.
     fn reclaim(&mut self, wanted: u64) -> bool {
-        if self.growing || self.checkpoint_under_way() || self.compaction.is_some() || !self.moves.is_empty() {
+        if self.space.growing || self.checkpoint_under_way() || self.compaction.is_some() || !self.moves.is_empty() {
             return true;
         }
         if self.wants_growth() && self.grow(0) {
@@ -154,11 +173,11 @@ impl Shard {
             return self.grow(0);
         }
         let named = self.named_blocks();
-        if self.reclaiming.given_up_at.is_some_and(|at| named >= at) {
+        if self.space.reclaiming.given_up_at.is_some_and(|at| named >= at) {
             return self.grow(0);
         }
-        if self.reclaiming.fruitless >= FRUITLESS_MAX {
-            self.reclaiming = Reclaiming { given_up_at: Some(named), ..Reclaiming::default() };
+        if self.space.reclaiming.fruitless >= FRUITLESS_MAX {
+            self.space.reclaiming = Reclaiming { given_up_at: Some(named), ..Reclaiming::default() };
             return self.grow(0);
         }
         let is_dirty = self.reserved_blocks > 0 || self.page_writes > 0 || self.map.dirty_count() > 0;
@@ -180,7 +199,7 @@ impl Shard {
 
     /// Keeps some extents free ahead of need.
     pub(super) fn advance_space(&mut self) {
-        if self.failed.is_some() || self.closing.is_some() || self.growing {
+        if self.failed.is_some() || self.closing.is_some() || self.space.growing {
             return;
         }
         let space = self.extents.space();
@@ -204,7 +223,7 @@ impl Shard {
         // Dirty nodes leave their places with the next checkpoint.
         let left = (self.extents.left_count() + self.map.dirty_count()) as u64;
         let pays = left >= low / 4 || self.dirty_nodes_are_many();
-        let stalled = self.stalled_for_space || self.now < self.space_wanted_until;
+        let stalled = self.space.stalled || self.now < self.space.wanted_until;
         if pays || (!self.begin_compaction() && left > 0 && stalled) {
             self.need_checkpoint();
         }
@@ -212,25 +231,31 @@ impl Shard {
 
     /// Asks for more data space, at most `beyond` extents past its limit; false if it was refused a moment ago.
     fn grow(&mut self, beyond: u32) -> bool {
-        let refused = |(at, most): (Micros, u32)| self.now < at + GROW_RETRY_US && beyond <= most;
-        if self.growing || self.grow_failed.is_some_and(refused) {
-            return self.growing;
+        self.ask_for_space(beyond, false)
+    }
+
+    /// The same; `urgent`: without it nothing goes on.
+    fn ask_for_space(&mut self, beyond: u32, urgent: bool) -> bool {
+        let weight = if urgent { u32::MAX } else { beyond };
+        let refused = |(at, most): (Micros, u32)| self.now < at + GROW_RETRY_US && weight <= most;
+        if self.space.growing || self.space.failed.is_some_and(refused) {
+            return self.space.growing;
         }
-        self.growing = true;
-        self.space_asked = SpaceAsked::Leader(beyond);
+        self.space.growing = true;
+        self.space.asked = SpaceAsked::Leader { weight };
         self.send(ShardId::LEADER, Message::WantSpace(beyond));
         true
     }
 
     /// A shard asks the leader for space.
     pub(super) fn space_wanted_by(&mut self, shard: ShardId, beyond: u32) {
-        self.space_wanted.push_back((shard, beyond));
+        self.space.requests.push_back((shard, beyond));
         self.grow_next();
     }
 
     fn grow_next(&mut self) {
-        while !self.growth_under_way
-            && let Some((of, beyond)) = self.space_wanted.pop_front()
+        while !self.space.growth_under_way
+            && let Some((of, beyond)) = self.space.requests.pop_front()
         {
             let count = self.extents.count();
             let most = self.limits.data_extents_max.saturating_add(beyond);
@@ -240,7 +265,7 @@ impl Shard {
             }
             let chunk = (count / 8).clamp(4, 64);
             let to = count.saturating_add(chunk).min(most);
-            self.growth_under_way = true;
+            self.space.growth_under_way = true;
             let table = |extents: u32| table_offset(extents.div_ceil(TABLE_ROWS), 0);
             let growth = Growth { of, to, table_done: false };
             if table(to) > table(count) {
@@ -274,7 +299,7 @@ impl Shard {
                 self.send(growth.of, Message::Denied);
             }
         }
-        self.growth_under_way = false;
+        self.space.growth_under_way = false;
         self.grow_next();
     }
 
@@ -282,39 +307,40 @@ impl Shard {
     pub(super) fn space_granted(&mut self, extents: Vec<ExtentNo>) {
         let some = !extents.is_empty();
         self.extents.grant(extents);
-        match self.space_asked {
-            SpaceAsked::Others { left, got, beyond } => self.another_has_answered(left - 1, got || some, beyond),
+        match self.space.asked {
+            SpaceAsked::Others { left, got, weight } => self.another_has_answered(left - 1, got || some, weight),
             _ => self.end_growth(true, 0),
         }
     }
 
     /// The file can't be longer: the others may have some to spare.
     pub(super) fn space_denied(&mut self) {
-        let SpaceAsked::Leader(beyond) = self.space_asked else { return };
+        let SpaceAsked::Leader { weight } = self.space.asked else { return };
         for shard in self.deal.others(self.id) {
-            self.send(shard, Message::Spare);
+            self.send(shard, Message::Spare(weight == u32::MAX));
         }
-        self.another_has_answered(self.deal.shards_count() - 1, false, beyond);
+        self.another_has_answered(self.deal.shards_count() - 1, false, weight);
     }
 
-    fn another_has_answered(&mut self, left: u16, got: bool, beyond: u32) {
-        self.space_asked = SpaceAsked::Others { left, got, beyond };
+    fn another_has_answered(&mut self, left: u16, got: bool, weight: u32) {
+        self.space.asked = SpaceAsked::Others { left, got, weight };
         if left == 0 {
-            self.end_growth(got, beyond);
+            self.end_growth(got, weight);
         }
     }
 
-    fn end_growth(&mut self, got: bool, beyond: u32) {
-        self.space_asked = SpaceAsked::Nobody;
-        self.growing = false;
-        self.grow_failed = (!got).then_some((self.now, beyond));
+    fn end_growth(&mut self, got: bool, weight: u32) {
+        self.space.asked = SpaceAsked::Nobody;
+        self.space.growing = false;
+        self.space.failed = (!got).then_some((self.now, weight));
     }
 
     /// Another shard has no space left: half of what this one does not need.
-    pub(super) fn spare_space(&mut self, to: ShardId) {
+    pub(super) fn spare_space(&mut self, to: ShardId, urgent: bool) {
         let space = self.extents.space();
-        let needed = self.owed_blocks().div_ceil(u64::from(space.data_blocks)) + 2 * RESERVE_EXTENTS;
-        let spare = u64::from(space.free).saturating_sub(needed) / 2;
+        let kept = if urgent { 2 } else { 2 * RESERVE_EXTENTS };
+        let needed = self.owed_blocks().div_ceil(u64::from(space.data_blocks)) + kept;
+        let spare = u64::from(space.free).saturating_sub(needed).div_ceil(2);
         let given = if self.failed.is_some() { Vec::new() } else { self.extents.give_away(spare as usize) };
         self.send(to, Message::Granted(given));
     }

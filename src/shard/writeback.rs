@@ -51,7 +51,7 @@ impl Shard {
         let pressed = self.checkpoint.wants_pages() || self.closing.is_some();
         let due = self.dirty.len() >= self.limits.coalesce_batch_pages
             || self.now >= self.dirty_since.saturating_add(self.limits.coalesce_window_us);
-        let stuck = self.dirty_stuck.is_some() && !pressed;
+        let stuck = self.waits.dirty_stuck.is_some() && !pressed;
         if self.dirty.is_empty() || !(due || pressed) || stuck || self.page_writes >= PAGE_WRITES_MAX {
             return;
         }
@@ -81,7 +81,7 @@ impl Shard {
                 take.push(idx);
             }
         }
-        self.dirty_stuck = (take.is_empty() && !later.is_empty()).then_some(stuck_at);
+        self.waits.dirty_stuck = (take.is_empty() && !later.is_empty()).then_some(stuck_at);
         self.dirty = later;
         self.dirty_since = self.now;
         self.capture_pages(take);
@@ -171,13 +171,13 @@ impl Shard {
     }
 
     fn capture_written(&mut self, capture: usize) {
-        self.dirty_stuck = None;
+        self.waits.dirty_stuck = None;
         let lsn = self.captures[capture].lsn;
         if lsn <= self.order.watermark() {
             self.settle(capture);
         } else {
             self.log.open.urgent |= !self.log.open.is_empty();
-            self.wanted = self.wanted.max(lsn);
+            self.waits.wanted = self.waits.wanted.max(lsn);
             self.unsettled.push(Unsettled(Reverse((lsn, capture))));
         }
     }

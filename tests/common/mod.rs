@@ -7,6 +7,7 @@
 #![allow(dead_code, missing_docs, clippy::disallowed_methods)]
 
 pub mod nbd;
+pub mod role;
 pub mod surroundings;
 
 use std::hash::Hasher;
@@ -74,6 +75,13 @@ impl Served {
     /// Serves `dir` with these arguments, and waits until it listens on each `--nbd` among them.
     pub fn start_with(dir: &Path, arguments: &[&str]) -> Served {
         Served::start_without(&[], dir, arguments)
+    }
+
+    /// Serves `dir` on a free TCP port with this driver and so many shards.
+    pub fn start_as(run: role::Run, dir: &Path) -> Served {
+        let run = run.arguments();
+        let arguments: Vec<&str> = ["--nbd", "tcp:127.0.0.1:0"].into_iter().chain(run.iter().map(|a| &a[..])).collect();
+        Served::start_with(dir, &arguments)
     }
 
     /// The same in hostile surroundings.

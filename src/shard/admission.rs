@@ -1,0 +1,273 @@
+//! Admission: everything that a commit, or a part of one, needs is there before its LSN is drawn.
+//!
+//! Invariants
+//! 1. What is admitted can fail by the device only: log room, buffers, frames, data space, map leaves in memory.
+//! 2. Short for now: the commit waits, and room is made. Short for good: `Full`, and nothing was done.
+//! 3. What parts of commits over shards have reserved is left alone.
+
+use super::commits::LSN_AHEAD_MAX;
+use super::part::Reserved;
+use super::requests::PendingKind;
+use super::{Change, Commit, NodeWaiter, Shard};
+use crate::error::{Error, ErrorKind};
+use crate::format::group::{HEAD_BYTES, RawChange, RawParts, RawRecord, RawSlot};
+use crate::format::node::LEAF_ENTRIES;
+use crate::map::{Lookup, Map};
+use crate::types::{BLOCK, Lsn};
+use smallvec::SmallVec;
+
+/// Frames left alone by commits, for reads, map nodes and checkpoints.
+const FRAMES_RESERVE: u32 = 16;
+
+/// For how long a part that found no space keeps space being made.
+const SPACE_WANTED_US: crate::types::Micros = 100_000;
+
+/// What commits need.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Need {
+    /// Bytes of records.
+    record_bytes: usize,
+    /// Whole pages, each a slot.
+    slots: usize,
+    /// Frames for new versions.
+    frames: u32,
+    /// Changes: each may dirty a page.
+    pub changes: u64,
+    /// Map nodes that they may dirty.
+    pub nodes: u64,
+    /// Only frees: they may use a reserve.
+    pub frees_only: bool,
+}
+
+/// Whether a commit may go on.
+pub(super) enum Admission {
+    Yes,
+    /// Wait for memory, log room or space; it comes.
+    Stalled,
+    /// It waits for a map node.
+    Waiting,
+    No(Error),
+}
+
+impl Need {
+    pub(super) fn of(commit: &Commit, map: &Map) -> Need {
+        let record_bytes = size_of::<RawRecord>() + size_of::<RawParts>();
+        let mut need = Need { record_bytes, frees_only: true, ..Need::default() };
+        let mut last = None;
+        for (key, change) in &commit.changes {
+            // Pages of one leaf share its path.
+            let leaf = (key.volume, key.page.get() / LEAF_ENTRIES as u64);
+            if last.replace(leaf) != Some(leaf) {
+                need.nodes += map.path_len(*key);
+            }
+            need.record_bytes += size_of::<RawChange>();
+            match change {
+                Change::Put(_) => need.slots += 1,
+                Change::Patch { bytes, .. } => need.record_bytes += bytes.len(),
+                Change::Free => continue,
+            }
+            need.frames += 1;
+            need.frees_only = false;
+        }
+        need.changes = commit.changes.len() as u64;
+        need
+    }
+
+    pub(super) fn plus(self, other: Need) -> Need {
+        Need {
+            record_bytes: self.record_bytes + other.record_bytes,
+            slots: self.slots + other.slots,
+            frames: self.frames + other.frames,
+            changes: self.changes + other.changes,
+            nodes: self.nodes + other.nodes,
+            frees_only: other.frees_only,
+        }
+    }
+}
+
+impl Shard {
+    pub(super) fn admit(&mut self, waiter: usize, need: Need, first: bool) -> Admission {
+        let body = self.log.open.body_blocks_with(need.record_bytes, need.slots);
+        let group_is_new = self.log.open.is_empty() && first;
+        let too_long = body > self.limits.group_blocks && !group_is_new;
+        let blocks = body + self.inline_blocks(self.log.open.slots.len() + need.slots);
+        if self.log.open.runs_full() || self.drawn_far_ahead() || too_long {
+            self.log.open.urgent |= !self.log.open.is_empty();
+            return Admission::Stalled;
+        }
+        if !self.log_fits(blocks, body, None) {
+            return Admission::Stalled;
+        }
+        if !self.dirty_fits(need.changes, first) {
+            return Admission::Stalled;
+        }
+        match self.admit_space(&need) {
+            Ok(true) => {}
+            Ok(false) => return Admission::Stalled,
+            Err(error) => return Admission::No(error),
+        }
+        self.admit_memory(waiter, need.frames)
+    }
+
+    /// Whether a part of a commit over shards may be voted for: what it needs must be there whenever it is decided, in
+    /// this group or a later one.
+    pub(super) fn admit_part(&mut self, waiter: usize, need: &Need) -> Admission {
+        let (body, slots) = match self.log.open.is_empty() {
+            true => (0, 0),
+            false => (self.log.open.body_blocks_with(0, 0), self.log.open.slots.len()),
+        };
+        let more = self.reservation(need);
+        if !self.log_fits(body + self.inline_blocks(slots), body, Some(more)) {
+            return Admission::Stalled;
+        }
+        let alone = self.reserved.count == 0;
+        if !self.dirty_fits(need.changes, alone) {
+            return Admission::Stalled;
+        }
+        match self.admit_space(need) {
+            Ok(true) => {}
+            Ok(false) => {
+                self.space.wanted_until = self.now + SPACE_WANTED_US;
+                return Admission::Stalled;
+            }
+            Err(error) => return Admission::No(error),
+        }
+        self.admit_memory(waiter, need.frames)
+    }
+
+    /// What a part keeps from others until it is decided.
+    pub(super) fn reservation(&self, need: &Need) -> Reserved {
+        let body = (HEAD_BYTES + need.record_bytes + need.slots * size_of::<RawSlot>()).div_ceil(BLOCK) as u32;
+        Reserved {
+            count: 1,
+            log_blocks: body + self.inline_blocks(need.slots),
+            frames: need.frames,
+            changes: need.changes,
+            space_blocks: 2 * need.changes + need.nodes,
+        }
+    }
+
+    /// Blocks of inline pages that a group with `slots` slots has at most. No more than its pages: `inline_pages_max`
+    /// alone may be more than a small segment holds.
+    fn inline_blocks(&self, slots: usize) -> u32 {
+        self.limits.inline_pages_max.min(slots) as u32
+    }
+
+    pub(super) fn drawn_far_ahead(&self) -> bool {
+        self.order.next().get() - self.order.watermark().get() > LSN_AHEAD_MAX / 2
+    }
+
+    /// Whether the log has room and buffers for an open group of `blocks` (of which `body` without inline pages) and all
+    /// that is reserved, `more` included; if not, room is made. With room in the rest of the segment, or in a free one,
+    /// for the sum, there is room however it is divided into groups.
+    fn log_fits(&mut self, blocks: u32, body: u32, more: Option<Reserved>) -> bool {
+        let reserved = self.reserved.plus(more.unwrap_or_default());
+        // Each group that closes may leave the end of a buffer unused.
+        let closes = reserved.count.min(self.limits.log_writes_max);
+        if self.log.has_room(blocks + reserved.log_blocks)
+            && self.log.open.stock_suffices(body + reserved.log_blocks, closes)
+        {
+            return true;
+        }
+        self.log.open.urgent |= !self.log.open.is_empty();
+        if self.log.free_segments() == 0 {
+            self.need_checkpoint();
+        }
+        false
+    }
+
+    /// Whether memory holds what would be dirty then: pages in a quarter of it, and map nodes in an eighth, of which a
+    /// checkpoint makes copies. One commit goes alone if it must. If not, what is dirty is written.
+    fn dirty_fits(&mut self, changes: u64, first: bool) -> bool {
+        let memory = u64::from(self.limits.memory_blocks);
+        let alone = first && self.reserved_blocks == 0;
+        let pages_fit = alone || self.reserved_blocks + self.reserved.changes + changes <= memory / 4;
+        let nodes_fit = self.map.dirty_count() as u64 <= memory / 8;
+        if !pages_fit || !nodes_fit {
+            self.relieve();
+        }
+        pages_fit && nodes_fit
+    }
+
+    /// Makes room in memory: dirty pages go to their places, dirty nodes too if there are many.
+    fn relieve(&mut self) {
+        self.log.open.urgent |= !self.log.open.is_empty();
+        self.dirty_since = 0;
+        if self.map.dirty_count() as u32 > self.limits.memory_blocks / 32 {
+            self.need_checkpoint();
+        }
+    }
+
+    /// So many that only a checkpoint should come now, and no more of them.
+    pub(super) fn dirty_nodes_are_many(&self) -> bool {
+        self.map.dirty_count() as u32 > self.limits.memory_blocks / 16
+    }
+
+    /// Frames for the new versions, and the map leaves in memory, pinned.
+    fn admit_memory(&mut self, waiter: usize, frames: u32) -> Admission {
+        let changed: SmallVec<[usize; 4]> = self.changed_pages(waiter);
+        let nodes: u32 = changed
+            .iter()
+            .map(|idx| &self.table.pages[*idx])
+            .filter(|page| page.leaf.is_none())
+            .map(|page| self.map.missing_nodes(page.key))
+            .sum();
+        if !self.ensure_frames(frames + nodes + FRAMES_RESERVE) {
+            self.relieve();
+            self.memory_short = true;
+            return Admission::Stalled;
+        }
+        for idx in changed {
+            let page = &self.table.pages[idx];
+            if page.leaf.is_some() {
+                continue;
+            }
+            match self.map.lookup(page.key) {
+                Lookup::Found(_) => {
+                    let leaf = self.map.pin(page.key, &mut self.arena);
+                    self.table.pages[idx].leaf = Some(leaf);
+                }
+                Lookup::Load(key, child) => {
+                    self.need_more(waiter);
+                    self.want_node(key, child, NodeWaiter::Request(waiter));
+                    return Admission::Waiting;
+                }
+            }
+        }
+        Admission::Yes
+    }
+
+    /// Room in memory for a redo of `frames` pages, as for a commit.
+    pub(super) fn admit_redo(&mut self, waiter: usize, frames: u32) -> bool {
+        if !self.dirty_fits(u64::from(frames), false) {
+            return false;
+        }
+        match self.admit_memory(waiter, frames) {
+            Admission::Yes => true,
+            Admission::Waiting => {
+                self.ready.pop_front();
+                false
+            }
+            _ => false,
+        }
+    }
+
+    /// Refuses the first commit that waits for memory, and all reads that do: none of them would ever go on.
+    pub(super) fn refuse_for_memory(&mut self) {
+        let error = Error::new(
+            ErrorKind::Busy,
+            "no memory is left: pages are pinned by readers; drop PageRefs, or open with more memory_bytes",
+        );
+        self.refuse_reads(&error);
+        if let Some(waiter) = self.ready.pop_front() {
+            match self.pending[waiter].kind {
+                PendingKind::Redo(_) => {
+                    self.release(waiter);
+                    self.fail(error);
+                }
+                _ => self.finish_commit(waiter, Err(error), Lsn::ZERO),
+            }
+        }
+        self.again = true;
+    }
+}

@@ -1,0 +1,143 @@
+//! This test program again as a child with a role, to be killed; and the ways in which a store can be run.
+//!
+//! 1. A child ends with its guard.
+//! 2. All that a child printed before its death is read.
+
+use super::{scratch, skip};
+use corepage::{Driver, Geometry, Options, Store};
+use futures_lite::future::block_on;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+const ROLE: &str = "COREPAGE_TEST_ROLE";
+const STORE: &str = "COREPAGE_TEST_STORE";
+const RUN: &str = "COREPAGE_TEST_RUN";
+
+/// Whether io_uring can be used here, found out by using it.
+pub fn ring_works() -> bool {
+    static WORKS: OnceLock<bool> = OnceLock::new();
+    *WORKS.get_or_init(|| {
+        let dir = scratch("ring-works");
+        let options = Options { driver: Driver::Ring, shards: Some(1), ..Run { ring: true, shards: 1 }.options() };
+        match block_on(Store::open(dir.path().join("store"), options)) {
+            Ok(_) => true,
+            Err(e) => skip(format_args!("io_uring does not work here, so the portable driver runs in its place ({e})")),
+        }
+    })
+}
+
+/// How a store is run: driver and shards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    pub ring: bool,
+    pub shards: u16,
+}
+
+impl Run {
+    /// Ring and portable driver, each with 1, 2 and 4 shards; without the ring where it does not work.
+    pub fn all() -> Vec<Run> {
+        let drivers = if ring_works() { vec![true, false] } else { vec![false] };
+        drivers.into_iter().flat_map(|ring| [1, 2, 4].map(|shards| Run { ring, shards })).collect()
+    }
+
+    /// Another one for each step of a long life of one store: 2 -> 1 -> 3 -> 2 -> 4 shards, two steps of three on the
+    /// ring.
+    pub fn of_step(step: u64) -> Run {
+        Run { ring: step % 3 != 2 && ring_works(), shards: [2, 1, 3, 2, 4][step as usize % 5] }
+    }
+
+    fn driver(self) -> Driver {
+        if self.ring { Driver::Ring } else { Driver::Portable }
+    }
+
+    /// A store that is made quickly, and whose log is recycled often.
+    pub fn options(self) -> Options {
+        let geometry =
+            Geometry { extent_bytes: 1 << 20, segment_bytes: 4 << 20, segments_count: 4, ..Geometry::default() };
+        self.with(Options { geometry, memory_bytes: 128 << 20, ..Options::default() })
+    }
+
+    /// `options`, run so.
+    pub fn with(self, options: Options) -> Options {
+        Options { driver: self.driver(), shards: Some(self.shards), ..options }
+    }
+
+    /// The same for `corepage serve`.
+    pub fn arguments(self) -> Vec<String> {
+        let driver = if self.ring { "ring" } else { "portable" };
+        ["--driver", driver, "--shards", &self.shards.to_string()].map(str::to_owned).into()
+    }
+}
+
+/// What a child is told.
+pub struct Task {
+    pub role: String,
+    pub dir: PathBuf,
+    pub run: Run,
+}
+
+impl Task {
+    /// In the child; `None` in a run of the tests as such.
+    pub fn of_this_process() -> Option<Task> {
+        let (role, dir, run) = (std::env::var(ROLE).ok()?, std::env::var_os(STORE)?, std::env::var(RUN).ok()?);
+        let (driver, shards) = run.split_once(' ')?;
+        let run = Run { ring: driver == "ring", shards: shards.parse().ok()? };
+        Some(Task { role, dir: dir.into(), run })
+    }
+}
+
+/// One line in one `write`, so that a kill can't cut it in two.
+pub fn say(line: impl std::fmt::Display) {
+    std::io::stdout().lock().write_all(format!("{line}\n").as_bytes()).expect("the parent reads");
+}
+
+/// A child at work.
+pub struct Role {
+    child: Child,
+    lines: Option<JoinHandle<Vec<String>>>,
+    heard: Receiver<()>,
+}
+
+impl Role {
+    /// Starts the test `child` of this program in a role, on the store in `dir`.
+    pub fn start(role: &str, dir: &Path, run: Run) -> Role {
+        let mut command = Command::new(std::env::current_exe().expect("this program"));
+        command.args(["--exact", "child", "--nocapture"]).env(ROLE, role).env(STORE, dir);
+        command.env(RUN, format!("{} {}", if run.ring { "ring" } else { "portable" }, run.shards));
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("this program starts");
+        let stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        let (sender, heard) = channel();
+        let lines = std::thread::spawn(move || {
+            let lines = stdout.lines().map_while(Result::ok);
+            lines.inspect(|l| _ = (l == "ready" || l == "dumped").then(|| sender.send(()))).collect()
+        });
+        Role { child, lines: Some(lines), heard }
+    }
+
+    /// Waits for the child's word, `ready` or `dumped`, that it is where its role wants it.
+    pub fn wait(&self) {
+        self.heard.recv_timeout(Duration::from_secs(120)).expect("the child says that it is ready");
+    }
+
+    /// Kills it, and gives back all that it said.
+    pub fn kill(mut self) -> Vec<String> {
+        if let Some(status) = self.child.try_wait().expect("the child can be waited for") {
+            assert!(status.success(), "the child failed before it was killed: {status}");
+        }
+        self.child.kill().expect("the child can be killed");
+        self.child.wait().expect("a killed process ends");
+        self.lines.take().expect("killed once").join().expect("its lines were read")
+    }
+}
+
+impl Drop for Role {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
