@@ -48,7 +48,9 @@ fn wrong_arguments_are_explained_and_touch_nothing() {
     let wrong: [(&[&str], &str); 14] = [
         (&["--volume", "", "--size", "1G"], "255"),
         (&["--sise", "1G"], "--size"),
-        (&["--driver", "ring"], "--driver portable"),
+        (&["--cores", "0,977"], "core 977"),
+        (&["--shards", "65"], "shards"),
+        (&["--shards", "0"], "shards"),
         (&["--driver", "magic"], "possible values"),
         (&["--memory", "much"], "64M"),
         (&["--volume", "v"], "--size"),
