@@ -97,7 +97,13 @@ fn report(rows: &[Row], small: bool) {
     println!("\n{:<52} {:>12} {:>12} {:>7}  {:<22}", "", "engine", "reference", "ratio", "target");
     for row in rows {
         let ratio = row.reference.map(|reference| row.engine / reference);
-        let met = if small { "" } else if row.met { "met" } else { "missed" };
+        let met = if small {
+            ""
+        } else if row.met {
+            "met"
+        } else {
+            "missed"
+        };
         println!(
             "{:<52} {:>12} {:>12} {:>7}  {:<14} {met}",
             row.what,
@@ -238,10 +244,21 @@ fn fio_file(dir: &Path, sizes: &Sizes) -> PathBuf {
 fn fio(file: &Path, kind: &str, depth: u64, sizes: &Sizes) -> Option<f64> {
     let block = if kind == "write" { "1M" } else { "4k" };
     let output = Command::new("fio")
-        .args(["--name=x", "--ioengine=io_uring", "--direct=1", "--output-format=json", "--randrepeat=0", "--norandommap"])
+        .args([
+            "--name=x",
+            "--ioengine=io_uring",
+            "--direct=1",
+            "--output-format=json",
+            "--randrepeat=0",
+            "--norandommap",
+        ])
         .arg(format!("--filename={}", file.display()))
         .args([format!("--rw={kind}"), format!("--bs={block}"), format!("--iodepth={depth}")])
-        .args(if kind == "write" { vec![] } else { vec!["--time_based".into(), format!("--runtime={}ms", sizes.time.as_millis())] })
+        .args(if kind == "write" {
+            vec![]
+        } else {
+            vec!["--time_based".into(), format!("--runtime={}ms", sizes.time.as_millis())]
+        })
         .output()
         .ok()?;
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).ok()?;
@@ -253,7 +270,15 @@ fn fio(file: &Path, kind: &str, depth: u64, sizes: &Sizes) -> Option<f64> {
 type Written = Vec<(u64, u64)>;
 
 /// Commits of one change each by `tasks` tasks on each shard; commits a second, and what was written.
-fn commit_for(store: &Store, volume: &Volume, pages: u64, tasks: u64, time: Duration, tag: u64, whole: bool) -> (f64, Written) {
+fn commit_for(
+    store: &Store,
+    volume: &Volume,
+    pages: u64,
+    tasks: u64,
+    time: Duration,
+    tag: u64,
+    whole: bool,
+) -> (f64, Written) {
     let start = Instant::now();
     let shards = store.shards_count();
     let ends: Vec<_> = (0..shards)
@@ -481,7 +506,8 @@ fn overwrites(dir: &Path, sizes: &Sizes) -> Vec<Row> {
         (rate, written) = commit_for(&store, &volume, pages, tasks, sizes.time * 2, round as u64 + 2, true);
         commits += rate * sizes.time.as_secs_f64() * 2.0;
         engine.push(rate);
-        let best = [64, 128, 256].into_iter().filter_map(|depth| fio(&file, "randwrite", depth, sizes)).fold(0.0, f64::max);
+        let best =
+            [64, 128, 256].into_iter().filter_map(|depth| fio(&file, "randwrite", depth, sizes)).fold(0.0, f64::max);
         reference.extend((best > 0.0).then_some(best));
     }
     verify(&volume, &written);

@@ -3,9 +3,6 @@
 //! Not tests: they print, and assert only what would make the figures meaningless.
 #![allow(clippy::disallowed_methods, reason = "figures are times")]
 
-// Real threads take real time.
-#![allow(clippy::disallowed_methods)]
-
 use super::handle::Runtime;
 use crate::options::{Driver, Options};
 use crate::shard::{Change, Commit, Request, Response};

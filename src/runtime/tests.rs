@@ -3,9 +3,6 @@
 //! If these fail, callers hang, or a store can't be opened again after a failure.
 #![allow(clippy::disallowed_methods, reason = "tests let real shards park")]
 
-// Real threads take real time.
-#![allow(clippy::disallowed_methods)]
-
 use super::handle::Runtime;
 use super::machine::{Begun, Deed, Machine};
 use super::ring;
