@@ -250,7 +250,8 @@ impl Said {
         let transactions = self.acks.iter().map(|(id, lsn)| (*id, *lsn));
         let all = transactions.chain(self.blind.iter().map(|((_, seq), (lsn, _))| (*seq, *lsn))).collect();
         let durable = self.blind.values().filter(|(_, durable)| *durable).map(|(lsn, _)| *lsn);
-        let durable = durable.chain(self.acks.values().copied()).chain(self.flushes.iter().map(|(_, lsn)| *lsn)).max();
+        let durable =
+            durable.chain(self.acks.values().copied()).chain(self.flushes.iter().map(|(before, _)| *before)).max();
         (all, durable.unwrap_or(0))
     }
 }
@@ -365,6 +366,9 @@ fn check(base: &[Cell], said: &Said, found: &[Cell], cut: u64) -> Result<u64, St
     ensure!(durable <= cut, "LSN {durable} was durable, and the cut is {cut}");
     for (before, lsn) in &said.flushes {
         ensure!(before <= lsn, "a flush to LSN {lsn} left out {before}, which was acknowledged before it");
+        // Before the first commit of an epoch a flush names the last LSN that the epoch leaves out.
+        let vacuous = history.is_empty() && acknowledged.is_empty();
+        ensure!(*lsn <= cut || vacuous, "all up to LSN {lsn} was flushed, and the cut is {cut}");
     }
     for (id, lsn) in acknowledged {
         let there = history.get(&lsn).is_some_and(|(there, ..)| *there == id);
