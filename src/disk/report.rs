@@ -68,9 +68,11 @@ impl fmt::Display for DiskReport {
         if self.ring_entries == 0 {
             return Ok(());
         }
-        let mib = |bytes: u64| bytes as f64 / (1 << 20) as f64;
-        let (fixed, offered) = (mib(self.fixed_bytes), mib(self.offered_bytes));
-        write!(f, ", ring of {} entries, {fixed:.1} of {offered:.1} MiB registered", self.ring_entries)?;
+        write!(f, ", ring of {} entries", self.ring_entries)?;
+        if self.offered_bytes > 0 {
+            let mib = |bytes: u64| bytes as f64 / (1 << 20) as f64;
+            write!(f, ", {:.1} of {:.1} MiB registered", mib(self.fixed_bytes), mib(self.offered_bytes))?;
+        }
         match &self.polling {
             Polling::On => write!(f, ", polled"),
             Polling::Off(why) => write!(f, ", not polled ({why})"),
