@@ -45,10 +45,9 @@ fn closed_store(dir: &Path) {
 fn wrong_arguments_are_explained_and_touch_nothing() {
     let dir = scratch("usage");
     let store = dir.path().join("store");
-    let wrong: [(&[&str], &str); 14] = [
+    let wrong: [(&[&str], &str); 13] = [
         (&["--volume", "", "--size", "1G"], "255"),
         (&["--sise", "1G"], "--size"),
-        (&["--driver", "ring"], "--driver portable"),
         (&["--driver", "magic"], "possible values"),
         (&["--memory", "much"], "64M"),
         (&["--volume", "v"], "--size"),
@@ -63,6 +62,12 @@ fn wrong_arguments_are_explained_and_touch_nothing() {
     ];
     for (arguments, hint) in wrong {
         let said = refused(2, &[&["serve", "--dir", text(&store)], arguments].concat());
+        assert!(said.contains(hint), "no hint at {hint}: {said}");
+    }
+    for (arguments, hint) in
+        [(["--cores", "0,977"], "core 977"), (["--shards", "65"], "64"), (["--shards", "0"], "shards")]
+    {
+        let said = refused(1, &[&["serve", "--dir", text(&store)], &arguments[..]].concat());
         assert!(said.contains(hint), "no hint at {hint}: {said}");
     }
     refused(2, &["no-such-command"]);

@@ -12,7 +12,7 @@
 use corepage::disk::FileId;
 use corepage::format::{extent, node, root, superblock::Superblock};
 use corepage::types::{Place, VShard};
-use corepage::{Change, Durability, Error, ErrorKind, Geometry, Options, PageId, Store, VerifyReport};
+use corepage::{Change, Driver, Durability, Error, ErrorKind, Geometry, Options, PageId, Store, VerifyReport};
 use futures_lite::future::block_on;
 use std::collections::BTreeMap;
 use std::fs;
@@ -24,6 +24,8 @@ const BLOCK: usize = 4096;
 const VOLUMES: [&str; 3] = ["alpha", "beta", "gamma"];
 /// Enough that the extent table has two blocks.
 const PAGES: u64 = 800;
+/// So that there are two logs, and commits that are in both.
+const SHARDS: u16 = 2;
 /// Structures of a kind that are damaged in each way.
 const SAMPLES: usize = 3;
 
@@ -33,7 +35,7 @@ type Spot = (String, u64, usize);
 
 fn options() -> Options {
     let geometry = Geometry { extent_bytes: 64 << 10, segment_bytes: 1 << 20, segments_count: 4, vshards_count: 4 };
-    Options { geometry, memory_bytes: 16 << 20, ..Options::default() }
+    Options { geometry, memory_bytes: 16 << 20, shards: Some(SHARDS), driver: Driver::Portable, ..Options::default() }
 }
 
 // --- the reference store ---
@@ -204,9 +206,11 @@ fn spots(dir: &Path) -> BTreeMap<&'static str, Vec<Spot>> {
             add("summary", "data", place.offset(geometry.extent_bytes), len);
         }
     }
-    let end = superblock.logs[0];
-    let file = FileId::Log(corepage::types::ShardId::new(0), end.segment).to_string();
-    (0..u64::from(end.block)).for_each(|block| add("log block", &file, block * BLOCK as u64, BLOCK));
+    assert_eq!(superblock.logs.len(), usize::from(SHARDS));
+    for (shard, end) in (0..).zip(&superblock.logs) {
+        let file = FileId::Log(corepage::types::ShardId::new(shard), end.segment).to_string();
+        (0..u64::from(end.block)).for_each(|block| add("log block", &file, block * BLOCK as u64, BLOCK));
+    }
     spots
 }
 
@@ -408,12 +412,12 @@ fn a_store_of_another_version_is_refused_and_not_changed() {
     let dir = tempfile::tempdir().expect("a directory for a copy");
     copy(&reference().now, dir.path());
     for copy in 0..4 {
-        write_at(dir.path(), &("meta".into(), Superblock::offset(copy) + 8, 4), &2u32.to_le_bytes());
+        write_at(dir.path(), &("meta".into(), Superblock::offset(copy) + 8, 4), &4711u32.to_le_bytes());
     }
     let before = contents(dir.path());
     let error = block_on(Store::open(dir.path(), options())).expect_err("another version");
     assert_eq!(error.kind(), ErrorKind::Unsupported);
-    assert!(error.to_string().contains("version 2"), "{error}");
+    assert!(error.to_string().contains("version 4711"), "{error}");
     assert_eq!(corepage::verify(dir.path()).expect_err("another version").kind(), ErrorKind::Unsupported);
     assert!(contents(dir.path()) == before, "a refused store was changed");
 }

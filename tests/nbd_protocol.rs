@@ -9,7 +9,8 @@
 mod common;
 
 use common::nbd::*;
-use common::{Chance, Served, scratch};
+use common::role::Run;
+use common::{Chance, Served, has_tool, scratch};
 
 const GIB: u64 = 1 << 30;
 const UNKNOWN: u32 = 0x8000_0006;
@@ -268,6 +269,31 @@ fn a_flush_covers_acknowledged_writes_of_all_connections() {
     let served = Served::start(dir.path());
     let mut client = served.client();
     (0..4u64).for_each(|n| assert!(client.read(n * 1_000_003, 20_000) == Chance::new(n).bytes(20_000), "writer {n}"));
+}
+
+/// A client that sees this flag spreads its writes over connections and flushes on one of them only.
+#[test]
+fn several_connections_are_announced_and_a_flush_on_one_covers_the_other_on_all_shards() {
+    const CAN_MULTI_CONN: u16 = 1 << 8;
+    for run in Run::all() {
+        let dir = scratch("multi-conn");
+        let served = Served::start_as(run, dir.path());
+        let (mut writer, mut flusher) = (served.client(), served.client());
+        assert_ne!(writer.flags & CAN_MULTI_CONN, 0, "{run:?}");
+        if has_tool("nbdinfo") {
+            common::run(std::process::Command::new("nbdinfo").args(["--can", "multi-conn"]).arg(&served.uris[0]));
+        }
+        // 2 MiB apart: each the next shard's.
+        let pieces: Vec<_> = (0..8u64).map(|n| (n * (2 << 20) + n * 4_097, Chance::new(n).bytes(9_000))).collect();
+        pieces.iter().for_each(|(at, data)| writer.write(0, *at, data));
+        flusher.flush();
+        served.kill();
+        let served = Served::start_as(Run { shards: 3, ..run }, dir.path());
+        let mut client = served.client();
+        for (at, data) in &pieces {
+            assert!(client.read(*at, data.len() as u32) == *data, "{run:?}: at {at}");
+        }
+    }
 }
 
 #[test]

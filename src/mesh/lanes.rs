@@ -12,29 +12,46 @@
 //!
 //! The outbox is not bounded here: the shards' protocol bounds what is under way between two of them.
 
+use crate::sync::{AtomicBool, Ordering, fence};
 use crate::types::ShardId;
 use rtrb::{Consumer, Producer, RingBuffer};
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 /// Messages that a ring holds: enough for some laps of the receiver, so that outboxes are the exception.
 const RING_MESSAGES: usize = 512;
 /// Messages taken from one ring in one lap.
 const TAKE_MAX: usize = 512;
 
+/// Whether a sender waits for room in a ring.
+struct Full(AtomicBool);
+
+impl Full {
+    /// The sender's ring is full: says so, and then `again` tries once more, in case room was made meanwhile.
+    fn wait(&self, again: impl FnOnce()) {
+        self.0.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        again();
+    }
+
+    /// The receiver has made room; whether the sender waits for that, and is to be woken.
+    fn made_room(&self) -> bool {
+        fence(Ordering::SeqCst);
+        self.0.load(Ordering::Relaxed) && self.0.swap(false, Ordering::AcqRel)
+    }
+}
+
 struct Outgoing<T> {
     ring: Producer<T>,
     outbox: VecDeque<T>,
-    full: Arc<AtomicBool>,
+    full: Arc<Full>,
     /// Something went into the ring since the receiver was last looked at.
     fresh: bool,
 }
 
 struct Incoming<T> {
     ring: Consumer<T>,
-    /// The sender waits for room.
-    full: Arc<AtomicBool>,
+    full: Arc<Full>,
 }
 
 /// One shard's ends of all its rings. `None` stands for itself.
@@ -63,7 +80,7 @@ impl<T> Lanes<T> {
         for from in 0..count {
             for to in (0..count).filter(|to| *to != from) {
                 let (producer, consumer) = RingBuffer::new(capacity);
-                let full = Arc::new(AtomicBool::new(false));
+                let full = Arc::new(Full(AtomicBool::new(false)));
                 let outbox = VecDeque::new();
                 all[from].outgoing[to] = Some(Outgoing { ring: producer, outbox, full: full.clone(), fresh: false });
                 all[to].incoming[from] = Some(Incoming { ring: consumer, full });
@@ -123,9 +140,7 @@ impl<T> Lanes<T> {
                 continue;
             }
             any = true;
-            // With the one in `refill`: either this sees that the sender waits, or that sees the room.
-            fence(Ordering::SeqCst);
-            if lane.full.load(Ordering::Relaxed) && lane.full.swap(false, Ordering::AcqRel) {
+            if lane.full.made_room() {
                 rouse(from);
             }
         }
@@ -152,9 +167,8 @@ impl<T> Outgoing<T> {
         let before = self.outbox.len();
         self.push_all();
         if !self.outbox.is_empty() {
-            self.full.store(true, Ordering::Relaxed);
-            fence(Ordering::SeqCst);
-            self.push_all();
+            let full = self.full.clone();
+            full.wait(|| self.push_all());
         }
         let moved = before - self.outbox.len();
         self.fresh |= moved > 0;
@@ -234,5 +248,42 @@ mod tests {
         assert!(!a.is_handed_over());
         drop(b);
         assert!(a.is_handed_over());
+    }
+}
+
+#[cfg(all(test, corepage_loom))]
+mod loom {
+    use super::*;
+    use crate::sync::model::holds;
+    use ::loom::thread;
+
+    fn making_room(made_room: fn(&Full) -> bool, wait: fn(&Full, &mut dyn FnMut())) -> bool {
+        holds(None, move |verdict| {
+            let full = ::loom::sync::Arc::new(Full(AtomicBool::new(false)));
+            let room = ::loom::sync::Arc::new(AtomicBool::new(false));
+            let (theirs, making) = (full.clone(), room.clone());
+            let receiver = thread::spawn(move || {
+                making.store(true, Ordering::Release);
+                made_room(&theirs)
+            });
+            let mut sent = false;
+            wait(&full, &mut || sent = room.load(Ordering::Acquire));
+            let woken = receiver.join().unwrap();
+            // Otherwise what is in the outbox waits for ever.
+            verdict.expect(sent || woken);
+        })
+    }
+
+    /// A message that stays in an outbox is a commit over two shards that hangs.
+    #[test]
+    fn loom_a_sender_that_waits_for_room_gets_it() {
+        assert!(making_room(Full::made_room, |full, again| full.wait(again)));
+    }
+
+    #[test]
+    fn loom_mutants_of_waiting_for_room_are_caught() {
+        let unfenced = |full: &Full| full.0.load(Ordering::Relaxed) && full.0.swap(false, Ordering::AcqRel);
+        assert!(!making_room(unfenced, |full, again| full.wait(again)), "a receiver that does not fence");
+        assert!(!making_room(Full::made_room, |full, _| full.wait(|| {})), "a sender that does not try again");
     }
 }

@@ -1,16 +1,15 @@
 //! Figures of the runtime, by hand: `cargo test --release --lib figures -- --ignored --nocapture --test-threads 1`.
 //!
 //! Not tests: they print, and assert only what would make the figures meaningless.
-
-// Real threads take real time.
-#![allow(clippy::disallowed_methods)]
+#![allow(clippy::disallowed_methods, reason = "figures are times")]
 
 use super::handle::Runtime;
 use crate::options::{Driver, Options};
 use crate::shard::{Change, Commit, Request, Response};
 use crate::types::{PageId, PageKey, ShardId, VolumeId};
-use futures_lite::future::block_on;
+use futures_lite::future::{block_on, poll_once};
 use smallvec::smallvec;
+use std::future::Future;
 use std::time::{Duration, Instant};
 
 fn key() -> PageKey {
@@ -33,6 +32,16 @@ fn with_page(driver: Driver, poll: bool, figure: impl Fn(&Runtime, ShardId)) {
     block_on(runtime.ended());
 }
 
+fn spin_on<T>(future: impl Future<Output = T>) -> T {
+    let mut future = std::pin::pin!(future);
+    loop {
+        if let Some(value) = block_on(poll_once(&mut future)) {
+            return value;
+        }
+        std::hint::spin_loop();
+    }
+}
+
 fn p50(mut times: Vec<Duration>) -> Duration {
     times.sort_unstable();
     times[times.len() / 2]
@@ -42,16 +51,19 @@ fn p50(mut times: Vec<Duration>) -> Duration {
 #[ignore = "prints figures"]
 fn figures_of_a_cached_read_from_a_foreign_thread() {
     for driver in [Driver::Ring, Driver::Portable] {
-        for (name, poll, pause, count) in [
-            ("polling", true, Duration::ZERO, 200_000),
-            ("awake or polling for a bounded time", false, Duration::ZERO, 100_000),
-            ("parked", false, Duration::from_millis(1), 1000),
+        for (name, poll, spins, pause, count) in [
+            ("shard polls, caller polls", true, true, Duration::ZERO, 200_000),
+            ("shard polls, caller parks", true, false, Duration::ZERO, 100_000),
+            ("shard polls for a bounded time, caller parks", false, false, Duration::ZERO, 100_000),
+            ("shard parked, caller polls", false, true, Duration::from_millis(1), 1000),
+            ("shard parked, caller parks", false, false, Duration::from_millis(1), 1000),
         ] {
             with_page(driver, poll, |runtime, _| {
                 let times = (0..count).map(|_| {
                     std::thread::sleep(pause);
                     let start = Instant::now();
-                    let reply = block_on(async { runtime.submit(read()).await?.await });
+                    let asked = async { runtime.submit(read()).await?.await };
+                    let reply = if spins { spin_on(asked) } else { block_on(asked) };
                     let time = start.elapsed();
                     assert!(matches!(reply, Ok(Response::Pages(pages)) if pages[0][0] == 7));
                     time

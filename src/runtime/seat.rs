@@ -132,7 +132,7 @@ impl<M: Machine, D: Disk> Drive<M, D> {
             Ok(false) => {}
             Err(_) => {
                 tracing::error!("a shard panicked; the store is closed as after a crash");
-                self.tell(News::Failed(panicked()));
+                tell(&mut self.opening, News::Failed(panicked()));
                 self.shared.abandon();
             }
         }
@@ -154,7 +154,7 @@ impl<M: Machine, D: Disk> Drive<M, D> {
                     }
                 };
                 let failed = matches!(news, News::Failed(_));
-                let _ = self.opening.take().map(|opening| opening.send(news).is_ok());
+                tell(&mut self.opening, news);
                 if failed {
                     return false;
                 }
@@ -166,9 +166,13 @@ impl<M: Machine, D: Disk> Drive<M, D> {
         }
         true
     }
+}
 
-    fn tell(&mut self, news: News<M>) {
-        let _ = self.opening.take().map(|opening| opening.send(news).is_ok());
+/// Tells the coordinator what has become of the shard, once.
+fn tell<M>(opening: &mut Option<Sender<News<M>>>, news: News<M>) {
+    if let Some(opening) = opening.take() {
+        // Nobody listens if opening was given up.
+        let _ = opening.send(news);
     }
 }
 

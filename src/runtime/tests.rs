@@ -1,9 +1,7 @@
 //! The drivers with shards of a simple kind: every request answered, no wake-up lost, whatever ends how.
 //!
 //! If these fail, callers hang, or a store can't be opened again after a failure.
-
-// Real threads take real time.
-#![allow(clippy::disallowed_methods)]
+#![allow(clippy::disallowed_methods, reason = "tests let real shards park")]
 
 use super::handle::Runtime;
 use super::machine::{Begun, Deed, Machine};
@@ -380,8 +378,10 @@ fn the_end_of_a_shard_ends_its_tasks_on_their_thread() {
     }
     with_toys(2, 64, |runtime| {
         let (send, dropped) = crossbeam_channel::unbounded();
-        let endless = runtime.spawn_on(ShardId::new(1), |local| async move {
+        let (tell, started) = crossbeam_channel::bounded(1);
+        let endless = runtime.spawn_on(ShardId::new(1), move |local| async move {
             let _held = DroppedAt(send);
+            tell.send(()).expect("it is waited for");
             let held = local.call(Request::Flush);
             let side = local.spawn(std::future::pending::<()>());
             side.await.expect_err("it never ends");
@@ -389,7 +389,7 @@ fn the_end_of_a_shard_ends_its_tasks_on_their_thread() {
             std::future::pending::<()>().await;
         });
         let endless = endless.expect("it starts");
-        std::thread::sleep(Duration::from_millis(5));
+        started.recv().expect("it has started");
         drop(runtime);
         assert_eq!(block_on(endless).expect_err("it was stopped").kind(), ErrorKind::Closed);
         assert_eq!(dropped.recv().expect("it was dropped").as_deref(), Some("corepage-s1"));

@@ -125,7 +125,9 @@ impl Shard {
                 let upto = self.order.next().before();
                 let own = self.log.bound() > upto && upto > self.order.watermark() && planted!(FlushForOwnShard);
                 let awaited = if own { self.order.watermark() } else { upto };
-                self.reply_when_durable(awaited, token, Response::Flushed(upto), false);
+                // Before the first commit of an epoch that is the last one of the state that was found.
+                let said = if upto < self.superblock.epoch_first_lsn { self.cut } else { upto };
+                self.reply_when_durable(awaited, token, Response::Flushed(said), false);
             }
             Request::WaitDurable(lsn) => self.reply_when_durable(lsn, token, Response::Durable, false),
             Request::Checkpoint => self.request_checkpoint(token),

@@ -47,7 +47,6 @@ pub(crate) struct Setup {
 impl Shard {
     pub(crate) fn new(parts: Setup) -> Self {
         let hasher = || foldhash::fast::FixedState::with_seed(parts.seed);
-        let lead = Lead::new(parts.new_epoch);
         let waits = Waits::new(&parts.order, parts.deal);
         Shard {
             id: parts.id,
@@ -94,7 +93,7 @@ impl Shard {
             compaction: None,
             compacted: hashbrown::HashSet::with_hasher(hasher()),
             checkpoint: Checkpoint::default(),
-            lead,
+            lead: Lead::new(parts.new_epoch),
             summaries: Vec::new(),
             summaries_under_way: 0,
             space: Space::default(),
