@@ -1,0 +1,274 @@
+//! Clients of the engine, each one operation after another, and the check of what they have left.
+//!
+//! A page holds, at the start of each of its sectors, its number and the tag of the write that it is from, so that another
+//! page, an old one and a torn one show. `Newest` says for each page which tag was acknowledged last; a client has pages
+//! of its own.
+
+use crate::PAGE;
+use crate::reference::{processor_time, sample};
+use crate::report::Sample;
+use bytes::Bytes;
+use corepage::{Change, PageId, ShardHandle, Store, Volume};
+use futures_lite::future::block_on;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// Bytes of a sector, in which a write is never torn.
+const SECTOR: usize = 512;
+/// Bytes of a small commit.
+const PATCH: usize = 128;
+
+/// What clients do.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Work {
+    /// Read a page.
+    Read,
+    /// Commit 128 bytes of a page, durably.
+    Patch,
+    /// Commit a whole page, durably.
+    Put,
+}
+
+/// Where clients are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Where {
+    /// Tasks on the shards' threads.
+    Shards,
+    /// As many threads of their own, each with an executor.
+    Threads(u64),
+}
+
+/// SplitMix64.
+pub struct Chance(pub u64);
+
+impl Chance {
+    /// A number below `n`.
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % n
+    }
+}
+
+fn stamp(sector: &mut [u8], id: u64, tag: u64) {
+    sector[..8].copy_from_slice(&id.to_le_bytes());
+    sector[8..16].copy_from_slice(&tag.to_le_bytes());
+}
+
+/// A page's bytes.
+fn page(id: u64, tag: u64) -> Bytes {
+    let mut bytes = vec![0x5a; PAGE];
+    bytes.chunks_mut(SECTOR).for_each(|sector| stamp(sector, id, tag));
+    bytes.into()
+}
+
+/// A volume with clients.
+#[derive(Clone)]
+pub struct Field {
+    /// The store.
+    pub store: Store,
+    /// The volume, of which every page is written.
+    pub volume: Volume,
+    newest: Arc<[AtomicU64]>,
+}
+
+/// One measurement.
+#[derive(Clone, Copy)]
+pub struct Run {
+    /// What.
+    pub work: Work,
+    /// Where.
+    pub at: Where,
+    /// Operations in flight over all clients.
+    pub in_flight: u64,
+    /// For how long.
+    pub time: Duration,
+    /// Its number: later ones have higher ones.
+    pub round: u64,
+}
+
+struct Client {
+    field: Field,
+    handle: Option<ShardHandle>,
+    pages: Arc<[u64]>,
+    own: Range<u64>,
+    chance: Chance,
+    run: Run,
+}
+
+impl Client {
+    async fn go(mut self, until: Instant) -> Vec<u32> {
+        let mut times = Vec::new();
+        let mut begun = Instant::now();
+        let mut tag = self.run.round << 32;
+        while begun < until {
+            let at = self.own.start + self.chance.below(self.own.end - self.own.start);
+            let id = self.pages[at as usize];
+            tag += 1;
+            self.once(id, tag).await;
+            let now = Instant::now();
+            times.push((now - begun).as_nanos().min(u32::MAX.into()) as u32);
+            begun = now;
+        }
+        times
+    }
+
+    async fn once(&self, id: u64, tag: u64) {
+        let (volume, page_id) = (&self.field.volume, PageId::new(id));
+        let change = match self.run.work {
+            Work::Read => {
+                let page = match &self.handle {
+                    Some(handle) => handle.read(volume, page_id).await,
+                    None => volume.read(page_id).await,
+                };
+                let page = page.expect("a page is read");
+                return assert_eq!(page[..8], id.to_le_bytes(), "another page was served");
+            }
+            Work::Patch => {
+                let mut bytes = [0x5a; PATCH];
+                stamp(&mut bytes, id, tag);
+                Change::Patch { offset: 0, bytes: Bytes::copy_from_slice(&bytes) }
+            }
+            Work::Put => Change::Put(page(id, tag)),
+        };
+        let committed = match (&self.handle, change) {
+            (Some(handle), change) => handle.commit(volume, vec![(page_id, change)]).await,
+            (None, Change::Patch { offset, bytes }) => volume.patch(page_id, offset, bytes).await,
+            (None, Change::Put(bytes)) => volume.write(page_id, bytes).await,
+            (None, Change::Free) => unreachable!("nobody frees"),
+        };
+        committed.expect("a commit succeeds");
+        self.field.newest[id as usize].store(tag, Ordering::Relaxed);
+    }
+}
+
+impl Field {
+    /// Every page written once.
+    pub fn sown(store: Store, pages: u64) -> Field {
+        let volume = block_on(store.create_volume("bench", pages * PAGE as u64)).expect("a volume is made");
+        let newest = (0..pages).map(|_| AtomicU64::new(0)).collect();
+        let field = Field { store, volume, newest };
+        let step = (field.store.txn_bytes_max() / PAGE as u64).min(256);
+        for first in (0..pages).step_by(step as usize) {
+            let batch = (first..(first + step).min(pages)).map(|id| (PageId::new(id), page(id, 0))).collect();
+            block_on(field.volume.write_many(batch)).expect("pages are written");
+        }
+        block_on(field.store.checkpoint()).expect("a checkpoint is made");
+        field
+    }
+
+    /// The volume in the store that was opened again.
+    pub fn again(self, store: Store) -> Field {
+        let volume = block_on(store.volume("bench")).expect("volumes are listed").expect("the volume is there");
+        Field { store, volume, newest: self.newest }
+    }
+
+    /// How many pages there are.
+    pub fn pages(&self) -> u64 {
+        self.newest.len() as u64
+    }
+
+    fn clients(&self, run: Run, count: u64, pages: &Arc<[u64]>, handle: Option<&ShardHandle>) -> Vec<Client> {
+        let all = pages.len() as u64;
+        let own = |n: u64| match run.work {
+            Work::Read => 0..all,
+            Work::Patch | Work::Put => n * all / count..(n + 1) * all / count,
+        };
+        let client = |n: u64| Client {
+            field: self.clone(),
+            handle: handle.cloned(),
+            pages: pages.clone(),
+            own: own(n),
+            chance: Chance(run.round << 32 | n << 8 | handle.map_or(0, |handle| handle.shard() as u64)),
+            run,
+        };
+        (0..count).map(client).collect()
+    }
+
+    /// Measures.
+    pub fn run(&self, run: Run) -> Sample {
+        let all: Vec<u64> = (0..self.pages()).collect();
+        match run.at {
+            Where::Shards => {
+                let shards = self.store.shards_count();
+                let of = |id: &u64| self.store.shard_of(&self.volume, PageId::new(*id));
+                let mut dealt: Vec<Vec<u64>> = vec![Vec::new(); shards];
+                all.iter().for_each(|id| dealt[of(id)].push(*id));
+                self.on_shards(run, dealt)
+            }
+            Where::Threads(threads) => self.on_threads(run, threads, &all),
+        }
+    }
+
+    fn on_shards(&self, run: Run, dealt: Vec<Vec<u64>>) -> Sample {
+        let count = (run.in_flight / dealt.len() as u64).max(1);
+        let (start, cpu) = (Instant::now(), processor_time());
+        let until = start + run.time;
+        let begin = |(shard, pages): (usize, Vec<u64>)| {
+            let (field, pages) = (self.clone(), Arc::from(pages));
+            let body = move |handle: ShardHandle| async move {
+                let clients = field.clients(run, count, &pages, Some(&handle));
+                let tasks: Vec<_> = clients.into_iter().map(|client| handle.spawn(client.go(until))).collect();
+                let mut times = Vec::new();
+                for task in tasks {
+                    times.extend(task.await.expect("the store is open"));
+                }
+                times
+            };
+            self.store.on_shard(shard, body).expect("there is a shard")
+        };
+        let ends: Vec<_> = dealt.into_iter().enumerate().map(begin).collect();
+        let mut times = Vec::new();
+        ends.into_iter().for_each(|end| times.extend(block_on(end).expect("the store is open")));
+        sample(times, start.elapsed(), processor_time() - cpu)
+    }
+
+    fn on_threads(&self, run: Run, threads: u64, all: &[u64]) -> Sample {
+        let count = (run.in_flight / threads).max(1);
+        let (start, cpu) = (Instant::now(), processor_time());
+        let until = start + run.time;
+        let begin = |pages: &[u64]| {
+            let (field, pages) = (self.clone(), Arc::from(pages));
+            std::thread::spawn(move || {
+                let clients = field.clients(run, count, &pages, None);
+                let executor = async_executor::LocalExecutor::new();
+                let tasks: Vec<_> = clients.into_iter().map(|client| executor.spawn(client.go(until))).collect();
+                block_on(executor.run(async {
+                    let mut times = Vec::new();
+                    for task in tasks {
+                        times.extend(task.await);
+                    }
+                    times
+                }))
+            })
+        };
+        let ends: Vec<_> = all.chunks(all.len().div_ceil(threads as usize)).map(begin).collect();
+        let mut times = Vec::new();
+        ends.into_iter().for_each(|end| times.extend(end.join().expect("no client panics")));
+        sample(times, start.elapsed(), processor_time() - cpu)
+    }
+
+    /// Every page is there, whole, as it was acknowledged last. `whole`: pages were written whole, else patched.
+    pub fn verify(&self, whole: bool) {
+        let ids: Vec<PageId> = (0..self.pages()).map(PageId::new).collect();
+        for ids in ids.chunks(64) {
+            let pages = block_on(self.volume.read_many(ids)).expect("pages are read");
+            for (id, page) in ids.iter().map(|id| id.get()).zip(pages) {
+                let newest = self.newest[id as usize].load(Ordering::Relaxed);
+                for (n, sector) in page.chunks(SECTOR).enumerate() {
+                    let tag = if whole || n == 0 { newest } else { 0 };
+                    assert_eq!(sector[..8], id.to_le_bytes(), "page {id}, sector {n}: of another page");
+                    assert_eq!(
+                        sector[8..16],
+                        tag.to_le_bytes(),
+                        "page {id}, sector {n}: not what was acknowledged last"
+                    );
+                }
+            }
+        }
+    }
+}
