@@ -49,6 +49,21 @@ impl IoUring {
     }
 }
 
+/// Locked memory without which an executor refuses to start.
+const EXECUTOR_LOCKED_MIN: u64 = 512 << 10;
+
+/// Why the executors of the ring driver can't be started, if they can't.
+pub(crate) fn executor_refused() -> Option<String> {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current?;
+    (limit < EXECUTOR_LOCKED_MIN).then(|| {
+        format!(
+            "the limit of locked memory is {} KiB, and the executor needs {} KiB: raise it (ulimit -l, LimitMEMLOCK)",
+            limit >> 10,
+            EXECUTOR_LOCKED_MIN >> 10
+        )
+    })
+}
+
 /// The way to the disk that is taken.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Driver {
@@ -61,7 +76,15 @@ pub struct Driver {
 impl Driver {
     /// What `auto` takes on this machine, for this process.
     pub fn auto() -> Driver {
-        Driver::choose(&IoUring::try_one(&Roots::default()))
+        Driver::choose(&IoUring::try_one(&Roots::default())).unless(executor_refused())
+    }
+
+    /// The portable driver if there is such a reason against the ring.
+    pub(super) fn unless(self, refused: Option<String>) -> Driver {
+        match refused {
+            Some(why) if self.because.is_none() => Driver { name: PORTABLE, because: Some(why) },
+            _ => self,
+        }
     }
 
     /// What `auto` takes where a ring was tried with this outcome.

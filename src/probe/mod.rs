@@ -18,6 +18,7 @@ mod machine;
 mod mounts;
 
 pub use directory::{DirectIo, Directory};
+pub(crate) use driver::executor_refused;
 pub use driver::{Driver, IoUring};
 pub use findings::{Better, Finding, Level, human_bytes};
 pub use machine::{Cores, HugePages, Kernel, MemoryLocks, OpenFiles};
@@ -64,7 +65,7 @@ impl Machine {
 
     /// The driver that `auto` chooses here.
     pub fn driver(&self) -> Driver {
-        Driver::choose(&self.io_uring)
+        Driver::choose(&self.io_uring).unless(executor_refused())
     }
 }
 

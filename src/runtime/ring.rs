@@ -13,7 +13,6 @@ use super::seat::Seat;
 use crate::disk::uring::{self, UringDisk, UringOptions};
 use crate::error::{Error, ErrorKind};
 use glommio::{LocalExecutor, LocalExecutorBuilder, Placement};
-use rustix::process::{Resource, getrlimit};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
@@ -23,8 +22,6 @@ const PREEMPT_TIMER: Duration = Duration::from_millis(100);
 const IO_MEMORY: usize = 64 << 10;
 /// Entries of the executor's own rings, which only its timers use.
 const RING_DEPTH: usize = 32;
-/// Locked memory without which an executor refuses to start.
-const LOCKED_MIN: u64 = 512 << 10;
 
 /// Whether the ring driver can run here.
 ///
@@ -32,14 +29,7 @@ const LOCKED_MIN: u64 = 512 << 10;
 /// Why not, with what mends it.
 pub(super) fn probe() -> Result<(), String> {
     uring::probe().map_err(|why| why.to_string())?;
-    match getrlimit(Resource::Memlock).current {
-        Some(bytes) if bytes < LOCKED_MIN => Err(format!(
-            "the limit of locked memory is {} KiB, and the executor needs {} KiB: raise it (ulimit -l, LimitMEMLOCK)",
-            bytes >> 10,
-            LOCKED_MIN >> 10
-        )),
-        _ => Ok(()),
-    }
+    crate::probe::executor_refused().map_or(Ok(()), Err)
 }
 
 fn executor(pin: Option<usize>) -> Result<LocalExecutor, Error> {
