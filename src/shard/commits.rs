@@ -1,13 +1,11 @@
-//! Commits: admission (nothing can fail after the draw but the device), validation, the draw, and their effect.
+//! Commits of one shard: validation, the draw, and their effect; before the draw each is admitted (see `admission`).
 //!
 //! Invariants
-//! 1. Everything that a commit needs (log room, frames, data space, its map leaves in memory) is there before its
-//!    LSN is drawn. If space is short for good, it fails with `Full`, and nothing was done.
-//! 2. All commits of a turn get their LSNs by one draw, before any effect of the turn leaves.
-//! 3. Validation and effect are one step: no other commit comes between.
-//! 4. A drawn LSN that isn't used (a conflict with an earlier commit of the same turn) stays in its group's run: it is
+//! 1. All commits of a turn get their LSNs by one draw, before any effect of the turn leaves.
+//! 2. Validation and effect are one step: no other commit comes between.
+//! 3. A drawn LSN that isn't used (a conflict with an earlier commit of the same turn) stays in its group's run: it is
 //!    void, and accounted for.
-//! 5. What parts of commits over shards have reserved is left alone.
+//! 4. A commit that meets a page held by a commit over shards waits; one that fails anyway does not.
 
 use super::admission::{Admission, Need};
 use super::requests::PendingKind;
@@ -36,18 +34,24 @@ impl Shard {
                 }
                 continue;
             }
-            if let Some(idx) = self.waits_for_hold(waiter) {
+            if let Some(error) = self.refusal(waiter) {
+                self.ready.pop_front();
+                self.finish_commit(waiter, Err(error), Lsn::ZERO);
+                continue;
+            }
+            if let Some(idx) = self.held_page(waiter).filter(|_| !planted!(HoldIgnored)) {
                 self.ready.pop_front();
                 self.wait_for_hold(waiter, idx);
                 continue;
             }
-            if let Some(result) = self.ends_without_draw(waiter) {
+            let PendingKind::Commit(commit) = &self.pending[waiter].kind else { unreachable!("only commits") };
+            if commit.changes.is_empty() {
+                // It needs no LSN: all that it read is current.
                 self.ready.pop_front();
                 let read_lsn = self.read_lsn(waiter);
-                self.finish_commit(waiter, result, read_lsn);
+                self.finish_commit(waiter, Ok(None), read_lsn);
                 continue;
             }
-            let PendingKind::Commit(commit) = &self.pending[waiter].kind else { unreachable!("only commits") };
             let with = need.plus(Need::of(commit, &self.map));
             match self.admit(waiter, with, batch.is_empty()) {
                 Admission::Yes => {
@@ -68,23 +72,11 @@ impl Shard {
         self.execute(&batch);
     }
 
-    /// The page for which a commit must wait; none if it fails anyway.
-    fn waits_for_hold(&self, waiter: usize) -> Option<usize> {
-        let goes_on = self.pending[waiter].error.is_none() && self.failed.is_none() && self.validate(waiter).is_ok();
-        if goes_on { self.held_page(waiter).filter(|_| !planted!(HoldIgnored)) } else { None }
-    }
-
-    /// The result of a commit that needs no LSN: a failure, a conflict, or nothing to change.
-    fn ends_without_draw(&mut self, waiter: usize) -> Option<Result<Option<Lsn>>> {
-        let pending = &self.pending[waiter];
-        let PendingKind::Commit(commit) = &pending.kind else { return None };
-        if let Some(error) = pending.error.clone().or_else(|| self.failed.clone()) {
-            return Some(Err(error));
-        }
-        if let Err(error) = self.validate(waiter) {
-            return Some(Err(error));
-        }
-        commit.changes.is_empty().then_some(Ok(None))
+    /// Why a commit, or a part of one, fails whatever else may be: a page can't be read, the store has stopped, or something
+    /// that it read has changed.
+    fn refusal(&self, waiter: usize) -> Option<Error> {
+        let failure = self.pending[waiter].error.as_ref().or(self.failed.as_ref());
+        failure.cloned().or_else(|| self.validate(waiter).err())
     }
 
     /// Whether every page that the commit read is still as it was read.

@@ -29,6 +29,10 @@ impl Hold {
 impl Shard {
     /// A page of the commit that is held in a way that the commit can't go on: index in the table.
     pub(super) fn held_page(&self, waiter: usize) -> Option<usize> {
+        if self.parts.is_empty() {
+            // Only parts hold pages: in a store of one shard nobody does.
+            return None;
+        }
         let pending = &self.pending[waiter];
         let reads = pending.reads_count();
         let held = |(i, idx): (usize, &usize)| !self.table.pages[*idx].hold.allows(i >= reads);

@@ -1,8 +1,9 @@
 //! Planted bugs: each must be caught by the ordinary checks, or the checks prove nothing.
 //!
 //! A place in the engine or in the simulated disk asks [`planted`] at the moment at which the bug would do its
-//! damage, and misbehaves if the answer is yes. Bugs are planted per thread: recovery, too, can ask. The question counts, so that a test can tell "not caught" from
-//! "never reached". To add one: a variant, its line in [`Canary::ALL`], and one question in the code.
+//! damage, and misbehaves if the answer is yes. Bugs are planted per thread: recovery, too, can ask. The question counts,
+//! so that a test can tell "not caught" from "never reached". To add one: a variant, its line in [`Canary::ALL`], and
+//! one question in the code.
 //!
 //! It is compiled for tests and for the feature `sim` only, never into a release of the engine.
 
