@@ -15,10 +15,11 @@ pub fn processor_time() -> Duration {
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
-/// Bytes that this process has written to devices.
-pub fn written_bytes() -> u64 {
+/// Bytes that this process has read from devices, and written to them.
+pub fn device_bytes() -> (u64, u64) {
     let text = std::fs::read_to_string("/proc/self/io").unwrap_or_default();
-    text.lines().find_map(|line| line.strip_prefix("write_bytes: ")?.parse().ok()).unwrap_or(0)
+    let of = |name| text.lines().find_map(|line| line.strip_prefix(name)?.parse().ok()).unwrap_or(0);
+    (of("read_bytes: "), of("write_bytes: "))
 }
 
 /// fio with a file of which every block has been written.

@@ -1,7 +1,7 @@
 //! The five workloads.
 
 use crate::clients::{Field, Run, Where, Work};
-use crate::reference::{Fio, bare_file, bare_latency, best, middle, processor_time, written_bytes};
+use crate::reference::{Fio, bare_file, bare_latency, best, device_bytes, middle, processor_time};
 use crate::report::{Measure, Row, Sample, Target};
 use crate::{PAGE, Plan};
 use corepage::{Options, PageId, Store};
@@ -160,24 +160,28 @@ pub fn overwrites(plan: &Plan) -> Vec<Row> {
     let warm = field.run(run);
     let warmed = warm.rate * plan.warm.as_secs_f64() / field.pages() as f64;
     let (mut engine, mut reference) = (Vec::new(), Vec::new());
-    let (mut bytes, mut commits) = (0, 0.0);
+    let (mut bytes, mut read, mut commits) = (0, 0, 0.0);
     let before = block_on(field.store.stats()).expect("counters");
     for round in 0..plan.rounds as u64 {
-        let (written, begun) = (written_bytes(), Instant::now());
+        let (moved, begun) = (device_bytes(), Instant::now());
         let ours = field.run(Run { time: 2 * plan.time, round: round + 2, ..run });
         commits += ours.rate * begun.elapsed().as_secs_f64();
-        bytes += written_bytes() - written;
+        let now = device_bytes();
+        (read, bytes) = (read + now.0 - moved.0, bytes + now.1 - moved.1);
         engine.push(ours);
         reference.extend(best([64, 128, 256].into_iter().filter_map(|depth| fio.random("randwrite", depth))));
     }
     let after = block_on(field.store.stats()).expect("counters");
     let note = format!(
-        "{:.2} bytes written a byte; written over {:.1} times before and {:.1} times then; {} pages moved, {} checkpoints, \
+        "{:.2} bytes written a byte (log {:.2}, moved {:.2}, map {:.2}), {:.2} read; written over {:.1} times before and {:.1} times then; {} checkpoints, \
          {:.0} commits a flush, {:.0} % of {} MiB live; fio's best",
         bytes as f64 / (commits * PAGE as f64),
+        (after.log_bytes - before.log_bytes) as f64 / (commits * PAGE as f64),
+        (after.pages_moved - before.pages_moved) as f64 / commits,
+        (after.nodes_written - before.nodes_written) as f64 / commits,
+        read as f64 / (commits * PAGE as f64),
         warmed,
         commits / field.pages() as f64,
-        after.pages_moved - before.pages_moved,
         after.checkpoints - before.checkpoints,
         (after.commits - before.commits) as f64 / (after.flushes - before.flushes).max(1) as f64,
         field.pages() as f64 * PAGE as f64 * 100.0

@@ -13,7 +13,8 @@
 //!    roots name, and that is what the table says.
 //! 4. A place that the map left goes to its virtual shard's `left` list; the next checkpoint *retires* it, and it
 //!    stops being live when that checkpoint's superblock is durable: by then no root names it, and no log record
-//!    that recovery would read.
+//!    that recovery would read. Until then it counts in `dead`: `live - dead` is what the map in memory names, and an
+//!    extent in which that is zero is *spent*: the next checkpoint frees it.
 //! 5. Whatever a durable root names lies in an extent whose durable table row names a summary that lists it: each
 //!    checkpoint writes the summaries of the extents still open, each time into the other of two areas. An extent
 //!    gets at most one summary between two checkpoints.
@@ -65,6 +66,7 @@ struct Extent {
     live: u32,
     assigned: u32,
     excluded: u32,
+    dead: u32,
     summary_crc: u32,
     summary_slot: u8,
     /// Items in the summary as last encoded.
@@ -87,6 +89,7 @@ impl Extent {
             live: 0,
             assigned: 0,
             excluded: 0,
+            dead: 0,
             summary_crc: 0,
             summary_slot: 0,
             summarized: 0,
@@ -95,6 +98,11 @@ impl Extent {
             next_block: 0,
             items: Vec::new(),
         }
+    }
+
+    /// Nothing in it is named any more, and it will be free when what died in it is retired.
+    fn is_spent(&self) -> bool {
+        self.state == ExtentState::Closed && self.assigned == 0 && self.live > 0 && self.live == self.dead
     }
 }
 
@@ -136,6 +144,12 @@ pub(crate) struct Extents {
     left_captured: Vec<Place>,
     retiring: Vec<Place>,
     live_blocks: u64,
+    /// Blocks left by the map and not retired yet, here.
+    dead_blocks: usize,
+    /// Blocks that died since the store was opened.
+    died: u64,
+    /// Extents that the next checkpoint frees.
+    spent: u32,
     /// Grows with each checkpoint that ends.
     interval: u64,
 }
@@ -164,6 +178,9 @@ impl Extents {
             left_captured: Vec::new(),
             retiring: Vec::new(),
             live_blocks: 0,
+            dead_blocks: 0,
+            died: 0,
+            spent: 0,
             interval: 1,
         };
         this.cover(count);
@@ -306,7 +323,7 @@ impl Extents {
         let extent = &mut self.extents[no.index()];
         // Filled up while the summary was under way: one more follows.
         if extent.state == ExtentState::Closing && extent.is_final {
-            extent.state = ExtentState::Closed;
+            self.edit(no, |extent| extent.state = ExtentState::Closed);
             self.free_if_empty(no);
         }
     }
@@ -328,11 +345,12 @@ impl Extents {
 
     /// The map of `vshard` names `place` from now on.
     pub(crate) fn name_page(&mut self, vshard: VShard, place: Place) {
-        let extent = &mut self.extents[place.extent.index()];
-        assert!(extent.assigned > 0, "{place:?} was never handed out");
-        extent.assigned -= 1;
-        extent.live += 1;
-        extent.excluded += 1;
+        assert!(self.extents[place.extent.index()].assigned > 0, "{place:?} was never handed out");
+        self.edit(place.extent, |extent| {
+            extent.assigned -= 1;
+            extent.live += 1;
+            extent.excluded += 1;
+        });
         self.live_blocks += 1;
         self.per_vshard[vshard.index()].fresh.push(place.extent);
     }
@@ -343,7 +361,23 @@ impl Extents {
             self.foreign.leave(vshard, place);
             return;
         }
+        self.dies(place);
         self.per_vshard[vshard.index()].left.push(place);
+    }
+
+    /// The map names `place` no more; it is retired later.
+    fn dies(&mut self, place: Place) {
+        self.edit(place.extent, |extent| extent.dead += 1);
+        self.dead_blocks += 1;
+        self.died += 1;
+    }
+
+    /// Changes the counts of an extent, and keeps the number of spent ones true.
+    fn edit(&mut self, no: ExtentNo, change: impl FnOnce(&mut Extent)) {
+        let extent = &mut self.extents[no.index()];
+        self.spent -= u32::from(extent.is_spent());
+        change(extent);
+        self.spent += u32::from(extent.is_spent());
     }
 
     /// A checkpoint begins: everything left so far will be retired by it.
@@ -365,14 +399,16 @@ impl Extents {
     /// that it left.
     pub(crate) fn captured(&mut self, vshard: VShard, nodes: impl Iterator<Item = Place>, retired: Vec<Place>) {
         for place in nodes {
-            let extent = &mut self.extents[place.extent.index()];
-            extent.assigned -= 1;
-            extent.live += 1;
+            self.edit(place.extent, |extent| {
+                extent.assigned -= 1;
+                extent.live += 1;
+            });
             self.live_blocks += 1;
         }
         self.foreign.captured(vshard);
         let (retired, foreign): (Vec<Place>, Vec<Place>) = retired.into_iter().partition(|p| self.is_mine(p.extent));
         foreign.into_iter().for_each(|place| self.foreign.retire(place));
+        retired.iter().for_each(|place| self.dies(*place));
         let mine = &mut self.per_vshard[vshard.index()];
         for extent in mine.fresh.drain(..) {
             self.extents[extent.index()].excluded -= 1;
@@ -409,10 +445,13 @@ impl Extents {
     pub(crate) fn end_checkpoint(&mut self) -> u64 {
         self.interval += 1;
         let retiring = std::mem::take(&mut self.retiring);
+        self.dead_blocks -= retiring.len();
         for place in &retiring {
-            let extent = &mut self.extents[place.extent.index()];
-            extent.live -= 1;
-            extent.excluded -= 1;
+            self.edit(place.extent, |extent| {
+                extent.live -= 1;
+                extent.excluded -= 1;
+                extent.dead -= 1;
+            });
             self.live_blocks -= 1;
             self.free_if_empty(place.extent);
         }
@@ -436,23 +475,33 @@ impl Extents {
         }
     }
 
-    /// The closed extent with the least live blocks, if its share of live blocks is below `share_max` (of 1,000).
+    /// The closed extent with the least blocks that are named, if there are some and their share is below `share_max` (of
+    /// 1,000). It looks at every extent.
     pub(crate) fn emptiest(&self, share_max: u32, except: impl Fn(ExtentNo) -> bool) -> Option<ExtentNo> {
         let limit = self.data_blocks() * share_max / 1000;
+        let named = |extent: &Extent| extent.live - extent.dead;
         self.extents
             .iter()
             .enumerate()
             .map(|(i, e)| (ExtentNo::new(i as u32), e))
-            .filter(|(no, e)| e.state == ExtentState::Closed && e.assigned == 0 && e.live <= limit && !except(*no))
-            .min_by_key(|(_, e)| e.live - e.excluded.min(e.live))
+            .filter(|(_, e)| e.state == ExtentState::Closed && e.assigned == 0 && (1..=limit).contains(&named(e)))
+            .filter(|(no, _)| !except(*no))
+            .min_by_key(|(_, e)| named(e))
             .map(|(no, _)| no)
     }
 
     /// Blocks left by the map that no checkpoint has retired yet.
     pub(crate) fn left_count(&self) -> usize {
-        self.expected
-            + self.left_captured.len()
-            + self.retiring.len()
-            + self.per_vshard.iter().map(|v| v.left.len()).sum::<usize>()
+        self.expected + self.dead_blocks
+    }
+
+    /// Blocks that died since the store was opened: a clock of what compaction could find.
+    pub(crate) fn died(&self) -> u64 {
+        self.died
+    }
+
+    /// Blocks that a checkpoint gives back, as far as is known here.
+    pub(crate) fn coming(&self) -> u64 {
+        u64::from(self.spent) * u64::from(self.data_blocks()) + self.expected as u64
     }
 }

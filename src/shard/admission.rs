@@ -200,7 +200,7 @@ impl Shard {
 
     /// So many that only a checkpoint should come now, and no more of them.
     pub(super) fn dirty_nodes_are_many(&self) -> bool {
-        self.map.dirty_count() as u32 > self.limits.memory_blocks / 16
+        self.map.dirty_count() as u32 > self.limits.memory_blocks / 32 * 3
     }
 
     /// Frames for the new versions, and the map leaves in memory, pinned.

@@ -419,8 +419,8 @@ impl Shard {
         self.log.recycle(redo);
         let freed = self.extents.end_checkpoint();
         self.summaries.extend(self.extents.filled());
-        self.compacted.clear();
-        self.note_reclaimed();
+        let compacts = self.compactor.look_again();
+        self.note_reclaimed(compacts);
         tracing::debug!(shard = self.id.get(), %redo, freed_blocks = freed, "checkpoint");
         for token in std::mem::take(&mut self.checkpoint.waiters) {
             self.reply(token, Ok(Response::Checkpointed(redo)));

@@ -1,4 +1,4 @@
-//! Compaction: the emptiest extent is read by its summary, and what the maps still name in it moves elsewhere.
+//! Compaction: the emptiest extents are read by their summaries, and what the maps still name in them moves elsewhere.
 //!
 //! ```text
 //! home of the extent: summary read --> each item to the shard whose map would name it --Move--> ... --Moved--> next
@@ -9,7 +9,9 @@
 //! 2. A moved page keeps its version; its old place is given back as any place that the map left.
 //! 3. A map node moves by being marked dirty: the next checkpoint writes it elsewhere.
 //! 4. It stops for a checkpoint when many nodes are dirty: they can't leave memory before.
-//! 5. One extent at a time at each home, few pages at a time: commits and reads go on.
+//! 5. Few extents at a time at each home, and a bounded number of items: commits and reads go on.
+//! 6. It goes on beside checkpoints: what it moves is to them as what commits change.
+//! 7. It takes no place that is owed to a commit or a dirty node: rather, an item stays where it is.
 
 use super::message::Message;
 use super::requests::PendingKind;
@@ -19,21 +21,62 @@ use crate::error::Error;
 use crate::format::extent::{Item, ItemKind, NodeKey, decode_summary};
 use crate::map::Lookup;
 use crate::types::{BLOCK, ExtentNo, Place, ShardId};
+use smallvec::SmallVec;
 use std::collections::VecDeque;
 
 /// Extents with a larger share of live blocks (of 1,000) are left alone.
 const SHARE_MAX: u32 = 850;
-/// Pages on their way at a time.
-const MOVES_MAX: usize = 64;
+/// Extents being emptied at a time: enough to hide the latency of the device.
+const EXTENTS_MAX: usize = 4;
+/// Items on their way at a time, and the part of the memory that they may take.
+const MOVES_MAX: usize = 1024;
+const MOVES_MEMORY_SHARE: usize = 32;
+/// Extents that moves leave free beyond what is owed to commits and dirty nodes.
+const LEAVES_FREE: u64 = 3;
 
-/// The extent being emptied.
-pub(super) struct Compaction {
+/// The extents being emptied, and those that need no look.
+pub(super) struct Compactor {
+    under_way: Vec<Compaction>,
+    /// Many items are asked for together, so that neighbours are read together.
+    asks: bool,
+    /// Since the last checkpoint.
+    begun: hashbrown::HashSet<ExtentNo, foldhash::fast::FixedState>,
+    /// Until so many blocks have died there is nothing to find.
+    rests_until: u64,
+}
+
+/// An extent being emptied.
+struct Compaction {
     extent: ExtentNo,
     /// `None` until the summary is read.
     items: Option<Vec<Item>>,
     next: usize,
     /// Items that have not been answered.
     asked: usize,
+}
+
+impl Compactor {
+    pub(super) fn new(hasher: foldhash::fast::FixedState) -> Self {
+        let begun = hashbrown::HashSet::with_hasher(hasher);
+        Compactor { under_way: Vec::new(), asks: false, begun, rests_until: 0 }
+    }
+
+    /// Extents being emptied.
+    pub(super) fn count(&self) -> usize {
+        self.under_way.len()
+    }
+
+    /// A checkpoint has ended: every extent is worth a look again. Returns whether any was compacted since the last.
+    pub(super) fn look_again(&mut self) -> bool {
+        let some = !self.under_way.is_empty() || !self.begun.is_empty();
+        self.begun.clear();
+        self.rests_until = 0;
+        some
+    }
+
+    fn of(&mut self, extent: ExtentNo) -> Option<&mut Compaction> {
+        self.under_way.iter_mut().find(|c| c.extent == extent)
+    }
 }
 
 /// What homes have asked this shard to move.
@@ -45,24 +88,45 @@ pub(super) struct Moves {
 }
 
 impl Shard {
-    /// Begins with the emptiest extent; false if there is none worth it.
+    /// Begins with the emptiest extent, if there is one worth it; false if none is being emptied.
     pub(super) fn begin_compaction(&mut self) -> bool {
-        if self.compaction.is_some() || self.closing.is_some() || self.opening {
-            return self.compaction.is_some();
+        self.begin_one_more();
+        self.compactor.count() > 0
+    }
+
+    /// Whether one more is being emptied.
+    pub(super) fn begin_one_more(&mut self) -> bool {
+        let count = self.compactor.count();
+        let rests = self.extents.died() < self.compactor.rests_until;
+        // Each may fill as much again before it is free itself.
+        let may_move = self.may_move(1 + count as u64);
+        if count >= EXTENTS_MAX || !may_move || rests || self.closing.is_some() || self.opening {
+            return false;
         }
-        let compacted = &self.compacted;
-        let Some(extent) = self.extents.emptiest(SHARE_MAX, |no| compacted.contains(&no)) else { return false };
+        let Compactor { begun, under_way, .. } = &self.compactor;
+        let known = |no| begun.contains(&no) || under_way.iter().any(|c| c.extent == no);
+        let Some(extent) = self.extents.emptiest(SHARE_MAX, known) else {
+            // Looking costs; a tenth of an extent has to die before there can be much to find.
+            self.compactor.rests_until = self.extents.died() + u64::from(self.extents.data_blocks() / 10).max(1);
+            return false;
+        };
         let blocks = self.extents.summary_bytes() / BLOCK;
         if !self.ensure_frames(blocks as u32) {
             return false;
         }
         let into = (0..blocks).map(|_| self.arena.alloc(0).expect("frames were ensured")).collect();
         let place = self.extents.summary_place(extent);
-        self.compacted.insert(extent);
-        self.compaction = Some(Compaction { extent, items: None, next: 0, asked: 0 });
+        self.compactor.begun.insert(extent);
+        self.compactor.under_way.push(Compaction { extent, items: None, next: 0, asked: 0 });
         let offset = place.offset(self.limits.geometry.extent_bytes);
         self.submit(OpKind::SummaryRead(extent), DiskOp::Read { file: FileId::Data, offset, into });
         true
+    }
+
+    /// Whether there is space for moves, and for `more` extents; what commits have been promised is not touched.
+    pub(super) fn may_move(&self, more: u64) -> bool {
+        let left = (LEAVES_FREE + more) * u64::from(self.extents.data_blocks());
+        self.free_blocks() >= self.owed_blocks() + left
     }
 
     pub(super) fn summary_read(&mut self, extent: ExtentNo, completion: Completion) {
@@ -74,17 +138,17 @@ impl Shard {
             decode_summary(self.superblock.store_id, extent, crc, &bytes)
                 .map_err(|what| Error::corrupt(format_args!("the summary of extent {} {what}", extent.get())))
         });
-        match (items, &mut self.compaction) {
+        match (items, self.compactor.of(extent)) {
             (Ok(items), Some(compaction)) => compaction.items = Some(items),
-            (Err(error), Some(_)) => self.give_compaction_up(&error),
+            (Err(error), Some(_)) => self.give_compaction_up(extent, &error),
             (_, None) => {}
         }
     }
 
     /// The extent can't be emptied: it stays as it is, and is not tried again before the next checkpoint.
-    fn give_compaction_up(&mut self, error: &Error) {
-        if let Some(compaction) = &mut self.compaction {
-            tracing::warn!(extent = compaction.extent.get(), %error, "an extent can't be compacted");
+    fn give_compaction_up(&mut self, extent: ExtentNo, error: &Error) {
+        if let Some(compaction) = self.compactor.of(extent) {
+            tracing::warn!(extent = extent.get(), %error, "an extent can't be compacted");
             compaction.items = Some(Vec::new());
             compaction.next = 0;
         }
@@ -93,42 +157,52 @@ impl Shard {
     /// Moves on through the items.
     pub(super) fn advance_compaction(&mut self) {
         if self.failed.is_some() {
-            self.compaction = None;
-            return;
+            self.compactor.under_way.clear();
         }
-        loop {
-            let Some(c) = &mut self.compaction else { return };
-            let Some(items) = &mut c.items else { return };
-            if self.closing.is_some() {
-                items.truncate(c.next);
-            }
-            if c.asked >= MOVES_MAX {
-                return;
-            }
-            let Some(item) = items.get(c.next).copied() else { break };
-            c.next += 1;
-            c.asked += 1;
-            let place = Place { extent: c.extent, block: item.block };
-            let shard = match item.what {
-                ItemKind::Page(key, _) => self.deal.shard_of(key),
-                ItemKind::Node(key) => self.deal.owner(key.vshard),
+        let moves_max = MOVES_MAX.min(self.limits.memory_blocks as usize / MOVES_MEMORY_SHARE);
+        let mut asked: usize = self.compactor.under_way.iter().map(|c| c.asked).sum();
+        self.compactor.asks |= asked <= moves_max / 2;
+        let mut i = 0;
+        while i < self.compactor.under_way.len() {
+            let Compaction { extent, items, next, asked: of_this } = &mut self.compactor.under_way[i];
+            let Some(items) = items else {
+                i += 1;
+                continue;
             };
-            self.send(shard, Message::Move(item.what, place));
+            if self.closing.is_some() {
+                items.truncate(*next);
+            }
+            let room = if self.compactor.asks { moves_max.saturating_sub(asked) } else { 0 };
+            let some: SmallVec<[Item; 64]> = items.iter().skip(*next).take(room).copied().collect();
+            *next += some.len();
+            *of_this += some.len();
+            asked += some.len();
+            let (extent, done) = (*extent, *next == items.len() && *of_this == 0);
+            for item in some {
+                let shard = match item.what {
+                    ItemKind::Page(key, _) => self.deal.shard_of(key),
+                    ItemKind::Node(key) => self.deal.owner(key.vshard),
+                };
+                self.send(shard, Message::Move(item.what, Place { extent, block: item.block }));
+            }
+            if done {
+                self.compactor.under_way.remove(i);
+                self.stats.extents_compacted += 1;
+                self.again = true;
+            } else {
+                i += 1;
+            }
         }
-        if self.compaction.as_ref().is_some_and(|c| c.asked == 0) {
-            self.compaction = None;
-            self.stats.extents_compacted += 1;
-            self.again = true;
-        }
+        self.compactor.asks &= asked < moves_max;
     }
 
     /// An item has been dealt with.
-    pub(super) fn moved(&mut self, from: ShardId, error: Option<Error>) {
-        if let Some(c) = &mut self.compaction {
+    pub(super) fn moved(&mut self, from: ShardId, extent: ExtentNo, error: Option<Error>) {
+        if let Some(c) = self.compactor.of(extent) {
             c.asked -= 1;
         }
         match error {
-            Some(error) => self.give_compaction_up(&error),
+            Some(error) => self.give_compaction_up(extent, &error),
             None if from != self.id => self.extents.expect_left(),
             None => {}
         }
@@ -150,19 +224,24 @@ impl Shard {
                 self.need_checkpoint();
                 return;
             }
+            if !self.may_move(0) {
+                self.send(home, Message::Moved(place.extent, None));
+                self.moves_asked.asked.pop_front();
+                continue;
+            }
             match what {
                 ItemKind::Page(key, lsn) => {
                     // Versions that the table knows to be superseded need no read.
                     let known = self.table.find(key).map(|idx| &self.table.pages[idx]);
                     if known.is_some_and(|page| page.resolved && page.mapped_lsn != lsn) {
-                        self.send(home, Message::Moved(None));
+                        self.send(home, Message::Moved(place.extent, None));
                     } else {
                         let idx = self.table.get(key);
                         self.begin(None, PendingKind::Move(place, home), smallvec::smallvec![idx], |_| false);
                     }
                 }
                 ItemKind::Node(key) if self.reads_for_node(key, place) => return,
-                ItemKind::Node(_) => self.send(home, Message::Moved(None)),
+                ItemKind::Node(_) => self.send(home, Message::Moved(place.extent, None)),
             }
             self.moves_asked.asked.pop_front();
         }
@@ -189,9 +268,9 @@ impl Shard {
         self.again = true;
         self.moves_asked.reads_node = false;
         if error.is_some()
-            && let Some((home, ..)) = self.moves_asked.asked.pop_front()
+            && let Some((home, _, place)) = self.moves_asked.asked.pop_front()
         {
-            self.send(home, Message::Moved(error));
+            self.send(home, Message::Moved(place.extent, error));
         }
     }
 
@@ -217,7 +296,7 @@ impl Shard {
             self.moves.push(idx);
         }
         self.release(waiter);
-        self.send(home, Message::Moved(failed));
+        self.send(home, Message::Moved(from.extent, failed));
         self.again = true;
     }
 

@@ -298,7 +298,7 @@ impl Shard {
         }
         let busy = self.pending.iter().any(|(_, pending)| pending.is_own())
             || !self.cross.is_empty()
-            || self.compaction.is_some()
+            || self.compactor.count() > 0
             || !self.moves.is_empty();
         if !busy && !self.quiet {
             self.quiet = true;

@@ -69,8 +69,8 @@ pub enum Message {
     Spare(bool),
     /// Compaction wants this moved from here.
     Move(ItemKind, Place),
-    /// It is on its way, or needs not move; or it can't be.
-    Moved(Option<Error>),
+    /// Something in that extent is on its way, or needs not move; or it can't be.
+    Moved(ExtentNo, Option<Error>),
 }
 
 /// One shard's part of a commit.

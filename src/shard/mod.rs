@@ -58,7 +58,7 @@ use crate::options::Limits;
 use crate::pool::{Arena, Frame};
 use crate::types::{Deal, ExtentNo, Lsn, Micros, ShardId};
 use checkpoint::Checkpoint;
-use compaction::{Compaction, Moves};
+use compaction::{Compactor, Moves};
 use cross::Cross;
 use hashbrown::HashMap;
 use lead::Lead;
@@ -74,7 +74,8 @@ use writeback::{Capture, Unsettled};
 
 /// What an operation under way is for.
 enum OpKind {
-    PageRead(Vec<PageRead>),
+    /// Pages, and `None` for what lies between them.
+    PageRead(Vec<Option<PageRead>>),
     NodeRead(NodeWanted),
     /// The log write of a group.
     GroupLog(u64),
@@ -154,8 +155,7 @@ pub struct Shard {
     reserved_blocks: u64,
     moves: Vec<usize>,
     moves_asked: Moves,
-    compaction: Option<Compaction>,
-    compacted: hashbrown::HashSet<ExtentNo, foldhash::fast::FixedState>,
+    compactor: Compactor,
     checkpoint: Checkpoint,
     lead: Lead,
     summaries: Vec<ExtentNo>,
@@ -340,7 +340,7 @@ impl Shard {
             Message::Denied => self.space_denied(),
             Message::Spare(urgent) => self.spare_space(from, urgent),
             Message::Move(what, place) => self.move_asked(from, what, place),
-            Message::Moved(error) => self.moved(from, error),
+            Message::Moved(extent, error) => self.moved(from, extent, error),
         }
     }
 

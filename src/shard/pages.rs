@@ -26,6 +26,9 @@ use hashbrown::HashMap;
 use slab::Slab;
 use smallvec::SmallVec;
 
+/// Blocks between two reads that are read too, to make one of them: 16 KiB take a device no longer than 4 KiB, about.
+const READ_GAP_MAX: u32 = 1;
+
 /// A page in the table.
 pub(super) struct Page {
     pub key: PageKey,
@@ -301,10 +304,41 @@ impl Shard {
         }
         self.memory_short |= !later.is_empty();
         self.reads_wanted = later;
-        for run in coalesce::plan(blocks, self.limits.vectored_pages_max) {
+        let runs = coalesce::plan(blocks, self.limits.vectored_pages_max);
+        let runs = coalesce::bridge(runs, READ_GAP_MAX, self.limits.vectored_pages_max);
+        for run in runs {
+            self.submit_read(run);
+        }
+    }
+
+    /// One operation for a run of pages, or, without memory for what lies between them, one for each.
+    fn submit_read(&mut self, run: coalesce::Run<Option<(PageRead, Frame)>>) {
+        let gaps = run.items.iter().filter(|item| item.is_none()).count() as u32;
+        let bridges = gaps == 0 || self.ensure_frames(gaps);
+        let (mut reads, mut into, mut first) = (Vec::new(), SmallVec::new(), run.place);
+        for (block, item) in (run.place.block..).zip(run.items) {
+            match item {
+                Some((read, frame)) => {
+                    reads.push(Some(read));
+                    into.push(frame);
+                }
+                None if bridges => {
+                    reads.push(None);
+                    into.push(self.arena.alloc(0).expect("frames were ensured"));
+                }
+                None => {
+                    self.submit_page_read(first, std::mem::take(&mut reads), std::mem::take(&mut into));
+                    first.block = block + 1;
+                }
+            }
+        }
+        self.submit_page_read(first, reads, into);
+    }
+
+    fn submit_page_read(&mut self, first: Place, reads: Vec<Option<PageRead>>, into: SmallVec<[Frame; 4]>) {
+        if !reads.is_empty() {
             self.stats.device_reads += 1;
-            let (reads, into): (Vec<_>, _) = run.items.into_iter().unzip::<_, _, Vec<_>, smallvec::SmallVec<_>>();
-            let offset = run.place.offset(self.limits.geometry.extent_bytes);
+            let offset = first.offset(self.limits.geometry.extent_bytes);
             self.submit(OpKind::PageRead(reads), DiskOp::Read { file: FileId::Data, offset, into });
         }
     }
@@ -321,9 +355,10 @@ impl Shard {
     }
 
     /// Pages arrive from the device.
-    pub(super) fn pages_read(&mut self, reads: Vec<PageRead>, completion: Completion) {
+    pub(super) fn pages_read(&mut self, reads: Vec<Option<PageRead>>, completion: Completion) {
         let DiskOp::Read { into, .. } = completion.op else { unreachable!("a read completes as a read") };
         for (read, frame) in reads.into_iter().zip(into) {
+            let Some(read) = read else { continue };
             let page = &mut self.table.pages[read.page];
             page.loading = false;
             if page.frame.is_some() || page.absent || page.entry != Some(read.entry) {

@@ -2,7 +2,7 @@
 
 use super::Shard;
 use super::checkpoint::{Checkpoint, NewEpoch};
-use super::compaction::Moves;
+use super::compaction::{Compactor, Moves};
 use super::lead::Lead;
 use super::order::Waits;
 use super::pages::Table;
@@ -90,8 +90,7 @@ impl Shard {
             reserved_blocks: 0,
             moves: Vec::new(),
             moves_asked: Moves::default(),
-            compaction: None,
-            compacted: hashbrown::HashSet::with_hasher(hasher()),
+            compactor: Compactor::new(hasher()),
             checkpoint: Checkpoint::default(),
             lead: Lead::new(parts.new_epoch),
             summaries: Vec::new(),

@@ -5,7 +5,9 @@
 //! 2. `Full` only when nothing can give space any more: no growth, no checkpoint that would free places, nothing to
 //!    compact. Until then a commit waits.
 //! 3. The space grows only while more than [`FILL_PERCENT`] of it is live; else it is reclaimed.
-//! 4. The leader makes the file longer, for whoever asks; if it can't, the others give of what they have.
+//! 4. Compaction keeps free and spent extents together at [`AHEAD_SHARE`] of the space, checkpoint or not; a checkpoint is
+//!    asked for when it frees enough extents to be worth its writes, or when a commit waits.
+//! 5. The leader makes the file longer, for whoever asks; if it can't, the others give of what they have.
 
 use super::admission::Need;
 use super::message::Message;
@@ -19,12 +21,18 @@ use std::collections::VecDeque;
 
 /// Above this share of live blocks the space grows, below it it is compacted.
 const FILL_PERCENT: u64 = 70;
-/// Extents that commits leave to map nodes, checkpoints and compaction; frees may use half of them.
+/// Extents that commits leave to map nodes, checkpoints and compaction.
 const RESERVE_EXTENTS: u64 = 8;
+/// The same for commits that only free pages: a full store must be able to become less full.
+const FREES_RESERVE_EXTENTS: u64 = 3;
 /// Extents beyond `data_bytes_max` that the engine may take for itself, to finish a recovery or a checkpoint.
 const BEYOND_EXTENTS: u32 = 64;
-/// Checkpoints in a row without a gain, while a commit waits for space, after which there is none to be had.
-const FRUITLESS_MAX: u32 = 4;
+/// This part of the space is kept free or spent, beyond the reserve.
+const AHEAD_SHARE: u32 = 10;
+/// What checkpoints in a row without a gain may come to, while a commit waits for space, before there is none to be had:
+/// one that found nothing to compact counts [`FRUITLESS_IDLE`] times.
+const FRUITLESS_MAX: u32 = 16;
+const FRUITLESS_IDLE: u32 = 4;
 /// After a failed growth the next is tried this much later.
 pub(super) const GROW_RETRY_US: Micros = 1_000_000;
 
@@ -70,7 +78,7 @@ pub(super) struct Space {
 pub(super) struct Reclaiming {
     /// Free blocks at most since a commit had to wait.
     best: u64,
-    /// Checkpoints since `best` was reached.
+    /// Checkpoints since `best` was reached, weighted.
     fruitless: u32,
     /// Live blocks when it was given up: it is tried again when something was freed.
     given_up_at: Option<u64>,
@@ -91,13 +99,13 @@ impl Shard {
         Some(place)
     }
 
-    fn free_blocks(&self) -> u64 {
+    pub(super) fn free_blocks(&self) -> u64 {
         let space = self.extents.space();
         u64::from(space.free) * u64::from(space.data_blocks)
     }
 
     /// Blocks that what is dirty now will take.
-    fn owed_blocks(&self) -> u64 {
+    pub(super) fn owed_blocks(&self) -> u64 {
         self.reserved_blocks + self.reserved.space_blocks + self.map.dirty_count() as u64
     }
 
@@ -105,8 +113,8 @@ impl Shard {
     pub(super) fn admit_space(&mut self, need: &Need) -> Result<bool> {
         // Each change may take a block as a slot and another later; its map nodes come on top.
         let blocks = 2 * need.changes + need.nodes;
-        let reserve = RESERVE_EXTENTS * u64::from(self.extents.data_blocks());
-        let reserve = if need.frees_only { reserve / 2 } else { reserve };
+        let reserve = if need.frees_only { FREES_RESERVE_EXTENTS } else { RESERVE_EXTENTS };
+        let reserve = reserve * u64::from(self.extents.data_blocks());
         let wanted = self.owed_blocks() + blocks + reserve;
         if self.free_blocks() >= wanted {
             self.space.reclaiming = Reclaiming::default();
@@ -127,14 +135,14 @@ impl Shard {
         ))
     }
 
-    /// A checkpoint has ended: what was retired is free.
-    pub(super) fn note_reclaimed(&mut self) {
+    /// A checkpoint has ended: what was retired is free. `compacts`: extents were compacted during it.
+    pub(super) fn note_reclaimed(&mut self, compacts: bool) {
         let free = self.free_blocks();
         let r = &mut self.space.reclaiming;
         if free > r.best {
             *r = Reclaiming { best: free, ..Reclaiming::default() };
         } else if self.space.stalled || self.now < self.space.wanted_until {
-            r.fruitless += 1;
+            r.fruitless += if compacts { 1 } else { FRUITLESS_IDLE };
         }
     }
 
@@ -163,14 +171,8 @@ impl Shard {
 
     /// Whether space is being made, or can be, for `wanted` free blocks in all; does what is next for it.
     fn reclaim(&mut self, wanted: u64) -> bool {
-        if self.space.growing || self.checkpoint_under_way() || self.compaction.is_some() || !self.moves.is_empty() {
+        if self.space.growing || (self.wants_growth() && self.grow(0)) {
             return true;
-        }
-        if self.wants_growth() && self.grow(0) {
-            return true;
-        }
-        if self.spare_blocks() < wanted {
-            return self.grow(0);
         }
         let named = self.named_blocks();
         if self.space.reclaiming.given_up_at.is_some_and(|at| named >= at) {
@@ -180,13 +182,22 @@ impl Shard {
             self.space.reclaiming = Reclaiming { given_up_at: Some(named), ..Reclaiming::default() };
             return self.grow(0);
         }
+        // What is on its way may yet leave places: pages that were freed, above all.
+        let unsettled = self.reserved_blocks + self.captures.len() as u64;
+        if self.spare_blocks() + unsettled + self.owed_blocks() < wanted {
+            return self.grow(0);
+        }
+        let moving = self.begin_compaction() || !self.moves.is_empty();
+        if self.checkpoint_under_way() {
+            return true;
+        }
         let is_dirty = self.reserved_blocks > 0 || self.page_writes > 0 || self.map.dirty_count() > 0;
-        if self.extents.left_count() > 0 || is_dirty {
+        if self.extents.coming() > 0 || (!moving && (self.extents.left_count() > 0 || is_dirty)) {
             // What is dirty leaves places when it is written.
             self.need_checkpoint();
             return true;
         }
-        self.begin_compaction() || self.grow(0)
+        moving || self.grow(0)
     }
 
     /// Whether most of the space is live, so that reclaiming would give little.
@@ -203,8 +214,11 @@ impl Shard {
             return;
         }
         let space = self.extents.space();
-        let low = u64::from(space.total / 8).max(RESERVE_EXTENTS + 2) * u64::from(space.data_blocks);
-        if self.free_blocks() >= low + self.owed_blocks() {
+        // Beyond what commits may not use.
+        let blocks = |extents: u64| extents * u64::from(space.data_blocks);
+        let ahead = blocks(u64::from(space.total / AHEAD_SHARE).max(4));
+        let free = self.free_blocks().saturating_sub(self.owed_blocks() + blocks(RESERVE_EXTENTS));
+        if free >= ahead {
             return;
         }
         if (self.wants_growth() && self.grow(0)) || (self.recovering.is_some() && self.grow(BEYOND_EXTENTS)) {
@@ -212,19 +226,22 @@ impl Shard {
         }
         if self.opening {
             // Opening has an end: places that redo has left are retired if they are needed, and nothing is moved.
-            if self.recovering.is_some() && self.free_blocks() < low / 4 && self.extents.left_count() > 0 {
+            if self.recovering.is_some() && self.free_blocks() < ahead / 2 && self.extents.left_count() > 0 {
                 self.need_checkpoint();
             }
             return;
         }
-        if self.checkpoint_under_way() || self.compaction.is_some() {
+        let coming = self.extents.coming();
+        while free + coming + blocks(self.compactor.count() as u64) < ahead && self.begin_one_more() {}
+        let moving = self.compactor.count() > 0;
+        if self.checkpoint_under_way() {
             return;
         }
-        // Dirty nodes leave their places with the next checkpoint.
-        let left = (self.extents.left_count() + self.map.dirty_count()) as u64;
-        let pays = left >= low / 4 || self.dirty_nodes_are_many();
         let stalled = self.space.stalled || self.now < self.space.wanted_until;
-        if pays || (!self.begin_compaction() && left > 0 && stalled) {
+        let pays = coming >= ahead / 2 || (coming > 0 && free < ahead / 4);
+        // Dirty nodes leave their places with the next checkpoint.
+        let left = self.extents.left_count() + self.map.dirty_count();
+        if pays || self.dirty_nodes_are_many() || (stalled && !moving && left > 0) {
             self.need_checkpoint();
         }
     }
@@ -263,7 +280,8 @@ impl Shard {
                 self.send(of, Message::Denied);
                 continue;
             }
-            let chunk = (count / 8).clamp(4, 64);
+            // An eighth of what one shard has.
+            let chunk = (count / u32::from(self.deal.shards_count()) / 8).clamp(4, 64);
             let to = count.saturating_add(chunk).min(most);
             self.space.growth_under_way = true;
             let table = |extents: u32| table_offset(extents.div_ceil(TABLE_ROWS), 0);

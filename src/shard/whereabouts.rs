@@ -16,10 +16,13 @@ impl Shard {
     /// What it waits for, for the message about a run that hangs.
     pub fn whereabouts(&self) -> String {
         format!(
-            "{} pending, {} ready, {} finished, {} ops, {} waiting for durability, open group of {} urgent {}, {} groups \
-             in flight, flushing {}, {} dirty, {} captures, {} page writes, {} blocks reserved, {} dirty nodes, \
-             checkpoint {:?}, compaction {}, {} moves, growing {}, stalled for space {}, {} segments free, {} frames free, \
+            "{:?} with {} left and {} coming, {} pending, {} ready, {} finished, {} ops, {} waiting for durability, \
+             open group of {} urgent {}, {} groups in flight, flushing {}, {} dirty, {} captures, {} page writes, {} blocks reserved, {} dirty nodes, \
+             checkpoint {:?}, {} extents being compacted, {} moves, growing {}, stalled for space {}, {} segments free, {} frames free, \
              next {} watermark {}, failed {:?}, closing {}",
+            self.extents.space(),
+            self.extents.left_count(),
+            self.extents.coming(),
             self.pending.len(),
             self.ready.len(),
             self.finished.len(),
@@ -35,7 +38,7 @@ impl Shard {
             self.reserved_blocks,
             self.map.dirty_count(),
             self.checkpoint,
-            self.compaction.is_some(),
+            self.compactor.count(),
             self.moves.len(),
             self.space.growing,
             self.space.stalled,
@@ -71,7 +74,7 @@ impl std::fmt::Debug for Shard {
             .field("checkpoint", &self.checkpoint)
             .field("space", &self.extents.space())
             .field("left", &self.extents.left_count())
-            .field("compacting", &self.compaction.is_some())
+            .field("compacting", &self.compactor.count())
             .field("growing", &self.space.growing)
             .field("failed", &self.failed)
             .finish()

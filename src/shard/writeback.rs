@@ -147,8 +147,8 @@ impl Shard {
         for idx in std::mem::take(&mut self.moves) {
             let page = &self.table.pages[idx];
             let (key, lsn) = (page.key, page.lsn);
-            // Changed since: its new version leaves the old place anyway.
-            let moves = !page.absent && lsn == page.mapped_lsn;
+            // Changed since: its new version leaves the old place anyway. Without space it stays.
+            let moves = !page.absent && lsn == page.mapped_lsn && self.may_move(0);
             let from = page.entry.filter(|_| moves).map(|e| e.place());
             let to = from.and_then(|from| Some((from, self.alloc_block(Stream::Moved, ItemKind::Page(key, lsn))?)));
             let Some((from, place)) = to else {

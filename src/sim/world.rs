@@ -28,6 +28,8 @@ use std::collections::BTreeMap;
 
 /// Events after the answer to `Close` within which all shards are closed.
 const CLOSING_MAX: u32 = 10_000;
+/// Steps without an event of the disk, after which somebody asks for a checkpoint.
+const QUIET_STEPS_MAX: u32 = 10_000;
 
 /// The world.
 pub struct World {
@@ -224,14 +226,27 @@ impl World {
         if self.rng.one_in(10) {
             let until = self.disk.events() + events;
             while self.disk.events() < until {
-                self.step()?;
+                self.busy_steps()?;
             }
             return self.close();
         }
         self.disk.cut_power_after(events);
         while !self.disk.is_off() {
-            self.step()?;
+            self.busy_steps()?;
         }
+        Ok(())
+    }
+
+    /// Some steps. A store that does nothing on the disk (it refuses everything as full, maybe) gets a checkpoint to do.
+    fn busy_steps(&mut self) -> Outcome {
+        let before = self.disk.events();
+        for _ in 0..QUIET_STEPS_MAX {
+            self.step()?;
+            if self.disk.events() > before || self.disk.is_off() {
+                return Ok(());
+            }
+        }
+        self.ask(Request::Checkpoint);
         Ok(())
     }
 

@@ -36,16 +36,18 @@ impl Extents {
     /// Redo is over: no more items come from the log.
     pub(crate) fn end_adoption(&mut self) {
         for i in 0..self.extents.len() {
-            let extent = &mut self.extents[i];
+            let (no, extent) = (ExtentNo::new(i as u32), &mut self.extents[i]);
             if extent.state != ExtentState::Adopting {
                 continue;
             }
             // A summary that lists everything is as good as a last one.
             let listed = extent.items.len() == extent.summarized;
-            extent.state = if listed { ExtentState::Closed } else { ExtentState::Closing };
             if listed {
                 extent.items = Vec::new();
-                self.free_if_empty(ExtentNo::new(i as u32));
+                self.edit(no, |extent| extent.state = ExtentState::Closed);
+                self.free_if_empty(no);
+            } else {
+                extent.state = ExtentState::Closing;
             }
         }
     }
@@ -73,11 +75,12 @@ impl Extents {
     pub(crate) fn take_over(&mut self, named: Vec<(Place, ItemKind)>, retired: Vec<Place>, left: Vec<Place>) {
         for (place, what) in named {
             self.list(place, what);
-            self.extents[place.extent.index()].live += 1;
+            self.edit(place.extent, |extent| extent.live += 1);
             self.live_blocks += 1;
         }
         for place in retired.iter().chain(&left) {
             self.extents[place.extent.index()].excluded += 1;
+            self.dies(*place);
         }
         self.retiring.extend(retired);
         self.left_captured.extend(left);
