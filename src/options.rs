@@ -64,6 +64,10 @@ pub struct Options {
     pub txn_bytes_max: u64,
     /// Most bytes of data space; 0: as much as the file system gives.
     pub data_bytes_max: u64,
+    /// Of a hundred blocks of data space, how many are to be live before the space grows; below that, dead blocks are
+    /// reclaimed by moving what lives among them (30 to 85, default 70). Lower: more disk for the same pages, and
+    /// sustained overwriting is faster, since less is moved for each page written.
+    pub fill_percent: u32,
     /// Requests under way at a time, over all handles (default 4,096); more wait, and then get `Busy`.
     pub requests_max: usize,
     /// The cores to run on, one shard each (default: all that the opening thread may use).
@@ -91,6 +95,7 @@ impl Default for Options {
             inline_pages_max: 4,
             txn_bytes_max: 4 * MIB,
             data_bytes_max: 0,
+            fill_percent: 70,
             requests_max: 4096,
             cores: None,
             shards: None,
@@ -114,6 +119,8 @@ pub(crate) struct Limits {
     pub inline_pages_max: usize,
     pub txn_bytes_max: u64,
     pub data_extents_max: u32,
+    /// Of a hundred blocks of data space, how many are to be live before it grows.
+    pub fill_percent: u32,
     pub requests_max: usize,
     /// Blocks of the buffer in which a log group gathers. An eighth of a segment, so that the end of a segment
     /// that is too small for the next group wastes little; at most 1 MiB, enough for 8,000 small commits, and at most
@@ -176,6 +183,7 @@ impl Options {
         within("log_writes_max", self.log_writes_max as u64, 1, 8)?;
         within("inline_pages_max", self.inline_pages_max as u64, 0, 64)?;
         within("txn_bytes_max", self.txn_bytes_max, 4 * KIB, 64 * MIB)?;
+        within("fill_percent", self.fill_percent.into(), 30, 85)?;
         within("requests_max", self.requests_max as u64, 1, 1 << 20)?;
         power_of_two("ring_entries", self.ring_entries.into(), 16, 4096)?;
         let group_bytes = (geometry.segment_bytes / 8).min(MIB).min(1 << (memory_bytes / 64).ilog2());
@@ -195,6 +203,7 @@ impl Options {
                 0 => u32::MAX,
                 bytes => (bytes / geometry.extent_bytes).max(1) as u32,
             },
+            fill_percent: self.fill_percent,
             requests_max: self.requests_max,
             group_blocks: group_blocks as u32,
         })

@@ -152,7 +152,11 @@ pub fn latency(plan: &Plan) -> Vec<Row> {
 
 /// Whole pages at random, each a durable commit, over a space in which everything has been written before.
 pub fn overwrites(plan: &Plan) -> Vec<Row> {
-    let options = all_cores(256 * MIB);
+    [70, 40].into_iter().map(|fill_percent| overwrites_at(plan, fill_percent)).collect()
+}
+
+fn overwrites_at(plan: &Plan, fill_percent: u32) -> Row {
+    let options = Options { fill_percent, ..all_cores(256 * MIB) };
     let field = Field::sown(open(plan, "overwrite", &options), plan.pages / 2);
     let fio = Fio::new(plan, plan.pages);
     let in_flight = if plan.pages < 100_000 { 256 } else { 1024 };
@@ -189,14 +193,14 @@ pub fn overwrites(plan: &Plan) -> Vec<Row> {
         after.extents_total * options.geometry.extent_bytes / MIB,
     );
     verified(plan, "overwrite", &options, field, true);
-    vec![Row {
-        what: format!("durable 4 KiB overwrites, {in_flight} on {} shards", plan.shards),
+    Row {
+        what: format!("durable 4 KiB overwrites, {in_flight} on {} shards, fill {fill_percent} %", plan.shards),
         engine,
         reference,
         measure: Measure::Rate,
         target: Target::RatioMin(1.5),
         note,
-    }]
+    }
 }
 
 /// Nothing happens.

@@ -57,6 +57,10 @@ pub struct Arguments {
     /// Memory for pages, for example 512M or 4GiB [default: 256MiB]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     memory: Option<u64>,
+    /// Of the data space, how much is to be live before it grows: lower takes more disk, and overwriting is faster
+    #[arg(long, value_name = "PERCENT", default_value_t = Options::default().fill_percent,
+        value_parser = clap::value_parser!(u32).range(30..=85))]
+    fill_percent: u32,
     /// How pages reach the disk
     #[arg(long, value_enum, default_value_t = DriverChoice::Auto)]
     driver: DriverChoice,
@@ -98,6 +102,7 @@ impl Arguments {
             cores: self.cores.clone(),
             shards: self.shards,
             poll: self.poll,
+            fill_percent: self.fill_percent,
             ..Options::default()
         };
         if let Some(bytes) = self.memory {

@@ -8,7 +8,8 @@
 //! 1. A turn only when something arrived, the deadline has passed, or the watermark has reached what is waited for.
 //! 2. The thread parks only if after saying so it finds nothing to do, no task of its own either.
 //! 3. All that a lap submits goes to the device in one call.
-//! 4. Polling ends: a core that spins without end can starve the kernel's workers that complete its own writes.
+//! 4. Polling ends, and stops while a flush is under way: a core that spins can starve the kernel's workers that flush.
+//! 5. Completions are taken in parts, so that the device has work while the rest is taken.
 //!
 //! It does *not* know which disk, executor or thread it runs on.
 
@@ -16,16 +17,21 @@ use super::local::{LOCAL, Local};
 use super::machine::{Deed, Machine};
 use super::shared::{Port, Shared};
 use crate::commit::GlobalOrder;
-use crate::disk::{Completion, Disk};
+use crate::disk::{Completion, Disk, DiskOp};
 use crate::mesh::{Lanes, raised};
 use crate::shard::Token;
 use crate::types::{Lsn, Micros, ShardId};
 use hashbrown::HashSet;
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
 /// Requests taken from the inbox in one lap, and as many from tasks.
 const BATCH: usize = 256;
+
+/// Completions taken in one lap at most: this part of what is at the device, and no fewer than so many.
+const COMPLETIONS_SHARE: usize = 4;
+const COMPLETIONS_MIN: usize = 4;
 
 /// Microseconds since a moment that all shards share: the drivers are where the shards' clock comes from.
 #[derive(Clone, Copy)]
@@ -78,7 +84,11 @@ pub(super) struct Driver<M: Machine, D: Disk> {
     local: Local,
     /// Requests of handles that the shard has and has not answered.
     accepted: HashSet<Token, foldhash::fast::FixedState>,
-    completions: Vec<Completion>,
+    reaped: Vec<Completion>,
+    /// Reaped, and not taken yet.
+    completions: VecDeque<Completion>,
+    /// Flushes under way.
+    flushes: usize,
     /// The watermark that this thread has seen.
     seen: Lsn,
     due: Option<Micros>,
@@ -98,7 +108,9 @@ impl<M: Machine, D: Disk> Driver<M, D> {
             rig,
             disk,
             accepted: HashSet::default(),
-            completions: Vec::new(),
+            reaped: Vec::new(),
+            completions: VecDeque::new(),
+            flushes: 0,
             seen,
             due: None,
             turned: false,
@@ -180,11 +192,18 @@ impl<M: Machine, D: Disk> Driver<M, D> {
         )
     }
 
+    /// Takes a part of what has completed: what it leads to goes to the device while the rest is taken. All at once, and
+    /// device and core would wait for each other in turns.
     fn take_completions(&mut self) -> bool {
-        self.disk.reap(&mut self.completions);
-        let any = !self.completions.is_empty();
-        self.completions.drain(..).for_each(|completion| self.rig.machine.complete(completion));
-        any
+        self.disk.reap(&mut self.reaped);
+        self.completions.extend(self.reaped.drain(..));
+        let some =
+            COMPLETIONS_MIN.max(self.rig.machine.ops_under_way() / COMPLETIONS_SHARE).min(self.completions.len());
+        for completion in self.completions.drain(..some) {
+            self.flushes -= usize::from(matches!(completion.op, DiskOp::Flush { .. }));
+            self.rig.machine.complete(completion);
+        }
+        some > 0
     }
 
     fn is_due(&self) -> bool {
@@ -201,7 +220,10 @@ impl<M: Machine, D: Disk> Driver<M, D> {
         while let Some(deed) = self.rig.machine.next_deed() {
             any = true;
             match deed {
-                Deed::Submit(id, op) => self.disk.submit(id, op),
+                Deed::Submit(id, op) => {
+                    self.flushes += usize::from(matches!(op, DiskOp::Flush { .. }));
+                    self.disk.submit(id, op);
+                }
                 Deed::Send(to, message) => self.rig.lanes.send(to, message),
                 Deed::Reply(token, result) if token.0 & LOCAL != 0 => self.local.reply(token, result),
                 Deed::Reply(token, result) => {
@@ -240,6 +262,8 @@ impl<M: Machine, D: Disk> Driver<M, D> {
 
     fn rest(&mut self) {
         match self.rig.pace {
+            // A worker of the kernel flushes, maybe on this very core.
+            Pace::For(_) if self.flushes > 0 => {}
             Pace::For(us) if self.now.saturating_sub(self.active_at) >= us => {}
             _ => return std::hint::spin_loop(),
         }

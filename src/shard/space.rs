@@ -4,7 +4,7 @@
 //! 1. Every dirty page and every slot has a block reserved; map nodes and compaction have a reserve of their own.
 //! 2. `Full` only when nothing can give space any more: no growth, no checkpoint that would free places, nothing to
 //!    compact. Until then a commit waits.
-//! 3. The space grows only while more than [`FILL_PERCENT`] of it is live; else it is reclaimed.
+//! 3. The space grows only while more of it than `Options::fill_percent` is live; else it is reclaimed.
 //! 4. Compaction keeps free and spent extents together at [`AHEAD_SHARE`] of the space, checkpoint or not; a checkpoint is
 //!    asked for when it frees enough extents to be worth its writes, or when a commit waits.
 //! 5. The leader makes the file longer, for whoever asks; if it can't, the others give of what they have.
@@ -19,8 +19,6 @@ use crate::map::Stream;
 use crate::types::{BLOCK, ExtentNo, Micros, Place, ShardId};
 use std::collections::VecDeque;
 
-/// Above this share of live blocks the space grows, below it it is compacted.
-const FILL_PERCENT: u64 = 70;
 /// Extents that commits leave to map nodes, checkpoints and compaction.
 const RESERVE_EXTENTS: u64 = 8;
 /// The same for commits that only free pages: a full store must be able to become less full.
@@ -205,7 +203,7 @@ impl Shard {
         let space = self.extents.space();
         let reserve = RESERVE_EXTENTS * u64::from(space.data_blocks);
         let live = self.named_blocks() + self.owed_blocks() + reserve;
-        live * 100 > u64::from(space.total) * u64::from(space.data_blocks) * FILL_PERCENT
+        live * 100 > u64::from(space.total) * u64::from(space.data_blocks) * u64::from(self.limits.fill_percent)
     }
 
     /// Keeps some extents free ahead of need.

@@ -269,6 +269,7 @@ fn sustained_overwrites_keep_most_of_the_space_live() {
         let shards = 1 + (seed % 2) as u16;
         let mut options = workload::options(&mut rng);
         options.geometry.vshards_count = options.geometry.vshards_count.max(2);
+        options.fill_percent = 70;
         let data_blocks = u64::from(data_blocks(options.geometry.extent_blocks()));
         let mut world =
             World::new(Plan { options: Some(options), profile: Some(profile), shards: shards..=shards, ..quiet(seed) });

@@ -162,6 +162,7 @@ pub fn options(rng: &mut Rng) -> Options {
         inline_pages_max: *rng.pick(&[0, 1, 4, 4, 16]),
         txn_bytes_max: *rng.pick(&[128 << 10, 256 << 10, 4 << 20]),
         data_bytes_max: 0,
+        fill_percent: *rng.pick(&[40, 70, 70, 85]),
         requests_max: rng.within(32, 64) as usize,
         ..Options::default()
     }
