@@ -24,6 +24,7 @@
 //! It plans; the shard writes.
 
 mod adoption;
+mod dead;
 
 use super::foreign::Foreign;
 use crate::format::extent::{Item, ItemKind, TableRow, data_blocks, encode_summary, summary_at, summary_blocks};
@@ -365,13 +366,6 @@ impl Extents {
         self.per_vshard[vshard.index()].left.push(place);
     }
 
-    /// The map names `place` no more; it is retired later.
-    fn dies(&mut self, place: Place) {
-        self.edit(place.extent, |extent| extent.dead += 1);
-        self.dead_blocks += 1;
-        self.died += 1;
-    }
-
     /// Changes the counts of an extent, and keeps the number of spent ones true.
     fn edit(&mut self, no: ExtentNo, change: impl FnOnce(&mut Extent)) {
         let extent = &mut self.extents[no.index()];
@@ -473,35 +467,5 @@ impl Extents {
             *extent = FREE;
             self.free.insert(no.get());
         }
-    }
-
-    /// The closed extent with the least blocks that are named, if there are some and their share is below `share_max` (of
-    /// 1,000). It looks at every extent.
-    pub(crate) fn emptiest(&self, share_max: u32, except: impl Fn(ExtentNo) -> bool) -> Option<ExtentNo> {
-        let limit = self.data_blocks() * share_max / 1000;
-        let named = |extent: &Extent| extent.live - extent.dead;
-        self.extents
-            .iter()
-            .enumerate()
-            .map(|(i, e)| (ExtentNo::new(i as u32), e))
-            .filter(|(_, e)| e.state == ExtentState::Closed && e.assigned == 0 && (1..=limit).contains(&named(e)))
-            .filter(|(no, _)| !except(*no))
-            .min_by_key(|(_, e)| named(e))
-            .map(|(no, _)| no)
-    }
-
-    /// Blocks left by the map that no checkpoint has retired yet.
-    pub(crate) fn left_count(&self) -> usize {
-        self.expected + self.dead_blocks
-    }
-
-    /// Blocks that died since the store was opened: a clock of what compaction could find.
-    pub(crate) fn died(&self) -> u64 {
-        self.died
-    }
-
-    /// Blocks that a checkpoint gives back, as far as is known here.
-    pub(crate) fn coming(&self) -> u64 {
-        u64::from(self.spent) * u64::from(self.data_blocks()) + self.expected as u64
     }
 }
