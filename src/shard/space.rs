@@ -4,7 +4,8 @@
 //! 1. Every dirty page and every slot has a block reserved; map nodes and compaction have a reserve of their own.
 //! 2. `Full` only when nothing can give space any more: no growth, no checkpoint that would free places, nothing to
 //!    compact. Until then a commit waits.
-//! 3. The space grows only while more of it than `Options::fill_percent` is live; else it is reclaimed.
+//! 3. The space grows only while more of it than `Options::fill_percent` is live, the size of the log aside; else it is
+//!    reclaimed.
 //! 4. Compaction keeps free and spent extents together at [`AHEAD_SHARE`] of the space, checkpoint or not; a checkpoint is
 //!    asked for when it frees enough extents to be worth its writes, or when a commit waits.
 //! 5. The leader makes the file longer, for whoever asks; if it can't, the others give of what they have.
@@ -198,12 +199,15 @@ impl Shard {
         moving || self.grow(0)
     }
 
-    /// Whether most of the space is live, so that reclaiming would give little.
+    /// Whether most of the space is live, so that reclaiming would give little. As many dead blocks as the log has are let
+    /// be: a store that is small beside its log would else be compacted without end.
     fn wants_growth(&self) -> bool {
-        let space = self.extents.space();
+        let (space, geometry) = (self.extents.space(), &self.limits.geometry);
         let reserve = RESERVE_EXTENTS * u64::from(space.data_blocks);
         let live = self.named_blocks() + self.owed_blocks() + reserve;
-        live * 100 > u64::from(space.total) * u64::from(space.data_blocks) * u64::from(self.limits.fill_percent)
+        let let_be = geometry.segment_bytes * u64::from(geometry.segments_count) / BLOCK as u64;
+        let filled = (u64::from(space.total) * u64::from(space.data_blocks)).saturating_sub(let_be);
+        live * 100 > filled * u64::from(self.limits.fill_percent)
     }
 
     /// Keeps some extents free ahead of need.
