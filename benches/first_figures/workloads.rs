@@ -152,7 +152,7 @@ pub fn latency(plan: &Plan) -> Vec<Row> {
 
 /// Whole pages at random, each a durable commit, over a space in which everything has been written before.
 pub fn overwrites(plan: &Plan) -> Vec<Row> {
-    [70, 40].into_iter().map(|fill_percent| overwrites_at(plan, fill_percent)).collect()
+    [70, 30].into_iter().map(|fill_percent| overwrites_at(plan, fill_percent)).collect()
 }
 
 fn overwrites_at(plan: &Plan, fill_percent: u32) -> Row {
