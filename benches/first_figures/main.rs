@@ -124,7 +124,7 @@ fn main() {
         let known: Vec<_> = WORKLOADS.iter().map(|(name, _)| *name).collect();
         panic!("no workload {unknown}: there are {}", known.join(", "));
     }
-    let parent = arguments.dir.clone().unwrap_or_else(|| PathBuf::from("."));
+    let parent = arguments.dir.clone().unwrap_or_else(|| PathBuf::from(env!("CARGO_TARGET_TMPDIR")));
     let dir = tempfile::Builder::new().prefix("corepage-bench-").tempdir_in(parent).expect("a directory can be made");
     let plan = plan(&arguments, dir.path().to_path_buf());
     let mut report = Report::begin(&plan, arguments.small);

@@ -177,8 +177,9 @@ fn overwrites_at(plan: &Plan, fill_percent: u32) -> Row {
     }
     let after = block_on(field.store.stats()).expect("counters");
     let note = format!(
-        "{:.2} bytes written a byte (log {:.2}, moved {:.2}, map {:.2}), {:.2} read; written over {:.1} times before and {:.1} times then; {} checkpoints, \
-         {:.0} commits a flush, {:.0} % of {} MiB live; fio's best",
+        "{:.2} bytes written a byte (log {:.2}, moved {:.2}, map {:.2}), {:.2} read; \
+         written over {:.1} times before and {:.1} times then; {} checkpoints, {:.0} commits a flush, \
+         {:.0} % of {} MiB live; fio's best",
         bytes as f64 / (commits * PAGE as f64),
         (after.log_bytes - before.log_bytes) as f64 / (commits * PAGE as f64),
         (after.pages_moved - before.pages_moved) as f64 / commits,

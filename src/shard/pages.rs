@@ -26,7 +26,8 @@ use hashbrown::HashMap;
 use slab::Slab;
 use smallvec::SmallVec;
 
-/// Blocks between two reads that are read too, to make one of them: 16 KiB take a device no longer than 4 KiB, about.
+/// Blocks between two reads that are read too, to make one of them. With more, the bytes cost what the operations save (see
+/// decision 14).
 const READ_GAP_MAX: u32 = 1;
 
 /// A page in the table.

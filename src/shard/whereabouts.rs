@@ -17,9 +17,9 @@ impl Shard {
     pub fn whereabouts(&self) -> String {
         format!(
             "{:?} with {} left and {} coming, {} pending, {} ready, {} finished, {} ops, {} waiting for durability, \
-             open group of {} urgent {}, {} groups in flight, flushing {}, {} dirty, {} captures, {} page writes, {} blocks reserved, {} dirty nodes, \
-             checkpoint {:?}, {} extents being compacted, {} moves, growing {}, stalled for space {}, {} segments free, {} frames free, \
-             next {} watermark {}, failed {:?}, closing {}",
+             open group of {} urgent {}, {} groups in flight, flushing {}, {} dirty, {} captures, {} page writes, \
+             {} blocks reserved, {} dirty nodes, checkpoint {:?}, {} extents being compacted, {} moves, growing {}, \
+             stalled for space {}, {} segments free, {} frames free, next {} watermark {}, failed {:?}, closing {}",
             self.extents.space(),
             self.extents.left_count(),
             self.extents.coming(),
