@@ -152,14 +152,14 @@ pub fn latency(plan: &Plan) -> Vec<Row> {
 
 /// Whole pages at random, each a durable commit, over a space in which everything has been written before.
 pub fn overwrites(plan: &Plan) -> Vec<Row> {
-    [70, 30].into_iter().map(|fill_percent| overwrites_at(plan, fill_percent)).collect()
+    [70, 50, 30].into_iter().map(|fill_percent| overwrites_at(plan, fill_percent)).collect()
 }
 
 fn overwrites_at(plan: &Plan, fill_percent: u32) -> Row {
     let options = Options { fill_percent, ..all_cores(256 * MIB) };
     let field = Field::sown(open(plan, "overwrite", &options), plan.pages / 2);
     let fio = Fio::new(plan, plan.pages);
-    let in_flight = if plan.pages < 100_000 { 256 } else { 1024 };
+    let in_flight = if plan.pages < 100_000 { 256 } else { 2048 };
     let run = Run { work: Work::Put, at: Where::Shards, in_flight, time: plan.warm, round: 1 };
     let warm = field.run(run);
     let warmed = warm.rate * plan.warm.as_secs_f64() / field.pages() as f64;
