@@ -10,12 +10,14 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 /// The most bytes of a volume's name.
 pub const NAME_BYTES_MAX: usize = 255;
 const MAGIC: [u8; 8] = *b"CPVOLUME";
+/// Of a volume with pages that are to be freed: a program that does not know of it must not take the record for another.
+const MAGIC_CUT: [u8; 8] = *b"CPVOLCUT";
 
 /// A volume's record, at the start of its page; zeros follow.
 #[repr(C)]
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 pub struct VolumeRecord {
-    /// `CPVOLUME`.
+    /// `CPVOLUME`; `CPVOLCUT`: pages from `bytes` on are to be freed, since the volume was deleted or made smaller.
     pub magic: [u8; 8],
     /// CRC32C of the page, this field as zeros.
     pub crc: U32,
@@ -31,29 +33,40 @@ pub struct VolumeRecord {
 
 const _: () = assert!(size_of::<VolumeRecord>() == 280);
 
+/// What a volume's page says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Volume {
+    /// Empty: the volume was deleted, and only its pages are still to be freed.
+    pub name: String,
+    /// Its size.
+    pub bytes: u64,
+    /// Pages from `bytes` on are to be freed: it was deleted, or made smaller.
+    pub is_cut: bool,
+}
+
 /// The page for a volume.
-pub fn encode(name: &str, bytes: u64) -> Vec<u8> {
+pub fn encode(volume: &Volume) -> Vec<u8> {
     let mut page = vec![0; BLOCK];
-    let len = name.len().min(NAME_BYTES_MAX);
+    let len = volume.name.len().min(NAME_BYTES_MAX);
     let mut record = VolumeRecord {
-        magic: MAGIC,
+        magic: if volume.is_cut { MAGIC_CUT } else { MAGIC },
         crc: 0.into(),
         name_len: (len as u16).into(),
         reserved: 0.into(),
-        bytes: bytes.into(),
+        bytes: volume.bytes.into(),
         name: [0; 256],
     };
-    record.name[..len].copy_from_slice(&name.as_bytes()[..len]);
+    record.name[..len].copy_from_slice(&volume.name.as_bytes()[..len]);
     put(&mut page, 0, &record);
     let crc = U32::from(crc_around(0, &page, offset_of!(VolumeRecord, crc)));
     put(&mut page, offset_of!(VolumeRecord, crc), &crc);
     page
 }
 
-/// Name and bytes; the message says what is wrong.
-pub fn decode(page: &[u8]) -> Result<(String, u64), &'static str> {
+/// What the page says; else the message says what is wrong.
+pub fn decode(page: &[u8]) -> Result<Volume, &'static str> {
     let record: &VolumeRecord = get(page, 0).ok_or("is too short")?;
-    if record.magic != MAGIC {
+    if record.magic != MAGIC && record.magic != MAGIC_CUT {
         return Err("is not a volume's record");
     }
     if crc_around(0, page, offset_of!(VolumeRecord, crc)) != record.crc.get() {
@@ -61,5 +74,5 @@ pub fn decode(page: &[u8]) -> Result<(String, u64), &'static str> {
     }
     let name = record.name.get(..usize::from(record.name_len.get())).ok_or("has a name that is too long")?;
     let name = std::str::from_utf8(name).map_err(|_| "has a name that is not UTF-8")?;
-    Ok((name.to_string(), record.bytes.get()))
+    Ok(Volume { name: name.to_string(), bytes: record.bytes.get(), is_cut: record.magic == MAGIC_CUT })
 }

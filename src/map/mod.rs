@@ -5,4 +5,4 @@ mod foreign;
 mod tree;
 
 pub(crate) use extents::{Extents, Stream};
-pub(crate) use tree::{Lookup, Map, NodeIdx};
+pub(crate) use tree::{LEAF_PAGES, Lookup, Map, NextLeaf, NodeIdx};

@@ -13,6 +13,10 @@
 //!
 //! It does not read or write the device, allocate places, or know which pages are cached.
 
+mod leaves;
+
+pub(crate) use leaves::NextLeaf;
+
 use crate::checksum::crc32c;
 use crate::format::extent::NodeKey;
 use crate::format::node::{self, Child, Entry};
@@ -23,6 +27,8 @@ use crate::types::{BLOCK, Lsn, PageKey, Place, VShard, VolumeId};
 use hashbrown::HashMap;
 use std::collections::BTreeSet;
 
+/// Pages of a leaf: 64.
+pub(crate) const LEAF_PAGES: u64 = 1 << LEAF_BITS;
 const LEAF_BITS: u32 = 6;
 const NODE_BITS: u32 = 8;
 

@@ -56,8 +56,8 @@ impl Runtime {
     /// Submits a request to the shard that it belongs to; once this returns, dropping the reply does not undo it.
     ///
     /// The pages of a read belong to one shard; a commit goes to the shard of its first changed page, or of the first
-    /// that it read; what any shard can answer goes to each in turn. [`Request::Stats`] is for
-    /// [`submit_to`](Self::submit_to), or it is the first shard's.
+    /// that it read; what any shard can answer goes to each in turn. [`Request::Stats`] and
+    /// [`Request::Allocated`] are for [`submit_to`](Self::submit_to), or they are the first shard's.
     pub(crate) async fn submit(&self, request: Request) -> Result<Reply> {
         let shard = self.shard_for(&request);
         self.submit_to(shard, request).await
@@ -78,7 +78,7 @@ impl Runtime {
                 let next = self.next.fetch_add(1, Ordering::Relaxed) % usize::from(self.deal.shards_count());
                 return ShardId::new(next as u16);
             }
-            Request::Checkpoint | Request::Stats | Request::Close => None,
+            Request::Checkpoint | Request::Allocated(_) | Request::Stats | Request::Close => None,
         };
         key.map_or(first, |key| self.deal.shard_of(*key))
     }

@@ -76,7 +76,7 @@ impl Machine for Toy {
                 self.closed = true;
             }
             Request::Stats => panic!("planted by a test"),
-            Request::Read(_) => unreachable!("toys have no pages"),
+            Request::Read(_) | Request::Allocated(_) => unreachable!("toys have no pages"),
         }
     }
 

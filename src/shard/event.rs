@@ -1,10 +1,11 @@
 //! What goes into a shard and what comes out of it.
 
-use super::Message;
+use super::pins::Pin;
+use super::{Message, PageRange};
 use crate::disk::{DiskOp, OpId};
 use crate::error::Result;
 use crate::pool::FrameRef;
-use crate::types::{BLOCK, Lsn, PageKey, ShardId};
+use crate::types::{BLOCK, Lsn, PageId, PageKey, ShardId};
 use bytes::Bytes;
 use smallvec::SmallVec;
 use std::ops::Deref;
@@ -19,6 +20,8 @@ pub enum Request {
     /// The newest version of these pages, durable or not; unwritten pages read as zeros. At most
     /// `vectored_pages_max` of them.
     Read(SmallVec<[PageKey; 1]>),
+    /// The pages of this shard in a part of a volume that are not absent.
+    Allocated(PageRange),
     /// One atomic commit.
     Commit(Commit),
     /// Replies when every commit acknowledged before is durable.
@@ -65,6 +68,13 @@ pub enum Change {
 pub enum Response {
     /// To `Read`, in the order asked.
     Pages(SmallVec<[PageRef; 1]>),
+    /// To `Allocated`: first and last pages of ranges, in order; where to go on, if that was not all.
+    Allocated {
+        /// What was found.
+        ranges: Vec<(PageId, PageId)>,
+        /// Everything before it was told.
+        next: Option<PageId>,
+    },
     /// To `Commit`: its LSN; for a commit without changes the highest LSN it read.
     Committed(Lsn),
     /// To `Flush`: everything up to here is durable.
@@ -92,18 +102,21 @@ pub enum Effect {
 
 /// A page as it was when read: pinned and immutable, without a copy. Dereferences to its 4,096 bytes.
 ///
-/// A pin keeps memory from being reused: hold it briefly. It stays valid after the store is closed.
+/// A pin keeps memory from being reused: hold it briefly. A handle can hold pins of a quarter of the memory; then reads get
+/// `Busy`. It stays valid after the store is closed.
 #[derive(Clone, Debug)]
 pub struct PageRef {
     frame: Option<FrameRef>,
     lsn: Lsn,
+    /// Of the handle that read it.
+    pub(super) pin: Option<Pin>,
 }
 
 static ZEROS: [u8; BLOCK] = [0; BLOCK];
 
 impl PageRef {
     pub(crate) fn new(frame: Option<FrameRef>, lsn: Lsn) -> Self {
-        PageRef { frame, lsn }
+        PageRef { frame, lsn, pin: None }
     }
 
     /// The LSN of the commit that wrote this version; zero for an absent page. It may not be durable yet:

@@ -16,6 +16,7 @@
 //! It names no file system, ring, clock, thread or random source: drivers and the simulator do.
 
 mod admission;
+mod allocated;
 mod checkpoint;
 mod commits;
 mod compaction;
@@ -28,6 +29,7 @@ mod message;
 mod order;
 mod pages;
 mod part;
+mod pins;
 mod redo;
 mod requests;
 mod setup;
@@ -37,10 +39,12 @@ mod together;
 mod whereabouts;
 mod writeback;
 
+pub use allocated::PageRange;
 pub(crate) use checkpoint::NewEpoch;
 pub(crate) use commits::LSN_AHEAD_MAX;
 pub use event::{Change, Commit, Effect, PageRef, Request, Response, Token};
 pub use message::Message;
+pub(crate) use pins::{Pins, Taken};
 pub(crate) use redo::Recovering;
 pub(crate) use setup::Setup;
 #[cfg(test)]

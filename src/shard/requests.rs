@@ -5,6 +5,7 @@
 //! 2. A request is `ready`/`finished` exactly once, when the last page that it needs is there or has failed.
 //! 3. Replies that promise durability wait in `waiting`, ordered by LSN, for the watermark.
 
+use super::allocated::Walk;
 use super::event::{Commit, PageRef, Request, Response, Token};
 use super::part::Part;
 use super::redo::RedoChange;
@@ -26,6 +27,7 @@ pub(super) struct Pending {
 
 pub(super) enum PendingKind {
     Read,
+    Walk(Box<Walk>),
     Commit(Commit),
     /// Of a commit over shards.
     Part(Box<Part>),
@@ -46,7 +48,7 @@ impl Pending {
 
     /// Whether a caller waits for it.
     pub fn is_own(&self) -> bool {
-        matches!(self.kind, PendingKind::Read | PendingKind::Commit(_))
+        matches!(self.kind, PendingKind::Read | PendingKind::Walk(_) | PendingKind::Commit(_))
     }
 
     /// How many of the pages are there because they were read.
@@ -112,6 +114,10 @@ impl Shard {
                 let pages = keys.iter().map(|key| self.table.get(*key)).collect();
                 self.begin(Some(token), PendingKind::Read, pages, |_| true);
             }
+            Request::Allocated(asked) => {
+                let walk = self.begin_walk(asked);
+                self.begin(Some(token), PendingKind::Walk(walk), SmallVec::new(), |_| false);
+            }
             Request::Commit(commit) if !self.is_local(&commit) => self.begin_cross(token, commit),
             Request::Commit(commit) => {
                 let reads = commit.reads.iter().map(|(key, _)| *key);
@@ -165,7 +171,7 @@ impl Shard {
             ))),
             Request::WaitDurable(lsn) if *lsn <= self.order.watermark() => Ok(()),
             Request::Flush | Request::WaitDurable(_) | Request::Checkpoint => self.failed.clone().map_or(Ok(()), Err),
-            Request::Read(_) | Request::Stats | Request::Close => Ok(()),
+            Request::Read(_) | Request::Allocated(_) | Request::Stats | Request::Close => Ok(()),
         }
     }
 
@@ -211,7 +217,7 @@ impl Shard {
             match pending.kind {
                 PendingKind::Commit(_) | PendingKind::Redo(_) => self.ready.push_back(waiter),
                 PendingKind::Part(_) => self.ready_parts.push_back(waiter),
-                PendingKind::Read | PendingKind::Move(..) => self.finished.push_back(waiter),
+                PendingKind::Read | PendingKind::Walk(_) | PendingKind::Move(..) => self.finished.push_back(waiter),
             }
         }
     }
@@ -236,6 +242,7 @@ impl Shard {
         while let Some(waiter) = self.finished.pop_front() {
             match self.pending[waiter].kind {
                 PendingKind::Move(from, home) => self.move_ready(waiter, from, home),
+                PendingKind::Walk(_) => self.walk(waiter),
                 _ => self.finish_read(waiter),
             }
         }

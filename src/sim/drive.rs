@@ -11,8 +11,8 @@ use super::workload::Ask;
 use super::world::{Outcome, World};
 use crate::error::Result as StoreResult;
 use crate::metrics::ShardStats;
-use crate::shard::{Commit, PageRef, Request, Response, Token};
-use crate::types::{Deal, Micros, PageKey, ShardId};
+use crate::shard::{Commit, PageRange, PageRef, Request, Response, Token};
+use crate::types::{Deal, Micros, PageId, PageKey, ShardId, VolumeId};
 use smallvec::SmallVec;
 use std::collections::BTreeMap;
 
@@ -280,23 +280,52 @@ impl World {
 
     /// Reads pages of one shard in the same way; an error of the store is an answer.
     pub(super) fn try_read_now(&mut self, keys: &[PageKey]) -> Outcome<StoreResult<SmallVec<[PageRef; 1]>>> {
+        let shard = self.cluster().deal().shard_of(keys[0]);
+        match self.ask_now(shard, Request::Read(keys.iter().copied().collect()))? {
+            Ok(Response::Pages(pages)) => Ok(Ok(pages)),
+            Ok(other) => Err(format!("reading {keys:?}: {other:?}")),
+            Err(error) => Ok(Err(error)),
+        }
+    }
+
+    /// The pages of a volume that there are, by all shards, in order, asked for in parts of about `ranges_max` ranges.
+    pub(super) fn allocated_now(&mut self, volume: VolumeId, ranges_max: usize) -> Outcome<Vec<PageId>> {
+        let mut all = Vec::new();
+        for shard in self.cluster().deal().shards() {
+            let mut next = Some(PageId::new(0));
+            while let Some(first) = next {
+                let asked = PageRange { volume, first, last: PageId::new(u64::MAX), ranges_max };
+                match self.ask_now(shard, Request::Allocated(asked))? {
+                    Ok(Response::Allocated { ranges, next: then }) => {
+                        all.extend(ranges.iter().flat_map(|(a, b)| a.get()..=b.get()).map(PageId::new));
+                        next = then;
+                    }
+                    other => return Err(format!("asking for what is allocated: {other:?}")),
+                }
+            }
+        }
+        all.sort_unstable();
+        Ok(all)
+    }
+
+    /// Asks a shard past the judge, while nothing else is under way.
+    fn ask_now(&mut self, shard: ShardId, request: Request) -> Outcome<StoreResult<Response>> {
         self.next_token += 1;
         let token = Token(self.next_token);
+        let what = format!("{request:?}");
         let cluster = self.cluster.as_mut().expect("the store is open");
-        let shard = cluster.deal().shard_of(keys[0]);
-        cluster.request(shard, token, Request::Read(keys.iter().copied().collect()));
+        cluster.request(shard, token, request);
         for _ in 0..100_000 {
-            let turn = cluster.step()?.ok_or_else(|| format!("reading {keys:?} hangs: {}", cluster.describe()))?;
+            let turn = cluster.step()?.ok_or_else(|| format!("{what} hangs: {}", cluster.describe()))?;
             if let Some(violation) = cluster.violation() {
                 return Err(violation);
             }
             match turn.replies.into_iter().next() {
                 None => {}
-                Some((of, Ok(Response::Pages(pages)))) if of == token => return Ok(Ok(pages)),
-                Some((of, Err(error))) if of == token => return Ok(Err(error)),
-                Some((of, reply)) => return Err(format!("reading {keys:?}: {of:?} {reply:?}")),
+                Some((of, answer)) if of == token => return Ok(answer),
+                Some((of, answer)) => return Err(format!("{what}: {of:?} {answer:?}")),
             }
         }
-        Err(format!("reading {keys:?} never ends: {}", cluster.describe()))
+        Err(format!("{what} never ends: {}", cluster.describe()))
     }
 }

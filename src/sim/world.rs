@@ -23,8 +23,8 @@ use crate::error::Result as StoreResult;
 use crate::metrics::ShardStats;
 use crate::options::Options;
 use crate::shard::{PageRef, Request, Response, Token};
-use crate::types::{Lsn, ShardId};
-use std::collections::BTreeMap;
+use crate::types::{Lsn, PageId, PageKey, ShardId, VolumeId};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Events after the answer to `Close` within which all shards are closed.
 const CLOSING_MAX: u32 = 10_000;
@@ -362,10 +362,23 @@ impl World {
     /// Holds the whole state against the model; returns the cut that it shows.
     fn check(&mut self, opened: Opened) -> Outcome<Lsn> {
         let universe = self.workload.profile.universe.clone();
+        let mut there = BTreeSet::new();
         // Not all at once: there may be less memory than pages.
         for keys in universe.chunks(100) {
             let pages = self.read_now(keys)?;
             self.oracle.judge_state(opened.cut, opened.clean, &pages)?;
+            there.extend(pages.iter().filter(|(_, page)| !page.is_absent()).map(|(key, _)| *key));
+        }
+        let volumes: BTreeSet<VolumeId> = universe.iter().map(|key| key.volume).collect();
+        for volume in volumes {
+            let ranges_max = 1 + self.rng.below(8) as usize;
+            let mut told = self.allocated_now(volume, ranges_max)?;
+            // Some tests write pages that are not of the workload.
+            told.retain(|page| universe.contains(&PageKey::new(volume, *page)));
+            let read: Vec<PageId> = there.iter().filter(|key| key.volume == volume).map(|key| key.page).collect();
+            if told != read {
+                return Err(format!("{volume:?} is said to have {told:?}, but reads find {read:?}"));
+            }
         }
         Ok(opened.cut)
     }

@@ -8,43 +8,62 @@
 //! 3. Volumes are named in the catalog (volume 0) by ordinary transactions: creation is as atomic and durable as any
 //!    commit.
 
+mod catalog;
 mod on_shard;
+mod read;
+mod scan;
+mod space;
 mod txn;
 mod volume;
 
 pub use on_shard::ShardHandle;
+pub use scan::Scan;
+pub use space::Allocated;
 pub use txn::{PageView, Txn};
 pub use volume::{Durability, Volume};
 
 use crate::disk::portable::DiskReport;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::catalog;
 use crate::format::root::VOLUMES_MAX;
 use crate::metrics::ShardStats;
 use crate::options::Options;
 use crate::recovery::RecoveryReport;
 use crate::runtime::{Runtime, RuntimeReport};
-use crate::shard::{Change, Commit, PageRef, Request, Response};
-use crate::types::{BLOCK, Lsn, PageId, PageKey, VolumeId};
-use bytes::Bytes;
+use crate::shard::{Commit, PageRef, Pins, Request, Response};
+use crate::types::{BLOCK, Lsn};
 use smallvec::SmallVec;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Pages of one read request; larger reads are split.
 const READ_PAGES: usize = 64;
+/// The part of the memory that one handle can pin.
+const PINS_SHARE: u64 = 4;
 
 /// An open store. Clones are handles to the same one; it ends without a clean close (as in a crash: nothing
 /// acknowledged as durable is lost) when the last handle is dropped, and cleanly by [`close`](Store::close).
-#[derive(Clone)]
+///
+/// Volumes, transactions and scans belong to the handle that they were made from: it may hold pins of a quarter of the memory,
+/// a clone of it as many of its own.
 pub struct Store {
     inner: Arc<Inner>,
+    pins: Arc<Pins>,
 }
 
 struct Inner {
     runtime: Runtime,
     read_pages: usize,
     closing: Mutex<bool>,
+    /// What all handles to each volume share.
+    volumes: Box<[Arc<catalog::Shared>]>,
+    /// Held while a volume is made smaller, larger or deleted.
+    resizing: Arc<async_lock::Mutex<()>>,
+}
+
+impl Clone for Store {
+    fn clone(&self) -> Self {
+        Store { inner: self.inner.clone(), pins: self.pins.another() }
+    }
 }
 
 impl std::fmt::Debug for Store {
@@ -63,8 +82,13 @@ impl Store {
     /// says which. `Io`, `Full`: the directory can't be written.
     pub async fn open(dir: impl AsRef<Path>, options: Options) -> Result<Store> {
         let read_pages = options.vectored_pages_max.min(READ_PAGES);
+        let pins = Pins::new((options.memory_bytes / BLOCK as u64 / PINS_SHARE) as usize);
         let runtime = Runtime::start(dir.as_ref().to_path_buf(), options).await?;
-        Ok(Store { inner: Arc::new(Inner { runtime, read_pages, closing: Mutex::new(false) }) })
+        let volumes = (0..VOLUMES_MAX).map(|_| Arc::default()).collect();
+        let (closing, resizing) = Default::default();
+        let store = Store { inner: Arc::new(Inner { runtime, read_pages, closing, volumes, resizing }), pins };
+        store.begin_finishing().await?;
+        Ok(store)
     }
 
     /// What opening found and did.
@@ -88,6 +112,11 @@ impl Store {
         &self.inner.runtime.report
     }
 
+    /// The same handle once more.
+    fn same_handle(&self) -> Store {
+        Store { inner: self.inner.clone(), pins: self.pins.clone() }
+    }
+
     pub(crate) async fn ask(&self, request: Request) -> Result<Response> {
         self.inner.runtime.submit(request).await?.await
     }
@@ -96,94 +125,9 @@ impl Store {
         committed(self.ask(Request::Commit(commit)).await?)
     }
 
-    pub(crate) async fn read(&self, keys: &[PageKey]) -> Result<Vec<PageRef>> {
-        let most = self.inner.read_pages;
-        let deal = self.inner.runtime.deal();
-        if keys.len() <= most && keys.iter().all(|key| deal.shard_of(*key) == deal.shard_of(keys[0])) {
-            return Ok(pages(self.ask(Request::Read(keys.into())).await?)?.into_vec());
-        }
-        // Each shard reads what is its own, all at once.
-        let mut by_shard: Vec<Vec<usize>> = deal.shards().map(|_| Vec::new()).collect();
-        for (i, key) in keys.iter().enumerate() {
-            by_shard[deal.shard_of(*key).index()].push(i);
-        }
-        let mut asked = Vec::new();
-        for part in by_shard.iter().flat_map(|part| part.chunks(most)) {
-            let request = Request::Read(part.iter().map(|i| keys[*i]).collect());
-            asked.push((part, self.inner.runtime.submit(request).await?));
-        }
-        let mut found: Vec<Option<PageRef>> = keys.iter().map(|_| None).collect();
-        for (part, reply) in asked {
-            for (i, page) in part.iter().zip(pages(reply.await?)?) {
-                found[*i] = Some(page);
-            }
-        }
-        found.into_iter().collect::<Option<_>>().ok_or_else(|| Error::corrupt("a read gave fewer pages than asked for"))
-    }
-
-    /// Creates volume `name` of `bytes` bytes; durable on return. All its pages read as zeros.
-    ///
-    /// # Errors
-    /// `Invalid`: the name is taken, empty or longer than 255 bytes, the size is no multiple of 4,096, or there are
-    /// 247 volumes already. `Full`: no space.
-    pub async fn create_volume(&self, name: &str, bytes: u64) -> Result<Volume> {
-        if name.is_empty() || name.len() > catalog::NAME_BYTES_MAX || name.chars().any(char::is_control) {
-            return Err(Error::invalid(format_args!(
-                "volume name {name:?}: it must have 1 to 255 bytes and no control characters"
-            )));
-        }
-        if bytes == 0 || !bytes.is_multiple_of(BLOCK as u64) {
-            return Err(Error::invalid(format_args!(
-                "a volume of {bytes} bytes: it must be a multiple of {BLOCK}, not 0"
-            )));
-        }
-        loop {
-            match self.try_create(name, bytes).await {
-                Err(error) if error.kind() == ErrorKind::Conflict => {}
-                other => return other,
-            }
-        }
-    }
-
-    async fn try_create(&self, name: &str, bytes: u64) -> Result<Volume> {
-        let keys: Vec<PageKey> = catalog_keys().collect();
-        let pages = self.read(&keys).await?;
-        let mut free = None;
-        for (key, page) in keys.iter().zip(&pages) {
-            if page.is_absent() {
-                free = free.or(Some(*key));
-            } else if decode(*key, page)?.0 == name {
-                return Err(Error::invalid(format_args!("a volume named {name} exists already")));
-            }
-        }
-        let key = free.ok_or_else(|| Error::invalid("there are 247 volumes, the most that a store can have"))?;
-        // Numbers are given in order, so two creations at a time, of the same name or not, meet at the first free page.
-        let reads = keys.iter().zip(&pages).take_while(|(k, _)| **k <= key).map(|(k, page)| (*k, page.lsn())).collect();
-        let record = Bytes::from(catalog::encode(name, bytes));
-        self.commit(Commit { reads, changes: vec![(key, Change::Put(record))], durable: true }).await?;
-        Ok(Volume::new(self.clone(), VolumeId::new(key.page.get() as u8), name, bytes))
-    }
-
-    /// The volume `name`, if there is one.
-    pub async fn volume(&self, name: &str) -> Result<Option<Volume>> {
-        Ok(self.volumes().await?.into_iter().find(|volume| volume.name() == name))
-    }
-
-    /// All volumes, by number.
-    pub async fn volumes(&self) -> Result<Vec<Volume>> {
-        let keys: Vec<PageKey> = catalog_keys().collect();
-        let pages = self.read(&keys).await?;
-        let mut volumes = Vec::new();
-        for (key, page) in keys.into_iter().zip(pages).filter(|(_, page)| !page.is_absent()) {
-            let (name, bytes) = decode(key, &page)?;
-            volumes.push(Volume::new(self.clone(), VolumeId::new(key.page.get() as u8), &name, bytes));
-        }
-        Ok(volumes)
-    }
-
     /// Begins a transaction.
     pub fn begin(&self) -> Txn {
-        Txn::new(self.clone())
+        Txn::new(self.same_handle())
     }
 
     /// Returns when everything acknowledged before the call, on any handle, is durable; up to which LSN that is.
@@ -253,14 +197,6 @@ impl Store {
         self.inner.runtime.ended().await;
         result
     }
-}
-
-fn catalog_keys() -> impl Iterator<Item = PageKey> {
-    (1..VOLUMES_MAX as u64).map(|n| PageKey::new(VolumeId::CATALOG, PageId::new(n)))
-}
-
-fn decode(key: PageKey, page: &[u8]) -> Result<(String, u64)> {
-    catalog::decode(page).map_err(|what| Error::corrupt(format_args!("catalog page {:?} {what}", key.page)))
 }
 
 fn committed(response: Response) -> Result<Lsn> {

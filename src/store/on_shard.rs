@@ -7,25 +7,29 @@
 use super::{Store, Volume, committed, pages};
 use crate::error::{Error, Result};
 use crate::runtime::Local;
-use crate::shard::{Change, Commit, PageRef, Request};
+use crate::shard::{Change, Commit, PageRef, Pins, Request};
 use crate::types::{Lsn, PageId, PageKey, ShardId};
 use smallvec::SmallVec;
 use std::future::Future;
+use std::sync::Arc;
 
 /// A shard, for a task that runs on its thread.
 #[derive(Clone)]
-pub struct ShardHandle(Local);
+pub struct ShardHandle {
+    local: Local,
+    pins: Arc<Pins>,
+}
 
 impl std::fmt::Debug for ShardHandle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:?}", self.0.shard())
+        write!(f, "{:?}", self.local.shard())
     }
 }
 
 impl ShardHandle {
     /// The shard's number.
     pub fn shard(&self) -> usize {
-        self.0.shard().index()
+        self.local.shard().index()
     }
 
     /// The newest version of a page of this shard, durable or not.
@@ -33,8 +37,10 @@ impl ShardHandle {
     /// # Errors
     /// `Invalid`: the page belongs to another shard. Else as [`Volume::read`].
     pub async fn read(&self, volume: &Volume, page: PageId) -> Result<PageRef> {
-        let read = self.0.call(Request::Read(SmallVec::from_buf([volume.key(page)]))).await?;
-        pages(read)?.pop().ok_or_else(|| Error::corrupt("a read gave no page"))
+        volume.check()?;
+        let mut pins = Pins::take(&self.pins, 1)?;
+        let read = self.local.call(Request::Read(SmallVec::from_buf([volume.key(page)]))).await?;
+        pages(read)?.pop().map(|page| page.counted(&mut pins)).ok_or_else(|| Error::corrupt("a read gave no page"))
     }
 
     /// Pages of this shard, at most `vectored_pages_max` of them, in the order asked.
@@ -42,8 +48,11 @@ impl ShardHandle {
     /// # Errors
     /// As [`read`](Self::read), of the first page that fails.
     pub async fn read_many(&self, volume: &Volume, ids: &[PageId]) -> Result<SmallVec<[PageRef; 1]>> {
+        volume.check()?;
+        let mut pins = Pins::take(&self.pins, ids.len())?;
         let keys: SmallVec<[PageKey; 1]> = ids.iter().map(|page| volume.key(*page)).collect();
-        pages(self.0.call(Request::Read(keys)).await?)
+        let pages = pages(self.local.call(Request::Read(keys)).await?)?;
+        Ok(pages.into_iter().map(|page| page.counted(&mut pins)).collect())
     }
 
     /// One atomic commit of changes of a volume's pages, in order; durable on return. Cheapest if the pages are this
@@ -52,8 +61,9 @@ impl ShardHandle {
     /// # Errors
     /// As [`Volume::apply`].
     pub async fn commit(&self, volume: &Volume, changes: Vec<(PageId, Change)>) -> Result<Lsn> {
+        volume.check()?;
         let changes = changes.into_iter().map(|(page, change)| (volume.key(page), change)).collect();
-        committed(self.0.call(Request::Commit(Commit { reads: Vec::new(), changes, durable: true })).await?)
+        committed(self.local.call(Request::Commit(Commit { reads: Vec::new(), changes, durable: true })).await?)
     }
 
     /// Runs `future` as a task of its own on this thread; it goes on if the result is dropped.
@@ -65,7 +75,7 @@ impl ShardHandle {
         T: Send + 'static,
         F: Future<Output = T> + 'static,
     {
-        self.0.spawn(future)
+        self.local.spawn(future)
     }
 }
 
@@ -103,6 +113,7 @@ impl Store {
             let count = self.shards_count();
             return Err(Error::invalid(format_args!("there is no shard {shard}: the store has {count}, from 0 on")));
         }
-        self.inner.runtime.spawn_on(ShardId::new(shard as u16), |local| make(ShardHandle(local)))
+        let pins = self.pins.another();
+        self.inner.runtime.spawn_on(ShardId::new(shard as u16), |local| make(ShardHandle { local, pins }))
     }
 }

@@ -122,7 +122,7 @@ impl Txn {
 
     fn key(&self, volume: &Volume, page: PageId) -> Result<PageKey> {
         if std::sync::Arc::ptr_eq(&self.store.inner, &volume.store().inner) {
-            return Ok(volume.key(page));
+            return volume.check().map(|()| volume.key(page));
         }
         Err(Error::invalid(format_args!("volume {} belongs to another store than the transaction", volume.name())))
     }

@@ -1,7 +1,8 @@
 //! A volume: a sparse space of pages with a name.
 
 use super::Store;
-use crate::error::{Error, Result};
+use super::catalog::Shared;
+use crate::error::{Error, ErrorKind, Result};
 use crate::shard::{Change, Commit, PageRef};
 use crate::types::{Lsn, PageId, PageKey, VolumeId};
 use bytes::Bytes;
@@ -17,17 +18,32 @@ pub enum Durability {
 }
 
 /// A handle to one volume. Pages are 4,096 bytes; those never written, or freed, read as zeros.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Volume {
     store: Store,
     id: VolumeId,
     name: Arc<str>,
-    bytes: u64,
+    shared: Arc<Shared>,
+}
+
+impl Clone for Volume {
+    fn clone(&self) -> Self {
+        let (id, name, shared) = (self.id, self.name.clone(), self.shared.clone());
+        Volume { store: self.store.same_handle(), id, name, shared }
+    }
 }
 
 impl Volume {
-    pub(super) fn new(store: Store, id: VolumeId, name: &str, bytes: u64) -> Self {
-        Volume { store, id, name: name.into(), bytes }
+    pub(super) fn new(store: Store, id: VolumeId, name: &str, shared: Arc<Shared>) -> Self {
+        Volume { store, id, name: name.into(), shared }
+    }
+
+    /// Whether it is still there.
+    pub(super) fn check(&self) -> Result<()> {
+        if self.shared.is_deleted() {
+            return Err(Error::new(ErrorKind::NotFound, format_args!("the volume {} was deleted", self.name)));
+        }
+        Ok(())
     }
 
     /// Its number in the store.
@@ -40,9 +56,9 @@ impl Volume {
         &self.name
     }
 
-    /// Its size, as exported to clients. The library lets any page id be used.
+    /// Its size now, as exported to clients; 0 once it is deleted. The library lets any page id be used.
     pub fn bytes(&self) -> u64 {
-        self.bytes
+        self.shared.bytes()
     }
 
     /// The store it belongs to.
@@ -58,8 +74,9 @@ impl Volume {
     ///
     /// # Errors
     /// `Corrupt`: the bytes on the device are not those that were written. `Io`: they can't be read. `Busy`: no
-    /// memory is free. `Closed`.
+    /// memory is free, or this handle holds as many pages as it may. `NotFound`: the volume was deleted. `Closed`.
     pub async fn read(&self, page: PageId) -> Result<PageRef> {
+        self.check()?;
         let pages = self.store.read(&[self.key(page)]).await?;
         pages.into_iter().next().ok_or_else(|| Error::corrupt("a read gave no page"))
     }
@@ -70,6 +87,7 @@ impl Volume {
     /// # Errors
     /// As [`read`](Self::read), of the first page that fails.
     pub async fn read_many(&self, pages: &[PageId]) -> Result<Vec<PageRef>> {
+        self.check()?;
         let keys: Vec<PageKey> = pages.iter().map(|page| self.key(*page)).collect();
         self.store.read(&keys).await
     }
@@ -122,6 +140,7 @@ impl Volume {
     /// # Errors
     /// As [`write_many`](Self::write_many) and [`patch`](Self::patch).
     pub async fn apply(&self, changes: Vec<(PageId, Change)>, durability: Durability) -> Result<Lsn> {
+        self.check()?;
         let changes = changes.into_iter().map(|(page, change)| (self.key(page), change)).collect();
         self.store.commit(Commit { reads: Vec::new(), changes, durable: durability == Durability::Durable }).await
     }

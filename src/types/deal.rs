@@ -36,6 +36,12 @@ impl Deal {
         self.owner(key.place_in(self.vshards_count).0)
     }
 
+    /// The virtual shards that `shard` owns, in order.
+    pub fn owned_by(self, shard: ShardId) -> impl Iterator<Item = VShard> {
+        let count = self.vshards_count as u16;
+        (shard.get()..count).step_by(self.shards_count.into()).map(VShard::new)
+    }
+
     /// All shards but `shard`, in order.
     pub fn others(self, shard: ShardId) -> impl Iterator<Item = ShardId> {
         self.shards().filter(move |other| *other != shard)

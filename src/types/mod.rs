@@ -10,7 +10,7 @@ mod place;
 
 pub use deal::Deal;
 pub use lsn::Lsn;
-pub use page::{PageClass, PageId, PageKey, ShardId, VShard, VolumeId};
+pub use page::{PageClass, PageId, PageKey, RUN_PAGES, ShardId, VShard, VolumeId};
 pub use place::{ExtentNo, Place, SegmentNo};
 
 /// The unit of all I/O and of all places: 4 KiB, the smallest page and the physical block of common devices.

@@ -6,6 +6,7 @@
 //! 2. A run of [`RUN_PAGES`] consecutive ids (2 MiB of 4 KiB pages) stays in one virtual shard, so neighbours meet
 //!    in one coalescer; consecutive runs go to different virtual shards, so a scan spreads over the cores.
 
+use std::cmp::Ordering;
 use std::fmt;
 
 /// Pages in a run that stays together: 512.
@@ -96,6 +97,23 @@ impl PageKey {
         let low = u64::from(vshard.0).wrapping_sub(Self::turn(volume, high)) & (u64::from(vshards_count) - 1);
         let run = (high << bits) | low;
         PageKey::new(volume, PageId((run << RUN_BITS) | (dense & (RUN_PAGES - 1))))
+    }
+
+    /// The dense number in `vshard` of the first of its pages of `volume` with this id or a higher one; higher ids have higher
+    /// numbers. `None`: it has none.
+    pub fn first_in(volume: VolumeId, page: PageId, vshard: VShard, vshards_count: u32) -> Option<u64> {
+        let bits = vshards_count.trailing_zeros();
+        let run = page.0 >> RUN_BITS;
+        let (high, low) = (run >> bits, run & (u64::from(vshards_count) - 1));
+        let own = u64::from(vshard.0).wrapping_sub(Self::turn(volume, high)) & (u64::from(vshards_count) - 1);
+        match own.cmp(&low) {
+            Ordering::Equal => Some((high << RUN_BITS) | (page.0 & (RUN_PAGES - 1))),
+            Ordering::Greater => Some(high << RUN_BITS),
+            Ordering::Less => {
+                let next = high + 1;
+                (next < 1 << (u64::BITS - RUN_BITS - bits)).then_some(next << RUN_BITS)
+            }
+        }
     }
 
     /// How far the virtual shards are turned for one block of runs, so that strided ids do not all meet in one
@@ -193,6 +211,25 @@ mod tests {
             let (vshard, dense) = key.place_in(1 << bits);
             prop_assert!(u32::from(vshard.get()) < 1 << bits);
             prop_assert_eq!(PageKey::from_place(key.volume, vshard, dense, 1 << bits), key);
+        }
+
+        #[test]
+        fn the_first_page_of_a_virtual_shard_from_an_id_on_is_the_next_one(
+            raw in any::<u64>(), volume in 0u8..248, bits in 0u32..10, other in any::<u16>(),
+        ) {
+            let (page, volume, count) = (PageId::new(raw), VolumeId::new(volume), 1u32 << bits);
+            let vshard = VShard::new(other % count as u16);
+            let found = PageKey::first_in(volume, page, vshard, count);
+            let id = |dense| PageKey::from_place(volume, vshard, dense, count).page;
+            if let Some(dense) = found {
+                prop_assert!(id(dense) >= page);
+                prop_assert_eq!(PageKey::new(volume, id(dense)).place_in(count), (vshard, dense));
+            }
+            let before = found.unwrap_or((u64::MAX >> bits) | (RUN_PAGES - 1));
+            let before = if found.is_some() { before.checked_sub(1) } else { Some(before) };
+            if let Some(before) = before {
+                prop_assert!(id(before) < page, "{:?} comes before", id(before));
+            }
         }
     }
 

@@ -82,7 +82,8 @@ fn reference_store() -> (SimDisk, Model) {
             let now = model.entry(key).or_insert_with(|| vec![0; BLOCK]);
             let change = match rng.below(8) {
                 _ if key.volume == VolumeId::CATALOG => {
-                    Change::Put(catalog::encode(&format!("volume-{round}"), round * BLOCK as u64).into())
+                    let (name, bytes) = (format!("volume-{round}"), round * BLOCK as u64);
+                    Change::Put(catalog::encode(&catalog::Volume { name, bytes, is_cut: round % 5 == 0 }).into())
                 }
                 0 => Change::Free,
                 1 | 2 => Change::Patch { offset: rng.below(4000) as u32, bytes: Bytes::from(vec![round as u8; 90]) },

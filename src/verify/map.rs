@@ -159,7 +159,8 @@ impl Verifier<'_> {
             return Err("does not have the bytes that were written");
         }
         if page.volume == VolumeId::CATALOG {
-            let (name, _) = catalog::decode(bytes)?;
+            let volume = catalog::decode(bytes)?;
+            let name = if volume.name.is_empty() { "(deleted)".into() } else { volume.name };
             self.volumes.insert(VolumeId::new(page.page.get() as u8), name);
         }
         Ok(())

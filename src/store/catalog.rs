@@ -1,0 +1,308 @@
+//! Volumes: made, found, made larger and smaller, deleted.
+//!
+//! ```text
+//! record of a volume:  none --create--> whole --shrink--> cut at the new size --pages freed--> whole
+//!                                         |--delete--> cut at 0, no name --pages freed--> stays until the next open --> none
+//! ```
+//! Invariants
+//! 1. Records are pages of the catalog (volume 0), changed by ordinary transactions: each step is atomic and durable.
+//! 2. A cut record says that pages from its size on are to be freed. A crash leaves it, and the next open goes on.
+//! 3. Bytes that a volume gains are zeros: what a straggler wrote there since it was made smaller is freed first.
+//! 4. The number of a deleted volume is given again only after the store was opened anew: handles of the old one may be about.
+
+use super::{READ_PAGES, Store, Volume};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::catalog;
+use crate::format::root::VOLUMES_MAX;
+use crate::shard::{Change, Commit};
+use crate::types::{BLOCK, Lsn, PageId, PageKey, VolumeId};
+use bytes::Bytes;
+use std::future::Future;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// What all handles to a volume share.
+#[derive(Debug, Default)]
+pub(super) struct Shared {
+    bytes: AtomicU64,
+    deleted: AtomicBool,
+    /// The version of the record that `bytes` is of.
+    lsn: Mutex<Lsn>,
+}
+
+impl Shared {
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Acquire)
+    }
+
+    pub(super) fn is_deleted(&self) -> bool {
+        self.deleted.load(Ordering::Acquire)
+    }
+
+    /// The record of version `lsn` says so; a newer one may have been heard of.
+    fn learn(&self, lsn: Lsn, volume: &catalog::Volume) {
+        let mut known = self.lsn.lock().unwrap_or_else(PoisonError::into_inner);
+        if lsn >= *known {
+            *known = lsn;
+            self.bytes.store(volume.bytes, Ordering::Release);
+            self.deleted.store(volume.name.is_empty(), Ordering::Release);
+        }
+    }
+}
+
+/// A record as it was read.
+struct Record {
+    key: PageKey,
+    lsn: Lsn,
+    /// `None`: the number is free.
+    volume: Option<catalog::Volume>,
+}
+
+impl Record {
+    fn id(&self) -> VolumeId {
+        VolumeId::new(self.key.page.get() as u8)
+    }
+
+    fn is_named(&self, name: &str) -> bool {
+        self.volume.as_ref().is_some_and(|volume| volume.name == name)
+    }
+}
+
+fn check_size(bytes: u64) -> Result<()> {
+    if bytes == 0 || !bytes.is_multiple_of(BLOCK as u64) {
+        return Err(Error::invalid(format_args!("a volume of {bytes} bytes: it must be a multiple of {BLOCK}, not 0")));
+    }
+    Ok(())
+}
+
+/// Tries again while others change the catalog.
+macro_rules! until_no_conflict {
+    ($attempt:expr) => {
+        loop {
+            match $attempt.await {
+                Err(error) if error.kind() == ErrorKind::Conflict => {}
+                other => break other,
+            }
+        }
+    };
+}
+
+impl Store {
+    /// Creates volume `name` of `bytes` bytes; durable on return. All its pages read as zeros.
+    ///
+    /// # Errors
+    /// `Invalid`: the name is taken, empty, longer than 255 bytes or has control characters, the size is no multiple of
+    /// 4,096, or there are 247 volumes already; those deleted since the store was opened count. `Full`: no space.
+    pub async fn create_volume(&self, name: &str, bytes: u64) -> Result<Volume> {
+        if name.is_empty() || name.len() > catalog::NAME_BYTES_MAX || name.chars().any(char::is_control) {
+            return Err(Error::invalid(format_args!(
+                "volume name {name:?}: it must have 1 to 255 bytes and no control characters"
+            )));
+        }
+        check_size(bytes)?;
+        until_no_conflict!(self.try_create(name, bytes))
+    }
+
+    async fn try_create(&self, name: &str, bytes: u64) -> Result<Volume> {
+        let records = self.records().await?;
+        if records.iter().any(|record| record.is_named(name)) {
+            return Err(Error::invalid(format_args!("a volume named {name} exists already")));
+        }
+        let Some(free) = records.iter().position(|record| record.volume.is_none()) else {
+            return Err(Error::invalid(
+                "there are 247 volumes, the most that a store can have; the numbers of deleted ones are free again when the \
+                 store is opened anew",
+            ));
+        };
+        // Numbers are given in order, so two creations at a time, of the same name or not, meet at the first free page.
+        let reads = records[..=free].iter().map(|record| (record.key, record.lsn)).collect();
+        let volume = catalog::Volume { name: name.into(), bytes, is_cut: false };
+        let lsn = self.put_record(reads, records[free].key, Some(&volume)).await?;
+        Ok(self.handle(records[free].id(), lsn, &volume))
+    }
+
+    /// The volume `name`, if there is one.
+    pub async fn volume(&self, name: &str) -> Result<Option<Volume>> {
+        Ok(self.volumes().await?.into_iter().find(|volume| volume.name() == name))
+    }
+
+    /// All volumes, by number.
+    pub async fn volumes(&self) -> Result<Vec<Volume>> {
+        let records = self.records().await?.into_iter();
+        let found = records.filter_map(|record| Some((record.id(), record.lsn, record.volume?)));
+        let named = found.filter(|(_, _, volume)| !volume.name.is_empty());
+        Ok(named.map(|(id, lsn, volume)| self.handle(id, lsn, &volume)).collect())
+    }
+
+    /// Makes volume `name` larger or smaller; durable on return. Bytes gained are zeros. Bytes lost are lost: their pages are
+    /// freed before this returns, or, after a crash, in the background once the store is open again. Writes beyond the end that
+    /// are under way meanwhile may be lost too. Dropping the future does not stop it.
+    ///
+    /// # Errors
+    /// `NotFound`: no such volume. `Invalid`: the size is no multiple of 4,096. Else as [`Volume::free_range`]; the size may
+    /// be changed then, and the same call once more goes on.
+    pub async fn resize_volume(&self, name: &str, bytes: u64) -> Result<()> {
+        check_size(bytes)?;
+        let (store, name) = (self.same_handle(), name.to_string());
+        self.detached(async move || until_no_conflict!(store.try_resize(&name, bytes))).await
+    }
+
+    async fn try_resize(&self, name: &str, bytes: u64) -> Result<()> {
+        let (record, volume) = self.record(name).await?;
+        let smaller = bytes < volume.bytes;
+        if bytes > volume.bytes {
+            self.free_from(record.id(), volume.bytes).await?;
+        } else if !smaller && !volume.is_cut {
+            return Ok(());
+        }
+        let new = catalog::Volume { bytes, is_cut: smaller || volume.is_cut, ..volume };
+        let lsn = self.put_record(vec![(record.key, record.lsn)], record.key, Some(&new)).await?;
+        self.shared(record.id()).learn(lsn, &new);
+        self.finish_cut(record.key).await
+    }
+
+    /// Deletes volume `name` with all its pages; durable on return. The pages are freed before this returns, or, after a crash,
+    /// in the background once the store is open again. Handles to it get `NotFound` from now on. Dropping the future does not
+    /// stop it.
+    ///
+    /// # Errors
+    /// `NotFound`: no such volume. Else as [`Volume::free_range`]; it is deleted then, and the next open frees the rest.
+    pub async fn delete_volume(&self, name: &str) -> Result<()> {
+        let (store, name) = (self.same_handle(), name.to_string());
+        self.detached(async move || until_no_conflict!(store.try_delete(&name))).await
+    }
+
+    async fn try_delete(&self, name: &str) -> Result<()> {
+        let (record, _) = self.record(name).await?;
+        let grave = catalog::Volume { name: String::new(), bytes: 0, is_cut: true };
+        let lsn = self.put_record(vec![(record.key, record.lsn)], record.key, Some(&grave)).await?;
+        self.shared(record.id()).learn(lsn, &grave);
+        self.free_from(record.id(), 0).await
+    }
+
+    /// Runs one change of volumes after another, each to its end.
+    async fn detached<F: Future<Output = Result<()>> + 'static>(
+        &self,
+        change: impl FnOnce() -> F + Send + 'static,
+    ) -> Result<()> {
+        let resizing = self.inner.resizing.clone();
+        let task = self.on_shard(0, move |_| async move {
+            let _alone = resizing.lock().await;
+            change().await
+        })?;
+        task.await?
+    }
+
+    /// Goes on with what was under way when the store was left, in the background: frees pages of deleted and shortened volumes.
+    /// Numbers of deleted ones are free afterwards: no handle to them exists.
+    pub(super) async fn begin_finishing(&self) -> Result<()> {
+        let cut = |record: &Record| record.volume.as_ref().is_some_and(|volume| volume.is_cut);
+        let cut: Vec<PageKey> = self.records().await?.iter().filter(|r| cut(r)).map(|r| r.key).collect();
+        if cut.is_empty() {
+            return Ok(());
+        }
+        let (inner, resizing, pins) = (Arc::downgrade(&self.inner), self.inner.resizing.clone(), self.pins.another());
+        // The task must not keep the store open: it looks in between whether it still is.
+        let store = move || inner.upgrade().map(|inner| Store { inner, pins: pins.clone() });
+        let task = self.on_shard(0, move |_| async move {
+            for key in cut {
+                let _alone = resizing.lock().await;
+                let mut next = None;
+                while let Some(store) = store() {
+                    match store.cut_some(key, next).await {
+                        Ok(None) => break,
+                        Ok(more) => next = more,
+                        Err(error) if error.kind() == ErrorKind::Conflict => {}
+                        Err(error) => {
+                            tracing::warn!(%error, volume = key.page.get(), "pages of a volume that was cut are left");
+                            break;
+                        }
+                    }
+                }
+            }
+        })?;
+        drop(task);
+        Ok(())
+    }
+
+    async fn finish_cut(&self, key: PageKey) -> Result<()> {
+        let mut next = self.cut_some(key, None).await?;
+        while next.is_some() {
+            next = self.cut_some(key, next).await?;
+        }
+        Ok(())
+    }
+
+    /// Frees some of the pages behind the end of a volume, from `next` on, and ends its cut with the last; where to go on.
+    async fn cut_some(&self, key: PageKey, next: Option<PageId>) -> Result<Option<PageId>> {
+        let Some(page) = self.read(&[key]).await?.pop().filter(|page| !page.is_absent()) else { return Ok(None) };
+        let (id, volume) = (VolumeId::new(key.page.get() as u8), decode(key, &page)?);
+        if !volume.is_cut {
+            return Ok(None);
+        }
+        let first = next.unwrap_or(PageId::new(volume.bytes.div_ceil(BLOCK as u64)));
+        let next = self.free_some(id, first, PageId::new(u64::MAX)).await?;
+        if next.is_none() {
+            self.flush().await?;
+            let whole = (!volume.name.is_empty()).then(|| catalog::Volume { is_cut: false, ..volume });
+            let lsn = self.put_record(vec![(key, page.lsn())], key, whole.as_ref()).await?;
+            whole.into_iter().for_each(|whole| self.shared(id).learn(lsn, &whole));
+        }
+        Ok(next)
+    }
+
+    /// Frees the pages of a volume from `bytes` on; durable on return.
+    async fn free_from(&self, id: VolumeId, bytes: u64) -> Result<()> {
+        let first = PageId::new(bytes.div_ceil(BLOCK as u64));
+        self.free_pages(id, first, PageId::new(u64::MAX)).await?;
+        self.flush().await.map(drop)
+    }
+
+    async fn records(&self) -> Result<Vec<Record>> {
+        let keys: Vec<PageKey> =
+            (1..VOLUMES_MAX as u64).map(|n| PageKey::new(VolumeId::CATALOG, PageId::new(n))).collect();
+        let mut records = Vec::with_capacity(keys.len());
+        // In parts: with little memory a handle can't pin all at once.
+        for keys in keys.chunks(READ_PAGES) {
+            for (key, page) in keys.iter().zip(self.read(keys).await?) {
+                let volume = if page.is_absent() { None } else { Some(decode(*key, &page)?) };
+                records.push(Record { key: *key, lsn: page.lsn(), volume });
+            }
+        }
+        Ok(records)
+    }
+
+    async fn record(&self, name: &str) -> Result<(Record, catalog::Volume)> {
+        let records = self.records().await?;
+        let names: Vec<&str> = records.iter().filter_map(|r| Some(r.volume.as_ref()?.name.as_str())).collect();
+        let names = names.into_iter().filter(|name| !name.is_empty()).collect::<Vec<_>>().join(", ");
+        let found = records.into_iter().find(|record| !name.is_empty() && record.is_named(name));
+        let found = found.and_then(|record| Some((record.volume.clone()?, record))).map(|(volume, r)| (r, volume));
+        let there = if names.is_empty() { "there are none".into() } else { format!("there are: {names}") };
+        found.ok_or_else(|| Error::new(ErrorKind::NotFound, format_args!("no volume is named {name:?}; {there}")))
+    }
+
+    async fn put_record(
+        &self,
+        reads: Vec<(PageKey, Lsn)>,
+        key: PageKey,
+        volume: Option<&catalog::Volume>,
+    ) -> Result<Lsn> {
+        let change = volume.map_or(Change::Free, |volume| Change::Put(Bytes::from(catalog::encode(volume))));
+        self.commit(Commit { reads, changes: vec![(key, change)], durable: true }).await
+    }
+
+    fn handle(&self, id: VolumeId, lsn: Lsn, volume: &catalog::Volume) -> Volume {
+        let shared = self.shared(id);
+        shared.learn(lsn, volume);
+        Volume::new(self.same_handle(), id, &volume.name, shared)
+    }
+
+    fn shared(&self, id: VolumeId) -> Arc<Shared> {
+        self.inner.volumes[usize::from(id.get())].clone()
+    }
+}
+
+fn decode(key: PageKey, page: &[u8]) -> Result<catalog::Volume> {
+    catalog::decode(page).map_err(|what| Error::corrupt(format_args!("catalog page {:?} {what}", key.page)))
+}
