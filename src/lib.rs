@@ -78,5 +78,11 @@ pub use recovery::RecoveryReport;
 pub use runtime::RuntimeReport;
 pub use shard::{Change, PageRef};
 pub use store::{Allocated, Durability, PageView, Scan, ShardHandle, Store, Txn, Volume};
+pub use store::{blocking, queue};
 pub use types::{Lsn, PageId};
 pub use verify::{Damage, VerifyReport, verify};
+
+/// The examples of `docs/disk_manager.md`, as tests.
+#[cfg(doctest)]
+#[doc = include_str!("docs/disk_manager.md")]
+struct DiskManager;

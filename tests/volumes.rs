@@ -1,5 +1,8 @@
 //! Volumes as a caller sees them: what is allocated, scans, sizes, deletion, pins.
 
+// Real time passes.
+#![allow(clippy::disallowed_methods)]
+
 use bytes::Bytes;
 use corepage::{ErrorKind, Options, PageId, Store, Volume};
 use futures_lite::future::block_on;

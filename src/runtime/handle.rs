@@ -4,12 +4,13 @@ use super::local::{Join, Local, Spawn};
 use super::report::RuntimeReport;
 use super::shared::{Shared, closed};
 use super::start;
+use crate::commit::GlobalOrder;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::Reply;
 use crate::options::Options;
 use crate::recovery::RecoveryReport;
 use crate::shard::Request;
-use crate::types::{Deal, ShardId};
+use crate::types::{Deal, Lsn, ShardId};
 use std::future::Future;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -21,6 +22,7 @@ pub(crate) struct Runtime {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
     deal: Deal,
+    order: Arc<GlobalOrder>,
     /// For requests that any shard can answer.
     next: AtomicUsize,
     /// What opening found.
@@ -41,16 +43,22 @@ impl Runtime {
         shared: Arc<Shared>,
         threads: Vec<JoinHandle<()>>,
         deal: Deal,
+        order: Arc<GlobalOrder>,
         recovery: RecoveryReport,
         report: RuntimeReport,
         txn_bytes_max: u64,
     ) -> Runtime {
-        Runtime { shared, threads, deal, next: AtomicUsize::new(0), recovery, report, txn_bytes_max }
+        Runtime { shared, threads, deal, order, next: AtomicUsize::new(0), recovery, report, txn_bytes_max }
     }
 
     /// Which shard owns what.
     pub(crate) fn deal(&self) -> Deal {
         self.deal
+    }
+
+    /// Everything up to here is durable.
+    pub(crate) fn watermark(&self) -> Lsn {
+        self.order.watermark()
     }
 
     /// Submits a request to the shard that it belongs to; once this returns, dropping the reply does not undo it.

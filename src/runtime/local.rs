@@ -277,6 +277,11 @@ impl Local {
     }
 }
 
+/// Whether the thread that calls this drives a shard, of any store.
+pub(crate) fn drives_a_shard() -> bool {
+    HERE.try_with(Cell::get).is_ok_and(|here| !here.is_null())
+}
+
 fn schedule(port: &Port, runnable: Runnable) {
     if HERE.try_with(Cell::get).is_ok_and(|here| std::ptr::eq(here, port)) {
         RUNNABLE.with_borrow_mut(|tasks| tasks.push_back(runnable));

@@ -27,7 +27,7 @@ mod shared;
 mod start;
 
 pub(crate) use handle::Runtime;
-pub(crate) use local::Local;
+pub(crate) use local::{Local, drives_a_shard};
 pub use report::RuntimeReport;
 
 #[cfg(all(test, not(corepage_loom)))]

@@ -226,7 +226,7 @@ impl<'a> Launch<'a> {
             shards = self.plan.shards_count,
             "store opened"
         );
-        Runtime::new(self.shared, self.threads, begun.deal, begun.recovery, report, begun.txn_bytes_max)
+        Runtime::new(self.shared, self.threads, begun.deal, begun.order, begun.recovery, report, begun.txn_bytes_max)
     }
 }
 

@@ -244,7 +244,7 @@ impl Store {
         let next = self.free_some(id, first, PageId::new(u64::MAX)).await?;
         if next.is_none() {
             self.flush().await?;
-            let whole = (!volume.name.is_empty()).then(|| catalog::Volume { is_cut: false, ..volume });
+            let whole = (!volume.name.is_empty()).then_some(catalog::Volume { is_cut: false, ..volume });
             let lsn = self.put_record(vec![(key, page.lsn())], key, whole.as_ref()).await?;
             whole.into_iter().for_each(|whole| self.shared(id).learn(lsn, &whole));
         }

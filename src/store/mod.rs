@@ -8,8 +8,10 @@
 //! 3. Volumes are named in the catalog (volume 0) by ordinary transactions: creation is as atomic and durable as any
 //!    commit.
 
+pub mod blocking;
 mod catalog;
 mod on_shard;
+pub mod queue;
 mod read;
 mod scan;
 mod space;
@@ -147,6 +149,11 @@ impl Store {
     /// `Invalid`: no commit has that LSN yet. `Closed` as for [`flush`](Self::flush).
     pub async fn wait_durable(&self, lsn: Lsn) -> Result<()> {
         self.ask(Request::WaitDurable(lsn)).await.map(drop)
+    }
+
+    /// Everything up to here is durable now: every commit with this LSN or a lower one.
+    pub fn durable_lsn(&self) -> Lsn {
+        self.inner.runtime.watermark()
     }
 
     /// Writes all dirty pages and a new page map: a crash afterwards has no log to replay up to the LSN returned.

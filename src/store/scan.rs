@@ -61,6 +61,14 @@ impl Scan {
         }
     }
 
+    /// Nothing comes any more.
+    pub(super) fn end(&mut self) {
+        self.next = None;
+        self.ranges.clear();
+        self.batches.clear();
+        self.pages.clear();
+    }
+
     async fn read_ahead(&mut self) -> Result<()> {
         while self.batches.len() < AHEAD {
             let ids = self.next_ids().await?;

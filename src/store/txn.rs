@@ -51,9 +51,8 @@ impl Txn {
     /// As [`Volume::read`]; `Invalid` if the volume belongs to another store.
     pub async fn read(&mut self, volume: &Volume, page: PageId) -> Result<PageView> {
         let key = self.key(volume, page)?;
-        let mut own = self.changes.iter().filter(|(changed, _)| *changed == key).map(|(_, change)| change).peekable();
         // A page that this transaction has replaced whole needs not be read.
-        let replaced = matches!(own.peek(), Some(Change::Put(_) | Change::Free));
+        let replaced = matches!(self.own(key).next(), Some(Change::Put(_) | Change::Free));
         let stored = match self.reads.get(&key) {
             _ if replaced => None,
             Some(page) => Some(page.clone()),
@@ -64,7 +63,7 @@ impl Txn {
                 Some(page)
             }
         };
-        let mut own = self.changes.iter().filter(|(changed, _)| *changed == key).map(|(_, change)| change).peekable();
+        let mut own = self.own(key).peekable();
         match stored {
             Some(page) if own.peek().is_none() => Ok(PageView::Stored(page)),
             stored => {
@@ -73,6 +72,11 @@ impl Txn {
                 Ok(PageView::Changed(bytes))
             }
         }
+    }
+
+    /// Its own changes of a page, in order. Not to be held over an await: the future could not move between threads.
+    fn own(&self, key: PageKey) -> impl Iterator<Item = &Change> {
+        self.changes.iter().filter(move |(changed, _)| *changed == key).map(|(_, change)| change)
     }
 
     /// Replaces a page: exactly 4,096 bytes.

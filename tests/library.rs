@@ -1,0 +1,250 @@
+//! The library where people embed it: in any runtime, on plain threads, in an event loop of their own, and dropped half-way.
+
+// Real time passes.
+#![allow(clippy::disallowed_methods)]
+
+use corepage::queue::{Completion, Op, Output, Queue};
+use corepage::{Durability, ErrorKind, Options, PageId, Result, Store, Volume, blocking};
+use futures_lite::future::block_on;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+fn options() -> Options {
+    Options { shards: Some(2), memory_bytes: 32 << 20, ..Options::default() }
+}
+
+fn open(options: Options) -> (tempfile::TempDir, Store, Volume) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = block_on(Store::open(dir.path(), options)).unwrap();
+    let volume = block_on(store.create_volume("v", 1 << 30)).unwrap();
+    (dir, store, volume)
+}
+
+fn id(n: u64) -> PageId {
+    PageId::new(n)
+}
+
+fn page(fill: u8) -> Vec<u8> {
+    vec![fill; 4096]
+}
+
+/// One of each operation, on pages of both shards; what it needs it makes itself.
+async fn one_of_each(dir: std::path::PathBuf) -> Result<()> {
+    let store = Store::open(&dir, options()).await?;
+    let disk = store.create_volume("disk", 64 << 20).await?;
+    for n in [0, 600, 1200, 1800] {
+        disk.write_back(id(n), page(n as u8)).await?;
+    }
+    disk.patch(id(600), 5, &b"patch"[..]).await?;
+    let mut txn = store.begin();
+    let first = txn.read(&disk, id(600)).await?[5];
+    txn.write(&disk, id(1), page(first))?;
+    txn.free(&disk, id(1200))?;
+    let lsn = txn.commit().await?;
+    assert!(lsn <= store.durable_lsn());
+    store.wait_durable(lsn).await?;
+    let pages = disk.read_many(&[id(1), id(600), id(1200)]).await?;
+    assert_eq!((pages[0][0], &pages[1][5..10], pages[2].is_absent()), (b'p', &b"patch"[..], true));
+    let mut scan = disk.scan(id(0), id(u64::MAX));
+    let mut seen = Vec::new();
+    while let Some((page, _)) = scan.next().await? {
+        seen.push(page.get());
+    }
+    assert_eq!(seen, [0, 1, 600, 1800]);
+    drop((pages, scan));
+    store.flush().await?;
+    store.checkpoint().await?;
+    store.delete_volume("disk").await?;
+    store.close().await
+}
+
+#[test]
+fn every_operation_works_from_every_runtime() {
+    let dirs: Vec<_> = (0..5).map(|_| tempfile::tempdir().unwrap()).collect();
+    let dir = |n: usize| dirs[n].path().join("store");
+    let many = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
+    many.block_on(async { tokio::spawn(one_of_each(dir(0))).await.unwrap() }).unwrap();
+    tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(one_of_each(dir(1))).unwrap();
+    smol::block_on(smol::spawn(one_of_each(dir(2)))).unwrap();
+    let (at, executor) = (dir(3), glommio::LocalExecutorBuilder::default());
+    executor.spawn(move || async move { one_of_each(at).await }).unwrap().join().unwrap().unwrap();
+    block_on(one_of_each(dir(4))).unwrap();
+}
+
+#[test]
+fn blocking_calls_work_on_threads_and_are_refused_where_they_would_wait_for_themselves() {
+    let (_dir, store, volume) = open(options());
+    let (plain, disk) = (blocking::Store::from(store.clone()), blocking::Volume::from(volume.clone()));
+    std::thread::scope(|scope| {
+        for thread in 0..4u64 {
+            let (plain, disk) = (plain.clone(), disk.clone());
+            scope.spawn(move || {
+                for n in 0..50 {
+                    loop {
+                        let mut txn = plain.begin();
+                        let count = u64::from_le_bytes(txn.read(&disk, id(0)).unwrap()[..8].try_into().unwrap());
+                        txn.patch(&disk, id(0), 0, (count + 1).to_le_bytes().to_vec()).unwrap();
+                        txn.write(&disk, id(1 + thread * 600 + n), page(n as u8)).unwrap();
+                        match txn.commit() {
+                            Err(error) if error.kind() == ErrorKind::Conflict => {}
+                            other => {
+                                other.unwrap();
+                                break;
+                            }
+                        }
+                    }
+                }
+            });
+        }
+    });
+    assert_eq!(disk.read(id(0)).unwrap()[..8], 200u64.to_le_bytes());
+    let scanned: Result<Vec<_>> = disk.scan(id(1), id(u64::MAX)).collect();
+    assert_eq!(scanned.unwrap().len(), 200);
+    let refused = store.on_shard(0, move |_| async move { disk.read(id(0)).map(drop) }).unwrap();
+    let refused = block_on(refused).unwrap().unwrap_err();
+    assert!(refused.kind() == ErrorKind::Invalid && refused.to_string().contains("asynchronous"), "{refused}");
+    plain.close().unwrap();
+}
+
+fn readable(queue: &Queue, ms: i64) -> bool {
+    let timeout = Timespec::try_from(Duration::from_millis(ms as u64)).unwrap();
+    poll(&mut [PollFd::new(queue, PollFlags::IN)], Some(&timeout)).unwrap() == 1
+}
+
+#[test]
+fn a_queue_gives_each_operation_one_completion_and_its_descriptor_says_when() {
+    let (_dir, store, disk) = open(options());
+    assert!(Queue::new(&store, 0).is_err());
+    let mut queue = Queue::new(&store, 100).unwrap();
+    let mut done: Vec<Completion> = Vec::new();
+    assert!(!readable(&queue, 0), "nothing was asked");
+    assert_eq!(queue.wait(5, None, &mut done).unwrap(), 0, "it waits for nothing that is not there");
+    for round in 0..50u64 {
+        let ops = (0..150).map(|n| (n, Op::write(&disk, id(n * 100), page(round as u8))));
+        assert_eq!(queue.submit_batch(ops), 100, "the depth");
+        let busy = queue.submit(1, Op::Flush).unwrap_err();
+        assert_eq!(busy.kind(), ErrorKind::Busy, "{busy}");
+        while queue.in_flight() > 0 {
+            let (before, min) = (done.len(), 1 + round as usize % 40);
+            if round % 2 == 0 {
+                // An event loop: the descriptor first, then what is there.
+                assert!(readable(&queue, 60_000), "{} in flight, and the descriptor stays silent", queue.in_flight());
+                queue.wait(0, None, &mut done).unwrap();
+            } else {
+                let some = queue.wait(min, None, &mut done).unwrap();
+                assert!(some >= min || queue.in_flight() == 0, "{some} of {min}");
+                assert_eq!(some, done.len() - before);
+            }
+        }
+        let mut tags: Vec<u64> = done
+            .drain(..)
+            .map(|one| {
+                assert!(matches!(one.result, Ok(Output::Committed(lsn)) if lsn <= store.durable_lsn()));
+                one.tag
+            })
+            .collect();
+        tags.sort_unstable();
+        assert_eq!(tags, (0..100).collect::<Vec<_>>());
+    }
+    let ops = [
+        Op::Flush,
+        Op::read(&disk, id(300)),
+        Op::write(&disk, id(1), vec![1; 7]),
+        Op::write_back(&disk, id(2), page(2)),
+    ];
+    assert_eq!(queue.submit_batch((0..).zip(ops)), 4);
+    queue.wait(4, Some(Duration::from_secs(60)), &mut done).unwrap();
+    done.sort_by_key(|one| one.tag);
+    assert!(matches!(done[0].result, Ok(Output::Flushed(_))));
+    assert!(matches!(&done[1].result, Ok(Output::Pages(pages)) if pages[0][0] == 49));
+    assert_eq!(done[2].result.as_ref().unwrap_err().kind(), ErrorKind::Invalid);
+    assert!(matches!(done[3].result, Ok(Output::Committed(_))));
+    // Dropped at once: what was taken is done all the same.
+    queue.submit(9, Op::write(&disk, id(70), page(70))).unwrap();
+    drop(queue);
+    comes_true(|| block_on(disk.read(id(70))).unwrap()[0] == 70);
+    block_on(store.close()).unwrap();
+}
+
+#[track_caller]
+fn comes_true(what: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !what() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "it never comes true");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Polls a future so many times, with a pause in between, and drops it; whether it was ready by then.
+fn polled<T>(mut future: Pin<Box<dyn Future<Output = T> + '_>>, times: usize) -> bool {
+    let mut context = Context::from_waker(Waker::noop());
+    for n in 0..times {
+        if let Poll::Ready(_) = future.as_mut().poll(&mut context) {
+            return true;
+        }
+        if n % 3 == 2 {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+    false
+}
+
+/// What was submitted by the first poll happens; what was never polled does not; and no place, pin or lock is kept: there are
+/// only 64 places, and each is used many times.
+#[test]
+fn a_future_dropped_at_any_await_loses_nothing_submitted_and_leaks_nothing() {
+    let (_dir, store, disk) = open(Options { requests_max: 64, ..options() });
+    for n in 0..3000 {
+        block_on(disk.write_back(id(n), page(1))).unwrap();
+    }
+    let mut drops = 0;
+    for (n, polls) in (0..400u64).map(|n| (n, n as usize % 12)) {
+        let fill = 2 + (n % 250) as u8;
+        let ready = polled(Box::pin(disk.write(id(n), page(fill))), polls);
+        drops += usize::from(!ready);
+        match polls {
+            0 => assert_eq!(block_on(disk.read(id(n))).unwrap()[0], 1, "never polled, and yet written"),
+            _ => comes_true(|| block_on(disk.read(id(n))).unwrap()[0] == fill),
+        }
+        // Over both shards.
+        let many = [n, 600 + n, 1200 + n].map(|at| (id(at), page(fill).into())).to_vec();
+        polled(Box::pin(disk.write_many(many)), polls);
+        if polls > 0 {
+            comes_true(|| block_on(disk.read(id(1200 + n))).unwrap()[0] == fill);
+            assert_eq!(block_on(disk.read(id(n))).unwrap()[0], fill, "a part of a commit");
+        }
+        let several: Vec<PageId> = (0..200).map(|at| id(at * 7)).collect();
+        polled(Box::pin(disk.read(id(n))), polls);
+        polled(Box::pin(disk.read_many(&several)), polls);
+        polled(Box::pin(disk.allocated(id(0), id(1 << 40), 10)), polls);
+        polled(Box::pin(store.flush()), polls);
+        let mut scan = disk.scan(id(0), id(3000));
+        polled(Box::pin(scan.next()), polls);
+        drop(scan);
+        let mut txn = store.begin();
+        polled(Box::pin(txn.read(&disk, id(5))), polls);
+        txn.patch(&disk, id(6), 0, vec![fill]).unwrap();
+        polled(Box::pin(txn.commit()), polls);
+    }
+    assert!(drops > 100, "only {drops} futures were dropped half-way");
+    for (n, polls) in (0..12u64).zip(0..) {
+        let (name, size) = (format!("n{n}"), (1 + n) << 20);
+        polled(Box::pin(store.create_volume(&name, size)), polls);
+        polled(Box::pin(store.resize_volume("v", (2 << 30) + size)), polls);
+        if polls > 0 {
+            // It runs on, and the next one waits for it.
+            comes_true(|| disk.bytes() == (2 << 30) + size);
+        }
+    }
+    block_on(store.resize_volume("v", 100 * 4096)).unwrap();
+    assert_eq!(block_on(disk.allocated(id(0), id(u64::MAX), 10)).unwrap().ranges, [(id(0), id(99))]);
+    // All pins are there: half of what a handle may hold, at once.
+    let half: Vec<PageId> = (0..(32 << 20) / 4096 / 8).map(|n| id(n % 100)).collect();
+    assert_eq!(block_on(disk.read_many(&half)).unwrap().len(), half.len());
+    assert!(half.len() == 1024);
+    block_on(disk.apply(vec![(id(1), corepage::Change::Free)], Durability::Durable)).unwrap();
+    block_on(store.close()).unwrap();
+}
