@@ -9,7 +9,7 @@ use futures_lite::future::block_on;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::future::Future;
 use std::pin::Pin;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
 fn options() -> Options {
@@ -182,7 +182,7 @@ fn comes_true(what: impl Fn() -> bool) {
 fn polled<T>(mut future: Pin<Box<dyn Future<Output = T> + '_>>, times: usize) -> bool {
     let mut context = Context::from_waker(Waker::noop());
     for n in 0..times {
-        if let Poll::Ready(_) = future.as_mut().poll(&mut context) {
+        if future.as_mut().poll(&mut context).is_ready() {
             return true;
         }
         if n % 3 == 2 {
