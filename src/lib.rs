@@ -77,7 +77,7 @@ pub use options::{Driver, Geometry, Options};
 pub use recovery::RecoveryReport;
 pub use runtime::RuntimeReport;
 pub use shard::{Change, PageRef};
-pub use store::{Allocated, Durability, PageView, Scan, ShardHandle, Store, Txn, Volume};
+pub use store::{Allocated, Durability, PageView, Scan, ShardHandle, ShardTxn, Store, Txn, Volume};
 pub use store::{blocking, queue};
 pub use types::{Lsn, PageId};
 pub use verify::{Damage, VerifyReport, verify};

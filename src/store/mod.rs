@@ -21,7 +21,7 @@ mod volume;
 pub use on_shard::ShardHandle;
 pub use scan::Scan;
 pub use space::Allocated;
-pub use txn::{PageView, Txn};
+pub use txn::{PageView, ShardTxn, Txn};
 pub use volume::{Durability, Volume};
 
 use crate::disk::portable::DiskReport;

@@ -4,20 +4,22 @@
 //! 1. A handle lives on its shard's thread only; what a task returns must be able to leave it.
 //! 2. Reads are of pages that belong to the shard ([`Store::shard_of`] says which); commits may touch any pages.
 
-use super::{Store, Volume, committed, pages};
+use super::{Inner, ShardTxn, Store, Volume, committed, pages};
 use crate::error::{Error, Result};
 use crate::runtime::Local;
 use crate::shard::{Change, Commit, PageRef, Pins, Request};
 use crate::types::{Lsn, PageId, PageKey, ShardId};
 use smallvec::SmallVec;
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 /// A shard, for a task that runs on its thread.
 #[derive(Clone)]
 pub struct ShardHandle {
     local: Local,
     pins: Arc<Pins>,
+    /// Of which the shard is; it does not keep it open.
+    store: Weak<Inner>,
 }
 
 impl std::fmt::Debug for ShardHandle {
@@ -35,11 +37,11 @@ impl ShardHandle {
     /// The newest version of a page of this shard, durable or not.
     ///
     /// # Errors
-    /// `Invalid`: the page belongs to another shard. Else as [`Volume::read`].
+    /// `Invalid`: the page belongs to another shard, or the volume to another store. Else as [`Volume::read`].
     pub async fn read(&self, volume: &Volume, page: PageId) -> Result<PageRef> {
-        volume.check()?;
+        let key = self.key(volume, page)?;
         let mut pins = Pins::take(&self.pins, 1)?;
-        let read = self.local.call(Request::Read(SmallVec::from_buf([volume.key(page)]))).await?;
+        let read = self.local.call(Request::Read(SmallVec::from_buf([key]))).await?;
         pages(read)?.pop().map(|page| page.counted(&mut pins)).ok_or_else(|| Error::corrupt("a read gave no page"))
     }
 
@@ -48,7 +50,7 @@ impl ShardHandle {
     /// # Errors
     /// As [`read`](Self::read), of the first page that fails.
     pub async fn read_many(&self, volume: &Volume, ids: &[PageId]) -> Result<SmallVec<[PageRef; 1]>> {
-        volume.check()?;
+        volume.check_of(&self.store)?;
         let mut pins = Pins::take(&self.pins, ids.len())?;
         let keys: SmallVec<[PageKey; 1]> = ids.iter().map(|page| volume.key(*page)).collect();
         let pages = pages(self.local.call(Request::Read(keys)).await?)?;
@@ -61,9 +63,23 @@ impl ShardHandle {
     /// # Errors
     /// As [`Volume::apply`].
     pub async fn commit(&self, volume: &Volume, changes: Vec<(PageId, Change)>) -> Result<Lsn> {
-        volume.check()?;
+        volume.check_of(&self.store)?;
         let changes = changes.into_iter().map(|(page, change)| (volume.key(page), change)).collect();
-        committed(self.local.call(Request::Commit(Commit { reads: Vec::new(), changes, durable: true })).await?)
+        self.commit_work(Commit { reads: Vec::new(), changes, durable: true }).await
+    }
+
+    /// Begins a transaction that reads pages of this shard.
+    pub fn begin(&self) -> ShardTxn {
+        ShardTxn::new(self.clone())
+    }
+
+    pub(super) async fn commit_work(&self, commit: Commit) -> Result<Lsn> {
+        committed(self.local.call(Request::Commit(commit)).await?)
+    }
+
+    pub(super) fn key(&self, volume: &Volume, page: PageId) -> Result<PageKey> {
+        volume.check_of(&self.store)?;
+        Ok(volume.key(page))
     }
 
     /// Runs `future` as a task of its own on this thread; it goes on if the result is dropped.
@@ -113,7 +129,7 @@ impl Store {
             let count = self.shards_count();
             return Err(Error::invalid(format_args!("there is no shard {shard}: the store has {count}, from 0 on")));
         }
-        let pins = self.pins.another();
-        self.inner.runtime.spawn_on(ShardId::new(shard as u16), |local| make(ShardHandle { local, pins }))
+        let (pins, store) = (self.pins.another(), Arc::downgrade(&self.inner));
+        self.inner.runtime.spawn_on(ShardId::new(shard as u16), |local| make(ShardHandle { local, pins, store }))
     }
 }

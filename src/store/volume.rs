@@ -1,12 +1,12 @@
 //! A volume: a sparse space of pages with a name.
 
-use super::Store;
 use super::catalog::Shared;
+use super::{Inner, Store};
 use crate::error::{Error, ErrorKind, Result};
 use crate::shard::{Change, Commit, PageRef};
 use crate::types::{Lsn, PageId, PageKey, VolumeId};
 use bytes::Bytes;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 /// When a commit is acknowledged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +36,14 @@ impl Clone for Volume {
 impl Volume {
     pub(super) fn new(store: Store, id: VolumeId, name: &str, shared: Arc<Shared>) -> Self {
         Volume { store, id, name: name.into(), shared }
+    }
+
+    /// Whether it is still there, and of this store.
+    pub(super) fn check_of(&self, store: &Weak<Inner>) -> Result<()> {
+        if !std::ptr::eq(store.as_ptr(), Arc::as_ptr(&self.store.inner)) {
+            return Err(Error::invalid(format_args!("volume {} belongs to another store", self.name)));
+        }
+        self.check()
     }
 
     /// Whether it is still there.
