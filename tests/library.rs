@@ -55,6 +55,9 @@ async fn one_of_each(dir: std::path::PathBuf) -> Result<()> {
     }
     assert_eq!(seen, [0, 1, 600, 1800]);
     drop((pages, scan));
+    disk.free_range(id(0), id(600)).await?;
+    assert_eq!(disk.allocated(id(0), id(u64::MAX), 10).await?.ranges, [(id(1800), id(1800))]);
+    store.resize_volume("disk", 8 << 20).await?;
     store.flush().await?;
     store.checkpoint().await?;
     store.delete_volume("disk").await?;

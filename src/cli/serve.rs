@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 /// The volume that a fresh store gets if none is asked for.
 const DEFAULT_VOLUME: (&str, u64) = ("disk", 1 << 30);
@@ -76,6 +76,9 @@ pub struct Arguments {
     /// Where to listen: unix:PATH or tcp:HOST:PORT of this machine (port 0: any); may be repeated
     #[arg(long, value_name = "ADDRESS", default_value = "tcp:127.0.0.1:10809")]
     nbd: Vec<Address>,
+    /// Listen where other machines can connect too: NBD here has no password and no encryption
+    #[arg(long)]
+    allow_remote: bool,
     /// A volume to make if it does not exist
     #[arg(long, value_name = "NAME", requires = "size")]
     volume: Option<String>,
@@ -96,6 +99,14 @@ impl Arguments {
             && (name.is_empty() || name.len() > 255 || name.chars().any(char::is_control))
         {
             return Err(Failure::usage("--volume: a name has 1 to 255 bytes and no control characters"));
+        }
+        if let Some(remote) = self.nbd.iter().find_map(Address::remote)
+            && !self.allow_remote
+        {
+            return Err(Failure::usage(format_args!(
+                "--nbd: {remote} can be reached from other machines, and NBD here has no password: use 127.0.0.1 and a tunnel \
+                 (ssh -L), or say --allow-remote"
+            )));
         }
         let mut options = Options {
             driver: self.driver.into(),
@@ -142,6 +153,9 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
 
 fn serve(arguments: &Arguments, plans: Vec<Plan>, store: &Store, wait: impl FnOnce()) -> Result<(), Failure> {
     let volumes = volumes(arguments, store)?;
+    for remote in arguments.nbd.iter().filter_map(Address::remote) {
+        warn!(address = %remote, "whoever can reach this address can read and write all volumes");
+    }
     let listeners = plans.into_iter().map(Plan::bind).collect::<Result<Vec<_>, _>>()?;
     let lines = listening(&listeners, &volumes);
     let server = Server::start(listeners, StoreExports::new(store.clone()), Limits::default())?;

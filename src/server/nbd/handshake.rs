@@ -12,14 +12,15 @@
 //!
 //! Does not touch the data of any export.
 
-use super::proto::{self, InfoRequest, option, reply};
+use super::proto::{self, Agreed, InfoRequest, option, reply};
+use super::structured::{self, MetaRequest};
 use super::{Export, Exports};
 use std::io::{self, Read, Write};
 
 /// How a handshake ended well.
 pub enum Outcome<E> {
-    /// The client wants to use this export.
-    Chosen(String, E),
+    /// The client wants to use this export, so.
+    Chosen(String, E, Agreed),
     /// The client said goodbye.
     Aborted,
 }
@@ -37,7 +38,8 @@ pub fn handshake<S: Read + Write, X: Exports>(
     if flags & !(proto::CLIENT_FIXED_NEWSTYLE | proto::CLIENT_NO_ZEROES) != 0 {
         return Err(proto::broken("unknown client flags"));
     }
-    let mut talk = Talk { stream, exports, zeroes: flags & proto::CLIENT_NO_ZEROES == 0 };
+    let zeroes = flags & proto::CLIENT_NO_ZEROES == 0;
+    let mut talk = Talk { stream, exports, zeroes, structured: false, allocation_of: None };
     for _ in 0..options_max {
         if let Some(outcome) = talk.option()? {
             return Ok(outcome);
@@ -50,6 +52,9 @@ struct Talk<'a, S, X> {
     stream: &'a mut S,
     exports: &'a X,
     zeroes: bool,
+    structured: bool,
+    /// The export for which `base:allocation` is to be used.
+    allocation_of: Option<String>,
 }
 
 impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
@@ -69,6 +74,8 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
             option::EXPORT_NAME => return self.export_name(&data).map(Some),
             option::GO | option::INFO => return self.info(option, &data),
             option::LIST => self.list(&data)?,
+            option::STRUCTURED_REPLY => self.structured(&data)?,
+            option::LIST_META_CONTEXT | option::SET_META_CONTEXT => self.meta_context(option, &data)?,
             option::ABORT => {
                 // The client may be gone without waiting for this; that is its right.
                 let _ = self.answer(option, reply::ACK, &[]);
@@ -89,8 +96,9 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
         let Ok(Some((name, export))) = self.exports.find(&name) else {
             return Err(proto::broken("EXPORT_NAME of an unknown export"));
         };
-        self.stream.write_all(&proto::export_name_reply(export.bytes(), self.zeroes))?;
-        Ok(Outcome::Chosen(name, export))
+        let agreed = self.agreed(&name);
+        self.stream.write_all(&proto::export_name_reply(export.bytes(), agreed, self.zeroes))?;
+        Ok(Outcome::Chosen(name, export, agreed))
     }
 
     fn info(&mut self, option: u32, data: &[u8]) -> io::Result<Option<Outcome<X::Export>>> {
@@ -109,7 +117,8 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
                 return Ok(None);
             }
         };
-        self.answer(option, reply::INFO, &proto::info_export(export.bytes()))?;
+        let agreed = self.agreed(&name);
+        self.answer(option, reply::INFO, &proto::info_export(export.bytes(), agreed))?;
         if request.wants_name {
             self.answer(option, reply::INFO, &proto::info_name(&name))?;
         }
@@ -117,7 +126,46 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
             self.answer(option, reply::INFO, &proto::info_block_size())?;
         }
         self.answer(option, reply::ACK, &[])?;
-        Ok((option == option::GO).then_some(Outcome::Chosen(name, export)))
+        Ok((option == option::GO).then_some(Outcome::Chosen(name, export, agreed)))
+    }
+
+    /// What holds if this export is chosen.
+    fn agreed(&self, name: &str) -> Agreed {
+        let allocation = self.allocation_of.as_deref() == Some(name);
+        Agreed { structured: self.structured, allocation }
+    }
+
+    fn structured(&mut self, data: &[u8]) -> io::Result<()> {
+        if !data.is_empty() {
+            return self.answer(option::STRUCTURED_REPLY, reply::ERR_INVALID, b"STRUCTURED_REPLY takes no data");
+        }
+        self.structured = true;
+        self.answer(option::STRUCTURED_REPLY, reply::ACK, &[])
+    }
+
+    fn meta_context(&mut self, option: u32, data: &[u8]) -> io::Result<()> {
+        let sets = option == option::SET_META_CONTEXT;
+        if sets {
+            // Whatever comes of it, what was set before holds no more.
+            self.allocation_of = None;
+        }
+        if !self.structured {
+            return self.answer(option, reply::ERR_INVALID, b"ask for structured replies first");
+        }
+        let Some(request) = MetaRequest::parse(data) else {
+            return self.answer(option, reply::ERR_INVALID, b"malformed request");
+        };
+        let name = match self.exports.find(&request.export) {
+            Ok(Some((name, _))) => name,
+            Ok(None) => return self.answer(option, reply::ERR_UNKNOWN, b"no volume of this name"),
+            Err(_) => return self.answer(option, reply::ERR_SHUTDOWN, b"the store is not available"),
+        };
+        if request.names_allocation || (request.wants_all && !sets) {
+            let id = if sets { structured::BASE_ALLOCATION_ID } else { 0 };
+            self.answer(option, reply::META_CONTEXT, &structured::meta_context(id))?;
+        }
+        self.allocation_of = (sets && request.names_allocation).then_some(name).or(self.allocation_of.take());
+        self.answer(option, reply::ACK, &[])
     }
 
     fn list(&mut self, data: &[u8]) -> io::Result<()> {

@@ -30,7 +30,7 @@ const BACKLOG: i32 = 128;
 pub enum Address {
     /// A socket file.
     Unix(PathBuf),
-    /// A loopback address; port 0 takes a free one.
+    /// Usually a loopback address; port 0 takes a free one.
     Tcp(SocketAddr),
 }
 
@@ -67,17 +67,10 @@ impl FromStr for Address {
 fn parse_tcp(text: &str) -> Result<SocketAddr, String> {
     let local = text.strip_prefix("localhost:").and_then(|port| port.parse().ok());
     let local = local.map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
-    let address: SocketAddr = match local {
-        Some(address) => address,
-        None => text.parse().map_err(|_| "HOST must be 127.0.0.1, [::1] or localhost, PORT a number up to 65535")?,
-    };
-    if !address.ip().is_loopback() {
-        return Err(format!(
-            "{} can be reached from other machines, and NBD here has no password: use 127.0.0.1 and a tunnel (ssh -L)",
-            address.ip()
-        ));
+    match local {
+        Some(address) => Ok(address),
+        None => text.parse().map_err(|_| "HOST must be an IP address or localhost, PORT a number up to 65535".into()),
     }
-    Ok(address)
 }
 
 /// An error with what to do about it.
@@ -90,6 +83,14 @@ fn taken(context: String) -> io::Error {
 }
 
 impl Address {
+    /// The address, if other machines can reach it.
+    pub fn remote(&self) -> Option<IpAddr> {
+        match self {
+            Address::Tcp(address) if !address.ip().is_loopback() => Some(address.ip()),
+            _ => None,
+        }
+    }
+
     /// Checks that nobody is there, without changing anything. The directory `made_later` need not exist yet.
     pub fn plan(&self, made_later: &Path) -> io::Result<Plan> {
         match self {
@@ -240,13 +241,19 @@ mod tests {
         text.parse()
     }
 
-    /// An unprotected block device on the network is somebody else's block device.
+    /// An unprotected block device on the network is somebody else's block device: who asks for it must see that.
     #[test]
-    fn only_addresses_of_this_machine_are_taken() {
+    fn addresses_that_other_machines_can_reach_are_told_apart() {
         assert_eq!(parse("tcp:127.0.0.1:0"), Ok(Address::Tcp(([127, 0, 0, 1], 0).into())));
         assert_eq!(parse("tcp:localhost:10809"), Ok(Address::Tcp(([127, 0, 0, 1], 10809).into())));
         assert!(parse("tcp:[::1]:7").is_ok());
-        for bad in ["tcp:0.0.0.0:10809", "tcp:[::]:1", "tcp:192.168.1.1:1", "tcp:example.org:1", "tcp:127.0.0.1"] {
+        for remote in ["tcp:0.0.0.0:10809", "tcp:[::]:1", "tcp:192.168.1.1:1"] {
+            assert!(parse(remote).unwrap().remote().is_some(), "{remote}");
+        }
+        for local in ["tcp:127.0.0.1:0", "tcp:127.8.8.8:1", "tcp:[::1]:7", "tcp:localhost:10809", "unix:/s"] {
+            assert_eq!(parse(local).unwrap().remote(), None, "{local}");
+        }
+        for bad in ["tcp:example.org:1", "tcp:127.0.0.1"] {
             assert!(parse(bad).is_err(), "{bad}");
         }
         for bad in ["", "unix:", "tcp:", "udp:127.0.0.1:1", "/tmp/x", "tcp:127.0.0.1:65536"] {

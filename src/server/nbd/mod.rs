@@ -13,7 +13,7 @@
 //!    payload in flight. A full gate stops reading from the socket, which is the client's back-pressure.
 //! 3. The protocol knows exports only through the traits below, so it is tested without a store.
 //!
-//! Not here: TLS, structured replies, block status, extended headers.
+//! Not here: TLS, extended headers.
 
 mod gate;
 mod handshake;
@@ -22,6 +22,7 @@ mod proto;
 mod server;
 mod socket;
 mod span;
+mod structured;
 mod transmission;
 mod volume;
 
@@ -31,10 +32,12 @@ mod tests;
 pub use listener::{Address, Listener, Plan};
 pub use proto::Errno;
 pub use server::Server;
+pub use structured::Stretch;
 pub use volume::StoreExports;
 
 use bytes::Bytes;
 use std::future::Future;
+use std::ops::Range;
 use std::time::Duration;
 
 /// What one server takes on; each bound with its reason.
@@ -68,12 +71,20 @@ impl Default for Limits {
     }
 }
 
+/// Parts of a buffer, in order, none empty, no two touching.
+pub type Holes = Vec<Range<usize>>;
+
 /// One block device. Ranges are inside it: the protocol has checked them.
 pub trait Export: Send + Sync {
-    /// Its size, which does not change.
+    /// Its size now. Clients are told it once; requests beyond it are refused.
     fn bytes(&self) -> u64;
-    /// Fills `into` with the bytes from `offset` on.
-    fn read(&self, offset: u64, into: &mut [u8]) -> impl Future<Output = Result<(), Errno>> + Send;
+    /// Fills `into`, which is zeros, with the bytes from `offset` on; which parts of it are not stored anywhere, in order.
+    fn read(&self, offset: u64, into: &mut [u8]) -> impl Future<Output = Result<Holes, Errno>> + Send;
+    /// Brings what is stored of a range into memory, as far as there is room; nothing may come of it.
+    fn cache(&self, offset: u64, length: u64) -> impl Future<Output = Result<(), Errno>> + Send;
+    /// What the range is, in order from `offset` on: at least one stretch, none of them empty, not all of the range if it is
+    /// long.
+    fn allocation(&self, offset: u64, length: u32) -> impl Future<Output = Result<Vec<Stretch>, Errno>> + Send;
     /// Writes `data` at `offset`; durable before it returns if `fua`.
     fn write(&self, offset: u64, data: Bytes, fua: bool) -> impl Future<Output = Result<(), Errno>> + Send;
     /// Makes `length` bytes from `offset` read as zeros: by giving their space back, or by writing if not `hole`.

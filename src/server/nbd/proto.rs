@@ -39,6 +39,12 @@ pub mod option {
     pub const INFO: u32 = 6;
     /// Facts about an export, then transmission.
     pub const GO: u32 = 7;
+    /// From now on replies have a structure.
+    pub const STRUCTURED_REPLY: u32 = 8;
+    /// Which metadata contexts an export has.
+    pub const LIST_META_CONTEXT: u32 = 9;
+    /// Which of them are to be used.
+    pub const SET_META_CONTEXT: u32 = 10;
 }
 
 /// Types of option replies; errors have the highest bit set.
@@ -49,6 +55,8 @@ pub mod reply {
     pub const SERVER: u32 = 2;
     /// One fact about an export.
     pub const INFO: u32 = 3;
+    /// One metadata context.
+    pub const META_CONTEXT: u32 = 4;
     /// The server does not know this option.
     pub const ERR_UNSUP: u32 = 1 << 31 | 1;
     /// The option's data makes no sense.
@@ -72,8 +80,25 @@ pub mod info {
 }
 
 /// Transmission flags of every export: flags are valid, FLUSH, FUA, TRIM, WRITE_ZEROES, several connections
-/// (a flush of the store covers the acknowledged writes of all of them), and fast zeroing.
-pub const EXPORT_FLAGS: u16 = 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 11;
+/// (a flush of the store covers the acknowledged writes of all of them), CACHE, and fast zeroing.
+const EXPORT_FLAGS: u16 = 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 10 | 1 << 11;
+/// With structured replies: reads may ask to be answered in one piece.
+const SEND_DF: u16 = 1 << 7;
+
+/// What client and server have agreed on, beside the export.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Agreed {
+    /// Reads and errors are answered in chunks.
+    pub structured: bool,
+    /// Block status requests are answered, by `base:allocation`.
+    pub allocation: bool,
+}
+
+impl Agreed {
+    fn export_flags(self) -> u16 {
+        EXPORT_FLAGS | if self.structured { SEND_DF } else { 0 }
+    }
+}
 
 /// Command flags.
 pub mod flag {
@@ -81,6 +106,10 @@ pub mod flag {
     pub const FUA: u16 = 1;
     /// WRITE_ZEROES must leave allocated space behind.
     pub const NO_HOLE: u16 = 1 << 1;
+    /// A READ must be answered in one piece.
+    pub const DF: u16 = 1 << 2;
+    /// BLOCK_STATUS is to tell one stretch only.
+    pub const REQ_ONE: u16 = 1 << 3;
     /// WRITE_ZEROES must fail at once if it is not faster than writing.
     pub const FAST_ZERO: u16 = 1 << 4;
 }
@@ -112,6 +141,19 @@ pub enum Errno {
     Shutdown = 108,
 }
 
+impl Errno {
+    /// For people.
+    pub fn message(self) -> &'static str {
+        match self {
+            Errno::Io => "the store failed; its log says more",
+            Errno::Invalid => "the request makes no sense, or lies outside of the volume",
+            Errno::NoSpace => "no space is left, or a write lies beyond the end of the volume",
+            Errno::NotSupported => "can't be done as fast as asked",
+            Errno::Shutdown => "the server is going away",
+        }
+    }
+}
+
 /// The commands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
@@ -127,6 +169,10 @@ pub enum Command {
     Trim,
     /// Zeros in.
     WriteZeroes,
+    /// The bytes will be read soon.
+    Cache,
+    /// Where something is stored.
+    BlockStatus,
     /// Anything else: refused, and known to carry no payload.
     Unknown,
 }
@@ -152,10 +198,11 @@ pub const REQUEST_BYTES: usize = 28;
 pub const SIMPLE_REPLY_BYTES: usize = 16;
 
 /// Takes big-endian numbers off the front of a slice.
-struct Fields<'a>(&'a [u8]);
+pub struct Fields<'a>(pub &'a [u8]);
 
 impl<'a> Fields<'a> {
-    fn take(&mut self, count: usize) -> Option<&'a [u8]> {
+    /// Some bytes.
+    pub fn take(&mut self, count: usize) -> Option<&'a [u8]> {
         let (head, rest) = self.0.split_at_checked(count)?;
         self.0 = rest;
         Some(head)
@@ -163,7 +210,8 @@ impl<'a> Fields<'a> {
     fn u16(&mut self) -> Option<u16> {
         Some(u16::from_be_bytes(self.take(2)?.try_into().ok()?))
     }
-    fn u32(&mut self) -> Option<u32> {
+    /// A number.
+    pub fn u32(&mut self) -> Option<u32> {
         Some(u32::from_be_bytes(self.take(4)?.try_into().ok()?))
     }
     fn u64(&mut self) -> Option<u64> {
@@ -193,7 +241,9 @@ impl Request {
             2 => Command::Disconnect,
             3 => Command::Flush,
             4 => Command::Trim,
+            5 => Command::Cache,
             6 => Command::WriteZeroes,
+            7 => Command::BlockStatus,
             _ => Command::Unknown,
         };
         Some(Request { flags, command, cookie: from.u64()?, offset: from.u64()?, length: from.u32()? })
@@ -215,10 +265,12 @@ impl Request {
     }
 
     /// What is wrong with the request for an export of `bytes`, before any work is done for it.
-    pub fn check(&self, bytes: u64) -> Result<(), Errno> {
+    pub fn check(&self, bytes: u64, agreed: Agreed) -> Result<(), Errno> {
         let known = match self.command {
             Command::WriteZeroes => flag::FUA | flag::NO_HOLE | flag::FAST_ZERO,
-            Command::Unknown => return Err(Errno::Invalid),
+            Command::BlockStatus if agreed.allocation => flag::FUA | flag::REQ_ONE,
+            Command::Unknown | Command::BlockStatus => return Err(Errno::Invalid),
+            Command::Read if agreed.structured => flag::FUA | flag::DF,
             _ => flag::FUA,
         };
         if self.flags & !known != 0 {
@@ -227,7 +279,8 @@ impl Request {
         let inside = self.end().is_some_and(|end| end <= bytes);
         match self.command {
             Command::Read if self.length > PAYLOAD_BYTES_MAX => Err(Errno::Invalid),
-            Command::Read | Command::Trim if !inside => Err(Errno::Invalid),
+            Command::BlockStatus if self.length == 0 => Err(Errno::Invalid),
+            Command::Read | Command::Trim | Command::Cache | Command::BlockStatus if !inside => Err(Errno::Invalid),
             // A wrapping end is nonsense rather than a full disk.
             Command::Write | Command::WriteZeroes if self.end().is_none() => Err(Errno::Invalid),
             Command::Write | Command::WriteZeroes if !inside => Err(Errno::NoSpace),
@@ -315,10 +368,10 @@ pub fn list_entry(name: &str) -> Vec<u8> {
 }
 
 /// The fact that is always sent: size and flags.
-pub fn info_export(bytes: u64) -> Vec<u8> {
+pub fn info_export(bytes: u64, agreed: Agreed) -> Vec<u8> {
     let mut out = info::EXPORT.to_be_bytes().to_vec();
     out.extend_from_slice(&bytes.to_be_bytes());
-    out.extend_from_slice(&EXPORT_FLAGS.to_be_bytes());
+    out.extend_from_slice(&agreed.export_flags().to_be_bytes());
     out
 }
 
@@ -339,9 +392,9 @@ pub fn info_block_size() -> Vec<u8> {
 }
 
 /// The answer to EXPORT_NAME, which has no header.
-pub fn export_name_reply(bytes: u64, zeroes: bool) -> Vec<u8> {
+pub fn export_name_reply(bytes: u64, agreed: Agreed, zeroes: bool) -> Vec<u8> {
     let mut out = bytes.to_be_bytes().to_vec();
-    out.extend_from_slice(&EXPORT_FLAGS.to_be_bytes());
+    out.extend_from_slice(&agreed.export_flags().to_be_bytes());
     out.resize(out.len() + if zeroes { 124 } else { 0 }, 0);
     out
 }

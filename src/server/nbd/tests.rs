@@ -4,11 +4,13 @@
 //! If these fail, one client can hang or end what others are doing. Requests against a real store: `tests/nbd_protocol.rs`.
 
 use super::handshake::{Outcome, handshake};
-use super::proto::{self, Errno, option, reply};
+use super::proto::{self, Agreed, Errno, option, reply};
 use super::socket::Socket;
-use super::{Export, Exports, Limits, transmission};
+use super::{Export, Exports, Holes, Limits, StoreExports, Stretch, span, transmission};
 use bytes::Bytes;
+use corepage::{Allocated, PageId, Store};
 use event_listener::Event;
+use futures_lite::future::block_on;
 use std::io::{self, Cursor, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -31,15 +33,37 @@ impl Memory {
     fn new() -> Self {
         Memory { data: Arc::new(Mutex::new(vec![0; SIZE as usize])), ..Memory::default() }
     }
+
+    fn stretches(&self, offset: u64, length: u64) -> Vec<Stretch> {
+        let data = self.data.lock().unwrap();
+        let pages = offset / 4096..=(offset + length - 1) / 4096;
+        let stored = pages.filter(|page| data[*page as usize * 4096..][..4096].iter().any(|byte| *byte != 0));
+        let ranges = stored.map(|page| (PageId::new(page), PageId::new(page))).collect();
+        span::stretches(offset, offset + length, &Allocated { ranges, next: None })
+    }
 }
 
 impl Export for Memory {
     fn bytes(&self) -> u64 {
         SIZE
     }
-    async fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
+    /// Pages of zeros count as not stored.
+    async fn read(&self, offset: u64, into: &mut [u8]) -> Result<Holes, Errno> {
         into.copy_from_slice(&self.data.lock().unwrap()[offset as usize..][..into.len()]);
+        let mut at = 0;
+        let mut holes = Holes::new();
+        for stretch in self.stretches(offset, into.len() as u64) {
+            let part = at..at + stretch.length as usize;
+            at = part.end;
+            holes.extend(stretch.is_hole.then_some(part));
+        }
+        Ok(holes)
+    }
+    async fn cache(&self, _offset: u64, _length: u64) -> Result<(), Errno> {
         Ok(())
+    }
+    async fn allocation(&self, offset: u64, length: u32) -> Result<Vec<Stretch>, Errno> {
+        Ok(self.stretches(offset, u64::from(length)))
     }
     async fn write(&self, offset: u64, data: Bytes, _fua: bool) -> Result<(), Errno> {
         match self.fault.load(Ordering::Relaxed) {
@@ -122,14 +146,14 @@ fn malformed_options_are_answered_and_the_next_one_is_understood() {
     for data in malformed {
         let said = [FLAGS.to_vec(), option_bytes(option::GO, data), option_bytes(option::GO, &whole)];
         let (outcome, answer) = talk(&said);
-        assert!(matches!(outcome, Ok(Outcome::Chosen(name, _)) if name == "disk"));
+        assert!(matches!(outcome, Ok(Outcome::Chosen(name, ..)) if name == "disk"));
         assert_eq!(answer[12..16], reply::ERR_INVALID.to_be_bytes());
     }
     let (outcome, answer) =
-        talk(&[FLAGS.to_vec(), option_bytes(5, b""), option_bytes(8, b"xyz"), option_bytes(2, b"")]);
+        talk(&[FLAGS.to_vec(), option_bytes(5, b""), option_bytes(11, b"xyz"), option_bytes(2, b"")]);
     assert!(matches!(outcome, Ok(Outcome::Aborted)));
     let unsupported = |n| proto::option_reply(n, reply::ERR_UNSUP, b"");
-    assert_eq!(answer, [unsupported(5), unsupported(8), proto::option_reply(2, reply::ACK, b"")].concat());
+    assert_eq!(answer, [unsupported(5), unsupported(11), proto::option_reply(2, reply::ACK, b"")].concat());
 }
 
 /// Without bounds a client could make the server read or answer for ever.
@@ -156,7 +180,7 @@ fn connect(export: &Memory, stopping: Arc<AtomicBool>) -> (UnixStream, std::thre
     let export = export.clone();
     let thread = std::thread::spawn(move || {
         let socket = Socket::Unix(server);
-        let outcome = transmission::serve(&socket, &export, &Limits::default(), &stopping);
+        let outcome = transmission::serve(&socket, &export, Agreed::default(), &Limits::default(), &stopping);
         socket.shut(Shutdown::Both);
         outcome
     });
@@ -238,4 +262,35 @@ fn a_client_that_never_reads_is_held_back() {
     assert!(sent < 100_000, "{sent} requests were taken without a reply being read");
     client.shutdown(Shutdown::Both).unwrap();
     assert!(server.join().unwrap().is_ok() || !export.data.lock().unwrap().is_empty());
+}
+
+/// A disk that was made larger is larger to whoever connects from then on; one that was made smaller gives nothing beyond its end
+/// to anybody, and takes nothing there.
+#[test]
+fn new_connections_see_a_new_size_and_old_ones_are_held_within_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = corepage::Options { memory_bytes: 16 << 20, ..corepage::Options::default() };
+    let store = block_on(Store::open(dir.path(), options)).unwrap();
+    block_on(store.create_volume("disk", 1 << 20)).unwrap();
+    let exports = StoreExports::new(store.clone());
+    let find = || exports.find("disk").unwrap().unwrap().1;
+    let old = find();
+    block_on(old.write(900 << 10, Bytes::from(vec![7; 4096]), false)).unwrap();
+    block_on(store.resize_volume("disk", 4 << 20)).unwrap();
+    assert_eq!((find().bytes(), old.bytes()), (4 << 20, 4 << 20));
+    block_on(store.resize_volume("disk", 64 << 10)).unwrap();
+    assert_eq!((find().bytes(), old.bytes()), (64 << 10, 64 << 10));
+    for command in [0, 1, 4, 6] {
+        let header = request(command, 1, 900 << 10, 4096);
+        let parsed = proto::Request::parse(header[..28].try_into().unwrap()).unwrap();
+        assert!(parsed.check(old.bytes(), Agreed::default()).is_err(), "command {command} beyond the end");
+    }
+    block_on(store.resize_volume("disk", 1 << 20)).unwrap();
+    let mut bytes = [0; 4096];
+    let holes = block_on(old.read(900 << 10, &mut bytes)).unwrap();
+    assert_eq!((holes.len(), holes[0].len()), (1, 4096), "what was cut off is back");
+    block_on(store.delete_volume("disk")).unwrap();
+    assert!(exports.find("disk").unwrap().is_none());
+    assert_eq!((old.bytes(), block_on(old.read(0, &mut bytes))), (0, Err(Errno::Invalid)));
+    block_on(store.close()).unwrap();
 }

@@ -1,4 +1,4 @@
-//! The transmission phase: requests in, simple replies out, in any order.
+//! The transmission phase: requests in, replies out, in any order.
 //!
 //! ```text
 //! this thread: header ─> gate ─> payload ─> task ─┐
@@ -14,9 +14,10 @@
 //! Does not know what is behind an [`Export`].
 
 use super::gate::{Gate, Pass};
-use super::proto::{self, Command, Errno, Request, SIMPLE_REPLY_BYTES, flag};
+use super::proto::{self, Agreed, Command, Errno, Request, SIMPLE_REPLY_BYTES, flag};
 use super::socket::Socket;
-use super::{Export, Limits};
+use super::structured::{self, DATA_HEADER_BYTES};
+use super::{Export, Holes, Limits};
 use async_executor::Executor;
 use bytes::Bytes;
 use event_listener::Event;
@@ -30,6 +31,7 @@ const READ_BUFFER_BYTES: usize = 64 << 10;
 struct Connection<'a, E> {
     socket: &'a Socket,
     export: &'a E,
+    agreed: Agreed,
     gate: &'a Gate,
     stopping: &'a AtomicBool,
     /// The client is gone: what it asked before needs no work any more.
@@ -39,10 +41,16 @@ struct Connection<'a, E> {
 }
 
 /// Serves `export` until the client disconnects, breaks the protocol, or the server stops.
-pub fn serve<E: Export>(socket: &Socket, export: &E, limits: &Limits, stopping: &AtomicBool) -> io::Result<()> {
+pub fn serve<E: Export>(
+    socket: &Socket,
+    export: &E,
+    agreed: Agreed,
+    limits: &Limits,
+    stopping: &AtomicBool,
+) -> io::Result<()> {
     let gate = Gate::new(limits.requests_max, limits.bytes_max);
     let (gone, failed) = (AtomicBool::new(false), AtomicBool::new(false));
-    let connection = Connection { socket, export, gate: &gate, stopping, gone, failed };
+    let connection = Connection { socket, export, agreed, gate: &gate, stopping, gone, failed };
     let (executor, done) = (Executor::new(), Event::new());
     let finished = done.listen();
     std::thread::scope(|scope| {
@@ -87,7 +95,7 @@ impl<E: Export> Connection<'_, E> {
                 return Ok(());
             }
             let stopping = self.stopping.load(Ordering::Acquire);
-            let outcome = if stopping { Err(Errno::Shutdown) } else { request.check(self.export.bytes()) };
+            let outcome = if stopping { Err(Errno::Shutdown) } else { request.check(self.export.bytes(), self.agreed) };
             if request.payload_bytes() > proto::PAYLOAD_BYTES_MAX {
                 return Err(proto::broken("a write larger than the 32 MiB announced"));
             }
@@ -109,10 +117,14 @@ impl<E: Export> Connection<'_, E> {
         let _guard = EndOnPanic { socket: self.socket, failed: &self.failed };
         let result = match (outcome, request.command) {
             (Ok(()), Command::Read) => return self.read(request).await,
+            (Ok(()), Command::BlockStatus) => return self.block_status(request).await,
             (Ok(()), command) => self.perform(command, &request, payload).await,
             (Err(errno), _) => Err(errno),
         };
-        self.send(&proto::simple_reply(request.cookie, result));
+        match result {
+            Err(errno) => self.refuse(request.cookie, errno),
+            Ok(()) => self.send(&proto::simple_reply(request.cookie, Ok(()))),
+        }
     }
 
     async fn perform(&self, command: Command, request: &Request, payload: Bytes) -> Result<(), Errno> {
@@ -132,16 +144,45 @@ impl<E: Export> Connection<'_, E> {
                 }
                 self.export.zero(offset, length, hole, fua).await
             }
-            Command::Read | Command::Disconnect | Command::Unknown => Err(Errno::Invalid),
+            Command::Cache => self.export.cache(offset, length).await,
+            Command::Read | Command::BlockStatus | Command::Disconnect | Command::Unknown => Err(Errno::Invalid),
         }
     }
 
     async fn read(&self, request: Request) {
-        let mut out = vec![0; SIMPLE_REPLY_BYTES + request.length as usize];
-        let (header, data) = out.split_at_mut(SIMPLE_REPLY_BYTES);
-        let result = if data.is_empty() { Ok(()) } else { self.export.read(request.offset, data).await };
-        header.copy_from_slice(&proto::simple_reply(request.cookie, result));
-        self.send(if result.is_ok() { &out } else { &out[..SIMPLE_REPLY_BYTES] });
+        let Request { cookie, offset, length, .. } = request;
+        let header_bytes = if self.agreed.structured { DATA_HEADER_BYTES } else { SIMPLE_REPLY_BYTES };
+        let mut out = vec![0; header_bytes + length as usize];
+        let (header, data) = out.split_at_mut(header_bytes);
+        let read = if data.is_empty() { Ok(Holes::new()) } else { self.export.read(offset, data).await };
+        match read {
+            Err(errno) => return self.refuse(cookie, errno),
+            Ok(_) if !self.agreed.structured => header.copy_from_slice(&proto::simple_reply(cookie, Ok(()))),
+            Ok(holes) if !holes.is_empty() && request.flags & flag::DF == 0 => {
+                return self.send(&structured::data_and_holes(cookie, offset, data, &holes));
+            }
+            Ok(_) => header.copy_from_slice(&structured::whole_data(cookie, offset, data.len())),
+        }
+        self.send(&out);
+    }
+
+    async fn block_status(&self, request: Request) {
+        match self.export.allocation(request.offset, request.length).await {
+            Err(errno) => self.refuse(request.cookie, errno),
+            Ok(mut stretches) => {
+                if request.flags & flag::REQ_ONE != 0 {
+                    stretches.truncate(1);
+                }
+                self.send(&structured::block_status(request.cookie, &stretches));
+            }
+        }
+    }
+
+    fn refuse(&self, cookie: u64, errno: Errno) {
+        match self.agreed.structured {
+            true => self.send(&structured::error(cookie, errno)),
+            false => self.send(&proto::simple_reply(cookie, Err(errno))),
+        }
     }
 
     /// Blocks the reply thread while the client does not read, which is this connection's trouble only.

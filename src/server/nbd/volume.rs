@@ -4,12 +4,13 @@
 //! 2. A longer one is several commits in order of offset. Only the last asks for durability: commits become durable in
 //!    their order, so it covers the ones before it.
 //! 3. `Busy` is waited for, within bounds; every other failure is told the client at once.
+//! 4. Trims and zeroed ranges of many pages cost what is stored in them; they are not one commit.
 //!
 //! A flush here is the store's flush: it covers the acknowledged writes of all connections and volumes.
 
 use super::proto::Errno;
 use super::span::{self, PAGE, Span, spans};
-use super::{Export, Exports};
+use super::{Export, Exports, Holes, Stretch};
 use bytes::Bytes;
 use corepage::{Change, Durability, Error, ErrorKind, PageId, Store, Volume};
 use std::future::Future;
@@ -21,6 +22,12 @@ use tracing::warn;
 const READ_PAGES: usize = 256;
 /// Changes of a commit: 4,096 freed pages are 16 MiB of the volume.
 const CHANGES_MAX: usize = 4096;
+/// More pages than these are freed as a range.
+const FREE_PAGES: u64 = 64;
+/// Ranges of the page map asked for at a time.
+const STRETCHES: usize = 1024;
+/// Pages that one CACHE brings into memory at most: 64 MiB.
+const CACHE_PAGES: usize = 16 << 10;
 /// What the store counts for a freed page; for any other change it counts a page.
 const FREE_BYTES: u64 = 512;
 /// How long a request waits for a busy store, and for how long between tries.
@@ -97,20 +104,50 @@ impl Export for VolumeExport {
         self.volume.bytes()
     }
 
-    async fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
+    async fn read(&self, offset: u64, into: &mut [u8]) -> Result<Holes, Errno> {
         let mut rest = spans(offset, into.len() as u64).peekable();
-        let mut into = into;
+        let (mut into, mut at, mut holes) = (into, 0, Holes::new());
         while rest.peek().is_some() {
             let batch = span::batch(&mut rest, READ_PAGES, u64::MAX, |_| 0);
             let ids: Vec<PageId> = batch.iter().map(|s| PageId::new(s.page)).collect();
             let pages = patiently(|| self.volume.read_many(&ids)).await?;
             for (span, page) in batch.iter().zip(&pages) {
                 let (head, tail) = into.split_at_mut(span.length as usize);
-                head.copy_from_slice(&page[span.in_page()]);
-                into = tail;
+                let part = at..at + head.len();
+                match holes.last_mut() {
+                    _ if !page.is_absent() => head.copy_from_slice(&page[span.in_page()]),
+                    Some(last) if last.end == part.start => last.end = part.end,
+                    _ => holes.push(part.clone()),
+                }
+                (into, at) = (tail, part.end);
+            }
+        }
+        Ok(holes)
+    }
+
+    async fn cache(&self, offset: u64, length: u64) -> Result<(), Errno> {
+        let (mut next, last) = (Some(PageId::new(offset / PAGE)), PageId::new((offset + length - 1) / PAGE));
+        let mut pages_left = CACHE_PAGES;
+        while let Some(first) = next
+            && pages_left > 0
+        {
+            let allocated = patiently(|| self.volume.allocated(first, last, STRETCHES)).await?;
+            next = allocated.next;
+            let pages = allocated.ranges.iter().flat_map(|(first, last)| first.get()..=last.get());
+            let pages: Vec<PageId> = pages.take(pages_left).map(PageId::new).collect();
+            pages_left -= pages.len();
+            for some in pages.chunks(READ_PAGES) {
+                patiently(|| self.volume.read_many(some)).await?;
             }
         }
         Ok(())
+    }
+
+    async fn allocation(&self, offset: u64, length: u32) -> Result<Vec<Stretch>, Errno> {
+        let end = offset + u64::from(length);
+        let (first, last) = (PageId::new(offset / PAGE), PageId::new((end - 1) / PAGE));
+        let allocated = patiently(|| self.volume.allocated(first, last, STRETCHES)).await?;
+        Ok(span::stretches(offset, end, &allocated))
     }
 
     async fn write(&self, offset: u64, data: Bytes, fua: bool) -> Result<(), Errno> {
@@ -123,16 +160,31 @@ impl Export for VolumeExport {
     }
 
     async fn zero(&self, offset: u64, length: u64, hole: bool, fua: bool) -> Result<(), Errno> {
-        let change = |span: &Span| match (span.is_whole(), hole) {
-            (true, true) => Change::Free,
-            (true, false) => Change::Put(Bytes::from_static(&ZEROS)),
-            (false, _) => Change::Patch { offset: span.start, bytes: Bytes::from_static(&ZEROS[span.in_page()]) },
-        };
-        self.commit_all((offset, length), fua, change).await
+        let whole = offset.div_ceil(PAGE)..(offset + length) / PAGE;
+        if hole && whole.end.saturating_sub(whole.start) > FREE_PAGES {
+            // Only what is stored there costs anything: not one commit, which nobody was promised.
+            let (first, last) = (PageId::new(whole.start), PageId::new(whole.end - 1));
+            patiently(|| self.volume.free_range(first, last)).await?;
+            let edges = [(offset, whole.start * PAGE - offset), (whole.end * PAGE, offset + length - whole.end * PAGE)];
+            for (offset, length) in edges.into_iter().filter(|(_, length)| *length > 0) {
+                self.commit_all((offset, length), false, |span| zeros_in(span, hole)).await?;
+            }
+            return if fua { self.flush().await } else { Ok(()) };
+        }
+        self.commit_all((offset, length), fua, |span| zeros_in(span, hole)).await
     }
 
     async fn flush(&self) -> Result<(), Errno> {
         patiently(|| self.store.flush()).await.map(drop)
+    }
+}
+
+/// The change that makes a span read as zeros.
+fn zeros_in(span: &Span, hole: bool) -> Change {
+    match (span.is_whole(), hole) {
+        (true, true) => Change::Free,
+        (true, false) => Change::Put(Bytes::from_static(&ZEROS)),
+        (false, _) => Change::Patch { offset: span.start, bytes: Bytes::from_static(&ZEROS[span.in_page()]) },
     }
 }
 
