@@ -6,8 +6,7 @@
 //!
 //! Commands stand under the table, each on a line of its own however narrow the terminal is, so that they can be copied.
 
-use super::Failure;
-use clap::ValueEnum;
+use super::{Failure, Format};
 use comfy_table::{ContentArrangement, LineStyle, Table, TableStyle};
 use corepage::probe::{Driver, Finding, Level, Machine};
 use serde::Serialize;
@@ -27,14 +26,6 @@ const WIDTH_MAX: u16 = 120;
 const STYLE: TableStyle = TableStyle::new()
     .header_separator(LineStyle::none().fill('─').junction('─'))
     .bottom_border(LineStyle::none().fill('─').junction('─'));
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Format {
-    /// A table, and commands to copy
-    Human,
-    /// For programs
-    Json,
-}
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {

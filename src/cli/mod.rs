@@ -7,12 +7,15 @@
 //!
 //! Not here: what the commands do.
 
+mod control;
 mod doctor;
 mod serve;
 mod size;
+mod stat;
 mod verify;
+mod volume;
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use std::fmt;
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -28,6 +31,10 @@ Examples:
       Copies an image in (from Debian's libnbd-bin)
   corepage doctor --dir /srv/store
       Says what this machine gives for a store there, and which commands would make it better
+  corepage volume create scratch 20G --dir /srv/store
+      One more volume, also while the store is served
+  corepage stat --dir /srv/store
+      What the server does, one line a second
   corepage verify --dir /srv/store
       Reads a closed store whole and names what is damaged
 
@@ -47,8 +54,21 @@ enum Command {
     Serve(serve::Arguments),
     /// Say what this machine gives, what is made of it, and which commands would make it better
     Doctor(doctor::Arguments),
+    /// List, create, resize and delete volumes, of a served store too
+    Volume(volume::Arguments),
+    /// Say what a running server does, one line a second
+    Stat(stat::Arguments),
     /// Read a closed store whole and name what is damaged
     Verify(verify::Arguments),
+}
+
+/// How to print a result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// For people
+    Human,
+    /// For programs
+    Json,
 }
 
 /// Why a command ends early, and with which exit code.
@@ -86,12 +106,16 @@ impl From<std::io::Error> for Failure {
 pub fn main() -> ExitCode {
     // Prints usage errors as `error: …` and exits with 2.
     let arguments = Arguments::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    // A server says what it does; of the others only what goes wrong matters.
+    let level = if matches!(arguments.command, Command::Serve(_)) { "info" } else { "warn" };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     let ansi = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi).init();
     let outcome = match arguments.command {
         Command::Serve(arguments) => serve::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
+        Command::Volume(arguments) => volume::run(&arguments),
+        Command::Stat(arguments) => stat::run(&arguments),
         Command::Verify(arguments) => verify::run(&arguments),
     };
     match outcome {

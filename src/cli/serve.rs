@@ -9,6 +9,7 @@
 //! 3. A second signal while closing ends the process at once, which is what crash safety is for.
 
 use super::{Failure, size};
+use crate::server::control::{Control, SOCKET_NAME};
 use crate::server::nbd::{Address, Limits, Listener, Plan, Server, StoreExports};
 use clap::ValueEnum;
 use corepage::{Driver, Options, Store, Volume};
@@ -158,6 +159,7 @@ fn serve(arguments: &Arguments, plans: Vec<Plan>, store: &Store, wait: impl FnOn
     }
     let listeners = plans.into_iter().map(Plan::bind).collect::<Result<Vec<_>, _>>()?;
     let lines = listening(&listeners, &volumes);
+    let _control = control(&arguments.dir, store);
     let server = Server::start(listeners, StoreExports::new(store.clone()), Limits::default())?;
     report(&arguments.dir, store, &lines);
     wait();
@@ -165,6 +167,15 @@ fn serve(arguments: &Arguments, plans: Vec<Plan>, store: &Store, wait: impl FnOn
         error!("some requests got no answer from the store");
     }
     Ok(())
+}
+
+/// The control socket; a server without one serves all the same.
+fn control(dir: &Path, store: &Store) -> Option<Control> {
+    let listener = Address::Unix(dir.join(SOCKET_NAME)).plan(dir).and_then(Plan::bind);
+    let started = listener.and_then(|listener| Control::start(listener, store.clone()));
+    started
+        .inspect_err(|error| warn!(%error, "there is no control socket: `stat` and `volume` can't reach this server"))
+        .ok()
 }
 
 /// All volumes, with the one that was asked for, or a first one.

@@ -17,13 +17,14 @@ use std::time::Duration;
 
 /// The struct, and how two of them are added.
 macro_rules! stats {
-    (sum { $($(#[$sum_doc:meta])* pub $sum:ident: u64,)* } max { $($(#[$max_doc:meta])* pub $max:ident: u64,)* }) => {
+    (sum { $($(#[$sum_doc:meta])* pub $sum:ident: u64,)* } now { $($(#[$now_doc:meta])* pub $now:ident: u64,)* } max { $($(#[$max_doc:meta])* pub $max:ident: u64,)* }) => {
         /// Counters of one shard, or of all, since the store was opened. It serialises with the names of its fields;
         /// latencies as counts and microseconds.
         #[derive(Clone, Debug, Default, Serialize)]
         #[non_exhaustive]
         pub struct ShardStats {
             $($(#[$sum_doc])* pub $sum: u64,)*
+            $($(#[$now_doc])* pub $now: u64,)*
             $($(#[$max_doc])* pub $max: u64,)*
             /// From the arrival of reads at their shard to their answer.
             pub read_latency: Latency,
@@ -42,12 +43,24 @@ macro_rules! stats {
             /// Adds the counters of another shard of the same store.
             pub fn add(&mut self, other: &ShardStats) {
                 $(self.$sum += other.$sum;)*
+                $(self.$now += other.$now;)*
                 $(self.$max = self.$max.max(other.$max);)*
                 self.read_latency.add(&other.read_latency);
                 self.commit_latency.add(&other.commit_latency);
                 self.flush_latency.add(&other.flush_latency);
                 self.recent.add(&other.recent);
                 self.peak_iops += other.peak_iops;
+            }
+
+            /// What was counted since `earlier`, a state of the same counters; what says how things are now stays as it is.
+            pub fn since(&self, earlier: &ShardStats) -> ShardStats {
+                ShardStats {
+                    $($sum: self.$sum.saturating_sub(earlier.$sum),)*
+                    read_latency: self.read_latency.since(&earlier.read_latency),
+                    commit_latency: self.commit_latency.since(&earlier.commit_latency),
+                    flush_latency: self.flush_latency.since(&earlier.flush_latency),
+                    ..self.clone()
+                }
             }
         }
     };
@@ -107,12 +120,6 @@ stats! {
     pub extents_compacted: u64,
     /// Pages moved by compaction.
     pub pages_moved: u64,
-    /// Extents in the data space.
-    pub extents_total: u64,
-    /// Of those, free.
-    pub extents_free: u64,
-    /// Blocks in use by the newest page map, or held for an older one.
-    pub blocks_live: u64,
     /// Commits refused with `Conflict`.
     pub conflicts: u64,
     /// Commits over several shards, counted at their owner.
@@ -125,6 +132,14 @@ stats! {
     pub held_back: u64,
     /// Messages to other shards.
     pub messages: u64,
+    }
+    now {
+    /// Extents in the data space.
+    pub extents_total: u64,
+    /// Of those, free.
+    pub extents_free: u64,
+    /// Blocks in use by the newest page map, or held for an older one.
+    pub blocks_live: u64,
     }
     max {
     /// The newest LSN drawn.

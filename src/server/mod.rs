@@ -8,4 +8,5 @@
 // Timeouts of handshakes and of a stop are real time, and nothing here is ever replayed by a simulation.
 #![allow(clippy::disallowed_methods)]
 
+pub mod control;
 pub mod nbd;

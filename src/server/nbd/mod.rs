@@ -32,6 +32,7 @@ mod tests;
 pub use listener::{Address, Listener, Plan};
 pub use proto::Errno;
 pub use server::Server;
+pub use socket::Socket;
 pub use structured::Stretch;
 pub use volume::StoreExports;
 

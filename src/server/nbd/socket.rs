@@ -33,11 +33,12 @@ impl Socket {
     }
 
     /// Reads fail with `WouldBlock` or `TimedOut` after `limit`; `None`: they wait for ever.
-    fn set_read_timeout(&self, limit: Option<Duration>) -> io::Result<()> {
+    pub fn set_read_timeout(&self, limit: Option<Duration>) -> io::Result<()> {
         either!(self, s => s.set_read_timeout(limit))
     }
 
-    fn set_write_timeout(&self, limit: Option<Duration>) -> io::Result<()> {
+    /// The same of writes.
+    pub fn set_write_timeout(&self, limit: Option<Duration>) -> io::Result<()> {
         either!(self, s => s.set_write_timeout(limit))
     }
 }

@@ -1,0 +1,100 @@
+//! `corepage stat`: what a running server does, one line a second.
+//!
+//! 1. Each line is of the second before it.
+//! 2. JSON lines hold everything that the server tells; the table what fits into a line.
+
+// A line a second is real time.
+#![allow(clippy::disallowed_methods)]
+
+use super::control::Connection;
+use super::{Failure, Format};
+use crate::server::control::{Request, SOCKET_NAME};
+use serde_json::Value;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Lines between two heads.
+const HEAD_EVERY: u64 = 20;
+
+const HEAD: &str = "   reads  commits      dev read     dev write   hit   read us      commit us  commits  check-  extents\n\
+                    \x20     /s       /s        MiB/s /s      MiB/s /s     %   P50    P99    P50    P99   /flush  points   free/all\n";
+
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// Directory of the store whose server is asked
+    #[arg(long, value_name = "DIR", default_value = "./corepage-data", conflicts_with = "connect")]
+    dir: PathBuf,
+    /// The control socket of the server
+    #[arg(long, value_name = "SOCKET")]
+    connect: Option<PathBuf>,
+    /// Lines to print [default: without end]
+    #[arg(long, value_name = "N")]
+    count: Option<u64>,
+    /// How to print it
+    #[arg(long, value_enum, default_value_t = Format::Human)]
+    format: Format,
+}
+
+/// Prints until it has printed enough, or the server or whoever reads is gone.
+pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
+    let socket = arguments.connect.clone().unwrap_or_else(|| arguments.dir.join(SOCKET_NAME));
+    let mut connection = Connection::open(&socket).map_err(|error| {
+        Failure::new(format_args!(
+            "no server answers at {}: {error}; `corepage serve --dir DIR` makes a socket control.sock in DIR while it runs",
+            socket.display()
+        ))
+    })?;
+    // From here on.
+    connection.ask(&Request::Stats)?;
+    let mut out = std::io::stdout();
+    for n in 0..arguments.count.unwrap_or(u64::MAX) {
+        std::thread::sleep(Duration::from_secs(1));
+        let told = connection.ask(&Request::Stats)?;
+        let text = match arguments.format {
+            Format::Json => format!("{told}\n"),
+            Format::Human if n % HEAD_EVERY == 0 => HEAD.to_owned() + &line(&told),
+            Format::Human => line(&told),
+        };
+        if out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_err() {
+            // Nobody reads any more.
+            break;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn line(told: &Value) -> String {
+    let interval = &told["interval"];
+    let count = |name: &str| interval[name].as_u64().unwrap_or(0);
+    let seconds = told["seconds"].as_f64().unwrap_or(1.0).max(0.001);
+    let rate = |name: &str| (count(name) as f64 / seconds).round() as u64;
+    let mib = |name: &str| count(name) as f64 / seconds / f64::from(1 << 20);
+    let hits = match count("page_reads") {
+        0 => "-".into(),
+        reads => format!("{:.0}", 100.0 * count("cache_hits") as f64 / reads as f64),
+    };
+    let us = |what: &str, percentile: &str| match interval[what]["count"].as_u64() {
+        None | Some(0) => "-".into(),
+        Some(_) => interval[what][percentile].to_string(),
+    };
+    format!(
+        "{:>8} {:>8} {:>9.1} {:>6} {:>8.1} {:>6} {:>4} {:>6} {:>6} {:>6} {:>6} {:>8.1} {:>7} {:>5}/{}\n",
+        rate("page_reads"),
+        rate("commits"),
+        mib("device_bytes_read"),
+        rate("device_reads"),
+        mib("device_bytes_written"),
+        rate("device_writes"),
+        hits,
+        us("read_latency", "p50_us"),
+        us("read_latency", "p99_us"),
+        us("commit_latency", "p50_us"),
+        us("commit_latency", "p99_us"),
+        told["commits_per_flush"].as_f64().unwrap_or(0.0),
+        count("checkpoints"),
+        count("extents_free"),
+        count("extents_total"),
+    )
+}

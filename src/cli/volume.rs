@@ -1,0 +1,173 @@
+//! `corepage volume`: lists, makes, resizes and deletes volumes.
+//!
+//! 1. If a server has the store open, it is asked through its control socket; else the store is opened here, and closed cleanly.
+//! 2. What loses data needs `--yes`, or a yes at the terminal.
+
+use super::control::Connection;
+use super::{Failure, Format, size};
+use crate::server::control::{self, Request, SOCKET_NAME, VolumeLine};
+use comfy_table::{CellAlignment, Table, TableStyle};
+use corepage::{Options, Store};
+use futures_lite::future::block_on;
+use serde_json::Value;
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    #[command(subcommand)]
+    action: Action,
+    /// Directory of the store
+    #[arg(long, value_name = "DIR", default_value = "./corepage-data", global = true)]
+    dir: PathBuf,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Action {
+    /// Make a volume; all of it reads as zeros, and takes no space yet
+    Create {
+        /// Its name: up to 255 bytes, no control characters
+        name: String,
+        /// Its size, for example 10G: a multiple of 4 KiB
+        #[arg(value_parser = size::parse)]
+        size: u64,
+    },
+    /// List the volumes
+    List {
+        /// How to print it
+        #[arg(long, value_enum, default_value_t = Format::Human)]
+        format: Format,
+    },
+    /// Make a volume larger or smaller; clients that connect from then on see the new size
+    Resize {
+        /// Its name
+        name: String,
+        /// Its new size, for example 20G: a multiple of 4 KiB
+        #[arg(value_parser = size::parse)]
+        size: u64,
+        /// Lose what is beyond the new end without asking
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Delete a volume with all that is in it
+    Delete {
+        /// Its name
+        name: String,
+        /// Without asking
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+/// Where the store is: open elsewhere, or here.
+enum Access {
+    Server(Connection),
+    Own(Store),
+}
+
+impl Access {
+    fn open(dir: &Path) -> Result<Access, Failure> {
+        if let Ok(connection) = Connection::open(&dir.join(SOCKET_NAME)) {
+            return Ok(Access::Server(connection));
+        }
+        if !dir.join("meta").exists() {
+            return Err(Failure::new(format_args!(
+                "there is no store in {}: `corepage serve --dir {0}` makes one, with a volume",
+                dir.display()
+            )));
+        }
+        Ok(Access::Own(block_on(Store::open(dir, Options::default()))?))
+    }
+
+    fn ask(&mut self, request: &Request) -> Result<Value, Failure> {
+        match self {
+            Access::Server(connection) => connection.ask(request),
+            Access::Own(store) => Ok(control::perform(store, request)?),
+        }
+    }
+
+    fn volumes(&mut self) -> Result<Vec<VolumeLine>, Failure> {
+        let volumes = self.ask(&Request::Volumes)?;
+        serde_json::from_value(volumes).map_err(|error| Failure::new(format_args!("the server answers oddly: {error}")))
+    }
+
+    fn close(self) -> Result<(), Failure> {
+        match self {
+            Access::Server(_) => Ok(()),
+            Access::Own(store) => Ok(block_on(store.close())?),
+        }
+    }
+}
+
+/// Does it.
+pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
+    let mut access = Access::open(&arguments.dir)?;
+    let outcome = act(&arguments.action, &mut access);
+    let closed = access.close();
+    outcome?;
+    closed?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn act(action: &Action, access: &mut Access) -> Result<(), Failure> {
+    let said = match action {
+        Action::List { format } => list(&access.volumes()?, *format)?,
+        Action::Create { name, size } => {
+            access.ask(&Request::Create { name: name.clone(), bytes: *size })?;
+            format!("created {name}, {}\n", size::show(*size))
+        }
+        Action::Resize { name, size, yes } => {
+            let before = access.volumes()?.into_iter().find(|volume| volume.name == *name).map(|volume| volume.bytes);
+            if let Some(before) = before.filter(|before| before > size) {
+                let lost = size::show(before - size);
+                confirmed(*yes, &format!("the last {lost} of {name} will be lost"))?;
+            }
+            access.ask(&Request::Resize { name: name.clone(), bytes: *size })?;
+            format!("{name} has {} now\n", size::show(*size))
+        }
+        Action::Delete { name, yes } => {
+            confirmed(*yes, &format!("{name} and all that is in it will be lost"))?;
+            access.ask(&Request::Delete { name: name.clone() })?;
+            format!("deleted {name}\n")
+        }
+    };
+    let _ = std::io::stdout().lock().write_all(said.as_bytes());
+    Ok(())
+}
+
+fn list(volumes: &[VolumeLine], format: Format) -> Result<String, Failure> {
+    if format == Format::Json {
+        return Ok(serde_json::to_string_pretty(volumes).map_err(Failure::new)? + "\n");
+    }
+    if volumes.is_empty() {
+        return Ok("no volumes\n".into());
+    }
+    let mut table = Table::new();
+    table.load_style(TableStyle::new()).set_header(["NAME", "SIZE", "BYTES"]);
+    for volume in volumes {
+        table.add_row([volume.name.clone(), size::show(volume.bytes), volume.bytes.to_string()]);
+    }
+    table.column_iter_mut().for_each(|column| {
+        column.set_padding((0, 2));
+    });
+    table.column_iter_mut().skip(1).for_each(|column| column.set_cell_alignment(CellAlignment::Right));
+    Ok(table.trim_fmt() + "\n")
+}
+
+/// Whether data may be lost.
+fn confirmed(yes: bool, what: &str) -> Result<(), Failure> {
+    if yes {
+        return Ok(());
+    }
+    if !std::io::stdin().is_terminal() {
+        return Err(Failure::usage(format_args!("{what}: say --yes if that is meant")));
+    }
+    eprint!("{what}. Go on? [y/N] ");
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer)?;
+    match answer.trim() {
+        "y" | "Y" | "yes" => Ok(()),
+        _ => Err(Failure::new("nothing was done")),
+    }
+}

@@ -1,0 +1,162 @@
+//! The tools around a store as a user meets them: `volume` and `stat`, with and without a server, and its control socket.
+
+// Real processes take real time.
+#![allow(clippy::disallowed_methods)]
+
+mod common;
+
+use common::{Served, corepage, scratch};
+use serde_json::Value;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Output;
+
+fn tool(dir: &Path, arguments: &[&str]) -> Output {
+    let dir = dir.to_str().expect("UTF-8");
+    corepage(&[arguments, &["--dir", dir]].concat()).output().expect("it runs")
+}
+
+/// What it prints if it succeeds.
+#[track_caller]
+fn done(dir: &Path, arguments: &[&str]) -> String {
+    let output = tool(dir, arguments);
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.stderr.is_empty(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+/// Its exit code and its one line of complaint.
+#[track_caller]
+fn refused(dir: &Path, arguments: &[&str]) -> (i32, String) {
+    let output = tool(dir, arguments);
+    let text = String::from_utf8(output.stderr).expect("UTF-8");
+    assert!(output.stdout.is_empty() && text.starts_with("error: ") && text.lines().count() == 1, "{text}");
+    (output.status.code().expect("no signal"), text)
+}
+
+fn volumes(dir: &Path) -> Vec<(String, u64)> {
+    let listed: Value = serde_json::from_str(&done(dir, &["volume", "list", "--format", "json"])).expect("JSON");
+    let line = |v: &Value| (v["name"].as_str().unwrap().to_owned(), v["bytes"].as_u64().unwrap());
+    listed.as_array().unwrap().iter().map(line).collect()
+}
+
+/// The same commands on a closed store, and on one that is served.
+fn life_of_a_volume(dir: &Path) {
+    assert_eq!(done(dir, &["volume", "create", "two", "1G"]), "created two, 1.0 GiB\n");
+    let (code, text) = refused(dir, &["volume", "create", "two", "1G"]);
+    assert!(code == 1 && text.contains("exists already"), "{text}");
+    assert!(refused(dir, &["volume", "create", "odd", "4097"]).1.contains("4097"));
+    assert_eq!(done(dir, &["volume", "resize", "two", "2G"]), "two has 2.0 GiB now\n");
+    let (code, text) = refused(dir, &["volume", "resize", "two", "1M"]);
+    assert!(code == 2 && text.contains("--yes"), "{text}");
+    done(dir, &["volume", "resize", "two", "1M", "--yes"]);
+    assert_eq!(volumes(dir), [("disk".into(), 1 << 30), ("two".into(), 1 << 20)]);
+    let table = done(dir, &["volume", "list"]);
+    assert!(table.starts_with("NAME") && table.contains("\ntwo   1.0 MiB"), "{table}");
+    assert!(refused(dir, &["volume", "delete", "two"]).1.contains("--yes"));
+    assert_eq!(done(dir, &["volume", "delete", "two", "--yes"]), "deleted two\n");
+    for gone in [&["volume", "delete", "two", "--yes"][..], &["volume", "resize", "two", "1G"]] {
+        let (code, text) = refused(dir, gone);
+        assert!(code == 1 && text.contains("two") && text.contains("there are: disk"), "{text}");
+    }
+}
+
+#[test]
+fn volumes_come_grow_shrink_and_go_with_and_without_a_server() {
+    let dir = scratch("volumes");
+    let (code, text) = refused(dir.path(), &["volume", "list"]);
+    assert!(code == 1 && text.contains("there is no store") && text.contains("corepage serve"), "{text}");
+    let served = Served::start(dir.path());
+    life_of_a_volume(dir.path());
+    // Clients that connect see what is there by then.
+    done(dir.path(), &["volume", "create", "new", "64M"]);
+    let mut client = common::nbd::Client::go(&served.address(), "new");
+    assert_eq!(client.bytes, 64 << 20);
+    client.write(1, 63 << 20, b"far");
+    done(dir.path(), &["volume", "resize", "new", "32M", "--yes"]);
+    assert_eq!(client.call(0, common::nbd::READ, 63 << 20, 3, &[]), common::nbd::EINVAL, "it was cut off");
+    assert_eq!(common::nbd::Client::go(&served.address(), "new").bytes, 32 << 20);
+    done(dir.path(), &["volume", "delete", "new", "--yes"]);
+    assert_eq!(client.call(0, common::nbd::READ, 0, 3, &[]), common::nbd::EINVAL, "it is gone");
+    assert!(served.stop().success());
+    life_of_a_volume(dir.path());
+    assert!(!dir.path().join("control.sock").exists(), "a server leaves no socket");
+}
+
+#[test]
+fn stat_tells_what_the_server_did_in_each_second() {
+    let dir = scratch("stat");
+    let (code, text) = refused(dir.path(), &["stat"]);
+    assert!(code == 1 && text.contains("no server answers") && text.contains("corepage serve"), "{text}");
+    let served = Served::start(dir.path());
+    let mut client = served.client();
+    let mut lines = {
+        let mut stat = corepage(&["stat", "--format", "json", "--count", "3", "--dir", dir.path().to_str().unwrap()]);
+        let mut child = stat.stdout(std::process::Stdio::piped()).spawn().expect("it runs");
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        // One after another, so that they are of the time that is told.
+        for n in 0..400 {
+            client.write(1, n * 4096, &[7; 4096]);
+        }
+        let lines: Vec<Value> =
+            lines.map(|line| serde_json::from_str(&line.unwrap()).expect("a line of JSON")).collect();
+        assert!(child.wait().unwrap().success());
+        lines
+    };
+    assert_eq!(lines.len(), 3);
+    let last = lines.pop().unwrap();
+    assert!(last["seconds"].as_f64().unwrap() >= 0.9, "{last}");
+    assert!(last["total"]["page_writes"].as_u64().unwrap() >= 400, "{last}");
+    assert!(last["total"]["commit_latency"]["count"].as_u64().unwrap() >= 400);
+    let by_line: u64 = lines.iter().chain([&last]).map(|line| line["interval"]["page_writes"].as_u64().unwrap()).sum();
+    assert!(by_line <= last["total"]["page_writes"].as_u64().unwrap());
+    let socket = dir.path().join("control.sock");
+    assert_eq!(socket.metadata().unwrap().permissions().mode() & 0o777, 0o600, "only its owner may");
+    let table = corepage(&["stat", "--count", "2", "--connect", socket.to_str().unwrap()]).output().unwrap();
+    let table = String::from_utf8(table.stdout).unwrap();
+    assert!(table.lines().count() == 4 && table.contains("commits"), "{table}");
+    let widths: Vec<usize> = table.lines().map(str::len).collect();
+    assert!(widths.iter().all(|width| *width <= 110), "{widths:?}");
+    assert!(served.stop().success());
+}
+
+fn line(socket: &mut UnixStream, bytes: &[u8]) -> Value {
+    socket.write_all(bytes).expect("it takes a line");
+    let mut answer = String::new();
+    BufReader::new(&*socket).read_line(&mut answer).expect("it answers");
+    serde_json::from_str(&answer).unwrap_or_else(|error| panic!("{error}: {answer:?}"))
+}
+
+#[test]
+fn a_hostile_control_client_hurts_only_itself() {
+    let dir = scratch("control");
+    let served = Served::start(dir.path());
+    let socket = dir.path().join("control.sock");
+    let connect = || UnixStream::connect(&socket).expect("the socket is there");
+    let mut client = connect();
+    for bad in
+        ["x\n", "\n", "{}\n", "[]\n", "{\"ask\":\"nothing\"}\n", "{\"ask\":\"create\",\"name\":7}\n", "\u{fffd}\n"]
+    {
+        let answer = line(&mut client, bad.as_bytes());
+        assert!(answer["error"].as_str().unwrap().starts_with("not a request"), "{bad:?}: {answer}");
+    }
+    let answer = line(&mut client, b"{\"ask\":\"create\",\"name\":\"\",\"bytes\":4096}\n");
+    assert!(answer["error"].as_str().unwrap().contains("1 to 255 bytes"), "{answer}");
+    assert!(line(&mut client, b"{\"ask\":\"volumes\"}\n")["ok"].is_array(), "it goes on");
+    let answer = line(&mut connect(), &[b'a'; 5000]);
+    assert!(answer["error"].as_str().unwrap().contains("at most 4096"), "{answer}");
+    // As many silent ones as there is room for; the next is sent away, and room comes back.
+    let silent: Vec<UnixStream> = (0..20).map(|_| connect()).collect();
+    let mut closed = 0;
+    for mut socket in &silent {
+        socket.set_read_timeout(Some(std::time::Duration::from_millis(200))).unwrap();
+        closed += usize::from(socket.read(&mut [0; 1]).is_ok_and(|read| read == 0));
+    }
+    assert!(closed >= 4, "only {closed} of 20 were sent away");
+    assert!(line(&mut client, b"{\"ask\":\"volumes\"}\n")["ok"].is_array(), "the first one is served");
+    assert_eq!(served.client().read(0, 3), [0; 3], "and so are others");
+    drop(silent);
+    assert!(served.stop().success(), "with a client connected");
+}
