@@ -1,5 +1,6 @@
 //! The program: commands over the library's public API, and nothing that callers of the library could not do.
 
+mod bench;
 mod cli;
 mod server;
 

@@ -7,6 +7,7 @@
 //!
 //! Not here: what the commands do.
 
+mod bench;
 mod control;
 mod doctor;
 mod serve;
@@ -35,6 +36,8 @@ Examples:
       One more volume, also while the store is served
   corepage stat --dir /srv/store
       What the server does, one line a second
+  corepage bench qd-sweep
+      Reads and writes at depths 1 to 256 in a store that is made for it and removed
   corepage verify --dir /srv/store
       Reads a closed store whole and names what is damaged
 
@@ -58,6 +61,8 @@ enum Command {
     Volume(volume::Arguments),
     /// Say what a running server does, one line a second
     Stat(stat::Arguments),
+    /// Measure a store on this machine, and verify what was written
+    Bench(bench::Arguments),
     /// Read a closed store whole and name what is damaged
     Verify(verify::Arguments),
 }
@@ -116,6 +121,7 @@ pub fn main() -> ExitCode {
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Volume(arguments) => volume::run(&arguments),
         Command::Stat(arguments) => stat::run(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::Verify(arguments) => verify::run(&arguments),
     };
     match outcome {

@@ -1,0 +1,273 @@
+//! `corepage bench`: how fast a store is on this machine.
+//!
+//! ```text
+//! sow (every page written once) ─> measure ─> close, open, verify every page ─> remove what was made ─> print
+//! ```
+//! 1. It works on a volume of its own, `corepage-bench`, and removes it; without `--dir` in a store of its own, which it removes.
+//! 2. Standard output holds results only; progress goes to stderr, and only to a terminal.
+//! 3. A result that could not be verified is no result: exit code 1.
+//! 4. SIGINT and SIGTERM end it cleanly; a second one at once.
+
+use super::{Failure, Format, size};
+use crate::bench::{At, Field, Outcome, Run, Work};
+use clap::ValueEnum;
+use comfy_table::{CellAlignment, Table, TableStyle};
+use corepage::probe::Machine;
+use corepage::{Error, ErrorKind, Options};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Workload {
+    /// Pages at random are read
+    Read,
+    /// Pages at random are written, each a durable commit
+    Write,
+    /// 128 bytes of pages at random are written, each a durable commit
+    Commit,
+    /// Reads, then writes, at depths 1, 2, 4 … 256
+    QdSweep,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum From {
+    /// Tasks on the shards' own threads
+    Shard,
+    /// Threads of their own (see --clients)
+    Thread,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// What to do
+    workload: Workload,
+    /// Directory of a store to use, made if it does not exist [default: a temporary one here]
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// Size of the volume that is worked on
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, default_value = "512M")]
+    size: u64,
+    /// Memory of the store: with less than the size, reads come from the device
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, default_value = "64M")]
+    memory: u64,
+    /// Operations under way at a time
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    depth: u32,
+    /// Threads that call, with --from thread
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    clients: u32,
+    /// How long to measure; for qd-sweep at each depth
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    seconds: u64,
+    /// Where it is called from
+    #[arg(long, value_enum, default_value_t = From::Shard)]
+    from: From,
+    /// How to print it
+    #[arg(long, value_enum, default_value_t = Format::Human)]
+    format: Format,
+}
+
+/// Depths of a sweep.
+const DEPTHS: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
+
+impl Arguments {
+    fn depth(&self) -> usize {
+        match self.workload {
+            Workload::QdSweep => DEPTHS[DEPTHS.len() - 1],
+            _ => self.depth as usize,
+        }
+    }
+
+    fn check(&self) -> Result<(), Failure> {
+        let needed = (self.depth() as u64 + u64::from(self.clients)) * 4096;
+        if !self.size.is_multiple_of(4096) || self.size < needed {
+            return Err(Failure::usage(format_args!(
+                "--size {}: a multiple of 4096 is needed, and at least {needed}, a page for each operation under way",
+                self.size
+            )));
+        }
+        Ok(())
+    }
+
+    /// What is measured, in order.
+    fn steps(&self) -> Vec<(Work, usize)> {
+        let at = |work| DEPTHS.iter().map(move |depth| (work, *depth));
+        match self.workload {
+            Workload::Read => vec![(Work::Read, self.depth())],
+            Workload::Write => vec![(Work::Write, self.depth())],
+            Workload::Commit => vec![(Work::Commit, self.depth())],
+            Workload::QdSweep => at(Work::Read).chain(at(Work::Write)).collect(),
+        }
+    }
+}
+
+/// One measurement, in numbers.
+struct Point {
+    work: Work,
+    depth: usize,
+    outcome: Outcome,
+}
+
+/// Runs it all.
+pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
+    arguments.check()?;
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register_conditional_shutdown(signal, 1, stop.clone())?;
+        signal_hook::flag::register(signal, stop.clone())?;
+    }
+    // Removed when it goes, however this ends.
+    let (mut own, mut dir) = (None, arguments.dir.clone().unwrap_or_default());
+    if arguments.dir.is_none() {
+        let made = tempfile::Builder::new().prefix("corepage-bench-").tempdir_in(".")?;
+        dir = made.path().to_path_buf();
+        own = Some(made);
+    }
+    let machine = Machine::look(&dir);
+    let options = Options { memory_bytes: arguments.memory, ..Options::default() };
+    let pages = arguments.size / 4096;
+    let bar = progress("writing every page once", pages);
+    let watch = |bar: &ProgressBar, done: u64| {
+        bar.set_position(done);
+        match stop.load(Ordering::Relaxed) {
+            true => Err(Error::new(ErrorKind::Closed, "interrupted; nothing was measured")),
+            false => Ok(()),
+        }
+    };
+    let field = Field::sow(&dir, options, arguments.size, |done| watch(&bar, done))?;
+    bar.finish_and_clear();
+    let store = field.store.report().to_string();
+    let field = Arc::new(field);
+    let points = measure(arguments, &field, &stop)?;
+    let field = Arc::into_inner(field).ok_or_else(|| Failure::new("a task of the benchmark has not ended"))?;
+    let bar = progress("verifying", pages);
+    let field = field.verify(|done| watch(&bar, done))?;
+    bar.finish_and_clear();
+    field.clear()?;
+    drop(own);
+    let text = match arguments.format {
+        Format::Json => {
+            serde_json::to_string_pretty(&in_json(arguments, &points, &machine, &store)).map_err(Failure::new)? + "\n"
+        }
+        Format::Human => for_people(arguments, &points, &store),
+    };
+    let _ = std::io::stdout().lock().write_all(text.as_bytes());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn progress(what: &'static str, length: u64) -> ProgressBar {
+    // Only a terminal gets to see it.
+    let bar = ProgressBar::new(length);
+    let style = ProgressStyle::with_template("{msg} {wide_bar} {percent} %, {eta} left");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.set_message(what);
+    bar
+}
+
+fn measure(arguments: &Arguments, field: &Arc<Field>, stop: &Arc<AtomicBool>) -> Result<Vec<Point>, Failure> {
+    let steps = arguments.steps();
+    let bar = progress("measuring", steps.len() as u64 * arguments.seconds);
+    bar.enable_steady_tick(Duration::from_millis(200));
+    let mut points = Vec::new();
+    for (n, (work, depth)) in steps.into_iter().enumerate() {
+        let at = match arguments.from {
+            From::Shard => At::Shards,
+            From::Thread => At::Threads(arguments.clients as usize),
+        };
+        let time = Duration::from_secs(arguments.seconds);
+        let run = Run { work, at, depth, time, seed: 1 + n as u64, stop: stop.clone() };
+        let outcome = run.measure(field.clone())?;
+        if stop.load(Ordering::Relaxed) {
+            return Err(Failure::new("interrupted; nothing was measured to its end"));
+        }
+        points.push(Point { work, depth, outcome });
+        bar.inc(arguments.seconds);
+    }
+    bar.finish_and_clear();
+    Ok(points)
+}
+
+fn name(work: Work) -> &'static str {
+    match work {
+        Work::Read => "read",
+        Work::Write => "write",
+        Work::Commit => "commit",
+    }
+}
+
+fn latency(outcome: &Outcome) -> Value {
+    json!({
+        "p50": outcome.percentile(50.0),
+        "p99": outcome.percentile(99.0),
+        "p999": outcome.percentile(99.9),
+        "max": outcome.latency.max() as f64 / 1000.0,
+        "mean": outcome.latency.mean() / 1000.0,
+    })
+}
+
+/// The keys stay; new ones may come.
+fn in_json(arguments: &Arguments, points: &[Point], machine: &Machine, store: &str) -> Value {
+    let best = points.iter().max_by(|a, b| a.outcome.rate().total_cmp(&b.outcome.rate()));
+    let from = if arguments.from == From::Shard { "shard" } else { "thread" };
+    let workload = match arguments.workload {
+        Workload::QdSweep => "qd-sweep",
+        _ => best.map_or("", |best| name(best.work)),
+    };
+    let point = |p: &Point| {
+        json!({ "workload": name(p.work), "depth": p.depth, "ops_per_s": p.outcome.rate(), "operations": p.outcome.operations,
+                "latency_us": latency(&p.outcome) })
+    };
+    let mut all = json!({
+        "workload": workload,
+        "ops_per_s": best.map(|best| best.outcome.rate()),
+        "latency_us": best.map(|best| latency(&best.outcome)),
+        "verified": true,
+        "depth": best.map(|best| best.depth),
+        "clients": arguments.clients,
+        "from": from,
+        "seconds": arguments.seconds,
+        "size_bytes": arguments.size,
+        "memory_bytes": arguments.memory,
+        "store": store,
+        "machine": machine,
+    });
+    if arguments.workload == Workload::QdSweep {
+        all["points"] = points.iter().map(point).collect();
+    }
+    all
+}
+
+fn for_people(arguments: &Arguments, points: &[Point], store: &str) -> String {
+    let mut table = Table::new();
+    table.load_style(TableStyle::new());
+    table.set_header(["", "DEPTH", "OPS/S", "P50 µs", "P99 µs", "P99.9 µs", "MAX µs"]);
+    for Point { work, depth, outcome } in points {
+        let us = |us: f64| if us < 100.0 { format!("{us:.1}") } else { format!("{us:.0}") };
+        let percentile = |percent| us(outcome.percentile(percent));
+        let max = us(outcome.latency.max() as f64 / 1000.0);
+        let (rate, depth) = (format!("{:.0}", outcome.rate()), depth.to_string());
+        table.add_row([name(*work).into(), depth, rate, percentile(50.0), percentile(99.0), percentile(99.9), max]);
+    }
+    table.column_iter_mut().for_each(|column| {
+        column.set_padding((0, 2));
+    });
+    table.column_iter_mut().skip(1).for_each(|column| column.set_cell_alignment(CellAlignment::Right));
+    let from = match arguments.from {
+        From::Shard => "tasks on the shards".to_owned(),
+        From::Thread => format!("{} thread(s)", arguments.clients),
+    };
+    format!(
+        "{}\n\nfrom {from}; {} of pages, {} of memory; all {} pages verified after a close and a new start\n{store}\n",
+        table.trim_fmt(),
+        size::show(arguments.size),
+        size::show(arguments.memory),
+        arguments.size / 4096,
+    )
+}
