@@ -92,7 +92,7 @@ impl Store {
     pub(super) async fn free_some(&self, volume: VolumeId, first: PageId, last: PageId) -> Result<Option<PageId>> {
         let Allocated { ranges, next } = self.allocated_in(volume, first, last, RANGES).await?;
         let most = (self.txn_bytes_max() / FREE_BYTES).max(1) as usize;
-        let mut pages = ranges.iter().flat_map(|(first, last)| first.get()..=last.get()).peekable();
+        let mut pages = ranges.into_iter().flat_map(|(first, last)| first.get()..=last.get()).peekable();
         let mut under_way = VecDeque::new();
         while let Some(run) = pages.peek().map(|page| page / RUN_PAGES) {
             let mut changes = Vec::new();

@@ -13,10 +13,12 @@
 //!    payload in flight. A full gate stops reading from the socket, which is the client's back-pressure.
 //! 3. The protocol knows exports only through the traits below, so it is tested without a store.
 //!
-//! Not here: TLS, structured replies, block status, extended headers.
+//! Not here: TLS, extended headers.
 
+mod extents;
 mod gate;
 mod handshake;
+mod holes;
 mod listener;
 mod proto;
 mod server;
@@ -29,11 +31,12 @@ mod volume;
 mod tests;
 
 pub use listener::{Address, Listener, Plan};
-pub use proto::Errno;
 pub use server::Server;
 pub use volume::StoreExports;
 
 use bytes::Bytes;
+use holes::Holes;
+use proto::{Extent, Fault};
 use std::future::Future;
 use std::time::Duration;
 
@@ -68,18 +71,31 @@ impl Default for Limits {
     }
 }
 
-/// One block device. Ranges are inside it: the protocol has checked them.
+/// One block device. Ranges are inside it and not empty: the protocol has checked them.
 pub trait Export: Send + Sync {
-    /// Its size, which does not change.
+    /// Its size as this connection's client was told it, which does not change.
     fn bytes(&self) -> u64;
-    /// Fills `into` with the bytes from `offset` on.
-    fn read(&self, offset: u64, into: &mut [u8]) -> impl Future<Output = Result<(), Errno>> + Send;
+    /// Its size now. Requests beyond it are refused.
+    fn bytes_now(&self) -> u64;
+    /// Fills `into`, all zeros before, with the bytes from `offset` on. Parts that are not stored it may leave alone and add
+    /// to `holes`, if each is long enough to be worth a chunk of its own.
+    fn read(&self, offset: u64, into: &mut [u8], holes: &mut Holes) -> impl Future<Output = Result<(), Fault>> + Send;
     /// Writes `data` at `offset`; durable before it returns if `fua`.
-    fn write(&self, offset: u64, data: Bytes, fua: bool) -> impl Future<Output = Result<(), Errno>> + Send;
+    fn write(&self, offset: u64, data: Bytes, fua: bool) -> impl Future<Output = Result<(), Fault>> + Send;
     /// Makes `length` bytes from `offset` read as zeros: by giving their space back, or by writing if not `hole`.
-    fn zero(&self, offset: u64, length: u64, hole: bool, fua: bool) -> impl Future<Output = Result<(), Errno>> + Send;
+    fn zero(&self, offset: u64, length: u64, hole: bool, fua: bool) -> impl Future<Output = Result<(), Fault>> + Send;
     /// Makes every write that returned before, on any connection, durable.
-    fn flush(&self) -> impl Future<Output = Result<(), Errno>> + Send;
+    fn flush(&self) -> impl Future<Output = Result<(), Fault>> + Send;
+    /// Brings a part of the range into memory, as far as that makes sense.
+    fn cache(&self, offset: u64, length: u64) -> impl Future<Output = Result<(), Fault>> + Send;
+    /// What of the range is stored: one or more extents from `offset` on, at most `extents_max`. They may end before the
+    /// range, but not behind it.
+    fn allocation(
+        &self,
+        offset: u64,
+        length: u32,
+        extents_max: usize,
+    ) -> impl Future<Output = Result<Vec<Extent>, Fault>> + Send;
 }
 
 /// The block devices of a server.
@@ -87,7 +103,7 @@ pub trait Exports: Send + Sync + 'static {
     /// One of them.
     type Export: Export;
     /// Their names.
-    fn names(&self) -> Result<Vec<String>, Errno>;
+    fn names(&self) -> Result<Vec<String>, Fault>;
     /// The one of this name, or the default one if it is empty, with its own name.
-    fn find(&self, name: &str) -> Result<Option<(String, Self::Export)>, Errno>;
+    fn find(&self, name: &str) -> Result<Option<(String, Self::Export)>, Fault>;
 }

@@ -131,13 +131,11 @@ impl<X: Exports> Shared<X> {
 
     fn connection(&self, id: u64, socket: &Socket) -> io::Result<()> {
         let mut stream = Deadline::new(socket, self.limits.handshake);
-        let (name, export) = match handshake(&mut stream, &self.exports, self.limits.options_max)? {
-            Outcome::Chosen(name, export) => (name, export),
-            Outcome::Aborted => return Ok(()),
-        };
+        let outcome = handshake(&mut stream, &self.exports, self.limits.options_max)?;
+        let Outcome::Chosen(name, export, agreed) = outcome else { return Ok(()) };
         stream.lift()?;
-        debug!(connection = id, volume = name, "transmission begins");
-        transmission::serve(socket, &export, &self.limits, &self.stopping)
+        debug!(connection = id, volume = name, ?agreed, "transmission begins");
+        transmission::serve(socket, &export, agreed, &self.limits, &self.stopping)
     }
 
     fn shut_all(&self, how: Shutdown) {

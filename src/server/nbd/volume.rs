@@ -3,11 +3,15 @@
 //! 1. A write within the commit limit is one atomic commit, whatever its alignment: whole pages are put, edges patched.
 //! 2. A longer one is several commits in order of offset. Only the last asks for durability: commits become durable in
 //!    their order, so it covers the ones before it.
-//! 3. `Busy` is waited for, within bounds; every other failure is told the client at once.
+//! 3. Holes of more than [`FREE_AT_ONCE`] pages are made by the store, in many commits; partial pages at their edges are
+//!    patched before. What was not stored costs next to nothing.
+//! 4. `Busy` is waited for, within bounds; every other failure is told the client at once.
 //!
 //! A flush here is the store's flush: it covers the acknowledged writes of all connections and volumes.
 
-use super::proto::Errno;
+use super::extents::Extents;
+use super::holes::Holes;
+use super::proto::{Errno, Extent, Fault, PAYLOAD_BYTES_MAX};
 use super::span::{self, PAGE, Span, spans};
 use super::{Export, Exports};
 use bytes::Bytes;
@@ -21,6 +25,11 @@ use tracing::warn;
 const READ_PAGES: usize = 256;
 /// Changes of a commit: 4,096 freed pages are 16 MiB of the volume.
 const CHANGES_MAX: usize = 4096;
+/// Whole pages up to which a hole is made by one commit: 2 MiB.
+const FREE_AT_ONCE: u64 = 512;
+/// Ranges asked of the store at a time, and how often for one extent: a look covers up to 256 MiB a shard.
+const RANGES: usize = 64;
+const LOOKS: usize = 64;
 /// What the store counts for a freed page; for any other change it counts a page.
 const FREE_BYTES: u64 = 512;
 /// How long a request waits for a busy store, and for how long between tries.
@@ -40,6 +49,8 @@ pub struct StoreExports {
 pub struct VolumeExport {
     store: Store,
     volume: Volume,
+    /// What the client was told: the volume's size when the connection was made.
+    bytes: u64,
     commit_bytes_max: u64,
 }
 
@@ -54,25 +65,34 @@ impl StoreExports {
 impl Exports for StoreExports {
     type Export = VolumeExport;
 
-    fn names(&self) -> Result<Vec<String>, Errno> {
-        let volumes = futures_lite::future::block_on(self.store.volumes()).map_err(errno)?;
+    fn names(&self) -> Result<Vec<String>, Fault> {
+        let volumes = futures_lite::future::block_on(self.store.volumes()).map_err(fault)?;
         Ok(volumes.iter().map(|v| v.name().to_owned()).collect())
     }
 
     /// The default export is the volume `disk`, or the only one there is.
-    fn find(&self, name: &str) -> Result<Option<(String, VolumeExport)>, Errno> {
-        let mut volumes = futures_lite::future::block_on(self.store.volumes()).map_err(errno)?;
+    fn find(&self, name: &str) -> Result<Option<(String, VolumeExport)>, Fault> {
+        let mut volumes = futures_lite::future::block_on(self.store.volumes()).map_err(fault)?;
         let wanted = if name.is_empty() && volumes.len() != 1 { "disk" } else { name };
         let index = volumes.iter().position(|v| wanted.is_empty() || v.name() == wanted);
         let Some(volume) = index.map(|i| volumes.swap_remove(i)) else { return Ok(None) };
         let (store, commit_bytes_max) = (self.store.clone(), self.commit_bytes_max);
-        Ok(Some((volume.name().to_owned(), VolumeExport { store, volume, commit_bytes_max })))
+        Ok(Some((volume.name().to_owned(), VolumeExport { store, bytes: volume.bytes(), volume, commit_bytes_max })))
     }
 }
 
 impl VolumeExport {
+    async fn zero_by_commits(&self, range: (u64, u64), hole: bool, fua: bool) -> Result<(), Fault> {
+        let change = |span: &Span| match (span.is_whole(), hole) {
+            (true, true) => Change::Free,
+            (true, false) => Change::Put(Bytes::from_static(&ZEROS)),
+            (false, _) => Change::Patch { offset: span.start, bytes: Bytes::from_static(&ZEROS[span.in_page()]) },
+        };
+        self.commit_all(range, fua, change).await
+    }
+
     /// Commits all of `range`, batch after batch, with the changes that `change` makes of its spans.
-    async fn commit_all(&self, range: (u64, u64), fua: bool, change: impl Fn(&Span) -> Change) -> Result<(), Errno> {
+    async fn commit_all(&self, range: (u64, u64), fua: bool, change: impl Fn(&Span) -> Change) -> Result<(), Fault> {
         let cost = |s: &Span| match change(s) {
             Change::Free => FREE_BYTES,
             Change::Put(_) | Change::Patch { .. } => PAGE,
@@ -94,26 +114,35 @@ impl VolumeExport {
 
 impl Export for VolumeExport {
     fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn bytes_now(&self) -> u64 {
         self.volume.bytes()
     }
 
-    async fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
+    async fn read(&self, offset: u64, into: &mut [u8], holes: &mut Holes) -> Result<(), Fault> {
         let mut rest = spans(offset, into.len() as u64).peekable();
-        let mut into = into;
+        let mut at = 0;
         while rest.peek().is_some() {
             let batch = span::batch(&mut rest, READ_PAGES, u64::MAX, |_| 0);
             let ids: Vec<PageId> = batch.iter().map(|s| PageId::new(s.page)).collect();
             let pages = patiently(|| self.volume.read_many(&ids)).await?;
             for (span, page) in batch.iter().zip(&pages) {
-                let (head, tail) = into.split_at_mut(span.length as usize);
-                head.copy_from_slice(&page[span.in_page()]);
-                into = tail;
+                let part = at..at + span.length as usize;
+                at = part.end;
+                match page.is_absent() {
+                    false => into[part].copy_from_slice(&page[span.in_page()]),
+                    // A part of a page costs less as zeros than as a chunk.
+                    true if span.is_whole() => holes.add(part),
+                    true => {}
+                }
             }
         }
         Ok(())
     }
 
-    async fn write(&self, offset: u64, data: Bytes, fua: bool) -> Result<(), Errno> {
+    async fn write(&self, offset: u64, data: Bytes, fua: bool) -> Result<(), Fault> {
         let change = |span: &Span| {
             let at = (span.page * PAGE + u64::from(span.start) - offset) as usize;
             let bytes = data.slice(at..at + span.length as usize);
@@ -122,35 +151,67 @@ impl Export for VolumeExport {
         self.commit_all((offset, data.len() as u64), fua, change).await
     }
 
-    async fn zero(&self, offset: u64, length: u64, hole: bool, fua: bool) -> Result<(), Errno> {
-        let change = |span: &Span| match (span.is_whole(), hole) {
-            (true, true) => Change::Free,
-            (true, false) => Change::Put(Bytes::from_static(&ZEROS)),
-            (false, _) => Change::Patch { offset: span.start, bytes: Bytes::from_static(&ZEROS[span.in_page()]) },
-        };
-        self.commit_all((offset, length), fua, change).await
+    async fn zero(&self, offset: u64, length: u64, hole: bool, fua: bool) -> Result<(), Fault> {
+        let (first, behind) = (offset.div_ceil(PAGE), (offset + length) / PAGE);
+        if !hole || behind.saturating_sub(first) <= FREE_AT_ONCE {
+            return self.zero_by_commits((offset, length), hole, fua).await;
+        }
+        let end = offset + length;
+        for (from, to) in [(offset, first * PAGE), (behind * PAGE, end)] {
+            self.zero_by_commits((from, to - from), hole, false).await?;
+        }
+        patiently(|| self.volume.free_range(PageId::new(first), PageId::new(behind - 1))).await?;
+        if fua { self.flush().await } else { Ok(()) }
     }
 
-    async fn flush(&self) -> Result<(), Errno> {
+    async fn flush(&self) -> Result<(), Fault> {
         patiently(|| self.store.flush()).await.map(drop)
+    }
+
+    /// Reads into the pool, up to as much as one READ may ask for: a longer range would push itself out again.
+    async fn cache(&self, offset: u64, length: u64) -> Result<(), Fault> {
+        let mut rest = spans(offset, length.min(u64::from(PAYLOAD_BYTES_MAX))).peekable();
+        while rest.peek().is_some() {
+            let batch = span::batch(&mut rest, READ_PAGES, u64::MAX, |_| 0);
+            let ids: Vec<PageId> = batch.iter().map(|s| PageId::new(s.page)).collect();
+            patiently(|| self.volume.read_many(&ids)).await?;
+        }
+        Ok(())
+    }
+
+    async fn allocation(&self, offset: u64, length: u32, extents_max: usize) -> Result<Vec<Extent>, Fault> {
+        let last = PageId::new((offset + u64::from(length) - 1) / PAGE);
+        let mut extents = Extents::new(offset, offset + u64::from(length), extents_max);
+        let mut next = Some(PageId::new(offset / PAGE));
+        for _ in 0..LOOKS {
+            let Some(first) = next.filter(|_| !extents.is_full()) else { break };
+            let found = patiently(|| self.volume.allocated(first, last, RANGES)).await?;
+            next = found.next;
+            for (first, last) in found.ranges {
+                extents.upto(first.get(), true);
+                extents.upto(last.get() + 1, false);
+            }
+            extents.upto(next.map_or(last.get() + 1, PageId::get), true);
+        }
+        Ok(extents.into_list())
     }
 }
 
 /// Tries again while the store is busy. The pause blocks this connection's reply thread and nobody else's, and the
 /// other requests of the connection get their turn after each.
-async fn patiently<T, F: Future<Output = Result<T, Error>>>(mut attempt: impl FnMut() -> F) -> Result<T, Errno> {
+async fn patiently<T, F: Future<Output = Result<T, Error>>>(mut attempt: impl FnMut() -> F) -> Result<T, Fault> {
     let mut started = None;
     loop {
         match attempt().await {
             Ok(value) => return Ok(value),
             Err(e) if matches!(e.kind(), ErrorKind::Busy | ErrorKind::Conflict) => {
                 if started.get_or_insert_with(Instant::now).elapsed() > BUSY_LIMIT {
-                    return Err(errno(e));
+                    return Err(fault(e));
                 }
                 std::thread::sleep(BUSY_PAUSE);
                 futures_lite::future::yield_now().await;
             }
-            Err(e) => return Err(errno(e)),
+            Err(e) => return Err(fault(e)),
         }
     }
 }
@@ -158,10 +219,10 @@ async fn patiently<T, F: Future<Output = Result<T, Error>>>(mut attempt: impl Fn
 /// Failures so far, over all connections.
 static FAILURES: AtomicU64 = AtomicU64::new(0);
 
-/// The client's view of an error; what is lost on the way is logged, for the 1st, 2nd, 4th, 8th … failure only: clients
-/// of a failed store try again and again, and must not fill a disk with log.
-fn errno(error: Error) -> Errno {
-    match error.kind() {
+/// The client's view of an error. Where it is of no fault of the client's it is logged, for the 1st, 2nd, 4th, 8th …
+/// failure only: clients of a failed store try again and again, and must not fill a disk with log.
+fn fault(error: Error) -> Fault {
+    let errno = match error.kind() {
         ErrorKind::Full => Errno::NoSpace,
         ErrorKind::Invalid | ErrorKind::TooLarge | ErrorKind::NotFound => Errno::Invalid,
         _ => {
@@ -171,5 +232,6 @@ fn errno(error: Error) -> Errno {
             }
             Errno::Io
         }
-    }
+    };
+    Fault::new(errno, error.to_string())
 }
