@@ -1,4 +1,4 @@
-//! Where the server listens: `unix:PATH` or `tcp:HOST:PORT`, on this machine only.
+//! Where the server listens: `unix:PATH` or `tcp:HOST:PORT`.
 //!
 //! ```text
 //! Address ── plan: look, don't touch ──> Plan ── bind ──> Listener
@@ -8,7 +8,8 @@
 //! 2. A Unix socket is bound under a name of its own, made 0600, and only then renamed to its place: nobody else can
 //!    connect at any time, and a stale socket is replaced in one step. Only a socket that refuses connections is stale.
 //! 3. The socket file is removed at the end, if it is still ours.
-//! 4. TCP means loopback: there is neither encryption nor a password here.
+//! 4. An address that other machines can reach is told apart ([`Address::remote`]): there is neither encryption nor a
+//!    password here, so whoever takes one must have been told to.
 
 use super::socket::Socket;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -30,7 +31,7 @@ const BACKLOG: i32 = 128;
 pub enum Address {
     /// A socket file.
     Unix(PathBuf),
-    /// A loopback address; port 0 takes a free one.
+    /// An address of this machine; port 0 takes a free one.
     Tcp(SocketAddr),
 }
 
@@ -67,17 +68,8 @@ impl FromStr for Address {
 fn parse_tcp(text: &str) -> Result<SocketAddr, String> {
     let local = text.strip_prefix("localhost:").and_then(|port| port.parse().ok());
     let local = local.map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
-    let address: SocketAddr = match local {
-        Some(address) => address,
-        None => text.parse().map_err(|_| "HOST must be 127.0.0.1, [::1] or localhost, PORT a number up to 65535")?,
-    };
-    if !address.ip().is_loopback() {
-        return Err(format!(
-            "{} can be reached from other machines, and NBD here has no password: use 127.0.0.1 and a tunnel (ssh -L)",
-            address.ip()
-        ));
-    }
-    Ok(address)
+    let what = "HOST must be an IP address (127.0.0.1, [::1]) or localhost, PORT a number up to 65535";
+    local.map_or_else(|| text.parse().map_err(|_| what.into()), Ok)
 }
 
 /// An error with what to do about it.
@@ -90,6 +82,14 @@ fn taken(context: String) -> io::Error {
 }
 
 impl Address {
+    /// The address, if it can be reached from other machines.
+    pub fn remote(&self) -> Option<IpAddr> {
+        match self {
+            Address::Tcp(address) if !address.ip().to_canonical().is_loopback() => Some(address.ip()),
+            Address::Tcp(_) | Address::Unix(_) => None,
+        }
+    }
+
     /// Checks that nobody is there, without changing anything. The directory `made_later` need not exist yet.
     pub fn plan(&self, made_later: &Path) -> io::Result<Plan> {
         match self {
@@ -194,6 +194,8 @@ impl Listener {
                 let stream = listener.accept()?.0;
                 // Replies are whole: waiting for more of them would only cost time.
                 stream.set_nodelay(true)?;
+                // A client whose machine is gone must not keep its place for ever.
+                rustix::net::sockopt::set_socket_keepalive(&stream, true)?;
                 Ok(Socket::Tcp(stream))
             }
         }
@@ -242,16 +244,19 @@ mod tests {
 
     /// An unprotected block device on the network is somebody else's block device.
     #[test]
-    fn only_addresses_of_this_machine_are_taken() {
+    fn addresses_that_other_machines_reach_are_told_apart() {
         assert_eq!(parse("tcp:127.0.0.1:0"), Ok(Address::Tcp(([127, 0, 0, 1], 0).into())));
         assert_eq!(parse("tcp:localhost:10809"), Ok(Address::Tcp(([127, 0, 0, 1], 10809).into())));
-        assert!(parse("tcp:[::1]:7").is_ok());
-        for bad in ["tcp:0.0.0.0:10809", "tcp:[::]:1", "tcp:192.168.1.1:1", "tcp:example.org:1", "tcp:127.0.0.1"] {
+        for here in ["tcp:127.0.0.1:0", "tcp:127.1.2.3:1", "tcp:[::1]:7", "tcp:[::ffff:127.0.0.1]:7", "unix:/tmp/x"] {
+            assert_eq!(parse(here).unwrap().remote(), None, "{here}");
+        }
+        for open in ["tcp:0.0.0.0:10809", "tcp:[::]:1", "tcp:192.168.1.1:1", "tcp:[::ffff:0.0.0.0]:7"] {
+            assert!(parse(open).unwrap().remote().is_some(), "{open}");
+        }
+        for bad in ["", "unix:", "tcp:", "udp:127.0.0.1:1", "/tmp/x", "tcp:127.0.0.1:65536", "tcp:example.org:1"] {
             assert!(parse(bad).is_err(), "{bad}");
         }
-        for bad in ["", "unix:", "tcp:", "udp:127.0.0.1:1", "/tmp/x", "tcp:127.0.0.1:65536"] {
-            assert!(parse(bad).is_err(), "{bad}");
-        }
+        assert!(parse("tcp:127.0.0.1").is_err());
     }
 
     /// A crashed server must not keep the next one from starting, and a running one must not lose its clients.

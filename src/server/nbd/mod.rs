@@ -28,6 +28,8 @@ mod transmission;
 mod volume;
 
 #[cfg(test)]
+mod store_tests;
+#[cfg(test)]
 mod tests;
 
 pub use listener::{Address, Listener, Plan};
