@@ -55,6 +55,9 @@ async fn one_of_each(dir: std::path::PathBuf) -> Result<()> {
     }
     assert_eq!(seen, [0, 1, 600, 1800]);
     drop((pages, scan));
+    disk.free_range(id(0), id(600)).await?;
+    assert_eq!(disk.allocated(id(0), id(u64::MAX), 10).await?.ranges, [(id(1800), id(1800))]);
+    store.resize_volume("disk", 8 << 20).await?;
     store.flush().await?;
     store.checkpoint().await?;
     store.delete_volume("disk").await?;
@@ -246,5 +249,63 @@ fn a_future_dropped_at_any_await_loses_nothing_submitted_and_leaks_nothing() {
     assert_eq!(block_on(disk.read_many(&half)).unwrap().len(), half.len());
     assert!(half.len() == 1024);
     block_on(disk.apply(vec![(id(1), corepage::Change::Free)], Durability::Durable)).unwrap();
+    block_on(store.close()).unwrap();
+}
+
+/// Counters that don't add up mislead whoever looks for a fault.
+#[test]
+fn counters_and_latencies_agree_with_what_was_done() {
+    let (_dir, store, disk) = open(options());
+    let before = block_on(store.stats()).unwrap();
+    for n in 0..300 {
+        block_on(disk.write_back(id(n * 7), page(n as u8))).unwrap();
+    }
+    block_on(disk.patch(id(0), 0, vec![1; 10])).unwrap();
+    block_on(disk.free(id(7))).unwrap();
+    for n in 0..300 {
+        block_on(disk.read(id(n * 7))).unwrap();
+    }
+    block_on(disk.read_many(&[id(0), id(700), id(1400)])).unwrap();
+    block_on(store.flush()).unwrap();
+    block_on(store.checkpoint()).unwrap();
+    let after = block_on(store.stats()).unwrap();
+    let grown = |of: fn(&corepage::metrics::ShardStats) -> u64| of(&after) - of(&before);
+    assert_eq!(grown(|s| s.page_writes), 300);
+    assert_eq!((grown(|s| s.patches), grown(|s| s.frees), grown(|s| s.commits)), (1, 1, 302));
+    assert_eq!(grown(|s| s.bytes_written), 300 * 4096 + 10);
+    assert_eq!((grown(|s| s.page_reads), grown(|s| s.bytes_read)), (303, 303 * 4096));
+    assert_eq!(grown(|s| s.cache_hits), 303, "all of it is in memory");
+    assert_eq!(grown(|s| s.commit_latency.count()), 302);
+    assert_eq!(grown(|s| s.flush_latency.count()), 1);
+    let reads = grown(|s| s.read_latency.count());
+    assert!((301..=303).contains(&reads), "{reads} reads, of several pages at a time one for each shard");
+    assert!(after.commit_latency.percentile(50.0) <= after.commit_latency.max());
+    // The device: what went through the log and to its place, and not much more than that.
+    let (user, device) = (grown(|s| s.bytes_written), grown(|s| s.device_bytes_written));
+    assert!(device >= user && device < 4 * user, "{user} bytes written, {device} at the device");
+    assert!(grown(|s| s.device_writes) >= grown(|s| s.page_write_ops) + grown(|s| s.log_groups));
+    assert!(grown(|s| s.vectored_writes) > 0 && grown(|s| s.vectored_writes) <= grown(|s| s.device_writes));
+    assert!(grown(|s| s.submissions) > 0 && grown(|s| s.flushes) > 0 && after.coalesced_writes() > 0);
+    let shards = block_on(store.shard_stats()).unwrap();
+    assert_eq!(shards.iter().map(|s| s.page_writes).sum::<u64>(), after.page_writes);
+    comes_true(|| {
+        block_on(disk.read(id(0))).unwrap();
+        block_on(store.iops(Duration::from_secs(1))).unwrap() > 0.0
+    });
+    let told = serde_json::to_value(&after).unwrap();
+    assert_eq!(told["page_writes"], after.page_writes);
+    for field in ["count", "mean_us", "p50_us", "p99_us", "p999_us", "max_us"] {
+        assert!(told["read_latency"][field].is_number(), "{field} in {told}");
+    }
+    block_on(store.close()).unwrap();
+    // After a new start pages come from the device.
+    let store = block_on(Store::open(_dir.path(), options())).unwrap();
+    let disk = block_on(store.volume("v")).unwrap().unwrap();
+    let before = block_on(store.stats()).unwrap();
+    block_on(disk.read_many(&(100..110).map(|n| id(n * 7)).collect::<Vec<_>>())).unwrap();
+    let after = block_on(store.stats()).unwrap();
+    assert_eq!(after.cache_hits, before.cache_hits);
+    assert!(after.device_reads > before.device_reads && after.vectored_reads > before.vectored_reads, "{after:?}");
+    assert!(after.device_bytes_read >= before.device_bytes_read + 10 * 4096);
     block_on(store.close()).unwrap();
 }

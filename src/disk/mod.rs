@@ -197,6 +197,11 @@ pub trait Disk {
     /// Waits until a completion may be there, something else wakes this disk's thread, or `timeout_us` has passed.
     fn wait(&mut self, timeout_us: Option<Micros>);
 
+    /// System calls so far that handed operations to the kernel or waited for them.
+    fn calls(&self) -> u64 {
+        0
+    }
+
     /// The length of a file in bytes, `None` if it does not exist.
     fn len(&mut self, file: FileId) -> Result<Option<u64>>;
 }

@@ -69,6 +69,8 @@ pub struct PortableDisk {
     completions: Receiver<Completion>,
     parker: Parker,
     workers: Vec<JoinHandle<()>>,
+    /// Operations so far: each is a system call of a worker's.
+    calls: u64,
 }
 
 impl PortableDisk {
@@ -99,6 +101,7 @@ impl PortableDisk {
             completions,
             parker,
             workers: Vec::new(),
+            calls: 0,
         };
         for i in 0..workers_count {
             let worker = Worker {
@@ -158,8 +161,13 @@ impl Disk for PortableDisk {
             }
             DiskOp::Flush { files } => files.clone().into_iter().map(|file| self.file(file)).collect(),
         };
+        self.calls += 1;
         self.overflow.push_back(Job { id, op, files });
         self.feed();
+    }
+
+    fn calls(&self) -> u64 {
+        self.calls
     }
 
     fn reap(&mut self, out: &mut Vec<Completion>) {

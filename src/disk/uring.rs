@@ -454,6 +454,10 @@ impl Disk for UringDisk {
         self.assert_whole();
     }
 
+    fn calls(&self) -> u64 {
+        self.main.calls + self.second.as_ref().map_or(0, |second| second.calls)
+    }
+
     fn len(&mut self, file: FileId) -> Result<Option<u64>> {
         let file = self.files.file(file);
         self.files.len(&file)

@@ -1,14 +1,84 @@
-//! Counters of a shard.
+//! Counters and latencies of a shard, as callers see them.
+//!
+//! Invariants
+//! 1. Counters only grow while a store is open, but those that say how things are now: extents, blocks, LSNs.
+//! 2. What is of several shards is the sum of their counters and the union of their latencies; LSNs are the highest.
+//!
+//! How latencies are taken is the drivers' business (`runtime`).
 
-/// Counters of one shard since it was opened.
-#[derive(Clone, Debug, Default)]
-pub struct ShardStats {
+mod latency;
+mod recent;
+
+pub use latency::Latency;
+pub(crate) use recent::Recent;
+
+use serde::Serialize;
+use std::time::Duration;
+
+/// The struct, and how two of them are added.
+macro_rules! stats {
+    (sum { $($(#[$sum_doc:meta])* pub $sum:ident: u64,)* } max { $($(#[$max_doc:meta])* pub $max:ident: u64,)* }) => {
+        /// Counters of one shard, or of all, since the store was opened. It serialises with the names of its fields;
+        /// latencies as counts and microseconds.
+        #[derive(Clone, Debug, Default, Serialize)]
+        #[non_exhaustive]
+        pub struct ShardStats {
+            $($(#[$sum_doc])* pub $sum: u64,)*
+            $($(#[$max_doc])* pub $max: u64,)*
+            /// From the arrival of reads at their shard to their answer.
+            pub read_latency: Latency,
+            /// The same of commits, durable or not as they asked.
+            pub commit_latency: Latency,
+            /// The same of flushes.
+            pub flush_latency: Latency,
+            /// The most operations (reads, commits and flushes) that were answered within one second. Of several shards: at
+            /// most their sum.
+            pub peak_iops: u64,
+            #[serde(skip)]
+            pub(crate) recent: Recent,
+        }
+
+        impl ShardStats {
+            /// Adds the counters of another shard of the same store.
+            pub fn add(&mut self, other: &ShardStats) {
+                $(self.$sum += other.$sum;)*
+                $(self.$max = self.$max.max(other.$max);)*
+                self.read_latency.add(&other.read_latency);
+                self.commit_latency.add(&other.commit_latency);
+                self.flush_latency.add(&other.flush_latency);
+                self.recent.add(&other.recent);
+                self.peak_iops += other.peak_iops;
+            }
+        }
+    };
+}
+
+stats! {
+    sum {
     /// Commits applied.
     pub commits: u64,
     /// Pages read by callers.
     pub page_reads: u64,
     /// Of those, found in memory.
     pub cache_hits: u64,
+    /// Bytes of the pages read by callers.
+    pub bytes_read: u64,
+    /// Bytes written by callers: whole pages and ranges.
+    pub bytes_written: u64,
+    /// Reads at the device, of pages, nodes and what compaction moves.
+    pub device_reads: u64,
+    /// Of those, of more than one block.
+    pub vectored_reads: u64,
+    /// Bytes read from the device.
+    pub device_bytes_read: u64,
+    /// Writes at the device: log, pages, map and all else.
+    pub device_writes: u64,
+    /// Of those, of more than one part.
+    pub vectored_writes: u64,
+    /// Bytes written to the device.
+    pub device_bytes_written: u64,
+    /// System calls that handed operations to the kernel, or waited for them.
+    pub submissions: u64,
     /// Whole pages written by callers.
     pub page_writes: u64,
     /// Byte ranges written by callers.
@@ -29,8 +99,6 @@ pub struct ShardStats {
     pub absorbed_writes: u64,
     /// Map nodes written.
     pub nodes_written: u64,
-    /// Device reads of pages and nodes.
-    pub device_reads: u64,
     /// Checksums computed.
     pub checksums: u64,
     /// Checkpoints completed.
@@ -57,43 +125,37 @@ pub struct ShardStats {
     pub held_back: u64,
     /// Messages to other shards.
     pub messages: u64,
+    }
+    max {
     /// The newest LSN drawn.
     pub last_lsn: u64,
     /// Everything up to here is durable.
     pub durable_lsn: u64,
+    }
 }
 
 impl ShardStats {
-    /// Adds the counters of another shard of the same store.
-    pub fn add(&mut self, other: &ShardStats) {
-        self.commits += other.commits;
-        self.page_reads += other.page_reads;
-        self.cache_hits += other.cache_hits;
-        self.page_writes += other.page_writes;
-        self.patches += other.patches;
-        self.frees += other.frees;
-        self.log_groups += other.log_groups;
-        self.log_bytes += other.log_bytes;
-        self.flushes += other.flushes;
-        self.pages_written += other.pages_written;
-        self.page_write_ops += other.page_write_ops;
-        self.absorbed_writes += other.absorbed_writes;
-        self.nodes_written += other.nodes_written;
-        self.device_reads += other.device_reads;
-        self.checksums += other.checksums;
-        self.checkpoints += other.checkpoints;
-        self.extents_compacted += other.extents_compacted;
-        self.pages_moved += other.pages_moved;
-        self.extents_total += other.extents_total;
-        self.extents_free += other.extents_free;
-        self.blocks_live += other.blocks_live;
-        self.conflicts += other.conflicts;
-        self.commits_cross += other.commits_cross;
-        self.cross_retries += other.cross_retries;
-        self.holds_met += other.holds_met;
-        self.held_back += other.held_back;
-        self.messages += other.messages;
-        self.last_lsn = self.last_lsn.max(other.last_lsn);
-        self.durable_lsn = self.durable_lsn.max(other.durable_lsn);
+    /// Operations answered in a second, over the last `period` of full seconds: at least one, at most 60.
+    pub fn iops(&self, period: Duration) -> f64 {
+        self.recent.rate(period.as_secs())
     }
+
+    /// Commits for each flush of the log; 0 before the first.
+    pub fn commits_per_flush(&self) -> f64 {
+        ratio(self.commits, self.flushes)
+    }
+
+    /// Pages that were written to the device together with another one.
+    pub fn coalesced_writes(&self) -> u64 {
+        self.pages_written.saturating_sub(self.page_write_ops)
+    }
+
+    /// The share of pages read that were found in memory, from 0 to 1.
+    pub fn hit_ratio(&self) -> f64 {
+        ratio(self.cache_hits, self.page_reads)
+    }
+}
+
+fn ratio(part: u64, whole: u64) -> f64 {
+    if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
 }

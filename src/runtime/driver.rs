@@ -15,13 +15,13 @@
 
 use super::local::{LOCAL, Local};
 use super::machine::{Deed, Machine};
+use super::meter::Meter;
 use super::shared::{Port, Shared};
 use crate::commit::GlobalOrder;
 use crate::disk::{Completion, Disk, DiskOp};
 use crate::mesh::{Lanes, raised};
-use crate::shard::Token;
+use crate::shard::Response;
 use crate::types::{Lsn, Micros, ShardId};
-use hashbrown::HashSet;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
@@ -82,8 +82,7 @@ pub(super) struct Driver<M: Machine, D: Disk> {
     rig: Rig<M>,
     disk: D,
     local: Local,
-    /// Requests of handles that the shard has and has not answered.
-    accepted: HashSet<Token, foldhash::fast::FixedState>,
+    meter: Meter,
     reaped: Vec<Completion>,
     /// Reaped, and not taken yet.
     completions: VecDeque<Completion>,
@@ -102,12 +101,12 @@ impl<M: Machine, D: Disk> Driver<M, D> {
         if let Some(memory) = rig.machine.mapping() {
             disk.register(memory);
         }
-        let (now, seen) = (rig.clock.now(), Lsn::ZERO);
+        let (now, seen, meter) = (rig.clock.now(), Lsn::ZERO, Meter::new(rig.clock));
         Driver {
             local: Local::new(rig.id, rig.shared.clone(), rig.requests_max),
             rig,
             disk,
-            accepted: HashSet::default(),
+            meter,
             reaped: Vec::new(),
             completions: VecDeque::new(),
             flushes: 0,
@@ -141,6 +140,7 @@ impl<M: Machine, D: Disk> Driver<M, D> {
             self.disk.push();
         }
         self.hand_over();
+        self.meter.lap();
         busy |= self.local.run();
         let machine = &self.rig.machine;
         if machine.is_closed() && machine.ops_under_way() == 0 && self.rig.lanes.is_handed_over() {
@@ -166,6 +166,7 @@ impl<M: Machine, D: Disk> Driver<M, D> {
                 break;
             }
             let Some((token, request)) = self.local.next_request() else { break };
+            self.meter.taken(token, &request);
             machine.request(token, request);
             any = true;
         }
@@ -177,7 +178,7 @@ impl<M: Machine, D: Disk> Driver<M, D> {
                 break;
             }
             let Some((token, request)) = port.inbox.pop() else { break };
-            self.accepted.insert(token);
+            self.meter.taken(token, &request);
             machine.request(token, request);
             any = true;
         }
@@ -222,14 +223,21 @@ impl<M: Machine, D: Disk> Driver<M, D> {
             match deed {
                 Deed::Submit(id, op) => {
                     self.flushes += usize::from(matches!(op, DiskOp::Flush { .. }));
+                    self.meter.submitted(&op);
                     self.disk.submit(id, op);
                 }
                 Deed::Send(to, message) => self.rig.lanes.send(to, message),
-                Deed::Reply(token, result) if token.0 & LOCAL != 0 => self.local.reply(token, result),
-                Deed::Reply(token, result) => {
-                    self.accepted.remove(&token);
-                    self.rig.shared.inflight.complete(token, result);
-                    answered += 1;
+                Deed::Reply(token, mut result) => {
+                    self.meter.answered(token);
+                    if let Ok(Response::Stats(stats)) = &mut result {
+                        self.meter.tell(stats, self.disk.calls());
+                    }
+                    if token.0 & LOCAL != 0 {
+                        self.local.reply(token, result);
+                    } else {
+                        self.rig.shared.inflight.complete(token, result);
+                        answered += 1;
+                    }
                 }
             }
         }
@@ -288,7 +296,7 @@ impl<M: Machine, D: Disk> Driver<M, D> {
 
     /// Ends: first what is in flight, then the tasks, then those who wait. The files have been let go on return.
     pub(super) fn end(self) {
-        let Driver { rig, disk, local, accepted, .. } = self;
+        let Driver { rig, disk, local, meter, .. } = self;
         let Rig { id, machine, shared, lanes, .. } = rig;
         let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             drop(disk);
@@ -299,6 +307,6 @@ impl<M: Machine, D: Disk> Driver<M, D> {
         if panicked.is_err() {
             tracing::error!(shard = id.get(), "ending the shard panicked");
         }
-        shared.close_port(&shared.ports[usize::from(id.get())], accepted.into_iter());
+        shared.close_port(&shared.ports[usize::from(id.get())], meter.open());
     }
 }

@@ -18,6 +18,7 @@ mod driver;
 mod handle;
 mod local;
 mod machine;
+mod meter;
 mod places;
 mod portable;
 mod report;

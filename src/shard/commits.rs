@@ -165,6 +165,7 @@ impl Shard {
 
     fn apply_put(&mut self, idx: usize, key: PageKey, bytes: &Bytes, lsn: Lsn) {
         self.stats.page_writes += 1;
+        self.stats.bytes_written += bytes.len() as u64;
         self.seal_older_slot(idx);
         self.set_content(idx, 0, bytes);
         let slot = match self.table.pages[idx].slot {
@@ -181,6 +182,7 @@ impl Shard {
 
     fn apply_patch(&mut self, idx: usize, key: PageKey, offset: u32, bytes: &Bytes, lsn: Lsn) {
         self.stats.patches += 1;
+        self.stats.bytes_written += bytes.len() as u64;
         self.seal_older_slot(idx);
         self.set_content(idx, offset as usize, bytes);
         match self.table.pages[idx].slot {

@@ -71,7 +71,8 @@ impl Page {
         if self.absent { Lsn::ZERO } else { self.lsn }
     }
 
-    fn has(&self, data: bool) -> bool {
+    /// Whether it is there for somebody who needs it, with its bytes if `data`.
+    pub fn has(&self, data: bool) -> bool {
         self.resolved && (!data || self.absent || self.frame.is_some())
     }
 
@@ -282,7 +283,6 @@ impl Shard {
                 break;
             }
             let frame = self.arena.alloc(0).expect("a frame was ensured");
-            self.stats.device_reads += 1;
             let offset = wanted.child.place().offset(self.limits.geometry.extent_bytes);
             let into = std::iter::once(frame).collect();
             self.submit(OpKind::NodeRead(wanted), DiskOp::Read { file: FileId::Data, offset, into });
@@ -338,7 +338,6 @@ impl Shard {
 
     fn submit_page_read(&mut self, first: Place, reads: Vec<Option<PageRead>>, into: SmallVec<[Frame; 4]>) {
         if !reads.is_empty() {
-            self.stats.device_reads += 1;
             let offset = first.offset(self.limits.geometry.extent_bytes);
             self.submit(OpKind::PageRead(reads), DiskOp::Read { file: FileId::Data, offset, into });
         }

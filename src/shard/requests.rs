@@ -111,7 +111,8 @@ impl Shard {
         }
         match request {
             Request::Read(keys) => {
-                let pages = keys.iter().map(|key| self.table.get(*key)).collect();
+                let pages: SmallVec<[usize; 2]> = keys.iter().map(|key| self.table.get(*key)).collect();
+                self.stats.cache_hits += pages.iter().filter(|idx| self.table.pages[**idx].has(true)).count() as u64;
                 self.begin(Some(token), PendingKind::Read, pages, |_| true);
             }
             Request::Allocated(asked) => {
@@ -256,6 +257,7 @@ impl Shard {
             return;
         }
         self.stats.page_reads += pending.pages.len() as u64;
+        self.stats.bytes_read += (pending.pages.len() * BLOCK) as u64;
         let pages = pending.pages.iter().map(|idx| {
             let page = &self.table.pages[*idx];
             PageRef::new(page.frame.as_ref().map(|f| f.pin()), page.version())

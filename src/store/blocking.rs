@@ -35,6 +35,7 @@ use crate::types::{Lsn, PageId};
 use bytes::Bytes;
 use std::future::Future;
 use std::path::Path;
+use std::time::Duration;
 
 /// Waits for a future on this thread.
 fn wait<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
@@ -138,6 +139,11 @@ impl Store {
     /// As [`crate::Store::stats`].
     pub fn stats(&self) -> Result<ShardStats> {
         wait(self.0.stats())
+    }
+
+    /// As [`crate::Store::iops`].
+    pub fn iops(&self, period: Duration) -> Result<f64> {
+        wait(self.0.iops(period))
     }
 
     /// As [`crate::Store::recovery`].

@@ -36,6 +36,7 @@ use crate::types::{BLOCK, Lsn};
 use smallvec::SmallVec;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 /// Pages of one read request; larger reads are split.
 const READ_PAGES: usize = 64;
@@ -171,6 +172,15 @@ impl Store {
             total.add(&stats);
         }
         Ok(total)
+    }
+
+    /// Operations (reads, commits, flushes) answered in a second, over the last `period` of full seconds: at least one, at
+    /// most 60, and no longer than the store has been open.
+    ///
+    /// # Errors
+    /// `Closed`.
+    pub async fn iops(&self, period: Duration) -> Result<f64> {
+        Ok(self.stats().await?.iops(period))
     }
 
     /// Counters since the store was opened, of each shard.

@@ -8,7 +8,9 @@ use super::{Store, Volume, committed, unexpected};
 use crate::error::Result;
 use crate::shard::{Change, Commit, PageRange, Request, Response};
 use crate::types::{PageId, PageKey, RUN_PAGES, VolumeId};
+use smallvec::SmallVec;
 use std::collections::VecDeque;
+use std::ops::RangeInclusive;
 
 /// Ranges asked for at a time.
 const RANGES: usize = 1024;
@@ -91,16 +93,11 @@ impl Store {
     /// Frees a bounded part of it; where to go on.
     pub(super) async fn free_some(&self, volume: VolumeId, first: PageId, last: PageId) -> Result<Option<PageId>> {
         let Allocated { ranges, next } = self.allocated_in(volume, first, last, RANGES).await?;
-        let most = (self.txn_bytes_max() / FREE_BYTES).max(1) as usize;
-        let mut pages = ranges.into_iter().flat_map(|(first, last)| first.get()..=last.get()).peekable();
+        let most = (self.txn_bytes_max() / FREE_BYTES).max(1);
         let mut under_way = VecDeque::new();
-        while let Some(run) = pages.peek().map(|page| page / RUN_PAGES) {
-            let mut changes = Vec::new();
-            while changes.len() < most
-                && let Some(page) = pages.next_if(|page| page / RUN_PAGES == run)
-            {
-                changes.push((PageKey::new(volume, PageId::new(page)), Change::Free));
-            }
+        for pages in by_run(&ranges, most) {
+            let free = |page| (PageKey::new(volume, PageId::new(page)), Change::Free);
+            let changes = pages.into_iter().flatten().map(free).collect();
             let commit = Commit { reads: Vec::new(), changes, durable: false };
             under_way.push_back(self.inner.runtime.submit(Request::Commit(commit)).await?);
             if under_way.len() == COMMITS
@@ -114,6 +111,26 @@ impl Store {
         }
         Ok(next)
     }
+}
+
+/// Ranges in parts of at most `most` pages, each within one run.
+fn by_run(ranges: &[(PageId, PageId)], most: u64) -> Vec<SmallVec<[RangeInclusive<u64>; 1]>> {
+    let mut parts: Vec<SmallVec<[RangeInclusive<u64>; 1]>> = Vec::new();
+    let (mut run, mut room) = (None, 0);
+    for (first, last) in ranges {
+        let mut next = Some(first.get());
+        while let Some(first) = next.filter(|next| *next <= last.get()) {
+            if run != Some(first / RUN_PAGES) || room == 0 {
+                parts.push(SmallVec::new());
+                (run, room) = (Some(first / RUN_PAGES), most);
+            }
+            let end = (first | (RUN_PAGES - 1)).min(last.get()).min(first.saturating_add(room - 1));
+            room -= end - first + 1;
+            parts.iter_mut().last().into_iter().for_each(|part| part.push(first..=end));
+            next = end.checked_add(1);
+        }
+    }
+    parts
 }
 
 /// Ranges in order, cut off before `next`, neighbours made one.

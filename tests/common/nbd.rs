@@ -24,6 +24,17 @@ pub const OPT_ABORT: u32 = 2;
 pub const OPT_LIST: u32 = 3;
 pub const OPT_INFO: u32 = 6;
 pub const OPT_GO: u32 = 7;
+pub const OPT_STRUCTURED: u32 = 8;
+pub const OPT_LIST_META: u32 = 9;
+pub const OPT_SET_META: u32 = 10;
+pub const CACHE: u16 = 5;
+pub const BLOCK_STATUS: u16 = 7;
+pub const DF: u16 = 4;
+pub const REQ_ONE: u16 = 8;
+pub const CHUNK_DATA: u16 = 1;
+pub const CHUNK_HOLE: u16 = 2;
+pub const CHUNK_STATUS: u16 = 5;
+pub const CHUNK_ERROR: u16 = 0x8001;
 
 /// No reply for so long is a hang.
 const REPLY_LIMIT: Duration = Duration::from_secs(60);
@@ -39,6 +50,13 @@ pub struct Client {
     /// Its transmission flags.
     pub flags: u16,
     cookie: u64,
+}
+
+/// A part of a structured reply.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Chunk {
+    pub kind: u16,
+    pub data: Vec<u8>,
 }
 
 /// One reply to an option.
@@ -75,14 +93,93 @@ impl Client {
 
     /// In transmission.
     pub fn go(address: &str, name: &str) -> Client {
+        Client::greeted(address).gone(name)
+    }
+
+    /// In transmission, with structured replies and block status.
+    pub fn structured(address: &str, name: &str) -> Client {
         let mut client = Client::greeted(address);
+        client.option(OPT_STRUCTURED, b"");
+        assert_eq!(client.option_reply(), OptionReply { option: OPT_STRUCTURED, kind: 1, data: vec![] });
+        client.option(OPT_SET_META, &meta_data(name, &[b"base:allocation"]));
+        let context = [&1u32.to_be_bytes()[..], b"base:allocation"].concat();
+        assert_eq!(client.option_reply(), OptionReply { option: OPT_SET_META, kind: 4, data: context });
+        assert_eq!(client.option_reply(), OptionReply { option: OPT_SET_META, kind: 1, data: vec![] });
+        client.gone(name)
+    }
+
+    /// Chooses an export.
+    pub fn gone(mut self, name: &str) -> Client {
+        let client = &mut self;
         client.option(OPT_GO, &info_data(name, &[]));
         let info = client.option_reply();
         assert_eq!((info.option, info.kind, info.data.len()), (OPT_GO, 3, 12), "{info:?}");
         client.bytes = u64::from_be_bytes(info.data[2..10].try_into().unwrap());
         client.flags = u16::from_be_bytes(info.data[10..].try_into().unwrap());
         assert_eq!(client.option_reply(), OptionReply { option: OPT_GO, kind: 1, data: vec![] });
-        client
+        self
+    }
+
+    /// The chunks of the reply to a request, with nothing else in flight.
+    pub fn chunks(&mut self, cookie: u64) -> Vec<Chunk> {
+        let mut chunks = Vec::new();
+        loop {
+            let head = self.take(20);
+            assert_eq!(head[..4], 0x668e_33ef_u32.to_be_bytes(), "no chunk");
+            assert_eq!(head[8..16], cookie.to_be_bytes());
+            let length = u32::from_be_bytes(head[16..].try_into().unwrap());
+            let kind = u16::from_be_bytes(head[6..8].try_into().unwrap());
+            chunks.push(Chunk { kind, data: self.take(length as usize) });
+            match u16::from_be_bytes(head[4..6].try_into().unwrap()) {
+                0 => {}
+                1 => return chunks,
+                flags => panic!("chunk flags {flags:#x}"),
+            }
+        }
+    }
+
+    /// A read by chunks: what was read, and which parts of it were told as holes.
+    pub fn read_chunks(&mut self, flags: u16, offset: u64, length: u32) -> (Vec<u8>, Vec<(u64, u32)>) {
+        let cookie = self.request(flags, READ, offset, length, &[]);
+        let (mut data, mut holes, mut told) = (vec![0xee; length as usize], Vec::new(), 0);
+        for chunk in self.chunks(cookie) {
+            let at = u64::from_be_bytes(chunk.data[..8].try_into().unwrap());
+            let into = &mut data[(at - offset) as usize..];
+            match chunk.kind {
+                CHUNK_DATA => {
+                    told += chunk.data.len() - 8;
+                    into[..chunk.data.len() - 8].copy_from_slice(&chunk.data[8..]);
+                }
+                CHUNK_HOLE => {
+                    let length = u32::from_be_bytes(chunk.data[8..12].try_into().unwrap());
+                    told += length as usize;
+                    into[..length as usize].fill(0);
+                    holes.push((at, length));
+                }
+                other => panic!("chunk of type {other}"),
+            }
+        }
+        assert_eq!(told, length as usize, "each byte is told once");
+        (data, holes)
+    }
+
+    /// Block status: lengths and flags.
+    pub fn status(&mut self, flags: u16, offset: u64, length: u32) -> Vec<(u32, u32)> {
+        let cookie = self.request(flags, BLOCK_STATUS, offset, length, &[]);
+        let chunks = self.chunks(cookie);
+        let [Chunk { kind: CHUNK_STATUS, data }] = &chunks[..] else { panic!("{chunks:?}") };
+        assert_eq!(data[..4], 1u32.to_be_bytes(), "the context");
+        let number = |bytes: &[u8]| u32::from_be_bytes(bytes.try_into().unwrap());
+        data[4..].chunks(8).map(|pair| (number(&pair[..4]), number(&pair[4..]))).collect()
+    }
+
+    /// The error that a request gets in a chunk.
+    pub fn error(&mut self, flags: u16, command: u16, offset: u64, length: u32) -> u32 {
+        let cookie = self.request(flags, command, offset, length, &[]);
+        let chunks = self.chunks(cookie);
+        let [Chunk { kind: CHUNK_ERROR, data }] = &chunks[..] else { panic!("{chunks:?}") };
+        assert_eq!(data.len(), 6 + usize::from(u16::from_be_bytes([data[4], data[5]])), "the message");
+        u32::from_be_bytes(data[..4].try_into().unwrap())
     }
 
     pub fn send(&mut self, bytes: &[u8]) {
@@ -190,5 +287,17 @@ pub fn info_data(name: &str, wanted: &[u16]) -> Vec<u8> {
     data.extend(name.as_bytes());
     data.extend((wanted.len() as u16).to_be_bytes());
     wanted.iter().for_each(|w| data.extend(w.to_be_bytes()));
+    data
+}
+
+/// The data of LIST_META_CONTEXT and SET_META_CONTEXT.
+pub fn meta_data(name: &str, queries: &[&[u8]]) -> Vec<u8> {
+    let mut data = (name.len() as u32).to_be_bytes().to_vec();
+    data.extend(name.as_bytes());
+    data.extend((queries.len() as u32).to_be_bytes());
+    for query in queries {
+        data.extend((query.len() as u32).to_be_bytes());
+        data.extend(*query);
+    }
     data
 }

@@ -28,6 +28,8 @@ pub(super) struct Ring {
     in_flight: u32,
     polled: bool,
     broken: Option<io::Error>,
+    /// System calls so far.
+    pub(super) calls: u64,
 }
 
 impl Ring {
@@ -64,7 +66,7 @@ impl Ring {
             }
             set(&mut builder);
             match builder.build(depth) {
-                Ok(ring) => return Ok(Ring { ring, depth, in_flight: 0, polled, broken: None }),
+                Ok(ring) => return Ok(Ring { ring, depth, in_flight: 0, polled, broken: None, calls: 0 }),
                 // A flag that this kernel does not know.
                 Err(e) if e.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => refused = Some(e),
                 Err(e) => return Err(e),
@@ -131,6 +133,7 @@ impl Ring {
     /// Hands over what is in the submission queue and lets the kernel post what has completed. Never waits.
     pub(super) fn submit(&mut self) {
         while self.wants_call() {
+            self.calls += 1;
             match self.ring.submit() {
                 Ok(_) => return,
                 Err(e) if later(&e) => return,
@@ -145,6 +148,7 @@ impl Ring {
 
     /// The same, and waits for a completion, or until `timeout_us` has passed. May return early, for no reason.
     pub(super) fn wait(&mut self, timeout_us: Option<Micros>) {
+        self.calls += 1;
         let outcome = match timeout_us {
             None => self.ring.submit_and_wait(1),
             Some(us) => {

@@ -80,7 +80,7 @@ pub trait Export: Send + Sync {
     /// Its size now. Requests beyond it are refused.
     fn bytes_now(&self) -> u64;
     /// Fills `into`, all zeros before, with the bytes from `offset` on. Parts that are not stored it may leave alone and add
-    /// to `holes`, if each is long enough to be worth a chunk of its own.
+    /// to `holes`.
     fn read(&self, offset: u64, into: &mut [u8], holes: &mut Holes) -> impl Future<Output = Result<(), Fault>> + Send;
     /// Writes `data` at `offset`; durable before it returns if `fua`.
     fn write(&self, offset: u64, data: Bytes, fua: bool) -> impl Future<Output = Result<(), Fault>> + Send;

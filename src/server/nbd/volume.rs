@@ -133,9 +133,7 @@ impl Export for VolumeExport {
                 at = part.end;
                 match page.is_absent() {
                     false => into[part].copy_from_slice(&page[span.in_page()]),
-                    // A part of a page costs less as zeros than as a chunk.
-                    true if span.is_whole() => holes.add(part),
-                    true => {}
+                    true => holes.add(part),
                 }
             }
         }

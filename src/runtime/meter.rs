@@ -1,0 +1,145 @@
+//! What a driver measures of its shard: how long requests take, how many there are, and what goes to the device.
+//!
+//! Invariants
+//! 1. No lock, no atomics; the clock is read once for the requests taken in a lap, and once for those answered in it.
+//! 2. A request is measured from when it was taken to its answer: what it waited in its inbox is its caller's to see.
+//! 3. Every request taken and not answered is known here, for the end of the thread.
+
+use super::driver::Clock;
+use super::local::LOCAL;
+use crate::disk::DiskOp;
+use crate::metrics::{Latency, Recent, ShardStats};
+use crate::shard::{Request, Token};
+use crate::types::Micros;
+use hashbrown::HashMap;
+
+#[derive(Clone, Copy, Default)]
+enum Kind {
+    Read,
+    Commit,
+    Flush,
+    #[default]
+    Other,
+}
+
+impl Kind {
+    fn of(request: &Request) -> Kind {
+        match request {
+            Request::Read(_) => Kind::Read,
+            Request::Commit(_) => Kind::Commit,
+            Request::Flush => Kind::Flush,
+            _ => Kind::Other,
+        }
+    }
+}
+
+type Begun = (Micros, Kind);
+
+/// The measurements of one shard.
+pub(super) struct Meter {
+    clock: Clock,
+    /// Of tasks on this thread, by the number in their token.
+    local: Vec<Begun>,
+    /// Of handles.
+    foreign: HashMap<Token, Begun, foldhash::fast::FixedState>,
+    read: Latency,
+    commit: Latency,
+    flush: Latency,
+    recent: Recent,
+    device: ShardStats,
+    /// When the requests of this lap were taken, and when answers of this lap were given; once known.
+    taken_at: Option<Micros>,
+    answered_at: Option<Micros>,
+    answered: u32,
+}
+
+impl Meter {
+    pub(super) fn new(clock: Clock) -> Meter {
+        let (read, commit, flush) = Default::default();
+        let (recent, device) = Default::default();
+        let (taken_at, answered_at) = (None, None);
+        let (local, foreign) = (Vec::new(), HashMap::default());
+        Meter { clock, local, foreign, read, commit, flush, recent, device, taken_at, answered_at, answered: 0 }
+    }
+
+    /// A request goes to the shard.
+    pub(super) fn taken(&mut self, token: Token, request: &Request) {
+        let now = *self.taken_at.get_or_insert_with(|| self.clock.now());
+        let begun = (now, Kind::of(request));
+        if token.0 & LOCAL == 0 {
+            self.foreign.insert(token, begun);
+            return;
+        }
+        let place = (token.0 & !LOCAL) as usize;
+        if place >= self.local.len() {
+            self.local.resize(place + 1, Begun::default());
+        }
+        self.local[place] = begun;
+    }
+
+    /// Its answer is there.
+    pub(super) fn answered(&mut self, token: Token) {
+        let begun = match token.0 & LOCAL {
+            0 => self.foreign.remove(&token),
+            _ => self.local.get((token.0 & !LOCAL) as usize).copied(),
+        };
+        let Some((since, kind)) = begun else { return };
+        let now = *self.answered_at.get_or_insert_with(|| self.clock.now());
+        let took = now.saturating_sub(since);
+        match kind {
+            Kind::Read => self.read.record(took),
+            Kind::Commit => self.commit.record(took),
+            Kind::Flush => self.flush.record(took),
+            Kind::Other => return,
+        }
+        self.answered += 1;
+    }
+
+    /// An operation goes to the device.
+    pub(super) fn submitted(&mut self, op: &DiskOp) {
+        let device = &mut self.device;
+        match op {
+            DiskOp::Read { into, .. } => {
+                device.device_reads += 1;
+                device.vectored_reads += u64::from(into.len() > 1);
+                device.device_bytes_read += into.iter().map(|frame| frame.len() as u64).sum::<u64>();
+            }
+            DiskOp::Write { from, .. } => {
+                device.device_writes += 1;
+                device.vectored_writes += u64::from(from.len() > 1);
+                device.device_bytes_written += from.iter().map(|slice| u64::from(slice.len)).sum::<u64>();
+            }
+            DiskOp::Flush { .. } | DiskOp::Allocate { .. } => {}
+        }
+    }
+
+    /// The lap ends.
+    pub(super) fn lap(&mut self) {
+        if self.answered > 0
+            && let Some(now) = self.answered_at
+        {
+            self.recent.count(now / 1_000_000, std::mem::take(&mut self.answered));
+        }
+        (self.taken_at, self.answered_at) = (None, None);
+    }
+
+    /// Adds what was measured to the shard's own counters.
+    pub(super) fn tell(&mut self, stats: &mut ShardStats, submissions: u64) {
+        self.recent.advance(self.clock.now() / 1_000_000);
+        let measured = ShardStats {
+            read_latency: self.read.clone(),
+            commit_latency: self.commit.clone(),
+            flush_latency: self.flush.clone(),
+            peak_iops: self.recent.peak(),
+            recent: self.recent.clone(),
+            submissions,
+            ..self.device.clone()
+        };
+        stats.add(&measured);
+    }
+
+    /// Requests of handles that were taken and not answered.
+    pub(super) fn open(self) -> impl Iterator<Item = Token> {
+        self.foreign.into_keys()
+    }
+}
