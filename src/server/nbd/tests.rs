@@ -7,7 +7,7 @@ use super::handshake::{Outcome, handshake};
 use super::holes::Holes;
 use super::proto::{self, Agreed, Errno, Extent, Fault, option, reply};
 use super::socket::Socket;
-use super::{Export, Exports, Limits, transmission};
+use super::{Address, Export, Exports, Limits, Server, transmission};
 use bytes::Bytes;
 use event_listener::Event;
 use std::io::{self, Cursor, Read, Write};
@@ -455,4 +455,72 @@ fn malformed_metadata_options_are_refused_and_the_handshake_goes_on() {
         let last = &answer[20 * (said.len() - 1)..];
         assert_eq!(last[12..16], reply::ERR_INVALID.to_be_bytes());
     }
+}
+
+/// A server with these limits on a socket file, and where it is.
+fn listening(limits: Limits) -> (tempfile::TempDir, std::path::PathBuf, Server<Memory>) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let listener = Address::Unix(path.clone()).plan(dir.path()).unwrap().bind().unwrap();
+    let server = Server::start(vec![listener], Memory::new(), limits).unwrap();
+    (dir, path, server)
+}
+
+/// A client of it that has chosen an export, or what the server said instead.
+fn chosen(path: &std::path::Path) -> io::Result<UnixStream> {
+    let mut client = UnixStream::connect(path)?;
+    client.set_read_timeout(Some(Duration::from_secs(20)))?;
+    client.write_all(&[&FLAGS[..], &option_bytes(option::EXPORT_NAME, b"disk")].concat())?;
+    client.read_exact(&mut [0; 18 + 10])?;
+    Ok(client)
+}
+
+/// A client that sends a byte now and then would stay for ever, and a hundred of them lock everybody else out.
+#[test]
+fn a_handshake_ends_in_time_however_it_is_drawn_out() {
+    let (_dir, path, server) = listening(Limits { handshake: Duration::from_millis(300), ..Limits::default() });
+    let mut good = chosen(&path).unwrap();
+    let mut slow = UnixStream::connect(&path).unwrap();
+    slow.write_all(&FLAGS).unwrap();
+    let endless = [option_bytes(77, b""), option_bytes(option::LIST, b"")].concat();
+    let cut_off = endless.iter().cycle().take(1000).any(|byte| {
+        std::thread::sleep(Duration::from_millis(20));
+        slow.write_all(&[*byte]).is_err()
+    });
+    assert!(cut_off, "20 s later it is still there");
+    // One that is silent, and one that never reads what it asked for.
+    let mut silent = UnixStream::connect(&path).unwrap();
+    silent.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    silent.read_to_end(&mut Vec::new()).unwrap();
+    let mut deaf = UnixStream::connect(&path).unwrap();
+    deaf.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
+    deaf.write_all(&FLAGS).unwrap();
+    let list = option_bytes(option::LIST, b"");
+    let refused = (0..1_000_000).find_map(|_| deaf.write_all(&list).err()).expect("it ends");
+    assert_ne!(refused.kind(), io::ErrorKind::WouldBlock, "it was waited for");
+    good.write_all(&request(3, 1, 0, 0)).unwrap();
+    assert_eq!(next_reply(&mut good), (1, 0), "the limit is for the handshake only");
+    drop(good);
+    assert!(server.stop());
+}
+
+/// Each connection takes two threads and up to 32 MiB: without a bound, connecting is all that an attack needs.
+#[test]
+fn connections_beyond_the_limit_are_closed_and_the_others_served() {
+    let (_dir, path, server) = listening(Limits { connections_max: 2, ..Limits::default() });
+    let (mut first, second) = (chosen(&path).unwrap(), chosen(&path).unwrap());
+    for _ in 0..5 {
+        assert!(chosen(&path).is_err(), "a third connection");
+    }
+    first.write_all(&request(3, 1, 0, 0)).unwrap();
+    assert_eq!(next_reply(&mut first), (1, 0));
+    drop(second);
+    // Its place is free as soon as its threads have ended.
+    let third = (0..1000).find_map(|_| {
+        std::thread::sleep(Duration::from_millis(10));
+        chosen(&path).ok()
+    });
+    assert!(third.is_some(), "a place that was given back is taken for ever");
+    drop((first, third));
+    assert!(server.stop());
 }
