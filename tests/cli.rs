@@ -45,7 +45,7 @@ fn closed_store(dir: &Path) {
 fn wrong_arguments_are_explained_and_touch_nothing() {
     let dir = scratch("usage");
     let store = dir.path().join("store");
-    let wrong: [(&[&str], &str); 13] = [
+    let wrong: [(&[&str], &str); 14] = [
         (&["--volume", "", "--size", "1G"], "255"),
         (&["--sise", "1G"], "--size"),
         (&["--driver", "magic"], "possible values"),
@@ -57,6 +57,7 @@ fn wrong_arguments_are_explained_and_touch_nothing() {
         (&["--volume", "v", "--size", "1X"], "64M"),
         (&["--nbd", "tcp:0.0.0.0:10809"], "127.0.0.1"),
         (&["--nbd", "tcp:192.168.0.1:10809"], "ssh"),
+        (&["--nbd", "unix:/tmp/x", "--nbd", "tcp:[::]:10809"], "--allow-remote"),
         (&["--nbd", "10809"], "tcp:HOST:PORT"),
         (&["stray"], "stray"),
     ];

@@ -74,7 +74,8 @@ fn bad_options_are_refused_and_the_handshake_goes_on() {
     refused(OPT_GO, b"\x00\x00\x00\x04disk\x00\x05\x00\x01", INVALID);
     refused(OPT_LIST, b"x", INVALID);
     refused(8, b"structured replies", INVALID);
-    refused(11, b"", UNSUPPORTED);
+    refused(10, b"before structured replies", INVALID);
+    refused(11, b"extended headers", UNSUPPORTED);
     refused(4711, &[7; 60_000], UNSUPPORTED);
     client.option(OPT_ABORT, b"");
     assert_eq!(client.option_reply(), ack(OPT_ABORT));
@@ -346,4 +347,20 @@ fn a_unix_socket_serves_like_a_port_and_goes_with_its_server() {
     assert_eq!(served.client().bytes, GIB);
     assert!(served.stop().success());
     assert!(!path.exists());
+}
+
+/// Whoever insists gets what was asked for, and is told what that means.
+#[test]
+fn other_machines_are_let_in_only_by_the_flag_and_with_a_warning() {
+    let dir = scratch("remote");
+    let log = dir.path().join("stderr");
+    let mut command = common::corepage(&["serve", "--nbd", "tcp:0.0.0.0:0", "--allow-remote", "--dir"]);
+    command.arg(dir.path().join("store")).stderr(std::fs::File::create(&log).unwrap());
+    let mut served = Served::spawn(command, 1);
+    let port = served.address().rsplit_once(':').expect("an address").1.to_owned();
+    assert_eq!(Client::go(&format!("127.0.0.1:{port}"), "disk").bytes, GIB);
+    let warning = std::fs::read_to_string(&log).unwrap();
+    assert!(warning.contains("0.0.0.0") && warning.contains("no password"), "{warning:?}");
+    served.terminate();
+    assert!(served.wait().success());
 }

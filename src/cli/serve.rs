@@ -17,6 +17,7 @@ use futures_lite::future::block_on;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::io::Write;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -77,7 +78,7 @@ pub struct Arguments {
     /// Where to listen: unix:PATH or tcp:HOST:PORT of this machine (port 0: any); may be repeated
     #[arg(long, value_name = "ADDRESS", default_value = "tcp:127.0.0.1:10809")]
     nbd: Vec<Address>,
-    /// Listen where other machines can connect too: NBD here has no password and no encryption
+    /// Listen on addresses that other machines can reach, too: without password or encryption, for anyone there
     #[arg(long)]
     allow_remote: bool,
     /// A volume to make if it does not exist
@@ -89,6 +90,11 @@ pub struct Arguments {
 }
 
 impl Arguments {
+    /// Where other machines can connect.
+    fn remote_hosts(&self) -> impl Iterator<Item = IpAddr> {
+        self.nbd.iter().filter_map(Address::remote)
+    }
+
     /// What the arguments say together.
     fn check(&self) -> Result<Options, Failure> {
         if let Some(bytes) = self.size
@@ -101,12 +107,12 @@ impl Arguments {
         {
             return Err(Failure::usage("--volume: a name has 1 to 255 bytes and no control characters"));
         }
-        if let Some(remote) = self.nbd.iter().find_map(Address::remote)
+        if let Some(host) = self.remote_hosts().next()
             && !self.allow_remote
         {
             return Err(Failure::usage(format_args!(
-                "--nbd: {remote} can be reached from other machines, and NBD here has no password: use 127.0.0.1 and a tunnel \
-                 (ssh -L), or say --allow-remote"
+                "--nbd: {host} can be reached from other machines, and NBD here has neither password nor encryption: use \
+                 127.0.0.1 and a tunnel (ssh -L), or insist with --allow-remote"
             )));
         }
         let mut options = Options {
@@ -154,12 +160,15 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
 
 fn serve(arguments: &Arguments, plans: Vec<Plan>, store: &Store, wait: impl FnOnce()) -> Result<(), Failure> {
     let volumes = volumes(arguments, store)?;
-    for remote in arguments.nbd.iter().filter_map(Address::remote) {
-        warn!(address = %remote, "whoever can reach this address can read and write all volumes");
-    }
     let listeners = plans.into_iter().map(Plan::bind).collect::<Result<Vec<_>, _>>()?;
     let lines = listening(&listeners, &volumes);
     let _control = control(&arguments.dir, store);
+    for host in arguments.remote_hosts() {
+        // Not a matter of the log level.
+        eprintln!(
+            "warning: anyone who reaches {host} can read, change and erase all volumes: no password, no encryption"
+        );
+    }
     let server = Server::start(listeners, StoreExports::new(store.clone()), Limits::default())?;
     report(&arguments.dir, store, &lines);
     wait();

@@ -88,7 +88,13 @@ impl Served {
     pub fn start_without(these: &[surroundings::Without], dir: &Path, arguments: &[&str]) -> Served {
         let mut command = corepage(&["serve", "--dir"]);
         surroundings::start_without(&mut command, these);
-        let mut child = command.arg(dir).args(arguments).stdout(Stdio::piped()).spawn().expect("corepage starts");
+        command.arg(dir).args(arguments);
+        Served::spawn(command, arguments.iter().filter(|a| **a == "--nbd").count())
+    }
+
+    /// Starts it, and waits until it listens on so many addresses.
+    pub fn spawn(mut command: Command, wanted: usize) -> Served {
+        let mut child = command.stdout(Stdio::piped()).spawn().expect("corepage starts");
         let stdout = child.stdout.take().expect("stdout is piped");
         let mut served = Served { child, lines: Vec::new(), uris: Vec::new() };
         let (sender, lines) = mpsc::channel();
@@ -96,7 +102,6 @@ impl Served {
         std::thread::spawn(move || {
             BufReader::new(stdout).lines().map_while(Result::ok).for_each(|l| drop(sender.send(l)))
         });
-        let wanted = arguments.iter().filter(|a| **a == "--nbd").count();
         let end = Instant::now() + START_LIMIT;
         while served.uris.len() < wanted {
             let left = end.saturating_duration_since(Instant::now());

@@ -8,18 +8,18 @@
 //! ```
 //!
 //! 1. An option's data is always read whole before its answer, so the stream stays in step.
-//! 2. At most `options_max` options of at most [`proto::OPTION_BYTES_MAX`] bytes; time is bounded by the stream given.
+//! 2. A metadata context is chosen for one export: whoever then takes another has none.
+//! 3. At most `options_max` options of at most [`proto::OPTION_BYTES_MAX`] bytes; time is bounded by the stream given.
 //!
 //! Does not touch the data of any export.
 
-use super::proto::{self, Agreed, InfoRequest, option, reply};
-use super::structured::{self, MetaRequest};
+use super::proto::{self, Agreed, InfoRequest, MetaRequest, option, reply};
 use super::{Export, Exports};
 use std::io::{self, Read, Write};
 
 /// How a handshake ended well.
 pub enum Outcome<E> {
-    /// The client wants to use this export, so.
+    /// The client wants to use this export, in this way.
     Chosen(String, E, Agreed),
     /// The client said goodbye.
     Aborted,
@@ -38,8 +38,8 @@ pub fn handshake<S: Read + Write, X: Exports>(
     if flags & !(proto::CLIENT_FIXED_NEWSTYLE | proto::CLIENT_NO_ZEROES) != 0 {
         return Err(proto::broken("unknown client flags"));
     }
-    let zeroes = flags & proto::CLIENT_NO_ZEROES == 0;
-    let mut talk = Talk { stream, exports, zeroes, structured: false, allocation_of: None };
+    let mut talk =
+        Talk { stream, exports, zeroes: flags & proto::CLIENT_NO_ZEROES == 0, structured: false, allocation_of: None };
     for _ in 0..options_max {
         if let Some(outcome) = talk.option()? {
             return Ok(outcome);
@@ -53,7 +53,7 @@ struct Talk<'a, S, X> {
     exports: &'a X,
     zeroes: bool,
     structured: bool,
-    /// The export for which `base:allocation` is to be used.
+    /// The export for which the metadata context was chosen.
     allocation_of: Option<String>,
 }
 
@@ -74,7 +74,7 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
             option::EXPORT_NAME => return self.export_name(&data).map(Some),
             option::GO | option::INFO => return self.info(option, &data),
             option::LIST => self.list(&data)?,
-            option::STRUCTURED_REPLY => self.structured(&data)?,
+            option::STRUCTURED_REPLY => self.structured_reply(&data)?,
             option::LIST_META_CONTEXT | option::SET_META_CONTEXT => self.meta_context(option, &data)?,
             option::ABORT => {
                 // The client may be gone without waiting for this; that is its right.
@@ -90,15 +90,30 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
         self.stream.write_all(&proto::option_reply(option, kind, data))
     }
 
+    fn agreed(&self, name: &str) -> Agreed {
+        Agreed { structured: self.structured, allocation: self.allocation_of.as_deref() == Some(name) }
+    }
+
     fn export_name(&mut self, data: &[u8]) -> io::Result<Outcome<X::Export>> {
         let name = proto::parse_name(data).ok_or_else(|| proto::broken("bad export name"))?;
         // This option has no way to say no.
         let Ok(Some((name, export))) = self.exports.find(&name) else {
             return Err(proto::broken("EXPORT_NAME of an unknown export"));
         };
+        self.stream.write_all(&proto::export_name_reply(export.bytes(), self.structured, self.zeroes))?;
         let agreed = self.agreed(&name);
-        self.stream.write_all(&proto::export_name_reply(export.bytes(), agreed, self.zeroes))?;
         Ok(Outcome::Chosen(name, export, agreed))
+    }
+
+    /// The export of this name; where there is none the client has its answer.
+    fn find(&mut self, option: u32, name: &str) -> io::Result<Option<(String, X::Export)>> {
+        let (kind, why) = match self.exports.find(name) {
+            Ok(Some(found)) => return Ok(Some(found)),
+            Ok(None) => (reply::ERR_UNKNOWN, "no volume of this name"),
+            Err(_) => (reply::ERR_SHUTDOWN, "the store is not available"),
+        };
+        self.answer(option, kind, why.as_bytes())?;
+        Ok(None)
     }
 
     fn info(&mut self, option: u32, data: &[u8]) -> io::Result<Option<Outcome<X::Export>>> {
@@ -106,19 +121,8 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
             self.answer(option, reply::ERR_INVALID, b"malformed request")?;
             return Ok(None);
         };
-        let (name, export) = match self.exports.find(&request.name) {
-            Ok(Some(found)) => found,
-            Ok(None) => {
-                self.answer(option, reply::ERR_UNKNOWN, b"no volume of this name")?;
-                return Ok(None);
-            }
-            Err(_) => {
-                self.answer(option, reply::ERR_SHUTDOWN, b"the store is not available")?;
-                return Ok(None);
-            }
-        };
-        let agreed = self.agreed(&name);
-        self.answer(option, reply::INFO, &proto::info_export(export.bytes(), agreed))?;
+        let Some((name, export)) = self.find(option, &request.name)? else { return Ok(None) };
+        self.answer(option, reply::INFO, &proto::info_export(export.bytes(), self.structured))?;
         if request.wants_name {
             self.answer(option, reply::INFO, &proto::info_name(&name))?;
         }
@@ -126,45 +130,40 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
             self.answer(option, reply::INFO, &proto::info_block_size())?;
         }
         self.answer(option, reply::ACK, &[])?;
+        let agreed = self.agreed(&name);
         Ok((option == option::GO).then_some(Outcome::Chosen(name, export, agreed)))
     }
 
-    /// What holds if this export is chosen.
-    fn agreed(&self, name: &str) -> Agreed {
-        let allocation = self.allocation_of.as_deref() == Some(name);
-        Agreed { structured: self.structured, allocation }
+    fn structured_reply(&mut self, data: &[u8]) -> io::Result<()> {
+        let (kind, text): (_, &[u8]) = match (data.is_empty(), self.structured) {
+            (false, _) => (reply::ERR_INVALID, b"STRUCTURED_REPLY takes no data"),
+            (true, true) => (reply::ERR_INVALID, b"structured replies are agreed on already"),
+            (true, false) => (reply::ACK, b""),
+        };
+        self.structured |= kind == reply::ACK;
+        self.answer(option::STRUCTURED_REPLY, kind, text)
     }
 
-    fn structured(&mut self, data: &[u8]) -> io::Result<()> {
-        if !data.is_empty() {
-            return self.answer(option::STRUCTURED_REPLY, reply::ERR_INVALID, b"STRUCTURED_REPLY takes no data");
-        }
-        self.structured = true;
-        self.answer(option::STRUCTURED_REPLY, reply::ACK, &[])
-    }
-
+    /// Lists contexts, or sets those for BLOCK_STATUS; what was set before is gone, whatever becomes of it.
     fn meta_context(&mut self, option: u32, data: &[u8]) -> io::Result<()> {
-        let sets = option == option::SET_META_CONTEXT;
-        if sets {
-            // Whatever comes of it, what was set before holds no more.
+        let set = option == option::SET_META_CONTEXT;
+        if set {
             self.allocation_of = None;
         }
         if !self.structured {
-            return self.answer(option, reply::ERR_INVALID, b"ask for structured replies first");
+            return self.answer(option, reply::ERR_INVALID, b"STRUCTURED_REPLY comes first");
         }
         let Some(request) = MetaRequest::parse(data) else {
             return self.answer(option, reply::ERR_INVALID, b"malformed request");
         };
-        let name = match self.exports.find(&request.export) {
-            Ok(Some((name, _))) => name,
-            Ok(None) => return self.answer(option, reply::ERR_UNKNOWN, b"no volume of this name"),
-            Err(_) => return self.answer(option, reply::ERR_SHUTDOWN, b"the store is not available"),
-        };
-        if request.names_allocation || (request.wants_all && !sets) {
-            let id = if sets { structured::BASE_ALLOCATION_ID } else { 0 };
-            self.answer(option, reply::META_CONTEXT, &structured::meta_context(id))?;
+        let Some((name, _)) = self.find(option, &request.name)? else { return Ok(()) };
+        // Only a list may be asked for by namespace, or without saying of what.
+        let is_ours = |query: &String| query == proto::ALLOCATION || (!set && query == "base:");
+        if request.queries.iter().any(is_ours) || (!set && request.queries.is_empty()) {
+            let id = if set { proto::ALLOCATION_ID } else { 0 };
+            self.answer(option, reply::META_CONTEXT, &proto::meta_context(id, proto::ALLOCATION))?;
+            self.allocation_of = if set { Some(name) } else { self.allocation_of.take() };
         }
-        self.allocation_of = (sets && request.names_allocation).then_some(name).or(self.allocation_of.take());
         self.answer(option, reply::ACK, &[])
     }
 

@@ -1,4 +1,4 @@
-//! Where the server listens: `unix:PATH` or `tcp:HOST:PORT`, on this machine only.
+//! Where the server listens: `unix:PATH` or `tcp:HOST:PORT`.
 //!
 //! ```text
 //! Address ── plan: look, don't touch ──> Plan ── bind ──> Listener
@@ -8,7 +8,8 @@
 //! 2. A Unix socket is bound under a name of its own, made 0600, and only then renamed to its place: nobody else can
 //!    connect at any time, and a stale socket is replaced in one step. Only a socket that refuses connections is stale.
 //! 3. The socket file is removed at the end, if it is still ours.
-//! 4. TCP means loopback: there is neither encryption nor a password here.
+//! 4. An address that other machines can reach is told apart ([`Address::remote`]): there is neither encryption nor a
+//!    password here, so whoever takes one must have been told to.
 
 use super::socket::Socket;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -30,7 +31,7 @@ const BACKLOG: i32 = 128;
 pub enum Address {
     /// A socket file.
     Unix(PathBuf),
-    /// Usually a loopback address; port 0 takes a free one.
+    /// An address of this machine; port 0 takes a free one.
     Tcp(SocketAddr),
 }
 
@@ -67,10 +68,8 @@ impl FromStr for Address {
 fn parse_tcp(text: &str) -> Result<SocketAddr, String> {
     let local = text.strip_prefix("localhost:").and_then(|port| port.parse().ok());
     let local = local.map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
-    match local {
-        Some(address) => Ok(address),
-        None => text.parse().map_err(|_| "HOST must be an IP address or localhost, PORT a number up to 65535".into()),
-    }
+    let what = "HOST must be an IP address (127.0.0.1, [::1]) or localhost, PORT a number up to 65535";
+    local.map_or_else(|| text.parse().map_err(|_| what.into()), Ok)
 }
 
 /// An error with what to do about it.
@@ -83,11 +82,11 @@ fn taken(context: String) -> io::Error {
 }
 
 impl Address {
-    /// The address, if other machines can reach it.
+    /// The address, if it can be reached from other machines.
     pub fn remote(&self) -> Option<IpAddr> {
         match self {
-            Address::Tcp(address) if !address.ip().is_loopback() => Some(address.ip()),
-            _ => None,
+            Address::Tcp(address) if !address.ip().to_canonical().is_loopback() => Some(address.ip()),
+            Address::Tcp(_) | Address::Unix(_) => None,
         }
     }
 
@@ -195,6 +194,8 @@ impl Listener {
                 let stream = listener.accept()?.0;
                 // Replies are whole: waiting for more of them would only cost time.
                 stream.set_nodelay(true)?;
+                // A client whose machine is gone must not keep its place for ever.
+                rustix::net::sockopt::set_socket_keepalive(&stream, true)?;
                 Ok(Socket::Tcp(stream))
             }
         }
@@ -241,24 +242,21 @@ mod tests {
         text.parse()
     }
 
-    /// An unprotected block device on the network is somebody else's block device: who asks for it must see that.
+    /// An unprotected block device on the network is somebody else's block device.
     #[test]
-    fn addresses_that_other_machines_can_reach_are_told_apart() {
+    fn addresses_that_other_machines_reach_are_told_apart() {
         assert_eq!(parse("tcp:127.0.0.1:0"), Ok(Address::Tcp(([127, 0, 0, 1], 0).into())));
         assert_eq!(parse("tcp:localhost:10809"), Ok(Address::Tcp(([127, 0, 0, 1], 10809).into())));
-        assert!(parse("tcp:[::1]:7").is_ok());
-        for remote in ["tcp:0.0.0.0:10809", "tcp:[::]:1", "tcp:192.168.1.1:1"] {
-            assert!(parse(remote).unwrap().remote().is_some(), "{remote}");
+        for here in ["tcp:127.0.0.1:0", "tcp:127.1.2.3:1", "tcp:[::1]:7", "tcp:[::ffff:127.0.0.1]:7", "unix:/tmp/x"] {
+            assert_eq!(parse(here).unwrap().remote(), None, "{here}");
         }
-        for local in ["tcp:127.0.0.1:0", "tcp:127.8.8.8:1", "tcp:[::1]:7", "tcp:localhost:10809", "unix:/s"] {
-            assert_eq!(parse(local).unwrap().remote(), None, "{local}");
+        for open in ["tcp:0.0.0.0:10809", "tcp:[::]:1", "tcp:192.168.1.1:1", "tcp:[::ffff:0.0.0.0]:7"] {
+            assert!(parse(open).unwrap().remote().is_some(), "{open}");
         }
-        for bad in ["tcp:example.org:1", "tcp:127.0.0.1"] {
+        for bad in ["", "unix:", "tcp:", "udp:127.0.0.1:1", "/tmp/x", "tcp:127.0.0.1:65536", "tcp:example.org:1"] {
             assert!(parse(bad).is_err(), "{bad}");
         }
-        for bad in ["", "unix:", "tcp:", "udp:127.0.0.1:1", "/tmp/x", "tcp:127.0.0.1:65536"] {
-            assert!(parse(bad).is_err(), "{bad}");
-        }
+        assert!(parse("tcp:127.0.0.1").is_err());
     }
 
     /// A crashed server must not keep the next one from starting, and a running one must not lose its clients.

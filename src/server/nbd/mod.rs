@@ -15,30 +15,32 @@
 //!
 //! Not here: TLS, extended headers.
 
+mod extents;
 mod gate;
 mod handshake;
+mod holes;
 mod listener;
 mod proto;
 mod server;
 mod socket;
 mod span;
-mod structured;
 mod transmission;
 mod volume;
 
 #[cfg(test)]
+mod store_tests;
+#[cfg(test)]
 mod tests;
 
 pub use listener::{Address, Listener, Plan};
-pub use proto::Errno;
 pub use server::Server;
 pub use socket::Socket;
-pub use structured::Stretch;
 pub use volume::StoreExports;
 
 use bytes::Bytes;
+use holes::Holes;
+use proto::{Extent, Fault};
 use std::future::Future;
-use std::ops::Range;
 use std::time::Duration;
 
 /// What one server takes on; each bound with its reason.
@@ -72,26 +74,31 @@ impl Default for Limits {
     }
 }
 
-/// Parts of a buffer, in order, none empty, no two touching.
-pub type Holes = Vec<Range<usize>>;
-
-/// One block device. Ranges are inside it: the protocol has checked them.
+/// One block device. Ranges are inside it and not empty: the protocol has checked them.
 pub trait Export: Send + Sync {
-    /// Its size now. Clients are told it once; requests beyond it are refused.
+    /// Its size as this connection's client was told it, which does not change.
     fn bytes(&self) -> u64;
-    /// Fills `into`, which is zeros, with the bytes from `offset` on; which parts of it are not stored anywhere, in order.
-    fn read(&self, offset: u64, into: &mut [u8]) -> impl Future<Output = Result<Holes, Errno>> + Send;
-    /// Brings what is stored of a range into memory, as far as there is room; nothing may come of it.
-    fn cache(&self, offset: u64, length: u64) -> impl Future<Output = Result<(), Errno>> + Send;
-    /// What the range is, in order from `offset` on: at least one stretch, none of them empty, not all of the range if it is
-    /// long.
-    fn allocation(&self, offset: u64, length: u32) -> impl Future<Output = Result<Vec<Stretch>, Errno>> + Send;
+    /// Its size now. Requests beyond it are refused.
+    fn bytes_now(&self) -> u64;
+    /// Fills `into`, all zeros before, with the bytes from `offset` on. Parts that are not stored it may leave alone and add
+    /// to `holes`.
+    fn read(&self, offset: u64, into: &mut [u8], holes: &mut Holes) -> impl Future<Output = Result<(), Fault>> + Send;
     /// Writes `data` at `offset`; durable before it returns if `fua`.
-    fn write(&self, offset: u64, data: Bytes, fua: bool) -> impl Future<Output = Result<(), Errno>> + Send;
+    fn write(&self, offset: u64, data: Bytes, fua: bool) -> impl Future<Output = Result<(), Fault>> + Send;
     /// Makes `length` bytes from `offset` read as zeros: by giving their space back, or by writing if not `hole`.
-    fn zero(&self, offset: u64, length: u64, hole: bool, fua: bool) -> impl Future<Output = Result<(), Errno>> + Send;
+    fn zero(&self, offset: u64, length: u64, hole: bool, fua: bool) -> impl Future<Output = Result<(), Fault>> + Send;
     /// Makes every write that returned before, on any connection, durable.
-    fn flush(&self) -> impl Future<Output = Result<(), Errno>> + Send;
+    fn flush(&self) -> impl Future<Output = Result<(), Fault>> + Send;
+    /// Brings a part of the range into memory, as far as that makes sense.
+    fn cache(&self, offset: u64, length: u64) -> impl Future<Output = Result<(), Fault>> + Send;
+    /// What of the range is stored: one or more extents from `offset` on, at most `extents_max`. They may end before the
+    /// range, but not behind it.
+    fn allocation(
+        &self,
+        offset: u64,
+        length: u32,
+        extents_max: usize,
+    ) -> impl Future<Output = Result<Vec<Extent>, Fault>> + Send;
 }
 
 /// The block devices of a server.
@@ -99,7 +106,7 @@ pub trait Exports: Send + Sync + 'static {
     /// One of them.
     type Export: Export;
     /// Their names.
-    fn names(&self) -> Result<Vec<String>, Errno>;
+    fn names(&self) -> Result<Vec<String>, Fault>;
     /// The one of this name, or the default one if it is empty, with its own name.
-    fn find(&self, name: &str) -> Result<Option<(String, Self::Export)>, Errno>;
+    fn find(&self, name: &str) -> Result<Option<(String, Self::Export)>, Fault>;
 }

@@ -134,7 +134,7 @@ impl<X: Exports> Shared<X> {
         let outcome = handshake(&mut stream, &self.exports, self.limits.options_max)?;
         let Outcome::Chosen(name, export, agreed) = outcome else { return Ok(()) };
         stream.lift()?;
-        debug!(connection = id, volume = name, "transmission begins");
+        debug!(connection = id, volume = name, ?agreed, "transmission begins");
         transmission::serve(socket, &export, agreed, &self.limits, &self.stopping)
     }
 

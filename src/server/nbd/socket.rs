@@ -3,7 +3,7 @@
 //! 1. Reads and writes go through `&Socket`, so that one thread can read while another writes.
 //! 2. [`Socket::shut`] can be called from any thread and wakes whoever is blocked in a read or a write.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -52,6 +52,9 @@ impl Read for &Socket {
 impl Write for &Socket {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         either!(self, s => (&*s).write(buffer))
+    }
+    fn write_vectored(&mut self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
+        either!(self, s => (&*s).write_vectored(buffers))
     }
     fn flush(&mut self) -> io::Result<()> {
         Ok(())

@@ -3,8 +3,6 @@
 //! 1. The spans of a range cover each of its bytes exactly once, in order; only the first and the last can be partial.
 //! 2. A batch of spans never passes its bounds, and is never empty.
 
-use super::Stretch;
-use corepage::Allocated;
 use std::iter::Peekable;
 use std::ops::Range;
 
@@ -64,25 +62,6 @@ pub fn batch<I: Iterator<Item = Span>>(
         batch.push(span);
     }
     batch
-}
-
-/// What the bytes from `offset` to `end` are, by what is allocated: up to the end, or as far as was looked.
-pub fn stretches(offset: u64, end: u64, allocated: &Allocated) -> Vec<Stretch> {
-    let end = allocated.next.map_or(end, |next| end.min(next.get() * PAGE));
-    let mut out = Vec::new();
-    let mut at = offset;
-    let mut upto = |to: u64, is_hole: bool| {
-        if to > at {
-            out.push(Stretch { length: (to - at) as u32, is_hole });
-            at = to;
-        }
-    };
-    for (first, last) in &allocated.ranges {
-        upto((first.get() * PAGE).min(end), true);
-        upto(((last.get() + 1) * PAGE).min(end), false);
-    }
-    upto(end, true);
-    out
 }
 
 #[cfg(test)]

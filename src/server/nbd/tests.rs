@@ -4,42 +4,35 @@
 //! If these fail, one client can hang or end what others are doing. Requests against a real store: `tests/nbd_protocol.rs`.
 
 use super::handshake::{Outcome, handshake};
-use super::proto::{self, Agreed, Errno, option, reply};
+use super::holes::Holes;
+use super::proto::{self, Agreed, Errno, Extent, Fault, option, reply};
 use super::socket::Socket;
-use super::{Export, Exports, Holes, Limits, StoreExports, Stretch, span, transmission};
+use super::{Address, Export, Exports, Limits, Server, transmission};
 use bytes::Bytes;
-use corepage::{Allocated, PageId, Store};
 use event_listener::Event;
-use futures_lite::future::block_on;
 use std::io::{self, Cursor, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 const SIZE: u64 = 64 << 20;
 
-/// An export in memory; `stall` holds its flushes back, `fault` makes its next writes fail.
+/// An export in memory; `stall` holds its flushes back, `fault` makes its next writes fail, `shrunk` takes bytes off
+/// its end.
 #[derive(Clone, Default)]
 struct Memory {
     data: Arc<Mutex<Vec<u8>>>,
     stall: Arc<AtomicBool>,
     go_on: Arc<Event>,
     fault: Arc<AtomicU32>,
+    shrunk: Arc<AtomicU64>,
 }
 
 impl Memory {
     fn new() -> Self {
         Memory { data: Arc::new(Mutex::new(vec![0; SIZE as usize])), ..Memory::default() }
-    }
-
-    fn stretches(&self, offset: u64, length: u64) -> Vec<Stretch> {
-        let data = self.data.lock().unwrap();
-        let pages = offset / 4096..=(offset + length - 1) / 4096;
-        let stored = pages.filter(|page| data[*page as usize * 4096..][..4096].iter().any(|byte| *byte != 0));
-        let ranges = stored.map(|page| (PageId::new(page), PageId::new(page))).collect();
-        span::stretches(offset, offset + length, &Allocated { ranges, next: None })
     }
 }
 
@@ -47,37 +40,29 @@ impl Export for Memory {
     fn bytes(&self) -> u64 {
         SIZE
     }
-    /// Pages of zeros count as not stored.
-    async fn read(&self, offset: u64, into: &mut [u8]) -> Result<Holes, Errno> {
-        into.copy_from_slice(&self.data.lock().unwrap()[offset as usize..][..into.len()]);
-        let mut at = 0;
-        let mut holes = Holes::new();
-        for stretch in self.stretches(offset, into.len() as u64) {
-            let part = at..at + stretch.length as usize;
-            at = part.end;
-            holes.extend(stretch.is_hole.then_some(part));
-        }
-        Ok(holes)
+    fn bytes_now(&self) -> u64 {
+        SIZE - self.shrunk.load(Ordering::Relaxed)
     }
-    async fn cache(&self, _offset: u64, _length: u64) -> Result<(), Errno> {
+    async fn read(&self, offset: u64, into: &mut [u8], holes: &mut Holes) -> Result<(), Fault> {
+        into.copy_from_slice(&self.data.lock().unwrap()[offset as usize..][..into.len()]);
+        let zeros = |page: &[u8]| page.len() == 4096 && page.iter().all(|b| *b == 0);
+        let absent = into.chunks(4096).enumerate().filter(|(_, page)| zeros(page));
+        absent.for_each(|(n, _)| holes.add(n * 4096..(n + 1) * 4096));
         Ok(())
     }
-    async fn allocation(&self, offset: u64, length: u32) -> Result<Vec<Stretch>, Errno> {
-        Ok(self.stretches(offset, u64::from(length)))
-    }
-    async fn write(&self, offset: u64, data: Bytes, _fua: bool) -> Result<(), Errno> {
+    async fn write(&self, offset: u64, data: Bytes, _fua: bool) -> Result<(), Fault> {
         match self.fault.load(Ordering::Relaxed) {
             0 => self.data.lock().unwrap()[offset as usize..][..data.len()].copy_from_slice(&data),
-            28 => return Err(Errno::NoSpace),
+            28 => return Err(Fault::new(Errno::NoSpace, "planted: full")),
             _ => panic!("planted: an export fails in an unforeseen way"),
         }
         Ok(())
     }
-    async fn zero(&self, offset: u64, length: u64, _hole: bool, _fua: bool) -> Result<(), Errno> {
+    async fn zero(&self, offset: u64, length: u64, _hole: bool, _fua: bool) -> Result<(), Fault> {
         self.data.lock().unwrap()[offset as usize..][..length as usize].fill(0);
         Ok(())
     }
-    async fn flush(&self) -> Result<(), Errno> {
+    async fn flush(&self) -> Result<(), Fault> {
         loop {
             let listener = self.go_on.listen();
             if !self.stall.load(Ordering::Acquire) {
@@ -86,15 +71,25 @@ impl Export for Memory {
             listener.await;
         }
     }
+    async fn cache(&self, _offset: u64, _length: u64) -> Result<(), Fault> {
+        Ok(())
+    }
+    /// The first 1,000 bytes asked for are stored, the rest is a hole.
+    async fn allocation(&self, _offset: u64, length: u32, extents_max: usize) -> Result<Vec<Extent>, Fault> {
+        let stored = Extent { bytes: length.min(1000), is_hole: false };
+        let hole = Extent { bytes: length - stored.bytes, is_hole: true };
+        Ok([stored, hole].into_iter().filter(|e| e.bytes > 0).take(extents_max).collect())
+    }
 }
 
 impl Exports for Memory {
     type Export = Memory;
-    fn names(&self) -> Result<Vec<String>, Errno> {
-        Ok(vec!["disk".into()])
+    fn names(&self) -> Result<Vec<String>, Fault> {
+        Ok(vec!["disk".into(), "other".into()])
     }
-    fn find(&self, name: &str) -> Result<Option<(String, Memory)>, Errno> {
-        Ok(["", "disk"].contains(&name).then(|| ("disk".into(), self.clone())))
+    fn find(&self, name: &str) -> Result<Option<(String, Memory)>, Fault> {
+        let name = if name.is_empty() { "disk" } else { name };
+        Ok(["other", "disk"].contains(&name).then(|| (name.into(), self.clone())))
     }
 }
 
@@ -169,18 +164,31 @@ fn a_handshake_out_of_bounds_ends_the_connection() {
 }
 
 fn request(command: u16, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
-    let head = [&proto::REQUEST_MAGIC.to_be_bytes()[..], &[0, 0], &command.to_be_bytes(), &cookie.to_be_bytes()];
+    flagged(0, command, cookie, offset, length)
+}
+
+fn flagged(flags: u16, command: u16, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
+    let magic = proto::REQUEST_MAGIC.to_be_bytes();
+    let head = [&magic[..], &flags.to_be_bytes(), &command.to_be_bytes(), &cookie.to_be_bytes()];
     [&head.concat()[..], &offset.to_be_bytes(), &length.to_be_bytes()].concat()
 }
 
 /// A connection in transmission, and what became of its server side.
 fn connect(export: &Memory, stopping: Arc<AtomicBool>) -> (UnixStream, std::thread::JoinHandle<io::Result<()>>) {
+    connect_as(export, Agreed::default(), stopping)
+}
+
+fn connect_as(
+    export: &Memory,
+    agreed: Agreed,
+    stopping: Arc<AtomicBool>,
+) -> (UnixStream, std::thread::JoinHandle<io::Result<()>>) {
     let (client, server) = UnixStream::pair().unwrap();
     client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let export = export.clone();
     let thread = std::thread::spawn(move || {
         let socket = Socket::Unix(server);
-        let outcome = transmission::serve(&socket, &export, Agreed::default(), &Limits::default(), &stopping);
+        let outcome = transmission::serve(&socket, &export, agreed, &Limits::default(), &stopping);
         socket.shut(Shutdown::Both);
         outcome
     });
@@ -264,33 +272,255 @@ fn a_client_that_never_reads_is_held_back() {
     assert!(server.join().unwrap().is_ok() || !export.data.lock().unwrap().is_empty());
 }
 
-/// A disk that was made larger is larger to whoever connects from then on; one that was made smaller gives nothing beyond its end
-/// to anybody, and takes nothing there.
+/// A chunk's layout, spelled out: flags, type, cookie, payload.
+fn next_chunk(client: &mut UnixStream) -> (u16, u16, u64, Vec<u8>) {
+    let mut head = [0; 20];
+    client.read_exact(&mut head).unwrap();
+    assert_eq!(head[..4], [0x66, 0x8e, 0x33, 0xef]);
+    let number = |at: usize| u16::from_be_bytes([head[at], head[at + 1]]);
+    let mut data = vec![0; u32::from_be_bytes(head[16..].try_into().unwrap()) as usize];
+    client.read_exact(&mut data).unwrap();
+    (number(4), number(6), u64::from_be_bytes(head[8..16].try_into().unwrap()), data)
+}
+
+const BOTH: Agreed = Agreed { structured: true, allocation: true };
+
+/// A client takes each byte from where its chunk says; a wrong offset is wrong data, and a missing end a hang.
 #[test]
-fn new_connections_see_a_new_size_and_old_ones_are_held_within_it() {
-    let dir = tempfile::tempdir().unwrap();
-    let options = corepage::Options { memory_bytes: 16 << 20, ..corepage::Options::default() };
-    let store = block_on(Store::open(dir.path(), options)).unwrap();
-    block_on(store.create_volume("disk", 1 << 20)).unwrap();
-    let exports = StoreExports::new(store.clone());
-    let find = || exports.find("disk").unwrap().unwrap().1;
-    let old = find();
-    block_on(old.write(900 << 10, Bytes::from(vec![7; 4096]), false)).unwrap();
-    block_on(store.resize_volume("disk", 4 << 20)).unwrap();
-    assert_eq!((find().bytes(), old.bytes()), (4 << 20, 4 << 20));
-    block_on(store.resize_volume("disk", 64 << 10)).unwrap();
-    assert_eq!((find().bytes(), old.bytes()), (64 << 10, 64 << 10));
-    for command in [0, 1, 4, 6] {
-        let header = request(command, 1, 900 << 10, 4096);
-        let parsed = proto::Request::parse(header[..28].try_into().unwrap()).unwrap();
-        assert!(parsed.check(old.bytes(), Agreed::default()).is_err(), "command {command} beyond the end");
+fn a_structured_read_is_data_and_holes_and_one_end() {
+    let export = Memory::new();
+    export.data.lock().unwrap()[4096..6000].fill(7);
+    let (mut client, server) = connect_as(&export, BOTH, never());
+    client.write_all(&request(0, 9, 0, 16384)).unwrap();
+    let hole = |at: u64, bytes: u32| [&at.to_be_bytes()[..], &bytes.to_be_bytes()].concat();
+    let data = [&4096u64.to_be_bytes()[..], &[7; 6000 - 4096], &[0; 8192 - 6000]].concat();
+    assert_eq!(next_chunk(&mut client), (0, 2, 9, hole(0, 4096)));
+    assert_eq!(next_chunk(&mut client), (0, 1, 9, data));
+    assert_eq!(next_chunk(&mut client), (1, 2, 9, hole(8192, 8192)));
+    // In one piece, if the client insists, and where there is no hole anyway.
+    client.write_all(&flagged(1 << 2, 0, 10, 0, 8192)).unwrap();
+    let (flags, kind, cookie, whole) = next_chunk(&mut client);
+    assert_eq!((flags, kind, cookie, whole.len()), (1, 1, 10, 8 + 8192));
+    assert_eq!((&whole[..8], &whole[8..12], &whole[8 + 4096..][..4]), (&[0; 8][..], &[0; 4][..], &[7; 4][..]));
+    client.write_all(&request(0, 11, 5998, 4)).unwrap();
+    assert_eq!(next_chunk(&mut client), (1, 1, 11, [&5998u64.to_be_bytes()[..], &[7, 7, 0, 0]].concat()));
+    client.write_all(&request(0, 12, 77, 0)).unwrap();
+    assert_eq!(next_chunk(&mut client), (1, 0, 12, vec![]));
+    // What is no read keeps its short reply.
+    client.write_all(&request(3, 13, 0, 0)).unwrap();
+    assert_eq!(next_reply(&mut client), (13, 0));
+    drop(client);
+    server.join().unwrap().unwrap();
+}
+
+/// A client that can't see the reason can't tell a full disk from its own mistake.
+#[test]
+fn failures_come_with_number_and_text() {
+    let export = Memory::new();
+    export.fault.store(28, Ordering::Relaxed);
+    let (mut client, server) = connect_as(&export, BOTH, never());
+    let mut fails = |said: &[u8], cookie: u64, errno: u32, text: &str| {
+        client.write_all(said).unwrap();
+        let (flags, kind, answered, data) = next_chunk(&mut client);
+        assert_eq!((flags, kind, answered, &data[..4]), (1, 0x8001, cookie, &errno.to_be_bytes()[..]));
+        assert_eq!(u16::from_be_bytes([data[4], data[5]]) as usize, data.len() - 6);
+        assert!(String::from_utf8_lossy(&data[6..]).contains(text), "{:?}", String::from_utf8_lossy(&data[6..]));
+    };
+    fails(&[request(1, 1, 0, 3), b"xyz".to_vec()].concat(), 1, 28, "planted: full");
+    fails(&request(0, 2, SIZE - 1, 2), 2, 22, "67108864");
+    fails(&request(0, 3, u64::MAX, 2), 3, 22, "wrap");
+    fails(&request(7, 4, 0, 0), 4, 22, "status of no bytes");
+    fails(&request(7, 5, SIZE, 1), 5, 22, "67108864");
+    fails(&flagged(1 << 3, 0, 6, 0, 1), 6, 22, "flags");
+    fails(&request(4711, 7, 0, 1), 7, 22, "unknown command");
+    drop(client);
+    server.join().unwrap().unwrap();
+}
+
+/// A client that was promised one extent takes the second for the next reply.
+#[test]
+fn block_status_tells_extents_to_those_who_agreed_on_it_only() {
+    let export = Memory::new();
+    let (mut client, server) = connect_as(&export, BOTH, never());
+    client.write_all(&[request(7, 1, 5, 3000), flagged(1 << 3, 7, 2, 5, 3000)].concat()).unwrap();
+    let extents = |list: &[(u32, u32)]| {
+        let extents = list.iter().flat_map(|(bytes, status)| [bytes.to_be_bytes(), status.to_be_bytes()].concat());
+        [0, 0, 0, 1].into_iter().chain(extents).collect::<Vec<u8>>()
+    };
+    assert_eq!(next_chunk(&mut client), (1, 5, 1, extents(&[(1000, 0), (2000, 3)])));
+    assert_eq!(next_chunk(&mut client), (1, 5, 2, extents(&[(1000, 0)])));
+    drop(client);
+    server.join().unwrap().unwrap();
+    let (mut client, server) = connect_as(&export, Agreed { structured: true, allocation: false }, never());
+    client.write_all(&request(7, 3, 0, 4096)).unwrap();
+    let (flags, kind, cookie, data) = next_chunk(&mut client);
+    assert_eq!((flags, kind, cookie, &data[..4]), (1, 0x8001, 3, &[0, 0, 0, 22][..]));
+    drop(client);
+    server.join().unwrap().unwrap();
+    let (mut client, server) = connect(&export, never());
+    client.write_all(&[request(7, 4, 0, 4096), flagged(1 << 2, 0, 5, 0, 1)].concat()).unwrap();
+    let mut refused = [next_reply(&mut client), next_reply(&mut client)];
+    refused.sort_unstable();
+    assert_eq!(refused, [(4, 22), (5, 22)], "without structured replies: BLOCK_STATUS, and the flag DF");
+    drop(client);
+    server.join().unwrap().unwrap();
+}
+
+/// Pages beyond the end of a volume that was made smaller must not come back.
+#[test]
+fn a_client_of_an_export_that_shrank_can_not_go_beyond_its_end() {
+    let export = Memory::new();
+    let (mut client, server) = connect(&export, never());
+    export.shrunk.store(4096, Ordering::Relaxed);
+    let refused = [(1, 28), (6, 28), (0, 22), (4, 22), (5, 22)];
+    for (command, errno) in refused {
+        let payload: &[u8] = if command == 1 { &[1; 4096] } else { &[] };
+        client.write_all(&[&request(command, 1, SIZE - 4096, 4096)[..], payload].concat()).unwrap();
+        assert_eq!(next_reply(&mut client), (1, errno), "command {command}");
     }
-    block_on(store.resize_volume("disk", 1 << 20)).unwrap();
-    let mut bytes = [0; 4096];
-    let holes = block_on(old.read(900 << 10, &mut bytes)).unwrap();
-    assert_eq!((holes.len(), holes[0].len()), (1, 4096), "what was cut off is back");
-    block_on(store.delete_volume("disk")).unwrap();
-    assert!(exports.find("disk").unwrap().is_none());
-    assert_eq!((old.bytes(), block_on(old.read(0, &mut bytes))), (0, Err(Errno::Invalid)));
-    block_on(store.close()).unwrap();
+    client.write_all(&request(5, 2, SIZE - 8192, 4096)).unwrap();
+    assert_eq!(next_reply(&mut client), (2, 0));
+    drop(client);
+    server.join().unwrap().unwrap();
+}
+
+/// The data of a meta context option.
+fn meta(name: &str, queries: &[&[u8]]) -> Vec<u8> {
+    let string = |text: &[u8]| [&(text.len() as u32).to_be_bytes()[..], text].concat();
+    let mut data = [string(name.as_bytes()), (queries.len() as u32).to_be_bytes().to_vec()].concat();
+    queries.iter().for_each(|query| data.extend(string(query)));
+    data
+}
+
+/// What a server did not agree to, a client must not get; what it did, it must.
+#[test]
+fn metadata_contexts_are_negotiated_as_specified() {
+    const GO: &[u8] = b"\0\0\0\x04disk\0\0";
+    let structured = option_bytes(8, b"");
+    let ack = |option| proto::option_reply(option, reply::ACK, b"");
+    let told = |option, id: u32| proto::option_reply(option, 4, &[&id.to_be_bytes()[..], b"base:allocation"].concat());
+    let agreed = |options: &[Vec<u8>], answers: &[Vec<u8>]| {
+        let (outcome, answer) = talk(&[&[FLAGS.to_vec()], options, &[option_bytes(option::GO, GO)]].concat());
+        assert!(answer.starts_with(&answers.concat()), "{answer:?}");
+        let Ok(Outcome::Chosen(_, _, agreed)) = outcome else { panic!("no export was chosen") };
+        (agreed.structured, agreed.allocation)
+    };
+    let set = |name: &str, queries: &[&[u8]]| option_bytes(10, &meta(name, queries));
+    let list = |queries: &[&[u8]]| option_bytes(9, &meta("disk", queries));
+    assert_eq!(agreed(&[], &[]), (false, false));
+    let ours: &[u8] = b"base:allocation";
+    assert_eq!(agreed(&[structured.clone(), set("disk", &[ours])], &[ack(8), told(10, 1), ack(10)]), (true, true));
+    // The default export under its own name is the same one; another is not.
+    assert!(agreed(&[structured.clone(), set("", &[b"x:y", ours, ours])], &[ack(8), told(10, 1), ack(10)]).1);
+    assert!(!agreed(&[structured.clone(), set("other", &[ours])], &[ack(8), told(10, 1), ack(10)]).1);
+    // The last word counts, also if it selects nothing or fails.
+    for last in [set("disk", &[]), set("disk", &[b"base:"]), set("disk", &[b"qemu:dirty"]), set("none", &[ours])] {
+        assert!(!agreed(&[structured.clone(), set("disk", &[ours]), last], &[]).1);
+    }
+    for queries in [&[][..], &[&b"base:"[..]], &[ours], &[b"x:", ours]] {
+        assert_eq!(agreed(&[structured.clone(), list(queries)], &[ack(8), told(9, 0), ack(9)]), (true, false));
+    }
+    assert!(!agreed(&[structured.clone(), list(&[b"x:"])], &[ack(8), ack(9)]).1);
+}
+
+/// A length that is believed is memory that is taken, or a stream that is out of step.
+#[test]
+fn malformed_metadata_options_are_refused_and_the_handshake_goes_on() {
+    let go = option_bytes(option::GO, b"\0\0\0\x04disk\0\0");
+    let structured = option_bytes(8, b"");
+    let whole = meta("disk", &[b"base:allocation"]);
+    let many = [&4u32.to_be_bytes()[..], b"disk", &u32::MAX.to_be_bytes()].concat();
+    let malformed: [&[u8]; 8] = [
+        b"",
+        &whole[..10],
+        &whole[..whole.len() - 1],
+        &[&whole[..], b"x"].concat(),
+        &many,
+        &[&many[..], &u32::MAX.to_be_bytes(), b"base:allocation"].concat(),
+        &meta("disk", &[&[b'q'; 5000]]),
+        &meta("disk", &[b"\xc3\x28"]),
+    ];
+    for option in [9, 10] {
+        for data in malformed {
+            let (outcome, answer) = talk(&[FLAGS.into(), structured.clone(), option_bytes(option, data), go.clone()]);
+            assert!(matches!(outcome, Ok(Outcome::Chosen(_, _, Agreed { structured: true, allocation: false }))));
+            assert_eq!(answer[20 + 12..20 + 16], reply::ERR_INVALID.to_be_bytes(), "{data:?}");
+        }
+        let (outcome, answer) = talk(&[FLAGS.into(), option_bytes(option, &whole), go.clone()]);
+        assert!(matches!(outcome, Ok(Outcome::Chosen(_, _, Agreed { structured: false, allocation: false }))));
+        assert_eq!(answer[12..16], reply::ERR_INVALID.to_be_bytes(), "before STRUCTURED_REPLY");
+    }
+    for said in [vec![option_bytes(8, b"x")], vec![structured.clone(), structured]] {
+        let (_, answer) = talk(&[&[FLAGS.to_vec()][..], &said, std::slice::from_ref(&go)].concat());
+        let last = &answer[20 * (said.len() - 1)..];
+        assert_eq!(last[12..16], reply::ERR_INVALID.to_be_bytes());
+    }
+}
+
+/// A server with these limits on a socket file, and where it is.
+fn listening(limits: Limits) -> (tempfile::TempDir, std::path::PathBuf, Server<Memory>) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let listener = Address::Unix(path.clone()).plan(dir.path()).unwrap().bind().unwrap();
+    let server = Server::start(vec![listener], Memory::new(), limits).unwrap();
+    (dir, path, server)
+}
+
+/// A client of it that has chosen an export, or what the server said instead.
+fn chosen(path: &std::path::Path) -> io::Result<UnixStream> {
+    let mut client = UnixStream::connect(path)?;
+    client.set_read_timeout(Some(Duration::from_secs(20)))?;
+    client.write_all(&[&FLAGS[..], &option_bytes(option::EXPORT_NAME, b"disk")].concat())?;
+    client.read_exact(&mut [0; 18 + 10])?;
+    Ok(client)
+}
+
+/// A client that sends a byte now and then would stay for ever, and a hundred of them lock everybody else out.
+#[test]
+fn a_handshake_ends_in_time_however_it_is_drawn_out() {
+    let (_dir, path, server) = listening(Limits { handshake: Duration::from_millis(300), ..Limits::default() });
+    let mut good = chosen(&path).unwrap();
+    let mut slow = UnixStream::connect(&path).unwrap();
+    slow.write_all(&FLAGS).unwrap();
+    let endless = [option_bytes(77, b""), option_bytes(option::LIST, b"")].concat();
+    let cut_off = endless.iter().cycle().take(1000).any(|byte| {
+        std::thread::sleep(Duration::from_millis(20));
+        slow.write_all(&[*byte]).is_err()
+    });
+    assert!(cut_off, "20 s later it is still there");
+    // One that is silent, and one that never reads what it asked for.
+    let mut silent = UnixStream::connect(&path).unwrap();
+    silent.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    silent.read_to_end(&mut Vec::new()).unwrap();
+    let mut deaf = UnixStream::connect(&path).unwrap();
+    deaf.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
+    deaf.write_all(&FLAGS).unwrap();
+    let list = option_bytes(option::LIST, b"");
+    let refused = (0..1_000_000).find_map(|_| deaf.write_all(&list).err()).expect("it ends");
+    assert_ne!(refused.kind(), io::ErrorKind::WouldBlock, "it was waited for");
+    good.write_all(&request(3, 1, 0, 0)).unwrap();
+    assert_eq!(next_reply(&mut good), (1, 0), "the limit is for the handshake only");
+    drop(good);
+    assert!(server.stop());
+}
+
+/// Each connection takes two threads and up to 32 MiB: without a bound, connecting is all that an attack needs.
+#[test]
+fn connections_beyond_the_limit_are_closed_and_the_others_served() {
+    let (_dir, path, server) = listening(Limits { connections_max: 2, ..Limits::default() });
+    let (mut first, second) = (chosen(&path).unwrap(), chosen(&path).unwrap());
+    for _ in 0..5 {
+        assert!(chosen(&path).is_err(), "a third connection");
+    }
+    first.write_all(&request(3, 1, 0, 0)).unwrap();
+    assert_eq!(next_reply(&mut first), (1, 0));
+    drop(second);
+    // Its place is free as soon as its threads have ended.
+    let third = (0..1000).find_map(|_| {
+        std::thread::sleep(Duration::from_millis(10));
+        chosen(&path).ok()
+    });
+    assert!(third.is_some(), "a place that was given back is taken for ever");
+    drop((first, third));
+    assert!(server.stop());
 }

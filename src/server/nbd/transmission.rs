@@ -11,22 +11,27 @@
 //!    the connection ends.
 //! 3. When [`serve`] returns, no request of this connection is under way any more: each was answered, or its client is gone.
 //!
+//! Reads and failures are answered in chunks if that was agreed on; everything else by simple replies, which are shorter.
 //! Does not know what is behind an [`Export`].
 
 use super::gate::{Gate, Pass};
-use super::proto::{self, Agreed, Command, Errno, Request, SIMPLE_REPLY_BYTES, flag};
+use super::holes::Holes;
+use super::proto::{self, Agreed, Command, DATA_CHUNK_HEAD_BYTES, Errno, Fault, Request, SIMPLE_REPLY_BYTES, flag};
 use super::socket::Socket;
-use super::structured::{self, DATA_HEADER_BYTES};
-use super::{Export, Holes, Limits};
+use super::{Export, Limits};
 use async_executor::Executor;
 use bytes::Bytes;
 use event_listener::Event;
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, BufReader, IoSlice, Read, Write};
 use std::net::Shutdown;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Headers come in bunches; payloads larger than this go past the buffer.
 const READ_BUFFER_BYTES: usize = 64 << 10;
+
+/// Extents of one answer: 64 KiB of it, and enough for 16 MiB of a volume in which every other page is stored.
+const EXTENTS_MAX: usize = 8192;
 
 struct Connection<'a, E> {
     socket: &'a Socket,
@@ -95,7 +100,7 @@ impl<E: Export> Connection<'_, E> {
                 return Ok(());
             }
             let stopping = self.stopping.load(Ordering::Acquire);
-            let outcome = if stopping { Err(Errno::Shutdown) } else { request.check(self.export.bytes(), self.agreed) };
+            let outcome = if stopping { Err(stopped()) } else { self.check(&request) };
             if request.payload_bytes() > proto::PAYLOAD_BYTES_MAX {
                 return Err(proto::broken("a write larger than the 32 MiB announced"));
             }
@@ -112,22 +117,32 @@ impl<E: Export> Connection<'_, E> {
         }
     }
 
+    fn check(&self, request: &Request) -> Result<(), Fault> {
+        request.check(self.export.bytes().min(self.export.bytes_now()), self.agreed)
+    }
+
     /// Does what a request asks, and writes its reply.
-    async fn answer(&self, request: Request, outcome: Result<(), Errno>, payload: Bytes, _pass: Pass<'_>) {
+    async fn answer(&self, request: Request, outcome: Result<(), Fault>, payload: Bytes, _pass: Pass<'_>) {
         let _guard = EndOnPanic { socket: self.socket, failed: &self.failed };
         let result = match (outcome, request.command) {
-            (Ok(()), Command::Read) => return self.read(request).await,
-            (Ok(()), Command::BlockStatus) => return self.block_status(request).await,
-            (Ok(()), command) => self.perform(command, &request, payload).await,
-            (Err(errno), _) => Err(errno),
+            (Err(fault), _) => Err(fault),
+            (Ok(()), Command::Read) => self.read(&request).await,
+            (Ok(()), Command::BlockStatus) => self.status(&request).await,
+            (Ok(()), command) => {
+                let done = self.perform(command, &request, payload).await;
+                done.map(|()| self.send(&mut [IoSlice::new(&proto::simple_reply(request.cookie, Ok(())))]))
+            }
         };
         match result {
-            Err(errno) => self.refuse(request.cookie, errno),
-            Ok(()) => self.send(&proto::simple_reply(request.cookie, Ok(()))),
+            Ok(()) => {}
+            Err(fault) if self.agreed.structured => {
+                self.send(&mut [IoSlice::new(&proto::error_chunk(request.cookie, &fault))]);
+            }
+            Err(fault) => self.send(&mut [IoSlice::new(&proto::simple_reply(request.cookie, Err(fault.errno)))]),
         }
     }
 
-    async fn perform(&self, command: Command, request: &Request, payload: Bytes) -> Result<(), Errno> {
+    async fn perform(&self, command: Command, request: &Request, payload: Bytes) -> Result<(), Fault> {
         let (offset, length, fua) = (request.offset, u64::from(request.length), request.fua());
         if length == 0 && command != Command::Flush {
             return Ok(());
@@ -136,62 +151,96 @@ impl<E: Export> Connection<'_, E> {
             Command::Write => self.export.write(offset, payload, fua).await,
             Command::Flush => self.export.flush().await,
             Command::Trim => self.export.zero(offset, length, true, fua).await,
+            Command::Cache => self.export.cache(offset, length).await,
             Command::WriteZeroes => {
                 let hole = request.flags & flag::NO_HOLE == 0;
                 if !hole && request.flags & flag::FAST_ZERO != 0 {
-                    // Without a hole each page is written, which is as slow as a write.
-                    return Err(Errno::NotSupported);
+                    return Err(Fault::new(Errno::NotSupported, "without a hole each page is written: not fast"));
                 }
                 self.export.zero(offset, length, hole, fua).await
             }
-            Command::Cache => self.export.cache(offset, length).await,
-            Command::Read | Command::BlockStatus | Command::Disconnect | Command::Unknown => Err(Errno::Invalid),
-        }
-    }
-
-    async fn read(&self, request: Request) {
-        let Request { cookie, offset, length, .. } = request;
-        let header_bytes = if self.agreed.structured { DATA_HEADER_BYTES } else { SIMPLE_REPLY_BYTES };
-        let mut out = vec![0; header_bytes + length as usize];
-        let (header, data) = out.split_at_mut(header_bytes);
-        let read = if data.is_empty() { Ok(Holes::new()) } else { self.export.read(offset, data).await };
-        match read {
-            Err(errno) => return self.refuse(cookie, errno),
-            Ok(_) if !self.agreed.structured => header.copy_from_slice(&proto::simple_reply(cookie, Ok(()))),
-            Ok(holes) if !holes.is_empty() && request.flags & flag::DF == 0 => {
-                return self.send(&structured::data_and_holes(cookie, offset, data, &holes));
-            }
-            Ok(_) => header.copy_from_slice(&structured::whole_data(cookie, offset, data.len())),
-        }
-        self.send(&out);
-    }
-
-    async fn block_status(&self, request: Request) {
-        match self.export.allocation(request.offset, request.length).await {
-            Err(errno) => self.refuse(request.cookie, errno),
-            Ok(mut stretches) => {
-                if request.flags & flag::REQ_ONE != 0 {
-                    stretches.truncate(1);
-                }
-                self.send(&structured::block_status(request.cookie, &stretches));
+            Command::Read | Command::BlockStatus | Command::Disconnect | Command::Unknown => {
+                Err(Fault::new(Errno::Invalid, "unknown command"))
             }
         }
     }
 
-    fn refuse(&self, cookie: u64, errno: Errno) {
-        match self.agreed.structured {
-            true => self.send(&structured::error(cookie, errno)),
-            false => self.send(&proto::simple_reply(cookie, Err(errno))),
+    async fn read(&self, request: &Request) -> Result<(), Fault> {
+        let (cookie, offset, length) = (request.cookie, request.offset, request.length as usize);
+        let head_bytes = if self.agreed.structured { DATA_CHUNK_HEAD_BYTES } else { SIMPLE_REPLY_BYTES };
+        let mut out = vec![0; head_bytes + length];
+        let (head, data) = out.split_at_mut(head_bytes);
+        let mut holes = Holes::default();
+        if length > 0 {
+            self.export.read(offset, data, &mut holes).await?;
         }
+        let pieces = holes.pieces(length);
+        let in_one = request.flags & flag::DF != 0 || pieces.iter().all(|(_, is_hole)| !is_hole);
+        match (self.agreed.structured, in_one) {
+            (false, _) => head.copy_from_slice(&proto::simple_reply(cookie, Ok(()))),
+            (true, _) if length == 0 => {
+                self.send(&mut [IoSlice::new(&proto::empty_chunk(cookie))]);
+                return Ok(());
+            }
+            (true, true) => head.copy_from_slice(&proto::data_chunk_head(cookie, true, offset, length)),
+            (true, false) => {
+                self.send_pieces(request, data, &pieces);
+                return Ok(());
+            }
+        }
+        self.send(&mut [IoSlice::new(&out)]);
+        Ok(())
+    }
+
+    /// Sends what was read in chunks, holes as numbers.
+    fn send_pieces(&self, request: &Request, data: &[u8], pieces: &[(Range<usize>, bool)]) {
+        let heads = pieces.iter().map(|(piece, is_hole)| {
+            let (done, offset) = (piece.end == data.len(), request.offset + piece.start as u64);
+            match is_hole {
+                true => proto::hole_chunk(request.cookie, done, offset, piece.len()),
+                false => proto::data_chunk_head(request.cookie, done, offset, piece.len()).to_vec(),
+            }
+        });
+        let heads: Vec<Vec<u8>> = heads.collect();
+        let mut out = Vec::with_capacity(2 * pieces.len());
+        for (head, (piece, is_hole)) in heads.iter().zip(pieces) {
+            out.push(IoSlice::new(head));
+            if !is_hole {
+                out.push(IoSlice::new(&data[piece.clone()]));
+            }
+        }
+        self.send(&mut out);
+    }
+
+    async fn status(&self, request: &Request) -> Result<(), Fault> {
+        let extents_max = if request.flags & flag::REQ_ONE != 0 { 1 } else { EXTENTS_MAX };
+        let extents = self.export.allocation(request.offset, request.length, extents_max).await?;
+        self.send(&mut [IoSlice::new(&proto::status_chunk(request.cookie, &extents))]);
+        Ok(())
     }
 
     /// Blocks the reply thread while the client does not read, which is this connection's trouble only.
-    fn send(&self, bytes: &[u8]) {
+    fn send(&self, mut bytes: &mut [IoSlice<'_>]) {
         let mut socket = self.socket;
-        if socket.write_all(bytes).is_err() {
+        let sent: io::Result<()> = loop {
+            match socket.write_vectored(bytes) {
+                Ok(0) => break Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => IoSlice::advance_slices(&mut bytes, count),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => break Err(e),
+            }
+            if bytes.is_empty() {
+                break Ok(());
+            }
+        };
+        if sent.is_err() {
             // The client is gone or the stream is out of step: wake the reader, too.
             self.gone.store(true, Ordering::Release);
             self.socket.shut(Shutdown::Both);
         }
     }
+}
+
+fn stopped() -> Fault {
+    Fault::new(Errno::Shutdown, "the server is stopping")
 }
