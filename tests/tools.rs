@@ -160,3 +160,81 @@ fn a_hostile_control_client_hurts_only_itself() {
     drop(silent);
     assert!(served.stop().success(), "with a client connected");
 }
+
+fn bench(at: &Path, arguments: &[&str]) -> Output {
+    corepage(&[&["bench"], arguments].concat()).current_dir(at).output().expect("it runs")
+}
+
+/// A benchmark's result that programs can't read, or that was not verified, or that costs a user data, is worth nothing.
+#[test]
+fn bench_measures_verifies_and_leaves_nothing_behind() {
+    let dir = scratch("bench");
+    let small = ["--size", "8M", "--memory", "16M", "--seconds", "1", "--depth", "8", "--format", "json"];
+    let result = |arguments: &[&str]| -> Value {
+        let output = bench(dir.path(), &[arguments, &small].concat());
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(output.stderr.is_empty(), "no progress without a terminal: {output:?}");
+        serde_json::from_slice(&output.stdout).expect("JSON alone")
+    };
+    for (workload, from) in [("read", "shard"), ("write", "shard"), ("commit", "thread"), ("write", "thread")] {
+        let told = result(&[workload, "--from", from, "--clients", "2"]);
+        assert!(told["workload"] == workload && told["from"] == from && told["verified"] == true, "{told}");
+        assert!(told["ops_per_s"].as_f64().unwrap() > 0.0 && told["machine"].is_object(), "{told}");
+        let us = |name: &str| told["latency_us"][name].as_f64().unwrap();
+        assert!(
+            0.0 < us("p50") && us("p50") <= us("p99") && us("p99") <= us("p999") && us("p999") <= us("max"),
+            "{told}"
+        );
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "its store is removed");
+    // In a store with data of somebody's: it works beside it and leaves it alone.
+    let served = Served::start(&dir.path().join("mine"));
+    served.client().write(1, 0, b"mine");
+    assert!(served.stop().success());
+    result(&["write", "--dir", "mine"]);
+    assert_eq!(volumes(&dir.path().join("mine")), [("disk".into(), 1 << 30)]);
+    let served = Served::start(&dir.path().join("mine"));
+    assert_eq!(served.client().read(0, 4), b"mine");
+    let output = bench(dir.path(), &[&["write", "--dir", "mine"], &small[..]].concat());
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(1) && text.contains("open in another process"), "{text}");
+    assert!(served.stop().success());
+    for (wrong, says) in [
+        (&["read", "--size", "4097"][..], "4097"),
+        (&["read", "--size", "64K", "--depth", "64"], "a page for each operation"),
+        (&["write", "--depth", "0"], "0"),
+        (&["fly"], "qd-sweep"),
+        (&["read", "--memory", "1M"], "memory_bytes"),
+    ] {
+        let output = bench(dir.path(), wrong);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && text.starts_with("error: ") && text.contains(says), "{wrong:?}: {text}");
+    }
+    let sweep = bench(dir.path(), &["qd-sweep", "--size", "8M", "--memory", "16M", "--seconds", "1"]);
+    let table = String::from_utf8(sweep.stdout).unwrap();
+    let rows = |of: &str| table.lines().filter(|line| line.starts_with(of)).count();
+    assert!(rows("read ") == 9 && rows("write ") == 9 && table.contains("all 2048 pages verified"), "{table}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "only the user's own store is left");
+}
+
+#[test]
+fn an_interrupted_bench_removes_what_it_made() {
+    let dir = scratch("interrupted");
+    let arguments = ["bench", "write", "--size", "8M", "--memory", "16M", "--seconds", "60"];
+    let mut command = corepage(&arguments);
+    let mut child = command.current_dir(dir.path()).stderr(std::process::Stdio::piped()).spawn().expect("it runs");
+    let meta = || {
+        let made = std::fs::read_dir(dir.path()).unwrap().flatten().next();
+        made.is_some_and(|made| made.path().join("meta").exists())
+    };
+    while !meta() {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::INT).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    let mut text = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
+    assert!(text.starts_with("error: interrupted"), "{text}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "it left its store behind");
+}
