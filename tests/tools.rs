@@ -238,3 +238,94 @@ fn an_interrupted_bench_removes_what_it_made() {
     assert!(text.starts_with("error: interrupted"), "{text}");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "it left its store behind");
 }
+
+/// Killed while a volume is being made smaller or deleted: it is whole, or it is cut; what was cut off never comes back, and what was
+/// not stays as it was.
+#[test]
+fn a_kill_while_a_volume_is_cut_leaves_it_whole_or_cut() {
+    use corepage::blocking::{Store, Volume};
+    use corepage::{Options, PageId};
+    const PAGES: u64 = 30_000;
+    const KEPT: u64 = 1000;
+    let dir = scratch("cut");
+    let open = || Store::open(dir.path(), Options { memory_bytes: 64 << 20, ..Options::default() }).expect("it opens");
+    let pages = |volume: &Volume| {
+        let (mut all, mut next) = (0, Some(PageId::new(0)));
+        while let Some(first) = next {
+            let part = volume.allocated(first, PageId::new(u64::MAX), 1000).expect("the map is read");
+            all += part.ranges.iter().map(|(first, last)| last.get() - first.get() + 1).sum::<u64>();
+            next = part.next;
+        }
+        all
+    };
+    let (mut cut, mut whole, mut halfway) = (0, 0, 0);
+    for round in 0..10u64 {
+        let deletes = round % 2 == 0;
+        let store = open();
+        let volume = match store.volume("v").expect("the catalog is read") {
+            Some(volume) => volume,
+            None => store.create_volume("v", PAGES * 4096).expect("there is room"),
+        };
+        for n in 0..PAGES {
+            volume.write_back(PageId::new(n), vec![1 + round as u8; 4096]).expect("there is room");
+        }
+        let id = volume.asynchronous().id();
+        store.close().expect("it closes");
+        drop((store, volume));
+        let size = (KEPT * 4096).to_string();
+        let arguments = if deletes { vec!["delete", "v", "--yes"] } else { vec!["resize", "v", &size, "--yes"] };
+        let place = dir.path().to_str().expect("UTF-8");
+        let served = Served::start(dir.path());
+        let mut command = corepage(&[&["volume"], &arguments[..], &["--dir", place]].concat());
+        let mut child = command.stderr(std::process::Stdio::null()).spawn().expect("it runs");
+        // The last two come to their end, however slow the machine is.
+        if round < 8 {
+            std::thread::sleep(std::time::Duration::from_millis(4 + 7 * round));
+            served.kill();
+            child.wait().expect("it is ours");
+        } else {
+            assert!(child.wait().expect("it is ours").success());
+            assert!(served.stop().success());
+        }
+        let store = open();
+        match store.volume("v").expect("the catalog is read") {
+            Some(volume) if volume.bytes() == PAGES * 4096 => {
+                assert_eq!(pages(&volume), PAGES, "round {round}: whole, but for some pages");
+                whole += 1;
+            }
+            Some(volume) => {
+                halfway += u64::from(pages(&volume) > KEPT);
+                assert!(!deletes && volume.bytes() == KEPT * 4096, "round {round}: {} bytes", volume.bytes());
+                store.resize_volume("v", PAGES * 4096).expect("it grows");
+                assert_eq!(pages(&volume), KEPT, "round {round}: pages have come back");
+                cut += 1;
+            }
+            None => {
+                assert!(deletes, "round {round}: it was not to be deleted");
+                // Its number is given again once its pages are gone.
+                let mut made = 0;
+                while store.create_volume(&format!("n{made}"), 4096).expect("there is a number").asynchronous().id()
+                    != id
+                {
+                    made += 1;
+                    assert!(made < 240, "round {round}: the number is never free");
+                    std::thread::sleep(std::time::Duration::from_millis(20));
+                }
+                for n in 0..=made {
+                    let volume = store.volume(&format!("n{n}")).expect("the catalog is read").expect("it was made");
+                    assert_eq!(pages(&volume), 0, "round {round}: pages of another volume");
+                    store.delete_volume(volume.name()).expect("it goes");
+                }
+                cut += 1;
+            }
+        }
+        if let Some(volume) = store.volume("v").expect("the catalog is read") {
+            for n in (0..KEPT).step_by(97) {
+                assert_eq!(volume.read(PageId::new(n)).expect("it is there")[..], [1 + round as u8; 4096], "page {n}");
+            }
+        }
+        store.close().expect("it closes");
+    }
+    assert!(cut >= 2, "{cut} cut, {whole} whole");
+    eprintln!("{cut} cut, {whole} whole; {halfway} shortened ones were found half-way");
+}

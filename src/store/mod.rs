@@ -90,7 +90,10 @@ impl Store {
         let volumes = (0..VOLUMES_MAX).map(|_| Arc::default()).collect();
         let (closing, resizing) = Default::default();
         let store = Store { inner: Arc::new(Inner { runtime, read_pages, closing, volumes, resizing }), pins };
-        store.begin_finishing().await?;
+        if let Err(error) = store.begin_finishing().await {
+            // Volumes whose records can be read are of use all the same.
+            tracing::warn!(%error, "whether a volume was left half deleted is not known");
+        }
         Ok(store)
     }
 
