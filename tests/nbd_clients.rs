@@ -189,16 +189,64 @@ impl Drop for Mounted<'_> {
     }
 }
 
+/// Mounts the volume as the file `disk` in `at`, and waits until it is there.
+fn mount<'a>(served: &Served, at: &'a Path) -> Mounted<'a> {
+    let mut nbdfuse = Command::new("nbdfuse");
+    nbdfuse.arg(at.join("disk")).arg(uri(served)).stdin(Stdio::null()).stderr(Stdio::null());
+    let mounted = Mounted(nbdfuse.spawn().expect("nbdfuse starts"), at);
+    let begun = Instant::now();
+    while File::open(at.join("disk")).is_err() {
+        assert!(begun.elapsed() < Duration::from_secs(30), "it is not mounted");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    mounted
+}
+
+fn has_fuse() -> bool {
+    if !Path::new("/dev/fuse").exists() {
+        // No package brings it: this kernel can't.
+        eprintln!("SKIPPED: this machine has no /dev/fuse");
+        return false;
+    }
+    has_tool("nbdfuse") && has_tool("fusermount3")
+}
+
+/// `fsx`, as it is on crates.io: reads, writes, mapped reads and writes, syncs, held against its own model.
+#[test]
+fn fsx_finds_nothing_over_nbdfuse() {
+    let fsx = std::env::var_os("PATH")
+        .and_then(|path| std::env::split_paths(&path).map(|d| d.join("fsx")).find(|f| f.exists()));
+    let Some(fsx) = fsx else {
+        // `scripts/check` builds it where it can, and says so where it can't.
+        return eprintln!("SKIPPED: there is no fsx (cargo install fsx)");
+    };
+    if !has_fuse() {
+        return;
+    }
+    let dir = scratch("fsx");
+    let at = dir.path().join("mount");
+    fs::create_dir(&at).expect("a place to mount at");
+    let plan = "blockmode = true\nflen = 67108864\n[opsize]\nmax = 131072\n[weights]\ntruncate = 0\npunch_hole = 0\n\
+                posix_fallocate = 0\ncopy_file_range = 0\nsendfile = 0\nfsync = 1\nfdatasync = 1\nread = 10\nwrite = 10\n\
+                mapread = 5\nmapwrite = 5\ninvalidate = 1\n";
+    fs::write(dir.path().join("plan"), plan).expect("a plan");
+    let served = serve(&dir.path().join("store"), "64M");
+    let mounted = mount(&served, &at);
+    for seed in ["1", "2"] {
+        let mut command = Command::new(&fsx);
+        command.current_dir(dir.path()).args(["-q", "-f", "plan", "-P", ".", "-N", "2000", "-S", seed, "mount/disk"]);
+        run(&mut command);
+    }
+    drop(mounted);
+    assert!(served.stop().success());
+}
+
 /// What fsx does, but for changes of length, which a disk does not have: random reads and writes of a file, held against a
 /// model, with syncs and holes in between, and the server killed after one of the syncs.
 #[test]
 fn a_file_over_nbdfuse_holds_what_was_written_to_it() {
-    if !has_tool("nbdfuse") || !has_tool("fusermount3") {
+    if !has_fuse() {
         return;
-    }
-    if !Path::new("/dev/fuse").exists() {
-        // No package brings it: this kernel can't.
-        return eprintln!("SKIPPED: this machine has no /dev/fuse");
     }
     let dir = scratch("nbdfuse");
     let (store, at) = (dir.path().join("store"), dir.path().join("mount"));
@@ -207,18 +255,8 @@ fn a_file_over_nbdfuse_holds_what_was_written_to_it() {
     let mut model = vec![0; 8 * MIB as usize];
     for life in 0..2 {
         let served = serve(&store, "8M");
-        let mut nbdfuse = Command::new("nbdfuse");
-        nbdfuse.arg(at.join("disk")).arg(uri(&served)).stdin(Stdio::null()).stderr(Stdio::piped());
-        // The file's directory is what is mounted.
-        let mount = Mounted(nbdfuse.spawn().expect("nbdfuse starts"), &at);
-        let begun = Instant::now();
-        let file = loop {
-            match OpenOptions::new().read(true).write(true).open(at.join("disk")) {
-                Ok(file) => break file,
-                Err(error) if begun.elapsed() > Duration::from_secs(30) => panic!("it is not mounted: {error}"),
-                Err(_) => std::thread::sleep(Duration::from_millis(20)),
-            }
-        };
+        let mounted = mount(&served, &at);
+        let file = OpenOptions::new().read(true).write(true).open(at.join("disk")).expect("it is mounted");
         assert_eq!(file.metadata().expect("it is a file").len(), 8 * MIB);
         let mut all = vec![1; model.len()];
         file.read_exact_at(&mut all, 0).expect("it can be read");
@@ -252,9 +290,9 @@ fn a_file_over_nbdfuse_holds_what_was_written_to_it() {
         drop(file);
         if life == 0 {
             served.kill();
-            drop(mount);
+            drop(mounted);
         } else {
-            drop(mount);
+            drop(mounted);
             assert!(served.stop().success());
         }
     }
