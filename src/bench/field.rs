@@ -1,7 +1,8 @@
 //! The volume that a benchmark works on.
 //!
-//! 1. It is a volume of the benchmark's own, in a store that may have others; it is deleted at the end.
-//! 2. What each page must hold is in memory: version and patch that its writer was told are there.
+//! 1. It is a volume of the benchmark's own, in a store that may have others; [`Field::clear`] deletes it.
+//! 2. A volume of that name from an earlier run is deleted if all its pages were written by a benchmark, and no other.
+//! 3. What each page must hold is in memory: version and patch that its writer was told are there.
 
 use super::page;
 use corepage::queue::{Op, Queue};
@@ -13,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Writes under way while it is sown.
 const SOWN_AT_A_TIME: usize = 256;
 /// The volume's name.
-const NAME: &str = "corepage-bench";
+pub const NAME: &str = "corepage-bench";
 
 /// A store with the volume in it.
 pub struct Field {
@@ -28,21 +29,32 @@ pub struct Field {
 }
 
 impl Field {
-    /// Opens or makes the store, and a volume of `bytes` bytes in it, with every page written once. `progress` hears how
-    /// many pages are, and can end it.
-    pub fn sow(dir: &Path, options: Options, bytes: u64, mut progress: impl FnMut(u64) -> Result<()>) -> Result<Field> {
+    /// Opens or makes the store, and a volume of `bytes` bytes in it.
+    ///
+    /// # Errors
+    /// `Invalid`: there is a volume of that name with somebody's data in it; it is left alone. And whatever the store says.
+    pub fn make(dir: &Path, options: Options, bytes: u64) -> Result<Field> {
         let pages = bytes / page::PAGE as u64;
         let store = block_on(Store::open(dir, options.clone()))?;
-        if block_on(store.volume(NAME))?.is_some() {
-            // A benchmark that was killed has left it.
-            block_on(store.delete_volume(NAME))?;
-        }
-        let volume = block_on(store.create_volume(NAME, pages * page::PAGE as u64))?;
-        let mut queue = Queue::new(&store, SOWN_AT_A_TIME)?;
+        let volume = match prepared(&store, pages * page::PAGE as u64) {
+            Ok(volume) => volume,
+            Err(error) => {
+                block_on(store.close())?;
+                return Err(error);
+            }
+        };
+        let zeros = || (0..pages).map(|_| AtomicU64::new(0)).collect();
+        let (versions, patches) = (zeros(), zeros());
+        Ok(Field { store, volume, pages, dir: dir.to_path_buf(), options, versions, patches })
+    }
+
+    /// Writes every page once. `progress` hears how many are, and can end it.
+    pub fn sow(&self, mut progress: impl FnMut(u64) -> Result<()>) -> Result<()> {
+        let mut queue = Queue::new(&self.store, SOWN_AT_A_TIME)?;
         let (mut next, mut done, mut out) = (0, 0, Vec::new());
-        while done < pages {
-            let ops = (next..pages).map(|n| (n, Op::write_back(&volume, PageId::new(n), page::whole(n, 0))));
-            next += queue.submit_batch(ops) as u64;
+        while done < self.pages {
+            let op = |n| (n, Op::write_back(&self.volume, PageId::new(n), page::whole(n, 0)));
+            next += queue.submit_batch((next..self.pages).map(op)) as u64;
             queue.wait(1, None, &mut out)?;
             for completion in out.drain(..) {
                 completion.result?;
@@ -50,10 +62,7 @@ impl Field {
             }
             progress(done)?;
         }
-        block_on(store.checkpoint())?;
-        let zeros = || (0..pages).map(|_| AtomicU64::new(0)).collect();
-        let (versions, patches) = (zeros(), zeros());
-        Ok(Field { store, volume, pages, dir: dir.to_path_buf(), options, versions, patches })
+        block_on(self.store.checkpoint()).map(drop)
     }
 
     pub fn version(&self, number: u64) -> u64 {
@@ -79,14 +88,12 @@ impl Field {
     ///
     /// # Errors
     /// `Corrupt`: a page holds something else than it must; and whatever the store says.
-    pub fn verify(self, mut progress: impl FnMut(u64) -> Result<()>) -> Result<Field> {
-        let Field { store, volume, pages, dir, options, versions, patches } = self;
-        block_on(store.close())?;
-        drop((store, volume));
-        let store = block_on(Store::open(&dir, options.clone()))?;
+    pub fn verify(&mut self, mut progress: impl FnMut(u64) -> Result<()>) -> Result<()> {
+        block_on(self.store.close())?;
+        self.store = block_on(Store::open(&self.dir, self.options.clone()))?;
         let missing = || Error::new(ErrorKind::Corrupt, "the benchmark's volume is not there any more");
-        let volume = block_on(store.volume(NAME))?.ok_or_else(missing)?;
-        let field = Field { store, volume, pages, dir, options, versions, patches };
+        self.volume = block_on(self.store.volume(NAME))?.ok_or_else(missing)?;
+        let field = &*self;
         let mut scan = field.volume.scan(PageId::new(0), PageId::new(u64::MAX));
         let mut seen = 0;
         while let Some((id, bytes)) = block_on(scan.next())? {
@@ -104,13 +111,33 @@ impl Field {
             let text = format!("{seen} pages are there, of {}", field.pages);
             return Err(Error::new(ErrorKind::Corrupt, text));
         }
-        drop(scan);
-        Ok(field)
+        Ok(())
     }
 
     /// Deletes the volume and closes the store.
     pub fn clear(self) -> Result<()> {
-        block_on(self.store.delete_volume(NAME))?;
-        block_on(self.store.close())
+        let deleted = block_on(self.store.delete_volume(NAME));
+        block_on(self.store.close()).and(deleted)
     }
+}
+
+/// A fresh volume.
+fn prepared(store: &Store, bytes: u64) -> Result<Volume> {
+    if let Some(old) = block_on(store.volume(NAME))? {
+        // A benchmark that was killed has left it, or it is somebody's.
+        let mut scan = old.scan(PageId::new(0), PageId::new(u64::MAX));
+        while let Some((id, bytes)) = block_on(scan.next())? {
+            if page::check(id.get(), &bytes).is_none() {
+                let text = format!(
+                    "the volume {NAME} has data in page {} that no benchmark wrote; it was left alone: run the benchmark \
+                     without --dir or in another directory, or delete the volume with `corepage volume delete {NAME}`",
+                    id.get()
+                );
+                return Err(Error::new(ErrorKind::Invalid, text));
+            }
+        }
+        drop(scan);
+        block_on(store.delete_volume(NAME))?;
+    }
+    block_on(store.create_volume(NAME, bytes))
 }

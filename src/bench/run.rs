@@ -91,12 +91,13 @@ impl Mine {
 
 impl Run {
     /// Makes it.
-    pub fn measure(&self, field: Arc<Field>) -> Result<Outcome> {
+    pub fn measure(&self, field: &Arc<Field>) -> Result<Outcome> {
+        let pages = self.pages(field);
         let begun = Instant::now();
         let end = begun + self.time;
         let parts = match self.at {
-            At::Shards => self.on_shards(&field, end)?,
-            At::Threads(count) => self.on_threads(&field, count, end)?,
+            At::Shards => self.on_shards(field, pages, end)?,
+            At::Threads(count) => self.on_threads(field, &pages[0], count, end)?,
         };
         let mut all = histogram();
         for part in parts {
@@ -105,61 +106,87 @@ impl Run {
         Ok(Outcome { operations: all.len(), seconds: begun.elapsed().min(self.time).as_secs_f64(), latency: all })
     }
 
-    fn goes_on(&self, end: Instant) -> bool {
-        Instant::now() < end && !self.stop.load(Ordering::Relaxed)
+    /// The pages of each shard, or all in one.
+    fn pages(&self, field: &Field) -> Vec<Arc<Vec<u64>>> {
+        let shards = if self.at == At::Shards { field.store.shards_count() } else { 1 };
+        let mut all = vec![Vec::new(); shards];
+        for number in 0..field.pages {
+            let shard = if shards == 1 { 0 } else { field.store.shard_of(&field.volume, PageId::new(number)) };
+            all[shard].push(number);
+        }
+        all.into_iter().map(Arc::new).collect()
     }
 
-    fn on_shards(&self, field: &Arc<Field>, end: Instant) -> Result<Vec<Histogram<u64>>> {
-        let shards = field.store.shards_count();
-        let mut by_shard = vec![Vec::new(); shards];
-        for number in 0..field.pages {
-            by_shard[field.store.shard_of(&field.volume, PageId::new(number))].push(number);
-        }
+    fn goes_on(&self, now: Instant, end: Instant) -> bool {
+        now < end && !self.stop.load(Ordering::Relaxed)
+    }
+
+    /// One has failed: the others need not go on.
+    fn or_stop<T>(&self, result: Result<T>) -> Result<T> {
+        result.inspect_err(|_| self.stop.store(true, Ordering::Relaxed))
+    }
+
+    fn on_shards(&self, field: &Arc<Field>, pages: Vec<Arc<Vec<u64>>>, end: Instant) -> Result<Vec<Histogram<u64>>> {
+        let counts = shares(self.depth, &pages.iter().map(|pages| pages.len()).collect::<Vec<_>>());
         let mut tasks = Vec::new();
-        for (shard, pages) in by_shard.into_iter().map(Arc::new).enumerate() {
-            let count = (self.depth / shards + usize::from(shard < self.depth % shards)).min(pages.len());
+        for (shard, (pages, count)) in pages.into_iter().zip(counts).enumerate() {
             for first in 0..count {
                 let mine = Mine { pages: pages.clone(), first, step: count, state: self.seed ^ (first as u64) << 32 };
-                let (run, field) = (self.clone(), field.clone());
-                tasks.push(field.clone().store.on_shard(shard, move |handle| run.task(handle, field, mine, end))?);
+                let (run, own) = (self.clone(), field.clone());
+                let make = move |handle| async move { run.or_stop(run.task(handle, own, mine, end).await) };
+                tasks.push(self.or_stop(field.store.on_shard(shard, make)));
             }
         }
-        tasks.into_iter().map(|task| block_on(task)?).collect()
+        // All of them have ended on return, also after an error.
+        let ended: Vec<_> = tasks.into_iter().map(|task| block_on(task?)?).collect();
+        ended.into_iter().collect()
     }
 
     async fn task(
-        self,
+        &self,
         handle: ShardHandle,
         field: Arc<Field>,
         mut mine: Mine,
         end: Instant,
     ) -> Result<Histogram<u64>> {
-        let mut latency = histogram();
-        while self.goes_on(end) {
+        let (mut latency, mut now) = (histogram(), Instant::now());
+        while self.goes_on(now, end) {
             let number = mine.draw();
-            let (id, begun) = (PageId::new(number), Instant::now());
+            let id = PageId::new(number);
+            let begun;
             match self.work {
-                Work::Read => check(number, &handle.read(&field.volume, id).await?)?,
+                Work::Read => {
+                    begun = Instant::now();
+                    let page = handle.read(&field.volume, id).await?;
+                    now = Instant::now();
+                    check(number, &page)?;
+                }
                 Work::Write | Work::Commit => {
-                    let change = next_change(self.work, &field, number);
-                    handle.commit(&field.volume, vec![(id, change)]).await?;
+                    let changes = vec![(id, next_change(self.work, &field, number))];
+                    begun = Instant::now();
+                    handle.commit(&field.volume, changes).await?;
+                    now = Instant::now();
                     acknowledged(self.work, &field, number);
                 }
             }
-            count(&mut latency, begun, end);
+            count(&mut latency, begun, now, end);
         }
         Ok(latency)
     }
 
-    fn on_threads(&self, field: &Arc<Field>, threads: usize, end: Instant) -> Result<Vec<Histogram<u64>>> {
-        let pages = Arc::new((0..field.pages).collect::<Vec<_>>());
+    fn on_threads(
+        &self,
+        field: &Field,
+        pages: &Arc<Vec<u64>>,
+        threads: usize,
+        end: Instant,
+    ) -> Result<Vec<Histogram<u64>>> {
         let threads = threads.min(self.depth).max(1);
         std::thread::scope(|scope| {
             let clients: Vec<_> = (0..threads)
                 .map(|thread| {
                     let depth = self.depth / threads + usize::from(thread < self.depth % threads);
-                    let pages = pages.clone();
-                    scope.spawn(move || self.client(field, thread, depth, &pages, end))
+                    scope.spawn(move || self.or_stop(self.client(field, thread, depth, pages, end)))
                 })
                 .collect();
             clients.into_iter().map(|client| client.join().expect("a client does not panic")).collect()
@@ -179,27 +206,30 @@ impl Run {
         let first = |place: usize| thread + place * self.threads();
         let mine = |place: usize| Mine {
             pages: pages.clone(),
-            first: first(place) % pages.len(),
-            step: self.depth.next_multiple_of(self.threads()).min(pages.len()),
+            first: first(place),
+            step: self.depth.next_multiple_of(self.threads()),
             state: self.seed ^ (first(place) as u64) << 32,
         };
         let mut places: Vec<(Mine, u64, Instant)> = (0..depth).map(|place| (mine(place), 0, Instant::now())).collect();
         let submit = |queue: &mut Queue, place: usize, places: &mut Vec<(Mine, u64, Instant)>| -> Result<()> {
             let number = places[place].0.draw();
+            let op = self.op(field, number);
             (places[place].1, places[place].2) = (number, Instant::now());
-            queue.submit(place as u64, self.op(field, number))
+            queue.submit(place as u64, op)
         };
         (0..depth).try_for_each(|place| submit(&mut queue, place, &mut places))?;
         while queue.in_flight() > 0 {
             queue.wait(1, None, &mut out)?;
+            // All of these answers are there now, before the first of them is looked at.
+            let now = Instant::now();
             for Completion { tag, result } in out.drain(..) {
                 let (_, number, begun) = places[tag as usize];
                 match result? {
                     Output::Pages(pages) => pages.iter().try_for_each(|page| check(number, page))?,
                     _ => acknowledged(self.work, field, number),
                 }
-                count(&mut latency, begun, end);
-                if self.goes_on(end) {
+                count(&mut latency, begun, now, end);
+                if self.goes_on(now, end) {
                     submit(&mut queue, tag as usize, &mut places)?;
                 }
             }
@@ -251,9 +281,50 @@ fn check(number: u64, bytes: &[u8]) -> Result<()> {
     }
 }
 
-fn count(latency: &mut Histogram<u64>, begun: Instant, end: Instant) {
-    let now = Instant::now();
+fn count(latency: &mut Histogram<u64>, begun: Instant, now: Instant, end: Instant) {
     if now <= end {
         latency.saturating_record(now.duration_since(begun).as_nanos() as u64);
+    }
+}
+
+/// Deals `depth` operations to shards with so many pages each: evenly, and no more than a shard has pages.
+fn shares(depth: usize, pages: &[usize]) -> Vec<usize> {
+    let mut counts = vec![0; pages.len()];
+    let mut left = depth.min(pages.iter().sum());
+    while left > 0 {
+        for (count, _) in counts.iter_mut().zip(pages).filter(|(count, pages)| **count < **pages) {
+            *count += left.min(1);
+            left -= left.min(1);
+        }
+    }
+    counts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_depth_that_is_told_is_the_depth_that_is_run() {
+        assert_eq!(shares(7, &[100, 100]), [4, 3]);
+        assert_eq!(shares(1, &[100, 100]), [1, 0]);
+        assert_eq!(shares(64, &[70, 0, 10]), [54, 0, 10]);
+        assert_eq!(shares(9, &[2, 3]), [2, 3]);
+        assert_eq!(shares(3, &[]), [0; 0]);
+    }
+
+    #[test]
+    fn no_two_clients_draw_the_same_page() {
+        let pages: Arc<Vec<u64>> = Arc::new((0..10).collect());
+        let mut owner = [None; 10];
+        for first in 0..4 {
+            let mut mine = Mine { pages: pages.clone(), first, step: 4, state: first as u64 };
+            for _ in 0..200 {
+                let page = mine.draw() as usize;
+                assert!(owner[page].is_none_or(|owner| owner == first), "page {page} of two clients");
+                owner[page] = Some(first);
+            }
+        }
+        assert!(owner.iter().all(Option::is_some), "some page is never drawn");
     }
 }

@@ -1,15 +1,16 @@
 //! `corepage bench`: how fast a store is on this machine.
 //!
 //! ```text
-//! sow (every page written once) ─> measure ─> close, open, verify every page ─> remove what was made ─> print
+//! sow (every page written once) ─> warm ─> measure ─> close, open, verify every page ─> remove what was made ─> print
 //! ```
-//! 1. It works on a volume of its own, `corepage-bench`, and removes it; without `--dir` in a store of its own, which it removes.
+//! 1. It works on a volume of its own, `corepage-bench`, and removes it, after an error or a signal too; without `--dir` in a
+//!    store of its own, which it removes. Only where pages hold what they must not does all of it stay, for a look.
 //! 2. Standard output holds results only; progress goes to stderr, and only to a terminal.
 //! 3. A result that could not be verified is no result: exit code 1.
 //! 4. SIGINT and SIGTERM end it cleanly; a second one at once.
 
 use super::{Failure, Format, size};
-use crate::bench::{At, Field, Outcome, Run, Work};
+use crate::bench::{At, Field, NAME, Outcome, Run, Work};
 use clap::ValueEnum;
 use comfy_table::{CellAlignment, Table, TableStyle};
 use corepage::probe::Machine;
@@ -48,7 +49,8 @@ enum From {
 pub struct Arguments {
     /// What to do
     workload: Workload,
-    /// Directory of a store to use, made if it does not exist [default: a temporary one here]
+    /// Directory of a store to use, made if it does not exist [default: a temporary one here]. Its volumes are left alone;
+    /// its files keep the size that the benchmark's own volume needed
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
     /// Size of the volume that is worked on
@@ -73,6 +75,10 @@ pub struct Arguments {
     #[arg(long, value_enum, default_value_t = Format::Human)]
     format: Format,
 }
+
+/// Before a kind of work is measured it is done for this part of the time, and no longer than a second.
+const WARM_PART: u32 = 4;
+const WARM_MAX: Duration = Duration::from_secs(1);
 
 /// Depths of a sweep.
 const DEPTHS: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
@@ -132,25 +138,20 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     }
     let machine = Machine::look(&dir);
     let options = Options { memory_bytes: arguments.memory, ..Options::default() };
-    let pages = arguments.size / 4096;
-    let bar = progress("writing every page once", pages);
-    let watch = |bar: &ProgressBar, done: u64| {
-        bar.set_position(done);
-        match stop.load(Ordering::Relaxed) {
-            true => Err(Error::new(ErrorKind::Closed, "interrupted; nothing was measured")),
-            false => Ok(()),
-        }
-    };
-    let field = Field::sow(&dir, options, arguments.size, |done| watch(&bar, done))?;
-    bar.finish_and_clear();
+    let mut field = Arc::new(Field::make(&dir, options, arguments.size)?);
     let store = field.store.report().to_string();
-    let field = Arc::new(field);
-    let points = measure(arguments, &field, &stop)?;
+    let outcome = work(arguments, &mut field, &stop);
+    if let Err(error) = &outcome
+        && error.kind() == ErrorKind::Corrupt
+    {
+        let dir = own.map_or(dir, tempfile::TempDir::keep);
+        let text = format_args!("{error}; all of it is left in {} for a look: `corepage verify --dir`", dir.display());
+        return Err(Failure::new(text));
+    }
     let field = Arc::into_inner(field).ok_or_else(|| Failure::new("a task of the benchmark has not ended"))?;
-    let bar = progress("verifying", pages);
-    let field = field.verify(|done| watch(&bar, done))?;
-    bar.finish_and_clear();
-    field.clear()?;
+    let cleared = field.clear();
+    let points = outcome?;
+    cleared?;
     drop(own);
     let text = match arguments.format {
         Format::Json => {
@@ -162,6 +163,27 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// From the first page written to the last one verified. `Corrupt`: some page holds what it must not.
+fn work(arguments: &Arguments, field: &mut Arc<Field>, stop: &Arc<AtomicBool>) -> corepage::Result<Vec<Point>> {
+    let watch = |bar: &ProgressBar, done: u64| {
+        bar.set_position(done);
+        if stop.load(Ordering::Relaxed) { Err(interrupted()) } else { Ok(()) }
+    };
+    let bar = progress("writing every page once", field.pages);
+    field.sow(|done| watch(&bar, done))?;
+    bar.finish_and_clear();
+    let points = measure(arguments, field, stop)?;
+    let bar = progress("verifying", field.pages);
+    let field = Arc::get_mut(field).expect("all that was measured has ended");
+    field.verify(|done| watch(&bar, done))?;
+    bar.finish_and_clear();
+    Ok(points)
+}
+
+fn interrupted() -> Error {
+    Error::new(ErrorKind::Closed, "interrupted; there is no result")
+}
+
 fn progress(what: &'static str, length: u64) -> ProgressBar {
     // Only a terminal gets to see it.
     let bar = ProgressBar::new(length);
@@ -171,21 +193,24 @@ fn progress(what: &'static str, length: u64) -> ProgressBar {
     bar
 }
 
-fn measure(arguments: &Arguments, field: &Arc<Field>, stop: &Arc<AtomicBool>) -> Result<Vec<Point>, Failure> {
+fn measure(arguments: &Arguments, field: &Arc<Field>, stop: &Arc<AtomicBool>) -> corepage::Result<Vec<Point>> {
     let steps = arguments.steps();
     let bar = progress("measuring", steps.len() as u64 * arguments.seconds);
     bar.enable_steady_tick(Duration::from_millis(200));
-    let mut points = Vec::new();
+    let time = Duration::from_secs(arguments.seconds);
+    let at = match arguments.from {
+        From::Shard => At::Shards,
+        From::Thread => At::Threads(arguments.clients as usize),
+    };
+    let (mut points, mut warm) = (Vec::new(), None);
     for (n, (work, depth)) in steps.into_iter().enumerate() {
-        let at = match arguments.from {
-            From::Shard => At::Shards,
-            From::Thread => At::Threads(arguments.clients as usize),
-        };
-        let time = Duration::from_secs(arguments.seconds);
         let run = Run { work, at, depth, time, seed: 1 + n as u64, stop: stop.clone() };
-        let outcome = run.measure(field.clone())?;
+        if warm.replace(work) != Some(work) {
+            Run { time: WARM_MAX.min(time / WARM_PART), ..run.clone() }.measure(field)?;
+        }
+        let outcome = run.measure(field)?;
         if stop.load(Ordering::Relaxed) {
-            return Err(Failure::new("interrupted; nothing was measured to its end"));
+            return Err(interrupted());
         }
         points.push(Point { work, depth, outcome });
         bar.inc(arguments.seconds);
@@ -235,6 +260,8 @@ fn in_json(arguments: &Arguments, points: &[Point], machine: &Machine, store: &s
         "seconds": arguments.seconds,
         "size_bytes": arguments.size,
         "memory_bytes": arguments.memory,
+        "dir": arguments.dir,
+        "volume": NAME,
         "store": store,
         "machine": machine,
     });
@@ -263,8 +290,12 @@ fn for_people(arguments: &Arguments, points: &[Point], store: &str) -> String {
         From::Shard => "tasks on the shards".to_owned(),
         From::Thread => format!("{} thread(s)", arguments.clients),
     };
+    let place = match &arguments.dir {
+        Some(dir) => format!("in {} on a volume of its own, {NAME}, which is deleted again; ", dir.display()),
+        None => String::new(),
+    };
     format!(
-        "{}\n\nfrom {from}; {} of pages, {} of memory; all {} pages verified after a close and a new start\n{store}\n",
+        "{}\n\n{place}from {from}; {} of pages, {} of memory; all {} pages verified after a close and a new start\n{store}\n",
         table.trim_fmt(),
         size::show(arguments.size),
         size::show(arguments.memory),
