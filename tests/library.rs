@@ -285,7 +285,7 @@ fn counters_and_latencies_agree_with_what_was_done() {
     assert!(device >= user && device < 4 * user, "{user} bytes written, {device} at the device");
     assert!(grown(|s| s.device_writes) >= grown(|s| s.page_write_ops) + grown(|s| s.log_groups));
     assert!(grown(|s| s.vectored_writes) > 0 && grown(|s| s.vectored_writes) <= grown(|s| s.device_writes));
-    assert!(grown(|s| s.submissions) > 0 && grown(|s| s.flushes) > 0 && after.coalesced_writes() > 0);
+    assert!(grown(|s| s.submissions) > 0 && grown(|s| s.flushes) > 0 && after.coalesced_writes > 0);
     let shards = block_on(store.shard_stats()).unwrap();
     assert_eq!(shards.iter().map(|s| s.page_writes).sum::<u64>(), after.page_writes);
     comes_true(|| {

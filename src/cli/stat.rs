@@ -32,6 +32,9 @@ pub struct Arguments {
     /// Lines to print [default: without end]
     #[arg(long, value_name = "N")]
     count: Option<u64>,
+    /// A line for each shard, after the one for all
+    #[arg(long)]
+    shards: bool,
     /// How to print it
     #[arg(long, value_enum, default_value_t = Format::Human)]
     format: Format,
@@ -47,15 +50,16 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         ))
     })?;
     // From here on.
-    connection.ask(&Request::Stats)?;
+    let request = Request::Stats { shards: arguments.shards };
+    connection.ask(&request)?;
     let mut out = std::io::stdout();
     for n in 0..arguments.count.unwrap_or(u64::MAX) {
         std::thread::sleep(Duration::from_secs(1));
-        let told = connection.ask(&Request::Stats)?;
+        let told = connection.ask(&request)?;
         let text = match arguments.format {
             Format::Json => format!("{told}\n"),
-            Format::Human if n % HEAD_EVERY == 0 => HEAD.to_owned() + &line(&told),
-            Format::Human => line(&told),
+            Format::Human if n % HEAD_EVERY == 0 => HEAD.to_owned() + &lines(&told),
+            Format::Human => lines(&told),
         };
         if out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_err() {
             // Nobody reads any more.
@@ -65,10 +69,17 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn line(told: &Value) -> String {
+/// One for all, and those of the shards that were asked for, with their numbers behind.
+fn lines(told: &Value) -> String {
+    let seconds = told["seconds"].as_f64().unwrap_or(1.0).max(0.001);
+    let shards = told["shards"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let each = shards.iter().enumerate().map(|(n, shard)| format!("{} s{n}\n", line(shard, seconds)));
+    format!("{}\n{}", line(told, seconds), each.collect::<String>())
+}
+
+fn line(told: &Value, seconds: f64) -> String {
     let interval = &told["interval"];
     let count = |name: &str| interval[name].as_u64().unwrap_or(0);
-    let seconds = told["seconds"].as_f64().unwrap_or(1.0).max(0.001);
     let rate = |name: &str| (count(name) as f64 / seconds).round() as u64;
     let mib = |name: &str| count(name) as f64 / seconds / f64::from(1 << 20);
     let hits = match count("page_reads") {
@@ -80,7 +91,7 @@ fn line(told: &Value) -> String {
         Some(_) => interval[what][percentile].to_string(),
     };
     format!(
-        "{:>8} {:>8} {:>9.1} {:>6} {:>8.1} {:>6} {:>4} {:>6} {:>6} {:>6} {:>6} {:>8.1} {:>7} {:>5}/{}\n",
+        "{:>8} {:>8} {:>9.1} {:>6} {:>8.1} {:>6} {:>4} {:>6} {:>6} {:>6} {:>6} {:>8.1} {:>7} {:>5}/{}",
         rate("page_reads"),
         rate("commits"),
         mib("device_bytes_read"),

@@ -127,7 +127,10 @@ fn act(action: &Action, access: &mut Access) -> Result<(), Failure> {
             format!("{name} has {} now\n", size::show(*size))
         }
         Action::Delete { name, yes } => {
-            confirmed(*yes, &format!("{name} and all that is in it will be lost"))?;
+            // A name that is not there has nothing to lose: what there is instead is said below.
+            if access.volumes()?.iter().any(|volume| volume.name == *name) {
+                confirmed(*yes, &format!("{name} and all that is in it will be lost"))?;
+            }
             access.ask(&Request::Delete { name: name.clone() })?;
             format!("deleted {name}\n")
         }

@@ -26,7 +26,8 @@ macro_rules! stats {
             $($(#[$sum_doc])* pub $sum: u64,)*
             $($(#[$now_doc])* pub $now: u64,)*
             $($(#[$max_doc])* pub $max: u64,)*
-            /// From the arrival of reads at their shard to their answer.
+            /// From the arrival of reads at their shard to their answer, errors too; one for each request, however many
+            /// pages it asked for.
             pub read_latency: Latency,
             /// The same of commits, durable or not as they asked.
             pub commit_latency: Latency,
@@ -72,7 +73,7 @@ stats! {
     pub commits: u64,
     /// Pages read by callers.
     pub page_reads: u64,
-    /// Of those, found in memory.
+    /// Of those, found in memory when they were asked for; pages that were never written count as found.
     pub cache_hits: u64,
     /// Bytes of the pages read by callers.
     pub bytes_read: u64,
@@ -90,6 +91,10 @@ stats! {
     pub vectored_writes: u64,
     /// Bytes written to the device.
     pub device_bytes_written: u64,
+    /// Flushes at the device: of the log, and of checkpoints.
+    pub device_flushes: u64,
+    /// All operations given to the ring or to the portable driver: reads, writes, flushes and allocations.
+    pub device_operations: u64,
     /// System calls that handed operations to the kernel, or waited for them.
     pub submissions: u64,
     /// Whole pages written by callers.
@@ -102,17 +107,20 @@ stats! {
     pub log_groups: u64,
     /// Bytes of log written, headers, padding and inline pages included.
     pub log_bytes: u64,
-    /// Flushes submitted.
+    /// Flushes of the log submitted; those of checkpoints are counted in `device_flushes` only.
     pub flushes: u64,
     /// Page images written to the data space.
     pub pages_written: u64,
     /// Write operations that carried them.
     pub page_write_ops: u64,
+    /// Page images that shared the write operation of a neighbour: `pages_written` less `page_write_ops`.
+    pub coalesced_writes: u64,
     /// Changes of a page that needed no device write of their own, because a later one covered them.
     pub absorbed_writes: u64,
     /// Map nodes written.
     pub nodes_written: u64,
-    /// Checksums computed.
+    /// Checksums computed, to write or to check: of pages, nodes, summaries, log groups (head and body), roots, tables and
+    /// superblocks. What recovery checks before the shard runs is not counted.
     pub checksums: u64,
     /// Checkpoints completed.
     pub checkpoints: u64,
@@ -158,11 +166,6 @@ impl ShardStats {
     /// Commits for each flush of the log; 0 before the first.
     pub fn commits_per_flush(&self) -> f64 {
         ratio(self.commits, self.flushes)
-    }
-
-    /// Pages that were written to the device together with another one.
-    pub fn coalesced_writes(&self) -> u64 {
-        self.pages_written.saturating_sub(self.page_write_ops)
     }
 
     /// The share of pages read that were found in memory, from 0 to 1.

@@ -98,6 +98,7 @@ impl Meter {
     /// An operation goes to the device.
     pub(super) fn submitted(&mut self, op: &DiskOp) {
         let device = &mut self.device;
+        device.device_operations += 1;
         match op {
             DiskOp::Read { into, .. } => {
                 device.device_reads += 1;
@@ -109,7 +110,8 @@ impl Meter {
                 device.vectored_writes += u64::from(from.len() > 1);
                 device.device_bytes_written += from.iter().map(|slice| u64::from(slice.len)).sum::<u64>();
             }
-            DiskOp::Flush { .. } | DiskOp::Allocate { .. } => {}
+            DiskOp::Flush { .. } => device.device_flushes += 1,
+            DiskOp::Allocate { .. } => {}
         }
     }
 

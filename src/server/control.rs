@@ -5,12 +5,13 @@
 //!        <── one line of JSON ──
 //! ```
 //! 1. A request is one line of at most [`LINE_BYTES_MAX`] bytes, and gets one line: `{"ok": …}` or `{"error": …}`.
-//! 2. At most [`CONNECTIONS_MAX`] clients, each with a thread; one that says nothing for [`PATIENCE`] is cut off.
+//! 2. At most [`CONNECTIONS_MAX`] clients, each with a thread; one that has not sent a whole line within
+//!    [`PATIENCE`], or taken its answer, is cut off.
 //! 3. Only the owner of the store can connect: the socket has mode 0600.
 //!
 //! It knows nothing of what the figures mean.
 
-use super::nbd::{Listener, Socket};
+use super::nbd::{Deadline, Listener, Socket};
 use corepage::metrics::ShardStats;
 use corepage::{Error, Store};
 use futures_lite::future::block_on;
@@ -37,8 +38,11 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(tag = "ask", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
-    /// Counters since the store was opened, and since this connection asked last.
-    Stats,
+    /// Counters since the store was opened, and since this connection asked last; of each shard, too, if that is wanted.
+    Stats {
+        #[serde(default)]
+        shards: bool,
+    },
     /// All volumes.
     Volumes,
     /// A new volume.
@@ -60,7 +64,7 @@ pub struct VolumeLine {
 /// Does what is asked, of a store that is open here.
 pub fn perform(store: &Store, request: &Request) -> Result<Value, Error> {
     match request {
-        Request::Stats => return block_on(store.stats()).map(|total| json!({ "total": total })),
+        Request::Stats { shards } => return stats(store, *shards, &mut Vec::new()),
         Request::Volumes => {
             let volumes = block_on(store.volumes())?;
             let line =
@@ -166,13 +170,11 @@ fn accept(listener: &Listener, shared: &Arc<Shared>) {
 }
 
 fn serve(socket: &Socket, shared: &Shared) -> io::Result<()> {
-    socket.set_read_timeout(Some(PATIENCE))?;
-    socket.set_write_timeout(Some(PATIENCE))?;
-    let mut lines = BufReader::new(socket);
-    let mut last: Option<(Instant, ShardStats)> = None;
+    let mut lines = BufReader::new(Deadline::new(socket, PATIENCE));
+    let mut last = Vec::new();
     loop {
-        let mut line = Vec::new();
-        if lines.by_ref().take(LINE_BYTES_MAX).read_until(b'\n', &mut line)? == 0 {
+        let line = request(&mut lines, PATIENCE)?;
+        if line.is_empty() {
             return Ok(());
         }
         let (answer, goes_on) = match serde_json::from_slice(&line) {
@@ -180,15 +182,24 @@ fn serve(socket: &Socket, shared: &Shared) -> io::Result<()> {
                 (json!({ "error": "a request is one line of at most 4096 bytes" }), false)
             }
             Err(error) => (json!({ "error": format!("not a request: {error}") }), true),
-            Ok(Request::Stats) => (said(stats(&shared.store, &mut last)), true),
+            Ok(Request::Stats { shards }) => (said(stats(&shared.store, shards, &mut last)), true),
             Ok(request) => (said(perform(&shared.store, &request)), true),
         };
-        let mut out = socket;
+        let out = lines.get_mut();
+        out.restart(PATIENCE);
         out.write_all(format!("{answer}\n").as_bytes())?;
         if !goes_on {
             return Ok(());
         }
     }
+}
+
+/// The next line, whole within `patience`; nothing at the end.
+fn request(lines: &mut BufReader<Deadline<'_>>, patience: Duration) -> io::Result<Vec<u8>> {
+    lines.get_mut().restart(patience);
+    let mut line = Vec::new();
+    lines.take(LINE_BYTES_MAX).read_until(b'\n', &mut line)?;
+    Ok(line)
 }
 
 fn said(result: Result<Value, Error>) -> Value {
@@ -198,13 +209,61 @@ fn said(result: Result<Value, Error>) -> Value {
     }
 }
 
-/// Totals, and what was counted since the last time; the first time since the store was opened.
-fn stats(store: &Store, last: &mut Option<(Instant, ShardStats)>) -> Result<Value, Error> {
-    let (now, total) = (Instant::now(), block_on(store.stats())?);
-    let seconds = last.as_ref().map(|(then, _)| now.duration_since(*then).as_secs_f64());
-    let interval = last.as_ref().map_or_else(|| total.clone(), |(_, before)| total.since(before));
-    let (per_flush, iops) = (interval.commits_per_flush(), total.iops(Duration::from_secs(1)));
-    let answer = json!({ "seconds": seconds, "interval": interval, "iops": iops, "commits_per_flush": per_flush, "total": total });
-    *last = Some((now, total));
+/// What a connection was told last: when, and the counters of each shard.
+type Told = (Instant, Vec<ShardStats>);
+
+/// Totals, and what was counted since the last time; the first time since the store was opened. `last` has at most one.
+fn stats(store: &Store, by_shard: bool, last: &mut Vec<Told>) -> Result<Value, Error> {
+    let (now, shards) = (Instant::now(), block_on(store.shard_stats())?);
+    let before = last.pop();
+    let seconds = before.as_ref().map(|(then, _)| now.duration_since(*then).as_secs_f64());
+    let before = before.map(|(_, shards)| shards).unwrap_or_default();
+    let mut answer = figures(&sum(&shards), &sum(&before));
+    answer["seconds"] = json!(seconds);
+    if by_shard {
+        let none = ShardStats::default();
+        let each = shards.iter().enumerate().map(|(n, shard)| figures(shard, before.get(n).unwrap_or(&none)));
+        answer["shards"] = each.collect();
+    }
+    last.push((now, shards));
     Ok(answer)
+}
+
+fn sum(shards: &[ShardStats]) -> ShardStats {
+    let mut total = ShardStats::default();
+    shards.iter().for_each(|shard| total.add(shard));
+    total
+}
+
+/// Counters, those of the time since `before`, and what follows from them.
+fn figures(total: &ShardStats, before: &ShardStats) -> Value {
+    let interval = total.since(before);
+    let iops = total.iops(Duration::from_secs(1));
+    let (per_flush, hits) = (interval.commits_per_flush(), interval.hit_ratio());
+    json!({ "interval": interval, "iops": iops, "commits_per_flush": per_flush, "hit_ratio": hits, "total": total })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    /// If this fails, sixteen clients that send a byte now and then keep everybody else away.
+    #[test]
+    fn a_line_that_comes_in_drops_is_not_waited_for() {
+        let (server, mut client) = UnixStream::pair().expect("a pair of sockets");
+        let dripping = std::thread::spawn(move || {
+            // Ends when the other side is gone.
+            while client.write_all(b"x").is_ok() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let socket = Socket::Unix(server);
+        let mut lines = BufReader::new(Deadline::new(&socket, PATIENCE));
+        let refused = request(&mut lines, Duration::from_millis(100)).expect_err("it was waited for");
+        assert!(matches!(refused.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock), "{refused}");
+        drop(lines);
+        drop(socket);
+        dripping.join().expect("it ends");
+    }
 }

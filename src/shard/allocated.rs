@@ -65,7 +65,7 @@ impl Shard {
     /// Goes on with the walk of a pending request, until it ends or a node must be read.
     pub(super) fn walk(&mut self, waiter: usize) {
         // Taken out, since a step needs the shard.
-        let kind = std::mem::replace(&mut self.pending[waiter].kind, PendingKind::Read);
+        let kind = std::mem::replace(&mut self.pending[waiter].kind, PendingKind::Read(0));
         let PendingKind::Walk(mut walk) = kind else { unreachable!("only walks come here") };
         let result = loop {
             if let Some(error) = self.pending[waiter].error.take() {

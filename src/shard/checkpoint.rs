@@ -270,7 +270,8 @@ impl Shard {
         self.extents.captured(vshard, writes.iter().map(|w| w.place), retired);
         self.checkpoint.nodes.extend(writes.iter().map(|w| w.node));
         self.stats.nodes_written += writes.len() as u64;
-        self.stats.checksums += writes.len() as u64;
+        // The root has one, too.
+        self.stats.checksums += writes.len() as u64 + 1;
         let mut frame = self.arena.alloc(0).expect("a frame was ensured");
         let out = frame.try_mut().expect("a new frame has no pins");
         let number = self.superblock.checkpoint + 1;

@@ -134,6 +134,7 @@ impl Shard {
         let DiskOp::Read { into, .. } = completion.op else { unreachable!("a read completes as a read") };
         let bytes: Vec<u8> = into.iter().flat_map(|frame| frame.iter().copied()).collect();
         let crc = self.extents.summary_crc(extent);
+        self.stats.checksums += 1;
         let items = completion.result.and_then(|()| {
             decode_summary(self.superblock.store_id, extent, crc, &bytes)
                 .map_err(|what| Error::corrupt(format_args!("the summary of extent {} {what}", extent.get())))

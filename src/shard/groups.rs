@@ -109,6 +109,7 @@ impl Shard {
             chunks: finished.chunks,
         });
         self.stats.log_groups += 1;
+        self.stats.checksums += 2;
         self.stats.log_bytes += from.iter().map(|s| u64::from(s.len)).sum::<u64>();
         let offset = u64::from(position.block) * BLOCK as u64;
         let file = FileId::Log(self.id, position.segment);
@@ -179,6 +180,7 @@ impl Shard {
         let count = runs.len() as u32;
         for run in runs {
             self.stats.page_write_ops += 1;
+            self.stats.coalesced_writes += run.items.len() as u64 - 1;
             let (captures, frames): (Vec<_>, Vec<_>) = run.items.into_iter().unzip();
             let from = frames.into_iter().map(IoSlice::whole).collect();
             let offset = run.place.offset(self.limits.geometry.extent_bytes);

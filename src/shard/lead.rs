@@ -181,6 +181,7 @@ impl Shard {
             encode_table(self.superblock.store_id, index, number, rows, out);
             writes.push((FileId::Table, table_offset(index, number), frame));
         }
+        self.stats.checksums += writes.len() as u64;
         self.lead.next = Some(self.next_superblock(extents_count));
         self.lead.phase = Phase::Flush;
         self.submit_blocks(writes);
@@ -254,6 +255,7 @@ impl Shard {
             frame.try_mut().expect("the superblock before is written").copy_from_slice(block);
             from.push(IoSlice::whole(frame.pin()));
         }
+        self.stats.checksums += 1;
         self.lead.phase = Phase::Super { copy };
         self.checkpoint_op(DiskOp::Write { file: FileId::Meta, offset: Superblock::offset(number), from });
     }

@@ -26,7 +26,8 @@ pub(super) struct Pending {
 }
 
 pub(super) enum PendingKind {
-    Read,
+    /// So many of the pages were in memory.
+    Read(u32),
     Walk(Box<Walk>),
     Commit(Commit),
     /// Of a commit over shards.
@@ -48,7 +49,7 @@ impl Pending {
 
     /// Whether a caller waits for it.
     pub fn is_own(&self) -> bool {
-        matches!(self.kind, PendingKind::Read | PendingKind::Walk(_) | PendingKind::Commit(_))
+        matches!(self.kind, PendingKind::Read(_) | PendingKind::Walk(_) | PendingKind::Commit(_))
     }
 
     /// How many of the pages are there because they were read.
@@ -112,8 +113,8 @@ impl Shard {
         match request {
             Request::Read(keys) => {
                 let pages: SmallVec<[usize; 2]> = keys.iter().map(|key| self.table.get(*key)).collect();
-                self.stats.cache_hits += pages.iter().filter(|idx| self.table.pages[**idx].has(true)).count() as u64;
-                self.begin(Some(token), PendingKind::Read, pages, |_| true);
+                let hits = pages.iter().filter(|idx| self.table.pages[**idx].has(true)).count() as u32;
+                self.begin(Some(token), PendingKind::Read(hits), pages, |_| true);
             }
             Request::Allocated(asked) => {
                 let walk = self.begin_walk(asked);
@@ -218,7 +219,7 @@ impl Shard {
             match pending.kind {
                 PendingKind::Commit(_) | PendingKind::Redo(_) => self.ready.push_back(waiter),
                 PendingKind::Part(_) => self.ready_parts.push_back(waiter),
-                PendingKind::Read | PendingKind::Walk(_) | PendingKind::Move(..) => self.finished.push_back(waiter),
+                PendingKind::Read(_) | PendingKind::Walk(_) | PendingKind::Move(..) => self.finished.push_back(waiter),
             }
         }
     }
@@ -255,6 +256,9 @@ impl Shard {
         if let Some(error) = pending.error {
             self.reply(token, Err(error));
             return;
+        }
+        if let PendingKind::Read(hits) = pending.kind {
+            self.stats.cache_hits += u64::from(hits);
         }
         self.stats.page_reads += pending.pages.len() as u64;
         self.stats.bytes_read += (pending.pages.len() * BLOCK) as u64;

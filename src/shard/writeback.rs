@@ -134,6 +134,7 @@ impl Shard {
         self.stats.pages_written += blocks.len() as u64;
         for run in coalesce::plan(blocks, self.limits.vectored_pages_max) {
             self.stats.page_write_ops += 1;
+            self.stats.coalesced_writes += run.items.len() as u64 - 1;
             let (captures, slices): (Vec<_>, Vec<_>) = run.items.into_iter().unzip();
             let offset = run.place.offset(self.limits.geometry.extent_bytes);
             let op = DiskOp::Write { file: FileId::Data, offset, from: slices.into() };

@@ -34,7 +34,7 @@ mod tests;
 
 pub use listener::{Address, Listener, Plan};
 pub use server::Server;
-pub use socket::Socket;
+pub use socket::{Deadline, Socket};
 pub use volume::StoreExports;
 
 use bytes::Bytes;

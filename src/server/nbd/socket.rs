@@ -74,6 +74,11 @@ impl<'a> Deadline<'a> {
         Deadline { socket, end: Instant::now() + limit }
     }
 
+    /// The same once more, from now on.
+    pub fn restart(&mut self, limit: Duration) {
+        self.end = Instant::now() + limit;
+    }
+
     /// Takes the limits off the socket again.
     pub fn lift(self) -> io::Result<()> {
         self.socket.set_read_timeout(None)?;
@@ -83,7 +88,7 @@ impl<'a> Deadline<'a> {
     fn left(&self) -> io::Result<Option<Duration>> {
         let left = self.end.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(io::Error::new(io::ErrorKind::TimedOut, "the handshake took too long"));
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "the client took too long"));
         }
         Ok(Some(left))
     }
