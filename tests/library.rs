@@ -5,7 +5,7 @@
 
 use corepage::queue::{Completion, Op, Output, Queue};
 use corepage::{Durability, ErrorKind, Options, PageId, Result, Store, Volume, blocking};
-use futures_lite::future::block_on;
+use futures_lite::future::{block_on, poll_once};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::future::Future;
 use std::pin::Pin;
@@ -249,6 +249,34 @@ fn a_future_dropped_at_any_await_loses_nothing_submitted_and_leaks_nothing() {
     assert_eq!(block_on(disk.read_many(&half)).unwrap().len(), half.len());
     assert!(half.len() == 1024);
     block_on(disk.apply(vec![(id(1), corepage::Change::Free)], Durability::Durable)).unwrap();
+    block_on(store.close()).unwrap();
+}
+
+/// Whoever waits for a page and for something else at a time drops the scan's future again and again.
+#[test]
+fn a_scan_whose_calls_are_dropped_misses_no_page() {
+    let (dir, store, disk) = open(options());
+    for n in 0..5000 {
+        block_on(disk.write_back(id(n * 3), page(n as u8))).unwrap();
+    }
+    block_on(store.close()).unwrap();
+    drop((store, disk));
+    // With nothing in memory there is much to wait for.
+    let store = block_on(Store::open(dir.path(), options())).unwrap();
+    let disk = block_on(store.volume("v")).unwrap().unwrap();
+    let mut scan = disk.scan(id(0), id(u64::MAX));
+    let (mut seen, mut drops) = (Vec::new(), 0);
+    loop {
+        match block_on(poll_once(scan.next())) {
+            None => drops += 1,
+            Some(next) => match next.unwrap() {
+                Some((page, bytes)) => seen.push((page.get(), bytes[0])),
+                None => break,
+            },
+        }
+    }
+    assert_eq!(seen, (0..5000).map(|n| (n * 3, n as u8)).collect::<Vec<_>>(), "{drops} calls were dropped");
+    assert!(drops > 50, "only {drops} calls were dropped");
     block_on(store.close()).unwrap();
 }
 

@@ -13,11 +13,14 @@ use smallvec::SmallVec;
 
 /// A read under way.
 pub(super) struct Reads {
-    count: usize,
-    /// Which pages each part is of; empty: all, in order.
-    parts: SmallVec<[(Vec<usize>, Reply); 1]>,
+    /// The parts whose pages have not come.
+    parts: SmallVec<[Part; 1]>,
+    found: Vec<Option<PageRef>>,
     pins: Taken,
 }
+
+/// Which of the pages asked for, and the reply that brings them.
+type Part = (SmallVec<[usize; 1]>, Reply);
 
 impl Store {
     pub(super) async fn read(&self, keys: &[PageKey]) -> Result<Vec<PageRef>> {
@@ -29,10 +32,11 @@ impl Store {
         let pins = Pins::take(&self.pins, keys.len())?;
         let (most, runtime) = (self.inner.read_pages, &self.inner.runtime);
         let deal = runtime.deal();
+        let found = keys.iter().map(|_| None).collect();
         let mut parts = SmallVec::new();
         if keys.len() <= most && keys.iter().all(|key| deal.shard_of(*key) == deal.shard_of(keys[0])) {
-            parts.push((Vec::new(), runtime.submit(Request::Read(keys.into())).await?));
-            return Ok(Reads { count: keys.len(), parts, pins });
+            parts.push(((0..keys.len()).collect(), runtime.submit(Request::Read(keys.into())).await?));
+            return Ok(Reads { parts, found, pins });
         }
         let mut by_shard: Vec<Vec<usize>> = deal.shards().map(|_| Vec::new()).collect();
         for (i, key) in keys.iter().enumerate() {
@@ -40,23 +44,37 @@ impl Store {
         }
         for part in by_shard.iter().flat_map(|part| part.chunks(most)) {
             let request = Request::Read(part.iter().map(|i| keys[*i]).collect());
-            parts.push((part.to_vec(), runtime.submit(request).await?));
+            parts.push((part.into(), runtime.submit(request).await?));
         }
-        Ok(Reads { count: keys.len(), parts, pins })
+        Ok(Reads { parts, found, pins })
     }
 }
 
 impl Reads {
-    /// The pages, in the order asked.
-    pub(super) async fn finish(mut self) -> Result<Vec<PageRef>> {
-        let mut found: Vec<Option<PageRef>> = (0..self.count).map(|_| None).collect();
-        for (part, reply) in std::mem::take(&mut self.parts) {
-            let pages = pages(reply.await?)?.into_iter().map(|page| page.counted(&mut self.pins));
-            match part.is_empty() {
-                true => found.iter_mut().zip(pages).for_each(|(place, page)| *place = Some(page)),
-                false => part.iter().zip(pages).for_each(|(i, page)| found[*i] = Some(page)),
+    /// Waits for all pages. If it is dropped and called again it goes on where it was.
+    ///
+    /// # Errors
+    /// Of a part; the read is of no use any more.
+    pub(super) async fn wait(&mut self) -> Result<()> {
+        while let Some((_, reply)) = self.parts.last_mut() {
+            let result = reply.await;
+            let Some((part, _)) = self.parts.pop() else { break };
+            for (i, page) in part.into_iter().zip(pages(result?)?) {
+                self.found[i] = Some(page.counted(&mut self.pins));
             }
         }
-        found.into_iter().collect::<Option<_>>().ok_or_else(|| Error::corrupt("a read gave fewer pages than asked for"))
+        Ok(())
+    }
+
+    /// The pages, in the order asked.
+    pub(super) async fn finish(mut self) -> Result<Vec<PageRef>> {
+        self.wait().await?;
+        self.into_pages()
+    }
+
+    /// The same, once they are there.
+    pub(super) fn into_pages(self) -> Result<Vec<PageRef>> {
+        let all = self.found.into_iter().collect::<Option<_>>();
+        all.ok_or_else(|| Error::corrupt("a read gave fewer pages than asked for"))
     }
 }

@@ -3,10 +3,12 @@
 //! Invariants
 //! 1. Pages come in order of their ids, each once; what is not allocated is passed over without a read.
 //! 2. A bounded number of reads is under way: [`AHEAD`] batches.
-//! 3. Each page is the newest version of its own moment. A page written after the scan has passed it, or freed before it is
+//! 3. A call of [`Scan::next`] that is dropped loses nothing: what it has taken out of one place stands in another before it waits.
+//! 4. Each page is the newest version of its own moment. A page written after the scan has passed it, or freed before it is
 //!    there, is not seen.
 
 use super::read::Reads;
+use super::space::Look;
 use super::{Allocated, Store, Volume};
 use crate::error::{ErrorKind, Result};
 use crate::shard::PageRef;
@@ -27,8 +29,12 @@ pub struct Scan {
     last: PageId,
     /// Where the map is to be looked at next.
     next: Option<PageId>,
+    /// A look at it, under way.
+    look: Option<Look>,
     /// Known to be allocated, and not asked for yet.
     ranges: VecDeque<(PageId, PageId)>,
+    /// The next batch, not asked for yet.
+    ids: Vec<PageId>,
     batches: VecDeque<(Vec<PageId>, Reads)>,
     /// Of the batch that is being handed out.
     pages: VecDeque<(PageId, PageRef)>,
@@ -39,13 +45,14 @@ impl Volume {
     /// newest version at the moment at which it was read, up to 512 pages before it is handed out.
     pub fn scan(&self, first: PageId, last: PageId) -> Scan {
         let next = (first <= last).then_some(first);
-        let (ranges, batches, pages) = Default::default();
-        Scan { volume: self.clone(), last, next, ranges, batches, pages }
+        let (look, ranges, ids, batches, pages) = Default::default();
+        Scan { volume: self.clone(), last, next, look, ranges, ids, batches, pages }
     }
 }
 
 impl Scan {
-    /// The next page, or `None` at the end. After an error the scan goes on behind what failed.
+    /// The next page, or `None` at the end. After an error the scan goes on behind what failed. Dropping the future loses no
+    /// page.
     ///
     /// # Errors
     /// As [`Volume::read`] and [`Volume::allocated`].
@@ -55,8 +62,10 @@ impl Scan {
                 return Ok(Some(page));
             }
             self.read_ahead().await?;
+            let Some((_, reads)) = self.batches.front_mut() else { return Ok(None) };
+            let result = reads.wait().await;
             let Some((ids, reads)) = self.batches.pop_front() else { return Ok(None) };
-            let pages = reads.finish().await?;
+            let pages = result.and_then(|()| reads.into_pages())?;
             self.pages = ids.into_iter().zip(pages).filter(|(_, page)| !page.is_absent()).collect();
         }
     }
@@ -64,27 +73,27 @@ impl Scan {
     /// Nothing comes any more.
     pub(super) fn end(&mut self) {
         self.next = None;
+        self.look = None;
         self.ranges.clear();
+        self.ids.clear();
         self.batches.clear();
         self.pages.clear();
     }
 
     async fn read_ahead(&mut self) -> Result<()> {
         while self.batches.len() < AHEAD {
-            let ids = self.next_ids().await?;
-            if ids.is_empty() {
+            self.find_ids().await?;
+            if self.ids.is_empty() {
                 return Ok(());
             }
-            let keys: Vec<PageKey> = ids.iter().map(|page| self.volume.key(*page)).collect();
-            match self.store().begin_read(&keys).await {
-                Ok(reads) => self.batches.push_back((ids, reads)),
+            let keys: Vec<PageKey> = self.ids.iter().map(|page| self.volume.key(*page)).collect();
+            let begun = self.store().begin_read(&keys).await;
+            if begun.as_ref().is_err_and(|error| error.kind() == ErrorKind::Busy) && !self.batches.is_empty() {
                 // As far as the pins go.
-                Err(error) if error.kind() == ErrorKind::Busy && !self.batches.is_empty() => {
-                    ids.into_iter().rev().for_each(|id| self.ranges.push_front((id, id)));
-                    return Ok(());
-                }
-                Err(error) => return Err(error),
+                return Ok(());
             }
+            let ids = std::mem::take(&mut self.ids);
+            self.batches.push_back((ids, begun?));
         }
         Ok(())
     }
@@ -93,20 +102,37 @@ impl Scan {
         self.volume.store()
     }
 
-    async fn next_ids(&mut self) -> Result<Vec<PageId>> {
-        let mut ids = Vec::with_capacity(BATCH);
-        while ids.len() < BATCH {
+    /// Fills the next batch.
+    async fn find_ids(&mut self) -> Result<()> {
+        while self.ids.len() < BATCH {
             let Some((first, last)) = self.ranges.pop_front() else {
-                let Some(next) = self.next else { break };
-                let Allocated { ranges, next } = self.volume.allocated(next, self.last, RANGES).await?;
-                (self.ranges, self.next) = (ranges.into(), next);
+                if !self.look_on().await? {
+                    break;
+                }
                 continue;
             };
-            ids.push(first);
+            self.ids.push(first);
             if first < last {
                 self.ranges.push_front((PageId::new(first.get() + 1), last));
             }
         }
-        Ok(ids)
+        Ok(())
+    }
+
+    /// Looks at more of the map; false at its end.
+    async fn look_on(&mut self) -> Result<bool> {
+        if self.look.is_none()
+            && let Some(next) = self.next
+        {
+            self.volume.check()?;
+            self.look = Some(self.store().begin_look(self.volume.id(), next, self.last, RANGES).await?);
+        }
+        let Some(look) = &mut self.look else { return Ok(false) };
+        let result = look.wait().await;
+        let Some(look) = self.look.take() else { return Ok(false) };
+        result?;
+        let Allocated { ranges, next } = look.into_allocated();
+        (self.ranges, self.next) = (ranges.into(), next);
+        Ok(true)
     }
 }

@@ -6,6 +6,7 @@
 
 use super::{Store, Volume, committed, unexpected};
 use crate::error::Result;
+use crate::mesh::Reply;
 use crate::shard::{Change, Commit, PageRange, Request, Response};
 use crate::types::{PageId, PageKey, RUN_PAGES, VolumeId};
 use smallvec::SmallVec;
@@ -26,6 +27,38 @@ pub struct Allocated {
     pub ranges: Vec<(PageId, PageId)>,
     /// Where to go on; `None`: these are all that were asked for.
     pub next: Option<PageId>,
+}
+
+/// A look at what is allocated, under way.
+#[derive(Default)]
+pub(super) struct Look {
+    replies: Vec<Reply>,
+    ranges: Vec<(PageId, PageId)>,
+    next: Option<PageId>,
+}
+
+impl Look {
+    /// Waits for all shards. If it is dropped and called again it goes on where it was.
+    pub(super) async fn wait(&mut self) -> Result<()> {
+        while let Some(reply) = self.replies.last_mut() {
+            let result = reply.await;
+            self.replies.pop();
+            match result? {
+                Response::Allocated { ranges, next } => {
+                    self.ranges.extend(ranges);
+                    self.next = self.next.into_iter().chain(next).min();
+                }
+                other => return Err(unexpected(&other)),
+            }
+        }
+        Ok(())
+    }
+
+    /// What was found.
+    pub(super) fn into_allocated(mut self) -> Allocated {
+        self.ranges.sort_unstable();
+        Allocated { ranges: joined(self.ranges, self.next), next: self.next }
+    }
 }
 
 impl Volume {
@@ -59,26 +92,27 @@ impl Store {
         last: PageId,
         ranges_max: usize,
     ) -> Result<Allocated> {
-        if first > last {
-            return Ok(Allocated::default());
-        }
-        let asked = PageRange { volume, first, last, ranges_max: ranges_max.max(1) };
-        let mut replies = Vec::new();
-        for shard in self.inner.runtime.deal().shards() {
-            replies.push(self.inner.runtime.submit_to(shard, Request::Allocated(asked)).await?);
-        }
-        let (mut all, mut next) = (Vec::new(), None);
-        for reply in replies {
-            match reply.await? {
-                Response::Allocated { ranges, next: own } => {
-                    all.extend(ranges);
-                    next = next.into_iter().chain(own).min();
-                }
-                other => return Err(unexpected(&other)),
+        let mut look = self.begin_look(volume, first, last, ranges_max).await?;
+        look.wait().await?;
+        Ok(look.into_allocated())
+    }
+
+    /// Asks all shards what is allocated in a range.
+    pub(super) async fn begin_look(
+        &self,
+        volume: VolumeId,
+        first: PageId,
+        last: PageId,
+        ranges_max: usize,
+    ) -> Result<Look> {
+        let mut look = Look::default();
+        if first <= last {
+            let asked = PageRange { volume, first, last, ranges_max: ranges_max.max(1) };
+            for shard in self.inner.runtime.deal().shards() {
+                look.replies.push(self.inner.runtime.submit_to(shard, Request::Allocated(asked)).await?);
             }
         }
-        all.sort_unstable();
-        Ok(Allocated { ranges: joined(all, next), next })
+        Ok(look)
     }
 
     /// Frees what is allocated in a range.
