@@ -197,7 +197,7 @@ impl Store {
     /// Numbers of deleted ones are free afterwards: no handle to them exists.
     pub(super) async fn begin_finishing(&self) -> Result<()> {
         let cut = |record: &Record| record.volume.as_ref().is_some_and(|volume| volume.is_cut);
-        let cut: Vec<PageKey> = self.records().await?.iter().filter(|r| cut(r)).map(|r| r.key).collect();
+        let cut: Vec<Record> = self.records().await?.into_iter().filter(cut).collect();
         if cut.is_empty() {
             return Ok(());
         }
@@ -205,11 +205,14 @@ impl Store {
         // The task must not keep the store open: it looks in between whether it still is.
         let store = move || inner.upgrade().map(|inner| Store { inner, pins: pins.clone() });
         let task = self.on_shard(0, move |_| async move {
-            for key in cut {
+            for record in cut {
+                let key = record.key;
+                // One that is deleted only now keeps its number: handles to it may be about.
+                let frees_number = record.is_named("");
                 let _alone = resizing.lock().await;
                 let mut next = None;
                 while let Some(store) = store() {
-                    match store.cut_some(key, next).await {
+                    match store.cut_some(key, next, frees_number).await {
                         Ok(None) => break,
                         Ok(more) => next = more,
                         Err(error) if error.kind() == ErrorKind::Conflict => {}
@@ -226,15 +229,16 @@ impl Store {
     }
 
     async fn finish_cut(&self, key: PageKey) -> Result<()> {
-        let mut next = self.cut_some(key, None).await?;
+        let mut next = self.cut_some(key, None, false).await?;
         while next.is_some() {
-            next = self.cut_some(key, next).await?;
+            next = self.cut_some(key, next, false).await?;
         }
         Ok(())
     }
 
-    /// Frees some of the pages behind the end of a volume, from `next` on, and ends its cut with the last; where to go on.
-    async fn cut_some(&self, key: PageKey, next: Option<PageId>) -> Result<Option<PageId>> {
+    /// Frees some of the pages behind the end of a volume, from `next` on, and ends its cut with the last; where to go on. The
+    /// number of a deleted one is free then only if `frees_number`.
+    async fn cut_some(&self, key: PageKey, next: Option<PageId>, frees_number: bool) -> Result<Option<PageId>> {
         let Some(page) = self.read(&[key]).await?.pop().filter(|page| !page.is_absent()) else { return Ok(None) };
         let (id, volume) = (VolumeId::new(key.page.get() as u8), decode(key, &page)?);
         if !volume.is_cut {
@@ -244,6 +248,9 @@ impl Store {
         let next = self.free_some(id, first, PageId::new(u64::MAX)).await?;
         if next.is_none() {
             self.flush().await?;
+            if volume.name.is_empty() && !frees_number {
+                return Ok(None);
+            }
             let whole = (!volume.name.is_empty()).then_some(catalog::Volume { is_cut: false, ..volume });
             let lsn = self.put_record(vec![(key, page.lsn())], key, whole.as_ref()).await?;
             whole.into_iter().for_each(|whole| self.shared(id).learn(lsn, &whole));
@@ -305,4 +312,37 @@ impl Store {
 
 fn decode(key: PageKey, page: &[u8]) -> Result<catalog::Volume> {
     catalog::decode(page).map_err(|what| Error::corrupt(format_args!("catalog page {:?} {what}", key.page)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::Options;
+    use futures_lite::future::block_on;
+
+    /// A volume whose shortening a crash has left, and that is deleted before the store has gone on with it: given its number
+    /// again, a new volume would get what old handles write.
+    #[test]
+    fn a_volume_deleted_while_its_cut_is_finished_keeps_its_number() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = block_on(Store::open(dir.path(), Options { memory_bytes: 16 << 20, ..Options::default() }));
+        let store = store.expect("it opens");
+        let old = block_on(store.create_volume("v", 1 << 20)).expect("a volume");
+        let key = PageKey::new(VolumeId::CATALOG, PageId::new(u64::from(old.id().get())));
+        let record = || block_on(store.records()).expect("the catalog").remove(old.id().get() as usize - 1);
+        let cut = catalog::Volume { name: "v".into(), bytes: 4096, is_cut: true };
+        block_on(store.put_record(vec![(key, record().lsn)], key, Some(&cut))).expect("it is cut");
+        let before = record();
+        block_on(store.delete_volume("v")).expect("it goes");
+        // What the background does with what it has found at the open.
+        assert_eq!(block_on(store.cut_some(key, None, before.is_named(""))).expect("its pages are freed"), None);
+        assert!(record().volume.is_some_and(|volume| volume.name.is_empty()), "its number is free");
+        assert_ne!(block_on(store.create_volume("v", 1 << 20)).expect("a volume").id(), old.id());
+        let lost = block_on(old.write(PageId::new(0), vec![1; BLOCK])).expect_err("it is deleted");
+        assert_eq!(lost.kind(), ErrorKind::NotFound);
+        // At the next open nobody has a handle.
+        assert_eq!(block_on(store.cut_some(key, None, record().is_named(""))).expect("its pages are freed"), None);
+        assert!(record().volume.is_none(), "its number is not free");
+        block_on(store.close()).expect("it closes");
+    }
 }
