@@ -27,7 +27,7 @@ const READ_PAGES: usize = 256;
 const CHANGES_MAX: usize = 4096;
 /// Whole pages up to which a hole is made by one commit: 2 MiB.
 const FREE_AT_ONCE: u64 = 512;
-/// Ranges asked of the store at a time, and how often for one extent: a look covers up to 256 MiB a shard.
+/// Ranges asked of the store at a time, and how often for one extent: a look covers up to 32 MiB a shard.
 const RANGES: usize = 64;
 const LOOKS: usize = 64;
 /// What the store counts for a freed page; for any other change it counts a page.
@@ -72,11 +72,13 @@ impl Exports for StoreExports {
 
     /// The default export is the volume `disk`, or the only one there is.
     fn find(&self, name: &str) -> Result<Option<(String, VolumeExport)>, Fault> {
-        let mut volumes = futures_lite::future::block_on(self.store.volumes()).map_err(fault)?;
+        // A handle of its own: what one connection reads is not counted against another's pins.
+        let store = self.store.clone();
+        let mut volumes = futures_lite::future::block_on(store.volumes()).map_err(fault)?;
         let wanted = if name.is_empty() && volumes.len() != 1 { "disk" } else { name };
         let index = volumes.iter().position(|v| wanted.is_empty() || v.name() == wanted);
         let Some(volume) = index.map(|i| volumes.swap_remove(i)) else { return Ok(None) };
-        let (store, commit_bytes_max) = (self.store.clone(), self.commit_bytes_max);
+        let commit_bytes_max = self.commit_bytes_max;
         Ok(Some((volume.name().to_owned(), VolumeExport { store, bytes: volume.bytes(), volume, commit_bytes_max })))
     }
 }
