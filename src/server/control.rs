@@ -64,7 +64,7 @@ pub struct VolumeLine {
 /// Does what is asked, of a store that is open here.
 pub fn perform(store: &Store, request: &Request) -> Result<Value, Error> {
     match request {
-        Request::Stats { shards } => return stats(store, *shards, &mut Vec::new()),
+        Request::Stats { shards } => return stats(store, *shards, &mut None),
         Request::Volumes => {
             let volumes = block_on(store.volumes())?;
             let line =
@@ -171,7 +171,7 @@ fn accept(listener: &Listener, shared: &Arc<Shared>) {
 
 fn serve(socket: &Socket, shared: &Shared) -> io::Result<()> {
     let mut lines = BufReader::new(Deadline::new(socket, PATIENCE));
-    let mut last = Vec::new();
+    let mut last = None;
     loop {
         let line = request(&mut lines, PATIENCE)?;
         if line.is_empty() {
@@ -212,10 +212,10 @@ fn said(result: Result<Value, Error>) -> Value {
 /// What a connection was told last: when, and the counters of each shard.
 type Told = (Instant, Vec<ShardStats>);
 
-/// Totals, and what was counted since the last time; the first time since the store was opened. `last` has at most one.
-fn stats(store: &Store, by_shard: bool, last: &mut Vec<Told>) -> Result<Value, Error> {
+/// Totals, and what was counted since the last time; the first time since the store was opened.
+fn stats(store: &Store, by_shard: bool, last: &mut Option<Told>) -> Result<Value, Error> {
     let (now, shards) = (Instant::now(), block_on(store.shard_stats())?);
-    let before = last.pop();
+    let before = last.take();
     let seconds = before.as_ref().map(|(then, _)| now.duration_since(*then).as_secs_f64());
     let before = before.map(|(_, shards)| shards).unwrap_or_default();
     let mut answer = figures(&sum(&shards), &sum(&before));
@@ -225,7 +225,7 @@ fn stats(store: &Store, by_shard: bool, last: &mut Vec<Told>) -> Result<Value, E
         let each = shards.iter().enumerate().map(|(n, shard)| figures(shard, before.get(n).unwrap_or(&none)));
         answer["shards"] = each.collect();
     }
-    last.push((now, shards));
+    *last = Some((now, shards));
     Ok(answer)
 }
 

@@ -18,8 +18,8 @@ use crate::types::{PageId, PageKey, VShard, VolumeId};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-/// Leaves that one request visits: 65,536 pages.
-const LEAVES_MAX: u32 = 1024;
+/// Leaves that one request visits: 8,192 pages, each of which is looked up; all of it may be within one turn.
+const LEAVES_MAX: u32 = 128;
 
 /// A request for the pages of a volume that there are.
 #[derive(Debug, Clone, Copy)]
