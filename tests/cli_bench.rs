@@ -1,16 +1,18 @@
-//! `corepage bench` beside somebody's data: whatever happens to it, that data stays, and its own goes.
+//! `corepage bench`: what it tells, and that whatever happens to it, somebody's data beside it stays and its own goes.
 //!
-//! If these fail, measuring a store costs its user a volume, or leaves one that nobody wants.
+//! If these fail, figures can't be trusted or read by programs, or measuring a store costs its user a volume, or leaves one that nobody wants.
 
 // Real processes take real time.
 #![allow(clippy::disallowed_methods)]
 
 mod common;
 
-use common::{corepage, scratch};
+use common::{Served, corepage, scratch};
 use corepage::blocking::Store;
 use corepage::{Options, PageId};
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use std::io::Read;
 use std::path::Path;
 use std::process::{Child, Output, Stdio};
 use std::time::Duration;
@@ -105,7 +107,96 @@ fn what_a_killed_bench_left_is_no_hindrance_for_the_next_one() {
     store.close().expect("it closes");
     let output = bench(dir.path());
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let told: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON alone");
+    let told: Value = serde_json::from_slice(&output.stdout).expect("JSON alone");
     assert!(told["verified"] == true && told["volume"] == NAME && told["dir"].is_string(), "{told}");
     only_mine_is_there(dir.path());
+}
+
+fn bench_at(at: &Path, arguments: &[&str]) -> Output {
+    corepage(&[&["bench"], arguments].concat()).current_dir(at).output().expect("it runs")
+}
+
+/// A benchmark's result that programs can't read, or that was not verified, or that costs a user data, is worth nothing.
+#[test]
+fn bench_measures_verifies_and_leaves_nothing_behind() {
+    let dir = scratch("bench");
+    let small = ["--size", "8M", "--memory", "16M", "--seconds", "1", "--depth", "8", "--format", "json"];
+    let result = |arguments: &[&str]| -> Value {
+        let output = bench_at(dir.path(), &[arguments, &small].concat());
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(output.stderr.is_empty(), "no progress without a terminal: {output:?}");
+        serde_json::from_slice(&output.stdout).expect("JSON alone")
+    };
+    for (workload, from) in [("read", "shard"), ("write", "shard"), ("commit", "thread"), ("write", "thread")] {
+        let told = result(&[workload, "--from", from, "--clients", "2"]);
+        assert!(told["workload"] == workload && told["from"] == from && told["verified"] == true, "{told}");
+        assert!(told["ops_per_s"].as_f64().unwrap() > 0.0 && told["machine"].is_object(), "{told}");
+        let us = |name: &str| told["latency_us"][name].as_f64().unwrap();
+        assert!(
+            0.0 < us("p50") && us("p50") <= us("p99") && us("p99") <= us("p999") && us("p999") <= us("max"),
+            "{told}"
+        );
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "its store is removed");
+    // In a store with data of somebody's: it works beside it and leaves it alone.
+    let served = Served::start(&dir.path().join("mine"));
+    served.client().write(1, 0, b"mine");
+    assert!(served.stop().success());
+    result(&["write", "--dir", "mine"]);
+    let store = open(&dir.path().join("mine"));
+    let there: Vec<_> =
+        store.volumes().expect("they are listed").iter().map(|v| (v.name().to_owned(), v.bytes())).collect();
+    assert_eq!(there, [("disk".into(), 1 << 30)]);
+    store.close().expect("it closes");
+    let served = Served::start(&dir.path().join("mine"));
+    assert_eq!(served.client().read(0, 4), b"mine");
+    let output = bench_at(dir.path(), &[&["write", "--dir", "mine"], &small[..]].concat());
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(1) && text.contains("open in another process"), "{text}");
+    assert!(served.stop().success());
+    for (wrong, says) in [
+        (&["read", "--size", "4097"][..], "4097"),
+        (&["read", "--size", "64K", "--depth", "64"], "a page for each operation"),
+        (&["write", "--depth", "0"], "0"),
+        (&["fly"], "qd-sweep"),
+        (&["read", "--memory", "1M"], "memory_bytes"),
+    ] {
+        let output = bench_at(dir.path(), wrong);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && text.starts_with("error: ") && text.contains(says), "{wrong:?}: {text}");
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "only the user's own store is left");
+}
+
+#[test]
+fn an_interrupted_bench_removes_what_it_made() {
+    let dir = scratch("interrupted");
+    let arguments = ["bench", "write", "--size", "8M", "--memory", "16M", "--seconds", "60"];
+    let mut command = corepage(&arguments);
+    let mut child = command.current_dir(dir.path()).stderr(Stdio::piped()).spawn().expect("it runs");
+    let meta = || {
+        let made = std::fs::read_dir(dir.path()).unwrap().flatten().next();
+        made.is_some_and(|made| made.path().join("meta").exists())
+    };
+    while !meta() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    std::thread::sleep(Duration::from_millis(500));
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    let mut text = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
+    assert!(text.starts_with("error: interrupted"), "{text}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "it left its store behind");
+}
+
+/// Beside the others, since it takes a second for each of its depths.
+#[test]
+fn a_sweep_measures_each_depth_and_leaves_nothing_behind() {
+    let dir = scratch("sweep");
+    let sweep = bench_at(dir.path(), &["qd-sweep", "--size", "8M", "--memory", "16M", "--seconds", "1"]);
+    let table = String::from_utf8(sweep.stdout).unwrap();
+    let rows = |of: &str| table.lines().filter(|line| line.starts_with(of)).count();
+    assert!(rows("read ") == 9 && rows("write ") == 9 && table.contains("all 2048 pages verified"), "{table}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "its store is removed");
 }

@@ -6,6 +6,8 @@
 mod common;
 
 use common::{Served, corepage, scratch};
+use corepage::blocking::{Store, Volume};
+use corepage::{Options, PageId};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -161,90 +163,10 @@ fn a_hostile_control_client_hurts_only_itself() {
     assert!(served.stop().success(), "with a client connected");
 }
 
-fn bench(at: &Path, arguments: &[&str]) -> Output {
-    corepage(&[&["bench"], arguments].concat()).current_dir(at).output().expect("it runs")
-}
-
-/// A benchmark's result that programs can't read, or that was not verified, or that costs a user data, is worth nothing.
-#[test]
-fn bench_measures_verifies_and_leaves_nothing_behind() {
-    let dir = scratch("bench");
-    let small = ["--size", "8M", "--memory", "16M", "--seconds", "1", "--depth", "8", "--format", "json"];
-    let result = |arguments: &[&str]| -> Value {
-        let output = bench(dir.path(), &[arguments, &small].concat());
-        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-        assert!(output.stderr.is_empty(), "no progress without a terminal: {output:?}");
-        serde_json::from_slice(&output.stdout).expect("JSON alone")
-    };
-    for (workload, from) in [("read", "shard"), ("write", "shard"), ("commit", "thread"), ("write", "thread")] {
-        let told = result(&[workload, "--from", from, "--clients", "2"]);
-        assert!(told["workload"] == workload && told["from"] == from && told["verified"] == true, "{told}");
-        assert!(told["ops_per_s"].as_f64().unwrap() > 0.0 && told["machine"].is_object(), "{told}");
-        let us = |name: &str| told["latency_us"][name].as_f64().unwrap();
-        assert!(
-            0.0 < us("p50") && us("p50") <= us("p99") && us("p99") <= us("p999") && us("p999") <= us("max"),
-            "{told}"
-        );
-    }
-    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "its store is removed");
-    // In a store with data of somebody's: it works beside it and leaves it alone.
-    let served = Served::start(&dir.path().join("mine"));
-    served.client().write(1, 0, b"mine");
-    assert!(served.stop().success());
-    result(&["write", "--dir", "mine"]);
-    assert_eq!(volumes(&dir.path().join("mine")), [("disk".into(), 1 << 30)]);
-    let served = Served::start(&dir.path().join("mine"));
-    assert_eq!(served.client().read(0, 4), b"mine");
-    let output = bench(dir.path(), &[&["write", "--dir", "mine"], &small[..]].concat());
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.code() == Some(1) && text.contains("open in another process"), "{text}");
-    assert!(served.stop().success());
-    for (wrong, says) in [
-        (&["read", "--size", "4097"][..], "4097"),
-        (&["read", "--size", "64K", "--depth", "64"], "a page for each operation"),
-        (&["write", "--depth", "0"], "0"),
-        (&["fly"], "qd-sweep"),
-        (&["read", "--memory", "1M"], "memory_bytes"),
-    ] {
-        let output = bench(dir.path(), wrong);
-        let text = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(!output.status.success() && text.starts_with("error: ") && text.contains(says), "{wrong:?}: {text}");
-    }
-    let sweep = bench(dir.path(), &["qd-sweep", "--size", "8M", "--memory", "16M", "--seconds", "1"]);
-    let table = String::from_utf8(sweep.stdout).unwrap();
-    let rows = |of: &str| table.lines().filter(|line| line.starts_with(of)).count();
-    assert!(rows("read ") == 9 && rows("write ") == 9 && table.contains("all 2048 pages verified"), "{table}");
-    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "only the user's own store is left");
-}
-
-#[test]
-fn an_interrupted_bench_removes_what_it_made() {
-    let dir = scratch("interrupted");
-    let arguments = ["bench", "write", "--size", "8M", "--memory", "16M", "--seconds", "60"];
-    let mut command = corepage(&arguments);
-    let mut child = command.current_dir(dir.path()).stderr(std::process::Stdio::piped()).spawn().expect("it runs");
-    let meta = || {
-        let made = std::fs::read_dir(dir.path()).unwrap().flatten().next();
-        made.is_some_and(|made| made.path().join("meta").exists())
-    };
-    while !meta() {
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
-    std::thread::sleep(std::time::Duration::from_millis(500));
-    rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::INT).unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(1));
-    let mut text = String::new();
-    child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
-    assert!(text.starts_with("error: interrupted"), "{text}");
-    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "it left its store behind");
-}
-
 /// Killed while a volume is being made smaller or deleted: it is whole, or it is cut; what was cut off never comes back, and what was
 /// not stays as it was.
 #[test]
 fn a_kill_while_a_volume_is_cut_leaves_it_whole_or_cut() {
-    use corepage::blocking::{Store, Volume};
-    use corepage::{Options, PageId};
     const PAGES: u64 = 30_000;
     const KEPT: u64 = 1000;
     let dir = scratch("cut");
@@ -328,4 +250,74 @@ fn a_kill_while_a_volume_is_cut_leaves_it_whole_or_cut() {
     }
     assert!(cut >= 2, "{cut} cut, {whole} whole");
     eprintln!("{cut} cut, {whole} whole; {halfway} shortened ones were found half-way");
+}
+
+#[test]
+fn stat_tells_each_shard_and_they_make_up_the_total() {
+    let dir = scratch("stat-shards");
+    let served = Served::start_with(dir.path(), &["--nbd", "tcp:127.0.0.1:0", "--shards", "2"]);
+    let mut client = served.client();
+    for n in 0..200 {
+        // Far enough from each other to be of both shards.
+        client.write(1, n * 4096 * 97, &[7; 4096]);
+    }
+    let told: Value =
+        serde_json::from_str(&done(dir.path(), &["stat", "--shards", "--count", "1", "--format", "json"]))
+            .expect("one line of JSON");
+    let shards = told["shards"].as_array().expect("each shard");
+    assert_eq!(shards.len(), 2);
+    let count = |of: &Value, name: &str| of["total"][name].as_u64().unwrap_or_else(|| panic!("{name} in {of}"));
+    for name in ["page_writes", "commits", "device_operations", "checksums", "bytes_written"] {
+        let sum: u64 = shards.iter().map(|shard| count(shard, name)).sum();
+        assert!(sum == count(&told, name) && shards.iter().all(|shard| count(shard, name) > 0), "{name}: {told}");
+    }
+    assert!(count(&told, "page_writes") >= 200);
+    for of in shards.iter().chain([&told]) {
+        let is_number = |name: &str| of[name].is_number();
+        assert!(is_number("iops") && is_number("hit_ratio") && is_number("commits_per_flush"), "{of}");
+        assert!(of["interval"]["commit_latency"]["p999_us"].is_number(), "{of}");
+    }
+    let without: Value =
+        serde_json::from_str(&done(dir.path(), &["stat", "--count", "1", "--format", "json"])).expect("JSON");
+    assert!(without["shards"].is_null() && without["total"].is_object(), "{without}");
+    let table = done(dir.path(), &["stat", "--shards", "--count", "2"]);
+    let ends: Vec<_> = table.lines().skip(2).map(|line| line.split_whitespace().last().expect("columns")).collect();
+    assert!(ends.len() == 6 && ends[1..3] == ["s0", "s1"] && ends[4..] == ["s0", "s1"], "{table}");
+    assert!(served.stop().success());
+}
+
+#[test]
+fn a_volume_that_is_not_there_is_not_asked_to_be_deleted() {
+    let dir = scratch("unknown");
+    let served = Served::start(dir.path());
+    let delete = ["volume", "delete", "dsik", "--dir", dir.path().to_str().expect("UTF-8")];
+    let output = corepage(&delete).output().expect("it runs");
+    let text = String::from_utf8(output.stderr).expect("UTF-8");
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("dsik") && text.contains("there are: disk") && !text.contains("--yes"), "{text}");
+    assert!(served.stop().success());
+}
+
+#[test]
+fn counters_of_the_device_and_of_checksums_add_up() {
+    let dir = scratch("counters");
+    let options = || Options { shards: Some(2), memory_bytes: 32 << 20, ..Options::default() };
+    let store = Store::open(dir.path(), options()).expect("it opens");
+    let volume = store.create_volume("v", 1 << 30).expect("there is room");
+    let before = store.stats().expect("it is open");
+    for n in 0..500 {
+        volume.write_back(PageId::new(n), vec![n as u8; 4096]).expect("there is room");
+    }
+    store.flush().expect("it is durable");
+    store.checkpoint().expect("all is in its place");
+    let now = store.stats().expect("it is open").since(&before);
+    assert!(now.pages_written >= 500 && now.coalesced_writes > 0, "{now:?}");
+    assert_eq!(now.coalesced_writes, now.pages_written - now.page_write_ops);
+    assert!(now.log_groups > 0 && now.nodes_written > 0);
+    // One for each page and node, two for each group, one for each of the two copies of a superblock.
+    assert!(now.checksums >= now.pages_written + now.nodes_written + 2 * now.log_groups + 2, "{now:?}");
+    assert!(now.device_flushes > now.flushes && now.flushes > 0, "a checkpoint flushes, too: {now:?}");
+    assert!(now.device_operations >= now.device_reads + now.device_writes + now.device_flushes, "{now:?}");
+    assert!(now.submissions > 0 && now.hit_ratio() <= 1.0);
+    store.close().expect("it closes");
 }
