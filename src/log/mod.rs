@@ -127,7 +127,7 @@ impl Log {
         let active = self.active.as_mut().expect("a segment was just begun");
         let position = Position {
             segment: active.no,
-            block: active.block,
+            block: if active.block > 0 && planted!(TailBlockRewritten) { active.block - 1 } else { active.block },
             generation: active.generation,
             number: self.next_number,
             prev_crc: self.prev_crc,
@@ -168,6 +168,8 @@ impl Log {
         if let Some(group) = self.in_flight.iter_mut().find(|g| g.number == number) {
             group.state = match group.state {
                 GroupState::Writing(1) => GroupState::Written,
+                GroupState::Writing(_) if planted!(FlushedTooSoon) => GroupState::Written,
+                state if !matches!(state, GroupState::Writing(_)) && planted!(FlushedTooSoon) => state,
                 GroupState::Writing(left) => GroupState::Writing(left - 1),
                 other => panic!("group {number} had no write under way: {other:?}"),
             };

@@ -53,6 +53,7 @@ pub(crate) fn find_superblock(disk: &mut dyn Disk, arena: &mut Arena) -> Result<
     let mut best: Option<Superblock> = None;
     let mut warnings = Vec::new();
     let mut other_version = None;
+    let mut failed = None;
     let mut unreadable = Vec::new();
     for copy in 0..SUPERBLOCK_COPIES {
         let offset = Superblock::offset(copy);
@@ -86,6 +87,7 @@ pub(crate) fn find_superblock(disk: &mut dyn Disk, arena: &mut Arena) -> Result<
             Err(error) => {
                 unreadable.push(copy);
                 warnings.push(format!("superblock copy {copy}: {error}"));
+                failed.get_or_insert(error);
             }
         }
     }
@@ -99,15 +101,10 @@ pub(crate) fn find_superblock(disk: &mut dyn Disk, arena: &mut Arena) -> Result<
             ),
         ));
     }
-    let newest = best.ok_or_else(|| {
-        Error::corrupt(format_args!(
-            "no superblock copy can be used ({}); restore the meta file from a backup",
-            warnings.join("; ")
-        ))
-    })?;
+    let Some(newest) = best else { return Err(no_superblock("no superblock copy can be used", &warnings, failed)) };
     // A store that was just created has written the copies of one generation only, and held nothing before.
     if newest.generation > 1 {
-        one_readable(&newest, &unreadable, &warnings)?;
+        one_readable(&newest, &unreadable, &warnings, failed)?;
     } else {
         warnings.retain(|warning| !warning.ends_with("is all zeros"));
     }
@@ -116,16 +113,30 @@ pub(crate) fn find_superblock(disk: &mut dyn Disk, arena: &mut Arena) -> Result<
 
 /// A crash spoils one copy at most. If both copies of the generation that may follow the newest are unreadable,
 /// that generation may have counted: then the state found is an older one, and its use would lose commits.
-fn one_readable(newest: &Superblock, unreadable: &[u64], warnings: &[String]) -> Result<()> {
+fn one_readable(newest: &Superblock, unreadable: &[u64], warnings: &[String], failed: Option<Error>) -> Result<()> {
     if !Superblock::copies_of(newest.generation + 1).iter().all(|copy| unreadable.contains(copy)) {
         return Ok(());
     }
-    Err(Error::corrupt(format_args!(
-        "both superblock copies that may be newer than generation {} are damaged ({}): opening the older state could \
-         lose commits; restore the meta file from a backup",
-        newest.generation,
-        warnings.join("; ")
-    )))
+    let what = format!(
+        "both superblock copies that may be newer than generation {} can't be used, and opening the older state could \
+         lose commits",
+        newest.generation
+    );
+    Err(no_superblock(&what, warnings, failed))
+}
+
+/// A device that could not be read says nothing about the store: a backup is needed only if what was read is wrong.
+fn no_superblock(what: &str, warnings: &[String], failed: Option<Error>) -> Error {
+    let all = warnings.join("; ");
+    match failed {
+        Some(error) => Error::new(
+            error.kind(),
+            format_args!(
+                "{what} ({all}). Nothing was changed; see that the device can be read, then open the store again"
+            ),
+        ),
+        None => Error::corrupt(format_args!("{what} ({all}); restore the meta file from a backup")),
+    }
 }
 
 /// Reads the roots and the extent table that the superblock names.

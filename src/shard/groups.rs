@@ -193,6 +193,7 @@ impl Shard {
     pub(super) fn group_written(&mut self, number: u64, result: Result<(), Error>) {
         match result {
             Ok(()) => self.log.write_completed(number),
+            Err(_) if planted!(WriteErrorForgotten) => self.log.write_completed(number),
             Err(error) => self.fail(error),
         }
     }
@@ -203,7 +204,7 @@ impl Shard {
         }
         let Some(set) = self.log.begin_flush() else { return };
         let mut files: SmallVec<[FileId; 4]> = set.segments.iter().map(|no| FileId::Log(self.id, *no)).collect();
-        if set.data {
+        if set.data && !planted!(DataNotFlushed) {
             files.push(FileId::Data);
         }
         self.flushing = true;
@@ -214,7 +215,9 @@ impl Shard {
     /// A flush has ended: what it covered is durable, or nothing is acknowledged any more.
     pub(super) fn group_flushed(&mut self, set: FlushSet, result: Result<(), Error>) {
         self.flushing = false;
-        if let Err(error) = result {
+        if let Err(error) = result
+            && !planted!(FlushErrorForgotten)
+        {
             self.fail(error);
             return;
         }

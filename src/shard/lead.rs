@@ -230,6 +230,7 @@ impl Shard {
         match self.lead.phase {
             Phase::Flush => match op {
                 DiskOp::Flush { .. } => self.write_superblock(0),
+                _ if planted!(RootsNotFlushed) => self.write_superblock(0),
                 _ => {
                     let files = smallvec::smallvec![FileId::Data, FileId::Meta, FileId::Table];
                     self.checkpoint_op(DiskOp::Flush { files });

@@ -168,8 +168,12 @@ impl Shard {
         let Some(recovering) = &mut self.recovering else { return };
         let Some(Load { head, bytes, .. }) = recovering.load.take() else { return };
         let (redo, cut, deal, id) = (recovering.redo, recovering.cut, self.deal, self.id);
-        let commits =
-            decode(&head, &Bytes::from(bytes), |lsn| lsn > redo && lsn <= cut, |key| deal.shard_of(key) == id);
+        let commits = decode(
+            &head,
+            &Bytes::from(bytes),
+            |lsn| lsn > redo && (lsn <= cut || planted!(CutIgnored)),
+            |key| deal.shard_of(key) == id,
+        );
         match commits {
             Some(commits) => recovering.commits.extend(commits),
             None => {
@@ -248,7 +252,7 @@ impl Shard {
                     self.set_content(idx, offset as usize, &bytes);
                 }
             }
-            RedoKind::Free if page.absent => return,
+            RedoKind::Free if page.absent || planted!(FreeNotRedone) => return,
             RedoKind::Free => {
                 page.frame = None;
                 page.absent = true;

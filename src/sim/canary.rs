@@ -2,16 +2,29 @@
 //!
 //! A place in the engine or in the simulated disk asks [`planted`] at the moment at which the bug would do its
 //! damage, and misbehaves if the answer is yes. Bugs are planted per thread: recovery, too, can ask. The question counts,
-//! so that a test can tell "not caught" from "never reached". To add one: a variant, its line in [`Canary::ALL`], and
-//! one question in the code.
+//! so that a test can tell "not caught" from "never reached". To add one: its line in the list, and one question in the code.
 //!
 //! It is compiled for tests and for the feature `sim` only, never into a release of the engine.
 
 use std::cell::Cell;
 
-/// A bug that can be planted; at most one at a time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Canary {
+/// The list of bugs: each a line of documentation and a name.
+macro_rules! canaries {
+    ($($(#[$doc:meta])+ $name:ident,)+) => {
+        /// A bug that can be planted; at most one at a time.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub enum Canary {
+            $($(#[$doc])+ $name,)+
+        }
+
+        impl Canary {
+            /// All of them.
+            pub const ALL: &[Canary] = &[$(Canary::$name,)+];
+        }
+    };
+}
+
+canaries! {
     /// A flush is reported as done and makes nothing durable. Planted in the simulated disk.
     FlushSkipped,
     /// A write that transferred only a part is taken for complete. Planted in the simulated disk.
@@ -54,34 +67,35 @@ pub enum Canary {
     PlacedUnchecked,
     /// A new epoch begins right above the LSNs found, not above those that may have been drawn.
     LsnsReused,
+    /// A flush that failed is taken for done: the next one succeeds, and proves nothing.
+    FlushErrorForgotten,
+    /// A log write that failed is taken for done.
+    WriteErrorForgotten,
+    /// A page that could not be read is served as whatever its memory held.
+    ReadErrorForgotten,
+    /// A flush is submitted when the first of a group's writes has completed, not the last.
+    FlushedTooSoon,
+    /// A flush covers the log only, not the pages that its groups wrote straight to their places.
+    DataNotFlushed,
+    /// The superblock is written before a flush of the roots that it names.
+    RootsNotFlushed,
+    /// A group begins with the last block of the one before, which holds acknowledged records.
+    TailBlockRewritten,
+    /// A page version goes into the map when it is written, whether its commit is durable or not.
+    MappedTooSoon,
+    /// A page is served whatever its sum is.
+    PageSumIgnored,
+    /// A map node is used whatever its sum is.
+    NodeSumIgnored,
+    /// A gap at or below a recorded watermark is taken for the torn end of the log.
+    DamageTakenForTail,
+    /// Recovery redoes what lies above the cut, too.
+    CutIgnored,
+    /// Recovery leaves out that pages were freed.
+    FreeNotRedone,
 }
 
 impl Canary {
-    /// All of them.
-    pub const ALL: [Canary; 21] = [
-        Canary::FlushSkipped,
-        Canary::ShortWriteIgnored,
-        Canary::AcknowledgedEarly,
-        Canary::PlaceReusedEarly,
-        Canary::LogTrimmedEarly,
-        Canary::RecycledBeforeSuperblock,
-        Canary::RedoNotAwaited,
-        Canary::HoldIgnored,
-        Canary::ReadsNotHeld,
-        Canary::PartNotValidated,
-        Canary::VoteIgnored,
-        Canary::AcknowledgedUnseen,
-        Canary::PartDurableEarly,
-        Canary::PartsHoldNothingBack,
-        Canary::FlushForOwnShard,
-        Canary::IdleHoldsBack,
-        Canary::NobodyWoken,
-        Canary::GapIgnored,
-        Canary::PartIgnored,
-        Canary::PlacedUnchecked,
-        Canary::LsnsReused,
-    ];
-
     /// Whether this is the bug that is planted; does not count.
     pub fn is_planted(self) -> bool {
         PLANTED.with(Cell::get) == Some(self)

@@ -23,6 +23,7 @@ use crate::commit::GlobalOrder;
 use crate::disk::{Completion, Disk, OpId};
 use crate::error::{Error, Result};
 use crate::options::Options;
+use crate::recovery::RecoveryReport;
 use crate::shard::{Effect, Message, Request, Response, Shard, Token};
 use crate::types::{Deal, Lsn, Micros, ShardId};
 use std::sync::Arc;
@@ -71,6 +72,8 @@ pub struct Opened {
     pub clean: bool,
     /// The state is that of this LSN.
     pub cut: Lsn,
+    /// Copies of the superblock that could not be used.
+    pub warnings: usize,
 }
 
 /// What came of a step.
@@ -124,8 +127,8 @@ impl Cluster {
     pub fn begin(disk: &SimDisk, options: &Options, shards: u16, rng: &mut Rng) -> Result<(Cluster, Opened)> {
         let mut rng = rng.fork(3);
         let opening = crate::recovery::begin(&mut disk.clone(), options, shards, rng.draw(), disk.now())?;
-        let report = opening.report;
-        let opened = Opened { created: report.created, clean: report.clean, cut: report.cut };
+        let RecoveryReport { created, clean, cut, warnings, .. } = opening.report;
+        let opened = Opened { created, clean, cut, warnings: warnings.len() };
         assert_eq!(opening.shards.len(), usize::from(shards), "as many shards as asked for");
         let now = Some(disk.now());
         let node = |shard| Node { shard, requests: Vec::new(), completions: Vec::new(), free_at: 0, woken_at: now };

@@ -1,9 +1,9 @@
 //! Devices that fail, fill up and rot, under the simulator.
 
-use super::disk::{Area, Damage, ENOSPC, Fault, Loss, OpKind};
+use super::disk::{Area, ENOSPC, Fault, Loss, OpKind};
 use super::model::page_bytes;
 use super::rng::Rng;
-use super::tests::plan;
+use super::tests::{plan, quiet};
 use super::workload::{self, Profile};
 use super::world::{Outcome, Plan, World};
 use crate::disk::FileId;
@@ -12,10 +12,6 @@ use crate::format::extent::data_blocks;
 use crate::options::Options;
 use crate::shard::{Change, Commit, Request};
 use crate::types::{BLOCK, PageId, PageKey, VolumeId};
-
-fn quiet(seed: u64) -> Plan {
-    Plan { recovery_crash_percent: 0, ..plan(seed) }
-}
 
 fn commit(changes: Vec<(PageKey, Change)>) -> Request {
     Request::Commit(Commit { reads: Vec::new(), changes, durable: true })
@@ -40,18 +36,13 @@ fn steps(world: &mut World, count: u32) -> Outcome {
     (0..count).try_for_each(|_| world.step())
 }
 
-fn tolerate_errors(world: &mut World) {
-    let tolerance = world.oracle.tolerance();
-    world.oracle.tolerate(super::oracle::Tolerance { io: true, ..tolerance });
-}
-
 /// One error of the device, at some time; then everything that the contract says about a store that has failed.
 fn fails_and_stops(seed: u64, fault: Fault) -> Outcome<u64> {
     let mut world = World::new(quiet(seed));
     world.begin()?;
     steps(&mut world, 60)?;
     world.disk.inject(fault);
-    tolerate_errors(&mut world);
+    world.tolerate_errors(true);
     for _ in 0..3_000 {
         world.step()?;
         if world.disk.counters().faults() > 0 {
@@ -77,8 +68,7 @@ fn fails_and_stops(seed: u64, fault: Fault) -> Outcome<u64> {
     let unknown = world.oracle.counters().unknown;
     let mut rng = Rng::new(seed);
     world.reopen(Loss::random(&mut rng))?;
-    let tolerance = world.oracle.tolerance();
-    world.oracle.tolerate(super::oracle::Tolerance { io: false, ..tolerance });
+    world.tolerate_errors(false);
     steps(&mut world, 100)?;
     world.settle()?;
     world.reopen(Loss::random(&mut rng))?;
@@ -124,7 +114,7 @@ fn a_read_error_is_an_error_and_never_wrong_data() {
         let answer = world.call(Request::Close)?;
         answer.map_err(|error| error.to_string())?;
         world.reopen_unchecked(Loss::Nothing)?;
-        tolerate_errors(&mut world);
+        world.tolerate_errors(true);
         for after in 0..6 {
             world.disk.inject(Fault::once(OpKind::Read, Area::Any, after * 2));
         }
@@ -132,8 +122,7 @@ fn a_read_error_is_an_error_and_never_wrong_data() {
         world.settle()?;
         fired += world.disk.counters().faults_read;
         world.disk.clear_faults();
-        let tolerance = world.oracle.tolerance();
-        world.oracle.tolerate(super::oracle::Tolerance { io: false, ..tolerance });
+        world.tolerate_errors(false);
         steps(&mut world, 100)?;
         world.settle()?;
         world.reopen(Loss::Everything)
@@ -209,21 +198,24 @@ fn a_file_system_without_space_is_a_full_store_until_there_is_space() {
     });
 }
 
+/// More pages than there is room for: compaction never rests.
+pub(super) fn full_store(seed: u64) -> Plan {
+    let mut rng = Rng::new(seed);
+    let options = workload::options(&mut rng);
+    let shards = (1 + seed % 4).min(options.geometry.vshards_count.into()) as u16;
+    let extents = rng.within(13, 15) * u64::from(shards);
+    let options = Options { data_bytes_max: extents * options.geometry.extent_bytes, ..options };
+    // More pages than there is room for, over all shards: it is full with any number of them.
+    let blocks = extents * options.geometry.extent_bytes / BLOCK as u64;
+    let universe = (0..blocks).map(|n| key((n % 8) * 512 + n / 8)).collect();
+    let profile = Profile { universe, ..Profile::random(&mut rng) };
+    Plan { options: Some(options), profile: Some(profile), shards: 1..=shards, ..plan(seed) }
+}
+
 /// Random work with little space: the check is that of all runs.
 #[test]
 fn crashes_of_full_stores_lose_nothing() {
-    let total = super::tests::run_all("crashes_of_full_stores_lose_nothing", 25, |seed| {
-        let mut rng = Rng::new(seed);
-        let options = workload::options(&mut rng);
-        let shards = (1 + seed % 4).min(options.geometry.vshards_count.into()) as u16;
-        let extents = rng.within(13, 15) * u64::from(shards);
-        let options = Options { data_bytes_max: extents * options.geometry.extent_bytes, ..options };
-        // More pages than there is room for, over all shards: it is full with any number of them.
-        let blocks = extents * options.geometry.extent_bytes / BLOCK as u64;
-        let universe = (0..blocks).map(|n| key((n % 8) * 512 + n / 8)).collect();
-        let profile = Profile { universe, ..Profile::random(&mut rng) };
-        Plan { options: Some(options), profile: Some(profile), shards: 1..=shards, ..plan(seed) }
-    });
+    let total = super::tests::run_all("crashes_of_full_stores_lose_nothing", 25, full_store);
     if super::tests::many_seeds() {
         assert!(total.oracle.full > 100, "{} commits refused: it never was full", total.oracle.full);
         assert!(total.oracle.spread_full > 10, "no commit over shards was refused as full");
@@ -308,50 +300,6 @@ fn an_idle_store_asks_for_no_turns() {
         }
         Err(format!("it never comes to rest: {}", world.cluster().describe()))
     });
-}
-
-/// Bit rot, lost and misdirected writes on a store that was closed: named, never served, never a panic.
-#[test]
-fn damage_to_a_closed_store_is_named_and_never_served() {
-    let (mut changed, mut refused, mut harmless) = (0, 0, 0);
-    for seed in 1..=4 {
-        let mut world = World::new(Plan { profile: Some(small_profile(seed)), ..quiet(seed) });
-        world.begin().unwrap();
-        steps(&mut world, 400).unwrap();
-        world.close().unwrap();
-        let mut rng = Rng::new(seed);
-        for (file, len) in world.disk.files() {
-            for _ in 0..60 {
-                let blocks = len / 4096;
-                let block = rng.below(blocks);
-                let damage = match rng.below(4) {
-                    0 => Damage::Flip { bit: rng.below(4096 * 8) as usize },
-                    1 => Damage::Zero,
-                    2 => Damage::Stale,
-                    _ => Damage::Swap { with: rng.below(blocks) },
-                };
-                let image = world.disk.crash(Loss::Everything, &mut rng);
-                if !image.damage(file, block, damage) {
-                    continue;
-                }
-                changed += 1;
-                match world.inspect(image) {
-                    Ok(()) => harmless += 1,
-                    Err(Ok(why)) => {
-                        refused += 1;
-                        assert!(!why.is_empty());
-                    }
-                    Err(Err(why)) => panic!("seed {seed}: {file} block {block} {damage:?}: {why}"),
-                }
-            }
-        }
-    }
-    println!("{changed} damaged, {refused} refused, {harmless} in what nobody needs");
-    assert!(refused > 50, "{refused}");
-}
-
-fn small_profile(seed: u64) -> Profile {
-    Profile { in_flight: 4, ..Profile::random(&mut Rng::new(seed)) }
 }
 
 /// A store that loses a little space with every crash is full one day, whatever is freed.

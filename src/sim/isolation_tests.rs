@@ -5,7 +5,7 @@
 
 use super::model::page_bytes;
 use super::rng::Rng;
-use super::tests::{SHARDS_MAX, plan};
+use super::tests::{SHARDS_MAX, quiet};
 use super::workload;
 use super::world::{Outcome, Plan, World};
 use crate::error::ErrorKind;
@@ -32,7 +32,7 @@ fn wide(seed: u64) -> World {
     let geometry = crate::options::Geometry { vshards_count: 8, ..options.geometry.clone() };
     let options = Options { geometry, ..options };
     let shards = SHARDS_MAX.min(2)..=SHARDS_MAX;
-    World::new(Plan { options: Some(options), recovery_crash_percent: 0, shards, ..plan(seed) })
+    World::new(Plan { options: Some(options), shards, ..quiet(seed) })
 }
 
 /// The page `n` of run `run`: neighbouring runs are of different shards.

@@ -2,7 +2,7 @@
 //!
 //! Read in this order: [`rng`] (chance), [`disk`] (the device that loses, tears and fails), [`net`], [`pace`] and
 //! [`cluster`] (shards that talk, each at its own speed), [`model`] and [`oracle`] (what must hold), [`workload`] (what
-//! clients do), [`world`] (who runs it all), [`canary`] (bugs that must be found).
+//! clients do), [`world`] (who runs it all), `harm` (errors and damage on the way), [`canary`] (bugs that must be found).
 //!
 //! Invariants
 //! 1. One thread, a virtual clock, one seed: the same plan gives the same trace, to the bit.
@@ -15,6 +15,7 @@ pub mod canary;
 pub mod cluster;
 pub mod disk;
 mod drive;
+mod harm;
 pub mod model;
 pub mod net;
 pub mod oracle;
@@ -25,11 +26,17 @@ pub mod workload;
 pub mod world;
 
 #[cfg(test)]
+mod damage_tests;
+#[cfg(test)]
+mod error_tests;
+#[cfg(test)]
 mod fault_tests;
 #[cfg(test)]
 mod isolation_tests;
 #[cfg(test)]
 mod oracle_tests;
+#[cfg(test)]
+mod small_tests;
 #[cfg(test)]
 mod tests;
 

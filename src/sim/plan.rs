@@ -2,7 +2,8 @@
 
 use super::canary::Canary;
 use super::cluster::ClusterCounters;
-use super::disk::{DiskCounters, Fault};
+use super::disk::DiskCounters;
+use super::harm::DamageCounters;
 use super::oracle::OracleCounters;
 use super::rng::mix;
 use super::workload::Profile;
@@ -22,10 +23,12 @@ pub struct Plan {
     pub events_max: u64,
     /// Of a hundred recoveries, how many are crashed into.
     pub recovery_crash_percent: u64,
+    /// Of a hundred lives, and of a hundred recoveries, how many meet an error of the device.
+    pub fault_percent: u64,
+    /// Of a hundred crashes, how many leave a disk of which a block is damaged, too.
+    pub damage_percent: u64,
     /// A planted bug.
     pub canary: Option<Canary>,
-    /// Errors of the device, from the second life on, in every life.
-    pub faults: Vec<Fault>,
     /// Instead of the seed's own.
     pub options: Option<Options>,
     /// Instead of the seed's own.
@@ -43,6 +46,14 @@ pub struct Tally {
     pub crashes_in_recovery: u64,
     /// Of those, crashes in the recovery after such a crash.
     pub crashes_in_second_recovery: u64,
+    /// Of those, crashes in the recovery after such two.
+    pub crashes_in_third_recovery: u64,
+    /// Openings that an error of the device has ended.
+    pub failed_openings: u64,
+    /// Lives that an error of the device has ended.
+    pub failed_lives: u64,
+    /// Damage to what crashes left.
+    pub damage: DamageCounters,
     /// Clean closes.
     pub closes: u64,
     /// Requests made.
@@ -87,6 +98,10 @@ impl Tally {
         self.crashes += other.crashes;
         self.crashes_in_recovery += other.crashes_in_recovery;
         self.crashes_in_second_recovery += other.crashes_in_second_recovery;
+        self.crashes_in_third_recovery += other.crashes_in_third_recovery;
+        self.failed_openings += other.failed_openings;
+        self.failed_lives += other.failed_lives;
+        self.damage.add(&other.damage);
         self.closes += other.closes;
         self.requests += other.requests;
         self.virtual_us += other.virtual_us;

@@ -1,10 +1,17 @@
 //! The promises of the store, kept through thousands of crashes, errors of the device and planted bugs.
 //!
-//! `COREPAGE_SEED=n` runs one seed, `COREPAGE_SEEDS=n` so many; each failure prints the command that repeats it.
+//! `COREPAGE_SEED=n` runs one seed, `COREPAGE_SEEDS=n` so many, `COREPAGE_IMAGES=n` recovers so many images of each crash; each
+//! failure prints the command that repeats it.
 
-use super::canary::{Canary, take_fired};
-use super::world::{Failure, Plan, Tally, run};
+use super::canary::{Canary, plant, take_fired};
+use super::world::{Failure, Outcome, Plan, Tally, run};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// Without anything that breaks but by what the test itself does.
+pub(super) fn quiet(seed: u64) -> Plan {
+    Plan { recovery_crash_percent: 0, fault_percent: 0, damage_percent: 0, ..plan(seed) }
+}
 
 /// Most shards of a store in these tests.
 pub(super) const SHARDS_MAX: u16 = 4;
@@ -13,18 +20,19 @@ pub(super) fn plan(seed: u64) -> Plan {
     Plan {
         seed,
         lives: 25,
-        images: 2,
+        images: number("COREPAGE_IMAGES").unwrap_or(2) as u32,
         events_max: 600,
         recovery_crash_percent: 20,
+        fault_percent: 10,
+        damage_percent: 10,
         canary: None,
-        faults: Vec::new(),
         options: None,
         profile: None,
         shards: 1..=SHARDS_MAX,
     }
 }
 
-fn number(name: &str) -> Option<u64> {
+pub(super) fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }
 
@@ -78,7 +86,7 @@ pub(super) fn run_all(test: &str, usual: u64, plan_of: impl Fn(u64) -> Plan + Sy
 }
 
 /// Does `work` on a thread for each core.
-fn on_all_cores<T: Send>(work: impl Fn() -> T + Sync) -> Vec<T> {
+pub(super) fn on_all_cores<T: Send>(work: impl Fn() -> T + Sync) -> Vec<T> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..cores).map(|_| scope.spawn(&work)).collect();
@@ -90,6 +98,30 @@ fn on_all_cores<T: Send>(work: impl Fn() -> T + Sync) -> Vec<T> {
 pub(super) fn complain(test: &str, failure: &Failure) -> ! {
     let seed = failure.seed;
     panic!("{failure}\nrepeat: COREPAGE_SEED={seed} cargo test --lib {test} -- --nocapture")
+}
+
+/// Runs all of `cases`, on all cores, and adds up; fails with the first that fails.
+pub(super) fn run_cases<C: Sync + std::fmt::Debug>(cases: &[C], run: impl Fn(&C) -> Outcome<Tally> + Sync) -> Tally {
+    let next = AtomicU64::new(0);
+    let work = || {
+        let mut total = Tally::default();
+        while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
+            let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(case)));
+            match caught.unwrap_or_else(|_| Err("panic: see above".into())) {
+                Ok(tally) => total.add(&tally),
+                Err(why) => {
+                    next.store(u64::MAX / 2, Ordering::Relaxed);
+                    return Err(format!("{case:?}: {why}"));
+                }
+            }
+        }
+        Ok(total)
+    };
+    let mut total = Tally::default();
+    for result in on_all_cores(work) {
+        total.add(&result.unwrap_or_else(|why| panic!("{why}")));
+    }
+    total
 }
 
 fn must(test: &str, result: Result<Tally, Failure>) -> Tally {
@@ -118,6 +150,43 @@ fn same_seed_same_trace() {
     }
 }
 
+/// What became of a planted bug.
+struct Found {
+    canary: Canary,
+    fired: u64,
+    /// Which runs have caught it, and what they said.
+    caught: Option<(String, String)>,
+    took: Duration,
+}
+
+/// Looks for a planted bug, with the runs that every change has to pass.
+#[allow(clippy::disallowed_methods)] // How long it took is told, and nothing depends on it.
+fn hunt(canary: Canary) -> Found {
+    take_fired();
+    let begun = Instant::now();
+    let random = |name: &str, plan: fn(u64) -> Plan, seeds: std::ops::RangeInclusive<u64>| {
+        seeds.into_iter().find_map(|seed| {
+            let failure = run(&Plan { canary: Some(canary), ..plan(seed) }).err()?;
+            Some((format!("{name}, seed {seed}"), failure.why))
+        })
+    };
+    let ordinary = |seeds| random("acknowledged_commits_survive_every_crash", plan, seeds);
+    let special = |name: &str, run: fn() -> Outcome| {
+        plant(Some(canary));
+        let caught = std::panic::catch_unwind(run).unwrap_or_else(|_| Err("panic".into()));
+        plant(None);
+        caught.err().map(|why| (name.to_owned(), why))
+    };
+    let caught = ordinary(1..=15)
+        .or_else(|| special("damage_to_any_sector_of_a_closed_store_is_noticed", super::damage_tests::smallest))
+        .or_else(|| special("every_operation_may_fail_in_every_way", super::error_tests::smallest))
+        .or_else(|| random("crashes_of_full_stores_lose_nothing", super::fault_tests::full_store, 1..=25))
+        .or_else(|| ordinary(16..=200));
+    let first_line = |why: String| why.lines().next().unwrap_or_default().chars().take(120).collect();
+    let caught = caught.map(|(by, why)| (by, first_line(why)));
+    Found { canary, fired: take_fired(), caught, took: begun.elapsed() }
+}
+
 /// A checker that can't fail is a defect: every planted bug must do its damage and be found, by the same runs.
 #[test]
 fn every_planted_bug_fires_and_is_caught() {
@@ -125,18 +194,18 @@ fn every_planted_bug_fires_and_is_caught() {
     let work = || {
         let mut found = Vec::new();
         while let Some(&canary) = Canary::ALL.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
-            take_fired();
-            let caught = (1..=100).find_map(|seed| run(&Plan { canary: Some(canary), ..plan(seed) }).err());
-            let why = caught.as_ref().map(|failure| failure.to_string());
-            let why = why.map(|text| text.lines().next().unwrap_or_default().chars().take(300).collect::<String>());
-            found.push((canary, take_fired(), why));
+            found.push(hunt(canary));
         }
         found
     };
-    let found: Vec<_> = on_all_cores(work).into_iter().flatten().collect();
-    for (canary, fired, why) in &found {
-        println!("{canary:?}: fired {fired} times, caught by {why:?}");
+    let mut found: Vec<_> = on_all_cores(work).into_iter().flatten().collect();
+    found.sort_by_key(|found| found.canary);
+    println!("| planted bug | fired | caught by | after | how it showed |");
+    for Found { canary, fired, caught, took } in &found {
+        let (by, why) = caught.clone().unwrap_or(("NOTHING".into(), String::new()));
+        println!("| {canary:?} | {fired} | {by} | {} ms | {why} |", took.as_millis());
     }
-    let missed: Vec<_> = found.iter().filter(|(_, fired, why)| *fired == 0 || why.is_none()).collect();
+    let missed = found.iter().filter(|found| found.fired == 0 || found.caught.is_none());
+    let missed: Vec<_> = missed.map(|found| (found.canary, found.fired)).collect();
     assert!(missed.is_empty(), "never reached, or not caught: {missed:?}");
 }

@@ -150,7 +150,7 @@ pub fn options(rng: &mut Rng) -> Options {
     Options {
         geometry: Geometry {
             extent_bytes: *rng.pick(&[64, 64, 128]) * 1024,
-            segment_bytes: *rng.pick(&[64, 128, 256, 256]) * 1024,
+            segment_bytes: *rng.pick(&[64, 64, 64, 128, 256]) * 1024,
             segments_count: rng.within(4, 6) as u32,
             vshards_count: *rng.pick(&[1, 2, 4, 8, 8, 16]),
         },

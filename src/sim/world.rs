@@ -13,7 +13,8 @@
 
 use super::canary::plant;
 use super::cluster::{Cluster, Opened};
-use super::disk::{Fault, Latency, Loss, SimDisk};
+use super::disk::{Latency, Loss, SimDisk};
+use super::harm::is_of_the_device;
 use super::net::Mark;
 use super::oracle::{Oracle, Tolerance};
 pub use super::plan::{Failure, Plan, Tally};
@@ -28,12 +29,14 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Events after the answer to `Close` within which all shards are closed.
 const CLOSING_MAX: u32 = 10_000;
+/// Crashes of recoveries, one in another.
+const RECOVERY_CRASHES_MAX: u32 = 3;
 /// Steps without an event of the disk, after which somebody asks for a checkpoint.
 const QUIET_STEPS_MAX: u32 = 10_000;
 
 /// The world.
 pub struct World {
-    plan: Plan,
+    pub(super) plan: Plan,
     pub(super) rng: Rng,
     pub(super) options: Options,
     pub(super) workload: Workload,
@@ -119,9 +122,6 @@ impl World {
         self.begin()?;
         for life in 0..self.plan.lives {
             self.life = life;
-            if life > 0 {
-                self.inject();
-            }
             self.live()?;
             self.end()?;
         }
@@ -137,40 +137,46 @@ impl World {
         Ok(())
     }
 
-    fn inject(&mut self) {
-        for fault in &self.plan.faults {
-            let after = self.rng.below(fault.after + 1);
-            self.disk.inject(Fault { after, ..fault.clone() });
-        }
-    }
-
-    /// Opens what is on the disk, through up to two crashes in recovery.
+    /// Opens what is on the disk, through up to three crashes in recovery and errors of the device.
     pub(super) fn open(&mut self) -> Outcome<Opened> {
         for depth in 0.. {
             let at = self.disk.events();
-            if depth < 2 && self.rng.chance(self.plan.recovery_crash_percent) {
+            if depth < RECOVERY_CRASHES_MAX && self.rng.chance(self.plan.recovery_crash_percent) {
                 self.disk.cut_power_after(self.rng.within(1, self.recovery_events));
+            }
+            let fails = depth < RECOVERY_CRASHES_MAX && self.rng.chance(self.plan.fault_percent);
+            if fails {
+                self.plan_fault(self.recovery_events / 2);
             }
             let opened = self.open_once();
             self.check_disk()?;
             if self.disk.is_off() {
                 self.tally.crashes_in_recovery += 1;
                 self.tally.crashes_in_second_recovery += u64::from(depth > 0);
-                let loss = Loss::random(&mut self.rng);
-                let image = self.disk.crash(loss, &mut self.rng);
-                self.replace_disk(image);
-                continue;
+                self.tally.crashes_in_third_recovery += u64::from(depth > 1);
+            } else if fails && self.disk.counters().faults() > 0 {
+                // Whatever it says: what it has left behind is to be recovered.
+                self.tally.failed_openings += 1;
+                opened?.map_or_else(|error| is_of_the_device(&error), |_| Ok(()))?;
+            } else {
+                if fails {
+                    self.disk.clear_faults();
+                    self.tolerate_errors(false);
+                }
+                let (cluster, mut opened) = opened?.map_err(|error| format!("recovery: {error}"))?;
+                // A recovery that was crashed into may have begun to use the store again.
+                opened.clean |= depth > 0;
+                self.disk.keep_power();
+                // Crashes come at any event of a recovery, mostly; some come to nothing, so that the end is reached.
+                self.recovery_events = (self.disk.events() - at + 2).max(8);
+                self.begin_life(cluster);
+                return Ok(opened);
             }
-            let (cluster, mut opened) = opened?.map_err(|error| format!("recovery: {error}"))?;
-            // A recovery that was crashed into may have begun to use the store again.
-            opened.clean |= depth > 0;
-            self.disk.keep_power();
-            // Crashes come at any event of a recovery, mostly; some come to nothing, so that the end is reached.
-            self.recovery_events = (self.disk.events() - at + 2).max(8);
-            self.begin_life(cluster);
-            return Ok(opened);
+            let loss = Loss::random(&mut self.rng);
+            let image = self.disk.crash(loss, &mut self.rng);
+            self.replace_disk(image);
         }
-        unreachable!("the loop ends with the third recovery")
+        unreachable!("the loop ends with the last recovery")
     }
 
     /// Opens what is on the disk with any number of shards.
@@ -187,8 +193,32 @@ impl World {
         Ok(cluster.finish_opening()?.map(|()| (cluster, opened)))
     }
 
+    /// Opens what is on the disk, once; that it can't be opened is an answer.
+    pub(super) fn try_open(&mut self) -> Outcome<StoreResult<Opened>> {
+        let opened = self.open_once()?;
+        self.check_disk()?;
+        Ok(opened.map(|(cluster, opened)| {
+            self.begin_life(cluster);
+            opened
+        }))
+    }
+
+    /// Takes what a crash now leaves for the disk.
+    pub(super) fn crash(&mut self, loss: Loss) -> Outcome {
+        self.let_go(usize::MAX)?;
+        self.oracle.on_crash();
+        self.end_life();
+        let image = self.disk.crash(loss, &mut self.rng);
+        self.replace_disk(image);
+        Ok(())
+    }
+
     fn begin_life(&mut self, cluster: Cluster) {
         self.end_life();
+        self.go_on_with(cluster);
+    }
+
+    fn go_on_with(&mut self, cluster: Cluster) {
         self.oracle.deal(cluster.deal());
         let tolerance = self.oracle.tolerance();
         self.oracle.tolerate(Tolerance { commit_bytes_max: cluster.txn_bytes_max(), ..tolerance });
@@ -196,7 +226,23 @@ impl World {
         self.cluster = Some(cluster);
     }
 
-    fn end_life(&mut self) {
+    /// Recovers and checks what a crash at this moment would leave behind; the run goes on as if nothing had been.
+    pub(super) fn peek(&mut self, loss: Loss) -> Outcome {
+        let cluster = self.cluster.take().expect("the store is open");
+        let (lingering, stats) = (std::mem::take(&mut self.lingering), std::mem::take(&mut self.stats));
+        let image = self.disk.crash(loss, &mut self.rng);
+        let disk = std::mem::replace(&mut self.disk, image);
+        self.tally.crashes += 1;
+        let checked = self.open().and_then(|opened| self.check(opened));
+        self.end_life();
+        let image = std::mem::replace(&mut self.disk, disk);
+        self.tally.disk.add(&image.counters());
+        (self.lingering, self.stats) = (lingering, stats);
+        self.go_on_with(cluster);
+        checked.map(drop).map_err(|why| format!("after {loss:?}: {why}"))
+    }
+
+    pub(super) fn end_life(&mut self) {
         if let Some(cluster) = self.cluster.take() {
             self.tally.cluster.add(&cluster.counters());
             self.tally.add_stats(&self.stats_told());
@@ -230,9 +276,16 @@ impl World {
             }
             return self.close();
         }
+        if self.rng.chance(self.plan.fault_percent) {
+            self.plan_fault(events / 2);
+        }
         self.disk.cut_power_after(events);
         while !self.disk.is_off() {
             self.busy_steps()?;
+            if self.cluster().failure().is_some() {
+                self.tally.failed_lives += 1;
+                return self.after_failure();
+            }
         }
         Ok(())
     }
@@ -242,7 +295,7 @@ impl World {
         let before = self.disk.events();
         for _ in 0..QUIET_STEPS_MAX {
             self.step()?;
-            if self.disk.events() > before || self.disk.is_off() {
+            if self.disk.events() > before || self.disk.is_off() || self.cluster().failure().is_some() {
                 return Ok(());
             }
         }
@@ -279,8 +332,12 @@ impl World {
         self.let_go(usize::MAX)?;
         self.oracle.on_crash();
         self.end_life();
+        self.tolerate_errors(false);
         let crashed = self.disk.clone();
         let was_off = crashed.is_off();
+        if self.rng.chance(self.plan.damage_percent) {
+            self.damage_something(&crashed)?;
+        }
         for n in 0..self.plan.images {
             let loss = Loss::random(&mut self.rng);
             let image = crashed.crash(loss, &mut self.rng);
@@ -300,11 +357,7 @@ impl World {
 
     /// Opens the store again on the disk as it is.
     pub(super) fn reopen(&mut self, loss: Loss) -> Outcome {
-        self.let_go(usize::MAX)?;
-        self.oracle.on_crash();
-        self.end_life();
-        let image = self.disk.crash(loss, &mut self.rng);
-        self.replace_disk(image);
+        self.crash(loss)?;
         let opened = self.open()?;
         let cut = self.check(opened)?;
         self.oracle.restart_at(cut, opened.cut);
@@ -314,53 +367,15 @@ impl World {
 
     /// The same without looking at any page: nothing is in memory yet.
     pub(super) fn reopen_unchecked(&mut self, loss: Loss) -> Outcome {
-        self.oracle.on_crash();
-        self.end_life();
-        let image = self.disk.crash(loss, &mut self.rng);
-        self.replace_disk(image);
+        self.crash(loss)?;
         let opened = self.open()?;
         self.oracle.restart_at(opened.cut, opened.cut);
         self.workload.on_restart();
         Ok(())
     }
 
-    /// Opens a damaged image of the closed store and reads everything: `Ok` if all is right, `Err(Ok)` with the
-    /// error that names the damage, `Err(Err)` if something wrong was served or the error is of another kind.
-    pub(super) fn inspect(&mut self, image: SimDisk) -> Result<(), Result<String, String>> {
-        let judged = |error: &crate::Error| match error.kind() {
-            crate::ErrorKind::Corrupt | crate::ErrorKind::Unsupported => Ok(error.to_string()),
-            _ => Err(format!("{:?}: {error}", error.kind())),
-        };
-        let disk = std::mem::replace(&mut self.disk, image);
-        let opened = self.open_once().map_err(Err);
-        let result = opened.and_then(|opened| opened.map_err(|error| judged(&error))).and_then(|(cluster, opened)| {
-            self.begin_life(cluster);
-            self.inspect_pages(opened.cut, judged)
-        });
-        self.end_life();
-        self.disk = disk;
-        result
-    }
-
-    fn inspect_pages(
-        &mut self,
-        cut: Lsn,
-        judged: impl Fn(&crate::Error) -> Result<String, String>,
-    ) -> Result<(), Result<String, String>> {
-        for key in self.workload.profile.universe.clone() {
-            match self.try_read_now(&[key]) {
-                Err(why) => return Err(Err(why)),
-                Ok(Err(error)) => return Err(judged(&error)),
-                Ok(Ok(pages)) => {
-                    self.oracle.judge_state(cut, true, &[(key, pages[0].clone())]).map_err(Err)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// Holds the whole state against the model; returns the cut that it shows.
-    fn check(&mut self, opened: Opened) -> Outcome<Lsn> {
+    pub(super) fn check(&mut self, opened: Opened) -> Outcome<Lsn> {
         let universe = self.workload.profile.universe.clone();
         let mut there = BTreeSet::new();
         // Not all at once: there may be less memory than pages.

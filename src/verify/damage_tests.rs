@@ -11,7 +11,7 @@ use crate::format::catalog;
 use crate::options::{Geometry, Options};
 use crate::recovery;
 use crate::shard::{Change, Commit, Request, Response, Together, Token};
-use crate::sim::disk::{Damage, Loss, SimDisk};
+use crate::sim::disk::{Damage, Loss, SECTORS, SimDisk};
 use crate::sim::rng::Rng;
 use crate::types::{BLOCK, PageId, PageKey, ShardId, VolumeId};
 use bytes::Bytes;
@@ -174,7 +174,7 @@ fn survey(disk: &SimDisk) -> BTreeMap<&'static str, Vec<(FileId, u64)>> {
     for (file, len) in disk.files() {
         for block in 0..len / BLOCK as u64 {
             let damaged = copy_of(disk);
-            assert!(damaged.damage(file, block, Damage::Flip { bit: 4099 }));
+            assert!(damaged.damage(file, block * SECTORS as u64, SECTORS, Damage::Flip { bit: 4099 }));
             let report = verify_disk(&mut damaged.clone()).expect("damage is in the report");
             match report.damaged.first() {
                 Some(damage) => {
@@ -219,11 +219,12 @@ fn damage_of_every_structure_is_named_and_never_served() {
             let others: Vec<u64> = all.iter().filter(|(f, b)| *f == file && *b != block).map(|(_, b)| *b).collect();
             let with = if others.is_empty() { block ^ 1 } else { *rng.pick(&others) };
             let bit = rng.below(BLOCK as u64 * 8) as usize;
-            let kinds = [Damage::Flip { bit }, Damage::Zero, Damage::Stale, Damage::Swap { with }];
+            let kinds =
+                [Damage::Flip { bit }, Damage::Zero, Damage::Stale, Damage::Swap { with: with * SECTORS as u64 }];
             for (n, damage) in kinds.into_iter().enumerate() {
                 let what = format!("{kind} {i}, block {block} of {file}, {damage:?}");
                 let damaged = copy_of(&disk);
-                if !damaged.damage(file, block, damage) {
+                if !damaged.damage(file, block * SECTORS as u64, SECTORS, damage) {
                     continue;
                 }
                 let report = verify_disk(&mut damaged.clone()).expect("damage is in the report");
@@ -241,7 +242,7 @@ fn damage_of_every_structure_is_named_and_never_served() {
     let dead = &places["nothing"];
     for (file, block) in dead.iter().copied().step_by(dead.len().div_ceil(40)) {
         let damaged = copy_of(&disk);
-        damaged.damage(file, block, Damage::Flip { bit: 77 });
+        damaged.damage(file, block * SECTORS as u64, SECTORS, Damage::Flip { bit: 77 });
         assert!(never_wrong(damaged, &model, "a block that nothing refers to"));
     }
 }

@@ -9,14 +9,14 @@
 //! It does *not* make crash images.
 
 use super::Latency;
-use super::fault::{self, DiskCounters, ENOSPC, Fault, OpKind};
+use super::fault::{self, DiskCounters, Fault, OpKind};
 use super::file::{Block, SECTOR, SECTORS, SimFile, Version};
 use crate::disk::{Completion, DiskOp, FileId, OpId};
 use crate::error::{Error, Result};
 use crate::sim::canary::{Canary, planted};
 use crate::sim::rng::{Rng, mix};
 use crate::types::{BLOCK, Micros};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 /// All of a simulated disk.
@@ -43,6 +43,8 @@ pub(super) struct State {
     pub(super) violation: Option<String>,
     pub(super) trace: u64,
     pub(super) zero: Block,
+    /// Blocks that were read, if somebody wants to know.
+    pub(super) read: Option<BTreeSet<(FileId, u64)>>,
 }
 
 /// An operation under way.
@@ -155,9 +157,7 @@ impl State {
             Some(errno) => {
                 self.counters.count_fault(kind);
                 self.fail(&flying);
-                let source = std::io::Error::from_raw_os_error(errno);
-                let error = Error::io(format_args!("{:?}", flying.op), source);
-                Err(if errno == ENOSPC { error.with_kind(crate::ErrorKind::Full) } else { error })
+                Err(fault::error_of(&flying.op, errno))
             }
             None if self.violation.is_some() => Err(Error::invalid("a rule of the disk seam was broken")),
             None => {
@@ -183,6 +183,9 @@ impl State {
                     for chunk in frame_bytes(frame).chunks_mut(BLOCK) {
                         let state = content.block(number).expect("checked at submission");
                         chunk.copy_from_slice(&state.visible()[..]);
+                        if let Some(read) = &mut self.read {
+                            read.insert((*file, number));
+                        }
                         number += 1;
                     }
                 }

@@ -6,6 +6,8 @@
 //! It does *not* decide what a failed operation leaves behind; the disk does, by chance.
 
 use crate::disk::{DiskOp, FileId};
+use crate::error::Error as StoreError;
+use std::io::ErrorKind;
 
 /// The kinds of operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,8 +36,8 @@ pub enum Area {
 /// An error to be injected.
 #[derive(Clone, Debug)]
 pub struct Fault {
-    /// The kind of operation that fails.
-    pub kind: OpKind,
+    /// The kind of operation that fails; `None`: any.
+    pub kind: Option<OpKind>,
     /// The files.
     pub area: Area,
     /// How many such operations go well before.
@@ -50,6 +52,23 @@ pub struct Fault {
 pub const EIO: i32 = 5;
 /// `ENOSPC`
 pub const ENOSPC: i32 = 28;
+/// No error number of a system: the transfer came to its end too early, and there is no more.
+pub const SHORT: i32 = 0;
+/// How operations can fail: `EIO`, `ENODATA` (a medium error of NVMe), `ENOSPC`, `EAGAIN`, `ECANCELED`, `EOPNOTSUPP`, and too
+/// short a transfer.
+pub const ERRNOS: [i32; 7] = [EIO, 61, ENOSPC, 11, 125, 95, SHORT];
+
+/// The error that the driver makes of an error number.
+pub(super) fn error_of(op: &DiskOp, errno: i32) -> StoreError {
+    let kind = OpKind::of(op);
+    let source = match (errno, kind) {
+        (SHORT, OpKind::Read) => ErrorKind::UnexpectedEof.into(),
+        (SHORT, _) => ErrorKind::WriteZero.into(),
+        _ => std::io::Error::from_raw_os_error(errno),
+    };
+    let error = StoreError::io(format_args!("{op:?}"), source);
+    if (errno, kind) == (ENOSPC, OpKind::Allocate) { error.with_kind(crate::ErrorKind::Full) } else { error }
+}
 
 /// What the disk did, and what the crashes did to it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -160,7 +179,7 @@ impl Area {
 impl Fault {
     /// The first such operation after `after` of them fails, once, with `EIO`.
     pub fn once(kind: OpKind, area: Area, after: u64) -> Self {
-        Fault { kind, area, after, forever: false, errno: EIO }
+        Fault { kind: Some(kind), area, after, forever: false, errno: EIO }
     }
 }
 
@@ -169,7 +188,7 @@ pub(super) fn strike(faults: &mut Vec<Fault>, op: &DiskOp) -> Option<i32> {
     let kind = OpKind::of(op);
     for index in 0..faults.len() {
         let fault = &mut faults[index];
-        if fault.kind != kind || !fault.area.holds(op) {
+        if fault.kind.is_some_and(|wanted| wanted != kind) || !fault.area.holds(op) {
             continue;
         }
         if fault.after > 0 {

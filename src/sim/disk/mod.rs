@@ -23,7 +23,7 @@ mod tests;
 
 pub use crash::Loss;
 pub use damage::Damage;
-pub use fault::{Area, DiskCounters, EIO, ENOSPC, Fault, OpKind};
+pub use fault::{Area, DiskCounters, EIO, ENOSPC, ERRNOS, Fault, OpKind, SHORT};
 pub use file::{SECTOR, SECTORS};
 
 use super::rng::Rng;
@@ -33,7 +33,7 @@ use crate::types::{BLOCK, Micros};
 use device::{State, power_is_off};
 use file::{Block, SimFile};
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 /// A simulated disk; clones are handles of the same one.
@@ -84,6 +84,7 @@ impl SimDisk {
             violation: None,
             trace: 0,
             zero,
+            read: None,
         })))
     }
 
@@ -163,6 +164,24 @@ impl SimDisk {
     /// A hash of everything that was submitted and completed, with times and contents.
     pub fn trace(&self) -> u64 {
         self.0.borrow().trace
+    }
+
+    /// What a block of a file holds that a read would give.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    pub fn block(&self, file: FileId, number: u64) -> Vec<u8> {
+        self.0.borrow().files[&file].block(number).expect("the block exists").visible().to_vec()
+    }
+
+    /// From now on it is noted which blocks are read.
+    pub fn note_reads(&self) {
+        self.0.borrow_mut().read = Some(BTreeSet::new());
+    }
+
+    /// The blocks that were read since that was to be noted.
+    pub fn take_reads(&self) -> BTreeSet<(FileId, u64)> {
+        self.0.borrow_mut().read.take().unwrap_or_default()
     }
 
     /// The files and their lengths.

@@ -191,11 +191,14 @@ fn damage_changes_the_durable_contents_as_named() {
     rig.flush().unwrap();
     rig.write(0, &[3]);
     rig.flush().unwrap();
-    assert!(rig.disk.damage(FileId::Data, 0, Damage::Stale));
+    assert!(rig.disk.damage(FileId::Data, 0, SECTORS, Damage::Stale));
     assert_eq!(rig.read(0), [1; 4096]);
-    assert!(rig.disk.damage(FileId::Data, 0, Damage::Swap { with: 1 }));
+    assert!(rig.disk.damage(FileId::Data, 0, SECTORS, Damage::Swap { with: 8 }));
     assert_eq!((rig.read(0)[0], rig.read(1)[0]), (2, 1));
-    assert!(rig.disk.damage(FileId::Data, 0, Damage::Flip { bit: 8 }));
+    assert!(rig.disk.damage(FileId::Data, 0, SECTORS, Damage::Flip { bit: 8 }));
     assert_eq!(rig.read(0)[..3], [2, 3, 2]);
-    assert!(rig.disk.damage(FileId::Data, 0, Damage::Zero) && !rig.disk.damage(FileId::Data, 2, Damage::Zero));
+    assert!(
+        rig.disk.damage(FileId::Data, 0, SECTORS, Damage::Zero)
+            && !rig.disk.damage(FileId::Data, 16, SECTORS, Damage::Zero)
+    );
 }

@@ -421,7 +421,7 @@ impl Oracle {
     }
 
     /// Holds a page, read after recovery, against the model at the cut.
-    fn judge_recovered(&self, key: PageKey, cut: Lsn, page: &PageRef) -> Verdict {
+    pub fn judge_recovered(&self, key: PageKey, cut: Lsn, page: &PageRef) -> Verdict {
         let version = self.model.at(key, cut);
         let right = match &version.page {
             Some(bytes) => page.lsn() == version.lsn && bytes[..] == page[..],

@@ -1,0 +1,121 @@
+//! Damage to every sector of a store: flipped, zeroed, stale and swapped, one sector or the block around it.
+//!
+//! Of a store that was closed, everything that opening it and reading it touches must be missed when it is damaged. Of one that
+//! was not, everything is damaged that is there. `COREPAGE_STORES=n` does it to n stores.
+
+use super::disk::{Damage, Loss, SECTORS};
+use super::harm::{DamageCounters, Damaged};
+use super::rng::{Rng, mix};
+use super::tests::{number, quiet, run_cases};
+use super::workload::{self, Profile};
+use super::world::{Outcome, Plan, Tally, World};
+use crate::disk::FileId;
+use crate::format::superblock::{SUPERBLOCK_BYTES, SUPERBLOCK_COPIES};
+use crate::types::BLOCK;
+
+/// A store, and which part of its sectors is to be damaged.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    seed: u64,
+    part: u64,
+    clean: bool,
+}
+
+const PARTS: u64 = 8;
+
+fn world(case: &Case) -> Outcome<World> {
+    let mut rng = Rng::new(mix(case.seed));
+    let mut options = workload::options(&mut rng);
+    options.geometry.segment_bytes = 64 << 10;
+    options.geometry.segments_count = 4;
+    let mut profile = Profile { in_flight: 4, ..Profile::random(&mut rng) };
+    profile.universe.truncate(60);
+    let shards = 1..=2;
+    let mut world = World::new(Plan { options: Some(options), profile: Some(profile), shards, ..quiet(case.seed) });
+    world.begin()?;
+    for _ in 0..500 {
+        world.step()?;
+    }
+    if case.clean {
+        world.close()?
+    }
+    world.let_go(usize::MAX)?;
+    Ok(world)
+}
+
+/// What is damaged: of a closed store the blocks that are read, of another one those with anything in them.
+fn targets(world: &mut World, case: &Case) -> Outcome<Vec<(FileId, u64)>> {
+    let image = world.disk.crash(Loss::Everything, &mut Rng::new(case.seed));
+    if case.clean {
+        image.note_reads();
+        let found = world.open_damaged(image.clone())?;
+        assert_eq!(found, Damaged::Harmless, "nothing is damaged yet");
+        return Ok(image.take_reads().into_iter().collect());
+    }
+    let blocks = |(file, len): (FileId, u64)| (0..len / BLOCK as u64).map(move |block| (file, block));
+    let is_used = |&(file, block): &(FileId, u64)| image.block(file, block).iter().any(|byte| *byte != 0);
+    Ok(image.files().into_iter().flat_map(blocks).filter(is_used).collect())
+}
+
+/// Copies of the superblock stand in for each other: one that is stale is as good as one that is not there.
+fn is_superblock(file: FileId, block: u64) -> bool {
+    file == FileId::Meta && block < SUPERBLOCK_COPIES * (SUPERBLOCK_BYTES / BLOCK) as u64
+}
+
+fn run(case: &Case) -> Outcome<Tally> {
+    let mut world = world(case)?;
+    let targets = targets(&mut world, case)?;
+    let mut rng = Rng::new(mix(case.seed ^ case.part));
+    let mine = targets.iter().enumerate().filter(|(n, _)| *n as u64 % PARTS == case.part).map(|(_, target)| *target);
+    for (file, block) in mine {
+        let first = block * SECTORS as u64;
+        let places = (0..SECTORS as u64).map(|n| (first + n, 1)).chain([(first, SECTORS)]);
+        for (at, count) in places {
+            // A block that looks as if it belonged here, where there is one.
+            let others: Vec<u64> = targets.iter().filter(|t| t.0 == file && t.1 != block).map(|t| t.1).collect();
+            let other = if others.is_empty() { 0 } else { *rng.pick(&others) };
+            let with = other * SECTORS as u64 + at - first;
+            let bit = rng.below((count * BLOCK / SECTORS * 8) as u64) as usize;
+            for damage in [Damage::Flip { bit }, Damage::Zero, Damage::Stale, Damage::Swap { with }] {
+                let image = world.disk.crash(Loss::Everything, &mut Rng::new(case.seed));
+                if !image.damage(file, at, count, damage) {
+                    continue;
+                }
+                let what = format!("{damage:?} of {count} sectors of {file} from {at} on");
+                let found = world.open_damaged(image).map_err(|why| format!("{what}: {why}"))?;
+                let missed = matches!(found, Damaged::Harmless | Damaged::Cut);
+                if case.clean && missed && !is_superblock(file, block) {
+                    return Err(format!("{what}: nobody has noticed"));
+                }
+            }
+        }
+    }
+    Ok(world.tally)
+}
+
+/// The runs in which planted bugs are looked for.
+pub(super) fn smallest() -> Outcome {
+    (0..PARTS).try_for_each(|part| run(&Case { seed: 1, part, clean: true }).map(drop))
+}
+
+fn run_all(seeds: u64, clean: bool) -> DamageCounters {
+    let cases: Vec<Case> =
+        (1..=seeds).flat_map(|seed| (0..PARTS).map(move |part| Case { seed, part, clean })).collect();
+    let damage = run_cases(&cases, run).damage;
+    println!("{seeds} stores, closed: {clean}: {damage:?}");
+    damage
+}
+
+/// If this fails, a rotten sector is served as data, or found by a user instead of by the store.
+#[test]
+fn damage_to_any_sector_of_a_closed_store_is_noticed() {
+    let damage = run_all(number("COREPAGE_STORES").unwrap_or(1), true);
+    assert!(damage.refused > 20 && damage.named > 1000 && damage.cut == 0, "{damage:?}");
+}
+
+/// If this fails, a crash and a rotten sector together serve wrong data, or lose in silence what the log says was durable.
+#[test]
+fn damage_to_any_sector_of_a_crashed_store_is_never_served() {
+    let damage = run_all(number("COREPAGE_STORES").unwrap_or(1), false);
+    assert!(damage.refused > 100 && damage.named > 100, "{damage:?}");
+}
