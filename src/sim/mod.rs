@@ -2,7 +2,8 @@
 //!
 //! Read in this order: [`rng`] (chance), [`disk`] (the device that loses, tears and fails), [`net`], [`pace`] and
 //! [`cluster`] (shards that talk, each at its own speed), [`model`] and [`oracle`] (what must hold), [`workload`] (what
-//! clients do), [`world`] (who runs it all), `harm` (errors and damage on the way), [`canary`] (bugs that must be found).
+//! clients do), [`world`] (who runs it all), `harm` (errors and damage on the way), [`shrink`] (a failing run made
+//! small), [`canary`] (bugs that must be found).
 //!
 //! Invariants
 //! 1. One thread, a virtual clock, one seed: the same plan gives the same trace, to the bit.
@@ -22,6 +23,7 @@ pub mod oracle;
 pub mod pace;
 pub mod plan;
 pub mod rng;
+pub mod shrink;
 pub mod workload;
 pub mod world;
 

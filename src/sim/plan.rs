@@ -6,6 +6,7 @@ use super::disk::DiskCounters;
 use super::harm::DamageCounters;
 use super::oracle::OracleCounters;
 use super::rng::mix;
+use super::shrink::Smaller;
 use super::workload::Profile;
 use crate::metrics::ShardStats;
 use crate::options::Options;
@@ -33,6 +34,8 @@ pub struct Plan {
     pub options: Option<Options>,
     /// Instead of the seed's own.
     pub profile: Option<Profile>,
+    /// What of the profile is left out.
+    pub smaller: Smaller,
     /// How many shards; each open draws their number anew, of those that the store allows.
     pub shards: std::ops::RangeInclusive<u16>,
 }

@@ -4,6 +4,7 @@
 //! failure prints the command that repeats it.
 
 use super::canary::{Canary, plant, take_fired};
+use super::shrink::{Smaller, shrink};
 use super::world::{Failure, Outcome, Plan, Tally, run};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -17,10 +18,10 @@ pub(super) fn quiet(seed: u64) -> Plan {
 pub(super) const SHARDS_MAX: u16 = 4;
 
 pub(super) fn plan(seed: u64) -> Plan {
-    Plan {
+    let plan = Plan {
         seed,
         lives: 25,
-        images: number("COREPAGE_IMAGES").unwrap_or(2) as u32,
+        images: number("COREPAGE_IMAGES").unwrap_or(4) as u32,
         events_max: 600,
         recovery_crash_percent: 20,
         fault_percent: 10,
@@ -28,7 +29,12 @@ pub(super) fn plan(seed: u64) -> Plan {
         canary: None,
         options: None,
         profile: None,
+        smaller: Smaller::default(),
         shards: 1..=SHARDS_MAX,
+    };
+    match std::env::var("COREPAGE_PLAN") {
+        Ok(text) => plan.read(&text).unwrap_or_else(|| panic!("COREPAGE_PLAN={text} is not a plan that was printed")),
+        Err(_) => plan,
     }
 }
 
@@ -79,7 +85,10 @@ pub(super) fn run_all(test: &str, usual: u64, plan_of: impl Fn(u64) -> Plan + Sy
         }
     }
     if let Some(failure) = failures.into_iter().min_by_key(|failure| failure.seed) {
-        complain(test, &failure);
+        eprintln!("{failure}\nrepeat: {}\nmaking it smaller ...", repeat(test, failure.seed, None));
+        let plan = plan_of(failure.seed);
+        let (plan, failure) = shrink(&plan, failure);
+        panic!("{failure}\nrepeat: {}", repeat(test, failure.seed, Some(&plan)));
     }
     println!("{total:#?}");
     total
@@ -94,10 +103,10 @@ pub(super) fn on_all_cores<T: Send>(work: impl Fn() -> T + Sync) -> Vec<T> {
     })
 }
 
-/// Fails, with the command that repeats it.
-pub(super) fn complain(test: &str, failure: &Failure) -> ! {
-    let seed = failure.seed;
-    panic!("{failure}\nrepeat: COREPAGE_SEED={seed} cargo test --lib {test} -- --nocapture")
+/// The command that repeats a run of a test.
+fn repeat(test: &str, seed: u64, plan: Option<&Plan>) -> String {
+    let plan = plan.map(|plan| format!("COREPAGE_PLAN=\"{}\" ", plan.describe())).unwrap_or_default();
+    format!("{plan}COREPAGE_SEED={seed} cargo test --lib {test} -- --nocapture")
 }
 
 /// Runs all of `cases`, on all cores, and adds up; fails with the first that fails.
@@ -125,13 +134,13 @@ pub(super) fn run_cases<C: Sync + std::fmt::Debug>(cases: &[C], run: impl Fn(&C)
 }
 
 fn must(test: &str, result: Result<Tally, Failure>) -> Tally {
-    result.unwrap_or_else(|failure| complain(test, &failure))
+    result.unwrap_or_else(|failure| panic!("{failure}\nrepeat: {}", repeat(test, failure.seed, None)))
 }
 
 /// If this fails, a store loses or invents data in a crash: nothing else about it matters then.
 #[test]
 fn acknowledged_commits_survive_every_crash() {
-    let total = run_all("acknowledged_commits_survive_every_crash", 200, plan);
+    let total = run_all("acknowledged_commits_survive_every_crash", 110, plan);
     assert_eq!(total.disk.overlaps, 0, "two writes to one place at a time: the one that counts is chance");
     if many_seeds() {
         assert!(total.crashes + total.crashes_in_recovery >= 10_000, "too few crashes");
@@ -148,6 +157,23 @@ fn same_seed_same_trace() {
         assert_eq!((first.oracle, first.disk), (second.oracle, second.disk), "seed {seed}");
         assert_ne!(first.trace, must("same_seed_same_trace", run(&Plan { seed: seed + 100, ..plan })).trace);
     }
+}
+
+/// If this fails, whoever has to find a bug reads a thousand requests where three would do.
+#[test]
+fn a_failing_run_shrinks_and_is_repeated_from_its_text() {
+    let whole = (1..=5).map(|seed| Plan { canary: Some(Canary::PartNotValidated), ..plan(seed) });
+    let failing = |plan: Plan| run(&plan).err().map(|failure| (plan, failure));
+    let (whole, failure) = whole.into_iter().filter_map(failing).max_by_key(|(_, f)| f.requests).expect("it is caught");
+    let requests = failure.requests;
+    let (small, smaller) = shrink(&whole, failure);
+    println!("{requests} requests, {} after shrinking to {}: {smaller}", smaller.requests, small.describe());
+    assert!(smaller.requests * 4 <= requests, "{requests} requests, and {} still", smaller.requests);
+    let text = small.describe();
+    let again = Plan { canary: whole.canary, ..plan(small.seed).read(&text).expect("what is written can be read") };
+    let repeated = run(&again).expect_err("it fails again");
+    assert_eq!((repeated.why, repeated.requests), (smaller.why, smaller.requests));
+    assert!(plan(1).read("1 2 3").is_none() && plan(1).read("nonsense").is_none());
 }
 
 /// What became of a planted bug.

@@ -10,6 +10,7 @@
 use super::model::{page_bytes, patch_bytes};
 use super::oracle::Oracle;
 use super::rng::Rng;
+use super::shrink::Smaller;
 use crate::options::{Geometry, Options};
 use crate::shard::{Change, Commit, Request};
 use crate::types::{BLOCK, Deal, Lsn, PageId, PageKey, ShardId, VolumeId};
@@ -55,7 +56,7 @@ pub enum Ask {
     Idle,
 }
 
-const ASKS: [(Ask, u32); 17] = [
+pub(super) const ASKS: [(Ask, u32); 17] = [
     (Ask::Put, 20),
     (Ask::PutMany, 10),
     (Ask::Patch, 20),
@@ -118,6 +119,25 @@ impl Profile {
             local_percent: *rng.pick(&[0, 20, 90]),
             pages_max: rng.within(2, 20),
         }
+    }
+}
+
+impl Profile {
+    /// The same with less of everything, and something left that writes.
+    pub fn smaller(mut self, smaller: &Smaller) -> Self {
+        if smaller.pages > 0 {
+            self.universe.truncate(smaller.pages);
+        }
+        if smaller.in_flight > 0 {
+            self.in_flight = self.in_flight.min(smaller.in_flight);
+        }
+        for kind in (0..self.weights.len()).filter(|kind| smaller.without & 1 << kind != 0) {
+            // Something must be left to do.
+            if self.weights.iter().filter(|weight| **weight > 0).count() > 1 {
+                self.weights[kind] = 0;
+            }
+        }
+        self
     }
 }
 

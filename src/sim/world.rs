@@ -87,7 +87,7 @@ impl World {
         let options = super::workload::options(&mut rng);
         let options = plan.options.clone().unwrap_or(options);
         let profile = Profile::random(&mut rng);
-        let profile = plan.profile.clone().unwrap_or(profile);
+        let profile = plan.profile.clone().unwrap_or(profile).smaller(&plan.smaller);
         let disk = SimDisk::new(rng.draw());
         let slow = rng.within(1, 8);
         let usual = Latency::default();
