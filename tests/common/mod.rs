@@ -6,6 +6,7 @@
 // Each test uses a part of this, in real time.
 #![allow(dead_code, missing_docs, clippy::disallowed_methods)]
 
+pub mod device;
 pub mod history;
 pub mod nbd;
 pub mod role;
