@@ -438,6 +438,11 @@ impl Disk for UringDisk {
 
     fn reap(&mut self, out: &mut Vec<Completion>) {
         self.collect();
+        // What completed may leave something to be handed over without ending an operation: the next round of flushes, the
+        // rest of a short transfer. The caller pushes only after a completion, and one that polls never waits.
+        if self.done.is_empty() && !(self.queue.is_empty() && self.syncs.is_empty()) {
+            self.hand_over();
+        }
         self.assert_whole();
         out.append(&mut self.done);
     }
