@@ -307,7 +307,7 @@ fn with_few_file_descriptors_the_store_runs_or_says_what_is_missing() {
                 done += 1;
             } else if good && text.contains("\nrefused ") {
                 refused += 1;
-                assert!(text.contains("(os error 24)"), "limit {limit}: {text}");
+                assert!(text.contains("(os error 24); raise the limit"), "limit {limit}: {text}");
             } else {
                 // Not even the program by itself runs.
                 assert!(refused + done == 0 && !said("nothing").0, "limit {limit}: {text} {output:?}");
