@@ -206,7 +206,7 @@ const DISK_BYTES: u64 = 512 << 20;
 impl Device {
     /// `kind` as in mkfs.KIND. `None`, loudly, where it can't be.
     pub fn new(kind: &str) -> Option<Device> {
-        let tools = || ["mount", "losetup", &format!("mkfs.{kind}")].iter().all(|name| has_tool(name));
+        let tools = || ["mount", "losetup", "fusermount3", &format!("mkfs.{kind}")].iter().all(|name| has_tool(name));
         let fuse = || Path::new("/dev/fuse").exists() || skip("there is no /dev/fuse");
         if !is_root() || !tools() || !fuse() {
             return None;
