@@ -1,6 +1,7 @@
 //! The one error type: what happened, to what, and what the caller can do about it.
 
 use crate::types::{Lsn, PageKey};
+use rustix::io::Errno;
 use std::fmt;
 
 /// What to do about an [`Error`].
@@ -46,15 +47,27 @@ pub struct Error {
 /// `Result` with the engine's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// What an error number alone does not say.
+fn advice(source: &std::io::Error) -> &'static str {
+    match Errno::from_io_error(source) {
+        Some(Errno::IO | Errno::ROFS | Errno::NXIO | Errno::NODEV | Errno::REMOTEIO | Errno::UCLEAN) => {
+            "; the device or the file system failed: see the kernel's log"
+        }
+        Some(Errno::MFILE) => "; raise the limit of open files (`ulimit -n`)",
+        _ => "",
+    }
+}
+
 impl Error {
     /// An error of `kind`; `context` says what happened, with the values, and what to do.
     pub fn new(kind: ErrorKind, context: impl fmt::Display) -> Self {
         Error { kind, context: context.to_string().into(), source: None }
     }
 
-    /// The same with an operating system's error as its source, which `context` need not repeat.
+    /// The same with an operating system's error as its source, which `context` need not repeat; nor what to do about the
+    /// commonest ones.
     pub fn io(context: impl fmt::Display, source: std::io::Error) -> Self {
-        let context = format!("{context}: {source}").into();
+        let context = format!("{context}: {source}{}", advice(&source)).into();
         Error { kind: ErrorKind::Io, context, source: Some(std::sync::Arc::new(source)) }
     }
 

@@ -14,7 +14,7 @@ mod common;
 
 use bytes::Bytes;
 use common::role::{Role, Run, Task, say};
-use common::{Chance, Served, kills_count, nbd, scratch};
+use common::{Chance, Served, kills_count, nbd, progress, scratch, seed};
 use corepage::{Change, Durability, ErrorKind, Lsn, PageId, Store, Volume};
 use futures_lite::future::block_on;
 use std::collections::{BTreeMap, HashSet};
@@ -209,7 +209,7 @@ fn check_acks(acks: &[Ack], found: &[u64], lsns: &mut HashSet<u64>) {
 fn a_killed_writer_leaves_a_prefix_of_whole_transactions_with_all_that_was_acknowledged() {
     let dir = scratch("kill");
     let (mut model, mut lsns) = (Model::new(), HashSet::new());
-    let mut chance = Chance::new(2);
+    let mut chance = Chance::new(seed(2));
     for round in 0..kills_count() {
         let writer = Role::start("write", dir.path(), Run::of_step(2 * round));
         // One time in four the clock runs from the start, so that the kill meets the recovery.
@@ -234,7 +234,9 @@ fn a_killed_writer_leaves_a_prefix_of_whole_transactions_with_all_that_was_ackno
         check_acks(&acks, &found, &mut lsns);
         let differs = (0..dump.len() / PAGE).find(|p| dump[p * PAGE..][..PAGE] != model.bytes[p * PAGE..][..PAGE]);
         assert_eq!(differs, None, "round {round}: the first page that is not as its transactions left it; {found:?}");
+        progress(round, || format!("{} acknowledgements", lsns.len()));
     }
+    println!("SUM {} {} 0 0", kills_count(), lsns.len());
     assert!(lsns.len() as u64 > kills_count(), "only {} transactions in all", lsns.len());
 }
 
@@ -318,7 +320,7 @@ impl Sender {
 #[test]
 fn a_killed_server_leaves_each_connections_requests_whole_and_in_order() {
     let dir = scratch("kill-nbd");
-    let mut chance = Chance::new(3);
+    let mut chance = Chance::new(seed(3));
     let senders: Vec<_> = (0..3u64)
         .map(|n| Sender { base: n * 64 * SLICE + n * 777, bytes: vec![0; SLICE as usize], durable: 0, sent: 0 })
         .map(|sender| Arc::new(Mutex::new(sender)))
@@ -342,10 +344,14 @@ fn a_killed_server_leaves_each_connections_requests_whole_and_in_order() {
         for (n, thread) in threads.into_iter().enumerate() {
             durable.insert(n, thread.join().expect("a sender's requests are served until the kill"));
         }
+        progress(round, || {
+            format!("{} requests acknowledged as durable, with all before them", durable.values().sum::<u64>())
+        });
     }
     let served = Served::start(dir.path());
     for (n, sender) in senders.iter().enumerate() {
         sender.lock().expect("no sender failed").check(&mut served.client(), durable[&n]);
     }
     assert!(served.stop().success());
+    println!("SUM {} {} 0 0", kills_count(), durable.values().sum::<u64>());
 }

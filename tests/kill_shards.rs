@@ -1,58 +1,31 @@
 //! Transactions over several shards, killed at random: each one writes down what it saw. The store is opened with another
-//! number of shards each time, now by ring, now portable. 20 kills, or as many as COREPAGE_KILLS says.
+//! number of shards each time, now by ring, now portable. 20 kills, or as many as COREPAGE_KILLS says; `scripts/soak`
+//! makes thousands, on several file systems.
 //!
-//! Each attempt is announced before its commit with all that it read, so the parent can replay the commits that are there
-//! after a crash in the order of their LSNs: each must have read exactly what the replay holds, and the replay must end in
-//! the very bytes that are in the store. If this fails, commits over shards come back in part, out of order, not at all
-//! although they were acknowledged, or on top of what never was.
-//!
-//! What is there: a chain for each cell (page), from its last writer back through what each writer saw to what was there
-//! before. Groups of cells that are written blindly, all at a time, carry a sequence number instead.
+//! The child says what it tries and what was acknowledged through a pipe; the oracle (`tests/common/history.rs`) is in
+//! the parent, which survives. If this fails, commits over shards come back in part, out of order, not at all although
+//! they were acknowledged, or on top of what never was.
 
 // Real processes take real time; nothing here is replayed from a seed but the data.
 #![allow(clippy::disallowed_methods)]
 
 mod common;
 
+use common::history::{
+    ALL_CELLS, CELLS, Cell, GROUPS, PAGE, Said, Tally, change, check, group_cells, parse_dump, place, writer_of,
+};
 use common::role::{Role, Run, Task, say};
-use common::{Chance, kills_count, scratch};
-use corepage::{Change, Durability, ErrorKind, PageId, Store, Volume};
+use common::{Chance, kills_count, progress, scratch, seed};
+use corepage::{Durability, ErrorKind, Store, Volume};
 use futures_lite::future::block_on;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-const PAGE: usize = 4096;
-/// Cells of transactions; the first few are wanted by all of them.
-const CELLS: u64 = 60;
+/// The first few cells are wanted by all transactions.
 const HOT: u64 = 8;
-/// Groups of cells behind them, each written blindly by one thread.
-const GROUPS: u64 = 2;
-const GROUP_CELLS: u64 = 5;
-const ALL_CELLS: u64 = CELLS + GROUPS * GROUP_CELLS;
 const THREADS: u64 = 3;
-
-/// Each cell is in a run of pages of its own, so neighbours belong to different shards.
-fn place(cell: u64) -> PageId {
-    PageId::new(cell * 512 + cell % 7)
-}
-
-fn group_cells(group: u64) -> impl Iterator<Item = u64> {
-    (0..GROUP_CELLS).map(move |i| CELLS + group * GROUP_CELLS + i)
-}
-
-/// What the writer `id` does to a cell; its first eight bytes are always the id.
-fn change(id: u64, cell: u64) -> Change {
-    let mut chance = Chance::of(&[id, cell]);
-    let whole = chance.below(3) == 0;
-    let mut bytes = chance.bytes(if whole { PAGE } else { 100 });
-    bytes[..8].copy_from_slice(&id.to_le_bytes());
-    if whole { Change::Put(bytes.into()) } else { Change::Patch { offset: 0, bytes: bytes.into() } }
-}
-
-fn writer_of(page: &[u8]) -> u64 {
-    u64::from_le_bytes(page[..8].try_into().expect("eight bytes"))
-}
 
 // --- the child ---
 
@@ -65,9 +38,9 @@ fn child() {
         Some(volume) => volume,
         None => block_on(store.create_volume("cells", 1 << 30)).expect("a volume is made"),
     };
-    if let Some(round) = role.strip_prefix("write ") {
+    if let Some((writer, round)) = role.split_once(' ') {
         say("\nready");
-        work(&store, &volume, round.parse().expect("a number"));
+        work(&store, &volume, round.parse().expect("a number"), writer == "write-early");
     }
     let ids: Vec<_> = (0..ALL_CELLS).map(place).collect();
     let pages = block_on(volume.read_many(&ids)).expect("all cells can be read");
@@ -83,7 +56,8 @@ fn child() {
     }
 }
 
-fn work(store: &Store, volume: &Volume, round: u64) {
+/// `early`: all that is acknowledged is called durable.
+fn work(store: &Store, volume: &Volume, round: u64, early: bool) {
     let newest = AtomicU64::new(0);
     let newest = &newest;
     std::thread::scope(|scope| {
@@ -98,7 +72,7 @@ fn work(store: &Store, volume: &Volume, round: u64) {
             });
         }
         for group in 0..GROUPS {
-            scope.spawn(move || blind(volume, group, newest));
+            scope.spawn(move || blind(volume, group, newest, early));
         }
         scope.spawn(move || {
             loop {
@@ -155,7 +129,7 @@ async fn transaction(store: &Store, volume: &Volume, id: u64) -> Option<u64> {
 }
 
 /// Writes all cells of a group, over and over, now durable, now buffered.
-fn blind(volume: &Volume, group: u64, newest: &AtomicU64) {
+fn blind(volume: &Volume, group: u64, newest: &AtomicU64, early: bool) {
     let first = group_cells(group).next().expect("a group has cells");
     let mut seq = writer_of(&block_on(volume.read(place(first))).expect("the cell can be read"));
     loop {
@@ -170,7 +144,7 @@ fn blind(volume: &Volume, group: u64, newest: &AtomicU64) {
             }
             std::thread::sleep(Duration::from_millis(1));
         };
-        say(format_args!("blind {group} {seq} {lsn} {}", u8::from(durable)));
+        say(format_args!("blind {group} {seq} {lsn} {}", u8::from(durable || early)));
         newest.fetch_max(lsn.get(), Ordering::SeqCst);
         if seq.is_multiple_of(3) {
             std::thread::sleep(Duration::from_millis(1));
@@ -178,208 +152,7 @@ fn blind(volume: &Volume, group: u64, newest: &AtomicU64) {
     }
 }
 
-// --- the checker ---
-
-/// A cell as found: LSN and bytes.
-#[derive(Clone, Debug, PartialEq)]
-struct Cell {
-    lsn: u64,
-    bytes: Vec<u8>,
-}
-
-impl Cell {
-    fn writer(&self) -> u64 {
-        writer_of(&self.bytes)
-    }
-}
-
-fn parse_dump(dump: &[u8]) -> Vec<Cell> {
-    let cell = |c: &[u8]| Cell { lsn: writer_of(c), bytes: c[8..].to_vec() };
-    dump.chunks(8 + PAGE).map(cell).collect()
-}
-
-/// What an attempt saw at a cell, and whether it writes it.
-#[derive(Clone, Copy, Debug)]
-struct Seen {
-    cell: u64,
-    writes: bool,
-    writer: u64,
-    lsn: u64,
-}
-
-/// What the child said.
-#[derive(Clone, Debug, Default)]
-struct Said {
-    tries: BTreeMap<u64, Vec<Seen>>,
-    shards: BTreeMap<u64, u64>,
-    acks: BTreeMap<u64, u64>,
-    refused: BTreeSet<u64>,
-    /// (group, seq) to (LSN, durable).
-    blind: BTreeMap<(u64, u64), (u64, bool)>,
-    /// Newest acknowledged LSN before a flush, and what the flush gave.
-    flushes: Vec<(u64, u64)>,
-}
-
-impl Said {
-    fn parse(lines: &[String]) -> Said {
-        let mut said = Said::default();
-        for line in lines {
-            let mut words = line.split(' ');
-            let what = words.next().unwrap_or_default();
-            let rest: Vec<Vec<u64>> = words.map(|w| w.split(':').map_while(|n| n.parse().ok()).collect()).collect();
-            let number = |i: usize| rest[i][0];
-            match what {
-                "try" => {
-                    let seen =
-                        rest[2..].iter().map(|s| Seen { cell: s[0], writes: s[1] == 1, writer: s[2], lsn: s[3] });
-                    said.tries.insert(number(0), seen.collect());
-                    said.shards.insert(number(0), number(1));
-                }
-                "ack" => drop(said.acks.insert(number(0), number(1))),
-                "no" => drop(said.refused.insert(number(0))),
-                "blind" => drop(said.blind.insert((number(0), number(1)), (number(2), number(3) == 1))),
-                "flush" => said.flushes.push((number(0), number(1))),
-                _ => {}
-            }
-        }
-        said
-    }
-
-    /// All that was acknowledged, as id (or sequence number) and LSN; and up to which LSN nothing may be lost.
-    fn acknowledged(&self) -> (Vec<(u64, u64)>, u64) {
-        let transactions = self.acks.iter().map(|(id, lsn)| (*id, *lsn));
-        let all = transactions.chain(self.blind.iter().map(|((_, seq), (lsn, _))| (*seq, *lsn))).collect();
-        let durable = self.blind.values().filter(|(_, durable)| *durable).map(|(lsn, _)| *lsn);
-        let durable =
-            durable.chain(self.acks.values().copied()).chain(self.flushes.iter().map(|(before, _)| *before)).max();
-        (all, durable.unwrap_or(0))
-    }
-}
-
-macro_rules! ensure {
-    ($holds:expr, $($why:tt)+) => { if !$holds { return Err(format!($($why)+)); } };
-}
-
-/// The commits that are there, by LSN: what each writes, and what it saw.
-type History = BTreeMap<u64, (u64, Vec<u64>, Vec<Seen>)>;
-
-/// Adds a commit; two must not have the same LSN.
-fn add(history: &mut History, lsn: u64, id: u64, writes: Vec<u64>, seen: Vec<Seen>) -> Result<(), String> {
-    let before = history.insert(lsn, (id, writes, seen));
-    ensure!(before.is_none(), "LSN {lsn} was used by {id:#x} and by {:#x}", before.map_or(0, |b| b.0));
-    Ok(())
-}
-
-/// The transactions that are there: from each cell's last writer back to what was there before.
-fn transactions(base: &[Cell], said: &Said, found: &[Cell], history: &mut History) -> Result<u64, String> {
-    let mut lsns: BTreeMap<u64, u64> = BTreeMap::new();
-    let mut written: BTreeMap<u64, BTreeSet<u64>> = BTreeMap::new();
-    for cell in 0..CELLS {
-        let (mut writer, mut lsn) = (found[cell as usize].writer(), found[cell as usize].lsn);
-        while (writer, lsn) != (base[cell as usize].writer(), base[cell as usize].lsn) {
-            let Some(seen) = said.tries.get(&writer) else {
-                return Err(format!("cell {cell} was written by {writer:#x} at LSN {lsn}, which nobody announced"));
-            };
-            ensure!(!said.refused.contains(&writer), "{writer:#x} was refused, and is in cell {cell}");
-            let known = *lsns.entry(writer).or_insert(lsn);
-            ensure!(known == lsn, "{writer:#x} has LSN {known} and, in cell {cell}, {lsn}");
-            ensure!(
-                said.acks.get(&writer).is_none_or(|ack| *ack == lsn),
-                "{writer:#x} was acknowledged as another LSN"
-            );
-            ensure!(written.entry(writer).or_default().insert(cell), "cell {cell} was written by {writer:#x} twice");
-            let before = seen.iter().find(|s| s.cell == cell && s.writes);
-            let Some(before) = before else {
-                return Err(format!("{writer:#x} is in cell {cell}, which it did not write"));
-            };
-            ensure!(before.lsn < lsn, "cell {cell}: LSN {lsn} saw LSN {}", before.lsn);
-            (writer, lsn) = (before.writer, before.lsn);
-        }
-    }
-    for (id, cells) in &written {
-        let all: BTreeSet<u64> = said.tries[id].iter().filter(|s| s.writes).map(|s| s.cell).collect();
-        ensure!(*cells == all, "partial commit: {id:#x} wrote {all:?}, and is in {cells:?} only");
-        add(history, lsns[id], *id, all.into_iter().collect(), said.tries[id].clone())?;
-    }
-    Ok(written.len() as u64)
-}
-
-/// The blind commits that are there: all up to the sequence number that is found in every cell of the group.
-fn blind_commits(base: &[Cell], said: &Said, found: &[Cell], history: &mut History) -> Result<(), String> {
-    for group in 0..GROUPS {
-        let cells: Vec<u64> = group_cells(group).collect();
-        let at = |cells_of: &[Cell]| cells.iter().map(|c| cells_of[*c as usize].writer()).collect::<BTreeSet<_>>();
-        let (before, now) = (at(base), at(found));
-        ensure!(now.len() == 1, "partial commit: group {group} is at {now:?}");
-        let (before, now) = (before.first().copied().unwrap_or(0), now.first().copied().unwrap_or(0));
-        ensure!(before <= now, "group {group} went back from {before} to {now}");
-        for seq in before + 1..=now {
-            // Only the last one may have found no time to be acknowledged.
-            let newest = (seq == now).then_some(found[cells[0] as usize].lsn);
-            let Some(lsn) = said.blind.get(&(group, seq)).map(|(lsn, _)| *lsn).or(newest) else {
-                return Err(format!("group {group} is at {now}, but {seq} was never acknowledged"));
-            };
-            add(history, lsn, seq, cells.clone(), Vec::new())?;
-        }
-    }
-    Ok(())
-}
-
-/// Goes through the history in the order of LSNs: each saw what is there when its turn comes.
-fn replay(base: &[Cell], found: &[Cell], history: &History) -> Result<(), String> {
-    let mut now = base.to_vec();
-    for (lsn, (id, writes, seen)) in history {
-        for Seen { cell, writer, lsn: at, .. } in seen {
-            let there = &now[*cell as usize];
-            ensure!(
-                (there.writer(), there.lsn) == (*writer, *at),
-                "{id:#x}, LSN {lsn}, saw {writer:#x} of LSN {at} in cell {cell}, where {:#x} of LSN {} was",
-                there.writer(),
-                there.lsn
-            );
-        }
-        for cell in writes {
-            let target = &mut now[*cell as usize];
-            target.lsn = *lsn;
-            match change(*id, *cell) {
-                Change::Patch { offset, bytes } => {
-                    target.bytes[offset as usize..][..bytes.len()].copy_from_slice(&bytes)
-                }
-                Change::Put(bytes) => target.bytes.copy_from_slice(&bytes),
-                Change::Free => target.bytes.fill(0),
-            }
-        }
-    }
-    for (cell, (now, found)) in now.iter().zip(found).enumerate() {
-        ensure!(now.lsn == found.lsn, "cell {cell} has LSN {}, by the history {}", found.lsn, now.lsn);
-        ensure!(now.bytes == found.bytes, "cell {cell}, LSN {}, has other bytes than its history", now.lsn);
-    }
-    Ok(())
-}
-
-/// Whether what is `found` is what the commits up to `cut`, and no others, made of `base`; how many transactions.
-fn check(base: &[Cell], said: &Said, found: &[Cell], cut: u64) -> Result<u64, String> {
-    let mut history = History::new();
-    let count = transactions(base, said, found, &mut history)?;
-    blind_commits(base, said, found, &mut history)?;
-    let (acknowledged, durable) = said.acknowledged();
-    ensure!(durable <= cut, "LSN {durable} was durable, and the cut is {cut}");
-    for (before, lsn) in &said.flushes {
-        ensure!(before <= lsn, "a flush to LSN {lsn} left out {before}, which was acknowledged before it");
-        // Before the first commit of an epoch a flush names the last LSN that the epoch leaves out.
-        let vacuous = history.is_empty() && acknowledged.is_empty();
-        ensure!(*lsn <= cut || vacuous, "all up to LSN {lsn} was flushed, and the cut is {cut}");
-    }
-    for (id, lsn) in acknowledged {
-        let there = history.get(&lsn).is_some_and(|(there, ..)| *there == id);
-        ensure!(there || lsn > cut, "{id:#x} was acknowledged with LSN {lsn} and is lost, though the cut is {cut}");
-    }
-    if let Some((newest, (id, ..))) = history.last_key_value() {
-        ensure!(*newest <= cut, "{id:#x} is there with LSN {newest}, above the cut {cut}");
-    }
-    replay(base, found, &history)?;
-    Ok(count)
-}
+// --- the parent ---
 
 /// Changes what was found in ways that no correct store could cause: the checker must complain of each.
 fn checker_must_find(base: &[Cell], said: &Said, found: &[Cell], cut: u64) -> u64 {
@@ -424,42 +197,123 @@ fn checker_must_find(base: &[Cell], said: &Said, found: &[Cell], cut: u64) -> u6
     planted
 }
 
-#[test]
-fn commits_over_shards_come_back_whole_in_order_and_as_they_saw_each_other() {
-    let dir = scratch("kill-shards");
-    let mut base = vec![Cell { lsn: 0, bytes: vec![0; PAGE] }; ALL_CELLS as usize];
-    let (mut chance, mut newest) = (Chance::new(4), 0);
-    let (mut there, mut crossing, mut planted) = (0, 0, 0);
-    for round in 0..kills_count() {
-        let run = Run::of_step(2 * round);
-        let writer = Role::start(&format!("write {round}"), dir.path(), run);
-        // One time in four the clock runs from the start, so that the kill meets the recovery.
-        if chance.below(4) > 0 {
+/// One store, killed over and over.
+struct Loop {
+    dir: tempfile::TempDir,
+    base: Vec<Cell>,
+    newest: u64,
+    round: u64,
+    tally: Tally,
+}
+
+impl Loop {
+    fn new(name: &str) -> Loop {
+        let base = vec![Cell { lsn: 0, bytes: vec![0; PAGE] }; ALL_CELLS as usize];
+        Loop { dir: scratch(name), base, newest: 0, round: 0, tally: Tally::default() }
+    }
+
+    fn run(&self) -> Run {
+        Run::of_step(2 * self.round)
+    }
+
+    /// Starts a writer, kills it after `ms`, and returns what it said.
+    fn kill_writer(&self, role: &str, at_once: bool, ms: u64) -> Said {
+        let writer = Role::start(&format!("{role} {}", self.round), self.dir.path(), self.run());
+        if !at_once {
             writer.wait();
         }
-        std::thread::sleep(Duration::from_millis(5 + chance.below(396)));
-        let said = Said::parse(&writer.kill());
-        let reader = Role::start(if round % 2 == 0 { "close" } else { "die" }, dir.path(), Run::of_step(2 * round + 1));
-        reader.wait();
-        let found = parse_dump(&std::fs::read(dir.path().join("dump")).expect("the dump is there"));
-        let lines = reader.kill();
-        let cut = lines.iter().find_map(|l| l.strip_prefix("cut ")?.parse().ok()).expect("the cut");
-        let count = check(&base, &said, &found, cut).unwrap_or_else(|e| panic!("round {round}, {run:?}: {e}"));
-        let (acknowledged, _) = said.acknowledged();
-        if let Some(oldest) = acknowledged.iter().map(|(_, lsn)| lsn).min() {
-            assert!(
-                *oldest > newest,
-                "round {round}: LSN {oldest} is not above those of former rounds, up to {newest}"
-            );
-        }
-        newest = acknowledged.iter().map(|(_, lsn)| *lsn).chain([newest, cut]).max().unwrap_or(0);
-        if planted < 500 {
-            planted += checker_must_find(&base, &said, &found, cut);
-        }
-        let shards = |id: &u64| said.shards.get(id).is_some_and(|shards| *shards > 1);
-        (there, crossing) = (there + count, crossing + said.acks.keys().filter(|id| shards(id)).count() as u64);
-        base = found;
+        std::thread::sleep(Duration::from_millis(ms));
+        Said::parse(&writer.kill())
     }
+
+    /// What a reader finds, and the cut.
+    fn read(&self) -> (Vec<Cell>, u64) {
+        // Now closed cleanly, now killed again: recoveries must also follow one another.
+        let role = if self.round.is_multiple_of(2) { "close" } else { "die" };
+        let reader = Role::start(role, self.dir.path(), Run::of_step(2 * self.round + 1));
+        reader.wait();
+        let found = parse_dump(&std::fs::read(self.dir.path().join("dump")).expect("the dump is there"));
+        let cut = reader.kill().iter().find_map(|l| l.strip_prefix("cut ")?.parse().ok()).expect("the cut");
+        (found, cut)
+    }
+
+    /// Holds what was found against what was said, and goes on from there.
+    fn check(&mut self, said: &Said, found: Vec<Cell>, cut: u64) -> Result<(), String> {
+        self.tally += check(&self.base, said, &found, cut)?;
+        let (acknowledged, _) = said.acknowledged();
+        let lsns = || acknowledged.iter().map(|(_, lsn)| *lsn);
+        if let Some(oldest) = lsns().min().filter(|oldest| *oldest <= self.newest) {
+            return Err(format!("LSN {oldest} is not above those of former rounds, up to {}", self.newest));
+        }
+        self.newest = lsns().chain([self.newest, cut]).max().unwrap_or(0);
+        self.base = found;
+        self.round += 1;
+        Ok(())
+    }
+}
+
+#[test]
+fn commits_over_shards_come_back_whole_in_order_and_as_they_saw_each_other() {
+    let mut it = Loop::new("kill-shards");
+    let (mut chance, mut planted) = (Chance::new(seed(4)), 0);
+    for round in 0..kills_count() {
+        // One time in four the clock runs from the start, so that the kill meets the recovery.
+        let at_once = chance.below(4) == 0;
+        let said = it.kill_writer("write", at_once, 5 + chance.below(496));
+        let (found, cut) = it.read();
+        if planted < 500 {
+            planted += checker_must_find(&it.base, &said, &found, cut);
+        }
+        let run = it.run();
+        it.check(&said, found, cut).unwrap_or_else(|e| panic!("round {round}, {run:?}: {e}"));
+        progress(round, || format!("{:?}", it.tally));
+    }
+    let Tally { there, acknowledged, crossing, doubt_there, doubt_gone } = it.tally;
     println!("{there} transactions are there, {crossing} acknowledged ones over several shards; {planted} canaries");
+    println!("SUM {} {acknowledged} {doubt_there} {doubt_gone}", kills_count());
     assert!(there > kills_count() && crossing > kills_count() && planted > 0, "{there} {crossing} {planted}");
+}
+
+/// The oracle finds a store that acknowledges before what it acknowledges is durable.
+#[test]
+fn an_acknowledgement_before_its_time_is_found() {
+    let mut it = Loop::new("kill-early");
+    let mut chance = Chance::new(5);
+    // Buffered commits called durable: each kill has a good chance to meet one that is not there yet.
+    for _ in 0..200 {
+        let said = it.kill_writer("write-early", false, 30 + chance.below(50));
+        let (found, cut) = it.read();
+        if let Err(why) = it.check(&said, found, cut) {
+            println!("found at kill {}: {why}", it.round + 1);
+            assert!(why.contains("was durable, and the cut is"), "{why}");
+            return;
+        }
+    }
+    panic!("buffered commits were called durable, and no kill of {} showed it", it.round);
+}
+
+/// The oracle finds a disk that goes back to an earlier state, whole and clean as that may be.
+#[test]
+fn a_directory_set_back_to_an_earlier_state_is_found() {
+    let mut it = Loop::new("kill-back");
+    let said = it.kill_writer("write", false, 100);
+    let (found, cut) = it.read();
+    it.check(&said, found, cut).expect("nothing is wrong yet");
+    let (now, earlier) = (it.dir.path().join("store"), it.dir.path().join("earlier"));
+    copy(&now, &earlier);
+    let said = it.kill_writer("write", false, 300);
+    assert!(!said.acks.is_empty(), "nothing was acknowledged");
+    std::fs::remove_dir_all(&now).expect("the store can be removed");
+    std::fs::rename(&earlier, &now).expect("the earlier one takes its place");
+    let (found, cut) = it.read();
+    let why = it.check(&said, found, cut).expect_err("the oracle did not find it");
+    assert!(why.contains("was durable, and the cut is"), "{why}");
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir(to).expect("a directory for the copy");
+    for entry in std::fs::read_dir(from).expect("the store is there") {
+        let from: PathBuf = entry.expect("an entry").path();
+        std::fs::copy(&from, to.join(from.file_name().expect("a name"))).expect("a copy");
+    }
 }

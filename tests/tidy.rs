@@ -282,6 +282,14 @@ fn no_hidden_inputs(name: &str, text: &str) -> Vec<String> {
     found.map(|(word, why, at)| format!("{name}:{}: `{word}` {why}", line_of(&code, at))).collect()
 }
 
+/// Nothing may depend on the time of day, which jumps: all time is that of the monotonic clock.
+fn no_wall_clock(name: &str, text: &str) -> Vec<String> {
+    const WORDS: &[&str] = &["SystemTime", "UNIX_EPOCH", "CLOCK_REALTIME", "Realtime"];
+    let code = code_only(before_tests(text));
+    let found = WORDS.iter().flat_map(|word| words(&code, word).map(move |at| (word, at)).collect::<Vec<_>>());
+    found.map(|(word, at)| format!("{name}:{}: `{word}`: the wall clock jumps", line_of(&code, at))).collect()
+}
+
 /// The layer of a file: its folder, or its own name at the top of `src`.
 fn layer_of(name: &str) -> Option<&str> {
     let inner = name.strip_prefix("src/")?;
@@ -430,6 +438,11 @@ fn the_engine_has_no_hidden_inputs_and_does_not_print() {
 }
 
 #[test]
+fn nothing_depends_on_the_wall_clock() {
+    complain_about(sources(), no_wall_clock);
+}
+
+#[test]
 fn layers_know_only_what_is_below_them() {
     complain_about(sources(), layers_know_what_is_below);
 }
@@ -504,6 +517,7 @@ fn planted_texts_are_found() {
     can_fail(glommio_only_in_the_runtime, name, "use glommio::Task;", "// not glommio\n");
     assert!(glommio_only_in_the_runtime("src/runtime/executor.rs", "use glommio::Task;").is_empty());
     can_fail(no_hidden_inputs, name, "use std::collections::HashMap;", "use std::collections::BTreeMap;");
+    can_fail(no_wall_clock, name, "std::time::SystemTime::now()", "std::time::Instant::now()");
     can_fail(no_hidden_inputs, name, "println!(\"x\")", "//! println!(\"x\")\n\n#[cfg(test)]\nmod t { println!() }");
     can_fail(links_arrive, "README.md", "[a](src/none.md)", "[a](src/lib.rs#x) [b](https://example.org)");
     let note = "# 1\n\nDate: 2026-11-23\n\n## Problem\n\n## Options\n\n## Decision\n\n## Figures\n\n## Price\n";

@@ -7,7 +7,7 @@
 //! It does *not* measure, and it trusts what the device says of its cache.
 
 use super::block::BlockDevice;
-use super::files::try_direct;
+use super::trial::try_direct;
 use crate::error::{Error, Result};
 use rustix::fs::{AtFlags, StatxFlags};
 use serde::Serialize;

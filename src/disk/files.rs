@@ -19,8 +19,9 @@ use super::FileId;
 use super::device::{self, DeviceTraits, FlushChoice, FlushMethod};
 use super::flush::{Failure, Round, RoundFiles, Rounds, Waiter};
 use super::report::{DiskReport, Polling};
+use super::trial::{make_directory, not_made, reads_directly, scratch, set_direct, try_direct};
 use crate::error::{Error, ErrorKind, Result};
-use crate::types::{BLOCK, SegmentNo, ShardId};
+use crate::types::{SegmentNo, ShardId};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use std::collections::BTreeMap;
@@ -266,7 +267,7 @@ impl Files {
         }
         let name = file.id.to_string();
         let opened = rustix::fs::openat(&self.handle, name.as_str(), flags, Mode::from_raw_mode(0o600))
-            .map_err(|e| self.error(file.id, "opening", e.into()))?;
+            .map_err(|e| not_made(format_args!("opening {}", self.path.join(&name).display()), "", e.into()))?;
         let opened = File::from(opened);
         let kind = opened.metadata().map_err(|e| self.error(file.id, "looking at", e))?.file_type();
         if !kind.is_file() {
@@ -314,18 +315,20 @@ impl Files {
     }
 
     /// Whether a block can be transferred directly: by a write and a read of a scratch file without a name, or, if
-    /// nothing may be written, by a read of `sample`. And whether the kernel vouches for it.
+    /// nothing may be written or there is no room, by a read of `sample`. And whether the kernel vouches for it.
     fn probe(&self, sample: Option<&StoreFile>) -> Result<(bool, bool)> {
+        let sample = sample.and_then(StoreFile::get);
         if self.access == Access::ReadOnly {
-            let Some(file) = sample.and_then(StoreFile::get) else { return Ok((false, false)) };
-            let mut block = Box::new(Block([0; BLOCK]));
-            let Ok(flags) = rustix::fs::fcntl_getfl(file) else { return Ok((false, false)) };
-            let works = rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT).is_ok()
-                && matches!(rustix::io::pread(file, &mut block.0, 0), Ok(BLOCK));
-            let _ = rustix::fs::fcntl_setfl(file, flags);
-            return Ok((works, false));
+            return Ok((sample.is_some_and(reads_directly), false));
         }
-        try_direct(&self.handle, &self.path)
+        match (try_direct(&self.handle, &self.path), sample) {
+            // A full disk has no room for a scratch file; the store that is there needs none.
+            (Err(error), Some(file)) if error.kind() == ErrorKind::Full => {
+                let (works, says) = (reads_directly(file), device::says_direct(file));
+                Ok((works && says != Some(false), works && says == Some(true)))
+            }
+            (tried, _) => tried,
+        }
     }
 
     /// A file that is gone when it is closed.
@@ -387,66 +390,6 @@ impl fmt::Debug for Files {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "the files in {}", self.path.display())
     }
-}
-
-/// Whether a block can be written and read directly in `directory`, which is `path`, and whether the kernel vouches for
-/// it. Leaves nothing behind.
-///
-/// # Errors
-/// `Io`: the directory can't be written.
-pub(super) fn try_direct(directory: &File, path: &Path) -> Result<(bool, bool)> {
-    let scratch = scratch(directory, path)?;
-    let mut block = Box::new(Block([0x5a; BLOCK]));
-    let works = set_direct(&scratch).is_ok() && matches!(rustix::io::pwrite(&scratch, &block.0, 0), Ok(BLOCK)) && {
-        block.0.fill(0);
-        matches!(rustix::io::pread(&scratch, &mut block.0, 0), Ok(BLOCK)) && block.0 == [0x5a; BLOCK]
-    };
-    let says = device::says_direct(&scratch);
-    Ok((works && says != Some(false), works && says == Some(true)))
-}
-
-fn set_direct(file: &File) -> rustix::io::Result<()> {
-    let flags = rustix::fs::fcntl_getfl(file)?;
-    rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT)
-}
-
-/// A file that is gone when it is closed. That it can be made shows that the directory can be written.
-fn scratch(directory: &File, path: &Path) -> Result<File> {
-    let mode = Mode::from_raw_mode(0o600);
-    let flags = OFlags::RDWR | OFlags::CLOEXEC;
-    if let Ok(file) = rustix::fs::openat(directory, ".", flags | OFlags::TMPFILE, mode) {
-        return Ok(file.into());
-    }
-    let name = format!(".corepage-probe-{}", std::process::id());
-    let made = rustix::fs::openat(directory, name.as_str(), flags | OFlags::CREATE | OFlags::EXCL, mode);
-    let made = made.map_err(|e| {
-        let context = format_args!(
-            "the directory {} can't be written: give this user the right to, or use another",
-            path.display()
-        );
-        Error::io(context, e.into())
-    })?;
-    let _ = rustix::fs::unlinkat(directory, name.as_str(), rustix::fs::AtFlags::empty());
-    Ok(made.into())
-}
-
-/// A block at an address that direct I/O takes.
-#[repr(C, align(4096))]
-pub(super) struct Block(pub(super) [u8; BLOCK]);
-
-fn make_directory(path: &Path) -> Result<()> {
-    if path.is_dir() {
-        return Ok(());
-    }
-    std::fs::create_dir_all(path).map_err(|e| {
-        Error::io(format_args!("making the directory {} (use one that this user may write)", path.display()), e)
-    })?;
-    // Its own name must outlive a crash, too. Where the parent can't be opened that is the administrator's to see to.
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    if let Ok(parent) = File::open(parent) {
-        let _ = parent.sync_all();
-    }
-    Ok(())
 }
 
 /// The files in a directory that have names of a store's, in a fixed order.

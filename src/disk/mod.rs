@@ -23,6 +23,7 @@ pub mod portable;
 mod refusal;
 mod report;
 mod transfer;
+mod trial;
 pub mod uring;
 mod waker;
 

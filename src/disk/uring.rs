@@ -15,9 +15,8 @@
 //! 5. A ring that polls takes no flush and no eventfd (the kernel refuses them): they have a second ring then.
 //! 6. Dropping waits for everything in flight. If the kernel can't be asked any more, the memory is leaked instead.
 //!
-//! A ring belongs to the thread that made it: `UringDisk` is not `Send`.
-//!
-//! It does *not*: order operations, schedule, or retry a flush.
+//! A ring belongs to the thread that made it: `UringDisk` is not `Send`. It does *not*: order operations, schedule, or
+//! retry a flush.
 
 mod buffers;
 mod entries;
@@ -438,12 +437,16 @@ impl Disk for UringDisk {
 
     fn reap(&mut self, out: &mut Vec<Completion>) {
         self.collect();
+        // The next round of flushes, the rest of a short transfer: the caller pushes only when an operation has ended.
+        if self.done.is_empty() && !(self.queue.is_empty() && self.syncs.is_empty()) {
+            self.hand_over();
+        }
         self.assert_whole();
         out.append(&mut self.done);
     }
 
     fn wait(&mut self, timeout_us: Option<Micros>) {
-        // In this order: what completes may leave something to be handed over, and that must not sleep with us.
+        // In this order: what completes may leave more to hand over, and that must not sleep with us.
         self.collect();
         self.hand_over();
         if !self.has_news() && timeout_us != Some(0) && self.sleep.prepare() {

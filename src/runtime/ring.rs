@@ -33,13 +33,16 @@ pub(super) fn probe() -> Result<(), String> {
 }
 
 fn executor(pin: Option<usize>) -> Result<LocalExecutor, Error> {
-    let placement = pin.map_or(Placement::Unbound, Placement::Fixed);
-    let builder =
-        LocalExecutorBuilder::new(placement).io_memory(IO_MEMORY).ring_depth(RING_DEPTH).preempt_timer(PREEMPT_TIMER);
-    let refused = |why: String| Error::new(ErrorKind::Unsupported, format_args!("starting an executor failed: {why}"));
-    match catch_unwind(AssertUnwindSafe(|| builder.make())) {
-        Ok(made) => made.map_err(|e| refused(e.to_string())),
-        Err(_) => Err(refused("it panicked".into())),
+    // The builder, too, reads what cores there are, and panics where it has no file descriptor for that.
+    let make = || {
+        let placement = pin.map_or(Placement::Unbound, Placement::Fixed);
+        let builder = LocalExecutorBuilder::new(placement);
+        builder.io_memory(IO_MEMORY).ring_depth(RING_DEPTH).preempt_timer(PREEMPT_TIMER).make()
+    };
+    let refused = |why: &str| Error::new(ErrorKind::Unsupported, format_args!("starting an executor failed: {why}"));
+    match catch_unwind(AssertUnwindSafe(make)) {
+        Ok(made) => made.map_err(|e| refused(&e.to_string())),
+        Err(panic) => Err(refused(panic.downcast_ref::<String>().map_or("it panicked", |text| text))),
     }
 }
 

@@ -6,6 +6,8 @@
 // Each test uses a part of this, in real time.
 #![allow(dead_code, missing_docs, clippy::disallowed_methods)]
 
+pub mod device;
+pub mod history;
 pub mod nbd;
 pub mod role;
 pub mod surroundings;
@@ -22,9 +24,14 @@ const START_LIMIT: Duration = Duration::from_secs(120);
 /// How long a clean stop may take.
 const STOP_LIMIT: Duration = Duration::from_secs(120);
 
-/// A directory for one test, on the disk that the build uses, removed at the end.
+/// A directory for one test, on the disk that the build uses, removed at the end. COREPAGE_TEST_DIR puts it elsewhere,
+/// on another file system say, and keeps it.
 pub fn scratch(name: &str) -> tempfile::TempDir {
-    tempfile::Builder::new().prefix(name).tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory for the test")
+    let elsewhere = std::env::var_os("COREPAGE_TEST_DIR");
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(name).disable_cleanup(elsewhere.is_some());
+    let parent = elsewhere.unwrap_or_else(|| env!("CARGO_TARGET_TMPDIR").into());
+    builder.tempdir_in(parent).expect("a directory for the test")
 }
 
 /// `corepage` with `arguments`, with little to say on stderr.
@@ -210,6 +217,19 @@ impl Chance {
 /// How many kills a kill loop makes: 20, or what COREPAGE_KILLS says.
 pub fn kills_count() -> u64 {
     std::env::var("COREPAGE_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(20)
+}
+
+/// A seed of chance: `usual`, or another with COREPAGE_SEED, for a long run that is not to repeat the short one.
+pub fn seed(usual: u64) -> u64 {
+    let other = std::env::var("COREPAGE_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(0);
+    Chance::of(&[other]).next().wrapping_mul(u64::from(other != 0)) ^ usual
+}
+
+/// Says now and then how far a long kill loop is.
+pub fn progress(round: u64, what: impl FnOnce() -> String) {
+    if kills_count() > 20 && (round + 1).is_multiple_of(25) {
+        println!("{} of {} kills: {}", round + 1, kills_count(), what());
+    }
 }
 
 /// Path of everything below `dir` with the bytes of files as a sum, to show that nothing has changed.

@@ -128,6 +128,11 @@ impl Mounted {
         Some(Mounted::mount(scratch("ramfs"), &["-t", "ramfs"], Path::new("none")))
     }
 
+    /// A file system that is on a block device already.
+    pub fn device(kind: &str, device: &Path) -> Mounted {
+        Mounted::mount(scratch(kind), &["-t", kind], device)
+    }
+
     fn mount(scratch: tempfile::TempDir, options: &[&str], source: &Path) -> Mounted {
         let point = scratch.path().join("mnt");
         std::fs::create_dir(&point).expect("a mount point");
@@ -157,13 +162,20 @@ impl Drop for Mounted {
 }
 
 /// A tool that may be in a folder that is not in everybody's PATH.
-fn tool(name: &str) -> Command {
+pub fn tool(name: &str) -> Command {
     let path = std::env::var("PATH").unwrap_or_default();
     let mut command = Command::new(name);
     command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
     command
 }
 
-fn is_root() -> bool {
+/// Makes a loop device over this file: its name. Whoever makes it detaches it.
+pub fn loop_device(options: &[&str], file: &Path) -> String {
+    let output = tool("losetup").args(options).arg(file).output().expect("losetup starts");
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).expect("a name").trim().into()
+}
+
+pub fn is_root() -> bool {
     rustix::process::geteuid().is_root() || skip("this is not root, who alone may mount file systems")
 }

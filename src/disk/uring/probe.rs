@@ -3,9 +3,10 @@
 //! It does *not* touch a file of the store: polling is tried on a scratch file.
 #![allow(unsafe_code)]
 
-use super::super::files::{Access, Block, Files};
+use super::super::files::{Access, Files};
 use super::super::refusal::{RingRefusal, RingRefused};
 use super::super::report::Polling;
+use super::super::trial::Block;
 use super::UringOptions;
 use super::ring::Ring;
 use crate::types::BLOCK;

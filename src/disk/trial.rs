@@ -1,0 +1,98 @@
+//! What can only be found out by trying: whether a directory can be made, written, and passed the page cache by in.
+//!
+//! Invariants
+//! 1. A trial leaves nothing behind, and changes no file of a store.
+//! 2. A disk that is full is told from a directory that this user may not write.
+
+use super::device;
+use crate::error::{Error, ErrorKind, Result};
+use crate::types::BLOCK;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use std::fmt;
+use std::fs::File;
+use std::path::Path;
+
+/// Whether a block can be written and read directly in `directory`, which is `path`, and whether the kernel vouches for
+/// it. Leaves nothing behind.
+///
+/// # Errors
+/// `Io`: the directory can't be written. `Full`: there is no room for one block.
+pub(super) fn try_direct(directory: &File, path: &Path) -> Result<(bool, bool)> {
+    let scratch = scratch(directory, path)?;
+    let mut block = Box::new(Block([0x5a; BLOCK]));
+    let takes = set_direct(&scratch).is_ok();
+    let written = if takes { rustix::io::pwrite(&scratch, &block.0, 0) } else { Ok(0) };
+    if let Err(e @ (Errno::NOSPC | Errno::DQUOT)) = written {
+        return Err(not_made(format_args!("trying direct I/O in {}", path.display()), "", e.into()));
+    }
+    let works = written == Ok(BLOCK) && {
+        block.0.fill(0);
+        matches!(rustix::io::pread(&scratch, &mut block.0, 0), Ok(BLOCK)) && block.0 == [0x5a; BLOCK]
+    };
+    let says = device::says_direct(&scratch);
+    Ok((works && says != Some(false), works && says == Some(true)))
+}
+
+/// Whether a read that passes the page cache by works; the file stays as it is.
+pub(super) fn reads_directly(file: &File) -> bool {
+    let mut block = Box::new(Block([0; BLOCK]));
+    let Ok(flags) = rustix::fs::fcntl_getfl(file) else { return false };
+    let works = rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT).is_ok()
+        && matches!(rustix::io::pread(file, &mut block.0, 0), Ok(BLOCK));
+    let _ = rustix::fs::fcntl_setfl(file, flags);
+    works
+}
+
+/// The error for a file or directory that can't be made: what to do about it, if it is not for lack of space.
+pub(super) fn not_made(doing: impl fmt::Display, advice: &str, e: std::io::Error) -> Error {
+    match e.kind() {
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+            Error::io(doing, e).with_kind(ErrorKind::Full)
+        }
+        _ => Error::io(format_args!("{doing}{advice}"), e),
+    }
+}
+
+pub(super) fn set_direct(file: &File) -> rustix::io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(file)?;
+    rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT)
+}
+
+/// A file that is gone when it is closed. That it can be made shows that the directory can be written.
+pub(super) fn scratch(directory: &File, path: &Path) -> Result<File> {
+    let mode = Mode::from_raw_mode(0o600);
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    if let Ok(file) = rustix::fs::openat(directory, ".", flags | OFlags::TMPFILE, mode) {
+        return Ok(file.into());
+    }
+    let name = format!(".corepage-probe-{}", std::process::id());
+    let made = rustix::fs::openat(directory, name.as_str(), flags | OFlags::CREATE | OFlags::EXCL, mode);
+    let made = made.map_err(|e| {
+        let context = format_args!("the directory {} can't be written", path.display());
+        not_made(context, ": give this user the right to, or use another", e.into())
+    })?;
+    let _ = rustix::fs::unlinkat(directory, name.as_str(), rustix::fs::AtFlags::empty());
+    Ok(made.into())
+}
+
+/// A block at an address that direct I/O takes.
+#[repr(C, align(4096))]
+pub(super) struct Block(pub(super) [u8; BLOCK]);
+
+/// Makes it, and its name durable, if it is not there.
+pub(super) fn make_directory(path: &Path) -> Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(path).map_err(|e| {
+        let context = format_args!("making the directory {}", path.display());
+        not_made(context, " (use one that this user may write)", e)
+    })?;
+    // Its own name must outlive a crash, too. Where the parent can't be opened that is the administrator's to see to.
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if let Ok(parent) = File::open(parent) {
+        let _ = parent.sync_all();
+    }
+    Ok(())
+}
