@@ -8,9 +8,12 @@
 
 pub mod device;
 pub mod history;
+pub mod logged;
 pub mod nbd;
+pub mod replay;
 pub mod role;
 pub mod surroundings;
+pub mod workload;
 
 use std::hash::Hasher;
 use std::io::{BufRead, BufReader};

@@ -133,6 +133,17 @@ impl Mounted {
         Mounted::mount(scratch(kind), &["-t", kind], device)
     }
 
+    /// A file system in a file that is there already; what mount says if it can't be mounted.
+    pub fn try_file(kind: &str, options: &str, file: &Path) -> Result<Mounted, String> {
+        let scratch = scratch(kind);
+        let point = scratch.path().join("mnt");
+        std::fs::create_dir(&point).expect("a mount point");
+        let output =
+            tool("mount").args(["-o", options, "-t", kind]).arg(file).arg(&point).output().expect("mount starts");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        if output.status.success() { Ok(Mounted { point, _scratch: scratch }) } else { Err(said) }
+    }
+
     fn mount(scratch: tempfile::TempDir, options: &[&str], source: &Path) -> Mounted {
         let point = scratch.path().join("mnt");
         std::fs::create_dir(&point).expect("a mount point");
