@@ -122,18 +122,20 @@ pub struct Rebuilt {
     base: PathBuf,
     image: File,
     applied: usize,
-    // A file system that can copy a file without its bytes.
+    // A file system that can copy a file without its bytes; in memory, since a state is synced many times.
     place: Mounted,
+    _memory: Mounted,
 }
 
 impl Rebuilt {
     /// `None`, loudly, where it can't be.
     pub fn new(log: Log, bytes: u64) -> Option<Rebuilt> {
-        let place = Mounted::image("xfs")?;
+        let memory = Mounted::memory()?;
+        let place = Mounted::image_in("xfs", memory.path())?;
         let base = place.path().join("base");
         let image = File::create(&base).expect("an image");
         image.set_len(bytes).expect("an image");
-        Some(Rebuilt { log, base, image, applied: 0, place })
+        Some(Rebuilt { log, base, image, applied: 0, place, _memory: memory })
     }
 
     /// The disk as it may be if the power goes when the log had `end` entries; `end` never goes back. How many writes were

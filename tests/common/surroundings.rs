@@ -128,6 +128,27 @@ impl Mounted {
         Some(Mounted::mount(scratch("ramfs"), &["-t", "ramfs"], Path::new("none")))
     }
 
+    /// A file system in memory that takes no more than an image.
+    pub fn memory() -> Option<Mounted> {
+        if !is_root() || !has_tool("mount") {
+            return None;
+        }
+        let size = format!("size={}", IMAGE_BYTES + (64 << 20));
+        Some(Mounted::mount(scratch("memory"), &["-t", "tmpfs", "-o", &size], Path::new("none")))
+    }
+
+    /// As [`image`](Self::image), with the image file in `dir`.
+    pub fn image_in(kind: &str, dir: &Path) -> Option<Mounted> {
+        let mkfs = format!("mkfs.{kind}");
+        if !is_root() || !has_tool(&mkfs) || !has_tool("mount") {
+            return None;
+        }
+        let image = dir.join("image");
+        std::fs::File::create(&image).and_then(|file| file.set_len(IMAGE_BYTES)).expect("an image file");
+        run(tool(&mkfs).arg("-q").arg(&image));
+        Some(Mounted::mount(scratch(kind), &["-o", "loop", "-t", kind], &image))
+    }
+
     /// A file system that is on a block device already.
     pub fn device(kind: &str, device: &Path) -> Mounted {
         Mounted::mount(scratch(kind), &["-t", kind], device)
