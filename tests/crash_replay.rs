@@ -10,18 +10,14 @@
 
 mod common;
 
-use common::history::{ALL_CELLS, Cell, PAGE, Said, check_known, place};
 use common::logged::{DISK_BYTES, Logged, log_bytes};
-use common::replay::{Log, Rebuilt, SECTOR, Subset};
+use common::recording::{Recording, Tally};
+use common::replay::{Log, SECTOR, Subset};
 use common::role::{Role, Run, Task, say};
-use common::surroundings::Mounted;
 use common::workload::{open, work};
 use common::{Chance, scratch, seed};
-use corepage::Store;
-use futures_lite::future::block_on;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::time::Duration;
 
 /// Not a test of its own: what the child does.
@@ -39,107 +35,18 @@ fn states_count() -> u64 {
     std::env::var("COREPAGE_REPLAY_STATES").ok().and_then(|text| text.parse().ok()).unwrap_or(10)
 }
 
-/// What one life of a store left: the disk's log, and what was said at which length of it.
-struct Recording {
-    kind: &'static str,
-    disk: Rebuilt,
-    lines: Vec<(u64, String)>,
-    all: Said,
-    /// Entries when the store was ready.
-    ready: usize,
-}
-
-/// What was gone through.
-#[derive(Debug, Default)]
-struct Tally {
-    states: u64,
-    unflushed: u64,
-    there: u64,
-    required: u64,
-}
-
-impl Recording {
-    fn new(kind: &'static str, run: Run, ms: u64) -> Option<Recording> {
-        let mut logged = Logged::new(kind)?;
-        let dir = logged.dir().to_owned();
-        let writer = Role::start_stamped("write", logged.path(), run, move || log_bytes(&dir));
-        writer.wait();
-        std::thread::sleep(Duration::from_millis(ms));
-        let lines = writer.kill_stamped();
-        logged.finish();
-        let log = Log::open(&logged.dir().join("log")).expect("a log");
-        let heard = lines.iter().find(|(_, line)| line == "ready").expect("it was ready").0;
-        let ready = log.entries.partition_point(|entry| entry.end < heard) + 1;
-        let all = Said::parse(lines.iter().map(|(_, line)| line));
-        let disk = Rebuilt::new(log, DISK_BYTES)?;
-        Some(Recording { kind, disk, lines, all, ready })
-    }
-
-    fn end(&self) -> usize {
-        self.disk.log.entries.len()
-    }
-
-    /// Points in order: between flushes, and just before and after one.
-    fn points(&self, count: u64, chance: &mut Chance) -> Vec<usize> {
-        let ready = self.ready.min(self.end());
-        let mut any = || ready + chance.below((self.end() - ready) as u64 + 1) as usize;
-        let mut points: Vec<usize> = (0..count).map(|_| any()).collect();
-        for (n, point) in points.iter_mut().enumerate().filter(|(n, _)| n % 2 == 0) {
-            let flush = self.disk.log.entries[*point..].iter().position(|entry| entry.flushes());
-            *point += flush.map_or(0, |flush| flush + n / 2 % 2);
-        }
-        points.sort_unstable();
-        points
-    }
-
-    /// What was heard when the log had so many entries.
-    fn known(&self, end: usize) -> Said {
-        let length = self.disk.log.entries[..end].last().map_or(0, |entry| entry.end);
-        Said::parse(self.lines.iter().filter(|(at, _)| *at <= length).map(|(_, line)| line))
-    }
-
-    /// Mounts this image and holds what the store has against what was `known`. How many transactions are there.
-    fn examine(&self, image: &Path, known: &Said, run: Run) -> Result<u64, String> {
-        let options = if self.kind == "xfs" { "loop,nouuid" } else { "loop" };
-        let mounted = Mounted::try_file(self.kind, options, image)?;
-        let (found, cut) = block_on(read(&mounted.path().join("store"), run)).map_err(|e| e.to_string())?;
-        let base = vec![Cell { lsn: 0, bytes: vec![0; PAGE] }; ALL_CELLS as usize];
-        check_known(&base, &self.all, known, &found, cut).map(|tally| tally.there)
-    }
-
-    fn replay(&mut self, states: u64, step: u64, chance: &mut Chance) -> Tally {
-        let mut tally = Tally::default();
-        for (n, end) in self.points(states, chance).into_iter().enumerate() {
-            let subset = Subset::by(chance);
-            let (image, unflushed) = self.disk.at(end, subset, chance);
-            let known = self.known(end);
-            let run = Run::of_step(step + n as u64);
-            match self.examine(&image, &known, run) {
-                Ok(there) => tally.there += there,
-                Err(e) => {
-                    let kept = std::env::temp_dir().join(format!("corepage-replay-{}", self.kind));
-                    let kept = std::fs::copy(&image, &kept).map_or("nowhere".into(), |_| kept.display().to_string());
-                    panic!("{}, {end} of {} entries, {subset:?}, {run:?}: {e} (kept: {kept})", self.kind, self.end())
-                }
-            }
-            std::fs::remove_file(&image).expect("the image goes");
-            tally.states += 1;
-            tally.unflushed += unflushed as u64;
-            tally.required += known.acknowledged().0.len() as u64;
-        }
-        tally
-    }
-}
-
-async fn read(dir: &Path, run: Run) -> corepage::Result<(Vec<Cell>, u64)> {
-    let store = Store::open(dir, run.options()).await?;
-    let volume = store.volume("cells").await?.expect("the volume was there before the first point");
-    let ids: Vec<_> = (0..ALL_CELLS).map(place).collect();
-    let pages = volume.read_many(&ids).await?;
-    let found = pages.iter().map(|page| Cell { lsn: page.lsn().get(), bytes: page.to_vec() }).collect();
-    let cut = store.recovery().cut.get();
-    store.close().await?;
-    Ok((found, cut))
+/// A store at work for some time on a logged disk with this file system.
+fn record(kind: &'static str, run: Run, ms: u64) -> Option<Recording> {
+    let mut logged = Logged::new(kind)?;
+    let dir = logged.dir().to_owned();
+    let writer = Role::start_stamped("write", logged.path(), run, move || log_bytes(&dir));
+    writer.wait();
+    std::thread::sleep(Duration::from_millis(ms));
+    let lines = writer.kill_stamped();
+    logged.finish();
+    let before = logged.dir().join("before");
+    File::create(&before).and_then(|file| file.set_len(DISK_BYTES)).expect("an empty disk");
+    Recording::new(kind, &logged.dir().join("log"), &before, lines)
 }
 
 /// A recording for each 100 states, each with another driver and number of shards.
@@ -148,7 +55,7 @@ fn replay_on(kind: &'static str) {
     let mut chance = Chance::new(seed(9));
     while left > 0 {
         let states = left.min(100);
-        let Some(mut recording) = Recording::new(kind, Run::of_step(step), 300 + 8 * states) else { return };
+        let Some(mut recording) = record(kind, Run::of_step(step), 300 + 8 * states) else { return };
         let tally = recording.replay(states, step, &mut chance);
         let (known, flushes) = (&recording.all, recording.disk.log.entries.iter().filter(|e| e.flushes()).count());
         println!(
@@ -157,10 +64,7 @@ fn replay_on(kind: &'static str) {
             recording.end(),
             known.acknowledged().0.len()
         );
-        sum.states += tally.states;
-        sum.unflushed += tally.unflushed;
-        sum.there += tally.there;
-        sum.required += tally.required;
+        sum += tally;
         (left, step) = (left - states, step + 1);
     }
     println!("{kind}: {sum:?}");
@@ -180,7 +84,7 @@ fn what_was_acknowledged_outlives_the_power_on_xfs() {
 /// Otherwise the tests above would show nothing.
 #[test]
 fn a_disk_that_lies_and_an_acknowledgement_that_comes_too_early_are_found() {
-    let Some(mut recording) = Recording::new("ext4", Run::of_step(0), 500) else { return };
+    let Some(mut recording) = record("ext4", Run::of_step(0), 500) else { return };
     let (ready, end, mut chance) = (recording.ready, recording.end(), Chance::new(seed(5)));
     let (image, _) = recording.disk.at(ready, Subset::All, &mut chance);
     let run = Run::of_step(1);

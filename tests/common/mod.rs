@@ -7,9 +7,11 @@
 #![allow(dead_code, missing_docs, clippy::disallowed_methods)]
 
 pub mod device;
+pub mod guest;
 pub mod history;
 pub mod logged;
 pub mod nbd;
+pub mod recording;
 pub mod replay;
 pub mod role;
 pub mod surroundings;

@@ -128,13 +128,13 @@ pub struct Rebuilt {
 }
 
 impl Rebuilt {
-    /// `None`, loudly, where it can't be.
-    pub fn new(log: Log, bytes: u64) -> Option<Rebuilt> {
+    /// `before`: the disk when the log began. `None`, loudly, where it can't be.
+    pub fn new(log: Log, before: &Path) -> Option<Rebuilt> {
         let memory = Mounted::memory()?;
         let place = Mounted::image_in("xfs", memory.path())?;
         let base = place.path().join("base");
-        let image = File::create(&base).expect("an image");
-        image.set_len(bytes).expect("an image");
+        super::run(Command::new("cp").arg("--sparse=always").args([before, &base]));
+        let image = File::options().write(true).open(&base).expect("an image");
         Some(Rebuilt { log, base, image, applied: 0, place, _memory: memory })
     }
 
