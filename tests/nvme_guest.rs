@@ -41,10 +41,11 @@ fn power_is_cut(machine: Machine, polls: &str, seed_: u64) {
     let Some(kernel) = kernel() else { return };
     let guest = Guest::boot(&kernel, machine, "write");
     guest.wait();
-    std::thread::sleep(Duration::from_millis(1500 + 50 * cuts_count()));
+    std::thread::sleep(Duration::from_millis(3000 + 50 * cuts_count()));
     let (dir, lines) = guest.cut();
     let (queue, disk) = (said(&lines, "queue "), said(&lines, "disk: "));
-    println!("{machine:?}: {queue}; {disk}");
+    let fua = lines.iter().find_map(|(_, line)| line.strip_prefix("fua writes ")).unwrap_or("not counted");
+    println!("{machine:?}: {queue}; {disk}; writes with FUA: {fua}");
     let io_poll = u64::from(machine.poll_queues > 0);
     assert_eq!(queue, format!("io_poll={io_poll} logical_block_size={}", machine.block_bytes));
     assert!(disk.starts_with("io_uring on ext4, direct I/O") && disk.contains(polls), "{disk}");
