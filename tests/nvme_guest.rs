@@ -8,10 +8,17 @@
 mod common;
 
 use common::guest::{Guest, Machine, kernel};
+use common::history::{change, group_cells, place};
 use common::recording::{Recording, Tally};
-use common::role::{Task, say};
+use common::replay::Subset;
+use common::role::{Run, Task, say};
 use common::workload::{open, work};
 use common::{Chance, seed};
+use corepage::{Durability, Store, Volume};
+use futures_lite::future::block_on;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 /// Not a test of its own: what the child does, in the guest.
@@ -23,7 +30,41 @@ fn child() {
     say("\nready");
     match role.as_str() {
         "write" => work(&store, &volume, 0, false),
+        "fail-write" | "fail-flush" => until_a_commit_fails(&volume),
+        "fail-read" => until_a_read_fails(store, volume, &dir.join("store"), run),
         role => panic!("no role {role}"),
+    }
+}
+
+/// As the blind commits of the ordinary work, all durable.
+fn until_a_commit_fails(volume: &Volume) {
+    for seq in 1.. {
+        let changes = group_cells(0).map(|cell| (place(cell), change(seq, cell))).collect();
+        match block_on(volume.apply(changes, Durability::Durable)) {
+            Ok(lsn) => say(format_args!("blind 0 {seq} {lsn} 1")),
+            Err(e) => return say(format_args!("\nfailed: {e}")),
+        }
+    }
+}
+
+/// What was read once is in memory: the store is opened anew for each time.
+fn until_a_read_fails(store: Store, volume: Volume, dir: &Path, run: Run) {
+    let changes = group_cells(0).map(|cell| (place(cell), change(1, cell))).collect();
+    let lsn = block_on(volume.apply(changes, Durability::Durable)).expect("a commit");
+    say(format_args!("blind 0 1 {lsn} 1"));
+    block_on(store.close()).expect("the store closes");
+    let once = async || -> corepage::Result<()> {
+        let store = Store::open(dir, run.options()).await?;
+        let volume = store.volume("cells").await?.expect("it was made");
+        for cell in group_cells(0) {
+            volume.read(place(cell)).await?;
+        }
+        store.close().await
+    };
+    loop {
+        if let Err(e) = block_on(once()) {
+            return say(format_args!("\nfailed: {e}"));
+        }
     }
 }
 
@@ -59,16 +100,104 @@ fn power_is_cut(machine: Machine, polls: &str, seed_: u64) {
 
 #[test]
 fn polled_with_blocks_of_512_bytes() {
-    power_is_cut(Machine { block_bytes: 512, poll_queues: 2, shards: 2 }, ", polled", 1);
+    power_is_cut(Machine { block_bytes: 512, poll_queues: 2, shards: 2, write_cache: false }, ", polled", 1);
 }
 
 #[test]
 fn polled_with_blocks_of_4096_bytes() {
-    power_is_cut(Machine { block_bytes: 4096, poll_queues: 2, shards: 1 }, ", polled", 2);
+    power_is_cut(Machine { block_bytes: 4096, poll_queues: 2, shards: 1, write_cache: false }, ", polled", 2);
 }
 
 #[test]
 fn without_queues_for_polling_the_store_does_not_poll_and_says_so() {
     let why = ", not polled (the device has no queues for it: a polled read says ";
-    power_is_cut(Machine { block_bytes: 512, poll_queues: 0, shards: 2 }, why, 3);
+    power_is_cut(Machine { block_bytes: 512, poll_queues: 0, shards: 2, write_cache: false }, why, 3);
+}
+
+/// QEMU's controller offers FUA and ignores it (10.0.2): with a write cache, what the store wrote with `RWF_DSYNC` is lost
+/// with the power. The oracle must find that. If this fails, QEMU has learnt it: let all machines have the cache then.
+#[test]
+fn a_controller_that_ignores_fua_is_found() {
+    let Some(kernel) = kernel() else { return };
+    let machine = Machine { block_bytes: 512, poll_queues: 2, shards: 2, write_cache: true };
+    let guest = Guest::boot(&kernel, machine, "write");
+    guest.wait();
+    std::thread::sleep(Duration::from_millis(1500));
+    let (dir, lines) = guest.cut();
+    let (log, before) = (dir.path().join("log"), dir.path().join("before"));
+    let Some(mut recording) = Recording::new("ext4", &log, &before, lines) else { return };
+    let end = recording.end();
+    let (image, _) = recording.disk.at(end, Subset::Nothing, &mut Chance::new(seed(6)));
+    let found = recording.examine(&image, &recording.known(end), Run::of_step(1));
+    println!("{machine:?}: {found:?}");
+    assert!(found.is_err(), "nothing is lost: does the controller act on FUA now?");
+}
+
+/// The library's own tests of its disks, on a disk that is polled.
+#[test]
+fn the_tests_of_the_disks_pass_on_a_polled_one() {
+    let Some(kernel) = kernel() else { return };
+    if std::env::var("COREPAGE_GUEST_LIB_TESTS").is_ok_and(|path| path.is_empty()) {
+        panic!("scripts/nvme-guest did not build the library's tests");
+    }
+    let machine = Machine { block_bytes: 4096, poll_queues: 2, shards: 1, write_cache: false };
+    let guest = Guest::boot(&kernel, machine, "lib-tests");
+    guest.wait();
+    let (_dir, lines) = guest.cut();
+    let (queue, result, end) = (said(&lines, "queue "), said(&lines, "test result: "), said(&lines, "ended with "));
+    println!("{machine:?}: {queue}; {result}");
+    assert_eq!(queue, "io_poll=1 logical_block_size=4096");
+    assert!(result.starts_with("ok. ") && !result.starts_with("ok. 0 passed") && end == "0", "{result}");
+}
+
+// --- errors of the device ---
+
+/// Puts a fault below the guest's disk, over QEMU's monitor: from now on each operation of this kind fails.
+fn break_disk(dir: &Path, iotype: &str) {
+    let socket = UnixStream::connect(dir.join("qmp")).expect("QEMU's monitor");
+    let mut answers = BufReader::new(socket.try_clone().expect("a descriptor")).lines();
+    let mut ask = |command: &str| {
+        (&socket).write_all(command.as_bytes()).expect("the monitor reads");
+        let answer =
+            answers.by_ref().map_while(Result::ok).find(|line| line.contains("return") || line.contains("error"));
+        let answer = answer.expect("the monitor answers");
+        assert!(!answer.contains("error"), "{command}: {answer}");
+    };
+    ask(r#"{"execute":"qmp_capabilities"}"#);
+    ask(&format!(
+        r#"{{"execute":"blockdev-add","arguments":{{"driver":"blkdebug","node-name":"faulty","image":"logged","inject-error":[{{"event":"none","iotype":"{iotype}","errno":5}}]}}}}"#
+    ));
+    ask(
+        r#"{"execute":"blockdev-reopen","arguments":{"options":[{"driver":"raw","node-name":"top","file":"faulty"}]}}"#,
+    );
+}
+
+/// The fault fires (the guest's kernel says so), the store fails (the child says so), and what was acknowledged until then
+/// is there. Flushes: with no write cache each write brings one, so it is a write that fails by its flush.
+fn device_fails(iotype: &str) {
+    let Some(kernel) = kernel() else { return };
+    let machine = Machine { block_bytes: 512, poll_queues: 2, shards: 2, write_cache: false };
+    let guest = Guest::boot(&kernel, machine, &format!("fail-{iotype}"));
+    guest.wait();
+    break_disk(guest.dir.path(), iotype);
+    guest.wait();
+    let (dir, lines) = guest.cut();
+    let (kernels, failed) = (said(&lines, "kernel: "), said(&lines, "failed: "));
+    println!("{iotype}: {kernels}; {failed}");
+    assert!(said(&lines, "disk: ").contains(", polled"));
+    assert!(kernels.contains("error, dev nvme0n1"), "the fault did not fire: {kernels}");
+    let (log, before) = (dir.path().join("log"), dir.path().join("before"));
+    let Some(mut recording) = Recording::new("ext4", &log, &before, lines) else { return };
+    let (end, mut chance) = (recording.end(), Chance::new(seed(7)));
+    let (image, _) = recording.disk.at(end, Subset::Nothing, &mut chance);
+    let there =
+        recording.examine(&image, &recording.known(end), Run::of_step(2)).expect("what was acknowledged is there");
+    println!("{iotype}: {there} transactions are there, {} were acknowledged", recording.all.acks.len());
+}
+
+#[test]
+fn an_error_of_the_polled_device_is_told_and_costs_nothing_that_was_acknowledged() {
+    for iotype in ["write", "flush", "read"] {
+        device_fails(iotype);
+    }
 }

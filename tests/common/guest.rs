@@ -25,7 +25,7 @@ case "$GUEST_ROLE" in
        /bin/program --exact child --nocapture ;;
 esac
 echo "ended with $?"
-dmesg | grep -i "error, dev nvme" | head -n 3
+echo; echo "kernel: $(dmesg | grep -i 'error, dev nvme' | head -n 1)"
 umount /mnt
 echo; echo dumped
 sleep 1; poweroff -f
@@ -37,6 +37,8 @@ pub struct Machine {
     pub block_bytes: u64,
     pub poll_queues: u64,
     pub shards: u16,
+    /// One that a flush must empty.
+    pub write_cache: bool,
 }
 
 pub struct Guest {
@@ -91,7 +93,8 @@ impl Guest {
             "-accel tcg,thread=multi -cpu max -M q35 -m 1024 -smp 2 -nodefaults -nographic -no-reboot".split(' '),
         );
         qemu.args(["-serial", "stdio", "-kernel"]).arg(kernel).arg("-initrd").arg(initramfs().join("initramfs"));
-        let Machine { block_bytes, poll_queues, shards } = machine;
+        let Machine { block_bytes, poll_queues, shards, write_cache } = machine;
+        let cache = if write_cache { "on" } else { "off" };
         qemu.arg("-append").arg(format!(
             "console=ttyS0 quiet panic=-1 nvme.poll_queues={poll_queues} nvme_core.multipath=N GUEST_ROLE={role} \
              GUEST_SHARDS={shards}"
@@ -103,7 +106,7 @@ impl Guest {
         // QEMU's NVMe controller (10.0.2) offers FUA and does not act on it: what the guest's kernel writes so is in the log
         // without the flag and without a flush. Without a write cache each write is followed by a flush: slow, but true.
         qemu.arg("-device").arg(format!(
-            "nvme,drive=top,serial=x,max_ioqpairs=4,write-cache=off,logical_block_size={block_bytes},physical_block_size={block_bytes}"
+            "nvme,drive=top,serial=x,max_ioqpairs=4,write-cache={cache},logical_block_size={block_bytes},physical_block_size={block_bytes}"
         ));
         let log = dir.path().to_owned();
         let role = Role::listen(qemu, move || log_bytes(&log));
