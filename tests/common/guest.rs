@@ -96,7 +96,7 @@ impl Guest {
         let Machine { block_bytes, poll_queues, shards, write_cache } = machine;
         let cache = if write_cache { "on" } else { "off" };
         qemu.arg("-append").arg(format!(
-            "console=ttyS0 quiet panic=-1 nvme.poll_queues={poll_queues} nvme_core.multipath=N GUEST_ROLE={role} \
+            "console=ttyS0,115200 quiet panic=-1 nvme.poll_queues={poll_queues} nvme_core.multipath=N GUEST_ROLE={role} \
              GUEST_SHARDS={shards}"
         ));
         qemu.args(block_nodes(dir.path()));

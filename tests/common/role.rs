@@ -99,6 +99,8 @@ impl Task {
 /// One line in one `write`, so that a kill can't cut it in two.
 pub fn say(line: impl std::fmt::Display) {
     std::io::stdout().lock().write_all(format!("{line}\n").as_bytes()).expect("the parent reads");
+    // In a guest, it is out only when the console's buffer is empty: what is tried must be heard before it is done.
+    let _ = rustix::termios::tcdrain(std::io::stdout());
 }
 
 /// A child at work.
@@ -125,10 +127,15 @@ impl Role {
     /// Starts a process that says what the child says.
     pub fn listen(mut command: Command, stamp: impl Fn() -> u64 + Send + 'static) -> Role {
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("this program starts");
-        let stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        let mut stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
         let (sender, heard) = channel();
         let lines = std::thread::spawn(move || {
-            let lines = stdout.lines().map_while(Result::ok);
+            // A line that a power cut left unfinished is none: half a number is another number.
+            let lines = std::iter::from_fn(|| {
+                let mut line = String::new();
+                stdout.read_line(&mut line).ok()?;
+                line.strip_suffix('\n').map(str::to_owned)
+            });
             // A guest's console ends lines its own way.
             let lines = lines.map(|line| (stamp(), line.trim_end_matches('\r').to_owned()));
             lines.inspect(|(_, l)| _ = (l == "ready" || l == "dumped").then(|| sender.send(()))).collect()
