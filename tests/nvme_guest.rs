@@ -146,6 +146,10 @@ fn the_tests_of_the_disks_pass_on_a_polled_one() {
     let (_dir, lines) = guest.cut();
     let (queue, result, end) = (said(&lines, "queue "), said(&lines, "test result: "), said(&lines, "ended with "));
     println!("{machine:?}: {queue}; {result}");
+    let telling = |line: &&(u64, String)| line.1.contains("FAILED") || line.1.contains("panicked");
+    for (n, line) in lines.iter().enumerate().filter(|(_, line)| telling(line)) {
+        println!("{}: {}", line.1, lines.get(n + 1).map_or("", |next| &next.1));
+    }
     assert_eq!(queue, "io_poll=1 logical_block_size=4096");
     assert!(result.starts_with("ok. ") && !result.starts_with("ok. 0 passed") && end == "0", "{result}");
 }
