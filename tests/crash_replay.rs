@@ -111,7 +111,7 @@ fn log_of(count: u64, entries: &[(u64, u64, u64)]) -> (tempfile::TempDir, std::i
         bytes.resize(SECTOR as usize, 0);
         bytes
     };
-    let mut bytes = sector(&[0x6a73_6677_7368_72, 1, count, SECTOR]);
+    let mut bytes = sector(&[0x006a_7366_7773_6872, 1, count, SECTOR]);
     for (n, (at, sectors, flags)) in entries.iter().enumerate() {
         bytes.extend(sector(&[*at, *sectors, *flags, 0]));
         let data = if flags & 4 == 0 { sectors * SECTOR } else { 0 };
