@@ -2,7 +2,7 @@
 
 use super::Chance;
 use super::history::{ALL_CELLS, Cell, PAGE, Said, check_known, place};
-use super::replay::{Log, Rebuilt, Subset};
+use super::replay::{Log, Rebuilt, SECTOR, Subset};
 use super::role::Run;
 use super::surroundings::Mounted;
 use corepage::Store;
@@ -84,7 +84,9 @@ impl Recording {
     pub fn replay(&mut self, states: u64, step: u64, chance: &mut Chance) -> Tally {
         let mut tally = Tally::default();
         for (n, end) in self.points(states, chance).into_iter().enumerate() {
-            let subset = Subset::by(chance);
+            // ext4 can't always be mounted after a torn block of its own.
+            let piece = if self.kind == "xfs" { SECTOR } else { 4096 };
+            let subset = Subset::by(chance, piece);
             let (image, unflushed) = self.disk.at(end, subset, chance);
             let known = self.known(end);
             let run = Run::of_step(step + n as u64);

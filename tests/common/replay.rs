@@ -110,8 +110,9 @@ pub enum Subset {
 }
 
 impl Subset {
-    pub fn by(chance: &mut Chance) -> Subset {
-        [Subset::Nothing, Subset::All, Subset::Some, Subset::Some, Subset::Torn(4096), Subset::Torn(SECTOR)]
+    /// `piece`: the smallest that the file system bears to be torn.
+    pub fn by(chance: &mut Chance, piece: u64) -> Subset {
+        [Subset::Nothing, Subset::All, Subset::Some, Subset::Some, Subset::Torn(4096), Subset::Torn(piece)]
             [chance.below(6) as usize]
     }
 }
