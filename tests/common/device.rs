@@ -278,7 +278,7 @@ impl Device {
 }
 
 /// Options that make mkfs leave out what takes time: discarding, and zeroing what is zero.
-fn quick(kind: &str) -> &'static [&'static str] {
+pub fn quick(kind: &str) -> &'static [&'static str] {
     match kind {
         "ext4" => &["-q", "-E", "nodiscard,lazy_itable_init=0", "-O", "^resize_inode", "-N", "256"],
         "xfs" => &["-q", "-K"],

@@ -82,10 +82,10 @@ pub struct Said {
 }
 
 impl Said {
-    pub fn parse(lines: &[String]) -> Said {
+    pub fn parse(lines: impl IntoIterator<Item = impl AsRef<str>>) -> Said {
         let mut said = Said::default();
         for line in lines {
-            let mut words = line.split(' ');
+            let mut words = line.as_ref().split(' ');
             let what = words.next().unwrap_or_default();
             let rest: Vec<Vec<u64>> = words.map(|w| w.split(':').map_while(|n| n.parse().ok()).collect()).collect();
             let number = |i: usize| rest[i][0];
@@ -245,15 +245,21 @@ impl std::ops::AddAssign for Tally {
 
 /// Whether what is `found` is what the commits up to `cut`, and no others, made of `base`.
 pub fn check(base: &[Cell], said: &Said, found: &[Cell], cut: u64) -> Result<Tally, String> {
+    check_known(base, said, said, found, cut)
+}
+
+/// The same after a crash in the midst of what was said: what is durable is what was `known` to be by then.
+pub fn check_known(base: &[Cell], said: &Said, known: &Said, found: &[Cell], cut: u64) -> Result<Tally, String> {
     let mut history = History::new();
     let there = transactions(base, said, found, &mut history)?;
     blind_commits(base, said, found, &mut history)?;
-    let (acknowledged, durable) = said.acknowledged();
+    let (acknowledged, _) = said.acknowledged();
+    let (heard, durable) = known.acknowledged();
     ensure!(durable <= cut, "LSN {durable} was durable, and the cut is {cut}");
-    for (before, lsn) in &said.flushes {
+    for (before, lsn) in &known.flushes {
         ensure!(before <= lsn, "a flush to LSN {lsn} left out {before}, which was acknowledged before it");
         // Before the first commit of an epoch a flush names the last LSN that the epoch leaves out.
-        let vacuous = history.is_empty() && acknowledged.is_empty();
+        let vacuous = history.is_empty() && heard.is_empty();
         ensure!(*lsn <= cut || vacuous, "all up to LSN {lsn} was flushed, and the cut is {cut}");
     }
     for (id, lsn) in &acknowledged {

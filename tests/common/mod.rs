@@ -7,10 +7,15 @@
 #![allow(dead_code, missing_docs, clippy::disallowed_methods)]
 
 pub mod device;
+pub mod guest;
 pub mod history;
+pub mod logged;
 pub mod nbd;
+pub mod recording;
+pub mod replay;
 pub mod role;
 pub mod surroundings;
+pub mod workload;
 
 use std::hash::Hasher;
 use std::io::{BufRead, BufReader};

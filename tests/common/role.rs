@@ -99,27 +99,46 @@ impl Task {
 /// One line in one `write`, so that a kill can't cut it in two.
 pub fn say(line: impl std::fmt::Display) {
     std::io::stdout().lock().write_all(format!("{line}\n").as_bytes()).expect("the parent reads");
+    // In a guest, it is out only when the console's buffer is empty: what is tried must be heard before it is done.
+    let _ = rustix::termios::tcdrain(std::io::stdout());
 }
 
 /// A child at work.
 pub struct Role {
     child: Child,
-    lines: Option<JoinHandle<Vec<String>>>,
+    lines: Option<JoinHandle<Vec<(u64, String)>>>,
     heard: Receiver<()>,
 }
 
 impl Role {
     /// Starts the test `child` of this program in a role, on the store in `dir`.
     pub fn start(role: &str, dir: &Path, run: Run) -> Role {
+        Role::start_stamped(role, dir, run, || 0)
+    }
+
+    /// The same, with a stamp on each line that is made after the line was heard.
+    pub fn start_stamped(role: &str, dir: &Path, run: Run, stamp: impl Fn() -> u64 + Send + 'static) -> Role {
         let mut command = Command::new(std::env::current_exe().expect("this program"));
         command.args(["--exact", "child", "--nocapture"]).env(ROLE, role).env(STORE, dir);
         command.env(RUN, format!("{} {}", if run.ring { "ring" } else { "portable" }, run.shards));
+        Role::listen(command, stamp)
+    }
+
+    /// Starts a process that says what the child says.
+    pub fn listen(mut command: Command, stamp: impl Fn() -> u64 + Send + 'static) -> Role {
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("this program starts");
-        let stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        let mut stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
         let (sender, heard) = channel();
         let lines = std::thread::spawn(move || {
-            let lines = stdout.lines().map_while(Result::ok);
-            lines.inspect(|l| _ = (l == "ready" || l == "dumped").then(|| sender.send(()))).collect()
+            // A line that a power cut left unfinished is none: half a number is another number.
+            let lines = std::iter::from_fn(|| {
+                let mut line = String::new();
+                stdout.read_line(&mut line).ok()?;
+                line.strip_suffix('\n').map(str::to_owned)
+            });
+            // A guest's console ends lines its own way.
+            let lines = lines.map(|line| (stamp(), line.trim_end_matches('\r').to_owned()));
+            lines.inspect(|(_, l)| _ = (l == "ready" || l == "dumped").then(|| sender.send(()))).collect()
         });
         Role { child, lines: Some(lines), heard }
     }
@@ -130,7 +149,12 @@ impl Role {
     }
 
     /// Kills it, and gives back all that it said.
-    pub fn kill(mut self) -> Vec<String> {
+    pub fn kill(self) -> Vec<String> {
+        self.kill_stamped().into_iter().map(|(_, line)| line).collect()
+    }
+
+    /// The same with stamps.
+    pub fn kill_stamped(mut self) -> Vec<(u64, String)> {
         if let Some(status) = self.child.try_wait().expect("the child can be waited for") {
             assert!(status.success(), "the child failed before it was killed: {status}");
         }

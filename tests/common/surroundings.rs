@@ -128,9 +128,41 @@ impl Mounted {
         Some(Mounted::mount(scratch("ramfs"), &["-t", "ramfs"], Path::new("none")))
     }
 
+    /// A file system in memory that takes no more than an image.
+    pub fn memory() -> Option<Mounted> {
+        if !is_root() || !has_tool("mount") {
+            return None;
+        }
+        let size = format!("size={}", IMAGE_BYTES + (64 << 20));
+        Some(Mounted::mount(scratch("memory"), &["-t", "tmpfs", "-o", &size], Path::new("none")))
+    }
+
+    /// As [`image`](Self::image), with the image file in `dir`.
+    pub fn image_in(kind: &str, dir: &Path) -> Option<Mounted> {
+        let mkfs = format!("mkfs.{kind}");
+        if !is_root() || !has_tool(&mkfs) || !has_tool("mount") {
+            return None;
+        }
+        let image = dir.join("image");
+        std::fs::File::create(&image).and_then(|file| file.set_len(IMAGE_BYTES)).expect("an image file");
+        run(tool(&mkfs).arg("-q").arg(&image));
+        Some(Mounted::mount(scratch(kind), &["-o", "loop", "-t", kind], &image))
+    }
+
     /// A file system that is on a block device already.
     pub fn device(kind: &str, device: &Path) -> Mounted {
         Mounted::mount(scratch(kind), &["-t", kind], device)
+    }
+
+    /// A file system in a file that is there already; what mount says if it can't be mounted.
+    pub fn try_file(kind: &str, options: &str, file: &Path) -> Result<Mounted, String> {
+        let scratch = scratch(kind);
+        let point = scratch.path().join("mnt");
+        std::fs::create_dir(&point).expect("a mount point");
+        let output =
+            tool("mount").args(["-o", options, "-t", kind]).arg(file).arg(&point).output().expect("mount starts");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        if output.status.success() { Ok(Mounted { point, _scratch: scratch }) } else { Err(said) }
     }
 
     fn mount(scratch: tempfile::TempDir, options: &[&str], source: &Path) -> Mounted {

@@ -1,0 +1,129 @@
+//! A small machine (QEMU, emulated) with an NVMe disk that is logged, polled if it shall be: this test program runs in it as
+//! `child`, on an ext4 file system, and is heard through the serial console.
+
+use super::logged::{DISK_BYTES, block_nodes, empty_disk, log_bytes};
+use super::role::Role;
+use super::surroundings::tool;
+use super::{has_tool, run, scratch};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// The guest's first process. What the kernel does not know of its command line is in the environment.
+const INIT: &str = r#"#!/bin/sh
+export PATH=/bin TMPDIR=/mnt
+mount -t proc none /proc; mount -t sysfs none /sys; mount -t devtmpfs none /dev
+ulimit -l unlimited
+queue=/sys/block/nvme0n1/queue
+echo; echo "queue io_poll=$(cat $queue/io_poll) logical_block_size=$(cat $queue/logical_block_size)"
+mount -t tracefs none /sys/kernel/tracing && echo 1 > /sys/kernel/tracing/events/block/block_rq_issue/enable
+(sleep 5; echo; echo "fua writes $(grep -c ' WF' /sys/kernel/tracing/trace)") &
+mount -t ext4 /dev/nvme0n1 /mnt || echo "the disk can't be mounted"
+case "$GUEST_ROLE" in
+  # Three tests count flushes of the log, of which there are none where single writes are made durable (FUA).
+  lib-tests) /bin/lib-tests --test-threads 2 disk:: --skip a_failed_round_is_the_answer_to_all_later_flushes \
+       --skip one_flush_stands_for_all_files --skip the_next_round_is_led_by_whoever_waits_for_it ;;
+  *) COREPAGE_TEST_STORE=/mnt COREPAGE_TEST_ROLE="$GUEST_ROLE" COREPAGE_TEST_RUN="ring $GUEST_SHARDS" \
+       /bin/program --exact child --nocapture ;;
+esac
+echo "ended with $?"
+echo; echo "kernel: $(dmesg | grep -i 'error, dev nvme' | head -n 1)"
+umount /mnt
+echo; echo dumped
+sleep 1; poweroff -f
+"#;
+
+/// What the machine is like.
+#[derive(Clone, Copy, Debug)]
+pub struct Machine {
+    pub block_bytes: u64,
+    pub poll_queues: u64,
+    pub shards: u16,
+    /// One that a flush must empty.
+    pub write_cache: bool,
+}
+
+pub struct Guest {
+    pub dir: tempfile::TempDir,
+    role: Role,
+}
+
+/// The kernel, if `scripts/nvme-guest` runs this: an ordinary test run fetches none.
+pub fn kernel() -> Option<PathBuf> {
+    let Some(kernel) = std::env::var_os("COREPAGE_GUEST_KERNEL") else {
+        eprintln!("SKIPPED: scripts/nvme-guest runs these tests, with a kernel for the guest");
+        return None;
+    };
+    let tools = ["qemu-system-x86_64", "busybox", "cpio", "gzip", "strip", "mkfs.ext4", "ldd"];
+    tools.iter().all(|name| has_tool(name)).then(|| kernel.into())
+}
+
+/// The guest's files: busybox, this program, the library's own tests if they are named, and what they need.
+fn initramfs() -> &'static Path {
+    static MADE: OnceLock<tempfile::TempDir> = OnceLock::new();
+    let dir = MADE.get_or_init(|| {
+        let dir = scratch("guest");
+        let script = r#"
+            mkdir -p r/bin r/proc r/sys r/dev r/mnt r/tmp && cp "$(command -v busybox)" r/bin/busybox
+            for name in sh mount umount sleep cat poweroff echo dmesg grep head; do ln -s busybox r/bin/$name; done
+            strip -o r/bin/program "$1" && if [ -n "$2" ]; then strip -o r/bin/lib-tests "$2"; fi
+            ldd "$1" | grep -o '/[^ ]*' | while read -r lib; do
+              mkdir -p "r$(dirname "$lib")" && cp -L "$lib" "r$lib"
+            done
+            printf '%s' "$3" > r/init && chmod +x r/init
+            cd r && find . | cpio --quiet -o -H newc | gzip -1 > ../initramfs"#;
+        let mut make = Command::new("sh");
+        make.args(["-e", "-c", script, "sh"]).arg(std::env::current_exe().expect("this program"));
+        make.arg(std::env::var("COREPAGE_GUEST_LIB_TESTS").unwrap_or_default()).arg(INIT);
+        run(make.current_dir(dir.path()));
+        dir
+    });
+    dir.path()
+}
+
+impl Guest {
+    /// Boots it with an empty file system on its disk.
+    pub fn boot(kernel: &Path, machine: Machine, role: &str) -> Guest {
+        let dir = scratch("nvme");
+        empty_disk(dir.path());
+        let ext4 = ["-q", "-F", "-b", "4096", "-E", "lazy_itable_init=0"];
+        run(tool("mkfs.ext4").args(ext4).arg(dir.path().join("image")));
+        // The log begins with the file system made: this is the disk before its first entry.
+        run(Command::new("cp").arg("--sparse=always").args(["image", "before"]).current_dir(dir.path()));
+        let mut qemu = Command::new("qemu-system-x86_64");
+        qemu.args(
+            "-accel tcg,thread=multi -cpu max -M q35 -m 1024 -smp 2 -nodefaults -nographic -no-reboot".split(' '),
+        );
+        qemu.args(["-serial", "stdio", "-kernel"]).arg(kernel).arg("-initrd").arg(initramfs().join("initramfs"));
+        let Machine { block_bytes, poll_queues, shards, write_cache } = machine;
+        let cache = if write_cache { "on" } else { "off" };
+        qemu.arg("-append").arg(format!(
+            "console=ttyS0,115200 quiet panic=-1 nvme.poll_queues={poll_queues} nvme_core.multipath=N GUEST_ROLE={role} \
+             GUEST_SHARDS={shards}"
+        ));
+        qemu.args(block_nodes(dir.path()));
+        // A named top, below which faults can be put while the guest runs.
+        qemu.args(["-blockdev", "driver=raw,node-name=top,file=logged"]);
+        qemu.args(["-qmp", &format!("unix:{},server=on,wait=off", dir.path().join("qmp").display())]);
+        // QEMU's NVMe controller (10.0.2) offers FUA and does not act on it: what the guest's kernel writes so is in the log
+        // without the flag and without a flush. Without a write cache each write is followed by a flush: slow, but true.
+        qemu.arg("-device").arg(format!(
+            "nvme,drive=top,serial=x,max_ioqpairs=4,write-cache={cache},logical_block_size={block_bytes},physical_block_size={block_bytes}"
+        ));
+        let log = dir.path().to_owned();
+        let role = Role::listen(qemu, move || log_bytes(&log));
+        Guest { dir, role }
+    }
+
+    /// Until the child is ready.
+    pub fn wait(&self) {
+        self.role.wait();
+    }
+
+    /// The power goes. All that was heard, with the length of the log at that time.
+    pub fn cut(self) -> (tempfile::TempDir, Vec<(u64, String)>) {
+        (self.dir, self.role.kill_stamped())
+    }
+}
+
+const _: () = assert!(DISK_BYTES.is_multiple_of(4096));
