@@ -47,6 +47,7 @@ const LAYERS: &[&[(&str, &[&str])]] = &[
     &[("catalog", &[])],
     &[("sim", &[]), ("runtime", &["mesh"]), ("mesh", &[])],
     &[("store", &[])],
+    &[("fuzz", &[])],
     &[("server", &[])],
     &[("bench", &[])],
     &[("cli", &[])],
@@ -81,7 +82,8 @@ fn files(folder: &str, endings: &[&str]) -> Vec<(String, String)> {
                 folders.push(path);
             } else if endings.iter().any(|ending| path.to_str().unwrap().ends_with(ending)) {
                 let name = path.strip_prefix(root()).unwrap().to_str().unwrap().to_owned();
-                found.push((name, fs::read_to_string(&path).unwrap()));
+                // The corpus of the fuzz targets is no text.
+                found.push((name, String::from_utf8_lossy(&fs::read(&path).unwrap()).into_owned()));
             }
         }
     }
