@@ -157,7 +157,9 @@ impl Signal {
     }
 
     fn lower(&self) {
-        self.raised.lower(|| drop(rustix::io::read(&self.event, &mut [0; 8])));
+        self.raised.lower(|| {
+            let _ = rustix::io::read(&self.event, &mut [0; 8]);
+        });
     }
 }
 
