@@ -77,11 +77,10 @@ impl MemoryDisk {
             }
             DiskOp::Write { file, offset, from } => {
                 self.within(*file, *offset, from.iter().map(|slice| u64::from(slice.len)).sum())?;
-                let mut number = *offset / BLOCK as u64;
-                for block in from.iter().flat_map(|slice| slice.bytes().chunks(BLOCK)) {
+                let blocks = from.iter().flat_map(|slice| slice.bytes().chunks(BLOCK));
+                for (number, block) in (*offset / BLOCK as u64..).zip(blocks) {
                     let bytes: [u8; BLOCK] = block.try_into().expect("whole blocks are written");
                     self.changed.insert((*file, number), Box::new(bytes));
-                    number += 1;
                 }
             }
             DiskOp::Flush { .. } => {}
