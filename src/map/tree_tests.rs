@@ -45,7 +45,7 @@ fn fresh(arena: &mut Arena, bytes: &[u8]) -> crate::pool::Frame {
 impl Store {
     fn new() -> Store {
         let roots = (0..VSHARDS).map(|_| (Box::new([Child::default(); VOLUMES_MAX]), 0)).collect();
-        let arena = Arena::new(8192).expect("memory");
+        let arena = Arena::new(if cfg!(miri) { 256 } else { 8192 }).expect("memory");
         Store { map: Map::new(roots, 3), arena, nodes: BTreeMap::new(), next_place: 1, model: BTreeMap::new(), lsn: 0 }
     }
 
