@@ -1,7 +1,7 @@
 //! Numbers that no store can have, under a sum that is right: the structure is refused, so that nothing computed from it wraps.
 //!
-//! If these fail, a store whose damage happens to have a right sum ends the program that opens it. Found by the fuzz
-//! target `log`.
+//! If these fail, a store whose damage happens to have a right sum ends the program that opens it. Found while the fuzz
+//! target `log` was written.
 
 use super::LSN_END;
 use super::group::{Body, GroupHead, HEAD_BYTES, RawRecord, Role};
