@@ -54,6 +54,9 @@ mod commit;
 pub mod disk;
 mod error;
 pub mod format;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;
 mod log;
 mod map;
 mod mesh;

@@ -11,7 +11,7 @@ mod real {
     use crossbeam_utils::atomic::AtomicCell;
 
     pub(crate) use atomic_waker::AtomicWaker;
-    pub(crate) use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
+    pub(crate) use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 
     /// A bounded lock-free queue.
     pub(crate) type Queue<T> = ArrayQueue<T>;
@@ -25,7 +25,7 @@ mod stand_ins {
     use std::collections::VecDeque;
     use std::task::Waker;
 
-    pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
+    pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 
     /// A queue whose length is known without the lock: whether it is empty is no more than an atomic load.
     pub(crate) struct Queue<T> {
@@ -129,8 +129,16 @@ pub(crate) mod model {
         }
     }
 
-    /// Runs `model` in every order of its steps with at most `preemptions`.
+    /// The least bound of any model: nearly all known bugs of this kind need no more than two (Musuvathi and Qadeer,
+    /// "Iterative context bounding for systematic testing of multithreaded programs", PLDI 2007).
+    const PREEMPTIONS_MIN: usize = 3;
+
+    /// Runs `model` in every order of its steps with at most `preemptions`; `None` for all of them.
     pub(crate) fn holds(preemptions: Option<usize>, model: impl Fn(&Verdict) + Sync + Send + 'static) -> bool {
+        assert!(
+            preemptions.is_none_or(|bound| bound >= PREEMPTIONS_MIN),
+            "a bound of {preemptions:?} shows too little"
+        );
         let verdict = Verdict::default();
         let theirs = verdict.clone();
         let mut builder = loom::model::Builder::new();

@@ -61,6 +61,12 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
+        #![proptest_config(ProptestConfig {
+            cases: if cfg!(miri) { 3 } else { 256 },
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })]
+
         /// A block left out, doubled or put elsewhere would be lost or bent data.
         #[test]
         fn every_block_goes_to_its_place_once(

@@ -151,7 +151,7 @@ mod loom {
     #[test]
     fn loom_the_watermark_stays_below_what_is_drawn_and_not_durable() {
         assert!(holds(2, None, draw_one, GlobalOrder::refresh), "two shards");
-        assert!(holds(3, Some(2), draw_one, GlobalOrder::refresh), "three shards");
+        assert!(holds(3, Some(3), draw_one, GlobalOrder::refresh), "three shards");
     }
 
     /// The rules of the design, broken one at a time.

@@ -11,12 +11,12 @@
 //!
 //! It does *not* say why the thread was woken.
 
+use crate::sync::{AtomicU32, Ordering};
 use parking::Unparker;
 use rustix::event::EventfdFlags;
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 const AWAKE: u32 = 0;
 const NOTIFIED: u32 = 1;
@@ -60,14 +60,37 @@ impl fmt::Debug for DiskWaker {
 
 /// A thread that sleeps in a ring with a read of this eventfd in it.
 pub(super) struct Sleep {
-    state: AtomicU32,
+    state: State,
     event: OwnedFd,
+}
+
+/// Whether it sleeps.
+struct State(AtomicU32);
+
+impl State {
+    /// False: it was woken before, and must not sleep.
+    fn prepare(&self) -> bool {
+        if self.0.compare_exchange(AWAKE, ASLEEP, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+            return true;
+        }
+        self.awake();
+        false
+    }
+
+    fn awake(&self) {
+        self.0.swap(AWAKE, Ordering::SeqCst);
+    }
+
+    /// True: it sleeps, and nobody has ended that yet.
+    fn wake(&self) -> bool {
+        self.0.swap(NOTIFIED, Ordering::SeqCst) == ASLEEP
+    }
 }
 
 impl Sleep {
     pub(super) fn new() -> std::io::Result<Sleep> {
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?;
-        Ok(Sleep { state: AtomicU32::new(AWAKE), event })
+        Ok(Sleep { state: State(AtomicU32::new(AWAKE)), event })
     }
 
     pub(super) fn event(&self) -> BorrowedFd<'_> {
@@ -76,20 +99,16 @@ impl Sleep {
 
     /// The thread is about to sleep; false: it was woken already and must not.
     pub(super) fn prepare(&self) -> bool {
-        if self.state.compare_exchange(AWAKE, ASLEEP, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
-            return true;
-        }
-        self.awake();
-        false
+        self.state.prepare()
     }
 
     /// The thread is awake again, and has seen all wake-ups until now.
     pub(super) fn awake(&self) {
-        self.state.swap(AWAKE, Ordering::SeqCst);
+        self.state.awake();
     }
 
     fn wake(&self) {
-        if self.state.swap(NOTIFIED, Ordering::SeqCst) == ASLEEP {
+        if self.state.wake() {
             self.ring();
         }
     }
@@ -97,5 +116,80 @@ impl Sleep {
     /// Completes the read of the eventfd. It can't fail: a counter that is full is readable, too.
     pub(super) fn ring(&self) {
         let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+    }
+}
+
+#[cfg(all(test, corepage_loom))]
+mod loom {
+    use super::*;
+    use crate::sync::model::{self, Verdict};
+    use ::loom::sync::Arc;
+    use ::loom::thread;
+
+    /// The word, the counter of the eventfd, and what each of two others wants to be seen.
+    struct Shared {
+        state: State,
+        event: AtomicU32,
+        news: [AtomicU32; 2],
+    }
+
+    /// Two threads leave news and wake; the third looks, and sleeps if there is none. It must see both before it would sleep for
+    /// good, which is when it sleeps while nobody is going to ring.
+    fn run(verdict: &Verdict, prepare: fn(&State) -> bool, wake: fn(&State) -> bool) {
+        let shared = Arc::new(Shared {
+            state: State(AtomicU32::new(AWAKE)),
+            event: AtomicU32::new(0),
+            news: [AtomicU32::new(0), AtomicU32::new(0)],
+        });
+        let wakers: Vec<_> = (0..2)
+            .map(|i| {
+                let shared = shared.clone();
+                thread::spawn(move || {
+                    shared.news[i].store(1, Ordering::Relaxed);
+                    if wake(&shared.state) {
+                        shared.event.fetch_add(1, Ordering::SeqCst);
+                    }
+                })
+            })
+            .collect();
+        let seen = || shared.news.iter().map(|news| news.load(Ordering::Relaxed)).sum::<u32>();
+        // A look, and perhaps the beginning of a sleep.
+        let before = seen();
+        let sleeps = before < 2 && prepare(&shared.state);
+        wakers.into_iter().for_each(|waker| waker.join().unwrap());
+        let rings = shared.event.load(Ordering::SeqCst);
+        if sleeps {
+            // Asleep with news that it has not looked at: it must have been rung, and once is enough.
+            verdict.expect(rings == 1);
+        } else {
+            verdict.expect(rings == 0);
+            // It goes on without sleep: the news that made it do so is visible at the next look, or kept for the next sleep.
+            verdict.expect(before == 2 || seen() == 2 || !prepare(&shared.state));
+        }
+    }
+
+    fn holds(prepare: fn(&State) -> bool, wake: fn(&State) -> bool) -> bool {
+        model::holds(None, move |verdict| run(verdict, prepare, wake))
+    }
+
+    /// A wake-up that gets lost is a request that waits for the next one, if one comes.
+    #[test]
+    fn loom_no_wake_up_is_lost_and_none_is_rung_twice() {
+        assert!(holds(State::prepare, State::wake));
+    }
+
+    #[test]
+    fn loom_mutants_of_the_sleep_are_caught() {
+        let deaf = |state: &State| {
+            state.0.store(ASLEEP, Ordering::SeqCst);
+            true
+        };
+        assert!(!holds(deaf, State::wake), "a sleeper that does not look whether it was woken");
+        let lazy = |state: &State| {
+            let asleep = state.0.load(Ordering::SeqCst) == ASLEEP;
+            state.0.store(NOTIFIED, Ordering::SeqCst);
+            asleep
+        };
+        assert!(!holds(State::prepare, lazy), "a look and then a store");
     }
 }

@@ -63,6 +63,7 @@ macro_rules! constants {
 fn constants() -> BTreeMap<String, u64> {
     constants![
         format::FORMAT_VERSION,
+        format::LSN_END,
         types::BLOCK,
         superblock::SUPERBLOCK_BYTES,
         superblock::SUPERBLOCK_COPIES,

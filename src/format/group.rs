@@ -10,7 +10,7 @@
 //! group, or at its final place in an extent; its sum is in the slot.
 
 use super::node::Entry;
-use super::{crc_around, get};
+use super::{LSN_END, crc_around, get};
 use crate::types::{BLOCK, Lsn, PageKey, SegmentNo, ShardId, VolumeId};
 use std::mem::offset_of;
 use zerocopy::little_endian::{U16, U32, U64};
@@ -256,6 +256,11 @@ impl GroupHead {
         if !here || !fits || runs_count > RUNS_MAX || needed > u64::from(body) * BLOCK as u64 {
             return None;
         }
+        let run_end = |run: &RawRun| run.first.get().checked_add(run.count.get());
+        let ends = raw.runs[..runs_count].iter().map(|run| run_end(run).unwrap_or(u64::MAX));
+        if ends.chain([raw.watermark.get()]).any(|lsn| lsn >= LSN_END) {
+            return None;
+        }
         Some(GroupHead {
             epoch,
             shard,
@@ -414,7 +419,7 @@ impl<'a> Body<'a> {
                 let change = self.change(&mut next)?;
                 changes.push(change);
             }
-            if next != end {
+            if next != end || raw.lsn.get() >= LSN_END {
                 return None;
             }
             records.push(Record { lsn: Lsn::new(raw.lsn.get()), role, changes });

@@ -8,6 +8,8 @@
 //!
 //! Byte offsets: `docs/format.md`, which a test holds against these types.
 
+#[cfg(test)]
+mod bounds_tests;
 pub mod catalog;
 #[cfg(test)]
 mod document_tests;
@@ -22,6 +24,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// The version of everything described here. Another version is refused with a clear error.
 pub const FORMAT_VERSION: u32 = 2;
+
+/// No LSN, generation or epoch is as large: at a billion a second that takes 292 years. A structure that claims one is
+/// none of ours, whatever its sum; so what is computed from those accepted can't wrap.
+pub const LSN_END: u64 = 1 << 63;
 
 /// A type that is its own bytes.
 pub(crate) trait Plain: FromBytes + IntoBytes + Immutable + KnownLayout + Unaligned {}

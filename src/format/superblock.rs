@@ -4,7 +4,7 @@
 //! and the one after it, one after the other, a flush after each: so a crash spoils at most one copy, and a
 //! generation of which both copies are unreadable is damage.
 
-use super::{FORMAT_VERSION, Plain, crc_around, get, put};
+use super::{FORMAT_VERSION, LSN_END, Plain, crc_around, get, put};
 use crate::options::Geometry;
 use crate::types::{Lsn, SegmentNo, ShardId};
 use std::mem::offset_of;
@@ -262,6 +262,11 @@ impl Superblock {
         if u64::from(head.copy.get()) != copy || geometry.check().is_err() || !(1..=SHARDS_MAX).contains(&shards) {
             return Err(Refusal::Values);
         }
+        let counters = [head.generation, head.epoch, head.checkpoint];
+        let lsns = [head.epoch_first_lsn, head.watermark, head.next_lsn];
+        if counters.iter().chain(&lsns).any(|number| number.get() >= LSN_END) {
+            return Err(Refusal::Values);
+        }
         let logs = rows(bytes, LOGS_AT, shards, |row: &LogRow| LogEnd {
             segment: SegmentNo::new(row.segment.get()),
             block: row.block.get(),
@@ -274,6 +279,9 @@ impl Superblock {
             redo_lsn: Lsn::new(row.redo_lsn.get()),
             shard: ShardId::new(row.shard.get()),
         });
+        if vshards.iter().any(|vshard| vshard.redo_lsn.get() >= LSN_END || vshard.generation >= LSN_END) {
+            return Err(Refusal::Values);
+        }
         Ok(Superblock {
             clean: head.clean == 1,
             store_id: head.store_id,

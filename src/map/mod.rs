@@ -1,8 +1,12 @@
 //! Where everything is: the page map (a radix tree for each virtual shard and volume) and the extents.
 
 mod extents;
+#[cfg(test)]
+mod extents_tests;
 mod foreign;
 mod tree;
+#[cfg(test)]
+mod tree_tests;
 
 pub(crate) use extents::{Extents, Stream};
 pub(crate) use tree::{LEAF_PAGES, Lookup, Map, NextLeaf, NodeIdx};

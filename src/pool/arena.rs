@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Invariants
-//! 1. A run has at most one [`Frame`]. Its state word counts the [`FrameRef`]s to it, and has [`ORPHAN`] set once the
+//! 1. A run has at most one [`Frame`]. Its state word counts the [`FrameRef`]s to it, and has `ORPHAN` set once the
 //!    frame is gone. The run is returned exactly once: by the frame if it goes last (word 0), else by the reference
 //!    whose release takes the word from `ORPHAN | 1` to `ORPHAN`; no other transition returns it.
 //! 2. Pins are made only from a `&Frame` or a `&FrameRef`. So whoever holds `&mut Frame` and sees a count of zero is
@@ -25,6 +25,7 @@
 #![allow(unsafe_code)]
 
 use super::buddy::{Buddy, ORDER_MAX};
+use super::word::Word;
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::BLOCK;
 use crossbeam_queue::ArrayQueue;
@@ -33,12 +34,6 @@ use std::mem::ManuallyDrop;
 use std::ops::Deref;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering, fence};
-
-/// Set in a run's state word when its [`Frame`] is gone while pins are left.
-const ORPHAN: u32 = 1 << 31;
-/// Far above any use and far below [`ORPHAN`]: reaching it means that pins are leaked in a loop.
-const PINS_MAX: u32 = 1 << 30;
 /// Returned single blocks that are taken back at a time, so that no allocation pays for all of them.
 const DRAIN_BATCH: usize = 64;
 
@@ -57,7 +52,7 @@ pub enum ArenaKind {
 struct Shared {
     memory: memory::Memory,
     /// One word per block; only that of a run's first block is in use.
-    states: Box<[AtomicU32]>,
+    states: Box<[Word]>,
     /// First blocks of runs that were returned and not yet drained.
     returned: ArrayQueue<u32>,
 }
@@ -98,7 +93,7 @@ impl Arena {
         })?;
         let shared = Shared {
             memory,
-            states: (0..blocks).map(|_| AtomicU32::new(0)).collect(),
+            states: (0..blocks).map(|_| Word::default()).collect(),
             returned: ArrayQueue::new(blocks as usize),
         };
         Ok(Arena { shared: Arc::new(shared), buddy: Buddy::new(blocks) })
@@ -114,8 +109,7 @@ impl Arena {
             self.drain(usize::MAX);
             self.buddy.take(order)
         })?;
-        // Relaxed: the run came back through the queue, which orders everything its former users did before this.
-        self.shared.states[block as usize].store(0, Ordering::Relaxed);
+        self.shared.states[block as usize].begin();
         let shared = Arc::into_raw(self.shared.clone()).cast_mut();
         // SAFETY: Arc::into_raw never gives null.
         let shared = unsafe { NonNull::new_unchecked(shared) };
@@ -191,7 +185,7 @@ impl Run {
         unsafe { self.shared.as_ref() }
     }
 
-    fn state(&self) -> &AtomicU32 {
+    fn state(&self) -> &Word {
         &self.shared().states[self.block as usize]
     }
 
@@ -206,12 +200,7 @@ impl Run {
 
     /// Counts one more pin; only from a `&Frame` or `&FrameRef` (invariant 2).
     fn pin(self) -> FrameRef {
-        // Relaxed, as in Arc: whoever makes a pin has access to the bytes already.
-        let before = self.state().fetch_add(1, Ordering::Relaxed);
-        if before & !ORPHAN >= PINS_MAX {
-            self.state().fetch_sub(1, Ordering::Relaxed);
-            panic!("{PINS_MAX} pins of one frame: they are leaked somewhere");
-        }
+        self.state().pin();
         FrameRef { run: self }
     }
 }
@@ -251,7 +240,7 @@ impl Frame {
 
     /// Pins at this moment.
     pub fn pins(&self) -> u32 {
-        self.run.state().load(Ordering::Acquire)
+        self.run.state().pins()
     }
 
     /// The bytes for writing; `None` while a pin exists.
@@ -275,13 +264,7 @@ impl Deref for Frame {
 
 impl Drop for Frame {
     fn drop(&mut self) {
-        let state = self.run.state();
-        // Without pins nobody is left who could change the word: no need for a read-modify-write.
-        let pins = match state.load(Ordering::Acquire) {
-            0 => 0,
-            _ => state.fetch_or(ORPHAN, Ordering::AcqRel),
-        };
-        if pins == 0 {
+        if self.run.state().orphan() {
             // SAFETY: the frame goes last (the word was 0, so every reference is gone and none can be made any more):
             // this is the one return of invariant 1, with the run's strong count.
             unsafe { Shared::give_back(self.run.shared, self.run.block) }
@@ -339,9 +322,7 @@ impl Drop for FrameRef {
         // Copied out first: once the pin is released the frame's owner may return the run and free `shared`, so
         // nothing of it may be touched afterwards unless this was the last pin of an orphan.
         let Run { shared, block, .. } = self.run;
-        let before = self.run.state().fetch_sub(1, Ordering::Release);
-        if before == ORPHAN | 1 {
-            fence(Ordering::Acquire);
+        if self.run.state().release() {
             // SAFETY: the frame is gone and this was the last pin: exactly one release sees this value, and it is the
             // one return of invariant 1, with the run's strong count.
             unsafe { Shared::give_back(shared, block) }

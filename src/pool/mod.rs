@@ -2,5 +2,6 @@
 
 mod arena;
 mod buddy;
+mod word;
 
 pub use arena::{Arena, ArenaKind, Frame, FrameRef, Mapping};

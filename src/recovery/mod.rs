@@ -22,6 +22,8 @@ mod create;
 mod load;
 mod scan;
 
+#[cfg(any(test, fuzzing))]
+pub(crate) use load::load;
 pub(crate) use load::{FoundSuperblock, Loaded, find_superblock, read_bytes};
 pub(crate) use scan::{Scan, scan};
 

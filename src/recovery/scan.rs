@@ -137,7 +137,7 @@ fn keep(found: Vec<Found>, redo: Lsn, cut: Lsn, highest: Lsn, watermark: Lsn) ->
         }
         let placed = f.slots.iter().filter(|s| s.state == SlotState::Placed);
         let places: Vec<Place> = placed.map(|s| s.entry.place()).collect();
-        let named = places.iter().map(|p| p.extent.get() + 1).max().unwrap_or(0);
+        let named = places.iter().map(|p| p.extent.get().saturating_add(1)).max().unwrap_or(0);
         scan.extents_named = scan.extents_named.max(named);
         let is_doubtful = f.last_lsn() > watermark;
         scan.groups.push(ScannedGroup { head: f.head, places, is_doubtful, concerns: f.concerns });

@@ -34,7 +34,7 @@ mod redo;
 mod requests;
 mod setup;
 mod space;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 mod together;
 mod whereabouts;
 mod writeback;
@@ -47,7 +47,7 @@ pub use message::Message;
 pub(crate) use pins::{Pins, Taken};
 pub(crate) use redo::Recovering;
 pub(crate) use setup::Setup;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) use together::Together;
 
 use crate::commit::GlobalOrder;

@@ -35,6 +35,7 @@ use super::{Durability, Store, Volume};
 use crate::error::{Error, ErrorKind, Result};
 use crate::runtime;
 use crate::shard::{Change, PageRef};
+use crate::sync::{AtomicBool, Ordering};
 use crate::types::{Lsn, PageId};
 use bytes::Bytes;
 use crossbeam_queue::SegQueue;
@@ -45,7 +46,6 @@ use std::future::Future;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
@@ -119,7 +119,28 @@ struct UnderWay {
 struct Signal {
     ready: SegQueue<usize>,
     event: OwnedFd,
-    raised: AtomicBool,
+    raised: Raised,
+}
+
+/// Whether the descriptor is readable, or about to be.
+#[derive(Default)]
+struct Raised(AtomicBool);
+
+impl Raised {
+    /// True: the caller has to make the descriptor readable.
+    fn raise(&self) -> bool {
+        !self.0.swap(true, Ordering::SeqCst)
+    }
+
+    /// What comes from now on raises it again; what came before is in `ready`. In this order: were the counter taken last, it
+    /// could be one that belongs to a raise just now, and no later one would count it up again.
+    fn lower(&self, take_counter: impl FnOnce()) {
+        if self.0.load(Ordering::SeqCst) {
+            take_counter();
+            // Not a plain store: who found it raised has made something ready before, and that must be visible from here on.
+            self.0.swap(false, Ordering::SeqCst);
+        }
+    }
 }
 
 struct Ready {
@@ -129,19 +150,16 @@ struct Ready {
 
 impl Signal {
     fn raise(&self) {
-        if !self.raised.swap(true, Ordering::SeqCst) {
+        if self.raised.raise() {
             // It can't be full: the counter is taken before it is raised again.
             let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
         }
     }
 
-    /// What comes from now on raises it again; what came before is in `ready`. In this order: were the counter taken last, it
-    /// could be one that belongs to a raise just now, and no later one would count it up again.
     fn lower(&self) {
-        if self.raised.load(Ordering::SeqCst) {
+        self.raised.lower(|| {
             let _ = rustix::io::read(&self.event, &mut [0; 8]);
-            self.raised.store(false, Ordering::SeqCst);
-        }
+        });
     }
 }
 
@@ -167,7 +185,7 @@ impl Queue {
         }
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|error| Error::io("making an event descriptor for a queue", error.into()))?;
-        let signal = Arc::new(Signal { ready: SegQueue::new(), event, raised: AtomicBool::new(false) });
+        let signal = Arc::new(Signal { ready: SegQueue::new(), event, raised: Raised::default() });
         Ok(Queue { store: store.same_handle(), depth, under_way: Slab::new(), signal, done: VecDeque::new() })
     }
 
@@ -273,5 +291,67 @@ impl AsFd for Queue {
     /// Readable when [`wait`](Queue::wait) may hand something out: for the caller's own `epoll` or `poll`.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.signal.event.as_fd()
+    }
+}
+
+#[cfg(all(test, corepage_loom))]
+mod loom {
+    use super::*;
+    use crate::sync::AtomicU32;
+    use crate::sync::model;
+    use ::loom::sync::Arc;
+    use ::loom::thread;
+
+    struct Shared {
+        raised: Raised,
+        counter: AtomicU32,
+        ready: [AtomicU32; 2],
+    }
+
+    /// Two threads make something ready and raise; the owner lowers and takes what is ready. What it has not seen then must have
+    /// made the descriptor readable, or nobody comes for it.
+    fn holds(lower: fn(&Raised, &AtomicU32)) -> bool {
+        model::holds(None, move |verdict| {
+            let (zero, counter) = (|| AtomicU32::new(0), AtomicU32::new(0));
+            let shared = Arc::new(Shared { raised: Raised(AtomicBool::new(false)), counter, ready: [zero(), zero()] });
+            let wakers: Vec<_> = (0..2)
+                .map(|i| {
+                    let shared = shared.clone();
+                    thread::spawn(move || {
+                        shared.ready[i].store(1, Ordering::Relaxed);
+                        if shared.raised.raise() {
+                            shared.counter.fetch_add(1, Ordering::SeqCst);
+                        }
+                    })
+                })
+                .collect();
+            lower(&shared.raised, &shared.counter);
+            let seen = shared.ready.iter().map(|ready| ready.load(Ordering::Relaxed)).sum::<u32>();
+            wakers.into_iter().for_each(|waker| waker.join().unwrap());
+            verdict.expect(seen == 2 || shared.counter.load(Ordering::SeqCst) > 0);
+        })
+    }
+
+    /// An operation that is done and never handed out holds its caller up for ever.
+    #[test]
+    fn loom_what_is_ready_is_seen_or_makes_the_descriptor_readable() {
+        assert!(holds(|raised, counter| raised.lower(|| counter.store(0, Ordering::SeqCst))));
+    }
+
+    #[test]
+    fn loom_mutants_of_the_signal_are_caught() {
+        let counter_last = |raised: &Raised, counter: &AtomicU32| {
+            if raised.0.swap(false, Ordering::SeqCst) {
+                counter.store(0, Ordering::SeqCst);
+            }
+        };
+        assert!(!holds(counter_last), "the counter of a raise just now is taken");
+        let plain = |raised: &Raised, counter: &AtomicU32| {
+            if raised.0.load(Ordering::SeqCst) {
+                counter.store(0, Ordering::SeqCst);
+                raised.0.store(false, Ordering::SeqCst);
+            }
+        };
+        assert!(!holds(plain), "lowering that does not see what was ready");
     }
 }

@@ -16,6 +16,8 @@
 //! Not here: TLS, extended headers.
 
 mod extents;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod gate;
 mod handshake;
 mod holes;

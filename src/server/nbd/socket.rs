@@ -15,6 +15,9 @@ pub enum Socket {
     Tcp(TcpStream),
     /// Over a Unix socket.
     Unix(UnixStream),
+    /// No connection at all, for the fuzz targets.
+    #[cfg(any(test, fuzzing))]
+    Canned(Canned),
 }
 
 macro_rules! either {
@@ -22,6 +25,8 @@ macro_rules! either {
         match $self {
             Socket::Tcp($stream) => $call,
             Socket::Unix($stream) => $call,
+            #[cfg(any(test, fuzzing))]
+            Socket::Canned($stream) => $call,
         }
     };
 }
@@ -58,6 +63,98 @@ impl Write for &Socket {
     }
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(any(test, fuzzing))]
+pub use canned::Canned;
+
+/// A client whose every byte is known beforehand.
+#[cfg(any(test, fuzzing))]
+mod canned {
+    use std::io::{self, IoSlice, Read, Write};
+    use std::net::Shutdown;
+    use std::sync::{Mutex, MutexGuard, PoisonError};
+    use std::time::Duration;
+
+    /// It says its bytes in pieces, hangs up after them, and takes answers up to a limit; then it is gone.
+    #[derive(Debug)]
+    pub struct Canned(Mutex<State>);
+
+    #[derive(Debug)]
+    struct State {
+        said: Vec<u8>,
+        at: usize,
+        piece: usize,
+        answered: Vec<u8>,
+        room: usize,
+        is_shut: bool,
+    }
+
+    impl Canned {
+        /// Says `said` in pieces of `piece` bytes at most, and takes `room` bytes.
+        pub fn new(said: Vec<u8>, piece: usize, room: usize) -> Self {
+            Canned(Mutex::new(State { said, at: 0, piece, answered: Vec::new(), room, is_shut: false }))
+        }
+
+        /// What it was answered.
+        pub fn answered(&self) -> Vec<u8> {
+            self.lock().answered.clone()
+        }
+
+        fn lock(&self) -> MutexGuard<'_, State> {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        }
+
+        pub(super) fn shutdown(&self, _how: Shutdown) -> io::Result<()> {
+            self.lock().is_shut = true;
+            Ok(())
+        }
+
+        pub(super) fn set_read_timeout(&self, _limit: Option<Duration>) -> io::Result<()> {
+            Ok(())
+        }
+
+        pub(super) fn set_write_timeout(&self, _limit: Option<Duration>) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Read for &Canned {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let mut state = self.lock();
+            if state.is_shut {
+                return Ok(0);
+            }
+            let count = buffer.len().min(state.piece).min(state.said.len() - state.at);
+            buffer[..count].copy_from_slice(&state.said[state.at..state.at + count]);
+            state.at += count;
+            Ok(count)
+        }
+    }
+
+    impl Write for &Canned {
+        fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+            self.write_vectored(&[IoSlice::new(buffer)])
+        }
+
+        fn write_vectored(&mut self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
+            let mut state = self.lock();
+            let mut taken = 0;
+            for buffer in buffers {
+                let count = buffer.len().min(state.room - state.answered.len());
+                state.answered.extend_from_slice(&buffer[..count]);
+                taken += count;
+            }
+            if taken == 0 && buffers.iter().any(|buffer| !buffer.is_empty()) {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            Ok(taken)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
     }
 }
 

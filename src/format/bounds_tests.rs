@@ -1,0 +1,108 @@
+//! Numbers that no store can have, under a sum that is right: the structure is refused, so that nothing computed from it wraps.
+//!
+//! If these fail, a store whose damage happens to have a right sum ends the program that opens it. Found while the fuzz
+//! target `log` was written.
+
+use super::LSN_END;
+use super::group::{Body, GroupHead, HEAD_BYTES, RawRecord, Role};
+use super::superblock::{LogEnd, Refusal, SUPERBLOCK_BYTES, Superblock, VShardState};
+use crate::checksum::crc32c;
+use crate::options::Geometry;
+use crate::types::{BLOCK, Lsn, SegmentNo, ShardId};
+use zerocopy::IntoBytes;
+
+fn head() -> GroupHead {
+    GroupHead {
+        epoch: 1,
+        shard: ShardId::new(0),
+        segment: SegmentNo::new(0),
+        block: 0,
+        generation: 1,
+        number: 1,
+        prev_crc: 0,
+        head_crc: 0,
+        body_crc: 0,
+        body_blocks: 1,
+        blocks: 1,
+        records_bytes: 0,
+        slots_count: 0,
+        commits_count: 0,
+        watermark: Lsn::ZERO,
+        superblock_generation: 1,
+        runs: vec![(Lsn::new(1), 1)],
+    }
+}
+
+fn opened(mut head: GroupHead) -> Option<GroupHead> {
+    let mut bytes = [0; HEAD_BYTES];
+    head.seal(7, &mut bytes);
+    GroupHead::open(&bytes, 7, 1, (head.shard, head.segment, head.block), 16)
+}
+
+#[test]
+fn a_group_with_lsns_out_of_reach_is_none() {
+    assert!(opened(head()).is_some());
+    for (first, count) in [(u64::MAX, 0), (1, u64::MAX), (u64::MAX, u64::MAX), (LSN_END - 1, 1)] {
+        assert_eq!(opened(GroupHead { runs: vec![(Lsn::new(first), count)], ..head() }), None, "{first}+{count}");
+    }
+    assert!(opened(GroupHead { runs: vec![(Lsn::new(LSN_END - 2), 1)], ..head() }).is_some());
+    assert_eq!(opened(GroupHead { watermark: Lsn::new(LSN_END), ..head() }), None);
+}
+
+#[test]
+fn a_record_with_an_lsn_out_of_reach_is_none() {
+    for (lsn, is_record) in [(LSN_END - 1, true), (LSN_END, false), (u64::MAX, false)] {
+        let bytes = size_of::<RawRecord>() as u32;
+        let record = RawRecord {
+            lsn: lsn.into(),
+            bytes: bytes.into(),
+            changes_count: 0.into(),
+            kind: Role::Whole.kind(),
+            reserved: [0; 7],
+        };
+        let mut body = vec![0; BLOCK];
+        body[HEAD_BYTES..HEAD_BYTES + bytes as usize].copy_from_slice(record.as_bytes());
+        let head = GroupHead { records_bytes: bytes, body_crc: crc32c(&body[HEAD_BYTES..]), ..head() };
+        assert_eq!(Body::open(&head, &body).expect("a body").records().is_some(), is_record, "{lsn}");
+    }
+}
+
+#[test]
+fn a_superblock_with_numbers_out_of_reach_is_refused() {
+    let right = Superblock {
+        clean: true,
+        store_id: [1; 16],
+        generation: 1,
+        epoch: 1,
+        epoch_first_lsn: Lsn::new(1),
+        salt: u64::MAX,
+        checkpoint: 1,
+        watermark: Lsn::ZERO,
+        next_lsn: Lsn::new(1),
+        geometry: Geometry::default(),
+        extents_count: 1,
+        logs: vec![LogEnd::default()],
+        vshards: vec![VShardState::default(); Geometry::default().vshards_count as usize],
+    };
+    let decoded = |superblock: &Superblock| {
+        let mut bytes = vec![0; SUPERBLOCK_BYTES];
+        superblock.encode(0, &mut bytes);
+        Superblock::decode(0, &bytes)
+    };
+    assert_eq!(decoded(&right).as_ref(), Ok(&right));
+    let far = Lsn::new(LSN_END);
+    let wrong: [fn(&mut Superblock, Lsn); 7] = [
+        |s, far| s.generation = far.get(),
+        |s, far| s.epoch = far.get(),
+        |s, far| s.checkpoint = far.get(),
+        |s, far| s.epoch_first_lsn = far,
+        |s, far| s.watermark = far,
+        |s, far| s.next_lsn = far,
+        |s, far| s.vshards[3].redo_lsn = far,
+    ];
+    for (i, change) in wrong.iter().enumerate() {
+        let mut superblock = right.clone();
+        change(&mut superblock, far);
+        assert_eq!(decoded(&superblock), Err(Refusal::Values), "{i}");
+    }
+}

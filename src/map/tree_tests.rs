@@ -1,0 +1,220 @@
+//! The page map against a simple one: any order of changes, checkpoints, evictions and reopenings.
+//!
+//! If this fails, a page is lost, an old version comes back, or a scan misses a page; or places leak.
+
+use super::{LEAF_PAGES, Lookup, Map, NextLeaf, NodeIdx};
+use crate::checksum::crc32c;
+use crate::format::extent::NodeKey;
+use crate::format::node::{Child, Entry};
+use crate::format::root::VOLUMES_MAX;
+use crate::pool::Arena;
+use crate::types::{BLOCK, ExtentNo, Lsn, PageId, PageKey, Place, VShard, VolumeId};
+use proptest::prelude::*;
+use std::collections::{BTreeMap, BTreeSet};
+
+const VSHARDS: u16 = 4;
+
+/// The map under test, the nodes that it has written and that are not retired, and what it should say.
+struct Store {
+    map: Map,
+    arena: Arena,
+    nodes: BTreeMap<Place, Vec<u8>>,
+    next_place: u64,
+    model: BTreeMap<PageKey, Entry>,
+    lsn: u64,
+}
+
+/// Few pages that are close, and some so far apart that trees must grow.
+fn key(pick: u16) -> PageKey {
+    let id = match pick % 16 {
+        0 => u64::MAX,
+        1 => 1 << 60,
+        2 => u64::from(pick) << 40,
+        3 | 4 => u64::from(pick / 16) << 14,
+        _ => u64::from(pick / 16) % 700,
+    };
+    PageKey::new(VolumeId::new([0, 1, 200][usize::from(pick / 7 % 3)]), PageId::new(id))
+}
+
+fn fresh(arena: &mut Arena, bytes: &[u8]) -> crate::pool::Frame {
+    let mut frame = arena.alloc(0).expect("the arena is large enough");
+    frame.try_mut().expect("a new frame has no pins").copy_from_slice(bytes);
+    frame
+}
+
+impl Store {
+    fn new() -> Store {
+        let roots = (0..VSHARDS).map(|_| (Box::new([Child::default(); VOLUMES_MAX]), 0)).collect();
+        let arena = Arena::new(if cfg!(miri) { 256 } else { 8192 }).expect("memory");
+        Store { map: Map::new(roots, 3), arena, nodes: BTreeMap::new(), next_place: 1, model: BTreeMap::new(), lsn: 0 }
+    }
+
+    fn load(&mut self, at: NodeKey, child: Child) {
+        let bytes = self.nodes.get(&child.place()).expect("a node is read from where it was written, and not retired");
+        assert_eq!(crc32c(bytes), child.crc.get(), "the sum of {at:?}");
+        let frame = fresh(&mut self.arena, bytes);
+        self.map.insert_loaded(at, child.place(), frame);
+    }
+
+    fn lookup(&mut self, key: PageKey) -> Option<Entry> {
+        for _ in 0..20 {
+            match self.map.lookup(key) {
+                Lookup::Found(entry) => return entry,
+                Lookup::Load(at, child) => self.load(at, child),
+            }
+        }
+        panic!("a lookup without end");
+    }
+
+    fn check(&mut self, key: PageKey) {
+        let expected = self.model.get(&key).copied();
+        assert!(self.lookup(key) == expected, "{key:?}");
+    }
+
+    fn set(&mut self, key: PageKey, present: bool) {
+        self.check(key);
+        let missing = self.map.missing_nodes(key);
+        let before = self.arena.free_blocks();
+        let leaf = self.map.pin(key, &mut self.arena);
+        assert!(before - self.arena.free_blocks() <= missing, "more nodes were made than was said");
+        self.lsn += 1;
+        let place = Place { extent: ExtentNo::new(self.lsn as u32), block: 5 };
+        let entry = present.then(|| Entry::plain(place, Lsn::new(self.lsn), 77));
+        let replaced = self.map.set(leaf, key, entry);
+        let expected = match entry {
+            Some(entry) => self.model.insert(key, entry),
+            None => self.model.remove(&key),
+        };
+        assert!(replaced == expected, "{key:?}: another entry was replaced");
+        self.map.unpin(leaf);
+        self.check(key);
+    }
+
+    fn capture(&mut self, vshard: VShard) {
+        let dirty = self.map.dirty_in(vshard);
+        let (next, mut retired) = (&mut self.next_place, Vec::new());
+        let place = |_: NodeKey| {
+            *next += 1;
+            Place::unpack(*next)
+        };
+        let generation = self.map.root(vshard).generation;
+        let writes = self.map.capture(vshard, &mut self.arena, place, &mut retired);
+        assert!(writes.len() <= dirty && self.map.dirty_in(vshard) == 0 && !self.map.is_dirty(vshard));
+        assert_eq!(self.map.root(vshard).generation, generation + 1);
+        for place in retired {
+            assert!(self.nodes.remove(&place).is_some(), "{place:?} was retired and not in use");
+        }
+        let written: Vec<(Place, Vec<u8>, NodeIdx)> =
+            writes.iter().map(|write| (write.place, write.frame.to_vec(), write.node)).collect();
+        for (place, bytes, node) in written {
+            assert!(self.nodes.insert(place, bytes).is_none(), "{place:?} was written twice");
+            self.map.unpin(node);
+        }
+    }
+
+    fn capture_all(&mut self) {
+        (0..VSHARDS).for_each(|vshard| self.capture(VShard::new(vshard)));
+        assert_eq!(self.map.dirty_count(), 0);
+    }
+
+    /// From what is written alone, as after a crash behind a checkpoint.
+    fn reopen(&mut self) {
+        self.capture_all();
+        let root = |vshard| {
+            let root = self.map.root(VShard::new(vshard));
+            (root.children.clone(), root.generation)
+        };
+        self.map = Map::new((0..VSHARDS).map(root).collect(), self.lsn);
+    }
+
+    /// The pages of a volume in a virtual shard, as a scan finds them.
+    fn scan(&mut self, vshard: VShard, volume: VolumeId) -> BTreeSet<u64> {
+        let (mut found, mut from) = (BTreeSet::new(), 0);
+        loop {
+            match self.map.next_leaf(vshard, volume, from, u64::MAX) {
+                NextLeaf::None => return found,
+                NextLeaf::Load(at, child) => self.load(at, child),
+                NextLeaf::Leaf(dense) => {
+                    assert!(dense >= from);
+                    let bits = self.map.leaf_bits(vshard, volume, dense).expect("the leaf is in memory");
+                    let first = dense / LEAF_PAGES * LEAF_PAGES;
+                    found.extend((0..LEAF_PAGES).filter(|slot| bits >> slot & 1 == 1).map(|slot| first + slot));
+                    let Some(next) = first.checked_add(LEAF_PAGES) else { return found };
+                    from = next;
+                }
+            }
+        }
+    }
+
+    fn check_scans(&mut self) {
+        for volume in [0, 1, 200].map(VolumeId::new) {
+            for vshard in (0..VSHARDS).map(VShard::new) {
+                let of = |key: &&PageKey| key.volume == volume;
+                let places = self.model.keys().filter(of).map(|key| key.place_in(VSHARDS.into()));
+                let expected: BTreeSet<u64> = places.filter(|(v, _)| *v == vshard).map(|(_, dense)| dense).collect();
+                assert_eq!(self.scan(vshard, volume), expected, "a scan of {volume:?} in {vshard:?}");
+            }
+        }
+    }
+
+    /// Each node that is written and not retired hangs in a tree: else its place is never free again.
+    fn check_leaks(&mut self) {
+        self.capture_all();
+        let mut open: Vec<Child> = Vec::new();
+        for vshard in (0..VSHARDS).map(VShard::new) {
+            open.extend(self.map.root(vshard).children.iter().filter(|child| child.is_present()));
+        }
+        let mut reached = BTreeSet::new();
+        while let Some(child) = open.pop() {
+            let node = &self.nodes[&child.place()];
+            assert!(reached.insert(child.place()), "two parents");
+            if child.level > 0 {
+                let below = (0..BLOCK / size_of::<Child>()).map(|slot| crate::format::node::child(node, slot));
+                open.extend(below.filter(Child::is_present));
+            }
+        }
+        assert_eq!(reached, self.nodes.keys().copied().collect(), "nodes that nothing names");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: if cfg!(miri) { 2 } else { 128 },
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn the_map_says_what_a_simple_map_says(
+        steps in proptest::collection::vec((0u8..20, any::<u16>()), 0..if cfg!(miri) { 20 } else { 300 }),
+    ) {
+        let mut store = Store::new();
+        for (step, pick) in steps {
+            match step {
+                0..10 => store.set(key(pick), true),
+                10..14 => store.set(key(pick), false),
+                14 | 15 => store.check(key(pick)),
+                16 => store.capture(VShard::new(pick % VSHARDS)),
+                17 => {
+                    for _ in 0..pick % 64 {
+                        if !store.map.evict_one() {
+                            break;
+                        }
+                    }
+                }
+                18 => store.check_scans(),
+                _ => store.reopen(),
+            }
+        }
+        store.reopen();
+        let keys: Vec<PageKey> = store.model.keys().copied().collect();
+        keys.into_iter().for_each(|key| store.check(key));
+        store.check_scans();
+        store.check_leaks();
+        // All that is freed leaves nothing behind.
+        let keys: Vec<PageKey> = store.model.keys().copied().collect();
+        keys.into_iter().for_each(|key| store.set(key, false));
+        store.check_leaks();
+        store.check_scans();
+    }
+}

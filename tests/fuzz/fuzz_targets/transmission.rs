@@ -1,0 +1,8 @@
+//! `server::nbd::fuzz::transmission` under libFuzzer. The server belongs to the program, so it is compiled in here.
+#![no_main]
+#![allow(dead_code, unused_imports, clippy::disallowed_methods)]
+
+#[path = "../../../src/server/nbd/mod.rs"]
+mod nbd;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| nbd::fuzz::transmission(data));
