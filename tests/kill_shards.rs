@@ -115,7 +115,7 @@ impl Loop {
             writer.wait();
         }
         std::thread::sleep(Duration::from_millis(ms));
-        Said::parse(&writer.kill())
+        Said::parse(writer.kill())
     }
 
     /// What a reader finds, and the cut.

@@ -198,5 +198,6 @@ fn recorded_watermark(disk: &mut SimDisk) -> Option<Lsn> {
             highest = head.map_or(highest, |head| highest.max(head.watermark));
         }
     }
-    Some(highest)
+    // Of the epoch that had just begun nothing was durable yet: the state is that before the gap.
+    Some(if highest < superblock.epoch_first_lsn { superblock.next_lsn.before().min(highest) } else { highest })
 }

@@ -3,10 +3,10 @@
 //! ```text
 //! this thread: header ─> gate ─> payload ─> task ─┐
 //!                 ^                               v
-//!                 └──────── next        reply thread: export, then header and data in one write
+//!                 └──────── next        reply thread: export; all replies that are ready in one write
 //! ```
 //!
-//! 1. Only the reply thread writes to the socket, so replies never mix.
+//! 1. Only the reply thread writes to the socket, so replies never mix. It writes before it waits: no reply waits for another.
 //! 2. A payload is read whole before the next header, also for a request that is refused; where that is not possible
 //!    the connection ends.
 //! 3. When [`serve`] returns, no request of this connection is under way any more: each was answered, or its client is gone.
@@ -22,16 +22,23 @@ use super::{Export, Limits};
 use async_executor::Executor;
 use bytes::Bytes;
 use event_listener::Event;
+use futures_lite::FutureExt;
 use std::io::{self, BufReader, IoSlice, Read, Write};
 use std::net::Shutdown;
 use std::ops::Range;
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Headers come in bunches; payloads larger than this go past the buffer.
 const READ_BUFFER_BYTES: usize = 64 << 10;
 
 /// Extents of one answer: 64 KiB of it, and enough for 16 MiB of a volume in which every other page is stored.
 const EXTENTS_MAX: usize = 8192;
+
+/// Replies that are written together, and bytes from which on they are not held back for more.
+const TOGETHER_MAX: usize = 64;
+const TOGETHER_BYTES: usize = 256 << 10;
 
 struct Connection<'a, E> {
     socket: &'a Socket,
@@ -43,6 +50,8 @@ struct Connection<'a, E> {
     gone: AtomicBool,
     /// A request panicked.
     failed: AtomicBool,
+    /// Replies to be written, with the right to be in flight of their requests.
+    ready: Mutex<Vec<(Vec<u8>, Pass<'a>)>>,
 }
 
 /// Serves `export` until the client disconnects, breaks the protocol, or the server stops.
@@ -55,12 +64,20 @@ pub fn serve<E: Export>(
 ) -> io::Result<()> {
     let gate = Gate::new(limits.requests_max, limits.bytes_max);
     let (gone, failed) = (AtomicBool::new(false), AtomicBool::new(false));
-    let connection = Connection { socket, export, agreed, gate: &gate, stopping, gone, failed };
+    let ready = Mutex::new(Vec::with_capacity(TOGETHER_MAX));
+    let connection = Connection { socket, export, agreed, gate: &gate, stopping, gone, failed, ready };
     let (executor, done) = (Executor::new(), Event::new());
     let finished = done.listen();
     std::thread::scope(|scope| {
         let replies = std::thread::Builder::new().name("nbd-reply".into()).spawn_scoped(scope, || {
-            futures_lite::future::block_on(executor.run(finished));
+            let work = async {
+                loop {
+                    while executor.try_tick() {}
+                    connection.write_ready();
+                    executor.tick().await;
+                }
+            };
+            futures_lite::future::block_on(work.or(finished));
         })?;
         let outcome = connection.requests(&executor);
         gate.wait_idle();
@@ -85,7 +102,7 @@ impl Drop for EndOnPanic<'_> {
     }
 }
 
-impl<E: Export> Connection<'_, E> {
+impl<'a, E: Export> Connection<'a, E> {
     /// Reads requests and starts their tasks until the connection ends.
     fn requests<'e>(&'e self, executor: &Executor<'e>) -> io::Result<()> {
         let mut reader = BufReader::with_capacity(READ_BUFFER_BYTES, self.socket);
@@ -110,7 +127,9 @@ impl<E: Export> Connection<'_, E> {
             // calloc'ed: memory is taken only as the payload arrives.
             let mut payload = vec![0; request.payload_bytes() as usize];
             reader.read_exact(&mut payload)?;
-            executor.spawn(self.answer(request, outcome, payload.into(), pass)).detach();
+            // A panic ends the connection, but the reply thread goes on: others under way must come to their end.
+            let answer = AssertUnwindSafe(self.answer(request, outcome, payload.into(), pass)).catch_unwind();
+            executor.spawn(answer).detach();
             if stopping || self.gone.load(Ordering::Acquire) {
                 return Ok(());
             }
@@ -121,8 +140,8 @@ impl<E: Export> Connection<'_, E> {
         request.check(self.export.bytes().min(self.export.bytes_now()), self.agreed)
     }
 
-    /// Does what a request asks, and writes its reply.
-    async fn answer(&self, request: Request, outcome: Result<(), Fault>, payload: Bytes, _pass: Pass<'_>) {
+    /// Does what a request asks, and hands its reply to be written.
+    async fn answer(&self, request: Request, outcome: Result<(), Fault>, payload: Bytes, pass: Pass<'a>) {
         let _guard = EndOnPanic { socket: self.socket, failed: &self.failed };
         let result = match (outcome, request.command) {
             (Err(fault), _) => Err(fault),
@@ -130,16 +149,25 @@ impl<E: Export> Connection<'_, E> {
             (Ok(()), Command::BlockStatus) => self.status(&request).await,
             (Ok(()), command) => {
                 let done = self.perform(command, &request, payload).await;
-                done.map(|()| self.send(&mut [IoSlice::new(&proto::simple_reply(request.cookie, Ok(())))]))
+                done.map(|()| proto::simple_reply(request.cookie, Ok(())).to_vec())
             }
         };
-        match result {
-            Ok(()) => {}
-            Err(fault) if self.agreed.structured => {
-                self.send(&mut [IoSlice::new(&proto::error_chunk(request.cookie, &fault))]);
-            }
-            Err(fault) => self.send(&mut [IoSlice::new(&proto::simple_reply(request.cookie, Err(fault.errno)))]),
+        let reply = result.unwrap_or_else(|fault| match self.agreed.structured {
+            true => proto::error_chunk(request.cookie, &fault),
+            false => proto::simple_reply(request.cookie, Err(fault.errno)).to_vec(),
+        });
+        let mut ready = self.ready();
+        ready.push((reply, pass));
+        let bytes: usize = ready.iter().map(|(reply, _)| reply.len()).sum();
+        let full = ready.len() >= TOGETHER_MAX || bytes >= TOGETHER_BYTES;
+        drop(ready);
+        if full {
+            self.write_ready();
         }
+    }
+
+    fn ready(&self) -> MutexGuard<'_, Vec<(Vec<u8>, Pass<'a>)>> {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn perform(&self, command: Command, request: &Request, payload: Bytes) -> Result<(), Fault> {
@@ -165,7 +193,7 @@ impl<E: Export> Connection<'_, E> {
         }
     }
 
-    async fn read(&self, request: &Request) -> Result<(), Fault> {
+    async fn read(&self, request: &Request) -> Result<Vec<u8>, Fault> {
         let (cookie, offset, length) = (request.cookie, request.offset, request.length as usize);
         let head_bytes = if self.agreed.structured { DATA_CHUNK_HEAD_BYTES } else { SIMPLE_REPLY_BYTES };
         let mut out = vec![0; head_bytes + length];
@@ -178,67 +206,56 @@ impl<E: Export> Connection<'_, E> {
         let in_one = request.flags & flag::DF != 0 || pieces.iter().all(|(_, is_hole)| !is_hole);
         match (self.agreed.structured, in_one) {
             (false, _) => head.copy_from_slice(&proto::simple_reply(cookie, Ok(()))),
-            (true, _) if length == 0 => {
-                self.send(&mut [IoSlice::new(&proto::empty_chunk(cookie))]);
-                return Ok(());
-            }
+            (true, _) if length == 0 => return Ok(proto::empty_chunk(cookie)),
             (true, true) => head.copy_from_slice(&proto::data_chunk_head(cookie, true, offset, length)),
-            (true, false) => {
-                self.send_pieces(request, data, &pieces);
-                return Ok(());
-            }
+            (true, false) => return Ok(in_pieces(request, data, &pieces)),
         }
-        self.send(&mut [IoSlice::new(&out)]);
-        Ok(())
+        Ok(out)
     }
 
-    /// Sends what was read in chunks, holes as numbers.
-    fn send_pieces(&self, request: &Request, data: &[u8], pieces: &[(Range<usize>, bool)]) {
-        let heads = pieces.iter().map(|(piece, is_hole)| {
-            let (done, offset) = (piece.end == data.len(), request.offset + piece.start as u64);
-            match is_hole {
-                true => proto::hole_chunk(request.cookie, done, offset, piece.len()),
-                false => proto::data_chunk_head(request.cookie, done, offset, piece.len()).to_vec(),
-            }
-        });
-        let heads: Vec<Vec<u8>> = heads.collect();
-        let mut out = Vec::with_capacity(2 * pieces.len());
-        for (head, (piece, is_hole)) in heads.iter().zip(pieces) {
-            out.push(IoSlice::new(head));
-            if !is_hole {
-                out.push(IoSlice::new(&data[piece.clone()]));
-            }
-        }
-        self.send(&mut out);
-    }
-
-    async fn status(&self, request: &Request) -> Result<(), Fault> {
+    async fn status(&self, request: &Request) -> Result<Vec<u8>, Fault> {
         let extents_max = if request.flags & flag::REQ_ONE != 0 { 1 } else { EXTENTS_MAX };
         let extents = self.export.allocation(request.offset, request.length, extents_max).await?;
-        self.send(&mut [IoSlice::new(&proto::status_chunk(request.cookie, &extents))]);
-        Ok(())
+        Ok(proto::status_chunk(request.cookie, &extents))
     }
 
-    /// Blocks the reply thread while the client does not read, which is this connection's trouble only.
-    fn send(&self, mut bytes: &mut [IoSlice<'_>]) {
-        let mut socket = self.socket;
-        let sent: io::Result<()> = loop {
-            match socket.write_vectored(bytes) {
-                Ok(0) => break Err(io::ErrorKind::WriteZero.into()),
+    /// Writes all replies that are ready. Blocks the reply thread while the client does not read, which is this connection's
+    /// trouble only.
+    fn write_ready(&self) {
+        let ready = std::mem::take(&mut *self.ready());
+        let mut slices: Vec<IoSlice<'_>> = ready.iter().map(|(reply, _)| IoSlice::new(reply)).collect();
+        let (mut bytes, mut socket) = (&mut slices[..], self.socket);
+        while !bytes.is_empty() && !self.gone.load(Ordering::Acquire) {
+            let written = match socket.write_vectored(bytes) {
+                Ok(0) => Err(io::ErrorKind::WriteZero.into()),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(0),
+                other => other,
+            };
+            match written {
                 Ok(count) => IoSlice::advance_slices(&mut bytes, count),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => break Err(e),
+                Err(_) => {
+                    // The client is gone or the stream is out of step: wake the reader, too.
+                    self.gone.store(true, Ordering::Release);
+                    self.socket.shut(Shutdown::Both);
+                }
             }
-            if bytes.is_empty() {
-                break Ok(());
-            }
-        };
-        if sent.is_err() {
-            // The client is gone or the stream is out of step: wake the reader, too.
-            self.gone.store(true, Ordering::Release);
-            self.socket.shut(Shutdown::Both);
         }
     }
+}
+
+/// What was read in chunks, holes as numbers.
+fn in_pieces(request: &Request, data: &[u8], pieces: &[(Range<usize>, bool)]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(data.len());
+    for (piece, is_hole) in pieces {
+        let (done, offset) = (piece.end == data.len(), request.offset + piece.start as u64);
+        if *is_hole {
+            out.extend(proto::hole_chunk(request.cookie, done, offset, piece.len()));
+        } else {
+            out.extend(proto::data_chunk_head(request.cookie, done, offset, piece.len()));
+            out.extend_from_slice(&data[piece.clone()]);
+        }
+    }
+    out
 }
 
 fn stopped() -> Fault {
