@@ -44,6 +44,8 @@ pub(crate) struct FoundSuperblock {
     pub superblock: Superblock,
     /// Copies that can't be used.
     pub unreadable: Vec<u64>,
+    /// Copies that should be of the same generation and are of an older one: a crash came in between.
+    pub behind: Vec<u64>,
     /// What is wrong with each of them.
     pub warnings: Vec<String>,
 }
@@ -55,6 +57,7 @@ pub(crate) fn find_superblock(disk: &mut dyn Disk, arena: &mut Arena) -> Result<
     let mut other_version = None;
     let mut failed = None;
     let mut unreadable = Vec::new();
+    let mut older = Vec::new();
     for copy in 0..SUPERBLOCK_COPIES {
         let offset = Superblock::offset(copy);
         if disk.len(FileId::Meta)?.unwrap_or(0) < offset + SUPERBLOCK_BYTES as u64 {
@@ -66,6 +69,7 @@ pub(crate) fn find_superblock(disk: &mut dyn Disk, arena: &mut Arena) -> Result<
             .map(|bytes| (Superblock::decode(copy, &bytes), bytes.iter().all(|b| *b == 0)));
         match decoded {
             Ok((Ok(superblock), _)) => {
+                older.push((copy, superblock.generation));
                 if best.as_ref().is_none_or(|b| b.generation < superblock.generation) {
                     best = Some(superblock);
                 }
@@ -108,7 +112,10 @@ pub(crate) fn find_superblock(disk: &mut dyn Disk, arena: &mut Arena) -> Result<
     } else {
         warnings.retain(|warning| !warning.ends_with("is all zeros"));
     }
-    Ok(FoundSuperblock { superblock: newest, unreadable, warnings })
+    let pair = Superblock::copies_of(newest.generation);
+    older.retain(|(copy, generation)| pair.contains(copy) && *generation < newest.generation);
+    let behind = older.into_iter().map(|(copy, _)| copy).collect();
+    Ok(FoundSuperblock { superblock: newest, unreadable, behind, warnings })
 }
 
 /// A crash spoils one copy at most. If both copies of the generation that may follow the newest are unreadable,

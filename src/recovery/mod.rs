@@ -106,7 +106,7 @@ pub(crate) fn begin(
         create::create(disk, &mut arena, &limits, shards_count, seed)?;
         report.created = true;
     }
-    let FoundSuperblock { superblock, unreadable, warnings } = find_superblock(disk, &mut arena)?;
+    let FoundSuperblock { superblock, unreadable, behind, warnings } = find_superblock(disk, &mut arena)?;
     report.warnings = warnings;
     let limits = options.limits(&superblock.geometry, shards_count)?;
     let deal = Deal::new(superblock.geometry.vshards_count, shards_count);
@@ -118,7 +118,8 @@ pub(crate) fn begin(
     report.cut = scan.state(&superblock);
     report.commits_applied = scan.applied;
     report.commits_dropped = scan.dropped;
-    create::rewrite_copies(disk, &mut arena, &superblock, &unreadable)?;
+    // What follows overwrites what the generation before needs: the only copy of this one must not be lost by then.
+    create::rewrite_copies(disk, &mut arena, &superblock, &[unreadable, behind].concat())?;
     create::make_logs(disk, &superblock.geometry, shards_count, false)?;
     if !superblock.clean {
         // A dead process may have left writes that we have just read and that no flush has covered.

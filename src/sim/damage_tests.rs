@@ -3,7 +3,7 @@
 //! Of a store that was closed, everything that opening it and reading it touches must be missed when it is damaged. Of one that
 //! was not, everything is damaged that is there. `COREPAGE_STORES=n` does it to n stores.
 
-use super::disk::{Damage, Loss, SECTORS};
+use super::disk::{Damage, Loss, SECTOR, SECTORS};
 use super::harm::{DamageCounters, Damaged};
 use super::rng::{Rng, mix};
 use super::tests::{number, quiet, run_cases};
@@ -11,6 +11,7 @@ use super::workload::{self, Profile};
 use super::world::{Outcome, Plan, Tally, World};
 use crate::disk::FileId;
 use crate::format::superblock::{SUPERBLOCK_BYTES, SUPERBLOCK_COPIES};
+use crate::shard::Request;
 use crate::types::BLOCK;
 
 /// A store, and which part of its sectors is to be damaged.
@@ -118,4 +119,57 @@ fn damage_to_any_sector_of_a_closed_store_is_noticed() {
 fn damage_to_any_sector_of_a_crashed_store_is_never_served() {
     let damage = run_all(number("COREPAGE_STORES").unwrap_or(1), false);
     assert!(damage.refused > 100 && damage.named > 100, "{damage:?}");
+}
+
+/// A store that is crashed in a checkpoint and again in the recovery after it, each at some event, and of whose superblock one
+/// copy is lost then.
+fn one_copy_lost(checkpoint_event: u64) -> Outcome<u64> {
+    let plan = |seed| Plan { options: Some(super::small_tests::options()), shards: 1..=1, ..quiet(seed) };
+    let (mut opened, mut recovery_event) = (0, 0);
+    loop {
+        recovery_event += 1;
+        let mut world = World::new(plan(1));
+        world.begin()?;
+        world.disk.cut_power_after(checkpoint_event);
+        world.ask(Request::Checkpoint);
+        world.settle()?;
+        if !world.disk.is_off() {
+            return Ok(opened);
+        }
+        world.crash(Loss::Nothing)?;
+        world.disk.cut_power_after(recovery_event);
+        let _ = world.try_open()?;
+        if !world.disk.is_off() {
+            return Ok(opened);
+        }
+        world.crash(Loss::Everything)?;
+        for copy in 0..SUPERBLOCK_COPIES {
+            let image = world.disk.crash(Loss::Everything, &mut Rng::new(1));
+            let sectors = (SUPERBLOCK_BYTES / SECTOR) as u64;
+            if !image.damage(FileId::Meta, copy * sectors, SECTORS, Damage::Zero) {
+                continue;
+            }
+            opened += 1;
+            let found = world.open_damaged(image)?;
+            if !matches!(found, Damaged::Mended | Damaged::Harmless) {
+                let at = format!("events {checkpoint_event} and {recovery_event}, copy {copy}");
+                return Err(format!("{at}: {found:?}, and three copies were left"));
+            }
+        }
+    }
+}
+
+/// If this fails, there is a time at which the store hangs on one block.
+#[test]
+fn any_one_copy_of_the_superblock_may_be_lost_at_any_time() {
+    let mut all = 0;
+    for event in 1.. {
+        let opened = one_copy_lost(event).unwrap_or_else(|why| panic!("{why}"));
+        all += opened;
+        if opened == 0 {
+            break;
+        }
+    }
+    println!("{all} stores opened with three copies of the superblock");
+    assert!(all > 1000, "{all} stores");
 }

@@ -66,7 +66,7 @@ impl Case {
 }
 
 /// The smallest store, so that a state is recovered quickly.
-fn options() -> Options {
+pub(super) fn options() -> Options {
     let geometry = Geometry { extent_bytes: 64 << 10, segment_bytes: 64 << 10, segments_count: 4, vshards_count: 4 };
     Options {
         geometry,
