@@ -5,7 +5,7 @@ use super::history::{ALL_CELLS, Cell, PAGE, Said, check_known, place};
 use super::replay::{Log, Rebuilt, SECTOR, Subset};
 use super::role::Run;
 use super::surroundings::Mounted;
-use corepage::Store;
+use corepage::{Error, ErrorKind, Store};
 use futures_lite::future::block_on;
 use std::ops::AddAssign;
 use std::path::Path;
@@ -109,7 +109,9 @@ impl Recording {
 
 async fn read(dir: &Path, run: Run) -> corepage::Result<(Vec<Cell>, u64)> {
     let store = Store::open(dir, run.options()).await?;
-    let volume = store.volume("cells").await?.expect("the volume was there before the first point");
+    let Some(volume) = store.volume("cells").await? else {
+        return Err(Error::new(ErrorKind::NotFound, "the volume, which was there before the first point, is gone"));
+    };
     let ids: Vec<_> = (0..ALL_CELLS).map(place).collect();
     let pages = volume.read_many(&ids).await?;
     let found = pages.iter().map(|page| Cell { lsn: page.lsn().get(), bytes: page.to_vec() }).collect();
