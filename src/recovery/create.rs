@@ -114,6 +114,11 @@ pub(super) fn rewrite_copies(
     superblock: &Superblock,
     copies: &[u64],
 ) -> Result<()> {
+    if copies.is_empty() {
+        return Ok(());
+    }
+    // What was read may be what a dead process has written and nobody flushed: it must not be lost together with a copy that is torn.
+    flush(disk, &[FileId::Meta])?;
     let mut bytes = vec![0; SUPERBLOCK_BYTES];
     for copy in copies {
         superblock.encode(*copy, &mut bytes);

@@ -358,7 +358,10 @@ impl Shard {
     pub fn waits_for(&self) -> Option<Lsn> {
         let page = self.unsettled.peek().map(|unsettled| unsettled.lsn());
         let reply = self.waiting.peek().map(|waiting| waiting.lsn()).filter(|_| !planted!(NobodyWoken));
-        [page, reply, self.checkpoint.waits_for(), self.waits.dirty_stuck].into_iter().flatten().min()
+        // A shard that has stopped writes nothing more: for those it would be woken again and again.
+        let writes =
+            [self.checkpoint.waits_for(), self.waits.dirty_stuck].map(|lsn| lsn.filter(|_| self.failed.is_none()));
+        [page, reply].into_iter().chain(writes).flatten().min()
     }
 
     /// What one commit may count at most.
