@@ -279,6 +279,8 @@ impl Shard {
         if let Some(old) = self.map.set(leaf, key, Some(entry)) {
             self.extents.leave_page(vshard, old.place());
         }
+        // A checkpoint in the middle of the redo may wait for an older version, which goes nowhere now.
+        self.page_settled(idx);
         self.wake_waiters(idx);
     }
 }
