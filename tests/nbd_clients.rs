@@ -7,7 +7,7 @@
 
 mod common;
 
-use common::{Chance, Served, has_tool, run, scratch, skip};
+use common::{Chance, Served, has_fuse, has_tool, run, scratch, skip};
 use std::fs::{self, File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -202,13 +202,8 @@ fn mount<'a>(served: &Served, at: &'a Path) -> Mounted<'a> {
     mounted
 }
 
-fn has_fuse() -> bool {
-    if !Path::new("/dev/fuse").exists() {
-        // No package brings it: this kernel can't.
-        eprintln!("SKIPPED: this machine has no /dev/fuse");
-        return false;
-    }
-    has_tool("nbdfuse") && has_tool("fusermount3")
+fn has_nbdfuse() -> bool {
+    has_fuse() && has_tool("nbdfuse") && has_tool("fusermount3")
 }
 
 /// `fsx`, as it is on crates.io: reads, writes, mapped reads and writes, syncs, held against its own model.
@@ -220,7 +215,7 @@ fn fsx_finds_nothing_over_nbdfuse() {
         // `scripts/check` builds it where it can, and says so where it can't.
         return eprintln!("SKIPPED: there is no fsx (cargo install fsx)");
     };
-    if !has_fuse() {
+    if !has_nbdfuse() {
         return;
     }
     let dir = scratch("fsx");
@@ -245,7 +240,7 @@ fn fsx_finds_nothing_over_nbdfuse() {
 /// model, with syncs and holes in between, and the server killed after one of the syncs.
 #[test]
 fn a_file_over_nbdfuse_holds_what_was_written_to_it() {
-    if !has_fuse() {
+    if !has_nbdfuse() {
         return;
     }
     let dir = scratch("nbdfuse");

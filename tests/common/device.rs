@@ -8,7 +8,7 @@
 //! 3. File system, loop device and FUSE mount go when it is dropped, also when the test fails.
 
 use super::surroundings::{Mounted, is_root, loop_device, tool};
-use super::{has_tool, scratch, skip};
+use super::{has_fuse, has_tool, scratch};
 use fuser::{
     BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
     LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request, WriteFlags,
@@ -207,8 +207,7 @@ impl Device {
     /// `kind` as in mkfs.KIND. `None`, loudly, where it can't be.
     pub fn new(kind: &str) -> Option<Device> {
         let tools = || ["mount", "losetup", "fusermount3", &format!("mkfs.{kind}")].iter().all(|name| has_tool(name));
-        let fuse = || Path::new("/dev/fuse").exists() || skip("there is no /dev/fuse");
-        if !is_root() || !tools() || !fuse() {
+        if !is_root() || !tools() || !has_fuse() {
             return None;
         }
         let dir = scratch(kind);

@@ -3,7 +3,7 @@
 
 use super::device::quick;
 use super::surroundings::{Mounted, is_root, loop_device, tool};
-use super::{has_tool, scratch, skip};
+use super::{has_fuse, has_tool, scratch};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -47,8 +47,7 @@ impl Logged {
     /// `kind` as in mkfs.KIND. `None`, loudly, where it can't be.
     pub fn new(kind: &str) -> Option<Logged> {
         let tools = ["qemu-storage-daemon", "nbdfuse", "mount", "losetup", &format!("mkfs.{kind}")];
-        let fuse = || Path::new("/dev/fuse").exists() || skip("there is no /dev/fuse");
-        if !is_root() || !tools.iter().all(|name| has_tool(name)) || !fuse() {
+        if !is_root() || !tools.iter().all(|name| has_tool(name)) || !has_fuse() {
             return None;
         }
         let sockets = tempfile::tempdir().expect("a short path");

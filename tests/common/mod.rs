@@ -61,6 +61,15 @@ pub fn skip(why: impl std::fmt::Display) -> bool {
     false
 }
 
+/// Whether this kernel has FUSE; no package brings it, so it is never required.
+pub fn has_fuse() -> bool {
+    let there = std::path::Path::new("/dev/fuse").exists();
+    if !there {
+        eprintln!("SKIPPED: this machine has no /dev/fuse");
+    }
+    there
+}
+
 /// Runs a command to its end, and shows what it said if it fails.
 pub fn run(command: &mut Command) {
     let shown = format!("{command:?}");
