@@ -280,7 +280,9 @@ impl Shard {
             self.extents.leave_page(vshard, old.place());
         }
         // A checkpoint in the middle of the redo may wait for an older version, which goes nowhere now.
-        self.page_settled(idx);
+        if self.table.pages[idx].checkpoint_target == Lsn::ZERO || !planted!(RedoneUnsettled) {
+            self.page_settled(idx);
+        }
         self.wake_waiters(idx);
     }
 }

@@ -91,6 +91,8 @@ canaries! {
     DamageTakenForTail,
     /// Recovery redoes what lies above the cut, too.
     CutIgnored,
+    /// A checkpoint in the middle of the redo waits for a page that the redo finds written already.
+    RedoneUnsettled,
     /// Recovery leaves out that pages were freed.
     FreeNotRedone,
 }

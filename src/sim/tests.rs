@@ -207,6 +207,7 @@ fn hunt(canary: Canary) -> Found {
         .or_else(|| special("damage_to_any_sector_of_a_closed_store_is_noticed", super::damage_tests::smallest))
         .or_else(|| special("every_operation_may_fail_in_every_way", super::error_tests::smallest))
         .or_else(|| random("crashes_of_full_stores_lose_nothing", super::fault_tests::full_store, 1..=25))
+        .or_else(|| random("the same with 9 images a crash", |seed| Plan { images: 9, ..plan(seed) }, 70..=100))
         .or_else(|| ordinary(16..=200));
     let first_line = |why: String| why.lines().next().unwrap_or_default().chars().take(120).collect();
     let caught = caught.map(|(by, why)| (by, first_line(why)));
