@@ -173,9 +173,9 @@ fn spots(dir: &Path) -> BTreeMap<&'static str, Vec<Spot>> {
     (0..4).for_each(|copy| add("superblock copy", "meta", Superblock::offset(copy), 16384));
     let mut nodes = Vec::new();
     for (i, state) in superblock.vshards.iter().enumerate() {
-        let offset = root::offset(VShard::new(i as u16), state.generation, geometry.vshards_count);
+        let offset = root::offset(VShard::new(i as u16), state.root.generation, geometry.vshards_count);
         add("root", "meta", offset, BLOCK);
-        let (_, trees) = root::decode(&read_at(dir, "meta", offset, BLOCK)).expect("a root");
+        let (_, _, trees) = root::decode(&read_at(dir, "meta", offset, BLOCK)).expect("a root");
         nodes.extend(trees.iter().copied().enumerate().filter(|(_, child)| child.is_present()));
     }
     while let Some((volume, child)) = nodes.pop() {
@@ -196,7 +196,7 @@ fn spots(dir: &Path) -> BTreeMap<&'static str, Vec<Spot>> {
         let offset = extent::table_offset(index, superblock.checkpoint);
         add("table block", "extents", offset, BLOCK);
         let bytes = read_at(dir, "extents", offset, BLOCK);
-        let rows =
+        let (rows, _) =
             extent::decode_table(superblock.store_id, index, superblock.checkpoint, &bytes).expect("a table block");
         for (i, row) in rows.iter().enumerate().filter(|(_, row)| row.state == 1) {
             let blocks = (geometry.extent_bytes / BLOCK as u64) as u32;

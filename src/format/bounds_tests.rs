@@ -81,6 +81,7 @@ fn a_superblock_with_numbers_out_of_reach_is_refused() {
         next_lsn: Lsn::new(1),
         geometry: Geometry::default(),
         extents_count: 1,
+        table_crc: 7,
         logs: vec![LogEnd::default()],
         vshards: vec![VShardState::default(); Geometry::default().vshards_count as usize],
     };

@@ -34,9 +34,9 @@ macro_rules! layouts {
 
 fn compiled() -> Vec<Layout> {
     layouts! {
-        superblock::Head { magic, version, crc, copy, shards_count, clean, flush_method, store_id, generation, epoch, epoch_first_lsn, salt, checkpoint, watermark, next_lsn, extent_bytes, segment_bytes, segments_count, vshards_count, extents_count, reserved }
+        superblock::Head { magic, version, crc, copy, shards_count, clean, flush_method, store_id, generation, epoch, epoch_first_lsn, salt, checkpoint, watermark, next_lsn, extent_bytes, segment_bytes, segments_count, vshards_count, extents_count, table_crc, reserved }
         superblock::LogRow { segment, block, generation, number, sum, reserved }
-        superblock::VShardRow { generation, redo_lsn, shard, reserved }
+        superblock::VShardRow { generation, redo_lsn, shard, reserved, root_crc }
         root::Head { magic, crc, vshard, reserved, store_id, generation, redo_lsn, checkpoint, reserved2 }
         extent::TableHead { magic, crc, index, store_id, checkpoint, reserved }
         extent::TableRow { state, class, live, summary_crc, summary_slot, reserved }

@@ -1,9 +1,11 @@
 //! The extent table, and the summaries at the end of an extent.
 //!
 //! Table block `i` describes extents `128 * i` and on; it stands in two slots, of which checkpoint number `c`
-//! writes slot `c % 2`, and counts if it carries the checkpoint number of the superblock.
+//! writes slot `c % 2`, and counts if it carries the checkpoint number of the superblock. The superblock holds a sum over all of
+//! them, too: a checkpoint that a crash has cut short had the number of the next one.
 
 use super::{crc_around, get, put};
+use crate::checksum::crc32c_append;
 use crate::types::{BLOCK, ExtentNo, Lsn, PageKey, VShard, VolumeId};
 use std::mem::offset_of;
 use zerocopy::little_endian::{U16, U32, U64};
@@ -157,8 +159,13 @@ pub const fn table_offset(index: u32, checkpoint: u64) -> u64 {
     (index as u64 * 2 + checkpoint % 2) * BLOCK as u64
 }
 
-/// Fills one table block; `rows` has at most [`TABLE_ROWS`].
-pub fn encode_table(store_id: [u8; 16], index: u32, checkpoint: u64, rows: &[TableRow], out: &mut [u8]) {
+/// The sum over the sums of all table blocks, in order.
+pub fn table_crc(sums: impl IntoIterator<Item = u32>) -> u32 {
+    sums.into_iter().fold(0, |all, sum| crc32c_append(all, &sum.to_le_bytes()))
+}
+
+/// Fills one table block and returns its sum; `rows` has at most [`TABLE_ROWS`].
+pub fn encode_table(store_id: [u8; 16], index: u32, checkpoint: u64, rows: &[TableRow], out: &mut [u8]) -> u32 {
     out.fill(0);
     let head = TableHead {
         magic: TABLE_MAGIC,
@@ -172,17 +179,18 @@ pub fn encode_table(store_id: [u8; 16], index: u32, checkpoint: u64, rows: &[Tab
     for (i, row) in rows.iter().enumerate() {
         put(out, size_of::<TableHead>() + i * size_of::<TableRow>(), row);
     }
-    let crc = U32::from(crc_around(0, out, offset_of!(TableHead, crc)));
-    put(out, offset_of!(TableHead, crc), &crc);
+    let crc = crc_around(0, out, offset_of!(TableHead, crc));
+    put(out, offset_of!(TableHead, crc), &U32::from(crc));
+    crc
 }
 
-/// Checks and decodes a table block; the message says what is wrong.
+/// Checks and decodes a table block, and gives its sum; the message says what is wrong.
 pub fn decode_table(
     store_id: [u8; 16],
     index: u32,
     checkpoint: u64,
     bytes: &[u8],
-) -> Result<Vec<TableRow>, &'static str> {
+) -> Result<(Vec<TableRow>, u32), &'static str> {
     let head: &TableHead = get(bytes, 0).ok_or("is too short")?;
     if head.magic != TABLE_MAGIC {
         return Err("is not a table block");
@@ -197,7 +205,8 @@ pub fn decode_table(
         return Err("is of another checkpoint: a write was lost");
     }
     let at = |i: usize| size_of::<TableHead>() + i * size_of::<TableRow>();
-    Ok((0..TABLE_ROWS as usize).filter_map(|i| get::<TableRow>(bytes, at(i)).copied()).collect())
+    let rows = (0..TABLE_ROWS as usize).filter_map(|i| get::<TableRow>(bytes, at(i)).copied()).collect();
+    Ok((rows, head.crc.get()))
 }
 
 /// Fills a summary area and returns its sum.

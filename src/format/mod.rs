@@ -23,7 +23,7 @@ use crate::checksum::crc32c_append;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// The version of everything described here. Another version is refused with a clear error.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 
 /// No LSN, generation or epoch is as large: at a billion a second that takes 292 years. A structure that claims one is
 /// none of ours, whatever its sum; so what is computed from those accepted can't wrap.

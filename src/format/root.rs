@@ -1,9 +1,9 @@
 //! A virtual shard's root: one block, in two alternating slots after the superblock copies.
 //!
-//! A root counts if the superblock names its generation; the slot is `generation % 2`.
+//! A root counts if the superblock names its generation and its sum; the slot is `generation % 2`.
 
 use super::node::Child;
-use super::superblock::{SUPERBLOCK_BYTES, SUPERBLOCK_COPIES};
+use super::superblock::{SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock};
 use super::{crc_around, get, put};
 use crate::types::{BLOCK, Lsn, VShard};
 use std::mem::offset_of;
@@ -51,8 +51,8 @@ pub fn meta_bytes(vshards_count: u32) -> u64 {
     offset(VShard::new(0), 0, vshards_count) + 2 * u64::from(vshards_count) * BLOCK as u64
 }
 
-/// Fills `out`, one block.
-pub fn encode(head: &RootHead, children: &[Child; VOLUMES_MAX], out: &mut [u8]) {
+/// Fills `out`, one block, and returns its sum.
+pub fn encode(head: &RootHead, children: &[Child; VOLUMES_MAX], out: &mut [u8]) -> u32 {
     out.fill(0);
     let raw = Head {
         magic: MAGIC,
@@ -67,8 +67,9 @@ pub fn encode(head: &RootHead, children: &[Child; VOLUMES_MAX], out: &mut [u8]) 
     };
     put(out, 0, &raw);
     put(out, size_of::<Head>(), children);
-    let crc = U32::from(crc_around(0, out, offset_of!(Head, crc)));
-    put(out, offset_of!(Head, crc), &crc);
+    let crc = crc_around(0, out, offset_of!(Head, crc));
+    put(out, offset_of!(Head, crc), &U32::from(crc));
+    crc
 }
 
 /// What a root says of itself.
@@ -86,8 +87,32 @@ pub struct RootHead {
     pub checkpoint: u64,
 }
 
+/// Checks and decodes a slot that must hold the root that the superblock names; the message says what is wrong.
+pub fn decode_named(
+    superblock: &Superblock,
+    vshard: VShard,
+    bytes: &[u8],
+) -> Result<(RootHead, Box<[Child; VOLUMES_MAX]>), String> {
+    let named = superblock.vshards[vshard.index()].root;
+    let (head, crc, children) = decode(bytes)?;
+    if head.vshard != vshard || head.store_id != superblock.store_id {
+        return Err("is another root: a write went astray".into());
+    }
+    if head.generation != named.generation {
+        let found = head.generation;
+        return Err(format!("has generation {found}, but the superblock names {}: a write was lost", named.generation));
+    }
+    if crc != named.crc && !planted!(NamedSumIgnored) {
+        return Err("is another one than the superblock names, of the same generation: a write was lost".into());
+    }
+    Ok((head, children))
+}
+
+/// A root, its sum, and the children of its virtual shard.
+type Decoded = (RootHead, u32, Box<[Child; VOLUMES_MAX]>);
+
 /// Checks and decodes a slot; the message says what is wrong.
-pub fn decode(bytes: &[u8]) -> Result<(RootHead, Box<[Child; VOLUMES_MAX]>), &'static str> {
+pub fn decode(bytes: &[u8]) -> Result<Decoded, &'static str> {
     let raw: &Head = get(bytes, 0).ok_or("is too short")?;
     if raw.magic != MAGIC {
         return Err("is not a root");
@@ -103,5 +128,5 @@ pub fn decode(bytes: &[u8]) -> Result<(RootHead, Box<[Child; VOLUMES_MAX]>), &'s
         redo_lsn: Lsn::new(raw.redo_lsn.get()),
         checkpoint: raw.checkpoint.get(),
     };
-    Ok((head, Box::new(*children)))
+    Ok((head, raw.crc.get(), Box::new(*children)))
 }

@@ -66,8 +66,10 @@ pub struct Head {
     pub vshards_count: U32,
     /// Extents that existed; later ones, if the data file has grown since, are free.
     pub extents_count: U32,
+    /// CRC32C of the sums of all blocks of the extent table, in order.
+    pub table_crc: U32,
     /// Zero.
-    pub reserved: [u8; 132],
+    pub reserved: [u8; 128],
 }
 
 /// The end of one shard's log at a clean close; zeros otherwise.
@@ -99,7 +101,9 @@ pub struct VShardRow {
     /// The shard to which it is dealt.
     pub shard: U16,
     /// Zero.
-    pub reserved: [u8; 6],
+    pub reserved: U16,
+    /// The sum of that root.
+    pub root_crc: U32,
 }
 
 const LOGS_AT: usize = size_of::<Head>();
@@ -132,6 +136,8 @@ pub struct Superblock {
     pub geometry: Geometry,
     /// Extents.
     pub extents_count: u32,
+    /// The sum of the extent table.
+    pub table_crc: u32,
     /// One for each shard.
     pub logs: Vec<LogEnd>,
     /// One for each virtual shard.
@@ -156,12 +162,22 @@ pub struct LogEnd {
 /// [`VShardRow`] in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct VShardState {
-    /// Generation of the root that counts.
-    pub generation: u64,
+    /// The root that counts.
+    pub root: RootVersion,
     /// Every record up to here is in the root.
     pub redo_lsn: Lsn,
     /// Owner in the deal.
     pub shard: ShardId,
+}
+
+/// Which of the roots of a virtual shard. Neither would do alone: a checkpoint that a crash has cut short has written roots of the
+/// generation that the next one writes, too, and a device may lose a write.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RootVersion {
+    /// Its generation, by which it is found.
+    pub generation: u64,
+    /// Its sum.
+    pub crc: u32,
 }
 
 /// Why a copy does not count.
@@ -213,7 +229,8 @@ impl Superblock {
             segments_count: self.geometry.segments_count.into(),
             vshards_count: self.geometry.vshards_count.into(),
             extents_count: self.extents_count.into(),
-            reserved: [0; 132],
+            table_crc: self.table_crc.into(),
+            reserved: [0; 128],
         };
         put(out, 0, &head);
         for (i, log) in self.logs.iter().enumerate() {
@@ -229,10 +246,11 @@ impl Superblock {
         }
         for (i, vshard) in self.vshards.iter().enumerate() {
             let row = VShardRow {
-                generation: vshard.generation.into(),
+                generation: vshard.root.generation.into(),
                 redo_lsn: vshard.redo_lsn.get().into(),
                 shard: vshard.shard.get().into(),
-                reserved: [0; 6],
+                reserved: 0.into(),
+                root_crc: vshard.root.crc.into(),
             };
             put(out, VSHARDS_AT + i * size_of::<VShardRow>(), &row);
         }
@@ -275,11 +293,11 @@ impl Superblock {
             sum: row.sum.get(),
         });
         let vshards = rows(bytes, VSHARDS_AT, geometry.vshards_count as usize, |row: &VShardRow| VShardState {
-            generation: row.generation.get(),
+            root: RootVersion { generation: row.generation.get(), crc: row.root_crc.get() },
             redo_lsn: Lsn::new(row.redo_lsn.get()),
             shard: ShardId::new(row.shard.get()),
         });
-        if vshards.iter().any(|vshard| vshard.redo_lsn.get() >= LSN_END || vshard.generation >= LSN_END) {
+        if vshards.iter().any(|vshard| vshard.redo_lsn.get() >= LSN_END || vshard.root.generation >= LSN_END) {
             return Err(Refusal::Values);
         }
         Ok(Superblock {
@@ -294,6 +312,7 @@ impl Superblock {
             next_lsn: Lsn::new(head.next_lsn.get()),
             geometry,
             extents_count: head.extents_count.get(),
+            table_crc: head.table_crc.get(),
             logs,
             vshards,
         })

@@ -211,7 +211,7 @@ fn cut(input: &mut Input) {
 
 fn superblock(input: &mut Input) -> Superblock {
     let lsn = |input: &mut Input| Lsn::new(input.number().min(LSN_END - 1));
-    let mut vshard = || VShardState { generation: 1, redo_lsn: lsn(input), shard: ShardId::new(0) };
+    let mut vshard = || VShardState { redo_lsn: lsn(input), ..VShardState::default() };
     let vshards = vec![vshard(), vshard()];
     let watermark = lsn(input);
     Superblock {
@@ -231,6 +231,7 @@ fn superblock(input: &mut Input) -> Superblock {
             vshards_count: 2,
         },
         extents_count: EXTENTS,
+        table_crc: 0,
         logs: vec![LogEnd::default(); 2],
         vshards,
     }

@@ -315,15 +315,18 @@ fn load(disk: &mut MemoryDisk, base: &Base, is_sealed: bool) {
 fn check_loaded(base: &Base, loaded: &recovery::Loaded) {
     let (meta, table) = (&base.image[&FileId::Meta], &base.image[&FileId::Table]);
     let superblock = &base.superblock;
-    for (i, (children, generation)) in loaded.roots.iter().enumerate() {
+    for (i, (children, version)) in loaded.roots.iter().enumerate() {
         let vshard = crate::types::VShard::new(i as u16);
-        let at = root::offset(vshard, *generation, superblock.geometry.vshards_count) as usize;
-        let (head, written) = root::decode(&meta[at..at + BLOCK]).expect("a root of the image");
-        assert!(head.generation == *generation && written == *children, "another root is taken");
+        let at = root::offset(vshard, version.generation, superblock.geometry.vshards_count) as usize;
+        let (head, crc, written) = root::decode(&meta[at..at + BLOCK]).expect("a root of the image");
+        assert!(
+            head.generation == version.generation && crc == version.crc && written == *children,
+            "another root is taken"
+        );
     }
     let at = extent::table_offset(0, superblock.checkpoint) as usize;
     let rows = extent::decode_table(superblock.store_id, 0, superblock.checkpoint, &table[at..at + BLOCK]);
-    assert_eq!(rows.expect("the table of the image"), loaded.table, "another table is taken");
+    assert_eq!(rows.expect("the table of the image").0, loaded.table, "another table is taken");
 }
 
 /// Opens the store for good and reads every page.

@@ -22,6 +22,7 @@ use crate::format::extent::NodeKey;
 use crate::format::node::{self, Child, Entry};
 use crate::format::put;
 use crate::format::root::{RootHead, VOLUMES_MAX};
+use crate::format::superblock::RootVersion;
 use crate::pool::{Arena, Frame, FrameRef};
 use crate::types::{BLOCK, Lsn, PageKey, Place, VShard, VolumeId};
 use hashbrown::HashMap;
@@ -54,8 +55,8 @@ struct Node {
 pub(crate) struct Root {
     /// Children by volume.
     pub children: Box<[Child; VOLUMES_MAX]>,
-    /// Generation of the newest root written.
-    pub generation: u64,
+    /// The newest root written.
+    pub version: RootVersion,
     dirty: bool,
     dirty_nodes: BTreeSet<(u8, VolumeId, u64)>,
 }
@@ -110,9 +111,9 @@ fn parent_of(key: NodeKey) -> NodeKey {
 }
 
 impl Map {
-    /// The map with these roots (children and generation), nothing else in memory.
-    pub(crate) fn new(roots: Vec<(Box<[Child; VOLUMES_MAX]>, u64)>, seed: u64) -> Self {
-        let root = |(children, generation)| Root { children, generation, dirty: false, dirty_nodes: BTreeSet::new() };
+    /// The map with these roots, nothing else in memory.
+    pub(crate) fn new(roots: Vec<(Box<[Child; VOLUMES_MAX]>, RootVersion)>, seed: u64) -> Self {
+        let root = |(children, version)| Root { children, version, dirty: false, dirty_nodes: BTreeSet::new() };
         Map {
             vshards_count: roots.len() as u32,
             roots: roots.into_iter().map(root).collect(),
@@ -426,7 +427,7 @@ impl Map {
         }
         let root = &mut self.roots[vshard.index()];
         root.dirty = false;
-        root.generation += 1;
+        root.version.generation += 1;
         writes
     }
 
@@ -449,10 +450,17 @@ impl Map {
     }
 
     /// Encodes the root block of `vshard` as it is now.
-    pub(crate) fn encode_root(&self, vshard: VShard, store_id: [u8; 16], redo: Lsn, checkpoint: u64, out: &mut [u8]) {
-        let root = &self.roots[vshard.index()];
-        let head = RootHead { vshard, store_id, generation: root.generation, redo_lsn: redo, checkpoint };
-        crate::format::root::encode(&head, &root.children, out);
+    pub(crate) fn encode_root(
+        &mut self,
+        vshard: VShard,
+        store_id: [u8; 16],
+        redo: Lsn,
+        checkpoint: u64,
+        out: &mut [u8],
+    ) {
+        let root = &mut self.roots[vshard.index()];
+        let head = RootHead { vshard, store_id, generation: root.version.generation, redo_lsn: redo, checkpoint };
+        root.version.crc = crate::format::root::encode(&head, &root.children, out);
     }
 
     /// Drops one node that is not needed, if there is one; returns whether memory was freed.

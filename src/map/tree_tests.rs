@@ -7,6 +7,7 @@ use crate::checksum::crc32c;
 use crate::format::extent::NodeKey;
 use crate::format::node::{Child, Entry};
 use crate::format::root::VOLUMES_MAX;
+use crate::format::superblock::RootVersion;
 use crate::pool::Arena;
 use crate::types::{BLOCK, ExtentNo, Lsn, PageId, PageKey, Place, VShard, VolumeId};
 use proptest::prelude::*;
@@ -44,7 +45,7 @@ fn fresh(arena: &mut Arena, bytes: &[u8]) -> crate::pool::Frame {
 
 impl Store {
     fn new() -> Store {
-        let roots = (0..VSHARDS).map(|_| (Box::new([Child::default(); VOLUMES_MAX]), 0)).collect();
+        let roots = (0..VSHARDS).map(|_| (Box::new([Child::default(); VOLUMES_MAX]), RootVersion::default())).collect();
         let arena = Arena::new(if cfg!(miri) { 256 } else { 8192 }).expect("memory");
         Store { map: Map::new(roots, 3), arena, nodes: BTreeMap::new(), next_place: 1, model: BTreeMap::new(), lsn: 0 }
     }
@@ -97,10 +98,10 @@ impl Store {
             *next += 1;
             Place::unpack(*next)
         };
-        let generation = self.map.root(vshard).generation;
+        let generation = self.map.root(vshard).version.generation;
         let writes = self.map.capture(vshard, &mut self.arena, place, &mut retired);
         assert!(writes.len() <= dirty && self.map.dirty_in(vshard) == 0 && !self.map.is_dirty(vshard));
-        assert_eq!(self.map.root(vshard).generation, generation + 1);
+        assert_eq!(self.map.root(vshard).version.generation, generation + 1);
         for place in retired {
             assert!(self.nodes.remove(&place).is_some(), "{place:?} was retired and not in use");
         }
@@ -122,7 +123,7 @@ impl Store {
         self.capture_all();
         let root = |vshard| {
             let root = self.map.root(VShard::new(vshard));
-            (root.children.clone(), root.generation)
+            (root.children.clone(), root.version)
         };
         self.map = Map::new((0..VSHARDS).map(root).collect(), self.lsn);
     }

@@ -10,11 +10,11 @@ use super::load::read_bytes;
 use super::mix;
 use crate::disk::{Disk, DiskOp, FileId, IoSlice, execute};
 use crate::error::{Error, Result};
-use crate::format::extent::{TABLE_ROWS, encode_table, table_offset};
+use crate::format::extent::{TABLE_ROWS, encode_table, table_crc, table_offset};
 use crate::format::node::Child;
 use crate::format::root::{self, RootHead, VOLUMES_MAX};
 use crate::format::superblock::{
-    LogEnd, Refusal, SHARDS_MAX, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock, VShardState,
+    LogEnd, Refusal, RootVersion, SHARDS_MAX, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock, VShardState,
 };
 use crate::options::{Geometry, Limits};
 use crate::pool::Arena;
@@ -77,14 +77,17 @@ pub(super) fn create(
     store_id[..8].copy_from_slice(&mix(seed ^ 1).to_le_bytes());
     store_id[8..].copy_from_slice(&mix(seed ^ 2).to_le_bytes());
     let mut block = vec![0; BLOCK];
+    let mut vshards = Vec::new();
     for i in 0..geometry.vshards_count as u16 {
         let vshard = VShard::new(i);
         let head = RootHead { vshard, store_id, generation: 0, redo_lsn: Lsn::ZERO, checkpoint: 0 };
-        root::encode(&head, &[Child::default(); VOLUMES_MAX], &mut block);
+        let crc = root::encode(&head, &[Child::default(); VOLUMES_MAX], &mut block);
+        vshards.push(VShardState { root: RootVersion { generation: 0, crc }, ..VShardState::default() });
         write_bytes(disk, arena, FileId::Meta, root::offset(vshard, 0, geometry.vshards_count), &block)?;
     }
+    let mut sums = Vec::new();
     for index in 0..table_blocks {
-        encode_table(store_id, index, 0, &[], &mut block);
+        sums.push(encode_table(store_id, index, 0, &[], &mut block));
         write_bytes(disk, arena, FileId::Table, table_offset(index, 0), &block)?;
     }
     flush(disk, &[FileId::Meta, FileId::Table])?;
@@ -100,8 +103,9 @@ pub(super) fn create(
         next_lsn: Lsn::new(1),
         geometry: geometry.clone(),
         extents_count,
+        table_crc: table_crc(sums),
         logs: vec![LogEnd::default(); usize::from(shards_count)],
-        vshards: vec![VShardState::default(); geometry.vshards_count as usize],
+        vshards,
     };
     rewrite_copies(disk, arena, &superblock, &Superblock::copies_of(superblock.generation))
 }

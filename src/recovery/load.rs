@@ -3,17 +3,17 @@
 use crate::disk::{Disk, DiskOp, FileId, execute};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::FORMAT_VERSION;
-use crate::format::extent::{TABLE_ROWS, TableRow, decode_table, table_offset};
+use crate::format::extent::{TABLE_ROWS, TableRow, decode_table, table_crc, table_offset};
 use crate::format::node::Child;
 use crate::format::root::{self, VOLUMES_MAX};
-use crate::format::superblock::{Refusal, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock};
+use crate::format::superblock::{Refusal, RootVersion, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock};
 use crate::pool::Arena;
 use crate::types::{BLOCK, VShard};
 
 /// What the superblock names.
 pub(crate) struct Loaded {
-    /// Children and generation of each virtual shard's root.
-    pub roots: Vec<(Box<[Child; VOLUMES_MAX]>, u64)>,
+    /// Each virtual shard's root.
+    pub roots: Vec<(Box<[Child; VOLUMES_MAX]>, RootVersion)>,
     /// The extent table.
     pub table: Vec<TableRow>,
 }
@@ -153,14 +153,22 @@ pub(crate) fn load(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblo
     for i in 0..count as u16 {
         roots.push(load_root(disk, arena, superblock, VShard::new(i))?);
     }
-    let mut table = Vec::new();
+    let (mut table, mut sums) = (Vec::new(), Vec::new());
     for index in 0..superblock.extents_count.div_ceil(TABLE_ROWS) {
         let offset = table_offset(index, superblock.checkpoint);
         let bytes = read_bytes(disk, arena, FileId::Table, offset, BLOCK)?;
-        let rows = decode_table(superblock.store_id, index, superblock.checkpoint, &bytes).map_err(|what| {
+        let (rows, sum) = decode_table(superblock.store_id, index, superblock.checkpoint, &bytes).map_err(|what| {
             Error::corrupt(format_args!("block {index} of the extent table (byte {offset} of file extents) {what}"))
         })?;
         table.extend(rows);
+        sums.push(sum);
+    }
+    if table_crc(sums) != superblock.table_crc && !planted!(NamedSumIgnored) {
+        let from = table_offset(0, superblock.checkpoint);
+        return Err(Error::corrupt(format_args!(
+            "the extent table (every second block of file extents, from byte {from} on) is another one than the superblock \
+             names, of the same checkpoint: a write was lost"
+        )));
     }
     Ok(Loaded { roots, table })
 }
@@ -170,23 +178,13 @@ fn load_root(
     arena: &mut Arena,
     superblock: &Superblock,
     vshard: VShard,
-) -> Result<(Box<[Child; VOLUMES_MAX]>, u64)> {
-    let state = superblock.vshards[vshard.index()];
-    let offset = root::offset(vshard, state.generation, superblock.geometry.vshards_count);
+) -> Result<(Box<[Child; VOLUMES_MAX]>, RootVersion)> {
+    let root = superblock.vshards[vshard.index()].root;
+    let offset = root::offset(vshard, root.generation, superblock.geometry.vshards_count);
     let bytes = read_bytes(disk, arena, FileId::Meta, offset, BLOCK)?;
-    let damaged = |what: String| {
+    let (_, children) = root::decode_named(superblock, vshard, &bytes).map_err(|what| {
         let number = vshard.get();
         Error::corrupt(format_args!("the root of virtual shard {number} (byte {offset} of the meta file) {what}"))
-    };
-    let (head, children) = root::decode(&bytes).map_err(|what| damaged(what.to_string()))?;
-    if head.vshard != vshard || head.store_id != superblock.store_id {
-        return Err(damaged("is another root: a write went astray".into()));
-    }
-    if head.generation != state.generation {
-        return Err(damaged(format!(
-            "has generation {}, but the superblock names {}: a write was lost",
-            head.generation, state.generation
-        )));
-    }
-    Ok((children, state.generation))
+    })?;
+    Ok((children, root))
 }

@@ -339,7 +339,7 @@ impl Shard {
         }
         let count = self.limits.geometry.vshards_count;
         let roots = std::mem::take(&mut self.checkpoint.roots);
-        let offset = |vshard| root::offset(vshard, self.map.root(vshard).generation, count);
+        let offset = |vshard| root::offset(vshard, self.map.root(vshard).version.generation, count);
         let writes = roots.into_iter().map(|(vshard, frame)| (FileId::Meta, offset(vshard), frame)).collect();
         self.checkpoint.phase = Phase::Roots;
         self.submit_blocks(writes);
@@ -399,7 +399,7 @@ impl Shard {
         let clean = self.checkpoint.begin.is_some_and(|begin| begin.clean);
         let contribution = Contribution {
             rows: self.extents.rows(),
-            roots: mine.map(|vshard| (vshard, self.map.root(vshard).generation)).collect(),
+            roots: mine.map(|vshard| (vshard, self.map.root(vshard).version)).collect(),
             log_end: if clean { self.log.end() } else { Default::default() },
         };
         self.checkpoint.phase = Phase::Waiting;

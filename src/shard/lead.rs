@@ -16,7 +16,7 @@ use super::checkpoint::NewEpoch;
 use super::message::{Begin, Contribution, Message};
 use super::{Response, Shard, Token};
 use crate::disk::{DiskOp, FileId, IoSlice};
-use crate::format::extent::{TABLE_ROWS, TableRow, encode_table, table_offset};
+use crate::format::extent::{TABLE_ROWS, TableRow, encode_table, table_crc, table_offset};
 use crate::format::superblock::{SUPERBLOCK_BYTES, Superblock, VShardState};
 use crate::types::{BLOCK, Lsn, ShardId};
 use smallvec::SmallVec;
@@ -174,27 +174,27 @@ impl Shard {
             rows[no.index()] = *row;
         }
         let number = self.superblock.checkpoint + 1;
-        let mut writes = Vec::new();
+        let (mut writes, mut sums) = (Vec::new(), Vec::new());
         for (index, rows) in (0..).zip(rows.chunks(TABLE_ROWS as usize)) {
             let mut frame = self.arena.alloc(0).expect("frames were ensured");
             let out = frame.try_mut().expect("a new frame has no pins");
-            encode_table(self.superblock.store_id, index, number, rows, out);
+            sums.push(encode_table(self.superblock.store_id, index, number, rows, out));
             writes.push((FileId::Table, table_offset(index, number), frame));
         }
         self.stats.checksums += writes.len() as u64;
-        self.lead.next = Some(self.next_superblock(extents_count));
+        self.lead.next = Some(self.next_superblock(extents_count, table_crc(sums)));
         self.lead.phase = Phase::Flush;
         self.submit_blocks(writes);
     }
 
-    fn next_superblock(&self, extents_count: u32) -> Superblock {
+    fn next_superblock(&self, extents_count: u32, table_crc: u32) -> Superblock {
         let old = &self.superblock;
         let lead = &self.lead;
         let begin = lead.begin.expect("it has begun");
         let mut vshards = vec![VShardState::default(); self.limits.geometry.vshards_count as usize];
-        for (vshard, generation) in lead.contributions.iter().flat_map(|c| &c.roots) {
+        for (vshard, root) in lead.contributions.iter().flat_map(|c| &c.roots) {
             let shard = self.deal.owner(*vshard);
-            vshards[vshard.index()] = VShardState { generation: *generation, redo_lsn: lead.redo, shard };
+            vshards[vshard.index()] = VShardState { root: *root, redo_lsn: lead.redo, shard };
         }
         let mut next = Superblock {
             clean: begin.clean,
@@ -209,6 +209,7 @@ impl Shard {
                 None => self.order.next(),
             },
             extents_count,
+            table_crc,
             logs: match begin.new_epoch {
                 // Until an epoch begins, the logs are those of the last one.
                 None if self.recovering.is_some() => old.logs.clone(),

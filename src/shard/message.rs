@@ -18,7 +18,7 @@ use super::checkpoint::NewEpoch;
 use super::event::Change;
 use crate::error::Error;
 use crate::format::extent::{ItemKind, TableRow};
-use crate::format::superblock::{LogEnd, Superblock};
+use crate::format::superblock::{LogEnd, RootVersion, Superblock};
 use crate::types::{ExtentNo, Lsn, PageKey, Place, VShard};
 
 /// A message from one shard to another.
@@ -136,8 +136,8 @@ pub struct Handover {
 pub struct Contribution {
     /// Rows of the extents that it is the home of.
     pub rows: Vec<(ExtentNo, TableRow)>,
-    /// Generations of its roots.
-    pub roots: Vec<(VShard, u64)>,
+    /// Its roots.
+    pub roots: Vec<(VShard, RootVersion)>,
     /// Where its log ends.
     pub log_end: LogEnd,
 }

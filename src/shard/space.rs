@@ -154,12 +154,20 @@ impl Shard {
         if self.free_blocks() > u64::from(nodes) {
             return true;
         }
+        self.must_grow("the page map");
+        false
+    }
+
+    /// Nothing goes on without a place for `what`: more space is asked for, and if there is none the store stops.
+    pub(super) fn must_grow(&mut self, what: &str) {
         self.space.stalled = true;
         if !self.space.growing && !self.ask_for_space(BEYOND_EXTENTS, true) {
-            let context = "no space is left for the page map, and the data space can't grow";
+            let context = format_args!(
+                "no space is left for {what}, and the data space can't grow: make room in the file system, then open \
+                 the store again"
+            );
             self.fail(Error::new(ErrorKind::Full, context));
         }
-        false
     }
 
     /// Blocks that would be free if nothing dead were left anywhere: reclaiming can't make more.

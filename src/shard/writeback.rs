@@ -90,6 +90,7 @@ impl Shard {
     fn capture_pages(&mut self, mut take: Vec<usize>) {
         take.sort_by_key(|idx| self.table.pages[*idx].key);
         let mut blocks = Vec::with_capacity(take.len());
+        let mut found_none = false;
         for idx in take {
             let page = &self.table.pages[idx];
             let (key, lsn) = (page.key, page.lsn);
@@ -103,6 +104,7 @@ impl Shard {
                 let page = &mut self.table.pages[idx];
                 page.queued = true;
                 self.dirty.push(idx);
+                found_none = true;
                 continue;
             };
             self.captured(idx);
@@ -110,6 +112,10 @@ impl Shard {
             blocks.push((place, (capture, slice)));
         }
         self.write_captures(blocks);
+        // Commits have reserved a block for each page; a redo reserves none, and the checkpoint that ends it waits for its pages.
+        if found_none && self.opening && self.checkpoint.wants_pages() && !planted!(OpeningWaitsForSpace) {
+            self.must_grow("the pages of the recovery");
+        }
     }
 
     /// The page's newest version is captured: it is dirty no more.
@@ -200,7 +206,9 @@ impl Shard {
         let key = page.key;
         let (vshard, _) = self.map.position(key);
         let applies = match moved_from {
-            Some(from) => page.mapped_lsn == lsn && page.entry.is_some_and(|e| e.place() == from),
+            Some(from) => {
+                page.mapped_lsn == lsn && page.entry.is_some_and(|e| e.place() == from) || planted!(MovedAnyway)
+            }
             None => page.mapped_lsn < lsn,
         };
         if let Some(entry) = entry {

@@ -83,16 +83,22 @@ canaries! {
     TailBlockRewritten,
     /// A page version goes into the map when it is written, whether its commit is durable or not.
     MappedTooSoon,
+    /// A moved page goes into the map whether or not a commit has replaced it meanwhile.
+    MovedAnyway,
     /// A page is served whatever its sum is.
     PageSumIgnored,
     /// A map node is used whatever its sum is.
     NodeSumIgnored,
+    /// A root or a table of the right number is taken for the one that the superblock names, whatever its sum is.
+    NamedSumIgnored,
     /// A gap at or below a recorded watermark is taken for the torn end of the log.
     DamageTakenForTail,
     /// Recovery redoes what lies above the cut, too.
     CutIgnored,
     /// A checkpoint in the middle of the redo waits for a page that the redo finds written already.
     RedoneUnsettled,
+    /// Opening waits for space for ever where there is none for the pages of the recovery.
+    OpeningWaitsForSpace,
     /// Recovery leaves out that pages were freed.
     FreeNotRedone,
 }

@@ -33,6 +33,8 @@ const IDLE_TURNS_MAX: u64 = 1_000;
 const IDLE_TURN_US: Micros = 200;
 /// Messages between two shards at a time, before the protocol is said to have no bound.
 const MESSAGES_MAX: usize = 8_192;
+/// Turns within which a store is open, or never: some thousand are usual.
+const OPENING_TURNS_MAX: u32 = 1_000_000;
 /// Which bits of an operation's number at the disk say whose it is.
 const SHARD_SHIFT: u32 = 48;
 
@@ -153,7 +155,12 @@ impl Cluster {
     /// # Errors
     /// The failure of a shard, or that they don't get on.
     pub fn finish_opening(&mut self) -> std::result::Result<Result<()>, String> {
+        let mut turns = 0;
         while !self.is_open() && !self.disk.is_off() {
+            turns += 1;
+            if turns > OPENING_TURNS_MAX {
+                return Err(format!("opening has no end: {}", self.describe()));
+            }
             if let Some(error) = self.failure() {
                 return Ok(Err(error));
             }

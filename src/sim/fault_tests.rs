@@ -207,6 +207,36 @@ fn a_file_system_without_space_is_a_full_store_until_there_is_space() {
     });
 }
 
+/// A full disk must end the opening of a store with an error, not leave its owner waiting; and lose nothing.
+#[test]
+pub(super) fn a_full_disk_ends_an_opening_with_an_error() {
+    let (mut refused, mut opened) = (0, 0);
+    for_seeds(60, |seed| {
+        let mut rng = Rng::new(seed);
+        let mut options = workload::options(&mut rng);
+        let geometry = &mut options.geometry;
+        (geometry.extent_bytes, geometry.vshards_count) = (64 << 10, 8);
+        (geometry.segment_bytes, geometry.segments_count) = (256 << 10, 6);
+        (options.inline_pages_max, options.memory_bytes, options.coalesce_window_us) = (16, 4 << 20, 10_000);
+        let profile = Profile { durable_percent: 100, in_flight: 16, ..Profile::random(&mut rng) };
+        let plan = Plan { options: Some(options), profile: Some(profile), ..quiet(seed) };
+        let mut world = World::new(plan);
+        world.begin()?;
+        steps(&mut world, 2_000)?;
+        world.crash(Loss::random(&mut rng))?;
+        world.disk.inject(Fault { forever: true, errno: ENOSPC, ..Fault::once(OpKind::Allocate, Area::Any, 0) });
+        match world.try_open()? {
+            Ok(_) => opened += 1,
+            Err(error) if error.kind() == ErrorKind::Full => refused += 1,
+            Err(error) => return Err(format!("a full disk is met with {:?}: {error}", error.kind())),
+        }
+        world.disk.clear_faults();
+        world.reopen(Loss::Nothing)
+    });
+    println!("{refused} refused, {opened} opened");
+    assert!(refused > 0 && opened > 0, "{refused} refused, {opened} opened");
+}
+
 /// More pages than there is room for: compaction never rests.
 pub(super) fn full_store(seed: u64) -> Plan {
     let mut rng = Rng::new(seed);

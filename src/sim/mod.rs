@@ -38,6 +38,8 @@ mod isolation_tests;
 #[cfg(test)]
 mod oracle_tests;
 #[cfg(test)]
+mod race_tests;
+#[cfg(test)]
 mod small_tests;
 #[cfg(test)]
 mod tests;

@@ -1,9 +1,10 @@
 //! The promises of the store, kept through thousands of crashes, errors of the device and planted bugs.
 //!
 //! `COREPAGE_SEED=n` runs one seed, `COREPAGE_SEEDS=n` so many, `COREPAGE_IMAGES=n` recovers so many images of each crash; each
-//! failure prints the command that repeats it.
+//! failure is made smaller, unless `COREPAGE_SHRINK=0`, and prints the command that repeats it.
 
 use super::canary::{Canary, plant, take_fired};
+use super::race_tests::checkpoints_in_redo;
 use super::shrink::{Smaller, shrink};
 use super::world::{Failure, Outcome, Plan, Tally, run};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -66,6 +67,9 @@ pub(super) fn run_all(test: &str, usual: u64, plan_of: impl Fn(u64) -> Plan + Sy
             if !seeds.contains(&seed) {
                 return Ok(total);
             }
+            if seed.is_multiple_of(500) {
+                eprintln!("{test}: seed {seed}");
+            }
             match run(&plan_of(seed)) {
                 Ok(tally) => total.add(&tally),
                 Err(failure) => {
@@ -85,6 +89,9 @@ pub(super) fn run_all(test: &str, usual: u64, plan_of: impl Fn(u64) -> Plan + Sy
         }
     }
     if let Some(failure) = failures.into_iter().min_by_key(|failure| failure.seed) {
+        if number("COREPAGE_SHRINK") == Some(0) {
+            panic!("{failure}\nrepeat: {}", repeat(test, failure.seed, None));
+        }
         eprintln!("{failure}\nrepeat: {}\nmaking it smaller ...", repeat(test, failure.seed, None));
         let plan = plan_of(failure.seed);
         let (plan, failure) = shrink(&plan, failure);
@@ -203,24 +210,39 @@ fn hunt(canary: Canary) -> Found {
         plant(None);
         caught.err().map(|why| (name.to_owned(), why))
     };
+    let overtaken = || super::race_tests::overtaken_moves(1).map(drop);
+    let full = || {
+        super::fault_tests::a_full_disk_ends_an_opening_with_an_error();
+        Ok(())
+    };
     let caught = ordinary(1..=15)
         .or_else(|| special("damage_to_any_sector_of_a_closed_store_is_noticed", super::damage_tests::smallest))
+        .or_else(|| {
+            special("a_lost_write_does_not_bring_back_an_interrupted_checkpoint", super::damage_tests::all_lost)
+        })
+        .or_else(|| special("a_full_disk_ends_an_opening_with_an_error", full))
         .or_else(|| special("every_operation_may_fail_in_every_way", super::error_tests::smallest))
         .or_else(|| random("crashes_of_full_stores_lose_nothing", super::fault_tests::full_store, 1..=25))
-        .or_else(|| random("the same with 9 images a crash", |seed| Plan { images: 9, ..plan(seed) }, 70..=100))
+        .or_else(|| special("a_page_that_is_overwritten_while_it_moves_keeps_its_new_version", overtaken))
+        .or_else(|| random("recovery_ends_with_checkpoints_in_the_middle_of_it", checkpoints_in_redo, 1..=10))
         .or_else(|| ordinary(16..=200));
     let first_line = |why: String| why.lines().next().unwrap_or_default().chars().take(120).collect();
     let caught = caught.map(|(by, why)| (by, first_line(why)));
     Found { canary, fired: take_fired(), caught, took: begun.elapsed() }
 }
 
-/// A checker that can't fail is a defect: every planted bug must do its damage and be found, by the same runs.
+/// A checker that can't fail is a defect: every planted bug must do its damage and be found, by the same runs. `COREPAGE_CANARY=name`
+/// looks for one of them.
 #[test]
 fn every_planted_bug_fires_and_is_caught() {
+    let only = std::env::var("COREPAGE_CANARY").ok();
+    let is_wanted = |canary: &Canary| only.as_ref().is_none_or(|name| format!("{canary:?}") == *name);
+    let canaries: Vec<Canary> = Canary::ALL.iter().copied().filter(is_wanted).collect();
+    assert!(!canaries.is_empty(), "no planted bug is named {only:?}");
     let next = AtomicU64::new(0);
     let work = || {
         let mut found = Vec::new();
-        while let Some(&canary) = Canary::ALL.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
+        while let Some(&canary) = canaries.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
             found.push(hunt(canary));
         }
         found

@@ -4,7 +4,7 @@ use super::Verifier;
 use super::extents::Named;
 use crate::disk::FileId;
 use crate::error::{ErrorKind, Result};
-use crate::format::extent::{TABLE_ROWS, TableRow, decode_table, table_offset};
+use crate::format::extent::{TABLE_ROWS, TableRow, decode_table, table_crc, table_offset};
 use crate::format::node::Child;
 use crate::format::root::{self, VOLUMES_MAX};
 use crate::format::superblock::{Refusal, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock};
@@ -73,17 +73,10 @@ impl Verifier<'_> {
 
     fn root(&mut self, superblock: &Superblock, vshard: VShard) -> Trees {
         let state = superblock.vshards[vshard.index()];
-        let offset = root::offset(vshard, state.generation, superblock.geometry.vshards_count);
+        let offset = root::offset(vshard, state.root.generation, superblock.geometry.vshards_count);
         let read = self.read(FileId::Meta, offset, BLOCK).map_err(|error| error.to_string());
         let checked = read.and_then(|bytes| {
-            let (head, trees) = root::decode(&bytes)?;
-            if head.vshard != vshard || head.store_id != superblock.store_id {
-                return Err("is another root: a write went astray".to_string());
-            }
-            if head.generation != state.generation {
-                let (found, named) = (head.generation, state.generation);
-                return Err(format!("has generation {found}, the superblock names {named}: a write was lost"));
-            }
+            let (head, trees) = root::decode_named(superblock, vshard, &bytes)?;
             if head.redo_lsn > state.redo_lsn || head.checkpoint > superblock.checkpoint {
                 return Err("is newer than the superblock that names it".to_string());
             }
@@ -107,7 +100,7 @@ impl Verifier<'_> {
             let what = format!("has {data_bytes} bytes, and its {count} extents need {needed}: it was truncated");
             self.damaged("the data file", (FileId::Data, data_bytes), what, "what lay beyond its end");
         }
-        let mut extents = Vec::new();
+        let (mut extents, mut sums) = (Vec::new(), Vec::new());
         for index in 0..count.div_ceil(TABLE_ROWS) {
             let offset = table_offset(index, superblock.checkpoint);
             let read = self.read(FileId::Table, offset, BLOCK).map_err(|error| error.to_string());
@@ -115,7 +108,10 @@ impl Verifier<'_> {
                 decode_table(superblock.store_id, index, superblock.checkpoint, &bytes).map_err(str::to_string)
             });
             let rows: Vec<Option<TableRow>> = match decoded {
-                Ok(rows) => rows.into_iter().map(Some).collect(),
+                Ok((rows, sum)) => {
+                    sums.push(sum);
+                    rows.into_iter().map(Some).collect()
+                }
                 Err(what) => {
                     let affects = format!(
                         "which of the extents from {} on are free, and the store can't be opened",
@@ -127,6 +123,12 @@ impl Verifier<'_> {
                 }
             };
             extents.extend(rows.into_iter().map(|row| Named::new(row, superblock.geometry.extent_blocks())));
+        }
+        if sums.len() == count.div_ceil(TABLE_ROWS) as usize && table_crc(sums) != superblock.table_crc {
+            let what = "is another one than the superblock names, of the same checkpoint: a write was lost";
+            let affects = "which extents are free, and the store can't be opened";
+            let offset = table_offset(0, superblock.checkpoint);
+            self.damaged("the extent table", (FileId::Table, offset), what, affects);
         }
         extents.truncate(count as usize);
         extents

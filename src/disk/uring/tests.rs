@@ -132,6 +132,26 @@ fn forbid(number: i64, errno: u32) {
     seccompiler::apply_filter(&program).unwrap();
 }
 
+/// A log segment whose name a power loss takes is a log that was never written. A directory that can't be synced must fail what would
+/// rely on it, with any driver.
+#[test]
+fn a_directory_that_can_t_be_synced_fails_the_allocation() {
+    if role().is_none() {
+        child("a_directory_that_can_t_be_synced_fails_the_allocation", "sync");
+        return;
+    }
+    // Before there are workers: a filter holds for threads that are started later.
+    forbid(libc::SYS_fsync, 5);
+    for choice in [DriverChoice::Ring, DriverChoice::Portable] {
+        let dir = tempfile::tempdir().unwrap();
+        let files = Files::open(dir.path(), Access::ReadWrite, &FileOptions::default()).unwrap();
+        let options = DriverOptions { choice, ..DriverOptions::default() };
+        let mut disk = FileDisk::with_files(files, &options).unwrap();
+        let error = allocate(&mut disk, LOG, 0, 4096).expect_err("its name is not durable");
+        assert!(error.to_string().contains("making durable the name of"), "{error}");
+    }
+}
+
 /// A right to make rings without the right to use them is no io_uring either.
 #[test]
 fn a_ring_that_can_t_be_entered_is_found_by_the_probe() {
@@ -179,14 +199,23 @@ fn an_error_of_the_device_is_an_error_of_the_operation() {
     read(&mut disk, &mut arena, LOG, 0, &[9]).unwrap();
 }
 
+/// A ring for a directory whose log is really flushed, whatever single writes the device could make durable; one flush for all
+/// files, if `shared` and where that may be.
+fn flushing(dir: &std::path::Path, shared: bool) -> (Arc<Files>, UringDisk) {
+    let open = |flush| Files::open(dir, Access::ReadWrite, &FileOptions { flush, ..FileOptions::default() });
+    let choices = if shared { [FlushChoice::Shared, FlushChoice::PerFile] } else { [FlushChoice::PerFile; 2] };
+    let files = choices.into_iter().find_map(|choice| open(choice).ok()).expect("files that are flushed each");
+    let disk = UringDisk::with_files(files.clone(), &UringOptions::default()).unwrap();
+    (files, disk)
+}
+
 /// A flush that failed must stay failed, for every disk and every file that it stood for.
 #[test]
 fn a_failed_round_is_the_answer_to_all_later_flushes() {
-    for choice in [FlushChoice::PerFile, FlushChoice::Auto] {
+    for shared in [false, true] {
         let dir = tempfile::tempdir().unwrap();
-        let options = FileOptions { flush: choice, ..FileOptions::default() };
-        let files = Files::open(dir.path(), Access::ReadWrite, &options).unwrap();
-        let mut disks = [(); 2].map(|()| UringDisk::with_files(files.clone(), &UringOptions::default()).unwrap());
+        let (files, disk) = flushing(dir.path(), shared);
+        let mut disks = [disk, UringDisk::with_files(files.clone(), &UringOptions::default()).unwrap()];
         allocate(&mut disks[0], LOG, 0, 8192).unwrap();
         allocate(&mut disks[1], OTHER, 0, 8192).unwrap();
         flush(&mut disks[0], &[LOG, OTHER]).unwrap();
@@ -236,8 +265,7 @@ fn a_failure_reaches_the_rounds_of_other_disks_that_are_under_way() {
 #[test]
 fn the_next_round_is_led_by_whoever_waits_for_it() {
     let dir = tempfile::tempdir().unwrap();
-    let mut disk = UringDisk::open(dir.path(), Access::ReadWrite).unwrap();
-    let files = disk.files.clone();
+    let (files, mut disk) = flushing(dir.path(), false);
     allocate(&mut disk, LOG, 0, 8192).unwrap();
     let file = files.file(LOG);
     let stranger = Mailbox::new(disk.waker());
@@ -304,8 +332,7 @@ fn one_flush_stands_for_all_files_once_each_was_flushed() {
     for file in [LOG, OTHER, FileId::Data] {
         allocate(&mut UringDisk::open(dir.path(), Access::ReadWrite).unwrap(), file, 0, 8192).unwrap();
     }
-    let mut disk = UringDisk::open(dir.path(), Access::ReadWrite).unwrap();
-    let files = disk.files.clone();
+    let (files, mut disk) = flushing(dir.path(), true);
     let all = [LOG, OTHER, FileId::Data].map(|id| files.file(id));
     assert_eq!(files.to_flush(&all).unwrap().len(), 3);
     flush(&mut disk, &[LOG]).unwrap();

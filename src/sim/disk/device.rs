@@ -125,6 +125,9 @@ impl State {
             DiskOp::Flush { .. } | DiskOp::Allocate { .. } => self.latency.flush,
         };
         let mut took = self.rng.within(from, to);
+        if matches!(op, DiskOp::Write { .. }) {
+            took += self.latency.block * op.bytes() / BLOCK as u64;
+        }
         if self.rng.one_in(self.latency.stall_one_in) {
             took *= self.rng.within(1, 100);
         }

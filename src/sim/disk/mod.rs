@@ -49,13 +49,15 @@ pub struct Latency {
     pub write: (Micros, Micros),
     /// Flushes.
     pub flush: (Micros, Micros),
+    /// More for each block of a write.
+    pub block: Micros,
     /// One operation in so many takes up to a hundred times as long.
     pub stall_one_in: u64,
 }
 
 impl Default for Latency {
     fn default() -> Self {
-        Latency { read: (5, 150), write: (10, 300), flush: (30, 1500), stall_one_in: 500 }
+        Latency { read: (5, 150), write: (10, 300), flush: (30, 1500), block: 0, stall_one_in: 500 }
     }
 }
 
