@@ -121,6 +121,14 @@ fn damage_to_any_sector_of_a_crashed_store_is_never_served() {
     assert!(damage.refused > 20 && damage.named > 100, "{damage:?}");
 }
 
+/// Cuts the power at an event of a checkpoint; false: it has fewer.
+fn crash_checkpoint(world: &mut World, event: u64) -> Outcome<bool> {
+    world.disk.cut_power_after(event);
+    world.ask(Request::Checkpoint);
+    world.settle()?;
+    Ok(world.disk.is_off())
+}
+
 /// A store that is crashed in a checkpoint and again in the recovery after it, each at some event, and of whose superblock one
 /// copy is lost then.
 fn one_copy_lost(checkpoint_event: u64) -> Outcome<u64> {
@@ -130,10 +138,7 @@ fn one_copy_lost(checkpoint_event: u64) -> Outcome<u64> {
         recovery_event += 1;
         let mut world = World::new(plan(1));
         world.begin()?;
-        world.disk.cut_power_after(checkpoint_event);
-        world.ask(Request::Checkpoint);
-        world.settle()?;
-        if !world.disk.is_off() {
+        if !crash_checkpoint(&mut world, checkpoint_event)? {
             return Ok(opened);
         }
         world.crash(Loss::Nothing)?;
@@ -183,10 +188,7 @@ fn one_write_lost(seed: u64, event: u64) -> Outcome<Option<u64>> {
         world.step()?;
     }
     world.settle()?;
-    world.disk.cut_power_after(event);
-    world.ask(Request::Checkpoint);
-    world.settle()?;
-    if !world.disk.is_off() {
+    if !crash_checkpoint(&mut world, event)? {
         return Ok(None);
     }
     world.reopen(Loss::Nothing)?;
