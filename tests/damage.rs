@@ -437,6 +437,32 @@ fn a_store_without_a_superblock_is_refused_and_not_changed() {
     assert!(!corepage::verify(dir.path()).expect("damage is in the report").is_whole());
 }
 
+/// A copy that ended early, or a file system that lost the end of a file.
+#[test]
+fn a_store_with_a_shortened_data_file_is_refused_and_not_changed() {
+    let dir = tempfile::tempdir().expect("a directory for a copy");
+    copy(&reference().now, dir.path());
+    let in_use = {
+        let superblock = newest(dir.path());
+        u64::from(superblock.extents_count) * superblock.geometry.extent_bytes
+    };
+    for bytes in [in_use - 1, in_use / 2, 0] {
+        restore(&reference().now, dir.path());
+        fs::OpenOptions::new()
+            .write(true)
+            .open(dir.path().join("data"))
+            .and_then(|f| f.set_len(bytes))
+            .expect("it is cut");
+        let before = contents(dir.path());
+        let error = block_on(Store::open(dir.path(), options())).expect_err("a part is missing");
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+        assert!(error.to_string().contains(&format!("has {bytes} bytes")), "{error}");
+        assert!(contents(dir.path()) == before, "a refused store was changed");
+    }
+    restore(&reference().now, dir.path());
+    assert_eq!(read_all(dir.path(), "made whole again"), Left::Everything);
+}
+
 #[test]
 fn verify_says_why_it_can_not_read() {
     let dir = tempfile::tempdir().expect("a directory");

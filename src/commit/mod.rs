@@ -110,8 +110,9 @@ mod loom {
     type Refresh = fn(&GlobalOrder) -> Lsn;
 
     /// Shards draw, wait for their device (here: nothing), and publish; one that refreshes at any moment must not be
-    /// told that an LSN is durable which was drawn and is not. `flushed[lsn]` is set before its bound is raised.
-    fn run(verdict: &Verdict, shards: u16, draw: Draw, refresh: Refresh) {
+    /// told that an LSN is durable which was drawn and is not. `flushed[lsn]` is set before its bound is raised. The first
+    /// shard draws `draws` times before any of it is durable, the others once.
+    fn run(verdict: &Verdict, shards: u16, draws: u16, draw: Draw, refresh: Refresh) {
         let order = Arc::new(GlobalOrder::new(Lsn::new(1), usize::from(shards)));
         let flushed: Arc<Vec<AtomicU64>> = Arc::new((0..8).map(|_| AtomicU64::new(0)).collect());
         let writers: Vec<_> = (1..shards)
@@ -126,13 +127,15 @@ mod loom {
             })
             .collect();
         check(verdict, &flushed, refresh(&order));
-        let lsn = draw(&order, ShardId::new(0));
+        let drawn: Vec<Lsn> = (0..draws).map(|_| draw(&order, ShardId::new(0))).collect();
         check(verdict, &flushed, refresh(&order));
-        flushed[lsn.get() as usize].store(1, Ordering::Release);
-        order.publish(ShardId::new(0), Lsn::MAX);
+        for (no, lsn) in drawn.iter().enumerate() {
+            flushed[lsn.get() as usize].store(1, Ordering::Release);
+            order.publish(ShardId::new(0), drawn.get(no + 1).copied().unwrap_or(Lsn::MAX));
+        }
         writers.into_iter().for_each(|writer| writer.join().unwrap());
         // An idle store holds nothing back.
-        verdict.expect(refresh(&order) == Lsn::new(u64::from(shards)));
+        verdict.expect(refresh(&order) == Lsn::new(u64::from(shards - 1 + draws)));
     }
 
     fn check(verdict: &Verdict, flushed: &[AtomicU64], watermark: Lsn) {
@@ -140,7 +143,12 @@ mod loom {
     }
 
     fn holds(shards: u16, preemptions: Option<usize>, draw: Draw, refresh: Refresh) -> bool {
-        model::holds(preemptions, move |verdict| run(verdict, shards, draw, refresh))
+        model::holds(preemptions, move |verdict| run(verdict, shards, 1, draw, refresh))
+    }
+
+    /// As `holds`, of two shards, the first of which draws twice.
+    fn holds_twice(preemptions: Option<usize>, draw: Draw) -> bool {
+        model::holds(preemptions, move |verdict| run(verdict, 2, 2, draw, GlobalOrder::refresh))
     }
 
     fn draw_one(order: &GlobalOrder, shard: ShardId) -> Lsn {
@@ -152,6 +160,7 @@ mod loom {
     fn loom_the_watermark_stays_below_what_is_drawn_and_not_durable() {
         assert!(holds(2, None, draw_one, GlobalOrder::refresh), "two shards");
         assert!(holds(3, Some(3), draw_one, GlobalOrder::refresh), "three shards");
+        assert!(holds_twice(Some(3), draw_one), "one draws again");
     }
 
     /// The rules of the design, broken one at a time.
@@ -177,5 +186,19 @@ mod loom {
             Lsn::new(order.next.fetch_add(1, Ordering::Relaxed))
         };
         assert!(!holds(2, None, draws_relaxed, GlobalOrder::refresh), "a draw that releases nothing");
+        let raises = |order: &GlobalOrder, shard: ShardId| {
+            let bound = &order.bounds[usize::from(shard.get())];
+            let floor = order.next.load(Ordering::Acquire);
+            let lowers = floor < bound.load(Ordering::Relaxed);
+            if lowers {
+                bound.store(floor, Ordering::SeqCst);
+            }
+            let first = order.next.fetch_add(1, Ordering::SeqCst);
+            if lowers || first > floor {
+                bound.store(first, Ordering::SeqCst);
+            }
+            Lsn::new(first)
+        };
+        assert!(!holds_twice(Some(3), raises), "a draw that raises the bound over an earlier one");
     }
 }

@@ -4,7 +4,7 @@
 //! target `log` was written.
 
 use super::LSN_END;
-use super::group::{Body, GroupHead, HEAD_BYTES, RawRecord, Role};
+use super::group::{Body, GroupHead, HEAD_BYTES, RUNS_MAX, RawChange, RawRecord, RawSlot, Role};
 use super::superblock::{LogEnd, Refusal, SUPERBLOCK_BYTES, Superblock, VShardState};
 use crate::checksum::crc32c;
 use crate::options::Geometry;
@@ -47,6 +47,88 @@ fn a_group_with_lsns_out_of_reach_is_none() {
     }
     assert!(opened(GroupHead { runs: vec![(Lsn::new(LSN_END - 2), 1)], ..head() }).is_some());
     assert_eq!(opened(GroupHead { watermark: Lsn::new(LSN_END), ..head() }), None);
+}
+
+/// Redo reads as many blocks as the head says: more than the segment has, or fewer than the records, and it reads foreign ones.
+#[test]
+fn a_group_that_does_not_fit_is_none() {
+    let at = |block| GroupHead { block, ..head() };
+    let right = [
+        GroupHead { body_blocks: 16, blocks: 16, ..head() },
+        GroupHead { body_blocks: 1, blocks: 1, ..at(15) },
+        GroupHead { records_bytes: (BLOCK - HEAD_BYTES) as u32, ..head() },
+        GroupHead { runs: vec![(Lsn::new(1), 1); RUNS_MAX], ..head() },
+    ];
+    for head in right {
+        assert!(opened(head.clone()).is_some(), "{head:?}");
+    }
+    let wrong = [
+        GroupHead { body_blocks: 0, ..head() },
+        GroupHead { body_blocks: 2, blocks: 1, ..head() },
+        GroupHead { body_blocks: 1, blocks: 17, ..head() },
+        GroupHead { body_blocks: 17, blocks: 17, ..head() },
+        GroupHead { body_blocks: 1, blocks: 2, ..at(15) },
+        at(16),
+        at(17),
+        GroupHead { records_bytes: (BLOCK - HEAD_BYTES + 1) as u32, ..head() },
+        GroupHead { records_bytes: u32::MAX, ..head() },
+        GroupHead { slots_count: (BLOCK / size_of::<RawSlot>()) as u32, ..head() },
+        GroupHead { runs: vec![(Lsn::new(1), 1); RUNS_MAX + 1], ..head() },
+    ];
+    for head in wrong {
+        assert_eq!(opened(head.clone()), None, "{head:?}");
+    }
+}
+
+/// A group of another place, epoch or opening is an old one that happens to lie here: its commits are not this log's.
+#[test]
+fn a_group_of_elsewhere_is_none() {
+    let mut bytes = [0; HEAD_BYTES];
+    head().seal(7, &mut bytes);
+    let open = |salt, epoch, shard, segment, block| {
+        GroupHead::open(&bytes, salt, epoch, (ShardId::new(shard), SegmentNo::new(segment), block), 16)
+    };
+    assert!(open(7, 1, 0, 0, 0).is_some());
+    let wrong = [(8, 1, 0, 0, 0), (7, 2, 0, 0, 0), (7, 1, 1, 0, 0), (7, 1, 0, 1, 0), (7, 1, 0, 0, 1)];
+    for (salt, epoch, shard, segment, block) in wrong {
+        assert_eq!(open(salt, epoch, shard, segment, block), None, "{salt} {epoch} {shard} {segment} {block}");
+    }
+}
+
+/// A page of a slot that is not there.
+#[test]
+fn a_change_without_its_slot_is_none() {
+    let slot = size_of::<RawSlot>();
+    for (slots, named, is_record) in [(1, 0, true), (1, 1, false), (0, 0, false), (2, 1, true), (2, u32::MAX, false)] {
+        let record_bytes = size_of::<RawRecord>() + size_of::<RawChange>();
+        let record = RawRecord {
+            lsn: 1.into(),
+            bytes: (record_bytes as u32).into(),
+            changes_count: 1.into(),
+            kind: Role::Whole.kind(),
+            reserved: [0; 7],
+        };
+        let change = RawChange {
+            kind: 1,
+            volume: 0,
+            class: 0,
+            reserved: 0,
+            len: named.into(),
+            offset: 0.into(),
+            page: 0.into(),
+        };
+        let mut body = vec![0; BLOCK];
+        let content = [record.as_bytes(), change.as_bytes(), &vec![0; slots * slot]].concat();
+        body[HEAD_BYTES..HEAD_BYTES + content.len()].copy_from_slice(&content);
+        let head = GroupHead {
+            records_bytes: record_bytes as u32,
+            slots_count: slots as u32,
+            body_crc: crc32c(&body[HEAD_BYTES..]),
+            ..head()
+        };
+        let body = Body::open(&head, &body).expect("a body");
+        assert_eq!(body.records().is_some(), is_record, "slot {named} of {slots}");
+    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const ROLE: &str = "COREPAGE_TEST_ROLE";
 const STORE: &str = "COREPAGE_TEST_STORE";
@@ -107,7 +107,7 @@ pub fn say(line: impl std::fmt::Display) {
 pub struct Role {
     child: Child,
     lines: Option<JoinHandle<Vec<(u64, String)>>>,
-    heard: Receiver<()>,
+    heard: Receiver<String>,
 }
 
 impl Role {
@@ -138,14 +138,22 @@ impl Role {
             });
             // A guest's console ends lines its own way.
             let lines = lines.map(|line| (stamp(), line.trim_end_matches('\r').to_owned()));
-            lines.inspect(|(_, l)| _ = (l == "ready" || l == "dumped").then(|| sender.send(()))).collect()
+            lines.inspect(|(_, line)| _ = sender.send(line.clone())).collect()
         });
         Role { child, lines: Some(lines), heard }
     }
 
     /// Waits for the child's word, `ready` or `dumped`, that it is where its role wants it.
     pub fn wait(&self) {
-        self.heard.recv_timeout(Duration::from_secs(120)).expect("the child says that it is ready");
+        let end = Instant::now() + Duration::from_secs(120);
+        let mut said = Vec::new();
+        loop {
+            match self.heard.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(line) if line == "ready" || line == "dumped" => return,
+                Ok(line) => said.push(line),
+                Err(why) => panic!("the child does not say that it is ready ({why}); it said:\n{}", said.join("\n")),
+            }
+        }
     }
 
     /// Kills it, and gives back all that it said.
