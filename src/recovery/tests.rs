@@ -122,6 +122,20 @@ fn commits_are_found_again() {
     check(&mut d);
 }
 
+/// What is longer than one operation reads (a group with a large commit, the table of a large store) is put together in order.
+#[test]
+fn a_long_read_is_put_together_in_order() {
+    let (mut disk, mut arena) = (SimDisk::new(1), Arena::new(READ_BLOCKS).unwrap());
+    let bytes: Vec<u8> = (0..200u8).flat_map(|block| [block + 1; BLOCK]).collect();
+    execute(&mut disk, DiskOp::Allocate { file: FileId::Data, from: 0, to: bytes.len() as u64 }).unwrap();
+    create::write_bytes(&mut disk, &mut arena, FileId::Data, 0, &bytes).unwrap();
+    for (first, count) in [(0, 200), (3, 64), (3, 65), (5, 129), (199, 1)] {
+        let (from, len) = (first * BLOCK, count * BLOCK);
+        let found = read_bytes(&mut disk, &mut arena, FileId::Data, from as u64, len).unwrap();
+        assert!(found == bytes[from..from + len], "{count} blocks from block {first}");
+    }
+}
+
 /// Space and log are reclaimed: a store that is overwritten for ever does not grow for ever.
 #[test]
 fn overwriting_reclaims_space_and_log() {

@@ -95,6 +95,8 @@ canaries! {
     DamageTakenForTail,
     /// Recovery redoes what lies above the cut, too.
     CutIgnored,
+    /// Recovery goes on from what it has read before a flush has covered it: a dead process may not have flushed it.
+    ReadNotFlushed,
     /// A checkpoint in the middle of the redo waits for a page that the redo finds written already.
     RedoneUnsettled,
     /// Opening waits for space for ever where there is none for the pages of the recovery.

@@ -154,6 +154,21 @@ fn acknowledged_commits_survive_every_crash() {
     }
 }
 
+/// Seeds that have found a bug, or were the only ones to catch a mutant, with as many images of each crash as it took.
+const TELLING_SEEDS: [u64; 5] = [74, 254, 999, 3508, 3619];
+
+fn telling(seed: u64) -> Plan {
+    Plan { images: 9, ..plan(seed) }
+}
+
+/// If this fails, a bug has come back that once took thousands of seeds to be found.
+#[test]
+fn telling_seeds_find_nothing() {
+    for seed in TELLING_SEEDS {
+        must("telling_seeds_find_nothing", run(&telling(seed)));
+    }
+}
+
 /// If this fails, a failure found at night can't be repeated in the morning.
 #[test]
 fn same_seed_same_trace() {
@@ -197,13 +212,15 @@ struct Found {
 fn hunt(canary: Canary) -> Found {
     take_fired();
     let begun = Instant::now();
-    let random = |name: &str, plan: fn(u64) -> Plan, seeds: std::ops::RangeInclusive<u64>| {
+    let random = |name: &str, plan: fn(u64) -> Plan, seeds: Vec<u64>| {
         seeds.into_iter().find_map(|seed| {
             let failure = run(&Plan { canary: Some(canary), ..plan(seed) }).err()?;
             Some((format!("{name}, seed {seed}"), failure.why))
         })
     };
-    let ordinary = |seeds| random("acknowledged_commits_survive_every_crash", plan, seeds);
+    let ordinary = |seeds: std::ops::RangeInclusive<u64>| {
+        random("acknowledged_commits_survive_every_crash", plan, seeds.collect())
+    };
     let special = |name: &str, run: fn() -> Outcome| {
         plant(Some(canary));
         let caught = std::panic::catch_unwind(run).unwrap_or_else(|_| Err("panic".into()));
@@ -222,9 +239,12 @@ fn hunt(canary: Canary) -> Found {
         })
         .or_else(|| special("a_full_disk_ends_an_opening_with_an_error", full))
         .or_else(|| special("every_operation_may_fail_in_every_way", super::error_tests::smallest))
-        .or_else(|| random("crashes_of_full_stores_lose_nothing", super::fault_tests::full_store, 1..=25))
+        .or_else(|| random("crashes_of_full_stores_lose_nothing", super::fault_tests::full_store, (1..=25).collect()))
         .or_else(|| special("a_page_that_is_overwritten_while_it_moves_keeps_its_new_version", overtaken))
-        .or_else(|| random("recovery_ends_with_checkpoints_in_the_middle_of_it", checkpoints_in_redo, 1..=10))
+        .or_else(|| {
+            random("recovery_ends_with_checkpoints_in_the_middle_of_it", checkpoints_in_redo, (1..=10).collect())
+        })
+        .or_else(|| random("telling_seeds_find_nothing", telling, TELLING_SEEDS.to_vec()))
         .or_else(|| ordinary(16..=200));
     let first_line = |why: String| why.lines().next().unwrap_or_default().chars().take(120).collect();
     let caught = caught.map(|(by, why)| (by, first_line(why)));
