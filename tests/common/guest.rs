@@ -89,8 +89,8 @@ impl Guest {
         // The log begins with the file system made: this is the disk before its first entry.
         run(Command::new("cp").arg("--sparse=always").args(["image", "before"]).current_dir(dir.path()));
         let mut qemu = Command::new("qemu-system-x86_64");
-        // Without CMPXCHG16B: QEMU 7.2 (Debian 12's) sometimes gets its flags wrong, and the guest's kernel panics in its
-        // allocator. The kernel does without it then.
+        // Without CMPXCHG16B, which the kernel can do without: with QEMU 7.2 (Debian 12's) it panicked in its allocator, right after
+        // that instruction and with flags that can't be, in several starts of seven.
         qemu.args(
             "-accel tcg,thread=multi -cpu max,-cx16 -M q35 -m 1024 -smp 2 -nodefaults -nographic -no-reboot".split(' '),
         );

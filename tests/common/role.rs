@@ -138,7 +138,16 @@ impl Role {
             });
             // A guest's console ends lines its own way.
             let lines = lines.map(|line| (stamp(), line.trim_end_matches('\r').to_owned()));
-            lines.inspect(|(_, line)| _ = sender.send(line.clone())).collect()
+            // All of them until it is ready, to tell why it is not; then only the words waited for: there may be a million.
+            let mut ready = false;
+            let pass_on = |(_, line): &(u64, String)| {
+                let is_word = line == "ready" || line == "dumped";
+                if is_word || !ready {
+                    _ = sender.send(line.clone());
+                }
+                ready |= is_word;
+            };
+            lines.inspect(pass_on).collect()
         });
         Role { child, lines: Some(lines), heard }
     }
