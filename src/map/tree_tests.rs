@@ -14,6 +14,7 @@ use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 
 const VSHARDS: u16 = 4;
+const CHILDREN: usize = BLOCK / size_of::<Child>();
 
 /// The map under test, the nodes that it has written and that are not retired, and what it should say.
 struct Store {
@@ -74,10 +75,11 @@ impl Store {
 
     fn set(&mut self, key: PageKey, present: bool) {
         self.check(key);
-        let missing = self.map.missing_nodes(key);
-        let before = self.arena.free_blocks();
+        let (missing, path_len) = (self.map.missing_nodes(key), self.map.path_len(key));
+        let (free, dirty) = (self.arena.free_blocks(), self.map.dirty_count());
         let leaf = self.map.pin(key, &mut self.arena);
-        assert!(before - self.arena.free_blocks() <= missing, "more nodes were made than was said");
+        assert!(free - self.arena.free_blocks() <= missing, "more nodes were made than was said");
+        assert!(missing as u64 <= 2 * path_len, "{missing} nodes for a path of {path_len}");
         self.lsn += 1;
         let place = Place { extent: ExtentNo::new(self.lsn as u32), block: 5 };
         let entry = present.then(|| Entry::plain(place, Lsn::new(self.lsn), 77));
@@ -87,6 +89,19 @@ impl Store {
             None => self.model.remove(&key),
         };
         assert!(replaced == expected, "{key:?}: another entry was replaced");
+        assert!(
+            self.map.dirty_count() - dirty <= missing as usize + path_len as usize,
+            "more became dirty than was said"
+        );
+        let (vshard, dense) = self.map.position(key);
+        let top = self.map.root(vshard).children[usize::from(key.volume.get())];
+        assert_eq!(path_len, u64::from(top.level) + 1);
+        assert_eq!(self.map.in_memory().1, 1, "the leaf is pinned");
+        if self.lsn % 8 == 0 {
+            while self.map.evict_one() {}
+            assert!(self.map.leaf_bits(vshard, key.volume, dense).is_some(), "a pinned leaf was evicted");
+            assert_eq!(self.map.in_memory().0, self.map.dirty_count(), "what is dirty stays, and nothing else");
+        }
         self.map.unpin(leaf);
         self.check(key);
     }
@@ -158,23 +173,75 @@ impl Store {
         }
     }
 
-    /// Each node that is written and not retired hangs in a tree: else its place is never free again.
-    fn check_leaks(&mut self) {
+    /// All nodes that a checkpoint would leave, by what its roots name.
+    fn written(&mut self) -> BTreeMap<NodeKey, Child> {
         self.capture_all();
-        let mut open: Vec<Child> = Vec::new();
+        let mut open = Vec::new();
         for vshard in (0..VSHARDS).map(VShard::new) {
-            open.extend(self.map.root(vshard).children.iter().filter(|child| child.is_present()));
-        }
-        let mut reached = BTreeSet::new();
-        while let Some(child) = open.pop() {
-            let node = &self.nodes[&child.place()];
-            assert!(reached.insert(child.place()), "two parents");
-            if child.level > 0 {
-                let below = (0..BLOCK / size_of::<Child>()).map(|slot| crate::format::node::child(node, slot));
-                open.extend(below.filter(Child::is_present));
+            for (volume, child) in self.map.root(vshard).children.iter().enumerate() {
+                let key = NodeKey { vshard, volume: VolumeId::new(volume as u8), level: child.level, prefix: 0 };
+                open.push((key, *child));
             }
         }
-        assert_eq!(reached, self.nodes.keys().copied().collect(), "nodes that nothing names");
+        let mut reached = BTreeMap::new();
+        while let Some((key, child)) = open.pop() {
+            if !child.is_present() {
+                continue;
+            }
+            let node = &self.nodes[&child.place()];
+            assert_eq!(child.level, key.level);
+            assert!(reached.insert(key, child).is_none(), "two parents");
+            if key.level > 0 {
+                let below = |slot| NodeKey { level: key.level - 1, prefix: key.prefix << 8 | slot as u64, ..key };
+                open.extend((0..CHILDREN).map(|slot| (below(slot), crate::format::node::child(node, slot))));
+            }
+        }
+        reached
+    }
+
+    /// Each node that is written and not retired hangs in a tree: else its place is never free again.
+    fn check_leaks(&mut self) {
+        let places: BTreeSet<Place> = self.written().values().map(Child::place).collect();
+        assert_eq!(places, self.nodes.keys().copied().collect(), "nodes that nothing names");
+    }
+
+    /// Compaction finds each node by its key, and no other; touched, it leaves its place.
+    fn check_moves(&mut self, pick: u16) {
+        let written = self.written();
+        let pick = usize::from(pick);
+        for key in written.keys().skip(pick % 7).step_by(5) {
+            let aside = NodeKey { prefix: key.prefix ^ 1 << (pick % 60), ..*key };
+            let above = NodeKey { level: key.level + 1, prefix: key.prefix >> 8, ..*key };
+            let apart = NodeKey { volume: VolumeId::new(7), ..*key };
+            for key in [*key, aside, above, apart] {
+                let found = self.find_node(key).map(|child| (child.place(), child.crc));
+                assert_eq!(found, written.get(&key).map(|child| (child.place(), child.crc)), "{key:?}");
+            }
+        }
+        let Some((key, child)) = written.iter().nth(pick % written.len().max(1)) else { return };
+        self.find_node(*key);
+        let in_memory = self.map.resident(*key);
+        assert!(in_memory.is_none_or(|place| place == Some(child.place())));
+        self.map.touch(*key);
+        assert_eq!(self.map.is_dirty(key.vshard), in_memory.is_some());
+        self.capture(key.vshard);
+        assert_eq!(self.nodes.contains_key(&child.place()), in_memory.is_none(), "{key:?} was moved");
+    }
+
+    fn find_node(&mut self, key: NodeKey) -> Option<Child> {
+        for _ in 0..20 {
+            match self.map.find_node(key) {
+                Ok(child) => return child,
+                Err((at, child)) => {
+                    // As the shard does: its parent stays until it is there.
+                    let parent = self.map.pin_parent(at);
+                    while self.map.evict_one() {}
+                    self.load(at, child);
+                    parent.into_iter().for_each(|parent| self.map.unpin(parent));
+                }
+            }
+        }
+        panic!("a search without end");
     }
 }
 
@@ -203,6 +270,7 @@ proptest! {
                         }
                     }
                 }
+                18 if pick % 2 == 0 => store.check_moves(pick / 2),
                 18 => store.check_scans(),
                 _ => store.reopen(),
             }

@@ -53,24 +53,43 @@ impl Driver {
     }
 
     fn ask(&mut self, request: Request) -> Result<Response> {
+        let token = self.begin(request);
+        let (to, answer) = self.answer();
+        assert_eq!(to, token, "one request at a time");
+        answer
+    }
+
+    fn begin(&mut self, request: Request) -> Token {
         self.token += 1;
-        let token = Token(self.token);
         let shard = match &request {
             Request::Read(keys) => self.deal.shard_of(keys[0]),
             Request::Commit(commit) => self.deal.shard_of(commit.changes[0].0),
             _ => ShardId::LEADER,
         };
-        self.all.request(shard, token, request);
+        self.all.request(shard, Token(self.token), request);
+        Token(self.token)
+    }
+
+    fn answer(&mut self) -> (Token, Result<Response>) {
         for _ in 0..100_000 {
+            if let Some(reply) = self.all.replies.pop() {
+                return reply;
+            }
             self.now += 50;
             self.all.lap(&mut self.disk, self.now);
-            if let Some((to, answer)) = self.all.replies.pop() {
-                assert_eq!(to, token, "one request at a time");
-                return answer;
-            }
             self.disk.advance_to(self.now);
         }
         panic!("no answer to a request: {:#?}", self.all.shards);
+    }
+
+    /// Several under way at once; all must succeed.
+    fn commit_together(&mut self, commits: Vec<Commit>) {
+        let count = commits.len();
+        commits.into_iter().for_each(|commit| _ = self.begin(Request::Commit(commit)));
+        for _ in 0..count {
+            let (_, answer) = self.answer();
+            assert!(matches!(answer, Ok(Response::Committed(_))), "{answer:?}");
+        }
     }
 
     fn commit(&mut self, changes: Vec<(PageKey, Change)>) -> Lsn {
@@ -120,6 +139,72 @@ fn commits_are_found_again() {
     let (mut d, report) = Driver::open(d.disk);
     assert!(report.clean && !report.created);
     check(&mut d);
+}
+
+/// Commits of the largest size, as patches, which go through the log whole: there are buffers for each, whatever else is under way.
+#[test]
+fn commits_of_the_largest_size_all_go_through() {
+    let geometry = crate::Geometry { segment_bytes: 1 << 20, ..options().geometry };
+    for (shards_count, log_writes_max) in [(1, 1), (1, 8), (2, 1), (2, 8)] {
+        let memory_bytes = (4 << 20) * u64::from(shards_count);
+        let tight = Options { geometry: geometry.clone(), memory_bytes, log_writes_max, ..options() };
+        let (mut d, _) = Driver::open_shards(SimDisk::new(5), &tight, shards_count);
+        let pages = d.all.shards[0].txn_bytes_max() / BLOCK as u64;
+        assert_eq!(pages, 64, "a sixteenth of a shard's memory, four groups");
+        let patch = |byte: u8| Change::Patch { offset: 0, bytes: Bytes::from(vec![byte; BLOCK]) };
+        let commit = |no: u64| (0..pages).map(|i| (key(no * pages + i), patch(no as u8 + 1))).collect();
+        // The first ones one at a time, then many at once, with small ones between them.
+        (0..3).for_each(|no| _ = d.commit(commit(no)));
+        let large = (3..15).map(commit);
+        let small = (0..60).map(|i| vec![(key(5_000 + i), patch(99)), (key(6_000 + i * 7), patch(98))]);
+        let together = large.chain(small).map(|changes| Commit { reads: vec![], changes, durable: true });
+        d.commit_together(together.collect());
+        let crashed = d.disk.crash(Loss::Everything, &mut Rng::new(4));
+        let (mut d, report) = Driver::open_shards(crashed, &tight, shards_count);
+        assert!(!report.clean);
+        for no in 0..15 {
+            (0..pages).for_each(|i| assert_eq!(d.read(key(no * pages + i)), vec![no as u8 + 1; BLOCK]));
+        }
+    }
+}
+
+/// Between the two writes of a superblock's generation the second copy is two generations old: that one is named, and no other,
+/// and an opening writes it before it overwrites what the generation before needs.
+#[test]
+fn a_superblock_copy_left_behind_is_named_and_written() {
+    let mut arena = Arena::new(READ_BLOCKS).expect("memory");
+    let (mut d, _) = Driver::open(SimDisk::new(1));
+    let mut generations = Vec::new();
+    for byte in 1..4 {
+        d.commit(vec![(key(1), put(byte))]);
+        assert!(matches!(d.ask(Request::Close), Ok(Response::Closed)));
+        let found = find_superblock(&mut d.disk, &mut arena).expect("a superblock");
+        assert!(found.behind.is_empty() && found.unreadable.is_empty() && found.warnings.is_empty());
+        generations.push(found.superblock);
+        (d, _) = Driver::open(d.disk);
+    }
+    let crashed = d.disk.crash(Loss::Everything, &mut Rng::new(1));
+    let newest = find_superblock(&mut crashed.clone(), &mut arena).expect("a superblock").superblock;
+    assert!(newest.generation >= 6);
+    let older = generations.iter().rev().find(|older| older.generation + 2 <= newest.generation);
+    let mut older = older.expect("there were several").clone();
+    older.generation = newest.generation - 2;
+    let pair = Superblock::copies_of(newest.generation);
+    let mut bytes = vec![0; SUPERBLOCK_BYTES];
+    older.encode(pair[1], &mut bytes);
+    let mut disk = crashed;
+    create::write_bytes(&mut disk, &mut arena, FileId::Meta, Superblock::offset(pair[1]), &bytes).expect("written");
+    let found = find_superblock(&mut disk, &mut arena).expect("a superblock");
+    assert_eq!((found.superblock.generation, found.behind), (newest.generation, vec![pair[1]]));
+    // An opening that dies before its first flush changes nothing; one that dies before what follows has put it right.
+    for (flushes, left) in [(0, vec![pair[1]]), (2, vec![])] {
+        let mut image = disk.crash(Loss::Nothing, &mut Rng::new(1));
+        image.inject(Fault::once(OpKind::Flush, Area::Any, flushes));
+        begin(&mut image, &options(), 1, 7, 0).map(drop).expect_err("a flush has failed");
+        let mut image = image.crash(Loss::Everything, &mut Rng::new(1));
+        let found = find_superblock(&mut image, &mut arena).expect("a superblock");
+        assert_eq!((found.superblock.generation, found.behind), (newest.generation, left));
+    }
 }
 
 /// A failed flush may have lost pages that the kernel goes on showing. An opening that finds their commit must not rely on what it
