@@ -13,11 +13,13 @@
 mod common;
 
 use bytes::Bytes;
+use common::device::Device;
 use common::role::{Role, Run, Task, say};
 use common::{Chance, Served, kills_count, nbd, progress, scratch, seed};
 use corepage::{Change, Durability, ErrorKind, Lsn, PageId, Store, Volume};
 use futures_lite::future::block_on;
 use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -205,10 +207,41 @@ fn check_acks(acks: &[Ack], found: &[u64], lsns: &mut HashSet<u64>) {
     }
 }
 
+/// What a trace must hold after all kills so far.
+struct Judge {
+    model: Model,
+    lsns: HashSet<u64>,
+}
+
+impl Judge {
+    fn new() -> Judge {
+        Judge { model: Model::new(), lsns: HashSet::new() }
+    }
+
+    /// Holds what a reader has dumped in `dir` against what the killed writer has said.
+    fn check(&mut self, round: u64, dir: &Path, acks: &[Ack]) {
+        let dump = std::fs::read(dir.join("dump")).expect("the dump is there");
+        let found: Vec<_> = dump.chunks(REGION_PAGES as usize * PAGE).map(sequence).collect();
+        for region in 0..REGIONS {
+            let (found, before) = (found[region as usize], self.model.applied[region as usize]);
+            assert!(found >= before, "round {round}: region {region} went back");
+            self.model.advance(region, found);
+        }
+        check_acks(acks, &found, &mut self.lsns);
+        let page = |bytes: &[u8], page: usize| bytes[page * PAGE..][..PAGE].to_vec();
+        let differs = (0..dump.len() / PAGE).find(|p| page(&dump, *p) != page(&self.model.bytes, *p));
+        assert_eq!(differs, None, "round {round}: the first page that is not as its transactions left it; {found:?}");
+    }
+}
+
+fn acks_of(lines: &[String]) -> Vec<Ack> {
+    lines.iter().filter_map(|line| Ack::parse(line)).collect()
+}
+
 #[test]
 fn a_killed_writer_leaves_a_prefix_of_whole_transactions_with_all_that_was_acknowledged() {
     let dir = scratch("kill");
-    let (mut model, mut lsns) = (Model::new(), HashSet::new());
+    let mut judge = Judge::new();
     let mut chance = Chance::new(seed(2));
     for round in 0..kills_count() {
         let writer = Role::start("write", dir.path(), Run::of_step(2 * round));
@@ -217,27 +250,50 @@ fn a_killed_writer_leaves_a_prefix_of_whole_transactions_with_all_that_was_ackno
             writer.wait();
         }
         std::thread::sleep(Duration::from_millis(5 + chance.below(496)));
-        let acks: Vec<_> = writer.kill().iter().filter_map(|line| Ack::parse(line)).collect();
+        let acks = acks_of(&writer.kill());
         // Now closed cleanly, now killed again: recoveries must also follow one another.
         let reader = Role::start(if round % 2 == 0 { "close" } else { "die" }, dir.path(), Run::of_step(2 * round + 1));
         reader.wait();
-        let dump = std::fs::read(dir.path().join("dump")).expect("the dump is there");
+        judge.check(round, dir.path(), &acks);
         reader.kill();
-        let found: Vec<_> = dump.chunks(REGION_PAGES as usize * PAGE).map(sequence).collect();
-        for region in 0..REGIONS {
-            assert!(
-                found[region as usize] >= model.applied[region as usize],
-                "round {round}: region {region} went back"
-            );
-            model.advance(region, found[region as usize]);
-        }
-        check_acks(&acks, &found, &mut lsns);
-        let differs = (0..dump.len() / PAGE).find(|p| dump[p * PAGE..][..PAGE] != model.bytes[p * PAGE..][..PAGE]);
-        assert_eq!(differs, None, "round {round}: the first page that is not as its transactions left it; {found:?}");
-        progress(round, || format!("{} acknowledgements", lsns.len()));
+        progress(round, || format!("{} acknowledgements", judge.lsns.len()));
     }
-    println!("SUM {} {} 0 0", kills_count(), lsns.len());
-    assert!(lsns.len() as u64 > kills_count(), "only {} transactions in all", lsns.len());
+    println!("SUM {} {} 0 0", kills_count(), judge.lsns.len());
+    assert!(judge.lsns.len() as u64 > kills_count(), "only {} transactions in all", judge.lsns.len());
+}
+
+/// A write that a process has begun before its death reaches the disk when the device pleases. Until it has, the store is in
+/// use: a successor that recovered meanwhile would have its log overwritten. Here the device keeps a write of the log.
+#[test]
+fn no_successor_opens_while_the_device_still_has_a_write_of_a_dead_process() {
+    let Some(device) = Device::new("ext4") else { return };
+    let path = device.store();
+    let dir = path.parent().expect("a mount point");
+    let mut judge = Judge::new();
+    let runs = Run::all().into_iter().filter(|run| run.shards == 2);
+    for (round, run) in (0..).zip(runs.flat_map(|run| [run, run])) {
+        let mut writer = Role::start("write", dir, run);
+        writer.wait();
+        std::thread::sleep(Duration::from_millis(200));
+        device.hold(&[b"CPGROUP\0"]);
+        writer.kill_only();
+        // One that comes early waits a little, and is let in when the write has ended; one that has waited for long is refused.
+        let early = (round % 2 == 0).then(|| Role::start("close", dir, run));
+        if early.is_some() {
+            std::thread::sleep(Duration::from_millis(500));
+        } else {
+            let refused = block_on(Store::open(&path, run.options())).expect_err("a write is under way still");
+            assert_eq!(refused.kind(), ErrorKind::InUse, "{refused}");
+        }
+        assert!(device.is_holding() && !early.as_ref().is_some_and(Role::is_there));
+        device.let_go();
+        let acks = acks_of(&writer.kill());
+        assert!(!acks.is_empty());
+        let reader = early.unwrap_or_else(|| Role::start("close", dir, run));
+        reader.wait();
+        judge.check(round, dir, &acks);
+        reader.kill();
+    }
 }
 
 /// A check that can't fail shows nothing.

@@ -43,6 +43,8 @@ struct Model {
     items: BTreeMap<Place, ItemKind>,
     /// Places handed out of the extents in use, and which of these have their last summary.
     handed: BTreeMap<ExtentNo, u32>,
+    /// So many of them were there when the last summary was encoded.
+    summarized: BTreeMap<ExtentNo, u32>,
     closed: BTreeSet<ExtentNo>,
     /// Given to others.
     given: Vec<ExtentNo>,
@@ -62,6 +64,7 @@ impl Model {
             checkpoint: None,
             items: BTreeMap::new(),
             handed: BTreeMap::new(),
+            summarized: BTreeMap::new(),
             closed: BTreeSet::new(),
             given: Vec::new(),
             lsn: 0,
@@ -85,6 +88,7 @@ impl Model {
         assert!(self.extents.is_mine(place.extent) && !self.given.contains(&place.extent));
         if self.handed.get(&place.extent).is_none_or(|handed| *handed == self.extents.data_blocks()) {
             self.handed.insert(place.extent, 0);
+            self.summarized.insert(place.extent, 0);
             self.closed.remove(&place.extent);
         }
         let handed = self.handed.get_mut(&place.extent).expect("just begun");
@@ -123,6 +127,8 @@ impl Model {
         let place = self.extents.encode_summary(no, &mut bytes);
         assert!(place.extent == no && place.block >= self.extents.data_blocks() && place.block < EXTENT_BLOCKS);
         assert!(!self.extents.is_unsummarized(no), "once between two checkpoints");
+        let before = self.summarized.insert(no, self.handed[&no]);
+        assert!(before < Some(self.handed[&no]), "a summary with nothing new in it");
         let items = decode_summary(STORE, no, self.extents.summary_crc(no), &bytes).expect("a summary");
         for place in self.protected().filter(|place| place.extent == no) {
             let listed = items.iter().any(|item| item.block == place.block && item.what == self.items[place]);

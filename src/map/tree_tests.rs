@@ -285,5 +285,6 @@ proptest! {
         keys.into_iter().for_each(|key| store.set(key, false));
         store.check_leaks();
         store.check_scans();
+        prop_assert!(store.nodes.is_empty(), "nodes without an entry are kept");
     }
 }

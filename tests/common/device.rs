@@ -5,7 +5,8 @@
 //! 1. It has a volatile write cache: a flush that fails takes what it was to make durable with it (writes of the store, as
 //!    told by their bytes), and the next one succeeds. So a flush that is tried again and called good loses data here.
 //! 2. A fault says which operations fail, and how often it has fired: a test asserts that it has.
-//! 3. File system, loop device and FUSE mount go when it is dropped, also when the test fails.
+//! 3. A write can be [held](Device::hold): it has begun, and has not reached the disk, until it is let go.
+//! 4. File system, loop device and FUSE mount go when it is dropped, also when the test fails.
 
 use super::surroundings::{Mounted, is_root, loop_device, tool};
 use super::{has_fuse, has_tool, scratch};
@@ -17,7 +18,7 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, UNIX_EPOCH};
 
 /// What a device does.
@@ -57,6 +58,49 @@ struct State {
     fired: u64,
     /// Writes of the store since the last flush: where, and what was there before.
     cache: Vec<(u64, Vec<u8>)>,
+    hold: Hold,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Hold {
+    #[default]
+    Nothing,
+    /// The next write with one of these in it.
+    Next(Marks),
+    /// It is here.
+    Held,
+}
+
+/// What the device's threads share with the test.
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    hold_changed: Condvar,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no thread of the device failed")
+    }
+
+    fn wait_while(&self, condition: impl FnMut(&mut State) -> bool) {
+        let wait = self.hold_changed.wait_timeout_while(self.state(), Duration::from_secs(60), condition);
+        let timed_out = wait.expect("no thread of the device failed").1.timed_out();
+        assert!(!timed_out, "waited in vain for a write that is to be held, or to be let go");
+    }
+
+    fn set_hold(&self, hold: Hold) {
+        self.state().hold = hold;
+        self.hold_changed.notify_all();
+    }
+
+    /// In a thread of the device: waits, if this write is the one to be held.
+    fn pass(&self, data: &[u8]) {
+        if matches!(self.state().hold, Hold::Next(marks) if holds(data, marks)) {
+            self.set_hold(Hold::Held);
+            self.wait_while(|state| state.hold == Hold::Held);
+        }
+    }
 }
 
 impl State {
@@ -79,17 +123,13 @@ fn holds(bytes: &[u8], marks: Marks) -> bool {
 struct Disk {
     image: File,
     bytes: u64,
-    state: Arc<Mutex<State>>,
+    shared: Arc<Shared>,
 }
 
 const DISK: INodeNo = INodeNo(2);
 const ANY_TIME: Duration = Duration::from_secs(3600);
 
 impl Disk {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("no thread of the device failed")
-    }
-
     fn attr(&self, ino: INodeNo) -> FileAttr {
         let (kind, perm) = if ino == DISK { (FileType::RegularFile, 0o600) } else { (FileType::Directory, 0o700) };
         FileAttr {
@@ -141,7 +181,7 @@ impl Filesystem for Disk {
     ) {
         let mut bytes = vec![0; u64::from(size).min(self.bytes.saturating_sub(offset)) as usize];
         self.image.read_exact_at(&mut bytes, offset).expect("the image can be read");
-        match self.state().judge(Op::Read, |marks| holds(&bytes, marks)) {
+        match self.shared.state().judge(Op::Read, |marks| holds(&bytes, marks)) {
             Some(error) => reply.error(error),
             None => reply.data(&bytes),
         }
@@ -159,7 +199,8 @@ impl Filesystem for Disk {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let mut state = self.state();
+        self.shared.pass(data);
+        let mut state = self.shared.state();
         if let Some(error) = state.judge(Op::Write, |marks| holds(data, marks)) {
             return reply.error(error);
         }
@@ -173,7 +214,7 @@ impl Filesystem for Disk {
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        let mut state = self.state();
+        let mut state = self.shared.state();
         let dirty = !state.cache.is_empty();
         let error = state.judge(Op::Flush, |_| dirty);
         let cache = std::mem::take(&mut state.cache);
@@ -196,7 +237,7 @@ pub struct Device {
     mounted: Option<Mounted>,
     looped: Option<String>,
     session: Option<BackgroundSession>,
-    state: Arc<Mutex<State>>,
+    shared: Arc<Shared>,
     dir: tempfile::TempDir,
 }
 
@@ -214,11 +255,11 @@ impl Device {
         let image = File::options().create_new(true).read(true).write(true).open(dir.path().join("image"));
         let image = image.expect("an image file");
         image.set_len(DISK_BYTES).expect("an image file");
-        let state = Arc::<Mutex<State>>::default();
-        let mut device = Device { kind: kind.into(), mounted: None, looped: None, session: None, state, dir };
+        let shared = Arc::<Shared>::default();
+        let mut device = Device { kind: kind.into(), mounted: None, looped: None, session: None, shared, dir };
         let served = device.dir.path().join("served");
         std::fs::create_dir(&served).expect("a mount point");
-        let disk = Disk { image, bytes: DISK_BYTES, state: device.state.clone() };
+        let disk = Disk { image, bytes: DISK_BYTES, shared: device.shared.clone() };
         let mut config = Config::default();
         config.n_threads = Some(2);
         device.session = Some(fuser::spawn_mount(disk, &served, &config).expect("a file system through FUSE"));
@@ -246,18 +287,29 @@ impl Device {
         self.mounted.as_ref().expect("mounted except while it is mounted anew").path().join("store")
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("no thread of the device failed")
-    }
-
     pub fn break_it(&self, fault: Fault) {
-        let mut state = self.state();
+        let mut state = self.shared.state();
         (state.fault, state.seen, state.fired) = (Some(fault), 0, 0);
     }
 
     /// How often the fault has fired.
     pub fn fired(&self) -> u64 {
-        self.state().fired
+        self.shared.state().fired
+    }
+
+    /// The next write with one of these in it is held: it returns when there is one.
+    pub fn hold(&self, with: Marks) {
+        self.shared.set_hold(Hold::Next(with));
+        self.shared.wait_while(|state| state.hold != Hold::Held);
+    }
+
+    pub fn is_holding(&self) -> bool {
+        self.shared.state().hold == Hold::Held
+    }
+
+    /// What is held goes on.
+    pub fn let_go(&self) {
+        self.shared.set_hold(Hold::Nothing);
     }
 
     /// The device is well again; the file system is mounted anew, since it may have given up. How often the fault fired.
@@ -270,7 +322,7 @@ impl Device {
 
     /// Only the device.
     pub fn heal_device(&self) -> u64 {
-        let mut state = self.state();
+        let mut state = self.shared.state();
         state.fault = None;
         state.fired
     }
@@ -288,6 +340,7 @@ pub fn quick(kind: &str) -> &'static [&'static str] {
 impl Drop for Device {
     fn drop(&mut self) {
         self.heal_device();
+        self.let_go();
         self.mounted = None;
         if let Some(looped) = self.looped.take() {
             let _ = tool("losetup").args(["--detach", &looped]).status();

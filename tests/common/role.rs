@@ -103,9 +103,14 @@ pub fn say(line: impl std::fmt::Display) {
     let _ = rustix::termios::tcdrain(std::io::stdout());
 }
 
+fn is_word(line: &str) -> bool {
+    line == "ready" || line == "dumped"
+}
+
 /// A child at work.
 pub struct Role {
     child: Child,
+    is_killed: bool,
     lines: Option<JoinHandle<Vec<(u64, String)>>>,
     heard: Receiver<String>,
 }
@@ -141,15 +146,19 @@ impl Role {
             // All of them until it is ready, to tell why it is not; then only the words waited for: there may be a million.
             let mut ready = false;
             let pass_on = |(_, line): &(u64, String)| {
-                let is_word = line == "ready" || line == "dumped";
-                if is_word || !ready {
+                if is_word(line) || !ready {
                     _ = sender.send(line.clone());
                 }
-                ready |= is_word;
+                ready |= is_word(line);
             };
             lines.inspect(pass_on).collect()
         });
-        Role { child, lines: Some(lines), heard }
+        Role { child, is_killed: false, lines: Some(lines), heard }
+    }
+
+    /// Whether it has said by now that it is where its role wants it.
+    pub fn is_there(&self) -> bool {
+        self.heard.try_iter().any(|line| is_word(&line))
     }
 
     /// Waits for the child's word, `ready` or `dumped`, that it is where its role wants it.
@@ -158,11 +167,22 @@ impl Role {
         let mut said = Vec::new();
         loop {
             match self.heard.recv_timeout(end.saturating_duration_since(Instant::now())) {
-                Ok(line) if line == "ready" || line == "dumped" => return,
+                Ok(line) if is_word(&line) => return,
                 Ok(line) => said.push(line),
                 Err(why) => panic!("the child does not say that it is ready ({why}); it said:\n{}", said.join("\n")),
             }
         }
+    }
+
+    /// Kills it, and does not wait: what it has begun may keep it from its end.
+    pub fn kill_only(&mut self) {
+        let status = self.child.try_wait().expect("the child can be waited for");
+        assert!(
+            self.is_killed || status.is_none_or(|status| status.success()),
+            "the child failed before it was killed"
+        );
+        self.child.kill().expect("the child can be killed");
+        self.is_killed = true;
     }
 
     /// Kills it, and gives back all that it said.
@@ -172,10 +192,7 @@ impl Role {
 
     /// The same with stamps.
     pub fn kill_stamped(mut self) -> Vec<(u64, String)> {
-        if let Some(status) = self.child.try_wait().expect("the child can be waited for") {
-            assert!(status.success(), "the child failed before it was killed: {status}");
-        }
-        self.child.kill().expect("the child can be killed");
+        self.kill_only();
         self.child.wait().expect("a killed process ends");
         self.lines.take().expect("killed once").join().expect("its lines were read")
     }
