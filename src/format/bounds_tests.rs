@@ -14,22 +14,13 @@ use zerocopy::IntoBytes;
 fn head() -> GroupHead {
     GroupHead {
         epoch: 1,
-        shard: ShardId::new(0),
-        segment: SegmentNo::new(0),
-        block: 0,
         generation: 1,
         number: 1,
-        prev_crc: 0,
-        head_crc: 0,
-        body_crc: 0,
         body_blocks: 1,
         blocks: 1,
-        records_bytes: 0,
-        slots_count: 0,
-        commits_count: 0,
-        watermark: Lsn::ZERO,
         superblock_generation: 1,
         runs: vec![(Lsn::new(1), 1)],
+        ..GroupHead::default()
     }
 }
 

@@ -152,7 +152,7 @@ const _: () = assert!(HEAD_BYTES == 256 && size_of::<RawRecord>() == 24);
 const _: () = assert!(size_of::<RawChange>() == 20 && size_of::<RawSlot>() == 80 && size_of::<RawParts>() == 8);
 
 /// A sealed head in memory.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GroupHead {
     /// Epoch.
     pub epoch: u64,

@@ -246,20 +246,13 @@ fn group(input: &mut Input, disk: &mut MemoryDisk, used: &mut [[u32; SEGMENTS as
         epoch: EPOCH,
         shard,
         segment,
-        block: 0,
         generation: 1,
         number: input.u8().into(),
-        prev_crc: 0,
-        head_crc: 0,
-        body_crc: 0,
         body_blocks: 1,
         blocks: 1,
-        records_bytes: 0,
-        slots_count: 0,
-        commits_count: 0,
         watermark: Lsn::new(input.number()),
         superblock_generation: u64::from(input.u8() % 42),
-        runs: Vec::new(),
+        ..GroupHead::default()
     };
     head.runs = (0..input.below(4)).map(|_| (Lsn::new(input.number()), input.number())).collect();
     let (slots, is_placed) = slots(input, &mut head);

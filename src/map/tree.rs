@@ -13,6 +13,8 @@
 //!
 //! It does not read or write the device, allocate places, or know which pages are cached.
 
+#[cfg(any(test, feature = "sim"))]
+mod audit;
 mod leaves;
 
 pub(crate) use leaves::NextLeaf;

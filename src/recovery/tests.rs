@@ -73,6 +73,7 @@ impl Driver {
     fn answer(&mut self) -> (Token, Result<Response>) {
         for _ in 0..100_000 {
             if let Some(reply) = self.all.replies.pop() {
+                self.all.shards.iter().for_each(|shard| shard.audit().expect("counts are kept"));
                 return reply;
             }
             self.now += 50;

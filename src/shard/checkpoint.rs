@@ -71,7 +71,7 @@ pub(super) struct Checkpoint {
     begin: Option<Begin>,
     redo: Lsn,
     /// Pages whose version at the beginning is not in the map yet.
-    pages_left: u64,
+    pub(super) pages_left: u64,
     /// Operations of this phase under way.
     ops: u32,
     /// Nodes whose writes are under way.

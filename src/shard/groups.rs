@@ -78,16 +78,12 @@ impl Shard {
             generation: position.generation,
             number: position.number,
             prev_crc: position.prev_crc,
-            head_crc: 0,
-            body_crc: 0,
             body_blocks,
             blocks: body_blocks + inline_blocks,
-            records_bytes: 0,
-            slots_count: 0,
-            commits_count: 0,
             watermark: self.order.watermark(),
             superblock_generation: self.superblock.generation,
-            runs: Vec::new(),
+            // Counts, sums and runs come with its end.
+            ..GroupHead::default()
         };
         let finished = self.log.open.finish(&slots, inline_blocks, &mut head, self.superblock.salt);
         assert_eq!(head.body_blocks, body_blocks, "the size was foreseen");

@@ -17,6 +17,8 @@
 
 mod admission;
 mod allocated;
+#[cfg(any(test, feature = "sim"))]
+mod audit;
 mod checkpoint;
 mod commits;
 mod compaction;

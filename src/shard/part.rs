@@ -27,7 +27,7 @@ pub(super) struct Part {
     pub commit: Commit,
     owner_logs: bool,
     /// What a `Yes` has reserved.
-    reserved: Option<Reserved>,
+    pub(super) reserved: Option<Reserved>,
 }
 
 /// What parts with a `Yes` may still need.

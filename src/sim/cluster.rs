@@ -33,6 +33,8 @@ const IDLE_TURNS_MAX: u64 = 1_000;
 const IDLE_TURN_US: Micros = 200;
 /// Messages between two shards at a time, before the protocol is said to have no bound.
 const MESSAGES_MAX: usize = 8_192;
+/// Turns from one count of what the shards count to the next.
+const AUDIT_EACH: u64 = 32;
 /// Turns within which a store is open, or never: some thousand are usual.
 const OPENING_TURNS_MAX: u32 = 1_000_000;
 /// Which bits of an operation's number at the disk say whose it is.
@@ -313,6 +315,9 @@ impl Cluster {
         }
         self.park(index, now, before)?;
         self.note(index, now, busy)?;
+        if self.counters.turns.is_multiple_of(AUDIT_EACH) {
+            self.nodes[index].shard.audit().map_err(|drift| format!("{shard:?} counts wrongly: {drift}"))?;
+        }
         Ok(turn)
     }
 

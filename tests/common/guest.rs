@@ -1,5 +1,5 @@
-//! A small machine (QEMU, emulated) with an NVMe disk that is logged, polled if it shall be: this test program runs in it as
-//! `child`, on an ext4 file system, and is heard through the serial console.
+//! A small machine (QEMU, emulated) with an NVMe disk that is logged, polled if it shall be, or a SCSI disk: this test program runs
+//! in it as `child`, on an ext4 file system, and is heard through the serial console.
 
 use super::logged::{DISK_BYTES, block_nodes, empty_disk, log_bytes};
 use super::role::Role;
@@ -14,11 +14,14 @@ const INIT: &str = r#"#!/bin/sh
 export PATH=/bin TMPDIR=/mnt
 mount -t proc none /proc; mount -t sysfs none /sys; mount -t devtmpfs none /dev
 ulimit -l unlimited
-queue=/sys/block/nvme0n1/queue
-echo; echo "queue io_poll=$(cat $queue/io_poll) logical_block_size=$(cat $queue/logical_block_size)"
+for module in $GUEST_MODULES; do insmod "/$module.ko" || echo "$module can't be loaded"; done
+while [ ! -e "/dev/$GUEST_DISK" ]; do sleep 0.1; done
+queue="/sys/block/$GUEST_DISK/queue"
+echo; echo "queue io_poll=$(cat $queue/io_poll) logical_block_size=$(cat $queue/logical_block_size) \
+fua=$(cat $queue/fua) $(cat $queue/write_cache)"
 mount -t tracefs none /sys/kernel/tracing && echo 1 > /sys/kernel/tracing/events/block/block_rq_issue/enable
-(sleep 5; echo; echo "fua writes $(grep -c ' WF' /sys/kernel/tracing/trace)") &
-mount -t ext4 /dev/nvme0n1 /mnt || echo "the disk can't be mounted"
+(while sleep 2; do echo; echo "fua writes $(grep -c ' WF' /sys/kernel/tracing/trace)"; done) &
+mount -t ext4 "/dev/$GUEST_DISK" /mnt || echo "the disk can't be mounted"
 case "$GUEST_ROLE" in
   lib-tests) /bin/lib-tests --test-threads 2 disk:: ;;
   *) COREPAGE_TEST_STORE=/mnt COREPAGE_TEST_ROLE="$GUEST_ROLE" COREPAGE_TEST_RUN="ring $GUEST_SHARDS" \
@@ -37,9 +40,33 @@ pub struct Machine {
     pub block_bytes: u64,
     pub poll_queues: u64,
     pub shards: u16,
-    /// One that a flush must empty.
-    pub write_cache: bool,
+    pub disk: Disk,
 }
+
+/// The disk, and what becomes of a write before it is flushed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Disk {
+    /// No cache: QEMU flushes after each write. Slow, but true.
+    Nvme,
+    /// A volatile cache. QEMU's controller offers FUA and does not act on it: what the guest's kernel writes so is in the log without
+    /// the flag and without a flush.
+    NvmeWithCache,
+    /// A volatile cache. QEMU flushes after a write with FUA.
+    ScsiWithCache,
+}
+
+impl Disk {
+    /// What the guest's kernel calls it, and the modules that it needs for it, in their order.
+    fn in_guest(self) -> (&'static str, &'static [&'static str]) {
+        match self {
+            Disk::Nvme | Disk::NvmeWithCache => ("nvme0n1", &[]),
+            Disk::ScsiWithCache => ("sda", &MODULES),
+        }
+    }
+}
+
+/// Files beside the kernel.
+const MODULES: [&str; 4] = ["scsi_common", "scsi_mod", "sd_mod", "virtio_scsi"];
 
 pub struct Guest {
     pub dir: tempfile::TempDir,
@@ -57,22 +84,24 @@ pub fn kernel() -> Option<PathBuf> {
 }
 
 /// The guest's files: busybox, this program, the library's own tests if they are named, and what they need.
-fn initramfs() -> &'static Path {
+fn initramfs(kernel: &Path) -> &'static Path {
     static MADE: OnceLock<tempfile::TempDir> = OnceLock::new();
     let dir = MADE.get_or_init(|| {
         let dir = scratch("guest");
         let script = r#"
             mkdir -p r/bin r/proc r/sys r/dev r/mnt r/tmp && cp "$(command -v busybox)" r/bin/busybox
-            for name in sh mount umount sleep cat poweroff echo dmesg grep head; do ln -s busybox r/bin/$name; done
+            for name in sh mount umount sleep cat poweroff echo dmesg grep head insmod; do ln -s busybox r/bin/$name; done
             strip -o r/bin/program "$1" && if [ -n "$2" ]; then strip -o r/bin/lib-tests "$2"; fi
             ldd "$1" | grep -o '/[^ ]*' | while read -r lib; do
               mkdir -p "r$(dirname "$lib")" && cp -L "$lib" "r$lib"
             done
             printf '%s' "$3" > r/init && chmod +x r/init
+            shift 3 && cp "$@" r/
             cd r && find . | cpio --quiet -o -H newc | gzip -1 > ../initramfs"#;
         let mut make = Command::new("sh");
         make.args(["-e", "-c", script, "sh"]).arg(std::env::current_exe().expect("this program"));
         make.arg(std::env::var("COREPAGE_GUEST_LIB_TESTS").unwrap_or_default()).arg(INIT);
+        make.args(MODULES.map(|module| kernel.with_file_name(format!("{module}.ko"))));
         run(make.current_dir(dir.path()));
         dir
     });
@@ -94,22 +123,28 @@ impl Guest {
         qemu.args(
             "-accel tcg,thread=multi -cpu max,-cx16 -M q35 -m 1024 -smp 2 -nodefaults -nographic -no-reboot".split(' '),
         );
-        qemu.args(["-serial", "stdio", "-kernel"]).arg(kernel).arg("-initrd").arg(initramfs().join("initramfs"));
-        let Machine { block_bytes, poll_queues, shards, write_cache } = machine;
-        let cache = if write_cache { "on" } else { "off" };
+        qemu.args(["-serial", "stdio", "-kernel"]).arg(kernel).arg("-initrd").arg(initramfs(kernel).join("initramfs"));
+        let Machine { block_bytes, poll_queues, shards, disk } = machine;
+        let (name, modules) = disk.in_guest();
         qemu.arg("-append").arg(format!(
             "console=ttyS0,115200 quiet panic=-1 nvme.poll_queues={poll_queues} nvme_core.multipath=N GUEST_ROLE={role} \
-             GUEST_SHARDS={shards}"
+             GUEST_SHARDS={shards} GUEST_DISK={name} GUEST_MODULES=\"{}\"",
+            modules.join(" ")
         ));
         qemu.args(block_nodes(dir.path()));
         // A named top, below which faults can be put while the guest runs.
         qemu.args(["-blockdev", "driver=raw,node-name=top,file=logged"]);
         qemu.args(["-qmp", &format!("unix:{},server=on,wait=off", dir.path().join("qmp").display())]);
-        // QEMU's NVMe controller (10.0.2) offers FUA and does not act on it: what the guest's kernel writes so is in the log
-        // without the flag and without a flush. Without a write cache each write is followed by a flush: slow, but true.
-        qemu.arg("-device").arg(format!(
-            "nvme,drive=top,serial=x,max_ioqpairs=4,write-cache={cache},logical_block_size={block_bytes},physical_block_size={block_bytes}"
-        ));
+        let blocks = format!("logical_block_size={block_bytes},physical_block_size={block_bytes}");
+        let nvme = |cache| format!("nvme,drive=top,serial=x,max_ioqpairs=4,write-cache={cache},{blocks}");
+        match disk {
+            Disk::Nvme => qemu.args(["-device", &nvme("off")]),
+            Disk::NvmeWithCache => qemu.args(["-device", &nvme("on")]),
+            Disk::ScsiWithCache => {
+                qemu.args(["-device", "virtio-scsi-pci", "-device"]);
+                qemu.arg(format!("scsi-hd,drive=top,write-cache=on,dpofua=on,{blocks}"))
+            }
+        };
         let log = dir.path().to_owned();
         let role = Role::listen(qemu, move || log_bytes(&log));
         Guest { dir, role }

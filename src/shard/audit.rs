@@ -1,0 +1,67 @@
+//! Counts that are kept in step with what they count, counted anew: for tests.
+//!
+//! If one drifts nothing is lost, and nothing is noticed: admission refuses too early or too late from then on, and some day the store
+//! hangs. So the simulator asks in the middle of its runs.
+
+use super::part::Reserved;
+use super::requests::PendingKind;
+use super::{OpKind, Shard};
+use crate::types::Lsn;
+use std::collections::BTreeMap;
+
+impl Shard {
+    /// # Errors
+    /// The count that has drifted. After a failure nobody counts any more.
+    pub fn audit(&self) -> Result<(), String> {
+        if self.failed.is_some() {
+            return Ok(());
+        }
+        self.map.audit()?;
+        self.extents.audit()?;
+        let pages = || self.table.pages.iter().map(|(_, page)| page);
+        let slots = self.log.open.slots.iter().filter(|slot| !slot.dead).count();
+        let dirty = pages().filter(|page| page.dirty_from.is_some()).count();
+        same("blocks reserved for dirty pages and slots", self.reserved_blocks as usize, dirty + slots)?;
+        same("pages in the queue of the coalescer", pages().filter(|page| page.queued).count(), self.dirty.len())?;
+        same(
+            "dirty pages that are not queued",
+            pages().filter(|page| page.dirty_from.is_some() && !page.queued).count(),
+            0,
+        )?;
+        let targets = pages().filter(|page| page.checkpoint_target != Lsn::ZERO).count();
+        same("pages that the checkpoint waits for", self.checkpoint.pages_left, targets as u64)?;
+
+        let mut on_their_way: BTreeMap<usize, usize> = BTreeMap::new();
+        let captured = self.captures.iter().map(|(_, capture)| capture.page);
+        captured.chain(self.moves.iter().copied()).for_each(|idx| *on_their_way.entry(idx).or_default() += 1);
+        for (idx, page) in self.table.pages.iter() {
+            let count = on_their_way.get(&idx).copied().unwrap_or(0);
+            same(&format!("captures of {:?}", page.key), page.captures as usize, count)?;
+            same(&format!("slots of {:?}", page.key), page.slot.is_some().into(), self.slots_of(idx))?;
+        }
+        let writes = self.ops.iter().map(|(_, op)| match op {
+            OpKind::PageWrite(captures) => captures.len(),
+            _ => 0,
+        });
+        same("pages being written", self.page_writes, writes.sum())?;
+
+        let parts = self.pending.iter().filter_map(|(_, pending)| match &pending.kind {
+            PendingKind::Part(part) => part.reserved,
+            _ => None,
+        });
+        let reserved = parts.fold(Reserved::default(), Reserved::plus);
+        same("what is reserved for parts", format!("{:?}", self.reserved), format!("{reserved:?}"))
+    }
+
+    /// Slots of the open group that are the page's own.
+    fn slots_of(&self, idx: usize) -> usize {
+        let page = &self.table.pages[idx];
+        let own =
+            |(no, slot): &(usize, &crate::log::OpenSlot)| Some(*no) == page.slot && slot.key == page.key && !slot.dead;
+        self.log.open.slots.iter().enumerate().filter(own).count()
+    }
+}
+
+fn same<T: PartialEq + std::fmt::Debug>(what: &str, kept: T, counted: T) -> Result<(), String> {
+    if kept == counted { Ok(()) } else { Err(format!("{what}: {kept:?} by what is kept, {counted:?} counted")) }
+}
