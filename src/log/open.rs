@@ -262,3 +262,50 @@ impl OpenGroup {
         self.chunks.stock.extend(chunks);
     }
 }
+
+#[cfg(test)]
+impl Chunks {
+    /// Blocks of each.
+    pub(crate) fn chunk_blocks(&self) -> u32 {
+        (self.bytes / BLOCK) as u32
+    }
+
+    /// In stock.
+    pub(crate) fn count(&self) -> u32 {
+        self.stock.len() as u32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pool::Arena;
+
+    /// What a head says is what recovery goes by; when a group closes goes by when it was opened.
+    #[test]
+    fn a_group_says_what_came_into_it() {
+        let mut arena = Arena::new(32).expect("memory");
+        let chunks = (0..8).map(|_| arena.alloc(0).expect("memory")).collect();
+        let mut open = OpenGroup::new(Chunks::new(chunks, BLOCK));
+        for (first, now) in [(10u64, 5), (30, 105)] {
+            assert!(open.is_empty() && open.first_lsn().is_none());
+            let lsn = |n| Lsn::new(first + n);
+            open.add_run(lsn(0), 2, now);
+            open.add_run(lsn(2), 1, now + 1);
+            assert_eq!((open.era(), open.last_lsn()), (1, lsn(2)));
+            open.add_run(lsn(7), 1, now + 2);
+            assert_eq!((open.era(), open.last_lsn(), open.first_lsn()), (2, lsn(7), Some(lsn(0))));
+            // Another shard accounts for a part's LSN, and counts its commit.
+            for (role, n) in [(Role::Whole, 0), (Role::Owner(2), 7), (Role::Part(2), 9)] {
+                open.begin_record(role, now + 3);
+                open.end_record(role, lsn(n));
+            }
+            assert_eq!((open.last_lsn(), open.opened_at), (lsn(9), now));
+            let mut head = GroupHead::default();
+            let Finished { chunks, body_len, .. } = open.finish(&[], 0, &mut head, 7);
+            assert_eq!(head.runs, [(lsn(0), 3), (lsn(7), 1)]);
+            assert_eq!((head.commits_count, body_len, chunks.len()), (2, BLOCK, 1));
+            open.restock(chunks);
+        }
+    }
+}

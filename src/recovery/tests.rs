@@ -142,6 +142,34 @@ fn commits_are_found_again() {
     check(&mut d);
 }
 
+/// The log's buffers hold all groups that can be in flight, each with parts, and one commit of the largest size: with less that
+/// commit would wait for ever.
+#[test]
+fn the_log_has_buffers_for_all_that_can_be_under_way() {
+    let mut arena = Arena::new(1 << 16).expect("memory");
+    for (shards_count, log_writes_max, memory_bytes, segment_bytes, txn_bytes_max) in (0..3 * 4 * 5 * 4 * 3).map(|i| {
+        let (shards, writes, memory) =
+            ([1, 2, 4][i % 3], [1, 2, 5, 8][i / 3 % 4], [2, 4, 9, 33, 128][i / 12 % 5] << 20);
+        let (segment, txn) = ([64, 256, 1024, 8192][i / 60 % 4] << 10, [4, 700, 65536][i / 240] << 10);
+        (shards, writes, memory * u64::from(shards), segment, txn)
+    }) {
+        let geometry = crate::Geometry { segment_bytes, vshards_count: 8, ..options().geometry };
+        let options = Options { geometry: geometry.clone(), memory_bytes, log_writes_max, txn_bytes_max, ..options() };
+        let limits = options.limits(&geometry, shards_count).expect("limits");
+        let chunks = log_chunks(&mut arena, &limits).expect("a part of the memory");
+        let chunk_blocks = limits.group_blocks.min(16);
+        assert!(chunks.chunk_blocks() == chunk_blocks && chunk_blocks.is_power_of_two());
+        let log_writes_max = limits.log_writes_max as u32;
+        let parts = if shards_count > 1 { log_writes_max } else { 0 };
+        // A head, and for each page a patch of all its bytes.
+        let largest = (4096 + limits.txn_bytes_max + limits.txn_bytes_max / 4096 * 20).div_ceil(4096) as u32;
+        let needed = limits.group_blocks * log_writes_max + largest + parts * chunk_blocks;
+        let blocks = chunks.count() * chunk_blocks;
+        assert!(blocks >= needed, "{blocks} blocks of buffers, {needed} may be needed: {limits:?}");
+        assert!(blocks < limits.memory_blocks / 2, "{blocks} blocks of buffers leave too little: {limits:?}");
+    }
+}
+
 /// Commits of the largest size, as patches, which go through the log whole: there are buffers for each, whatever else is under way.
 #[test]
 fn commits_of_the_largest_size_all_go_through() {
