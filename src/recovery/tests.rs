@@ -197,6 +197,21 @@ fn commits_of_the_largest_size_all_go_through() {
     }
 }
 
+/// A group of many commits, written by a store with much memory, is redone by one with little: a part at a time.
+#[test]
+fn what_a_large_store_has_logged_is_redone_in_little_memory() {
+    let geometry = crate::Geometry { segment_bytes: 1 << 20, ..options().geometry };
+    let large = Options { geometry, memory_bytes: 64 << 20, coalesce_window_us: 10_000, ..options() };
+    let (mut d, _) = Driver::open_with(SimDisk::new(5), &large);
+    let patch = |i: u64| (key(i), Change::Patch { offset: 7, bytes: Bytes::from(vec![i as u8; 20]) });
+    let commits = (0..1000).map(|i| Commit { reads: vec![], changes: vec![patch(i)], durable: i == 999 });
+    d.commit_together(commits.collect());
+    let crashed = d.disk.crash(Loss::Everything, &mut Rng::new(4));
+    let (mut d, report) = Driver::open_with(crashed, &Options { memory_bytes: 2 << 20, ..large });
+    assert!(report.commits_applied == 1000 && report.groups_scanned < 10, "{report:?}");
+    (0..1000).for_each(|i| assert_eq!(d.read(key(i))[7..27], [i as u8; 20]));
+}
+
 /// Between the two writes of a superblock's generation the second copy is two generations old: that one is named, and no other,
 /// and an opening writes it before it overwrites what the generation before needs.
 #[test]
