@@ -280,7 +280,7 @@ fn no_successor_opens_while_the_device_still_has_a_write_of_a_dead_process() {
         // One that comes early waits a little, and is let in when the write has ended; one that has waited for long is refused.
         let early = (round % 2 == 0).then(|| Role::start("close", dir, run));
         if early.is_some() {
-            std::thread::sleep(Duration::from_millis(500));
+            std::thread::sleep(Duration::from_millis(300));
         } else {
             let refused = block_on(Store::open(&path, run.options())).expect_err("a write is under way still");
             assert_eq!(refused.kind(), ErrorKind::InUse, "{refused}");

@@ -96,8 +96,12 @@ impl Shared {
 
     /// In a thread of the device: waits, if this write is the one to be held.
     fn pass(&self, data: &[u8]) {
-        if matches!(self.state().hold, Hold::Next(marks) if holds(data, marks)) {
-            self.set_hold(Hold::Held);
+        let mut state = self.state();
+        let Hold::Next(marks) = state.hold else { return };
+        if holds(data, marks) {
+            state.hold = Hold::Held;
+            drop(state);
+            self.hold_changed.notify_all();
             self.wait_while(|state| state.hold == Hold::Held);
         }
     }
