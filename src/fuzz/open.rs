@@ -256,7 +256,7 @@ fn name_anew(disk: &mut MemoryDisk, copy: u64) {
         let vshard = crate::types::VShard::new(i as u16);
         state.root.crc = sum(FileId::Meta, root::offset(vshard, state.root.generation, vshards_count));
     }
-    // As many blocks as the file has: a table that is longer is refused anyway.
+    // With more blocks than the file has it is refused anyway.
     let table_blocks = superblock.extents_count.div_ceil(extent::TABLE_ROWS).min(64);
     let table = (0..table_blocks).map(|i| sum(FileId::Table, extent::table_offset(i, superblock.checkpoint)));
     superblock.table_crc = extent::table_crc(table);

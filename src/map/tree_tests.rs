@@ -97,7 +97,7 @@ impl Store {
         let top = self.map.root(vshard).children[usize::from(key.volume.get())];
         assert_eq!(path_len, u64::from(top.level) + 1);
         assert_eq!(self.map.in_memory().1, 1, "the leaf is pinned");
-        if self.lsn % 8 == 0 {
+        if self.lsn.is_multiple_of(8) {
             while self.map.evict_one() {}
             assert!(self.map.leaf_bits(vshard, key.volume, dense).is_some(), "a pinned leaf was evicted");
             assert_eq!(self.map.in_memory().0, self.map.dirty_count(), "what is dirty stays, and nothing else");
