@@ -8,6 +8,7 @@ use super::requests::PendingKind;
 use super::{OpKind, Shard};
 use crate::types::Lsn;
 use std::collections::BTreeMap;
+use std::fmt::{Debug, Display};
 
 impl Shard {
     /// # Errors
@@ -36,8 +37,13 @@ impl Shard {
         captured.chain(self.moves.iter().copied()).for_each(|idx| *on_their_way.entry(idx).or_default() += 1);
         for (idx, page) in self.table.pages.iter() {
             let count = on_their_way.get(&idx).copied().unwrap_or(0);
-            same(&format!("captures of {:?}", page.key), page.captures as usize, count)?;
-            same(&format!("slots of {:?}", page.key), page.slot.is_some().into(), self.slots_of(idx))?;
+            same(format_args!("captures of {:?}", page.key), page.captures as usize, count)?;
+            let slot = page.slot.map(|no| &self.log.open.slots[no]);
+            same(
+                format_args!("the slot of {:?}", page.key),
+                slot.is_none_or(|slot| slot.key == page.key && !slot.dead),
+                true,
+            )?;
         }
         let writes = self.ops.iter().map(|(_, op)| match op {
             OpKind::PageWrite(captures) => captures.len(),
@@ -50,18 +56,10 @@ impl Shard {
             _ => None,
         });
         let reserved = parts.fold(Reserved::default(), Reserved::plus);
-        same("what is reserved for parts", format!("{:?}", self.reserved), format!("{reserved:?}"))
-    }
-
-    /// Slots of the open group that are the page's own.
-    fn slots_of(&self, idx: usize) -> usize {
-        let page = &self.table.pages[idx];
-        let own =
-            |(no, slot): &(usize, &crate::log::OpenSlot)| Some(*no) == page.slot && slot.key == page.key && !slot.dead;
-        self.log.open.slots.iter().enumerate().filter(own).count()
+        same("what is reserved for parts", self.reserved, reserved)
     }
 }
 
-fn same<T: PartialEq + std::fmt::Debug>(what: &str, kept: T, counted: T) -> Result<(), String> {
+fn same<T: PartialEq + Debug>(what: impl Display, kept: T, counted: T) -> Result<(), String> {
     if kept == counted { Ok(()) } else { Err(format!("{what}: {kept:?} by what is kept, {counted:?} counted")) }
 }

@@ -31,7 +31,7 @@ pub(super) struct Part {
 }
 
 /// What parts with a `Yes` may still need.
-#[derive(Clone, Copy, Default, Debug)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub(super) struct Reserved {
     /// Parts.
     pub count: usize,
