@@ -228,8 +228,7 @@ impl Judge {
             self.model.advance(region, found);
         }
         check_acks(acks, &found, &mut self.lsns);
-        let page = |bytes: &[u8], page: usize| bytes[page * PAGE..][..PAGE].to_vec();
-        let differs = (0..dump.len() / PAGE).find(|p| page(&dump, *p) != page(&self.model.bytes, *p));
+        let differs = (0..dump.len() / PAGE).find(|p| dump[p * PAGE..][..PAGE] != self.model.bytes[p * PAGE..][..PAGE]);
         assert_eq!(differs, None, "round {round}: the first page that is not as its transactions left it; {found:?}");
     }
 }
