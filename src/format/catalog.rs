@@ -9,9 +9,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// The most bytes of a volume's name.
 pub const NAME_BYTES_MAX: usize = 255;
-const MAGIC: [u8; 8] = *b"CPVOLUME";
+pub(super) const MAGIC: [u8; 8] = *b"CPVOLUME";
 /// Of a volume with pages that are to be freed: a program that does not know of it must not take the record for another.
-const MAGIC_CUT: [u8; 8] = *b"CPVOLCUT";
+pub(super) const MAGIC_CUT: [u8; 8] = *b"CPVOLCUT";
 
 /// A volume's record, at the start of its page; zeros follow.
 #[repr(C)]

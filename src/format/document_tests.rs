@@ -128,6 +128,35 @@ fn the_document_states_every_constant() {
     assert_eq!(stated_constants(DOCUMENT), constants());
 }
 
+/// The meaning that the document gives to a field of a structure.
+fn meaning<'a>(document: &'a str, structure: &str, field: &str) -> &'a str {
+    let start = document.find(&format!("### `{structure}`")).expect("the structure has a heading");
+    let row = document[start..].lines().find(|line| line.contains(&format!("| `{field}` |")));
+    row.and_then(|row| row.strip_suffix(" |")?.rsplit(" | ").next()).expect("the field has a row")
+}
+
+/// A tool that follows the document would refuse every store, or read one of another version: version and magics are what it
+/// tells structures apart by.
+#[test]
+fn the_document_states_version_and_magics() {
+    let version = format::FORMAT_VERSION;
+    assert!(DOCUMENT.starts_with(&format!("# The format on disk, version {version}\n")));
+    assert_eq!(meaning(DOCUMENT, "superblock::Head", "version"), format!("`FORMAT_VERSION`: {version}."));
+    for (structure, magic) in [
+        ("superblock::Head", superblock::MAGIC),
+        ("root::Head", root::MAGIC),
+        ("extent::TableHead", extent::TABLE_MAGIC),
+        ("extent::SummaryHead", extent::SUMMARY_MAGIC),
+        ("group::Head", group::MAGIC),
+        ("catalog::VolumeRecord", catalog::MAGIC),
+        ("catalog::VolumeRecord", catalog::MAGIC_CUT),
+    ] {
+        let text = std::str::from_utf8(&magic).expect("a magic is text").trim_end_matches('\0');
+        let stated = meaning(DOCUMENT, structure, "magic");
+        assert!(stated.contains(&format!("`{text}`")), "{structure}: {text} in the code, {stated} in the document");
+    }
+}
+
 /// Nothing lies between two fields, or it would be written to disk uninitialised.
 #[test]
 fn fields_touch() {

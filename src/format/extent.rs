@@ -13,8 +13,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// Extents that one table block describes.
 pub const TABLE_ROWS: u32 = 128;
-const TABLE_MAGIC: [u8; 8] = *b"CPTABLE\0";
-const SUMMARY_MAGIC: [u8; 8] = *b"CPSUMMRY";
+pub(super) const TABLE_MAGIC: [u8; 8] = *b"CPTABLE\0";
+pub(super) const SUMMARY_MAGIC: [u8; 8] = *b"CPSUMMRY";
 
 /// Head of a table block; [`TABLE_ROWS`] [`TableRow`]s follow.
 #[repr(C)]

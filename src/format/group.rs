@@ -20,7 +20,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub const RUNS_MAX: usize = 8;
 /// Bytes of the head; records follow.
 pub const HEAD_BYTES: usize = size_of::<Head>();
-const MAGIC: [u8; 8] = *b"CPGROUP\0";
+pub(super) const MAGIC: [u8; 8] = *b"CPGROUP\0";
 
 /// Consecutive LSNs.
 #[repr(C)]

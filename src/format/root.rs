@@ -12,7 +12,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// Volumes that a store can have, the catalog included.
 pub const VOLUMES_MAX: usize = 248;
-const MAGIC: [u8; 8] = *b"CPROOT\0\0";
+pub(super) const MAGIC: [u8; 8] = *b"CPROOT\0\0";
 
 /// The head; [`VOLUMES_MAX`] [`Child`]ren follow, one for each volume's tree.
 #[repr(C)]

@@ -19,7 +19,7 @@ pub const SUPERBLOCK_COPIES: u64 = 4;
 pub const SHARDS_MAX: usize = 64;
 /// The most virtual shards.
 pub const VSHARDS_MAX: usize = 512;
-const MAGIC: [u8; 8] = *b"COREPAGE";
+pub(super) const MAGIC: [u8; 8] = *b"COREPAGE";
 
 /// The fixed part.
 #[repr(C)]
