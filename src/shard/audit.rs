@@ -29,6 +29,8 @@ impl Shard {
             pages().filter(|page| page.dirty_from.is_some() && !page.queued).count(),
             0,
         )?;
+        let unneeded = pages().filter(|page| page.frame.is_none() && page.is_unreferenced()).count();
+        same("pages without memory to which nothing refers", unneeded, 0)?;
         let targets = pages().filter(|page| page.checkpoint_target != Lsn::ZERO).count();
         same("pages that the checkpoint waits for", self.checkpoint.pages_left, targets as u64)?;
 

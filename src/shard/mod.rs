@@ -27,6 +27,8 @@ mod event;
 mod groups;
 mod holds;
 mod lead;
+#[cfg(test)]
+mod memory_tests;
 mod message;
 mod order;
 mod pages;

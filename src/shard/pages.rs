@@ -76,7 +76,8 @@ impl Page {
         self.resolved && (!data || self.absent || self.frame.is_some())
     }
 
-    fn is_idle(&self) -> bool {
+    /// Whether nothing in the shard refers to it; readers may still hold its bytes.
+    pub fn is_unreferenced(&self) -> bool {
         self.holds == 0
             && self.captures == 0
             && self.slot.is_none()
@@ -86,7 +87,10 @@ impl Page {
             && !self.loading
             && self.leaf.is_none()
             && self.waiters.is_empty()
-            && self.frame.as_ref().is_none_or(|f| f.pins() == 0)
+    }
+
+    fn is_idle(&self) -> bool {
+        self.is_unreferenced() && self.frame.as_ref().is_none_or(|f| f.pins() == 0)
     }
 }
 
@@ -197,6 +201,22 @@ impl Shard {
         true
     }
 
+    /// Drops the entry of a page that has no memory once nothing refers to it: the map says the same of it. Called
+    /// wherever a reference ends, or a store whose clients ask for absent pages would grow without end.
+    pub(super) fn drop_unneeded(&mut self, idx: usize) {
+        let page = &self.table.pages[idx];
+        if page.frame.is_none() && page.is_unreferenced() && !planted!(AbsentKept) {
+            assert!(
+                page.lsn == page.mapped_lsn,
+                "{:?}: the map names {:?}, the newest is {:?}",
+                page.key,
+                page.mapped_lsn,
+                page.lsn
+            );
+            self.table.remove(idx);
+        }
+    }
+
     /// Registers that pending request `waiter` needs page `idx` (resolved; with its data if `data`). Returns true
     /// if it has it already; else the waiter is told later.
     pub(super) fn want(&mut self, idx: usize, data: bool, waiter: usize) -> bool {
@@ -300,7 +320,10 @@ impl Shard {
                         later.push(idx);
                     }
                 }
-                _ => page.loading = false,
+                _ => {
+                    page.loading = false;
+                    self.drop_unneeded(idx);
+                }
             }
         }
         self.memory_short |= !later.is_empty();
@@ -348,6 +371,7 @@ impl Shard {
         for idx in std::mem::take(&mut self.reads_wanted) {
             self.table.pages[idx].loading = false;
             self.fail_waiters(idx, error);
+            self.drop_unneeded(idx);
         }
         for wanted in std::mem::take(&mut self.nodes_wanted) {
             self.node_arrived(wanted, Err(error.clone()));
@@ -364,6 +388,7 @@ impl Shard {
             if page.frame.is_some() || page.absent || page.entry != Some(read.entry) {
                 // Changed or moved since: these bytes are not its content any more.
                 self.advance_page(read.page);
+                self.drop_unneeded(read.page);
                 continue;
             }
             let result = match &completion.result {
@@ -378,6 +403,7 @@ impl Shard {
                 }
                 Err(error) => self.fail_waiters(read.page, &error),
             }
+            self.drop_unneeded(read.page);
         }
     }
 
@@ -425,6 +451,7 @@ impl Shard {
                         Ok(()) => self.advance_page(idx),
                         Err(error) => self.fail_waiters(idx, error),
                     }
+                    self.drop_unneeded(idx);
                 }
                 NodeWaiter::Request(waiter) => self.need_met(waiter, result.clone().err()),
                 NodeWaiter::Move => self.node_move_read(result.clone().err()),

@@ -229,7 +229,7 @@ impl Shard {
         self.pending[waiter].missing += 1;
     }
 
-    /// Ends a request: its pages may go.
+    /// Ends a request: its pages may go, and those without memory are gone from the table afterwards.
     pub(super) fn release(&mut self, waiter: usize) -> Pending {
         let pending = self.pending.remove(waiter);
         for idx in &pending.pages {
@@ -251,6 +251,12 @@ impl Shard {
     }
 
     fn finish_read(&mut self, waiter: usize) {
+        // Before the release: the table keeps no entry of an absent page for which nobody asks.
+        let pages = self.pending[waiter].pages.iter().map(|idx| {
+            let page = &self.table.pages[*idx];
+            PageRef::new(page.frame.as_ref().map(|f| f.pin()), page.version())
+        });
+        let pages: SmallVec<[PageRef; 1]> = pages.collect();
         let pending = self.release(waiter);
         let token = pending.token.expect("a read has a token");
         if let Some(error) = pending.error {
@@ -260,13 +266,8 @@ impl Shard {
         if let PendingKind::Read(hits) = pending.kind {
             self.stats.cache_hits += u64::from(hits);
         }
-        self.stats.page_reads += pending.pages.len() as u64;
-        self.stats.bytes_read += (pending.pages.len() * BLOCK) as u64;
-        let pages = pending.pages.iter().map(|idx| {
-            let page = &self.table.pages[*idx];
-            PageRef::new(page.frame.as_ref().map(|f| f.pin()), page.version())
-        });
-        let pages = pages.collect();
+        self.stats.page_reads += pages.len() as u64;
+        self.stats.bytes_read += (pages.len() * BLOCK) as u64;
         self.reply(token, Ok(Response::Pages(pages)));
     }
 

@@ -237,12 +237,14 @@ impl Shard {
         }
     }
 
-    /// Unpins the map leaf of a page that has nothing on its way.
+    /// One thing less refers to the page. Without anything on its way it needs its map leaf no more, and without
+    /// memory no entry in the table: the index may be another page's afterwards.
     pub(super) fn unpin_if_clean(&mut self, idx: usize) {
         let page = &mut self.table.pages[idx];
         let clean = page.holds == 0 && page.captures == 0 && page.dirty_from.is_none() && page.slot.is_none();
         if clean && let Some(leaf) = page.leaf.take() {
             self.map.unpin(leaf);
         }
+        self.drop_unneeded(idx);
     }
 }

@@ -101,6 +101,8 @@ canaries! {
     RedoneUnsettled,
     /// Opening waits for space for ever where there is none for the pages of the recovery.
     OpeningWaitsForSpace,
+    /// The page table keeps an entry of every absent page that was ever asked for.
+    AbsentKept,
     /// Recovery leaves out that pages were freed.
     FreeNotRedone,
 }
