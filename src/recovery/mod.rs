@@ -309,4 +309,4 @@ fn mix(seed: u64) -> u64 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

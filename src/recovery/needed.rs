@@ -35,8 +35,8 @@ use crate::format::group::GroupHead;
 use crate::types::{BLOCK, Lsn, SegmentNo, ShardId};
 
 /// Blocks at the beginning of a segment that are looked at to see whether the epoch has used it: more than the first, so that one
-/// group that was lost does not hide those behind it.
-const BEGINNING_BLOCKS: u64 = 16;
+/// group that was lost does not hide those behind it. At most a sixteenth of the segment, so that looking costs little.
+const BEGINNING_BLOCKS_MAX: u64 = 16;
 
 /// The segments that one log has begun in this epoch, as far as they are still there.
 struct BegunSegments {
@@ -73,7 +73,7 @@ impl Logs {
                 segments.push((log.shard, segment));
             }
         }
-        let blocks = BEGINNING_BLOCKS.min(segment_blocks);
+        let blocks = (segment_blocks / 16).clamp(1, BEGINNING_BLOCKS_MAX);
         reader.bytes_read += segments.len() as u64 * blocks * BLOCK as u64;
         let range = |&(shard, segment): &_| Range { file: FileId::Log(shard, segment), offset: 0, blocks };
         let mut is_odd = false;
