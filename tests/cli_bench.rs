@@ -190,6 +190,23 @@ fn an_interrupted_bench_removes_what_it_made() {
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "it left its store behind");
 }
 
+/// Minutes of measuring are lost where the clean-up afterwards decides whether their result is shown: here the memory is full of
+/// the benchmark's own pages when its volume is deleted.
+#[test]
+fn a_result_is_printed_though_the_memory_is_full_when_its_volume_is_deleted() {
+    let dir = scratch("full");
+    for place in [&[][..], &["--dir", "mine"]] {
+        let arguments = ["read", "--size", "64M", "--memory", "16M", "--seconds", "1", "--format", "json"];
+        let output = bench_at(dir.path(), &[&arguments[..], place].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let told: Value = serde_json::from_slice(&output.stdout).expect("JSON alone");
+        assert!(told["verified"] == true && told["ops_per_s"].as_f64().is_some_and(|rate| rate > 0.0), "{told}");
+    }
+    let store = open(&dir.path().join("mine"));
+    assert_eq!(store.volumes().expect("they are listed").len(), 0);
+    store.close().expect("it closes");
+}
+
 /// Beside the others, since it takes a second for each of its depths.
 #[test]
 fn a_sweep_measures_each_depth_and_leaves_nothing_behind() {

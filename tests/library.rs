@@ -61,6 +61,7 @@ async fn one_of_each(dir: std::path::PathBuf) -> Result<()> {
     store.flush().await?;
     store.checkpoint().await?;
     store.delete_volume("disk").await?;
+    store.wait_freed().await?;
     store.close().await
 }
 
@@ -248,6 +249,7 @@ fn a_future_dropped_at_any_await_loses_nothing_submitted_and_leaks_nothing() {
         }
     }
     block_on(store.resize_volume("v", 100 * 4096)).unwrap();
+    block_on(store.wait_freed()).unwrap();
     assert_eq!(block_on(disk.allocated(id(0), id(u64::MAX), 10)).unwrap().ranges, [(id(0), id(99))]);
     // All pins are there: half of what a handle may hold, at once.
     let half: Vec<PageId> = (0..(32 << 20) / 4096 / 8).map(|n| id(n % 100)).collect();

@@ -163,6 +163,98 @@ fn a_hostile_control_client_hurts_only_itself() {
     assert!(served.stop().success(), "with a client connected");
 }
 
+fn freeing(dir: &Path) -> u64 {
+    let told = done(dir, &["stat", "--count", "1", "--format", "json"]);
+    let told: Value = serde_json::from_str(&told).expect("a line of JSON");
+    told["volumes_freeing"].as_u64().unwrap_or_else(|| panic!("{told}"))
+}
+
+/// Else a user reads "no memory is left" about a volume that is gone, and has its space back only after the next start.
+#[test]
+fn a_volume_whose_pages_fill_the_memory_is_deleted_and_its_space_comes_back_while_it_is_served() {
+    let dir = scratch("warm");
+    let served = Served::start_with(dir.path(), &["--nbd", "tcp:127.0.0.1:0", "--memory", "64M"]);
+    done(dir.path(), &["volume", "create", "y", "512M"]);
+    let mut client = common::nbd::Client::go(&served.address(), "y");
+    for at in (0..64 << 20).step_by(16 << 20) {
+        client.write(0, at, &vec![5; 16 << 20]);
+    }
+    client.flush();
+    for at in (0..64 << 20).step_by(16 << 20) {
+        assert!(client.read(at, 16 << 20).iter().all(|byte| *byte == 5));
+    }
+    assert_eq!(done(dir.path(), &["volume", "delete", "y", "--yes"]), "deleted y\n");
+    assert!(!done(dir.path(), &["volume", "list"]).contains("y "));
+    while freeing(dir.path()) > 0 {}
+    assert!(served.stop().success());
+    let store = Store::open(dir.path(), Options { memory_bytes: 64 << 20, ..Options::default() }).expect("it opens");
+    store.checkpoint().expect("it is alive");
+    let live = store.stats().expect("it is alive").blocks_live;
+    assert!(live < 2000, "{live} blocks are live in a store without pages");
+    store.close().expect("it closes");
+}
+
+/// A store of 60,000 pages in a volume `big`, closed.
+fn store_with_a_large_volume(dir: &Path) {
+    let store = Store::open(dir, Options { memory_bytes: 64 << 20, ..Options::default() }).expect("it opens");
+    let volume = store.create_volume("big", 1 << 30).expect("there is room");
+    for first in (0..60_000).step_by(1000) {
+        let page = |n| (PageId::new(n), corepage::Change::Put(vec![7; 4096].into()));
+        for part in (first..first + 1000).collect::<Vec<u64>>().chunks(100) {
+            let changes = part.iter().copied().map(page).collect();
+            volume.apply(changes, corepage::Durability::Buffered).expect("there is room");
+        }
+    }
+    store.close().expect("it closes");
+}
+
+fn is_empty_after_the_next_open(dir: &Path) {
+    let store = Store::open(dir, Options { memory_bytes: 64 << 20, ..Options::default() }).expect("it opens");
+    store.wait_freed().expect("pages can be freed");
+    store.checkpoint().expect("it is alive");
+    store.checkpoint().expect("it is alive");
+    let live = store.stats().expect("it is alive").blocks_live;
+    assert!(live < 2000, "{live} blocks are live in a store without pages");
+    store.close().expect("it closes");
+}
+
+/// Ctrl-C must not be the choice between waiting for minutes and a crash.
+#[test]
+fn deleting_a_large_volume_without_a_server_can_be_interrupted_and_is_finished_later() {
+    let dir = scratch("interrupted");
+    store_with_a_large_volume(dir.path());
+    let place = dir.path().to_str().expect("UTF-8");
+    let mut command = corepage(&["volume", "delete", "big", "--yes", "--dir", place]);
+    let (out, err) = (std::process::Stdio::piped(), std::process::Stdio::piped());
+    let mut child = command.stdout(out).stderr(err).spawn().expect("it runs");
+    let mut said = String::new();
+    let mut out = BufReader::new(child.stdout.take().expect("piped"));
+    out.read_line(&mut said).expect("it says something");
+    assert_eq!(said, "deleted big\n");
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("it runs");
+    let output = child.wait_with_output().expect("it is ours");
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(1) && text.starts_with("error: interrupted"), "{output:?}");
+    assert!(done(dir.path(), &["volume", "list"]).contains("no volumes"));
+    is_empty_after_the_next_open(dir.path());
+}
+
+/// A service manager kills a server that does not stop in time; a volume being deleted must not make it miss that.
+#[test]
+fn a_server_stops_while_a_large_volume_is_being_freed_and_the_next_start_goes_on() {
+    let dir = scratch("stopped");
+    store_with_a_large_volume(dir.path());
+    let served = Served::start_with(dir.path(), &["--nbd", "tcp:127.0.0.1:0", "--memory", "64M"]);
+    assert_eq!(done(dir.path(), &["volume", "delete", "big", "--yes"]), "deleted big\n");
+    assert!(served.stop().success());
+    let store = Store::open(dir.path(), Options { memory_bytes: 64 << 20, ..Options::default() }).expect("it opens");
+    assert!(store.recovery().clean, "it was not closed cleanly");
+    assert!(store.freeing_count() > 0, "the server stopped only when all was freed");
+    store.close().expect("it closes, too");
+    is_empty_after_the_next_open(dir.path());
+}
+
 /// Killed while a volume is being made smaller or deleted: it is whole, or it is cut; what was cut off never comes back, and what was
 /// not stays as it was.
 #[test]

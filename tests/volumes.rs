@@ -120,6 +120,7 @@ fn bytes_that_a_volume_gains_are_zeros_and_bytes_that_it_loses_take_no_space() {
     }
     block_on(store.resize_volume("v", bytes(1000))).unwrap();
     assert_eq!((volume.bytes(), early.bytes()), (bytes(1000), bytes(1000)), "handles know the size");
+    block_on(store.wait_freed()).unwrap();
     assert_eq!(allocated(&volume, 10), (0..1000).collect::<Vec<_>>());
     // A straggler: the library lets any page be written.
     block_on(volume.write(id(2000), page(7))).unwrap();
@@ -171,6 +172,7 @@ fn a_deleted_volume_is_gone_with_its_pages_and_its_handles_say_so() {
     assert_ne!(again.id(), volume.id(), "old handles must not reach the new volume");
     assert_eq!(allocated(&again, 10), []);
     block_on(store.delete_volume("v")).unwrap();
+    block_on(store.wait_freed()).unwrap();
     block_on(store.checkpoint()).unwrap();
     block_on(store.checkpoint()).unwrap();
     let after = block_on(store.stats()).unwrap().blocks_live;
@@ -190,6 +192,110 @@ fn a_deleted_volume_is_gone_with_its_pages_and_its_handles_say_so() {
         }
     }
     assert!(ids.contains(&old), "the number of the deleted volume is not free again");
+    block_on(store.close()).unwrap();
+}
+
+/// What is freed in the background is what is beyond the end, and nothing that a volume has gained again meanwhile: else a
+/// client's acknowledged pages vanish a moment after it was told that its disk has grown.
+#[test]
+fn pages_of_a_volume_that_shrinks_and_grows_again_are_never_freed_behind_its_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = block_on(Store::open(dir.path(), options())).unwrap();
+    let volume = block_on(store.create_volume("v", 8192 * 4096)).unwrap();
+    let (mut model, mut dice, mut end, mut overlaps) = (BTreeMap::new(), Dice(5), 8192, 0);
+    for round in 0..40 {
+        for n in 0..400 {
+            let at = dice.throw(end);
+            block_on(volume.write_back(id(at), page(round << 32 | n))).unwrap();
+            model.insert(at, round << 32 | n);
+        }
+        let smaller = 1 + dice.throw(end);
+        block_on(store.resize_volume("v", smaller * 4096)).unwrap();
+        model.retain(|at, _| *at < smaller);
+        overlaps += u32::from(store.freeing_count() > 0);
+        end = smaller + 1 + dice.throw(8192);
+        block_on(store.resize_volume("v", end * 4096)).unwrap();
+    }
+    assert!(overlaps > 10, "only {overlaps} of 40 times was the volume still being freed when it grew");
+    block_on(store.wait_freed()).unwrap();
+    assert_eq!(scanned(&volume), model.into_iter().collect::<Vec<_>>());
+    block_on(store.close()).unwrap();
+}
+
+/// A user who is told that the volume could not be deleted, and finds it gone with its space still taken, can do nothing about it.
+#[test]
+fn a_deletion_is_done_or_not_done_however_little_memory_is_free_and_its_pages_go_when_there_is_some() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = block_on(Store::open(dir.path(), options())).unwrap();
+    let kept = block_on(store.create_volume("kept", 1 << 30)).unwrap();
+    let old = block_on(store.create_volume("old", 1 << 30)).unwrap();
+    for n in 0..4096 {
+        block_on(kept.write_back(id(n), page(n))).unwrap();
+        block_on(old.write_back(id(n * 5), page(n))).unwrap();
+    }
+    block_on(store.checkpoint()).unwrap();
+    let before = block_on(store.stats()).unwrap().blocks_live;
+    // Readers hold all that can be held, each through a handle of its own.
+    let mut held = Vec::new();
+    'handles: for handle in 0..8 {
+        let other = store.clone();
+        let volume = block_on(other.volume("kept"));
+        let Ok(Some(volume)) = volume else { break };
+        for n in 0..512 {
+            match block_on(volume.read(id(handle * 512 + n))) {
+                Ok(page) => held.push(page),
+                Err(error) if error.kind() == ErrorKind::Busy => break 'handles,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+    assert!(held.len() > 1000, "only {} pages could be held", held.len());
+    match block_on(store.delete_volume("old")) {
+        Ok(()) => {}
+        Err(error) => {
+            assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
+            held.truncate(64);
+            assert!(block_on(store.volume("old")).unwrap().is_some(), "it was refused, and the volume is gone");
+            block_on(store.delete_volume("old")).unwrap();
+        }
+    }
+    assert!(block_on(old.read(id(0))).is_err_and(|error| error.kind() == ErrorKind::NotFound));
+    drop(held);
+    block_on(store.wait_freed()).unwrap();
+    assert_eq!(store.freeing_count(), 0);
+    block_on(store.checkpoint()).unwrap();
+    block_on(store.checkpoint()).unwrap();
+    let after = block_on(store.stats()).unwrap().blocks_live;
+    assert!(after + 4096 <= before, "{before} blocks before, {after} after");
+    block_on(store.close()).unwrap();
+}
+
+/// A program that deletes a volume and ends must not hang, nor find its store in use when it opens it once more.
+#[test]
+fn a_store_whose_last_handle_goes_while_pages_are_freed_can_be_opened_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    for round in 0..6u64 {
+        let store = block_on(Store::open(dir.path(), options())).unwrap();
+        let volume = block_on(store.create_volume(&format!("v{round}"), 1 << 30)).unwrap();
+        for n in 0..2000 {
+            block_on(volume.write_back(id(n * 3), page(n))).unwrap();
+        }
+        block_on(store.delete_volume(volume.name())).unwrap();
+        match round % 3 {
+            0 => drop(store),
+            1 => block_on(store.close()).unwrap(),
+            _ => {
+                block_on(store.wait_freed()).unwrap();
+                assert_eq!(block_on(store.volumes()).unwrap().len(), 0);
+            }
+        }
+    }
+    let store = block_on(Store::open(dir.path(), options())).unwrap();
+    block_on(store.wait_freed()).unwrap();
+    block_on(store.checkpoint()).unwrap();
+    block_on(store.checkpoint()).unwrap();
+    let live = block_on(store.stats()).unwrap().blocks_live;
+    assert!(live < 500, "{live} blocks are live in a store without volumes");
     block_on(store.close()).unwrap();
 }
 

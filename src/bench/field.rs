@@ -9,10 +9,15 @@ use corepage::queue::{Op, Queue};
 use corepage::{Error, ErrorKind, Options, PageId, Result, Store, Volume};
 use futures_lite::future::block_on;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 /// Writes under way while it is sown.
 const SOWN_AT_A_TIME: usize = 256;
+/// Between two tries while the store is busy, and two looks at whether it has done something.
+const PAUSE: Duration = Duration::from_millis(5);
+/// Tries before a busy store is an error: about a minute.
+const TRIES: usize = 12_000;
 /// The volume's name.
 pub const NAME: &str = "corepage-bench";
 
@@ -51,16 +56,25 @@ impl Field {
     /// Writes every page once. `progress` hears how many are, and can end it.
     pub fn sow(&self, mut progress: impl FnMut(u64) -> Result<()>) -> Result<()> {
         let mut queue = Queue::new(&self.store, SOWN_AT_A_TIME)?;
-        let (mut next, mut done, mut out) = (0, 0, Vec::new());
+        let (mut next, mut done, mut out, mut again) = (0, 0, Vec::new(), Vec::new());
+        let op = |n| (n, Op::write_back(&self.volume, PageId::new(n), page::whole(n, 0)));
         while done < self.pages {
-            let op = |n| (n, Op::write_back(&self.volume, PageId::new(n), page::whole(n, 0)));
             next += queue.submit_batch((next..self.pages).map(op)) as u64;
             queue.wait(1, None, &mut out)?;
             for completion in out.drain(..) {
-                completion.result?;
-                done += 1;
+                match completion.result {
+                    Ok(_) => done += 1,
+                    Err(error) if error.kind() == ErrorKind::Busy => again.push(completion.tag),
+                    Err(error) => return Err(error),
+                }
             }
             progress(done)?;
+            if !again.is_empty() {
+                std::thread::sleep(PAUSE);
+                let refused = std::mem::take(&mut again);
+                let taken = queue.submit_batch(refused.iter().copied().map(op));
+                again.extend_from_slice(&refused[taken..]);
+            }
         }
         block_on(self.store.checkpoint()).map(drop)
     }
@@ -114,10 +128,18 @@ impl Field {
         Ok(())
     }
 
-    /// Deletes the volume and closes the store.
-    pub fn clear(self) -> Result<()> {
-        let deleted = block_on(self.store.delete_volume(NAME));
+    /// Deletes the volume, waits until its pages are freed, or `stop` is set, and closes the store.
+    pub fn clear(self, stop: &AtomicBool) -> Result<()> {
+        let deleted = until_not_busy(|| self.store.delete_volume(NAME));
+        while self.store.freeing_count() > 0 && !stop.load(Ordering::Relaxed) {
+            std::thread::sleep(PAUSE);
+        }
         block_on(self.store.close()).and(deleted)
+    }
+
+    /// Closes a store that is removed with all that is in it.
+    pub fn close(self) -> Result<()> {
+        block_on(self.store.close())
     }
 }
 
@@ -137,7 +159,19 @@ fn prepared(store: &Store, bytes: u64) -> Result<Volume> {
             }
         }
         drop(scan);
-        block_on(store.delete_volume(NAME))?;
+        until_not_busy(|| store.delete_volume(NAME))?;
+        block_on(store.wait_freed())?;
     }
-    block_on(store.create_volume(NAME, bytes))
+    until_not_busy(|| store.create_volume(NAME, bytes))
+}
+
+/// Asks a busy store again, within bounds.
+fn until_not_busy<T, F: Future<Output = Result<T>>>(ask: impl Fn() -> F) -> Result<T> {
+    for _ in 1..TRIES {
+        match block_on(ask()) {
+            Err(error) if error.kind() == ErrorKind::Busy => std::thread::sleep(PAUSE),
+            result => return result,
+        }
+    }
+    block_on(ask())
 }

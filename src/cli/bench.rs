@@ -1,12 +1,13 @@
 //! `corepage bench`: how fast a store is on this machine.
 //!
 //! ```text
-//! sow (every page written once) ─> warm ─> measure ─> close, open, verify every page ─> remove what was made ─> print
+//! sow (every page written once) ─> warm ─> measure ─> close, open, verify every page ─> print ─> remove what was made
 //! ```
 //! 1. It works on a volume of its own, `corepage-bench`, and removes it, after an error or a signal too; without `--dir` in a
 //!    store of its own, which it removes. Only where pages hold what they must not does all of it stay, for a look.
 //! 2. Standard output holds results only; progress goes to stderr, and only to a terminal.
-//! 3. A result that could not be verified is no result: exit code 1.
+//! 3. A result that could not be verified is no result: exit code 1. One that was is printed, whatever happens afterwards:
+//!    where the volume could not be removed that is a warning, and the exit code stays 0.
 //! 4. SIGINT and SIGTERM end it cleanly; a second one at once.
 
 use super::{Failure, Format, size};
@@ -149,18 +150,26 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         return Err(Failure::new(text));
     }
     let field = Arc::into_inner(field).ok_or_else(|| Failure::new("a task of the benchmark has not ended"))?;
-    let cleared = field.clear();
-    let points = outcome?;
-    cleared?;
-    drop(own);
+    let printed = outcome.map_err(Failure::from).and_then(|points| print(arguments, &points, &machine, &store));
+    if own.is_some() {
+        // All of it goes with its directory.
+        field.close().unwrap_or_else(|error| eprintln!("warning: the store was not closed cleanly: {error}"));
+    } else if let Err(error) = field.clear(&stop) {
+        eprintln!("warning: the volume {NAME} may be left in {}, the next benchmark removes it: {error}", dir.display());
+    }
+    printed?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print(arguments: &Arguments, points: &[Point], machine: &Machine, store: &str) -> Result<(), Failure> {
     let text = match arguments.format {
         Format::Json => {
-            serde_json::to_string_pretty(&in_json(arguments, &points, &machine, &store)).map_err(Failure::new)? + "\n"
+            serde_json::to_string_pretty(&in_json(arguments, points, machine, store)).map_err(Failure::new)? + "\n"
         }
-        Format::Human => for_people(arguments, &points, &store),
+        Format::Human => for_people(arguments, points, store),
     };
     let _ = std::io::stdout().lock().write_all(text.as_bytes());
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 /// From the first page written to the last one verified. `Corrupt`: some page holds what it must not.

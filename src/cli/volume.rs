@@ -2,6 +2,12 @@
 //!
 //! 1. If a server has the store open, it is asked through its control socket; else the store is opened here, and closed cleanly.
 //! 2. What loses data needs `--yes`, or a yes at the terminal.
+//! 3. A volume is deleted, or smaller, once that is durable: this is said, whatever becomes of freeing its pages. A server
+//!    frees them in the background. In a store opened here they are waited for; SIGINT and SIGTERM end that, the next open
+//!    of the store goes on with it.
+
+// Waiting takes real time.
+#![allow(clippy::disallowed_methods)]
 
 use super::control::Connection;
 use super::{Failure, Format, size};
@@ -10,9 +16,16 @@ use comfy_table::{CellAlignment, Table, TableStyle};
 use corepage::{Options, Store};
 use futures_lite::future::block_on;
 use serde_json::Value;
+use signal_hook::consts::{SIGINT, SIGTERM};
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// Between two looks at whether pages are left to be freed, or a signal has come.
+const LOOK_PAUSE: Duration = Duration::from_millis(10);
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -50,7 +63,8 @@ enum Action {
         #[arg(long)]
         yes: bool,
     },
-    /// Delete a volume with all that is in it
+    /// Delete a volume with all that is in it. A server frees its pages in the background (`stat --format json` counts such
+    /// volumes); without one this waits for it, unless it is interrupted: then the next start goes on
     Delete {
         /// Its name
         name: String,
@@ -92,6 +106,21 @@ impl Access {
         serde_json::from_value(volumes).map_err(|error| Failure::new(format_args!("the server answers oddly: {error}")))
     }
 
+    /// Waits until what was deleted takes no space any more.
+    fn wait_freed(&self, stop: &AtomicBool) -> Result<(), Failure> {
+        let Access::Own(store) = self else { return Ok(()) };
+        while store.freeing_count() > 0 {
+            if stop.load(Ordering::Relaxed) {
+                return Err(Failure::new("interrupted: the rest of its pages is freed when the store is opened next"));
+            }
+            std::thread::sleep(LOOK_PAUSE);
+        }
+        if let Err(error) = block_on(store.wait_freed()) {
+            eprintln!("warning: not all of its pages could be freed, the next open of the store tries again: {error}");
+        }
+        Ok(())
+    }
+
     fn close(self) -> Result<(), Failure> {
         match self {
             Access::Server(_) => Ok(()),
@@ -103,7 +132,15 @@ impl Access {
 /// Does it.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let mut access = Access::open(&arguments.dir)?;
-    let outcome = act(&arguments.action, &mut access);
+    // A store opened here is closed cleanly; a second signal ends the process at once.
+    let stop = Arc::new(AtomicBool::new(false));
+    if matches!(access, Access::Own(_)) {
+        for signal in [SIGINT, SIGTERM] {
+            signal_hook::flag::register_conditional_shutdown(signal, 1, stop.clone())?;
+            signal_hook::flag::register(signal, stop.clone())?;
+        }
+    }
+    let outcome = act(&arguments.action, &mut access).and_then(|()| access.wait_freed(&stop));
     let closed = access.close();
     outcome?;
     closed?;

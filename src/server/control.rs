@@ -8,12 +8,16 @@
 //! 2. At most [`CONNECTIONS_MAX`] clients, each with a thread; one that has not sent a whole line within
 //!    [`PATIENCE`], or taken its answer, is cut off.
 //! 3. Only the owner of the store can connect: the socket has mode 0600.
+//! 4. A busy store is asked again for up to [`BUSY_LIMIT`]. What a stopping server is still asked for is not waited for:
+//!    changes of volumes that have begun go on in the store, or at its next open.
 //!
 //! It knows nothing of what the figures mean.
 
 use super::nbd::{Deadline, Listener, Socket};
 use corepage::metrics::ShardStats;
-use corepage::{Error, Store};
+use corepage::{Error, ErrorKind, Store};
+use event_listener::Event;
+use futures_lite::FutureExt;
 use futures_lite::future::block_on;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -31,6 +35,9 @@ pub const SOCKET_NAME: &str = "control.sock";
 const LINE_BYTES_MAX: u64 = 4096;
 const CONNECTIONS_MAX: usize = 16;
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a request waits for a busy store, and for how long between tries.
+const BUSY_LIMIT: Duration = Duration::from_secs(60);
+const BUSY_PAUSE: Duration = Duration::from_millis(5);
 /// Between two tries to accept when the process has run out of descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
@@ -63,17 +70,35 @@ pub struct VolumeLine {
 
 /// Does what is asked, of a store that is open here.
 pub fn perform(store: &Store, request: &Request) -> Result<Value, Error> {
+    block_on(patiently(store, request))
+}
+
+/// A busy store is asked again, within bounds.
+async fn patiently(store: &Store, request: &Request) -> Result<Value, Error> {
+    let begun = Instant::now();
+    loop {
+        match attempt(store, request).await {
+            Err(error) if error.kind() == ErrorKind::Busy && begun.elapsed() < BUSY_LIMIT => {
+                std::thread::sleep(BUSY_PAUSE);
+                // Whoever waits for something else beside this gets to see it.
+                futures_lite::future::yield_now().await;
+            }
+            result => return result,
+        }
+    }
+}
+
+async fn attempt(store: &Store, request: &Request) -> Result<Value, Error> {
     match request {
-        Request::Stats { shards } => return stats(store, *shards, &mut None),
+        Request::Stats { shards } => return stats(store, *shards, &mut None).await,
         Request::Volumes => {
-            let volumes = block_on(store.volumes())?;
             let line =
                 |v: &corepage::Volume| VolumeLine { name: v.name().into(), bytes: v.bytes(), number: v.id().get() };
-            return Ok(json!(volumes.iter().map(line).collect::<Vec<_>>()));
+            return Ok(json!(store.volumes().await?.iter().map(line).collect::<Vec<_>>()));
         }
-        Request::Create { name, bytes } => block_on(store.create_volume(name, *bytes)).map(drop)?,
-        Request::Resize { name, bytes } => block_on(store.resize_volume(name, *bytes))?,
-        Request::Delete { name } => block_on(store.delete_volume(name))?,
+        Request::Create { name, bytes } => store.create_volume(name, *bytes).await.map(drop)?,
+        Request::Resize { name, bytes } => store.resize_volume(name, *bytes).await?,
+        Request::Delete { name } => store.delete_volume(name).await?,
     }
     Ok(Value::Null)
 }
@@ -89,6 +114,8 @@ struct Shared {
     store: Store,
     count: AtomicUsize,
     stopping: AtomicBool,
+    /// Told when `stopping` is set.
+    stops: Event,
     sockets: Mutex<Vec<Weak<Socket>>>,
 }
 
@@ -97,7 +124,7 @@ impl Control {
     pub fn start(listener: Listener, store: Store) -> io::Result<Control> {
         let listener = Arc::new(listener);
         let (count, stopping, sockets) = Default::default();
-        let shared = Arc::new(Shared { store, count, stopping, sockets });
+        let shared = Arc::new(Shared { store, count, stopping, stops: Event::new(), sockets });
         let (own, at) = (shared.clone(), listener.clone());
         let thread = std::thread::Builder::new().name("control".into()).spawn(move || accept(&at, &own))?;
         Ok(Control { shared, listener, thread: Some(thread) })
@@ -105,9 +132,10 @@ impl Control {
 }
 
 impl Drop for Control {
-    /// Ends it: what is being done for clients is finished, nothing more is begun.
+    /// Ends it: clients that wait for the store are told that it stops, nothing more is begun.
     fn drop(&mut self) {
         self.shared.stopping.store(true, Ordering::Release);
+        self.shared.stops.notify(usize::MAX);
         self.listener.wake();
         let _ = self.thread.take().map(JoinHandle::join);
         for socket in self.shared.lock().drain(..).filter_map(|socket| socket.upgrade()) {
@@ -122,6 +150,21 @@ impl Drop for Control {
 impl Shared {
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Weak<Socket>>> {
         self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Shared {
+    /// Waits for an answer of the store, but not longer than until the server stops.
+    fn unless_stopping(&self, work: impl Future<Output = Result<Value, Error>>) -> Result<Value, Error> {
+        let stops = async {
+            let stops = self.stops.listen();
+            if !self.stopping.load(Ordering::Acquire) {
+                stops.await;
+            }
+            let text = "the server is stopping; whether this was done shows when the store is served again";
+            Err(Error::new(ErrorKind::Closed, text))
+        };
+        block_on(work.or(stops))
     }
 }
 
@@ -182,8 +225,10 @@ fn serve(socket: &Socket, shared: &Shared) -> io::Result<()> {
                 (json!({ "error": "a request is one line of at most 4096 bytes" }), false)
             }
             Err(error) => (json!({ "error": format!("not a request: {error}") }), true),
-            Ok(Request::Stats { shards }) => (said(stats(&shared.store, shards, &mut last)), true),
-            Ok(request) => (said(perform(&shared.store, &request)), true),
+            Ok(Request::Stats { shards }) => {
+                (said(shared.unless_stopping(stats(&shared.store, shards, &mut last))), true)
+            }
+            Ok(request) => (said(shared.unless_stopping(patiently(&shared.store, &request))), true),
         };
         let out = lines.get_mut();
         out.restart(PATIENCE);
@@ -213,13 +258,14 @@ fn said(result: Result<Value, Error>) -> Value {
 type Told = (Instant, Vec<ShardStats>);
 
 /// Totals, and what was counted since the last time; the first time since the store was opened.
-fn stats(store: &Store, by_shard: bool, last: &mut Option<Told>) -> Result<Value, Error> {
-    let (now, shards) = (Instant::now(), block_on(store.shard_stats())?);
+async fn stats(store: &Store, by_shard: bool, last: &mut Option<Told>) -> Result<Value, Error> {
+    let (now, shards) = (Instant::now(), store.shard_stats().await?);
     let before = last.take();
     let seconds = before.as_ref().map(|(then, _)| now.duration_since(*then).as_secs_f64());
     let before = before.map(|(_, shards)| shards).unwrap_or_default();
     let mut answer = figures(&sum(&shards), &sum(&before));
     answer["seconds"] = json!(seconds);
+    answer["volumes_freeing"] = json!(store.freeing_count());
     if by_shard {
         let none = ShardStats::default();
         let each = shards.iter().enumerate().map(|(n, shard)| figures(shard, before.get(n).unwrap_or(&none)));

@@ -111,6 +111,16 @@ impl Store {
         wait(self.0.delete_volume(name))
     }
 
+    /// As [`crate::Store::wait_freed`].
+    pub fn wait_freed(&self) -> Result<()> {
+        wait(self.0.wait_freed())
+    }
+
+    /// As [`crate::Store::freeing_count`].
+    pub fn freeing_count(&self) -> usize {
+        self.0.freeing_count()
+    }
+
     /// As [`crate::Store::begin`].
     pub fn begin(&self) -> Txn {
         Txn(self.0.begin())

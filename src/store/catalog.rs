@@ -3,10 +3,12 @@
 //! ```text
 //! record of a volume:  none --create--> whole --shrink--> cut at the new size --pages freed--> whole
 //!                                         |--delete--> cut at 0, no name --pages freed--> stays until the next open --> none
+//!                                                      ^ answered here; `freeing` does the rest in the background
 //! ```
 //! Invariants
 //! 1. Records are pages of the catalog (volume 0), changed by ordinary transactions: each step is atomic and durable.
 //! 2. A cut record says that pages from its size on are to be freed. A crash leaves it, and the next open goes on.
+//!    Once it is durable the caller has the answer: no error of the freeing can take it back.
 //! 3. Bytes that a volume gains are zeros: what a straggler wrote there since it was made smaller is freed first.
 //! 4. The number of a deleted volume is given again only after the store was opened anew: handles of the old one may be about.
 
@@ -48,6 +50,26 @@ impl Shared {
             self.deleted.store(volume.name.is_empty(), Ordering::Release);
         }
     }
+}
+
+/// How far the pages behind a volume's end are freed: all from its end, which was at `from_bytes`, up to `next`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Cursor {
+    from_bytes: u64,
+    next: PageId,
+}
+
+impl Cursor {
+    /// The page to go on with if the volume ends at `bytes` now: never one of its own, and none is passed over.
+    fn go_on(cursor: Option<Cursor>, bytes: u64) -> PageId {
+        let end = page_behind(bytes);
+        cursor.filter(|cursor| cursor.from_bytes <= bytes).map_or(end, |cursor| cursor.next.max(end))
+    }
+}
+
+/// The first page that has none of the first `bytes` bytes.
+fn page_behind(bytes: u64) -> PageId {
+    PageId::new(bytes.div_ceil(BLOCK as u64))
 }
 
 /// A record as it was read.
@@ -135,12 +157,12 @@ impl Store {
     }
 
     /// Makes volume `name` larger or smaller; durable on return. Bytes gained are zeros. Bytes lost are lost: their pages are
-    /// freed before this returns, or, after a crash, in the background once the store is open again. Writes beyond the end that
-    /// are under way meanwhile may be lost too. Dropping the future does not stop it.
+    /// freed in the background, after a crash or a close once the store is open again ([`wait_freed`](Self::wait_freed) waits
+    /// for it). Writes beyond the end that are under way meanwhile may be lost too. Dropping the future does not stop it.
     ///
     /// # Errors
-    /// `NotFound`: no such volume. `Invalid`: the size is no multiple of 4,096. Else as [`Volume::free_range`]; the size may
-    /// be changed then, and the same call once more goes on.
+    /// `NotFound`: no such volume. `Invalid`: the size is no multiple of 4,096. `Full`, `Busy`: nothing was changed. Growing:
+    /// as [`Volume::free_range`], too, since pages beyond the old end that were not freed yet are freed first.
     pub async fn resize_volume(&self, name: &str, bytes: u64) -> Result<()> {
         check_size(bytes)?;
         let (store, name) = (self.same_handle(), name.to_string());
@@ -151,22 +173,25 @@ impl Store {
         let (record, volume) = self.record(name).await?;
         let smaller = bytes < volume.bytes;
         if bytes > volume.bytes {
-            self.free_from(record.id(), volume.bytes).await?;
-        } else if !smaller && !volume.is_cut {
+            self.free_between(record.id(), volume.bytes, bytes).await?;
+        } else if !smaller {
             return Ok(());
         }
         let new = catalog::Volume { bytes, is_cut: smaller || volume.is_cut, ..volume };
         let lsn = self.put_record(vec![(record.key, record.lsn)], record.key, Some(&new)).await?;
         self.shared(record.id()).learn(lsn, &new);
-        self.finish_cut(record.key).await
+        if smaller {
+            self.free_in_background(record.key, false);
+        }
+        Ok(())
     }
 
-    /// Deletes volume `name` with all its pages; durable on return. The pages are freed before this returns, or, after a crash,
-    /// in the background once the store is open again. Handles to it get `NotFound` from now on. Dropping the future does not
-    /// stop it.
+    /// Deletes volume `name` with all its pages; durable on return. The pages are freed in the background, after a crash or a
+    /// close once the store is open again ([`wait_freed`](Self::wait_freed) waits for it). Handles to it get `NotFound` from now
+    /// on. Dropping the future does not stop it.
     ///
     /// # Errors
-    /// `NotFound`: no such volume. Else as [`Volume::free_range`]; it is deleted then, and the next open frees the rest.
+    /// `NotFound`: no such volume. `Full`, `Busy`: nothing was done.
     pub async fn delete_volume(&self, name: &str) -> Result<()> {
         let (store, name) = (self.same_handle(), name.to_string());
         self.detached(async move || until_no_conflict!(store.try_delete(&name))).await
@@ -177,7 +202,26 @@ impl Store {
         let grave = catalog::Volume { name: String::new(), bytes: 0, is_cut: true };
         let lsn = self.put_record(vec![(record.key, record.lsn)], record.key, Some(&grave)).await?;
         self.shared(record.id()).learn(lsn, &grave);
-        self.free_from(record.id(), 0).await
+        self.free_in_background(record.key, false);
+        Ok(())
+    }
+
+    /// Returns when the pages of all volumes that were deleted or made smaller are freed. What was freed takes no space after
+    /// the next checkpoint.
+    ///
+    /// # Errors
+    /// `Corrupt`, `Io`: of the page map; pages are left to the next open. `Closed`: likewise.
+    pub async fn wait_freed(&self) -> Result<()> {
+        self.inner.freeing.wait().await
+    }
+
+    /// How many volumes were deleted or made smaller and have pages left that are being freed in the background.
+    pub fn freeing_count(&self) -> usize {
+        self.inner.freeing.count()
+    }
+
+    fn free_in_background(&self, key: PageKey, frees_number: bool) {
+        self.inner.freeing.add(self.own_handle(), key, frees_number);
     }
 
     /// Runs one change of volumes after another, each to its end.
@@ -196,72 +240,53 @@ impl Store {
     /// Goes on with what was under way when the store was left, in the background: frees pages of deleted and shortened volumes.
     /// Numbers of deleted ones are free afterwards: no handle to them exists.
     pub(super) async fn begin_finishing(&self) -> Result<()> {
-        let cut = |record: &Record| record.volume.as_ref().is_some_and(|volume| volume.is_cut);
-        let cut: Vec<Record> = self.records().await?.into_iter().filter(cut).collect();
-        if cut.is_empty() {
-            return Ok(());
-        }
-        let (inner, resizing, pins) = (Arc::downgrade(&self.inner), self.inner.resizing.clone(), self.pins.another());
-        // The task must not keep the store open: it looks in between whether it still is.
-        let store = move || inner.upgrade().map(|inner| Store { inner, pins: pins.clone() });
-        let task = self.on_shard(0, move |_| async move {
-            for record in cut {
-                let key = record.key;
+        for record in self.records().await? {
+            if record.volume.as_ref().is_some_and(|volume| volume.is_cut) {
                 // One that is deleted only now keeps its number: handles to it may be about.
-                let frees_number = record.is_named("");
-                let _alone = resizing.lock().await;
-                let mut next = None;
-                while let Some(store) = store() {
-                    match store.cut_some(key, next, frees_number).await {
-                        Ok(None) => break,
-                        Ok(more) => next = more,
-                        Err(error) if error.kind() == ErrorKind::Conflict => {}
-                        Err(error) => {
-                            tracing::warn!(%error, volume = key.page.get(), "pages of a volume that was cut are left");
-                            break;
-                        }
-                    }
-                }
+                self.free_in_background(record.key, record.is_named(""));
             }
-        })?;
-        drop(task);
-        Ok(())
-    }
-
-    async fn finish_cut(&self, key: PageKey) -> Result<()> {
-        let mut next = self.cut_some(key, None, false).await?;
-        while next.is_some() {
-            next = self.cut_some(key, next, false).await?;
         }
         Ok(())
     }
 
-    /// Frees some of the pages behind the end of a volume, from `next` on, and ends its cut with the last; where to go on. The
-    /// number of a deleted one is free then only if `frees_number`.
-    async fn cut_some(&self, key: PageKey, next: Option<PageId>, frees_number: bool) -> Result<Option<PageId>> {
+    /// A bounded part of the work for a record; where to go on, or `None` if that was all. Nobody changes the size of a volume
+    /// meanwhile: it could grow over pages that are about to be freed.
+    pub(super) async fn free_step(
+        &self,
+        key: PageKey,
+        cursor: Option<Cursor>,
+        frees_number: bool,
+    ) -> Result<Option<Cursor>> {
+        let _alone = self.inner.resizing.lock().await;
+        self.cut_some(key, cursor, frees_number).await
+    }
+
+    /// Frees some of the pages behind the end of a volume, and ends its cut with the last; where to go on. The number of a
+    /// deleted one is free then only if `frees_number`.
+    async fn cut_some(&self, key: PageKey, cursor: Option<Cursor>, frees_number: bool) -> Result<Option<Cursor>> {
         let Some(page) = self.read(&[key]).await?.pop().filter(|page| !page.is_absent()) else { return Ok(None) };
         let (id, volume) = (VolumeId::new(key.page.get() as u8), decode(key, &page)?);
         if !volume.is_cut {
             return Ok(None);
         }
-        let first = next.unwrap_or(PageId::new(volume.bytes.div_ceil(BLOCK as u64)));
-        let next = self.free_some(id, first, PageId::new(u64::MAX)).await?;
-        if next.is_none() {
-            self.flush().await?;
-            if volume.name.is_empty() && !frees_number {
-                return Ok(None);
-            }
-            let whole = (!volume.name.is_empty()).then_some(catalog::Volume { is_cut: false, ..volume });
-            let lsn = self.put_record(vec![(key, page.lsn())], key, whole.as_ref()).await?;
-            whole.into_iter().for_each(|whole| self.shared(id).learn(lsn, &whole));
+        let first = Cursor::go_on(cursor, volume.bytes);
+        if let Some(next) = self.free_some(id, first, PageId::new(u64::MAX)).await? {
+            return Ok(Some(Cursor { from_bytes: volume.bytes, next }));
         }
-        Ok(next)
+        self.flush().await?;
+        if volume.name.is_empty() && !frees_number {
+            return Ok(None);
+        }
+        let whole = (!volume.name.is_empty()).then_some(catalog::Volume { is_cut: false, ..volume });
+        let lsn = self.put_record(vec![(key, page.lsn())], key, whole.as_ref()).await?;
+        whole.into_iter().for_each(|whole| self.shared(id).learn(lsn, &whole));
+        Ok(None)
     }
 
-    /// Frees the pages of a volume from `bytes` on; durable on return.
-    async fn free_from(&self, id: VolumeId, bytes: u64) -> Result<()> {
-        let first = PageId::new(bytes.div_ceil(BLOCK as u64));
-        self.free_pages(id, first, PageId::new(u64::MAX)).await?;
+    /// Frees the pages of a volume from `bytes` up to `end_bytes`; durable on return.
+    async fn free_between(&self, id: VolumeId, bytes: u64, end_bytes: u64) -> Result<()> {
+        let Some(last) = page_behind(end_bytes).get().checked_sub(1) else { return Ok(()) };
+        self.free_pages(id, page_behind(bytes), PageId::new(last)).await?;
         self.flush().await.map(drop)
     }
 
@@ -320,6 +345,19 @@ mod tests {
     use crate::options::Options;
     use futures_lite::future::block_on;
 
+    /// Going on at the wrong page frees what a volume has gained again, or leaves what it has lost.
+    #[test]
+    fn freeing_goes_on_behind_the_end_of_the_volume_as_it_is_now() {
+        let cursor = |from: u64, next| Some(Cursor { from_bytes: from * BLOCK as u64, next: PageId::new(next) });
+        let first = |cursor, pages: u64| Cursor::go_on(cursor, pages * BLOCK as u64).get();
+        assert_eq!(first(None, 10), 10);
+        assert_eq!(first(cursor(10, 50), 10), 50, "where it stopped");
+        assert_eq!(first(cursor(10, 50), 80), 80, "it has grown beyond that");
+        assert_eq!(first(cursor(10, 50), 20), 50, "it has grown less far");
+        assert_eq!(first(cursor(10, 50), 5), 5, "it has shrunk again");
+        assert_eq!(Cursor::go_on(None, 4097).get(), 2, "a page that is its own in part stays");
+    }
+
     /// A volume whose shortening a crash has left, and that is deleted before the store has gone on with it: given its number
     /// again, a new volume would get what old handles write.
     #[test]
@@ -334,6 +372,7 @@ mod tests {
         block_on(store.put_record(vec![(key, record().lsn)], key, Some(&cut))).expect("it is cut");
         let before = record();
         block_on(store.delete_volume("v")).expect("it goes");
+        block_on(store.wait_freed()).expect("its pages go");
         // What the background does with what it has found at the open.
         assert_eq!(block_on(store.cut_some(key, None, before.is_named(""))).expect("its pages are freed"), None);
         assert!(record().volume.is_some_and(|volume| volume.name.is_empty()), "its number is free");

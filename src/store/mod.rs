@@ -10,6 +10,7 @@
 
 pub mod blocking;
 mod catalog;
+mod freeing;
 mod on_shard;
 pub mod queue;
 mod read;
@@ -18,6 +19,7 @@ mod space;
 mod txn;
 mod volume;
 
+use freeing::{Freeing, Handles};
 pub use on_shard::ShardHandle;
 pub use scan::Scan;
 pub use space::Allocated;
@@ -49,6 +51,8 @@ const PINS_SHARE: u64 = 4;
 /// Volumes, transactions and scans belong to the handle that they were made from: it may hold pins of a quarter of the memory,
 /// a clone of it as many of its own.
 pub struct Store {
+    /// What a caller's handle has, and the engine's own have not. Before `inner`: it goes first.
+    handles: Option<Arc<Handles>>,
     inner: Arc<Inner>,
     pins: Arc<Pins>,
 }
@@ -59,13 +63,14 @@ struct Inner {
     closing: Mutex<bool>,
     /// What all handles to each volume share.
     volumes: Box<[Arc<catalog::Shared>]>,
-    /// Held while a volume is made smaller, larger or deleted.
+    /// Held while a volume is made smaller, larger or deleted, and while some of its pages are freed.
     resizing: Arc<async_lock::Mutex<()>>,
+    freeing: Arc<Freeing>,
 }
 
 impl Clone for Store {
     fn clone(&self) -> Self {
-        Store { inner: self.inner.clone(), pins: self.pins.another() }
+        Store { handles: self.handles.clone(), inner: self.inner.clone(), pins: self.pins.another() }
     }
 }
 
@@ -89,7 +94,10 @@ impl Store {
         let runtime = Runtime::start(dir.as_ref().to_path_buf(), options).await?;
         let volumes = (0..VOLUMES_MAX).map(|_| Arc::default()).collect();
         let (closing, resizing) = Default::default();
-        let store = Store { inner: Arc::new(Inner { runtime, read_pages, closing, volumes, resizing }), pins };
+        let freeing = Arc::<Freeing>::default();
+        let handles = Some(Arc::new(Handles(freeing.clone())));
+        let inner = Arc::new(Inner { runtime, read_pages, closing, volumes, resizing, freeing });
+        let store = Store { handles, inner, pins };
         if let Err(error) = store.begin_finishing().await {
             // Volumes whose records can be read are of use all the same.
             tracing::warn!(%error, "whether a volume was left half deleted is not known");
@@ -120,7 +128,12 @@ impl Store {
 
     /// The same handle once more.
     fn same_handle(&self) -> Store {
-        Store { inner: self.inner.clone(), pins: self.pins.clone() }
+        Store { handles: self.handles.clone(), inner: self.inner.clone(), pins: self.pins.clone() }
+    }
+
+    /// A handle for the engine's own work, which does not count as one of a caller.
+    fn own_handle(&self) -> Store {
+        Store { handles: None, inner: self.inner.clone(), pins: self.pins.another() }
     }
 
     pub(crate) async fn ask(&self, request: Request) -> Result<Response> {
