@@ -155,7 +155,10 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         // All of it goes with its directory.
         field.close().unwrap_or_else(|error| eprintln!("warning: the store was not closed cleanly: {error}"));
     } else if let Err(error) = field.clear(&stop) {
-        eprintln!("warning: the volume {NAME} may be left in {}, the next benchmark removes it: {error}", dir.display());
+        eprintln!(
+            "warning: the volume {NAME} may be left in {}, the next benchmark removes it: {error}",
+            dir.display()
+        );
     }
     printed?;
     Ok(ExitCode::SUCCESS)
