@@ -119,15 +119,19 @@ impl Freeing {
     pub(super) async fn wait(&self) -> Result<()> {
         loop {
             let changed = self.changed.listen();
-            let mut state = self.lock();
-            if let Some(error) = state.failed.take() {
-                return Err(error);
+            if let Some(result) = self.result() {
+                return result;
             }
-            if state.jobs.is_empty() {
-                return Ok(());
-            }
-            drop(state);
             changed.await;
+        }
+    }
+
+    /// What came of the jobs, if there are none left.
+    fn result(&self) -> Option<Result<()>> {
+        let mut state = self.lock();
+        match state.failed.take() {
+            Some(error) => Some(Err(error)),
+            None => state.jobs.is_empty().then_some(Ok(())),
         }
     }
 
