@@ -5,6 +5,8 @@
 //! 2. A shard's bound is at most every LSN that it has drawn, or is about to draw, and that is not durable. It is
 //!    lowered *before* the draw and raised only after the flush; idle is [`Lsn::MAX`].
 //! 3. The watermark never falls. All commits at or below it are durable.
+//! 4. Whoever raises a bound refreshes the watermark after it. So of two shards that raise theirs at the same time the
+//!    later one sees both, and no commit waits for an event that has already happened.
 //!
 //! This is the only state that shards share. It does not know pages, logs or waiters.
 
@@ -36,7 +38,8 @@ impl GlobalOrder {
         Lsn::new(self.next.load(Ordering::Acquire))
     }
 
-    /// Draws `count` consecutive LSNs for `shard` and returns the first.
+    /// Draws `count` consecutive LSNs for `shard` and returns the first. The watermark may rise meanwhile: the caller
+    /// wakes those who wait for it, as after a [`refresh`](Self::refresh).
     pub fn draw(&self, shard: ShardId, count: u64) -> Lsn {
         let bound = &self.bounds[usize::from(shard.get())];
         let floor = self.next.load(Ordering::Acquire);
@@ -48,11 +51,15 @@ impl GlobalOrder {
         if lowers && first > floor {
             // Others drew in between: their LSNs must not wait for these.
             bound.store(first, Ordering::SeqCst);
+            // And one of them may have become durable meanwhile: whoever flushed it computed the watermark from the lower
+            // bound, and does not look again.
+            self.refresh();
         }
         Lsn::new(first)
     }
 
-    /// Publishes that `shard` has nothing below `bound` that is not durable.
+    /// Publishes that `shard` has nothing below `bound` that is not durable. To be followed by a
+    /// [`refresh`](Self::refresh): invariant 4.
     pub fn publish(&self, shard: ShardId, bound: Lsn) {
         self.bounds[usize::from(shard.get())].store(bound.get(), Ordering::SeqCst);
     }
@@ -140,6 +147,40 @@ mod loom {
 
     fn check(verdict: &Verdict, flushed: &[AtomicU64], watermark: Lsn) {
         (1..=watermark.get() as usize).for_each(|lsn| verdict.expect(flushed[lsn].load(Ordering::Acquire) == 1));
+    }
+
+    /// One shard draws and makes its commit durable while another draws and does not. Each looks at the watermark once,
+    /// afterwards; then nothing more happens.
+    fn draw_beside_a_flush(draw: Draw) -> bool {
+        model::holds(None, move |verdict| {
+            let order = Arc::new(GlobalOrder::new(Lsn::new(1), 2));
+            let theirs = order.clone();
+            let flusher = thread::spawn(move || {
+                let lsn = draw(&theirs, ShardId::new(0));
+                theirs.publish(ShardId::new(0), Lsn::MAX);
+                theirs.refresh();
+                lsn
+            });
+            let not_durable = draw(&order, ShardId::new(1));
+            let durable = flusher.join().unwrap();
+            // The only LSN that may hold it back is one before it.
+            verdict.expect(durable > not_durable || order.watermark() >= durable);
+        })
+    }
+
+    /// A durable commit whose acknowledgement waits until another shard happens to flush something of its own.
+    #[test]
+    fn loom_a_draw_holds_no_earlier_durable_commit_back() {
+        assert!(draw_beside_a_flush(draw_one));
+        let does_not_refresh = |order: &GlobalOrder, shard: ShardId| {
+            let bound = &order.bounds[usize::from(shard.get())];
+            let floor = order.next.load(Ordering::Acquire);
+            bound.store(floor, Ordering::SeqCst);
+            let first = order.next.fetch_add(1, Ordering::SeqCst);
+            bound.store(first, Ordering::SeqCst);
+            Lsn::new(first)
+        };
+        assert!(!draw_beside_a_flush(does_not_refresh), "a bound that rises without a refresh");
     }
 
     fn holds(shards: u16, preemptions: Option<usize>, draw: Draw, refresh: Refresh) -> bool {

@@ -257,6 +257,32 @@ mod loom {
         assert!(raise(|slot, watermark| raised([slot].into_iter(), watermark), true));
     }
 
+    /// As the drivers do it: one shard parks until its commit is durable, after a look at the watermark that was held
+    /// back by another shard's draw; that one announces what its draw made of the watermark.
+    #[test]
+    fn loom_a_commit_that_a_draw_held_back_wakes_its_shard() {
+        assert!(holds(None, |verdict| {
+            let (slot, bell) = slot();
+            let order = Arc::new(GlobalOrder::new(Lsn::new(1), 2));
+            let (theirs, drawing) = (slot.clone(), order.clone());
+            let drawer = thread::spawn(move || {
+                let seen = drawing.watermark();
+                let lsn = drawing.draw(ShardId::new(1), 1);
+                let watermark = drawing.watermark();
+                if watermark > seen {
+                    raised([&*theirs].into_iter(), watermark);
+                }
+                lsn
+            });
+            let lsn = order.draw(ShardId::new(0), 1);
+            order.publish(ShardId::new(0), Lsn::MAX);
+            let durable = order.refresh() >= lsn;
+            let waits = !durable && slot.park(Some(lsn), || order.watermark() >= lsn);
+            let not_durable = drawer.join().unwrap();
+            verdict.expect(!waits || not_durable < lsn || bell.rings() == 1);
+        }));
+    }
+
     #[test]
     fn loom_mutants_of_the_watermark_wake_up_are_caught() {
         assert!(!raise(|slot, watermark| raised([slot].into_iter(), watermark), false), "does not look again");
