@@ -28,6 +28,9 @@ impl Default for Geometry {
 /// The most shards that a store is run with.
 pub(crate) const SHARDS_MAX: u16 = 64;
 
+/// The least memory of a shard: log buffers, a superblock, and pages of the largest size class to work with.
+pub(crate) const SHARD_MEMORY_MIN: u64 = 2 * MIB;
+
 /// What moves bytes between memory and device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Driver {
@@ -70,9 +73,11 @@ pub struct Options {
     pub fill_percent: u32,
     /// Requests under way at a time, over all handles (default 4,096); more wait, and then get `Busy`.
     pub requests_max: usize,
-    /// The cores to run on, one shard each (default: all that the opening thread may use).
+    /// The cores to run on, one shard each (default: all that the opening thread may use, or where control groups allow
+    /// the time of fewer, so many shards on any of them).
     pub cores: Option<Vec<usize>>,
-    /// How many shards to run, if not one on each core. More shards than cores work, but don't poll.
+    /// How many shards to run (default: one on each core, and no more than the store has virtual shards and the memory
+    /// allows, at 2 MiB each). More shards than cores work, but don't poll.
     pub shards: Option<u16>,
     /// Poll without end instead of waiting when nothing happens: lower latency for a whole core per shard.
     pub poll: bool,
@@ -175,7 +180,7 @@ impl Options {
         geometry.check()?;
         check_shards(shards_count, geometry)?;
         let shards = u64::from(shards_count);
-        within("memory_bytes (2 MiB at least for each shard)", self.memory_bytes, 2 * MIB * shards, 1 << 42)?;
+        within("memory_bytes (2 MiB at least for each shard)", self.memory_bytes, SHARD_MEMORY_MIN * shards, 1 << 42)?;
         let memory_bytes = self.memory_bytes / shards;
         within("coalesce_window_us", self.coalesce_window_us, 1_000, 10_000)?;
         within("coalesce_batch_pages", self.coalesce_batch_pages as u64, 1, 64)?;

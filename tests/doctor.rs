@@ -10,6 +10,7 @@ mod common;
 use common::surroundings::{Mounted, NO_RING, OLD_KERNEL, Without, start_without};
 use common::{Served, corepage, scratch, snapshot};
 use serde_json::Value;
+use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 
@@ -195,4 +196,73 @@ fn the_device_behind_a_file_system_is_found_also_where_it_is_hidden() {
         assert!(device["on"][0].as_str().is_some_and(|file| file.ends_with("/image")), "{device}");
         assert!(device["logical_block_bytes"].as_u64().is_some_and(|bytes| bytes >= 512), "{device}");
     }
+}
+
+/// A control group with so much processor time, removed at the end. `None`, loudly, where none can be made.
+struct TimeGroup(std::path::PathBuf);
+
+impl TimeGroup {
+    fn with_percent(percent: u32) -> Option<TimeGroup> {
+        // Version 2, or either usual place of version 1.
+        let tops = ["/sys/fs/cgroup", "/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"];
+        let group = tops.iter().find_map(|top| {
+            let group = Path::new(top).join(format!("corepage-test-{}-{percent}", std::process::id()));
+            std::fs::create_dir(&group).ok()?;
+            let made = TimeGroup(group);
+            // The kernel makes these files, where the directory is one of control groups.
+            let set = |name: &str, text: String| {
+                let file = std::fs::File::options().write(true).open(made.0.join(name));
+                file.and_then(|mut file| file.write_all(text.as_bytes())).is_ok()
+            };
+            let limited =
+                set("cpu.max", format!("{percent}000 100000")) || set("cpu.cfs_quota_us", format!("{percent}000"));
+            limited.then_some(made)
+        });
+        if group.is_none() {
+            eprintln!("SKIPPED: no control group with a limit of processor time can be made here");
+        }
+        group
+    }
+
+    /// `command` in this group.
+    fn command(&self, command: &Command) -> Command {
+        let mut within = Command::new("sh");
+        within.args(["-c", "echo $$ > \"$0\" && exec \"$@\""]).arg(self.0.join("cgroup.procs"));
+        within.arg(command.get_program()).args(command.get_args()).env("RUST_LOG", "error");
+        within
+    }
+}
+
+impl Drop for TimeGroup {
+    fn drop(&mut self) {
+        // Its processes have ended; the kernel may notice a moment later.
+        for _ in 0..200 {
+            if std::fs::remove_dir(&self.0).is_ok() {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+    }
+}
+
+/// A container with the time of one processor must get one shard, whatever the machine has.
+#[test]
+fn a_limit_of_processor_time_is_seen_and_bounds_the_shards() {
+    let dir = scratch("doctor-time");
+    let (_, unlimited) = facts(&[], dir.path());
+    let allowed = unlimited["machine"]["cores"]["allowed"].as_array().expect("cores").len();
+    let Some(group) = TimeGroup::with_percent(90) else { return };
+    if allowed < 2 {
+        eprintln!("SKIPPED: with one processor this limit is none");
+        return;
+    }
+    let (_, text) = says(&mut group.command(&doctor(dir.path(), &["--format", "json"])));
+    let limited: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
+    assert_eq!(limited["machine"]["cores"]["quota_count"], 1, "{limited}");
+    let mut serve = corepage(&["serve", "--nbd", "tcp:127.0.0.1:0", "--dir"]);
+    serve.arg(dir.path().join("store"));
+    let served = Served::spawn(group.command(&serve), 1);
+    let report = served.lines.iter().find(|line| line.starts_with("store ")).expect("a report");
+    assert!(report.contains(": 1 shard, not pinned, time for 0.9 processors"), "{report}");
+    assert!(served.stop().success());
 }

@@ -11,10 +11,10 @@
 
 mod common;
 
-use common::device::Device;
+use common::device::{Device, OF_STORE};
 use common::role::{Run, ring_works};
 use common::surroundings::{Mounted, Without, start_without, tool};
-use common::{Served, corepage, has_tool, nbd, scratch};
+use common::{Chance, Served, corepage, has_tool, nbd, scratch};
 use corepage::{Driver, Error, ErrorKind, Geometry, Options, PageId, Store, Volume};
 use futures_lite::future::{block_on, or};
 use std::collections::BTreeMap;
@@ -454,5 +454,95 @@ fn shards_that_poll_on_all_cores_do_not_starve_the_kernel_that_serves_them() {
         });
         now(held.store.checkpoint()).expect("a well disk");
         now(held.store.close()).expect("a well disk");
+    }
+}
+
+// --- signals ---
+
+/// A command that is opening the store in `dir`, and can't get further: another process has its lock.
+fn opening(dir: &Path, arguments: &[&str]) -> Child {
+    let mut command = corepage(arguments);
+    command.arg("--dir").arg(dir).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().expect("corepage starts");
+    let tasks = format!("/proc/{}/task", child.id());
+    let names = || {
+        let tasks = std::fs::read_dir(&tasks).into_iter().flatten().flatten();
+        tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok()).collect::<String>()
+    };
+    let since = std::time::Instant::now();
+    while !names().contains("corepage-open") {
+        assert!(since.elapsed() < Duration::from_secs(60), "it does not begin to open the store");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child
+}
+
+fn signal(child: &Child, signal: rustix::process::Signal) {
+    rustix::process::kill_process(rustix::process::Pid::from_child(child), signal).expect("it was still running");
+}
+
+/// An operator who stops a server that recovers for minutes must not have to kill it, and must see that it was stopped, not
+/// that it failed. Whoever has the lock here keeps it for longer than opening would wait.
+#[test]
+fn a_signal_while_the_store_is_being_opened_ends_the_command() {
+    use rustix::process::Signal;
+    use std::os::unix::process::ExitStatusExt;
+    let dir = scratch("signals");
+    assert!(Served::start(dir.path()).stop().success());
+    let log = File::open(dir.path().join("log-000-0000")).expect("a log segment");
+    rustix::fs::flock(&log, rustix::fs::FlockOperation::NonBlockingLockExclusive).expect("nobody has it");
+    let before = common::snapshot(dir.path());
+    for sent in [Signal::TERM, Signal::INT] {
+        for command in [&["serve", "--nbd", "tcp:127.0.0.1:0"][..], &["volume", "list"]] {
+            let child = opening(dir.path(), command);
+            signal(&child, sent);
+            let output = child.wait_with_output().expect("it ends");
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.signal(), Some(sent.as_raw()), "{command:?}: {} {said}", output.status);
+            assert!(output.stdout.is_empty() && !said.contains("fuser"), "{said}");
+        }
+        // Its own end is a clean one, with a line that says why there is no result.
+        let child = opening(dir.path(), &["bench", "read", "--size", "1M"]);
+        signal(&child, sent);
+        let output = child.wait_with_output().expect("it ends");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{} {said}", output.status);
+        assert!(said.contains("came while the store"), "{said}");
+    }
+    assert!(common::snapshot(dir.path()) == before, "the store was changed");
+    drop(log);
+    assert!(Served::start(dir.path()).stop().success());
+}
+
+/// A recovery that is stopped in the middle, with writes at a slow device: it ends when the device has answered, and the
+/// next one finds all that was acknowledged.
+#[test]
+fn a_recovery_that_a_signal_ends_on_a_slow_device_loses_nothing() {
+    use std::os::unix::process::ExitStatusExt;
+    let Some(device) = Device::new("ext4") else { return };
+    for ring in runs().into_iter().map(|run| run.ring) {
+        let dir = device.store();
+        let driver = if ring { "ring" } else { "portable" };
+        let arguments = ["--nbd", "tcp:127.0.0.1:0", "--volume", "v", "--size", "64M", "--driver", driver];
+        let arguments = [&arguments[..], &["--memory", "16M"]].concat();
+        let served = Served::start_with(&dir, &arguments);
+        let mut client = served.client();
+        let data = Chance::new(7).bytes(300 * PAGE);
+        (0..300).for_each(|n| client.write(nbd::FUA, (n * PAGE) as u64, &data[n * PAGE..][..PAGE]));
+        drop(client);
+        served.kill();
+        let mut command = corepage(&["serve", "--dir"]);
+        command.arg(&dir).args(&arguments).stdout(Stdio::piped()).stderr(Stdio::null());
+        let child = command.spawn().expect("corepage starts");
+        // It has found the log and writes what it made of it.
+        device.hold(OF_STORE);
+        signal(&child, rustix::process::Signal::TERM);
+        device.let_go();
+        let output = child.wait_with_output().expect("it ends");
+        assert_eq!(output.status.signal(), Some(15), "{}", output.status);
+        assert!(output.stdout.is_empty(), "it went on: {}", String::from_utf8_lossy(&output.stdout));
+        let served = Served::start_with(&dir, &arguments);
+        assert!(served.client().read(0, data.len() as u32) == data, "what was acknowledged is gone");
+        assert!(served.stop().success());
     }
 }

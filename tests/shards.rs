@@ -307,3 +307,31 @@ fn impossible_shards_and_cores_are_refused_with_what_is_possible() {
     assert!(store.recovery().clean);
     assert_eq!(fill(&block_on(store.volume("vol")).expect("the catalog").expect("the volume"), id(1)), 3);
 }
+
+/// A store that was made for one core must open, unasked, on a machine with more.
+#[test]
+fn a_store_with_few_virtual_shards_opens_on_any_machine_with_default_options() {
+    for vshards_count in [1, 2] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let geometry = Geometry { vshards_count, ..small().geometry };
+        let store = block_on(Store::open(dir.path(), Options { geometry, ..small() })).expect("the store opens");
+        let volume = block_on(store.create_volume("vol", 1 << 20)).expect("a volume");
+        block_on(volume.write(id(3), page(7))).expect("a durable write");
+        drop((volume, store));
+        let store = block_on(Store::open(dir.path(), Options::default())).expect("any core count");
+        assert!(store.shards_count() <= vshards_count as usize);
+        let volume = block_on(store.volume("vol")).expect("the catalog").expect("the volume");
+        assert_eq!(fill(&volume, id(3)), 7);
+        block_on(store.close()).expect("it closes");
+        drop((volume, store));
+        // Who names a number gets it, or is told why not; what is in the options of the geometry of new stores is no reason.
+        let named = |shards, vshards_count| {
+            let geometry = Geometry { vshards_count, ..Geometry::default() };
+            block_on(Store::open(dir.path(), Options { geometry, shards: Some(shards), ..Options::default() }))
+        };
+        let (kind, why) = refusal(named(4, 256));
+        assert_eq!(kind, ErrorKind::Invalid);
+        assert!(why.contains(&format!("4 shards, but the store has {vshards_count} virtual")), "{why}");
+        drop(named(vshards_count as u16, 1).expect("the store has as many"));
+    }
+}

@@ -21,6 +21,9 @@ const TRIES: usize = 12_000;
 /// The volume's name.
 pub const NAME: &str = "corepage-bench";
 
+/// How the store is opened: the command that runs the benchmark can be interrupted meanwhile.
+pub type Opener = Box<dyn Fn(&Path, Options) -> Result<Store> + Send + Sync>;
+
 /// A store with the volume in it.
 pub struct Field {
     pub store: Store,
@@ -28,6 +31,7 @@ pub struct Field {
     pub pages: u64,
     dir: PathBuf,
     options: Options,
+    open: Opener,
     /// Of each page: its version, and how often it was patched since.
     versions: Box<[AtomicU64]>,
     patches: Box<[AtomicU64]>,
@@ -38,9 +42,9 @@ impl Field {
     ///
     /// # Errors
     /// `Invalid`: there is a volume of that name with somebody's data in it; it is left alone. And whatever the store says.
-    pub fn make(dir: &Path, options: Options, bytes: u64) -> Result<Field> {
+    pub fn make(dir: &Path, options: Options, bytes: u64, open: Opener) -> Result<Field> {
         let pages = bytes / page::PAGE as u64;
-        let store = block_on(Store::open(dir, options.clone()))?;
+        let store = open(dir, options.clone())?;
         let volume = match prepared(&store, pages * page::PAGE as u64) {
             Ok(volume) => volume,
             Err(error) => {
@@ -50,7 +54,7 @@ impl Field {
         };
         let zeros = || (0..pages).map(|_| AtomicU64::new(0)).collect();
         let (versions, patches) = (zeros(), zeros());
-        Ok(Field { store, volume, pages, dir: dir.to_path_buf(), options, versions, patches })
+        Ok(Field { store, volume, pages, dir: dir.to_path_buf(), options, open, versions, patches })
     }
 
     /// Writes every page once. `progress` hears how many are, and can end it.
@@ -104,7 +108,7 @@ impl Field {
     /// `Corrupt`: a page holds something else than it must; and whatever the store says.
     pub fn verify(&mut self, mut progress: impl FnMut(u64) -> Result<()>) -> Result<()> {
         block_on(self.store.close())?;
-        self.store = block_on(Store::open(&self.dir, self.options.clone()))?;
+        self.store = (self.open)(&self.dir, self.options.clone())?;
         let missing = || Error::new(ErrorKind::Corrupt, "the benchmark's volume is not there any more");
         self.volume = block_on(self.store.volume(NAME))?.ok_or_else(missing)?;
         let field = &*self;

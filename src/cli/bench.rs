@@ -10,6 +10,7 @@
 //!    where the volume could not be removed that is a warning, and the exit code stays 0.
 //! 4. SIGINT and SIGTERM end it cleanly; a second one at once.
 
+use super::interrupt::Interrupt;
 use super::{Failure, Format, size};
 use crate::bench::{At, Field, NAME, Outcome, Run, Work};
 use clap::ValueEnum;
@@ -18,9 +19,8 @@ use corepage::probe::Machine;
 use corepage::{Error, ErrorKind, Options};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
-use signal_hook::consts::{SIGINT, SIGTERM};
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -125,11 +125,8 @@ struct Point {
 /// Runs it all.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     arguments.check()?;
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        signal_hook::flag::register_conditional_shutdown(signal, 1, stop.clone())?;
-        signal_hook::flag::register(signal, stop.clone())?;
-    }
+    let interrupt = Interrupt::watch()?;
+    let stop = interrupt.flag().clone();
     // Removed when it goes, however this ends.
     let (mut own, mut dir) = (None, arguments.dir.clone().unwrap_or_default());
     if arguments.dir.is_none() {
@@ -139,7 +136,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     }
     let machine = Machine::look(&dir);
     let options = Options { memory_bytes: arguments.memory, ..Options::default() };
-    let mut field = Arc::new(Field::make(&dir, options, arguments.size)?);
+    let open = Box::new(move |dir: &Path, options| interrupt.open(dir, options));
+    let mut field = Arc::new(Field::make(&dir, options, arguments.size, open)?);
     let store = field.store.report().to_string();
     let outcome = work(arguments, &mut field, &stop);
     if let Err(error) = &outcome

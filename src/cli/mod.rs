@@ -1,7 +1,8 @@
 //! The command line: arguments in, an exit code out.
 //!
 //! 1. Exit codes: 0 done, 1 failed, 2 wrong arguments. `verify` says 1 for a damaged store,
-//!    `doctor` for a machine on which none can run.
+//!    `doctor` for a machine on which none can run. A command that a signal has ended before there was anything to end
+//!    cleanly dies of that signal.
 //! 2. What went wrong goes to stderr as one line `error: …` that says what to do; results go to stdout, logs to stderr.
 //! 3. Arguments are checked as a whole before anything is touched.
 //!
@@ -10,6 +11,7 @@
 mod bench;
 mod control;
 mod doctor;
+mod interrupt;
 mod serve;
 mod size;
 mod stat;
@@ -81,17 +83,19 @@ enum Format {
 pub(crate) struct Failure {
     text: String,
     code: u8,
+    /// The signal that ended it.
+    signal: Option<i32>,
 }
 
 impl Failure {
     /// Something went wrong.
     fn new(text: impl fmt::Display) -> Self {
-        Failure { text: text.to_string(), code: 1 }
+        Failure { text: text.to_string(), code: 1, signal: None }
     }
 
     /// The arguments can't be meant like this.
     fn usage(text: impl fmt::Display) -> Self {
-        Failure { text: text.to_string(), code: 2 }
+        Failure { text: text.to_string(), code: 2, signal: None }
     }
 }
 
@@ -128,6 +132,10 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(failure) => {
             eprintln!("error: {}", failure.text);
+            if let Some(signal) = failure.signal {
+                // All that has a destructor is gone. Whoever has sent it sees that it was this that ended the process.
+                let _ = signal_hook::low_level::emulate_default_handler(signal);
+            }
             ExitCode::from(failure.code)
         }
     }

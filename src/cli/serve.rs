@@ -6,22 +6,20 @@
 //!
 //! 1. Up to the opened store a refused start changes nothing; from there on the store is closed cleanly on every way out.
 //! 2. The line `listening on …` is printed when clients can connect, and not before.
-//! 3. A second signal while closing ends the process at once, which is what crash safety is for.
+//! 3. A signal while the store is being opened ends that as soon as the device has answered; the process dies of it.
+//! 4. A second signal, while closing or before, ends the process at once, which is what crash safety is for.
 
+use super::interrupt::Interrupt;
 use super::{Failure, size};
 use crate::server::control::{Control, SOCKET_NAME};
 use crate::server::nbd::{Address, Limits, Listener, Plan, Server, StoreExports};
 use clap::ValueEnum;
 use corepage::{Driver, Options, Store, Volume};
 use futures_lite::future::block_on;
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 use std::io::Write;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use tracing::{error, info, warn};
 
 /// The volume that a fresh store gets if none is asked for.
@@ -140,16 +138,11 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let options = arguments.check()?;
     let plans = arguments.nbd.iter().map(|a| a.plan(&arguments.dir)).collect::<Result<Vec<_>, _>>()?;
     // Before the store is open, so that no signal can end the process in between without closing it.
-    let mut signals = Signals::new([SIGTERM, SIGINT])?;
-    let impatient = Arc::new(AtomicBool::new(false));
-    for signal in [SIGTERM, SIGINT] {
-        signal_hook::flag::register_conditional_shutdown(signal, 1, impatient.clone())?;
-    }
-    let store = block_on(Store::open(&arguments.dir, options))?;
+    let interrupt = Interrupt::watch()?;
+    let store = interrupt.open(&arguments.dir, options).map_err(|error| interrupt.explains(error))?;
     let outcome = serve(arguments, plans, &store, || {
-        let signal = signals.forever().next();
+        let signal = block_on(interrupt.wait());
         info!(signal, "closing the store; a second signal ends the process at once");
-        impatient.store(true, Ordering::Release);
     });
     let closed = block_on(store.close());
     outcome?;

@@ -16,10 +16,11 @@
 //! It does *not* transfer anything but what a probe takes.
 
 use super::FileId;
+use super::cancel::Cancel;
 use super::device::{self, DeviceTraits, FlushChoice, FlushMethod};
 use super::flush::{Failure, Round, RoundFiles, Rounds, Waiter};
 use super::report::{DiskReport, Polling};
-use super::trial::{make_directory, not_made, reads_directly, scratch, set_direct, try_direct};
+use super::trial::{make_directory, not_made, reads_directly, scratch, set_direct, sync_names_of, try_direct};
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::{SegmentNo, ShardId};
 use rustix::fs::{FlockOperation, Mode, OFlags};
@@ -54,11 +55,13 @@ pub struct FileOptions {
     pub direct: bool,
     /// How writes become durable (default: what suits file system and device).
     pub flush: FlushChoice,
+    /// Ends opening, and what is done with the files afterwards.
+    pub cancel: Cancel,
 }
 
 impl Default for FileOptions {
     fn default() -> Self {
-        FileOptions { direct: true, flush: FlushChoice::Auto }
+        FileOptions { direct: true, flush: FlushChoice::Auto, cancel: Cancel::default() }
     }
 }
 
@@ -110,6 +113,7 @@ pub struct Files {
     direct: bool,
     traits: DeviceTraits,
     method: FlushMethod,
+    cancel: Cancel,
     /// The first failed flush, where one stands for all files.
     failed: Failure,
     files: Mutex<BTreeMap<FileId, Arc<StoreFile>>>,
@@ -135,6 +139,9 @@ impl Files {
             _ => Error::io(format_args!("opening the directory {}", path.display()), e),
         })?;
         let ids = store_files(path)?;
+        if ids.is_empty() && access == Access::ReadWrite {
+            sync_names_of(path);
+        }
         let mut files = Files {
             path: path.to_owned(),
             traits: device::look(&handle, false, true),
@@ -142,12 +149,14 @@ impl Files {
             access,
             direct: false,
             method: FlushMethod::PerFile,
+            cancel: options.cancel.clone(),
             failed: Failure::default(),
             files: Mutex::default(),
         };
         files.refuse_foreign(&ids)?;
         // Locks first: a probe in a directory that another process uses would be in its way.
         let opened = files.open_all(&ids)?;
+        files.cancel.check()?;
         let (works, surely) = if options.direct { files.probe(opened.first())? } else { (false, false) };
         files.direct = works;
         if files.direct {
@@ -156,6 +165,7 @@ impl Files {
                 files.set_direct(file).map_err(|e| files.error(id, "setting direct I/O on", e.into()))?;
             }
         }
+        files.cancel.check()?;
         files.traits = device::look(&files.handle, surely, files.on_one_device(&opened));
         files.method = device::choose(&files.traits, options.flush)?;
         let by_id = opened.into_iter().map(|file| (file.id, Arc::new(file))).collect();
@@ -241,6 +251,7 @@ impl Files {
     fn open_all(&self, ids: &[FileId]) -> Result<Vec<StoreFile>> {
         ids.iter()
             .map(|&id| {
+                self.cancel.check()?;
                 let file = StoreFile::missing(id);
                 self.open_file(&file, false)?;
                 Ok(file)
@@ -283,8 +294,9 @@ impl Files {
             Access::ReadWrite => FlockOperation::NonBlockingLockExclusive,
             Access::ReadOnly => FlockOperation::NonBlockingLockShared,
         };
-        match lock_patiently(file, how) {
+        match lock_patiently(file, how, &self.cancel) {
             Ok(()) => Ok(()),
+            Err(Errno::WOULDBLOCK) if self.cancel.is_cancelled() => self.cancel.check(),
             Err(Errno::WOULDBLOCK) => Err(Error::new(
                 ErrorKind::InUse,
                 format_args!(
@@ -377,6 +389,11 @@ impl Files {
         }
     }
 
+    /// What ends the work on these files.
+    pub(crate) fn cancel(&self) -> &Cancel {
+        &self.cancel
+    }
+
     pub(super) fn access(&self) -> Access {
         self.access
     }
@@ -421,11 +438,12 @@ pub(super) fn parse_name(name: &str) -> Option<FileId> {
 
 /// `WOULDBLOCK` only if somebody holds it who is not about to let go.
 #[allow(clippy::disallowed_methods, reason = "the end of another process is waited for")]
-fn lock_patiently(file: &File, how: FlockOperation) -> rustix::io::Result<()> {
+fn lock_patiently(file: &File, how: FlockOperation, cancel: &Cancel) -> rustix::io::Result<()> {
     let mut waited = Duration::ZERO;
     loop {
         match rustix::fs::flock(file, how) {
-            Err(Errno::WOULDBLOCK) if waited < DYING_MAX => std::thread::sleep(DYING_STEP),
+            Err(Errno::INTR) => {}
+            Err(Errno::WOULDBLOCK) if waited < DYING_MAX && !cancel.is_cancelled() => std::thread::sleep(DYING_STEP),
             other => return other,
         }
         waited += DYING_STEP;

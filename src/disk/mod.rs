@@ -5,7 +5,8 @@
 //!
 //! What every implementation promises
 //! 1. An operation completes exactly once, with `Ok` only if every byte was transferred: short transfers are
-//!    continued, `EINTR` and `EAGAIN` repeated; any other failure is an error, whatever its number.
+//!    continued, `EINTR` and `EAGAIN` repeated after a pause, for half a minute at most; any other failure is an error,
+//!    whatever its number.
 //! 2. `Flush` covers the writes that had *completed* before it was submitted, and no others. A failed flush is
 //!    never repeated and called good.
 //! 3. Completions come in any order.
@@ -13,7 +14,9 @@
 //!
 //! It does *not*: checksum, retry at another place, or know what the bytes mean.
 
+mod backoff;
 mod block;
+mod cancel;
 mod device;
 mod driver;
 mod files;
@@ -28,6 +31,8 @@ pub mod uring;
 mod waker;
 
 pub use block::BlockDevice;
+pub use cancel::Cancel;
+pub(crate) use cancel::CancellableDisk;
 pub(crate) use device::Prospect;
 pub use device::{DeviceTraits, FlushChoice, FlushMethod, choose};
 pub use driver::{DriverChoice, DriverOptions, FileDisk};

@@ -13,7 +13,8 @@
 //!    and the `reap` that fetches it sends what waits.
 //! 3. A completion is in its channel before the owner is woken, so a woken owner finds it.
 //! 4. Every descriptor is locked (`flock`) from before its first transfer until it is closed. Dropping the disk waits
-//!    for the workers, so afterwards nothing is in flight and the files can be opened again.
+//!    for what the workers have begun, and for no more; so afterwards nothing is in flight and the files can be opened
+//!    again.
 //!
 //! It does *not*: order operations (writes and flushes under way at a time overtake each other), schedule, or cache.
 
@@ -65,6 +66,8 @@ pub struct PortableDisk {
     known: BTreeMap<FileId, Arc<StoreFile>>,
     /// Taken only in `drop`.
     jobs: Option<Sender<Job>>,
+    /// Where the workers take them from; to take back at the end what none has begun.
+    queue: Receiver<Job>,
     overflow: VecDeque<Job>,
     completions: Receiver<Completion>,
     parker: Parker,
@@ -97,6 +100,7 @@ impl PortableDisk {
             files,
             known: BTreeMap::new(),
             jobs: Some(jobs),
+            queue: queue.clone(),
             overflow: VecDeque::new(),
             completions,
             parker,
@@ -196,8 +200,9 @@ impl Disk for PortableDisk {
 
 impl Drop for PortableDisk {
     fn drop(&mut self) {
-        // The workers finish what is in the channel, and end.
+        // The workers finish what they have begun, and end: with a slow device, what is queued may be a minute's work.
         self.jobs = None;
+        self.queue.try_iter().for_each(drop);
         for worker in self.workers.drain(..) {
             let _ = worker.join();
         }

@@ -80,19 +80,67 @@ pub(super) fn scratch(directory: &File, path: &Path) -> Result<File> {
 #[repr(C, align(4096))]
 pub(super) struct Block(pub(super) [u8; BLOCK]);
 
-/// Makes it, and its name durable, if it is not there.
+/// Makes it, and those above it that are missing, and their names durable: the path must outlive a crash as a whole, or
+/// the store in it is nowhere to be found.
 pub(super) fn make_directory(path: &Path) -> Result<()> {
-    if path.is_dir() {
+    make_directories(path, &mut |parent| File::open(parent)?.sync_all())
+}
+
+/// The same; `sync` makes the names in a directory durable.
+fn make_directories(path: &Path, sync: &mut dyn FnMut(&Path) -> std::io::Result<()>) -> Result<()> {
+    if path.as_os_str().is_empty() || path.is_dir() {
         return Ok(());
     }
-    std::fs::create_dir_all(path).map_err(|e| {
-        let context = format_args!("making the directory {}", path.display());
-        not_made(context, " (use one that this user may write)", e)
-    })?;
-    // Its own name must outlive a crash, too. Where the parent can't be opened that is the administrator's to see to.
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    if let Ok(parent) = File::open(parent) {
-        let _ = parent.sync_all();
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    make_directories(parent, sync)?;
+    match std::fs::create_dir(path) {
+        // Another process was faster; whether it has synced the name by now is not known.
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && path.is_dir() => {}
+        made => made.map_err(|e| {
+            let context = format_args!("making the directory {}", path.display());
+            not_made(context, " (use one that this user may write)", e)
+        })?,
     }
-    Ok(())
+    match sync(parent) {
+        // A parent that may be written and not read: its owner has to see to it that the name lasts.
+        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => Ok(()),
+        synced => synced.map_err(|e| Error::io(format_args!("making durable the name of {}", path.display()), e)),
+    }
+}
+
+/// Makes the names on the way to a directory durable: an earlier opening may have made some of them, and died before it
+/// had. Once for a store, before it is made; a directory that can't be synced is its owner's to see to.
+pub(super) fn sync_names_of(path: &Path) {
+    let Ok(path) = path.canonicalize() else { return };
+    for above in path.ancestors().skip(1) {
+        let _ = File::open(above).and_then(|above| above.sync_all());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::PathBuf;
+
+    /// A power loss that takes the name of one directory on the way takes the store, with all that was acknowledged.
+    #[test]
+    fn the_name_of_each_directory_that_is_made_is_made_durable() {
+        let dir = tempfile::tempdir().unwrap();
+        let there = dir.path().join("there");
+        std::fs::create_dir(&there).unwrap();
+        let mut synced: Vec<(PathBuf, bool)> = Vec::new();
+        make_directories(&there.join("a/b/c"), &mut |parent| {
+            // As it is when its names become durable.
+            synced.push((parent.to_owned(), parent.read_dir()?.next().is_some()));
+            Ok(())
+        })
+        .unwrap();
+        assert!(there.join("a/b/c").is_dir());
+        assert_eq!(synced, [(there.clone(), true), (there.join("a"), true), (there.join("a/b"), true)]);
+        make_directories(&there.join("a/b"), &mut |_| panic!("it is there")).unwrap();
+        let refused = make_directories(&there.join("d"), &mut |_| Err(std::io::Error::other("planted"))).unwrap_err();
+        assert!(refused.to_string().contains("making durable the name of"), "{refused}");
+        make_directory(&there.join("e/f")).unwrap();
+        assert!(there.join("e/f").is_dir());
+    }
 }

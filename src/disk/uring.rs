@@ -13,7 +13,8 @@
 //! 3. One system call per lap takes everything submitted since; `submit` makes none, but for a file's first use.
 //! 4. Whoever waits here sleeps in the ring with a read of an eventfd in it, so other threads can end that.
 //! 5. A ring that polls takes no flush and no eventfd (the kernel refuses them): they have a second ring then.
-//! 6. Dropping waits for everything in flight. If the kernel can't be asked any more, the memory is leaked instead.
+//! 6. A transfer that the device refuses for now (`EAGAIN`) goes again after a pause, by a timer in the ring.
+//! 7. Dropping waits for everything in flight. If the kernel can't be asked any more, the memory is leaked instead.
 //!
 //! A ring belongs to the thread that made it: `UringDisk` is not `Send`. It does *not*: order operations, schedule, or
 //! retry a flush.
@@ -22,10 +23,12 @@ mod buffers;
 mod entries;
 mod helper;
 mod op;
+mod options;
 mod probe;
 mod ring;
 mod targets;
 
+pub use options::UringOptions;
 pub use probe::probe;
 pub(crate) use probe::probe_ordinary;
 
@@ -38,7 +41,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::pool::Mapping;
 use crate::types::Micros;
 use buffers::Buffers;
-use entries::{EVENT, Entries};
+use entries::{EVENT, Entries, TIMER};
 use helper::Helper;
 use op::{Landing, Op, Span};
 use ring::Ring;
@@ -53,23 +56,6 @@ use targets::Targets;
 const POLLS: u32 = 64;
 /// How long to sleep at most while the kernel has refused to take something.
 const REFUSED_US: Micros = 1000;
-
-/// How to run the ring disk.
-#[derive(Clone, Debug)]
-pub struct UringOptions {
-    /// Entries of the ring, and so transfers at the device at a time (default 256).
-    pub ring_entries: u32,
-    /// Poll the device for completions if it can (default). Costs processor time while transfers are under way.
-    pub polling: bool,
-    /// Disks of this process that share the limit of locked memory (default 1).
-    pub disks_count: usize,
-}
-
-impl Default for UringOptions {
-    fn default() -> Self {
-        UringOptions { ring_entries: 256, polling: true, disks_count: 1 }
-    }
-}
 
 /// A round that this disk leads.
 struct Leading {
@@ -94,6 +80,8 @@ pub struct UringDisk {
     buffers: Buffers,
     ops: Slab<Op>,
     queue: VecDeque<Span>,
+    /// What the device would not take: put back into `queue` when the timer has run out.
+    refused: Vec<Span>,
     syncs: VecDeque<Sync>,
     leading: Slab<Leading>,
     /// Operations that wait for mail, each as often as it waits.
@@ -152,6 +140,7 @@ impl UringDisk {
             buffers: Buffers::default(),
             ops: Slab::new(),
             queue: VecDeque::new(),
+            refused: Vec::new(),
             syncs: VecDeque::new(),
             leading: Slab::new(),
             awaits_mail: 0,
@@ -269,6 +258,9 @@ impl UringDisk {
             let file: &StoreFile = &self.leading[key as usize].round.files()[file as usize];
             self.entries.sync(control, key, file);
         }
+        if let Some(us) = self.refused.iter().map(|span| span.backoff.pause_us()).max() {
+            self.entries.start_timer(control, us);
+        }
         while self.main.has_room() {
             let Some(span) = self.queue.pop_front() else { break };
             let op = &self.ops[span.op as usize];
@@ -301,8 +293,13 @@ impl UringDisk {
     }
 
     fn landed(&mut self, name: u64, result: i32) {
-        if name == EVENT {
-            return self.entries.event_read();
+        match name {
+            EVENT => return self.entries.event_read(),
+            TIMER => {
+                self.entries.timer_ended();
+                return self.queue.extend(self.refused.drain(..));
+            }
+            _ => {}
         }
         match self.entries.free(name) {
             entries::Slot::Span(span) => {
@@ -320,8 +317,9 @@ impl UringDisk {
         let op = &self.ops[span.op as usize];
         match op::judge(span, result, op.is_write()) {
             Landing::Done => self.part_done(span.op, None),
-            Landing::Rest(rest) if !self.closing => self.queue.push_back(rest),
-            Landing::Rest(_) => self.part_done(span.op, None),
+            Landing::Rest(_) | Landing::Later(_) if self.closing => self.part_done(span.op, None),
+            Landing::Rest(rest) => self.queue.push_back(rest),
+            Landing::Later(span) => self.refused.push(span),
             Landing::Failed(e) => {
                 let (bytes, offset) = (op.op.bytes(), op.offset());
                 let file = op.target.as_ref().map_or(FileId::Meta, |target| target.file.id());
@@ -387,8 +385,7 @@ impl UringDisk {
         if self.second.is_some() && self.main.in_flight() > 0 {
             // The device tells nobody: it has to be asked. One call may return with nothing.
             for _ in 0..POLLS {
-                self.main.wait(None);
-                if self.has_news() || self.main.broken().is_some() {
+                if !self.main.wait(None) || self.has_news() || self.main.broken().is_some() {
                     return;
                 }
             }
@@ -438,7 +435,8 @@ impl Disk for UringDisk {
     fn reap(&mut self, out: &mut Vec<Completion>) {
         self.collect();
         // The next round of flushes, the rest of a short transfer: the caller pushes only when an operation has ended.
-        if self.done.is_empty() && !(self.queue.is_empty() && self.syncs.is_empty()) {
+        let untimed = !self.refused.is_empty() && !self.entries.is_timer_set();
+        if self.done.is_empty() && (untimed || !self.queue.is_empty() || !self.syncs.is_empty()) {
             self.hand_over();
         }
         self.assert_whole();
@@ -470,7 +468,7 @@ impl Disk for UringDisk {
 impl Drop for UringDisk {
     fn drop(&mut self) {
         self.closing = true;
-        for span in std::mem::take(&mut self.queue) {
+        for span in std::mem::take(&mut self.queue).into_iter().chain(std::mem::take(&mut self.refused)) {
             self.part_done(span.op, None);
         }
         while self.kernel_has_something() && self.broken().is_none() {

@@ -88,7 +88,7 @@ impl Machine {
             self.device(),
             self.polling(ring),
             self.huge(),
-            self.processors(ring),
+            self.processors(),
             self.checksums(),
             self.files(),
         ]
@@ -147,11 +147,12 @@ impl Machine {
         if !ring {
             return Finding::good(SUBJECT, here, "not needed by the portable driver");
         }
-        let cores = self.cores.allowed.len().max(1) as u64;
+        let cores = self.cores.shards_count() as u64;
         let executors = locks.executors_max.unwrap_or(cores).min(cores);
         let memory = Options::default().memory_bytes;
         let buffers = locks.buffer_bytes(executors).unwrap_or(memory).min(memory);
-        let used = format!("executors on {executors} of {cores} cores, {} of registered buffers", human_bytes(buffers));
+        let used =
+            format!("executors for {executors} of {cores} shards, {} of registered buffers", human_bytes(buffers));
         let finding = Finding::good(SUBJECT, here, used);
         if executors == cores && buffers == memory {
             return finding;
@@ -270,7 +271,7 @@ impl Machine {
         }
     }
 
-    fn processors(&self, ring: bool) -> Finding {
+    fn processors(&self) -> Finding {
         const SUBJECT: &str = "processors";
         let cores = &self.cores;
         let allowed = cores.allowed.len();
@@ -279,8 +280,16 @@ impl Machine {
         let threads = threads.map(|count| format!(", on {count} physical cores")).unwrap_or_default();
         let quota = cores.quota_count.map(|count| format!(", time for {count}")).unwrap_or_default();
         let here = format!("{allowed}{online} allowed{threads}{quota}");
-        let used = if ring { format!("{allowed} shards, each on its own") } else { "one shard, not pinned".to_owned() };
-        let finding = Finding::good(SUBJECT, here, used);
+        let shards = match cores.shards_count() {
+            1 => "one shard".to_owned(),
+            count => format!("{count} shards"),
+        };
+        // Where time is shared out, other processes with a share of it would be pinned to the same first processors.
+        let place = match cores.quota_count {
+            None => "each on a processor of its own",
+            Some(_) => "not pinned: as many as there is time for",
+        };
+        let finding = Finding::good(SUBJECT, here, format!("{shards}, {place}"));
         match cores.quota_count {
             None => finding,
             Some(count) => finding.but(Level::Improvable).better(

@@ -3,6 +3,7 @@
 
 use super::Roots;
 use crate::disk::{Circumstances, check_kernel};
+use crate::options::SHARDS_MAX;
 use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 
@@ -107,7 +108,7 @@ pub struct Cores {
     pub allowed: Vec<usize>,
     /// Of those, distinct physical cores; absent if the machine does not say.
     pub physical_count: Option<usize>,
-    /// Processors' worth of time that a control group allows, if that is less.
+    /// Processors' worth of time that control groups allow, a part of one counted whole, if that is less.
     pub quota_count: Option<usize>,
 }
 
@@ -117,13 +118,19 @@ impl Cores {
             core_affinity::get_core_ids().unwrap_or_default().into_iter().map(|core| core.id).collect();
         let siblings = |cpu: &usize| roots.sys(&format!("devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"));
         let physical: Option<std::collections::BTreeSet<String>> = allowed.iter().map(siblings).collect();
-        let usable = std::thread::available_parallelism().ok().map(usize::from);
+        let quota = super::cgroup::look(roots).map(|millis| millis.div_ceil(1000).max(1) as usize);
         Cores {
             online_count: roots.sys("devices/system/cpu/online").and_then(|list| count(&list)),
             physical_count: physical.map(|set| set.len()).filter(|count| *count > 0),
-            quota_count: usable.filter(|count| *count < allowed.len()),
+            quota_count: quota.filter(|count| *count < allowed.len()),
             allowed,
         }
+    }
+
+    /// How many shards a store runs here if nobody says.
+    pub(super) fn shards_count(&self) -> usize {
+        let allowed = self.allowed.len().clamp(1, usize::from(SHARDS_MAX));
+        self.quota_count.map_or(allowed, |quota| quota.min(allowed))
     }
 }
 

@@ -11,6 +11,7 @@
 //!
 //! It does *not*: open a store, choose for it, or change the machine.
 
+mod cgroup;
 mod directory;
 mod driver;
 mod findings;
@@ -67,6 +68,11 @@ impl Machine {
     pub fn driver(&self) -> Driver {
         Driver::choose(&self.io_uring).unless(executor_refused())
     }
+}
+
+/// Thousandths of a processor that this process may use, if a control group says.
+pub(crate) fn cpu_quota_millis() -> Option<u64> {
+    cgroup::look(&Roots::default())
 }
 
 /// Where the kernel's files are; tests put their own in place.

@@ -35,7 +35,7 @@ fn parse(line: &str) -> Option<(PathBuf, Mount)> {
 }
 
 /// Undoes `\040` and its like.
-fn unescape(text: &str) -> String {
+pub(super) fn unescape(text: &str) -> String {
     let mut out = Vec::new();
     let mut rest = text.as_bytes();
     while let Some((&byte, after)) = rest.split_first() {

@@ -179,3 +179,58 @@ fn a_directory_below_a_file_is_no_place_for_a_store() {
     assert!(!machine.can_run());
     assert!(machine.directory.unwritable.unwrap().contains("not a directory"));
 }
+
+/// The readers of a machine whose control groups are these files.
+fn quota(membership: &str, mountinfo: &str, files: &[(&str, &str)]) -> Option<u64> {
+    super::cgroup::quota_millis(membership, mountinfo, |path| {
+        let found = files.iter().find(|(name, _)| Path::new(name) == path);
+        found.map(|(_, text)| (*text).to_owned())
+    })
+}
+
+const V2: &str =
+    "30 22 0:28 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n31 22 0:29 / /proc rw - proc proc rw";
+
+/// A container with the time of two processors on a machine of 64 must not be taken for one of 64.
+#[test]
+fn the_lowest_limit_of_all_groups_above_a_process_is_its_own() {
+    let group = |max| ("/sys/fs/cgroup/a/b/cpu.max", max);
+    assert_eq!(quota("0::/a/b", V2, &[group("200000 100000")]), Some(2000));
+    assert_eq!(quota("0::/a/b", V2, &[group("150000 100000")]), Some(1500));
+    assert_eq!(quota("0::/a/b", V2, &[group("max 100000")]), None);
+    let parents = [group("max 100000"), ("/sys/fs/cgroup/a/cpu.max", "50000 100000")];
+    assert_eq!(quota("0::/a/b", V2, &parents), Some(500), "the group above");
+    let stricter = [group("100000 100000"), ("/sys/fs/cgroup/a/cpu.max", "400000 100000")];
+    assert_eq!(quota("0::/a/b", V2, &stricter), Some(1000));
+    assert_eq!(quota("0::/a/b", V2, &[("/sys/fs/cgroup/a/x/cpu.max", "1 100000")]), None, "another group");
+    // In a container with a view of its own the limit stands at the top of that.
+    assert_eq!(quota("0::/", V2, &[("/sys/fs/cgroup/cpu.max", "300000 100000")]), Some(3000));
+}
+
+#[test]
+fn control_groups_of_version_1_and_of_containers_are_read_too() {
+    let v1 = "25 22 0:20 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n\
+              26 22 0:21 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
+              27 22 0:22 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw";
+    let membership = "9:name=systemd:/\n4:cpu,cpuacct:/job\n3:memory:/other\n0::/";
+    let limits = |quota| {
+        [
+            ("/sys/fs/cgroup/cpu,cpuacct/job/cpu.cfs_quota_us", quota),
+            ("/sys/fs/cgroup/cpu,cpuacct/job/cpu.cfs_period_us", "50000"),
+        ]
+    };
+    assert_eq!(quota(membership, v1, &limits("100000")), Some(2000));
+    assert_eq!(quota(membership, v1, &limits("-1")), None);
+    // Docker without a view of its own: the group of the container is mounted, under its full name.
+    let docker = "25 22 0:20 /docker/c0ffee /sys/fs/cgroup rw - cgroup2 cgroup rw";
+    let files = [("/sys/fs/cgroup/cpu.max", "250000 100000"), ("/sys/fs/cgroup/in/cpu.max", "max 100000")];
+    assert_eq!(quota("0::/docker/c0ffee", docker, &files), Some(2500));
+    assert_eq!(quota("0::/docker/c0ffee/in", docker, &files), Some(2500));
+    assert_eq!(quota("0::/elsewhere", docker, &files), Some(2500), "what is mounted can be asked");
+    assert_eq!(quota("0::/../..", V2, &[("/sys/fs/cgroup/cpu.max", "100000 100000")]), Some(1000));
+    for nonsense in ["", "0", "0::", "x:y", "0::/a"] {
+        for mounts in ["", "1 2 3", " - cgroup2", V2] {
+            assert_eq!(quota(nonsense, mounts, &[("/sys/fs/cgroup/a/cpu.max", "100000 0")]), None);
+        }
+    }
+}

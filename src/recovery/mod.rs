@@ -38,7 +38,7 @@ use crate::format::extent::decode_summary;
 use crate::format::superblock::{SUPERBLOCK_BYTES, Superblock};
 use crate::log::{Chunks, Log};
 use crate::map::{Extents, Map};
-use crate::options::{Limits, Options};
+use crate::options::{Geometry, Limits, Options};
 use crate::pool::Arena;
 use crate::shard::{LSN_AHEAD_MAX, NewEpoch, Recovering, Setup, Shard};
 use crate::types::{BLOCK, Deal, Lsn, Micros, SegmentNo, ShardId};
@@ -95,6 +95,15 @@ pub(crate) struct Opening {
     pub report: RecoveryReport,
     /// What the shards share.
     pub order: Arc<GlobalOrder>,
+}
+
+/// What was fixed when the store on `disk` was made; `None` if there is none yet. No other operation may be under way.
+pub(crate) fn stored_geometry(disk: &mut dyn Disk) -> Result<Option<Geometry>> {
+    let mut arena = Arena::new(READ_BLOCKS)?;
+    if create::is_unfinished(disk, &mut arena)? {
+        return Ok(None);
+    }
+    Ok(Some(find_superblock(disk, &mut arena)?.superblock.geometry))
 }
 
 /// Finds out what is on `disk`, or creates a store there, and deals it out to `shards_count` shards. No other

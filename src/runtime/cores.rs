@@ -1,7 +1,14 @@
 //! Which shard runs on which core.
+//!
+//! Invariants
+//! 1. [`plan`] is a pure function of the options, the machine and the store's geometry.
+//! 2. The number of shards that is taken if nobody names one can be run: the store has a virtual shard for each, the
+//!    memory is enough, and control groups allow the processor time. A number that is named is not changed.
+//!
+//! It does *not* look at what else runs on the machine.
 
 use crate::error::{Error, Result};
-use crate::options::{Options, SHARDS_MAX};
+use crate::options::{Options, SHARD_MEMORY_MIN, SHARDS_MAX};
 
 /// How the shards are spread over the cores.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -11,34 +18,55 @@ pub(super) struct Plan {
     pub(super) pins: Vec<Option<usize>>,
     /// More shards than cores: none may spin, it would spin on the time of another.
     pub(super) crowded: bool,
+    /// Thousandths of a processor that control groups allow, if that is less than the cores.
+    pub(super) quota_millis: Option<u64>,
 }
 
-/// The cores that this thread may use, in order; empty if that can't be found out.
-pub(super) fn allowed() -> Vec<usize> {
-    let mut ids: Vec<usize> = core_affinity::get_core_ids().unwrap_or_default().iter().map(|core| core.id).collect();
-    ids.sort_unstable();
-    ids
+/// What the machine gives this thread.
+#[derive(Clone, Default, Debug)]
+pub(super) struct Processors {
+    /// The cores that it may use, in order; empty if that can't be found out.
+    pub(super) allowed: Vec<usize>,
+    /// Thousandths of a processor that control groups allow, if they limit it.
+    pub(super) quota_millis: Option<u64>,
 }
 
-/// Plans for `options` on a machine with the cores `allowed`.
+impl Processors {
+    pub(super) fn look() -> Processors {
+        let ids = core_affinity::get_core_ids().unwrap_or_default();
+        let mut allowed: Vec<usize> = ids.iter().map(|core| core.id).collect();
+        allowed.sort_unstable();
+        Processors { allowed, quota_millis: crate::probe::cpu_quota_millis() }
+    }
+}
+
+/// Plans for `options` on such a machine, for a store with so many virtual shards.
 ///
 /// # Errors
-/// `Invalid`: a core that is not there, or twice; more shards than virtual shards.
-pub(super) fn plan(options: &Options, allowed: &[usize]) -> Result<Plan> {
+/// `Invalid`: a core that is not there, or twice.
+pub(super) fn plan(options: &Options, processors: &Processors, vshards_count: u32) -> Result<Plan> {
+    let allowed = &processors.allowed;
     let chosen = match &options.cores {
         Some(cores) => chosen(cores, allowed)?,
-        None => allowed.to_vec(),
+        None => allowed.clone(),
     };
     let cores_count = chosen.len().max(1);
-    let most = usize::from(SHARDS_MAX).min(options.geometry.vshards_count as usize);
-    let shards_count = options.shards.map_or(cores_count.min(most), usize::from);
-    let crowded = shards_count > cores_count;
-    let pin = |shard: usize| match crowded {
-        // The scheduler spreads them better than we could, unless it is to leave some cores alone.
-        true if options.cores.is_none() => None,
-        _ => chosen.get(shard % cores_count).copied(),
+    let quota_millis = processors.quota_millis.filter(|millis| *millis < cores_count as u64 * 1000);
+    // A part of a processor is used best by one more shard; whoever names cores means them.
+    let timed = match (quota_millis, &options.cores) {
+        (Some(millis), None) => millis.div_ceil(1000).max(1) as usize,
+        _ => cores_count,
     };
-    Ok(Plan { shards_count: shards_count as u16, pins: (0..shards_count).map(pin).collect(), crowded })
+    let in_memory = (options.memory_bytes / SHARD_MEMORY_MIN).clamp(1, u64::from(SHARDS_MAX)) as usize;
+    let most = in_memory.min(vshards_count.clamp(1, u32::from(SHARDS_MAX)) as usize);
+    let shards_count = options.shards.unwrap_or(timed.min(most) as u16);
+    let whole = quota_millis.map_or(cores_count, |millis| (millis / 1000) as usize);
+    let crowded = usize::from(shards_count) > whole;
+    // The scheduler spreads them better than we could: where they are more than the cores; and where time is shared out, as
+    // other processes with a share of it would be pinned to the same first cores. Unless some cores are to be left alone.
+    let scattered = options.cores.is_none() && (usize::from(shards_count) > cores_count || quota_millis.is_some());
+    let pin = |shard: usize| if scattered { None } else { chosen.get(shard % cores_count).copied() };
+    Ok(Plan { shards_count, pins: (0..usize::from(shards_count)).map(pin).collect(), crowded, quota_millis })
 }
 
 fn chosen(cores: &[usize], allowed: &[usize]) -> Result<Vec<usize>> {
@@ -71,10 +99,15 @@ mod tests {
         Options { cores: cores.map(<[usize]>::to_vec), shards, ..Options::default() }
     }
 
+    fn processors(allowed: &[usize], quota_millis: Option<u64>) -> Processors {
+        Processors { allowed: allowed.to_vec(), quota_millis }
+    }
+
     /// Two shards pinned to one core, or one that spins on the core of another, halve the store's speed unnoticed.
     #[test]
     fn each_shard_gets_a_core_of_its_own_if_there_are_enough() {
-        let plan = |cores, shards| plan(&options(cores, shards), &[0, 1, 4]).expect("it is lawful");
+        let plan =
+            |cores, shards| plan(&options(cores, shards), &processors(&[0, 1, 4], None), 256).expect("it is lawful");
         let all = plan(None, None);
         assert_eq!((all.shards_count, all.crowded), (3, false));
         assert_eq!(all.pins, [Some(0), Some(1), Some(4)]);
@@ -86,10 +119,45 @@ mod tests {
         assert!(kept_together.crowded && kept_together.pins == [Some(1); 2]);
     }
 
+    /// 64 shards on the time of two processors are halted by the kernel in the middle of their work, all at a time, for
+    /// most of each tenth of a second.
+    #[test]
+    fn a_quota_of_processor_time_bounds_the_shards() {
+        let many: Vec<usize> = (0..64).collect();
+        let with =
+            |quota, cores, shards| plan(&options(cores, shards), &processors(&many, quota), 256).expect("it is lawful");
+        let counts = |plan: Plan| (plan.shards_count, plan.crowded, plan.quota_millis.is_some());
+        assert_eq!(counts(with(None, None, None)), (64, false, false));
+        assert_eq!(counts(with(Some(2000), None, None)), (2, false, true));
+        assert_eq!(counts(with(Some(1500), None, None)), (2, true, true), "no spinning on a time that is not there");
+        assert_eq!(counts(with(Some(100), None, None)), (1, true, true));
+        assert_eq!(counts(with(Some(64_000), None, None)), (64, false, false), "a quota that binds nobody");
+        assert_eq!(with(Some(2000), None, None).pins, [None; 2], "not the cores of everybody else with a quota");
+        // What is named is done.
+        assert_eq!(counts(with(Some(2000), None, Some(8))), (8, true, true));
+        assert_eq!(with(Some(2000), Some(&[3, 4, 5]), None).pins, [Some(3), Some(4), Some(5)]);
+    }
+
+    /// A store that opens on the machine where it was made, and not on a larger one, breaks the promise of any core count.
+    #[test]
+    fn a_number_of_shards_that_nobody_named_is_one_that_the_store_can_have() {
+        let machine = processors(&[0, 1, 2, 3], None);
+        for (vshards, shards) in [(1, 1), (2, 2), (4, 4), (256, 4)] {
+            let plan = plan(&options(None, None), &machine, vshards).expect("it is lawful");
+            assert_eq!((plan.shards_count, plan.crowded), (shards, false));
+            assert_eq!(plan.pins.len(), usize::from(shards));
+        }
+        let little = Options { memory_bytes: 5 << 20, ..Options::default() };
+        assert_eq!(plan(&little, &machine, 256).expect("it is lawful").shards_count, 2, "2 MiB each");
+        assert_eq!(plan(&options(None, Some(4)), &machine, 1).expect("checked later").shards_count, 4);
+    }
+
     /// A typing error in `--cores` must not run the store somewhere else.
     #[test]
     fn cores_that_are_not_there_are_refused_by_name() {
-        let refused = |cores: &[usize]| plan(&options(Some(cores), None), &[0, 1]).expect_err("not lawful").to_string();
+        let refused = |cores: &[usize]| {
+            plan(&options(Some(cores), None), &processors(&[0, 1], None), 256).expect_err("not lawful").to_string()
+        };
         assert!(refused(&[0, 7]).contains("core 7"));
         assert!(refused(&[1, 1]).contains("twice"));
         assert!(refused(&[]).contains("empty"));

@@ -2,6 +2,7 @@
 
 use super::local::{Join, Local, Spawn};
 use super::report::RuntimeReport;
+use super::seat::is_shard_thread;
 use super::shared::{Shared, closed};
 use super::start;
 use crate::commit::GlobalOrder;
@@ -149,11 +150,15 @@ impl Runtime {
 impl Drop for Runtime {
     /// Ends the threads without a clean close, as a crash would, but waits for what the device has under way: the
     /// store can be opened again at once.
+    ///
+    /// A thread of a shard, of whatever store, waits for none: it may lead a flush that the others wait for, or they may be
+    /// dropping the last handle of its own store. Then the threads end by themselves, and opening waits for their locks.
     fn drop(&mut self) {
         self.shared.abandon();
-        // The last handle may go on a shard's own thread, with one of its tasks.
-        let here = std::thread::current().id();
-        for thread in self.threads.drain(..).filter(|thread| thread.thread().id() != here) {
+        if is_shard_thread() {
+            return;
+        }
+        for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
     }

@@ -36,7 +36,7 @@ pub(super) const LOCAL: u64 = 1 << 63;
 /// Tasks of one shard.
 const TASKS_MAX: usize = 1 << 16;
 /// Tasks run between two looks at everything else.
-const RUN_MAX: usize = 512;
+pub(super) const RUN_MAX: usize = 512;
 
 thread_local! {
     static RUNNABLE: RefCell<VecDeque<Runnable>> = const { RefCell::new(VecDeque::new()) };
@@ -275,11 +275,6 @@ impl Local {
         while self.run() {}
         HERE.set(std::ptr::null());
     }
-}
-
-/// Whether the thread that calls this drives a shard, of any store.
-pub(crate) fn drives_a_shard() -> bool {
-    HERE.try_with(Cell::get).is_ok_and(|here| !here.is_null())
 }
 
 fn schedule(port: &Port, runnable: Runnable) {

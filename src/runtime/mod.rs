@@ -19,6 +19,7 @@ mod handle;
 mod local;
 mod machine;
 mod meter;
+mod opening;
 mod places;
 mod portable;
 mod report;
@@ -28,9 +29,12 @@ mod shared;
 mod start;
 
 pub(crate) use handle::Runtime;
-pub(crate) use local::{Local, drives_a_shard};
+pub(crate) use local::Local;
 pub use report::RuntimeReport;
+pub(crate) use seat::is_shard_thread;
 
+#[cfg(all(test, not(corepage_loom)))]
+mod end_tests;
 #[cfg(all(test, not(corepage_loom)))]
 mod figures;
 #[cfg(all(test, not(corepage_loom)))]

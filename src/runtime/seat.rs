@@ -11,18 +11,31 @@
 //! 1. Whatever happens, the coordinator hears of it: refused; or ready, and then open or failed. A panic is a failure.
 //! 2. A thread that panics ends all.
 //! 3. `Shared::thread_ended` comes when the thread has let go of its files, and last.
+//! 4. Such a thread never waits for another one: each may lead a flush that the other needs in order to end. What runs on
+//!    it, tasks, wakers and destructors of callers included, can ask [`is_shard_thread`].
 
 use super::driver::{Clock, Driver, Lap, Pace, Rig};
 use super::machine::{Begun, Machine};
 use super::shared::Shared;
 use crate::commit::GlobalOrder;
-use crate::disk::{Disk, DiskReport, DiskWaker, Files};
+use crate::disk::{CancellableDisk, Disk, DiskReport, DiskWaker, Files};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::Lanes;
 use crate::types::ShardId;
 use crossbeam_channel::{Receiver, Sender};
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+
+thread_local! {
+    /// From the thread's first moment to its very last.
+    static IS_SHARD: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether the calling thread is a shard's, of any store, also while it begins or ends.
+pub(crate) fn is_shard_thread() -> bool {
+    IS_SHARD.with(Cell::get)
+}
 
 /// Laps between two looks at the executor.
 const LAPS_MAX: usize = 64;
@@ -85,6 +98,7 @@ impl<M: Machine> Seat<M> {
     /// The thread has its disk, and waits for its shard; `None`: there is none for it, and the thread ends.
     pub(super) fn sit<D: Disk>(self, mut disk: D, waker: DiskWaker, report: DiskReport) -> Option<Drive<M, D>> {
         let Seat { id, pace, clock, requests_max, shared, lanes, files, news, orders, .. } = self;
+        let cancel = files.cancel().clone();
         // The disk has its own; the last of them holds the store's lock.
         drop(files);
         shared.ports[usize::from(id.get())].parking.set_waker(waker);
@@ -92,7 +106,8 @@ impl<M: Machine> Seat<M> {
         while let Ok(next) = orders.recv() {
             match next {
                 Orders::Begin(opener) => {
-                    let began = catch_unwind(AssertUnwindSafe(|| opener(&mut disk)));
+                    let began =
+                        catch_unwind(AssertUnwindSafe(|| opener(&mut CancellableDisk::new(&mut disk, cancel.clone()))));
                     let began = began.unwrap_or_else(|_| Err(panicked()));
                     let _ = news.send(News::Began(began));
                 }
@@ -110,6 +125,7 @@ impl<M: Machine> Seat<M> {
 
 /// What a shard's thread runs: `body`, and then that it has ended, whatever happened.
 pub(super) fn occupy<M: Machine>(seat: Seat<M>, body: impl FnOnce(Seat<M>)) {
+    IS_SHARD.set(true);
     let (shared, news) = (seat.shared.clone(), seat.news.clone());
     if catch_unwind(AssertUnwindSafe(|| body(seat))).is_err() {
         tracing::error!("a shard's thread panicked; the store is closed as after a crash");

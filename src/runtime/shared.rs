@@ -3,10 +3,12 @@
 //! Invariants
 //! 1. A request is in an inbox, in a shard or answered. When a thread ends it answers what it had accepted, closes its
 //!    inbox, and refuses the rest.
-//! 2. `abandoned` ends all threads: no handle is left, or a shard has stopped without a clean close.
+//! 2. `abandoned` ends all threads: no handle is left, or a shard has stopped without a clean close. Each waits for what it
+//!    has at the device, and for nothing else; what consists of many steps is cut short.
 
 use super::local::Spawn;
 use super::places::Places;
+use crate::disk::Cancel;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::{InFlight, Inbox, Parking};
 use crate::shard::{Request, Response, Token};
@@ -35,12 +37,14 @@ pub(super) struct Shared {
     pub(super) inflight: Arc<InFlight>,
     pub(super) places: Places,
     abandoned: AtomicBool,
+    /// Of the files: ends what takes many steps.
+    cancel: Cancel,
     running: AtomicUsize,
     ended: Event,
 }
 
 impl Shared {
-    pub(super) fn new(shards_count: u16, requests_max: usize) -> Self {
+    pub(super) fn new(shards_count: u16, requests_max: usize, cancel: Cancel) -> Self {
         let capacity = requests_max.clamp(1, INBOX_MAX.max(requests_max / usize::from(shards_count)));
         let port = |_| Port {
             inbox: Inbox::new(capacity),
@@ -53,13 +57,20 @@ impl Shared {
             inflight: Arc::new(InFlight::new()),
             places: Places::new(requests_max),
             abandoned: AtomicBool::new(false),
+            cancel,
             running: AtomicUsize::new(usize::from(shards_count)),
             ended: Event::new(),
         }
     }
 
-    /// All threads are to end, without a clean close.
+    /// All threads are to end, without a clean close, and the files are of no use any more.
     pub(super) fn abandon(&self) {
+        self.cancel.cancel();
+        self.end_threads();
+    }
+
+    /// All threads are to end; others may use the files.
+    pub(super) fn end_threads(&self) {
         self.abandoned.store(true, Ordering::SeqCst);
         self.ports.iter().for_each(|port| port.parking.alarm());
     }

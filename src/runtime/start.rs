@@ -5,20 +5,24 @@
 //! 1. Nothing of the store is touched before every thread has what its driver needs; so the portable driver can still
 //!    be taken instead.
 //! 2. If one shard can't be opened, all threads have ended, and the files are let go, when the error is returned.
-//! 3. A caller who gives up leaves no store open: the coordinator finishes, finds nobody, and closes as after a crash.
+//! 3. A caller who gives up leaves no store open: all ends as soon as the device has answered, as after a crash.
+//! 4. The number of shards is settled when the store's geometry is known, before there are threads.
 
-use super::cores::{self, Plan};
+use super::cores::{self, Plan, Processors};
 use super::driver::{Clock, Pace};
 use super::handle::Runtime;
 use super::machine::{self, Begun, Machine};
+use super::opening::{Guard, Opening};
 use super::report::RuntimeReport;
 use super::seat::{News, Opener, Orders, Seat, occupy};
 use super::shared::Shared;
 use super::{portable, ring};
-use crate::disk::{Access, DiskReport, FileOptions, Files};
+use crate::disk::portable::{PortableDisk, PortableOptions};
+use crate::disk::{Access, CancellableDisk, DiskReport, FileId, FileOptions, Files};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::Lanes;
-use crate::options::{Driver, Options};
+use crate::options::{Driver, Geometry, Options};
+use crate::recovery;
 use crate::types::{Micros, ShardId};
 use crossbeam_channel::{Receiver, Sender};
 use event_listener::Event;
@@ -34,7 +38,8 @@ const POLL_US: Micros = 50;
 /// What the tests replace.
 pub(super) type Begin<M> = fn(&mut dyn crate::disk::Disk, &Options, u16, Micros) -> Result<Begun<M>>;
 
-/// Opens the store in `dir`, without blocking the caller.
+/// Opens the store in `dir`, without blocking the caller. Dropping the future gives it up, and waits for what is at the
+/// device.
 pub(super) async fn start(dir: PathBuf, options: Options) -> Result<Runtime> {
     start_with(dir, options, machine::begin).await
 }
@@ -43,20 +48,24 @@ pub(super) async fn start(dir: PathBuf, options: Options) -> Result<Runtime> {
 pub(super) async fn start_with<M: Machine>(dir: PathBuf, options: Options, begin: Begin<M>) -> Result<Runtime> {
     let (send, result) = crossbeam_channel::bounded(1);
     let ready = Arc::new(Event::new());
-    let wake = ready.clone();
+    let opening = Arc::<Opening>::default();
+    let (wake, own) = (ready.clone(), opening.clone());
     let body = move || {
-        let opened = catch_unwind(AssertUnwindSafe(|| open(&dir, &options, begin)));
+        let opened = catch_unwind(AssertUnwindSafe(|| open(&dir, &options, begin, &own)));
         let opened = opened.unwrap_or_else(|_| Err(Error::new(ErrorKind::Closed, "opening the store panicked")));
         // If nobody listens any more, the runtime is dropped here, and the store closed.
         let _ = send.send(opened);
         wake.notify(usize::MAX);
     };
     let thread = std::thread::Builder::new().name("corepage-open".into()).spawn(body);
-    thread.map_err(|e| Error::io("starting a thread", e))?;
+    let mut guard = Guard::new(opening, thread.map_err(|e| Error::io("starting a thread", e))?);
     loop {
         let listener = ready.listen();
         match result.try_recv() {
-            Ok(result) => return result,
+            Ok(result) => {
+                guard.finish();
+                return result;
+            }
             Err(crossbeam_channel::TryRecvError::Empty) => listener.await,
             Err(_) => return Err(Error::new(ErrorKind::Closed, "opening the store panicked")),
         }
@@ -70,15 +79,25 @@ enum Stop {
     Failed(Error),
 }
 
-fn open<M: Machine>(dir: &Path, options: &Options, begin: Begin<M>) -> Result<Runtime> {
-    let plan = cores::plan(options, &cores::allowed())?;
-    options.limits(&options.geometry, plan.shards_count)?;
-    let files = Files::open(dir, Access::ReadWrite, &FileOptions::default())?;
+fn open<M: Machine>(dir: &Path, options: &Options, begin: Begin<M>, opening: &Opening) -> Result<Runtime> {
+    let processors = Processors::look();
+    let checked = |geometry: &Geometry| {
+        let plan = cores::plan(options, &processors, geometry.vshards_count)?;
+        options.limits(geometry, plan.shards_count).map(|_| plan)
+    };
+    // What can be known to be wrong is refused before a directory is made. A store that is there has a geometry of its own.
+    let planned = if dir.join(FileId::Meta.to_string()).exists() { None } else { Some(checked(&options.geometry)?) };
+    let files = FileOptions { cancel: opening.cancel.clone(), ..FileOptions::default() };
+    let files = Files::open(dir, Access::ReadWrite, &files)?;
+    let plan = match planned {
+        Some(plan) => plan,
+        None => checked(stored_geometry(&files)?.as_ref().unwrap_or(&options.geometry))?,
+    };
     let why = match options.driver {
         Driver::Portable => None,
         Driver::Ring | Driver::Auto => {
             let launched = match ring::probe() {
-                Ok(()) => Launch::new(options, &plan, true).run(&files, begin),
+                Ok(()) => Launch::new(options, &plan, true, &files).run(&files, begin, opening),
                 Err(why) => Err(Stop::Refused(Error::new(ErrorKind::Unsupported, why))),
             };
             match launched {
@@ -92,13 +111,19 @@ fn open<M: Machine>(dir: &Path, options: &Options, begin: Begin<M>) -> Result<Ru
     if let Some(why) = &why {
         tracing::warn!("portable driver: {why}");
     }
-    match Launch::new(options, &plan, false).run(&files, begin) {
+    match Launch::new(options, &plan, false, &files).run(&files, begin, opening) {
         Ok(mut runtime) => {
             runtime.report.disk.fallback = why;
             Ok(runtime)
         }
         Err(Stop::Refused(error) | Stop::Failed(error)) => Err(error),
     }
+}
+
+/// The geometry of the store in these files, if there is one.
+fn stored_geometry(files: &Arc<Files>) -> Result<Option<Geometry>> {
+    let mut disk = PortableDisk::with_files(files.clone(), &PortableOptions { workers_count: 1 })?;
+    recovery::stored_geometry(&mut CancellableDisk::new(&mut disk, files.cancel().clone()))
 }
 
 /// The threads of one driver, being started.
@@ -112,8 +137,8 @@ struct Launch<'a> {
 }
 
 impl<'a> Launch<'a> {
-    fn new(options: &'a Options, plan: &'a Plan, ring: bool) -> Self {
-        let shared = Arc::new(Shared::new(plan.shards_count, options.requests_max));
+    fn new(options: &'a Options, plan: &'a Plan, ring: bool, files: &Files) -> Self {
+        let shared = Arc::new(Shared::new(plan.shards_count, options.requests_max, files.cancel().clone()));
         Launch { options, plan, ring, clock: Clock::start(), shared, threads: Vec::new() }
     }
 
@@ -125,17 +150,28 @@ impl<'a> Launch<'a> {
         }
     }
 
-    fn run<M: Machine>(mut self, files: &Arc<Files>, begin: Begin<M>) -> std::result::Result<Runtime, Stop> {
+    fn run<M: Machine>(
+        mut self,
+        files: &Arc<Files>,
+        begin: Begin<M>,
+        opening: &Opening,
+    ) -> std::result::Result<Runtime, Stop> {
+        opening.launch(&self.shared);
         let (news, heard) = crossbeam_channel::unbounded();
         let mut orders = Vec::new();
         let result = self.seat_all(files, &news, &mut orders);
         drop(news);
         let result = result.and_then(|()| self.open_all(&heard, &orders, begin));
         drop(orders);
+        opening.landed();
         match result {
             Ok((begun, disk)) => Ok(self.runtime(begun, disk)),
             Err(stop) => {
-                self.shared.abandon();
+                match &stop {
+                    // The files are needed for another try, with the other driver.
+                    Stop::Refused(_) => self.shared.end_threads(),
+                    Stop::Failed(_) => self.shared.abandon(),
+                }
                 self.threads.into_iter().for_each(|thread| drop(thread.join()));
                 Err(stop)
             }
@@ -209,6 +245,7 @@ impl<'a> Launch<'a> {
         let report = RuntimeReport {
             driver: if self.ring { "io_uring" } else { "portable" },
             pins: self.plan.pins.clone(),
+            quota_millis: self.plan.quota_millis,
             poll_us,
             disk,
         };

@@ -48,6 +48,9 @@ const PINS_SHARE: u64 = 4;
 /// An open store. Clones are handles to the same one; it ends without a clean close (as in a crash: nothing
 /// acknowledged as durable is lost) when the last handle is dropped, and cleanly by [`close`](Store::close).
 ///
+/// Dropping the last handle waits for what is at the device, and until the store can be opened again. On a shard's own
+/// thread, in a task or a waker there, it waits for nothing: the store ends by itself, and opening it waits for that.
+///
 /// Volumes, transactions and scans belong to the handle that they were made from: it may hold pins of a quarter of the memory,
 /// a clone of it as many of its own.
 pub struct Store {
@@ -83,6 +86,9 @@ impl std::fmt::Debug for Store {
 impl Store {
     /// Opens the store in directory `dir`, or creates one there if it holds none. After a crash this recovers: on
     /// return the store holds exactly the commits up to [`RecoveryReport::cut`], all acknowledged ones among them.
+    ///
+    /// Dropping the future gives opening up, also in the middle of a long recovery, and leaves the store as after a crash.
+    /// It waits, as dropping a store does, for what is at the device.
     ///
     /// # Errors
     /// `InUse`: another process, or another handle of this one, has it open. `Unsupported`: another format version.

@@ -4,7 +4,8 @@
 //! 1. Each entry with the kernel has a slot of its own, named in the entry, and a slot is free again only by
 //!    [`Entries::free`], when its completion was taken.
 //! 2. A slot's list of pieces changes only while the slot is free, and is on the heap, so it stays where it is.
-//! 3. There is at most one read of the eventfd, into memory that lives as long as the entries do.
+//! 3. There is at most one read of the eventfd, into memory that lives as long as the entries do; and one timer, whose
+//!    time the kernel has copied when it took the entry.
 //!
 //! It does *not* make system calls.
 #![allow(unsafe_code)]
@@ -14,11 +15,14 @@ use super::super::transfer::write_flags;
 use super::super::waker::Sleep;
 use super::op::{Op, Span, Vector, memory_of};
 use super::ring::Ring;
+use crate::types::Micros;
 use io_uring::{opcode, squeue, types};
 use std::os::fd::AsRawFd;
 
 /// The name of the read of the eventfd.
 pub(super) const EVENT: u64 = u64::MAX;
+/// The name of the timer.
+pub(super) const TIMER: u64 = u64::MAX - 1;
 
 /// What an entry stands for.
 #[derive(Clone, Copy)]
@@ -42,13 +46,22 @@ pub(super) struct Entries {
     /// Where the eventfd's counter goes. Written by the kernel, read by nobody.
     counter: Box<[u8; 8]>,
     event_read: bool,
+    time: Box<types::Timespec>,
+    timer: bool,
 }
 
 impl Entries {
     /// Slots for as many entries as the rings have under way at a time.
     pub(super) fn new(count: usize) -> Entries {
         let places = (0..count).map(|_| Place::default()).collect();
-        Entries { places, free: (0..count as u32).rev().collect(), counter: Box::new([0; 8]), event_read: false }
+        Entries {
+            places,
+            free: (0..count as u32).rev().collect(),
+            counter: Box::new([0; 8]),
+            event_read: false,
+            time: Box::default(),
+            timer: false,
+        }
     }
 
     fn take_slot(&mut self, slot: Slot) -> usize {
@@ -122,6 +135,28 @@ impl Entries {
         unsafe { ring.put(&entry.user_data(EVENT), false) }
     }
 
+    /// Has the ring say when `us` have passed, if it is not to say so already.
+    pub(super) fn start_timer(&mut self, ring: &mut Ring, us: Micros) {
+        if self.timer || !ring.has_slot() {
+            return;
+        }
+        *self.time = types::Timespec::new().sec(us / 1_000_000).nsec((us % 1_000_000) as u32 * 1000);
+        let entry = opcode::Timeout::new(&raw const *self.time).build();
+        self.timer = true;
+        // SAFETY: the time is on the heap, stays as it is while the timer is set, and lives as long as this; a ring that
+        // goes with the entry in its queue takes it no more. It is not counted.
+        unsafe { ring.put(&entry.user_data(TIMER), false) }
+    }
+
+    /// The timer has run out.
+    pub(super) fn timer_ended(&mut self) {
+        self.timer = false;
+    }
+
+    pub(super) fn is_timer_set(&self) -> bool {
+        self.timer
+    }
+
     /// The read of the eventfd is back.
     pub(super) fn event_read(&mut self) {
         self.event_read = false;
@@ -135,5 +170,6 @@ impl Entries {
     pub(super) fn leak(&mut self) {
         std::mem::forget(std::mem::take(&mut self.places));
         std::mem::forget(std::mem::take(&mut self.counter));
+        std::mem::forget(std::mem::take(&mut self.time));
     }
 }

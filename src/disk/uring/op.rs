@@ -13,6 +13,7 @@
 //!
 //! It does *not* touch the bytes.
 
+use super::super::backoff::Backoff;
 use super::super::{DiskOp, OpId};
 use super::buffers::Buffers;
 use super::targets::Target;
@@ -51,6 +52,7 @@ pub(super) struct Span {
     pub(super) from: u32,
     pub(super) len: u32,
     pub(super) stalls: u8,
+    pub(super) backoff: Backoff,
 }
 
 /// An operation on its way.
@@ -121,7 +123,7 @@ fn add(parts: &mut SmallVec<[Part; 4]>, at: *mut u8, len: u32) {
 /// Cuts `bytes` bytes into spans.
 pub(super) fn spans(op: u32, bytes: u32) -> impl Iterator<Item = Span> {
     let cuts = (0..bytes).step_by(SPAN_BYTES as usize);
-    cuts.map(move |from| Span { op, from, len: SPAN_BYTES.min(bytes - from), stalls: 0 })
+    cuts.map(move |from| Span { op, from, len: SPAN_BYTES.min(bytes - from), stalls: 0, backoff: Backoff::default() })
 }
 
 /// The memory of a span: the one part, or `out` as the list of them.
@@ -155,6 +157,8 @@ pub(super) enum Landing {
     Done,
     /// This is still to be transferred.
     Rest(Span),
+    /// The kernel would not take it now: to be transferred after a pause.
+    Later(Span),
     /// It can't be.
     Failed(io::Error),
 }
@@ -164,7 +168,11 @@ pub(super) fn judge(span: Span, result: i32, is_write: bool) -> Landing {
     use rustix::io::Errno;
     if result < 0 {
         let again = [Errno::INTR, Errno::AGAIN].iter().any(|errno| errno.raw_os_error() == -result);
-        return if again { Landing::Rest(span) } else { Landing::Failed(io::Error::from_raw_os_error(-result)) };
+        let mut backoff = span.backoff;
+        return match again && backoff.refused().is_some() {
+            true => Landing::Later(Span { backoff, ..span }),
+            false => Landing::Failed(io::Error::from_raw_os_error(-result)),
+        };
     }
     let reached = (result as u32).min(span.len);
     if reached == span.len {
@@ -177,7 +185,8 @@ pub(super) fn judge(span: Span, result: i32, is_write: bool) -> Landing {
         let bytes = span.from + reached;
         return Landing::Failed(io::Error::new(kind, format!("only {bytes} bytes could be transferred")));
     }
-    Landing::Rest(Span { from: span.from + blocks, len: span.len - blocks, stalls, ..span })
+    let (from, len) = (span.from + blocks, span.len - blocks);
+    Landing::Rest(Span { from, len, stalls, backoff: Backoff::default(), ..span })
 }
 
 #[cfg(test)]
@@ -213,7 +222,7 @@ mod tests {
         }
         assert_eq!(parts.as_slice(), [part(0, 12288), part(65536, 4096), part(32768, 4096)]);
         let mut list = Vec::new();
-        let span = |from, len| Span { op: 0, from, len, stalls: 0 };
+        let span = |from, len| Span { op: 0, from, len, stalls: 0, backoff: Backoff::default() };
         assert_eq!(memory_of(&parts, &span(4096, 8192), &mut list), Some(part(4096, 8192)));
         assert_eq!(memory_of(&parts, &span(12288, 4096), &mut list), Some(part(65536, 4096)));
         assert_eq!(memory_of(&parts, &span(8192, 12288), &mut list), None);
@@ -225,7 +234,7 @@ mod tests {
     /// A short transfer taken for a whole one is a page of old bytes.
     #[test]
     fn short_results_go_on_at_a_block_and_give_up_in_the_end() {
-        let span = Span { op: 0, from: 8192, len: 16384, stalls: 0 };
+        let span = Span { op: 0, from: 8192, len: 16384, stalls: 0, backoff: Backoff::default() };
         assert!(matches!(judge(span, 16384, false), Landing::Done));
         let Landing::Rest(rest) = judge(span, 5000, false) else { panic!("it goes on") };
         assert_eq!((rest.from, rest.len, rest.stalls), (8192 + 4096, 16384 - 4096, 0));
@@ -235,13 +244,27 @@ mod tests {
             match judge(stalled, 100, true) {
                 Landing::Rest(rest) => stalled = rest,
                 Landing::Failed(e) => break e,
-                Landing::Done => panic!("100 bytes are not all"),
+                Landing::Done | Landing::Later(_) => panic!("100 bytes are not all"),
             }
         };
         assert_eq!(failed.kind(), io::ErrorKind::WriteZero);
         assert!(matches!(judge(span, 0, false), Landing::Failed(e) if e.kind() == io::ErrorKind::UnexpectedEof));
         for again in [rustix::io::Errno::INTR, rustix::io::Errno::AGAIN] {
-            assert!(matches!(judge(span, -again.raw_os_error(), false), Landing::Rest(same) if same == span));
+            let mut refused = span;
+            let mut times = 0;
+            let failed = loop {
+                match judge(refused, -again.raw_os_error(), false) {
+                    Landing::Later(same) => refused = same,
+                    Landing::Failed(e) => break e,
+                    other => panic!("it was refused: {other:?}"),
+                }
+                assert_eq!(Span { backoff: span.backoff, ..refused }, span, "all of it is still to be transferred");
+                times += 1;
+            };
+            assert!(times >= 100, "a busy device is no failed one");
+            assert_eq!(failed.raw_os_error(), Some(again.raw_os_error()));
+            let Landing::Rest(rest) = judge(refused, 4096, false) else { panic!("it goes on") };
+            assert_eq!(rest.backoff, Backoff::default(), "a device that takes something again is well");
         }
         for errno in [5, 61, 125] {
             let Landing::Failed(e) = judge(span, -errno, false) else { panic!("{errno} is a failure") };

@@ -20,6 +20,10 @@ const SPARE: u32 = 4;
 /// How often to try again for want of locked memory, and after how long; together 100 ms.
 const NO_ROOM_TRIES: u32 = 20;
 const NO_ROOM_PAUSE: Duration = Duration::from_millis(5);
+/// How long to sleep when the kernel refuses to take entries, or to wait, just now.
+const REFUSED_PAUSE: Duration = Duration::from_millis(1);
+/// A call that does not wait is repeated so often if a signal has interrupted it; then the next lap does it.
+const INTERRUPTED_TRIES: u32 = 3;
 
 pub(super) struct Ring {
     ring: IoUring,
@@ -132,12 +136,15 @@ impl Ring {
 
     /// Hands over what is in the submission queue and lets the kernel post what has completed. Never waits.
     pub(super) fn submit(&mut self) {
-        while self.wants_call() {
+        for _ in 0..INTERRUPTED_TRIES {
+            if !self.wants_call() {
+                return;
+            }
             self.calls += 1;
             match self.ring.submit() {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Ok(_) => return,
                 Err(e) if later(&e) => return,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => {
                     self.broken.get_or_insert(e);
                     return;
@@ -146,8 +153,9 @@ impl Ring {
         }
     }
 
-    /// The same, and waits for a completion, or until `timeout_us` has passed. May return early, for no reason.
-    pub(super) fn wait(&mut self, timeout_us: Option<Micros>) {
+    /// The same, and waits for a completion, or until `timeout_us` has passed. May return early, for no reason. False: the
+    /// kernel refused it, and this has slept a moment instead, so that whoever waits in a loop does not spin.
+    pub(super) fn wait(&mut self, timeout_us: Option<Micros>) -> bool {
         self.calls += 1;
         let outcome = match timeout_us {
             None => self.ring.submit_and_wait(1),
@@ -158,12 +166,20 @@ impl Ring {
         };
         match outcome {
             Ok(_) => {}
-            Err(e) if later(&e) || e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if later(&e) => {
+                // What has completed may be what keeps the kernel from taking more.
+                if !self.has_completion() {
+                    pause(timeout_us);
+                }
+                return false;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) if e.raw_os_error() == Some(rustix::io::Errno::TIME.raw_os_error()) => {}
             Err(e) => {
                 self.broken.get_or_insert(e);
             }
         }
+        true
     }
 
     /// Whether a completion is there.
@@ -181,6 +197,11 @@ impl Ring {
         }
         out.extend(self.ring.completion().map(|entry: cqueue::Entry| (entry.user_data(), entry.result())));
     }
+}
+
+#[allow(clippy::disallowed_methods, reason = "a ring that refuses to wait can't be waited in")]
+fn pause(timeout_us: Option<Micros>) {
+    std::thread::sleep(timeout_us.map_or(REFUSED_PAUSE, |us| REFUSED_PAUSE.min(Duration::from_micros(us))));
 }
 
 /// Refusals that pass: no memory just now, or completions have to be taken first.

@@ -397,3 +397,71 @@ fn the_ring_works_on_file_systems_of_all_kinds() {
         assert!(read(&mut disk, &mut arena, LOG, 0, &[9]).unwrap()[0].iter().all(|b| *b == 0x77));
     }
 }
+
+/// A device whose queue is full, or a kernel short of memory, must get time, not a core that asks again and again; and what
+/// it did not take must not count as done.
+#[test]
+fn a_transfer_that_the_device_refuses_for_now_is_repeated_after_a_pause() {
+    for two in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let files = Files::open(dir.path(), Access::ReadWrite, &FileOptions::default()).unwrap();
+        let off = Polling::Off("not asked for".into());
+        let mut disk = UringDisk::with_rings(files, &UringOptions::default(), off, two).unwrap();
+        let mut arena = Arena::new(1024).unwrap();
+        allocate(&mut disk, LOG, 0, 8192).unwrap();
+        let frame = filled(&mut arena, 0, 7);
+        write(&mut disk, LOG, 4096, &[&frame]).unwrap();
+        let (into, before) = (smallvec![filled(&mut arena, 0, 0xee)], disk.calls());
+        disk.submit(OpId(1), DiskOp::Read { file: LOG, offset: 4096, into });
+        for refusals in 1..=6 {
+            let span = disk.queue.pop_front().expect("it is to be transferred, again");
+            disk.span_landed(span, -libc::EAGAIN);
+            assert!(disk.queue.is_empty() && disk.refused.len() == 1, "it is not repeated at once");
+            let mut waits = 0;
+            while disk.queue.is_empty() {
+                disk.wait(None);
+                assert!(disk.done.is_empty(), "it is not done");
+                waits += 1;
+            }
+            assert!(waits <= 4, "refusal {refusals}: {waits} waits for one pause");
+        }
+        let mut done = Vec::new();
+        while done.is_empty() {
+            disk.wait(None);
+            disk.reap(&mut done);
+        }
+        let Some(Completion { op: DiskOp::Read { into, .. }, result: Ok(()), .. }) = done.pop() else {
+            panic!("it failed")
+        };
+        assert!(into[0].iter().all(|byte| *byte == 7));
+        assert!(disk.calls() - before < 64, "{} system calls", disk.calls() - before);
+        // One that is refused when the disk goes is not waited for.
+        disk.submit(OpId(2), DiskOp::Read { file: LOG, offset: 0, into });
+        let mut span = disk.queue.pop_front().expect("it is to be transferred");
+        (0..100).for_each(|_| drop(span.backoff.refused()));
+        disk.span_landed(span, -libc::EAGAIN);
+        disk.push();
+    }
+}
+
+/// A kernel that takes no entries just now must not be asked without a pause by a thread that only wants to wait.
+#[test]
+#[allow(clippy::disallowed_methods, reason = "that time passes is what is tested")]
+fn a_ring_that_can_t_be_waited_in_pauses_the_waiter() {
+    if role().is_none() {
+        child("a_ring_that_can_t_be_waited_in_pauses_the_waiter", "wait");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut disk = UringDisk::open(dir.path(), Access::ReadWrite).unwrap();
+    forbid(libc::SYS_io_uring_enter, libc::EAGAIN as u32);
+    let since = std::time::Instant::now();
+    (0..20).for_each(|_| disk.wait(None));
+    // Each slept for a millisecond; without a pause all of them take a few microseconds.
+    assert!(since.elapsed() >= std::time::Duration::from_millis(20), "{:?}", since.elapsed());
+    // Whoever wants to wait for less does.
+    disk.wait(Some(100));
+    assert!(disk.broken().is_none(), "it may work later");
+    // The ring can't be asked for its last completions either.
+    std::mem::forget(disk);
+}

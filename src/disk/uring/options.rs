@@ -1,0 +1,18 @@
+//! What the owner of a ring disk chooses. It does *not* check it against the machine.
+
+/// How to run the ring disk.
+#[derive(Clone, Debug)]
+pub struct UringOptions {
+    /// Entries of the ring, and so transfers at the device at a time (default 256).
+    pub ring_entries: u32,
+    /// Poll the device for completions if it can (default). Costs processor time while transfers are under way.
+    pub polling: bool,
+    /// Disks of this process that share the limit of locked memory (default 1).
+    pub disks_count: usize,
+}
+
+impl Default for UringOptions {
+    fn default() -> Self {
+        UringOptions { ring_entries: 256, polling: true, disks_count: 1 }
+    }
+}

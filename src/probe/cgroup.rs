@@ -1,0 +1,79 @@
+//! How much processor time the control groups of this process allow (cgroups(7), version 2 and version 1).
+//!
+//! Invariants
+//! 1. A group is bound by the limits of all groups above it, too: the lowest counts.
+//! 2. What can't be read or understood is no limit.
+//!
+//! It does *not* see groups above the root of a container's own view: the kernel hides them.
+
+use super::mounts::unescape;
+use super::{Roots, text};
+use std::path::{Path, PathBuf};
+
+/// Thousandths of a processor that this process may use, if a control group says.
+pub(super) fn look(roots: &Roots) -> Option<u64> {
+    quota_millis(&roots.proc("self/cgroup")?, &roots.proc("self/mountinfo")?, text)
+}
+
+/// The same for what `/proc/self/cgroup` and `/proc/self/mountinfo` say; `read` gives a file's text.
+pub(super) fn quota_millis(membership: &str, mountinfo: &str, read: impl Fn(&Path) -> Option<String>) -> Option<u64> {
+    let mounts: Vec<Hierarchy> = mountinfo.lines().filter_map(Hierarchy::parse).collect();
+    let limits = membership.lines().filter_map(|line| {
+        // `0::/path` for version 2, `4:cpu,cpuacct:/path` for version 1.
+        let (_, rest) = line.split_once(':')?;
+        let (controllers, path) = rest.split_once(':')?;
+        let hierarchy = match controllers {
+            "" => mounts.iter().find(|mount| mount.version == 2)?,
+            _ if controllers.split(',').any(|name| name == "cpu") => mounts.iter().find(|mount| mount.version == 1)?,
+            _ => return None,
+        };
+        hierarchy.lowest(Path::new(path), &read)
+    });
+    limits.min()
+}
+
+/// A mounted tree of control groups that may limit processor time.
+struct Hierarchy {
+    version: u8,
+    /// The group that is mounted: in a container not the uppermost one.
+    root: PathBuf,
+    point: PathBuf,
+}
+
+impl Hierarchy {
+    /// `36 35 98:0 /root /mount/point options [optional...] - type source super-options`
+    fn parse(line: &str) -> Option<Hierarchy> {
+        let (left, right) = line.split_once(" - ")?;
+        let (mut left, mut right) = (left.split(' ').skip(3), right.split(' '));
+        let (root, point) = (PathBuf::from(unescape(left.next()?)), PathBuf::from(unescape(left.next()?)));
+        let version = match right.next()? {
+            "cgroup2" => 2,
+            "cgroup" if right.nth(1)?.split(',').any(|option| option == "cpu") => 1,
+            _ => return None,
+        };
+        Some(Hierarchy { version, root, point })
+    }
+
+    /// The lowest limit of the group `path` and of those above it.
+    fn lowest(&self, path: &Path, read: &impl Fn(&Path) -> Option<String>) -> Option<u64> {
+        // A group outside of what is mounted here: only the mounted one can be asked.
+        let below = path.strip_prefix(&self.root).ok().filter(|below| !below.starts_with(".."));
+        let group = self.point.join(below.unwrap_or(Path::new("")));
+        let above = group.ancestors().take_while(|group| group.starts_with(&self.point));
+        above.filter_map(|group| self.limit(group, read)).min()
+    }
+
+    fn limit(&self, group: &Path, read: &impl Fn(&Path) -> Option<String>) -> Option<u64> {
+        let (quota, period) = match self.version {
+            2 => {
+                let text = read(&group.join("cpu.max"))?;
+                let (quota, period) = text.split_once(' ')?;
+                (quota.to_owned(), period.to_owned())
+            }
+            _ => (read(&group.join("cpu.cfs_quota_us"))?, read(&group.join("cpu.cfs_period_us"))?),
+        };
+        // `max` and -1 are no numbers of this kind: no limit.
+        let (quota, period): (u64, u64) = (quota.trim().parse().ok()?, period.trim().parse().ok()?);
+        quota.checked_mul(1000)?.checked_div(period)
+    }
+}

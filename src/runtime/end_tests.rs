@@ -1,0 +1,306 @@
+//! How a store ends, and how opening it is given up: whoever drops the last handle, and wherever.
+//!
+//! If these fail, a program hangs for ever in a destructor, or a store can't be opened again after one.
+#![allow(clippy::disallowed_methods, reason = "tests let real shards wait")]
+
+use super::handle::Runtime;
+use super::local::RUN_MAX;
+use super::machine::{Begun, Deed, Machine};
+use super::ring;
+use super::start::{Begin, start_with};
+use crate::commit::GlobalOrder;
+use crate::disk::{Completion, Disk, DiskOp, FileId, OpId, execute};
+use crate::error::{Error, ErrorKind, Result};
+use crate::options::{Driver, Options};
+use crate::pool::Mapping;
+use crate::recovery::RecoveryReport;
+use crate::shard::{Request, Response, Token};
+use crate::types::{Deal, Lsn, Micros, SegmentNo, ShardId};
+use crossbeam_channel::{Receiver, Sender, bounded};
+use futures_lite::future::{block_on, poll_once, yield_now};
+use std::collections::VecDeque;
+use std::path::Path;
+use std::sync::{Arc, Barrier};
+use std::time::Duration;
+
+/// Longer than anything here takes on the slowest machine: what has not happened by then never will.
+const FOR_EVER: Duration = Duration::from_secs(60);
+const FILE: FileId = FileId::Log(ShardId::new(0), SegmentNo::new(0));
+
+/// A shard that does nothing but flush one file, which all shards have in common. It is open if `open` says so.
+struct Flusher {
+    deeds: VecDeque<Deed<()>>,
+    flushing: Vec<Token>,
+    closed: bool,
+    open: bool,
+}
+
+impl Machine for Flusher {
+    type Message = ();
+
+    fn request(&mut self, token: Token, request: Request) {
+        match request {
+            Request::Flush => {
+                let id = OpId(self.flushing.len() as u64);
+                self.flushing.push(token);
+                self.deeds.push_back(Deed::Submit(id, DiskOp::Flush { files: [FILE].into_iter().collect() }));
+            }
+            Request::Close => {
+                self.deeds.push_back(Deed::Reply(token, Ok(Response::Closed)));
+                self.closed = true;
+            }
+            _ => unreachable!("it can only flush"),
+        }
+    }
+
+    fn message(&mut self, _: ShardId, (): ()) {}
+
+    fn complete(&mut self, done: Completion) {
+        let token = self.flushing[done.id.0 as usize];
+        self.deeds.push_back(Deed::Reply(token, done.result.map(|()| Response::Flushed(Lsn::ZERO))));
+    }
+
+    fn turn(&mut self, _: Micros) {}
+
+    fn next_deed(&mut self) -> Option<Deed<()>> {
+        self.deeds.pop_front()
+    }
+
+    fn deadline(&self) -> Option<Micros> {
+        None
+    }
+
+    fn accepting(&self) -> bool {
+        true
+    }
+
+    fn is_open(&self) -> bool {
+        self.open
+    }
+
+    fn is_closed(&self) -> bool {
+        self.closed && self.deeds.is_empty()
+    }
+
+    fn ops_under_way(&self) -> usize {
+        0
+    }
+
+    fn waits_for(&self) -> Option<Lsn> {
+        None
+    }
+
+    fn failure(&self) -> Option<Error> {
+        None
+    }
+
+    fn mapping(&self) -> Option<Mapping> {
+        None
+    }
+}
+
+fn begun(shards_count: u16, open: bool) -> Begun<Flusher> {
+    let order = Arc::new(GlobalOrder::new(Lsn::new(1), usize::from(shards_count)));
+    let machine = |_| Flusher { deeds: VecDeque::new(), flushing: Vec::new(), closed: false, open };
+    let machines = (0..shards_count).map(machine).collect();
+    let recovery = RecoveryReport::default();
+    Begun { machines, recovery, order, txn_bytes_max: 0, deal: Deal::new(256, shards_count) }
+}
+
+fn flushers(disk: &mut dyn Disk, _: &Options, shards_count: u16, _: Micros) -> Result<Begun<Flusher>> {
+    if disk.len(FILE)?.is_none() {
+        execute(disk, DiskOp::Allocate { file: FILE, from: 0, to: 4096 })?;
+    }
+    Ok(begun(shards_count, true))
+}
+
+/// Their shards never get as far as to be open.
+fn endless(_: &mut dyn Disk, _: &Options, shards_count: u16, _: Micros) -> Result<Begun<Flusher>> {
+    Ok(begun(shards_count, false))
+}
+
+fn start(dir: &Path, driver: Driver, begin: Begin<Flusher>) -> Result<Runtime> {
+    let options = Options { shards: Some(2), driver, ..Options::default() };
+    block_on(start_with(dir.to_path_buf(), options, begin))
+}
+
+/// With each driver that works here, in a directory of memory: there no flush stands for all files, so that shards
+/// share rounds, as on XFS.
+fn each_driver(test: impl Fn(&dyn Fn() -> Runtime)) {
+    let drivers = ring::probe().is_ok().then_some(Driver::Ring).into_iter().chain([Driver::Portable]);
+    for driver in drivers {
+        let memory = Path::new("/dev/shm");
+        let dir = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
+        let dir = dir.expect("a directory");
+        test(&|| start(dir.path(), driver, flushers).expect("it opens"));
+        // Wherever the last handle went: the files are let go, and opening waits for that.
+        drop(start(dir.path(), driver, flushers).expect("it opens again"));
+    }
+}
+
+fn ends<T>(receiver: &Receiver<T>, what: &str) -> T {
+    receiver.recv_timeout(FOR_EVER).unwrap_or_else(|_| panic!("{what} hangs"))
+}
+
+/// What the task has asked for is submitted, and nothing was taken back from the disk since: a lap submits what tasks
+/// have asked for in the one before, and then runs tasks, at most so many times.
+async fn next_lap() {
+    for _ in 0..RUN_MAX {
+        yield_now().await;
+    }
+}
+
+/// The last handle goes with a task of a shard that leads a flush for which the other shard waits, and that flush can't
+/// end while the task keeps the shard's thread.
+#[test]
+fn the_last_handle_may_go_on_a_shard_that_flushes_for_others() {
+    each_driver(|start| {
+        let runtime = Arc::new(start());
+        let ((leads, led), (joins, joined), (ends_it, ended)) = (bounded(1), bounded(1), bounded(1));
+        let other = runtime.spawn_on(ShardId::new(1), move |local| async move {
+            led.recv().expect("the other task lives");
+            let flush = local.call(Request::Flush);
+            next_lap().await;
+            joins.send(()).expect("the other task waits");
+            drop(flush);
+        });
+        let last = runtime.clone();
+        let task = runtime.spawn_on(ShardId::new(0), move |local| async move {
+            let mut flush = Box::pin(local.call(Request::Flush));
+            assert!(poll_once(&mut flush).await.is_none());
+            next_lap().await;
+            leads.send(()).expect("the other task waits");
+            joined.recv().expect("the other shard takes part in the flush, or waits for it");
+            // Only when the test has let go of its own.
+            while Arc::strong_count(&last) > 1 {
+                std::thread::yield_now();
+            }
+            drop(last);
+            ends_it.send(()).expect("the test waits");
+        });
+        drop((other, task, runtime));
+        ends(&ended, "dropping the last handle");
+    });
+}
+
+/// Two stores in a program, and each one's last handle in a task of the other.
+#[test]
+fn shards_of_two_stores_may_drop_each_others_last_handles_at_a_time() {
+    each_driver(|start| {
+        let dir = tempfile::tempdir().expect("a directory");
+        let one = Arc::new(start());
+        let other = Arc::new(self::start(dir.path(), Driver::Portable, flushers).expect("it opens"));
+        let both = Arc::new(Barrier::new(2));
+        let (done, ended) = bounded(2);
+        let drops = |on: &Arc<Runtime>, last: &Arc<Runtime>| {
+            let (last, both, done): (_, _, Sender<()>) = (last.clone(), both.clone(), done.clone());
+            let task = on.spawn_on(ShardId::new(0), move |_| async move {
+                while Arc::strong_count(&last) > 1 {
+                    yield_now().await;
+                }
+                both.wait();
+                drop(last);
+                done.send(()).expect("the test waits");
+            });
+            drop(task.expect("it starts"));
+        };
+        drops(&one, &other);
+        drops(&other, &one);
+        drop((one, other));
+        ends(&ended, "one of them");
+        ends(&ended, "the other");
+    });
+}
+
+/// What holds the last handle may be the waker of a reply, a task that ends with its shard, or one that never started.
+#[test]
+fn the_last_handle_may_go_wherever_callers_code_runs_on_a_shard() {
+    struct Holds(#[allow(dead_code, reason = "held")] Arc<Runtime>, Sender<()>);
+    impl Drop for Holds {
+        fn drop(&mut self) {
+            let _ = self.1.send(());
+        }
+    }
+    impl std::task::Wake for Holds {
+        fn wake(self: Arc<Self>) {}
+    }
+    each_driver(|start| {
+        let (sender, ended) = bounded(4);
+        let runtime = Arc::new(start());
+        let reply = block_on(runtime.submit_to(ShardId::new(1), Request::Flush)).expect("there is a place");
+        let waker = Arc::new(Holds(runtime.clone(), sender.clone())).into();
+        let mut reply = Box::pin(reply);
+        let done = reply.as_mut().poll(&mut std::task::Context::from_waker(&waker)).is_ready();
+        drop(waker);
+        // The reply is kept, and with it the waker, unless it was there at once.
+        drop(runtime);
+        ends(&ended, "a waker");
+        drop((reply, done));
+
+        let runtime = Arc::new(start());
+        let holds = Holds(runtime.clone(), sender.clone());
+        let task = runtime.spawn_on(ShardId::new(1), |_| async move {
+            std::future::pending::<()>().await;
+            drop(holds);
+        });
+        // All shards end when one has, and their tasks with them.
+        let closed = block_on(async { runtime.submit_to(ShardId::new(0), Request::Close).await?.await });
+        assert!(matches!(closed, Ok(Response::Closed)), "{closed:?}");
+        runtime.shared_for_tests().abandon();
+        drop((task, runtime));
+        ends(&ended, "a task that ends with its shard");
+    });
+}
+
+/// A caller who no longer wants a store that takes hours to recover, or that never opens, must get rid of it.
+#[test]
+fn opening_is_given_up_when_its_future_is_dropped() {
+    for driver in ring::probe().is_ok().then_some(Driver::Ring).into_iter().chain([Driver::Portable]) {
+        let dir = tempfile::tempdir().expect("a directory");
+        let options = Options { shards: Some(2), driver, ..Options::default() };
+        for pause_ms in [0, 1, 5, 50] {
+            let (send, ended) = bounded(1);
+            let (path, options) = (dir.path().to_path_buf(), options.clone());
+            let thread = std::thread::spawn(move || {
+                let mut opening = Box::pin(start_with(path, options, endless));
+                assert!(block_on(poll_once(&mut opening)).is_none(), "it never opens");
+                // At some moment, in the middle of whatever it does.
+                std::thread::sleep(Duration::from_millis(pause_ms));
+                drop(opening);
+                send.send(()).expect("the test waits");
+            });
+            ends(&ended, "giving up");
+            thread.join().expect("nothing failed");
+        }
+        drop(start(dir.path(), driver, flushers).expect("nothing is left that holds the files"));
+    }
+}
+
+/// Recovery reads the log with one read after another: each that is begun after opening was given up is one too many.
+#[test]
+fn no_operation_begins_after_opening_was_given_up() {
+    fn reads_for_ever(disk: &mut dyn Disk, _: &Options, _: u16, _: Micros) -> Result<Begun<Flusher>> {
+        execute(disk, DiskOp::Allocate { file: FILE, from: 0, to: 4096 })?;
+        loop {
+            if let Err(error) = execute(disk, DiskOp::Flush { files: [FILE].into_iter().collect() }) {
+                assert_eq!(error.kind(), ErrorKind::Closed, "{error}");
+                return Err(error);
+            }
+        }
+    }
+    each_driver(|_| {
+        let dir = tempfile::tempdir().expect("a directory");
+        let options = Options { shards: Some(2), ..Options::default() };
+        let (send, ended) = bounded(1);
+        let path = dir.path().to_path_buf();
+        let thread = std::thread::spawn(move || {
+            let mut opening = Box::pin(start_with(path, options, reads_for_ever));
+            assert!(block_on(poll_once(&mut opening)).is_none(), "it never ends");
+            std::thread::sleep(Duration::from_millis(20));
+            drop(opening);
+            send.send(()).expect("the test waits");
+        });
+        ends(&ended, "giving up");
+        thread.join().expect("nothing failed");
+    });
+}
