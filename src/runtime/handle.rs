@@ -2,7 +2,7 @@
 
 use super::local::{Join, Local, Spawn};
 use super::report::RuntimeReport;
-use super::seat::is_shard_thread;
+use super::seat::drives_a_shard;
 use super::shared::{Shared, closed};
 use super::start;
 use crate::commit::GlobalOrder;
@@ -155,7 +155,7 @@ impl Drop for Runtime {
     /// dropping the last handle of its own store. Then the threads end by themselves, and opening waits for their locks.
     fn drop(&mut self) {
         self.shared.abandon();
-        if is_shard_thread() {
+        if drives_a_shard() {
             return;
         }
         for thread in self.threads.drain(..) {

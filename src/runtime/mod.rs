@@ -31,7 +31,7 @@ mod start;
 pub(crate) use handle::Runtime;
 pub(crate) use local::Local;
 pub use report::RuntimeReport;
-pub(crate) use seat::is_shard_thread;
+pub(crate) use seat::drives_a_shard;
 
 #[cfg(all(test, not(corepage_loom)))]
 mod end_tests;

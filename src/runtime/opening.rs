@@ -8,7 +8,7 @@
 //!
 //! It does *not* undo what was done: that is as after a crash, and the next opening goes on from there.
 
-use super::seat::is_shard_thread;
+use super::seat::drives_a_shard;
 use super::shared::Shared;
 use crate::disk::Cancel;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -69,7 +69,7 @@ impl Drop for Guard {
         if !self.finished {
             self.opening.give_up();
         }
-        if let Some(coordinator) = self.coordinator.take().filter(|_| !is_shard_thread()) {
+        if let Some(coordinator) = self.coordinator.take().filter(|_| !drives_a_shard()) {
             let _ = coordinator.join();
         }
     }

@@ -12,7 +12,7 @@
 //! 2. A thread that panics ends all.
 //! 3. `Shared::thread_ended` comes when the thread has let go of its files, and last.
 //! 4. Such a thread never waits for another one: each may lead a flush that the other needs in order to end. What runs on
-//!    it, tasks, wakers and destructors of callers included, can ask [`is_shard_thread`].
+//!    it, tasks, wakers and destructors of callers included, can ask [`drives_a_shard`].
 
 use super::driver::{Clock, Driver, Lap, Pace, Rig};
 use super::machine::{Begun, Machine};
@@ -33,7 +33,7 @@ thread_local! {
 }
 
 /// Whether the calling thread is a shard's, of any store, also while it begins or ends.
-pub(crate) fn is_shard_thread() -> bool {
+pub(crate) fn drives_a_shard() -> bool {
     IS_SHARD.with(Cell::get)
 }
 
