@@ -4,7 +4,7 @@
 #![allow(clippy::disallowed_methods)]
 
 use corepage::queue::{Completion, Op, Output, Queue};
-use corepage::{Durability, ErrorKind, Options, PageId, Result, Store, Volume, blocking};
+use corepage::{Change, Durability, ErrorKind, Options, PageId, Result, Store, Volume, blocking};
 use futures_lite::future::{block_on, poll_once};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::future::Future;
@@ -111,6 +111,53 @@ fn blocking_calls_work_on_threads_and_are_refused_where_they_would_wait_for_them
     let refused = block_on(refused).unwrap().unwrap_err();
     assert!(refused.kind() == ErrorKind::Invalid && refused.to_string().contains("asynchronous"), "{refused}");
     plain.close().unwrap();
+}
+
+/// Whoever finds that a page was freed can wait until that is durable, however he found it: else a crash brings back what he has
+/// taken for gone.
+#[test]
+fn readers_of_freed_pages_can_wait_until_the_free_is_durable() {
+    let (_dir, store, disk) = open(options());
+    let free = |n| {
+        block_on(disk.write_many((0..4).map(|i| (id(n + i), page(1).into())).collect())).unwrap();
+        block_on(disk.apply(vec![(id(n), Change::Free)], Durability::Buffered)).unwrap()
+    };
+    let waits = |seen, freed| {
+        block_on(store.wait_durable(seen)).unwrap();
+        assert!(store.durable_lsn() >= freed, "{seen} was waited for, and {freed} is not durable");
+    };
+    let mut queue = Queue::new(&store, 1).unwrap();
+    for n in (0..60).map(|n| n * 600) {
+        let freed = free(n);
+        let read = block_on(disk.read(id(n))).unwrap();
+        assert!(read.is_absent());
+        waits(read.lsn(), freed);
+        let freed = free(n);
+        let found = block_on(disk.allocated(id(n), id(n + 9), 9)).unwrap();
+        assert_eq!(found.ranges, [(id(n + 1), id(n + 3))]);
+        waits(found.lsn, freed);
+        let freed = free(n);
+        let mut scan = disk.scan(id(n), id(n + 9));
+        assert_eq!(block_on(scan.next()).unwrap().unwrap().0, id(n + 1));
+        waits(scan.lsn(), freed);
+        let freed = free(n);
+        let mut done = Vec::new();
+        queue.submit(n, Op::read(&disk, id(n))).unwrap();
+        queue.wait(1, None, &mut done).unwrap();
+        let Ok(Output::Pages(pages)) = &done[0].result else { panic!("{done:?}") };
+        waits(pages[0].lsn(), freed);
+        let (shard, freed, at) = (store.shard_of(&disk, id(n)), free(n), disk.clone());
+        let task =
+            store.on_shard(shard, move |handle| async move { handle.read(&at, id(n)).await.map(|page| page.lsn()) });
+        waits(block_on(task.unwrap()).unwrap().unwrap(), freed);
+        // Such a read is valid, and so is what is made of it.
+        let freed = free(n);
+        let mut txn = store.begin();
+        assert_eq!(block_on(txn.read(&disk, id(n))).unwrap()[..], page(0));
+        txn.write(&disk, id(n + 5), page(2)).unwrap();
+        assert!(block_on(txn.commit()).unwrap() > freed);
+    }
+    block_on(store.close()).unwrap();
 }
 
 fn readable(queue: &Queue, ms: i64) -> bool {

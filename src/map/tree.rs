@@ -4,7 +4,8 @@
 //! root block (virtual shard) --volume--> interior nodes (256 children) --...--> leaf (64 entries) --> page
 //! ```
 //! Invariants
-//! 1. A node is in memory only while its parent is (the root block always is); so marking a path dirty needs no I/O.
+//! 1. A node is in memory only while its parent is; only the top of a tree has none, and the root block, which always is in
+//!    memory, names it (`arrival`). So marking a path dirty needs no I/O.
 //! 2. A dirty node's ancestors are dirty; `dirty` of its virtual shard holds exactly the dirty nodes.
 //! 3. A node that is pinned, dirty, or has children in memory is not evicted.
 //! 4. A child entry in a parent states the place and sum of the child as last *written*; while the child is in
@@ -13,6 +14,7 @@
 //!
 //! It does not read or write the device, allocate places, or know which pages are cached.
 
+mod arrival;
 #[cfg(any(test, feature = "sim"))]
 mod audit;
 mod leaves;
@@ -218,14 +220,8 @@ impl Map {
         Ok(Some(child))
     }
 
-    /// Puts a node into memory that was read from `child`'s place and whose sum was checked.
-    pub(crate) fn insert_loaded(&mut self, key: NodeKey, place: Place, frame: Frame) {
-        if !self.index.contains_key(&key) {
-            self.insert(key, Some(place), frame);
-        }
-    }
-
     fn insert(&mut self, key: NodeKey, place: Option<Place>, frame: Frame) -> NodeIdx {
+        let parent = self.parent(key);
         let node = Node { key, frame, place, dirty: false, pins: 0, children: 0, used: true };
         let idx = match self.vacant.pop() {
             Some(i) => NodeIdx(i),
@@ -235,8 +231,8 @@ impl Map {
             }
         };
         self.nodes[idx.0 as usize] = Some(node);
-        self.index.insert(key, idx);
-        if let Some(parent) = self.index.get(&parent_of(key)).copied() {
+        assert!(self.index.insert(key, idx).is_none(), "{key:?} is in memory once");
+        if let Some(parent) = parent {
             self.node_mut(parent).children += 1;
         }
         idx
@@ -244,6 +240,7 @@ impl Map {
 
     fn remove(&mut self, idx: NodeIdx) -> Node {
         let node = self.nodes[idx.0 as usize].take().expect("a node in the index exists");
+        assert!(node.pins == 0 && node.children == 0 && !node.dirty, "{:?} is needed in memory", node.key);
         self.vacant.push(idx.0);
         self.index.remove(&node.key);
         if let Some(parent) = self.index.get(&parent_of(node.key)).copied() {
@@ -276,7 +273,7 @@ impl Map {
     }
 
     /// Pins the parent of a node that is about to be read, so that it is still there when the node arrives.
-    /// `None`: the node hangs from the root block.
+    /// `None`: the root block names the node. That is no pin: the tree may have another top when the node arrives.
     pub(crate) fn pin_parent(&mut self, key: NodeKey) -> Option<NodeIdx> {
         let parent = self.index.get(&parent_of(key)).copied()?;
         self.node_mut(parent).pins += 1;
@@ -297,6 +294,7 @@ impl Map {
         for level in (0..=top).rev() {
             let at = NodeKey { vshard, volume: key.volume, level, prefix: prefix(dense, level) };
             if !self.index.contains_key(&at) {
+                assert!(self.named(at).is_none(), "{at:?} is on the device: an empty one must not take its place");
                 self.insert(at, None, zeroed(arena));
             }
         }
@@ -326,10 +324,11 @@ impl Map {
             put(frame.try_mut().expect("a new frame has no pins"), 0, &child);
             let below = NodeKey { vshard, volume, level: child.level, prefix: 0 };
             let above = parent_of(below);
-            let idx = self.insert(above, None, frame);
-            self.node_mut(idx).children = u32::from(self.index.contains_key(&below));
+            let has_child = self.index.contains_key(&below);
             child = Child { level: above.level, present: 1, ..Child::default() };
             self.roots[vshard.index()].children[v] = child;
+            let idx = self.insert(above, None, frame);
+            self.node_mut(idx).children = u32::from(has_child);
             self.mark_dirty(idx);
         }
     }
@@ -373,8 +372,8 @@ impl Map {
             let root = &mut self.roots[key.vshard.index()];
             root.dirty = true;
             root.dirty_nodes.insert((key.level, key.volume, key.prefix));
-            match self.index.get(&parent_of(key)) {
-                Some(parent) => idx = *parent,
+            match self.parent(key) {
+                Some(parent) => idx = parent,
                 None => return,
             }
         }
@@ -435,7 +434,7 @@ impl Map {
 
     fn set_child(&mut self, key: NodeKey, child: Child) {
         let volume = usize::from(key.volume.get());
-        match self.index.get(&parent_of(key)).copied() {
+        match self.parent(key) {
             Some(parent) => {
                 let node = self.node_mut(parent);
                 assert!(node.dirty, "the parent of a dirty node is dirty");

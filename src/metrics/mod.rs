@@ -119,6 +119,8 @@ stats! {
     pub absorbed_writes: u64,
     /// Map nodes written.
     pub nodes_written: u64,
+    /// Map nodes that had been read and were dropped, because their tree had grown above them meanwhile.
+    pub nodes_overtaken: u64,
     /// Checksums computed, to write or to check: of pages, nodes, summaries, log groups (head and body), roots, tables and
     /// superblocks. What recovery checks before the shard runs is not counted.
     pub checksums: u64,

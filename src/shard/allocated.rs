@@ -14,7 +14,7 @@
 use super::requests::PendingKind;
 use super::{NodeWaiter, Response, Shard};
 use crate::map::{LEAF_PAGES, NextLeaf};
-use crate::types::{PageId, PageKey, VShard, VolumeId};
+use crate::types::{Lsn, PageId, PageKey, VShard, VolumeId};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
@@ -43,6 +43,8 @@ pub(super) struct Walk {
     /// Virtual shards whose next leaf is not known: from which dense number on.
     seeks: Vec<(VShard, u64)>,
     leaves_left: u32,
+    /// The newest change of a page that was looked at that may not be durable.
+    lsn: Lsn,
 }
 
 /// A walk's next step.
@@ -59,7 +61,14 @@ impl Shard {
     pub(super) fn begin_walk(&mut self, asked: PageRange) -> Box<Walk> {
         let first = |v| PageKey::first_in(asked.volume, asked.first, v, self.limits.geometry.vshards_count);
         let seeks = self.deal.owned_by(self.id).filter_map(|vshard| Some((vshard, first(vshard)?))).collect();
-        Box::new(Walk { asked, found: Vec::new(), leaves: BinaryHeap::new(), seeks, leaves_left: LEAVES_MAX })
+        Box::new(Walk {
+            asked,
+            found: Vec::new(),
+            leaves: BinaryHeap::new(),
+            seeks,
+            leaves_left: LEAVES_MAX,
+            lsn: Lsn::ZERO,
+        })
     }
 
     /// Goes on with the walk of a pending request, until it ends or a node must be read.
@@ -81,7 +90,7 @@ impl Shard {
             }
         };
         let token = self.release(waiter).token.expect("a walk has a token");
-        self.reply(token, result.map(|next| Response::Allocated { ranges: walk.found, next }));
+        self.reply(token, result.map(|next| Response::Allocated { ranges: walk.found, next, lsn: walk.lsn }));
     }
 
     fn walk_step(&mut self, walk: &mut Walk, waiter: usize) -> Step {
@@ -100,10 +109,13 @@ impl Shard {
             return Step::On;
         };
         walk.leaves_left -= 1;
+        let watermark = self.order.watermark();
         // A leaf is of neighbours, and no run of pages ends within it.
         for (slot, page) in (dense % LEAF_PAGES..LEAF_PAGES).zip(page.get()..=last.get()) {
             let key = PageKey::new(volume, PageId::new(page));
             let known = self.table.find(key).map(|idx| &self.table.pages[idx]).filter(|page| page.resolved);
+            // What is not durable is in the table, on its way to the map.
+            walk.lsn = walk.lsn.max(known.map(|page| page.lsn).filter(|lsn| *lsn > watermark).unwrap_or_default());
             if known.map_or(mapped >> slot & 1 == 1, |page| !page.absent) {
                 tell(&mut walk.found, key.page);
             }

@@ -74,6 +74,8 @@ pub enum Response {
         ranges: Vec<(PageId, PageId)>,
         /// Everything before it was told.
         next: Option<PageId>,
+        /// The newest change of what was looked at that may not be durable yet, or zero. That a page was freed is one.
+        lsn: Lsn,
     },
     /// To `Commit`: its LSN; for a commit without changes the highest LSN it read.
     Committed(Lsn),
@@ -119,10 +121,16 @@ impl PageRef {
         PageRef { frame, lsn, pin: None }
     }
 
-    /// The LSN of the commit that wrote this version; zero for an absent page. It may not be durable yet:
-    /// `Store::wait_durable` waits for it.
+    /// The LSN of the commit that wrote this version. It may not be durable yet: `Store::wait_durable` waits for it. Of an absent
+    /// page the LSN of the commit that freed it, as long as that may not be durable; then zero.
     pub fn lsn(&self) -> Lsn {
         self.lsn
+    }
+
+    /// The version that a transaction has read: zero for every absent page. A page that is written and freed again meanwhile is
+    /// as absent as before.
+    pub(crate) fn version(&self) -> Lsn {
+        if self.is_absent() { Lsn::ZERO } else { self.lsn }
     }
 
     /// Whether the page was never written, or freed; it reads as zeros then.

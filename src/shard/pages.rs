@@ -66,9 +66,16 @@ pub(super) struct Page {
 }
 
 impl Page {
-    /// The version as readers and transactions see it: zero while absent.
+    /// The version as transactions see it: zero while absent.
     pub fn version(&self) -> Lsn {
         if self.absent { Lsn::ZERO } else { self.lsn }
+    }
+
+    /// The LSN that a reader is told: of an absent page that of its `Free`, as long as it is not durable. The table knows it until
+    /// then, since such a page has a change on its way to the map.
+    pub fn told(&self, watermark: Lsn) -> Lsn {
+        let hides = self.absent && (self.lsn <= watermark || planted!(FreeUntold));
+        if hides { Lsn::ZERO } else { self.lsn }
     }
 
     /// Whether it is there for somebody who needs it, with its bytes if `data`.
@@ -433,13 +440,18 @@ impl Shard {
             Ok(()) => Err(damaged(&format!("map node {key:?}"), child.place())),
             Err(error) => Err(error),
         };
-        if result.is_ok() {
-            self.map.insert_loaded(key, child.place(), frame);
+        let is_current = match &result {
+            Ok(()) => self.map.insert_loaded(key, child, frame),
+            Err(_) => self.map.names(key, child),
+        };
+        if !is_current {
+            self.stats.nodes_overtaken += 1;
         }
-        self.node_arrived(wanted, result);
+        // Of a node that is not part of the tree any more, not even damage matters.
+        self.node_arrived(wanted, if is_current { result } else { Ok(()) });
     }
 
-    /// The node is in memory, or will not come: those who wait for it go on.
+    /// The node is in memory, or was overtaken by a change of the tree, or will not come: those who wait for it look up again.
     fn node_arrived(&mut self, wanted: NodeWanted, result: Result<(), Error>) {
         let key = wanted.key;
         wanted.parent.into_iter().for_each(|parent| self.map.unpin(parent));

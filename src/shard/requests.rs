@@ -252,9 +252,10 @@ impl Shard {
 
     fn finish_read(&mut self, waiter: usize) {
         // Before the release: the table keeps no entry of an absent page for which nobody asks.
+        let watermark = self.order.watermark();
         let pages = self.pending[waiter].pages.iter().map(|idx| {
             let page = &self.table.pages[*idx];
-            PageRef::new(page.frame.as_ref().map(|f| f.pin()), page.version())
+            PageRef::new(page.frame.as_ref().map(|f| f.pin()), page.told(watermark))
         });
         let pages: SmallVec<[PageRef; 1]> = pages.collect();
         let pending = self.release(waiter);

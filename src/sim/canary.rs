@@ -49,6 +49,8 @@ canaries! {
     VoteIgnored,
     /// A buffered commit over shards is acknowledged before all its parts are visible.
     AcknowledgedUnseen,
+    /// A reader of an absent page is not told of the commit that freed it: it can't wait until that is durable.
+    FreeUntold,
     /// A part is reported as durable when it is applied.
     PartDurableEarly,
     /// The owner's bound rises when its own part is durable: the watermark passes parts that are not.
@@ -89,12 +91,12 @@ canaries! {
     PageSumIgnored,
     /// A map node is used whatever its sum is.
     NodeSumIgnored,
+    /// A map node that was being read while the tree above it changed is taken all the same: it has no parent in memory.
+    OrphanInserted,
     /// A root or a table of the right number is taken for the one that the superblock names, whatever its sum is.
     NamedSumIgnored,
     /// A gap at or below a recorded watermark is taken for the torn end of the log.
     DamageTakenForTail,
-    /// Recovery does not read the segment that a log would have begun next: a later watermark in it goes unseen.
-    SegmentSkipped,
     /// Recovery redoes what lies above the cut, too.
     CutIgnored,
     /// Recovery goes on from what it has read before a flush has covered it: a dead process may not have flushed it.

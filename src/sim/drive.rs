@@ -169,7 +169,7 @@ impl World {
         }
         if let Ok(Response::Pages(pages)) = reply {
             for (key, page) in asked_for.into_iter().zip(pages) {
-                self.workload.on_read(key, page.lsn());
+                self.workload.on_read(key, page.version());
                 if self.rng.one_in(8) && self.held.len() < 16 {
                     let bytes = page.to_vec().into();
                     self.held.push((page, bytes));
@@ -258,6 +258,7 @@ impl World {
             checkpoints: sum.checkpoints + one.checkpoints,
             extents_compacted: sum.extents_compacted + one.extents_compacted,
             pages_moved: sum.pages_moved + one.pages_moved,
+            nodes_overtaken: sum.nodes_overtaken + one.nodes_overtaken,
             extents_total: sum.extents_total + one.extents_total,
             extents_free: sum.extents_free + one.extents_free,
             blocks_live: sum.blocks_live + one.blocks_live,
@@ -296,7 +297,7 @@ impl World {
             while let Some(first) = next {
                 let asked = PageRange { volume, first, last: PageId::new(u64::MAX), ranges_max };
                 match self.ask_now(shard, Request::Allocated(asked))? {
-                    Ok(Response::Allocated { ranges, next: then }) => {
+                    Ok(Response::Allocated { ranges, next: then, .. }) => {
                         all.extend(ranges.iter().flat_map(|(a, b)| a.get()..=b.get()).map(PageId::new));
                         next = then;
                     }

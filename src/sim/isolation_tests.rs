@@ -50,7 +50,7 @@ impl World {
         let mut seen = Vec::new();
         for &key in keys {
             match self.call(Request::Read([key].into_iter().collect()))? {
-                Ok(Response::Pages(pages)) => seen.push((key, pages[0].lsn())),
+                Ok(Response::Pages(pages)) => seen.push((key, pages[0].version())),
                 other => return Err(format!("reading {key:?}: {other:?}")),
             }
         }

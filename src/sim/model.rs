@@ -6,7 +6,7 @@
 //!
 //! It does *not* know requests, acknowledgements or crashes; see `oracle`.
 
-use crate::shard::Change;
+use crate::shard::{Change, PageRef};
 use crate::sim::rng::mix;
 use crate::types::{BLOCK, Lsn, PageId, PageKey, VolumeId};
 use bytes::Bytes;
@@ -70,6 +70,14 @@ impl Version {
     }
 }
 
+impl Version {
+    /// Whether a reader who found no page is told of the commit that freed it, so that he can wait for it; once that is durable
+    /// there is nothing to wait for.
+    pub fn tells(&self, page: &PageRef, watermark: Lsn) -> bool {
+        page.lsn() == self.lsn || (page.lsn() == Lsn::ZERO && self.lsn <= watermark)
+    }
+}
+
 static ABSENT: Version = Version { lsn: Lsn::ZERO, page: None };
 
 /// All pages with their versions.
@@ -98,6 +106,8 @@ impl Model {
             let last = versions.last().expect("there is always a first version");
             let page = match change {
                 Change::Put(bytes) => Some(bytes.clone()),
+                // That changes nothing: it is absent since it was freed first, and whoever has read it so is right.
+                Change::Free if last.page.is_none() => continue,
                 Change::Free => None,
                 Change::Patch { offset, bytes } => {
                     let mut page = last.page.as_ref().map_or_else(|| vec![0; BLOCK], |page| page.to_vec());

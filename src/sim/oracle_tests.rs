@@ -123,6 +123,22 @@ fn stale_foreign_and_mislabelled_reads_are_condemned() {
     court.oracle.on_reply(token, &Ok(Response::Pages(smallvec![between]))).unwrap();
 }
 
+/// Who reads a page as freed must be able to wait until that is durable.
+#[test]
+fn a_free_that_is_not_durable_and_not_told_is_condemned() {
+    let mut court = Court::new();
+    let free = court.ask(Request::Commit(Commit { changes: vec![(P, Change::Free)], ..Commit::default() }));
+    court.oracle.on_drawn(free, lsn(3)).unwrap();
+    let absent = |at| PageRef::new(None, lsn(at));
+    let right: Vec<bool> = [0, 2, 3, 4].into_iter().map(|at| court.reads(absent(at))).collect();
+    assert_eq!(right, [false, false, true, false]);
+    court.oracle.on_watermark(lsn(3), lsn(3)).unwrap();
+    assert!(court.reads(absent(0)) && court.reads(absent(3)), "durable: nobody has to wait");
+    let again = court.ask(Request::Commit(Commit { changes: vec![(P, Change::Free)], ..Commit::default() }));
+    court.oracle.on_drawn(again, lsn(4)).unwrap();
+    assert!(court.reads(absent(0)) && !court.reads(absent(4)), "it was absent before, and nothing has changed");
+}
+
 /// Transactions on changed reads, and conflicts out of thin air.
 #[test]
 fn wrong_commits_and_wrong_conflicts_are_condemned() {

@@ -230,6 +230,7 @@ fn hunt(canary: Canary) -> Found {
         caught.err().map(|why| (name.to_owned(), why))
     };
     let overtaken = || super::race_tests::overtaken_moves(1).map(drop);
+    let grown = || super::race_tests::growth_under_reads(1).map(drop);
     let full = || {
         super::fault_tests::a_full_disk_ends_an_opening_with_an_error();
         Ok(())
@@ -239,14 +240,11 @@ fn hunt(canary: Canary) -> Found {
         .or_else(|| {
             special("a_lost_write_does_not_bring_back_an_interrupted_checkpoint", super::damage_tests::all_lost)
         })
-        .or_else(|| {
-            let compared = crate::recovery::tests::scans::compared;
-            special("what_is_left_unread_can_hold_nothing_that_matters", compared)
-        })
         .or_else(|| special("a_full_disk_ends_an_opening_with_an_error", full))
         .or_else(|| special("every_operation_may_fail_in_every_way", super::error_tests::smallest))
         .or_else(|| random("crashes_of_full_stores_lose_nothing", super::fault_tests::full_store, (1..=25).collect()))
         .or_else(|| special("a_page_that_is_overwritten_while_it_moves_keeps_its_new_version", overtaken))
+        .or_else(|| special("a_tree_that_grows_while_its_top_is_read_keeps_all_its_pages", grown))
         .or_else(|| {
             random("recovery_ends_with_checkpoints_in_the_middle_of_it", checkpoints_in_redo, (1..=10).collect())
         })

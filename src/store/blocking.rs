@@ -271,6 +271,13 @@ impl Txn {
     }
 }
 
+impl Scan {
+    /// As [`crate::Scan::lsn`].
+    pub fn lsn(&self) -> Lsn {
+        self.0.lsn()
+    }
+}
+
 impl Iterator for Scan {
     type Item = Result<(PageId, PageRef)>;
 

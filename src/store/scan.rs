@@ -12,7 +12,7 @@ use super::space::Look;
 use super::{Allocated, Store, Volume};
 use crate::error::{ErrorKind, Result};
 use crate::shard::PageRef;
-use crate::types::{PageId, PageKey};
+use crate::types::{Lsn, PageId, PageKey};
 use std::collections::VecDeque;
 
 /// Pages of a batch.
@@ -38,15 +38,17 @@ pub struct Scan {
     batches: VecDeque<(Vec<PageId>, Reads)>,
     /// Of the batch that is being handed out.
     pages: VecDeque<(PageId, PageRef)>,
+    lsn: Lsn,
 }
 
 impl Volume {
     /// Reads the allocated pages from `first` to `last` in order, ahead of what is taken. It is no snapshot: each page is the
-    /// newest version at the moment at which it was read, up to 512 pages before it is handed out.
+    /// newest version at the moment at which it was read, up to 512 pages before it is handed out; durable or not
+    /// ([`Scan::lsn`] tells which, of pages that are missing too).
     pub fn scan(&self, first: PageId, last: PageId) -> Scan {
         let next = (first <= last).then_some(first);
-        let (look, ranges, ids, batches, pages) = Default::default();
-        Scan { volume: self.clone(), last, next, look, ranges, ids, batches, pages }
+        let (look, ranges, ids, batches, pages, lsn) = Default::default();
+        Scan { volume: self.clone(), last, next, look, ranges, ids, batches, pages, lsn }
     }
 }
 
@@ -66,8 +68,16 @@ impl Scan {
             let result = reads.wait().await;
             let Some((ids, reads)) = self.batches.pop_front() else { return Ok(None) };
             let pages = result.and_then(|()| reads.into_pages())?;
+            // Also of those that were freed before they were there: they are not handed out.
+            self.lsn = pages.iter().map(PageRef::lsn).fold(self.lsn, Lsn::max);
             self.pages = ids.into_iter().zip(pages).filter(|(_, page)| !page.is_absent()).collect();
         }
+    }
+
+    /// When everything up to here is durable, so is all that the scan has handed out, and that pages are missing because they
+    /// were freed: [`Store::wait_durable`] waits for it. It grows as the scan goes on.
+    pub fn lsn(&self) -> Lsn {
+        self.lsn
     }
 
     /// Nothing comes any more.
@@ -131,7 +141,8 @@ impl Scan {
         let result = look.wait().await;
         let Some(look) = self.look.take() else { return Ok(false) };
         result?;
-        let Allocated { ranges, next } = look.into_allocated();
+        let Allocated { ranges, next, lsn } = look.into_allocated();
+        self.lsn = self.lsn.max(lsn);
         (self.ranges, self.next) = (ranges.into(), next);
         Ok(true)
     }

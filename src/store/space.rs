@@ -9,7 +9,7 @@ use super::{Store, Volume, committed, unexpected};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::Reply;
 use crate::shard::{Change, Commit, PageRange, Request, Response};
-use crate::types::{PageId, PageKey, RUN_PAGES, VolumeId};
+use crate::types::{Lsn, PageId, PageKey, RUN_PAGES, VolumeId};
 use smallvec::SmallVec;
 use std::collections::VecDeque;
 use std::ops::RangeInclusive;
@@ -28,6 +28,9 @@ pub struct Allocated {
     pub ranges: Vec<(PageId, PageId)>,
     /// Where to go on; `None`: these are all that were asked for.
     pub next: Option<PageId>,
+    /// When everything up to here is durable, so is what was found: pages that were written, and pages that are missing because
+    /// they were freed. Zero: all of it is durable.
+    pub lsn: Lsn,
 }
 
 /// A look at what is allocated, under way.
@@ -36,6 +39,7 @@ pub(super) struct Look {
     replies: Vec<Reply>,
     ranges: Vec<(PageId, PageId)>,
     next: Option<PageId>,
+    lsn: Lsn,
 }
 
 impl Look {
@@ -45,7 +49,8 @@ impl Look {
             let result = reply.await;
             self.replies.pop();
             match result? {
-                Response::Allocated { ranges, next } => {
+                Response::Allocated { ranges, next, lsn } => {
+                    self.lsn = self.lsn.max(lsn);
                     self.ranges.extend(ranges);
                     self.next = self.next.into_iter().chain(next).min();
                 }
@@ -58,14 +63,14 @@ impl Look {
     /// What was found.
     pub(super) fn into_allocated(mut self) -> Allocated {
         self.ranges.sort_unstable();
-        Allocated { ranges: joined(self.ranges, self.next), next: self.next }
+        Allocated { ranges: joined(self.ranges, self.next), next: self.next, lsn: self.lsn }
     }
 }
 
 impl Volume {
     /// The pages from `first` to `last` that were written and not freed, as ranges: about `ranges_max` of them, or less where
     /// much is looked at; [`Allocated::next`] says where to go on. Each page counts as a reader would have found it at one
-    /// moment during the call. Takes no pages into memory; what was never written costs next to nothing.
+    /// moment during the call, durable or not ([`Allocated::lsn`] tells which). Takes no pages into memory; what was never written costs next to nothing.
     ///
     /// # Errors
     /// `Corrupt`, `Io`: of the page map. `NotFound`: the volume was deleted. `Busy`: no memory is free. `Closed`.
@@ -128,7 +133,7 @@ impl Store {
     /// Frees a bounded part of it; where to go on. On return none of its commits is under way any more, also after an error:
     /// a page that is written afterwards stays written.
     pub(super) async fn free_some(&self, volume: VolumeId, first: PageId, last: PageId) -> Result<Option<PageId>> {
-        let Allocated { ranges, next } = self.allocated_in(volume, first, last, RANGES).await?;
+        let Allocated { ranges, next, .. } = self.allocated_in(volume, first, last, RANGES).await?;
         let most = (self.txn_bytes_max() / FREE_BYTES).max(1);
         let mut parts = Parts { waiting: by_run(&ranges, most).into(), width: COMMITS, failed: None };
         let mut under_way: VecDeque<(Part, Reply)> = VecDeque::new();

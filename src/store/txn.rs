@@ -88,7 +88,7 @@ impl Work {
     }
 
     fn into_commit(self) -> Commit {
-        let mut reads: Vec<(PageKey, Lsn)> = self.reads.iter().map(|(key, page)| (*key, page.lsn())).collect();
+        let mut reads: Vec<(PageKey, Lsn)> = self.reads.iter().map(|(key, page)| (*key, page.version())).collect();
         reads.sort();
         Commit { reads, changes: self.changes, durable: true }
     }

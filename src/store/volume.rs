@@ -78,7 +78,7 @@ impl Volume {
         PageKey::new(self.id, page)
     }
 
-    /// The newest version of a page, durable or not ([`PageRef::lsn`] tells which).
+    /// The newest version of a page, durable or not ([`PageRef::lsn`] tells which, of a page that was freed too).
     ///
     /// # Errors
     /// `Corrupt`: the bytes on the device are not those that were written. `Io`: they can't be read. `Busy`: no

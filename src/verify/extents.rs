@@ -1,6 +1,8 @@
 //! Extents: what the map names in each, against its summary and its live count.
 
 use super::Verifier;
+use super::head::Trees;
+use super::lost::Finder;
 use crate::disk::FileId;
 use crate::format::extent::{Item, ItemKind, TableRow, decode_summary, summary_at, summary_blocks};
 use crate::format::superblock::Superblock;
@@ -21,7 +23,7 @@ impl Named {
         Named { row, blocks: vec![0; extent_blocks.div_ceil(64) as usize], mix: 0 }
     }
 
-    fn has(&self, block: u32) -> bool {
+    pub(super) fn has(&self, block: u32) -> bool {
         self.blocks.get(block as usize / 64).is_some_and(|bits| bits >> (block % 64) & 1 == 1)
     }
 
@@ -60,53 +62,72 @@ fn mix(item: Item) -> u64 {
 
 impl Verifier<'_> {
     /// Reads the summary of each extent in use, and compares what is in it, and how much of it is live, with the map.
-    pub(super) fn summaries(&mut self, superblock: &Superblock, extents: &[Named]) {
+    pub(super) fn summaries(&mut self, superblock: &Superblock, roots: &[Trees], extents: &[Named]) {
         // Where part of the map could not be read, less is named than is there, and counts say nothing.
         let map_is_whole = self.report.damaged.iter().all(|damage| damage.structure.starts_with("superblock copy"));
+        let mut finder = Finder::new(superblock, roots);
         for (i, named) in extents.iter().enumerate() {
             let Some(row) = named.row else { continue };
             let no = ExtentNo::new(i as u32);
             let place = (FileId::Data, Place { extent: no, block: 0 }.offset(superblock.geometry.extent_bytes));
             let structure = format!("extent {i}");
-            if map_is_whole && u32::from(row.live.get()) != named.count() {
-                let what = format!("has {} live blocks, the table says {}", named.count(), row.live.get());
-                self.damaged(&structure, place, what, "when its space is free again");
-            }
-            match row.state {
+            let items = match row.state {
                 0 if named.count() > 0 => {
                     let what = format!("is free in the table, but the map names {} blocks of it", named.count());
                     self.damaged(&structure, place, what, "these blocks: they may be overwritten");
+                    continue;
                 }
-                0 => {}
+                0 => None,
                 1 => self.summary(superblock, no, named, row, map_is_whole),
-                other => self.damaged(&structure, place, format_args!("has the unknown state {other}"), "its space"),
+                other => {
+                    self.damaged(&structure, place, format_args!("has the unknown state {other}"), "its space");
+                    continue;
+                }
+            };
+            let (live, reached) = (u32::from(row.live.get()), named.count());
+            if !map_is_whole || live == reached {
+                continue;
             }
+            let affects = match (live.checked_sub(reached), items) {
+                (Some(missing), Some(items)) => self.lost(&mut finder, named, &items, missing),
+                (Some(missing), None) => format!("{missing} pages or map nodes that may be gone: which, is not known"),
+                (None, _) => "these blocks: their extent may be taken for free too early, and overwritten".into(),
+            };
+            let what = format!("has {live} live blocks by the table, and the roots reach {reached} of them");
+            self.damaged(&structure, place, what, affects);
         }
     }
 
-    fn summary(&mut self, superblock: &Superblock, no: ExtentNo, named: &Named, row: TableRow, map_is_whole: bool) {
+    /// Checks the summary of an extent, and gives the items that it lists.
+    fn summary(
+        &mut self,
+        superblock: &Superblock,
+        no: ExtentNo,
+        named: &Named,
+        row: TableRow,
+        map_is_whole: bool,
+    ) -> Option<Vec<Item>> {
         let blocks = superblock.geometry.extent_blocks();
         let place = Place { extent: no, block: summary_at(blocks, row.summary_slot) };
         let at = (FileId::Data, place.offset(superblock.geometry.extent_bytes));
         let read = self.read(at.0, at.1, summary_blocks(blocks) as usize * BLOCK).map_err(|error| error.to_string());
-        let decoded = read
-            .and_then(|bytes| {
-                decode_summary(superblock.store_id, no, row.summary_crc.get(), &bytes).map_err(str::to_string)
-            })
-            .and_then(|items| {
-                let named_mix = items.into_iter().filter(|item| named.has(item.block)).fold(0, |sum, i| sum ^ mix(i));
-                match map_is_whole && named_mix != named.mix {
-                    true => Err("does not list what the map names in this extent".to_string()),
-                    false => Ok(()),
-                }
-            });
-        match decoded {
-            Ok(()) => self.report.extents += 1,
-            Err(what) => {
-                let affects = "compaction of this extent; its pages are read without it";
-                self.damaged(format_args!("the summary of extent {}", no.get()), at, what, affects);
+        let decoded = read.and_then(|bytes| {
+            decode_summary(superblock.store_id, no, row.summary_crc.get(), &bytes).map_err(str::to_string)
+        });
+        let listed = |items: &[Item]| items.iter().filter(|i| named.has(i.block)).fold(0, |sum, i| sum ^ mix(*i));
+        let what = match decoded {
+            Ok(items) if map_is_whole && listed(&items) != named.mix => {
+                "does not list what the map names in this extent".into()
             }
-        }
+            Ok(items) => {
+                self.report.extents += 1;
+                return Some(items);
+            }
+            Err(what) => what,
+        };
+        let affects = "compaction of this extent; its pages are read without it";
+        self.damaged(format_args!("the summary of extent {}", no.get()), at, what, affects);
+        None
     }
 }
 

@@ -17,7 +17,7 @@ use crate::format::superblock::Superblock;
 use crate::types::{BLOCK, Lsn, PageKey, Place, VShard, VolumeId};
 
 /// The level of a tree that covers all 64-bit keys: 6 bits in a leaf, 8 in each level above.
-const LEVEL_MAX: u8 = 8;
+pub(super) const LEVEL_MAX: u8 = 8;
 /// Pages of one read at most.
 const RUN_PAGES_MAX: usize = 64;
 
@@ -104,7 +104,7 @@ impl Verifier<'_> {
         }
     }
 
-    fn node_bytes(&mut self, offset: u64, child: Child) -> Result<Vec<u8>, String> {
+    pub(super) fn node_bytes(&mut self, offset: u64, child: Child) -> Result<Vec<u8>, String> {
         let bytes = self.read(FileId::Data, offset, BLOCK).map_err(|error| error.to_string())?;
         match crc32c(&bytes) == child.crc.get() {
             true => Ok(bytes),

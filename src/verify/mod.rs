@@ -11,6 +11,7 @@
 //!    compared with the one found.
 //! 2. Damage does not end the search: whatever can still be reached is read.
 //! 3. Nothing is written, and no damaged byte is interpreted.
+//! 4. Where the map reaches less than is counted as live, pages may be gone: they are named (`lost`).
 //!
 //! It does *not* repair, and does not look at bytes that nothing refers to.
 
@@ -19,6 +20,7 @@ mod damage_tests;
 mod extents;
 mod head;
 mod log;
+mod lost;
 mod map;
 
 use crate::disk::portable::{Access, PortableDisk};
@@ -129,7 +131,7 @@ pub(crate) fn verify_disk(disk: &mut dyn Disk) -> Result<VerifyReport> {
     let roots = this.roots(&superblock);
     let mut extents = this.table(&superblock);
     this.map(&superblock, &roots, &mut extents);
-    this.summaries(&superblock, &extents);
+    this.summaries(&superblock, &roots, &extents);
     this.log(&superblock);
     Ok(this.report)
 }

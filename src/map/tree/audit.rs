@@ -24,6 +24,14 @@ impl Map {
                     node.children
                 ));
             }
+            let parent = self.index.get(&parent_of(*key)).map(|parent| self.node(*parent));
+            if parent.is_some_and(|parent| node.dirty && !parent.dirty) {
+                return Err(format!("{key:?} is dirty, and its parent is not"));
+            }
+            // Where it was last written: else it would be read from there once it has left memory.
+            if node.place.is_some() && node.place != self.named(*key).map(|child| child.place()) {
+                return Err(format!("{key:?} is at {:?}, and what names it says something else", node.place));
+            }
             let is_listed = self.roots[key.vshard.index()].dirty_nodes.contains(&(key.level, key.volume, key.prefix));
             if node.dirty != is_listed {
                 return Err(format!("{key:?} is dirty: {}, listed as dirty: {is_listed}", node.dirty));

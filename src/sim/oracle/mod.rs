@@ -342,7 +342,7 @@ impl Oracle {
         let possible = self.model.since(key, oldest);
         let right = possible.iter().find(|version| match &version.page {
             Some(bytes) => !page.is_absent() && page.lsn() == version.lsn && bytes[..] == page[..],
-            None => page.is_absent() && page.lsn() == Lsn::ZERO && page.iter().all(|&byte| byte == 0),
+            None => page.is_absent() && version.tells(page, self.watermark) && page.iter().all(|&byte| byte == 0),
         });
         if let Some(version) = right {
             self.counters.pages_read += 1;
@@ -350,7 +350,7 @@ impl Oracle {
             self.spread.gave(key, version.lsn);
             return Ok(());
         }
-        let lsns: Vec<Lsn> = possible.iter().map(|version| version.told()).collect();
+        let lsns: Vec<Lsn> = possible.iter().map(|version| version.lsn).collect();
         Err(format!(
             "{key:?} came at {:?}{} as {}; it may be one of {lsns:?}, of which the last is {}",
             page.lsn(),
