@@ -6,8 +6,8 @@
 //! 2. A directory that ever held a commit is never taken for an unfinished creation: the first block of the first
 //!    segment of each log tells (the first group of a log always goes there).
 
-use super::load::read_bytes;
 use super::mix;
+use super::read::read_bytes;
 use crate::disk::{Disk, DiskOp, FileId, IoSlice, execute};
 use crate::error::{Error, Result};
 use crate::format::extent::{TABLE_ROWS, encode_table, table_crc, table_offset};

@@ -1,6 +1,7 @@
 //! Reading what a store is: superblock, roots, extent table. Each is checked, and named if it is damaged.
 
-use crate::disk::{Disk, DiskOp, FileId, execute};
+use super::read::read_bytes;
+use crate::disk::{Disk, FileId};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::FORMAT_VERSION;
 use crate::format::extent::{TABLE_ROWS, TableRow, decode_table, table_crc, table_offset};
@@ -16,27 +17,6 @@ pub(crate) struct Loaded {
     pub roots: Vec<(Box<[Child; VOLUMES_MAX]>, RootVersion)>,
     /// The extent table.
     pub table: Vec<TableRow>,
-}
-
-/// Reads `len` bytes (whole blocks) at `offset`.
-pub(crate) fn read_bytes(
-    disk: &mut dyn Disk,
-    arena: &mut Arena,
-    file: FileId,
-    offset: u64,
-    len: usize,
-) -> Result<Vec<u8>> {
-    const BATCH: usize = 64;
-    let mut bytes = Vec::with_capacity(len);
-    while bytes.len() < len {
-        let blocks = ((len - bytes.len()) / BLOCK).min(BATCH);
-        let frames: Option<_> = (0..blocks).map(|_| arena.alloc(0)).collect();
-        let into = frames.ok_or_else(|| Error::invalid("memory_bytes is too small to open a store"))?;
-        let op = DiskOp::Read { file, offset: offset + bytes.len() as u64, into };
-        let DiskOp::Read { into, .. } = execute(disk, op)? else { unreachable!("a read completes as a read") };
-        into.iter().for_each(|frame| bytes.extend_from_slice(frame));
-    }
-    Ok(bytes)
 }
 
 /// The superblock that counts.

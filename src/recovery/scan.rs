@@ -1,4 +1,4 @@
-//! Reading the logs to their ends, and finding the cut.
+//! Reading the logs to their ends, and finding the cut: the LSN up to which the store is recovered.
 //!
 //! Invariants
 //! 1. A group counts only whole: head, body, inline pages, and, above the highest recorded watermark, the pages at
@@ -11,16 +11,31 @@
 //!    A cut below the highest recorded watermark is damage, and refused.
 //! 4. Bytes left from earlier uses of a segment pass only if they are groups of this epoch at this very position;
 //!    those are older than the redo LSN and ignored.
+//! 5. Segments are left unread only as `needed` argues, and only if in those that were read nothing at all is missing or
+//!    torn. Otherwise every block of every log is read before anything is cut or refused.
+//! 6. The logs are read with many reads in flight, and memory is bounded by these, the largest group, and a small part of
+//!    what is to be redone (see `read` and `segment`).
 
-use super::load::read_bytes;
+use super::needed::Logs;
+use super::read::{Range, read_ranges};
+use super::segment::{Found, SegmentSearch};
 use crate::checksum::crc32c;
 use crate::disk::{Disk, FileId};
-use crate::error::{Error, Result};
-use crate::format::group::{Body, GroupHead, LoggedChange, Record, Role, Slot, SlotState};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::group::{GroupHead, Role};
 use crate::format::superblock::Superblock;
 use crate::pool::Arena;
 use crate::types::{BLOCK, Deal, Lsn, Place, SegmentNo, ShardId};
 use hashbrown::HashSet;
+
+/// How much of the logs is read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Reading {
+    /// Every block.
+    Everything,
+    /// The segments that can hold a group which matters; every block if anything is missing in them.
+    Needed,
+}
 
 /// A whole group.
 pub(crate) struct ScannedGroup {
@@ -51,13 +66,25 @@ pub(crate) struct Scan {
     pub dropped: u64,
     /// Extents up to the highest one that a kept group names.
     pub extents_named: u32,
+    /// Bytes of the logs that were read.
+    pub bytes_read: u64,
 }
 
 impl Scan {
     /// For a store that was closed cleanly.
     pub(crate) fn nothing(superblock: &Superblock) -> Self {
         let cut = superblock.next_lsn.before();
-        Scan { groups: Vec::new(), torn: 0, redo: cut, cut, highest: cut, applied: 0, dropped: 0, extents_named: 0 }
+        Scan {
+            groups: Vec::new(),
+            torn: 0,
+            redo: cut,
+            cut,
+            highest: cut,
+            applied: 0,
+            dropped: 0,
+            extents_named: 0,
+            bytes_read: 0,
+        }
     }
 
     /// The last commit of the state to be restored: the epoch begins above LSNs that were dropped.
@@ -66,146 +93,165 @@ impl Scan {
     }
 }
 
-/// What is needed of a record.
-struct FoundRecord {
-    lsn: Lsn,
-    role: Role,
-}
-
-struct Found {
-    head: GroupHead,
-    slots: Vec<Slot>,
-    records: Vec<FoundRecord>,
-    concerns: u64,
-    whole: bool,
-}
-
-impl Found {
-    /// The highest LSN that it accounts for or has a part of.
-    fn last_lsn(&self) -> Lsn {
-        let run = |(first, count): &(Lsn, u64)| Lsn::new(first.get().saturating_add(count.saturating_sub(1)));
-        let runs = self.head.runs.iter().map(run);
-        runs.chain(self.records.iter().map(|record| record.lsn)).max().unwrap_or(Lsn::ZERO)
-    }
-
-    fn first_lsn(&self) -> Lsn {
-        let runs = self.head.runs.iter().map(|(first, _)| *first);
-        runs.chain(self.records.iter().map(|record| record.lsn)).min().unwrap_or(Lsn::MAX)
-    }
-}
-
-/// Scans all logs; `deal` is the one to be.
-pub(crate) fn scan(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblock, deal: Deal) -> Result<Scan> {
-    let mut found = Vec::new();
-    for shard in (0..superblock.logs.len() as u16).map(ShardId::new) {
-        for segment in (0..superblock.geometry.segments_count).map(SegmentNo::new) {
-            scan_segment(disk, arena, superblock, deal, (shard, segment), &mut found)?;
-        }
-    }
-    found.sort_by_key(|f| (f.head.shard, f.head.number));
+/// The LSN up to which the roots reflect every record.
+pub(super) fn redo_lsn(superblock: &Superblock) -> Lsn {
     let redo_of = superblock.vshards.iter().map(|v| v.redo_lsn);
-    let redo = redo_of.min().unwrap_or(Lsn::ZERO).max(superblock.epoch_first_lsn.before());
-    let watermark = found.iter().map(|f| f.head.watermark).fold(superblock.watermark, Lsn::max);
-    if let Some(f) = found.iter().find(|f| f.head.superblock_generation > superblock.generation) {
-        return Err(Error::corrupt(format_args!(
-            "the log knows of superblock generation {}, but the newest found is {}: a superblock write was lost; \
-             restore the meta file from a backup",
-            f.head.superblock_generation, superblock.generation
-        )));
-    }
-    for f in found.iter_mut().filter(|f| f.whole && f.last_lsn() > watermark) {
-        f.whole = placed_pages_match(disk, arena, superblock, f)? || planted!(PlacedUnchecked);
-    }
-    let cut = find_cut(&found, redo);
-    if cut < watermark && !planted!(DamageTakenForTail) {
-        return Err(missing(&found, cut, watermark));
-    }
-    let highest = found.iter().map(Found::last_lsn).fold(watermark.max(superblock.next_lsn.before()), Lsn::max);
-    Ok(keep(found, redo, cut, highest, watermark))
+    redo_of.min().unwrap_or(Lsn::ZERO).max(superblock.epoch_first_lsn.before())
 }
 
-fn keep(found: Vec<Found>, redo: Lsn, cut: Lsn, highest: Lsn, watermark: Lsn) -> Scan {
-    let torn = found.iter().filter(|f| !f.whole).count() as u64;
-    let (groups, extents_named) = (Vec::new(), 0);
-    let mut scan = Scan { groups, torn, redo, cut, highest, applied: 0, dropped: 0, extents_named };
-    for f in found.into_iter().filter(|f| f.whole && f.last_lsn() > redo) {
-        let commits = || f.records.iter().filter(|record| !matches!(record.role, Role::Part(_)));
-        scan.applied += commits().filter(|record| record.lsn > redo && record.lsn <= cut).count() as u64;
-        scan.dropped += commits().filter(|record| record.lsn > cut).count() as u64;
-        if f.first_lsn() > cut {
-            continue;
+/// The disk and what the logs are read with.
+pub(super) struct Reader<'a> {
+    pub disk: &'a mut dyn Disk,
+    pub arena: &'a mut Arena,
+    pub superblock: &'a Superblock,
+    /// The deal that the store gets now.
+    pub deal: Deal,
+    /// Bytes of the logs that were read.
+    pub bytes_read: u64,
+}
+
+impl Reader<'_> {
+    /// The groups in these segments, each of which is read whole.
+    fn search(&mut self, segments: &[(ShardId, SegmentNo)]) -> Result<Vec<Found>> {
+        let blocks = self.superblock.geometry.segment_bytes / BLOCK as u64;
+        let range = |&(shard, segment): &_| Range { file: FileId::Log(shard, segment), offset: 0, blocks };
+        self.bytes_read += segments.len() as u64 * self.superblock.geometry.segment_bytes;
+        let mut found = Vec::new();
+        let mut search: Option<(usize, SegmentSearch<'_>)> = None;
+        let (superblock, deal) = (self.superblock, self.deal);
+        read_ranges(self.disk, self.arena, segments.iter().map(range), |index, bytes| {
+            // Ranges come one after another: one search at a time.
+            if search.as_ref().is_none_or(|(of, _)| *of != index) {
+                search = Some((index, SegmentSearch::new(superblock, deal, segments[index])));
+            }
+            if let Some((_, search)) = &mut search {
+                search.take(bytes, &mut found);
+            }
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
+    /// What the segments say that can hold a group which matters; `None` if anything is missing.
+    fn scan_needed(&mut self) -> Result<Option<Scan>> {
+        let Some(logs) = Logs::look(self)? else { return Ok(None) };
+        let mut found = self.search(&logs.needed())?;
+        let more = self.search(&logs.successors(&found))?;
+        found.extend(more);
+        if !logs.are_unbroken(&found) {
+            return Ok(None);
         }
-        let placed = f.slots.iter().filter(|s| s.state == SlotState::Placed);
-        let places: Vec<Place> = placed.map(|s| s.entry.place()).collect();
-        let named = places.iter().map(|p| p.extent.get().saturating_add(1)).max().unwrap_or(0);
-        scan.extents_named = scan.extents_named.max(named);
-        let is_doubtful = f.last_lsn() > watermark;
-        scan.groups.push(ScannedGroup { head: f.head, places, is_doubtful, concerns: f.concerns });
+        let last = found.iter().map(|f| f.last_lsn).max().unwrap_or(Lsn::ZERO);
+        match self.judge(found) {
+            Ok(scan) if scan.cut >= last => Ok(Some(scan)),
+            Ok(_) => Ok(None),
+            // The whole logs may tell more of what is wrong.
+            Err(error) if error.kind() == ErrorKind::Corrupt => Ok(None),
+            Err(error) => Err(error),
+        }
     }
-    scan
+
+    /// What follows from the groups that were found.
+    fn judge(&mut self, mut found: Vec<Found>) -> Result<Scan> {
+        let superblock = self.superblock;
+        found.sort_by_key(|f| (f.head.shard, f.head.number));
+        let redo = redo_lsn(superblock);
+        let watermark = found.iter().map(|f| f.head.watermark).fold(superblock.watermark, Lsn::max);
+        if let Some(f) = found.iter().find(|f| f.head.superblock_generation > superblock.generation) {
+            return Err(Error::corrupt(format_args!(
+                "the log knows of superblock generation {}, but the newest found is {}: a superblock write was lost; \
+                 restore the meta file from a backup",
+                f.head.superblock_generation, superblock.generation
+            )));
+        }
+        self.check_placed(&mut found, watermark)?;
+        let cut = find_cut(&found, redo);
+        if cut < watermark && !planted!(DamageTakenForTail) {
+            return Err(missing(&found, cut, watermark));
+        }
+        let lasts = found.iter().map(|f| f.last_lsn);
+        let highest = lasts.fold(watermark.max(superblock.next_lsn.before()), Lsn::max);
+        let mut scan = keep(found, redo, cut, watermark);
+        (scan.highest, scan.bytes_read) = (highest, self.bytes_read);
+        Ok(scan)
+    }
+
+    /// Groups above the watermark of which a page is not at its place are not whole.
+    fn check_placed(&mut self, found: &mut [Found], watermark: Lsn) -> Result<()> {
+        let data_bytes = self.disk.len(FileId::Data)?.unwrap_or(0);
+        let extent_bytes = self.superblock.geometry.extent_bytes;
+        // In the order in which they are read: offset, checksum, group.
+        let mut expected: Vec<(u64, u32, usize)> = Vec::new();
+        for (i, f) in found.iter_mut().enumerate().filter(|(_, f)| f.whole && f.last_lsn > watermark) {
+            let offsets = f.placed.iter().map(|(place, crc)| (place.offset(extent_bytes), *crc, i));
+            if offsets.clone().all(|(offset, ..)| offset + BLOCK as u64 <= data_bytes) {
+                expected.extend(offsets);
+            } else {
+                f.whole = planted!(PlacedUnchecked);
+            }
+        }
+        let mut next = expected.iter();
+        let ranges = neighbours_together(expected.iter().map(|(offset, ..)| *offset));
+        let ranges = ranges.into_iter().map(|(offset, blocks)| Range { file: FileId::Data, offset, blocks });
+        read_ranges(self.disk, self.arena, ranges, |_, bytes| {
+            for (page, (_, crc, group)) in bytes.chunks(BLOCK).zip(next.by_ref()) {
+                found[*group].whole &= crc32c(page) == *crc || planted!(PlacedUnchecked);
+            }
+            Ok(())
+        })
+    }
 }
 
-fn scan_segment(
+/// Ranges of blocks, by offset and number, that cover the blocks at these offsets in this order.
+pub(super) fn neighbours_together(offsets: impl Iterator<Item = u64>) -> Vec<(u64, u64)> {
+    let mut ranges: Vec<(u64, u64)> = Vec::new();
+    for offset in offsets {
+        match ranges.last_mut() {
+            Some((first, blocks)) if *first + *blocks * BLOCK as u64 == offset => *blocks += 1,
+            _ => ranges.push((offset, 1)),
+        }
+    }
+    ranges
+}
+
+/// Scans the logs; `deal` is the one to be.
+pub(crate) fn scan(
     disk: &mut dyn Disk,
     arena: &mut Arena,
     superblock: &Superblock,
     deal: Deal,
-    (shard, segment): (ShardId, SegmentNo),
-    found: &mut Vec<Found>,
-) -> Result<()> {
-    let bytes_len = superblock.geometry.segment_bytes as usize;
-    let bytes = read_bytes(disk, arena, FileId::Log(shard, segment), 0, bytes_len)?;
-    let blocks = (bytes_len / BLOCK) as u32;
-    let mut block = 0;
-    while block < blocks {
-        let here = &bytes[block as usize * BLOCK..];
-        let head = GroupHead::open(here, superblock.salt, superblock.epoch, (shard, segment, block), blocks);
-        let Some(head) = head else {
-            block += 1;
+    reading: Reading,
+) -> Result<Scan> {
+    let mut reader = Reader { disk, arena, superblock, deal, bytes_read: 0 };
+    if reading == Reading::Needed
+        && let Some(scan) = reader.scan_needed()?
+    {
+        return Ok(scan);
+    }
+    let shards = (0..superblock.logs.len() as u16).map(ShardId::new);
+    let segments = || (0..superblock.geometry.segments_count).map(SegmentNo::new);
+    let all: Vec<_> = shards.flat_map(|shard| segments().map(move |segment| (shard, segment))).collect();
+    let found = reader.search(&all)?;
+    reader.judge(found)
+}
+
+fn keep(found: Vec<Found>, redo: Lsn, cut: Lsn, watermark: Lsn) -> Scan {
+    let torn = found.iter().filter(|f| !f.whole).count() as u64;
+    let (groups, extents_named) = (Vec::new(), 0);
+    let mut scan = Scan { groups, torn, redo, cut, highest: cut, applied: 0, dropped: 0, extents_named, bytes_read: 0 };
+    for f in found.into_iter().filter(|f| f.whole && f.last_lsn > redo) {
+        scan.applied += f.commits_within(redo, cut);
+        scan.dropped += f.commits_within(cut, Lsn::MAX);
+        if f.first_lsn > cut {
             continue;
-        };
-        let f = open_group(head, here, deal);
-        block += if f.whole { f.head.blocks } else { 1 };
-        found.push(f);
-    }
-    Ok(())
-}
-
-/// What is in a group whose head is right; `here` begins with it.
-fn open_group(head: GroupHead, here: &[u8], deal: Deal) -> Found {
-    let nothing = |head| Found { head, slots: Vec::new(), records: Vec::new(), concerns: 0, whole: false };
-    let Some(body) = Body::open(&head, here) else { return nothing(head) };
-    let Some(records) = body.records() else { return nothing(head) };
-    let whole = body.slots.iter().all(|slot| inline_matches(slot, here));
-    let concerns = records.iter().flat_map(|record| &record.changes).fold(0, |concerns, change| {
-        let (LoggedChange::Image(key, _) | LoggedChange::Patch(key, ..) | LoggedChange::Free(key)) = change;
-        concerns | 1 << deal.shard_of(*key).get()
-    });
-    let record = |Record { lsn, role, .. }: &Record| FoundRecord { lsn: *lsn, role: *role };
-    let records = records.iter().map(record).collect();
-    Found { head, slots: body.slots, records, concerns, whole }
-}
-
-fn inline_matches(slot: &Slot, group: &[u8]) -> bool {
-    let SlotState::Inline(block) = slot.state else { return true };
-    let at = block as usize * BLOCK;
-    group.get(at..at + BLOCK).is_some_and(|page| crc32c(page) == slot.entry.crc.get())
-}
-
-/// Whether the pages that a group above the watermark wrote straight to their places are all there.
-fn placed_pages_match(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblock, found: &Found) -> Result<bool> {
-    let data_bytes = disk.len(FileId::Data)?.unwrap_or(0);
-    for slot in found.slots.iter().filter(|s| s.state == SlotState::Placed) {
-        let offset = slot.entry.place().offset(superblock.geometry.extent_bytes);
-        if offset + BLOCK as u64 > data_bytes {
-            return Ok(false);
         }
-        let page = read_bytes(disk, arena, FileId::Data, offset, BLOCK)?;
-        if crc32c(&page) != slot.entry.crc.get() {
-            return Ok(false);
-        }
+        let places: Vec<Place> = f.placed.iter().map(|(place, _)| *place).collect();
+        let named = places.iter().map(|p| p.extent.get().saturating_add(1)).max().unwrap_or(0);
+        scan.extents_named = scan.extents_named.max(named);
+        let is_doubtful = f.last_lsn > watermark;
+        scan.groups.push(ScannedGroup { head: f.head, places, is_doubtful, concerns: f.concerns });
     }
-    Ok(true)
+    scan
 }
 
 fn find_cut(found: &[Found], redo: Lsn) -> Lsn {
@@ -219,18 +265,18 @@ fn find_cut(found: &[Found], redo: Lsn) -> Lsn {
         }
         cut = cut.max(Lsn::new(first.get().saturating_add(count).saturating_sub(1)));
     }
-    let records = || whole().flat_map(|f| f.records.iter().map(move |record| (f.head.shard, record)));
+    let records = || whole().flat_map(|f| f.parts.iter().map(move |record| (f.head.shard, record)));
     let of_part =
-        |(shard, record): (ShardId, &FoundRecord)| matches!(record.role, Role::Part(_)).then_some((record.lsn, shard));
+        |(shard, (lsn, role)): (ShardId, &(Lsn, Role))| matches!(role, Role::Part(_)).then_some((*lsn, shard));
     let parts: HashSet<(Lsn, ShardId), foldhash::fast::FixedState> = records().filter_map(of_part).collect();
-    let lacks_a_part = |record: &FoundRecord| {
-        let Role::Owner(others) = record.role else { return false };
-        (0..64).any(|shard| others & 1 << shard != 0 && !parts.contains(&(record.lsn, ShardId::new(shard))))
+    let lacks_a_part = |(lsn, role): &(Lsn, Role)| {
+        let Role::Owner(others) = role else { return false };
+        (0..64).any(|shard| others & 1 << shard != 0 && !parts.contains(&(*lsn, ShardId::new(shard))))
     };
     let incomplete = records()
         .map(|(_, record)| record)
-        .filter(|record| record.lsn > redo && lacks_a_part(record) && !planted!(PartIgnored));
-    incomplete.map(|record| record.lsn.before()).fold(cut, Lsn::min)
+        .filter(|record| record.0 > redo && lacks_a_part(record) && !planted!(PartIgnored));
+    incomplete.map(|(lsn, _)| lsn.before()).fold(cut, Lsn::min)
 }
 
 fn missing(found: &[Found], cut: Lsn, watermark: Lsn) -> Error {

@@ -1,6 +1,8 @@
 //! Opening, closing and crashing one shard on the simulated disk: the plain paths. The hard ones are the
 //! simulator's (`sim/`).
 
+pub(crate) mod scans;
+
 use super::*;
 use crate::shard::{Change, Commit, Request, Response, Together, Token};
 use crate::sim::disk::{Area, Fault, Loss, OpKind, SimDisk};
@@ -81,11 +83,15 @@ impl Driver {
                 shards.for_each(|shard| shard.audit().expect("counts are kept"));
                 return reply;
             }
-            self.now += 50;
-            self.all.lap(&mut self.disk, self.now);
-            self.disk.advance_to(self.now);
+            self.step();
         }
         panic!("no answer to a request: {:#?}", self.all.shards);
+    }
+
+    fn step(&mut self) {
+        self.now += 50;
+        self.all.lap(&mut self.disk, self.now);
+        self.disk.advance_to(self.now);
     }
 
     /// Several under way at once; all must succeed.

@@ -240,6 +240,10 @@ fn hunt(canary: Canary) -> Found {
         .or_else(|| {
             special("a_lost_write_does_not_bring_back_an_interrupted_checkpoint", super::damage_tests::all_lost)
         })
+        .or_else(|| {
+            let compared = crate::recovery::tests::scans::compared;
+            special("what_is_left_unread_can_hold_nothing_that_matters", compared)
+        })
         .or_else(|| special("a_full_disk_ends_an_opening_with_an_error", full))
         .or_else(|| special("every_operation_may_fail_in_every_way", super::error_tests::smallest))
         .or_else(|| random("crashes_of_full_stores_lose_nothing", super::fault_tests::full_store, (1..=25).collect()))
