@@ -206,11 +206,51 @@ impl Options {
             txn_bytes_max: self.txn_bytes_max.min(memory_bytes / 16).min(geometry.segment_bytes / 4),
             data_extents_max: match self.data_bytes_max {
                 0 => u32::MAX,
-                bytes => (bytes / geometry.extent_bytes).max(1) as u32,
+                // Extents have numbers of 32 bits: more than that is as much as the file system gives.
+                bytes => u32::try_from((bytes / geometry.extent_bytes).max(1)).unwrap_or(u32::MAX),
             },
             fill_percent: self.fill_percent,
             requests_max: self.requests_max,
             group_blocks: group_blocks as u32,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn extents_max(data_bytes_max: u64) -> u32 {
+        let options = Options { data_bytes_max, ..Options::default() };
+        options.limits(&Geometry::default(), 2).expect("it is lawful").data_extents_max
+    }
+
+    /// A limit that is far away must not turn into none at all, or into one that no store fits into.
+    #[test]
+    fn a_limit_of_the_data_space_beyond_all_extents_is_no_limit() {
+        assert_eq!(extents_max(0), u32::MAX);
+        assert_eq!(extents_max(1), 1);
+        assert_eq!(extents_max(1 << 30), 256);
+        let all = u64::from(u32::MAX) * Geometry::default().extent_bytes;
+        for bytes in [all - 1, all, all + 1, 1 << 54, (1 << 54) + (256 << 20), u64::MAX] {
+            assert!(extents_max(bytes) >= u32::MAX - 1, "{bytes} bytes: {}", extents_max(bytes));
+        }
+    }
+
+    /// Values at the ends of what is lawful, in every combination of memory and shards: no derived limit is cut to nothing.
+    #[test]
+    fn limits_at_the_ends_of_what_is_lawful_are_whole() {
+        for (memory_bytes, shards) in [(2 * MIB, 1), (128 * MIB, SHARDS_MAX), (1 << 42, 1), (1 << 42, SHARDS_MAX)] {
+            for (extent_bytes, segment_bytes) in [(64 * KIB, 64 * KIB), (8 * MIB, 1024 * MIB)] {
+                let geometry = Geometry { extent_bytes, segment_bytes, segments_count: 1024, ..Geometry::default() };
+                let options = Options { memory_bytes, ..Options::default() };
+                let limits = options.limits(&geometry, shards).expect("it is lawful");
+                assert_eq!(u64::from(limits.memory_blocks) * BLOCK as u64, memory_bytes / u64::from(shards));
+                assert_eq!(u64::from(geometry.extent_blocks()) * BLOCK as u64, extent_bytes);
+                assert!(limits.group_blocks.is_power_of_two() && limits.txn_bytes_max >= 4 * KIB, "{limits:?}");
+            }
+        }
+        let too_much = Options { memory_bytes: (1 << 42) + 1, ..Options::default() };
+        assert!(too_much.limits(&Geometry::default(), 1).is_err(), "block numbers have 32 bits");
     }
 }

@@ -459,7 +459,7 @@ fn shards_that_poll_on_all_cores_do_not_starve_the_kernel_that_serves_them() {
 
 // --- signals ---
 
-/// A command that is opening the store in `dir`, and can't get further: another process has its lock.
+/// A command that has begun to open the store in `dir`: its signals are not the system's any more.
 fn opening(dir: &Path, arguments: &[&str]) -> Child {
     let mut command = corepage(arguments);
     command.arg("--dir").arg(dir).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -531,11 +531,10 @@ fn a_recovery_that_a_signal_ends_on_a_slow_device_loses_nothing() {
         (0..300).for_each(|n| client.write(nbd::FUA, (n * PAGE) as u64, &data[n * PAGE..][..PAGE]));
         drop(client);
         served.kill();
-        let mut command = corepage(&["serve", "--dir"]);
-        command.arg(&dir).args(&arguments).stdout(Stdio::piped()).stderr(Stdio::null());
-        let child = command.spawn().expect("corepage starts");
-        // It has found the log and writes what it made of it.
-        device.hold(OF_STORE);
+        // It has found the log, and writes what it made of it; or it still waits for the last write of the one before.
+        device.hold_next(OF_STORE);
+        let child = opening(&dir, &[&["serve"], &arguments[..]].concat());
+        device.wait_held();
         signal(&child, rustix::process::Signal::TERM);
         device.let_go();
         let output = child.wait_with_output().expect("it ends");

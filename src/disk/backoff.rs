@@ -4,9 +4,11 @@
 //! 1. No refusal is answered by an immediate retry for ever: each pause in a row is at least as long as the one before.
 //! 2. A device that refuses for [`REFUSALS_MAX`] pauses in a row, half a minute, counts as failed: nobody waits for ever.
 //!
-//! It does *not* sleep: threads do, and the ring has a timer for it.
+//! It does *not* sleep where a ring has a timer for that.
 
 use crate::types::Micros;
+use rustix::io::Errno;
+use std::time::Duration;
 
 /// The first pause: longer than a queue of the device takes to have room again, short enough not to be noticed.
 const PAUSE_MIN_US: Micros = 100;
@@ -32,9 +34,45 @@ impl Backoff {
     }
 }
 
+/// Does `call`, again after a pause while it is refused for now: for what is asked once, before a store is open. Up to
+/// a tenth of a second, since nobody can end that.
+#[allow(clippy::disallowed_methods, reason = "the kernel tells nobody when it would take it")]
+pub(super) fn patiently<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
+    let mut backoff = Backoff::default();
+    loop {
+        match call() {
+            Err(Errno::INTR | Errno::AGAIN) if backoff.pause_us() < PAUSE_MAX_US => {
+                let pause_us = backoff.refused().unwrap_or(PAUSE_MAX_US);
+                std::thread::sleep(Duration::from_micros(pause_us));
+            }
+            done => return done,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A signal in the middle of a trial must not make a store go through the page cache for the rest of its life.
+    #[test]
+    fn a_trial_that_is_interrupted_is_tried_again_and_not_for_ever() {
+        for refusal in [Errno::INTR, Errno::AGAIN] {
+            let mut left = 5;
+            let refused_first = || {
+                left -= 1;
+                if left > 0 { Err(refusal) } else { Ok(7) }
+            };
+            assert_eq!(patiently(refused_first), Ok(7));
+            assert_eq!(patiently(|| Err::<(), _>(refusal)), Err(refusal));
+        }
+        let mut calls = 0;
+        let failed = patiently(|| {
+            calls += 1;
+            Err::<(), _>(Errno::IO)
+        });
+        assert_eq!((failed, calls), (Err(Errno::IO), 1), "a failure is one at once");
+    }
 
     /// Without pauses a device that is busy costs a whole core; without an end its callers wait for ever.
     #[test]

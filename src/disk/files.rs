@@ -16,6 +16,7 @@
 //! It does *not* transfer anything but what a probe takes.
 
 use super::FileId;
+use super::backoff::patiently;
 use super::cancel::Cancel;
 use super::device::{self, DeviceTraits, FlushChoice, FlushMethod};
 use super::flush::{Failure, Round, RoundFiles, Rounds, Waiter};
@@ -277,8 +278,9 @@ impl Files {
             flags |= OFlags::DIRECT;
         }
         let name = file.id.to_string();
-        let opened = rustix::fs::openat(&self.handle, name.as_str(), flags, Mode::from_raw_mode(0o600))
-            .map_err(|e| not_made(format_args!("opening {}", self.path.join(&name).display()), "", e.into()))?;
+        let opened = patiently(|| rustix::fs::openat(&self.handle, name.as_str(), flags, Mode::from_raw_mode(0o600)));
+        let opened =
+            opened.map_err(|e| not_made(format_args!("opening {}", self.path.join(&name).display()), "", e.into()))?;
         let opened = File::from(opened);
         let kind = opened.metadata().map_err(|e| self.error(file.id, "looking at", e))?.file_type();
         if !kind.is_file() {

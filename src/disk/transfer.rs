@@ -30,7 +30,7 @@ const STALLS_MAX: u32 = 4;
 const ZEROS_BYTES: usize = 1 << 20;
 /// Pieces of that in one call. The kernel has all of them at the device at a time, so that a device with a long latency is
 /// kept busy; a cancelled allocation waits for one call at most.
-const ZEROS_PIECES: usize = 8;
+const ZEROS_PIECES: usize = 4;
 
 /// Zeros at an address that direct I/O takes.
 #[repr(C, align(4096))]

@@ -4,6 +4,7 @@
 //! 1. A trial leaves nothing behind, and changes no file of a store.
 //! 2. A disk that is full is told from a directory that this user may not write.
 
+use super::backoff::patiently;
 use super::device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::BLOCK;
@@ -22,13 +23,13 @@ pub(super) fn try_direct(directory: &File, path: &Path) -> Result<(bool, bool)> 
     let scratch = scratch(directory, path)?;
     let mut block = Box::new(Block([0x5a; BLOCK]));
     let takes = set_direct(&scratch).is_ok();
-    let written = if takes { rustix::io::pwrite(&scratch, &block.0, 0) } else { Ok(0) };
+    let written = if takes { patiently(|| rustix::io::pwrite(&scratch, &block.0, 0)) } else { Ok(0) };
     if let Err(e @ (Errno::NOSPC | Errno::DQUOT)) = written {
         return Err(not_made(format_args!("trying direct I/O in {}", path.display()), "", e.into()));
     }
     let works = written == Ok(BLOCK) && {
         block.0.fill(0);
-        matches!(rustix::io::pread(&scratch, &mut block.0, 0), Ok(BLOCK)) && block.0 == [0x5a; BLOCK]
+        patiently(|| rustix::io::pread(&scratch, &mut block.0, 0)) == Ok(BLOCK) && block.0 == [0x5a; BLOCK]
     };
     let says = device::says_direct(&scratch);
     Ok((works && says != Some(false), works && says == Some(true)))
@@ -39,7 +40,7 @@ pub(super) fn reads_directly(file: &File) -> bool {
     let mut block = Box::new(Block([0; BLOCK]));
     let Ok(flags) = rustix::fs::fcntl_getfl(file) else { return false };
     let works = rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT).is_ok()
-        && matches!(rustix::io::pread(file, &mut block.0, 0), Ok(BLOCK));
+        && patiently(|| rustix::io::pread(file, &mut block.0, 0)) == Ok(BLOCK);
     let _ = rustix::fs::fcntl_setfl(file, flags);
     works
 }
@@ -63,7 +64,7 @@ pub(super) fn set_direct(file: &File) -> rustix::io::Result<()> {
 pub(super) fn scratch(directory: &File, path: &Path) -> Result<File> {
     let mode = Mode::from_raw_mode(0o600);
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
-    if let Ok(file) = rustix::fs::openat(directory, ".", flags | OFlags::TMPFILE, mode) {
+    if let Ok(file) = patiently(|| rustix::fs::openat(directory, ".", flags | OFlags::TMPFILE, mode)) {
         return Ok(file.into());
     }
     let name = format!(".corepage-probe-{}", std::process::id());

@@ -303,7 +303,17 @@ impl Device {
 
     /// The next write with one of these in it is held: it returns when there is one.
     pub fn hold(&self, with: Marks) {
+        self.hold_next(with);
+        self.wait_held();
+    }
+
+    /// The next write with one of these in it is going to be held.
+    pub fn hold_next(&self, with: Marks) {
         self.shared.set_hold(Hold::Next(with));
+    }
+
+    /// Waits until that one is here.
+    pub fn wait_held(&self) {
         self.shared.wait_while(|state| state.hold != Hold::Held);
     }
 

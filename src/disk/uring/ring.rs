@@ -17,7 +17,7 @@ use std::time::Duration;
 
 /// Completion entries beyond the depth: for the read of the eventfd, and to be far from the brim.
 const SPARE: u32 = 4;
-/// How often to try again for want of locked memory, and after how long; together 100 ms.
+/// How often to try again for want of locked memory or another thing that passes, and after how long; together 100 ms.
 const NO_ROOM_TRIES: u32 = 20;
 const NO_ROOM_PAUSE: Duration = Duration::from_millis(5);
 /// How long to sleep when the kernel refuses to take entries, or to wait, just now.
@@ -45,7 +45,7 @@ impl Ring {
     pub(super) fn new(depth: u32, polled: bool) -> io::Result<Ring> {
         for _ in 0..NO_ROOM_TRIES {
             match Self::try_new(depth, polled) {
-                Err(e) if e.raw_os_error() == Some(rustix::io::Errno::NOMEM.raw_os_error()) => {
+                Err(e) if later(&e) => {
                     std::thread::sleep(NO_ROOM_PAUSE);
                 }
                 made => return made,
