@@ -30,6 +30,9 @@ mod lead;
 #[cfg(test)]
 mod memory_tests;
 mod message;
+#[cfg(any(test, feature = "sim"))]
+#[cfg_attr(not(test), allow(dead_code, reason = "some of it serves the unit tests only"))]
+pub(crate) mod observe;
 mod order;
 mod pages;
 mod part;

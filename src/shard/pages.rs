@@ -184,8 +184,8 @@ pub(super) enum NodeWaiter {
 
 /// A node that is to be read.
 pub(super) struct NodeWanted {
-    key: NodeKey,
-    child: Child,
+    pub key: NodeKey,
+    pub child: Child,
     /// Pinned meanwhile: a node is in memory only while its parent is.
     parent: Option<NodeIdx>,
 }

@@ -16,9 +16,12 @@
 //! It does *not* route requests or judge anything.
 
 use super::disk::SimDisk;
+use super::late::{Holding, Late};
 use super::net::{Mark, Net};
 use super::pace::Pace;
+use super::progress::{Progress, check_budget};
 use super::rng::{Rng, mix};
+use super::watch::TABLE_IS_BOUNDED;
 use crate::commit::GlobalOrder;
 use crate::disk::{Completion, Disk, OpId};
 use crate::error::{Error, Result};
@@ -42,14 +45,16 @@ const SHARD_SHIFT: u32 = 48;
 
 /// An open store, or one being opened.
 pub struct Cluster {
-    nodes: Vec<Node>,
-    order: Arc<GlobalOrder>,
-    net: Net<Message>,
+    pub(super) nodes: Vec<Node>,
+    pub(super) order: Arc<GlobalOrder>,
+    pub(super) net: Net<Message>,
     deal: Deal,
     /// How fast everything is.
     pub pace: Pace,
     rng: Rng,
-    disk: SimDisk,
+    pub(super) disk: SimDisk,
+    pub(super) late: Late,
+    pub(super) progress: Progress,
     idle_turns: u64,
     /// When something happened last.
     busy_at: Micros,
@@ -57,14 +62,18 @@ pub struct Cluster {
 }
 
 /// A shard and what has arrived, or will arrive, for it.
-struct Node {
-    shard: Shard,
-    requests: Vec<(Micros, Token, Request)>,
-    completions: Vec<(Micros, Completion)>,
+pub(super) struct Node {
+    pub(super) shard: Shard,
+    pub(super) requests: Vec<(Micros, Token, Request)>,
+    pub(super) completions: Vec<(Micros, Completion)>,
     /// Its last turn takes until then.
     free_at: Micros,
     /// It turns then, whatever arrives: at the beginning, and when the watermark has reached what it waits for.
     woken_at: Option<Micros>,
+    /// A commit waited for memory after its last turn.
+    pub(super) was_short: bool,
+    /// Its checkpoint has waited for memory, after so many had ended.
+    pub(super) starved_after: Option<u64>,
 }
 
 /// What opening found.
@@ -128,17 +137,34 @@ impl Cluster {
     ///
     /// # Errors
     /// Those of recovery.
-    pub fn begin(disk: &SimDisk, options: &Options, shards: u16, rng: &mut Rng) -> Result<(Cluster, Opened)> {
+    pub fn begin(
+        disk: &SimDisk,
+        options: &Options,
+        shards: u16,
+        holding: Holding,
+        rng: &mut Rng,
+    ) -> Result<(Cluster, Opened)> {
         let mut rng = rng.fork(3);
         let opening = crate::recovery::begin(&mut disk.clone(), options, shards, rng.draw(), disk.now())?;
         let RecoveryReport { created, clean, cut, warnings, .. } = opening.report;
         let opened = Opened { created, clean, cut, warnings: warnings.len() };
         assert_eq!(opening.shards.len(), usize::from(shards), "as many shards as asked for");
         let now = Some(disk.now());
-        let node = |shard| Node { shard, requests: Vec::new(), completions: Vec::new(), free_at: 0, woken_at: now };
+        let node = |shard| Node {
+            shard,
+            requests: Vec::new(),
+            completions: Vec::new(),
+            free_at: 0,
+            woken_at: now,
+            was_short: false,
+            starved_after: None,
+        };
         let nodes: Vec<Node> = opening.shards.into_iter().map(node).collect();
         let cluster = Cluster {
             net: Net::new(nodes.len()),
+            // Not drawn from the stream that all else comes from: a run without held reads is as it was.
+            late: Late::new(holding, nodes.len(), rng.clone().fork(7)),
+            progress: Progress::new(nodes.len()),
             deal: nodes[0].shard.deal(),
             nodes,
             order: opening.order,
@@ -229,12 +255,18 @@ impl Cluster {
 
     /// When something happens next; `None`: never, unless somebody asks for something.
     pub fn next_at(&self) -> Option<Micros> {
+        let kept = self.late.is_keeping().then(|| self.disk.now());
+        self.next_event_at().or(kept)
+    }
+
+    /// The same, without reads whose ends are kept back.
+    fn next_event_at(&self) -> Option<Micros> {
         let turns = (0..self.nodes.len()).filter_map(|index| self.turn_at(index));
         turns.chain(self.disk.next_due()).min()
     }
 
     /// When the shard turns next.
-    fn turn_at(&self, index: usize) -> Option<Micros> {
+    pub(super) fn turn_at(&self, index: usize) -> Option<Micros> {
         let node = &self.nodes[index];
         let requests = node.requests.iter().map(|&(at, ..)| at).min().filter(|_| node.shard.accepting());
         let completions = node.completions.iter().map(|&(at, _)| at).min();
@@ -259,9 +291,13 @@ impl Cluster {
     /// What is wrong with the shards.
     pub fn step(&mut self) -> std::result::Result<Option<Turn>, String> {
         let Some(at) = self.next_at() else { return Ok(None) };
+        let nothing_else = self.next_event_at().is_none();
         self.disk.advance_to(at);
         self.reap();
         let now = self.disk.now();
+        for (shard, completion) in self.late.take_due(self.counters.turns, now, nothing_else) {
+            self.nodes[shard].completions.push((now, completion));
+        }
         let ready: Vec<usize> =
             (0..self.nodes.len()).filter(|&index| self.turn_at(index).is_some_and(|at| at <= now)).collect();
         if ready.is_empty() || self.disk.is_off() {
@@ -279,6 +315,7 @@ impl Cluster {
             let shard = (completion.id.0 >> SHARD_SHIFT) as usize;
             completion.id = OpId(completion.id.0 & ((1 << SHARD_SHIFT) - 1));
             let at = self.disk.now() + self.pace.completion_us(&mut self.rng);
+            let Some(completion) = self.late.keep(shard, completion, self.counters.turns) else { continue };
             self.nodes[shard].completions.push((at, completion));
         }
     }
@@ -286,16 +323,19 @@ impl Cluster {
     fn turn(&mut self, index: usize) -> std::result::Result<Turn, String> {
         let now = self.disk.now();
         let before = self.order.watermark();
-        let mut busy = self.deliver(index, now);
+        let delivered = self.deliver(index, now);
+        let mut busy = delivered;
+        let mut emitted = false;
         self.nodes[index].woken_at = None;
         self.nodes[index].shard.turn(now);
         let shard = ShardId::new(index as u16);
         let mut turn = Turn { shard, drawn: self.nodes[index].shard.take_drawn(), replies: Vec::new() };
         turn.drawn.sort_by_key(|&(_, lsn)| lsn);
         while let Some(effect) = self.nodes[index].shard.next_effect() {
-            busy = true;
+            (busy, emitted) = (true, true);
             match effect {
                 Effect::Submit(id, op) => {
+                    self.late.submitted(&self.nodes[index].shard, index, id, &op, self.counters.turns, now);
                     let id = OpId(id.0 | (index as u64) << SHARD_SHIFT);
                     self.disk.submit_slowly(id, op, self.pace.device_factor(index));
                     if self.disk.is_off() || self.disk.violation().is_some() {
@@ -315,8 +355,13 @@ impl Cluster {
         }
         self.park(index, now, before)?;
         self.note(index, now, busy)?;
+        self.watch(index, now, delivered, emitted)?;
         if self.counters.turns.is_multiple_of(AUDIT_EACH) {
-            self.nodes[index].shard.audit().map_err(|drift| format!("{shard:?} counts wrongly: {drift}"))?;
+            let node = &self.nodes[index].shard;
+            node.audit().map_err(|drift| format!("{shard:?} counts wrongly: {drift}"))?;
+            if TABLE_IS_BOUNDED {
+                check_budget(&node.counts()).map_err(|why| format!("{shard:?} keeps too much: {why}"))?;
+            }
         }
         Ok(turn)
     }
@@ -360,6 +405,7 @@ impl Cluster {
         let arrived = node.completions.partition_point(|&(at, _)| at <= now);
         let count = self.pace.take(&mut self.rng, arrived);
         for (_, completion) in node.completions.drain(..count) {
+            self.late.arrives(&node.shard, index, completion.id);
             node.shard.complete(completion);
         }
         count > 0
@@ -411,29 +457,5 @@ impl Cluster {
             return Err(format!("{} messages under way between two shards: {}", self.net.most(), self.describe()));
         }
         Ok(())
-    }
-
-    /// What everybody waits for, in words.
-    pub fn describe(&self) -> String {
-        let mut text = format!(
-            "at {}, {} operations in flight, {} messages under way",
-            self.disk.now(),
-            self.disk.in_flight(),
-            self.net.under_way()
-        );
-        for (index, node) in self.nodes.iter().enumerate() {
-            text += &format!(
-                "\n  s{index}: {} requests and {} completions not taken, accepting {}, waits for {:?}, deadline {:?}, \
-                 next turn at {:?}; {}",
-                node.requests.len(),
-                node.completions.len(),
-                node.shard.accepting(),
-                node.shard.waits_for(),
-                node.shard.deadline(),
-                self.turn_at(index),
-                node.shard.whereabouts()
-            );
-        }
-        text
     }
 }

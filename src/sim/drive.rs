@@ -9,13 +9,17 @@ use super::cluster::{Cluster, Turn};
 use super::rng::mix;
 use super::workload::Ask;
 use super::world::{Outcome, World};
-use crate::error::Result as StoreResult;
+use crate::error::{ErrorKind, Result as StoreResult};
 use crate::metrics::ShardStats;
 use crate::shard::{Commit, PageRange, PageRef, Request, Response, Token};
 use crate::types::{Deal, Micros, PageId, PageKey, ShardId, VolumeId};
 use smallvec::SmallVec;
 use std::collections::BTreeMap;
 
+/// Whether it is wrong to refuse a request as `Busy` when clients hold few pages.
+const BUSY_NEEDS_PINS: bool = false;
+/// Fewer than one frame in so many is few.
+const HELD_MANY: u64 = 20;
 /// How long a request may take without errors of the device, if no shard is slow.
 const PATIENCE_US: Micros = 60_000_000;
 
@@ -32,6 +36,9 @@ impl World {
     /// Asks for something, or lets time pass.
     pub(super) fn step(&mut self) -> Outcome {
         if self.oracle.outstanding() < self.workload.profile.in_flight && self.rng.chance(60) {
+            if self.strain() {
+                return Ok(());
+            }
             let ask = self.workload.next_ask();
             if ask == Ask::Idle {
                 return self.idle();
@@ -167,29 +174,33 @@ impl World {
             *answer = Some(reply);
             return Ok(());
         }
+        if self.strain.drop_percent > 0 && self.chance.chance(self.strain.drop_percent) {
+            self.tally.rare.answers_dropped += 1;
+            return Ok(());
+        }
+        if reply.as_ref().is_err_and(|error| error.kind() == ErrorKind::Busy) {
+            let rare = &mut self.tally.rare;
+            let few = self.held.len() as u64 * HELD_MANY < self.cluster.as_ref().map_or(0, Cluster::frames);
+            *if few { &mut rare.busy_without_pins } else { &mut rare.busy_by_pins } += 1;
+            if few && BUSY_NEEDS_PINS {
+                let held = self.held.len();
+                return Err(format!("{token:?} is refused though clients hold {held} pages only: {reply:?}"));
+            }
+        }
         if let Ok(Response::Pages(pages)) = reply {
             for (key, page) in asked_for.into_iter().zip(pages) {
                 self.workload.on_read(key, page.version());
                 if self.rng.one_in(8) && self.held.len() < 16 {
-                    let bytes = page.to_vec().into();
-                    self.held.push((page, bytes));
+                    self.hold(page);
+                } else {
+                    self.hold_on(page);
                 }
             }
         }
         if self.rng.one_in(8) {
             self.let_go(1)?;
         }
-        Ok(())
-    }
-
-    /// Gives back pages that were held, which must be as they were.
-    pub(super) fn let_go(&mut self, count: usize) -> Outcome {
-        for (page, bytes) in self.held.drain(..count.min(self.held.len())) {
-            if page[..] != bytes[..] {
-                return Err(format!("a page of {:?} changed while it was held", page.lsn()));
-            }
-        }
-        Ok(())
+        self.give_some_back()
     }
 
     /// Nobody asks for anything for a while.

@@ -17,7 +17,7 @@ use crate::error::{Error, ErrorKind};
 use crate::format::group::GroupHead;
 use crate::pool::Arena;
 use crate::recovery::{find_superblock, read_bytes};
-use crate::types::{BLOCK, Lsn, PageKey};
+use crate::types::{BLOCK, Lsn};
 
 /// Steps of a store that has stopped before its process ends.
 const AFTER_FAILURE: u32 = 40;
@@ -155,8 +155,8 @@ impl World {
             return Err(format!("cut at {cut:?} in silence, although a log says that {recorded:?} was durable"));
         }
         let mut named = false;
-        let universe: Vec<PageKey> = self.workload.profile.universe.clone();
-        for key in universe {
+        let (keys, _) = self.pick_checked();
+        for key in keys {
             match self.try_read_now(&[key])? {
                 Err(error) => {
                     names_damage(&error)?;

@@ -2,7 +2,9 @@
 //!
 //! Read in this order: [`rng`] (chance), [`disk`] (the device that loses, tears and fails), [`net`], [`pace`] and
 //! [`cluster`] (shards that talk, each at its own speed), [`model`] and [`oracle`] (what must hold), [`workload`] (what
-//! clients do), [`world`] (who runs it all), `harm` (errors and damage on the way), [`shrink`] (a failing run made
+//! clients do), [`world`] (who runs it all), `harm` (errors and damage on the way), `strain` (size, slow
+//! reads, pages held on to), `late`, `watch` and `progress` (reads told late; spinning and memory), [`rare`] (what seldom happens),
+//! [`shrink`] (a failing run made
 //! small), [`canary`] (bugs that must be found).
 //!
 //! Invariants
@@ -17,13 +19,18 @@ pub mod cluster;
 pub mod disk;
 mod drive;
 mod harm;
+mod late;
 pub mod model;
 pub mod net;
 pub mod oracle;
 pub mod pace;
 pub mod plan;
+mod progress;
+pub mod rare;
 pub mod rng;
 pub mod shrink;
+mod strain;
+mod watch;
 pub mod workload;
 pub mod world;
 

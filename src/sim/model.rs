@@ -99,6 +99,11 @@ impl Model {
         &self.since(key, lsn)[0]
     }
 
+    /// How many pages there are in the newest state.
+    pub fn pages_present(&self) -> usize {
+        self.pages.values().filter(|versions| versions.last().is_some_and(|version| version.page.is_some())).count()
+    }
+
     /// Applies the changes of a commit.
     pub fn apply(&mut self, lsn: Lsn, changes: &[(PageKey, Change)]) {
         for (key, change) in changes {

@@ -5,8 +5,10 @@ use super::cluster::ClusterCounters;
 use super::disk::DiskCounters;
 use super::harm::DamageCounters;
 use super::oracle::OracleCounters;
+use super::rare::Rare;
 use super::rng::mix;
 use super::shrink::Smaller;
+use super::strain::Strain;
 use super::workload::Profile;
 use crate::metrics::ShardStats;
 use crate::options::Options;
@@ -28,6 +30,10 @@ pub struct Plan {
     pub fault_percent: u64,
     /// Of a hundred crashes, how many leave a disk of which a block is damaged, too.
     pub damage_percent: u64,
+    /// Of a hundred seeds, how many are strained: by size, slow reads, pages held on to.
+    pub strain_percent: u64,
+    /// Instead of the seed's own.
+    pub strain: Option<Strain>,
     /// A planted bug.
     pub canary: Option<Canary>,
     /// Instead of the seed's own.
@@ -67,6 +73,8 @@ pub struct Tally {
     pub oracle: OracleCounters,
     /// Turns and messages.
     pub cluster: ClusterCounters,
+    /// What seldom happens.
+    pub rare: Rare,
     /// Operations and losses.
     pub disk: DiskCounters,
     /// The newest counters that the shards of each life gave, summed.
@@ -108,6 +116,7 @@ impl Tally {
         self.closes += other.closes;
         self.requests += other.requests;
         self.virtual_us += other.virtual_us;
+        self.rare.add(&other.rare);
         self.disk.add(&other.disk);
         self.oracle.add(&other.oracle);
         self.cluster.add(&other.cluster);

@@ -37,7 +37,8 @@ pub(super) fn overtaken_moves(seed: u64) -> Outcome<u64> {
     (options.fill_percent, options.inline_pages_max) = (70, 0);
     let plan = Plan { options: Some(options), profile: Some(profile), shards: shards..=shards, ..quiet(seed) };
     let mut world = World::new(plan);
-    world.disk.set_latency(Latency { read: (5, 20), write: (1, 5), flush: (1, 5), block: 300, stall_one_in: 1 << 40 });
+    let latency = Latency { read: (5, 20), write: (1, 5), flush: (1, 5), block: 300, ..Latency::default() };
+    world.disk.set_latency(Latency { stall_one_in: 1 << 40, ..latency });
     world.begin()?;
     while world.tally.requests < 10 * PAGES {
         for _ in 0..1_000 {
@@ -77,7 +78,7 @@ pub(super) fn growth_under_reads(seed: u64) -> Outcome<u64> {
     (options.data_bytes_max, options.coalesce_window_us) = (0, 1_000);
     let plan = Plan { options: Some(options), profile: Some(profile), shards: 1..=1, ..quiet(seed) };
     let mut world = World::new(plan);
-    let fast = Latency { read: (1, 5), write: (1, 5), flush: (1, 5), block: 0, stall_one_in: 1 << 40 };
+    let fast = Latency { read: (1, 5), write: (1, 5), flush: (1, 5), stall_one_in: 1 << 40, ..Latency::default() };
     world.disk.set_latency(fast);
     world.begin()?;
     for keys in others.chunks(20) {

@@ -26,20 +26,21 @@ const SEEDS: u64 = 12;
 impl Plan {
     /// The plan in words, for [`Plan::read`]; without its seed, canary, options and profile.
     pub fn describe(&self) -> String {
-        let Plan { lives, images, events_max, recovery_crash_percent, fault_percent, damage_percent, smaller, .. } =
-            self;
+        let Plan { lives, images, events_max, recovery_crash_percent, fault_percent, damage_percent, .. } = self;
+        let Plan { strain_percent, smaller, .. } = self;
         let (least, most) = (self.shards.start(), self.shards.end());
         let Smaller { pages, in_flight, without } = smaller;
         format!(
             "{lives} {images} {events_max} {recovery_crash_percent} {fault_percent} {damage_percent} {least} {most} {pages} \
-             {in_flight} {without}"
+             {in_flight} {without} {strain_percent}"
         )
     }
 
     /// This plan made as small as `text` says, which [`Plan::describe`] has written; `None` if it is not of that form.
     pub fn read(self, text: &str) -> Option<Plan> {
         let numbers: Vec<u64> = text.split_whitespace().map(|word| word.parse().ok()).collect::<Option<_>>()?;
-        let &[lives, images, events, recovery, faults, damage, least, most, pages, in_flight, without] = &numbers[..]
+        let &[lives, images, events, recovery, faults, damage, least, most, pages, in_flight, without, strain] =
+            &numbers[..]
         else {
             return None;
         };
@@ -50,6 +51,7 @@ impl Plan {
             recovery_crash_percent: recovery,
             fault_percent: faults,
             damage_percent: damage,
+            strain_percent: strain,
             shards: least as u16..=most as u16,
             smaller: Smaller { pages: pages as usize, in_flight: in_flight as usize, without: without as u32 },
             ..self
@@ -70,6 +72,7 @@ impl Plan {
         propose(Plan { recovery_crash_percent: 0, ..self.clone() });
         propose(Plan { fault_percent: 0, ..self.clone() });
         propose(Plan { damage_percent: 0, ..self.clone() });
+        propose(Plan { strain_percent: 0, strain: None, ..self.clone() });
         propose(Plan { shards: least..=least, ..self.clone() });
         propose(Plan { shards: most..=most, ..self.clone() });
         propose(Plan { shards: least..=(most - 1).max(least), ..self.clone() });

@@ -286,7 +286,7 @@ impl Workload {
     }
 
     /// Most pages that one commit may change.
-    fn commit_pages_max(&self) -> u64 {
+    pub(super) fn commit_pages_max(&self) -> u64 {
         self.txn_bytes_max / BLOCK as u64
     }
 
@@ -300,7 +300,8 @@ impl Workload {
         *all.into_iter().find(|key| self.is_touched(key)).expect("not all pages belong to the idle shard")
     }
 
-    fn is_touched(&self, key: &PageKey) -> bool {
+    /// Whether the page is not the idle shard's.
+    pub(super) fn is_touched(&self, key: &PageKey) -> bool {
         self.idle.is_none_or(|idle| self.deal.shard_of(*key) != idle)
     }
 
@@ -336,7 +337,8 @@ impl Workload {
         Change::Put(Bytes::new())
     }
 
-    fn put_to(&mut self, key: PageKey) -> Change {
+    /// A whole page, unlike any other.
+    pub(super) fn put_to(&mut self, key: PageKey) -> Change {
         self.tag += 1;
         Change::Put(page_bytes(key, self.tag))
     }

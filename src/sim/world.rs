@@ -19,12 +19,13 @@ use super::net::Mark;
 use super::oracle::{Oracle, Tolerance};
 pub use super::plan::{Failure, Plan, Tally};
 use super::rng::{Rng, mix};
+use super::strain::{HeldPage, LARGE_EVENTS, LARGE_IMAGES, LARGE_LIVES, MEMORY_LEAST, Strain, Trees, chance_of};
 use super::workload::{Ask, Profile, Workload};
 use crate::error::Result as StoreResult;
 use crate::metrics::ShardStats;
 use crate::options::Options;
-use crate::shard::{PageRef, Request, Response, Token};
-use crate::types::{Lsn, PageId, PageKey, ShardId, VolumeId};
+use crate::shard::{Request, Response, Token};
+use crate::types::{BLOCK, Lsn, PageId, PageKey, ShardId, VolumeId};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Events after the answer to `Close` within which all shards are closed.
@@ -47,8 +48,19 @@ pub struct World {
     pub(super) lingering: Vec<(Token, Mark)>,
     /// The newest counters that each shard gave.
     pub(super) stats: BTreeMap<ShardId, ShardStats>,
-    /// Pages that clients hold on to, with the bytes that they had at first.
-    pub(super) held: Vec<(PageRef, Box<[u8]>)>,
+    /// Pages that clients hold on to.
+    pub(super) held: Vec<HeldPage>,
+    /// Pages of stores that have ended, which clients hold on to still.
+    pub(super) outlived: Vec<HeldPage>,
+    /// What clients hold on to under strain is being given back.
+    pub(super) giving_back: bool,
+    pub(super) strain: Strain,
+    /// What is to come before anything else of a large store's: reads that turn its memory over.
+    pub(super) sweeps_left: u64,
+    /// The small trees of a large store.
+    pub(super) trees: Trees,
+    /// The chance of strain.
+    pub(super) chance: Rng,
     pub(super) next_token: u64,
     /// Answers that a test waits for.
     pub(super) watched: BTreeMap<Token, Option<StoreResult<Response>>>,
@@ -85,14 +97,18 @@ impl World {
     pub fn new(plan: Plan) -> Self {
         let mut rng = Rng::new(plan.seed);
         let options = super::workload::options(&mut rng);
-        let options = plan.options.clone().unwrap_or(options);
+        let mut chance = chance_of(plan.seed);
+        let strain = Strain::of(&plan, &mut chance);
+        let options = strain.options(plan.options.clone().unwrap_or(options), &mut chance);
         let profile = Profile::random(&mut rng);
-        let profile = plan.profile.clone().unwrap_or(profile).smaller(&plan.smaller);
+        let profile = plan.profile.clone().unwrap_or(profile);
+        let (profile, trees) = strain.profile(profile, options.geometry.vshards_count, &mut chance);
+        let profile = profile.smaller(&plan.smaller);
         let disk = SimDisk::new(rng.draw());
         let slow = rng.within(1, 8);
         let usual = Latency::default();
         let latency = Latency { flush: (usual.flush.0 * slow, usual.flush.1 * slow), ..usual };
-        disk.set_latency(latency);
+        disk.set_latency(strain.latency(latency));
         let tolerance = Tolerance {
             full: options.data_bytes_max > 0,
             read_pages_max: options.vectored_pages_max,
@@ -108,6 +124,12 @@ impl World {
             lingering: Vec::new(),
             stats: BTreeMap::new(),
             held: Vec::new(),
+            outlived: Vec::new(),
+            giving_back: false,
+            sweeps_left: 0,
+            strain,
+            trees,
+            chance,
             next_token: 0,
             watched: BTreeMap::new(),
             recovery_events: 40,
@@ -120,8 +142,11 @@ impl World {
     /// All lives.
     fn go(&mut self) -> Outcome {
         self.begin()?;
-        for life in 0..self.plan.lives {
+        self.fill()?;
+        let step = if self.is_large() { LARGE_LIVES } else { 1 };
+        for life in (0..self.plan.lives).step_by(step as usize) {
             self.life = life;
+            self.count_life();
             self.live()?;
             self.end()?;
         }
@@ -170,6 +195,8 @@ impl World {
                 // Crashes come at any event of a recovery, mostly; some come to nothing, so that the end is reached.
                 self.recovery_events = (self.disk.events() - at + 2).max(8);
                 self.begin_life(cluster);
+                self.count_recovery(opened);
+                self.let_go_outlived()?;
                 return Ok(opened);
             }
             let loss = Loss::random(&mut self.rng);
@@ -183,13 +210,16 @@ impl World {
     fn open_once(&mut self) -> Outcome<StoreResult<(Cluster, Opened)>> {
         let most = self.options.geometry.vshards_count as u16;
         let (least, most) = (most.min(*self.plan.shards.start()), most.min(*self.plan.shards.end()));
-        let shards = self.rng.within(least.into(), most.into()) as u16;
+        let any = self.rng.within(least.into(), most.into()) as u16;
+        // More memory than one shard's is a store that is no larger than its memory, soon.
+        let shards = if self.is_large() && self.chance.chance(60) { least } else { any };
         // Each shard needs memory of its own.
         let options = Options { memory_bytes: self.options.memory_bytes * u64::from(shards), ..self.options.clone() };
-        let (mut cluster, opened) = match Cluster::begin(&self.disk, &options, shards, &mut self.rng) {
-            Ok(begun) => begun,
-            Err(error) => return Ok(Err(error)),
-        };
+        let (mut cluster, opened) =
+            match Cluster::begin(&self.disk, &options, shards, self.strain.holding, &mut self.rng) {
+                Ok(begun) => begun,
+                Err(error) => return Ok(Err(error)),
+            };
         Ok(cluster.finish_opening()?.map(|()| (cluster, opened)))
     }
 
@@ -205,7 +235,7 @@ impl World {
 
     /// Takes what a crash now leaves for the disk.
     pub(super) fn crash(&mut self, loss: Loss) -> Outcome {
-        self.let_go(usize::MAX)?;
+        self.let_go_at_end()?;
         self.oracle.on_crash();
         self.end_life();
         let image = self.disk.crash(loss, &mut self.rng);
@@ -245,6 +275,8 @@ impl World {
     pub(super) fn end_life(&mut self) {
         if let Some(cluster) = self.cluster.take() {
             self.tally.cluster.add(&cluster.counters());
+            self.tally.rare.add(&cluster.rare());
+            self.tally.rare.lives_with_three_levels += u64::from(cluster.levels_most() >= 3);
             self.tally.add_stats(&self.stats_told());
         }
         self.lingering.clear();
@@ -264,11 +296,13 @@ impl World {
 
     /// Works until the power fails or the store is closed.
     fn live(&mut self) -> Outcome {
-        let events = match self.rng.below(10) {
-            0 => self.rng.within(1, 8),
-            1..=5 => self.rng.within(1, 1 + self.plan.events_max / 4),
-            _ => self.rng.within(1, self.plan.events_max),
-        };
+        let longer = if self.is_large() { LARGE_EVENTS } else { 1 };
+        let events = longer
+            * match self.rng.below(10) {
+                0 => self.rng.within(1, 8),
+                1..=5 => self.rng.within(1, 1 + self.plan.events_max / 4),
+                _ => self.rng.within(1, self.plan.events_max),
+            };
         if self.rng.one_in(10) {
             let until = self.disk.events() + events;
             while self.disk.events() < until {
@@ -329,7 +363,7 @@ impl World {
 
     /// Makes what is left of the disk, several times if planned, and goes on with the last.
     fn end(&mut self) -> Outcome {
-        self.let_go(usize::MAX)?;
+        self.let_go_at_end()?;
         self.oracle.on_crash();
         self.end_life();
         self.tolerate_errors(false);
@@ -338,14 +372,17 @@ impl World {
         if self.rng.chance(self.plan.damage_percent) {
             self.damage_something(&crashed)?;
         }
-        for n in 0..self.plan.images {
+        let images = if self.is_large() { self.plan.images.min(LARGE_IMAGES) } else { self.plan.images };
+        for n in 0..images {
             let loss = Loss::random(&mut self.rng);
+            let abandons = loss == Loss::Process && self.oracle.outstanding() > 0;
+            self.tally.rare.stores_abandoned += u64::from(abandons);
             let image = crashed.crash(loss, &mut self.rng);
             self.replace_disk(image);
             self.tally.crashes += u64::from(was_off);
             let opened = self.open().map_err(|why| format!("after {loss:?}: {why}"))?;
             let cut = self.check(opened).map_err(|why| format!("after {loss:?}: {why}"))?;
-            if n + 1 < self.plan.images {
+            if n + 1 < images {
                 self.end_life();
             } else {
                 self.oracle.restart_at(cut, opened.cut);
@@ -376,16 +413,17 @@ impl World {
 
     /// Holds the whole state against the model; returns the cut that it shows.
     pub(super) fn check(&mut self, opened: Opened) -> Outcome<Lsn> {
-        let universe = self.workload.profile.universe.clone();
+        let (looked_at, all) = self.pick_checked();
         let mut there = BTreeSet::new();
         // Not all at once: there may be less memory than pages.
-        for keys in universe.chunks(100) {
+        for keys in looked_at.chunks(100) {
             let pages = self.read_now(keys)?;
             self.oracle.judge_state(opened.cut, opened.clean, &pages)?;
             there.extend(pages.iter().filter(|(_, page)| !page.is_absent()).map(|(key, _)| *key));
         }
+        let universe: BTreeSet<PageKey> = looked_at.iter().copied().collect();
         let volumes: BTreeSet<VolumeId> = universe.iter().map(|key| key.volume).collect();
-        for volume in volumes {
+        for volume in volumes.into_iter().filter(|_| all) {
             let ranges_max = 1 + self.rng.below(8) as usize;
             let mut told = self.allocated_now(volume, ranges_max)?;
             // Some tests write pages that are not of the workload.
@@ -396,6 +434,21 @@ impl World {
             }
         }
         Ok(opened.cut)
+    }
+
+    fn count_life(&mut self) {
+        let shards = u64::from(self.cluster().deal().shards_count());
+        let frames = self.cluster().frames();
+        let pages = self.oracle.model.pages_present() as u64;
+        let rare = &mut self.tally.rare;
+        rare.lives_of_ten_memories += u64::from(pages >= 10 * frames);
+        rare.lives_in_least_memory += u64::from(frames * BLOCK as u64 == MEMORY_LEAST * shards);
+    }
+
+    fn count_recovery(&mut self, opened: Opened) {
+        let is_small = self.options.memory_bytes == MEMORY_LEAST;
+        let counts = self.is_large() && is_small && !opened.clean && !opened.created;
+        self.tally.rare.recoveries_in_least_memory += u64::from(counts);
     }
 
     fn sum_up(mut self) -> Tally {

@@ -131,6 +131,11 @@ impl State {
         if self.rng.one_in(self.latency.stall_one_in) {
             took *= self.rng.within(1, 100);
         }
+        // Nothing is drawn without: such a disk is the same as one that never had slow reads.
+        let (one_in, times) = self.latency.slow_reads;
+        if matches!(op, DiskOp::Read { .. }) && one_in > 0 && self.rng.one_in(one_in) {
+            took *= self.rng.within(1, times);
+        }
         self.now + took * factor
     }
 
@@ -307,11 +312,15 @@ impl State {
         };
         let Some((file, from, to)) = range(&new.op) else { return };
         let writes = |op: &DiskOp| matches!(op, DiskOp::Write { .. });
-        let overlapping = self.flying.iter().filter(|old| {
-            (writes(&old.op) || writes(&new.op))
-                && range(&old.op).is_some_and(|(f, a, b)| f == file && a < to && from < b)
-        });
-        self.counters.overlaps += overlapping.count() as u64;
+        let overlapping =
+            self.flying.iter().filter(|old| range(&old.op).is_some_and(|(f, a, b)| f == file && a < to && from < b));
+        for old in overlapping {
+            match (writes(&old.op), writes(&new.op)) {
+                (true, true) => self.counters.overlaps += 1,
+                (false, false) => {}
+                _ => self.counters.reads_overwritten += 1,
+            }
+        }
     }
 
     fn note(&mut self, flying: &Flying, what: u64) {

@@ -103,6 +103,8 @@ pub struct DiskCounters {
     pub allocations_in_flight: u64,
     /// Pairs of a read or write with a write of the same block, both in flight.
     pub overlaps: u64,
+    /// Reads and writes of one place at a time: what a slow read was to find is gone, and the place in use again.
+    pub reads_overwritten: u64,
 }
 
 impl DiskCounters {
@@ -124,6 +126,7 @@ impl DiskCounters {
         self.writes_in_flight += other.writes_in_flight;
         self.allocations_in_flight += other.allocations_in_flight;
         self.overlaps += other.overlaps;
+        self.reads_overwritten += other.reads_overwritten;
     }
 
     /// All planned errors that fired.

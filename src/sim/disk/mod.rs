@@ -53,11 +53,13 @@ pub struct Latency {
     pub block: Micros,
     /// One operation in so many takes up to a hundred times as long.
     pub stall_one_in: u64,
+    /// One read in so many takes up to so many times as long; 0: none.
+    pub slow_reads: (u64, u64),
 }
 
 impl Default for Latency {
     fn default() -> Self {
-        Latency { read: (5, 150), write: (10, 300), flush: (30, 1500), block: 0, stall_one_in: 500 }
+        Latency { read: (5, 150), write: (10, 300), flush: (30, 1500), block: 0, stall_one_in: 500, slow_reads: (0, 1) }
     }
 }
 

@@ -77,7 +77,14 @@ fn what_was_not_flushed_can_be_lost_and_what_was_flushed_can_not() {
 #[test]
 fn a_flush_covers_what_completed_before_it_was_submitted_and_nothing_else() {
     let mut rig = Rig::new(2, 4);
-    rig.disk.set_latency(Latency { read: (1, 1), write: (10, 10), flush: (100, 100), block: 0, stall_one_in: 1 << 40 });
+    rig.disk.set_latency(Latency {
+        read: (1, 1),
+        write: (10, 10),
+        flush: (100, 100),
+        block: 0,
+        stall_one_in: 1 << 40,
+        slow_reads: (0, 1),
+    });
     rig.write(0, &[1]);
     let in_flight = rig.write_op(1, &[2]);
     rig.disk.submit(OpId(1), in_flight);

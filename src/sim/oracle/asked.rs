@@ -22,6 +22,8 @@ pub(super) struct Asked {
     pub drawn: Option<Lsn>,
     /// A commit over several shards.
     pub spread: bool,
+    /// Requests of its kind that came to its shard after it and were answered before it.
+    pub overtaken: u64,
 }
 
 /// What it was.
@@ -51,6 +53,11 @@ impl Kind {
             Request::Allocated(_) => unreachable!("asked past the judge"),
             Request::Close => Kind::Close,
         }
+    }
+
+    /// Whether requests of this kind and of that one stand in the same queues.
+    pub fn is_like(&self, other: &Kind) -> bool {
+        matches!((self, other), (Kind::Read(_), Kind::Read(_)) | (Kind::Commit(_), Kind::Commit(_)))
     }
 
     /// What it counts against the limit on commits.

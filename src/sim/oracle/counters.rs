@@ -17,6 +17,8 @@ pub struct OracleCounters {
     pub conflicts: u64,
     /// Of those, for no other reason than that a commit over several shards held a page.
     pub conflicts_held: u64,
+    /// By how many that came later one request was overtaken, at most.
+    pub overtaken_most: u64,
     /// Requests refused with `Busy`.
     pub busy: u64,
     /// Commits refused with `Full`.
@@ -58,6 +60,7 @@ impl OracleCounters {
         self.commits_reading += other.commits_reading;
         self.conflicts += other.conflicts;
         self.conflicts_held += other.conflicts_held;
+        self.overtaken_most = self.overtaken_most.max(other.overtaken_most);
         self.busy += other.busy;
         self.full += other.full;
         self.spread_full += other.spread_full;

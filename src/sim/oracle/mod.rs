@@ -15,6 +15,7 @@
 
 mod asked;
 mod counters;
+mod overtaken;
 mod spread;
 
 pub use counters::OracleCounters;
@@ -156,6 +157,7 @@ impl Oracle {
             moment: self.moment,
             drawn: None,
             spread: false,
+            overtaken: 0,
         };
         if let Kind::Commit(commit) = &asked.what
             && spread::is_spread(self.deal, shard, commit)
@@ -249,6 +251,7 @@ impl Oracle {
             return Err(format!("a second answer, or one that nobody waits for: {token:?} {reply:?}"));
         };
         self.moment += 1;
+        self.count_overtaken(&asked);
         let verdict = match reply {
             Ok(response) => self.judge(&asked, response),
             Err(error) => self.judge_error(token, &asked, error),

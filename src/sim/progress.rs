@@ -1,0 +1,71 @@
+//! The oracles of liveness and of memory: a shard that turns for nothing, or keeps more than it may, is broken, though
+//! every answer be right.
+//!
+//! Invariants
+//! 1. A turn for which nothing has arrived, and which does nothing, must leave a deadline that is not due at once: else the
+//!    core spins.
+//! 2. A shard keeps no page in its table but those that have memory, or a change on its way, or are named by a request
+//!    under way: else its heap grows with what clients ask for.
+//!
+//! It does *not* know what the shard waits for.
+
+use crate::shard::observe::Counts;
+
+/// Turns in a row in which nothing arrives and nothing leaves, each due at once after the other, before a shard is said to spin.
+/// A checkpoint looks at 16 virtual shards a turn, of up to 512, of which many may have nothing to write.
+const FOR_NOTHING_MAX: u32 = 40;
+/// Pages that the table may hold for what is under way and is no request: moves, reads ahead, the redo.
+const PAGES_SPARE: u64 = 256;
+
+/// What brought a turn about, and what came of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Lap {
+    /// Something had arrived.
+    pub delivered: bool,
+    /// Something was emitted.
+    pub emitted: bool,
+    /// The next turn is due at once, by the deadline or the watermark.
+    pub again_at_once: bool,
+}
+
+/// How many turns in a row each shard has turned for nothing.
+pub struct Progress {
+    for_nothing: Vec<u32>,
+    /// Turns for nothing in all.
+    pub total: u64,
+}
+
+impl Progress {
+    /// Of so many shards.
+    pub fn new(shards: usize) -> Self {
+        Progress { for_nothing: vec![0; shards], total: 0 }
+    }
+
+    /// A shard has turned; whether it spins.
+    ///
+    /// # Errors
+    /// That it does.
+    pub fn turned(&mut self, shard: usize, lap: Lap) -> Result<(), String> {
+        let for_nothing = !lap.delivered && !lap.emitted;
+        self.total += u64::from(for_nothing);
+        let count = &mut self.for_nothing[shard];
+        *count = if for_nothing && lap.again_at_once { *count + 1 } else { 0 };
+        if *count > FOR_NOTHING_MAX {
+            return Err(format!("shard {shard} spins: {count} turns for nothing, and the next is due at once"));
+        }
+        Ok(())
+    }
+}
+
+/// Holds what a shard keeps against what it may.
+///
+/// # Errors
+/// What there is too much of.
+pub fn check_budget(counts: &Counts) -> Result<(), String> {
+    let Counts { frames, pages, requests_pages, captures, .. } = *counts;
+    let most = frames + requests_pages + captures + PAGES_SPARE;
+    if pages > most {
+        return Err(format!("{pages} pages in the table, of {frames} frames: more than {most}: {counts:?}"));
+    }
+    Ok(())
+}
