@@ -8,6 +8,7 @@
 //!
 //! Not here: what the commands do.
 
+mod allocator;
 mod bench;
 mod control;
 mod doctor;
@@ -113,6 +114,7 @@ impl From<std::io::Error> for Failure {
 
 /// The whole program.
 pub fn main() -> ExitCode {
+    allocator::bound();
     // Prints usage errors as `error: …` and exits with 2.
     let arguments = Arguments::parse();
     // A server says what it does; of the others only what goes wrong matters.

@@ -12,7 +12,7 @@
 use super::interrupt::Interrupt;
 use super::{Failure, size};
 use crate::server::control::{Control, SOCKET_NAME};
-use crate::server::nbd::{Address, Limits, Listener, Plan, Server, StoreExports};
+use crate::server::nbd::{Address, Division, Limits, Listener, Memory, Plan, Server, StoreExports};
 use clap::ValueEnum;
 use corepage::{Driver, Options, Store, Volume};
 use futures_lite::future::block_on;
@@ -20,12 +20,13 @@ use std::io::Write;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use tracing::{error, info, warn};
 
 /// The volume that a fresh store gets if none is asked for.
 const DEFAULT_VOLUME: (&str, u64) = ("disk", 1 << 30);
 
-/// Clients keep up to a megabyte of pages each while they are answered.
+/// Below it there is too little for pages beside what connections need.
 const MEMORY_MIN: u64 = 16 << 20;
 
 /// How pages reach the disk.
@@ -54,9 +55,11 @@ pub struct Arguments {
     /// Directory of the store; made if it does not exist
     #[arg(long, value_name = "DIR", default_value = "./corepage-data")]
     dir: PathBuf,
-    /// Memory for pages, for example 512M or 4GiB [default: 256MiB]
-    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
-    memory: Option<u64>,
+    /// Memory of the server, for example 512M or 4GiB: seven eighths for pages, page map and log, the rest for what clients
+    /// send and what is sent to them. The process takes up to 32 MiB more for its code, its threads and their stacks, and 72
+    /// bytes for each shard and 4 MiB of data
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, default_value = "256M")]
+    memory: u64,
     /// Of the data space, how much is to be live before it grows: lower takes more disk, and overwriting is faster
     #[arg(long, value_name = "PERCENT", default_value_t = Options::default().fill_percent,
         value_parser = clap::value_parser!(u32).range(30..=85))]
@@ -113,23 +116,26 @@ impl Arguments {
                  127.0.0.1 and a tunnel (ssh -L), or insist with --allow-remote"
             )));
         }
-        let mut options = Options {
+        if self.memory < MEMORY_MIN {
+            return Err(Failure::usage(format_args!(
+                "--memory {} is too little for a server: give at least 16M",
+                self.memory
+            )));
+        }
+        Ok(Options {
+            memory_bytes: self.division().engine_bytes,
             driver: self.driver.into(),
             cores: self.cores.clone(),
             shards: self.shards,
             poll: self.poll,
             fill_percent: self.fill_percent,
             ..Options::default()
-        };
-        if let Some(bytes) = self.memory {
-            if bytes < MEMORY_MIN {
-                return Err(Failure::usage(format_args!(
-                    "--memory {bytes} is too little for a server: give at least 16M"
-                )));
-            }
-            options.memory_bytes = bytes;
-        }
-        Ok(options)
+        })
+    }
+
+    /// How the memory is divided.
+    fn division(&self) -> Division {
+        Division::of(self.memory)
     }
 }
 
@@ -162,7 +168,9 @@ fn serve(arguments: &Arguments, plans: Vec<Plan>, store: &Store, wait: impl FnOn
             "warning: anyone who reaches {host} can read, change and erase all volumes: no password, no encryption"
         );
     }
-    let server = Server::start(listeners, StoreExports::new(store.clone()), Limits::default())?;
+    let memory = Arc::new(Memory::new(arguments.division()));
+    let exports = StoreExports::new(store.clone(), &memory);
+    let server = Server::start(listeners, exports, Limits::default(), memory)?;
     report(&arguments.dir, store, &lines);
     wait();
     if !server.stop() {

@@ -6,26 +6,17 @@
 //!    frees them in the background. In a store opened here they are waited for; SIGINT and SIGTERM end that, the next open
 //!    of the store goes on with it.
 
-// Waiting takes real time.
-#![allow(clippy::disallowed_methods)]
-
 use super::control::Connection;
+use super::interrupt::Interrupt;
 use super::{Failure, Format, size};
 use crate::server::control::{self, Request, SOCKET_NAME, VolumeLine};
 use comfy_table::{CellAlignment, Table, TableStyle};
 use corepage::{Options, Store};
-use futures_lite::future::block_on;
+use futures_lite::future::{block_on, or};
 use serde_json::Value;
-use signal_hook::consts::{SIGINT, SIGTERM};
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
-
-/// Between two looks at whether pages are left to be freed, or a signal has come.
-const LOOK_PAUSE: Duration = Duration::from_millis(10);
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -77,7 +68,7 @@ enum Action {
 /// Where the store is: open elsewhere, or here.
 enum Access {
     Server(Connection),
-    Own(Store),
+    Own(Store, Interrupt),
 }
 
 impl Access {
@@ -91,13 +82,16 @@ impl Access {
                 dir.display()
             )));
         }
-        Ok(Access::Own(block_on(Store::open(dir, Options::default()))?))
+        // Only now: a command that waits for a server is ended by a signal as ever.
+        let interrupt = Interrupt::watch()?;
+        let store = interrupt.open(dir, Options::default()).map_err(|error| interrupt.explains(error))?;
+        Ok(Access::Own(store, interrupt))
     }
 
     fn ask(&mut self, request: &Request) -> Result<Value, Failure> {
         match self {
             Access::Server(connection) => connection.ask(request),
-            Access::Own(store) => Ok(control::perform(store, request)?),
+            Access::Own(store, _) => Ok(control::perform(store, request)?),
         }
     }
 
@@ -107,24 +101,25 @@ impl Access {
     }
 
     /// Waits until what was deleted takes no space any more.
-    fn wait_freed(&self, stop: &AtomicBool) -> Result<(), Failure> {
-        let Access::Own(store) = self else { return Ok(()) };
-        while store.freeing_count() > 0 {
-            if stop.load(Ordering::Relaxed) {
-                return Err(Failure::new("interrupted: the rest of its pages is freed when the store is opened next"));
+    fn wait_freed(&self) -> Result<(), Failure> {
+        let Access::Own(store, interrupt) = self else { return Ok(()) };
+        let freed = async {
+            if let Err(error) = store.wait_freed().await {
+                eprintln!("warning: not all pages could be freed, the next open of the store tries again: {error}");
             }
-            std::thread::sleep(LOOK_PAUSE);
-        }
-        if let Err(error) = block_on(store.wait_freed()) {
-            eprintln!("warning: not all of its pages could be freed, the next open of the store tries again: {error}");
-        }
-        Ok(())
+            Ok(())
+        };
+        let interrupted = async {
+            interrupt.wait().await;
+            Err(Failure::new("interrupted: the rest of its pages is freed when the store is opened next"))
+        };
+        block_on(or(freed, interrupted))
     }
 
     fn close(self) -> Result<(), Failure> {
         match self {
             Access::Server(_) => Ok(()),
-            Access::Own(store) => Ok(block_on(store.close())?),
+            Access::Own(store, _) => Ok(block_on(store.close())?),
         }
     }
 }
@@ -132,15 +127,7 @@ impl Access {
 /// Does it.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let mut access = Access::open(&arguments.dir)?;
-    // A store opened here is closed cleanly; a second signal ends the process at once.
-    let stop = Arc::new(AtomicBool::new(false));
-    if matches!(access, Access::Own(_)) {
-        for signal in [SIGINT, SIGTERM] {
-            signal_hook::flag::register_conditional_shutdown(signal, 1, stop.clone())?;
-            signal_hook::flag::register(signal, stop.clone())?;
-        }
-    }
-    let outcome = act(&arguments.action, &mut access).and_then(|()| access.wait_freed(&stop));
+    let outcome = act(&arguments.action, &mut access).and_then(|()| access.wait_freed());
     let closed = access.close();
     outcome?;
     closed?;

@@ -142,6 +142,11 @@ impl Served {
         uri.trim_start_matches("nbd://").trim_start_matches("nbd+unix:///?socket=").to_owned()
     }
 
+    /// The number of its process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// A client in transmission on the default export.
     pub fn client(&self) -> nbd::Client {
         nbd::Client::go(&self.address(), "")

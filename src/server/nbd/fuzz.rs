@@ -50,6 +50,10 @@ impl Export for Memory {
         SIZE as u64
     }
 
+    fn write_bytes_max(&self) -> usize {
+        SIZE
+    }
+
     async fn read(&self, offset: u64, into: &mut [u8], holes: &mut Holes) -> Result<(), Fault> {
         into.copy_from_slice(&self.0.lock().unwrap()[offset as usize..][..into.len()]);
         let mut at = 0;

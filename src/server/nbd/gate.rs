@@ -1,14 +1,19 @@
-//! The gate in front of a connection's work: how much may be in flight.
+//! The gate in front of a connection's work: how many requests are in flight, and with what memory.
 //!
-//! 1. The sums never pass the limits, except that a lone request may be larger than `bytes_max`: it would never get in.
-//! 2. A [`Pass`] gives back what it took when it is dropped, whatever became of the request.
+//! 1. At most `requests_max` requests are in flight. Each holds what [`Memory`] has given for it, or the connection's own
+//!    bytes, which one request at a time can have.
+//! 2. A reply never waits for other connections: with nothing of the shared memory and its own bytes taken, it waits for the
+//!    request of this connection that has them.
+//! 3. A [`Pass`] gives back what it took when it is dropped, whatever became of the request, and earlier where the memory
+//!    is not needed any more.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use super::memory::{Memory, REQUEST_BYTES};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-/// Counts requests and bytes in flight.
+/// Counts requests in flight, and what they hold.
 pub struct Gate {
     requests_max: usize,
-    bytes_max: usize,
+    memory: Arc<Memory>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -16,19 +21,35 @@ pub struct Gate {
 #[derive(Default)]
 struct State {
     requests: usize,
-    bytes: usize,
+    /// Of the memory that all replies share.
+    replies_bytes: usize,
+    own_is_taken: bool,
+}
+
+/// What a request holds.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Held {
+    Nothing,
+    Own,
+    Reply(usize),
+    Write(usize),
 }
 
 /// The right of one request to be in flight.
 pub struct Pass<'a> {
     gate: &'a Gate,
-    bytes: usize,
+    held: Held,
 }
 
 impl Gate {
     /// A gate with nothing in flight.
-    pub fn new(requests_max: usize, bytes_max: usize) -> Self {
-        Gate { requests_max, bytes_max, state: Mutex::default(), changed: Condvar::new() }
+    pub fn new(requests_max: usize, memory: Arc<Memory>) -> Self {
+        Gate { requests_max, memory, state: Mutex::default(), changed: Condvar::new() }
+    }
+
+    /// The memory that all connections share.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
     }
 
     // The state is plain numbers, right at every step: a panic elsewhere does not spoil it.
@@ -36,57 +57,122 @@ impl Gate {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until a request with `bytes` of payload may be in flight.
-    pub fn enter(&self, bytes: usize) -> Pass<'_> {
-        let full =
-            |s: &mut State| s.requests > 0 && (s.requests >= self.requests_max || s.bytes + bytes > self.bytes_max);
+    /// Waits until one more request may be in flight.
+    pub fn enter(&self) -> Pass<'_> {
+        let full = |state: &mut State| state.requests >= self.requests_max.max(1);
         let mut state = self.changed.wait_while(self.lock(), full).unwrap_or_else(PoisonError::into_inner);
         state.requests += 1;
-        state.bytes += bytes;
-        Pass { gate: self, bytes }
+        Pass { gate: self, held: Held::Nothing }
     }
 
     /// Waits until nothing is in flight.
     pub fn wait_idle(&self) {
-        let busy = |s: &mut State| s.requests > 0;
+        let busy = |state: &mut State| state.requests > 0;
         drop(self.changed.wait_while(self.lock(), busy).unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+impl Pass<'_> {
+    /// Takes memory for a reply with `bytes` of data, or for a part of it.
+    pub fn take_reply(&mut self, bytes: usize) {
+        self.give_back();
+        let gate = self.gate;
+        let (wanted, own) = (bytes + REQUEST_BYTES, gate.memory.division().own_bytes);
+        let mut state = gate.lock();
+        loop {
+            if let Some(given) = gate.memory.take_reply(state.replies_bytes, wanted, own) {
+                state.replies_bytes += given;
+                self.held = Held::Reply(given);
+                return;
+            }
+            if !state.own_is_taken {
+                state.own_is_taken = true;
+                self.held = Held::Own;
+                return;
+            }
+            state = gate.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Waits for memory for a payload or for other work.
+    pub fn take_write(&mut self, bytes: usize) {
+        self.give_back();
+        self.held = Held::Write(self.gate.memory.take_write(bytes));
+    }
+
+    /// Bytes of a reply's data for which it holds memory.
+    pub fn room(&self) -> usize {
+        let held = match self.held {
+            Held::Nothing | Held::Write(_) => 0,
+            Held::Own => self.gate.memory.division().own_bytes,
+            Held::Reply(bytes) => bytes,
+        };
+        held.saturating_sub(REQUEST_BYTES)
+    }
+
+    /// Its memory is not needed any more; the request is still in flight.
+    pub fn give_back(&mut self) {
+        let gate = self.gate;
+        match std::mem::replace(&mut self.held, Held::Nothing) {
+            Held::Nothing => return,
+            Held::Own => gate.lock().own_is_taken = false,
+            Held::Reply(bytes) => {
+                gate.lock().replies_bytes -= bytes;
+                gate.memory.give_reply(bytes);
+            }
+            Held::Write(bytes) => gate.memory.give_write(bytes),
+        }
+        gate.changed.notify_all();
     }
 }
 
 impl Drop for Pass<'_> {
     fn drop(&mut self) {
-        let mut state = self.gate.lock();
-        state.requests -= 1;
-        state.bytes -= self.bytes;
-        drop(state);
+        self.give_back();
+        self.gate.lock().requests -= 1;
         self.gate.changed.notify_all();
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::memory::Division;
     use super::*;
 
     /// Without this bound a client that never reads its replies makes the server's memory grow without limit.
     #[test]
     fn requests_and_bytes_in_flight_stay_within_the_limits() {
-        let gate = Gate::new(2, 100);
-        let first = gate.enter(1000);
+        let memory = Arc::new(Memory::new(Division::of(16 << 20)));
+        let gate = Gate::new(2, memory.clone());
+        let held = (gate.enter(), gate.enter());
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| drop(gate.enter(1)));
-            std::thread::sleep(std::time::Duration::from_millis(20));
-            assert!(!waiting.is_finished(), "a request got past a full gate");
-            drop(first);
-            waiting.join().unwrap();
-        });
-        let held = (gate.enter(1), gate.enter(1));
-        std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| drop(gate.enter(1)));
+            let waiting = scope.spawn(|| drop(gate.enter()));
             std::thread::sleep(std::time::Duration::from_millis(20));
             assert!(!waiting.is_finished(), "a third request got past a gate for two");
             drop(held);
             waiting.join().unwrap();
         });
         gate.wait_idle();
+        let gate = Gate::new(64, memory.clone());
+        let mut passes = Vec::new();
+        loop {
+            let mut pass = gate.enter();
+            pass.take_reply(1 << 20);
+            assert!(pass.room() >= 4096);
+            passes.push(pass);
+            if gate.lock().own_is_taken {
+                break;
+            }
+        }
+        assert!(memory.taken() <= memory.division().replies_bytes / 2, "one connection has more than it leaves");
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| gate.enter().take_reply(1));
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            assert!(!waiting.is_finished(), "a request got memory that there is not");
+            passes.clear();
+            waiting.join().unwrap();
+        });
+        gate.wait_idle();
+        assert_eq!(memory.taken(), 0, "something was not given back");
     }
 }

@@ -17,11 +17,11 @@ impl Holes {
         }
     }
 
-    /// The first `length` bytes as pieces, and whether each is a hole.
-    pub fn pieces(&self, length: usize) -> Vec<(Range<usize>, bool)> {
+    /// The first `length` bytes as pieces, and whether each is a hole of `bytes_min` bytes at least; shorter ones count as data.
+    pub fn pieces(&self, length: usize, bytes_min: usize) -> Vec<(Range<usize>, bool)> {
         let mut pieces = Vec::with_capacity(2 * self.0.len() + 1);
         let mut at = 0;
-        for hole in &self.0 {
+        for hole in self.0.iter().filter(|hole| hole.len() >= bytes_min) {
             if at < hole.start {
                 pieces.push((at..hole.start, false));
             }
@@ -45,7 +45,7 @@ mod tests {
         let pieces = |holes: &[Range<usize>]| {
             let mut all = Holes::default();
             holes.iter().for_each(|hole| all.add(hole.clone()));
-            all.pieces(100)
+            all.pieces(100, 10)
         };
         assert_eq!(pieces(&[]), [(0..100, false)]);
         assert_eq!(pieces(&[0..50, 50..100]), [(0..100, true)]);
@@ -53,5 +53,6 @@ mod tests {
             pieces(&[10..20, 20..30, 90..100]),
             [(0..10, false), (10..30, true), (30..90, false), (90..100, true)]
         );
+        assert_eq!(pieces(&[0..9, 20..30, 95..100]), [(0..20, false), (20..30, true), (30..100, false)]);
     }
 }

@@ -9,8 +9,9 @@
 //!
 //! 1. A connection owns its two threads, its gate and its socket; nothing it sends can reach another connection, except
 //!    through the store.
-//! 2. At most [`Limits::connections_max`] connections, each with at most `requests_max` requests and `bytes_max` bytes of
-//!    payload in flight. A full gate stops reading from the socket, which is the client's back-pressure.
+//! 2. At most `connections_max` connections, each with at most `requests_max` requests in flight. Payloads, replies and what
+//!    requests need while they are worked on come out of one [`Memory`]. Without it nothing is read from the socket, which is
+//!    the client's back-pressure.
 //! 3. The protocol knows exports only through the traits below, so it is tested without a store.
 //!
 //! Not here: TLS, extended headers.
@@ -22,7 +23,10 @@ mod gate;
 mod handshake;
 mod holes;
 mod listener;
+mod memory;
+mod pause;
 mod proto;
+mod reads;
 mod server;
 mod socket;
 mod span;
@@ -35,6 +39,7 @@ mod store_tests;
 mod tests;
 
 pub use listener::{Address, Listener, Plan};
+pub use memory::{Division, Memory};
 pub use server::Server;
 pub use socket::{Deadline, Socket};
 pub use volume::StoreExports;
@@ -48,13 +53,11 @@ use std::time::Duration;
 /// What one server takes on; each bound with its reason.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Connections, over all listeners: two threads each.
-    pub connections_max: usize,
     /// Requests in flight on a connection: beyond 64 a fast device gains nothing, and replies only get later.
     pub requests_max: usize,
-    /// Payload in flight on a connection, in and out: one request of the largest size, or 64 of 512 KiB. Times
-    /// `connections_max` it is the most memory that clients can take who send much and read nothing (4 GiB).
-    pub bytes_max: usize,
+    /// How long a client may take for a payload, or for a part of a large one, while others wait for memory: then it is cut off.
+    /// At half a minute that is 60 KiB a second, with little memory less.
+    pub payload_stall: Duration,
     /// From the accepted connection to the end of the handshake, so that silent clients don't use up the connections.
     pub handshake: Duration,
     /// Options in one handshake; clients need about five.
@@ -66,9 +69,8 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Limits {
-            connections_max: 128,
             requests_max: 64,
-            bytes_max: 32 << 20,
+            payload_stall: Duration::from_secs(30),
             handshake: Duration::from_secs(10),
             options_max: 128,
             grace: Duration::from_secs(5),
@@ -82,6 +84,8 @@ pub trait Export: Send + Sync {
     fn bytes(&self) -> u64;
     /// Its size now. Requests beyond it are refused.
     fn bytes_now(&self) -> u64;
+    /// Bytes up to which a write that begins with a page is one commit: whole pages. Longer ones may be given in parts.
+    fn write_bytes_max(&self) -> usize;
     /// Fills `into`, all zeros before, with the bytes from `offset` on. Parts that are not stored it may leave alone and add
     /// to `holes`.
     fn read(&self, offset: u64, into: &mut [u8], holes: &mut Holes) -> impl Future<Output = Result<(), Fault>> + Send;

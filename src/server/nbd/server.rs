@@ -9,7 +9,7 @@
 use super::handshake::{Outcome, handshake};
 use super::listener::Listener;
 use super::socket::{Deadline, Socket};
-use super::{Exports, Limits, transmission};
+use super::{Exports, Limits, Memory, transmission};
 use std::collections::HashMap;
 use std::io;
 use std::net::Shutdown;
@@ -33,7 +33,8 @@ pub struct Server<X: Exports> {
 struct Shared<X> {
     exports: X,
     limits: Limits,
-    stopping: AtomicBool,
+    memory: Arc<Memory>,
+    stopping: Arc<AtomicBool>,
     connections: Mutex<Connections>,
     changed: Condvar,
 }
@@ -46,11 +47,12 @@ struct Connections {
 
 impl<X: Exports> Server<X> {
     /// Starts a thread per listener.
-    pub fn start(listeners: Vec<Listener>, exports: X, limits: Limits) -> io::Result<Self> {
+    pub fn start(listeners: Vec<Listener>, exports: X, limits: Limits, memory: Arc<Memory>) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             exports,
             limits,
-            stopping: AtomicBool::new(false),
+            memory,
+            stopping: Arc::default(),
             connections: Mutex::default(),
             changed: Condvar::new(),
         });
@@ -62,6 +64,11 @@ impl<X: Exports> Server<X> {
             server.acceptors.push((listener, thread));
         }
         Ok(server)
+    }
+
+    #[cfg(test)]
+    pub(super) fn exports_for_tests(&self) -> &X {
+        &self.shared.exports
     }
 
     /// Ends it, see the head of this file. False if requests still wait for the store after a long time.
@@ -106,9 +113,10 @@ impl<X: Exports> Shared<X> {
     /// Starts a connection's thread, if there is room.
     fn admit(self: &Arc<Self>, socket: Socket) {
         let mut connections = self.lock();
-        if connections.open.len() >= self.limits.connections_max {
+        let most = self.memory.division().connections_max;
+        if connections.open.len() >= most {
             drop(connections);
-            warn!(max = self.limits.connections_max, "refused a client: too many connections");
+            warn!(max = most, "refused a client: too many connections; more --memory allows more, up to 128");
             return;
         }
         let (id, socket) = (connections.next, Arc::new(socket));
@@ -135,7 +143,7 @@ impl<X: Exports> Shared<X> {
         let Outcome::Chosen(name, export, agreed) = outcome else { return Ok(()) };
         stream.lift()?;
         debug!(connection = id, volume = name, ?agreed, "transmission begins");
-        transmission::serve(socket, &export, agreed, &self.limits, &self.stopping)
+        transmission::serve(socket, &export, agreed, &self.limits, &self.memory, &self.stopping)
     }
 
     fn shut_all(&self, how: Shutdown) {

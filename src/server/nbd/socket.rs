@@ -3,8 +3,10 @@
 //! 1. Reads and writes go through `&Socket`, so that one thread can read while another writes.
 //! 2. [`Socket::shut`] can be called from any thread and wakes whoever is blocked in a read or a write.
 
+use rustix::event::{PollFd, PollFlags, poll};
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -35,6 +37,21 @@ impl Socket {
     /// Ends one direction or both; a socket that is gone already is fine.
     pub fn shut(&self, how: Shutdown) {
         let _ = either!(self, s => s.shutdown(how));
+    }
+
+    /// Whether the other side has closed it, or is gone.
+    pub fn has_hung_up(&self) -> bool {
+        let fd = match self {
+            Socket::Tcp(stream) => stream.as_fd(),
+            Socket::Unix(stream) => stream.as_fd(),
+            #[cfg(any(test, fuzzing))]
+            Socket::Canned(_) => return false,
+        };
+        let wanted = PollFlags::RDHUP;
+        let mut event = [PollFd::new(&fd, wanted)];
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        let found = poll(&mut event, Some(&now)).is_ok_and(|count| count > 0);
+        found && event[0].revents().intersects(wanted | PollFlags::HUP | PollFlags::ERR)
     }
 
     /// Reads fail with `WouldBlock` or `TimedOut` after `limit`; `None`: they wait for ever.

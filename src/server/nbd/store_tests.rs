@@ -4,6 +4,7 @@
 //! The protocol without a store: `tests.rs`.
 
 use super::holes::Holes;
+use super::memory::{Division, Memory};
 use super::proto::{Errno, Fault};
 use super::{Export, Exports, StoreExports};
 use bytes::Bytes;
@@ -20,7 +21,7 @@ fn opened() -> (TempDir, Store, StoreExports) {
     let options = Options { memory_bytes: 32 << 20, shards: Some(2), ..Options::default() };
     let store = block_on(Store::open(dir.path(), options)).unwrap();
     block_on(store.create_volume("disk", 1024 * GIB)).unwrap();
-    let exports = StoreExports::new(store.clone());
+    let exports = StoreExports::new(store.clone(), &Memory::new(Division::of(64 << 20)));
     (dir, store, exports)
 }
 
@@ -87,7 +88,7 @@ fn holes_of_a_read_are_the_pages_that_are_not_stored() {
     let (mut bytes, mut holes) = (vec![0; 6 * PAGE + 10], Holes::default());
     block_on(disk.read(10, &mut bytes, &mut holes)).unwrap();
     let end = bytes.len();
-    let told = holes.pieces(end);
+    let told = holes.pieces(end, 1);
     let at = |page: usize| page * PAGE - 10;
     // Page 4 is stored, full of zeros.
     let pieces = [(0..at(2), true), (at(2)..at(3), false), (at(3)..at(4), true), (at(4)..at(5), false)];

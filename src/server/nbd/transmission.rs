@@ -1,22 +1,27 @@
 //! The transmission phase: requests in, replies out, in any order.
 //!
 //! ```text
-//! this thread: header ─> gate ─> payload ─> task ─┐
-//!                 ^                               v
-//!                 └──────── next        reply thread: export; all replies that are ready in one write
+//! this thread: header ─> gate ─> memory ─> payload ─> task ─┐
+//!                 ^                                         v
+//!                 └──────── next                  reply thread: export; all replies that are ready in one write
 //! ```
 //!
 //! 1. Only the reply thread writes to the socket, so replies never mix. It writes before it waits: no reply waits for another.
 //! 2. A payload is read whole before the next header, also for a request that is refused; where that is not possible
 //!    the connection ends.
 //! 3. When [`serve`] returns, no request of this connection is under way any more: each was answered, or its client is gone.
+//! 4. A request has its memory before it is begun (see [`Memory`]), so not reading from the socket is what holds a client back.
+//!    One that is larger than what can be had is served in parts: a read as `reads` says; a write by commits in order of
+//!    offset, each as large as a commit can be, of which only the last asks for durability.
 //!
 //! Reads and failures are answered in chunks if that was agreed on; everything else by simple replies, which are shorter.
 //! Does not know what is behind an [`Export`].
 
 use super::gate::{Gate, Pass};
-use super::holes::Holes;
-use super::proto::{self, Agreed, Command, DATA_CHUNK_HEAD_BYTES, Errno, Fault, Request, SIMPLE_REPLY_BYTES, flag};
+use super::memory::{Memory, payload_charge};
+use super::pause;
+use super::proto::{self, Agreed, Command, Errno, Fault, Request, flag};
+use super::reads::STREAM_BYTES;
 use super::socket::Socket;
 use super::{Export, Limits};
 use async_executor::Executor;
@@ -25,33 +30,47 @@ use event_listener::Event;
 use futures_lite::FutureExt;
 use std::io::{self, BufReader, IoSlice, Read, Write};
 use std::net::Shutdown;
-use std::ops::Range;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
-/// Headers come in bunches; payloads larger than this go past the buffer.
-const READ_BUFFER_BYTES: usize = 64 << 10;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Extents of one answer: 64 KiB of it, and enough for 16 MiB of a volume in which every other page is stored.
 const EXTENTS_MAX: usize = 8192;
+/// Memory of one: as it is found, and in the answer.
+const EXTENT_BYTES: usize = 16;
+
+/// Memory of a request that frees, zeroes or caches: lists of pages of one commit, or, where a large hole is made by many commits,
+/// of all that are under way.
+const WORK_BYTES: usize = 128 << 10;
+const LARGE_WORK_BYTES: usize = 1 << 20;
+const LARGE_WORK_FROM: u32 = 2 << 20;
+
+/// Between two looks at whether a client is still there whose write in parts takes long.
+const LOOK_PAUSE: Duration = Duration::from_secs(1);
 
 /// Replies that are written together, and bytes from which on they are not held back for more.
 const TOGETHER_MAX: usize = 64;
 const TOGETHER_BYTES: usize = 256 << 10;
 
-struct Connection<'a, E> {
-    socket: &'a Socket,
-    export: &'a E,
-    agreed: Agreed,
+pub(super) struct Connection<'a, E> {
+    pub(super) socket: &'a Socket,
+    pub(super) export: &'a E,
+    pub(super) agreed: Agreed,
     gate: &'a Gate,
+    limits: &'a Limits,
     stopping: &'a AtomicBool,
+    /// Nobody waits for answers any more: the client has said goodbye, or is gone.
+    ended: Arc<AtomicBool>,
     /// The client is gone: what it asked before needs no work any more.
     gone: AtomicBool,
     /// A request panicked.
     failed: AtomicBool,
     /// Replies to be written, with the right to be in flight of their requests.
     ready: Mutex<Vec<(Vec<u8>, Pass<'a>)>>,
+    /// Held while a reply is written in pieces that belong together: nothing else may come between.
+    pub(super) turn: async_lock::Mutex<()>,
 }
 
 /// Serves `export` until the client disconnects, breaks the protocol, or the server stops.
@@ -60,14 +79,29 @@ pub fn serve<E: Export>(
     export: &E,
     agreed: Agreed,
     limits: &Limits,
-    stopping: &AtomicBool,
+    memory: &Arc<Memory>,
+    stopping: &Arc<AtomicBool>,
 ) -> io::Result<()> {
-    let gate = Gate::new(limits.requests_max, limits.bytes_max);
-    let (gone, failed) = (AtomicBool::new(false), AtomicBool::new(false));
-    let ready = Mutex::new(Vec::with_capacity(TOGETHER_MAX));
-    let connection = Connection { socket, export, agreed, gate: &gate, stopping, gone, failed, ready };
+    let gate = Gate::new(limits.requests_max, memory.clone());
+    let connection = Connection {
+        socket,
+        export,
+        agreed,
+        gate: &gate,
+        limits,
+        stopping,
+        ended: Arc::default(),
+        gone: AtomicBool::new(false),
+        failed: AtomicBool::new(false),
+        ready: Mutex::default(),
+        turn: async_lock::Mutex::new(()),
+    };
+    // So that a client which stops in the middle of a payload is noticed.
+    socket.set_read_timeout(Some(limits.payload_stall))?;
     let (executor, done) = (Executor::new(), Event::new());
     let finished = done.listen();
+    let (ended, stops) = (connection.ended.clone(), stopping.clone());
+    let has_ended = move || ended.load(Ordering::Acquire) || stops.load(Ordering::Acquire);
     std::thread::scope(|scope| {
         let replies = std::thread::Builder::new().name("nbd-reply".into()).spawn_scoped(scope, || {
             let work = async {
@@ -77,14 +111,19 @@ pub fn serve<E: Export>(
                     executor.tick().await;
                 }
             };
-            futures_lite::future::block_on(work.or(finished));
+            pause::block_on(has_ended, work.or(finished));
         })?;
         let outcome = connection.requests(&executor);
+        connection.ended.store(true, Ordering::Release);
         gate.wait_idle();
         done.notify(1);
         let panicked = replies.join().is_err() || connection.failed.load(Ordering::Acquire);
-        if panicked { Err(io::Error::other("a request failed in an unforeseen way")) } else { outcome }
+        if panicked { Err(unforeseen()) } else { outcome }
     })
+}
+
+fn unforeseen() -> io::Error {
+    io::Error::other("a request failed in an unforeseen way")
 }
 
 /// Ends the connection if its request panics: that one gets no reply, so its client would wait for ever.
@@ -105,33 +144,139 @@ impl Drop for EndOnPanic<'_> {
 impl<'a, E: Export> Connection<'a, E> {
     /// Reads requests and starts their tasks until the connection ends.
     fn requests<'e>(&'e self, executor: &Executor<'e>) -> io::Result<()> {
-        let mut reader = BufReader::with_capacity(READ_BUFFER_BYTES, self.socket);
+        let mut reader = BufReader::with_capacity(self.gate.memory().division().input_bytes, self.socket);
         loop {
             let mut header = [0; proto::REQUEST_BYTES];
-            match reader.read_exact(&mut header) {
+            match self.fill(&mut reader, &mut header, || true) {
                 Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
                 other => other?,
             }
-            let request = Request::parse(&header)?;
+            let mut request = Request::parse(&header)?;
             if request.command == Command::Disconnect {
                 return Ok(());
             }
             let stopping = self.stopping.load(Ordering::Acquire);
-            let outcome = if stopping { Err(stopped()) } else { self.check(&request) };
+            let mut outcome = if stopping { Err(stopped()) } else { self.check(&request) };
             if request.payload_bytes() > proto::PAYLOAD_BYTES_MAX {
                 return Err(proto::broken("a write larger than the 32 MiB announced"));
             }
-            let bytes = if request.command == Command::Read && outcome.is_err() { 0 } else { request.length };
-            let bytes = if matches!(request.command, Command::Read | Command::Write) { bytes } else { 0 };
-            let pass = self.gate.enter(bytes as usize);
-            // calloc'ed: memory is taken only as the payload arrives.
-            let mut payload = vec![0; request.payload_bytes() as usize];
-            reader.read_exact(&mut payload)?;
+            let mut pass = self.gate.enter();
+            let mut payload = Bytes::new();
+            if request.command == Command::Write {
+                match self.payload(&mut reader, &mut request, outcome.is_ok(), &mut pass, executor)? {
+                    Ok(last) => payload = last,
+                    Err(fault) => outcome = outcome.and(Err(fault)),
+                }
+            } else if outcome.is_ok() {
+                self.take_memory(&request, &mut pass);
+            }
             // A panic ends the connection, but the reply thread goes on: others under way must come to their end.
-            let answer = AssertUnwindSafe(self.answer(request, outcome, payload.into(), pass)).catch_unwind();
+            let answer = AssertUnwindSafe(self.answer(request, outcome, payload, pass)).catch_unwind();
             executor.spawn(answer).detach();
             if stopping || self.gone.load(Ordering::Acquire) {
                 return Ok(());
+            }
+        }
+    }
+
+    /// Memory for anything but a write.
+    fn take_memory(&self, request: &Request, pass: &mut Pass<'_>) {
+        let length = request.length as usize;
+        match request.command {
+            Command::Read if self.is_in_one(request) => pass.take_reply(length),
+            Command::Read => pass.take_reply(length.min(STREAM_BYTES)),
+            Command::BlockStatus => pass.take_reply(EXTENTS_MAX * EXTENT_BYTES),
+            Command::Trim | Command::WriteZeroes if request.length > LARGE_WORK_FROM => {
+                pass.take_write(LARGE_WORK_BYTES)
+            }
+            Command::Trim | Command::WriteZeroes | Command::Cache => pass.take_write(WORK_BYTES),
+            Command::Write | Command::Flush | Command::Disconnect | Command::Unknown => {}
+        }
+    }
+
+    /// Reads all of `bytes`; between two parts, and after a pause of the client, `goes_on` says whether it is waited for.
+    fn fill(&self, reader: &mut impl Read, bytes: &mut [u8], goes_on: impl Fn() -> bool) -> io::Result<()> {
+        let mut at = 0;
+        while at < bytes.len() {
+            match reader.read(&mut bytes[at..]) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => at += count,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {}
+                Err(e) => return Err(e),
+            }
+            if at < bytes.len() && !goes_on() {
+                let text = format!(
+                    "a client has not sent a payload within {:?}, and others wait for its memory",
+                    self.limits.payload_stall
+                );
+                return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the payload of a write. What is larger than a commit is written here but for its last part, to which the request is
+    /// shortened. Where it is refused, or a part fails, the payload is read and forgotten.
+    fn payload<'e>(
+        &'e self,
+        reader: &mut impl Read,
+        request: &mut Request,
+        is_wanted: bool,
+        pass: &mut Pass<'_>,
+        executor: &Executor<'e>,
+    ) -> io::Result<Result<Bytes, Fault>> {
+        let (mut left, mut fault) = (request.payload_bytes() as usize, None);
+        let most = self.export.write_bytes_max().min(self.gate.memory().payload_bytes_max()) as u64;
+        while is_wanted && fault.is_none() {
+            // Parts end where pages end, and the first one is no larger for beginning within a page.
+            let room = most - request.offset % most.min(proto::BLOCK_PREFERRED_BYTES.into());
+            let is_last = left as u64 <= room;
+            let length = if is_last { left } else { room as usize };
+            pass.take_write(payload_charge(length));
+            // calloc'ed: memory is taken only as the payload arrives.
+            let mut part = vec![0; length];
+            let begun = Instant::now();
+            let goes_on = || begun.elapsed() < self.limits.payload_stall || !self.gate.memory().is_waited_for();
+            self.fill(reader, &mut part, goes_on)?;
+            if is_last {
+                return Ok(Ok(part.into()));
+            }
+            fault = self.write_part(request.offset, part.into(), executor)?.err();
+            request.offset += length as u64;
+            request.length -= length as u32;
+            left -= length;
+        }
+        pass.give_back();
+        let mut forgotten = [0; proto::BLOCK_PREFERRED_BYTES as usize];
+        while left > 0 {
+            let length = left.min(forgotten.len());
+            self.fill(reader, &mut forgotten[..length], || true)?;
+            left -= length;
+        }
+        Ok(fault.map_or(Ok(Bytes::new()), Err))
+    }
+
+    /// Writes a part of a payload on the reply thread, and waits for it.
+    fn write_part<'e>(&'e self, offset: u64, part: Bytes, executor: &Executor<'e>) -> io::Result<Result<(), Fault>> {
+        let (sender, written) = sync_channel(1);
+        let write = async move {
+            let write = AssertUnwindSafe(self.export.write(offset, part, false)).catch_unwind().await;
+            let _ = sender.send(write);
+        };
+        executor.spawn(write).detach();
+        loop {
+            match written.recv_timeout(LOOK_PAUSE) {
+                Ok(Ok(result)) => return Ok(result),
+                Ok(Err(_)) | Err(RecvTimeoutError::Disconnected) => {
+                    self.failed.store(true, Ordering::Release);
+                    return Err(unforeseen());
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    if self.socket.has_hung_up() {
+                        self.ended.store(true, Ordering::Release);
+                    }
+                }
             }
         }
     }
@@ -141,14 +286,22 @@ impl<'a, E: Export> Connection<'a, E> {
     }
 
     /// Does what a request asks, and hands its reply to be written.
-    async fn answer(&self, request: Request, outcome: Result<(), Fault>, payload: Bytes, pass: Pass<'a>) {
+    async fn answer(&self, request: Request, outcome: Result<(), Fault>, payload: Bytes, mut pass: Pass<'a>) {
         let _guard = EndOnPanic { socket: self.socket, failed: &self.failed };
         let result = match (outcome, request.command) {
             (Err(fault), _) => Err(fault),
+            (Ok(()), Command::Read) if request.length as usize > pass.room() => {
+                match self.stream(&request, &pass).await {
+                    Ok(()) => return,
+                    Err(fault) => Err(fault),
+                }
+            }
             (Ok(()), Command::Read) => self.read(&request).await,
-            (Ok(()), Command::BlockStatus) => self.status(&request).await,
+            (Ok(()), Command::BlockStatus) => self.status(&request, pass.room()).await,
             (Ok(()), command) => {
                 let done = self.perform(command, &request, payload).await;
+                // A client that does not take its replies holds nothing that a write waits for.
+                pass.give_back();
                 done.map(|()| proto::simple_reply(request.cookie, Ok(())).to_vec())
             }
         };
@@ -193,39 +346,26 @@ impl<'a, E: Export> Connection<'a, E> {
         }
     }
 
-    async fn read(&self, request: &Request) -> Result<Vec<u8>, Fault> {
-        let (cookie, offset, length) = (request.cookie, request.offset, request.length as usize);
-        let head_bytes = if self.agreed.structured { DATA_CHUNK_HEAD_BYTES } else { SIMPLE_REPLY_BYTES };
-        let mut out = vec![0; head_bytes + length];
-        let (head, data) = out.split_at_mut(head_bytes);
-        let mut holes = Holes::default();
-        if length > 0 {
-            self.export.read(offset, data, &mut holes).await?;
-        }
-        let pieces = holes.pieces(length);
-        let in_one = request.flags & flag::DF != 0 || pieces.iter().all(|(_, is_hole)| !is_hole);
-        match (self.agreed.structured, in_one) {
-            (false, _) => head.copy_from_slice(&proto::simple_reply(cookie, Ok(()))),
-            (true, _) if length == 0 => return Ok(proto::empty_chunk(cookie)),
-            (true, true) => head.copy_from_slice(&proto::data_chunk_head(cookie, true, offset, length)),
-            (true, false) => return Ok(in_pieces(request, data, &pieces)),
-        }
-        Ok(out)
-    }
-
-    async fn status(&self, request: &Request) -> Result<Vec<u8>, Fault> {
-        let extents_max = if request.flags & flag::REQ_ONE != 0 { 1 } else { EXTENTS_MAX };
+    async fn status(&self, request: &Request, room: usize) -> Result<Vec<u8>, Fault> {
+        let most = EXTENTS_MAX.min(room / EXTENT_BYTES).max(1);
+        let extents_max = if request.flags & flag::REQ_ONE != 0 { 1 } else { most };
         let extents = self.export.allocation(request.offset, request.length, extents_max).await?;
         Ok(proto::status_chunk(request.cookie, &extents))
     }
 
-    /// Writes all replies that are ready. Blocks the reply thread while the client does not read, which is this connection's
-    /// trouble only.
-    fn write_ready(&self) {
+    /// Writes all replies that are ready, unless one is being written in pieces. Blocks the reply thread while the client does
+    /// not read, which is this connection's trouble only.
+    pub(super) fn write_ready(&self) {
+        let Some(_turn) = self.turn.try_lock() else { return };
         let ready = std::mem::take(&mut *self.ready());
         let mut slices: Vec<IoSlice<'_>> = ready.iter().map(|(reply, _)| IoSlice::new(reply)).collect();
-        let (mut bytes, mut socket) = (&mut slices[..], self.socket);
-        while !bytes.is_empty() && !self.gone.load(Ordering::Acquire) {
+        self.write(&mut slices);
+    }
+
+    /// Writes all of it, unless the client is gone.
+    pub(super) fn write(&self, mut bytes: &mut [IoSlice<'_>]) {
+        let mut socket = self.socket;
+        while !bytes.is_empty() && !self.is_gone() {
             let written = match socket.write_vectored(bytes) {
                 Ok(0) => Err(io::ErrorKind::WriteZero.into()),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(0),
@@ -233,29 +373,20 @@ impl<'a, E: Export> Connection<'a, E> {
             };
             match written {
                 Ok(count) => IoSlice::advance_slices(&mut bytes, count),
-                Err(_) => {
-                    // The client is gone or the stream is out of step: wake the reader, too.
-                    self.gone.store(true, Ordering::Release);
-                    self.socket.shut(Shutdown::Both);
-                }
+                Err(_) => self.hang_up(),
             }
         }
     }
-}
 
-/// What was read in chunks, holes as numbers.
-fn in_pieces(request: &Request, data: &[u8], pieces: &[(Range<usize>, bool)]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(data.len());
-    for (piece, is_hole) in pieces {
-        let (done, offset) = (piece.end == data.len(), request.offset + piece.start as u64);
-        if *is_hole {
-            out.extend(proto::hole_chunk(request.cookie, done, offset, piece.len()));
-        } else {
-            out.extend(proto::data_chunk_head(request.cookie, done, offset, piece.len()));
-            out.extend_from_slice(&data[piece.clone()]);
-        }
+    pub(super) fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
     }
-    out
+
+    /// The client is gone or the stream is out of step: wakes the reader, too.
+    pub(super) fn hang_up(&self) {
+        self.gone.store(true, Ordering::Release);
+        self.socket.shut(Shutdown::Both);
+    }
 }
 
 fn stopped() -> Fault {

@@ -5,7 +5,7 @@
 //!    their order, so it covers the ones before it.
 //! 3. Holes of more than [`FREE_AT_ONCE`] pages are made by the store, in many commits; partial pages at their edges are
 //!    patched before. What was not stored costs next to nothing.
-//! 4. `Busy` is waited for, within bounds; every other failure is told the client at once.
+//! 4. `Busy` is waited for while the connection lives (see `pause`); every other failure is told the client at once.
 //!
 //! A flush here is the store's flush: it covers the acknowledged writes of all connections and volumes.
 
@@ -13,12 +13,11 @@ use super::extents::Extents;
 use super::holes::Holes;
 use super::proto::{Errno, Extent, Fault, PAYLOAD_BYTES_MAX};
 use super::span::{self, PAGE, Span, spans};
-use super::{Export, Exports};
+use super::{Export, Exports, Memory, pause};
 use bytes::Bytes;
 use corepage::{Change, Durability, Error, ErrorKind, PageId, Store, Volume};
 use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
 use tracing::warn;
 
 /// Pages of a read at a time: each is pinned while it is copied, so this bounds the pins of a large request.
@@ -32,9 +31,6 @@ const RANGES: usize = 64;
 const LOOKS: usize = 64;
 /// What the store counts for a freed page; for any other change it counts a page.
 const FREE_BYTES: u64 = 512;
-/// How long a request waits for a busy store, and for how long between tries.
-const BUSY_LIMIT: Duration = Duration::from_secs(5);
-const BUSY_PAUSE: Duration = Duration::from_millis(1);
 
 static ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
 
@@ -55,9 +51,9 @@ pub struct VolumeExport {
 }
 
 impl StoreExports {
-    /// The volumes of `store`.
-    pub fn new(store: Store) -> Self {
-        let commit_bytes_max = store.txn_bytes_max();
+    /// The volumes of `store`; commits are no larger than `memory` can take whole.
+    pub fn new(store: Store, memory: &Memory) -> Self {
+        let commit_bytes_max = (store.txn_bytes_max() / PAGE * PAGE).min(memory.payload_bytes_max() as u64).max(PAGE);
         StoreExports { store, commit_bytes_max }
     }
 }
@@ -66,7 +62,7 @@ impl Exports for StoreExports {
     type Export = VolumeExport;
 
     fn names(&self) -> Result<Vec<String>, Fault> {
-        let volumes = futures_lite::future::block_on(self.store.volumes()).map_err(fault)?;
+        let volumes = futures_lite::future::block_on(patiently(|| self.store.volumes()))?;
         Ok(volumes.iter().map(|v| v.name().to_owned()).collect())
     }
 
@@ -74,7 +70,7 @@ impl Exports for StoreExports {
     fn find(&self, name: &str) -> Result<Option<(String, VolumeExport)>, Fault> {
         // A handle of its own: what one connection reads is not counted against another's pins.
         let store = self.store.clone();
-        let mut volumes = futures_lite::future::block_on(store.volumes()).map_err(fault)?;
+        let mut volumes = futures_lite::future::block_on(patiently(|| store.volumes()))?;
         let wanted = if name.is_empty() && volumes.len() != 1 { "disk" } else { name };
         let index = volumes.iter().position(|v| wanted.is_empty() || v.name() == wanted);
         let Some(volume) = index.map(|i| volumes.swap_remove(i)) else { return Ok(None) };
@@ -121,6 +117,10 @@ impl Export for VolumeExport {
 
     fn bytes_now(&self) -> u64 {
         self.volume.bytes()
+    }
+
+    fn write_bytes_max(&self) -> usize {
+        self.commit_bytes_max as usize
     }
 
     async fn read(&self, offset: u64, into: &mut [u8], holes: &mut Holes) -> Result<(), Fault> {
@@ -197,23 +197,9 @@ impl Export for VolumeExport {
     }
 }
 
-/// Tries again while the store is busy. The pause blocks this connection's reply thread and nobody else's, and the
-/// other requests of the connection get their turn after each.
-async fn patiently<T, F: Future<Output = Result<T, Error>>>(mut attempt: impl FnMut() -> F) -> Result<T, Fault> {
-    let mut started = None;
-    loop {
-        match attempt().await {
-            Ok(value) => return Ok(value),
-            Err(e) if matches!(e.kind(), ErrorKind::Busy | ErrorKind::Conflict) => {
-                if started.get_or_insert_with(Instant::now).elapsed() > BUSY_LIMIT {
-                    return Err(fault(e));
-                }
-                std::thread::sleep(BUSY_PAUSE);
-                futures_lite::future::yield_now().await;
-            }
-            Err(e) => return Err(fault(e)),
-        }
-    }
+/// Tries again while the store is busy.
+async fn patiently<T, F: Future<Output = Result<T, Error>>>(attempt: impl FnMut() -> F) -> Result<T, Fault> {
+    pause::patiently(attempt, fault).await
 }
 
 /// Failures so far, over all connections.

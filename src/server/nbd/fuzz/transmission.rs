@@ -4,11 +4,13 @@
 //! 2. Requests are run one at a time by the reply thread: the order of the replies is the order in which the model does
 //!    the same.
 
+use super::super::memory::{Division, Memory as Budget};
 use super::super::proto::Agreed;
 use super::super::socket::{Canned, Socket};
 use super::super::{Limits, transmission as server};
 use super::{Memory, Parts, SIZE};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 const READ: u64 = 0;
@@ -59,8 +61,17 @@ pub fn transmission(data: &[u8]) {
     let socket = Socket::Canned(Canned::new(said, usize::from(mode >> 5) * 13 + 1, room));
     let export = Memory::new();
     let mut model = export.0.lock().unwrap().clone();
-    let limits = Limits { requests_max: 3, bytes_max: 8192, ..Limits::default() };
-    let outcome = server::serve(&socket, &export, agreed, &limits, &AtomicBool::new(is_stopping));
+    // With little memory replies come in pieces and payloads are taken in parts, others between them: one at a time, then, so
+    // that the model knows the order. Else all is done as a whole, three at a time.
+    let is_little = cut & 1 == 1;
+    let (own_bytes, writes_bytes, requests_max) =
+        if is_little { (6 << 10, 8 << 10, 1) } else { (SIZE + 2048, 64 << 10, 3) };
+    let replies_bytes = if is_little { 0 } else { 16 << 10 };
+    let division =
+        Division { engine_bytes: 0, connections_max: 1, input_bytes: 64, own_bytes, replies_bytes, writes_bytes };
+    let (limits, budget) = (Limits { requests_max, ..Limits::default() }, Arc::new(Budget::new(division)));
+    let outcome = server::serve(&socket, &export, agreed, &limits, &budget, &Arc::new(AtomicBool::new(is_stopping)));
+    assert_eq!(budget.taken(), 0, "memory was not given back");
     let Socket::Canned(canned) = &socket else { unreachable!("it was made so") };
     let answered = canned.answered();
     let is_cut = answered.len() >= room;

@@ -1,0 +1,249 @@
+//! The memory of connections: one budget for all of them, a stated share of the server's memory.
+//!
+//! ```text
+//!  --memory ─┬─ 7/8: the engine (pages, map nodes, log buffers)
+//!            └─ 1/8: connections ─┬─ of each: a buffer for what it sends, and `own_bytes` for one reply
+//!                                 ├─ replies: shared; nobody takes more than he leaves
+//!                                 └─ writes:  shared; first come, first served
+//! ```
+//! 1. Payloads, replies that wait for their client, and what requests need while they are worked on are counted before they
+//!    are allocated. What is taken never passes the budget.
+//! 2. Memory for replies may be held for as long as a client does not read. So it is never waited for: a connection that gets
+//!    none of it answers in pieces of `own_bytes`, which no other connection can take.
+//! 3. Memory for writes and other work is waited for in order. It comes back by itself: the store ends what was begun, and
+//!    a client that takes too long for a payload while others wait is cut off.
+//!
+//! The threads' stacks, the program itself and what the allocator keeps are not in the budget, but in the constant that
+//! `serve --help` names.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+
+/// The part of the memory that connections get, and its bounds: below the lower one requests would be served page by page,
+/// and above the upper one more of it speeds nothing up.
+const CONNECTIONS_SHARE: u64 = 8;
+const CONNECTIONS_BYTES_MIN: u64 = 4 * MIB;
+const CONNECTIONS_BYTES_MAX: u64 = 256 * MIB;
+/// One connection for so much memory, and no more than `CONNECTIONS_MAX`: two threads each.
+const BYTES_PER_CONNECTION: u64 = 512 * KIB;
+const CONNECTIONS_MAX: u64 = 128;
+/// Buffers of one connection: headers come in bunches of up to 64 KiB; larger pieces of a reply make it no faster.
+const INPUT_BYTES: (u64, u64) = (8 * KIB, 64 * KIB);
+const OWN_BYTES: (u64, u64) = (8 * KIB, 1024 * KIB);
+/// What every request that carries data takes besides: its task, lists of pages.
+pub const REQUEST_BYTES: usize = 2 << 10;
+/// Changes, spans and page ids beside the payload of a write: 256 bytes a page.
+const LISTS_SHARE: usize = 16;
+const PAGE: usize = 4096;
+
+/// How the memory of a server is divided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Division {
+    /// `Options::memory_bytes` of the store.
+    pub engine_bytes: u64,
+    /// Connections at a time.
+    pub connections_max: usize,
+    /// Of each connection: for what it sends.
+    pub input_bytes: usize,
+    /// Of each connection: for one reply.
+    pub own_bytes: usize,
+    /// For replies of all connections.
+    pub replies_bytes: usize,
+    /// For payloads and work of all connections.
+    pub writes_bytes: usize,
+}
+
+impl Division {
+    /// Divides `memory_bytes`, 16 MiB at least.
+    pub fn of(memory_bytes: u64) -> Division {
+        let all = (memory_bytes / CONNECTIONS_SHARE).clamp(CONNECTIONS_BYTES_MIN, CONNECTIONS_BYTES_MAX);
+        let count = (memory_bytes / BYTES_PER_CONNECTION).clamp(1, CONNECTIONS_MAX);
+        let pages = |bytes: u64| bytes / PAGE as u64 * PAGE as u64;
+        let input = pages(all / 8 / count).clamp(INPUT_BYTES.0, INPUT_BYTES.1);
+        let own = pages(all / 4 / count).clamp(OWN_BYTES.0, OWN_BYTES.1);
+        let shared = all.saturating_sub(count * (input + own));
+        Division {
+            engine_bytes: memory_bytes.saturating_sub(all),
+            connections_max: count as usize,
+            input_bytes: input as usize,
+            own_bytes: own as usize,
+            replies_bytes: (shared / 2) as usize,
+            writes_bytes: (shared / 2) as usize,
+        }
+    }
+
+    /// All that connections can take.
+    #[cfg(test)]
+    fn connections_bytes(&self) -> usize {
+        self.connections_max * (self.input_bytes + self.own_bytes) + self.replies_bytes + self.writes_bytes
+    }
+}
+
+/// What connections share.
+pub struct Memory {
+    division: Division,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    replies_free: usize,
+    writes_free: usize,
+    /// Numbers of those who wait for memory for writes: the next to be given, and whose turn it is.
+    next: u64,
+    turn: u64,
+}
+
+/// The charge for a payload of `bytes` bytes.
+pub fn payload_charge(bytes: usize) -> usize {
+    bytes + bytes / LISTS_SHARE + REQUEST_BYTES
+}
+
+impl Memory {
+    /// All of it free.
+    pub fn new(division: Division) -> Memory {
+        let state =
+            State { replies_free: division.replies_bytes, writes_free: division.writes_bytes, next: 0, turn: 0 };
+        Memory { division, state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    /// How it is divided.
+    pub fn division(&self) -> &Division {
+        &self.division
+    }
+
+    /// The largest payload that can be taken whole: whole pages.
+    pub fn payload_bytes_max(&self) -> usize {
+        let bytes = self.division.writes_bytes.saturating_sub(REQUEST_BYTES) / (LISTS_SHARE + 1) * LISTS_SHARE;
+        (bytes / PAGE * PAGE).max(PAGE)
+    }
+
+    // Plain numbers, right at every step: a panic elsewhere does not spoil them.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Memory for a reply of a connection that holds `held` bytes of it: `wanted`, or less, but not less than `least`; never
+    /// more than what is left free afterwards, so that the next connection finds some, however many stalled ones there are.
+    pub fn take_reply(&self, held: usize, wanted: usize, least: usize) -> Option<usize> {
+        let mut state = self.lock();
+        let given = (state.replies_free.saturating_sub(held) / 2).min(wanted);
+        if given < least.min(wanted) {
+            return None;
+        }
+        state.replies_free -= given;
+        Some(given)
+    }
+
+    /// Gives it back.
+    pub fn give_reply(&self, bytes: usize) {
+        let mut state = self.lock();
+        state.replies_free += bytes;
+        assert!(state.replies_free <= self.division.replies_bytes, "more memory was given back than taken");
+    }
+
+    /// Waits for memory for a write or for other work, in order; how much was taken: no more than there is.
+    pub fn take_write(&self, bytes: usize) -> usize {
+        let bytes = bytes.min(self.division.writes_bytes);
+        let mut state = self.lock();
+        let number = state.next;
+        state.next += 1;
+        let waits = |state: &mut State| state.turn != number || state.writes_free < bytes;
+        state = self.changed.wait_while(state, waits).unwrap_or_else(PoisonError::into_inner);
+        state.writes_free -= bytes;
+        state.turn += 1;
+        drop(state);
+        self.changed.notify_all();
+        bytes
+    }
+
+    /// Gives it back.
+    pub fn give_write(&self, bytes: usize) {
+        let mut state = self.lock();
+        state.writes_free += bytes;
+        assert!(state.writes_free <= self.division.writes_bytes, "more memory was given back than taken");
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Whether somebody waits for memory for writes.
+    pub fn is_waited_for(&self) -> bool {
+        let state = self.lock();
+        state.next > state.turn
+    }
+
+    /// Bytes of both pools that are taken.
+    #[cfg(any(test, fuzzing))]
+    pub fn taken(&self) -> usize {
+        let state = self.lock();
+        self.division.replies_bytes + self.division.writes_bytes - state.replies_free - state.writes_free
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// If it did not add up, `--memory` would be a wish.
+    #[test]
+    fn what_is_divided_is_all_of_the_memory_and_no_more() {
+        for mib in [16, 17, 24, 33, 64, 100, 256, 1000, 4096, 1 << 16] {
+            let division = Division::of(mib * MIB);
+            let sum = division.engine_bytes + division.connections_bytes() as u64;
+            assert!(sum <= mib * MIB && sum + 8 * KIB > mib * MIB, "{mib} MiB: {division:?}");
+            assert!(division.engine_bytes >= mib * MIB / 4 * 3, "{mib} MiB: {division:?}");
+            let shared = division.replies_bytes.min(division.writes_bytes);
+            assert!(division.own_bytes >= 8192 && shared >= 1 << 20, "{mib} MiB: {division:?}");
+        }
+        assert_eq!(Division::of(16 * MIB).connections_max, 32);
+        assert_eq!(Division::of(64 * MIB).connections_max, 128);
+    }
+
+    /// One client that never reads must not leave the others with nothing, nor must a hundred of them.
+    #[test]
+    fn however_many_hold_memory_for_replies_the_next_one_gets_some_or_has_its_own() {
+        let memory = Memory::new(Division::of(64 * MIB));
+        let all = memory.division().replies_bytes;
+        let first = memory.take_reply(0, 1 << 30, 4096).expect("there is some");
+        assert!(first <= all / 2, "{first} of {all} for one connection");
+        assert_eq!(memory.take_reply(first, 4096, 4096), None, "it has had its share");
+        let mut given = vec![first];
+        while let Some(more) = memory.take_reply(0, 1 << 30, 4096) {
+            given.push(more);
+        }
+        assert!(given.len() >= 8, "{given:?}");
+        given.into_iter().for_each(|bytes| memory.give_reply(bytes));
+        assert_eq!(memory.taken(), 0);
+        assert_eq!(memory.take_reply(0, 4096, 1 << 20), Some(4096), "small ones get what they want");
+    }
+
+    /// If a large write could be overtaken for ever by small ones, a file system's would time out under load.
+    #[test]
+    fn memory_for_writes_is_given_in_the_order_of_asking() {
+        let memory = Memory::new(Division::of(16 * MIB));
+        let all = memory.take_write(usize::MAX);
+        assert_eq!(all, memory.division().writes_bytes);
+        let order = Mutex::new(Vec::new());
+        std::thread::scope(|scope| {
+            for (number, bytes) in [all, 4096, all / 2].into_iter().enumerate() {
+                let (memory, order) = (&memory, &order);
+                scope.spawn(move || {
+                    let taken = memory.take_write(bytes);
+                    order.lock().unwrap().push(number);
+                    memory.give_write(taken);
+                });
+                while memory.lock().next < 2 + number as u64 {
+                    std::thread::yield_now();
+                }
+            }
+            assert!(memory.is_waited_for());
+            memory.give_write(all / 2);
+            assert!(order.lock().unwrap().is_empty(), "a smaller one has overtaken the first");
+            memory.give_write(all - all / 2);
+        });
+        assert_eq!((order.into_inner().unwrap(), memory.taken()), (vec![0, 1, 2], 0));
+        assert!(payload_charge(memory.payload_bytes_max()) <= memory.division().writes_bytes);
+    }
+}

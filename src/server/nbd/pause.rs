@@ -1,0 +1,252 @@
+//! Waiting for a busy store: without holding up other requests, and for as long as somebody waits for the answer.
+//!
+//! ```text
+//! reply thread: block_on(work of the connection) ── parks until something wakes it, or the next pause is over
+//!                     └─ request: Busy ── pause 1 ms … 50 ms ── again, while the connection lives
+//! ```
+//! 1. A pause on a connection's reply thread takes only the request's own time. On any other thread it takes the thread's.
+//! 2. `Busy` and `Conflict` are no failures: they are waited for while the connection lives, and [`LAST_TRIES`] longer. Who
+//!    would hear of them puts a file system into read-only mode. Where there is no connection, [`ALONE`] is the limit.
+//! 3. That requests wait is said at most once in [`WARNING_PAUSE`].
+
+use super::proto::{Errno, Fault};
+use corepage::{Error, ErrorKind};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::pin::{Pin, pin};
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+use tracing::warn;
+
+/// Pauses between tries: each is twice the one before it.
+const PAUSE_MIN: Duration = Duration::from_millis(1);
+const PAUSE_MAX: Duration = Duration::from_millis(50);
+/// How long tries go on once the client has gone or the server stops: then nobody waits for the answer any more.
+const LAST_TRIES: Duration = Duration::from_secs(1);
+/// How long they go on where no client's connection is known, in a handshake.
+const ALONE: Duration = Duration::from_secs(5);
+/// Requests that wait longer than this are worth a warning.
+const WARNING_AFTER: Duration = Duration::from_secs(1);
+const WARNING_PAUSE: Duration = Duration::from_secs(10);
+
+thread_local! {
+    static HERE: RefCell<Option<Timers>> = const { RefCell::new(None) };
+}
+
+/// When the last warning was given.
+static WARNED: Mutex<Option<Instant>> = Mutex::new(None);
+
+type HasEnded = Box<dyn Fn() -> bool>;
+
+/// Pauses of this thread's requests.
+struct Timers {
+    sleeping: BTreeMap<(Instant, u64), Waker>,
+    next: u64,
+    has_ended: HasEnded,
+}
+
+/// Takes the timers off the thread, also after a panic.
+struct Installed;
+
+impl Drop for Installed {
+    fn drop(&mut self) {
+        HERE.take();
+    }
+}
+
+/// Runs the work of a connection on this thread; `has_ended` says whether nobody waits for answers any more.
+pub fn block_on<T>(has_ended: impl Fn() -> bool + 'static, work: impl Future<Output = T>) -> T {
+    HERE.set(Some(Timers { sleeping: BTreeMap::new(), next: 0, has_ended: Box::new(has_ended) }));
+    let _installed = Installed;
+    let (parker, unparker) = parking::pair();
+    let waker = Waker::from(unparker);
+    let mut work = pin!(work);
+    loop {
+        if let Poll::Ready(value) = work.as_mut().poll(&mut Context::from_waker(&waker)) {
+            return value;
+        }
+        let next = HERE.with_borrow(|here| {
+            here.as_ref().and_then(|timers| timers.sleeping.first_key_value().map(|((end, _), _)| *end))
+        });
+        match next {
+            Some(end) => drop(parker.park_deadline(end)),
+            None => parker.park(),
+        }
+        for waker in due(Instant::now()) {
+            waker.wake();
+        }
+    }
+}
+
+/// Those whose pause is over. They are woken outside of the borrow.
+fn due(now: Instant) -> Vec<Waker> {
+    HERE.with_borrow_mut(|here| {
+        let Some(timers) = here else { return Vec::new() };
+        let mut due = Vec::new();
+        while let Some(first) = timers.sleeping.first_entry().filter(|first| first.key().0 <= now) {
+            due.push(first.remove());
+        }
+        due
+    })
+}
+
+/// Over at a time.
+struct Pause {
+    end: Instant,
+    number: Option<u64>,
+}
+
+impl Future for Pause {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        if Instant::now() >= self.end {
+            return Poll::Ready(());
+        }
+        let registered = HERE.with_borrow_mut(|here| {
+            let timers = here.as_mut()?;
+            let number = *self.number.get_or_insert_with(|| {
+                timers.next += 1;
+                timers.next
+            });
+            timers.sleeping.insert((self.end, number), cx.waker().clone());
+            Some(())
+        });
+        if registered.is_some() {
+            return Poll::Pending;
+        }
+        std::thread::sleep(self.end.saturating_duration_since(Instant::now()));
+        Poll::Ready(())
+    }
+}
+
+impl Drop for Pause {
+    fn drop(&mut self) {
+        let Some(number) = self.number else { return };
+        let _ = HERE.try_with(|here| {
+            if let Ok(mut here) = here.try_borrow_mut()
+                && let Some(timers) = here.as_mut()
+            {
+                timers.sleeping.remove(&(self.end, number));
+            }
+        });
+    }
+}
+
+/// Whether a connection's answers are waited for; `None`: this thread is of no connection.
+fn has_ended() -> Option<bool> {
+    HERE.with_borrow(|here| here.as_ref().map(|timers| (timers.has_ended)()))
+}
+
+/// How long a request has waited.
+struct Wait {
+    begun: Instant,
+    pause: Duration,
+    /// Since when nobody waits for the answer.
+    ended: Option<Instant>,
+}
+
+impl Wait {
+    fn is_over(&mut self, now: Instant) -> bool {
+        match has_ended() {
+            None => now - self.begun >= ALONE,
+            Some(false) => false,
+            Some(true) => now - *self.ended.get_or_insert(now) >= LAST_TRIES,
+        }
+    }
+}
+
+/// Tries again while the store is busy. `fault` makes the client's view of any other error.
+pub async fn patiently<T, F: Future<Output = Result<T, Error>>>(
+    mut attempt: impl FnMut() -> F,
+    fault: impl Fn(Error) -> Fault,
+) -> Result<T, Fault> {
+    let mut wait: Option<Wait> = None;
+    loop {
+        let error = match attempt().await {
+            Ok(value) => return Ok(value),
+            Err(error) if matches!(error.kind(), ErrorKind::Busy | ErrorKind::Conflict) => error,
+            Err(error) => return Err(fault(error)),
+        };
+        let now = Instant::now();
+        let wait = wait.get_or_insert(Wait { begun: now, pause: PAUSE_MIN, ended: None });
+        if wait.is_over(now) {
+            return Err(Fault::new(Errno::Shutdown, format!("the connection ends, and the store is busy: {error}")));
+        }
+        warn_of(&error, now - wait.begun, now);
+        let end = now + wait.pause;
+        wait.pause = (wait.pause * 2).min(PAUSE_MAX);
+        Pause { end, number: None }.await;
+    }
+}
+
+fn warn_of(error: &Error, waited: Duration, now: Instant) {
+    if waited < WARNING_AFTER {
+        return;
+    }
+    let mut warned = WARNED.lock().unwrap_or_else(PoisonError::into_inner);
+    if warned.is_none_or(|warned| now - warned >= WARNING_PAUSE) {
+        *warned = Some(now);
+        warn!(%error, seconds = waited.as_secs(), "a request waits for a busy store");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+    fn busy() -> Error {
+        Error::new(ErrorKind::Busy, "planted: busy")
+    }
+
+    fn fault(error: Error) -> Fault {
+        Fault::new(Errno::Io, error.to_string())
+    }
+
+    /// One request that waits must not hold up those that need not.
+    #[test]
+    fn a_pause_on_a_reply_thread_is_the_requests_own() {
+        let (tries, others) = (AtomicU32::new(0), AtomicU32::new(0));
+        let executor = async_executor::LocalExecutor::new();
+        let waits = async {
+            let attempt = || async {
+                // Busy until the other has had many turns: if it never has one, this test does not end.
+                tries.fetch_add(1, Ordering::Relaxed);
+                if others.load(Ordering::Relaxed) < 1000 { Err(busy()) } else { Ok(7) }
+            };
+            patiently(attempt, fault).await
+        };
+        let other = async {
+            for _ in 0..1000 {
+                others.fetch_add(1, Ordering::Relaxed);
+                futures_lite::future::yield_now().await;
+            }
+        };
+        let tasks = (executor.spawn(waits), executor.spawn(other));
+        let result = block_on(|| false, executor.run(futures_lite::future::zip(tasks.0, tasks.1)));
+        assert!(matches!(result.0, Ok(7)), "{:?}", result.0);
+        assert!(tries.load(Ordering::Relaxed) < 500, "it does not pause");
+    }
+
+    /// A connection whose client has gone must end, and a server stop, though the store never is less busy.
+    #[test]
+    fn nobody_waits_for_an_answer_that_nobody_waits_for() {
+        let ended = Arc::new(AtomicBool::new(false));
+        let (own, mut tries) = (ended.clone(), 0);
+        let attempt = || {
+            tries += 1;
+            ended.store(tries > 3, Ordering::Relaxed);
+            async { Err::<(), _>(busy()) }
+        };
+        let result = block_on(move || own.load(Ordering::Relaxed), patiently(attempt, fault));
+        assert!(matches!(result, Err(Fault { errno: Errno::Shutdown, .. })), "{result:?}");
+        let failed = || async { Err::<(), _>(Error::new(ErrorKind::Io, "planted: broken")) };
+        let result = block_on(|| false, patiently(failed, fault));
+        assert!(matches!(result, Err(Fault { errno: Errno::Io, .. })), "{result:?}");
+    }
+}

@@ -1,0 +1,195 @@
+//! Answers to reads: whole where there is memory for that, else piece by piece.
+//!
+//! 1. A read whose data has memory is answered as a whole, in the order in which reads end.
+//! 2. A larger one is answered in pieces as large as the memory that it has, each read when the one before it is written. In
+//!    chunks (structured replies) other replies may come between. A reply that must be in one piece has the socket to
+//!    itself: with a failure behind its head, which can't be told any more, the connection ends, as the protocol asks for.
+//!
+//! Does not know what is behind an [`Export`].
+
+use super::Export;
+use super::gate::Pass;
+use super::holes::Holes;
+use super::proto::{self, DATA_CHUNK_HEAD_BYTES, Fault, Request, SIMPLE_REPLY_BYTES, flag};
+use super::transmission::Connection;
+use std::io::IoSlice;
+use std::ops::Range;
+use tracing::warn;
+
+/// The largest chunk of a reply in chunks: more at a time makes it no faster.
+pub const STREAM_BYTES: usize = 1 << 20;
+const PAGE: usize = 4096;
+/// Shorter holes beside data are told as data: with the heads around them they would be longer.
+const HOLE_BYTES_MIN: usize = 64;
+/// A shorter hole has no room for its chunk, even alone.
+const LONE_HOLE_BYTES_MIN: usize = 4;
+
+impl<E: Export> Connection<'_, E> {
+    /// Whether the answer to a read must be one piece.
+    pub(super) fn is_in_one(&self, request: &Request) -> bool {
+        !self.agreed.structured || request.flags & flag::DF != 0
+    }
+
+    /// What stands in front of all the data of a reply in one piece.
+    fn head(&self, request: &Request) -> Vec<u8> {
+        match self.agreed.structured {
+            false => proto::simple_reply(request.cookie, Ok(())).to_vec(),
+            true => proto::data_chunk_head(request.cookie, true, request.offset, request.length as usize).to_vec(),
+        }
+    }
+
+    /// The whole reply to a read.
+    pub(super) async fn read(&self, request: &Request) -> Result<Vec<u8>, Fault> {
+        let length = request.length as usize;
+        if length == 0 && self.agreed.structured {
+            return Ok(proto::empty_chunk(request.cookie));
+        }
+        let head_bytes = if self.agreed.structured { DATA_CHUNK_HEAD_BYTES } else { SIMPLE_REPLY_BYTES };
+        let mut out = vec![0; head_bytes + length];
+        let mut holes = Holes::default();
+        if length > 0 {
+            self.export.read(request.offset, &mut out[head_bytes..], &mut holes).await?;
+        }
+        if self.is_in_one(request) {
+            out[..head_bytes].copy_from_slice(&self.head(request));
+        } else {
+            let length = in_chunks(&mut out, request.cookie, request.offset, true, &holes);
+            out.truncate(length);
+        }
+        Ok(out)
+    }
+
+    /// Answers a read in pieces. An error is for the client: nothing was written yet, or whole chunks.
+    pub(super) async fn stream(&self, request: &Request, pass: &Pass<'_>) -> Result<(), Fault> {
+        let is_in_one = self.is_in_one(request);
+        let mut turn = if is_in_one { Some(self.turn.lock().await) } else { None };
+        let mut out = vec![0; DATA_CHUNK_HEAD_BYTES + pass.room().min(request.length as usize)];
+        let (mut offset, end) = (request.offset, request.offset + u64::from(request.length));
+        while offset < end && !self.is_gone() {
+            let length = piece(offset, end, out.len() - DATA_CHUNK_HEAD_BYTES);
+            let data = &mut out[DATA_CHUNK_HEAD_BYTES..][..length];
+            data.fill(0);
+            let mut holes = Holes::default();
+            let result = self.export.read(offset, data, &mut holes).await;
+            let (is_first, is_last) = (offset == request.offset, offset + length as u64 == end);
+            match result {
+                Err(fault) if is_in_one && !is_first => {
+                    warn!(fault = %fault.message, "a read failed behind the head of its reply: the connection ends");
+                    self.hang_up();
+                    return Ok(());
+                }
+                Err(fault) => return Err(fault),
+                Ok(()) if is_in_one => {
+                    let head = if is_first { self.head(request) } else { Vec::new() };
+                    self.write(&mut [IoSlice::new(&head), IoSlice::new(data)]);
+                }
+                Ok(()) => {
+                    let chunk = &mut out[..DATA_CHUNK_HEAD_BYTES + length];
+                    let chunk_length = in_chunks(chunk, request.cookie, offset, is_last, &holes);
+                    turn = Some(self.turn.lock().await);
+                    self.write(&mut [IoSlice::new(&out[..chunk_length])]);
+                }
+            }
+            offset += length as u64;
+            if !is_in_one {
+                turn = None;
+                // What has become ready meanwhile does not wait for all of this.
+                self.write_ready();
+            }
+            futures_lite::future::yield_now().await;
+        }
+        drop(turn);
+        Ok(())
+    }
+}
+
+/// The length of the next piece: it ends where a page ends, or all of it does.
+fn piece(offset: u64, end: u64, room: usize) -> usize {
+    let most = (end - offset).min(room as u64);
+    let behind = (offset + most) / PAGE as u64 * PAGE as u64;
+    if offset + most < end && behind > offset { (behind - offset) as usize } else { most as usize }
+}
+
+/// Makes chunks of what was read at `offset`, in place: `out` is room for one head, and the data. How many bytes they are.
+fn in_chunks(out: &mut [u8], cookie: u64, offset: u64, is_last: bool, holes: &Holes) -> usize {
+    let data_bytes = out.len() - DATA_CHUNK_HEAD_BYTES;
+    let (mut to, mut pieces) = (0, holes.pieces(data_bytes, LONE_HOLE_BYTES_MIN));
+    if pieces.len() > 1 {
+        pieces = holes.pieces(data_bytes, HOLE_BYTES_MIN);
+    }
+    for (Range { start, end }, is_hole) in pieces {
+        let (done, offset) = (is_last && end == data_bytes, offset + start as u64);
+        if is_hole {
+            let chunk = proto::hole_chunk(cookie, done, offset, end - start);
+            out[to..to + chunk.len()].copy_from_slice(&chunk);
+            to += chunk.len();
+        } else {
+            // Never over what is still to be moved: a hole in front of it has left room for its own chunk and this head.
+            assert!(to <= start, "a chunk over data that was not told yet");
+            let head = proto::data_chunk_head(cookie, done, offset, end - start);
+            out.copy_within(DATA_CHUNK_HEAD_BYTES + start..DATA_CHUNK_HEAD_BYTES + end, to + head.len());
+            out[to..to + head.len()].copy_from_slice(&head);
+            to += head.len() + end - start;
+        }
+    }
+    to
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A piece that never ends, or of no bytes, is a client that waits for ever.
+    #[test]
+    fn pieces_of_a_read_cover_it_and_end_with_pages() {
+        for (offset, length, room) in
+            [(0, 100_000, 6144), (5, 50_000, 6144), (4095, 8194, 4096), (7, 10, 4096), (4090, 4096, 9)]
+        {
+            let (mut at, end) = (offset, offset + length);
+            while at < end {
+                let piece = piece(at, end, room);
+                assert!(0 < piece && piece <= room);
+                at += piece as u64;
+                assert!(at == end || at.is_multiple_of(PAGE as u64) || room < PAGE, "a piece ends at {at}");
+            }
+            assert_eq!(at, end);
+        }
+    }
+
+    /// Chunks are made where the data lies: one byte moved too early is wrong data at a client.
+    #[test]
+    fn chunks_made_in_place_hold_what_was_read() {
+        let mut state = 1u64;
+        let mut below = |bound: usize| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 33) as usize % bound
+        };
+        for _ in 0..500 {
+            let length = 1 + below(600);
+            let (mut data, mut holes, mut at) = (vec![0; length], Holes::default(), below(3) * below(100));
+            data.iter_mut().for_each(|byte| *byte = 1 + below(255) as u8);
+            while at < length {
+                let end = (at + 1 + below(200)).min(length);
+                data[at..end].fill(0);
+                holes.add(at..end);
+                at = end + below(150);
+            }
+            let mut out = [&[0; DATA_CHUNK_HEAD_BYTES][..], &data].concat();
+            let bytes = in_chunks(&mut out, 7, 1000, true, &holes);
+            let (mut told, mut rest) = (Vec::new(), &out[..bytes]);
+            while !rest.is_empty() {
+                let kind = u16::from_be_bytes([rest[6], rest[7]]);
+                let size = u32::from_be_bytes(rest[16..20].try_into().unwrap()) as usize;
+                let offset = u64::from_be_bytes(rest[20..28].try_into().unwrap());
+                assert_eq!(offset, 1000 + told.len() as u64);
+                match kind {
+                    1 => told.extend_from_slice(&rest[28..20 + size]),
+                    _ => told.resize(told.len() + u32::from_be_bytes(rest[28..32].try_into().unwrap()) as usize, 0),
+                }
+                assert_eq!(rest[5] == 1, told.len() == length, "the end is told at the end");
+                rest = &rest[20 + size..];
+            }
+            assert!(told == data, "{length} bytes");
+        }
+    }
+}
