@@ -76,8 +76,8 @@ pub struct Options {
     /// The cores to run on, one shard each (default: all that the opening thread may use, or where control groups allow
     /// the time of fewer, so many shards on any of them).
     pub cores: Option<Vec<usize>>,
-    /// How many shards to run (default: one on each core, and no more than the store has virtual shards and the memory
-    /// allows, at 2 MiB each). More shards than cores work, but don't poll.
+    /// How many shards to run (default: one on each core, and no more than the store has virtual shards, the memory allows,
+    /// at 2 MiB each, and `data_bytes_max`, at 12 extents each). More shards than cores work, but don't poll.
     pub shards: Option<u16>,
     /// Poll without end instead of waiting when nothing happens: lower latency for a whole core per shard.
     pub poll: bool,

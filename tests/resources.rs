@@ -545,3 +545,41 @@ fn a_recovery_that_a_signal_ends_on_a_slow_device_loses_nothing() {
         assert!(served.stop().success());
     }
 }
+
+/// A caller with a deadline, or a server that is started and stopped again and again: whatever opening has done by the moment
+/// when it is given up, what was acknowledged is there, and the store can be opened at once. So it is for one that is being
+/// made.
+#[test]
+fn opening_may_be_given_up_at_any_moment_and_loses_nothing() {
+    for run in runs() {
+        let dir = scratch("given-up");
+        let mut durable = BTreeMap::new();
+        let mut given_up = 0;
+        for attempt in 0..24u64 {
+            // Longer each time, from the very beginning to the end of a recovery; and now and then all the way, for more
+            // to be recovered.
+            let time = Duration::from_micros(500 * attempt * attempt);
+            let opening = async { Some(Store::open(dir.path(), options(run)).await) };
+            let mut opening = Box::pin(opening);
+            if block_on(futures_lite::future::poll_once(&mut opening)).is_none() {
+                let late = async {
+                    async_io::Timer::after(time).await;
+                    None
+                };
+                match block_on(or(opening, late)) {
+                    None => given_up += 1,
+                    Some(opened) => drop(opened.expect("a well disk")),
+                }
+            }
+            if attempt % 6 == 5 {
+                let mut held = Held::reopen(dir.path(), options(run), std::mem::take(&mut durable));
+                (0..40).for_each(|n| held.write(n * 7 % 32 * 512 + n, attempt + n).expect("a well disk"));
+                durable = held.crash();
+            }
+        }
+        assert!(given_up > 0, "no opening was given up");
+        println!("{run:?}: {given_up} of 24 given up");
+        let held = Held::reopen(dir.path(), options(run), durable);
+        now(held.store.close()).expect("a well disk");
+    }
+}

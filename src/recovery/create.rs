@@ -24,7 +24,7 @@ use crate::types::{BLOCK, Lsn, SegmentNo, ShardId, VShard};
 const EXTENTS_FIRST: u32 = 16;
 
 /// With fewer for each shard, the reserves alone would leave no room for a page.
-const EXTENTS_MIN: u32 = 12;
+pub(crate) const EXTENTS_MIN: u32 = 12;
 
 /// Whether the files are those of a creation that did not finish: no superblock, and never a commit.
 pub(super) fn is_unfinished(disk: &mut dyn Disk, arena: &mut Arena) -> Result<bool> {

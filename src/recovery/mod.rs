@@ -25,6 +25,7 @@ mod read;
 mod scan;
 mod segment;
 
+pub(crate) use create::EXTENTS_MIN;
 #[cfg(any(test, fuzzing))]
 pub(crate) use load::load;
 pub(crate) use load::{FoundSuperblock, Loaded, find_superblock};

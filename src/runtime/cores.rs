@@ -2,13 +2,14 @@
 //!
 //! Invariants
 //! 1. [`plan`] is a pure function of the options, the machine and the store's geometry.
-//! 2. The number of shards that is taken if nobody names one can be run: the store has a virtual shard for each, the
-//!    memory is enough, and control groups allow the processor time. A number that is named is not changed.
+//! 2. The number of shards that is taken if nobody names one can be run: the store has a virtual shard for each, memory and
+//!    data space are enough, and control groups allow the processor time. A number that is named is not changed.
 //!
 //! It does *not* look at what else runs on the machine.
 
 use crate::error::{Error, Result};
-use crate::options::{Options, SHARD_MEMORY_MIN, SHARDS_MAX};
+use crate::options::{Geometry, Options, SHARD_MEMORY_MIN, SHARDS_MAX};
+use crate::recovery::EXTENTS_MIN;
 
 /// How the shards are spread over the cores.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -40,11 +41,11 @@ impl Processors {
     }
 }
 
-/// Plans for `options` on such a machine, for a store with so many virtual shards.
+/// Plans for `options` on such a machine, for a store of this geometry.
 ///
 /// # Errors
 /// `Invalid`: a core that is not there, or twice.
-pub(super) fn plan(options: &Options, processors: &Processors, vshards_count: u32) -> Result<Plan> {
+pub(super) fn plan(options: &Options, processors: &Processors, geometry: &Geometry) -> Result<Plan> {
     let allowed = &processors.allowed;
     let chosen = match &options.cores {
         Some(cores) => chosen(cores, allowed)?,
@@ -57,9 +58,13 @@ pub(super) fn plan(options: &Options, processors: &Processors, vshards_count: u3
         (Some(millis), None) => millis.div_ceil(1000).max(1) as usize,
         _ => cores_count,
     };
-    let in_memory = (options.memory_bytes / SHARD_MEMORY_MIN).clamp(1, u64::from(SHARDS_MAX)) as usize;
-    let most = in_memory.min(vshards_count.clamp(1, u32::from(SHARDS_MAX)) as usize);
-    let shards_count = options.shards.unwrap_or(timed.min(most) as u16);
+    let in_memory = options.memory_bytes / SHARD_MEMORY_MIN;
+    let in_space = match options.data_bytes_max {
+        0 => u64::MAX,
+        bytes => bytes / geometry.extent_bytes.max(1) / u64::from(EXTENTS_MIN),
+    };
+    let most = in_memory.min(in_space).min(geometry.vshards_count.into()).clamp(1, SHARDS_MAX.into());
+    let shards_count = options.shards.unwrap_or((timed as u64).min(most) as u16);
     let whole = quota_millis.map_or(cores_count, |millis| (millis / 1000) as usize);
     let crowded = usize::from(shards_count) > whole;
     // The scheduler spreads them better than we could: where they are more than the cores; and where time is shared out, as
@@ -99,6 +104,10 @@ mod tests {
         Options { cores: cores.map(<[usize]>::to_vec), shards, ..Options::default() }
     }
 
+    fn stored(vshards_count: u32) -> Geometry {
+        Geometry { vshards_count, ..Geometry::default() }
+    }
+
     fn processors(allowed: &[usize], quota_millis: Option<u64>) -> Processors {
         Processors { allowed: allowed.to_vec(), quota_millis }
     }
@@ -106,8 +115,9 @@ mod tests {
     /// Two shards pinned to one core, or one that spins on the core of another, halve the store's speed unnoticed.
     #[test]
     fn each_shard_gets_a_core_of_its_own_if_there_are_enough() {
-        let plan =
-            |cores, shards| plan(&options(cores, shards), &processors(&[0, 1, 4], None), 256).expect("it is lawful");
+        let plan = |cores, shards| {
+            plan(&options(cores, shards), &processors(&[0, 1, 4], None), &stored(256)).expect("it is lawful")
+        };
         let all = plan(None, None);
         assert_eq!((all.shards_count, all.crowded), (3, false));
         assert_eq!(all.pins, [Some(0), Some(1), Some(4)]);
@@ -124,8 +134,9 @@ mod tests {
     #[test]
     fn a_quota_of_processor_time_bounds_the_shards() {
         let many: Vec<usize> = (0..64).collect();
-        let with =
-            |quota, cores, shards| plan(&options(cores, shards), &processors(&many, quota), 256).expect("it is lawful");
+        let with = |quota, cores, shards| {
+            plan(&options(cores, shards), &processors(&many, quota), &stored(256)).expect("it is lawful")
+        };
         let counts = |plan: Plan| (plan.shards_count, plan.crowded, plan.quota_millis.is_some());
         assert_eq!(counts(with(None, None, None)), (64, false, false));
         assert_eq!(counts(with(Some(2000), None, None)), (2, false, true));
@@ -143,20 +154,28 @@ mod tests {
     fn a_number_of_shards_that_nobody_named_is_one_that_the_store_can_have() {
         let machine = processors(&[0, 1, 2, 3], None);
         for (vshards, shards) in [(1, 1), (2, 2), (4, 4), (256, 4)] {
-            let plan = plan(&options(None, None), &machine, vshards).expect("it is lawful");
+            let plan = plan(&options(None, None), &machine, &stored(vshards)).expect("it is lawful");
             assert_eq!((plan.shards_count, plan.crowded), (shards, false));
             assert_eq!(plan.pins.len(), usize::from(shards));
         }
         let little = Options { memory_bytes: 5 << 20, ..Options::default() };
-        assert_eq!(plan(&little, &machine, 256).expect("it is lawful").shards_count, 2, "2 MiB each");
-        assert_eq!(plan(&options(None, Some(4)), &machine, 1).expect("checked later").shards_count, 4);
+        assert_eq!(plan(&little, &machine, &stored(256)).expect("it is lawful").shards_count, 2, "2 MiB each");
+        let bounded = Options { data_bytes_max: 40 * EXTENTS_MIN as u64 * (1 << 20), ..Options::default() };
+        let shards = |extent_bytes| {
+            let geometry = Geometry { extent_bytes, ..Geometry::default() };
+            plan(&bounded, &machine, &geometry).expect("it is lawful").shards_count
+        };
+        assert_eq!([8 << 20, 4 << 20, 16 << 20, 1 << 30].map(shards), [4, 4, 2, 1], "extents for the reserves of each");
+        assert_eq!(plan(&options(None, Some(4)), &machine, &stored(1)).expect("checked later").shards_count, 4);
     }
 
     /// A typing error in `--cores` must not run the store somewhere else.
     #[test]
     fn cores_that_are_not_there_are_refused_by_name() {
         let refused = |cores: &[usize]| {
-            plan(&options(Some(cores), None), &processors(&[0, 1], None), 256).expect_err("not lawful").to_string()
+            plan(&options(Some(cores), None), &processors(&[0, 1], None), &stored(256))
+                .expect_err("not lawful")
+                .to_string()
         };
         assert!(refused(&[0, 7]).contains("core 7"));
         assert!(refused(&[1, 1]).contains("twice"));

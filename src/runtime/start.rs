@@ -82,7 +82,7 @@ enum Stop {
 fn open<M: Machine>(dir: &Path, options: &Options, begin: Begin<M>, opening: &Opening) -> Result<Runtime> {
     let processors = Processors::look();
     let checked = |geometry: &Geometry| {
-        let plan = cores::plan(options, &processors, geometry.vshards_count)?;
+        let plan = cores::plan(options, &processors, geometry)?;
         options.limits(geometry, plan.shards_count).map(|_| plan)
     };
     // What can be known to be wrong is refused before a directory is made. A store that is there has a geometry of its own.
