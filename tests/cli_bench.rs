@@ -131,6 +131,8 @@ fn bench_measures_verifies_and_leaves_nothing_behind() {
         let told = result(&[workload, "--from", from, "--clients", "2"]);
         assert!(told["workload"] == workload && told["from"] == from && told["verified"] == true, "{told}");
         assert!(told["ops_per_s"].as_f64().unwrap() > 0.0 && told["machine"].is_object(), "{told}");
+        let (written, live) = (told["write_amplification"].as_f64().unwrap(), told["live_share"].as_f64().unwrap());
+        assert!(0.0 < live && live < 1.0 && (workload == "read" || written > 0.5), "{told}");
         let us = |name: &str| told["latency_us"][name].as_f64().unwrap();
         assert!(
             0.0 < us("p50") && us("p50") <= us("p99") && us("p99") <= us("p999") && us("p999") <= us("max"),

@@ -15,8 +15,10 @@ use super::{Failure, Format, size};
 use crate::bench::{At, Field, NAME, Outcome, Run, Work};
 use clap::ValueEnum;
 use comfy_table::{CellAlignment, Table, TableStyle};
+use corepage::metrics::ShardStats;
 use corepage::probe::Machine;
 use corepage::{Error, ErrorKind, Options};
+use futures_lite::future::block_on;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use std::io::Write;
@@ -60,6 +62,11 @@ pub struct Arguments {
     /// Memory of the store: with less than the size, reads come from the device
     #[arg(long, value_name = "SIZE", value_parser = size::parse, default_value = "64M")]
     memory: u64,
+    /// Of the data space, how much is to be live before it grows: what overwriting costs depends on it most. The output says how much
+    /// is live
+    #[arg(long, value_name = "PERCENT", default_value_t = Options::default().fill_percent,
+        value_parser = clap::value_parser!(u32).range(30..=85))]
+    fill_percent: u32,
     /// Operations under way at a time
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     depth: u32,
@@ -120,6 +127,8 @@ struct Point {
     work: Work,
     depth: usize,
     outcome: Outcome,
+    /// What the store counted meanwhile.
+    counted: ShardStats,
 }
 
 /// Runs it all.
@@ -135,7 +144,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         own = Some(made);
     }
     let machine = Machine::look(&dir);
-    let options = Options { memory_bytes: arguments.memory, ..Options::default() };
+    let options =
+        Options { memory_bytes: arguments.memory, fill_percent: arguments.fill_percent, ..Options::default() };
     let open = Box::new(move |dir: &Path, options| interrupt.open(dir, options));
     let mut field = Arc::new(Field::make(&dir, options, arguments.size, open)?);
     let store = field.store.report().to_string();
@@ -218,11 +228,13 @@ fn measure(arguments: &Arguments, field: &Arc<Field>, stop: &Arc<AtomicBool>) ->
         if warm.replace(work) != Some(work) {
             Run { time: WARM_MAX.min(time / WARM_PART), ..run.clone() }.measure(field)?;
         }
+        let before = block_on(field.store.stats())?;
         let outcome = run.measure(field)?;
+        let counted = block_on(field.store.stats())?.since(&before);
         if stop.load(Ordering::Relaxed) {
             return Err(interrupted());
         }
-        points.push(Point { work, depth, outcome });
+        points.push(Point { work, depth, outcome, counted });
         bar.inc(arguments.seconds);
     }
     bar.finish_and_clear();
@@ -257,12 +269,15 @@ fn in_json(arguments: &Arguments, points: &[Point], machine: &Machine, store: &s
     };
     let point = |p: &Point| {
         json!({ "workload": name(p.work), "depth": p.depth, "ops_per_s": p.outcome.rate(), "operations": p.outcome.operations,
-                "latency_us": latency(&p.outcome) })
+                "latency_us": latency(&p.outcome), "write_amplification": p.counted.write_amplification(),
+                "live_share": p.counted.live_share() })
     };
     let mut all = json!({
         "workload": workload,
         "ops_per_s": best.map(|best| best.outcome.rate()),
         "latency_us": best.map(|best| latency(&best.outcome)),
+        "write_amplification": best.map(|best| best.counted.write_amplification()),
+        "live_share": best.map(|best| best.counted.live_share()),
         "verified": true,
         "depth": best.map(|best| best.depth),
         "clients": arguments.clients,
@@ -285,7 +300,7 @@ fn for_people(arguments: &Arguments, points: &[Point], store: &str) -> String {
     let mut table = Table::new();
     table.load_style(TableStyle::new());
     table.set_header(["", "DEPTH", "OPS/S", "P50 µs", "P99 µs", "P99.9 µs", "MAX µs"]);
-    for Point { work, depth, outcome } in points {
+    for Point { work, depth, outcome, .. } in points {
         let us = |us: f64| if us < 100.0 { format!("{us:.1}") } else { format!("{us:.0}") };
         let percentile = |percent| us(outcome.percentile(percent));
         let max = us(outcome.latency.max() as f64 / 1000.0);
@@ -304,8 +319,14 @@ fn for_people(arguments: &Arguments, points: &[Point], store: &str) -> String {
         Some(dir) => format!("in {} on a volume of its own, {NAME}, which is deleted again; ", dir.display()),
         None => String::new(),
     };
+    // Of the last point: a sweep ends with writes.
+    let written =
+        points.last().filter(|point| point.work != Work::Read).map_or(String::new(), |Point { counted, .. }| {
+            let (amplification, live) = (counted.write_amplification(), 100.0 * counted.live_share());
+            format!("; {amplification:.2} bytes written a byte with {live:.0} % of the data space live")
+        });
     format!(
-        "{}\n\n{place}from {from}; {} of pages, {} of memory; all {} pages verified after a close and a new start\n{store}\n",
+        "{}\n\n{place}from {from}; {} of pages, {} of memory{written}; all {} pages verified after a close and a new start\n{store}\n",
         table.trim_fmt(),
         size::show(arguments.size),
         size::show(arguments.memory),

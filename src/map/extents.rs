@@ -25,11 +25,13 @@
 
 mod adoption;
 mod dead;
+mod victims;
 
 use super::foreign::Foreign;
 use crate::format::extent::{Item, ItemKind, TableRow, data_blocks, encode_summary, summary_at, summary_blocks};
 use crate::types::{BLOCK, ExtentNo, Place, VShard};
 use std::collections::BTreeSet;
+use victims::Unreadable;
 
 /// What goes together into one extent.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -153,6 +155,7 @@ pub(crate) struct Extents {
     spent: u32,
     /// Grows with each checkpoint that ends.
     interval: u64,
+    unreadable: Unreadable,
 }
 
 impl Extents {
@@ -183,6 +186,7 @@ impl Extents {
             died: 0,
             spent: 0,
             interval: 1,
+            unreadable: Unreadable::default(),
         };
         this.cover(count);
         this.grant((0..count).map(ExtentNo::new).filter(|no| is_mine(*no)));
@@ -466,6 +470,7 @@ impl Extents {
         if extent.state == ExtentState::Closed && extent.live == 0 && extent.assigned == 0 {
             *extent = FREE;
             self.free.insert(no.get());
+            self.unreadable.freed(no);
         }
     }
 }

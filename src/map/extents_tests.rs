@@ -236,9 +236,15 @@ impl Model {
         for (share_max, except) in [(1000, None), (500, None), (1000, self.closed.first())] {
             let limit = self.extents.data_blocks() * share_max / 1000;
             let candidates = settled.clone().filter(|no| Some(*no) != except);
-            let fewest = candidates.filter_map(|no| Some((*named.get(no)?, *no))).min();
-            let emptiest = self.extents.emptiest(share_max, |no| Some(&no) == except);
-            assert_eq!(emptiest, fewest.filter(|(count, _)| *count <= limit).map(|(_, no)| no));
+            let fewest = candidates.filter_map(|no| Some((*named.get(no)?, *no)));
+            let mut fewest: Vec<_> = fewest.filter(|(count, _)| *count <= limit).collect();
+            fewest.sort_unstable();
+            fewest.truncate(3);
+            fewest.reverse();
+            let emptiest = self.extents.emptiest(share_max, 3, |no| Some(&no) == except);
+            assert_eq!(emptiest, fewest.iter().map(|(_, no)| *no).collect::<Vec<_>>());
+            let to_move = |no: &ExtentNo| self.extents.to_move(*no, share_max);
+            assert!(fewest.iter().all(|(count, no)| to_move(no) == Some(*count)));
         }
     }
 }

@@ -148,8 +148,14 @@ stats! {
     pub extents_total: u64,
     /// Of those, free.
     pub extents_free: u64,
+    /// Extents that compaction passes over, since something in them can't be read.
+    pub extents_passed_over: u64,
+    /// Blocks for pages and map nodes in all extents.
+    pub blocks_total: u64,
     /// Blocks in use by the newest page map, or held for an older one.
     pub blocks_live: u64,
+    /// Of those, held for an older one: free after the next checkpoint, or the one after that.
+    pub blocks_dead: u64,
     }
     max {
     /// The newest LSN drawn.
@@ -168,6 +174,17 @@ impl ShardStats {
     /// Commits for each flush of the log; 0 before the first.
     pub fn commits_per_flush(&self) -> f64 {
         ratio(self.commits, self.flushes)
+    }
+
+    /// Bytes written to the device for each byte that callers wrote; 0 before the first. Over an [interval](Self::since) that saw a
+    /// checkpoint or two it says what overwriting costs.
+    pub fn write_amplification(&self) -> f64 {
+        ratio(self.device_bytes_written, self.bytes_written)
+    }
+
+    /// The share of the data space that the newest page map names, from 0 to 1: what write amplification depends on most.
+    pub fn live_share(&self) -> f64 {
+        ratio(self.blocks_live.saturating_sub(self.blocks_dead), self.blocks_total)
     }
 
     /// The share of pages read that were found in memory, from 0 to 1.

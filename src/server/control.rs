@@ -286,7 +286,9 @@ fn figures(total: &ShardStats, before: &ShardStats) -> Value {
     let interval = total.since(before);
     let iops = total.iops(Duration::from_secs(1));
     let (per_flush, hits) = (interval.commits_per_flush(), interval.hit_ratio());
-    json!({ "interval": interval, "iops": iops, "commits_per_flush": per_flush, "hit_ratio": hits, "total": total })
+    let (written, live) = (interval.write_amplification(), interval.live_share());
+    json!({ "interval": interval, "iops": iops, "commits_per_flush": per_flush, "hit_ratio": hits,
+            "write_amplification": written, "live_share": live, "total": total })
 }
 
 #[cfg(test)]

@@ -86,6 +86,9 @@ pub(super) struct Checkpoint {
     pub(super) next_waiters: Vec<Token>,
 }
 
+/// Places that were left and wait for a checkpoint, for each frame of memory. With what is remembered of their successors each
+/// takes 16 bytes of the heap: a 32nd of the memory at most.
+const LEFT_PER_FRAME_MAX: usize = 8;
 /// Node writes under way at most, in blocks.
 const NODE_OPS_MAX: u32 = 64;
 
@@ -146,13 +149,9 @@ impl Shard {
         }
         self.checkpoint.starved = false;
         match self.checkpoint.phase {
-            Phase::Idle => {
-                let used = self.log.segments_count() - self.log.free_segments();
-                let log_is_long = used > self.log.segments_count() / 2;
-                if (self.checkpoint.wanted || log_is_long) && !self.checkpoint.asked {
-                    self.checkpoint.asked = true;
-                    self.send(ShardId::LEADER, Message::WantCheckpoint);
-                }
+            Phase::Idle if (self.checkpoint.wanted || self.checkpoint_is_due()) && !self.checkpoint.asked => {
+                self.checkpoint.asked = true;
+                self.send(ShardId::LEADER, Message::WantCheckpoint);
             }
             Phase::Told => self.begin_when_ready(),
             Phase::Watermark if self.order.watermark() >= self.checkpoint.redo || planted!(RedoNotAwaited) => {
@@ -167,6 +166,14 @@ impl Shard {
             Phase::Summaries => self.write_roots(),
             _ => {}
         }
+    }
+
+    /// Whether the log, or the list of places that were left, has become long enough. Space is [asked for](Self::advance_space)
+    /// elsewhere.
+    fn checkpoint_is_due(&self) -> bool {
+        let used = self.log.segments_count() - self.log.free_segments();
+        let left_max = self.limits.memory_blocks as usize * LEFT_PER_FRAME_MAX;
+        used > self.log.segments_count() / 2 || (!self.opening && self.extents.left_count() > left_max)
     }
 
     /// The leader begins a checkpoint.

@@ -12,12 +12,13 @@
 //! 5. Few extents at a time at each home, and a bounded number of items: commits and reads go on.
 //! 6. It goes on beside checkpoints: what it moves is to them as what commits change.
 //! 7. It takes no place that is owed to a commit or a dirty node: rather, an item stays where it is.
+//! 8. What can't be read is read once: its extent is passed over until it has died, and the operator is told once.
 
 use super::message::Message;
 use super::requests::PendingKind;
 use super::{NodeWaiter, OpKind, Shard};
 use crate::disk::{Completion, DiskOp, FileId};
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::format::extent::{Item, ItemKind, NodeKey, decode_summary};
 use crate::map::Lookup;
 use crate::types::{BLOCK, ExtentNo, Place, ShardId};
@@ -33,12 +34,18 @@ const MOVES_MAX: usize = 1024;
 const MOVES_MEMORY_SHARE: usize = 32;
 /// Extents that moves leave free beyond what is owed to commits and dirty nodes.
 const LEAVES_FREE: u64 = 3;
+/// Extents that one look at all of them chooses for compaction, at most, and the part of all extents that is at most: the choice
+/// is a little old when the last of them is begun.
+const CHOSEN_MAX: usize = 16;
+const CHOSEN_PART: u32 = 64;
 
 /// The extents being emptied, and those that need no look.
 pub(super) struct Compactor {
     under_way: Vec<Compaction>,
     /// Many items are asked for together, so that neighbours are read together.
     asks: bool,
+    /// The next ones, the emptiest last.
+    chosen: Vec<ExtentNo>,
     /// Since the last checkpoint.
     begun: hashbrown::HashSet<ExtentNo, foldhash::fast::FixedState>,
     /// Until so many blocks have died there is nothing to find.
@@ -58,7 +65,7 @@ struct Compaction {
 impl Compactor {
     pub(super) fn new(hasher: foldhash::fast::FixedState) -> Self {
         let begun = hashbrown::HashSet::with_hasher(hasher);
-        Compactor { under_way: Vec::new(), asks: false, begun, rests_until: 0 }
+        Compactor { under_way: Vec::new(), asks: false, chosen: Vec::new(), begun, rests_until: 0 }
     }
 
     /// Extents being emptied.
@@ -70,6 +77,7 @@ impl Compactor {
     pub(super) fn look_again(&mut self) -> bool {
         let some = !self.under_way.is_empty() || !self.begun.is_empty();
         self.begun.clear();
+        self.chosen.clear();
         self.rests_until = 0;
         some
     }
@@ -103,17 +111,11 @@ impl Shard {
         if count >= EXTENTS_MAX || !may_move || rests || self.closing.is_some() || self.opening {
             return false;
         }
-        let Compactor { begun, under_way, .. } = &self.compactor;
-        let known = |no| begun.contains(&no) || under_way.iter().any(|c| c.extent == no);
-        let Some(extent) = self.extents.emptiest(SHARE_MAX, known) else {
-            // Looking costs; a tenth of an extent has to die before there can be much to find.
-            self.compactor.rests_until = self.extents.died() + u64::from(self.extents.data_blocks() / 10).max(1);
-            return false;
-        };
         let blocks = self.extents.summary_bytes() / BLOCK;
         if !self.ensure_frames(blocks as u32) {
             return false;
         }
+        let Some(extent) = self.next_victim() else { return false };
         let into = (0..blocks).map(|_| self.arena.alloc(0).expect("frames were ensured")).collect();
         let place = self.extents.summary_place(extent);
         self.compactor.begun.insert(extent);
@@ -121,6 +123,24 @@ impl Shard {
         let offset = place.offset(self.limits.geometry.extent_bytes);
         self.submit(OpKind::SummaryRead(extent), DiskOp::Read { file: FileId::Data, offset, into });
         true
+    }
+
+    /// The next extent to be emptied.
+    fn next_victim(&mut self) -> Option<ExtentNo> {
+        let Compactor { begun, under_way, chosen, rests_until, .. } = &mut self.compactor;
+        let known = |no| begun.contains(&no) || under_way.iter().any(|c| c.extent == no);
+        while let Some(no) = chosen.pop() {
+            if self.extents.to_move(no, SHARE_MAX).is_some() && !known(no) {
+                return Some(no);
+            }
+        }
+        let count = CHOSEN_MAX.min(1 + (self.extents.space().total / CHOSEN_PART) as usize);
+        *chosen = self.extents.emptiest(SHARE_MAX, count, known);
+        if chosen.is_empty() {
+            // Looking costs; a tenth of an extent has to die before there can be much to find.
+            *rests_until = self.extents.died() + u64::from(self.extents.data_blocks() / 10).max(1);
+        }
+        chosen.pop()
     }
 
     /// Whether there is space for moves, and for `more` extents; what commits have been promised is not touched.
@@ -141,15 +161,24 @@ impl Shard {
         });
         match (items, self.compactor.of(extent)) {
             (Ok(items), Some(compaction)) => compaction.items = Some(items),
-            (Err(error), Some(_)) => self.give_compaction_up(extent, &error),
+            (Err(error), Some(_)) => {
+                self.give_compaction_up(extent);
+                if may_last(&error) && self.extents.pass_over_extent(extent) {
+                    tracing::warn!(
+                        extent = extent.get(),
+                        %error,
+                        "the summary of an extent can't be read: the space of what dies in it comes back only when all of it has; \
+                         its pages can still be read"
+                    );
+                }
+            }
             (_, None) => {}
         }
     }
 
-    /// The extent can't be emptied: it stays as it is, and is not tried again before the next checkpoint.
-    fn give_compaction_up(&mut self, extent: ExtentNo, error: &Error) {
+    /// The extent can't be emptied now: it stays as it is, and is not tried again before the next checkpoint.
+    fn give_compaction_up(&mut self, extent: ExtentNo) {
         if let Some(compaction) = self.compactor.of(extent) {
-            tracing::warn!(extent = extent.get(), %error, "an extent can't be compacted");
             compaction.items = Some(Vec::new());
             compaction.next = 0;
         }
@@ -198,12 +227,26 @@ impl Shard {
     }
 
     /// An item has been dealt with.
-    pub(super) fn moved(&mut self, from: ShardId, extent: ExtentNo, error: Option<Error>) {
-        if let Some(c) = self.compactor.of(extent) {
+    pub(super) fn moved(&mut self, from: ShardId, place: Place, error: Option<Error>) {
+        let mut what = None;
+        if let Some(c) = self.compactor.of(place.extent) {
             c.asked -= 1;
+            what = c.items.iter().flatten().find(|item| item.block == place.block).map(|item| item.what);
         }
         match error {
-            Some(error) => self.give_compaction_up(extent, &error),
+            Some(error) => {
+                self.give_compaction_up(place.extent);
+                if may_last(&error) && self.extents.pass_over(place) {
+                    tracing::warn!(
+                        ?what,
+                        extent = place.extent.get(),
+                        block = place.block,
+                        %error,
+                        "this can't be read, so it can't be moved: its extent is not compacted until it is overwritten or freed; \
+                         restore it from a backup, or free it"
+                    );
+                }
+            }
             None if from != self.id => self.extents.expect_left(),
             None => {}
         }
@@ -226,7 +269,7 @@ impl Shard {
                 return;
             }
             if !self.may_move(0) {
-                self.send(home, Message::Moved(place.extent, None));
+                self.send(home, Message::Moved(place, None));
                 self.moves_asked.asked.pop_front();
                 continue;
             }
@@ -235,14 +278,14 @@ impl Shard {
                     // Versions that the table knows to be superseded need no read.
                     let known = self.table.find(key).map(|idx| &self.table.pages[idx]);
                     if known.is_some_and(|page| page.resolved && page.mapped_lsn != lsn) {
-                        self.send(home, Message::Moved(place.extent, None));
+                        self.send(home, Message::Moved(place, None));
                     } else {
                         let idx = self.table.get(key);
                         self.begin(None, PendingKind::Move(place, home), smallvec::smallvec![idx], |_| false);
                     }
                 }
                 ItemKind::Node(key) if self.reads_for_node(key, place) => return,
-                ItemKind::Node(_) => self.send(home, Message::Moved(place.extent, None)),
+                ItemKind::Node(_) => self.send(home, Message::Moved(place, None)),
             }
             self.moves_asked.asked.pop_front();
         }
@@ -271,7 +314,7 @@ impl Shard {
         if error.is_some()
             && let Some((home, _, place)) = self.moves_asked.asked.pop_front()
         {
-            self.send(home, Message::Moved(place.extent, error));
+            self.send(home, Message::Moved(place, error));
         }
     }
 
@@ -297,7 +340,7 @@ impl Shard {
             self.moves.push(idx);
         }
         self.release(waiter);
-        self.send(home, Message::Moved(from.extent, failed));
+        self.send(home, Message::Moved(from, failed));
         self.again = true;
     }
 
@@ -317,4 +360,9 @@ impl Shard {
         self.table.pages[idx].leaf = Some(leaf);
         true
     }
+}
+
+/// Whether reading again would most likely fail again. Where memory was short, or the store has stopped, it need not.
+fn may_last(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Io)
 }

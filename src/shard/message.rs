@@ -69,8 +69,8 @@ pub enum Message {
     Spare(bool),
     /// Compaction wants this moved from here.
     Move(ItemKind, Place),
-    /// Something in that extent is on its way, or needs not move; or it can't be.
-    Moved(ExtentNo, Option<Error>),
+    /// What was there is on its way, or needs not move; or it can't be read.
+    Moved(Place, Option<Error>),
 }
 
 /// One shard's part of a commit.

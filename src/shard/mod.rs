@@ -34,6 +34,8 @@ mod message;
 #[cfg_attr(not(test), allow(dead_code, reason = "some of it serves the unit tests only"))]
 pub(crate) mod observe;
 mod order;
+#[cfg(test)]
+mod overwrite_tests;
 mod pages;
 mod part;
 mod pins;
@@ -351,7 +353,7 @@ impl Shard {
             Message::Denied => self.space_denied(),
             Message::Spare(urgent) => self.spare_space(from, urgent),
             Message::Move(what, place) => self.move_asked(from, what, place),
-            Message::Moved(extent, error) => self.moved(from, extent, error),
+            Message::Moved(place, error) => self.moved(from, place, error),
         }
     }
 
@@ -432,7 +434,10 @@ impl Shard {
         let space = self.extents.space();
         self.stats.extents_total = space.total.into();
         self.stats.extents_free = space.free.into();
+        self.stats.blocks_total = u64::from(space.total) * u64::from(space.data_blocks);
         self.stats.blocks_live = space.live_blocks;
+        self.stats.blocks_dead = self.extents.left_count() as u64;
+        self.stats.extents_passed_over = self.extents.passed_over();
         self.stats.last_lsn = self.order.next().before().get();
         self.stats.durable_lsn = self.order.watermark().get();
         self.stats.clone()

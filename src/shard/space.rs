@@ -6,8 +6,10 @@
 //!    compact. Until then a commit waits.
 //! 3. The space grows only while more of it than `Options::fill_percent` is live, the size of the log aside; else it is
 //!    reclaimed.
-//! 4. Compaction keeps free and spent extents together at [`AHEAD_SHARE`] of the space, checkpoint or not; a checkpoint is
-//!    asked for when it frees enough extents to be worth its writes, or when a commit waits.
+//! 4. Compaction keeps free and spent extents together at a share of the space that is not live ([`AHEAD_PART`]), and runs
+//!    beside checkpoints. A checkpoint is asked for when most of these are spent, or when commits wait and compaction can't go
+//!    on without one. All of this scales with the store, so a checkpoint, which writes nearly every leaf of the map under random
+//!    overwrites, is paid for by as many pages in a large store as in a small one. See decision 17.
 //! 5. The leader makes the file longer, for whoever asks; if it can't, the others give of what they have.
 
 use super::admission::Need;
@@ -20,14 +22,23 @@ use crate::map::Stream;
 use crate::types::{BLOCK, ExtentNo, Micros, Place, ShardId};
 use std::collections::VecDeque;
 
-/// Extents that commits leave to map nodes, checkpoints and compaction.
+/// Extents that commits leave to map nodes, checkpoints and compaction, at least.
 const RESERVE_EXTENTS: u64 = 8;
+/// The same, as a part of the blocks that are not live: what compaction has to work with while commits wait. With a fixed reserve
+/// a large store that has run out of free extents does a checkpoint for every few extents that compaction empties.
+const RESERVE_PART: u64 = 16;
 /// The same for commits that only free pages: a full store must be able to become less full.
 const FREES_RESERVE_EXTENTS: u64 = 3;
 /// Extents beyond `data_bytes_max` that the engine may take for itself, to finish a recovery or a checkpoint.
 const BEYOND_EXTENTS: u32 = 64;
-/// This part of the space is kept free or spent, beyond the reserve.
-const AHEAD_SHARE: u32 = 10;
+/// This part of the blocks that are not live is kept free or spent, beyond the reserve. More makes checkpoints rarer, and
+/// extents fuller when they are compacted; from a third to an eighth the sum of both costs hardly changes.
+const AHEAD_PART: u64 = 5;
+/// At least so many extents, whatever is live.
+const AHEAD_EXTENTS_MIN: u64 = 4;
+/// When free extents are down to this part of what is kept ahead, a checkpoint turns spent ones into free ones. Writes go on
+/// meanwhile: they take what is left.
+const LOW_PART: u64 = 5;
 /// What checkpoints in a row without a gain may come to, while a commit waits for space, before there is none to be had:
 /// one that found nothing to compact counts [`FRUITLESS_IDLE`] times.
 const FRUITLESS_MAX: u32 = 16;
@@ -65,6 +76,8 @@ pub(super) struct Space {
     pub growth_under_way: bool,
     /// When it was refused last, and the weight of the request.
     pub failed: Option<(Micros, u32)>,
+    /// The operator has been told that the file can't grow: it is tried again every second.
+    pub growth_failure_logged: bool,
     /// A commit waits for it.
     pub stalled: bool,
     /// A part found none a moment ago: until then it is being made.
@@ -112,8 +125,10 @@ impl Shard {
     pub(super) fn admit_space(&mut self, need: &Need) -> Result<bool> {
         // Each change may take a block as a slot and another later; its map nodes come on top.
         let blocks = 2 * need.changes + need.nodes;
-        let reserve = if need.frees_only { FREES_RESERVE_EXTENTS } else { RESERVE_EXTENTS };
-        let reserve = reserve * u64::from(self.extents.data_blocks());
+        let reserve = match need.frees_only {
+            true => FREES_RESERVE_EXTENTS * u64::from(self.extents.data_blocks()),
+            false => self.reserve_blocks(),
+        };
         let wanted = self.owed_blocks() + blocks + reserve;
         if self.free_blocks() >= wanted {
             self.space.reclaiming = Reclaiming::default();
@@ -176,6 +191,13 @@ impl Shard {
         (u64::from(space.total) * u64::from(space.data_blocks)).saturating_sub(self.named_blocks())
     }
 
+    /// Blocks that commits leave to map nodes, checkpoints and compaction. The fuller the store, the less: a full one can use all
+    /// but the least of it.
+    fn reserve_blocks(&self) -> u64 {
+        let least = RESERVE_EXTENTS * u64::from(self.extents.data_blocks());
+        (self.spare_blocks() / RESERVE_PART).max(least)
+    }
+
     /// Whether space is being made, or can be, for `wanted` free blocks in all; does what is next for it.
     fn reclaim(&mut self, wanted: u64) -> bool {
         if self.space.growing || (self.wants_growth() && self.grow(0)) {
@@ -196,6 +218,10 @@ impl Shard {
         }
         let moving = self.begin_compaction() || !self.moves.is_empty();
         if self.checkpoint_under_way() {
+            return true;
+        }
+        if moving && self.extents.coming() < self.reserve_blocks() / 2 {
+            // Compaction will have made more of it: a checkpoint costs the same, however little it frees.
             return true;
         }
         let is_dirty = self.reserved_blocks > 0 || self.page_writes > 0 || self.map.dirty_count() > 0;
@@ -223,11 +249,10 @@ impl Shard {
         if self.failed.is_some() || self.closing.is_some() || self.space.growing {
             return;
         }
-        let space = self.extents.space();
         // Beyond what commits may not use.
-        let blocks = |extents: u64| extents * u64::from(space.data_blocks);
-        let ahead = blocks(u64::from(space.total / AHEAD_SHARE).max(4));
-        let free = self.free_blocks().saturating_sub(self.owed_blocks() + blocks(RESERVE_EXTENTS));
+        let extent = u64::from(self.extents.data_blocks());
+        let ahead = (self.spare_blocks() / AHEAD_PART).max(AHEAD_EXTENTS_MIN * extent);
+        let free = self.free_blocks().saturating_sub(self.owed_blocks() + self.reserve_blocks());
         if free >= ahead {
             return;
         }
@@ -242,16 +267,16 @@ impl Shard {
             return;
         }
         let coming = self.extents.coming();
-        while free + coming + blocks(self.compactor.count() as u64) < ahead && self.begin_one_more() {}
+        while free + coming + self.compactor.count() as u64 * extent < ahead && self.begin_one_more() {}
         let moving = self.compactor.count() > 0;
         if self.checkpoint_under_way() {
             return;
         }
         let stalled = self.space.stalled || self.now < self.space.wanted_until;
-        let pays = coming >= ahead / 2 || (coming > 0 && free < ahead / 4);
+        let low = ahead / LOW_PART;
         // Dirty nodes leave their places with the next checkpoint.
         let left = self.extents.left_count() + self.map.dirty_count();
-        if pays || self.dirty_nodes_are_many() || (stalled && !moving && left > 0) {
+        if (free < low && coming >= low) || self.dirty_nodes_are_many() || (stalled && !moving && left > 0) {
             self.need_checkpoint();
         }
     }
@@ -318,12 +343,18 @@ impl Shard {
         match result {
             Ok(()) if !growth.table_done => return self.grow_data(growth),
             Ok(()) => {
+                self.space.growth_failure_logged = false;
                 let new: Vec<ExtentNo> = (self.extents.count()..growth.to).map(ExtentNo::new).collect();
                 self.extents.cover(growth.to);
                 self.send(growth.of, Message::Granted(new));
             }
             Err(error) => {
-                tracing::warn!(%error, "the data space can't grow");
+                if !std::mem::replace(&mut self.space.growth_failure_logged, true) {
+                    tracing::warn!(
+                        %error,
+                        "the data space can't grow: make room in the file system; commits that need space fail until then"
+                    );
+                }
                 self.send(growth.of, Message::Denied);
             }
         }
@@ -366,7 +397,7 @@ impl Shard {
     /// Another shard has no space left: half of what this one does not need.
     pub(super) fn spare_space(&mut self, to: ShardId, urgent: bool) {
         let space = self.extents.space();
-        let kept = if urgent { 2 } else { 2 * RESERVE_EXTENTS };
+        let kept = if urgent { 2 } else { 2 * self.reserve_blocks().div_ceil(u64::from(space.data_blocks)) };
         let needed = self.owed_blocks().div_ceil(u64::from(space.data_blocks)) + kept;
         let spare = u64::from(space.free).saturating_sub(needed).div_ceil(2);
         let given = if self.failed.is_some() { Vec::new() } else { self.extents.give_away(spare as usize) };

@@ -1,34 +1,22 @@
-//! What has died in extents, and what compaction or a checkpoint would make of it.
+//! What has died in extents, and what a checkpoint would make of it.
 //!
 //! Invariants
 //! 1. A place is dead from when the map in memory leaves it until a checkpoint retires it: counted once, at its home.
 //!
 //! It decides nothing: the shard does.
 
-use super::{Extent, ExtentState, Extents};
-use crate::types::{ExtentNo, Place};
+use super::Extents;
+#[cfg(any(test, feature = "sim"))]
+use super::{Extent, ExtentState};
+use crate::types::Place;
 
 impl Extents {
     /// The map names `place` no more; it is retired later.
     pub(super) fn dies(&mut self, place: Place) {
         self.edit(place.extent, |extent| extent.dead += 1);
+        self.unreadable.died(place);
         self.dead_blocks += 1;
         self.died += 1;
-    }
-
-    /// The closed extent with the least blocks that are named, if there are some and their share is below `share_max` (of
-    /// 1,000). It looks at every extent.
-    pub(crate) fn emptiest(&self, share_max: u32, except: impl Fn(ExtentNo) -> bool) -> Option<ExtentNo> {
-        let limit = self.data_blocks() * share_max / 1000;
-        let named = |extent: &Extent| extent.live - extent.dead;
-        self.extents
-            .iter()
-            .enumerate()
-            .map(|(i, e)| (ExtentNo::new(i as u32), e))
-            .filter(|(_, e)| e.state == ExtentState::Closed && e.assigned == 0 && (1..=limit).contains(&named(e)))
-            .filter(|(no, _)| !except(*no))
-            .min_by_key(|(_, e)| named(e))
-            .map(|(no, _)| no)
     }
 
     /// Blocks left by the map that no checkpoint has retired yet.
