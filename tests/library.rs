@@ -147,9 +147,12 @@ fn readers_of_freed_pages_can_wait_until_the_free_is_durable() {
         let Ok(Output::Pages(pages)) = &done[0].result else { panic!("{done:?}") };
         waits(pages[0].lsn(), freed);
         let (shard, freed, at) = (store.shard_of(&disk, id(n)), free(n), disk.clone());
-        let task =
-            store.on_shard(shard, move |handle| async move { handle.read(&at, id(n)).await.map(|page| page.lsn()) });
-        waits(block_on(task.unwrap()).unwrap().unwrap(), freed);
+        let task = store.on_shard(shard, move |handle| async move {
+            let seen = handle.read(&at, id(n)).await?.lsn();
+            handle.wait_durable(seen).await
+        });
+        block_on(task.unwrap()).unwrap().unwrap();
+        assert!(store.durable_lsn() >= freed);
         // Such a read is valid, and so is what is made of it.
         let freed = free(n);
         let mut txn = store.begin();

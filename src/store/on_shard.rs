@@ -57,6 +57,14 @@ impl ShardHandle {
         Ok(pages.into_iter().map(|page| page.counted(&mut pins)).collect())
     }
 
+    /// As [`Store::wait_durable`], without a hop.
+    ///
+    /// # Errors
+    /// As [`Store::wait_durable`].
+    pub async fn wait_durable(&self, lsn: Lsn) -> Result<()> {
+        self.local.call(Request::WaitDurable(lsn)).await.map(drop)
+    }
+
     /// One atomic commit of changes of a volume's pages, in order; durable on return. Cheapest if the pages are this
     /// shard's.
     ///

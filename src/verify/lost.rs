@@ -55,23 +55,8 @@ impl Verifier<'_> {
                 ItemKind::Node(_) => nodes += 1,
             }
         }
-        if pages.is_empty() {
-            return match nodes {
-                0 => "nothing but its space: all that was written there is superseded".into(),
-                _ => format!("none of its pages; {missing} of its {nodes} map nodes, and so pages of other extents"),
-            };
-        }
         let name = |(key, lsn): (&PageKey, &Lsn)| format!("{:?} of {} (LSN {lsn})", key.page, self.volume(key.volume));
-        let mut listed: Vec<String> = pages.iter().take(PAGES_MAX).map(name).collect();
-        if pages.len() > PAGES_MAX {
-            listed.push(format!("and {} more", pages.len() - PAGES_MAX));
-        }
-        let nodes = if nodes > 0 { format!(", or {nodes} map nodes") } else { String::new() };
-        format!(
-            "pages that may be gone: {missing} blocks were lost of these, which were written here and neither superseded nor, \
-             unless they were freed, given up: {}{nodes}",
-            listed.join(", ")
-        )
+        describe(missing, pages.len(), pages.iter().take(PAGES_MAX).map(name), nodes)
     }
 
     /// The version of a page that the map names.
@@ -99,5 +84,47 @@ impl Verifier<'_> {
             level -= 1;
         }
         None
+    }
+}
+
+/// What may be gone of `missing` blocks, in words: some of `count` pages, the first of which are named, or of `nodes` map nodes.
+fn describe(missing: u32, count: usize, named: impl Iterator<Item = String>, nodes: usize) -> String {
+    let blocks = format!("{missing} block{} that the table counts", if missing == 1 { "" } else { "s" });
+    if count == 0 {
+        return match nodes {
+            0 => "nothing but its space: all that was written there is superseded".into(),
+            _ => format!("{blocks} held map nodes, and pages that they named, in other extents, may be gone"),
+        };
+    }
+    let mut candidates: Vec<String> = named.collect();
+    if count > candidates.len() {
+        candidates.push(format!("{} more pages", count - candidates.len()));
+    }
+    if nodes > 0 {
+        candidates.push(format!("{nodes} map nodes"));
+    }
+    format!(
+        "pages that may be gone: {blocks} held some of these, which the map does not name, nor a newer version (a page that was \
+         freed is among them): {}",
+        candidates.join(", ")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::describe;
+
+    /// An extent holds up to 2,046 pages: who reads a report must not lose the line that matters among them.
+    #[test]
+    fn what_may_be_gone_is_told_in_bounds() {
+        let pages = |count: usize| (0..count.min(super::PAGES_MAX)).map(|n| format!("p{n}"));
+        let one = describe(1, 1, pages(1), 0);
+        assert!(one.contains("1 block that") && one.ends_with(": p0"), "{one}");
+        let many = describe(7, 2_000, pages(2_000), 3);
+        assert!(many.contains("7 blocks that") && many.ends_with("p14, p15, 1984 more pages, 3 map nodes"), "{many}");
+        assert!(many.len() < 500);
+        let nodes = describe(2, 0, pages(0), 2);
+        assert!(nodes.contains("held map nodes") && nodes.contains("may be gone"), "{nodes}");
+        assert!(!describe(1, 0, pages(0), 0).contains("gone"));
     }
 }
