@@ -18,6 +18,7 @@ mod arrival;
 #[cfg(any(test, feature = "sim"))]
 mod audit;
 mod leaves;
+mod residency;
 
 pub(crate) use leaves::NextLeaf;
 
@@ -27,7 +28,7 @@ use crate::format::node::{self, Child, Entry};
 use crate::format::put;
 use crate::format::root::{RootHead, VOLUMES_MAX};
 use crate::format::superblock::RootVersion;
-use crate::pool::{Arena, Frame, FrameRef};
+use crate::pool::{Arena, Frame, FrameRef, Residency};
 use crate::types::{BLOCK, Lsn, PageKey, Place, VShard, VolumeId};
 use hashbrown::HashMap;
 use std::collections::BTreeSet;
@@ -51,8 +52,7 @@ struct Node {
     pins: u32,
     /// Children in memory.
     children: u32,
-    /// Used since the hand of the clock last passed.
-    used: bool,
+    residency: Residency,
 }
 
 /// A virtual shard's root in memory.
@@ -91,7 +91,9 @@ pub(crate) struct Map {
     vacant: Vec<u32>,
     index: HashMap<NodeKey, NodeIdx, foldhash::fast::FixedState>,
     dirty_count: usize,
-    hand: usize,
+    /// Nodes that have become idle, for the eviction policy; and which nodes stand there.
+    idle: Vec<NodeIdx>,
+    noted: Vec<bool>,
 }
 
 fn prefix(dense: u64, level: u8) -> u64 {
@@ -125,7 +127,8 @@ impl Map {
             vacant: Vec::new(),
             index: HashMap::with_hasher(foldhash::fast::FixedState::with_seed(seed)),
             dirty_count: 0,
-            hand: 0,
+            idle: Vec::new(),
+            noted: Vec::new(),
         }
     }
 
@@ -163,7 +166,7 @@ impl Map {
         let leaf = NodeKey { vshard, volume: key.volume, level: 0, prefix: prefix(dense, 0) };
         if let Some(idx) = self.index.get(&leaf).copied() {
             let node = self.node_mut(idx);
-            node.used = true;
+            node.residency.used();
             return Lookup::Found(present(node::entry(&node.frame, slot_in(dense, 0))));
         }
         let mut child = self.top(vshard, key.volume);
@@ -177,7 +180,7 @@ impl Map {
                 return Lookup::Load(at, child);
             };
             let node = self.node_mut(idx);
-            node.used = true;
+            node.residency.used();
             if level == 0 {
                 return Lookup::Found(present(node::entry(&node.frame, slot_in(dense, 0))));
             }
@@ -222,11 +225,12 @@ impl Map {
 
     fn insert(&mut self, key: NodeKey, place: Option<Place>, frame: Frame) -> NodeIdx {
         let parent = self.parent(key);
-        let node = Node { key, frame, place, dirty: false, pins: 0, children: 0, used: true };
+        let node = Node { key, frame, place, dirty: false, pins: 0, children: 0, residency: Residency::default() };
         let idx = match self.vacant.pop() {
             Some(i) => NodeIdx(i),
             None => {
                 self.nodes.push(None);
+                self.noted.push(false);
                 NodeIdx(self.nodes.len() as u32 - 1)
             }
         };
@@ -235,6 +239,7 @@ impl Map {
         if let Some(parent) = parent {
             self.node_mut(parent).children += 1;
         }
+        self.note_idle(idx);
         idx
     }
 
@@ -245,6 +250,7 @@ impl Map {
         self.index.remove(&node.key);
         if let Some(parent) = self.index.get(&parent_of(node.key)).copied() {
             self.node_mut(parent).children -= 1;
+            self.note_idle(parent);
         }
         node
     }
@@ -338,6 +344,7 @@ impl Map {
         let node = self.node_mut(idx);
         assert!(node.pins > 0, "a pin too few on {:?}", node.key);
         node.pins -= 1;
+        self.note_idle(idx);
     }
 
     /// Sets the entry of `key` in its pinned leaf; returns the one before.
@@ -462,23 +469,6 @@ impl Map {
         let root = &mut self.roots[vshard.index()];
         let head = RootHead { vshard, store_id, generation: root.version.generation, redo_lsn: redo, checkpoint };
         root.version.crc = crate::format::root::encode(&head, &root.children, out);
-    }
-
-    /// Drops one node that is not needed, if there is one; returns whether memory was freed.
-    pub(crate) fn evict_one(&mut self) -> bool {
-        for _ in 0..self.nodes.len() * 2 {
-            self.hand = if self.hand + 1 >= self.nodes.len() { 0 } else { self.hand + 1 };
-            let Some(node) = self.nodes[self.hand].as_mut() else { continue };
-            if node.dirty || node.pins > 0 || node.children > 0 {
-                continue;
-            }
-            if std::mem::take(&mut node.used) {
-                continue;
-            }
-            self.remove(NodeIdx(self.hand as u32));
-            return true;
-        }
-        false
     }
 }
 

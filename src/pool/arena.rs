@@ -233,6 +233,12 @@ impl Frame {
         self.run.len()
     }
 
+    /// Its first block in the arena.
+    #[inline]
+    pub fn block(&self) -> u32 {
+        self.run.block
+    }
+
     /// Keeps the bytes as they are, and their memory from being reused, for as long as the result lives.
     pub fn pin(&self) -> FrameRef {
         self.run.pin()

@@ -2,6 +2,8 @@
 
 mod arena;
 mod buddy;
+mod eviction;
 mod word;
 
 pub use arena::{Arena, ArenaKind, Frame, FrameRef, Mapping};
+pub(crate) use eviction::{Eviction, Owner, Residency, Residents, Standing};

@@ -6,6 +6,7 @@
 use super::part::Reserved;
 use super::requests::PendingKind;
 use super::{OpKind, Shard};
+use crate::pool::Owner;
 use crate::types::Lsn;
 use std::collections::BTreeMap;
 use std::fmt::{Debug, Display};
@@ -29,8 +30,7 @@ impl Shard {
             pages().filter(|page| page.dirty_from.is_some() && !page.queued).count(),
             0,
         )?;
-        let unneeded = pages().filter(|page| page.frame.is_none() && page.is_unreferenced()).count();
-        same("pages without memory to which nothing refers", unneeded, 0)?;
+        self.audit_memory()?;
         let targets = pages().filter(|page| page.checkpoint_target != Lsn::ZERO).count();
         same("pages that the checkpoint waits for", self.checkpoint.pages_left, targets as u64)?;
 
@@ -59,6 +59,19 @@ impl Shard {
         });
         let reserved = parts.fold(Reserved::default(), Reserved::plus);
         same("what is reserved for parts", self.reserved, reserved)
+    }
+
+    /// Whether all that could leave memory is known to the eviction policy, and nothing is kept for nobody.
+    fn audit_memory(&self) -> Result<(), String> {
+        for (idx, page) in self.table.pages.iter().filter(|(_, page)| page.is_unreferenced()) {
+            let Some(frame) = &page.frame else {
+                return Err(format!("{:?} is kept without memory though nothing refers to it", page.key));
+            };
+            let owner = self.eviction.owner_of(frame.block());
+            let is_listed = page.residency.is_listed() && owner == Some(Owner::Page(idx as u32));
+            same(format_args!("{:?} is listed for eviction ({owner:?})", page.key), is_listed, true)?;
+        }
+        self.map.audit_listed(&self.eviction)
     }
 }
 

@@ -203,7 +203,7 @@ impl Shard {
         }
         self.seal_older_slot(idx);
         let page = &mut self.table.pages[idx];
-        page.frame = None;
+        page.set_frame(None);
         page.absent = true;
         if let Some(slot) = page.slot.take() {
             self.log.open.slots[slot].dead = true;
@@ -248,7 +248,7 @@ impl Shard {
                 None => content.fill(0),
             }
             content[range].copy_from_slice(bytes);
-            page.frame = Some(frame);
+            page.set_frame(Some(frame));
         }
         page.absent = false;
     }

@@ -280,7 +280,7 @@ impl Shard {
                     if known.is_some_and(|page| page.resolved && page.mapped_lsn != lsn) {
                         self.send(home, Message::Moved(place, None));
                     } else {
-                        let idx = self.table.get(key);
+                        let idx = self.table.entry(key);
                         self.begin(None, PendingKind::Move(place, home), smallvec::smallvec![idx], |_| false);
                     }
                 }

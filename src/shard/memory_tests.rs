@@ -91,3 +91,77 @@ fn absent_pages_take_no_memory() {
     }
     assert_eq!(bench.read([0]), [7]);
 }
+
+/// A small generator: what is read at random is the same in each run.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % end
+    }
+}
+
+/// Pages with a leaf each, three for every frame: neither they nor the map fit into memory.
+fn fill_far(bench: &mut Bench) -> u64 {
+    let pages = 3 * u64::from(bench.shard().limits.memory_blocks);
+    for at in (0..pages).step_by(8) {
+        bench.commit(vec![], (at..at + 8).map(|n| (n * 64, put(n as u8))).collect());
+    }
+    pages
+}
+
+/// How many of the hot pages were in memory, of 20 reads of each.
+fn hot_hits(bench: &mut Bench, hot: u64) -> u64 {
+    let before = bench.shard().stats.cache_hits;
+    for n in (0..20).flat_map(|_| 0..hot) {
+        assert_eq!(bench.read([n * 64]), [n as u8]);
+    }
+    bench.shard().stats.cache_hits - before
+}
+
+/// If this fails, a store that has been read all over has no cache any more: map nodes took all of the memory, since they left it
+/// only when no page could, and pages that are read all the time were read from the device each time.
+#[test]
+fn pages_in_use_stay_in_memory_when_a_large_volume_is_read_at_random() {
+    let mut bench = Bench::open(&options());
+    let pages = fill_far(&mut bench);
+    let (hot, mut random) = (32, Random(3));
+    assert!(hot_hits(&mut bench, hot) >= 19 * hot);
+    for _ in 0..64 * u64::from(bench.shard().limits.memory_blocks) / 4 {
+        let n = random.below(pages);
+        assert_eq!(bench.read([n * 64]), [n as u8]);
+    }
+    let hits = hot_hits(&mut bench, hot);
+    assert!(hits >= 19 * hot, "{hits} of {} reads of pages in use were hits", 20 * hot);
+    // And while others read at random: of ten reads one is of a page in use.
+    let mut missed = 0;
+    for i in 0..20_000 {
+        let n = if i % 10 == 0 { i / 10 % hot } else { random.below(pages) };
+        let before = bench.shard().stats.cache_hits;
+        bench.read([n * 64]);
+        missed += u64::from(i % 10 == 0 && bench.shard().stats.cache_hits == before);
+    }
+    assert!(missed <= 100, "{missed} of 2,000 reads of pages in use were misses while others read at random");
+    bench.shard().audit().expect("counts are kept");
+}
+
+/// If this fails, a store gets slower the more memory it has: each frame cost two sweeps of all pages and nodes, 112,000 pages a
+/// second became 141.
+#[test]
+fn a_frame_is_had_for_a_few_looks_however_full_memory_is() {
+    let mut bench = Bench::open(&options());
+    let pages = fill_far(&mut bench);
+    let mut random = Random(5);
+    for i in 0..10_000u64 {
+        let n = random.below(pages);
+        bench.read([n * 64]);
+        if i % 3 == 0 {
+            bench.commit(vec![], vec![(n * 64, put(n as u8))]);
+        }
+    }
+    let (counts, blocks) = (bench.shard().eviction.counts(), u64::from(bench.shard().limits.memory_blocks));
+    println!("{counts:?}");
+    assert!(counts.evicted > 10 * blocks, "{counts:?}: memory was short all the time");
+    assert!(counts.looks <= 4 * counts.evicted + blocks, "{counts:?}");
+}

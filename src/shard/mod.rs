@@ -24,6 +24,7 @@ mod commits;
 mod compaction;
 mod cross;
 mod event;
+mod eviction;
 mod groups;
 mod holds;
 mod lead;
@@ -68,7 +69,7 @@ use crate::log::{FlushSet, Log};
 use crate::map::{Extents, Map};
 use crate::metrics::ShardStats;
 use crate::options::Limits;
-use crate::pool::{Arena, Frame};
+use crate::pool::{Arena, Eviction, Frame};
 use crate::types::{Deal, ExtentNo, Lsn, Micros, ShardId};
 use checkpoint::Checkpoint;
 use compaction::{Compactor, Moves};
@@ -121,6 +122,7 @@ pub struct Shard {
     arena: Arena,
     table: Table,
     map: Map,
+    eviction: Eviction,
     extents: Extents,
     log: Log,
     /// The newest one that is durable.
@@ -383,7 +385,11 @@ impl Shard {
         let with_frame = self.table.pages.iter().filter(|(_, page)| page.frame.is_some()).count();
         let (nodes, pinned) = self.map.in_memory();
         let pages = self.table.pages.len();
-        format!("{with_frame} of {pages} pages with their bytes, {nodes} nodes, {pinned} of them pinned")
+        let (in_readers_hands, counts) = (self.eviction.pinned(), self.eviction.counts());
+        format!(
+            "{with_frame} of {pages} pages with their bytes, {in_readers_hands} of them pinned by readers when last seen, \
+             {nodes} nodes, {pinned} of them pinned, {counts:?}"
+        )
     }
 
     /// Why it stopped, if it did.

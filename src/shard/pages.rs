@@ -20,11 +20,12 @@ use crate::error::Error;
 use crate::format::extent::NodeKey;
 use crate::format::node::{Child, Entry};
 use crate::map::{Lookup, NodeIdx};
-use crate::pool::Frame;
+use crate::pool::{Frame, Residency, Standing};
 use crate::types::{Lsn, PageKey, Place};
 use hashbrown::HashMap;
 use slab::Slab;
 use smallvec::SmallVec;
+use std::hash::BuildHasher;
 
 /// Blocks between two reads that are read too, to make one of them. With more, the bytes cost what the operations save (see
 /// decision 14).
@@ -61,7 +62,7 @@ pub(super) struct Page {
     pub checkpoint_target: Lsn,
     /// By commits over shards.
     pub hold: Hold,
-    used: bool,
+    pub residency: Residency,
     waiters: SmallVec<[(usize, bool); 2]>,
 }
 
@@ -96,8 +97,10 @@ impl Page {
             && self.waiters.is_empty()
     }
 
-    fn is_idle(&self) -> bool {
-        self.is_unreferenced() && self.frame.as_ref().is_none_or(|f| f.pins() == 0)
+    /// It has other bytes now, or none.
+    pub fn set_frame(&mut self, frame: Option<Frame>) {
+        self.frame = frame;
+        self.residency.frame_changed();
     }
 }
 
@@ -105,13 +108,12 @@ impl Page {
 pub(super) struct Table {
     pub pages: Slab<Page>,
     index: HashMap<PageKey, usize, foldhash::fast::FixedState>,
-    hand: usize,
 }
 
 impl Table {
     pub fn new(seed: u64) -> Self {
         let index = HashMap::with_hasher(foldhash::fast::FixedState::with_seed(seed));
-        Table { pages: Slab::new(), index, hand: 0 }
+        Table { pages: Slab::new(), index }
     }
 
     /// The page's index, if the table has it.
@@ -119,10 +121,18 @@ impl Table {
         self.index.get(&key).copied()
     }
 
-    /// The page's index; a new one is unresolved.
+    /// The page's index, for somebody who reads or changes it; a new one is unresolved.
     pub fn get(&mut self, key: PageKey) -> usize {
         if let Some(idx) = self.find(key) {
-            self.pages[idx].used = true;
+            self.pages[idx].residency.used();
+            return idx;
+        }
+        self.entry(key)
+    }
+
+    /// The same for what is no use of its own: a look at its version, a move, a redo.
+    pub fn entry(&mut self, key: PageKey) -> usize {
+        if let Some(idx) = self.find(key) {
             return idx;
         }
         let idx = self.pages.insert(Page {
@@ -143,33 +153,41 @@ impl Table {
             leaf: None,
             checkpoint_target: Lsn::ZERO,
             hold: Hold::default(),
-            used: true,
+            residency: Residency::default(),
             waiters: SmallVec::new(),
         });
         self.index.insert(key, idx);
         idx
     }
 
-    fn remove(&mut self, idx: usize) {
+    pub fn remove(&mut self, idx: usize) {
         let page = self.pages.remove(idx);
         self.index.remove(&page.key);
     }
 
-    /// Drops one idle page that has memory, by the clock; pages without memory are dropped on the way.
-    fn evict_one(&mut self) -> bool {
-        for _ in 0..self.pages.capacity() * 2 {
-            self.hand = if self.hand + 1 >= self.pages.capacity() { 0 } else { self.hand + 1 };
-            let Some(page) = self.pages.get_mut(self.hand) else { continue };
-            if !page.is_idle() || std::mem::take(&mut page.used) {
-                continue;
-            }
-            let had_memory = page.frame.is_some();
-            self.remove(self.hand);
-            if had_memory {
-                return true;
-            }
+    /// A hash of the key, for the eviction policy.
+    pub fn hash(&self, key: PageKey) -> u64 {
+        self.index.hasher().hash_one(key)
+    }
+
+    /// How page `idx` stands, if `block` holds its bytes.
+    pub fn standing(&self, idx: usize, block: u32) -> Standing {
+        let Some(page) = self.pages.get(idx) else { return Standing::Gone };
+        match &page.frame {
+            Some(frame) if frame.block() == block => match page.is_unreferenced() {
+                false => Standing::Referenced,
+                true if frame.pins() > 0 => Standing::Pinned,
+                true => Standing::Idle,
+            },
+            _ => Standing::Gone,
         }
-        false
+    }
+
+    /// Drops a page with its memory; returns the hash of its key.
+    pub fn evict(&mut self, idx: usize) -> u64 {
+        let key = self.pages[idx].key;
+        self.remove(idx);
+        self.hash(key)
     }
 }
 
@@ -197,33 +215,6 @@ pub(super) struct PageRead {
 }
 
 impl Shard {
-    /// Frees memory until `frames` single frames can be had, besides those that parts of commits have reserved.
-    pub(super) fn ensure_frames(&mut self, frames: u32) -> bool {
-        let frames = frames + self.reserved.frames;
-        while self.arena.free_blocks() < frames {
-            if !self.table.evict_one() && !self.map.evict_one() {
-                return false;
-            }
-        }
-        true
-    }
-
-    /// Drops the entry of a page that has no memory once nothing refers to it: the map says the same of it. Called
-    /// wherever a reference ends, or a store whose clients ask for absent pages would grow without end.
-    pub(super) fn drop_unneeded(&mut self, idx: usize) {
-        let page = &self.table.pages[idx];
-        if page.frame.is_none() && page.is_unreferenced() && !planted!(AbsentKept) {
-            assert!(
-                page.lsn == page.mapped_lsn,
-                "{:?}: the map names {:?}, the newest is {:?}",
-                page.key,
-                page.mapped_lsn,
-                page.lsn
-            );
-            self.table.remove(idx);
-        }
-    }
-
     /// Registers that pending request `waiter` needs page `idx` (resolved; with its data if `data`). Returns true
     /// if it has it already; else the waiter is told later.
     pub(super) fn want(&mut self, idx: usize, data: bool, waiter: usize) -> bool {
@@ -329,7 +320,7 @@ impl Shard {
                 }
                 _ => {
                     page.loading = false;
-                    self.drop_unneeded(idx);
+                    self.reference_ended(idx);
                 }
             }
         }
@@ -378,7 +369,7 @@ impl Shard {
         for idx in std::mem::take(&mut self.reads_wanted) {
             self.table.pages[idx].loading = false;
             self.fail_waiters(idx, error);
-            self.drop_unneeded(idx);
+            self.reference_ended(idx);
         }
         for wanted in std::mem::take(&mut self.nodes_wanted) {
             self.node_arrived(wanted, Err(error.clone()));
@@ -395,7 +386,7 @@ impl Shard {
             if page.frame.is_some() || page.absent || page.entry != Some(read.entry) {
                 // Changed or moved since: these bytes are not its content any more.
                 self.advance_page(read.page);
-                self.drop_unneeded(read.page);
+                self.reference_ended(read.page);
                 continue;
             }
             let result = match &completion.result {
@@ -405,12 +396,12 @@ impl Shard {
             };
             match result {
                 Ok(()) => {
-                    self.table.pages[read.page].frame = Some(frame);
+                    self.table.pages[read.page].set_frame(Some(frame));
                     self.wake_waiters(read.page);
                 }
                 Err(error) => self.fail_waiters(read.page, &error),
             }
-            self.drop_unneeded(read.page);
+            self.reference_ended(read.page);
         }
     }
 
@@ -463,7 +454,7 @@ impl Shard {
                         Ok(()) => self.advance_page(idx),
                         Err(error) => self.fail_waiters(idx, error),
                     }
-                    self.drop_unneeded(idx);
+                    self.reference_ended(idx);
                 }
                 NodeWaiter::Request(waiter) => self.need_met(waiter, result.clone().err()),
                 NodeWaiter::Move => self.node_move_read(result.clone().err()),

@@ -79,8 +79,7 @@ impl Shard {
             return;
         }
         let Ask { reads, changes, owner_logs } = ask;
-        let keys: Vec<_> = reads.iter().map(|(key, _)| *key).chain(changes.iter().map(|(key, _)| *key)).collect();
-        let pages = keys.iter().map(|key| self.table.get(*key)).collect();
+        let pages = self.pages_of(&reads, &changes);
         let (reads_count, patched) = (reads.len(), super::requests::patched(&changes));
         let part = Part { of, commit: Commit { reads, changes, durable: true }, owner_logs, reserved: None };
         self.begin(None, PendingKind::Part(Box::new(part)), pages, |i| i >= reads_count && patched[i - reads_count]);

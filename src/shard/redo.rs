@@ -194,7 +194,7 @@ impl Shard {
         {
             changes.extend(recovering.commits.pop_front().into_iter().flatten());
         }
-        let pages = changes.iter().map(|c| self.table.get(c.key)).collect();
+        let pages = changes.iter().map(|c| self.table.entry(c.key)).collect();
         let data: Vec<bool> = changes.iter().map(|c| c.kind.needs_data()).collect();
         changes.reverse();
         self.begin(None, PendingKind::Redo(changes), pages, |i| data[i]);
@@ -216,7 +216,7 @@ impl Shard {
         loop {
             let PendingKind::Redo(changes) = &mut self.pending[waiter].kind else { unreachable!("only redo") };
             let Some(change) = changes.pop() else { break };
-            let idx = self.table.get(change.key);
+            let idx = self.table.entry(change.key);
             let page = &self.table.pages[idx];
             let needs_data = change.kind.needs_data() && page.lsn < change.lsn;
             if needs_data && !page.absent && page.frame.is_none() {
@@ -245,7 +245,7 @@ impl Shard {
             RedoKind::Image(bytes) => self.set_content(idx, 0, &bytes),
             RedoKind::Patches { over_zeros, patches } => {
                 if over_zeros {
-                    page.frame = None;
+                    page.set_frame(None);
                     page.absent = true;
                 }
                 for (offset, bytes) in patches {
@@ -254,7 +254,7 @@ impl Shard {
             }
             RedoKind::Free if page.absent || planted!(FreeNotRedone) => return,
             RedoKind::Free => {
-                page.frame = None;
+                page.set_frame(None);
                 page.absent = true;
             }
             RedoKind::Placed(entry) => return self.redo_placed(idx, change.lsn, entry),
@@ -265,7 +265,7 @@ impl Shard {
     fn redo_placed(&mut self, idx: usize, lsn: Lsn, entry: Entry) {
         let page = &mut self.table.pages[idx];
         let (key, place) = (page.key, entry.place());
-        page.frame = None;
+        page.set_frame(None);
         page.absent = false;
         page.lsn = lsn;
         page.mapped_lsn = lsn;

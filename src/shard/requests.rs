@@ -122,9 +122,7 @@ impl Shard {
             }
             Request::Commit(commit) if !self.is_local(&commit) => self.begin_cross(token, commit),
             Request::Commit(commit) => {
-                let reads = commit.reads.iter().map(|(key, _)| *key);
-                let keys: Vec<_> = reads.chain(commit.changes.iter().map(|(key, _)| *key)).collect();
-                let pages = keys.iter().map(|key| self.table.get(*key)).collect();
+                let pages = self.pages_of(&commit.reads, &commit.changes);
                 let reads = commit.reads.len();
                 let patched = patched(&commit.changes);
                 self.begin(Some(token), PendingKind::Commit(commit), pages, |i| i >= reads && patched[i - reads]);
@@ -145,6 +143,13 @@ impl Shard {
             }
             Request::Close => self.request_close(token),
         }
+    }
+
+    /// The pages of a commit: those read, then those changed. To have read one was the use, not to say so.
+    pub(super) fn pages_of(&mut self, reads: &[(PageKey, Lsn)], changes: &[(PageKey, Change)]) -> SmallVec<[usize; 2]> {
+        let mut pages: SmallVec<[usize; 2]> = reads.iter().map(|(key, _)| self.table.entry(*key)).collect();
+        pages.extend(changes.iter().map(|(key, _)| self.table.get(*key)));
+        pages
     }
 
     fn admit_request(&self, request: &Request) -> Result<()> {

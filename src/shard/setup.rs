@@ -15,7 +15,7 @@ use crate::log::Log;
 use crate::map::{Extents, Map};
 use crate::metrics::ShardStats;
 use crate::options::Limits;
-use crate::pool::{Arena, Frame};
+use crate::pool::{Arena, Eviction, Frame};
 use crate::types::{Deal, Lsn, Micros, ShardId};
 use hashbrown::HashMap;
 use slab::Slab;
@@ -54,6 +54,7 @@ impl Shard {
             limits: parts.limits,
             order: parts.order,
             now: parts.now,
+            eviction: Eviction::new(parts.arena.blocks()),
             arena: parts.arena,
             table: Table::new(parts.seed),
             map: parts.map,

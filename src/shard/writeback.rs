@@ -245,6 +245,6 @@ impl Shard {
         if clean && let Some(leaf) = page.leaf.take() {
             self.map.unpin(leaf);
         }
-        self.drop_unneeded(idx);
+        self.reference_ended(idx);
     }
 }

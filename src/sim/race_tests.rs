@@ -35,6 +35,8 @@ pub(super) fn overtaken_moves(seed: u64) -> Outcome<u64> {
     let mut options = workload::options(&mut rng);
     options.geometry.vshards_count = options.geometry.vshards_count.max(2);
     (options.fill_percent, options.inline_pages_max) = (70, 0);
+    // All pages are in memory: what moves is the oldest, and to be read first it would come and go one page at a time.
+    options.memory_bytes = 16 << 20;
     let plan = Plan { options: Some(options), profile: Some(profile), shards: shards..=shards, ..quiet(seed) };
     let mut world = World::new(plan);
     let latency = Latency { read: (5, 20), write: (1, 5), flush: (1, 5), block: 300, ..Latency::default() };

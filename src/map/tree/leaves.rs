@@ -30,7 +30,7 @@ impl Map {
         while top.is_present() && from <= last && prefix(from, top.level) == 0 {
             let at = NodeKey { vshard, volume, level, prefix: prefix(from, level) };
             let Some(idx) = self.index.get(&at).copied() else { return NextLeaf::Load(at, child) };
-            self.node_mut(idx).used = true;
+            self.node_mut(idx).residency.used();
             if level == 0 {
                 return NextLeaf::Leaf(from);
             }

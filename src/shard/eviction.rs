@@ -1,0 +1,90 @@
+//! Memory for what is asked for: which pages and map nodes leave it is the policy's choice (see `pool::eviction`).
+//!
+//! Invariants
+//! 1. What has memory and is referenced by nothing is listed with the policy; what has none and is referenced by nothing is
+//!    not in the page table at all. [`Shard::reference_ended`] is called wherever a reference to a page ends.
+//! 2. A search that can't succeed frees nothing, and costs little when it is repeated.
+
+use super::Shard;
+use super::pages::Table;
+use crate::map::Map;
+use crate::pool::{Owner, Residency, Residents, Standing};
+
+/// Blocks in the hands of readers that are looked at again when there is nothing else: about half a millisecond's work. Who
+/// waits for memory looks again a little later, and goes on where this ended.
+const PINNED_LOOKS_MAX: u32 = 4096;
+
+/// Those who have memory.
+struct InMemory<'a> {
+    table: &'a mut Table,
+    map: &'a mut Map,
+}
+
+impl Residents for InMemory<'_> {
+    fn standing(&self, owner: Owner, block: u32) -> Standing {
+        match owner {
+            Owner::Page(idx) => self.table.standing(idx as usize, block),
+            Owner::Node(no) => self.map.standing(no, block),
+        }
+    }
+
+    fn residency(&mut self, owner: Owner) -> &mut Residency {
+        match owner {
+            Owner::Page(idx) => &mut self.table.pages[idx as usize].residency,
+            Owner::Node(no) => self.map.residency(no),
+        }
+    }
+
+    fn evict(&mut self, owner: Owner) -> u64 {
+        match owner {
+            Owner::Page(idx) => self.table.evict(idx as usize),
+            Owner::Node(no) => self.map.evict(no),
+        }
+    }
+}
+
+impl Shard {
+    /// Frees memory until `frames` single frames can be had, besides those that parts of commits have reserved.
+    pub(super) fn ensure_frames(&mut self, frames: u32) -> bool {
+        let frames = frames + self.reserved.frames;
+        let mut free = self.arena.free_blocks();
+        while free < frames {
+            self.map.list_idle(&mut self.eviction);
+            if free + self.eviction.listed() < frames || !self.evict_one() {
+                return false;
+            }
+            free = self.arena.free_blocks();
+        }
+        true
+    }
+
+    fn evict_one(&mut self) -> bool {
+        let mut in_memory = InMemory { table: &mut self.table, map: &mut self.map };
+        self.eviction.evict_one(&mut in_memory, self.now, PINNED_LOOKS_MAX)
+    }
+
+    /// A reference to page `idx` has ended, or what it was loaded for is gone. Without memory it needs no entry once
+    /// nothing refers to it, since the map says the same of it: a store whose clients ask for absent pages would grow
+    /// without end. With memory it may go from now on. The index may be another page's afterwards.
+    pub(super) fn reference_ended(&mut self, idx: usize) {
+        let page = &mut self.table.pages[idx];
+        let Some(frame) = &page.frame else {
+            if page.is_unreferenced() && !planted!(AbsentKept) {
+                let (newest, mapped) = (page.lsn, page.mapped_lsn);
+                assert!(
+                    newest == mapped,
+                    "{:?} is to be forgotten at {newest:?}, but the map has {mapped:?}",
+                    page.key
+                );
+                self.table.remove(idx);
+            }
+            return;
+        };
+        if page.residency.is_listed() || !page.is_unreferenced() {
+            return;
+        }
+        let (block, key) = (frame.block(), page.key);
+        let hash = self.table.hash(key);
+        self.eviction.list(block, Owner::Page(idx as u32), &mut self.table.pages[idx].residency, hash);
+    }
+}
