@@ -17,6 +17,7 @@
 mod arrival;
 #[cfg(any(test, feature = "sim"))]
 mod audit;
+mod emptied;
 mod leaves;
 mod residency;
 
@@ -415,10 +416,11 @@ impl Map {
             let node = self.node_mut(idx);
             node.dirty = false;
             retired.extend(node.place.take());
-            let empty = node.pins == 0 && node.children == 0 && node.frame.iter().all(|b| *b == 0);
+            let empty = self.is_empty(idx);
             let child = if empty {
                 Child::default()
             } else {
+                let node = self.node_mut(idx);
                 let place = alloc(key);
                 let mut copy = arena.alloc(0).expect("the checkpoint was admitted");
                 copy.try_mut().expect("a new frame has no pins").copy_from_slice(&node.frame);
