@@ -18,8 +18,8 @@ use std::time::Duration;
 /// Lines between two heads.
 const HEAD_EVERY: u64 = 20;
 
-const HEAD: &str = "   reads  commits      dev read     dev write   hit   read us      commit us  commits  check-  extents    live\n\
-                    \x20     /s       /s        MiB/s /s      MiB/s /s     %   P50    P99    P50    P99   /flush  points   free/all      %\n";
+const HEAD: &str = "   reads  commits      dev read     dev write   hit   read us      commit us  commits  check-  extents\n\
+                    \x20     /s       /s        MiB/s /s      MiB/s /s     %   P50    P99    P50    P99   /flush  points   free/all\n";
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -91,7 +91,7 @@ fn line(told: &Value, seconds: f64) -> String {
         Some(_) => interval[what][percentile].to_string(),
     };
     format!(
-        "{:>8} {:>8} {:>9.1} {:>6} {:>8.1} {:>6} {:>4} {:>6} {:>6} {:>6} {:>6} {:>8.1} {:>7} {:>5}/{:<6} {:>3.0}",
+        "{:>8} {:>8} {:>9.1} {:>6} {:>8.1} {:>6} {:>4} {:>6} {:>6} {:>6} {:>6} {:>8.1} {:>7} {:>5}/{}",
         rate("page_reads"),
         rate("commits"),
         mib("device_bytes_read"),
@@ -107,6 +107,5 @@ fn line(told: &Value, seconds: f64) -> String {
         count("checkpoints"),
         count("extents_free"),
         count("extents_total"),
-        100.0 * told["live_share"].as_f64().unwrap_or(0.0),
     )
 }

@@ -19,6 +19,12 @@ use smallvec::SmallVec;
 /// Frames left alone by commits, for reads, map nodes and checkpoints.
 const FRAMES_RESERVE: u32 = 16;
 
+/// Of 32 parts of the memory, how many dirty map nodes may take, and with how many a checkpoint is asked for. Under random overwrites
+/// every leaf is dirty before long: a 64th of what is overwritten. Where they all find room here a checkpoint is for the sake of
+/// space or of the log, and pays for many pages; where they don't, nearly every page written costs a leaf.
+const DIRTY_NODES_MAX: u64 = 11;
+const DIRTY_NODES_MANY: u64 = 9;
+
 /// For how long a part that found no space keeps space being made.
 const SPACE_WANTED_US: crate::types::Micros = 100_000;
 
@@ -176,13 +182,12 @@ impl Shard {
         false
     }
 
-    /// Whether memory holds what would be dirty then: pages in a quarter of it, and map nodes in an eighth, of which a
-    /// checkpoint makes copies. One commit goes alone if it must. If not, what is dirty is written.
+    /// Whether memory holds what would be dirty then: pages in a quarter of it, and map nodes in [`DIRTY_NODES_MAX`]. One commit goes alone if it must. If not, what is dirty is written.
     fn dirty_fits(&mut self, changes: u64, first: bool) -> bool {
         let memory = u64::from(self.limits.memory_blocks);
         let alone = first && self.reserved_blocks == 0;
         let pages_fit = alone || self.reserved_blocks + self.reserved.changes + changes <= memory / 4;
-        let nodes_fit = self.map.dirty_count() as u64 <= memory / 8;
+        let nodes_fit = self.map.dirty_count() as u64 <= memory * DIRTY_NODES_MAX / 32;
         if !pages_fit || !nodes_fit {
             self.relieve();
         }
@@ -200,7 +205,7 @@ impl Shard {
 
     /// So many that only a checkpoint should come now, and no more of them.
     pub(super) fn dirty_nodes_are_many(&self) -> bool {
-        self.map.dirty_count() as u32 > self.limits.memory_blocks / 32 * 3
+        self.map.dirty_count() as u64 > u64::from(self.limits.memory_blocks) * DIRTY_NODES_MANY / 32
     }
 
     /// Frames for the new versions, and the map leaves in memory, pinned.

@@ -168,12 +168,13 @@ impl Shard {
         }
     }
 
-    /// Whether the log, or the list of places that were left, has become long enough. Space is [asked for](Self::advance_space)
-    /// elsewhere.
+    /// Whether the log or the list of places that were left has become long enough, or enough nodes are dirty. Checkpoints for the
+    /// sake of space are asked for [there](Self::advance_space).
     fn checkpoint_is_due(&self) -> bool {
         let used = self.log.segments_count() - self.log.free_segments();
         let left_max = self.limits.memory_blocks as usize * LEFT_PER_FRAME_MAX;
-        used > self.log.segments_count() / 2 || (!self.opening && self.extents.left_count() > left_max)
+        let memory_is_used = self.extents.left_count() > left_max || self.dirty_nodes_are_many();
+        used > self.log.segments_count() / 2 || (!self.opening && memory_is_used)
     }
 
     /// The leader begins a checkpoint.

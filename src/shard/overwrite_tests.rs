@@ -205,7 +205,7 @@ fn scaled(scale: u64, memory_bytes: u64) -> Options {
 
 /// What overwriting a volume of `gib` GiB costs, in a store `scale` times smaller in everything.
 fn cost_of(gib: u64, fill_percent: u32, scale: u64) -> Cost {
-    let options = Options { fill_percent, ..scaled(scale, 2 << 30) };
+    let options = Options { fill_percent, ..scaled(scale, 512 << 20) };
     let pages = (gib << 18) / scale;
     let mut volume = Volume::filled(&options, 2, pages);
     volume.overwrite(2 * pages);
@@ -247,8 +247,8 @@ fn a_damaged_page_is_passed_over_once() {
     }
     let stats = volume.stats();
     assert!(stats.checkpoints >= checkpoints + 8 && stats.extents_compacted > 100, "nothing was compacted: {stats:?}");
-    assert_eq!(stats.extents_passed_over, 1, "the damage was not met, or is not remembered");
-    assert_eq!(volume.disk.damaged_reads, 1, "it was read again and again");
+    assert_eq!(volume.disk.damaged_reads, 1, "it was not met, or read again and again");
+    assert_eq!(stats.extents_passed_over, 1);
 
     // Overwritten, it is an extent like any other: nothing is held back for it.
     volume.write(1, |_| victim.page.get());
@@ -264,9 +264,7 @@ fn figures_of_overwriting_by_volume_size() {
     // scale minutes, and 3 GiB of memory. The figures are the same but for 5 %.
     let number = |name: &str, default: u64| std::env::var(name).map_or(default, |v| v.parse().expect("a number"));
     let scale = number("COREPAGE_SCALE", 1);
-    for (gib, fills) in [(1, [70, 70]), (4, [54, 70]), (8, [54, 70])] {
-        for fill_percent in fills {
-            println!("{gib} GiB, fill_percent {fill_percent}: {:.2?}", cost_of(gib, fill_percent, scale));
-        }
+    for (gib, fill_percent) in [(1, 66), (4, 54), (8, 54), (1, 70), (4, 70), (8, 70)] {
+        println!("{gib} GiB, fill_percent {fill_percent}: {:.2?}", cost_of(gib, fill_percent, scale));
     }
 }

@@ -276,7 +276,7 @@ impl Shard {
         let low = ahead / LOW_PART;
         // Dirty nodes leave their places with the next checkpoint.
         let left = self.extents.left_count() + self.map.dirty_count();
-        if (free < low && coming >= low) || self.dirty_nodes_are_many() || (stalled && !moving && left > 0) {
+        if (free < low && coming >= low) || (stalled && !moving && left > 0) {
             self.need_checkpoint();
         }
     }
