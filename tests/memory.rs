@@ -12,8 +12,10 @@ use common::nbd::{BLOCK_STATUS, CACHE, Client, NO_HOLE, READ, TRIM, WRITE, WRITE
 use common::{Served, corepage, scratch};
 
 const MIB: u64 = 1 << 20;
-/// What the process may take beside its memory, as `serve --help` says.
-const CONSTANT: u64 = 32 * MIB;
+/// What the process may take beside its memory, as `serve --help` says: this, and this for each shard.
+const CONSTANT: u64 = 24 * MIB;
+const SHARD_CONSTANT: u64 = 4 * MIB;
+const SHARDS: u64 = 2;
 
 fn status(served: &Served, key: &str) -> u64 {
     let told = std::fs::read_to_string(format!("/proc/{}/status", served.id())).expect("it runs");
@@ -30,10 +32,11 @@ struct Hostile {
 impl Hostile {
     fn start(dir: &std::path::Path, memory: u64) -> Hostile {
         let path = dir.join("s").to_str().expect("UTF-8").to_owned();
-        let (nbd, memory_text) = (format!("unix:{path}"), memory.to_string());
-        let arguments = ["--nbd", &nbd, "--memory", &memory_text, "--volume", "disk", "--size", "1T", "--shards", "2"];
+        let (nbd, memory_text, shards) = (format!("unix:{path}"), memory.to_string(), SHARDS.to_string());
+        let arguments =
+            ["--nbd", &nbd, "--memory", &memory_text, "--volume", "disk", "--size", "1T", "--shards", &shards];
         let served = Served::start_with(&dir.join("store"), &arguments);
-        Hostile { served, path, bound: memory / 10 * 11 + CONSTANT }
+        Hostile { served, path, bound: memory / 10 * 11 + CONSTANT + SHARDS * SHARD_CONSTANT }
     }
 
     fn client(&self) -> Client {
@@ -142,5 +145,7 @@ fn the_smallest_server_takes_no_more_than_its_memory_and_a_constant_either() {
 fn the_constant_is_the_one_that_the_help_states() {
     let help = corepage(&["serve", "--help"]).output().expect("it runs");
     let help = String::from_utf8(help.stdout).expect("UTF-8").split_whitespace().collect::<Vec<_>>().join(" ");
-    assert!(help.contains(&format!("up to {} MiB more", CONSTANT / MIB)), "{help}");
+    let (constant, shard) =
+        (format!("up to {} MiB more", CONSTANT / MIB), format!("{} MiB for each shard", SHARD_CONSTANT / MIB));
+    assert!(help.contains(&constant) && help.contains(&shard), "{help}");
 }

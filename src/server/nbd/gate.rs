@@ -24,6 +24,8 @@ struct State {
     /// Of the memory that all replies share.
     replies_bytes: usize,
     own_is_taken: bool,
+    /// Requests that hold memory for writes.
+    writes: usize,
 }
 
 /// What a request holds.
@@ -65,6 +67,11 @@ impl Gate {
         Pass { gate: self, held: Held::Nothing }
     }
 
+    /// Whether this connection holds memory for writes that others wait for.
+    pub fn keeps_others_waiting(&self) -> bool {
+        self.lock().writes > 0 && self.memory.is_waited_for()
+    }
+
     /// Waits until nothing is in flight.
     pub fn wait_idle(&self) {
         let busy = |state: &mut State| state.requests > 0;
@@ -98,6 +105,7 @@ impl Pass<'_> {
     pub fn take_write(&mut self, bytes: usize) {
         self.give_back();
         self.held = Held::Write(self.gate.memory.take_write(bytes));
+        self.gate.lock().writes += 1;
     }
 
     /// Bytes of a reply's data for which it holds memory.
@@ -120,7 +128,10 @@ impl Pass<'_> {
                 gate.lock().replies_bytes -= bytes;
                 gate.memory.give_reply(bytes);
             }
-            Held::Write(bytes) => gate.memory.give_write(bytes),
+            Held::Write(bytes) => {
+                gate.lock().writes -= 1;
+                gate.memory.give_write(bytes);
+            }
         }
         gate.changed.notify_all();
     }

@@ -11,7 +11,8 @@
 //! 2. Memory for replies may be held for as long as a client does not read. So it is never waited for: a connection that gets
 //!    none of it answers in pieces of `own_bytes`, which no other connection can take.
 //! 3. Memory for writes and other work is waited for in order. It comes back by itself: the store ends what was begun, and
-//!    a client that takes too long for a payload while others wait is cut off.
+//!    while others wait a client is cut off that takes too long for a payload, or takes no replies while writes of its own,
+//!    which are worked on by the same thread, wait for that.
 //!
 //! The threads' stacks, the program itself and what the allocator keeps are not in the budget, but in the constant that
 //! `serve --help` names.

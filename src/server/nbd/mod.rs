@@ -55,7 +55,8 @@ use std::time::Duration;
 pub struct Limits {
     /// Requests in flight on a connection: beyond 64 a fast device gains nothing, and replies only get later.
     pub requests_max: usize,
-    /// How long a client may take for a payload, or for a part of a large one, while others wait for memory: then it is cut off.
+    /// How long a client may take for a payload, or for a part of a large one, or take no replies while it has writes in flight,
+    /// while others wait for memory: then it is cut off.
     /// At half a minute that is 60 KiB a second, with little memory less.
     pub payload_stall: Duration,
     /// From the accepted connection to the end of the handshake, so that silent clients don't use up the connections.

@@ -776,6 +776,37 @@ fn a_client_that_stops_within_a_payload_is_cut_off_once_others_wait_for_its_memo
     assert_eq!(budget.taken(), 0);
 }
 
+/// Writes of a client that reads no replies are stuck behind them: they must not keep the memory that others' writes need.
+#[test]
+fn a_client_that_reads_nothing_is_cut_off_once_others_wait_for_the_memory_of_its_writes() {
+    let (export, budget) = (Memory::new(), little());
+    let limits = Limits { payload_stall: Duration::from_millis(50), ..Limits::default() };
+    let (mut stalled, first) = connect_with(&export, Agreed::default(), never(), limits, &budget);
+    let payload = vec![1; 32 << 10];
+    stalled.write_all(&request(0, 1, 0, 32 << 20)).unwrap();
+    // Until no more of the answer comes: then the socket is full, and whatever it asks for next is stuck.
+    let (mut before, mut same) = (0, 0);
+    while same < 30 {
+        std::thread::sleep(Duration::from_millis(10));
+        let there = rustix::io::ioctl_fionread(&stalled).unwrap();
+        same = if there == before && there > 0 { same + 1 } else { 0 };
+        before = there;
+    }
+    stalled.write_all(&[&request(1, 2, 0, payload.len() as u32)[..], &payload].concat()).unwrap();
+    while budget.taken() < payload.len() {
+        std::thread::yield_now();
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(!first.is_finished(), "it was cut off though nobody waits");
+    let (mut other, second) = connect_with(&export, Agreed::default(), never(), limits, &budget);
+    other.write_all(&[&request(1, 1, 0, payload.len() as u32)[..], &payload].concat()).unwrap();
+    assert_eq!(next_reply(&mut other), (1, 0));
+    let _ = first.join().unwrap();
+    drop((stalled, other));
+    second.join().unwrap().unwrap();
+    assert_eq!(budget.taken(), 0);
+}
+
 // --- a busy store ---
 
 /// A file system on a block device that says EIO is read-only from then on: being busy for longer than some limit is no error.

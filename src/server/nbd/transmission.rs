@@ -35,6 +35,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+use tracing::debug;
 
 /// Extents of one answer: 64 KiB of it, and enough for 16 MiB of a volume in which every other page is stored.
 const EXTENTS_MAX: usize = 8192;
@@ -96,8 +97,9 @@ pub fn serve<E: Export>(
         ready: Mutex::default(),
         turn: async_lock::Mutex::new(()),
     };
-    // So that a client which stops in the middle of a payload is noticed.
+    // So that a client is noticed which stops in the middle of a payload, or takes no replies while its writes wait for that.
     socket.set_read_timeout(Some(limits.payload_stall))?;
+    socket.set_write_timeout(Some(limits.payload_stall))?;
     let (executor, done) = (Executor::new(), Event::new());
     let finished = done.listen();
     let (ended, stops) = (connection.ended.clone(), stopping.clone());
@@ -369,11 +371,20 @@ impl<'a, E: Export> Connection<'a, E> {
             let written = match socket.write_vectored(bytes) {
                 Ok(0) => Err(io::ErrorKind::WriteZero.into()),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(0),
+                Err(e)
+                    if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
+                        && !self.gate.keeps_others_waiting() =>
+                {
+                    Ok(0)
+                }
                 other => other,
             };
             match written {
                 Ok(count) => IoSlice::advance_slices(&mut bytes, count),
-                Err(_) => self.hang_up(),
+                Err(error) => {
+                    debug!(%error, "the client is gone, or takes no replies and keeps memory that others wait for");
+                    self.hang_up();
+                }
             }
         }
     }
