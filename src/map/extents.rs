@@ -3,9 +3,11 @@
 //! ```text
 //! Free --open--> Open(stream) --full-----------> Closing --summary written--> Closed --nothing live--> Free
 //! Free, Closed --named by the log--> Adopting --end of redo--> Closing, Closed
+//! Closed --opening: not full--> Open(stream)
 //! ```
 //! Invariants
 //! 1. Places are handed out front to back within an extent, once; an extent is filled again only after `Free`.
+//!    An opening goes on with one that is not full, behind what its summary lists.
 //! 2. `live` = places of the extent that the map in memory names, or that an older durable root or a log record
 //!    may still name. `assigned` = places handed out and not yet named. An extent is free only when both are zero.
 //! 3. `excluded` = the part of `live` that the roots of the checkpoint under way do *not* name: named since the
@@ -25,6 +27,7 @@
 
 mod adoption;
 mod dead;
+mod refill;
 mod victims;
 
 use super::foreign::Foreign;

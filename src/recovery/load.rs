@@ -1,6 +1,6 @@
 //! Reading what a store is: superblock, roots, extent table. Each is checked, and named if it is damaged.
 
-use super::read::read_bytes;
+use super::read::{Range, read_bytes, read_ranges};
 use crate::disk::{Disk, FileId};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::FORMAT_VERSION;
@@ -9,7 +9,7 @@ use crate::format::node::Child;
 use crate::format::root::{self, VOLUMES_MAX};
 use crate::format::superblock::{Refusal, RootVersion, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock};
 use crate::pool::Arena;
-use crate::types::{BLOCK, VShard};
+use crate::types::VShard;
 
 /// What the superblock names.
 pub(crate) struct Loaded {
@@ -128,23 +128,30 @@ fn no_superblock(what: &str, warnings: &[String], failed: Option<Error>) -> Erro
 
 /// Reads the roots and the extent table that the superblock names.
 pub(crate) fn load(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblock) -> Result<Loaded> {
-    let count = superblock.geometry.vshards_count;
-    let mut roots = Vec::with_capacity(count as usize);
-    for i in 0..count as u16 {
-        roots.push(load_root(disk, arena, superblock, VShard::new(i))?);
-    }
+    let (store_id, checkpoint) = (superblock.store_id, superblock.checkpoint);
+    let block = |file, offset| Range { file, offset, blocks: 1 };
+    let vshards = (0..superblock.geometry.vshards_count as u16).map(VShard::new);
+    let root_ranges = vshards.map(|vshard| block(FileId::Meta, root_offset(superblock, vshard)));
+    let mut roots = Vec::with_capacity(superblock.geometry.vshards_count as usize);
+    read_ranges(disk, arena, root_ranges, |i, bytes| {
+        roots.push(root(superblock, VShard::new(i as u16), bytes)?);
+        Ok(())
+    })?;
+    let table_blocks = superblock.extents_count.div_ceil(TABLE_ROWS);
+    let table_ranges = (0..table_blocks).map(|index| block(FileId::Table, table_offset(index, checkpoint)));
     let (mut table, mut sums) = (Vec::new(), Vec::new());
-    for index in 0..superblock.extents_count.div_ceil(TABLE_ROWS) {
-        let offset = table_offset(index, superblock.checkpoint);
-        let bytes = read_bytes(disk, arena, FileId::Table, offset, BLOCK)?;
-        let (rows, sum) = decode_table(superblock.store_id, index, superblock.checkpoint, &bytes).map_err(|what| {
+    read_ranges(disk, arena, table_ranges, |i, bytes| {
+        let index = i as u32;
+        let (rows, sum) = decode_table(store_id, index, checkpoint, bytes).map_err(|what| {
+            let offset = table_offset(index, checkpoint);
             Error::corrupt(format_args!("block {index} of the extent table (byte {offset} of file extents) {what}"))
         })?;
         table.extend(rows);
         sums.push(sum);
-    }
+        Ok(())
+    })?;
     if table_crc(sums) != superblock.table_crc && !planted!(NamedSumIgnored) {
-        let from = table_offset(0, superblock.checkpoint);
+        let from = table_offset(0, checkpoint);
         return Err(Error::corrupt(format_args!(
             "the extent table (every second block of file extents, from byte {from} on) is another one than the superblock \
              names, of the same checkpoint: a write was lost"
@@ -153,18 +160,16 @@ pub(crate) fn load(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblo
     Ok(Loaded { roots, table })
 }
 
-fn load_root(
-    disk: &mut dyn Disk,
-    arena: &mut Arena,
-    superblock: &Superblock,
-    vshard: VShard,
-) -> Result<(Box<[Child; VOLUMES_MAX]>, RootVersion)> {
-    let root = superblock.vshards[vshard.index()].root;
-    let offset = root::offset(vshard, root.generation, superblock.geometry.vshards_count);
-    let bytes = read_bytes(disk, arena, FileId::Meta, offset, BLOCK)?;
-    let (_, children) = root::decode_named(superblock, vshard, &bytes).map_err(|what| {
-        let number = vshard.get();
+fn root_offset(superblock: &Superblock, vshard: VShard) -> u64 {
+    let generation = superblock.vshards[vshard.index()].root.generation;
+    root::offset(vshard, generation, superblock.geometry.vshards_count)
+}
+
+/// The root of a virtual shard, in `bytes`.
+fn root(superblock: &Superblock, vshard: VShard, bytes: &[u8]) -> Result<(Box<[Child; VOLUMES_MAX]>, RootVersion)> {
+    let (_, children) = root::decode_named(superblock, vshard, bytes).map_err(|what| {
+        let (number, offset) = (vshard.get(), root_offset(superblock, vshard));
         Error::corrupt(format_args!("the root of virtual shard {number} (byte {offset} of the meta file) {what}"))
     })?;
-    Ok((children, root))
+    Ok((children, superblock.vshards[vshard.index()].root))
 }

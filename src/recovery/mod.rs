@@ -42,7 +42,8 @@ use crate::map::{Extents, Map};
 use crate::options::{Geometry, Limits, Options};
 use crate::pool::Arena;
 use crate::shard::{LSN_AHEAD_MAX, NewEpoch, Recovering, Setup, Shard};
-use crate::types::{BLOCK, Deal, Lsn, Micros, SegmentNo, ShardId};
+use crate::types::{BLOCK, Deal, ExtentNo, Lsn, Micros, Place, SegmentNo, ShardId};
+use read::{Range, read_ranges};
 use scan::neighbours_together;
 use std::sync::Arc;
 
@@ -67,7 +68,7 @@ pub struct RecoveryReport {
     pub commits_dropped: u64,
     /// The epoch that begins.
     pub epoch: u64,
-    /// Superblock copies that could not be used, each with the reason.
+    /// Superblock copies that could not be used, and extents that can't be filled on, each with the reason.
     pub warnings: Vec<String>,
 }
 
@@ -162,7 +163,8 @@ pub(crate) fn begin(
     let order = Arc::new(GlobalOrder::new(new_epoch.first_lsn, usize::from(shards_count)));
     let whole = Whole { deal, limits, superblock, loaded, scan, new_epoch, order: order.clone(), seed, now };
     whole.check_length(disk)?;
-    let shards = deal.shards().map(|id| whole.shard(disk, &mut arena, id, report.cut)).collect::<Result<_>>()?;
+    let mut shard = |id| whole.shard(disk, &mut arena, id, &mut report);
+    let shards = deal.shards().map(&mut shard).collect::<Result<_>>()?;
     Ok(Opening { shards, report, order })
 }
 
@@ -199,7 +201,13 @@ impl Whole {
     }
 
     /// One shard, with memory of its own.
-    fn shard(&self, disk: &mut dyn Disk, read_arena: &mut Arena, id: ShardId, cut: Lsn) -> Result<Shard> {
+    fn shard(
+        &self,
+        disk: &mut dyn Disk,
+        read_arena: &mut Arena,
+        id: ShardId,
+        report: &mut RecoveryReport,
+    ) -> Result<Shard> {
         let geometry = &self.limits.geometry;
         let shards_count = u32::from(self.deal.shards_count());
         let mut arena = Arena::new(self.limits.memory_blocks)?;
@@ -212,6 +220,7 @@ impl Whole {
             |no| no.get() % shards_count == u32::from(id.get()),
         );
         reserve_named(disk, read_arena, &self.superblock, &self.scan, &mut extents)?;
+        report.warnings.extend(refill(disk, read_arena, &self.superblock, &mut extents));
         let chunks = log_chunks(&mut arena, &self.limits)?;
         let superblock_frames: Option<Vec<_>> = (0..SUPERBLOCK_BYTES / BLOCK).map(|_| arena.alloc(0)).collect();
         let superblock_frames = superblock_frames.ok_or_else(|| Error::invalid("memory_bytes is too small"))?;
@@ -232,7 +241,7 @@ impl Whole {
             superblock: self.superblock.clone(),
             superblock_frames,
             recovering,
-            cut,
+            cut: report.cut,
             new_epoch: (id == ShardId::LEADER).then_some(self.new_epoch),
             seed,
             now: self.now,
@@ -261,6 +270,38 @@ fn reserve_named(
         extents.restore_items(place.extent, items);
     }
     Ok(())
+}
+
+/// Summaries that are read to find extents which are not full, for each shard: a few more than it has streams.
+const REFILL_LOOKS: usize = 8;
+
+/// Finds the extents that were being filled when the store was last in use, and goes on with them. One whose summary can't be
+/// read is left alone; that is returned, in words.
+fn refill(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblock, extents: &mut Extents) -> Option<String> {
+    let looks = extents.maybe_unfilled(REFILL_LOOKS);
+    let offset = |place: Place| place.offset(superblock.geometry.extent_bytes);
+    let blocks = (extents.summary_bytes() / BLOCK) as u64;
+    let range = |(_, place, _): &(ExtentNo, Place, u32)| Range { file: FileId::Data, offset: offset(*place), blocks };
+    let mut summaries = vec![Vec::new(); looks.len()];
+    let read = read_ranges(disk, arena, looks.iter().map(range), |index, bytes| {
+        summaries[index].extend_from_slice(bytes);
+        Ok(())
+    });
+    if let Err(error) = read {
+        return Some(format!("no extent is filled on, since a summary can't be read: {error}"));
+    }
+    let mut warning = None;
+    for ((no, place, crc), bytes) in looks.into_iter().zip(&summaries) {
+        match decode_summary(superblock.store_id, no, crc, bytes) {
+            Ok(items) => extents.refill(no, items),
+            Err(what) => {
+                let (no, offset) = (no.get(), offset(place));
+                warning =
+                    Some(format!("extent {no} is not filled on: its summary (byte {offset} of file data) {what}"));
+            }
+        }
+    }
+    warning
 }
 
 /// The buffers in which log groups gather: enough for all that can be in flight, and one commit of the largest size.

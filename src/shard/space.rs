@@ -249,6 +249,9 @@ impl Shard {
         if self.failed.is_some() || self.closing.is_some() || self.space.growing {
             return;
         }
+        if self.opening {
+            return self.space_for_opening();
+        }
         // Beyond what commits may not use.
         let extent = u64::from(self.extents.data_blocks());
         let ahead = (self.spare_blocks() / AHEAD_PART).max(AHEAD_EXTENTS_MIN * extent);
@@ -256,14 +259,7 @@ impl Shard {
         if free >= ahead {
             return;
         }
-        if (self.wants_growth() && self.grow(0)) || (self.recovering.is_some() && self.grow(BEYOND_EXTENTS)) {
-            return;
-        }
-        if self.opening {
-            // Opening has an end: places that redo has left are retired if they are needed, and nothing is moved.
-            if self.recovering.is_some() && self.free_blocks() < ahead / 2 && self.extents.left_count() > 0 {
-                self.need_checkpoint();
-            }
+        if self.wants_growth() && self.grow(0) {
             return;
         }
         let coming = self.extents.coming();
@@ -277,6 +273,19 @@ impl Shard {
         // Dirty nodes leave their places with the next checkpoint.
         let left = self.extents.left_count() + self.map.dirty_count();
         if (free < low && coming >= low) || (stalled && !moving && left > 0) {
+            self.need_checkpoint();
+        }
+    }
+
+    /// While the store is opened there is to be as much space as its redo needs, and no more: a store that is killed again and again
+    /// would else grow with each life. Opening has an end: if the space can't grow, places that redo has left are retired,
+    /// and nothing is moved.
+    fn space_for_opening(&mut self) {
+        let reserve = FREES_RESERVE_EXTENTS * u64::from(self.extents.data_blocks());
+        if self.recovering.is_none() || self.free_blocks() >= self.owed_blocks() + reserve {
+            return;
+        }
+        if !self.grow(BEYOND_EXTENTS) && self.extents.left_count() > 0 {
             self.need_checkpoint();
         }
     }
