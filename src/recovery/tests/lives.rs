@@ -9,8 +9,11 @@ enum End {
     Close,
 }
 
+/// How the life with this number ends.
+type EndOf = fn(usize) -> End;
+
 /// The lengths of the data file at the end of each life, in extents. `pages`: of the one commit of a life.
-fn lives(count: usize, shards_count: u16, pages: u64, end: impl Fn(usize) -> End) -> Vec<u64> {
+fn lives(count: usize, shards_count: u16, pages: u64, end: EndOf) -> Vec<u64> {
     let mut rng = Rng::new(u64::from(shards_count) * pages);
     let (mut disk, mut lens) = (SimDisk::new(1), Vec::new());
     let mut model = std::collections::BTreeMap::new();
@@ -39,7 +42,7 @@ fn lives(count: usize, shards_count: u16, pages: u64, end: impl Fn(usize) -> End
 /// holds the same few pages all the time.
 #[test]
 fn short_lives_give_back_what_they_took() {
-    let closes: [(&str, fn(usize) -> End); 3] = [
+    let closes: [(&str, EndOf); 3] = [
         ("killed", |_| End::Kill),
         ("closed", |_| End::Close),
         ("closed now and then", |life| if life % 3 == 0 { End::Close } else { End::Kill }),
