@@ -16,9 +16,7 @@ use crate::types::{Deal, Micros, PageId, PageKey, ShardId, VolumeId};
 use smallvec::SmallVec;
 use std::collections::BTreeMap;
 
-/// Whether it is wrong to refuse a request as `Busy` when clients hold few pages.
-const BUSY_NEEDS_PINS: bool = false;
-/// Fewer than one frame in so many is few.
+/// Clients hold few pages if these are fewer than one in so many frames of one shard: no reason to refuse anybody.
 const HELD_MANY: u64 = 20;
 /// How long a request may take without errors of the device, if no shard is slow.
 const PATIENCE_US: Micros = 60_000_000;
@@ -180,12 +178,10 @@ impl World {
         }
         if reply.as_ref().is_err_and(|error| error.kind() == ErrorKind::Busy) {
             let rare = &mut self.tally.rare;
-            let few = self.held.len() as u64 * HELD_MANY < self.cluster.as_ref().map_or(0, Cluster::frames);
+            let cluster = self.cluster.as_ref().expect("the store is open");
+            let frames = cluster.frames() / u64::from(cluster.deal().shards_count());
+            let few = self.held.len() as u64 * HELD_MANY < frames;
             *if few { &mut rare.busy_without_pins } else { &mut rare.busy_by_pins } += 1;
-            if few && BUSY_NEEDS_PINS {
-                let held = self.held.len();
-                return Err(format!("{token:?} is refused though clients hold {held} pages only: {reply:?}"));
-            }
         }
         if let Ok(Response::Pages(pages)) = reply {
             for (key, page) in asked_for.into_iter().zip(pages) {

@@ -128,6 +128,23 @@ impl Strain {
         }
     }
 
+    /// What it is, for the message about a run that failed; nothing without strain.
+    pub fn describe(&self, options: &Options) -> String {
+        let Strain { large, holding, slow_reads, pins_percent, .. } = self;
+        if self.is_none() {
+            return String::new();
+        }
+        let (memory, vshards) = (options.memory_bytes >> 20, options.geometry.vshards_count);
+        format!(
+            "\nstrained: large {large:?}, {memory} MiB a shard, {vshards} virtual shards, {pins_percent} % held, slow reads \
+             {slow_reads:?}, {holding:?}"
+        )
+    }
+
+    fn is_none(&self) -> bool {
+        self.large.is_none() && self.keep_percent == 0
+    }
+
     /// The options of a run under this strain.
     pub fn options(&self, mut options: Options, chance: &mut Rng) -> Options {
         let Some((layout, _)) = self.large else { return options };

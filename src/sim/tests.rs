@@ -18,6 +18,11 @@ pub(super) fn quiet(seed: u64) -> Plan {
 /// Most shards of a store in these tests.
 pub(super) const SHARDS_MAX: u16 = 4;
 
+/// A strained seed, whatever share of the ordinary ones is.
+pub(super) fn strained(seed: u64) -> Plan {
+    Plan { strain_percent: 100, ..plan(seed) }
+}
+
 /// Of a hundred seeds of the ordinary runs, how many are strained; `COREPAGE_STRAIN=n` says otherwise.
 const STRAINED_PERCENT: u64 = 0;
 

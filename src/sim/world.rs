@@ -86,6 +86,7 @@ pub fn run(plan: &Plan) -> std::result::Result<Tally, Failure> {
             format!("panic: {}", text.unwrap_or_default())
         }
     };
+    let why = why + &world.strain.describe(&world.options);
     let failure = Failure { seed: plan.seed, life: world.life, requests: world.tally.requests, why };
     // What a panic left half done is not to be touched by destructors that assert.
     std::mem::forget(world);
