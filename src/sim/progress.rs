@@ -12,8 +12,9 @@
 use crate::shard::observe::Counts;
 
 /// Turns in a row in which nothing arrives and nothing leaves, each due at once after the other, before a shard is said to spin.
-/// A checkpoint looks at 16 virtual shards a turn, of up to 512, of which many may have nothing to write.
-const FOR_NOTHING_MAX: u32 = 40;
+/// A checkpoint looks at 16 virtual shards a turn, of up to 512, of which many may have nothing to write; and of a read that
+/// finds no memory one page or map node is given up a turn, of up to 64 and their leaves, before there is an answer.
+const FOR_NOTHING_MAX: u32 = 200;
 /// Pages that the table may hold for what is under way and is no request: moves, reads ahead, the redo.
 const PAGES_SPARE: u64 = 256;
 
