@@ -343,7 +343,12 @@ impl Extents {
 
     /// Bytes of a summary.
     pub(crate) fn summary_bytes(&self) -> usize {
-        summary_blocks(self.extent_blocks) as usize * BLOCK
+        self.summary_blocks() as usize * BLOCK
+    }
+
+    /// Blocks of a summary.
+    pub(crate) fn summary_blocks(&self) -> u32 {
+        summary_blocks(self.extent_blocks)
     }
 
     /// Sum of the summary of a closed extent.

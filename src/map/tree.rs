@@ -19,6 +19,7 @@ mod arrival;
 mod audit;
 mod emptied;
 mod leaves;
+mod paths;
 mod residency;
 
 pub(crate) use leaves::NextLeaf;
@@ -78,7 +79,7 @@ pub(crate) enum Lookup {
 pub(crate) struct NodeWrite {
     /// Where to.
     pub place: Place,
-    /// A copy, fixed.
+    /// Its bytes, fixed by a pin: until it is dropped the node is not changed.
     pub frame: FrameRef,
     /// The node, pinned: until it is written its place holds other bytes, and it must not be read from there.
     pub node: NodeIdx,
@@ -256,29 +257,6 @@ impl Map {
         node
     }
 
-    /// Nodes from the leaf of `key` to the root, which a change may dirty.
-    pub(crate) fn path_len(&self, key: PageKey) -> u64 {
-        let (vshard, dense) = self.position(key);
-        let mut top = self.top(vshard, key.volume).level;
-        while prefix(dense, top) != 0 {
-            top += 1;
-        }
-        u64::from(top) + 1
-    }
-
-    /// Nodes that [`pin`](Self::pin) would have to create for `key`: frames that the arena must have.
-    pub(crate) fn missing_nodes(&self, key: PageKey) -> u32 {
-        let (vshard, dense) = self.position(key);
-        let mut top = self.top(vshard, key.volume).level;
-        while prefix(dense, top) != 0 {
-            top += 1;
-        }
-        let at = |level| NodeKey { vshard, volume: key.volume, level, prefix: prefix(dense, level) };
-        let path = (0..=top).take_while(|level| !self.index.contains_key(&at(*level))).count() as u32;
-        // A tree that grows gets its new tops above the old one too.
-        path + u32::from(top - self.top(vshard, key.volume).level)
-    }
-
     /// Pins the parent of a node that is about to be read, so that it is still there when the node arrives.
     /// `None`: the root block names the node. That is no pin: the tree may have another top when the node arrives.
     pub(crate) fn pin_parent(&mut self, key: NodeKey) -> Option<NodeIdx> {
@@ -348,14 +326,19 @@ impl Map {
         self.note_idle(idx);
     }
 
-    /// Sets the entry of `key` in its pinned leaf; returns the one before.
+    /// Whether the node is on its way to the device by a checkpoint: until then it must not be changed.
+    pub(crate) fn is_being_written(&self, idx: NodeIdx) -> bool {
+        self.node(idx).frame.pins() > 0
+    }
+
+    /// Sets the entry of `key` in its pinned leaf, which is not being written; returns the one before.
     pub(crate) fn set(&mut self, leaf: NodeIdx, key: PageKey, entry: Option<Entry>) -> Option<Entry> {
         let (vshard, dense) = self.position(key);
         let node = self.node_mut(leaf);
         assert!(node.pins > 0 && node.key.vshard == vshard && node.key.prefix == prefix(dense, 0));
         let slot = slot_in(dense, 0);
         let before = present(node::entry(&node.frame, slot));
-        let bytes = node.frame.try_mut().expect("nodes are never pinned by I/O");
+        let bytes = node.frame.try_mut().expect("a leaf that is being written is not changed");
         put(bytes, slot * size_of::<Entry>(), &entry.unwrap_or_default());
         self.mark_dirty(leaf);
         before
@@ -392,18 +375,18 @@ impl Map {
         self.roots[vshard.index()].dirty
     }
 
-    /// Dirty nodes of `vshard`: frames and blocks that [`capture`](Self::capture) needs.
+    /// Dirty nodes of `vshard`: blocks that [`capture`](Self::capture) needs.
     pub(crate) fn dirty_in(&self, vshard: VShard) -> usize {
         self.roots[vshard.index()].dirty_nodes.len()
     }
 
     /// Fixes the state of one virtual shard for a checkpoint: gives each dirty node a new place, bottom up, and
-    /// returns the copies to be written, their nodes pinned; the places that they leave go to `retired`. Afterwards nothing of the
-    /// virtual shard is dirty and its root's generation is one higher.
+    /// returns what is to be written, the nodes pinned; the places that they leave go to `retired`. Afterwards nothing of the
+    /// virtual shard is dirty and its root's generation is one higher. It takes no memory, however many nodes there are: their own
+    /// bytes are written, and they are not changed meanwhile (`is_being_written`).
     pub(crate) fn capture(
         &mut self,
         vshard: VShard,
-        arena: &mut Arena,
         mut alloc: impl FnMut(NodeKey) -> Place,
         retired: &mut Vec<Place>,
     ) -> Vec<NodeWrite> {
@@ -422,12 +405,10 @@ impl Map {
             } else {
                 let node = self.node_mut(idx);
                 let place = alloc(key);
-                let mut copy = arena.alloc(0).expect("the checkpoint was admitted");
-                copy.try_mut().expect("a new frame has no pins").copy_from_slice(&node.frame);
                 node.place = Some(place);
-                let crc = crc32c(&copy);
+                let crc = crc32c(&node.frame);
                 node.pins += 1;
-                writes.push(NodeWrite { place, frame: copy.pin(), node: idx });
+                writes.push(NodeWrite { place, frame: node.frame.pin(), node: idx });
                 Child::at(place, crc, level)
             };
             self.set_child(key, child);
@@ -447,7 +428,7 @@ impl Map {
             Some(parent) => {
                 let node = self.node_mut(parent);
                 assert!(node.dirty, "the parent of a dirty node is dirty");
-                let bytes = node.frame.try_mut().expect("nodes are never pinned by I/O");
+                let bytes = node.frame.try_mut().expect("children are captured before their parent is");
                 put(bytes, slot_of(key) * size_of::<Child>(), &child);
             }
             None => self.roots[key.vshard.index()].children[volume] = child,

@@ -170,7 +170,7 @@ impl Store {
             Place::unpack(*next)
         };
         let generation = self.map.root(vshard).version.generation;
-        let writes = self.map.capture(vshard, &mut self.arena, place, &mut retired);
+        let writes = self.map.capture(vshard, place, &mut retired);
         assert!(writes.len() <= dirty && self.map.dirty_in(vshard) == 0 && !self.map.is_dirty(vshard));
         assert_eq!(self.map.root(vshard).version.generation, generation + 1);
         for place in retired {

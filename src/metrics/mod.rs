@@ -69,6 +69,8 @@ macro_rules! stats {
 
 stats! {
     sum {
+    /// Page versions that had to wait for the write of their map leaf by a checkpoint.
+    pub settles_delayed: u64,
     /// Commits applied.
     pub commits: u64,
     /// Pages read by callers.

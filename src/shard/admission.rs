@@ -7,11 +7,11 @@
 
 use super::commits::LSN_AHEAD_MAX;
 use super::part::Reserved;
-use super::requests::PendingKind;
-use super::{Change, Commit, NodeWaiter, Shard};
+use super::{Change, Commit, Lack, NodeWaiter, Shard, Step};
 use crate::error::{Error, ErrorKind};
+use crate::format::extent::NodeKey;
 use crate::format::group::{HEAD_BYTES, RawChange, RawParts, RawRecord, RawSlot};
-use crate::format::node::LEAF_ENTRIES;
+use crate::format::node::{Child, LEAF_ENTRIES};
 use crate::map::{Lookup, Map};
 use crate::types::{BLOCK, Lsn};
 use smallvec::SmallVec;
@@ -24,6 +24,11 @@ const FRAMES_RESERVE: u32 = 16;
 /// space or of the log, and pays for many pages; where they don't, nearly every page written costs a leaf.
 const DIRTY_NODES_MAX: u64 = 11;
 const DIRTY_NODES_MANY: u64 = 9;
+
+/// A commit may need this part of the memory. Others under way hold a quarter, and readers are told `Busy` before they hold the rest.
+const COMMIT_SHARE: u32 = 2;
+/// How often a commit gives back the leaves that it has pinned, when another one has left memory.
+const YIELDS_MAX: u8 = 3;
 
 /// For how long a part that found no space keeps space being made.
 const SPACE_WANTED_US: crate::types::Micros = 100_000;
@@ -97,22 +102,28 @@ impl Shard {
         let group_is_new = self.log.open.is_empty() && first;
         let too_long = body > self.limits.group_blocks && !group_is_new;
         let blocks = body + self.inline_blocks(self.log.open.slots.len() + need.slots);
-        if self.log.open.runs_full() || self.drawn_far_ahead() || too_long {
+        if self.drawn_far_ahead(Step::Commit) || self.log.open.runs_full() || too_long {
             self.log.open.urgent |= !self.log.open.is_empty();
+            self.blocked.register(Step::Commit, Lack::LogRoom);
             return Admission::Stalled;
         }
         if !self.log_fits(blocks, body, None) {
+            self.blocked.register(Step::Commit, Lack::LogRoom);
             return Admission::Stalled;
         }
         if !self.dirty_fits(need.changes, first) {
+            self.blocked.register(Step::Commit, Lack::WriteBack);
             return Admission::Stalled;
         }
         match self.admit_space(&need) {
             Ok(true) => {}
-            Ok(false) => return Admission::Stalled,
+            Ok(false) => {
+                self.blocked.register(Step::Commit, Lack::Space);
+                return Admission::Stalled;
+            }
             Err(error) => return Admission::No(error),
         }
-        self.admit_memory(waiter, need.frames)
+        self.admit_memory(waiter, need.frames, Step::Commit)
     }
 
     /// Whether a part of a commit over shards may be voted for: what it needs must be there whenever it is decided, in
@@ -138,7 +149,7 @@ impl Shard {
             }
             Err(error) => return Admission::No(error),
         }
-        self.admit_memory(waiter, need.frames)
+        self.admit_memory(waiter, need.frames, Step::Vote)
     }
 
     /// What a part keeps from others until it is decided.
@@ -159,8 +170,16 @@ impl Shard {
         self.limits.inline_pages_max.min(slots) as u32
     }
 
-    pub(super) fn drawn_far_ahead(&self) -> bool {
-        self.order.next().get() - self.order.watermark().get() > LSN_AHEAD_MAX / 2
+    /// Whether so much is drawn above the watermark that `step` has to wait for it.
+    pub(super) fn drawn_far_ahead(&mut self, step: Step) -> bool {
+        let lowest = Lsn::new(self.order.next().get().saturating_sub(LSN_AHEAD_MAX / 2));
+        if self.order.watermark() >= lowest {
+            return false;
+        }
+        // Shards that hold it back are nudged.
+        self.waits.wanted = self.waits.wanted.max(lowest);
+        self.blocked.wait_for_watermark(step, lowest);
+        true
     }
 
     /// Whether the log has room and buffers for an open group of `blocks` (of which `body` without inline pages) and all
@@ -209,20 +228,22 @@ impl Shard {
     }
 
     /// Frames for the new versions, and the map leaves in memory, pinned.
-    fn admit_memory(&mut self, waiter: usize, frames: u32) -> Admission {
-        let changed: SmallVec<[usize; 4]> = self.changed_pages(waiter);
-        let nodes: u32 = changed
-            .iter()
-            .map(|idx| &self.table.pages[*idx])
-            .filter(|page| page.leaf.is_none())
-            .map(|page| self.map.missing_nodes(page.key))
-            .sum();
-        if !self.ensure_frames(frames + nodes + FRAMES_RESERVE) {
-            self.relieve();
-            self.memory_short = true;
-            return Admission::Stalled;
+    fn admit_memory(&mut self, waiter: usize, frames: u32, step: Step) -> Admission {
+        let changed = self.pages_to_pin(waiter);
+        let missing = |idx: &usize| self.map.missing_nodes(self.table.pages[*idx].key);
+        let nodes: u32 = changed.iter().map(missing).sum();
+        if !self.ensure_frames(frames + nodes + FRAMES_RESERVE, step) {
+            let (all, missing) = self.map.nodes_for(changed.iter().map(|idx| self.table.pages[*idx].key));
+            if let Some(error) = self.too_large(waiter, all) {
+                return Admission::No(error);
+            }
+            // Pages may share nodes.
+            if missing == nodes || !self.ensure_frames(frames + missing + FRAMES_RESERVE, step) {
+                self.relieve();
+                return Admission::Stalled;
+            }
         }
-        for idx in changed {
+        for (i, idx) in changed.iter().copied().enumerate() {
             let page = &self.table.pages[idx];
             if page.leaf.is_some() {
                 continue;
@@ -232,22 +253,87 @@ impl Shard {
                     let leaf = self.map.pin(page.key, &mut self.arena);
                     self.table.pages[idx].leaf = Some(leaf);
                 }
-                Lookup::Load(key, child) => {
-                    self.need_more(waiter);
-                    self.want_node(key, child, NodeWaiter::Request(waiter));
-                    return Admission::Waiting;
-                }
+                Lookup::Load(key, child) => return self.wait_for_leaf(waiter, &changed, i, step, (key, child)),
             }
         }
         Admission::Yes
     }
 
+    /// Changed pages whose leaf is to be pinned. To free a page that is absent changes nothing, unless an earlier commit of the turn
+    /// writes it: then its leaf is pinned.
+    fn pages_to_pin(&self, waiter: usize) -> SmallVec<[usize; 4]> {
+        let mut changed = self.changed_pages(waiter);
+        if let Some(commit) = self.pending[waiter].commit() {
+            let mut changes = commit.changes.iter();
+            changed.retain(|idx| {
+                let frees = matches!(changes.next(), Some((_, Change::Free)));
+                !(frees && self.table.pages[*idx].absent)
+            });
+        }
+        changed.retain(|idx| self.table.pages[*idx].leaf.is_none());
+        changed
+    }
+
+    /// A node above the leaf of page `at` of `changed` has left memory. Those before it are pinned: they are given back, unless this
+    /// commit has lost others so often that it goes first now.
+    fn wait_for_leaf(
+        &mut self,
+        waiter: usize,
+        changed: &[usize],
+        at: usize,
+        step: Step,
+        (node, child): (NodeKey, Child),
+    ) -> Admission {
+        let (all, _) = self.map.nodes_for(changed.iter().map(|idx| self.table.pages[*idx].key));
+        if let Some(error) = self.too_large(waiter, all) {
+            return Admission::No(error);
+        }
+        let stays = step == Step::Redo || (step == Step::Commit && self.pending[waiter].yields >= YIELDS_MAX);
+        if !stays {
+            for idx in &changed[..at] {
+                if let Some(leaf) = self.table.pages[*idx].leaf.take() {
+                    self.map.unpin(leaf);
+                }
+            }
+            if step == Step::Vote && self.pending[waiter].yields >= YIELDS_MAX {
+                return Admission::Stalled;
+            }
+        }
+        let pending = &mut self.pending[waiter];
+        pending.yields = pending.yields.saturating_add(1);
+        pending.stays = stays && step == Step::Commit;
+        self.need_more(waiter);
+        self.want_node(node, child, NodeWaiter::Request(waiter));
+        Admission::Waiting
+    }
+
+    /// Why a commit with this many map nodes can never be carried out, if so: its pages and nodes must be in memory at once, whatever
+    /// else is under way.
+    fn too_large(&self, waiter: usize, nodes: u32) -> Option<Error> {
+        let commit = self.pending[waiter].commit()?;
+        let pages = commit.changes.iter().filter(|(_, change)| !matches!(change, Change::Free)).count() as u32;
+        let most = (self.frames_usable() - self.checkpoint_frames()) / COMMIT_SHARE;
+        if pages + nodes <= most || planted!(TooLargeAdmitted) {
+            return None;
+        }
+        Some(Error::new(
+            ErrorKind::TooLarge,
+            format_args!(
+                "a commit of {} changes needs {nodes} map nodes and {pages} new pages of shard {} in memory at once, together at most \
+                 {most}: split it, or open with more memory_bytes",
+                commit.changes.len(),
+                self.id.get()
+            ),
+        ))
+    }
+
     /// Room in memory for a redo of `frames` pages, as for a commit.
     pub(super) fn admit_redo(&mut self, waiter: usize, frames: u32) -> bool {
         if !self.dirty_fits(u64::from(frames), false) {
+            self.blocked.register(Step::Redo, Lack::WriteBack);
             return false;
         }
-        match self.admit_memory(waiter, frames) {
+        match self.admit_memory(waiter, frames, Step::Redo) {
             Admission::Yes => true,
             Admission::Waiting => {
                 self.ready.pop_front();
@@ -255,24 +341,5 @@ impl Shard {
             }
             _ => false,
         }
-    }
-
-    /// Refuses the first commit that waits for memory, and all reads that do: none of them would ever go on.
-    pub(super) fn refuse_for_memory(&mut self) {
-        let error = Error::new(
-            ErrorKind::Busy,
-            "no memory is left: pages are pinned by readers; drop PageRefs, or open with more memory_bytes",
-        );
-        self.refuse_reads(&error);
-        if let Some(waiter) = self.ready.pop_front() {
-            match self.pending[waiter].kind {
-                PendingKind::Redo(_) => {
-                    self.release(waiter);
-                    self.fail(error);
-                }
-                _ => self.finish_commit(waiter, Err(error), Lsn::ZERO),
-            }
-        }
-        self.again = true;
     }
 }

@@ -18,9 +18,16 @@ impl Shard {
         if self.failed.is_some() {
             return Ok(());
         }
+        self.audit_blocked()?;
         self.map.audit()?;
         self.extents.audit()?;
         let pages = || self.table.pages.iter().map(|(_, page)| page);
+        if !self.checkpoint.behind_nodes.is_empty() && self.ops.is_empty() {
+            return Err(format!(
+                "{} versions wait for a node write, and none is under way",
+                self.checkpoint.behind_nodes.len()
+            ));
+        }
         let slots = self.log.open.slots.iter().filter(|slot| !slot.dead).count();
         let dirty = pages().filter(|page| page.dirty_from.is_some()).count();
         same("blocks reserved for dirty pages and slots", self.reserved_blocks as usize, dirty + slots)?;

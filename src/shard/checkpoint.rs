@@ -2,11 +2,11 @@
 //! leads; see `lead`.
 //!
 //! ```text
-//! Idle --Begin--> Begun --Redo(LSN)--> Watermark --> Pages --> Capture --> Handover --> Summaries --> Roots --> Waiting --Done--> Idle
-//!                 places               it has        dirty     nodes,      all others   of extents    written   table, flush and
-//!                 left so far          reached       pages     one virtual have         in use        Ready     superblock are
-//!                 are retired          the LSN       written   shard a     captured                             the leader's
-//!                                                              turn        too
+//! Idle --Begin--> Begun --Redo(LSN)--> Watermark --> Pages --> Capture --> Handover --> Summaries --> Waiting --Done--> Idle
+//!                 places               it has        dirty     nodes, one  all others   of extents    Ready: table, flush and
+//!                 left so far          reached       pages     virtual     have         in use        superblock are the
+//!                 are retired          the LSN       written   shard a     captured                   leader's
+//!                                                              turn; roots too
 //! ```
 //! Invariants
 //! 1. The redo LSN is chosen when every shard has begun. Every record up to it is applied where it belongs once the
@@ -16,10 +16,12 @@
 //! 2. What is retired was left before the redo LSN was chosen, so the redo LSN has passed its successor.
 //! 3. Commits go on all the while. A virtual shard is fixed at one moment, each at its own.
 //! 4. Until the first superblock copy is durable, the roots, the table and the log of the checkpoint before count.
-//! 5. Only after both copies are durable are log segments recycled and retired places given out again.
+//! 5. It needs no more memory than is kept for it, however large the store and however much of it is dirty: nodes are written from
+//!    where they are, and whatever would change one waits for that write; roots, summaries and the table go out in parts.
+//! 6. Only after both copies are durable are log segments recycled and retired places given out again.
 
 use super::message::{Begin, Contribution, Handover, Message};
-use super::{OpKind, Response, Shard, Token};
+use super::{OpKind, Response, Shard, Step, Token};
 use crate::coalesce;
 use crate::disk::{Completion, DiskOp, FileId, IoSlice};
 use crate::error::Error;
@@ -46,7 +48,6 @@ enum Phase {
     },
     Handover,
     Summaries,
-    Roots,
     Waiting,
 }
 
@@ -78,10 +79,10 @@ pub(super) struct Checkpoint {
     nodes: Vec<NodeIdx>,
     /// Virtual shards with a new root, and its block.
     roots: Vec<(VShard, Frame)>,
+    /// Written captures whose map leaf is being written.
+    pub(super) behind_nodes: Vec<usize>,
     /// Shards that have handed over what their capture means here.
     handovers: u16,
-    /// It waits for memory, of which nobody tells.
-    starved: bool,
     pub(super) waiters: Vec<Token>,
     pub(super) next_waiters: Vec<Token>,
 }
@@ -89,8 +90,10 @@ pub(super) struct Checkpoint {
 /// Places that were left and wait for a checkpoint, for each frame of memory. With what is remembered of their successors each
 /// takes 16 bytes of the heap: a 32nd of the memory at most.
 const LEFT_PER_FRAME_MAX: usize = 8;
-/// Node writes under way at most, in blocks.
+/// Writes of nodes and roots under way, before another virtual shard is captured.
 const NODE_OPS_MAX: u32 = 64;
+/// Roots that gather before they are written, so that neighbours go together.
+const ROOTS_AT_A_TIME: usize = 64;
 
 impl std::fmt::Debug for Checkpoint {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -112,15 +115,6 @@ impl Checkpoint {
     /// What is open must become durable now.
     pub(super) fn wants_groups(&self) -> bool {
         !matches!(self.phase, Phase::Idle | Phase::Told)
-    }
-
-    /// It waits for memory, of which nobody tells.
-    pub(super) fn starve(&mut self) {
-        self.starved = true;
-    }
-
-    pub(super) fn is_starved(&self) -> bool {
-        self.starved
     }
 
     /// The LSN that the watermark must reach.
@@ -147,7 +141,6 @@ impl Shard {
         if self.failed.is_some() {
             return;
         }
-        self.checkpoint.starved = false;
         match self.checkpoint.phase {
             Phase::Idle if (self.checkpoint.wanted || self.checkpoint_is_due()) && !self.checkpoint.asked => {
                 self.checkpoint.asked = true;
@@ -163,7 +156,7 @@ impl Shard {
             }
             Phase::Capture { next } => self.capture_vshard(next),
             Phase::Handover if self.checkpoint.handovers == self.deal.shards_count() - 1 => self.list_summaries(),
-            Phase::Summaries => self.write_roots(),
+            Phase::Summaries if self.summaries_under_way == 0 && self.summaries.is_empty() => self.contribute(),
             _ => {}
         }
     }
@@ -239,12 +232,26 @@ impl Shard {
         }
     }
 
-    fn capture_vshard(&mut self, next: u16) {
-        let mut next = next;
-        while u32::from(next) < self.limits.geometry.vshards_count && self.deal.owner(VShard::new(next)) != self.id {
+    /// The next virtual shard from `next` on that is this shard's and has anything to write; those before it are done with.
+    fn next_dirty(&mut self, mut next: u16) -> u16 {
+        while u32::from(next) < self.limits.geometry.vshards_count {
+            let vshard = VShard::new(next);
+            if self.deal.owner(vshard) == self.id {
+                if self.map.is_dirty(vshard) {
+                    break;
+                }
+                self.extents.captured(vshard, std::iter::empty(), Vec::new());
+            }
             next += 1;
         }
+        self.checkpoint.phase = Phase::Capture { next };
+        next
+    }
+
+    fn capture_vshard(&mut self, next: u16) {
+        let next = self.next_dirty(next);
         if u32::from(next) >= self.limits.geometry.vshards_count {
+            self.write_roots();
             if self.checkpoint.ops == 0 {
                 std::mem::take(&mut self.checkpoint.nodes).into_iter().for_each(|node| self.map.unpin(node));
                 self.hand_over();
@@ -256,16 +263,14 @@ impl Shard {
         if self.checkpoint.ops >= NODE_OPS_MAX || !self.space_for_nodes(nodes) {
             return;
         }
-        if !self.ensure_frames(nodes + 2) {
-            self.checkpoint.starved = true;
+        // The root has a frame of its own; nodes are written from where they are.
+        let frames = if planted!(CaptureAllAtOnce) { nodes + 2 } else { 1 };
+        if !self.ensure_frames(frames, Step::Capture) {
+            self.write_roots();
             return;
         }
         self.again = true;
         self.checkpoint.phase = Phase::Capture { next: next + 1 };
-        if !self.map.is_dirty(vshard) {
-            self.extents.captured(vshard, std::iter::empty(), Vec::new());
-            return;
-        }
         let mut retired = Vec::new();
         let (extents, summaries) = (&mut self.extents, &mut self.summaries);
         let alloc = |key| {
@@ -274,7 +279,7 @@ impl Shard {
             summaries.extend(full);
             place
         };
-        let writes = self.map.capture(vshard, &mut self.arena, alloc, &mut retired);
+        let writes = self.map.capture(vshard, alloc, &mut retired);
         self.extents.captured(vshard, writes.iter().map(|w| w.place), retired);
         self.checkpoint.nodes.extend(writes.iter().map(|w| w.node));
         self.stats.nodes_written += writes.len() as u64;
@@ -285,6 +290,9 @@ impl Shard {
         let number = self.superblock.checkpoint + 1;
         self.map.encode_root(vshard, self.superblock.store_id, self.checkpoint.redo, number, out);
         self.checkpoint.roots.push((vshard, frame));
+        if self.checkpoint.roots.len() >= ROOTS_AT_A_TIME {
+            self.write_roots();
+        }
         let blocks = writes.into_iter().map(|w| (w.place, IoSlice::whole(w.frame))).collect();
         for run in coalesce::plan(blocks, self.limits.vectored_pages_max) {
             let offset = run.place.offset(self.limits.geometry.extent_bytes);
@@ -340,18 +348,13 @@ impl Shard {
         self.again = true;
     }
 
-    /// All nodes are written: waits for the summaries, then writes the roots.
+    /// Writes the roots captured so far: nothing names their places before the superblock does.
     fn write_roots(&mut self) {
-        if self.summaries_under_way > 0 || !self.summaries.is_empty() {
-            return;
-        }
         let count = self.limits.geometry.vshards_count;
         let roots = std::mem::take(&mut self.checkpoint.roots);
         let offset = |vshard| root::offset(vshard, self.map.root(vshard).version.generation, count);
         let writes = roots.into_iter().map(|(vshard, frame)| (FileId::Meta, offset(vshard), frame)).collect();
-        self.checkpoint.phase = Phase::Roots;
         self.submit_blocks(writes);
-        self.contribute();
     }
 
     /// Writes blocks, neighbours together.
@@ -390,18 +393,14 @@ impl Shard {
             return;
         }
         self.again = true;
-        match self.checkpoint.phase {
-            Phase::Roots => self.contribute(),
-            Phase::Waiting => self.lead_step_done(completion.op),
-            _ => {}
+        if self.checkpoint.phase == Phase::Waiting {
+            self.lead_step_done(completion.op);
         }
     }
 
     /// The shard's part is written: the leader may go on.
     fn contribute(&mut self) {
-        if self.checkpoint.ops > 0 {
-            return;
-        }
+        assert_eq!(self.checkpoint.ops, 0, "nodes and roots are written before the handover");
         let mine = (0..self.limits.geometry.vshards_count as u16).map(VShard::new);
         let mine = mine.filter(|vshard| self.deal.owner(*vshard) == self.id);
         let clean = self.checkpoint.begin.is_some_and(|begin| begin.clean);

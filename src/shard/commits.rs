@@ -28,6 +28,10 @@ impl Shard {
         let mut need = Need::default();
         self.space.stalled = false;
         while let Some(waiter) = self.ready.front().copied() {
+            if self.pending[waiter].is_waiting() {
+                break;
+            }
+            self.pending[waiter].stays = false;
             if matches!(self.pending[waiter].kind, PendingKind::Redo(_)) {
                 if !batch.is_empty() || !self.run_redo(waiter) {
                     break;
@@ -59,6 +63,7 @@ impl Shard {
                     batch.push(waiter);
                     need = with;
                 }
+                Admission::Waiting if self.pending[waiter].stays => break,
                 Admission::Waiting => {
                     self.ready.pop_front();
                 }

@@ -16,7 +16,7 @@
 
 use super::message::Message;
 use super::requests::PendingKind;
-use super::{NodeWaiter, OpKind, Shard};
+use super::{NodeWaiter, OpKind, Shard, Step};
 use crate::disk::{Completion, DiskOp, FileId};
 use crate::error::{Error, ErrorKind};
 use crate::format::extent::{Item, ItemKind, NodeKey, decode_summary};
@@ -112,7 +112,7 @@ impl Shard {
             return false;
         }
         let blocks = self.extents.summary_bytes() / BLOCK;
-        if !self.ensure_frames(blocks as u32) {
+        if !self.ensure_frames(blocks as u32, Step::Compaction) {
             return false;
         }
         let Some(extent) = self.next_victim() else { return false };
@@ -184,12 +184,17 @@ impl Shard {
         }
     }
 
+    /// Items on their way at a time, from here or to be moved here.
+    fn moves_max(&self) -> usize {
+        MOVES_MAX.min(self.limits.memory_blocks as usize / MOVES_MEMORY_SHARE)
+    }
+
     /// Moves on through the items.
     pub(super) fn advance_compaction(&mut self) {
         if self.failed.is_some() {
             self.compactor.under_way.clear();
         }
-        let moves_max = MOVES_MAX.min(self.limits.memory_blocks as usize / MOVES_MEMORY_SHARE);
+        let moves_max = self.moves_max();
         let mut asked: usize = self.compactor.under_way.iter().map(|c| c.asked).sum();
         self.compactor.asks |= asked <= moves_max / 2;
         let mut i = 0;
@@ -279,8 +284,12 @@ impl Shard {
                     let known = self.table.find(key).map(|idx| &self.table.pages[idx]);
                     if known.is_some_and(|page| page.resolved && page.mapped_lsn != lsn) {
                         self.send(home, Message::Moved(place, None));
+                    } else if self.held.moves >= self.moves_max() {
+                        // Many homes may ask at a time. One that ends brings a turn.
+                        return;
                     } else {
                         let idx = self.table.entry(key);
+                        self.held.moves += 1;
                         self.begin(None, PendingKind::Move(place, home), smallvec::smallvec![idx], |_| false);
                     }
                 }

@@ -13,7 +13,7 @@
 //! 4. Asking again is bounded in time: then `Busy`.
 
 use super::message::{Ask, Decision, Message, Vote};
-use super::{Commit, Response, Shard, Token};
+use super::{Commit, Lack, Response, Shard, Step, Token};
 use crate::error::{Error, ErrorKind};
 use crate::types::{Lsn, Micros, ShardId};
 use smallvec::SmallVec;
@@ -216,9 +216,10 @@ impl Shard {
         if count == 0 || self.failed.is_some() {
             return;
         }
-        if self.log.open.runs_full() || self.drawn_far_ahead() {
+        if self.drawn_far_ahead(Step::Decide) || self.log.open.runs_full() {
             // Before the draw there is time: the open group goes first.
             self.log.open.urgent = true;
+            self.blocked.register(Step::Decide, Lack::LogRoom);
             return;
         }
         let first = self.order.draw(self.id, count);

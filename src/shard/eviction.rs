@@ -5,14 +5,17 @@
 //!    not in the page table at all. [`Shard::reference_ended`] is called wherever a reference to a page ends.
 //! 2. A search that can't succeed frees nothing, and costs little when it is repeated.
 
-use super::Shard;
 use super::pages::Table;
+use super::{Shard, Step};
 use crate::map::Map;
 use crate::pool::{Owner, Residency, Residents, Standing};
 
 /// Blocks in the hands of readers that are looked at again when there is nothing else: about half a millisecond's work. Who
 /// waits for memory looks again a little later, and goes on where this ended.
 const PINNED_LOOKS_MAX: u32 = 4096;
+
+/// Frames that are left to checkpoints at least: some roots, or blocks of the extent table.
+const CHECKPOINT_FRAMES_MIN: u32 = 8;
 
 /// Those who have memory.
 struct InMemory<'a> {
@@ -44,9 +47,21 @@ impl Residents for InMemory<'_> {
 }
 
 impl Shard {
-    /// Frees memory until `frames` single frames can be had, besides those that parts of commits have reserved.
-    pub(super) fn ensure_frames(&mut self, frames: u32) -> bool {
-        let frames = frames + self.reserved.frames;
+    /// Frees memory until `frames` single frames can be had, besides those that parts of commits have reserved and, unless `step`
+    /// is a checkpoint's, those that a checkpoint needs. If it can't, `step` is registered as blocked.
+    pub(super) fn ensure_frames(&mut self, frames: u32, step: Step) -> bool {
+        let kept = if step.is_of_checkpoint() { 0 } else { self.checkpoint_frames() };
+        let frames = frames + self.reserved.frames + kept;
+        let found = self.find_frames(frames);
+        match found {
+            true => self.blocked.grant_frames(step),
+            false => self.blocked.refuse_frames(step, frames, self.now),
+        }
+        found
+    }
+
+    /// Frees memory until `frames` frames are free.
+    pub(super) fn find_frames(&mut self, frames: u32) -> bool {
         let mut free = self.arena.free_blocks();
         while free < frames {
             self.map.list_idle(&mut self.eviction);
@@ -56,6 +71,12 @@ impl Shard {
             free = self.arena.free_blocks();
         }
         true
+    }
+
+    /// Frames that are left to checkpoints. What they write goes out in parts of this size at least, and comes back: so one ends
+    /// even while readers have pinned all the rest.
+    pub(super) fn checkpoint_frames(&self) -> u32 {
+        self.extents.summary_blocks().max(CHECKPOINT_FRAMES_MIN)
     }
 
     fn evict_one(&mut self) -> bool {

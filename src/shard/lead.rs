@@ -14,7 +14,7 @@
 
 use super::checkpoint::NewEpoch;
 use super::message::{Begin, Contribution, Message};
-use super::{Response, Shard, Token};
+use super::{Response, Shard, Step, Token};
 use crate::disk::{DiskOp, FileId, IoSlice};
 use crate::format::extent::{TABLE_ROWS, TableRow, encode_table, table_crc, table_offset};
 use crate::format::superblock::{SUPERBLOCK_BYTES, Superblock, VShardState};
@@ -37,6 +37,17 @@ enum Phase {
     },
 }
 
+/// The extent table on its way to the device.
+#[derive(Default, Debug)]
+struct TableParts {
+    rows: Vec<TableRow>,
+    /// Of the blocks submitted so far.
+    sums: Vec<u32>,
+}
+
+/// Blocks of the table that are encoded at a time: no more than a checkpoint has memory for in any case.
+const TABLE_BLOCKS_AT_A_TIME: usize = 8;
+
 /// The leader's state; idle in all other shards.
 #[derive(Default, Debug)]
 pub(super) struct Lead {
@@ -49,6 +60,7 @@ pub(super) struct Lead {
     contributions: Vec<Contribution>,
     by_shard: Vec<Option<Contribution>>,
     next: Option<Superblock>,
+    table: Option<TableParts>,
     /// The epoch to be begun when all have redone their part of the log.
     new_epoch: Option<NewEpoch>,
     redone: u16,
@@ -161,30 +173,45 @@ impl Shard {
         }
     }
 
-    /// All parts are written: the extent table of all.
+    /// All parts are written: the extent table of all, a few blocks at a time.
     fn write_table(&mut self) {
-        let extents_count = self.extents.count();
-        let blocks = extents_count.div_ceil(TABLE_ROWS);
-        if !self.ensure_frames(blocks) {
-            self.checkpoint.starve();
+        let mut table = match self.lead.table.take() {
+            Some(table) => table,
+            None => TableParts { rows: self.contributed_rows(), sums: Vec::new() },
+        };
+        let blocks = table.rows.len().div_ceil(TABLE_ROWS as usize);
+        let number = self.superblock.checkpoint + 1;
+        while table.sums.len() < blocks {
+            let first = table.sums.len();
+            let most = if planted!(TableAllAtOnce) { blocks } else { TABLE_BLOCKS_AT_A_TIME };
+            let count = most.min(blocks - first);
+            if !self.ensure_frames(count as u32, Step::Table) {
+                break;
+            }
+            let mut writes = Vec::with_capacity(count);
+            for (index, rows) in table.rows.chunks(TABLE_ROWS as usize).enumerate().skip(first).take(count) {
+                let mut frame = self.arena.alloc(0).expect("frames were ensured");
+                let out = frame.try_mut().expect("a new frame has no pins");
+                table.sums.push(encode_table(self.superblock.store_id, index as u32, number, rows, out));
+                writes.push((FileId::Table, table_offset(index as u32, number), frame));
+            }
+            self.stats.checksums += count as u64;
+            self.submit_blocks(writes);
+        }
+        if table.sums.len() < blocks {
+            self.lead.table = Some(table);
             return;
         }
-        let mut rows = vec![TableRow::default(); extents_count as usize];
+        self.lead.next = Some(self.next_superblock(table.rows.len() as u32, table_crc(table.sums)));
+        self.lead.phase = Phase::Flush;
+    }
+
+    fn contributed_rows(&self) -> Vec<TableRow> {
+        let mut rows = vec![TableRow::default(); self.extents.count() as usize];
         for (no, row) in self.lead.contributions.iter().flat_map(|c| &c.rows) {
             rows[no.index()] = *row;
         }
-        let number = self.superblock.checkpoint + 1;
-        let (mut writes, mut sums) = (Vec::new(), Vec::new());
-        for (index, rows) in (0..).zip(rows.chunks(TABLE_ROWS as usize)) {
-            let mut frame = self.arena.alloc(0).expect("frames were ensured");
-            let out = frame.try_mut().expect("a new frame has no pins");
-            sums.push(encode_table(self.superblock.store_id, index, number, rows, out));
-            writes.push((FileId::Table, table_offset(index, number), frame));
-        }
-        self.stats.checksums += writes.len() as u64;
-        self.lead.next = Some(self.next_superblock(extents_count, table_crc(sums)));
-        self.lead.phase = Phase::Flush;
-        self.submit_blocks(writes);
+        rows
     }
 
     fn next_superblock(&self, extents_count: u32, table_crc: u32) -> Superblock {

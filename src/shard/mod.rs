@@ -19,6 +19,7 @@ mod admission;
 mod allocated;
 #[cfg(any(test, feature = "sim"))]
 mod audit;
+mod blocked;
 mod checkpoint;
 mod commits;
 mod compaction;
@@ -40,6 +41,7 @@ mod overwrite_tests;
 mod pages;
 mod part;
 mod pins;
+mod reads;
 mod redo;
 mod requests;
 mod setup;
@@ -71,14 +73,16 @@ use crate::metrics::ShardStats;
 use crate::options::Limits;
 use crate::pool::{Arena, Eviction, Frame};
 use crate::types::{Deal, ExtentNo, Lsn, Micros, ShardId};
+use blocked::{Blocked, Held, Lack, MEMORY_RETRY_US, Step};
 use checkpoint::Checkpoint;
 use compaction::{Compactor, Moves};
 use cross::Cross;
 use hashbrown::HashMap;
 use lead::Lead;
 use order::Waits;
-use pages::{NodeWaiter, NodeWanted, PageRead, Table};
+use pages::Table;
 use part::{Parts, Reserved};
+use reads::{NodeWaiter, NodeWanted, PageRead, Wanted};
 use requests::{Pending, Waiting};
 use slab::Slab;
 use space::{Growth, Space};
@@ -108,9 +112,6 @@ enum OpKind {
     /// Some blocks of a log group that is redone, from this one on.
     RedoRead(usize),
 }
-
-/// How often a checkpoint that waits for memory looks for it.
-const STARVED_RETRY_US: Micros = 10_000;
 
 /// One shard. See the module's documentation.
 pub struct Shard {
@@ -156,8 +157,7 @@ pub struct Shard {
     waiting: BinaryHeap<Waiting>,
     waiting_seq: u64,
     node_waiters: HashMap<NodeKey, Vec<NodeWaiter>, foldhash::fast::FixedState>,
-    nodes_wanted: Vec<NodeWanted>,
-    reads_wanted: Vec<usize>,
+    wanted: Wanted,
     flushing: bool,
     /// Dirty pages in the order in which they became so.
     dirty: Vec<usize>,
@@ -176,8 +176,8 @@ pub struct Shard {
     summaries: Vec<ExtentNo>,
     summaries_under_way: usize,
     space: Space,
-    /// Somebody waits for a frame.
-    memory_short: bool,
+    blocked: Blocked,
+    held: Held,
     closing: Option<Option<Token>>,
     closed: bool,
     quiet: bool,
@@ -205,9 +205,10 @@ impl Shard {
     pub fn turn(&mut self, now: Micros) {
         self.now = self.now.max(now);
         self.note_watermark();
+        self.settle_behind_nodes();
         for _ in 0..16 {
             self.again = false;
-            self.memory_short = false;
+            self.blocked.begin_lap();
             self.deliver_to_self();
             self.finish_ready();
             self.run_parts();
@@ -229,11 +230,7 @@ impl Shard {
                 break;
             }
         }
-        // Nothing is under way that could give memory back: it is in the hands of readers.
-        let stuck = !self.checkpoint_under_way() || self.checkpoint.is_starved();
-        if self.memory_short && self.ops.is_empty() && stuck {
-            self.refuse_for_memory();
-        }
+        self.relieve_memory();
         self.nudge_others();
     }
 
@@ -269,18 +266,17 @@ impl Shard {
         // make the driver spin.
         let may_go = !self.log.open.is_empty() && self.log.in_flight.len() < self.limits.log_writes_max;
         let group = may_go.then(|| self.log.open.opened_at + window);
-        let pages = (!self.dirty.is_empty() && self.waits.dirty_stuck.is_none())
-            .then(|| self.dirty_since.max(self.now.saturating_sub(window)) + window);
+        let pages = self.may_write_back().then(|| self.dirty_since.max(self.now.saturating_sub(window)) + window);
         let growth = self.space.stalled.then_some(self.now + space::GROW_RETRY_US);
-        // Memory that readers give back says nothing: a checkpoint that waits for it has to look.
-        let starved = self.checkpoint.is_starved().then_some(self.now + STARVED_RETRY_US);
-        let next = [group, pages, growth, starved, self.next_retry()].into_iter().flatten().min()?;
+        // Memory that readers give back says nothing: whoever waits for it has to look.
+        let memory = self.blocked.lacks_memory().then_some(self.now + MEMORY_RETRY_US);
+        let next = [group, pages, growth, memory, self.next_retry()].into_iter().flatten().min()?;
         (self.failed.is_none()).then_some(next.max(self.now + 1))
     }
 
     /// Whether more requests may be brought; false is back-pressure.
     pub fn accepting(&self) -> bool {
-        self.pending.len() + self.cross.len() < self.limits.requests_max
+        self.pending.len() + self.cross.len() < self.limits.requests_max && self.holds_little()
     }
 
     /// Whether `Close` has been carried out.
@@ -370,8 +366,8 @@ impl Shard {
         let page = self.unsettled.peek().map(|unsettled| unsettled.lsn());
         let reply = self.waiting.peek().map(|waiting| waiting.lsn()).filter(|_| !planted!(NobodyWoken));
         // A shard that has stopped writes nothing more: for those it would be woken again and again.
-        let writes =
-            [self.checkpoint.waits_for(), self.waits.dirty_stuck].map(|lsn| lsn.filter(|_| self.failed.is_none()));
+        let writes = [self.checkpoint.waits_for(), self.waits.dirty_stuck, self.blocked.awaited_lsn()]
+            .map(|lsn| lsn.filter(|_| self.failed.is_none()));
         [page, reply].into_iter().chain(writes).flatten().min()
     }
 

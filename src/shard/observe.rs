@@ -82,7 +82,7 @@ impl Shard {
 
     /// Whether something waited for memory at the end of the last turn.
     pub(crate) fn is_short_of_memory(&self) -> bool {
-        self.memory_short
+        self.blocked.lacks_memory()
     }
 
     /// Commits, and parts of them, whose pages are all there and that have not been carried out.
@@ -92,7 +92,7 @@ impl Shard {
 
     /// Whether a checkpoint waits for memory.
     pub(crate) fn is_checkpoint_starved(&self) -> bool {
-        self.checkpoint.is_starved()
+        self.blocked.is_checkpoint_starved()
     }
 
     /// Checkpoints that have ended in this life.
@@ -123,7 +123,7 @@ impl Shard {
             waiting: self.waiting.len() as u64,
             node_waits: self.node_waiters.len() as u64,
             node_waiters: self.node_waiters.values().map(|waiters| waiters.len() as u64).sum(),
-            reads_wanted: self.reads_wanted.len() as u64,
+            reads_wanted: self.wanted.pages.len() as u64,
             ops: self.ops.len() as u64,
             captures: self.captures.len() as u64,
         }

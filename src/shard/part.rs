@@ -78,6 +78,11 @@ impl Shard {
             self.send(owner, Message::Vote(txn, Vote::No(error)));
             return;
         }
+        if !self.holds_little_for_parts() {
+            // To wait here could be to wait for a hold that this very commit has elsewhere.
+            self.send(owner, Message::Vote(txn, Vote::NotNow));
+            return;
+        }
         let Ask { reads, changes, owner_logs } = ask;
         let pages = self.pages_of(&reads, &changes);
         let (reads_count, patched) = (reads.len(), super::requests::patched(&changes));

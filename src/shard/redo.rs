@@ -11,11 +11,14 @@
 //! 2. A change at or below the page's version is skipped: the root reflects it already.
 //! 3. If memory or space run short meanwhile, a checkpoint may come in between. It belongs to the old epoch and keeps the old
 //!    redo LSN: a recovery after a crash begins anew, and skips what is there by rule 2.
-//! 4. Nothing is served meanwhile, and nothing that is durable is overwritten: a crash here only means to begin anew.
+//! 4. What is loaded and pinned at a time is a part of the memory, whatever the store that wrote the log had: a commit of any size
+//!    is redone in parts, which rule 2 allows. On the heap are one group as it was written (1 MiB, or one commit of the largest size:
+//!    66 MiB with `txn_bytes_max` at its most) and what is decoded of it.
+//! 5. Nothing is served meanwhile, and nothing that is durable is overwritten: a crash here only means to begin anew.
 
 use super::message::Message;
 use super::requests::PendingKind;
-use super::{OpKind, Shard};
+use super::{Lack, OpKind, Shard, Step};
 use crate::disk::{Completion, DiskOp, FileId};
 use crate::error::Error;
 use crate::format::extent::ItemKind;
@@ -23,8 +26,13 @@ use crate::format::group::{Body, GroupHead, LoggedChange, SlotState};
 use crate::format::node::Entry;
 use crate::types::{BLOCK, Lsn, PageKey, ShardId};
 use bytes::Bytes;
+use hashbrown::HashMap;
 use smallvec::SmallVec;
 use std::collections::VecDeque;
+
+/// Reads of a group under way, and the part of the memory that each may take.
+const LOADS_MAX: u32 = 4;
+const LOAD_MEMORY_SHARE: usize = 32;
 
 /// One change to be redone.
 pub(super) struct RedoChange {
@@ -126,16 +134,16 @@ impl Shard {
 
     /// Reads what is not asked for yet, as memory allows.
     fn load_group(&mut self) {
-        let blocks_max = self.limits.vectored_pages_max;
+        let memory = self.limits.memory_blocks as usize;
+        let blocks_max = self.limits.vectored_pages_max.min(memory / LOAD_MEMORY_SHARE);
         while let Some(load) = self.recovering.as_mut().and_then(|r| r.load.as_mut()) {
             let blocks = (load.head.blocks as usize - load.asked).min(blocks_max);
-            if blocks == 0 {
+            if blocks == 0 || load.under_way >= LOADS_MAX {
                 return;
             }
             let (at, first) = (load.asked, load.head.block as usize);
             let file = FileId::Log(load.head.shard, load.head.segment);
-            if !self.ensure_frames(blocks as u32) {
-                self.memory_short = true;
+            if !self.ensure_frames(blocks as u32, Step::RedoRead) {
                 return;
             }
             if let Some(load) = self.recovering.as_mut().and_then(|r| r.load.as_mut()) {
@@ -184,15 +192,20 @@ impl Shard {
         }
     }
 
-    /// Begins to redo whole commits, as many at a time as fit into memory.
+    /// Begins to redo as many changes as fit into memory; of a large commit only a part.
     fn redo_batch(&mut self) {
         let most = (self.limits.memory_blocks / 32).clamp(4, 1024) as usize;
         let Some(recovering) = &mut self.recovering else { return };
         let mut changes: Vec<RedoChange> = Vec::new();
-        while let Some(next) = recovering.commits.front()
-            && (changes.is_empty() || changes.len() + next.len() <= most)
+        while let Some(next) = recovering.commits.front_mut()
+            && changes.len() < most
         {
-            changes.extend(recovering.commits.pop_front().into_iter().flatten());
+            let whole = planted!(RedoneAllAtOnce) && changes.is_empty();
+            let some = if whole { next.len() } else { next.len().min(most - changes.len()) };
+            changes.extend(next.drain(..some));
+            if next.is_empty() {
+                recovering.commits.pop_front();
+            }
         }
         let pages = changes.iter().map(|c| self.table.entry(c.key)).collect();
         let data: Vec<bool> = changes.iter().map(|c| c.kind.needs_data()).collect();
@@ -219,6 +232,13 @@ impl Shard {
             let idx = self.table.entry(change.key);
             let page = &self.table.pages[idx];
             let needs_data = change.kind.needs_data() && page.lsn < change.lsn;
+            let is_placed = matches!(change.kind, RedoKind::Placed(_)) && page.lsn < change.lsn;
+            if is_placed && page.leaf.is_some_and(|leaf| self.map.is_being_written(leaf)) {
+                // A checkpoint writes the leaf: its completion brings a turn.
+                changes.push(change);
+                self.blocked.register(Step::Redo, Lack::WriteBack);
+                return false;
+            }
             if needs_data && !page.absent && page.frame.is_none() {
                 changes.push(change);
                 self.ready.pop_front();
@@ -297,7 +317,7 @@ fn decode(
     let body = Body::open(head, bytes)?;
     let mut commits = Vec::new();
     for record in body.records()?.into_iter().filter(|record| wanted(record.lsn)) {
-        let mut changes = Vec::new();
+        let mut changes = Changes::default();
         for change in record.changes {
             let (key, lsn, kind) = match change {
                 LoggedChange::Patch(key, offset, patch) => {
@@ -320,9 +340,10 @@ fn decode(
                 }
             };
             if mine(key) {
-                add(&mut changes, RedoChange { lsn, key, kind })?;
+                changes.add(RedoChange { lsn, key, kind })?;
             }
         }
+        let changes: Redone = changes.changes.into_iter().flatten().collect();
         if !changes.is_empty() {
             commits.push(changes);
         }
@@ -330,15 +351,23 @@ fn decode(
     Some(commits)
 }
 
-/// Adds a change to what the commit did to the same page before, if anything: a page has one version a commit.
-fn add(changes: &mut Vec<RedoChange>, change: RedoChange) -> Option<()> {
-    match changes.iter().rposition(|earlier| earlier.key == change.key) {
-        None => changes.push(change),
-        Some(at) => {
-            let earlier = changes.remove(at);
-            let kind = earlier.kind.then(change.kind)?;
-            changes.push(RedoChange { kind, ..change });
-        }
+/// What a commit did to its pages: a page has one version a commit.
+#[derive(Default)]
+struct Changes {
+    /// In the order of each page's last change; `None`: a later one has taken it in.
+    changes: Vec<Option<RedoChange>>,
+    last: HashMap<PageKey, usize, foldhash::fast::FixedState>,
+}
+
+impl Changes {
+    /// Adds a change to what the commit did to the same page before, if anything.
+    fn add(&mut self, change: RedoChange) -> Option<()> {
+        let earlier = self.last.insert(change.key, self.changes.len()).and_then(|at| self.changes[at].take());
+        let kind = match earlier {
+            Some(earlier) => earlier.kind.then(change.kind)?,
+            None => change.kind,
+        };
+        self.changes.push(Some(RedoChange { kind, ..change }));
+        Some(())
     }
-    Some(())
 }

@@ -22,6 +22,14 @@ pub(super) struct Pending {
     /// Pages, in the order of the request: those read, then those changed.
     pub pages: SmallVec<[usize; 2]>,
     missing: u32,
+    /// Its place among those who ask for map nodes.
+    pub asked: u64,
+    /// Which of the pages must keep their bytes in memory, by bits.
+    with_data: SmallVec<[u64; 1]>,
+    /// How often a commit has given back what it had pinned, to wait for a map node.
+    pub yields: u8,
+    /// It waits at the head of the queue.
+    pub stays: bool,
     pub error: Option<Error>,
 }
 
@@ -50,6 +58,15 @@ impl Pending {
     /// Whether a caller waits for it.
     pub fn is_own(&self) -> bool {
         matches!(self.kind, PendingKind::Read(_) | PendingKind::Walk(_) | PendingKind::Commit(_))
+    }
+
+    /// Whether it waits for a page or a node.
+    pub fn is_waiting(&self) -> bool {
+        self.missing > 0
+    }
+
+    fn needs_data(&self, i: usize) -> bool {
+        self.with_data.get(i / 64).is_some_and(|bits| bits >> (i % 64) & 1 == 1)
     }
 
     /// How many of the pages are there because they were read.
@@ -190,10 +207,29 @@ impl Shard {
         pages: SmallVec<[usize; 2]>,
         data: impl Fn(usize) -> bool,
     ) -> usize {
-        let waiter = self.pending.insert(Pending { token, kind, pages: pages.clone(), missing: 1, error: None });
-        for idx in &pages {
-            self.table.pages[*idx].holds += 1;
+        let mut with_data: SmallVec<[u64; 1]> = SmallVec::new();
+        for (i, idx) in pages.iter().enumerate() {
+            let page = &mut self.table.pages[*idx];
+            page.holds += 1;
+            if data(i) {
+                with_data.resize(i / 64 + 1, 0);
+                with_data[i / 64] |= 1 << (i % 64);
+                page.data_holds += 1;
+                self.held.data += 1;
+            }
         }
+        let pending = Pending {
+            token,
+            kind,
+            pages: pages.clone(),
+            missing: 1,
+            asked: 0,
+            with_data,
+            yields: 0,
+            stays: false,
+            error: None,
+        };
+        let waiter = self.pending.insert(pending);
         for (i, idx) in pages.into_iter().enumerate() {
             if !self.want_quiet(idx, data(i), waiter) {
                 self.pending[waiter].missing += 1;
@@ -222,6 +258,7 @@ impl Shard {
         if pending.missing == 0 {
             self.again = true;
             match pending.kind {
+                PendingKind::Commit(_) if pending.stays => {}
                 PendingKind::Commit(_) | PendingKind::Redo(_) => self.ready.push_back(waiter),
                 PendingKind::Part(_) => self.ready_parts.push_back(waiter),
                 PendingKind::Read(_) | PendingKind::Walk(_) | PendingKind::Move(..) => self.finished.push_back(waiter),
@@ -237,8 +274,14 @@ impl Shard {
     /// Ends a request: its pages may go, and those without memory are gone from the table afterwards.
     pub(super) fn release(&mut self, waiter: usize) -> Pending {
         let pending = self.pending.remove(waiter);
-        for idx in &pending.pages {
-            self.table.pages[*idx].holds -= 1;
+        self.held.moves -= usize::from(matches!(pending.kind, PendingKind::Move(..)));
+        for (i, idx) in pending.pages.iter().enumerate() {
+            let page = &mut self.table.pages[*idx];
+            page.holds -= 1;
+            if pending.needs_data(i) {
+                page.data_holds -= 1;
+                self.held.data -= 1;
+            }
             self.unpin_if_clean(*idx);
         }
         pending

@@ -1,12 +1,14 @@
 //! A shard as recovery makes it: with what was found, and nothing under way.
 
 use super::Shard;
+use super::blocked::{Blocked, Held};
 use super::checkpoint::{Checkpoint, NewEpoch};
 use super::compaction::{Compactor, Moves};
 use super::lead::Lead;
 use super::order::Waits;
 use super::pages::Table;
 use super::part::Reserved;
+use super::reads::Wanted;
 use super::redo::Recovering;
 use super::space::Space;
 use crate::commit::GlobalOrder;
@@ -45,9 +47,9 @@ pub(crate) struct Setup {
 }
 
 impl Shard {
-    pub(crate) fn new(parts: Setup) -> Self {
+    pub(crate) fn new(mut parts: Setup) -> Self {
         let hasher = || foldhash::fast::FixedState::with_seed(parts.seed);
-        let waits = Waits::new(&parts.order, parts.deal);
+        let (held, waits) = (Held::at_first(&mut parts.arena), Waits::new(&parts.order, parts.deal));
         Shard {
             id: parts.id,
             deal: parts.deal,
@@ -80,8 +82,7 @@ impl Shard {
             waiting: BinaryHeap::new(),
             waiting_seq: 0,
             node_waiters: HashMap::with_hasher(hasher()),
-            nodes_wanted: Vec::new(),
-            reads_wanted: Vec::new(),
+            wanted: Wanted::default(),
             flushing: false,
             dirty: Vec::new(),
             dirty_since: 0,
@@ -97,7 +98,8 @@ impl Shard {
             summaries: Vec::new(),
             summaries_under_way: 0,
             space: Space::default(),
-            memory_short: false,
+            blocked: Blocked::default(),
+            held,
             closing: None,
             closed: false,
             quiet: false,

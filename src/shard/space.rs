@@ -14,7 +14,7 @@
 
 use super::admission::Need;
 use super::message::Message;
-use super::{OpKind, Shard};
+use super::{Lack, OpKind, Shard, Step};
 use crate::disk::{DiskOp, FileId, IoSlice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::extent::{ItemKind, TABLE_ROWS, table_offset};
@@ -169,6 +169,7 @@ impl Shard {
         if self.free_blocks() > u64::from(nodes) {
             return true;
         }
+        self.blocked.register(Step::Capture, Lack::Space);
         self.must_grow("the page map");
         false
     }
@@ -400,6 +401,10 @@ impl Shard {
     fn end_growth(&mut self, got: bool, weight: u32) {
         self.space.asked = SpaceAsked::Nobody;
         self.space.growing = false;
+        if got {
+            // Dirty pages that found no place try again.
+            self.dirty_since = 0;
+        }
         self.space.failed = (!got).then_some((self.now, weight));
     }
 
@@ -425,7 +430,7 @@ impl Shard {
         }
         while let Some(no) = self.summaries.last().copied() {
             let bytes = self.extents.summary_bytes();
-            if !self.ensure_frames((bytes / BLOCK) as u32) {
+            if !self.ensure_frames((bytes / BLOCK) as u32, Step::Summary) {
                 return;
             }
             self.summaries.pop();

@@ -10,14 +10,14 @@
 //!    a log record may name it.
 //! 4. A move changes the map only if the map still names the place that it moved from.
 
-use super::{OpKind, Shard};
+use super::{Lack, OpKind, Shard, Step};
 use crate::checksum::crc32c;
 use crate::coalesce;
 use crate::disk::{DiskOp, FileId, IoSlice};
 use crate::format::extent::ItemKind;
 use crate::format::node::Entry;
 use crate::map::Stream;
-use crate::types::{Lsn, Place};
+use crate::types::{Lsn, Micros, Place};
 use std::cmp::Reverse;
 
 /// A version of a page on its way into the map. No entry: the page was freed.
@@ -40,6 +40,8 @@ impl Unsettled {
 
 /// Pages in flight to their places at most: enough for the queue of a fast device, few enough to leave memory.
 const PAGE_WRITES_MAX: usize = 1024;
+/// When dirty pages that found no place try again, if nothing else happens.
+const SPACE_RETRY_US: Micros = 100_000;
 
 impl Shard {
     /// Writes dirty pages if the batch is full, the window is over, or somebody presses.
@@ -87,6 +89,13 @@ impl Shard {
         self.capture_pages(take);
     }
 
+    /// Whether dirty pages can go to their places when their window is over: a deadline while they can't would be due again and
+    /// again, for nothing. What they wait for then, a completion or the watermark, brings a turn.
+    pub(super) fn may_write_back(&self) -> bool {
+        let has_room = self.page_writes < PAGE_WRITES_MAX || planted!(DeadlineInThePast);
+        !self.dirty.is_empty() && self.waits.dirty_stuck.is_none() && has_room
+    }
+
     fn capture_pages(&mut self, mut take: Vec<usize>) {
         take.sort_by_key(|idx| self.table.pages[*idx].key);
         let mut blocks = Vec::with_capacity(take.len());
@@ -112,6 +121,10 @@ impl Shard {
             blocks.push((place, (capture, slice)));
         }
         self.write_captures(blocks);
+        if found_none {
+            self.blocked.register(Step::WriteBack, Lack::Space);
+            self.dirty_since = self.now + SPACE_RETRY_US;
+        }
         // Commits have reserved a block for each page; a redo reserves none, and the checkpoint that ends it waits for its pages.
         if found_none && self.opening && self.checkpoint.wants_pages() && !planted!(OpeningWaitsForSpace) {
             self.must_grow("the pages of the recovery");
@@ -181,7 +194,7 @@ impl Shard {
         self.waits.dirty_stuck = None;
         let lsn = self.captures[capture].lsn;
         if lsn <= self.order.watermark() || planted!(MappedTooSoon) {
-            self.settle(capture);
+            self.settle_or_wait(capture);
         } else {
             self.log.open.urgent |= !self.log.open.is_empty();
             self.waits.wanted = self.waits.wanted.max(lsn);
@@ -194,8 +207,26 @@ impl Shard {
         let watermark = self.order.watermark();
         while self.unsettled.peek().is_some_and(|u| u.lsn() <= watermark) {
             if let Some(Unsettled(Reverse((_, capture)))) = self.unsettled.pop() {
-                self.settle(capture);
+                self.settle_or_wait(capture);
             }
+        }
+    }
+
+    /// Node writes may have ended: what waited for them goes into the map.
+    pub(super) fn settle_behind_nodes(&mut self) {
+        for capture in std::mem::take(&mut self.checkpoint.behind_nodes) {
+            self.settle_or_wait(capture);
+        }
+    }
+
+    /// Puts a version into the map, unless its leaf is on its way to the device: then when that write has ended.
+    fn settle_or_wait(&mut self, capture: usize) {
+        let leaf = self.table.pages[self.captures[capture].page].leaf;
+        if leaf.is_some_and(|leaf| self.map.is_being_written(leaf)) {
+            self.stats.settles_delayed += 1;
+            self.checkpoint.behind_nodes.push(capture);
+        } else {
+            self.settle(capture);
         }
     }
 

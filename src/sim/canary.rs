@@ -111,6 +111,20 @@ canaries! {
     AbsentKept,
     /// Recovery leaves out that pages were freed.
     FreeNotRedone,
+    /// Whoever finds no memory is not registered as waiting for it: nobody looks again when readers give some back.
+    MemoryWaiterForgotten,
+    /// The deadline of dirty pages stays in the past while their writes are at the limit: the shard spins.
+    DeadlineInThePast,
+    /// The nodes of a virtual shard are captured only if there is a frame for each of them.
+    CaptureAllAtOnce,
+    /// The extent table is written only if there is a frame for each of its blocks.
+    TableAllAtOnce,
+    /// A commit is redone as a whole, however large it is beside the memory.
+    RedoneAllAtOnce,
+    /// A commit that could never find its memory waits for it.
+    TooLargeAdmitted,
+    /// The node that was asked for last is read first: under pressure the first one who asked waits for ever.
+    NodesLastInFirstOut,
 }
 
 impl Canary {

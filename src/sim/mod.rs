@@ -52,5 +52,7 @@ mod scale_tests;
 mod small_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod waiting_tests;
 
 pub use canary::{Canary, planted};

@@ -259,6 +259,7 @@ fn hunt(canary: Canary) -> Found {
         .or_else(|| random("crashes_of_full_stores_lose_nothing", super::fault_tests::full_store, (1..=25).collect()))
         .or_else(|| special("a_page_that_is_overwritten_while_it_moves_keeps_its_new_version", overtaken))
         .or_else(|| special("a_tree_that_grows_while_its_top_is_read_keeps_all_its_pages", grown))
+        .or_else(|| special("shards_wait_and_are_woken", super::waiting_tests::all))
         .or_else(|| {
             random("recovery_ends_with_checkpoints_in_the_middle_of_it", checkpoints_in_redo, (1..=10).collect())
         })

@@ -1,0 +1,497 @@
+//! Who waits for memory, log, space or the device, and who wakes it: shards driven as by a parked thread, which turns them only
+//! when something has arrived or a deadline has come.
+//!
+//! A shard that nobody wakes hangs, and one whose deadline is due for nothing spins: both fail the test at once.
+
+use super::disk::{Latency, Loss, SimDisk};
+use super::rng::Rng;
+use super::world::Outcome;
+use crate::commit::GlobalOrder;
+use crate::error::{ErrorKind, Result as StoreResult};
+use crate::options::{Geometry, Options};
+use crate::shard::{Change, Commit, PageRef, Request, Response, Shard, Together, Token};
+use crate::types::{BLOCK, Deal, Micros, PageId, PageKey, ShardId, VolumeId};
+use bytes::Bytes;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// More laps in a row without any effect than each shard's last look around, closer than this, are a spin.
+const SPIN_US: Micros = 1_000;
+const IDLE_LAPS_MAX: usize = 2;
+/// Nothing takes longer, in virtual time, on a device that works.
+const PATIENCE_US: Micros = 60_000_000;
+/// Pages that are written: each with the byte that it is full of.
+type Model = BTreeMap<PageKey, u8>;
+
+/// A store whose shards all run on one thread, parked in between.
+struct Rig {
+    disk: SimDisk,
+    all: Together,
+    order: Arc<GlobalOrder>,
+    deal: Deal,
+    now: Micros,
+    token: u64,
+    busy: bool,
+    /// When a lap without effect was, if the last was one.
+    idle_at: Option<Micros>,
+    idle_laps: usize,
+    laps: u64,
+    answers: BTreeMap<Token, StoreResult<Response>>,
+}
+
+impl Rig {
+    fn open(disk: SimDisk, options: &Options, shards_count: u16) -> Outcome<Rig> {
+        let opening = crate::recovery::begin(&mut disk.clone(), options, shards_count, 7, disk.now())
+            .map_err(|error| format!("opening: {error}"))?;
+        let all = Together::new(opening.shards);
+        let (now, deal) = (disk.now(), all.shards[0].deal());
+        let answers = BTreeMap::new();
+        let order = opening.order;
+        let mut rig =
+            Rig { disk, all, order, deal, now, token: 0, busy: true, idle_at: None, idle_laps: 0, laps: 0, answers };
+        let end = now + PATIENCE_US;
+        while !rig.all.shards.iter().all(Shard::is_open) {
+            rig.lap()?;
+            if let Some(error) = rig.all.shards.iter().find_map(Shard::failure) {
+                return Err(format!("opening: {error}"));
+            }
+            if rig.now > end {
+                return Err(format!("opening has no end: {}", rig.describe()));
+            }
+        }
+        Ok(rig)
+    }
+
+    fn describe(&self) -> String {
+        let shards = self.all.shards.iter();
+        shards.map(|shard| format!("\n  deadline {:?}: {}", shard.deadline(), shard.whereabouts())).collect()
+    }
+
+    /// The time of the next event, and a lap.
+    fn lap(&mut self) -> Outcome {
+        let watermark = self.order.watermark();
+        let shards = self.all.shards.iter();
+        let woken = shards.clone().any(|shard| shard.waits_for().is_some_and(|lsn| lsn <= watermark));
+        let deadline = shards.filter_map(Shard::deadline).chain(self.disk.next_due()).min();
+        let at = match self.busy || woken {
+            true => self.now,
+            false => deadline.ok_or_else(|| format!("nobody wakes a shard: {}", self.describe()))?,
+        };
+        self.now = at.max(self.now + 1);
+        self.disk.advance_to(self.now);
+        self.busy = self.all.lap(&mut self.disk, self.now);
+        let before = std::mem::replace(&mut self.idle_at, (!self.busy).then_some(self.now));
+        self.idle_laps = match (before, self.idle_at) {
+            (Some(before), Some(now)) if now < before + SPIN_US => self.idle_laps + 1,
+            _ => 0,
+        };
+        if self.idle_laps >= IDLE_LAPS_MAX * self.all.shards.len() {
+            return Err(format!("{} laps in a row did nothing, at {}: {}", self.idle_laps, self.now, self.describe()));
+        }
+        self.laps += 1;
+        if self.laps.is_multiple_of(8) {
+            self.all.shards.iter().try_for_each(Shard::audit)?;
+        }
+        self.answers.extend(self.all.replies.drain(..));
+        Ok(())
+    }
+
+    fn ask(&mut self, request: Request) -> Token {
+        self.token += 1;
+        let shard = match &request {
+            Request::Read(keys) => self.deal.shard_of(keys[0]),
+            Request::Commit(commit) => self.deal.shard_of(commit.changes[0].0),
+            _ => ShardId::LEADER,
+        };
+        self.all.request(shard, Token(self.token), request);
+        self.busy = true;
+        Token(self.token)
+    }
+
+    fn answer(&mut self, token: Token) -> Outcome<StoreResult<Response>> {
+        let end = self.now + PATIENCE_US;
+        loop {
+            if let Some(answer) = self.answers.remove(&token) {
+                return Ok(answer);
+            }
+            if self.now > end {
+                return Err(format!("no answer to {token:?}: {}", self.describe()));
+            }
+            self.lap()?;
+        }
+    }
+
+    fn call(&mut self, request: Request) -> Outcome<StoreResult<Response>> {
+        let token = self.ask(request);
+        self.answer(token)
+    }
+
+    /// Goes on for some time.
+    fn pass(&mut self, us: Micros) -> Outcome {
+        let end = self.now + us;
+        while self.now < end && (self.busy || self.disk.in_flight() > 0 || self.next_deadline().is_some()) {
+            self.lap()?;
+        }
+        Ok(())
+    }
+
+    fn next_deadline(&self) -> Option<Micros> {
+        self.all.shards.iter().filter_map(Shard::deadline).min()
+    }
+
+    fn commit(&mut self, changes: Vec<(PageKey, Change)>, durable: bool) -> Outcome {
+        match self.call(Request::Commit(Commit { reads: Vec::new(), changes, durable }))? {
+            Ok(_) => Ok(()),
+            Err(error) => Err(format!("a commit is refused: {error}: {}", self.describe())),
+        }
+    }
+
+    fn read(&mut self, key: PageKey) -> Outcome<StoreResult<PageRef>> {
+        Ok(self.call(Request::Read(smallvec::smallvec![key]))?.map(|response| match response {
+            Response::Pages(pages) => pages[0].clone(),
+            other => panic!("{other:?}"),
+        }))
+    }
+
+    fn checkpoint(&mut self) -> Outcome {
+        match self.call(Request::Checkpoint)? {
+            Ok(_) => Ok(()),
+            Err(error) => Err(format!("a checkpoint fails: {error}: {}", self.describe())),
+        }
+    }
+}
+
+fn key(page: u64) -> PageKey {
+    PageKey::new(VolumeId::new(1), PageId::new(page))
+}
+
+fn put(byte: u64) -> Change {
+    Change::Put(Bytes::from(vec![byte as u8; BLOCK]))
+}
+
+fn patch(byte: u64) -> Change {
+    Change::Patch { offset: 0, bytes: Bytes::from(vec![byte as u8; 64]) }
+}
+
+fn options() -> Options {
+    let geometry = Geometry { extent_bytes: 256 << 10, segment_bytes: 2 << 20, segments_count: 8, vshards_count: 8 };
+    Options { geometry, memory_bytes: 32 << 20, shards: Some(1), ..Options::default() }
+}
+
+fn must(outcome: Outcome) {
+    outcome.unwrap_or_else(|why| panic!("{why}"));
+}
+
+/// All of them, for planted bugs.
+pub(super) fn all() -> Outcome {
+    rests_at_the_limit()?;
+    frees_what_is_in_memory()?;
+    waits_for_readers()?;
+    first_come_first_served()?;
+    ends_in_the_smallest_memory(1, 1)?;
+    writes_the_table_in_parts()?;
+    redoes_in_parts(1, 1)
+}
+
+/// If this fails, a core runs at full speed for as long as the device is busy with the pages that it has been given.
+#[test]
+fn a_shard_rests_while_its_page_writes_are_at_their_limit() {
+    must(rests_at_the_limit());
+}
+
+fn rests_at_the_limit() -> Outcome {
+    let mut rig = Rig::open(SimDisk::new(1), &options(), 1)?;
+    const PAGES: u64 = 1_800;
+    for at in (0..PAGES).step_by(100) {
+        rig.commit((at..at + 100).map(|n| (key(n), put(n))).collect(), true)?;
+    }
+    rig.checkpoint()?;
+    rig.disk.set_latency(Latency { write: (500_000, 600_000), ..Latency::default() });
+    for at in (0..PAGES).step_by(100) {
+        let changes = (at..at + 100).map(|n| (key(n), patch(n))).collect();
+        rig.ask(Request::Commit(Commit { reads: Vec::new(), changes, durable: false }));
+    }
+    let laps = rig.laps;
+    rig.pass(5_000_000)?;
+    let laps = rig.laps - laps;
+    println!("{laps} laps in 5 s");
+    if laps > 2_000 { Err(format!("{laps} laps in 5 s")) } else { Ok(()) }
+}
+
+/// If this fails, deleting a volume whose pages are in memory ends with "no memory", though nobody holds a page.
+#[test]
+fn pages_in_memory_are_freed_by_many_commits_at_a_time() {
+    must(frees_what_is_in_memory());
+}
+
+fn frees_what_is_in_memory() -> Outcome {
+    let options = Options { memory_bytes: 8 << 20, ..options() };
+    let mut rig = Rig::open(SimDisk::new(2), &options, 1)?;
+    const PAGES: u64 = 3_200;
+    for at in (0..PAGES).step_by(100) {
+        rig.commit((at..at + 100).map(|n| (key(n), put(n))).collect(), true)?;
+    }
+    for n in 0..PAGES {
+        rig.read(key(n))?.map_err(|error| format!("page {n}: {error}"))?;
+    }
+    let free = |at| {
+        let changes = (at..at + 400).map(|n| (key(n), Change::Free)).collect();
+        Request::Commit(Commit { reads: Vec::new(), changes, durable: false })
+    };
+    let asked: Vec<Token> = (0..PAGES).step_by(400).map(|at| rig.ask(free(at))).collect();
+    for token in asked {
+        rig.answer(token)?.map_err(|error| format!("a commit of frees: {error}"))?;
+    }
+    Ok(())
+}
+
+/// Reads and keeps pages until none can be had.
+fn pin_all(rig: &mut Rig, pages: u64) -> Outcome<Vec<PageRef>> {
+    let mut pinned = Vec::new();
+    for n in 0..pages {
+        match rig.read(key(n))? {
+            Ok(page) => pinned.push(page),
+            Err(error) if error.kind() == ErrorKind::Busy => return Ok(pinned),
+            Err(error) => return Err(format!("page {n}: {error}")),
+        }
+    }
+    Err(format!("all {pages} pages fit into memory"))
+}
+
+/// If this fails, a commit that waits for memory hangs although readers have dropped their pages, or it is refused at once, or never,
+/// or told the wrong reason.
+#[test]
+fn memory_that_readers_have_pinned_is_waited_for_and_then_busy() {
+    must(waits_for_readers());
+}
+
+fn waits_for_readers() -> Outcome {
+    let options = Options { memory_bytes: 4 << 20, ..options() };
+    let mut rig = Rig::open(SimDisk::new(3), &options, 1)?;
+    const PAGES: u64 = 1_600;
+    for at in (0..PAGES).step_by(50) {
+        rig.commit((at..at + 50).map(|n| (key(n), put(n))).collect(), true)?;
+    }
+    rig.checkpoint()?;
+    let pinned = pin_all(&mut rig, PAGES)?;
+    rig.now += 1_000_000;
+    let commit = |n| Request::Commit(Commit { reads: Vec::new(), changes: vec![(key(n), put(7))], durable: true });
+    let (begun, asked) = (rig.now, [rig.ask(commit(1)), rig.ask(commit(2)), rig.ask(commit(3))]);
+    for token in asked {
+        let Err(error) = rig.answer(token)? else { return Err("there was memory".into()) };
+        let waited = rig.now - begun;
+        if error.kind() != ErrorKind::Busy || !error.to_string().contains("readers have pinned") {
+            return Err(format!("{} pages are pinned: {error}", pinned.len()));
+        }
+        if !(900_000..1_500_000).contains(&waited) {
+            return Err(format!("refused after {waited} us"));
+        }
+    }
+    // Whatever readers hold: the log must not grow without end.
+    rig.checkpoint()?;
+    rig.now += 1_000_000;
+    let token = rig.ask(commit(4));
+    rig.pass(300_000)?;
+    if rig.answers.contains_key(&token) {
+        return Err("refused without a wait".into());
+    }
+    // Nobody tells the shard.
+    drop(pinned);
+    rig.answer(token)?.map(drop).map_err(|error| format!("after the pages were dropped: {error}"))
+}
+
+/// If this fails, a read that needs a map node waits for ever while memory is short and others keep asking.
+#[test]
+fn who_asked_first_for_a_map_node_is_served_first() {
+    must(first_come_first_served());
+}
+
+fn first_come_first_served() -> Outcome {
+    let geometry = Geometry { vshards_count: 1, ..options().geometry };
+    let options = Options { memory_bytes: 2 << 20, geometry, ..options() };
+    let mut rig = Rig::open(SimDisk::new(4), &options, 1)?;
+    const DENSE: u64 = 400;
+    const LONE: u64 = 240;
+    let lone = |n: u64| key((n + 1) << 20);
+    for at in (0..DENSE).step_by(20) {
+        rig.commit((at..at + 20).map(|n| (key(n), put(n))).collect(), true)?;
+    }
+    for n in 0..LONE {
+        rig.commit(vec![(lone(n), put(n))], false)?;
+    }
+    rig.call(Request::Close)?.map_err(|error| error.to_string())?;
+    let mut rig = Rig::open(rig.disk, &options, 1)?;
+    let mut pinned = pin_all(&mut rig, DENSE)?;
+    pinned.truncate(pinned.len() - 6);
+    let mut asked = std::collections::VecDeque::new();
+    let mut next = 0;
+    let mut ask = |rig: &mut Rig| {
+        next += 1;
+        rig.ask(Request::Read(smallvec::smallvec![lone((next * 7) % LONE)]))
+    };
+    // Always as many under way, more than there are frames for.
+    (0..24).for_each(|_| asked.push_back(ask(&mut rig)));
+    for _ in 0..2_000 {
+        rig.lap()?;
+        let answered: Vec<Token> = rig.answers.keys().copied().collect();
+        for token in answered {
+            rig.answers.remove(&token).expect("just seen").map_err(|error| format!("a read: {error}"))?;
+            let position = asked.iter().position(|asked| *asked == token).expect("asked");
+            asked.remove(position);
+            asked.push_back(ask(&mut rig));
+        }
+        let (oldest, newest) = (asked[0].0, asked[asked.len() - 1].0);
+        if newest - oldest > 200 {
+            return Err(format!("read {oldest} waits while {newest} others were asked for"));
+        }
+    }
+    Ok(())
+}
+
+/// The store with the least memory that is allowed.
+fn smallest(shards_count: u16, vshards_count: u32) -> Options {
+    let geometry = Geometry { vshards_count, ..options().geometry };
+    Options { geometry, memory_bytes: (2 << 20) * u64::from(shards_count), log_writes_max: 8, ..options() }
+}
+
+fn check(rig: &mut Rig, model: &Model) -> Outcome {
+    for (key, byte) in model {
+        let page = rig.read(*key)?.map_err(|error| format!("{key:?}: {error}"))?;
+        if page.iter().any(|found| found != byte) {
+            return Err(format!("{key:?} holds {} and not {byte}", page[0]));
+        }
+    }
+    Ok(())
+}
+
+/// Carries a commit out, or is told that it can never be: nothing else is an answer.
+fn commit_or_too_large(rig: &mut Rig, model: &mut Model, changes: Vec<(PageKey, Change)>) -> Outcome<bool> {
+    let request = Request::Commit(Commit { reads: Vec::new(), changes: changes.clone(), durable: true });
+    match rig.call(request)? {
+        Ok(_) => {}
+        Err(error) if error.kind() == ErrorKind::TooLarge => return Ok(false),
+        Err(error) => return Err(format!("a commit of {} changes: {error}: {}", changes.len(), rig.describe())),
+    }
+    for (key, change) in changes {
+        match change {
+            Change::Put(bytes) => _ = model.insert(key, bytes[0]),
+            Change::Patch { bytes, .. } => _ = model.insert(key, bytes[0]),
+            Change::Free => _ = model.remove(&key),
+        }
+    }
+    Ok(true)
+}
+
+/// If this fails, a store hangs after a commit that it has taken, or can't be opened again: lone pages make the map large, and one
+/// virtual shard may hold all of it.
+#[test]
+fn every_commit_that_is_taken_is_followed_by_a_checkpoint_in_the_smallest_memory() {
+    for (shards, vshards) in [(1, 1), (1, 512), (2, 8), (4, 512)] {
+        ends_in_the_smallest_memory(shards, vshards).unwrap_or_else(|why| panic!("{shards} of {vshards}: {why}"));
+    }
+}
+
+fn ends_in_the_smallest_memory(shards: u16, vshards: u32) -> Outcome {
+    let options = smallest(shards, vshards);
+    let mut rig = Rig::open(SimDisk::new(5), &options, shards)?;
+    let pages = rig.all.shards[0].txn_bytes_max() / BLOCK as u64;
+    let (mut model, mut taken, mut refused) = (Model::new(), 0, 0);
+    let whole = |byte: u64| Change::Patch { offset: 0, bytes: Bytes::from(vec![byte as u8; BLOCK]) };
+    for (round, shift) in (1..).zip([9u32, 12, 18, 26, 40, 57]) {
+        let lone = |n: u64| key(((n + 1) << shift) | (5 * round));
+        let mut commits = vec![
+            (0..pages).map(|n| (lone(n), put(round))).collect::<Vec<_>>(),
+            (0..pages).map(|n| (lone(n), whole(round + 100))).collect(),
+            (0..pages).map(|n| (key(n + 64 * round), put(n))).collect(),
+        ];
+        // The most frees that a commit may have, of pages that there are as far as they go.
+        let there: Vec<PageKey> = model.keys().copied().step_by(2).chain((0..pages * 8).map(lone)).collect();
+        commits.push(there.into_iter().take(pages as usize * 8).map(|key| (key, Change::Free)).collect());
+        for changes in commits {
+            match commit_or_too_large(&mut rig, &mut model, changes)? {
+                true => taken += 1,
+                false => refused += 1,
+            }
+            if (taken + refused) % 3 == 0 {
+                rig.checkpoint()?;
+            }
+        }
+        // Small ones are always taken.
+        for n in 0..8 {
+            if !commit_or_too_large(&mut rig, &mut model, vec![(lone(n + 50), put(n))])? {
+                return Err("one page is too large".into());
+            }
+        }
+    }
+    println!("{shards} shards of {vshards}: {taken} commits of the largest size taken, {refused} refused");
+    if taken < 12 || (vshards == 1 && refused == 0) {
+        return Err(format!("{taken} commits were taken, {refused} refused"));
+    }
+    rig.call(Request::Close)?.map_err(|error| format!("closing: {error}"))?;
+    let mut rig = Rig::open(rig.disk, &options, shards)?;
+    check(&mut rig, &model)?;
+    let lone = (0..pages / 2).map(|n| (key((n + 1) << 30), put(n))).collect();
+    commit_or_too_large(&mut rig, &mut model, lone)?;
+    let crashed = rig.disk.crash(Loss::Everything, &mut Rng::new(1));
+    let mut rig = Rig::open(crashed, &options, shards)?;
+    check(&mut rig, &model)
+}
+
+/// If this fails, the checkpoints of a store with many extents never end while readers hold most of its memory, and its log fills up.
+#[test]
+fn the_extent_table_of_a_large_store_is_written_in_little_memory() {
+    must(writes_the_table_in_parts());
+}
+
+fn writes_the_table_in_parts() -> Outcome {
+    let geometry = Geometry { extent_bytes: 64 << 10, ..options().geometry };
+    let options = Options { geometry, memory_bytes: 4 << 20, ..options() };
+    let mut rig = Rig::open(SimDisk::new(6), &options, 1)?;
+    // More blocks of the table than a checkpoint has frames of its own.
+    const PAGES: u64 = 18_000;
+    for at in (0..PAGES).step_by(60) {
+        rig.commit((at..at + 60).map(|n| (key(n), put(n))).collect(), true)?;
+    }
+    let pinned = pin_all(&mut rig, PAGES)?;
+    rig.checkpoint()?;
+    drop(pinned);
+    let crashed = rig.disk.crash(Loss::Everything, &mut Rng::new(1));
+    let mut rig = Rig::open(crashed, &options, 1)?;
+    check(&mut rig, &(0..PAGES).step_by(97).map(|n| (key(n), n as u8)).collect())
+}
+
+/// If this fails, a store that was filled with much memory can't be opened with little.
+#[test]
+fn what_was_logged_with_much_memory_is_redone_with_the_least() {
+    for (shards, vshards) in [(1, 1), (1, 512), (2, 8), (4, 512)] {
+        redoes_in_parts(shards, vshards).unwrap_or_else(|why| panic!("{shards} of {vshards}: {why}"));
+    }
+}
+
+fn redoes_in_parts(shards: u16, vshards: u32) -> Outcome {
+    for inline_pages_max in [0, 64] {
+        let small = smallest(shards, vshards);
+        let large = Options { memory_bytes: 64 << 20, inline_pages_max, ..small.clone() };
+        let mut rig = Rig::open(SimDisk::new(7), &large, 1)?;
+        let pages = rig.all.shards[0].txn_bytes_max() / BLOCK as u64;
+        let mut model = Model::new();
+        let whole = |byte: u64| Change::Patch { offset: 0, bytes: Bytes::from(vec![byte as u8; BLOCK]) };
+        for (round, shift) in (1..).zip([9u32, 18, 30]) {
+            let lone = |n: u64| key(((n + 1) << shift) | (5 * round));
+            for changes in [
+                (0..pages).map(|n| (lone(n), put(n))).collect::<Vec<_>>(),
+                (0..pages).map(|n| (lone(n), whole(n + 1))).collect(),
+                (0..pages * 4).map(|n| (lone(n * 2), Change::Free)).collect(),
+            ] {
+                if !commit_or_too_large(&mut rig, &mut model, changes)? {
+                    return Err("a commit is too large for 64 MiB".into());
+                }
+            }
+        }
+        let crashed = rig.disk.crash(Loss::Everything, &mut Rng::new(1));
+        let mut rig = Rig::open(crashed, &small, shards)?;
+        check(&mut rig, &model)?;
+        rig.call(Request::Close)?.map_err(|error| format!("closing: {error}"))?;
+    }
+    Ok(())
+}
