@@ -84,21 +84,21 @@ pub(super) struct Block(pub(super) [u8; BLOCK]);
 /// Makes it, and those above it that are missing, and their names durable: the path must outlive a crash as a whole, or
 /// the store in it is nowhere to be found.
 pub(super) fn make_directory(path: &Path) -> Result<()> {
-    make_directories(path, &mut |parent| File::open(parent)?.sync_all())
+    make_directories(path, path, &mut |parent| File::open(parent)?.sync_all())
 }
 
-/// The same; `sync` makes the names in a directory durable.
-fn make_directories(path: &Path, sync: &mut dyn FnMut(&Path) -> std::io::Result<()>) -> Result<()> {
+/// The same, of which `path` is the part on the way to `whole`; `sync` makes the names in a directory durable.
+fn make_directories(path: &Path, whole: &Path, sync: &mut dyn FnMut(&Path) -> std::io::Result<()>) -> Result<()> {
     if path.as_os_str().is_empty() || path.is_dir() {
         return Ok(());
     }
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    make_directories(parent, sync)?;
+    make_directories(parent, whole, sync)?;
     match std::fs::create_dir(path) {
         // Another process was faster; whether it has synced the name by now is not known.
         Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && path.is_dir() => {}
         made => made.map_err(|e| {
-            let context = format_args!("making the directory {}", path.display());
+            let context = format_args!("making the directory {}", whole.display());
             not_made(context, " (use one that this user may write)", e)
         })?,
     }
@@ -130,7 +130,7 @@ mod tests {
         let there = dir.path().join("there");
         std::fs::create_dir(&there).unwrap();
         let mut synced: Vec<(PathBuf, bool)> = Vec::new();
-        make_directories(&there.join("a/b/c"), &mut |parent| {
+        make_directories(&there.join("a/b/c"), &there.join("a/b/c"), &mut |parent| {
             // As it is when its names become durable.
             synced.push((parent.to_owned(), parent.read_dir()?.next().is_some()));
             Ok(())
@@ -138,9 +138,16 @@ mod tests {
         .unwrap();
         assert!(there.join("a/b/c").is_dir());
         assert_eq!(synced, [(there.clone(), true), (there.join("a"), true), (there.join("a/b"), true)]);
-        make_directories(&there.join("a/b"), &mut |_| panic!("it is there")).unwrap();
-        let refused = make_directories(&there.join("d"), &mut |_| Err(std::io::Error::other("planted"))).unwrap_err();
+        let of = |name: &str, sync: &mut dyn FnMut(&Path) -> std::io::Result<()>| {
+            make_directories(&there.join(name), &there.join(name), sync)
+        };
+        of("a/b", &mut |_| panic!("it is there")).unwrap();
+        let refused = of("d", &mut |_| Err(std::io::Error::other("planted"))).unwrap_err();
         assert!(refused.to_string().contains("making durable the name of"), "{refused}");
+        // The directory that was asked for is named, not one on the way to it.
+        std::fs::write(there.join("file"), "mine").unwrap();
+        let refused = of("file/below/it", &mut |_| Ok(())).unwrap_err();
+        assert!(refused.to_string().contains("file/below/it"), "{refused}");
         make_directory(&there.join("e/f")).unwrap();
         assert!(there.join("e/f").is_dir());
     }
