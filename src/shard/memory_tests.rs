@@ -128,7 +128,7 @@ fn hot_hits(bench: &mut Bench, hot: u64) -> u64 {
 fn pages_in_use_stay_in_memory_when_a_large_volume_is_read_at_random() {
     let mut bench = Bench::open(&options());
     let pages = fill_far(&mut bench);
-    let (hot, mut random) = (32, Random(3));
+    let (hot, mut random) = (12, Random(3));
     assert!(hot_hits(&mut bench, hot) >= 19 * hot);
     for _ in 0..64 * u64::from(bench.shard().limits.memory_blocks) / 4 {
         let n = random.below(pages);
