@@ -177,7 +177,10 @@ impl Shard {
     /// Nothing goes on without a place for `what`: more space is asked for, and if there is none the store stops.
     pub(super) fn must_grow(&mut self, what: &str) {
         self.space.stalled = true;
-        if !self.space.growing && !self.ask_for_space(BEYOND_EXTENTS, true) {
+        let waits = self.space.growing
+            || self.ask_for_space(BEYOND_EXTENTS, true)
+            || (self.opening && planted!(OpeningWaitsForSpace));
+        if !waits {
             let context = format_args!(
                 "no space is left for {what}, and the data space can't grow: make room in the file system, then open \
                  the store again"

@@ -126,7 +126,7 @@ impl Shard {
             self.dirty_since = self.now + SPACE_RETRY_US;
         }
         // Commits have reserved a block for each page; a redo reserves none, and the checkpoint that ends it waits for its pages.
-        if found_none && self.opening && self.checkpoint.wants_pages() && !planted!(OpeningWaitsForSpace) {
+        if found_none && self.opening && self.checkpoint.wants_pages() {
             self.must_grow("the pages of the recovery");
         }
     }

@@ -105,7 +105,7 @@ canaries! {
     ReadNotFlushed,
     /// A checkpoint in the middle of the redo waits for a page that the redo finds written already.
     RedoneUnsettled,
-    /// Opening waits for space for ever where there is none for the pages of the recovery.
+    /// Opening waits for space for ever where there is none for the pages and map nodes of the recovery.
     OpeningWaitsForSpace,
     /// The page table keeps an entry of every absent page that was ever asked for.
     AbsentKept,

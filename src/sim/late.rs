@@ -17,8 +17,8 @@ use crate::shard::observe::NodeLoad;
 use crate::types::{BLOCK, Micros};
 use std::collections::BTreeMap;
 
-/// For how long a read is kept back at most.
-const HELD_US_MAX: Micros = 10_000_000;
+/// For how long a read is kept back at most: some dozens one after another must not use up the patience of a run.
+const HELD_US_MAX: Micros = 1_000_000;
 
 /// Which reads are kept back, and for how long.
 #[derive(Clone, Copy, Debug, Default)]

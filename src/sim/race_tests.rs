@@ -165,6 +165,12 @@ pub(super) fn checkpoints_in_redo(seed: u64) -> Plan {
     Plan { options: Some(options), profile: Some(profile), shards: 2..=4, lives, events_max, ..plan(seed) }
 }
 
+/// The same, and most recoveries are crashed into: what a checkpoint in the middle of one has recorded must hold afterwards, also of what
+/// a dead process had written and nobody had flushed.
+pub(super) fn crashes_in_redo(seed: u64) -> Plan {
+    Plan { recovery_crash_percent: 85, fault_percent: 0, damage_percent: 0, images: 9, ..checkpoints_in_redo(seed) }
+}
+
 /// A store that can't be opened after a crash is lost, however whole its bytes are.
 #[test]
 fn recovery_ends_with_checkpoints_in_the_middle_of_it() {

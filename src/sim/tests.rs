@@ -4,7 +4,7 @@
 //! failure is made smaller, unless `COREPAGE_SHRINK=0`, and prints the command that repeats it.
 
 use super::canary::{Canary, plant, take_fired};
-use super::race_tests::checkpoints_in_redo;
+use super::race_tests::{checkpoints_in_redo, crashes_in_redo};
 use super::shrink::{Smaller, shrink};
 use super::world::{Failure, Outcome, Plan, Tally, run};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -208,6 +208,29 @@ fn a_failing_run_shrinks_and_is_repeated_from_its_text() {
     let repeated = run(&again).expect_err("it fails again");
     assert_eq!((repeated.why, repeated.requests), (smaller.why, smaller.requests));
     assert!(plan(1).read("1 2 3").is_none() && plan(1).read("nonsense").is_none());
+}
+
+/// Finds telling seeds: prints which seeds catch the planted bug `COREPAGE_CANARY`, of `COREPAGE_SEEDS` ones, with nine images of each
+/// crash. For when a change of the engine has moved those in [`TELLING_SEEDS`].
+#[test]
+#[ignore = "a tool: it looks for seeds, and takes minutes"]
+fn seeds_that_catch_a_planted_bug() {
+    let name = std::env::var("COREPAGE_CANARY").expect("COREPAGE_CANARY names a planted bug");
+    let canary = Canary::ALL.iter().copied().find(|canary| format!("{canary:?}") == name).expect("it exists");
+    let next = AtomicU64::new(1);
+    on_all_cores(|| {
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed > number("COREPAGE_SEEDS").unwrap_or(500) {
+                return;
+            }
+            for (name, plan) in [("telling", telling as fn(u64) -> Plan), ("crashes in redo", crashes_in_redo)] {
+                if let Err(failure) = run(&Plan { canary: Some(canary), ..plan(seed) }) {
+                    println!("{name}, seed {seed}: {}", failure.why.lines().next().unwrap_or_default());
+                }
+            }
+        }
+    });
 }
 
 /// What became of a planted bug.
