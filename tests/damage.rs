@@ -66,7 +66,7 @@ fn reference() -> &'static Reference {
             copy(&now, &earlier);
             let store = Store::open(&now, options()).await?;
             store.create_volume("not in the model", 1 << 20).await?;
-            work(&store, &mut model, &mut random, 25).await?;
+            work(&store, &mut model, &mut random, 90).await?;
             store.close().await
         })
         .expect("the reference store is made");

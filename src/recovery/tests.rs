@@ -284,6 +284,40 @@ fn pages_that_a_failed_flush_has_lost_are_written_again() {
     assert!(shown_new > 0 && doomed > 0, "{shown_new} {doomed}");
 }
 
+/// A process dies with commits in its logs that no flush has covered; the next one reads them, and a checkpoint in the middle of its redo
+/// records them as durable. A power cut then must not find them gone: the store would be refused as damaged.
+#[test]
+pub(crate) fn what_a_recovery_records_as_durable_survives_a_power_cut() {
+    let mut unflushed = 0;
+    for seed in 0..24 {
+        let (mut d, _) = Driver::open(SimDisk::new(seed));
+        d.commit(vec![(key(0), put(1))]);
+        for n in 1..20 {
+            d.begin(Request::Commit(Commit { reads: vec![], changes: vec![(key(n), put(2))], durable: true }));
+        }
+        // Somewhere between the first log write and the end of its flush.
+        (0..seed % 12).for_each(|_| d.step());
+        let mut disk = d.disk.crash(Loss::Process, &mut Rng::new(seed));
+        let opening = begin(&mut disk, &options(), 1, 7, 0).expect("the store can be opened");
+        let cut = opening.report.cut;
+        let mut all = Together::new(opening.shards);
+        all.request(ShardId::LEADER, Token(1), Request::Checkpoint);
+        let mut now = disk.now();
+        while all.replies.is_empty() {
+            // Not a lap more: the checkpoint that ends the recovery would make the logs superfluous.
+            now += 50;
+            all.lap(&mut disk, now);
+            disk.advance_to(now);
+            assert!(all.shards[0].failure().is_none(), "the checkpoint ends");
+        }
+        let lost = d.disk.crash(Loss::Everything, &mut Rng::new(seed));
+        unflushed += u32::from(begin(&mut lost.clone(), &options(), 1, 7, 0).expect("it opens").report.cut < cut);
+        let (_, report) = Driver::open(disk.crash(Loss::Everything, &mut Rng::new(seed)));
+        assert!(report.cut >= cut, "seed {seed}: {cut:?} was recorded, {:?} is left", report.cut);
+    }
+    assert!(unflushed > 0, "all that was read had been flushed");
+}
+
 /// What is longer than one operation reads (a group with a large commit, the table of a large store) is put together in order.
 #[test]
 fn a_long_read_is_put_together_in_order() {

@@ -264,6 +264,10 @@ fn hunt(canary: Canary) -> Found {
     };
     let overtaken = || super::race_tests::overtaken_moves(1).map(drop);
     let grown = || super::race_tests::growth_under_reads(1).map(drop);
+    let recorded = || {
+        crate::recovery::tests::what_a_recovery_records_as_durable_survives_a_power_cut();
+        Ok(())
+    };
     let full = || {
         super::fault_tests::a_full_disk_ends_an_opening_with_an_error();
         Ok(())
@@ -282,6 +286,7 @@ fn hunt(canary: Canary) -> Found {
         .or_else(|| random("crashes_of_full_stores_lose_nothing", super::fault_tests::full_store, (1..=25).collect()))
         .or_else(|| special("a_page_that_is_overwritten_while_it_moves_keeps_its_new_version", overtaken))
         .or_else(|| special("a_tree_that_grows_while_its_top_is_read_keeps_all_its_pages", grown))
+        .or_else(|| special("what_a_recovery_records_as_durable_survives_a_power_cut", recorded))
         .or_else(|| special("shards_wait_and_are_woken", super::waiting_tests::all))
         .or_else(|| {
             random("recovery_ends_with_checkpoints_in_the_middle_of_it", checkpoints_in_redo, (1..=10).collect())
