@@ -307,7 +307,7 @@ mod tests {
         let file = files.file(FileId::Log(ShardId::new(0), SegmentNo::new(0)));
         allocate(&files, &file, 0, 8192).unwrap();
         options.cancel.cancel();
-        let error = allocate(&files, &file, 8192, 1 << 30).expect_err("it was cancelled");
+        let error = allocate(&files, &file, 8192, 32 << 20).expect_err("it was cancelled");
         assert_eq!(error.kind(), ErrorKind::Closed, "{error}");
         assert_eq!(files.len(&file).unwrap(), Some(8192));
     }
