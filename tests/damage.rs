@@ -17,7 +17,7 @@ use futures_lite::future::block_on;
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::OnceLock;
 
 const BLOCK: usize = 4096;
@@ -32,6 +32,8 @@ const LIVES_MAX: u32 = 20;
 const SAMPLES: usize = 3;
 
 type Model = BTreeMap<(usize, u64), Vec<u8>>;
+/// The files of a store: names and contents.
+type Files = BTreeMap<String, Vec<u8>>;
 /// A place in a file: name, offset, bytes.
 type Spot = (String, u64, usize);
 
@@ -42,11 +44,11 @@ fn options() -> Options {
 
 // --- the reference store ---
 
-/// A store that was filled, closed, changed and closed again; what it was at the first close; and what it holds.
+/// A store that was filled, closed, changed and closed again; what it was at the first close; and what it holds. In memory: what
+/// a static keeps is never dropped, and a directory would be left behind.
 struct Reference {
-    _dir: tempfile::TempDir,
-    now: PathBuf,
-    earlier: PathBuf,
+    now: Files,
+    earlier: Files,
     model: Model,
     spots: BTreeMap<&'static str, Vec<Spot>>,
 }
@@ -55,40 +57,36 @@ fn reference() -> &'static Reference {
     static REFERENCE: OnceLock<Reference> = OnceLock::new();
     REFERENCE.get_or_init(|| {
         let dir = tempfile::tempdir().expect("a directory for the store");
-        let (now, earlier) = (dir.path().join("now"), dir.path().join("earlier"));
         let mut model = Model::new();
         let mut random = 1u64;
-        block_on(async {
-            let store = Store::open(&now, options()).await?;
+        let (now, earlier, spots) = block_on(async {
+            let store = Store::open(dir.path(), options()).await?;
             for name in VOLUMES {
                 store.create_volume(name, 1 << 50).await?;
             }
             work(&store, &mut model, &mut random, 40).await?;
             store.close().await?;
-            copy(&now, &earlier);
+            let earlier = contents(dir.path());
             // Which places are used again depends on how the work falls into checkpoints, so there is more of it until
             // each kind of structure lies somewhere where something else was.
-            for lives in 1.. {
-                let store = Store::open(&now, options()).await?;
+            let mut lives = 0;
+            loop {
+                let store = Store::open(dir.path(), options()).await?;
                 store.create_volume(&format!("not in the model {lives}"), 1 << 20).await?;
                 work(&store, &mut model, &mut random, 90).await?;
                 store.close().await?;
-                let lacking: Vec<_> = spots(&now)
-                    .into_iter()
-                    .filter_map(|(kind, all)| {
-                        (!all.iter().any(|spot| was_different(&now, &earlier, spot))).then_some(kind)
-                    })
-                    .collect();
+                lives += 1;
+                let (now, spots) = (contents(dir.path()), spots(dir.path()));
+                let lacks = |all: &[Spot]| !all.iter().any(|spot| was_different(&now, &earlier, spot));
+                let lacking: Vec<_> = spots.iter().filter(|(_, all)| lacks(all)).map(|(kind, _)| kind).collect();
                 if lacking.is_empty() {
-                    break;
+                    return Ok::<_, Error>((now, earlier, spots));
                 }
                 assert!(lives < LIVES_MAX, "after {lives} lives nothing else was where these are: {lacking:?}");
             }
-            Ok::<(), Error>(())
         })
         .expect("the reference store is made");
-        let spots = spots(&now);
-        Reference { _dir: dir, now, earlier, model, spots }
+        Reference { now, earlier, model, spots }
     })
 }
 
@@ -131,22 +129,21 @@ fn next(random: &mut u64) -> u64 {
     *random
 }
 
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).expect("a directory for a copy");
-    for entry in fs::read_dir(from).expect("the store is there") {
-        let entry = entry.expect("an entry");
-        fs::copy(entry.path(), to.join(entry.file_name())).expect("a copy of a file");
+/// The reference store in a directory of its own.
+fn copy() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().expect("a directory for a copy");
+    for (name, bytes) in &reference().now {
+        fs::write(dir.path().join(name), bytes).expect("a copy of a file");
     }
+    dir
 }
 
-/// Makes `to` the same as `from` again, writing only what differs: fresh copies of whole files would all have to reach
-/// the device before the store can read past the page cache.
-fn restore(from: &Path, to: &Path) {
+/// Makes the store in `dir` the same as the reference store again, writing only what differs: fresh copies of whole files would
+/// all have to reach the device before the store can read past the page cache.
+fn restore(dir: &Path) {
     const CHUNK: usize = 64 << 10;
-    for entry in fs::read_dir(from).expect("the store is there") {
-        let entry = entry.expect("an entry");
-        let right = fs::read(entry.path()).expect("a file");
-        let file = fs::OpenOptions::new().read(true).write(true).open(to.join(entry.file_name())).expect("a copy");
+    for (name, right) in &reference().now {
+        let file = fs::OpenOptions::new().read(true).write(true).open(dir.join(name)).expect("a copy");
         file.set_len(right.len() as u64).expect("a length");
         let mut found = vec![0; CHUNK];
         for (i, right) in right.chunks(CHUNK).enumerate() {
@@ -159,7 +156,7 @@ fn restore(from: &Path, to: &Path) {
     }
 }
 
-fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+fn contents(dir: &Path) -> Files {
     let entries = fs::read_dir(dir).expect("the directory").map(|entry| entry.expect("an entry"));
     entries.map(|e| (e.file_name().into_string().expect("a name"), fs::read(e.path()).expect("a file"))).collect()
 }
@@ -252,15 +249,14 @@ enum Left {
     Nothing,
 }
 
-/// What was at `spot` at the first close, of which `dir` is a copy, if the file was so long.
-fn earlier(dir: &Path, (file, offset, len): &Spot) -> Option<Vec<u8>> {
-    let exists = fs::metadata(dir.join(file)).is_ok_and(|m| offset + *len as u64 <= m.len());
-    exists.then(|| read_at(dir, file, *offset, *len))
+/// What `files` have at `spot`, if they are so long.
+fn bytes_at<'a>(files: &'a Files, (file, offset, len): &Spot) -> Option<&'a [u8]> {
+    files.get(file)?.get(*offset as usize..*offset as usize + len)
 }
 
 /// Whether something else is at `spot` now than at the first close.
-fn was_different(now: &Path, first: &Path, spot: &Spot) -> bool {
-    earlier(first, spot).is_some_and(|bytes| bytes != read_at(now, &spot.0, spot.1, spot.2))
+fn was_different(now: &Files, earlier: &Files, spot: &Spot) -> bool {
+    bytes_at(earlier, spot).is_some_and(|bytes| Some(bytes) != bytes_at(now, spot))
 }
 
 /// Damages the structure at `spot` of the copy in `dir`; `false` if that changed nothing.
@@ -271,7 +267,7 @@ fn damage(dir: &Path, spot: &Spot, other: &Spot, how: Damage) -> bool {
     match how {
         Damage::Flipped => after[len / 3] ^= 4,
         Damage::Zeroed => after.fill(0),
-        Damage::Stale => after = earlier(&reference().earlier, spot).expect("places were chosen so"),
+        Damage::Stale => after = bytes_at(&reference().earlier, spot).expect("places were chosen so").to_vec(),
         Damage::Swapped => {
             after = read_at(dir, &other.0, other.1, *len);
             write_at(dir, other, &before);
@@ -334,8 +330,7 @@ fn is_named(report: &VerifyReport, (file, offset, len): &Spot) -> bool {
 fn damage_each(kind: &str, tolerated: &[Left]) {
     let all = reference().spots.get(kind).unwrap_or_else(|| panic!("the reference store has no {kind}"));
     assert!(all.len() >= 2, "the reference store has only {} of {kind}", all.len());
-    let dir = tempfile::tempdir().expect("a directory for a copy");
-    copy(&reference().now, dir.path());
+    let dir = copy();
     for how in [Damage::Flipped, Damage::Zeroed, Damage::Stale, Damage::Swapped] {
         // Not every place had something else in it at the first close.
         let mut places: Vec<usize> = (0..all.len())
@@ -344,7 +339,7 @@ fn damage_each(kind: &str, tolerated: &[Left]) {
         places = places.iter().copied().step_by(places.len().div_ceil(SAMPLES).max(1)).collect();
         let mut done = 0;
         for i in places {
-            restore(&reference().now, dir.path());
+            restore(dir.path());
             let (spot, other) = (&all[i], &all[(i + all.len() / 2) % all.len()]);
             if !damage(dir.path(), spot, other, how) {
                 continue;
@@ -363,8 +358,7 @@ fn damage_each(kind: &str, tolerated: &[Left]) {
 
 #[test]
 fn an_undamaged_store_is_whole() {
-    let dir = tempfile::tempdir().expect("a directory for a copy");
-    copy(&reference().now, dir.path());
+    let dir = copy();
     let before = contents(dir.path());
     let report = corepage::verify(dir.path()).expect("a closed store");
     assert!(report.is_whole() && report.clean, "{report}\n{:?}", report.damaged);
@@ -427,8 +421,7 @@ fn damaged_log_groups_are_named() {
 /// A newer program's store must not be touched by an older one.
 #[test]
 fn a_store_of_another_version_is_refused_and_not_changed() {
-    let dir = tempfile::tempdir().expect("a directory for a copy");
-    copy(&reference().now, dir.path());
+    let dir = copy();
     for copy in 0..4 {
         write_at(dir.path(), &("meta".into(), Superblock::offset(copy) + 8, 4), &4711u32.to_le_bytes());
     }
@@ -443,8 +436,7 @@ fn a_store_of_another_version_is_refused_and_not_changed() {
 /// What can't be opened must be left as it is, for whoever mends it.
 #[test]
 fn a_store_without_a_superblock_is_refused_and_not_changed() {
-    let dir = tempfile::tempdir().expect("a directory for a copy");
-    copy(&reference().now, dir.path());
+    let dir = copy();
     for copy in 0..4 {
         write_at(dir.path(), &("meta".into(), Superblock::offset(copy), 1), &[0; 16384]);
     }
@@ -458,14 +450,13 @@ fn a_store_without_a_superblock_is_refused_and_not_changed() {
 /// A copy that ended early, or a file system that lost the end of a file.
 #[test]
 fn a_store_with_a_shortened_data_file_is_refused_and_not_changed() {
-    let dir = tempfile::tempdir().expect("a directory for a copy");
-    copy(&reference().now, dir.path());
+    let dir = copy();
     let in_use = {
         let superblock = newest(dir.path());
         u64::from(superblock.extents_count) * superblock.geometry.extent_bytes
     };
     for bytes in [in_use - 1, in_use / 2, 0] {
-        restore(&reference().now, dir.path());
+        restore(dir.path());
         fs::OpenOptions::new()
             .write(true)
             .open(dir.path().join("data"))
@@ -477,7 +468,7 @@ fn a_store_with_a_shortened_data_file_is_refused_and_not_changed() {
         assert!(error.to_string().contains(&format!("has {bytes} bytes")), "{error}");
         assert!(contents(dir.path()) == before, "a refused store was changed");
     }
-    restore(&reference().now, dir.path());
+    restore(dir.path());
     assert_eq!(read_all(dir.path(), "made whole again"), Left::Everything);
 }
 

@@ -83,10 +83,11 @@ pub fn kernel() -> Option<PathBuf> {
     tools.iter().all(|name| has_tool(name)).then(|| kernel.into())
 }
 
-/// The guest's files: busybox, this program, the library's own tests if they are named, and what they need.
-fn initramfs(kernel: &Path) -> &'static Path {
-    static MADE: OnceLock<tempfile::TempDir> = OnceLock::new();
-    let dir = MADE.get_or_init(|| {
+/// The guest's files: busybox, this program, the library's own tests if they are named, and what they need. Made once, and kept
+/// in memory: a static is never dropped, so it would leave a directory behind.
+fn initramfs(kernel: &Path) -> &'static [u8] {
+    static MADE: OnceLock<Vec<u8>> = OnceLock::new();
+    MADE.get_or_init(|| {
         let dir = scratch("guest");
         let script = r#"
             mkdir -p r/bin r/proc r/sys r/dev r/mnt r/tmp && cp "$(command -v busybox)" r/bin/busybox
@@ -103,9 +104,8 @@ fn initramfs(kernel: &Path) -> &'static Path {
         make.arg(std::env::var("COREPAGE_GUEST_LIB_TESTS").unwrap_or_default()).arg(INIT);
         make.args(MODULES.map(|module| kernel.with_file_name(format!("{module}.ko"))));
         run(make.current_dir(dir.path()));
-        dir
-    });
-    dir.path()
+        std::fs::read(dir.path().join("initramfs")).expect("the guest's files")
+    })
 }
 
 impl Guest {
@@ -115,6 +115,7 @@ impl Guest {
         empty_disk(dir.path());
         let ext4 = ["-q", "-F", "-b", "4096", "-E", "lazy_itable_init=0"];
         run(tool("mkfs.ext4").args(ext4).arg(dir.path().join("image")));
+        std::fs::write(dir.path().join("initramfs"), initramfs(kernel)).expect("a copy of the guest's files");
         // The log begins with the file system made: this is the disk before its first entry.
         run(Command::new("cp").arg("--sparse=always").args(["image", "before"]).current_dir(dir.path()));
         let mut qemu = Command::new("qemu-system-x86_64");
@@ -123,7 +124,7 @@ impl Guest {
         qemu.args(
             "-accel tcg,thread=multi -cpu max,-cx16 -M q35 -m 1024 -smp 2 -nodefaults -nographic -no-reboot".split(' '),
         );
-        qemu.args(["-serial", "stdio", "-kernel"]).arg(kernel).arg("-initrd").arg(initramfs(kernel).join("initramfs"));
+        qemu.args(["-serial", "stdio", "-kernel"]).arg(kernel).arg("-initrd").arg(dir.path().join("initramfs"));
         let Machine { block_bytes, poll_queues, shards, disk } = machine;
         let (name, modules) = disk.in_guest();
         qemu.arg("-append").arg(format!(
