@@ -31,6 +31,9 @@ pub(crate) const SHARDS_MAX: u16 = 64;
 /// The least memory of a shard: log buffers, a superblock, and pages of the largest size class to work with.
 pub(crate) const SHARD_MEMORY_MIN: u64 = 2 * MIB;
 
+/// The least bytes of requests under way in a shard: about two hundred small ones at a time.
+const REQUEST_BYTES_MIN: u64 = 256 * KIB;
+
 /// What moves bytes between memory and device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Driver {
@@ -48,7 +51,9 @@ pub enum Driver {
 pub struct Options {
     /// Used when the store does not exist yet; an existing store keeps its own.
     pub geometry: Geometry,
-    /// Bytes of memory for pages, map nodes and log buffers together (default 256 MiB).
+    /// Bytes of memory for pages, map nodes and log buffers together (default 256 MiB). Beside it a store takes
+    /// about 480 bytes of tables for each 4 KiB of it (12 %, once all of it has been in use), at most a sixteenth of it (256 KiB
+    /// a shard at least) and one request for requests under way, and, in each shard, 80 bytes for each extent of the data space.
     pub memory_bytes: u64,
     /// How long dirty pages gather before they are written (1 to 10 ms, default 5 ms). Never in front of an
     /// acknowledgement of a durable commit.
@@ -127,6 +132,9 @@ pub(crate) struct Limits {
     /// Of a hundred blocks of data space, how many are to be live before it grows.
     pub fill_percent: u32,
     pub requests_max: usize,
+    /// Heap bytes of callers' requests under way with which a shard takes no more of them: a sixteenth of its memory, since
+    /// more requests than that make nothing faster, and [`REQUEST_BYTES_MIN`] at least.
+    pub request_bytes_max: u64,
     /// Blocks of the buffer in which a log group gathers. An eighth of a segment, so that the end of a segment
     /// that is too small for the next group wastes little; at most 1 MiB, enough for 8,000 small commits, and at most
     /// a 64th of the memory. A power of two.
@@ -211,6 +219,7 @@ impl Options {
             },
             fill_percent: self.fill_percent,
             requests_max: self.requests_max,
+            request_bytes_max: (memory_bytes / 16).max(REQUEST_BYTES_MIN),
             group_blocks: group_blocks as u32,
         })
     }

@@ -204,8 +204,9 @@ impl Shard {
     /// Whether memory holds what would be dirty then: pages in a quarter of it, and map nodes in [`DIRTY_NODES_MAX`]. One commit goes alone if it must. If not, what is dirty is written.
     fn dirty_fits(&mut self, changes: u64, first: bool) -> bool {
         let memory = u64::from(self.limits.memory_blocks);
-        let alone = first && self.reserved_blocks == 0;
-        let pages_fit = alone || self.reserved_blocks + self.reserved.changes + changes <= memory / 4;
+        let dirty = self.reserved_blocks + self.held.frees_unsettled;
+        let alone = first && dirty == 0;
+        let pages_fit = alone || dirty + self.reserved.changes + changes <= memory / 4;
         let nodes_fit = self.map.dirty_count() as u64 <= memory * DIRTY_NODES_MAX / 32;
         if !pages_fit || !nodes_fit {
             self.relieve();

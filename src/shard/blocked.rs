@@ -104,6 +104,10 @@ pub(super) struct Held {
     pub data: usize,
     /// Pages that compaction is about to move away.
     pub moves: usize,
+    /// What requests of callers take of the heap (see `budget`).
+    pub request_bytes: u64,
+    /// Captures of freed pages: each keeps an entry of the page table until it is in the map.
+    pub frees_unsettled: u64,
 }
 
 impl Held {

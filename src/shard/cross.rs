@@ -12,6 +12,7 @@
 //! 3. The shard's bound stays at or below the LSN until every part is durable.
 //! 4. Asking again is bounded in time: then `Busy`.
 
+use super::budget::cross_weight;
 use super::message::{Ask, Decision, Message, Vote};
 use super::{Commit, Lack, Response, Shard, Step, Token};
 use crate::error::{Error, ErrorKind};
@@ -35,6 +36,8 @@ enum State {
 pub(super) struct Cross {
     token: Token,
     durable: bool,
+    /// Its part of `Held::request_bytes`.
+    pub weight: u64,
     /// What each shard is asked.
     asks: SmallVec<[(ShardId, Ask); 2]>,
     state: State,
@@ -82,6 +85,7 @@ impl Shard {
         };
         let reads: Vec<usize> = commit.reads.iter().map(|(key, _)| of(self.deal.shard_of(*key))).collect();
         let changes: Vec<usize> = commit.changes.iter().map(|(key, _)| of(self.deal.shard_of(*key))).collect();
+        let weight = cross_weight(&commit, asks.len());
         for (i, read) in reads.into_iter().zip(commit.reads) {
             asks[i].1.reads.push(read);
         }
@@ -93,6 +97,7 @@ impl Shard {
         let cross = Cross {
             token,
             durable: commit.durable,
+            weight,
             asks,
             state: State::Asking,
             votes_left: 0,
@@ -107,8 +112,15 @@ impl Shard {
             attempts: 0,
             asked_at: self.now,
         };
+        self.held.request_bytes += weight;
         self.cross.insert(txn, cross);
         self.ask(txn);
+    }
+
+    fn remove_cross(&mut self, txn: u64) {
+        if let Some(cross) = self.cross.remove(&txn) {
+            self.held.request_bytes -= cross.weight;
+        }
     }
 
     fn ask(&mut self, txn: u64) {
@@ -173,7 +185,7 @@ impl Shard {
         match refusal {
             Some(error) => {
                 let token = cross.token;
-                self.cross.remove(&txn);
+                self.remove_cross(txn);
                 self.reply(token, Err(error));
             }
             None => {
@@ -237,7 +249,7 @@ impl Shard {
                 Some(cross) if !cross.changes() => {
                     let (token, read) = (cross.token, cross.read_lsn);
                     self.let_parts_go(txn);
-                    self.cross.remove(&txn);
+                    self.remove_cross(txn);
                     self.reply_when_durable(read, token, Response::Committed(read), false);
                     self.again = true;
                 }
@@ -305,7 +317,7 @@ impl Shard {
         cross.parts_left -= 1;
         if cross.parts_left == 0 {
             let lsn = cross.lsn;
-            self.cross.remove(&txn);
+            self.remove_cross(txn);
             self.cross_undurable.remove(&lsn);
             self.publish_bound();
         }
@@ -316,6 +328,7 @@ impl Shard {
         self.decidable.clear();
         self.cross_waiting.clear();
         for (_, cross) in std::mem::take(&mut self.cross) {
+            self.held.request_bytes -= cross.weight;
             match cross.state {
                 // A durable one waits with all others for the watermark, and is told there.
                 State::Drawn if !cross.durable && cross.applied_left > 0 => {

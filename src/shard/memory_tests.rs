@@ -27,8 +27,12 @@ fn key(page: u64) -> PageKey {
 
 impl Bench {
     fn open(options: &Options) -> Bench {
+        Bench::open_with(options, 1)
+    }
+
+    fn open_with(options: &Options, shards_count: u16) -> Bench {
         let mut disk = SimDisk::new(1);
-        let opening = crate::recovery::begin(&mut disk, options, 1, 7, 0).expect("the store can be made");
+        let opening = crate::recovery::begin(&mut disk, options, shards_count, 7, 0).expect("the store can be made");
         let mut all = Together::new(opening.shards);
         all.open(&mut disk, 0).expect("the store opens");
         let now = disk.now() + 1_000_000;
@@ -166,4 +170,97 @@ fn a_frame_is_had_for_a_few_looks_however_full_memory_is() {
     println!("{counts:?}");
     assert!(counts.evicted > 10 * blocks, "{counts:?}: memory was short all the time");
     assert!(counts.looks <= 4 * counts.evicted + blocks, "{counts:?}");
+}
+
+/// Brings what `request` makes of 0, 1, 2 ... to each shard until none takes more; how many were taken.
+fn fill_with_requests(bench: &mut Bench, most: u64, request: impl Fn(u64) -> Request) -> u64 {
+    let mut taken = 0;
+    loop {
+        let before = taken;
+        for shard in 0..bench.all.shards.len() {
+            if bench.all.shards[shard].accepting() {
+                bench.all.request(ShardId::new(shard as u16), Token(taken), request(taken));
+                taken += 1;
+            }
+            bench.all.shards[shard].audit().expect("counts are kept");
+        }
+        let held: Vec<u64> = bench.all.shards.iter().map(|shard| shard.held.request_bytes).collect();
+        assert!(taken <= most, "{held:?} bytes are held, and more is taken after {taken} requests");
+        if taken == before {
+            return taken;
+        }
+    }
+}
+
+/// Laps until `count` requests are answered; then nothing of them is held any more.
+fn answer_all(bench: &mut Bench, count: u64) {
+    for _ in 0..1_000_000 {
+        if bench.all.replies.len() as u64 == count && bench.all.shards.iter().all(|shard| shard.held.request_bytes == 0)
+        {
+            break;
+        }
+        bench.now += 50;
+        bench.all.lap(&mut bench.disk, bench.now);
+        bench.disk.advance_to(bench.now);
+    }
+    assert_eq!(bench.all.replies.len() as u64, count, "what is taken is answered: {:#?}", bench.all.shards);
+    bench.all.replies.drain(..).for_each(|(token, reply)| assert!(reply.is_ok(), "{token:?}: {reply:?}"));
+    for shard in &bench.all.shards {
+        assert_eq!((shard.held.request_bytes, shard.accepting()), (0, true));
+        shard.audit().expect("counts are kept");
+    }
+}
+
+/// If this fails, clients that validate many reads, or send large commits, take a multiple of the memory in requests under way: 4,096
+/// requests, each naming as many absent pages as it may, were 800 MiB in a shard of 2 MiB.
+#[test]
+fn requests_under_way_are_bounded_by_what_they_take() {
+    let mut bench = Bench::open(&options());
+    let limit = bench.shard().limits.request_bytes_max;
+    let reads = |n| (0..512).map(|i| (key((n * 512 + i) << 10), crate::types::Lsn::ZERO)).collect();
+    let taken = fill_with_requests(&mut bench, 100, |n| {
+        Request::Commit(Commit { reads: reads(n), changes: vec![], durable: true })
+    });
+    assert!(bench.shard().held.request_bytes < 2 * limit, "{} of {limit} bytes", bench.shard().held.request_bytes);
+    answer_all(&mut bench, taken);
+    let taken = fill_with_requests(&mut bench, 100, |n| {
+        let changes = (0..8).map(|i| (key((n * 8 + i) << 10), put(n as u8))).collect();
+        Request::Commit(Commit { reads: vec![], changes, durable: true })
+    });
+    assert!(taken >= 4 && bench.shard().held.request_bytes < 2 * limit, "{taken} requests");
+    answer_all(&mut bench, taken);
+}
+
+/// If this fails, a legal commit waits for ever in front of a shard that has nothing to do, or shards wait for each other's budget.
+#[test]
+fn the_largest_commits_over_shards_are_taken_at_their_owners_cost() {
+    let geometry = Geometry { segment_bytes: 512 << 10, ..options().geometry };
+    let mut bench = Bench::open_with(&Options { geometry, memory_bytes: 4 << 20, ..options() }, 2);
+    let limits = bench.shard().limits.clone();
+    let request = |n: u64| {
+        let (reads, changes) = (limits.txn_bytes_max / 64, limits.txn_bytes_max / BLOCK as u64);
+        let far = |i: u64| key((n * 4096 + i) << 9);
+        Request::Commit(Commit {
+            reads: (0..reads).map(|i| (far(i), crate::types::Lsn::ZERO)).collect(),
+            changes: (0..changes).map(|i| (far(reads + i), put(n as u8))).collect(),
+            durable: true,
+        })
+    };
+    for round in 0..3 {
+        let taken = fill_with_requests(&mut bench, 2, |n| request(2 * round + n));
+        assert_eq!(taken, 2, "one is more than the limit, and each shard takes one");
+        answer_all(&mut bench, taken);
+    }
+    // What one shard is asked by another leaves its own callers their budget.
+    bench.all.request(ShardId::LEADER, Token(0), request(100));
+    while bench.all.shards[1].pending.is_empty() {
+        bench.now += 50;
+        bench.all.lap(&mut bench.disk, bench.now);
+        bench.disk.advance_to(bench.now);
+        assert!(bench.all.replies.is_empty(), "the other one has had its part");
+    }
+    let (owner, other) = (&bench.all.shards[0], &bench.all.shards[1]);
+    assert!(!owner.accepting(), "it has taken what it may");
+    assert_eq!((other.held.request_bytes, other.accepting()), (0, true));
+    answer_all(&mut bench, 1);
 }

@@ -20,6 +20,7 @@ mod allocated;
 #[cfg(any(test, feature = "sim"))]
 mod audit;
 mod blocked;
+mod budget;
 mod checkpoint;
 mod commits;
 mod compaction;
@@ -272,11 +273,6 @@ impl Shard {
         let memory = self.blocked.lacks_memory().then_some(self.now + MEMORY_RETRY_US);
         let next = [group, pages, growth, memory, self.next_retry()].into_iter().flatten().min()?;
         (self.failed.is_none()).then_some(next.max(self.now + 1))
-    }
-
-    /// Whether more requests may be brought; false is back-pressure.
-    pub fn accepting(&self) -> bool {
-        self.pending.len() + self.cross.len() < self.limits.requests_max && self.holds_little()
     }
 
     /// Whether `Close` has been carried out.

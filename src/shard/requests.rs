@@ -6,6 +6,7 @@
 //! 3. Replies that promise durability wait in `waiting`, ordered by LSN, for the watermark.
 
 use super::allocated::Walk;
+use super::budget::request_weight;
 use super::event::{Commit, PageRef, Request, Response, Token};
 use super::part::Part;
 use super::redo::RedoChange;
@@ -30,6 +31,8 @@ pub(super) struct Pending {
     pub yields: u8,
     /// It waits at the head of the queue.
     pub stays: bool,
+    /// Its part of `Held::request_bytes`.
+    pub weight: u64,
     pub error: Option<Error>,
 }
 
@@ -207,6 +210,8 @@ impl Shard {
         pages: SmallVec<[usize; 2]>,
         data: impl Fn(usize) -> bool,
     ) -> usize {
+        let weight = request_weight(&kind, pages.len());
+        self.held.request_bytes += weight;
         let mut with_data: SmallVec<[u64; 1]> = SmallVec::new();
         for (i, idx) in pages.iter().enumerate() {
             let page = &mut self.table.pages[*idx];
@@ -227,6 +232,7 @@ impl Shard {
             with_data,
             yields: 0,
             stays: false,
+            weight,
             error: None,
         };
         let waiter = self.pending.insert(pending);
@@ -274,6 +280,7 @@ impl Shard {
     /// Ends a request: its pages may go, and those without memory are gone from the table afterwards.
     pub(super) fn release(&mut self, waiter: usize) -> Pending {
         let pending = self.pending.remove(waiter);
+        self.held.request_bytes -= pending.weight;
         self.held.moves -= usize::from(matches!(pending.kind, PendingKind::Move(..)));
         for (i, idx) in pending.pages.iter().enumerate() {
             let page = &mut self.table.pages[*idx];
@@ -374,7 +381,7 @@ fn commit_bytes(commit: &Commit) -> u64 {
 }
 
 /// A freed page needs no memory but, at worst, a map leaf for every eight: pages are freed in runs.
-const FREE_BYTES: u64 = 512;
+pub(super) const FREE_BYTES: u64 = 512;
 
 fn check_commit(commit: &Commit, bytes_max: u64) -> Result<()> {
     for (key, change) in &commit.changes {

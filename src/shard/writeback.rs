@@ -106,6 +106,7 @@ impl Shard {
             if page.absent {
                 self.captured(idx);
                 let capture = self.captures.insert(Capture { page: idx, lsn, entry: None, moved_from: None });
+                self.held.frees_unsettled += 1;
                 self.capture_written(capture);
                 continue;
             }
@@ -242,8 +243,9 @@ impl Shard {
             }
             None => page.mapped_lsn < lsn,
         };
-        if let Some(entry) = entry {
-            self.extents.name_page(vshard, entry.place());
+        match entry {
+            Some(entry) => self.extents.name_page(vshard, entry.place()),
+            None => self.held.frees_unsettled -= 1,
         }
         if applies {
             let leaf = page.leaf.expect("a page with a capture has its leaf pinned");
