@@ -139,7 +139,13 @@ impl Map {
         key.place_in(self.vshards_count)
     }
 
+    /// Nodes in memory.
+    pub(crate) fn nodes_count(&self) -> u32 {
+        self.index.len() as u32
+    }
+
     /// Nodes in memory, and how many of them are pinned.
+    #[cfg(test)]
     pub(crate) fn in_memory(&self) -> (usize, usize) {
         let pinned = self.nodes.iter().flatten().filter(|node| node.pins > 0).count();
         (self.index.len(), pinned)

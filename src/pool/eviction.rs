@@ -59,7 +59,10 @@ impl Residency {
     /// It was used again.
     #[inline]
     pub(crate) fn used(&mut self) {
-        self.uses = (self.uses + 1).min(USES_MAX);
+        // Pages in use are at the most: they are not written to each time.
+        if self.uses < USES_MAX {
+            self.uses += 1;
+        }
     }
 
     /// Whether it stands in a list: else it has to be listed when nothing refers to it any more.
@@ -126,6 +129,8 @@ pub(crate) struct Eviction {
     remembered: Box<[u32]>,
     /// When what is pinned was last looked through in vain.
     looked_at: Option<Micros>,
+    /// Blocks met one after the other that were pinned, since one was met that no reader held any more.
+    pinned_in_a_row: u32,
     counts: EvictionCounts,
 }
 
@@ -147,6 +152,7 @@ impl Eviction {
             lists: [List { head: NONE, tail: NONE, len: 0 }; 3],
             remembered: vec![0; (blocks as usize).next_power_of_two().max(BUCKET)].into(),
             looked_at: None,
+            pinned_in_a_row: 0,
             counts: EvictionCounts::default(),
         }
     }
@@ -172,6 +178,11 @@ impl Eviction {
         self.lists[PINNED].len
     }
 
+    /// Whether every one of them was looked at since the last one was found that a reader had let go of.
+    pub(crate) fn saw_all_pinned(&self) -> bool {
+        self.pinned_in_a_row >= self.pinned()
+    }
+
     /// What the evictions have cost so far.
     pub(crate) fn counts(&self) -> EvictionCounts {
         self.counts
@@ -191,10 +202,15 @@ impl Eviction {
         if self.search(residents) {
             return true;
         }
+        self.look_at_pinned(residents, now, pinned_looks) && self.search(residents)
+    }
+
+    /// Looks at no more than `looks` of what readers have pinned, once for each `now`; whether they had let go of any.
+    pub(crate) fn look_at_pinned(&mut self, residents: &mut impl Residents, now: Micros, looks: u32) -> bool {
         if self.looked_at == Some(now) {
             return false;
         }
-        let found = self.unpinned(residents, pinned_looks) && self.search(residents);
+        let found = self.unpinned(residents, looks);
         if !found {
             self.looked_at = Some(now);
         }
@@ -218,7 +234,7 @@ impl Eviction {
                     continue;
                 }
                 Standing::Pinned => {
-                    self.push(PINNED, block, owner);
+                    self.set_aside(block, owner);
                     continue;
                 }
                 Standing::Idle => {}
@@ -251,15 +267,21 @@ impl Eviction {
             match residents.standing(owner, block) {
                 Standing::Gone => {}
                 Standing::Referenced => residents.residency(owner).is_listed = false,
-                Standing::Pinned => self.push(PINNED, block, owner),
+                Standing::Pinned => self.set_aside(block, owner),
                 Standing::Idle => {
                     some = true;
+                    self.pinned_in_a_row = 0;
                     let list = if residents.residency(owner).in_main { MAIN } else { PROBATION };
                     self.push(list, block, owner);
                 }
             }
         }
         some
+    }
+
+    fn set_aside(&mut self, block: u32, owner: Owner) {
+        self.push(PINNED, block, owner);
+        self.pinned_in_a_row = self.pinned_in_a_row.saturating_add(1);
     }
 
     /// Where something would be remembered, and as what; zero is for nothing.

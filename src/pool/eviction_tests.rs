@@ -183,6 +183,22 @@ fn pinned_memory_ends_a_search_and_is_found_when_let_go_of() {
     assert!(searches.is_some(), "the one that was let go of was not found");
 }
 
+/// If this fails, readers are named as those who hold the memory after they have let go of it, and a request that only had to wait
+/// gets `Busy`.
+#[test]
+fn readers_are_said_to_hold_all_only_while_they_do() {
+    let mut cache = Cache::new(100);
+    (0..100).for_each(|what| _ = cache.read(what));
+    cache.slots.held.values_mut().for_each(|item| item.pinned = true);
+    assert!(!cache.evict_one());
+    assert_eq!((cache.policy.pinned(), cache.policy.saw_all_pinned()), (100, true));
+    cache.slots.held.values_mut().filter(|item| item.what != 3).for_each(|item| item.pinned = false);
+    cache.policy.look_at_pinned(&mut cache.slots, 1_000_000, 16);
+    assert!(!cache.policy.saw_all_pinned(), "nobody has looked at the rest since");
+    (1..100).for_each(|n| _ = cache.policy.look_at_pinned(&mut cache.slots, 1_000_000 + n, 16));
+    assert_eq!((cache.policy.pinned(), cache.policy.saw_all_pinned()), (1, true), "one is pinned, and was met");
+}
+
 /// What is met while something refers to it is off the lists, and costs nothing until it is listed again.
 #[test]
 fn what_is_referenced_is_looked_at_once() {

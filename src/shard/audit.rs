@@ -38,6 +38,7 @@ impl Shard {
             0,
         )?;
         self.audit_memory()?;
+        same("pages with their bytes", self.table.resident(), self.table.count_resident())?;
         self.audit_budget()?;
         let targets = pages().filter(|page| page.checkpoint_target != Lsn::ZERO).count();
         same("pages that the checkpoint waits for", self.checkpoint.pages_left, targets as u64)?;

@@ -233,14 +233,15 @@ impl Shard {
             return;
         }
         self.blocked.judged_at = self.now;
+        self.look_at_pinned();
         let pinned = self.pinned_by_readers();
+        let others = self.table.resident().held + PATH_NODES;
         for step in [Step::Commit, Step::Redo, Step::NodeRead, Step::PageRead] {
             let Some(waited) = self.blocked.waited(step, self.now).filter(|waited| *waited >= MEMORY_WAIT_US) else {
                 continue;
             };
             let frames = self.blocked.memory[step as usize].frames;
             // Whether it would be refused even if all else had been given back.
-            let others = self.frames_held() + PATH_NODES;
             let by_pins = pinned > 0 && pinned + frames + others > self.frames_usable();
             let at_rest = self.ops.is_empty() && !self.checkpoint_under_way();
             if !by_pins && (waited < MEMORY_WAIT_MAX_US || !at_rest) {
@@ -305,22 +306,12 @@ impl Shard {
         self.arena.blocks() - self.held.fixed
     }
 
-    /// Pages that requests under way keep in memory.
-    fn frames_held(&self) -> u32 {
-        self.table.pages.iter().filter(|(_, page)| page.data_holds > 0 && page.frame.is_some()).count() as u32
-    }
-
-    /// Frames that nobody but readers can give back: pinned pages, and frames that are nowhere in the shard any more. What
-    /// is being written from or read into is left out as far as that is known.
+    /// Frames that nobody but readers can give back: pages that the search for memory has found pinned, none of them let go of when
+    /// it looked again, and frames that are nowhere in the shard any more. What is being written from or read into is left out as
+    /// far as that is known. It looks at no page: a shard of much memory that is starved would do nothing else.
     fn pinned_by_readers(&mut self) -> u32 {
-        let mut with_frame = 0;
-        let mut pinned = 0;
-        for (_, page) in &self.table.pages {
-            let Some(frame) = &page.frame else { continue };
-            with_frame += 1;
-            pinned += u32::from(frame.pins() > 0 && page.captures == 0 && page.slot.is_none());
-        }
-        let accounted = self.held.fixed + with_frame + self.map.in_memory().0 as u32 + self.frames_in_ops();
+        let pinned = if self.eviction.saw_all_pinned() { self.eviction.pinned() } else { 0 };
+        let accounted = self.held.fixed + self.table.resident().pages + self.map.nodes_count() + self.frames_in_ops();
         pinned + (self.arena.blocks() - self.arena.free_blocks()).saturating_sub(accounted)
     }
 

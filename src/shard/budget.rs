@@ -95,8 +95,8 @@ impl Shard {
         if freed > most {
             return Err(format!("{freed} freed pages on their way into the map for {blocks} frames, at most {most}"));
         }
-        let (nodes, _) = self.map.in_memory();
-        if nodes as u64 > blocks {
+        let nodes = u64::from(self.map.nodes_count());
+        if nodes > blocks {
             return Err(format!("{nodes} map nodes for {blocks} frames"));
         }
         Ok(())

@@ -207,8 +207,8 @@ impl Shard {
             return;
         }
         self.seal_older_slot(idx);
+        self.table.set_frame(idx, None);
         let page = &mut self.table.pages[idx];
-        page.set_frame(None);
         page.absent = true;
         if let Some(slot) = page.slot.take() {
             self.log.open.slots[slot].dead = true;
@@ -253,9 +253,9 @@ impl Shard {
                 None => content.fill(0),
             }
             content[range].copy_from_slice(bytes);
-            page.set_frame(Some(frame));
+            self.table.set_frame(idx, Some(frame));
         }
-        page.absent = false;
+        self.table.pages[idx].absent = false;
     }
 
     /// The page has a new version: it must get to its place, and those who wait for it have it.

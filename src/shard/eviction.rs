@@ -84,6 +84,12 @@ impl Shard {
         self.eviction.evict_one(&mut in_memory, self.now, PINNED_LOOKS_MAX)
     }
 
+    /// Looks again at some of what readers have pinned: a search for more frames than are listed looks at nothing.
+    pub(super) fn look_at_pinned(&mut self) {
+        let mut in_memory = InMemory { table: &mut self.table, map: &mut self.map };
+        self.eviction.look_at_pinned(&mut in_memory, self.now, PINNED_LOOKS_MAX);
+    }
+
     /// A reference to page `idx` has ended, or what it was loaded for is gone. Without memory it needs no entry once
     /// nothing refers to it, since the map says the same of it: a store whose clients ask for absent pages would grow
     /// without end. With memory it may go from now on. The index may be another page's afterwards.

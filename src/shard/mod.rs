@@ -374,13 +374,13 @@ impl Shard {
 
     /// What is in memory, in words.
     fn memory(&self) -> String {
-        let with_frame = self.table.pages.iter().filter(|(_, page)| page.frame.is_some()).count();
-        let (nodes, pinned) = self.map.in_memory();
-        let pages = self.table.pages.len();
+        let (resident, pages) = (self.table.resident(), self.table.pages.len());
         let (in_readers_hands, counts) = (self.eviction.pinned(), self.eviction.counts());
+        let (nodes, dirty) = (self.map.nodes_count(), self.map.dirty_count());
         format!(
-            "{with_frame} of {pages} pages with their bytes, {in_readers_hands} of them pinned by readers when last seen, \
-             {nodes} nodes, {pinned} of them pinned, {counts:?}"
+            "{} of {pages} pages with their bytes, {} of them needed by requests, {in_readers_hands} pinned by readers when last \
+             seen, {nodes} nodes, {dirty} of them dirty, {counts:?}",
+            resident.pages, resident.held
         )
     }
 

@@ -116,7 +116,7 @@ impl Shard {
             frames: self.arena.blocks().into(),
             pages: self.table.pages.len() as u64,
             pages_needed,
-            nodes: self.map.in_memory().0 as u64,
+            nodes: self.map.nodes_count().into(),
             requests: self.pending.len() as u64,
             requests_pages: self.pending.iter().map(|(_, pending)| pending.pages.len() as u64).sum(),
             cross: self.cross.len() as u64,

@@ -93,12 +93,6 @@ impl Page {
             && self.waiters.is_empty()
     }
 
-    /// It has other bytes now, or none.
-    pub fn set_frame(&mut self, frame: Option<Frame>) {
-        self.frame = frame;
-        self.residency.frame_changed();
-    }
-
     /// Whether its bytes may leave memory though requests hold it: none of them needs the bytes, and the map names them.
     fn has_spare_bytes(&self) -> bool {
         let is_clean = self.captures == 0 && self.slot.is_none() && self.dirty_from.is_none();
@@ -106,16 +100,26 @@ impl Page {
     }
 }
 
+/// How many pages have their bytes in memory.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub(super) struct Resident {
+    /// All of them.
+    pub pages: u32,
+    /// Those whose bytes a request under way needs.
+    pub held: u32,
+}
+
 /// The table.
 pub(super) struct Table {
     pub pages: Slab<Page>,
+    resident: Resident,
     index: HashMap<PageKey, usize, foldhash::fast::FixedState>,
 }
 
 impl Table {
     pub fn new(seed: u64) -> Self {
         let index = HashMap::with_hasher(foldhash::fast::FixedState::with_seed(seed));
-        Table { pages: Slab::new(), index }
+        Table { pages: Slab::new(), resident: Resident::default(), index }
     }
 
     /// The page's index, if the table has it.
@@ -166,7 +170,47 @@ impl Table {
 
     pub fn remove(&mut self, idx: usize) {
         let page = self.pages.remove(idx);
+        assert_eq!(page.data_holds, 0, "{:?} is removed while a request needs its bytes", page.key);
+        self.resident.pages -= u32::from(page.frame.is_some());
         self.index.remove(&page.key);
+    }
+
+    /// The page has other bytes now, or none.
+    pub fn set_frame(&mut self, idx: usize, frame: Option<Frame>) {
+        let page = &mut self.pages[idx];
+        let (before, after) = (u32::from(page.frame.is_some()), u32::from(frame.is_some()));
+        self.resident.pages = self.resident.pages - before + after;
+        if page.data_holds > 0 {
+            self.resident.held = self.resident.held - before + after;
+        }
+        page.frame = frame;
+        page.residency.frame_changed();
+    }
+
+    /// One more request needs the page's bytes.
+    pub fn hold_bytes(&mut self, idx: usize) {
+        let page = &mut self.pages[idx];
+        page.data_holds += 1;
+        self.resident.held += u32::from(page.data_holds == 1 && page.frame.is_some());
+    }
+
+    /// A request needs them no more.
+    pub fn let_bytes_go(&mut self, idx: usize) {
+        let page = &mut self.pages[idx];
+        page.data_holds -= 1;
+        self.resident.held -= u32::from(page.data_holds == 0 && page.frame.is_some());
+    }
+
+    pub fn resident(&self) -> Resident {
+        self.resident
+    }
+
+    /// The same, counted anew.
+    #[cfg(any(test, feature = "sim"))]
+    pub fn count_resident(&self) -> Resident {
+        let resident = || self.pages.iter().filter(|(_, page)| page.frame.is_some());
+        let held = resident().filter(|(_, page)| page.data_holds > 0).count();
+        Resident { pages: resident().count() as u32, held: held as u32 }
     }
 
     /// A hash of the key, for the eviction policy.
@@ -189,12 +233,12 @@ impl Table {
 
     /// Drops a page with its memory, or, of one that requests hold, its memory only; returns the hash of its key.
     pub fn evict(&mut self, idx: usize) -> u64 {
-        let page = &mut self.pages[idx];
+        let page = &self.pages[idx];
         let key = page.key;
         if page.is_unreferenced() {
             self.remove(idx);
         } else {
-            page.set_frame(None);
+            self.set_frame(idx, None);
         }
         self.hash(key)
     }

@@ -217,7 +217,7 @@ impl Shard {
             };
             match result {
                 Ok(()) => {
-                    self.table.pages[read.page].set_frame(Some(frame));
+                    self.table.set_frame(read.page, Some(frame));
                     self.wake_waiters(read.page);
                 }
                 Err(error) => self.fail_waiters(read.page, &error),

@@ -265,8 +265,8 @@ impl Shard {
             RedoKind::Image(bytes) => self.set_content(idx, 0, &bytes),
             RedoKind::Patches { over_zeros, patches } => {
                 if over_zeros {
-                    page.set_frame(None);
                     page.absent = true;
+                    self.table.set_frame(idx, None);
                 }
                 for (offset, bytes) in patches {
                     self.set_content(idx, offset as usize, &bytes);
@@ -274,8 +274,8 @@ impl Shard {
             }
             RedoKind::Free if page.absent || planted!(FreeNotRedone) => return,
             RedoKind::Free => {
-                page.set_frame(None);
                 page.absent = true;
+                self.table.set_frame(idx, None);
             }
             RedoKind::Placed(entry) => return self.redo_placed(idx, change.lsn, entry),
         }
@@ -283,9 +283,9 @@ impl Shard {
     }
 
     fn redo_placed(&mut self, idx: usize, lsn: Lsn, entry: Entry) {
+        self.table.set_frame(idx, None);
         let page = &mut self.table.pages[idx];
         let (key, place) = (page.key, entry.place());
-        page.set_frame(None);
         page.absent = false;
         page.lsn = lsn;
         page.mapped_lsn = lsn;

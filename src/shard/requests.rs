@@ -214,12 +214,11 @@ impl Shard {
         self.held.request_bytes += weight;
         let mut with_data: SmallVec<[u64; 1]> = SmallVec::new();
         for (i, idx) in pages.iter().enumerate() {
-            let page = &mut self.table.pages[*idx];
-            page.holds += 1;
+            self.table.pages[*idx].holds += 1;
             if data(i) {
                 with_data.resize(i / 64 + 1, 0);
                 with_data[i / 64] |= 1 << (i % 64);
-                page.data_holds += 1;
+                self.table.hold_bytes(*idx);
                 self.held.data += 1;
             }
         }
@@ -283,10 +282,9 @@ impl Shard {
         self.held.request_bytes -= pending.weight;
         self.held.moves -= usize::from(matches!(pending.kind, PendingKind::Move(..)));
         for (i, idx) in pending.pages.iter().enumerate() {
-            let page = &mut self.table.pages[*idx];
-            page.holds -= 1;
+            self.table.pages[*idx].holds -= 1;
             if pending.needs_data(i) {
-                page.data_holds -= 1;
+                self.table.let_bytes_go(*idx);
                 self.held.data -= 1;
             }
             self.unpin_if_clean(*idx);
