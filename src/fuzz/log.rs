@@ -19,7 +19,7 @@ use crate::format::node::Entry;
 use crate::format::superblock::{LogEnd, Superblock, VShardState};
 use crate::options::Geometry;
 use crate::pool::Arena;
-use crate::recovery::{self, Reading, Scan};
+use crate::recovery::{self, Scan};
 use crate::types::{BLOCK, Deal, ExtentNo, Lsn, PageId, PageKey, Place, SegmentNo, ShardId, VolumeId};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -197,8 +197,7 @@ fn cut(input: &mut Input) {
         }
         made.extend(group(input, &mut disk, &mut used));
     }
-    // These groups stand anywhere: what a writer never leaves behind is found only where everything is read.
-    let scan = |arena: &mut Arena| recovery::scan(&mut disk, arena, &superblock, Deal::new(2, 2), Reading::Everything);
+    let scan = |arena: &mut Arena| recovery::scan(&mut disk, arena, &superblock, Deal::new(2, 2));
     let scanned = ARENA.with_borrow_mut(scan);
     match (expected(&superblock, &mut made), scanned) {
         (None, Err(error)) => {

@@ -19,7 +19,7 @@ use crate::format::superblock::{SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock}
 use crate::format::{crc_around, extent, root};
 use crate::options::{Geometry, Options};
 use crate::pool::Arena;
-use crate::recovery::{self, Reading};
+use crate::recovery;
 use crate::shard::{Change, Commit, Request, Response, Together, Token};
 use crate::types::{BLOCK, Deal, Lsn, PageId, PageKey, ShardId, VolumeId};
 use bytes::Bytes;
@@ -324,7 +324,7 @@ fn load(disk: &mut MemoryDisk, base: &Base, is_sealed: bool) {
         }
         if !superblock.clean {
             let deal = Deal::new(superblock.geometry.vshards_count, 1);
-            let scan = recovery::scan(disk, arena, &superblock, deal, Reading::Needed)?;
+            let scan = recovery::scan(disk, arena, &superblock, deal)?;
             let last = base.commits.last().expect("there are commits").0;
             assert!(is_sealed || (superblock.watermark..=last).contains(&scan.state(&superblock)), "{}", scan.cut);
         }

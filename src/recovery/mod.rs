@@ -20,7 +20,6 @@
 
 mod create;
 mod load;
-mod needed;
 mod read;
 mod scan;
 mod segment;
@@ -30,7 +29,7 @@ pub(crate) use create::EXTENTS_MIN;
 pub(crate) use load::load;
 pub(crate) use load::{FoundSuperblock, Loaded, find_superblock};
 pub(crate) use read::read_bytes;
-pub(crate) use scan::{Reading, Scan, scan};
+pub(crate) use scan::{Scan, scan};
 
 use crate::commit::GlobalOrder;
 use crate::disk::{Disk, DiskOp, FileId, execute};
@@ -56,8 +55,6 @@ pub struct RecoveryReport {
     pub clean: bool,
     /// Log groups found whole that hold something to be redone.
     pub groups_scanned: u64,
-    /// Bytes of the logs that were read to find them.
-    pub log_bytes_read: u64,
     /// Log groups found torn, as a crash leaves them.
     pub groups_torn: u64,
     /// The store holds exactly the commits up to here.
@@ -132,11 +129,10 @@ pub(crate) fn begin(
     report.clean = superblock.clean;
     let scan = match superblock.clean {
         true => Scan::nothing(&superblock),
-        false => scan(disk, &mut arena, &superblock, deal, Reading::Needed)?,
+        false => scan(disk, &mut arena, &superblock, deal)?,
     };
     report.groups_scanned = scan.groups.len() as u64;
     report.groups_torn = scan.torn;
-    report.log_bytes_read = scan.bytes_read;
     report.cut = scan.state(&superblock);
     report.commits_applied = scan.applied;
     report.commits_dropped = scan.dropped;

@@ -11,31 +11,21 @@
 //!    A cut below the highest recorded watermark is damage, and refused.
 //! 4. Bytes left from earlier uses of a segment pass only if they are groups of this epoch at this very position;
 //!    those are older than the redo LSN and ignored.
-//! 5. Segments are left unread only as `needed` argues, and only if in those that were read nothing at all is missing or
-//!    torn. Otherwise every block of every log is read before anything is cut or refused.
+//! 5. Every block of every log is examined before anything is cut or refused. Any block may hold a later watermark: whatever would
+//!    say that a segment was not begun can be lost with the groups before it.
 //! 6. The logs are read with many reads in flight, and memory is bounded by these, the largest group, and a small part of
 //!    what is to be redone (see `read` and `segment`).
 
-use super::needed::Logs;
 use super::read::{Range, read_ranges};
 use super::segment::{Found, SegmentSearch};
 use crate::checksum::crc32c;
 use crate::disk::{Disk, FileId};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::format::group::{GroupHead, Role};
 use crate::format::superblock::Superblock;
 use crate::pool::Arena;
 use crate::types::{BLOCK, Deal, Lsn, Place, SegmentNo, ShardId};
 use hashbrown::HashSet;
-
-/// How much of the logs is read.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Reading {
-    /// Every block.
-    Everything,
-    /// The segments that can hold a group which matters; every block if anything is missing in them.
-    Needed,
-}
 
 /// A whole group.
 pub(crate) struct ScannedGroup {
@@ -66,25 +56,13 @@ pub(crate) struct Scan {
     pub dropped: u64,
     /// Extents up to the highest one that a kept group names.
     pub extents_named: u32,
-    /// Bytes of the logs that were read.
-    pub bytes_read: u64,
 }
 
 impl Scan {
     /// For a store that was closed cleanly.
     pub(crate) fn nothing(superblock: &Superblock) -> Self {
         let cut = superblock.next_lsn.before();
-        Scan {
-            groups: Vec::new(),
-            torn: 0,
-            redo: cut,
-            cut,
-            highest: cut,
-            applied: 0,
-            dropped: 0,
-            extents_named: 0,
-            bytes_read: 0,
-        }
+        Scan { groups: Vec::new(), torn: 0, redo: cut, cut, highest: cut, applied: 0, dropped: 0, extents_named: 0 }
     }
 
     /// The last commit of the state to be restored: the epoch begins above LSNs that were dropped.
@@ -100,25 +78,25 @@ pub(super) fn redo_lsn(superblock: &Superblock) -> Lsn {
 }
 
 /// The disk and what the logs are read with.
-pub(super) struct Reader<'a> {
-    pub disk: &'a mut dyn Disk,
-    pub arena: &'a mut Arena,
-    pub superblock: &'a Superblock,
+struct Reader<'a> {
+    disk: &'a mut dyn Disk,
+    arena: &'a mut Arena,
+    superblock: &'a Superblock,
     /// The deal that the store gets now.
-    pub deal: Deal,
-    /// Bytes of the logs that were read.
-    pub bytes_read: u64,
+    deal: Deal,
 }
 
 impl Reader<'_> {
-    /// The groups in these segments, each of which is read whole.
-    fn search(&mut self, segments: &[(ShardId, SegmentNo)]) -> Result<Vec<Found>> {
-        let blocks = self.superblock.geometry.segment_bytes / BLOCK as u64;
+    /// The groups in all logs.
+    fn search(&mut self) -> Result<Vec<Found>> {
+        let (superblock, deal) = (self.superblock, self.deal);
+        let blocks = superblock.geometry.segment_bytes / BLOCK as u64;
+        let segments_of = |shard| (0..superblock.geometry.segments_count).map(move |no| (shard, SegmentNo::new(no)));
+        let segments: Vec<(ShardId, SegmentNo)> =
+            (0..superblock.logs.len() as u16).map(ShardId::new).flat_map(segments_of).collect();
         let range = |&(shard, segment): &_| Range { file: FileId::Log(shard, segment), offset: 0, blocks };
-        self.bytes_read += segments.len() as u64 * self.superblock.geometry.segment_bytes;
         let mut found = Vec::new();
         let mut search: Option<(usize, SegmentSearch<'_>)> = None;
-        let (superblock, deal) = (self.superblock, self.deal);
         read_ranges(self.disk, self.arena, segments.iter().map(range), |index, bytes| {
             // Ranges come one after another: one search at a time.
             if search.as_ref().is_none_or(|(of, _)| *of != index) {
@@ -130,25 +108,6 @@ impl Reader<'_> {
             Ok(())
         })?;
         Ok(found)
-    }
-
-    /// What the segments say that can hold a group which matters; `None` if anything is missing.
-    fn scan_needed(&mut self) -> Result<Option<Scan>> {
-        let Some(logs) = Logs::look(self)? else { return Ok(None) };
-        let mut found = self.search(&logs.needed())?;
-        let more = self.search(&logs.successors(&found))?;
-        found.extend(more);
-        if !logs.are_unbroken(&found) {
-            return Ok(None);
-        }
-        let last = found.iter().map(|f| f.last_lsn).max().unwrap_or(Lsn::ZERO);
-        match self.judge(found) {
-            Ok(scan) if scan.cut >= last => Ok(Some(scan)),
-            Ok(_) => Ok(None),
-            // The whole logs may tell more of what is wrong.
-            Err(error) if error.kind() == ErrorKind::Corrupt => Ok(None),
-            Err(error) => Err(error),
-        }
     }
 
     /// What follows from the groups that were found.
@@ -171,9 +130,7 @@ impl Reader<'_> {
         }
         let lasts = found.iter().map(|f| f.last_lsn);
         let highest = lasts.fold(watermark.max(superblock.next_lsn.before()), Lsn::max);
-        let mut scan = keep(found, redo, cut, watermark);
-        (scan.highest, scan.bytes_read) = (highest, self.bytes_read);
-        Ok(scan)
+        Ok(Scan { highest, ..keep(found, redo, cut, watermark) })
     }
 
     /// Groups above the watermark of which a page is not at its place are not whole.
@@ -215,30 +172,16 @@ pub(super) fn neighbours_together(offsets: impl Iterator<Item = u64>) -> Vec<(u6
 }
 
 /// Scans the logs; `deal` is the one to be.
-pub(crate) fn scan(
-    disk: &mut dyn Disk,
-    arena: &mut Arena,
-    superblock: &Superblock,
-    deal: Deal,
-    reading: Reading,
-) -> Result<Scan> {
-    let mut reader = Reader { disk, arena, superblock, deal, bytes_read: 0 };
-    if reading == Reading::Needed
-        && let Some(scan) = reader.scan_needed()?
-    {
-        return Ok(scan);
-    }
-    let shards = (0..superblock.logs.len() as u16).map(ShardId::new);
-    let segments = || (0..superblock.geometry.segments_count).map(SegmentNo::new);
-    let all: Vec<_> = shards.flat_map(|shard| segments().map(move |segment| (shard, segment))).collect();
-    let found = reader.search(&all)?;
+pub(crate) fn scan(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblock, deal: Deal) -> Result<Scan> {
+    let mut reader = Reader { disk, arena, superblock, deal };
+    let found = reader.search()?;
     reader.judge(found)
 }
 
 fn keep(found: Vec<Found>, redo: Lsn, cut: Lsn, watermark: Lsn) -> Scan {
     let torn = found.iter().filter(|f| !f.whole).count() as u64;
     let (groups, extents_named) = (Vec::new(), 0);
-    let mut scan = Scan { groups, torn, redo, cut, highest: cut, applied: 0, dropped: 0, extents_named, bytes_read: 0 };
+    let mut scan = Scan { groups, torn, redo, cut, highest: cut, applied: 0, dropped: 0, extents_named };
     for f in found.into_iter().filter(|f| f.whole && f.last_lsn > redo) {
         scan.applied += f.commits_within(redo, cut);
         scan.dropped += f.commits_within(cut, Lsn::MAX);

@@ -156,6 +156,8 @@ impl<'a> SegmentSearch<'a> {
                     blocks = group.head.blocks;
                 }
                 found.push(group);
+            } else if planted!(SegmentEndsAtGap) {
+                return bytes.len();
             }
             self.at += blocks;
             done += blocks as usize * BLOCK;

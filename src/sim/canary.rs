@@ -97,8 +97,8 @@ canaries! {
     NamedSumIgnored,
     /// A gap at or below a recorded watermark is taken for the torn end of the log.
     DamageTakenForTail,
-    /// Recovery does not read the segment that a log would have begun next: a later watermark in it goes unseen.
-    SegmentSkipped,
+    /// Recovery takes the first block that begins no group for the end of a segment: a later watermark behind it goes unseen.
+    SegmentEndsAtGap,
     /// Recovery redoes what lies above the cut, too.
     CutIgnored,
     /// Recovery goes on from what it has read before a flush has covered it: a dead process may not have flushed it.

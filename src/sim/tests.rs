@@ -278,8 +278,8 @@ fn hunt(canary: Canary) -> Found {
             special("a_lost_write_does_not_bring_back_an_interrupted_checkpoint", super::damage_tests::all_lost)
         })
         .or_else(|| {
-            let compared = crate::recovery::tests::scans::compared;
-            special("what_is_left_unread_can_hold_nothing_that_matters", compared)
+            let examined = crate::recovery::tests::scans::examined;
+            special("a_gap_is_the_end_of_a_log_only_after_every_block_was_examined", examined)
         })
         .or_else(|| special("a_full_disk_ends_an_opening_with_an_error", full))
         .or_else(|| special("every_operation_may_fail_in_every_way", super::error_tests::smallest))

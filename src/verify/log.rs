@@ -6,7 +6,7 @@ use crate::disk::FileId;
 use crate::error::ErrorKind;
 use crate::format::group::{Body, GroupHead, SlotState};
 use crate::format::superblock::{LogEnd, Superblock};
-use crate::recovery::{Reading, scan};
+use crate::recovery::scan;
 use crate::types::{BLOCK, Deal, ShardId};
 
 impl Verifier<'_> {
@@ -23,7 +23,7 @@ impl Verifier<'_> {
     /// What the next opening would find.
     fn unclean_log(&mut self, superblock: &Superblock) {
         let deal = Deal::new(superblock.geometry.vshards_count, superblock.logs.len() as u16);
-        match scan(self.disk, &mut self.arena, superblock, deal, Reading::Everything) {
+        match scan(self.disk, &mut self.arena, superblock, deal) {
             Ok(found) => {
                 let (groups, torn, cut) = (found.groups.len(), found.torn, found.state(superblock));
                 self.report.groups += groups as u64;
