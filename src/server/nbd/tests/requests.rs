@@ -1,0 +1,172 @@
+//! Requests and replies, over a socket pair.
+
+use super::*;
+
+/// One slow flush must not hold up the reads behind it.
+#[test]
+fn requests_overtake_one_that_stalls() {
+    let export = Memory::new();
+    export.stall.store(true, Ordering::Release);
+    let (mut client, server) = connect(&export, never());
+    client.write_all(&[request(3, 1, 0, 0), request(4, 2, 0, 512)].concat()).unwrap();
+    assert_eq!(next_reply(&mut client), (2, 0));
+    export.stall.store(false, Ordering::Release);
+    export.go_on.notify(usize::MAX);
+    assert_eq!(next_reply(&mut client), (1, 0));
+    client.write_all(&request(2, 3, 0, 0)).unwrap();
+    server.join().unwrap().unwrap();
+}
+
+/// A refused write whose payload were taken for requests would make a mess of all that follows.
+#[test]
+fn the_stream_stays_in_step_after_a_refused_write() {
+    let export = Memory::new();
+    let (mut client, server) = connect(&export, never());
+    let rubbish = [0x25; 4096];
+    client.write_all(&[&request(1, 1, SIZE - 1, 4096)[..], &rubbish].concat()).unwrap();
+    assert_eq!(next_reply(&mut client), (1, Errno::NoSpace as u32));
+    export.fault.store(28, Ordering::Relaxed);
+    client.write_all(&[&request(1, 2, 0, 4096)[..], &rubbish].concat()).unwrap();
+    assert_eq!(next_reply(&mut client), (2, Errno::NoSpace as u32));
+    client.write_all(&request(99, 3, 0, 4096)).unwrap();
+    assert_eq!(next_reply(&mut client), (3, Errno::Invalid as u32));
+    drop(client);
+    server.join().unwrap().unwrap();
+}
+
+/// A client that is waited for for ever keeps a stopping server from closing its store.
+#[test]
+fn an_export_that_panics_ends_its_connection_and_nothing_hangs() {
+    let export = Memory::new();
+    export.fault.store(1, Ordering::Relaxed);
+    let (mut client, server) = connect(&export, never());
+    client.write_all(&[&request(1, 1, 0, 1)[..], b"x"].concat()).unwrap();
+    assert_eq!(client.read(&mut [0; 16]).unwrap(), 0, "the connection must end without a reply");
+    assert!(server.join().unwrap().is_err());
+}
+
+/// Requests that come while the server stops must be refused, not half done.
+#[test]
+fn a_stopping_server_says_so() {
+    let (mut client, server) = connect(&Memory::new(), Arc::new(AtomicBool::new(true)));
+    client.write_all(&[&request(1, 7, 0, 3)[..], b"xyz"].concat()).unwrap();
+    assert_eq!(next_reply(&mut client), (7, Errno::Shutdown as u32));
+    server.join().unwrap().unwrap();
+}
+
+/// A client that asks for much and reads nothing must not fill the memory; the gate holds it.
+#[test]
+fn a_client_that_never_reads_is_held_back() {
+    let export = Memory::new();
+    let (mut client, server) = connect(&export, never());
+    client.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+    let read = request(0, 1, 0, 32 << 20);
+    let sent = (0..1_000_000).take_while(|_| client.write_all(&read).is_ok()).count();
+    assert!(sent < 100_000, "{sent} requests were taken without a reply being read");
+    client.shutdown(Shutdown::Both).unwrap();
+    assert!(server.join().unwrap().is_ok() || !export.data.lock().unwrap().is_empty());
+}
+
+/// A client takes each byte from where its chunk says; a wrong offset is wrong data, and a missing end a hang.
+#[test]
+fn a_structured_read_is_data_and_holes_and_one_end() {
+    let export = Memory::new();
+    export.data.lock().unwrap()[4096..6000].fill(7);
+    let (mut client, server) = connect_as(&export, BOTH, never());
+    client.write_all(&request(0, 9, 0, 16384)).unwrap();
+    let hole = |at: u64, bytes: u32| [&at.to_be_bytes()[..], &bytes.to_be_bytes()].concat();
+    let data = [&4096u64.to_be_bytes()[..], &[7; 6000 - 4096], &[0; 8192 - 6000]].concat();
+    assert_eq!(next_chunk(&mut client), (0, 2, 9, hole(0, 4096)));
+    assert_eq!(next_chunk(&mut client), (0, 1, 9, data));
+    assert_eq!(next_chunk(&mut client), (1, 2, 9, hole(8192, 8192)));
+    client.write_all(&request(0, 8, 2048, 8192)).unwrap();
+    let (flags, kind, cookie, some) = next_chunk(&mut client);
+    assert_eq!((flags, kind, cookie, some.len()), (0, 1, 8, 8 + 4096));
+    assert_eq!((&some[..8], &some[8 + 2048..][..2]), (&2048u64.to_be_bytes()[..], &[7, 7][..]));
+    assert_eq!(next_chunk(&mut client), (1, 2, 8, hole(6144, 4096)));
+    // In one piece, if the client insists, and where there is no hole anyway.
+    client.write_all(&flagged(1 << 2, 0, 10, 0, 8192)).unwrap();
+    let (flags, kind, cookie, whole) = next_chunk(&mut client);
+    assert_eq!((flags, kind, cookie, whole.len()), (1, 1, 10, 8 + 8192));
+    assert_eq!((&whole[..8], &whole[8..12], &whole[8 + 4096..][..4]), (&[0; 8][..], &[0; 4][..], &[7; 4][..]));
+    client.write_all(&request(0, 11, 5998, 4)).unwrap();
+    assert_eq!(next_chunk(&mut client), (1, 1, 11, [&5998u64.to_be_bytes()[..], &[7, 7, 0, 0]].concat()));
+    client.write_all(&request(0, 12, 77, 0)).unwrap();
+    assert_eq!(next_chunk(&mut client), (1, 0, 12, vec![]));
+    // What is no read keeps its short reply.
+    client.write_all(&request(3, 13, 0, 0)).unwrap();
+    assert_eq!(next_reply(&mut client), (13, 0));
+    drop(client);
+    server.join().unwrap().unwrap();
+}
+
+/// A client that can't see the reason can't tell a full disk from its own mistake.
+#[test]
+fn failures_come_with_number_and_text() {
+    let export = Memory::new();
+    export.fault.store(28, Ordering::Relaxed);
+    let (mut client, server) = connect_as(&export, BOTH, never());
+    let mut fails = |said: &[u8], cookie: u64, errno: u32, text: &str| {
+        client.write_all(said).unwrap();
+        let (flags, kind, answered, data) = next_chunk(&mut client);
+        assert_eq!((flags, kind, answered, &data[..4]), (1, 0x8001, cookie, &errno.to_be_bytes()[..]));
+        assert_eq!(u16::from_be_bytes([data[4], data[5]]) as usize, data.len() - 6);
+        assert!(String::from_utf8_lossy(&data[6..]).contains(text), "{:?}", String::from_utf8_lossy(&data[6..]));
+    };
+    fails(&[request(1, 1, 0, 3), b"xyz".to_vec()].concat(), 1, 28, "planted: full");
+    fails(&request(0, 2, SIZE - 1, 2), 2, 22, "67108864");
+    fails(&request(0, 3, u64::MAX, 2), 3, 22, "wrap");
+    fails(&request(7, 4, 0, 0), 4, 22, "status of no bytes");
+    fails(&request(7, 5, SIZE, 1), 5, 22, "67108864");
+    fails(&flagged(1 << 3, 0, 6, 0, 1), 6, 22, "flags");
+    fails(&request(4711, 7, 0, 1), 7, 22, "unknown command");
+    drop(client);
+    server.join().unwrap().unwrap();
+}
+
+/// A client that was promised one extent takes the second for the next reply.
+#[test]
+fn block_status_tells_extents_to_those_who_agreed_on_it_only() {
+    let export = Memory::new();
+    let (mut client, server) = connect_as(&export, BOTH, never());
+    client.write_all(&[request(7, 1, 5, 3000), flagged(1 << 3, 7, 2, 5, 3000)].concat()).unwrap();
+    let extents = |list: &[(u32, u32)]| {
+        let extents = list.iter().flat_map(|(bytes, status)| [bytes.to_be_bytes(), status.to_be_bytes()].concat());
+        [0, 0, 0, 1].into_iter().chain(extents).collect::<Vec<u8>>()
+    };
+    assert_eq!(next_chunk(&mut client), (1, 5, 1, extents(&[(1000, 0), (2000, 3)])));
+    assert_eq!(next_chunk(&mut client), (1, 5, 2, extents(&[(1000, 0)])));
+    drop(client);
+    server.join().unwrap().unwrap();
+    let (mut client, server) = connect_as(&export, Agreed { structured: true, allocation: false }, never());
+    client.write_all(&request(7, 3, 0, 4096)).unwrap();
+    let (flags, kind, cookie, data) = next_chunk(&mut client);
+    assert_eq!((flags, kind, cookie, &data[..4]), (1, 0x8001, 3, &[0, 0, 0, 22][..]));
+    drop(client);
+    server.join().unwrap().unwrap();
+    let (mut client, server) = connect(&export, never());
+    client.write_all(&[request(7, 4, 0, 4096), flagged(1 << 2, 0, 5, 0, 1)].concat()).unwrap();
+    let mut refused = [next_reply(&mut client), next_reply(&mut client)];
+    refused.sort_unstable();
+    assert_eq!(refused, [(4, 22), (5, 22)], "without structured replies: BLOCK_STATUS, and the flag DF");
+    drop(client);
+    server.join().unwrap().unwrap();
+}
+
+/// Pages beyond the end of a volume that was made smaller must not come back.
+#[test]
+fn a_client_of_an_export_that_shrank_can_not_go_beyond_its_end() {
+    let export = Memory::new();
+    let (mut client, server) = connect(&export, never());
+    export.shrunk.store(4096, Ordering::Relaxed);
+    let refused = [(1, 28), (6, 28), (0, 22), (4, 22), (5, 22)];
+    for (command, errno) in refused {
+        let payload: &[u8] = if command == 1 { &[1; 4096] } else { &[] };
+        client.write_all(&[&request(command, 1, SIZE - 4096, 4096)[..], payload].concat()).unwrap();
+        assert_eq!(next_reply(&mut client), (1, errno), "command {command}");
+    }
+    client.write_all(&request(5, 2, SIZE - 8192, 4096)).unwrap();
+    assert_eq!(next_reply(&mut client), (2, 0));
+    drop(client);
+    server.join().unwrap().unwrap();
+}
