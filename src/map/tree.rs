@@ -294,6 +294,15 @@ impl Map {
         idx
     }
 
+    /// Pins the leaf of `key` if it is in memory.
+    pub(crate) fn pin_if_resident(&mut self, key: PageKey) -> Option<NodeIdx> {
+        let (vshard, dense) = self.position(key);
+        let leaf = NodeKey { vshard, volume: key.volume, level: 0, prefix: prefix(dense, 0) };
+        let idx = self.index.get(&leaf).copied()?;
+        self.node_mut(idx).pins += 1;
+        Some(idx)
+    }
+
     /// Raises the tree of a volume until it covers `dense`.
     fn grow(&mut self, vshard: VShard, volume: VolumeId, dense: u64, arena: &mut Arena) {
         let v = usize::from(volume.get());

@@ -231,6 +231,7 @@ impl Shard {
     /// Frames for the new versions, and the map leaves in memory, pinned.
     fn admit_memory(&mut self, waiter: usize, frames: u32, step: Step) -> Admission {
         let changed = self.pages_to_pin(waiter);
+        let pinned = self.pin_leaves_in_memory(&changed);
         let missing = |idx: &usize| self.map.missing_nodes(self.table.pages[*idx].key);
         let nodes: u32 = changed.iter().map(missing).sum();
         if !self.ensure_frames(frames + nodes + FRAMES_RESERVE, step) {
@@ -240,11 +241,15 @@ impl Shard {
             }
             // Pages may share nodes.
             if missing == nodes || !self.ensure_frames(frames + missing + FRAMES_RESERVE, step) {
+                // Who has lost its leaves often keeps them until it has memory, or is refused.
+                if step != Step::Commit || self.pending[waiter].yields < YIELDS_MAX {
+                    self.unpin_leaves(&pinned);
+                }
                 self.relieve();
                 return Admission::Stalled;
             }
         }
-        for (i, idx) in changed.iter().copied().enumerate() {
+        for idx in changed.iter().copied() {
             let page = &self.table.pages[idx];
             if page.leaf.is_some() {
                 continue;
@@ -254,10 +259,32 @@ impl Shard {
                     let leaf = self.map.pin(page.key, &mut self.arena);
                     self.table.pages[idx].leaf = Some(leaf);
                 }
-                Lookup::Load(key, child) => return self.wait_for_leaf(waiter, &changed, i, step, (key, child)),
+                Lookup::Load(key, child) => return self.wait_for_leaf(waiter, &changed, step, (key, child)),
             }
         }
         Admission::Yes
+    }
+
+    /// Pins the leaves that are there already: the search for frames would take the very leaf that has just been read for this
+    /// commit, which would wait for it again, and so on without end. Whose they are.
+    fn pin_leaves_in_memory(&mut self, changed: &[usize]) -> SmallVec<[usize; 4]> {
+        let mut pinned = SmallVec::new();
+        for idx in changed.iter().copied() {
+            let page = &mut self.table.pages[idx];
+            if page.leaf.is_none() {
+                page.leaf = self.map.pin_if_resident(page.key);
+                pinned.extend(page.leaf.is_some().then_some(idx));
+            }
+        }
+        pinned
+    }
+
+    fn unpin_leaves(&mut self, pages: &[usize]) {
+        for idx in pages {
+            if let Some(leaf) = self.table.pages[*idx].leaf.take() {
+                self.map.unpin(leaf);
+            }
+        }
     }
 
     /// Changed pages whose leaf is to be pinned. To free a page that is absent changes nothing, unless an earlier commit of the turn
@@ -275,13 +302,12 @@ impl Shard {
         changed
     }
 
-    /// A node above the leaf of page `at` of `changed` has left memory. Those before it are pinned: they are given back, unless this
-    /// commit has lost others so often that it goes first now.
+    /// A node above the leaf of one of `changed` has left memory. The leaves that are there are pinned: they are given back, unless
+    /// this commit has lost others so often that it goes first now.
     fn wait_for_leaf(
         &mut self,
         waiter: usize,
         changed: &[usize],
-        at: usize,
         step: Step,
         (node, child): (NodeKey, Child),
     ) -> Admission {
@@ -291,11 +317,7 @@ impl Shard {
         }
         let stays = step == Step::Redo || (step == Step::Commit && self.pending[waiter].yields >= YIELDS_MAX);
         if !stays {
-            for idx in &changed[..at] {
-                if let Some(leaf) = self.table.pages[*idx].leaf.take() {
-                    self.map.unpin(leaf);
-                }
-            }
+            self.unpin_leaves(changed);
             if step == Step::Vote && self.pending[waiter].yields >= YIELDS_MAX {
                 return Admission::Stalled;
             }

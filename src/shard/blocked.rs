@@ -8,12 +8,15 @@
 //!    [`Shard::ensure_frames`] registers its caller itself.
 //! 2. Whoever is registered is woken by something under way, or by a deadline. Memory always has a deadline: readers drop their
 //!    pages on other threads and tell nobody.
-//! 3. A step keeps the time since when it has been blocked without a success. After [`MEMORY_WAIT_US`] the first in its queue gets
-//!    `Busy` if pages pinned by readers are the cause, and after [`MEMORY_WAIT_MAX_US`] whatever the cause is. Dirty map nodes are
-//!    never left to be the cause: a checkpoint is asked for.
+//! 3. A step keeps the time since when it has been blocked without a success, and since when again and again. The first in its queue
+//!    gets `Busy` if pages pinned by readers are the cause, after [`MEMORY_WAIT_US`] without a success or [`MEMORY_WAIT_MAX_US`] with
+//!    some; and after [`MEMORY_WAIT_MAX_US`] without one whatever the cause is, unless a write under way will give memory back. Dirty
+//!    map nodes are never left to be the cause: a checkpoint is asked for.
 //!
 //! It does not decide who goes first: each queue is first in, first out.
 
+#[cfg(any(test, feature = "sim"))]
+use super::part::Reserved;
 use super::requests::PendingKind;
 use super::{OpKind, Shard};
 use crate::error::{Error, ErrorKind};
@@ -68,6 +71,9 @@ impl Step {
     }
 }
 
+/// Who waits in these is refused in the end.
+const REFUSED: [Step; 4] = [Step::Commit, Step::Redo, Step::NodeRead, Step::PageRead];
+
 /// What a step waits for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Lack {
@@ -89,8 +95,12 @@ const LACKS: [Lack; 5] = [Lack::Memory, Lack::LogRoom, Lack::Space, Lack::WriteB
 #[derive(Clone, Copy, Default, Debug)]
 struct Shortage {
     since: Micros,
+    /// The same, with successes in between: since when it has been met again and again.
+    pressed_since: Micros,
     /// When it was met last.
     met_at: Micros,
+    /// There was no success since.
+    is_blocked: bool,
     /// Frames that must be free, those that are left alone included.
     frames: u32,
 }
@@ -176,20 +186,31 @@ impl Blocked {
         }
         self.register(step, Lack::Memory);
         let shortage = &mut self.memory[step as usize];
-        if shortage.met_at == 0 || now > shortage.met_at + FORGOTTEN_US {
+        let is_forgotten = now > shortage.met_at + FORGOTTEN_US;
+        if is_forgotten {
+            shortage.pressed_since = now;
+        }
+        if is_forgotten || !shortage.is_blocked {
             shortage.since = now;
         }
-        (shortage.met_at, shortage.frames) = (now.max(1), frames);
+        (shortage.met_at, shortage.is_blocked, shortage.frames) = (now, true, frames);
     }
 
     /// `step` found its frames.
     pub(super) fn grant_frames(&mut self, step: Step) {
-        self.memory[step as usize].met_at = 0;
+        self.memory[step as usize].is_blocked = false;
     }
 
     /// How long `step` has been blocked by memory.
     fn waited(&self, step: Step, now: Micros) -> Option<Micros> {
         self.is_blocked(step, Lack::Memory).then(|| now - self.memory[step as usize].since)
+    }
+
+    /// Whether `step` has been blocked by memory for so long that it is to be judged who has it: without a success, or again and
+    /// again. A read that gets a frame each time that another request is refused would not end otherwise.
+    fn is_to_be_judged(&self, step: Step, now: Micros) -> bool {
+        let pressed = |step: Step| now - self.memory[step as usize].pressed_since;
+        self.waited(step, now).is_some_and(|waited| waited >= MEMORY_WAIT_US || pressed(step) >= MEMORY_WAIT_MAX_US)
     }
 }
 
@@ -212,7 +233,7 @@ impl Shard {
             // A dirty node stays in memory until a checkpoint has written it.
             self.need_checkpoint();
         }
-        if longest >= MEMORY_WAIT_US {
+        if REFUSED.into_iter().any(|step| self.blocked.is_to_be_judged(step, now)) {
             self.refuse_for_memory();
         }
     }
@@ -236,15 +257,13 @@ impl Shard {
         self.look_at_pinned();
         let pinned = self.pinned_by_readers();
         let others = self.table.resident().held + PATH_NODES;
-        for step in [Step::Commit, Step::Redo, Step::NodeRead, Step::PageRead] {
-            let Some(waited) = self.blocked.waited(step, self.now).filter(|waited| *waited >= MEMORY_WAIT_US) else {
-                continue;
-            };
+        for step in REFUSED {
+            let waited = self.blocked.waited(step, self.now).filter(|_| self.blocked.is_to_be_judged(step, self.now));
+            let Some(waited) = waited else { continue };
             let frames = self.blocked.memory[step as usize].frames;
             // Whether it would be refused even if all else had been given back.
             let by_pins = pinned > 0 && pinned + frames + others > self.frames_usable();
-            let at_rest = self.ops.is_empty() && !self.checkpoint_under_way();
-            if !by_pins && (waited < MEMORY_WAIT_MAX_US || !at_rest) {
+            if !by_pins && (waited < MEMORY_WAIT_MAX_US || self.gives_memory_back()) {
                 continue;
             }
             let error = self.no_memory(frames, pinned, by_pins);
@@ -259,6 +278,13 @@ impl Shard {
             }
             self.again = true;
         }
+    }
+
+    /// Whether something under way ends with more memory than there was: a write makes what it writes clean. Reads only take
+    /// memory, and where it is short there is always one under way: whoever waited until there is none would wait without end.
+    fn gives_memory_back(&self) -> bool {
+        let is_read = |op: &OpKind| matches!(op, OpKind::PageRead(_) | OpKind::NodeRead(_));
+        self.checkpoint_under_way() || !self.ops.iter().all(|(_, op)| is_read(op))
     }
 
     fn no_memory(&self, frames: u32, pinned: u32, by_pins: bool) -> Error {
@@ -338,7 +364,8 @@ impl Shard {
         if self.blocked.refusals > 0 && !self.blocked.lacks_memory() {
             return Err(format!("{} requests for frames failed, and nobody is registered", self.blocked.refusals));
         }
-        let under_way = !self.ops.is_empty() || self.checkpoint_under_way();
+        // What parts of commits over shards have reserved is given back when the decision arrives, by message.
+        let under_way = !self.ops.is_empty() || self.checkpoint_under_way() || self.reserved != Reserved::default();
         for lack in LACKS {
             let is_woken = match lack {
                 Lack::Memory => self.deadline().is_some(),

@@ -19,7 +19,8 @@ impl Shard {
             "{:?} with {} left and {} coming, {} pending, {} ready, {} finished, {} ops, {} waiting for durability, \
              open group of {} urgent {}, {} groups in flight, flushing {}, {} dirty, {} captures, {} page writes, \
              {} blocks reserved, {} dirty nodes, checkpoint {:?}, {} extents being compacted, {} moves, growing {}, \
-             stalled for space {}, {} segments free, {} frames free, next {} watermark {}, failed {:?}, closing {}",
+             stalled for space {}, {} segments free, {} frames ({}), {:?}, next {} watermark {}, failed {:?}, \
+             closing {}",
             self.extents.space(),
             self.extents.left_count(),
             self.extents.coming(),
@@ -44,6 +45,8 @@ impl Shard {
             self.space.stalled,
             self.log.free_segments(),
             self.arena.blocks(),
+            self.memory(),
+            self.blocked,
             self.order.next(),
             self.order.watermark(),
             self.failed,

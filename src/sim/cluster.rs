@@ -265,6 +265,13 @@ impl Cluster {
         turns.chain(self.disk.next_due()).min()
     }
 
+    /// Whether nothing will happen but deadlines, and ends of reads that are kept back.
+    fn is_at_rest(&self) -> bool {
+        let has_work =
+            |node: &Node| !node.completions.is_empty() || (!node.requests.is_empty() && node.shard.accepting());
+        self.disk.next_due().is_none() && self.net.under_way() == 0 && !self.nodes.iter().any(has_work)
+    }
+
     /// When the shard turns next.
     pub(super) fn turn_at(&self, index: usize) -> Option<Micros> {
         let node = &self.nodes[index];
@@ -295,7 +302,8 @@ impl Cluster {
         self.disk.advance_to(at);
         self.reap();
         let now = self.disk.now();
-        for (shard, completion) in self.late.take_due(self.counters.turns, now, nothing_else) {
+        let at_rest = self.late.is_keeping() && self.is_at_rest();
+        for (shard, completion) in self.late.take_due(self.counters.turns, now, nothing_else, at_rest) {
             self.nodes[shard].completions.push((now, completion));
         }
         let ready: Vec<usize> =

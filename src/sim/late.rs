@@ -3,8 +3,8 @@
 //! Invariants
 //! 1. A read that is kept back was carried out by the disk when it was due; only its end is told late, as by a device that
 //!    was busy elsewhere. So the bytes are old by then.
-//! 2. It is told after so many turns of the shards, or as soon as nothing else will happen, or after [`HELD_US_MAX`]:
-//!    whoever waits for it alone waits for bounded time.
+//! 2. It is told after so many turns of the shards, or as soon as nothing else will happen, or after [`HELD_US_MAX`], while the
+//!    store can do nothing else even sooner: whoever waits for it alone waits for bounded time.
 //! 3. Chance comes from a stream of its own: a run without held reads is the same as if this file did not exist.
 //!
 //! It does *not* judge.
@@ -19,6 +19,10 @@ use std::collections::BTreeMap;
 
 /// For how long a read is kept back at most: some dozens one after another must not use up the patience of a run.
 const HELD_US_MAX: Micros = 1_000_000;
+
+/// For how long, while the store can do nothing but wait: where memory is short reads come one after another, and what they
+/// would outlast does not happen.
+const HELD_AT_REST_US_MAX: Micros = 20_000;
 
 /// Which reads are kept back, and for how long.
 #[derive(Clone, Copy, Debug, Default)]
@@ -105,9 +109,10 @@ impl Late {
     }
 
     /// The ends that are due, or, if nothing else will happen, the one that was kept first.
-    pub fn take_due(&mut self, turn: u64, now: Micros, nothing_else: bool) -> Vec<(usize, Completion)> {
+    pub fn take_due(&mut self, turn: u64, now: Micros, nothing_else: bool, at_rest: bool) -> Vec<(usize, Completion)> {
         let mut due = Vec::new();
-        let is_due = |kept: &Kept| kept.until <= turn || kept.at + HELD_US_MAX <= now;
+        let held_max = if at_rest { HELD_AT_REST_US_MAX } else { HELD_US_MAX };
+        let is_due = |kept: &Kept| kept.until <= turn || kept.at + held_max <= now;
         while let Some(at) = self.kept.iter().position(is_due) {
             let Kept { shard, completion, .. } = self.kept.remove(at);
             due.push((shard, completion));

@@ -1,6 +1,5 @@
 //! Stores far larger than their memory, with deep trees, slow reads and pages held on to.
 //!
-//! By hand, as long as some seeds stand still for want of memory: `cargo test --lib strained_stores -- --ignored --nocapture`.
 //! `COREPAGE_SEEDS=n` runs so many seeds, as for the ordinary runs, of which a part is strained in the same way.
 
 use super::tests::{many_seeds, number, run_all, strained};
@@ -8,9 +7,8 @@ use super::tests::{many_seeds, number, run_all, strained};
 /// A durable page that a slow read makes unreachable is lost as surely as one that was never written; a store that stands still for
 /// want of memory, or turns for nothing, is of no use to anybody.
 #[test]
-#[ignore = "a campaign by hand: not all seeds find memory enough yet"]
 fn strained_stores_survive_every_crash() {
-    let total = run_all("strained_stores_survive_every_crash", 24, strained);
+    let total = run_all("strained_stores_survive_every_crash", 12, strained);
     if many_seeds() && number("COREPAGE_SEEDS").is_none() {
         let never: Vec<_> =
             total.rare.all().into_iter().filter(|(name, count)| *count == 0 && is_usual(name)).collect();
@@ -20,6 +18,13 @@ fn strained_stores_survive_every_crash() {
 
 /// Whether an event is frequent enough to be seen in a few seeds.
 fn is_usual(name: &str) -> bool {
-    !["busy_by_pins", "busy_without_pins", "reads_orphaned_by_checkpoint", "reads_stale", "reads_orphaned"]
-        .contains(&name)
+    let seldom = [
+        "busy_by_pins",
+        "busy_without_pins",
+        "checkpoints_starved",
+        "reads_orphaned",
+        "reads_orphaned_by_checkpoint",
+        "reads_stale",
+    ];
+    !seldom.contains(&name)
 }

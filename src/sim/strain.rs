@@ -99,8 +99,10 @@ impl Strain {
             let layouts = [Layout::Lone, Layout::Lone, Layout::Mixed, Layout::Dense, Layout::Dense, Layout::Roomy];
             let layout = *chance.pick(&layouts);
             match layout {
-                // Ten times the least memory of a shard, and more.
-                Layout::Dense if chance.chance(60) => (layout, chance.within(6_600, 9_000)),
+                // A hundred times the least memory of a shard: rarely, since all of it takes long to look at.
+                Layout::Dense if chance.chance(3) => (layout, chance.within(20_000, 64_000)),
+                // Ten times, and more.
+                Layout::Dense if chance.chance(80) => (layout, chance.within(6_600, 9_000)),
                 _ => (layout, chance.within(1_000, 2_500)),
             }
         });
@@ -112,7 +114,7 @@ impl Strain {
         let holding = Holding {
             pages_percent: *chance.pick(&[0, 1, 5]),
             nodes_percent: *chance.pick(&[0, 2, 10]),
-            tops_percent: *chance.pick(&[0, 40, 80]),
+            tops_percent: *chance.pick(&[0, 50, 90]),
             turns_max: *chance.pick(&[50, 500, 4_000, 8_000]),
         };
         let slow_reads = *chance.pick(&[(0, 1), (20, 100), (4, 10), (100, 1_000)]);
@@ -192,7 +194,7 @@ fn universe(layout: Layout, count: u64, vshards_count: u32, chance: &mut Rng) ->
         let is_lone = layout == Layout::Lone || (layout == Layout::Mixed && n % 2 == 0);
         let whole = chance.draw();
         let any = if chance.one_in(20) { whole } else { n << shift };
-        pages.insert(if is_lone { key(1, any) } else { key(2, (n % 7) * 2_000 + n / 7) });
+        pages.insert(if is_lone { key(1, any) } else { key(2, (n % 7) * 10_000 + n / 7) });
     }
     let mut pages: Vec<PageKey> = pages.into_iter().collect();
     for n in (1..pages.len()).rev() {
@@ -285,10 +287,10 @@ impl World {
         if self.chance.chance(60) {
             let change = put(self, tree[there]);
             self.commit(vec![change]);
-            if self.chance.one_in(4) {
+            if self.chance.chance(60) {
                 // The new top is written, and leaves memory, while the old one is still being read.
                 self.ask(Request::Checkpoint);
-                self.sweeps_left = self.chance.within(4, 24);
+                self.sweeps_left = self.chance.within(4, 30);
             }
         }
     }
@@ -337,7 +339,9 @@ impl World {
     /// Which pages are looked at after a crash, and whether they are all.
     pub(super) fn pick_checked(&mut self) -> (Vec<PageKey>, bool) {
         let universe = &self.workload.profile.universe;
-        if !self.is_large() || self.chance.one_in(12) {
+        // As many pages are looked at in the end, however large the store is.
+        let rarely = 12.max(universe.len() as u64 / 500);
+        if !self.is_large() || self.chance.one_in(rarely) {
             return (universe.clone(), true);
         }
         let mut keys = self.oracle.changed();

@@ -1,6 +1,6 @@
 //! The promises of the store, kept through thousands of crashes, errors of the device and planted bugs.
 //!
-//! `COREPAGE_SEED=n` runs one seed, `COREPAGE_SEEDS=n` so many, `COREPAGE_IMAGES=n` recovers so many images of each crash; each
+//! `COREPAGE_SEED=n` runs one seed, `COREPAGE_SEEDS=n` so many, from `COREPAGE_FIRST_SEED=n` on, `COREPAGE_IMAGES=n` recovers so many images of each crash; each
 //! failure is made smaller, unless `COREPAGE_SHRINK=0`, and prints the command that repeats it.
 
 use super::canary::{Canary, plant, take_fired};
@@ -24,7 +24,7 @@ pub(super) fn strained(seed: u64) -> Plan {
 }
 
 /// Of a hundred seeds of the ordinary runs, how many are strained; `COREPAGE_STRAIN=n` says otherwise.
-const STRAINED_PERCENT: u64 = 0;
+const STRAINED_PERCENT: u64 = 10;
 
 pub(super) fn plan(seed: u64) -> Plan {
     let plan = Plan {
@@ -53,11 +53,14 @@ pub(super) fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }
 
-/// The seeds to run: the one asked for, or so many from one on.
+/// The seeds to run: the one asked for, or so many from one on, or from the first that was asked for.
 fn seeds(usual: u64) -> std::ops::RangeInclusive<u64> {
     match number("COREPAGE_SEED") {
         Some(seed) => seed..=seed,
-        None => 1..=number("COREPAGE_SEEDS").unwrap_or(usual),
+        None => {
+            let first = number("COREPAGE_FIRST_SEED").unwrap_or(1);
+            first..=first - 1 + number("COREPAGE_SEEDS").unwrap_or(usual)
+        }
     }
 }
 
@@ -283,6 +286,7 @@ fn hunt(canary: Canary) -> Found {
         })
         .or_else(|| special("a_full_disk_ends_an_opening_with_an_error", full))
         .or_else(|| special("every_operation_may_fail_in_every_way", super::error_tests::smallest))
+        .or_else(|| random("strained_stores_survive_every_crash", strained, (1..=12).collect()))
         .or_else(|| random("crashes_of_full_stores_lose_nothing", super::fault_tests::full_store, (1..=25).collect()))
         .or_else(|| special("a_page_that_is_overwritten_while_it_moves_keeps_its_new_version", overtaken))
         .or_else(|| special("a_tree_that_grows_while_its_top_is_read_keeps_all_its_pages", grown))

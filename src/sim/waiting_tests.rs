@@ -187,6 +187,7 @@ pub(super) fn all() -> Outcome {
     rests_at_the_limit()?;
     frees_what_is_in_memory()?;
     waits_for_readers()?;
+    answers_beside_reads()?;
     first_come_first_served()?;
     ends_in_the_smallest_memory(1, 1)?;
     writes_the_table_in_parts()?;
@@ -298,6 +299,53 @@ fn waits_for_readers() -> Outcome {
     // Nobody tells the shard.
     drop(pinned);
     rig.answer(token)?.map(drop).map_err(|error| format!("after the pages were dropped: {error}"))
+}
+
+/// If this fails, a client that writes gets no answer for as long as others read from a slow device: each frame that becomes free goes
+/// to a read, of which one is always under way.
+#[test]
+fn a_commit_is_answered_while_reads_take_all_the_memory_there_is() {
+    must(answers_beside_reads());
+}
+
+fn answers_beside_reads() -> Outcome {
+    let geometry = Geometry { vshards_count: 1, ..options().geometry };
+    let options = Options { memory_bytes: 2 << 20, geometry, requests_max: 64, ..options() };
+    let mut rig = Rig::open(SimDisk::new(8), &options, 1)?;
+    const PAGES: u64 = 1_200;
+    for at in (0..PAGES).step_by(20) {
+        rig.commit((at..at + 20).map(|n| (key(n), put(n))).collect(), true)?;
+    }
+    rig.checkpoint()?;
+    let mut pinned = pin_all(&mut rig, PAGES)?;
+    // Enough for the commit, if nobody else had any of it.
+    pinned.truncate(pinned.len() - 30);
+    rig.disk.set_latency(Latency { read: (400_000, 600_000), ..Latency::default() });
+    let mut next = PAGES / 2;
+    let mut ask = |rig: &mut Rig| {
+        next = PAGES / 2 + (next + 11) % (PAGES / 2);
+        rig.ask(Request::Read(smallvec::smallvec![key(next)]));
+    };
+    (0..40).for_each(|_| ask(&mut rig));
+    let commit = Commit { reads: Vec::new(), changes: vec![(key(1), put(9))], durable: true };
+    let (begun, asked) = (rig.now, rig.ask(Request::Commit(commit)));
+    let mut reads = 0;
+    while !rig.answers.contains_key(&asked) {
+        rig.lap()?;
+        let answered: Vec<Token> = rig.answers.keys().copied().filter(|token| *token != asked).collect();
+        for token in answered {
+            rig.answers.remove(&token).expect("just seen").map_err(|error| format!("a read: {error}"))?;
+            ask(&mut rig);
+            reads += 1;
+        }
+        if rig.now - begun > 15_000_000 {
+            return Err(format!("{reads} reads are answered in 15 s, and no commit: {}", rig.describe()));
+        }
+    }
+    match rig.answer(asked)? {
+        Err(error) if error.kind() != ErrorKind::Busy => Err(format!("a commit beside {reads} reads: {error}")),
+        _ => Ok(()),
+    }
 }
 
 /// If this fails, a read that needs a map node waits for ever while memory is short and others keep asking.
