@@ -87,9 +87,11 @@ pub(super) enum Lack {
     WriteBack,
     /// The watermark.
     Watermark,
+    /// A part of a commit over shards in front, to be voted for.
+    Turn,
 }
 
-const LACKS: [Lack; 5] = [Lack::Memory, Lack::LogRoom, Lack::Space, Lack::WriteBack, Lack::Watermark];
+const LACKS: [Lack; 6] = [Lack::Memory, Lack::LogRoom, Lack::Space, Lack::WriteBack, Lack::Watermark, Lack::Turn];
 
 /// How a step is blocked by memory.
 #[derive(Clone, Copy, Default, Debug)]
@@ -133,6 +135,8 @@ pub(super) struct Blocked {
     /// By lack: a bit for each step.
     steps: [u16; LACKS.len()],
     memory: [Shortage; STEPS],
+    /// The part of a commit over shards that others let go first.
+    pub in_front: Option<super::precedence::InFront>,
     /// Requests for frames that failed in this lap: each has a step registered.
     refusals: u32,
     /// The watermark that somebody waits for because too much is drawn above it.
@@ -368,7 +372,7 @@ impl Shard {
         let under_way = !self.ops.is_empty() || self.checkpoint_under_way() || self.reserved != Reserved::default();
         for lack in LACKS {
             let is_woken = match lack {
-                Lack::Memory => self.deadline().is_some(),
+                Lack::Memory | Lack::Turn => self.deadline().is_some(),
                 Lack::LogRoom | Lack::WriteBack => under_way || self.deadline().is_some() || self.waits_for().is_some(),
                 Lack::Space => {
                     let reclaims = self.space.growing || self.compactor.count() > 0;

@@ -67,6 +67,7 @@ impl Shard {
         self.pending.len() + self.cross.len() < self.limits.requests_max
             && self.held.request_bytes < self.limits.request_bytes_max
             && self.holds_little()
+            && !self.callers_are_behind()
     }
 
     /// # Errors

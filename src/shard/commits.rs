@@ -5,11 +5,12 @@
 //! 2. Validation and effect are one step: no other commit comes between.
 //! 3. A drawn LSN that isn't used (a conflict with an earlier commit of the same turn) stays in its group's run: it is
 //!    void, and accounted for.
-//! 4. A commit that meets a page held by a commit over shards waits; one that fails anyway does not.
+//! 4. While a part of a commit over shards is in front (see `precedence`) no commit is admitted.
+//! 5. A commit that meets a page held by a commit over shards waits; one that fails anyway does not.
 
 use super::admission::{Admission, Need};
 use super::requests::PendingKind;
-use super::{Change, Response, Shard};
+use super::{Change, Lack, Response, Shard, Step};
 use crate::error::{Error, Result};
 use crate::format::group::Role;
 use crate::log::OpenSlot;
@@ -55,6 +56,10 @@ impl Shard {
                 let read_lsn = self.read_lsn(waiter);
                 self.finish_commit(waiter, Ok(None), read_lsn);
                 continue;
+            }
+            if self.commits_are_behind() {
+                self.blocked.register(Step::Commit, Lack::Turn);
+                break;
             }
             let with = need.plus(Need::of(commit, &self.map));
             match self.admit(waiter, with, batch.is_empty()) {

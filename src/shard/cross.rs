@@ -10,7 +10,7 @@
 //! 2. The owner's record stands in the group whose run holds the LSN, and names the shards that have other parts: the
 //!    commit counts only with all of them.
 //! 3. The shard's bound stays at or below the LSN until every part is durable.
-//! 4. Asking again is bounded in time: then `Busy`.
+//! 4. Asking again is bounded in time: then `Busy`. Long before that it goes in front of others (see `precedence`).
 
 use super::budget::cross_weight;
 use super::message::{Ask, Decision, Message, Vote};
@@ -22,7 +22,7 @@ use smallvec::SmallVec;
 /// For how long a commit is asked for again, before it gets `Busy`.
 const ASK_FOR_US: Micros = 10_000_000;
 /// Before it is asked for again: the first time, and at most.
-const RETRY_US: (Micros, Micros) = (100, 5_000);
+pub(super) const RETRY_US: (Micros, Micros) = (100, 5_000);
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum State {
@@ -75,11 +75,12 @@ impl Shard {
     pub(super) fn begin_cross(&mut self, token: Token, commit: Commit) {
         let mut asks: SmallVec<[(ShardId, Ask); 2]> = SmallVec::new();
         // The owner first: it records the commit, if there is anything to record.
-        asks.push((self.id, Ask { owner_logs: !commit.changes.is_empty(), ..Ask::default() }));
+        let since = self.now;
+        asks.push((self.id, Ask { owner_logs: !commit.changes.is_empty(), since, ..Ask::default() }));
         let mut of = |shard: ShardId| match asks.iter().position(|(s, _)| *s == shard) {
             Some(i) => i,
             None => {
-                asks.push((shard, Ask::default()));
+                asks.push((shard, Ask { since, ..Ask::default() }));
                 asks.len() - 1
             }
         };

@@ -19,7 +19,7 @@ use super::event::Change;
 use crate::error::Error;
 use crate::format::extent::{ItemKind, TableRow};
 use crate::format::superblock::{LogEnd, RootVersion, Superblock};
-use crate::types::{ExtentNo, Lsn, PageKey, Place, VShard};
+use crate::types::{ExtentNo, Lsn, Micros, PageKey, Place, VShard};
 
 /// A message from one shard to another.
 #[derive(Debug)]
@@ -82,6 +82,8 @@ pub struct Ask {
     pub changes: Vec<(PageKey, Change)>,
     /// It is the part of the owner, which logs a record even without pages of its own.
     pub owner_logs: bool,
+    /// When the commit was asked for first: the oldest goes first.
+    pub since: Micros,
 }
 
 /// What a shard says to its part of a commit.

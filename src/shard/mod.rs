@@ -42,6 +42,7 @@ mod overwrite_tests;
 mod pages;
 mod part;
 mod pins;
+mod precedence;
 mod reads;
 mod redo;
 mod requests;
@@ -271,7 +272,7 @@ impl Shard {
         let growth = self.space.stalled.then_some(self.now + space::GROW_RETRY_US);
         // Memory that readers give back says nothing: whoever waits for it has to look.
         let memory = self.blocked.lacks_memory().then_some(self.now + MEMORY_RETRY_US);
-        let next = [group, pages, growth, memory, self.next_retry()].into_iter().flatten().min()?;
+        let next = [group, pages, growth, memory, self.next_retry(), self.front_ends()].into_iter().flatten().min()?;
         (self.failed.is_none()).then_some(next.max(self.now + 1))
     }
 

@@ -14,11 +14,11 @@
 use super::admission::{Admission, Need};
 use super::message::{Ask, Decision, Message, Vote};
 use super::requests::PendingKind;
-use super::{Commit, Shard};
+use super::{Commit, Shard, precedence};
 use crate::error::{Error, ErrorKind};
 use crate::format::group::Role;
 use crate::log::PartRef;
-use crate::types::{Lsn, ShardId};
+use crate::types::{Lsn, Micros, ShardId};
 use hashbrown::HashMap;
 
 /// A part in the table of requests.
@@ -26,6 +26,8 @@ pub(super) struct Part {
     pub of: PartRef,
     pub commit: Commit,
     owner_logs: bool,
+    /// When the commit was asked for first.
+    pub since: Micros,
     /// What a `Yes` has reserved.
     pub(super) reserved: Option<Reserved>,
 }
@@ -78,15 +80,18 @@ impl Shard {
             self.send(owner, Message::Vote(txn, Vote::No(error)));
             return;
         }
-        if !self.holds_little_for_parts() {
+        let age = precedence::age(of, ask.since);
+        let behind = self.is_behind(age);
+        if behind || !self.holds_little_for_parts() {
             // To wait here could be to wait for a hold that this very commit has elsewhere.
+            self.note_vote(age, &Vote::NotNow, !behind);
             self.send(owner, Message::Vote(txn, Vote::NotNow));
             return;
         }
-        let Ask { reads, changes, owner_logs } = ask;
+        let Ask { reads, changes, owner_logs, since } = ask;
         let pages = self.pages_of(&reads, &changes);
         let (reads_count, patched) = (reads.len(), super::requests::patched(&changes));
-        let part = Part { of, commit: Commit { reads, changes, durable: true }, owner_logs, reserved: None };
+        let part = Part { of, commit: Commit { reads, changes, durable: true }, owner_logs, since, reserved: None };
         self.begin(None, PendingKind::Part(Box::new(part)), pages, |i| i >= reads_count && patched[i - reads_count]);
     }
 
@@ -96,6 +101,7 @@ impl Shard {
             let Some(vote) = self.judge_part(waiter) else { continue };
             let PendingKind::Part(part) = &self.pending[waiter].kind else { unreachable!("only parts") };
             let of = part.of;
+            self.note_vote(self.age_of(waiter), &vote, false);
             match vote {
                 Vote::Yes(_) => {
                     self.hold_pages(waiter);
@@ -131,6 +137,9 @@ impl Shard {
             return Some(Vote::Yes(read));
         }
         let need = Need::of(&part.commit, &self.map);
+        if self.is_behind(self.age_of(waiter)) {
+            return Some(Vote::NotNow);
+        }
         match self.admit_part(waiter, &need) {
             Admission::Yes => {}
             Admission::Waiting => return None,

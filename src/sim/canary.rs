@@ -125,6 +125,8 @@ canaries! {
     TooLargeAdmitted,
     /// The node that was asked for last is read first: under pressure the first one who asked waits for ever.
     NodesLastInFirstOut,
+    /// A part of a commit over shards never goes in front of the commits of a shard, however long it has waited.
+    VotesNeverFirst,
 }
 
 impl Canary {

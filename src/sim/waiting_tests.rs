@@ -15,6 +15,8 @@ use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+mod fairness_tests;
+
 /// More laps in a row without any effect than each shard's last look around, closer than this, are a spin.
 const SPIN_US: Micros = 1_000;
 const IDLE_LAPS_MAX: usize = 2;
@@ -191,7 +193,8 @@ pub(super) fn all() -> Outcome {
     first_come_first_served()?;
     ends_in_the_smallest_memory(1, 1)?;
     writes_the_table_in_parts()?;
-    redoes_in_parts(1, 1)
+    redoes_in_parts(1, 1)?;
+    fairness_tests::goes_through_beside_a_stream()
 }
 
 /// If this fails, a core runs at full speed for as long as the device is busy with the pages that it has been given.
