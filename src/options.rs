@@ -31,6 +31,11 @@ pub(crate) const SHARDS_MAX: u16 = 64;
 /// The least memory of a shard: log buffers, a superblock, and pages of the largest size class to work with.
 pub(crate) const SHARD_MEMORY_MIN: u64 = 2 * MIB;
 
+/// What the tables take for each 4 KiB frame, at most: an entry of the page table for what it holds, and for a freed page of a quarter of
+/// them; an entry of the table of map nodes, since any frame may hold one, and tables don't shrink; its places in the lists of the
+/// arena and of the eviction policy. A test holds it against the sizes of all these.
+pub(crate) const TABLE_BYTES_PER_FRAME: u64 = 512;
+
 /// The least bytes of requests under way in a shard: about two hundred small ones at a time.
 const REQUEST_BYTES_MIN: u64 = 256 * KIB;
 
@@ -51,9 +56,14 @@ pub enum Driver {
 pub struct Options {
     /// Used when the store does not exist yet; an existing store keeps its own.
     pub geometry: Geometry,
-    /// Bytes of memory for pages, map nodes and log buffers together (default 256 MiB). Beside it a store takes
-    /// about 480 bytes of tables for each 4 KiB of it (12 %, once all of it has been in use), at most a sixteenth of it (256 KiB
-    /// a shard at least) and one request for requests under way, and, in each shard, 80 bytes for each extent of the data space.
+    /// Bytes of memory (default 256 MiB): for pages, map nodes and log buffers, and for the tables that say what is where in it, an
+    /// eighth on top of each 4 KiB. It is divided among the shards, at least 2 MiB each; with so little the tables come on top.
+    ///
+    /// Within 10 % and a constant it is all that a store takes. On top come requests under way: a sixteenth of it (256 KiB a shard at least)
+    /// and one request in each shard; bodies that callers have handed over and that wait for their turn are theirs until then
+    /// (`requests_max` bounds their number). The constant: threads, rings, 4 KiB for each virtual shard, and in each shard 80 bytes for
+    /// each extent of the data space. Opening after a crash takes a group of the log, as it was written, and what is decoded of it, in each
+    /// shard: 1 MiB, or the largest commit that the log holds.
     pub memory_bytes: u64,
     /// How long dirty pages gather before they are written (1 to 10 ms, default 5 ms). Never in front of an
     /// acknowledgement of a durable commit.
@@ -141,6 +151,11 @@ pub(crate) struct Limits {
     pub group_blocks: u32,
 }
 
+/// Frames that `memory_bytes` are enough for, with their tables.
+pub(crate) fn frames_in(memory_bytes: u64) -> u64 {
+    memory_bytes / (BLOCK as u64 + TABLE_BYTES_PER_FRAME)
+}
+
 fn power_of_two(name: &str, value: u64, min: u64, max: u64) -> Result<()> {
     if value.is_power_of_two() && (min..=max).contains(&value) {
         return Ok(());
@@ -204,7 +219,7 @@ impl Options {
         Ok(Limits {
             geometry: geometry.clone(),
             shards_count,
-            memory_blocks: (memory_bytes / BLOCK as u64) as u32,
+            memory_blocks: frames_in(memory_bytes).max(SHARD_MEMORY_MIN / BLOCK as u64) as u32,
             coalesce_window_us: self.coalesce_window_us,
             coalesce_batch_pages: self.coalesce_batch_pages,
             vectored_pages_max: self.vectored_pages_max,
@@ -254,7 +269,8 @@ mod tests {
                 let geometry = Geometry { extent_bytes, segment_bytes, segments_count: 1024, ..Geometry::default() };
                 let options = Options { memory_bytes, ..Options::default() };
                 let limits = options.limits(&geometry, shards).expect("it is lawful");
-                assert_eq!(u64::from(limits.memory_blocks) * BLOCK as u64, memory_bytes / u64::from(shards));
+                let frames = (memory_bytes / u64::from(shards) / (BLOCK as u64 + TABLE_BYTES_PER_FRAME)).max(512);
+                assert_eq!(u64::from(limits.memory_blocks), frames);
                 assert_eq!(u64::from(geometry.extent_blocks()) * BLOCK as u64, extent_bytes);
                 assert!(limits.group_blocks.is_power_of_two() && limits.txn_bytes_max >= 4 * KIB, "{limits:?}");
             }

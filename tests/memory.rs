@@ -13,7 +13,7 @@ use common::{Served, corepage, scratch};
 
 const MIB: u64 = 1 << 20;
 /// What the process may take beside its memory, as `serve --help` says: this, and this for each shard.
-const CONSTANT: u64 = 24 * MIB;
+const CONSTANT: u64 = 16 * MIB;
 const SHARD_CONSTANT: u64 = 4 * MIB;
 const SHARDS: u64 = 2;
 

@@ -9,4 +9,6 @@ mod tree;
 mod tree_tests;
 
 pub(crate) use extents::{Extents, Stream};
+#[cfg(test)]
+pub(crate) use tree::NODE_BYTES;
 pub(crate) use tree::{LEAF_PAGES, Lookup, Map, NextLeaf, NodeIdx};

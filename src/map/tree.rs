@@ -18,6 +18,7 @@ mod arrival;
 #[cfg(any(test, feature = "sim"))]
 mod audit;
 mod emptied;
+mod index;
 mod leaves;
 mod paths;
 mod residency;
@@ -32,7 +33,7 @@ use crate::format::root::{RootHead, VOLUMES_MAX};
 use crate::format::superblock::RootVersion;
 use crate::pool::{Arena, Frame, FrameRef, Residency};
 use crate::types::{BLOCK, Lsn, PageKey, Place, VShard, VolumeId};
-use hashbrown::HashMap;
+use hashbrown::HashTable;
 use std::collections::BTreeSet;
 
 /// Pages of a leaf: 64.
@@ -56,6 +57,15 @@ struct Node {
     children: u32,
     residency: Residency,
 }
+
+/// What a node takes beside its frame, at most: its entry, up to 16/7 places in the index, its places in three lists, and half of a place in the
+/// set of dirty nodes, of which a third may be dirty, in trees whose leaves are half full at least.
+#[cfg(test)]
+pub(crate) const NODE_BYTES: usize = size_of::<Option<Node>>()
+    + (size_of::<NodeIdx>() + 1) * 16 / 7
+    + 1
+    + size_of::<(NodeIdx, bool, u32)>()
+    + size_of::<(u8, VolumeId, u64)>();
 
 /// A virtual shard's root in memory.
 pub(crate) struct Root {
@@ -91,7 +101,8 @@ pub(crate) struct Map {
     roots: Vec<Root>,
     nodes: Vec<Option<Node>>,
     vacant: Vec<u32>,
-    index: HashMap<NodeKey, NodeIdx, foldhash::fast::FixedState>,
+    index: HashTable<NodeIdx>,
+    hasher: foldhash::fast::FixedState,
     dirty_count: usize,
     /// Nodes that have become idle, for the eviction policy; and which nodes stand there.
     idle: Vec<NodeIdx>,
@@ -127,7 +138,8 @@ impl Map {
             roots: roots.into_iter().map(root).collect(),
             nodes: Vec::new(),
             vacant: Vec::new(),
-            index: HashMap::with_hasher(foldhash::fast::FixedState::with_seed(seed)),
+            index: HashTable::new(),
+            hasher: foldhash::fast::FixedState::with_seed(seed),
             dirty_count: 0,
             idle: Vec::new(),
             noted: Vec::new(),
@@ -172,7 +184,7 @@ impl Map {
     pub(crate) fn lookup(&mut self, key: PageKey) -> Lookup {
         let (vshard, dense) = self.position(key);
         let leaf = NodeKey { vshard, volume: key.volume, level: 0, prefix: prefix(dense, 0) };
-        if let Some(idx) = self.index.get(&leaf).copied() {
+        if let Some(idx) = self.find(leaf) {
             let node = self.node_mut(idx);
             node.residency.used();
             return Lookup::Found(present(node::entry(&node.frame, slot_in(dense, 0))));
@@ -184,7 +196,7 @@ impl Map {
         }
         loop {
             let at = NodeKey { vshard, volume: key.volume, level, prefix: prefix(dense, level) };
-            let Some(idx) = self.index.get(&at).copied() else {
+            let Some(idx) = self.find(at) else {
                 return Lookup::Load(at, child);
             };
             let node = self.node_mut(idx);
@@ -202,7 +214,7 @@ impl Map {
 
     /// Whether a node is in memory, and where it was last written.
     pub(crate) fn resident(&self, key: NodeKey) -> Option<Option<Place>> {
-        self.index.get(&key).map(|idx| self.node(*idx).place)
+        self.find(key).map(|idx| self.node(idx).place)
     }
 
     /// The place and sum of node `key` by its parent, if the path to it is in memory; else the first node on it
@@ -220,9 +232,9 @@ impl Map {
         while level > key.level {
             let prefix = key.prefix.checked_shr(bits_below(level)).unwrap_or(0);
             let at = NodeKey { level, prefix, ..key };
-            let Some(idx) = self.index.get(&at) else { return Err((at, child)) };
+            let Some(idx) = self.find(at) else { return Err((at, child)) };
             let below = key.prefix.checked_shr(bits_below(level - 1)).unwrap_or(0);
-            child = node::child(&self.node(*idx).frame, below as usize & ((1 << NODE_BITS) - 1));
+            child = node::child(&self.node(idx).frame, below as usize & ((1 << NODE_BITS) - 1));
             if !child.is_present() {
                 return Ok(None);
             }
@@ -243,7 +255,7 @@ impl Map {
             }
         };
         self.nodes[idx.0 as usize] = Some(node);
-        assert!(self.index.insert(key, idx).is_none(), "{key:?} is in memory once");
+        self.enter(key, idx);
         if let Some(parent) = parent {
             self.node_mut(parent).children += 1;
         }
@@ -255,8 +267,8 @@ impl Map {
         let node = self.nodes[idx.0 as usize].take().expect("a node in the index exists");
         assert!(node.pins == 0 && node.children == 0 && !node.dirty, "{:?} is needed in memory", node.key);
         self.vacant.push(idx.0);
-        self.index.remove(&node.key);
-        if let Some(parent) = self.index.get(&parent_of(node.key)).copied() {
+        self.left(node.key, idx);
+        if let Some(parent) = self.find(parent_of(node.key)) {
             self.node_mut(parent).children -= 1;
             self.note_idle(parent);
         }
@@ -266,7 +278,7 @@ impl Map {
     /// Pins the parent of a node that is about to be read, so that it is still there when the node arrives.
     /// `None`: the root block names the node. That is no pin: the tree may have another top when the node arrives.
     pub(crate) fn pin_parent(&mut self, key: NodeKey) -> Option<NodeIdx> {
-        let parent = self.index.get(&parent_of(key)).copied()?;
+        let parent = self.find(parent_of(key))?;
         self.node_mut(parent).pins += 1;
         Some(parent)
     }
@@ -276,7 +288,7 @@ impl Map {
     pub(crate) fn pin(&mut self, key: PageKey, arena: &mut Arena) -> NodeIdx {
         let (vshard, dense) = self.position(key);
         let leaf = NodeKey { vshard, volume: key.volume, level: 0, prefix: prefix(dense, 0) };
-        if let Some(idx) = self.index.get(&leaf).copied() {
+        if let Some(idx) = self.find(leaf) {
             self.node_mut(idx).pins += 1;
             return idx;
         }
@@ -284,12 +296,12 @@ impl Map {
         let top = self.top(vshard, key.volume).level;
         for level in (0..=top).rev() {
             let at = NodeKey { vshard, volume: key.volume, level, prefix: prefix(dense, level) };
-            if !self.index.contains_key(&at) {
+            if !self.find(at).is_some() {
                 assert!(self.named(at).is_none(), "{at:?} is on the device: an empty one must not take its place");
                 self.insert(at, None, zeroed(arena));
             }
         }
-        let idx = self.index[&leaf];
+        let idx = self.find(leaf).expect("a node that is dirty or pinned is in memory");
         self.node_mut(idx).pins += 1;
         idx
     }
@@ -298,7 +310,7 @@ impl Map {
     pub(crate) fn pin_if_resident(&mut self, key: PageKey) -> Option<NodeIdx> {
         let (vshard, dense) = self.position(key);
         let leaf = NodeKey { vshard, volume: key.volume, level: 0, prefix: prefix(dense, 0) };
-        let idx = self.index.get(&leaf).copied()?;
+        let idx = self.find(leaf)?;
         self.node_mut(idx).pins += 1;
         Some(idx)
     }
@@ -324,7 +336,7 @@ impl Map {
             put(frame.try_mut().expect("a new frame has no pins"), 0, &child);
             let below = NodeKey { vshard, volume, level: child.level, prefix: 0 };
             let above = parent_of(below);
-            let has_child = self.index.contains_key(&below);
+            let has_child = self.find(below).is_some();
             child = Child { level: above.level, present: 1, ..Child::default() };
             self.roots[vshard.index()].children[v] = child;
             let idx = self.insert(above, None, frame);
@@ -361,7 +373,7 @@ impl Map {
 
     /// Marks a node in memory to be written by the next checkpoint (compaction moves nodes so).
     pub(crate) fn touch(&mut self, key: NodeKey) {
-        if let Some(idx) = self.index.get(&key).copied() {
+        if let Some(idx) = self.find(key) {
             self.mark_dirty(idx);
         }
     }
@@ -409,7 +421,7 @@ impl Map {
         let mut writes = Vec::with_capacity(dirty.len());
         for (level, volume, prefix) in dirty {
             let key = NodeKey { vshard, volume, level, prefix };
-            let idx = self.index[&key];
+            let idx = self.find(key).expect("a node that is dirty or pinned is in memory");
             self.dirty_count -= 1;
             let node = self.node_mut(idx);
             node.dirty = false;

@@ -48,6 +48,11 @@ pub enum ArenaKind {
     Small,
 }
 
+/// What the arena takes for each block beside its bytes: its state, its place among those returned (with a stamp), and in the lists
+/// of free ones.
+#[cfg(test)]
+pub(crate) const BLOCK_BYTES: usize = size_of::<Word>() + 2 * size_of::<usize>() + super::buddy::BLOCK_BYTES;
+
 /// What the arena and all its frames share.
 struct Shared {
     memory: memory::Memory,

@@ -30,6 +30,10 @@ struct Link {
     prev: u32,
 }
 
+/// What it takes for each block.
+#[cfg(test)]
+pub(super) const BLOCK_BYTES: usize = size_of::<u8>() + size_of::<Link>();
+
 /// Which runs of `heads.len()` blocks are free.
 pub(super) struct Buddy {
     heads: Box<[u8]>,

@@ -121,6 +121,10 @@ const MAIN: usize = 1;
 const PINNED: usize = 2;
 const UNLISTED: u8 = 3;
 
+/// What the policy takes for each block, at most.
+#[cfg(test)]
+pub(crate) const BLOCK_BYTES: usize = size_of::<Entry>() + 2 * size_of::<u32>();
+
 /// The lists, oldest first, by block of the arena.
 pub(crate) struct Eviction {
     entries: Box<[Entry]>,

@@ -5,5 +5,9 @@ mod buddy;
 mod eviction;
 mod word;
 
+#[cfg(test)]
+pub(crate) use arena::BLOCK_BYTES as ARENA_BLOCK_BYTES;
 pub use arena::{Arena, ArenaKind, Frame, FrameRef, Mapping};
+#[cfg(test)]
+pub(crate) use eviction::BLOCK_BYTES as EVICTION_BLOCK_BYTES;
 pub(crate) use eviction::{Eviction, Owner, Residency, Residents, Standing};

@@ -19,11 +19,12 @@ use smallvec::SmallVec;
 /// Frames left alone by commits, for reads, map nodes and checkpoints.
 const FRAMES_RESERVE: u32 = 16;
 
-/// Of 32 parts of the memory, how many dirty map nodes may take, and with how many a checkpoint is asked for. Under random overwrites
-/// every leaf is dirty before long: a 64th of what is overwritten. Where they all find room here a checkpoint is for the sake of
-/// space or of the log, and pays for many pages; where they don't, nearly every page written costs a leaf.
-const DIRTY_NODES_MAX: u64 = 11;
-const DIRTY_NODES_MANY: u64 = 9;
+/// Of 32 parts of the frames, how many dirty map nodes may take (a third of the memory, tables included), and with how many a
+/// checkpoint is asked for. Under random overwrites every leaf is dirty before long: a 64th of what is overwritten. Where they all
+/// find room here a checkpoint is for the sake of space or of the log, and pays for many pages; where they don't, nearly every page
+/// written costs a leaf.
+const DIRTY_NODES_MAX: u64 = 12;
+const DIRTY_NODES_MANY: u64 = 10;
 
 /// A commit may need this part of the memory. Others under way hold a quarter, and readers are told `Busy` before they hold the rest.
 const COMMIT_SHARE: u32 = 2;
@@ -201,7 +202,8 @@ impl Shard {
         false
     }
 
-    /// Whether memory holds what would be dirty then: pages in a quarter of it, and map nodes in [`DIRTY_NODES_MAX`]. One commit goes alone if it must. If not, what is dirty is written.
+    /// Whether memory holds what would be dirty then: pages in a quarter of it, freed ones on their way into the map among them,
+    /// and map nodes in [`DIRTY_NODES_MAX`]. One commit goes alone if it must. If not, what is dirty is written.
     fn dirty_fits(&mut self, changes: u64, first: bool) -> bool {
         let memory = u64::from(self.limits.memory_blocks);
         let dirty = self.reserved_blocks + self.held.frees_unsettled;

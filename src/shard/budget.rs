@@ -16,7 +16,7 @@
 //! It does not count frames (the arena does), moves and redo (compaction and recovery bound their own), or what a shard keeps for
 //! each extent.
 
-use super::pages::Page;
+use super::pages::ENTRY_BYTES;
 #[cfg(any(test, feature = "sim"))]
 use super::requests::FREE_BYTES;
 use super::requests::{Pending, PendingKind};
@@ -27,7 +27,7 @@ use crate::types::PageKey;
 const REQUEST_BYTES: u64 = (size_of::<Pending>() + size_of::<(Token, Request)>() + 256) as u64;
 /// What each page that a request names takes: an entry in the page table and its index, which an absent page has for as long, and
 /// the places in the request and its reply.
-const PAGE_BYTES: u64 = (size_of::<Page>() + 2 * size_of::<(PageKey, usize)>() + 64) as u64;
+const PAGE_BYTES: u64 = (ENTRY_BYTES + 64) as u64;
 /// What a walk takes: the ranges that it may find before it answers, and the leaves where it stands.
 const WALK_BYTES: u64 = 80 << 10;
 

@@ -1,7 +1,7 @@
 //! A shard on a simulated disk whose clients ask for far more than its memory holds: what it keeps stays bounded.
 
 use super::{Change, Commit, Request, Response, Shard, Together, Token};
-use crate::options::{Geometry, Options};
+use crate::options::{Geometry, Options, SHARD_MEMORY_MIN, TABLE_BYTES_PER_FRAME};
 use crate::sim::disk::SimDisk;
 use crate::types::{BLOCK, Micros, PageId, PageKey, ShardId, VolumeId};
 use bytes::Bytes;
@@ -263,4 +263,29 @@ fn the_largest_commits_over_shards_are_taken_at_their_owners_cost() {
     assert!(!owner.accepting(), "it has taken what it may");
     assert_eq!((other.held.request_bytes, other.accepting()), (0, true));
     answer_all(&mut bench, 1);
+}
+
+/// If this fails, a store takes more than the memory that it was given: each frame's tables were on top, an eighth of it.
+#[test]
+fn memory_is_frames_with_all_their_tables() {
+    let capture = size_of::<super::writeback::Capture>() + size_of::<super::writeback::Unsettled>();
+    let pages = super::pages::ENTRY_BYTES + (super::pages::ENTRY_BYTES + capture) / 4;
+    let sum = pages + crate::map::NODE_BYTES + crate::pool::ARENA_BLOCK_BYTES + crate::pool::EVICTION_BLOCK_BYTES;
+    println!(
+        "{sum}: {pages} {} {} {}",
+        crate::map::NODE_BYTES,
+        crate::pool::ARENA_BLOCK_BYTES,
+        crate::pool::EVICTION_BLOCK_BYTES
+    );
+    println!("page {} capture {capture}", super::pages::ENTRY_BYTES);
+    assert!(sum as u64 <= TABLE_BYTES_PER_FRAME, "{sum} bytes of tables for each frame");
+    for (memory_mib, shards_count) in [(2, 1), (3, 1), (256, 1), (256, 8), (1 << 20, 64)] {
+        let options = Options { memory_bytes: memory_mib << 20, ..Options::default() };
+        let limits = options.limits(&Geometry::default(), shards_count).expect("it is legal");
+        let all = u64::from(limits.memory_blocks) * (BLOCK as u64 + TABLE_BYTES_PER_FRAME);
+        let given = (memory_mib << 20) / u64::from(shards_count);
+        // The least that a shard can work with is that with frames alone.
+        assert!(all <= given.max(SHARD_MEMORY_MIN + 512 * TABLE_BYTES_PER_FRAME), "{all} of {given}: {limits:?}");
+        assert!(all > given / 100 * 99, "{all} of {given}: {limits:?}");
+    }
 }

@@ -18,7 +18,7 @@ use crate::format::node::Entry;
 use crate::map::{Lookup, NodeIdx};
 use crate::pool::{Frame, Residency, Standing};
 use crate::types::{Lsn, PageKey};
-use hashbrown::HashMap;
+use hashbrown::HashTable;
 use slab::Slab;
 use smallvec::SmallVec;
 use std::hash::BuildHasher;
@@ -59,7 +59,7 @@ pub(super) struct Page {
     pub residency: Residency,
     /// When a node was asked for first to resolve it, as a number that grows; zero: not yet.
     pub asked: u64,
-    waiters: SmallVec<[(usize, bool); 2]>,
+    waiters: SmallVec<[(usize, bool); 1]>,
 }
 
 impl Page {
@@ -100,6 +100,9 @@ impl Page {
     }
 }
 
+/// What a page in the table takes: its entry, and up to 16/7 places in the index, of five bytes each.
+pub(super) const ENTRY_BYTES: usize = size_of::<Page>() + 5 * 16 / 7 + 1;
+
 /// How many pages have their bytes in memory.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub(super) struct Resident {
@@ -113,18 +116,27 @@ pub(super) struct Resident {
 pub(super) struct Table {
     pub pages: Slab<Page>,
     resident: Resident,
-    index: HashMap<PageKey, usize, foldhash::fast::FixedState>,
+    /// The pages by key: their indices only, since the keys stand in the pages.
+    index: HashTable<u32>,
+    hasher: foldhash::fast::FixedState,
 }
 
 impl Table {
-    pub fn new(seed: u64) -> Self {
-        let index = HashMap::with_hasher(foldhash::fast::FixedState::with_seed(seed));
-        Table { pages: Slab::new(), resident: Resident::default(), index }
+    /// For a shard of `frames` frames. It has room for so many pages from the start, so that it does not grow, with two tables in
+    /// memory for a while, as the cache fills; what is not used yet takes no memory.
+    pub fn new(frames: u32, seed: u64) -> Self {
+        Table {
+            pages: Slab::with_capacity(frames as usize),
+            resident: Resident::default(),
+            index: HashTable::with_capacity(frames as usize),
+            hasher: foldhash::fast::FixedState::with_seed(seed),
+        }
     }
 
     /// The page's index, if the table has it.
     pub fn find(&self, key: PageKey) -> Option<usize> {
-        self.index.get(&key).copied()
+        let is_it = |idx: &u32| self.pages[*idx as usize].key == key;
+        self.index.find(self.hasher.hash_one(key), is_it).map(|idx| *idx as usize)
     }
 
     /// The page's index, for somebody who reads or changes it; a new one is unresolved.
@@ -164,7 +176,10 @@ impl Table {
             asked: 0,
             waiters: SmallVec::new(),
         });
-        self.index.insert(key, idx);
+        let no = u32::try_from(idx).expect("the table has fewer pages than block numbers");
+        let (pages, hasher) = (&self.pages, &self.hasher);
+        let hash_of = |idx: &u32| hasher.hash_one(pages[*idx as usize].key);
+        self.index.insert_unique(hasher.hash_one(key), no, hash_of);
         idx
     }
 
@@ -172,7 +187,8 @@ impl Table {
         let page = self.pages.remove(idx);
         assert_eq!(page.data_holds, 0, "{:?} is removed while a request needs its bytes", page.key);
         self.resident.pages -= u32::from(page.frame.is_some());
-        self.index.remove(&page.key);
+        let entry = self.index.find_entry(self.hasher.hash_one(page.key), |at| *at as usize == idx);
+        entry.expect("a page in the table is in its index").remove();
     }
 
     /// The page has other bytes now, or none.
@@ -215,7 +231,7 @@ impl Table {
 
     /// A hash of the key, for the eviction policy.
     pub fn hash(&self, key: PageKey) -> u64 {
-        self.index.hasher().hash_one(key)
+        self.hasher.hash_one(key)
     }
 
     /// How page `idx` stands, if `block` holds its bytes.

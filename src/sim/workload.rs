@@ -11,7 +11,7 @@ use super::model::{page_bytes, patch_bytes};
 use super::oracle::Oracle;
 use super::rng::Rng;
 use super::shrink::Smaller;
-use crate::options::{Geometry, Options};
+use crate::options::{Geometry, Options, SHARD_MEMORY_MIN, TABLE_BYTES_PER_FRAME};
 use crate::shard::{Change, Commit, Request};
 use crate::types::{BLOCK, Deal, Lsn, PageId, PageKey, ShardId, VolumeId};
 use bytes::Bytes;
@@ -165,6 +165,14 @@ fn universe(rng: &mut Rng) -> Vec<PageKey> {
     pages
 }
 
+/// Memory for so many MiB of frames: the least is that with frames alone.
+fn memory_for(frames_mib: u64) -> u64 {
+    match frames_mib << 20 {
+        least @ SHARD_MEMORY_MIN => least,
+        frames => frames / BLOCK as u64 * (BLOCK as u64 + TABLE_BYTES_PER_FRAME),
+    }
+}
+
 /// Small and odd options: bounds are reached quickly.
 pub fn options(rng: &mut Rng) -> Options {
     Options {
@@ -174,7 +182,7 @@ pub fn options(rng: &mut Rng) -> Options {
             segments_count: rng.within(4, 6) as u32,
             vshards_count: *rng.pick(&[1, 2, 4, 8, 8, 16]),
         },
-        memory_bytes: rng.within(2, 4) << 20,
+        memory_bytes: memory_for(rng.within(2, 4)),
         coalesce_window_us: rng.within(1_000, 10_000),
         coalesce_batch_pages: rng.within(1, 64) as usize,
         vectored_pages_max: rng.within(8, 64) as usize,

@@ -30,11 +30,11 @@ use crate::disk::portable::DiskReport;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::root::VOLUMES_MAX;
 use crate::metrics::ShardStats;
-use crate::options::Options;
+use crate::options::{Options, frames_in};
 use crate::recovery::RecoveryReport;
 use crate::runtime::{Runtime, RuntimeReport};
 use crate::shard::{Commit, PageRef, Pins, Request, Response};
-use crate::types::{BLOCK, Lsn};
+use crate::types::Lsn;
 use smallvec::SmallVec;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -96,7 +96,7 @@ impl Store {
     /// says which. `Io`, `Full`: the directory can't be written.
     pub async fn open(dir: impl AsRef<Path>, options: Options) -> Result<Store> {
         let read_pages = options.vectored_pages_max.min(READ_PAGES);
-        let pins = Pins::new((options.memory_bytes / BLOCK as u64 / PINS_SHARE) as usize);
+        let pins = Pins::new((frames_in(options.memory_bytes) / PINS_SHARE) as usize);
         let runtime = Runtime::start(dir.as_ref().to_path_buf(), options).await?;
         let volumes = (0..VOLUMES_MAX).map(|_| Arc::default()).collect();
         let (closing, resizing) = Default::default();

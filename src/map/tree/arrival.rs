@@ -21,7 +21,7 @@ impl Map {
     /// there any more, and it was dropped.
     pub(crate) fn insert_loaded(&mut self, key: NodeKey, child: Child, frame: Frame) -> bool {
         let is_current = self.names(key, child) || planted!(OrphanInserted);
-        if is_current && !self.index.contains_key(&key) {
+        if is_current && !self.find(key).is_some() {
             self.insert(key, Some(child.place()), frame);
         }
         is_current
@@ -34,8 +34,8 @@ impl Map {
 
     /// What the parent of a node, or the root block, says of it; `None`: there is no such node, or its parent is not in memory.
     pub(super) fn named(&self, key: NodeKey) -> Option<Child> {
-        let child = match self.index.get(&parent_of(key)) {
-            Some(parent) => node::child(&self.node(*parent).frame, slot_of(key)),
+        let child = match self.find(parent_of(key)) {
+            Some(parent) => node::child(&self.node(parent).frame, slot_of(key)),
             None if self.is_top(key) => self.top(key.vshard, key.volume),
             None => return None,
         };
@@ -50,7 +50,7 @@ impl Map {
 
     /// The parent of a node in memory, or of one that comes into it; `None`: it is the top.
     pub(super) fn parent(&self, key: NodeKey) -> Option<NodeIdx> {
-        let parent = self.index.get(&parent_of(key)).copied();
+        let parent = self.find(parent_of(key));
         assert!(
             parent.is_some() || self.is_top(key) || planted!(OrphanInserted),
             "{key:?} has no parent in memory, and is not the top of its tree, {}",

@@ -20,7 +20,7 @@ impl Map {
                 return true;
             }
             let below = NodeKey { level: key.level - 1, prefix: key.prefix << NODE_BITS | slot, ..key };
-            let Some(child) = self.index.get(&below).copied() else { continue };
+            let Some(child) = self.find(below) else { continue };
             let node = self.node(child);
             if node.dirty || node.place.is_some() || !self.is_empty(child) {
                 return false;

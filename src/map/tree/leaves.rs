@@ -29,7 +29,7 @@ impl Map {
         let mut child = top;
         while top.is_present() && from <= last && prefix(from, top.level) == 0 {
             let at = NodeKey { vshard, volume, level, prefix: prefix(from, level) };
-            let Some(idx) = self.index.get(&at).copied() else { return NextLeaf::Load(at, child) };
+            let Some(idx) = self.find(at) else { return NextLeaf::Load(at, child) };
             self.node_mut(idx).residency.used();
             if level == 0 {
                 return NextLeaf::Leaf(from);
@@ -40,7 +40,7 @@ impl Map {
             let found =
                 (first..1 << NODE_BITS).map(|slot| (slot, node::child(&node.frame, slot))).find(|(slot, child)| {
                     // A leaf that no checkpoint has written yet is known to the index only.
-                    child.is_present() || (node.children > 0 && self.index.contains_key(&below(*slot)))
+                    child.is_present() || (node.children > 0 && self.find(below(*slot)).is_some())
                 });
             if let Some((slot, next)) = found {
                 if slot > first {
@@ -62,8 +62,8 @@ impl Map {
 
     /// Which pages of the leaf of `dense` the map names, by bits; `None`: the leaf is not in memory.
     pub(crate) fn leaf_bits(&self, vshard: VShard, volume: VolumeId, dense: u64) -> Option<u64> {
-        let idx = self.index.get(&NodeKey { vshard, volume, level: 0, prefix: prefix(dense, 0) })?;
-        let frame = &self.node(*idx).frame;
+        let idx = self.find(NodeKey { vshard, volume, level: 0, prefix: prefix(dense, 0) })?;
+        let frame = &self.node(idx).frame;
         Some((0..1 << LEAF_BITS).filter(|slot| node::entry(frame, *slot).is_present()).map(|slot| 1 << slot).sum())
     }
 }

@@ -28,7 +28,7 @@ impl Map {
             top += 1;
         }
         let at = |level| NodeKey { vshard, volume: key.volume, level, prefix: prefix(dense, level) };
-        let path = (0..=top).take_while(|level| !self.index.contains_key(&at(*level))).count() as u32;
+        let path = (0..=top).take_while(|level| !self.find(at(*level)).is_some()).count() as u32;
         // A tree that grows gets its new tops above the old one too.
         path + u32::from(top - self.top(vshard, key.volume).level)
     }
@@ -48,7 +48,7 @@ impl Map {
             // A tree that grows gets its new tops above the old one too.
             nodes.extend((old + 1..=top).map(|level| node(level, 0)));
         }
-        let missing = nodes.iter().filter(|node| !self.index.contains_key(*node)).count();
+        let missing = nodes.iter().filter(|node| self.find(**node).is_none()).count();
         (nodes.len() as u32, missing as u32)
     }
 }

@@ -30,7 +30,7 @@ impl Map {
             self.noted[idx.0 as usize] = false;
             let Some(node) = self.nodes[idx.0 as usize].as_mut() else { continue };
             if node.can_go() && !node.residency.is_listed() {
-                let hash = self.index.hasher().hash_one(node.key);
+                let hash = self.hasher.hash_one(node.key);
                 policy.list(node.frame.block(), Owner::Node(idx.0), &mut node.residency, hash);
             }
         }
@@ -57,7 +57,7 @@ impl Map {
     pub(crate) fn evict(&mut self, no: u32) -> u64 {
         let node = self.remove(NodeIdx(no));
         assert!(node.can_go(), "{:?} was evicted while something needed it", node.key);
-        self.index.hasher().hash_one(node.key)
+        self.hasher.hash_one(node.key)
     }
 
     /// # Errors

@@ -1,7 +1,7 @@
 //! The memory of connections: one budget for all of them, a stated share of the server's memory.
 //!
 //! ```text
-//!  --memory ─┬─ 7/8: the engine (pages, map nodes, log buffers)
+//!  --memory ─┬─ 7/8: the engine (pages, map nodes, log buffers, and their tables)
 //!            └─ 1/8: connections ─┬─ of each: a buffer for what it sends, and `own_bytes` for one reply
 //!                                 ├─ replies: shared; nobody takes more than he leaves
 //!                                 └─ writes:  shared; first come, first served
