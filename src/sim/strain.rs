@@ -13,7 +13,7 @@ use super::late::Holding;
 use super::model::page_bytes;
 use super::plan::Plan;
 use super::rng::{Rng, mix};
-use super::workload::{Profile, Workload};
+use super::workload::{Profile, Workload, memory_for};
 use super::world::{Outcome, World};
 use crate::options::{Geometry, Options};
 use crate::shard::{Change, Commit, PageRef, Request};
@@ -153,9 +153,9 @@ impl Strain {
         let vshards_count = *chance.pick(&[1, 2, 4, 8, 64, 256]);
         options.geometry = Geometry { vshards_count, ..options.geometry };
         options.memory_bytes = match layout {
-            Layout::Roomy => 20 << 20,
+            Layout::Roomy => memory_for(20),
             Layout::Dense => MEMORY_LEAST,
-            _ => MEMORY_LEAST + (*chance.pick(&[0, 0, 0, 1, 2, 4]) << 20),
+            _ => memory_for((MEMORY_LEAST >> 20) + *chance.pick(&[0, 0, 0, 1, 2, 4])),
         };
         options
     }

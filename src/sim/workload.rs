@@ -165,8 +165,8 @@ fn universe(rng: &mut Rng) -> Vec<PageKey> {
     pages
 }
 
-/// Memory for so many MiB of frames: the least is that with frames alone.
-fn memory_for(frames_mib: u64) -> u64 {
+/// Memory of a shard for so many MiB of frames: the least is that with frames alone.
+pub fn memory_for(frames_mib: u64) -> u64 {
     match frames_mib << 20 {
         least @ SHARD_MEMORY_MIN => least,
         frames => frames / BLOCK as u64 * (BLOCK as u64 + TABLE_BYTES_PER_FRAME),
