@@ -296,7 +296,7 @@ impl Map {
         let top = self.top(vshard, key.volume).level;
         for level in (0..=top).rev() {
             let at = NodeKey { vshard, volume: key.volume, level, prefix: prefix(dense, level) };
-            if !self.find(at).is_some() {
+            if self.find(at).is_none() {
                 assert!(self.named(at).is_none(), "{at:?} is on the device: an empty one must not take its place");
                 self.insert(at, None, zeroed(arena));
             }

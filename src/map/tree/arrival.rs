@@ -21,7 +21,7 @@ impl Map {
     /// there any more, and it was dropped.
     pub(crate) fn insert_loaded(&mut self, key: NodeKey, child: Child, frame: Frame) -> bool {
         let is_current = self.names(key, child) || planted!(OrphanInserted);
-        if is_current && !self.find(key).is_some() {
+        if is_current && self.find(key).is_none() {
             self.insert(key, Some(child.place()), frame);
         }
         is_current

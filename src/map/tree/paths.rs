@@ -28,7 +28,7 @@ impl Map {
             top += 1;
         }
         let at = |level| NodeKey { vshard, volume: key.volume, level, prefix: prefix(dense, level) };
-        let path = (0..=top).take_while(|level| !self.find(at(*level)).is_some()).count() as u32;
+        let path = (0..=top).take_while(|level| self.find(at(*level)).is_none()).count() as u32;
         // A tree that grows gets its new tops above the old one too.
         path + u32::from(top - self.top(vshard, key.volume).level)
     }
