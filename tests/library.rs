@@ -359,7 +359,8 @@ fn counters_and_latencies_agree_with_what_was_done() {
     assert_eq!((grown(|s| s.patches), grown(|s| s.frees), grown(|s| s.commits)), (1, 1, 302));
     assert_eq!(grown(|s| s.bytes_written), 300 * 4096 + 10);
     assert_eq!((grown(|s| s.page_reads), grown(|s| s.bytes_read)), (303, 303 * 4096));
-    assert_eq!(grown(|s| s.cache_hits), 303, "all of it is in memory");
+    // Once the map knows that a page was freed, nothing else of it is in memory: whether it does is chance here.
+    assert!((302..=303).contains(&grown(|s| s.cache_hits)), "all of it is in memory: {}", grown(|s| s.cache_hits));
     assert_eq!(grown(|s| s.commit_latency.count()), 302);
     assert_eq!(grown(|s| s.flush_latency.count()), 1);
     let reads = grown(|s| s.read_latency.count());

@@ -304,7 +304,8 @@ fn a_handle_pins_no_more_than_its_share_and_other_handles_go_on() {
     let dir = tempfile::tempdir().unwrap();
     let store = block_on(Store::open(dir.path(), options())).unwrap();
     let volume = block_on(store.create_volume("v", 1 << 30)).unwrap();
-    let (most, mut held) = ((16 << 20) / 4096 / 4, Vec::new());
+    // A quarter of the frames; each has 512 bytes of tables.
+    let (most, mut held) = ((16 << 20) / (4096 + 512) / 4, Vec::new());
     for n in 0..=most {
         block_on(volume.write_back(id(n), Bytes::from(page(n)))).unwrap();
     }

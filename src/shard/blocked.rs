@@ -222,7 +222,7 @@ impl Shard {
     /// At the end of a turn in which somebody found no memory: what keeps it is brought to give it back, or the first in the queue
     /// is refused.
     pub(super) fn relieve_memory(&mut self) {
-        if !self.blocked.lacks_memory() || self.failed.is_some() {
+        if !self.blocked.lacks_memory() {
             return;
         }
         let now = self.now;
@@ -233,7 +233,8 @@ impl Shard {
             .max();
         let Some(longest) = longest else { return };
         let at_rest = self.ops.is_empty() && self.dirty.is_empty() && self.captures.is_empty();
-        if (at_rest || longest >= SHORTAGE_US) && self.map.dirty_count() > 0 && !self.checkpoint_under_way() {
+        let is_long = at_rest || longest >= SHORTAGE_US;
+        if is_long && self.failed.is_none() && self.map.dirty_count() > 0 && !self.checkpoint_under_way() {
             // A dirty node stays in memory until a checkpoint has written it.
             self.need_checkpoint();
         }
@@ -270,7 +271,11 @@ impl Shard {
             if !by_pins && (waited < MEMORY_WAIT_MAX_US || self.gives_memory_back()) {
                 continue;
             }
-            let error = self.no_memory(frames, pinned, by_pins);
+            let error = match &self.failed {
+                // What is dirty stays so: to try again would not help.
+                Some(failed) if !by_pins => failed.clone(),
+                _ => self.no_memory(frames, pinned, by_pins),
+            };
             match step {
                 Step::NodeRead => self.refuse_node_read(&error),
                 Step::PageRead => self.refuse_page_read(&error),
@@ -288,7 +293,8 @@ impl Shard {
     /// memory, and where it is short there is always one under way: whoever waited until there is none would wait without end.
     fn gives_memory_back(&self) -> bool {
         let is_read = |op: &OpKind| matches!(op, OpKind::PageRead(_) | OpKind::NodeRead(_));
-        self.checkpoint_under_way() || !self.ops.iter().all(|(_, op)| is_read(op))
+        let writes = self.failed.is_none() && self.checkpoint_under_way();
+        writes || !self.ops.iter().all(|(_, op)| is_read(op))
     }
 
     fn no_memory(&self, frames: u32, pinned: u32, by_pins: bool) -> Error {

@@ -272,8 +272,12 @@ impl Shard {
         let growth = self.space.stalled.then_some(self.now + space::GROW_RETRY_US);
         // Memory that readers give back says nothing: whoever waits for it has to look.
         let memory = self.blocked.lacks_memory().then_some(self.now + MEMORY_RETRY_US);
+        if self.failed.is_some() {
+            // Reads go on after a failure, and wait for memory as before.
+            return memory;
+        }
         let next = [group, pages, growth, memory, self.next_retry(), self.front_ends()].into_iter().flatten().min()?;
-        (self.failed.is_none()).then_some(next.max(self.now + 1))
+        Some(next.max(self.now + 1))
     }
 
     /// Whether `Close` has been carried out.

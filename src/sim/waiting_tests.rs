@@ -3,7 +3,7 @@
 //!
 //! A shard that nobody wakes hangs, and one whose deadline is due for nothing spins: both fail the test at once.
 
-use super::disk::{Latency, Loss, SimDisk};
+use super::disk::{Area, Fault, Latency, Loss, OpKind, SimDisk};
 use super::rng::Rng;
 use super::world::Outcome;
 use crate::commit::GlobalOrder;
@@ -302,6 +302,48 @@ fn waits_for_readers() -> Outcome {
     // Nobody tells the shard.
     drop(pinned);
     rig.answer(token)?.map(drop).map_err(|error| format!("after the pages were dropped: {error}"))
+}
+
+/// If this fails, a reader hangs for ever after a failed write, in a store that still serves reads: nobody looks for memory any more.
+#[test]
+fn reads_that_wait_for_memory_are_woken_after_a_failure() {
+    must(reads_after_a_failure());
+}
+
+fn reads_after_a_failure() -> Outcome {
+    let options = Options { memory_bytes: 4 << 20, ..options() };
+    let mut rig = Rig::open(SimDisk::new(3), &options, 1)?;
+    const PAGES: u64 = 1_600;
+    for at in (0..PAGES).step_by(50) {
+        rig.commit((at..at + 50).map(|n| (key(n), put(n))).collect(), true)?;
+    }
+    rig.checkpoint()?;
+    let mut pinned = pin_all(&mut rig, PAGES)?;
+    // Enough for the commit.
+    pinned.truncate(pinned.len() - 50);
+    rig.disk.inject(Fault::once(OpKind::Flush, Area::Any, 0));
+    if rig.commit(vec![(key(1), put(9))], true).is_ok() {
+        return Err("the flush did not fail".into());
+    }
+    let mut held = vec![pinned, pin_all(&mut rig, PAGES)?];
+    let mut waiting = None;
+    for n in 1..200 {
+        let asked = rig.ask(Request::Read(smallvec::smallvec![key(PAGES - n)]));
+        rig.pass(300_000)?;
+        match rig.answers.remove(&asked) {
+            None => {
+                waiting = Some(asked);
+                break;
+            }
+            Some(Ok(Response::Pages(pages))) => held.push(pages.to_vec()),
+            Some(Err(error)) if error.kind() == ErrorKind::Busy => rig.now += 1_000_000,
+            Some(other) => return Err(format!("a read is answered with {other:?}")),
+        }
+    }
+    let waiting = waiting.ok_or("no read waits")?;
+    // Nobody tells the shard.
+    drop(held);
+    rig.answer(waiting)?.map(drop).map_err(|error| format!("after the pages were dropped: {error}"))
 }
 
 /// If this fails, a client that writes gets no answer for as long as others read from a slow device: each frame that becomes free goes
