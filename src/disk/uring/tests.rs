@@ -418,14 +418,18 @@ fn a_transfer_that_the_device_refuses_for_now_is_repeated_after_a_pause() {
             disk.span_landed(span, -libc::EAGAIN);
             assert!(disk.queue.is_empty() && disk.refused.len() == 1, "it is not repeated at once");
             let mut waits = 0;
-            while disk.queue.is_empty() {
+            while disk.queue.is_empty() && disk.done.is_empty() {
                 disk.wait(None);
-                assert!(disk.done.is_empty(), "it is not done");
                 waits += 1;
             }
             assert!(waits <= 4, "refusal {refusals}: {waits} waits for one pause");
+            if !disk.done.is_empty() {
+                // A slow machine: the pause had ended when a wait began, which repeated the transfer itself.
+                break;
+            }
         }
         let mut done = Vec::new();
+        disk.reap(&mut done);
         while done.is_empty() {
             disk.wait(None);
             disk.reap(&mut done);
