@@ -426,6 +426,8 @@ impl Shard {
             format_args!("the store has stopped writing after a failure ({error}); reopen it to recover"),
         );
         self.failed = Some(stopped);
+        // No part is voted for any more, and reads go on.
+        self.blocked.in_front = None;
         if self.opening {
             self.open_error.get_or_insert_with(|| error.clone());
         }
