@@ -148,6 +148,12 @@ impl Rig {
         }
     }
 
+    /// Writes the first `pages` pages, `each` in a commit; each page is full of its number.
+    fn fill(&mut self, pages: u64, each: usize) -> Outcome {
+        let first = |at: u64| (at..(at + each as u64).min(pages)).map(|n| (key(n), put(n))).collect();
+        (0..pages).step_by(each).try_for_each(|at| self.commit(first(at), true))
+    }
+
     fn read(&mut self, key: PageKey) -> Outcome<StoreResult<PageRef>> {
         Ok(self.call(Request::Read(smallvec::smallvec![key]))?.map(|response| match response {
             Response::Pages(pages) => pages[0].clone(),
@@ -206,9 +212,7 @@ fn a_shard_rests_while_its_page_writes_are_at_their_limit() {
 fn rests_at_the_limit() -> Outcome {
     let mut rig = Rig::open(SimDisk::new(1), &options(), 1)?;
     const PAGES: u64 = 1_800;
-    for at in (0..PAGES).step_by(100) {
-        rig.commit((at..at + 100).map(|n| (key(n), put(n))).collect(), true)?;
-    }
+    rig.fill(PAGES, 100)?;
     rig.checkpoint()?;
     rig.disk.set_latency(Latency { write: (500_000, 600_000), ..Latency::default() });
     for at in (0..PAGES).step_by(100) {
@@ -232,9 +236,7 @@ fn frees_what_is_in_memory() -> Outcome {
     let options = Options { memory_bytes: 8 << 20, ..options() };
     let mut rig = Rig::open(SimDisk::new(2), &options, 1)?;
     const PAGES: u64 = 3_200;
-    for at in (0..PAGES).step_by(100) {
-        rig.commit((at..at + 100).map(|n| (key(n), put(n))).collect(), true)?;
-    }
+    rig.fill(PAGES, 100)?;
     for n in 0..PAGES {
         rig.read(key(n))?.map_err(|error| format!("page {n}: {error}"))?;
     }
@@ -273,9 +275,7 @@ fn waits_for_readers() -> Outcome {
     let options = Options { memory_bytes: 4 << 20, ..options() };
     let mut rig = Rig::open(SimDisk::new(3), &options, 1)?;
     const PAGES: u64 = 1_600;
-    for at in (0..PAGES).step_by(50) {
-        rig.commit((at..at + 50).map(|n| (key(n), put(n))).collect(), true)?;
-    }
+    rig.fill(PAGES, 50)?;
     rig.checkpoint()?;
     let pinned = pin_all(&mut rig, PAGES)?;
     rig.now += 1_000_000;
@@ -314,9 +314,7 @@ fn reads_after_a_failure() -> Outcome {
     let options = Options { memory_bytes: 4 << 20, ..options() };
     let mut rig = Rig::open(SimDisk::new(3), &options, 1)?;
     const PAGES: u64 = 1_600;
-    for at in (0..PAGES).step_by(50) {
-        rig.commit((at..at + 50).map(|n| (key(n), put(n))).collect(), true)?;
-    }
+    rig.fill(PAGES, 50)?;
     rig.checkpoint()?;
     let mut pinned = pin_all(&mut rig, PAGES)?;
     // Enough for the commit.
@@ -358,9 +356,7 @@ fn answers_beside_reads() -> Outcome {
     let options = Options { memory_bytes: 2 << 20, geometry, requests_max: 64, ..options() };
     let mut rig = Rig::open(SimDisk::new(8), &options, 1)?;
     const PAGES: u64 = 1_200;
-    for at in (0..PAGES).step_by(20) {
-        rig.commit((at..at + 20).map(|n| (key(n), put(n))).collect(), true)?;
-    }
+    rig.fill(PAGES, 20)?;
     rig.checkpoint()?;
     let mut pinned = pin_all(&mut rig, PAGES)?;
     // Enough for the commit, if nobody else had any of it.
@@ -406,9 +402,7 @@ fn first_come_first_served() -> Outcome {
     const DENSE: u64 = 400;
     const LONE: u64 = 240;
     let lone = |n: u64| key((n + 1) << 20);
-    for at in (0..DENSE).step_by(20) {
-        rig.commit((at..at + 20).map(|n| (key(n), put(n))).collect(), true)?;
-    }
+    rig.fill(DENSE, 20)?;
     for n in 0..LONE {
         rig.commit(vec![(lone(n), put(n))], false)?;
     }
@@ -542,9 +536,7 @@ fn writes_the_table_in_parts() -> Outcome {
     let mut rig = Rig::open(SimDisk::new(6), &options, 1)?;
     // More blocks of the table than a checkpoint has frames of its own.
     const PAGES: u64 = 18_000;
-    for at in (0..PAGES).step_by(60) {
-        rig.commit((at..at + 60).map(|n| (key(n), put(n))).collect(), true)?;
-    }
+    rig.fill(PAGES, 60)?;
     let pinned = pin_all(&mut rig, PAGES)?;
     rig.checkpoint()?;
     drop(pinned);
