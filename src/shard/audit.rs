@@ -62,6 +62,9 @@ impl Shard {
         });
         same("pages being written", self.page_writes, writes.sum())?;
 
+        let moves = self.pending.iter().filter(|(_, pending)| matches!(pending.kind, PendingKind::Move(..))).count();
+        same("moves on their way", self.held.moves, moves + self.moves_asked.reading())?;
+
         let parts = self.pending.iter().filter_map(|(_, pending)| match &pending.kind {
             PendingKind::Part(part) => part.reserved,
             _ => None,

@@ -114,7 +114,7 @@ pub(super) struct Held {
     pub fixed: u32,
     /// Pages whose bytes requests under way need in memory, each time that one is needed.
     pub data: usize,
-    /// Pages that compaction is about to move away.
+    /// Pages that compaction is about to move away, and nodes that wait for a read before it moves them.
     pub moves: usize,
     /// What requests of callers take of the heap (see `budget`).
     pub request_bytes: u64,

@@ -12,7 +12,8 @@
 //! 5. Few extents at a time at each home, and a bounded number of items: commits and reads go on.
 //! 6. It goes on beside checkpoints: what it moves is to them as what commits change.
 //! 7. It takes no place that is owed to a commit or a dirty node: rather, an item stays where it is.
-//! 8. What can't be read is read once: its extent is passed over until it has died, and the operator is told once.
+//! 8. Map nodes that have to be read first are read side by side, and hold up nothing behind them.
+//! 9. What can't be read is read once: its extent is passed over until it has died, and the operator is told once.
 
 use super::message::Message;
 use super::requests::PendingKind;
@@ -22,6 +23,7 @@ use crate::error::{Error, ErrorKind};
 use crate::format::extent::{Item, ItemKind, NodeKey, decode_summary};
 use crate::map::Lookup;
 use crate::types::{BLOCK, ExtentNo, Place, ShardId};
+use slab::Slab;
 use smallvec::SmallVec;
 use std::collections::VecDeque;
 
@@ -90,9 +92,32 @@ impl Compactor {
 /// What homes have asked this shard to move.
 #[derive(Default)]
 pub(super) struct Moves {
-    asked: VecDeque<(ShardId, ItemKind, Place)>,
-    /// A node is being read for the first of them.
-    reads_node: bool,
+    asked: VecDeque<Asked>,
+    /// Map nodes that wait for a read of themselves, or of a node above; counted in `Held::moves`.
+    reading: Slab<Asked>,
+}
+
+/// Something to be moved out of `place`.
+#[derive(Clone, Copy)]
+struct Asked {
+    home: ShardId,
+    what: ItemKind,
+    place: Place,
+    /// Its age among reads of nodes, once it has waited for one; 0: it has not.
+    age: u64,
+}
+
+impl Moves {
+    /// Those that wait for a node.
+    #[cfg(any(test, feature = "sim"))]
+    pub(super) fn reading(&self) -> usize {
+        self.reading.len()
+    }
+
+    /// The age of one that waits for a node (see `Wanted`).
+    pub(super) fn age(&mut self, no: usize) -> &mut u64 {
+        &mut self.reading[no].age
+    }
 }
 
 impl Shard {
@@ -259,23 +284,27 @@ impl Shard {
 
     /// The home of an extent asks for something to be moved out of it.
     pub(super) fn move_asked(&mut self, home: ShardId, what: ItemKind, place: Place) {
-        self.moves_asked.asked.push_back((home, what, place));
+        self.moves_asked.asked.push_back(Asked { home, what, place, age: 0 });
     }
 
     /// Moves what was asked for.
     pub(super) fn advance_moves(&mut self) {
-        while !self.moves_asked.reads_node
-            && self.failed.is_none()
-            && let Some((home, what, place)) = self.moves_asked.asked.front().copied()
+        while self.failed.is_none()
+            && let Some(asked) = self.moves_asked.asked.front().copied()
         {
+            let Asked { home, what, place, .. } = asked;
             if self.dirty_nodes_are_many() {
                 // Every node that moves is dirty until a checkpoint has written it.
                 self.need_checkpoint();
                 return;
             }
+            if self.held.moves >= self.moves_max() {
+                // Many homes may ask at a time. One that ends brings a turn.
+                return;
+            }
+            self.moves_asked.asked.pop_front();
             if !self.may_move(0) {
                 self.send(home, Message::Moved(place, None));
-                self.moves_asked.asked.pop_front();
                 continue;
             }
             match what {
@@ -284,46 +313,43 @@ impl Shard {
                     let known = self.table.find(key).map(|idx| &self.table.pages[idx]);
                     if known.is_some_and(|page| page.resolved && page.mapped_lsn != lsn) {
                         self.send(home, Message::Moved(place, None));
-                    } else if self.held.moves >= self.moves_max() {
-                        // Many homes may ask at a time. One that ends brings a turn.
-                        return;
                     } else {
                         let idx = self.table.entry(key);
                         self.held.moves += 1;
                         self.begin(None, PendingKind::Move(place, home), smallvec::smallvec![idx], |_| false);
                     }
                 }
-                ItemKind::Node(key) if self.reads_for_node(key, place) => return,
-                ItemKind::Node(_) => self.send(home, Message::Moved(place, None)),
+                ItemKind::Node(key) => self.move_node(asked, key),
             }
-            self.moves_asked.asked.pop_front();
         }
     }
 
-    /// Marks a node dirty if the map names it at `place`; true: a node must be read first.
-    fn reads_for_node(&mut self, key: NodeKey, place: Place) -> bool {
+    /// Marks a node dirty if the map names it where it was found; if that takes a read, again once it has ended.
+    fn move_node(&mut self, asked: Asked, key: NodeKey) {
+        let Asked { home, place, .. } = asked;
         let (wanted, child) = match self.map.find_node(key) {
             Ok(Some(child)) if child.place() == place && self.map.resident(key).is_none() => (key, child),
-            Ok(Some(child)) if child.place() == place => {
-                self.map.touch(key);
-                return false;
-            }
-            Ok(_) => return false,
             Err(above) => above,
+            Ok(child) => {
+                if child.is_some_and(|child| child.place() == place) {
+                    self.map.touch(key);
+                }
+                return self.send(home, Message::Moved(place, None));
+            }
         };
-        self.moves_asked.reads_node = true;
-        self.want_node(wanted, child, NodeWaiter::Move);
-        true
+        self.held.moves += 1;
+        let no = self.moves_asked.reading.insert(asked);
+        self.want_node(wanted, child, NodeWaiter::Move(no));
     }
 
     /// A node that was wanted for a move is there, or will not come.
-    pub(super) fn node_move_read(&mut self, error: Option<Error>) {
+    pub(super) fn node_move_read(&mut self, no: usize, error: Option<Error>) {
         self.again = true;
-        self.moves_asked.reads_node = false;
-        if error.is_some()
-            && let Some((home, _, place)) = self.moves_asked.asked.pop_front()
-        {
-            self.send(home, Message::Moved(place, error));
+        self.held.moves -= 1;
+        let asked = self.moves_asked.reading.remove(no);
+        match error {
+            Some(_) => self.send(asked.home, Message::Moved(asked.place, error)),
+            None => self.moves_asked.asked.push_front(asked),
         }
     }
 

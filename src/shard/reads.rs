@@ -43,8 +43,8 @@ pub(super) struct Wanted {
 pub(super) enum NodeWaiter {
     Page(usize),
     Request(usize),
-    /// A node that compaction moves.
-    Move,
+    /// A node that compaction moves, by its number in `Moves`.
+    Move(usize),
 }
 
 /// A node that is to be read.
@@ -64,11 +64,10 @@ pub(super) struct PageRead {
 impl Shard {
     /// Asks for a node to be read, or joins those who wait for it. Whoever goes on from the node above keeps its turn.
     pub(super) fn want_node(&mut self, key: NodeKey, child: Child, waiter: NodeWaiter) {
-        let mut of_move = 0;
         let asked = match waiter {
             NodeWaiter::Page(idx) => &mut self.table.pages[idx].asked,
             NodeWaiter::Request(waiter) => &mut self.pending[waiter].asked,
-            NodeWaiter::Move => &mut of_move,
+            NodeWaiter::Move(no) => self.moves_asked.age(no),
         };
         if *asked == 0 {
             self.wanted.asked_last += 1;
@@ -278,7 +277,7 @@ impl Shard {
                     self.reference_ended(idx);
                 }
                 NodeWaiter::Request(waiter) => self.need_met(waiter, result.clone().err()),
-                NodeWaiter::Move => self.node_move_read(result.clone().err()),
+                NodeWaiter::Move(no) => self.node_move_read(no, result.clone().err()),
             }
         }
     }

@@ -47,6 +47,8 @@ mod oracle_tests;
 #[cfg(test)]
 mod race_tests;
 #[cfg(test)]
+mod rig;
+#[cfg(test)]
 mod scale_tests;
 #[cfg(test)]
 mod small_tests;
