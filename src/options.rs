@@ -59,10 +59,12 @@ pub struct Options {
     /// Bytes of memory (default 256 MiB): for pages, map nodes and log buffers, and for the tables that say what is where in it, an
     /// eighth on top of each 4 KiB. It is divided among the shards, at least 2 MiB each; with so little the tables come on top.
     ///
-    /// Within 10 % and a constant it is all that a store takes. On top come requests under way: a sixteenth of it (256 KiB a shard at least)
-    /// and one request in each shard; bodies that callers have handed over and that wait for their turn are theirs until then
-    /// (`requests_max` bounds their number). The constant: threads, rings, 4 KiB for each virtual shard, and in each shard 80 bytes for
-    /// each extent of the data space. Opening after a crash takes a group of the log, as it was written, and what is decoded of it, in each
+    /// Within 10 % and a constant it is all that a store takes. On top come requests under way, from when the store takes them
+    /// until they are answered, also if their futures are dropped: what commits carry up to a sixteenth of it (256 KiB a shard
+    /// at least) and one commit of any size, as much again for tasks on shards (with one commit on each), and 1 KiB for each
+    /// read. While that is taken, further commits wait, first come, first served; what they carry is their callers' until then.
+    /// The constant: threads, rings, 4 KiB for each virtual shard, and for each extent of the data space 72 bytes in each shard
+    /// and 72 bytes once. Opening after a crash takes a group of the log, as it was written, and what is decoded of it, in each
     /// shard: 1 MiB, or the largest commit that the log holds.
     pub memory_bytes: u64,
     /// How long dirty pages gather before they are written (1 to 10 ms, default 5 ms). Never in front of an
@@ -86,7 +88,8 @@ pub struct Options {
     /// reclaimed by moving what lives among them (30 to 85, default 70). Dead blocks up to the size of the log are let
     /// be on top. Lower: more disk for the same pages, and sustained overwriting is faster, since less is moved.
     pub fill_percent: u32,
-    /// Requests under way at a time, over all handles (default 4,096); more wait, and then get `Busy`.
+    /// Requests under way at a time, over all handles (default 4,096), if `memory_bytes` allows for what they carry; more wait, and then
+    /// get `Busy`.
     pub requests_max: usize,
     /// The cores to run on, one shard each (default: all that the opening thread may use, or where control groups allow
     /// the time of fewer, so many shards on any of them).
@@ -142,8 +145,7 @@ pub(crate) struct Limits {
     /// Of a hundred blocks of data space, how many are to be live before it grows.
     pub fill_percent: u32,
     pub requests_max: usize,
-    /// Heap bytes of callers' requests under way with which a shard takes no more of them: a sixteenth of its memory, since
-    /// more requests than that make nothing faster, and [`REQUEST_BYTES_MIN`] at least.
+    /// Heap bytes of callers' requests under way with which a shard takes no more of them.
     pub request_bytes_max: u64,
     /// Blocks of the buffer in which a log group gathers. An eighth of a segment, so that the end of a segment
     /// that is too small for the next group wastes little; at most 1 MiB, enough for 8,000 small commits, and at most
@@ -197,6 +199,12 @@ fn check_shards(shards_count: u16, geometry: &Geometry) -> Result<()> {
 }
 
 impl Options {
+    /// Heap bytes of requests under way for each shard: a sixteenth of its memory, since more requests than that make nothing
+    /// faster, and [`REQUEST_BYTES_MIN`] at least.
+    pub(crate) fn request_bytes_max(&self, shards_count: u16) -> u64 {
+        (self.memory_bytes / u64::from(shards_count) / 16).max(REQUEST_BYTES_MIN)
+    }
+
     /// Checks every value, and derives the limits of each shard of a store of geometry `geometry` with `shards_count`
     /// shards, which divide the memory among them.
     pub(crate) fn limits(&self, geometry: &Geometry, shards_count: u16) -> Result<Limits> {
@@ -234,7 +242,7 @@ impl Options {
             },
             fill_percent: self.fill_percent,
             requests_max: self.requests_max,
-            request_bytes_max: (memory_bytes / 16).max(REQUEST_BYTES_MIN),
+            request_bytes_max: self.request_bytes_max(shards_count),
             group_blocks: group_blocks as u32,
         })
     }

@@ -12,6 +12,7 @@ mod real {
 
     pub(crate) use atomic_waker::AtomicWaker;
     pub(crate) use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+    pub(crate) use std::sync::{Mutex, MutexGuard};
 
     /// A bounded lock-free queue.
     pub(crate) type Queue<T> = ArrayQueue<T>;
@@ -21,11 +22,11 @@ mod real {
 
 #[cfg(all(test, corepage_loom))]
 mod stand_ins {
-    use loom::sync::Mutex;
     use std::collections::VecDeque;
     use std::task::Waker;
 
     pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+    pub(crate) use loom::sync::{Mutex, MutexGuard};
 
     /// A queue whose length is known without the lock: whether it is empty is no more than an atomic load.
     pub(crate) struct Queue<T> {

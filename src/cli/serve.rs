@@ -57,7 +57,7 @@ pub struct Arguments {
     dir: PathBuf,
     /// Memory of the server, for example 512M or 4GiB: seven eighths for pages, page map and log, the rest for what clients
     /// send and what is sent to them. The process takes up to 16 MiB more for its code and its threads, 4 MiB for each shard,
-    /// and there 72 bytes for each 4 MiB of data
+    /// and for each 4 MiB of data 72 bytes in each shard and 72 bytes once
     #[arg(long, value_name = "SIZE", value_parser = size::parse, default_value = "256M")]
     memory: u64,
     /// Of the data space, how much is to be live before it grows: lower takes more disk, and overwriting is faster

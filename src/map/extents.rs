@@ -85,6 +85,14 @@ struct Extent {
     items: Vec<Item>,
 }
 
+/// What every shard keeps for each extent of the data space. All together keep as much again: its number among the free ones at its home,
+/// and while a checkpoint is written its row, as its home tells the leader and in the table. `Options::memory_bytes` says so.
+const EXTENT_BYTES: usize = 72;
+/// A number in a set of them, measured: 10 to 13 bytes.
+const FREE_BYTES: usize = 16;
+const _: () = assert!(size_of::<Extent>() == EXTENT_BYTES);
+const _: () = assert!(FREE_BYTES + size_of::<(ExtentNo, TableRow)>() + size_of::<TableRow>() <= EXTENT_BYTES);
+
 const FREE: Extent = Extent::empty(ExtentState::Free);
 const FOREIGN: Extent = Extent::empty(ExtentState::Foreign);
 

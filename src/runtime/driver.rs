@@ -16,7 +16,7 @@
 use super::local::{LOCAL, Local};
 use super::machine::{Deed, Machine};
 use super::meter::Meter;
-use super::shared::{Port, Shared};
+use super::shared::{Brought, Port, Shared};
 use crate::commit::GlobalOrder;
 use crate::disk::{Completion, Disk, DiskOp};
 use crate::mesh::{Lanes, raised};
@@ -75,6 +75,7 @@ pub(super) struct Rig<M: Machine> {
     pub(super) clock: Clock,
     pub(super) pace: Pace,
     pub(super) requests_max: usize,
+    pub(super) request_bytes_max: u64,
 }
 
 /// A shard with its disk, on its thread.
@@ -83,6 +84,8 @@ pub(super) struct Driver<M: Machine, D: Disk> {
     disk: D,
     local: Local,
     meter: Meter,
+    /// Requests of handles that were answered in this lap, and their bytes: what they have taken is still to be given back.
+    answered: (usize, u64),
     reaped: Vec<Completion>,
     /// Reaped, and not taken yet.
     completions: VecDeque<Completion>,
@@ -103,10 +106,11 @@ impl<M: Machine, D: Disk> Driver<M, D> {
         }
         let (now, seen, meter) = (rig.clock.now(), Lsn::ZERO, Meter::new(rig.clock));
         Driver {
-            local: Local::new(rig.id, rig.shared.clone(), rig.requests_max),
+            local: Local::new(rig.id, rig.shared.clone(), rig.requests_max, rig.request_bytes_max),
             rig,
             disk,
             meter,
+            answered: (0, 0),
             reaped: Vec::new(),
             completions: VecDeque::new(),
             flushes: 0,
@@ -166,7 +170,7 @@ impl<M: Machine, D: Disk> Driver<M, D> {
                 break;
             }
             let Some((token, request)) = self.local.next_request() else { break };
-            self.meter.taken(token, &request);
+            self.meter.taken(token, &request, 0);
             machine.request(token, request);
             any = true;
         }
@@ -177,8 +181,8 @@ impl<M: Machine, D: Disk> Driver<M, D> {
             if !machine.accepting() {
                 break;
             }
-            let Some((token, request)) = port.inbox.pop() else { break };
-            self.meter.taken(token, &request);
+            let Some(Brought { token, request, bytes }) = port.inbox.pop() else { break };
+            self.meter.taken(token, &request, bytes);
             machine.request(token, request);
             any = true;
         }
@@ -217,7 +221,7 @@ impl<M: Machine, D: Disk> Driver<M, D> {
     }
 
     fn carry_out(&mut self) -> bool {
-        let (mut any, mut answered) = (false, 0);
+        let mut any = false;
         while let Some(deed) = self.rig.machine.next_deed() {
             any = true;
             match deed {
@@ -228,20 +232,22 @@ impl<M: Machine, D: Disk> Driver<M, D> {
                 }
                 Deed::Send(to, message) => self.rig.lanes.send(to, message),
                 Deed::Reply(token, mut result) => {
-                    self.meter.answered(token);
+                    let bytes = self.meter.answered(token);
                     if let Ok(Response::Stats(stats)) = &mut result {
                         self.meter.tell(stats, self.disk.calls());
                     }
                     if token.0 & LOCAL != 0 {
                         self.local.reply(token, result);
                     } else {
+                        self.answered.0 += 1;
+                        self.answered.1 += bytes;
                         self.rig.shared.inflight.complete(token, result);
-                        answered += 1;
                     }
                 }
             }
         }
-        self.rig.shared.places.leave(answered);
+        let (count, bytes) = std::mem::take(&mut self.answered);
+        self.rig.shared.places.leave(count, bytes);
         any
     }
 
@@ -296,7 +302,7 @@ impl<M: Machine, D: Disk> Driver<M, D> {
 
     /// Ends: first what is in flight, then the tasks, then those who wait. The files have been let go on return.
     pub(super) fn end(self) {
-        let Driver { rig, disk, local, meter, .. } = self;
+        let Driver { rig, disk, local, meter, answered: (count, bytes), .. } = self;
         let Rig { id, machine, shared, lanes, .. } = rig;
         let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             drop(disk);
@@ -307,6 +313,8 @@ impl<M: Machine, D: Disk> Driver<M, D> {
         if panicked.is_err() {
             tracing::error!(shard = id.get(), "ending the shard panicked");
         }
+        // Not given back if a waker panicked.
+        shared.places.leave(count, bytes);
         shared.close_port(&shared.ports[usize::from(id.get())], meter.open());
     }
 }

@@ -9,12 +9,14 @@
 //! 2. A task is in a run queue at most once; a wake-up from another thread reaches a parked shard.
 //! 3. When the shard ends its tasks are dropped, on their thread. Whoever waits for them is told.
 //! 4. A task that panics ends alone; the panic goes on where the task is awaited.
-//! 5. No borrow of a cell here is held while a waker, a future or a closure of somebody else's runs.
+//! 5. Of requests with bytes no more are queued once `request_bytes_max` are under way; one at least is. The others are kept with
+//!    their replies, in their order, and go with them if those are dropped.
+//! 6. No borrow of a cell here is held while a waker, a future or a closure of somebody else's runs.
 //!
 //! The tasks are `async-task`'s, on both drivers. An executor that parks in a ring of its own would not see wake-ups
 //! from other threads while the shard waits in the shard's ring, nor say whether a task is runnable before it does.
 
-use super::shared::{Port, Shared, closed};
+use super::shared::{Port, Shared, closed, counted_bytes};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::{Dropped, Polled, Slot};
 use crate::shard::{Request, Response, Token};
@@ -23,7 +25,7 @@ use async_task::{Runnable, Task};
 use slab::Slab;
 use std::any::Any;
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::Pin;
@@ -114,10 +116,13 @@ impl Spawn {
 
 /// One request that stays on its thread.
 enum Place {
-    Waiting(Option<Waker>),
+    /// Too many bytes are under way: the request, and its number among those kept back.
+    Kept(u64, Request, Option<Waker>),
+    /// Under way, with its bytes.
+    Waiting(u64, Option<Waker>),
     Answered(Result<Response>),
-    /// Nobody wants the reply.
-    Abandoned,
+    /// Under way, and nobody wants the reply.
+    Abandoned(u64),
 }
 
 /// The tasks of one shard, and their requests.
@@ -125,8 +130,14 @@ pub(super) struct Locals {
     shard: ShardId,
     shared: Arc<Shared>,
     requests_max: usize,
+    request_bytes_max: u64,
     queue: RefCell<VecDeque<(Token, Request)>>,
     replies: RefCell<Slab<Place>>,
+    /// Of the requests under way, those in the queue included.
+    bytes: Cell<u64>,
+    /// Requests kept back: where they are, by when they came.
+    kept: RefCell<BTreeMap<u64, usize>>,
+    kept_next: Cell<u64>,
     tasks: RefCell<Slab<Task<()>>>,
     closed: Cell<bool>,
 }
@@ -137,13 +148,17 @@ pub(crate) struct Local(Rc<Locals>);
 
 impl Local {
     /// The tasks of `shard`, driven by this thread.
-    pub(super) fn new(shard: ShardId, shared: Arc<Shared>, requests_max: usize) -> Local {
+    pub(super) fn new(shard: ShardId, shared: Arc<Shared>, requests_max: usize, request_bytes_max: u64) -> Local {
         let local = Local(Rc::new(Locals {
             shard,
             shared,
             requests_max,
+            request_bytes_max,
             queue: RefCell::default(),
             replies: RefCell::default(),
+            bytes: Cell::new(0),
+            kept: RefCell::default(),
+            kept_next: Cell::new(0),
             tasks: RefCell::default(),
             closed: Cell::new(false),
         }));
@@ -160,15 +175,26 @@ impl Local {
         self.0.shard
     }
 
-    /// Asks the shard, without a hop. The request must be one that belongs there. Dropping the reply undoes nothing.
-    /// `Busy` at once if as many requests as `requests_max` are under way from this shard's tasks.
+    /// Asks the shard, without a hop. The request must be one that belongs there. Dropping the reply undoes nothing, but for a
+    /// request that was kept back until then: it was not begun. `Busy` at once if as many requests as `requests_max` are under way
+    /// from this shard's tasks.
     pub(crate) fn call(&self, request: Request) -> LocalReply {
         let mut replies = self.0.replies.borrow_mut();
         if self.0.closed.get() || replies.len() >= self.0.requests_max {
             return LocalReply { local: self.clone(), key: None };
         }
-        let key = replies.insert(Place::Waiting(None));
-        self.0.queue.borrow_mut().push_back((Token(key as u64 | LOCAL), request));
+        let bytes = counted_bytes(&request);
+        let key = if bytes == 0 || self.0.has_room_for_bytes() && self.0.kept.borrow().is_empty() {
+            self.0.bytes.set(self.0.bytes.get() + bytes);
+            let key = replies.insert(Place::Waiting(bytes, None));
+            self.0.queue.borrow_mut().push_back((token(key), request));
+            key
+        } else {
+            let number = self.0.kept_next.replace(self.0.kept_next.get() + 1);
+            let key = replies.insert(Place::Kept(number, request, None));
+            self.0.kept.borrow_mut().insert(number, key);
+            key
+        };
         LocalReply { local: self.clone(), key: Some(key) }
     }
 
@@ -216,16 +242,19 @@ impl Local {
         let key = (token.0 & !LOCAL) as usize;
         let mut replies = self.0.replies.borrow_mut();
         let Some(place) = replies.get_mut(key) else { return };
-        let waker = match place {
-            Place::Abandoned => {
-                replies.remove(key);
-                return;
-            }
+        let (bytes, waker) = match place {
+            Place::Abandoned(bytes) => (*bytes, None),
             Place::Answered(_) => return,
-            Place::Waiting(waker) => waker.take(),
+            Place::Waiting(bytes, waker) => (*bytes, waker.take()),
+            Place::Kept(..) => unreachable!("a request that is kept back is not under way"),
         };
-        *place = Place::Answered(result);
+        let unwanted = match place {
+            Place::Abandoned(_) => replies.try_remove(key),
+            _ => Some(std::mem::replace(place, Place::Answered(result))),
+        };
+        self.0.give_back(bytes, &mut replies);
         drop(replies);
+        drop(unwanted);
         if let Some(waker) = waker {
             waker.wake();
         }
@@ -259,15 +288,28 @@ impl Local {
         ran > 0
     }
 
+    /// The shard has ended, and these were not begun.
+    fn refuse_kept(&self) {
+        for key in self.0.kept.take().into_values() {
+            let refused = Place::Answered(Err(closed()));
+            let former = self.0.replies.borrow_mut().get_mut(key).map(|place| std::mem::replace(place, refused));
+            if let Some(Place::Kept(_, request, waker)) = former {
+                drop(request);
+                waker.into_iter().for_each(Waker::wake);
+            }
+        }
+    }
+
     /// The shard has ended: its tasks are told, and then dropped, on this thread.
     pub(super) fn end(&self) {
         self.0.closed.set(true);
+        self.refuse_kept();
         let waiting: Vec<usize> = self.0.replies.borrow().iter().map(|(key, _)| key).collect();
         let context = "the shard stopped; whether this was done is not known: reopen the store and look";
         for key in waiting {
-            self.reply(Token(key as u64 | LOCAL), Err(Error::new(ErrorKind::OutcomeUnknown, context)));
+            self.reply(token(key), Err(Error::new(ErrorKind::OutcomeUnknown, context)));
         }
-        self.0.queue.borrow_mut().clear();
+        drop(self.0.queue.take());
         self.run();
         let tasks: Vec<Task<()>> = self.0.tasks.borrow_mut().drain().collect();
         // Each is scheduled once more, to drop its future here.
@@ -275,6 +317,31 @@ impl Local {
         while self.run() {}
         HERE.set(std::ptr::null());
     }
+}
+
+impl Locals {
+    fn has_room_for_bytes(&self) -> bool {
+        self.bytes.get() < self.request_bytes_max
+    }
+
+    /// A request with so many bytes is under way no more: those that were kept back go, as long as there is room.
+    fn give_back(&self, bytes: u64, replies: &mut Slab<Place>) {
+        assert!(bytes <= self.bytes.get(), "{bytes} bytes are given back, {} were taken", self.bytes.get());
+        self.bytes.set(self.bytes.get() - bytes);
+        while self.has_room_for_bytes() {
+            let Some((_, key)) = self.kept.borrow_mut().pop_first() else { return };
+            let Some(place @ Place::Kept(..)) = replies.get_mut(key) else { unreachable!("it is kept back") };
+            let Place::Kept(_, request, waker) = std::mem::replace(place, Place::Abandoned(0)) else { return };
+            let bytes = counted_bytes(&request);
+            *place = Place::Waiting(bytes, waker);
+            self.bytes.set(self.bytes.get() + bytes);
+            self.queue.borrow_mut().push_back((token(key), request));
+        }
+    }
+}
+
+fn token(key: usize) -> Token {
+    Token(key as u64 | LOCAL)
 }
 
 fn schedule(port: &Port, runnable: Runnable) {
@@ -300,7 +367,7 @@ impl Future for LocalReply {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
         let Some(key) = self.key else { return Poll::Ready(Err(self.refusal())) };
         let mut replies = self.local.0.replies.borrow_mut();
-        if let Place::Waiting(waker) = &mut replies[key] {
+        if let Place::Waiting(_, waker) | Place::Kept(.., waker) = &mut replies[key] {
             match waker {
                 Some(known) => known.clone_from(cx.waker()),
                 none => *none = Some(cx.waker().clone()),
@@ -328,9 +395,15 @@ impl Drop for LocalReply {
     fn drop(&mut self) {
         let Some(key) = self.key else { return };
         let mut replies = self.local.0.replies.borrow_mut();
-        let unwanted = match replies.get(key) {
-            Some(Place::Answered(_)) => replies.try_remove(key),
-            _ => Some(std::mem::replace(&mut replies[key], Place::Abandoned)),
+        let unwanted = match replies[key] {
+            Place::Answered(_) => replies.try_remove(key),
+            Place::Kept(number, ..) => {
+                self.local.0.kept.borrow_mut().remove(&number);
+                replies.try_remove(key)
+            }
+            Place::Waiting(bytes, _) | Place::Abandoned(bytes) => {
+                Some(std::mem::replace(&mut replies[key], Place::Abandoned(bytes)))
+            }
         };
         drop(replies);
         drop(unwanted);

@@ -33,7 +33,13 @@ impl Kind {
     }
 }
 
-type Begun = (Micros, Kind);
+#[derive(Clone, Copy, Default)]
+struct Begun {
+    at: Micros,
+    kind: Kind,
+    /// What it is counted with until it is answered.
+    bytes: u64,
+}
 
 /// The measurements of one shard.
 pub(super) struct Meter {
@@ -62,10 +68,10 @@ impl Meter {
         Meter { clock, local, foreign, read, commit, flush, recent, device, taken_at, answered_at, answered: 0 }
     }
 
-    /// A request goes to the shard.
-    pub(super) fn taken(&mut self, token: Token, request: &Request) {
+    /// A request goes to the shard. Of a handle's the meter keeps the bytes that it is counted with.
+    pub(super) fn taken(&mut self, token: Token, request: &Request, bytes: u64) {
         let now = *self.taken_at.get_or_insert_with(|| self.clock.now());
-        let begun = (now, Kind::of(request));
+        let begun = Begun { at: now, kind: Kind::of(request), bytes };
         if token.0 & LOCAL == 0 {
             self.foreign.insert(token, begun);
             return;
@@ -77,22 +83,23 @@ impl Meter {
         self.local[place] = begun;
     }
 
-    /// Its answer is there.
-    pub(super) fn answered(&mut self, token: Token) {
+    /// Its answer is there. Returns the bytes that it is counted with.
+    pub(super) fn answered(&mut self, token: Token) -> u64 {
         let begun = match token.0 & LOCAL {
             0 => self.foreign.remove(&token),
             _ => self.local.get((token.0 & !LOCAL) as usize).copied(),
         };
-        let Some((since, kind)) = begun else { return };
+        let Some(Begun { at, kind, bytes }) = begun else { return 0 };
         let now = *self.answered_at.get_or_insert_with(|| self.clock.now());
-        let took = now.saturating_sub(since);
+        let took = now.saturating_sub(at);
         match kind {
             Kind::Read => self.read.record(took),
             Kind::Commit => self.commit.record(took),
             Kind::Flush => self.flush.record(took),
-            Kind::Other => return,
+            Kind::Other => return bytes,
         }
         self.answered += 1;
+        bytes
     }
 
     /// An operation goes to the device.
@@ -140,8 +147,8 @@ impl Meter {
         stats.add(&measured);
     }
 
-    /// Requests of handles that were taken and not answered.
-    pub(super) fn open(self) -> impl Iterator<Item = Token> {
-        self.foreign.into_keys()
+    /// Requests of handles that were taken and not answered, with their bytes.
+    pub(super) fn open(self) -> impl Iterator<Item = (Token, u64)> {
+        self.foreign.into_iter().map(|(token, begun)| (token, begun.bytes))
     }
 }

@@ -1,86 +1,368 @@
-//! Back-pressure: places for requests under way, over all handles.
+//! Back-pressure: places for requests under way, over all handles, and the bytes that they carry.
 //!
+//! ```text
+//!   take --room--> under way --answered: leave--> who waits in front is let in, and woken
+//!     |no room                                       ^
+//!     v                                              |
+//!   waits: a queue for requests with bytes, one for those without
+//! ```
 //! Invariants
-//! 1. A request has a place from before it is submitted until it is answered.
-//! 2. At most [`WAITERS_FACTOR`] times as many callers wait as there are places; others get `Busy`.
-//! 3. A freed place wakes a waiter; one that gives up passes that on.
+//! 1. A request has a place, and its bytes are counted, from before it is submitted until it is answered.
+//! 2. A request with bytes is let in only while fewer than `bytes_max` are counted. So one of any size goes, the limit is passed
+//!    by one request at most, and a large request waits no longer than a small one.
+//! 3. In each queue the first goes first, and between the queues the one that came first, if it can go. Those without bytes don't
+//!    wait for bytes; they leave one place to those that do. So none starves.
+//! 4. Nobody waits while nothing is under way.
+//! 5. At most [`WAITERS_FACTOR`] times as many callers wait as there are places; others get `Busy`.
+//! 6. A place is given to a waiter by the one who leaves it. A waiter that gives up leaves the place that it was given.
+//!
+//! Without waiters a request costs one atomic step when it comes, and one when it goes, for any number that go together.
+//! It does *not* know what a request weighs: that is [`request_bytes`](crate::shard::request_bytes).
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::{AtomicU64, Mutex, MutexGuard, Ordering};
 use crossbeam_utils::CachePadded;
-use event_listener::Event;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use smallvec::SmallVec;
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::PoisonError;
+use std::task::{Context, Poll, Waker};
 
 /// Callers that wait for a place, as a multiple of the places, before others get `Busy`.
 const WAITERS_FACTOR: usize = 4;
 
-pub(super) struct Places {
-    under_way: CachePadded<AtomicUsize>,
-    waiting: AtomicUsize,
-    most: usize,
-    free: Event,
+/// The most bytes that one request is counted with: more than any memory, and little enough for the count of all.
+pub(super) const COUNTED_MAX: u64 = 1 << 40;
+
+/// A request without bytes waits; one with bytes does.
+const LIGHT_WAITS: u64 = 1;
+const HEAVY_WAITS: u64 = 2;
+/// Above these two bits 41 for the bytes, and above them 21 for the places.
+const BYTES_SHIFT: u32 = 2;
+const PLACES_SHIFT: u32 = 43;
+const BYTES_MASK: u64 = (1 << (PLACES_SHIFT - BYTES_SHIFT)) - 1;
+/// `requests_max` is no more than this, and `bytes_max`, a sixteenth of the largest memory, with one request no more than the bytes.
+const PLACES_MAX: u64 = (1 << (u64::BITS - PLACES_SHIFT)) - 1;
+const _: () = assert!(PLACES_MAX >= 1 << 20 && (1 << 38) + COUNTED_MAX <= BYTES_MASK);
+
+/// Everything in one word: places and bytes that are taken, and who waits.
+#[derive(Clone, Copy)]
+struct State(u64);
+
+impl State {
+    fn places(self) -> u64 {
+        self.0 >> PLACES_SHIFT
+    }
+
+    fn bytes(self) -> u64 {
+        self.0 >> BYTES_SHIFT & BYTES_MASK
+    }
+
+    fn has(self, waits: u64) -> bool {
+        self.0 & waits != 0
+    }
 }
 
-/// Counts a caller that waits for a place, also if its future is dropped.
-struct Waiting<'a>(&'a Places);
+fn packed(places: u64, bytes: u64) -> u64 {
+    places << PLACES_SHIFT | bytes << BYTES_SHIFT
+}
 
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, Ordering::AcqRel);
-        // A wake-up that this caller got and did not use goes to the next.
-        self.0.free.notify(1);
-    }
+pub(super) struct Places {
+    state: CachePadded<AtomicU64>,
+    most: u64,
+    bytes_max: u64,
+    waiting: Mutex<Waiting>,
+}
+
+/// Who waits, by when they came. One whose number is not here any more has been let in.
+#[derive(Default)]
+struct Waiting {
+    next: u64,
+    light: BTreeMap<u64, Waker>,
+    heavy: BTreeMap<u64, (u64, Waker)>,
+}
+
+/// Those to be woken, once the lock is let go.
+type Wakers = SmallVec<[Waker; 4]>;
+
+/// One caller's turn, to come.
+struct Turn<'a> {
+    places: &'a Places,
+    number: u64,
+    bytes: u64,
+    done: bool,
 }
 
 impl Places {
-    pub(super) fn new(most: usize) -> Self {
+    /// Places for `most` requests of `bytes_max` bytes together.
+    pub(super) fn new(most: usize, bytes_max: u64) -> Self {
+        assert!(most as u64 <= PLACES_MAX && bytes_max <= BYTES_MASK - COUNTED_MAX, "{most}, {bytes_max}");
         Places {
-            under_way: CachePadded::new(AtomicUsize::new(0)),
-            waiting: AtomicUsize::new(0),
-            most: most.max(1),
-            free: Event::new(),
+            state: CachePadded::new(AtomicU64::new(0)),
+            most: (most as u64).max(1),
+            bytes_max: bytes_max.max(1),
+            waiting: Mutex::new(Waiting::default()),
         }
     }
 
-    fn try_take(&self) -> bool {
-        let place = |n: usize| (n < self.most).then_some(n + 1);
-        self.under_way.fetch_update(Ordering::AcqRel, Ordering::Acquire, place).is_ok()
+    /// Waits for a place for a request with so many bytes, of which [`COUNTED_MAX`] are counted at most.
+    pub(super) async fn take(&self, bytes: u64) -> Result<()> {
+        if !self.try_take(bytes)
+            && let Some(turn) = self.queue(bytes)?
+        {
+            turn.await;
+        }
+        Ok(())
     }
 
-    /// Waits for a place.
-    pub(super) async fn take(&self) -> Result<()> {
-        if self.try_take() {
-            return Ok(());
-        }
-        if self.waiting.fetch_add(1, Ordering::AcqRel) >= self.most.saturating_mul(WAITERS_FACTOR) {
-            self.waiting.fetch_sub(1, Ordering::AcqRel);
+    /// Takes a place if there is one and nobody came before.
+    fn try_take(&self, bytes: u64) -> bool {
+        debug_assert!(bytes <= COUNTED_MAX);
+        let fits = |state: State| match bytes {
+            0 => !state.has(LIGHT_WAITS) && state.places() + u64::from(state.has(HEAVY_WAITS)) < self.most,
+            _ => !state.has(LIGHT_WAITS | HEAVY_WAITS) && self.has_room_for_bytes(state),
+        };
+        let take = |state: u64| fits(State(state)).then(|| state + packed(1, bytes));
+        self.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).is_ok()
+    }
+
+    fn has_room_for_bytes(&self, state: State) -> bool {
+        state.places() < self.most && state.bytes() < self.bytes_max
+    }
+
+    /// Queues a caller; `None`: it has been let in meanwhile.
+    fn queue(&self, bytes: u64) -> Result<Option<Turn<'_>>> {
+        let mut waiting = self.lock();
+        if (waiting.light.len() + waiting.heavy.len()) as u64 >= self.most.saturating_mul(WAITERS_FACTOR as u64) {
+            let State(state) = State(self.state.load(Ordering::Relaxed));
+            let (places, carried) = (State(state).places(), State(state).bytes());
             return Err(Error::new(
                 ErrorKind::Busy,
                 format_args!(
-                    "{} requests are under way and as many as may wait do; wait for replies, or raise requests_max",
-                    self.most
+                    "{places} requests with {carried} bytes are under way, of {} and {}, and as many as may wait do; wait for \
+                     replies, or raise requests_max, or memory_bytes for commits",
+                    self.most, self.bytes_max
                 ),
             ));
         }
-        let _waiting = Waiting(self);
+        let number = waiting.next;
+        waiting.next += 1;
+        match bytes {
+            0 => drop(waiting.light.insert(number, Waker::noop().clone())),
+            _ => drop(waiting.heavy.insert(number, (bytes, Waker::noop().clone()))),
+        }
+        // Who leaves from here on sees it, and comes for the lock; who left before is seen by `admit`.
+        self.state.fetch_or(if bytes == 0 { LIGHT_WAITS } else { HEAVY_WAITS }, Ordering::AcqRel);
+        let wakers = self.admit(&mut waiting);
+        let let_in = !waiting.holds(number);
+        drop(waiting);
+        wakers.into_iter().for_each(Waker::wake);
+        // Made only now: one that is dropped gives its place back.
+        Ok((!let_in).then(|| Turn { places: self, number, bytes, done: false }))
+    }
+
+    /// Lets in whoever can go, in their order.
+    fn admit(&self, waiting: &mut Waiting) -> Wakers {
+        let mut wakers = Wakers::new();
         loop {
-            let listener = self.free.listen();
-            if self.try_take() {
-                return Ok(());
+            let state = State(self.state.load(Ordering::Acquire));
+            let light = waiting.light.keys().next().copied();
+            let heavy = waiting.heavy.first_key_value().map(|(number, (bytes, _))| (*number, *bytes));
+            let heavy_goes = heavy.filter(|_| self.has_room_for_bytes(state));
+            // With bytes waited for, the last place is for the one that came first.
+            let first = |number: u64| heavy.is_none_or(|(other, _)| number < other);
+            let light_goes = light.filter(|number| state.places() + u64::from(!first(*number)) < self.most);
+            let (bytes, is_heavy, is_last) = match (light_goes, heavy_goes) {
+                (None, None) => return wakers,
+                (Some(light), heavy) if heavy.is_none_or(|(other, _)| light < other) => {
+                    (0, false, waiting.light.len() == 1)
+                }
+                (_, Some((_, bytes))) => (bytes, true, waiting.heavy.len() == 1),
+                (Some(_), None) => unreachable!("the arm before the last takes it"),
+            };
+            let waits = if is_heavy { HEAVY_WAITS } else { LIGHT_WAITS };
+            let next = (state.0 + packed(1, bytes)) & if is_last { !waits } else { u64::MAX };
+            if self.state.compare_exchange(state.0, next, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+                let waker = match is_heavy {
+                    true => waiting.heavy.pop_first().map(|(_, (_, waker))| waker),
+                    false => waiting.light.pop_first().map(|(_, waker)| waker),
+                };
+                wakers.extend(waker);
             }
-            listener.await;
         }
     }
 
-    /// Gives back `count` places.
-    pub(super) fn leave(&self, count: usize) {
-        if count > 0 {
-            self.under_way.fetch_sub(count, Ordering::AcqRel);
-            self.free.notify_additional(count);
+    /// Gives back `count` places, of requests with so many bytes together.
+    pub(super) fn leave(&self, count: usize, bytes: u64) {
+        if count == 0 {
+            return;
+        }
+        let before = State(self.state.fetch_sub(packed(count as u64, bytes), Ordering::AcqRel));
+        assert!(
+            before.places() >= count as u64 && before.bytes() >= bytes,
+            "{count} places and {bytes} bytes are given back, {} and {} were taken",
+            before.places(),
+            before.bytes()
+        );
+        if before.has(LIGHT_WAITS | HEAVY_WAITS) {
+            let wakers = self.admit(&mut self.lock());
+            wakers.into_iter().for_each(Waker::wake);
         }
     }
 
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Places and bytes taken.
     #[cfg(test)]
-    pub(super) fn under_way(&self) -> usize {
-        self.under_way.load(Ordering::SeqCst)
+    pub(super) fn under_way(&self) -> (u64, u64) {
+        let state = State(self.state.load(Ordering::SeqCst));
+        (state.places(), state.bytes())
+    }
+}
+
+impl Waiting {
+    fn holds(&self, number: u64) -> bool {
+        self.light.contains_key(&number) || self.heavy.contains_key(&number)
+    }
+
+    fn waker_of(&mut self, number: u64) -> Option<&mut Waker> {
+        self.light.get_mut(&number).or_else(|| self.heavy.get_mut(&number).map(|(_, waker)| waker))
+    }
+}
+
+impl Future for Turn<'_> {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        // A waker is the caller's code: made before, and dropped after the lock is held.
+        let own = cx.waker().clone();
+        let mut waiting = self.places.lock();
+        let former = waiting.waker_of(self.number).map(|waker| std::mem::replace(waker, own));
+        drop(waiting);
+        self.done = former.is_none();
+        if self.done { Poll::Ready(()) } else { Poll::Pending }
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        if self.done {
+            return;
+        }
+        let places = self.places;
+        let mut waiting = places.lock();
+        let light = waiting.light.remove(&self.number);
+        let heavy = waiting.heavy.remove(&self.number);
+        if light.is_none() && heavy.is_none() {
+            drop(waiting);
+            return places.leave(1, self.bytes);
+        }
+        if light.is_some() && waiting.light.is_empty() {
+            places.state.fetch_and(!LIGHT_WAITS, Ordering::AcqRel);
+        }
+        if heavy.is_some() && waiting.heavy.is_empty() {
+            places.state.fetch_and(!HEAVY_WAITS, Ordering::AcqRel);
+        }
+        // A place that was kept for this one may be another's.
+        let wakers = places.admit(&mut waiting);
+        drop(waiting);
+        wakers.into_iter().for_each(Waker::wake);
+    }
+}
+
+#[cfg(all(test, corepage_loom))]
+mod loom {
+    use super::*;
+    use crate::sync::model::{self, Verdict};
+    use ::loom::sync::Arc;
+    use ::loom::thread;
+    use std::sync::atomic::AtomicUsize;
+    use std::task::Wake;
+
+    #[derive(Default)]
+    struct Bell(AtomicUsize);
+
+    impl Wake for Bell {
+        fn wake(self: std::sync::Arc<Self>) {
+            self.0.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        }
+    }
+
+    type Queue = for<'a> fn(&'a Places, u64) -> Option<Turn<'a>>;
+    type Leave = fn(&Places, usize, u64);
+
+    fn look(turn: &mut Turn<'_>, bell: &std::sync::Arc<Bell>) -> bool {
+        Pin::new(turn).poll(&mut Context::from_waker(&Waker::from(bell.clone()))).is_ready()
+    }
+
+    /// The only place is left while one caller after the other asks for it. One gives up, before or after it has looked; the other must
+    /// get the place, and know of it.
+    fn exchange(verdict: &Verdict, queue: Queue, leave: Leave, looks: bool) {
+        let places = Arc::new(Places::new(1, 1));
+        assert!(places.try_take(1));
+        let theirs = places.clone();
+        let leaver = thread::spawn(move || leave(&theirs, 1, 1));
+        let (first, bell) = (queue(&places, 1), std::sync::Arc::new(Bell::default()));
+        let given_up = first.map(|mut turn| looks && look(&mut turn, &std::sync::Arc::default()));
+        if given_up != Some(false) {
+            // It had its place, at once or later.
+            places.leave(1, 1);
+        }
+        let mut second = queue(&places, 0);
+        let had = second.as_mut().is_none_or(|turn| look(turn, &bell));
+        leaver.join().unwrap();
+        if let Some(turn) = second.as_mut().filter(|_| !had) {
+            verdict.expect(bell.0.load(std::sync::atomic::Ordering::SeqCst) == 1);
+            verdict.expect(look(turn, &bell));
+        }
+        drop(second);
+        verdict.expect(places.under_way() == (1, 0));
+    }
+
+    fn holds(queue: Queue, leave: Leave) -> bool {
+        [false, true].iter().all(|looks| model::holds(None, move |verdict| exchange(verdict, queue, leave, *looks)))
+    }
+
+    fn queue(places: &Places, bytes: u64) -> Option<Turn<'_>> {
+        places.queue(bytes).unwrap()
+    }
+
+    /// A waiter that nobody lets in waits for ever; a place that nobody has is lost for ever.
+    #[test]
+    fn loom_a_place_that_is_left_reaches_the_one_who_waits() {
+        assert!(holds(queue, Places::leave));
+    }
+
+    #[test]
+    fn loom_mutants_of_the_places_are_caught() {
+        // It looks before it says that it waits.
+        let late: Queue = |places, bytes| {
+            let mut waiting = places.lock();
+            let number = waiting.next;
+            waiting.next += 1;
+            match bytes {
+                0 => drop(waiting.light.insert(number, Waker::noop().clone())),
+                _ => drop(waiting.heavy.insert(number, (bytes, Waker::noop().clone()))),
+            }
+            drop(places.admit(&mut waiting));
+            let let_in = !waiting.holds(number);
+            if !let_in {
+                places.state.fetch_or(if bytes == 0 { LIGHT_WAITS } else { HEAVY_WAITS }, Ordering::AcqRel);
+            }
+            (!let_in).then(|| Turn { places, number, bytes, done: false })
+        };
+        assert!(!holds(late, Places::leave), "a waiter that looks before it says that it waits");
+        let hasty: Leave = |places, count, bytes| {
+            let waits = State(places.state.load(Ordering::Acquire)).has(LIGHT_WAITS | HEAVY_WAITS);
+            places.state.fetch_sub(packed(count as u64, bytes), Ordering::AcqRel);
+            if waits {
+                let wakers = places.admit(&mut places.lock());
+                wakers.into_iter().for_each(Waker::wake);
+            }
+        };
+        assert!(!holds(queue, hasty), "one who leaves looks for waiters before");
     }
 }

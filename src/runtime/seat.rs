@@ -72,6 +72,7 @@ pub(super) struct Seat<M: Machine> {
     pub(super) pace: Pace,
     pub(super) clock: Clock,
     pub(super) requests_max: usize,
+    pub(super) request_bytes_max: u64,
     pub(super) ring_entries: u32,
     pub(super) shards_count: u16,
     pub(super) shared: Arc<Shared>,
@@ -97,7 +98,7 @@ impl<M: Machine> Seat<M> {
 
     /// The thread has its disk, and waits for its shard; `None`: there is none for it, and the thread ends.
     pub(super) fn sit<D: Disk>(self, mut disk: D, waker: DiskWaker, report: DiskReport) -> Option<Drive<M, D>> {
-        let Seat { id, pace, clock, requests_max, shared, lanes, files, news, orders, .. } = self;
+        let Seat { id, pace, clock, requests_max, request_bytes_max, shared, lanes, files, news, orders, .. } = self;
         let cancel = files.cancel().clone();
         // The disk has its own; the last of them holds the store's lock.
         drop(files);
@@ -112,8 +113,17 @@ impl<M: Machine> Seat<M> {
                     let _ = news.send(News::Began(began));
                 }
                 Orders::Take(machine, order) => {
-                    let rig =
-                        Rig { id, machine: *machine, shared: shared.clone(), lanes, order, clock, pace, requests_max };
+                    let rig = Rig {
+                        id,
+                        machine: *machine,
+                        shared: shared.clone(),
+                        lanes,
+                        order,
+                        clock,
+                        pace,
+                        requests_max,
+                        request_bytes_max,
+                    };
                     let driver = Some(Driver::new(rig, disk));
                     return Some(Drive { driver, opening: Some(news), shared });
                 }

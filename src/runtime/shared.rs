@@ -7,11 +7,11 @@
 //!    has at the device, and for nothing else; what consists of many steps is cut short.
 
 use super::local::Spawn;
-use super::places::Places;
+use super::places::{COUNTED_MAX, Places};
 use crate::disk::Cancel;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::{InFlight, Inbox, Parking};
-use crate::shard::{Request, Response, Token};
+use crate::shard::{Request, Response, Token, request_bytes};
 use async_task::Runnable;
 use crossbeam_queue::SegQueue;
 use event_listener::Event;
@@ -23,9 +23,22 @@ const INBOX_MAX: usize = 16_384;
 /// Closures on their way to a shard.
 const SPAWNS_MAX: usize = 1024;
 
+/// A request on its way to a shard.
+pub(super) struct Brought {
+    pub(super) token: Token,
+    pub(super) request: Request,
+    /// What it is counted with in [`Places`], until it is answered.
+    pub(super) bytes: u64,
+}
+
+/// What a request is counted with, where its bytes are.
+pub(super) fn counted_bytes(request: &Request) -> u64 {
+    request_bytes(request).min(COUNTED_MAX)
+}
+
 /// The way into one shard.
 pub(super) struct Port {
-    pub(super) inbox: Inbox<(Token, Request)>,
+    pub(super) inbox: Inbox<Brought>,
     pub(super) spawns: Inbox<Spawn>,
     /// Tasks of the shard that other threads have woken: each at most once, so bounded by the tasks.
     pub(super) woken: SegQueue<Runnable>,
@@ -44,7 +57,7 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn new(shards_count: u16, requests_max: usize, cancel: Cancel) -> Self {
+    pub(super) fn new(shards_count: u16, requests_max: usize, request_bytes_max: u64, cancel: Cancel) -> Self {
         let capacity = requests_max.clamp(1, INBOX_MAX.max(requests_max / usize::from(shards_count)));
         let port = |_| Port {
             inbox: Inbox::new(capacity),
@@ -55,7 +68,7 @@ impl Shared {
         Shared {
             ports: (0..shards_count).map(port).collect(),
             inflight: Arc::new(InFlight::new()),
-            places: Places::new(requests_max),
+            places: Places::new(requests_max, request_bytes_max * u64::from(shards_count)),
             abandoned: AtomicBool::new(false),
             cancel,
             running: AtomicUsize::new(usize::from(shards_count)),
@@ -79,19 +92,19 @@ impl Shared {
         self.abandoned.load(Ordering::Relaxed)
     }
 
-    /// Answers a request and frees its place.
-    pub(super) fn finish(&self, token: Token, result: Result<Response>) {
+    /// Answers a request and frees its place, and so many bytes.
+    pub(super) fn finish(&self, token: Token, bytes: u64, result: Result<Response>) {
         self.inflight.complete(token, result);
-        self.places.leave(1);
+        self.places.leave(1, bytes);
     }
 
     /// The shard's thread takes nothing any more: what was accepted has an unknown outcome, the rest was not begun.
-    pub(super) fn close_port(&self, port: &Port, accepted: impl Iterator<Item = Token>) {
+    pub(super) fn close_port(&self, port: &Port, accepted: impl Iterator<Item = (Token, u64)>) {
         port.inbox.close();
         port.spawns.close();
-        for token in accepted {
+        for (token, bytes) in accepted {
             let context = "the shard stopped; whether this was done is not known: reopen the store and look";
-            self.finish(token, Err(Error::new(ErrorKind::OutcomeUnknown, context)));
+            self.finish(token, bytes, Err(Error::new(ErrorKind::OutcomeUnknown, context)));
         }
         self.refuse_rest(port);
         port.refuse_spawns();
@@ -99,8 +112,9 @@ impl Shared {
 
     /// Refuses what is left in a closed inbox.
     pub(super) fn refuse_rest(&self, port: &Port) {
-        while let Some((token, _)) = port.inbox.pop() {
-            self.finish(token, Err(closed()));
+        while let Some(Brought { token, bytes, request }) = port.inbox.pop() {
+            drop(request);
+            self.finish(token, bytes, Err(closed()));
         }
     }
 

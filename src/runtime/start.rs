@@ -138,7 +138,8 @@ struct Launch<'a> {
 
 impl<'a> Launch<'a> {
     fn new(options: &'a Options, plan: &'a Plan, ring: bool, files: &Files) -> Self {
-        let shared = Arc::new(Shared::new(plan.shards_count, options.requests_max, files.cancel().clone()));
+        let (count, bytes) = (plan.shards_count, options.request_bytes_max(plan.shards_count));
+        let shared = Arc::new(Shared::new(count, options.requests_max, bytes, files.cancel().clone()));
         Launch { options, plan, ring, clock: Clock::start(), shared, threads: Vec::new() }
     }
 
@@ -194,6 +195,7 @@ impl<'a> Launch<'a> {
                 pace: self.pace(),
                 clock: self.clock,
                 requests_max: self.options.requests_max,
+                request_bytes_max: self.options.request_bytes_max(self.plan.shards_count),
                 ring_entries: self.options.ring_entries,
                 shards_count: self.plan.shards_count,
                 shared: self.shared.clone(),

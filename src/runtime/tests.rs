@@ -3,6 +3,8 @@
 //! If these fail, callers hang, or a store can't be opened again after a failure.
 #![allow(clippy::disallowed_methods, reason = "tests let real shards park")]
 
+mod bodies;
+
 use super::handle::Runtime;
 use super::machine::{Begun, Deed, Machine};
 use super::ring;
@@ -227,7 +229,7 @@ fn every_request_of_many_threads_to_many_shards_is_answered() {
                 }
             });
             close(&runtime);
-            assert_eq!(runtime.shared_for_tests().places.under_way(), 0);
+            assert_eq!(runtime.shared_for_tests().places.under_way(), (0, 0));
         });
     }
 }
@@ -293,7 +295,7 @@ fn a_panic_of_one_shard_answers_everybody_on_all_shards() {
         for shard in 0..3 {
             assert_eq!(ask(&runtime, shard, Request::Flush).expect_err("it is closed").kind(), ErrorKind::Closed);
         }
-        assert_eq!(runtime.shared_for_tests().places.under_way(), 0, "every place is free again");
+        assert_eq!(runtime.shared_for_tests().places.under_way(), (0, 0), "every place is free again");
     });
 }
 
@@ -310,7 +312,7 @@ fn dropped_replies_leak_nothing() {
             drop(reply);
         }
         close(&runtime);
-        assert_eq!(runtime.shared_for_tests().places.under_way(), 0);
+        assert_eq!(runtime.shared_for_tests().places.under_way(), (0, 0));
     });
 }
 

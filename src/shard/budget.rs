@@ -43,6 +43,15 @@ fn bodies_bytes(commit: &Commit) -> u64 {
     commit.changes.iter().map(body).sum()
 }
 
+/// What a caller's request has on the heap, before a shard has made anything of it: the bodies and lists of a commit. Of others that is
+/// little, the keys of a read at most, and their number bounds it.
+pub(crate) fn request_bytes(request: &Request) -> u64 {
+    match request {
+        Request::Commit(commit) => lists_bytes(commit) + bodies_bytes(commit),
+        _ => 0,
+    }
+}
+
 /// What a request takes until it is released.
 pub(super) fn request_weight(kind: &PendingKind, pages: usize) -> u64 {
     let own = match kind {

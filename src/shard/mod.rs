@@ -54,6 +54,7 @@ mod whereabouts;
 mod writeback;
 
 pub use allocated::PageRange;
+pub(crate) use budget::request_bytes;
 pub(crate) use checkpoint::NewEpoch;
 pub(crate) use commits::LSN_AHEAD_MAX;
 pub use event::{Change, Commit, Effect, PageRef, Request, Response, Token};

@@ -1,0 +1,226 @@
+//! Requests under way are bounded by the bytes that they carry, not by their number only.
+//!
+//! If these fail, callers that give up on a store whose device is slow fill the process's memory with what they have asked for, or a
+//! commit that is large waits for ever behind others.
+
+use super::*;
+use crate::shard::Change;
+use crate::types::{BLOCK, PageId, PageKey, VolumeId};
+use bytes::Bytes;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Bytes of bodies that somebody holds.
+#[derive(Clone, Default)]
+struct Held(Arc<AtomicU64>);
+
+struct Body(Vec<u8>, Held);
+
+impl AsRef<[u8]> for Body {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        self.1.0.fetch_sub(self.0.len() as u64, Ordering::SeqCst);
+    }
+}
+
+impl Held {
+    /// A commit of `pages` pages of 4 KiB.
+    fn commit(&self, pages: u64) -> Request {
+        let change = |page| {
+            let body = Body(vec![7; BLOCK], self.clone());
+            self.0.fetch_add(BLOCK as u64, Ordering::SeqCst);
+            (PageKey::new(VolumeId::new(1), PageId::new(page)), Change::Put(Bytes::from_owner(body)))
+        };
+        Request::Commit(Commit { reads: vec![], changes: (0..pages).map(change).collect(), durable: true })
+    }
+
+    fn bytes(&self) -> u64 {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+/// The least that a store's requests may take: 256 KiB for each shard.
+const SHARD_BYTES: u64 = 256 << 10;
+
+fn with_little_memory(shards: u16, requests_max: usize, test: impl Fn(Runtime)) {
+    for driver in drivers() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let memory_bytes = u64::from(shards) * (2 << 20);
+        let options = Options { shards: Some(shards), driver, requests_max, memory_bytes, ..Options::default() };
+        test(start(&dir, options, toys).expect("toys open"));
+    }
+}
+
+/// Stops the thread of a shard until the sender is dropped.
+fn stop(runtime: &Runtime, shard: ShardId) -> crossbeam_channel::Sender<()> {
+    let (go, wait) = crossbeam_channel::bounded::<()>(0);
+    let (tell, stopped) = crossbeam_channel::bounded(1);
+    let task = runtime.spawn_on(shard, move |_| async move {
+        tell.send(()).expect("it is waited for");
+        let _ = wait.recv();
+    });
+    drop(task.expect("it starts"));
+    stopped.recv().expect("the task runs");
+    go
+}
+
+/// Until nothing is under way; a hang is what this would show.
+fn settle(runtime: &Runtime, held: &Held) {
+    let since = std::time::Instant::now();
+    while runtime.shared_for_tests().places.under_way() != (0, 0) || held.bytes() != 0 {
+        let under_way = runtime.shared_for_tests().places.under_way();
+        assert!(since.elapsed() < Duration::from_secs(60), "{under_way:?}, {} bytes held", held.bytes());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// 4,096 requests of the largest size are many times the memory, and all were taken from callers that give up.
+#[test]
+fn commits_of_callers_that_give_up_take_a_sixteenth_of_the_memory() {
+    with_little_memory(2, 4096, |runtime| {
+        let held = Held::default();
+        let go = stop(&runtime, ShardId::new(0));
+        for n in 0..2000 {
+            let pages = 1 + n % 16;
+            let mut asked = Box::pin(runtime.submit_to(ShardId::new(0), held.commit(pages)));
+            let taken = block_on(poll_once(&mut asked));
+            drop((taken, asked));
+            let most = 2 * SHARD_BYTES + 16 * BLOCK as u64;
+            assert!(held.bytes() <= most, "{} bytes of requests that nobody waits for", held.bytes());
+        }
+        assert!(held.bytes() >= SHARD_BYTES, "the bound is used: {}", held.bytes());
+        // What carries nothing goes all the same, to this shard and to others.
+        let reply = ask(&runtime, 1, Request::WaitDurable(Lsn::new(1)));
+        assert!(matches!(reply, Ok(Response::Flushed(_))), "{reply:?}");
+        let mut light = Box::pin(runtime.submit_to(ShardId::new(0), Request::WaitDurable(Lsn::new(1))));
+        assert!(matches!(block_on(poll_once(&mut light)), Some(Ok(_))), "it needs a place only");
+        drop(go);
+        settle(&runtime, &held);
+        assert!(ask(&runtime, 0, held.commit(1)).is_ok(), "there is room again");
+        close(&runtime);
+    });
+}
+
+/// The same for tasks on the shard's own thread, whose replies are dropped.
+#[test]
+fn commits_that_tasks_give_up_take_a_sixteenth_of_the_memory() {
+    with_little_memory(1, 4096, |runtime| {
+        let held = Held::default();
+        let theirs = held.clone();
+        let task = runtime.spawn_on(ShardId::new(0), move |local| async move {
+            let mut largest = 0;
+            for n in 0..2000 {
+                drop(local.call(theirs.commit(1 + n % 16)));
+                largest = largest.max(theirs.bytes());
+            }
+            // Those that are waited for are answered, each, in their order; so is one that is larger than all that may be under way.
+            let calls: Vec<_> = (0..200).map(|n| local.call(theirs.commit(if n == 100 { 100 } else { 1 }))).collect();
+            assert!(matches!(local.call(Request::WaitDurable(Lsn::new(1))).await, Ok(Response::Flushed(_))));
+            let mut lsns = Vec::new();
+            for call in calls {
+                let Ok(Response::Committed(lsn)) = call.await else { panic!("a call is not answered") };
+                lsns.push(lsn);
+            }
+            assert!(lsns.is_sorted());
+            largest
+        });
+        let largest = block_on(task.expect("it starts")).expect("it ends");
+        let most = SHARD_BYTES + 16 * BLOCK as u64;
+        assert!(largest <= most, "{largest} bytes of requests that nobody waits for");
+        settle(&runtime, &held);
+        close(&runtime);
+    });
+}
+
+/// The end of a shard tells those whose requests were kept back, too.
+#[test]
+fn the_end_of_a_shard_answers_what_was_kept_back() {
+    with_little_memory(1, 64, |runtime| {
+        let (held, (tell, told)) = (Held::default(), crossbeam_channel::bounded(1));
+        let (theirs, go) = (held.clone(), tell.clone());
+        let task = runtime.spawn_on(ShardId::new(0), move |local| async move {
+            let calls: Vec<_> = (0..8).map(|_| local.call(theirs.commit(100))).collect();
+            go.send(Vec::new()).expect("it is waited for");
+            let mut kinds = Vec::new();
+            for call in calls {
+                // What an endless task would see; the planted panic comes first.
+                kinds.push(call.await.map(drop).map_err(|error| error.kind()));
+            }
+            tell.send(kinds).expect("it is waited for");
+        });
+        drop(task.expect("it starts"));
+        told.recv().expect("the task runs");
+        assert!(ask(&runtime, 0, Request::Stats).is_err(), "the shard has panicked");
+        for kind in told.recv().expect("the task ends") {
+            let known = [Ok(()), Err(ErrorKind::OutcomeUnknown), Err(ErrorKind::Closed)];
+            assert!(known.contains(&kind), "{kind:?}");
+        }
+        block_on(runtime.ended());
+        drop(runtime);
+        assert_eq!(held.bytes(), 0, "nothing is kept of what was not begun");
+    });
+}
+
+/// A large commit goes when its turn has come, whatever small ones come after it; and one of any size goes.
+#[test]
+fn a_commit_of_any_size_goes_in_its_turn() {
+    with_little_memory(2, 64, |runtime| {
+        let held = Held::default();
+        let go = stop(&runtime, ShardId::new(0));
+        let submit = |pages| Box::pin(runtime.submit_to(ShardId::new(0), held.commit(pages)));
+        let mut first = submit(1000);
+        assert!(matches!(block_on(poll_once(&mut first)), Some(Ok(_))), "nothing else is under way");
+        let mut waiting: Vec<_> = [1, 500, 1, 1].map(submit).into();
+        assert!(waiting.iter_mut().all(|one| block_on(poll_once(one)).is_none()), "too much is under way");
+        // One that gives up is in nobody's way.
+        drop(waiting.remove(0));
+        drop(go);
+        let mut lsns = Vec::new();
+        for one in waiting {
+            let Ok(Response::Committed(lsn)) = block_on(async { one.await?.await }) else { panic!("not answered") };
+            lsns.push(lsn);
+        }
+        assert!(lsns.is_sorted(), "first come, first served: {lsns:?}");
+        settle(&runtime, &held);
+        close(&runtime);
+    });
+}
+
+/// Lost wake-ups show as hangs: few places, few bytes, callers of both kinds, and some that give up in every state.
+#[test]
+fn every_request_is_answered_however_places_and_bytes_run_out() {
+    with_little_memory(2, 3, |runtime| {
+        let held = Held::default();
+        std::thread::scope(|scope| {
+            for thread in 0..6u64 {
+                let (runtime, held) = (&runtime, &held);
+                scope.spawn(move || {
+                    for i in 0..150 {
+                        let n = thread * 1000 + i;
+                        let request = match n % 3 {
+                            0 => Request::WaitDurable(Lsn::new(n)),
+                            // 1 to 200 pages: up to more than there is room for.
+                            _ => held.commit(1 + n * 37 % 200 * (n % 2)),
+                        };
+                        let mut asked = Box::pin(runtime.submit_to(ShardId::new((n % 2) as u16), request));
+                        match n % 5 {
+                            0 => drop(block_on(poll_once(&mut asked))),
+                            _ => {
+                                // There may be too many that wait, never too few answers.
+                                if let Err(error) = block_on(async { asked.await?.await }) {
+                                    assert_eq!(error.kind(), ErrorKind::Busy);
+                                }
+                            }
+                        }
+                    }
+                });
+            }
+        });
+        settle(&runtime, &held);
+        close(&runtime);
+    });
+}
