@@ -36,8 +36,10 @@ const IDLE_TURNS_MAX: u64 = 1_000;
 const IDLE_TURN_US: Micros = 200;
 /// Messages between two shards at a time, before the protocol is said to have no bound.
 const MESSAGES_MAX: usize = 8_192;
-/// Turns from one count of what the shards count to the next.
+/// Turns from one count of what the shards count to the next, at least; and a turn for so many pages and map nodes that are
+/// counted: a large store is not to spend its time on that alone.
 const AUDIT_EACH: u64 = 32;
+const AUDITED_A_TURN: u64 = 4;
 /// Turns within which a store is open, or never: some thousand are usual.
 const OPENING_TURNS_MAX: u32 = 1_000_000;
 /// Which bits of an operation's number at the disk say whose it is.
@@ -56,6 +58,8 @@ pub struct Cluster {
     pub(super) late: Late,
     pub(super) progress: Progress,
     idle_turns: u64,
+    /// The turn at which is counted next.
+    audit_at: u64,
     /// When something happened last.
     busy_at: Micros,
     counters: ClusterCounters,
@@ -172,6 +176,7 @@ impl Cluster {
             rng,
             disk: disk.clone(),
             idle_turns: 0,
+            audit_at: AUDIT_EACH,
             busy_at: disk.now(),
             counters: ClusterCounters::default(),
         };
@@ -255,8 +260,10 @@ impl Cluster {
 
     /// When something happens next; `None`: never, unless somebody asks for something.
     pub fn next_at(&self) -> Option<Micros> {
-        let kept = self.late.is_keeping().then(|| self.disk.now());
-        self.next_event_at().or(kept)
+        let next = self.next_event_at();
+        let kept = self.late.next_due(self.is_at_rest()).map(|at| at.max(self.disk.now()));
+        // If nothing else will happen one of them is told at once.
+        if next.is_none() { kept.map(|_| self.disk.now()) } else { next.into_iter().chain(kept).min() }
     }
 
     /// The same, without reads whose ends are kept back.
@@ -364,14 +371,22 @@ impl Cluster {
         self.park(index, now, before)?;
         self.note(index, now, busy)?;
         self.watch(index, now, delivered, emitted)?;
-        if self.counters.turns.is_multiple_of(AUDIT_EACH) {
-            let node = &self.nodes[index].shard;
-            node.audit().map_err(|drift| format!("{shard:?} counts wrongly: {drift}"))?;
-            if TABLE_IS_BOUNDED {
-                check_budget(&node.counts()).map_err(|why| format!("{shard:?} keeps too much: {why}"))?;
-            }
+        if self.counters.turns >= self.audit_at {
+            self.audit(index)?;
         }
         Ok(turn)
+    }
+
+    /// Counts what a shard counts, and holds what it keeps against what it may.
+    fn audit(&mut self, index: usize) -> std::result::Result<(), String> {
+        let (shard, node) = (ShardId::new(index as u16), &self.nodes[index].shard);
+        node.audit().map_err(|drift| format!("{shard:?} counts wrongly: {drift}"))?;
+        let counts = node.counts();
+        if TABLE_IS_BOUNDED {
+            check_budget(&counts).map_err(|why| format!("{shard:?} keeps too much: {why}"))?;
+        }
+        self.audit_at = self.counters.turns + AUDIT_EACH.max((counts.pages + counts.nodes) / AUDITED_A_TURN);
+        Ok(())
     }
 
     /// Hands the shard what has arrived, or a part of it; whether there was anything.

@@ -119,9 +119,7 @@ impl World {
             };
         };
         let patience = PATIENCE_US * self.cluster().pace.patience();
-        if let Some((since, _)) = self.oracle.oldest()
-            && self.disk.now() > since + patience
-        {
+        if self.oracle.oldest_at().is_some_and(|since| self.disk.now() > since + patience) {
             return Err(format!("no answer for {} s: {}", patience / 1_000_000, self.waiting()));
         }
         self.judge(turn)
@@ -155,7 +153,7 @@ impl World {
     }
 
     fn waiting(&self) -> String {
-        let oldest = self.oracle.oldest().map_or_else(|| "nobody".into(), |(_, what)| what);
+        let oldest = self.oracle.oldest().unwrap_or_else(|| "nobody".into());
         let shards = self.cluster.as_ref().map(Cluster::describe).unwrap_or_default();
         format!("{} wait, the first of them {oldest}; {shards}", self.oracle.outstanding())
     }
@@ -289,7 +287,8 @@ impl World {
     /// Reads pages of one shard in the same way; an error of the store is an answer.
     pub(super) fn try_read_now(&mut self, keys: &[PageKey]) -> Outcome<StoreResult<SmallVec<[PageRef; 1]>>> {
         let shard = self.cluster().deal().shard_of(keys[0]);
-        match self.ask_now(shard, Request::Read(keys.iter().copied().collect()))? {
+        let request = Request::Read(keys.iter().copied().collect());
+        match self.ask_now(shard, request).map_err(|why| format!("reading {keys:?}: {why}"))? {
             Ok(Response::Pages(pages)) => Ok(Ok(pages)),
             Ok(other) => Err(format!("reading {keys:?}: {other:?}")),
             Err(error) => Ok(Err(error)),
@@ -303,7 +302,8 @@ impl World {
             let mut next = Some(PageId::new(0));
             while let Some(first) = next {
                 let asked = PageRange { volume, first, last: PageId::new(u64::MAX), ranges_max };
-                match self.ask_now(shard, Request::Allocated(asked))? {
+                let request = Request::Allocated(asked);
+                match self.ask_now(shard, request).map_err(|why| format!("asking for what is allocated: {why}"))? {
                     Ok(Response::Allocated { ranges, next: then, .. }) => {
                         all.extend(ranges.iter().flat_map(|(a, b)| a.get()..=b.get()).map(PageId::new));
                         next = then;
@@ -320,20 +320,19 @@ impl World {
     fn ask_now(&mut self, shard: ShardId, request: Request) -> Outcome<StoreResult<Response>> {
         self.next_token += 1;
         let token = Token(self.next_token);
-        let what = format!("{request:?}");
         let cluster = self.cluster.as_mut().expect("the store is open");
         cluster.request(shard, token, request);
         for _ in 0..100_000 {
-            let turn = cluster.step()?.ok_or_else(|| format!("{what} hangs: {}", cluster.describe()))?;
+            let turn = cluster.step()?.ok_or_else(|| format!("it hangs: {}", cluster.describe()))?;
             if let Some(violation) = cluster.violation() {
                 return Err(violation);
             }
             match turn.replies.into_iter().next() {
                 None => {}
                 Some((of, answer)) if of == token => return Ok(answer),
-                Some((of, answer)) => return Err(format!("{what}: {of:?} {answer:?}")),
+                Some((of, answer)) => return Err(format!("answered instead: {of:?} {answer:?}")),
             }
         }
-        Err(format!("{what} never ends: {}", cluster.describe()))
+        Err(format!("it never ends: {}", cluster.describe()))
     }
 }

@@ -248,7 +248,7 @@ pub(super) fn full_store(seed: u64) -> Plan {
     let blocks = extents * options.geometry.extent_bytes / BLOCK as u64;
     let universe = (0..blocks).map(|n| key((n % 8) * 512 + n / 8)).collect();
     let profile = Profile { universe, ..Profile::random(&mut rng) };
-    Plan { options: Some(options), profile: Some(profile), shards: 1..=shards, ..plan(seed) }
+    Plan { options: Some(options), profile: Some(profile), shards: 1..=shards, strain_percent: 0, ..plan(seed) }
 }
 
 /// Random work with little space: the check is that of all runs.

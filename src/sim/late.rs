@@ -83,8 +83,9 @@ impl Late {
         let Holding { pages_percent, nodes_percent, tops_percent, turns_max } = self.holding;
         let percent = load.map_or(pages_percent, |load| if load.is_top { tops_percent } else { nodes_percent });
         let is_held = percent > 0 && self.rng.chance(percent);
-        // Often for short: most of what can happen meanwhile is soon done.
-        let until = is_held.then(|| turn + (self.rng.within(1, turns_max) >> self.rng.below(4)));
+        // Often for short: most of what can happen meanwhile is soon done. What a top is to outlast takes a checkpoint and more.
+        let shifts = if load.is_some_and(|load| load.is_top) { 2 } else { 4 };
+        let until = is_held.then(|| turn + (self.rng.within(1, turns_max) >> self.rng.below(shifts)));
         let begun = Begun {
             load,
             checkpoints: shard.checkpoints_ended(),
@@ -127,6 +128,12 @@ impl Late {
     /// Whether ends are kept back.
     pub fn is_keeping(&self) -> bool {
         !self.kept.is_empty()
+    }
+
+    /// When one of them is told at the latest.
+    pub fn next_due(&self, at_rest: bool) -> Option<Micros> {
+        let held_max = if at_rest { HELD_AT_REST_US_MAX } else { HELD_US_MAX };
+        self.kept.iter().map(|kept| kept.at + held_max).min()
     }
 
     /// An operation's end is about to be told: counts what it has outlasted.

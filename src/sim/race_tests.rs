@@ -161,8 +161,8 @@ pub(super) fn checkpoints_in_redo(seed: u64) -> Plan {
     let weights = only(&[(Ask::Put, 20), (Ask::Patch, 20), (Ask::Read, 5)]);
     let hot_percent = *rng.pick(&[50, 80]);
     let profile = Profile { universe, weights, hot_percent, in_flight: 16, ..Profile::random(&mut rng) };
-    let (lives, events_max) = (16, 2_000);
-    Plan { options: Some(options), profile: Some(profile), shards: 2..=4, lives, events_max, ..plan(seed) }
+    let plan = Plan { shards: 2..=4, lives: 16, events_max: 2_000, strain_percent: 0, ..plan(seed) };
+    Plan { options: Some(options), profile: Some(profile), ..plan }
 }
 
 /// The same, and most recoveries are crashed into: what a checkpoint in the middle of one has recorded must hold afterwards, also of what

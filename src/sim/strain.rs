@@ -26,11 +26,15 @@ pub(super) const MEMORY_LEAST: u64 = 2 << 20;
 pub(super) const LARGE_LIVES: u32 = 5;
 pub(super) const LARGE_EVENTS: u64 = 20;
 /// Images of each crash of a large store that are recovered, at most.
-pub(super) const LARGE_IMAGES: u32 = 2;
+pub(super) const LARGE_IMAGES: u32 = 6;
 /// Unchanged pages of a large store that are looked at after a crash.
 const SAMPLE: usize = 80;
 /// Tags of the pages with which a store is filled begin here: those of the workload stay below.
 const FILL_TAG: u64 = 1 << 48;
+/// Of a hundred strained seeds, how many are made for what hardly ever happens by itself.
+const MADE_PERCENT: u64 = 20;
+/// As many small trees as there can be: each has a volume of its own.
+const TREES_MAX: u64 = 245;
 /// Pages of a small tree, one for each level that it gets.
 const TREE_PAGES: [u64; 5] = [3, 70, 1 << 14, 1 << 22, 1 << 40];
 
@@ -45,6 +49,10 @@ pub enum Layout {
     Mixed,
     /// Side by side, with memory for most of them, and written in floods to a slow device.
     Roomy,
+    /// Many small trees that grow while their tops are read late, and pages enough to turn memory over meanwhile.
+    Growing,
+    /// Each in a leaf of its own, changed everywhere while clients hold as much as they can: checkpoints find no memory.
+    Pinned,
 }
 
 /// What strains a run.
@@ -95,6 +103,9 @@ impl Strain {
             return Strain::default();
         }
         let is_free = plan.options.is_none() && plan.profile.is_none();
+        if is_free && chance.chance(MADE_PERCENT) {
+            return Strain::made_for_something(chance);
+        }
         let large = (is_free && chance.chance(65)).then(|| {
             let layouts = [Layout::Lone, Layout::Lone, Layout::Mixed, Layout::Dense, Layout::Dense, Layout::Roomy];
             let layout = *chance.pick(&layouts);
@@ -107,6 +118,17 @@ impl Strain {
             }
         });
         Strain { large, ..Strain::small(chance) }
+    }
+
+    /// Strain under which that happens often which hardly ever does by itself.
+    fn made_for_something(chance: &mut Rng) -> Strain {
+        let strain = Strain::small(chance);
+        if chance.one_in(2) {
+            let holding = Holding { pages_percent: 1, nodes_percent: 2, tops_percent: 90, turns_max: 8_000 };
+            let large = Some((Layout::Growing, chance.within(600, 1_200)));
+            return Strain { large, holding, slow_reads: (0, 1), pins_percent: 0, ..strain };
+        }
+        Strain { large: Some((Layout::Pinned, chance.within(1_000, 2_500))), pins_percent: 100, ..strain }
     }
 
     /// Some strain on a store of any size.
@@ -124,7 +146,7 @@ impl Strain {
             large: None,
             holding: if is_calm { Holding::default() } else { holding },
             slow_reads: if is_calm { (0, 1) } else { slow_reads },
-            pins_percent: *chance.pick(&[0, 0, 5, 25, 60, 100]),
+            pins_percent: *chance.pick(&[0, 0, 5, 25, 60, 100, 100]),
             drop_percent: *chance.pick(&[0, 0, 10]),
             keep_percent: 30,
         }
@@ -154,7 +176,7 @@ impl Strain {
         options.geometry = Geometry { vshards_count, ..options.geometry };
         options.memory_bytes = match layout {
             Layout::Roomy => memory_for(20),
-            Layout::Dense => MEMORY_LEAST,
+            Layout::Dense | Layout::Growing | Layout::Pinned => MEMORY_LEAST,
             _ => memory_for((MEMORY_LEAST >> 20) + *chance.pick(&[0, 0, 0, 1, 2, 4])),
         };
         options
@@ -191,7 +213,11 @@ fn universe(layout: Layout, count: u64, vshards_count: u32, chance: &mut Rng) ->
     let shift = *chance.pick(&[6, 9, 14, 20]);
     let mut pages: BTreeSet<PageKey> = BTreeSet::new();
     for n in 0..count {
-        let is_lone = layout == Layout::Lone || (layout == Layout::Mixed && n % 2 == 0);
+        let is_lone = match layout {
+            Layout::Lone | Layout::Growing | Layout::Pinned => true,
+            Layout::Mixed => n % 2 == 0,
+            Layout::Dense | Layout::Roomy => false,
+        };
         let whole = chance.draw();
         let any = if chance.one_in(20) { whole } else { n << shift };
         pages.insert(if is_lone { key(1, any) } else { key(2, (n % 7) * 10_000 + n / 7) });
@@ -205,7 +231,8 @@ fn universe(layout: Layout, count: u64, vshards_count: u32, chance: &mut Rng) ->
         let place = |dense| PageKey::from_place(VolumeId::new(volume as u8), vshard, dense, vshards_count);
         TREE_PAGES.map(|dense| place(dense + chance.below(8))).to_vec()
     };
-    let trees: Trees = (3..3 + chance.within(30, 150)).map(|volume| tree(volume, chance)).collect();
+    let trees_count = if layout == Layout::Growing { TREES_MAX } else { chance.within(30, 150) };
+    let trees: Trees = (3..3 + trees_count).map(|volume| tree(volume, chance)).collect();
     pages.extend(trees.iter().flatten());
     (pages, trees)
 }
@@ -251,6 +278,12 @@ impl World {
             self.sweep();
             return true;
         }
+        let is_full_of_pins = self.held.len() as u64 * 10 >= self.cluster().frames() * 8;
+        if is_full_of_pins && self.chance.one_in(4) {
+            // What is dirty must be written with the memory that is left.
+            self.ask(Request::Checkpoint);
+            return true;
+        }
         match self.chance.below(100) {
             0..50 if !self.trees.is_empty() => self.climb(),
             0..80 => self.sweep(),
@@ -264,7 +297,9 @@ impl World {
 
     /// A small tree grows, often while its lowest page is being read; a high one is freed again.
     fn climb(&mut self) {
-        let tree = self.chance.pick(&self.trees).clone();
+        // The one that was left alone for the longest: it has left memory, mostly, and its top must be read.
+        self.trees.rotate_left(1);
+        let tree = self.trees[0].clone();
         let last = self.oracle.last();
         let there = tree.iter().take_while(|key| self.oracle.model.at(**key, last).page.is_some()).count();
         let touched = tree.iter().all(|key| self.workload.is_touched(key));
@@ -284,7 +319,7 @@ impl World {
             let change = put(self, tree[0]);
             self.commit(vec![change]);
         }
-        if self.chance.chance(60) {
+        if self.chance.chance(80) {
             let change = put(self, tree[there]);
             self.commit(vec![change]);
             if self.chance.chance(60) {

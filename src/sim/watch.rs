@@ -28,6 +28,11 @@ impl Cluster {
         self.nodes.iter().map(|node| node.shard.levels_most()).max().unwrap_or(0)
     }
 
+    /// Frames of the shard that has the fewest.
+    pub fn frames_least(&self) -> u64 {
+        self.nodes.iter().map(|node| node.shard.frames()).min().unwrap_or(0)
+    }
+
     /// Frames of all shards.
     pub fn frames(&self) -> u64 {
         self.nodes.iter().map(|node| node.shard.frames()).sum()

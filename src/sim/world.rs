@@ -35,6 +35,9 @@ const RECOVERY_CRASHES_MAX: u32 = 3;
 /// Steps without an event of the disk, after which somebody asks for a checkpoint.
 const QUIET_STEPS_MAX: u32 = 10_000;
 
+/// A commit may take one in so many frames of a shard at least, whatever else is kept there.
+const COMMIT_SHARE_MIN: u64 = 4;
+
 /// The world.
 pub struct World {
     pub(super) plan: Plan,
@@ -252,7 +255,10 @@ impl World {
     fn go_on_with(&mut self, cluster: Cluster) {
         self.oracle.deal(cluster.deal());
         let tolerance = self.oracle.tolerance();
-        self.oracle.tolerate(Tolerance { commit_bytes_max: cluster.txn_bytes_max(), ..tolerance });
+        // Ordinary stores are dense enough: their commits find room for their map nodes.
+        let commit_frames_max = if self.is_large() { cluster.frames_least() / COMMIT_SHARE_MIN } else { 0 };
+        let commit_bytes_max = cluster.txn_bytes_max();
+        self.oracle.tolerate(Tolerance { commit_bytes_max, commit_frames_max, ..tolerance });
         self.workload.begin_life(cluster.deal(), cluster.pace.idle, cluster.txn_bytes_max());
         self.cluster = Some(cluster);
     }
@@ -425,7 +431,9 @@ impl World {
         let universe: BTreeSet<PageKey> = looked_at.iter().copied().collect();
         let volumes: BTreeSet<VolumeId> = universe.iter().map(|key| key.volume).collect();
         for volume in volumes.into_iter().filter(|_| all) {
-            let ranges_max = 1 + self.rng.below(8) as usize;
+            // Small parts where there is little: each of them begins at the top of the trees.
+            let part = if self.is_large() { 64 } else { 1 };
+            let ranges_max = (1 + self.rng.below(8) as usize) * part;
             let mut told = self.allocated_now(volume, ranges_max)?;
             // Some tests write pages that are not of the workload.
             told.retain(|page| universe.contains(&PageKey::new(volume, *page)));

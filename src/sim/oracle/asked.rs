@@ -7,6 +7,9 @@ use crate::shard::{Change, Commit, Request};
 use crate::sim::workload;
 use crate::types::{BLOCK, Lsn, Micros, PageKey, ShardId};
 
+/// Most map nodes above a page, its leaf included.
+const PATH_NODES_MAX: u64 = 9;
+
 /// A request under way.
 pub(super) struct Asked {
     pub what: Kind,
@@ -64,6 +67,15 @@ impl Kind {
     pub fn bytes(&self) -> u64 {
         let Kind::Commit(commit) = self else { return 0 };
         commit.changes.iter().map(|(_, change)| workload::change_bytes(change)).sum()
+    }
+
+    /// Whether it may be refused as too large: by its bytes, or since there could be more map nodes above its pages than memory holds.
+    pub fn may_be_too_large(&self, tolerance: &Tolerance) -> bool {
+        let Kind::Commit(commit) = self else { return false };
+        let pages = commit.changes.iter().filter(|(_, change)| !matches!(change, Change::Free)).count() as u64;
+        let frames = commit.changes.len() as u64 * PATH_NODES_MAX + pages;
+        self.bytes() > tolerance.commit_bytes_max
+            || (tolerance.commit_frames_max > 0 && frames > tolerance.commit_frames_max)
     }
 
     /// Whether it has to be refused.

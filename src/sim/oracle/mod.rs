@@ -40,6 +40,8 @@ pub struct Tolerance {
     pub full: bool,
     /// Most bytes of one commit.
     pub commit_bytes_max: u64,
+    /// Most map nodes and new pages that a commit may need in memory at once; 0: any.
+    pub commit_frames_max: u64,
     /// Most pages of one read.
     pub read_pages_max: usize,
 }
@@ -135,12 +137,6 @@ impl Oracle {
     /// Which shard has which page, from now on.
     pub fn deal(&mut self, deal: Deal) {
         self.deal = deal;
-    }
-
-    /// The oldest request without an answer, for messages, and when it was asked.
-    pub fn oldest(&self) -> Option<(Micros, String)> {
-        let (token, asked) = self.asked.iter().min_by_key(|(_, asked)| asked.at)?;
-        Some((asked.at, format!("{token:?}: {}, drawn {:?}", asked.what.describe(), asked.drawn)))
     }
 
     /// A request is about to be handed to `shard`.
@@ -382,7 +378,7 @@ impl Oracle {
                 (&mut counters.full, full && matches!(asked.what, Kind::Commit(_) | Kind::Checkpoint))
             }
             ErrorKind::Invalid => (&mut counters.invalid, asked.what.is_wrong(read_pages_max)),
-            ErrorKind::TooLarge => (&mut counters.invalid, asked.what.bytes() > self.tolerance.commit_bytes_max),
+            ErrorKind::TooLarge => (&mut counters.invalid, asked.what.may_be_too_large(&self.tolerance)),
             ErrorKind::Closed => (&mut counters.stopped, io || self.closing),
             ErrorKind::Io => (&mut counters.stopped, io),
             ErrorKind::OutcomeUnknown => (&mut counters.unknown, io),

@@ -1,13 +1,24 @@
-//! Who was served before whom, and what this life has changed.
+//! Who waits for how long, who was served before whom, and what this life has changed.
 //!
 //! It does *not* know why somebody waits.
 
 use super::Oracle;
 use super::asked::Asked;
-use crate::types::PageKey;
+use crate::types::{Micros, PageKey};
 use std::collections::BTreeSet;
 
 impl Oracle {
+    /// When the oldest request without an answer was asked.
+    pub fn oldest_at(&self) -> Option<Micros> {
+        self.asked.values().map(|asked| asked.at).min()
+    }
+
+    /// The oldest request without an answer, for messages.
+    pub fn oldest(&self) -> Option<String> {
+        let (token, asked) = self.asked.iter().min_by_key(|(_, asked)| asked.at)?;
+        Some(format!("{token:?}: {}, drawn {:?}", asked.what.describe(), asked.drawn))
+    }
+
     /// The pages that commits of this life have changed.
     pub fn changed(&self) -> BTreeSet<PageKey> {
         self.drawn.iter().flat_map(|(_, changes)| changes.iter().map(|(key, _)| *key)).collect()
