@@ -51,6 +51,9 @@ macro_rules! planted {
 pub mod checksum;
 mod coalesce;
 mod commit;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod cost;
 pub mod disk;
 mod error;
 pub mod format;

@@ -51,6 +51,7 @@ const LAYERS: &[&[(&str, &[&str])]] = &[
     &[("sim", &[]), ("runtime", &["mesh"]), ("mesh", &[])],
     &[("store", &[])],
     &[("fuzz", &[])],
+    &[("cost", &[])],
     &[("server", &[])],
     &[("bench", &[])],
     &[("cli", &[])],

@@ -11,10 +11,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// The files of a store.
-pub(super) type Image = BTreeMap<FileId, Vec<u8>>;
+pub(crate) type Image = BTreeMap<FileId, Vec<u8>>;
 
 /// An image with changes.
-pub(super) struct MemoryDisk {
+pub(crate) struct MemoryDisk {
     image: Arc<Image>,
     lens: BTreeMap<FileId, u64>,
     changed: BTreeMap<(FileId, u64), Box<[u8; BLOCK]>>,

@@ -12,7 +12,7 @@
 
 mod input;
 pub mod log;
-mod memory;
+pub(crate) mod memory;
 pub mod open;
 
 #[cfg(test)]
