@@ -132,16 +132,28 @@ pub struct NodeKey {
     pub prefix: u64,
 }
 
-/// Blocks of one of the two summary areas at the end of an extent of `extent_blocks` blocks.
+/// Blocks of one of the two summary areas at the end of an extent of `extent_blocks` blocks: the least that list every other block.
+/// Asked several times for each commit, so it is worked out without a search.
 pub const fn summary_blocks(extent_blocks: u32) -> u32 {
-    let mut blocks = 1;
-    loop {
-        let items = (extent_blocks - 2 * blocks) as usize;
-        if size_of::<SummaryHead>() + items * size_of::<SummaryItem>() <= blocks as usize * BLOCK {
-            return blocks;
-        }
-        blocks += 1;
+    // Room for a head and an item for each block that is in neither area: HEAD + (extent - 2 * area) * ITEM <= area * BLOCK.
+    const HEAD: u32 = size_of::<SummaryHead>() as u32;
+    const ITEM: u32 = size_of::<SummaryItem>() as u32;
+    (HEAD + extent_blocks * ITEM).div_ceil(BLOCK as u32 + 2 * ITEM)
+}
+
+/// For extents of every legal size the summary has room for all items, and a smaller one would not.
+const _: () = {
+    let mut extent_blocks = 16;
+    while extent_blocks <= 2048 {
+        let blocks = summary_blocks(extent_blocks);
+        assert!(summary_fits(extent_blocks, blocks) && (blocks == 1 || !summary_fits(extent_blocks, blocks - 1)));
+        extent_blocks *= 2;
     }
+};
+
+const fn summary_fits(extent_blocks: u32, blocks: u32) -> bool {
+    let items = (extent_blocks - 2 * blocks) as usize;
+    size_of::<SummaryHead>() + items * size_of::<SummaryItem>() <= blocks as usize * BLOCK
 }
 
 /// Blocks of an extent that hold pages and nodes; the summary areas follow.

@@ -212,20 +212,24 @@ impl Shard {
     ) -> usize {
         let weight = request_weight(&kind, pages.len());
         self.held.request_bytes += weight;
-        let mut with_data: SmallVec<[u64; 1]> = SmallVec::new();
+        let (mut with_data, mut bits): (SmallVec<[u64; 1]>, u64) = (SmallVec::new(), 0);
         for (i, idx) in pages.iter().enumerate() {
+            if i > 0 && i % 64 == 0 {
+                with_data.push(std::mem::take(&mut bits));
+            }
             self.table.pages[*idx].holds += 1;
             if data(i) {
-                with_data.resize(i / 64 + 1, 0);
-                with_data[i / 64] |= 1 << (i % 64);
+                bits |= 1 << (i % 64);
                 self.table.hold_bytes(*idx);
                 self.held.data += 1;
             }
         }
+        with_data.push(bits);
+        let count = pages.len();
         let pending = Pending {
             token,
             kind,
-            pages: pages.clone(),
+            pages,
             missing: 1,
             asked: 0,
             with_data,
@@ -235,7 +239,9 @@ impl Shard {
             error: None,
         };
         let waiter = self.pending.insert(pending);
-        for (i, idx) in pages.into_iter().enumerate() {
+        for i in 0..count {
+            // It stays until the last one has been asked for: `missing` counts one more until then.
+            let idx = self.pending[waiter].pages[i];
             if !self.want_quiet(idx, data(i), waiter) {
                 self.pending[waiter].missing += 1;
             }
