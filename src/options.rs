@@ -60,11 +60,11 @@ pub struct Options {
     /// eighth on top of each 4 KiB. It is divided among the shards, at least 2 MiB each; with so little the tables come on top.
     ///
     /// Within 10 % and a constant it is all that a store takes. On top come requests under way, from when the store takes them
-    /// until they are answered, also if their futures are dropped: what commits carry up to a sixteenth of it (256 KiB a shard
-    /// at least) and one commit of any size, as much again for tasks on shards (with one commit on each), and 1 KiB for each
-    /// read. While that is taken, further commits wait, first come, first served; what they carry is their callers' until then.
-    /// The constant: threads, rings, 4 KiB for each virtual shard, and for each extent of the data space 72 bytes in each shard
-    /// and 72 bytes once. Opening after a crash takes a group of the log, as it was written, and what is decoded of it, in each
+    /// until they are answered, also if their futures are dropped: in each shard what commits carry up to a sixteenth of its
+    /// memory (256 KiB at least) and one commit of any size, as much again of tasks on the shard, and 1 KiB for each read.
+    /// While that is taken, further commits wait, first come, first served; what they carry is their callers' until then. The
+    /// constant: threads, rings, 4 KiB for each virtual shard, and for each extent of the data space 72 bytes in each shard and
+    /// 72 bytes once. Opening after a crash takes a group of the log, as it was written, and what is decoded of it, in each
     /// shard: 1 MiB, or the largest commit that the log holds.
     pub memory_bytes: u64,
     /// How long dirty pages gather before they are written (1 to 10 ms, default 5 ms). Never in front of an

@@ -78,14 +78,29 @@ pub(super) struct Rig<M: Machine> {
     pub(super) request_bytes_max: u64,
 }
 
+/// Requests that were answered, those among them that carried something, and how much.
+#[derive(Default)]
+struct Answered {
+    count: usize,
+    carrying: usize,
+    bytes: u64,
+}
+
+impl Answered {
+    fn leave(self, shared: &Shared, port: &Port) {
+        shared.places.leave(self.count, 0);
+        port.carried.leave(self.carrying, self.bytes);
+    }
+}
+
 /// A shard with its disk, on its thread.
 pub(super) struct Driver<M: Machine, D: Disk> {
     rig: Rig<M>,
     disk: D,
     local: Local,
     meter: Meter,
-    /// Requests of handles that were answered in this lap, and their bytes: what they have taken is still to be given back.
-    answered: (usize, u64),
+    /// Of handles, answered in this lap: what they have taken is still to be given back.
+    answered: Answered,
     reaped: Vec<Completion>,
     /// Reaped, and not taken yet.
     completions: VecDeque<Completion>,
@@ -110,7 +125,7 @@ impl<M: Machine, D: Disk> Driver<M, D> {
             rig,
             disk,
             meter,
-            answered: (0, 0),
+            answered: Answered::default(),
             reaped: Vec::new(),
             completions: VecDeque::new(),
             flushes: 0,
@@ -239,15 +254,15 @@ impl<M: Machine, D: Disk> Driver<M, D> {
                     if token.0 & LOCAL != 0 {
                         self.local.reply(token, result);
                     } else {
-                        self.answered.0 += 1;
-                        self.answered.1 += bytes;
+                        self.answered.count += 1;
+                        self.answered.carrying += usize::from(bytes > 0);
+                        self.answered.bytes += bytes;
                         self.rig.shared.inflight.complete(token, result);
                     }
                 }
             }
         }
-        let (count, bytes) = std::mem::take(&mut self.answered);
-        self.rig.shared.places.leave(count, bytes);
+        std::mem::take(&mut self.answered).leave(&self.rig.shared, self.port());
         any
     }
 
@@ -302,7 +317,7 @@ impl<M: Machine, D: Disk> Driver<M, D> {
 
     /// Ends: first what is in flight, then the tasks, then those who wait. The files have been let go on return.
     pub(super) fn end(self) {
-        let Driver { rig, disk, local, meter, answered: (count, bytes), .. } = self;
+        let Driver { rig, disk, local, meter, answered, .. } = self;
         let Rig { id, machine, shared, lanes, .. } = rig;
         let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             drop(disk);
@@ -313,8 +328,9 @@ impl<M: Machine, D: Disk> Driver<M, D> {
         if panicked.is_err() {
             tracing::error!(shard = id.get(), "ending the shard panicked");
         }
+        let port = &shared.ports[usize::from(id.get())];
         // Not given back if a waker panicked.
-        shared.places.leave(count, bytes);
-        shared.close_port(&shared.ports[usize::from(id.get())], meter.open());
+        answered.leave(&shared, port);
+        shared.close_port(port, meter.open());
     }
 }

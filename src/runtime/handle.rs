@@ -3,7 +3,7 @@
 use super::local::{Join, Local, Spawn};
 use super::report::RuntimeReport;
 use super::seat::drives_a_shard;
-use super::shared::{Brought, Shared, closed, counted_bytes};
+use super::shared::{Brought, Carried, Shared, closed, counted_bytes};
 use super::start;
 use crate::commit::GlobalOrder;
 use crate::error::{Error, ErrorKind, Result};
@@ -95,19 +95,23 @@ impl Runtime {
     /// Submits a request to a shard; once this returns, dropping the reply does not undo it.
     pub(crate) async fn submit_to(&self, shard: ShardId, request: Request) -> Result<Reply> {
         let shared = &self.shared;
-        let bytes = counted_bytes(&request);
-        shared.places.take(bytes).await?;
+        let port = &shared.ports[usize::from(shard.get())];
+        // Bytes before a place: who has a place waits for nothing.
+        let carried = Carried::take(port, counted_bytes(&request)).await?;
+        shared.places.take(0).await?;
         let (token, reply) = match shared.inflight.register() {
             Ok(registered) => registered,
             Err(error) => {
-                shared.places.leave(1, bytes);
+                shared.places.leave(1, 0);
                 return Err(error);
             }
         };
-        let port = &shared.ports[usize::from(shard.get())];
+        let bytes = carried.keep();
         match port.inbox.push(Brought { token, request, bytes }) {
             Ok(()) => port.parking.rouse(),
-            Err(_) => shared.finish(token, bytes, Err(Error::new(ErrorKind::Busy, "the inbox is full; try again"))),
+            Err(_) => {
+                shared.finish(port, token, bytes, Err(Error::new(ErrorKind::Busy, "the inbox is full; try again")))
+            }
         }
         if port.inbox.is_closed() {
             shared.refuse_rest(port);

@@ -36,7 +36,7 @@ use std::task::{Context, Poll, Waker};
 /// Marks the tokens of requests that stay on their thread.
 pub(super) const LOCAL: u64 = 1 << 63;
 /// Tasks of one shard.
-const TASKS_MAX: usize = 1 << 16;
+pub(super) const TASKS_MAX: usize = 1 << 16;
 /// Tasks run between two looks at everything else.
 pub(super) const RUN_MAX: usize = 512;
 
@@ -51,6 +51,8 @@ enum End<T> {
     Done(T),
     Panicked(Box<dyn Any + Send>),
     Stopped,
+    /// It was not begun: the shard has as many tasks as it may.
+    Refused,
 }
 
 /// A closure on its way to a shard, which makes a task of it there.
@@ -73,6 +75,7 @@ impl<T> Future for Join<T> {
         match end.map(|end| *end) {
             Some(End::Done(value)) => Poll::Ready(Ok(value)),
             Some(End::Panicked(payload)) => resume_unwind(payload),
+            Some(End::Refused) => Poll::Ready(Err(too_many_tasks())),
             Some(End::Stopped) | None => Poll::Ready(Err(closed())),
         }
     }
@@ -209,6 +212,9 @@ impl Local {
         let mut tasks = self.0.tasks.borrow_mut();
         if self.0.closed.get() || tasks.len() >= TASKS_MAX {
             drop(tasks);
+            if !self.0.closed.get() {
+                teller.0.complete(End::Refused);
+            }
             return;
         }
         let entry = tasks.vacant_entry();
@@ -338,6 +344,10 @@ impl Locals {
             self.queue.borrow_mut().push_back((token(key), request));
         }
     }
+}
+
+fn too_many_tasks() -> Error {
+    Error::new(ErrorKind::Busy, format_args!("the shard has {TASKS_MAX} tasks: wait for some to end, and try again"))
 }
 
 fn token(key: usize) -> Token {

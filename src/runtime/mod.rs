@@ -7,8 +7,8 @@
 //! ```
 //! Invariants
 //! 1. Every request gets a reply, also when a shard panics or the store is dropped: nothing hangs.
-//! 2. At most `requests_max` requests of handles are under way; callers beyond it wait, and too many of those get
-//!    `Busy`.
+//! 2. At most `requests_max` requests of handles are under way, and those to one shard carry a sixteenth of its memory, or one of
+//!    them passes that; callers beyond it wait, and too many of those get `Busy`.
 //! 3. If one shard ends without a clean close, all do.
 //! 4. What is not to be had here (io_uring, memory locks) is found out before anything is begun; then the portable
 //!    driver runs, and the report says why.

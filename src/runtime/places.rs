@@ -1,23 +1,21 @@
-//! Back-pressure: places for requests under way, over all handles, and the bytes that they carry.
+//! Back-pressure: places for requests under way, and the bytes that they carry.
 //!
 //! ```text
 //!   take --room--> under way --answered: leave--> who waits in front is let in, and woken
 //!     |no room                                       ^
 //!     v                                              |
-//!   waits: a queue for requests with bytes, one for those without
+//!   waits, in the order of coming -------------------/
 //! ```
 //! Invariants
 //! 1. A request has a place, and its bytes are counted, from before it is submitted until it is answered.
-//! 2. A request with bytes is let in only while fewer than `bytes_max` are counted. So one of any size goes, the limit is passed
-//!    by one request at most, and a large request waits no longer than a small one.
-//! 3. In each queue the first goes first, and between the queues the one that came first, if it can go. Those without bytes don't
-//!    wait for bytes; they leave one place to those that do. So none starves.
-//! 4. Nobody waits while nothing is under way.
-//! 5. At most [`WAITERS_FACTOR`] times as many callers wait as there are places; others get `Busy`.
-//! 6. A place is given to a waiter by the one who leaves it. A waiter that gives up leaves the place that it was given.
+//! 2. One is let in while fewer than `most` have a place, and fewer than `bytes_max` bytes are counted. So one of any size goes, the
+//!    limit of bytes is passed by one request at most, and a large request waits no longer than a small one.
+//! 3. First come, first served: none overtakes one that waits. Nobody waits while nothing is under way.
+//! 4. At most [`WAITERS_FACTOR`] times as many callers wait as there are places; others get `Busy`.
+//! 5. A place is given to a waiter by the one who leaves it. A waiter that gives up leaves the place that it was given.
 //!
 //! Without waiters a request costs one atomic step when it comes, and one when it goes, for any number that go together.
-//! It does *not* know what a request weighs: that is [`request_bytes`](crate::shard::request_bytes).
+//! It does *not* know what a request carries: that is [`request_bytes`](crate::shard::request_bytes).
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{AtomicU64, Mutex, MutexGuard, Ordering};
@@ -35,18 +33,17 @@ const WAITERS_FACTOR: usize = 4;
 /// The most bytes that one request is counted with: more than any memory, and little enough for the count of all.
 pub(super) const COUNTED_MAX: u64 = 1 << 40;
 
-/// A request without bytes waits; one with bytes does.
-const LIGHT_WAITS: u64 = 1;
-const HEAVY_WAITS: u64 = 2;
-/// Above these two bits 41 for the bytes, and above them 21 for the places.
-const BYTES_SHIFT: u32 = 2;
+/// Somebody waits.
+const WAITS: u64 = 1;
+/// Above this bit 42 for the bytes, and above them 21 for the places.
+const BYTES_SHIFT: u32 = 1;
 const PLACES_SHIFT: u32 = 43;
 const BYTES_MASK: u64 = (1 << (PLACES_SHIFT - BYTES_SHIFT)) - 1;
-/// `requests_max` is no more than this, and `bytes_max`, a sixteenth of the largest memory, with one request no more than the bytes.
 const PLACES_MAX: u64 = (1 << (u64::BITS - PLACES_SHIFT)) - 1;
+/// `requests_max` is 2^20 at most, and the bytes of a shard a sixteenth of its memory, 2^42 at most.
 const _: () = assert!(PLACES_MAX >= 1 << 20 && (1 << 38) + COUNTED_MAX <= BYTES_MASK);
 
-/// Everything in one word: places and bytes that are taken, and who waits.
+/// Everything in one word: places and bytes that are taken, and whether somebody waits.
 #[derive(Clone, Copy)]
 struct State(u64);
 
@@ -59,8 +56,8 @@ impl State {
         self.0 >> BYTES_SHIFT & BYTES_MASK
     }
 
-    fn has(self, waits: u64) -> bool {
-        self.0 & waits != 0
+    fn is_waited_for(self) -> bool {
+        self.0 & WAITS != 0
     }
 }
 
@@ -75,12 +72,11 @@ pub(super) struct Places {
     waiting: Mutex<Waiting>,
 }
 
-/// Who waits, by when they came. One whose number is not here any more has been let in.
+/// Who waits, with how many bytes, by when they came. One whose number is not here any more has been let in.
 #[derive(Default)]
 struct Waiting {
     next: u64,
-    light: BTreeMap<u64, Waker>,
-    heavy: BTreeMap<u64, (u64, Waker)>,
+    callers: BTreeMap<u64, (u64, Waker)>,
 }
 
 /// Those to be woken, once the lock is let go.
@@ -95,7 +91,7 @@ struct Turn<'a> {
 }
 
 impl Places {
-    /// Places for `most` requests of `bytes_max` bytes together.
+    /// Places for `most` requests with `bytes_max` bytes together.
     pub(super) fn new(most: usize, bytes_max: u64) -> Self {
         assert!(most as u64 <= PLACES_MAX && bytes_max <= BYTES_MASK - COUNTED_MAX, "{most}, {bytes_max}");
         Places {
@@ -106,7 +102,7 @@ impl Places {
         }
     }
 
-    /// Waits for a place for a request with so many bytes, of which [`COUNTED_MAX`] are counted at most.
+    /// Waits for a place for a request with so many bytes, [`COUNTED_MAX`] at most.
     pub(super) async fn take(&self, bytes: u64) -> Result<()> {
         if !self.try_take(bytes)
             && let Some(turn) = self.queue(bytes)?
@@ -116,46 +112,40 @@ impl Places {
         Ok(())
     }
 
-    /// Takes a place if there is one and nobody came before.
+    /// Takes a place if there is one and nobody waits for it.
     fn try_take(&self, bytes: u64) -> bool {
         debug_assert!(bytes <= COUNTED_MAX);
-        let fits = |state: State| match bytes {
-            0 => !state.has(LIGHT_WAITS) && state.places() + u64::from(state.has(HEAVY_WAITS)) < self.most,
-            _ => !state.has(LIGHT_WAITS | HEAVY_WAITS) && self.has_room_for_bytes(state),
-        };
+        let fits = |state: State| !state.is_waited_for() && self.has_room(state);
         let take = |state: u64| fits(State(state)).then(|| state + packed(1, bytes));
         self.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).is_ok()
     }
 
-    fn has_room_for_bytes(&self, state: State) -> bool {
+    fn has_room(&self, state: State) -> bool {
         state.places() < self.most && state.bytes() < self.bytes_max
     }
 
     /// Queues a caller; `None`: it has been let in meanwhile.
     fn queue(&self, bytes: u64) -> Result<Option<Turn<'_>>> {
         let mut waiting = self.lock();
-        if (waiting.light.len() + waiting.heavy.len()) as u64 >= self.most.saturating_mul(WAITERS_FACTOR as u64) {
-            let State(state) = State(self.state.load(Ordering::Relaxed));
-            let (places, carried) = (State(state).places(), State(state).bytes());
+        if waiting.callers.len() as u64 >= self.most.saturating_mul(WAITERS_FACTOR as u64) {
+            let state = State(self.state.load(Ordering::Relaxed));
             return Err(Error::new(
                 ErrorKind::Busy,
                 format_args!(
-                    "{places} requests with {carried} bytes are under way, of {} and {}, and as many as may wait do; wait for \
-                     replies, or raise requests_max, or memory_bytes for commits",
-                    self.most, self.bytes_max
+                    "{} requests with {} bytes are under way, and as many as may wait do; wait for replies, or raise \
+                     requests_max, or memory_bytes for what commits carry",
+                    state.places(),
+                    state.bytes()
                 ),
             ));
         }
         let number = waiting.next;
         waiting.next += 1;
-        match bytes {
-            0 => drop(waiting.light.insert(number, Waker::noop().clone())),
-            _ => drop(waiting.heavy.insert(number, (bytes, Waker::noop().clone()))),
-        }
+        waiting.callers.insert(number, (bytes, Waker::noop().clone()));
         // Who leaves from here on sees it, and comes for the lock; who left before is seen by `admit`.
-        self.state.fetch_or(if bytes == 0 { LIGHT_WAITS } else { HEAVY_WAITS }, Ordering::AcqRel);
+        self.state.fetch_or(WAITS, Ordering::AcqRel);
         let wakers = self.admit(&mut waiting);
-        let let_in = !waiting.holds(number);
+        let let_in = !waiting.callers.contains_key(&number);
         drop(waiting);
         wakers.into_iter().for_each(Waker::wake);
         // Made only now: one that is dropped gives its place back.
@@ -165,32 +155,18 @@ impl Places {
     /// Lets in whoever can go, in their order.
     fn admit(&self, waiting: &mut Waiting) -> Wakers {
         let mut wakers = Wakers::new();
-        loop {
+        while let Some((_, (bytes, _))) = waiting.callers.first_key_value() {
             let state = State(self.state.load(Ordering::Acquire));
-            let light = waiting.light.keys().next().copied();
-            let heavy = waiting.heavy.first_key_value().map(|(number, (bytes, _))| (*number, *bytes));
-            let heavy_goes = heavy.filter(|_| self.has_room_for_bytes(state));
-            // With bytes waited for, the last place is for the one that came first.
-            let first = |number: u64| heavy.is_none_or(|(other, _)| number < other);
-            let light_goes = light.filter(|number| state.places() + u64::from(!first(*number)) < self.most);
-            let (bytes, is_heavy, is_last) = match (light_goes, heavy_goes) {
-                (None, None) => return wakers,
-                (Some(light), heavy) if heavy.is_none_or(|(other, _)| light < other) => {
-                    (0, false, waiting.light.len() == 1)
-                }
-                (_, Some((_, bytes))) => (bytes, true, waiting.heavy.len() == 1),
-                (Some(_), None) => unreachable!("the arm before the last takes it"),
-            };
-            let waits = if is_heavy { HEAVY_WAITS } else { LIGHT_WAITS };
-            let next = (state.0 + packed(1, bytes)) & if is_last { !waits } else { u64::MAX };
+            if !self.has_room(state) {
+                break;
+            }
+            let is_last = waiting.callers.len() == 1;
+            let next = (state.0 + packed(1, *bytes)) & if is_last { !WAITS } else { u64::MAX };
             if self.state.compare_exchange(state.0, next, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
-                let waker = match is_heavy {
-                    true => waiting.heavy.pop_first().map(|(_, (_, waker))| waker),
-                    false => waiting.light.pop_first().map(|(_, waker)| waker),
-                };
-                wakers.extend(waker);
+                wakers.extend(waiting.callers.pop_first().map(|(_, (_, waker))| waker));
             }
         }
+        wakers
     }
 
     /// Gives back `count` places, of requests with so many bytes together.
@@ -205,7 +181,7 @@ impl Places {
             before.places(),
             before.bytes()
         );
-        if before.has(LIGHT_WAITS | HEAVY_WAITS) {
+        if before.is_waited_for() {
             let wakers = self.admit(&mut self.lock());
             wakers.into_iter().for_each(Waker::wake);
         }
@@ -223,16 +199,6 @@ impl Places {
     }
 }
 
-impl Waiting {
-    fn holds(&self, number: u64) -> bool {
-        self.light.contains_key(&number) || self.heavy.contains_key(&number)
-    }
-
-    fn waker_of(&mut self, number: u64) -> Option<&mut Waker> {
-        self.light.get_mut(&number).or_else(|| self.heavy.get_mut(&number).map(|(_, waker)| waker))
-    }
-}
-
 impl Future for Turn<'_> {
     type Output = ();
 
@@ -240,7 +206,7 @@ impl Future for Turn<'_> {
         // A waker is the caller's code: made before, and dropped after the lock is held.
         let own = cx.waker().clone();
         let mut waiting = self.places.lock();
-        let former = waiting.waker_of(self.number).map(|waker| std::mem::replace(waker, own));
+        let former = waiting.callers.get_mut(&self.number).map(|(_, waker)| std::mem::replace(waker, own));
         drop(waiting);
         self.done = former.is_none();
         if self.done { Poll::Ready(()) } else { Poll::Pending }
@@ -252,24 +218,15 @@ impl Drop for Turn<'_> {
         if self.done {
             return;
         }
-        let places = self.places;
-        let mut waiting = places.lock();
-        let light = waiting.light.remove(&self.number);
-        let heavy = waiting.heavy.remove(&self.number);
-        if light.is_none() && heavy.is_none() {
-            drop(waiting);
-            return places.leave(1, self.bytes);
+        let mut waiting = self.places.lock();
+        let given_up = waiting.callers.remove(&self.number);
+        if given_up.is_some() && waiting.callers.is_empty() {
+            self.places.state.fetch_and(!WAITS, Ordering::AcqRel);
         }
-        if light.is_some() && waiting.light.is_empty() {
-            places.state.fetch_and(!LIGHT_WAITS, Ordering::AcqRel);
-        }
-        if heavy.is_some() && waiting.heavy.is_empty() {
-            places.state.fetch_and(!HEAVY_WAITS, Ordering::AcqRel);
-        }
-        // A place that was kept for this one may be another's.
-        let wakers = places.admit(&mut waiting);
         drop(waiting);
-        wakers.into_iter().for_each(Waker::wake);
+        if given_up.is_none() {
+            self.places.leave(1, self.bytes);
+        }
     }
 }
 
@@ -343,20 +300,17 @@ mod loom {
             let mut waiting = places.lock();
             let number = waiting.next;
             waiting.next += 1;
-            match bytes {
-                0 => drop(waiting.light.insert(number, Waker::noop().clone())),
-                _ => drop(waiting.heavy.insert(number, (bytes, Waker::noop().clone()))),
-            }
+            waiting.callers.insert(number, (bytes, Waker::noop().clone()));
             drop(places.admit(&mut waiting));
-            let let_in = !waiting.holds(number);
+            let let_in = !waiting.callers.contains_key(&number);
             if !let_in {
-                places.state.fetch_or(if bytes == 0 { LIGHT_WAITS } else { HEAVY_WAITS }, Ordering::AcqRel);
+                places.state.fetch_or(WAITS, Ordering::AcqRel);
             }
             (!let_in).then(|| Turn { places, number, bytes, done: false })
         };
         assert!(!holds(late, Places::leave), "a waiter that looks before it says that it waits");
         let hasty: Leave = |places, count, bytes| {
-            let waits = State(places.state.load(Ordering::Acquire)).has(LIGHT_WAITS | HEAVY_WAITS);
+            let waits = State(places.state.load(Ordering::Acquire)).is_waited_for();
             places.state.fetch_sub(packed(count as u64, bytes), Ordering::AcqRel);
             if waits {
                 let wakers = places.admit(&mut places.lock());

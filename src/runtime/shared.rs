@@ -27,7 +27,7 @@ const SPAWNS_MAX: usize = 1024;
 pub(super) struct Brought {
     pub(super) token: Token,
     pub(super) request: Request,
-    /// What it is counted with in [`Places`], until it is answered.
+    /// What it is counted with in [`Port::carried`], until it is answered.
     pub(super) bytes: u64,
 }
 
@@ -43,11 +43,41 @@ pub(super) struct Port {
     /// Tasks of the shard that other threads have woken: each at most once, so bounded by the tasks.
     pub(super) woken: SegQueue<Runnable>,
     pub(super) parking: Parking,
+    /// For requests that carry something: a shard that is slow holds up no commits of others.
+    pub(super) carried: Places,
+}
+
+/// What a request on its way has taken of [`Port::carried`]; given back unless it is [kept](Carried::keep).
+pub(super) struct Carried<'a> {
+    port: &'a Port,
+    bytes: u64,
+}
+
+impl<'a> Carried<'a> {
+    /// Waits until so many bytes may be under way to the shard; none always may.
+    pub(super) async fn take(port: &'a Port, bytes: u64) -> Result<Carried<'a>> {
+        if bytes > 0 {
+            port.carried.take(bytes).await?;
+        }
+        Ok(Carried { port, bytes })
+    }
+
+    /// The request is on its way: its bytes are given back when it is answered.
+    pub(super) fn keep(mut self) -> u64 {
+        std::mem::take(&mut self.bytes)
+    }
+}
+
+impl Drop for Carried<'_> {
+    fn drop(&mut self) {
+        self.port.carried.leave(usize::from(self.bytes > 0), self.bytes);
+    }
 }
 
 pub(super) struct Shared {
     pub(super) ports: Box<[Port]>,
     pub(super) inflight: Arc<InFlight>,
+    /// For all requests of handles.
     pub(super) places: Places,
     abandoned: AtomicBool,
     /// Of the files: ends what takes many steps.
@@ -64,11 +94,12 @@ impl Shared {
             spawns: Inbox::new(SPAWNS_MAX),
             woken: SegQueue::new(),
             parking: Parking::new(),
+            carried: Places::new(requests_max, request_bytes_max),
         };
         Shared {
             ports: (0..shards_count).map(port).collect(),
             inflight: Arc::new(InFlight::new()),
-            places: Places::new(requests_max, request_bytes_max * u64::from(shards_count)),
+            places: Places::new(requests_max, 1),
             abandoned: AtomicBool::new(false),
             cancel,
             running: AtomicUsize::new(usize::from(shards_count)),
@@ -92,10 +123,11 @@ impl Shared {
         self.abandoned.load(Ordering::Relaxed)
     }
 
-    /// Answers a request and frees its place, and so many bytes.
-    pub(super) fn finish(&self, token: Token, bytes: u64, result: Result<Response>) {
+    /// Answers a request to a shard and frees its place, and its bytes.
+    pub(super) fn finish(&self, port: &Port, token: Token, bytes: u64, result: Result<Response>) {
         self.inflight.complete(token, result);
-        self.places.leave(1, bytes);
+        self.places.leave(1, 0);
+        port.carried.leave(usize::from(bytes > 0), bytes);
     }
 
     /// The shard's thread takes nothing any more: what was accepted has an unknown outcome, the rest was not begun.
@@ -104,7 +136,7 @@ impl Shared {
         port.spawns.close();
         for (token, bytes) in accepted {
             let context = "the shard stopped; whether this was done is not known: reopen the store and look";
-            self.finish(token, bytes, Err(Error::new(ErrorKind::OutcomeUnknown, context)));
+            self.finish(port, token, bytes, Err(Error::new(ErrorKind::OutcomeUnknown, context)));
         }
         self.refuse_rest(port);
         port.refuse_spawns();
@@ -114,7 +146,7 @@ impl Shared {
     pub(super) fn refuse_rest(&self, port: &Port) {
         while let Some(Brought { token, bytes, request }) = port.inbox.pop() {
             drop(request);
-            self.finish(token, bytes, Err(closed()));
+            self.finish(port, token, bytes, Err(closed()));
         }
     }
 

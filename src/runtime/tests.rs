@@ -6,6 +6,7 @@
 mod bodies;
 
 use super::handle::Runtime;
+use super::local::TASKS_MAX;
 use super::machine::{Begun, Deed, Machine};
 use super::ring;
 use super::start::{Begin, start_with};
@@ -417,6 +418,20 @@ fn local_calls_are_bounded() {
         });
         assert!(block_on(task.expect("it starts")).expect("it ends"), "there is room again");
         close(&runtime);
+    });
+}
+
+/// If this fails, a program that starts too many tasks at a time hears that its store is closed, and may give it up.
+#[test]
+fn tasks_beyond_the_bound_are_refused_as_busy() {
+    with_toys(1, 8, |runtime| {
+        let task = runtime.spawn_on(ShardId::new(0), |local| async move {
+            let held: Vec<_> = (1..TASKS_MAX).map(|_| local.spawn(std::future::pending::<()>())).collect();
+            let refused = local.spawn(async {}).await.expect_err("it is one too many").kind();
+            (held.len(), refused)
+        });
+        let (held, refused) = block_on(task.expect("it starts")).expect("it ends");
+        assert_eq!((held, refused), (TASKS_MAX - 1, ErrorKind::Busy));
     });
 }
 

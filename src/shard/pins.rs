@@ -31,11 +31,11 @@ impl Pins {
     /// # Errors
     /// `Busy`: too many are held.
     pub(crate) fn take(this: &Arc<Pins>, count: usize) -> Result<Taken> {
-        let held = this.held.fetch_add(count, Ordering::Relaxed);
-        let taken = Taken { pins: this.clone(), count };
-        if held + count <= this.most {
-            return Ok(taken);
-        }
+        // Counted only if it fits: what is refused must not, for a moment, be in the way of others.
+        let fits = |held: usize| held.checked_add(count).filter(|all| *all <= this.most);
+        let Err(held) = this.held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) else {
+            return Ok(Taken { pins: this.clone(), count });
+        };
         Err(Error::new(
             ErrorKind::Busy,
             format_args!(
@@ -91,5 +91,30 @@ impl PageRef {
             self.pin = share.one();
         }
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// If this fails, a caller that asks for more than it can have makes others, who ask for a page, hear that the store is busy.
+    #[test]
+    fn what_is_refused_is_in_nobodys_way() {
+        let (pins, done) = (Pins::new(100), std::sync::atomic::AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            for count in [101, 1000, usize::MAX] {
+                let (pins, done) = (&pins, &done);
+                scope.spawn(move || {
+                    while !done.load(Ordering::Relaxed) {
+                        assert!(Pins::take(pins, count).is_err(), "{count} of 100");
+                    }
+                });
+            }
+            let refused = (0..200_000).filter(|_| Pins::take(&pins, 1).is_err()).count();
+            done.store(true, Ordering::Relaxed);
+            assert_eq!(refused, 0, "nothing was held");
+        });
+        assert_eq!(pins.held.load(Ordering::Relaxed), 0);
     }
 }

@@ -70,9 +70,11 @@ fn stop(runtime: &Runtime, shard: ShardId) -> crossbeam_channel::Sender<()> {
 
 /// Until nothing is under way; a hang is what this would show.
 fn settle(runtime: &Runtime, held: &Held) {
+    let shared = runtime.shared_for_tests();
+    let all = || std::iter::once(&shared.places).chain(shared.ports.iter().map(|port| &port.carried));
     let since = std::time::Instant::now();
-    while runtime.shared_for_tests().places.under_way() != (0, 0) || held.bytes() != 0 {
-        let under_way = runtime.shared_for_tests().places.under_way();
+    while all().any(|places| places.under_way() != (0, 0)) || held.bytes() != 0 {
+        let under_way: Vec<_> = all().map(|places| places.under_way()).collect();
         assert!(since.elapsed() < Duration::from_secs(60), "{under_way:?}, {} bytes held", held.bytes());
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -89,10 +91,12 @@ fn commits_of_callers_that_give_up_take_a_sixteenth_of_the_memory() {
             let mut asked = Box::pin(runtime.submit_to(ShardId::new(0), held.commit(pages)));
             let taken = block_on(poll_once(&mut asked));
             drop((taken, asked));
-            let most = 2 * SHARD_BYTES + 16 * BLOCK as u64;
+            let most = SHARD_BYTES + 16 * (BLOCK as u64 + 64);
             assert!(held.bytes() <= most, "{} bytes of requests that nobody waits for", held.bytes());
         }
-        assert!(held.bytes() >= SHARD_BYTES, "the bound is used: {}", held.bytes());
+        assert!(held.bytes() >= SHARD_BYTES / 2, "the bound is used: {}", held.bytes());
+        // Other shards have their own.
+        assert!(matches!(ask(&runtime, 1, held.commit(100)), Ok(Response::Committed(_))), "one shard holds up another");
         // What carries nothing goes all the same, to this shard and to others.
         let reply = ask(&runtime, 1, Request::WaitDurable(Lsn::new(1)));
         assert!(matches!(reply, Ok(Response::Flushed(_))), "{reply:?}");

@@ -97,7 +97,7 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
     fn export_name(&mut self, data: &[u8]) -> io::Result<Outcome<X::Export>> {
         let name = proto::parse_name(data).ok_or_else(|| proto::broken("bad export name"))?;
         // This option has no way to say no.
-        let Ok(Some((name, export))) = self.exports.find(&name) else {
+        let Ok(Some((name, export))) = self.exports.find(name) else {
             return Err(proto::broken("EXPORT_NAME of an unknown export"));
         };
         self.stream.write_all(&proto::export_name_reply(export.bytes(), self.structured, self.zeroes))?;
@@ -158,8 +158,7 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
         };
         let Some((name, _)) = self.find(option, &request.name)? else { return Ok(()) };
         // Only a list may be asked for by namespace, or without saying of what.
-        let is_ours = |query: &String| query == proto::ALLOCATION || (!set && query == "base:");
-        if request.queries.iter().any(is_ours) || (!set && request.queries.is_empty()) {
+        if request.allocation || (!set && (request.base || request.is_open)) {
             let id = if set { proto::ALLOCATION_ID } else { 0 };
             self.answer(option, reply::META_CONTEXT, &proto::meta_context(id, proto::ALLOCATION))?;
             self.allocation_of = if set { Some(name) } else { self.allocation_of.take() };

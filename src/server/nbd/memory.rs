@@ -202,6 +202,22 @@ mod tests {
         assert_eq!(Division::of(64 * MIB).connections_max, 128);
     }
 
+    /// A handle may pin a quarter of the memory, and a read that finds no pins left waits behind all that find some. If this fails,
+    /// a client that asks for CACHE all the time may wait for ever for what it reads beside.
+    #[test]
+    fn what_a_connection_has_under_way_pins_less_than_it_may() {
+        for mib in [16, 17, 24, 33, 64, 100, 256, 1000, 4096, 1 << 16] {
+            let division = Division::of(mib * MIB);
+            let may_pin = division.engine_bytes as usize / (PAGE + 512) / 4;
+            let requests = super::super::Limits::default().requests_max;
+            let caching = requests.min(division.writes_bytes / super::super::transmission::WORK_BYTES);
+            // A connection has no more of the memory for replies than it leaves free; its reads may begin and end within pages.
+            let reads = (division.replies_bytes / 2 + division.own_bytes) / PAGE + 2 * requests;
+            let pins = caching * super::super::volume::CACHE_PAGES + reads;
+            assert!(pins <= may_pin, "{mib} MiB: {caching} CACHEs and reads of {reads} pages pin {pins} of {may_pin}");
+        }
+    }
+
     /// One client that never reads must not leave the others with nothing, nor must a hundred of them.
     #[test]
     fn however_many_hold_memory_for_replies_the_next_one_gets_some_or_has_its_own() {

@@ -44,7 +44,7 @@ const EXTENT_BYTES: usize = 16;
 
 /// Memory of a request that frees, zeroes or caches: lists of pages of one commit, or, where a large hole is made by many commits,
 /// of all that are under way.
-const WORK_BYTES: usize = 128 << 10;
+pub const WORK_BYTES: usize = 128 << 10;
 const LARGE_WORK_BYTES: usize = 1 << 20;
 const LARGE_WORK_FROM: u32 = 2 << 20;
 

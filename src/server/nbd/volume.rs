@@ -22,6 +22,8 @@ use tracing::warn;
 
 /// Pages of a read at a time: each is pinned while it is copied, so this bounds the pins of a large request.
 const READ_PAGES: usize = 256;
+/// Pages that one CACHE brings into memory at a time: all of a connection's CACHEs together leave its reads pins enough.
+pub const CACHE_PAGES: usize = 32;
 /// Changes of a commit: 4,096 freed pages are 16 MiB of the volume.
 const CHANGES_MAX: usize = 4096;
 /// Whole pages up to which a hole is made by one commit: 2 MiB.
@@ -172,7 +174,7 @@ impl Export for VolumeExport {
     async fn cache(&self, offset: u64, length: u64) -> Result<(), Fault> {
         let mut rest = spans(offset, length.min(u64::from(PAYLOAD_BYTES_MAX))).peekable();
         while rest.peek().is_some() {
-            let batch = span::batch(&mut rest, READ_PAGES, u64::MAX, |_| 0);
+            let batch = span::batch(&mut rest, CACHE_PAGES, u64::MAX, |_| 0);
             let ids: Vec<PageId> = batch.iter().map(|s| PageId::new(s.page)).collect();
             patiently(|| self.volume.read_many(&ids)).await?;
         }

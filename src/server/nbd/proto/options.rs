@@ -3,7 +3,7 @@
 //! 1. Counts and lengths in an option are checked against its data before anything is taken from it.
 
 use super::{
-    BLOCK_MIN_BYTES, BLOCK_PREFERRED_BYTES, Fields, GREETING_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC,
+    ALLOCATION, BLOCK_MIN_BYTES, BLOCK_PREFERRED_BYTES, Fields, GREETING_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC,
     PAYLOAD_BYTES_MAX, SERVER_FLAGS, STRING_BYTES_MAX, broken, export_flags, info,
 };
 use std::io;
@@ -33,7 +33,7 @@ impl InfoRequest {
     /// Parses the data; `None` if lengths don't add up, or the name is too long or no UTF-8.
     pub fn parse(data: &[u8]) -> Option<InfoRequest> {
         let mut from = Fields(data);
-        let name = parse_string(&mut from)?;
+        let name = parse_string(&mut from)?.to_owned();
         let count = from.u16()?;
         let (mut wants_name, mut wants_block_size) = (false, false);
         for _ in 0..count {
@@ -52,27 +52,34 @@ impl InfoRequest {
 pub struct MetaRequest {
     /// The export's name; empty stands for the default one.
     pub name: String,
-    /// Contexts, or `namespace:` for all of one.
-    pub queries: Vec<String>,
+    /// Nothing was asked for by name.
+    pub is_open: bool,
+    /// What is stored was asked for, by its whole name.
+    pub allocation: bool,
+    /// All contexts of the namespace `base` were.
+    pub base: bool,
 }
 
 impl MetaRequest {
-    /// Parses the data; `None` if lengths don't add up, or a string is too long or no UTF-8.
+    /// Parses the data; `None` if lengths don't add up, or a string is too long or no UTF-8. No list is made of the queries: of
+    /// the shortest ones it would be eight times as long as the data, for each client.
     pub fn parse(data: &[u8]) -> Option<MetaRequest> {
         let mut from = Fields(data);
-        let name = parse_string(&mut from)?;
+        let name = parse_string(&mut from)?.to_owned();
         let count = from.u32()?;
-        let mut queries = Vec::new();
+        let (mut allocation, mut base) = (false, false);
         // Each takes four bytes or more, so a count out of the blue ends with the data.
         for _ in 0..count {
-            queries.push(parse_string(&mut from)?);
+            let query = parse_string(&mut from)?;
+            allocation |= query == ALLOCATION;
+            base |= query == "base:";
         }
-        from.0.is_empty().then_some(MetaRequest { name, queries })
+        from.0.is_empty().then_some(MetaRequest { name, is_open: count == 0, allocation, base })
     }
 }
 
 /// A string behind its length.
-fn parse_string(from: &mut Fields<'_>) -> Option<String> {
+fn parse_string<'a>(from: &mut Fields<'a>) -> Option<&'a str> {
     let bytes = from.u32()? as usize;
     if bytes > STRING_BYTES_MAX {
         return None;
@@ -81,11 +88,11 @@ fn parse_string(from: &mut Fields<'_>) -> Option<String> {
 }
 
 /// A string of the protocol.
-pub fn parse_name(bytes: &[u8]) -> Option<String> {
+pub fn parse_name(bytes: &[u8]) -> Option<&str> {
     if bytes.len() > STRING_BYTES_MAX {
         return None;
     }
-    String::from_utf8(bytes.to_vec()).ok()
+    std::str::from_utf8(bytes).ok()
 }
 
 /// The server's first words.
