@@ -43,7 +43,7 @@ use crate::pool::Arena;
 use crate::shard::{LSN_AHEAD_MAX, NewEpoch, Recovering, Setup, Shard};
 use crate::types::{BLOCK, Deal, ExtentNo, Lsn, Micros, Place, SegmentNo, ShardId};
 use read::{Range, read_ranges};
-use scan::neighbours_together;
+use scan::{ScannedGroup, neighbours_together};
 use std::sync::Arc;
 
 /// What opening a store found and did.
@@ -319,18 +319,26 @@ fn log_chunks(arena: &mut Arena, limits: &Limits) -> Result<Chunks> {
     Ok(Chunks::new(stock, chunk_blocks as usize * BLOCK))
 }
 
-/// Writes the pages that doubtful groups have put to their places once more. If a flush of the dead process has failed, the
+/// Writes doubtful groups, and the pages that they have put to their places, once more. If a flush of the dead process has failed, the
 /// kernel may show what it will never write (it marks such pages clean), and a flush of ours would say that all is well.
-/// All else that the log holds is written anew by its redo.
+/// The redo writes what the groups hold anew, but a checkpoint in the middle of it records the cut, and the groups must last beyond it.
 fn rewrite_doubtful(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblock, scan: &Scan) -> Result<()> {
-    let places = scan.groups.iter().filter(|group| group.is_doubtful).flat_map(|group| &group.places);
+    let doubtful = || scan.groups.iter().filter(|group| group.is_doubtful);
+    let places = doubtful().flat_map(|group| &group.places);
     let offsets = places.map(|place| place.offset(superblock.geometry.extent_bytes));
-    for (offset, blocks) in neighbours_together(offsets) {
+    let pages = neighbours_together(offsets).into_iter();
+    let pages = pages.map(|(offset, blocks)| Range { file: FileId::Data, offset, blocks });
+    let groups = doubtful().map(|ScannedGroup { head, .. }| Range {
+        file: FileId::Log(head.shard, head.segment),
+        offset: u64::from(head.block) * BLOCK as u64,
+        blocks: head.blocks.into(),
+    });
+    for Range { file, offset, blocks } in pages.chain(groups) {
         for first in (0..blocks).step_by(REWRITE_BLOCKS) {
             let offset = offset + first * BLOCK as u64;
             let len = (blocks - first).min(REWRITE_BLOCKS as u64) as usize * BLOCK;
-            let bytes = read_bytes(disk, arena, FileId::Data, offset, len)?;
-            create::write_bytes(disk, arena, FileId::Data, offset, &bytes)?;
+            let bytes = read_bytes(disk, arena, file, offset, len)?;
+            create::write_bytes(disk, arena, file, offset, &bytes)?;
         }
     }
     Ok(())

@@ -284,6 +284,22 @@ fn pages_that_a_failed_flush_has_lost_are_written_again() {
     assert!(shown_new > 0 && doomed > 0, "{shown_new} {doomed}");
 }
 
+/// Opens the store as far as to a checkpoint in the middle of the redo; returns the cut.
+fn checkpoint_before_the_last(disk: &mut SimDisk) -> Lsn {
+    let opening = begin(disk, &options(), 1, 7, 0).expect("the store can be opened");
+    let mut all = Together::new(opening.shards);
+    all.request(ShardId::LEADER, Token(1), Request::Checkpoint);
+    let mut now = disk.now();
+    while all.replies.is_empty() {
+        // Not a lap more: the checkpoint that ends the recovery would make the logs superfluous.
+        now += 50;
+        all.lap(disk, now);
+        disk.advance_to(now);
+        assert!(all.shards[0].failure().is_none(), "the checkpoint ends");
+    }
+    opening.report.cut
+}
+
 /// A process dies with commits in its logs that no flush has covered; the next one reads them, and a checkpoint in the middle of its redo
 /// records them as durable. A power cut then must not find them gone: the store would be refused as damaged.
 #[test]
@@ -298,24 +314,35 @@ pub(crate) fn what_a_recovery_records_as_durable_survives_a_power_cut() {
         // Somewhere between the first log write and the end of its flush.
         (0..seed % 12).for_each(|_| d.step());
         let mut disk = d.disk.crash(Loss::Process, &mut Rng::new(seed));
-        let opening = begin(&mut disk, &options(), 1, 7, 0).expect("the store can be opened");
-        let cut = opening.report.cut;
-        let mut all = Together::new(opening.shards);
-        all.request(ShardId::LEADER, Token(1), Request::Checkpoint);
-        let mut now = disk.now();
-        while all.replies.is_empty() {
-            // Not a lap more: the checkpoint that ends the recovery would make the logs superfluous.
-            now += 50;
-            all.lap(&mut disk, now);
-            disk.advance_to(now);
-            assert!(all.shards[0].failure().is_none(), "the checkpoint ends");
-        }
+        let cut = checkpoint_before_the_last(&mut disk);
         let lost = d.disk.crash(Loss::Everything, &mut Rng::new(seed));
         unflushed += u32::from(begin(&mut lost.clone(), &options(), 1, 7, 0).expect("it opens").report.cut < cut);
         let (_, report) = Driver::open(disk.crash(Loss::Everything, &mut Rng::new(seed)));
         assert!(report.cut >= cut, "seed {seed}: {cut:?} was recorded, {:?} is left", report.cut);
     }
     assert!(unflushed > 0, "all that was read had been flushed");
+}
+
+/// The same after a flush that has failed: of what the dead process has written since, the kernel may show what it will never write. If
+/// this fails, a store that was reopened after such a failure, and then lost its power in the middle of the redo, is refused as damaged.
+#[test]
+fn what_a_failed_flush_has_lost_of_the_log_is_written_again() {
+    let mut doomed = 0;
+    for seed in 0..24 {
+        let (mut d, _) = Driver::open(SimDisk::new(seed));
+        d.commit(vec![(key(0), put(1))]);
+        d.disk.inject(Fault::once(OpKind::Flush, Area::Log, 0));
+        let commit = Commit { reads: vec![], changes: vec![(key(1), put(2))], durable: true };
+        assert!(d.ask(Request::Commit(commit)).is_err(), "its flush has failed");
+        let lost = d.disk.crash(Loss::Everything, &mut Rng::new(seed));
+        let mut disk = d.disk.crash(Loss::Process, &mut Rng::new(seed));
+        let cut = checkpoint_before_the_last(&mut disk);
+        doomed += u32::from(begin(&mut lost.clone(), &options(), 1, 7, 0).expect("it opens").report.cut < cut);
+        let mut after = disk.crash(Loss::Everything, &mut Rng::new(seed));
+        let found = begin(&mut after, &options(), 1, 7, 0).map(|opening| opening.report.cut);
+        assert!(found.as_ref().is_ok_and(|found| *found >= cut), "seed {seed}: {cut:?} was recorded, now {found:?}");
+    }
+    assert!(doomed > 0, "nothing was lost");
 }
 
 /// What is longer than one operation reads (a group with a large commit, the table of a large store) is put together in order.
