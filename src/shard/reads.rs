@@ -9,6 +9,7 @@
 //! 2. Nothing is pinned for a read that waits. When it is its turn the path to it may have left memory: whoever asked looks again.
 //! 3. Bytes from the device become a page's content only if their sum is the entry's, and the entry is still the
 //!    page's: a page changed meanwhile ignores a late read.
+//! 4. A block that can't be read costs no other page: what was read together is read apart then.
 
 use super::{OpKind, Shard, Step};
 use crate::coalesce;
@@ -199,6 +200,9 @@ impl Shard {
     /// Pages arrive from the device.
     pub(super) fn pages_read(&mut self, reads: Vec<Option<PageRead>>, completion: Completion) {
         let DiskOp::Read { into, .. } = completion.op else { unreachable!("a read completes as a read") };
+        if completion.result.is_err() && reads.len() > 1 {
+            return self.read_apart(reads, into);
+        }
         for (read, frame) in reads.into_iter().zip(into) {
             let Some(read) = read else { continue };
             let page = &mut self.table.pages[read.page];
@@ -222,6 +226,15 @@ impl Shard {
                 Err(error) => self.fail_waiters(read.page, &error),
             }
             self.reference_ended(read.page);
+        }
+    }
+
+    /// Reads each page of an operation that has failed by itself: what can't be read may be one of them, or lie between them.
+    fn read_apart(&mut self, reads: Vec<Option<PageRead>>, into: SmallVec<[Frame; 4]>) {
+        for (read, frame) in reads.into_iter().zip(into) {
+            if let Some(read) = read {
+                self.submit_page_read(read.entry.place(), vec![Some(read)], std::iter::once(frame).collect());
+            }
         }
     }
 
