@@ -13,7 +13,7 @@ use crate::format::extent::NodeKey;
 use crate::format::group::{HEAD_BYTES, RawChange, RawParts, RawRecord, RawSlot};
 use crate::format::node::{Child, LEAF_ENTRIES};
 use crate::map::{Lookup, Map};
-use crate::types::{BLOCK, Lsn};
+use crate::types::{BLOCK, Lsn, PageKey};
 use smallvec::SmallVec;
 
 /// Frames left alone by commits, for reads, map nodes and checkpoints.
@@ -256,15 +256,28 @@ impl Shard {
             if page.leaf.is_some() {
                 continue;
             }
-            match self.map.lookup(page.key) {
+            let key = page.key;
+            match self.map.lookup(key) {
                 Lookup::Found(_) => {
-                    let leaf = self.map.pin(page.key, &mut self.arena);
+                    if !self.nodes_are_counted(key, frames) {
+                        self.unpin_leaves(&changed);
+                        self.again = true;
+                        return Admission::Stalled;
+                    }
+                    let leaf = self.map.pin(key, &mut self.arena);
                     self.table.pages[idx].leaf = Some(leaf);
                 }
-                Lookup::Load(key, child) => return self.wait_for_leaf(waiter, &changed, step, (key, child)),
+                Lookup::Load(node, child) => return self.wait_for_leaf(waiter, &changed, step, (node, child)),
             }
         }
         Admission::Yes
+    }
+
+    /// Whether there are frames for the nodes that `key` lacks, and for `frames` pages. The search for frames may have taken nodes that
+    /// an earlier commit made for nothing: no device has them, and they were counted as there. The next try counts them.
+    fn nodes_are_counted(&mut self, key: PageKey, frames: u32) -> bool {
+        let kept = self.reserved.frames + self.checkpoint_frames();
+        self.arena.free_blocks() >= frames + self.map.missing_nodes(key) + kept
     }
 
     /// Pins the leaves that are there already: the search for frames would take the very leaf that has just been read for this

@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 
 mod compaction_tests;
 mod fairness_tests;
+mod space_tests;
 
 /// Pages that are written: each with the byte that it is full of.
 type Model = BTreeMap<PageKey, u8>;
