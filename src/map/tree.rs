@@ -21,6 +21,7 @@ mod emptied;
 mod index;
 mod leaves;
 mod paths;
+mod pins;
 mod residency;
 
 pub(crate) use leaves::NextLeaf;
@@ -51,10 +52,12 @@ struct Node {
     /// Where it was last written.
     place: Option<Place>,
     dirty: bool,
-    /// Pages that will change it, reads of its children, and its own write.
+    /// A checkpoint writes it.
+    is_written: bool,
+    /// Of a leaf: pages that will change it. Of others: reads of its children.
     pins: u32,
     /// Children in memory.
-    children: u32,
+    children: u16,
     residency: Residency,
 }
 
@@ -91,7 +94,7 @@ pub(crate) struct NodeWrite {
     pub place: Place,
     /// Its bytes, fixed by a pin: until it is dropped the node is not changed.
     pub frame: FrameRef,
-    /// The node, pinned: until it is written its place holds other bytes, and it must not be read from there.
+    /// The node, kept in memory: until it is [written](Map::written) its place holds other bytes, and it must not be read from there.
     pub node: NodeIdx,
 }
 
@@ -104,6 +107,11 @@ pub(crate) struct Map {
     index: HashTable<NodeIdx>,
     hasher: foldhash::fast::FixedState,
     dirty_count: usize,
+    /// Leaves that pages will change, and how many of them are dirty already.
+    awaited: u64,
+    awaited_dirty: u64,
+    /// Nodes in memory that are no leaves.
+    interior: u64,
     /// Nodes that have become idle, for the eviction policy; and which nodes stand there.
     idle: Vec<NodeIdx>,
     noted: Vec<bool>,
@@ -141,6 +149,9 @@ impl Map {
             index: HashTable::new(),
             hasher: foldhash::fast::FixedState::with_seed(seed),
             dirty_count: 0,
+            awaited: 0,
+            awaited_dirty: 0,
+            interior: 0,
             idle: Vec::new(),
             noted: Vec::new(),
         }
@@ -245,7 +256,16 @@ impl Map {
 
     fn insert(&mut self, key: NodeKey, place: Option<Place>, frame: Frame) -> NodeIdx {
         let parent = self.parent(key);
-        let node = Node { key, frame, place, dirty: false, pins: 0, children: 0, residency: Residency::default() };
+        let node = Node {
+            key,
+            frame,
+            place,
+            dirty: false,
+            is_written: false,
+            pins: 0,
+            children: 0,
+            residency: Residency::default(),
+        };
         let idx = match self.vacant.pop() {
             Some(i) => NodeIdx(i),
             None => {
@@ -256,6 +276,7 @@ impl Map {
         };
         self.nodes[idx.0 as usize] = Some(node);
         self.enter(key, idx);
+        self.interior += u64::from(key.level > 0);
         if let Some(parent) = parent {
             self.node_mut(parent).children += 1;
         }
@@ -265,54 +286,16 @@ impl Map {
 
     fn remove(&mut self, idx: NodeIdx) -> Node {
         let node = self.nodes[idx.0 as usize].take().expect("a node in the index exists");
-        assert!(node.pins == 0 && node.children == 0 && !node.dirty, "{:?} is needed in memory", node.key);
+        let is_needed = node.pins > 0 || node.is_written || node.children > 0 || node.dirty;
+        assert!(!is_needed, "{:?} is needed in memory", node.key);
         self.vacant.push(idx.0);
         self.left(node.key, idx);
+        self.interior -= u64::from(node.key.level > 0);
         if let Some(parent) = self.find(parent_of(node.key)) {
             self.node_mut(parent).children -= 1;
             self.note_idle(parent);
         }
         node
-    }
-
-    /// Pins the parent of a node that is about to be read, so that it is still there when the node arrives.
-    /// `None`: the root block names the node. That is no pin: the tree may have another top when the node arrives.
-    pub(crate) fn pin_parent(&mut self, key: NodeKey) -> Option<NodeIdx> {
-        let parent = self.find(parent_of(key))?;
-        self.node_mut(parent).pins += 1;
-        Some(parent)
-    }
-
-    /// Makes the leaf of `key` exist in memory and pins it. All nodes on the path that exist on disk must be in
-    /// memory (a lookup just found the entry or its absence).
-    pub(crate) fn pin(&mut self, key: PageKey, arena: &mut Arena) -> NodeIdx {
-        let (vshard, dense) = self.position(key);
-        let leaf = NodeKey { vshard, volume: key.volume, level: 0, prefix: prefix(dense, 0) };
-        if let Some(idx) = self.find(leaf) {
-            self.node_mut(idx).pins += 1;
-            return idx;
-        }
-        self.grow(vshard, key.volume, dense, arena);
-        let top = self.top(vshard, key.volume).level;
-        for level in (0..=top).rev() {
-            let at = NodeKey { vshard, volume: key.volume, level, prefix: prefix(dense, level) };
-            if self.find(at).is_none() {
-                assert!(self.named(at).is_none(), "{at:?} is on the device: an empty one must not take its place");
-                self.insert(at, None, zeroed(arena));
-            }
-        }
-        let idx = self.find(leaf).expect("a node that is dirty or pinned is in memory");
-        self.node_mut(idx).pins += 1;
-        idx
-    }
-
-    /// Pins the leaf of `key` if it is in memory.
-    pub(crate) fn pin_if_resident(&mut self, key: PageKey) -> Option<NodeIdx> {
-        let (vshard, dense) = self.position(key);
-        let leaf = NodeKey { vshard, volume: key.volume, level: 0, prefix: prefix(dense, 0) };
-        let idx = self.find(leaf)?;
-        self.node_mut(idx).pins += 1;
-        Some(idx)
     }
 
     /// Raises the tree of a volume until it covers `dense`.
@@ -340,22 +323,9 @@ impl Map {
             child = Child { level: above.level, present: 1, ..Child::default() };
             self.roots[vshard.index()].children[v] = child;
             let idx = self.insert(above, None, frame);
-            self.node_mut(idx).children = u32::from(has_child);
+            self.node_mut(idx).children = u16::from(has_child);
             self.mark_dirty(idx);
         }
-    }
-
-    /// Takes a pin back.
-    pub(crate) fn unpin(&mut self, idx: NodeIdx) {
-        let node = self.node_mut(idx);
-        assert!(node.pins > 0, "a pin too few on {:?}", node.key);
-        node.pins -= 1;
-        self.note_idle(idx);
-    }
-
-    /// Whether the node is on its way to the device by a checkpoint: until then it must not be changed.
-    pub(crate) fn is_being_written(&self, idx: NodeIdx) -> bool {
-        self.node(idx).frame.pins() > 0
     }
 
     /// Sets the entry of `key` in its pinned leaf, which is not being written; returns the one before.
@@ -385,8 +355,9 @@ impl Map {
                 return;
             }
             node.dirty = true;
-            let key = node.key;
+            let (key, pins) = (node.key, node.pins);
             self.dirty_count += 1;
+            self.awaited_dirty += u64::from(key.level == 0 && pins > 0);
             let root = &mut self.roots[key.vshard.index()];
             root.dirty = true;
             root.dirty_nodes.insert((key.level, key.volume, key.prefix));
@@ -408,7 +379,7 @@ impl Map {
     }
 
     /// Fixes the state of one virtual shard for a checkpoint: gives each dirty node a new place, bottom up, and
-    /// returns what is to be written, the nodes pinned; the places that they leave go to `retired`. Afterwards nothing of the
+    /// returns what is to be written, the nodes kept in memory; the places that they leave go to `retired`. Afterwards nothing of the
     /// virtual shard is dirty and its root's generation is one higher. It takes no memory, however many nodes there are: their own
     /// bytes are written, and they are not changed meanwhile (`is_being_written`).
     pub(crate) fn capture(
@@ -426,6 +397,8 @@ impl Map {
             let node = self.node_mut(idx);
             node.dirty = false;
             retired.extend(node.place.take());
+            let is_awaited = level == 0 && node.pins > 0;
+            self.awaited_dirty -= u64::from(is_awaited);
             let empty = self.is_empty(idx);
             let child = if empty {
                 Child::default()
@@ -434,7 +407,7 @@ impl Map {
                 let place = alloc(key);
                 node.place = Some(place);
                 let crc = crc32c(&node.frame);
-                node.pins += 1;
+                node.is_written = true;
                 writes.push(NodeWrite { place, frame: node.frame.pin(), node: idx });
                 Child::at(place, crc, level)
             };

@@ -180,7 +180,7 @@ impl Store {
             writes.iter().map(|write| (write.place, write.frame.to_vec(), write.node)).collect();
         for (place, bytes, node) in written {
             assert!(self.nodes.insert(place, bytes).is_none(), "{place:?} was written twice");
-            self.map.unpin(node);
+            self.map.written(node);
         }
     }
 

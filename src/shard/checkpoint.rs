@@ -253,7 +253,7 @@ impl Shard {
         if u32::from(next) >= self.limits.geometry.vshards_count {
             self.write_roots();
             if self.checkpoint.ops == 0 {
-                std::mem::take(&mut self.checkpoint.nodes).into_iter().for_each(|node| self.map.unpin(node));
+                std::mem::take(&mut self.checkpoint.nodes).into_iter().for_each(|node| self.map.written(node));
                 self.hand_over();
             }
             return;

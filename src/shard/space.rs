@@ -116,8 +116,18 @@ impl Shard {
         u64::from(space.free) * u64::from(space.data_blocks)
     }
 
-    /// Blocks that what is dirty now will take.
+    /// Blocks that what is dirty now will take, the map nodes that dirty pages will change among it: a checkpoint must find room for
+    /// them, however many pages have been waiting to be written.
     pub(super) fn owed_blocks(&self) -> u64 {
+        self.owed_now() + self.awaited_nodes()
+    }
+
+    fn awaited_nodes(&self) -> u64 {
+        self.map.awaited_count(self.checkpoint.is_active())
+    }
+
+    /// The same without what will be dirty by and by: the file is not made longer for its sake, since it comes and goes.
+    fn owed_now(&self) -> u64 {
         self.reserved_blocks + self.reserved.space_blocks + self.map.dirty_count() as u64
     }
 
@@ -228,7 +238,8 @@ impl Shard {
             // Compaction will have made more of it: a checkpoint costs the same, however little it frees.
             return true;
         }
-        let is_dirty = self.reserved_blocks > 0 || self.page_writes > 0 || self.map.dirty_count() > 0;
+        let is_awaited = self.awaited_nodes() > 0 || self.map.dirty_count() > 0;
+        let is_dirty = self.reserved_blocks > 0 || self.page_writes > 0 || is_awaited;
         if self.extents.coming() > 0 || (!moving && (self.extents.left_count() > 0 || is_dirty)) {
             // What is dirty leaves places when it is written.
             self.need_checkpoint();
@@ -242,7 +253,7 @@ impl Shard {
     fn wants_growth(&self) -> bool {
         let (space, geometry) = (self.extents.space(), &self.limits.geometry);
         let reserve = RESERVE_EXTENTS * u64::from(space.data_blocks);
-        let live = self.named_blocks() + self.owed_blocks() + reserve;
+        let live = self.named_blocks() + self.owed_now() + reserve;
         let let_be = geometry.segment_bytes * u64::from(geometry.segments_count) / BLOCK as u64;
         let filled = (u64::from(space.total) * u64::from(space.data_blocks)).saturating_sub(let_be);
         live * 100 > filled * u64::from(self.limits.fill_percent)
@@ -259,7 +270,7 @@ impl Shard {
         // Beyond what commits may not use.
         let extent = u64::from(self.extents.data_blocks());
         let ahead = (self.spare_blocks() / AHEAD_PART).max(AHEAD_EXTENTS_MIN * extent);
-        let free = self.free_blocks().saturating_sub(self.owed_blocks() + self.reserve_blocks());
+        let free = self.free_blocks().saturating_sub(self.owed_now() + self.reserve_blocks());
         if free >= ahead {
             return;
         }
@@ -286,7 +297,7 @@ impl Shard {
     /// and nothing is moved.
     fn space_for_opening(&mut self) {
         let reserve = FREES_RESERVE_EXTENTS * u64::from(self.extents.data_blocks());
-        if self.recovering.is_none() || self.free_blocks() >= self.owed_blocks() + reserve {
+        if self.recovering.is_none() || self.free_blocks() >= self.owed_now() + reserve {
             return;
         }
         if !self.grow(BEYOND_EXTENTS) && self.extents.left_count() > 0 {

@@ -13,12 +13,22 @@ impl Map {
         if dirty != self.dirty_count {
             return Err(format!("{} dirty nodes by what is kept, {dirty} counted", self.dirty_count));
         }
-        let mut children_of: BTreeMap<NodeKey, u32> = BTreeMap::new();
+        let mut children_of: BTreeMap<NodeKey, u16> = BTreeMap::new();
         let nodes =
             || self.nodes.iter().enumerate().filter_map(|(no, node)| Some((NodeIdx(no as u32), node.as_ref()?)));
         nodes().for_each(|(_, node)| *children_of.entry(parent_of(node.key)).or_default() += 1);
         if self.index.len() != nodes().count() {
             return Err(format!("{} nodes in the index, {} in memory", self.index.len(), nodes().count()));
+        }
+        let awaited = || nodes().filter(|(_, node)| node.pins > 0 && node.key.level == 0);
+        let awaited_dirty = awaited().filter(|(_, node)| node.dirty).count() as u64;
+        let interior = nodes().filter(|(_, node)| node.key.level > 0).count() as u64;
+        let kept = [self.awaited, self.awaited_dirty, self.interior];
+        let counted = [awaited().count() as u64, awaited_dirty, interior];
+        if kept != counted {
+            return Err(format!(
+                "leaves to be changed, dirty ones, and nodes above leaves: {kept:?} kept, {counted:?} counted"
+            ));
         }
         for (idx, node) in nodes() {
             let key = node.key;

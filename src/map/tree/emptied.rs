@@ -11,7 +11,7 @@ impl Map {
     /// pinned leave memory.
     pub(super) fn is_empty(&mut self, idx: NodeIdx) -> bool {
         let node = self.node(idx);
-        if node.pins > 0 || node.frame.iter().any(|byte| *byte != 0) {
+        if node.pins > 0 || node.is_written || node.frame.iter().any(|byte| *byte != 0) {
             return false;
         }
         let key = node.key;

@@ -11,7 +11,7 @@ use std::hash::BuildHasher;
 
 impl Node {
     fn can_go(&self) -> bool {
-        !self.dirty && self.pins == 0 && self.children == 0
+        !self.dirty && !self.is_written && self.pins == 0 && self.children == 0
     }
 }
 

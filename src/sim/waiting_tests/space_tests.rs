@@ -1,8 +1,58 @@
-//! What commits leave for map nodes: memory for those that they make.
+//! What commits leave for map nodes: space for those that they will change, in a store that is full, and memory for those that they make.
 
 use super::*;
 
+/// Each in a leaf of its own.
 const PAGES: u64 = 4_000;
+/// What a full device says.
+const ENOSPC: i32 = 28;
+
+fn lone(n: u64) -> PageKey {
+    key(n * 64)
+}
+
+/// If this fails, a store on a full device stops in a checkpoint, and does not open again: commits have been given the space that the
+/// map nodes of their pages need.
+#[test]
+fn commits_leave_space_for_the_map_nodes_that_they_will_dirty() {
+    // Half full: all of them are carried out. And so full that some may be refused.
+    leaves_space_for_nodes(50, false).unwrap_or_else(|why| panic!("half full: {why}"));
+    leaves_space_for_nodes(70, true).unwrap_or_else(|why| panic!("full: {why}"));
+}
+
+fn leaves_space_for_nodes(fill_percent: u32, may_be_full: bool) -> Outcome {
+    let options = Options { fill_percent, memory_bytes: 64 << 20, ..options() };
+    let mut rig = Rig::open(SimDisk::new(12), &options, 1)?;
+    for at in (0..PAGES).step_by(50) {
+        rig.commit((at..at + 50).map(|n| (lone(n), put(n))).collect(), true)?;
+    }
+    rig.checkpoint()?;
+    rig.disk.inject(Fault { kind: Some(OpKind::Allocate), area: Area::Any, after: 0, forever: true, errno: ENOSPC });
+    let mut last = vec![0; PAGES as usize];
+    for round in 1..4 {
+        // Pages gather in memory while the device is slow.
+        rig.disk.set_latency(Latency { write: (2_000_000, 3_000_000), stall_one_in: u64::MAX, ..Latency::default() });
+        let commit = |n| Commit { reads: Vec::new(), changes: vec![(lone(n), put(round))], durable: false };
+        let asked: Vec<Token> = (0..PAGES).map(|n| rig.ask(Request::Commit(commit(n)))).collect();
+        rig.pass(1_000_000)?;
+        rig.disk.set_latency(Latency::default());
+        for (n, token) in asked.into_iter().enumerate() {
+            match rig.answer(token)? {
+                Ok(_) => last[n] = round,
+                Err(error) if may_be_full && error.kind() == ErrorKind::Full => {}
+                Err(error) => return Err(format!("round {round}, page {n}: {error}: {}", rig.describe())),
+            }
+        }
+        rig.checkpoint()?;
+    }
+    let crashed = rig.disk.crash(Loss::Everything, &mut Rng::new(1));
+    let mut rig = Rig::open(crashed, &options, 1)?;
+    let written = last.into_iter().enumerate().filter(|(_, round)| *round > 0);
+    let model: Model = written.map(|(n, round)| (lone(n as u64), round as u8)).collect();
+    println!("{} of {PAGES} pages were overwritten", model.len());
+    check(&mut rig, &model)
+}
+
 /// If this fails, a shard panics for want of a frame: its search for memory takes map nodes that are nowhere on the device, made by a
 /// commit that came to nothing, and the commit that has just counted them as there makes them anew.
 #[test]
