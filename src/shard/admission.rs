@@ -234,6 +234,12 @@ impl Shard {
     fn admit_memory(&mut self, waiter: usize, frames: u32, step: Step) -> Admission {
         let changed = self.pages_to_pin(waiter);
         let pinned = self.pin_leaves_in_memory(&changed);
+        // Before frames are looked for, which might take what is above a leaf that is still to be read.
+        for idx in changed.iter().copied().filter(|idx| self.table.pages[*idx].leaf.is_none()) {
+            if let Lookup::Load(key, child) = self.map.lookup(self.table.pages[idx].key) {
+                return self.wait_for_leaf(waiter, &changed, step, (key, child));
+            }
+        }
         let missing = |idx: &usize| self.map.missing_nodes(self.table.pages[*idx].key);
         let nodes: u32 = changed.iter().map(missing).sum();
         if !self.ensure_frames(frames + nodes + FRAMES_RESERVE, step) {

@@ -213,8 +213,12 @@ impl Blocked {
     /// Whether `step` has been blocked by memory for so long that it is to be judged who has it: without a success, or again and
     /// again. A read that gets a frame each time that another request is refused would not end otherwise.
     fn is_to_be_judged(&self, step: Step, now: Micros) -> bool {
-        let pressed = |step: Step| now - self.memory[step as usize].pressed_since;
-        self.waited(step, now).is_some_and(|waited| waited >= MEMORY_WAIT_US || pressed(step) >= MEMORY_WAIT_MAX_US)
+        self.waited(step, now).is_some_and(|waited| waited >= MEMORY_WAIT_US || self.is_pressed(step, now))
+    }
+
+    /// Whether `step` has met the shortage again and again for as long as anybody waits at most.
+    fn is_pressed(&self, step: Step, now: Micros) -> bool {
+        now - self.memory[step as usize].pressed_since >= MEMORY_WAIT_MAX_US
     }
 }
 
@@ -268,7 +272,10 @@ impl Shard {
             let frames = self.blocked.memory[step as usize].frames;
             // Whether it would be refused even if all else had been given back.
             let by_pins = pinned > 0 && pinned + frames + others > self.frames_usable();
-            if !by_pins && (waited < MEMORY_WAIT_MAX_US || self.gives_memory_back()) {
+            // Whoever comes next has waited behind the one that was refused: not as long again for each, if nothing is under way.
+            let is_stuck = self.ops.is_empty() && self.blocked.is_pressed(step, self.now);
+            let patience = if is_stuck { SHORTAGE_US } else { MEMORY_WAIT_MAX_US };
+            if !by_pins && (waited < patience || self.gives_memory_back()) {
                 continue;
             }
             let error = match &self.failed {

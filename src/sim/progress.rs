@@ -6,6 +6,8 @@
 //!    core spins.
 //! 2. A shard keeps no page in its table but those that have memory, or a change on its way, or are named by a request
 //!    under way: else its heap grows with what clients ask for.
+//! 3. A page, a request or a move waits for one map node at a time, and a page for one read: so who waits is bounded by what there
+//!    is of those; an operation under way has memory of the arena. The bytes of requests are held against their limit by the audit.
 //!
 //! It does *not* know what the shard waits for.
 
@@ -17,6 +19,8 @@ use crate::shard::observe::Counts;
 const FOR_NOTHING_MAX: u32 = 200;
 /// Pages that the table may hold for what is under way and is no request: moves, reads ahead, the redo.
 const PAGES_SPARE: u64 = 256;
+/// Map nodes that compaction moves at a time, at most: those of the extents that are being compacted.
+const MOVES_SPARE: u64 = 4_096;
 
 /// What brought a turn about, and what came of it.
 #[derive(Clone, Copy, Debug)]
@@ -63,10 +67,17 @@ impl Progress {
 /// # Errors
 /// What there is too much of.
 pub fn check_budget(counts: &Counts) -> Result<(), String> {
-    let Counts { frames, pages, requests_pages, captures, .. } = *counts;
-    let most = frames + requests_pages + captures + PAGES_SPARE;
-    if pages > most {
-        return Err(format!("{pages} pages in the table, of {frames} frames: more than {most}: {counts:?}"));
+    let Counts { frames, pages, requests, requests_pages, captures, .. } = *counts;
+    let bounds = [
+        ("pages in the table", pages, frames + requests_pages + captures + PAGES_SPARE),
+        ("map nodes in memory", counts.nodes, frames),
+        ("map nodes waited for", counts.node_waits, counts.node_waiters),
+        ("waiting for map nodes", counts.node_waiters, pages + requests + MOVES_SPARE),
+        ("page reads not submitted", counts.reads_wanted, pages),
+        ("operations under way", counts.ops, frames),
+    ];
+    match bounds.into_iter().find(|(_, count, most)| count > most) {
+        Some((what, count, most)) => Err(format!("{count} {what}, of {frames} frames: more than {most}: {counts:?}")),
+        None => Ok(()),
     }
-    Ok(())
 }

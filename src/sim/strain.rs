@@ -32,7 +32,7 @@ const SAMPLE: usize = 80;
 /// Tags of the pages with which a store is filled begin here: those of the workload stay below.
 const FILL_TAG: u64 = 1 << 48;
 /// Of a hundred strained seeds, how many are made for what hardly ever happens by itself.
-const MADE_PERCENT: u64 = 20;
+const MADE_PERCENT: u64 = 30;
 /// As many small trees as there can be: each has a volume of its own.
 const TREES_MAX: u64 = 245;
 /// Pages of a small tree, one for each level that it gets.

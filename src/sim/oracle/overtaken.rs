@@ -1,5 +1,9 @@
 //! Who waits for how long, who was served before whom, and what this life has changed.
 //!
+//! How many have overtaken a request is counted and not judged: whoever asks for pages that are in memory rightly passes all who wait
+//! for the device, any number of times. What is judged is the time that a request waits (see `drive`): a queue that is not first in,
+//! first out lets somebody wait without end, and that is found.
+//!
 //! It does *not* know why somebody waits.
 
 use super::Oracle;
