@@ -235,9 +235,18 @@ impl Shard {
         let changed = self.pages_to_pin(waiter);
         let pinned = self.pin_leaves_in_memory(&changed);
         // Before frames are looked for, which might take what is above a leaf that is still to be read.
-        for idx in changed.iter().copied().filter(|idx| self.table.pages[*idx].leaf.is_none()) {
-            if let Lookup::Load(key, child) = self.map.lookup(self.table.pages[idx].key) {
-                return self.wait_for_leaf(waiter, &changed, step, (key, child));
+        let keeps = self.keeps_leaves(waiter, step);
+        for idx in changed.iter().copied() {
+            if self.table.pages[idx].leaf.is_some() {
+                continue;
+            }
+            match self.map.lookup(self.table.pages[idx].key) {
+                Lookup::Load(key, child) => return self.wait_for_leaf(waiter, &changed, step, (key, child)),
+                Lookup::Found(_) if keeps && !self.keep_leaf(idx, step) => {
+                    self.relieve();
+                    return Admission::Stalled;
+                }
+                Lookup::Found(_) => {}
             }
         }
         let missing = |idx: &usize| self.map.missing_nodes(self.table.pages[*idx].key);
@@ -284,6 +293,30 @@ impl Shard {
     fn nodes_are_counted(&mut self, key: PageKey, frames: u32) -> bool {
         let kept = self.reserved.frames + self.checkpoint_frames();
         self.arena.free_blocks() >= frames + self.map.missing_nodes(key) + kept
+    }
+
+    /// Whether this commit keeps the leaves that it has while it waits for others: it has lost them often enough.
+    fn keeps_leaves(&self, waiter: usize, step: Step) -> bool {
+        step == Step::Redo || (step == Step::Commit && self.pending[waiter].yields >= YIELDS_MAX)
+    }
+
+    /// Makes and pins the leaf of a page that has none yet; false: there are no frames for it. Whoever reads the paths of several pages
+    /// would else lose one, of which nothing can be pinned, for the next one, and so on without end.
+    fn keep_leaf(&mut self, idx: usize, step: Step) -> bool {
+        let key = self.table.pages[idx].key;
+        // Another page of the commit may have made it.
+        if let Some(leaf) = self.map.pin_if_resident(key) {
+            self.table.pages[idx].leaf = Some(leaf);
+            return true;
+        }
+        let deepest = self.map.pin_deepest(key);
+        let found = self.ensure_frames(self.map.missing_nodes(key) + FRAMES_RESERVE, step);
+        if found {
+            let leaf = self.map.pin(key, &mut self.arena);
+            self.table.pages[idx].leaf = Some(leaf);
+        }
+        deepest.into_iter().for_each(|node| self.map.unpin(node));
+        found
     }
 
     /// Pins the leaves that are there already: the search for frames would take the very leaf that has just been read for this
@@ -336,7 +369,7 @@ impl Shard {
         if let Some(error) = self.too_large(waiter, all) {
             return Admission::No(error);
         }
-        let stays = step == Step::Redo || (step == Step::Commit && self.pending[waiter].yields >= YIELDS_MAX);
+        let stays = self.keeps_leaves(waiter, step);
         if !stays {
             self.unpin_leaves(changed);
             if step == Step::Vote && self.pending[waiter].yields >= YIELDS_MAX {

@@ -136,11 +136,13 @@ impl Shard {
         if count >= EXTENTS_MAX || !may_move || rests || self.closing.is_some() || self.opening {
             return false;
         }
+        // First what they are for: the search for frames evicts, also what has just been read for somebody.
+        let Some(extent) = self.next_victim() else { return false };
         let blocks = self.extents.summary_bytes() / BLOCK;
         if !self.ensure_frames(blocks as u32, Step::Compaction) {
+            self.compactor.chosen.push(extent);
             return false;
         }
-        let Some(extent) = self.next_victim() else { return false };
         let into = (0..blocks).map(|_| self.arena.alloc(0).expect("frames were ensured")).collect();
         let place = self.extents.summary_place(extent);
         self.compactor.begun.insert(extent);

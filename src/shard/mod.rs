@@ -85,7 +85,7 @@ use lead::Lead;
 use order::Waits;
 use pages::Table;
 use part::{Parts, Reserved};
-use reads::{NodeWaiter, NodeWanted, PageRead, Wanted};
+use reads::{NodeWaiter, NodeWaiters, NodeWanted, PageRead, Wanted};
 use requests::{Pending, Waiting};
 use slab::Slab;
 use space::{Growth, Space};
@@ -159,7 +159,7 @@ pub struct Shard {
     /// Replies that wait for the watermark.
     waiting: BinaryHeap<Waiting>,
     waiting_seq: u64,
-    node_waiters: HashMap<NodeKey, Vec<NodeWaiter>, foldhash::fast::FixedState>,
+    node_waiters: HashMap<NodeKey, NodeWaiters, foldhash::fast::FixedState>,
     wanted: Wanted,
     flushing: bool,
     /// Dirty pages in the order in which they became so.

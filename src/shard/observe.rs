@@ -122,7 +122,7 @@ impl Shard {
             cross: self.cross.len() as u64,
             waiting: self.waiting.len() as u64,
             node_waits: self.node_waiters.len() as u64,
-            node_waiters: self.node_waiters.values().map(|waiters| waiters.len() as u64).sum(),
+            node_waiters: self.node_waiters.values().map(|waiters| waiters.list.len() as u64).sum(),
             reads_wanted: self.wanted.pages.len() as u64,
             ops: self.ops.len() as u64,
             captures: self.captures.len() as u64,

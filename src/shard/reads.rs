@@ -48,6 +48,14 @@ pub(super) enum NodeWaiter {
     Move(usize),
 }
 
+/// Those who wait for a node.
+#[derive(Default)]
+pub(super) struct NodeWaiters {
+    /// The age of the oldest, by which the node is wanted.
+    asked: u64,
+    pub list: Vec<NodeWaiter>,
+}
+
 /// A node that is to be read.
 pub(super) struct NodeWanted {
     pub key: NodeKey,
@@ -76,9 +84,17 @@ impl Shard {
         }
         let asked = if planted!(NodesLastInFirstOut) { u64::MAX - self.wanted.asked_last } else { *asked };
         let waiters = self.node_waiters.entry(key).or_default();
-        waiters.push(waiter);
-        if waiters.len() == 1 {
-            let before = self.wanted.nodes.insert(asked, NodeWanted { key, child, parent: None });
+        waiters.list.push(waiter);
+        let wanted = match waiters.list.len() {
+            1 => Some(NodeWanted { key, child, parent: None }),
+            // It is as old as the oldest of those who wait for it: whoever is between them would else go first, and take its path.
+            _ if asked < waiters.asked && !planted!(NodesLastInFirstOut) => self.wanted.nodes.remove(&waiters.asked),
+            _ => None,
+        };
+        if let Some(wanted) = wanted {
+            assert!(wanted.key == key, "{key:?} is wanted at {}, and not {:?}", waiters.asked, wanted.key);
+            waiters.asked = asked;
+            let before = self.wanted.nodes.insert(asked, wanted);
             assert!(before.is_none(), "whoever asks asks for one node at a time");
         }
     }
@@ -279,7 +295,7 @@ impl Shard {
     fn node_arrived(&mut self, wanted: NodeWanted, result: Result<(), Error>) {
         let key = wanted.key;
         wanted.parent.into_iter().for_each(|parent| self.map.unpin(parent));
-        for waiter in self.node_waiters.remove(&key).unwrap_or_default() {
+        for waiter in self.node_waiters.remove(&key).unwrap_or_default().list {
             match waiter {
                 NodeWaiter::Page(idx) => {
                     self.table.pages[idx].resolving = false;

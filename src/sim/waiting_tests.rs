@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 
 mod compaction_tests;
 mod fairness_tests;
+mod path_tests;
 mod space_tests;
 
 /// Pages that are written: each with the byte that it is full of.
@@ -31,6 +32,7 @@ pub(super) fn all() -> Outcome {
     writes_the_table_in_parts()?;
     redoes_in_parts(1, 1)?;
     compaction_tests::reads_side_by_side()?;
+    path_tests::answered_beside_readers()?;
     fairness_tests::goes_through_beside_a_stream()
 }
 

@@ -23,6 +23,18 @@ impl Map {
         Some(parent)
     }
 
+    /// Pins the lowest node in memory of those above the entry of `key`, and so all that are above it: while the leaf is made.
+    pub(crate) fn pin_deepest(&mut self, key: PageKey) -> Option<NodeIdx> {
+        let (vshard, dense) = self.position(key);
+        let top = self.top(vshard, key.volume);
+        let levels = if top.is_present() { 0..=top.level } else { return None };
+        let at = |level| NodeKey { vshard, volume: key.volume, level, prefix: prefix(dense, level) };
+        let node = levels.into_iter().find_map(|level| self.find(at(level)))?;
+        assert!(self.node(node).key.level > 0, "a leaf that is there is pinned as such");
+        self.node_mut(node).pins += 1;
+        Some(node)
+    }
+
     /// Makes the leaf of `key` exist in memory and pins it. All nodes on the path that exist on disk must be in
     /// memory (a lookup just found the entry or its absence).
     pub(crate) fn pin(&mut self, key: PageKey, arena: &mut Arena) -> NodeIdx {
