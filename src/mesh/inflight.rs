@@ -21,8 +21,13 @@ use std::task::{Context, Poll};
 /// Keys that leave the highest bit alone.
 struct Keys;
 
+/// Threads that may call at a time: as many as Linux gives a machine by default. The table panics for one more, and has a pointer for
+/// each: 256 KiB.
+const THREADS_MAX: usize = 1 << 15;
+
 impl Config for Keys {
     const RESERVED_BITS: usize = 1;
+    const MAX_THREADS: usize = THREADS_MAX;
 }
 
 /// The table.
@@ -139,6 +144,36 @@ mod tests {
             }
             assert!(!table.holds(token));
         }
+    }
+
+    /// If this fails, a server with a thread for each of its clients panics at the 4,097th that calls the store.
+    #[test]
+    fn thousands_of_threads_may_call_at_a_time() {
+        let (table, begun) = (Arc::new(InFlight::new()), std::sync::atomic::AtomicUsize::new(0));
+        let all_called = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let call = || {
+                let (token, reply) = table.register().expect("there is room");
+                table.complete(token, committed(1));
+                assert!(block_on(reply).is_ok());
+                begun.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                // A thread that has ended leaves its place to another.
+                while !all_called.load(std::sync::atomic::Ordering::SeqCst) {
+                    std::thread::park();
+                }
+            };
+            let spawn = |_| std::thread::Builder::new().stack_size(128 << 10).spawn_scoped(scope, call);
+            // Where a machine does not give that many, so many do that there are.
+            let threads: Vec<_> = (0..4200).map_while(|n| spawn(n).ok()).collect();
+            let mut panicked = 0;
+            while begun.load(std::sync::atomic::Ordering::SeqCst) + panicked < threads.len() {
+                panicked = threads.iter().filter(|thread| thread.is_finished()).count();
+                std::thread::yield_now();
+            }
+            all_called.store(true, std::sync::atomic::Ordering::SeqCst);
+            threads.iter().for_each(|thread| thread.thread().unpark());
+            assert_eq!(panicked, 0, "of {} threads", threads.len());
+        });
     }
 
     /// The mark of requests that stay on their thread must never be taken for part of a key.
