@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 
 mod compaction_tests;
 mod fairness_tests;
+mod opening_tests;
 mod path_tests;
 mod space_tests;
 
@@ -32,6 +33,8 @@ pub(super) fn all() -> Outcome {
     writes_the_table_in_parts()?;
     redoes_in_parts(1, 1)?;
     compaction_tests::reads_side_by_side()?;
+    opening_tests::settles_what_is_found_written()?;
+    opening_tests::ends_without_space()?;
     path_tests::answered_beside_readers()?;
     fairness_tests::goes_through_beside_a_stream()
 }
