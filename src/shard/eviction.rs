@@ -3,7 +3,8 @@
 //! Invariants
 //! 1. What has memory and is referenced by nothing is listed with the policy; what has none and is referenced by nothing is
 //!    not in the page table at all. [`Shard::reference_ended`] is called wherever a reference to a page ends.
-//! 2. A search that can't succeed frees nothing, and costs little when it is repeated.
+//! 2. A search for more than is listed frees nothing, and costs little when it is repeated. What is listed may turn out to be in use:
+//!    then a search may free some frames and still fail. So nobody searches before knowing what for.
 
 use super::pages::Table;
 use super::{Shard, Step};
