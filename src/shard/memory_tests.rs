@@ -1,9 +1,11 @@
 //! A shard on a simulated disk whose clients ask for far more than its memory holds: what it keeps stays bounded.
 
-use super::{Change, Commit, Request, Response, Shard, Together, Token};
+use super::{Change, Commit, NodeWaiter, Request, Response, Shard, Together, Token};
+use crate::format::extent::NodeKey;
+use crate::format::node::Child;
 use crate::options::{Geometry, Options, SHARD_MEMORY_MIN, TABLE_BYTES_PER_FRAME};
 use crate::sim::disk::SimDisk;
-use crate::types::{BLOCK, Micros, PageId, PageKey, ShardId, VolumeId};
+use crate::types::{BLOCK, Micros, PageId, PageKey, ShardId, VShard, VolumeId};
 use bytes::Bytes;
 use smallvec::SmallVec;
 
@@ -295,4 +297,20 @@ fn memory_is_frames_with_all_their_tables() {
         assert!(all <= given.max(SHARD_MEMORY_MIN + 512 * TABLE_BYTES_PER_FRAME), "{all} of {given}: {limits:?}");
         assert!(all > given / 100 * 99, "{all} of {given}: {limits:?}");
     }
+}
+
+/// If this fails, whoever asked for a map node long ago waits behind all who asked later, where somebody young asked for his node first.
+#[test]
+fn a_map_node_is_as_urgent_as_the_oldest_who_waits_for_it() {
+    let mut bench = Bench::open(&options());
+    let shard = &mut bench.all.shards[0];
+    let node = |prefix| NodeKey { vshard: VShard::new(0), volume: VolumeId::new(1), level: 0, prefix };
+    let mut want = |prefix, age| {
+        let idx = shard.table.entry(key(1000 + age));
+        shard.table.pages[idx].asked = age;
+        shard.want_node(node(prefix), Child::default(), NodeWaiter::Page(idx));
+    };
+    [(1, 5), (2, 4), (1, 3), (2, 6)].into_iter().for_each(|(prefix, age)| want(prefix, age));
+    let order: Vec<(u64, NodeKey)> = shard.wanted.nodes.iter().map(|(age, wanted)| (*age, wanted.key)).collect();
+    assert_eq!(order, [(3, node(1)), (4, node(2))]);
 }
