@@ -350,8 +350,19 @@ impl Store {
             17 => self.replant(pick),
             18 if pick.is_multiple_of(8) => self.reopen(),
             18 => self.check(key),
-            _ => while self.map.evict_one() {},
+            _ => self.evict_all(),
         }
+    }
+
+    /// All goes that can: as much as was counted before.
+    fn evict_all(&mut self) {
+        let idle = self.map.idle();
+        let counted = idle.len() as u32 + self.map.idle_above(&idle);
+        let mut evicted = 0;
+        while self.map.evict_one() {
+            evicted += 1;
+        }
+        assert_eq!(evicted, counted, "{} could go at first", idle.len());
     }
 
     /// A commit is admitted and changes nothing, as one that frees a page that is absent.

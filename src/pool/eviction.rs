@@ -21,6 +21,7 @@
 //! what is in a frame, free memory itself, or wait.
 
 use crate::types::Micros;
+use smallvec::SmallVec;
 
 /// Uses that count: more are no better.
 const USES_MAX: u8 = 3;
@@ -32,6 +33,9 @@ const PROBATION_SHARE: u32 = 10;
 const USED_MAX: u32 = 64;
 /// Pinned blocks looked at in each search that finds something else: what is unpinned is found again in time.
 const PINNED_LOOKS: u32 = 2;
+
+/// Map nodes counted by a search, without an allocation.
+pub(crate) const NODES_COUNTED: usize = 32;
 
 /// Places for each hash of what went out.
 const BUCKET: usize = 4;
@@ -172,7 +176,8 @@ impl Eviction {
         self.push(if residency.in_main { MAIN } else { PROBATION }, block, owner);
     }
 
-    /// Blocks that are listed: no more than these can be had.
+    /// Blocks that are listed, those included that readers had pinned.
+    #[cfg(test)]
     pub(crate) fn listed(&self) -> u32 {
         self.lists.iter().map(|list| list.len).sum()
     }
@@ -230,18 +235,8 @@ impl Eviction {
                 _ => MAIN,
             };
             let Some((block, owner)) = self.pop(from) else { return false };
-            self.counts.looks += 1;
-            match residents.standing(owner, block) {
-                Standing::Gone => continue,
-                Standing::Referenced => {
-                    residents.residency(owner).is_listed = false;
-                    continue;
-                }
-                Standing::Pinned => {
-                    self.set_aside(block, owner);
-                    continue;
-                }
-                Standing::Idle => {}
+            if !self.is_idle(residents, block, owner) {
+                continue;
             }
             let residency = residents.residency(owner);
             if from == PROBATION && residency.uses >= PROMOTED_AT {
@@ -267,25 +262,58 @@ impl Eviction {
         let mut some = false;
         for _ in 0..looks.min(self.lists[PINNED].len) {
             let Some((block, owner)) = self.pop(PINNED) else { break };
-            self.counts.looks += 1;
-            match residents.standing(owner, block) {
-                Standing::Gone => {}
-                Standing::Referenced => residents.residency(owner).is_listed = false,
-                Standing::Pinned => self.set_aside(block, owner),
-                Standing::Idle => {
-                    some = true;
-                    self.pinned_in_a_row = 0;
-                    let list = if residents.residency(owner).in_main { MAIN } else { PROBATION };
-                    self.push(list, block, owner);
-                }
+            if self.is_idle(residents, block, owner) {
+                some = true;
+                self.pinned_in_a_row = 0;
+                let list = if residents.residency(owner).in_main { MAIN } else { PROBATION };
+                self.push(list, block, owner);
             }
         }
         some
     }
 
-    fn set_aside(&mut self, block: u32, owner: Owner) {
-        self.push(PINNED, block, owner);
-        self.pinned_in_a_row = self.pinned_in_a_row.saturating_add(1);
+    /// How many frames can go, counted up to `wanted`; the map nodes among them are put into `nodes`. Nothing goes, but what is met and
+    /// can't go leaves the lists: so counting in vain again looks at idle entries only, fewer than `wanted`.
+    pub(crate) fn count_idle(
+        &mut self,
+        residents: &mut impl Residents,
+        wanted: u32,
+        nodes: &mut SmallVec<[u32; NODES_COUNTED]>,
+    ) -> u32 {
+        let mut idle = 0;
+        for list in [PROBATION, MAIN] {
+            let mut block = self.lists[list].head;
+            while block != NONE && idle < wanted {
+                let Entry { next, owner, .. } = self.entries[block as usize];
+                if residents.standing(owner, block) == Standing::Idle {
+                    self.counts.looks += 1;
+                    idle += 1;
+                    if let Owner::Node(no) = owner {
+                        nodes.push(no);
+                    }
+                } else {
+                    self.unlink(block);
+                    self.is_idle(residents, block, owner);
+                }
+                block = next;
+            }
+        }
+        idle
+    }
+
+    /// Whether `owner`, whose `block` is in no list, can go. If not, it is set aside or its owner lists it again later.
+    fn is_idle(&mut self, residents: &mut impl Residents, block: u32, owner: Owner) -> bool {
+        self.counts.looks += 1;
+        match residents.standing(owner, block) {
+            Standing::Gone => {}
+            Standing::Referenced => residents.residency(owner).is_listed = false,
+            Standing::Pinned => {
+                self.push(PINNED, block, owner);
+                self.pinned_in_a_row = self.pinned_in_a_row.saturating_add(1);
+            }
+            Standing::Idle => return true,
+        }
+        false
     }
 
     /// Where something would be remembered, and as what; zero is for nothing.

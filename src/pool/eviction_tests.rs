@@ -2,6 +2,7 @@
 
 use super::*;
 use proptest::prelude::*;
+use smallvec::SmallVec;
 use std::collections::BTreeMap;
 use std::hash::BuildHasher;
 
@@ -199,6 +200,29 @@ fn readers_are_said_to_hold_all_only_while_they_do() {
     assert_eq!((cache.policy.pinned(), cache.policy.saw_all_pinned()), (1, true), "one is pinned, and was met");
 }
 
+/// A search that can't succeed must leave what is there, and one that has counted enough must get it.
+#[test]
+fn what_can_go_is_counted_before_anything_goes() {
+    let mut cache = Cache::new(100);
+    (0..100).for_each(|what| _ = cache.read(what));
+    cache
+        .slots
+        .held
+        .values_mut()
+        .for_each(|item| (item.pinned, item.referenced) = (item.what % 4 == 0, item.what % 4 == 1));
+    let count = |cache: &mut Cache, wanted| cache.policy.count_idle(&mut cache.slots, wanted, &mut SmallVec::new());
+    assert_eq!((count(&mut cache, 51), cache.policy.listed()), (50, 75), "half of it can go, a quarter is pinned");
+    let looks = cache.policy.counts().looks;
+    assert_eq!(
+        (count(&mut cache, 51), cache.policy.counts().looks - looks),
+        (50, 50),
+        "what can't go is not met again"
+    );
+    assert_eq!(count(&mut cache, 7), 7, "no more is counted than is wanted");
+    assert_eq!(cache.slots.held.len(), 100);
+    assert!((0..50).all(|_| cache.evict_one()) && !cache.evict_one());
+}
+
 /// What is met while something refers to it is off the lists, and costs nothing until it is listed again.
 #[test]
 fn what_is_referenced_is_looked_at_once() {
@@ -254,6 +278,13 @@ proptest! {
             idle += usize::from(item.residency.is_listed() && !item.referenced);
             prop_assert!(cache.policy.owner_of(*block).is_some() || item.referenced || !item.residency.is_listed());
         }
+        let mut counted = 0;
+        for _ in 0..blocks {
+            cache.now += 1;
+            cache.policy.look_at_pinned(&mut cache.slots, cache.now, 16);
+            counted = cache.policy.count_idle(&mut cache.slots, blocks, &mut SmallVec::new());
+        }
+        prop_assert_eq!(counted as usize, idle);
         for _ in 0..idle {
             prop_assert!(cache.evict_one() || cache.evict_one());
         }

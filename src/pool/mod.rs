@@ -10,4 +10,4 @@ pub(crate) use arena::BLOCK_BYTES as ARENA_BLOCK_BYTES;
 pub use arena::{Arena, ArenaKind, Frame, FrameRef, Mapping};
 #[cfg(test)]
 pub(crate) use eviction::BLOCK_BYTES as EVICTION_BLOCK_BYTES;
-pub(crate) use eviction::{Eviction, Owner, Residency, Residents, Standing};
+pub(crate) use eviction::{Eviction, NODES_COUNTED, Owner, Residency, Residents, Standing};

@@ -237,7 +237,7 @@ impl Shard {
             .max();
         let Some(longest) = longest else { return };
         let at_rest = self.ops.is_empty() && self.dirty.is_empty() && self.captures.is_empty();
-        let is_long = at_rest || longest >= SHORTAGE_US;
+        let is_long = at_rest || longest >= SHORTAGE_US || REFUSED.into_iter().any(|step| self.is_met_still(step));
         if is_long && self.failed.is_none() && self.map.dirty_count() > 0 && !self.checkpoint_under_way() {
             // A dirty node stays in memory until a checkpoint has written it.
             self.need_checkpoint();
@@ -245,6 +245,11 @@ impl Shard {
         if REFUSED.into_iter().any(|step| self.blocked.is_to_be_judged(step, now)) {
             self.refuse_for_memory();
         }
+    }
+
+    /// Whether `step` is blocked by memory, and has been again and again for as long as a request waits at most.
+    fn is_met_still(&self, step: Step) -> bool {
+        self.blocked.is_blocked(step, Lack::Memory) && self.blocked.is_pressed(step, self.now)
     }
 
     /// Whether requests under way leave most of the memory to those in front of them, who may need it to end.
@@ -265,7 +270,12 @@ impl Shard {
         self.blocked.judged_at = self.now;
         self.look_at_pinned();
         let pinned = self.pinned_by_readers();
-        let others = self.table.resident().held + PATH_NODES;
+        // What commits that wait have pinned of the map comes back only with their answers. Where readers have little of the memory, others
+        // are the cause.
+        let readers_have_much = pinned >= self.frames_usable() / DATA_SHARE as u32;
+        let kept =
+            if readers_have_much && !self.gives_memory_back() { self.map.awaited_count(false) as u32 } else { 0 };
+        let others = self.table.resident().held + PATH_NODES + kept;
         for step in REFUSED {
             let waited = self.blocked.waited(step, self.now).filter(|_| self.blocked.is_to_be_judged(step, self.now));
             let Some(waited) = waited else { continue };

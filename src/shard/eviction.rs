@@ -3,13 +3,13 @@
 //! Invariants
 //! 1. What has memory and is referenced by nothing is listed with the policy; what has none and is referenced by nothing is
 //!    not in the page table at all. [`Shard::reference_ended`] is called wherever a reference to a page ends.
-//! 2. A search for more than is listed frees nothing, and costs little when it is repeated. What is listed may turn out to be in use:
-//!    then a search may free some frames and still fail. So nobody searches before knowing what for.
+//! 2. A search for more frames than can be freed frees nothing, and costs little when it is repeated.
 
 use super::pages::Table;
 use super::{Shard, Step};
 use crate::map::Map;
 use crate::pool::{Owner, Residency, Residents, Standing};
+use smallvec::SmallVec;
 
 /// Blocks in the hands of readers that are looked at again when there is nothing else: about half a millisecond's work. Who
 /// waits for memory looks again a little later, and goes on where this ended.
@@ -61,17 +61,35 @@ impl Shard {
         found
     }
 
-    /// Frees memory until `frames` frames are free.
+    /// Frees memory until `frames` frames are free, or frees nothing if it can't.
     pub(super) fn find_frames(&mut self, frames: u32) -> bool {
-        let mut free = self.arena.free_blocks();
-        while free < frames {
-            self.map.list_idle(&mut self.eviction);
-            if free + self.eviction.listed() < frames || !self.evict_one() {
-                return false;
-            }
-            free = self.arena.free_blocks();
+        let missing = frames.saturating_sub(self.arena.free_blocks());
+        if missing > 0 && !self.can_free(missing) {
+            return false;
+        }
+        while self.arena.free_blocks() < frames {
+            let evicted = self.evict_one();
+            assert!(
+                evicted,
+                "of {missing} frames that could be freed, one can't be: {frames} are needed, {}",
+                self.memory()
+            );
         }
         true
+    }
+
+    /// Whether `missing` frames can be freed. A search in vain that evicts takes what somebody has just read, who reads it again and goes
+    /// on the same way: two of these go on without end.
+    fn can_free(&mut self, missing: u32) -> bool {
+        self.count_idle(missing) || (self.look_at_pinned() && self.count_idle(missing))
+    }
+
+    fn count_idle(&mut self, missing: u32) -> bool {
+        self.map.list_idle(&mut self.eviction);
+        let mut nodes = SmallVec::new();
+        let mut in_memory = InMemory { table: &mut self.table, map: &mut self.map };
+        let idle = self.eviction.count_idle(&mut in_memory, missing, &mut nodes);
+        idle >= missing || idle + self.map.idle_above(&nodes) >= missing
     }
 
     /// Frames that are left to checkpoints. What they write goes out in parts of this size at least, and comes back: so one ends
@@ -81,14 +99,15 @@ impl Shard {
     }
 
     fn evict_one(&mut self) -> bool {
+        self.map.list_idle(&mut self.eviction);
         let mut in_memory = InMemory { table: &mut self.table, map: &mut self.map };
         self.eviction.evict_one(&mut in_memory, self.now, PINNED_LOOKS_MAX)
     }
 
-    /// Looks again at some of what readers have pinned: a search for more frames than are listed looks at nothing.
-    pub(super) fn look_at_pinned(&mut self) {
+    /// Looks again at some of what readers have pinned; whether they had let go of any.
+    pub(super) fn look_at_pinned(&mut self) -> bool {
         let mut in_memory = InMemory { table: &mut self.table, map: &mut self.map };
-        self.eviction.look_at_pinned(&mut in_memory, self.now, PINNED_LOOKS_MAX);
+        self.eviction.look_at_pinned(&mut in_memory, self.now, PINNED_LOOKS_MAX)
     }
 
     /// A reference to page `idx` has ended, or what it was loaded for is gone. Without memory it needs no entry once

@@ -100,6 +100,11 @@ impl Shard {
         self.stats.checkpoints
     }
 
+    /// Blocks of pages and nodes that have come from the device.
+    pub(crate) fn blocks_read(&self) -> u64 {
+        self.stats.checksums
+    }
+
     /// Frames of the arena.
     pub(crate) fn frames(&self) -> u64 {
         self.arena.blocks().into()

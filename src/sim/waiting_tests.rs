@@ -180,6 +180,49 @@ fn reads_after_a_failure() -> Outcome {
     rig.answer(waiting)?.map(drop).map_err(|error| format!("after the pages were dropped: {error}"))
 }
 
+/// If this fails, a request that can't get its memory beside readers takes what others have just read, again and again: they read it
+/// from the device each time, at full speed and for nothing, and two of these keep each other from ever going on.
+#[test]
+fn a_search_for_memory_that_must_fail_takes_nothing_from_others() {
+    must(fails_and_takes_nothing());
+}
+
+fn fails_and_takes_nothing() -> Outcome {
+    let geometry = Geometry { vshards_count: 1, ..options().geometry };
+    let options = Options { memory_bytes: 2 << 20, geometry, ..options() };
+    let mut rig = Rig::open(SimDisk::new(14), &options, 1)?;
+    const PAGES: u64 = 1_200;
+    rig.fill(PAGES, 20)?;
+    rig.checkpoint()?;
+    let mut pinned = pin_all(&mut rig, PAGES)?;
+    // More than a read takes, less than a commit takes.
+    pinned.truncate(pinned.len() - 12);
+    let (hot, n) = (PAGES - 1, PAGES - 2);
+    rig.read(key(hot))?.map_err(|error| format!("a read beside pins: {error}"))?;
+    let commit = Commit { reads: Vec::new(), changes: vec![(key(n), put(9))], durable: false };
+    let waiting = rig.ask(Request::Commit(commit));
+    rig.pass(100_000)?;
+    let before = rig.all.shards[0].blocks_read();
+    for _ in 0..20 {
+        rig.read(key(hot))?.map_err(|error| format!("a read of a page in memory: {error}"))?;
+        rig.pass(20_000)?;
+    }
+    if rig.answers.contains_key(&waiting) {
+        return Err(format!("the commit was to wait: {}", rig.describe()));
+    }
+    let read = rig.all.shards[0].blocks_read() - before;
+    let answer = rig.answer(waiting)?;
+    if read > 1 {
+        return Err(format!(
+            "20 reads of one page beside a commit in want of memory read {read} blocks from the device"
+        ));
+    }
+    match answer {
+        Err(error) if error.kind() == ErrorKind::Busy => Ok(()),
+        other => Err(format!("a commit beside {} pinned pages: {other:?}", pinned.len())),
+    }
+}
+
 /// If this fails, a client that writes gets no answer for as long as others read from a slow device: each frame that becomes free goes
 /// to a read, of which one is always under way.
 #[test]

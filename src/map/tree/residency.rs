@@ -5,13 +5,19 @@
 //! 2. Whatever makes a node such leaves it in `idle` unless the policy lists it already; the policy takes it from there
 //!    before it searches. A node stands in `idle` at most once, so it is no longer than the table of nodes.
 
-use super::{Map, Node, NodeIdx};
-use crate::pool::{Eviction, Owner, Residency, Standing};
+use super::{Map, Node, NodeIdx, parent_of};
+use crate::pool::{Eviction, NODES_COUNTED, Owner, Residency, Standing};
+use smallvec::SmallVec;
 use std::hash::BuildHasher;
 
 impl Node {
     fn can_go(&self) -> bool {
-        !self.dirty && !self.is_written && self.pins == 0 && self.children == 0
+        !self.is_needed() && self.children == 0
+    }
+
+    /// Whether it must stay, also without children in memory.
+    fn is_needed(&self) -> bool {
+        self.dirty || self.is_written || self.pins > 0
     }
 }
 
@@ -48,6 +54,28 @@ impl Map {
         }
     }
 
+    /// How many nodes more could go if `nodes`, which can go, went: those above them that nothing else keeps in memory.
+    pub(crate) fn idle_above(&self, nodes: &[u32]) -> u32 {
+        let mut gone: SmallVec<[NodeIdx; NODES_COUNTED]> = nodes.iter().map(|no| NodeIdx(*no)).collect();
+        // Parents, each with the children that would be gone.
+        let mut parents: SmallVec<[(NodeIdx, u16); NODES_COUNTED]> = SmallVec::new();
+        let mut idle = 0;
+        while let Some(node) = gone.pop() {
+            let Some(parent) = self.find(parent_of(self.node(node).key)) else { continue };
+            let at = parents.iter().position(|(of, _)| *of == parent).unwrap_or_else(|| {
+                parents.push((parent, 0));
+                parents.len() - 1
+            });
+            parents[at].1 += 1;
+            let of = self.node(parent);
+            if parents[at].1 == of.children && !of.is_needed() && of.frame.pins() == 0 {
+                idle += 1;
+                gone.push(parent);
+            }
+        }
+        idle
+    }
+
     /// What node `no` keeps for the policy.
     pub(crate) fn residency(&mut self, no: u32) -> &mut Residency {
         &mut self.node_mut(NodeIdx(no)).residency
@@ -73,6 +101,13 @@ impl Map {
             }
         }
         Ok(())
+    }
+
+    /// The nodes that can go now.
+    #[cfg(test)]
+    pub(crate) fn idle(&self) -> Vec<u32> {
+        let can_go = |(no, node): (usize, &Option<Node>)| node.as_ref().is_some_and(Node::can_go).then_some(no as u32);
+        self.nodes.iter().enumerate().filter_map(can_go).collect()
     }
 
     /// Drops one node that can go, without a policy.
