@@ -53,6 +53,7 @@ fn advice(source: &std::io::Error) -> &'static str {
         Some(Errno::IO | Errno::ROFS | Errno::NXIO | Errno::NODEV | Errno::REMOTEIO | Errno::UCLEAN) => {
             "; the device or the file system failed: see the kernel's log"
         }
+        Some(Errno::FBIG) => "; raise the limit of file sizes (`ulimit -f`)",
         Some(Errno::MFILE) => "; raise the limit of open files (`ulimit -n`)",
         _ => "",
     }

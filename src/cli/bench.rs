@@ -11,7 +11,7 @@
 //! 4. SIGINT and SIGTERM end it cleanly; a second one at once.
 
 use super::interrupt::Interrupt;
-use super::{Failure, Format, size};
+use super::{Failure, Format, output, size};
 use crate::bench::{At, Field, NAME, Outcome, Run, Work};
 use clap::ValueEnum;
 use comfy_table::{CellAlignment, Table, TableStyle};
@@ -21,7 +21,6 @@ use corepage::{Error, ErrorKind, Options};
 use futures_lite::future::block_on;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -161,12 +160,12 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let printed = outcome.map_err(Failure::from).and_then(|points| print(arguments, &points, &machine, &store));
     if own.is_some() {
         // All of it goes with its directory.
-        field.close().unwrap_or_else(|error| eprintln!("warning: the store was not closed cleanly: {error}"));
+        field.close().unwrap_or_else(|error| output::warn(format_args!("the store was not closed cleanly: {error}")));
     } else if let Err(error) = field.clear(&stop) {
-        eprintln!(
-            "warning: the volume {NAME} may be left in {}, the next benchmark removes it: {error}",
+        output::warn(format_args!(
+            "the volume {NAME} may be left in {}, the next benchmark removes it: {error}",
             dir.display()
-        );
+        ));
     }
     printed?;
     Ok(ExitCode::SUCCESS)
@@ -179,8 +178,7 @@ fn print(arguments: &Arguments, points: &[Point], machine: &Machine, store: &str
         }
         Format::Human => for_people(arguments, points, store),
     };
-    let _ = std::io::stdout().lock().write_all(text.as_bytes());
-    Ok(())
+    output::print(&text)
 }
 
 /// From the first page written to the last one verified. `Corrupt`: some page holds what it must not.

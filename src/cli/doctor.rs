@@ -6,12 +6,12 @@
 //!
 //! Commands stand under the table, each on a line of its own however narrow the terminal is, so that they can be copied.
 
-use super::{Failure, Format};
+use super::{Failure, Format, output};
 use comfy_table::{ContentArrangement, LineStyle, Table, TableStyle};
 use corepage::probe::{Driver, Finding, Level, Machine};
 use serde::Serialize;
 use std::fmt::Write as _;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -60,7 +60,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
             serde_json::to_string_pretty(&report).map_err(Failure::new)? + "\n"
         }
     };
-    let _ = std::io::stdout().lock().write_all(text.as_bytes());
+    output::print(&text)?;
     Ok(ExitCode::from(u8::from(!can_run)))
 }
 

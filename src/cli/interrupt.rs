@@ -1,23 +1,32 @@
-//! SIGINT and SIGTERM, for commands that have something to end first.
+//! SIGTERM, SIGINT and SIGHUP, for commands that have something to end first; SIGXFSZ, which ends nothing.
 //!
 //! 1. The first is told to whoever waits, at any time since [`Interrupt::watch`]; none is lost.
-//! 2. A second one ends the process at once, with exit code 1: crash safety is for that.
-//! 3. While a store is being opened, the first ends that: no sooner than the device has answered what it was asked, and no
+//! 2. SIGTERM and SIGHUP that come again change nothing: supervisors repeat them, and the end that is under way is the
+//!    cleanest there is. A second SIGINT, which a person sends, ends the process at once: crash safety is for that. What comes
+//!    within [`SAME_PRESS`] of the first is the same key press, sent on by a shell or a script in between.
+//! 3. A SIGHUP that was ignored when the process started (`nohup`) stays ignored.
+//! 4. While a store is being opened, the first ends that: no sooner than the device has answered what it was asked, and no
 //!    later.
 //!
 //! Not here: what is to be done then.
+#![allow(unsafe_code)]
+// When a signal came, as a person sends them, is real time.
+#![allow(clippy::disallowed_methods)]
 
 use super::Failure;
 use corepage::{Error, ErrorKind, Options, Result, Store};
 use event_listener::Event;
 use futures_lite::future::{block_on, or};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 use std::path::Path;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::time::{Duration, Instant};
 
-const SIGNALS: [i32; 2] = [SIGTERM, SIGINT];
+/// Between two SIGINT that are meant as two.
+const SAME_PRESS: Duration = Duration::from_millis(500);
 
 #[derive(Default)]
 struct State {
@@ -37,20 +46,28 @@ impl Interrupt {
     /// From now on the signals end nothing by themselves but a process that was told before.
     pub(super) fn watch() -> std::io::Result<Interrupt> {
         let interrupt = Interrupt { state: Arc::default(), flag: Arc::default() };
-        let mut signals = Signals::new(SIGNALS)?;
-        for signal in SIGNALS {
-            // In this order: the first signal finds the flag not set yet.
-            signal_hook::flag::register_conditional_shutdown(signal, 1, interrupt.flag.clone())?;
+        let mut watched = vec![SIGTERM, SIGINT];
+        if !is_ignored(SIGHUP) {
+            watched.push(SIGHUP);
+        }
+        let mut signals = Signals::new(&watched)?;
+        for signal in watched {
             signal_hook::flag::register(signal, interrupt.flag.clone())?;
         }
         let state = interrupt.state.clone();
         let watch = move || {
-            if let Some(signal) = signals.forever().next() {
-                state.signal.store(signal, Ordering::SeqCst);
-                state.came.notify(usize::MAX);
+            let mut pressed: Option<Instant> = None;
+            for signal in signals.forever() {
+                if state.signal.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+                    state.came.notify(usize::MAX);
+                }
+                if signal == SIGINT && pressed.get_or_insert_with(Instant::now).elapsed() >= SAME_PRESS {
+                    end_now(SIGINT);
+                }
             }
         };
-        std::thread::Builder::new().name("corepage-signal".into()).spawn(watch)?;
+        let started = std::thread::Builder::new().name("corepage-signal".into()).spawn(watch);
+        started.map_err(no_thread)?;
         Ok(interrupt)
     }
 
@@ -96,4 +113,54 @@ impl Interrupt {
         let signal = self.signal().filter(|_| error.kind() == ErrorKind::Closed);
         Failure { signal, ..Failure::new(error) }
     }
+}
+
+/// A thread that can't be started, with what to do.
+pub(super) fn no_thread(error: std::io::Error) -> std::io::Error {
+    let text = "a thread can't be started; raise the limit of processes and threads (`ulimit -u`, the control group's pids.max)";
+    std::io::Error::new(error.kind(), format!("{text}: {error}"))
+}
+
+/// A write beyond the limit of file sizes (`ulimit -f`) fails with EFBIG, and is handled like any other failed write,
+/// instead of killing the process. For all commands, before a store is opened.
+pub(super) fn survive_file_size_limit() {
+    // A handler instead of "ignored", which programs that are started from here would inherit. Where it can't be set,
+    // things are as they were.
+    let _ = signal_hook::flag::register(SIGXFSZ, Arc::default());
+}
+
+/// Whether `signal` is ignored now.
+fn is_ignored(signal: i32) -> bool {
+    let mut action = std::mem::MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: without a new action the call only writes the present one, whole, to a place that is large enough for it.
+    unsafe {
+        libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) == 0
+            && action.assume_init().sa_sigaction == libc::SIG_IGN
+    }
+}
+
+/// What a shell shows for a process that a signal has ended.
+fn code_of(signal: i32) -> i32 {
+    128 + signal
+}
+
+/// The first process of a container is not killed by signals that it sends to itself.
+fn is_first_process() -> bool {
+    std::process::id() == 1
+}
+
+/// Ends the process at once, by the signal that asks for it.
+fn end_now(signal: i32) {
+    if !is_first_process() {
+        let _ = signal_hook::low_level::emulate_default_handler(signal);
+    }
+    signal_hook::low_level::exit(code_of(signal));
+}
+
+/// Ends the process by `signal`, once all that has a destructor is gone; the exit code for where it can't.
+pub(super) fn die_of(signal: i32) -> ExitCode {
+    if !is_first_process() {
+        let _ = signal_hook::low_level::emulate_default_handler(signal);
+    }
+    ExitCode::from(code_of(signal) as u8)
 }

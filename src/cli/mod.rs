@@ -13,6 +13,8 @@ mod bench;
 mod control;
 mod doctor;
 mod interrupt;
+mod logging;
+mod output;
 mod serve;
 mod size;
 mod stat;
@@ -21,9 +23,7 @@ mod volume;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use std::fmt;
-use std::io::IsTerminal;
 use std::process::ExitCode;
-use tracing_subscriber::EnvFilter;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -115,30 +115,40 @@ impl From<std::io::Error> for Failure {
 /// The whole program.
 pub fn main() -> ExitCode {
     allocator::bound();
-    // Prints usage errors as `error: …` and exits with 2.
-    let arguments = Arguments::parse();
-    // A server says what it does; of the others only what goes wrong matters.
-    let level = if matches!(arguments.command, Command::Serve(_)) { "info" } else { "warn" };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
-    let ansi = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi).init();
-    let outcome = match arguments.command {
-        Command::Serve(arguments) => serve::run(&arguments),
-        Command::Doctor(arguments) => doctor::run(&arguments),
-        Command::Volume(arguments) => volume::run(&arguments),
-        Command::Stat(arguments) => stat::run(&arguments),
-        Command::Bench(arguments) => bench::run(&arguments),
-        Command::Verify(arguments) => verify::run(&arguments),
-    };
-    match outcome {
+    interrupt::survive_file_size_limit();
+    match Arguments::try_parse().map_or_else(|said| usage(&said), |arguments| run(&arguments.command)) {
         Ok(code) => code,
         Err(failure) => {
-            eprintln!("error: {}", failure.text);
+            output::STDERR.say(&format!("error: {}\n", failure.text));
             if let Some(signal) = failure.signal {
                 // All that has a destructor is gone. Whoever has sent it sees that it was this that ended the process.
-                let _ = signal_hook::low_level::emulate_default_handler(signal);
+                return interrupt::die_of(signal);
             }
             ExitCode::from(failure.code)
         }
+    }
+}
+
+/// Prints the help that was asked for, or what is wrong with the arguments, as `error: …`.
+fn usage(said: &clap::Error) -> Result<ExitCode, Failure> {
+    if said.use_stderr() {
+        // Where stderr takes nothing there is nobody to tell.
+        let _ = said.print();
+        return Ok(ExitCode::from(said.exit_code() as u8));
+    }
+    output::written(said.print())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run(command: &Command) -> Result<ExitCode, Failure> {
+    // A server says what it does; of the others only what goes wrong matters.
+    logging::start(if matches!(command, Command::Serve(_)) { "info" } else { "warn" })?;
+    match command {
+        Command::Serve(arguments) => serve::run(arguments),
+        Command::Doctor(arguments) => doctor::run(arguments),
+        Command::Volume(arguments) => volume::run(arguments),
+        Command::Stat(arguments) => stat::run(arguments),
+        Command::Bench(arguments) => bench::run(arguments),
+        Command::Verify(arguments) => verify::run(arguments),
     }
 }

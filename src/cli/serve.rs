@@ -1,22 +1,23 @@
 //! `corepage serve`: a store, its volumes, and their server, from start to clean end.
 //!
 //! ```text
-//! check arguments ─> plan listeners ─> open store ─> make volumes ─> bind ─> serve ─ SIGTERM, SIGINT ─> stop ─> close
+//! check arguments ─> plan listeners ─> open store ─> make volumes ─> bind ─> serve ─ signal, failure ─> stop ─> close
 //! ```
 //!
 //! 1. Up to the opened store a refused start changes nothing; from there on the store is closed cleanly on every way out.
 //! 2. The line `listening on …` is printed when clients can connect, and not before.
 //! 3. A signal while the store is being opened ends that as soon as the device has answered; the process dies of it.
-//! 4. A second signal, while closing or before, ends the process at once, which is what crash safety is for.
+//! 4. SIGTERM, SIGINT and SIGHUP end it cleanly; which of them ends it at once when it comes again, `interrupt` says.
+//! 5. A store that takes no writes any more is no reason to stay: its supervisor starts the server again, and opening the store
+//!    again is what helps. Exit code 1, unless `--on-failure stay`.
 
 use super::interrupt::Interrupt;
-use super::{Failure, size};
+use super::{Failure, output, size};
 use crate::server::control::{Control, SOCKET_NAME};
 use crate::server::nbd::{Address, Division, Limits, Listener, Memory, Plan, Server, StoreExports};
 use clap::ValueEnum;
 use corepage::{Driver, Options, Store, Volume};
-use futures_lite::future::block_on;
-use std::io::Write;
+use futures_lite::future::{block_on, or};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -38,6 +39,15 @@ enum DriverChoice {
     Ring,
     /// Plain system calls on threads
     Portable,
+}
+
+/// What to do when the store takes no writes any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum OnFailure {
+    /// End with exit code 1, for a supervisor that starts the server again
+    Exit,
+    /// Go on answering reads; writes fail until the server is started again
+    Stay,
 }
 
 impl From<DriverChoice> for Driver {
@@ -88,6 +98,9 @@ pub struct Arguments {
     /// Its size, for example 10G: a multiple of 4 KiB
     #[arg(long, value_name = "SIZE", value_parser = size::parse, requires = "volume")]
     size: Option<u64>,
+    /// What to do when a write or a flush of the log has failed, or a bug has stopped the store
+    #[arg(long, value_enum, default_value_t = OnFailure::Exit)]
+    on_failure: OnFailure,
 }
 
 impl Arguments {
@@ -146,10 +159,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     // Before the store is open, so that no signal can end the process in between without closing it.
     let interrupt = Interrupt::watch()?;
     let store = interrupt.open(&arguments.dir, options).map_err(|error| interrupt.explains(error))?;
-    let outcome = serve(arguments, plans, &store, || {
-        let signal = block_on(interrupt.wait());
-        info!(signal, "closing the store; a second signal ends the process at once");
-    });
+    let outcome = serve(arguments, plans, &store, || wait(arguments, &store, &interrupt));
     let closed = block_on(store.close());
     outcome?;
     closed?;
@@ -157,26 +167,46 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn serve(arguments: &Arguments, plans: Vec<Plan>, store: &Store, wait: impl FnOnce()) -> Result<(), Failure> {
+/// Waits for a signal, or for the end of the store.
+fn wait(arguments: &Arguments, store: &Store, interrupt: &Interrupt) -> Result<(), Failure> {
+    let failed = block_on(or(async { Err(store.failed().await) }, async { Ok(interrupt.wait().await) }));
+    if let Err(error) = failed {
+        match arguments.on_failure {
+            OnFailure::Exit => return Err(Failure::new(error)),
+            OnFailure::Stay => {
+                error!(%error, "writes fail from now on; reads are still answered, as --on-failure stay asks for")
+            }
+        }
+    }
+    let signal = block_on(interrupt.wait());
+    info!(signal, "closing the store; a second SIGINT (Ctrl-C) ends the process at once");
+    Ok(())
+}
+
+fn serve(
+    arguments: &Arguments,
+    plans: Vec<Plan>,
+    store: &Store,
+    wait: impl FnOnce() -> Result<(), Failure>,
+) -> Result<(), Failure> {
     let volumes = volumes(arguments, store)?;
     let listeners = plans.into_iter().map(Plan::bind).collect::<Result<Vec<_>, _>>()?;
     let lines = listening(&listeners, &volumes);
     let _control = control(&arguments.dir, store);
     for host in arguments.remote_hosts() {
-        // Not a matter of the log level.
-        eprintln!(
-            "warning: anyone who reaches {host} can read, change and erase all volumes: no password, no encryption"
-        );
+        output::warn(format_args!(
+            "anyone who reaches {host} can read, change and erase all volumes: no password, no encryption"
+        ));
     }
     let memory = Arc::new(Memory::new(arguments.division()));
     let exports = StoreExports::new(store.clone(), &memory);
     let server = Server::start(listeners, exports, Limits::default(), memory)?;
     report(&arguments.dir, store, &lines);
-    wait();
+    let outcome = wait();
     if !server.stop() {
         error!("some requests got no answer from the store");
     }
-    Ok(())
+    outcome
 }
 
 /// The control socket; a server without one serves all the same.
@@ -201,11 +231,16 @@ fn volumes(arguments: &Arguments, store: &Store) -> Result<Vec<Volume>, Failure>
             block_on(store.create_volume(name, bytes))?;
             Ok(block_on(store.volumes())?)
         }
-        Some(volume) if volume.bytes() == bytes => Ok(volumes),
-        Some(volume) => Err(Failure::new(format_args!(
-            "the volume {name} exists with {} bytes, not {bytes}: leave --volume and --size out, or use another name",
-            volume.bytes()
-        ))),
+        Some(volume) => {
+            // Resized since its unit file was written: no reason to keep the service down, and no order to resize it.
+            if volume.bytes() != bytes {
+                let (has, said) = (size::show(volume.bytes()), size::show(bytes));
+                warn!(
+                    "the volume {name} has {has}, not {said} as --size says; it is left as it is (`corepage volume resize`)"
+                );
+            }
+            Ok(volumes)
+        }
     }
 }
 
@@ -215,12 +250,10 @@ fn listening(listeners: &[Listener], volumes: &[Volume]) -> Vec<String> {
     listeners.iter().map(|l| format!("listening on {l} (volumes: {})", names.join(", "))).collect()
 }
 
-/// Says what was found and where clients can connect. A closed stdout is no reason to stop serving.
+/// Says what was found and where clients can connect. A stdout that takes nothing is no reason to stop serving.
 fn report(dir: &Path, store: &Store, lines: &[String]) {
-    let mut out = std::io::stdout().lock();
-    let _ = writeln!(out, "store {}: {}; {}", dir.display(), store.report(), store.recovery());
-    for line in lines {
-        let _ = writeln!(out, "{line}");
+    let text = format!("store {}: {}; {}\n{}\n", dir.display(), store.report(), store.recovery(), lines.join("\n"));
+    if let Err(failure) = output::print(&text) {
+        warn!("{}; clients can connect all the same", failure.text);
     }
-    let _ = out.flush();
 }

@@ -7,7 +7,7 @@
 #![allow(clippy::disallowed_methods)]
 
 use super::control::Connection;
-use super::{Failure, Format};
+use super::{Failure, Format, output};
 use crate::server::control::{Request, SOCKET_NAME};
 use serde_json::Value;
 use std::io::Write;
@@ -61,7 +61,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
             Format::Human if n % HEAD_EVERY == 0 => HEAD.to_owned() + &lines(&told),
             Format::Human => lines(&told),
         };
-        if out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_err() {
+        if !output::written(out.write_all(text.as_bytes()).and_then(|()| out.flush()))? {
             // Nobody reads any more.
             break;
         }

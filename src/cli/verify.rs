@@ -4,8 +4,8 @@
 //!
 //! Changes nothing, and repairs nothing.
 
-use super::Failure;
-use std::io::Write;
+use super::{Failure, output};
+use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -19,12 +19,11 @@ pub struct Arguments {
 /// Prints what was found.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let report = corepage::verify(&arguments.dir)?;
-    let mut out = std::io::stdout().lock();
+    let mut said = String::new();
     for damage in &report.damaged {
-        let _ = writeln!(out, "damaged: {damage}");
+        let _ = writeln!(said, "damaged: {damage}");
     }
-    let _ = writeln!(out, "{report}");
-    let _ = out.flush();
+    output::print(&format!("{said}{report}\n"))?;
     if !report.damaged.is_empty() {
         return Err(Failure::new(format_args!(
             "the store {} is damaged, see above; what is not listed can still be read: copy it out, or restore a copy",

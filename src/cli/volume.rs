@@ -8,13 +8,13 @@
 
 use super::control::Connection;
 use super::interrupt::Interrupt;
-use super::{Failure, Format, size};
+use super::{Failure, Format, output, size};
 use crate::server::control::{self, Request, SOCKET_NAME, VolumeLine};
 use comfy_table::{CellAlignment, Table, TableStyle};
 use corepage::{Options, Store};
 use futures_lite::future::{block_on, or};
 use serde_json::Value;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -105,7 +105,9 @@ impl Access {
         let Access::Own(store, interrupt) = self else { return Ok(()) };
         let freed = async {
             if let Err(error) = store.wait_freed().await {
-                eprintln!("warning: not all pages could be freed, the next open of the store tries again: {error}");
+                output::warn(format_args!(
+                    "not all pages could be freed, the next open of the store tries again: {error}"
+                ));
             }
             Ok(())
         };
@@ -159,8 +161,7 @@ fn act(action: &Action, access: &mut Access) -> Result<(), Failure> {
             format!("deleted {name}\n")
         }
     };
-    let _ = std::io::stdout().lock().write_all(said.as_bytes());
-    Ok(())
+    output::print(&said)
 }
 
 fn list(volumes: &[VolumeLine], format: Format) -> Result<String, Failure> {
@@ -190,7 +191,7 @@ fn confirmed(yes: bool, what: &str) -> Result<(), Failure> {
     if !std::io::stdin().is_terminal() {
         return Err(Failure::usage(format_args!("{what}: say --yes if that is meant")));
     }
-    eprint!("{what}. Go on? [y/N] ");
+    output::STDERR.say(&format!("{what}. Go on? [y/N] "));
     let mut answer = String::new();
     std::io::stdin().read_line(&mut answer)?;
     match answer.trim() {

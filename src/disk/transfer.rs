@@ -209,7 +209,8 @@ fn allocate(files: &Files, file: &StoreFile, from: u64, to: u64) -> Result<()> {
             files.cancel().check()?;
         }
         let doing = format_args!("allocating {} bytes at {from} of", to - from);
-        let full = matches!(e, Errno::NOSPC | Errno::DQUOT);
+        // A limit of file sizes (`ulimit -f`) is room that is not there, too.
+        let full = matches!(e, Errno::NOSPC | Errno::DQUOT | Errno::FBIG);
         let error = files.error(id, doing, e.into());
         return Err(if full { error.with_kind(ErrorKind::Full) } else { error });
     }

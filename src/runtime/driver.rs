@@ -110,6 +110,8 @@ pub(super) struct Driver<M: Machine, D: Disk> {
     seen: Lsn,
     due: Option<Micros>,
     turned: bool,
+    /// Whether the shard's failure was told.
+    failure_told: bool,
     now: Micros,
     active_at: Micros,
 }
@@ -132,6 +134,7 @@ impl<M: Machine, D: Disk> Driver<M, D> {
             seen,
             due: None,
             turned: false,
+            failure_told: false,
             now,
             active_at: now,
         }
@@ -153,6 +156,7 @@ impl<M: Machine, D: Disk> Driver<M, D> {
         if busy || self.is_due() {
             self.rig.machine.turn(self.now);
             self.turned = true;
+            self.tell_failure();
             busy |= self.carry_out();
             self.due = self.rig.machine.deadline();
             self.announce();
@@ -170,6 +174,16 @@ impl<M: Machine, D: Disk> Driver<M, D> {
             return Lap::Busy;
         }
         Lap::Idle
+    }
+
+    /// Tells whoever waits for the end of the store that it takes no writes any more.
+    fn tell_failure(&mut self) {
+        if !self.failure_told
+            && let Some(error) = self.rig.machine.failure()
+        {
+            self.failure_told = true;
+            self.rig.shared.fail(error);
+        }
     }
 
     fn port(&self) -> &Port {

@@ -146,6 +146,11 @@ impl Runtime {
         &self.shared
     }
 
+    /// Waits until a shard has failed, and says why.
+    pub(crate) async fn failed(&self) -> Error {
+        self.shared.failed().await
+    }
+
     /// Waits until the shards have let go of their files; they do after `Close`.
     pub(crate) async fn ended(&self) {
         self.shared.ended().await;

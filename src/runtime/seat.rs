@@ -139,11 +139,19 @@ pub(super) fn occupy<M: Machine>(seat: Seat<M>, body: impl FnOnce(Seat<M>)) {
     let (shared, news) = (seat.shared.clone(), seat.news.clone());
     if catch_unwind(AssertUnwindSafe(|| body(seat))).is_err() {
         tracing::error!("a shard's thread panicked; the store is closed as after a crash");
+        shared.fail(stopped_by_a_bug());
         let _ = news.send(News::Failed(panicked()));
         shared.abandon();
     }
     drop(news);
     shared.thread_ended();
+}
+
+fn stopped_by_a_bug() -> Error {
+    Error::new(
+        ErrorKind::Closed,
+        "the thread of a shard panicked, which is a bug of corepage; reopen the store to recover",
+    )
 }
 
 fn panicked() -> Error {
@@ -158,6 +166,7 @@ impl<M: Machine, D: Disk> Drive<M, D> {
             Ok(false) => {}
             Err(_) => {
                 tracing::error!("a shard panicked; the store is closed as after a crash");
+                self.shared.fail(stopped_by_a_bug());
                 tell(&mut self.opening, News::Failed(panicked()));
                 self.shared.abandon();
             }

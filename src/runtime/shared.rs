@@ -15,8 +15,8 @@ use crate::shard::{Request, Response, Token, request_bytes};
 use async_task::Runnable;
 use crossbeam_queue::SegQueue;
 use event_listener::Event;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// Requests that an inbox holds whatever `requests_max` is; beyond it, a share of that.
 const INBOX_MAX: usize = 16_384;
@@ -84,6 +84,9 @@ pub(super) struct Shared {
     cancel: Cancel,
     running: AtomicUsize,
     ended: Event,
+    /// Why the store takes no writes any more, once that is so.
+    failure: OnceLock<Error>,
+    has_failed: Event,
 }
 
 impl Shared {
@@ -104,6 +107,8 @@ impl Shared {
             cancel,
             running: AtomicUsize::new(usize::from(shards_count)),
             ended: Event::new(),
+            failure: OnceLock::new(),
+            has_failed: Event::new(),
         }
     }
 
@@ -111,6 +116,24 @@ impl Shared {
     pub(super) fn abandon(&self) {
         self.cancel.cancel();
         self.end_threads();
+    }
+
+    /// A shard has failed: no shard takes writes any more. The first failure is the one that is told.
+    pub(super) fn fail(&self, error: Error) {
+        if self.failure.set(error).is_ok() {
+            self.has_failed.notify(usize::MAX);
+        }
+    }
+
+    /// Waits until a shard has failed.
+    pub(super) async fn failed(&self) -> Error {
+        loop {
+            let listener = self.has_failed.listen();
+            if let Some(error) = self.failure.get() {
+                return error.clone();
+            }
+            listener.await;
+        }
     }
 
     /// All threads are to end; others may use the files.

@@ -126,7 +126,8 @@ impl Control {
         let (count, stopping, sockets) = Default::default();
         let shared = Arc::new(Shared { store, count, stopping, stops: Event::new(), sockets });
         let (own, at) = (shared.clone(), listener.clone());
-        let thread = std::thread::Builder::new().name("control".into()).spawn(move || accept(&at, &own))?;
+        let work = move || super::persistently("control clients", || accept(&at, &own));
+        let thread = std::thread::Builder::new().name("control".into()).spawn(work)?;
         Ok(Control { shared, listener, thread: Some(thread) })
     }
 }

@@ -10,3 +10,31 @@
 
 pub mod control;
 pub mod nbd;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
+
+/// Before a thread's work is begun again after a panic: one that comes again and again must not take a core.
+const PANIC_PAUSE: Duration = Duration::from_millis(100);
+
+/// Does `work` to its end, and begins again whenever it panics: nobody is accepted any more if the thread that accepts is gone.
+fn persistently(what: &str, mut work: impl FnMut()) {
+    while catch_unwind(AssertUnwindSafe(&mut work)).is_err() {
+        tracing::error!("the thread of {what} panicked and goes on; this is a bug of corepage, please report it");
+        std::thread::sleep(PANIC_PAUSE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    /// A server that looks healthy and accepts nobody is worse than one that has ended.
+    #[test]
+    fn work_that_panics_is_begun_again() {
+        let mut rounds = 0;
+        super::persistently("a test", || {
+            rounds += 1;
+            assert!(rounds > 2, "planted: round {rounds} panics");
+        });
+        assert_eq!(rounds, 3);
+    }
+}

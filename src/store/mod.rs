@@ -187,6 +187,14 @@ impl Store {
         }
     }
 
+    /// Waits until the store takes no writes any more although nobody has closed it: a write or a flush of the log has failed,
+    /// or a thread of the engine has panicked. The error says why. Reads may go on; only reopening the store helps.
+    ///
+    /// It never returns while all is well, nor once the store was closed: wait for it beside something else.
+    pub async fn failed(&self) -> Error {
+        self.inner.runtime.failed().await
+    }
+
     /// Counters since the store was opened, of all shards together.
     pub async fn stats(&self) -> Result<ShardStats> {
         let mut total = ShardStats::default();

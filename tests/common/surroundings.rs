@@ -31,6 +31,8 @@ pub enum Without {
     LocksAbove(u64),
     /// More open files than these.
     FilesAbove(u64),
+    /// Files larger than so many bytes.
+    FileSizesAbove(u64),
 }
 
 /// io_uring forbidden as Docker's profile does it, and as older ones do.
@@ -54,6 +56,7 @@ pub fn start_without<'c>(command: &'c mut Command, these: &[Without]) -> &'c mut
                     }
                 }
                 Without::FilesAbove(count) => limit(Resource::Nofile, count)?,
+                Without::FileSizesAbove(bytes) => limit(Resource::Fsize, bytes)?,
                 Without::Ring(_) | Without::RingUse | Without::DirectIo => {}
             }
         }
@@ -83,7 +86,7 @@ fn filter(without: &Without) -> Option<BpfProgram> {
             let open = (libc::SYS_openat, vec![rule(vec![flags(2)])]);
             (libc::EINVAL, vec![open, (libc::SYS_fcntl, vec![rule(vec![sets, flags(2)])])])
         }
-        Without::LocksAbove(_) | Without::FilesAbove(_) => return None,
+        Without::LocksAbove(_) | Without::FilesAbove(_) | Without::FileSizesAbove(_) => return None,
     };
     let calls: BTreeMap<i64, Vec<SeccompRule>> = calls.into_iter().collect();
     let architecture = std::env::consts::ARCH.try_into().expect("seccomp knows this processor");

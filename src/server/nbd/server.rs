@@ -60,7 +60,8 @@ impl<X: Exports> Server<X> {
         for listener in listeners {
             let (listener, shared) = (Arc::new(listener), server.shared.clone());
             let own = listener.clone();
-            let thread = std::thread::Builder::new().name("nbd-accept".into()).spawn(move || accept(&own, &shared))?;
+            let work = move || crate::server::persistently("NBD clients", || accept(&own, &shared));
+            let thread = std::thread::Builder::new().name("nbd-accept".into()).spawn(work)?;
             server.acceptors.push((listener, thread));
         }
         Ok(server)
