@@ -94,7 +94,8 @@ fn the_keys_of_the_json_form_stay() {
         machine.directory.unwritable machine.huge_pages.free_count machine.huge_pages.reserved_count \
         machine.huge_pages.transparent machine.io_uring.available machine.io_uring.disabled_setting \
         machine.io_uring.error machine.io_uring.refusal machine.io_uring.seccomp_filter machine.kernel.refused \
-        machine.kernel.release machine.memory_locks.enforced machine.memory_locks.executors_max \
+        machine.kernel.release machine.memory.available_bytes machine.memory.group_limit_bytes machine.memory.process_limit_bytes \
+        machine.memory.total_bytes machine.memory_locks.enforced machine.memory_locks.executors_max \
         machine.memory_locks.hard_limit_bytes machine.memory_locks.limit_bytes machine.open_files.hard_limit_count \
         machine.open_files.limit_count";
     assert_eq!(all.join(" "), wanted);

@@ -258,3 +258,28 @@ fn a_log_filter_that_cannot_be_meant_is_refused() {
         assert!(said.contains("RUST_LOG") && said.contains(bad), "{said}");
     }
 }
+
+/// If this fails, a typing error costs the machine its memory, or leaves hundreds of megabytes of a store that never was.
+#[test]
+fn more_memory_than_there_is_is_refused_before_anything_is_made() {
+    let dir = scratch("memory");
+    let store = dir.path().join("store");
+    let mut command = corepage(&["serve", "--nbd", "tcp:127.0.0.1:0", "--memory", "100T", "--dir"]);
+    let output = command.arg(&store).output().expect("corepage starts");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("--memory") && said.contains("100.0 TiB"), "{said}");
+    assert!(!store.exists(), "something was made");
+}
+
+/// If this fails, a server in a small container is killed because nobody has told it how small.
+#[test]
+fn the_default_memory_suits_a_limit_of_the_process() {
+    let dir = scratch("small");
+    let mut command = corepage(&["serve", "--nbd", "tcp:127.0.0.1:0", "--shards", "1", "--dir"]);
+    command.arg(dir.path());
+    start_without(&mut command, &[Without::AddressSpaceAbove(400 << 20)]);
+    let served = Served::spawn(command, 1);
+    served.client().write(nbd::FUA, 0, b"it runs");
+    assert!(served.stop().success());
+}

@@ -14,6 +14,7 @@ mod control;
 mod doctor;
 mod interrupt;
 mod logging;
+mod memory;
 mod output;
 mod serve;
 mod size;

@@ -12,10 +12,11 @@
 //!    again is what helps. Exit code 1, unless `--on-failure stay`.
 
 use super::interrupt::Interrupt;
-use super::{Failure, output, size};
+use super::{Failure, memory, output, size};
 use crate::server::control::{Control, SOCKET_NAME};
 use crate::server::nbd::{Address, Division, Limits, Listener, Memory, Plan, Server, StoreExports};
 use clap::ValueEnum;
+use corepage::probe::AvailableMemory;
 use corepage::{Driver, Options, Store, Volume};
 use futures_lite::future::{block_on, or};
 use std::net::IpAddr;
@@ -26,9 +27,6 @@ use tracing::{error, info, warn};
 
 /// The volume that a fresh store gets if none is asked for.
 const DEFAULT_VOLUME: (&str, u64) = ("disk", 1 << 30);
-
-/// Below it there is too little for pages beside what connections need.
-const MEMORY_MIN: u64 = 16 << 20;
 
 /// How pages reach the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -65,12 +63,13 @@ pub struct Arguments {
     /// Directory of the store; made if it does not exist
     #[arg(long, value_name = "DIR", default_value = "./corepage-data")]
     dir: PathBuf,
-    /// Memory of the server, for example 512M or 4GiB: seven eighths for pages, page map and log, the rest for what clients
-    /// send and what is sent to them. The process takes up to 16 MiB more for its code and its threads, 4 MiB for each shard,
-    /// and for each 4 MiB of data 72 bytes in each shard and 72 bytes once
-    #[arg(long, value_name = "SIZE", value_parser = size::parse, default_value = "256M")]
-    memory: u64,
-    /// Of the data space, how much is to be live before it grows: lower takes more disk, and overwriting is faster
+    /// Memory of the server, 16M or more, for example 512M or 4GiB: seven eighths for pages, page map and log, the rest for
+    /// what clients send and what is sent to them. The process takes up to 16 MiB more for its code and its threads, 4 MiB for
+    /// each shard, and for each 4 MiB of data 72 bytes in each shard and 72 bytes once. More than can be had is refused
+    /// [default: 256M, or half of what the machine or its control group has left, if that is less]
+    #[arg(long, value_name = "SIZE", value_parser = memory::parse)]
+    memory: Option<u64>,
+    /// Of the data space, how much is to be live before it grows, 30 to 85: lower takes more disk, and overwriting is faster
     #[arg(long, value_name = "PERCENT", default_value_t = Options::default().fill_percent,
         value_parser = clap::value_parser!(u32).range(30..=85))]
     fill_percent: u32,
@@ -80,7 +79,7 @@ pub struct Arguments {
     /// Cores to run on, one shard on each, for example 0,1 [default: all]
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     cores: Option<Vec<usize>>,
-    /// Shards, if not one on each core; more than cores work, but don't poll
+    /// Shards, 1 to 64, if not one on each core; more than cores work, but don't poll. Each needs 2M of memory at least
     #[arg(long, value_name = "N")]
     shards: Option<u16>,
     /// Keep every core busy polling: the lowest latency, at the price of the cores
@@ -95,7 +94,7 @@ pub struct Arguments {
     /// A volume to make if it does not exist
     #[arg(long, value_name = "NAME", requires = "size")]
     volume: Option<String>,
-    /// Its size, for example 10G: a multiple of 4 KiB
+    /// Its size, 4K or more, for example 10G: a multiple of 4 KiB. A volume that exists keeps the size it has
     #[arg(long, value_name = "SIZE", value_parser = size::parse, requires = "volume")]
     size: Option<u64>,
     /// What to do when a write or a flush of the log has failed, or a bug has stopped the store
@@ -109,8 +108,8 @@ impl Arguments {
         self.nbd.iter().filter_map(Address::remote)
     }
 
-    /// What the arguments say together.
-    fn check(&self) -> Result<Options, Failure> {
+    /// What the arguments say together, and how the memory is divided.
+    fn check(&self) -> Result<(Options, Division), Failure> {
         if let Some(bytes) = self.size
             && (bytes == 0 || bytes % 4096 != 0)
         {
@@ -129,37 +128,32 @@ impl Arguments {
                  127.0.0.1 and a tunnel (ssh -L), or insist with --allow-remote"
             )));
         }
-        if self.memory < MEMORY_MIN {
-            return Err(Failure::usage(format_args!(
-                "--memory {} is too little for a server: give at least 16M",
-                self.memory
-            )));
+        let (bytes, warning) = memory::choose(self.memory, self.shards, &AvailableMemory::look())?;
+        if let Some(warning) = warning {
+            warn!("{warning}");
         }
-        Ok(Options {
-            memory_bytes: self.division().engine_bytes,
+        let division = Division::of(bytes);
+        let options = Options {
+            memory_bytes: division.engine_bytes,
             driver: self.driver.into(),
             cores: self.cores.clone(),
             shards: self.shards,
             poll: self.poll,
             fill_percent: self.fill_percent,
             ..Options::default()
-        })
-    }
-
-    /// How the memory is divided.
-    fn division(&self) -> Division {
-        Division::of(self.memory)
+        };
+        Ok((options, division))
     }
 }
 
 /// Runs until a signal comes.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
-    let options = arguments.check()?;
+    let (options, division) = arguments.check()?;
     let plans = arguments.nbd.iter().map(|a| a.plan(&arguments.dir)).collect::<Result<Vec<_>, _>>()?;
     // Before the store is open, so that no signal can end the process in between without closing it.
     let interrupt = Interrupt::watch()?;
     let store = interrupt.open(&arguments.dir, options).map_err(|error| interrupt.explains(error))?;
-    let outcome = serve(arguments, plans, &store, || wait(arguments, &store, &interrupt));
+    let outcome = serve(arguments, division, plans, &store, || wait(arguments, &store, &interrupt));
     let closed = block_on(store.close());
     outcome?;
     closed?;
@@ -185,6 +179,7 @@ fn wait(arguments: &Arguments, store: &Store, interrupt: &Interrupt) -> Result<(
 
 fn serve(
     arguments: &Arguments,
+    division: Division,
     plans: Vec<Plan>,
     store: &Store,
     wait: impl FnOnce() -> Result<(), Failure>,
@@ -198,7 +193,7 @@ fn serve(
             "anyone who reaches {host} can read, change and erase all volumes: no password, no encryption"
         ));
     }
-    let memory = Arc::new(Memory::new(arguments.division()));
+    let memory = Arc::new(Memory::new(division));
     let exports = StoreExports::new(store.clone(), &memory);
     let server = Server::start(listeners, exports, Limits::default(), memory)?;
     report(&arguments.dir, store, &lines);

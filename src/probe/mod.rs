@@ -16,6 +16,7 @@ mod directory;
 mod driver;
 mod findings;
 mod machine;
+mod memory;
 mod mounts;
 
 pub use directory::{DirectIo, Directory};
@@ -23,6 +24,7 @@ pub(crate) use driver::executor_refused;
 pub use driver::{Driver, IoUring};
 pub use findings::{Better, Finding, Level, human_bytes};
 pub use machine::{Cores, HugePages, Kernel, MemoryLocks, OpenFiles};
+pub use memory::{AvailableMemory, Room};
 
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -34,7 +36,9 @@ pub struct Machine {
     pub kernel: Kernel,
     /// Whether a ring can be set up, by trying.
     pub io_uring: IoUring,
-    /// How much memory may be locked.
+    /// How much memory can be had.
+    pub memory: AvailableMemory,
+    /// How much of it may be locked.
     pub memory_locks: MemoryLocks,
     /// The directory, its file system, and the device behind it.
     pub directory: Directory,
@@ -55,6 +59,7 @@ impl Machine {
         Machine {
             io_uring: IoUring::try_one(&roots),
             kernel: Kernel::look(),
+            memory: AvailableMemory::look_at(&roots),
             memory_locks: MemoryLocks::look(&roots),
             directory: Directory::look(&roots, dir),
             huge_pages: HugePages::look(&roots),

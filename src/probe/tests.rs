@@ -13,6 +13,7 @@ fn best() -> Machine {
     Machine {
         kernel: Kernel { release: "6.12.0".into(), refused: None },
         io_uring: IoUring::new(None, Some(0), false),
+        memory: AvailableMemory { total_bytes: Some(64 << 30), available_bytes: Some(60 << 30), ..Default::default() },
         memory_locks: MemoryLocks::new(None, None, true),
         directory: Directory {
             path: "/srv/store".into(),
@@ -233,4 +234,34 @@ fn control_groups_of_version_1_and_of_containers_are_read_too() {
             assert_eq!(quota(nonsense, mounts, &[("/sys/fs/cgroup/a/cpu.max", "100000 0")]), None);
         }
     }
+}
+
+/// A server in a container with 256 MiB must not be told of the 64 GiB of the machine around it, and be killed.
+#[test]
+fn the_lowest_memory_limit_of_all_groups_above_a_process_is_its_own() {
+    let limit = |membership: &str, mountinfo: &str, files: &[(&str, &str)]| {
+        super::cgroup::memory_bytes(membership, mountinfo, |path| {
+            let found = files.iter().find(|(name, _)| Path::new(name) == path);
+            found.map(|(_, text)| (*text).to_owned())
+        })
+    };
+    let (max, high) = ("/sys/fs/cgroup/a/memory.max", "/sys/fs/cgroup/a/memory.high");
+    assert_eq!(limit("0::/a/b", V2, &[(max, "268435456\n")]), Some(256 << 20), "of the group above");
+    assert_eq!(limit("0::/a", V2, &[(max, "268435456"), (high, "1048576")]), Some(1 << 20));
+    assert_eq!(limit("0::/a", V2, &[(max, "max"), (high, "max")]), None);
+    let v1 = "25 22 0:20 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory";
+    let file = |bytes| [("/sys/fs/cgroup/memory/job/memory.limit_in_bytes", bytes)];
+    assert_eq!(limit("4:cpu:/x\n3:memory:/job", v1, &file("67108864")), Some(64 << 20));
+    assert_eq!(limit("3:memory:/job", v1, &file("9223372036854771712")), None, "that is how version 1 says none");
+}
+
+/// What the machine really has is found, and no memory is wanted that it has not.
+#[test]
+fn this_machine_says_how_much_memory_it_has_left() {
+    let memory = AvailableMemory::look();
+    let most = memory.most().expect("Linux says");
+    assert!(memory.available_bytes <= memory.total_bytes.map(|bytes| bytes + (1 << 40)) && most.0 > 0, "{memory:?}");
+    assert_eq!(memory.judge(1), Room::Enough);
+    assert!(matches!(memory.judge(u64::MAX), Room::Lacking(_)));
+    assert!(matches!(memory.judge(most.0), Room::Tight(_)));
 }

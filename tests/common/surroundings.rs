@@ -33,6 +33,8 @@ pub enum Without {
     FilesAbove(u64),
     /// Files larger than so many bytes.
     FileSizesAbove(u64),
+    /// More address space than so many bytes.
+    AddressSpaceAbove(u64),
 }
 
 /// io_uring forbidden as Docker's profile does it, and as older ones do.
@@ -57,6 +59,7 @@ pub fn start_without<'c>(command: &'c mut Command, these: &[Without]) -> &'c mut
                 }
                 Without::FilesAbove(count) => limit(Resource::Nofile, count)?,
                 Without::FileSizesAbove(bytes) => limit(Resource::Fsize, bytes)?,
+                Without::AddressSpaceAbove(bytes) => limit(Resource::As, bytes)?,
                 Without::Ring(_) | Without::RingUse | Without::DirectIo => {}
             }
         }
@@ -86,7 +89,10 @@ fn filter(without: &Without) -> Option<BpfProgram> {
             let open = (libc::SYS_openat, vec![rule(vec![flags(2)])]);
             (libc::EINVAL, vec![open, (libc::SYS_fcntl, vec![rule(vec![sets, flags(2)])])])
         }
-        Without::LocksAbove(_) | Without::FilesAbove(_) | Without::FileSizesAbove(_) => return None,
+        Without::LocksAbove(_)
+        | Without::FilesAbove(_)
+        | Without::FileSizesAbove(_)
+        | Without::AddressSpaceAbove(_) => return None,
     };
     let calls: BTreeMap<i64, Vec<SeccompRule>> = calls.into_iter().collect();
     let architecture = std::env::consts::ARCH.try_into().expect("seccomp knows this processor");

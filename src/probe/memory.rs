@@ -1,0 +1,103 @@
+//! How much memory this process can take before the kernel kills something: what the machine has left, and what control
+//! groups (memory.max, memory.high) and process limits (`ulimit -v`, `ulimit -d`) allow.
+//!
+//! Invariants
+//! 1. The lowest of what is known counts. What can't be found out is no limit.
+//! 2. Whether an amount fits is decided here alone ([`AvailableMemory::judge`]): `serve`, `bench` and `doctor` say the same.
+//!
+//! It does *not* know what a store needs, and reserves nothing: others may take the memory in the next moment.
+
+use super::{HugePages, Roots, cgroup, human_bytes};
+use rustix::process::{Resource, getrlimit};
+use serde::Serialize;
+
+/// Bytes of a reserved huge page.
+const HUGE_BYTES: u64 = 2 << 20;
+/// Of what can be had, how much may be taken without a warning, in percent: the rest is for the page cache and for what other
+/// programs will want in a while.
+const COMFORTABLE_PERCENT: u64 = 80;
+
+/// Memory that can be had. What is absent can't be found out, or is not limited.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct AvailableMemory {
+    /// Of the machine.
+    pub total_bytes: Option<u64>,
+    /// What of it can be taken without swapping, huge pages that are reserved and free among it.
+    pub available_bytes: Option<u64>,
+    /// The lowest limit of the control groups of this process.
+    pub group_limit_bytes: Option<u64>,
+    /// The lowest limit of the process (`ulimit -v`, `ulimit -d`).
+    pub process_limit_bytes: Option<u64>,
+}
+
+/// Whether an amount of memory can be had.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Room {
+    /// It can.
+    Enough,
+    /// It can, and leaves little to others; in words.
+    Tight(String),
+    /// It can't: the kernel would kill this process, or another one; in words.
+    Lacking(String),
+}
+
+impl AvailableMemory {
+    /// Looks.
+    pub fn look() -> AvailableMemory {
+        AvailableMemory::look_at(&Roots::default())
+    }
+
+    pub(super) fn look_at(roots: &Roots) -> AvailableMemory {
+        let info = roots.proc("meminfo").unwrap_or_default();
+        let huge = HugePages::look(roots).free_count.unwrap_or(0) * HUGE_BYTES;
+        let limit = |resource| getrlimit(resource).current;
+        AvailableMemory {
+            total_bytes: field(&info, "MemTotal").or_else(machine_bytes),
+            available_bytes: field(&info, "MemAvailable").map(|bytes| bytes + huge),
+            group_limit_bytes: cgroup::memory_limit_bytes(roots),
+            process_limit_bytes: limit(Resource::As).into_iter().chain(limit(Resource::Data)).min(),
+        }
+    }
+
+    /// The most that can be had, and what says so.
+    pub fn most(&self) -> Option<(u64, &'static str)> {
+        let known = [
+            (self.group_limit_bytes, "the limit of the control group (memory.max, memory.high)"),
+            (self.process_limit_bytes, "the limit of the process (`ulimit -v`, `ulimit -d`)"),
+            (self.available_bytes.or(self.total_bytes), "the memory that the machine has left"),
+        ];
+        known.into_iter().filter_map(|(bytes, what)| Some((bytes?, what))).min_by_key(|(bytes, _)| *bytes)
+    }
+
+    /// Whether so many bytes can be had.
+    pub fn judge(&self, bytes: u64) -> Room {
+        let Some((most, what)) = self.most() else { return Room::Enough };
+        let wanted = human_bytes(bytes);
+        if bytes > most {
+            let have = human_bytes(most);
+            return Room::Lacking(format!("{wanted} are needed and {have} can be had, {what}"));
+        }
+        // In this order: the product of a large number must not overflow.
+        let comfortable = most / 100 * COMFORTABLE_PERCENT;
+        if bytes > comfortable {
+            let have = human_bytes(most);
+            return Room::Tight(format!(
+                "{wanted} are more than {COMFORTABLE_PERCENT} % of the {have} that can be had, {what}"
+            ));
+        }
+        Room::Enough
+    }
+}
+
+/// Bytes of a line like `MemAvailable:   20834648 kB`.
+fn field(meminfo: &str, name: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// What the machine has, where there is no /proc.
+fn machine_bytes() -> Option<u64> {
+    let info = rustix::system::sysinfo();
+    let (total, unit) = (info.totalram as u64, u64::from(info.mem_unit));
+    total.checked_mul(unit).filter(|bytes| *bytes > 0)
+}
