@@ -45,7 +45,7 @@ fn closed_store(dir: &Path) {
 fn wrong_arguments_are_explained_and_touch_nothing() {
     let dir = scratch("usage");
     let store = dir.path().join("store");
-    let wrong: [(&[&str], &str); 14] = [
+    let wrong: [(&[&str], &str); 18] = [
         (&["--volume", "", "--size", "1G"], "255"),
         (&["--sise", "1G"], "--size"),
         (&["--driver", "magic"], "possible values"),
@@ -55,6 +55,10 @@ fn wrong_arguments_are_explained_and_touch_nothing() {
         (&["--volume", "v", "--size", "0"], "4096"),
         (&["--volume", "v", "--size", "1000"], "4096"),
         (&["--volume", "v", "--size", "1X"], "64M"),
+        (&["--volume", "v", "--size", "1000001"], "use 999424 or 1003520"),
+        (&["--volume", "v", "--size", "8E"], "9223372036854771712"),
+        (&["--volume", "v", "--size", "99999999999999999999"], "16 EiB or more"),
+        (&["--volume", &"a".repeat(4096), "--size", "1G"], "255 bytes at most"),
         (&["--nbd", "tcp:0.0.0.0:10809"], "127.0.0.1"),
         (&["--nbd", "tcp:192.168.0.1:10809"], "ssh"),
         (&["--nbd", "unix:/tmp/x", "--nbd", "tcp:[::]:10809"], "--allow-remote"),

@@ -133,6 +133,25 @@ fn qemu_img_brings_an_image_in_and_out_unchanged() {
     assert!(served.stop().success());
 }
 
+/// The line that the server prints is what an operator pastes into a client: with a raw space or `&` in it clients refuse it, or
+/// connect elsewhere.
+#[test]
+fn clients_take_the_uri_that_is_printed_whatever_the_socket_is_called() {
+    if !has_tool("nbdinfo") {
+        return;
+    }
+    let dir = scratch("uri");
+    for name in ["a b", "50%25", "x#y&z", "say \"ü\"", "a+b?c=d"] {
+        let nbd = format!("unix:{}", dir.path().join(name).display());
+        let served =
+            Served::start_with(&dir.path().join("store"), &["--nbd", &nbd, "--volume", "vol", "--size", "64M"]);
+        let told = output(Command::new("nbdinfo").args(["--size", &served.uris[0]]));
+        assert_eq!(String::from_utf8_lossy(&told.stdout).trim(), "67108864", "{}: {told:?}", served.uris[0]);
+        assert_eq!(common::nbd::Client::go(&served.address(), "vol").bytes, 64 << 20);
+        assert!(served.stop().success());
+    }
+}
+
 /// Stretches of an export by libnbd: offset, length, and whether it is a hole.
 fn map(served: &Served) -> Vec<(u64, u64, bool)> {
     let said = output(Command::new("nbdinfo").args(["--map", "--json", &uri(served)]));

@@ -63,7 +63,6 @@ fn reads_tell_holes_and_data_and_in_one_piece_where_that_is_asked() {
         (REQ_ONE, READ, 0, 1, EINVAL),
         (DF, FLUSH, 0, 0, EINVAL),
         (0, BLOCK_STATUS, 1 << 30, 1, EINVAL),
-        (0, BLOCK_STATUS, 0, 0, EINVAL),
         (DF, BLOCK_STATUS, 0, 1, EINVAL),
         (0, CACHE, 1 << 30, 1, EINVAL),
         (0, 99, 0, 0, EINVAL),

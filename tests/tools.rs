@@ -46,11 +46,16 @@ fn volumes(dir: &Path) -> Vec<(String, u64)> {
 
 /// The same commands on a closed store, and on one that is served.
 fn life_of_a_volume(dir: &Path) {
-    assert_eq!(done(dir, &["volume", "create", "two", "1G"]), "created two, 1.0 GiB\n");
+    assert_eq!(done(dir, &["volume", "create", "two", "1G"]), "created two, 1.0 GiB (1073741824 bytes)\n");
     let (code, text) = refused(dir, &["volume", "create", "two", "1G"]);
     assert!(code == 1 && text.contains("exists already"), "{text}");
-    assert!(refused(dir, &["volume", "create", "odd", "4097"]).1.contains("4097"));
-    assert_eq!(done(dir, &["volume", "resize", "two", "2G"]), "two has 2.0 GiB now\n");
+    assert!(refused(dir, &["volume", "create", "odd", "4097"]).1.contains("use 4096 or 8192"));
+    assert!(refused(dir, &["volume", "create", "huge", "8E"]).1.contains("9223372036854771712"));
+    let long = "a".repeat(4096);
+    for action in [&["create", &long, "1G"][..], &["resize", &long, "1G"], &["delete", &long]] {
+        assert!(refused(dir, &[&["volume"], action].concat()).1.contains("255 bytes at most"), "{action:?}");
+    }
+    assert_eq!(done(dir, &["volume", "resize", "two", "2G"]), "two has 2.0 GiB now (2147483648 bytes)\n");
     let (code, text) = refused(dir, &["volume", "resize", "two", "1M"]);
     assert!(code == 2 && text.contains("--yes"), "{text}");
     done(dir, &["volume", "resize", "two", "1M", "--yes"]);

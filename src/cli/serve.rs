@@ -92,10 +92,11 @@ pub struct Arguments {
     #[arg(long)]
     allow_remote: bool,
     /// A volume to make if it does not exist
-    #[arg(long, value_name = "NAME", requires = "size")]
+    #[arg(long, value_name = "NAME", value_parser = size::parse_name, requires = "size")]
     volume: Option<String>,
-    /// Its size, 4K or more, for example 10G: a multiple of 4 KiB. A volume that exists keeps the size it has
-    #[arg(long, value_name = "SIZE", value_parser = size::parse, requires = "volume")]
+    /// Its size, 4K or more, for example 10G: a multiple of 4 KiB below 8 EiB; K, M, G, T (or KB, KiB ...) are powers of 1024. A
+    /// volume that exists keeps the size it has
+    #[arg(long, value_name = "SIZE", value_parser = size::parse_volume, requires = "volume")]
     size: Option<u64>,
     /// What to do when a write or a flush of the log has failed, or a bug has stopped the store
     #[arg(long, value_enum, default_value_t = OnFailure::Exit)]
@@ -110,16 +111,6 @@ impl Arguments {
 
     /// What the arguments say together, and how the memory is divided.
     fn check(&self) -> Result<(Options, Division), Failure> {
-        if let Some(bytes) = self.size
-            && (bytes == 0 || bytes % 4096 != 0)
-        {
-            return Err(Failure::usage(format_args!("--size {bytes} is not a positive multiple of 4096 bytes")));
-        }
-        if let Some(name) = &self.volume
-            && (name.is_empty() || name.len() > 255 || name.chars().any(char::is_control))
-        {
-            return Err(Failure::usage("--volume: a name has 1 to 255 bytes and no control characters"));
-        }
         if let Some(host) = self.remote_hosts().next()
             && !self.allow_remote
         {

@@ -32,9 +32,10 @@ enum Action {
     /// Make a volume; all of it reads as zeros, and takes no space yet
     Create {
         /// Its name: up to 255 bytes, no control characters
+        #[arg(value_parser = size::parse_name)]
         name: String,
-        /// Its size, for example 10G: a multiple of 4 KiB
-        #[arg(value_parser = size::parse)]
+        /// Its size, for example 10G: a multiple of 4 KiB below 8 EiB; K, M, G, T (or KB, KiB ...) are powers of 1024
+        #[arg(value_parser = size::parse_volume)]
         size: u64,
     },
     /// List the volumes
@@ -46,9 +47,10 @@ enum Action {
     /// Make a volume larger or smaller; clients that connect from then on see the new size
     Resize {
         /// Its name
+        #[arg(value_parser = size::parse_name)]
         name: String,
-        /// Its new size, for example 20G: a multiple of 4 KiB
-        #[arg(value_parser = size::parse)]
+        /// Its new size, for example 20G: a multiple of 4 KiB below 8 EiB
+        #[arg(value_parser = size::parse_volume)]
         size: u64,
         /// Lose what is beyond the new end without asking
         #[arg(long)]
@@ -58,6 +60,7 @@ enum Action {
     /// volumes); without one this waits for it, unless it is interrupted: then the next start goes on
     Delete {
         /// Its name
+        #[arg(value_parser = size::parse_name)]
         name: String,
         /// Without asking
         #[arg(long)]
@@ -141,7 +144,7 @@ fn act(action: &Action, access: &mut Access) -> Result<(), Failure> {
         Action::List { format } => list(&access.volumes()?, *format)?,
         Action::Create { name, size } => {
             access.ask(&Request::Create { name: name.clone(), bytes: *size })?;
-            format!("created {name}, {}\n", size::show(*size))
+            format!("created {name}, {} ({size} bytes)\n", size::show(*size))
         }
         Action::Resize { name, size, yes } => {
             let before = access.volumes()?.into_iter().find(|volume| volume.name == *name).map(|volume| volume.bytes);
@@ -150,7 +153,7 @@ fn act(action: &Action, access: &mut Access) -> Result<(), Failure> {
                 confirmed(*yes, &format!("the last {lost} of {name} will be lost"))?;
             }
             access.ask(&Request::Resize { name: name.clone(), bytes: *size })?;
-            format!("{name} has {} now\n", size::show(*size))
+            format!("{name} has {} now ({size} bytes)\n", size::show(*size))
         }
         Action::Delete { name, yes } => {
             // A name that is not there has nothing to lose: what there is instead is said below.

@@ -90,11 +90,20 @@ impl Record {
     }
 }
 
+/// The largest volume: clients keep sizes and offsets as signed 64-bit numbers.
+const BYTES_MAX: u64 = (1 << 63) - BLOCK as u64;
+
+/// Whether a volume can have `bytes` bytes; the error names the nearest sizes that it can have.
 fn check_size(bytes: u64) -> Result<()> {
-    if bytes == 0 || !bytes.is_multiple_of(BLOCK as u64) {
-        return Err(Error::invalid(format_args!("a volume of {bytes} bytes: it must be a multiple of {BLOCK}, not 0")));
+    if bytes > 0 && bytes <= BYTES_MAX && bytes.is_multiple_of(BLOCK as u64) {
+        return Ok(());
     }
-    Ok(())
+    let below = (bytes / BLOCK as u64 * BLOCK as u64).min(BYTES_MAX);
+    let above = if below < BYTES_MAX { below + BLOCK as u64 } else { below };
+    let nearest = if below == 0 || below == above { format!("{above}") } else { format!("{below} or {above}") };
+    Err(Error::invalid(format_args!(
+        "a volume of {bytes} bytes: the size must be a multiple of {BLOCK} from {BLOCK} to {BYTES_MAX} bytes; use {nearest}"
+    )))
 }
 
 /// Tries again while others change the catalog.
@@ -114,7 +123,7 @@ impl Store {
     ///
     /// # Errors
     /// `Invalid`: the name is taken, empty, longer than 255 bytes or has control characters, the size is no multiple of
-    /// 4,096, or there are 247 volumes already; those deleted since the store was opened count. `Full`: no space.
+    /// 4,096 below 2^63, or there are 247 volumes already; those deleted since the store was opened count. `Full`: no space.
     pub async fn create_volume(&self, name: &str, bytes: u64) -> Result<Volume> {
         if name.is_empty() || name.len() > catalog::NAME_BYTES_MAX || name.chars().any(char::is_control) {
             return Err(Error::invalid(format_args!(
@@ -161,7 +170,7 @@ impl Store {
     /// for it). Writes beyond the end that are under way meanwhile may be lost too. Dropping the future does not stop it.
     ///
     /// # Errors
-    /// `NotFound`: no such volume. `Invalid`: the size is no multiple of 4,096. `Full`, `Busy`: nothing was changed. Growing:
+    /// `NotFound`: no such volume. `Invalid`: the size is no multiple of 4,096 below 2^63. `Full`, `Busy`: nothing was changed. Growing:
     /// as [`Volume::free_range`], too, since pages beyond the old end that were not freed yet are freed first.
     pub async fn resize_volume(&self, name: &str, bytes: u64) -> Result<()> {
         check_size(bytes)?;
@@ -356,6 +365,22 @@ mod tests {
         assert_eq!(first(cursor(10, 50), 20), 50, "it has grown less far");
         assert_eq!(first(cursor(10, 50), 5), 5, "it has shrunk again");
         assert_eq!(Cursor::go_on(None, 4097).get(), 2, "a page that is its own in part stays");
+    }
+
+    /// Clients take a size from 2^63 on for a negative number: such a volume could be made, and not be used.
+    #[test]
+    fn a_volume_has_no_more_bytes_than_clients_can_address() {
+        assert!(check_size(BYTES_MAX).is_ok() && check_size(4096).is_ok());
+        for (bad, says) in [
+            (1 << 63, "use 9223372036854771712"),
+            (u64::MAX, "use 9223372036854771712"),
+            (BYTES_MAX - 1, "use 9223372036854767616 or 9223372036854771712"),
+            (1_000_001, "use 999424 or 1003520"),
+            (0, "use 4096"),
+        ] {
+            let error = check_size(bad).expect_err("no size");
+            assert!(error.kind() == ErrorKind::Invalid && error.to_string().ends_with(says), "{bad}: {error}");
+        }
     }
 
     /// A volume whose shortening a crash has left, and that is deleted before the store has gone on with it: given its number

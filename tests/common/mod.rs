@@ -78,6 +78,19 @@ pub fn run(command: &mut Command) {
     assert!(output.status.success(), "{shown}: {}\n{out}\n{err}", output.status);
 }
 
+/// A part of a URI with its percent-encoded bytes decoded.
+fn percent_decoded(text: &str) -> String {
+    let mut bytes = Vec::new();
+    let mut rest = text.as_bytes();
+    while let [first, tail @ ..] = rest {
+        let code = if *first == b'%' { tail.get(..2) } else { None };
+        let decoded = code.and_then(|c| u8::from_str_radix(std::str::from_utf8(c).ok()?, 16).ok());
+        bytes.push(decoded.unwrap_or(*first));
+        rest = if decoded.is_some() { &tail[2..] } else { tail };
+    }
+    String::from_utf8(bytes).expect("a path of ours is UTF-8")
+}
+
 /// A running `corepage serve`.
 pub struct Served {
     child: Child,
@@ -139,7 +152,8 @@ impl Served {
     /// The first address, as HOST:PORT or as a socket's path.
     pub fn address(&self) -> String {
         let uri = &self.uris[0];
-        uri.trim_start_matches("nbd://").trim_start_matches("nbd+unix:///?socket=").to_owned()
+        uri.strip_prefix("nbd+unix:///?socket=")
+            .map_or_else(|| uri.trim_start_matches("nbd://").to_owned(), percent_decoded)
     }
 
     /// The number of its process.

@@ -13,11 +13,12 @@
 
 use super::socket::Socket;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -211,11 +212,29 @@ impl Listener {
     }
 }
 
+/// Writes `path` as the value of a query parameter of a URI (RFC 3986): all but letters, digits and `-._~/` percent-encoded,
+/// byte by byte. A relative path is made absolute, since clients run in other directories.
+fn write_path(f: &mut fmt::Formatter<'_>, path: &Path) -> fmt::Result {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    for byte in path.as_os_str().as_bytes() {
+        match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' => {
+                f.write_char(char::from(*byte))?
+            }
+            other => write!(f, "%{other:02X}")?,
+        }
+    }
+    Ok(())
+}
+
 impl fmt::Display for Listener {
     /// As a URI that clients take.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Listener::Unix(_, path, _) => write!(f, "nbd+unix:///?socket={}", path.display()),
+            Listener::Unix(_, path, _) => {
+                f.write_str("nbd+unix:///?socket=")?;
+                write_path(f, path)
+            }
             Listener::Tcp(listener) => match listener.local_addr() {
                 Ok(address) => write!(f, "nbd://{address}"),
                 Err(_) => f.write_str("nbd://(unknown)"),
@@ -275,5 +294,24 @@ mod tests {
         fs::write(&path, "mine").unwrap();
         assert_eq!(address.plan(dir.path()).unwrap_err().kind(), io::ErrorKind::AddrInUse);
         assert_eq!(fs::read(&path).unwrap(), b"mine");
+    }
+
+    /// A URI that its reader can't use is worse than none: clients refuse raw spaces, and take `&` and `#` for the end of the path.
+    #[test]
+    fn a_uri_names_any_socket_path_in_a_form_that_clients_take() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a b%#&\"+?=ü'");
+        let listener = Address::Unix(path.clone()).plan(dir.path()).unwrap().bind().unwrap();
+        let uri = listener.to_string();
+        let name = "a%20b%25%23%26%22%2B%3F%3D%C3%BC%27";
+        assert_eq!(uri, format!("nbd+unix:///?socket={}/{name}", dir.path().display()));
+        struct Shown;
+        impl fmt::Display for Shown {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write_path(f, Path::new("nbd.sock"))
+            }
+        }
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(Shown.to_string(), format!("{}/nbd.sock", here.display()), "clients run in other directories");
     }
 }

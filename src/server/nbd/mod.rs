@@ -85,6 +85,10 @@ pub trait Export: Send + Sync {
     fn bytes(&self) -> u64;
     /// Its size now. Requests beyond it are refused.
     fn bytes_now(&self) -> u64;
+    /// Whether it was deleted: then every request fails for that reason, whatever it asks.
+    fn is_deleted(&self) -> bool {
+        false
+    }
     /// Bytes up to which a write that begins with a page is one commit: whole pages. Longer ones may be given in parts.
     fn write_bytes_max(&self) -> usize;
     /// Fills `into`, all zeros before, with the bytes from `offset` on. Parts that are not stored it may leave alone and add

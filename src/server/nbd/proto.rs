@@ -154,7 +154,8 @@ pub mod flag {
 pub const BLOCK_MIN_BYTES: u32 = 1;
 /// What clients should use: a page.
 pub const BLOCK_PREFERRED_BYTES: u32 = 4096;
-/// Largest READ or WRITE: what clients may assume without asking, so less would break them.
+/// Largest READ or WRITE that is announced: what clients may assume without asking, so less would break them. Larger ones are
+/// served like any other, in parts, but for a READ that must be answered by one chunk.
 pub const PAYLOAD_BYTES_MAX: u32 = 32 << 20;
 /// Longest string of the protocol.
 pub const STRING_BYTES_MAX: usize = 4096;
@@ -171,9 +172,11 @@ pub enum Errno {
     Invalid = 22,
     /// No space, or a write beyond the end.
     NoSpace = 28,
+    /// A READ too large for the one chunk that it asks for.
+    Overflow = 75,
     /// Can't be done as fast as asked.
     NotSupported = 95,
-    /// The server is going away.
+    /// The server is going away, or what it exported here was deleted.
     Shutdown = 108,
 }
 

@@ -39,15 +39,25 @@ impl Socket {
         let _ = either!(self, s => s.shutdown(how));
     }
 
-    /// Whether the other side has closed it, or is gone.
+    /// Whether the other side has ended its sending, or is gone.
     pub fn has_hung_up(&self) -> bool {
+        self.has_event(PollFlags::RDHUP)
+    }
+
+    /// Whether nothing that is sent can arrive any more. Of a TCP client that has closed its side in order this is known only
+    /// once something was sent to it.
+    pub fn is_dead(&self) -> bool {
+        self.has_event(PollFlags::empty())
+    }
+
+    /// Whether `wanted`, a hang-up or an error is there now.
+    fn has_event(&self, wanted: PollFlags) -> bool {
         let fd = match self {
             Socket::Tcp(stream) => stream.as_fd(),
             Socket::Unix(stream) => stream.as_fd(),
             #[cfg(any(test, fuzzing))]
             Socket::Canned(_) => return false,
         };
-        let wanted = PollFlags::RDHUP;
         let mut event = [PollFd::new(&fd, wanted)];
         let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
         let found = poll(&mut event, Some(&now)).is_ok_and(|count| count > 0);

@@ -38,6 +38,7 @@ struct Memory {
     busy: Arc<AtomicBool>,
     tries: Arc<AtomicU32>,
     unreadable: Arc<AtomicU64>,
+    reads: Arc<AtomicU32>,
 }
 
 impl Memory {
@@ -53,10 +54,14 @@ impl Export for Memory {
     fn bytes_now(&self) -> u64 {
         SIZE - self.shrunk.load(Ordering::Relaxed)
     }
+    fn is_deleted(&self) -> bool {
+        self.bytes_now() == 0
+    }
     fn write_bytes_max(&self) -> usize {
         1 << 20
     }
     async fn read(&self, offset: u64, into: &mut [u8], holes: &mut Holes) -> Result<(), Fault> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
         let unreadable = self.unreadable.load(Ordering::Relaxed);
         if unreadable > 0 && offset + into.len() as u64 > unreadable {
             return Err(Fault::new(Errno::Io, "planted: unreadable"));

@@ -10,6 +10,8 @@
 //! 2. A payload is read whole before the next header, also for a request that is refused; where that is not possible
 //!    the connection ends.
 //! 3. When [`serve`] returns, no request of this connection is under way any more: each was answered, or its client is gone.
+//!    Once a client is known to be gone, nothing that it asked for is begun: the device works for those who are there, and no
+//!    late write lands on what the client has written over a new connection.
 //! 4. A request has its memory before it is begun (see [`Memory`]), so not reading from the socket is what holds a client back.
 //!    One that is larger than what can be had is served in parts: a read as `reads` says; a write by commits in order of
 //!    offset, each as large as a commit can be, of which only the last asks for durability.
@@ -66,6 +68,8 @@ pub(super) struct Connection<'a, E> {
     ended: Arc<AtomicBool>,
     /// The client is gone: what it asked before needs no work any more.
     gone: AtomicBool,
+    /// The client has said goodbye: the protocol wants the changes that it asked for before done, though it may wait for nothing.
+    said_goodbye: AtomicBool,
     /// A request panicked.
     failed: AtomicBool,
     /// Replies to be written, with the right to be in flight of their requests.
@@ -93,6 +97,7 @@ pub fn serve<E: Export>(
         stopping,
         ended: Arc::default(),
         gone: AtomicBool::new(false),
+        said_goodbye: AtomicBool::new(false),
         failed: AtomicBool::new(false),
         ready: Mutex::default(),
         turn: async_lock::Mutex::new(()),
@@ -116,6 +121,10 @@ pub fn serve<E: Export>(
             pause::block_on(has_ended, work.or(finished));
         })?;
         let outcome = connection.requests(&executor);
+        // Without a goodbye the client may still wait for replies (a half-closed socket), or be gone.
+        if !connection.said_goodbye.load(Ordering::Acquire) && socket.is_dead() {
+            connection.gone.store(true, Ordering::Release);
+        }
         connection.ended.store(true, Ordering::Release);
         gate.wait_idle();
         done.notify(1);
@@ -155,13 +164,11 @@ impl<'a, E: Export> Connection<'a, E> {
             }
             let mut request = Request::parse(&header)?;
             if request.command == Command::Disconnect {
+                self.said_goodbye.store(true, Ordering::Release);
                 return Ok(());
             }
             let stopping = self.stopping.load(Ordering::Acquire);
             let mut outcome = if stopping { Err(stopped()) } else { self.check(&request) };
-            if request.payload_bytes() > proto::PAYLOAD_BYTES_MAX {
-                return Err(proto::broken("a write larger than the 32 MiB announced"));
-            }
             let mut pass = self.gate.enter();
             let mut payload = Bytes::new();
             if request.command == Command::Write {
@@ -284,12 +291,19 @@ impl<'a, E: Export> Connection<'a, E> {
     }
 
     fn check(&self, request: &Request) -> Result<(), Fault> {
+        if self.export.is_deleted() {
+            return Err(Fault::new(Errno::Shutdown, "the volume was deleted"));
+        }
         request.check(self.export.bytes().min(self.export.bytes_now()), self.agreed)
     }
 
     /// Does what a request asks, and hands its reply to be written.
     async fn answer(&self, request: Request, outcome: Result<(), Fault>, payload: Bytes, mut pass: Pass<'a>) {
         let _guard = EndOnPanic { socket: self.socket, failed: &self.failed };
+        let is_wanted = request.command.is_change() && self.said_goodbye.load(Ordering::Acquire);
+        if self.is_gone() && !is_wanted {
+            return;
+        }
         let result = match (outcome, request.command) {
             (Err(fault), _) => Err(fault),
             (Ok(()), Command::Read) if request.length as usize > pass.room() => {
@@ -349,6 +363,9 @@ impl<'a, E: Export> Connection<'a, E> {
     }
 
     async fn status(&self, request: &Request, room: usize) -> Result<Vec<u8>, Fault> {
+        if request.length == 0 {
+            return Ok(proto::empty_chunk(request.cookie));
+        }
         let most = EXTENTS_MAX.min(room / EXTENT_BYTES).max(1);
         let extents_max = if request.flags & flag::REQ_ONE != 0 { 1 } else { most };
         let extents = self.export.allocation(request.offset, request.length, extents_max).await?;

@@ -121,6 +121,11 @@ impl Export for VolumeExport {
         self.volume.bytes()
     }
 
+    /// A volume has a page at least, until it is deleted.
+    fn is_deleted(&self) -> bool {
+        self.volume.bytes() == 0
+    }
+
     fn write_bytes_max(&self) -> usize {
         self.commit_bytes_max as usize
     }
@@ -212,7 +217,9 @@ static FAILURES: AtomicU64 = AtomicU64::new(0);
 fn fault(error: Error) -> Fault {
     let errno = match error.kind() {
         ErrorKind::Full => Errno::NoSpace,
-        ErrorKind::Invalid | ErrorKind::TooLarge | ErrorKind::NotFound => Errno::Invalid,
+        ErrorKind::Invalid | ErrorKind::TooLarge => Errno::Invalid,
+        // The volume was deleted while this was under way.
+        ErrorKind::NotFound => Errno::Shutdown,
         _ => {
             let failures = FAILURES.fetch_add(1, Ordering::Relaxed) + 1;
             if failures.is_power_of_two() {

@@ -46,6 +46,13 @@ pub struct Request {
     pub length: u32,
 }
 
+impl Command {
+    /// Whether it changes the export, or makes changes durable.
+    pub fn is_change(self) -> bool {
+        matches!(self, Command::Write | Command::Flush | Command::Trim | Command::WriteZeroes)
+    }
+}
+
 impl Request {
     /// Parses a header; a wrong magic means the stream is out of step and can't be mended.
     pub fn parse(bytes: &[u8; REQUEST_BYTES]) -> io::Result<Request> {
@@ -115,9 +122,10 @@ impl Request {
         match self.command {
             Command::Unknown => invalid("unknown command"),
             Command::BlockStatus if !agreed.allocation => invalid("no metadata context was negotiated"),
-            Command::BlockStatus if self.length == 0 => invalid("the status of no bytes"),
             _ if self.flags & !known != 0 => invalid("unknown flags for this command"),
-            Command::Read if self.length > PAYLOAD_BYTES_MAX => invalid("a read larger than the 32 MiB announced"),
+            Command::Read if self.length > PAYLOAD_BYTES_MAX && self.flags & flag::DF != 0 => {
+                Err(Fault::new(Errno::Overflow, "more than 32 MiB can't be answered by one chunk"))
+            }
             _ => Ok(()),
         }
     }

@@ -1,5 +1,6 @@
 //! Requests of any size in little memory.
 
+use super::super::memory::{REQUEST_BYTES, payload_charge};
 use super::*;
 
 /// A read by a client without structured replies.
@@ -223,6 +224,29 @@ fn a_client_that_reads_nothing_is_cut_off_once_others_wait_for_the_memory_of_its
     let _ = first.join().unwrap();
     drop((stalled, other));
     second.join().unwrap().unwrap();
+    assert_eq!(budget.taken(), 0);
+}
+
+/// A crowd that asks for much and goes away must not keep the device busy for those who stay. And a late write of a client that is
+/// gone could land on what it has written over its next connection.
+#[test]
+fn what_a_client_asked_for_is_not_begun_once_it_is_gone() {
+    let export = Memory::new();
+    let budget = Arc::new(Budget::new(Division::of(2 << 30)));
+    let (mut client, server) = connect_with(&export, Agreed::default(), never(), Limits::default(), &budget);
+    let mut asked: Vec<u8> = (0..32).flat_map(|n| request(0, n, 0, 1 << 20)).collect();
+    (0..4).for_each(|n| asked.extend([&request(1, 32 + n, 0, 3)[..], b"xyz"].concat()));
+    client.write_all(&asked).unwrap();
+    // All have their memory, and wait until the first reply is taken, which does not fit into the socket.
+    let expected = 32 * ((1 << 20) + REQUEST_BYTES) + 4 * payload_charge(3);
+    while budget.taken() < expected {
+        std::thread::yield_now();
+    }
+    drop(client);
+    let _ = server.join().unwrap();
+    let reads = export.reads.load(Ordering::Relaxed);
+    assert!(reads <= 2, "{reads} of 32 reads were done for a client that is gone");
+    assert_eq!(export.data.lock().unwrap()[..3], [0; 3], "a write of a client that is gone was done");
     assert_eq!(budget.taken(), 0);
 }
 

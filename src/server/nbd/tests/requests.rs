@@ -116,7 +116,7 @@ fn failures_come_with_number_and_text() {
     fails(&[request(1, 1, 0, 3), b"xyz".to_vec()].concat(), 1, 28, "planted: full");
     fails(&request(0, 2, SIZE - 1, 2), 2, 22, "67108864");
     fails(&request(0, 3, u64::MAX, 2), 3, 22, "wrap");
-    fails(&request(7, 4, 0, 0), 4, 22, "status of no bytes");
+    fails(&flagged(1 << 2, 0, 4, 0, (32 << 20) + 1), 4, 75, "one chunk");
     fails(&request(7, 5, SIZE, 1), 5, 22, "67108864");
     fails(&flagged(1 << 3, 0, 6, 0, 1), 6, 22, "flags");
     fails(&request(4711, 7, 0, 1), 7, 22, "unknown command");
@@ -167,6 +167,79 @@ fn a_client_of_an_export_that_shrank_can_not_go_beyond_its_end() {
     }
     client.write_all(&request(5, 2, SIZE - 8192, 4096)).unwrap();
     assert_eq!(next_reply(&mut client), (2, 0));
+    drop(client);
+    server.join().unwrap().unwrap();
+}
+
+/// A client that finds nothing to ask about is no client that asks wrongly: all other requests for no bytes succeed.
+#[test]
+fn the_status_of_no_bytes_is_no_error() {
+    let (mut client, server) = connect_as(&Memory::new(), BOTH, never());
+    client.write_all(&[request(7, 1, 0, 0), flagged(1 << 3, 7, 2, SIZE, 0)].concat()).unwrap();
+    assert_eq!(next_chunk(&mut client), (1, 0, 1, vec![]));
+    assert_eq!(next_chunk(&mut client), (1, 0, 2, vec![]));
+    drop(client);
+    server.join().unwrap().unwrap();
+}
+
+/// Clients that don't ask for block sizes send what they like: kernels have sent 33 MB. A read of it failed, and a write ended
+/// the connection.
+#[test]
+fn requests_larger_than_announced_are_served_in_both_directions() {
+    let (export, length) = (Memory::new(), 40usize << 20);
+    let data: Vec<u8> = (0..length).map(|n| (n >> 12) as u8 ^ n as u8).collect();
+    for agreed in [Agreed::default(), BOTH] {
+        let (mut client, server) = connect_as(&export, agreed, never());
+        client.write_all(&[&request(1, 1, 7, length as u32)[..], &data].concat()).unwrap();
+        assert_eq!(next_reply(&mut client), (1, 0));
+        client.write_all(&request(0, 2, 7, length as u32)).unwrap();
+        if agreed.structured {
+            let mut told = 0;
+            while told < length {
+                let (_, kind, cookie, chunk) = next_chunk(&mut client);
+                assert_eq!((kind, cookie, &chunk[..8]), (1, 2, &(7 + told as u64).to_be_bytes()[..]));
+                assert!(chunk[8..] == data[told..][..chunk.len() - 8]);
+                told += chunk.len() - 8;
+            }
+        } else {
+            assert_eq!(next_reply(&mut client), (2, 0));
+            let mut read = vec![0; length];
+            client.read_exact(&mut read).unwrap();
+            assert!(read == data);
+        }
+        // What can't be served is refused, and the stream stays in step.
+        client.write_all(&[&request(1, 3, SIZE, length as u32)[..], &data, &request(3, 4, 0, 0)].concat()).unwrap();
+        if agreed.structured {
+            assert_eq!(next_chunk(&mut client).3[..4], 28u32.to_be_bytes());
+        } else {
+            assert_eq!(next_reply(&mut client), (3, 28));
+        }
+        assert_eq!(next_reply(&mut client), (4, 0));
+        drop(client);
+        server.join().unwrap().unwrap();
+    }
+}
+
+/// "No space" and "invalid" send an operator to look for a full disk, or for a faulty client.
+#[test]
+fn requests_to_a_deleted_export_say_that_it_is_gone() {
+    let export = Memory::new();
+    let (mut client, server) = connect_as(&export, BOTH, never());
+    export.shrunk.store(SIZE, Ordering::Relaxed);
+    for (cookie, said) in (1..).zip([
+        request(0, 1, 0, 512),
+        [request(1, 2, 0, 3), b"xyz".to_vec()].concat(),
+        request(3, 3, 0, 0),
+        request(4, 4, 0, 512),
+        request(5, 5, 0, 512),
+        request(6, 6, 0, 512),
+        request(7, 7, 0, 512),
+    ]) {
+        client.write_all(&said).unwrap();
+        let (_, kind, answered, data) = next_chunk(&mut client);
+        assert_eq!((kind, answered, &data[..4]), (0x8001, cookie, &108u32.to_be_bytes()[..]));
+        assert!(data.ends_with(b"the volume was deleted"));
+    }
     drop(client);
     server.join().unwrap().unwrap();
 }
