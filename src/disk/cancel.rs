@@ -90,4 +90,9 @@ impl Disk for CancellableDisk<'_> {
         self.cancel.check()?;
         self.disk.len(file)
     }
+
+    fn files(&mut self) -> Result<Vec<FileId>> {
+        self.cancel.check()?;
+        self.disk.files()
+    }
 }

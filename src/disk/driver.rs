@@ -117,4 +117,8 @@ impl Disk for FileDisk {
     fn len(&mut self, file: FileId) -> Result<Option<u64>> {
         self.disk().len(file)
     }
+
+    fn files(&mut self) -> Result<Vec<FileId>> {
+        self.disk().files()
+    }
 }

@@ -366,6 +366,12 @@ impl Files {
         Ok(Some(meta.len()))
     }
 
+    /// The files that exist, sorted.
+    pub(super) fn existing(&self) -> Vec<FileId> {
+        let files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        files.iter().filter(|(_, file)| file.get().is_some()).map(|(id, _)| *id).collect()
+    }
+
     /// Whether the file system says that it has `bytes` left for this user; if it does not say, they may be there.
     pub(super) fn has_room(&self, bytes: u64) -> bool {
         device::free_bytes(&self.handle).is_none_or(|free| free >= bytes)

@@ -210,6 +210,9 @@ pub trait Disk {
 
     /// The length of a file in bytes, `None` if it does not exist.
     fn len(&mut self, file: FileId) -> Result<Option<u64>>;
+
+    /// The files that exist, sorted.
+    fn files(&mut self) -> Result<Vec<FileId>>;
 }
 
 /// Runs one operation to its end: for opening, recovery and verification, which do one thing after another.

@@ -196,6 +196,10 @@ impl Disk for PortableDisk {
         let file = self.file(file);
         self.files.len(&file)
     }
+
+    fn files(&mut self) -> Result<Vec<FileId>> {
+        Ok(self.files.existing())
+    }
 }
 
 impl Drop for PortableDisk {

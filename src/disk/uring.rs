@@ -16,8 +16,7 @@
 //! 6. A transfer that the device refuses for now (`EAGAIN`) goes again after a pause, by a timer in the ring.
 //! 7. Dropping waits for everything in flight. If the kernel can't be asked any more, the memory is leaked instead.
 //!
-//! A ring belongs to the thread that made it: `UringDisk` is not `Send`. It does *not*: order operations, schedule, or
-//! retry a flush.
+//! A ring belongs to the thread that made it: `UringDisk` is not `Send`. It does *not* order operations or retry a flush.
 
 mod buffers;
 mod entries;
@@ -460,8 +459,11 @@ impl Disk for UringDisk {
     }
 
     fn len(&mut self, file: FileId) -> Result<Option<u64>> {
-        let file = self.files.file(file);
-        self.files.len(&file)
+        self.files.len(&self.files.file(file))
+    }
+
+    fn files(&mut self) -> Result<Vec<FileId>> {
+        Ok(self.files.existing())
     }
 }
 

@@ -20,6 +20,8 @@ pub const SHARDS_MAX: usize = 64;
 /// The most virtual shards.
 pub const VSHARDS_MAX: usize = 512;
 pub(super) const MAGIC: [u8; 8] = *b"COREPAGE";
+/// Stands where the last copy of the first superblock is written while a store is being created.
+pub const CREATION_MARK: &[u8; 32] = b"corepage: creation under way    ";
 
 /// The fixed part.
 #[repr(C)]

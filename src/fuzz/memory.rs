@@ -123,4 +123,10 @@ impl Disk for MemoryDisk {
     fn len(&mut self, file: FileId) -> Result<Option<u64>> {
         Ok(self.lens.get(&file).copied())
     }
+
+    fn files(&mut self) -> Result<Vec<FileId>> {
+        let mut files: Vec<_> = self.lens.keys().copied().collect();
+        files.sort();
+        Ok(files)
+    }
 }

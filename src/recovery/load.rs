@@ -85,7 +85,11 @@ pub(crate) fn find_superblock(disk: &mut dyn Disk, arena: &mut Arena) -> Result<
             ),
         ));
     }
-    let Some(newest) = best else { return Err(no_superblock("no superblock copy can be used", &warnings, failed)) };
+    let Some(newest) = best else {
+        let what =
+            format!("no superblock copy can be used, and no new store is made over what is there, {}", left(disk)?);
+        return Err(no_superblock(&what, &warnings, failed));
+    };
     // A store that was just created has written the copies of one generation only, and held nothing before.
     if newest.generation > 1 {
         one_readable(&newest, &unreadable, &warnings, failed)?;
@@ -96,6 +100,18 @@ pub(crate) fn find_superblock(disk: &mut dyn Disk, arena: &mut Arena) -> Result<
     older.retain(|(copy, generation)| pair.contains(copy) && *generation < newest.generation);
     let behind = older.into_iter().map(|(copy, _)| copy).collect();
     Ok(FoundSuperblock { superblock: newest, unreadable, behind, warnings })
+}
+
+/// What is there without a superblock, in words.
+fn left(disk: &mut dyn Disk) -> Result<String> {
+    let files = disk.files()?;
+    let logs_count = files.iter().filter(|file| matches!(file, FileId::Log(..))).count();
+    let mut left = Vec::new();
+    for file in files.into_iter().filter(|file| !matches!(file, FileId::Log(..))) {
+        left.push(format!("`{file}` of {} bytes", disk.len(file)?.unwrap_or(0)));
+    }
+    left.push(format!("{logs_count} log files"));
+    Ok(left.join(", "))
 }
 
 /// A crash spoils one copy at most. If both copies of the generation that may follow the newest are unreadable,
@@ -122,7 +138,10 @@ fn no_superblock(what: &str, warnings: &[String], failed: Option<Error>) -> Erro
                 "{what} ({all}). Nothing was changed; see that the device can be read, then open the store again"
             ),
         ),
-        None => Error::corrupt(format_args!("{what} ({all}); restore the meta file from a backup")),
+        None => Error::corrupt(format_args!(
+            "{what} ({all}); nothing was changed: restore the directory from a backup, or \
+             use another one for a new store"
+        )),
     }
 }
 

@@ -25,6 +25,7 @@ mod scan;
 mod segment;
 
 pub(crate) use create::EXTENTS_MIN;
+use create::Found;
 #[cfg(any(test, fuzzing))]
 pub(crate) use load::load;
 pub(crate) use load::{FoundSuperblock, Loaded, find_superblock};
@@ -99,7 +100,7 @@ pub(crate) struct Opening {
 /// What was fixed when the store on `disk` was made; `None` if there is none yet. No other operation may be under way.
 pub(crate) fn stored_geometry(disk: &mut dyn Disk) -> Result<Option<Geometry>> {
     let mut arena = Arena::new(READ_BLOCKS)?;
-    if create::is_unfinished(disk, &mut arena)? {
+    if create::look(disk, &mut arena)? != Found::Store {
         return Ok(None);
     }
     Ok(Some(find_superblock(disk, &mut arena)?.superblock.geometry))
@@ -116,9 +117,10 @@ pub(crate) fn begin(
 ) -> Result<Opening> {
     let mut report = RecoveryReport::default();
     let mut arena = Arena::new(READ_BLOCKS)?;
-    if create::is_unfinished(disk, &mut arena)? {
+    let found = create::look(disk, &mut arena)?;
+    if found != Found::Store {
         let limits = options.limits(&options.geometry, shards_count)?;
-        create::create(disk, &mut arena, &limits, shards_count, seed)?;
+        create::create(disk, &mut arena, &limits, shards_count, seed, found)?;
         report.created = true;
     }
     let FoundSuperblock { superblock, unreadable, behind, warnings } = find_superblock(disk, &mut arena)?;

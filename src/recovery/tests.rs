@@ -1,6 +1,7 @@
 //! Opening, closing and crashing one shard on the simulated disk: the plain paths. The hard ones are the
 //! simulator's (`sim/`).
 
+mod creation;
 mod lives;
 pub(crate) mod scans;
 

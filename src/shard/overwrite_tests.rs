@@ -106,6 +106,12 @@ impl Disk for MemoryDisk {
     fn len(&mut self, file: FileId) -> Result<Option<u64>> {
         Ok(self.files.get(&file).map(|blocks| (blocks.len() * BLOCK) as u64))
     }
+
+    fn files(&mut self) -> Result<Vec<FileId>> {
+        let mut files: Vec<_> = self.files.keys().copied().collect();
+        files.sort();
+        Ok(files)
+    }
 }
 
 /// A volume that is overwritten.

@@ -223,4 +223,12 @@ impl Disk for SimDisk {
         }
         Ok(state.files.get(&file).map(SimFile::len))
     }
+
+    fn files(&mut self) -> Result<Vec<FileId>> {
+        let state = self.0.borrow();
+        if state.is_off {
+            return Err(power_is_off(&"the files"));
+        }
+        Ok(state.files.keys().copied().collect())
+    }
 }
