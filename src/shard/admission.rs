@@ -13,7 +13,7 @@ use crate::format::extent::NodeKey;
 use crate::format::group::{HEAD_BYTES, RawChange, RawParts, RawRecord, RawSlot};
 use crate::format::node::{Child, LEAF_ENTRIES};
 use crate::map::{Lookup, Map};
-use crate::types::{BLOCK, Lsn, PageKey};
+use crate::types::{BLOCK, Lsn, PageKey, VolumeId};
 use smallvec::SmallVec;
 
 /// Frames left alone by commits, for reads, map nodes and checkpoints.
@@ -42,13 +42,13 @@ pub(super) struct Need {
     /// Whole pages, each a slot.
     slots: usize,
     /// Frames for new versions.
-    frames: u32,
+    pub frames: u32,
     /// Changes: each may dirty a page.
     pub changes: u64,
     /// Map nodes that they may dirty.
     pub nodes: u64,
-    /// Only frees: they may use a reserve.
-    pub frees_only: bool,
+    /// It makes room: only frees, or a change of the catalog, of which a deletion is one. It may use a reserve.
+    pub makes_room: bool,
 }
 
 /// Whether a commit may go on.
@@ -64,7 +64,7 @@ pub(super) enum Admission {
 impl Need {
     pub(super) fn of(commit: &Commit, map: &Map) -> Need {
         let record_bytes = size_of::<RawRecord>() + size_of::<RawParts>();
-        let mut need = Need { record_bytes, frees_only: true, ..Need::default() };
+        let mut need = Need { record_bytes, makes_room: true, ..Need::default() };
         let mut last = None;
         for (key, change) in &commit.changes {
             // Pages of one leaf share its path.
@@ -79,10 +79,17 @@ impl Need {
                 Change::Free => continue,
             }
             need.frames += 1;
-            need.frees_only = false;
+            // The catalog has 255 pages, so these can't use the reserve up.
+            need.makes_room &= key.volume == VolumeId::CATALOG;
         }
         need.changes = commit.changes.len() as u64;
         need
+    }
+
+    /// Blocks of data space that it may take: each page written one as a slot and another later, and its map nodes on top. A freed
+    /// page takes none.
+    pub(super) fn blocks(&self) -> u64 {
+        2 * u64::from(self.frames) + self.nodes
     }
 
     pub(super) fn plus(self, other: Need) -> Need {
@@ -92,7 +99,7 @@ impl Need {
             frames: self.frames + other.frames,
             changes: self.changes + other.changes,
             nodes: self.nodes + other.nodes,
-            frees_only: other.frees_only,
+            makes_room: other.makes_room,
         }
     }
 }
@@ -161,7 +168,7 @@ impl Shard {
             log_blocks: body + self.inline_blocks(need.slots),
             frames: need.frames,
             changes: need.changes,
-            space_blocks: 2 * need.changes + need.nodes,
+            space_blocks: need.blocks(),
         }
     }
 

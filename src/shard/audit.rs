@@ -31,6 +31,8 @@ impl Shard {
         let slots = self.log.open.slots.iter().filter(|slot| !slot.dead).count();
         let dirty = pages().filter(|page| page.dirty_from.is_some()).count();
         same("blocks reserved for dirty pages and slots", self.reserved_blocks as usize, dirty + slots)?;
+        let freed = pages().filter(|page| page.dirty_from.is_some() && page.absent).count();
+        same("dirty pages that are freed", self.space.freed_pages as usize, freed)?;
         same("pages in the queue of the coalescer", pages().filter(|page| page.queued).count(), self.dirty.len())?;
         same(
             "dirty pages that are not queued",

@@ -213,9 +213,8 @@ impl Shard {
         }
         self.seal_older_slot(idx);
         self.table.set_frame(idx, None);
-        let page = &mut self.table.pages[idx];
-        page.absent = true;
-        if let Some(slot) = page.slot.take() {
+        self.set_absent(idx, true);
+        if let Some(slot) = self.table.pages[idx].slot.take() {
             self.log.open.slots[slot].dead = true;
             self.reserved_blocks -= 1;
         }
@@ -260,7 +259,17 @@ impl Shard {
             content[range].copy_from_slice(bytes);
             self.table.set_frame(idx, Some(frame));
         }
-        self.table.pages[idx].absent = false;
+        self.set_absent(idx, false);
+    }
+
+    /// Whether the page holds nothing, and so will take no block.
+    pub(super) fn set_absent(&mut self, idx: usize, absent: bool) {
+        let page = &mut self.table.pages[idx];
+        if page.dirty_from.is_some() {
+            self.space.freed_pages += u64::from(absent);
+            self.space.freed_pages -= u64::from(page.absent);
+        }
+        page.absent = absent;
     }
 
     /// The page has a new version: it must get to its place, and those who wait for it have it.
@@ -270,6 +279,7 @@ impl Shard {
         if page.dirty_from.is_none() {
             page.dirty_from = Some(lsn);
             self.reserved_blocks += 1;
+            self.space.freed_pages += u64::from(page.absent);
         } else {
             self.stats.absorbed_writes += u64::from(page.slot.is_none());
         }

@@ -166,6 +166,7 @@ impl Shard {
             page.captures += 1;
             if image.is_current && page.dirty_from.take().is_some() {
                 self.reserved_blocks -= 1;
+                self.space.freed_pages -= u64::from(page.absent);
             }
             let capture =
                 self.captures.insert(Capture { page: idx, lsn: entry.lsn(), entry: Some(entry), moved_from: None });

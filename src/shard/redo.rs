@@ -265,7 +265,7 @@ impl Shard {
             RedoKind::Image(bytes) => self.set_content(idx, 0, &bytes),
             RedoKind::Patches { over_zeros, patches } => {
                 if over_zeros {
-                    page.absent = true;
+                    self.set_absent(idx, true);
                     self.table.set_frame(idx, None);
                 }
                 for (offset, bytes) in patches {
@@ -274,7 +274,7 @@ impl Shard {
             }
             RedoKind::Free if page.absent || planted!(FreeNotRedone) => return,
             RedoKind::Free => {
-                page.absent = true;
+                self.set_absent(idx, true);
                 self.table.set_frame(idx, None);
             }
             RedoKind::Placed(entry) => return self.redo_placed(idx, change.lsn, entry),
@@ -284,9 +284,9 @@ impl Shard {
 
     fn redo_placed(&mut self, idx: usize, lsn: Lsn, entry: Entry) {
         self.table.set_frame(idx, None);
+        self.set_absent(idx, false);
         let page = &mut self.table.pages[idx];
         let (key, place) = (page.key, entry.place());
-        page.absent = false;
         page.lsn = lsn;
         page.mapped_lsn = lsn;
         page.entry = Some(entry);

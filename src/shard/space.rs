@@ -27,7 +27,7 @@ const RESERVE_EXTENTS: u64 = 8;
 /// The same, as a part of the blocks that are not live: what compaction has to work with while commits wait. With a fixed reserve
 /// a large store that has run out of free extents does a checkpoint for every few extents that compaction empties.
 const RESERVE_PART: u64 = 16;
-/// The same for commits that only free pages: a full store must be able to become less full.
+/// The same for commits that make room, by freeing pages or deleting a volume: a full store must be able to become less full.
 const FREES_RESERVE_EXTENTS: u64 = 3;
 /// Extents beyond `data_bytes_max` that the engine may take for itself, to finish a recovery or a checkpoint.
 const BEYOND_EXTENTS: u32 = 64;
@@ -68,6 +68,8 @@ pub(super) enum SpaceAsked {
 /// The shard's dealings with space.
 #[derive(Default)]
 pub(super) struct Space {
+    /// Dirty pages that are freed: a block is reserved for each as for any dirty page, and none will be taken.
+    pub freed_pages: u64,
     /// More is asked for.
     pub growing: bool,
     pub asked: SpaceAsked,
@@ -128,18 +130,17 @@ impl Shard {
 
     /// The same without what will be dirty by and by: the file is not made longer for its sake, since it comes and goes.
     fn owed_now(&self) -> u64 {
-        self.reserved_blocks + self.reserved.space_blocks + self.map.dirty_count() as u64
+        let pages = self.reserved_blocks - self.space.freed_pages;
+        pages + self.reserved.space_blocks + self.map.dirty_count() as u64
     }
 
     /// Whether a commit's pages and map nodes will find space. `Ok(false)`: not yet.
     pub(super) fn admit_space(&mut self, need: &Need) -> Result<bool> {
-        // Each change may take a block as a slot and another later; its map nodes come on top.
-        let blocks = 2 * need.changes + need.nodes;
-        let reserve = match need.frees_only {
+        let reserve = match need.makes_room {
             true => FREES_RESERVE_EXTENTS * u64::from(self.extents.data_blocks()),
             false => self.reserve_blocks(),
         };
-        let wanted = self.owed_blocks() + blocks + reserve;
+        let wanted = self.owed_blocks() + need.blocks() + reserve;
         if self.free_blocks() >= wanted {
             self.space.reclaiming = Reclaiming::default();
             return Ok(true);
@@ -148,15 +149,31 @@ impl Shard {
         if self.reclaim(wanted) {
             return Ok(false);
         }
-        let space = self.extents.space();
-        Err(Error::new(
+        Err(self.full(need))
+    }
+
+    /// That there is no space for a commit: what for, and what would help.
+    fn full(&self, need: &Need) -> Error {
+        let what = match need.makes_room {
+            true => "what freeing pages changes in the page map".to_owned(),
+            false => format!("{} pages that are written", need.frames),
+        };
+        let is_limited = self.extents.count() >= self.limits.data_extents_max;
+        let more = match is_limited {
+            true => format!("raise data_bytes_max (it allows {} extents)", self.limits.data_extents_max),
+            false => "make room in the file system".to_owned(),
+        };
+        let (space, extent_bytes) = (self.extents.space(), self.limits.geometry.extent_bytes);
+        Error::new(
             ErrorKind::Full,
             format_args!(
-                "no space is left for {} changed pages: {} of {} data extents are free, {} blocks are in use; \
-                 free pages, raise data_bytes_max, or make room in the file system",
-                need.changes, space.free, space.total, space.live_blocks
+                "no space is left for {what}: shard {} has {} of its {} data extents of {extent_bytes} bytes free, which it needs \
+                 for its page map and to reclaim space; delete or discard data, or {more}",
+                self.id.get(),
+                space.free,
+                space.total
             ),
-        ))
+        )
     }
 
     /// A checkpoint has ended: what was retired is free. `compacts`: extents were compacted during it.

@@ -138,6 +138,7 @@ impl Shard {
         page.dirty_from = None;
         page.captures += 1;
         self.reserved_blocks -= 1;
+        self.space.freed_pages -= u64::from(page.absent);
     }
 
     fn capture(&mut self, idx: usize, place: Place, moved_from: Option<Place>) -> (usize, IoSlice) {
