@@ -101,9 +101,9 @@ fn a_directory_that_cannot_be_used_is_named() {
     for bad in [file.clone(), file.join("below"), "/proc/corepage".into()] {
         let said = refused(1, &["serve", "--nbd", "tcp:127.0.0.1:0", "--dir", text(&bad)]);
         assert!(said.contains(text(&bad)), "{said}");
-        refused(1, &["verify", "--dir", text(&bad)]);
+        refused(2, &["verify", "--dir", text(&bad)]);
     }
-    refused(1, &["verify", "--dir", text(&dir.path().join("none"))]);
+    refused(2, &["verify", "--dir", text(&dir.path().join("none"))]);
     assert_eq!(snapshot(dir.path()), before);
 }
 
@@ -118,7 +118,7 @@ fn a_store_of_another_version_is_refused_and_left_alone() {
     let before = snapshot(dir.path());
     let said = refused(1, &["serve", "--nbd", "tcp:127.0.0.1:0", "--dir", text(dir.path())]);
     assert!(said.contains("version 99"), "{said}");
-    assert!(refused(1, &["verify", "--dir", text(dir.path())]).contains("version 99"));
+    assert!(refused(2, &["verify", "--dir", text(dir.path())]).contains("version 99"));
     assert!(snapshot(dir.path()) == before, "the refused store was changed");
 }
 
@@ -146,7 +146,7 @@ fn a_store_in_use_stays_with_its_server() {
     client.write(common::nbd::FUA, 0, b"first");
     let said = refused(1, &["serve", "--nbd", "tcp:127.0.0.1:0", "--dir", text(dir.path())]);
     assert!(said.contains("use"), "{said}");
-    refused(1, &["verify", "--dir", text(dir.path())]);
+    refused(2, &["verify", "--dir", text(dir.path())]);
     assert_eq!(client.read(0, 5), b"first");
     assert!(served.stop().success());
 }

@@ -1,8 +1,8 @@
 //! The command line: arguments in, an exit code out.
 //!
-//! 1. Exit codes: 0 done, 1 failed, 2 wrong arguments. `verify` says 1 for a damaged store,
-//!    `doctor` for a machine on which none can run. A command that a signal has ended before there was anything to end
-//!    cleanly dies of that signal.
+//! 1. Exit codes: 0 done, 1 failed, 2 wrong arguments. `verify` says 1 for a damaged store and 2 for one that could not be
+//!    checked, `doctor` 1 for a machine on which none can run. A command that a signal has ended before there was anything to
+//!    end cleanly dies of that signal.
 //! 2. What went wrong goes to stderr as one line `error: …` that says what to do; results go to stdout, logs to stderr.
 //! 3. Arguments are checked as a whole before anything is touched.
 //!

@@ -29,8 +29,8 @@ use create::Found;
 #[cfg(any(test, fuzzing))]
 pub(crate) use load::load;
 pub(crate) use load::{FoundSuperblock, Loaded, find_superblock};
-pub(crate) use read::read_bytes;
-pub(crate) use scan::{Scan, scan};
+pub(crate) use read::{Range, read_bytes, read_pieces};
+pub(crate) use scan::{Scan, neighbours_together, scan};
 
 use crate::commit::GlobalOrder;
 use crate::disk::{Disk, DiskOp, FileId, execute};
@@ -43,8 +43,8 @@ use crate::options::{Geometry, Limits, Options};
 use crate::pool::Arena;
 use crate::shard::{LSN_AHEAD_MAX, NewEpoch, Recovering, Setup, Shard};
 use crate::types::{BLOCK, Deal, ExtentNo, Lsn, Micros, Place, SegmentNo, ShardId};
-use read::{Range, read_ranges};
-use scan::{ScannedGroup, neighbours_together};
+use read::read_ranges;
+use scan::ScannedGroup;
 use std::sync::Arc;
 
 /// What opening a store found and did.

@@ -3,8 +3,8 @@
 //! Invariants
 //! 1. Bytes are delivered in the order of the ranges, and in each range from front to back, whatever the order in which the
 //!    reads complete.
-//! 2. At most [`IN_FLIGHT_MAX`] pieces of at most [`PIECE_BLOCKS`] blocks are read or wait for their turn: memory does not
-//!    grow with the ranges.
+//! 2. At most [`IN_FLIGHT_MAX`] pieces (or as many as the caller says) of at most [`PIECE_BLOCKS`] blocks are read or wait
+//!    for their turn: memory does not grow with the ranges.
 //! 3. When it returns no operation is in flight, after an error too: the memory of the reads is ours again.
 //!
 //! It does *not* check what it reads.
@@ -36,8 +36,10 @@ pub(crate) struct Range {
 struct Piece {
     /// Index of the range.
     range: usize,
-    /// The bytes, once they are read.
-    frame: Option<Frame>,
+    /// What it covers.
+    of: Range,
+    /// The bytes, or why they could not be read, once that is known.
+    outcome: Option<Result<Frame>>,
 }
 
 /// Cuts ranges into pieces.
@@ -73,9 +75,24 @@ pub(crate) fn read_ranges(
     ranges: impl IntoIterator<Item = Range>,
     mut each: impl FnMut(usize, &[u8]) -> Result<()>,
 ) -> Result<()> {
+    read_pieces(disk, arena, IN_FLIGHT_MAX, ranges, |index, _, piece| each(index, piece?))
+}
+
+/// The same with at most `in_flight_max` pieces at a time; `each` also gets what the piece covers, and a piece that can't be
+/// read as an error: if `each` returns `Ok` all the same, reading goes on behind it.
+///
+/// # Errors
+/// The first error of `each`; `Invalid` if `arena` has no memory for a single piece.
+pub(crate) fn read_pieces(
+    disk: &mut dyn Disk,
+    arena: &mut Arena,
+    in_flight_max: usize,
+    ranges: impl IntoIterator<Item = Range>,
+    mut each: impl FnMut(usize, Range, Result<&[u8]>) -> Result<()>,
+) -> Result<()> {
     let mut pieces = Pieces { ranges: ranges.into_iter(), index: 0, rest: None };
     let mut next = pieces.next();
-    let mut in_order: VecDeque<Piece> = VecDeque::with_capacity(IN_FLIGHT_MAX);
+    let mut in_order: VecDeque<Piece> = VecDeque::with_capacity(in_flight_max);
     // The operation of the piece at the front.
     let mut first = 0;
     let mut in_flight = 0;
@@ -83,13 +100,13 @@ pub(crate) fn read_ranges(
     let mut completions = Vec::new();
     loop {
         while failed.is_none()
-            && in_order.len() < IN_FLIGHT_MAX
-            && let Some((range, Range { file, offset, blocks })) = next
+            && in_order.len() < in_flight_max
+            && let Some((range, of)) = next
         {
-            let Some(frame) = arena.alloc(blocks.ilog2() as u8) else { break };
+            let Some(frame) = arena.alloc(of.blocks.ilog2() as u8) else { break };
             let id = OpId(first + in_order.len() as u64);
-            disk.submit(id, DiskOp::Read { file, offset, into: smallvec::smallvec![frame] });
-            in_order.push_back(Piece { range, frame: None });
+            disk.submit(id, DiskOp::Read { file: of.file, offset: of.offset, into: smallvec::smallvec![frame] });
+            in_order.push_back(Piece { range, of, outcome: None });
             in_flight += 1;
             next = pieces.next();
         }
@@ -108,15 +125,14 @@ pub(crate) fn read_ranges(
         for Completion { id, op, result } in completions.drain(..) {
             in_flight -= 1;
             let DiskOp::Read { into, .. } = op else { unreachable!("a read completes as a read") };
-            match result {
-                Ok(()) => in_order[(id.0 - first) as usize].frame = into.into_iter().next(),
-                Err(error) => _ = failed.get_or_insert(error),
-            }
+            let frame = into.into_iter().next().expect("a read has one frame");
+            in_order[(id.0 - first) as usize].outcome = Some(result.map(|()| frame));
         }
         while failed.is_none()
-            && let Some(Piece { range, frame: Some(frame) }) = in_order.front()
+            && let Some(Piece { range, of, outcome: Some(outcome) }) = in_order.front()
         {
-            if let Err(error) = each(*range, frame) {
+            let outcome = outcome.as_ref().map(|frame| &frame[..]).map_err(Error::clone);
+            if let Err(error) = each(*range, *of, outcome) {
                 failed = Some(error);
             }
             in_order.pop_front();

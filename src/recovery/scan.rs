@@ -160,7 +160,7 @@ impl Reader<'_> {
 }
 
 /// Ranges of blocks, by offset and number, that cover the blocks at these offsets in this order.
-pub(super) fn neighbours_together(offsets: impl Iterator<Item = u64>) -> Vec<(u64, u64)> {
+pub(crate) fn neighbours_together(offsets: impl Iterator<Item = u64>) -> Vec<(u64, u64)> {
     let mut ranges: Vec<(u64, u64)> = Vec::new();
     for offset in offsets {
         match ranges.last_mut() {

@@ -11,7 +11,7 @@ use crate::format::catalog;
 use crate::options::{Geometry, Options};
 use crate::recovery;
 use crate::shard::{Change, Commit, Request, Response, Together, Token};
-use crate::sim::disk::{Damage, Loss, SECTORS, SimDisk};
+use crate::sim::disk::{Damage, Latency, Loss, SECTORS, SimDisk};
 use crate::sim::rng::Rng;
 use crate::types::{BLOCK, PageId, PageKey, ShardId, VolumeId};
 use bytes::Bytes;
@@ -260,4 +260,30 @@ fn an_unclean_store_is_called_unclean_and_not_damaged() {
         let report = verify_disk(&mut crashed.clone()).expect("a store");
         assert!(report.is_whole() && !report.clean && report.notes.len() == 2, "{report}\n{:?}", report.damaged);
     }
+}
+
+/// Reading one thing after another, a terabyte took ten hours on a device that could read it in minutes: nobody verifies then.
+/// The clock is the simulated disk's, in which each read takes a millisecond and any number goes on at a time.
+#[test]
+fn a_store_is_verified_with_many_reads_at_a_time() {
+    let mut driver = Driver::open(SimDisk::new(6)).expect("a fresh disk");
+    let mut rng = Rng::new(7);
+    for _ in 0..400 {
+        let page =
+            |rng: &mut Rng| (key(1, rng.below(3_000)), Change::Put(Bytes::from(vec![rng.below(255) as u8; BLOCK])));
+        driver.commit((0..8).map(|_| page(&mut rng)).collect());
+    }
+    assert!(matches!(driver.ask(Request::Close), Ok(Response::Closed)));
+    let mut disk = copy_of(&driver.disk);
+    disk.set_latency(Latency { read: (1_000, 1_000), ..Latency::default() });
+    let (begun, mut told) = (disk.now(), Vec::new());
+    let report = super::verify_telling(&mut disk, &mut |progress| told.push(progress)).expect("a closed store");
+    assert!(report.is_whole(), "{:?}", report.damaged);
+    let (things, took) = (report.pages + report.nodes + report.extents, (disk.now() - begun) / 1_000);
+    assert!(things > 2_000, "{report}");
+    assert!(took * 8 < things, "{things} pages, nodes and summaries took the time of {took} reads");
+    // How far it is can be told: it only grows, and ends where it was said to.
+    let end = told.last().expect("something was read");
+    assert!(told.windows(2).all(|pair| pair[0].bytes_done <= pair[1].bytes_done));
+    assert_eq!(end.bytes_done, end.bytes_total, "what was read is what was to be read");
 }

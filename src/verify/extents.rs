@@ -1,12 +1,18 @@
 //! Extents: what the map names in each, against its summary and its live count.
 
-use super::Verifier;
 use super::head::Trees;
 use super::lost::Finder;
+use super::read::Bytes;
+use super::{Mend, Verifier};
 use crate::disk::FileId;
 use crate::format::extent::{Item, ItemKind, TableRow, decode_summary, summary_at, summary_blocks};
 use crate::format::superblock::Superblock;
 use crate::types::{BLOCK, ExtentNo, Place};
+
+/// Summaries that are read at a time.
+const SUMMARIES_AT_A_TIME: usize = 64;
+/// An extent's state in the table.
+const IN_USE: u8 = 1;
 
 /// One extent as the table says, and what of it the map names.
 pub(super) struct Named {
@@ -21,6 +27,12 @@ pub(super) struct Named {
 impl Named {
     pub(super) fn new(row: Option<TableRow>, extent_blocks: u32) -> Self {
         Named { row, blocks: vec![0; extent_blocks.div_ceil(64) as usize], mix: 0 }
+    }
+
+    /// Blocks that are to be read if the table is right: what is live, and the summary.
+    pub(super) fn blocks_to_read(&self, superblock: &Superblock) -> u64 {
+        let summary = u64::from(summary_blocks(superblock.geometry.extent_blocks()));
+        self.row.filter(|row| row.state == IN_USE).map_or(0, |row| u64::from(row.live.get()) + summary)
     }
 
     pub(super) fn has(&self, block: u32) -> bool {
@@ -66,51 +78,71 @@ impl Verifier<'_> {
         // Where part of the map could not be read, less is named than is there, and counts say nothing.
         let map_is_whole = self.report.damaged.iter().all(|damage| damage.structure.starts_with("superblock copy"));
         let mut finder = Finder::new(superblock, roots);
-        for (i, named) in extents.iter().enumerate() {
-            let Some(row) = named.row else { continue };
-            let no = ExtentNo::new(i as u32);
-            let place = (FileId::Data, Place { extent: no, block: 0 }.offset(superblock.geometry.extent_bytes));
-            let structure = format!("extent {i}");
-            let items = match row.state {
-                0 if named.count() > 0 => {
-                    let what = format!("is free in the table, but the map names {} blocks of it", named.count());
-                    self.damaged(&structure, place, what, "these blocks: they may be overwritten");
-                    continue;
+        let rows = |(i, named): (usize, &'_ Named)| Some((ExtentNo::new(i as u32), named.row?));
+        for (first, some) in (0..).step_by(SUMMARIES_AT_A_TIME).zip(extents.chunks(SUMMARIES_AT_A_TIME)) {
+            let numbered = || (first..).zip(some);
+            let in_use = || numbered().filter_map(rows).filter(|(_, row)| row.state == IN_USE);
+            let places: Vec<(u64, usize)> = in_use().map(|(no, row)| summary_place(superblock, no, row)).collect();
+            let mut read = self.read_many(FileId::Data, &places).into_iter();
+            for (i, named) in numbered() {
+                let Some((no, row)) = rows((i, named)) else { continue };
+                let summary = if row.state == IN_USE { read.next() } else { None };
+                let items = match summary {
+                    Some(bytes) => self.summary(superblock, (no, row), named, bytes, map_is_whole),
+                    None if row.state == 0 && named.count() == 0 => None,
+                    None => {
+                        self.not_in_use(superblock, (no, row), named);
+                        continue;
+                    }
+                };
+                if map_is_whole {
+                    self.count_live(superblock, (no, row), named, items, &mut finder);
                 }
-                0 => None,
-                1 => self.summary(superblock, no, named, row, map_is_whole),
-                other => {
-                    self.damaged(&structure, place, format_args!("has the unknown state {other}"), "its space");
-                    continue;
-                }
-            };
-            let (live, reached) = (u32::from(row.live.get()), named.count());
-            if !map_is_whole || live == reached {
-                continue;
             }
-            let affects = match (live.checked_sub(reached), items) {
-                (Some(missing), Some(items)) => self.lost(&mut finder, named, &items, missing),
-                (Some(missing), None) => format!("{missing} pages or map nodes that may be gone: which, is not known"),
-                (None, _) => "these blocks: their extent may be taken for free too early, and overwritten".into(),
-            };
-            let what = format!("has {live} live blocks by the table, and the roots reach {reached} of them");
-            self.damaged(&structure, place, what, affects);
         }
+    }
+
+    /// An extent that the table does not say is in use, and that is not free either.
+    fn not_in_use(&mut self, superblock: &Superblock, (no, row): (ExtentNo, TableRow), named: &Named) {
+        let (structure, at) = (format!("extent {}", no.get()), begin(superblock, no));
+        if row.state == 0 {
+            let what = format!("is free in the table, but the map names {} blocks of it", named.count());
+            return self.damaged(structure, at, what, "these blocks: they may be overwritten", Mend::CopyOut);
+        }
+        let what = format_args!("has the unknown state {}", row.state);
+        self.damaged(structure, at, what, "its space", Mend::Restore);
+    }
+
+    /// Compares how much of an extent is live by the table with what the map names.
+    fn count_live(
+        &mut self,
+        superblock: &Superblock,
+        (no, row): (ExtentNo, TableRow),
+        named: &Named,
+        items: Option<Vec<Item>>,
+        finder: &mut Finder<'_>,
+    ) {
+        let (live, reached) = (u32::from(row.live.get()), named.count());
+        let affects = match (live.checked_sub(reached), items) {
+            (Some(0), _) => return,
+            (Some(missing), Some(items)) => self.lost(finder, named, &items, missing),
+            (Some(missing), None) => format!("{missing} pages or map nodes that may be gone: which, is not known"),
+            (None, _) => "these blocks: their extent may be taken for free too early, and overwritten".into(),
+        };
+        let what = format!("has {live} live blocks by the table, and the roots reach {reached} of them");
+        let structure = format_args!("extent {}", no.get());
+        self.damaged(structure, begin(superblock, no), what, affects, Mend::CopyOut);
     }
 
     /// Checks the summary of an extent, and gives the items that it lists.
     fn summary(
         &mut self,
         superblock: &Superblock,
-        no: ExtentNo,
+        (no, row): (ExtentNo, TableRow),
         named: &Named,
-        row: TableRow,
+        read: Bytes,
         map_is_whole: bool,
     ) -> Option<Vec<Item>> {
-        let blocks = superblock.geometry.extent_blocks();
-        let place = Place { extent: no, block: summary_at(blocks, row.summary_slot) };
-        let at = (FileId::Data, place.offset(superblock.geometry.extent_bytes));
-        let read = self.read(at.0, at.1, summary_blocks(blocks) as usize * BLOCK).map_err(|error| error.to_string());
         let decoded = read.and_then(|bytes| {
             decode_summary(superblock.store_id, no, row.summary_crc.get(), &bytes).map_err(str::to_string)
         });
@@ -126,9 +158,22 @@ impl Verifier<'_> {
             Err(what) => what,
         };
         let affects = "compaction of this extent; its pages are read without it";
-        self.damaged(format_args!("the summary of extent {}", no.get()), at, what, affects);
+        let (structure, at) = (format!("the summary of extent {}", no.get()), summary_place(superblock, no, row).0);
+        self.damaged(structure, (FileId::Data, at), what, affects, Mend::Rewrite);
         None
     }
+}
+
+/// Where an extent begins.
+fn begin(superblock: &Superblock, no: ExtentNo) -> (FileId, u64) {
+    (FileId::Data, Place { extent: no, block: 0 }.offset(superblock.geometry.extent_bytes))
+}
+
+/// Where the summary of an extent lies in the data file, and how long it is.
+fn summary_place(superblock: &Superblock, no: ExtentNo, row: TableRow) -> (u64, usize) {
+    let blocks = superblock.geometry.extent_blocks();
+    let place = Place { extent: no, block: summary_at(blocks, row.summary_slot) };
+    (place.offset(superblock.geometry.extent_bytes), summary_blocks(blocks) as usize * BLOCK)
 }
 
 #[cfg(test)]

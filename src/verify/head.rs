@@ -1,7 +1,8 @@
 //! The superblock copies, the roots that the newest names, and the extent table of its checkpoint.
 
-use super::Verifier;
 use super::extents::Named;
+use super::read::Bytes;
+use super::{Mend, Verifier};
 use crate::disk::FileId;
 use crate::error::{ErrorKind, Result};
 use crate::format::extent::{TABLE_ROWS, TableRow, decode_table, table_crc, table_offset};
@@ -20,16 +21,18 @@ impl Verifier<'_> {
         let newest = match find_superblock(self.disk, &mut self.arena) {
             Ok(found) => Some(found.superblock),
             Err(error) if error.kind() == ErrorKind::Corrupt => {
-                self.damaged("the superblock", (FileId::Meta, 0), error, "the whole store: it can't be opened");
+                let affects = "the whole store: it can't be opened";
+                self.damaged("the superblock", (FileId::Meta, 0), error, affects, Mend::Restore);
                 None
             }
             Err(error) => return Err(error),
         };
+        let mend = if newest.is_some() { Mend::Reopen } else { Mend::Restore };
         for copy in 0..SUPERBLOCK_COPIES {
             if let Some(what) = self.copy_damage(copy, newest.as_ref()) {
                 let affects = "this copy only, while another of its generation is whole";
                 let at = (FileId::Meta, Superblock::offset(copy));
-                self.damaged(format_args!("superblock copy {copy}"), at, what, affects);
+                self.damaged(format_args!("superblock copy {copy}"), at, what, affects, mend);
             }
         }
         Ok(newest)
@@ -38,7 +41,7 @@ impl Verifier<'_> {
     fn copy_damage(&mut self, copy: u64, newest: Option<&Superblock>) -> Option<String> {
         let bytes = match self.read(FileId::Meta, Superblock::offset(copy), SUPERBLOCK_BYTES) {
             Ok(bytes) => bytes,
-            Err(error) => return Some(error.to_string()),
+            Err(why) => return Some(why),
         };
         let found = match Superblock::decode(copy, &bytes) {
             Ok(found) => found,
@@ -68,13 +71,16 @@ impl Verifier<'_> {
 
     /// Reads the root of every virtual shard.
     pub(super) fn roots(&mut self, superblock: &Superblock) -> Vec<Trees> {
-        (0..superblock.geometry.vshards_count as u16).map(|i| self.root(superblock, VShard::new(i))).collect()
+        let count = superblock.geometry.vshards_count;
+        let vshards = (0..count as u16).map(VShard::new);
+        let at = |vshard: VShard| root::offset(vshard, superblock.vshards[vshard.index()].root.generation, count);
+        let places: Vec<(u64, usize)> = vshards.clone().map(|vshard| (at(vshard), BLOCK)).collect();
+        let read = self.read_many(FileId::Meta, &places);
+        vshards.zip(read).map(|(vshard, bytes)| self.root(superblock, vshard, at(vshard), bytes)).collect()
     }
 
-    fn root(&mut self, superblock: &Superblock, vshard: VShard) -> Trees {
+    fn root(&mut self, superblock: &Superblock, vshard: VShard, offset: u64, read: Bytes) -> Trees {
         let state = superblock.vshards[vshard.index()];
-        let offset = root::offset(vshard, state.root.generation, superblock.geometry.vshards_count);
-        let read = self.read(FileId::Meta, offset, BLOCK).map_err(|error| error.to_string());
         let checked = read.and_then(|bytes| {
             let (head, trees) = root::decode_named(superblock, vshard, &bytes)?;
             if head.redo_lsn > state.redo_lsn || head.checkpoint > superblock.checkpoint {
@@ -84,26 +90,31 @@ impl Verifier<'_> {
         });
         checked
             .map_err(|what| {
-                let number = vshard.get();
+                let (number, at) = (vshard.get(), (FileId::Meta, offset));
                 let affects = format!("every page of virtual shard {number}, and the store can't be opened");
-                self.damaged(format_args!("the root of virtual shard {number}"), (FileId::Meta, offset), what, affects);
+                let structure = format_args!("the root of virtual shard {number}");
+                self.damaged(structure, at, what, affects, Mend::Restore);
             })
             .ok()
     }
 
     /// Reads the extent table.
     pub(super) fn table(&mut self, superblock: &Superblock) -> Vec<Named> {
-        let data_bytes = self.disk.len(FileId::Data).ok().flatten().unwrap_or(0);
         let count = superblock.extents_count;
         let needed = u64::from(count) * superblock.geometry.extent_bytes;
-        if data_bytes < needed {
-            let what = format!("has {data_bytes} bytes, and its {count} extents need {needed}: it was truncated");
-            self.damaged("the data file", (FileId::Data, data_bytes), what, "what lay beyond its end");
+        match self.len(FileId::Data) {
+            Ok(bytes) if bytes >= needed => {}
+            Ok(bytes) => {
+                let what = format!("has {bytes} bytes, and its {count} extents need {needed}: it was truncated");
+                self.damaged("the data file", (FileId::Data, bytes), what, "what lay beyond its end", Mend::Restore);
+            }
+            Err(what) => self.damaged("the data file", (FileId::Data, 0), what, "every page", Mend::Restore),
         }
         let (mut extents, mut sums) = (Vec::new(), Vec::new());
-        for index in 0..count.div_ceil(TABLE_ROWS) {
-            let offset = table_offset(index, superblock.checkpoint);
-            let read = self.read(FileId::Table, offset, BLOCK).map_err(|error| error.to_string());
+        let offsets = (0..count.div_ceil(TABLE_ROWS)).map(|index| (table_offset(index, superblock.checkpoint), BLOCK));
+        let offsets: Vec<(u64, usize)> = offsets.collect();
+        let blocks = self.read_many(FileId::Table, &offsets);
+        for (index, ((offset, _), read)) in (0..).zip(offsets.into_iter().zip(blocks)) {
             let decoded = read.and_then(|bytes| {
                 decode_table(superblock.store_id, index, superblock.checkpoint, &bytes).map_err(str::to_string)
             });
@@ -118,7 +129,7 @@ impl Verifier<'_> {
                         index * TABLE_ROWS
                     );
                     let structure = format!("block {index} of the extent table");
-                    self.damaged(structure, (FileId::Table, offset), what, affects);
+                    self.damaged(structure, (FileId::Table, offset), what, affects, Mend::Restore);
                     vec![None; TABLE_ROWS as usize]
                 }
             };
@@ -128,7 +139,7 @@ impl Verifier<'_> {
             let what = "is another one than the superblock names, of the same checkpoint: a write was lost";
             let affects = "which extents are free, and the store can't be opened";
             let offset = table_offset(0, superblock.checkpoint);
-            self.damaged("the extent table", (FileId::Table, offset), what, affects);
+            self.damaged("the extent table", (FileId::Table, offset), what, affects, Mend::Restore);
         }
         extents.truncate(count as usize);
         extents

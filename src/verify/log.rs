@@ -1,6 +1,6 @@
 //! The log: after a clean close up to its recorded end, group by group; else as a recovery would read it.
 
-use super::Verifier;
+use super::{Mend, Verifier};
 use crate::checksum::crc32c;
 use crate::disk::FileId;
 use crate::error::ErrorKind;
@@ -36,7 +36,7 @@ impl Verifier<'_> {
                     ErrorKind::Corrupt => "commits that were durable; the store can't be opened",
                     _ => "what the log holds",
                 };
-                self.damaged("the log", (file, 0), error, affects);
+                self.damaged("the log", (file, 0), error, affects, Mend::Restore);
             }
         }
     }
@@ -44,16 +44,17 @@ impl Verifier<'_> {
     /// The segment that the log ended in: its groups follow one another up to the recorded end.
     fn closed_log(&mut self, superblock: &Superblock, shard: ShardId, end: LogEnd) {
         let file = FileId::Log(shard, end.segment);
-        let segment_bytes = superblock.geometry.segment_bytes as usize;
+        // Behind its end a segment holds what nobody needs, and may be shorter than a full one.
+        let blocks = u64::from(end.block).min(superblock.geometry.segment_bytes / BLOCK as u64);
         let affects = "nothing that was committed: after a clean close the log is not needed, but the device lost it";
         let structure = format!("the log of shard {}", shard.get());
-        let bytes = match self.read(file, 0, segment_bytes) {
+        let bytes = match self.read(file, 0, blocks as usize * BLOCK) {
             Ok(bytes) => bytes,
-            Err(error) => return self.damaged(structure, (file, 0), error, affects),
+            Err(why) => return self.damaged(structure, (file, 0), why, affects, Mend::Reopen),
         };
         let mut block = 0;
         let mut before: Option<GroupHead> = None;
-        while block < end.block {
+        while u64::from(block) < blocks {
             let here = &bytes[block as usize * BLOCK..];
             match group(superblock, (shard, end, block), here, before.as_ref()) {
                 Ok(head) => {
@@ -63,14 +64,16 @@ impl Verifier<'_> {
                 }
                 Err(what) => {
                     let at = (file, u64::from(block) * BLOCK as u64);
-                    return self.damaged(format_args!("the log group at block {block}"), at, what, affects);
+                    let structure = format_args!("the log group at block {block}");
+                    return self.damaged(structure, at, what, affects, Mend::Reopen);
                 }
             }
         }
         let ends_as_recorded = before.as_ref().is_some_and(|b| b.number == end.number && b.head_crc == end.sum);
         if block != end.block || !ends_as_recorded {
             let what = "does not end with the group that the superblock names";
-            self.damaged(structure, (file, u64::from(end.block) * BLOCK as u64), what, affects);
+            let at = (file, u64::from(end.block) * BLOCK as u64);
+            self.damaged(structure, at, what, affects, Mend::Reopen);
         }
     }
 }

@@ -22,7 +22,7 @@ use super::map::LEVEL_MAX;
 use crate::format::extent::{Item, ItemKind, NodeKey};
 use crate::format::node::{self, Entry};
 use crate::format::superblock::Superblock;
-use crate::types::{Lsn, PageKey};
+use crate::types::{BLOCK, Lsn, PageKey};
 use std::collections::BTreeMap;
 
 /// Pages of an extent that are named.
@@ -55,7 +55,10 @@ impl Verifier<'_> {
                 ItemKind::Node(_) => nodes += 1,
             }
         }
-        let name = |(key, lsn): (&PageKey, &Lsn)| format!("{:?} of {} (LSN {lsn})", key.page, self.volume(key.volume));
+        let name = |(key, lsn): (&PageKey, &Lsn)| {
+            let byte = key.page.get().checked_mul(BLOCK as u64).map_or(String::new(), |byte| format!("byte {byte}, "));
+            format!("{:?} of {} ({byte}LSN {lsn})", key.page, self.volume(key.volume))
+        };
         describe(missing, pages.len(), pages.iter().take(PAGES_MAX).map(name), nodes)
     }
 

@@ -22,105 +22,56 @@ mod head;
 mod log;
 mod lost;
 mod map;
+mod read;
+mod report;
 
-use crate::disk::portable::{Access, PortableDisk};
-use crate::disk::{Disk, FileId};
+pub use report::{Damage, Mend, VerifyProgress, VerifyReport, VolumeBytes};
+
+use crate::disk::{Access, Disk, DriverOptions, FileDisk, FileId, FileOptions, Files};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::superblock::Superblock;
 use crate::pool::Arena;
-use crate::recovery::read_bytes;
-use crate::types::VolumeId;
+use crate::types::{BLOCK, PageId, VolumeId};
+use extents::Named;
+use read::{ARENA_BLOCKS, Meter};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
-/// Blocks of memory for reading: room for the largest vectored read.
-const ARENA_BLOCKS: u32 = 512;
-/// Damages that are listed; more are only counted, since a lost device would fill the memory with them.
-const DAMAGED_MAX: usize = 1000;
-
-/// One damaged structure.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Damage {
-    /// What it is, by name: `page v1/p12`, `superblock copy 2`.
-    pub structure: String,
-    /// The file.
-    pub file: FileId,
-    /// The first byte of the structure in the file.
-    pub offset: u64,
-    /// What is wrong with it.
-    pub what: String,
-    /// What can't be read, or not be relied on, because of it.
-    pub affects: String,
-}
-
-impl fmt::Display for Damage {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Damage { structure, file, offset, what, affects } = self;
-        write!(f, "{structure} (byte {offset} of file {file}) {what}; affected: {affects}")
-    }
-}
-
-/// What [`verify`] found. `Display` sums it up in a few lines, without the list of damages.
-#[derive(Clone, Debug, Default)]
-pub struct VerifyReport {
-    /// The damaged structures, at most 1,000 of them.
-    pub damaged: Vec<Damage>,
-    /// Damaged structures beyond those listed.
-    pub damaged_more: u64,
-    /// What is not damage, and worth knowing.
-    pub notes: Vec<String>,
-    /// The store was closed cleanly. If not, commits may be in the log that this did not read as pages.
-    pub clean: bool,
-    /// Pages read and compared.
-    pub pages: u64,
-    /// Map nodes read and compared.
-    pub nodes: u64,
-    /// Extents with a summary.
-    pub extents: u64,
-    /// Log groups read and compared.
-    pub groups: u64,
-}
-
-impl VerifyReport {
-    /// Whether nothing is damaged.
-    pub fn is_whole(&self) -> bool {
-        self.damaged.is_empty()
-    }
-}
-
-impl fmt::Display for VerifyReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for note in &self.notes {
-            writeln!(f, "note: {note}")?;
-        }
-        let VerifyReport { pages, nodes, extents, groups, .. } = self;
-        write!(f, "read {pages} pages, {nodes} map nodes, {extents} extent summaries, {groups} log groups: ")?;
-        match self.damaged.len() as u64 + self.damaged_more {
-            0 => write!(f, "all whole"),
-            1 => write!(f, "1 is damaged"),
-            n => write!(f, "{n} are damaged"),
-        }
-    }
-}
-
-/// Reads the closed store in `dir` whole and names what is damaged. Changes nothing.
+/// Reads the closed store in `dir` whole and names what is damaged. Changes nothing. Several may read a store at a time; nobody
+/// can open it meanwhile.
 ///
 /// # Errors
 /// `NotFound` if there is no store, `InUse` if a process has it open, `Unsupported` for another format version, `Io`
 /// if its files can't be opened. Damage is no error: it is in the report.
 pub fn verify(dir: &Path) -> Result<VerifyReport> {
-    let mut disk = PortableDisk::open(dir, Access::ReadOnly)?;
-    verify_disk(&mut disk)
+    verify_with(dir, |_| ())
+}
+
+/// The same; `progress` hears, after each read, how far it is.
+///
+/// # Errors
+/// As [`verify`].
+pub fn verify_with(dir: &Path, mut progress: impl FnMut(VerifyProgress)) -> Result<VerifyReport> {
+    let files = Files::open(dir, Access::ReadOnly, &FileOptions::default())?;
+    let mut disk = FileDisk::with_files(files, &DriverOptions::default())?;
+    verify_telling(&mut disk, &mut progress)
 }
 
 /// The same on any disk.
+#[cfg(any(test, fuzzing, feature = "sim"))]
 pub(crate) fn verify_disk(disk: &mut dyn Disk) -> Result<VerifyReport> {
+    verify_telling(disk, &mut |_| ())
+}
+
+fn verify_telling(disk: &mut dyn Disk, tell: &mut dyn FnMut(VerifyProgress)) -> Result<VerifyReport> {
     let meta_bytes = disk.len(FileId::Meta)?;
     if meta_bytes.is_none() {
         return Err(Error::new(ErrorKind::NotFound, "there is no store: its file meta is missing"));
     }
-    let (arena, report) = (Arena::new(ARENA_BLOCKS)?, VerifyReport::default());
-    let mut this = Verifier { disk, arena, report, volumes: BTreeMap::new() };
+    let (arena, report, meter) =
+        (Arena::new(ARENA_BLOCKS)?, VerifyReport::default(), Meter { progress: VerifyProgress::default(), tell });
+    let mut this = Verifier { disk, arena, report, meter, volumes: BTreeMap::new(), lengths: BTreeMap::new() };
     let Some(superblock) = this.superblock()? else { return Ok(this.report) };
     this.report.clean = superblock.clean;
     if !superblock.clean {
@@ -130,6 +81,7 @@ pub(crate) fn verify_disk(disk: &mut dyn Disk) -> Result<VerifyReport> {
     }
     let roots = this.roots(&superblock);
     let mut extents = this.table(&superblock);
+    this.expect(&superblock, &extents);
     this.map(&superblock, &roots, &mut extents);
     this.summaries(&superblock, &roots, &extents);
     this.log(&superblock);
@@ -141,18 +93,19 @@ struct Verifier<'a> {
     disk: &'a mut dyn Disk,
     arena: Arena,
     report: VerifyReport,
+    meter: Meter<'a>,
     /// Names of volumes, as far as the catalog has been read.
     volumes: BTreeMap<VolumeId, String>,
+    /// Of the files, once they were asked for.
+    lengths: BTreeMap<FileId, Result<u64, String>>,
 }
 
 impl Verifier<'_> {
-    fn read(&mut self, file: FileId, offset: u64, len: usize) -> Result<Vec<u8>> {
-        let end = self.disk.len(file)?.unwrap_or(0);
-        if offset + len as u64 > end {
-            return Err(Error::corrupt(format_args!("lies beyond the end of the file, which has {end} bytes")));
-        }
-        read_bytes(self.disk, &mut self.arena, file, offset, len)
-            .map_err(|error| Error::corrupt(format_args!("can't be read: {error}")))
+    /// Tells how much is to be read, by what the extent table counts.
+    fn expect(&mut self, superblock: &Superblock, extents: &[Named]) {
+        let blocks = extents.iter().map(|extent| extent.blocks_to_read(superblock)).sum::<u64>();
+        let logs = if superblock.clean { superblock.logs.iter().map(|end| u64::from(end.block)).sum() } else { 0 };
+        self.meter.expect((blocks + logs) * BLOCK as u64);
     }
 
     /// A volume in words.
@@ -164,18 +117,24 @@ impl Verifier<'_> {
         }
     }
 
+    /// The bytes of a volume that its pages from `first` to `last` hold.
+    fn bytes_of(&self, volume: VolumeId, first: PageId, last: PageId, all: bool) -> Option<VolumeBytes> {
+        if volume == VolumeId::CATALOG {
+            return None;
+        }
+        let name = self.volumes.get(&volume).cloned();
+        VolumeBytes::of(name.unwrap_or_else(|| format!("number {}", volume.get())), first, last, all)
+    }
+
     fn damaged(
         &mut self,
         structure: impl fmt::Display,
         (file, offset): (FileId, u64),
         what: impl fmt::Display,
         affects: impl fmt::Display,
+        mend: Mend,
     ) {
-        if self.report.damaged.len() == DAMAGED_MAX {
-            self.report.damaged_more += 1;
-            return;
-        }
         let (structure, what, affects) = (structure.to_string(), what.to_string(), affects.to_string());
-        self.report.damaged.push(Damage { structure, file, offset, what, affects });
+        self.report.add(Damage { structure, file, offset, what, affects, bytes: None, mend });
     }
 }
