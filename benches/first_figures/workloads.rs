@@ -96,7 +96,7 @@ fn commits_on(plan: &Plan, shards: &str, options: &Options) -> Vec<Row> {
     let per = |n: u64| n as f64 / (after.commits - before.commits).max(1) as f64;
     let note = format!(
         "{:.0} commits a flush; {:.2} pages written, {:.0} log bytes a commit",
-        1.0 / per(after.flushes - before.flushes),
+        1.0 / per(after.log_flushes - before.log_flushes),
         per(after.pages_written - before.pages_written),
         per(after.log_bytes - before.log_bytes)
     );
@@ -188,7 +188,7 @@ fn overwrites_at(plan: &Plan, fill_percent: u32) -> Row {
         warmed,
         commits / field.pages() as f64,
         after.checkpoints - before.checkpoints,
-        (after.commits - before.commits) as f64 / (after.flushes - before.flushes).max(1) as f64,
+        (after.commits - before.commits) as f64 / (after.log_flushes - before.log_flushes).max(1) as f64,
         field.pages() as f64 * PAGE as f64 * 100.0
             / (after.extents_total * options.geometry.extent_bytes).max(1) as f64,
         after.extents_total * options.geometry.extent_bytes / MIB,

@@ -18,8 +18,9 @@ use std::time::Duration;
 /// Lines between two heads.
 const HEAD_EVERY: u64 = 20;
 
-const HEAD: &str = "   reads  commits      dev read     dev write   hit   read us      commit us  commits  check-  extents\n\
-                    \x20     /s       /s        MiB/s /s      MiB/s /s     %   P50    P99    P50    P99   /flush  points   free/all\n";
+/// Commits that are answered when they are durable stand apart from those that are buffered: a flush lies between them.
+const HEAD: &str = "  reads commits    dev read     dev write    hit    read us     buffered us    durable us   commits  check-  extents\n\
+                    \x20    /s      /s  MiB/s     /s  MiB/s     /s    %   P50    P99    P50    P99    P50    P99  /flush  points free/all\n";
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -82,16 +83,21 @@ fn line(told: &Value, seconds: f64) -> String {
     let count = |name: &str| interval[name].as_u64().unwrap_or(0);
     let rate = |name: &str| (count(name) as f64 / seconds).round() as u64;
     let mib = |name: &str| count(name) as f64 / seconds / f64::from(1 << 20);
-    let hits = match count("page_reads") {
+    let hits = match count("page_reads").saturating_sub(count("absent_reads")) {
         0 => "-".into(),
-        reads => format!("{:.0}", 100.0 * count("cache_hits") as f64 / reads as f64),
+        stored => format!("{:.0}", 100.0 * count("cache_hits") as f64 / stored as f64),
+    };
+    // Without a flush of the log there is nothing to share one.
+    let per_flush = match count("log_flushes") {
+        0 => "-".into(),
+        _ => format!("{:.1}", told["commits_per_flush"].as_f64().unwrap_or(0.0)),
     };
     let us = |what: &str, percentile: &str| match interval[what]["count"].as_u64() {
         None | Some(0) => "-".into(),
         Some(_) => interval[what][percentile].to_string(),
     };
     format!(
-        "{:>8} {:>8} {:>9.1} {:>6} {:>8.1} {:>6} {:>4} {:>6} {:>6} {:>6} {:>6} {:>8.1} {:>7} {:>5}/{}",
+        "{:>7} {:>7} {:>6.1} {:>6} {:>6.1} {:>6} {:>4} {:>5} {:>6} {:>6} {:>6} {:>6} {:>6} {:>7} {:>7} {:>4}/{}",
         rate("page_reads"),
         rate("commits"),
         mib("device_bytes_read"),
@@ -101,9 +107,11 @@ fn line(told: &Value, seconds: f64) -> String {
         hits,
         us("read_latency", "p50_us"),
         us("read_latency", "p99_us"),
+        us("buffered_latency", "p50_us"),
+        us("buffered_latency", "p99_us"),
         us("commit_latency", "p50_us"),
         us("commit_latency", "p99_us"),
-        told["commits_per_flush"].as_f64().unwrap_or(0.0),
+        per_flush,
         count("checkpoints"),
         count("extents_free"),
         count("extents_total"),

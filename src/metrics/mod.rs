@@ -26,14 +26,16 @@ macro_rules! stats {
             $($(#[$sum_doc])* pub $sum: u64,)*
             $($(#[$now_doc])* pub $now: u64,)*
             $($(#[$max_doc])* pub $max: u64,)*
-            /// From the arrival of reads at their shard to their answer, errors too; one for each request, however many
+            /// From the arrival of callers' reads at their shard to their answer, errors too; one for each request, however many
             /// pages it asked for.
             pub read_latency: Latency,
-            /// The same of commits, durable or not as they asked.
+            /// The same of commits that are answered when they are durable.
             pub commit_latency: Latency,
-            /// The same of flushes.
+            /// The same of commits that are answered when they are ordered and visible, and are durable after a flush.
+            pub buffered_latency: Latency,
+            /// The same of callers' flushes; how many there were is its count.
             pub flush_latency: Latency,
-            /// The most operations (reads, commits and flushes) that were answered within one second. Of several shards: at
+            /// The most operations of callers (reads, commits and flushes) that were answered within one second. Of several shards: at
             /// most their sum.
             pub peak_iops: u64,
             #[serde(skip)]
@@ -48,6 +50,7 @@ macro_rules! stats {
                 $(self.$max = self.$max.max(other.$max);)*
                 self.read_latency.add(&other.read_latency);
                 self.commit_latency.add(&other.commit_latency);
+                self.buffered_latency.add(&other.buffered_latency);
                 self.flush_latency.add(&other.flush_latency);
                 self.recent.add(&other.recent);
                 self.peak_iops += other.peak_iops;
@@ -59,6 +62,7 @@ macro_rules! stats {
                     $($sum: self.$sum.saturating_sub(earlier.$sum),)*
                     read_latency: self.read_latency.since(&earlier.read_latency),
                     commit_latency: self.commit_latency.since(&earlier.commit_latency),
+                    buffered_latency: self.buffered_latency.since(&earlier.buffered_latency),
                     flush_latency: self.flush_latency.since(&earlier.flush_latency),
                     ..self.clone()
                 }
@@ -73,16 +77,25 @@ stats! {
     pub settles_delayed: u64,
     /// Commits applied.
     pub commits: u64,
-    /// Pages read by callers.
+    /// Pages read by callers. What the engine reads for itself, such as the records of volumes, is not among them.
     pub page_reads: u64,
-    /// Of those, found in memory when they were asked for; pages that were never written count as found.
+    /// Of those, pages that are not stored, since they were never written or are freed: they read as zeros.
+    pub absent_reads: u64,
+    /// Of the stored ones, found in memory when they were asked for.
     pub cache_hits: u64,
+    /// Records of volumes read by the engine, in memory or not: all of them each time that a volume is looked for by name.
+    pub catalog_reads: u64,
     /// Bytes of the pages read by callers.
     pub bytes_read: u64,
     /// Bytes written by callers: whole pages and ranges.
     pub bytes_written: u64,
-    /// Reads at the device, of pages, nodes and what compaction moves.
+    /// Reads at the device. Those that are neither `caller_reads` nor `node_reads` are the engine's own: of what compaction moves,
+    /// of summaries, of records of volumes, and of what is redone after a crash.
     pub device_reads: u64,
+    /// Of those, reads of pages that a caller waited for, to read them or to change a part of them.
+    pub caller_reads: u64,
+    /// Of those, reads of map nodes, for callers and for the engine.
+    pub node_reads: u64,
     /// Of those, of more than one block.
     pub vectored_reads: u64,
     /// Bytes read from the device.
@@ -109,8 +122,9 @@ stats! {
     pub log_groups: u64,
     /// Bytes of log written, headers, padding and inline pages included.
     pub log_bytes: u64,
-    /// Flushes of the log submitted; those of checkpoints are counted in `device_flushes` only.
-    pub flushes: u64,
+    /// Flushes of the log at the device; those of checkpoints are counted in `device_flushes` only. How often callers asked for a
+    /// flush is the count of `flush_latency`.
+    pub log_flushes: u64,
     /// Page images written to the data space.
     pub pages_written: u64,
     /// Write operations that carried them.
@@ -175,7 +189,7 @@ impl ShardStats {
 
     /// Commits for each flush of the log; 0 before the first.
     pub fn commits_per_flush(&self) -> f64 {
-        ratio(self.commits, self.flushes)
+        ratio(self.commits, self.log_flushes)
     }
 
     /// Bytes written to the device for each byte that callers wrote; 0 before the first. Over an [interval](Self::since) that saw a
@@ -189,9 +203,10 @@ impl ShardStats {
         ratio(self.blocks_live.saturating_sub(self.blocks_dead), self.blocks_total)
     }
 
-    /// The share of pages read that were found in memory, from 0 to 1.
+    /// The share of the stored pages read that were found in memory, from 0 to 1; 0 if none was read. Pages that are not stored say
+    /// nothing about the memory.
     pub fn hit_ratio(&self) -> f64 {
-        ratio(self.cache_hits, self.page_reads)
+        ratio(self.cache_hits, self.page_reads.saturating_sub(self.absent_reads))
     }
 }
 

@@ -10,13 +10,14 @@ use super::local::LOCAL;
 use crate::disk::DiskOp;
 use crate::metrics::{Latency, Recent, ShardStats};
 use crate::shard::{Request, Token};
-use crate::types::Micros;
+use crate::types::{Micros, VolumeId};
 use hashbrown::HashMap;
 
 #[derive(Clone, Copy, Default)]
 enum Kind {
     Read,
     Commit,
+    Buffered,
     Flush,
     #[default]
     Other,
@@ -25,8 +26,11 @@ enum Kind {
 impl Kind {
     fn of(request: &Request) -> Kind {
         match request {
+            // The records of volumes are read by the engine.
+            Request::Read(keys) if keys.first().is_some_and(|key| key.volume == VolumeId::CATALOG) => Kind::Other,
             Request::Read(_) => Kind::Read,
-            Request::Commit(_) => Kind::Commit,
+            Request::Commit(commit) if commit.durable => Kind::Commit,
+            Request::Commit(_) => Kind::Buffered,
             Request::Flush => Kind::Flush,
             _ => Kind::Other,
         }
@@ -50,6 +54,7 @@ pub(super) struct Meter {
     foreign: HashMap<Token, Begun, foldhash::fast::FixedState>,
     read: Latency,
     commit: Latency,
+    buffered: Latency,
     flush: Latency,
     recent: Recent,
     device: ShardStats,
@@ -61,11 +66,24 @@ pub(super) struct Meter {
 
 impl Meter {
     pub(super) fn new(clock: Clock) -> Meter {
-        let (read, commit, flush) = Default::default();
+        let (read, commit, buffered, flush) = Default::default();
         let (recent, device) = Default::default();
         let (taken_at, answered_at) = (None, None);
         let (local, foreign) = (Vec::new(), HashMap::default());
-        Meter { clock, local, foreign, read, commit, flush, recent, device, taken_at, answered_at, answered: 0 }
+        Meter {
+            clock,
+            local,
+            foreign,
+            read,
+            commit,
+            buffered,
+            flush,
+            recent,
+            device,
+            taken_at,
+            answered_at,
+            answered: 0,
+        }
     }
 
     /// A request goes to the shard. Of a handle's the meter keeps the bytes that it is counted with.
@@ -95,6 +113,7 @@ impl Meter {
         match kind {
             Kind::Read => self.read.record(took),
             Kind::Commit => self.commit.record(took),
+            Kind::Buffered => self.buffered.record(took),
             Kind::Flush => self.flush.record(took),
             Kind::Other => return bytes,
         }
@@ -138,6 +157,7 @@ impl Meter {
         let measured = ShardStats {
             read_latency: self.read.clone(),
             commit_latency: self.commit.clone(),
+            buffered_latency: self.buffered.clone(),
             flush_latency: self.flush.clone(),
             peak_iops: self.recent.peak(),
             recent: self.recent.clone(),

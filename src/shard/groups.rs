@@ -205,7 +205,7 @@ impl Shard {
             files.push(FileId::Data);
         }
         self.flushing = true;
-        self.stats.flushes += 1;
+        self.stats.log_flushes += 1;
         self.submit(OpKind::GroupFlush(set), DiskOp::Flush { files });
     }
 

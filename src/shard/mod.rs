@@ -401,6 +401,7 @@ impl Shard {
     }
 
     fn submit(&mut self, kind: OpKind, op: DiskOp) {
+        self.count_read(&kind);
         let id = self.ops.insert(kind);
         self.effects.push_back(Effect::Submit(OpId(id as u64), op));
     }

@@ -17,7 +17,7 @@ use crate::error::Error;
 use crate::format::node::Entry;
 use crate::map::{Lookup, NodeIdx};
 use crate::pool::{Frame, Residency, Standing};
-use crate::types::{Lsn, PageKey};
+use crate::types::{Lsn, PageKey, VolumeId};
 use hashbrown::HashTable;
 use slab::Slab;
 use smallvec::SmallVec;
@@ -73,6 +73,16 @@ impl Page {
     pub fn told(&self, watermark: Lsn) -> Lsn {
         let hides = self.absent && (self.lsn <= watermark || planted!(FreeUntold));
         if hides { Lsn::ZERO } else { self.lsn }
+    }
+
+    /// Whether it is a record of a volume, which the engine reads for itself.
+    pub fn is_catalog(&self) -> bool {
+        self.key.volume == VolumeId::CATALOG
+    }
+
+    /// The requests that wait for it.
+    pub fn waiters(&self) -> impl Iterator<Item = usize> {
+        self.waiters.iter().map(|(waiter, _)| *waiter)
     }
 
     /// Whether it is there for somebody who needs it, with its bytes if `data`.

@@ -8,9 +8,10 @@
 use super::allocated::Walk;
 use super::budget::request_weight;
 use super::event::{Commit, PageRef, Request, Response, Token};
+use super::pages::Page;
 use super::part::Part;
 use super::redo::RedoChange;
-use super::{Change, Effect, Shard};
+use super::{Change, Effect, OpKind, Shard};
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::{BLOCK, Lsn, PageKey, Place, ShardId};
 use smallvec::SmallVec;
@@ -133,7 +134,8 @@ impl Shard {
         match request {
             Request::Read(keys) => {
                 let pages: SmallVec<[usize; 2]> = keys.iter().map(|key| self.table.get(*key)).collect();
-                let hits = pages.iter().filter(|idx| self.table.pages[**idx].has(true)).count() as u32;
+                let stored = |page: &Page| page.has(true) && !page.absent;
+                let hits = pages.iter().filter(|idx| stored(&self.table.pages[**idx])).count() as u32;
                 self.begin(Some(token), PendingKind::Read(hits), pages, |_| true);
             }
             Request::Allocated(asked) => {
@@ -317,18 +319,39 @@ impl Shard {
             PageRef::new(page.frame.as_ref().map(|f| f.pin()), page.told(watermark))
         });
         let pages: SmallVec<[PageRef; 1]> = pages.collect();
+        let is_catalog = self.pending[waiter].pages.first().is_some_and(|idx| self.table.pages[*idx].is_catalog());
         let pending = self.release(waiter);
         let token = pending.token.expect("a read has a token");
         if let Some(error) = pending.error {
             self.reply(token, Err(error));
             return;
         }
-        if let PendingKind::Read(hits) = pending.kind {
-            self.stats.cache_hits += u64::from(hits);
+        let count = pages.len() as u64;
+        if is_catalog {
+            self.stats.catalog_reads += count;
+        } else if let PendingKind::Read(hits) = pending.kind {
+            let absent = pages.iter().filter(|page| page.is_absent()).count() as u64;
+            self.stats.page_reads += count;
+            self.stats.absent_reads += absent;
+            // One that was in memory may have been freed since.
+            self.stats.cache_hits += u64::from(hits).min(count - absent);
+            self.stats.bytes_read += count * BLOCK as u64;
         }
-        self.stats.page_reads += pages.len() as u64;
-        self.stats.bytes_read += (pages.len() * BLOCK) as u64;
         self.reply(token, Ok(Response::Pages(pages)));
+    }
+
+    /// A read goes to the device: for whom?
+    pub(super) fn count_read(&mut self, kind: &OpKind) {
+        match kind {
+            OpKind::NodeRead(_) => self.stats.node_reads += 1,
+            OpKind::PageRead(reads) => {
+                let is_caller = |waiter: usize| !matches!(self.pending[waiter].kind, PendingKind::Move(..));
+                let is_awaited = |page: &Page| !page.is_catalog() && page.waiters().any(is_caller);
+                let awaited = reads.iter().flatten().any(|read| is_awaited(&self.table.pages[read.page]));
+                self.stats.caller_reads += u64::from(awaited);
+            }
+            _ => {}
+        }
     }
 
     /// Replies now or when `lsn` is durable.
