@@ -219,3 +219,41 @@ fn a_sweep_measures_each_depth_and_leaves_nothing_behind() {
     assert!(rows("read ") == 9 && rows("write ") == 9 && table.contains("all 2048 pages verified"), "{table}");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "its store is removed");
 }
+
+/// Every depth that `--help` allows is measured: a store that is busy is asked again, as its callers do.
+#[test]
+fn any_depth_that_is_allowed_is_run() {
+    let dir = scratch("bench-depth");
+    let most = ["65536", "300M"];
+    for [workload, from, depth, size] in
+        [["read", "shard", "4096", "64M"], ["write", "thread", most[0], most[1]], ["read", "thread", "10000", "64M"]]
+    {
+        let mut command = corepage(&["bench", workload, "--from", from, "--depth", depth, "--size", size]);
+        let command = command.args(["--memory", "64M", "--seconds", "1", "--format", "json"]).current_dir(dir.path());
+        let output = command.output().expect("it runs");
+        assert!(output.status.success(), "depth {depth}: {}", String::from_utf8_lossy(&output.stderr));
+        let told: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        assert_eq!((&told["depth"], &told["verified"]), (&depth.parse().expect("a number"), &true.into()), "{told}");
+    }
+}
+
+/// A bar that stands at 0 % with "0s left" until all is over tells its user to give up.
+#[test]
+fn progress_moves_while_it_is_measured() {
+    if !common::has_tool("script") {
+        return;
+    }
+    let dir = scratch("bench-progress");
+    let program = env!("CARGO_BIN_EXE_corepage");
+    let run = format!("'{program}' bench read --size 8M --memory 16M --seconds 3");
+    let mut command = std::process::Command::new("script");
+    let output = command.args(["-qec", &run, "/dev/null"]).current_dir(dir.path()).output().expect("it runs");
+    let shown = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{shown}");
+    let percent =
+        |line: &str| line.split_once(" %")?.0.rsplit(|c: char| !c.is_ascii_digit()).next()?.parse::<u32>().ok();
+    let told: Vec<u32> = shown.split('\r').filter(|part| part.contains("measuring")).filter_map(percent).collect();
+    assert!(told.iter().any(|percent| (1..100).contains(percent)), "{told:?} of {shown:?}");
+    assert!(told.is_sorted(), "it only grows: {told:?}");
+    assert!(!shown.contains(" 0 %, 0 s left"), "what is not known is not said: {shown:?}");
+}

@@ -130,7 +130,7 @@ fn output_that_is_lost_is_an_error() {
         let output = corepage(arguments).stdout(full).output().expect("corepage starts");
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
-        assert!(said.starts_with("error: ") && said.contains("standard output"), "{arguments:?}: {said}");
+        assert!(said.starts_with("error: ") && said.contains("stdout"), "{arguments:?}: {said}");
     }
 }
 

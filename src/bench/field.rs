@@ -15,7 +15,7 @@ use std::time::Duration;
 /// Writes under way while it is sown.
 const SOWN_AT_A_TIME: usize = 256;
 /// Between two tries while the store is busy, and two looks at whether it has done something.
-const PAUSE: Duration = Duration::from_millis(5);
+pub(super) const PAUSE: Duration = Duration::from_millis(5);
 /// Tries before a busy store is an error: about a minute.
 const TRIES: usize = 12_000;
 /// The volume's name.
@@ -170,7 +170,7 @@ fn prepared(store: &Store, bytes: u64) -> Result<Volume> {
 }
 
 /// Asks a busy store again, within bounds.
-fn until_not_busy<T, F: Future<Output = Result<T>>>(ask: impl Fn() -> F) -> Result<T> {
+pub(super) fn until_not_busy<T, F: Future<Output = Result<T>>>(ask: impl Fn() -> F) -> Result<T> {
     for _ in 1..TRIES {
         match block_on(ask()) {
             Err(error) if error.kind() == ErrorKind::Busy => std::thread::sleep(PAUSE),

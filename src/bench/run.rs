@@ -2,13 +2,13 @@
 //!
 //! 1. At most `depth` operations are under way, spread evenly over tasks or threads; each works on pages of its own.
 //! 2. An operation counts if it ended within the time; the others are waited for.
-//! 3. The first error ends the run.
+//! 3. The first error ends the run. `Busy` is none: such an operation is asked for again, and its time goes on.
 
-use super::Field;
+use super::field::{Field, PAUSE, until_not_busy};
 use super::page;
 use corepage::queue::{Completion, Op, Output, Queue};
 use corepage::{Change, Durability, Error, ErrorKind, PageId, Result, ShardHandle};
-use futures_lite::future::block_on;
+use futures_lite::future::{block_on, yield_now};
 use hdrhistogram::Histogram;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -131,10 +131,15 @@ impl Run {
         let mut tasks = Vec::new();
         for (shard, (pages, count)) in pages.into_iter().zip(counts).enumerate() {
             for first in 0..count {
-                let mine = Mine { pages: pages.clone(), first, step: count, state: self.seed ^ (first as u64) << 32 };
-                let (run, own) = (self.clone(), field.clone());
-                let make = move |handle| async move { run.or_stop(run.task(handle, own, mine, end).await) };
-                tasks.push(self.or_stop(field.store.on_shard(shard, make)));
+                // A shard takes so many new tasks at a time, and more when it has begun those.
+                let begun = until_not_busy(|| {
+                    let state = self.seed ^ (first as u64) << 32;
+                    let mine = Mine { pages: pages.clone(), first, step: count, state };
+                    let (run, own) = (self.clone(), field.clone());
+                    let make = move |handle| async move { run.or_stop(run.task(handle, own, mine, end).await) };
+                    std::future::ready(field.store.on_shard(shard, make))
+                });
+                tasks.push(self.or_stop(begun));
             }
         }
         // All of them have ended on return, also after an error.
@@ -152,26 +157,45 @@ impl Run {
         let (mut latency, mut now) = (histogram(), Instant::now());
         while self.goes_on(now, end) {
             let number = mine.draw();
-            let id = PageId::new(number);
-            let begun;
-            match self.work {
-                Work::Read => {
-                    begun = Instant::now();
-                    let page = handle.read(&field.volume, id).await?;
-                    now = Instant::now();
-                    check(number, &page)?;
-                }
-                Work::Write | Work::Commit => {
-                    let changes = vec![(id, next_change(self.work, &field, number))];
-                    begun = Instant::now();
-                    handle.commit(&field.volume, changes).await?;
-                    now = Instant::now();
-                    acknowledged(self.work, &field, number);
-                }
-            }
+            let Some((begun, answered)) = self.one(&handle, &field, number, end).await? else { break };
+            now = answered;
             count(&mut latency, begun, now, end);
         }
         Ok(latency)
+    }
+
+    /// One operation, asked for again as long as the store is busy: when it was asked for first, and when it was answered. `None`:
+    /// the time was over before.
+    async fn one(
+        &self,
+        handle: &ShardHandle,
+        field: &Field,
+        number: u64,
+        end: Instant,
+    ) -> Result<Option<(Instant, Instant)>> {
+        let mut first = None;
+        loop {
+            // Made before the time is taken.
+            let changes =
+                (self.work != Work::Read).then(|| vec![(PageId::new(number), next_change(self.work, field, number))]);
+            let begun = *first.get_or_insert_with(Instant::now);
+            let result = match changes {
+                None => handle.read(&field.volume, PageId::new(number)).await.map(Some),
+                Some(changes) => handle.commit(&field.volume, changes).await.map(|_| None),
+            };
+            let now = Instant::now();
+            match result {
+                Ok(Some(page)) => check(number, &page)?,
+                Ok(None) => acknowledged(self.work, field, number),
+                Err(error) if error.kind() == ErrorKind::Busy && self.goes_on(now, end) => {
+                    yield_now().await;
+                    continue;
+                }
+                Err(error) if error.kind() == ErrorKind::Busy => return Ok(None),
+                Err(error) => return Err(error),
+            }
+            return Ok(Some((begun, now)));
+        }
     }
 
     fn on_threads(
@@ -218,15 +242,31 @@ impl Run {
             queue.submit(place as u64, op)
         };
         (0..depth).try_for_each(|place| submit(&mut queue, place, &mut places))?;
-        while queue.in_flight() > 0 {
+        let mut again = Vec::new();
+        while queue.in_flight() > 0 || !again.is_empty() {
+            if queue.in_flight() == 0 {
+                // All that was asked for came back.
+                std::thread::sleep(PAUSE);
+            }
+            for place in again.drain(..) {
+                let number = places[place as usize].1;
+                queue.submit(place, self.op(field, number))?;
+            }
             queue.wait(1, None, &mut out)?;
             // All of these answers are there now, before the first of them is looked at.
             let now = Instant::now();
             for Completion { tag, result } in out.drain(..) {
                 let (_, number, begun) = places[tag as usize];
-                match result? {
-                    Output::Pages(pages) => pages.iter().try_for_each(|page| check(number, page))?,
-                    _ => acknowledged(self.work, field, number),
+                match result {
+                    Ok(Output::Pages(pages)) => pages.iter().try_for_each(|page| check(number, page))?,
+                    Ok(_) => acknowledged(self.work, field, number),
+                    Err(error) if error.kind() == ErrorKind::Busy => {
+                        if self.goes_on(now, end) {
+                            again.push(tag);
+                        }
+                        continue;
+                    }
+                    Err(error) => return Err(error),
                 }
                 count(&mut latency, begun, now, end);
                 if self.goes_on(now, end) {

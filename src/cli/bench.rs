@@ -10,8 +10,11 @@
 //!    where the volume could not be removed that is a warning, and the exit code stays 0.
 //! 4. SIGINT and SIGTERM end it cleanly; a second one at once.
 
+// How far it is goes by the clock.
+#![allow(clippy::disallowed_methods)]
+
 use super::interrupt::Interrupt;
-use super::{Failure, Format, output, size};
+use super::{Failure, Format, output, progress, size};
 use crate::bench::{At, Field, NAME, Outcome, Run, Work};
 use clap::ValueEnum;
 use comfy_table::{CellAlignment, Table, TableStyle};
@@ -19,13 +22,15 @@ use corepage::metrics::ShardStats;
 use corepage::probe::Machine;
 use corepage::{Error, ErrorKind, Options};
 use futures_lite::future::block_on;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Workload {
@@ -86,6 +91,9 @@ pub struct Arguments {
 /// Before a kind of work is measured it is done for this part of the time, and no longer than a second.
 const WARM_PART: u32 = 4;
 const WARM_MAX: Duration = Duration::from_secs(1);
+
+/// Between two looks of the progress at the clock.
+const TICK: Duration = Duration::from_millis(200);
 
 /// Depths of a sweep.
 const DEPTHS: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
@@ -187,13 +195,20 @@ fn work(arguments: &Arguments, field: &mut Arc<Field>, stop: &Arc<AtomicBool>) -
         bar.set_position(done);
         if stop.load(Ordering::Relaxed) { Err(interrupted()) } else { Ok(()) }
     };
-    let bar = progress("writing every page once", field.pages);
+    let bar = progress::bar("writing every page once", field.pages);
     field.sow(|done| watch(&bar, done))?;
     bar.finish_and_clear();
     let points = measure(arguments, field, stop)?;
-    let bar = progress("verifying", field.pages);
+    let bar = progress::bar("verifying", field.pages);
     let field = Arc::get_mut(field).expect("all that was measured has ended");
-    field.verify(|done| watch(&bar, done))?;
+    let mut opened = false;
+    field.verify(|done| {
+        // Closing and opening the store took its time, and says nothing about how fast pages are read.
+        if !std::mem::replace(&mut opened, true) {
+            bar.reset_eta();
+        }
+        watch(&bar, done)
+    })?;
     bar.finish_and_clear();
     Ok(points)
 }
@@ -202,20 +217,46 @@ fn interrupted() -> Error {
     Error::new(ErrorKind::Closed, "interrupted; there is no result")
 }
 
-fn progress(what: &'static str, length: u64) -> ProgressBar {
-    // Only a terminal gets to see it.
-    let bar = ProgressBar::new(length);
-    let style = ProgressStyle::with_template("{msg} {wide_bar} {percent} %, {eta} left");
-    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-    bar.set_message(what);
-    bar
+/// A bar that goes by the clock: what is measured takes the time that it was given. It goes when this goes.
+struct Timed {
+    bar: ProgressBar,
+    /// Without it the thread ends.
+    ends: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Timed {
+    fn begin(what: &'static str, length: Duration) -> Timed {
+        let bar = progress::bar(what, length.as_millis() as u64);
+        let (ends, ended) = channel();
+        let (own, begun) = (bar.clone(), Instant::now());
+        let tick = move || {
+            while ended.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
+                own.set_position(begun.elapsed().min(length).as_millis() as u64);
+            }
+        };
+        // Only a terminal gets to see it: elsewhere, or without a thread, it stands still.
+        let shown = !bar.is_hidden();
+        let thread = shown.then(|| std::thread::Builder::new().name("progress".into()).spawn(tick).ok()).flatten();
+        Timed { bar, ends: Some(ends), thread }
+    }
+}
+
+impl Drop for Timed {
+    fn drop(&mut self) {
+        self.ends = None;
+        let _ = self.thread.take().map(JoinHandle::join);
+        self.bar.finish_and_clear();
+    }
 }
 
 fn measure(arguments: &Arguments, field: &Arc<Field>, stop: &Arc<AtomicBool>) -> corepage::Result<Vec<Point>> {
     let steps = arguments.steps();
-    let bar = progress("measuring", steps.len() as u64 * arguments.seconds);
-    bar.enable_steady_tick(Duration::from_millis(200));
     let time = Duration::from_secs(arguments.seconds);
+    let warming = WARM_MAX.min(time / WARM_PART);
+    // Each kind of work is warmed up once.
+    let kinds = 1 + steps.windows(2).filter(|pair| pair[0].0 != pair[1].0).count() as u32;
+    let _shown = Timed::begin("measuring", time * steps.len() as u32 + warming * kinds);
     let at = match arguments.from {
         From::Shard => At::Shards,
         From::Thread => At::Threads(arguments.clients as usize),
@@ -224,7 +265,7 @@ fn measure(arguments: &Arguments, field: &Arc<Field>, stop: &Arc<AtomicBool>) ->
     for (n, (work, depth)) in steps.into_iter().enumerate() {
         let run = Run { work, at, depth, time, seed: 1 + n as u64, stop: stop.clone() };
         if warm.replace(work) != Some(work) {
-            Run { time: WARM_MAX.min(time / WARM_PART), ..run.clone() }.measure(field)?;
+            Run { time: warming, ..run.clone() }.measure(field)?;
         }
         let before = block_on(field.store.stats())?;
         let outcome = run.measure(field)?;
@@ -233,9 +274,7 @@ fn measure(arguments: &Arguments, field: &Arc<Field>, stop: &Arc<AtomicBool>) ->
             return Err(interrupted());
         }
         points.push(Point { work, depth, outcome, counted });
-        bar.inc(arguments.seconds);
     }
-    bar.finish_and_clear();
     Ok(points)
 }
 

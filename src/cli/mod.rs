@@ -16,6 +16,7 @@ mod interrupt;
 mod logging;
 mod memory;
 mod output;
+mod progress;
 mod serve;
 mod size;
 mod stat;

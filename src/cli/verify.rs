@@ -10,9 +10,9 @@
 // How fast it goes is real time.
 #![allow(clippy::disallowed_methods)]
 
-use super::{Failure, Format, output, size};
+use super::{Failure, Format, output, progress, size};
 use corepage::{Damage, VerifyProgress, VerifyReport};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::io::IsTerminal;
@@ -120,12 +120,7 @@ struct Shown {
 impl Shown {
     fn new(asked: bool, now: Instant) -> Shown {
         let terminal = std::io::stderr().is_terminal();
-        let bar = terminal.then(|| {
-            let bar = ProgressBar::new(0);
-            let style = "verifying {wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left";
-            bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
-            bar
-        });
+        let bar = terminal.then(|| progress::bytes("verifying"));
         Shown {
             bar,
             lines: asked && !terminal,

@@ -1,0 +1,32 @@
+//! How far a command is: a bar on stderr, if that is a terminal.
+//!
+//! 1. What is not known is not said: before anything is done there is no time left to tell.
+//!
+//! It does *not* know what is being done.
+
+use indicatif::{ProgressBar, ProgressState, ProgressStyle};
+use std::fmt::Write;
+
+/// A bar that counts up to `length`. Only a terminal gets to see it.
+pub fn bar(what: &'static str, length: u64) -> ProgressBar {
+    styled(what, length, "{msg} {wide_bar} {percent} %, {left} left")
+}
+
+/// A bar for bytes that are read.
+pub fn bytes(what: &'static str) -> ProgressBar {
+    styled(what, 0, "{msg} {wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {left} left")
+}
+
+fn styled(what: &'static str, length: u64, template: &str) -> ProgressBar {
+    let bar = ProgressBar::new(length);
+    let left = |state: &ProgressState, out: &mut dyn Write| {
+        let _ = match state.pos() {
+            0 => write!(out, "?"),
+            _ => write!(out, "{} s", state.eta().as_secs_f64().ceil()),
+        };
+    };
+    let style = ProgressStyle::with_template(template).map(|style| style.with_key("left", left));
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.set_message(what);
+    bar
+}
