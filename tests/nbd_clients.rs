@@ -8,6 +8,7 @@
 mod common;
 
 use common::{Chance, Served, has_fuse, has_tool, run, scratch, skip};
+use futures_lite::future::block_on;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -150,6 +151,33 @@ fn clients_take_the_uri_that_is_printed_whatever_the_socket_is_called() {
         assert_eq!(common::nbd::Client::go(&served.address(), "vol").bytes, 64 << 20);
         assert!(served.stop().success());
     }
+}
+
+/// A store with many volumes could not be listed by the tool that people list exports with.
+#[test]
+fn nbdinfo_lists_as_many_volumes_as_a_store_can_have() {
+    if !has_tool("nbdinfo") {
+        return;
+    }
+    const VOLUMES: usize = 247;
+    let dir = scratch("list");
+    let options = corepage::Options { memory_bytes: 32 << 20, ..corepage::Options::default() };
+    let store = block_on(corepage::Store::open(dir.path(), options)).expect("a store");
+    for n in 0..VOLUMES {
+        block_on(store.create_volume(&format!("volume-{n}"), (1 + n as u64) << 20)).expect("a volume");
+    }
+    block_on(store.close()).expect("it closes");
+    drop(store);
+    // Over TCP libnbd takes 200 ms for each export, with any server.
+    let served = Served::start_with(dir.path(), &["--nbd", &format!("unix:{}", dir.path().join("s").display())]);
+    let told = output(Command::new("nbdinfo").args(["--list", "--json", &served.uris[0]]));
+    assert!(told.status.success(), "{told:?}");
+    let told: serde_json::Value = serde_json::from_slice(&told.stdout).expect("JSON");
+    let exports = told["exports"].as_array().expect("a list");
+    let mut sizes: Vec<u64> = exports.iter().map(|e| e["export-size"].as_u64().expect("a size") >> 20).collect();
+    sizes.sort_unstable();
+    assert_eq!(sizes, (1..=VOLUMES as u64).collect::<Vec<_>>());
+    assert!(served.stop().success());
 }
 
 /// Stretches of an export by libnbd: offset, length, and whether it is a hole.

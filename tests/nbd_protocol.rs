@@ -360,3 +360,64 @@ fn other_machines_are_let_in_only_by_the_flag_and_with_a_warning() {
     served.terminate();
     assert!(served.wait().success());
 }
+
+/// Lets this process have as many descriptors as it may.
+fn raise_descriptors() {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let raised = rustix::process::Rlimit { current: limit.maximum, maximum: limit.maximum };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, raised).expect("up to the hard limit");
+}
+
+/// Many machines with several connections each are more clients than the usual number: it can be raised, also beyond the usual
+/// limit of open files.
+#[test]
+fn a_thousand_clients_are_served_at_a_time_if_that_is_asked_for() {
+    raise_descriptors();
+    let dir = scratch("thousand");
+    let path = dir.path().join("s");
+    let nbd = format!("unix:{}", path.display());
+    let store = dir.path().join("store");
+    // As many as a shell gives by default, or fewer.
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", "ulimit -Sn 512; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_corepage"), "serve", "--nbd", &nbd]);
+    command
+        .args(["--connections", "1024", "--dir"])
+        .arg(&store)
+        .env("RUST_LOG", "error")
+        .stdin(std::process::Stdio::null());
+    let served = Served::spawn(command, 1);
+    let mut clients: Vec<Client> = (0..1024).map(|_| served.client()).collect();
+    for (n, client) in clients.iter_mut().enumerate() {
+        client.write(0, n as u64 * 4096, &[n as u8; 100]);
+    }
+    for (n, client) in clients.iter_mut().enumerate() {
+        let other = (n + 1) % 1024;
+        assert_eq!(client.read(other as u64 * 4096, 100), [other as u8; 100]);
+    }
+    assert!(Client::connect(&served.address()).is_closed(), "one more of the same user");
+    drop(clients);
+    assert!(served.stop().success());
+}
+
+/// A client that is refused sees a closed connection and no more: why, the operator must find in the log.
+#[test]
+fn a_client_that_is_refused_is_told_in_the_log_with_what_to_do() {
+    let dir = scratch("refused");
+    let log = dir.path().join("stderr");
+    let nbd = format!("unix:{}", dir.path().join("s").display());
+    let mut command = common::corepage(&["serve", "--nbd", &nbd, "--connections", "2", "--dir"]);
+    command.arg(dir.path().join("store")).env("RUST_LOG", "warn").stderr(std::fs::File::create(&log).unwrap());
+    let served = Served::spawn(command, 1);
+    let (mut first, second) = (served.client(), served.client());
+    (0..20).for_each(|_| assert!(Client::connect(&served.address()).is_closed()));
+    let told = std::fs::read_to_string(&log).unwrap();
+    let lines: Vec<&str> = told.lines().filter(|line| line.contains("too many connections")).collect();
+    assert!(!lines.is_empty() && lines[0].contains("serve --connections"), "{told}");
+    assert!(lines[0].contains(&format!("peer=user {}", rustix::process::getuid().as_raw())), "{told}");
+    first.write(0, 0, b"goes on");
+    drop((first, second));
+    assert!(served.stop().success());
+    let little = common::corepage(&["serve", "--memory", "64M", "--connections", "1024"]).output().unwrap();
+    let text = String::from_utf8_lossy(&little.stderr).into_owned();
+    assert!(little.status.code() == Some(2) && text.contains("--memory of 160.0 MiB"), "{text}");
+}

@@ -11,6 +11,7 @@
 mod allocator;
 mod bench;
 mod control;
+mod descriptors;
 mod doctor;
 mod interrupt;
 mod logging;

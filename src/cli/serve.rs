@@ -12,9 +12,9 @@
 //!    again is what helps. Exit code 1, unless `--on-failure stay`.
 
 use super::interrupt::Interrupt;
-use super::{Failure, memory, output, size};
+use super::{Failure, descriptors, memory, output, size};
 use crate::server::control::{Control, SOCKET_NAME};
-use crate::server::nbd::{Address, Division, Limits, Listener, Memory, Plan, Server, StoreExports};
+use crate::server::nbd::{Address, CONNECTIONS_LIMIT, Division, Limits, Listener, Memory, Plan, Server, StoreExports};
 use clap::ValueEnum;
 use corepage::probe::AvailableMemory;
 use corepage::{Driver, Options, Store, Volume};
@@ -88,6 +88,11 @@ pub struct Arguments {
     /// Where to listen: unix:PATH or tcp:HOST:PORT of this machine (port 0: any); may be repeated
     #[arg(long, value_name = "ADDRESS", default_value = "tcp:127.0.0.1:10809")]
     nbd: Vec<Address>,
+    /// Connections at a time, 1 to 4096, each with two threads, 16 KiB or more of the memory and up to 64 KiB beside it. When all
+    /// are taken an eighth more is kept for other peers (machines; users, on a socket file) than those that took them
+    /// [default: 128; below 64M of memory one for each 512K]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(CONNECTIONS_LIMIT)))]
+    connections: Option<u32>,
     /// Listen on addresses that other machines can reach, too: without password or encryption, for anyone there
     #[arg(long)]
     allow_remote: bool,
@@ -123,7 +128,7 @@ impl Arguments {
         if let Some(warning) = warning {
             warn!("{warning}");
         }
-        let division = Division::of(bytes);
+        let division = self.divide(bytes)?;
         let options = Options {
             memory_bytes: division.engine_bytes,
             driver: self.driver.into(),
@@ -137,10 +142,24 @@ impl Arguments {
     }
 }
 
+impl Arguments {
+    /// Divides the memory.
+    fn divide(&self, bytes: u64) -> Result<Division, Failure> {
+        let Some(count) = self.connections else { return Ok(Division::of(bytes)) };
+        Division::with_connections(bytes, count).map_err(|needed| {
+            let needed = size::show(needed);
+            Failure::usage(format_args!(
+                "--connections {count} needs --memory of {needed} at least: they get an eighth of it"
+            ))
+        })
+    }
+}
+
 /// Runs until a signal comes.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let (options, division) = arguments.check()?;
     let plans = arguments.nbd.iter().map(|a| a.plan(&arguments.dir)).collect::<Result<Vec<_>, _>>()?;
+    descriptors::allow(division.connections_max);
     // Before the store is open, so that no signal can end the process in between without closing it.
     let interrupt = Interrupt::watch()?;
     let store = interrupt.open(&arguments.dir, options).map_err(|error| interrupt.explains(error))?;

@@ -5,19 +5,14 @@
 //!   first come, first served, by any peer              │ for peers that have fewer than are left
 //! ```
 //! 1. There are never more than `connections_max` and the reserve, an eighth of it.
-//! 2. One peer can have all `connections_max` as long as nobody else asks. It never gets into the reserve then: so however many
-//!    it has, others still get in. Of the reserve no peer takes more than it leaves, so the next one finds some, too.
-//! 3. Refusals are told at once, and then at most once in [`NOTICE_PAUSE`], with how many there were.
+//! 2. One peer can have all `connections_max` as long as nobody else asks. It never gets into the reserve then: however
+//!    many it has, others still get in. Of the reserve no peer takes more than it leaves, so the next one finds some, too.
 //!
 //! It does not close connections, and knows nothing of what they do.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
-use std::time::{Duration, Instant};
-
-/// Between two notices of refused clients.
-const NOTICE_PAUSE: Duration = Duration::from_secs(10);
 
 /// Who connects: all connections of a peer share what one peer may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -58,8 +53,6 @@ pub struct Refused {
     pub open: usize,
     /// Those of the refused client's peer.
     pub of_peer: usize,
-    /// Clients refused since the last notice, with this one, if it is time for one.
-    pub notice: Option<u64>,
 }
 
 /// Connections by peer.
@@ -68,8 +61,6 @@ pub struct Admission {
     connections_max: usize,
     open: usize,
     by_peer: HashMap<Peer, usize>,
-    refused: u64,
-    noticed: Option<Instant>,
 }
 
 /// Connections beyond `connections_max` that are kept for peers with few.
@@ -80,11 +71,11 @@ pub fn reserve(connections_max: usize) -> usize {
 impl Admission {
     /// Nobody is connected.
     pub fn new(connections_max: usize) -> Self {
-        Admission { connections_max, open: 0, by_peer: HashMap::new(), refused: 0, noticed: None }
+        Admission { connections_max, open: 0, by_peer: HashMap::new() }
     }
 
     /// Takes a connection of `peer` in, or says why not.
-    pub fn enter(&mut self, peer: Peer, now: Instant) -> Result<(), Refused> {
+    pub fn enter(&mut self, peer: Peer) -> Result<(), Refused> {
         self.assert_state();
         let of_peer = self.by_peer.get(&peer).copied().unwrap_or(0);
         let left = self.connections_max + reserve(self.connections_max) - self.open;
@@ -93,13 +84,7 @@ impl Admission {
             *self.by_peer.entry(peer).or_default() += 1;
             return Ok(());
         }
-        self.refused += 1;
-        let is_due = self.noticed.is_none_or(|noticed| now.saturating_duration_since(noticed) >= NOTICE_PAUSE);
-        let notice = is_due.then(|| {
-            self.noticed = Some(now);
-            std::mem::take(&mut self.refused)
-        });
-        Err(Refused { open: self.open, of_peer, notice })
+        Err(Refused { open: self.open, of_peer })
     }
 
     /// A connection of `peer` has ended.
@@ -131,28 +116,14 @@ mod tests {
     #[test]
     fn a_peer_that_takes_all_it_can_leaves_some_for_each_of_the_others() {
         let mut admission = Admission::new(64);
-        let now = Instant::now();
-        let mut take_all = |peer: Peer| (0..1000).take_while(|_| admission.enter(peer, now).is_ok()).count();
+        let mut take_all = |peer: Peer| (0..1000).take_while(|_| admission.enter(peer).is_ok()).count();
         assert_eq!(take_all(machine(1)), 64, "alone it has all of them");
         let others: Vec<usize> = (2..=5).map(|last| take_all(machine(last))).collect();
         assert_eq!(others, [4, 2, 1, 1], "each takes no more of the reserve than it leaves");
         assert_eq!(take_all(machine(6)), 0, "there are bounds");
         admission.leave(machine(1));
-        assert!(admission.enter(machine(6), now).is_ok(), "what is given back goes to whoever has fewest");
-        assert!(admission.enter(machine(1), now).is_err());
-    }
-
-    /// A crowd that is refused must be seen in the log, and must not fill the disk with it.
-    #[test]
-    fn refusals_are_told_at_once_and_then_by_number() {
-        let mut admission = Admission::new(1);
-        let begun = Instant::now();
-        assert!(admission.enter(machine(1), begun).is_ok());
-        let mut refused = |seconds| admission.enter(machine(1), begun + Duration::from_secs(seconds)).unwrap_err();
-        assert_eq!(refused(0), Refused { open: 1, of_peer: 1, notice: Some(1) });
-        assert_eq!((0..9).filter_map(|s| refused(s).notice).count(), 0);
-        assert_eq!(refused(11).notice, Some(10));
-        assert_eq!(refused(12).notice, None);
+        assert!(admission.enter(machine(6)).is_ok(), "what is given back goes to whoever has fewest");
+        assert_eq!(admission.enter(machine(1)), Err(Refused { open: 72, of_peer: 63 }));
     }
 
     /// A machine that has 2^64 addresses is one peer all the same, and an IPv4 client of a dual-stack socket is the one it is.
@@ -163,6 +134,9 @@ mod tests {
         assert_ne!(peer("2001:db8:1:2::1"), peer("2001:db8:1:3::1"));
         assert_eq!(peer("::ffff:10.0.0.1"), machine(1));
         assert_ne!(peer("10.0.0.1"), peer("10.0.0.2"));
-        assert_eq!((peer("2001:db8::7").to_string(), machine(3).to_string()), ("2001:db8::/64".into(), "10.0.0.3".into()));
+        assert_eq!(
+            (peer("2001:db8::7").to_string(), machine(3).to_string()),
+            ("2001:db8::/64".into(), "10.0.0.3".into())
+        );
     }
 }

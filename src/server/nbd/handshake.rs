@@ -9,7 +9,8 @@
 //!
 //! 1. An option's data is always read whole before its answer, so the stream stays in step.
 //! 2. A metadata context is chosen for one export: whoever then takes another has none.
-//! 3. At most `options_max` options of at most [`proto::OPTION_BYTES_MAX`] bytes; time is bounded by the stream given.
+//! 3. What is sent and answered is bounded in all (`bytes_max`), one option by [`proto::OPTION_BYTES_MAX`]; the number of options
+//!    is not, since a client that looks at every export needs some for each. Time is bounded by the stream given.
 //!
 //! Does not touch the data of any export.
 
@@ -29,7 +30,7 @@ pub enum Outcome<E> {
 pub fn handshake<S: Read + Write, X: Exports>(
     stream: &mut S,
     exports: &X,
-    options_max: usize,
+    bytes_max: usize,
 ) -> io::Result<Outcome<X::Export>> {
     stream.write_all(&proto::greeting())?;
     let mut flags = [0; 4];
@@ -38,19 +39,20 @@ pub fn handshake<S: Read + Write, X: Exports>(
     if flags & !(proto::CLIENT_FIXED_NEWSTYLE | proto::CLIENT_NO_ZEROES) != 0 {
         return Err(proto::broken("unknown client flags"));
     }
-    let mut talk =
-        Talk { stream, exports, zeroes: flags & proto::CLIENT_NO_ZEROES == 0, structured: false, allocation_of: None };
-    for _ in 0..options_max {
+    let zeroes = flags & proto::CLIENT_NO_ZEROES == 0;
+    let mut talk = Talk { stream, exports, bytes_left: bytes_max, zeroes, structured: false, allocation_of: None };
+    loop {
         if let Some(outcome) = talk.option()? {
             return Ok(outcome);
         }
     }
-    Err(proto::broken("too many options"))
 }
 
 struct Talk<'a, S, X> {
     stream: &'a mut S,
     exports: &'a X,
+    /// That may still be sent and answered.
+    bytes_left: usize,
     zeroes: bool,
     structured: bool,
     /// The export for which the metadata context was chosen.
@@ -68,6 +70,7 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
             self.answer(option, reply::ERR_TOO_BIG, &[])?;
             return Err(proto::broken("option data too long"));
         }
+        self.spend(header.len() + length as usize)?;
         let mut data = vec![0; length as usize];
         self.stream.read_exact(&mut data)?;
         match option {
@@ -87,7 +90,16 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
     }
 
     fn answer(&mut self, option: u32, kind: u32, data: &[u8]) -> io::Result<()> {
-        self.stream.write_all(&proto::option_reply(option, kind, data))
+        let reply = proto::option_reply(option, kind, data);
+        self.spend(reply.len())?;
+        self.stream.write_all(&reply)
+    }
+
+    /// Counts bytes that are taken or sent.
+    fn spend(&mut self, bytes: usize) -> io::Result<()> {
+        let left = self.bytes_left.checked_sub(bytes);
+        self.bytes_left = left.ok_or_else(|| proto::broken("a handshake without end"))?;
+        Ok(())
     }
 
     fn agreed(&self, name: &str) -> Agreed {

@@ -12,20 +12,27 @@
 //!    password here, so whoever takes one must have been told to.
 
 use super::socket::Socket;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 use std::fmt::{self, Write as _};
 use std::fs;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 /// Clients that may wait to be accepted.
-const BACKLOG: i32 = 128;
+const BACKLOG: i32 = 1024;
+
+/// When a silent TCP client is asked whether it is there, how often, and how many times before it is taken for gone: after three
+/// minutes. Its kernel answers, so a paused or idle client is not cut off.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
+const KEEPALIVE_PROBES: u32 = 6;
 
 /// What the user asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -186,6 +193,18 @@ fn bind_unix(path: PathBuf) -> io::Result<Listener> {
     Ok(Listener::Unix(socket.into(), path, inode))
 }
 
+/// Sets the options of a client's connection.
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    // Replies are whole: waiting for more of them would only cost time.
+    stream.set_nodelay(true)?;
+    // A client whose machine is gone must not keep its place: by default it would for more than two hours.
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
+    sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL)?;
+    sockopt::set_tcp_keepcnt(stream, KEEPALIVE_PROBES)?;
+    Ok(())
+}
+
 impl Listener {
     /// The next client.
     pub fn accept(&self) -> io::Result<Socket> {
@@ -193,10 +212,8 @@ impl Listener {
             Listener::Unix(listener, ..) => Ok(Socket::Unix(listener.accept()?.0)),
             Listener::Tcp(listener) => {
                 let stream = listener.accept()?.0;
-                // Replies are whole: waiting for more of them would only cost time.
-                stream.set_nodelay(true)?;
-                // A client whose machine is gone must not keep its place for ever.
-                rustix::net::sockopt::set_socket_keepalive(&stream, true)?;
+                // A client that is gone already is found out when it is read from: it is no failure of the listener.
+                let _ = prepare(&stream);
                 Ok(Socket::Tcp(stream))
             }
         }

@@ -17,6 +17,7 @@
 //! The threads' stacks, the program itself and what the allocator keeps are not in the budget, but in the constant that
 //! `serve --help` names.
 
+use super::admission::reserve;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 const KIB: u64 = 1 << 10;
@@ -27,9 +28,13 @@ const MIB: u64 = 1 << 20;
 const CONNECTIONS_SHARE: u64 = 8;
 const CONNECTIONS_BYTES_MIN: u64 = 4 * MIB;
 const CONNECTIONS_BYTES_MAX: u64 = 256 * MIB;
-/// One connection for so much memory, and no more than `CONNECTIONS_MAX`: two threads each.
+/// If nothing else is asked for: one connection for so much memory, and no more than `CONNECTIONS_DEFAULT`.
 const BYTES_PER_CONNECTION: u64 = 512 * KIB;
-const CONNECTIONS_MAX: u64 = 128;
+const CONNECTIONS_DEFAULT: u64 = 128;
+/// More can't be asked for: each has two threads.
+pub const CONNECTIONS_LIMIT: u32 = 4096;
+/// What there is at least of each shared pool.
+const POOL_BYTES_MIN: u64 = MIB;
 /// Buffers of one connection: headers come in bunches of up to 64 KiB; larger pieces of a reply make it no faster.
 const INPUT_BYTES: (u64, u64) = (8 * KIB, 64 * KIB);
 const OWN_BYTES: (u64, u64) = (8 * KIB, 1024 * KIB);
@@ -44,7 +49,7 @@ const PAGE: usize = 4096;
 pub struct Division {
     /// `Options::memory_bytes` of the store.
     pub engine_bytes: u64,
-    /// Connections at a time.
+    /// Connections at a time, without those kept for peers that have few (`admission`).
     pub connections_max: usize,
     /// Of each connection: for what it sends.
     pub input_bytes: usize,
@@ -57,14 +62,34 @@ pub struct Division {
 }
 
 impl Division {
-    /// Divides `memory_bytes`, 16 MiB at least.
+    /// Divides `memory_bytes`, 16 MiB at least, for as many connections as are usual.
     pub fn of(memory_bytes: u64) -> Division {
-        let all = (memory_bytes / CONNECTIONS_SHARE).clamp(CONNECTIONS_BYTES_MIN, CONNECTIONS_BYTES_MAX);
-        let count = (memory_bytes / BYTES_PER_CONNECTION).clamp(1, CONNECTIONS_MAX);
+        let count = (memory_bytes / BYTES_PER_CONNECTION).clamp(1, CONNECTIONS_DEFAULT);
+        Division::divide(memory_bytes, count)
+    }
+
+    /// Divides it for `connections`, [`CONNECTIONS_LIMIT`] at most; or how much memory they need.
+    pub fn with_connections(memory_bytes: u64, connections: u32) -> Result<Division, u64> {
+        let places = places(u64::from(connections.min(CONNECTIONS_LIMIT)));
+        let needed = (places * (INPUT_BYTES.0 + OWN_BYTES.0) + 2 * POOL_BYTES_MIN).div_ceil(MIB) * MIB;
+        if Division::share(memory_bytes) < needed {
+            return Err(needed * CONNECTIONS_SHARE);
+        }
+        Ok(Division::divide(memory_bytes, u64::from(connections)))
+    }
+
+    /// What all connections get.
+    fn share(memory_bytes: u64) -> u64 {
+        (memory_bytes / CONNECTIONS_SHARE).clamp(CONNECTIONS_BYTES_MIN, CONNECTIONS_BYTES_MAX)
+    }
+
+    fn divide(memory_bytes: u64, count: u64) -> Division {
+        let all = Division::share(memory_bytes);
+        let places = places(count);
         let pages = |bytes: u64| bytes / PAGE as u64 * PAGE as u64;
-        let input = pages(all / 8 / count).clamp(INPUT_BYTES.0, INPUT_BYTES.1);
-        let own = pages(all / 4 / count).clamp(OWN_BYTES.0, OWN_BYTES.1);
-        let shared = all.saturating_sub(count * (input + own));
+        let input = pages(all / 8 / places).clamp(INPUT_BYTES.0, INPUT_BYTES.1);
+        let own = pages(all / 4 / places).clamp(OWN_BYTES.0, OWN_BYTES.1);
+        let shared = all.saturating_sub(places * (input + own));
         Division {
             engine_bytes: memory_bytes.saturating_sub(all),
             connections_max: count as usize,
@@ -78,8 +103,14 @@ impl Division {
     /// All that connections can take.
     #[cfg(test)]
     fn connections_bytes(&self) -> usize {
-        self.connections_max * (self.input_bytes + self.own_bytes) + self.replies_bytes + self.writes_bytes
+        let places = places(self.connections_max as u64) as usize;
+        places * (self.input_bytes + self.own_bytes) + self.replies_bytes + self.writes_bytes
     }
+}
+
+/// Connections of which there can be `count` at a time, with those kept for peers that have few.
+fn places(count: u64) -> u64 {
+    count + reserve(count as usize) as u64
 }
 
 /// What connections share.
@@ -200,6 +231,22 @@ mod tests {
         }
         assert_eq!(Division::of(16 * MIB).connections_max, 32);
         assert_eq!(Division::of(64 * MIB).connections_max, 128);
+    }
+
+    /// Connections that were asked for must each have their buffers; where the memory does not do, what would is said.
+    #[test]
+    fn any_number_of_connections_fits_into_the_memory_or_the_memory_that_it_needs_is_told() {
+        for count in [1, 7, 128, 1024, CONNECTIONS_LIMIT] {
+            let needed = Division::with_connections(16 * MIB, count).map_or_else(|needed| needed, |_| 16 * MIB);
+            assert!(Division::with_connections(needed - 8 * MIB, count).is_err() || needed <= 32 * MIB, "{count}");
+            let division = Division::with_connections(needed, count).expect("as much as was asked for");
+            let (pool, sum) = (division.replies_bytes.min(division.writes_bytes), division.connections_bytes() as u64);
+            assert_eq!(division.connections_max, count as usize);
+            assert!(pool >= MIB as usize, "{count}: {division:?}");
+            assert!(division.engine_bytes + sum <= needed, "{count}: {division:?}");
+        }
+        assert_eq!(Division::with_connections(64 * MIB, 1024), Err(160 * MIB));
+        assert!(Division::with_connections(256 * MIB, 1024).is_ok(), "at the default memory");
     }
 
     /// A handle may pin a quarter of the memory, and a read that finds no pins left waits behind all that find some. If this fails,

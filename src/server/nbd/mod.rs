@@ -9,13 +9,14 @@
 //!
 //! 1. A connection owns its two threads, its gate and its socket; nothing it sends can reach another connection, except
 //!    through the store.
-//! 2. At most `connections_max` connections, each with at most `requests_max` requests in flight. Payloads, replies and what
-//!    requests need while they are worked on come out of one [`Memory`]. Without it nothing is read from the socket, which is
-//!    the client's back-pressure.
+//! 2. Connections are bounded, and shared fairly by peers (`admission`), each with at most `requests_max` requests in flight.
+//!    Payloads, replies and what requests need while they are worked on come out of one [`Memory`]. Without it nothing is
+//!    read from the socket, which is the client's back-pressure.
 //! 3. The protocol knows exports only through the traits below, so it is tested without a store.
 //!
 //! Not here: TLS, extended headers.
 
+mod admission;
 mod extents;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
@@ -38,8 +39,9 @@ mod store_tests;
 #[cfg(test)]
 mod tests;
 
+pub use admission::reserve;
 pub use listener::{Address, Listener, Plan};
-pub use memory::{Division, Memory};
+pub use memory::{CONNECTIONS_LIMIT, Division, Memory};
 pub use server::Server;
 pub use socket::{Deadline, Socket};
 pub use volume::StoreExports;
@@ -59,10 +61,13 @@ pub struct Limits {
     /// while others wait for memory: then it is cut off.
     /// At half a minute that is 60 KiB a second, with little memory less.
     pub payload_stall: Duration,
-    /// From the accepted connection to the end of the handshake, so that silent clients don't use up the connections.
+    /// From the accepted connection to the end of the handshake, and between two signs of life in it, so that silent clients
+    /// don't use up the connections. To ask about each of 247 exports takes a client minutes over a slow line; libnbd needs
+    /// one over any TCP connection, since it holds back the end of one question for each export for 200 ms.
     pub handshake: Duration,
-    /// Options in one handshake; clients need about five.
-    pub options_max: usize,
+    pub handshake_pause: Duration,
+    /// What is sent and answered in one handshake. To list the 247 volumes that a store can have takes about 200 KiB.
+    pub handshake_bytes_max: usize,
     /// How long a stopping server waits for replies to be taken before it cuts the connections.
     pub grace: Duration,
 }
@@ -72,8 +77,9 @@ impl Default for Limits {
         Limits {
             requests_max: 64,
             payload_stall: Duration::from_secs(30),
-            handshake: Duration::from_secs(10),
-            options_max: 128,
+            handshake: Duration::from_secs(300),
+            handshake_pause: Duration::from_secs(10),
+            handshake_bytes_max: 16 << 20,
             grace: Duration::from_secs(5),
         }
     }

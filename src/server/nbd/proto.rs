@@ -159,7 +159,8 @@ pub const BLOCK_PREFERRED_BYTES: u32 = 4096;
 pub const PAYLOAD_BYTES_MAX: u32 = 32 << 20;
 /// Longest string of the protocol.
 pub const STRING_BYTES_MAX: usize = 4096;
-/// Longest option that is read at all: room for a name and any list of facts (2 bytes each) that makes sense.
+/// Longest option that is read at all: room for the longest name, and any list of facts (2 bytes each) or of metadata contexts
+/// that makes sense. In a handshake it is all that a connection holds; `serve --help` counts it.
 pub const OPTION_BYTES_MAX: u32 = 64 << 10;
 
 /// Errors of the transmission phase, with their numbers on the wire.

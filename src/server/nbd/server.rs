@@ -6,6 +6,7 @@
 //!
 //! Does not close the store.
 
+use super::admission::{Admission, Peer};
 use super::handshake::{Outcome, handshake};
 use super::listener::Listener;
 use super::socket::{Deadline, Socket};
@@ -39,21 +40,22 @@ struct Shared<X> {
     changed: Condvar,
 }
 
-#[derive(Default)]
 struct Connections {
     next: u64,
     open: HashMap<u64, Arc<Socket>>,
+    admission: Admission,
 }
 
 impl<X: Exports> Server<X> {
     /// Starts a thread per listener.
     pub fn start(listeners: Vec<Listener>, exports: X, limits: Limits, memory: Arc<Memory>) -> io::Result<Self> {
+        let admission = Admission::new(memory.division().connections_max);
         let shared = Arc::new(Shared {
             exports,
             limits,
             memory,
             stopping: Arc::default(),
-            connections: Mutex::default(),
+            connections: Mutex::new(Connections { next: 0, open: HashMap::new(), admission }),
             changed: Condvar::new(),
         });
         let mut server = Server { shared, acceptors: Vec::new() };
@@ -113,18 +115,19 @@ impl<X: Exports> Shared<X> {
 
     /// Starts a connection's thread, if there is room.
     fn admit(self: &Arc<Self>, socket: Socket) {
+        let peer = socket.peer();
         let mut connections = self.lock();
-        let most = self.memory.division().connections_max;
-        if connections.open.len() >= most {
+        if let Err(refused) = connections.admission.enter(peer) {
             drop(connections);
-            warn!(max = most, "refused a client: too many connections; more --memory allows more, up to 128");
+            let (of_peer, open) = (refused.of_peer, refused.open);
+            warn!(%peer, of_peer, open, "too many connections: a client is refused; `serve --connections` allows more");
             return;
         }
         let (id, socket) = (connections.next, Arc::new(socket));
         connections.next += 1;
         connections.open.insert(id, socket.clone());
         drop(connections);
-        let entry = Entry { shared: self.clone(), id };
+        let entry = Entry { shared: self.clone(), id, peer };
         let run = move || {
             if let Err(e) = entry.shared.connection(id, &socket) {
                 info!(connection = id, error = %e, "connection ended");
@@ -139,8 +142,8 @@ impl<X: Exports> Shared<X> {
     }
 
     fn connection(&self, id: u64, socket: &Socket) -> io::Result<()> {
-        let mut stream = Deadline::new(socket, self.limits.handshake);
-        let outcome = handshake(&mut stream, &self.exports, self.limits.options_max)?;
+        let mut stream = Deadline::with_pause(socket, self.limits.handshake, self.limits.handshake_pause);
+        let outcome = handshake(&mut stream, &self.exports, self.limits.handshake_bytes_max)?;
         let Outcome::Chosen(name, export, agreed) = outcome else { return Ok(()) };
         stream.lift()?;
         debug!(connection = id, volume = name, ?agreed, "transmission begins");
@@ -162,11 +165,15 @@ impl<X: Exports> Shared<X> {
 struct Entry<X: Exports> {
     shared: Arc<Shared<X>>,
     id: u64,
+    peer: Peer,
 }
 
 impl<X: Exports> Drop for Entry<X> {
     fn drop(&mut self) {
-        self.shared.lock().open.remove(&self.id);
+        let mut connections = self.shared.lock();
+        connections.open.remove(&self.id);
+        connections.admission.leave(self.peer);
+        drop(connections);
         self.shared.changed.notify_all();
     }
 }

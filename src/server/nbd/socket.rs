@@ -3,7 +3,9 @@
 //! 1. Reads and writes go through `&Socket`, so that one thread can read while another writes.
 //! 2. [`Socket::shut`] can be called from any thread and wakes whoever is blocked in a read or a write.
 
+use super::admission::Peer;
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::sockopt::socket_peercred;
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
@@ -34,6 +36,16 @@ macro_rules! either {
 }
 
 impl Socket {
+    /// Who is at the other end.
+    pub fn peer(&self) -> Peer {
+        match self {
+            Socket::Tcp(stream) => stream.peer_addr().map_or(Peer::Unknown, |address| Peer::machine(address.ip())),
+            Socket::Unix(stream) => socket_peercred(stream).map_or(Peer::Unknown, |peer| Peer::User(peer.uid.as_raw())),
+            #[cfg(any(test, fuzzing))]
+            Socket::Canned(_) => Peer::Unknown,
+        }
+    }
+
     /// Ends one direction or both; a socket that is gone already is fine.
     pub fn shut(&self, how: Shutdown) {
         let _ = either!(self, s => s.shutdown(how));
@@ -190,12 +202,19 @@ mod canned {
 pub struct Deadline<'a> {
     socket: &'a Socket,
     end: Instant,
+    /// For one read or write.
+    pause: Duration,
 }
 
 impl<'a> Deadline<'a> {
     /// From now on, `limit` long.
     pub fn new(socket: &'a Socket, limit: Duration) -> Self {
-        Deadline { socket, end: Instant::now() + limit }
+        Deadline { socket, end: Instant::now() + limit, pause: limit }
+    }
+
+    /// The same, with no single read or write longer than `pause`.
+    pub fn with_pause(socket: &'a Socket, limit: Duration, pause: Duration) -> Self {
+        Deadline { pause, ..Deadline::new(socket, limit) }
     }
 
     /// The same once more, from now on.
@@ -214,7 +233,7 @@ impl<'a> Deadline<'a> {
         if left.is_zero() {
             return Err(io::Error::new(io::ErrorKind::TimedOut, "the client took too long"));
         }
-        Ok(Some(left))
+        Ok(Some(left.min(self.pause)))
     }
 }
 

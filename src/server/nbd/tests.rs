@@ -141,6 +141,9 @@ impl Write for Canned {
     }
 }
 
+/// Bytes of a handshake here.
+const TALK_BYTES_MAX: usize = 200_000;
+
 fn option_bytes(number: u32, data: &[u8]) -> Vec<u8> {
     let head = [&proto::OPTION_MAGIC.to_be_bytes()[..], &number.to_be_bytes(), &(data.len() as u32).to_be_bytes()];
     [&head.concat()[..], data].concat()
@@ -149,7 +152,7 @@ fn option_bytes(number: u32, data: &[u8]) -> Vec<u8> {
 /// Runs a handshake over what a client says after the greeting; the outcome, and the answer without the greeting.
 fn talk(said: &[Vec<u8>]) -> (io::Result<Outcome<Memory>>, Vec<u8>) {
     let mut stream = Canned(Cursor::new(said.concat()), Vec::new());
-    let outcome = handshake(&mut stream, &Memory::default(), 16);
+    let outcome = handshake(&mut stream, &Memory::default(), TALK_BYTES_MAX);
     assert_eq!(stream.1[..18], proto::greeting());
     (outcome, stream.1.split_off(18))
 }

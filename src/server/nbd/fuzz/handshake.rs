@@ -4,7 +4,6 @@ use super::super::handshake::{Outcome, handshake as serve};
 use super::{Memory, Parts, SIZE};
 use std::io::{self, Read, Write};
 
-const OPTIONS_MAX: usize = 16;
 const ACK: u64 = 1;
 const UNSUPPORTED: u64 = 0x8000_0001;
 const INVALID: u64 = 0x8000_0003;
@@ -50,7 +49,7 @@ enum End {
 pub fn handshake(data: &[u8]) {
     let Some((&piece, said)) = data.split_first() else { return };
     let mut stream = Canned { said, piece: usize::from(piece % 16) + 1, answered: Vec::new() };
-    let outcome = serve(&mut stream, &Memory::new(), OPTIONS_MAX);
+    let outcome = serve(&mut stream, &Memory::new(), usize::MAX);
     let ended = match outcome {
         Ok(Outcome::Chosen(name, _, agreed)) => {
             End::Chosen { name, structured: agreed.structured, allocation: agreed.allocation }
@@ -66,8 +65,8 @@ pub fn handshake(data: &[u8]) {
     if ended != End::Broken {
         assert_eq!(stream.said, model.said.0, "bytes of the next phase were read, or some of this one left");
     }
-    // The longest answer to an option: a text, three facts about an export, or a list of two.
-    assert!(stream.answered.len() <= 200 + OPTIONS_MAX * 400, "{} bytes of answers", stream.answered.len());
+    // The longest answer to an option, of 16 bytes at least: a text, three facts about an export, or a list of two.
+    assert!(stream.answered.len() <= 200 + said.len() / 16 * 400, "{} bytes of answers", stream.answered.len());
 }
 
 /// Reads both sides by the specification.
@@ -82,14 +81,13 @@ impl Model<'_> {
     fn run(&mut self) -> End {
         let flags = self.said.number(4);
         let Some(flags) = flags.filter(|flags| flags & !3 == 0) else { return End::Broken };
-        for _ in 0..OPTIONS_MAX {
+        loop {
             match self.option(flags & 2 != 0) {
                 None => return End::Broken,
                 Some(Some(end)) => return end,
                 Some(None) => {}
             }
         }
-        End::Broken
     }
 
     /// `None`: the connection must end; else how the handshake ended, if it did.

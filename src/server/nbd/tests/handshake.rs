@@ -30,13 +30,62 @@ fn malformed_options_are_answered_and_the_next_one_is_understood() {
 /// Without bounds a client could make the server read or answer for ever.
 #[test]
 fn a_handshake_out_of_bounds_ends_the_connection() {
-    let endless = vec![option_bytes(77, b""); 17];
+    let endless = vec![option_bytes(77, b""); TALK_BYTES_MAX / (16 + 20) + 1];
     let too_long = [&proto::OPTION_MAGIC.to_be_bytes()[..], &[0, 0, 0, 7], &u32::MAX.to_be_bytes()].concat();
     for said in [endless, vec![too_long], vec![b"NOTMAGIC\0\0\0\x07\0\0\0\0".to_vec()], vec![option_bytes(1, b"none")]]
     {
         assert!(talk(&[&[FLAGS.to_vec()][..], &said].concat()).0.is_err());
     }
     assert!(talk(&[vec![0, 0, 0, 0x83]]).0.is_err(), "unknown client flags");
+}
+
+/// A client that lists a store looks at every export, with some options for each: 128 options were too few for 64 volumes.
+#[test]
+fn a_handshake_may_have_as_many_options_as_there_are_things_to_ask() {
+    let info = option_bytes(option::INFO, b"\0\0\0\x04disk\0\0");
+    let set = option_bytes(option::SET_META_CONTEXT, &meta("disk", &[b"base:allocation"]));
+    let each = [info, set].concat();
+    let mut said = vec![FLAGS.to_vec(), option_bytes(8, b""), option_bytes(option::LIST, b"")];
+    said.extend(vec![each; 500]);
+    said.push(option_bytes(option::GO, b"\0\0\0\x04disk\0\0"));
+    let (outcome, _) = talk(&said);
+    assert!(matches!(outcome, Ok(Outcome::Chosen(_, _, Agreed { structured: true, allocation: true }))));
+}
+
+/// Lists of metadata contexts are the largest things that a client can send before it has chosen an export. Each is bounded, and all
+/// are counted, so that they don't take memory or answers without end, and however often one asks for a context, it is told once.
+#[test]
+fn lists_of_metadata_contexts_are_bounded_and_answered_once() {
+    let structured = option_bytes(8, b"");
+    let ours: &[u8] = b"base:allocation";
+    let go = option_bytes(option::GO, b"\0\0\0\x04disk\0\0");
+    let told = |option, id: u32| proto::option_reply(option, 4, &[&id.to_be_bytes()[..], ours].concat());
+    let ack = |option| proto::option_reply(option, reply::ACK, b"");
+    // As many queries as an option has room for: of the shortest ones, and of the one that is known.
+    let room = proto::OPTION_BYTES_MAX as usize - 4 - 4 - 4;
+    let shortest = [&vec![&b""[..]; (room - 4 - ours.len()) / 4][..], &[ours]].concat();
+    let repeated = vec![ours; room / (4 + ours.len())];
+    for queries in [shortest, repeated] {
+        let data = meta("disk", &queries);
+        assert!(data.len() <= proto::OPTION_BYTES_MAX as usize && queries.len() > 800);
+        for (option, id) in [(9, 0), (10, 1)] {
+            let said = [FLAGS.into(), structured.clone(), option_bytes(option, &data), go.clone()];
+            let (outcome, answer) = talk(&said);
+            let Ok(Outcome::Chosen(_, _, agreed)) = outcome else { panic!("no export was chosen") };
+            assert_eq!(agreed.allocation, option == 10);
+            let answers = [ack(8), told(option, id), ack(option)].concat();
+            assert!(answer.starts_with(&answers), "one answer to {} queries", queries.len());
+            // One byte more is more than is read.
+            let longer = meta("disk", &[&queries[..], &[&[b'x'; 20]]].concat());
+            let (outcome, answer) =
+                talk(&[FLAGS.into(), structured.clone(), option_bytes(option, &longer), go.clone()]);
+            assert!(outcome.is_err() && answer[20 + 12..20 + 16] == reply::ERR_TOO_BIG.to_be_bytes());
+            // Lists without end are one.
+            let lists = vec![option_bytes(option, &data); TALK_BYTES_MAX / data.len() + 1];
+            let said = [&[FLAGS.to_vec(), structured.clone()][..], &lists, std::slice::from_ref(&go)].concat();
+            assert!(talk(&said).0.is_err(), "{} lists of {} bytes", lists.len(), data.len());
+        }
+    }
 }
 
 /// The data of a meta context option.

@@ -5,7 +5,8 @@ use super::*;
 /// A client that sends a byte now and then would stay for ever, and a hundred of them lock everybody else out.
 #[test]
 fn a_handshake_ends_in_time_however_it_is_drawn_out() {
-    let (_dir, path, server) = listening(Limits { handshake: Duration::from_millis(300), ..Limits::default() });
+    let limit = Duration::from_millis(300);
+    let (_dir, path, server) = listening(Limits { handshake: limit, handshake_pause: limit, ..Limits::default() });
     let mut good = chosen(&path).unwrap();
     let mut slow = UnixStream::connect(&path).unwrap();
     slow.write_all(&FLAGS).unwrap();
@@ -40,6 +41,7 @@ fn connections_beyond_the_limit_are_closed_and_the_others_served() {
         Arc::new(Budget::new(Division { connections_max: 2, ..Division::of(64 << 20) })),
     );
     let (mut first, second) = (chosen(&path).unwrap(), chosen(&path).unwrap());
+    // One place is kept for other peers.
     for _ in 0..5 {
         assert!(chosen(&path).is_err(), "a third connection");
     }
