@@ -26,7 +26,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ("src/disk/uring/buffers.rs", "registers the arena with the kernel"),
     ("src/disk/uring/probe.rs", "one polled read, to see whether the device does that"),
     ("src/cli/allocator.rs", "sets the C library's allocator, which takes two numbers"),
-    ("src/cli/interrupt.rs", "asks whether a signal was ignored by whoever started the process"),
+    ("src/cli/system.rs", "asks the kernel whether a signal is ignored, and for the process behind a socket"),
     ("tests/common/surroundings.rs", "limits and filters are set in a child between fork and exec"),
 ];
 

@@ -9,11 +9,11 @@
 //!    later.
 //!
 //! Not here: what is to be done then.
-#![allow(unsafe_code)]
 // When a signal came, as a person sends them, is real time.
 #![allow(clippy::disallowed_methods)]
 
 use super::Failure;
+use super::system::is_ignored;
 use corepage::{Error, ErrorKind, Options, Result, Store};
 use event_listener::Event;
 use futures_lite::future::{block_on, or};
@@ -127,16 +127,6 @@ pub(super) fn survive_file_size_limit() {
     // A handler instead of "ignored", which programs that are started from here would inherit. Where it can't be set,
     // things are as they were.
     let _ = signal_hook::flag::register(SIGXFSZ, Arc::default());
-}
-
-/// Whether `signal` is ignored now.
-fn is_ignored(signal: i32) -> bool {
-    let mut action = std::mem::MaybeUninit::<libc::sigaction>::uninit();
-    // SAFETY: without a new action the call only writes the present one, whole, to a place that is large enough for it.
-    unsafe {
-        libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) == 0
-            && action.assume_init().sa_sigaction == libc::SIG_IGN
-    }
 }
 
 /// What a shell shows for a process that a signal has ended.

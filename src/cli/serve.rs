@@ -1,19 +1,20 @@
 //! `corepage serve`: a store, its volumes, and their server, from start to clean end.
 //!
 //! ```text
-//! check arguments ─> plan listeners ─> open store ─> make volumes ─> bind ─> serve ─ signal, failure ─> stop ─> close
+//! check arguments ─> plan listeners ─> control socket ─> open store ─> make volumes ─> bind ─> serve ─ signal, failure ─> stop ─> close
 //! ```
 //!
-//! 1. Up to the opened store a refused start changes nothing; from there on the store is closed cleanly on every way out.
+//! 1. Up to the opened store a refused start leaves nothing behind; from there on the store is closed cleanly on every way out.
 //! 2. The line `listening on …` is printed when clients can connect, and not before.
 //! 3. A signal while the store is being opened ends that as soon as the device has answered; the process dies of it.
 //! 4. SIGTERM, SIGINT and SIGHUP end it cleanly; which of them ends it at once when it comes again, `interrupt` says.
 //! 5. A store that takes no writes any more is no reason to stay: its supervisor starts the server again, and opening the store
 //!    again is what helps. Exit code 1, unless `--on-failure stay`.
 
+use super::control::Connection;
 use super::interrupt::Interrupt;
 use super::{Failure, descriptors, memory, output, size};
-use crate::server::control::{Control, SOCKET_NAME};
+use crate::server::control::{Control, Place, SOCKET_NAME};
 use crate::server::nbd::{Address, CONNECTIONS_LIMIT, Division, Limits, Listener, Memory, Plan, Server, StoreExports};
 use clap::ValueEnum;
 use corepage::probe::AvailableMemory;
@@ -158,12 +159,29 @@ impl Arguments {
 /// Runs until a signal comes.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let (options, division) = arguments.check()?;
+    // First: it has the port, too, and that is not what is wrong.
+    if let Some(server) = Connection::open(&arguments.dir.join(SOCKET_NAME))? {
+        let (server, dir) = (server.server(), arguments.dir.display());
+        return Err(Failure::new(format_args!(
+            "the store in {dir} is in use: {server} serves it, stop that one first"
+        )));
+    }
     let plans = arguments.nbd.iter().map(|a| a.plan(&arguments.dir)).collect::<Result<Vec<_>, _>>()?;
     descriptors::allow(division.connections_max);
     // Before the store is open, so that no signal can end the process in between without closing it.
     let interrupt = Interrupt::watch()?;
-    let store = interrupt.open(&arguments.dir, options).map_err(|error| interrupt.explains(error))?;
-    let outcome = serve(arguments, division, plans, &store, || wait(arguments, &store, &interrupt));
+    let made = Directories::make(&arguments.dir);
+    let control = control(&arguments.dir);
+    let store = match interrupt.open(&arguments.dir, options) {
+        Ok(store) => store,
+        Err(error) => {
+            drop(control);
+            made.remove();
+            return Err(interrupt.explains(error));
+        }
+    };
+    let outcome = serve(arguments, division, plans, &store, control.as_ref(), || wait(arguments, &store, &interrupt));
+    drop(control);
     let closed = block_on(store.close());
     outcome?;
     closed?;
@@ -192,12 +210,12 @@ fn serve(
     division: Division,
     plans: Vec<Plan>,
     store: &Store,
+    control: Option<&Control>,
     wait: impl FnOnce() -> Result<(), Failure>,
 ) -> Result<(), Failure> {
     let volumes = volumes(arguments, store)?;
     let listeners = plans.into_iter().map(Plan::bind).collect::<Result<Vec<_>, _>>()?;
     let lines = listening(&listeners, &volumes);
-    let _control = control(&arguments.dir, store);
     for host in arguments.remote_hosts() {
         output::warn(format_args!(
             "anyone who reaches {host} can read, change and erase all volumes: no password, no encryption"
@@ -206,6 +224,9 @@ fn serve(
     let memory = Arc::new(Memory::new(division));
     let exports = StoreExports::new(store.clone(), &memory);
     let server = Server::start(listeners, exports, Limits::default(), memory)?;
+    if let Some(control) = control {
+        control.opened(store.clone());
+    }
     report(&arguments.dir, store, &lines);
     let outcome = wait();
     if !server.stop() {
@@ -214,13 +235,35 @@ fn serve(
     outcome
 }
 
-/// The control socket; a server without one serves all the same.
-fn control(dir: &Path, store: &Store) -> Option<Control> {
-    let listener = Address::Unix(dir.join(SOCKET_NAME)).plan(dir).and_then(Plan::bind);
-    let started = listener.and_then(|listener| Control::start(listener, store.clone()));
+/// The control socket, which is there before the store is open: a command that comes meanwhile can be told so. A server
+/// without one serves all the same.
+fn control(dir: &Path) -> Option<Control> {
+    if !dir.is_dir() {
+        // Opening the store says why.
+        return None;
+    }
+    let started = Place::bind(dir).and_then(Control::start);
     started
         .inspect_err(|error| warn!(%error, "there is no control socket: `stat` and `volume` can't reach this server"))
         .ok()
+}
+
+/// Directories that were made for a store.
+struct Directories(Vec<PathBuf>);
+
+impl Directories {
+    /// Makes `dir` and what is missing above it; opening the store makes that durable, and says what is wrong if it can't.
+    fn make(dir: &Path) -> Directories {
+        let missing = dir.ancestors().take_while(|above| !above.as_os_str().is_empty() && !above.exists());
+        let missing: Vec<PathBuf> = missing.map(Path::to_owned).collect();
+        let made = missing.into_iter().rev().take_while(|missing| std::fs::create_dir(missing).is_ok());
+        Directories(made.collect())
+    }
+
+    /// Removes them again, those that are empty.
+    fn remove(self) {
+        self.0.iter().rev().for_each(|dir| drop(std::fs::remove_dir(dir)));
+    }
 }
 
 /// All volumes, with the one that was asked for, or a first one.

@@ -44,9 +44,9 @@ pub struct Arguments {
 /// Prints until it has printed enough, or the server or whoever reads is gone.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let socket = arguments.connect.clone().unwrap_or_else(|| arguments.dir.join(SOCKET_NAME));
-    let mut connection = Connection::open(&socket).map_err(|error| {
+    let mut connection = Connection::open(&socket)?.ok_or_else(|| {
         Failure::new(format_args!(
-            "no server answers at {}: {error}; `corepage serve --dir DIR` makes a socket control.sock in DIR while it runs",
+            "no server answers at {}; `corepage serve --dir DIR` makes a socket control.sock in DIR while it runs",
             socket.display()
         ))
     })?;

@@ -76,7 +76,7 @@ enum Access {
 
 impl Access {
     fn open(dir: &Path) -> Result<Access, Failure> {
-        if let Ok(connection) = Connection::open(&dir.join(SOCKET_NAME)) {
+        if let Some(connection) = Connection::open(&dir.join(SOCKET_NAME))? {
             return Ok(Access::Server(connection));
         }
         if !dir.join("meta").exists() {

@@ -8,10 +8,15 @@
 //! 2. At most [`CONNECTIONS_MAX`] clients, each with a thread; one that has not sent a whole line within
 //!    [`PATIENCE`], or taken its answer, is cut off.
 //! 3. Only the owner of the store can connect: the socket has mode 0600.
-//! 4. A busy store is asked again for up to [`BUSY_LIMIT`]. What a stopping server is still asked for is not waited for:
+//! 4. It is there before the store is open: until then each request is answered with how far opening has come.
+//! 5. A busy store is asked again for up to [`BUSY_LIMIT`]. What a stopping server is still asked for is not waited for:
 //!    changes of volumes that have begun go on in the store, or at its next open.
 //!
 //! It knows nothing of what the figures mean.
+
+mod place;
+
+pub use place::{Place, Reachable, SOCKET_NAME};
 
 use super::nbd::{Deadline, Listener, Socket};
 use corepage::metrics::ShardStats;
@@ -24,13 +29,10 @@ use serde_json::{Value, json};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tracing::{debug, warn};
-
-/// The socket's name in the directory of the store.
-pub const SOCKET_NAME: &str = "control.sock";
 
 const LINE_BYTES_MAX: u64 = 4096;
 const CONNECTIONS_MAX: usize = 16;
@@ -38,6 +40,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// How long a request waits for a busy store, and for how long between tries.
 const BUSY_LIMIT: Duration = Duration::from_secs(60);
 const BUSY_PAUSE: Duration = Duration::from_millis(5);
+/// For a line to a client that is refused: what a fresh socket has room for anyway.
+const REFUSAL_LIMIT: Duration = Duration::from_millis(10);
 /// Between two tries to accept when the process has run out of descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
@@ -66,6 +70,25 @@ pub struct VolumeLine {
     pub name: String,
     pub bytes: u64,
     pub number: u8,
+}
+
+/// How far a server has come that is still opening its store.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Opening {
+    /// Since it began.
+    pub seconds: f64,
+    /// Bytes that the process has read from the device and written to it, if the kernel says.
+    pub read_bytes: Option<u64>,
+    pub written_bytes: Option<u64>,
+}
+
+impl Opening {
+    fn now(begun: Instant) -> Opening {
+        let io = std::fs::read_to_string("/proc/self/io").unwrap_or_default();
+        let field = |name| io.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+        let (read_bytes, written_bytes) = (field("read_bytes:"), field("write_bytes:"));
+        Opening { seconds: begun.elapsed().as_secs_f64(), read_bytes, written_bytes }
+    }
 }
 
 /// Does what is asked, of a store that is open here.
@@ -106,12 +129,14 @@ async fn attempt(store: &Store, request: &Request) -> Result<Value, Error> {
 /// A control socket at work.
 pub struct Control {
     shared: Arc<Shared>,
-    listener: Arc<Listener>,
+    place: Arc<Place>,
     thread: Option<JoinHandle<()>>,
 }
 
 struct Shared {
-    store: Store,
+    /// Once it is open.
+    store: OnceLock<Store>,
+    begun: Instant,
     count: AtomicUsize,
     stopping: AtomicBool,
     /// Told when `stopping` is set.
@@ -120,15 +145,20 @@ struct Shared {
 }
 
 impl Control {
-    /// Takes requests from now on.
-    pub fn start(listener: Listener, store: Store) -> io::Result<Control> {
-        let listener = Arc::new(listener);
-        let (count, stopping, sockets) = Default::default();
-        let shared = Arc::new(Shared { store, count, stopping, stops: Event::new(), sockets });
-        let (own, at) = (shared.clone(), listener.clone());
-        let work = move || super::persistently("control clients", || accept(&at, &own));
+    /// Takes requests from now on, and says that the store is being opened until it [is](Self::opened).
+    pub fn start(place: Place) -> io::Result<Control> {
+        let place = Arc::new(place);
+        let (store, count, stopping, sockets) = Default::default();
+        let shared = Arc::new(Shared { store, begun: Instant::now(), count, stopping, stops: Event::new(), sockets });
+        let (own, at) = (shared.clone(), place.clone());
+        let work = move || super::persistently("control clients", || accept(&at.listener, &own));
         let thread = std::thread::Builder::new().name("control".into()).spawn(work)?;
-        Ok(Control { shared, listener, thread: Some(thread) })
+        Ok(Control { shared, place, thread: Some(thread) })
+    }
+
+    /// The store is open: requests are for it.
+    pub fn opened(&self, store: Store) {
+        let _ = self.shared.store.set(store);
     }
 }
 
@@ -137,7 +167,7 @@ impl Drop for Control {
     fn drop(&mut self) {
         self.shared.stopping.store(true, Ordering::Release);
         self.shared.stops.notify(usize::MAX);
-        self.listener.wake();
+        self.place.listener.wake();
         let _ = self.thread.take().map(JoinHandle::join);
         for socket in self.shared.lock().drain(..).filter_map(|socket| socket.upgrade()) {
             socket.shut(Shutdown::Both);
@@ -195,6 +225,7 @@ fn accept(listener: &Listener, shared: &Arc<Shared>) {
         if shared.count.fetch_add(1, Ordering::AcqRel) >= CONNECTIONS_MAX {
             shared.count.fetch_sub(1, Ordering::AcqRel);
             warn!(max = CONNECTIONS_MAX, "refused a control client: too many");
+            refuse(&socket);
             continue;
         }
         let counted = Counted(shared.clone());
@@ -226,10 +257,13 @@ fn serve(socket: &Socket, shared: &Shared) -> io::Result<()> {
                 (json!({ "error": "a request is one line of at most 4096 bytes" }), false)
             }
             Err(error) => (json!({ "error": format!("not a request: {error}") }), true),
-            Ok(Request::Stats { shards }) => {
-                (said(shared.unless_stopping(stats(&shared.store, shards, &mut last))), true)
-            }
-            Ok(request) => (said(shared.unless_stopping(patiently(&shared.store, &request))), true),
+            Ok(request) => match shared.store.get() {
+                None => (json!({ "opening": Opening::now(shared.begun) }), true),
+                Some(store) => match request {
+                    Request::Stats { shards } => (said(shared.unless_stopping(stats(store, shards, &mut last))), true),
+                    request => (said(shared.unless_stopping(patiently(store, &request))), true),
+                },
+            },
         };
         let out = lines.get_mut();
         out.restart(PATIENCE);
@@ -238,6 +272,13 @@ fn serve(socket: &Socket, shared: &Shared) -> io::Result<()> {
             return Ok(());
         }
     }
+}
+
+/// Tells a client that there are too many; one that does not take it is not waited for.
+fn refuse(socket: &Socket) {
+    let text =
+        format!("the server has {CONNECTIONS_MAX} control clients, which is the most; try again when one has ended");
+    let _ = Deadline::new(socket, REFUSAL_LIMIT).write_all(format!("{}\n", json!({ "error": text })).as_bytes());
 }
 
 /// The next line, whole within `patience`; nothing at the end.
@@ -314,5 +355,28 @@ mod tests {
         drop(lines);
         drop(socket);
         dripping.join().expect("it ends");
+    }
+
+    /// A command that comes while the server opens its store must be able to tell that from a store that is in somebody's way.
+    #[test]
+    fn a_store_that_is_being_opened_is_said_to_be_and_then_asked() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let control = Control::start(Place::bind(dir.path()).expect("a socket")).expect("a thread");
+        let client = UnixStream::connect(dir.path().join(SOCKET_NAME)).expect("it is there");
+        let mut lines = BufReader::new(client.try_clone().expect("another handle"));
+        let mut ask = move || -> Value {
+            (&client).write_all(b"{\"ask\":\"volumes\"}\n").expect("it is read");
+            let mut line = String::new();
+            lines.read_line(&mut line).expect("an answer");
+            serde_json::from_str(&line).expect("JSON")
+        };
+        let opening: Opening = serde_json::from_value(ask()["opening"].take()).expect("how far it has come");
+        assert!(opening.seconds >= 0.0 && opening.written_bytes.is_some());
+        let options = corepage::Options { memory_bytes: 8 << 20, shards: Some(1), ..Default::default() };
+        let store = block_on(Store::open(dir.path().join("store"), options)).expect("a store");
+        control.opened(store.clone());
+        assert_eq!(ask()["ok"], json!([]));
+        drop(control);
+        block_on(store.close()).expect("a clean close");
     }
 }
