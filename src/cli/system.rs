@@ -24,9 +24,9 @@ pub fn peer_process(socket: &impl AsRawFd) -> Option<i32> {
     let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
     let mut bytes = size_of::<libc::ucred>() as libc::socklen_t;
     let to = std::ptr::from_mut(&mut peer).cast();
+    let (socket, level, name) = (socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERCRED);
     // SAFETY: the kernel writes at most `bytes` bytes to `peer`, which has as many, and any of its bit patterns is a value.
-    let result =
-        unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERCRED, to, &raw mut bytes) };
+    let result = unsafe { libc::getsockopt(socket, level, name, to, &raw mut bytes) };
     // A process of another container has the number 0 here.
     (result == 0 && peer.pid > 0).then_some(peer.pid)
 }
