@@ -96,6 +96,9 @@ impl Runtime {
     pub(crate) async fn submit_to(&self, shard: ShardId, request: Request) -> Result<Reply> {
         let shared = &self.shared;
         let port = &shared.ports[usize::from(shard.get())];
+        if shared.is_closing() {
+            return Err(closed());
+        }
         // Bytes before a place: who has a place waits for nothing.
         let carried = Carried::take(port, counted_bytes(&request)).await?;
         shared.places.take(0).await?;
@@ -149,6 +152,17 @@ impl Runtime {
     /// Waits until a shard has failed, and says why.
     pub(crate) async fn failed(&self) -> Error {
         self.shared.failed().await
+    }
+
+    /// Closes the store cleanly. Requests that come later are refused at once, unless the shards have been too busy to be told.
+    pub(crate) async fn close(&self) -> Result<()> {
+        let reply = self.submit(Request::Close).await?;
+        self.shared.set_closing(true);
+        let result = reply.await.map(drop);
+        if result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Busy) {
+            self.shared.set_closing(false);
+        }
+        result
     }
 
     /// Waits until the shards have let go of their files; they do after `Close`.

@@ -183,7 +183,7 @@ impl Local {
     /// from this shard's tasks.
     pub(crate) fn call(&self, request: Request) -> LocalReply {
         let mut replies = self.0.replies.borrow_mut();
-        if self.0.closed.get() || replies.len() >= self.0.requests_max {
+        if self.0.is_closed() || replies.len() >= self.0.requests_max {
             return LocalReply { local: self.clone(), key: None };
         }
         let bytes = counted_bytes(&request);
@@ -326,6 +326,11 @@ impl Local {
 }
 
 impl Locals {
+    /// The shard takes nothing more from its tasks.
+    fn is_closed(&self) -> bool {
+        self.closed.get() || self.shared.is_closing()
+    }
+
     fn has_room_for_bytes(&self) -> bool {
         self.bytes.get() < self.request_bytes_max
     }
@@ -393,7 +398,7 @@ impl Future for LocalReply {
 
 impl LocalReply {
     fn refusal(&self) -> Error {
-        if self.local.0.closed.get() {
+        if self.local.0.is_closed() {
             return closed();
         }
         let most = self.local.0.requests_max;

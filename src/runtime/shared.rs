@@ -80,6 +80,8 @@ pub(super) struct Shared {
     /// For all requests of handles.
     pub(super) places: Places,
     abandoned: AtomicBool,
+    /// A clean close was asked for: nothing more is brought to the shards.
+    closing: AtomicBool,
     /// Of the files: ends what takes many steps.
     cancel: Cancel,
     running: AtomicUsize,
@@ -104,6 +106,7 @@ impl Shared {
             inflight: Arc::new(InFlight::new()),
             places: Places::new(requests_max, 1),
             abandoned: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
             cancel,
             running: AtomicUsize::new(usize::from(shards_count)),
             ended: Event::new(),
@@ -140,6 +143,16 @@ impl Shared {
     pub(super) fn end_threads(&self) {
         self.abandoned.store(true, Ordering::SeqCst);
         self.ports.iter().for_each(|port| port.parking.alarm());
+    }
+
+    /// From now on, or no more: requests are refused before they reach a shard, so that callers who try again and again take no time
+    /// from the shards' last work.
+    pub(super) fn set_closing(&self, closing: bool) {
+        self.closing.store(closing, Ordering::Release);
+    }
+
+    pub(super) fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
     }
 
     pub(super) fn is_abandoned(&self) -> bool {

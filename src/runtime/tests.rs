@@ -21,6 +21,7 @@ use crate::types::{Deal, Lsn, Micros, ShardId};
 use futures_lite::future::{block_on, poll_once};
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 /// How long a commit of a [`Toy`] takes.
@@ -45,14 +46,26 @@ struct Toy {
     written_at: VecDeque<(Micros, Lsn)>,
     waiting: VecDeque<(Lsn, Token)>,
     held: Vec<Token>,
+    /// It takes so long to close.
+    close_us: Micros,
+    /// When it is closed, and who waits for that.
+    closing: Option<(Micros, Token)>,
     closed: bool,
     failure: Option<Error>,
 }
+
+/// Requests that reached a shard while it was closing.
+static TAKEN_WHILE_CLOSING: AtomicUsize = AtomicUsize::new(0);
 
 impl Machine for Toy {
     type Message = Note;
 
     fn request(&mut self, token: Token, request: Request) {
+        if self.closing.is_some() {
+            TAKEN_WHILE_CLOSING.fetch_add(1, Ordering::SeqCst);
+            let closed = Err(Error::new(ErrorKind::Closed, "planted by a test"));
+            return self.deeds.push_back(Deed::Reply(token, closed));
+        }
         match request {
             Request::WaitDurable(lsn) => {
                 let to = ShardId::new((lsn.get() % u64::from(self.shards_count)) as u16);
@@ -72,6 +85,7 @@ impl Machine for Toy {
                     self.deeds.push_back(Deed::Reply(token, Ok(Response::Checkpointed(Lsn::ZERO))));
                 }
             }
+            Request::Close if self.close_us > 0 => self.closing = Some((self.now + self.close_us, token)),
             Request::Close => {
                 let others = (0..self.shards_count).map(ShardId::new).filter(|shard| *shard != self.id);
                 self.deeds.extend(others.map(|shard| Deed::Send(shard, Note::Close)));
@@ -101,6 +115,10 @@ impl Machine for Toy {
             self.written_at.pop_front();
             self.order.publish(self.id, self.written_at.front().map_or(Lsn::MAX, |(_, lsn)| *lsn));
         }
+        if let Some((_, token)) = self.closing.take_if(|(at, _)| *at <= now) {
+            self.deeds.push_back(Deed::Reply(token, Ok(Response::Closed)));
+            self.closed = true;
+        }
         let durable = self.order.refresh();
         while self.waiting.front().is_some_and(|(lsn, _)| *lsn <= durable) {
             let Some((lsn, token)) = self.waiting.pop_front() else { break };
@@ -113,7 +131,8 @@ impl Machine for Toy {
     }
 
     fn deadline(&self) -> Option<Micros> {
-        self.written_at.front().map(|(at, _)| *at)
+        let closed_at = self.closing.as_ref().map(|(at, _)| *at);
+        self.written_at.front().map(|(at, _)| *at).into_iter().chain(closed_at).min()
     }
 
     fn accepting(&self) -> bool {
@@ -156,12 +175,20 @@ fn toys(_: &mut dyn Disk, _: &Options, shards_count: u16, _: Micros) -> Result<B
         written_at: VecDeque::new(),
         waiting: VecDeque::new(),
         held: Vec::new(),
+        close_us: 0,
+        closing: None,
         closed: false,
         failure: None,
     };
     let machines = (0..shards_count).map(toy).collect();
     let recovery = RecoveryReport::default();
     Ok(Begun { machines, recovery, order: order.clone(), txn_bytes_max: 0, deal: Deal::new(256, shards_count) })
+}
+
+fn toys_that_close_slowly(disk: &mut dyn Disk, options: &Options, count: u16, now: Micros) -> Result<Begun<Toy>> {
+    let mut begun = toys(disk, options, count, now)?;
+    begun.machines.iter_mut().for_each(|toy| toy.close_us = 100_000);
+    Ok(begun)
 }
 
 fn toys_of_which_one_fails(disk: &mut dyn Disk, options: &Options, count: u16, now: Micros) -> Result<Begun<Toy>> {
@@ -232,6 +259,43 @@ fn every_request_of_many_threads_to_many_shards_is_answered() {
             close(&runtime);
             assert_eq!(runtime.shared_for_tests().places.under_way(), (0, 0));
         });
+    }
+}
+
+/// If this fails, a close takes as long as its callers like (22 to 42 s were seen): threads that get `Closed` and call again keep
+/// the shards busy with refusals, and from what is left to be written.
+#[test]
+fn callers_who_try_again_take_no_time_from_a_store_that_is_closing() {
+    for driver in drivers() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let options = Options { shards: Some(1), driver, ..Options::default() };
+        let runtime = start(&dir, options, toys_that_close_slowly).expect("toys open");
+        let ended = AtomicBool::new(false);
+        let begun = std::sync::Barrier::new(3);
+        let refused = std::thread::scope(|scope| {
+            let callers: Vec<_> = (0..2)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let mut refused = 0;
+                        begun.wait();
+                        while !ended.load(Ordering::SeqCst) {
+                            let reply = ask(&runtime, 0, Request::WaitDurable(Lsn::new(1)));
+                            refused += u64::from(reply.is_err_and(|error| error.kind() == ErrorKind::Closed));
+                        }
+                        refused
+                    })
+                })
+                .collect();
+            let mut closing = Box::pin(runtime.close());
+            assert!(block_on(poll_once(&mut closing)).is_none(), "it takes a while");
+            begun.wait();
+            block_on(closing).expect("it closes");
+            ended.store(true, Ordering::SeqCst);
+            callers.into_iter().map(|caller| caller.join().expect("no caller panics")).sum::<u64>()
+        });
+        assert!(refused > 1, "{refused} calls came while the store was closing");
+        assert_eq!(TAKEN_WHILE_CLOSING.load(Ordering::SeqCst), 0, "of {refused}, so many reached the shard");
+        block_on(runtime.ended());
     }
 }
 

@@ -235,7 +235,7 @@ impl Store {
         if !first {
             return Err(Error::new(ErrorKind::Closed, "the store is closed; open it again"));
         }
-        let result = self.ask(Request::Close).await.map(drop);
+        let result = self.inner.runtime.close().await;
         if result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Busy) {
             // It did not get through: the store is open, and the next call may close it.
             *self.inner.closing.lock().unwrap_or_else(PoisonError::into_inner) = false;
