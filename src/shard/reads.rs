@@ -196,21 +196,56 @@ impl Shard {
         }
     }
 
-    /// Ends the first of the page reads that wait for memory.
+    /// Ends the first of the page reads that wait for memory, and what else its readers wait for.
     pub(super) fn refuse_page_read(&mut self, error: &Error) {
         if !self.wanted.pages.is_empty() {
             let idx = self.wanted.pages.remove(0);
-            self.table.pages[idx].loading = false;
-            self.fail_waiters(idx, error);
-            self.reference_ended(idx);
+            self.give_page_up(idx, error);
         }
+        self.give_up_what_nobody_needs(error);
     }
 
-    /// Ends the first of the node reads that wait for memory.
+    /// Ends the first of the node reads that wait for memory, and what else those who wait for it wait for.
     pub(super) fn refuse_node_read(&mut self, error: &Error) {
         if let Some((_, wanted)) = self.wanted.nodes.pop_first() {
             self.node_arrived(wanted, Err(error.clone()));
         }
+        self.give_up_what_nobody_needs(error);
+    }
+
+    fn give_page_up(&mut self, idx: usize, error: &Error) {
+        self.table.pages[idx].loading = false;
+        self.fail_waiters(idx, error);
+        self.reference_ended(idx);
+    }
+
+    /// Ends the reads for which only requests wait that have failed. A read of many pages would else be refused for each of them in
+    /// turn, and keep the pages that it has from others until the last one.
+    fn give_up_what_nobody_needs(&mut self, error: &Error) {
+        let wanted = self.wanted.nodes.iter();
+        let nodes: Vec<u64> = wanted.filter(|(_, node)| !self.is_node_needed(node.key)).map(|(at, _)| *at).collect();
+        for at in nodes {
+            let wanted = self.wanted.nodes.remove(&at).expect("just seen");
+            self.node_arrived(wanted, Err(error.clone()));
+        }
+        let pages = std::mem::take(&mut self.wanted.pages);
+        let (needed, unneeded) = pages.into_iter().partition(|idx| self.is_page_needed(*idx));
+        self.wanted.pages = needed;
+        let unneeded: Vec<usize> = unneeded;
+        unneeded.into_iter().for_each(|idx| self.give_page_up(idx, error));
+    }
+
+    fn is_node_needed(&self, key: NodeKey) -> bool {
+        let waiters = self.node_waiters.get(&key).map_or(&[][..], |waiters| &waiters.list);
+        waiters.iter().any(|waiter| match *waiter {
+            NodeWaiter::Page(idx) => self.is_page_needed(idx),
+            NodeWaiter::Request(waiter) => self.pending[waiter].error.is_none(),
+            NodeWaiter::Move(_) => true,
+        })
+    }
+
+    fn is_page_needed(&self, idx: usize) -> bool {
+        self.table.pages[idx].waiters().any(|waiter| self.pending[waiter].error.is_none())
     }
 
     /// Pages arrive from the device.

@@ -15,6 +15,7 @@ use super::plan::Plan;
 use super::rng::{Rng, mix};
 use super::workload::{Profile, Workload, memory_for};
 use super::world::{Outcome, World};
+use crate::error::ErrorKind;
 use crate::options::{Geometry, Options};
 use crate::shard::{Change, Commit, PageRef, Request};
 use crate::types::{PageId, PageKey, VShard, VolumeId};
@@ -31,6 +32,8 @@ pub(super) const LARGE_IMAGES: u32 = 6;
 const SAMPLE: usize = 80;
 /// Tags of the pages with which a store is filled begin here: those of the workload stay below.
 const FILL_TAG: u64 = 1 << 48;
+/// How often a commit of these is tried while it gets `Busy`.
+const FILL_TRIES: u32 = 6;
 /// Of a hundred strained seeds, how many are made for what hardly ever happens by itself.
 const MADE_PERCENT: u64 = 30;
 /// As many small trees as there can be: each has a volume of its own.
@@ -243,6 +246,19 @@ impl World {
         self.strain.large.is_some()
     }
 
+    /// On a slow device a checkpoint may take longer than a commit over shards waits for log room: then it is tried again, as its error
+    /// says.
+    fn fill_with(&mut self, keys: &[PageKey]) -> Outcome {
+        for _ in 0..FILL_TRIES {
+            let changes = keys.iter().map(|key| (*key, Change::Put(page_bytes(*key, FILL_TAG)))).collect();
+            match self.call(Request::Commit(Commit { reads: Vec::new(), changes, durable: false }))? {
+                Err(error) if error.kind() == ErrorKind::Busy => {}
+                answer => return answer.map(drop).map_err(|error| format!("filling the store: {error}")),
+            }
+        }
+        Err(format!("filling the store: busy {FILL_TRIES} times, with {} pages", keys.len()))
+    }
+
     /// Fills a large store: most of its pages, and the lowest page of each small tree.
     pub(super) fn fill(&mut self) -> Outcome {
         if !self.is_large() {
@@ -259,9 +275,7 @@ impl World {
         let most = self.workload.commit_pages_max().max(1) as usize;
         for shard in keys.chunk_by(|a, b| deal.shard_of(*a) == deal.shard_of(*b)) {
             for keys in shard.chunks(most) {
-                let changes = keys.iter().map(|key| (*key, Change::Put(page_bytes(*key, FILL_TAG)))).collect();
-                let commit = Commit { reads: Vec::new(), changes, durable: false };
-                self.call(Request::Commit(commit))?.map_err(|error| format!("filling the store: {error}"))?;
+                self.fill_with(keys)?;
             }
         }
         self.call(Request::Checkpoint)?.map_err(|error| format!("filling the store: {error}"))?;

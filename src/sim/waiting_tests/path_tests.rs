@@ -40,3 +40,33 @@ pub(super) fn answered_beside_readers() -> Outcome {
     println!("{done} commits done, {refused} refused");
     if done > 0 && refused > 0 { Ok(()) } else { Err(format!("{done} commits done, {refused} refused")) }
 }
+
+/// If this fails, a read of many pages is refused a page at a time, a second for each, beside readers that hold the memory; until then it
+/// keeps the pages that it has got from all others.
+#[test]
+fn a_read_of_many_pages_is_refused_as_a_whole() {
+    must(refused_as_a_whole());
+}
+
+fn refused_as_a_whole() -> Outcome {
+    const FAR: u64 = 40;
+    const BOUND_US: u64 = 5_000_000;
+    let geometry = Geometry { vshards_count: 1, ..options().geometry };
+    let options = Options { memory_bytes: 2 << 20, geometry, ..options() };
+    let far = |n: u64| PageKey::new(VolumeId::new(2), PageId::new(n << 24));
+    let mut rig = Rig::open(SimDisk::new(15), &options, 1)?;
+    rig.fill(PAGES, 20)?;
+    (0..FAR).try_for_each(|n| rig.commit(vec![(far(n), put(n))], true))?;
+    rig.checkpoint()?;
+    rig.call(Request::Close)?.map_err(|error| error.to_string())?;
+    rig = Rig::open(rig.disk, &options, 1)?;
+    let pinned = pin_all(&mut rig, PAGES)?;
+    let begun = rig.now;
+    match rig.call(Request::Read((0..FAR).map(far).collect()))? {
+        Err(error) if error.kind() == ErrorKind::Busy => {}
+        other => return Err(format!("a read of {FAR} pages beside {} pinned: {other:?}", pinned.len())),
+    }
+    let waited = rig.now - begun;
+    println!("refused after {waited} us");
+    if waited <= BOUND_US { Ok(()) } else { Err(format!("refused after {waited} us only")) }
+}
