@@ -90,13 +90,14 @@ fn the_keys_of_the_json_form_stay() {
     let wanted = "can_run corepage driver.because driver.name findings[].here findings[].level findings[].subject \
         findings[].used machine.checksum machine.cores.allowed[] machine.cores.online_count \
         machine.cores.physical_count machine.cores.quota_count machine.directory.direct_io \
-        machine.directory.file_system machine.directory.flush machine.directory.free_bytes machine.directory.looked_at machine.directory.path \
+        machine.directory.file_system machine.directory.flush machine.directory.free_bytes machine.directory.holds_store \
+        machine.directory.looked_at machine.directory.path \
         machine.directory.unwritable machine.huge_pages.free_count machine.huge_pages.reserved_count \
         machine.huge_pages.transparent machine.io_uring.available machine.io_uring.disabled_setting \
         machine.io_uring.error machine.io_uring.refusal machine.io_uring.seccomp_filter machine.kernel.refused \
         machine.kernel.release machine.memory.available_bytes machine.memory.group_limit_bytes machine.memory.process_limit_bytes \
         machine.memory.total_bytes machine.memory_locks.enforced machine.memory_locks.executors_max \
-        machine.memory_locks.hard_limit_bytes machine.memory_locks.limit_bytes machine.open_files.hard_limit_count \
+        machine.memory_locks.hard_limit_bytes machine.memory_locks.limit_bytes machine.open_files.file_bytes_max machine.open_files.hard_limit_count \
         machine.open_files.limit_count";
     assert_eq!(all.join(" "), wanted);
     assert_eq!(commands(&facts, "open files"), ["ulimit -n 65536"]);
@@ -164,6 +165,79 @@ fn the_exit_code_says_when_no_store_can_run_and_the_table_says_why() {
     assert!(text.contains("✗ open files") && text.contains("ulimit -n 65536"), "{text}");
     assert_eq!(doctor(dir.path(), &["--format", "xml"]).output().expect("it starts").status.code(), Some(2));
     assert_eq!(snapshot(dir.path()), before);
+}
+
+/// Whoever asks first and starts then must not hear yes and fail, nor hear no where a start would do.
+#[test]
+fn doctor_says_no_where_serve_fails_and_yes_where_it_starts() {
+    let dir = scratch("doctor-agrees");
+    let cases: [(&[Without], &[&str], &str); 4] = [
+        (&[Without::FileSizesAbove(1 << 20)], &[], "file system"),
+        (&[Without::FilesAbove(23)], &[], "open files"),
+        (&[], &["--memory", "100T"], "memory"),
+        (&[], &["--memory", "64M"], ""),
+    ];
+    for (without, arguments, subject) in cases {
+        let store = dir.path().join(if subject.is_empty() { "store" } else { "refused" });
+        let (code, text) = says(start_without(&mut doctor(&store, arguments), without));
+        let fatal = format!("✗ {subject}");
+        assert_eq!((code, text.contains("✗")), (i32::from(!subject.is_empty()), !subject.is_empty()), "{text}");
+        assert!(subject.is_empty() || text.contains(&fatal), "{text}");
+        let address = format!("unix:{}", dir.path().join("s").display());
+        let mut serve = corepage(&["serve", "--nbd", &address, "--dir"]);
+        serve.arg(&store).args(arguments);
+        if subject.is_empty() {
+            assert!(Served::spawn(serve, 1).stop().success());
+            continue;
+        }
+        let output = start_without(&mut serve, without).output().expect("it starts");
+        assert_eq!(output.status.code(), Some(1), "{subject}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+/// Room for a new store was not looked at: with 4 MiB left the answer was yes. One that is there needs none.
+#[test]
+fn a_disk_without_room_for_a_new_store_is_told() {
+    let Some(mounted) = Mounted::image("ext4") else { return };
+    let free = |facts: &Value| facts["machine"]["directory"]["free_bytes"].as_u64().expect("a number");
+    let (code, roomy) = facts(&[], mounted.path());
+    assert_eq!(code, 0);
+    let filled = std::fs::File::create(mounted.path().join("fill")).expect("a file");
+    rustix::fs::fallocate(&filled, rustix::fs::FallocateFlags::empty(), 0, free(&roomy) - (4 << 20)).expect("it fits");
+    let store = mounted.path().join("store");
+    let (code, text) = says(&mut doctor(&store, &[]));
+    let words = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(code == 1 && words.contains("a new one takes") && words.contains("on one"), "{text}");
+    let output = corepage(&["serve", "--nbd", "tcp:127.0.0.1:0", "--dir"]).arg(&store).output().expect("it starts");
+    assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// In a container without /proc and /sys: what doctor names is the driver that serve takes, and nothing panics.
+#[test]
+fn doctor_and_serve_name_the_same_driver_where_proc_and_sys_are_hidden() {
+    let dir = scratch("doctor-hidden");
+    let hide = "mount -t tmpfs none /proc && mount -t tmpfs none /sys && exec \"$@\"";
+    let hidden = |command: &Command| {
+        let mut within = Command::new("unshare");
+        within.args(["-m", "sh", "-c", hide, "sh"]).arg(command.get_program()).args(command.get_args());
+        within.env("RUST_LOG", "warn").stdin(std::process::Stdio::null());
+        within
+    };
+    if !hidden(&Command::new("true")).output().is_ok_and(|output| output.status.success()) {
+        common::skip("nothing can be mounted here");
+        return;
+    }
+    let (code, text) = says(&mut hidden(&doctor(dir.path(), &["--format", "json"])));
+    let told: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
+    assert_eq!(code, 0, "{told}");
+    let driver = told["driver"]["name"].as_str().expect("a name").to_owned();
+    let mut serve = corepage(&["serve", "--nbd", "tcp:127.0.0.1:0", "--dir"]);
+    serve.arg(dir.path().join("store"));
+    let served = Served::spawn(hidden(&serve), 1);
+    let line = served.lines.iter().find(|line| line.starts_with("store ")).expect("the report").clone();
+    assert!(line.contains(&format!("; {driver} on")) || line.contains(&format!("; {driver}, ")), "{driver}: {line}");
+    assert!(!line.contains("executor failed"), "{line}");
+    assert!(served.stop().success());
 }
 
 #[test]

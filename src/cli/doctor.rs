@@ -6,9 +6,9 @@
 //!
 //! Commands stand under the table, each on a line of its own however narrow the terminal is, so that they can be copied.
 
-use super::{Failure, Format, output};
+use super::{Failure, Format, memory, output, size};
 use comfy_table::{ContentArrangement, LineStyle, Table, TableStyle};
-use corepage::probe::{Driver, Finding, Level, Machine};
+use corepage::probe::{AvailableMemory, Better, Driver, Finding, Level, Machine};
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::io::IsTerminal;
@@ -32,6 +32,9 @@ pub struct Arguments {
     /// Directory of the store, or where it is to be; need not exist
     #[arg(long, value_name = "DIR", default_value = "./corepage-data")]
     dir: PathBuf,
+    /// Memory that a server is to take, for example 4G: whether it can be had [default: as of `serve`]
+    #[arg(long, value_name = "SIZE", value_parser = memory::parse)]
+    memory: Option<u64>,
     /// How to print it
     #[arg(long, value_enum, default_value_t = Format::Human)]
     format: Format,
@@ -50,8 +53,9 @@ struct Report<'a> {
 /// Looks, and prints.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let machine = Machine::look(&arguments.dir);
-    let (findings, driver) = (machine.findings(), machine.driver());
-    let can_run = machine.can_run();
+    let (mut findings, driver) = (machine.findings(), machine.driver());
+    findings.push(memory(arguments.memory, &machine.memory));
+    let can_run = findings.iter().all(|finding| finding.level < Level::Fatal);
     let text = match arguments.format {
         Format::Human => human(&machine, &driver, &findings, width()),
         Format::Json => {
@@ -62,6 +66,29 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     };
     output::print(&text)?;
     Ok(ExitCode::from(u8::from(!can_run)))
+}
+
+/// Whether a server gets its memory: what `serve` does with the same argument.
+fn memory(asked: Option<u64>, room: &AvailableMemory) -> Finding {
+    let known = |bytes: Option<u64>, what: &str| bytes.map(|bytes| format!("{}{what}", size::show(bytes)));
+    let here = [
+        known(room.total_bytes, ""),
+        known(room.available_bytes, " available"),
+        known(room.group_limit_bytes, " allowed by control groups"),
+        known(room.process_limit_bytes, " allowed by limits of the process"),
+    ];
+    let here = here.into_iter().flatten().collect::<Vec<_>>().join(", ");
+    let here = if here.is_empty() { "unknown".to_owned() } else { here };
+    let better = |what: &str| vec![Better { what: what.to_owned(), command: None }];
+    let (level, used, better) = match memory::choose(asked, None, room) {
+        Ok((bytes, None)) => (Level::Good, format!("{} for a server", size::show(bytes)), Vec::new()),
+        Ok((bytes, Some(warning))) => {
+            let what = format!("less, or a machine with more: {warning}");
+            (Level::Improvable, format!("{} for a server", size::show(bytes)), better(&what))
+        }
+        Err(failure) => (Level::Fatal, format!("no server: {}", failure.text), better("less memory for the server")),
+    };
+    Finding { subject: "memory", level, here, used, better }
 }
 
 /// Of the terminal, or what COLUMNS says.

@@ -14,6 +14,7 @@ pub mod catalog;
 #[cfg(test)]
 mod document_tests;
 pub mod extent;
+pub(crate) mod fresh;
 pub mod group;
 pub mod node;
 pub mod root;

@@ -35,6 +35,8 @@ pub struct Directory {
     pub file_system: Option<String>,
     /// Bytes that this user may still fill.
     pub free_bytes: Option<u64>,
+    /// Whether files of a store are there: then none has to be made.
+    pub holds_store: bool,
     /// Whether direct I/O works.
     pub direct_io: DirectIo,
     /// The device, where there is one.
@@ -52,6 +54,7 @@ impl Directory {
             unwritable: None,
             file_system: None,
             free_bytes: None,
+            holds_store: path.join("meta").exists(),
             direct_io: DirectIo::Unknown,
             device: None,
             flush: None,

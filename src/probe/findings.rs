@@ -7,17 +7,19 @@
 use super::driver::RING;
 use super::{DirectIo, Driver, Machine};
 use crate::disk::{BlockDevice, RingRefusal};
-use crate::options::Options;
+use crate::format::fresh;
+use crate::options::{Geometry, Options};
 use serde::Serialize;
 
 /// A transparent or explicit huge page.
 const HUGE_BYTES: u64 = 2 << 20;
-/// Below it a store with its log segments and a few clients may not be able to open all its files.
-const OPEN_FILES_MIN: u64 = 64;
+/// Files that a server has open beside those of its shards: data, table, meta, directory, sockets, signals, the standard three;
+/// and a client each of the volumes and of the control socket.
+const OPEN_FILES_OF_SERVER: u64 = 15;
+/// Beside its log segments a shard's ring, that of its executor, and what wakes them.
+const OPEN_FILES_OF_SHARD: u64 = 6;
 /// From here on nobody has to think about open files.
 const OPEN_FILES_ENOUGH: u64 = 1024;
-/// A fresh store's log, and its first extents.
-const SPACE_BYTES_MIN: u64 = 256 << 20;
 
 /// How good a fact is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -175,9 +177,12 @@ impl Machine {
                 .but(Level::Fatal)
                 .better("another directory", Some("corepage doctor --dir DIR"));
         }
+        if let Some(refused) = self.no_room(&here) {
+            return refused;
+        }
         let used = directory.flush.map_or("unknown".to_owned(), |flush| flush.to_string());
         let finding = Finding::good(SUBJECT, here, used);
-        let finding = match name {
+        match name {
             "tmpfs" | "ramfs" => finding
                 .but(Level::Improvable)
                 .better("a directory on a disk: this one is memory, and gone when the machine stops", None),
@@ -189,12 +194,34 @@ impl Machine {
                 .but(Level::Improvable)
                 .better("a local file system: what a flush promises here is up to another program", None),
             _ => finding,
-        };
-        if directory.free_bytes.is_some_and(|bytes| bytes < SPACE_BYTES_MIN) {
-            let what = format!("room: a fresh store wants {}", human_bytes(SPACE_BYTES_MIN));
-            return finding.but(Level::Improvable).better(what, None);
         }
-        finding
+    }
+
+    /// Why a new store can't be made for want of room, or because files may not be so long.
+    fn no_room(&self, here: &str) -> Option<Finding> {
+        let directory = &self.directory;
+        if directory.holds_store {
+            return None;
+        }
+        let shards = self.cores.shards_count() as u16;
+        let takes = |shards| fresh::store_bytes(&Geometry::default(), shards, u32::MAX);
+        let on = |shards: u16| if shards == 1 { "one shard".to_owned() } else { format!("{shards} shards") };
+        let refused = |used: String, what: &str, command| {
+            Finding::good("file system", here, used).but(Level::Fatal).better(what, command)
+        };
+        if directory.free_bytes.is_some_and(|free| free < takes(shards)) {
+            let used = format!("no store: a new one takes {} on {}", human_bytes(takes(shards)), on(shards));
+            let fewer = format!("a directory with more room, or fewer shards: {} on one", human_bytes(takes(1)));
+            return Some(refused(used, &fewer, Some("corepage serve --shards 1 --dir DIR")));
+        }
+        let longest = fresh::data_bytes(&Geometry::default(), shards, u32::MAX);
+        let limit = self.open_files.file_bytes_max.filter(|limit| *limit < longest)?;
+        let used = format!(
+            "no store: files may have {} (ulimit -f), and one of {} is made",
+            human_bytes(limit),
+            human_bytes(longest)
+        );
+        Some(refused(used, "no limit of file sizes", Some("ulimit -f unlimited")))
     }
 
     fn direct_io(&self) -> Finding {
@@ -313,9 +340,18 @@ impl Machine {
         let limit = self.open_files.limit_count;
         let here = limit.map_or("no limit".to_owned(), |count| format!("up to {count}"));
         let finding = Finding::good(SUBJECT, here, "log segments, data, rings, clients");
-        let Some(count) = limit.filter(|count| *count < OPEN_FILES_ENOUGH) else { return finding };
-        let level = if count < OPEN_FILES_MIN { Level::Fatal } else { Level::Improvable };
-        finding.but(level).better("room for more clients and shards", Some("ulimit -n 65536"))
+        let shards = self.cores.shards_count() as u64;
+        let needed =
+            OPEN_FILES_OF_SERVER + shards * (u64::from(Geometry::default().segments_count) + OPEN_FILES_OF_SHARD);
+        match limit {
+            Some(count) if count < needed => Finding { used: format!("no server: {needed} are needed"), ..finding }
+                .but(Level::Fatal)
+                .better("all files of a store can be opened", Some("ulimit -n 65536")),
+            Some(count) if count < OPEN_FILES_ENOUGH.max(2 * needed) => {
+                finding.but(Level::Improvable).better("room for more clients and shards", Some("ulimit -n 65536"))
+            }
+            _ => finding,
+        }
     }
 }
 

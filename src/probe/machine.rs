@@ -143,18 +143,21 @@ pub(super) fn count(list: &str) -> Option<u64> {
     })
 }
 
-/// How many files this process may have open.
+/// How many files this process may have open, and how long they may be.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct OpenFiles {
     /// The limit in force (`ulimit -S -n`); absent: none.
     pub limit_count: Option<u64>,
     /// Up to where this user may raise it.
     pub hard_limit_count: Option<u64>,
+    /// How long a file may be (`ulimit -f`); absent: no limit.
+    pub file_bytes_max: Option<u64>,
 }
 
 impl OpenFiles {
     pub(super) fn look() -> OpenFiles {
         let limit = getrlimit(Resource::Nofile);
-        OpenFiles { limit_count: limit.current, hard_limit_count: limit.maximum }
+        let file_bytes_max = getrlimit(Resource::Fsize).current;
+        OpenFiles { limit_count: limit.current, hard_limit_count: limit.maximum, file_bytes_max }
     }
 }

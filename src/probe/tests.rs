@@ -21,6 +21,7 @@ fn best() -> Machine {
             unwritable: None,
             file_system: Some("xfs".into()),
             free_bytes: Some(1 << 40),
+            holds_store: false,
             direct_io: DirectIo::Works,
             device: Some(BlockDevice {
                 name: "nvme0n1".into(),
@@ -36,7 +37,7 @@ fn best() -> Machine {
         huge_pages: HugePages { reserved_count: Some(512), free_count: Some(512), transparent: Some("madvise".into()) },
         cores: Cores { online_count: Some(4), allowed: (0..4).collect(), physical_count: Some(4), quota_count: None },
         checksum: "crc instruction".into(),
-        open_files: OpenFiles { limit_count: Some(65536), hard_limit_count: None },
+        open_files: OpenFiles { limit_count: Some(65536), hard_limit_count: None, file_bytes_max: None },
     }
 }
 
@@ -99,14 +100,20 @@ fn what_only_costs_speed_is_improvable_and_what_stops_a_store_is_fatal() {
     check(&|m| m.directory.direct_io = DirectIo::Refused, &["direct I/O"], true, "--dir");
     check(&|m| m.directory.file_system = Some("tmpfs".into()), &["file system"], true, "");
     check(&|m| m.directory.file_system = Some("btrfs".into()), &["file system"], true, "chattr +C");
-    check(&|m| m.directory.free_bytes = Some(1 << 20), &["file system"], true, "");
+    // A new store on four shards takes 770 MiB, one that is there takes no more.
+    check(&|m| m.directory.free_bytes = Some(700 << 20), &["file system"], false, "--shards 1");
+    check(&|m| m.directory.free_bytes = Some(800 << 20), &[], true, "");
+    let there = |m: &mut Machine| (m.directory.free_bytes, m.directory.holds_store) = (Some(1 << 20), true);
+    check(&there, &[], true, "");
+    check(&|m| m.open_files.file_bytes_max = Some(64 << 20), &["file system"], false, "ulimit -f");
     check(&|m| m.directory.device.as_mut().unwrap().io_poll = Some(false), &["device polling"], true, "poll_queues=4");
     check(&|m| m.directory.device.as_mut().unwrap().rotational = Some(true), &["block device"], true, "");
     check(&|m| m.memory_locks = MemoryLocks::new(Some(64 << 10), None, true), &["locked memory"], true, "ulimit -l");
     check(&|m| m.cores.quota_count = Some(2), &["processors"], true, "--cpuset-cpus 0-1");
     check(&|m| m.checksum = "tables".into(), &["checksums"], true, "");
     check(&|m| m.open_files.limit_count = Some(256), &["open files"], true, "ulimit -n");
-    check(&|m| m.open_files.limit_count = Some(20), &["open files"], false, "ulimit -n");
+    // Four shards have 56 files open, and the server some more.
+    check(&|m| m.open_files.limit_count = Some(70), &["open files"], false, "ulimit -n");
     check(&|m| m.kernel.refused = Some("too old".into()), &["kernel"], false, "");
     let never = HugePages { reserved_count: Some(0), free_count: Some(0), transparent: Some("never".into()) };
     check(&|m| m.huge_pages = never.clone(), &["huge pages"], true, "vm.nr_hugepages=128");

@@ -15,6 +15,7 @@ use super::read::{Range, read_bytes, read_ranges};
 use crate::disk::{Disk, DiskOp, FileId, IoSlice, execute};
 use crate::error::{Error, Result};
 use crate::format::extent::{TABLE_ROWS, encode_table, table_crc, table_offset};
+use crate::format::fresh;
 use crate::format::node::Child;
 use crate::format::root::{self, RootHead, VOLUMES_MAX};
 use crate::format::superblock::{
@@ -23,9 +24,6 @@ use crate::format::superblock::{
 use crate::options::{Geometry, Limits};
 use crate::pool::Arena;
 use crate::types::{BLOCK, Lsn, SegmentNo, ShardId, VShard};
-
-/// Extents of a new store for each shard: the reserves of all purposes and a little more; it grows from there.
-const EXTENTS_FIRST: u32 = 16;
 
 /// With fewer for each shard, the reserves alone would leave no room for a page.
 pub(crate) const EXTENTS_MIN: u32 = 12;
@@ -88,6 +86,11 @@ pub(super) fn look(disk: &mut dyn Disk, arena: &mut Arena) -> Result<Found> {
     Ok(Found::Nothing)
 }
 
+/// Whether there is what a creation has left that was cut short, and no store.
+pub(crate) fn creation_is_unfinished(disk: &mut dyn Disk, arena: &mut Arena) -> Result<bool> {
+    Ok(look(disk, arena)? != Found::Store)
+}
+
 fn is_zeros(bytes: &[u8]) -> bool {
     bytes.iter().all(|byte| *byte == 0)
 }
@@ -110,7 +113,7 @@ pub(super) fn create(
     found: Found,
 ) -> Result<()> {
     let geometry = &limits.geometry;
-    let extents_count = (EXTENTS_FIRST * u32::from(shards_count)).min(limits.data_extents_max);
+    let extents_count = fresh::extents_count(shards_count, limits.data_extents_max);
     let extents_min = EXTENTS_MIN * u32::from(shards_count);
     if extents_count < extents_min {
         return Err(Error::invalid(format_args!(
@@ -121,7 +124,7 @@ pub(super) fn create(
     allocate(disk, FIRST_LOG, geometry.segment_bytes)?;
     make_mark(disk, arena, root::meta_bytes(geometry.vshards_count), found)?;
     make_logs(disk, geometry, shards_count, true)?;
-    allocate(disk, FileId::Data, u64::from(extents_count) * geometry.extent_bytes)?;
+    allocate(disk, FileId::Data, fresh::data_bytes(geometry, shards_count, limits.data_extents_max))?;
     let table_blocks = extents_count.div_ceil(TABLE_ROWS);
     allocate(disk, FileId::Table, table_offset(table_blocks, 0))?;
     let mut store_id = [0; 16];

@@ -24,8 +24,8 @@ mod read;
 mod scan;
 mod segment;
 
-pub(crate) use create::EXTENTS_MIN;
 use create::Found;
+pub(crate) use create::{EXTENTS_MIN, creation_is_unfinished};
 #[cfg(any(test, fuzzing))]
 pub(crate) use load::load;
 pub(crate) use load::{FoundSuperblock, Loaded, find_superblock};

@@ -467,3 +467,13 @@ fn check(d: &mut Driver, n: u64, key: PageKey, model: &std::collections::BTreeMa
     assert_eq!(bytes[..8], first.to_le_bytes(), "page {n}");
     assert!(bytes[8..].iter().all(|b| *b == fill), "page {n}");
 }
+
+/// Doctor says how much room a new store takes, and has no other way to know.
+#[test]
+fn a_new_store_takes_the_room_that_is_told() {
+    for shards in [1, 2] {
+        let (d, _) = Driver::open_shards(SimDisk::new(1), &options(), shards);
+        let made: u64 = d.disk.files().iter().map(|(_, len)| len).sum();
+        assert_eq!(made, crate::format::fresh::store_bytes(&options().geometry, shards, u32::MAX), "{shards} shards");
+    }
+}

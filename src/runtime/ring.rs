@@ -33,13 +33,15 @@ pub(super) fn probe() -> Result<(), String> {
 }
 
 fn executor(pin: Option<usize>) -> Result<LocalExecutor, Error> {
-    // The builder, too, reads what cores there are, and panics where it has no file descriptor for that.
+    let refused = |why: &str| Error::new(ErrorKind::Unsupported, format_args!("starting an executor failed: {why}"));
+    // Not by the builder: it asks /sys for all cores, and panics in a container that has none.
+    if let Some(core) = pin.filter(|core| !super::cores::pin(*core)) {
+        return Err(refused(&format!("its thread can't be pinned to core {core}")));
+    }
     let make = || {
-        let placement = pin.map_or(Placement::Unbound, Placement::Fixed);
-        let builder = LocalExecutorBuilder::new(placement);
+        let builder = LocalExecutorBuilder::new(Placement::Unbound);
         builder.io_memory(IO_MEMORY).ring_depth(RING_DEPTH).preempt_timer(PREEMPT_TIMER).make()
     };
-    let refused = |why: &str| Error::new(ErrorKind::Unsupported, format_args!("starting an executor failed: {why}"));
     match catch_unwind(AssertUnwindSafe(make)) {
         Ok(made) => made.map_err(|e| refused(&e.to_string())),
         Err(panic) => Err(refused(panic.downcast_ref::<String>().map_or("it panicked", |text| text))),

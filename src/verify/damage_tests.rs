@@ -287,3 +287,32 @@ fn a_store_is_verified_with_many_reads_at_a_time() {
     assert!(told.windows(2).all(|pair| pair[0].bytes_done <= pair[1].bytes_done));
     assert_eq!(end.bytes_done, end.bytes_total, "what was read is what was to be read");
 }
+
+/// A store that was killed while it was made, or opened for the first time, was called damaged. Whoever believed that looked for a
+/// broken device.
+#[test]
+fn a_store_whose_creation_or_first_opening_is_cut_short_is_not_called_damaged() {
+    let first = SimDisk::new(8);
+    let mut driver = Driver::open(first).expect("a fresh disk");
+    driver.commit(vec![(key(1, 1), Change::Put(Bytes::from(vec![1; BLOCK])))]);
+    let events = driver.disk.events();
+    let (mut unmade, mut whole) = (0, 0);
+    for cut in (0..events).step_by((events / 300).max(1) as usize) {
+        let disk = SimDisk::new(8);
+        disk.cut_power_after(cut);
+        // It ends with the power.
+        let _ = Driver::open(disk.clone());
+        let mut rng = Rng::new(cut);
+        match verify_disk(&mut disk.crash(Loss::random(&mut rng), &mut rng)) {
+            Ok(report) => {
+                assert!(report.is_whole(), "cut at {cut} of {events}: {report}\n{:?}", report.damaged);
+                whole += 1;
+            }
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::NotFound, "cut at {cut} of {events}: {error}");
+                unmade += 1;
+            }
+        }
+    }
+    assert!(unmade > 5 && whole > 5, "{unmade} cut short before there was a store, {whole} behind it");
+}

@@ -30,7 +30,10 @@ impl Verifier<'_> {
         let mend = if newest.is_some() { Mend::Reopen } else { Mend::Restore };
         for copy in 0..SUPERBLOCK_COPIES {
             if let Some(what) = self.copy_damage(copy, newest.as_ref()) {
-                let affects = "this copy only, while another of its generation is whole";
+                let affects = match newest {
+                    Some(_) => "this copy only, while another of its generation is whole",
+                    None => "the whole store: it can't be opened",
+                };
                 let at = (FileId::Meta, Superblock::offset(copy));
                 self.damaged(format_args!("superblock copy {copy}"), at, what, affects, mend);
             }
@@ -57,15 +60,18 @@ impl Verifier<'_> {
         let newest = newest?;
         let own_pair = Superblock::copies_of(newest.generation).contains(&copy);
         let expected = newest.generation - u64::from(!own_pair);
-        // A crash between the writes of a pair leaves the second copy two generations behind.
-        let in_step = found.generation == expected || (!newest.clean && found.generation + 2 == expected);
+        // A crash between the writes of a pair leaves the second copy two generations behind; and an opening writes the newest
+        // one over what it can't read, as it does with the pair that a creation leaves empty.
+        let in_step = found.generation == expected
+            || found.generation == newest.generation
+            || (!newest.clean && found.generation + 2 == expected);
         if !in_step {
             return Some(format!(
                 "has generation {}, and {expected} was written here: a write was lost",
                 found.generation
             ));
         }
-        (own_pair && found.generation == newest.generation && found != *newest)
+        (found.generation == newest.generation && found != *newest)
             .then(|| "differs from the other copy of its generation".into())
     }
 

@@ -31,6 +31,7 @@ use crate::disk::{Access, Disk, DriverOptions, FileDisk, FileId, FileOptions, Fi
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::superblock::Superblock;
 use crate::pool::Arena;
+use crate::recovery::creation_is_unfinished;
 use crate::types::{BLOCK, PageId, VolumeId};
 use extents::Named;
 use read::{ARENA_BLOCKS, Meter};
@@ -69,8 +70,12 @@ fn verify_telling(disk: &mut dyn Disk, tell: &mut dyn FnMut(VerifyProgress)) -> 
     if meta_bytes.is_none() {
         return Err(Error::new(ErrorKind::NotFound, "there is no store: its file meta is missing"));
     }
-    let (arena, report, meter) =
-        (Arena::new(ARENA_BLOCKS)?, VerifyReport::default(), Meter { progress: VerifyProgress::default(), tell });
+    let mut arena = Arena::new(ARENA_BLOCKS)?;
+    if creation_is_unfinished(disk, &mut arena)? {
+        let text = "there is no store yet: its creation was cut short, and the next opening begins it anew";
+        return Err(Error::new(ErrorKind::NotFound, text));
+    }
+    let (report, meter) = (VerifyReport::default(), Meter { progress: VerifyProgress::default(), tell });
     let mut this = Verifier { disk, arena, report, meter, volumes: BTreeMap::new(), lengths: BTreeMap::new() };
     let Some(superblock) = this.superblock()? else { return Ok(this.report) };
     this.report.clean = superblock.clean;
