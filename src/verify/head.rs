@@ -12,6 +12,21 @@ use crate::format::superblock::{Refusal, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Su
 use crate::recovery::find_superblock;
 use crate::types::{BLOCK, VShard};
 
+/// What is wrong with a copy of the superblock.
+struct CopyDamage {
+    what: String,
+    /// It is none, or not whole: a crash while it was written leaves that, and so does a device.
+    is_unreadable: bool,
+}
+
+/// Whether this copy may have been in the making when the store was last in use: after a crash the second one of the newest generation,
+/// or the first of the next. A creation, and the first opening, write all of them, and say nothing about their end.
+fn may_be_torn(newest: &Superblock, copy: u64) -> bool {
+    let crashed =
+        copy == Superblock::copies_of(newest.generation)[1] || copy == Superblock::copies_of(newest.generation + 1)[0];
+    newest.generation == 1 || (!newest.clean && crashed)
+}
+
 /// The trees of a virtual shard, one for each volume; `None` if its root is damaged.
 pub(super) type Trees = Option<Box<[Child; VOLUMES_MAX]>>;
 
@@ -27,24 +42,32 @@ impl Verifier<'_> {
             }
             Err(error) => return Err(error),
         };
-        let mend = if newest.is_some() { Mend::Reopen } else { Mend::Restore };
-        for copy in 0..SUPERBLOCK_COPIES {
-            if let Some(what) = self.copy_damage(copy, newest.as_ref()) {
-                let affects = match newest {
-                    Some(_) => "this copy only, while another of its generation is whole",
-                    None => "the whole store: it can't be opened",
-                };
-                let at = (FileId::Meta, Superblock::offset(copy));
-                self.damaged(format_args!("superblock copy {copy}"), at, what, affects, mend);
+        let (mend, affects) = match newest {
+            Some(_) => (Mend::Reopen, "this copy only, while another of its generation is whole"),
+            None => (Mend::Restore, "the whole store: it can't be opened"),
+        };
+        let found = (0..SUPERBLOCK_COPIES).filter_map(|copy| Some((copy, self.copy_damage(copy, newest.as_ref())?)));
+        let found: Vec<(u64, CopyDamage)> = found.collect();
+        let unreadable = found.iter().filter(|(_, damage)| damage.is_unreadable).count();
+        for (copy, CopyDamage { what, is_unreadable }) in found {
+            if is_unreadable && unreadable == 1 && newest.as_ref().is_some_and(|newest| may_be_torn(newest, copy)) {
+                let note = "as a crash leaves the one that was being written; the next opening writes it anew";
+                self.report.notes.push(format!("superblock copy {copy} {what}, {note}"));
+                continue;
             }
+            let at = (FileId::Meta, Superblock::offset(copy));
+            self.damaged(format_args!("superblock copy {copy}"), at, what, affects, mend);
         }
         Ok(newest)
     }
 
-    fn copy_damage(&mut self, copy: u64, newest: Option<&Superblock>) -> Option<String> {
+    fn copy_damage(&mut self, copy: u64, newest: Option<&Superblock>) -> Option<CopyDamage> {
+        let unreadable = |what: String| Some(CopyDamage { what, is_unreadable: true });
+        let another = |what: String| Some(CopyDamage { what, is_unreadable: false });
         let bytes = match self.read(FileId::Meta, Superblock::offset(copy), SUPERBLOCK_BYTES) {
             Ok(bytes) => bytes,
-            Err(why) => return Some(why),
+            // Not what a crash leaves.
+            Err(why) => return another(why),
         };
         let found = match Superblock::decode(copy, &bytes) {
             Ok(found) => found,
@@ -52,27 +75,28 @@ impl Verifier<'_> {
             Err(_) if newest.is_some_and(|n| n.generation == 1) && copy < 2 && bytes.iter().all(|b| *b == 0) => {
                 return None;
             }
-            Err(Refusal::Magic) => return Some("is not a superblock".into()),
-            Err(Refusal::Version(version)) => return Some(format!("claims to be of format version {version}")),
-            Err(Refusal::Sum) => return Some("has a wrong checksum".into()),
-            Err(Refusal::Values) => return Some("is another copy, or contradicts itself: a write went astray".into()),
+            Err(Refusal::Magic) => return unreadable("is not a superblock".into()),
+            Err(Refusal::Version(version)) => return another(format!("claims to be of format version {version}")),
+            Err(Refusal::Sum) => return unreadable("has a wrong checksum".into()),
+            Err(Refusal::Values) => {
+                return another("is another copy, or contradicts itself: a write went astray".into());
+            }
         };
         let newest = newest?;
         let own_pair = Superblock::copies_of(newest.generation).contains(&copy);
         let expected = newest.generation - u64::from(!own_pair);
-        // A crash between the writes of a pair leaves the second copy two generations behind; and an opening writes the newest
-        // one over what it can't read, as it does with the pair that a creation leaves empty.
+        // A crash between the writes of a pair leaves the second copy two generations behind. An opening writes the newest generation
+        // over what it can't read, as it does with the pair that a creation leaves empty: then it is one.
         let in_step = found.generation == expected
             || found.generation == newest.generation
-            || (!newest.clean && found.generation + 2 == expected);
+            || (!newest.clean && (1..=2).any(|behind| found.generation + behind == expected));
         if !in_step {
-            return Some(format!(
-                "has generation {}, and {expected} was written here: a write was lost",
-                found.generation
-            ));
+            let what =
+                format!("has generation {}, and {expected} was written here: a write was lost", found.generation);
+            return another(what);
         }
-        (found.generation == newest.generation && found != *newest)
-            .then(|| "differs from the other copy of its generation".into())
+        let differs = found.generation == newest.generation && found != *newest;
+        differs.then(|| another("differs from the other copy of its generation".into())).flatten()
     }
 
     /// Reads the root of every virtual shard.
