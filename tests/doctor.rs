@@ -294,7 +294,7 @@ impl TimeGroup {
             limited.then_some(made)
         });
         if group.is_none() {
-            eprintln!("SKIPPED: no control group with a limit of processor time can be made here");
+            common::skipped("no control group with a limit of processor time can be made here");
         }
         group
     }
@@ -328,7 +328,7 @@ fn a_limit_of_processor_time_is_seen_and_bounds_the_shards() {
     let allowed = unlimited["machine"]["cores"]["allowed"].as_array().expect("cores").len();
     let Some(group) = TimeGroup::with_percent(90) else { return };
     if allowed < 2 {
-        eprintln!("SKIPPED: with one processor this limit is none");
+        common::skipped("with one processor this limit is none");
         return;
     }
     let (_, text) = says(&mut group.command(&doctor(dir.path(), &["--format", "json"])));

@@ -259,7 +259,7 @@ fn fsx_finds_nothing_over_nbdfuse() {
         .and_then(|path| std::env::split_paths(&path).map(|d| d.join("fsx")).find(|f| f.exists()));
     let Some(fsx) = fsx else {
         // `scripts/check` builds it where it can, and says so where it can't.
-        return eprintln!("SKIPPED: there is no fsx (cargo install fsx)");
+        return common::skipped("there is no fsx (cargo install fsx)");
     };
     if !has_nbdfuse() {
         return;

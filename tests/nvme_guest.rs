@@ -102,16 +102,19 @@ fn power_is_cut(machine: Machine, polls: &str, seed_: u64) {
 }
 
 #[test]
+#[ignore = "scripts/nvme-guest runs it: it needs a kernel for the guest"]
 fn polled_with_blocks_of_512_bytes() {
     power_is_cut(Machine { block_bytes: 512, poll_queues: 2, shards: 2, disk: Disk::Nvme }, ", polled", 1);
 }
 
 #[test]
+#[ignore = "scripts/nvme-guest runs it: it needs a kernel for the guest"]
 fn polled_with_blocks_of_4096_bytes() {
     power_is_cut(Machine { block_bytes: 4096, poll_queues: 2, shards: 1, disk: Disk::Nvme }, ", polled", 2);
 }
 
 #[test]
+#[ignore = "scripts/nvme-guest runs it: it needs a kernel for the guest"]
 fn without_queues_for_polling_the_store_does_not_poll_and_says_so() {
     let why = ", not polled (the device has no queues for it: a polled read says ";
     power_is_cut(Machine { block_bytes: 512, poll_queues: 0, shards: 2, disk: Disk::Nvme }, why, 3);
@@ -119,6 +122,7 @@ fn without_queues_for_polling_the_store_does_not_poll_and_says_so() {
 
 /// What is acknowledged after one write with FUA, and no flush, is there after the power has gone.
 #[test]
+#[ignore = "scripts/nvme-guest runs it: it needs a kernel for the guest"]
 fn writes_with_fua_are_durable_on_a_disk_with_a_volatile_cache() {
     let why = ", not polled (the device has no queues for it: a polled read says ";
     power_is_cut(Machine { block_bytes: 512, poll_queues: 0, shards: 2, disk: Disk::ScsiWithCache }, why, 4);
@@ -127,6 +131,7 @@ fn writes_with_fua_are_durable_on_a_disk_with_a_volatile_cache() {
 /// QEMU's NVMe controller offers FUA and ignores it (10.0.2): with a write cache, what the store wrote with `RWF_DSYNC` is lost
 /// with the power. The oracle must find that. If this fails, QEMU has learnt it: let all machines have the cache then.
 #[test]
+#[ignore = "scripts/nvme-guest runs it: it needs a kernel for the guest"]
 fn a_controller_that_ignores_fua_is_found() {
     let Some(kernel) = kernel() else { return };
     let machine = Machine { block_bytes: 512, poll_queues: 2, shards: 2, disk: Disk::NvmeWithCache };
@@ -145,6 +150,7 @@ fn a_controller_that_ignores_fua_is_found() {
 
 /// The library's own tests of its disks, on a disk that is polled.
 #[test]
+#[ignore = "scripts/nvme-guest runs it: it needs a kernel for the guest"]
 fn the_tests_of_the_disks_pass_on_a_polled_one() {
     let Some(kernel) = kernel() else { return };
     if std::env::var("COREPAGE_GUEST_LIB_TESTS").is_ok_and(|path| path.is_empty()) {
@@ -213,6 +219,7 @@ fn device_fails(iotype: &str) {
 }
 
 #[test]
+#[ignore = "scripts/nvme-guest runs it: it needs a kernel for the guest"]
 fn an_error_of_the_polled_device_is_told_and_costs_nothing_that_was_acknowledged() {
     for iotype in ["write", "flush", "read"] {
         device_fails(iotype);

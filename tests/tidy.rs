@@ -237,6 +237,13 @@ fn no_leftovers(name: &str, text: &str) -> Vec<String> {
     found.map(|(word, at)| format!("{name}:{}: `{word}`: finish it or open an issue", line_of(text, at))).collect()
 }
 
+/// What a test says with `eprintln` is shown only if it fails: one that skips would say `ok` and nothing more.
+fn skips_are_seen(name: &str, text: &str) -> Vec<String> {
+    let hidden = concat!("println!(\"", "SKIPPED");
+    let found = text.match_indices(hidden).map(|(at, _)| line_of(text, at));
+    found.map(|line| format!("{name}:{line}: nobody sees that it skips: use `common::skipped`")).collect()
+}
+
 fn unsafe_only_where_named(name: &str, text: &str) -> Vec<String> {
     let code = code_only(text);
     let allowed = UNSAFE_FILES.iter().any(|(file, _)| *file == name);
@@ -428,6 +435,11 @@ fn nothing_is_left_half_done() {
 }
 
 #[test]
+fn tests_that_skip_say_so_where_it_is_seen() {
+    complain_about(files("tests", &[".rs"]), skips_are_seen);
+}
+
+#[test]
 fn unsafe_code_stands_only_in_the_named_files() {
     complain_about(sources(), unsafe_only_where_named);
     complain_about(files("tests", &[".rs"]), unsafe_only_where_named);
@@ -517,6 +529,8 @@ fn planted_texts_are_found() {
     for word in LEFTOVERS {
         can_fail(no_leftovers, name, &format!("a\n{word})"), "a method");
     }
+    let skip = concat!("eprintln!(\"", "SKIPPED: no disk\")");
+    can_fail(skips_are_seen, "tests/x.rs", skip, "common::skipped(\"no disk\")");
     can_fail(unsafe_only_where_named, name, "unsafe { f() }", "#![deny(unsafe_code)] // unsafe\n\"unsafe\"");
     let arena = "src/pool/arena.rs";
     can_fail(unsafe_only_where_named, arena, "    unsafe { f() }", "// SAFETY: f has\n// no demands\nunsafe { f() }");

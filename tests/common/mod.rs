@@ -18,7 +18,7 @@ pub mod surroundings;
 pub mod workload;
 
 use std::hash::Hasher;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
@@ -57,15 +57,24 @@ pub fn has_tool(tool: &str) -> bool {
 /// Says loudly that a test can't show anything here, and fails where that must not be. Returns false.
 pub fn skip(why: impl std::fmt::Display) -> bool {
     assert_ne!(std::env::var("COREPAGE_REQUIRE_TOOLS").as_deref(), Ok("1"), "{why}, and this is required");
-    eprintln!("SKIPPED: {why}; set COREPAGE_REQUIRE_TOOLS=1 to make this a failure");
+    skipped(format_args!("{why}; set COREPAGE_REQUIRE_TOOLS=1 to make this a failure"));
     false
+}
+
+/// Says that a test, or a part of it, shows nothing here: past the test harness, which keeps what passing tests print to itself. Else
+/// its line says `ok` and nothing more.
+pub fn skipped(why: impl std::fmt::Display) {
+    let thread = std::thread::current();
+    // In one piece: other tests write, too. Without a stderr there is nobody to tell.
+    let line = format!("SKIPPED {}: {why}\n", thread.name().unwrap_or("a part of a test"));
+    let _ = std::io::stderr().write_all(line.as_bytes());
 }
 
 /// Whether this kernel has FUSE; no package brings it, so it is never required.
 pub fn has_fuse() -> bool {
     let there = std::path::Path::new("/dev/fuse").exists();
     if !there {
-        eprintln!("SKIPPED: this machine has no /dev/fuse");
+        skipped("this machine has no /dev/fuse");
     }
     there
 }
