@@ -257,3 +257,26 @@ fn progress_moves_while_it_is_measured() {
     assert!(told.is_sorted(), "it only grows: {told:?}");
     assert!(!shown.contains(" 0 %, 0 s left"), "what is not known is not said: {shown:?}");
 }
+
+/// Words of the library (`memory_bytes`, half of the number that was typed) say nothing to whoever typed `--memory 100T`.
+#[test]
+fn what_a_benchmark_can_not_have_is_refused_in_the_words_of_its_arguments() {
+    let dir = scratch("bench-refused");
+    let cases: [(i32, &[&str], &str); 4] = [
+        (1, &["--memory", "100T"], "--memory: 100.0 TiB"),
+        (2, &["--memory", "1M"], "2.0 MiB is the least"),
+        (2, &["--size", "1000001"], "use 999424 or 1003520"),
+        (2, &["--size", "4M", "--depth", "65536"], "256.0 MiB"),
+    ];
+    for (code, arguments, hint) in cases {
+        let mut command = corepage(&["bench", "read", "--seconds", "1"]);
+        let output = command.args(arguments).current_dir(dir.path()).output().expect("it runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
+        assert!(
+            said.starts_with("error: ") && said.contains(hint) && !said.contains("_bytes"),
+            "{arguments:?}: {said}"
+        );
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).expect("a directory").count(), 0, "nothing is made");
+}

@@ -14,12 +14,12 @@
 #![allow(clippy::disallowed_methods)]
 
 use super::interrupt::Interrupt;
-use super::{Failure, Format, output, progress, size};
+use super::{Failure, Format, memory, output, progress, size};
 use crate::bench::{At, Field, NAME, Outcome, Run, Work};
 use clap::ValueEnum;
 use comfy_table::{CellAlignment, Table, TableStyle};
 use corepage::metrics::ShardStats;
-use corepage::probe::Machine;
+use corepage::probe::{AvailableMemory, Machine};
 use corepage::{Error, ErrorKind, Options};
 use futures_lite::future::block_on;
 use indicatif::ProgressBar;
@@ -61,10 +61,10 @@ pub struct Arguments {
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
     /// Size of the volume that is worked on
-    #[arg(long, value_name = "SIZE", value_parser = size::parse, default_value = "512M")]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse_volume, default_value = "512M")]
     size: u64,
     /// Memory of the store: with less than the size, reads come from the device
-    #[arg(long, value_name = "SIZE", value_parser = size::parse, default_value = "64M")]
+    #[arg(long, value_name = "SIZE", value_parser = memory::parse_of_store, default_value = "64M")]
     memory: u64,
     /// Of the data space, how much is to be live before it grows: what overwriting costs depends on it most. The output says how much
     /// is live
@@ -108,12 +108,16 @@ impl Arguments {
 
     fn check(&self) -> Result<(), Failure> {
         let needed = (self.depth() as u64 + u64::from(self.clients)) * 4096;
-        if !self.size.is_multiple_of(4096) || self.size < needed {
+        if self.size < needed {
             return Err(Failure::usage(format_args!(
-                "--size {}: a multiple of 4096 is needed, and at least {needed}, a page for each operation under way",
-                self.size
+                "--size: {} are too little for a depth of {}, each operation under way needs a page of its own: {} ({needed}) \
+                 are the least",
+                size::show(self.size),
+                self.depth(),
+                size::show(needed)
             )));
         }
+        memory::check_of_store(self.memory, &AvailableMemory::look())?.into_iter().for_each(output::warn);
         Ok(())
     }
 
@@ -146,7 +150,10 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     // Removed when it goes, however this ends.
     let (mut own, mut dir) = (None, arguments.dir.clone().unwrap_or_default());
     if arguments.dir.is_none() {
-        let made = tempfile::Builder::new().prefix("corepage-bench-").tempdir_in(".")?;
+        let made = tempfile::Builder::new().prefix("corepage-bench-").tempdir_in(".");
+        let made = made.map_err(|error| {
+            Failure::new(format_args!("no directory for the store can be made here ({error}): name one with --dir"))
+        })?;
         dir = made.path().to_path_buf();
         own = Some(made);
     }
@@ -161,7 +168,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         && error.kind() == ErrorKind::Corrupt
     {
         let dir = own.map_or(dir, tempfile::TempDir::keep);
-        let text = format_args!("{error}; all of it is left in {} for a look: `corepage verify --dir`", dir.display());
+        let dir = dir.display();
+        let text = format_args!("{error}; all of it is left in {dir} for a look: `corepage verify --dir {dir}`");
         return Err(Failure::new(text));
     }
     let field = Arc::into_inner(field).ok_or_else(|| Failure::new("a task of the benchmark has not ended"))?;

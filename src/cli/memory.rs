@@ -30,6 +30,30 @@ pub fn parse(text: &str) -> Result<u64, String> {
     }
 }
 
+/// Bytes of an argument `--memory` that a store gets whole.
+pub fn parse_of_store(text: &str) -> Result<u64, String> {
+    match size::parse(text)? {
+        bytes if bytes < SHARD_MEMORY_MIN => {
+            Err(format!("too little for a store: {} is the least", size::show(SHARD_MEMORY_MIN)))
+        }
+        bytes => Ok(bytes),
+    }
+}
+
+/// Whether a store can have so much here; a warning if that leaves little to others.
+///
+/// # Errors
+/// It can't.
+pub fn check_of_store(bytes: u64, room: &AvailableMemory) -> Result<Option<String>, Failure> {
+    let said =
+        |text| format!("--memory: {}, and {} for the process: {text}", size::show(bytes), size::show(PROCESS_BYTES));
+    match room.judge(bytes.saturating_add(PROCESS_BYTES)) {
+        Room::Enough => Ok(None),
+        Room::Tight(text) => Ok(Some(said(text))),
+        Room::Lacking(text) => Err(Failure::new(format_args!("{}; give less", said(text)))),
+    }
+}
+
 /// The least for so many shards.
 fn least(shards: u64) -> u64 {
     let engine = SHARD_MEMORY_MIN * shards;
