@@ -86,7 +86,9 @@ fn memory(asked: Option<u64>, room: &AvailableMemory) -> Finding {
             let what = format!("less, or a machine with more: {warning}");
             (Level::Improvable, format!("{} for a server", size::show(bytes)), better(&what))
         }
-        Err(failure) => (Level::Fatal, format!("no server: {}", failure.text), better("less memory for the server")),
+        Err(failure) => {
+            (Level::Fatal, format!("no server: {}", failure.text), better("a smaller --memory, or a machine with more"))
+        }
     };
     Finding { subject: "memory", level, here, used, better }
 }

@@ -13,8 +13,8 @@ pub fn bar(what: &'static str, length: u64) -> ProgressBar {
 }
 
 /// A bar for bytes that are read.
-pub fn bytes(what: &'static str) -> ProgressBar {
-    styled(what, 0, "{msg} {wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {left} left")
+pub fn bytes(what: &'static str, length: u64) -> ProgressBar {
+    styled(what, length, "{msg} {wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {left} left")
 }
 
 fn styled(what: &'static str, length: u64, template: &str) -> ProgressBar {

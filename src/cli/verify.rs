@@ -110,6 +110,8 @@ fn in_json(arguments: &Arguments, report: &VerifyReport, bytes_read: u64, took: 
 
 /// How far it is, for whoever watches.
 struct Shown {
+    terminal: bool,
+    /// Once something can be said.
     bar: Option<ProgressBar>,
     lines: bool,
     begun: Instant,
@@ -120,9 +122,9 @@ struct Shown {
 impl Shown {
     fn new(asked: bool, now: Instant) -> Shown {
         let terminal = std::io::stderr().is_terminal();
-        let bar = terminal.then(|| progress::bytes("verifying"));
         Shown {
-            bar,
+            terminal,
+            bar: None,
             lines: asked && !terminal,
             begun: now,
             next_line: now + LINE_EVERY,
@@ -139,8 +141,11 @@ impl Shown {
         }
         // A store that was damaged, or not closed cleanly, may have more to read than it says.
         let total = total.max(done);
-        if let Some(bar) = &self.bar {
-            bar.set_length(total);
+        if self.terminal {
+            let bar = self.bar.get_or_insert_with(|| progress::bytes("verifying", total));
+            if bar.length() != Some(total) {
+                bar.set_length(total);
+            }
             bar.set_position(done);
         }
         if self.lines && Instant::now() >= self.next_line {
