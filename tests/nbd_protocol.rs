@@ -405,17 +405,22 @@ fn a_client_that_is_refused_is_told_in_the_log_with_what_to_do() {
     let dir = scratch("refused");
     let log = dir.path().join("stderr");
     let nbd = format!("unix:{}", dir.path().join("s").display());
-    let mut command = common::corepage(&["serve", "--nbd", &nbd, "--connections", "2", "--dir"]);
+    let tcp = "tcp:127.0.0.1:0";
+    let mut command = common::corepage(&["serve", "--nbd", &nbd, "--nbd", tcp, "--connections", "2", "--dir"]);
     command.arg(dir.path().join("store")).env("RUST_LOG", "warn").stderr(std::fs::File::create(&log).unwrap());
-    let served = Served::spawn(command, 1);
+    let served = Served::spawn(command, 2);
     let (mut first, second) = (served.client(), served.client());
     (0..20).for_each(|_| assert!(Client::connect(&served.address()).is_closed()));
     let told = std::fs::read_to_string(&log).unwrap();
     let lines: Vec<&str> = told.lines().filter(|line| line.contains("too many connections")).collect();
     assert!(!lines.is_empty() && lines[0].contains("serve --connections"), "{told}");
     assert!(lines[0].contains(&format!("peer=user {}", rustix::process::getuid().as_raw())), "{told}");
+    // Another peer, a machine, still gets in.
+    let address = served.uris[1].trim_start_matches("nbd://").to_owned();
+    let mut other = Client::go(&address, "disk");
+    other.write(0, 4096, b"others too");
     first.write(0, 0, b"goes on");
-    drop((first, second));
+    drop((first, second, other));
     assert!(served.stop().success());
     let little = common::corepage(&["serve", "--memory", "64M", "--connections", "1024"]).output().unwrap();
     let text = String::from_utf8_lossy(&little.stderr).into_owned();

@@ -2,13 +2,17 @@
 //!
 //! 1. At most `requests_max` requests are in flight. Each holds what [`Memory`] has given for it, or the connection's own
 //!    bytes, which one request at a time can have.
-//! 2. A reply never waits for other connections: with nothing of the shared memory and its own bytes taken, it waits for the
-//!    request of this connection that has them.
+//! 2. A reply never waits for other connections, and a payload not for those that don't let go of their memory: with nothing of
+//!    the shared memory and its own bytes taken, it waits for the request of this connection that has them.
 //! 3. A [`Pass`] gives back what it took when it is dropped, whatever became of the request, and earlier where the memory
 //!    is not needed any more.
 
-use super::memory::{Memory, REQUEST_BYTES};
+use super::memory::{Memory, REQUEST_BYTES, payload_charge};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Between two looks for shared memory while the connection's own bytes are waited for.
+const OWN_LOOK: Duration = Duration::from_secs(1);
 
 /// Counts requests in flight, and what they hold.
 pub struct Gate {
@@ -101,11 +105,32 @@ impl Pass<'_> {
         }
     }
 
-    /// Waits for memory for a payload or for other work.
-    pub fn take_write(&mut self, bytes: usize) {
+    /// Waits for memory for work.
+    pub fn take_work(&mut self, bytes: usize) {
         self.give_back();
-        self.held = Held::Write(self.gate.memory.take_write(bytes));
+        self.held = Held::Write(self.gate.memory.take_work(bytes));
         self.gate.lock().writes += 1;
+    }
+
+    /// Takes memory for a payload of `bytes`, or for a part of it; for how much: as much as the connection's own bytes allow if
+    /// others keep the shared memory and don't let go of it.
+    pub fn take_payload(&mut self, bytes: usize) -> usize {
+        self.give_back();
+        let gate = self.gate;
+        loop {
+            if let Some(taken) = gate.memory.take_payload(payload_charge(bytes)) {
+                self.held = Held::Write(taken);
+                gate.lock().writes += 1;
+                return bytes;
+            }
+            let mut state = gate.lock();
+            if !state.own_is_taken {
+                state.own_is_taken = true;
+                self.held = Held::Own;
+                return bytes.min(gate.memory.own_payload_bytes_max());
+            }
+            drop(gate.changed.wait_timeout(state, OWN_LOOK).unwrap_or_else(PoisonError::into_inner));
+        }
     }
 
     /// Bytes of a reply's data for which it holds memory.

@@ -4,21 +4,25 @@
 //!  --memory ─┬─ 7/8: the engine (pages, map nodes, log buffers, and their tables)
 //!            └─ 1/8: connections ─┬─ of each: a buffer for what it sends, and `own_bytes` for one reply
 //!                                 ├─ replies: shared; nobody takes more than he leaves
-//!                                 └─ writes:  shared; first come, first served
+//!                                 └─ writes:  shared; work first, then payloads, each in the order of asking
 //! ```
 //! 1. Payloads, replies that wait for their client, and what requests need while they are worked on are counted before they
 //!    are allocated. What is taken never passes the budget.
 //! 2. Memory for replies may be held for as long as a client does not read. So it is never waited for: a connection that gets
 //!    none of it answers in pieces of `own_bytes`, which no other connection can take.
-//! 3. Memory for writes and other work is waited for in order. It comes back by itself: the store ends what was begun, and
-//!    while others wait a client is cut off that takes too long for a payload, or takes no replies while writes of its own,
-//!    which are worked on by the same thread, wait for that.
+//! 3. Memory for writes and other work is waited for in order. It comes back: the store ends what was begun, and while others
+//!    wait a client is cut off that takes too long for a payload, or takes no replies while writes of its own, which are worked
+//!    on by the same thread, wait for that. That takes half a minute, and a crowd of such clients would be cut off one after
+//!    the other: so a payload does not wait once there has been too little for [`STUCK`]. It is taken in pieces of `own_bytes` then.
+//!    Work, which is never in pieces, goes before payloads.
 //!
 //! The threads' stacks, the program itself and what the allocator keeps are not in the budget, but in the constant that
 //! `serve --help` names.
 
 use super::admission::reserve;
+use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -43,6 +47,11 @@ pub const REQUEST_BYTES: usize = 2 << 10;
 /// Changes, spans and page ids beside the payload of a write: 256 bytes a page.
 const LISTS_SHARE: usize = 16;
 const PAGE: usize = 4096;
+/// When there has been too little memory for so long a payload does not wait for it: longer than a busy store takes for a
+/// commit, and short for whoever waits for a write.
+const STUCK: Duration = Duration::from_secs(1);
+/// How long it counts as waited for after somebody has given up.
+const WANTED: Duration = Duration::from_secs(60);
 
 /// How the memory of a server is divided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,9 +132,31 @@ pub struct Memory {
 struct State {
     replies_free: usize,
     writes_free: usize,
-    /// Numbers of those who wait for memory for writes: the next to be given, and whose turn it is.
+    /// Who waits for memory for writes: by numbers, of which `next` is the next.
     next: u64,
-    turn: u64,
+    work: VecDeque<u64>,
+    payloads: VecDeque<u64>,
+    /// Since when there has been too little for somebody, and the least of what was asked for in vain.
+    starved: Option<(Instant, usize)>,
+    /// When somebody gave up waiting.
+    gave_up: Option<Instant>,
+}
+
+impl State {
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    /// Whether there are `bytes`. That there are not is noted.
+    fn has(&mut self, bytes: usize) -> bool {
+        let has = self.writes_free >= bytes;
+        if !has {
+            let (since, least) = self.starved.unwrap_or_else(|| (Instant::now(), bytes));
+            self.starved = Some((since, least.min(bytes)));
+        }
+        has
+    }
 }
 
 /// The charge for a payload of `bytes` bytes.
@@ -136,8 +167,15 @@ pub fn payload_charge(bytes: usize) -> usize {
 impl Memory {
     /// All of it free.
     pub fn new(division: Division) -> Memory {
-        let state =
-            State { replies_free: division.replies_bytes, writes_free: division.writes_bytes, next: 0, turn: 0 };
+        let state = State {
+            replies_free: division.replies_bytes,
+            writes_free: division.writes_bytes,
+            next: 0,
+            work: VecDeque::new(),
+            payloads: VecDeque::new(),
+            starved: None,
+            gave_up: None,
+        };
         Memory { division, state: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -149,6 +187,12 @@ impl Memory {
     /// The largest payload that can be taken whole: whole pages.
     pub fn payload_bytes_max(&self) -> usize {
         let bytes = self.division.writes_bytes.saturating_sub(REQUEST_BYTES) / (LISTS_SHARE + 1) * LISTS_SHARE;
+        (bytes / PAGE * PAGE).max(PAGE)
+    }
+
+    /// The largest payload for which a connection's own bytes do: whole pages.
+    pub fn own_payload_bytes_max(&self) -> usize {
+        let bytes = self.division.own_bytes.saturating_sub(REQUEST_BYTES) / (LISTS_SHARE + 1) * LISTS_SHARE;
         (bytes / PAGE * PAGE).max(PAGE)
     }
 
@@ -176,34 +220,69 @@ impl Memory {
         assert!(state.replies_free <= self.division.replies_bytes, "more memory was given back than taken");
     }
 
-    /// Waits for memory for a write or for other work, in order; how much was taken: no more than there is.
-    pub fn take_write(&self, bytes: usize) -> usize {
+    /// Waits for memory for work, in order; how much was taken: no more than there is.
+    pub fn take_work(&self, bytes: usize) -> usize {
         let bytes = bytes.min(self.division.writes_bytes);
         let mut state = self.lock();
-        let number = state.next;
-        state.next += 1;
-        let waits = |state: &mut State| state.turn != number || state.writes_free < bytes;
+        let number = state.number();
+        state.work.push_back(number);
+        let waits = |state: &mut State| state.work.front() != Some(&number) || !state.has(bytes);
         state = self.changed.wait_while(state, waits).unwrap_or_else(PoisonError::into_inner);
+        state.work.pop_front();
+        self.give(state, bytes);
+        bytes
+    }
+
+    /// Waits for memory for a payload, in order; how much was taken: no more than there is. `None` if nothing moves.
+    pub fn take_payload(&self, bytes: usize) -> Option<usize> {
+        let bytes = bytes.min(self.division.writes_bytes);
+        let mut state = self.lock();
+        let number = state.number();
+        state.payloads.push_back(number);
+        loop {
+            let is_next = state.payloads.front() == Some(&number) && state.work.is_empty();
+            if state.has(bytes) && is_next {
+                state.payloads.pop_front();
+                self.give(state, bytes);
+                return Some(bytes);
+            }
+            let now = Instant::now();
+            let starved = state.starved.map_or(Duration::ZERO, |(since, _)| now.saturating_duration_since(since));
+            let patience = STUCK.saturating_sub(starved);
+            if patience.is_zero() {
+                state.payloads.retain(|waiting| *waiting != number);
+                state.gave_up = Some(now);
+                drop(state);
+                self.changed.notify_all();
+                return None;
+            }
+            state = self.changed.wait_timeout(state, patience).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn give(&self, mut state: MutexGuard<'_, State>, bytes: usize) {
         state.writes_free -= bytes;
-        state.turn += 1;
         drop(state);
         self.changed.notify_all();
-        bytes
     }
 
     /// Gives it back.
     pub fn give_write(&self, bytes: usize) {
         let mut state = self.lock();
         state.writes_free += bytes;
+        if state.starved.is_some_and(|(_, least)| state.writes_free >= least) {
+            state.starved = None;
+        }
         assert!(state.writes_free <= self.division.writes_bytes, "more memory was given back than taken");
         drop(state);
         self.changed.notify_all();
     }
 
-    /// Whether somebody waits for memory for writes.
+    /// Whether somebody waits for memory for writes, or has given it up lately.
     pub fn is_waited_for(&self) -> bool {
         let state = self.lock();
-        state.next > state.turn
+        let is_wanted = state.gave_up.is_some_and(|gave_up| gave_up.elapsed() < WANTED);
+        is_wanted || !state.work.is_empty() || !state.payloads.is_empty()
     }
 
     /// Bytes of both pools that are taken.
@@ -283,22 +362,64 @@ mod tests {
         assert_eq!(memory.take_reply(0, 4096, 1 << 20), Some(4096), "small ones get what they want");
     }
 
+    /// Clients that stop within a payload keep its memory until they are cut off: nobody else is to wait for that, nor for those that
+    /// queue up behind them and may do the same.
+    #[test]
+    fn a_payload_is_not_waited_for_when_nothing_moves_and_work_goes_before_payloads() {
+        let memory = Memory::new(Division::of(16 * MIB));
+        let all = memory.take_payload(usize::MAX).expect("all of it is free");
+        assert_eq!(memory.take_payload(4096), None, "nothing moves");
+        assert!(memory.is_waited_for(), "who keeps it is to be cut off");
+        assert_eq!(memory.lock().payloads.len(), 0, "who has given up does not wait");
+        let order = Mutex::new(Vec::new());
+        std::thread::scope(|scope| {
+            let (memory, order) = (&memory, &order);
+            scope.spawn(move || {
+                // Moves now and then, so that nobody gives up.
+                while order.lock().unwrap().len() < 2 {
+                    memory.lock().starved = None;
+                    std::thread::yield_now();
+                }
+            });
+            scope.spawn(move || {
+                let taken = memory.take_payload(all).expect("it moves");
+                order.lock().unwrap().push("payload");
+                memory.give_write(taken);
+            });
+            while memory.lock().payloads.is_empty() {
+                std::thread::yield_now();
+            }
+            scope.spawn(move || {
+                let taken = memory.take_work(all);
+                order.lock().unwrap().push("work");
+                memory.give_write(taken);
+            });
+            while memory.lock().work.is_empty() {
+                std::thread::yield_now();
+            }
+            memory.give_write(all);
+        });
+        assert_eq!((order.into_inner().unwrap(), memory.taken()), (vec!["work", "payload"], 0));
+        let own = memory.own_payload_bytes_max();
+        assert!(own >= PAGE && payload_charge(own) <= memory.division().own_bytes);
+    }
+
     /// If a large write could be overtaken for ever by small ones, a file system's would time out under load.
     #[test]
     fn memory_for_writes_is_given_in_the_order_of_asking() {
         let memory = Memory::new(Division::of(16 * MIB));
-        let all = memory.take_write(usize::MAX);
+        let all = memory.take_work(usize::MAX);
         assert_eq!(all, memory.division().writes_bytes);
         let order = Mutex::new(Vec::new());
         std::thread::scope(|scope| {
-            for (number, bytes) in [all, 4096, all / 2].into_iter().enumerate() {
+            for (number, bytes) in [all, 4096, all].into_iter().enumerate() {
                 let (memory, order) = (&memory, &order);
                 scope.spawn(move || {
-                    let taken = memory.take_write(bytes);
+                    let taken = memory.take_work(bytes);
                     order.lock().unwrap().push(number);
                     memory.give_write(taken);
                 });
-                while memory.lock().next < 2 + number as u64 {
+                while memory.lock().work.len() <= number {
                     std::thread::yield_now();
                 }
             }
@@ -308,6 +429,7 @@ mod tests {
             memory.give_write(all - all / 2);
         });
         assert_eq!((order.into_inner().unwrap(), memory.taken()), (vec![0, 1, 2], 0));
+        assert!(!memory.is_waited_for());
         assert!(payload_charge(memory.payload_bytes_max()) <= memory.division().writes_bytes);
     }
 }

@@ -20,7 +20,7 @@
 //! Does not know what is behind an [`Export`].
 
 use super::gate::{Gate, Pass};
-use super::memory::{Memory, payload_charge};
+use super::memory::Memory;
 use super::pause;
 use super::proto::{self, Agreed, Command, Errno, Fault, Request, flag};
 use super::reads::STREAM_BYTES;
@@ -196,9 +196,9 @@ impl<'a, E: Export> Connection<'a, E> {
             Command::Read => pass.take_reply(length.min(STREAM_BYTES)),
             Command::BlockStatus => pass.take_reply(EXTENTS_MAX * EXTENT_BYTES),
             Command::Trim | Command::WriteZeroes if request.length > LARGE_WORK_FROM => {
-                pass.take_write(LARGE_WORK_BYTES)
+                pass.take_work(LARGE_WORK_BYTES)
             }
-            Command::Trim | Command::WriteZeroes | Command::Cache => pass.take_write(WORK_BYTES),
+            Command::Trim | Command::WriteZeroes | Command::Cache => pass.take_work(WORK_BYTES),
             Command::Write | Command::Flush | Command::Disconnect | Command::Unknown => {}
         }
     }
@@ -236,13 +236,14 @@ impl<'a, E: Export> Connection<'a, E> {
         executor: &Executor<'e>,
     ) -> io::Result<Result<Bytes, Fault>> {
         let (mut left, mut fault) = (request.payload_bytes() as usize, None);
-        let most = self.export.write_bytes_max().min(self.gate.memory().payload_bytes_max()) as u64;
+        let most = self.export.write_bytes_max().min(self.gate.memory().payload_bytes_max());
         while is_wanted && fault.is_none() {
             // Parts end where pages end, and the first one is no larger for beginning within a page.
-            let room = most - request.offset % most.min(proto::BLOCK_PREFERRED_BYTES.into());
-            let is_last = left as u64 <= room;
-            let length = if is_last { left } else { room as usize };
-            pass.take_write(payload_charge(length));
+            let begins = (request.offset % most.min(proto::BLOCK_PREFERRED_BYTES as usize) as u64) as usize;
+            let wanted = left.min(most - begins);
+            let given = pass.take_payload(wanted);
+            let length = if given < wanted { given - begins } else { wanted };
+            let is_last = length == left;
             // calloc'ed: memory is taken only as the payload arrives.
             let mut part = vec![0; length];
             let begun = Instant::now();

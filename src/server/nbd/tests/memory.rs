@@ -250,6 +250,39 @@ fn what_a_client_asked_for_is_not_begun_once_it_is_gone() {
     assert_eq!(budget.taken(), 0);
 }
 
+/// Clients that stop within a payload, by malice or because their machine is gone, kept the memory of all writes: nobody wrote for
+/// half a minute, and with each further such client for half a minute more.
+#[test]
+fn a_crowd_that_stops_within_its_payloads_keeps_nobody_from_writing() {
+    let (export, budget) = (Memory::new(), little());
+    let stalled: Vec<_> = (0..4)
+        .map(|_| {
+            let connection = connect_with(&export, Agreed::default(), never(), Limits::default(), &budget);
+            let payload = [1; 100];
+            (&connection.0).write_all(&[&request(1, 1, 1 << 20, 32 << 10)[..], &payload].concat()).unwrap();
+            connection
+        })
+        .collect();
+    while budget.taken() < 32 << 10 {
+        std::thread::yield_now();
+    }
+    let (mut good, server) = connect_with(&export, Agreed::default(), never(), Limits::default(), &budget);
+    let data: Vec<u8> = (0..100_000u32).map(|n| (n >> 8) as u8 ^ n as u8).collect();
+    for round in 1..=20 {
+        good.write_all(&[&request(1, round, 4095 + round, data.len() as u32)[..], &data].concat()).unwrap();
+        assert_eq!(next_reply(&mut good), (round, 0));
+        assert!(export.data.lock().unwrap()[4095 + round as usize..][..data.len()] == data[..], "round {round}");
+    }
+    assert!(stalled.iter().all(|(_, thread)| !thread.is_finished()), "they may only be slow");
+    drop(good);
+    server.join().unwrap().unwrap();
+    for (client, thread) in stalled {
+        drop(client);
+        assert!(thread.join().unwrap().is_err(), "half a payload");
+    }
+    assert_eq!(budget.taken(), 0);
+}
+
 // --- a busy store ---
 
 /// A file system on a block device that says EIO is read-only from then on: being busy for longer than some limit is no error.
