@@ -47,8 +47,8 @@ pub const REQUEST_BYTES: usize = 2 << 10;
 /// Changes, spans and page ids beside the payload of a write: 256 bytes a page.
 const LISTS_SHARE: usize = 16;
 const PAGE: usize = 4096;
-/// When there has been too little memory for so long a payload does not wait for it: longer than a busy store takes for a
-/// commit, and short for whoever waits for a write.
+/// When there has been too little memory for so long, or it has waited for so long, a payload does not wait for it: longer than
+/// a busy store takes for a commit, and short for whoever waits for a write.
 const STUCK: Duration = Duration::from_secs(1);
 /// How long it counts as waited for after somebody has given up.
 const WANTED: Duration = Duration::from_secs(60);
@@ -125,6 +125,8 @@ fn places(count: u64) -> u64 {
 /// What connections share.
 pub struct Memory {
     division: Division,
+    /// [`STUCK`], but in tests.
+    stuck: Duration,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -176,7 +178,7 @@ impl Memory {
             starved: None,
             gave_up: None,
         };
-        Memory { division, state: Mutex::new(state), changed: Condvar::new() }
+        Memory { division, stuck: STUCK, state: Mutex::new(state), changed: Condvar::new() }
     }
 
     /// How it is divided.
@@ -233,12 +235,13 @@ impl Memory {
         bytes
     }
 
-    /// Waits for memory for a payload, in order; how much was taken: no more than there is. `None` if nothing moves.
+    /// Waits for memory for a payload, in order; how much was taken: no more than there is. `None` if that takes too long.
     pub fn take_payload(&self, bytes: usize) -> Option<usize> {
         let bytes = bytes.min(self.division.writes_bytes);
         let mut state = self.lock();
         let number = state.number();
         state.payloads.push_back(number);
+        let mut begun = None;
         loop {
             let is_next = state.payloads.front() == Some(&number) && state.work.is_empty();
             if state.has(bytes) && is_next {
@@ -247,8 +250,10 @@ impl Memory {
                 return Some(bytes);
             }
             let now = Instant::now();
-            let starved = state.starved.map_or(Duration::ZERO, |(since, _)| now.saturating_duration_since(since));
-            let patience = STUCK.saturating_sub(starved);
+            let begun = *begun.get_or_insert(now);
+            // Those who come later don't wait all over again for what others have waited for in vain.
+            let since = state.starved.map_or(begun, |(since, _)| since.min(begun));
+            let patience = self.stuck.saturating_sub(now.saturating_duration_since(since));
             if patience.is_zero() {
                 state.payloads.retain(|waiting| *waiting != number);
                 state.gave_up = Some(now);
@@ -366,21 +371,16 @@ mod tests {
     /// queue up behind them and may do the same.
     #[test]
     fn a_payload_is_not_waited_for_when_nothing_moves_and_work_goes_before_payloads() {
-        let memory = Memory::new(Division::of(16 * MIB));
+        let mut memory = Memory::new(Division::of(16 * MIB));
+        memory.stuck = Duration::from_millis(1);
         let all = memory.take_payload(usize::MAX).expect("all of it is free");
         assert_eq!(memory.take_payload(4096), None, "nothing moves");
         assert!(memory.is_waited_for(), "who keeps it is to be cut off");
         assert_eq!(memory.lock().payloads.len(), 0, "who has given up does not wait");
         let order = Mutex::new(Vec::new());
+        memory.stuck = Duration::from_secs(3600);
         std::thread::scope(|scope| {
             let (memory, order) = (&memory, &order);
-            scope.spawn(move || {
-                // Moves now and then, so that nobody gives up.
-                while order.lock().unwrap().len() < 2 {
-                    memory.lock().starved = None;
-                    std::thread::yield_now();
-                }
-            });
             scope.spawn(move || {
                 let taken = memory.take_payload(all).expect("it moves");
                 order.lock().unwrap().push("payload");
