@@ -113,12 +113,12 @@ impl Pass<'_> {
     }
 
     /// Takes memory for a payload of `bytes`, or for a part of it; for how much: as much as the connection's own bytes allow if
-    /// others keep the shared memory and don't let go of it.
-    pub fn take_payload(&mut self, bytes: usize) -> usize {
+    /// others keep the shared memory and don't let go of it. A part of a payload that `has_waited` for that does not again.
+    pub fn take_payload(&mut self, bytes: usize, has_waited: bool) -> usize {
         self.give_back();
         let gate = self.gate;
         loop {
-            if let Some(taken) = gate.memory.take_payload(payload_charge(bytes)) {
+            if let Some(taken) = gate.memory.take_payload(payload_charge(bytes), has_waited) {
                 self.held = Held::Write(taken);
                 gate.lock().writes += 1;
                 return bytes;

@@ -235,8 +235,9 @@ impl Memory {
         bytes
     }
 
-    /// Waits for memory for a payload, in order; how much was taken: no more than there is. `None` if that takes too long.
-    pub fn take_payload(&self, bytes: usize) -> Option<usize> {
+    /// Waits for memory for a payload, in order; how much was taken: no more than there is. `None` if that takes too long, or if
+    /// there is none and this one `has_waited` before.
+    pub fn take_payload(&self, bytes: usize, has_waited: bool) -> Option<usize> {
         let bytes = bytes.min(self.division.writes_bytes);
         let mut state = self.lock();
         let number = state.number();
@@ -254,7 +255,7 @@ impl Memory {
             // Those who come later don't wait all over again for what others have waited for in vain.
             let since = state.starved.map_or(begun, |(since, _)| since.min(begun));
             let patience = self.stuck.saturating_sub(now.saturating_duration_since(since));
-            if patience.is_zero() {
+            if patience.is_zero() || has_waited {
                 state.payloads.retain(|waiting| *waiting != number);
                 state.gave_up = Some(now);
                 drop(state);
@@ -373,8 +374,8 @@ mod tests {
     fn a_payload_is_not_waited_for_when_nothing_moves_and_work_goes_before_payloads() {
         let mut memory = Memory::new(Division::of(16 * MIB));
         memory.stuck = Duration::from_millis(1);
-        let all = memory.take_payload(usize::MAX).expect("all of it is free");
-        assert_eq!(memory.take_payload(4096), None, "nothing moves");
+        let all = memory.take_payload(usize::MAX, false).expect("all of it is free");
+        assert_eq!(memory.take_payload(4096, false), None, "nothing moves");
         assert!(memory.is_waited_for(), "who keeps it is to be cut off");
         assert_eq!(memory.lock().payloads.len(), 0, "who has given up does not wait");
         let order = Mutex::new(Vec::new());
@@ -382,7 +383,7 @@ mod tests {
         std::thread::scope(|scope| {
             let (memory, order) = (&memory, &order);
             scope.spawn(move || {
-                let taken = memory.take_payload(all).expect("it moves");
+                let taken = memory.take_payload(all, false).expect("it moves");
                 order.lock().unwrap().push("payload");
                 memory.give_write(taken);
             });

@@ -235,13 +235,14 @@ impl<'a, E: Export> Connection<'a, E> {
         pass: &mut Pass<'_>,
         executor: &Executor<'e>,
     ) -> io::Result<Result<Bytes, Fault>> {
-        let (mut left, mut fault) = (request.payload_bytes() as usize, None);
+        let (mut left, mut fault, mut has_waited) = (request.payload_bytes() as usize, None, false);
         let most = self.export.write_bytes_max().min(self.gate.memory().payload_bytes_max());
         while is_wanted && fault.is_none() {
             // Parts end where pages end, and the first one is no larger for beginning within a page.
             let begins = (request.offset % most.min(proto::BLOCK_PREFERRED_BYTES as usize) as u64) as usize;
             let wanted = left.min(most - begins);
-            let given = pass.take_payload(wanted);
+            let given = pass.take_payload(wanted, has_waited);
+            has_waited |= given < wanted;
             let length = if given < wanted { given - begins } else { wanted };
             let is_last = length == left;
             // calloc'ed: memory is taken only as the payload arrives.
