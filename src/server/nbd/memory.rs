@@ -47,6 +47,9 @@ pub const REQUEST_BYTES: usize = 2 << 10;
 /// Changes, spans and page ids beside the payload of a write: 256 bytes a page.
 const LISTS_SHARE: usize = 16;
 const PAGE: usize = 4096;
+/// Of the memory for writes, what payloads leave to work: as much as one of the largest takes, if that is no more than an eighth.
+const KEPT_FOR_WORK_SHARE: usize = 8;
+const KEPT_FOR_WORK_MAX: usize = MIB as usize;
 /// When there has been too little memory for so long, or it has waited for so long, a payload does not wait for it: longer than
 /// a busy store takes for a commit, and short for whoever waits for a write.
 const STUCK: Duration = Duration::from_secs(1);
@@ -186,9 +189,15 @@ impl Memory {
         &self.division
     }
 
+    /// What payloads never take of the memory for writes: clients that stop within theirs must not hold up work.
+    fn kept_for_work(&self) -> usize {
+        (self.division.writes_bytes / KEPT_FOR_WORK_SHARE).min(KEPT_FOR_WORK_MAX)
+    }
+
     /// The largest payload that can be taken whole: whole pages.
     pub fn payload_bytes_max(&self) -> usize {
-        let bytes = self.division.writes_bytes.saturating_sub(REQUEST_BYTES) / (LISTS_SHARE + 1) * LISTS_SHARE;
+        let all = self.division.writes_bytes - self.kept_for_work();
+        let bytes = all.saturating_sub(REQUEST_BYTES) / (LISTS_SHARE + 1) * LISTS_SHARE;
         (bytes / PAGE * PAGE).max(PAGE)
     }
 
@@ -238,14 +247,15 @@ impl Memory {
     /// Waits for memory for a payload, in order; how much was taken: no more than there is. `None` if that takes too long, or if
     /// there is none and this one `has_waited` before.
     pub fn take_payload(&self, bytes: usize, has_waited: bool) -> Option<usize> {
-        let bytes = bytes.min(self.division.writes_bytes);
+        let kept = self.kept_for_work();
+        let bytes = bytes.min(self.division.writes_bytes - kept);
         let mut state = self.lock();
         let number = state.number();
         state.payloads.push_back(number);
         let mut begun = None;
         loop {
             let is_next = state.payloads.front() == Some(&number) && state.work.is_empty();
-            if state.has(bytes) && is_next {
+            if state.has(bytes + kept) && is_next {
                 state.payloads.pop_front();
                 self.give(state, bytes);
                 return Some(bytes);
@@ -301,6 +311,7 @@ impl Memory {
 
 #[cfg(test)]
 mod tests {
+    use super::super::transmission::WORK_BYTES;
     use super::*;
 
     /// If it did not add up, `--memory` would be a wish.
@@ -342,7 +353,7 @@ mod tests {
             let division = Division::of(mib * MIB);
             let may_pin = division.engine_bytes as usize / (PAGE + 512) / 4;
             let requests = super::super::Limits::default().requests_max;
-            let caching = requests.min(division.writes_bytes / super::super::transmission::WORK_BYTES);
+            let caching = requests.min(division.writes_bytes / WORK_BYTES);
             // A connection has no more of the memory for replies than it leaves free; its reads may begin and end within pages.
             let reads = (division.replies_bytes / 2 + division.own_bytes) / PAGE + 2 * requests;
             let pins = caching * super::super::volume::CACHE_PAGES + reads;
@@ -378,6 +389,9 @@ mod tests {
         assert_eq!(memory.take_payload(4096, false), None, "nothing moves");
         assert!(memory.is_waited_for(), "who keeps it is to be cut off");
         assert_eq!(memory.lock().payloads.len(), 0, "who has given up does not wait");
+        let work = memory.take_work(memory.kept_for_work());
+        assert!(work >= WORK_BYTES, "frees and zeroing go on all the same");
+        memory.give_write(work);
         let order = Mutex::new(Vec::new());
         memory.stuck = Duration::from_secs(3600);
         std::thread::scope(|scope| {

@@ -182,7 +182,7 @@ fn a_client_that_stops_within_a_payload_is_cut_off_once_others_wait_for_its_memo
     let (export, budget) = (Memory::new(), little());
     let limits = Limits { payload_stall: Duration::from_millis(50), ..Limits::default() };
     let (mut stalled, first) = connect_with(&export, Agreed::default(), never(), limits, &budget);
-    let payload = vec![1; 32 << 10];
+    let payload = vec![1; 24 << 10];
     stalled.write_all(&[&request(1, 1, 0, payload.len() as u32)[..], &payload[..100]].concat()).unwrap();
     std::thread::sleep(Duration::from_millis(300));
     assert!(!first.is_finished(), "it was cut off though nobody waits");
@@ -202,7 +202,7 @@ fn a_client_that_reads_nothing_is_cut_off_once_others_wait_for_the_memory_of_its
     let (export, budget) = (Memory::new(), little());
     let limits = Limits { payload_stall: Duration::from_millis(50), ..Limits::default() };
     let (mut stalled, first) = connect_with(&export, Agreed::default(), never(), limits, &budget);
-    let payload = vec![1; 32 << 10];
+    let payload = vec![1; 24 << 10];
     stalled.write_all(&request(0, 1, 0, 32 << 20)).unwrap();
     // Until no more of the answer comes: then the socket is full, and whatever it asks for next is stuck.
     let (mut before, mut same) = (0, 0);
@@ -259,11 +259,11 @@ fn a_crowd_that_stops_within_its_payloads_keeps_nobody_from_writing() {
         .map(|_| {
             let connection = connect_with(&export, Agreed::default(), never(), Limits::default(), &budget);
             let payload = [1; 100];
-            (&connection.0).write_all(&[&request(1, 1, 1 << 20, 32 << 10)[..], &payload].concat()).unwrap();
+            (&connection.0).write_all(&[&request(1, 1, 1 << 20, 24 << 10)[..], &payload].concat()).unwrap();
             connection
         })
         .collect();
-    while budget.taken() < 32 << 10 {
+    while budget.taken() < 24 << 10 {
         std::thread::yield_now();
     }
     let (mut good, server) = connect_with(&export, Agreed::default(), never(), Limits::default(), &budget);
