@@ -66,7 +66,8 @@ pub struct Arguments {
     dir: PathBuf,
     /// Memory of the server, 16M or more, for example 512M or 4GiB: seven eighths for pages, page map and log, the rest for
     /// what clients send and what is sent to them. The process takes up to 16 MiB more for its code and its threads, 4 MiB for
-    /// each shard, and for each 4 MiB of data 72 bytes in each shard and 72 bytes once. More than can be had is refused
+    /// each shard, and for each 4 MiB of data 72 bytes in each shard and 72 bytes once. With io_uring the seven eighths are
+    /// taken at the start, else as they are used. More than can be had is refused
     /// [default: 256M, or half of what the machine or its control group has left, if that is less]
     #[arg(long, value_name = "SIZE", value_parser = memory::parse)]
     memory: Option<u64>,

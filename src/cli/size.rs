@@ -1,6 +1,6 @@
 //! Sizes and names of volumes as people write them: `64M`, `1GiB`, `4096`.
 //!
-//! 1. K, M, G, T and E are powers of 1024, with or without `iB` or `B`: `10G`, `10GB` and `10GiB` are the same, as in the settings of
+//! 1. K, M, G, T, P and E are powers of 1024, with or without `iB` or `B`: `10G`, `10GB` and `10GiB` are the same, as in the settings of
 //!    PostgreSQL. What is done with a size is therefore told in GiB, or to the byte.
 //! 2. The size of a volume is a multiple of 4,096 bytes below 2^63: clients keep sizes and offsets as signed 64-bit numbers.
 //!    What is refused comes with the next sizes that are right.
@@ -76,6 +76,7 @@ mod tests {
         assert!(parse("99999999999999999999").unwrap_err().contains("16 EiB or more"));
         assert_eq!(show(1 << 30), "1.0 GiB");
         assert_eq!(show(512), "512 bytes");
+        assert_eq!((show(3 << 50), show(VOLUME_BYTES_MAX)), ("3.0 PiB".into(), "8.0 EiB".into()), "not 8388608.0 TiB");
     }
 
     /// Clients take a size from 2^63 on for a negative one; and a refusal that does not say what is right is a riddle.

@@ -377,7 +377,7 @@ fn describe(device: &BlockDevice) -> String {
 pub fn human_bytes(bytes: u64) -> String {
     let mut unit = "bytes";
     let mut value = bytes as f64;
-    for next in ["KiB", "MiB", "GiB", "TiB"] {
+    for next in ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"] {
         if value < 1024.0 {
             break;
         }
