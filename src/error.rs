@@ -72,6 +72,14 @@ impl Error {
         Error { kind: ErrorKind::Io, context, source: Some(std::sync::Arc::new(source)) }
     }
 
+    /// A thread that can't be started.
+    pub(crate) fn no_thread(what: impl fmt::Display, source: std::io::Error) -> Self {
+        let limits =
+            "raise the limit of threads (`ulimit -u`, pids.max of a control group, TasksMax= of a systemd unit)";
+        let context = format!("starting {what}: {source}; {limits}").into();
+        Error { kind: ErrorKind::Io, context, source: Some(std::sync::Arc::new(source)) }
+    }
+
     /// What to do about it.
     pub fn kind(&self) -> ErrorKind {
         self.kind

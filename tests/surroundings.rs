@@ -9,12 +9,14 @@
 
 mod common;
 
-use common::surroundings::{Mounted, NO_RING, OLD_KERNEL, Without, start_without};
-use common::{Chance, Served, corepage, nbd, scratch};
+use common::surroundings::{Mounted, NO_RING, OLD_KERNEL, Without, is_root, start_without, tool};
+use common::{Chance, Served, corepage, has_tool, nbd, scratch};
 use corepage::{Options, PageId, Store};
 use futures_lite::future::block_on;
+use rustix::process::Pid;
 use serde_json::Value;
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 
@@ -277,5 +279,70 @@ fn the_store_runs_on_file_systems_without_direct_io() {
     for mounted in [Mounted::ramfs(), journals_data()].into_iter().flatten() {
         assert_eq!(Expected::new(&[], mounted.path()).transfers, "buffered I/O");
         keeps_what_it_acknowledged(&[], mounted.path());
+    }
+}
+
+/// If this fails, a limit of threads is told as a bug, or without what would help.
+#[test]
+fn a_limit_of_threads_is_said_with_what_raises_it() {
+    if !is_root() {
+        return;
+    }
+    // A user of its own, so that nobody else's threads count; it may not be able to reach the directory of the build.
+    let uid = 1_000_000 + std::process::id();
+    let place = tempfile::Builder::new().prefix("threads").tempdir_in("/tmp").expect("a directory");
+    let program = place.path().join("corepage");
+    std::fs::copy(corepage(&[]).get_program(), &program).expect("a copy of the program");
+    std::os::unix::fs::chown(place.path(), Some(uid), None).expect("a directory of that user");
+    let mut served = 0;
+    for limit in 1..=24 {
+        let store = place.path().join(format!("store-{limit}"));
+        let mut command = Command::new(&program);
+        command.args(["serve", "--nbd", "tcp:127.0.0.1:0", "--shards", "2", "--memory", "32M", "--dir"]).arg(&store);
+        command.env("RUST_LOG", "error").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        start_without(&mut command, &[Without::ThreadsAbove(limit)]);
+        let mut child = command.uid(uid).spawn().expect("it starts");
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("text");
+        let runs = line.starts_with("store ");
+        if runs {
+            rustix::process::kill_process(Pid::from_child(&child), rustix::process::Signal::TERM).expect("it runs");
+            served += 1;
+        }
+        let output = child.wait_with_output().expect("it ends");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!said.contains("panicked"), "with {limit} threads: {said}");
+        match runs {
+            true => assert!(output.status.success(), "with {limit} threads: {said}"),
+            false => assert!(output.status.code() == Some(1) && said.contains("ulimit -u"), "with {limit}: {said}"),
+        }
+        let _ = std::fs::remove_dir_all(&store);
+    }
+    assert!((1..24).contains(&served), "{served} of 24 limits were enough");
+}
+
+/// If this fails, `doctor` promises io_uring in a container in which `serve` then takes the slower driver.
+#[test]
+fn a_container_without_sys_and_proc_runs_what_doctor_says() {
+    if !is_root() || !has_tool("unshare") || !has_tool("mount") {
+        return;
+    }
+    for hidden in ["/sys", "/proc", "/sys /proc"] {
+        let dir = scratch("no-sys");
+        let within = |arguments: &[&str]| {
+            let script = format!("for it in {hidden}; do mount -t tmpfs none $it || exit 9; done; exec \"$0\" \"$@\"");
+            let mut command = tool("unshare");
+            command.args(["--mount", "--propagation", "private", "sh", "-c", &script]);
+            command.arg(corepage(&[]).get_program()).args(arguments).arg("--dir").arg(dir.path());
+            command.env("RUST_LOG", "error").stdin(Stdio::null());
+            command
+        };
+        let doctor = within(&["doctor", "--format", "json"]).output().expect("unshare runs");
+        let doctor = String::from_utf8_lossy(&doctor.stdout).into_owned();
+        let ring = doctor.contains("\"name\": \"io_uring\"");
+        assert!(ring || doctor.contains("\"name\": \"portable\""), "{doctor}");
+        let served = Served::spawn(within(&["serve", "--nbd", "tcp:127.0.0.1:0", "--memory", "32M"]), 1);
+        assert_eq!(served.lines[0].contains("; io_uring on"), ring, "without {hidden}: {:?}", served.lines);
+        assert!(served.stop().success());
     }
 }

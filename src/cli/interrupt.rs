@@ -67,7 +67,7 @@ impl Interrupt {
             }
         };
         let started = std::thread::Builder::new().name("corepage-signal".into()).spawn(watch);
-        started.map_err(no_thread)?;
+        started.map_err(crate::server::no_thread)?;
         Ok(interrupt)
     }
 
@@ -113,12 +113,6 @@ impl Interrupt {
         let signal = self.signal().filter(|_| error.kind() == ErrorKind::Closed);
         Failure { signal, ..Failure::new(error) }
     }
-}
-
-/// A thread that can't be started, with what to do.
-pub(super) fn no_thread(error: std::io::Error) -> std::io::Error {
-    let text = "a thread can't be started; raise the limit of processes and threads (`ulimit -u`, the control group's pids.max)";
-    std::io::Error::new(error.kind(), format!("{text}: {error}"))
 }
 
 /// A write beyond the limit of file sizes (`ulimit -f`) fails with EFBIG, and is handled like any other failed write,

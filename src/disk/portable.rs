@@ -116,8 +116,7 @@ impl PortableDisk {
                 owner: disk.parker.unparker(),
             };
             let thread = std::thread::Builder::new().name(format!("corepage-disk-{i}")).spawn(move || worker.run());
-            let thread =
-                thread.map_err(|e| Error::io("starting a disk thread (is the limit of threads reached?)", e))?;
+            let thread = thread.map_err(|e| Error::no_thread("a disk thread", e))?;
             disk.workers.push(thread);
         }
         Ok(disk)

@@ -35,6 +35,11 @@ use std::thread::JoinHandle;
 /// not to starve the kernel worker that completes a durable write.
 const POLL_US: Micros = 50;
 
+/// A shard's thread, and one that its executor starts.
+const THREADS_PER_RING_SHARD: usize = 2;
+/// The stack of a thread that only waits.
+const TRIAL_STACK_BYTES: usize = 64 << 10;
+
 /// What the tests replace.
 pub(super) type Begin<M> = fn(&mut dyn crate::disk::Disk, &Options, u16, Micros) -> Result<Begun<M>>;
 
@@ -58,7 +63,7 @@ pub(super) async fn start_with<M: Machine>(dir: PathBuf, options: Options, begin
         wake.notify(usize::MAX);
     };
     let thread = std::thread::Builder::new().name("corepage-open".into()).spawn(body);
-    let mut guard = Guard::new(opening, thread.map_err(|e| Error::io("starting a thread", e))?);
+    let mut guard = Guard::new(opening, thread.map_err(|e| Error::no_thread("the thread that opens the store", e))?);
     loop {
         let listener = ready.listen();
         match result.try_recv() {
@@ -97,7 +102,10 @@ fn open<M: Machine>(dir: &Path, options: &Options, begin: Begin<M>, opening: &Op
         Driver::Portable => None,
         Driver::Ring | Driver::Auto => {
             let launched = match ring::probe() {
-                Ok(()) => Launch::new(options, &plan, true, &files).run(&files, begin, opening),
+                Ok(()) => {
+                    check_threads(THREADS_PER_RING_SHARD * usize::from(plan.shards_count))?;
+                    Launch::new(options, &plan, true, &files).run(&files, begin, opening)
+                }
                 Err(why) => Err(Stop::Refused(Error::new(ErrorKind::Unsupported, why))),
             };
             match launched {
@@ -118,6 +126,21 @@ fn open<M: Machine>(dir: &Path, options: &Options, begin: Begin<M>, opening: &Op
         }
         Err(Stop::Refused(error) | Stop::Failed(error)) => Err(error),
     }
+}
+
+/// Whether so many threads can be started: an executor that gets none for itself panics.
+fn check_threads(count: usize) -> Result<()> {
+    let (end, ended) = crossbeam_channel::bounded::<()>(0);
+    let start = |_| {
+        let ended = ended.clone();
+        let thread = std::thread::Builder::new().stack_size(TRIAL_STACK_BYTES).spawn(move || ended.recv().is_ok());
+        thread.map_err(|e| Error::no_thread(format_args!("{count} threads for the shards"), e))
+    };
+    let mut threads = Vec::new();
+    let started = (0..count).map(start).try_for_each(|thread| thread.map(|thread| threads.push(thread)));
+    drop(end);
+    threads.into_iter().for_each(|thread: JoinHandle<bool>| drop(thread.join()));
+    started
 }
 
 /// The geometry of the store in these files, if there is one.
@@ -207,7 +230,7 @@ impl<'a> Launch<'a> {
             let ring = self.ring;
             let body = move || occupy(seat, if ring { ring::thread } else { portable::thread });
             let thread = std::thread::Builder::new().name(format!("corepage-s{shard}")).spawn(body);
-            let thread = thread.map_err(|e| Stop::Failed(Error::io("starting a shard's thread", e)))?;
+            let thread = thread.map_err(|e| Stop::Failed(Error::no_thread("a shard's thread", e)))?;
             self.threads.push(thread);
         }
         Ok(())

@@ -152,7 +152,7 @@ impl Control {
         let shared = Arc::new(Shared { store, begun: Instant::now(), count, stopping, stops: Event::new(), sockets });
         let (own, at) = (shared.clone(), place.clone());
         let work = move || super::persistently("control clients", || accept(&at.listener, &own));
-        let thread = std::thread::Builder::new().name("control".into()).spawn(work)?;
+        let thread = std::thread::Builder::new().name("control".into()).spawn(work).map_err(super::no_thread)?;
         Ok(Control { shared, place, thread: Some(thread) })
     }
 

@@ -25,6 +25,12 @@ fn persistently(what: &str, mut work: impl FnMut()) {
     }
 }
 
+/// A thread that can't be started, with what to do.
+pub fn no_thread(error: std::io::Error) -> std::io::Error {
+    let limits = "raise the limit of threads (`ulimit -u`, pids.max of a control group, TasksMax= of a systemd unit)";
+    std::io::Error::new(error.kind(), format!("a thread can't be started: {error}; {limits}"))
+}
+
 #[cfg(test)]
 mod tests {
     /// A server that looks healthy and accepts nobody is worse than one that has ended.

@@ -107,7 +107,7 @@ impl Freeing {
                 state.thread = Some(thread);
             }
             Err(source) => {
-                let error = Error::io("starting a thread that frees the pages of a deleted volume", source);
+                let error = Error::no_thread("a thread that frees the pages of a deleted volume", source);
                 tracing::warn!(%error, "its pages are freed when the store is opened next");
                 state.jobs.clear();
                 state.failed = Some(error);

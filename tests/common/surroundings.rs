@@ -35,6 +35,8 @@ pub enum Without {
     FileSizesAbove(u64),
     /// More address space than so many bytes.
     AddressSpaceAbove(u64),
+    /// More threads and processes of its user than these.
+    ThreadsAbove(u64),
 }
 
 /// io_uring forbidden as Docker's profile does it, and as older ones do.
@@ -60,6 +62,7 @@ pub fn start_without<'c>(command: &'c mut Command, these: &[Without]) -> &'c mut
                 Without::FilesAbove(count) => limit(Resource::Nofile, count)?,
                 Without::FileSizesAbove(bytes) => limit(Resource::Fsize, bytes)?,
                 Without::AddressSpaceAbove(bytes) => limit(Resource::As, bytes)?,
+                Without::ThreadsAbove(count) => limit(Resource::Nproc, count)?,
                 Without::Ring(_) | Without::RingUse | Without::DirectIo => {}
             }
         }
@@ -92,7 +95,8 @@ fn filter(without: &Without) -> Option<BpfProgram> {
         Without::LocksAbove(_)
         | Without::FilesAbove(_)
         | Without::FileSizesAbove(_)
-        | Without::AddressSpaceAbove(_) => return None,
+        | Without::AddressSpaceAbove(_)
+        | Without::ThreadsAbove(_) => return None,
     };
     let calls: BTreeMap<i64, Vec<SeccompRule>> = calls.into_iter().collect();
     let architecture = std::env::consts::ARCH.try_into().expect("seccomp knows this processor");

@@ -36,7 +36,7 @@ impl Helper {
         let (jobs, queue) = crossbeam_channel::unbounded();
         let body = move || run(&files, &rounds, &mailbox, &queue);
         let thread = std::thread::Builder::new().name("corepage-alloc".into()).spawn(body);
-        let thread = thread.map_err(|e| Error::io("starting a thread (is the limit of threads reached?)", e))?;
+        let thread = thread.map_err(|e| Error::no_thread("the thread that allocates", e))?;
         Ok(Helper { jobs: Some(jobs), thread: Some(thread) })
     }
 

@@ -63,7 +63,8 @@ impl<X: Exports> Server<X> {
             let (listener, shared) = (Arc::new(listener), server.shared.clone());
             let own = listener.clone();
             let work = move || crate::server::persistently("NBD clients", || accept(&own, &shared));
-            let thread = std::thread::Builder::new().name("nbd-accept".into()).spawn(work)?;
+            let thread =
+                std::thread::Builder::new().name("nbd-accept".into()).spawn(work).map_err(crate::server::no_thread)?;
             server.acceptors.push((listener, thread));
         }
         Ok(server)
