@@ -50,7 +50,10 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// What an error number alone does not say.
 fn advice(source: &std::io::Error) -> &'static str {
     match Errno::from_io_error(source) {
-        Some(Errno::IO | Errno::ROFS | Errno::NXIO | Errno::NODEV | Errno::REMOTEIO | Errno::UCLEAN) => {
+        Some(Errno::ROFS) => {
+            "; it is mounted read-only: mount it for writing (if it was, an error has changed that: see the kernel's log)"
+        }
+        Some(Errno::IO | Errno::NXIO | Errno::NODEV | Errno::REMOTEIO | Errno::UCLEAN) => {
             "; the device or the file system failed: see the kernel's log"
         }
         Some(Errno::FBIG) => "; raise the limit of file sizes (`ulimit -f`)",

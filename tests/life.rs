@@ -15,10 +15,11 @@ use common::{Served, corepage, nbd, scratch};
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 use std::fs::File;
 use std::io::{PipeReader, Read};
+use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A small server on a free port.
 fn serve(dir: &Path) -> Command {
@@ -284,4 +285,52 @@ fn the_default_memory_suits_a_limit_of_the_process() {
     let served = Served::spawn(command, 1);
     served.client().write(nbd::FUA, 0, b"it runs");
     assert!(served.stop().success());
+}
+
+/// If this fails, a unit with `Type=notify` is never started, or its clients are let loose before there is a server.
+#[test]
+fn a_supervisor_is_told_when_clients_can_connect_and_when_it_ends() {
+    let dir = scratch("notify");
+    let place = tempfile::tempdir().expect("a short path");
+    let path = place.path().join("notify");
+    let supervisor = UnixDatagram::bind(&path).expect("a socket");
+    supervisor.set_read_timeout(Some(Duration::from_secs(60))).expect("a limit");
+    let heard = || {
+        let mut bytes = [0; 4096];
+        let count = supervisor.recv(&mut bytes).expect("a message");
+        String::from_utf8(bytes[..count].to_vec()).expect("text")
+    };
+    let mut command = serve(dir.path());
+    command.env("NOTIFY_SOCKET", &path);
+    let served = Served::spawn(command, 1);
+    assert!(heard().starts_with("STATUS=opening"));
+    let ready = heard();
+    assert!(ready.starts_with("READY=1\n") && ready.contains(&served.address()), "{ready}");
+    served.client().write(nbd::FUA, 0, b"it serves");
+    assert!(served.stop().success());
+    assert!(heard().starts_with("STOPPING=1"));
+    // A supervisor that is gone is no reason not to serve.
+    drop(supervisor);
+    let mut command = serve(dir.path());
+    command.env("NOTIFY_SOCKET", &path);
+    assert!(Served::spawn(command, 1).stop().success());
+}
+
+/// If this fails, a script can't tell a benchmark that was interrupted from one that has failed.
+#[test]
+fn an_interrupted_benchmark_ends_by_its_signal_and_says_so_once() {
+    let dir = scratch("bench-interrupted");
+    let mut command = corepage(&["bench", "read", "--size", "64M", "--seconds", "100", "--dir"]);
+    let mut child = command.arg(dir.path()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+    let end = Instant::now() + Duration::from_secs(60);
+    while !dir.path().join("data").exists() && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    kill_process(Pid::from_child(&child), Signal::INT).expect("it runs");
+    let status = child.wait().expect("it ends");
+    let (mut said, mut printed) = (String::new(), String::new());
+    child.stderr.take().expect("piped").read_to_string(&mut said).expect("text");
+    child.stdout.take().expect("piped").read_to_string(&mut printed).expect("text");
+    assert_eq!(status.signal(), Some(libc::SIGINT), "{status}: {said}");
+    assert!(said.starts_with("error: ") && said.lines().count() == 1 && printed.is_empty(), "{said} {printed}");
 }

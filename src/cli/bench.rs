@@ -160,8 +160,10 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let machine = Machine::look(&dir);
     let options =
         Options { memory_bytes: arguments.memory, fill_percent: arguments.fill_percent, ..Options::default() };
-    let open = Box::new(move |dir: &Path, options| interrupt.open(dir, options));
-    let mut field = Arc::new(Field::make(&dir, options, arguments.size, open)?);
+    let again = interrupt.clone();
+    let open = Box::new(move |dir: &Path, options| again.open(dir, options));
+    let made = Field::make(&dir, options, arguments.size, open).map_err(|error| interrupt.explains(error))?;
+    let mut field = Arc::new(made);
     let store = field.store.report().to_string();
     let outcome = work(arguments, &mut field, &stop);
     if let Err(error) = &outcome
@@ -173,7 +175,9 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         return Err(Failure::new(text));
     }
     let field = Arc::into_inner(field).ok_or_else(|| Failure::new("a task of the benchmark has not ended"))?;
-    let printed = outcome.map_err(Failure::from).and_then(|points| print(arguments, &points, &machine, &store));
+    let printed = outcome
+        .map_err(|error| interrupt.explains(error))
+        .and_then(|points| print(arguments, &points, &machine, &store));
     if own.is_some() {
         // All of it goes with its directory.
         field.close().unwrap_or_else(|error| output::warn(format_args!("the store was not closed cleanly: {error}")));

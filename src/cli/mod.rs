@@ -21,6 +21,7 @@ mod progress;
 mod serve;
 mod size;
 mod stat;
+mod supervisor;
 mod system;
 mod verify;
 mod volume;

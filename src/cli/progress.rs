@@ -4,7 +4,7 @@
 //!
 //! It does *not* know what is being done.
 
-use indicatif::{ProgressBar, ProgressState, ProgressStyle};
+use indicatif::{ProgressBar, ProgressFinish, ProgressState, ProgressStyle};
 use std::fmt::Write;
 
 /// A bar that counts up to `length`. Only a terminal gets to see it.
@@ -28,5 +28,6 @@ fn styled(what: &'static str, length: u64, template: &str) -> ProgressBar {
     let style = ProgressStyle::with_template(template).map(|style| style.with_key("left", left));
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     bar.set_message(what);
-    bar
+    // On every way out: a bar that is left behind is drawn again below what is said about the end.
+    bar.with_finish(ProgressFinish::AndClear)
 }

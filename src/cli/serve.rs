@@ -5,7 +5,7 @@
 //! ```
 //!
 //! 1. Up to the opened store a refused start leaves nothing behind; from there on the store is closed cleanly on every way out.
-//! 2. The line `listening on …` is printed when clients can connect, and not before.
+//! 2. The line `listening on …` is printed, and the supervisor told, when clients can connect, and not before.
 //! 3. A signal while the store is being opened ends that as soon as the device has answered; the process dies of it.
 //! 4. SIGTERM, SIGINT and SIGHUP end it cleanly; which of them ends it at once when it comes again, `interrupt` says.
 //! 5. A store that takes no writes any more is no reason to stay: its supervisor starts the server again, and opening the store
@@ -13,7 +13,7 @@
 
 use super::control::Connection;
 use super::interrupt::Interrupt;
-use super::{Failure, descriptors, memory, output, size};
+use super::{Failure, descriptors, memory, output, size, supervisor};
 use crate::server::control::{Control, Place, SOCKET_NAME};
 use crate::server::nbd::{Address, CONNECTIONS_LIMIT, Division, Limits, Listener, Memory, Plan, Server, StoreExports};
 use clap::ValueEnum;
@@ -171,6 +171,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     descriptors::allow(division.connections_max);
     // Before the store is open, so that no signal can end the process in between without closing it.
     let interrupt = Interrupt::watch()?;
+    supervisor::opening();
     let made = Directories::make(&arguments.dir);
     let control = control(&arguments.dir);
     let store = match interrupt.open(&arguments.dir, options) {
@@ -229,7 +230,9 @@ fn serve(
         control.opened(store.clone());
     }
     report(&arguments.dir, store, &lines);
+    supervisor::ready(&lines.join("; "));
     let outcome = wait();
+    supervisor::stopping();
     if !server.stop() {
         error!("some requests got no answer from the store");
     }
