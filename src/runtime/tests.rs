@@ -356,6 +356,8 @@ fn a_panic_of_one_shard_answers_everybody_on_all_shards() {
             let kind = block_on(reply).expect_err("the store is closed").kind();
             assert!(matches!(kind, ErrorKind::OutcomeUnknown | ErrorKind::Closed), "{kind:?}");
         }
+        // Whoever holds the store for others can end it: a server that looks healthy and answers nothing is of no use.
+        assert!(block_on(runtime.failed()).to_string().contains("panicked, which is a bug"));
         block_on(runtime.ended());
         for shard in 0..3 {
             assert_eq!(ask(&runtime, shard, Request::Flush).expect_err("it is closed").kind(), ErrorKind::Closed);
