@@ -102,7 +102,13 @@ fn a_directory_that_cannot_be_used_is_named() {
         let said = refused(1, &["serve", "--nbd", "tcp:127.0.0.1:0", "--dir", text(&bad)]);
         assert!(said.contains(text(&bad)), "{said}");
         refused(2, &["verify", "--dir", text(&bad)]);
+        refused(1, &["volume", "list", "--dir", text(&bad)]);
     }
+    let said = refused(1, &["volume", "list", "--dir", text(&file)]);
+    assert!(
+        said.contains("not a directory") && !said.contains("serve"),
+        "a server can't make one there either: {said}"
+    );
     refused(2, &["verify", "--dir", text(&dir.path().join("none"))]);
     assert_eq!(snapshot(dir.path()), before);
 }

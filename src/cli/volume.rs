@@ -79,6 +79,9 @@ impl Access {
         if let Some(connection) = Connection::open(&dir.join(SOCKET_NAME))? {
             return Ok(Access::Server(connection));
         }
+        if dir.exists() && !dir.is_dir() {
+            return Err(Failure::new(format_args!("{} is not a directory, so no store is in it", dir.display())));
+        }
         if !dir.join("meta").exists() {
             return Err(Failure::new(format_args!(
                 "there is no store in {}: `corepage serve --dir {0}` makes one, with a volume",
