@@ -94,6 +94,15 @@ impl Error {
         self
     }
 
+    /// The same as `Full`, if that is what the operating system meant.
+    pub(crate) fn full_if_no_space(self) -> Self {
+        use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+        match self.source.as_ref().map(|source| source.kind()) {
+            Some(StorageFull | QuotaExceeded) => self.with_kind(ErrorKind::Full),
+            _ => self,
+        }
+    }
+
     pub(crate) fn invalid(context: impl fmt::Display) -> Self {
         Error::new(ErrorKind::Invalid, context)
     }

@@ -86,7 +86,9 @@ pub use shard::{Change, PageRef};
 pub use store::{Allocated, Durability, PageView, Scan, ShardHandle, ShardTxn, Store, Txn, Volume};
 pub use store::{blocking, queue};
 pub use types::{Lsn, PageId};
-pub use verify::{Damage, Mend, VerifyProgress, VerifyReport, VolumeBytes, verify, verify_with};
+pub use verify::{
+    Damage, Mend, StoreSummary, VerifyProgress, VerifyReport, VolumeBytes, VolumeSummary, inspect, verify, verify_with,
+};
 
 /// The examples of `docs/disk_manager.md`, as tests.
 #[cfg(doctest)]

@@ -493,7 +493,7 @@ fn a_signal_while_the_store_is_being_opened_ends_the_command() {
     rustix::fs::flock(&log, rustix::fs::FlockOperation::NonBlockingLockExclusive).expect("nobody has it");
     let before = common::snapshot(dir.path());
     for sent in [Signal::TERM, Signal::INT] {
-        for command in [&["serve", "--nbd", "tcp:127.0.0.1:0"][..], &["volume", "list"]] {
+        for command in [&["serve", "--nbd", "tcp:127.0.0.1:0"][..], &["volume", "create", "v", "1M"]] {
             let child = opening(dir.path(), command);
             signal(&child, sent);
             let output = child.wait_with_output().expect("it ends");

@@ -25,6 +25,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ("src/disk/uring/entries.rs", "makes those entries, and keeps what they point to"),
     ("src/disk/uring/buffers.rs", "registers the arena with the kernel"),
     ("src/disk/uring/probe.rs", "one polled read, to see whether the device does that"),
+    ("src/disk/opener.rs", "maps a page that a fork empties"),
     ("src/cli/allocator.rs", "sets the C library's allocator, which takes two numbers"),
     ("src/cli/system.rs", "asks the kernel whether a signal is ignored, and for the process behind a socket"),
     ("tests/common/surroundings.rs", "limits and filters are set in a child between fork and exec"),

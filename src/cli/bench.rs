@@ -161,7 +161,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let options =
         Options { memory_bytes: arguments.memory, fill_percent: arguments.fill_percent, ..Options::default() };
     let again = interrupt.clone();
-    let open = Box::new(move |dir: &Path, options| again.open(dir, options));
+    let open = Box::new(move |dir: &Path, options| again.open(dir, options, false));
     let made = Field::make(&dir, options, arguments.size, open).map_err(|error| interrupt.explains(error))?;
     let mut field = Arc::new(made);
     let store = field.store.report().to_string();

@@ -92,11 +92,11 @@ impl Interrupt {
         }
     }
 
-    /// Opens a store, unless a signal comes first.
+    /// Opens a store, unless a signal comes first; `existing`: only one that is there.
     ///
     /// # Errors
     /// `Closed`: a signal came. And as [`Store::open`].
-    pub(super) fn open(&self, dir: &Path, options: Options) -> Result<Store> {
+    pub(super) fn open(&self, dir: &Path, options: Options, existing: bool) -> Result<Store> {
         let interrupted = async {
             let signal = self.wait().await;
             let context = format_args!(
@@ -105,7 +105,15 @@ impl Interrupt {
             );
             Err(Error::new(ErrorKind::Closed, context))
         };
-        block_on(or(Store::open(dir, options), interrupted))
+        block_on(or(
+            async {
+                match existing {
+                    true => Store::open_existing(dir, options).await,
+                    false => Store::open(dir, options).await,
+                }
+            },
+            interrupted,
+        ))
     }
 
     /// The end of a command that could not open its store: of the signal, if that is why.

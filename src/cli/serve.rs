@@ -64,6 +64,9 @@ pub struct Arguments {
     /// Directory of the store; made if it does not exist
     #[arg(long, value_name = "DIR", default_value = "./corepage-data")]
     dir: PathBuf,
+    /// Serve only a store that is there, and never make one: for a directory on a disk that may not be mounted
+    #[arg(long)]
+    existing: bool,
     /// Memory of the server, 16M or more, for example 512M or 4GiB: seven eighths for pages, page map and log, the rest for
     /// what clients send and what is sent to them. The process takes up to 16 MiB more for its code and its threads, 4 MiB for
     /// each shard, and for each 4 MiB of data 72 bytes in each shard and 72 bytes once. With io_uring the seven eighths are
@@ -172,9 +175,9 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     // Before the store is open, so that no signal can end the process in between without closing it.
     let interrupt = Interrupt::watch()?;
     supervisor::opening();
-    let made = Directories::make(&arguments.dir);
+    let made = if arguments.existing { Directories(Vec::new()) } else { Directories::make(&arguments.dir) };
     let control = control(&arguments.dir);
-    let store = match interrupt.open(&arguments.dir, options) {
+    let store = match interrupt.open(&arguments.dir, options, arguments.existing) {
         Ok(store) => store,
         Err(error) => {
             drop(control);
@@ -275,7 +278,8 @@ fn volumes(arguments: &Arguments, store: &Store) -> Result<Vec<Volume>, Failure>
     let volumes = block_on(store.volumes())?;
     let (name, bytes) = match (&arguments.volume, arguments.size) {
         (Some(name), Some(bytes)) => (name.as_str(), bytes),
-        _ if volumes.is_empty() => DEFAULT_VOLUME,
+        // Not where all were deleted.
+        _ if volumes.is_empty() && store.recovery().cut.get() == 0 => DEFAULT_VOLUME,
         _ => return Ok(volumes),
     };
     match volumes.iter().find(|v| v.name() == name) {

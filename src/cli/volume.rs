@@ -1,6 +1,7 @@
 //! `corepage volume`: lists, makes, resizes and deletes volumes.
 //!
 //! 1. If a server has the store open, it is asked through its control socket; else the store is opened here, and closed cleanly.
+//!    Listing only reads: no file is made or written, whoever asks.
 //! 2. What loses data needs `--yes`, or a yes at the terminal.
 //! 3. A volume is deleted, or smaller, once that is durable: this is said, whatever becomes of freeing its pages. A server
 //!    frees them in the background. In a store opened here they are waited for; SIGINT and SIGTERM end that, the next open
@@ -90,7 +91,10 @@ impl Access {
         }
         // Only now: a command that waits for a server is ended by a signal as ever.
         let interrupt = Interrupt::watch()?;
-        let store = interrupt.open(dir, Options::default()).map_err(|error| interrupt.explains(error))?;
+        // With as many shards as it has: each more would get log files of its own.
+        let shards = corepage::inspect(dir).ok().map(|found| found.shards);
+        let options = Options { shards, ..Options::default() };
+        let store = interrupt.open(dir, options, true).map_err(|error| interrupt.explains(error))?;
         Ok(Access::Own(store, interrupt))
     }
 
@@ -132,8 +136,28 @@ impl Access {
     }
 }
 
+/// The volumes of a store that no server has open, by reading only.
+fn look(dir: &Path) -> Result<Vec<VolumeLine>, Failure> {
+    let found = corepage::inspect(dir)?;
+    if !found.clean {
+        output::warn(format_args!(
+            "the store was not closed cleanly: these are its volumes as of the last checkpoint; `corepage serve` finds what came after it"
+        ));
+    }
+    let line =
+        |volume: corepage::VolumeSummary| VolumeLine { name: volume.name, bytes: volume.bytes, number: volume.number };
+    Ok(found.volumes.into_iter().map(line).collect())
+}
+
 /// Does it.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
+    if let Action::List { format } = arguments.action
+        && Connection::open(&arguments.dir.join(SOCKET_NAME))?.is_none()
+        && arguments.dir.join("meta").exists()
+    {
+        output::print(&list(&look(&arguments.dir)?, format)?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let mut access = Access::open(&arguments.dir)?;
     let outcome = act(&arguments.action, &mut access).and_then(|()| access.wait_freed());
     let closed = access.close();

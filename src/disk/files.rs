@@ -11,15 +11,20 @@
 //!    files with a store's names, they are somebody else's, and opening refuses.
 //! 4. Direct I/O is used only where a real block was transferred with it: some file systems accept the flag on open
 //!    and fail each transfer.
-//! 5. A descriptor is closed when the last disk is gone, not before: so nothing is in flight without the lock.
+//! 5. A descriptor is unlocked and closed when the last disk is gone, not before: so nothing is in flight without the lock. It is
+//!    unlocked, since a forked child may have a copy of it for long; and never by such a child, whose copies are of the same lock.
 //!
 //! It does *not* transfer anything but what a probe takes.
+
+mod creation;
 
 use super::FileId;
 use super::backoff::patiently;
 use super::cancel::Cancel;
 use super::device::{self, DeviceTraits, FlushChoice, FlushMethod};
 use super::flush::{Failure, Round, RoundFiles, Rounds, Waiter};
+use super::lock::{self, OpenHere};
+use super::opener::Opener;
 use super::report::{DiskReport, Polling};
 use super::trial::{make_directory, not_made, reads_directly, scratch, set_direct, sync_names_of, try_direct};
 use crate::error::{Error, ErrorKind, Result};
@@ -33,12 +38,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
 
-/// How long the lock of a dying process is waited for. A killed process that drove a ring can be waited for by its
-/// parent before the kernel has taken the ring, and with it the locked descriptors, down.
-const DYING_MAX: Duration = Duration::from_secs(2);
-const DYING_STEP: Duration = Duration::from_millis(5);
+/// The file with which a creation begins.
+const FIRST: FileId = FileId::Log(ShardId::LEADER, SegmentNo::new(0));
 
 /// What may be done to the files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,11 +60,13 @@ pub struct FileOptions {
     pub flush: FlushChoice,
     /// Ends opening, and what is done with the files afterwards.
     pub cancel: Cancel,
+    /// Only what is there: no directory is made, and one without a store is an error (default: false).
+    pub existing: bool,
 }
 
 impl Default for FileOptions {
     fn default() -> Self {
-        FileOptions { direct: true, flush: FlushChoice::Auto, cancel: Cancel::default() }
+        FileOptions { direct: true, flush: FlushChoice::Auto, cancel: Cancel::default(), existing: false }
     }
 }
 
@@ -115,6 +119,10 @@ pub struct Files {
     traits: DeviceTraits,
     method: FlushMethod,
     cancel: Cancel,
+    opener: Opener,
+    open_here: OpenHere,
+    /// Made since it was opened, in this order.
+    made: Mutex<Vec<FileId>>,
     /// The first failed flush, where one stands for all files.
     failed: Failure,
     files: Mutex<BTreeMap<FileId, Arc<StoreFile>>>,
@@ -130,7 +138,7 @@ impl Files {
     /// would lose data there, `Unsupported` on a kernel that is too old, `Io` for the rest.
     pub fn open(path: &Path, access: Access, options: &FileOptions) -> Result<Arc<Files>> {
         super::kernel::check()?;
-        if access == Access::ReadWrite {
+        if access == Access::ReadWrite && !options.existing {
             make_directory(path)?;
         }
         let handle = File::open(path).map_err(|e| match e.kind() {
@@ -151,10 +159,13 @@ impl Files {
             direct: false,
             method: FlushMethod::PerFile,
             cancel: options.cancel.clone(),
+            opener: Opener::default(),
+            open_here: OpenHere::default(),
+            made: Mutex::default(),
             failed: Failure::default(),
             files: Mutex::default(),
         };
-        files.refuse_foreign(&ids)?;
+        files.refuse_foreign(&ids, access == Access::ReadWrite && !options.existing)?;
         // Locks first: a probe in a directory that another process uses would be in its way.
         let opened = files.open_all(&ids)?;
         files.cancel.check()?;
@@ -169,6 +180,7 @@ impl Files {
         files.cancel.check()?;
         files.traits = device::look(&files.handle, surely, files.on_one_device(&opened));
         files.method = device::choose(&files.traits, options.flush)?;
+        files.open_here = OpenHere::note(&files.handle);
         let by_id = opened.into_iter().map(|file| (file.id, Arc::new(file))).collect();
         files.files = Mutex::new(by_id);
         Ok(Arc::new(files))
@@ -216,7 +228,7 @@ impl Files {
         for file in files {
             self.may_write("flush", file.id)?;
             if file.get().is_none() {
-                return Err(self.error(file.id, "flushing", std::io::ErrorKind::NotFound.into()));
+                return Err(self.missing(file.id));
             }
             let covered = file.is_settled()
                 && (self.writes_durably(file.id) || (self.method == FlushMethod::Shared && !found.is_empty()));
@@ -271,14 +283,20 @@ impl Files {
         }
         let mut flags = OFlags::CLOEXEC | OFlags::NOFOLLOW;
         flags |= if self.access == Access::ReadWrite { OFlags::RDWR } else { OFlags::RDONLY };
-        if create {
-            flags |= OFlags::CREATE;
-        }
         if self.direct {
             flags |= OFlags::DIRECT;
         }
         let name = file.id.to_string();
-        let opened = patiently(|| rustix::fs::openat(&self.handle, name.as_str(), flags, Mode::from_raw_mode(0o600)));
+        let open = |more| {
+            patiently(|| rustix::fs::openat(&self.handle, name.as_str(), flags | more, Mode::from_raw_mode(0o600)))
+        };
+        let opened = match open(OFlags::empty()) {
+            Err(Errno::NOENT) if create => open(OFlags::CREATE | OFlags::EXCL).inspect(|made| {
+                self.made.lock().unwrap_or_else(PoisonError::into_inner).push(file.id);
+                self.like_the_others(made);
+            }),
+            opened => opened,
+        };
         let opened =
             opened.map_err(|e| not_made(format_args!("opening {}", self.path.join(&name).display()), "", e.into()))?;
         let opened = File::from(opened);
@@ -296,34 +314,34 @@ impl Files {
             Access::ReadWrite => FlockOperation::NonBlockingLockExclusive,
             Access::ReadOnly => FlockOperation::NonBlockingLockShared,
         };
-        match lock_patiently(file, how, &self.cancel) {
+        match lock::patiently(file, how, &self.cancel) {
             Ok(()) => Ok(()),
             Err(Errno::WOULDBLOCK) if self.cancel.is_cancelled() => self.cancel.check(),
-            Err(Errno::WOULDBLOCK) => Err(Error::new(
+            Err(Errno::WOULDBLOCK) => Err(lock::in_use(&self.handle, &self.path, id)),
+            Err(e) => Err(self.error(id, "locking", e.into())),
+        }?;
+        match file.metadata() {
+            // Its store was removed while the lock was waited for: what is written to it would be nowhere.
+            Ok(meta) if meta.nlink() == 0 => Err(Error::new(
                 ErrorKind::InUse,
                 format_args!(
-                    "the store in {} is open in another process (`fuser -v {}` names it): close that one first",
-                    self.path.display(),
-                    self.path.join(id.to_string()).display()
+                    "the files in {} were removed while they were being opened: try again",
+                    self.path.display()
                 ),
             )),
-            Err(e) => Err(self.error(id, "locking", e.into())),
+            _ => Ok(()),
         }
     }
 
     /// Invariant 3.
-    fn refuse_foreign(&self, ids: &[FileId]) -> Result<()> {
-        let first = FileId::Log(ShardId::new(0), SegmentNo::new(0));
-        match ids.iter().find(|id| **id != first) {
-            Some(foreign) if !ids.contains(&first) => Err(Error::invalid(format_args!(
-                "{} has a file `{foreign}` but no `{first}`, so it is not a store, or only a part of one: use another \
+    fn refuse_foreign(&self, ids: &[FileId], may_create: bool) -> Result<()> {
+        match ids.iter().find(|id| **id != FIRST) {
+            Some(foreign) if !ids.contains(&FIRST) => Err(Error::invalid(format_args!(
+                "{} has a file `{foreign}` but no `{FIRST}`, so it is not a store, or only a part of one: use another \
                  directory, or bring the missing files back",
                 self.path.display()
             ))),
-            _ if ids.is_empty() && self.access == Access::ReadOnly => {
-                let context = format_args!("there is no store in {}", self.path.display());
-                Err(Error::new(ErrorKind::NotFound, context))
-            }
+            _ if ids.is_empty() && !may_create => Err(self.no_store()),
             _ => Ok(()),
         }
     }
@@ -411,6 +429,19 @@ impl Files {
     }
 }
 
+impl Drop for Files {
+    /// Invariant 5.
+    fn drop(&mut self) {
+        if !self.opener.is_here() {
+            return;
+        }
+        let files = self.files.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for file in files.values().filter_map(|file| file.get()) {
+            let _ = rustix::fs::flock(file, FlockOperation::Unlock);
+        }
+    }
+}
+
 impl fmt::Debug for Files {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "the files in {}", self.path.display())
@@ -442,18 +473,4 @@ pub(super) fn parse_name(name: &str) -> Option<FileId> {
     };
     // "log-0-0" is not a name that we give.
     (id.to_string() == name).then_some(id)
-}
-
-/// `WOULDBLOCK` only if somebody holds it who is not about to let go.
-#[allow(clippy::disallowed_methods, reason = "the end of another process is waited for")]
-fn lock_patiently(file: &File, how: FlockOperation, cancel: &Cancel) -> rustix::io::Result<()> {
-    let mut waited = Duration::ZERO;
-    loop {
-        match rustix::fs::flock(file, how) {
-            Err(Errno::INTR) => {}
-            Err(Errno::WOULDBLOCK) if waited < DYING_MAX && !cancel.is_cancelled() => std::thread::sleep(DYING_STEP),
-            other => return other,
-        }
-        waited += DYING_STEP;
-    }
 }

@@ -86,7 +86,7 @@ pub(super) fn write_flags(files: &Files, id: FileId) -> ReadWriteFlags {
 
 /// The descriptor of a file that must exist.
 pub(super) fn existing<'f>(files: &Files, file: &'f StoreFile) -> Result<&'f File> {
-    file.get().ok_or_else(|| files.error(file.id(), "using", io::ErrorKind::NotFound.into()))
+    file.get().ok_or_else(|| files.missing(file.id()))
 }
 
 fn parts_mut(into: &mut [Frame], id: FileId) -> Result<SmallVec<[&mut [u8]; 8]>> {

@@ -67,14 +67,31 @@ pub(super) fn scratch(directory: &File, path: &Path) -> Result<File> {
     if let Ok(file) = patiently(|| rustix::fs::openat(directory, ".", flags | OFlags::TMPFILE, mode)) {
         return Ok(file.into());
     }
-    let name = format!(".corepage-probe-{}", std::process::id());
-    let made = rustix::fs::openat(directory, name.as_str(), flags | OFlags::CREATE | OFlags::EXCL, mode);
-    let made = made.map_err(|e| {
+    named_scratch(directory, path)
+}
+
+/// The same for file systems that have no files without a name (FUSE, NFS). The name is of chance: a process id comes again, in a
+/// container at each start, and a process that was killed in between has left its file.
+fn named_scratch(directory: &File, path: &Path) -> Result<File> {
+    let mode = Mode::from_raw_mode(0o600);
+    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::CREATE | OFlags::EXCL;
+    let not_written = |e: Errno| {
         let context = format_args!("the directory {} can't be written", path.display());
         not_made(context, ": give this user the right to, or use another", e.into())
-    })?;
-    let _ = rustix::fs::unlinkat(directory, name.as_str(), rustix::fs::AtFlags::empty());
-    Ok(made.into())
+    };
+    loop {
+        let mut chance = [0; 8];
+        rustix::rand::getrandom(&mut chance, rustix::rand::GetRandomFlags::empty()).map_err(not_written)?;
+        let name = format!(".corepage-probe-{:016x}", u64::from_ne_bytes(chance));
+        match rustix::fs::openat(directory, name.as_str(), flags, mode) {
+            Err(Errno::EXIST | Errno::INTR) => {}
+            Err(e) => return Err(not_written(e)),
+            Ok(made) => {
+                let _ = rustix::fs::unlinkat(directory, name.as_str(), rustix::fs::AtFlags::empty());
+                return Ok(made.into());
+            }
+        }
+    }
 }
 
 /// A block at an address that direct I/O takes.
@@ -97,6 +114,7 @@ fn make_directories(path: &Path, whole: &Path, sync: &mut dyn FnMut(&Path) -> st
     match std::fs::create_dir(path) {
         // Another process was faster; whether it has synced the name by now is not known.
         Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && path.is_dir() => {}
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => return Err(in_the_way(path, whole, e)),
         made => made.map_err(|e| {
             let context = format_args!("making the directory {}", whole.display());
             not_made(context, " (use one that this user may write)", e)
@@ -106,6 +124,28 @@ fn make_directories(path: &Path, whole: &Path, sync: &mut dyn FnMut(&Path) -> st
         // A parent that may be written and not read: its owner has to see to it that the name lasts.
         Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => Ok(()),
         synced => synced.map_err(|e| Error::io(format_args!("making durable the name of {}", path.display()), e)),
+    }
+}
+
+/// Something else than a directory is at `path`, on the way to `whole`.
+fn in_the_way(path: &Path, whole: &Path, e: std::io::Error) -> Error {
+    let link = std::fs::read_link(path);
+    let is_file = std::fs::symlink_metadata(path).map(|meta| !meta.is_dir());
+    let (path, whole) = (path.display(), whole.display());
+    match link {
+        Ok(to) => Error::invalid(format_args!(
+            "the directory {whole} can't be made: {path} is a symbolic link to {}, and no directory is there; make that one, or mount \
+             what it is on",
+            to.display()
+        )),
+        Err(_) => match is_file {
+            Ok(true) => Error::invalid(format_args!(
+                "the directory {whole} can't be made: {path} is a file; name another directory, or move the file away"
+            )),
+            // There is a directory, and it can't be looked at: the file system has failed.
+            Ok(false) => Error::io(format_args!("making the directory {whole}"), e),
+            Err(e) => Error::io(format_args!("looking at {path}"), e),
+        },
     }
 }
 
@@ -122,6 +162,31 @@ pub(super) fn sync_names_of(path: &Path) {
 mod tests {
     use super::*;
     use std::path::PathBuf;
+
+    /// If this fails, a store can't be opened again in a container on a file system such as FUSE after one kill at the wrong moment:
+    /// the process id is the same at each start.
+    #[test]
+    fn what_a_killed_process_has_left_of_a_trial_is_in_nobodys_way() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(format!(".corepage-probe-{}", std::process::id())), "left").unwrap();
+        let directory = File::open(dir.path()).unwrap();
+        let files: Vec<_> = (0..3).map(|_| named_scratch(&directory, dir.path()).unwrap()).collect();
+        assert_eq!(dir.path().read_dir().unwrap().count(), 1, "nothing more is left");
+        drop(files);
+    }
+
+    /// Whoever names a file, or a link to a disk that is not mounted, has to learn which, and what to do.
+    #[test]
+    fn what_is_in_the_way_of_a_directory_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link) = (dir.path().join("file"), dir.path().join("link"));
+        std::fs::write(&file, "mine").unwrap();
+        std::os::unix::fs::symlink("/nothing/is/there", &link).unwrap();
+        let text = |path: &Path| make_directory(path).unwrap_err().to_string();
+        assert!(text(&file).contains("file is a file"), "{}", text(&file));
+        assert!(text(&file.join("below")).contains("file is a file"), "{}", text(&file.join("below")));
+        assert!(text(&link).contains("a symbolic link to /nothing/is/there"), "{}", text(&link));
+    }
 
     /// A power loss that takes the name of one directory on the way takes the store, with all that was acknowledged.
     #[test]

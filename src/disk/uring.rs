@@ -189,8 +189,7 @@ impl UringDisk {
             Ok(prepared) => prepared,
             Err(error) => return self.finish(id, op, Err(error)),
         };
-        let bytes = op.bytes();
-        let Ok(bytes) = u32::try_from(bytes) else {
+        let Ok(bytes) = u32::try_from(op.bytes()) else {
             let error = Error::invalid(format_args!("{op:?}: more than 4 GiB in one operation"));
             return self.finish(id, op, Err(error));
         };
@@ -487,7 +486,8 @@ impl Drop for UringDisk {
             self.collect();
         }
         if self.broken().is_some() {
-            std::mem::forget(std::mem::take(&mut self.ops));
+            // With them the lock stays: what is in flight may still be written.
+            std::mem::forget((std::mem::take(&mut self.ops), self.files.clone()));
             self.entries.leak();
             return;
         }

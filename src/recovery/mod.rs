@@ -26,9 +26,7 @@ mod segment;
 
 use create::Found;
 pub(crate) use create::{EXTENTS_MIN, creation_is_unfinished};
-#[cfg(any(test, fuzzing))]
-pub(crate) use load::load;
-pub(crate) use load::{FoundSuperblock, Loaded, find_superblock};
+pub(crate) use load::{FoundSuperblock, Loaded, find_superblock, load};
 pub(crate) use read::{Range, read_bytes, read_pieces};
 pub(crate) use scan::{Scan, neighbours_together, scan};
 
@@ -120,14 +118,15 @@ pub(crate) fn begin(
     let found = create::look(disk, &mut arena)?;
     if found != Found::Store {
         let limits = options.limits(&options.geometry, shards_count)?;
-        create::create(disk, &mut arena, &limits, shards_count, seed, found)?;
+        // A file system that copies on write has no room for a write when it is full.
+        create::create(disk, &mut arena, &limits, shards_count, seed, found).map_err(Error::full_if_no_space)?;
         report.created = true;
     }
     let FoundSuperblock { superblock, unreadable, behind, warnings } = find_superblock(disk, &mut arena)?;
     report.warnings = warnings;
     let limits = options.limits(&superblock.geometry, shards_count)?;
     let deal = Deal::new(superblock.geometry.vshards_count, shards_count);
-    let loaded = load::load(disk, &mut arena, &superblock)?;
+    let loaded = load(disk, &mut arena, &superblock)?;
     report.clean = superblock.clean;
     let scan = match superblock.clean {
         true => Scan::nothing(&superblock),

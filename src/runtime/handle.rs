@@ -36,8 +36,8 @@ pub(crate) struct Runtime {
 
 impl Runtime {
     /// Opens the store in `dir`, and returns when it takes requests.
-    pub(crate) async fn start(dir: PathBuf, options: Options) -> Result<Runtime> {
-        start::start(dir, options).await
+    pub(crate) async fn start(dir: PathBuf, options: Options, wanted: start::Wanted) -> Result<Runtime> {
+        start::start(dir, options, wanted).await
     }
 
     pub(super) fn new(
@@ -96,9 +96,7 @@ impl Runtime {
     pub(crate) async fn submit_to(&self, shard: ShardId, request: Request) -> Result<Reply> {
         let shared = &self.shared;
         let port = &shared.ports[usize::from(shard.get())];
-        if shared.is_closing() {
-            return Err(closed());
-        }
+        shared.check_open()?;
         // Bytes before a place: who has a place waits for nothing.
         let carried = Carried::take(port, counted_bytes(&request)).await?;
         shared.places.take(0).await?;
@@ -131,6 +129,9 @@ impl Runtime {
     {
         let port = &self.shared.ports[usize::from(shard.get())];
         let (spawn, join) = Spawn::new(make);
+        if self.shared.is_forked() {
+            self.shared.check_open()?;
+        }
         if port.inbox.is_closed() {
             return Err(closed());
         }
@@ -167,6 +168,9 @@ impl Runtime {
 
     /// Waits until the shards have let go of their files; they do after `Close`.
     pub(crate) async fn ended(&self) {
+        if self.shared.is_forked() {
+            return;
+        }
         self.shared.ended().await;
     }
 }
@@ -177,7 +181,12 @@ impl Drop for Runtime {
     ///
     /// A thread of a shard, of whatever store, waits for none: it may lead a flush that the others wait for, or they may be
     /// dropping the last handle of its own store. Then the threads end by themselves, and opening waits for their locks.
+    ///
+    /// A forked child has no threads to end, and must leave alone what belongs to its parent.
     fn drop(&mut self) {
+        if self.shared.is_forked() {
+            return std::mem::forget(std::mem::take(&mut self.threads));
+        }
         self.shared.abandon();
         if drives_a_shard() {
             return;

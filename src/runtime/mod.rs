@@ -32,6 +32,7 @@ pub(crate) use handle::Runtime;
 pub(crate) use local::Local;
 pub use report::RuntimeReport;
 pub(crate) use seat::drives_a_shard;
+pub(crate) use start::Wanted;
 
 #[cfg(all(test, not(corepage_loom)))]
 mod end_tests;

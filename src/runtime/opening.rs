@@ -10,7 +10,7 @@
 
 use super::seat::drives_a_shard;
 use super::shared::Shared;
-use crate::disk::Cancel;
+use crate::disk::{Cancel, Opener};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -18,6 +18,7 @@ use std::thread::JoinHandle;
 #[derive(Default)]
 pub(super) struct Opening {
     pub(super) cancel: Cancel,
+    opener: Opener,
     /// The threads that are being started now.
     launched: Mutex<Option<Arc<Shared>>>,
 }
@@ -66,6 +67,10 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
+        if !self.opening.opener.is_here() {
+            // In a forked child nobody opens anything.
+            return std::mem::forget(self.coordinator.take());
+        }
         if !self.finished {
             self.opening.give_up();
         }

@@ -8,7 +8,7 @@
 
 use super::local::Spawn;
 use super::places::{COUNTED_MAX, Places};
-use crate::disk::Cancel;
+use crate::disk::{Cancel, Opener};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::{InFlight, Inbox, Parking};
 use crate::shard::{Request, Response, Token, request_bytes};
@@ -80,6 +80,7 @@ pub(super) struct Shared {
     /// For all requests of handles.
     pub(super) places: Places,
     abandoned: AtomicBool,
+    opener: Opener,
     /// A clean close was asked for: nothing more is brought to the shards.
     closing: AtomicBool,
     /// Of the files: ends what takes many steps.
@@ -106,6 +107,7 @@ impl Shared {
             inflight: Arc::new(InFlight::new()),
             places: Places::new(requests_max, 1),
             abandoned: AtomicBool::new(false),
+            opener: Opener::default(),
             closing: AtomicBool::new(false),
             cancel,
             running: AtomicUsize::new(usize::from(shards_count)),
@@ -153,6 +155,21 @@ impl Shared {
 
     pub(super) fn is_closing(&self) -> bool {
         self.closing.load(Ordering::Acquire)
+    }
+
+    /// Whether this is a forked child: it has none of the threads.
+    pub(super) fn is_forked(&self) -> bool {
+        !self.opener.is_here()
+    }
+
+    /// # Errors
+    /// Why no request can reach a shard: the store is closing, or a forked child asks.
+    pub(super) fn check_open(&self) -> Result<()> {
+        match () {
+            () if self.is_forked() => Err(self.opener.refusal()),
+            () if self.is_closing() => Err(closed()),
+            () => Ok(()),
+        }
     }
 
     pub(super) fn is_abandoned(&self) -> bool {

@@ -20,8 +20,9 @@ use super::{portable, ring};
 use crate::disk::portable::{PortableDisk, PortableOptions};
 use crate::disk::{Access, CancellableDisk, DiskReport, FileId, FileOptions, Files};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::fresh;
 use crate::mesh::Lanes;
-use crate::options::{Driver, Geometry, Options};
+use crate::options::{Driver, Geometry, Limits, Options};
 use crate::recovery;
 use crate::types::{Micros, ShardId};
 use crossbeam_channel::{Receiver, Sender};
@@ -45,18 +46,32 @@ pub(super) type Begin<M> = fn(&mut dyn crate::disk::Disk, &Options, u16, Micros)
 
 /// Opens the store in `dir`, without blocking the caller. Dropping the future gives it up, and waits for what is at the
 /// device.
-pub(super) async fn start(dir: PathBuf, options: Options) -> Result<Runtime> {
-    start_with(dir, options, machine::begin).await
+pub(super) async fn start(dir: PathBuf, options: Options, what: Wanted) -> Result<Runtime> {
+    start_wanted(dir, options, what, machine::begin).await
+}
+
+/// Which store to open.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Wanted {
+    /// The one that is there, or a new one.
+    Any,
+    /// One that is there.
+    Existing,
 }
 
 /// The same with shards of any kind.
+#[cfg(test)]
 pub(super) async fn start_with<M: Machine>(dir: PathBuf, options: Options, begin: Begin<M>) -> Result<Runtime> {
+    start_wanted(dir, options, Wanted::Any, begin).await
+}
+
+async fn start_wanted<M: Machine>(dir: PathBuf, options: Options, wanted: Wanted, begin: Begin<M>) -> Result<Runtime> {
     let (send, result) = crossbeam_channel::bounded(1);
     let ready = Arc::new(Event::new());
     let opening = Arc::<Opening>::default();
     let (wake, own) = (ready.clone(), opening.clone());
     let body = move || {
-        let opened = catch_unwind(AssertUnwindSafe(|| open(&dir, &options, begin, &own)));
+        let opened = catch_unwind(AssertUnwindSafe(|| open(&dir, &options, wanted, begin, &own)));
         let opened = opened.unwrap_or_else(|_| Err(Error::new(ErrorKind::Closed, "opening the store panicked")));
         // If nobody listens any more, the runtime is dropped here, and the store closed.
         let _ = send.send(opened);
@@ -84,27 +99,73 @@ enum Stop {
     Failed(Error),
 }
 
-fn open<M: Machine>(dir: &Path, options: &Options, begin: Begin<M>, opening: &Opening) -> Result<Runtime> {
+fn open<M: Machine>(
+    dir: &Path,
+    options: &Options,
+    wanted: Wanted,
+    begin: Begin<M>,
+    opening: &Opening,
+) -> Result<Runtime> {
     let processors = Processors::look();
     let checked = |geometry: &Geometry| {
         let plan = cores::plan(options, &processors, geometry)?;
         options.limits(geometry, plan.shards_count).map(|_| plan)
     };
     // What can be known to be wrong is refused before a directory is made. A store that is there has a geometry of its own.
-    let planned = if dir.join(FileId::Meta.to_string()).exists() { None } else { Some(checked(&options.geometry)?) };
-    let files = FileOptions { cancel: opening.cancel.clone(), ..FileOptions::default() };
+    let existing = wanted == Wanted::Existing;
+    if !existing && !dir.join(FileId::Meta.to_string()).exists() {
+        checked(&options.geometry)?;
+    }
+    let files = FileOptions { cancel: opening.cancel.clone(), existing, ..FileOptions::default() };
     let files = Files::open(dir, Access::ReadWrite, &files)?;
-    let plan = match planned {
-        Some(plan) => plan,
-        None => checked(stored_geometry(&files)?.as_ref().unwrap_or(&options.geometry))?,
-    };
+    let stored = stored_geometry(&files)?;
+    let plan = checked(stored.as_ref().unwrap_or(&options.geometry))?;
+    if stored.is_none() {
+        if existing {
+            return Err(files.no_store());
+        }
+        check_room(&files, &options.limits(&options.geometry, plan.shards_count)?)?;
+    }
+    let opened = drive(&files, options, &plan, begin, opening);
+    if opened.is_err() {
+        // Nobody was given the store: it holds nothing.
+        files.remove_creation();
+    }
+    opened
+}
+
+/// Whether the file system has room for a new store: before its first file is made.
+fn check_room(files: &Files, limits: &Limits) -> Result<()> {
+    let needed = fresh::store_bytes(&limits.geometry, limits.shards_count, limits.data_extents_max);
+    // What a creation that was cut short has left is used.
+    let (have, free) = files.room();
+    let Some(free) = free.filter(|free| free.saturating_add(have) < needed) else { return Ok(()) };
+    let context = format_args!(
+        "a new store with {} shards takes {} MiB in {}, where {} MiB are free; make room, or open it with fewer shards",
+        limits.shards_count,
+        needed.div_ceil(1 << 20),
+        files.path().display(),
+        free >> 20
+    );
+    let cause = std::io::Error::from(rustix::io::Errno::NOSPC);
+    Err(Error::io(context, cause).with_kind(ErrorKind::Full))
+}
+
+/// Starts the threads of the driver that is wanted, or can be had, and opens the store on them.
+fn drive<M: Machine>(
+    files: &Arc<Files>,
+    options: &Options,
+    plan: &Plan,
+    begin: Begin<M>,
+    opening: &Opening,
+) -> Result<Runtime> {
     let why = match options.driver {
         Driver::Portable => None,
         Driver::Ring | Driver::Auto => {
             let launched = match ring::probe() {
                 Ok(()) => {
                     check_threads(THREADS_PER_RING_SHARD * usize::from(plan.shards_count))?;
-                    Launch::new(options, &plan, true, &files).run(&files, begin, opening)
+                    Launch::new(options, plan, true, files).run(files, begin, opening)
                 }
                 Err(why) => Err(Stop::Refused(Error::new(ErrorKind::Unsupported, why))),
             };
@@ -119,7 +180,7 @@ fn open<M: Machine>(dir: &Path, options: &Options, begin: Begin<M>, opening: &Op
     if let Some(why) = &why {
         tracing::warn!("portable driver: {why}");
     }
-    match Launch::new(options, &plan, false, &files).run(&files, begin, opening) {
+    match Launch::new(options, plan, false, files).run(files, begin, opening) {
         Ok(mut runtime) => {
             runtime.report.disk.fallback = why;
             Ok(runtime)

@@ -81,6 +81,11 @@ impl Store {
         wait(super::Store::open(dir, options)).map(Store)
     }
 
+    /// As [`crate::Store::open_existing`].
+    pub fn open_existing(dir: impl AsRef<Path>, options: Options) -> Result<Store> {
+        wait(super::Store::open_existing(dir, options)).map(Store)
+    }
+
     /// The asynchronous twin of this handle.
     pub fn asynchronous(&self) -> &super::Store {
         &self.0

@@ -16,6 +16,7 @@
 
 use super::Store;
 use super::catalog::Cursor;
+use crate::disk::Opener;
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::PageKey;
 use event_listener::{Event, Listener};
@@ -61,6 +62,7 @@ pub(super) struct Freeing {
     state: Mutex<State>,
     /// A job was added or has ended, or all of it ends.
     changed: Event,
+    opener: Opener,
 }
 
 /// Shared by the handles of callers: when the last of them goes, the thread is stopped.
@@ -68,7 +70,10 @@ pub(super) struct Handles(pub(super) Arc<Freeing>);
 
 impl Drop for Handles {
     fn drop(&mut self) {
-        self.0.end();
+        // A forked child has no such thread.
+        if self.0.opener.is_here() {
+            self.0.end();
+        }
     }
 }
 
@@ -117,6 +122,9 @@ impl Freeing {
 
     /// Returns when there are no jobs.
     pub(super) async fn wait(&self) -> Result<()> {
+        if !self.opener.is_here() {
+            return Err(self.opener.refusal());
+        }
         loop {
             let changed = self.changed.listen();
             if let Some(result) = self.result() {

@@ -32,7 +32,7 @@ use crate::format::root::VOLUMES_MAX;
 use crate::metrics::ShardStats;
 use crate::options::{Options, frames_in};
 use crate::recovery::RecoveryReport;
-use crate::runtime::{Runtime, RuntimeReport};
+use crate::runtime::{Runtime, RuntimeReport, Wanted};
 use crate::shard::{Commit, PageRef, Pins, Request, Response};
 use crate::types::Lsn;
 use smallvec::SmallVec;
@@ -95,9 +95,22 @@ impl Store {
     /// `Corrupt`: damage that recovery must not pass over; nothing was changed. `Invalid`: an option; the message
     /// says which. `Io`, `Full`: the directory can't be written.
     pub async fn open(dir: impl AsRef<Path>, options: Options) -> Result<Store> {
+        Store::open_wanted(dir.as_ref(), options, Wanted::Any).await
+    }
+
+    /// Opens the store in directory `dir` as [`open`](Self::open) does, and never creates one: for a directory whose file system may
+    /// not be mounted yet, where a new, empty store in its place would hide the one that is meant.
+    ///
+    /// # Errors
+    /// `NotFound`: there is no store, or one whose creation was cut short. And as [`open`](Self::open).
+    pub async fn open_existing(dir: impl AsRef<Path>, options: Options) -> Result<Store> {
+        Store::open_wanted(dir.as_ref(), options, Wanted::Existing).await
+    }
+
+    async fn open_wanted(dir: &Path, options: Options, wanted: Wanted) -> Result<Store> {
         let read_pages = options.vectored_pages_max.min(READ_PAGES);
         let pins = Pins::new((frames_in(options.memory_bytes) / PINS_SHARE) as usize);
-        let runtime = Runtime::start(dir.as_ref().to_path_buf(), options).await?;
+        let runtime = Runtime::start(dir.to_path_buf(), options, wanted).await?;
         let volumes = (0..VOLUMES_MAX).map(|_| Arc::default()).collect();
         let (closing, resizing) = Default::default();
         let freeing = Arc::<Freeing>::default();

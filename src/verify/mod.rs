@@ -19,12 +19,14 @@
 mod damage_tests;
 mod extents;
 mod head;
+mod inspect;
 mod log;
 mod lost;
 mod map;
 mod read;
 mod report;
 
+pub use inspect::{StoreSummary, VolumeSummary, inspect};
 pub use report::{Damage, Mend, VerifyProgress, VerifyReport, VolumeBytes};
 
 use crate::disk::{Access, Disk, DriverOptions, FileDisk, FileId, FileOptions, Files};

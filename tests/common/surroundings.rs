@@ -73,6 +73,27 @@ pub fn start_without<'c>(command: &'c mut Command, these: &[Without]) -> &'c mut
     unsafe { command.pre_exec(confine) }
 }
 
+/// Runs `body` in a forked child of this process, which then becomes `true`; the child has ended on return. For what forks at any
+/// time and uses what it has inherited, as processes do that start others.
+///
+/// # Panics
+/// If the child could not be made, or `body` has returned an error or panicked.
+pub fn in_forked_child(mut body: impl FnMut() -> Result<(), String> + Send + Sync + 'static) {
+    let mut command = Command::new("true");
+    let run = move || match std::panic::catch_unwind(std::panic::AssertUnwindSafe(&mut body)) {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(what)) => {
+            eprintln!("in the forked child: {what}");
+            Err(io::ErrorKind::Other.into())
+        }
+        Err(_) => Err(io::ErrorKind::Other.into()),
+    };
+    // SAFETY: it does more than is promised to work in a child of a process with threads: the C library here makes its allocator
+    // whole after a fork, and what the body uses of this process is for it to look after: that is what is tested.
+    let ended = unsafe { command.pre_exec(run) }.status();
+    assert!(ended.expect("the forked child does what it was to do").success());
+}
+
 fn limit(resource: Resource, value: u64) -> io::Result<()> {
     Ok(setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) })?)
 }
