@@ -28,6 +28,10 @@ macro_rules! rare_events {
 rare_events! {
     /// Lives of a store with at least ten times as many pages as fit into its memory.
     lives_of_ten_memories,
+    /// A hundred times as many.
+    lives_of_hundred_memories,
+    /// A thousand times as many.
+    lives_of_thousand_memories,
     /// Lives of a store with a tree of three levels or more.
     lives_with_three_levels,
     /// Lives with the smallest memory that is legal.

@@ -215,6 +215,7 @@ fn universe(layout: Layout, count: u64, vshards_count: u32, chance: &mut Rng) ->
     let key = |volume, id| PageKey::new(VolumeId::new(volume), PageId::new(id));
     let shift = *chance.pick(&[6, 9, 14, 20]);
     let mut pages: BTreeSet<PageKey> = BTreeSet::new();
+    let side = (count / 7 + 1).max(10_000);
     for n in 0..count {
         let is_lone = match layout {
             Layout::Lone | Layout::Growing | Layout::Pinned => true,
@@ -223,7 +224,7 @@ fn universe(layout: Layout, count: u64, vshards_count: u32, chance: &mut Rng) ->
         };
         let whole = chance.draw();
         let any = if chance.one_in(20) { whole } else { n << shift };
-        pages.insert(if is_lone { key(1, any) } else { key(2, (n % 7) * 10_000 + n / 7) });
+        pages.insert(if is_lone { key(1, any) } else { key(2, (n % 7) * side + n / 7) });
     }
     let mut pages: Vec<PageKey> = pages.into_iter().collect();
     for n in (1..pages.len()).rev() {

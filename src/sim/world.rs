@@ -451,6 +451,8 @@ impl World {
         let pages = self.oracle.model.pages_present() as u64;
         let rare = &mut self.tally.rare;
         rare.lives_of_ten_memories += u64::from(pages >= 10 * frames);
+        rare.lives_of_hundred_memories += u64::from(pages >= 100 * frames);
+        rare.lives_of_thousand_memories += u64::from(pages >= 1_000 * frames);
         rare.lives_in_least_memory += u64::from(frames * BLOCK as u64 == MEMORY_LEAST * shards);
     }
 
