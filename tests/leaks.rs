@@ -60,7 +60,7 @@ fn clean(dir: &Path, closes: bool) {
 }
 
 fn refused(dir: &Path, options: Options, kind: ErrorKind) {
-    let error = block_on(Store::open(dir, options)).err().expect("the opening is refused");
+    let error = block_on(Store::open(dir, options)).expect_err("the opening is refused");
     assert_eq!(error.kind(), kind, "{error}");
 }
 
