@@ -13,6 +13,7 @@ use corepage::{Options, PageId};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::io::Read;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Output, Stdio};
 use std::time::Duration;
@@ -91,7 +92,7 @@ fn an_interrupted_bench_takes_its_volume_out_of_the_store_again() {
     kill_process(Pid::from_child(&child), Signal::INT).expect("it runs");
     let output = child.wait_with_output().expect("it is ours");
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.code() == Some(1) && text.starts_with("error: interrupted"), "{text}");
+    assert!(output.status.signal() == Some(Signal::INT.as_raw()) && text.starts_with("error: interrupted"), "{text}");
     only_mine_is_there(dir.path());
 }
 
@@ -158,10 +159,10 @@ fn bench_measures_verifies_and_leaves_nothing_behind() {
     assert!(served.stop().success());
     for (wrong, says) in [
         (&["read", "--size", "4097"][..], "4097"),
-        (&["read", "--size", "64K", "--depth", "64"], "a page for each operation"),
+        (&["read", "--size", "64K", "--depth", "64"], "needs a page of its own"),
         (&["write", "--depth", "0"], "0"),
         (&["fly"], "qd-sweep"),
-        (&["read", "--memory", "1M"], "memory_bytes"),
+        (&["read", "--memory", "1M"], "--memory"),
     ] {
         let output = bench_at(dir.path(), wrong);
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -185,7 +186,7 @@ fn an_interrupted_bench_removes_what_it_made() {
     }
     std::thread::sleep(Duration::from_millis(500));
     kill_process(Pid::from_child(&child), Signal::INT).unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(1));
+    assert_eq!(child.wait().unwrap().signal(), Some(Signal::INT.as_raw()));
     let mut text = String::new();
     child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
     assert!(text.starts_with("error: interrupted"), "{text}");
