@@ -62,7 +62,7 @@ pub fn verify_with(dir: &Path, mut progress: impl FnMut(VerifyProgress)) -> Resu
 }
 
 /// The same on any disk.
-#[cfg(any(test, fuzzing, feature = "sim"))]
+#[cfg(test)]
 pub(crate) fn verify_disk(disk: &mut dyn Disk) -> Result<VerifyReport> {
     verify_telling(disk, &mut |_| ())
 }
