@@ -4,6 +4,7 @@
 #![allow(clippy::disallowed_methods, reason = "tests let real shards park")]
 
 mod bodies;
+mod closing;
 
 use super::handle::Runtime;
 use super::local::TASKS_MAX;
@@ -185,12 +186,6 @@ fn toys(_: &mut dyn Disk, _: &Options, shards_count: u16, _: Micros) -> Result<B
     Ok(Begun { machines, recovery, order: order.clone(), txn_bytes_max: 0, deal: Deal::new(256, shards_count) })
 }
 
-fn toys_that_close_slowly(disk: &mut dyn Disk, options: &Options, count: u16, now: Micros) -> Result<Begun<Toy>> {
-    let mut begun = toys(disk, options, count, now)?;
-    begun.machines.iter_mut().for_each(|toy| toy.close_us = 100_000);
-    Ok(begun)
-}
-
 fn toys_of_which_one_fails(disk: &mut dyn Disk, options: &Options, count: u16, now: Micros) -> Result<Begun<Toy>> {
     let mut begun = toys(disk, options, count, now)?;
     begun.machines.last_mut().expect("there is one").failure = Some(Error::corrupt("planted by a test"));
@@ -259,43 +254,6 @@ fn every_request_of_many_threads_to_many_shards_is_answered() {
             close(&runtime);
             assert_eq!(runtime.shared_for_tests().places.under_way(), (0, 0));
         });
-    }
-}
-
-/// If this fails, a close takes as long as its callers like (22 to 42 s were seen): threads that get `Closed` and call again keep
-/// the shards busy with refusals, and from what is left to be written.
-#[test]
-fn callers_who_try_again_take_no_time_from_a_store_that_is_closing() {
-    for driver in drivers() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let options = Options { shards: Some(1), driver, ..Options::default() };
-        let runtime = start(&dir, options, toys_that_close_slowly).expect("toys open");
-        let ended = AtomicBool::new(false);
-        let begun = std::sync::Barrier::new(3);
-        let refused = std::thread::scope(|scope| {
-            let callers: Vec<_> = (0..2)
-                .map(|_| {
-                    scope.spawn(|| {
-                        let mut refused = 0;
-                        begun.wait();
-                        while !ended.load(Ordering::SeqCst) {
-                            let reply = ask(&runtime, 0, Request::WaitDurable(Lsn::new(1)));
-                            refused += u64::from(reply.is_err_and(|error| error.kind() == ErrorKind::Closed));
-                        }
-                        refused
-                    })
-                })
-                .collect();
-            let mut closing = Box::pin(runtime.close());
-            assert!(block_on(poll_once(&mut closing)).is_none(), "it takes a while");
-            begun.wait();
-            block_on(closing).expect("it closes");
-            ended.store(true, Ordering::SeqCst);
-            callers.into_iter().map(|caller| caller.join().expect("no caller panics")).sum::<u64>()
-        });
-        assert!(refused > 1, "{refused} calls came while the store was closing");
-        assert_eq!(TAKEN_WHILE_CLOSING.load(Ordering::SeqCst), 0, "of {refused}, so many reached the shard");
-        block_on(runtime.ended());
     }
 }
 

@@ -184,6 +184,12 @@ pub(super) fn options() -> Options {
     Options { geometry, memory_bytes: 32 << 20, shards: Some(1), ..Options::default() }
 }
 
+/// The same with the least memory that is legal, and one virtual shard: one tree for each volume.
+pub(super) fn tiny() -> Options {
+    let geometry = Geometry { vshards_count: 1, ..options().geometry };
+    Options { geometry, memory_bytes: super::strain::MEMORY_LEAST, ..options() }
+}
+
 pub(super) fn must(outcome: Outcome) {
     outcome.unwrap_or_else(|why| panic!("{why}"));
 }

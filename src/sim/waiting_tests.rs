@@ -188,8 +188,7 @@ fn a_search_for_memory_that_must_fail_takes_nothing_from_others() {
 }
 
 fn fails_and_takes_nothing() -> Outcome {
-    let geometry = Geometry { vshards_count: 1, ..options().geometry };
-    let options = Options { memory_bytes: 2 << 20, geometry, ..options() };
+    let options = tiny();
     let mut rig = Rig::open(SimDisk::new(14), &options, 1)?;
     const PAGES: u64 = 1_200;
     rig.fill(PAGES, 20)?;
@@ -231,8 +230,7 @@ fn a_commit_is_answered_while_reads_take_all_the_memory_there_is() {
 }
 
 fn answers_beside_reads() -> Outcome {
-    let geometry = Geometry { vshards_count: 1, ..options().geometry };
-    let options = Options { memory_bytes: 2 << 20, geometry, requests_max: 64, ..options() };
+    let options = Options { requests_max: 64, ..tiny() };
     let mut rig = Rig::open(SimDisk::new(8), &options, 1)?;
     const PAGES: u64 = 1_200;
     rig.fill(PAGES, 20)?;
@@ -275,8 +273,7 @@ fn who_asked_first_for_a_map_node_is_served_first() {
 }
 
 fn first_come_first_served() -> Outcome {
-    let geometry = Geometry { vshards_count: 1, ..options().geometry };
-    let options = Options { memory_bytes: 2 << 20, geometry, ..options() };
+    let options = tiny();
     let mut rig = Rig::open(SimDisk::new(4), &options, 1)?;
     const DENSE: u64 = 400;
     const LONE: u64 = 240;

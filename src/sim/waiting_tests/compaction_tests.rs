@@ -18,8 +18,7 @@ fn map_nodes_that_compaction_moves_are_read_side_by_side() {
 }
 
 pub(super) fn reads_side_by_side() -> Outcome {
-    let geometry = Geometry { vshards_count: 1, ..options().geometry };
-    let options = Options { memory_bytes: 2 << 20, geometry, data_bytes_max: 36 << 20, ..options() };
+    let options = Options { data_bytes_max: 36 << 20, ..tiny() };
     let mut rig = Rig::open(SimDisk::new(11), &options, 1)?;
     let lone = |n: u64| key((n + 1) << 20);
     for n in 0..PAGES {

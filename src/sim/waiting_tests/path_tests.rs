@@ -14,8 +14,7 @@ fn commits_to_new_pages_far_apart_are_answered_beside_readers() {
 }
 
 pub(super) fn answered_beside_readers() -> Outcome {
-    let geometry = Geometry { vshards_count: 1, ..options().geometry };
-    let options = Options { memory_bytes: 2 << 20, geometry, ..options() };
+    let options = tiny();
     let far = |volume: u8, offset: u64| PageKey::new(VolumeId::new(volume), PageId::new((1 << 50) + offset));
     let mut rig = Rig::open(SimDisk::new(9), &options, 1)?;
     rig.fill(PAGES, 20)?;
@@ -51,8 +50,7 @@ fn a_read_of_many_pages_is_refused_as_a_whole() {
 fn refused_as_a_whole() -> Outcome {
     const FAR: u64 = 40;
     const BOUND_US: u64 = 5_000_000;
-    let geometry = Geometry { vshards_count: 1, ..options().geometry };
-    let options = Options { memory_bytes: 2 << 20, geometry, ..options() };
+    let options = tiny();
     let far = |n: u64| PageKey::new(VolumeId::new(2), PageId::new(n << 24));
     let mut rig = Rig::open(SimDisk::new(15), &options, 1)?;
     rig.fill(PAGES, 20)?;

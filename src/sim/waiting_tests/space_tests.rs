@@ -61,8 +61,7 @@ fn frames_suffice_for_nodes_that_the_search_for_them_takes() {
 }
 
 pub(super) fn counts_nodes_anew() -> Outcome {
-    let geometry = Geometry { vshards_count: 1, ..options().geometry };
-    let options = Options { memory_bytes: 8 << 20, geometry, ..options() };
+    let options = Options { memory_bytes: 8 << 20, ..tiny() };
     let mut rig = Rig::open(SimDisk::new(13), &options, 1)?;
     rig.fill(PAGES, 50)?;
     // Each below a node of its own, in a tree that is high enough.
