@@ -147,10 +147,6 @@ impl Files {
             }
             _ => Error::io(format_args!("opening the directory {}", path.display()), e),
         })?;
-        let ids = store_files(path)?;
-        if ids.is_empty() && access == Access::ReadWrite {
-            sync_names_of(path);
-        }
         let mut files = Files {
             path: path.to_owned(),
             traits: device::look(&handle, false, true),
@@ -165,10 +161,12 @@ impl Files {
             failed: Failure::default(),
             files: Mutex::default(),
         };
-        files.refuse_foreign(&ids, access == Access::ReadWrite && !options.existing)?;
         // Locks first: a probe in a directory that another process uses would be in its way.
-        let opened = files.open_all(&ids)?;
+        let opened = files.open_all(access == Access::ReadWrite && !options.existing)?;
         files.cancel.check()?;
+        if opened.is_empty() {
+            sync_names_of(path);
+        }
         let (works, surely) = if options.direct { files.probe(opened.first())? } else { (false, false) };
         files.direct = works;
         if files.direct {
@@ -261,22 +259,32 @@ impl Files {
         self.method
     }
 
-    fn open_all(&self, ids: &[FileId]) -> Result<Vec<StoreFile>> {
-        ids.iter()
-            .map(|&id| {
+    /// Opens and locks the files that are there, until a listing finds no more of them: the process whose lock was waited for may have
+    /// made some meanwhile.
+    fn open_all(&self, may_create: bool) -> Result<Vec<StoreFile>> {
+        let mut opened: Vec<StoreFile> = Vec::new();
+        loop {
+            let mut ids = store_files(&self.path)?;
+            self.refuse_foreign(&ids, may_create)?;
+            ids.retain(|id| opened.iter().all(|file| file.id != *id));
+            if ids.is_empty() {
+                return Ok(opened);
+            }
+            for id in ids {
                 self.cancel.check()?;
                 let file = StoreFile::missing(id);
                 self.open_file(&file, false)?;
-                Ok(file)
-            })
-            .collect()
+                opened.push(file);
+            }
+        }
     }
 
     pub(super) fn set_direct(&self, file: &File) -> rustix::io::Result<()> {
         set_direct(file)
     }
 
-    /// Opens and locks `file`, if it is not open yet; `create` makes it if it is missing.
+    /// Opens and locks `file`, if it is not open yet; `create` makes it. What was there at the opening is open: a file that has come
+    /// since then is another process's, whose store must not be written over.
     pub(super) fn open_file<'f>(&self, file: &'f StoreFile, create: bool) -> Result<&'f File> {
         if let Some(open) = file.file.get() {
             return Ok(open);
@@ -287,16 +295,13 @@ impl Files {
             flags |= OFlags::DIRECT;
         }
         let name = file.id.to_string();
-        let open = |more| {
-            patiently(|| rustix::fs::openat(&self.handle, name.as_str(), flags | more, Mode::from_raw_mode(0o600)))
-        };
-        let opened = match open(OFlags::empty()) {
-            Err(Errno::NOENT) if create => open(OFlags::CREATE | OFlags::EXCL).inspect(|made| {
-                self.made.lock().unwrap_or_else(PoisonError::into_inner).push(file.id);
-                self.like_the_others(made);
-            }),
-            opened => opened,
-        };
+        if create {
+            flags |= OFlags::CREATE | OFlags::EXCL;
+        }
+        let opened = patiently(|| rustix::fs::openat(&self.handle, name.as_str(), flags, Mode::from_raw_mode(0o600)));
+        if create && matches!(opened, Err(Errno::EXIST)) {
+            return Err(lock::made_meanwhile(&self.path));
+        }
         let opened =
             opened.map_err(|e| not_made(format_args!("opening {}", self.path.join(&name).display()), "", e.into()))?;
         let opened = File::from(opened);
@@ -306,6 +311,11 @@ impl Files {
             return Err(Error::invalid(format_args!("{} is not an ordinary file: move it away", path.display())));
         }
         self.lock(&opened, file.id)?;
+        if create {
+            // Not before it is locked: another process may have been faster, and have a store in it.
+            self.made.lock().unwrap_or_else(PoisonError::into_inner).push(file.id);
+            self.like_the_others(&opened);
+        }
         Ok(file.file.get_or_init(|| opened))
     }
 

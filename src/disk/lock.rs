@@ -90,6 +90,14 @@ pub(super) fn in_use(handle: &File, path: &Path, id: FileId) -> Error {
     }
 }
 
+/// That another process has made files in `path` where there were none when it was opened.
+pub(super) fn made_meanwhile(path: &Path) -> Error {
+    Error::new(
+        ErrorKind::InUse,
+        format_args!("another process has made a store in {} meanwhile: open that one", path.display()),
+    )
+}
+
 /// `WOULDBLOCK` only if somebody holds it who is not about to let go.
 #[allow(clippy::disallowed_methods, reason = "the end of another process is waited for")]
 pub(super) fn patiently(file: &File, how: FlockOperation, cancel: &Cancel) -> rustix::io::Result<()> {
