@@ -111,7 +111,11 @@ impl Connection {
     fn exchange(&mut self, line: &str) -> Result<Value, Failure> {
         let gone = |error: io::Error| Failure::new(format_args!("the server is gone: {error}"));
         self.stream.set_write_timeout(Some(CONNECT_LIMIT)).map_err(gone)?;
-        self.stream.write_all(line.as_bytes()).map_err(gone)?;
+        match self.stream.write_all(line.as_bytes()) {
+            // It has closed the connection, perhaps with a word why.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
+            written => written.map_err(gone)?,
+        }
         let answer = self.line()?;
         serde_json::from_slice(&answer)
             .map_err(|_| Failure::new(format_args!("{} closed the connection: it has ended", self.server())))
@@ -180,5 +184,25 @@ fn describe(opening: &Opening) -> String {
             format!("{seconds:.0} s, {} read, {} written", size::show(read), size::show(written))
         }
         _ => format!("{seconds:.0} s"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    /// A server that has too many clients says so and closes, also before it was asked: "broken pipe" would help nobody.
+    #[test]
+    fn why_a_server_has_closed_the_connection_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("s");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let mut connection = Connection::open(&socket).unwrap().expect("a server");
+        let (mut server, _) = listener.accept().unwrap();
+        server.write_all(b"{\"error\":\"too many\"}\n").unwrap();
+        drop(server);
+        let refused = connection.ask(&Request::Volumes).expect_err("it is refused");
+        assert_eq!(refused.text, "too many");
     }
 }

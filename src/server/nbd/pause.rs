@@ -7,7 +7,8 @@
 //! 1. A pause on a connection's reply thread takes only the request's own time. On any other thread it takes the thread's.
 //! 2. `Busy` and `Conflict` are no failures: they are waited for while the connection lives, and [`LAST_TRIES`] longer. Who
 //!    would hear of them puts a file system into read-only mode. Where there is no connection, [`ALONE`] is the limit.
-//! 3. That requests wait is said at most once in [`WARNING_PAUSE`].
+//! 3. Nothing is tried for a client that is gone: a late write would land on what it has written over its next connection.
+//! 4. That requests wait is said at most once in [`WARNING_PAUSE`].
 
 use super::proto::{Errno, Fault};
 use corepage::{Error, ErrorKind};
@@ -24,7 +25,7 @@ use tracing::warn;
 /// Pauses between tries: each is twice the one before it.
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 const PAUSE_MAX: Duration = Duration::from_millis(50);
-/// How long tries go on once the client has gone or the server stops: then nobody waits for the answer any more.
+/// How long tries go on once the client has said goodbye or ended its sending, or the server stops.
 const LAST_TRIES: Duration = Duration::from_secs(1);
 /// How long they go on where no client's connection is known, in a handshake.
 const ALONE: Duration = Duration::from_secs(5);
@@ -39,13 +40,24 @@ thread_local! {
 /// When the last warning was given.
 static WARNED: Mutex<Option<Instant>> = Mutex::new(None);
 
-type HasEnded = Box<dyn Fn() -> bool>;
+/// What a connection knows of its client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Client {
+    /// It waits for its answers.
+    Waits,
+    /// It has said goodbye or ended its sending, or the server stops.
+    Ends,
+    /// It takes no answers, and nothing that it asked for is to be begun.
+    IsGone,
+}
+
+type Look = Box<dyn Fn() -> Client>;
 
 /// Pauses of this thread's requests.
 struct Timers {
     sleeping: BTreeMap<(Instant, u64), Waker>,
     next: u64,
-    has_ended: HasEnded,
+    client: Look,
 }
 
 /// Takes the timers off the thread, also after a panic.
@@ -57,9 +69,9 @@ impl Drop for Installed {
     }
 }
 
-/// Runs the work of a connection on this thread; `has_ended` says whether nobody waits for answers any more.
-pub fn block_on<T>(has_ended: impl Fn() -> bool + 'static, work: impl Future<Output = T>) -> T {
-    HERE.set(Some(Timers { sleeping: BTreeMap::new(), next: 0, has_ended: Box::new(has_ended) }));
+/// Runs the work of a connection on this thread; `client` says what is known of its client.
+pub fn block_on<T>(client: impl Fn() -> Client + 'static, work: impl Future<Output = T>) -> T {
+    HERE.set(Some(Timers { sleeping: BTreeMap::new(), next: 0, client: Box::new(client) }));
     let _installed = Installed;
     let (parker, unparker) = parking::pair();
     let waker = Waker::from(unparker);
@@ -136,9 +148,9 @@ impl Drop for Pause {
     }
 }
 
-/// Whether a connection's answers are waited for; `None`: this thread is of no connection.
-fn has_ended() -> Option<bool> {
-    HERE.with_borrow(|here| here.as_ref().map(|timers| (timers.has_ended)()))
+/// The client of the connection whose thread this is; `None`: it is of no connection.
+fn client() -> Option<Client> {
+    HERE.with_borrow(|here| here.as_ref().map(|timers| (timers.client)()))
 }
 
 /// How long a request has waited.
@@ -151,21 +163,24 @@ struct Wait {
 
 impl Wait {
     fn is_over(&mut self, now: Instant) -> bool {
-        match has_ended() {
+        match client() {
             None => now - self.begun >= ALONE,
-            Some(false) => false,
-            Some(true) => now - *self.ended.get_or_insert(now) >= LAST_TRIES,
+            Some(Client::Waits) => false,
+            Some(Client::Ends | Client::IsGone) => now - *self.ended.get_or_insert(now) >= LAST_TRIES,
         }
     }
 }
 
-/// Tries again while the store is busy. `fault` makes the client's view of any other error.
+/// Tries, unless the client is gone, and again while the store is busy. `fault` makes the client's view of any other error.
 pub async fn patiently<T, F: Future<Output = Result<T, Error>>>(
     mut attempt: impl FnMut() -> F,
     fault: impl Fn(Error) -> Fault,
 ) -> Result<T, Fault> {
     let mut wait: Option<Wait> = None;
     loop {
+        if client() == Some(Client::IsGone) {
+            return Err(Fault::new(Errno::Shutdown, "the client is gone"));
+        }
         let error = match attempt().await {
             Ok(value) => return Ok(value),
             Err(error) if matches!(error.kind(), ErrorKind::Busy | ErrorKind::Conflict) => error,
@@ -228,7 +243,7 @@ mod tests {
             }
         };
         let tasks = (executor.spawn(waits), executor.spawn(other));
-        let result = block_on(|| false, executor.run(futures_lite::future::zip(tasks.0, tasks.1)));
+        let result = block_on(|| Client::Waits, executor.run(futures_lite::future::zip(tasks.0, tasks.1)));
         assert!(matches!(result.0, Ok(7)), "{:?}", result.0);
         assert!(tries.load(Ordering::Relaxed) < 500, "it does not pause");
     }
@@ -243,10 +258,26 @@ mod tests {
             ended.store(tries > 3, Ordering::Relaxed);
             async { Err::<(), _>(busy()) }
         };
-        let result = block_on(move || own.load(Ordering::Relaxed), patiently(attempt, fault));
+        let client = move || if own.load(Ordering::Relaxed) { Client::Ends } else { Client::Waits };
+        let result = block_on(client, patiently(attempt, fault));
         assert!(matches!(result, Err(Fault { errno: Errno::Shutdown, .. })), "{result:?}");
         let failed = || async { Err::<(), _>(Error::new(ErrorKind::Io, "planted: broken")) };
-        let result = block_on(|| false, patiently(failed, fault));
+        let result = block_on(|| Client::Waits, patiently(failed, fault));
         assert!(matches!(result, Err(Fault { errno: Errno::Io, .. })), "{result:?}");
+    }
+
+    /// The client may have written the same bytes over its next connection: what is tried later than that undoes it.
+    #[test]
+    fn nothing_is_tried_again_for_a_client_that_is_gone() {
+        let (tries, gone_after) = (Arc::new(AtomicU32::new(0)), 3);
+        let own = tries.clone();
+        let client = move || if own.load(Ordering::Relaxed) < gone_after { Client::Waits } else { Client::IsGone };
+        let attempt = || {
+            tries.fetch_add(1, Ordering::Relaxed);
+            async { Err::<(), _>(busy()) }
+        };
+        let result = block_on(client, patiently(attempt, fault));
+        assert!(matches!(result, Err(Fault { errno: Errno::Shutdown, .. })), "{result:?}");
+        assert_eq!(tries.load(Ordering::Relaxed), gone_after);
     }
 }

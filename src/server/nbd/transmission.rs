@@ -21,7 +21,7 @@
 
 use super::gate::{Gate, Pass};
 use super::memory::Memory;
-use super::pause;
+use super::pause::{self, Client};
 use super::proto::{self, Agreed, Command, Errno, Fault, Request, flag};
 use super::reads::STREAM_BYTES;
 use super::socket::Socket;
@@ -67,9 +67,9 @@ pub(super) struct Connection<'a, E> {
     /// Nobody waits for answers any more: the client has said goodbye, or is gone.
     ended: Arc<AtomicBool>,
     /// The client is gone: what it asked before needs no work any more.
-    gone: AtomicBool,
+    gone: Arc<AtomicBool>,
     /// The client has said goodbye: the protocol wants the changes that it asked for before done, though it may wait for nothing.
-    said_goodbye: AtomicBool,
+    said_goodbye: Arc<AtomicBool>,
     /// A request panicked.
     failed: AtomicBool,
     /// Replies to be written, with the right to be in flight of their requests.
@@ -96,8 +96,8 @@ pub fn serve<E: Export>(
         limits,
         stopping,
         ended: Arc::default(),
-        gone: AtomicBool::new(false),
-        said_goodbye: AtomicBool::new(false),
+        gone: Arc::default(),
+        said_goodbye: Arc::default(),
         failed: AtomicBool::new(false),
         ready: Mutex::default(),
         turn: async_lock::Mutex::new(()),
@@ -108,7 +108,12 @@ pub fn serve<E: Export>(
     let (executor, done) = (Executor::new(), Event::new());
     let finished = done.listen();
     let (ended, stops) = (connection.ended.clone(), stopping.clone());
-    let has_ended = move || ended.load(Ordering::Acquire) || stops.load(Ordering::Acquire);
+    let (gone, said_goodbye) = (connection.gone.clone(), connection.said_goodbye.clone());
+    let client = move || match ended.load(Ordering::Acquire) || stops.load(Ordering::Acquire) {
+        _ if gone.load(Ordering::Acquire) && !said_goodbye.load(Ordering::Acquire) => Client::IsGone,
+        true => Client::Ends,
+        false => Client::Waits,
+    };
     std::thread::scope(|scope| {
         let replies = std::thread::Builder::new().name("nbd-reply".into()).spawn_scoped(scope, || {
             let work = async {
@@ -118,7 +123,7 @@ pub fn serve<E: Export>(
                     executor.tick().await;
                 }
             };
-            pause::block_on(has_ended, work.or(finished));
+            pause::block_on(client, work.or(finished));
         })?;
         let outcome = connection.requests(&executor);
         // Without a goodbye the client may still wait for replies (a half-closed socket), or be gone.

@@ -305,6 +305,28 @@ fn a_busy_store_is_waited_for_and_other_requests_are_served_meanwhile() {
     server.join().unwrap().unwrap();
 }
 
+/// A write that waits for a busy store has not landed yet: after its client is gone it must not land on what that has written
+/// over its next connection.
+#[test]
+fn a_write_that_waits_does_not_land_once_its_client_is_gone() {
+    let export = Memory::new();
+    export.busy.store(true, Ordering::Relaxed);
+    let (mut client, server) = connect(&export, never());
+    client.write_all(&[&request(1, 1, 0, 3)[..], b"abc"].concat()).unwrap();
+    while export.tries.load(Ordering::Relaxed) == 0 {
+        std::thread::yield_now();
+    }
+    drop(client);
+    // Until the server has noticed; less than it goes on trying for a client that has only ended its sending.
+    let end = Instant::now() + Duration::from_millis(900);
+    while !server.is_finished() && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    export.busy.store(false, Ordering::Relaxed);
+    let _ = server.join().unwrap();
+    assert_eq!(export.data.lock().unwrap()[..3], [0; 3], "it has landed");
+}
+
 /// Else a server whose client has gone, or that is asked to stop, waits for a store that is busy for ever.
 #[test]
 fn a_connection_ends_though_the_store_stays_busy() {
