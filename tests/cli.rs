@@ -9,10 +9,12 @@ mod common;
 
 use common::{Served, corepage, scratch, snapshot};
 use std::fs;
+use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::process::Output;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 /// Runs `corepage` to its end.
 fn corepage_says(arguments: &[&str]) -> Output {
@@ -223,4 +225,41 @@ fn a_sound_store_verifies_and_serves_after_a_signal() {
     let served = Served::start(dir.path());
     assert!(served.lines.iter().any(|l| l.contains("closed cleanly")), "{:?}", served.lines);
     assert_eq!(served.client().read(0, 4), b"kept");
+}
+
+/// If this fails, Ctrl-C at a question does nothing, and a second one kills a command that has the store open.
+#[test]
+fn a_signal_at_a_question_ends_the_command_and_nothing_is_done() {
+    if !common::has_tool("script") {
+        return;
+    }
+    let dir = scratch("question");
+    closed_store(dir.path());
+    let run = format!("exec '{}' volume delete disk --dir '{}'", env!("CARGO_BIN_EXE_corepage"), text(dir.path()));
+    let mut command = Command::new("script");
+    command.args(["-qec", &run, "/dev/null"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().expect("script starts");
+    let (mut keys, mut screen) = (child.stdin.take().expect("piped"), child.stdout.take().expect("piped"));
+    let (mut said, mut byte) = (Vec::new(), [0]);
+    while !said.ends_with(b"[y/N] ") && screen.read(&mut byte).expect("what it says") == 1 {
+        said.push(byte[0]);
+    }
+    keys.write_all(b"\x03").expect("a key is pressed");
+    let end = Instant::now() + Duration::from_secs(60);
+    while child.try_wait().expect("it can be waited for").is_none() {
+        if Instant::now() > end {
+            child.kill().expect("it still ran");
+            panic!("it goes on waiting for an answer");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    screen.read_to_end(&mut said).expect("what it says");
+    let said = String::from_utf8_lossy(&said);
+    assert!(said.contains("interrupted: nothing was done"), "{said}");
+    assert_eq!(child.wait().expect("it has ended").code(), Some(128 + 2), "{said}");
+    let verified = corepage_says(&["verify", "--format", "json", "--dir", text(dir.path())]);
+    let verified = String::from_utf8_lossy(&verified.stdout);
+    assert!(verified.contains("\"closed_cleanly\": true"), "{verified}");
+    let listed = corepage_says(&["volume", "list", "--dir", text(dir.path())]);
+    assert!(String::from_utf8_lossy(&listed.stdout).contains("disk"), "{listed:?}");
 }

@@ -50,11 +50,20 @@ fn marked_copy() -> u64 {
 /// Looks whether there is a store. Nothing is changed.
 pub(super) fn look(disk: &mut dyn Disk, arena: &mut Arena) -> Result<Found> {
     let files = disk.files()?;
+    let mut unreadable = None;
     for copy in 0..SUPERBLOCK_COPIES {
-        let bytes = read_up_to(disk, arena, FileId::Meta, Superblock::offset(copy), SUPERBLOCK_BYTES)?;
-        if matches!(Superblock::decode(copy, &bytes), Ok(_) | Err(Refusal::Version(_))) {
-            return Ok(Found::Store);
+        match read_up_to(disk, arena, FileId::Meta, Superblock::offset(copy), SUPERBLOCK_BYTES) {
+            Ok(bytes) if matches!(Superblock::decode(copy, &bytes), Ok(_) | Err(Refusal::Version(_))) => {
+                return Ok(Found::Store);
+            }
+            Ok(_) => {}
+            // Another copy may be whole.
+            Err(error) => unreadable = Some(error),
         }
+    }
+    // What can't be read may be a store's.
+    if let Some(error) = unreadable {
+        return Err(error);
     }
     // The first group of a log is written to the first block of its first segment.
     for file in files.iter().filter(|file| matches!(file, FileId::Log(..))) {

@@ -259,6 +259,22 @@ fn a_superblock_copy_left_behind_is_named_and_written() {
     }
 }
 
+/// A bad block in one copy of the superblock must not keep its store from being opened: the others are there for that.
+#[test]
+fn a_superblock_copy_that_cannot_be_read_keeps_no_store_closed() {
+    let (mut d, _) = Driver::open(SimDisk::new(1));
+    d.commit(vec![(key(1), put(7))]);
+    assert!(matches!(d.ask(Request::Close), Ok(Response::Closed)));
+    // One copy tells that there is a store; then each is read.
+    for reads in 0..5 {
+        let disk = d.disk.crash(Loss::Nothing, &mut Rng::new(1));
+        disk.inject(Fault::once(OpKind::Read, Area::File(FileId::Meta), reads));
+        let (mut d, report) = Driver::open(disk);
+        assert_eq!(d.disk.counters().faults_read, 1);
+        assert!(!report.created && d.read(key(1)) == vec![7; BLOCK], "read {reads} of the meta file failed");
+    }
+}
+
 /// A failed flush may have lost pages that the kernel goes on showing. An opening that finds their commit must not rely on what it
 /// sees: a power cut would take pages that were served since.
 #[test]

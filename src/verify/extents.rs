@@ -75,8 +75,6 @@ fn mix(item: Item) -> u64 {
 impl Verifier<'_> {
     /// Reads the summary of each extent in use, and compares what is in it, and how much of it is live, with the map.
     pub(super) fn summaries(&mut self, superblock: &Superblock, roots: &[Trees], extents: &[Named]) {
-        // Where part of the map could not be read, less is named than is there, and counts say nothing.
-        let map_is_whole = self.report.damaged.iter().all(|damage| damage.structure.starts_with("superblock copy"));
         let mut finder = Finder::new(superblock, roots);
         let rows = |(i, named): (usize, &'_ Named)| Some((ExtentNo::new(i as u32), named.row?));
         for (first, some) in (0..).step_by(SUMMARIES_AT_A_TIME).zip(extents.chunks(SUMMARIES_AT_A_TIME)) {
@@ -88,14 +86,14 @@ impl Verifier<'_> {
                 let Some((no, row)) = rows((i, named)) else { continue };
                 let summary = if row.state == IN_USE { read.next() } else { None };
                 let items = match summary {
-                    Some(bytes) => self.summary(superblock, (no, row), named, bytes, map_is_whole),
+                    Some(bytes) => self.summary(superblock, (no, row), named, bytes),
                     None if row.state == 0 && named.count() == 0 => None,
                     None => {
                         self.not_in_use(superblock, (no, row), named);
                         continue;
                     }
                 };
-                if map_is_whole {
+                if self.map_is_whole {
                     self.count_live(superblock, (no, row), named, items, &mut finder);
                 }
             }
@@ -141,14 +139,13 @@ impl Verifier<'_> {
         (no, row): (ExtentNo, TableRow),
         named: &Named,
         read: Bytes,
-        map_is_whole: bool,
     ) -> Option<Vec<Item>> {
         let decoded = read.and_then(|bytes| {
             decode_summary(superblock.store_id, no, row.summary_crc.get(), &bytes).map_err(str::to_string)
         });
         let listed = |items: &[Item]| items.iter().filter(|i| named.has(i.block)).fold(0, |sum, i| sum ^ mix(*i));
         let what = match decoded {
-            Ok(items) if map_is_whole && listed(&items) != named.mix => {
+            Ok(items) if self.map_is_whole && listed(&items) != named.mix => {
                 "does not list what the map names in this extent".into()
             }
             Ok(items) => {

@@ -123,6 +123,7 @@ impl Verifier<'_> {
                 let (number, at) = (vshard.get(), (FileId::Meta, offset));
                 let affects = format!("every page of virtual shard {number}, and the store can't be opened");
                 let structure = format_args!("the root of virtual shard {number}");
+                self.map_is_whole = false;
                 self.damaged(structure, at, what, affects, Mend::Restore);
             })
             .ok()
@@ -159,6 +160,7 @@ impl Verifier<'_> {
                         index * TABLE_ROWS
                     );
                     let structure = format!("block {index} of the extent table");
+                    self.map_is_whole = false;
                     self.damaged(structure, (FileId::Table, offset), what, affects, Mend::Restore);
                     vec![None; TABLE_ROWS as usize]
                 }
@@ -166,6 +168,7 @@ impl Verifier<'_> {
             extents.extend(rows.into_iter().map(|row| Named::new(row, superblock.geometry.extent_blocks())));
         }
         if sums.len() == count.div_ceil(TABLE_ROWS) as usize && table_crc(sums) != superblock.table_crc {
+            self.map_is_whole = false;
             let what = "is another one than the superblock names, of the same checkpoint: a write was lost";
             let affects = "which extents are free, and the store can't be opened";
             let offset = table_offset(0, superblock.checkpoint);

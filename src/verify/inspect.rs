@@ -9,10 +9,11 @@
 //!
 //! It does *not* read the logs: of a store that was not closed cleanly, what they add is missing, and said to be.
 
+use super::require_store;
 use crate::checksum::crc32c;
 use crate::disk::portable::{PortableDisk, PortableOptions};
 use crate::disk::{Access, Disk, FileId, FileOptions, Files};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::format::catalog;
 use crate::format::node::{self, Child, Entry};
 use crate::format::root::VOLUMES_MAX;
@@ -59,11 +60,9 @@ pub fn inspect(dir: &Path) -> Result<StoreSummary> {
     inspect_disk(&mut PortableDisk::with_files(files, &PortableOptions { workers_count: 1 })?)
 }
 
-fn inspect_disk(disk: &mut dyn Disk) -> Result<StoreSummary> {
+pub(super) fn inspect_disk(disk: &mut dyn Disk) -> Result<StoreSummary> {
     let mut arena = Arena::new(ARENA_BLOCKS)?;
-    if disk.len(FileId::Meta)?.is_none() {
-        return Err(Error::new(ErrorKind::NotFound, "there is no store: its file meta is missing"));
-    }
+    require_store(disk, &mut arena)?;
     let superblock = find_superblock(disk, &mut arena)?.superblock;
     let roots = load(disk, &mut arena, &superblock)?.roots;
     let mut volumes = Vec::new();

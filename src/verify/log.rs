@@ -9,6 +9,15 @@ use crate::format::superblock::{LogEnd, Superblock};
 use crate::recovery::scan;
 use crate::types::{BLOCK, Deal, ShardId};
 
+/// Blocks of the logs that are to be read: after a clean close up to their ends, else all.
+pub(super) fn blocks_to_read(superblock: &Superblock) -> u64 {
+    if superblock.clean {
+        return superblock.logs.iter().map(|end| u64::from(end.block)).sum();
+    }
+    let geometry = &superblock.geometry;
+    superblock.logs.len() as u64 * u64::from(geometry.segments_count) * geometry.segment_bytes / BLOCK as u64
+}
+
 impl Verifier<'_> {
     /// Checks the log of each shard.
     pub(super) fn log(&mut self, superblock: &Superblock) {
@@ -27,6 +36,7 @@ impl Verifier<'_> {
             Ok(found) => {
                 let (groups, torn, cut) = (found.groups.len(), found.torn, found.state(superblock));
                 self.report.groups += groups as u64;
+                self.meter.advance(blocks_to_read(superblock));
                 let note = format!("the log holds {groups} groups to be replayed, up to commit {cut}; {torn} are torn");
                 self.report.notes.push(note);
             }

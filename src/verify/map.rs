@@ -148,6 +148,7 @@ impl Verifier<'_> {
     }
 
     fn node_damaged(&mut self, walk: &Walk<'_>, key: NodeKey, child: Child, what: String) {
+        self.map_is_whole = false;
         let ((first, last), volume) = (walk.pages_below(key), self.volume(key.volume));
         let all = walk.superblock.geometry.vshards_count == 1 || last.get() - first.get() < 64;
         let bytes = self.bytes_of(key.volume, first, last, all);
@@ -181,7 +182,10 @@ impl Verifier<'_> {
             match named {
                 Ok(()) => walk.pages.push(NamedPage { place: entry.place(), page, crc: entry.crc.get() }),
                 // Not the page, but what names it, is wrong.
-                Err(what) => self.page_damaged(page, walk.offset(entry.place()), what, Mend::CopyOut),
+                Err(what) => {
+                    self.map_is_whole = false;
+                    self.page_damaged(page, walk.offset(entry.place()), what, Mend::CopyOut);
+                }
             }
         }
     }

@@ -68,17 +68,9 @@ pub(crate) fn verify_disk(disk: &mut dyn Disk) -> Result<VerifyReport> {
 }
 
 fn verify_telling(disk: &mut dyn Disk, tell: &mut dyn FnMut(VerifyProgress)) -> Result<VerifyReport> {
-    let meta_bytes = disk.len(FileId::Meta)?;
-    if meta_bytes.is_none() {
-        return Err(Error::new(ErrorKind::NotFound, "there is no store: its file meta is missing"));
-    }
     let mut arena = Arena::new(ARENA_BLOCKS)?;
-    if creation_is_unfinished(disk, &mut arena)? {
-        let text = "there is no store yet: its creation was cut short, and the next opening begins it anew";
-        return Err(Error::new(ErrorKind::NotFound, text));
-    }
-    let (report, meter) = (VerifyReport::default(), Meter { progress: VerifyProgress::default(), tell });
-    let mut this = Verifier { disk, arena, report, meter, volumes: BTreeMap::new(), lengths: BTreeMap::new() };
+    require_store(disk, &mut arena)?;
+    let mut this = Verifier::new(disk, arena, Meter { progress: VerifyProgress::default(), tell });
     let Some(superblock) = this.superblock()? else { return Ok(this.report) };
     this.report.clean = superblock.clean;
     if !superblock.clean {
@@ -95,11 +87,25 @@ fn verify_telling(disk: &mut dyn Disk, tell: &mut dyn FnMut(VerifyProgress)) -> 
     Ok(this.report)
 }
 
+/// Refuses a directory without a store that is finished.
+fn require_store(disk: &mut dyn Disk, arena: &mut Arena) -> Result<()> {
+    let text = if disk.len(FileId::Meta)?.is_none() {
+        "there is no store: its file meta is missing"
+    } else if creation_is_unfinished(disk, arena)? {
+        "there is no store yet: its creation was cut short, and the next opening begins it anew"
+    } else {
+        return Ok(());
+    };
+    Err(Error::new(ErrorKind::NotFound, text))
+}
+
 /// The disk, and what was found so far.
 struct Verifier<'a> {
     disk: &'a mut dyn Disk,
     arena: Arena,
     report: VerifyReport,
+    /// Nothing that names pages or nodes is damaged. Otherwise less is named than is there, and counts say nothing.
+    map_is_whole: bool,
     meter: Meter<'a>,
     /// Names of volumes, as far as the catalog has been read.
     volumes: BTreeMap<VolumeId, String>,
@@ -107,12 +113,16 @@ struct Verifier<'a> {
     lengths: BTreeMap<FileId, Result<u64, String>>,
 }
 
-impl Verifier<'_> {
+impl<'a> Verifier<'a> {
+    fn new(disk: &'a mut dyn Disk, arena: Arena, meter: Meter<'a>) -> Self {
+        let (report, volumes, lengths) = (VerifyReport::default(), BTreeMap::new(), BTreeMap::new());
+        Verifier { disk, arena, report, map_is_whole: true, meter, volumes, lengths }
+    }
+
     /// Tells how much is to be read, by what the extent table counts.
     fn expect(&mut self, superblock: &Superblock, extents: &[Named]) {
         let blocks = extents.iter().map(|extent| extent.blocks_to_read(superblock)).sum::<u64>();
-        let logs = if superblock.clean { superblock.logs.iter().map(|end| u64::from(end.block)).sum() } else { 0 };
-        self.meter.expect((blocks + logs) * BLOCK as u64);
+        self.meter.expect((blocks + log::blocks_to_read(superblock)) * BLOCK as u64);
     }
 
     /// A volume in words.

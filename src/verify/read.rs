@@ -118,7 +118,7 @@ pub(super) struct Meter<'a> {
 }
 
 impl Meter<'_> {
-    fn advance(&mut self, blocks: u64) {
+    pub(super) fn advance(&mut self, blocks: u64) {
         self.progress.bytes_done += blocks * BLOCK as u64;
         (self.tell)(self.progress);
     }
