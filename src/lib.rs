@@ -27,11 +27,20 @@
 //! # }) }
 //! ```
 //!
-//! The modules, in the order in which a write travels: [`Store`] and [`Volume`] (handles) - `runtime` (a thread that
-//! drives a shard) - `shard` (the state machine: pages, commits, group commit, write-back, checkpoints) - `log`,
-//! `coalesce`, `map` (what it decides with) - [`mod@format`] (every byte on disk) - [`pool`] (memory) - [`disk`] (the
-//! seam to the device). `recovery` opens a store; [`probe`] says what the machine
-//! gives; `sim` drives the same shard by seed under a simulated disk.
+//! The code, in the order in which a write travels:
+//!
+//! | Folder | Holds |
+//! |---|---|
+//! | `api` | [`Store`], [`Volume`], [`Txn`]: what callers hold |
+//! | `runtime` | the pinned threads that drive shards; `mesh`: the channels between them |
+//! | [`engine`] | one shard as a state machine: pages, commits, `log`, `coalesce`, `map`, checkpoints, `recovery` |
+//! | [`mod@format`] | every byte on disk |
+//! | [`io`] | the seam to the device |
+//! | [`memory`] | the arena of page frames, and what is evicted from it |
+//! | [`base`] | ids, LSNs, errors, options, the checksum, counters |
+//! | [`ops`] | `verify` reads a closed store whole, `probe` says what the machine gives |
+//! | `program` | the binary: NBD server, control socket, commands |
+//! | `testing` | the simulator, which drives the same shards by seed under a simulated disk; fuzzing; instruction counts |
 
 /// Whether a bug is planted here, for the simulator to find (`sim::canary`); in a release of the engine the answer is a
 /// constant no.
@@ -39,7 +48,7 @@ macro_rules! planted {
     ($which:ident) => {{
         #[cfg(any(test, feature = "sim"))]
         {
-            crate::sim::planted(crate::sim::Canary::$which)
+            crate::testing::sim::planted(crate::testing::sim::Canary::$which)
         }
         #[cfg(not(any(test, feature = "sim")))]
         {
@@ -48,47 +57,30 @@ macro_rules! planted {
     }};
 }
 
-pub mod checksum;
-mod coalesce;
-mod commit;
-#[cfg(any(test, fuzzing))]
-#[doc(hidden)]
-pub mod cost;
-pub mod disk;
-mod error;
+mod api;
+pub mod base;
+pub mod engine;
 pub mod format;
-#[cfg(any(test, fuzzing))]
-#[doc(hidden)]
-pub mod fuzz;
-mod log;
-mod map;
+pub mod io;
+pub mod memory;
 mod mesh;
-pub mod metrics;
-mod options;
-pub mod pool;
-pub mod probe;
-mod recovery;
+pub mod ops;
 mod runtime;
-pub mod shard;
-#[cfg(any(test, feature = "sim"))]
-#[cfg_attr(not(test), allow(dead_code, reason = "some of it serves the unit tests only"))]
-pub mod sim;
-mod store;
-mod sync;
-pub mod types;
-mod verify;
+#[cfg(any(test, fuzzing, feature = "sim"))]
+#[doc(hidden)]
+pub mod testing;
 
-pub use error::{Error, ErrorKind, Result};
-pub use options::{Driver, Geometry, Options};
-pub use recovery::RecoveryReport;
-pub use runtime::RuntimeReport;
-pub use shard::{Change, PageRef};
-pub use store::{Allocated, Durability, PageView, Scan, ShardHandle, ShardTxn, Store, Txn, Volume};
-pub use store::{blocking, queue};
-pub use types::{Lsn, PageId};
-pub use verify::{
+pub use api::{Allocated, Durability, PageView, Scan, ShardHandle, ShardTxn, Store, Txn, Volume};
+pub use api::{blocking, queue};
+pub use base::error::{Error, ErrorKind, Result};
+pub use base::options::{Driver, Geometry, Options};
+pub use base::{Lsn, PageId};
+pub use engine::recovery::RecoveryReport;
+pub use engine::{Change, PageRef};
+pub use ops::verify::{
     Damage, Mend, StoreSummary, VerifyProgress, VerifyReport, VolumeBytes, VolumeSummary, inspect, verify, verify_with,
 };
+pub use runtime::RuntimeReport;
 
 /// The examples of `docs/disk_manager.md`, as tests.
 #[cfg(doctest)]

@@ -1,9 +1,7 @@
-//! The program: commands over the library's public API, and nothing that callers of the library could not do.
+//! The program `corepage`; see `program`.
 
-mod bench;
-mod cli;
-mod server;
+mod program;
 
 fn main() -> std::process::ExitCode {
-    cli::main()
+    program::cli::main()
 }

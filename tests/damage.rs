@@ -3,15 +3,15 @@
 //! clear error, and `verify` must name the place.
 //!
 //! If these fail, bit rot, a lost or a misdirected write reaches a user as wrong data. The same for *every* block, on
-//! the simulated disk: `src/verify/damage_tests.rs`.
+//! the simulated disk: `src/ops/verify/damage_tests.rs`.
 //!
 //! The structures are found by a reader of its own (below), which knows the format document only.
 
 #![allow(clippy::disallowed_methods)]
 
-use corepage::disk::FileId;
+use corepage::base::{Place, VShard};
 use corepage::format::{extent, node, root, superblock::Superblock};
-use corepage::types::{Place, VShard};
+use corepage::io::FileId;
 use corepage::{Change, Driver, Durability, Error, ErrorKind, Geometry, Mend, Options, PageId, Store, VerifyReport};
 use futures_lite::future::block_on;
 use std::collections::BTreeMap;
@@ -214,7 +214,7 @@ fn spots(dir: &Path) -> BTreeMap<&'static str, Vec<Spot>> {
             extent::decode_table(superblock.store_id, index, superblock.checkpoint, &bytes).expect("a table block");
         for (i, row) in rows.iter().enumerate().filter(|(_, row)| row.state == 1) {
             let blocks = (geometry.extent_bytes / BLOCK as u64) as u32;
-            let extent = corepage::types::ExtentNo::new(index * extent::TABLE_ROWS + i as u32);
+            let extent = corepage::base::ExtentNo::new(index * extent::TABLE_ROWS + i as u32);
             let place = Place { extent, block: extent::summary_at(blocks, row.summary_slot) };
             let len = extent::summary_blocks(blocks) as usize * BLOCK;
             add("summary", "data", place.offset(geometry.extent_bytes), len);
@@ -222,7 +222,7 @@ fn spots(dir: &Path) -> BTreeMap<&'static str, Vec<Spot>> {
     }
     assert_eq!(superblock.logs.len(), usize::from(SHARDS));
     for (shard, end) in (0..).zip(&superblock.logs) {
-        let file = FileId::Log(corepage::types::ShardId::new(shard), end.segment).to_string();
+        let file = FileId::Log(corepage::base::ShardId::new(shard), end.segment).to_string();
         (0..u64::from(end.block)).for_each(|block| add("log block", &file, block * BLOCK as u64, BLOCK));
     }
     spots

@@ -4,7 +4,7 @@
 //! Everywhere the same: a clear error that says what is missing, nothing that was acknowledged is lost, and the store works
 //! again when there is enough. If these fail, a full disk or a busy machine costs data, or leaves a store that does not
 //! open. Locked memory is in `tests/surroundings.rs`, a device that fails in `tests/failing_device.rs`, both on a simulated
-//! disk, operation by operation, in `src/sim`.
+//! disk, operation by operation, in `src/testing/sim`.
 
 // Real processes take real time; nothing here is a matter of timing but that nothing hangs.
 #![allow(clippy::disallowed_methods)]

@@ -17,51 +17,55 @@ const FUNCTION_LINES_MAX: usize = 70;
 
 /// The only files with `unsafe` code, each with the reason.
 const UNSAFE_FILES: &[(&str, &str)] = &[
-    ("src/pool/arena.rs", "hands out the frames of its memory as slices"),
-    ("src/pool/arena/memory.rs", "maps that memory"),
-    ("src/pool/frame.rs", "the frames' side of the arena"),
-    ("src/pool/word.rs", "in its model only: loom hands out bytes as pointers"),
-    ("src/disk/uring/ring.rs", "gives the kernel entries, with pointers in them"),
-    ("src/disk/uring/entries.rs", "makes those entries, and keeps what they point to"),
-    ("src/disk/uring/buffers.rs", "registers the arena with the kernel"),
-    ("src/disk/uring/probe.rs", "one polled read, to see whether the device does that"),
-    ("src/disk/opener.rs", "maps a page that a fork empties"),
-    ("src/cli/allocator.rs", "sets the C library's allocator, which takes two numbers"),
-    ("src/cli/system.rs", "asks the kernel whether a signal is ignored, and for the process behind a socket"),
+    ("src/memory/arena.rs", "hands out the frames of its memory as slices"),
+    ("src/memory/arena/memory.rs", "maps that memory"),
+    ("src/memory/word.rs", "in its model only: loom hands out bytes as pointers"),
+    ("src/io/uring/ring.rs", "gives the kernel entries, with pointers in them"),
+    ("src/io/uring/entries.rs", "makes those entries, and keeps what they point to"),
+    ("src/io/uring/buffers.rs", "registers the arena with the kernel"),
+    ("src/io/uring/probe.rs", "one polled read, to see whether the device does that"),
+    ("src/io/opener.rs", "maps a page that a fork empties"),
+    ("src/program/cli/allocator.rs", "sets the C library's allocator, which takes two numbers"),
+    ("src/program/cli/system.rs", "asks the kernel whether a signal is ignored, and for the process behind a socket"),
     ("tests/common/surroundings.rs", "limits and filters are set in a child between fork and exec"),
 ];
 
 /// The only folders that may name glommio, so that the rest builds and runs without it.
-const GLOMMIO_FOLDERS: &[&str] = &["src/runtime", "src/server"];
+const GLOMMIO_FOLDERS: &[&str] = &["src/runtime", "src/program/server"];
 
 /// Where the process begins: it prints, reads clocks and uses what it likes.
-const OUTER: &[&str] = &["src/main.rs", "src/cli", "src/server", "src/runtime", "src/bench"];
+const OUTER: &[&str] = &["src/main.rs", "src/program/cli", "src/program/server", "src/runtime", "src/program/bench"];
 
-/// The layers, lowest first. A module may name those in lower rows, and those in its own row that it lists.
+/// The layers, lowest first, down to folders; a file belongs to the row with the longest path that it lies in. A module
+/// may name those in lower rows, and those in its own row that it lists.
 const LAYERS: &[&[(&str, &[&str])]] = &[
-    &[("types", &[]), ("sync", &[])],
-    &[("error", &[])],
-    &[("options", &[]), ("checksum", &[]), ("metrics", &[])],
+    &[("base", &[]), ("base/sync", &[])],
+    &[("base/error", &[])],
+    &[("base/options", &[]), ("base/checksum", &[]), ("base/metrics", &[])],
     &[("format", &[])],
-    &[("pool", &[])],
-    &[("disk", &[])],
-    &[("probe", &[])],
-    &[("map", &[]), ("coalesce", &[]), ("commit", &[]), ("log", &["commit"])],
-    &[("shard", &[])],
-    &[("recovery", &[]), ("verify", &["recovery"])],
-    &[("catalog", &[])],
-    &[("sim", &[]), ("runtime", &["mesh"]), ("mesh", &[])],
-    &[("store", &[])],
-    &[("fuzz", &[])],
-    &[("cost", &[])],
-    &[("server", &[])],
-    &[("bench", &[])],
-    &[("cli", &[])],
+    &[("memory", &[])],
+    &[("io", &[])],
+    &[("ops/probe", &[])],
+    &[("engine/map", &[]), ("engine/coalesce", &[]), ("engine/commit", &[]), ("engine/log", &["engine/commit"])],
+    &[("engine", &[])],
+    &[("engine/recovery", &[])],
+    &[("ops/verify", &[]), ("ops", &[])],
+    &[("mesh", &[])],
+    &[("testing/sim", &[]), ("runtime", &[])],
+    &[("api", &[])],
+    &[("testing/fuzz", &[])],
+    &[("testing/cost", &[]), ("testing", &[])],
+    &[("program/server", &[])],
+    &[("program/bench", &[])],
+    &[("program/cli", &[]), ("program", &[])],
 ];
 
 /// Who may name a layer above all the same: one module, the other, and why.
-const EXCEPTIONS: &[(&str, &str, &str)] =
-    &[("shard", "sim", "bugs planted for the simulator to find; compiled into tests and the feature `sim` only")];
+const EXCEPTIONS: &[(&str, &str, &str)] = &[(
+    "engine",
+    "testing/sim",
+    "bugs planted for the simulator to find; compiled into tests and the feature `sim` only",
+)];
 
 /// What the top of the repository may hold, besides names with a leading dot and what Git ignores.
 const TOP_LEVEL: &[&str] = &["Cargo.toml", "Cargo.lock", "src", "benches", "tests", "scripts", "README.md", "LICENSE"];
@@ -104,7 +108,7 @@ fn sources() -> Vec<(String, String)> {
 }
 
 fn is_test_file(name: &str) -> bool {
-    name.starts_with("tests/") || name.ends_with("tests.rs") || name.contains("/tests/")
+    name.starts_with("tests/") || name.ends_with("tests.rs") || name.contains("tests/")
 }
 
 fn is_under(name: &str, folders: &[&str]) -> bool {
@@ -304,70 +308,106 @@ fn no_wall_clock(name: &str, text: &str) -> Vec<String> {
     found.map(|(word, at)| format!("{name}:{}: `{word}`: the wall clock jumps", line_of(&code, at))).collect()
 }
 
-/// The layer of a file: its folder, or its own name at the top of `src`.
-fn layer_of(name: &str) -> Option<&str> {
-    let inner = name.strip_prefix("src/")?;
-    let layer = inner.split(['/', '.']).next()?;
-    (!["lib", "main"].contains(&layer)).then_some(layer)
+/// The row of [`LAYERS`] for a path such as `base/error`: the longest one that it lies in.
+fn layer_of_path(path: &str) -> Option<&'static str> {
+    let rows = LAYERS.iter().flat_map(|row| row.iter().map(|(name, _)| *name));
+    let of_path =
+        rows.filter(|row| path.strip_prefix(row).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')));
+    of_path.max_by_key(|row| row.len())
 }
 
-/// The modules that a file names as `crate::module`, `crate::{a, b::c}` included, with the line.
+/// The path of a file's module below `src`; none for the roots of the crates.
+fn module_path(name: &str) -> Option<&str> {
+    let path = name.strip_prefix("src/")?.strip_suffix(".rs")?;
+    let path = path.strip_suffix("/mod").unwrap_or(path);
+    (!["lib", "main"].contains(&path)).then_some(path)
+}
+
+/// The paths that a file names as `crate::a::b`, `crate::{a, b::c}` included, with the line; `/` stands between names.
 fn modules_named(code: &str) -> Vec<(String, usize)> {
     let mut named = Vec::new();
     for at in words(code, "crate") {
-        let Some(rest) = code[at..].strip_prefix("crate::") else { continue };
-        if code[..at].ends_with("in ") {
-            continue; // pub(in crate::x)
-        }
-        let mut depth = 0;
-        let mut fresh = true;
-        for (i, c) in rest.char_indices() {
-            match c {
-                '{' => depth += 1,
-                '}' => depth -= 1,
-                ',' if depth == 1 => fresh = true,
-                _ if is_word(c as u8) && c.is_ascii() && fresh && depth <= 1 => {
-                    let word: String = rest[i..].chars().take_while(|&c| c.is_ascii() && is_word(c as u8)).collect();
-                    named.push((word, line_of(code, at + i)));
-                    fresh = false;
-                }
-                _ => {}
-            }
-            if depth == 0 && (c == '}' || !fresh) {
-                break;
-            }
+        // Not `pub(in crate::x)`.
+        if code[at..].starts_with("crate::") && !code[..at].ends_with("in ") {
+            use_tree(code, at + "crate::".len(), "", &mut named);
         }
     }
     named
 }
 
+/// Reads the use tree that begins at `at`, below `path`; returns where it ends.
+fn use_tree(code: &str, mut at: usize, path: &str, named: &mut Vec<(String, usize)>) -> usize {
+    let skip_blanks = |at: usize| at + code[at..].len() - code[at..].trim_start().len();
+    at = skip_blanks(at);
+    if code[at..].starts_with('{') {
+        at += 1;
+        loop {
+            at = skip_blanks(at);
+            match code[at..].chars().next() {
+                Some('}') => return at + 1,
+                Some(',') => at += 1,
+                Some(_) => {
+                    let end = use_tree(code, at, path, named);
+                    at = if end > at { end } else { at + 1 };
+                }
+                None => return at,
+            }
+        }
+    }
+    let word: String = code[at..].chars().take_while(|&c| c.is_ascii() && is_word(c as u8)).collect();
+    let end = at + word.len();
+    let inner = match (path, word.as_str()) {
+        (_, "" | "self") => path.to_owned(),
+        ("", word) => word.to_owned(),
+        (path, word) => format!("{path}/{word}"),
+    };
+    if !word.is_empty() && code[end..].starts_with("::") {
+        return use_tree(code, end + 2, &inner, named);
+    }
+    if !inner.is_empty() {
+        named.push((inner, line_of(code, at)));
+    }
+    end
+}
+
 /// The module behind a name that the crate's face exports.
-fn home_of(word: &str) -> &str {
-    match word {
-        "Error" | "ErrorKind" | "Result" => "error",
-        "Options" | "Geometry" => "options",
-        _ => word,
+fn home_of(path: &str) -> &str {
+    match path.split('/').next().unwrap_or(path) {
+        "Error" | "ErrorKind" | "Result" => "base/error",
+        "Options" | "Geometry" => "base/options",
+        _ => path,
     }
 }
 
 fn layers_know_what_is_below(name: &str, text: &str) -> Vec<String> {
-    let Some(layer) = layer_of(name).filter(|_| !is_test_file(name)) else { return vec![] };
+    let Some(path) = module_path(name).filter(|_| !is_test_file(name)) else { return vec![] };
     let row = |layer: &str| LAYERS.iter().position(|row| row.iter().any(|(name, _)| *name == layer));
-    let Some(own_row) = row(layer) else {
-        return vec![format!("{name}: the layer `{layer}` is not in the table of tests/tidy.rs")];
+    let Some(layer) = layer_of_path(path) else {
+        return vec![format!("{name}: `{path}` is in no row of the table of tests/tidy.rs")];
     };
+    let own_row = row(layer).unwrap();
     let siblings = LAYERS[own_row].iter().find(|(name, _)| *name == layer).unwrap().1;
     let mut complaints = Vec::new();
-    for (word, line) in modules_named(&code_only(before_tests(text))) {
-        let other = home_of(&word);
-        let excepted = EXCEPTIONS.iter().any(|(from, to, _)| *from == layer && *to == other);
-        let lawful =
-            excepted || other == layer || siblings.contains(&other) || row(other).is_some_and(|other| other < own_row);
-        if !lawful {
-            complaints.push(format!("{name}:{line}: `{layer}` names `{other}`, which is not below it"));
+    for (named, line) in modules_named(&code_only(before_tests(text))) {
+        let other = layer_of_path(home_of(&named));
+        let excepted = EXCEPTIONS.iter().any(|(from, to, _)| layer.starts_with(from) && Some(*to) == other);
+        let lawful = other.is_some_and(|other| {
+            other == layer || siblings.contains(&other) || row(other).is_some_and(|other| other < own_row)
+        });
+        if !lawful && !excepted {
+            complaints.push(format!("{name}:{line}: `{layer}` names `{named}`, which is not below it"));
         }
     }
     complaints
+}
+
+/// Rows of the tables for which there is no file.
+fn rows_without_files(exists: impl Fn(&str) -> bool) -> Vec<String> {
+    let layers = LAYERS.iter().flat_map(|row| row.iter().map(|(name, _)| format!("src/{name}")));
+    let others = UNSAFE_FILES.iter().map(|(file, _)| *file).chain(GLOMMIO_FOLDERS.iter().chain(OUTER).copied());
+    let named = layers.chain(others.map(str::to_owned));
+    let missing = named.filter(|path| !exists(path) && !exists(&format!("{path}.rs")));
+    missing.map(|path| format!("tests/tidy.rs: {path} is in a table, and there is no such file")).collect()
 }
 
 /// Links in a document that lead to files of this repository, and do not arrive.
@@ -467,6 +507,13 @@ fn layers_know_only_what_is_below_them() {
 }
 
 #[test]
+fn the_tables_name_only_what_exists() {
+    let complaints = rows_without_files(|path| root().join(path).exists());
+    assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
+    assert!(!rows_without_files(|path| !path.starts_with("src/base/checksum")).is_empty());
+}
+
+#[test]
 fn documents_link_to_what_exists() {
     complain_about(files("src/docs", &[".md"]), links_arrive);
     complain_about(vec![("README.md".into(), fs::read_to_string(root().join("README.md")).unwrap())], links_arrive);
@@ -518,7 +565,7 @@ fn can_fail(rule: impl Fn(&str, &str) -> Vec<String>, name: &str, bad: &str, goo
 
 #[test]
 fn planted_texts_are_found() {
-    let name = "src/map/x.rs";
+    let name = "src/engine/map/x.rs";
     can_fail(head_comment, name, "use std::fmt;\n", "//! The map of places.\n");
     let line = "let a = 1;\n";
     can_fail(file_length, name, &line.repeat(501), &format!("{}\n#[cfg(test)]\nmod tests {{\n", line.repeat(499)));
@@ -533,7 +580,7 @@ fn planted_texts_are_found() {
     let skip = concat!("eprintln!(\"", "SKIPPED: no disk\")");
     can_fail(skips_are_seen, "tests/x.rs", skip, "common::skipped(\"no disk\")");
     can_fail(unsafe_only_where_named, name, "unsafe { f() }", "#![deny(unsafe_code)] // unsafe\n\"unsafe\"");
-    let arena = "src/pool/arena.rs";
+    let arena = "src/memory/arena.rs";
     can_fail(unsafe_only_where_named, arena, "    unsafe { f() }", "// SAFETY: f has\n// no demands\nunsafe { f() }");
     can_fail(glommio_only_in_the_runtime, name, "use glommio::Task;", "// not glommio\n");
     assert!(glommio_only_in_the_runtime("src/runtime/executor.rs", "use glommio::Task;").is_empty());
@@ -549,16 +596,18 @@ fn planted_texts_are_found() {
 #[test]
 fn planted_layer_breaks_are_found() {
     let rule = layers_know_what_is_below;
-    can_fail(rule, "src/pool/arena.rs", "use crate::disk::Disk;", "use crate::types::Lsn;");
-    can_fail(rule, "src/pool/arena.rs", "fn f() { crate::shard::g() }", "fn f() { crate::error::g() }");
+    let arena = "src/memory/arena.rs";
+    can_fail(rule, arena, "use crate::io::Disk;", "use crate::base::Lsn;");
+    can_fail(rule, arena, "fn f() { crate::engine::g() }", "fn f() { crate::base::error::g() }");
+    let map = "src/engine/map/x.rs";
     can_fail(
         rule,
-        "src/map/x.rs",
-        "use crate::{\n    types::{Lsn, Place},\n    log::Group,\n};",
-        "use crate::{types, Result};",
+        map,
+        "use crate::{\n    base::{Lsn, Place},\n    engine::log::Group,\n};",
+        "use crate::{base::{Lsn, error::Error}, Result};",
     );
-    can_fail(rule, "src/map/x.rs", "use crate::log::Group;", "use crate::map::y::Z;");
-    can_fail(rule, "src/map/x.rs", "use crate::Store;", "\n#[cfg(test)]\nmod tests { use crate::sim::X; }");
+    can_fail(rule, map, "use crate::engine::{self, map::X};", "use crate::engine::map::y::Z;");
+    can_fail(rule, map, "use crate::Store;", "\n#[cfg(test)]\nmod tests { use crate::testing::sim::X; }");
     assert!(!rule("src/novel/x.rs", "").is_empty());
 }
 

@@ -6,9 +6,9 @@
 use super::LSN_END;
 use super::group::{Body, GroupHead, HEAD_BYTES, RUNS_MAX, RawChange, RawRecord, RawSlot, Role};
 use super::superblock::{LogEnd, Refusal, SUPERBLOCK_BYTES, Superblock, VShardState};
-use crate::checksum::crc32c;
-use crate::options::Geometry;
-use crate::types::{BLOCK, Lsn, SegmentNo, ShardId};
+use crate::base::checksum::crc32c;
+use crate::base::options::Geometry;
+use crate::base::{BLOCK, Lsn, SegmentNo, ShardId};
 use zerocopy::IntoBytes;
 
 fn head() -> GroupHead {

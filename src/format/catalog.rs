@@ -2,7 +2,7 @@
 //! own sum tells a page of the catalog from anything else that could stand there.
 
 use super::{crc_around, get, put};
-use crate::types::BLOCK;
+use crate::base::BLOCK;
 use std::mem::offset_of;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};

@@ -3,7 +3,7 @@
 //! If these fail, whoever writes a tool from the document reads wrong bytes.
 
 use super::{catalog, extent, group, node, root, superblock};
-use crate::{format, types};
+use crate::{base, format};
 use std::collections::BTreeMap;
 
 const DOCUMENT: &str = include_str!("../docs/format.md");
@@ -64,7 +64,7 @@ fn constants() -> BTreeMap<String, u64> {
     constants![
         format::FORMAT_VERSION,
         format::LSN_END,
-        types::BLOCK,
+        base::BLOCK,
         superblock::SUPERBLOCK_BYTES,
         superblock::SUPERBLOCK_COPIES,
         superblock::SHARDS_MAX,
@@ -176,6 +176,6 @@ fn a_wrong_digit_is_found() {
     let wrong = DOCUMENT.replacen("| 8 | 4 | `version`", "| 8 | 8 | `version`", 1);
     assert_ne!(wrong, DOCUMENT);
     assert_ne!(stated_layouts(&wrong), stated_layouts(DOCUMENT));
-    let wrong = DOCUMENT.replacen("| `types::BLOCK` | 4096 |", "| `types::BLOCK` | 4095 |", 1);
+    let wrong = DOCUMENT.replacen("| `base::BLOCK` | 4096 |", "| `base::BLOCK` | 4095 |", 1);
     assert_ne!(stated_constants(&wrong), constants());
 }

@@ -5,8 +5,8 @@
 //! them, too: a checkpoint that a crash has cut short had the number of the next one.
 
 use super::{crc_around, get, put};
-use crate::checksum::crc32c_append;
-use crate::types::{BLOCK, ExtentNo, Lsn, PageKey, VShard, VolumeId};
+use crate::base::checksum::crc32c_append;
+use crate::base::{BLOCK, ExtentNo, Lsn, PageKey, VShard, VolumeId};
 use std::mem::offset_of;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};

@@ -6,7 +6,7 @@
 
 use super::extent::{TABLE_ROWS, table_offset};
 use super::root;
-use crate::options::Geometry;
+use crate::base::options::Geometry;
 
 /// Extents of a new store for each shard: the reserves of all purposes and a little more; it grows from there.
 const EXTENTS_FIRST: u32 = 16;

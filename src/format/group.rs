@@ -11,7 +11,7 @@
 
 use super::node::Entry;
 use super::{LSN_END, crc_around, get};
-use crate::types::{BLOCK, Lsn, PageKey, SegmentNo, ShardId, VolumeId};
+use crate::base::{BLOCK, Lsn, PageKey, SegmentNo, ShardId, VolumeId};
 use std::mem::offset_of;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -191,7 +191,7 @@ pub struct GroupHead {
 }
 
 fn seed(salt: u64) -> u32 {
-    crate::checksum::crc32c(&salt.to_le_bytes())
+    crate::base::checksum::crc32c(&salt.to_le_bytes())
 }
 
 impl GroupHead {
@@ -386,7 +386,7 @@ impl<'a> Body<'a> {
     /// Checks the body in `bytes`, the group's body blocks. `None` if the sum is wrong or it contradicts itself.
     pub fn open(head: &GroupHead, bytes: &'a [u8]) -> Option<Body<'a>> {
         let body = bytes.get(..head.body_blocks as usize * BLOCK)?;
-        if crate::checksum::crc32c(&body[HEAD_BYTES..]) != head.body_crc {
+        if crate::base::checksum::crc32c(&body[HEAD_BYTES..]) != head.body_crc {
             return None;
         }
         let records_end = HEAD_BYTES + head.records_bytes as usize;

@@ -20,7 +20,7 @@ pub mod node;
 pub mod root;
 pub mod superblock;
 
-use crate::checksum::crc32c_append;
+use crate::base::checksum::crc32c_append;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// The version of everything described here. Another version is refused with a clear error.

@@ -4,7 +4,7 @@
 //! leads from the root to every byte, and a lost or misdirected write of a node shows in its parent.
 
 use super::get;
-use crate::types::{BLOCK, Lsn, Place};
+use crate::base::{BLOCK, Lsn, Place};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 

@@ -5,7 +5,7 @@
 use super::node::Child;
 use super::superblock::{SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock};
 use super::{crc_around, get, put};
-use crate::types::{BLOCK, Lsn, VShard};
+use crate::base::{BLOCK, Lsn, VShard};
 use std::mem::offset_of;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};

@@ -5,8 +5,8 @@
 //! generation of which both copies are unreadable is damage.
 
 use super::{FORMAT_VERSION, LSN_END, Plain, crc_around, get, put};
-use crate::options::Geometry;
-use crate::types::{Lsn, SegmentNo, ShardId};
+use crate::base::options::Geometry;
+use crate::base::{Lsn, SegmentNo, ShardId};
 use std::mem::offset_of;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};

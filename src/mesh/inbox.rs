@@ -6,7 +6,7 @@
 //!
 //! It does *not* wake the thread: that is [`Parking`](super::Parking).
 
-use crate::sync::{AtomicBool, Ordering, Queue, fence};
+use crate::base::sync::{AtomicBool, Ordering, Queue, fence};
 
 /// The inbox.
 pub(crate) struct Inbox<T> {
@@ -49,7 +49,7 @@ impl<T> Inbox<T> {
 #[cfg(all(test, corepage_loom))]
 mod loom {
     use super::*;
-    use crate::sync::model::{Verdict, holds};
+    use crate::base::sync::model::{Verdict, holds};
     use ::loom::sync::Arc;
     use ::loom::thread;
     use std::sync::atomic::AtomicUsize;

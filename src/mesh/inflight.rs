@@ -10,8 +10,8 @@
 //! Nothing here waits: tables and slots are lock-free. What happens in a slot is [`slot`](super::slot)'s.
 
 use super::slot::{Completed, Dropped, Polled, Slot};
-use crate::error::{Error, ErrorKind, Result};
-use crate::shard::{Response, Token};
+use crate::base::error::{Error, ErrorKind, Result};
+use crate::engine::{Response, Token};
 use sharded_slab::{Config, Slab};
 use std::future::Future;
 use std::pin::Pin;
@@ -108,7 +108,7 @@ impl Drop for Reply {
 #[cfg(all(test, not(corepage_loom)))]
 mod tests {
     use super::*;
-    use crate::types::Lsn;
+    use crate::base::Lsn;
     use futures_lite::future::{block_on, poll_once};
 
     fn committed(lsn: u64) -> Result<Response> {

@@ -12,8 +12,8 @@
 //!
 //! The outbox is not bounded here: the shards' protocol bounds what is under way between two of them.
 
-use crate::sync::{AtomicBool, Ordering, fence};
-use crate::types::ShardId;
+use crate::base::ShardId;
+use crate::base::sync::{AtomicBool, Ordering, fence};
 use rtrb::{Consumer, Producer, RingBuffer};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -254,7 +254,7 @@ mod tests {
 #[cfg(all(test, corepage_loom))]
 mod loom {
     use super::*;
-    use crate::sync::model::holds;
+    use crate::base::sync::model::holds;
     use ::loom::thread;
 
     fn making_room(made_room: fn(&Full) -> bool, wait: fn(&Full, &mut dyn FnMut())) -> bool {

@@ -10,9 +10,9 @@
 //! 2. Only the one who takes the slot from parked to awake makes the system call.
 //! 3. The disk's waker keeps a wake-up that comes between `park` and the wait.
 
-use crate::disk::DiskWaker;
-use crate::sync::{AtomicU64, Ordering, fence};
-use crate::types::Lsn;
+use crate::base::Lsn;
+use crate::base::sync::{AtomicU64, Ordering, fence};
+use crate::io::DiskWaker;
 use crossbeam_utils::CachePadded;
 use std::sync::OnceLock;
 
@@ -176,10 +176,10 @@ mod tests {
 mod loom {
     use super::testing::Bell;
     use super::*;
-    use crate::commit::GlobalOrder;
-    use crate::sync::AtomicBool;
-    use crate::sync::model::holds;
-    use crate::types::ShardId;
+    use crate::base::ShardId;
+    use crate::base::sync::AtomicBool;
+    use crate::base::sync::model::holds;
+    use crate::engine::commit::GlobalOrder;
     use ::loom::sync::Arc;
     use ::loom::thread;
 

@@ -12,7 +12,7 @@
 //! 2. The result is taken by the asker once, or dropped with the slot.
 //! 3. Exactly one side is told to free the slot, and after that neither touches it again.
 
-use crate::sync::{AtomicU8, AtomicWaker, Hand, Ordering};
+use crate::base::sync::{AtomicU8, AtomicWaker, Hand, Ordering};
 use std::task::Waker;
 
 const WAITING: u8 = 0;
@@ -101,7 +101,7 @@ impl<T> Slot<T> {
 #[cfg(all(test, corepage_loom))]
 mod loom {
     use super::*;
-    use crate::sync::model::{self, Verdict};
+    use crate::base::sync::model::{self, Verdict};
     use ::loom::sync::Arc;
     use ::loom::thread;
     use std::sync::atomic::{AtomicUsize, Ordering as Real};

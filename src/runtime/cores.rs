@@ -7,9 +7,9 @@
 //!
 //! It does *not* look at what else runs on the machine.
 
-use crate::error::{Error, Result};
-use crate::options::{Geometry, Options, SHARD_MEMORY_MIN, SHARDS_MAX};
-use crate::recovery::EXTENTS_MIN;
+use crate::base::error::{Error, Result};
+use crate::base::options::{Geometry, Options, SHARD_MEMORY_MIN, SHARDS_MAX};
+use crate::engine::recovery::EXTENTS_MIN;
 
 /// How the shards are spread over the cores.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -37,7 +37,7 @@ impl Processors {
         let ids = core_affinity::get_core_ids().unwrap_or_default();
         let mut allowed: Vec<usize> = ids.iter().map(|core| core.id).collect();
         allowed.sort_unstable();
-        Processors { allowed, quota_millis: crate::probe::cpu_quota_millis() }
+        Processors { allowed, quota_millis: crate::ops::probe::cpu_quota_millis() }
     }
 }
 

@@ -4,9 +4,9 @@
 #![allow(clippy::disallowed_methods, reason = "figures are times")]
 
 use super::handle::Runtime;
-use crate::options::{Driver, Options};
-use crate::shard::{Change, Commit, Request, Response};
-use crate::types::{PageId, PageKey, ShardId, VolumeId};
+use crate::base::options::{Driver, Options};
+use crate::base::{PageId, PageKey, ShardId, VolumeId};
+use crate::engine::{Change, Commit, Request, Response};
 use futures_lite::future::{block_on, poll_once};
 use smallvec::smallvec;
 use std::future::Future;

@@ -17,10 +17,10 @@
 //! from other threads while the shard waits in the shard's ring, nor say whether a task is runnable before it does.
 
 use super::shared::{Port, Shared, closed, counted_bytes};
-use crate::error::{Error, ErrorKind, Result};
+use crate::base::ShardId;
+use crate::base::error::{Error, ErrorKind, Result};
+use crate::engine::{Request, Response, Token};
 use crate::mesh::{Dropped, Polled, Slot};
-use crate::shard::{Request, Response, Token};
-use crate::types::ShardId;
 use async_task::{Runnable, Task};
 use slab::Slab;
 use std::any::Any;

@@ -1,18 +1,18 @@
 //! What a driver needs of a shard: the seam at which the tests of the drivers put shards of their own.
 
-use crate::commit::GlobalOrder;
-use crate::disk::{Completion, Disk};
-use crate::error::{Error, Result};
-use crate::options::Options;
-use crate::pool::Mapping;
-use crate::recovery::{self, RecoveryReport};
-use crate::shard::{Effect, Message, Request, Response, Shard, Token};
-use crate::types::{Deal, Lsn, Micros, ShardId};
+use crate::base::error::{Error, Result};
+use crate::base::options::Options;
+use crate::base::{Deal, Lsn, Micros, ShardId};
+use crate::engine::commit::GlobalOrder;
+use crate::engine::recovery::{self, RecoveryReport};
+use crate::engine::{Effect, Message, Request, Response, Shard, Token};
+use crate::io::{Completion, Disk};
+use crate::memory::Mapping;
 use std::sync::Arc;
 
 /// [`Effect`], with messages of any kind.
 pub(super) enum Deed<T> {
-    Submit(crate::disk::OpId, crate::disk::DiskOp),
+    Submit(crate::io::OpId, crate::io::DiskOp),
     Reply(Token, Result<Response>),
     Send(ShardId, T),
 }

@@ -7,10 +7,10 @@
 
 use super::driver::Clock;
 use super::local::LOCAL;
-use crate::disk::DiskOp;
-use crate::metrics::{Latency, Recent, ShardStats};
-use crate::shard::{Request, Token};
-use crate::types::{Micros, VolumeId};
+use crate::base::metrics::{Latency, Recent, ShardStats};
+use crate::base::{Micros, VolumeId};
+use crate::engine::{Request, Token};
+use crate::io::DiskOp;
 use hashbrown::HashMap;
 
 #[derive(Clone, Copy, Default)]

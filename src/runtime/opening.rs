@@ -10,7 +10,7 @@
 
 use super::seat::drives_a_shard;
 use super::shared::Shared;
-use crate::disk::{Cancel, Opener};
+use crate::io::{Cancel, Opener};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 

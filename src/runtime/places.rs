@@ -15,10 +15,10 @@
 //! 5. A place is given to a waiter by the one who leaves it. A waiter that gives up leaves the place that it was given.
 //!
 //! Without waiters a request costs one atomic step when it comes, and one when it goes, for any number that go together.
-//! It does *not* know what a request carries: that is [`request_bytes`](crate::shard::request_bytes).
+//! It does *not* know what a request carries: that is [`request_bytes`](crate::engine::request_bytes).
 
-use crate::error::{Error, ErrorKind, Result};
-use crate::sync::{AtomicU64, Mutex, MutexGuard, Ordering};
+use crate::base::error::{Error, ErrorKind, Result};
+use crate::base::sync::{AtomicU64, Mutex, MutexGuard, Ordering};
 use crossbeam_utils::CachePadded;
 use smallvec::SmallVec;
 use std::collections::BTreeMap;
@@ -233,7 +233,7 @@ impl Drop for Turn<'_> {
 #[cfg(all(test, corepage_loom))]
 mod loom {
     use super::*;
-    use crate::sync::model::{self, Verdict};
+    use crate::base::sync::model::{self, Verdict};
     use ::loom::sync::Arc;
     use ::loom::thread;
     use std::sync::atomic::AtomicUsize;

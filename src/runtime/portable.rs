@@ -5,7 +5,7 @@
 use super::cores;
 use super::machine::Machine;
 use super::seat::Seat;
-use crate::disk::portable::{PortableDisk, PortableOptions};
+use crate::io::portable::{PortableDisk, PortableOptions};
 
 /// Threads that do I/O, over all shards.
 const WORKERS_MAX: usize = 64;

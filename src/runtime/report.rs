@@ -1,6 +1,6 @@
 //! How a store is being driven, for `serve` and `doctor`.
 
-use crate::disk::DiskReport;
+use crate::io::DiskReport;
 use std::fmt;
 
 /// How a store is being driven.

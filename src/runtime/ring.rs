@@ -10,8 +10,8 @@
 
 use super::machine::Machine;
 use super::seat::Seat;
-use crate::disk::uring::{self, UringDisk, UringOptions};
-use crate::error::{Error, ErrorKind};
+use crate::base::error::{Error, ErrorKind};
+use crate::io::uring::{self, UringDisk, UringOptions};
 use glommio::{LocalExecutor, LocalExecutorBuilder, Placement};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
@@ -29,7 +29,7 @@ const RING_DEPTH: usize = 32;
 /// Why not, with what mends it.
 pub(super) fn probe() -> Result<(), String> {
     uring::probe().map_err(|why| why.to_string())?;
-    crate::probe::executor_refused().map_or(Ok(()), Err)
+    crate::ops::probe::executor_refused().map_or(Ok(()), Err)
 }
 
 fn executor(pin: Option<usize>) -> Result<LocalExecutor, Error> {

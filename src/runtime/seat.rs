@@ -17,11 +17,11 @@
 use super::driver::{Clock, Driver, Lap, Pace, Rig};
 use super::machine::{Begun, Machine};
 use super::shared::Shared;
-use crate::commit::GlobalOrder;
-use crate::disk::{CancellableDisk, Disk, DiskReport, DiskWaker, Files};
-use crate::error::{Error, ErrorKind, Result};
+use crate::base::ShardId;
+use crate::base::error::{Error, ErrorKind, Result};
+use crate::engine::commit::GlobalOrder;
+use crate::io::{CancellableDisk, Disk, DiskReport, DiskWaker, Files};
 use crate::mesh::Lanes;
-use crate::types::ShardId;
 use crossbeam_channel::{Receiver, Sender};
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -8,10 +8,10 @@
 
 use super::local::Spawn;
 use super::places::{COUNTED_MAX, Places};
-use crate::disk::{Cancel, Opener};
-use crate::error::{Error, ErrorKind, Result};
+use crate::base::error::{Error, ErrorKind, Result};
+use crate::engine::{Request, Response, Token, request_bytes};
+use crate::io::{Cancel, Opener};
 use crate::mesh::{InFlight, Inbox, Parking};
-use crate::shard::{Request, Response, Token, request_bytes};
 use async_task::Runnable;
 use crossbeam_queue::SegQueue;
 use event_listener::Event;

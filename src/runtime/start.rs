@@ -17,14 +17,14 @@ use super::report::RuntimeReport;
 use super::seat::{News, Opener, Orders, Seat, occupy};
 use super::shared::Shared;
 use super::{portable, ring};
-use crate::disk::portable::{PortableDisk, PortableOptions};
-use crate::disk::{Access, CancellableDisk, DiskReport, FileId, FileOptions, Files};
-use crate::error::{Error, ErrorKind, Result};
+use crate::base::error::{Error, ErrorKind, Result};
+use crate::base::options::{Driver, Geometry, Limits, Options};
+use crate::base::{Micros, ShardId};
+use crate::engine::recovery;
 use crate::format::fresh;
+use crate::io::portable::{PortableDisk, PortableOptions};
+use crate::io::{Access, CancellableDisk, DiskReport, FileId, FileOptions, Files};
 use crate::mesh::Lanes;
-use crate::options::{Driver, Geometry, Limits, Options};
-use crate::recovery;
-use crate::types::{Micros, ShardId};
 use crossbeam_channel::{Receiver, Sender};
 use event_listener::Event;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -42,7 +42,7 @@ const THREADS_PER_RING_SHARD: usize = 2;
 const TRIAL_STACK_BYTES: usize = 64 << 10;
 
 /// What the tests replace.
-pub(super) type Begin<M> = fn(&mut dyn crate::disk::Disk, &Options, u16, Micros) -> Result<Begun<M>>;
+pub(super) type Begin<M> = fn(&mut dyn crate::io::Disk, &Options, u16, Micros) -> Result<Begun<M>>;
 
 /// Opens the store in `dir`, without blocking the caller. Dropping the future gives it up, and waits for what is at the
 /// device.

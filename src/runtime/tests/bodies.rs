@@ -4,8 +4,8 @@
 //! commit that is large waits for ever behind others.
 
 use super::*;
-use crate::shard::Change;
-use crate::types::{BLOCK, PageId, PageKey, VolumeId};
+use crate::base::{BLOCK, PageId, PageKey, VolumeId};
+use crate::engine::Change;
 use bytes::Bytes;
 use std::sync::atomic::{AtomicU64, Ordering};
 

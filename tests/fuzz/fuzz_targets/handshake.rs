@@ -2,7 +2,7 @@
 #![no_main]
 #![allow(dead_code, unused_imports, clippy::disallowed_methods)]
 
-#[path = "../../../src/server/nbd/mod.rs"]
+#[path = "../../../src/program/server/nbd/mod.rs"]
 mod nbd;
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| nbd::fuzz::handshake(data));

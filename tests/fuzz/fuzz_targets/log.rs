@@ -1,4 +1,4 @@
-//! `corepage::fuzz::log` under libFuzzer.
+//! `corepage::testing::fuzz::log` under libFuzzer.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| corepage::fuzz::log::log(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| corepage::testing::fuzz::log::log(data));

@@ -1,4 +1,4 @@
-//! `corepage::fuzz::open` under libFuzzer.
+//! `corepage::testing::fuzz::open` under libFuzzer.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| corepage::fuzz::open::open(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| corepage::testing::fuzz::open::open(data));

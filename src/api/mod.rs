@@ -1,0 +1,278 @@
+//! The handles that callers hold: the store, its volumes, and transactions.
+//!
+//! Invariants
+//! 1. A handle holds no state of pages: everything is asked of the shard. So handles are cheap to clone, and any
+//!    number of them, on any thread and runtime, see the same store.
+//! 2. A future that is dropped before its first poll did nothing; one dropped later undoes nothing that was
+//!    submitted.
+//! 3. Volumes are named in the catalog (volume 0) by ordinary transactions: creation is as atomic and durable as any
+//!    commit.
+
+pub mod blocking;
+mod catalog;
+mod freeing;
+mod on_shard;
+pub mod queue;
+mod read;
+mod scan;
+mod space;
+mod txn;
+mod volume;
+
+use freeing::{Freeing, Handles};
+pub use on_shard::ShardHandle;
+pub use scan::Scan;
+pub use space::Allocated;
+pub use txn::{PageView, ShardTxn, Txn};
+pub use volume::{Durability, Volume};
+
+use crate::base::Lsn;
+use crate::base::error::{Error, ErrorKind, Result};
+use crate::base::metrics::ShardStats;
+use crate::base::options::{Options, frames_in};
+use crate::engine::recovery::RecoveryReport;
+use crate::engine::{Commit, PageRef, Pins, Request, Response};
+use crate::format::root::VOLUMES_MAX;
+use crate::io::portable::DiskReport;
+use crate::runtime::{Runtime, RuntimeReport, Wanted};
+use smallvec::SmallVec;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// Pages of one read request; larger reads are split.
+const READ_PAGES: usize = 64;
+/// The part of the memory that one handle can pin.
+const PINS_SHARE: u64 = 4;
+
+/// An open store. Clones are handles to the same one; it ends without a clean close (as in a crash: nothing
+/// acknowledged as durable is lost) when the last handle is dropped, and cleanly by [`close`](Store::close).
+///
+/// Dropping the last handle waits for what is at the device, and until the store can be opened again. On a shard's own
+/// thread, in a task or a waker there, it waits for nothing: the store ends by itself, and opening it waits for that.
+///
+/// Volumes, transactions and scans belong to the handle that they were made from: it may hold pins of a quarter of the memory,
+/// a clone of it as many of its own.
+pub struct Store {
+    /// What a caller's handle has, and the engine's own have not. Before `inner`: it goes first.
+    handles: Option<Arc<Handles>>,
+    inner: Arc<Inner>,
+    pins: Arc<Pins>,
+}
+
+struct Inner {
+    runtime: Runtime,
+    read_pages: usize,
+    closing: Mutex<bool>,
+    /// What all handles to each volume share.
+    volumes: Box<[Arc<catalog::Shared>]>,
+    /// Held while a volume is made smaller, larger or deleted, and while some of its pages are freed.
+    resizing: Arc<async_lock::Mutex<()>>,
+    freeing: Arc<Freeing>,
+}
+
+impl Clone for Store {
+    fn clone(&self) -> Self {
+        Store { handles: self.handles.clone(), inner: self.inner.clone(), pins: self.pins.another() }
+    }
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Store").field("recovery", &self.inner.runtime.recovery).finish()
+    }
+}
+
+impl Store {
+    /// Opens the store in directory `dir`, or creates one there if it holds none. After a crash this recovers: on
+    /// return the store holds exactly the commits up to [`RecoveryReport::cut`], all acknowledged ones among them.
+    ///
+    /// Dropping the future gives opening up, also in the middle of a long recovery, and leaves the store as after a crash.
+    /// It waits, as dropping a store does, for what is at the device.
+    ///
+    /// # Errors
+    /// `InUse`: another process, or another handle of this one, has it open. `Unsupported`: another format version.
+    /// `Corrupt`: damage that recovery must not pass over; nothing was changed. `Invalid`: an option; the message
+    /// says which. `Io`, `Full`: the directory can't be written.
+    pub async fn open(dir: impl AsRef<Path>, options: Options) -> Result<Store> {
+        Store::open_wanted(dir.as_ref(), options, Wanted::Any).await
+    }
+
+    /// Opens the store in directory `dir` as [`open`](Self::open) does, and never creates one: for a directory whose file system may
+    /// not be mounted yet, where a new, empty store in its place would hide the one that is meant.
+    ///
+    /// # Errors
+    /// `NotFound`: there is no store, or one whose creation was cut short. And as [`open`](Self::open).
+    pub async fn open_existing(dir: impl AsRef<Path>, options: Options) -> Result<Store> {
+        Store::open_wanted(dir.as_ref(), options, Wanted::Existing).await
+    }
+
+    async fn open_wanted(dir: &Path, options: Options, wanted: Wanted) -> Result<Store> {
+        let read_pages = options.vectored_pages_max.min(READ_PAGES);
+        let pins = Pins::new((frames_in(options.memory_bytes) / PINS_SHARE) as usize);
+        let runtime = Runtime::start(dir.to_path_buf(), options, wanted).await?;
+        let volumes = (0..VOLUMES_MAX).map(|_| Arc::default()).collect();
+        let (closing, resizing) = Default::default();
+        let freeing = Arc::<Freeing>::default();
+        let handles = Some(Arc::new(Handles(freeing.clone())));
+        let inner = Arc::new(Inner { runtime, read_pages, closing, volumes, resizing, freeing });
+        let store = Store { handles, inner, pins };
+        if let Err(error) = store.begin_finishing().await {
+            // Volumes whose records can be read are of use all the same.
+            tracing::warn!(%error, "whether a volume was left half deleted is not known");
+        }
+        Ok(store)
+    }
+
+    /// What opening found and did.
+    pub fn recovery(&self) -> &RecoveryReport {
+        &self.inner.runtime.recovery
+    }
+
+    /// The most that one commit may count: 4 KiB for each page written or patched, 512 bytes for each page freed.
+    /// It is `Options::txn_bytes_max`, or less where the memory or the log segments ask for it.
+    pub fn txn_bytes_max(&self) -> u64 {
+        self.inner.runtime.txn_bytes_max
+    }
+
+    /// What the machine really gives: driver and why not another, direct I/O, file system, flush method.
+    pub fn disk_report(&self) -> &DiskReport {
+        &self.inner.runtime.report.disk
+    }
+
+    /// How the store is driven: driver, shards and cores, and what the disk is like.
+    pub fn report(&self) -> &RuntimeReport {
+        &self.inner.runtime.report
+    }
+
+    /// The same handle once more.
+    fn same_handle(&self) -> Store {
+        Store { handles: self.handles.clone(), inner: self.inner.clone(), pins: self.pins.clone() }
+    }
+
+    /// A handle for the engine's own work, which does not count as one of a caller.
+    fn own_handle(&self) -> Store {
+        Store { handles: None, inner: self.inner.clone(), pins: self.pins.another() }
+    }
+
+    pub(crate) async fn ask(&self, request: Request) -> Result<Response> {
+        self.inner.runtime.submit(request).await?.await
+    }
+
+    pub(crate) async fn commit(&self, commit: Commit) -> Result<Lsn> {
+        committed(self.ask(Request::Commit(commit)).await?)
+    }
+
+    /// Begins a transaction.
+    pub fn begin(&self) -> Txn {
+        Txn::new(self.same_handle())
+    }
+
+    /// Returns when everything acknowledged before the call, on any handle, is durable; up to which LSN that is.
+    ///
+    /// # Errors
+    /// `Closed`: the store is closed or has stopped after a failed write; what was buffered may be lost.
+    pub async fn flush(&self) -> Result<Lsn> {
+        match self.ask(Request::Flush).await? {
+            Response::Flushed(lsn) => Ok(lsn),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Returns when the commit `lsn`, and all before it, are durable.
+    ///
+    /// # Errors
+    /// `Invalid`: no commit has that LSN yet. `Closed` as for [`flush`](Self::flush).
+    pub async fn wait_durable(&self, lsn: Lsn) -> Result<()> {
+        self.ask(Request::WaitDurable(lsn)).await.map(drop)
+    }
+
+    /// Everything up to here is durable now: every commit with this LSN or a lower one.
+    pub fn durable_lsn(&self) -> Lsn {
+        self.inner.runtime.watermark()
+    }
+
+    /// Writes all dirty pages and a new page map: a crash afterwards has no log to replay up to the LSN returned.
+    pub async fn checkpoint(&self) -> Result<Lsn> {
+        match self.ask(Request::Checkpoint).await? {
+            Response::Checkpointed(lsn) => Ok(lsn),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Waits until the store takes no writes any more although nobody has closed it: a write or a flush of the log has failed,
+    /// or a thread of the engine has panicked. The error says why. Reads may go on; only reopening the store helps.
+    ///
+    /// It never returns while all is well, nor once the store was closed: wait for it beside something else.
+    pub async fn failed(&self) -> Error {
+        self.inner.runtime.failed().await
+    }
+
+    /// Counters since the store was opened, of all shards together.
+    pub async fn stats(&self) -> Result<ShardStats> {
+        let mut total = ShardStats::default();
+        for stats in self.shard_stats().await? {
+            total.add(&stats);
+        }
+        Ok(total)
+    }
+
+    /// Operations (reads, commits, flushes) answered in a second, over the last `period` of full seconds: at least one, at
+    /// most 60, and no longer than the store has been open.
+    ///
+    /// # Errors
+    /// `Closed`.
+    pub async fn iops(&self, period: Duration) -> Result<f64> {
+        Ok(self.stats().await?.iops(period))
+    }
+
+    /// Counters since the store was opened, of each shard.
+    pub async fn shard_stats(&self) -> Result<Vec<ShardStats>> {
+        let mut all = Vec::new();
+        for shard in self.inner.runtime.deal().shards() {
+            match self.inner.runtime.submit_to(shard, Request::Stats).await?.await? {
+                Response::Stats(stats) => all.push(*stats),
+                other => return Err(unexpected(&other)),
+            }
+        }
+        Ok(all)
+    }
+
+    /// Finishes what is under way, makes everything durable and records the end of the log, so that the next open
+    /// has nothing to recover. All other handles get `Closed` from then on.
+    ///
+    /// # Errors
+    /// `Closed`: it is closed already, or has stopped after a failed write; then nothing more could be done.
+    pub async fn close(&self) -> Result<()> {
+        let first = !std::mem::replace(&mut *self.inner.closing.lock().unwrap_or_else(PoisonError::into_inner), true);
+        if !first {
+            return Err(Error::new(ErrorKind::Closed, "the store is closed; open it again"));
+        }
+        let result = self.inner.runtime.close().await;
+        if result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Busy) {
+            // It did not get through: the store is open, and the next call may close it.
+            *self.inner.closing.lock().unwrap_or_else(PoisonError::into_inner) = false;
+            return result;
+        }
+        self.inner.runtime.ended().await;
+        result
+    }
+}
+
+fn committed(response: Response) -> Result<Lsn> {
+    match response {
+        Response::Committed(lsn) => Ok(lsn),
+        other => Err(unexpected(&other)),
+    }
+}
+
+fn pages(response: Response) -> Result<SmallVec<[PageRef; 1]>> {
+    match response {
+        Response::Pages(pages) => Ok(pages),
+        other => Err(unexpected(&other)),
+    }
+}
+
+fn unexpected(response: &Response) -> Error {
+    Error::new(ErrorKind::Closed, format_args!("the shard gave another answer than was asked for: {response:?}"))
+}

@@ -1,0 +1,80 @@
+//! Reads that are under way: each shard reads what is its own, all at once.
+//!
+//! Invariants
+//! 1. Once begun, every part is under way; dropping it lets go of what comes.
+//! 2. Pages count against the pins of the handle from before they are asked for until their last reference is gone.
+
+use super::{Store, pages};
+use crate::base::PageKey;
+use crate::base::error::{Error, Result};
+use crate::engine::{PageRef, Pins, Request, Taken};
+use crate::mesh::Reply;
+use smallvec::SmallVec;
+
+/// A read under way.
+pub(super) struct Reads {
+    /// The parts whose pages have not come.
+    parts: SmallVec<[Part; 1]>,
+    found: Vec<Option<PageRef>>,
+    pins: Taken,
+}
+
+/// Which of the pages asked for, and the reply that brings them.
+type Part = (SmallVec<[usize; 1]>, Reply);
+
+impl Store {
+    pub(super) async fn read(&self, keys: &[PageKey]) -> Result<Vec<PageRef>> {
+        self.begin_read(keys).await?.finish().await
+    }
+
+    /// Asks for pages; once this returns, all parts are on their way.
+    pub(super) async fn begin_read(&self, keys: &[PageKey]) -> Result<Reads> {
+        let pins = Pins::take(&self.pins, keys.len())?;
+        let (most, runtime) = (self.inner.read_pages, &self.inner.runtime);
+        let deal = runtime.deal();
+        let found = keys.iter().map(|_| None).collect();
+        let mut parts = SmallVec::new();
+        if keys.len() <= most && keys.iter().all(|key| deal.shard_of(*key) == deal.shard_of(keys[0])) {
+            parts.push(((0..keys.len()).collect(), runtime.submit(Request::Read(keys.into())).await?));
+            return Ok(Reads { parts, found, pins });
+        }
+        let mut by_shard: Vec<Vec<usize>> = deal.shards().map(|_| Vec::new()).collect();
+        for (i, key) in keys.iter().enumerate() {
+            by_shard[deal.shard_of(*key).index()].push(i);
+        }
+        for part in by_shard.iter().flat_map(|part| part.chunks(most)) {
+            let request = Request::Read(part.iter().map(|i| keys[*i]).collect());
+            parts.push((part.into(), runtime.submit(request).await?));
+        }
+        Ok(Reads { parts, found, pins })
+    }
+}
+
+impl Reads {
+    /// Waits for all pages. If it is dropped and called again it goes on where it was.
+    ///
+    /// # Errors
+    /// Of a part; the read is of no use any more.
+    pub(super) async fn wait(&mut self) -> Result<()> {
+        while let Some((_, reply)) = self.parts.last_mut() {
+            let result = reply.await;
+            let Some((part, _)) = self.parts.pop() else { break };
+            for (i, page) in part.into_iter().zip(pages(result?)?) {
+                self.found[i] = Some(page.counted(&mut self.pins));
+            }
+        }
+        Ok(())
+    }
+
+    /// The pages, in the order asked.
+    pub(super) async fn finish(mut self) -> Result<Vec<PageRef>> {
+        self.wait().await?;
+        self.into_pages()
+    }
+
+    /// The same, once they are there.
+    pub(super) fn into_pages(self) -> Result<Vec<PageRef>> {
+        let all = self.found.into_iter().collect::<Option<_>>();
+        all.ok_or_else(|| Error::corrupt("a read gave fewer pages than asked for"))
+    }
+}

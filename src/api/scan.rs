@@ -1,0 +1,149 @@
+//! Reading pages in order, with the next ones on their way already.
+//!
+//! Invariants
+//! 1. Pages come in order of their ids, each once; what is not allocated is passed over without a read.
+//! 2. A bounded number of reads is under way: [`AHEAD`] batches.
+//! 3. A call of [`Scan::next`] that is dropped loses nothing: what it has taken out of one place stands in another before it waits.
+//! 4. Each page is the newest version of its own moment. A page written after the scan has passed it, or freed before it is
+//!    there, is not seen.
+
+use super::read::Reads;
+use super::space::Look;
+use super::{Allocated, Store, Volume};
+use crate::base::error::{ErrorKind, Result};
+use crate::base::{Lsn, PageId, PageKey};
+use crate::engine::PageRef;
+use std::collections::VecDeque;
+
+/// Pages of a batch.
+const BATCH: usize = 64;
+/// Batches under way or read and not yet taken: with 64 pages each 2 MiB.
+const AHEAD: usize = 8;
+/// Ranges asked for at a time.
+const RANGES: usize = 256;
+
+/// Pages of a volume in order; see [`Volume::scan`].
+#[must_use = "a scan does nothing until it is asked for pages"]
+pub struct Scan {
+    volume: Volume,
+    last: PageId,
+    /// Where the map is to be looked at next.
+    next: Option<PageId>,
+    /// A look at it, under way.
+    look: Option<Look>,
+    /// Known to be allocated, and not asked for yet.
+    ranges: VecDeque<(PageId, PageId)>,
+    /// The next batch, not asked for yet.
+    ids: Vec<PageId>,
+    batches: VecDeque<(Vec<PageId>, Reads)>,
+    /// Of the batch that is being handed out.
+    pages: VecDeque<(PageId, PageRef)>,
+    lsn: Lsn,
+}
+
+impl Volume {
+    /// Reads the allocated pages from `first` to `last` in order, ahead of what is taken. It is no snapshot: each page is the
+    /// newest version at the moment at which it was read, up to 512 pages before it is handed out; durable or not
+    /// ([`Scan::lsn`] tells which, of pages that are missing too).
+    pub fn scan(&self, first: PageId, last: PageId) -> Scan {
+        let next = (first <= last).then_some(first);
+        let (look, ranges, ids, batches, pages, lsn) = Default::default();
+        Scan { volume: self.clone(), last, next, look, ranges, ids, batches, pages, lsn }
+    }
+}
+
+impl Scan {
+    /// The next page, or `None` at the end. After an error the scan goes on behind what failed. Dropping the future loses no
+    /// page.
+    ///
+    /// # Errors
+    /// As [`Volume::read`] and [`Volume::allocated`].
+    pub async fn next(&mut self) -> Result<Option<(PageId, PageRef)>> {
+        loop {
+            if let Some(page) = self.pages.pop_front() {
+                return Ok(Some(page));
+            }
+            self.read_ahead().await?;
+            let Some((_, reads)) = self.batches.front_mut() else { return Ok(None) };
+            let result = reads.wait().await;
+            let Some((ids, reads)) = self.batches.pop_front() else { return Ok(None) };
+            let pages = result.and_then(|()| reads.into_pages())?;
+            // Also of those that were freed before they were there: they are not handed out.
+            self.lsn = pages.iter().map(PageRef::lsn).fold(self.lsn, Lsn::max);
+            self.pages = ids.into_iter().zip(pages).filter(|(_, page)| !page.is_absent()).collect();
+        }
+    }
+
+    /// When everything up to here is durable, so is all that the scan has handed out, and that pages are missing because they
+    /// were freed: [`Store::wait_durable`] waits for it. It grows as the scan goes on.
+    pub fn lsn(&self) -> Lsn {
+        self.lsn
+    }
+
+    /// Nothing comes any more.
+    pub(super) fn end(&mut self) {
+        self.next = None;
+        self.look = None;
+        self.ranges.clear();
+        self.ids.clear();
+        self.batches.clear();
+        self.pages.clear();
+    }
+
+    async fn read_ahead(&mut self) -> Result<()> {
+        while self.batches.len() < AHEAD {
+            self.find_ids().await?;
+            if self.ids.is_empty() {
+                return Ok(());
+            }
+            let keys: Vec<PageKey> = self.ids.iter().map(|page| self.volume.key(*page)).collect();
+            let begun = self.store().begin_read(&keys).await;
+            if begun.as_ref().is_err_and(|error| error.kind() == ErrorKind::Busy) && !self.batches.is_empty() {
+                // As far as the pins go.
+                return Ok(());
+            }
+            let ids = std::mem::take(&mut self.ids);
+            self.batches.push_back((ids, begun?));
+        }
+        Ok(())
+    }
+
+    fn store(&self) -> &Store {
+        self.volume.store()
+    }
+
+    /// Fills the next batch.
+    async fn find_ids(&mut self) -> Result<()> {
+        while self.ids.len() < BATCH {
+            let Some((first, last)) = self.ranges.pop_front() else {
+                if !self.look_on().await? {
+                    break;
+                }
+                continue;
+            };
+            self.ids.push(first);
+            if first < last {
+                self.ranges.push_front((PageId::new(first.get() + 1), last));
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks at more of the map; false at its end.
+    async fn look_on(&mut self) -> Result<bool> {
+        if self.look.is_none()
+            && let Some(next) = self.next
+        {
+            self.volume.check()?;
+            self.look = Some(self.store().begin_look(self.volume.id(), next, self.last, RANGES).await?);
+        }
+        let Some(look) = &mut self.look else { return Ok(false) };
+        let result = look.wait().await;
+        let Some(look) = self.look.take() else { return Ok(false) };
+        result?;
+        let Allocated { ranges, next, lsn } = look.into_allocated();
+        self.lsn = self.lsn.max(lsn);
+        (self.ranges, self.next) = (ranges.into(), next);
+        Ok(true)
+    }
+}

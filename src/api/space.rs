@@ -1,0 +1,300 @@
+//! Which pages of a volume there are, and freeing many at once.
+//!
+//! Invariants
+//! 1. Only what is allocated is freed: a huge sparse range costs what is in it, and a look at the page map.
+//! 2. Each commit frees pages of one run, so of one shard; a bounded number of them is under way, fewer when the store is
+//!    busy. One that the store finds too large is divided.
+
+use super::{Store, Volume, committed, unexpected};
+use crate::base::error::{Error, ErrorKind, Result};
+use crate::base::{Lsn, PageId, PageKey, RUN_PAGES, VolumeId};
+use crate::engine::{Change, Commit, PageRange, Request, Response};
+use crate::mesh::Reply;
+use smallvec::SmallVec;
+use std::collections::VecDeque;
+use std::ops::RangeInclusive;
+
+/// Ranges asked for at a time.
+const RANGES: usize = 1024;
+/// Commits under way at a time.
+const COMMITS: usize = 32;
+/// What the store counts for a freed page against `txn_bytes_max`.
+const FREE_BYTES: u64 = 512;
+
+/// Some of the pages of a volume that there are.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Allocated {
+    /// First and last pages of ranges, in order; between two of them nothing was found.
+    pub ranges: Vec<(PageId, PageId)>,
+    /// Where to go on; `None`: these are all that were asked for.
+    pub next: Option<PageId>,
+    /// When everything up to here is durable, so is what was found: pages that were written, and pages that are missing because
+    /// they were freed. Zero: all of it is durable.
+    pub lsn: Lsn,
+}
+
+/// A look at what is allocated, under way.
+#[derive(Default)]
+pub(super) struct Look {
+    replies: Vec<Reply>,
+    ranges: Vec<(PageId, PageId)>,
+    next: Option<PageId>,
+    lsn: Lsn,
+}
+
+impl Look {
+    /// Waits for all shards. If it is dropped and called again it goes on where it was.
+    pub(super) async fn wait(&mut self) -> Result<()> {
+        while let Some(reply) = self.replies.last_mut() {
+            let result = reply.await;
+            self.replies.pop();
+            match result? {
+                Response::Allocated { ranges, next, lsn } => {
+                    self.lsn = self.lsn.max(lsn);
+                    self.ranges.extend(ranges);
+                    self.next = self.next.into_iter().chain(next).min();
+                }
+                other => return Err(unexpected(&other)),
+            }
+        }
+        Ok(())
+    }
+
+    /// What was found.
+    pub(super) fn into_allocated(mut self) -> Allocated {
+        self.ranges.sort_unstable();
+        Allocated { ranges: joined(self.ranges, self.next), next: self.next, lsn: self.lsn }
+    }
+}
+
+impl Volume {
+    /// The pages from `first` to `last` that were written and not freed, as ranges: about `ranges_max` of them, or less where
+    /// much is looked at; [`Allocated::next`] says where to go on. Each page counts as a reader would have found it at one
+    /// moment during the call, durable or not ([`Allocated::lsn`] tells which). Takes no pages into memory; what was never written costs next to nothing.
+    ///
+    /// # Errors
+    /// `Corrupt`, `Io`: of the page map. `NotFound`: the volume was deleted. `Busy`: no memory is free. `Closed`.
+    pub async fn allocated(&self, first: PageId, last: PageId, ranges_max: usize) -> Result<Allocated> {
+        self.check()?;
+        self.store().allocated_in(self.id(), first, last, ranges_max).await
+    }
+
+    /// Frees all pages from `first` to `last`, in many commits: visible on return, durable after a later [`Store::flush`].
+    /// What is not allocated costs next to nothing. Pages written meanwhile may be freed or not.
+    ///
+    /// # Errors
+    /// As [`allocated`](Self::allocated) and [`Volume::free`]; some of the pages may be freed then.
+    pub async fn free_range(&self, first: PageId, last: PageId) -> Result<()> {
+        self.check()?;
+        self.store().free_pages(self.id(), first, last).await
+    }
+}
+
+impl Store {
+    async fn allocated_in(
+        &self,
+        volume: VolumeId,
+        first: PageId,
+        last: PageId,
+        ranges_max: usize,
+    ) -> Result<Allocated> {
+        let mut look = self.begin_look(volume, first, last, ranges_max).await?;
+        look.wait().await?;
+        Ok(look.into_allocated())
+    }
+
+    /// Asks all shards what is allocated in a range.
+    pub(super) async fn begin_look(
+        &self,
+        volume: VolumeId,
+        first: PageId,
+        last: PageId,
+        ranges_max: usize,
+    ) -> Result<Look> {
+        let mut look = Look::default();
+        if first <= last {
+            let asked = PageRange { volume, first, last, ranges_max: ranges_max.max(1) };
+            for shard in self.inner.runtime.deal().shards() {
+                look.replies.push(self.inner.runtime.submit_to(shard, Request::Allocated(asked)).await?);
+            }
+        }
+        Ok(look)
+    }
+
+    /// Frees what is allocated in a range.
+    pub(super) async fn free_pages(&self, volume: VolumeId, first: PageId, last: PageId) -> Result<()> {
+        let mut next = Some(first);
+        while let Some(first) = next {
+            next = self.free_some(volume, first, last).await?;
+        }
+        Ok(())
+    }
+
+    /// Frees a bounded part of it; where to go on. On return none of its commits is under way any more, also after an error:
+    /// a page that is written afterwards stays written.
+    pub(super) async fn free_some(&self, volume: VolumeId, first: PageId, last: PageId) -> Result<Option<PageId>> {
+        let Allocated { ranges, next, .. } = self.allocated_in(volume, first, last, RANGES).await?;
+        let most = (self.txn_bytes_max() / FREE_BYTES).max(1);
+        let mut parts = Parts { waiting: by_run(&ranges, most).into(), width: COMMITS, failed: None };
+        let mut under_way: VecDeque<(Part, Reply)> = VecDeque::new();
+        loop {
+            while under_way.len() < parts.width
+                && let Some(part) = parts.waiting.pop_front()
+            {
+                match self.inner.runtime.submit(Request::Commit(frees(volume, &part))).await {
+                    Ok(reply) => under_way.push_back((part, reply)),
+                    Err(error) => parts.refused(part, error, under_way.is_empty()),
+                }
+            }
+            let Some((part, reply)) = under_way.pop_front() else { break };
+            if let Err(error) = reply.await.and_then(committed) {
+                parts.refused(part, error, under_way.is_empty());
+            }
+        }
+        parts.failed.map_or(Ok(next), Err)
+    }
+}
+
+/// Pages that one commit frees.
+type Part = SmallVec<[RangeInclusive<u64>; 1]>;
+
+fn frees(volume: VolumeId, part: &Part) -> Commit {
+    let free = |page| (PageKey::new(volume, PageId::new(page)), Change::Free);
+    Commit { reads: Vec::new(), changes: part.iter().cloned().flatten().map(free).collect(), durable: false }
+}
+
+/// What is left to be freed, and how.
+struct Parts {
+    waiting: VecDeque<Part>,
+    /// Commits under way at a time: fewer while the store is busy.
+    width: usize,
+    /// Ends it, once all that is under way has ended.
+    failed: Option<Error>,
+}
+
+impl Parts {
+    /// A part was refused. One that is too large is divided; one that the store was too busy for goes on with less beside it,
+    /// and in the end `alone`.
+    fn refused(&mut self, part: Part, error: Error, alone: bool) {
+        match error.kind() {
+            ErrorKind::TooLarge if pages_count(&part) > 1 && self.failed.is_none() => {
+                let (front, back) = halves(part);
+                self.waiting.push_front(back);
+                self.waiting.push_front(front);
+            }
+            ErrorKind::Busy | ErrorKind::Conflict if !(alone && self.width == 1) && self.failed.is_none() => {
+                self.width = (self.width / 2).max(1);
+                self.waiting.push_front(part);
+            }
+            _ => {
+                self.waiting.clear();
+                self.failed.get_or_insert(error);
+            }
+        }
+    }
+}
+
+fn pages_count(part: &Part) -> u64 {
+    part.iter().map(|range| range.end() - range.start() + 1).sum()
+}
+
+/// Two parts with half of the pages each, of one with at least two.
+fn halves(part: Part) -> (Part, Part) {
+    let (mut front, mut back, mut room) = (Part::new(), Part::new(), pages_count(&part) / 2);
+    for range in part {
+        let (first, last) = range.into_inner();
+        let count = room.min(last - first + 1);
+        room -= count;
+        if count > 0 {
+            front.push(first..=first + count - 1);
+        }
+        if first + count <= last {
+            back.push(first + count..=last);
+        }
+    }
+    (front, back)
+}
+
+/// Ranges in parts of at most `most` pages, each within one run.
+fn by_run(ranges: &[(PageId, PageId)], most: u64) -> Vec<Part> {
+    let mut parts: Vec<Part> = Vec::new();
+    let (mut run, mut room) = (None, 0);
+    for (first, last) in ranges {
+        let mut next = Some(first.get());
+        while let Some(first) = next.filter(|next| *next <= last.get()) {
+            if run != Some(first / RUN_PAGES) || room == 0 {
+                parts.push(Part::new());
+                (run, room) = (Some(first / RUN_PAGES), most);
+            }
+            let end = (first | (RUN_PAGES - 1)).min(last.get()).min(first.saturating_add(room - 1));
+            room -= end - first + 1;
+            parts.iter_mut().last().into_iter().for_each(|part| part.push(first..=end));
+            next = end.checked_add(1);
+        }
+    }
+    parts
+}
+
+/// Ranges in order, cut off before `next`, neighbours made one.
+fn joined(ranges: Vec<(PageId, PageId)>, next: Option<PageId>) -> Vec<(PageId, PageId)> {
+    let mut out: Vec<(PageId, PageId)> = Vec::with_capacity(ranges.len());
+    for (first, last) in ranges {
+        let last = match next {
+            Some(next) if first >= next => break,
+            Some(next) => last.min(PageId::new(next.get() - 1)),
+            None => last,
+        };
+        match out.last_mut() {
+            Some((_, end)) if end.get() + 1 == first.get() => *end = last,
+            _ => out.push((first, last)),
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pages(part: &Part) -> Vec<u64> {
+        part.iter().cloned().flatten().collect()
+    }
+
+    fn error(kind: ErrorKind) -> Error {
+        Error::new(kind, "planted")
+    }
+
+    /// A part left out is space that nobody ever gets back; one that is never small enough ends a deletion for good.
+    #[test]
+    fn a_part_that_is_too_large_is_divided_down_to_single_pages_and_loses_none() {
+        let whole: Part = SmallVec::from_vec(vec![3..=3, 10..=14, 20..=21]);
+        let mut parts = Parts { waiting: VecDeque::from([whole.clone()]), width: COMMITS, failed: None };
+        let mut freed = Vec::new();
+        while let Some(part) = parts.waiting.pop_front() {
+            match pages_count(&part) {
+                0 => panic!("an empty part"),
+                1 => freed.extend(pages(&part)),
+                _ => parts.refused(part, error(ErrorKind::TooLarge), true),
+            }
+        }
+        assert_eq!((freed, parts.failed.is_none()), (pages(&whole), true));
+        parts.refused(SmallVec::from_vec(vec![7..=7]), error(ErrorKind::TooLarge), true);
+        assert_eq!(parts.failed.map(|error| error.kind()), Some(ErrorKind::TooLarge), "a single page can't be divided");
+    }
+
+    /// Without an end to this a request of a client spins in a store that has no memory.
+    #[test]
+    fn a_part_that_the_store_is_too_busy_for_is_tried_again_with_less_beside_it_and_at_last_alone() {
+        let part: Part = SmallVec::from_vec(vec![1..=9]);
+        let mut parts = Parts { waiting: VecDeque::new(), width: COMMITS, failed: None };
+        let mut tries = 0;
+        loop {
+            let alone = parts.width == 1;
+            parts.refused(part.clone(), error(ErrorKind::Busy), alone);
+            tries += 1;
+            let Some(again) = parts.waiting.pop_front() else { break };
+            assert_eq!(pages(&again), pages(&part));
+        }
+        assert_eq!((tries, parts.failed.map(|error| error.kind())), (6, Some(ErrorKind::Busy)));
+    }
+}

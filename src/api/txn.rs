@@ -1,0 +1,222 @@
+//! Transactions: optimistic, validated at commit, serializable.
+//!
+//! Invariants
+//! 1. Each page is read from the store once: what a transaction sees does not change under it.
+//! 2. It sees its own changes.
+//! 3. Nothing leaves it before `commit`; dropping it before costs nothing.
+
+use super::{ShardHandle, Store, Volume};
+use crate::base::error::{Error, Result};
+use crate::base::{BLOCK, Lsn, PageId, PageKey};
+use crate::engine::{Change, Commit, PageRef};
+use bytes::Bytes;
+use hashbrown::HashMap;
+use std::ops::Deref;
+use std::sync::Arc;
+
+/// A page as a transaction sees it: 4,096 bytes.
+#[derive(Clone, Debug)]
+pub enum PageView {
+    /// As in the store, without a copy.
+    Stored(PageRef),
+    /// With the transaction's own changes.
+    Changed(Vec<u8>),
+}
+
+impl Deref for PageView {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        match self {
+            PageView::Stored(page) => page,
+            PageView::Changed(bytes) => bytes,
+        }
+    }
+}
+
+/// What a transaction has read and is to change.
+#[derive(Default)]
+struct Work {
+    reads: HashMap<PageKey, PageRef>,
+    changes: Vec<(PageKey, Change)>,
+}
+
+impl Work {
+    /// Its own changes of a page, in order. Not to be held over an await: the future could not move between threads.
+    fn own(&self, key: PageKey) -> impl Iterator<Item = &Change> {
+        self.changes.iter().filter(move |(changed, _)| *changed == key).map(|(_, change)| change)
+    }
+
+    /// Whether the transaction has replaced the page whole: then it needs not be read.
+    fn has_replaced(&self, key: PageKey) -> bool {
+        matches!(self.own(key).next(), Some(Change::Put(_) | Change::Free))
+    }
+
+    fn must_read(&self, key: PageKey) -> bool {
+        !self.has_replaced(key) && !self.reads.contains_key(&key)
+    }
+
+    /// The page as the transaction sees it, once it is read if it must be.
+    fn view(&self, key: PageKey) -> PageView {
+        let stored = if self.has_replaced(key) { None } else { self.reads.get(&key) };
+        let mut own = self.own(key).peekable();
+        match stored {
+            Some(page) if own.peek().is_none() => PageView::Stored(page.clone()),
+            stored => {
+                let mut bytes = stored.map_or_else(|| vec![0; BLOCK], |page| page.to_vec());
+                own.for_each(|change| apply(&mut bytes, change));
+                PageView::Changed(bytes)
+            }
+        }
+    }
+
+    fn change(&mut self, key: PageKey, change: Change) -> Result<()> {
+        match &change {
+            Change::Put(bytes) if bytes.len() != BLOCK => {
+                let (len, page) = (bytes.len(), key.page);
+                return Err(Error::invalid(format_args!("{len} bytes given for {page:?}, a page has {BLOCK}")));
+            }
+            Change::Patch { offset, bytes } if bytes.is_empty() || *offset as usize + bytes.len() > BLOCK => {
+                let (len, page) = (bytes.len(), key.page);
+                return Err(Error::invalid(format_args!(
+                    "a patch of {len} bytes at {offset} of {page:?} does not fit into {BLOCK} bytes"
+                )));
+            }
+            _ => {}
+        }
+        self.changes.push((key, change));
+        Ok(())
+    }
+
+    fn into_commit(self) -> Commit {
+        let mut reads: Vec<(PageKey, Lsn)> = self.reads.iter().map(|(key, page)| (*key, page.version())).collect();
+        reads.sort();
+        Commit { reads, changes: self.changes, durable: true }
+    }
+}
+
+/// A transaction over any pages of any volumes of one store.
+#[must_use = "a transaction does nothing until it is committed"]
+pub struct Txn {
+    store: Store,
+    work: Work,
+}
+
+impl Txn {
+    pub(super) fn new(store: Store) -> Self {
+        Txn { store, work: Work::default() }
+    }
+
+    /// The page as this transaction sees it. It pins the page until the transaction ends.
+    ///
+    /// # Errors
+    /// As [`Volume::read`]; `Invalid` if the volume belongs to another store.
+    pub async fn read(&mut self, volume: &Volume, page: PageId) -> Result<PageView> {
+        let key = self.key(volume, page)?;
+        if self.work.must_read(key) {
+            let page = self.store.read(&[key]).await?.pop();
+            self.work.reads.insert(key, page.ok_or_else(|| Error::corrupt("a read gave no page"))?);
+        }
+        Ok(self.work.view(key))
+    }
+
+    /// Replaces a page: exactly 4,096 bytes.
+    ///
+    /// # Errors
+    /// `Invalid`: another length, or a volume of another store.
+    pub fn write(&mut self, volume: &Volume, page: PageId, bytes: impl Into<Bytes>) -> Result<()> {
+        self.change(volume, page, Change::Put(bytes.into()))
+    }
+
+    /// Replaces bytes of a page.
+    ///
+    /// # Errors
+    /// `Invalid`: no bytes, they do not fit into the page, or a volume of another store.
+    pub fn patch(&mut self, volume: &Volume, page: PageId, offset: u32, bytes: impl Into<Bytes>) -> Result<()> {
+        self.change(volume, page, Change::Patch { offset, bytes: bytes.into() })
+    }
+
+    /// Frees a page.
+    ///
+    /// # Errors
+    /// `Invalid`: a volume of another store.
+    pub fn free(&mut self, volume: &Volume, page: PageId) -> Result<()> {
+        self.change(volume, page, Change::Free)
+    }
+
+    /// Any change of a page.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write), [`patch`](Self::patch) and [`free`](Self::free).
+    pub fn change(&mut self, volume: &Volume, page: PageId, change: Change) -> Result<()> {
+        self.work.change(self.key(volume, page)?, change)
+    }
+
+    fn key(&self, volume: &Volume, page: PageId) -> Result<PageKey> {
+        volume.check_of(&Arc::downgrade(&self.store.inner))?;
+        Ok(volume.key(page))
+    }
+
+    /// Commits: all changes or none, if nothing that was read has changed since. Durable on return, as is
+    /// everything that was read.
+    ///
+    /// # Errors
+    /// `Conflict`: something read has changed; begin anew. `TooLarge`, `Full`, `Busy`: nothing was done.
+    /// `OutcomeUnknown`: the device failed while the commit was on its way; reopen and look.
+    pub async fn commit(self) -> Result<Lsn> {
+        self.store.commit(self.work.into_commit()).await
+    }
+}
+
+/// A transaction of a task on a shard: as [`Txn`], without a hop. What it reads must be the shard's; what it changes
+/// may be of any shard.
+#[must_use = "a transaction does nothing until it is committed"]
+pub struct ShardTxn {
+    handle: ShardHandle,
+    work: Work,
+}
+
+impl ShardTxn {
+    pub(super) fn new(handle: ShardHandle) -> Self {
+        ShardTxn { handle, work: Work::default() }
+    }
+
+    /// As [`Txn::read`], of a page of the shard.
+    ///
+    /// # Errors
+    /// As [`ShardHandle::read`].
+    pub async fn read(&mut self, volume: &Volume, page: PageId) -> Result<PageView> {
+        let key = self.handle.key(volume, page)?;
+        if self.work.must_read(key) {
+            let page = self.handle.read(volume, page).await?;
+            self.work.reads.insert(key, page);
+        }
+        Ok(self.work.view(key))
+    }
+
+    /// Any change of any page.
+    ///
+    /// # Errors
+    /// As [`Txn::change`].
+    pub fn change(&mut self, volume: &Volume, page: PageId, change: Change) -> Result<()> {
+        self.work.change(self.handle.key(volume, page)?, change)
+    }
+
+    /// As [`Txn::commit`].
+    ///
+    /// # Errors
+    /// As [`Txn::commit`].
+    pub async fn commit(self) -> Result<Lsn> {
+        self.handle.commit_work(self.work.into_commit()).await
+    }
+}
+
+fn apply(page: &mut [u8], change: &Change) {
+    match change {
+        Change::Put(bytes) => page.copy_from_slice(bytes),
+        Change::Patch { offset, bytes } => {
+            let start = *offset as usize;
+            page[start..start + bytes.len()].copy_from_slice(bytes);
+        }
+        Change::Free => page.fill(0),
+    }
+}

@@ -1,0 +1,120 @@
+//! The one error type: what happened, to what, and what the caller can do about it.
+
+use crate::base::{Lsn, PageKey};
+use rustix::io::Errno;
+use std::fmt;
+
+/// What to do about an [`Error`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// Retry the whole transaction: a page it read has changed since. Nothing was done.
+    Conflict,
+    /// Retry later: a queue, the pins or the memory are used up for now. Nothing was done.
+    Busy,
+    /// Fix the call: an argument is wrong. Nothing was done.
+    Invalid,
+    /// Fix the call: the commit is larger than `txn_bytes_max`. Nothing was done.
+    TooLarge,
+    /// Fix the surroundings: no space is left. Nothing was done; reads, frees and, once there is space, writes go on.
+    Full,
+    /// Fix the call or the surroundings: no such volume, directory or store.
+    NotFound,
+    /// Fix the surroundings: another process has the store open.
+    InUse,
+    /// Fix the surroundings: this version can't read the store, or this machine lacks something.
+    Unsupported,
+    /// Stop: bytes on the device are not those that were written. They were not served.
+    Corrupt,
+    /// Stop: the device or the file system failed. Reads may go on; writes need the store reopened.
+    Io,
+    /// Stop and reopen: the commit was submitted, and whether it will be found after reopening is not known.
+    OutcomeUnknown,
+    /// The store is closed, or stopped after a failed log write; reopen it.
+    Closed,
+}
+
+/// An error of the engine. `Display` gives the values and what to do; [`kind`](Error::kind) is for code.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{context}")]
+pub struct Error {
+    kind: ErrorKind,
+    context: Box<str>,
+    #[source]
+    source: Option<std::sync::Arc<std::io::Error>>,
+}
+
+/// `Result` with the engine's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What an error number alone does not say.
+fn advice(source: &std::io::Error) -> &'static str {
+    match Errno::from_io_error(source) {
+        Some(Errno::ROFS) => {
+            "; it is mounted read-only: mount it for writing (if it was, an error has changed that: see the kernel's log)"
+        }
+        Some(Errno::IO | Errno::NXIO | Errno::NODEV | Errno::REMOTEIO | Errno::UCLEAN) => {
+            "; the device or the file system failed: see the kernel's log"
+        }
+        Some(Errno::FBIG) => "; raise the limit of file sizes (`ulimit -f`)",
+        Some(Errno::MFILE) => "; raise the limit of open files (`ulimit -n`)",
+        _ => "",
+    }
+}
+
+impl Error {
+    /// An error of `kind`; `context` says what happened, with the values, and what to do.
+    pub fn new(kind: ErrorKind, context: impl fmt::Display) -> Self {
+        Error { kind, context: context.to_string().into(), source: None }
+    }
+
+    /// The same with an operating system's error as its source, which `context` need not repeat; nor what to do about the
+    /// commonest ones.
+    pub fn io(context: impl fmt::Display, source: std::io::Error) -> Self {
+        let context = format!("{context}: {source}{}", advice(&source)).into();
+        Error { kind: ErrorKind::Io, context, source: Some(std::sync::Arc::new(source)) }
+    }
+
+    /// A thread that can't be started.
+    pub(crate) fn no_thread(what: impl fmt::Display, source: std::io::Error) -> Self {
+        let limits =
+            "raise the limit of threads (`ulimit -u`, pids.max of a control group, TasksMax= of a systemd unit)";
+        let context = format!("starting {what}: {source}; {limits}").into();
+        Error { kind: ErrorKind::Io, context, source: Some(std::sync::Arc::new(source)) }
+    }
+
+    /// What to do about it.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
+    /// The same error as another kind.
+    pub fn with_kind(mut self, kind: ErrorKind) -> Self {
+        self.kind = kind;
+        self
+    }
+
+    /// The same as `Full`, if that is what the operating system meant.
+    pub(crate) fn full_if_no_space(self) -> Self {
+        use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+        match self.source.as_ref().map(|source| source.kind()) {
+            Some(StorageFull | QuotaExceeded) => self.with_kind(ErrorKind::Full),
+            _ => self,
+        }
+    }
+
+    pub(crate) fn invalid(context: impl fmt::Display) -> Self {
+        Error::new(ErrorKind::Invalid, context)
+    }
+
+    pub(crate) fn corrupt(context: impl fmt::Display) -> Self {
+        Error::new(ErrorKind::Corrupt, context)
+    }
+
+    pub(crate) fn conflict(key: PageKey, read: Lsn, now: Lsn) -> Self {
+        Error::new(
+            ErrorKind::Conflict,
+            format_args!("page {key:?} was read at {read:?} and is at {now:?} now: retry the transaction"),
+        )
+    }
+}

@@ -1,0 +1,25 @@
+//! What every layer uses: ids, LSNs and addresses as types, errors, options and limits, the checksum, counters. No I/O.
+//!
+//! Each is a newtype with a private field and only the arithmetic that is lawful for it; `Debug` is short
+//! (`p12`, `s3`, `lsn 8041`), so that a trace can be read.
+
+pub mod checksum;
+mod deal;
+pub(crate) mod error;
+mod lsn;
+pub mod metrics;
+pub(crate) mod options;
+mod page;
+mod place;
+pub(crate) mod sync;
+
+pub use deal::Deal;
+pub use lsn::Lsn;
+pub use page::{PageClass, PageId, PageKey, RUN_PAGES, ShardId, VShard, VolumeId};
+pub use place::{ExtentNo, Place, SegmentNo};
+
+/// The unit of all I/O and of all places: 4 KiB, the smallest page and the physical block of common devices.
+pub const BLOCK: usize = 4096;
+
+/// Virtual or real time in microseconds since some start; always passed in, never read from a clock here.
+pub type Micros = u64;

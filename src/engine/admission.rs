@@ -1,0 +1,429 @@
+//! Admission: everything that a commit, or a part of one, needs is there before its LSN is drawn.
+//!
+//! Invariants
+//! 1. What is admitted can fail by the device only: log room, buffers, frames, data space, map leaves in memory.
+//! 2. Short for now: the commit waits, and room is made. Short for good: `Full`, and nothing was done.
+//! 3. What parts of commits over shards have reserved is left alone.
+
+use super::commits::LSN_AHEAD_MAX;
+use super::part::Reserved;
+use super::{Change, Commit, Lack, NodeWaiter, Shard, Step};
+use crate::base::error::{Error, ErrorKind};
+use crate::base::{BLOCK, Lsn, PageKey, VolumeId};
+use crate::engine::map::{Lookup, Map};
+use crate::format::extent::NodeKey;
+use crate::format::group::{HEAD_BYTES, RawChange, RawParts, RawRecord, RawSlot};
+use crate::format::node::{Child, LEAF_ENTRIES};
+use smallvec::SmallVec;
+
+/// Frames left alone by commits, for reads, map nodes and checkpoints.
+const FRAMES_RESERVE: u32 = 16;
+
+/// Of 32 parts of the frames, how many dirty map nodes may take (a third of the memory, tables included), and with how many a
+/// checkpoint is asked for. Under random overwrites every leaf is dirty before long: a 64th of what is overwritten. Where they all
+/// find room here a checkpoint is for the sake of space or of the log, and pays for many pages; where they don't, nearly every page
+/// written costs a leaf.
+const DIRTY_NODES_MAX: u64 = 12;
+const DIRTY_NODES_MANY: u64 = 10;
+
+/// A commit may need this part of the memory. Others under way hold a quarter, and readers are told `Busy` before they hold the rest.
+const COMMIT_SHARE: u32 = 2;
+/// How often a commit gives back the leaves that it has pinned, when another one has left memory.
+const YIELDS_MAX: u8 = 3;
+
+/// For how long a part that found no space keeps space being made.
+const SPACE_WANTED_US: crate::base::Micros = 100_000;
+
+/// What commits need.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Need {
+    /// Bytes of records.
+    record_bytes: usize,
+    /// Whole pages, each a slot.
+    slots: usize,
+    /// Frames for new versions.
+    pub frames: u32,
+    /// Changes: each may dirty a page.
+    pub changes: u64,
+    /// Map nodes that they may dirty.
+    pub nodes: u64,
+    /// It makes room: only frees, or a change of the catalog, of which a deletion is one. It may use a reserve.
+    pub makes_room: bool,
+}
+
+/// Whether a commit may go on.
+pub(super) enum Admission {
+    Yes,
+    /// Wait for memory, log room or space; it comes.
+    Stalled,
+    /// It waits for a map node.
+    Waiting,
+    No(Error),
+}
+
+impl Need {
+    pub(super) fn of(commit: &Commit, map: &Map) -> Need {
+        let record_bytes = size_of::<RawRecord>() + size_of::<RawParts>();
+        let mut need = Need { record_bytes, makes_room: true, ..Need::default() };
+        let mut last = None;
+        for (key, change) in &commit.changes {
+            // Pages of one leaf share its path.
+            let leaf = (key.volume, key.page.get() / LEAF_ENTRIES as u64);
+            if last.replace(leaf) != Some(leaf) {
+                need.nodes += map.path_len(*key);
+            }
+            need.record_bytes += size_of::<RawChange>();
+            match change {
+                Change::Put(_) => need.slots += 1,
+                Change::Patch { bytes, .. } => need.record_bytes += bytes.len(),
+                Change::Free => continue,
+            }
+            need.frames += 1;
+            // The catalog has 255 pages, so these can't use the reserve up.
+            need.makes_room &= key.volume == VolumeId::CATALOG;
+        }
+        need.changes = commit.changes.len() as u64;
+        need
+    }
+
+    /// Blocks of data space that it may take: each page written one as a slot and another later, and its map nodes on top. A freed
+    /// page takes none.
+    pub(super) fn blocks(&self) -> u64 {
+        2 * u64::from(self.frames) + self.nodes
+    }
+
+    pub(super) fn plus(self, other: Need) -> Need {
+        Need {
+            record_bytes: self.record_bytes + other.record_bytes,
+            slots: self.slots + other.slots,
+            frames: self.frames + other.frames,
+            changes: self.changes + other.changes,
+            nodes: self.nodes + other.nodes,
+            makes_room: other.makes_room,
+        }
+    }
+}
+
+impl Shard {
+    pub(super) fn admit(&mut self, waiter: usize, need: Need, first: bool) -> Admission {
+        let body = self.log.open.body_blocks_with(need.record_bytes, need.slots);
+        let group_is_new = self.log.open.is_empty() && first;
+        let too_long = body > self.limits.group_blocks && !group_is_new;
+        let blocks = body + self.inline_blocks(self.log.open.slots.len() + need.slots);
+        if self.drawn_far_ahead(Step::Commit) || self.log.open.runs_full() || too_long {
+            self.log.open.urgent |= !self.log.open.is_empty();
+            self.blocked.register(Step::Commit, Lack::LogRoom);
+            return Admission::Stalled;
+        }
+        if !self.log_fits(blocks, body, None) {
+            self.blocked.register(Step::Commit, Lack::LogRoom);
+            return Admission::Stalled;
+        }
+        if !self.dirty_fits(need.changes, first) {
+            self.blocked.register(Step::Commit, Lack::WriteBack);
+            return Admission::Stalled;
+        }
+        match self.admit_space(&need) {
+            Ok(true) => {}
+            Ok(false) => {
+                self.blocked.register(Step::Commit, Lack::Space);
+                return Admission::Stalled;
+            }
+            Err(error) => return Admission::No(error),
+        }
+        self.admit_memory(waiter, need.frames, Step::Commit)
+    }
+
+    /// Whether a part of a commit over shards may be voted for: what it needs must be there whenever it is decided, in
+    /// this group or a later one.
+    pub(super) fn admit_part(&mut self, waiter: usize, need: &Need) -> Admission {
+        let (body, slots) = match self.log.open.is_empty() {
+            true => (0, 0),
+            false => (self.log.open.body_blocks_with(0, 0), self.log.open.slots.len()),
+        };
+        let more = self.reservation(need);
+        if !self.log_fits(body + self.inline_blocks(slots), body, Some(more)) {
+            return Admission::Stalled;
+        }
+        let alone = self.reserved.count == 0;
+        if !self.dirty_fits(need.changes, alone) {
+            return Admission::Stalled;
+        }
+        match self.admit_space(need) {
+            Ok(true) => {}
+            Ok(false) => {
+                self.space.wanted_until = self.now + SPACE_WANTED_US;
+                return Admission::Stalled;
+            }
+            Err(error) => return Admission::No(error),
+        }
+        self.admit_memory(waiter, need.frames, Step::Vote)
+    }
+
+    /// What a part keeps from others until it is decided.
+    pub(super) fn reservation(&self, need: &Need) -> Reserved {
+        let body = (HEAD_BYTES + need.record_bytes + need.slots * size_of::<RawSlot>()).div_ceil(BLOCK) as u32;
+        Reserved {
+            count: 1,
+            log_blocks: body + self.inline_blocks(need.slots),
+            frames: need.frames,
+            changes: need.changes,
+            space_blocks: need.blocks(),
+        }
+    }
+
+    /// Blocks of inline pages that a group with `slots` slots has at most. No more than its pages: `inline_pages_max`
+    /// alone may be more than a small segment holds.
+    fn inline_blocks(&self, slots: usize) -> u32 {
+        self.limits.inline_pages_max.min(slots) as u32
+    }
+
+    /// Whether so much is drawn above the watermark that `step` has to wait for it.
+    pub(super) fn drawn_far_ahead(&mut self, step: Step) -> bool {
+        let lowest = Lsn::new(self.order.next().get().saturating_sub(LSN_AHEAD_MAX / 2));
+        if self.order.watermark() >= lowest {
+            return false;
+        }
+        // Shards that hold it back are nudged.
+        self.waits.wanted = self.waits.wanted.max(lowest);
+        self.blocked.wait_for_watermark(step, lowest);
+        true
+    }
+
+    /// Whether the log has room and buffers for an open group of `blocks` (of which `body` without inline pages) and all
+    /// that is reserved, `more` included; if not, room is made. With room in the rest of the segment, or in a free one,
+    /// for the sum, there is room however it is divided into groups.
+    fn log_fits(&mut self, blocks: u32, body: u32, more: Option<Reserved>) -> bool {
+        let reserved = self.reserved.plus(more.unwrap_or_default());
+        // Each group that closes may leave the end of a buffer unused.
+        let closes = reserved.count.min(self.limits.log_writes_max);
+        if self.log.has_room(blocks + reserved.log_blocks)
+            && self.log.open.stock_suffices(body + reserved.log_blocks, closes)
+        {
+            return true;
+        }
+        self.log.open.urgent |= !self.log.open.is_empty();
+        if self.log.free_segments() == 0 {
+            self.need_checkpoint();
+        }
+        false
+    }
+
+    /// Whether memory holds what would be dirty then: pages in a quarter of it, freed ones on their way into the map among them,
+    /// and map nodes in [`DIRTY_NODES_MAX`]. One commit goes alone if it must. If not, what is dirty is written.
+    fn dirty_fits(&mut self, changes: u64, first: bool) -> bool {
+        let memory = u64::from(self.limits.memory_blocks);
+        let dirty = self.reserved_blocks + self.held.frees_unsettled;
+        let alone = first && dirty == 0;
+        let pages_fit = alone || dirty + self.reserved.changes + changes <= memory / 4;
+        let nodes_fit = self.map.dirty_count() as u64 <= memory * DIRTY_NODES_MAX / 32;
+        if !pages_fit || !nodes_fit {
+            self.relieve();
+        }
+        pages_fit && nodes_fit
+    }
+
+    /// Makes room in memory: dirty pages go to their places, dirty nodes too if there are many.
+    fn relieve(&mut self) {
+        self.log.open.urgent |= !self.log.open.is_empty();
+        self.dirty_since = 0;
+        if self.map.dirty_count() as u32 > self.limits.memory_blocks / 32 {
+            self.need_checkpoint();
+        }
+    }
+
+    /// So many that only a checkpoint should come now, and no more of them.
+    pub(super) fn dirty_nodes_are_many(&self) -> bool {
+        self.map.dirty_count() as u64 > u64::from(self.limits.memory_blocks) * DIRTY_NODES_MANY / 32
+    }
+
+    /// Frames for the new versions, and the map leaves in memory, pinned.
+    fn admit_memory(&mut self, waiter: usize, frames: u32, step: Step) -> Admission {
+        let changed = self.pages_to_pin(waiter);
+        let pinned = self.pin_leaves_in_memory(&changed);
+        // Before frames are looked for, which might take what is above a leaf that is still to be read.
+        let keeps = self.keeps_leaves(waiter, step);
+        for idx in changed.iter().copied() {
+            if self.table.pages[idx].leaf.is_some() {
+                continue;
+            }
+            match self.map.lookup(self.table.pages[idx].key) {
+                Lookup::Load(key, child) => return self.wait_for_leaf(waiter, &changed, step, (key, child)),
+                Lookup::Found(_) if keeps && !self.keep_leaf(idx, step) => {
+                    self.relieve();
+                    return Admission::Stalled;
+                }
+                Lookup::Found(_) => {}
+            }
+        }
+        let missing = |idx: &usize| self.map.missing_nodes(self.table.pages[*idx].key);
+        let nodes: u32 = changed.iter().map(missing).sum();
+        if !self.ensure_frames(frames + nodes + FRAMES_RESERVE, step) {
+            let (all, missing) = self.map.nodes_for(changed.iter().map(|idx| self.table.pages[*idx].key));
+            if let Some(error) = self.too_large(waiter, all) {
+                return Admission::No(error);
+            }
+            // Pages may share nodes.
+            if missing == nodes || !self.ensure_frames(frames + missing + FRAMES_RESERVE, step) {
+                // Who has lost its leaves often keeps them until it has memory, or is refused.
+                if step != Step::Commit || self.pending[waiter].yields < YIELDS_MAX {
+                    self.unpin_leaves(&pinned);
+                }
+                self.relieve();
+                return Admission::Stalled;
+            }
+        }
+        for idx in changed.iter().copied() {
+            let page = &self.table.pages[idx];
+            if page.leaf.is_some() {
+                continue;
+            }
+            let key = page.key;
+            match self.map.lookup(key) {
+                Lookup::Found(_) => {
+                    if !self.nodes_are_counted(key, frames) {
+                        self.unpin_leaves(&changed);
+                        self.again = true;
+                        return Admission::Stalled;
+                    }
+                    let leaf = self.map.pin(key, &mut self.arena);
+                    self.table.pages[idx].leaf = Some(leaf);
+                }
+                Lookup::Load(node, child) => return self.wait_for_leaf(waiter, &changed, step, (node, child)),
+            }
+        }
+        Admission::Yes
+    }
+
+    /// Whether there are frames for the nodes that `key` lacks, and for `frames` pages. The search for frames may have taken nodes that
+    /// an earlier commit made for nothing: no device has them, and they were counted as there. The next try counts them.
+    fn nodes_are_counted(&mut self, key: PageKey, frames: u32) -> bool {
+        let kept = self.reserved.frames + self.checkpoint_frames();
+        self.arena.free_blocks() >= frames + self.map.missing_nodes(key) + kept
+    }
+
+    /// Whether this commit keeps the leaves that it has while it waits for others: it has lost them often enough.
+    fn keeps_leaves(&self, waiter: usize, step: Step) -> bool {
+        step == Step::Redo || (step == Step::Commit && self.pending[waiter].yields >= YIELDS_MAX)
+    }
+
+    /// Makes and pins the leaf of a page that has none yet; false: there are no frames for it. Whoever reads the paths of several pages
+    /// would else lose one, of which nothing can be pinned, for the next one, and so on without end.
+    fn keep_leaf(&mut self, idx: usize, step: Step) -> bool {
+        let key = self.table.pages[idx].key;
+        // Another page of the commit may have made it.
+        if let Some(leaf) = self.map.pin_if_resident(key) {
+            self.table.pages[idx].leaf = Some(leaf);
+            return true;
+        }
+        let deepest = self.map.pin_deepest(key);
+        let found = self.ensure_frames(self.map.missing_nodes(key) + FRAMES_RESERVE, step);
+        if found {
+            let leaf = self.map.pin(key, &mut self.arena);
+            self.table.pages[idx].leaf = Some(leaf);
+        }
+        deepest.into_iter().for_each(|node| self.map.unpin(node));
+        found
+    }
+
+    /// Pins the leaves that are there already: the search for frames would take the very leaf that has just been read for this
+    /// commit, which would wait for it again, and so on without end. Whose they are.
+    fn pin_leaves_in_memory(&mut self, changed: &[usize]) -> SmallVec<[usize; 4]> {
+        let mut pinned = SmallVec::new();
+        for idx in changed.iter().copied() {
+            let page = &mut self.table.pages[idx];
+            if page.leaf.is_none() {
+                page.leaf = self.map.pin_if_resident(page.key);
+                pinned.extend(page.leaf.is_some().then_some(idx));
+            }
+        }
+        pinned
+    }
+
+    fn unpin_leaves(&mut self, pages: &[usize]) {
+        for idx in pages {
+            if let Some(leaf) = self.table.pages[*idx].leaf.take() {
+                self.map.unpin(leaf);
+            }
+        }
+    }
+
+    /// Changed pages whose leaf is to be pinned. To free a page that is absent changes nothing, unless an earlier commit of the turn
+    /// writes it: then its leaf is pinned.
+    fn pages_to_pin(&self, waiter: usize) -> SmallVec<[usize; 4]> {
+        let mut changed = self.changed_pages(waiter);
+        if let Some(commit) = self.pending[waiter].commit() {
+            let mut changes = commit.changes.iter();
+            changed.retain(|idx| {
+                let frees = matches!(changes.next(), Some((_, Change::Free)));
+                !(frees && self.table.pages[*idx].absent)
+            });
+        }
+        changed.retain(|idx| self.table.pages[*idx].leaf.is_none());
+        changed
+    }
+
+    /// A node above the leaf of one of `changed` has left memory. The leaves that are there are pinned: they are given back, unless
+    /// this commit has lost others so often that it goes first now.
+    fn wait_for_leaf(
+        &mut self,
+        waiter: usize,
+        changed: &[usize],
+        step: Step,
+        (node, child): (NodeKey, Child),
+    ) -> Admission {
+        let (all, _) = self.map.nodes_for(changed.iter().map(|idx| self.table.pages[*idx].key));
+        if let Some(error) = self.too_large(waiter, all) {
+            return Admission::No(error);
+        }
+        let stays = self.keeps_leaves(waiter, step);
+        if !stays {
+            self.unpin_leaves(changed);
+            if step == Step::Vote && self.pending[waiter].yields >= YIELDS_MAX {
+                return Admission::Stalled;
+            }
+        }
+        let pending = &mut self.pending[waiter];
+        pending.yields = pending.yields.saturating_add(1);
+        pending.stays = stays && step == Step::Commit;
+        self.need_more(waiter);
+        self.want_node(node, child, NodeWaiter::Request(waiter));
+        Admission::Waiting
+    }
+
+    /// Why a commit with this many map nodes can never be carried out, if so: its pages and nodes must be in memory at once, whatever
+    /// else is under way.
+    fn too_large(&self, waiter: usize, nodes: u32) -> Option<Error> {
+        let commit = self.pending[waiter].commit()?;
+        let pages = commit.changes.iter().filter(|(_, change)| !matches!(change, Change::Free)).count() as u32;
+        let most = (self.frames_usable() - self.checkpoint_frames()) / COMMIT_SHARE;
+        if pages + nodes <= most || planted!(TooLargeAdmitted) {
+            return None;
+        }
+        Some(Error::new(
+            ErrorKind::TooLarge,
+            format_args!(
+                "a commit of {} changes needs {nodes} map nodes and {pages} new pages of shard {} in memory at once, together at most \
+                 {most}: split it, or open with more memory_bytes",
+                commit.changes.len(),
+                self.id.get()
+            ),
+        ))
+    }
+
+    /// Room in memory for a redo of `frames` pages, as for a commit.
+    pub(super) fn admit_redo(&mut self, waiter: usize, frames: u32) -> bool {
+        if !self.dirty_fits(u64::from(frames), false) {
+            self.blocked.register(Step::Redo, Lack::WriteBack);
+            return false;
+        }
+        match self.admit_memory(waiter, frames, Step::Redo) {
+            Admission::Yes => true,
+            Admission::Waiting => {
+                self.ready.pop_front();
+                false
+            }
+            _ => false,
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! Which pages of a volume there are: a walk through the map that skips what was never written.
+//!
+//! ```text
+//! virtual shards of this shard --next leaf of each--> heap by page id --first--> its pages: table, else map entry
+//! ```
+//! Invariants
+//! 1. A page counts as the next reader would find it: changes on their way to the map count.
+//! 2. Nothing is held between two steps: nodes may leave memory while others are read, and pages change. Each page is told
+//!    as it was at one moment during the request.
+//! 3. A request visits at most [`LEAVES_MAX`] leaves, so that others get their turn; the answer says where it stopped.
+//!
+//! It reads map nodes, never pages.
+
+use super::requests::PendingKind;
+use super::{NodeWaiter, Response, Shard};
+use crate::base::{Lsn, PageId, PageKey, VShard, VolumeId};
+use crate::engine::map::{LEAF_PAGES, NextLeaf};
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+/// Leaves that one request visits: 8,192 pages, each of which is looked up; all of it may be within one turn.
+const LEAVES_MAX: u32 = 128;
+
+/// A request for the pages of a volume that there are.
+#[derive(Debug, Clone, Copy)]
+pub struct PageRange {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The first page that is asked for.
+    pub first: PageId,
+    /// The last one.
+    pub last: PageId,
+    /// About how many ranges are wanted at most.
+    pub ranges_max: usize,
+}
+
+/// Where a request stands.
+pub(super) struct Walk {
+    asked: PageRange,
+    found: Vec<(PageId, PageId)>,
+    /// The next leaf of each virtual shard that has one: its first page that is asked for.
+    leaves: BinaryHeap<Reverse<(PageId, VShard)>>,
+    /// Virtual shards whose next leaf is not known: from which dense number on.
+    seeks: Vec<(VShard, u64)>,
+    leaves_left: u32,
+    /// The newest change of a page that was looked at that may not be durable.
+    lsn: Lsn,
+}
+
+/// A walk's next step.
+enum Step {
+    On,
+    /// A node is being read.
+    Waits,
+    /// All before this page was told; `None`: all that was asked for.
+    Done(Option<PageId>),
+}
+
+impl Shard {
+    /// Begins a walk for a request.
+    pub(super) fn begin_walk(&mut self, asked: PageRange) -> Box<Walk> {
+        let first = |v| PageKey::first_in(asked.volume, asked.first, v, self.limits.geometry.vshards_count);
+        let seeks = self.deal.owned_by(self.id).filter_map(|vshard| Some((vshard, first(vshard)?))).collect();
+        Box::new(Walk {
+            asked,
+            found: Vec::new(),
+            leaves: BinaryHeap::new(),
+            seeks,
+            leaves_left: LEAVES_MAX,
+            lsn: Lsn::ZERO,
+        })
+    }
+
+    /// Goes on with the walk of a pending request, until it ends or a node must be read.
+    pub(super) fn walk(&mut self, waiter: usize) {
+        // Taken out, since a step needs the shard.
+        let kind = std::mem::replace(&mut self.pending[waiter].kind, PendingKind::Read(0));
+        let PendingKind::Walk(mut walk) = kind else { unreachable!("only walks come here") };
+        let result = loop {
+            if let Some(error) = self.pending[waiter].error.take() {
+                break Err(error);
+            }
+            match self.walk_step(&mut walk, waiter) {
+                Step::On => {}
+                Step::Done(next) => break Ok(next),
+                Step::Waits => {
+                    self.pending[waiter].kind = PendingKind::Walk(walk);
+                    return;
+                }
+            }
+        };
+        let token = self.release(waiter).token.expect("a walk has a token");
+        self.reply(token, result.map(|next| Response::Allocated { ranges: walk.found, next, lsn: walk.lsn }));
+    }
+
+    fn walk_step(&mut self, walk: &mut Walk, waiter: usize) -> Step {
+        let PageRange { volume, last, ranges_max, .. } = walk.asked;
+        if let Some((vshard, from)) = walk.seeks.last().copied() {
+            return self.seek_leaf(walk, vshard, from, waiter);
+        }
+        let Some(Reverse((page, vshard))) = walk.leaves.pop() else { return Step::Done(None) };
+        if walk.found.len() >= ranges_max || walk.leaves_left == 0 {
+            return Step::Done(Some(page));
+        }
+        let dense = PageKey::new(volume, page).place_in(self.limits.geometry.vshards_count).1;
+        let Some(mapped) = self.map.leaf_bits(vshard, volume, dense) else {
+            // It has left memory since.
+            walk.seeks.push((vshard, dense));
+            return Step::On;
+        };
+        walk.leaves_left -= 1;
+        let watermark = self.order.watermark();
+        // A leaf is of neighbours, and no run of pages ends within it.
+        for (slot, page) in (dense % LEAF_PAGES..LEAF_PAGES).zip(page.get()..=last.get()) {
+            let key = PageKey::new(volume, PageId::new(page));
+            let known = self.table.find(key).map(|idx| &self.table.pages[idx]).filter(|page| page.resolved);
+            // What is not durable is in the table, on its way to the map.
+            walk.lsn = walk.lsn.max(known.map(|page| page.lsn).filter(|lsn| *lsn > watermark).unwrap_or_default());
+            if known.map_or(mapped >> slot & 1 == 1, |page| !page.absent) {
+                tell(&mut walk.found, key.page);
+            }
+        }
+        walk.seeks.extend((dense | (LEAF_PAGES - 1)).checked_add(1).map(|behind| (vshard, behind)));
+        Step::On
+    }
+
+    /// Finds the next leaf of a virtual shard with a page that is asked for.
+    fn seek_leaf(&mut self, walk: &mut Walk, vshard: VShard, from: u64, waiter: usize) -> Step {
+        let (volume, vshards_count) = (walk.asked.volume, self.limits.geometry.vshards_count);
+        let behind = walk.asked.last.get().checked_add(1).map(PageId::new);
+        let end = behind.and_then(|behind| PageKey::first_in(volume, behind, vshard, vshards_count));
+        let next = match end.map_or(Some(u64::MAX), |end| end.checked_sub(1)) {
+            Some(last) => self.map.next_leaf(vshard, volume, from, last),
+            None => NextLeaf::None,
+        };
+        match next {
+            NextLeaf::Load(node, child) => {
+                self.need_more(waiter);
+                self.want_node(node, child, NodeWaiter::Request(waiter));
+                return Step::Waits;
+            }
+            NextLeaf::Leaf(dense) => {
+                let page = PageKey::from_place(volume, vshard, dense, vshards_count).page;
+                walk.leaves.push(Reverse((page, vshard)));
+            }
+            NextLeaf::None => {}
+        }
+        walk.seeks.pop();
+        Step::On
+    }
+}
+
+/// Adds a page behind all that were found.
+fn tell(found: &mut Vec<(PageId, PageId)>, page: PageId) {
+    match found.last_mut() {
+        Some((_, last)) if last.get() + 1 == page.get() => *last = page,
+        _ => found.push((page, page)),
+    }
+}

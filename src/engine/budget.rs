@@ -1,0 +1,114 @@
+//! What callers' requests take of the heap while they are under way: counted in bytes, and bounded by back-pressure.
+//!
+//! ```text
+//! caller --accepting?--> request: weight added --> pages, parts on other shards, log --> reply: weight taken off
+//! ```
+//! Invariants
+//! 1. `Held::request_bytes` is the sum of the weights of the requests that callers have brought to this shard, commits over shards
+//!    included. The audit counts it anew.
+//! 2. While it is at its limit no request is taken from a caller. A shard without requests takes one of any size, so the limit is
+//!    passed by one request at most, and even the largest legal commit is taken.
+//! 3. A commit over shards is charged to its owner, with all that its parts take elsewhere. So a part is never refused for
+//!    bytes, no shard waits for another one's budget, and callers of one shard don't pay for those of another.
+//! 4. A page in the table has a frame, or is named by a request, or was freed and is on its way into the map. Of the last kind
+//!    admission lets in no more than a quarter of the frames, or one commit and one part; the map has no more nodes than frames.
+//!
+//! It does not count frames (the arena does), moves and redo (compaction and recovery bound their own), or what a shard keeps for
+//! each extent.
+
+use super::pages::ENTRY_BYTES;
+#[cfg(any(test, feature = "sim"))]
+use super::requests::FREE_BYTES;
+use super::requests::{Pending, PendingKind};
+use super::{Change, Commit, Request, Shard, Token};
+use crate::base::PageKey;
+
+/// What every request takes: its entry here, its place in the inbox, its reply, and places in queues.
+const REQUEST_BYTES: u64 = (size_of::<Pending>() + size_of::<(Token, Request)>() + 256) as u64;
+/// What each page that a request names takes: an entry in the page table and its index, which an absent page has for as long, and
+/// the places in the request and its reply.
+const PAGE_BYTES: u64 = (ENTRY_BYTES + 64) as u64;
+/// What a walk takes: the ranges that it may find before it answers, and the leaves where it stands.
+const WALK_BYTES: u64 = 80 << 10;
+
+fn lists_bytes(commit: &Commit) -> u64 {
+    (size_of_val(commit.reads.as_slice()) + size_of_val(commit.changes.as_slice())) as u64
+}
+
+fn bodies_bytes(commit: &Commit) -> u64 {
+    let body = |(_, change): &(PageKey, Change)| match change {
+        Change::Put(bytes) | Change::Patch { bytes, .. } => bytes.len() as u64,
+        Change::Free => 0,
+    };
+    commit.changes.iter().map(body).sum()
+}
+
+/// What a caller's request has on the heap, before a shard has made anything of it: the bodies and lists of a commit. Of others that is
+/// little, the keys of a read at most, and their number bounds it.
+pub(crate) fn request_bytes(request: &Request) -> u64 {
+    match request {
+        Request::Commit(commit) => lists_bytes(commit) + bodies_bytes(commit),
+        _ => 0,
+    }
+}
+
+/// What a request takes until it is released.
+pub(super) fn request_weight(kind: &PendingKind, pages: usize) -> u64 {
+    let own = match kind {
+        PendingKind::Read(_) => 0,
+        PendingKind::Walk(_) => WALK_BYTES,
+        PendingKind::Commit(commit) => lists_bytes(commit) + bodies_bytes(commit),
+        PendingKind::Part(_) | PendingKind::Redo(_) | PendingKind::Move(..) => return 0,
+    };
+    REQUEST_BYTES + pages as u64 * PAGE_BYTES + own
+}
+
+/// What a commit over `shards` shards takes, at its owner and at all parts, until it is durable everywhere. The lists exist twice, since
+/// the owner may have to ask again; the bodies are shared.
+pub(super) fn cross_weight(commit: &Commit, shards: usize) -> u64 {
+    let pages = (commit.reads.len() + commit.changes.len()) as u64;
+    REQUEST_BYTES * (1 + shards as u64) + pages * PAGE_BYTES + 2 * lists_bytes(commit) + bodies_bytes(commit)
+}
+
+impl Shard {
+    /// Whether more requests may be brought; false is back-pressure.
+    pub fn accepting(&self) -> bool {
+        self.pending.len() + self.cross.len() < self.limits.requests_max
+            && self.held.request_bytes < self.limits.request_bytes_max
+            && self.holds_little()
+            && !self.callers_are_behind()
+    }
+
+    /// # Errors
+    /// A count that has drifted, or a structure beyond its bound.
+    #[cfg(any(test, feature = "sim"))]
+    pub(super) fn audit_budget(&self) -> Result<(), String> {
+        let pending: u64 = self.pending.iter().map(|(_, p)| request_weight(&p.kind, p.pages.len())).sum();
+        let cross: u64 = self.cross.values().map(|cross| cross.weight).sum();
+        if self.held.request_bytes != pending + cross {
+            let kept = self.held.request_bytes;
+            return Err(format!("bytes of requests: {kept} by what is kept, {pending} + {cross} counted"));
+        }
+        let unsettled = self.captures.iter().filter(|(_, capture)| capture.entry.is_none()).count() as u64;
+        if self.held.frees_unsettled != unsettled {
+            return Err(format!(
+                "frees on their way: {} by what is kept, {unsettled} counted",
+                self.held.frees_unsettled
+            ));
+        }
+        let blocks = u64::from(self.limits.memory_blocks);
+        let pages = || self.table.pages.iter().map(|(_, page)| page);
+        let freed =
+            pages().filter(|page| page.frame.is_none() && page.holds == 0 && page.leaf.is_some()).count() as u64;
+        // A commit goes alone if it must, and so does a part.
+        let most = blocks / 4 + 2 * self.limits.txn_bytes_max / FREE_BYTES;
+        if freed > most {
+            return Err(format!("{freed} freed pages on their way into the map for {blocks} frames, at most {most}"));
+        }
+        let nodes = u64::from(self.map.nodes_count());
+        if nodes > blocks {
+            return Err(format!("{nodes} map nodes for {blocks} frames"));
+        }
+        Ok(())
+    }
+}

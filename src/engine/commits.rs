@@ -1,0 +1,295 @@
+//! Commits of one shard: validation, the draw, and their effect; before the draw each is admitted (see `admission`).
+//!
+//! Invariants
+//! 1. All commits of a turn get their LSNs by one draw, before any effect of the turn leaves.
+//! 2. Validation and effect are one step: no other commit comes between.
+//! 3. A drawn LSN that isn't used (a conflict with an earlier commit of the same turn) stays in its group's run: it is
+//!    void, and accounted for.
+//! 4. While a part of a commit over shards is in front (see `precedence`) no commit is admitted.
+//! 5. A commit that meets a page held by a commit over shards waits; one that fails anyway does not.
+
+use super::admission::{Admission, Need};
+use super::requests::PendingKind;
+use super::{Change, Lack, Response, Shard, Step};
+use crate::base::error::{Error, Result};
+use crate::base::{BLOCK, Lsn, PageKey};
+use crate::engine::log::OpenSlot;
+use crate::format::group::Role;
+use bytes::Bytes;
+use smallvec::SmallVec;
+
+/// LSNs above the watermark at most. A new epoch begins this far above everything found, so that an LSN which was
+/// drawn, and perhaps told to somebody, but never reached a device, is not drawn again.
+pub(crate) const LSN_AHEAD_MAX: u64 = 1 << 24;
+
+impl Shard {
+    /// Executes the commits whose pages are there, as far as there is room.
+    pub(super) fn run_commits(&mut self) {
+        let mut batch: SmallVec<[usize; 32]> = SmallVec::new();
+        let mut need = Need::default();
+        self.space.stalled = false;
+        while let Some(waiter) = self.ready.front().copied() {
+            if self.pending[waiter].is_waiting() {
+                break;
+            }
+            self.pending[waiter].stays = false;
+            if matches!(self.pending[waiter].kind, PendingKind::Redo(_)) {
+                if !batch.is_empty() || !self.run_redo(waiter) {
+                    break;
+                }
+                continue;
+            }
+            if let Some(error) = self.refusal(waiter) {
+                self.ready.pop_front();
+                self.finish_commit(waiter, Err(error), Lsn::ZERO);
+                continue;
+            }
+            if let Some(idx) = self.held_page(waiter).filter(|_| !planted!(HoldIgnored)) {
+                self.ready.pop_front();
+                self.wait_for_hold(waiter, idx);
+                continue;
+            }
+            let PendingKind::Commit(commit) = &self.pending[waiter].kind else { unreachable!("only commits") };
+            if commit.changes.is_empty() {
+                // It needs no LSN: all that it read is current.
+                self.ready.pop_front();
+                let read_lsn = self.read_lsn(waiter);
+                self.finish_commit(waiter, Ok(None), read_lsn);
+                continue;
+            }
+            if self.commits_are_behind() {
+                self.blocked.register(Step::Commit, Lack::Turn);
+                break;
+            }
+            let with = need.plus(Need::of(commit, &self.map));
+            match self.admit(waiter, with, batch.is_empty()) {
+                Admission::Yes => {
+                    self.ready.pop_front();
+                    batch.push(waiter);
+                    need = with;
+                }
+                Admission::Waiting if self.pending[waiter].stays => break,
+                Admission::Waiting => {
+                    self.ready.pop_front();
+                }
+                Admission::Stalled => break,
+                Admission::No(error) => {
+                    self.ready.pop_front();
+                    self.finish_commit(waiter, Err(error), Lsn::ZERO);
+                }
+            }
+        }
+        self.execute(&batch);
+    }
+
+    /// Why a commit, or a part of one, fails whatever else may be: a page can't be read, the store has stopped, or something
+    /// that it read has changed.
+    fn refusal(&self, waiter: usize) -> Option<Error> {
+        let failure = self.pending[waiter].error.as_ref().or(self.failed.as_ref());
+        failure.cloned().or_else(|| self.validate(waiter).err())
+    }
+
+    /// Whether every page that the commit read is still as it was read.
+    pub(super) fn validate(&self, waiter: usize) -> Result<()> {
+        let pending = &self.pending[waiter];
+        let Some(commit) = pending.commit() else { return Ok(()) };
+        for ((key, lsn), idx) in commit.reads.iter().zip(&pending.pages) {
+            let now = self.table.pages[*idx].version();
+            if now != *lsn {
+                return Err(Error::conflict(*key, *lsn, now));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn changed_pages(&self, waiter: usize) -> SmallVec<[usize; 4]> {
+        let pending = &self.pending[waiter];
+        pending.pages[pending.reads_count()..].iter().copied().collect()
+    }
+
+    /// Draws the LSNs of a turn's commits and carries them out.
+    fn execute(&mut self, batch: &[usize]) {
+        if batch.is_empty() {
+            return;
+        }
+        let first = self.order.draw(self.id, batch.len() as u64);
+        self.log.open.add_run(first, batch.len() as u64, self.now);
+        for (i, waiter) in batch.iter().enumerate() {
+            let lsn = first.plus(i as u64);
+            let read_lsn = self.read_lsn(*waiter);
+            let result = self.validate(*waiter).map(|()| {
+                self.apply(*waiter, lsn, Role::Whole);
+                Some(lsn)
+            });
+            self.finish_commit(*waiter, result, read_lsn);
+        }
+        self.again = true;
+    }
+
+    /// The newest change of any page that the commit read, a `Free` included: its reply waits until that is durable.
+    pub(super) fn read_lsn(&self, waiter: usize) -> Lsn {
+        let pending = &self.pending[waiter];
+        let read = pending.pages[..pending.reads_count()].iter().map(|idx| self.table.pages[*idx].lsn);
+        read.max().unwrap_or(Lsn::ZERO)
+    }
+
+    pub(super) fn finish_commit(&mut self, waiter: usize, result: Result<Option<Lsn>>, read_lsn: Lsn) {
+        let pending = self.release(waiter);
+        let token = pending.token.expect("a commit has a token");
+        let PendingKind::Commit(commit) = pending.kind else { unreachable!("only commits") };
+        #[cfg(any(test, feature = "sim"))]
+        if let Ok(Some(lsn)) = &result {
+            self.drawn.push((token, *lsn));
+        }
+        match result {
+            Err(error) => self.reply(token, Err(error)),
+            Ok(None) => self.reply_when_durable(read_lsn, token, Response::Committed(read_lsn), false),
+            Ok(Some(lsn)) if commit.durable && !planted!(AcknowledgedEarly) => {
+                self.reply_when_durable(lsn, token, Response::Committed(lsn), true);
+            }
+            Ok(Some(lsn)) => self.reply_when_durable(read_lsn, token, Response::Committed(lsn), true),
+        }
+    }
+
+    /// Carries a commit out and writes its record into the open group.
+    pub(super) fn apply(&mut self, waiter: usize, lsn: Lsn, role: Role) {
+        let pages = self.changed_pages(waiter);
+        let changes = match &mut self.pending[waiter].kind {
+            PendingKind::Commit(commit) => &mut commit.changes,
+            // The changes stay counted where the pages are: only their order matters from here on.
+            PendingKind::Part(part) => &mut part.commit.changes,
+            _ => unreachable!("only commits"),
+        };
+        let changes = std::mem::take(changes);
+        self.stats.commits += u64::from(!matches!(role, Role::Part(_)));
+        self.log.open.begin_record(role, self.now);
+        for ((key, change), idx) in changes.into_iter().zip(pages) {
+            match change {
+                Change::Put(bytes) => self.apply_put(idx, key, &bytes, lsn),
+                Change::Patch { offset, bytes } => self.apply_patch(idx, key, offset, &bytes, lsn),
+                Change::Free => self.apply_free(idx, key, lsn),
+            }
+        }
+        self.log.open.end_record(role, lsn);
+    }
+
+    fn apply_put(&mut self, idx: usize, key: PageKey, bytes: &Bytes, lsn: Lsn) {
+        self.stats.page_writes += 1;
+        self.stats.bytes_written += bytes.len() as u64;
+        self.seal_older_slot(idx);
+        self.set_content(idx, 0, bytes);
+        let slot = match self.table.pages[idx].slot {
+            Some(slot) => {
+                self.stats.absorbed_writes += 1;
+                slot
+            }
+            None => self.new_slot(idx, key, lsn),
+        };
+        self.log.open.slots[slot].lsn = lsn;
+        self.log.open.change(1, key, slot as u32, 0, &[]);
+        self.changed(idx, lsn);
+    }
+
+    fn apply_patch(&mut self, idx: usize, key: PageKey, offset: u32, bytes: &Bytes, lsn: Lsn) {
+        self.stats.patches += 1;
+        self.stats.bytes_written += bytes.len() as u64;
+        self.seal_older_slot(idx);
+        self.set_content(idx, offset as usize, bytes);
+        match self.table.pages[idx].slot {
+            // The page's image goes with this group: it holds the patch.
+            Some(slot) => {
+                self.log.open.slots[slot].lsn = lsn;
+                self.log.open.change(1, key, slot as u32, 0, &[]);
+            }
+            None => self.log.open.change(2, key, bytes.len() as u32, offset, bytes),
+        }
+        self.changed(idx, lsn);
+    }
+
+    fn apply_free(&mut self, idx: usize, key: PageKey, lsn: Lsn) {
+        self.stats.frees += 1;
+        if self.table.pages[idx].absent {
+            return;
+        }
+        self.seal_older_slot(idx);
+        self.table.set_frame(idx, None);
+        self.set_absent(idx, true);
+        if let Some(slot) = self.table.pages[idx].slot.take() {
+            self.log.open.slots[slot].dead = true;
+            self.reserved_blocks -= 1;
+        }
+        self.log.open.change(3, key, 0, 0, &[]);
+        self.changed(idx, lsn);
+    }
+
+    fn new_slot(&mut self, idx: usize, key: PageKey, lsn: Lsn) -> usize {
+        let era = self.log.open.era();
+        self.log.open.slots.push(OpenSlot { key, lsn, era, sealed: None, dead: false });
+        self.reserved_blocks += 1;
+        let slot = self.log.open.slots.len() - 1;
+        self.table.pages[idx].slot = Some(slot);
+        slot
+    }
+
+    /// A slot of an earlier era keeps the image as it was: a cut may fall between the two.
+    fn seal_older_slot(&mut self, idx: usize) {
+        let page = &mut self.table.pages[idx];
+        let Some(slot) = page.slot else { return };
+        if self.log.open.slots[slot].era != self.log.open.era() {
+            self.log.open.slots[slot].sealed = page.frame.as_ref().map(|f| f.pin());
+            page.slot = None;
+        }
+    }
+
+    /// Writes `bytes` at `offset` of the page, into a new frame if somebody looks at the old one.
+    pub(super) fn set_content(&mut self, idx: usize, offset: usize, bytes: &[u8]) {
+        let whole = bytes.len() == BLOCK;
+        let page = &mut self.table.pages[idx];
+        let range = offset..offset + bytes.len();
+        if let Some(content) = page.frame.as_mut().and_then(|f| f.try_mut()) {
+            content[range].copy_from_slice(bytes);
+        } else {
+            let mut frame = self.arena.alloc(0).expect("a frame for each change was admitted");
+            let content = frame.try_mut().expect("a new frame has no pins");
+            match &page.frame {
+                _ if whole => {}
+                Some(old) => content.copy_from_slice(old),
+                None => content.fill(0),
+            }
+            content[range].copy_from_slice(bytes);
+            self.table.set_frame(idx, Some(frame));
+        }
+        self.set_absent(idx, false);
+    }
+
+    /// Whether the page holds nothing, and so will take no block.
+    pub(super) fn set_absent(&mut self, idx: usize, absent: bool) {
+        let page = &mut self.table.pages[idx];
+        if page.dirty_from.is_some() {
+            self.space.freed_pages += u64::from(absent);
+            self.space.freed_pages -= u64::from(page.absent);
+        }
+        page.absent = absent;
+    }
+
+    /// The page has a new version: it must get to its place, and those who wait for it have it.
+    pub(super) fn changed(&mut self, idx: usize, lsn: Lsn) {
+        let page = &mut self.table.pages[idx];
+        page.lsn = lsn;
+        if page.dirty_from.is_none() {
+            page.dirty_from = Some(lsn);
+            self.reserved_blocks += 1;
+            self.space.freed_pages += u64::from(page.absent);
+        } else {
+            self.stats.absorbed_writes += u64::from(page.slot.is_none());
+        }
+        if !page.queued {
+            page.queued = true;
+            if self.dirty.is_empty() {
+                self.dirty_since = self.now;
+            }
+            self.dirty.push(idx);
+        }
+        self.wake_waiters(idx);
+    }
+}

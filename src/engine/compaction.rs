@@ -1,0 +1,405 @@
+//! Compaction: the emptiest extents are read by their summaries, and what the maps still name in them moves elsewhere.
+//!
+//! ```text
+//! home of the extent: summary read --> each item to the shard whose map would name it --Move--> ... --Moved--> next
+//! that shard: named here? no: Moved at once; else page: loaded, captured for a new place; node: marked dirty
+//! ```
+//! Invariants
+//! 1. An item moves only if the map names this very place; everything else in the extent is dead already.
+//! 2. A moved page keeps its version; its old place is given back as any place that the map left.
+//! 3. A map node moves by being marked dirty: the next checkpoint writes it elsewhere.
+//! 4. It stops for a checkpoint when many nodes are dirty: they can't leave memory before.
+//! 5. Few extents at a time at each home, and a bounded number of items: commits and reads go on.
+//! 6. It goes on beside checkpoints: what it moves is to them as what commits change.
+//! 7. It takes no place that is owed to a commit or a dirty node: rather, an item stays where it is.
+//! 8. Map nodes that have to be read first are read side by side, and hold up nothing behind them.
+//! 9. What can't be read is read once: its extent is passed over until it has died, and the operator is told once.
+
+use super::message::Message;
+use super::requests::PendingKind;
+use super::{NodeWaiter, OpKind, Shard, Step};
+use crate::base::error::{Error, ErrorKind};
+use crate::base::{BLOCK, ExtentNo, Place, ShardId};
+use crate::engine::map::Lookup;
+use crate::format::extent::{Item, ItemKind, NodeKey, decode_summary};
+use crate::io::{Completion, DiskOp, FileId};
+use slab::Slab;
+use smallvec::SmallVec;
+use std::collections::VecDeque;
+
+/// Extents with a larger share of live blocks (of 1,000) are left alone.
+const SHARE_MAX: u32 = 850;
+/// Extents being emptied at a time: enough to hide the latency of the device.
+const EXTENTS_MAX: usize = 4;
+/// Items on their way at a time, and the part of the memory that they may take.
+const MOVES_MAX: usize = 1024;
+const MOVES_MEMORY_SHARE: usize = 32;
+/// Extents that moves leave free beyond what is owed to commits and dirty nodes.
+const LEAVES_FREE: u64 = 3;
+/// Extents that one look at all of them chooses for compaction, at most, and the part of all extents that is at most: the choice
+/// is a little old when the last of them is begun.
+const CHOSEN_MAX: usize = 16;
+const CHOSEN_PART: u32 = 64;
+
+/// The extents being emptied, and those that need no look.
+pub(super) struct Compactor {
+    under_way: Vec<Compaction>,
+    /// Many items are asked for together, so that neighbours are read together.
+    asks: bool,
+    /// The next ones, the emptiest last.
+    chosen: Vec<ExtentNo>,
+    /// Since the last checkpoint.
+    begun: hashbrown::HashSet<ExtentNo, foldhash::fast::FixedState>,
+    /// Until so many blocks have died there is nothing to find.
+    rests_until: u64,
+}
+
+/// An extent being emptied.
+struct Compaction {
+    extent: ExtentNo,
+    /// `None` until the summary is read.
+    items: Option<Vec<Item>>,
+    next: usize,
+    /// Items that have not been answered.
+    asked: usize,
+}
+
+impl Compactor {
+    pub(super) fn new(hasher: foldhash::fast::FixedState) -> Self {
+        let begun = hashbrown::HashSet::with_hasher(hasher);
+        Compactor { under_way: Vec::new(), asks: false, chosen: Vec::new(), begun, rests_until: 0 }
+    }
+
+    /// Extents being emptied.
+    pub(super) fn count(&self) -> usize {
+        self.under_way.len()
+    }
+
+    /// A checkpoint has ended: every extent is worth a look again. Returns whether any was compacted since the last.
+    pub(super) fn look_again(&mut self) -> bool {
+        let some = !self.under_way.is_empty() || !self.begun.is_empty();
+        self.begun.clear();
+        self.chosen.clear();
+        self.rests_until = 0;
+        some
+    }
+
+    fn of(&mut self, extent: ExtentNo) -> Option<&mut Compaction> {
+        self.under_way.iter_mut().find(|c| c.extent == extent)
+    }
+}
+
+/// What homes have asked this shard to move.
+#[derive(Default)]
+pub(super) struct Moves {
+    asked: VecDeque<Asked>,
+    /// Map nodes that wait for a read of themselves, or of a node above; counted in `Held::moves`.
+    reading: Slab<Asked>,
+}
+
+/// Something to be moved out of `place`.
+#[derive(Clone, Copy)]
+struct Asked {
+    home: ShardId,
+    what: ItemKind,
+    place: Place,
+    /// Its age among reads of nodes, once it has waited for one; 0: it has not.
+    age: u64,
+}
+
+impl Moves {
+    /// Those that wait for a node.
+    #[cfg(any(test, feature = "sim"))]
+    pub(super) fn reading(&self) -> usize {
+        self.reading.len()
+    }
+
+    /// The age of one that waits for a node (see `Wanted`).
+    pub(super) fn age(&mut self, no: usize) -> &mut u64 {
+        &mut self.reading[no].age
+    }
+}
+
+impl Shard {
+    /// Begins with the emptiest extent, if there is one worth it; false if none is being emptied.
+    pub(super) fn begin_compaction(&mut self) -> bool {
+        self.begin_one_more();
+        self.compactor.count() > 0
+    }
+
+    /// Whether one more is being emptied.
+    pub(super) fn begin_one_more(&mut self) -> bool {
+        let count = self.compactor.count();
+        let rests = self.extents.died() < self.compactor.rests_until;
+        // Each may fill as much again before it is free itself.
+        let may_move = self.may_move(1 + count as u64);
+        if count >= EXTENTS_MAX || !may_move || rests || self.closing.is_some() || self.opening {
+            return false;
+        }
+        // First what they are for: the search for frames evicts, also what has just been read for somebody.
+        let Some(extent) = self.next_victim() else { return false };
+        let blocks = self.extents.summary_bytes() / BLOCK;
+        if !self.ensure_frames(blocks as u32, Step::Compaction) {
+            self.compactor.chosen.push(extent);
+            return false;
+        }
+        let into = (0..blocks).map(|_| self.arena.alloc(0).expect("frames were ensured")).collect();
+        let place = self.extents.summary_place(extent);
+        self.compactor.begun.insert(extent);
+        self.compactor.under_way.push(Compaction { extent, items: None, next: 0, asked: 0 });
+        let offset = place.offset(self.limits.geometry.extent_bytes);
+        self.submit(OpKind::SummaryRead(extent), DiskOp::Read { file: FileId::Data, offset, into });
+        true
+    }
+
+    /// The next extent to be emptied.
+    fn next_victim(&mut self) -> Option<ExtentNo> {
+        let Compactor { begun, under_way, chosen, rests_until, .. } = &mut self.compactor;
+        let known = |no| begun.contains(&no) || under_way.iter().any(|c| c.extent == no);
+        while let Some(no) = chosen.pop() {
+            if self.extents.to_move(no, SHARE_MAX).is_some() && !known(no) {
+                return Some(no);
+            }
+        }
+        let count = CHOSEN_MAX.min(1 + (self.extents.space().total / CHOSEN_PART) as usize);
+        *chosen = self.extents.emptiest(SHARE_MAX, count, known);
+        if chosen.is_empty() {
+            // Looking costs; a tenth of an extent has to die before there can be much to find.
+            *rests_until = self.extents.died() + u64::from(self.extents.data_blocks() / 10).max(1);
+        }
+        chosen.pop()
+    }
+
+    /// Whether there is space for moves, and for `more` extents; what commits have been promised is not touched.
+    pub(super) fn may_move(&self, more: u64) -> bool {
+        let left = (LEAVES_FREE + more) * u64::from(self.extents.data_blocks());
+        self.free_blocks() >= self.owed_blocks() + left
+    }
+
+    pub(super) fn summary_read(&mut self, extent: ExtentNo, completion: Completion) {
+        self.again = true;
+        let DiskOp::Read { into, .. } = completion.op else { unreachable!("a read completes as a read") };
+        let bytes: Vec<u8> = into.iter().flat_map(|frame| frame.iter().copied()).collect();
+        let crc = self.extents.summary_crc(extent);
+        self.stats.checksums += 1;
+        let items = completion.result.and_then(|()| {
+            decode_summary(self.superblock.store_id, extent, crc, &bytes)
+                .map_err(|what| Error::corrupt(format_args!("the summary of extent {} {what}", extent.get())))
+        });
+        match (items, self.compactor.of(extent)) {
+            (Ok(items), Some(compaction)) => compaction.items = Some(items),
+            (Err(error), Some(_)) => {
+                self.give_compaction_up(extent);
+                if may_last(&error) && self.extents.pass_over_extent(extent) {
+                    tracing::warn!(
+                        extent = extent.get(),
+                        %error,
+                        "the summary of an extent can't be read: the space of what dies in it comes back only when all of it has; \
+                         its pages can still be read"
+                    );
+                }
+            }
+            (_, None) => {}
+        }
+    }
+
+    /// The extent can't be emptied now: it stays as it is, and is not tried again before the next checkpoint.
+    fn give_compaction_up(&mut self, extent: ExtentNo) {
+        if let Some(compaction) = self.compactor.of(extent) {
+            compaction.items = Some(Vec::new());
+            compaction.next = 0;
+        }
+    }
+
+    /// Items on their way at a time, from here or to be moved here.
+    fn moves_max(&self) -> usize {
+        MOVES_MAX.min(self.limits.memory_blocks as usize / MOVES_MEMORY_SHARE)
+    }
+
+    /// Moves on through the items.
+    pub(super) fn advance_compaction(&mut self) {
+        if self.failed.is_some() {
+            self.compactor.under_way.clear();
+        }
+        let moves_max = self.moves_max();
+        let mut asked: usize = self.compactor.under_way.iter().map(|c| c.asked).sum();
+        self.compactor.asks |= asked <= moves_max / 2;
+        let mut i = 0;
+        while i < self.compactor.under_way.len() {
+            let Compaction { extent, items, next, asked: of_this } = &mut self.compactor.under_way[i];
+            let Some(items) = items else {
+                i += 1;
+                continue;
+            };
+            if self.closing.is_some() {
+                items.truncate(*next);
+            }
+            let room = if self.compactor.asks { moves_max.saturating_sub(asked) } else { 0 };
+            let some: SmallVec<[Item; 64]> = items.iter().skip(*next).take(room).copied().collect();
+            *next += some.len();
+            *of_this += some.len();
+            asked += some.len();
+            let (extent, done) = (*extent, *next == items.len() && *of_this == 0);
+            for item in some {
+                let shard = match item.what {
+                    ItemKind::Page(key, _) => self.deal.shard_of(key),
+                    ItemKind::Node(key) => self.deal.owner(key.vshard),
+                };
+                self.send(shard, Message::Move(item.what, Place { extent, block: item.block }));
+            }
+            if done {
+                self.compactor.under_way.remove(i);
+                self.stats.extents_compacted += 1;
+                self.again = true;
+            } else {
+                i += 1;
+            }
+        }
+        self.compactor.asks &= asked < moves_max;
+    }
+
+    /// An item has been dealt with.
+    pub(super) fn moved(&mut self, from: ShardId, place: Place, error: Option<Error>) {
+        let mut what = None;
+        if let Some(c) = self.compactor.of(place.extent) {
+            c.asked -= 1;
+            what = c.items.iter().flatten().find(|item| item.block == place.block).map(|item| item.what);
+        }
+        match error {
+            Some(error) => {
+                self.give_compaction_up(place.extent);
+                if may_last(&error) && self.extents.pass_over(place) {
+                    tracing::warn!(
+                        ?what,
+                        extent = place.extent.get(),
+                        block = place.block,
+                        %error,
+                        "this can't be read, so it can't be moved: its extent is not compacted until it is overwritten or freed; \
+                         restore it from a backup, or free it"
+                    );
+                }
+            }
+            None if from != self.id => self.extents.expect_left(),
+            None => {}
+        }
+    }
+
+    /// The home of an extent asks for something to be moved out of it.
+    pub(super) fn move_asked(&mut self, home: ShardId, what: ItemKind, place: Place) {
+        self.moves_asked.asked.push_back(Asked { home, what, place, age: 0 });
+    }
+
+    /// Moves what was asked for.
+    pub(super) fn advance_moves(&mut self) {
+        while self.failed.is_none()
+            && let Some(asked) = self.moves_asked.asked.front().copied()
+        {
+            let Asked { home, what, place, .. } = asked;
+            if self.dirty_nodes_are_many() {
+                // Every node that moves is dirty until a checkpoint has written it.
+                self.need_checkpoint();
+                return;
+            }
+            if self.held.moves >= self.moves_max() {
+                // Many homes may ask at a time. One that ends brings a turn.
+                return;
+            }
+            self.moves_asked.asked.pop_front();
+            if !self.may_move(0) {
+                self.send(home, Message::Moved(place, None));
+                continue;
+            }
+            match what {
+                ItemKind::Page(key, lsn) => {
+                    // Versions that the table knows to be superseded need no read.
+                    let known = self.table.find(key).map(|idx| &self.table.pages[idx]);
+                    if known.is_some_and(|page| page.resolved && page.mapped_lsn != lsn) {
+                        self.send(home, Message::Moved(place, None));
+                    } else {
+                        let idx = self.table.entry(key);
+                        self.held.moves += 1;
+                        self.begin(None, PendingKind::Move(place, home), smallvec::smallvec![idx], |_| false);
+                    }
+                }
+                ItemKind::Node(key) => self.move_node(asked, key),
+            }
+        }
+    }
+
+    /// Marks a node dirty if the map names it where it was found; if that takes a read, again once it has ended.
+    fn move_node(&mut self, asked: Asked, key: NodeKey) {
+        let Asked { home, place, .. } = asked;
+        let (wanted, child) = match self.map.find_node(key) {
+            Ok(Some(child)) if child.place() == place && self.map.resident(key).is_none() => (key, child),
+            Err(above) => above,
+            Ok(child) => {
+                if child.is_some_and(|child| child.place() == place) {
+                    self.map.touch(key);
+                }
+                return self.send(home, Message::Moved(place, None));
+            }
+        };
+        self.held.moves += 1;
+        let no = self.moves_asked.reading.insert(asked);
+        self.want_node(wanted, child, NodeWaiter::Move(no));
+    }
+
+    /// A node that was wanted for a move is there, or will not come.
+    pub(super) fn node_move_read(&mut self, no: usize, error: Option<Error>) {
+        self.again = true;
+        self.held.moves -= 1;
+        let asked = self.moves_asked.reading.remove(no);
+        match error {
+            Some(_) => self.send(asked.home, Message::Moved(asked.place, error)),
+            None => self.moves_asked.asked.push_front(asked),
+        }
+    }
+
+    /// A page that may have to move is resolved, or loaded.
+    pub(super) fn move_ready(&mut self, waiter: usize, from: Place, home: ShardId) {
+        let idx = self.pending[waiter].pages[0];
+        let page = &self.table.pages[idx];
+        let named = page.resolved && page.entry.is_some_and(|e| e.place() == from) && page.lsn == page.mapped_lsn;
+        let busy = page.absent || page.captures > 0 || page.dirty_from.is_some() || page.slot.is_some();
+        let failed = self.pending[waiter].error.clone();
+        if failed.is_none() && named && !busy && self.failed.is_none() {
+            if page.frame.is_none() {
+                self.need_more(waiter);
+                if self.want(idx, true, waiter) {
+                    self.need_met(waiter, None);
+                }
+                return;
+            }
+            if !self.pin_for_move(idx, waiter) {
+                return;
+            }
+            self.table.pages[idx].captures += 1;
+            self.moves.push(idx);
+        }
+        self.release(waiter);
+        self.send(home, Message::Moved(from, failed));
+        self.again = true;
+    }
+
+    /// Pins the map leaf of a clean page; if it has left memory meanwhile, asks for it and returns false.
+    fn pin_for_move(&mut self, idx: usize, waiter: usize) -> bool {
+        let key = self.table.pages[idx].key;
+        if self.table.pages[idx].leaf.is_some() {
+            return true;
+        }
+        if let Lookup::Load(node, child) = self.map.lookup(key) {
+            self.need_more(waiter);
+            self.want_node(node, child, NodeWaiter::Request(waiter));
+            return false;
+        }
+        // The page is in the map, so its leaf exists: nothing is created.
+        let leaf = self.map.pin(key, &mut self.arena);
+        self.table.pages[idx].leaf = Some(leaf);
+        true
+    }
+}
+
+/// Whether reading again would most likely fail again. Where memory was short, or the store has stopped, it need not.
+fn may_last(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Io)
+}

@@ -1,0 +1,344 @@
+//! Commits over several shards, at their owner: ask all, draw, tell all, and count who is durable.
+//!
+//! ```text
+//! Asking --all Yes--> Decidable --draw--> Drawn --every part durable--> gone
+//!    \--a Held or NotNow--> Waiting --time--> Asking (a commit that read gets Conflict for Held)
+//!     \--a No--> refused
+//! ```
+//! Invariants
+//! 1. The LSN is drawn only when every vote is in and is `Yes`; what follows can fail by the device only.
+//! 2. The owner's record stands in the group whose run holds the LSN, and names the shards that have other parts: the
+//!    commit counts only with all of them.
+//! 3. The shard's bound stays at or below the LSN until every part is durable.
+//! 4. Asking again is bounded in time: then `Busy`. Long before that it goes in front of others (see `precedence`).
+
+use super::budget::cross_weight;
+use super::message::{Ask, Decision, Message, Vote};
+use super::{Commit, Lack, Response, Shard, Step, Token};
+use crate::base::error::{Error, ErrorKind};
+use crate::base::{Lsn, Micros, ShardId};
+use smallvec::SmallVec;
+
+/// For how long a commit is asked for again, before it gets `Busy`.
+const ASK_FOR_US: Micros = 10_000_000;
+/// Before it is asked for again: the first time, and at most.
+pub(super) const RETRY_US: (Micros, Micros) = (100, 5_000);
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum State {
+    Asking,
+    Waiting { until: Micros },
+    Decidable,
+    Drawn,
+}
+
+/// A commit over shards under way.
+pub(super) struct Cross {
+    token: Token,
+    durable: bool,
+    /// Its part of `Held::request_bytes`.
+    pub weight: u64,
+    /// What each shard is asked.
+    asks: SmallVec<[(ShardId, Ask); 2]>,
+    state: State,
+    votes_left: usize,
+    yes: SmallVec<[ShardId; 4]>,
+    refusal: Option<Error>,
+    held: bool,
+    not_now: bool,
+    read_lsn: Lsn,
+    lsn: Lsn,
+    parts_left: usize,
+    applied_left: usize,
+    attempts: u32,
+    asked_at: Micros,
+}
+
+impl Cross {
+    fn reads(&self) -> bool {
+        self.asks.iter().any(|(_, ask)| !ask.reads.is_empty())
+    }
+
+    fn changes(&self) -> bool {
+        self.asks.iter().any(|(_, ask)| !ask.changes.is_empty())
+    }
+}
+
+impl Shard {
+    /// Whether all pages of the commit are this shard's.
+    pub(super) fn is_local(&self, commit: &Commit) -> bool {
+        let keys = commit.reads.iter().map(|(key, _)| key).chain(commit.changes.iter().map(|(key, _)| key));
+        self.deal.shards_count() == 1 || keys.into_iter().all(|key| self.deal.shard_of(*key) == self.id)
+    }
+
+    /// Begins a commit over shards.
+    pub(super) fn begin_cross(&mut self, token: Token, commit: Commit) {
+        let mut asks: SmallVec<[(ShardId, Ask); 2]> = SmallVec::new();
+        // The owner first: it records the commit, if there is anything to record.
+        let since = self.now;
+        asks.push((self.id, Ask { owner_logs: !commit.changes.is_empty(), since, ..Ask::default() }));
+        let mut of = |shard: ShardId| match asks.iter().position(|(s, _)| *s == shard) {
+            Some(i) => i,
+            None => {
+                asks.push((shard, Ask { since, ..Ask::default() }));
+                asks.len() - 1
+            }
+        };
+        let reads: Vec<usize> = commit.reads.iter().map(|(key, _)| of(self.deal.shard_of(*key))).collect();
+        let changes: Vec<usize> = commit.changes.iter().map(|(key, _)| of(self.deal.shard_of(*key))).collect();
+        let weight = cross_weight(&commit, asks.len());
+        for (i, read) in reads.into_iter().zip(commit.reads) {
+            asks[i].1.reads.push(read);
+        }
+        for (i, change) in changes.into_iter().zip(commit.changes) {
+            asks[i].1.changes.push(change);
+        }
+        let txn = self.cross_next;
+        self.cross_next += 1;
+        let cross = Cross {
+            token,
+            durable: commit.durable,
+            weight,
+            asks,
+            state: State::Asking,
+            votes_left: 0,
+            yes: SmallVec::new(),
+            refusal: None,
+            held: false,
+            not_now: false,
+            read_lsn: Lsn::ZERO,
+            lsn: Lsn::ZERO,
+            parts_left: 0,
+            applied_left: 0,
+            attempts: 0,
+            asked_at: self.now,
+        };
+        self.held.request_bytes += weight;
+        self.cross.insert(txn, cross);
+        self.ask(txn);
+    }
+
+    fn remove_cross(&mut self, txn: u64) {
+        if let Some(cross) = self.cross.remove(&txn) {
+            self.held.request_bytes -= cross.weight;
+        }
+    }
+
+    fn ask(&mut self, txn: u64) {
+        let Some(cross) = self.cross.get_mut(&txn) else { return };
+        cross.state = State::Asking;
+        cross.votes_left = cross.asks.len();
+        (cross.refusal, cross.held, cross.not_now, cross.read_lsn) = (None, false, false, Lsn::ZERO);
+        cross.attempts += 1;
+        let asks = cross.asks.clone();
+        for (shard, ask) in asks {
+            self.send(shard, Message::Prepare(txn, Box::new(ask)));
+        }
+    }
+
+    /// A vote has come.
+    pub(super) fn voted(&mut self, from: ShardId, txn: u64, vote: Vote) {
+        // After a failure nobody waits for it.
+        let Some(cross) = self.cross.get_mut(&txn) else { return };
+        assert_eq!(cross.state, State::Asking, "votes come to those who asked");
+        match vote {
+            Vote::Yes(read) => {
+                cross.read_lsn = cross.read_lsn.max(read);
+                cross.yes.push(from);
+            }
+            Vote::Held if planted!(VoteIgnored) => cross.yes.push(from),
+            Vote::Held => cross.held = true,
+            Vote::NotNow => cross.not_now = true,
+            Vote::No(error) => cross.refusal = Some(error),
+        }
+        cross.votes_left -= 1;
+        if cross.votes_left > 0 {
+            return;
+        }
+        self.again = true;
+        if cross.yes.len() == cross.asks.len() {
+            cross.state = State::Decidable;
+            self.decidable.push_back(txn);
+            return;
+        }
+        self.let_parts_go(txn);
+        self.not_all_yes(txn);
+    }
+
+    fn let_parts_go(&mut self, txn: u64) {
+        let Some(cross) = self.cross.get_mut(&txn) else { return };
+        for shard in std::mem::take(&mut cross.yes) {
+            self.send(shard, Message::Decide(txn, Decision::LetGo));
+        }
+    }
+
+    fn not_all_yes(&mut self, txn: u64) {
+        let Some(cross) = self.cross.get_mut(&txn) else { return };
+        let refusal = match cross.refusal.take() {
+            Some(error) => Some(error),
+            None if cross.held && cross.reads() => Some(super::part::held(txn)),
+            None if self.now > cross.asked_at + ASK_FOR_US => Some(Error::new(
+                ErrorKind::Busy,
+                "a commit over several shards found pages held, or memory, log or space short, for 10 s; try again",
+            )),
+            None => None,
+        };
+        match refusal {
+            Some(error) => {
+                let token = cross.token;
+                self.remove_cross(txn);
+                self.reply(token, Err(error));
+            }
+            None => {
+                // Commits that meet each other at the same pages come back at different times.
+                let slots = 1 << cross.attempts.min(6);
+                let turn = (u64::from(self.id.get()).wrapping_mul(7) ^ txn.wrapping_mul(0x9e37_79b9)) % slots;
+                let until = self.now + (RETRY_US.0 * (1 + turn)).min(RETRY_US.1);
+                cross.state = State::Waiting { until };
+                self.cross_waiting.push(txn);
+                self.stats.cross_retries += 1;
+            }
+        }
+    }
+
+    /// Asks again for those whose time has come.
+    pub(super) fn retry_cross(&mut self) {
+        if self.cross_waiting.is_empty() {
+            return;
+        }
+        let now = self.now;
+        let is_due = |cross: &Cross| matches!(cross.state, State::Waiting { until } if until <= now);
+        let cross = &self.cross;
+        let due: Vec<u64> = self.cross_waiting.extract_if(.., |txn| cross.get(txn).is_none_or(is_due)).collect();
+        due.into_iter().for_each(|txn| self.ask(txn));
+    }
+
+    /// When the next commit is to be asked for again.
+    pub(super) fn next_retry(&self) -> Option<Micros> {
+        let until = |txn: &u64| match self.cross.get(txn)?.state {
+            State::Waiting { until } => Some(until),
+            _ => None,
+        };
+        self.cross_waiting.iter().filter_map(until).min()
+    }
+
+    /// Draws the LSNs of those for which all votes are in, and tells everybody.
+    pub(super) fn decide(&mut self) {
+        self.end_readers();
+        let count = self.decidable.len() as u64;
+        if count == 0 || self.failed.is_some() {
+            return;
+        }
+        if self.drawn_far_ahead(Step::Decide) || self.log.open.runs_full() {
+            // Before the draw there is time: the open group goes first.
+            self.log.open.urgent = true;
+            self.blocked.register(Step::Decide, Lack::LogRoom);
+            return;
+        }
+        let first = self.order.draw(self.id, count);
+        self.log.open.add_run(first, count, self.now);
+        for (i, txn) in std::mem::take(&mut self.decidable).into_iter().enumerate() {
+            self.carry_out(txn, first.plus(i as u64));
+        }
+        self.again = true;
+    }
+
+    /// Commits without changes need no LSN: all that they read was current while all of it was held.
+    fn end_readers(&mut self) {
+        for txn in std::mem::take(&mut self.decidable) {
+            match self.cross.get(&txn) {
+                Some(cross) if !cross.changes() => {
+                    let (token, read) = (cross.token, cross.read_lsn);
+                    self.let_parts_go(txn);
+                    self.remove_cross(txn);
+                    self.reply_when_durable(read, token, Response::Committed(read), false);
+                    self.again = true;
+                }
+                _ => self.decidable.push_back(txn),
+            }
+        }
+    }
+
+    fn carry_out(&mut self, txn: u64, lsn: Lsn) {
+        let cross = self.cross.get_mut(&txn).expect("a decidable commit is under way");
+        assert_eq!(cross.state, State::Decidable, "all votes are in");
+        cross.state = State::Drawn;
+        cross.lsn = lsn;
+        let writers: SmallVec<[ShardId; 4]> =
+            cross.asks.iter().skip(1).filter(|(_, ask)| !ask.changes.is_empty()).map(|(shard, _)| *shard).collect();
+        let others: u64 = writers.iter().map(|shard| 1 << shard.get()).sum();
+        cross.parts_left = 1 + writers.len();
+        cross.applied_left = writers.len();
+        let (token, durable, yes, read) = (cross.token, cross.durable, std::mem::take(&mut cross.yes), cross.read_lsn);
+        // What was asked is not needed any more: the parts have it.
+        cross.asks.clear();
+        self.cross_undurable.insert(lsn);
+        self.stats.commits_cross += 1;
+        #[cfg(any(test, feature = "sim"))]
+        self.drawn.push((token, lsn));
+        self.apply_own_part(txn, lsn, others, durable);
+        let me = self.id;
+        for shard in yes.into_iter().filter(|shard| *shard != me) {
+            let decision = match writers.contains(&shard) {
+                true => Decision::Commit { lsn, urgent: durable },
+                false => Decision::LetGo,
+            };
+            self.send(shard, Message::Decide(txn, decision));
+        }
+        if durable {
+            self.reply_when_durable(lsn.max(read), token, Response::Committed(lsn), true);
+        } else if writers.is_empty() || self.acknowledges_unseen(txn) {
+            self.reply_when_durable(read, token, Response::Committed(lsn), true);
+        }
+    }
+
+    /// A planted bug: the answer does not wait until all parts are visible.
+    fn acknowledges_unseen(&mut self, txn: u64) -> bool {
+        let planted = planted!(AcknowledgedUnseen);
+        if let Some(cross) = self.cross.get_mut(&txn).filter(|_| planted) {
+            // Nobody answers once more.
+            cross.durable = true;
+        }
+        planted
+    }
+
+    /// Another shard's part is visible there.
+    pub(super) fn part_applied(&mut self, txn: u64) {
+        let Some(cross) = self.cross.get_mut(&txn) else { return };
+        cross.applied_left -= 1;
+        if cross.applied_left == 0 && !cross.durable {
+            let (token, lsn, read) = (cross.token, cross.lsn, cross.read_lsn);
+            self.reply_when_durable(read, token, Response::Committed(lsn), true);
+        }
+    }
+
+    /// A part is durable in the log of its shard.
+    pub(super) fn part_durable(&mut self, txn: u64) {
+        let Some(cross) = self.cross.get_mut(&txn) else { return };
+        cross.parts_left -= 1;
+        if cross.parts_left == 0 {
+            let lsn = cross.lsn;
+            self.remove_cross(txn);
+            self.cross_undurable.remove(&lsn);
+            self.publish_bound();
+        }
+    }
+
+    /// The store has stopped: nobody will be told more.
+    pub(super) fn fail_cross(&mut self, cause: &Error, stopped: &Error) {
+        self.decidable.clear();
+        self.cross_waiting.clear();
+        for (_, cross) in std::mem::take(&mut self.cross) {
+            self.held.request_bytes -= cross.weight;
+            match cross.state {
+                // A durable one waits with all others for the watermark, and is told there.
+                State::Drawn if !cross.durable && cross.applied_left > 0 => {
+                    let error = super::requests::outcome_unknown(cross.lsn, cause);
+                    self.reply(cross.token, Err(error));
+                }
+                State::Drawn => {}
+                _ => self.reply(cross.token, Err(stopped.clone())),
+            }
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! What goes into a shard and what comes out of it.
+
+use super::pins::Pin;
+use super::{Message, PageRange};
+use crate::base::error::Result;
+use crate::base::{BLOCK, Lsn, PageId, PageKey, ShardId};
+use crate::io::{DiskOp, OpId};
+use crate::memory::FrameRef;
+use bytes::Bytes;
+use smallvec::SmallVec;
+use std::ops::Deref;
+
+/// The driver's name for a request under way; each gets exactly one reply.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Token(pub u64);
+
+/// What callers ask of a shard.
+#[derive(Debug)]
+pub enum Request {
+    /// The newest version of these pages, durable or not; unwritten pages read as zeros. At most
+    /// `vectored_pages_max` of them.
+    Read(SmallVec<[PageKey; 1]>),
+    /// The pages of this shard in a part of a volume that are not absent.
+    Allocated(PageRange),
+    /// One atomic commit.
+    Commit(Commit),
+    /// Replies when every commit acknowledged before is durable.
+    Flush,
+    /// Replies when the commit with this LSN, and all before it, are durable.
+    WaitDurable(Lsn),
+    /// Writes all dirty pages and a new page map; afterwards recovery need not read the log up to here.
+    Checkpoint,
+    /// Counters.
+    Stats,
+    /// Finishes what is under way, makes a checkpoint and records the end of the log. Later requests get `Closed`.
+    Close,
+}
+
+/// One atomic commit: all of `changes`, in order, if no page of `reads` has changed since.
+#[derive(Debug, Default)]
+pub struct Commit {
+    /// Pages read, with the LSN of the version read (zero for an absent page).
+    pub reads: Vec<(PageKey, Lsn)>,
+    /// Changes; a page may occur more than once. Empty: only the reads are validated.
+    pub changes: Vec<(PageKey, Change)>,
+    /// Reply when durable (`true`), or as soon as ordered and visible.
+    pub durable: bool,
+}
+
+/// A change of one page.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// The whole page: exactly 4 KiB.
+    Put(Bytes),
+    /// Some bytes of a page, at least one, within its 4 KiB; an absent page counts as zeros.
+    Patch {
+        /// First byte.
+        offset: u32,
+        /// The new bytes.
+        bytes: Bytes,
+    },
+    /// The page is absent from now on.
+    Free,
+}
+
+/// Answers to [`Request`]s.
+#[derive(Debug)]
+pub enum Response {
+    /// To `Read`, in the order asked.
+    Pages(SmallVec<[PageRef; 1]>),
+    /// To `Allocated`: first and last pages of ranges, in order; where to go on, if that was not all.
+    Allocated {
+        /// What was found.
+        ranges: Vec<(PageId, PageId)>,
+        /// Everything before it was told.
+        next: Option<PageId>,
+        /// The newest change of what was looked at that may not be durable yet, or zero. That a page was freed is one.
+        lsn: Lsn,
+    },
+    /// To `Commit`: its LSN; for a commit without changes the highest LSN it read.
+    Committed(Lsn),
+    /// To `Flush`: everything up to here is durable.
+    Flushed(Lsn),
+    /// To `WaitDurable`.
+    Durable,
+    /// To `Checkpoint`: the log up to here is not needed any more.
+    Checkpointed(Lsn),
+    /// To `Stats`.
+    Stats(Box<crate::base::metrics::ShardStats>),
+    /// To `Close`.
+    Closed,
+}
+
+/// What a shard wants done.
+#[derive(Debug)]
+pub enum Effect {
+    /// Start this operation and bring back its completion.
+    Submit(OpId, DiskOp),
+    /// Answer this request.
+    Reply(Token, Result<Response>),
+    /// Bring this to another shard, after all that was sent to it before.
+    Send(ShardId, Message),
+}
+
+/// A page as it was when read: pinned and immutable, without a copy. Dereferences to its 4,096 bytes.
+///
+/// A pin keeps memory from being reused: hold it briefly. A handle can hold pins of a quarter of the memory; then reads get
+/// `Busy`. It stays valid after the store is closed.
+#[derive(Clone, Debug)]
+pub struct PageRef {
+    frame: Option<FrameRef>,
+    lsn: Lsn,
+    /// Of the handle that read it.
+    pub(super) pin: Option<Pin>,
+}
+
+static ZEROS: [u8; BLOCK] = [0; BLOCK];
+
+impl PageRef {
+    pub(crate) fn new(frame: Option<FrameRef>, lsn: Lsn) -> Self {
+        PageRef { frame, lsn, pin: None }
+    }
+
+    /// The LSN of the commit that wrote this version. It may not be durable yet: `Store::wait_durable` waits for it. Of an absent
+    /// page the LSN of the commit that freed it, as long as that may not be durable; then zero.
+    pub fn lsn(&self) -> Lsn {
+        self.lsn
+    }
+
+    /// The version that a transaction has read: zero for every absent page. A page that is written and freed again meanwhile is
+    /// as absent as before.
+    pub(crate) fn version(&self) -> Lsn {
+        if self.is_absent() { Lsn::ZERO } else { self.lsn }
+    }
+
+    /// Whether the page was never written, or freed; it reads as zeros then.
+    pub fn is_absent(&self) -> bool {
+        self.frame.is_none()
+    }
+}
+
+impl Deref for PageRef {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        self.frame.as_deref().unwrap_or(&ZEROS)
+    }
+}

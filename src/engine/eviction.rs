@@ -1,0 +1,137 @@
+//! Memory for what is asked for: which pages and map nodes leave it is the policy's choice (see `pool::eviction`).
+//!
+//! Invariants
+//! 1. What has memory and is referenced by nothing is listed with the policy; what has none and is referenced by nothing is
+//!    not in the page table at all. [`Shard::reference_ended`] is called wherever a reference to a page ends.
+//! 2. A search for more frames than can be freed frees nothing, and costs little when it is repeated.
+
+use super::pages::Table;
+use super::{Shard, Step};
+use crate::engine::map::Map;
+use crate::memory::{Owner, Residency, Residents, Standing};
+use smallvec::SmallVec;
+
+/// Blocks in the hands of readers that are looked at again when there is nothing else: about half a millisecond's work. Who
+/// waits for memory looks again a little later, and goes on where this ended.
+const PINNED_LOOKS_MAX: u32 = 4096;
+
+/// Frames that are left to checkpoints at least: some roots, or blocks of the extent table.
+const CHECKPOINT_FRAMES_MIN: u32 = 8;
+
+/// Those who have memory.
+struct InMemory<'a> {
+    table: &'a mut Table,
+    map: &'a mut Map,
+}
+
+impl Residents for InMemory<'_> {
+    fn standing(&self, owner: Owner, block: u32) -> Standing {
+        match owner {
+            Owner::Page(idx) => self.table.standing(idx as usize, block),
+            Owner::Node(no) => self.map.standing(no, block),
+        }
+    }
+
+    fn residency(&mut self, owner: Owner) -> &mut Residency {
+        match owner {
+            Owner::Page(idx) => &mut self.table.pages[idx as usize].residency,
+            Owner::Node(no) => self.map.residency(no),
+        }
+    }
+
+    fn evict(&mut self, owner: Owner) -> u64 {
+        match owner {
+            Owner::Page(idx) => self.table.evict(idx as usize),
+            Owner::Node(no) => self.map.evict(no),
+        }
+    }
+}
+
+impl Shard {
+    /// Frees memory until `frames` single frames can be had, besides those that parts of commits have reserved and, unless `step`
+    /// is a checkpoint's, those that a checkpoint needs. If it can't, `step` is registered as blocked.
+    pub(super) fn ensure_frames(&mut self, frames: u32, step: Step) -> bool {
+        let kept = if step.is_of_checkpoint() { 0 } else { self.checkpoint_frames() };
+        let frames = frames + self.reserved.frames + kept;
+        let found = self.find_frames(frames);
+        match found {
+            true => self.blocked.grant_frames(step),
+            false => self.blocked.refuse_frames(step, frames, self.now),
+        }
+        found
+    }
+
+    /// Frees memory until `frames` frames are free, or frees nothing if it can't.
+    pub(super) fn find_frames(&mut self, frames: u32) -> bool {
+        let missing = frames.saturating_sub(self.arena.free_blocks());
+        if missing > 0 && !self.can_free(missing) {
+            return false;
+        }
+        while self.arena.free_blocks() < frames {
+            let evicted = self.evict_one();
+            assert!(
+                evicted,
+                "of {missing} frames that could be freed, one can't be: {frames} are needed, {}",
+                self.memory()
+            );
+        }
+        true
+    }
+
+    /// Whether `missing` frames can be freed. A search in vain that evicts takes what somebody has just read, who reads it again and goes
+    /// on the same way: two of these go on without end.
+    fn can_free(&mut self, missing: u32) -> bool {
+        self.count_idle(missing) || (self.look_at_pinned() && self.count_idle(missing))
+    }
+
+    fn count_idle(&mut self, missing: u32) -> bool {
+        self.map.list_idle(&mut self.eviction);
+        let mut nodes = SmallVec::new();
+        let mut in_memory = InMemory { table: &mut self.table, map: &mut self.map };
+        let idle = self.eviction.count_idle(&mut in_memory, missing, &mut nodes);
+        idle >= missing || idle + self.map.idle_above(&nodes) >= missing
+    }
+
+    /// Frames that are left to checkpoints. What they write goes out in parts of this size at least, and comes back: so one ends
+    /// even while readers have pinned all the rest.
+    pub(super) fn checkpoint_frames(&self) -> u32 {
+        self.extents.summary_blocks().max(CHECKPOINT_FRAMES_MIN)
+    }
+
+    fn evict_one(&mut self) -> bool {
+        self.map.list_idle(&mut self.eviction);
+        let mut in_memory = InMemory { table: &mut self.table, map: &mut self.map };
+        self.eviction.evict_one(&mut in_memory, self.now, PINNED_LOOKS_MAX)
+    }
+
+    /// Looks again at some of what readers have pinned; whether they had let go of any.
+    pub(super) fn look_at_pinned(&mut self) -> bool {
+        let mut in_memory = InMemory { table: &mut self.table, map: &mut self.map };
+        self.eviction.look_at_pinned(&mut in_memory, self.now, PINNED_LOOKS_MAX)
+    }
+
+    /// A reference to page `idx` has ended, or what it was loaded for is gone. Without memory it needs no entry once
+    /// nothing refers to it, since the map says the same of it: a store whose clients ask for absent pages would grow
+    /// without end. With memory it may go from now on. The index may be another page's afterwards.
+    pub(super) fn reference_ended(&mut self, idx: usize) {
+        let page = &mut self.table.pages[idx];
+        let Some(frame) = &page.frame else {
+            if page.is_unreferenced() && !planted!(AbsentKept) {
+                let (newest, mapped) = (page.lsn, page.mapped_lsn);
+                assert!(
+                    newest == mapped,
+                    "{:?} is to be forgotten at {newest:?}, but the map has {mapped:?}",
+                    page.key
+                );
+                self.table.remove(idx);
+            }
+            return;
+        };
+        if page.residency.is_listed() || !page.is_unreferenced() {
+            return;
+        }
+        let (block, key) = (frame.block(), page.key);
+        let hash = self.table.hash(key);
+        self.eviction.list(block, Owner::Page(idx as u32), &mut self.table.pages[idx].residency, hash);
+    }
+}

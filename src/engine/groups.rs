@@ -1,0 +1,244 @@
+//! Group commit: the open group is closed whenever a log write may start and somebody waits, written with one
+//! vectored write, flushed together with all others that are complete, and only then acknowledged.
+//!
+//! Invariants
+//! 1. No timer stands in front of a durable commit: the window holds back only groups for which nobody waits.
+//! 2. At the close it is decided for all pages of a group whether they go inline or straight to their places.
+//! 3. A flush is submitted after the completion of every write that it is to cover.
+//! 4. The bound is raised only after a flush has succeeded.
+
+use super::writeback::Capture;
+use super::{OpKind, Shard};
+use crate::base::checksum::crc32c;
+use crate::base::error::Error;
+use crate::base::{BLOCK, Lsn, Place};
+use crate::engine::coalesce;
+use crate::engine::log::{FlushSet, GroupState, InFlight, OpenSlot};
+use crate::engine::map::Stream;
+use crate::format::extent::ItemKind;
+use crate::format::group::{GroupHead, Slot, SlotState};
+use crate::format::node::Entry;
+use crate::io::{DiskOp, FileId, IoSlice};
+use crate::memory::{Frame, FrameRef};
+use smallvec::SmallVec;
+
+/// A page image of the group being closed.
+struct Image {
+    slot: usize,
+    frame: FrameRef,
+    /// The page's newest version is this image.
+    is_current: bool,
+    place: Option<Place>,
+}
+
+impl Shard {
+    /// Closes the open group if it may go, and flushes what is written.
+    pub(super) fn advance_groups(&mut self) {
+        if self.failed.is_some() {
+            return;
+        }
+        if self.should_close() {
+            self.close_group();
+        }
+        self.flush_groups();
+    }
+
+    fn should_close(&self) -> bool {
+        let open = &self.log.open;
+        if open.is_empty() || self.log.in_flight.len() >= self.limits.log_writes_max {
+            return false;
+        }
+        open.urgent
+            || open.slots.len() >= self.limits.coalesce_batch_pages
+            || open.body_blocks_with(0, 0) > self.limits.group_blocks / 2
+            || self.now >= open.opened_at + self.limits.coalesce_window_us
+            || self.closing.is_some()
+            || self.checkpoint.wants_groups()
+    }
+
+    fn close_group(&mut self) {
+        self.waits.dirty_stuck = None;
+        let body_blocks = self.log.open.body_blocks_with(0, 0);
+        let mut open = std::mem::take(&mut self.log.open.slots);
+        let mut images = self.take_images(&mut open);
+        let inline = images.len() <= self.limits.inline_pages_max;
+        self.reserved_blocks -= images.len() as u64;
+        if !inline {
+            self.place_images(&open, &mut images);
+        }
+        let slots = self.describe(&open, &images, body_blocks);
+        let inline_blocks = if inline { images.len() as u32 } else { 0 };
+        let (first_lsn, last_lsn) = (self.log.open.first_lsn().unwrap_or(Lsn::MAX), self.log.open.last_lsn());
+        let position = self.log.place(body_blocks + inline_blocks, last_lsn);
+        let mut head = GroupHead {
+            epoch: self.superblock.epoch,
+            shard: self.id,
+            segment: position.segment,
+            block: position.block,
+            generation: position.generation,
+            number: position.number,
+            prev_crc: position.prev_crc,
+            body_blocks,
+            blocks: body_blocks + inline_blocks,
+            watermark: self.order.watermark(),
+            superblock_generation: self.superblock.generation,
+            // Counts, sums and runs come with its end.
+            ..GroupHead::default()
+        };
+        let finished = self.log.open.finish(&slots, inline_blocks, &mut head, self.superblock.salt);
+        assert_eq!(head.body_blocks, body_blocks, "the size was foreseen");
+        self.log.sealed(head.head_crc);
+        let mut from = body_slices(&finished.chunks, finished.body_len);
+        let data_writes = if inline {
+            from.extend(images.iter().map(|image| IoSlice::whole(image.frame.clone())));
+            0
+        } else {
+            self.write_images(position.number, &slots, &open, images)
+        };
+        self.log.in_flight.push_back(InFlight {
+            number: position.number,
+            first_lsn,
+            parts: finished.parts,
+            state: GroupState::Writing(1 + data_writes),
+            segment: position.segment,
+            wrote_data: data_writes > 0,
+            chunks: finished.chunks,
+        });
+        self.stats.log_groups += 1;
+        self.stats.checksums += 2;
+        self.stats.log_bytes += from.iter().map(|s| u64::from(s.len)).sum::<u64>();
+        let offset = u64::from(position.block) * BLOCK as u64;
+        let file = FileId::Log(self.id, position.segment);
+        self.submit(OpKind::GroupLog(position.number), DiskOp::Write { file, offset, from });
+        self.again = true;
+    }
+
+    /// Fixes the images of all live slots; the pages leave the open group.
+    fn take_images(&mut self, open: &mut [OpenSlot]) -> Vec<Image> {
+        let mut images = Vec::with_capacity(open.len());
+        for (i, slot) in open.iter_mut().enumerate().filter(|(_, slot)| !slot.dead) {
+            let idx = self.table.find(slot.key).expect("a page with a slot stays in the table");
+            let page = &mut self.table.pages[idx];
+            let is_current = page.slot == Some(i);
+            if is_current {
+                page.slot = None;
+            }
+            let sealed = slot.sealed.take();
+            let frame = sealed.or_else(|| page.frame.as_ref().map(|f| f.pin())).expect("a live slot has an image");
+            images.push(Image { slot: i, frame, is_current, place: None });
+        }
+        images
+    }
+
+    /// Gives the images their final places, neighbours next to each other.
+    fn place_images(&mut self, open: &[OpenSlot], images: &mut [Image]) {
+        images.sort_by_key(|image| (open[image.slot].key, open[image.slot].lsn));
+        for image in images.iter_mut() {
+            let slot = &open[image.slot];
+            let place = self.alloc_block(Stream::Data, ItemKind::Page(slot.key, slot.lsn));
+            image.place = Some(place.expect("admission reserved a block for each slot"));
+        }
+    }
+
+    fn describe(&mut self, open: &[OpenSlot], images: &[Image], body_blocks: u32) -> Vec<Slot> {
+        let dead = |slot: &OpenSlot| Slot { key: slot.key, state: SlotState::Dead, entry: Entry::default() };
+        let mut slots: Vec<Slot> = open.iter().map(dead).collect();
+        for (i, image) in images.iter().enumerate() {
+            self.stats.checksums += 1;
+            let crc = crc32c(&image.frame);
+            let place = image.place.unwrap_or_default();
+            slots[image.slot].entry = Entry::plain(place, open[image.slot].lsn, crc);
+            slots[image.slot].state = match image.place {
+                Some(_) => SlotState::Placed,
+                None => SlotState::Inline(body_blocks + i as u32),
+            };
+        }
+        slots
+    }
+
+    /// Writes images straight to their places; returns the number of writes.
+    fn write_images(&mut self, group: u64, slots: &[Slot], open: &[OpenSlot], images: Vec<Image>) -> u32 {
+        let mut blocks = Vec::with_capacity(images.len());
+        for image in images {
+            let entry = slots[image.slot].entry;
+            let idx = self.table.find(open[image.slot].key).expect("a page with a slot stays in the table");
+            let page = &mut self.table.pages[idx];
+            page.captures += 1;
+            if image.is_current && page.dirty_from.take().is_some() {
+                self.reserved_blocks -= 1;
+                self.space.freed_pages -= u64::from(page.absent);
+            }
+            let capture =
+                self.captures.insert(Capture { page: idx, lsn: entry.lsn(), entry: Some(entry), moved_from: None });
+            blocks.push((entry.place(), (capture, image.frame)));
+        }
+        self.stats.pages_written += blocks.len() as u64;
+        let runs = coalesce::plan(blocks, self.limits.vectored_pages_max);
+        let count = runs.len() as u32;
+        for run in runs {
+            self.stats.page_write_ops += 1;
+            self.stats.coalesced_writes += run.items.len() as u64 - 1;
+            let (captures, frames): (Vec<_>, Vec<_>) = run.items.into_iter().unzip();
+            let from = frames.into_iter().map(IoSlice::whole).collect();
+            let offset = run.place.offset(self.limits.geometry.extent_bytes);
+            self.submit(OpKind::GroupData(group, captures), DiskOp::Write { file: FileId::Data, offset, from });
+        }
+        count
+    }
+
+    /// A write of a group has ended.
+    pub(super) fn group_written(&mut self, number: u64, result: Result<(), Error>) {
+        match result {
+            Ok(()) => self.log.write_completed(number),
+            Err(_) if planted!(WriteErrorForgotten) => self.log.write_completed(number),
+            Err(error) => self.fail(error),
+        }
+    }
+
+    fn flush_groups(&mut self) {
+        if self.flushing {
+            return;
+        }
+        let Some(set) = self.log.begin_flush() else { return };
+        let mut files: SmallVec<[FileId; 4]> = set.segments.iter().map(|no| FileId::Log(self.id, *no)).collect();
+        if set.data && !planted!(DataNotFlushed) {
+            files.push(FileId::Data);
+        }
+        self.flushing = true;
+        self.stats.log_flushes += 1;
+        self.submit(OpKind::GroupFlush(set), DiskOp::Flush { files });
+    }
+
+    /// A flush has ended: what it covered is durable, or nothing is acknowledged any more.
+    pub(super) fn group_flushed(&mut self, set: FlushSet, result: Result<(), Error>) {
+        self.flushing = false;
+        if let Err(error) = result
+            && !planted!(FlushErrorForgotten)
+        {
+            self.fail(error);
+            return;
+        }
+        if self.failed.is_some() {
+            return;
+        }
+        let (chunks, parts) = self.log.flushed(&set.numbers);
+        self.log.open.restock(chunks);
+        self.parts_durable(parts);
+        self.publish_bound();
+        self.again = true;
+    }
+}
+
+/// The first `len` bytes of the chunks.
+fn body_slices(chunks: &[Frame], len: usize) -> SmallVec<[IoSlice; 4]> {
+    let mut slices = SmallVec::new();
+    let mut left = len;
+    for chunk in chunks {
+        let len = left.min(chunk.len());
+        if len > 0 {
+            slices.push(IoSlice { frame: chunk.pin(), start: 0, len: len as u32 });
+        }
+        left -= len;
+    }
+    slices
+}

@@ -1,0 +1,347 @@
+//! What shard 0 does for all: it begins checkpoints and ends them with table and superblock, ends the opening, closes the
+//! store, and makes the data file longer.
+//!
+//! ```text
+//! checkpoint  Idle --wanted--> Beginning --all Began--> Running --all Ready--> Table --> Flush
+//!                  --> Super(copy 1) --> SuperFlush --> Super(copy 2) --> SuperFlush --Done to all--> Idle
+//! opening     all Redone --> the checkpoint of the new epoch --> open
+//! closing     Quiesce to all --> all Quiet --> the clean checkpoint --> closed
+//! ```
+//! Invariants
+//! 1. One checkpoint at a time, over all shards: one superblock write makes all their roots true together.
+//! 2. The flush is submitted when every write of every shard for this checkpoint has completed.
+//! 3. No commit over shards is under way when all are quiet: their owners had requests, and have none.
+
+use super::checkpoint::NewEpoch;
+use super::message::{Begin, Contribution, Message};
+use super::{Response, Shard, Step, Token};
+use crate::base::{BLOCK, Lsn, ShardId};
+use crate::format::extent::{TABLE_ROWS, TableRow, encode_table, table_crc, table_offset};
+use crate::format::superblock::{SUPERBLOCK_BYTES, Superblock, VShardState};
+use crate::io::{DiskOp, FileId, IoSlice};
+use smallvec::SmallVec;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+enum Phase {
+    #[default]
+    Idle,
+    Beginning,
+    Running,
+    Table,
+    Flush,
+    Super {
+        copy: usize,
+    },
+    SuperFlush {
+        copy: usize,
+    },
+}
+
+/// The extent table on its way to the device.
+#[derive(Default, Debug)]
+struct TableParts {
+    rows: Vec<TableRow>,
+    /// Of the blocks submitted so far.
+    sums: Vec<u32>,
+}
+
+/// Blocks of the table that are encoded at a time: no more than a checkpoint has memory for in any case.
+const TABLE_BLOCKS_AT_A_TIME: usize = 8;
+
+/// The leader's state; idle in all other shards.
+#[derive(Default, Debug)]
+pub(super) struct Lead {
+    phase: Phase,
+    wanted: bool,
+    /// Who has not begun, or is not ready.
+    left: u16,
+    begin: Option<Begin>,
+    redo: Lsn,
+    contributions: Vec<Contribution>,
+    by_shard: Vec<Option<Contribution>>,
+    next: Option<Superblock>,
+    table: Option<TableParts>,
+    /// The epoch to be begun when all have redone their part of the log.
+    new_epoch: Option<NewEpoch>,
+    redone: u16,
+    quiet: u16,
+    closing: bool,
+}
+
+impl Lead {
+    pub(super) fn new(new_epoch: Option<NewEpoch>) -> Self {
+        Lead { new_epoch, ..Lead::default() }
+    }
+}
+
+impl Shard {
+    fn leads(&self) -> bool {
+        self.id == ShardId::LEADER
+    }
+
+    /// A caller asks for a checkpoint that covers everything up to now.
+    pub(super) fn request_checkpoint(&mut self, token: Token) {
+        self.checkpoint.next_waiters.push(token);
+        self.need_checkpoint();
+    }
+
+    /// Some shard wants a checkpoint.
+    pub(super) fn checkpoint_wanted(&mut self) {
+        self.lead.wanted = true;
+        self.again = true;
+    }
+
+    /// A shard has redone its part of the log.
+    pub(super) fn shard_redone(&mut self) {
+        self.lead.redone += 1;
+        self.again = true;
+    }
+
+    /// A shard has no request under way any more.
+    pub(super) fn shard_quiet(&mut self) {
+        self.lead.quiet += 1;
+        self.again = true;
+    }
+
+    pub(super) fn advance_lead(&mut self) {
+        if !self.leads() || self.failed.is_some() {
+            return;
+        }
+        match self.lead.phase {
+            Phase::Idle => self.begin_if_wanted(),
+            Phase::Table => self.write_table(),
+            _ => {}
+        }
+    }
+
+    fn begin_if_wanted(&mut self) {
+        let all = self.deal.shards_count();
+        let new_epoch = self.lead.new_epoch.filter(|_| self.lead.redone == all);
+        let clean = self.lead.quiet == all && !self.lead.closing;
+        if new_epoch.is_none() && !clean && !self.lead.wanted {
+            return;
+        }
+        // Before the last checkpoint no other is needed: it covers all.
+        if self.lead.closing {
+            return;
+        }
+        self.lead.closing = clean;
+        self.lead.wanted = false;
+        self.lead.phase = Phase::Beginning;
+        self.lead.left = all;
+        let begin = Begin { new_epoch, clean };
+        self.lead.begin = Some(begin);
+        self.tell_all(|| Message::Begin(begin));
+        self.again = true;
+    }
+
+    /// To every shard, this one too.
+    fn tell_all(&mut self, message: impl Fn() -> Message) {
+        for shard in self.deal.shards() {
+            self.send(shard, message());
+        }
+    }
+
+    /// A shard has begun the checkpoint.
+    pub(super) fn shard_began(&mut self) {
+        assert_eq!(self.lead.phase, Phase::Beginning, "shards begin what the leader began");
+        self.lead.left -= 1;
+        if self.lead.left > 0 {
+            return;
+        }
+        // Redo starts over from the old roots if it is cut short: page LSNs guard what is done twice.
+        let redo = match self.lead.begin {
+            Some(Begin { new_epoch: Some(epoch), .. }) => epoch.first_lsn.before(),
+            _ => self.recovering.as_ref().map_or(self.order.next().before(), |recovering| recovering.redo),
+        };
+        self.lead.redo = redo;
+        self.lead.phase = Phase::Running;
+        self.lead.left = self.deal.shards_count();
+        self.lead.by_shard = self.deal.shards().map(|_| None).collect();
+        self.tell_all(|| Message::Redo(redo));
+    }
+
+    /// A shard has written its part.
+    pub(super) fn shard_ready(&mut self, from: ShardId, contribution: Contribution) {
+        assert_eq!(self.lead.phase, Phase::Running, "a contribution belongs to a checkpoint");
+        self.lead.by_shard[from.index()] = Some(contribution);
+        self.lead.left -= 1;
+        if self.lead.left == 0 {
+            self.lead.contributions = std::mem::take(&mut self.lead.by_shard).into_iter().flatten().collect();
+            self.lead.phase = Phase::Table;
+            self.again = true;
+        }
+    }
+
+    /// All parts are written: the extent table of all, a few blocks at a time.
+    fn write_table(&mut self) {
+        let mut table = match self.lead.table.take() {
+            Some(table) => table,
+            None => TableParts { rows: self.contributed_rows(), sums: Vec::new() },
+        };
+        let blocks = table.rows.len().div_ceil(TABLE_ROWS as usize);
+        let number = self.superblock.checkpoint + 1;
+        while table.sums.len() < blocks {
+            let first = table.sums.len();
+            let most = if planted!(TableAllAtOnce) { blocks } else { TABLE_BLOCKS_AT_A_TIME };
+            let count = most.min(blocks - first);
+            if !self.ensure_frames(count as u32, Step::Table) {
+                break;
+            }
+            let mut writes = Vec::with_capacity(count);
+            for (index, rows) in table.rows.chunks(TABLE_ROWS as usize).enumerate().skip(first).take(count) {
+                let mut frame = self.arena.alloc(0).expect("frames were ensured");
+                let out = frame.try_mut().expect("a new frame has no pins");
+                table.sums.push(encode_table(self.superblock.store_id, index as u32, number, rows, out));
+                writes.push((FileId::Table, table_offset(index as u32, number), frame));
+            }
+            self.stats.checksums += count as u64;
+            self.submit_blocks(writes);
+        }
+        if table.sums.len() < blocks {
+            self.lead.table = Some(table);
+            return;
+        }
+        self.lead.next = Some(self.next_superblock(table.rows.len() as u32, table_crc(table.sums)));
+        self.lead.phase = Phase::Flush;
+    }
+
+    fn contributed_rows(&self) -> Vec<TableRow> {
+        let mut rows = vec![TableRow::default(); self.extents.count() as usize];
+        for (no, row) in self.lead.contributions.iter().flat_map(|c| &c.rows) {
+            rows[no.index()] = *row;
+        }
+        rows
+    }
+
+    fn next_superblock(&self, extents_count: u32, table_crc: u32) -> Superblock {
+        let old = &self.superblock;
+        let lead = &self.lead;
+        let begin = lead.begin.expect("it has begun");
+        let mut vshards = vec![VShardState::default(); self.limits.geometry.vshards_count as usize];
+        for (vshard, root) in lead.contributions.iter().flat_map(|c| &c.roots) {
+            let shard = self.deal.owner(*vshard);
+            vshards[vshard.index()] = VShardState { root: *root, redo_lsn: lead.redo, shard };
+        }
+        let mut next = Superblock {
+            clean: begin.clean,
+            generation: old.generation + 1,
+            checkpoint: old.checkpoint + 1,
+            watermark: self.recovering.as_ref().map_or(self.order.watermark(), |recovering| recovering.cut),
+            next_lsn: match begin.new_epoch {
+                _ if self.recovering.is_some() => self.cut.plus(1),
+                Some(_) => self.cut.plus(1),
+                // The roots hold nothing of this epoch: the last commit is still the one before the gap.
+                None if lead.redo < old.epoch_first_lsn => old.next_lsn,
+                None => self.order.next(),
+            },
+            extents_count,
+            table_crc,
+            logs: match begin.new_epoch {
+                // Until an epoch begins, the logs are those of the last one.
+                None if self.recovering.is_some() => old.logs.clone(),
+                _ => lead.contributions.iter().map(|c| c.log_end).collect(),
+            },
+            vshards,
+            ..old.clone()
+        };
+        if let Some(new) = begin.new_epoch {
+            next.epoch = new.epoch;
+            next.salt = new.salt;
+            next.epoch_first_lsn = new.first_lsn;
+        }
+        next
+    }
+
+    /// All operations of a step of the leader have ended.
+    pub(super) fn lead_step_done(&mut self, op: DiskOp) {
+        match self.lead.phase {
+            Phase::Flush => match op {
+                DiskOp::Flush { .. } => self.write_superblock(0),
+                _ if planted!(RootsNotFlushed) => self.write_superblock(0),
+                _ => {
+                    let files = smallvec::smallvec![FileId::Data, FileId::Meta, FileId::Table];
+                    self.checkpoint_op(DiskOp::Flush { files });
+                }
+            },
+            Phase::Super { copy } => {
+                self.lead.phase = Phase::SuperFlush { copy };
+                self.checkpoint_op(DiskOp::Flush { files: smallvec::smallvec![FileId::Meta] });
+            }
+            Phase::SuperFlush { copy: 0 } => self.write_superblock(1),
+            Phase::SuperFlush { .. } => self.superblock_durable(),
+            Phase::Idle | Phase::Beginning | Phase::Running | Phase::Table => {}
+        }
+    }
+
+    fn write_superblock(&mut self, copy: usize) {
+        let Some(next) = &self.lead.next else { return };
+        let number = Superblock::copies_of(next.generation)[copy];
+        let mut bytes = vec![0; SUPERBLOCK_BYTES];
+        next.encode(number, &mut bytes);
+        let mut from = SmallVec::new();
+        for (block, frame) in bytes.chunks(BLOCK).zip(&mut self.superblock_frames) {
+            frame.try_mut().expect("the superblock before is written").copy_from_slice(block);
+            from.push(IoSlice::whole(frame.pin()));
+        }
+        self.stats.checksums += 1;
+        self.lead.phase = Phase::Super { copy };
+        self.checkpoint_op(DiskOp::Write { file: FileId::Meta, offset: Superblock::offset(number), from });
+    }
+
+    fn superblock_durable(&mut self) {
+        let Some(next) = self.lead.next.take() else { return };
+        self.lead.phase = Phase::Idle;
+        self.lead.contributions.clear();
+        if self.lead.begin.take().is_some_and(|begin| begin.new_epoch.is_some()) {
+            self.lead.new_epoch = None;
+        }
+        self.tell_all(|| Message::Done(Box::new(next.clone())));
+        self.again = true;
+    }
+
+    /// A caller closes the store.
+    pub(super) fn request_close(&mut self, token: Token) {
+        self.closing = Some(Some(token));
+        for shard in self.deal.others(self.id) {
+            self.send(shard, Message::Quiesce);
+        }
+    }
+
+    /// The leader closes the store.
+    pub(super) fn quiesce(&mut self) {
+        self.closing = Some(None);
+        self.again = true;
+    }
+
+    /// Says that no request is under way any more, or, in a store that has stopped, ends.
+    pub(super) fn advance_close(&mut self) {
+        if self.closing.is_none() || self.closed {
+            return;
+        }
+        if self.failed.is_some() {
+            // What the device still holds is waited for: its buffers are ours again only then.
+            if self.ops.is_empty() && self.pending.is_empty() {
+                let error = self.failed.clone();
+                self.end_close(Err(error.expect("just seen")));
+            }
+            return;
+        }
+        let busy = self.pending.iter().any(|(_, pending)| pending.is_own())
+            || !self.cross.is_empty()
+            || self.compactor.count() > 0
+            || !self.moves.is_empty();
+        if !busy && !self.quiet {
+            self.quiet = true;
+            self.send(ShardId::LEADER, Message::Quiet);
+        }
+    }
+
+    /// The closing checkpoint is durable, or will not come.
+    pub(super) fn end_close(&mut self, result: crate::Result<()>) {
+        self.closed = true;
+        if let Some(Some(token)) = self.closing.replace(None) {
+            self.reply(token, result.map(|()| Response::Closed));
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! The write-ahead log of one shard: where groups go, which of them are durable, and which segments are free.
+//!
+//! ```text
+//! group:    open --close--> Writing --all writes completed--> Written --flush submitted--> Flushing --ok--> durable
+//! segment:  Free --begun--> Active --too full for the next group--> Sealed --redo LSN has passed it--> Free
+//! ```
+//! Invariants
+//! 1. A block that holds a group is not written again before its segment was free in between.
+//! 2. A flush counts only for groups whose writes had all completed before it was submitted.
+//! 3. Groups become durable to the outside in the order of their numbers.
+//! 4. A segment is free only when a durable superblock says that every record in it is in the roots.
+//! 5. What is open always fits into the rest of the active segment, or a segment is free: the shard admits no
+//!    commit otherwise. So a group can always be closed, and a checkpoint never waits for log space.
+
+mod open;
+
+pub(crate) use open::{Chunks, OpenGroup, OpenSlot, PartRef};
+
+use crate::base::{Lsn, SegmentNo};
+use crate::format::superblock::LogEnd;
+use crate::memory::Frame;
+use std::collections::VecDeque;
+
+/// How far a closed group has come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum GroupState {
+    /// Some of its writes are under way.
+    Writing(u32),
+    /// All its writes have completed.
+    Written,
+    /// A flush that covers it is under way.
+    Flushing,
+    /// A flush that covers it has succeeded.
+    Durable,
+}
+
+/// A group on its way to the device.
+pub(crate) struct InFlight {
+    pub number: u64,
+    /// The lowest LSN that this shard drew for it; [`Lsn::MAX`] if it holds parts only.
+    pub first_lsn: Lsn,
+    /// Commits over shards whose part here becomes durable with it.
+    pub parts: Vec<PartRef>,
+    pub state: GroupState,
+    pub segment: SegmentNo,
+    /// It has pages written straight to the data space.
+    pub wrote_data: bool,
+    /// Its buffers, to be reused.
+    pub chunks: Vec<Frame>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Segment {
+    Free,
+    Active,
+    Sealed { max_lsn: Lsn },
+}
+
+/// The segment being filled.
+#[derive(Clone, Copy, Debug)]
+struct Active {
+    no: SegmentNo,
+    generation: u64,
+    block: u32,
+    max_lsn: Lsn,
+}
+
+/// Where a group goes, and what its head must say.
+pub(crate) struct Position {
+    pub segment: SegmentNo,
+    pub block: u32,
+    pub generation: u64,
+    pub number: u64,
+    pub prev_crc: u32,
+}
+
+/// The log of one shard in one epoch.
+pub(crate) struct Log {
+    segment_blocks: u32,
+    segments: Vec<Segment>,
+    active: Option<Active>,
+    next_generation: u64,
+    next_number: u64,
+    prev_crc: u32,
+    /// The group in the making.
+    pub open: OpenGroup,
+    /// Groups on their way, oldest first.
+    pub in_flight: VecDeque<InFlight>,
+}
+
+impl Log {
+    /// An empty log; all segments are free.
+    pub(crate) fn new(segments_count: u32, segment_blocks: u32, chunks: Chunks) -> Self {
+        Log {
+            segment_blocks,
+            segments: vec![Segment::Free; segments_count as usize],
+            active: None,
+            next_generation: 1,
+            next_number: 1,
+            prev_crc: 0,
+            open: OpenGroup::new(chunks),
+            in_flight: VecDeque::new(),
+        }
+    }
+
+    /// Free segments.
+    pub(crate) fn free_segments(&self) -> usize {
+        self.segments.iter().filter(|s| **s == Segment::Free).count()
+    }
+
+    /// Segments.
+    pub(crate) fn segments_count(&self) -> usize {
+        self.segments.len()
+    }
+
+    /// Whether a group of `blocks` would find a place.
+    pub(crate) fn has_room(&self, blocks: u32) -> bool {
+        let rest = self.active.map_or(0, |a| self.segment_blocks - a.block);
+        blocks <= rest || (blocks <= self.segment_blocks && self.segments.contains(&Segment::Free))
+    }
+
+    /// Takes the place for the next group. There must be [room](Self::has_room).
+    pub(crate) fn place(&mut self, blocks: u32, last_lsn: Lsn) -> Position {
+        if self.active.is_none_or(|a| self.segment_blocks - a.block < blocks) {
+            self.begin_segment();
+        }
+        let active = self.active.as_mut().expect("a segment was just begun");
+        let position = Position {
+            segment: active.no,
+            block: if active.block > 0 && planted!(TailBlockRewritten) { active.block - 1 } else { active.block },
+            generation: active.generation,
+            number: self.next_number,
+            prev_crc: self.prev_crc,
+        };
+        active.block += blocks;
+        active.max_lsn = active.max_lsn.max(last_lsn);
+        self.next_number += 1;
+        position
+    }
+
+    fn begin_segment(&mut self) {
+        if let Some(old) = self.active {
+            self.segments[old.no.index()] = Segment::Sealed { max_lsn: old.max_lsn };
+        }
+        let free = self.segments.iter().position(|s| *s == Segment::Free).expect("admission kept a segment free");
+        self.segments[free] = Segment::Active;
+        let no = SegmentNo::new(free as u32);
+        self.active = Some(Active { no, generation: self.next_generation, block: 0, max_lsn: Lsn::ZERO });
+        self.next_generation += 1;
+    }
+
+    /// The sum of the head just sealed, for the next group.
+    pub(crate) fn sealed(&mut self, head_crc: u32) {
+        self.prev_crc = head_crc;
+    }
+
+    /// A durable superblock says that the roots reflect everything up to `redo`.
+    pub(crate) fn recycle(&mut self, redo: Lsn) {
+        for segment in &mut self.segments {
+            if matches!(segment, Segment::Sealed { max_lsn } if *max_lsn <= redo) {
+                *segment = Segment::Free;
+            }
+        }
+    }
+
+    /// Group `number` had one of its writes completed.
+    pub(crate) fn write_completed(&mut self, number: u64) {
+        if let Some(group) = self.in_flight.iter_mut().find(|g| g.number == number) {
+            group.state = match group.state {
+                GroupState::Writing(1) => GroupState::Written,
+                GroupState::Writing(_) if planted!(FlushedTooSoon) => GroupState::Written,
+                state if !matches!(state, GroupState::Writing(_)) && planted!(FlushedTooSoon) => state,
+                GroupState::Writing(left) => GroupState::Writing(left - 1),
+                other => panic!("group {number} had no write under way: {other:?}"),
+            };
+        }
+    }
+
+    /// A flush is about to be submitted: the groups that it covers. Returns their numbers and the segments.
+    pub(crate) fn begin_flush(&mut self) -> Option<FlushSet> {
+        let mut set = FlushSet::default();
+        for group in self.in_flight.iter_mut().filter(|g| g.state == GroupState::Written) {
+            group.state = GroupState::Flushing;
+            set.numbers.push(group.number);
+            set.data |= group.wrote_data;
+            if !set.segments.contains(&group.segment) {
+                set.segments.push(group.segment);
+            }
+        }
+        (!set.numbers.is_empty()).then_some(set)
+    }
+
+    /// A flush that covered `numbers` succeeded. Returns what is in the groups that became durable in order.
+    pub(crate) fn flushed(&mut self, numbers: &[u64]) -> (Vec<Frame>, Vec<PartRef>) {
+        for group in self.in_flight.iter_mut().filter(|g| numbers.contains(&g.number)) {
+            group.state = GroupState::Durable;
+        }
+        let (mut chunks, mut parts) = (Vec::new(), Vec::new());
+        while self.in_flight.front().is_some_and(|group| group.state == GroupState::Durable) {
+            let Some(group) = self.in_flight.pop_front() else { break };
+            chunks.extend(group.chunks);
+            parts.extend(group.parts);
+        }
+        (chunks, parts)
+    }
+
+    /// The lowest LSN that this shard has drawn and that is not durable in this log.
+    pub(crate) fn bound(&self) -> Lsn {
+        let flying = self.in_flight.iter().map(|group| group.first_lsn);
+        flying.chain(self.open.first_lsn()).min().unwrap_or(Lsn::MAX)
+    }
+
+    /// The end of the log, for a clean close.
+    pub(crate) fn end(&self) -> LogEnd {
+        self.active.map_or(LogEnd::default(), |a| LogEnd {
+            segment: a.no,
+            block: a.block,
+            generation: a.generation,
+            number: self.next_number - 1,
+            sum: self.prev_crc,
+        })
+    }
+}
+
+/// What one flush covers.
+#[derive(Default)]
+pub(crate) struct FlushSet {
+    /// Groups.
+    pub numbers: Vec<u64>,
+    /// Their segments.
+    pub segments: Vec<SegmentNo>,
+    /// They have pages in the data space.
+    pub data: bool,
+}

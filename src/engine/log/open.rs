@@ -1,0 +1,311 @@
+//! The group in the making: records gather in chunks of the arena until it is closed.
+//!
+//! Invariants
+//! 1. Records of one page stand in LSN order. All LSNs that this shard drew for the group are in its runs, used or not;
+//!    a part of another shard's commit is recorded, and its owner accounts for the LSN.
+//! 2. A slot stands for one page within one *era*: further changes of the page in the same era are absorbed by it. An
+//!    era ends with a run, and before and after each commit over shards: a cut can fall between two eras, never within
+//!    one, so no state that a crash can ask for is lost.
+//! 3. Nothing here is written to a device before [`OpenGroup::finish`] has sealed it.
+
+use crate::base::checksum::crc32c_append;
+use crate::base::{BLOCK, Lsn, Micros, PageKey, ShardId};
+use crate::format::group::{GroupHead, HEAD_BYTES, RUNS_MAX, RawChange, RawParts, RawRecord, RawSlot, Role, Slot};
+use crate::memory::{Frame, FrameRef};
+use zerocopy::IntoBytes;
+
+/// Buffers of equal size, taken from the arena once.
+pub(crate) struct Chunks {
+    stock: Vec<Frame>,
+    bytes: usize,
+}
+
+impl Chunks {
+    /// These buffers, each of `bytes`.
+    pub(crate) fn new(stock: Vec<Frame>, bytes: usize) -> Self {
+        Chunks { stock, bytes }
+    }
+
+    fn take(&mut self) -> Frame {
+        self.stock.pop().expect("admission kept chunks in stock")
+    }
+}
+
+/// A page whose image goes with the group.
+pub(crate) struct OpenSlot {
+    pub key: PageKey,
+    /// Of the newest change that the image holds.
+    pub lsn: Lsn,
+    /// In which era.
+    pub era: u32,
+    /// The image, if the page was changed again in a later era.
+    pub sealed: Option<FrameRef>,
+    /// Freed again in the same era: nothing is written.
+    pub dead: bool,
+}
+
+/// The open group.
+pub(crate) struct OpenGroup {
+    chunks: Chunks,
+    filled: Vec<Frame>,
+    len: usize,
+    record_at: usize,
+    record_changes: u32,
+    runs: Vec<(Lsn, u64)>,
+    era: u32,
+    last_lsn: Lsn,
+    commits_count: u32,
+    /// Page images.
+    pub slots: Vec<OpenSlot>,
+    /// When the first thing came into it.
+    pub opened_at: Micros,
+    /// Somebody waits for its durability.
+    pub urgent: bool,
+    /// Commits over shards whose part here becomes durable with it.
+    pub parts: Vec<PartRef>,
+}
+
+/// A commit over shards, by its owner and the owner's number for it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub(crate) struct PartRef {
+    pub owner: ShardId,
+    pub txn: u64,
+}
+
+/// A group ready to be written: `body` are its bytes without inline pages.
+pub(crate) struct Finished {
+    pub chunks: Vec<Frame>,
+    pub parts: Vec<PartRef>,
+    pub body_len: usize,
+}
+
+impl OpenGroup {
+    pub(crate) fn new(chunks: Chunks) -> Self {
+        OpenGroup {
+            chunks,
+            filled: Vec::new(),
+            len: HEAD_BYTES,
+            record_at: 0,
+            record_changes: 0,
+            runs: Vec::new(),
+            era: 0,
+            last_lsn: Lsn::ZERO,
+            commits_count: 0,
+            slots: Vec::new(),
+            opened_at: 0,
+            urgent: false,
+            parts: Vec::new(),
+        }
+    }
+
+    /// Nothing was drawn for it, and no part is in it.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.runs.is_empty() && self.len == HEAD_BYTES
+    }
+
+    pub(crate) fn first_lsn(&self) -> Option<Lsn> {
+        self.runs.first().map(|(first, _)| *first)
+    }
+
+    /// The highest LSN in it, parts included.
+    pub(crate) fn last_lsn(&self) -> Lsn {
+        self.last_lsn
+    }
+
+    /// The era that is being filled.
+    pub(crate) fn era(&self) -> u32 {
+        self.era
+    }
+
+    /// A cut may fall here.
+    pub(crate) fn end_era(&mut self) {
+        self.era += 1;
+    }
+
+    /// Whether one more run, not adjoining the last, would not fit.
+    pub(crate) fn runs_full(&self) -> bool {
+        self.runs.len() == RUNS_MAX
+    }
+
+    /// Body blocks if `bytes` of records and `slots` slots came on top.
+    pub(crate) fn body_blocks_with(&self, bytes: usize, slots: usize) -> u32 {
+        (self.len + bytes + (self.slots.len() + slots) * size_of::<RawSlot>()).div_ceil(BLOCK) as u32
+    }
+
+    /// Whether the stock has the chunks for bodies of `blocks` in all, of which up to `more` may begin a chunk too many.
+    pub(crate) fn stock_suffices(&self, blocks: u32, more: usize) -> bool {
+        let chunks = (blocks as usize * BLOCK).div_ceil(self.chunks.bytes) + more;
+        chunks <= self.filled.len() + self.chunks.stock.len()
+    }
+
+    /// Accounts for `count` LSNs from `first`.
+    pub(crate) fn add_run(&mut self, first: Lsn, count: u64, now: Micros) {
+        self.begin_at(now);
+        match self.runs.last_mut() {
+            Some((last_first, last_count)) if last_first.plus(*last_count) == first => *last_count += count,
+            _ => {
+                self.runs.push((first, count));
+                self.end_era();
+            }
+        }
+        self.last_lsn = self.last_lsn.max(first.plus(count - 1));
+        assert!(self.runs.len() <= RUNS_MAX, "admission left a run free");
+    }
+
+    fn begin_at(&mut self, now: Micros) {
+        if self.is_empty() {
+            self.opened_at = now;
+        }
+    }
+
+    /// Begins the record of a commit, or of a part of one.
+    pub(crate) fn begin_record(&mut self, role: Role, now: Micros) {
+        self.begin_at(now);
+        self.record_at = self.len;
+        self.record_changes = 0;
+        self.append(&[0; size_of::<RawRecord>()]);
+        if let Some(shards) = role.shards() {
+            self.append(RawParts { shards: shards.into() }.as_bytes());
+        }
+    }
+
+    /// One change of the commit; `patch` are the bytes of a patch, empty otherwise.
+    pub(crate) fn change(&mut self, kind: u8, key: PageKey, len: u32, offset: u32, patch: &[u8]) {
+        let raw = RawChange {
+            kind,
+            volume: key.volume.get(),
+            class: 0,
+            reserved: 0,
+            len: len.into(),
+            offset: offset.into(),
+            page: key.page.get().into(),
+        };
+        self.append(raw.as_bytes());
+        self.append(patch);
+        self.record_changes += 1;
+    }
+
+    /// Ends the record.
+    pub(crate) fn end_record(&mut self, role: Role, lsn: Lsn) {
+        self.last_lsn = self.last_lsn.max(lsn);
+        let raw = RawRecord {
+            lsn: lsn.get().into(),
+            bytes: ((self.len - self.record_at) as u32).into(),
+            changes_count: self.record_changes.into(),
+            kind: role.kind(),
+            reserved: [0; 7],
+        };
+        self.overwrite(self.record_at, raw.as_bytes());
+        self.commits_count += u32::from(!matches!(role, Role::Part(_)));
+    }
+
+    fn append(&mut self, bytes: &[u8]) {
+        let at = self.len;
+        self.len += bytes.len();
+        while self.filled.len() * self.chunks.bytes < self.len {
+            let chunk = self.chunks.take();
+            self.filled.push(chunk);
+        }
+        self.overwrite(at, bytes);
+    }
+
+    fn overwrite(&mut self, mut at: usize, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let (chunk, start) = (at / self.chunks.bytes, at % self.chunks.bytes);
+            let n = bytes.len().min(self.chunks.bytes - start);
+            let frame = self.filled[chunk].try_mut().expect("open chunks are not pinned");
+            frame[start..start + n].copy_from_slice(&bytes[..n]);
+            at += n;
+            bytes = &bytes[n..];
+        }
+    }
+
+    /// Completes `head` (counts, sums, runs), writes the slots, pads and seals; the group is empty afterwards.
+    pub(crate) fn finish(&mut self, slots: &[Slot], inline_blocks: u32, head: &mut GroupHead, salt: u64) -> Finished {
+        head.records_bytes = (self.len - HEAD_BYTES) as u32;
+        head.slots_count = slots.len() as u32;
+        head.commits_count = self.commits_count;
+        head.runs = std::mem::take(&mut self.runs);
+        for slot in slots {
+            self.append(slot.encode().as_bytes());
+        }
+        let padding = self.len.next_multiple_of(BLOCK) - self.len;
+        self.append(&[0; BLOCK][..padding]);
+        let body_len = self.len;
+        head.body_blocks = (body_len / BLOCK) as u32;
+        head.blocks = head.body_blocks + inline_blocks;
+        head.body_crc = self.body_sum(body_len);
+        let mut sealed = [0; HEAD_BYTES];
+        head.seal(salt, &mut sealed);
+        self.overwrite(0, &sealed);
+        self.len = HEAD_BYTES;
+        self.commits_count = 0;
+        self.last_lsn = Lsn::ZERO;
+        self.era = 0;
+        self.slots.clear();
+        self.urgent = false;
+        Finished { chunks: std::mem::take(&mut self.filled), parts: std::mem::take(&mut self.parts), body_len }
+    }
+
+    fn body_sum(&self, body_len: usize) -> u32 {
+        let mut sum = 0;
+        for (i, chunk) in self.filled.iter().enumerate() {
+            let base = i * self.chunks.bytes;
+            let from = if i == 0 { HEAD_BYTES } else { 0 };
+            sum = crc32c_append(sum, &chunk[from..chunk.len().min(body_len - base)]);
+        }
+        sum
+    }
+
+    /// Buffers of groups that are durable come back.
+    pub(crate) fn restock(&mut self, chunks: Vec<Frame>) {
+        self.chunks.stock.extend(chunks);
+    }
+}
+
+#[cfg(test)]
+impl Chunks {
+    /// Blocks of each.
+    pub(crate) fn chunk_blocks(&self) -> u32 {
+        (self.bytes / BLOCK) as u32
+    }
+
+    /// In stock.
+    pub(crate) fn count(&self) -> u32 {
+        self.stock.len() as u32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Arena;
+
+    /// What a head says is what recovery goes by; when a group closes goes by when it was opened.
+    #[test]
+    fn a_group_says_what_came_into_it() {
+        let mut arena = Arena::new(32).expect("memory");
+        let chunks = (0..8).map(|_| arena.alloc(0).expect("memory")).collect();
+        let mut open = OpenGroup::new(Chunks::new(chunks, BLOCK));
+        for (first, now) in [(10u64, 5), (30, 105)] {
+            assert!(open.is_empty() && open.first_lsn().is_none());
+            let lsn = |n| Lsn::new(first + n);
+            open.add_run(lsn(0), 2, now);
+            open.add_run(lsn(2), 1, now + 1);
+            assert_eq!((open.era(), open.last_lsn()), (1, lsn(2)));
+            open.add_run(lsn(7), 1, now + 2);
+            assert_eq!((open.era(), open.last_lsn(), open.first_lsn()), (2, lsn(7), Some(lsn(0))));
+            // Another shard accounts for a part's LSN, and counts its commit.
+            for (role, n) in [(Role::Whole, 0), (Role::Owner(2), 7), (Role::Part(2), 9)] {
+                open.begin_record(role, now + 3);
+                open.end_record(role, lsn(n));
+            }
+            assert_eq!((open.last_lsn(), open.opened_at), (lsn(9), now));
+            let mut head = GroupHead::default();
+            let Finished { chunks, body_len, .. } = open.finish(&[], 0, &mut head, 7);
+            assert_eq!(head.runs, [(lsn(0), 3), (lsn(7), 1)]);
+            assert_eq!((head.commits_count, body_len, chunks.len()), (2, BLOCK, 1));
+            open.restock(chunks);
+        }
+    }
+}

@@ -1,0 +1,492 @@
+//! Extents: who may be filled, what is live in them, and when a place is free again.
+//!
+//! ```text
+//! Free --open--> Open(stream) --full-----------> Closing --summary written--> Closed --nothing live--> Free
+//! Free, Closed --named by the log--> Adopting --end of redo--> Closing, Closed
+//! Closed --opening: not full--> Open(stream)
+//! ```
+//! Invariants
+//! 1. Places are handed out front to back within an extent, once; an extent is filled again only after `Free`.
+//!    An opening goes on with one that is not full, behind what its summary lists.
+//! 2. `live` = places of the extent that the map in memory names, or that an older durable root or a log record
+//!    may still name. `assigned` = places handed out and not yet named. An extent is free only when both are zero.
+//! 3. `excluded` = the part of `live` that the roots of the checkpoint under way do *not* name: named since the
+//!    capture of their virtual shard (`fresh`), or left before it. So `live - excluded` is exactly what the new
+//!    roots name, and that is what the table says.
+//! 4. A place that the map left goes to its virtual shard's `left` list; the next checkpoint *retires* it, and it
+//!    stops being live when that checkpoint's superblock is durable: by then no root names it, and no log record
+//!    that recovery would read. Until then it counts in `dead`: `live - dead` is what the map in memory names, and an
+//!    extent in which that is zero is *spent*: the next checkpoint frees it.
+//! 5. Whatever a durable root names lies in an extent whose durable table row names a summary that lists it: each
+//!    checkpoint writes the summaries of the extents still open, each time into the other of two areas. An extent
+//!    gets at most one summary between two checkpoints.
+//!
+//! 6. Each extent has one shard as its home, which fills it, counts in it and frees it. A free one can change its home.
+//!
+//! It plans; the shard writes.
+
+mod adoption;
+mod dead;
+mod refill;
+mod victims;
+
+use super::foreign::Foreign;
+use crate::base::{BLOCK, ExtentNo, Place, VShard};
+use crate::format::extent::{Item, ItemKind, TableRow, data_blocks, encode_summary, summary_at, summary_blocks};
+use std::collections::BTreeSet;
+use victims::Unreadable;
+
+/// What goes together into one extent.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Stream {
+    /// Pages as they are written.
+    Data,
+    /// Map nodes.
+    Map,
+    /// Pages moved by compaction: they have stayed longer, and will.
+    Moved,
+}
+
+const STREAMS: usize = 3;
+
+/// State of an extent.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum ExtentState {
+    /// Another shard is its home.
+    Foreign,
+    /// Nothing in it is needed.
+    Free,
+    /// Being filled.
+    Open,
+    /// Named by log records that recovery redoes: nothing is put into it, but items of the log may be adopted.
+    Adopting,
+    /// Full, or given up by recovery; its last summary is not written yet.
+    Closing,
+    /// Filled, with a summary.
+    Closed,
+}
+
+#[derive(Clone, Debug)]
+struct Extent {
+    state: ExtentState,
+    live: u32,
+    assigned: u32,
+    excluded: u32,
+    dead: u32,
+    summary_crc: u32,
+    summary_slot: u8,
+    /// Items in the summary as last encoded.
+    summarized: usize,
+    /// The last summary is encoded: there will be no other.
+    is_final: bool,
+    /// Between which checkpoints its summary was last encoded.
+    summarized_in: u64,
+    next_block: u32,
+    items: Vec<Item>,
+}
+
+/// What every shard keeps for each extent of the data space. All together keep as much again: its number among the free ones at its home,
+/// and while a checkpoint is written its row, as its home tells the leader and in the table. `Options::memory_bytes` says so.
+const EXTENT_BYTES: usize = 72;
+/// A number in a set of them, measured: 10 to 13 bytes.
+const FREE_BYTES: usize = 16;
+const _: () = assert!(size_of::<Extent>() == EXTENT_BYTES);
+const _: () = assert!(FREE_BYTES + size_of::<(ExtentNo, TableRow)>() + size_of::<TableRow>() <= EXTENT_BYTES);
+
+const FREE: Extent = Extent::empty(ExtentState::Free);
+const FOREIGN: Extent = Extent::empty(ExtentState::Foreign);
+
+impl Extent {
+    const fn empty(state: ExtentState) -> Extent {
+        Extent {
+            state,
+            live: 0,
+            assigned: 0,
+            excluded: 0,
+            dead: 0,
+            summary_crc: 0,
+            summary_slot: 0,
+            summarized: 0,
+            is_final: false,
+            summarized_in: 0,
+            next_block: 0,
+            items: Vec::new(),
+        }
+    }
+
+    /// Nothing in it is named any more, and it will be free when what died in it is retired.
+    fn is_spent(&self) -> bool {
+        self.state == ExtentState::Closed && self.assigned == 0 && self.live > 0 && self.live == self.dead
+    }
+}
+
+#[derive(Default)]
+struct PerVShard {
+    /// Places named since the last capture.
+    fresh: Vec<ExtentNo>,
+    /// Places that the map left since the last capture.
+    left: Vec<Place>,
+}
+
+/// Sizes and sums for reports and for deciding.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Space {
+    /// Extents in all.
+    pub total: u32,
+    /// Free ones.
+    pub free: u32,
+    /// Data blocks in use, or held for an older root.
+    pub live_blocks: u64,
+    /// Data blocks of an extent.
+    pub data_blocks: u32,
+}
+
+/// All extents, and of those that have one shard as their home what is in them.
+pub(crate) struct Extents {
+    store_id: [u8; 16],
+    extent_blocks: u32,
+    extents: Vec<Extent>,
+    /// Those at home here.
+    mine_count: u32,
+    foreign: Foreign,
+    /// Places here that other shards are about to leave.
+    expected: usize,
+    free: BTreeSet<u32>,
+    open: [Option<ExtentNo>; STREAMS],
+    per_vshard: Vec<PerVShard>,
+    /// Left before the capture of their virtual shard, after the checkpoint had begun: retired by the next one.
+    left_captured: Vec<Place>,
+    retiring: Vec<Place>,
+    live_blocks: u64,
+    /// Blocks left by the map and not retired yet, here.
+    dead_blocks: usize,
+    /// Blocks that died since the store was opened.
+    died: u64,
+    /// Extents that the next checkpoint frees.
+    spent: u32,
+    /// Grows with each checkpoint that ends.
+    interval: u64,
+    unreadable: Unreadable,
+}
+
+impl Extents {
+    /// The extents as a table says; `count` may be more than it has rows: the rest is free. `is_mine`: which are at home
+    /// here.
+    pub(crate) fn new(
+        store_id: [u8; 16],
+        extent_blocks: u32,
+        vshards_count: u32,
+        rows: &[TableRow],
+        count: u32,
+        is_mine: impl Fn(ExtentNo) -> bool,
+    ) -> Self {
+        let mut this = Extents {
+            store_id,
+            extent_blocks,
+            extents: Vec::new(),
+            mine_count: 0,
+            foreign: Foreign::new(vshards_count),
+            expected: 0,
+            free: BTreeSet::new(),
+            open: [None; STREAMS],
+            per_vshard: (0..vshards_count).map(|_| PerVShard::default()).collect(),
+            left_captured: Vec::new(),
+            retiring: Vec::new(),
+            live_blocks: 0,
+            dead_blocks: 0,
+            died: 0,
+            spent: 0,
+            interval: 1,
+            unreadable: Unreadable::default(),
+        };
+        this.cover(count);
+        this.grant((0..count).map(ExtentNo::new).filter(|no| is_mine(*no)));
+        let in_use = |(i, row): &(usize, &TableRow)| row.state == 1 && is_mine(ExtentNo::new(*i as u32));
+        for (i, row) in rows.iter().enumerate().take(count as usize).filter(in_use) {
+            let live = u32::from(row.live.get());
+            this.extents[i] = Extent {
+                state: ExtentState::Closed,
+                live,
+                summary_crc: row.summary_crc.get(),
+                summary_slot: row.summary_slot,
+                ..FREE
+            };
+            this.live_blocks += u64::from(live);
+            this.free.remove(&(i as u32));
+        }
+        this
+    }
+
+    /// There are `count` extents at least; new ones are not at home here before they are [granted](Self::grant).
+    pub(crate) fn cover(&mut self, count: u32) {
+        self.extents.resize(self.extents.len().max(count as usize), FOREIGN);
+    }
+
+    /// Free extents that are at home here from now on.
+    pub(crate) fn grant(&mut self, extents: impl IntoIterator<Item = ExtentNo>) {
+        for no in extents {
+            self.cover(no.get() + 1);
+            let extent = &mut self.extents[no.index()];
+            assert_eq!(extent.state, ExtentState::Foreign, "{no:?} is granted once");
+            *extent = FREE;
+            self.free.insert(no.get());
+            self.mine_count += 1;
+        }
+    }
+
+    /// Gives up to `count` free extents away.
+    pub(crate) fn give_away(&mut self, count: usize) -> Vec<ExtentNo> {
+        let given: Vec<u32> = self.free.iter().rev().take(count).copied().collect();
+        for no in &given {
+            self.free.remove(no);
+            self.extents[*no as usize] = FOREIGN;
+            self.mine_count -= 1;
+        }
+        given.into_iter().map(ExtentNo::new).collect()
+    }
+
+    /// Extents of all homes that are known here.
+    pub(crate) fn count(&self) -> u32 {
+        self.extents.len() as u32
+    }
+
+    /// Whether `no` is at home here.
+    pub(crate) fn is_mine(&self, no: ExtentNo) -> bool {
+        self.extents.get(no.index()).is_some_and(|extent| extent.state != ExtentState::Foreign)
+    }
+
+    /// Blocks for data in an extent.
+    pub(crate) fn data_blocks(&self) -> u32 {
+        data_blocks(self.extent_blocks)
+    }
+
+    /// Sums.
+    pub(crate) fn space(&self) -> Space {
+        Space {
+            total: self.mine_count,
+            free: self.free.len() as u32,
+            live_blocks: self.live_blocks,
+            data_blocks: self.data_blocks(),
+        }
+    }
+
+    /// Extents whose last summary is not written yet, and those that are open and have items that their summary
+    /// does not list: all that a checkpoint must write before its table.
+    pub(crate) fn unsummarized(&self) -> Vec<ExtentNo> {
+        let numbers = (0..self.extents.len() as u32).map(ExtentNo::new);
+        numbers.filter(|no| self.is_unsummarized(*no)).collect()
+    }
+
+    /// Full extents whose last summary had to wait for the end of a checkpoint.
+    pub(crate) fn filled(&self) -> Vec<ExtentNo> {
+        let mut due = self.unsummarized();
+        due.retain(|no| self.extents[no.index()].state == ExtentState::Closing);
+        due
+    }
+
+    /// Whether `no` needs a summary written, and may have it before the checkpoint under way ends.
+    pub(crate) fn is_unsummarized(&self, no: ExtentNo) -> bool {
+        let extent = &self.extents[no.index()];
+        match extent.state {
+            _ if extent.summarized_in == self.interval => false,
+            ExtentState::Closing => !extent.is_final,
+            ExtentState::Open | ExtentState::Adopting => extent.items.len() > extent.summarized,
+            _ => false,
+        }
+    }
+
+    /// A place for one block, and the extent that this filled up, if any: its summary is to be written.
+    /// `None`: no extent is free.
+    pub(crate) fn alloc(&mut self, stream: Stream, what: ItemKind) -> Option<(Place, Option<ExtentNo>)> {
+        let slot = stream as usize;
+        if self.open[slot].is_none() {
+            let no = self.free.pop_first()?;
+            self.extents[no as usize] = Extent { state: ExtentState::Open, ..FREE };
+            self.open[slot] = Some(ExtentNo::new(no));
+        }
+        let no = self.open[slot]?;
+        let data_blocks = self.data_blocks();
+        let extent = &mut self.extents[no.index()];
+        let block = extent.next_block;
+        extent.next_block += 1;
+        extent.assigned += 1;
+        extent.items.push(Item { block, what });
+        let full = extent.next_block == data_blocks;
+        if full {
+            extent.state = ExtentState::Closing;
+            self.open[slot] = None;
+        }
+        Some((Place { extent: no, block }, full.then_some(no)))
+    }
+
+    /// Fills the next summary of an open or closing extent, and returns where it goes.
+    pub(crate) fn encode_summary(&mut self, no: ExtentNo, out: &mut [u8]) -> Place {
+        let store_id = self.store_id;
+        let extent = &mut self.extents[no.index()];
+        extent.summary_slot ^= 1;
+        extent.summarized_in = self.interval;
+        extent.summary_crc = encode_summary(store_id, no, &extent.items, out);
+        extent.summarized = extent.items.len();
+        if extent.state == ExtentState::Closing {
+            extent.items = Vec::new();
+            extent.is_final = true;
+        }
+        self.summary_place(no)
+    }
+
+    /// The summary of `no` has been written.
+    pub(crate) fn summary_written(&mut self, no: ExtentNo) {
+        let extent = &mut self.extents[no.index()];
+        // Filled up while the summary was under way: one more follows.
+        if extent.state == ExtentState::Closing && extent.is_final {
+            self.edit(no, |extent| extent.state = ExtentState::Closed);
+            self.free_if_empty(no);
+        }
+    }
+
+    /// Where the summary of `no` is.
+    pub(crate) fn summary_place(&self, no: ExtentNo) -> Place {
+        Place { extent: no, block: summary_at(self.extent_blocks, self.extents[no.index()].summary_slot) }
+    }
+
+    /// Bytes of a summary.
+    pub(crate) fn summary_bytes(&self) -> usize {
+        self.summary_blocks() as usize * BLOCK
+    }
+
+    /// Blocks of a summary.
+    pub(crate) fn summary_blocks(&self) -> u32 {
+        summary_blocks(self.extent_blocks)
+    }
+
+    /// Sum of the summary of a closed extent.
+    pub(crate) fn summary_crc(&self, no: ExtentNo) -> u32 {
+        self.extents[no.index()].summary_crc
+    }
+
+    /// The map of `vshard` names `place` from now on.
+    pub(crate) fn name_page(&mut self, vshard: VShard, place: Place) {
+        assert!(self.extents[place.extent.index()].assigned > 0, "{place:?} was never handed out");
+        self.edit(place.extent, |extent| {
+            extent.assigned -= 1;
+            extent.live += 1;
+            extent.excluded += 1;
+        });
+        self.live_blocks += 1;
+        self.per_vshard[vshard.index()].fresh.push(place.extent);
+    }
+
+    /// The map of `vshard` does not name `place` any more.
+    pub(crate) fn leave_page(&mut self, vshard: VShard, place: Place) {
+        if !self.is_mine(place.extent) {
+            self.foreign.leave(vshard, place);
+            return;
+        }
+        self.dies(place);
+        self.per_vshard[vshard.index()].left.push(place);
+    }
+
+    /// Changes the counts of an extent, and keeps the number of spent ones true.
+    fn edit(&mut self, no: ExtentNo, change: impl FnOnce(&mut Extent)) {
+        let extent = &mut self.extents[no.index()];
+        self.spent -= u32::from(extent.is_spent());
+        change(extent);
+        self.spent += u32::from(extent.is_spent());
+    }
+
+    /// A checkpoint begins: everything left so far will be retired by it.
+    pub(crate) fn begin_checkpoint(&mut self) {
+        assert!(self.retiring.is_empty(), "one checkpoint at a time");
+        self.foreign.begin_checkpoint();
+        self.expected = 0;
+        self.retiring = std::mem::take(&mut self.left_captured);
+        for i in 0..self.per_vshard.len() {
+            let left = std::mem::take(&mut self.per_vshard[i].left);
+            for place in &left {
+                self.extents[place.extent.index()].excluded += 1;
+            }
+            self.retiring.extend(left);
+        }
+    }
+
+    /// The tree of `vshard` was captured: `nodes` are the places of nodes that the new root names, `retired` those
+    /// that it left.
+    pub(crate) fn captured(&mut self, vshard: VShard, nodes: impl Iterator<Item = Place>, retired: Vec<Place>) {
+        for place in nodes {
+            self.edit(place.extent, |extent| {
+                extent.assigned -= 1;
+                extent.live += 1;
+            });
+            self.live_blocks += 1;
+        }
+        self.foreign.captured(vshard);
+        let (retired, foreign): (Vec<Place>, Vec<Place>) = retired.into_iter().partition(|p| self.is_mine(p.extent));
+        foreign.into_iter().for_each(|place| self.foreign.retire(place));
+        retired.iter().for_each(|place| self.dies(*place));
+        let mine = &mut self.per_vshard[vshard.index()];
+        for extent in mine.fresh.drain(..) {
+            self.extents[extent.index()].excluded -= 1;
+        }
+        let left = std::mem::take(&mut mine.left);
+        for place in left.iter().chain(&retired) {
+            self.extents[place.extent.index()].excluded += 1;
+        }
+        self.left_captured.extend(left);
+        self.retiring.extend(retired);
+    }
+
+    /// What the table says of the extents at home here: those with something that the new roots name.
+    pub(crate) fn rows(&self) -> Vec<(ExtentNo, TableRow)> {
+        let row = |(i, e): (usize, &Extent)| {
+            let live = e.live - e.excluded;
+            if live == 0 {
+                return None;
+            }
+            assert!(e.state != ExtentState::Free, "what a root names has a summary");
+            let row = TableRow {
+                state: 1,
+                live: (live as u16).into(),
+                summary_crc: e.summary_crc.into(),
+                summary_slot: e.summary_slot,
+                ..TableRow::default()
+            };
+            Some((ExtentNo::new(i as u32), row))
+        };
+        self.extents.iter().enumerate().filter_map(row).collect()
+    }
+
+    /// The checkpoint's superblock is durable: what it retired is free. Returns the number of blocks.
+    pub(crate) fn end_checkpoint(&mut self) -> u64 {
+        self.interval += 1;
+        let retiring = std::mem::take(&mut self.retiring);
+        self.dead_blocks -= retiring.len();
+        for place in &retiring {
+            self.edit(place.extent, |extent| {
+                extent.live -= 1;
+                extent.excluded -= 1;
+                extent.dead -= 1;
+            });
+            self.live_blocks -= 1;
+            self.free_if_empty(place.extent);
+        }
+        retiring.len() as u64
+    }
+
+    /// For the planted bug that reuses places too early: whether `place` could be taken once more.
+    #[cfg(any(test, feature = "sim"))]
+    pub(crate) fn hand_out_again(&mut self, place: Place) -> bool {
+        let extent = &mut self.extents[place.extent.index()];
+        let taken = extent.state != ExtentState::Free;
+        extent.assigned += u32::from(taken);
+        taken
+    }
+
+    fn free_if_empty(&mut self, no: ExtentNo) {
+        let extent = &mut self.extents[no.index()];
+        if extent.state == ExtentState::Closed && extent.live == 0 && extent.assigned == 0 {
+            *extent = FREE;
+            self.free.insert(no.get());
+            self.unreadable.freed(no);
+        }
+    }
+}

@@ -1,0 +1,467 @@
+//! The page map in memory: nodes are read when first needed, changed in place, and written anew at checkpoints.
+//!
+//! ```text
+//! root block (virtual shard) --volume--> interior nodes (256 children) --...--> leaf (64 entries) --> page
+//! ```
+//! Invariants
+//! 1. A node is in memory only while its parent is; only the top of a tree has none, and the root block, which always is in
+//!    memory, names it (`arrival`). So marking a path dirty needs no I/O.
+//! 2. A dirty node's ancestors are dirty; `dirty` of its virtual shard holds exactly the dirty nodes.
+//! 3. A node that is pinned, dirty, or has children in memory is not evicted.
+//! 4. A child entry in a parent states the place and sum of the child as last *written*; while the child is in
+//!    memory, the child in memory counts.
+//! 5. The map never names a version above the watermark: only the write-back calls [`Map::set`], and only then.
+//!
+//! It does not read or write the device, allocate places, or know which pages are cached.
+
+mod arrival;
+#[cfg(any(test, feature = "sim"))]
+mod audit;
+mod emptied;
+mod index;
+mod leaves;
+mod paths;
+mod pins;
+mod residency;
+
+pub(crate) use leaves::NextLeaf;
+
+use crate::base::checksum::crc32c;
+use crate::base::{BLOCK, Lsn, PageKey, Place, VShard, VolumeId};
+use crate::format::extent::NodeKey;
+use crate::format::node::{self, Child, Entry};
+use crate::format::put;
+use crate::format::root::{RootHead, VOLUMES_MAX};
+use crate::format::superblock::RootVersion;
+use crate::memory::{Arena, Frame, FrameRef, Residency};
+use hashbrown::HashTable;
+use std::collections::BTreeSet;
+
+/// Pages of a leaf: 64.
+pub(crate) const LEAF_PAGES: u64 = 1 << LEAF_BITS;
+const LEAF_BITS: u32 = 6;
+const NODE_BITS: u32 = 8;
+
+/// A node in memory.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub(crate) struct NodeIdx(u32);
+
+struct Node {
+    key: NodeKey,
+    frame: Frame,
+    /// Where it was last written.
+    place: Option<Place>,
+    dirty: bool,
+    /// A checkpoint writes it.
+    is_written: bool,
+    /// Of a leaf: pages that will change it. Of others: reads of its children.
+    pins: u32,
+    /// Children in memory.
+    children: u16,
+    residency: Residency,
+}
+
+/// What a node takes beside its frame, at most: its entry, up to 16/7 places in the index, its places in three lists, and half of a place in the
+/// set of dirty nodes, of which a third may be dirty, in trees whose leaves are half full at least.
+#[cfg(test)]
+pub(crate) const NODE_BYTES: usize = size_of::<Option<Node>>()
+    + (size_of::<NodeIdx>() + 1) * 16 / 7
+    + 1
+    + size_of::<(NodeIdx, bool, u32)>()
+    + size_of::<(u8, VolumeId, u64)>();
+
+/// A virtual shard's root in memory.
+pub(crate) struct Root {
+    /// Children by volume.
+    pub children: Box<[Child; VOLUMES_MAX]>,
+    /// The newest root written.
+    pub version: RootVersion,
+    dirty: bool,
+    dirty_nodes: BTreeSet<(u8, VolumeId, u64)>,
+}
+
+/// What a lookup finds.
+pub(crate) enum Lookup {
+    /// The entry (or none): all nodes needed were in memory.
+    Found(Option<Entry>),
+    /// This node must be read first, from here, with this sum.
+    Load(NodeKey, Child),
+}
+
+/// A node to be written by a checkpoint.
+pub(crate) struct NodeWrite {
+    /// Where to.
+    pub place: Place,
+    /// Its bytes, fixed by a pin: until it is dropped the node is not changed.
+    pub frame: FrameRef,
+    /// The node, kept in memory: until it is [written](Map::written) its place holds other bytes, and it must not be read from there.
+    pub node: NodeIdx,
+}
+
+/// The page map of all virtual shards that one shard owns.
+pub(crate) struct Map {
+    vshards_count: u32,
+    roots: Vec<Root>,
+    nodes: Vec<Option<Node>>,
+    vacant: Vec<u32>,
+    index: HashTable<NodeIdx>,
+    hasher: foldhash::fast::FixedState,
+    dirty_count: usize,
+    /// Leaves that pages will change, and how many of them are dirty already.
+    awaited: u64,
+    awaited_dirty: u64,
+    /// Nodes in memory that are no leaves.
+    interior: u64,
+    /// Nodes that have become idle, for the eviction policy; and which nodes stand there.
+    idle: Vec<NodeIdx>,
+    noted: Vec<bool>,
+}
+
+fn prefix(dense: u64, level: u8) -> u64 {
+    dense.checked_shr(LEAF_BITS + NODE_BITS * u32::from(level)).unwrap_or(0)
+}
+
+fn slot_in(dense: u64, level: u8) -> usize {
+    match level {
+        0 => (dense & ((1 << LEAF_BITS) - 1)) as usize,
+        _ => (dense >> (LEAF_BITS + NODE_BITS * u32::from(level - 1))) as usize & ((1 << NODE_BITS) - 1),
+    }
+}
+
+/// The slot of the node `key` in its parent.
+fn slot_of(key: NodeKey) -> usize {
+    key.prefix as usize & ((1 << NODE_BITS) - 1)
+}
+
+fn parent_of(key: NodeKey) -> NodeKey {
+    NodeKey { level: key.level + 1, prefix: key.prefix >> NODE_BITS, ..key }
+}
+
+impl Map {
+    /// The map with these roots, nothing else in memory.
+    pub(crate) fn new(roots: Vec<(Box<[Child; VOLUMES_MAX]>, RootVersion)>, seed: u64) -> Self {
+        let root = |(children, version)| Root { children, version, dirty: false, dirty_nodes: BTreeSet::new() };
+        Map {
+            vshards_count: roots.len() as u32,
+            roots: roots.into_iter().map(root).collect(),
+            nodes: Vec::new(),
+            vacant: Vec::new(),
+            index: HashTable::new(),
+            hasher: foldhash::fast::FixedState::with_seed(seed),
+            dirty_count: 0,
+            awaited: 0,
+            awaited_dirty: 0,
+            interior: 0,
+            idle: Vec::new(),
+            noted: Vec::new(),
+        }
+    }
+
+    /// Where `key` belongs.
+    pub(crate) fn position(&self, key: PageKey) -> (VShard, u64) {
+        key.place_in(self.vshards_count)
+    }
+
+    /// Nodes in memory.
+    pub(crate) fn nodes_count(&self) -> u32 {
+        self.index.len() as u32
+    }
+
+    /// Nodes in memory, and how many of them are pinned.
+    #[cfg(test)]
+    pub(crate) fn in_memory(&self) -> (usize, usize) {
+        let pinned = self.nodes.iter().flatten().filter(|node| node.pins > 0).count();
+        (self.index.len(), pinned)
+    }
+
+    /// Nodes that the next checkpoint will write.
+    pub(crate) fn dirty_count(&self) -> usize {
+        self.dirty_count
+    }
+
+    fn node(&self, idx: NodeIdx) -> &Node {
+        self.nodes[idx.0 as usize].as_ref().expect("a node in the index exists")
+    }
+
+    fn node_mut(&mut self, idx: NodeIdx) -> &mut Node {
+        self.nodes[idx.0 as usize].as_mut().expect("a node in the index exists")
+    }
+
+    fn top(&self, vshard: VShard, volume: VolumeId) -> Child {
+        self.roots[vshard.index()].children.get(usize::from(volume.get())).copied().unwrap_or_default()
+    }
+
+    /// Looks `key` up.
+    pub(crate) fn lookup(&mut self, key: PageKey) -> Lookup {
+        let (vshard, dense) = self.position(key);
+        let leaf = NodeKey { vshard, volume: key.volume, level: 0, prefix: prefix(dense, 0) };
+        if let Some(idx) = self.find(leaf) {
+            let node = self.node_mut(idx);
+            node.residency.used();
+            return Lookup::Found(present(node::entry(&node.frame, slot_in(dense, 0))));
+        }
+        let mut child = self.top(vshard, key.volume);
+        let mut level = child.level;
+        if !child.is_present() || prefix(dense, level) != 0 {
+            return Lookup::Found(None);
+        }
+        loop {
+            let at = NodeKey { vshard, volume: key.volume, level, prefix: prefix(dense, level) };
+            let Some(idx) = self.find(at) else {
+                return Lookup::Load(at, child);
+            };
+            let node = self.node_mut(idx);
+            node.residency.used();
+            if level == 0 {
+                return Lookup::Found(present(node::entry(&node.frame, slot_in(dense, 0))));
+            }
+            child = node::child(&node.frame, slot_in(dense, level));
+            if !child.is_present() {
+                return Lookup::Found(None);
+            }
+            level -= 1;
+        }
+    }
+
+    /// Whether a node is in memory, and where it was last written.
+    pub(crate) fn resident(&self, key: NodeKey) -> Option<Option<Place>> {
+        self.find(key).map(|idx| self.node(idx).place)
+    }
+
+    /// The place and sum of node `key` by its parent, if the path to it is in memory; else the first node on it
+    /// that is not. `Ok(None)`: there is no such node.
+    pub(crate) fn find_node(&self, key: NodeKey) -> Result<Option<Child>, (NodeKey, Child)> {
+        let mut child = self.top(key.vshard, key.volume);
+        if !child.is_present() || child.level < key.level {
+            return Ok(None);
+        }
+        let mut level = child.level;
+        let bits_below = |level: u8| NODE_BITS * u32::from(level - key.level);
+        if key.prefix.checked_shr(bits_below(level)).unwrap_or(0) != 0 {
+            return Ok(None);
+        }
+        while level > key.level {
+            let prefix = key.prefix.checked_shr(bits_below(level)).unwrap_or(0);
+            let at = NodeKey { level, prefix, ..key };
+            let Some(idx) = self.find(at) else { return Err((at, child)) };
+            let below = key.prefix.checked_shr(bits_below(level - 1)).unwrap_or(0);
+            child = node::child(&self.node(idx).frame, below as usize & ((1 << NODE_BITS) - 1));
+            if !child.is_present() {
+                return Ok(None);
+            }
+            level -= 1;
+        }
+        Ok(Some(child))
+    }
+
+    fn insert(&mut self, key: NodeKey, place: Option<Place>, frame: Frame) -> NodeIdx {
+        let parent = self.parent(key);
+        let node = Node {
+            key,
+            frame,
+            place,
+            dirty: false,
+            is_written: false,
+            pins: 0,
+            children: 0,
+            residency: Residency::default(),
+        };
+        let idx = match self.vacant.pop() {
+            Some(i) => NodeIdx(i),
+            None => {
+                self.nodes.push(None);
+                self.noted.push(false);
+                NodeIdx(self.nodes.len() as u32 - 1)
+            }
+        };
+        self.nodes[idx.0 as usize] = Some(node);
+        self.enter(key, idx);
+        self.interior += u64::from(key.level > 0);
+        if let Some(parent) = parent {
+            self.node_mut(parent).children += 1;
+        }
+        self.note_idle(idx);
+        idx
+    }
+
+    fn remove(&mut self, idx: NodeIdx) -> Node {
+        let node = self.nodes[idx.0 as usize].take().expect("a node in the index exists");
+        let is_needed = node.pins > 0 || node.is_written || node.children > 0 || node.dirty;
+        assert!(!is_needed, "{:?} is needed in memory", node.key);
+        self.vacant.push(idx.0);
+        self.left(node.key, idx);
+        self.interior -= u64::from(node.key.level > 0);
+        if let Some(parent) = self.find(parent_of(node.key)) {
+            self.node_mut(parent).children -= 1;
+            self.note_idle(parent);
+        }
+        node
+    }
+
+    /// Raises the tree of a volume until it covers `dense`.
+    fn grow(&mut self, vshard: VShard, volume: VolumeId, dense: u64, arena: &mut Arena) {
+        let v = usize::from(volume.get());
+        let old = self.top(vshard, volume);
+        if !old.is_present() {
+            let mut level = 0;
+            while prefix(dense, level) != 0 {
+                level += 1;
+            }
+            self.roots[vshard.index()].children[v] = Child { level, present: 1, ..Child::default() };
+            let idx = self.insert(NodeKey { vshard, volume, level, prefix: 0 }, None, zeroed(arena));
+            // A top that is nowhere on disk must not leave memory before a checkpoint has written it.
+            self.mark_dirty(idx);
+            return;
+        }
+        let mut child = old;
+        while prefix(dense, child.level) != 0 {
+            let mut frame = zeroed(arena);
+            put(frame.try_mut().expect("a new frame has no pins"), 0, &child);
+            let below = NodeKey { vshard, volume, level: child.level, prefix: 0 };
+            let above = parent_of(below);
+            let has_child = self.find(below).is_some();
+            child = Child { level: above.level, present: 1, ..Child::default() };
+            self.roots[vshard.index()].children[v] = child;
+            let idx = self.insert(above, None, frame);
+            self.node_mut(idx).children = u16::from(has_child);
+            self.mark_dirty(idx);
+        }
+    }
+
+    /// Sets the entry of `key` in its pinned leaf, which is not being written; returns the one before.
+    pub(crate) fn set(&mut self, leaf: NodeIdx, key: PageKey, entry: Option<Entry>) -> Option<Entry> {
+        let (vshard, dense) = self.position(key);
+        let node = self.node_mut(leaf);
+        assert!(node.pins > 0 && node.key.vshard == vshard && node.key.prefix == prefix(dense, 0));
+        let slot = slot_in(dense, 0);
+        let before = present(node::entry(&node.frame, slot));
+        let bytes = node.frame.try_mut().expect("a leaf that is being written is not changed");
+        put(bytes, slot * size_of::<Entry>(), &entry.unwrap_or_default());
+        self.mark_dirty(leaf);
+        before
+    }
+
+    /// Marks a node in memory to be written by the next checkpoint (compaction moves nodes so).
+    pub(crate) fn touch(&mut self, key: NodeKey) {
+        if let Some(idx) = self.find(key) {
+            self.mark_dirty(idx);
+        }
+    }
+
+    fn mark_dirty(&mut self, mut idx: NodeIdx) {
+        loop {
+            let node = self.node_mut(idx);
+            if node.dirty {
+                return;
+            }
+            node.dirty = true;
+            let (key, pins) = (node.key, node.pins);
+            self.dirty_count += 1;
+            self.awaited_dirty += u64::from(key.level == 0 && pins > 0);
+            let root = &mut self.roots[key.vshard.index()];
+            root.dirty = true;
+            root.dirty_nodes.insert((key.level, key.volume, key.prefix));
+            match self.parent(key) {
+                Some(parent) => idx = parent,
+                None => return,
+            }
+        }
+    }
+
+    /// Whether virtual shard `vshard` has anything for a checkpoint to write.
+    pub(crate) fn is_dirty(&self, vshard: VShard) -> bool {
+        self.roots[vshard.index()].dirty
+    }
+
+    /// Dirty nodes of `vshard`: blocks that [`capture`](Self::capture) needs.
+    pub(crate) fn dirty_in(&self, vshard: VShard) -> usize {
+        self.roots[vshard.index()].dirty_nodes.len()
+    }
+
+    /// Fixes the state of one virtual shard for a checkpoint: gives each dirty node a new place, bottom up, and
+    /// returns what is to be written, the nodes kept in memory; the places that they leave go to `retired`. Afterwards nothing of the
+    /// virtual shard is dirty and its root's generation is one higher. It takes no memory, however many nodes there are: their own
+    /// bytes are written, and they are not changed meanwhile (`is_being_written`).
+    pub(crate) fn capture(
+        &mut self,
+        vshard: VShard,
+        mut alloc: impl FnMut(NodeKey) -> Place,
+        retired: &mut Vec<Place>,
+    ) -> Vec<NodeWrite> {
+        let dirty = std::mem::take(&mut self.roots[vshard.index()].dirty_nodes);
+        let mut writes = Vec::with_capacity(dirty.len());
+        for (level, volume, prefix) in dirty {
+            let key = NodeKey { vshard, volume, level, prefix };
+            let idx = self.find(key).expect("a node that is dirty or pinned is in memory");
+            self.dirty_count -= 1;
+            let node = self.node_mut(idx);
+            node.dirty = false;
+            retired.extend(node.place.take());
+            let is_awaited = level == 0 && node.pins > 0;
+            self.awaited_dirty -= u64::from(is_awaited);
+            let empty = self.is_empty(idx);
+            let child = if empty {
+                Child::default()
+            } else {
+                let node = self.node_mut(idx);
+                let place = alloc(key);
+                node.place = Some(place);
+                let crc = crc32c(&node.frame);
+                node.is_written = true;
+                writes.push(NodeWrite { place, frame: node.frame.pin(), node: idx });
+                Child::at(place, crc, level)
+            };
+            self.set_child(key, child);
+            if empty {
+                self.remove(idx);
+            }
+        }
+        let root = &mut self.roots[vshard.index()];
+        root.dirty = false;
+        root.version.generation += 1;
+        writes
+    }
+
+    fn set_child(&mut self, key: NodeKey, child: Child) {
+        let volume = usize::from(key.volume.get());
+        match self.parent(key) {
+            Some(parent) => {
+                let node = self.node_mut(parent);
+                assert!(node.dirty, "the parent of a dirty node is dirty");
+                let bytes = node.frame.try_mut().expect("children are captured before their parent is");
+                put(bytes, slot_of(key) * size_of::<Child>(), &child);
+            }
+            None => self.roots[key.vshard.index()].children[volume] = child,
+        }
+    }
+
+    /// The root of `vshard`.
+    pub(crate) fn root(&self, vshard: VShard) -> &Root {
+        &self.roots[vshard.index()]
+    }
+
+    /// Encodes the root block of `vshard` as it is now.
+    pub(crate) fn encode_root(
+        &mut self,
+        vshard: VShard,
+        store_id: [u8; 16],
+        redo: Lsn,
+        checkpoint: u64,
+        out: &mut [u8],
+    ) {
+        let root = &mut self.roots[vshard.index()];
+        let head = RootHead { vshard, store_id, generation: root.version.generation, redo_lsn: redo, checkpoint };
+        root.version.crc = crate::format::root::encode(&head, &root.children, out);
+    }
+}
+
+fn present(entry: Entry) -> Option<Entry> {
+    entry.is_present().then_some(entry)
+}
+
+fn zeroed(arena: &mut Arena) -> Frame {
+    let mut frame = arena.alloc(0).expect("frames for new nodes were admitted");
+    frame.try_mut().expect("a new frame has no pins").fill(0);
+    debug_assert_eq!(frame.len(), BLOCK);
+    frame
+}

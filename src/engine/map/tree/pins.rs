@@ -1,0 +1,106 @@
+//! What keeps nodes in memory: pages that will change a leaf, reads of a node's children, and the node's own write.
+//!
+//! Invariants
+//! 1. A leaf is pinned by the pages that will change it, and by nothing else; so pinned leaves are those that will be dirty.
+//! 2. Of these it is counted how many there are, since each will take a place in the data space, and with it the nodes above it.
+//!
+//! It does *not* know which pages these are, or when they come.
+
+use super::{Map, NodeIdx, parent_of, prefix, zeroed};
+use crate::base::PageKey;
+use crate::format::extent::NodeKey;
+use crate::memory::Arena;
+
+/// Levels above a leaf, in a tree that covers all keys.
+const LEVELS_ABOVE: u64 = 8;
+
+impl Map {
+    /// Pins the parent of a node that is about to be read, so that it is still there when the node arrives.
+    /// `None`: the root block names the node. That is no pin: the tree may have another top when the node arrives.
+    pub(crate) fn pin_parent(&mut self, key: NodeKey) -> Option<NodeIdx> {
+        let parent = self.find(parent_of(key))?;
+        self.node_mut(parent).pins += 1;
+        Some(parent)
+    }
+
+    /// Pins the lowest node in memory of those above the entry of `key`, and so all that are above it: while the leaf is made.
+    pub(crate) fn pin_deepest(&mut self, key: PageKey) -> Option<NodeIdx> {
+        let (vshard, dense) = self.position(key);
+        let top = self.top(vshard, key.volume);
+        let levels = if top.is_present() { 0..=top.level } else { return None };
+        let at = |level| NodeKey { vshard, volume: key.volume, level, prefix: prefix(dense, level) };
+        let node = levels.into_iter().find_map(|level| self.find(at(level)))?;
+        assert!(self.node(node).key.level > 0, "a leaf that is there is pinned as such");
+        self.node_mut(node).pins += 1;
+        Some(node)
+    }
+
+    /// Makes the leaf of `key` exist in memory and pins it. All nodes on the path that exist on disk must be in
+    /// memory (a lookup just found the entry or its absence).
+    pub(crate) fn pin(&mut self, key: PageKey, arena: &mut Arena) -> NodeIdx {
+        let (vshard, dense) = self.position(key);
+        let leaf = NodeKey { vshard, volume: key.volume, level: 0, prefix: prefix(dense, 0) };
+        if let Some(idx) = self.find(leaf) {
+            self.pin_leaf(idx);
+            return idx;
+        }
+        self.grow(vshard, key.volume, dense, arena);
+        let top = self.top(vshard, key.volume).level;
+        for level in (0..=top).rev() {
+            let at = NodeKey { vshard, volume: key.volume, level, prefix: prefix(dense, level) };
+            if self.find(at).is_none() {
+                assert!(self.named(at).is_none(), "{at:?} is on the device: an empty one must not take its place");
+                self.insert(at, None, zeroed(arena));
+            }
+        }
+        let idx = self.find(leaf).expect("a node that is dirty or pinned is in memory");
+        self.pin_leaf(idx);
+        idx
+    }
+
+    fn pin_leaf(&mut self, idx: NodeIdx) {
+        let node = self.node_mut(idx);
+        node.pins += 1;
+        let (is_first, dirty) = (node.pins == 1, node.dirty);
+        self.awaited += u64::from(is_first);
+        self.awaited_dirty += u64::from(is_first && dirty);
+    }
+
+    /// The write of a node by a checkpoint has ended.
+    pub(crate) fn written(&mut self, idx: NodeIdx) {
+        self.node_mut(idx).is_written = false;
+        self.note_idle(idx);
+    }
+
+    /// Pins the leaf of `key` if it is in memory.
+    pub(crate) fn pin_if_resident(&mut self, key: PageKey) -> Option<NodeIdx> {
+        let (vshard, dense) = self.position(key);
+        let leaf = NodeKey { vshard, volume: key.volume, level: 0, prefix: prefix(dense, 0) };
+        let idx = self.find(leaf)?;
+        self.pin_leaf(idx);
+        Some(idx)
+    }
+
+    /// Takes a pin back.
+    pub(crate) fn unpin(&mut self, idx: NodeIdx) {
+        let node = self.node_mut(idx);
+        assert!(node.pins > 0, "a pin too few on {:?}", node.key);
+        node.pins -= 1;
+        let (is_last, dirty) = (node.pins == 0 && node.key.level == 0, node.dirty);
+        self.awaited -= u64::from(is_last);
+        self.awaited_dirty -= u64::from(is_last && dirty);
+        self.note_idle(idx);
+    }
+
+    /// Whether the node is on its way to the device by a checkpoint: until then it must not be changed.
+    pub(crate) fn is_being_written(&self, idx: NodeIdx) -> bool {
+        self.node(idx).frame.pins() > 0
+    }
+
+    /// Nodes that pages on their way into the map will make dirty, at most, and those above them. A leaf that is dirty is among them while
+    /// a checkpoint is under way, which may write it before the page comes.
+    pub(crate) fn awaited_count(&self, in_checkpoint: bool) -> u64 {
+        let leaves = if in_checkpoint { self.awaited } else { self.awaited - self.awaited_dirty };
+        leaves + (leaves * LEVELS_ABOVE).min(self.interior)
+    }
+}

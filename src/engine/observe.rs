@@ -1,0 +1,136 @@
+//! What the simulator is told about a shard: which reads are whose, what waits for memory, how many of everything there are.
+//!
+//! Invariants
+//! 1. Nothing here changes anything.
+//! 2. It counts what is there, not what somebody has kept count of.
+//!
+//! It does *not* exist in a release build, and judges nothing.
+
+use super::{OpKind, Shard};
+use crate::format::extent::NodeKey;
+use crate::io::OpId;
+
+/// Levels of the tree of a virtual shard and a volume: none, or that of its top and one more.
+type Levels = u8;
+
+/// A read of a map node under way, and how the map stands to it now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct NodeLoad {
+    /// The node hangs from the root block.
+    pub(crate) is_top: bool,
+    /// The levels of its tree.
+    pub(crate) levels: Levels,
+    /// Its parent is in memory, or it is the top.
+    pub(crate) has_parent: bool,
+    /// The map names this node, at the place from which it is read.
+    pub(crate) is_current: bool,
+}
+
+/// How many there are of everything that a shard keeps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    /// Frames of the arena.
+    pub(crate) frames: u64,
+    /// Pages in the table, and how many of them have their bytes or a change on its way.
+    pub(crate) pages: u64,
+    pub(crate) pages_needed: u64,
+    /// Map nodes in memory.
+    pub(crate) nodes: u64,
+    /// Requests under way here, parts of commits over shards too, and the pages that they name.
+    pub(crate) requests: u64,
+    pub(crate) requests_pages: u64,
+    /// Commits over shards that this shard leads.
+    pub(crate) cross: u64,
+    /// Replies that wait for the watermark.
+    pub(crate) waiting: u64,
+    /// Nodes that somebody waits for, and who waits.
+    pub(crate) node_waits: u64,
+    pub(crate) node_waiters: u64,
+    /// Reads that have not been submitted.
+    pub(crate) reads_wanted: u64,
+    /// Operations under way.
+    pub(crate) ops: u64,
+    /// Versions on their way to their places.
+    pub(crate) captures: u64,
+}
+
+impl Shard {
+    /// Whether operation `id` reads pages, for whoever asked for them.
+    pub(crate) fn is_page_read(&self, id: OpId) -> bool {
+        matches!(self.ops.get(id.0 as usize), Some(OpKind::PageRead(_)))
+    }
+
+    /// The read of a map node that operation `id` is, if it is one.
+    pub(crate) fn node_load(&self, id: OpId) -> Option<NodeLoad> {
+        let Some(OpKind::NodeRead(wanted)) = self.ops.get(id.0 as usize) else { return None };
+        let (key, place) = (wanted.key, wanted.child.place());
+        let top = self.map.root(key.vshard).children[usize::from(key.volume.get())];
+        let is_top = top.is_present() && top.level == key.level;
+        let levels = if top.is_present() { top.level + 1 } else { 0 };
+        let above = NodeKey { level: key.level + 1, prefix: key.prefix >> 8, ..key };
+        let has_parent = is_top || self.map.resident(above).is_some();
+        let is_current = matches!(self.map.find_node(key), Ok(Some(child)) if child.place() == place);
+        Some(NodeLoad { is_top, levels, has_parent, is_current })
+    }
+
+    /// The levels of the highest tree of this shard's.
+    pub(crate) fn levels_most(&self) -> Levels {
+        let vshards = self.deal.owned_by(self.id);
+        let tops = vshards.flat_map(|vshard| self.map.root(vshard).children.iter());
+        tops.filter(|top| top.is_present()).map(|top| top.level + 1).max().unwrap_or(0)
+    }
+
+    /// Whether something waited for memory at the end of the last turn.
+    pub(crate) fn is_short_of_memory(&self) -> bool {
+        self.blocked.lacks_memory()
+    }
+
+    /// Commits, and parts of them, whose pages are all there and that have not been carried out.
+    pub(crate) fn commits_ready(&self) -> usize {
+        self.ready.len() + self.ready_parts.len()
+    }
+
+    /// Whether a checkpoint waits for memory.
+    pub(crate) fn is_checkpoint_starved(&self) -> bool {
+        self.blocked.is_checkpoint_starved()
+    }
+
+    /// Checkpoints that have ended in this life.
+    pub(crate) fn checkpoints_ended(&self) -> u64 {
+        self.stats.checkpoints
+    }
+
+    /// Blocks of pages and nodes that have come from the device.
+    pub(crate) fn blocks_read(&self) -> u64 {
+        self.stats.checksums
+    }
+
+    /// Frames of the arena.
+    pub(crate) fn frames(&self) -> u64 {
+        self.arena.blocks().into()
+    }
+
+    /// Counts everything.
+    pub(crate) fn counts(&self) -> Counts {
+        let pages = || self.table.pages.iter().map(|(_, page)| page);
+        let needed = pages().filter(|page| {
+            page.frame.is_some() || page.captures > 0 || page.slot.is_some() || page.dirty_from.is_some() || page.queued
+        });
+        let pages_needed = needed.count() as u64;
+        Counts {
+            frames: self.arena.blocks().into(),
+            pages: self.table.pages.len() as u64,
+            pages_needed,
+            nodes: self.map.nodes_count().into(),
+            requests: self.pending.len() as u64,
+            requests_pages: self.pending.iter().map(|(_, pending)| pending.pages.len() as u64).sum(),
+            cross: self.cross.len() as u64,
+            waiting: self.waiting.len() as u64,
+            node_waits: self.node_waiters.len() as u64,
+            node_waiters: self.node_waiters.values().map(|waiters| waiters.list.len() as u64).sum(),
+            reads_wanted: self.wanted.pages.len() as u64,
+            ops: self.ops.len() as u64,
+            captures: self.captures.len() as u64,
+        }
+    }
+}

@@ -1,0 +1,341 @@
+//! The pages that a shard knows: what is cached, and who waits for it; what is read is `reads`' business.
+//!
+//! ```text
+//! Unresolved --map lookup (may read nodes)--> Resolved: version known --read--> Cached
+//!                                                 \--no entry--> Absent
+//! ```
+//! Invariants
+//! 1. `lsn` is the version of the content that the next reader gets; `mapped_lsn` is the version that the map
+//!    names. They differ only while a change is on its way to its place.
+//! 2. A page leaves the table only when nothing refers to it: no request, no capture, no slot, not dirty, no pin.
+//! 3. A page with a change on its way has its map leaf pinned, so that the map can be changed without a read.
+//! 4. A request keeps the entries of its pages, and the bytes only of those that it reads or patches.
+
+use super::holds::Hold;
+use super::{NodeWaiter, Shard};
+use crate::base::error::Error;
+use crate::base::{Lsn, PageKey, VolumeId};
+use crate::engine::map::{Lookup, NodeIdx};
+use crate::format::node::Entry;
+use crate::memory::{Frame, Residency, Standing};
+use hashbrown::HashTable;
+use slab::Slab;
+use smallvec::SmallVec;
+use std::hash::BuildHasher;
+
+/// A page in the table.
+pub(super) struct Page {
+    pub key: PageKey,
+    /// Version of the content; the LSN of the `Free` for a page freed since it was loaded.
+    pub lsn: Lsn,
+    /// Version that the map names.
+    pub mapped_lsn: Lsn,
+    /// The content, if in memory.
+    pub frame: Option<Frame>,
+    /// What the map says.
+    pub entry: Option<Entry>,
+    pub resolved: bool,
+    pub absent: bool,
+    pub resolving: bool,
+    pub loading: bool,
+    /// Requests that need its entry to stay.
+    pub holds: u32,
+    /// Those of them that need its bytes too.
+    pub data_holds: u32,
+    /// Versions on their way to their places.
+    pub captures: u32,
+    /// Its slot in the open group.
+    pub slot: Option<usize>,
+    /// First change that no capture holds yet.
+    pub dirty_from: Option<Lsn>,
+    /// It stands in the queue of the coalescer.
+    pub queued: bool,
+    /// Its map leaf, pinned.
+    pub leaf: Option<NodeIdx>,
+    /// The checkpoint under way waits for this version to be in the map.
+    pub checkpoint_target: Lsn,
+    /// By commits over shards.
+    pub hold: Hold,
+    pub residency: Residency,
+    /// When a node was asked for first to resolve it, as a number that grows; zero: not yet.
+    pub asked: u64,
+    waiters: SmallVec<[(usize, bool); 1]>,
+}
+
+impl Page {
+    /// The version as transactions see it: zero while absent.
+    pub fn version(&self) -> Lsn {
+        if self.absent { Lsn::ZERO } else { self.lsn }
+    }
+
+    /// The LSN that a reader is told: of an absent page that of its `Free`, as long as it is not durable. The table knows it until
+    /// then, since such a page has a change on its way to the map.
+    pub fn told(&self, watermark: Lsn) -> Lsn {
+        let hides = self.absent && (self.lsn <= watermark || planted!(FreeUntold));
+        if hides { Lsn::ZERO } else { self.lsn }
+    }
+
+    /// Whether it is a record of a volume, which the engine reads for itself.
+    pub fn is_catalog(&self) -> bool {
+        self.key.volume == VolumeId::CATALOG
+    }
+
+    /// The requests that wait for it.
+    pub fn waiters(&self) -> impl Iterator<Item = usize> {
+        self.waiters.iter().map(|(waiter, _)| *waiter)
+    }
+
+    /// Whether it is there for somebody who needs it, with its bytes if `data`.
+    pub fn has(&self, data: bool) -> bool {
+        self.resolved && (!data || self.absent || self.frame.is_some())
+    }
+
+    /// Whether nothing in the shard refers to it; readers may still hold its bytes.
+    pub fn is_unreferenced(&self) -> bool {
+        self.holds == 0
+            && self.captures == 0
+            && self.slot.is_none()
+            && self.dirty_from.is_none()
+            && !self.queued
+            && !self.resolving
+            && !self.loading
+            && self.leaf.is_none()
+            && self.waiters.is_empty()
+    }
+
+    /// Whether its bytes may leave memory though requests hold it: none of them needs the bytes, and the map names them.
+    fn has_spare_bytes(&self) -> bool {
+        let is_clean = self.captures == 0 && self.slot.is_none() && self.dirty_from.is_none();
+        self.holds > 0 && self.data_holds == 0 && is_clean
+    }
+}
+
+/// What a page in the table takes: its entry, and up to 16/7 places in the index, of five bytes each.
+pub(super) const ENTRY_BYTES: usize = size_of::<Page>() + 5 * 16 / 7 + 1;
+
+/// How many pages have their bytes in memory.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub(super) struct Resident {
+    /// All of them.
+    pub pages: u32,
+    /// Those whose bytes a request under way needs.
+    pub held: u32,
+}
+
+/// The table.
+pub(super) struct Table {
+    pub pages: Slab<Page>,
+    resident: Resident,
+    /// The pages by key: their indices only, since the keys stand in the pages.
+    index: HashTable<u32>,
+    hasher: foldhash::fast::FixedState,
+}
+
+impl Table {
+    /// For a shard of `frames` frames. It has room for so many pages from the start, so that it does not grow, with two tables in
+    /// memory for a while, as the cache fills; what is not used yet takes no memory.
+    pub fn new(frames: u32, seed: u64) -> Self {
+        Table {
+            pages: Slab::with_capacity(frames as usize),
+            resident: Resident::default(),
+            index: HashTable::with_capacity(frames as usize),
+            hasher: foldhash::fast::FixedState::with_seed(seed),
+        }
+    }
+
+    /// The page's index, if the table has it.
+    pub fn find(&self, key: PageKey) -> Option<usize> {
+        let is_it = |idx: &u32| self.pages[*idx as usize].key == key;
+        self.index.find(self.hasher.hash_one(key), is_it).map(|idx| *idx as usize)
+    }
+
+    /// The page's index, for somebody who reads or changes it; a new one is unresolved.
+    pub fn get(&mut self, key: PageKey) -> usize {
+        if let Some(idx) = self.find(key) {
+            self.pages[idx].residency.used();
+            return idx;
+        }
+        self.entry(key)
+    }
+
+    /// The same for what is no use of its own: a look at its version, a move, a redo.
+    pub fn entry(&mut self, key: PageKey) -> usize {
+        if let Some(idx) = self.find(key) {
+            return idx;
+        }
+        let idx = self.pages.insert(Page {
+            key,
+            lsn: Lsn::ZERO,
+            mapped_lsn: Lsn::ZERO,
+            frame: None,
+            entry: None,
+            resolved: false,
+            absent: false,
+            resolving: false,
+            loading: false,
+            holds: 0,
+            data_holds: 0,
+            captures: 0,
+            slot: None,
+            dirty_from: None,
+            queued: false,
+            leaf: None,
+            checkpoint_target: Lsn::ZERO,
+            hold: Hold::default(),
+            residency: Residency::default(),
+            asked: 0,
+            waiters: SmallVec::new(),
+        });
+        let no = u32::try_from(idx).expect("the table has fewer pages than block numbers");
+        let (pages, hasher) = (&self.pages, &self.hasher);
+        let hash_of = |idx: &u32| hasher.hash_one(pages[*idx as usize].key);
+        self.index.insert_unique(hasher.hash_one(key), no, hash_of);
+        idx
+    }
+
+    pub fn remove(&mut self, idx: usize) {
+        let page = self.pages.remove(idx);
+        assert_eq!(page.data_holds, 0, "{:?} is removed while a request needs its bytes", page.key);
+        self.resident.pages -= u32::from(page.frame.is_some());
+        let entry = self.index.find_entry(self.hasher.hash_one(page.key), |at| *at as usize == idx);
+        entry.expect("a page in the table is in its index").remove();
+    }
+
+    /// The page has other bytes now, or none.
+    pub fn set_frame(&mut self, idx: usize, frame: Option<Frame>) {
+        let page = &mut self.pages[idx];
+        let (before, after) = (u32::from(page.frame.is_some()), u32::from(frame.is_some()));
+        self.resident.pages = self.resident.pages - before + after;
+        if page.data_holds > 0 {
+            self.resident.held = self.resident.held - before + after;
+        }
+        page.frame = frame;
+        page.residency.frame_changed();
+    }
+
+    /// One more request needs the page's bytes.
+    pub fn hold_bytes(&mut self, idx: usize) {
+        let page = &mut self.pages[idx];
+        page.data_holds += 1;
+        self.resident.held += u32::from(page.data_holds == 1 && page.frame.is_some());
+    }
+
+    /// A request needs them no more.
+    pub fn let_bytes_go(&mut self, idx: usize) {
+        let page = &mut self.pages[idx];
+        page.data_holds -= 1;
+        self.resident.held -= u32::from(page.data_holds == 0 && page.frame.is_some());
+    }
+
+    pub fn resident(&self) -> Resident {
+        self.resident
+    }
+
+    /// The same, counted anew.
+    #[cfg(any(test, feature = "sim"))]
+    pub fn count_resident(&self) -> Resident {
+        let resident = || self.pages.iter().filter(|(_, page)| page.frame.is_some());
+        let held = resident().filter(|(_, page)| page.data_holds > 0).count();
+        Resident { pages: resident().count() as u32, held: held as u32 }
+    }
+
+    /// A hash of the key, for the eviction policy.
+    pub fn hash(&self, key: PageKey) -> u64 {
+        self.hasher.hash_one(key)
+    }
+
+    /// How page `idx` stands, if `block` holds its bytes.
+    pub fn standing(&self, idx: usize, block: u32) -> Standing {
+        let Some(page) = self.pages.get(idx) else { return Standing::Gone };
+        match &page.frame {
+            Some(frame) if frame.block() == block => match page.is_unreferenced() || page.has_spare_bytes() {
+                false => Standing::Referenced,
+                true if frame.pins() > 0 => Standing::Pinned,
+                true => Standing::Idle,
+            },
+            _ => Standing::Gone,
+        }
+    }
+
+    /// Drops a page with its memory, or, of one that requests hold, its memory only; returns the hash of its key.
+    pub fn evict(&mut self, idx: usize) -> u64 {
+        let page = &self.pages[idx];
+        let key = page.key;
+        if page.is_unreferenced() {
+            self.remove(idx);
+        } else {
+            self.set_frame(idx, None);
+        }
+        self.hash(key)
+    }
+}
+
+impl Shard {
+    /// Registers that pending request `waiter` needs page `idx` (resolved; with its data if `data`). Returns true
+    /// if it has it already; else the waiter is told later.
+    pub(super) fn want(&mut self, idx: usize, data: bool, waiter: usize) -> bool {
+        if self.table.pages[idx].has(data) {
+            return true;
+        }
+        self.table.pages[idx].waiters.push((waiter, data));
+        self.advance_page(idx);
+        false
+    }
+
+    /// Takes the next step for a page that somebody waits for.
+    pub(super) fn advance_page(&mut self, idx: usize) {
+        let page = &self.table.pages[idx];
+        if !page.resolved && !page.resolving {
+            match self.map.lookup(page.key) {
+                Lookup::Found(entry) => self.resolve(idx, entry),
+                Lookup::Load(key, child) => {
+                    self.table.pages[idx].resolving = true;
+                    self.want_node(key, child, NodeWaiter::Page(idx));
+                }
+            }
+        }
+        let page = &mut self.table.pages[idx];
+        let wants_data = page.waiters.iter().any(|(_, data)| *data);
+        if page.resolved && !page.absent && page.frame.is_none() && !page.loading && wants_data {
+            page.loading = true;
+            self.wanted.pages.push(idx);
+        }
+        self.wake_waiters(idx);
+    }
+
+    fn resolve(&mut self, idx: usize, entry: Option<Entry>) {
+        let page = &mut self.table.pages[idx];
+        page.resolved = true;
+        page.absent = entry.is_none();
+        page.lsn = entry.map_or(Lsn::ZERO, |e| e.lsn());
+        page.mapped_lsn = page.lsn;
+        page.entry = entry;
+        page.asked = 0;
+    }
+
+    /// Tells those whose need is met.
+    pub(super) fn wake_waiters(&mut self, idx: usize) {
+        let page = &mut self.table.pages[idx];
+        if page.waiters.is_empty() {
+            return;
+        }
+        let mut met: SmallVec<[usize; 4]> = SmallVec::new();
+        let (resolved, all) = (page.has(false), page.has(true));
+        page.waiters.retain(|(waiter, data)| {
+            let has = if *data { all } else { resolved };
+            if has {
+                met.push(*waiter);
+            }
+            !has
+        });
+        for waiter in met {
+            self.need_met(waiter, None);
+        }
+    }
+
+    pub(super) fn fail_waiters(&mut self, idx: usize, error: &Error) {
+        for (waiter, _) in std::mem::take(&mut self.table.pages[idx].waiters) {
+            self.need_met(waiter, Some(error.clone()));
+        }
+    }
+}

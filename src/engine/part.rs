@@ -1,0 +1,239 @@
+//! A part of a commit over shards, at the shard whose pages it concerns (the owner's own part too).
+//!
+//! ```text
+//! Prepare --pages loaded--> judged --No, Held, NotNow--> gone
+//!                             \--Yes: pages held, room reserved--> Decide --LetGo--> gone
+//!                                                                    \--Commit(LSN)--> applied, logged --flushed--> Durable
+//! ```
+//! Invariants
+//! 1. A vote waits for the device (a page must be read) but never for a hold, room or memory; so two commits can't wait
+//!    for each other.
+//! 2. After a `Yes` nothing but the device can fail: log room, buffers, frames, space and the map leaves are reserved.
+//! 3. The record of a part, and an owner's, stands alone in its era: a cut can fall right before and right after it.
+
+use super::admission::{Admission, Need};
+use super::message::{Ask, Decision, Message, Vote};
+use super::requests::PendingKind;
+use super::{Commit, Shard, precedence};
+use crate::base::error::{Error, ErrorKind};
+use crate::base::{Lsn, Micros, ShardId};
+use crate::engine::log::PartRef;
+use crate::format::group::Role;
+use hashbrown::HashMap;
+
+/// A part in the table of requests.
+pub(super) struct Part {
+    pub of: PartRef,
+    pub commit: Commit,
+    owner_logs: bool,
+    /// When the commit was asked for first.
+    pub since: Micros,
+    /// What a `Yes` has reserved.
+    pub(super) reserved: Option<Reserved>,
+}
+
+/// What parts with a `Yes` may still need.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub(super) struct Reserved {
+    /// Parts.
+    pub count: usize,
+    /// Blocks of log, each part in a group of its own.
+    pub log_blocks: u32,
+    /// Frames for new versions.
+    pub frames: u32,
+    /// Pages that become dirty.
+    pub changes: u64,
+    /// Blocks of data space, map nodes included.
+    pub space_blocks: u64,
+}
+
+impl Reserved {
+    pub(super) fn plus(self, other: Reserved) -> Reserved {
+        Reserved {
+            count: self.count + other.count,
+            log_blocks: self.log_blocks + other.log_blocks,
+            frames: self.frames + other.frames,
+            changes: self.changes + other.changes,
+            space_blocks: self.space_blocks + other.space_blocks,
+        }
+    }
+
+    fn minus(self, other: Reserved) -> Reserved {
+        Reserved {
+            count: self.count - other.count,
+            log_blocks: self.log_blocks - other.log_blocks,
+            frames: self.frames - other.frames,
+            changes: self.changes - other.changes,
+            space_blocks: self.space_blocks - other.space_blocks,
+        }
+    }
+}
+
+/// The parts that this shard has, by commit: their places in the table of requests.
+pub(super) type Parts = HashMap<PartRef, usize, foldhash::fast::FixedState>;
+
+impl Shard {
+    /// The owner asks for a vote.
+    pub(super) fn prepare(&mut self, owner: ShardId, txn: u64, ask: Ask) {
+        let of = PartRef { owner, txn };
+        if let Some(error) = self.failed.clone() {
+            self.send(owner, Message::Vote(txn, Vote::No(error)));
+            return;
+        }
+        let age = precedence::age(of, ask.since);
+        let behind = self.is_behind(age);
+        if behind || !self.holds_little_for_parts() {
+            // To wait here could be to wait for a hold that this very commit has elsewhere.
+            self.note_vote(age, &Vote::NotNow, !behind);
+            self.send(owner, Message::Vote(txn, Vote::NotNow));
+            return;
+        }
+        let Ask { reads, changes, owner_logs, since } = ask;
+        let pages = self.pages_of(&reads, &changes);
+        let (reads_count, patched) = (reads.len(), super::requests::patched(&changes));
+        let part = Part { of, commit: Commit { reads, changes, durable: true }, owner_logs, since, reserved: None };
+        self.begin(None, PendingKind::Part(Box::new(part)), pages, |i| i >= reads_count && patched[i - reads_count]);
+    }
+
+    /// Votes on the parts whose pages are there.
+    pub(super) fn run_parts(&mut self) {
+        while let Some(waiter) = self.ready_parts.pop_front() {
+            let Some(vote) = self.judge_part(waiter) else { continue };
+            let PendingKind::Part(part) = &self.pending[waiter].kind else { unreachable!("only parts") };
+            let of = part.of;
+            self.note_vote(self.age_of(waiter), &vote, false);
+            match vote {
+                Vote::Yes(_) => {
+                    self.hold_pages(waiter);
+                    self.parts.insert(of, waiter);
+                }
+                Vote::Held => self.stats.holds_met += 1,
+                Vote::NotNow | Vote::No(_) => {}
+            }
+            if !matches!(vote, Vote::Yes(_)) {
+                self.release(waiter);
+            }
+            self.send(of.owner, Message::Vote(of.txn, vote));
+        }
+    }
+
+    /// The vote; `None` if a map node must be read first.
+    fn judge_part(&mut self, waiter: usize) -> Option<Vote> {
+        let pending = &self.pending[waiter];
+        if let Some(error) = pending.error.clone().or_else(|| self.failed.clone()) {
+            return Some(Vote::No(error));
+        }
+        if let Err(error) = self.validate(waiter)
+            && !planted!(PartNotValidated)
+        {
+            return Some(Vote::No(error));
+        }
+        if self.held_page(waiter).is_some() {
+            return Some(Vote::Held);
+        }
+        let read = self.read_lsn(waiter);
+        let PendingKind::Part(part) = &pending.kind else { unreachable!("only parts") };
+        if part.commit.changes.is_empty() && !part.owner_logs {
+            return Some(Vote::Yes(read));
+        }
+        let need = Need::of(&part.commit, &self.map);
+        if self.is_behind(self.age_of(waiter)) {
+            return Some(Vote::NotNow);
+        }
+        match self.admit_part(waiter, &need) {
+            Admission::Yes => {}
+            Admission::Waiting => return None,
+            Admission::Stalled => return Some(Vote::NotNow),
+            Admission::No(error) => return Some(Vote::No(error)),
+        }
+        let reserved = self.reservation(&need);
+        self.reserved = self.reserved.plus(reserved);
+        if let PendingKind::Part(part) = &mut self.pending[waiter].kind {
+            part.reserved = Some(reserved);
+        }
+        Some(Vote::Yes(read))
+    }
+
+    /// The owner has decided.
+    pub(super) fn decided(&mut self, owner: ShardId, txn: u64, decision: Decision) {
+        let of = PartRef { owner, txn };
+        // After a failure all parts are gone.
+        let Some(waiter) = self.parts.remove(&of) else { return };
+        match decision {
+            Decision::LetGo => self.end_part(waiter),
+            Decision::Commit { lsn, urgent } => {
+                let is_reader = match &self.pending[waiter].kind {
+                    PendingKind::Part(part) => part.commit.changes.is_empty(),
+                    _ => unreachable!("only parts"),
+                };
+                if !is_reader {
+                    self.apply_part(waiter, of, lsn, Role::Part(1 << owner.get()), urgent);
+                    self.send(owner, Message::Applied(txn));
+                    if planted!(PartDurableEarly) {
+                        self.send(owner, Message::Durable(txn));
+                    }
+                }
+                self.end_part(waiter);
+            }
+        }
+        self.again = true;
+    }
+
+    /// Applies the owner's own part, and logs the record that names the others, in the group whose run holds the LSN.
+    pub(super) fn apply_own_part(&mut self, txn: u64, lsn: Lsn, others: u64, urgent: bool) {
+        let of = PartRef { owner: self.id, txn };
+        let waiter = self.parts.remove(&of).expect("the owner has voted for its own part");
+        self.apply_part(waiter, of, lsn, Role::Owner(others), urgent);
+        self.end_part(waiter);
+    }
+
+    fn apply_part(&mut self, waiter: usize, of: PartRef, lsn: Lsn, role: Role, urgent: bool) {
+        self.unreserve(waiter);
+        self.log.open.end_era();
+        self.apply(waiter, lsn, role);
+        self.log.open.end_era();
+        self.log.open.parts.push(of);
+        self.log.open.urgent |= urgent || lsn <= self.waits.nudged_upto;
+    }
+
+    fn unreserve(&mut self, waiter: usize) {
+        if let PendingKind::Part(part) = &mut self.pending[waiter].kind
+            && let Some(reserved) = part.reserved.take()
+        {
+            self.reserved = self.reserved.minus(reserved);
+        }
+    }
+
+    fn end_part(&mut self, waiter: usize) {
+        self.unreserve(waiter);
+        self.let_pages_go(waiter);
+        self.release(waiter);
+    }
+
+    /// The store has stopped: nothing that was voted for will be decided here.
+    pub(super) fn drop_parts(&mut self) {
+        let mut all: Vec<(PartRef, usize)> = self.parts.drain().collect();
+        all.sort();
+        for (_, waiter) in all {
+            self.end_part(waiter);
+        }
+    }
+
+    /// Parts of this shard's groups are durable.
+    pub(super) fn parts_durable(&mut self, parts: Vec<PartRef>) {
+        for of in parts {
+            match of.owner == self.id {
+                true => self.part_durable(of.txn),
+                false => self.send(of.owner, Message::Durable(of.txn)),
+            }
+        }
+    }
+}
+
+/// Whether a refusal only says that a page is held.
+pub(super) fn held(of: u64) -> Error {
+    Error::new(
+        ErrorKind::Conflict,
+        format_args!("a page of transaction {of} is held by another commit on its way: retry the transaction"),
+    )
+}

@@ -1,0 +1,120 @@
+//! Pinned pages, counted against whoever holds them.
+//!
+//! Invariants
+//! 1. What is taken is given back exactly once: with the page, or with what was left of the share.
+//! 2. A clone of a page counts as a page, but is never refused.
+
+use super::PageRef;
+use crate::base::error::{Error, ErrorKind, Result};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// The pins of one handle.
+#[derive(Debug)]
+pub(crate) struct Pins {
+    held: AtomicUsize,
+    most: usize,
+}
+
+impl Pins {
+    pub(crate) fn new(most: usize) -> Arc<Pins> {
+        Arc::new(Pins { held: AtomicUsize::new(0), most })
+    }
+
+    /// As many again, for another handle.
+    pub(crate) fn another(&self) -> Arc<Pins> {
+        Pins::new(self.most)
+    }
+
+    /// A share for `count` pages.
+    ///
+    /// # Errors
+    /// `Busy`: too many are held.
+    pub(crate) fn take(this: &Arc<Pins>, count: usize) -> Result<Taken> {
+        // Counted only if it fits: what is refused must not, for a moment, be in the way of others.
+        let fits = |held: usize| held.checked_add(count).filter(|all| *all <= this.most);
+        let Err(held) = this.held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) else {
+            return Ok(Taken { pins: this.clone(), count });
+        };
+        Err(Error::new(
+            ErrorKind::Busy,
+            format_args!(
+                "{held} pages are pinned through this handle, and {count} more would be over the most, {}: drop some pages, \
+                 read fewer at a time, or give the store more memory",
+                this.most
+            ),
+        ))
+    }
+}
+
+/// A share of pins for pages that have not come yet.
+#[derive(Debug)]
+pub(crate) struct Taken {
+    pins: Arc<Pins>,
+    count: usize,
+}
+
+impl Taken {
+    fn one(&mut self) -> Option<Pin> {
+        self.count = self.count.checked_sub(1)?;
+        Some(Pin(self.pins.clone()))
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        self.pins.held.fetch_sub(self.count, Ordering::Relaxed);
+    }
+}
+
+/// One pinned page.
+#[derive(Debug)]
+pub(super) struct Pin(Arc<Pins>);
+
+impl Clone for Pin {
+    fn clone(&self) -> Self {
+        self.0.held.fetch_add(1, Ordering::Relaxed);
+        Pin(self.0.clone())
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        self.0.held.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl PageRef {
+    /// The same page, as one of a share; a page without memory takes nothing.
+    pub(crate) fn counted(mut self, share: &mut Taken) -> PageRef {
+        if !self.is_absent() {
+            self.pin = share.one();
+        }
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// If this fails, a caller that asks for more than it can have makes others, who ask for a page, hear that the store is busy.
+    #[test]
+    fn what_is_refused_is_in_nobodys_way() {
+        let (pins, done) = (Pins::new(100), std::sync::atomic::AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            for count in [101, 1000, usize::MAX] {
+                let (pins, done) = (&pins, &done);
+                scope.spawn(move || {
+                    while !done.load(Ordering::Relaxed) {
+                        assert!(Pins::take(pins, count).is_err(), "{count} of 100");
+                    }
+                });
+            }
+            let refused = (0..200_000).filter(|_| Pins::take(&pins, 1).is_err()).count();
+            done.store(true, Ordering::Relaxed);
+            assert_eq!(refused, 0, "nothing was held");
+        });
+        assert_eq!(pins.held.load(Ordering::Relaxed), 0);
+    }
+}

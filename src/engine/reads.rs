@@ -1,0 +1,357 @@
+//! Reads of map nodes and pages: who waits for what, which goes first, and what arrives.
+//!
+//! ```text
+//! wanted (by age of who asked) --a frame is free--> under way, its parent pinned --> arrived, checked --> whoever waits goes on
+//! ```
+//! Invariants
+//! 1. The oldest request gets the first frame, and goes on from node to node before younger ones: so each gets to its page, however
+//!    many there are and however little memory. Nodes and pages take turns.
+//! 2. Nothing is pinned for a read that waits. When it is its turn the path to it may have left memory: whoever asked looks again.
+//! 3. Bytes from the device become a page's content only if their sum is the entry's, and the entry is still the
+//!    page's: a page changed meanwhile ignores a late read.
+//! 4. A block that can't be read costs no other page: what was read together is read apart then.
+
+use super::{OpKind, Shard, Step};
+use crate::base::Place;
+use crate::base::error::Error;
+use crate::engine::coalesce;
+use crate::engine::map::NodeIdx;
+use crate::format::extent::NodeKey;
+use crate::format::node::{Child, Entry};
+use crate::io::{Completion, DiskOp, FileId};
+use crate::memory::Frame;
+use smallvec::SmallVec;
+use std::collections::BTreeMap;
+
+/// Blocks between two reads that are read too, to make one of them. With more, the bytes cost what the operations save (see
+/// decision 14).
+const READ_GAP_MAX: u32 = 1;
+
+/// What is to be read, once there is memory.
+#[derive(Default)]
+pub(super) struct Wanted {
+    /// Nodes, by the age of who asked: the oldest goes first, so that it gets to its leaf whatever others need.
+    pub nodes: BTreeMap<u64, NodeWanted>,
+    /// The age that was given last.
+    asked_last: u64,
+    pub pages: Vec<usize>,
+    /// Page reads were left without a frame: they come before nodes the next time.
+    pages_first: bool,
+}
+
+/// Who waits for a node.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum NodeWaiter {
+    Page(usize),
+    Request(usize),
+    /// A node that compaction moves, by its number in `Moves`.
+    Move(usize),
+}
+
+/// Those who wait for a node.
+#[derive(Default)]
+pub(super) struct NodeWaiters {
+    /// The age of the oldest, by which the node is wanted.
+    asked: u64,
+    pub list: Vec<NodeWaiter>,
+}
+
+/// A node that is to be read.
+pub(super) struct NodeWanted {
+    pub key: NodeKey,
+    pub child: Child,
+    /// Pinned while it is read: a node is in memory only while its parent is.
+    parent: Option<NodeIdx>,
+}
+
+/// One page of a read under way.
+pub(super) struct PageRead {
+    pub page: usize,
+    pub entry: Entry,
+}
+
+impl Shard {
+    /// Asks for a node to be read, or joins those who wait for it. Whoever goes on from the node above keeps its turn.
+    pub(super) fn want_node(&mut self, key: NodeKey, child: Child, waiter: NodeWaiter) {
+        let asked = match waiter {
+            NodeWaiter::Page(idx) => &mut self.table.pages[idx].asked,
+            NodeWaiter::Request(waiter) => &mut self.pending[waiter].asked,
+            NodeWaiter::Move(no) => self.moves_asked.age(no),
+        };
+        if *asked == 0 {
+            self.wanted.asked_last += 1;
+            *asked = self.wanted.asked_last;
+        }
+        let asked = if planted!(NodesLastInFirstOut) { u64::MAX - self.wanted.asked_last } else { *asked };
+        let waiters = self.node_waiters.entry(key).or_default();
+        waiters.list.push(waiter);
+        let wanted = match waiters.list.len() {
+            1 => Some(NodeWanted { key, child, parent: None }),
+            // It is as old as the oldest of those who wait for it: whoever is between them would else go first, and take its path.
+            _ if asked < waiters.asked && !planted!(NodesLastInFirstOut) => self.wanted.nodes.remove(&waiters.asked),
+            _ => None,
+        };
+        if let Some(wanted) = wanted {
+            assert!(wanted.key == key, "{key:?} is wanted at {}, and not {:?}", waiters.asked, wanted.key);
+            waiters.asked = asked;
+            let before = self.wanted.nodes.insert(asked, wanted);
+            assert!(before.is_none(), "whoever asks asks for one node at a time");
+        }
+    }
+
+    /// Submits the reads that were asked for, nodes and pages in turns if there is no memory for all.
+    pub(super) fn submit_reads(&mut self) {
+        if self.wanted.nodes.is_empty() && self.wanted.pages.is_empty() {
+            return;
+        }
+        if self.wanted.pages_first {
+            self.submit_page_reads();
+            self.submit_node_reads();
+        } else {
+            self.submit_node_reads();
+            self.submit_page_reads();
+        }
+        self.wanted.pages_first = !self.wanted.pages_first && !self.wanted.pages.is_empty();
+    }
+
+    fn submit_node_reads(&mut self) {
+        while let Some((asked, wanted)) = self.wanted.nodes.pop_first() {
+            let NodeWanted { key, child, .. } = wanted;
+            // While it waited for memory the node above may have left it: whoever asked looks it up again.
+            if !self.map.names(key, child) || self.map.resident(key).is_some() {
+                self.node_arrived(wanted, Ok(()));
+                continue;
+            }
+            let parent = self.map.pin_parent(key);
+            if !self.ensure_frames(1, Step::NodeRead) {
+                parent.into_iter().for_each(|parent| self.map.unpin(parent));
+                self.wanted.nodes.insert(asked, wanted);
+                return;
+            }
+            let frame = self.arena.alloc(0).expect("a frame was ensured");
+            let offset = child.place().offset(self.limits.geometry.extent_bytes);
+            let into = std::iter::once(frame).collect();
+            let wanted = NodeWanted { parent, ..wanted };
+            self.submit(OpKind::NodeRead(wanted), DiskOp::Read { file: FileId::Data, offset, into });
+        }
+    }
+
+    /// Page reads, sorted and merged.
+    fn submit_page_reads(&mut self) {
+        let mut blocks = Vec::new();
+        let mut wanted = std::mem::take(&mut self.wanted.pages).into_iter();
+        for idx in wanted.by_ref() {
+            let page = &mut self.table.pages[idx];
+            match page.entry {
+                Some(entry) if page.frame.is_none() && !page.absent && entry.lsn() == page.lsn => {
+                    if !self.ensure_frames(1, Step::PageRead) {
+                        self.wanted.pages.push(idx);
+                        break;
+                    }
+                    let frame = self.arena.alloc(0).expect("a frame was ensured");
+                    blocks.push((entry.place(), (PageRead { page: idx, entry }, frame)));
+                }
+                _ => {
+                    page.loading = false;
+                    self.reference_ended(idx);
+                }
+            }
+        }
+        self.wanted.pages.extend(wanted);
+        let runs = coalesce::plan(blocks, self.limits.vectored_pages_max);
+        let runs = coalesce::bridge(runs, READ_GAP_MAX, self.limits.vectored_pages_max);
+        for run in runs {
+            self.submit_read(run);
+        }
+    }
+
+    /// One operation for a run of pages, or, without memory for what lies between them, one for each.
+    fn submit_read(&mut self, run: coalesce::Run<Option<(PageRead, Frame)>>) {
+        let gaps = run.items.iter().filter(|item| item.is_none()).count() as u32;
+        let bridges = gaps == 0 || self.find_frames(gaps + self.reserved.frames + self.checkpoint_frames());
+        let (mut reads, mut into, mut first) = (Vec::new(), SmallVec::new(), run.place);
+        for (block, item) in (run.place.block..).zip(run.items) {
+            match item {
+                Some((read, frame)) => {
+                    reads.push(Some(read));
+                    into.push(frame);
+                }
+                None if bridges => {
+                    reads.push(None);
+                    into.push(self.arena.alloc(0).expect("frames were ensured"));
+                }
+                None => {
+                    self.submit_page_read(first, std::mem::take(&mut reads), std::mem::take(&mut into));
+                    first.block = block + 1;
+                }
+            }
+        }
+        self.submit_page_read(first, reads, into);
+    }
+
+    fn submit_page_read(&mut self, first: Place, reads: Vec<Option<PageRead>>, into: SmallVec<[Frame; 4]>) {
+        if !reads.is_empty() {
+            let offset = first.offset(self.limits.geometry.extent_bytes);
+            self.submit(OpKind::PageRead(reads), DiskOp::Read { file: FileId::Data, offset, into });
+        }
+    }
+
+    /// Ends the first of the page reads that wait for memory, and what else its readers wait for.
+    pub(super) fn refuse_page_read(&mut self, error: &Error) {
+        if !self.wanted.pages.is_empty() {
+            let idx = self.wanted.pages.remove(0);
+            self.give_page_up(idx, error);
+        }
+        self.give_up_what_nobody_needs(error);
+    }
+
+    /// Ends the first of the node reads that wait for memory, and what else those who wait for it wait for.
+    pub(super) fn refuse_node_read(&mut self, error: &Error) {
+        if let Some((_, wanted)) = self.wanted.nodes.pop_first() {
+            self.node_arrived(wanted, Err(error.clone()));
+        }
+        self.give_up_what_nobody_needs(error);
+    }
+
+    fn give_page_up(&mut self, idx: usize, error: &Error) {
+        self.table.pages[idx].loading = false;
+        self.fail_waiters(idx, error);
+        self.reference_ended(idx);
+    }
+
+    /// Ends the reads for which only requests wait that have failed. A read of many pages would else be refused for each of them in
+    /// turn, and keep the pages that it has from others until the last one.
+    fn give_up_what_nobody_needs(&mut self, error: &Error) {
+        let wanted = self.wanted.nodes.iter();
+        let nodes: Vec<u64> = wanted.filter(|(_, node)| !self.is_node_needed(node.key)).map(|(at, _)| *at).collect();
+        for at in nodes {
+            let wanted = self.wanted.nodes.remove(&at).expect("just seen");
+            self.node_arrived(wanted, Err(error.clone()));
+        }
+        let pages = std::mem::take(&mut self.wanted.pages);
+        let (needed, unneeded) = pages.into_iter().partition(|idx| self.is_page_needed(*idx));
+        self.wanted.pages = needed;
+        let unneeded: Vec<usize> = unneeded;
+        unneeded.into_iter().for_each(|idx| self.give_page_up(idx, error));
+    }
+
+    fn is_node_needed(&self, key: NodeKey) -> bool {
+        let waiters = self.node_waiters.get(&key).map_or(&[][..], |waiters| &waiters.list);
+        waiters.iter().any(|waiter| match *waiter {
+            NodeWaiter::Page(idx) => self.is_page_needed(idx),
+            NodeWaiter::Request(waiter) => self.pending[waiter].error.is_none(),
+            NodeWaiter::Move(_) => true,
+        })
+    }
+
+    fn is_page_needed(&self, idx: usize) -> bool {
+        self.table.pages[idx].waiters().any(|waiter| self.pending[waiter].error.is_none())
+    }
+
+    /// Pages arrive from the device.
+    pub(super) fn pages_read(&mut self, reads: Vec<Option<PageRead>>, completion: Completion) {
+        let DiskOp::Read { into, .. } = completion.op else { unreachable!("a read completes as a read") };
+        if completion.result.is_err() && reads.len() > 1 {
+            return self.read_apart(reads, into);
+        }
+        for (read, frame) in reads.into_iter().zip(into) {
+            let Some(read) = read else { continue };
+            let page = &mut self.table.pages[read.page];
+            page.loading = false;
+            if page.frame.is_some() || page.absent || page.entry != Some(read.entry) {
+                // Changed or moved since: these bytes are not its content any more.
+                self.advance_page(read.page);
+                self.reference_ended(read.page);
+                continue;
+            }
+            let result = match &completion.result {
+                Ok(()) => self.check_page(read.page, &read.entry, &frame),
+                Err(_) if planted!(ReadErrorForgotten) => Ok(()),
+                Err(error) => Err(error.clone()),
+            };
+            match result {
+                Ok(()) => {
+                    self.table.set_frame(read.page, Some(frame));
+                    self.wake_waiters(read.page);
+                }
+                Err(error) => self.fail_waiters(read.page, &error),
+            }
+            self.reference_ended(read.page);
+        }
+    }
+
+    /// Reads each page of an operation that has failed by itself: what can't be read may be one of them, or lie between them.
+    fn read_apart(&mut self, reads: Vec<Option<PageRead>>, into: SmallVec<[Frame; 4]>) {
+        for (read, frame) in reads.into_iter().zip(into) {
+            if let Some(read) = read {
+                self.submit_page_read(read.entry.place(), vec![Some(read)], std::iter::once(frame).collect());
+            }
+        }
+    }
+
+    fn check_page(&mut self, idx: usize, entry: &Entry, bytes: &[u8]) -> Result<(), Error> {
+        self.stats.checksums += 1;
+        let key = self.table.pages[idx].key;
+        if entry.len.get() as usize != bytes.len() || entry.class != 0 || entry.codec != 0 || entry.key_id.get() != 0 {
+            return Err(Error::corrupt(format_args!(
+                "page {key:?}: the page map describes it in a way that this version does not write; run `corepage verify`"
+            )));
+        }
+        if crate::base::checksum::crc32c(bytes) != entry.crc.get() && !planted!(PageSumIgnored) {
+            return Err(damaged(&format!("page {key:?} ({:?})", entry.lsn()), entry.place()));
+        }
+        Ok(())
+    }
+
+    /// A node arrives from the device.
+    pub(super) fn node_read(&mut self, wanted: NodeWanted, completion: Completion) {
+        let NodeWanted { key, child, .. } = wanted;
+        let DiskOp::Read { mut into, .. } = completion.op else { unreachable!("a read completes as a read") };
+        let frame = into.pop().expect("a node is one frame");
+        self.stats.checksums += 1;
+        let result = match completion.result {
+            Ok(()) if crate::base::checksum::crc32c(&frame) == child.crc.get() => Ok(()),
+            Ok(()) if planted!(NodeSumIgnored) => Ok(()),
+            Ok(()) => Err(damaged(&format!("map node {key:?}"), child.place())),
+            Err(error) => Err(error),
+        };
+        let is_current = match &result {
+            Ok(()) => self.map.insert_loaded(key, child, frame),
+            Err(_) => self.map.names(key, child),
+        };
+        if !is_current {
+            self.stats.nodes_overtaken += 1;
+        }
+        // Of a node that is not part of the tree any more, not even damage matters.
+        self.node_arrived(wanted, if is_current { result } else { Ok(()) });
+    }
+
+    /// The node is in memory, or was overtaken by a change of the tree, or will not come: those who wait for it look up again.
+    fn node_arrived(&mut self, wanted: NodeWanted, result: Result<(), Error>) {
+        let key = wanted.key;
+        wanted.parent.into_iter().for_each(|parent| self.map.unpin(parent));
+        for waiter in self.node_waiters.remove(&key).unwrap_or_default().list {
+            match waiter {
+                NodeWaiter::Page(idx) => {
+                    self.table.pages[idx].resolving = false;
+                    match &result {
+                        Ok(()) => self.advance_page(idx),
+                        Err(error) => self.fail_waiters(idx, error),
+                    }
+                    self.reference_ended(idx);
+                }
+                NodeWaiter::Request(waiter) => self.need_met(waiter, result.clone().err()),
+                NodeWaiter::Move(no) => self.node_move_read(no, result.clone().err()),
+            }
+        }
+    }
+}
+
+/// The error for bytes that are not what was written.
+pub(super) fn damaged(what: &str, place: Place) -> Error {
+    Error::corrupt(format_args!(
+        "{what} at extent {}, block {} of the data file is damaged: its checksum is wrong; run `corepage verify`",
+        place.extent.get(),
+        place.block
+    ))
+}

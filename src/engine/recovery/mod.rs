@@ -1,0 +1,368 @@
+//! Opening a store: create it, or find the state that the last crash left, bring it up to its cut, and only then
+//! take requests.
+//!
+//! ```text
+//! superblock --> roots, extent table --clean------------------------+
+//!                        |not clean                                  v
+//!      scan all logs --> cut --> flush what was read --> deal out: one shard for each core
+//!                                                                    |
+//!                 each shard redoes its part, all at once, then one checkpoint begins the new epoch
+//! ```
+//! What stands above the line is done here, by one thread; the rest by the shards, wherever they are driven.
+
+//! Invariants
+//! 1. Until the last step nothing that is durable and needed is overwritten: a crash in a recovery only means that
+//!    the next one begins anew, from the same bytes.
+//! 2. One superblock write makes the new roots, the cut and the new epoch true together; so exactly one epoch ever
+//!    has records in the logs.
+//! 3. LSNs of the new epoch lie above every LSN that can have been drawn before.
+//! 4. Damage at or below the highest recorded watermark is an error, never a cut.
+
+mod create;
+mod load;
+mod read;
+mod scan;
+mod segment;
+
+use create::Found;
+pub(crate) use create::{EXTENTS_MIN, creation_is_unfinished};
+pub(crate) use load::{FoundSuperblock, Loaded, find_superblock, load};
+pub(crate) use read::{Range, read_bytes, read_pieces};
+pub(crate) use scan::{Scan, neighbours_together, scan};
+
+use crate::base::error::{Error, Result};
+use crate::base::options::{Geometry, Limits, Options};
+use crate::base::{BLOCK, Deal, ExtentNo, Lsn, Micros, Place, SegmentNo, ShardId};
+use crate::engine::commit::GlobalOrder;
+use crate::engine::log::{Chunks, Log};
+use crate::engine::map::{Extents, Map};
+use crate::engine::{LSN_AHEAD_MAX, NewEpoch, Recovering, Setup, Shard};
+use crate::format::extent::decode_summary;
+use crate::format::superblock::{SUPERBLOCK_BYTES, Superblock};
+use crate::io::{Disk, DiskOp, FileId, execute};
+use crate::memory::Arena;
+use read::read_ranges;
+use scan::ScannedGroup;
+use std::sync::Arc;
+
+/// What opening a store found and did.
+#[derive(Clone, Debug, Default)]
+pub struct RecoveryReport {
+    /// The store did not exist.
+    pub created: bool,
+    /// It had been closed cleanly (or was just created): nothing had to be recovered.
+    pub clean: bool,
+    /// Log groups found whole that hold something to be redone.
+    pub groups_scanned: u64,
+    /// Log groups found torn, as a crash leaves them.
+    pub groups_torn: u64,
+    /// The store holds exactly the commits up to here.
+    pub cut: Lsn,
+    /// Commits redone.
+    pub commits_applied: u64,
+    /// Commits found in the log above the cut, and dropped.
+    pub commits_dropped: u64,
+    /// The epoch that begins.
+    pub epoch: u64,
+    /// Superblock copies that could not be used, and extents that can't be filled on, each with the reason.
+    pub warnings: Vec<String>,
+}
+
+impl std::fmt::Display for RecoveryReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.created {
+            return write!(f, "created, epoch {}", self.epoch);
+        }
+        if self.clean {
+            return write!(f, "closed cleanly at LSN {}, epoch {} begins", self.cut, self.epoch);
+        }
+        write!(
+            f,
+            "recovered to LSN {}: {} log groups scanned, {} torn; {} commits applied, {} dropped; epoch {} begins",
+            self.cut, self.groups_scanned, self.groups_torn, self.commits_applied, self.commits_dropped, self.epoch
+        )
+    }
+}
+
+/// A store being opened.
+pub(crate) struct Opening {
+    /// One for each core. They need turns, completions and messages until all of them say that they are open; if one
+    /// has failed by then, opening has.
+    pub shards: Vec<Shard>,
+    /// What was found.
+    pub report: RecoveryReport,
+    /// What the shards share.
+    pub order: Arc<GlobalOrder>,
+}
+
+/// What was fixed when the store on `disk` was made; `None` if there is none yet. No other operation may be under way.
+pub(crate) fn stored_geometry(disk: &mut dyn Disk) -> Result<Option<Geometry>> {
+    let mut arena = Arena::new(READ_BLOCKS)?;
+    if create::look(disk, &mut arena)? != Found::Store {
+        return Ok(None);
+    }
+    Ok(Some(find_superblock(disk, &mut arena)?.superblock.geometry))
+}
+
+/// Finds out what is on `disk`, or creates a store there, and deals it out to `shards_count` shards. No other
+/// operation may be under way on `disk`; on return none is. `seed` is where all randomness comes from.
+pub(crate) fn begin(
+    disk: &mut dyn Disk,
+    options: &Options,
+    shards_count: u16,
+    seed: u64,
+    now: Micros,
+) -> Result<Opening> {
+    let mut report = RecoveryReport::default();
+    let mut arena = Arena::new(READ_BLOCKS)?;
+    let found = create::look(disk, &mut arena)?;
+    if found != Found::Store {
+        let limits = options.limits(&options.geometry, shards_count)?;
+        // A file system that copies on write has no room for a write when it is full.
+        create::create(disk, &mut arena, &limits, shards_count, seed, found).map_err(Error::full_if_no_space)?;
+        report.created = true;
+    }
+    let FoundSuperblock { superblock, unreadable, behind, warnings } = find_superblock(disk, &mut arena)?;
+    report.warnings = warnings;
+    let limits = options.limits(&superblock.geometry, shards_count)?;
+    let deal = Deal::new(superblock.geometry.vshards_count, shards_count);
+    let loaded = load(disk, &mut arena, &superblock)?;
+    report.clean = superblock.clean;
+    let scan = match superblock.clean {
+        true => Scan::nothing(&superblock),
+        false => scan(disk, &mut arena, &superblock, deal)?,
+    };
+    report.groups_scanned = scan.groups.len() as u64;
+    report.groups_torn = scan.torn;
+    report.cut = scan.state(&superblock);
+    report.commits_applied = scan.applied;
+    report.commits_dropped = scan.dropped;
+    // What follows overwrites what the generation before needs: the only copy of this one must not be lost by then.
+    create::rewrite_copies(disk, &mut arena, &superblock, &[unreadable, behind].concat())?;
+    create::make_logs(disk, &superblock.geometry, shards_count, false)?;
+    if !superblock.clean {
+        // A dead process may have left writes that we have just read and that no flush has covered.
+        rewrite_doubtful(disk, &mut arena, &superblock, &scan)?;
+        if !planted!(ReadNotFlushed) {
+            flush_all(disk, &superblock)?;
+        }
+    }
+    let new_epoch = NewEpoch {
+        epoch: superblock.epoch + 1,
+        salt: mix(seed ^ superblock.epoch),
+        first_lsn: match superblock.clean {
+            // An epoch without a commit leaves the next LSN below its own first.
+            true => superblock.next_lsn.max(superblock.epoch_first_lsn),
+            false => scan.highest.plus(if planted!(LsnsReused) { 1 } else { LSN_AHEAD_MAX }),
+        },
+    };
+    report.epoch = new_epoch.epoch;
+    let order = Arc::new(GlobalOrder::new(new_epoch.first_lsn, usize::from(shards_count)));
+    let whole = Whole { deal, limits, superblock, loaded, scan, new_epoch, order: order.clone(), seed, now };
+    whole.check_length(disk)?;
+    let mut shard = |id| whole.shard(disk, &mut arena, id, &mut report);
+    let shards = deal.shards().map(&mut shard).collect::<Result<_>>()?;
+    Ok(Opening { shards, report, order })
+}
+
+/// Memory for what is read before there are shards: 4 MiB, for the reads that are in flight together (see `read`).
+const READ_BLOCKS: u32 = 1024;
+
+/// What all shards are made from.
+struct Whole {
+    deal: Deal,
+    limits: Limits,
+    superblock: Superblock,
+    loaded: Loaded,
+    scan: Scan,
+    new_epoch: NewEpoch,
+    order: Arc<GlobalOrder>,
+    seed: u64,
+    now: Micros,
+}
+
+impl Whole {
+    fn extents_count(&self) -> u32 {
+        self.superblock.extents_count.max(self.scan.extents_named)
+    }
+
+    fn check_length(&self, disk: &mut dyn Disk) -> Result<()> {
+        let (count, bytes) = (self.extents_count(), self.limits.geometry.extent_bytes);
+        let data_bytes = disk.len(FileId::Data)?.unwrap_or(0);
+        if data_bytes >= u64::from(count) * bytes {
+            return Ok(());
+        }
+        Err(Error::corrupt(format_args!(
+            "the data file has {data_bytes} bytes, but {count} extents of {bytes} bytes are in use: it was truncated"
+        )))
+    }
+
+    /// One shard, with memory of its own.
+    fn shard(
+        &self,
+        disk: &mut dyn Disk,
+        read_arena: &mut Arena,
+        id: ShardId,
+        report: &mut RecoveryReport,
+    ) -> Result<Shard> {
+        let geometry = &self.limits.geometry;
+        let shards_count = u32::from(self.deal.shards_count());
+        let mut arena = Arena::new(self.limits.memory_blocks)?;
+        let mut extents = Extents::new(
+            self.superblock.store_id,
+            geometry.extent_blocks(),
+            geometry.vshards_count,
+            &self.loaded.table,
+            self.extents_count(),
+            |no| no.get() % shards_count == u32::from(id.get()),
+        );
+        reserve_named(disk, read_arena, &self.superblock, &self.scan, &mut extents)?;
+        report.warnings.extend(refill(disk, read_arena, &self.superblock, &mut extents));
+        let chunks = log_chunks(&mut arena, &self.limits)?;
+        let superblock_frames: Option<Vec<_>> = (0..SUPERBLOCK_BYTES / BLOCK).map(|_| arena.alloc(0)).collect();
+        let superblock_frames = superblock_frames.ok_or_else(|| Error::invalid("memory_bytes is too small"))?;
+        let segment_blocks = (geometry.segment_bytes / BLOCK as u64) as u32;
+        let seed = mix(self.seed ^ u64::from(id.get()) << 32);
+        let groups = self.scan.groups.iter().filter(|group| group.concerns & 1 << id.get() != 0);
+        let recovering = (!self.superblock.clean)
+            .then(|| Recovering::new(self.scan.redo, self.scan.cut, groups.map(|group| group.head.clone()).collect()));
+        Ok(Shard::new(Setup {
+            id,
+            deal: self.deal,
+            limits: self.limits.clone(),
+            order: self.order.clone(),
+            arena,
+            map: Map::new(self.loaded.roots.clone(), seed),
+            extents,
+            log: Log::new(geometry.segments_count, segment_blocks, chunks),
+            superblock: self.superblock.clone(),
+            superblock_frames,
+            recovering,
+            cut: report.cut,
+            new_epoch: (id == ShardId::LEADER).then_some(self.new_epoch),
+            seed,
+            now: self.now,
+        }))
+    }
+}
+
+/// Keeps the extents that log records name as they are; what they hold already is listed by their summaries.
+fn reserve_named(
+    disk: &mut dyn Disk,
+    arena: &mut Arena,
+    superblock: &Superblock,
+    scan: &Scan,
+    extents: &mut Extents,
+) -> Result<()> {
+    for place in scan.groups.iter().flat_map(|group| &group.places) {
+        let Some((at, crc)) = extents.reserve_named(place.extent) else { continue };
+        let offset = at.offset(superblock.geometry.extent_bytes);
+        let bytes = read_bytes(disk, arena, FileId::Data, offset, extents.summary_bytes())?;
+        let items = decode_summary(superblock.store_id, place.extent, crc, &bytes).map_err(|what| {
+            Error::corrupt(format_args!(
+                "the summary of extent {} (byte {offset} of file data) {what}",
+                place.extent.get()
+            ))
+        })?;
+        extents.restore_items(place.extent, items);
+    }
+    Ok(())
+}
+
+/// Summaries that are read to find extents which are not full, for each shard: a few more than it has streams.
+const REFILL_LOOKS: usize = 8;
+
+/// Finds the extents that were being filled when the store was last in use, and goes on with them. One whose summary can't be
+/// read is left alone; that is returned, in words.
+fn refill(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblock, extents: &mut Extents) -> Option<String> {
+    let looks = extents.maybe_unfilled(REFILL_LOOKS);
+    let offset = |place: Place| place.offset(superblock.geometry.extent_bytes);
+    let blocks = (extents.summary_bytes() / BLOCK) as u64;
+    let range = |(_, place, _): &(ExtentNo, Place, u32)| Range { file: FileId::Data, offset: offset(*place), blocks };
+    let mut summaries = vec![Vec::new(); looks.len()];
+    let read = read_ranges(disk, arena, looks.iter().map(range), |index, bytes| {
+        summaries[index].extend_from_slice(bytes);
+        Ok(())
+    });
+    if let Err(error) = read {
+        return Some(format!("no extent is filled on, since a summary can't be read: {error}"));
+    }
+    let mut warning = None;
+    for ((no, place, crc), bytes) in looks.into_iter().zip(&summaries) {
+        match decode_summary(superblock.store_id, no, crc, bytes) {
+            Ok(items) => extents.refill(no, items),
+            Err(what) => {
+                let (no, offset) = (no.get(), offset(place));
+                warning =
+                    Some(format!("extent {no} is not filled on: its summary (byte {offset} of file data) {what}"));
+            }
+        }
+    }
+    warning
+}
+
+/// The buffers in which log groups gather: enough for all that can be in flight, and one commit of the largest size.
+fn log_chunks(arena: &mut Arena, limits: &Limits) -> Result<Chunks> {
+    let order = limits.group_blocks.min(16).ilog2() as u8;
+    let chunk_blocks = 1u64 << order;
+    let largest = limits.txn_bytes_max / BLOCK as u64 * 103 / 100 + 2;
+    // Parts of commits over shards may each begin a buffer.
+    let parts = chunk_blocks * if limits.shards_count > 1 { limits.log_writes_max as u64 } else { 0 };
+    let blocks = u64::from(limits.group_blocks) * limits.log_writes_max as u64 + 2 * largest + chunk_blocks + parts;
+    let stock: Option<Vec<_>> = (0..blocks.div_ceil(chunk_blocks)).map(|_| arena.alloc(order)).collect();
+    let stock = stock.filter(|_| arena.free_blocks() > arena.blocks() / 4).ok_or_else(|| {
+        Error::invalid(format_args!(
+            "memory_bytes is {}: the log buffers alone need {}; raise memory_bytes or lower txn_bytes_max",
+            u64::from(limits.memory_blocks) * BLOCK as u64,
+            blocks * BLOCK as u64
+        ))
+    })?;
+    Ok(Chunks::new(stock, chunk_blocks as usize * BLOCK))
+}
+
+/// Writes doubtful groups, and the pages that they have put to their places, once more. If a flush of the dead process has failed, the
+/// kernel may show what it will never write (it marks such pages clean), and a flush of ours would say that all is well.
+/// The redo writes what the groups hold anew, but a checkpoint in the middle of it records the cut, and the groups must last beyond it.
+fn rewrite_doubtful(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblock, scan: &Scan) -> Result<()> {
+    let doubtful = || scan.groups.iter().filter(|group| group.is_doubtful);
+    let places = doubtful().flat_map(|group| &group.places);
+    let offsets = places.map(|place| place.offset(superblock.geometry.extent_bytes));
+    let pages = neighbours_together(offsets).into_iter();
+    let pages = pages.map(|(offset, blocks)| Range { file: FileId::Data, offset, blocks });
+    let groups = doubtful().map(|ScannedGroup { head, .. }| Range {
+        file: FileId::Log(head.shard, head.segment),
+        offset: u64::from(head.block) * BLOCK as u64,
+        blocks: head.blocks.into(),
+    });
+    for Range { file, offset, blocks } in pages.chain(groups) {
+        for first in (0..blocks).step_by(REWRITE_BLOCKS) {
+            let offset = offset + first * BLOCK as u64;
+            let len = (blocks - first).min(REWRITE_BLOCKS as u64) as usize * BLOCK;
+            let bytes = read_bytes(disk, arena, file, offset, len)?;
+            create::write_bytes(disk, arena, file, offset, &bytes)?;
+        }
+    }
+    Ok(())
+}
+
+/// Blocks of one write of them.
+const REWRITE_BLOCKS: usize = 64;
+
+fn flush_all(disk: &mut dyn Disk, superblock: &Superblock) -> Result<()> {
+    let segments = superblock.geometry.segments_count;
+    let shards = (0..superblock.logs.len() as u16).map(ShardId::new);
+    let logs = shards.flat_map(|shard| (0..segments).map(move |i| FileId::Log(shard, SegmentNo::new(i))));
+    let files = logs.chain([FileId::Data, FileId::Meta, FileId::Table]).collect();
+    execute(disk, DiskOp::Flush { files }).map(drop)
+}
+
+/// SplitMix64's finisher: spreads one random seed over several uses.
+fn mix(seed: u64) -> u64 {
+    let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

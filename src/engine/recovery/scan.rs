@@ -1,0 +1,243 @@
+//! Reading the logs to their ends, and finding the cut: the LSN up to which the store is recovered.
+//!
+//! Invariants
+//! 1. A group counts only whole: head, body, inline pages, and, above the highest recorded watermark, the pages at
+//!    their final places too. At or below the watermark a page that does not match its sum is damage, found when it
+//!    is read.
+//! 2. The search goes on behind a torn group, block by block: with several writes in flight a whole group may stand
+//!    behind it, and its head may record a watermark that makes the gap damage.
+//! 3. The cut is the last LSN before the first one, above what the roots reflect, that no whole group of any log accounts
+//!    for, or whose commit is not complete: a commit over shards needs the part of each shard that its owner names.
+//!    A cut below the highest recorded watermark is damage, and refused.
+//! 4. Bytes left from earlier uses of a segment pass only if they are groups of this epoch at this very position;
+//!    those are older than the redo LSN and ignored.
+//! 5. Every block of every log is examined before anything is cut or refused. Any block may hold a later watermark: whatever would
+//!    say that a segment was not begun can be lost with the groups before it.
+//! 6. The logs are read with many reads in flight, and memory is bounded by these, the largest group, and a small part of
+//!    what is to be redone (see `read` and `segment`).
+
+use super::read::{Range, read_ranges};
+use super::segment::{Found, SegmentSearch};
+use crate::base::checksum::crc32c;
+use crate::base::error::{Error, Result};
+use crate::base::{BLOCK, Deal, Lsn, Place, SegmentNo, ShardId};
+use crate::format::group::{GroupHead, Role};
+use crate::format::superblock::Superblock;
+use crate::io::{Disk, FileId};
+use crate::memory::Arena;
+use hashbrown::HashSet;
+
+/// A whole group.
+pub(crate) struct ScannedGroup {
+    pub head: GroupHead,
+    /// Places that its slots name.
+    pub places: Vec<Place>,
+    /// It lies above every recorded watermark: nobody knows whether a flush has covered it.
+    pub is_doubtful: bool,
+    /// The shards of the new deal whose pages it changes, a bit for each.
+    pub concerns: u64,
+}
+
+/// What the logs hold.
+pub(crate) struct Scan {
+    /// Whole groups with something above the redo LSN and at or below the cut, each log in its order.
+    pub groups: Vec<ScannedGroup>,
+    /// Groups with a valid head that are not whole.
+    pub torn: u64,
+    /// What the roots reflect.
+    pub redo: Lsn,
+    /// The state to be restored. If nothing of the epoch is left it lies right before the epoch's first LSN.
+    pub cut: Lsn,
+    /// The highest LSN seen anywhere.
+    pub highest: Lsn,
+    /// Commits above the redo LSN, up to the cut.
+    pub applied: u64,
+    /// Commits in whole groups above the cut.
+    pub dropped: u64,
+    /// Extents up to the highest one that a kept group names.
+    pub extents_named: u32,
+}
+
+impl Scan {
+    /// For a store that was closed cleanly.
+    pub(crate) fn nothing(superblock: &Superblock) -> Self {
+        let cut = superblock.next_lsn.before();
+        Scan { groups: Vec::new(), torn: 0, redo: cut, cut, highest: cut, applied: 0, dropped: 0, extents_named: 0 }
+    }
+
+    /// The last commit of the state to be restored: the epoch begins above LSNs that were dropped.
+    pub(crate) fn state(&self, superblock: &Superblock) -> Lsn {
+        if self.cut < superblock.epoch_first_lsn { superblock.next_lsn.before() } else { self.cut }
+    }
+}
+
+/// The LSN up to which the roots reflect every record.
+pub(super) fn redo_lsn(superblock: &Superblock) -> Lsn {
+    let redo_of = superblock.vshards.iter().map(|v| v.redo_lsn);
+    redo_of.min().unwrap_or(Lsn::ZERO).max(superblock.epoch_first_lsn.before())
+}
+
+/// The disk and what the logs are read with.
+struct Reader<'a> {
+    disk: &'a mut dyn Disk,
+    arena: &'a mut Arena,
+    superblock: &'a Superblock,
+    /// The deal that the store gets now.
+    deal: Deal,
+}
+
+impl Reader<'_> {
+    /// The groups in all logs.
+    fn search(&mut self) -> Result<Vec<Found>> {
+        let (superblock, deal) = (self.superblock, self.deal);
+        let blocks = superblock.geometry.segment_bytes / BLOCK as u64;
+        let segments_of = |shard| (0..superblock.geometry.segments_count).map(move |no| (shard, SegmentNo::new(no)));
+        let segments: Vec<(ShardId, SegmentNo)> =
+            (0..superblock.logs.len() as u16).map(ShardId::new).flat_map(segments_of).collect();
+        let range = |&(shard, segment): &_| Range { file: FileId::Log(shard, segment), offset: 0, blocks };
+        let mut found = Vec::new();
+        let mut search: Option<(usize, SegmentSearch<'_>)> = None;
+        read_ranges(self.disk, self.arena, segments.iter().map(range), |index, bytes| {
+            // Ranges come one after another: one search at a time.
+            if search.as_ref().is_none_or(|(of, _)| *of != index) {
+                search = Some((index, SegmentSearch::new(superblock, deal, segments[index])));
+            }
+            if let Some((_, search)) = &mut search {
+                search.take(bytes, &mut found);
+            }
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
+    /// What follows from the groups that were found.
+    fn judge(&mut self, mut found: Vec<Found>) -> Result<Scan> {
+        let superblock = self.superblock;
+        found.sort_by_key(|f| (f.head.shard, f.head.number));
+        let redo = redo_lsn(superblock);
+        let watermark = found.iter().map(|f| f.head.watermark).fold(superblock.watermark, Lsn::max);
+        if let Some(f) = found.iter().find(|f| f.head.superblock_generation > superblock.generation) {
+            return Err(Error::corrupt(format_args!(
+                "the log knows of superblock generation {}, but the newest found is {}: a superblock write was lost; \
+                 restore the meta file from a backup",
+                f.head.superblock_generation, superblock.generation
+            )));
+        }
+        self.check_placed(&mut found, watermark)?;
+        let cut = find_cut(&found, redo);
+        if cut < watermark && !planted!(DamageTakenForTail) {
+            return Err(missing(&found, cut, watermark));
+        }
+        let lasts = found.iter().map(|f| f.last_lsn);
+        let highest = lasts.fold(watermark.max(superblock.next_lsn.before()), Lsn::max);
+        Ok(Scan { highest, ..keep(found, redo, cut, watermark) })
+    }
+
+    /// Groups above the watermark of which a page is not at its place are not whole.
+    fn check_placed(&mut self, found: &mut [Found], watermark: Lsn) -> Result<()> {
+        let data_bytes = self.disk.len(FileId::Data)?.unwrap_or(0);
+        let extent_bytes = self.superblock.geometry.extent_bytes;
+        // In the order in which they are read: offset, checksum, group.
+        let mut expected: Vec<(u64, u32, usize)> = Vec::new();
+        for (i, f) in found.iter_mut().enumerate().filter(|(_, f)| f.whole && f.last_lsn > watermark) {
+            let offsets = f.placed.iter().map(|(place, crc)| (place.offset(extent_bytes), *crc, i));
+            if offsets.clone().all(|(offset, ..)| offset + BLOCK as u64 <= data_bytes) {
+                expected.extend(offsets);
+            } else {
+                f.whole = planted!(PlacedUnchecked);
+            }
+        }
+        let mut next = expected.iter();
+        let ranges = neighbours_together(expected.iter().map(|(offset, ..)| *offset));
+        let ranges = ranges.into_iter().map(|(offset, blocks)| Range { file: FileId::Data, offset, blocks });
+        read_ranges(self.disk, self.arena, ranges, |_, bytes| {
+            for (page, (_, crc, group)) in bytes.chunks(BLOCK).zip(next.by_ref()) {
+                found[*group].whole &= crc32c(page) == *crc || planted!(PlacedUnchecked);
+            }
+            Ok(())
+        })
+    }
+}
+
+/// Ranges of blocks, by offset and number, that cover the blocks at these offsets in this order.
+pub(crate) fn neighbours_together(offsets: impl Iterator<Item = u64>) -> Vec<(u64, u64)> {
+    let mut ranges: Vec<(u64, u64)> = Vec::new();
+    for offset in offsets {
+        match ranges.last_mut() {
+            Some((first, blocks)) if *first + *blocks * BLOCK as u64 == offset => *blocks += 1,
+            _ => ranges.push((offset, 1)),
+        }
+    }
+    ranges
+}
+
+/// Scans the logs; `deal` is the one to be.
+pub(crate) fn scan(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblock, deal: Deal) -> Result<Scan> {
+    let mut reader = Reader { disk, arena, superblock, deal };
+    let found = reader.search()?;
+    reader.judge(found)
+}
+
+fn keep(found: Vec<Found>, redo: Lsn, cut: Lsn, watermark: Lsn) -> Scan {
+    let torn = found.iter().filter(|f| !f.whole).count() as u64;
+    let (groups, extents_named) = (Vec::new(), 0);
+    let mut scan = Scan { groups, torn, redo, cut, highest: cut, applied: 0, dropped: 0, extents_named };
+    for f in found.into_iter().filter(|f| f.whole && f.last_lsn > redo) {
+        scan.applied += f.commits_within(redo, cut);
+        scan.dropped += f.commits_within(cut, Lsn::MAX);
+        if f.first_lsn > cut {
+            continue;
+        }
+        let places: Vec<Place> = f.placed.iter().map(|(place, _)| *place).collect();
+        let named = places.iter().map(|p| p.extent.get().saturating_add(1)).max().unwrap_or(0);
+        scan.extents_named = scan.extents_named.max(named);
+        let is_doubtful = f.last_lsn > watermark;
+        scan.groups.push(ScannedGroup { head: f.head, places, is_doubtful, concerns: f.concerns });
+    }
+    scan
+}
+
+fn find_cut(found: &[Found], redo: Lsn) -> Lsn {
+    let whole = || found.iter().filter(|f| f.whole);
+    let mut runs: Vec<(Lsn, u64)> = whole().flat_map(|f| f.head.runs.clone()).collect();
+    runs.sort();
+    let mut cut = redo;
+    for (first, count) in runs {
+        if first > cut.plus(1) && !planted!(GapIgnored) {
+            break;
+        }
+        cut = cut.max(Lsn::new(first.get().saturating_add(count).saturating_sub(1)));
+    }
+    let records = || whole().flat_map(|f| f.parts.iter().map(move |record| (f.head.shard, record)));
+    let of_part =
+        |(shard, (lsn, role)): (ShardId, &(Lsn, Role))| matches!(role, Role::Part(_)).then_some((*lsn, shard));
+    let parts: HashSet<(Lsn, ShardId), foldhash::fast::FixedState> = records().filter_map(of_part).collect();
+    let lacks_a_part = |(lsn, role): &(Lsn, Role)| {
+        let Role::Owner(others) = role else { return false };
+        (0..64).any(|shard| others & 1 << shard != 0 && !parts.contains(&(*lsn, ShardId::new(shard))))
+    };
+    let incomplete = records()
+        .map(|(_, record)| record)
+        .filter(|record| record.0 > redo && lacks_a_part(record) && !planted!(PartIgnored));
+    incomplete.map(|(lsn, _)| lsn.before()).fold(cut, Lsn::min)
+}
+
+fn missing(found: &[Found], cut: Lsn, watermark: Lsn) -> Error {
+    let covers = |f: &&Found| {
+        !f.whole
+            && f.head.runs.iter().any(|(first, count)| (first.get()..first.get() + count).contains(&(cut.get() + 1)))
+    };
+    let place = match found.iter().find(covers) {
+        Some(f) => format!(
+            "the group at block {} of file {} is damaged",
+            f.head.block,
+            FileId::Log(f.head.shard, f.head.segment)
+        ),
+        None => "no log holds a whole group with it, or with a part of it".to_string(),
+    };
+    Error::corrupt(format_args!(
+        "commit {} was durable (everything up to {watermark} was), but it is gone: {place}; the log is damaged in the \
+         middle. Nothing was changed; restore the log from a backup",
+        cut.get() + 1
+    ))
+}

@@ -1,0 +1,167 @@
+//! One log segment, read from front to back: the groups in it.
+//!
+//! Invariants
+//! 1. A group counts only whole: head, body and inline pages. Behind a torn one the search goes on block by block.
+//! 2. Bytes are kept only while a group that begins in them goes on in the next: at most as many as the largest group has,
+//!    which is bounded by the largest commit that the writer was open for.
+//! 3. Of a group is kept what finding the end of the log and preparing the redo need, not its content: at most a third of
+//!    the size of a log that consists of nothing but the smallest parts of commits over shards, and 1 % of a usual one.
+//!
+//! It does *not* read, and does not judge what is missing; see `scan`.
+
+use super::scan::redo_lsn;
+use crate::base::checksum::crc32c;
+use crate::base::{BLOCK, Deal, Lsn, Place, SegmentNo, ShardId};
+use crate::format::group::{Body, GroupHead, LoggedChange, Role, Slot, SlotState};
+use crate::format::superblock::Superblock;
+
+/// A group whose head is right.
+pub(super) struct Found {
+    pub head: GroupHead,
+    /// Head, body and pages are as they were written.
+    pub whole: bool,
+    /// The lowest LSN that it accounts for or has a part of.
+    pub first_lsn: Lsn,
+    /// The highest one.
+    pub last_lsn: Lsn,
+    /// Commits recorded in it, parts of other shards' commits not counted: first LSN and number of consecutive ones.
+    pub commits: Vec<(Lsn, u64)>,
+    /// Records of commits over shards.
+    pub parts: Vec<(Lsn, Role)>,
+    /// Pages written straight to their places, and their sums.
+    pub placed: Vec<(Place, u32)>,
+    /// The shards of the new deal whose pages it changes, a bit for each.
+    pub concerns: u64,
+}
+
+impl Found {
+    /// What is known from the head alone.
+    fn new(head: GroupHead) -> Self {
+        let last = |(first, count): &(Lsn, u64)| Lsn::new(first.get().saturating_add(count.saturating_sub(1)));
+        Found {
+            whole: false,
+            first_lsn: head.runs.iter().map(|(first, _)| *first).min().unwrap_or(Lsn::MAX),
+            last_lsn: head.runs.iter().map(last).max().unwrap_or(Lsn::ZERO),
+            commits: Vec::new(),
+            parts: Vec::new(),
+            placed: Vec::new(),
+            concerns: 0,
+            head,
+        }
+    }
+
+    /// The group that `here` begins with; `here` has all blocks that the head claims.
+    fn open(head: GroupHead, here: &[u8], deal: Deal) -> Self {
+        let mut found = Found::new(head);
+        let Some(body) = Body::open(&found.head, here) else { return found };
+        let Some(records) = body.records() else { return found };
+        for record in &records {
+            found.first_lsn = found.first_lsn.min(record.lsn);
+            found.last_lsn = found.last_lsn.max(record.lsn);
+            if !matches!(record.role, Role::Part(_)) {
+                match found.commits.last_mut() {
+                    Some((first, count)) if first.plus(*count) == record.lsn => *count += 1,
+                    _ => found.commits.push((record.lsn, 1)),
+                }
+            }
+            if record.role != Role::Whole {
+                found.parts.push((record.lsn, record.role));
+            }
+            for change in &record.changes {
+                let (LoggedChange::Image(key, _) | LoggedChange::Patch(key, ..) | LoggedChange::Free(key)) = change;
+                found.concerns |= 1 << deal.shard_of(*key).get();
+            }
+        }
+        let placed = body.slots.iter().filter(|slot| slot.state == SlotState::Placed);
+        found.placed = placed.map(|slot| (slot.entry.place(), slot.entry.crc.get())).collect();
+        found.whole = body.slots.iter().all(|slot| inline_matches(slot, here));
+        found
+    }
+
+    /// Commits with LSNs above `after`, up to `upto`.
+    pub(super) fn commits_within(&self, after: Lsn, upto: Lsn) -> u64 {
+        let within = |&(first, count): &(Lsn, u64)| {
+            let (from, end) = (first.get().max(after.get() + 1), first.get() + count);
+            end.min(upto.get().saturating_add(1)).saturating_sub(from)
+        };
+        self.commits.iter().map(within).sum()
+    }
+
+    /// The roots reflect all of it: what only the redo and the end of the log need is not kept.
+    fn forget_content(&mut self) {
+        (self.commits, self.parts, self.placed) = (Vec::new(), Vec::new(), Vec::new());
+    }
+}
+
+fn inline_matches(slot: &Slot, group: &[u8]) -> bool {
+    let SlotState::Inline(block) = slot.state else { return true };
+    let at = block as usize * BLOCK;
+    group.get(at..at + BLOCK).is_some_and(|page| crc32c(page) == slot.entry.crc.get())
+}
+
+/// The search through one segment.
+pub(super) struct SegmentSearch<'a> {
+    superblock: &'a Superblock,
+    /// The roots reflect everything up to here, and all of it was durable.
+    redo: Lsn,
+    /// The deal that the store gets now.
+    deal: Deal,
+    shard: ShardId,
+    segment: SegmentNo,
+    /// Blocks of a segment.
+    blocks: u32,
+    /// The block that is looked at next.
+    at: u32,
+    /// The bytes from there on that have come: the beginning of a group whose end has not.
+    held: Vec<u8>,
+}
+
+impl<'a> SegmentSearch<'a> {
+    pub(super) fn new(superblock: &'a Superblock, deal: Deal, (shard, segment): (ShardId, SegmentNo)) -> Self {
+        let blocks = (superblock.geometry.segment_bytes / BLOCK as u64) as u32;
+        let redo = redo_lsn(superblock).min(superblock.watermark);
+        SegmentSearch { superblock, redo, deal, shard, segment, blocks, at: 0, held: Vec::new() }
+    }
+
+    /// Takes the next whole blocks of the segment.
+    pub(super) fn take(&mut self, bytes: &[u8], found: &mut Vec<Found>) {
+        if self.held.is_empty() {
+            let done = self.search(bytes, found);
+            self.held.extend_from_slice(&bytes[done..]);
+        } else {
+            let mut held = std::mem::take(&mut self.held);
+            held.extend_from_slice(bytes);
+            let done = self.search(&held, found);
+            held.drain(..done);
+            // Not kept for the next group, which is likely smaller.
+            self.held = if held.is_empty() { Vec::new() } else { held };
+        }
+    }
+
+    /// Goes through `bytes`, which begin with block `at`; returns how many of them are done with.
+    fn search(&mut self, bytes: &[u8], found: &mut Vec<Found>) -> usize {
+        let mut done = 0;
+        while let Some(here) = bytes.get(done..).filter(|here| !here.is_empty()) {
+            let (salt, epoch) = (self.superblock.salt, self.superblock.epoch);
+            let mut blocks = 1;
+            if let Some(head) = GroupHead::open(here, salt, epoch, (self.shard, self.segment, self.at), self.blocks) {
+                if head.blocks as usize * BLOCK > here.len() {
+                    break;
+                }
+                let mut group = Found::open(head, here, self.deal);
+                if group.last_lsn <= self.redo {
+                    group.forget_content();
+                }
+                if group.whole {
+                    blocks = group.head.blocks;
+                }
+                found.push(group);
+            } else if planted!(SegmentEndsAtGap) {
+                return bytes.len();
+            }
+            self.at += blocks;
+            done += blocks as usize * BLOCK;
+        }
+        done
+    }
+}

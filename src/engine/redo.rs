@@ -1,0 +1,373 @@
+//! Redo: while the store is opened, each shard reads the groups of the old logs that concern its pages, and does their
+//! changes again. They take the same way as new ones, without the log.
+//!
+//! ```text
+//! next group --read--> decoded: whole commits --a batch at a time: pages loaded, admitted, changed--> next group ... Redone
+//! ```
+//! Invariants
+//! 1. All records of a page stand in one log, in LSN order: an epoch has one deal. So the logs need no merging here; what
+//!    needed all of them, the cut, is known before. All that a commit did to a page is one change: a second one with the
+//!    same LSN would be skipped by rule 2.
+//! 2. A change at or below the page's version is skipped: the root reflects it already.
+//! 3. If memory or space run short meanwhile, a checkpoint may come in between. It belongs to the old epoch and keeps the old
+//!    redo LSN: a recovery after a crash begins anew, and skips what is there by rule 2.
+//! 4. What is loaded and pinned at a time is a part of the memory, whatever the store that wrote the log had: a commit of any size
+//!    is redone in parts, which rule 2 allows. On the heap are one group as it was written (1 MiB, or one commit of the largest size:
+//!    66 MiB with `txn_bytes_max` at its most) and what is decoded of it.
+//! 5. Nothing is served meanwhile, and nothing that is durable is overwritten: a crash here only means to begin anew.
+
+use super::message::Message;
+use super::requests::PendingKind;
+use super::{Lack, OpKind, Shard, Step};
+use crate::base::error::Error;
+use crate::base::{BLOCK, Lsn, PageKey, ShardId};
+use crate::format::extent::ItemKind;
+use crate::format::group::{Body, GroupHead, LoggedChange, SlotState};
+use crate::format::node::Entry;
+use crate::io::{Completion, DiskOp, FileId};
+use bytes::Bytes;
+use hashbrown::HashMap;
+use smallvec::SmallVec;
+use std::collections::VecDeque;
+
+/// Reads of a group under way, and the part of the memory that each may take.
+const LOADS_MAX: u32 = 4;
+const LOAD_MEMORY_SHARE: usize = 32;
+
+/// One change to be redone.
+pub(super) struct RedoChange {
+    pub lsn: Lsn,
+    pub key: PageKey,
+    pub kind: RedoKind,
+}
+
+/// What the log says of the page.
+pub(super) enum RedoKind {
+    /// These bytes.
+    Image(Bytes),
+    /// It has been written to its place already.
+    Placed(Entry),
+    Patches {
+        /// The page was freed first: the patches go over zeros.
+        over_zeros: bool,
+        /// Offset and bytes, in order.
+        patches: SmallVec<[(u32, Bytes); 1]>,
+    },
+    Free,
+}
+
+impl RedoKind {
+    /// Whether the page's older content must be in memory.
+    fn needs_data(&self) -> bool {
+        matches!(self, RedoKind::Patches { over_zeros: false, .. })
+    }
+
+    /// What this and then `next`, of the same commit, do to a page. `None`: no commit logs that.
+    fn then(self, next: RedoKind) -> Option<RedoKind> {
+        match (self, next) {
+            (RedoKind::Patches { over_zeros, mut patches }, RedoKind::Patches { over_zeros: false, patches: more }) => {
+                patches.extend(more);
+                Some(RedoKind::Patches { over_zeros, patches })
+            }
+            (RedoKind::Free, RedoKind::Patches { patches, .. }) => {
+                Some(RedoKind::Patches { over_zeros: true, patches })
+            }
+            (_, RedoKind::Patches { .. }) => None,
+            (_, whole) => Some(whole),
+        }
+    }
+}
+
+/// What is to be redone, and how far that has come.
+pub(crate) struct Recovering {
+    /// The roots reflect everything up to here.
+    pub redo: Lsn,
+    /// The state to be restored; everything up to here is durable.
+    pub cut: Lsn,
+    /// Groups that concern the shard, each log in its order.
+    pub groups: VecDeque<GroupHead>,
+    load: Option<Load>,
+    commits: VecDeque<Redone>,
+}
+
+impl Recovering {
+    pub(crate) fn new(redo: Lsn, cut: Lsn, groups: VecDeque<GroupHead>) -> Self {
+        Recovering { redo, cut, groups, load: None, commits: VecDeque::new() }
+    }
+}
+
+/// A group that is being read.
+struct Load {
+    head: GroupHead,
+    bytes: Vec<u8>,
+    asked: usize,
+    under_way: u32,
+}
+
+/// The changes of one commit that concern the shard.
+type Redone = Vec<RedoChange>;
+
+impl Shard {
+    /// Takes the next step, if nothing is under way for the last.
+    pub(super) fn advance_redo(&mut self) {
+        if self.redone || self.failed.is_some() || !self.pending.is_empty() {
+            return;
+        }
+        let Some(recovering) = &mut self.recovering else { return self.all_redone() };
+        if !recovering.commits.is_empty() {
+            self.redo_batch();
+        } else if recovering.load.is_some() {
+            self.load_group();
+        } else if let Some(head) = recovering.groups.pop_front() {
+            let bytes = vec![0; head.blocks as usize * BLOCK];
+            recovering.load = Some(Load { head, bytes, asked: 0, under_way: 0 });
+            self.load_group();
+        } else {
+            self.all_redone();
+        }
+    }
+
+    fn all_redone(&mut self) {
+        self.redone = true;
+        self.send(ShardId::LEADER, Message::Redone);
+    }
+
+    /// Reads what is not asked for yet, as memory allows.
+    fn load_group(&mut self) {
+        let memory = self.limits.memory_blocks as usize;
+        let blocks_max = self.limits.vectored_pages_max.min(memory / LOAD_MEMORY_SHARE);
+        while let Some(load) = self.recovering.as_mut().and_then(|r| r.load.as_mut()) {
+            let blocks = (load.head.blocks as usize - load.asked).min(blocks_max);
+            if blocks == 0 || load.under_way >= LOADS_MAX {
+                return;
+            }
+            let (at, first) = (load.asked, load.head.block as usize);
+            let file = FileId::Log(load.head.shard, load.head.segment);
+            if !self.ensure_frames(blocks as u32, Step::RedoRead) {
+                return;
+            }
+            if let Some(load) = self.recovering.as_mut().and_then(|r| r.load.as_mut()) {
+                load.asked += blocks;
+                load.under_way += 1;
+            }
+            let into = (0..blocks).map(|_| self.arena.alloc(0).expect("frames were ensured")).collect();
+            self.submit(OpKind::RedoRead(at), DiskOp::Read { file, offset: ((first + at) * BLOCK) as u64, into });
+        }
+    }
+
+    /// Blocks of a group arrive, from block `at` of it on.
+    pub(super) fn redo_read(&mut self, at: usize, completion: Completion) {
+        self.again = true;
+        let DiskOp::Read { into, .. } = completion.op else { unreachable!("a read completes as a read") };
+        if let Err(error) = completion.result {
+            return self.fail(error);
+        }
+        let Some(load) = self.recovering.as_mut().and_then(|r| r.load.as_mut()) else { return };
+        for (block, frame) in load.bytes[at * BLOCK..].chunks_mut(BLOCK).zip(&into) {
+            block.copy_from_slice(frame);
+        }
+        load.under_way -= 1;
+        if load.under_way == 0 && load.asked == load.head.blocks as usize {
+            self.group_loaded();
+        }
+    }
+
+    fn group_loaded(&mut self) {
+        let Some(recovering) = &mut self.recovering else { return };
+        let Some(Load { head, bytes, .. }) = recovering.load.take() else { return };
+        let (redo, cut, deal, id) = (recovering.redo, recovering.cut, self.deal, self.id);
+        let commits = decode(
+            &head,
+            &Bytes::from(bytes),
+            |lsn| lsn > redo && (lsn <= cut || planted!(CutIgnored)),
+            |key| deal.shard_of(key) == id,
+        );
+        match commits {
+            Some(commits) => recovering.commits.extend(commits),
+            None => {
+                let file = FileId::Log(head.shard, head.segment);
+                let context = format_args!("{file}: the group at block {} changed while it was read", head.block);
+                self.fail(Error::corrupt(context));
+            }
+        }
+    }
+
+    /// Begins to redo as many changes as fit into memory; of a large commit only a part.
+    fn redo_batch(&mut self) {
+        let most = (self.limits.memory_blocks / 32).clamp(4, 1024) as usize;
+        let Some(recovering) = &mut self.recovering else { return };
+        let mut changes: Vec<RedoChange> = Vec::new();
+        while let Some(next) = recovering.commits.front_mut()
+            && changes.len() < most
+        {
+            let whole = planted!(RedoneAllAtOnce) && changes.is_empty();
+            let some = if whole { next.len() } else { next.len().min(most - changes.len()) };
+            changes.extend(next.drain(..some));
+            if next.is_empty() {
+                recovering.commits.pop_front();
+            }
+        }
+        let pages = changes.iter().map(|c| self.table.entry(c.key)).collect();
+        let data: Vec<bool> = changes.iter().map(|c| c.kind.needs_data()).collect();
+        changes.reverse();
+        self.begin(None, PendingKind::Redo(changes), pages, |i| data[i]);
+    }
+
+    /// Goes on with the batch at the front of the queue. False: it has to wait there.
+    pub(super) fn run_redo(&mut self, waiter: usize) -> bool {
+        if let Some(error) = self.pending[waiter].error.take().or_else(|| self.failed.clone()) {
+            self.ready.pop_front();
+            self.release(waiter);
+            self.fail(error);
+            return true;
+        }
+        let PendingKind::Redo(changes) = &self.pending[waiter].kind else { unreachable!("only redo") };
+        let frames = changes.len() as u32;
+        if !self.admit_redo(waiter, frames) {
+            return self.ready.front() != Some(&waiter);
+        }
+        loop {
+            let PendingKind::Redo(changes) = &mut self.pending[waiter].kind else { unreachable!("only redo") };
+            let Some(change) = changes.pop() else { break };
+            let idx = self.table.entry(change.key);
+            let page = &self.table.pages[idx];
+            let needs_data = change.kind.needs_data() && page.lsn < change.lsn;
+            let is_placed = matches!(change.kind, RedoKind::Placed(_)) && page.lsn < change.lsn;
+            if is_placed && page.leaf.is_some_and(|leaf| self.map.is_being_written(leaf)) {
+                // A checkpoint writes the leaf: its completion brings a turn.
+                changes.push(change);
+                self.blocked.register(Step::Redo, Lack::WriteBack);
+                return false;
+            }
+            if needs_data && !page.absent && page.frame.is_none() {
+                changes.push(change);
+                self.ready.pop_front();
+                self.need_more(waiter);
+                if self.want(idx, true, waiter) {
+                    self.need_met(waiter, None);
+                }
+                return true;
+            }
+            self.redo_change(idx, change);
+        }
+        self.ready.pop_front();
+        self.release(waiter);
+        self.again = true;
+        true
+    }
+
+    fn redo_change(&mut self, idx: usize, change: RedoChange) {
+        let page = &mut self.table.pages[idx];
+        if page.lsn >= change.lsn {
+            return;
+        }
+        match change.kind {
+            RedoKind::Image(bytes) => self.set_content(idx, 0, &bytes),
+            RedoKind::Patches { over_zeros, patches } => {
+                if over_zeros {
+                    self.set_absent(idx, true);
+                    self.table.set_frame(idx, None);
+                }
+                for (offset, bytes) in patches {
+                    self.set_content(idx, offset as usize, &bytes);
+                }
+            }
+            RedoKind::Free if page.absent || planted!(FreeNotRedone) => return,
+            RedoKind::Free => {
+                self.set_absent(idx, true);
+                self.table.set_frame(idx, None);
+            }
+            RedoKind::Placed(entry) => return self.redo_placed(idx, change.lsn, entry),
+        }
+        self.changed(idx, change.lsn);
+    }
+
+    fn redo_placed(&mut self, idx: usize, lsn: Lsn, entry: Entry) {
+        self.table.set_frame(idx, None);
+        self.set_absent(idx, false);
+        let page = &mut self.table.pages[idx];
+        let (key, place) = (page.key, entry.place());
+        page.lsn = lsn;
+        page.mapped_lsn = lsn;
+        page.entry = Some(entry);
+        if page.dirty_from.take().is_some() {
+            self.reserved_blocks -= 1;
+        }
+        let leaf = page.leaf.expect("admission pinned the leaf");
+        let (vshard, _) = self.map.position(key);
+        self.extents.adopt(vshard, place, ItemKind::Page(key, lsn));
+        if let Some(old) = self.map.set(leaf, key, Some(entry)) {
+            self.extents.leave_page(vshard, old.place());
+        }
+        // A checkpoint in the middle of the redo may wait for an older version, which goes nowhere now.
+        if self.table.pages[idx].checkpoint_target == Lsn::ZERO || !planted!(RedoneUnsettled) {
+            self.page_settled(idx);
+        }
+        self.wake_waiters(idx);
+    }
+}
+
+/// The commits of a group that are wanted, with those of their changes that are.
+fn decode(
+    head: &GroupHead,
+    bytes: &Bytes,
+    wanted: impl Fn(Lsn) -> bool,
+    mine: impl Fn(PageKey) -> bool,
+) -> Option<Vec<Redone>> {
+    let body = Body::open(head, bytes)?;
+    let mut commits = Vec::new();
+    for record in body.records()?.into_iter().filter(|record| wanted(record.lsn)) {
+        let mut changes = Changes::default();
+        for change in record.changes {
+            let (key, lsn, kind) = match change {
+                LoggedChange::Patch(key, offset, patch) => {
+                    let patches = smallvec::smallvec![(offset, bytes.slice_ref(patch))];
+                    (key, record.lsn, RedoKind::Patches { over_zeros: false, patches })
+                }
+                LoggedChange::Free(key) => (key, record.lsn, RedoKind::Free),
+                LoggedChange::Image(_, slot) => {
+                    let slot = body.slots.get(slot as usize)?;
+                    let kind = match slot.state {
+                        // Freed again within the same era: the Free follows.
+                        SlotState::Dead => continue,
+                        SlotState::Placed => RedoKind::Placed(slot.entry),
+                        SlotState::Inline(block) => {
+                            let at = block as usize * BLOCK;
+                            RedoKind::Image(bytes.slice(at..at + BLOCK))
+                        }
+                    };
+                    (slot.key, slot.entry.lsn(), kind)
+                }
+            };
+            if mine(key) {
+                changes.add(RedoChange { lsn, key, kind })?;
+            }
+        }
+        let changes: Redone = changes.changes.into_iter().flatten().collect();
+        if !changes.is_empty() {
+            commits.push(changes);
+        }
+    }
+    Some(commits)
+}
+
+/// What a commit did to its pages: a page has one version a commit.
+#[derive(Default)]
+struct Changes {
+    /// In the order of each page's last change; `None`: a later one has taken it in.
+    changes: Vec<Option<RedoChange>>,
+    last: HashMap<PageKey, usize, foldhash::fast::FixedState>,
+}
+
+impl Changes {
+    /// Adds a change to what the commit did to the same page before, if anything.
+    fn add(&mut self, change: RedoChange) -> Option<()> {
+        let earlier = self.last.insert(change.key, self.changes.len()).and_then(|at| self.changes[at].take());
+        let kind = match earlier {
+            Some(earlier) => earlier.kind.then(change.kind)?,
+            None => change.kind,
+        };
+        self.changes.push(Some(RedoChange { kind, ..change }));
+        Some(())
+    }
+}

@@ -1,0 +1,444 @@
+//! Requests under way: from arrival to the one reply that each gets.
+//!
+//! Invariants
+//! 1. A pending request holds its pages (they stay in the table) until it is released, once.
+//! 2. A request is `ready`/`finished` exactly once, when the last page that it needs is there or has failed.
+//! 3. Replies that promise durability wait in `waiting`, ordered by LSN, for the watermark.
+
+use super::allocated::Walk;
+use super::budget::request_weight;
+use super::event::{Commit, PageRef, Request, Response, Token};
+use super::pages::Page;
+use super::part::Part;
+use super::redo::RedoChange;
+use super::{Change, Effect, OpKind, Shard};
+use crate::base::error::{Error, ErrorKind, Result};
+use crate::base::{BLOCK, Lsn, PageKey, Place, ShardId};
+use smallvec::SmallVec;
+use std::cmp::Ordering;
+
+/// A request that waits for pages.
+pub(super) struct Pending {
+    pub token: Option<Token>,
+    pub kind: PendingKind,
+    /// Pages, in the order of the request: those read, then those changed.
+    pub pages: SmallVec<[usize; 2]>,
+    missing: u32,
+    /// Its place among those who ask for map nodes.
+    pub asked: u64,
+    /// Which of the pages must keep their bytes in memory, by bits.
+    with_data: SmallVec<[u64; 1]>,
+    /// How often a commit has given back what it had pinned, to wait for a map node.
+    pub yields: u8,
+    /// It waits at the head of the queue.
+    pub stays: bool,
+    /// Its part of `Held::request_bytes`.
+    pub weight: u64,
+    pub error: Option<Error>,
+}
+
+pub(super) enum PendingKind {
+    /// So many of the pages were in memory.
+    Read(u32),
+    Walk(Box<Walk>),
+    Commit(Commit),
+    /// Of a commit over shards.
+    Part(Box<Part>),
+    Redo(Vec<RedoChange>),
+    /// Compaction, of that shard, wants to move the page away from here.
+    Move(Place, ShardId),
+}
+
+impl Pending {
+    /// The commit, or the part of one.
+    pub fn commit(&self) -> Option<&Commit> {
+        match &self.kind {
+            PendingKind::Commit(commit) => Some(commit),
+            PendingKind::Part(part) => Some(&part.commit),
+            _ => None,
+        }
+    }
+
+    /// Whether a caller waits for it.
+    pub fn is_own(&self) -> bool {
+        matches!(self.kind, PendingKind::Read(_) | PendingKind::Walk(_) | PendingKind::Commit(_))
+    }
+
+    /// Whether it waits for a page or a node.
+    pub fn is_waiting(&self) -> bool {
+        self.missing > 0
+    }
+
+    fn needs_data(&self, i: usize) -> bool {
+        self.with_data.get(i / 64).is_some_and(|bits| bits >> (i % 64) & 1 == 1)
+    }
+
+    /// How many of the pages are there because they were read.
+    pub fn reads_count(&self) -> usize {
+        self.commit().map_or(0, |commit| commit.reads.len())
+    }
+}
+
+/// Which changes need the old bytes of their page.
+pub(super) fn patched(changes: &[(PageKey, Change)]) -> Vec<bool> {
+    changes.iter().map(|(_, change)| matches!(change, Change::Patch { .. })).collect()
+}
+
+/// The error for a commit that was on its way when the store stopped.
+pub(super) fn outcome_unknown(lsn: Lsn, cause: &Error) -> Error {
+    let context = format_args!("whether commit {lsn} will be found is not known: {cause}; reopen the store and look");
+    Error::new(ErrorKind::OutcomeUnknown, context)
+}
+
+/// A reply that waits until everything up to `lsn` is durable.
+pub(super) struct Waiting {
+    lsn: Lsn,
+    seq: u64,
+    token: Token,
+    response: Response,
+    /// A commit: if the log fails, nobody knows whether it will be found.
+    is_commit: bool,
+}
+
+impl Waiting {
+    pub fn lsn(&self) -> Lsn {
+        self.lsn
+    }
+}
+
+impl PartialEq for Waiting {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+impl Eq for Waiting {}
+impl PartialOrd for Waiting {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Waiting {
+    /// The lowest LSN is the greatest: the heap gives it first.
+    fn cmp(&self, other: &Self) -> Ordering {
+        (other.lsn, other.seq).cmp(&(self.lsn, self.seq))
+    }
+}
+
+impl Shard {
+    /// Brings a request; its reply comes as an effect, of this or a later turn.
+    pub fn request(&mut self, token: Token, request: Request) {
+        if let Err(error) = self.admit_request(&request) {
+            self.reply(token, Err(error));
+            return;
+        }
+        match request {
+            Request::Read(keys) => {
+                let pages: SmallVec<[usize; 2]> = keys.iter().map(|key| self.table.get(*key)).collect();
+                let stored = |page: &Page| page.has(true) && !page.absent;
+                let hits = pages.iter().filter(|idx| stored(&self.table.pages[**idx])).count() as u32;
+                self.begin(Some(token), PendingKind::Read(hits), pages, |_| true);
+            }
+            Request::Allocated(asked) => {
+                let walk = self.begin_walk(asked);
+                self.begin(Some(token), PendingKind::Walk(walk), SmallVec::new(), |_| false);
+            }
+            Request::Commit(commit) if !self.is_local(&commit) => self.begin_cross(token, commit),
+            Request::Commit(commit) => {
+                let pages = self.pages_of(&commit.reads, &commit.changes);
+                let reads = commit.reads.len();
+                let patched = patched(&commit.changes);
+                self.begin(Some(token), PendingKind::Commit(commit), pages, |i| i >= reads && patched[i - reads]);
+            }
+            Request::Flush => {
+                let upto = self.order.next().before();
+                let own = self.log.bound() > upto && upto > self.order.watermark() && planted!(FlushForOwnShard);
+                let awaited = if own { self.order.watermark() } else { upto };
+                // Before the first commit of an epoch that is the last one of the state that was found.
+                let said = if upto < self.superblock.epoch_first_lsn { self.cut } else { upto };
+                self.reply_when_durable(awaited, token, Response::Flushed(said), false);
+            }
+            Request::WaitDurable(lsn) => self.reply_when_durable(lsn, token, Response::Durable, false),
+            Request::Checkpoint => self.request_checkpoint(token),
+            Request::Stats => {
+                let stats = Box::new(self.counters());
+                self.reply(token, Ok(Response::Stats(stats)));
+            }
+            Request::Close => self.request_close(token),
+        }
+    }
+
+    /// The pages of a commit: those read, then those changed. To have read one was the use, not to say so.
+    pub(super) fn pages_of(&mut self, reads: &[(PageKey, Lsn)], changes: &[(PageKey, Change)]) -> SmallVec<[usize; 2]> {
+        let mut pages: SmallVec<[usize; 2]> = reads.iter().map(|(key, _)| self.table.entry(*key)).collect();
+        pages.extend(changes.iter().map(|(key, _)| self.table.get(*key)));
+        pages
+    }
+
+    fn admit_request(&self, request: &Request) -> Result<()> {
+        if self.closed || self.closing.is_some() {
+            return Err(Error::new(ErrorKind::Closed, "the store is closed; open it again"));
+        }
+        match request {
+            Request::Read(keys) if keys.iter().any(|key| self.deal.shard_of(*key) != self.id) => {
+                Err(Error::invalid(format_args!("a read of pages of another shard came to shard {}", self.id.get())))
+            }
+            Request::Checkpoint | Request::Close if self.id != ShardId::LEADER => {
+                Err(Error::invalid(format_args!("only shard 0 takes checkpoints and closes, not {}", self.id.get())))
+            }
+            Request::Read(keys) if keys.len() > self.limits.vectored_pages_max => Err(Error::invalid(format_args!(
+                "{} pages in one read: at most {} (vectored_pages_max)",
+                keys.len(),
+                self.limits.vectored_pages_max
+            ))),
+            Request::Commit(commit) => {
+                check_commit(commit, self.limits.txn_bytes_max)?;
+                self.failed.clone().map_or(Ok(()), Err)
+            }
+            Request::WaitDurable(lsn) if *lsn >= self.order.next() => Err(Error::invalid(format_args!(
+                "LSN {lsn} has not been given to any commit yet; the next is {}",
+                self.order.next()
+            ))),
+            Request::WaitDurable(lsn) if *lsn <= self.order.watermark() => Ok(()),
+            Request::Flush | Request::WaitDurable(_) | Request::Checkpoint => self.failed.clone().map_or(Ok(()), Err),
+            Request::Read(_) | Request::Allocated(_) | Request::Stats | Request::Close => Ok(()),
+        }
+    }
+
+    /// Registers a request and asks for its pages; `data(i)` says whether page `i` is needed with its bytes.
+    pub(super) fn begin(
+        &mut self,
+        token: Option<Token>,
+        kind: PendingKind,
+        pages: SmallVec<[usize; 2]>,
+        data: impl Fn(usize) -> bool,
+    ) -> usize {
+        let weight = request_weight(&kind, pages.len());
+        self.held.request_bytes += weight;
+        let (mut with_data, mut bits): (SmallVec<[u64; 1]>, u64) = (SmallVec::new(), 0);
+        for (i, idx) in pages.iter().enumerate() {
+            if i > 0 && i % 64 == 0 {
+                with_data.push(std::mem::take(&mut bits));
+            }
+            self.table.pages[*idx].holds += 1;
+            if data(i) {
+                bits |= 1 << (i % 64);
+                self.table.hold_bytes(*idx);
+                self.held.data += 1;
+            }
+        }
+        with_data.push(bits);
+        let count = pages.len();
+        let pending = Pending {
+            token,
+            kind,
+            pages,
+            missing: 1,
+            asked: 0,
+            with_data,
+            yields: 0,
+            stays: false,
+            weight,
+            error: None,
+        };
+        let waiter = self.pending.insert(pending);
+        for i in 0..count {
+            // It stays until the last one has been asked for: `missing` counts one more until then.
+            let idx = self.pending[waiter].pages[i];
+            if !self.want_quiet(idx, data(i), waiter) {
+                self.pending[waiter].missing += 1;
+            }
+        }
+        // The one that stood for "not all asked yet".
+        self.need_met(waiter, None);
+        waiter
+    }
+
+    /// As `want`, but counts before it asks: the answer may come at once.
+    fn want_quiet(&mut self, idx: usize, data: bool, waiter: usize) -> bool {
+        self.pending[waiter].missing += 1;
+        let has = self.want(idx, data, waiter);
+        self.pending[waiter].missing -= 1;
+        has
+    }
+
+    /// One thing that the request waited for is there, or has failed.
+    pub(super) fn need_met(&mut self, waiter: usize, error: Option<Error>) {
+        let pending = &mut self.pending[waiter];
+        if error.is_some() {
+            pending.error = error;
+        }
+        pending.missing -= 1;
+        if pending.missing == 0 {
+            self.again = true;
+            match pending.kind {
+                PendingKind::Commit(_) if pending.stays => {}
+                PendingKind::Commit(_) | PendingKind::Redo(_) => self.ready.push_back(waiter),
+                PendingKind::Part(_) => self.ready_parts.push_back(waiter),
+                PendingKind::Read(_) | PendingKind::Walk(_) | PendingKind::Move(..) => self.finished.push_back(waiter),
+            }
+        }
+    }
+
+    /// A ready request must wait for one more thing.
+    pub(super) fn need_more(&mut self, waiter: usize) {
+        self.pending[waiter].missing += 1;
+    }
+
+    /// Ends a request: its pages may go, and those without memory are gone from the table afterwards.
+    pub(super) fn release(&mut self, waiter: usize) -> Pending {
+        let pending = self.pending.remove(waiter);
+        self.held.request_bytes -= pending.weight;
+        self.held.moves -= usize::from(matches!(pending.kind, PendingKind::Move(..)));
+        for (i, idx) in pending.pages.iter().enumerate() {
+            self.table.pages[*idx].holds -= 1;
+            if pending.needs_data(i) {
+                self.table.let_bytes_go(*idx);
+                self.held.data -= 1;
+            }
+            self.unpin_if_clean(*idx);
+        }
+        pending
+    }
+
+    /// Answers reads, and hands moves to compaction.
+    pub(super) fn finish_ready(&mut self) {
+        while let Some(waiter) = self.finished.pop_front() {
+            match self.pending[waiter].kind {
+                PendingKind::Move(from, home) => self.move_ready(waiter, from, home),
+                PendingKind::Walk(_) => self.walk(waiter),
+                _ => self.finish_read(waiter),
+            }
+        }
+    }
+
+    fn finish_read(&mut self, waiter: usize) {
+        // Before the release: the table keeps no entry of an absent page for which nobody asks.
+        let watermark = self.order.watermark();
+        let pages = self.pending[waiter].pages.iter().map(|idx| {
+            let page = &self.table.pages[*idx];
+            PageRef::new(page.frame.as_ref().map(|f| f.pin()), page.told(watermark))
+        });
+        let pages: SmallVec<[PageRef; 1]> = pages.collect();
+        let is_catalog = self.pending[waiter].pages.first().is_some_and(|idx| self.table.pages[*idx].is_catalog());
+        let pending = self.release(waiter);
+        let token = pending.token.expect("a read has a token");
+        if let Some(error) = pending.error {
+            self.reply(token, Err(error));
+            return;
+        }
+        let count = pages.len() as u64;
+        if is_catalog {
+            self.stats.catalog_reads += count;
+        } else if let PendingKind::Read(hits) = pending.kind {
+            let absent = pages.iter().filter(|page| page.is_absent()).count() as u64;
+            self.stats.page_reads += count;
+            self.stats.absent_reads += absent;
+            // One that was in memory may have been freed since.
+            self.stats.cache_hits += u64::from(hits).min(count - absent);
+            self.stats.bytes_read += count * BLOCK as u64;
+        }
+        self.reply(token, Ok(Response::Pages(pages)));
+    }
+
+    /// A read goes to the device: for whom?
+    pub(super) fn count_read(&mut self, kind: &OpKind) {
+        match kind {
+            OpKind::NodeRead(_) => self.stats.node_reads += 1,
+            OpKind::PageRead(reads) => {
+                let is_caller = |waiter: usize| !matches!(self.pending[waiter].kind, PendingKind::Move(..));
+                let is_awaited = |page: &Page| !page.is_catalog() && page.waiters().any(is_caller);
+                let awaited = reads.iter().flatten().any(|read| is_awaited(&self.table.pages[read.page]));
+                self.stats.caller_reads += u64::from(awaited);
+            }
+            _ => {}
+        }
+    }
+
+    /// Replies now or when `lsn` is durable.
+    pub(super) fn reply_when_durable(&mut self, lsn: Lsn, token: Token, response: Response, is_commit: bool) {
+        if lsn <= self.order.watermark() {
+            self.reply(token, Ok(response));
+            return;
+        }
+        self.log.open.urgent = true;
+        self.waits.wanted = self.waits.wanted.max(lsn);
+        self.again = true;
+        self.waiting_seq += 1;
+        self.waiting.push(Waiting { lsn, seq: self.waiting_seq, token, response, is_commit });
+    }
+
+    /// The watermark has advanced.
+    pub(super) fn acknowledge(&mut self) {
+        let watermark = self.order.watermark();
+        while self.waiting.peek().is_some_and(|w| w.lsn <= watermark) {
+            if let Some(w) = self.waiting.pop() {
+                self.reply(w.token, Ok(w.response));
+            }
+        }
+    }
+
+    /// Ends everything that waits for durability: it will not come any more.
+    pub(super) fn fail_writers(&mut self, cause: &Error) {
+        let stopped = self.failed.clone().expect("called when failed");
+        for w in std::mem::take(&mut self.waiting) {
+            let error = if w.is_commit { outcome_unknown(w.lsn, cause) } else { stopped.clone() };
+            self.reply(w.token, Err(error));
+        }
+        self.fail_cross(cause, &stopped);
+        self.drop_parts();
+        self.fail_checkpoint(&stopped);
+        self.again = true;
+    }
+
+    pub(super) fn reply(&mut self, token: Token, result: Result<Response>) {
+        if matches!(&result, Err(error) if error.kind() == ErrorKind::Conflict) {
+            self.stats.conflicts += 1;
+        }
+        self.effects.push_back(Effect::Reply(token, result));
+    }
+}
+
+/// What a commit counts against `txn_bytes_max`: the memory that its pages and map leaves may need at once.
+fn commit_bytes(commit: &Commit) -> u64 {
+    let change = |(_, change): &(_, Change)| match change {
+        Change::Put(_) | Change::Patch { .. } => BLOCK as u64,
+        Change::Free => FREE_BYTES,
+    };
+    commit.changes.iter().map(change).sum()
+}
+
+/// A freed page needs no memory but, at worst, a map leaf for every eight: pages are freed in runs.
+pub(super) const FREE_BYTES: u64 = 512;
+
+fn check_commit(commit: &Commit, bytes_max: u64) -> Result<()> {
+    for (key, change) in &commit.changes {
+        match change {
+            Change::Put(bytes) if bytes.len() != BLOCK => {
+                let len = bytes.len();
+                return Err(Error::invalid(format_args!("page {key:?}: {len} bytes given, a page has {BLOCK}")));
+            }
+            Change::Patch { offset, bytes } if bytes.is_empty() || *offset as usize + bytes.len() > BLOCK => {
+                return Err(Error::invalid(format_args!(
+                    "page {key:?}: a patch of {} bytes at {offset} does not fit: it needs 1 to {BLOCK} bytes in the page",
+                    bytes.len()
+                )));
+            }
+            _ => {}
+        }
+        if usize::from(key.volume.get()) >= crate::format::root::VOLUMES_MAX {
+            return Err(Error::invalid(format_args!("page {key:?}: volume numbers end at 247")));
+        }
+    }
+    let bytes = commit_bytes(commit);
+    let reads_max = bytes_max / 64;
+    if bytes > bytes_max || commit.reads.len() as u64 > reads_max {
+        return Err(Error::new(
+            ErrorKind::TooLarge,
+            format_args!(
+                "a commit of {bytes} bytes and {} reads: at most {bytes_max} bytes (txn_bytes_max) and {reads_max} reads; split it",
+                commit.reads.len()
+            ),
+        ));
+    }
+    Ok(())
+}

@@ -1,0 +1,485 @@
+//! Data space: admission, growth, and when to reclaim.
+//!
+//! Invariants
+//! 1. Every dirty page and every slot has a block reserved; map nodes and compaction have a reserve of their own.
+//! 2. `Full` only when nothing can give space any more: no growth, no checkpoint that would free places, nothing to
+//!    compact. Until then a commit waits.
+//! 3. The space grows only while more of it than `Options::fill_percent` is live, the size of the log aside; else it is
+//!    reclaimed.
+//! 4. Compaction keeps free and spent extents together at a share of the space that is not live ([`AHEAD_PART`]), and runs
+//!    beside checkpoints. A checkpoint is asked for when most of these are spent, or when commits wait and compaction can't go
+//!    on without one. All of this scales with the store, so a checkpoint, which writes nearly every leaf of the map under random
+//!    overwrites, is paid for by as many pages in a large store as in a small one. See decision 17.
+//! 5. The leader makes the file longer, for whoever asks; if it can't, the others give of what they have.
+
+use super::admission::Need;
+use super::message::Message;
+use super::{Lack, OpKind, Shard, Step};
+use crate::base::error::{Error, ErrorKind, Result};
+use crate::base::{BLOCK, ExtentNo, Micros, Place, ShardId};
+use crate::engine::map::Stream;
+use crate::format::extent::{ItemKind, TABLE_ROWS, table_offset};
+use crate::io::{DiskOp, FileId, IoSlice};
+use std::collections::VecDeque;
+
+/// Extents that commits leave to map nodes, checkpoints and compaction, at least.
+const RESERVE_EXTENTS: u64 = 8;
+/// The same, as a part of the blocks that are not live: what compaction has to work with while commits wait. With a fixed reserve
+/// a large store that has run out of free extents does a checkpoint for every few extents that compaction empties.
+const RESERVE_PART: u64 = 16;
+/// The same for commits that make room, by freeing pages or deleting a volume: a full store must be able to become less full.
+const FREES_RESERVE_EXTENTS: u64 = 3;
+/// Extents beyond `data_bytes_max` that the engine may take for itself, to finish a recovery or a checkpoint.
+const BEYOND_EXTENTS: u32 = 64;
+/// This part of the blocks that are not live is kept free or spent, beyond the reserve. More makes checkpoints rarer, and
+/// extents fuller when they are compacted; from a third to an eighth the sum of both costs hardly changes.
+const AHEAD_PART: u64 = 5;
+/// At least so many extents, whatever is live.
+const AHEAD_EXTENTS_MIN: u64 = 4;
+/// When free extents are down to this part of what is kept ahead, a checkpoint turns spent ones into free ones. Writes go on
+/// meanwhile: they take what is left.
+const LOW_PART: u64 = 5;
+/// What checkpoints in a row without a gain may come to, while a commit waits for space, before there is none to be had:
+/// one that found nothing to compact counts [`FRUITLESS_IDLE`] times.
+const FRUITLESS_MAX: u32 = 16;
+const FRUITLESS_IDLE: u32 = 4;
+/// After a failed growth the next is tried this much later.
+pub(super) const GROW_RETRY_US: Micros = 1_000_000;
+
+/// A growth under way: first the table, then the data.
+#[derive(Clone, Copy)]
+pub(super) struct Growth {
+    of: ShardId,
+    to: u32,
+    table_done: bool,
+}
+
+/// Who was asked for more space.
+#[derive(Clone, Copy, Default)]
+pub(super) enum SpaceAsked {
+    #[default]
+    Nobody,
+    /// The leader. How much it matters: how far beyond the limit it may go, or most of all if nothing goes on without.
+    Leader { weight: u32 },
+    /// All others: how many have not answered, whether one gave something.
+    Others { left: u16, got: bool, weight: u32 },
+}
+
+/// The shard's dealings with space.
+#[derive(Default)]
+pub(super) struct Space {
+    /// Dirty pages that are freed: a block is reserved for each as for any dirty page, and none will be taken.
+    pub freed_pages: u64,
+    /// More is asked for.
+    pub growing: bool,
+    pub asked: SpaceAsked,
+    /// Requests that wait for the leader, and how far beyond the limit each may go.
+    pub requests: VecDeque<(ShardId, u32)>,
+    pub growth_under_way: bool,
+    /// When it was refused last, and the weight of the request.
+    pub failed: Option<(Micros, u32)>,
+    /// The operator has been told that the file can't grow: it is tried again every second.
+    pub growth_failure_logged: bool,
+    /// A commit waits for it.
+    pub stalled: bool,
+    /// A part found none a moment ago: until then it is being made.
+    pub wanted_until: Micros,
+    pub reclaiming: Reclaiming,
+}
+
+/// Whether reclaiming still helps.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Reclaiming {
+    /// Free blocks at most since a commit had to wait.
+    best: u64,
+    /// Checkpoints since `best` was reached, weighted.
+    fruitless: u32,
+    /// Live blocks when it was given up: it is tried again when something was freed.
+    given_up_at: Option<u64>,
+}
+
+impl Shard {
+    /// A block for `what`; the extent that this fills gets its summary written.
+    pub(super) fn alloc_block(&mut self, stream: Stream, what: ItemKind) -> Option<Place> {
+        #[cfg(any(test, feature = "sim"))]
+        if matches!(what, ItemKind::Page(..))
+            && let Some(place) = self.reused_early.pop()
+            && self.extents.hand_out_again(place)
+        {
+            return Some(place);
+        }
+        let (place, full) = self.extents.alloc(stream, what)?;
+        self.summaries.extend(full);
+        Some(place)
+    }
+
+    pub(super) fn free_blocks(&self) -> u64 {
+        let space = self.extents.space();
+        u64::from(space.free) * u64::from(space.data_blocks)
+    }
+
+    /// Blocks that what is dirty now will take, the map nodes that dirty pages will change among it: a checkpoint must find room for
+    /// them, however many pages have been waiting to be written.
+    pub(super) fn owed_blocks(&self) -> u64 {
+        self.owed_now() + self.awaited_nodes()
+    }
+
+    fn awaited_nodes(&self) -> u64 {
+        self.map.awaited_count(self.checkpoint.is_active())
+    }
+
+    /// The same without what will be dirty by and by: the file is not made longer for its sake, since it comes and goes.
+    fn owed_now(&self) -> u64 {
+        let pages = self.reserved_blocks - self.space.freed_pages;
+        pages + self.reserved.space_blocks + self.map.dirty_count() as u64
+    }
+
+    /// Whether a commit's pages and map nodes will find space. `Ok(false)`: not yet.
+    pub(super) fn admit_space(&mut self, need: &Need) -> Result<bool> {
+        let reserve = match need.makes_room {
+            true => FREES_RESERVE_EXTENTS * u64::from(self.extents.data_blocks()),
+            false => self.reserve_blocks(),
+        };
+        let wanted = self.owed_blocks() + need.blocks() + reserve;
+        if self.free_blocks() >= wanted {
+            self.space.reclaiming = Reclaiming::default();
+            return Ok(true);
+        }
+        self.space.stalled = true;
+        if self.reclaim(wanted) {
+            return Ok(false);
+        }
+        Err(self.full(need))
+    }
+
+    /// That there is no space for a commit: what for, and what would help.
+    fn full(&self, need: &Need) -> Error {
+        let what = match need.makes_room {
+            true => "what freeing pages changes in the page map".to_owned(),
+            false => format!("{} pages that are written", need.frames),
+        };
+        let is_limited = self.extents.count() >= self.limits.data_extents_max;
+        let more = match is_limited {
+            true => format!("raise data_bytes_max (it allows {} extents)", self.limits.data_extents_max),
+            false => "make room in the file system".to_owned(),
+        };
+        let (space, extent_bytes) = (self.extents.space(), self.limits.geometry.extent_bytes);
+        Error::new(
+            ErrorKind::Full,
+            format_args!(
+                "no space is left for {what}: shard {} has {} of its {} data extents of {extent_bytes} bytes free, which it needs \
+                 for its page map and to reclaim space; delete or discard data, or {more}",
+                self.id.get(),
+                space.free,
+                space.total
+            ),
+        )
+    }
+
+    /// A checkpoint has ended: what was retired is free. `compacts`: extents were compacted during it.
+    pub(super) fn note_reclaimed(&mut self, compacts: bool) {
+        let free = self.free_blocks();
+        let r = &mut self.space.reclaiming;
+        if free > r.best {
+            *r = Reclaiming { best: free, ..Reclaiming::default() };
+        } else if self.space.stalled || self.now < self.space.wanted_until {
+            r.fruitless += if compacts { 1 } else { FRUITLESS_IDLE };
+        }
+    }
+
+    fn named_blocks(&self) -> u64 {
+        self.extents.space().live_blocks.saturating_sub(self.extents.left_count() as u64)
+    }
+
+    /// Room for the nodes of one virtual shard; if not, space is made.
+    pub(super) fn space_for_nodes(&mut self, nodes: u32) -> bool {
+        if self.free_blocks() > u64::from(nodes) {
+            return true;
+        }
+        self.blocked.register(Step::Capture, Lack::Space);
+        self.must_grow("the page map");
+        false
+    }
+
+    /// Nothing goes on without a place for `what`: more space is asked for, and if there is none the store stops.
+    pub(super) fn must_grow(&mut self, what: &str) {
+        self.space.stalled = true;
+        let waits = self.space.growing
+            || self.ask_for_space(BEYOND_EXTENTS, true)
+            || (self.opening && planted!(OpeningWaitsForSpace));
+        if !waits {
+            let context = format_args!(
+                "no space is left for {what}, and the data space can't grow: make room in the file system, then open \
+                 the store again"
+            );
+            self.fail(Error::new(ErrorKind::Full, context));
+        }
+    }
+
+    /// Blocks that would be free if nothing dead were left anywhere: reclaiming can't make more.
+    fn spare_blocks(&self) -> u64 {
+        let space = self.extents.space();
+        (u64::from(space.total) * u64::from(space.data_blocks)).saturating_sub(self.named_blocks())
+    }
+
+    /// Blocks that commits leave to map nodes, checkpoints and compaction. The fuller the store, the less: a full one can use all
+    /// but the least of it.
+    fn reserve_blocks(&self) -> u64 {
+        let least = RESERVE_EXTENTS * u64::from(self.extents.data_blocks());
+        (self.spare_blocks() / RESERVE_PART).max(least)
+    }
+
+    /// Whether space is being made, or can be, for `wanted` free blocks in all; does what is next for it.
+    fn reclaim(&mut self, wanted: u64) -> bool {
+        if self.space.growing || (self.wants_growth() && self.grow(0)) {
+            return true;
+        }
+        let named = self.named_blocks();
+        if self.space.reclaiming.given_up_at.is_some_and(|at| named >= at) {
+            return self.grow(0);
+        }
+        if self.space.reclaiming.fruitless >= FRUITLESS_MAX {
+            self.space.reclaiming = Reclaiming { given_up_at: Some(named), ..Reclaiming::default() };
+            return self.grow(0);
+        }
+        // What is on its way may yet leave places: pages that were freed, above all.
+        let unsettled = self.reserved_blocks + self.captures.len() as u64;
+        if self.spare_blocks() + unsettled + self.owed_blocks() < wanted {
+            return self.grow(0);
+        }
+        let moving = self.begin_compaction() || !self.moves.is_empty();
+        if self.checkpoint_under_way() {
+            return true;
+        }
+        if moving && self.extents.coming() < self.reserve_blocks() / 2 {
+            // Compaction will have made more of it: a checkpoint costs the same, however little it frees.
+            return true;
+        }
+        let is_awaited = self.awaited_nodes() > 0 || self.map.dirty_count() > 0;
+        let is_dirty = self.reserved_blocks > 0 || self.page_writes > 0 || is_awaited;
+        if self.extents.coming() > 0 || (!moving && (self.extents.left_count() > 0 || is_dirty)) {
+            // What is dirty leaves places when it is written.
+            self.need_checkpoint();
+            return true;
+        }
+        moving || self.grow(0)
+    }
+
+    /// Whether most of the space is live, so that reclaiming would give little. As many dead blocks as the log has are let
+    /// be: a store that is small beside its log would else be compacted without end.
+    fn wants_growth(&self) -> bool {
+        let (space, geometry) = (self.extents.space(), &self.limits.geometry);
+        let reserve = RESERVE_EXTENTS * u64::from(space.data_blocks);
+        let live = self.named_blocks() + self.owed_now() + reserve;
+        let let_be = geometry.segment_bytes * u64::from(geometry.segments_count) / BLOCK as u64;
+        let filled = (u64::from(space.total) * u64::from(space.data_blocks)).saturating_sub(let_be);
+        live * 100 > filled * u64::from(self.limits.fill_percent)
+    }
+
+    /// Keeps some extents free ahead of need.
+    pub(super) fn advance_space(&mut self) {
+        if self.failed.is_some() || self.closing.is_some() || self.space.growing {
+            return;
+        }
+        if self.opening {
+            return self.space_for_opening();
+        }
+        // Beyond what commits may not use.
+        let extent = u64::from(self.extents.data_blocks());
+        let ahead = (self.spare_blocks() / AHEAD_PART).max(AHEAD_EXTENTS_MIN * extent);
+        let free = self.free_blocks().saturating_sub(self.owed_now() + self.reserve_blocks());
+        if free >= ahead {
+            return;
+        }
+        if self.wants_growth() && self.grow(0) {
+            return;
+        }
+        let coming = self.extents.coming();
+        while free + coming + self.compactor.count() as u64 * extent < ahead && self.begin_one_more() {}
+        let moving = self.compactor.count() > 0;
+        if self.checkpoint_under_way() {
+            return;
+        }
+        let stalled = self.space.stalled || self.now < self.space.wanted_until;
+        let low = ahead / LOW_PART;
+        // Dirty nodes leave their places with the next checkpoint.
+        let left = self.extents.left_count() + self.map.dirty_count();
+        if (free < low && coming >= low) || (stalled && !moving && left > 0) {
+            self.need_checkpoint();
+        }
+    }
+
+    /// While the store is opened there is to be as much space as its redo needs, and no more: a store that is killed again and again
+    /// would else grow with each life. Opening has an end: if the space can't grow, places that redo has left are retired,
+    /// and nothing is moved.
+    fn space_for_opening(&mut self) {
+        let reserve = FREES_RESERVE_EXTENTS * u64::from(self.extents.data_blocks());
+        if self.recovering.is_none() || self.free_blocks() >= self.owed_now() + reserve {
+            return;
+        }
+        if !self.grow(BEYOND_EXTENTS) && self.extents.left_count() > 0 {
+            self.need_checkpoint();
+        }
+    }
+
+    /// Asks for more data space, at most `beyond` extents past its limit; false if it was refused a moment ago.
+    fn grow(&mut self, beyond: u32) -> bool {
+        self.ask_for_space(beyond, false)
+    }
+
+    /// The same; `urgent`: without it nothing goes on.
+    fn ask_for_space(&mut self, beyond: u32, urgent: bool) -> bool {
+        let weight = if urgent { u32::MAX } else { beyond };
+        let refused = |(at, most): (Micros, u32)| self.now < at + GROW_RETRY_US && weight <= most;
+        if self.space.growing || self.space.failed.is_some_and(refused) {
+            return self.space.growing;
+        }
+        self.space.growing = true;
+        self.space.asked = SpaceAsked::Leader { weight };
+        self.send(ShardId::LEADER, Message::WantSpace(beyond));
+        true
+    }
+
+    /// A shard asks the leader for space.
+    pub(super) fn space_wanted_by(&mut self, shard: ShardId, beyond: u32) {
+        self.space.requests.push_back((shard, beyond));
+        self.grow_next();
+    }
+
+    fn grow_next(&mut self) {
+        while !self.space.growth_under_way
+            && let Some((of, beyond)) = self.space.requests.pop_front()
+        {
+            let count = self.extents.count();
+            let most = self.limits.data_extents_max.saturating_add(beyond);
+            if count >= most || self.failed.is_some() {
+                self.send(of, Message::Denied);
+                continue;
+            }
+            // An eighth of what one shard has.
+            let chunk = (count / u32::from(self.deal.shards_count()) / 8).clamp(4, 64);
+            let to = count.saturating_add(chunk).min(most);
+            self.space.growth_under_way = true;
+            let table = |extents: u32| table_offset(extents.div_ceil(TABLE_ROWS), 0);
+            let growth = Growth { of, to, table_done: false };
+            if table(to) > table(count) {
+                let op = DiskOp::Allocate { file: FileId::Table, from: table(count), to: table(to) };
+                self.submit(OpKind::Grow(growth), op);
+            } else {
+                self.grow_data(growth);
+            }
+        }
+    }
+
+    fn grow_data(&mut self, growth: Growth) {
+        let bytes = |extents: u32| u64::from(extents) * self.limits.geometry.extent_bytes;
+        let (from, to) = (bytes(self.extents.count()), bytes(growth.to));
+        let growth = Growth { table_done: true, ..growth };
+        self.submit(OpKind::Grow(growth), DiskOp::Allocate { file: FileId::Data, from, to });
+    }
+
+    /// A step of the growth has ended.
+    pub(super) fn grown(&mut self, growth: Growth, result: Result<()>) {
+        self.again = true;
+        match result {
+            Ok(()) if !growth.table_done => return self.grow_data(growth),
+            Ok(()) => {
+                self.space.growth_failure_logged = false;
+                let new: Vec<ExtentNo> = (self.extents.count()..growth.to).map(ExtentNo::new).collect();
+                self.extents.cover(growth.to);
+                self.send(growth.of, Message::Granted(new));
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut self.space.growth_failure_logged, true) {
+                    tracing::warn!(
+                        %error,
+                        "the data space can't grow: make room in the file system; commits that need space fail until then"
+                    );
+                }
+                self.send(growth.of, Message::Denied);
+            }
+        }
+        self.space.growth_under_way = false;
+        self.grow_next();
+    }
+
+    /// Extents that are this shard's from now on, by the leader or by another shard.
+    pub(super) fn space_granted(&mut self, extents: Vec<ExtentNo>) {
+        let some = !extents.is_empty();
+        self.extents.grant(extents);
+        match self.space.asked {
+            SpaceAsked::Others { left, got, weight } => self.another_has_answered(left - 1, got || some, weight),
+            _ => self.end_growth(true, 0),
+        }
+    }
+
+    /// The file can't be longer: the others may have some to spare.
+    pub(super) fn space_denied(&mut self) {
+        let SpaceAsked::Leader { weight } = self.space.asked else { return };
+        for shard in self.deal.others(self.id) {
+            self.send(shard, Message::Spare(weight == u32::MAX));
+        }
+        self.another_has_answered(self.deal.shards_count() - 1, false, weight);
+    }
+
+    fn another_has_answered(&mut self, left: u16, got: bool, weight: u32) {
+        self.space.asked = SpaceAsked::Others { left, got, weight };
+        if left == 0 {
+            self.end_growth(got, weight);
+        }
+    }
+
+    fn end_growth(&mut self, got: bool, weight: u32) {
+        self.space.asked = SpaceAsked::Nobody;
+        self.space.growing = false;
+        if got {
+            // Dirty pages that found no place try again.
+            self.dirty_since = 0;
+        }
+        self.space.failed = (!got).then_some((self.now, weight));
+    }
+
+    /// Another shard has no space left: half of what this one does not need.
+    pub(super) fn spare_space(&mut self, to: ShardId, urgent: bool) {
+        let space = self.extents.space();
+        let kept = if urgent { 2 } else { 2 * self.reserve_blocks().div_ceil(u64::from(space.data_blocks)) };
+        let needed = self.owed_blocks().div_ceil(u64::from(space.data_blocks)) + kept;
+        let spare = u64::from(space.free).saturating_sub(needed).div_ceil(2);
+        let given = if self.failed.is_some() { Vec::new() } else { self.extents.give_away(spare as usize) };
+        self.send(to, Message::Granted(given));
+    }
+
+    /// Where the extent was at home when the store was opened; it is still, if it is not at home here.
+    pub(super) fn first_home(&self, no: ExtentNo) -> ShardId {
+        ShardId::new((no.get() % u32::from(self.deal.shards_count())) as u16)
+    }
+
+    /// Writes the summaries of extents that are full, and those that a checkpoint asks for.
+    pub(super) fn write_summaries(&mut self) {
+        if self.failed.is_some() {
+            return;
+        }
+        while let Some(no) = self.summaries.last().copied() {
+            let bytes = self.extents.summary_bytes();
+            if !self.ensure_frames((bytes / BLOCK) as u32, Step::Summary) {
+                return;
+            }
+            self.summaries.pop();
+            if !self.extents.is_unsummarized(no) {
+                continue;
+            }
+            let mut summary = vec![0; bytes];
+            let place = self.extents.encode_summary(no, &mut summary);
+            let mut from = smallvec::SmallVec::new();
+            for block in summary.chunks(BLOCK) {
+                let mut frame = self.arena.alloc(0).expect("frames were ensured");
+                frame.try_mut().expect("a new frame has no pins").copy_from_slice(block);
+                from.push(IoSlice::whole(frame.pin()));
+            }
+            self.summaries_under_way += 1;
+            self.stats.checksums += 1;
+            let offset = place.offset(self.limits.geometry.extent_bytes);
+            self.submit(OpKind::SummaryWrite(no), DiskOp::Write { file: FileId::Data, offset, from });
+        }
+    }
+}

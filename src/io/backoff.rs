@@ -1,0 +1,88 @@
+//! How long to pause before something is tried again that the kernel has refused for now (`EAGAIN`, `EINTR`).
+//!
+//! Invariants
+//! 1. No refusal is answered by an immediate retry for ever: each pause in a row is at least as long as the one before.
+//! 2. A device that refuses for [`REFUSALS_MAX`] pauses in a row, half a minute, counts as failed: nobody waits for ever.
+//!
+//! It does *not* sleep where a ring has a timer for that.
+
+use crate::base::Micros;
+use rustix::io::Errno;
+use std::time::Duration;
+
+/// The first pause: longer than a queue of the device takes to have room again, short enough not to be noticed.
+const PAUSE_MIN_US: Micros = 100;
+/// The longest: a device that is that slow is not slowed down by it.
+const PAUSE_MAX_US: Micros = 100 << 10;
+/// So many refusals in a row are a failure.
+const REFUSALS_MAX: u16 = 300;
+
+/// Refusals in a row.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Backoff(u16);
+
+impl Backoff {
+    /// One more refusal. How long to pause before the next attempt, or `None`: it is a failure.
+    pub(super) fn refused(&mut self) -> Option<Micros> {
+        self.0 = self.0.saturating_add(1);
+        (self.0 <= REFUSALS_MAX).then(|| self.pause_us())
+    }
+
+    /// The pause after the present number of refusals.
+    pub(super) fn pause_us(self) -> Micros {
+        (PAUSE_MIN_US << self.0.saturating_sub(1).min(16)).min(PAUSE_MAX_US)
+    }
+}
+
+/// Does `call`, again after a pause while it is refused for now: for what is asked once, before a store is open. Up to
+/// a tenth of a second, since nobody can end that.
+#[allow(clippy::disallowed_methods, reason = "the kernel tells nobody when it would take it")]
+pub(super) fn patiently<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
+    let mut backoff = Backoff::default();
+    loop {
+        match call() {
+            Err(Errno::INTR | Errno::AGAIN) if backoff.pause_us() < PAUSE_MAX_US => {
+                let pause_us = backoff.refused().unwrap_or(PAUSE_MAX_US);
+                std::thread::sleep(Duration::from_micros(pause_us));
+            }
+            done => return done,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A signal in the middle of a trial must not make a store go through the page cache for the rest of its life.
+    #[test]
+    fn a_trial_that_is_interrupted_is_tried_again_and_not_for_ever() {
+        for refusal in [Errno::INTR, Errno::AGAIN] {
+            let mut left = 5;
+            let refused_first = || {
+                left -= 1;
+                if left > 0 { Err(refusal) } else { Ok(7) }
+            };
+            assert_eq!(patiently(refused_first), Ok(7));
+            assert_eq!(patiently(|| Err::<(), _>(refusal)), Err(refusal));
+        }
+        let mut calls = 0;
+        let failed = patiently(|| {
+            calls += 1;
+            Err::<(), _>(Errno::IO)
+        });
+        assert_eq!((failed, calls), (Err(Errno::IO), 1), "a failure is one at once");
+    }
+
+    /// Without pauses a device that is busy costs a whole core; without an end its callers wait for ever.
+    #[test]
+    fn pauses_grow_and_end() {
+        let mut backoff = Backoff::default();
+        let pauses: Vec<Micros> = std::iter::from_fn(|| backoff.refused()).collect();
+        assert_eq!(pauses[..3], [100, 200, 400]);
+        assert!(pauses.is_sorted() && *pauses.last().unwrap() == PAUSE_MAX_US);
+        let all: Micros = pauses.iter().sum();
+        assert!((25_000_000..35_000_000).contains(&all), "{all} us in all");
+        assert_eq!(backoff.refused(), None, "it stays a failure");
+    }
+}

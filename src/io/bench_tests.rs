@@ -1,0 +1,197 @@
+//! Measurements, not tests: `cargo test --lib disk::bench -- --ignored --nocapture --test-threads=1`.
+//!
+//! Goal: ratios between drivers and between flush methods on this machine, in interleaved rounds. No goal: absolute
+//! figures of a quiet machine; other processes take their share.
+#![allow(clippy::disallowed_methods, reason = "time is what is measured")]
+
+use super::portable::PortableOptions;
+use super::tests::{allocate, filled};
+use super::uring::UringOptions;
+use super::*;
+use crate::memory::Arena;
+use smallvec::smallvec;
+use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
+
+const FILE_BYTES: u64 = 512 << 20;
+const ROUND: Duration = Duration::from_millis(700);
+const ROUNDS: usize = 5;
+
+fn log(shard: u16) -> FileId {
+    FileId::Log(ShardId::new(shard), SegmentNo::new(0))
+}
+
+fn make(files: &Arc<Files>, choice: DriverChoice) -> FileDisk {
+    let portable = PortableOptions { workers_count: if choice == DriverChoice::Portable { 16 } else { 1 } };
+    FileDisk::with_files(files.clone(), &DriverOptions { choice, ring: UringOptions::default(), portable }).unwrap()
+}
+
+/// A cheap sequence of pseudo-random numbers.
+struct Sequence(u64);
+
+impl Sequence {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 >> 33) % n
+    }
+}
+
+/// Keeps `depth` reads under way for a round: how many were done.
+fn reads(disk: &mut FileDisk, arena: &mut Arena, depth: usize, sequence: &mut Sequence) -> f64 {
+    let mut done = Vec::new();
+    let mut spare: Vec<_> = (0..depth).map(|_| arena.alloc(0).unwrap()).collect();
+    let (mut count, mut flying) = (0u64, 0);
+    let start = Instant::now();
+    while start.elapsed() < ROUND || flying > 0 {
+        while start.elapsed() < ROUND
+            && let Some(frame) = spare.pop()
+        {
+            let offset = sequence.below(FILE_BYTES / 4096) * 4096;
+            disk.submit(OpId(0), DiskOp::Read { file: log(0), offset, into: smallvec![frame] });
+            flying += 1;
+        }
+        disk.push();
+        disk.reap(&mut done);
+        if done.is_empty() {
+            disk.wait(None);
+            disk.reap(&mut done);
+        }
+        for completion in done.drain(..) {
+            completion.result.unwrap();
+            let DiskOp::Read { into, .. } = completion.op else { panic!("a read comes back as one") };
+            spare.extend(into);
+            (count, flying) = (count + 1, flying - 1);
+        }
+    }
+    count as f64 / start.elapsed().as_secs_f64()
+}
+
+/// Writes a block and flushes it, one after the other, for a round: microseconds of each.
+fn write_and_flush(disk: &mut FileDisk, arena: &mut Arena, shard: u16) -> Vec<f64> {
+    let frame = filled(arena, 0, 1);
+    let mut times = Vec::new();
+    let start = Instant::now();
+    while start.elapsed() < ROUND {
+        let begun = Instant::now();
+        let offset = (times.len() as u64 % 2048) * 4096;
+        let from = smallvec![IoSlice::whole(frame.pin())];
+        execute(disk, DiskOp::Write { file: log(shard), offset, from }).unwrap();
+        execute(disk, DiskOp::Flush { files: smallvec![log(shard)] }).unwrap();
+        times.push(begun.elapsed().as_nanos() as f64 / 1000.0);
+    }
+    times
+}
+
+fn quantile(values: &mut [f64], q: f64) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[((values.len() - 1) as f64 * q) as usize]
+}
+
+fn store(direct: bool) -> (tempfile::TempDir, Arc<Files>) {
+    let dir = tempfile::tempdir().unwrap();
+    let options = FileOptions { direct, ..FileOptions::default() };
+    let files = Files::open(dir.path(), Access::ReadWrite, &options).unwrap();
+    let mut disk = make(&files, DriverChoice::Portable);
+    allocate(&mut disk, log(0), 0, FILE_BYTES).unwrap();
+    for shard in 1..4 {
+        allocate(&mut disk, log(shard), 0, 16 << 20).unwrap();
+    }
+    drop(disk);
+    (dir, files)
+}
+
+/// Microseconds of processor time of this process so far, the kernel's part included.
+fn processor_us() -> f64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    time.tv_sec as f64 * 1e6 + time.tv_nsec as f64 / 1e3
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn ring_against_portable() {
+    // From the page cache the device costs nothing: what is left is the drivers'.
+    for direct in [true, false] {
+        compare_drivers(direct);
+    }
+}
+
+fn compare_drivers(direct: bool) {
+    let (_dir, files) = store(direct);
+    let mut arena = Arena::new(4096).unwrap();
+    let mut sequence = Sequence(1);
+    let choices = [DriverChoice::Ring, DriverChoice::Portable];
+    let mut disks = choices.map(|choice| make(&files, choice));
+    disks.iter_mut().for_each(|disk| disk.register(arena.mapping()));
+    disks.iter().for_each(|disk| println!("{}", disk.report()));
+    for depth in [1, 4, 16, 64, 256] {
+        let (mut rates, mut costs) = ([vec![], vec![]], [vec![], vec![]]);
+        for _ in 0..ROUNDS {
+            for (i, disk) in disks.iter_mut().enumerate() {
+                let before = processor_us();
+                let rate = reads(disk, &mut arena, depth, &mut sequence);
+                costs[i].push((processor_us() - before) / (rate * ROUND.as_secs_f64()));
+                rates[i].push(rate / 1000.0);
+            }
+        }
+        let [ring, portable] = rates.map(|mut rates| quantile(&mut rates, 0.5));
+        let [cost, portable_cost] = costs.map(|mut costs| quantile(&mut costs, 0.5));
+        println!(
+            "reads depth {depth:3}: ring {ring:6.1} k/s, {cost:5.2} us; portable {portable:6.1} k/s, {portable_cost:5.2} \
+             us; ratio {:.2}",
+            ring / portable
+        );
+    }
+    let mut times = [vec![], vec![]];
+    for _ in 0..ROUNDS {
+        for (disk, times) in disks.iter_mut().zip(&mut times) {
+            times.extend(write_and_flush(disk, &mut arena, 1));
+        }
+    }
+    for (choice, times) in choices.iter().zip(&mut times) {
+        let [p50, p99] = [0.5, 0.99].map(|q| quantile(times, q));
+        println!("write 4 KiB + flush, {choice:?}: p50 {p50:.0} us, p99 {p99:.0} us");
+    }
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn one_flush_for_all_files_against_one_per_file() {
+    let (dir, files) = store(true);
+    drop(files);
+    for (choice, shards) in [(DriverChoice::Ring, 1), (DriverChoice::Ring, 2), (DriverChoice::Ring, 3)] {
+        let mut times = [vec![], vec![]];
+        let mut counts = [vec![], vec![]];
+        for round in 0..2 * ROUNDS {
+            let i = round % 2;
+            let flush = [FlushChoice::Shared, FlushChoice::PerFile][i];
+            let options = FileOptions { flush, ..FileOptions::default() };
+            let files = Files::open(dir.path(), Access::ReadWrite, &options).unwrap();
+            let both = at_a_time(&files, choice, shards);
+            counts[i].push(both.len() as f64 / ROUND.as_secs_f64() / 1000.0);
+            times[i].extend(both);
+        }
+        for (i, name) in ["shared", "per file"].into_iter().enumerate() {
+            let rate = quantile(&mut counts[i], 0.5);
+            let [p50, p99] = [0.5, 0.99].map(|q| quantile(&mut times[i], q));
+            println!("{choice:?}, {shards} shards, {name}: {rate:.1} k/s, p50 {p50:.0} us, p99 {p99:.0} us");
+        }
+    }
+}
+
+/// Several shards write and flush, each on a thread of its own: microseconds of each.
+fn at_a_time(files: &Arc<Files>, choice: DriverChoice, shards: u16) -> Vec<f64> {
+    let barrier = Barrier::new(shards.into());
+    std::thread::scope(|scope| {
+        let shard = |n| {
+            let barrier = &barrier;
+            move || {
+                let mut disk = make(files, choice);
+                let mut arena = Arena::new(64).unwrap();
+                barrier.wait();
+                write_and_flush(&mut disk, &mut arena, n)
+            }
+        };
+        let threads: Vec<_> = (1..=shards).map(|n| scope.spawn(shard(n))).collect();
+        threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+    })
+}

@@ -1,0 +1,154 @@
+//! Files that are made: for whom, whether there is room for them, and how they go if it comes to nothing.
+//!
+//! Invariants
+//! 1. Only a store whose first file this opening has made and locked is ever removed: nobody was given it, so it holds nothing. A
+//!    file that has taken the place of one of its own stays.
+//! 2. Its first file goes last: without that the others are no store's.
+
+use super::{FIRST, Files};
+use crate::base::error::{Error, ErrorKind};
+use crate::io::{FileId, device};
+use rustix::fs::Mode;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::PoisonError;
+
+impl Files {
+    /// Gives a file that was made owner and mode of those that are there, or the owner of the directory: a store that an administrator has
+    /// opened once stays its user's.
+    pub(super) fn like_the_others(&self, made: impl std::os::fd::AsFd) {
+        let first = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = first.values().find_map(|file| file.get()?.metadata().ok());
+        let Some(like) = first.as_ref().map(|meta| (meta.uid(), meta.gid(), Some(meta.mode() & 0o777))).or_else(|| {
+            let directory = self.handle.metadata().ok()?;
+            Some((directory.uid(), directory.gid(), None))
+        }) else {
+            return;
+        };
+        let (uid, gid, mode) = like;
+        if let Some(mode) = mode {
+            let _ = rustix::fs::fchmod(&made, Mode::from_raw_mode(mode));
+        }
+        // Only root may give files away; who is not root has made them as itself, like those that are there.
+        let (uid, gid) = (rustix::fs::Uid::from_raw(uid), rustix::fs::Gid::from_raw(gid));
+        if rustix::process::geteuid().is_root() {
+            let _ = rustix::fs::fchown(&made, Some(uid), Some(gid));
+        }
+    }
+
+    /// That there is no store where one has to be.
+    pub(crate) fn no_store(&self) -> Error {
+        let context = format_args!("there is no store in {}: is what it is on mounted?", self.path.display());
+        Error::new(ErrorKind::NotFound, context)
+    }
+
+    /// Removes the files of a creation that has failed, if it was all made since these were opened. Nothing may be under way.
+    pub(crate) fn remove_creation(&self) {
+        let made = std::mem::take(&mut *self.made.lock().unwrap_or_else(PoisonError::into_inner));
+        if made.first() != Some(&FIRST) {
+            return;
+        }
+        // The first one last: without it the others are no store's, and nobody takes them for one.
+        for id in made.iter().rev() {
+            let name = id.to_string();
+            if !self.is_ours(*id, &name) {
+                continue;
+            }
+            if let Err(e) = rustix::fs::unlinkat(&self.handle, name.as_str(), rustix::fs::AtFlags::empty()) {
+                tracing::warn!("{} of a store that could not be made is left: {e}", self.path.join(name).display());
+            }
+        }
+    }
+
+    /// Whether the file of this name is still the one that is open here, and not one that somebody has put in its place.
+    fn is_ours(&self, id: FileId, name: &str) -> bool {
+        let named = rustix::fs::statat(&self.handle, name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW);
+        let open = self.file(id).get().and_then(|open| rustix::fs::fstat(open).ok());
+        matches!((named, open), (Ok(named), Some(open)) if (named.st_dev, named.st_ino) == (open.st_dev, open.st_ino))
+    }
+
+    /// Bytes that the files have, and those that the file system says are left for this user.
+    pub(crate) fn room(&self) -> (u64, Option<u64>) {
+        let files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        let lens = files.values().filter_map(|file| Some(file.get()?.metadata().ok()?.len()));
+        (lens.sum(), device::free_bytes(&self.handle))
+    }
+
+    /// The directory.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(in crate::io) fn missing(&self, id: FileId) -> Error {
+        let path = self.path.join(id.to_string());
+        let context = format_args!("the file {} is missing: bring the store back from a backup", path.display());
+        Error::new(ErrorKind::NotFound, context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::portable::{PortableDisk, PortableOptions};
+    use crate::io::{Access, DiskOp, FileOptions, execute};
+    use std::sync::Arc;
+
+    fn open(dir: &Path) -> Arc<Files> {
+        Files::open(dir, Access::ReadWrite, &FileOptions::default()).expect("nobody has it open")
+    }
+
+    fn make(files: &Arc<Files>, file: FileId) -> crate::Result<()> {
+        let mut disk = PortableDisk::with_files(files.clone(), &PortableOptions { workers_count: 1 })?;
+        execute(&mut disk, DiskOp::Allocate { file, from: 0, to: 4096 }).map(drop)
+    }
+
+    /// If this fails, of two commands that make a store in the same place at once the slower one makes its own over the other's, and
+    /// what that one has acknowledged is gone.
+    #[test]
+    fn a_store_that_was_made_meanwhile_is_not_written_over() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (faster, slower) = (open(dir.path()), open(dir.path()));
+        make(&faster, FIRST).expect("there is none");
+        std::fs::write(dir.path().join(FIRST.to_string()), [7; 4096]).expect("it is written");
+        drop(faster);
+        let error = make(&slower, FIRST).expect_err("there is one");
+        assert!(error.kind() == ErrorKind::InUse && error.to_string().contains("another process has made"), "{error}");
+        slower.remove_creation();
+        drop(slower);
+        let left = std::fs::read(dir.path().join(FIRST.to_string())).expect("it is there");
+        assert!(left == [7; 4096], "it was written over");
+    }
+
+    /// If this fails, a process whose creation fails takes away the store that another one has made after an operator has removed the
+    /// files of the first.
+    #[test]
+    fn a_failed_creation_removes_no_file_that_has_taken_the_place_of_its_own() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let files = open(dir.path());
+        make(&files, FIRST).expect("there is none");
+        make(&files, FileId::Meta).expect("there is none");
+        let path = dir.path().join(FIRST.to_string());
+        std::fs::remove_file(&path).expect("it is there");
+        std::fs::write(&path, "theirs").expect("a file");
+        files.remove_creation();
+        assert_eq!(std::fs::read(&path).expect("it is there"), b"theirs");
+        assert!(!dir.path().join("meta").exists(), "its own are removed");
+    }
+
+    /// If this fails, who has waited for the lock of a process that was making a store takes it for one of which files are missing.
+    #[test]
+    #[allow(clippy::disallowed_methods, reason = "so that the listing comes first")]
+    fn files_that_come_while_a_lock_is_waited_for_are_found() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let maker = open(dir.path());
+        make(&maker, FIRST).expect("there is none");
+        let waiting = std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| open(dir.path()));
+            std::thread::sleep(std::time::Duration::from_millis(300));
+            make(&maker, FileId::Meta).expect("there is none");
+            drop(maker);
+            waiter.join().expect("it is opened")
+        });
+        assert_eq!(waiting.existing(), [FileId::Meta, FIRST]);
+    }
+}

@@ -1,0 +1,48 @@
+//! The oldest kernel that the disks on files are meant for: asked before a file is touched.
+//!
+//! It does not probe single features; each is probed where it is used.
+
+use crate::base::error::{Error, ErrorKind, Result};
+
+/// Major and minor number. Direct I/O, `preadv`, `pwritev`, `fallocate` and `flock` on all supported file systems are
+/// older; 4.14 is where our promise begins, not where something breaks.
+const OLDEST: (u32, u32) = (4, 14);
+
+/// Refuses an older kernel.
+///
+/// # Errors
+/// `Unsupported`, with both versions.
+pub(crate) fn check() -> Result<()> {
+    let uname = rustix::system::uname();
+    judge(&uname.release().to_string_lossy())
+}
+
+fn judge(release: &str) -> Result<()> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|part| part.parse::<u32>().ok());
+    let version = numbers.next().zip(numbers.next());
+    match version {
+        Some(version) if version < OLDEST => Err(Error::new(
+            ErrorKind::Unsupported,
+            format_args!("this is Linux {release}; {}.{} or newer is needed", OLDEST.0, OLDEST.1),
+        )),
+        // A release that does not begin with two numbers is a kernel that somebody made; let it try.
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An old kernel must be told from a new one, and a strange name must not lock anybody out.
+    #[test]
+    fn old_kernels_are_refused_and_others_are_not() {
+        for release in ["4.14.0", "4.19.0-27-amd64", "5.4", "6.18.44-fc-v595", "10.0.1", "custom", ""] {
+            assert!(judge(release).is_ok(), "{release}");
+        }
+        for release in ["4.13.9", "3.10.0-1160.el7.x86_64", "2.6.32"] {
+            assert_eq!(judge(release).expect_err(release).kind(), ErrorKind::Unsupported);
+        }
+        assert!(check().is_ok());
+    }
+}

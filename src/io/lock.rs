@@ -1,0 +1,113 @@
+//! The lock of a store's files, and who has it if it can't be had.
+//!
+//! Invariants
+//! 1. A lock that a dying process still holds is waited for; any other one is refused at once or nearly so.
+//! 2. Which directories this process has open is noted, so that a second opening is not told to look for another process.
+//!
+//! It does *not* unlock: `files` does, when nothing is in flight.
+
+use super::FileId;
+use super::cancel::Cancel;
+use super::opener::Opener;
+use crate::base::error::{Error, ErrorKind};
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// How long the lock of a dying process is waited for. A killed process that drove a ring can be waited for by its
+/// parent before the kernel has taken the ring, and with it the locked descriptors, down.
+const DYING_MAX: Duration = Duration::from_secs(2);
+const DYING_STEP: Duration = Duration::from_millis(5);
+
+/// A directory, by device and inode.
+type Directory = (u64, u64);
+
+/// How often each directory is open here, and the process that "here" is: a forked child has none open.
+static OPEN: Mutex<BTreeMap<Directory, (Opener, usize)>> = Mutex::new(BTreeMap::new());
+
+fn open_here() -> MutexGuard<'static, BTreeMap<Directory, (Opener, usize)>> {
+    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn directory(handle: &File) -> Option<Directory> {
+    handle.metadata().ok().map(|meta| (meta.dev(), meta.ino()))
+}
+
+/// A note, for as long as it is kept, that this process has a directory open.
+#[derive(Default)]
+pub(super) struct OpenHere(Option<Directory>);
+
+impl OpenHere {
+    pub(super) fn note(handle: &File) -> OpenHere {
+        let directory = directory(handle);
+        if let Some(directory) = directory {
+            let mut open = open_here();
+            let entry = open.entry(directory).or_insert((Opener::default(), 0));
+            if !entry.0.is_here() {
+                *entry = (Opener::default(), 0);
+            }
+            entry.1 += 1;
+        }
+        OpenHere(directory)
+    }
+}
+
+impl Drop for OpenHere {
+    fn drop(&mut self) {
+        let Some(directory) = self.0 else { return };
+        let mut open = open_here();
+        if let Some((_, count)) = open.get_mut(&directory) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                open.remove(&directory);
+            }
+        }
+    }
+}
+
+/// That somebody has the store in `path`, whose directory is `handle`, open.
+pub(super) fn in_use(handle: &File, path: &Path, id: FileId) -> Error {
+    let open = directory(handle).and_then(|directory| open_here().get(&directory).copied());
+    let path = path.display();
+    match open.is_some_and(|(opener, _)| opener.is_here()) {
+        true => Error::new(
+            ErrorKind::InUse,
+            format_args!(
+                "the store in {path} is open in this process already: use a clone of that handle, or close it first"
+            ),
+        ),
+        false => Error::new(
+            ErrorKind::InUse,
+            format_args!(
+                "the store in {path} is open in another process (`fuser -v {path}/{id}` names it): close that one first"
+            ),
+        ),
+    }
+}
+
+/// That another process has made files in `path` where there were none when it was opened.
+pub(super) fn made_meanwhile(path: &Path) -> Error {
+    Error::new(
+        ErrorKind::InUse,
+        format_args!("another process has made a store in {} meanwhile: open that one", path.display()),
+    )
+}
+
+/// `WOULDBLOCK` only if somebody holds it who is not about to let go.
+#[allow(clippy::disallowed_methods, reason = "the end of another process is waited for")]
+pub(super) fn patiently(file: &File, how: FlockOperation, cancel: &Cancel) -> rustix::io::Result<()> {
+    let mut waited = Duration::ZERO;
+    loop {
+        match rustix::fs::flock(file, how) {
+            Err(Errno::INTR) => {}
+            Err(Errno::WOULDBLOCK) if waited < DYING_MAX && !cancel.is_cancelled() => std::thread::sleep(DYING_STEP),
+            other => return other,
+        }
+        waited += DYING_STEP;
+    }
+}

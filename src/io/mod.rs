@@ -1,0 +1,242 @@
+//! The disk seam: the only way by which the engine touches a device.
+//!
+//! An operation owns the memory that it reads into or writes from, from `submit` until its completion hands it
+//! back: a buffer belongs to the kernel until then, after a cancellation too.
+//!
+//! What every implementation promises
+//! 1. An operation completes exactly once, with `Ok` only if every byte was transferred: short transfers are
+//!    continued, `EINTR` and `EAGAIN` repeated after a pause, for half a minute at most; any other failure is an error,
+//!    whatever its number.
+//! 2. `Flush` covers the writes that had *completed* before it was submitted, and no others. A failed flush is
+//!    never repeated and called good.
+//! 3. Completions come in any order.
+//! 4. Files are named by their role, so that one device with regions can stand for all of them.
+//!
+//! It does *not*: checksum, retry at another place, or know what the bytes mean.
+
+mod backoff;
+mod block;
+mod cancel;
+mod device;
+mod driver;
+mod files;
+mod flush;
+mod kernel;
+mod lock;
+mod opener;
+pub mod portable;
+mod refusal;
+mod report;
+mod transfer;
+mod trial;
+pub mod uring;
+mod waker;
+
+pub use block::BlockDevice;
+pub use cancel::Cancel;
+pub(crate) use cancel::CancellableDisk;
+pub(crate) use device::Prospect;
+pub use device::{DeviceTraits, FlushChoice, FlushMethod, choose};
+pub use driver::{DriverChoice, DriverOptions, FileDisk};
+pub use files::{Access, FileOptions, Files};
+pub(crate) use kernel::check as check_kernel;
+pub(crate) use opener::Opener;
+pub(crate) use refusal::Circumstances;
+pub use refusal::{RingRefusal, RingRefused};
+pub use report::{DiskReport, Polling};
+pub use waker::DiskWaker;
+
+use crate::base::error::{Error, Result};
+use crate::base::{Micros, SegmentNo, ShardId};
+use crate::memory::{Frame, FrameRef, Mapping};
+use smallvec::SmallVec;
+use std::fmt;
+
+/// A file or region of the store, by its role.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum FileId {
+    /// Superblock copies and root slots.
+    Meta,
+    /// The extent table.
+    Table,
+    /// Extents: all pages and map nodes.
+    Data,
+    /// A segment of a shard's log.
+    Log(ShardId, SegmentNo),
+}
+
+impl fmt::Display for FileId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            FileId::Meta => write!(f, "meta"),
+            FileId::Table => write!(f, "extents"),
+            FileId::Data => write!(f, "data"),
+            FileId::Log(shard, segment) => write!(f, "log-{:03}-{:04}", shard.get(), segment.get()),
+        }
+    }
+}
+
+/// Bytes to be written: `len` bytes from `start` of a pinned frame. Both are multiples of 4 KiB.
+#[derive(Clone)]
+pub struct IoSlice {
+    /// The frame; pinned, so nobody changes it.
+    pub frame: FrameRef,
+    /// First byte within the frame.
+    pub start: u32,
+    /// Bytes.
+    pub len: u32,
+}
+
+impl IoSlice {
+    /// The whole frame.
+    pub fn whole(frame: FrameRef) -> Self {
+        let len = frame.len() as u32;
+        IoSlice { frame, start: 0, len }
+    }
+
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.frame[self.start as usize..(self.start + self.len) as usize]
+    }
+}
+
+/// One operation. Offsets and lengths are multiples of 4 KiB, lists are not empty and have at most 256 entries.
+pub enum DiskOp {
+    /// Fills the frames, in order, from consecutive bytes beginning at `offset`.
+    Read {
+        /// The file.
+        file: FileId,
+        /// First byte.
+        offset: u64,
+        /// What to fill.
+        into: SmallVec<[Frame; 4]>,
+    },
+    /// Writes the slices, in order, to consecutive bytes beginning at `offset`; one vectored write. The range
+    /// must have been allocated. Nothing is durable until a later flush.
+    Write {
+        /// The file.
+        file: FileId,
+        /// First byte.
+        offset: u64,
+        /// What to write.
+        from: SmallVec<[IoSlice; 4]>,
+    },
+    /// Makes all completed writes to these files durable.
+    Flush {
+        /// The files.
+        files: SmallVec<[FileId; 4]>,
+    },
+    /// Creates the file if it is missing and makes the bytes `from..to` exist, as zeros. On completion they are
+    /// durable, the directory entry too, and overwriting them changes no metadata.
+    Allocate {
+        /// The file.
+        file: FileId,
+        /// First byte.
+        from: u64,
+        /// The byte behind the last.
+        to: u64,
+    },
+}
+
+impl DiskOp {
+    /// `read`, `write`, `flush` or `allocate`, for messages.
+    pub fn name(&self) -> &'static str {
+        match self {
+            DiskOp::Read { .. } => "read",
+            DiskOp::Write { .. } => "write",
+            DiskOp::Flush { .. } => "flush",
+            DiskOp::Allocate { .. } => "allocate",
+        }
+    }
+
+    /// Bytes that it transfers.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            DiskOp::Read { into, .. } => into.iter().map(|f| f.len() as u64).sum(),
+            DiskOp::Write { from, .. } => from.iter().map(|s| u64::from(s.len)).sum(),
+            DiskOp::Flush { .. } => 0,
+            DiskOp::Allocate { from, to, .. } => to - from,
+        }
+    }
+}
+
+impl fmt::Debug for DiskOp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DiskOp::Read { file, offset, .. } | DiskOp::Write { file, offset, .. } => {
+                write!(f, "{} {file} {offset}+{}", self.name(), self.bytes())
+            }
+            DiskOp::Flush { files } => write!(f, "flush {files:?}"),
+            DiskOp::Allocate { file, from, to } => write!(f, "allocate {file} {from}..{to}"),
+        }
+    }
+}
+
+/// The submitter's name for an operation.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct OpId(pub u64);
+
+/// The end of an operation: its id, the operation itself with its buffers, and how it went.
+pub struct Completion {
+    /// As submitted.
+    pub id: OpId,
+    /// The operation, handed back.
+    pub op: DiskOp,
+    /// `Ok` only if all of it was done.
+    pub result: Result<(), Error>,
+}
+
+/// A device, or several, with the store's files on it.
+pub trait Disk {
+    /// Starts an operation. Never blocks for long; the implementation queues what the device can't take yet. It may
+    /// keep it back until the next [`push`](Self::push) or [`wait`](Self::wait), so that many go in one system call.
+    fn submit(&mut self, id: OpId, op: DiskOp);
+
+    /// Hands what was submitted to the device: to be called once per lap, after the submissions.
+    fn push(&mut self) {}
+
+    /// Makes the memory that operations will use known to the kernel, where that helps. Once, before the first one.
+    fn register(&mut self, memory: Mapping) {
+        drop(memory);
+    }
+
+    /// Appends the completions that have arrived since, without waiting.
+    fn reap(&mut self, out: &mut Vec<Completion>);
+
+    /// Waits until a completion may be there, something else wakes this disk's thread, or `timeout_us` has passed.
+    fn wait(&mut self, timeout_us: Option<Micros>);
+
+    /// System calls so far that handed operations to the kernel or waited for them.
+    fn calls(&self) -> u64 {
+        0
+    }
+
+    /// The length of a file in bytes, `None` if it does not exist.
+    fn len(&mut self, file: FileId) -> Result<Option<u64>>;
+
+    /// The files that exist, sorted.
+    fn files(&mut self) -> Result<Vec<FileId>>;
+}
+
+/// Runs one operation to its end: for opening, recovery and verification, which do one thing after another.
+/// No other operation may be in flight.
+///
+/// # Errors
+/// The operation's own.
+pub fn execute(disk: &mut dyn Disk, op: DiskOp) -> Result<DiskOp> {
+    disk.submit(OpId(u64::MAX), op);
+    let mut done = Vec::new();
+    loop {
+        disk.reap(&mut done);
+        if let Some(completion) = done.pop() {
+            assert!(done.is_empty() && completion.id == OpId(u64::MAX), "an operation was in flight");
+            return completion.result.map(|()| completion.op);
+        }
+        disk.wait(None);
+    }
+}
+
+#[cfg(test)]
+mod bench_tests;
+#[cfg(test)]
+mod tests;

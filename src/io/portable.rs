@@ -1,0 +1,298 @@
+//! The portable disk: plain files in a directory, and threads that call `preadv`, `pwritev` and `fdatasync`.
+//!
+//! For machines on which io_uring is missing or forbidden. The owner's thread queues operations to the workers and
+//! never makes a system call that waits for the device.
+//!
+//! ```text
+//!   submit --> [overflow] --> bounded channel --> worker: system calls --> channel of completions --> reap
+//!                                                      \--> wakes the owner's thread, if it waits
+//! ```
+//! Invariants
+//! 1. An operation sent to the workers comes back exactly once, also if carrying it out panicked.
+//! 2. `overflow` holds operations only while the channel is full. Then workers are busy, so a completion is to come,
+//!    and the `reap` that fetches it sends what waits.
+//! 3. A completion is in its channel before the owner is woken, so a woken owner finds it.
+//! 4. Every descriptor is locked (`flock`) from before its first transfer until it is closed. Dropping the disk waits
+//!    for what the workers have begun, and for no more; so afterwards nothing is in flight and the files can be opened
+//!    again.
+//!
+//! It does *not*: order operations (writes and flushes under way at a time overtake each other), schedule, or cache.
+
+pub use super::files::Access;
+pub use super::report::DiskReport;
+
+use super::files::{FileOptions, Files, StoreFile};
+use super::flush::{Rounds, Waiter};
+use super::waker::DiskWaker;
+use super::{Completion, Disk, DiskOp, FileId, OpId, transfer};
+use crate::base::Micros;
+use crate::base::error::{Error, Result};
+use crossbeam_channel::{Receiver, Sender, TrySendError};
+use parking::{Parker, Unparker};
+use smallvec::SmallVec;
+use std::collections::{BTreeMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Operations that may stand in the channel for each worker. Enough that none runs dry between two laps of the owner.
+const QUEUED_PER_WORKER: usize = 16;
+
+/// How to run the portable disk.
+#[derive(Clone, Debug)]
+pub struct PortableOptions {
+    /// Threads, and so operations under way at the device at a time (default 8).
+    pub workers_count: usize,
+}
+
+impl Default for PortableOptions {
+    fn default() -> Self {
+        PortableOptions { workers_count: 8 }
+    }
+}
+
+/// An operation with the files that it names.
+struct Job {
+    id: OpId,
+    op: DiskOp,
+    files: SmallVec<[Arc<StoreFile>; 1]>,
+}
+
+/// Ordinary files as the store's disk, and threads that use them.
+pub struct PortableDisk {
+    files: Arc<Files>,
+    known: BTreeMap<FileId, Arc<StoreFile>>,
+    /// Taken only in `drop`.
+    jobs: Option<Sender<Job>>,
+    /// Where the workers take them from; to take back at the end what none has begun.
+    queue: Receiver<Job>,
+    overflow: VecDeque<Job>,
+    completions: Receiver<Completion>,
+    parker: Parker,
+    workers: Vec<JoinHandle<()>>,
+    /// Operations so far: each is a system call of a worker's.
+    calls: u64,
+}
+
+impl PortableDisk {
+    /// Opens the store in the directory `dir` for this disk alone, with the default options.
+    ///
+    /// # Errors
+    /// As [`Files::open`], and `Io` if no thread can be started.
+    pub fn open(dir: &Path, access: Access) -> Result<PortableDisk> {
+        Self::with_files(Files::open(dir, access, &FileOptions::default())?, &PortableOptions::default())
+    }
+
+    /// One more disk over these files.
+    ///
+    /// # Errors
+    /// `Io` if no thread can be started.
+    pub fn with_files(files: Arc<Files>, options: &PortableOptions) -> Result<PortableDisk> {
+        let workers_count = options.workers_count.clamp(1, 256);
+        let (jobs, queue) = crossbeam_channel::bounded::<Job>(workers_count * QUEUED_PER_WORKER);
+        // Never holds more than the owner has under way, which is the owner's to bound.
+        let (done, completions) = crossbeam_channel::unbounded();
+        let parker = Parker::new();
+        let rounds = files.new_rounds();
+        let mut disk = PortableDisk {
+            files,
+            known: BTreeMap::new(),
+            jobs: Some(jobs),
+            queue: queue.clone(),
+            overflow: VecDeque::new(),
+            completions,
+            parker,
+            workers: Vec::new(),
+            calls: 0,
+        };
+        for i in 0..workers_count {
+            let worker = Worker {
+                files: disk.files.clone(),
+                rounds: rounds.clone(),
+                queue: queue.clone(),
+                done: done.clone(),
+                owner: disk.parker.unparker(),
+            };
+            let thread = std::thread::Builder::new().name(format!("corepage-disk-{i}")).spawn(move || worker.run());
+            let thread = thread.map_err(|e| Error::no_thread("a disk thread", e))?;
+            disk.workers.push(thread);
+        }
+        Ok(disk)
+    }
+
+    /// What wakes the thread that is in [`Disk::wait`], from any thread.
+    pub fn unparker(&self) -> Unparker {
+        self.parker.unparker()
+    }
+
+    /// The same, as all disks have it.
+    pub fn waker(&self) -> DiskWaker {
+        DiskWaker::of_parker(self.parker.unparker())
+    }
+
+    /// What the machine gives.
+    pub fn report(&self) -> DiskReport {
+        DiskReport { driver: "portable", depth: self.workers.len(), ..self.files.report() }
+    }
+
+    fn file(&mut self, id: FileId) -> Arc<StoreFile> {
+        self.known.entry(id).or_insert_with(|| self.files.file(id)).clone()
+    }
+
+    fn feed(&mut self) {
+        let Some(jobs) = &self.jobs else { return };
+        while let Some(job) = self.overflow.pop_front() {
+            match jobs.try_send(job) {
+                Ok(()) => {}
+                Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => {
+                    self.overflow.push_front(job);
+                    return;
+                }
+            }
+        }
+    }
+}
+
+impl Disk for PortableDisk {
+    fn submit(&mut self, id: OpId, op: DiskOp) {
+        let files = match &op {
+            DiskOp::Read { file, .. } | DiskOp::Write { file, .. } | DiskOp::Allocate { file, .. } => {
+                let file = *file;
+                SmallVec::from_iter([self.file(file)])
+            }
+            DiskOp::Flush { files } => files.clone().into_iter().map(|file| self.file(file)).collect(),
+        };
+        self.calls += 1;
+        self.overflow.push_back(Job { id, op, files });
+        self.feed();
+    }
+
+    fn calls(&self) -> u64 {
+        self.calls
+    }
+
+    fn reap(&mut self, out: &mut Vec<Completion>) {
+        out.extend(self.completions.try_iter());
+        self.feed();
+    }
+
+    fn wait(&mut self, timeout_us: Option<Micros>) {
+        if !self.completions.is_empty() {
+            return;
+        }
+        match timeout_us {
+            Some(0) => {}
+            Some(us) => {
+                self.parker.park_timeout(Duration::from_micros(us));
+            }
+            None => self.parker.park(),
+        }
+    }
+
+    fn len(&mut self, file: FileId) -> Result<Option<u64>> {
+        let file = self.file(file);
+        self.files.len(&file)
+    }
+
+    fn files(&mut self) -> Result<Vec<FileId>> {
+        Ok(self.files.existing())
+    }
+}
+
+impl Drop for PortableDisk {
+    fn drop(&mut self) {
+        // The workers finish what they have begun, and end: with a slow device, what is queued may be a minute's work.
+        self.jobs = None;
+        self.queue.try_iter().for_each(drop);
+        for worker in self.workers.drain(..) {
+            let _ = worker.join();
+        }
+    }
+}
+
+struct Worker {
+    files: Arc<Files>,
+    rounds: Arc<Rounds>,
+    queue: Receiver<Job>,
+    done: Sender<Completion>,
+    owner: Unparker,
+}
+
+impl Worker {
+    fn run(self) {
+        while let Ok(Job { id, mut op, files }) = self.queue.recv() {
+            let flush = matches!(op, DiskOp::Flush { .. });
+            let mut result = Ok(());
+            if !flush && let Some(file) = files.first() {
+                let outcome = catch_unwind(AssertUnwindSafe(|| transfer::carry_out(&self.files, file, &mut op)));
+                result = outcome.unwrap_or_else(|_| {
+                    let cause = std::io::Error::other("the disk thread panicked");
+                    Err(Error::io(format_args!("{op:?}"), cause))
+                });
+            }
+            match op {
+                DiskOp::Flush { .. } | DiskOp::Allocate { .. } if result.is_ok() => self.flush(id, op, files),
+                op => {
+                    // First: whoever gets the completion may be the last to hold the files, and expect them closed.
+                    drop(files);
+                    self.complete(Completion { id, op, result });
+                }
+            }
+        }
+    }
+
+    fn complete(&self, completion: Completion) {
+        // Fails only when the disk is gone, and with it whoever would want to know.
+        let _ = self.done.send(completion);
+        self.owner.unpark();
+    }
+
+    /// Has the files flushed, and completes the operation then. An allocation needs that very file's flush.
+    fn flush(&self, id: OpId, op: DiskOp, files: SmallVec<[Arc<StoreFile>; 1]>) {
+        let exactly = matches!(op, DiskOp::Allocate { .. });
+        let wanted = if exactly { Ok(files.iter().cloned().collect()) } else { self.files.to_flush(&files) };
+        drop(files);
+        let wanted = match wanted {
+            Ok(wanted) if !wanted.is_empty() => wanted,
+            other => return self.complete(Completion { id, op, result: other.map(drop) }),
+        };
+        let pending = Pending { left: wanted.len(), completion: Some(Completion { id, op, result: Ok(()) }) };
+        let pending = Arc::new(Mutex::new(pending));
+        for file in wanted {
+            let (pending, done, owner) = (pending.clone(), self.done.clone(), self.owner.clone());
+            let call = move |result| {
+                if let Some(completion) = pending.lock().unwrap_or_else(PoisonError::into_inner).take_in(result) {
+                    let _ = done.send(completion);
+                    owner.unpark();
+                }
+            };
+            let round = self.files.join(&self.rounds, &file, exactly, Waiter::Call(Box::new(call)));
+            drop(file);
+            if let Some(round) = round {
+                transfer::lead(&self.files, round);
+            }
+        }
+    }
+}
+
+/// A flush of several files, until the last one is done.
+struct Pending {
+    left: usize,
+    completion: Option<Completion>,
+}
+
+impl Pending {
+    /// One is done; the completion, if it was the last.
+    fn take_in(&mut self, result: Result<()>) -> Option<Completion> {
+        self.left -= 1;
+        if let (Err(_), Some(Completion { result: whole @ Ok(()), .. })) = (&result, &mut self.completion) {
+            *whole = result;
+        }
+        if self.left == 0 { self.completion.take() } else { None }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,76 @@
+//! The thread that allocates for a ring disk: zeros go out by plain system calls, which may wait as long as the device.
+//!
+//! Invariants
+//! 1. Each job is answered by mail exactly once, also if carrying it out panicked.
+//! 2. An allocation is answered only when a flush of its file was done after it. The disk leads that flush, not this
+//!    thread.
+//!
+//! It is started by the first allocation, and sleeps when there is none.
+
+use super::super::files::{Files, StoreFile};
+use super::super::flush::{Mail, Mailbox, Rounds, Waiter};
+use super::super::{DiskOp, transfer};
+use crate::base::error::{Error, Result};
+use crossbeam_channel::{Receiver, Sender};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+struct Job {
+    key: u32,
+    file: Arc<StoreFile>,
+    from: u64,
+    to: u64,
+}
+
+/// The thread's owner.
+pub(super) struct Helper {
+    /// Taken only in `drop`.
+    jobs: Option<Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Helper {
+    pub(super) fn start(files: Arc<Files>, rounds: Arc<Rounds>, mailbox: Arc<Mailbox>) -> Result<Helper> {
+        // Never holds more than the disk's owner has under way, which is the owner's to bound.
+        let (jobs, queue) = crossbeam_channel::unbounded();
+        let body = move || run(&files, &rounds, &mailbox, &queue);
+        let thread = std::thread::Builder::new().name("corepage-alloc".into()).spawn(body);
+        let thread = thread.map_err(|e| Error::no_thread("the thread that allocates", e))?;
+        Ok(Helper { jobs: Some(jobs), thread: Some(thread) })
+    }
+
+    /// Allocates for the operation `key`.
+    pub(super) fn send(&self, key: u32, file: Arc<StoreFile>, from: u64, to: u64) {
+        let sent = self.jobs.as_ref().map(|jobs| jobs.send(Job { key, file, from, to }));
+        assert!(matches!(sent, Some(Ok(()))), "the thread ends only when the disk does");
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run(files: &Files, rounds: &Arc<Rounds>, mailbox: &Arc<Mailbox>, queue: &Receiver<Job>) {
+    while let Ok(Job { key, file, from, to }) = queue.recv() {
+        let mut op = DiskOp::Allocate { file: file.id(), from, to };
+        let outcome = catch_unwind(AssertUnwindSafe(|| transfer::carry_out(files, &file, &mut op)));
+        let result = outcome.unwrap_or_else(|_| {
+            let cause = std::io::Error::other("the thread that allocates panicked");
+            Err(Error::io(format_args!("{op:?}"), cause))
+        });
+        if result.is_err() {
+            mailbox.post(Mail::Done(key, result));
+            continue;
+        }
+        let waiter = Waiter::Ring(mailbox.clone(), key);
+        if let Some(round) = files.join(rounds, &file, true, waiter) {
+            mailbox.post(Mail::Lead(round));
+        }
+    }
+}

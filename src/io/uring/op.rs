@@ -1,0 +1,274 @@
+//! An operation on its way, and how it is cut into entries of the ring. No system calls.
+//!
+//! ```text
+//!   operation: parts (pieces of memory that follow each other in the file)
+//!       |  cut at 512 KiB
+//!   spans (what one entry transfers) --> an entry: one part, or a list of them --> result: done, or the rest again
+//! ```
+//! Invariants
+//! 1. The spans of an operation cover its bytes, each byte once; `left` counts those whose last result is not there yet.
+//! 2. A span goes on at block boundaries only: direct I/O takes no others, and to transfer a part of a block once more
+//!    does no harm.
+//! 3. A part lies within one registered buffer or counts as unregistered.
+//!
+//! It does *not* touch the bytes.
+
+use super::super::backoff::Backoff;
+use super::super::{DiskOp, OpId};
+use super::buffers::Buffers;
+use super::targets::Target;
+use crate::base::BLOCK;
+use crate::base::error::{Error, Result};
+use smallvec::SmallVec;
+use std::io;
+use std::rc::Rc;
+
+/// Bytes of one entry. Larger ones go to a kernel worker, which costs more than the device does.
+pub(super) const SPAN_BYTES: u32 = 512 << 10;
+/// Fruitless results in a row after which a transfer is given up.
+const STALLS_MAX: u8 = 4;
+
+/// Memory that lies in one piece.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Part {
+    pub(super) at: *mut u8,
+    pub(super) len: u32,
+    /// The registered buffer that it lies in.
+    pub(super) buffer: Option<u16>,
+}
+
+/// A piece of memory as the kernel takes it (`struct iovec`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Vector {
+    pub(super) at: *mut u8,
+    pub(super) len: usize,
+}
+
+/// What one entry transfers: bytes `from..from + len` of the operation `op`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Span {
+    pub(super) op: u32,
+    pub(super) from: u32,
+    pub(super) len: u32,
+    pub(super) stalls: u8,
+    pub(super) backoff: Backoff,
+}
+
+/// An operation on its way.
+pub(super) struct Op {
+    pub(super) id: OpId,
+    pub(super) op: DiskOp,
+    /// Of transfers.
+    pub(super) target: Option<Rc<Target>>,
+    pub(super) parts: SmallVec<[Part; 4]>,
+    /// Spans, rounds or jobs whose end is awaited.
+    pub(super) left: u32,
+    /// The first failure.
+    pub(super) error: Option<Error>,
+}
+
+impl Op {
+    pub(super) fn is_write(&self) -> bool {
+        matches!(self.op, DiskOp::Write { .. })
+    }
+
+    pub(super) fn offset(&self) -> u64 {
+        match &self.op {
+            DiskOp::Read { offset, .. } | DiskOp::Write { offset, .. } => *offset,
+            DiskOp::Flush { .. } | DiskOp::Allocate { .. } => 0,
+        }
+    }
+}
+
+/// The memory of a transfer, neighbours as one part.
+///
+/// # Errors
+/// `Invalid` if a frame to be read into is pinned.
+pub(super) fn parts_of(op: &mut DiskOp, buffers: &Buffers) -> Result<SmallVec<[Part; 4]>> {
+    let mut parts: SmallVec<[Part; 4]> = SmallVec::new();
+    match op {
+        DiskOp::Read { file, into, .. } => {
+            for frame in into {
+                let Some(bytes) = frame.try_mut() else {
+                    return Err(Error::invalid(format_args!(
+                        "a read of `{file}` into a frame that is pinned: its readers would see it change"
+                    )));
+                };
+                add(&mut parts, bytes.as_mut_ptr(), bytes.len() as u32);
+            }
+        }
+        DiskOp::Write { from, .. } => {
+            for slice in from {
+                let bytes = slice.bytes();
+                add(&mut parts, bytes.as_ptr().cast_mut(), bytes.len() as u32);
+            }
+        }
+        DiskOp::Flush { .. } | DiskOp::Allocate { .. } => {}
+    }
+    for part in &mut parts {
+        part.buffer = buffers.find(part.at, part.len as usize);
+    }
+    Ok(parts)
+}
+
+fn add(parts: &mut SmallVec<[Part; 4]>, at: *mut u8, len: u32) {
+    match parts.last_mut() {
+        Some(last) if last.at.wrapping_add(last.len as usize) == at => last.len += len,
+        _ if len == 0 => {}
+        _ => parts.push(Part { at, len, buffer: None }),
+    }
+}
+
+/// Cuts `bytes` bytes into spans.
+pub(super) fn spans(op: u32, bytes: u32) -> impl Iterator<Item = Span> {
+    let cuts = (0..bytes).step_by(SPAN_BYTES as usize);
+    cuts.map(move |from| Span { op, from, len: SPAN_BYTES.min(bytes - from), stalls: 0, backoff: Backoff::default() })
+}
+
+/// The memory of a span: the one part, or `out` as the list of them.
+pub(super) fn memory_of(parts: &[Part], span: &Span, out: &mut Vec<Vector>) -> Option<Part> {
+    out.clear();
+    let (mut skip, mut want) = (span.from, span.len);
+    for part in parts {
+        if want == 0 {
+            break;
+        }
+        if skip >= part.len {
+            skip -= part.len;
+            continue;
+        }
+        let at = part.at.wrapping_add(skip as usize);
+        let len = want.min(part.len - skip);
+        if len == span.len {
+            return Some(Part { at, len, buffer: part.buffer });
+        }
+        out.push(Vector { at, len: len as usize });
+        want -= len;
+        skip = 0;
+    }
+    None
+}
+
+/// What a result says of a span.
+#[derive(Debug)]
+pub(super) enum Landing {
+    /// All of it was transferred.
+    Done,
+    /// This is still to be transferred.
+    Rest(Span),
+    /// The kernel would not take it now: to be transferred after a pause.
+    Later(Span),
+    /// It can't be.
+    Failed(io::Error),
+}
+
+/// Judges the result of a span, as the kernel gave it.
+pub(super) fn judge(span: Span, result: i32, is_write: bool) -> Landing {
+    use rustix::io::Errno;
+    if result < 0 {
+        let again = [Errno::INTR, Errno::AGAIN].iter().any(|errno| errno.raw_os_error() == -result);
+        let mut backoff = span.backoff;
+        return match again && backoff.refused().is_some() {
+            true => Landing::Later(Span { backoff, ..span }),
+            false => Landing::Failed(io::Error::from_raw_os_error(-result)),
+        };
+    }
+    let reached = (result as u32).min(span.len);
+    if reached == span.len {
+        return Landing::Done;
+    }
+    let blocks = reached - reached % BLOCK as u32;
+    let stalls = if blocks > 0 { 0 } else { span.stalls + 1 };
+    if reached == 0 || stalls >= STALLS_MAX {
+        let kind = if is_write { io::ErrorKind::WriteZero } else { io::ErrorKind::UnexpectedEof };
+        let bytes = span.from + reached;
+        return Landing::Failed(io::Error::new(kind, format!("only {bytes} bytes could be transferred")));
+    }
+    let (from, len) = (span.from + blocks, span.len - blocks);
+    Landing::Rest(Span { from, len, stalls, backoff: Backoff::default(), ..span })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MEMORY: *mut u8 = std::ptr::without_provenance_mut(1 << 30);
+
+    fn part(start: usize, len: u32) -> Part {
+        Part { at: MEMORY.wrapping_add(start), len, buffer: None }
+    }
+
+    /// A byte that no span covers would be a hole in a page.
+    #[test]
+    fn spans_cover_every_byte_once() {
+        for bytes in [4096, SPAN_BYTES - 4096, SPAN_BYTES, SPAN_BYTES + 4096, 5 * SPAN_BYTES - 4096] {
+            let mut at = 0;
+            for span in spans(7, bytes) {
+                assert_eq!((span.from, span.op), (at, 7));
+                assert!(span.len > 0 && span.len <= SPAN_BYTES);
+                at += span.len;
+            }
+            assert_eq!(at, bytes);
+        }
+    }
+
+    /// Neighbours in memory go as one piece; others as a list that goes on at the right place.
+    #[test]
+    fn the_memory_of_a_span_is_that_of_its_bytes() {
+        let mut parts = SmallVec::new();
+        for (at, len) in [(0, 4096), (4096, 8192), (65536, 4096), (32768, 4096)] {
+            add(&mut parts, MEMORY.wrapping_add(at), len);
+        }
+        assert_eq!(parts.as_slice(), [part(0, 12288), part(65536, 4096), part(32768, 4096)]);
+        let mut list = Vec::new();
+        let span = |from, len| Span { op: 0, from, len, stalls: 0, backoff: Backoff::default() };
+        assert_eq!(memory_of(&parts, &span(4096, 8192), &mut list), Some(part(4096, 8192)));
+        assert_eq!(memory_of(&parts, &span(12288, 4096), &mut list), Some(part(65536, 4096)));
+        assert_eq!(memory_of(&parts, &span(8192, 12288), &mut list), None);
+        let expected = [(8192, 4096), (65536, 4096), (32768, 4096)];
+        let vector = |(at, len)| Vector { at: MEMORY.wrapping_add(at), len };
+        assert_eq!(list, expected.map(vector));
+    }
+
+    /// A short transfer taken for a whole one is a page of old bytes.
+    #[test]
+    fn short_results_go_on_at_a_block_and_give_up_in_the_end() {
+        let span = Span { op: 0, from: 8192, len: 16384, stalls: 0, backoff: Backoff::default() };
+        assert!(matches!(judge(span, 16384, false), Landing::Done));
+        let Landing::Rest(rest) = judge(span, 5000, false) else { panic!("it goes on") };
+        assert_eq!((rest.from, rest.len, rest.stalls), (8192 + 4096, 16384 - 4096, 0));
+        let Landing::Rest(mut stalled) = judge(span, 100, true) else { panic!("it goes on") };
+        assert_eq!((stalled.from, stalled.len, stalled.stalls), (8192, 16384, 1));
+        let failed = loop {
+            match judge(stalled, 100, true) {
+                Landing::Rest(rest) => stalled = rest,
+                Landing::Failed(e) => break e,
+                Landing::Done | Landing::Later(_) => panic!("100 bytes are not all"),
+            }
+        };
+        assert_eq!(failed.kind(), io::ErrorKind::WriteZero);
+        assert!(matches!(judge(span, 0, false), Landing::Failed(e) if e.kind() == io::ErrorKind::UnexpectedEof));
+        for again in [rustix::io::Errno::INTR, rustix::io::Errno::AGAIN] {
+            let mut refused = span;
+            let mut times = 0;
+            let failed = loop {
+                match judge(refused, -again.raw_os_error(), false) {
+                    Landing::Later(same) => refused = same,
+                    Landing::Failed(e) => break e,
+                    other => panic!("it was refused: {other:?}"),
+                }
+                assert_eq!(Span { backoff: span.backoff, ..refused }, span, "all of it is still to be transferred");
+                times += 1;
+            };
+            assert!(times >= 100, "a busy device is no failed one");
+            assert_eq!(failed.raw_os_error(), Some(again.raw_os_error()));
+            let Landing::Rest(rest) = judge(refused, 4096, false) else { panic!("it goes on") };
+            assert_eq!(rest.backoff, Backoff::default(), "a device that takes something again is well");
+        }
+        for errno in [5, 61, 125] {
+            let Landing::Failed(e) = judge(span, -errno, false) else { panic!("{errno} is a failure") };
+            assert_eq!(e.raw_os_error(), Some(errno));
+        }
+    }
+}

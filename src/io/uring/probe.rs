@@ -1,0 +1,110 @@
+//! What of io_uring works here, asked by using it.
+//!
+//! It does *not* touch a file of the store: polling is tried on a scratch file.
+#![allow(unsafe_code)]
+
+use super::super::files::{Access, Files};
+use super::super::refusal::{RingRefusal, RingRefused};
+use super::super::report::Polling;
+use super::super::trial::Block;
+use super::UringOptions;
+use super::ring::Ring;
+use crate::base::BLOCK;
+use io_uring::{IoUring, Probe, opcode, types};
+use std::io;
+use std::os::fd::AsRawFd;
+
+/// Whether the ring disk can be used here.
+///
+/// # Errors
+/// Why not; take the portable disk then.
+pub fn probe() -> Result<(), RingRefused> {
+    let ring = Ring::new(4, false).map_err(|e| refused("making a ring", &e))?;
+    let ring: &IoUring = ring.get();
+    let params = ring.params();
+    if !params.is_feature_ext_arg() || !params.is_feature_nodrop() || !params.is_feature_submit_stable() {
+        let release = rustix::system::uname().release().to_string_lossy().into_owned();
+        return Err(lacking(format!("Linux {release} has no timed waits in it: 5.11 or newer is needed")));
+    }
+    let mut known = Probe::new();
+    ring.submitter().register_probe(&mut known).map_err(|e| refused("asking what the ring can do", &e))?;
+    let needed = [
+        ("READ", opcode::Read::CODE),
+        ("WRITE", opcode::Write::CODE),
+        ("READV", opcode::Readv::CODE),
+        ("WRITEV", opcode::Writev::CODE),
+        ("READ_FIXED", opcode::ReadFixed::CODE),
+        ("WRITE_FIXED", opcode::WriteFixed::CODE),
+        ("FSYNC", opcode::Fsync::CODE),
+    ];
+    match needed.iter().find(|(_, code)| !known.is_supported(*code)) {
+        Some((name, _)) => Err(lacking(format!("it does not know {name}"))),
+        // That entries may be submitted is another right than to make a ring.
+        None => ring.submit().map(drop).map_err(|e| refused("entering a ring", &e)),
+    }
+}
+
+/// The same, and whether there is room for a ring of ordinary size: little locked memory may do for a small one only.
+///
+/// # Errors
+/// As [`probe`].
+pub(crate) fn probe_ordinary() -> Result<(), RingRefused> {
+    probe()?;
+    Ring::new(UringOptions::default().ring_entries, false).map(drop).map_err(|e| refused("making a ring", &e))
+}
+
+fn lacking(what: String) -> RingRefused {
+    RingRefused { refusal: RingRefusal::Kernel, error: what }
+}
+
+/// Why the kernel refused.
+pub(super) fn refused(doing: &str, e: &io::Error) -> RingRefused {
+    RingRefused::by_error(doing, e)
+}
+
+/// Whether the device below these files can be polled: by a polled read of data that was really written. Without
+/// that, the kernel answers for a hole in the file, and every later read fails.
+pub(super) fn polling(files: &Files) -> Polling {
+    match try_polling(files) {
+        Ok(()) => Polling::On,
+        Err(why) => Polling::Off(why),
+    }
+}
+
+fn try_polling(files: &Files) -> Result<(), String> {
+    if files.access() == Access::ReadOnly {
+        return Err("the store is open for reading only".into());
+    }
+    if !files.is_direct() {
+        return Err("that needs direct I/O".into());
+    }
+    let file = files.scratch().map_err(|e| e.to_string())?;
+    let failed = |what: &str, e: &dyn std::fmt::Display| format!("{what} failed: {e}");
+    let mut block = Box::new(Block([0x5a; BLOCK]));
+    files.set_direct(&file).map_err(|e| failed("direct I/O", &e))?;
+    let written = rustix::io::pwrite(&file, &block.0, 0).map_err(|e| failed("a write", &e))?;
+    rustix::fs::fdatasync(&file).map_err(|e| failed("a flush", &e))?;
+    let mut ring = Ring::new(4, true).map_err(|e| failed("making a polling ring", &e))?;
+    block.0.fill(0);
+    let read = opcode::Read::new(types::Fd(file.as_raw_fd()), block.0.as_mut_ptr(), BLOCK as u32).build();
+    // SAFETY: the block and the file live until the completion was taken, below; if it never comes they are leaked.
+    unsafe { ring.put(&read, true) };
+    let mut taken = Vec::new();
+    while taken.is_empty() && ring.broken().is_none() {
+        ring.wait(None);
+        ring.take(&mut taken);
+    }
+    let Some((_, result)) = taken.pop() else {
+        std::mem::forget((block, file));
+        return Err("a polled read could not be waited for".into());
+    };
+    ring.completed();
+    match result {
+        n if n == BLOCK as i32 && written == BLOCK && block.0 == [0x5a; BLOCK] => Ok(()),
+        n if n < 0 => {
+            let e = io::Error::from_raw_os_error(-n);
+            Err(format!("the device has no queues for it: a polled read says {e}; NVMe: nvme.poll_queues"))
+        }
+        n => Err(format!("a polled read gave {n} bytes, or not those written")),
+    }
+}

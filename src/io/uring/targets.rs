@@ -1,0 +1,75 @@
+//! The files of one ring: registered with it where it takes them, so that an operation touches no count that other
+//! cores touch, too.
+//!
+//! Invariants
+//! 1. A slot of the ring's table names the file that its [`Target`] holds, for as long as the ring lives.
+//! 2. A file that did not exist when it was asked for first is asked for again.
+//!
+//! It does *not* open files.
+
+use super::super::FileId;
+use super::super::files::{Files, StoreFile};
+use crate::base::error::Result;
+use foldhash::fast::FixedState;
+use hashbrown::HashMap;
+use io_uring::IoUring;
+use std::os::fd::AsRawFd;
+use std::rc::Rc;
+use std::sync::Arc;
+
+/// Files that a ring's table takes; the rest is used by descriptor.
+const SLOTS: u32 = 64;
+
+/// How an entry names a file: by descriptor, or by a slot of the ring's table.
+#[derive(Clone, Copy)]
+pub(super) struct Name {
+    pub(super) number: i32,
+    pub(super) is_slot: bool,
+}
+
+pub(super) struct Target {
+    pub(super) file: Arc<StoreFile>,
+    pub(super) name: Name,
+}
+
+#[derive(Default)]
+pub(super) struct Targets {
+    known: HashMap<FileId, Rc<Target>, FixedState>,
+    slots_used: u32,
+    slots: u32,
+}
+
+impl Targets {
+    /// A table in the ring, if it takes one.
+    pub(super) fn new(ring: &IoUring) -> Targets {
+        let slots = if ring.submitter().register_files_sparse(SLOTS).is_ok() { SLOTS } else { 0 };
+        Targets { slots, ..Targets::default() }
+    }
+
+    /// The file, which must exist.
+    pub(super) fn get(&mut self, ring: &IoUring, files: &Files, id: FileId) -> Result<Rc<Target>> {
+        if let Some(target) = self.known.get(&id) {
+            return Ok(target.clone());
+        }
+        let file = files.file(id);
+        let descriptor = super::super::transfer::existing(files, &file)?.as_raw_fd();
+        let mut name = Name { number: descriptor, is_slot: false };
+        if self.slots_used < self.slots
+            && ring.submitter().register_files_update(self.slots_used, &[descriptor]).is_ok_and(|n| n == 1)
+        {
+            name = Name { number: self.slots_used as i32, is_slot: true };
+            self.slots_used += 1;
+        }
+        let target = Rc::new(Target { file, name });
+        self.known.insert(id, target.clone());
+        Ok(target)
+    }
+
+    /// Takes them back from the ring: at once, so that the files are closed, and unlocked, when their last holder goes.
+    pub(super) fn unregister(&mut self, ring: &IoUring) {
+        self.known.clear();
+        if std::mem::take(&mut self.slots) > 0 {
+            let _ = ring.submitter().unregister_files();
+        }
+    }
+}

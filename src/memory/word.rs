@@ -1,0 +1,168 @@
+//! The state word of a run of blocks: how many pins it has, and whether its frame is gone.
+//!
+//! ```text
+//!   0 --pin--> 1 --pin--> 2 ... --release--> 1 --release--> 0 --orphan--> returned
+//!              \--orphan--> ORPHAN | 1 --release--> returned
+//! ```
+//! Invariants
+//! 1. Of all releases and the one orphaning exactly one is told to return the run: the last.
+//! 2. Whoever is told so, and whoever sees no pins, sees everything that was done before through the pins that are gone.
+
+use crate::base::sync::{AtomicU32, Ordering, fence};
+
+/// Set when the frame is gone while pins are left.
+pub(super) const ORPHAN: u32 = 1 << 31;
+/// Far above any use and far below [`ORPHAN`]: reaching it means that pins are leaked in a loop.
+const PINS_MAX: u32 = 1 << 30;
+
+/// The word.
+#[derive(Default)]
+pub(super) struct Word(AtomicU32);
+
+impl Word {
+    /// The run is handed out.
+    #[inline]
+    pub(super) fn begin(&self) {
+        // Relaxed: the run came back through the queue, which orders everything its former users did before this.
+        self.0.store(0, Ordering::Relaxed);
+    }
+
+    /// One more pin; only by who holds the frame or a pin.
+    #[inline]
+    pub(super) fn pin(&self) {
+        // Relaxed, as in Arc: whoever makes a pin has access to the bytes already.
+        let before = self.0.fetch_add(1, Ordering::Relaxed);
+        if before & !ORPHAN >= PINS_MAX {
+            self.0.fetch_sub(1, Ordering::Relaxed);
+            panic!("{PINS_MAX} pins of one frame: they are leaked somewhere");
+        }
+    }
+
+    /// Pins at this moment, asked by the frame.
+    #[inline]
+    pub(super) fn pins(&self) -> u32 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// The frame is gone; whether it went last, and its run is to be returned.
+    #[inline]
+    pub(super) fn orphan(&self) -> bool {
+        // Without pins nobody is left who could change the word: no need for a read-modify-write.
+        self.pins() == 0 || self.0.fetch_or(ORPHAN, Ordering::AcqRel) == 0
+    }
+
+    /// A pin is gone; whether it was the last of all, and the run is to be returned.
+    #[inline]
+    pub(super) fn release(&self) -> bool {
+        let is_last = self.0.fetch_sub(1, Ordering::Release) == ORPHAN | 1;
+        if is_last {
+            fence(Ordering::Acquire);
+        }
+        is_last
+    }
+}
+
+#[cfg(all(test, corepage_loom))]
+// Bytes that loom watches are reached by pointers.
+#[allow(unsafe_code)]
+mod loom {
+    use super::*;
+    use crate::base::sync::model::{self, Verdict};
+    use ::loom::cell::UnsafeCell;
+    use ::loom::sync::Arc;
+    use ::loom::thread;
+    use std::sync::atomic::{AtomicU32 as Real, Ordering as RealOrdering};
+
+    type Step = fn(&Word) -> bool;
+
+    /// A run with its bytes; loom ends the model if two threads get at them at a time.
+    struct Run {
+        word: Word,
+        bytes: UnsafeCell<u32>,
+        returned: Real,
+    }
+
+    impl Run {
+        fn read(&self) {
+            // SAFETY: the caller holds a pin or the frame; that nobody writes meanwhile is what loom checks here.
+            self.bytes.with(|bytes| assert!(unsafe { *bytes } < 10));
+        }
+
+        /// Returned: the next owner writes at once.
+        fn give_back(&self) {
+            self.returned.fetch_add(1, RealOrdering::SeqCst);
+            // SAFETY: the caller was told that it is the last; that this is so is what loom checks here.
+            self.bytes.with_mut(|bytes| unsafe { *bytes = 9 });
+        }
+    }
+
+    /// Two pins are read and dropped on threads of their own, one after a clone of it, while the frame tries to write and goes.
+    fn pins_and_frame(verdict: &Verdict, orphan: Step, release: Step) {
+        let run = Arc::new(Run { word: Word::default(), bytes: UnsafeCell::new(0), returned: Real::new(0) });
+        let threads: Vec<_> = [false, true]
+            .into_iter()
+            .map(|clones| {
+                run.word.pin();
+                let run = run.clone();
+                thread::spawn(move || {
+                    if clones {
+                        run.word.pin();
+                        run.read();
+                        if release(&run.word) {
+                            run.give_back();
+                        }
+                    }
+                    run.read();
+                    if release(&run.word) {
+                        run.give_back();
+                    }
+                })
+            })
+            .collect();
+        if run.word.pins() == 0 {
+            // SAFETY: the frame sees no pins; that nobody else is at the bytes is what loom checks here.
+            run.bytes.with_mut(|bytes| unsafe { *bytes = 1 });
+        }
+        if orphan(&run.word) {
+            run.give_back();
+        }
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        verdict.expect(run.returned.load(RealOrdering::SeqCst) == 1);
+    }
+
+    fn holds(orphan: Step, release: Step) -> bool {
+        model::holds(Some(3), move |verdict| pins_and_frame(verdict, orphan, release))
+    }
+
+    /// A run returned twice has two owners; one that is never returned is memory lost; one returned early is written while
+    /// it is read.
+    #[test]
+    fn loom_a_run_is_returned_once_and_by_the_last() {
+        assert!(holds(Word::orphan, Word::release));
+    }
+
+    #[test]
+    fn loom_a_frame_that_marks_too_late_is_caught() {
+        let looks_then_sets: Step = |word| {
+            let pins = word.pins();
+            word.0.fetch_or(ORPHAN, Ordering::AcqRel);
+            pins == 0
+        };
+        assert!(!holds(looks_then_sets, Word::release), "the last pin goes between a look and the mark");
+    }
+
+    /// Loom itself says that a read and a write are not ordered.
+    #[test]
+    #[should_panic(expected = "Causality violation")]
+    fn loom_a_release_that_releases_nothing_is_caught() {
+        let relaxed: Step = |word| word.0.fetch_sub(1, Ordering::Relaxed) == ORPHAN | 1;
+        holds(Word::orphan, relaxed);
+    }
+
+    #[test]
+    #[should_panic(expected = "Causality violation")]
+    fn loom_a_pin_that_does_not_know_of_the_frame_is_caught() {
+        let forgets: Step = |word| word.0.fetch_sub(1, Ordering::AcqRel) == 1;
+        holds(Word::orphan, forgets);
+    }
+}

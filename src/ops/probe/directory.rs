@@ -1,0 +1,100 @@
+//! The directory of the store: its file system, whether direct I/O works there, and the block device behind it.
+//!
+//! 1. A directory that does not exist is judged by its nearest parent that does; nothing is made.
+
+use super::Roots;
+use super::mounts::mount_of;
+use crate::io::{BlockDevice, FlushMethod, Prospect};
+use serde::Serialize;
+use std::fs::File;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+/// Whether transfers can pass the page cache by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DirectIo {
+    /// A block was written and read.
+    Works,
+    /// The file system refuses it.
+    Refused,
+    /// The directory can't be written, so it can't be tried.
+    Unknown,
+}
+
+/// A directory, and what is under it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Directory {
+    /// As it was named.
+    pub path: PathBuf,
+    /// Where it was looked: the same, or its nearest parent.
+    pub looked_at: PathBuf,
+    /// Why it can't be written.
+    pub unwritable: Option<String>,
+    /// The file system.
+    pub file_system: Option<String>,
+    /// Bytes that this user may still fill.
+    pub free_bytes: Option<u64>,
+    /// Whether files of a store are there: then none has to be made.
+    pub holds_store: bool,
+    /// Whether direct I/O works.
+    pub direct_io: DirectIo,
+    /// The device, where there is one.
+    pub device: Option<BlockDevice>,
+    /// How writes become durable there.
+    pub flush: Option<FlushMethod>,
+}
+
+impl Directory {
+    pub(super) fn look(roots: &Roots, path: &Path) -> Directory {
+        let looked_at = nearest(path);
+        let mut found = Directory {
+            path: path.to_owned(),
+            looked_at: looked_at.clone(),
+            unwritable: None,
+            file_system: None,
+            free_bytes: None,
+            holds_store: path.join("meta").exists(),
+            direct_io: DirectIo::Unknown,
+            device: None,
+            flush: None,
+        };
+        if !looked_at.is_dir() {
+            found.unwritable = Some(format!("{} is not a directory", looked_at.display()));
+            return found;
+        }
+        let handle = match File::open(&looked_at) {
+            Ok(handle) => handle,
+            Err(e) => {
+                found.unwritable = Some(format!("{} can't be opened: {e}", looked_at.display()));
+                return found;
+            }
+        };
+        let mount = roots.proc("self/mountinfo").and_then(|text| mount_of(&text, &looked_at.canonicalize().ok()?));
+        let device_path = mount.as_ref().map(|mount| mount.source.clone());
+        let prospect = Prospect::of(&handle, &looked_at);
+        found.file_system = Some(prospect.file_system);
+        found.free_bytes = prospect.free_bytes;
+        match prospect.transfers {
+            Ok((direct, flush)) => {
+                found.direct_io = if direct { DirectIo::Works } else { DirectIo::Refused };
+                found.flush = Some(flush);
+            }
+            Err(e) => found.unwritable = Some(e.to_string()),
+        }
+        let own = handle.metadata().ok().map(|meta| meta.dev());
+        let behind = || {
+            let meta = std::fs::metadata(device_path?).ok()?;
+            meta.file_type().is_block_device().then(|| meta.rdev())
+        };
+        found.device =
+            own.and_then(|dev| BlockDevice::look(&roots.sys, dev)).or_else(|| BlockDevice::look(&roots.sys, behind()?));
+        found
+    }
+}
+
+/// `path`, or the nearest of its parents that exists.
+fn nearest(path: &Path) -> PathBuf {
+    let existing = path.ancestors().filter(|p| !p.as_os_str().is_empty()).find(|p| p.symlink_metadata().is_ok());
+    existing.unwrap_or(Path::new(".")).to_owned()
+}

@@ -1,0 +1,112 @@
+//! What this machine gives: facts, found out without changing anything, and what follows from them for the engine.
+//!
+//! ```text
+//! /proc, /sys, system calls --readers--> Machine (facts) --findings (pure)--> here | what is used | what would be better
+//! ```
+//! Invariants
+//! 1. Looking leaves nothing behind: no file, no setting, no lock. What must be tried (a ring, a direct transfer) is
+//!    really tried, for no file in /proc tells it.
+//! 2. A fact that can't be read is absent (`None`), never guessed; no look fails as a whole.
+//! 3. What is decided from a fact is decided in one place, by a pure function, which the reports repeat.
+//!
+//! It does *not*: open a store, choose for it, or change the machine.
+
+mod cgroup;
+mod directory;
+mod driver;
+mod findings;
+mod machine;
+mod memory;
+mod mounts;
+
+pub use directory::{DirectIo, Directory};
+pub(crate) use driver::executor_refused;
+pub use driver::{Driver, IoUring};
+pub use findings::{Better, Finding, Level, human_bytes};
+pub use machine::{Cores, HugePages, Kernel, MemoryLocks, OpenFiles};
+pub use memory::{AvailableMemory, Room};
+
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+
+/// Everything that the engine's speed or fitness depends on.
+#[derive(Clone, Debug, Serialize)]
+pub struct Machine {
+    /// The kernel.
+    pub kernel: Kernel,
+    /// Whether a ring can be set up, by trying.
+    pub io_uring: IoUring,
+    /// How much memory can be had.
+    pub memory: AvailableMemory,
+    /// How much of it may be locked.
+    pub memory_locks: MemoryLocks,
+    /// The directory, its file system, and the device behind it.
+    pub directory: Directory,
+    /// Pages of 2 MiB.
+    pub huge_pages: HugePages,
+    /// The processors.
+    pub cores: Cores,
+    /// How checksums are computed.
+    pub checksum: String,
+    /// How many files may be open.
+    pub open_files: OpenFiles,
+}
+
+impl Machine {
+    /// Looks at the machine, as seen by this process and from the directory `dir`, which need not exist.
+    pub fn look(dir: &Path) -> Machine {
+        let roots = Roots::default();
+        Machine {
+            io_uring: IoUring::try_one(&roots),
+            kernel: Kernel::look(),
+            memory: AvailableMemory::look_at(&roots),
+            memory_locks: MemoryLocks::look(&roots),
+            directory: Directory::look(&roots, dir),
+            huge_pages: HugePages::look(&roots),
+            cores: Cores::look(&roots),
+            checksum: crate::base::checksum::implementation(),
+            open_files: OpenFiles::look(),
+        }
+    }
+
+    /// The driver that `auto` chooses here.
+    pub fn driver(&self) -> Driver {
+        Driver::choose(&self.io_uring).unless(executor_refused())
+    }
+}
+
+/// Thousandths of a processor that this process may use, if a control group says.
+pub(crate) fn cpu_quota_millis() -> Option<u64> {
+    cgroup::look(&Roots::default())
+}
+
+/// Where the kernel's files are; tests put their own in place.
+struct Roots {
+    proc: PathBuf,
+    sys: PathBuf,
+}
+
+impl Default for Roots {
+    fn default() -> Self {
+        Roots { proc: "/proc".into(), sys: "/sys".into() }
+    }
+}
+
+impl Roots {
+    /// The text of a file below `/proc`, without white space at its ends.
+    fn proc(&self, name: &str) -> Option<String> {
+        text(&self.proc.join(name))
+    }
+
+    /// The text of a file below `/sys`.
+    fn sys(&self, name: &str) -> Option<String> {
+        text(&self.sys.join(name))
+    }
+}
+
+fn text(path: &Path) -> Option<String> {
+    Some(std::fs::read_to_string(path).ok()?.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests;

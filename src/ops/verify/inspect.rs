@@ -1,0 +1,123 @@
+//! What a store is, found by reading a few blocks of it: nothing is opened for writing, made or changed.
+//!
+//! ```text
+//! superblock -> roots -> tree of the catalog: the records of volumes, as the last checkpoint has left them
+//! ```
+//! Invariants
+//! 1. No file is made or written, whoever asks: a command that looks spoils no store of another user.
+//! 2. Each block is compared with its sum before it is interpreted.
+//!
+//! It does *not* read the logs: of a store that was not closed cleanly, what they add is missing, and said to be.
+
+use super::require_store;
+use crate::base::checksum::crc32c;
+use crate::base::error::{Error, Result};
+use crate::base::{BLOCK, PageId, PageKey, Place, VolumeId};
+use crate::engine::recovery::{find_superblock, load, read_bytes};
+use crate::format::catalog;
+use crate::format::node::{self, Child, Entry};
+use crate::format::root::VOLUMES_MAX;
+use crate::format::superblock::Superblock;
+use crate::io::portable::{PortableDisk, PortableOptions};
+use crate::io::{Access, Disk, FileId, FileOptions, Files};
+use crate::memory::Arena;
+use std::path::Path;
+
+/// Blocks of memory for reads: 1 MiB.
+const ARENA_BLOCKS: u32 = 256;
+/// Bits of a page's number that a leaf covers, and each level above it.
+const LEAF_BITS: u32 = 6;
+const NODE_BITS: u32 = 8;
+
+/// What a store that nobody has open holds.
+#[derive(Clone, Debug)]
+pub struct StoreSummary {
+    /// It was closed cleanly: what follows is all. Otherwise it is as of the last checkpoint, and its logs may add to it.
+    pub clean: bool,
+    /// The shards with which it was last open.
+    pub shards: u16,
+    /// Its volumes.
+    pub volumes: Vec<VolumeSummary>,
+}
+
+/// A volume, as its record says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeSummary {
+    /// Its number.
+    pub number: u8,
+    /// Its name.
+    pub name: String,
+    /// Its size.
+    pub bytes: u64,
+}
+
+/// Says what the store in `dir` is, by reading only. Several may look at a time; nobody can open the store meanwhile.
+///
+/// # Errors
+/// `NotFound`: there is no store. `InUse`: a process has it open. `Corrupt`, `Unsupported`, `Io`: it can't be read.
+pub fn inspect(dir: &Path) -> Result<StoreSummary> {
+    let files = Files::open(dir, Access::ReadOnly, &FileOptions::default())?;
+    inspect_disk(&mut PortableDisk::with_files(files, &PortableOptions { workers_count: 1 })?)
+}
+
+pub(super) fn inspect_disk(disk: &mut dyn Disk) -> Result<StoreSummary> {
+    let mut arena = Arena::new(ARENA_BLOCKS)?;
+    require_store(disk, &mut arena)?;
+    let superblock = find_superblock(disk, &mut arena)?.superblock;
+    let roots = load(disk, &mut arena, &superblock)?.roots;
+    let mut volumes = Vec::new();
+    for number in 1..VOLUMES_MAX as u8 {
+        let key = PageKey::new(VolumeId::CATALOG, PageId::new(number.into()));
+        let (vshard, dense) = key.place_in(superblock.geometry.vshards_count);
+        let top = roots[vshard.index()].0[usize::from(VolumeId::CATALOG.get())];
+        let Some(entry) = entry(disk, &mut arena, &superblock, top, dense)? else { continue };
+        let page = block(disk, &mut arena, &superblock, entry.place(), entry.crc.get())?;
+        let volume = catalog::decode(&page)
+            .map_err(|what| Error::corrupt(format_args!("the record of volume {number} in the catalog {what}")))?;
+        if !volume.name.is_empty() {
+            volumes.push(VolumeSummary { number, name: volume.name, bytes: volume.bytes });
+        }
+    }
+    Ok(StoreSummary { clean: superblock.clean, shards: superblock.logs.len() as u16, volumes })
+}
+
+/// What the tree below `top` says of the page with this number in its virtual shard; `None`: it is absent.
+fn entry(
+    disk: &mut dyn Disk,
+    arena: &mut Arena,
+    superblock: &Superblock,
+    top: Child,
+    dense: u64,
+) -> Result<Option<Entry>> {
+    let covered = |level: u8| LEAF_BITS + NODE_BITS * u32::from(level);
+    if !top.is_present() || dense.checked_shr(covered(top.level)).unwrap_or(0) != 0 {
+        return Ok(None);
+    }
+    let mut at = top;
+    for level in (0..=top.level).rev() {
+        if !at.is_present() {
+            return Ok(None);
+        }
+        if at.level != level {
+            return Err(Error::corrupt(format_args!("a map node of level {level} is said to have level {}", at.level)));
+        }
+        let bytes = block(disk, arena, superblock, at.place(), at.crc.get())?;
+        if level == 0 {
+            let entry = node::entry(&bytes, dense as usize & ((1 << LEAF_BITS) - 1));
+            return Ok(entry.is_present().then_some(entry));
+        }
+        let slot = dense.checked_shr(covered(level - 1)).unwrap_or(0) as usize & ((1 << NODE_BITS) - 1);
+        at = node::child(&bytes, slot);
+    }
+    Ok(None)
+}
+
+/// A block of the data file with this sum.
+fn block(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblock, place: Place, crc: u32) -> Result<Vec<u8>> {
+    let offset = place.offset(superblock.geometry.extent_bytes);
+    let bytes = read_bytes(disk, arena, FileId::Data, offset, BLOCK)?;
+    if crc32c(&bytes) != crc {
+        return Err(Error::corrupt(format_args!("the block at byte {offset} of file data has a wrong checksum")));
+    }
+    Ok(bytes)
+}

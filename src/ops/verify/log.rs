@@ -1,0 +1,118 @@
+//! The log: after a clean close up to its recorded end, group by group; else as a recovery would read it.
+
+use super::{Mend, Verifier};
+use crate::base::checksum::crc32c;
+use crate::base::error::ErrorKind;
+use crate::base::{BLOCK, Deal, ShardId};
+use crate::engine::recovery::scan;
+use crate::format::group::{Body, GroupHead, SlotState};
+use crate::format::superblock::{LogEnd, Superblock};
+use crate::io::FileId;
+
+/// Blocks of the logs that are to be read: after a clean close up to their ends, else all.
+pub(super) fn blocks_to_read(superblock: &Superblock) -> u64 {
+    if superblock.clean {
+        return superblock.logs.iter().map(|end| u64::from(end.block)).sum();
+    }
+    let geometry = &superblock.geometry;
+    superblock.logs.len() as u64 * u64::from(geometry.segments_count) * geometry.segment_bytes / BLOCK as u64
+}
+
+impl Verifier<'_> {
+    /// Checks the log of each shard.
+    pub(super) fn log(&mut self, superblock: &Superblock) {
+        if !superblock.clean {
+            return self.unclean_log(superblock);
+        }
+        for (i, end) in superblock.logs.iter().enumerate().filter(|(_, end)| end.number > 0) {
+            self.closed_log(superblock, ShardId::new(i as u16), *end);
+        }
+    }
+
+    /// What the next opening would find.
+    fn unclean_log(&mut self, superblock: &Superblock) {
+        let deal = Deal::new(superblock.geometry.vshards_count, superblock.logs.len() as u16);
+        match scan(self.disk, &mut self.arena, superblock, deal) {
+            Ok(found) => {
+                let (groups, torn, cut) = (found.groups.len(), found.torn, found.state(superblock));
+                self.report.groups += groups as u64;
+                self.meter.advance(blocks_to_read(superblock));
+                let note = format!("the log holds {groups} groups to be replayed, up to commit {cut}; {torn} are torn");
+                self.report.notes.push(note);
+            }
+            Err(error) => {
+                let file = FileId::Log(ShardId::new(0), Default::default());
+                let affects = match error.kind() {
+                    ErrorKind::Corrupt => "commits that were durable; the store can't be opened",
+                    _ => "what the log holds",
+                };
+                self.damaged("the log", (file, 0), error, affects, Mend::Restore);
+            }
+        }
+    }
+
+    /// The segment that the log ended in: its groups follow one another up to the recorded end.
+    fn closed_log(&mut self, superblock: &Superblock, shard: ShardId, end: LogEnd) {
+        let file = FileId::Log(shard, end.segment);
+        // Behind its end a segment holds what nobody needs, and may be shorter than a full one.
+        let blocks = u64::from(end.block).min(superblock.geometry.segment_bytes / BLOCK as u64);
+        let affects = "nothing that was committed: after a clean close the log is not needed, but the device lost it";
+        let structure = format!("the log of shard {}", shard.get());
+        let bytes = match self.read(file, 0, blocks as usize * BLOCK) {
+            Ok(bytes) => bytes,
+            Err(why) => return self.damaged(structure, (file, 0), why, affects, Mend::Reopen),
+        };
+        let mut block = 0;
+        let mut before: Option<GroupHead> = None;
+        while u64::from(block) < blocks {
+            let here = &bytes[block as usize * BLOCK..];
+            match group(superblock, (shard, end, block), here, before.as_ref()) {
+                Ok(head) => {
+                    block += head.blocks;
+                    before = Some(head);
+                    self.report.groups += 1;
+                }
+                Err(what) => {
+                    let at = (file, u64::from(block) * BLOCK as u64);
+                    let structure = format_args!("the log group at block {block}");
+                    return self.damaged(structure, at, what, affects, Mend::Reopen);
+                }
+            }
+        }
+        let ends_as_recorded = before.as_ref().is_some_and(|b| b.number == end.number && b.head_crc == end.sum);
+        if block != end.block || !ends_as_recorded {
+            let what = "does not end with the group that the superblock names";
+            let at = (file, u64::from(end.block) * BLOCK as u64);
+            self.damaged(structure, at, what, affects, Mend::Reopen);
+        }
+    }
+}
+
+/// The group at `block`, if it is whole and follows `before`.
+fn group(
+    superblock: &Superblock,
+    (shard, end, block): (ShardId, LogEnd, u32),
+    here: &[u8],
+    before: Option<&GroupHead>,
+) -> Result<GroupHead, &'static str> {
+    let segment_blocks = (superblock.geometry.segment_bytes / BLOCK as u64) as u32;
+    let position = (shard, end.segment, block);
+    let head = GroupHead::open(here, superblock.salt, superblock.epoch, position, segment_blocks)
+        .ok_or("is missing: no group of this place and epoch begins there")?;
+    if head.generation != end.generation {
+        return Err("is left from an earlier use of the segment: a write was lost");
+    }
+    if before.is_some_and(|b| b.number + 1 != head.number || b.head_crc != head.prev_crc) {
+        return Err("does not follow the group before it");
+    }
+    let body = Body::open(&head, here).ok_or("has a wrong checksum")?;
+    body.records().ok_or("contradicts itself")?;
+    for slot in &body.slots {
+        let SlotState::Inline(block) = slot.state else { continue };
+        let at = block as usize * BLOCK;
+        if here.get(at..at + BLOCK).is_none_or(|page| crc32c(page) != slot.entry.crc.get()) {
+            return Err("holds a page image with a wrong checksum");
+        }
+    }
+    Ok(head)
+}

@@ -1,0 +1,439 @@
+//! What an operation costs a shard in instructions: a figure that is the same on a busy machine and on a quiet one.
+//!
+//! ```text
+//! Rig: shards of a store in memory, driven by one thread; time is virtual (100 us a lap)
+//!   └─ an operation of OPERATIONS: prepared (not counted), then repeated inside `counted`
+//! ```
+//! `scripts/instructions` runs it under callgrind, which counts what happens inside [`counted`] only.
+//!
+//! Invariants
+//! 1. All that shards do passes through [`counted`] while counting is on, and nothing else does: no client, no disk.
+//! 2. A run is deterministic: no clock, no thread, no random source.
+//! 3. Answers are checked: an operation that fails, or reads another page than it asked for, ends the run.
+//!
+//! It measures no time, no memory accesses, nothing of the threads and rings around a shard: `corepage bench` does. It is
+//! compiled for tests and under `--cfg fuzzing`, in which the engine has none of the simulator's questions.
+
+use crate::base::options::Options;
+use crate::base::{BLOCK, Deal, Micros, PageId, PageKey, ShardId, VolumeId};
+use crate::engine::recovery;
+use crate::engine::{Change, Commit, Effect, Message, Request, Response, Shard, Token};
+use crate::io::{Completion, Disk, DiskOp, OpId};
+use crate::testing::fuzz::memory::MemoryDisk;
+use bytes::Bytes;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+/// Memory of a shard: the least that is of use, so that a volume of many times that is made quickly.
+const MEMORY: u64 = 4 << 20;
+/// A volume of 64 times the memory.
+const FAR_PAGES: u64 = 64 * MEMORY / BLOCK as u64;
+/// Pages that fit into memory with room to spare.
+const NEAR_PAGES: u64 = 256;
+/// Pages that are asked for again and again after the volume of `FAR_PAGES` was read at random.
+const HOT_PAGES: u64 = 100;
+/// Commits over two shards, all of the same page, that wait for each other beside what is counted.
+const CONTENDING: usize = 8;
+/// Virtual time of a lap.
+const LAP_US: Micros = 100;
+/// An answer that takes more laps than this does not come: half a minute, longer than anything may wait.
+const LAPS_MAX: u64 = 300_000;
+const ID_BITS: u32 = 48;
+
+/// What is repeated.
+#[derive(Clone, Copy)]
+enum Work {
+    Read,
+    ReadAbsent,
+    Put { durable: bool },
+    Patch,
+    PutOverTwo,
+}
+
+/// Pages that it is done to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pages {
+    /// Of `NEAR_PAGES`, all in memory.
+    Near,
+    /// Of `HOT_PAGES`, in a volume of which `FAR_PAGES` were read at random before.
+    Hot,
+    /// Of `FAR_PAGES`, at random.
+    Far,
+}
+
+/// An operation to be counted.
+#[derive(Clone, Copy)]
+pub struct Operation {
+    /// Its name.
+    pub name: &'static str,
+    work: Work,
+    pages: Pages,
+    /// Requests that arrive together.
+    batch: usize,
+    shards: u16,
+    is_contended: bool,
+}
+
+const fn one(name: &'static str, work: Work, pages: Pages, batch: usize) -> Operation {
+    Operation { name, work, pages, batch, shards: 1, is_contended: false }
+}
+
+const fn over_two(name: &'static str, work: Work, batch: usize, is_contended: bool) -> Operation {
+    Operation { name, work, pages: Pages::Near, batch, shards: 2, is_contended }
+}
+
+/// All operations.
+pub const OPERATIONS: &[Operation] = &[
+    one("read-cached", Work::Read, Pages::Near, 1),
+    one("read-cached-32", Work::Read, Pages::Near, 32),
+    one("read-hot-32", Work::Read, Pages::Hot, 32),
+    one("read-far-32", Work::Read, Pages::Far, 32),
+    one("read-absent", Work::ReadAbsent, Pages::Near, 1),
+    one("read-absent-32", Work::ReadAbsent, Pages::Near, 32),
+    one("put", Work::Put { durable: false }, Pages::Near, 1),
+    one("put-32", Work::Put { durable: false }, Pages::Near, 32),
+    one("put-durable", Work::Put { durable: true }, Pages::Near, 1),
+    one("put-durable-32", Work::Put { durable: true }, Pages::Near, 32),
+    one("put-far-32", Work::Put { durable: false }, Pages::Far, 32),
+    one("patch-durable-32", Work::Patch, Pages::Near, 32),
+    over_two("over-two", Work::PutOverTwo, 1, false),
+    over_two("over-two-32", Work::PutOverTwo, 32, false),
+    over_two("put-beside-32", Work::Put { durable: false }, 32, false),
+    over_two("put-beside-contended-32", Work::Put { durable: false }, 32, true),
+];
+
+/// What was done while counting.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Done {
+    /// Operations.
+    pub operations: u64,
+    /// Laps, of 100 virtual microseconds.
+    pub laps: u64,
+    /// Reads that went to the disk.
+    pub disk_reads: u64,
+    /// Bytes that went to the disk.
+    pub disk_bytes_written: u64,
+    /// Contending commits over shards that were answered.
+    pub contending: u64,
+}
+
+/// Prepares the operation of this name and counts `count` of it, rounded up to whole batches; `None`: there is no such.
+pub fn run(name: &str, count: u64) -> Option<Done> {
+    let operation = *OPERATIONS.iter().find(|operation| operation.name == name)?;
+    Some(Rig::new(operation).measure(count))
+}
+
+/// Everything that shards do while counting is on. Never inlined, so that an outside counter finds it.
+#[inline(never)]
+fn counted<R>(work: impl FnOnce() -> R) -> R {
+    work()
+}
+
+struct Rig {
+    operation: Operation,
+    disk: MemoryDisk,
+    shards: Vec<Shard>,
+    deal: Deal,
+    messages: VecDeque<(ShardId, ShardId, Message)>,
+    answers: BTreeMap<Token, Response>,
+    next_token: u64,
+    now: Micros,
+    is_counting: bool,
+    done: Done,
+    /// Pages of each shard, in the order in which they are used.
+    own: Vec<Vec<PageKey>>,
+    step: u64,
+    contending: Vec<Token>,
+}
+
+impl Rig {
+    fn new(operation: Operation) -> Rig {
+        let options = Options { memory_bytes: MEMORY * u64::from(operation.shards), ..Options::default() };
+        let mut disk = MemoryDisk::new(Arc::default());
+        let opening = recovery::begin(&mut disk, &options, operation.shards, 7, 0).expect("a store is made");
+        let deal = Deal::new(options.geometry.vshards_count, operation.shards);
+        let pages = if operation.pages == Pages::Near { NEAR_PAGES } else { FAR_PAGES };
+        let of = |shard| (0..).map(key).filter(|key| deal.shard_of(*key) == shard).take(pages as usize).collect();
+        let mut rig = Rig {
+            operation,
+            disk,
+            shards: opening.shards,
+            deal,
+            messages: VecDeque::new(),
+            answers: BTreeMap::new(),
+            next_token: 0,
+            now: 0,
+            is_counting: false,
+            done: Done::default(),
+            own: deal.shards().map(of).collect(),
+            step: 0,
+            contending: Vec::new(),
+        };
+        rig.laps_until(|rig| rig.shards.iter().all(Shard::is_open));
+        rig
+    }
+
+    fn measure(mut self, count: u64) -> Done {
+        self.prepare();
+        self.is_counting = true;
+        while self.done.operations < count {
+            self.batch();
+            self.done.operations += self.operation.batch as u64;
+        }
+        self.done
+    }
+
+    /// Writes all pages, makes a checkpoint, and goes through some of what will be counted.
+    fn prepare(&mut self) {
+        for shard in 0..self.own.len() {
+            for from in (0..self.own[shard].len()).step_by(32) {
+                let keys: Vec<_> = self.own[shard].iter().skip(from).take(32).copied().collect();
+                let puts = keys.into_iter().map(|key| commit(vec![(key, put(key, 0))], true)).collect();
+                self.ask(ShardId::new(shard as u16), puts);
+            }
+        }
+        self.ask(ShardId::LEADER, vec![Request::Checkpoint]);
+        let warm = match self.operation.pages {
+            Pages::Near => 2 * NEAR_PAGES,
+            Pages::Far => FAR_PAGES / 4,
+            Pages::Hot => FAR_PAGES,
+        };
+        if self.operation.pages == Pages::Hot {
+            for _ in 0..warm / 32 {
+                let keys: Vec<_> = (0..32).map(|_| self.any_page(0)).collect();
+                self.read(&keys);
+            }
+        }
+        for _ in 0..warm.div_ceil(self.operation.batch as u64) {
+            self.batch();
+        }
+    }
+
+    fn any_page(&mut self, shard: usize) -> PageKey {
+        self.step += 1;
+        let all = &self.own[shard];
+        all[(mix(self.step) % all.len() as u64) as usize]
+    }
+
+    /// The page of the next step: hot ones in turn, near ones in turn (no page twice in a batch), far ones at random.
+    fn next_page(&mut self, shard: usize) -> PageKey {
+        let among = match self.operation.pages {
+            Pages::Far => return self.any_page(shard),
+            Pages::Near => NEAR_PAGES,
+            Pages::Hot => HOT_PAGES,
+        };
+        self.step += 1;
+        self.own[shard][(self.step % among) as usize]
+    }
+
+    /// One batch of the operation.
+    fn batch(&mut self) {
+        let batch = self.operation.batch;
+        match self.operation.work {
+            Work::Read => {
+                let keys: Vec<_> = (0..batch).map(|_| self.next_page(0)).collect();
+                self.read(&keys);
+            }
+            Work::ReadAbsent => {
+                let absent = |_| {
+                    self.step += 1;
+                    read(key((1 << 40) + mix(self.step) % (1 << 32)))
+                };
+                let requests = (0..batch).map(absent).collect();
+                for answer in self.ask(ShardId::LEADER, requests) {
+                    assert!(matches!(answer, Response::Pages(pages) if pages[0].is_absent()));
+                }
+            }
+            Work::Put { durable } => {
+                self.keep_contending();
+                let puts = |_| {
+                    let key = self.next_page(0);
+                    commit(vec![(key, put(key, self.step))], durable)
+                };
+                let requests = (0..batch).map(puts).collect();
+                self.ask(ShardId::LEADER, requests);
+            }
+            Work::Patch => {
+                let patch = |_| {
+                    let key = self.next_page(0);
+                    let bytes = Bytes::from(self.step.to_le_bytes().repeat(16));
+                    commit(vec![(key, Change::Patch { offset: 64, bytes })], true)
+                };
+                let requests = (0..batch).map(patch).collect();
+                self.ask(ShardId::LEADER, requests);
+            }
+            Work::PutOverTwo => {
+                let puts = |_| {
+                    let keys = [self.next_page(0), self.own[1][(self.step % NEAR_PAGES) as usize]];
+                    commit(keys.map(|key| (key, put(key, self.step))).into(), true)
+                };
+                let requests = (0..batch).map(puts).collect();
+                self.ask(ShardId::LEADER, requests);
+            }
+        }
+    }
+
+    fn read(&mut self, keys: &[PageKey]) {
+        let answers = self.ask(ShardId::LEADER, keys.iter().map(|key| read(*key)).collect());
+        for (key, answer) in keys.iter().zip(answers) {
+            let Response::Pages(pages) = answer else { panic!("{answer:?}") };
+            assert_eq!(pages[0][..8], key.page.get().to_le_bytes(), "another page than was asked for");
+        }
+    }
+
+    /// As many commits over two shards of one page each are under way as contend; those that were answered are followed.
+    fn keep_contending(&mut self) {
+        if !self.operation.is_contended {
+            return;
+        }
+        for token in std::mem::take(&mut self.contending) {
+            match self.answers.remove(&token) {
+                Some(_) => self.done.contending += u64::from(self.is_counting),
+                None => self.contending.push(token),
+            }
+        }
+        while self.contending.len() < CONTENDING {
+            // Not among those that the counted commits write.
+            let keys = [0, 1].map(|shard| {
+                let own = |key: &PageKey| self.deal.shard_of(*key) == ShardId::new(shard);
+                (1 << 20..).map(key).find(own).expect("each shard has pages")
+            });
+            let request = commit(keys.map(|key| (key, put(key, 1))).into(), false);
+            let token = self.request(ShardId::new(1), request);
+            self.contending.push(token);
+        }
+    }
+
+    fn request(&mut self, to: ShardId, request: Request) -> Token {
+        self.next_token += 1;
+        let token = Token(self.next_token);
+        self.on_shard(to.index(), |shard| shard.request(token, request));
+        token
+    }
+
+    /// Asks for all of them together: the answers, in order.
+    fn ask(&mut self, to: ShardId, requests: Vec<Request>) -> Vec<Response> {
+        let tokens: Vec<_> = requests.into_iter().map(|request| self.request(to, request)).collect();
+        self.laps_until(|rig| tokens.iter().all(|token| rig.answers.contains_key(token)));
+        tokens.iter().map(|token| self.answers.remove(token).expect("it was answered")).collect()
+    }
+
+    fn laps_until(&mut self, is_over: impl Fn(&Rig) -> bool) {
+        for _ in 0..LAPS_MAX {
+            self.lap();
+            if is_over(self) {
+                return;
+            }
+        }
+        panic!("no answer after {LAPS_MAX} laps: {:?}", self.done);
+    }
+
+    /// Brings what has ended, turns each shard, and carries out what they want.
+    fn lap(&mut self) {
+        self.now += LAP_US;
+        self.done.laps += u64::from(self.is_counting);
+        let mut ended = Vec::new();
+        self.disk.reap(&mut ended);
+        for Completion { id, op, result } in ended {
+            let (shard, id) = ((id.0 >> ID_BITS) as usize, OpId(id.0 & ((1 << ID_BITS) - 1)));
+            self.on_shard(shard, |shard| shard.complete(Completion { id, op, result }));
+        }
+        for (from, to, message) in std::mem::take(&mut self.messages) {
+            self.on_shard(to.index(), |shard| shard.message(from, message));
+        }
+        for i in 0..self.shards.len() {
+            let now = self.now;
+            self.on_shard(i, |shard| shard.turn(now));
+            while let Some(effect) = self.on_shard(i, Shard::next_effect) {
+                self.carry_out(i, effect);
+            }
+        }
+    }
+
+    fn carry_out(&mut self, shard: usize, effect: Effect) {
+        match effect {
+            Effect::Submit(id, op) => {
+                if self.is_counting {
+                    match &op {
+                        DiskOp::Read { .. } => self.done.disk_reads += 1,
+                        DiskOp::Write { from, .. } => {
+                            self.done.disk_bytes_written += from.iter().map(|slice| u64::from(slice.len)).sum::<u64>();
+                        }
+                        DiskOp::Flush { .. } | DiskOp::Allocate { .. } => {}
+                    }
+                }
+                self.disk.submit(OpId((shard as u64) << ID_BITS | id.0), op);
+            }
+            Effect::Reply(token, result) => {
+                let answer = result.unwrap_or_else(|error| panic!("{}: {error}", self.operation.name));
+                self.answers.insert(token, answer);
+            }
+            Effect::Send(to, message) => self.messages.push_back((ShardId::new(shard as u16), to, message)),
+        }
+    }
+
+    fn on_shard<R>(&mut self, shard: usize, work: impl FnOnce(&mut Shard) -> R) -> R {
+        let shard = &mut self.shards[shard];
+        match self.is_counting {
+            true => counted(|| work(shard)),
+            false => work(shard),
+        }
+    }
+}
+
+fn key(page: u64) -> PageKey {
+    PageKey::new(VolumeId::new(1), PageId::new(page))
+}
+
+fn read(key: PageKey) -> Request {
+    Request::Read([key].into_iter().collect())
+}
+
+fn put(key: PageKey, step: u64) -> Change {
+    let mut bytes = vec![0x5a; BLOCK];
+    bytes[..8].copy_from_slice(&key.page.get().to_le_bytes());
+    bytes[8..16].copy_from_slice(&step.to_le_bytes());
+    Change::Put(bytes.into())
+}
+
+fn commit(changes: Vec<(PageKey, Change)>, durable: bool) -> Request {
+    Request::Commit(Commit { reads: Vec::new(), changes, durable })
+}
+
+/// SplitMix64's finisher.
+fn mix(x: u64) -> u64 {
+    let z = x.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn done(name: &str) -> Done {
+        run(name, 256).unwrap_or_else(|| panic!("{name} is an operation"))
+    }
+
+    /// If this fails, the figures are of something else than their names say, and a slower operation may go unnoticed.
+    #[test]
+    fn each_operation_does_what_its_name_says() {
+        for operation in OPERATIONS.iter().filter(|operation| operation.pages == Pages::Near) {
+            let done = done(operation.name);
+            assert!(done.operations >= 256, "{}: {done:?}", operation.name);
+            assert_eq!(done.disk_reads, 0, "{}: all is in memory", operation.name);
+            let is_read = matches!(operation.work, Work::Read | Work::ReadAbsent);
+            assert_eq!(done.disk_bytes_written == 0, is_read, "{}: {done:?}", operation.name);
+        }
+        assert!(run("no such operation", 1).is_none());
+        assert_eq!(done("over-two"), done("over-two"), "a run is deterministic");
+    }
+
+    /// If this fails, a shard whose volume is much larger than its memory reads pages from the disk that are asked for all the time.
+    #[test]
+    fn pages_in_use_stay_in_memory_after_a_volume_of_64_times_the_memory_was_read() {
+        assert_eq!(done("read-hot-32").disk_reads, 0);
+        assert!(done("read-far-32").disk_reads > 256, "a volume larger than the memory is read from the disk");
+    }
+}

@@ -1,0 +1,484 @@
+//! A store of one or more shards, each with a driver as it is for real: parked until something arrives for it.
+//!
+//! ```text
+//! request, message, completion ... arrive, each after a delay of its own
+//!      |            deadline, watermark >= waits_for()
+//!      v            v
+//!    parked ----> turn: take what has arrived (or a part), Shard::turn, effects out ----> parked
+//! ```
+//! Invariants
+//! 1. A shard turns only if something has arrived for it, its deadline has come, or the watermark has reached what it
+//!    waits for; once at the beginning. So whoever waits for something that nobody does hangs, and the run says so.
+//! 2. A turn is atomic; which shard turns next, and what it takes, is by seed.
+//! 3. One disk serves all shards; a completion comes back to the shard that submitted the operation.
+//! 4. What a shard says after the power was cut counts for nothing.
+//!
+//! It does *not* route requests or judge anything.
+
+use super::disk::SimDisk;
+use super::late::{Holding, Late};
+use super::net::{Mark, Net};
+use super::pace::Pace;
+use super::progress::{Progress, check_budget};
+use super::rng::{Rng, mix};
+use super::watch::TABLE_IS_BOUNDED;
+use crate::base::error::{Error, Result};
+use crate::base::options::Options;
+use crate::base::{Deal, Lsn, Micros, ShardId};
+use crate::engine::commit::GlobalOrder;
+use crate::engine::recovery::RecoveryReport;
+use crate::engine::{Effect, Message, Request, Response, Shard, Token};
+use crate::io::{Completion, Disk, OpId};
+use std::sync::Arc;
+
+/// Turns in a row in which nothing happens, before the store is said to spin, if they come faster than this on average.
+const IDLE_TURNS_MAX: u64 = 1_000;
+const IDLE_TURN_US: Micros = 200;
+/// Messages between two shards at a time, before the protocol is said to have no bound.
+const MESSAGES_MAX: usize = 8_192;
+/// Turns from one count of what the shards count to the next, at least; and a turn for so many pages and map nodes that are
+/// counted: a large store is not to spend its time on that alone.
+const AUDIT_EACH: u64 = 32;
+const AUDITED_A_TURN: u64 = 4;
+/// Turns within which a store is open, or never: some thousand are usual.
+const OPENING_TURNS_MAX: u32 = 1_000_000;
+/// Which bits of an operation's number at the disk say whose it is.
+const SHARD_SHIFT: u32 = 48;
+
+/// An open store, or one being opened.
+pub struct Cluster {
+    pub(super) nodes: Vec<Node>,
+    pub(super) order: Arc<GlobalOrder>,
+    pub(super) net: Net<Message>,
+    deal: Deal,
+    /// How fast everything is.
+    pub pace: Pace,
+    rng: Rng,
+    pub(super) disk: SimDisk,
+    pub(super) late: Late,
+    pub(super) progress: Progress,
+    idle_turns: u64,
+    /// The turn at which is counted next.
+    audit_at: u64,
+    /// When something happened last.
+    busy_at: Micros,
+    counters: ClusterCounters,
+}
+
+/// A shard and what has arrived, or will arrive, for it.
+pub(super) struct Node {
+    pub(super) shard: Shard,
+    pub(super) requests: Vec<(Micros, Token, Request)>,
+    pub(super) completions: Vec<(Micros, Completion)>,
+    /// Its last turn takes until then.
+    free_at: Micros,
+    /// It turns then, whatever arrives: at the beginning, and when the watermark has reached what it waits for.
+    woken_at: Option<Micros>,
+    /// A commit waited for memory after its last turn.
+    pub(super) was_short: bool,
+    /// Its checkpoint has waited for memory, after so many had ended.
+    pub(super) starved_after: Option<u64>,
+}
+
+/// What opening found.
+#[derive(Clone, Copy, Debug)]
+pub struct Opened {
+    /// The store was made.
+    pub created: bool,
+    /// It had been closed.
+    pub clean: bool,
+    /// The state is that of this LSN.
+    pub cut: Lsn,
+    /// Copies of the superblock that could not be used.
+    pub warnings: usize,
+}
+
+/// What came of a step.
+#[derive(Debug, Default)]
+pub struct Turn {
+    /// Who turned.
+    pub shard: ShardId,
+    /// Which request drew which LSN, in the order of the LSNs.
+    pub drawn: Vec<(Token, Lsn)>,
+    /// Answers, in order.
+    pub replies: Vec<(Token, Result<Response>)>,
+}
+
+/// What happened in a cluster.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ClusterCounters {
+    /// Turns of shards.
+    pub turns: u64,
+    /// Turns of another shard than the one before.
+    pub switches: u64,
+    /// Messages sent.
+    pub messages: u64,
+    /// Most messages under way between two shards.
+    pub messages_most: u64,
+    /// Shards woken because the watermark had reached what they waited for.
+    pub wakes: u64,
+    /// Stores opened, by the number of their shards, from one on.
+    pub opened: [u64; 4],
+    /// A hash of who turned when, in order.
+    pub trace: u64,
+}
+
+impl ClusterCounters {
+    /// Adds another's.
+    pub fn add(&mut self, other: &ClusterCounters) {
+        self.turns += other.turns;
+        self.switches += other.switches;
+        self.messages += other.messages;
+        self.messages_most = self.messages_most.max(other.messages_most);
+        self.wakes += other.wakes;
+        self.opened.iter_mut().zip(other.opened).for_each(|(sum, more)| *sum += more);
+        self.trace = mix(self.trace ^ other.trace);
+    }
+}
+
+impl Cluster {
+    /// Begins to open the store on `disk`, or to make it; [`step`](Self::step) until it [is open](Self::is_open).
+    ///
+    /// # Errors
+    /// Those of recovery.
+    pub fn begin(
+        disk: &SimDisk,
+        options: &Options,
+        shards: u16,
+        holding: Holding,
+        rng: &mut Rng,
+    ) -> Result<(Cluster, Opened)> {
+        let mut rng = rng.fork(3);
+        let opening = crate::engine::recovery::begin(&mut disk.clone(), options, shards, rng.draw(), disk.now())?;
+        let RecoveryReport { created, clean, cut, warnings, .. } = opening.report;
+        let opened = Opened { created, clean, cut, warnings: warnings.len() };
+        assert_eq!(opening.shards.len(), usize::from(shards), "as many shards as asked for");
+        let now = Some(disk.now());
+        let node = |shard| Node {
+            shard,
+            requests: Vec::new(),
+            completions: Vec::new(),
+            free_at: 0,
+            woken_at: now,
+            was_short: false,
+            starved_after: None,
+        };
+        let nodes: Vec<Node> = opening.shards.into_iter().map(node).collect();
+        let cluster = Cluster {
+            net: Net::new(nodes.len()),
+            // Not drawn from the stream that all else comes from: a run without held reads is as it was.
+            late: Late::new(holding, nodes.len(), rng.clone().fork(7)),
+            progress: Progress::new(nodes.len()),
+            deal: nodes[0].shard.deal(),
+            nodes,
+            order: opening.order,
+            pace: Pace::random(&mut rng, shards),
+            rng,
+            disk: disk.clone(),
+            idle_turns: 0,
+            audit_at: AUDIT_EACH,
+            busy_at: disk.now(),
+            counters: ClusterCounters::default(),
+        };
+        Ok((cluster, opened))
+    }
+
+    /// Drives a store that has [begun](Self::begin) to open until it is open, or the power is off.
+    ///
+    /// # Errors
+    /// The failure of a shard, or that they don't get on.
+    pub fn finish_opening(&mut self) -> std::result::Result<Result<()>, String> {
+        let mut turns = 0;
+        while !self.is_open() && !self.disk.is_off() {
+            turns += 1;
+            if turns > OPENING_TURNS_MAX {
+                return Err(format!("opening has no end: {}", self.describe()));
+            }
+            if let Some(error) = self.failure() {
+                return Ok(Err(error));
+            }
+            let turn = self.step()?.ok_or_else(|| format!("opening hangs: {}", self.describe()))?;
+            if let Some((token, reply)) = turn.replies.first() {
+                return Err(format!("an answer during opening: {token:?} {reply:?}"));
+            }
+        }
+        self.counters.opened[self.nodes.len() - 1] += 1;
+        Ok(Ok(()))
+    }
+
+    /// Whether all shards take requests.
+    pub fn is_open(&self) -> bool {
+        self.nodes.iter().all(|node| node.shard.is_open())
+    }
+
+    /// Whether all shards are closed.
+    pub fn is_closed(&self) -> bool {
+        self.nodes.iter().all(|node| node.shard.is_closed())
+    }
+
+    /// Why a shard stopped, if one did.
+    pub fn failure(&self) -> Option<Error> {
+        self.nodes.iter().find_map(|node| node.shard.failure())
+    }
+
+    /// How the pages are dealt out.
+    pub fn deal(&self) -> Deal {
+        self.deal
+    }
+
+    /// What one commit may count at most.
+    pub fn txn_bytes_max(&self) -> u64 {
+        self.nodes.iter().map(|node| node.shard.txn_bytes_max()).min().expect("there is a shard")
+    }
+
+    /// Everything up to here is durable, the shards say.
+    pub fn watermark(&self) -> Lsn {
+        self.order.watermark()
+    }
+
+    /// The newest LSN that was drawn, used or void.
+    pub fn newest(&self) -> Lsn {
+        self.order.next().before()
+    }
+
+    /// The first breach of the disk seam's rules, if there was one.
+    pub fn violation(&self) -> Option<String> {
+        self.disk.violation()
+    }
+
+    /// What happened so far.
+    pub fn counters(&self) -> ClusterCounters {
+        ClusterCounters { messages_most: self.net.most() as u64, ..self.counters }
+    }
+
+    /// Sends a request to a shard.
+    pub fn request(&mut self, shard: ShardId, token: Token, request: Request) {
+        let at = self.disk.now() + self.pace.request_us(&mut self.rng);
+        self.nodes[shard.index()].requests.push((at, token, request));
+        (self.idle_turns, self.busy_at) = (0, self.disk.now());
+    }
+
+    /// When something happens next; `None`: never, unless somebody asks for something.
+    pub fn next_at(&self) -> Option<Micros> {
+        let next = self.next_event_at();
+        let kept = self.late.next_due(self.is_at_rest()).map(|at| at.max(self.disk.now()));
+        // If nothing else will happen one of them is told at once.
+        if next.is_none() { kept.map(|_| self.disk.now()) } else { next.into_iter().chain(kept).min() }
+    }
+
+    /// The same, without reads whose ends are kept back.
+    fn next_event_at(&self) -> Option<Micros> {
+        let turns = (0..self.nodes.len()).filter_map(|index| self.turn_at(index));
+        turns.chain(self.disk.next_due()).min()
+    }
+
+    /// Whether nothing will happen but deadlines, and ends of reads that are kept back.
+    fn is_at_rest(&self) -> bool {
+        let has_work =
+            |node: &Node| !node.completions.is_empty() || (!node.requests.is_empty() && node.shard.accepting());
+        self.disk.next_due().is_none() && self.net.under_way() == 0 && !self.nodes.iter().any(has_work)
+    }
+
+    /// When the shard turns next.
+    pub(super) fn turn_at(&self, index: usize) -> Option<Micros> {
+        let node = &self.nodes[index];
+        let requests = node.requests.iter().map(|&(at, ..)| at).min().filter(|_| node.shard.accepting());
+        let completions = node.completions.iter().map(|&(at, _)| at).min();
+        let messages = self.net.next_for(index);
+        let reasons = [requests, completions, messages, node.shard.deadline(), node.woken_at];
+        reasons.into_iter().flatten().min().map(|at| at.max(node.free_at))
+    }
+
+    /// All that `shard` has sent to others until now.
+    pub fn mark(&self, shard: ShardId) -> Mark {
+        self.net.mark(shard.index())
+    }
+
+    /// Whether all that had been sent then has arrived.
+    pub fn reached(&self, mark: &Mark) -> bool {
+        self.net.reached(mark)
+    }
+
+    /// Moves time on to the next event, and lets a shard turn if one has a reason to. `None`: nothing will happen.
+    ///
+    /// # Errors
+    /// What is wrong with the shards.
+    pub fn step(&mut self) -> std::result::Result<Option<Turn>, String> {
+        let Some(at) = self.next_at() else { return Ok(None) };
+        let nothing_else = self.next_event_at().is_none();
+        self.disk.advance_to(at);
+        self.reap();
+        let now = self.disk.now();
+        let at_rest = self.late.is_keeping() && self.is_at_rest();
+        for (shard, completion) in self.late.take_due(self.counters.turns, now, nothing_else, at_rest) {
+            self.nodes[shard].completions.push((now, completion));
+        }
+        let ready: Vec<usize> =
+            (0..self.nodes.len()).filter(|&index| self.turn_at(index).is_some_and(|at| at <= now)).collect();
+        if ready.is_empty() || self.disk.is_off() {
+            return Ok(Some(Turn::default()));
+        }
+        let index = *self.rng.pick(&ready);
+        self.turn(index).map(Some)
+    }
+
+    /// Brings what the disk has finished to those who asked for it.
+    fn reap(&mut self) {
+        let mut done = Vec::new();
+        self.disk.clone().reap(&mut done);
+        for mut completion in done {
+            let shard = (completion.id.0 >> SHARD_SHIFT) as usize;
+            completion.id = OpId(completion.id.0 & ((1 << SHARD_SHIFT) - 1));
+            let at = self.disk.now() + self.pace.completion_us(&mut self.rng);
+            let Some(completion) = self.late.keep(shard, completion, self.counters.turns) else { continue };
+            self.nodes[shard].completions.push((at, completion));
+        }
+    }
+
+    fn turn(&mut self, index: usize) -> std::result::Result<Turn, String> {
+        let now = self.disk.now();
+        let before = self.order.watermark();
+        let delivered = self.deliver(index, now);
+        let mut busy = delivered;
+        let mut emitted = false;
+        self.nodes[index].woken_at = None;
+        self.nodes[index].shard.turn(now);
+        let shard = ShardId::new(index as u16);
+        let mut turn = Turn { shard, drawn: self.nodes[index].shard.take_drawn(), replies: Vec::new() };
+        turn.drawn.sort_by_key(|&(_, lsn)| lsn);
+        while let Some(effect) = self.nodes[index].shard.next_effect() {
+            (busy, emitted) = (true, true);
+            match effect {
+                Effect::Submit(id, op) => {
+                    self.late.submitted(&self.nodes[index].shard, index, id, &op, self.counters.turns, now);
+                    let id = OpId(id.0 | (index as u64) << SHARD_SHIFT);
+                    self.disk.submit_slowly(id, op, self.pace.device_factor(index));
+                    if self.disk.is_off() || self.disk.violation().is_some() {
+                        return Ok(turn);
+                    }
+                }
+                Effect::Reply(token, reply) => turn.replies.push((token, reply)),
+                Effect::Send(to, _) if to == shard || to.index() >= self.nodes.len() => {
+                    return Err(format!("{shard:?} sends a message to {to:?}"));
+                }
+                Effect::Send(to, message) => {
+                    let at = now + self.pace.message_us(&mut self.rng, index, to.index());
+                    self.net.send(index, to.index(), at, message);
+                    self.counters.messages += 1;
+                }
+            }
+        }
+        self.park(index, now, before)?;
+        self.note(index, now, busy)?;
+        self.watch(index, now, delivered, emitted)?;
+        if self.counters.turns >= self.audit_at {
+            self.audit(index)?;
+        }
+        Ok(turn)
+    }
+
+    /// Counts what a shard counts, and holds what it keeps against what it may.
+    fn audit(&mut self, index: usize) -> std::result::Result<(), String> {
+        let (shard, node) = (ShardId::new(index as u16), &self.nodes[index].shard);
+        node.audit().map_err(|drift| format!("{shard:?} counts wrongly: {drift}"))?;
+        let counts = node.counts();
+        if TABLE_IS_BOUNDED {
+            check_budget(&counts).map_err(|why| format!("{shard:?} keeps too much: {why}"))?;
+        }
+        self.audit_at = self.counters.turns + AUDIT_EACH.max((counts.pages + counts.nodes) / AUDITED_A_TURN);
+        Ok(())
+    }
+
+    /// Hands the shard what has arrived, or a part of it; whether there was anything.
+    fn deliver(&mut self, index: usize, now: Micros) -> bool {
+        let mut any = false;
+        let mut kinds = [0, 1, 2];
+        for n in (1..kinds.len()).rev() {
+            kinds.swap(n, self.rng.below(n as u64 + 1) as usize);
+        }
+        for kind in kinds {
+            any |= match kind {
+                0 => self.deliver_messages(index, now),
+                1 => self.deliver_completions(index, now),
+                _ => self.deliver_requests(index, now),
+            };
+        }
+        any
+    }
+
+    fn deliver_messages(&mut self, index: usize, now: Micros) -> bool {
+        let shards = self.nodes.len();
+        let first = self.rng.below(shards as u64) as usize;
+        let mut any = false;
+        for from in (0..shards).map(|n| (first + n) % shards) {
+            let arrived = self.net.arrived(from, index, now);
+            for _ in 0..self.pace.take(&mut self.rng, arrived) {
+                let message = self.net.take(from, index);
+                self.nodes[index].shard.message(ShardId::new(from as u16), message);
+                any = true;
+            }
+        }
+        any
+    }
+
+    fn deliver_completions(&mut self, index: usize, now: Micros) -> bool {
+        let node = &mut self.nodes[index];
+        // In the order in which they can be seen, which is not that in which they ended.
+        node.completions.sort_by_key(|&(at, _)| at);
+        let arrived = node.completions.partition_point(|&(at, _)| at <= now);
+        let count = self.pace.take(&mut self.rng, arrived);
+        for (_, completion) in node.completions.drain(..count) {
+            self.late.arrives(&node.shard, index, completion.id);
+            node.shard.complete(completion);
+        }
+        count > 0
+    }
+
+    fn deliver_requests(&mut self, index: usize, now: Micros) -> bool {
+        let node = &mut self.nodes[index];
+        node.requests.sort_by_key(|&(at, token, _)| (at, token));
+        let arrived = node.requests.partition_point(|&(at, ..)| at <= now);
+        let mut count = 0;
+        while count < arrived && node.shard.accepting() {
+            let (_, token, request) = node.requests.remove(0);
+            node.shard.request(token, request);
+            count += 1;
+        }
+        count > 0
+    }
+
+    /// The shard parks after its turn; others are woken if the watermark has reached what they wait for.
+    fn park(&mut self, index: usize, now: Micros, before: Lsn) -> std::result::Result<(), String> {
+        let watermark = self.order.watermark();
+        if watermark < before {
+            return Err(format!("the watermark fell from {before:?} to {watermark:?}"));
+        }
+        self.nodes[index].free_at = now + self.pace.turn_us(&mut self.rng, index);
+        for (other, node) in self.nodes.iter_mut().enumerate() {
+            let reached = node.shard.waits_for().is_some_and(|lsn| lsn <= watermark);
+            if reached && node.woken_at.is_none() {
+                self.counters.wakes += u64::from(other != index);
+                // Whoever is about to park looks once more first.
+                let after = if other == index { 0 } else { self.pace.wake_us(&mut self.rng) };
+                node.woken_at = Some(now + after);
+            }
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, index: usize, now: Micros, busy: bool) -> std::result::Result<(), String> {
+        let last = self.counters.trace & 0xff;
+        self.counters.turns += 1;
+        self.counters.switches += u64::from(last != index as u64);
+        self.counters.trace = (mix(self.counters.trace ^ now) & !0xff) | index as u64;
+        (self.idle_turns, self.busy_at) = if busy { (0, now) } else { (self.idle_turns + 1, self.busy_at) };
+        if self.idle_turns > IDLE_TURNS_MAX && now < self.busy_at + self.idle_turns * IDLE_TURN_US {
+            let (turns, since) = (self.idle_turns, self.busy_at);
+            return Err(format!("{turns} turns in which nothing happened, since {since}: {}", self.describe()));
+        }
+        if self.net.most() > MESSAGES_MAX {
+            return Err(format!("{} messages under way between two shards: {}", self.net.most(), self.describe()));
+        }
+        Ok(())
+    }
+}

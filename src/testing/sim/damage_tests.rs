@@ -1,0 +1,243 @@
+//! Damage to every sector of a store: flipped, zeroed, stale and swapped, one sector or the block around it.
+//!
+//! Of a store that was closed, everything that opening it and reading it touches must be missed when it is damaged. Of one that
+//! was not, everything is damaged that is there. `COREPAGE_STORES=n` does it to n stores.
+
+use super::disk::{Damage, Loss, SECTOR, SECTORS};
+use super::harm::{DamageCounters, Damaged};
+use super::rng::{Rng, mix};
+use super::tests::{number, quiet, run_cases};
+use super::workload::{self, Profile};
+use super::world::{Outcome, Plan, Tally, World};
+use crate::base::BLOCK;
+use crate::engine::Request;
+use crate::format::superblock::{SUPERBLOCK_BYTES, SUPERBLOCK_COPIES};
+use crate::io::FileId;
+
+/// A store, and which part of its sectors is to be damaged.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    seed: u64,
+    part: u64,
+    clean: bool,
+}
+
+const PARTS: u64 = 8;
+
+fn world(case: &Case) -> Outcome<World> {
+    let mut rng = Rng::new(mix(case.seed));
+    let mut options = workload::options(&mut rng);
+    options.geometry.segment_bytes = 64 << 10;
+    options.geometry.segments_count = 4;
+    let mut profile = Profile { in_flight: 4, ..Profile::random(&mut rng) };
+    profile.universe.truncate(60);
+    // What an opening reads depends on the number of shards: it is the same in each.
+    let shards = 1 + (case.seed % 2) as u16;
+    let plan = Plan { options: Some(options), profile: Some(profile), shards: shards..=shards, ..quiet(case.seed) };
+    let mut world = World::new(plan);
+    world.begin()?;
+    for _ in 0..500 {
+        world.step()?;
+    }
+    if case.clean {
+        world.close()?
+    }
+    world.let_go(usize::MAX)?;
+    Ok(world)
+}
+
+/// What is damaged: of a closed store the blocks that are read, of another one those with anything in them.
+fn targets(world: &mut World, case: &Case) -> Outcome<Vec<(FileId, u64)>> {
+    let image = world.disk.crash(Loss::Everything, &mut Rng::new(case.seed));
+    if case.clean {
+        image.note_reads();
+        let found = world.open_damaged(image.clone())?;
+        assert_eq!(found, Damaged::Harmless, "nothing is damaged yet");
+        return Ok(image.take_reads().into_iter().collect());
+    }
+    let blocks = |(file, len): (FileId, u64)| (0..len / BLOCK as u64).map(move |block| (file, block));
+    let is_used = |&(file, block): &(FileId, u64)| image.block(file, block).iter().any(|byte| *byte != 0);
+    Ok(image.files().into_iter().flat_map(blocks).filter(is_used).collect())
+}
+
+/// Copies of the superblock stand in for each other: one that is stale is as good as one that is not there.
+fn is_superblock(file: FileId, block: u64) -> bool {
+    file == FileId::Meta && block < SUPERBLOCK_COPIES * (SUPERBLOCK_BYTES / BLOCK) as u64
+}
+
+fn run(case: &Case) -> Outcome<Tally> {
+    let mut world = world(case)?;
+    let targets = targets(&mut world, case)?;
+    let mut rng = Rng::new(mix(case.seed ^ case.part));
+    let mine = targets.iter().enumerate().filter(|(n, _)| *n as u64 % PARTS == case.part).map(|(_, target)| *target);
+    for (file, block) in mine {
+        let first = block * SECTORS as u64;
+        let places = (0..SECTORS as u64).map(|n| (first + n, 1)).chain([(first, SECTORS)]);
+        for (at, count) in places {
+            // A block that looks as if it belonged here, where there is one.
+            let others: Vec<u64> = targets.iter().filter(|t| t.0 == file && t.1 != block).map(|t| t.1).collect();
+            let other = if others.is_empty() { 0 } else { *rng.pick(&others) };
+            let with = other * SECTORS as u64 + at - first;
+            let bit = rng.below((count * BLOCK / SECTORS * 8) as u64) as usize;
+            for damage in [Damage::Flip { bit }, Damage::Zero, Damage::Stale, Damage::Swap { with }] {
+                let image = world.disk.crash(Loss::Everything, &mut Rng::new(case.seed));
+                if !image.damage(file, at, count, damage) {
+                    continue;
+                }
+                let what = format!("{damage:?} of {count} sectors of {file} from {at} on");
+                let found = world.open_damaged(image).map_err(|why| format!("{what}: {why}"))?;
+                let missed = matches!(found, Damaged::Harmless | Damaged::Cut);
+                if case.clean && missed && !is_superblock(file, block) {
+                    return Err(format!("{what}: nobody has noticed"));
+                }
+            }
+        }
+    }
+    Ok(world.tally)
+}
+
+/// The runs in which planted bugs are looked for.
+pub(super) fn smallest() -> Outcome {
+    (0..PARTS).try_for_each(|part| run(&Case { seed: 1, part, clean: true }).map(drop))
+}
+
+fn run_all(seeds: u64, clean: bool) -> DamageCounters {
+    let cases: Vec<Case> =
+        (1..=seeds).flat_map(|seed| (0..PARTS).map(move |part| Case { seed, part, clean })).collect();
+    let damage = run_cases(&cases, run).damage;
+    println!("{seeds} stores, closed: {clean}: {damage:?}");
+    damage
+}
+
+/// If this fails, a rotten sector is served as data, or found by a user instead of by the store.
+#[test]
+fn damage_to_any_sector_of_a_closed_store_is_noticed() {
+    let damage = run_all(number("COREPAGE_STORES").unwrap_or(1), true);
+    assert!(damage.refused > 20 && damage.named > 1000 && damage.cut == 0, "{damage:?}");
+}
+
+/// If this fails, a crash and a rotten sector together serve wrong data, or lose in silence what the log says was durable.
+#[test]
+fn damage_to_any_sector_of_a_crashed_store_is_never_served() {
+    let damage = run_all(number("COREPAGE_STORES").unwrap_or(1), false);
+    assert!(damage.refused > 20 && damage.named > 100, "{damage:?}");
+}
+
+/// Cuts the power at an event of a checkpoint; false: it has fewer.
+fn crash_checkpoint(world: &mut World, event: u64) -> Outcome<bool> {
+    world.disk.cut_power_after(event);
+    world.ask(Request::Checkpoint);
+    world.settle()?;
+    Ok(world.disk.is_off())
+}
+
+/// A store that is crashed in a checkpoint and again in the recovery after it, each at some event, and of whose superblock one
+/// copy is lost then.
+fn one_copy_lost(checkpoint_event: u64) -> Outcome<u64> {
+    let plan = |seed| Plan { options: Some(super::small_tests::options()), shards: 1..=1, ..quiet(seed) };
+    let (mut opened, mut recovery_event) = (0, 0);
+    loop {
+        recovery_event += 1;
+        let mut world = World::new(plan(1));
+        world.begin()?;
+        if !crash_checkpoint(&mut world, checkpoint_event)? {
+            return Ok(opened);
+        }
+        world.crash(Loss::Nothing)?;
+        world.disk.cut_power_after(recovery_event);
+        let _ = world.try_open()?;
+        if !world.disk.is_off() {
+            return Ok(opened);
+        }
+        world.crash(Loss::Everything)?;
+        for copy in 0..SUPERBLOCK_COPIES {
+            let image = world.disk.crash(Loss::Everything, &mut Rng::new(1));
+            let sectors = (SUPERBLOCK_BYTES / SECTOR) as u64;
+            if !image.damage(FileId::Meta, copy * sectors, SECTORS, Damage::Zero) {
+                continue;
+            }
+            opened += 1;
+            let found = world.open_damaged(image)?;
+            if !matches!(found, Damaged::Mended | Damaged::Harmless) {
+                let at = format!("events {checkpoint_event} and {recovery_event}, copy {copy}");
+                return Err(format!("{at}: {found:?}, and three copies were left"));
+            }
+        }
+    }
+}
+
+/// If this fails, there is a time at which the store hangs on one block.
+#[test]
+fn any_one_copy_of_the_superblock_may_be_lost_at_any_time() {
+    let mut all = 0;
+    for event in 1.. {
+        let opened = one_copy_lost(event).unwrap_or_else(|why| panic!("{why}"));
+        all += opened;
+        if opened == 0 {
+            break;
+        }
+    }
+    println!("{all} stores opened with three copies of the superblock");
+    assert!(all > 1000, "{all} stores");
+}
+
+/// A store that was crashed at an event of a checkpoint and opened again, and of which then one of the writes of roots and table is lost:
+/// what was there before may be what the crashed checkpoint has written.
+fn one_write_lost(seed: u64, event: u64) -> Outcome<Option<u64>> {
+    let mut world = World::new(Plan { options: Some(super::small_tests::options()), shards: 1..=2, ..quiet(seed) });
+    world.begin()?;
+    for _ in 0..50 {
+        world.step()?;
+    }
+    world.settle()?;
+    if !crash_checkpoint(&mut world, event)? {
+        return Ok(None);
+    }
+    world.reopen(Loss::Nothing)?;
+    world.crash(Loss::Everything)?;
+    let mut lost = 0;
+    for (file, len) in world.disk.files() {
+        if !matches!(file, FileId::Meta | FileId::Table) {
+            continue;
+        }
+        for block in (0..len / BLOCK as u64).filter(|&block| !is_superblock(file, block)) {
+            let image = world.disk.crash(Loss::Everything, &mut Rng::new(1));
+            image.note_reads();
+            if !image.damage(file, block * SECTORS as u64, SECTORS, Damage::Stale) {
+                continue;
+            }
+            let found = world.open_damaged(image.clone()).map_err(|why| format!("{file} block {block}: {why}"))?;
+            if image.take_reads().contains(&(file, block)) {
+                lost += 1;
+                if found != Damaged::Refused {
+                    return Err(format!("the last write of block {block} of {file} is lost: {found:?}"));
+                }
+            }
+        }
+    }
+    Ok(Some(lost))
+}
+
+fn every_write_lost(seed: u64) -> Outcome<u64> {
+    let mut all = 0;
+    for event in 1.. {
+        match one_write_lost(seed, event).map_err(|why| format!("event {event}: {why}"))? {
+            Some(lost) => all += lost,
+            None => break,
+        }
+    }
+    Ok(all)
+}
+
+/// One of the runs in which planted bugs are looked for.
+pub(super) fn all_lost() -> Outcome {
+    every_write_lost(1).map(drop)
+}
+
+/// If this fails, a lost write brings back, in silence, what a checkpoint that was never completed has written.
+#[test]
+fn a_lost_write_does_not_bring_back_an_interrupted_checkpoint() {
+    let all: u64 = (1..=3).map(|seed| every_write_lost(seed).unwrap_or_else(|why| panic!("seed {seed}, {why}"))).sum();
+    println!("{all} lost writes of roots and of the table");
+    assert!(all > 500, "{all} lost writes");
+}

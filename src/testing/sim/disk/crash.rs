@@ -1,0 +1,195 @@
+//! Power loss and process death: the images of the disk that can be left behind.
+//!
+//! Invariants
+//! 1. What was durable is kept. Every other sector is kept or dropped as the kind of loss says, independently of
+//!    the order in which it was written; among versions of one sector, the newest that is kept wins.
+//! 2. Operations in flight may have got through whole, in part or not at all.
+//! 3. After the death of a process what it had written stays visible and volatile: its successor reads it, and
+//!    may lose it still.
+//! 4. Making an image leaves the disk that crashed as it is, so that many can be made of one crash.
+
+use super::device::{Landing, State};
+use super::file::{BlockState, SECTOR, SECTORS, SimFile, Version};
+use super::{DiskCounters, SimDisk};
+use crate::base::BLOCK;
+use crate::io::FileId;
+use crate::testing::sim::rng::{Rng, mix};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+/// What a crash does to that which is not durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
+    /// All of it is lost.
+    Everything,
+    /// All is kept, operations in flight too.
+    Nothing,
+    /// Each sector is kept with this chance in a hundred.
+    Sectors(u64),
+    /// Each write is kept whole with this chance in a hundred, or lost whole.
+    Writes(u64),
+    /// Of each write some sectors from its beginning are kept.
+    Prefixes,
+    /// Of each file all is kept or all is lost.
+    Files,
+    /// The process dies, the machine goes on: all is kept and stays volatile, operations in flight land or not.
+    Process,
+}
+
+impl Loss {
+    /// One of them, with its values.
+    pub fn random(rng: &mut Rng) -> Self {
+        match rng.below(9) {
+            0 => Loss::Everything,
+            1 => Loss::Nothing,
+            2 => Loss::Sectors(50),
+            3 => Loss::Sectors(*rng.pick(&[5, 20, 80, 95])),
+            4 => Loss::Writes(50),
+            5 => Loss::Writes(*rng.pick(&[10, 90])),
+            6 => Loss::Prefixes,
+            7 => Loss::Files,
+            _ => Loss::Process,
+        }
+    }
+}
+
+/// Decides for one crash what is kept; the same question gets the same answer, without a table.
+struct Fate {
+    loss: Loss,
+    salt: u64,
+}
+
+impl Fate {
+    fn roll(&self, what: [u64; 3]) -> u64 {
+        what.iter().fold(self.salt, |hash, part| mix(hash ^ part))
+    }
+
+    fn keeps(&self, file: u64, block: u64, version: &Version, sector: usize) -> bool {
+        // A doomed version is in the page cache only, which nobody writes back any more.
+        if version.doomed {
+            return false;
+        }
+        match self.loss {
+            Loss::Everything => false,
+            Loss::Nothing | Loss::Process => true,
+            Loss::Sectors(percent) => self.roll([version.op, (file << 48) + block, sector as u64]) % 100 < percent,
+            Loss::Writes(percent) => self.roll([version.op, 0, 0]) % 100 < percent,
+            Loss::Prefixes => {
+                // Mostly short of the end, often whole: the length is not known here, so draw up to 64 blocks.
+                let reach = self.roll([version.op, 0, 0]) % (1 << (3 + self.roll([version.op, 1, 0]) % 7));
+                u64::from(version.index) * SECTORS as u64 + (sector as u64) < reach
+            }
+            Loss::Files => self.roll([file, 0, 0]).is_multiple_of(2),
+        }
+    }
+}
+
+/// What was kept and dropped of each write, by its number.
+type Tally = BTreeMap<u64, (u64, u64)>;
+
+impl SimDisk {
+    /// The disk as it is found after a crash now; the one that crashed stays as it is.
+    pub fn crash(&self, loss: Loss, rng: &mut Rng) -> SimDisk {
+        let state = self.0.borrow();
+        let fate = Fate { loss, salt: rng.draw() };
+        let mut files = state.files.clone();
+        let landing = if state.is_off { state.landing.clone() } else { state.in_flight_now() };
+        let mut counters = DiskCounters { crashes: 1, ..Default::default() };
+        let mut done = state.done;
+        for operation in &landing {
+            // Which of several operations in flight got through last is open: they are in random order already.
+            done += 1;
+            land(&mut files, operation, loss, done, rng, &mut counters, &state);
+        }
+        if loss != Loss::Process {
+            settle(&mut files, &fate, &mut counters);
+        }
+        let image = SimDisk::with(rng.fork(1), files, state.now, state.zero.clone());
+        {
+            let mut new = image.0.borrow_mut();
+            new.counters = counters;
+            new.done = done;
+            new.number = state.number;
+            new.latency = state.latency;
+        }
+        image
+    }
+}
+
+/// Lets an operation that was in flight get through, as far as the loss allows.
+fn land(
+    files: &mut BTreeMap<FileId, SimFile>,
+    operation: &Landing,
+    loss: Loss,
+    done: u64,
+    rng: &mut Rng,
+    counters: &mut DiskCounters,
+    state: &State,
+) {
+    match operation {
+        Landing::Allocate { file, from, to } => {
+            counters.allocations_in_flight += 1;
+            let reach = match loss {
+                Loss::Everything => *from,
+                Loss::Nothing => *to,
+                _ => rng.within(*from, *to),
+            };
+            // Absent, empty, partial or whole.
+            if reach > *from || (loss != Loss::Everything && rng.one_in(2)) {
+                files.entry(*file).or_default().allocate(*from, reach, &state.zero);
+            }
+        }
+        Landing::Write { file, number, first, blocks } => {
+            counters.writes_in_flight += 1;
+            let sectors = blocks.len() * SECTORS;
+            // After the death of a process the kernel finishes the write, or had not taken it yet.
+            let part = rng.below(sectors as u64 + 1) as usize;
+            let reach = if loss == Loss::Process { *rng.pick(&[0, sectors, part]) } else { sectors };
+            let Some(content) = files.get_mut(file) else { return };
+            for (index, block) in blocks.iter().enumerate().take(reach.div_ceil(SECTORS)) {
+                let Some(old) = content.block(first + index as u64) else { return };
+                let cut = ((reach - index * SECTORS) * SECTOR).min(BLOCK);
+                let mut bytes = **old.visible();
+                bytes[..cut].copy_from_slice(&block[..cut]);
+                let version = Version { op: *number, index: index as u32, done, doomed: false, bytes: Rc::new(bytes) };
+                content.write(first + index as u64, version);
+            }
+        }
+    }
+}
+
+/// Makes durable what is kept, and forgets the rest.
+fn settle(files: &mut BTreeMap<FileId, SimFile>, fate: &Fate, counters: &mut DiskCounters) {
+    let mut tally = Tally::new();
+    for (number, (_, content)) in files.iter_mut().enumerate() {
+        for block in content.take_dirty() {
+            let state = content.block_mut(block.into()).expect("a dirty block exists");
+            settle_block(state, fate, number as u64, block.into(), &mut tally);
+        }
+    }
+    for (kept, dropped) in tally.into_values() {
+        counters.sectors_kept += kept;
+        counters.sectors_dropped += dropped;
+        counters.writes_torn += u64::from(kept > 0 && dropped > 0);
+    }
+}
+
+fn settle_block(state: &mut BlockState, fate: &Fate, file: u64, block: u64, tally: &mut Tally) {
+    let volatile = std::mem::take(&mut state.volatile);
+    let mut bytes = *state.durable;
+    for sector in 0..SECTORS {
+        let range = sector * SECTOR..(sector + 1) * SECTOR;
+        for version in &volatile {
+            let (kept, dropped) = tally.entry(version.op).or_default();
+            if fate.keeps(file, block, version, sector) {
+                bytes[range.clone()].copy_from_slice(&version.bytes[range.clone()]);
+                *kept += 1;
+            } else {
+                *dropped += 1;
+            }
+        }
+    }
+    if bytes != *state.durable {
+        state.harden(Rc::new(bytes));
+    }
+}

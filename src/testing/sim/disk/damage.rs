@@ -1,0 +1,84 @@
+//! Damage to what is durable: what bit rot, lost and misdirected writes leave behind.
+//!
+//! Invariants
+//! 1. Damage is done to settled disks only (nothing volatile, nothing in flight), so that it is what is read.
+//! 2. It says whether it changed anything: damage that changes nothing can't be detected and proves nothing.
+
+use super::SimDisk;
+use super::file::{SECTOR, SECTORS, SimFile};
+use crate::base::BLOCK;
+use crate::io::FileId;
+use std::rc::Rc;
+
+/// Damage to some sectors of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Damage {
+    /// One bit is flipped.
+    Flip {
+        /// Its number, from the first sector on.
+        bit: usize,
+    },
+    /// They read as zeros.
+    Zero,
+    /// The last write got lost: they read as before it.
+    Stale,
+    /// They and as many others of the same file are swapped.
+    Swap {
+        /// The first of the others.
+        with: u64,
+    },
+}
+
+impl SimDisk {
+    /// Damages `count` sectors of a file from `first` on, all of one block; `false` if that left them as they were.
+    ///
+    /// # Panics
+    /// If there are no such sectors, they are of several blocks, or anything is volatile or in flight.
+    pub fn damage(&self, file: FileId, first: u64, count: usize, damage: Damage) -> bool {
+        let mut state = self.0.borrow_mut();
+        assert!(state.flying.is_empty(), "damage while operations are in flight");
+        let content = state.files.get_mut(&file).expect("the file exists");
+        assert!(content.is_settled(), "damage while {file} has volatile blocks");
+        let before = read(content, first, count);
+        let after = match damage {
+            Damage::Flip { bit } => {
+                let mut bytes = before.clone();
+                bytes[bit / 8 % (count * SECTOR)] ^= 1 << (bit % 8);
+                bytes
+            }
+            Damage::Zero => vec![0; count * SECTOR],
+            Damage::Stale => {
+                let (block, range) = place(first, count);
+                let block = content.block(block).expect("the block exists");
+                block.previous.as_ref().map_or_else(|| before.clone(), |previous| previous[range].to_vec())
+            }
+            Damage::Swap { with } => {
+                let other = read(content, with, count);
+                write(content, with, &before);
+                other
+            }
+        };
+        write(content, first, &after);
+        before != after
+    }
+}
+
+/// The block of some sectors, and the bytes in it.
+fn place(first: u64, count: usize) -> (u64, std::ops::Range<usize>) {
+    let at = (first as usize % SECTORS) * SECTOR;
+    assert!(at + count * SECTOR <= BLOCK, "sectors of several blocks");
+    (first / SECTORS as u64, at..at + count * SECTOR)
+}
+
+fn read(file: &SimFile, first: u64, count: usize) -> Vec<u8> {
+    let (block, range) = place(first, count);
+    file.block(block).expect("the block exists").durable[range].to_vec()
+}
+
+fn write(file: &mut SimFile, first: u64, bytes: &[u8]) {
+    let (block, range) = place(first, bytes.len() / SECTOR);
+    let block = file.block_mut(block).expect("the block exists");
+    let mut whole = *block.durable;
+    whole[range].copy_from_slice(bytes);
+    block.durable = Rc::new(whole);
+}

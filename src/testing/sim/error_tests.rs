@@ -1,0 +1,192 @@
+//! Every operation of a few reference workloads fails, in every way in which operations fail.
+//!
+//! After SQLite's I/O error loop (<https://sqlite.org/testing.html>, section 3.2): fail the first operation, run, check; fail the
+//! second, and so on, until a run goes through without meeting its error. `COREPAGE_ERRORS=all` tries each of the seven errors,
+//! once and for ever, at each operation, instead of one of them.
+
+use super::disk::{Area, ERRNOS, Fault, Loss};
+use super::harm::is_of_the_device;
+use super::model::{page_bytes, patch_bytes};
+use super::rng::{Rng, mix};
+use super::tests::{quiet, run_cases};
+use super::workload::{self, Profile};
+use super::world::{Outcome, Plan, Tally, World};
+use crate::base::{PageId, PageKey, VolumeId};
+use crate::engine::{Change, Commit, Request};
+
+/// Operations that fail at once, at most, before a workload has come to its end: far more than any of them has.
+const INDEX_MAX: u64 = 5_000;
+
+/// When the error strikes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum When {
+    /// While the store is made, used and closed.
+    Life,
+    /// While a crash is recovered from, and everything read.
+    Recovery,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    /// Which reference workload.
+    seed: u64,
+    shards: u16,
+    when: When,
+    /// How many operations go well before.
+    after: u64,
+    errno: i32,
+    forever: bool,
+}
+
+fn key(n: u64) -> PageKey {
+    // Two in each run of 512: several virtual shards.
+    PageKey::new(VolumeId::new(1), PageId::new(n % 2 + n / 2 * 512))
+}
+
+const PAGES: u64 = 16;
+
+fn commit(reads: Vec<PageKey>, changes: Vec<(PageKey, Change)>, durable: bool, world: &World) -> Request {
+    let told = |key| (key, world.oracle.model.at(key, world.oracle.last()).told());
+    Request::Commit(Commit { reads: reads.into_iter().map(told).collect(), changes, durable })
+}
+
+/// One after another: each kind of commit, of one shard and of several, flushes and checkpoints; then the store is closed, or it
+/// is left with requests under way.
+fn work(world: &mut World, rng: &mut Rng, when: When) -> Outcome {
+    for n in 1..=if when == When::Life { 24 } else { 30 } {
+        let put = |n: u64, tag| (key(n), Change::Put(page_bytes(key(n), tag)));
+        let at = rng.below(PAGES);
+        let request = match n % 8 {
+            1 => commit(vec![], vec![put(at, n)], true, world),
+            2 => commit(vec![], (0..6).map(|i| put(at + i * 3, n * 100 + i)).collect(), true, world),
+            3 => {
+                let bytes = patch_bytes(n, 500);
+                commit(vec![], vec![(key(at), Change::Patch { offset: 40, bytes })], true, world)
+            }
+            4 => commit(vec![key(at), key(at + 5)], vec![put(at, n), put(at + 9, n + 1000)], true, world),
+            5 => commit(vec![], vec![put(at, n)], false, world),
+            6 => commit(vec![], vec![(key(at), Change::Free), put(at + 4, n)], false, world),
+            7 => Request::Flush,
+            _ => Request::Checkpoint,
+        };
+        if n > 24 {
+            world.ask(request);
+            world.pass()?;
+            continue;
+        }
+        // Whatever the answer is, the judge has heard it.
+        let _ = world.call(request)?;
+        world.call(Request::Read(smallvec::smallvec![key(at)])).map(drop)?;
+    }
+    if when == When::Life { world.call(Request::Close).map(drop) } else { Ok(()) }
+}
+
+fn run(case: &Case) -> Outcome<(Tally, u64)> {
+    let mut rng = Rng::new(mix(case.seed ^ case.after));
+    let mut options = workload::options(&mut Rng::new(case.seed));
+    options.geometry.vshards_count = options.geometry.vshards_count.max(8);
+    options.geometry.segment_bytes = 64 << 10;
+    options.geometry.segments_count = 4;
+    let profile = Profile { universe: (0..PAGES * 3).map(key).collect(), ..Profile::random(&mut Rng::new(case.seed)) };
+    let mut world = World::new(Plan {
+        options: Some(options),
+        profile: Some(profile),
+        shards: case.shards..=case.shards,
+        ..quiet(case.seed)
+    });
+    let fault = Fault { kind: None, area: Area::Any, after: case.after, forever: case.forever, errno: case.errno };
+    if case.when == When::Life {
+        world.disk.inject(fault.clone());
+        world.tolerate_errors(true);
+    }
+    match world.try_open()? {
+        Ok(_) => work(&mut world, &mut Rng::new(case.seed), case.when)?,
+        Err(error) => is_of_the_device(&error)?,
+    }
+    let mut faults = world.disk.counters().faults();
+    world.crash(Loss::random(&mut rng))?;
+    if case.when == When::Recovery {
+        world.disk.inject(fault);
+        world.tolerate_errors(true);
+        match world.try_open()? {
+            // Reading everything may meet the error, and then that is the answer.
+            Ok(opened) => {
+                read_all(&mut world)?;
+                // It was open: what it showed may not be lost again.
+                world.oracle.restart_at(opened.cut, opened.cut);
+            }
+            Err(error) => is_of_the_device(&error)?,
+        }
+        faults += world.disk.counters().faults();
+        world.crash(Loss::random(&mut rng))?;
+    }
+    world.tolerate_errors(false);
+    let opened = world.open()?;
+    let cut = world.check(opened)?;
+    world.oracle.restart_at(cut, opened.cut);
+    let put = commit(vec![], vec![(key(1), Change::Put(page_bytes(key(1), 9999)))], true, &world);
+    world.call(put)?.map_err(|error| format!("with a device that is well again: {error}"))?;
+    world.reopen(Loss::random(&mut rng))?;
+    Ok((world.tally, faults))
+}
+
+fn read_all(world: &mut World) -> Outcome {
+    for n in 0..PAGES * 3 {
+        match world.try_read_now(&[key(n)])? {
+            Ok(_) => {}
+            Err(error) => is_of_the_device(&error)?,
+        }
+    }
+    Ok(())
+}
+
+/// How many operations a workload has: up to there an error strikes.
+fn operations(seed: u64, shards: u16, when: When) -> u64 {
+    let strikes = |after| {
+        let case = Case { seed, shards, when, after, errno: ERRNOS[0], forever: true };
+        run(&case).unwrap_or_else(|why| panic!("{case:?}: {why}")).1 > 0
+    };
+    let (mut low, mut high) = (0, INDEX_MAX);
+    while low < high {
+        let middle = (low + high) / 2;
+        if strikes(middle) { low = middle + 1 } else { high = middle }
+    }
+    low
+}
+
+/// The runs in which planted bugs are looked for.
+pub(super) fn smallest() -> Outcome {
+    let case = |when, after, errno, forever| Case { seed: 1, shards: 2, when, after, errno, forever };
+    (0..60).try_for_each(|after| {
+        run(&case(When::Recovery, after, ERRNOS[0], false))?;
+        run(&case(When::Life, after * 2, ERRNOS[0], false))?;
+        run(&case(When::Life, after * 2, ERRNOS[1], true)).map(drop)
+    })
+}
+
+/// If this fails, there is an operation whose failure costs data, or hangs, or is taken for success.
+#[test]
+fn every_operation_may_fail_in_every_way() {
+    let all = std::env::var("COREPAGE_ERRORS").is_ok_and(|wish| wish == "all");
+    let mut cases = Vec::new();
+    for (seed, shards, when) in [1, 2, 3].into_iter().flat_map(|seed| {
+        [(1, When::Life), (2, When::Life), (2, When::Recovery)].map(move |(shards, when)| (seed, shards, when))
+    }) {
+        let count = operations(seed, shards, when);
+        println!("reference workload {seed} on {shards} shards, {when:?}: {count} operations");
+        for after in 0..count {
+            let ways = ERRNOS.into_iter().flat_map(|errno| [(errno, false), (errno, true)]);
+            let ways = ways.enumerate().filter(|(n, _)| all || *n as u64 == after % 14);
+            cases.extend(ways.map(|(_, (errno, forever))| Case { seed, shards, when, after, errno, forever }));
+        }
+    }
+    let fired = std::sync::atomic::AtomicU64::new(0);
+    run_cases(&cases, |case| {
+        let (tally, faults) = run(case)?;
+        fired.fetch_add(u64::from(faults > 0), std::sync::atomic::Ordering::Relaxed);
+        Ok(tally)
+    });
+    let fired = fired.into_inner();
+    println!("{} runs, in {fired} of them the error struck", cases.len());
+    assert!(fired > cases.len() as u64 * 9 / 10, "{fired} of {} errors struck", cases.len());
+}

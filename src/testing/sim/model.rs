@@ -1,0 +1,152 @@
+//! What the store should hold: every page's versions by LSN, and contents that say what they are.
+//!
+//! Invariants
+//! 1. A page's versions are in the order of their LSNs; the first one stands for everything before.
+//! 2. Contents are unique: no two changes write the same bytes, so equal bytes mean the same version.
+//!
+//! It does *not* know requests, acknowledgements or crashes; see `oracle`.
+
+use crate::base::{BLOCK, Lsn, PageId, PageKey, VolumeId};
+use crate::engine::{Change, PageRef};
+use crate::testing::sim::rng::mix;
+use bytes::Bytes;
+use std::collections::BTreeMap;
+
+const MAGIC: u64 = 0x6e65_6765_7061_6765;
+
+/// The bytes of a page; every word differs from page to page and from tag to tag.
+pub fn page_bytes(key: PageKey, tag: u64) -> Bytes {
+    let mut bytes = Vec::with_capacity(BLOCK);
+    for word in [MAGIC, u64::from(key.volume.get()), key.page.get(), tag] {
+        bytes.extend_from_slice(&word.to_le_bytes());
+    }
+    fill(&mut bytes, tag, BLOCK);
+    bytes.into()
+}
+
+/// The bytes of a patch.
+pub fn patch_bytes(tag: u64, len: usize) -> Bytes {
+    let mut bytes = Vec::with_capacity(len + 8);
+    fill(&mut bytes, !tag, len);
+    bytes.truncate(len);
+    bytes.into()
+}
+
+fn fill(bytes: &mut Vec<u8>, tag: u64, len: usize) {
+    while bytes.len() < len {
+        let word = mix(tag.wrapping_mul(0x1_0001) ^ bytes.len() as u64);
+        bytes.extend_from_slice(&word.to_le_bytes());
+    }
+}
+
+/// What the bytes of a page say that they are.
+pub fn describe(bytes: &[u8]) -> String {
+    let word = |n: usize| u64::from_le_bytes(bytes[n * 8..n * 8 + 8].try_into().expect("eight bytes"));
+    if bytes.iter().all(|&byte| byte == 0) {
+        return "zeros".into();
+    }
+    if word(0) != MAGIC || word(1) > 255 {
+        return format!("bytes of no page: {:02x?}..", &bytes[..16]);
+    }
+    let key = PageKey::new(VolumeId::new(word(1) as u8), PageId::new(word(2)));
+    let tag = word(3);
+    let same = page_bytes(key, tag).iter().zip(bytes).filter(|(a, b)| a == b).count();
+    format!("{key:?} tag {tag}, {same} of {BLOCK} bytes as written whole")
+}
+
+/// A page from some LSN on.
+#[derive(Clone, Debug)]
+pub struct Version {
+    /// Of the commit.
+    pub lsn: Lsn,
+    /// `None` if it is absent.
+    pub page: Option<Bytes>,
+}
+
+impl Version {
+    /// The LSN that a reader is told: zero for an absent page.
+    pub fn told(&self) -> Lsn {
+        if self.page.is_some() { self.lsn } else { Lsn::ZERO }
+    }
+}
+
+impl Version {
+    /// Whether a reader who found no page is told of the commit that freed it, so that he can wait for it; once that is durable
+    /// there is nothing to wait for.
+    pub fn tells(&self, page: &PageRef, watermark: Lsn) -> bool {
+        page.lsn() == self.lsn || (page.lsn() == Lsn::ZERO && self.lsn <= watermark)
+    }
+}
+
+static ABSENT: Version = Version { lsn: Lsn::ZERO, page: None };
+
+/// All pages with their versions.
+#[derive(Default)]
+pub struct Model {
+    pages: BTreeMap<PageKey, Vec<Version>>,
+}
+
+impl Model {
+    /// All versions of a page that matter from `lsn` on: the one that was current then, and the later ones.
+    pub fn since(&self, key: PageKey, lsn: Lsn) -> &[Version] {
+        let Some(versions) = self.pages.get(&key) else { return std::slice::from_ref(&ABSENT) };
+        let current = versions.partition_point(|version| version.lsn <= lsn).saturating_sub(1);
+        &versions[current..]
+    }
+
+    /// The version that was current at `lsn`.
+    pub fn at(&self, key: PageKey, lsn: Lsn) -> &Version {
+        &self.since(key, lsn)[0]
+    }
+
+    /// How many pages there are in the newest state.
+    pub fn pages_present(&self) -> usize {
+        self.pages.values().filter(|versions| versions.last().is_some_and(|version| version.page.is_some())).count()
+    }
+
+    /// Applies the changes of a commit.
+    pub fn apply(&mut self, lsn: Lsn, changes: &[(PageKey, Change)]) {
+        for (key, change) in changes {
+            let versions = self.pages.entry(*key).or_insert_with(|| vec![ABSENT.clone()]);
+            let last = versions.last().expect("there is always a first version");
+            let page = match change {
+                Change::Put(bytes) => Some(bytes.clone()),
+                // That changes nothing: it is absent since it was freed first, and whoever has read it so is right.
+                Change::Free if last.page.is_none() => continue,
+                Change::Free => None,
+                Change::Patch { offset, bytes } => {
+                    let mut page = last.page.as_ref().map_or_else(|| vec![0; BLOCK], |page| page.to_vec());
+                    page[*offset as usize..*offset as usize + bytes.len()].copy_from_slice(bytes);
+                    Some(page.into())
+                }
+            };
+            if last.lsn == lsn {
+                versions.pop();
+            }
+            versions.push(Version { lsn, page });
+        }
+    }
+
+    /// Forgets everything above `cut`, and what was before the newest version at or below it.
+    pub fn restart_at(&mut self, cut: Lsn) {
+        for versions in self.pages.values_mut() {
+            versions.truncate(versions.partition_point(|version| version.lsn <= cut));
+            versions.drain(..versions.len() - 1);
+            // An absent page has no history any more: whoever read it as absent is right, whenever it was.
+            if versions[0].page.is_none() {
+                versions[0].lsn = Lsn::ZERO;
+            }
+        }
+        self.pages.retain(|_, versions| versions[0].page.is_some());
+    }
+
+    /// Which version of which page these bytes are, for messages.
+    pub fn whose(&self, bytes: &[u8]) -> String {
+        for (key, versions) in &self.pages {
+            if let Some(version) = versions.iter().find(|v| v.page.as_deref() == Some(bytes)) {
+                return format!("exactly {key:?} at {:?}", version.lsn);
+            }
+        }
+        describe(bytes)
+    }
+}

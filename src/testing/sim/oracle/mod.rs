@@ -1,0 +1,495 @@
+//! The judge: holds everything that a shard does and answers against the contract.
+//!
+//! Invariants
+//! 1. A commit counts from the moment at which its LSN is drawn; what was read by it must be current then.
+//! 2. `durable` is the highest LSN of which any answer said that it is durable. No crash may take it away.
+//!    The watermark is such an answer to everybody who looks at it.
+//! 3. LSNs drawn only ever rise, over all lives of the store.
+//! 4. What a commit over several shards changed may be read as before until it is acknowledged, but not at its
+//!    owner; what it holds excuses conflicts (`spread`). Transactions are exact: what they read is current at the draw.
+//!
+//! A judge that can't condemn is worth nothing: `oracle_tests` shows it every lie it is there for, and the canaries
+//! show that the lies are found in whole runs.
+//!
+//! It does *not* drive anything.
+
+mod asked;
+mod counters;
+mod overtaken;
+mod spread;
+
+pub use counters::OracleCounters;
+
+use super::model::{Model, Version};
+use crate::base::error::{Error, ErrorKind, Result as StoreResult};
+use crate::base::{BLOCK, Deal, Lsn, Micros, PageKey, ShardId};
+use crate::engine::{Change, Commit, PageRef, Request, Response, Token};
+use asked::{Asked, Kind};
+use spread::Spread;
+use std::collections::BTreeMap;
+
+/// A check that passed, or what was wrong.
+pub type Verdict = std::result::Result<(), String>;
+
+/// Which errors are no fault of the store in this run.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tolerance {
+    /// Device errors of any kind were injected: the store may stop.
+    pub io: bool,
+    /// Space is short.
+    pub full: bool,
+    /// Most bytes of one commit.
+    pub commit_bytes_max: u64,
+    /// Most map nodes and new pages that a commit may need in memory at once; 0: any.
+    pub commit_frames_max: u64,
+    /// Most pages of one read.
+    pub read_pages_max: usize,
+}
+
+/// The judge.
+pub struct Oracle {
+    /// The state that it judges by.
+    pub model: Model,
+    tolerance: Tolerance,
+    deal: Deal,
+    /// The cut with which this life began.
+    began: Lsn,
+    last: Lsn,
+    /// The newest LSN that was drawn, void ones too.
+    newest: Lsn,
+    /// All commits of this life, in order, for messages and for cuts that are not reported.
+    drawn: Vec<(Lsn, Vec<(PageKey, Change)>)>,
+    ever: Lsn,
+    durable: Lsn,
+    /// Who said so.
+    promise: &'static str,
+    ordered: Lsn,
+    closing: bool,
+    closed: bool,
+    watermark: Lsn,
+    asked: BTreeMap<Token, Asked>,
+    spread: Spread,
+    /// Requests and answers so far.
+    moment: u64,
+    counters: OracleCounters,
+}
+
+impl Oracle {
+    /// A judge of an empty store.
+    pub fn new(tolerance: Tolerance) -> Self {
+        Oracle {
+            model: Model::default(),
+            tolerance,
+            deal: Deal::new(1, 1),
+            began: Lsn::ZERO,
+            last: Lsn::ZERO,
+            newest: Lsn::ZERO,
+            drawn: Vec::new(),
+            ever: Lsn::ZERO,
+            durable: Lsn::ZERO,
+            promise: "nobody",
+            ordered: Lsn::ZERO,
+            closing: false,
+            closed: false,
+            watermark: Lsn::ZERO,
+            asked: BTreeMap::new(),
+            spread: Spread::default(),
+            moment: 0,
+            counters: OracleCounters::default(),
+        }
+    }
+
+    /// The newest LSN drawn in this life.
+    pub fn last(&self) -> Lsn {
+        self.last
+    }
+
+    /// The highest LSN that the store may not lose any more.
+    pub fn durable(&self) -> Lsn {
+        self.durable
+    }
+
+    /// The highest LSN acknowledged, as durable or not.
+    pub fn ordered(&self) -> Lsn {
+        self.ordered
+    }
+
+    /// What happened so far.
+    pub fn counters(&self) -> OracleCounters {
+        self.counters
+    }
+
+    /// Requests without an answer.
+    pub fn outstanding(&self) -> usize {
+        self.asked.len()
+    }
+
+    /// From now on these errors are nobody's fault.
+    pub fn tolerate(&mut self, tolerance: Tolerance) {
+        self.tolerance = tolerance;
+    }
+
+    /// What is tolerated now.
+    pub fn tolerance(&self) -> Tolerance {
+        self.tolerance
+    }
+
+    /// Which shard has which page, from now on.
+    pub fn deal(&mut self, deal: Deal) {
+        self.deal = deal;
+    }
+
+    /// A request is about to be handed to `shard`.
+    pub fn on_request(&mut self, token: Token, request: &Request, shard: ShardId, now: Micros) {
+        self.moment += 1;
+        let what = Kind::of(request, |key| self.oldest_visible(key).lsn);
+        self.closing |= matches!(what, Kind::Close);
+        let mut asked = Asked {
+            what,
+            at: now,
+            shard,
+            seen: self.last,
+            ordered: self.ordered,
+            moment: self.moment,
+            drawn: None,
+            spread: false,
+            overtaken: 0,
+        };
+        if let Kind::Commit(commit) = &asked.what
+            && spread::is_spread(self.deal, shard, commit)
+        {
+            asked.spread = true;
+            self.counters.spread_overlaps += u64::from(self.spread.asked(token, commit));
+        }
+        self.asked.insert(token, asked);
+    }
+
+    /// The oldest version that a page may be read as by somebody who asks now.
+    fn oldest_visible(&self, key: PageKey) -> &Version {
+        let versions = self.model.since(key, Lsn::ZERO);
+        let shard = self.deal.shard_of(key);
+        let unseen = versions[1..].iter().rev().take_while(|v| self.spread.may_be_unseen(v.lsn, key, shard));
+        &versions[versions.len() - 1 - unseen.count()]
+    }
+
+    /// The shards say that everything up to `watermark` is durable.
+    /// The newest LSN drawn is `newest`; it may be void.
+    pub fn on_watermark(&mut self, watermark: Lsn, newest: Lsn) -> Verdict {
+        self.newest = newest;
+        if watermark < self.watermark {
+            return Err(format!("the watermark fell from {:?} to {watermark:?}", self.watermark));
+        }
+        self.watermark = watermark;
+        self.promise(watermark, "the watermark");
+        Ok(())
+    }
+
+    /// Nothing can be held any more for this commit over several shards, which is answered.
+    pub fn on_let_go(&mut self, token: Token) {
+        self.moment += 1;
+        let oldest = self.asked.values().map(|asked| asked.moment).min().unwrap_or(self.moment);
+        self.spread.let_go(token, self.moment, oldest);
+    }
+
+    /// Whether this request is a commit over several shards.
+    pub fn is_spread(&self, token: Token) -> bool {
+        self.asked.get(&token).is_some_and(|asked| asked.spread)
+    }
+
+    /// A request got its LSN.
+    pub fn on_drawn(&mut self, token: Token, lsn: Lsn) -> Verdict {
+        if lsn <= self.ever {
+            return Err(format!("{token:?} drew {lsn:?}, and {:?} had been used before", self.ever));
+        }
+        let last = std::mem::replace(&mut self.last, lsn);
+        self.ever = lsn;
+        let Some(asked) = self.asked.get_mut(&token) else {
+            return Err(format!("{token:?} drew {lsn:?} without being under way"));
+        };
+        if asked.what.must_fail(&self.tolerance) {
+            return Err(format!("{token:?} drew {lsn:?}, and had to be refused: {}", asked.what.describe()));
+        }
+        if let Some(before) = asked.drawn.replace(lsn) {
+            return Err(format!("{token:?} drew {before:?} and then {lsn:?}"));
+        }
+        let Kind::Commit(commit) = &asked.what else {
+            return Err(format!("{token:?}, no commit, drew {lsn:?}"));
+        };
+        for &(key, read) in &commit.reads {
+            let version = self.model.at(key, last);
+            let now = version.told();
+            if now != read {
+                return Err(format!("{token:?} committed as {lsn:?}; it read {key:?} at {read:?}, at {now:?} by then"));
+            }
+            self.spread.gave(key, version.lsn);
+        }
+        if asked.spread {
+            self.spread.drawn(lsn, asked.shard);
+            self.counters.spread_drawn += 1;
+        }
+        self.model.apply(lsn, &commit.changes);
+        self.drawn.push((lsn, commit.changes.clone()));
+        self.counters.commits_drawn += 1;
+        Ok(())
+    }
+
+    /// The pages that a read under way asked for.
+    pub fn keys_of(&self, token: Token) -> Vec<PageKey> {
+        match self.asked.get(&token) {
+            Some(Asked { what: Kind::Read(keys), .. }) => keys.iter().map(|&(key, _)| key).collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// A request is answered.
+    pub fn on_reply(&mut self, token: Token, reply: &StoreResult<Response>) -> Verdict {
+        let Some(asked) = self.asked.remove(&token) else {
+            return Err(format!("a second answer, or one that nobody waits for: {token:?} {reply:?}"));
+        };
+        self.moment += 1;
+        self.count_overtaken(&asked);
+        let verdict = match reply {
+            Ok(response) => self.judge(&asked, response),
+            Err(error) => self.judge_error(token, &asked, error),
+        };
+        verdict.map_err(|why| format!("{token:?} {}: {why}", asked.what.describe()))
+    }
+
+    fn judge(&mut self, asked: &Asked, response: &Response) -> Verdict {
+        match (&asked.what, response) {
+            (Kind::Read(keys), Response::Pages(pages)) => {
+                if keys.len() != pages.len() {
+                    return Err(format!("{} pages for {} keys", pages.len(), keys.len()));
+                }
+                let all = keys.iter().zip(pages);
+                all.into_iter().try_for_each(|(&(key, oldest), page)| self.judge_page(key, page, oldest, asked.seen))
+            }
+            (Kind::Commit(commit), Response::Committed(lsn)) if commit.changes.is_empty() => {
+                self.judge_reader(asked, commit, *lsn)
+            }
+            (Kind::Commit(commit), Response::Committed(lsn)) => {
+                if asked.drawn != Some(*lsn) {
+                    return Err(format!("acknowledged as {lsn:?}, drew {:?}", asked.drawn));
+                }
+                self.ordered = self.ordered.max(*lsn);
+                self.spread.acknowledged(*lsn);
+                if commit.durable {
+                    self.counters.commits_durable += 1;
+                    self.promise(*lsn, "the answer to a durable commit");
+                } else {
+                    self.counters.commits_buffered += 1;
+                }
+                Ok(())
+            }
+            (Kind::Flush, Response::Flushed(lsn)) if *lsn < asked.ordered => {
+                Err(format!("flushed up to {lsn:?}, although {:?} had been acknowledged before", asked.ordered))
+            }
+            (Kind::Flush, Response::Flushed(lsn)) | (Kind::Checkpoint, Response::Checkpointed(lsn)) => {
+                self.says_durable(*lsn)
+            }
+            (Kind::WaitDurable(lsn), Response::Durable) => self.says_durable(*lsn),
+            (Kind::Stats, Response::Stats(stats)) => self.says_durable(Lsn::new(stats.durable_lsn)),
+            (Kind::Close, Response::Closed) => {
+                self.closed = true;
+                self.says_durable(self.last)
+            }
+            (_, other) => Err(format!("answered with {other:?}")),
+        }
+    }
+
+    /// An answer says that everything up to `lsn` is durable.
+    fn says_durable(&mut self, lsn: Lsn) -> Verdict {
+        self.counters.others += 1;
+        self.promise(lsn, "an answer to a flush, a wait, a checkpoint, counters or a close");
+        Ok(())
+    }
+
+    /// Somebody said that everything up to `lsn` is durable. What counts is the last commit up to there: an epoch
+    /// begins far above the last one.
+    fn promise(&mut self, lsn: Lsn, who: &'static str) {
+        let commits = self.drawn.partition_point(|&(drawn, _)| drawn <= lsn);
+        let Some(&(lsn, _)) = commits.checked_sub(1).and_then(|last| self.drawn.get(last)) else { return };
+        if lsn > self.durable {
+            (self.durable, self.promise) = (lsn, who);
+        }
+    }
+
+    fn judge_reader(&mut self, asked: &Asked, commit: &Commit, lsn: Lsn) -> Verdict {
+        // That a page was freed is something that was read, too; of an earlier life that is not known here.
+        let told = commit.reads.iter().map(|&(_, read)| read).max().unwrap_or(Lsn::ZERO);
+        let newest = commit.reads.iter().map(|&(key, _)| self.model.at(key, self.last).lsn).max();
+        if lsn < told || lsn > newest.unwrap_or(Lsn::ZERO).max(told).max(self.began) {
+            return Err(format!("answered with {lsn:?}; it was told {told:?}, the newest is {newest:?}"));
+        }
+        let all = commit.reads.iter().flat_map(|&(key, _)| self.model.since(key, asked.seen));
+        let mut moments: Vec<Lsn> = all.map(|version| version.lsn.max(asked.seen)).collect();
+        moments.push(asked.seen);
+        let right = |&moment: &Lsn| commit.reads.iter().all(|&(key, read)| self.model.at(key, moment).told() == read);
+        if !moments.iter().any(right) {
+            return Err(format!("its reads {:?} were never all current while it was under way", commit.reads));
+        }
+        self.counters.commits_reading += 1;
+        if commit.durable {
+            self.promise(lsn, "the answer to a reader");
+        }
+        Ok(())
+    }
+
+    /// Whether a page is one that may be read by a request for which the version of `oldest` was the oldest one
+    /// possible, and `seen` the newest LSN.
+    fn judge_page(&mut self, key: PageKey, page: &PageRef, oldest: Lsn, seen: Lsn) -> Verdict {
+        let possible = self.model.since(key, oldest);
+        let right = possible.iter().find(|version| match &version.page {
+            Some(bytes) => !page.is_absent() && page.lsn() == version.lsn && bytes[..] == page[..],
+            None => page.is_absent() && version.tells(page, self.watermark) && page.iter().all(|&byte| byte == 0),
+        });
+        if let Some(version) = right {
+            self.counters.pages_read += 1;
+            self.counters.pages_behind += u64::from(version.lsn < self.model.at(key, seen).lsn);
+            self.spread.gave(key, version.lsn);
+            return Ok(());
+        }
+        let lsns: Vec<Lsn> = possible.iter().map(|version| version.lsn).collect();
+        Err(format!(
+            "{key:?} came at {:?}{} as {}; it may be one of {lsns:?}, of which the last is {}",
+            page.lsn(),
+            if page.is_absent() { " (absent)" } else { "" },
+            self.model.whose(page),
+            possible.last().and_then(|v| v.page.as_deref()).map_or_else(|| "absent".into(), super::model::describe),
+        ))
+    }
+
+    fn judge_error(&mut self, token: Token, asked: &Asked, error: &Error) -> Verdict {
+        let kind = error.kind();
+        if asked.drawn.is_some() && kind != ErrorKind::OutcomeUnknown {
+            return Err(format!("it drew {:?} and was refused with {kind:?}: {error}", asked.drawn));
+        }
+        let Tolerance { io, full, read_pages_max, .. } = self.tolerance;
+        let counters = &mut self.counters;
+        let (counter, allowed) = match kind {
+            ErrorKind::Conflict => {
+                let changed = self.model.justifies_conflict(asked);
+                counters.conflicts_held += u64::from(!changed);
+                (&mut counters.conflicts, changed || self.spread.justifies_conflict(token, asked))
+            }
+            ErrorKind::Busy => (&mut counters.busy, true),
+            ErrorKind::Full => {
+                counters.spread_full += u64::from(asked.spread);
+                (&mut counters.full, full && matches!(asked.what, Kind::Commit(_) | Kind::Checkpoint))
+            }
+            ErrorKind::Invalid => (&mut counters.invalid, asked.what.is_wrong(read_pages_max)),
+            ErrorKind::TooLarge => (&mut counters.invalid, asked.what.may_be_too_large(&self.tolerance)),
+            ErrorKind::Closed => (&mut counters.stopped, io || self.closing),
+            ErrorKind::Io => (&mut counters.stopped, io),
+            ErrorKind::OutcomeUnknown => (&mut counters.unknown, io),
+            _ => (&mut counters.stopped, false),
+        };
+        *counter += 1;
+        if allowed { Ok(()) } else { Err(format!("{kind:?} for no reason: {error}")) }
+    }
+
+    /// The power is lost, the process is dead, or a closed store is about to be opened again.
+    pub fn on_crash(&mut self) {
+        for asked in self.asked.values().filter(|a| a.drawn.is_some_and(|lsn| lsn > self.durable)) {
+            self.counters.in_doubt += 1;
+            self.counters.spread_in_doubt += u64::from(asked.spread);
+        }
+    }
+
+    /// Holds what recovery says against what it had to find; returns the cut that `pages`, all that there are, show.
+    ///
+    /// It is the one reported, which is a commit that was drawn, or the state with which the life began.
+    pub fn judge_state(&self, cut: Lsn, clean: bool, pages: &[(PageKey, PageRef)]) -> Result<Lsn, String> {
+        if cut < self.durable {
+            return Err(format!(
+                "cut at {cut:?}, although everything up to {:?} was said to be durable, by {}; drawn since {:?}: {:?}",
+                self.durable,
+                self.promise,
+                self.began,
+                self.drawn.iter().map(|(lsn, changes)| (lsn, changes.len())).collect::<Vec<_>>(),
+            ));
+        }
+        if self.closed && !clean {
+            return Err("the store was closed cleanly and recovery says that it was not".into());
+        }
+        let judge = |cut| pages.iter().try_for_each(|(key, page)| self.judge_recovered(*key, cut, page));
+        if cut > self.last.max(self.newest) {
+            return Err(format!("cut at {cut:?}, although nothing above {:?} was drawn", self.newest));
+        }
+        judge(cut).map(|()| cut)
+    }
+
+    /// Holds a page, read after recovery, against the model at the cut.
+    pub fn judge_recovered(&self, key: PageKey, cut: Lsn, page: &PageRef) -> Verdict {
+        let version = self.model.at(key, cut);
+        let right = match &version.page {
+            Some(bytes) => page.lsn() == version.lsn && bytes[..] == page[..],
+            None => page.is_absent() && page.lsn() == Lsn::ZERO,
+        };
+        if right {
+            return Ok(());
+        }
+        Err(format!(
+            "after recovery with cut {cut:?} (durable {:?}, last {:?}): {key:?} came at {:?} as {}, expected at {:?} as {}, \
+             {}; its history: {:?}",
+            self.durable,
+            self.last,
+            page.lsn(),
+            self.model.whose(page),
+            version.told(),
+            version.page.as_deref().map_or_else(|| "absent".into(), super::model::describe),
+            difference(page, version.page.as_deref()),
+            self.history(key),
+        ))
+    }
+
+    /// The changes of a page in this life, for messages.
+    fn history(&self, key: PageKey) -> Vec<(Lsn, String)> {
+        let all = self.drawn.iter().flat_map(|(lsn, changes)| changes.iter().map(move |change| (*lsn, change)));
+        let of_page = all.filter(|(_, change)| change.0 == key);
+        of_page.map(|(lsn, change)| (lsn, super::workload::describe_change(change))).collect()
+    }
+
+    /// The store goes on from the state at `cut`; recovery reported `reported`, which is that or higher.
+    pub fn restart_at(&mut self, cut: Lsn, reported: Lsn) {
+        for asked in self.asked.values().filter(|a| a.drawn.is_some_and(|lsn| lsn > self.durable && lsn <= cut)) {
+            self.counters.in_doubt_kept += 1;
+            self.counters.spread_kept += u64::from(asked.spread);
+        }
+        self.asked.clear();
+        self.spread = Spread::default();
+        self.watermark = Lsn::ZERO;
+        self.model.restart_at(cut);
+        self.drawn.clear();
+        (self.began, self.last, self.newest, self.durable, self.ordered) = (cut, cut, cut, cut, cut);
+        self.ever = self.ever.max(reported);
+        (self.closing, self.closed) = (false, false);
+    }
+}
+
+/// Where two pages differ, for messages.
+fn difference(page: &[u8], expected: Option<&[u8]>) -> String {
+    let Some(expected) = expected else { return "which is absent".into() };
+    let differs: Vec<usize> = (0..BLOCK).filter(|&i| page[i] != expected[i]).collect();
+    match (differs.first(), differs.last()) {
+        (Some(first), Some(last)) => format!("{} bytes differ, from {first} to {last}", differs.len()),
+        _ => "all bytes are the same".into(),
+    }
+}
+
+impl Model {
+    fn justifies_conflict(&self, asked: &Asked) -> bool {
+        let Kind::Commit(commit) = &asked.what else { return false };
+        commit.reads.iter().any(|&(key, read)| {
+            self.since(key, asked.seen).iter().any(|v| v.told() != read) || self.since(key, read).len() > 1
+        })
+    }
+}
+
+impl Spread {
+    /// A commit that only writes waits for what is held, and conflicts with nothing.
+    fn justifies_conflict(&self, token: Token, asked: &Asked) -> bool {
+        let Kind::Commit(commit) = &asked.what else { return false };
+        !commit.reads.is_empty() && self.may_have_met(token, commit, asked.moment)
+    }
+}

@@ -1,0 +1,133 @@
+//! What a run is to be, what it did, and how it failed.
+
+use super::canary::Canary;
+use super::cluster::ClusterCounters;
+use super::disk::DiskCounters;
+use super::harm::DamageCounters;
+use super::oracle::OracleCounters;
+use super::rare::Rare;
+use super::rng::mix;
+use super::shrink::Smaller;
+use super::strain::Strain;
+use super::workload::Profile;
+use crate::base::metrics::ShardStats;
+use crate::base::options::Options;
+
+/// What a run is to be.
+#[derive(Clone)]
+pub struct Plan {
+    /// From which all else follows.
+    pub seed: u64,
+    /// Crashes and closes; after each the store is opened again.
+    pub lives: u32,
+    /// Images of the disk that are recovered and checked for each crash; the last one goes on.
+    pub images: u32,
+    /// Events of the disk in a life, at most.
+    pub events_max: u64,
+    /// Of a hundred recoveries, how many are crashed into.
+    pub recovery_crash_percent: u64,
+    /// Of a hundred lives, and of a hundred recoveries, how many meet an error of the device.
+    pub fault_percent: u64,
+    /// Of a hundred crashes, how many leave a disk of which a block is damaged, too.
+    pub damage_percent: u64,
+    /// Of a hundred seeds, how many are strained: by size, slow reads, pages held on to.
+    pub strain_percent: u64,
+    /// Instead of the seed's own.
+    pub strain: Option<Strain>,
+    /// A planted bug.
+    pub canary: Option<Canary>,
+    /// Instead of the seed's own.
+    pub options: Option<Options>,
+    /// Instead of the seed's own.
+    pub profile: Option<Profile>,
+    /// What of the profile is left out.
+    pub smaller: Smaller,
+    /// How many shards; each open draws their number anew, of those that the store allows.
+    pub shards: std::ops::RangeInclusive<u16>,
+}
+
+/// What a run did.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    /// States of the disk that were recovered after a crash during work.
+    pub crashes: u64,
+    /// Crashes in recovery.
+    pub crashes_in_recovery: u64,
+    /// Of those, crashes in the recovery after such a crash.
+    pub crashes_in_second_recovery: u64,
+    /// Of those, crashes in the recovery after such two.
+    pub crashes_in_third_recovery: u64,
+    /// Openings that an error of the device has ended.
+    pub failed_openings: u64,
+    /// Lives that an error of the device has ended.
+    pub failed_lives: u64,
+    /// Damage to what crashes left.
+    pub damage: DamageCounters,
+    /// Clean closes.
+    pub closes: u64,
+    /// Requests made.
+    pub requests: u64,
+    /// Virtual microseconds.
+    pub virtual_us: u64,
+    /// Answers.
+    pub oracle: OracleCounters,
+    /// Turns and messages.
+    pub cluster: ClusterCounters,
+    /// What seldom happens.
+    pub rare: Rare,
+    /// Operations and losses.
+    pub disk: DiskCounters,
+    /// The newest counters that the shards of each life gave, summed.
+    pub shard: ShardStats,
+    /// A hash of all operations and answers, in order.
+    pub trace: u64,
+}
+
+/// A run that failed.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    /// Of the run.
+    pub seed: u64,
+    /// In which life.
+    pub life: u32,
+    /// After how many requests.
+    pub requests: u64,
+    /// What was wrong.
+    pub why: String,
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Failure { seed, life, requests, why } = self;
+        write!(f, "seed {seed}, life {life}, after {requests} requests: {why}")
+    }
+}
+
+impl Tally {
+    /// Adds another run's.
+    pub fn add(&mut self, other: &Tally) {
+        self.crashes += other.crashes;
+        self.crashes_in_recovery += other.crashes_in_recovery;
+        self.crashes_in_second_recovery += other.crashes_in_second_recovery;
+        self.crashes_in_third_recovery += other.crashes_in_third_recovery;
+        self.failed_openings += other.failed_openings;
+        self.failed_lives += other.failed_lives;
+        self.damage.add(&other.damage);
+        self.closes += other.closes;
+        self.requests += other.requests;
+        self.virtual_us += other.virtual_us;
+        self.rare.add(&other.rare);
+        self.disk.add(&other.disk);
+        self.oracle.add(&other.oracle);
+        self.cluster.add(&other.cluster);
+        self.add_stats(&other.shard);
+        self.trace = mix(self.trace ^ other.trace);
+    }
+
+    /// Adds the counters of some shards.
+    pub fn add_stats(&mut self, stats: &ShardStats) {
+        self.shard.checkpoints += stats.checkpoints;
+        self.shard.extents_compacted += stats.extents_compacted;
+        self.shard.pages_moved += stats.pages_moved;
+    }
+}

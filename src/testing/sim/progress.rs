@@ -1,0 +1,83 @@
+//! The oracles of liveness and of memory: a shard that turns for nothing, or keeps more than it may, is broken, though
+//! every answer be right.
+//!
+//! Invariants
+//! 1. A turn for which nothing has arrived, and which does nothing, must leave a deadline that is not due at once: else the
+//!    core spins.
+//! 2. A shard keeps no page in its table but those that have memory, or a change on its way, or are named by a request
+//!    under way: else its heap grows with what clients ask for.
+//! 3. A page, a request or a move waits for one map node at a time, and a page for one read: so who waits is bounded by what there
+//!    is of those; an operation under way has memory of the arena. The bytes of requests are held against their limit by the audit.
+//!
+//! It does *not* know what the shard waits for.
+
+use crate::engine::observe::Counts;
+
+/// Turns in a row in which nothing arrives and nothing leaves, each due at once after the other, before a shard is said to spin.
+/// A checkpoint looks at 16 virtual shards a turn, of up to 512, of which many may have nothing to write; and of a read that
+/// finds no memory one page or map node is given up a turn, of up to 64 and their leaves, before there is an answer.
+const FOR_NOTHING_MAX: u32 = 200;
+/// Pages that the table may hold for what is under way and is no request: moves, reads ahead, the redo.
+const PAGES_SPARE: u64 = 256;
+/// Map nodes that compaction moves at a time, at most: those of the extents that are being compacted.
+const MOVES_SPARE: u64 = 4_096;
+
+/// What brought a turn about, and what came of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Lap {
+    /// Something had arrived.
+    pub delivered: bool,
+    /// Something was emitted.
+    pub emitted: bool,
+    /// The next turn is due at once, by the deadline or the watermark.
+    pub again_at_once: bool,
+}
+
+/// How many turns in a row each shard has turned for nothing.
+pub struct Progress {
+    for_nothing: Vec<u32>,
+    /// Turns for nothing in all.
+    pub total: u64,
+}
+
+impl Progress {
+    /// Of so many shards.
+    pub fn new(shards: usize) -> Self {
+        Progress { for_nothing: vec![0; shards], total: 0 }
+    }
+
+    /// A shard has turned; whether it spins.
+    ///
+    /// # Errors
+    /// That it does.
+    pub fn turned(&mut self, shard: usize, lap: Lap) -> Result<(), String> {
+        let for_nothing = !lap.delivered && !lap.emitted;
+        self.total += u64::from(for_nothing);
+        let count = &mut self.for_nothing[shard];
+        *count = if for_nothing && lap.again_at_once { *count + 1 } else { 0 };
+        if *count > FOR_NOTHING_MAX {
+            return Err(format!("shard {shard} spins: {count} turns for nothing, and the next is due at once"));
+        }
+        Ok(())
+    }
+}
+
+/// Holds what a shard keeps against what it may.
+///
+/// # Errors
+/// What there is too much of.
+pub fn check_budget(counts: &Counts) -> Result<(), String> {
+    let Counts { frames, pages, requests, requests_pages, captures, .. } = *counts;
+    let bounds = [
+        ("pages in the table", pages, frames + requests_pages + captures + PAGES_SPARE),
+        ("map nodes in memory", counts.nodes, frames),
+        ("map nodes waited for", counts.node_waits, counts.node_waiters),
+        ("waiting for map nodes", counts.node_waiters, pages + requests + MOVES_SPARE),
+        ("page reads not submitted", counts.reads_wanted, pages),
+        ("operations under way", counts.ops, frames),
+    ];
+    match bounds.into_iter().find(|(_, count, most)| count > most) {
+        Some((what, count, most)) => Err(format!("{count} {what}, of {frames} frames: more than {most}: {counts:?}")),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,92 @@
+//! What is seen of a cluster from outside: whether its shards spin, what they wait for, what seldom happens.
+//!
+//! It does *not* drive anything, and knows no client.
+
+use super::cluster::Cluster;
+use super::progress::Lap;
+use super::rare::Rare;
+use crate::base::Micros;
+
+/// Whether a shard that turns for nothing twice in a row fails the run.
+const SPIN_IS_AN_ERROR: bool = true;
+/// Whether a table that grows with what is asked for fails the run.
+pub(super) const TABLE_IS_BOUNDED: bool = true;
+
+impl Cluster {
+    /// What seldom happens, as often as it did.
+    pub fn rare(&self) -> Rare {
+        Rare { turns_for_nothing: self.progress.total, ..self.late.rare }
+    }
+
+    /// Checkpoints that have ended, of all shards together.
+    pub fn checkpoints_ended(&self) -> u64 {
+        self.nodes.iter().map(|node| node.shard.checkpoints_ended()).sum()
+    }
+
+    /// The levels of the highest tree.
+    pub fn levels_most(&self) -> u8 {
+        self.nodes.iter().map(|node| node.shard.levels_most()).max().unwrap_or(0)
+    }
+
+    /// Frames of the shard that has the fewest.
+    pub fn frames_least(&self) -> u64 {
+        self.nodes.iter().map(|node| node.shard.frames()).min().unwrap_or(0)
+    }
+
+    /// Frames of all shards.
+    pub fn frames(&self) -> u64 {
+        self.nodes.iter().map(|node| node.shard.frames()).sum()
+    }
+
+    /// Whether the shard has turned for nothing, and what it waits for.
+    pub(super) fn watch(
+        &mut self,
+        index: usize,
+        now: Micros,
+        delivered: bool,
+        emitted: bool,
+    ) -> std::result::Result<(), String> {
+        let watermark = self.order.watermark();
+        let node = &mut self.nodes[index];
+        let shard = &node.shard;
+        let by_deadline = shard.deadline().is_some_and(|at| at <= now + 1);
+        let again_at_once = by_deadline || shard.waits_for().is_some_and(|lsn| lsn <= watermark);
+        let is_short = shard.is_short_of_memory() && shard.commits_ready() > 0;
+        self.late.rare.commits_short_of_memory += u64::from(is_short && !node.was_short);
+        node.was_short = is_short;
+        let ended = shard.checkpoints_ended();
+        if node.starved_after.is_some_and(|before| ended > before) {
+            self.late.rare.checkpoints_starved += 1;
+            node.starved_after = None;
+        }
+        if shard.is_checkpoint_starved() {
+            node.starved_after.get_or_insert(ended);
+        }
+        let spins = self.progress.turned(index, Lap { delivered, emitted, again_at_once });
+        if SPIN_IS_AN_ERROR { spins.map_err(|why| format!("{why}: {}", self.describe())) } else { Ok(()) }
+    }
+
+    /// What everybody waits for, in words.
+    pub fn describe(&self) -> String {
+        let mut text = format!(
+            "at {}, {} operations in flight, {} messages under way",
+            self.disk.now(),
+            self.disk.in_flight(),
+            self.net.under_way()
+        );
+        for (index, node) in self.nodes.iter().enumerate() {
+            text += &format!(
+                "\n  s{index}: {} requests and {} completions not taken, accepting {}, waits for {:?}, deadline {:?}, \
+                 next turn at {:?}; {}",
+                node.requests.len(),
+                node.completions.len(),
+                node.shard.accepting(),
+                node.shard.waits_for(),
+                node.shard.deadline(),
+                self.turn_at(index),
+                node.shard.whereabouts()
+            );
+        }
+        text
+    }
+}
