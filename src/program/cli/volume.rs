@@ -11,6 +11,7 @@ use super::control::Connection;
 use super::interrupt::Interrupt;
 use super::{Failure, Format, output, size};
 use crate::program::server::control::{self, Request, SOCKET_NAME, VolumeLine};
+use crate::program::server::no_thread;
 use comfy_table::{CellAlignment, Table, TableStyle};
 use corepage::{Options, Store};
 use futures_lite::future::{block_on, or};
@@ -128,6 +129,29 @@ impl Access {
         block_on(or(freed, interrupted))
     }
 
+    /// Asks whether data may be lost. A signal is an answer: nothing is done then.
+    fn confirm(&self, yes: bool, what: &str) -> Result<(), Failure> {
+        if yes {
+            return Ok(());
+        }
+        if !std::io::stdin().is_terminal() {
+            return Err(Failure::usage(format_args!("{what}: say --yes if that is meant")));
+        }
+        output::STDERR.say(&format!("{what}. Go on? [y/N] "));
+        let answer = match self {
+            // Signals end the command as ever: no store is open in it.
+            Access::Server(_) => read_answer()?,
+            Access::Own(_, interrupt) => block_on(or(async { Ok(typed().await?) }, async {
+                let signal = Some(interrupt.wait().await);
+                Err(Failure { signal, ..Failure::new("interrupted: nothing was done") })
+            }))?,
+        };
+        match answer.trim() {
+            "y" | "Y" | "yes" => Ok(()),
+            _ => Err(Failure::new("nothing was done")),
+        }
+    }
+
     fn close(self) -> Result<(), Failure> {
         match self {
             Access::Server(_) => Ok(()),
@@ -177,7 +201,7 @@ fn act(action: &Action, access: &mut Access) -> Result<(), Failure> {
             let before = access.volumes()?.into_iter().find(|volume| volume.name == *name).map(|volume| volume.bytes);
             if let Some(before) = before.filter(|before| before > size) {
                 let lost = size::show(before - size);
-                confirmed(*yes, &format!("the last {lost} of {name} will be lost"))?;
+                access.confirm(*yes, &format!("the last {lost} of {name} will be lost"))?;
             }
             access.ask(&Request::Resize { name: name.clone(), bytes: *size })?;
             format!("{name} has {} now ({size} bytes)\n", size::show(*size))
@@ -185,7 +209,7 @@ fn act(action: &Action, access: &mut Access) -> Result<(), Failure> {
         Action::Delete { name, yes } => {
             // A name that is not there has nothing to lose: what there is instead is said below.
             if access.volumes()?.iter().any(|volume| volume.name == *name) {
-                confirmed(*yes, &format!("{name} and all that is in it will be lost"))?;
+                access.confirm(*yes, &format!("{name} and all that is in it will be lost"))?;
             }
             access.ask(&Request::Delete { name: name.clone() })?;
             format!("deleted {name}\n")
@@ -213,19 +237,20 @@ fn list(volumes: &[VolumeLine], format: Format) -> Result<String, Failure> {
     Ok(table.trim_fmt() + "\n")
 }
 
-/// Whether data may be lost.
-fn confirmed(yes: bool, what: &str) -> Result<(), Failure> {
-    if yes {
-        return Ok(());
-    }
-    if !std::io::stdin().is_terminal() {
-        return Err(Failure::usage(format_args!("{what}: say --yes if that is meant")));
-    }
-    output::STDERR.say(&format!("{what}. Go on? [y/N] "));
+fn read_answer() -> std::io::Result<String> {
     let mut answer = String::new();
     std::io::stdin().read_line(&mut answer)?;
-    match answer.trim() {
-        "y" | "Y" | "yes" => Ok(()),
-        _ => Err(Failure::new("nothing was done")),
+    Ok(answer)
+}
+
+/// The answer, read on a thread of its own: only a key ends that read, and a signal must not wait for one.
+async fn typed() -> std::io::Result<String> {
+    let cell = std::sync::Arc::new(async_lock::OnceCell::new());
+    let own = cell.clone();
+    let read = move || drop(own.set_blocking(read_answer()));
+    std::thread::Builder::new().name("corepage-answer".into()).spawn(read).map_err(no_thread)?;
+    match cell.wait().await {
+        Ok(answer) => Ok(answer.clone()),
+        Err(error) => Err(std::io::Error::new(error.kind(), error.to_string())),
     }
 }
