@@ -1,11 +1,11 @@
-//! Does one operation of `corepage::cost` many times, for a counter of instructions around it: `scripts/instructions` runs it
+//! Does one operation of `corepage::testing::cost` many times, for a counter of instructions around it: `scripts/instructions` runs it
 //! under callgrind and works out what an operation costs.
 //!
 //! `instructions list`; `instructions NAME COUNT`. Compiled without `--cfg fuzzing` there is nothing to run.
 
 #[cfg(fuzzing)]
 fn main() {
-    use corepage::cost;
+    use corepage::testing::cost;
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
     let [name, count] = arguments.as_slice() else {
         cost::OPERATIONS.iter().for_each(|operation| println!("{}", operation.name));

@@ -108,25 +108,25 @@ impl Shard {
     pub(super) fn admit(&mut self, waiter: usize, need: Need, first: bool) -> Admission {
         let body = self.log.open.body_blocks_with(need.record_bytes, need.slots);
         let group_is_new = self.log.open.is_empty() && first;
-        let too_long = body > self.limits.group_blocks && !group_is_new;
+        let too_long = body > self.ctx.limits.group_blocks && !group_is_new;
         let blocks = body + self.inline_blocks(self.log.open.slots.len() + need.slots);
         if self.drawn_far_ahead(Step::Commit) || self.log.open.runs_full() || too_long {
             self.log.open.urgent |= !self.log.open.is_empty();
-            self.blocked.register(Step::Commit, Lack::LogRoom);
+            self.ctx.blocked.register(Step::Commit, Lack::LogRoom);
             return Admission::Stalled;
         }
         if !self.log_fits(blocks, body, None) {
-            self.blocked.register(Step::Commit, Lack::LogRoom);
+            self.ctx.blocked.register(Step::Commit, Lack::LogRoom);
             return Admission::Stalled;
         }
         if !self.dirty_fits(need.changes, first) {
-            self.blocked.register(Step::Commit, Lack::WriteBack);
+            self.ctx.blocked.register(Step::Commit, Lack::WriteBack);
             return Admission::Stalled;
         }
         match self.admit_space(&need) {
             Ok(true) => {}
             Ok(false) => {
-                self.blocked.register(Step::Commit, Lack::Space);
+                self.ctx.blocked.register(Step::Commit, Lack::Space);
                 return Admission::Stalled;
             }
             Err(error) => return Admission::No(error),
@@ -145,14 +145,14 @@ impl Shard {
         if !self.log_fits(body + self.inline_blocks(slots), body, Some(more)) {
             return Admission::Stalled;
         }
-        let alone = self.reserved.count == 0;
+        let alone = self.participant.reserved.count == 0;
         if !self.dirty_fits(need.changes, alone) {
             return Admission::Stalled;
         }
         match self.admit_space(need) {
             Ok(true) => {}
             Ok(false) => {
-                self.space.wanted_until = self.now + SPACE_WANTED_US;
+                self.space.wanted_until = self.ctx.now + SPACE_WANTED_US;
                 return Admission::Stalled;
             }
             Err(error) => return Admission::No(error),
@@ -175,18 +175,18 @@ impl Shard {
     /// Blocks of inline pages that a group with `slots` slots has at most. No more than its pages: `inline_pages_max`
     /// alone may be more than a small segment holds.
     fn inline_blocks(&self, slots: usize) -> u32 {
-        self.limits.inline_pages_max.min(slots) as u32
+        self.ctx.limits.inline_pages_max.min(slots) as u32
     }
 
     /// Whether so much is drawn above the watermark that `step` has to wait for it.
     pub(super) fn drawn_far_ahead(&mut self, step: Step) -> bool {
-        let lowest = Lsn::new(self.order.next().get().saturating_sub(LSN_AHEAD_MAX / 2));
-        if self.order.watermark() >= lowest {
+        let lowest = Lsn::new(self.ctx.order.next().get().saturating_sub(LSN_AHEAD_MAX / 2));
+        if self.ctx.order.watermark() >= lowest {
             return false;
         }
         // Shards that hold it back are nudged.
-        self.waits.wanted = self.waits.wanted.max(lowest);
-        self.blocked.wait_for_watermark(step, lowest);
+        self.watermark.wanted = self.watermark.wanted.max(lowest);
+        self.ctx.blocked.wait_for_watermark(step, lowest);
         true
     }
 
@@ -194,9 +194,9 @@ impl Shard {
     /// that is reserved, `more` included; if not, room is made. With room in the rest of the segment, or in a free one,
     /// for the sum, there is room however it is divided into groups.
     fn log_fits(&mut self, blocks: u32, body: u32, more: Option<Reserved>) -> bool {
-        let reserved = self.reserved.plus(more.unwrap_or_default());
+        let reserved = self.participant.reserved.plus(more.unwrap_or_default());
         // Each group that closes may leave the end of a buffer unused.
-        let closes = reserved.count.min(self.limits.log_writes_max);
+        let closes = reserved.count.min(self.ctx.limits.log_writes_max);
         if self.log.has_room(blocks + reserved.log_blocks)
             && self.log.open.stock_suffices(body + reserved.log_blocks, closes)
         {
@@ -212,10 +212,10 @@ impl Shard {
     /// Whether memory holds what would be dirty then: pages in a quarter of it, freed ones on their way into the map among them,
     /// and map nodes in [`DIRTY_NODES_MAX`]. One commit goes alone if it must. If not, what is dirty is written.
     fn dirty_fits(&mut self, changes: u64, first: bool) -> bool {
-        let memory = u64::from(self.limits.memory_blocks);
-        let dirty = self.reserved_blocks + self.held.frees_unsettled;
+        let memory = u64::from(self.ctx.limits.memory_blocks);
+        let dirty = self.writeback.reserved_blocks + self.requests.held.frees_unsettled;
         let alone = first && dirty == 0;
-        let pages_fit = alone || dirty + self.reserved.changes + changes <= memory / 4;
+        let pages_fit = alone || dirty + self.participant.reserved.changes + changes <= memory / 4;
         let nodes_fit = self.map.dirty_count() as u64 <= memory * DIRTY_NODES_MAX / 32;
         if !pages_fit || !nodes_fit {
             self.relieve();
@@ -226,15 +226,15 @@ impl Shard {
     /// Makes room in memory: dirty pages go to their places, dirty nodes too if there are many.
     fn relieve(&mut self) {
         self.log.open.urgent |= !self.log.open.is_empty();
-        self.dirty_since = 0;
-        if self.map.dirty_count() as u32 > self.limits.memory_blocks / 32 {
+        self.writeback.dirty_since = 0;
+        if self.map.dirty_count() as u32 > self.ctx.limits.memory_blocks / 32 {
             self.need_checkpoint();
         }
     }
 
     /// So many that only a checkpoint should come now, and no more of them.
     pub(super) fn dirty_nodes_are_many(&self) -> bool {
-        self.map.dirty_count() as u64 > u64::from(self.limits.memory_blocks) * DIRTY_NODES_MANY / 32
+        self.map.dirty_count() as u64 > u64::from(self.ctx.limits.memory_blocks) * DIRTY_NODES_MANY / 32
     }
 
     /// Frames for the new versions, and the map leaves in memory, pinned.
@@ -244,10 +244,10 @@ impl Shard {
         // Before frames are looked for, which might take what is above a leaf that is still to be read.
         let keeps = self.keeps_leaves(waiter, step);
         for idx in changed.iter().copied() {
-            if self.table.pages[idx].leaf.is_some() {
+            if self.cache.table.pages[idx].leaf.is_some() {
                 continue;
             }
-            match self.map.lookup(self.table.pages[idx].key) {
+            match self.map.lookup(self.cache.table.pages[idx].key) {
                 Lookup::Load(key, child) => return self.wait_for_leaf(waiter, &changed, step, (key, child)),
                 Lookup::Found(_) if keeps && !self.keep_leaf(idx, step) => {
                     self.relieve();
@@ -256,17 +256,17 @@ impl Shard {
                 Lookup::Found(_) => {}
             }
         }
-        let missing = |idx: &usize| self.map.missing_nodes(self.table.pages[*idx].key);
+        let missing = |idx: &usize| self.map.missing_nodes(self.cache.table.pages[*idx].key);
         let nodes: u32 = changed.iter().map(missing).sum();
         if !self.ensure_frames(frames + nodes + FRAMES_RESERVE, step) {
-            let (all, missing) = self.map.nodes_for(changed.iter().map(|idx| self.table.pages[*idx].key));
+            let (all, missing) = self.map.nodes_for(changed.iter().map(|idx| self.cache.table.pages[*idx].key));
             if let Some(error) = self.too_large(waiter, all) {
                 return Admission::No(error);
             }
             // Pages may share nodes.
             if missing == nodes || !self.ensure_frames(frames + missing + FRAMES_RESERVE, step) {
                 // Who has lost its leaves often keeps them until it has memory, or is refused.
-                if step != Step::Commit || self.pending[waiter].yields < YIELDS_MAX {
+                if step != Step::Commit || self.requests.pending[waiter].yields < YIELDS_MAX {
                     self.unpin_leaves(&pinned);
                 }
                 self.relieve();
@@ -274,7 +274,7 @@ impl Shard {
             }
         }
         for idx in changed.iter().copied() {
-            let page = &self.table.pages[idx];
+            let page = &self.cache.table.pages[idx];
             if page.leaf.is_some() {
                 continue;
             }
@@ -283,11 +283,11 @@ impl Shard {
                 Lookup::Found(_) => {
                     if !self.nodes_are_counted(key, frames) {
                         self.unpin_leaves(&changed);
-                        self.again = true;
+                        self.ctx.again = true;
                         return Admission::Stalled;
                     }
-                    let leaf = self.map.pin(key, &mut self.arena);
-                    self.table.pages[idx].leaf = Some(leaf);
+                    let leaf = self.map.pin(key, &mut self.ctx.arena);
+                    self.cache.table.pages[idx].leaf = Some(leaf);
                 }
                 Lookup::Load(node, child) => return self.wait_for_leaf(waiter, &changed, step, (node, child)),
             }
@@ -298,29 +298,29 @@ impl Shard {
     /// Whether there are frames for the nodes that `key` lacks, and for `frames` pages. The search for frames may have taken nodes that
     /// an earlier commit made for nothing: no device has them, and they were counted as there. The next try counts them.
     fn nodes_are_counted(&mut self, key: PageKey, frames: u32) -> bool {
-        let kept = self.reserved.frames + self.checkpoint_frames();
-        self.arena.free_blocks() >= frames + self.map.missing_nodes(key) + kept
+        let kept = self.participant.reserved.frames + self.checkpoint_frames();
+        self.ctx.arena.free_blocks() >= frames + self.map.missing_nodes(key) + kept
     }
 
     /// Whether this commit keeps the leaves that it has while it waits for others: it has lost them often enough.
     fn keeps_leaves(&self, waiter: usize, step: Step) -> bool {
-        step == Step::Redo || (step == Step::Commit && self.pending[waiter].yields >= YIELDS_MAX)
+        step == Step::Redo || (step == Step::Commit && self.requests.pending[waiter].yields >= YIELDS_MAX)
     }
 
     /// Makes and pins the leaf of a page that has none yet; false: there are no frames for it. Whoever reads the paths of several pages
     /// would else lose one, of which nothing can be pinned, for the next one, and so on without end.
     fn keep_leaf(&mut self, idx: usize, step: Step) -> bool {
-        let key = self.table.pages[idx].key;
+        let key = self.cache.table.pages[idx].key;
         // Another page of the commit may have made it.
         if let Some(leaf) = self.map.pin_if_resident(key) {
-            self.table.pages[idx].leaf = Some(leaf);
+            self.cache.table.pages[idx].leaf = Some(leaf);
             return true;
         }
         let deepest = self.map.pin_deepest(key);
         let found = self.ensure_frames(self.map.missing_nodes(key) + FRAMES_RESERVE, step);
         if found {
-            let leaf = self.map.pin(key, &mut self.arena);
-            self.table.pages[idx].leaf = Some(leaf);
+            let leaf = self.map.pin(key, &mut self.ctx.arena);
+            self.cache.table.pages[idx].leaf = Some(leaf);
         }
         deepest.into_iter().for_each(|node| self.map.unpin(node));
         found
@@ -331,7 +331,7 @@ impl Shard {
     fn pin_leaves_in_memory(&mut self, changed: &[usize]) -> SmallVec<[usize; 4]> {
         let mut pinned = SmallVec::new();
         for idx in changed.iter().copied() {
-            let page = &mut self.table.pages[idx];
+            let page = &mut self.cache.table.pages[idx];
             if page.leaf.is_none() {
                 page.leaf = self.map.pin_if_resident(page.key);
                 pinned.extend(page.leaf.is_some().then_some(idx));
@@ -342,7 +342,7 @@ impl Shard {
 
     fn unpin_leaves(&mut self, pages: &[usize]) {
         for idx in pages {
-            if let Some(leaf) = self.table.pages[*idx].leaf.take() {
+            if let Some(leaf) = self.cache.table.pages[*idx].leaf.take() {
                 self.map.unpin(leaf);
             }
         }
@@ -352,14 +352,14 @@ impl Shard {
     /// writes it: then its leaf is pinned.
     fn pages_to_pin(&self, waiter: usize) -> SmallVec<[usize; 4]> {
         let mut changed = self.changed_pages(waiter);
-        if let Some(commit) = self.pending[waiter].commit() {
+        if let Some(commit) = self.requests.pending[waiter].commit() {
             let mut changes = commit.changes.iter();
             changed.retain(|idx| {
                 let frees = matches!(changes.next(), Some((_, Change::Free)));
-                !(frees && self.table.pages[*idx].absent)
+                !(frees && self.cache.table.pages[*idx].absent)
             });
         }
-        changed.retain(|idx| self.table.pages[*idx].leaf.is_none());
+        changed.retain(|idx| self.cache.table.pages[*idx].leaf.is_none());
         changed
     }
 
@@ -372,18 +372,18 @@ impl Shard {
         step: Step,
         (node, child): (NodeKey, Child),
     ) -> Admission {
-        let (all, _) = self.map.nodes_for(changed.iter().map(|idx| self.table.pages[*idx].key));
+        let (all, _) = self.map.nodes_for(changed.iter().map(|idx| self.cache.table.pages[*idx].key));
         if let Some(error) = self.too_large(waiter, all) {
             return Admission::No(error);
         }
         let stays = self.keeps_leaves(waiter, step);
         if !stays {
             self.unpin_leaves(changed);
-            if step == Step::Vote && self.pending[waiter].yields >= YIELDS_MAX {
+            if step == Step::Vote && self.requests.pending[waiter].yields >= YIELDS_MAX {
                 return Admission::Stalled;
             }
         }
-        let pending = &mut self.pending[waiter];
+        let pending = &mut self.requests.pending[waiter];
         pending.yields = pending.yields.saturating_add(1);
         pending.stays = stays && step == Step::Commit;
         self.need_more(waiter);
@@ -394,7 +394,7 @@ impl Shard {
     /// Why a commit with this many map nodes can never be carried out, if so: its pages and nodes must be in memory at once, whatever
     /// else is under way.
     fn too_large(&self, waiter: usize, nodes: u32) -> Option<Error> {
-        let commit = self.pending[waiter].commit()?;
+        let commit = self.requests.pending[waiter].commit()?;
         let pages = commit.changes.iter().filter(|(_, change)| !matches!(change, Change::Free)).count() as u32;
         let most = (self.frames_usable() - self.checkpoint_frames()) / COMMIT_SHARE;
         if pages + nodes <= most || planted!(TooLargeAdmitted) {
@@ -406,7 +406,7 @@ impl Shard {
                 "a commit of {} changes needs {nodes} map nodes and {pages} new pages of shard {} in memory at once, together at most \
                  {most}: split it, or open with more memory_bytes",
                 commit.changes.len(),
-                self.id.get()
+                self.ctx.id.get()
             ),
         ))
     }
@@ -414,13 +414,13 @@ impl Shard {
     /// Room in memory for a redo of `frames` pages, as for a commit.
     pub(super) fn admit_redo(&mut self, waiter: usize, frames: u32) -> bool {
         if !self.dirty_fits(u64::from(frames), false) {
-            self.blocked.register(Step::Redo, Lack::WriteBack);
+            self.ctx.blocked.register(Step::Redo, Lack::WriteBack);
             return false;
         }
         match self.admit_memory(waiter, frames, Step::Redo) {
             Admission::Yes => true,
             Admission::Waiting => {
-                self.ready.pop_front();
+                self.requests.ready.pop_front();
                 false
             }
             _ => false,

@@ -59,8 +59,8 @@ enum Step {
 impl Shard {
     /// Begins a walk for a request.
     pub(super) fn begin_walk(&mut self, asked: PageRange) -> Box<Walk> {
-        let first = |v| PageKey::first_in(asked.volume, asked.first, v, self.limits.geometry.vshards_count);
-        let seeks = self.deal.owned_by(self.id).filter_map(|vshard| Some((vshard, first(vshard)?))).collect();
+        let first = |v| PageKey::first_in(asked.volume, asked.first, v, self.ctx.limits.geometry.vshards_count);
+        let seeks = self.ctx.deal.owned_by(self.ctx.id).filter_map(|vshard| Some((vshard, first(vshard)?))).collect();
         Box::new(Walk {
             asked,
             found: Vec::new(),
@@ -74,23 +74,23 @@ impl Shard {
     /// Goes on with the walk of a pending request, until it ends or a node must be read.
     pub(super) fn walk(&mut self, waiter: usize) {
         // Taken out, since a step needs the shard.
-        let kind = std::mem::replace(&mut self.pending[waiter].kind, PendingKind::Read(0));
+        let kind = std::mem::replace(&mut self.requests.pending[waiter].kind, PendingKind::Read(0));
         let PendingKind::Walk(mut walk) = kind else { unreachable!("only walks come here") };
         let result = loop {
-            if let Some(error) = self.pending[waiter].error.take() {
+            if let Some(error) = self.requests.pending[waiter].error.take() {
                 break Err(error);
             }
             match self.walk_step(&mut walk, waiter) {
                 Step::On => {}
                 Step::Done(next) => break Ok(next),
                 Step::Waits => {
-                    self.pending[waiter].kind = PendingKind::Walk(walk);
+                    self.requests.pending[waiter].kind = PendingKind::Walk(walk);
                     return;
                 }
             }
         };
         let token = self.release(waiter).token.expect("a walk has a token");
-        self.reply(token, result.map(|next| Response::Allocated { ranges: walk.found, next, lsn: walk.lsn }));
+        self.ctx.reply(token, result.map(|next| Response::Allocated { ranges: walk.found, next, lsn: walk.lsn }));
     }
 
     fn walk_step(&mut self, walk: &mut Walk, waiter: usize) -> Step {
@@ -102,18 +102,18 @@ impl Shard {
         if walk.found.len() >= ranges_max || walk.leaves_left == 0 {
             return Step::Done(Some(page));
         }
-        let dense = PageKey::new(volume, page).place_in(self.limits.geometry.vshards_count).1;
+        let dense = PageKey::new(volume, page).place_in(self.ctx.limits.geometry.vshards_count).1;
         let Some(mapped) = self.map.leaf_bits(vshard, volume, dense) else {
             // It has left memory since.
             walk.seeks.push((vshard, dense));
             return Step::On;
         };
         walk.leaves_left -= 1;
-        let watermark = self.order.watermark();
+        let watermark = self.ctx.order.watermark();
         // A leaf is of neighbours, and no run of pages ends within it.
         for (slot, page) in (dense % LEAF_PAGES..LEAF_PAGES).zip(page.get()..=last.get()) {
             let key = PageKey::new(volume, PageId::new(page));
-            let known = self.table.find(key).map(|idx| &self.table.pages[idx]).filter(|page| page.resolved);
+            let known = self.cache.table.find(key).map(|idx| &self.cache.table.pages[idx]).filter(|page| page.resolved);
             // What is not durable is in the table, on its way to the map.
             walk.lsn = walk.lsn.max(known.map(|page| page.lsn).filter(|lsn| *lsn > watermark).unwrap_or_default());
             if known.map_or(mapped >> slot & 1 == 1, |page| !page.absent) {
@@ -126,7 +126,7 @@ impl Shard {
 
     /// Finds the next leaf of a virtual shard with a page that is asked for.
     fn seek_leaf(&mut self, walk: &mut Walk, vshard: VShard, from: u64, waiter: usize) -> Step {
-        let (volume, vshards_count) = (walk.asked.volume, self.limits.geometry.vshards_count);
+        let (volume, vshards_count) = (walk.asked.volume, self.ctx.limits.geometry.vshards_count);
         let behind = walk.asked.last.get().checked_add(1).map(PageId::new);
         let end = behind.and_then(|behind| PageKey::first_in(volume, behind, vshard, vshards_count));
         let next = match end.map_or(Some(u64::MAX), |end| end.checked_sub(1)) {

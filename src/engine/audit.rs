@@ -15,14 +15,14 @@ impl Shard {
     /// # Errors
     /// The count that has drifted. After a failure nobody counts any more.
     pub fn audit(&self) -> Result<(), String> {
-        if self.failed.is_some() {
+        if self.ctx.failed.is_some() {
             return Ok(());
         }
         self.audit_blocked()?;
         self.map.audit()?;
-        self.extents.audit()?;
-        let pages = || self.table.pages.iter().map(|(_, page)| page);
-        if !self.checkpoint.behind_nodes.is_empty() && self.ops.is_empty() {
+        self.space.extents.audit()?;
+        let pages = || self.cache.table.pages.iter().map(|(_, page)| page);
+        if !self.checkpoint.behind_nodes.is_empty() && self.ctx.ops.is_empty() {
             return Err(format!(
                 "{} versions wait for a node write, and none is under way",
                 self.checkpoint.behind_nodes.len()
@@ -30,25 +30,31 @@ impl Shard {
         }
         let slots = self.log.open.slots.iter().filter(|slot| !slot.dead).count();
         let dirty = pages().filter(|page| page.dirty_from.is_some()).count();
-        same("blocks reserved for dirty pages and slots", self.reserved_blocks as usize, dirty + slots)?;
+        same("blocks reserved for dirty pages and slots", self.writeback.reserved_blocks as usize, dirty + slots)?;
         let freed = pages().filter(|page| page.dirty_from.is_some() && page.absent).count();
         same("dirty pages that are freed", self.space.freed_pages as usize, freed)?;
-        same("pages in the queue of the coalescer", pages().filter(|page| page.queued).count(), self.dirty.len())?;
+        same(
+            "pages in the queue of the coalescer",
+            pages().filter(|page| page.queued).count(),
+            self.writeback.dirty.len(),
+        )?;
         same(
             "dirty pages that are not queued",
             pages().filter(|page| page.dirty_from.is_some() && !page.queued).count(),
             0,
         )?;
         self.audit_memory()?;
-        same("pages with their bytes", self.table.resident(), self.table.count_resident())?;
+        same("pages with their bytes", self.cache.table.resident(), self.cache.table.count_resident())?;
         self.audit_budget()?;
         let targets = pages().filter(|page| page.checkpoint_target != Lsn::ZERO).count();
         same("pages that the checkpoint waits for", self.checkpoint.pages_left, targets as u64)?;
 
         let mut on_their_way: BTreeMap<usize, usize> = BTreeMap::new();
-        let captured = self.captures.iter().map(|(_, capture)| capture.page);
-        captured.chain(self.moves.iter().copied()).for_each(|idx| *on_their_way.entry(idx).or_default() += 1);
-        for (idx, page) in self.table.pages.iter() {
+        let captured = self.writeback.captures.iter().map(|(_, capture)| capture.page);
+        captured
+            .chain(self.compaction.moves.iter().copied())
+            .for_each(|idx| *on_their_way.entry(idx).or_default() += 1);
+        for (idx, page) in self.cache.table.pages.iter() {
             let count = on_their_way.get(&idx).copied().unwrap_or(0);
             same(format_args!("captures of {:?}", page.key), page.captures as usize, count)?;
             let slot = page.slot.map(|no| &self.log.open.slots[no]);
@@ -58,34 +64,35 @@ impl Shard {
                 true,
             )?;
         }
-        let writes = self.ops.iter().map(|(_, op)| match op {
+        let writes = self.ctx.ops.iter().map(|(_, op)| match op {
             OpKind::PageWrite(captures) => captures.len(),
             _ => 0,
         });
-        same("pages being written", self.page_writes, writes.sum())?;
+        same("pages being written", self.writeback.page_writes, writes.sum())?;
 
-        let moves = self.pending.iter().filter(|(_, pending)| matches!(pending.kind, PendingKind::Move(..))).count();
-        same("moves on their way", self.held.moves, moves + self.moves_asked.reading())?;
+        let moves =
+            self.requests.pending.iter().filter(|(_, pending)| matches!(pending.kind, PendingKind::Move(..))).count();
+        same("moves on their way", self.requests.held.moves, moves + self.compaction.asked.reading())?;
 
-        let parts = self.pending.iter().filter_map(|(_, pending)| match &pending.kind {
+        let parts = self.requests.pending.iter().filter_map(|(_, pending)| match &pending.kind {
             PendingKind::Part(part) => part.reserved,
             _ => None,
         });
         let reserved = parts.fold(Reserved::default(), Reserved::plus);
-        same("what is reserved for parts", self.reserved, reserved)
+        same("what is reserved for parts", self.participant.reserved, reserved)
     }
 
     /// Whether all that could leave memory is known to the eviction policy, and nothing is kept for nobody.
     fn audit_memory(&self) -> Result<(), String> {
-        for (idx, page) in self.table.pages.iter().filter(|(_, page)| page.is_unreferenced()) {
+        for (idx, page) in self.cache.table.pages.iter().filter(|(_, page)| page.is_unreferenced()) {
             let Some(frame) = &page.frame else {
                 return Err(format!("{:?} is kept without memory though nothing refers to it", page.key));
             };
-            let owner = self.eviction.owner_of(frame.block());
+            let owner = self.cache.eviction.owner_of(frame.block());
             let is_listed = page.residency.is_listed() && owner == Some(Owner::Page(idx as u32));
             same(format_args!("{:?} is listed for eviction ({owner:?})", page.key), is_listed, true)?;
         }
-        self.map.audit_listed(&self.eviction)
+        self.map.audit_listed(&self.cache.eviction)
     }
 }
 

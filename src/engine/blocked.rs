@@ -226,48 +226,48 @@ impl Shard {
     /// At the end of a turn in which somebody found no memory: what keeps it is brought to give it back, or the first in the queue
     /// is refused.
     pub(super) fn relieve_memory(&mut self) {
-        if !self.blocked.lacks_memory() {
+        if !self.ctx.blocked.lacks_memory() {
             return;
         }
-        let now = self.now;
-        let waited = |step| self.blocked.waited(step, now);
+        let now = self.ctx.now;
+        let waited = |step| self.ctx.blocked.waited(step, now);
         let longest = [Step::Commit, Step::Vote, Step::NodeRead, Step::PageRead, Step::Redo, Step::RedoRead]
             .into_iter()
             .filter_map(waited)
             .max();
         let Some(longest) = longest else { return };
-        let at_rest = self.ops.is_empty() && self.dirty.is_empty() && self.captures.is_empty();
+        let at_rest = self.ctx.ops.is_empty() && self.writeback.dirty.is_empty() && self.writeback.captures.is_empty();
         let is_long = at_rest || longest >= SHORTAGE_US || REFUSED.into_iter().any(|step| self.is_met_still(step));
-        if is_long && self.failed.is_none() && self.map.dirty_count() > 0 && !self.checkpoint_under_way() {
+        if is_long && self.ctx.failed.is_none() && self.map.dirty_count() > 0 && !self.checkpoint_under_way() {
             // A dirty node stays in memory until a checkpoint has written it.
             self.need_checkpoint();
         }
-        if REFUSED.into_iter().any(|step| self.blocked.is_to_be_judged(step, now)) {
+        if REFUSED.into_iter().any(|step| self.ctx.blocked.is_to_be_judged(step, now)) {
             self.refuse_for_memory();
         }
     }
 
     /// Whether `step` is blocked by memory, and has been again and again for as long as a request waits at most.
     fn is_met_still(&self, step: Step) -> bool {
-        self.blocked.is_blocked(step, Lack::Memory) && self.blocked.is_pressed(step, self.now)
+        self.ctx.blocked.is_blocked(step, Lack::Memory) && self.ctx.blocked.is_pressed(step, self.ctx.now)
     }
 
     /// Whether requests under way leave most of the memory to those in front of them, who may need it to end.
     pub(super) fn holds_little(&self) -> bool {
-        self.held.data <= self.frames_usable() as usize / DATA_SHARE
+        self.requests.held.data <= self.frames_usable() as usize / DATA_SHARE
     }
 
     /// The same for parts of commits over shards: they can't wait, so they get a little more.
     pub(super) fn holds_little_for_parts(&self) -> bool {
-        self.held.data <= self.frames_usable() as usize / DATA_SHARE * 3 / 2
+        self.requests.held.data <= self.frames_usable() as usize / DATA_SHARE * 3 / 2
     }
 
     /// Refuses the first in each queue that has waited long enough, if what readers have pinned is the cause, or far too long.
     fn refuse_for_memory(&mut self) {
-        if self.now < self.blocked.judged_at + MEMORY_RETRY_US {
+        if self.ctx.now < self.ctx.blocked.judged_at + MEMORY_RETRY_US {
             return;
         }
-        self.blocked.judged_at = self.now;
+        self.ctx.blocked.judged_at = self.ctx.now;
         self.look_at_pinned();
         let pinned = self.pinned_by_readers();
         // What commits that wait have pinned of the map comes back only with their answers. Where readers have little of the memory, others
@@ -275,20 +275,24 @@ impl Shard {
         let readers_have_much = pinned >= self.frames_usable() / DATA_SHARE as u32;
         let kept =
             if readers_have_much && !self.gives_memory_back() { self.map.awaited_count(false) as u32 } else { 0 };
-        let others = self.table.resident().held + PATH_NODES + kept;
+        let others = self.cache.table.resident().held + PATH_NODES + kept;
         for step in REFUSED {
-            let waited = self.blocked.waited(step, self.now).filter(|_| self.blocked.is_to_be_judged(step, self.now));
+            let waited = self
+                .ctx
+                .blocked
+                .waited(step, self.ctx.now)
+                .filter(|_| self.ctx.blocked.is_to_be_judged(step, self.ctx.now));
             let Some(waited) = waited else { continue };
-            let frames = self.blocked.memory[step as usize].frames;
+            let frames = self.ctx.blocked.memory[step as usize].frames;
             // Whether it would be refused even if all else had been given back.
             let by_pins = pinned > 0 && pinned + frames + others > self.frames_usable();
             // Whoever comes next has waited behind the one that was refused: not as long again for each, if nothing is under way.
-            let is_stuck = self.ops.is_empty() && self.blocked.is_pressed(step, self.now);
+            let is_stuck = self.ctx.ops.is_empty() && self.ctx.blocked.is_pressed(step, self.ctx.now);
             let patience = if is_stuck { SHORTAGE_US } else { MEMORY_WAIT_MAX_US };
             if !by_pins && (waited < patience || self.gives_memory_back()) {
                 continue;
             }
-            let error = match &self.failed {
+            let error = match &self.ctx.failed {
                 // What is dirty stays so: to try again would not help.
                 Some(failed) if !by_pins => failed.clone(),
                 _ => self.no_memory(frames, pinned, by_pins),
@@ -300,9 +304,9 @@ impl Shard {
             }
             if by_pins {
                 // The next one may be refused at once: it has waited as long.
-                self.blocked.judged_at = 0;
+                self.ctx.blocked.judged_at = 0;
             }
-            self.again = true;
+            self.ctx.again = true;
         }
     }
 
@@ -310,8 +314,8 @@ impl Shard {
     /// memory, and where it is short there is always one under way: whoever waited until there is none would wait without end.
     fn gives_memory_back(&self) -> bool {
         let is_read = |op: &OpKind| matches!(op, OpKind::PageRead(_) | OpKind::NodeRead(_));
-        let writes = self.failed.is_none() && self.checkpoint_under_way();
-        writes || !self.ops.iter().all(|(_, op)| is_read(op))
+        let writes = self.ctx.failed.is_none() && self.checkpoint_under_way();
+        writes || !self.ctx.ops.iter().all(|(_, op)| is_read(op))
     }
 
     fn no_memory(&self, frames: u32, pinned: u32, by_pins: bool) -> Error {
@@ -322,7 +326,7 @@ impl Shard {
                 format_args!(
                     "no memory is left in shard {}: readers have pinned {pinned} of its {usable} pages, and {frames} must be free; \
                      drop PageRefs, or open with more memory_bytes",
-                    self.id.get()
+                    self.ctx.id.get()
                 ),
             );
         }
@@ -332,7 +336,7 @@ impl Shard {
                 "no memory for {} s in shard {}: {frames} of {usable} pages must be free, readers have pinned {pinned} ({}); try \
                  again, with fewer requests at a time, or open with more memory_bytes",
                 MEMORY_WAIT_MAX_US / 1_000_000,
-                self.id.get(),
+                self.ctx.id.get(),
                 self.memory()
             ),
         )
@@ -341,11 +345,13 @@ impl Shard {
     /// Refuses the commit that is first in the queue, or gives the recovery up.
     fn refuse_ready(&mut self, error: Error) {
         // One that waits for a node is told by that.
-        let Some(waiter) = self.ready.front().copied().filter(|waiter| !self.pending[*waiter].is_waiting()) else {
+        let Some(waiter) =
+            self.requests.ready.front().copied().filter(|waiter| !self.requests.pending[*waiter].is_waiting())
+        else {
             return;
         };
-        self.ready.pop_front();
-        match self.pending[waiter].kind {
+        self.requests.ready.pop_front();
+        match self.requests.pending[waiter].kind {
             PendingKind::Redo(_) => {
                 self.release(waiter);
                 self.fail(error);
@@ -356,55 +362,59 @@ impl Shard {
 
     /// Frames that are not taken for good: by log buffers and the superblock.
     pub(super) fn frames_usable(&self) -> u32 {
-        self.arena.blocks() - self.held.fixed
+        self.ctx.arena.blocks() - self.requests.held.fixed
     }
 
     /// Frames that nobody but readers can give back: pages that the search for memory has found pinned, none of them let go of when
     /// it looked again, and frames that are nowhere in the shard any more. What is being written from or read into is left out as
     /// far as that is known. It looks at no page: a shard of much memory that is starved would do nothing else.
     fn pinned_by_readers(&mut self) -> u32 {
-        let pinned = if self.eviction.saw_all_pinned() { self.eviction.pinned() } else { 0 };
-        let accounted = self.held.fixed + self.table.resident().pages + self.map.nodes_count() + self.frames_in_ops();
-        pinned + (self.arena.blocks() - self.arena.free_blocks()).saturating_sub(accounted)
+        let pinned = if self.cache.eviction.saw_all_pinned() { self.cache.eviction.pinned() } else { 0 };
+        let accounted = self.requests.held.fixed
+            + self.cache.table.resident().pages
+            + self.map.nodes_count()
+            + self.frames_in_ops();
+        pinned + (self.ctx.arena.blocks() - self.ctx.arena.free_blocks()).saturating_sub(accounted)
     }
 
     /// Frames of operations under way that are neither in the table nor in the map.
     fn frames_in_ops(&self) -> u32 {
-        let summary = self.extents.summary_blocks();
+        let summary = self.space.extents.summary_blocks();
         let of = |op: &OpKind| match op {
             OpKind::PageRead(reads) => reads.len() as u32,
             OpKind::NodeRead(_) => 1,
             OpKind::SummaryWrite(_) | OpKind::SummaryRead(_) => summary,
-            OpKind::Checkpoint | OpKind::RedoRead(_) => self.limits.vectored_pages_max as u32,
+            OpKind::Checkpoint | OpKind::RedoRead(_) => self.ctx.limits.vectored_pages_max as u32,
             // Images of versions that have been replaced since, at most.
-            OpKind::GroupLog(_) => self.limits.inline_pages_max as u32,
+            OpKind::GroupLog(_) => self.ctx.limits.inline_pages_max as u32,
             OpKind::GroupData(_, captures) | OpKind::PageWrite(captures) => captures.len() as u32,
             OpKind::GroupFlush(_) | OpKind::Grow(_) => 0,
         };
-        self.ops.iter().map(|(_, op)| of(op)).sum()
+        self.ctx.ops.iter().map(|(_, op)| of(op)).sum()
     }
 
     /// # Errors
     /// Somebody who waits without anybody who would wake it.
     #[cfg(any(test, feature = "sim"))]
     pub(super) fn audit_blocked(&self) -> Result<(), String> {
-        if self.blocked.refusals > 0 && !self.blocked.lacks_memory() {
-            return Err(format!("{} requests for frames failed, and nobody is registered", self.blocked.refusals));
+        if self.ctx.blocked.refusals > 0 && !self.ctx.blocked.lacks_memory() {
+            return Err(format!("{} requests for frames failed, and nobody is registered", self.ctx.blocked.refusals));
         }
         // What parts of commits over shards have reserved is given back when the decision arrives, by message.
-        let under_way = !self.ops.is_empty() || self.checkpoint_under_way() || self.reserved != Reserved::default();
+        let under_way =
+            !self.ctx.ops.is_empty() || self.checkpoint_under_way() || self.participant.reserved != Reserved::default();
         for lack in LACKS {
             let is_woken = match lack {
                 Lack::Memory | Lack::Turn => self.deadline().is_some(),
                 Lack::LogRoom | Lack::WriteBack => under_way || self.deadline().is_some() || self.waits_for().is_some(),
                 Lack::Space => {
-                    let reclaims = self.space.growing || self.compactor.count() > 0;
+                    let reclaims = self.space.growing || self.compaction.compactor.count() > 0;
                     under_way || reclaims || self.deadline().is_some()
                 }
                 Lack::Watermark => self.waits_for().is_some(),
             };
-            if self.blocked.steps[lack as usize] != 0 && !is_woken {
-                return Err(format!("nobody wakes those who wait for {lack:?}: {:?}", self.blocked));
+            if self.ctx.blocked.steps[lack as usize] != 0 && !is_woken {
+                return Err(format!("nobody wakes those who wait for {lack:?}: {:?}", self.ctx.blocked));
             }
         }
         Ok(())

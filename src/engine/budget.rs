@@ -73,8 +73,8 @@ pub(super) fn cross_weight(commit: &Commit, shards: usize) -> u64 {
 impl Shard {
     /// Whether more requests may be brought; false is back-pressure.
     pub fn accepting(&self) -> bool {
-        self.pending.len() + self.cross.len() < self.limits.requests_max
-            && self.held.request_bytes < self.limits.request_bytes_max
+        self.requests.pending.len() + self.coordinator.commits.len() < self.ctx.limits.requests_max
+            && self.requests.held.request_bytes < self.ctx.limits.request_bytes_max
             && self.holds_little()
             && !self.callers_are_behind()
     }
@@ -83,25 +83,25 @@ impl Shard {
     /// A count that has drifted, or a structure beyond its bound.
     #[cfg(any(test, feature = "sim"))]
     pub(super) fn audit_budget(&self) -> Result<(), String> {
-        let pending: u64 = self.pending.iter().map(|(_, p)| request_weight(&p.kind, p.pages.len())).sum();
-        let cross: u64 = self.cross.values().map(|cross| cross.weight).sum();
-        if self.held.request_bytes != pending + cross {
-            let kept = self.held.request_bytes;
+        let pending: u64 = self.requests.pending.iter().map(|(_, p)| request_weight(&p.kind, p.pages.len())).sum();
+        let cross: u64 = self.coordinator.commits.values().map(|cross| cross.weight).sum();
+        if self.requests.held.request_bytes != pending + cross {
+            let kept = self.requests.held.request_bytes;
             return Err(format!("bytes of requests: {kept} by what is kept, {pending} + {cross} counted"));
         }
-        let unsettled = self.captures.iter().filter(|(_, capture)| capture.entry.is_none()).count() as u64;
-        if self.held.frees_unsettled != unsettled {
+        let unsettled = self.writeback.captures.iter().filter(|(_, capture)| capture.entry.is_none()).count() as u64;
+        if self.requests.held.frees_unsettled != unsettled {
             return Err(format!(
                 "frees on their way: {} by what is kept, {unsettled} counted",
-                self.held.frees_unsettled
+                self.requests.held.frees_unsettled
             ));
         }
-        let blocks = u64::from(self.limits.memory_blocks);
-        let pages = || self.table.pages.iter().map(|(_, page)| page);
+        let blocks = u64::from(self.ctx.limits.memory_blocks);
+        let pages = || self.cache.table.pages.iter().map(|(_, page)| page);
         let freed =
             pages().filter(|page| page.frame.is_none() && page.holds == 0 && page.leaf.is_some()).count() as u64;
         // A commit goes alone if it must, and so does a part.
-        let most = blocks / 4 + 2 * self.limits.txn_bytes_max / FREE_BYTES;
+        let most = blocks / 4 + 2 * self.ctx.limits.txn_bytes_max / FREE_BYTES;
         if freed > most {
             return Err(format!("{freed} freed pages on their way into the map for {blocks} frames, at most {most}"));
         }

@@ -63,8 +63,9 @@ pub struct NewEpoch {
 }
 
 /// The checkpoint under way, and who waits for one.
-#[derive(Default)]
 pub(super) struct Checkpoint {
+    /// The newest one that is durable.
+    pub(super) superblock: Superblock,
     phase: Phase,
     wanted: bool,
     /// The leader has been asked for it.
@@ -103,6 +104,25 @@ impl std::fmt::Debug for Checkpoint {
 }
 
 impl Checkpoint {
+    pub(super) fn new(superblock: Superblock) -> Self {
+        Checkpoint {
+            superblock,
+            phase: Phase::default(),
+            wanted: false,
+            asked: false,
+            begin: None,
+            redo: Lsn::default(),
+            pages_left: 0,
+            ops: 0,
+            nodes: Vec::new(),
+            roots: Vec::new(),
+            behind_nodes: Vec::new(),
+            handovers: 0,
+            waiters: Vec::new(),
+            next_waiters: Vec::new(),
+        }
+    }
+
     pub(super) fn is_active(&self) -> bool {
         self.phase != Phase::Idle
     }
@@ -128,7 +148,7 @@ impl Shard {
     pub(super) fn need_checkpoint(&mut self) {
         if !self.checkpoint.wanted {
             self.checkpoint.wanted = true;
-            self.again = true;
+            self.ctx.again = true;
         }
     }
 
@@ -138,25 +158,27 @@ impl Shard {
     }
 
     pub(super) fn advance_checkpoint(&mut self) {
-        if self.failed.is_some() {
+        if self.ctx.failed.is_some() {
             return;
         }
         match self.checkpoint.phase {
             Phase::Idle if (self.checkpoint.wanted || self.checkpoint_is_due()) && !self.checkpoint.asked => {
                 self.checkpoint.asked = true;
-                self.send(ShardId::LEADER, Message::WantCheckpoint);
+                self.ctx.send(ShardId::LEADER, Message::WantCheckpoint);
             }
             Phase::Told => self.begin_when_ready(),
-            Phase::Watermark if self.order.watermark() >= self.checkpoint.redo || planted!(RedoNotAwaited) => {
+            Phase::Watermark if self.ctx.order.watermark() >= self.checkpoint.redo || planted!(RedoNotAwaited) => {
                 self.count_pages();
             }
             Phase::Pages if self.checkpoint.pages_left == 0 => {
                 self.checkpoint.phase = Phase::Capture { next: 0 };
-                self.again = true;
+                self.ctx.again = true;
             }
             Phase::Capture { next } => self.capture_vshard(next),
-            Phase::Handover if self.checkpoint.handovers == self.deal.shards_count() - 1 => self.list_summaries(),
-            Phase::Summaries if self.summaries_under_way == 0 && self.summaries.is_empty() => self.contribute(),
+            Phase::Handover if self.checkpoint.handovers == self.ctx.deal.shards_count() - 1 => self.list_summaries(),
+            Phase::Summaries if self.space.summaries_under_way == 0 && self.space.summaries.is_empty() => {
+                self.contribute()
+            }
             _ => {}
         }
     }
@@ -165,9 +187,9 @@ impl Shard {
     /// sake of space are asked for [there](Self::advance_space).
     fn checkpoint_is_due(&self) -> bool {
         let used = self.log.segments_count() - self.log.free_segments();
-        let left_max = self.limits.memory_blocks as usize * LEFT_PER_FRAME_MAX;
-        let memory_is_used = self.extents.left_count() > left_max || self.dirty_nodes_are_many();
-        used > self.log.segments_count() / 2 || (!self.opening && memory_is_used)
+        let left_max = self.ctx.limits.memory_blocks as usize * LEFT_PER_FRAME_MAX;
+        let memory_is_used = self.space.extents.left_count() > left_max || self.dirty_nodes_are_many();
+        used > self.log.segments_count() / 2 || (!self.life.opening && memory_is_used)
     }
 
     /// The leader begins a checkpoint.
@@ -177,25 +199,28 @@ impl Shard {
         (c.wanted, c.asked, c.begin) = (false, false, Some(begin));
         c.phase = Phase::Told;
         c.waiters = std::mem::take(&mut c.next_waiters);
-        self.again = true;
+        self.ctx.again = true;
     }
 
     fn begin_when_ready(&mut self) {
         let Some(begin) = self.checkpoint.begin else { return };
         // The last checkpoint finds nothing under way, and leaves nothing behind.
         if begin.clean
-            && !(self.pending.is_empty() && self.parts.is_empty() && self.cross.is_empty() && !self.space.growing)
+            && !(self.requests.pending.is_empty()
+                && self.participant.parts.is_empty()
+                && self.coordinator.commits.is_empty()
+                && !self.space.growing)
         {
             return;
         }
         if begin.new_epoch.is_some() {
-            self.recovering = None;
+            self.redo.recovering = None;
         }
-        self.extents.begin_checkpoint();
+        self.space.extents.begin_checkpoint();
         self.trim_log_early();
         self.checkpoint.phase = Phase::Begun;
-        self.send(ShardId::LEADER, Message::Began);
-        self.again = true;
+        self.ctx.send(ShardId::LEADER, Message::Began);
+        self.ctx.again = true;
     }
 
     /// Every shard has begun: this is what the roots must reflect.
@@ -203,29 +228,29 @@ impl Shard {
         assert_eq!(self.checkpoint.phase, Phase::Begun, "the LSN comes when all have begun");
         self.checkpoint.redo = redo;
         self.checkpoint.phase = Phase::Watermark;
-        self.again = true;
+        self.ctx.again = true;
     }
 
     /// All that the roots must reflect is applied: which pages are not in the map yet?
     fn count_pages(&mut self) {
         self.checkpoint.phase = Phase::Pages;
         self.checkpoint.pages_left = 0;
-        let slots = self.log.open.slots.iter().filter_map(|slot| self.table.find(slot.key));
-        let captured = self.captures.iter().map(|(_, capture)| capture.page);
-        let behind: Vec<usize> = self.dirty.iter().copied().chain(slots).chain(captured).collect();
+        let slots = self.log.open.slots.iter().filter_map(|slot| self.cache.table.find(slot.key));
+        let captured = self.writeback.captures.iter().map(|(_, capture)| capture.page);
+        let behind: Vec<usize> = self.writeback.dirty.iter().copied().chain(slots).chain(captured).collect();
         for idx in behind {
-            let page = &mut self.table.pages[idx];
+            let page = &mut self.cache.table.pages[idx];
             if page.lsn > page.mapped_lsn && page.checkpoint_target == Lsn::ZERO {
                 page.checkpoint_target = page.lsn;
                 self.checkpoint.pages_left += 1;
             }
         }
-        self.again = true;
+        self.ctx.again = true;
     }
 
     /// A version of the page is in the map.
     pub(super) fn page_settled(&mut self, idx: usize) {
-        let page = &mut self.table.pages[idx];
+        let page = &mut self.cache.table.pages[idx];
         if page.checkpoint_target != Lsn::ZERO && page.mapped_lsn >= page.checkpoint_target {
             page.checkpoint_target = Lsn::ZERO;
             self.checkpoint.pages_left -= 1;
@@ -234,13 +259,13 @@ impl Shard {
 
     /// The next virtual shard from `next` on that is this shard's and has anything to write; those before it are done with.
     fn next_dirty(&mut self, mut next: u16) -> u16 {
-        while u32::from(next) < self.limits.geometry.vshards_count {
+        while u32::from(next) < self.ctx.limits.geometry.vshards_count {
             let vshard = VShard::new(next);
-            if self.deal.owner(vshard) == self.id {
+            if self.ctx.deal.owner(vshard) == self.ctx.id {
                 if self.map.is_dirty(vshard) {
                     break;
                 }
-                self.extents.captured(vshard, std::iter::empty(), Vec::new());
+                self.space.extents.captured(vshard, std::iter::empty(), Vec::new());
             }
             next += 1;
         }
@@ -250,7 +275,7 @@ impl Shard {
 
     fn capture_vshard(&mut self, next: u16) {
         let next = self.next_dirty(next);
-        if u32::from(next) >= self.limits.geometry.vshards_count {
+        if u32::from(next) >= self.ctx.limits.geometry.vshards_count {
             self.write_roots();
             if self.checkpoint.ops == 0 {
                 std::mem::take(&mut self.checkpoint.nodes).into_iter().for_each(|node| self.map.written(node));
@@ -269,10 +294,10 @@ impl Shard {
             self.write_roots();
             return;
         }
-        self.again = true;
+        self.ctx.again = true;
         self.checkpoint.phase = Phase::Capture { next: next + 1 };
         let mut retired = Vec::new();
-        let (extents, summaries) = (&mut self.extents, &mut self.summaries);
+        let (extents, summaries) = (&mut self.space.extents, &mut self.space.summaries);
         let alloc = |key| {
             let (place, full) =
                 extents.alloc(Stream::Map, ItemKind::Node(key)).expect("space for the nodes was just seen");
@@ -280,22 +305,22 @@ impl Shard {
             place
         };
         let writes = self.map.capture(vshard, alloc, &mut retired);
-        self.extents.captured(vshard, writes.iter().map(|w| w.place), retired);
+        self.space.extents.captured(vshard, writes.iter().map(|w| w.place), retired);
         self.checkpoint.nodes.extend(writes.iter().map(|w| w.node));
-        self.stats.nodes_written += writes.len() as u64;
+        self.ctx.stats.nodes_written += writes.len() as u64;
         // The root has one, too.
-        self.stats.checksums += writes.len() as u64 + 1;
-        let mut frame = self.arena.alloc(0).expect("a frame was ensured");
+        self.ctx.stats.checksums += writes.len() as u64 + 1;
+        let mut frame = self.ctx.arena.alloc(0).expect("a frame was ensured");
         let out = frame.try_mut().expect("a new frame has no pins");
-        let number = self.superblock.checkpoint + 1;
-        self.map.encode_root(vshard, self.superblock.store_id, self.checkpoint.redo, number, out);
+        let number = self.checkpoint.superblock.checkpoint + 1;
+        self.map.encode_root(vshard, self.checkpoint.superblock.store_id, self.checkpoint.redo, number, out);
         self.checkpoint.roots.push((vshard, frame));
         if self.checkpoint.roots.len() >= ROOTS_AT_A_TIME {
             self.write_roots();
         }
         let blocks = writes.into_iter().map(|w| (w.place, IoSlice::whole(w.frame))).collect();
-        for run in coalesce::plan(blocks, self.limits.vectored_pages_max) {
-            let offset = run.place.offset(self.limits.geometry.extent_bytes);
+        for run in coalesce::plan(blocks, self.ctx.limits.vectored_pages_max) {
+            let offset = run.place.offset(self.ctx.limits.geometry.extent_bytes);
             self.checkpoint_op(DiskOp::Write { file: FileId::Data, offset, from: run.items.into() });
         }
     }
@@ -307,8 +332,8 @@ impl Shard {
 
     /// All is captured: the others learn what it means for their extents.
     fn hand_over(&mut self) {
-        let changes = self.extents.hand_over();
-        let mut out: Vec<Handover> = self.deal.shards().map(|_| Handover::default()).collect();
+        let changes = self.space.extents.hand_over();
+        let mut out: Vec<Handover> = self.ctx.deal.shards().map(|_| Handover::default()).collect();
         let home = |place: crate::base::Place| self.first_home(place.extent).index();
         for (place, what) in changes.named {
             out[home(place)].named.push((place, what));
@@ -320,37 +345,37 @@ impl Shard {
             out[home(place)].left.push(place);
         }
         self.checkpoint.phase = Phase::Handover;
-        for (shard, handover) in self.deal.shards().zip(out) {
-            if shard != self.id {
-                self.send(shard, Message::Captured(Box::new(handover)));
+        for (shard, handover) in self.ctx.deal.shards().zip(out) {
+            if shard != self.ctx.id {
+                self.ctx.send(shard, Message::Captured(Box::new(handover)));
             }
         }
-        self.again = true;
+        self.ctx.again = true;
     }
 
     /// Another shard has captured its trees.
     pub(super) fn handed_over(&mut self, handover: Handover) {
         self.checkpoint.handovers += 1;
-        self.extents.take_over(handover.named, handover.retired, handover.left);
-        self.again = true;
+        self.space.extents.take_over(handover.named, handover.retired, handover.left);
+        self.ctx.again = true;
     }
 
     fn list_summaries(&mut self) {
         self.checkpoint.handovers = 0;
         if self.checkpoint.begin.is_some_and(|begin| begin.new_epoch.is_some()) {
             // Nothing more comes out of the log: what recovery kept apart is an extent like any other.
-            self.extents.end_adoption();
+            self.space.extents.end_adoption();
         }
-        self.summaries.extend(self.extents.unsummarized());
-        self.summaries.sort();
-        self.summaries.dedup();
+        self.space.summaries.extend(self.space.extents.unsummarized());
+        self.space.summaries.sort();
+        self.space.summaries.dedup();
         self.checkpoint.phase = Phase::Summaries;
-        self.again = true;
+        self.ctx.again = true;
     }
 
     /// Writes the roots captured so far: nothing names their places before the superblock does.
     fn write_roots(&mut self) {
-        let count = self.limits.geometry.vshards_count;
+        let count = self.ctx.limits.geometry.vshards_count;
         let roots = std::mem::take(&mut self.checkpoint.roots);
         let offset = |vshard| root::offset(vshard, self.map.root(vshard).version.generation, count);
         let writes = roots.into_iter().map(|(vshard, frame)| (FileId::Meta, offset(vshard), frame)).collect();
@@ -367,7 +392,7 @@ impl Shard {
                 Some((f, start, from))
                     if *f == file
                         && *start + (from.len() * BLOCK) as u64 == offset
-                        && from.len() < self.limits.vectored_pages_max =>
+                        && from.len() < self.ctx.limits.vectored_pages_max =>
                 {
                     from.push(slice);
                 }
@@ -389,10 +414,10 @@ impl Shard {
         if let Err(error) = completion.result {
             self.fail(error);
         }
-        if self.failed.is_some() || self.checkpoint.ops > 0 {
+        if self.ctx.failed.is_some() || self.checkpoint.ops > 0 {
             return;
         }
-        self.again = true;
+        self.ctx.again = true;
         if self.checkpoint.phase == Phase::Waiting {
             self.lead_step_done(completion.op);
         }
@@ -401,11 +426,11 @@ impl Shard {
     /// The shard's part is written: the leader may go on.
     fn contribute(&mut self) {
         assert_eq!(self.checkpoint.ops, 0, "nodes and roots are written before the handover");
-        let mine = (0..self.limits.geometry.vshards_count as u16).map(VShard::new);
-        let mine = mine.filter(|vshard| self.deal.owner(*vshard) == self.id);
+        let mine = (0..self.ctx.limits.geometry.vshards_count as u16).map(VShard::new);
+        let mine = mine.filter(|vshard| self.ctx.deal.owner(*vshard) == self.ctx.id);
         let clean = self.checkpoint.begin.is_some_and(|begin| begin.clean);
         let contribution = Contribution {
-            rows: self.extents.rows(),
+            rows: self.space.extents.rows(),
             roots: mine.map(|vshard| (vshard, self.map.root(vshard).version)).collect(),
             log_end: if clean { self.log.end() } else { Default::default() },
         };
@@ -413,7 +438,7 @@ impl Shard {
         if planted!(RecycledBeforeSuperblock) {
             self.log.recycle(self.checkpoint.redo);
         }
-        self.send(ShardId::LEADER, Message::Ready(Box::new(contribution)));
+        self.ctx.send(ShardId::LEADER, Message::Ready(Box::new(contribution)));
     }
 
     /// Both copies of the superblock are durable.
@@ -422,26 +447,26 @@ impl Shard {
         let begin = self.checkpoint.begin.take().expect("it has begun");
         let redo = self.checkpoint.redo;
         self.checkpoint.phase = Phase::Idle;
-        self.superblock = superblock;
-        self.stats.checkpoints += 1;
+        self.checkpoint.superblock = superblock;
+        self.ctx.stats.checkpoints += 1;
         self.log.recycle(redo);
-        let freed = self.extents.end_checkpoint();
-        self.summaries.extend(self.extents.filled());
-        let compacts = self.compactor.look_again();
+        let freed = self.space.extents.end_checkpoint();
+        self.space.summaries.extend(self.space.extents.filled());
+        let compacts = self.compaction.compactor.look_again();
         self.note_reclaimed(compacts);
-        tracing::debug!(shard = self.id.get(), %redo, freed_blocks = freed, "checkpoint");
+        tracing::debug!(shard = self.ctx.id.get(), %redo, freed_blocks = freed, "checkpoint");
         for token in std::mem::take(&mut self.checkpoint.waiters) {
-            self.reply(token, Ok(Response::Checkpointed(redo)));
+            self.ctx.reply(token, Ok(Response::Checkpointed(redo)));
         }
         if begin.new_epoch.is_some() {
-            self.opening = false;
+            self.life.opening = false;
         }
         if begin.clean {
             self.end_close(Ok(()));
         } else if !self.checkpoint.next_waiters.is_empty() {
             self.checkpoint.wanted = true;
         }
-        self.again = true;
+        self.ctx.again = true;
     }
 
     /// No checkpoint will end any more.
@@ -449,7 +474,7 @@ impl Shard {
         let c = &mut self.checkpoint;
         let waiters: Vec<Token> = c.waiters.drain(..).chain(c.next_waiters.drain(..)).collect();
         for token in waiters {
-            self.reply(token, Err(stopped.clone()));
+            self.ctx.reply(token, Err(stopped.clone()));
         }
     }
 

@@ -28,53 +28,53 @@ impl Shard {
         let mut batch: SmallVec<[usize; 32]> = SmallVec::new();
         let mut need = Need::default();
         self.space.stalled = false;
-        while let Some(waiter) = self.ready.front().copied() {
-            if self.pending[waiter].is_waiting() {
+        while let Some(waiter) = self.requests.ready.front().copied() {
+            if self.requests.pending[waiter].is_waiting() {
                 break;
             }
-            self.pending[waiter].stays = false;
-            if matches!(self.pending[waiter].kind, PendingKind::Redo(_)) {
+            self.requests.pending[waiter].stays = false;
+            if matches!(self.requests.pending[waiter].kind, PendingKind::Redo(_)) {
                 if !batch.is_empty() || !self.run_redo(waiter) {
                     break;
                 }
                 continue;
             }
             if let Some(error) = self.refusal(waiter) {
-                self.ready.pop_front();
+                self.requests.ready.pop_front();
                 self.finish_commit(waiter, Err(error), Lsn::ZERO);
                 continue;
             }
             if let Some(idx) = self.held_page(waiter).filter(|_| !planted!(HoldIgnored)) {
-                self.ready.pop_front();
+                self.requests.ready.pop_front();
                 self.wait_for_hold(waiter, idx);
                 continue;
             }
-            let PendingKind::Commit(commit) = &self.pending[waiter].kind else { unreachable!("only commits") };
+            let PendingKind::Commit(commit) = &self.requests.pending[waiter].kind else { unreachable!("only commits") };
             if commit.changes.is_empty() {
                 // It needs no LSN: all that it read is current.
-                self.ready.pop_front();
+                self.requests.ready.pop_front();
                 let read_lsn = self.read_lsn(waiter);
                 self.finish_commit(waiter, Ok(None), read_lsn);
                 continue;
             }
             if self.commits_are_behind() {
-                self.blocked.register(Step::Commit, Lack::Turn);
+                self.ctx.blocked.register(Step::Commit, Lack::Turn);
                 break;
             }
             let with = need.plus(Need::of(commit, &self.map));
             match self.admit(waiter, with, batch.is_empty()) {
                 Admission::Yes => {
-                    self.ready.pop_front();
+                    self.requests.ready.pop_front();
                     batch.push(waiter);
                     need = with;
                 }
-                Admission::Waiting if self.pending[waiter].stays => break,
+                Admission::Waiting if self.requests.pending[waiter].stays => break,
                 Admission::Waiting => {
-                    self.ready.pop_front();
+                    self.requests.ready.pop_front();
                 }
                 Admission::Stalled => break,
                 Admission::No(error) => {
-                    self.ready.pop_front();
+                    self.requests.ready.pop_front();
                     self.finish_commit(waiter, Err(error), Lsn::ZERO);
                 }
             }
@@ -85,16 +85,16 @@ impl Shard {
     /// Why a commit, or a part of one, fails whatever else may be: a page can't be read, the store has stopped, or something
     /// that it read has changed.
     fn refusal(&self, waiter: usize) -> Option<Error> {
-        let failure = self.pending[waiter].error.as_ref().or(self.failed.as_ref());
+        let failure = self.requests.pending[waiter].error.as_ref().or(self.ctx.failed.as_ref());
         failure.cloned().or_else(|| self.validate(waiter).err())
     }
 
     /// Whether every page that the commit read is still as it was read.
     pub(super) fn validate(&self, waiter: usize) -> Result<()> {
-        let pending = &self.pending[waiter];
+        let pending = &self.requests.pending[waiter];
         let Some(commit) = pending.commit() else { return Ok(()) };
         for ((key, lsn), idx) in commit.reads.iter().zip(&pending.pages) {
-            let now = self.table.pages[*idx].version();
+            let now = self.cache.table.pages[*idx].version();
             if now != *lsn {
                 return Err(Error::conflict(*key, *lsn, now));
             }
@@ -103,7 +103,7 @@ impl Shard {
     }
 
     pub(super) fn changed_pages(&self, waiter: usize) -> SmallVec<[usize; 4]> {
-        let pending = &self.pending[waiter];
+        let pending = &self.requests.pending[waiter];
         pending.pages[pending.reads_count()..].iter().copied().collect()
     }
 
@@ -112,8 +112,8 @@ impl Shard {
         if batch.is_empty() {
             return;
         }
-        let first = self.order.draw(self.id, batch.len() as u64);
-        self.log.open.add_run(first, batch.len() as u64, self.now);
+        let first = self.ctx.order.draw(self.ctx.id, batch.len() as u64);
+        self.log.open.add_run(first, batch.len() as u64, self.ctx.now);
         for (i, waiter) in batch.iter().enumerate() {
             let lsn = first.plus(i as u64);
             let read_lsn = self.read_lsn(*waiter);
@@ -123,13 +123,13 @@ impl Shard {
             });
             self.finish_commit(*waiter, result, read_lsn);
         }
-        self.again = true;
+        self.ctx.again = true;
     }
 
     /// The newest change of any page that the commit read, a `Free` included: its reply waits until that is durable.
     pub(super) fn read_lsn(&self, waiter: usize) -> Lsn {
-        let pending = &self.pending[waiter];
-        let read = pending.pages[..pending.reads_count()].iter().map(|idx| self.table.pages[*idx].lsn);
+        let pending = &self.requests.pending[waiter];
+        let read = pending.pages[..pending.reads_count()].iter().map(|idx| self.cache.table.pages[*idx].lsn);
         read.max().unwrap_or(Lsn::ZERO)
     }
 
@@ -139,10 +139,10 @@ impl Shard {
         let PendingKind::Commit(commit) = pending.kind else { unreachable!("only commits") };
         #[cfg(any(test, feature = "sim"))]
         if let Ok(Some(lsn)) = &result {
-            self.drawn.push((token, *lsn));
+            self.ctx.drawn.push((token, *lsn));
         }
         match result {
-            Err(error) => self.reply(token, Err(error)),
+            Err(error) => self.ctx.reply(token, Err(error)),
             Ok(None) => self.reply_when_durable(read_lsn, token, Response::Committed(read_lsn), false),
             Ok(Some(lsn)) if commit.durable && !planted!(AcknowledgedEarly) => {
                 self.reply_when_durable(lsn, token, Response::Committed(lsn), true);
@@ -154,15 +154,15 @@ impl Shard {
     /// Carries a commit out and writes its record into the open group.
     pub(super) fn apply(&mut self, waiter: usize, lsn: Lsn, role: Role) {
         let pages = self.changed_pages(waiter);
-        let changes = match &mut self.pending[waiter].kind {
+        let changes = match &mut self.requests.pending[waiter].kind {
             PendingKind::Commit(commit) => &mut commit.changes,
             // The changes stay counted where the pages are: only their order matters from here on.
             PendingKind::Part(part) => &mut part.commit.changes,
             _ => unreachable!("only commits"),
         };
         let changes = std::mem::take(changes);
-        self.stats.commits += u64::from(!matches!(role, Role::Part(_)));
-        self.log.open.begin_record(role, self.now);
+        self.ctx.stats.commits += u64::from(!matches!(role, Role::Part(_)));
+        self.log.open.begin_record(role, self.ctx.now);
         for ((key, change), idx) in changes.into_iter().zip(pages) {
             match change {
                 Change::Put(bytes) => self.apply_put(idx, key, &bytes, lsn),
@@ -174,13 +174,13 @@ impl Shard {
     }
 
     fn apply_put(&mut self, idx: usize, key: PageKey, bytes: &Bytes, lsn: Lsn) {
-        self.stats.page_writes += 1;
-        self.stats.bytes_written += bytes.len() as u64;
+        self.ctx.stats.page_writes += 1;
+        self.ctx.stats.bytes_written += bytes.len() as u64;
         self.seal_older_slot(idx);
         self.set_content(idx, 0, bytes);
-        let slot = match self.table.pages[idx].slot {
+        let slot = match self.cache.table.pages[idx].slot {
             Some(slot) => {
-                self.stats.absorbed_writes += 1;
+                self.ctx.stats.absorbed_writes += 1;
                 slot
             }
             None => self.new_slot(idx, key, lsn),
@@ -191,11 +191,11 @@ impl Shard {
     }
 
     fn apply_patch(&mut self, idx: usize, key: PageKey, offset: u32, bytes: &Bytes, lsn: Lsn) {
-        self.stats.patches += 1;
-        self.stats.bytes_written += bytes.len() as u64;
+        self.ctx.stats.patches += 1;
+        self.ctx.stats.bytes_written += bytes.len() as u64;
         self.seal_older_slot(idx);
         self.set_content(idx, offset as usize, bytes);
-        match self.table.pages[idx].slot {
+        match self.cache.table.pages[idx].slot {
             // The page's image goes with this group: it holds the patch.
             Some(slot) => {
                 self.log.open.slots[slot].lsn = lsn;
@@ -207,16 +207,16 @@ impl Shard {
     }
 
     fn apply_free(&mut self, idx: usize, key: PageKey, lsn: Lsn) {
-        self.stats.frees += 1;
-        if self.table.pages[idx].absent {
+        self.ctx.stats.frees += 1;
+        if self.cache.table.pages[idx].absent {
             return;
         }
         self.seal_older_slot(idx);
-        self.table.set_frame(idx, None);
+        self.cache.table.set_frame(idx, None);
         self.set_absent(idx, true);
-        if let Some(slot) = self.table.pages[idx].slot.take() {
+        if let Some(slot) = self.cache.table.pages[idx].slot.take() {
             self.log.open.slots[slot].dead = true;
-            self.reserved_blocks -= 1;
+            self.writeback.reserved_blocks -= 1;
         }
         self.log.open.change(3, key, 0, 0, &[]);
         self.changed(idx, lsn);
@@ -225,15 +225,15 @@ impl Shard {
     fn new_slot(&mut self, idx: usize, key: PageKey, lsn: Lsn) -> usize {
         let era = self.log.open.era();
         self.log.open.slots.push(OpenSlot { key, lsn, era, sealed: None, dead: false });
-        self.reserved_blocks += 1;
+        self.writeback.reserved_blocks += 1;
         let slot = self.log.open.slots.len() - 1;
-        self.table.pages[idx].slot = Some(slot);
+        self.cache.table.pages[idx].slot = Some(slot);
         slot
     }
 
     /// A slot of an earlier era keeps the image as it was: a cut may fall between the two.
     fn seal_older_slot(&mut self, idx: usize) {
-        let page = &mut self.table.pages[idx];
+        let page = &mut self.cache.table.pages[idx];
         let Some(slot) = page.slot else { return };
         if self.log.open.slots[slot].era != self.log.open.era() {
             self.log.open.slots[slot].sealed = page.frame.as_ref().map(|f| f.pin());
@@ -244,12 +244,12 @@ impl Shard {
     /// Writes `bytes` at `offset` of the page, into a new frame if somebody looks at the old one.
     pub(super) fn set_content(&mut self, idx: usize, offset: usize, bytes: &[u8]) {
         let whole = bytes.len() == BLOCK;
-        let page = &mut self.table.pages[idx];
+        let page = &mut self.cache.table.pages[idx];
         let range = offset..offset + bytes.len();
         if let Some(content) = page.frame.as_mut().and_then(|f| f.try_mut()) {
             content[range].copy_from_slice(bytes);
         } else {
-            let mut frame = self.arena.alloc(0).expect("a frame for each change was admitted");
+            let mut frame = self.ctx.arena.alloc(0).expect("a frame for each change was admitted");
             let content = frame.try_mut().expect("a new frame has no pins");
             match &page.frame {
                 _ if whole => {}
@@ -257,14 +257,14 @@ impl Shard {
                 None => content.fill(0),
             }
             content[range].copy_from_slice(bytes);
-            self.table.set_frame(idx, Some(frame));
+            self.cache.table.set_frame(idx, Some(frame));
         }
         self.set_absent(idx, false);
     }
 
     /// Whether the page holds nothing, and so will take no block.
     pub(super) fn set_absent(&mut self, idx: usize, absent: bool) {
-        let page = &mut self.table.pages[idx];
+        let page = &mut self.cache.table.pages[idx];
         if page.dirty_from.is_some() {
             self.space.freed_pages += u64::from(absent);
             self.space.freed_pages -= u64::from(page.absent);
@@ -274,21 +274,21 @@ impl Shard {
 
     /// The page has a new version: it must get to its place, and those who wait for it have it.
     pub(super) fn changed(&mut self, idx: usize, lsn: Lsn) {
-        let page = &mut self.table.pages[idx];
+        let page = &mut self.cache.table.pages[idx];
         page.lsn = lsn;
         if page.dirty_from.is_none() {
             page.dirty_from = Some(lsn);
-            self.reserved_blocks += 1;
+            self.writeback.reserved_blocks += 1;
             self.space.freed_pages += u64::from(page.absent);
         } else {
-            self.stats.absorbed_writes += u64::from(page.slot.is_none());
+            self.ctx.stats.absorbed_writes += u64::from(page.slot.is_none());
         }
         if !page.queued {
             page.queued = true;
-            if self.dirty.is_empty() {
-                self.dirty_since = self.now;
+            if self.writeback.dirty.is_empty() {
+                self.writeback.dirty_since = self.ctx.now;
             }
-            self.dirty.push(idx);
+            self.writeback.dirty.push(idx);
         }
         self.wake_waiters(idx);
     }

@@ -1,4 +1,4 @@
-//! Compaction: the emptiest extents are read by their summaries, and what the maps still name in them moves elsewhere.
+//! Emptying: the emptiest extents are read by their summaries, and what the maps still name in them moves elsewhere.
 //!
 //! ```text
 //! home of the extent: summary read --> each item to the shard whose map would name it --Move--> ... --Moved--> next
@@ -43,7 +43,7 @@ const CHOSEN_PART: u32 = 64;
 
 /// The extents being emptied, and those that need no look.
 pub(super) struct Compactor {
-    under_way: Vec<Compaction>,
+    under_way: Vec<Emptying>,
     /// Many items are asked for together, so that neighbours are read together.
     asks: bool,
     /// The next ones, the emptiest last.
@@ -55,13 +55,27 @@ pub(super) struct Compactor {
 }
 
 /// An extent being emptied.
-struct Compaction {
+struct Emptying {
     extent: ExtentNo,
     /// `None` until the summary is read.
     items: Option<Vec<Item>>,
     next: usize,
     /// Items that have not been answered.
     asked: usize,
+}
+
+/// Extents being emptied by this shard, and what it moves for others.
+pub(super) struct Compaction {
+    pub compactor: Compactor,
+    /// Pages to be moved: clean, in memory, their leaf pinned.
+    pub moves: Vec<usize>,
+    pub asked: Moves,
+}
+
+impl Compaction {
+    pub fn new(hasher: foldhash::fast::FixedState) -> Self {
+        Compaction { compactor: Compactor::new(hasher), moves: Vec::new(), asked: Moves::default() }
+    }
 }
 
 impl Compactor {
@@ -84,7 +98,7 @@ impl Compactor {
         some
     }
 
-    fn of(&mut self, extent: ExtentNo) -> Option<&mut Compaction> {
+    fn of(&mut self, extent: ExtentNo) -> Option<&mut Emptying> {
         self.under_way.iter_mut().find(|c| c.extent == extent)
     }
 }
@@ -124,73 +138,73 @@ impl Shard {
     /// Begins with the emptiest extent, if there is one worth it; false if none is being emptied.
     pub(super) fn begin_compaction(&mut self) -> bool {
         self.begin_one_more();
-        self.compactor.count() > 0
+        self.compaction.compactor.count() > 0
     }
 
     /// Whether one more is being emptied.
     pub(super) fn begin_one_more(&mut self) -> bool {
-        let count = self.compactor.count();
-        let rests = self.extents.died() < self.compactor.rests_until;
+        let count = self.compaction.compactor.count();
+        let rests = self.space.extents.died() < self.compaction.compactor.rests_until;
         // Each may fill as much again before it is free itself.
         let may_move = self.may_move(1 + count as u64);
-        if count >= EXTENTS_MAX || !may_move || rests || self.closing.is_some() || self.opening {
+        if count >= EXTENTS_MAX || !may_move || rests || self.life.closing.is_some() || self.life.opening {
             return false;
         }
         // First what they are for: the search for frames evicts, also what has just been read for somebody.
         let Some(extent) = self.next_victim() else { return false };
-        let blocks = self.extents.summary_bytes() / BLOCK;
+        let blocks = self.space.extents.summary_bytes() / BLOCK;
         if !self.ensure_frames(blocks as u32, Step::Compaction) {
-            self.compactor.chosen.push(extent);
+            self.compaction.compactor.chosen.push(extent);
             return false;
         }
-        let into = (0..blocks).map(|_| self.arena.alloc(0).expect("frames were ensured")).collect();
-        let place = self.extents.summary_place(extent);
-        self.compactor.begun.insert(extent);
-        self.compactor.under_way.push(Compaction { extent, items: None, next: 0, asked: 0 });
-        let offset = place.offset(self.limits.geometry.extent_bytes);
+        let into = (0..blocks).map(|_| self.ctx.arena.alloc(0).expect("frames were ensured")).collect();
+        let place = self.space.extents.summary_place(extent);
+        self.compaction.compactor.begun.insert(extent);
+        self.compaction.compactor.under_way.push(Emptying { extent, items: None, next: 0, asked: 0 });
+        let offset = place.offset(self.ctx.limits.geometry.extent_bytes);
         self.submit(OpKind::SummaryRead(extent), DiskOp::Read { file: FileId::Data, offset, into });
         true
     }
 
     /// The next extent to be emptied.
     fn next_victim(&mut self) -> Option<ExtentNo> {
-        let Compactor { begun, under_way, chosen, rests_until, .. } = &mut self.compactor;
+        let Compactor { begun, under_way, chosen, rests_until, .. } = &mut self.compaction.compactor;
         let known = |no| begun.contains(&no) || under_way.iter().any(|c| c.extent == no);
         while let Some(no) = chosen.pop() {
-            if self.extents.to_move(no, SHARE_MAX).is_some() && !known(no) {
+            if self.space.extents.to_move(no, SHARE_MAX).is_some() && !known(no) {
                 return Some(no);
             }
         }
-        let count = CHOSEN_MAX.min(1 + (self.extents.space().total / CHOSEN_PART) as usize);
-        *chosen = self.extents.emptiest(SHARE_MAX, count, known);
+        let count = CHOSEN_MAX.min(1 + (self.space.extents.space().total / CHOSEN_PART) as usize);
+        *chosen = self.space.extents.emptiest(SHARE_MAX, count, known);
         if chosen.is_empty() {
             // Looking costs; a tenth of an extent has to die before there can be much to find.
-            *rests_until = self.extents.died() + u64::from(self.extents.data_blocks() / 10).max(1);
+            *rests_until = self.space.extents.died() + u64::from(self.space.extents.data_blocks() / 10).max(1);
         }
         chosen.pop()
     }
 
     /// Whether there is space for moves, and for `more` extents; what commits have been promised is not touched.
     pub(super) fn may_move(&self, more: u64) -> bool {
-        let left = (LEAVES_FREE + more) * u64::from(self.extents.data_blocks());
+        let left = (LEAVES_FREE + more) * u64::from(self.space.extents.data_blocks());
         self.free_blocks() >= self.owed_blocks() + left
     }
 
     pub(super) fn summary_read(&mut self, extent: ExtentNo, completion: Completion) {
-        self.again = true;
+        self.ctx.again = true;
         let DiskOp::Read { into, .. } = completion.op else { unreachable!("a read completes as a read") };
         let bytes: Vec<u8> = into.iter().flat_map(|frame| frame.iter().copied()).collect();
-        let crc = self.extents.summary_crc(extent);
-        self.stats.checksums += 1;
+        let crc = self.space.extents.summary_crc(extent);
+        self.ctx.stats.checksums += 1;
         let items = completion.result.and_then(|()| {
-            decode_summary(self.superblock.store_id, extent, crc, &bytes)
+            decode_summary(self.checkpoint.superblock.store_id, extent, crc, &bytes)
                 .map_err(|what| Error::corrupt(format_args!("the summary of extent {} {what}", extent.get())))
         });
-        match (items, self.compactor.of(extent)) {
+        match (items, self.compaction.compactor.of(extent)) {
             (Ok(items), Some(compaction)) => compaction.items = Some(items),
             (Err(error), Some(_)) => {
                 self.give_compaction_up(extent);
-                if may_last(&error) && self.extents.pass_over_extent(extent) {
+                if may_last(&error) && self.space.extents.pass_over_extent(extent) {
                     tracing::warn!(
                         extent = extent.get(),
                         %error,
@@ -205,7 +219,7 @@ impl Shard {
 
     /// The extent can't be emptied now: it stays as it is, and is not tried again before the next checkpoint.
     fn give_compaction_up(&mut self, extent: ExtentNo) {
-        if let Some(compaction) = self.compactor.of(extent) {
+        if let Some(compaction) = self.compaction.compactor.of(extent) {
             compaction.items = Some(Vec::new());
             compaction.next = 0;
         }
@@ -213,28 +227,28 @@ impl Shard {
 
     /// Items on their way at a time, from here or to be moved here.
     fn moves_max(&self) -> usize {
-        MOVES_MAX.min(self.limits.memory_blocks as usize / MOVES_MEMORY_SHARE)
+        MOVES_MAX.min(self.ctx.limits.memory_blocks as usize / MOVES_MEMORY_SHARE)
     }
 
     /// Moves on through the items.
     pub(super) fn advance_compaction(&mut self) {
-        if self.failed.is_some() {
-            self.compactor.under_way.clear();
+        if self.ctx.failed.is_some() {
+            self.compaction.compactor.under_way.clear();
         }
         let moves_max = self.moves_max();
-        let mut asked: usize = self.compactor.under_way.iter().map(|c| c.asked).sum();
-        self.compactor.asks |= asked <= moves_max / 2;
+        let mut asked: usize = self.compaction.compactor.under_way.iter().map(|c| c.asked).sum();
+        self.compaction.compactor.asks |= asked <= moves_max / 2;
         let mut i = 0;
-        while i < self.compactor.under_way.len() {
-            let Compaction { extent, items, next, asked: of_this } = &mut self.compactor.under_way[i];
+        while i < self.compaction.compactor.under_way.len() {
+            let Emptying { extent, items, next, asked: of_this } = &mut self.compaction.compactor.under_way[i];
             let Some(items) = items else {
                 i += 1;
                 continue;
             };
-            if self.closing.is_some() {
+            if self.life.closing.is_some() {
                 items.truncate(*next);
             }
-            let room = if self.compactor.asks { moves_max.saturating_sub(asked) } else { 0 };
+            let room = if self.compaction.compactor.asks { moves_max.saturating_sub(asked) } else { 0 };
             let some: SmallVec<[Item; 64]> = items.iter().skip(*next).take(room).copied().collect();
             *next += some.len();
             *of_this += some.len();
@@ -242,33 +256,33 @@ impl Shard {
             let (extent, done) = (*extent, *next == items.len() && *of_this == 0);
             for item in some {
                 let shard = match item.what {
-                    ItemKind::Page(key, _) => self.deal.shard_of(key),
-                    ItemKind::Node(key) => self.deal.owner(key.vshard),
+                    ItemKind::Page(key, _) => self.ctx.deal.shard_of(key),
+                    ItemKind::Node(key) => self.ctx.deal.owner(key.vshard),
                 };
-                self.send(shard, Message::Move(item.what, Place { extent, block: item.block }));
+                self.ctx.send(shard, Message::Move(item.what, Place { extent, block: item.block }));
             }
             if done {
-                self.compactor.under_way.remove(i);
-                self.stats.extents_compacted += 1;
-                self.again = true;
+                self.compaction.compactor.under_way.remove(i);
+                self.ctx.stats.extents_compacted += 1;
+                self.ctx.again = true;
             } else {
                 i += 1;
             }
         }
-        self.compactor.asks &= asked < moves_max;
+        self.compaction.compactor.asks &= asked < moves_max;
     }
 
     /// An item has been dealt with.
     pub(super) fn moved(&mut self, from: ShardId, place: Place, error: Option<Error>) {
         let mut what = None;
-        if let Some(c) = self.compactor.of(place.extent) {
+        if let Some(c) = self.compaction.compactor.of(place.extent) {
             c.asked -= 1;
             what = c.items.iter().flatten().find(|item| item.block == place.block).map(|item| item.what);
         }
         match error {
             Some(error) => {
                 self.give_compaction_up(place.extent);
-                if may_last(&error) && self.extents.pass_over(place) {
+                if may_last(&error) && self.space.extents.pass_over(place) {
                     tracing::warn!(
                         ?what,
                         extent = place.extent.get(),
@@ -279,20 +293,20 @@ impl Shard {
                     );
                 }
             }
-            None if from != self.id => self.extents.expect_left(),
+            None if from != self.ctx.id => self.space.extents.expect_left(),
             None => {}
         }
     }
 
     /// The home of an extent asks for something to be moved out of it.
     pub(super) fn move_asked(&mut self, home: ShardId, what: ItemKind, place: Place) {
-        self.moves_asked.asked.push_back(Asked { home, what, place, age: 0 });
+        self.compaction.asked.asked.push_back(Asked { home, what, place, age: 0 });
     }
 
     /// Moves what was asked for.
     pub(super) fn advance_moves(&mut self) {
-        while self.failed.is_none()
-            && let Some(asked) = self.moves_asked.asked.front().copied()
+        while self.ctx.failed.is_none()
+            && let Some(asked) = self.compaction.asked.asked.front().copied()
         {
             let Asked { home, what, place, .. } = asked;
             if self.dirty_nodes_are_many() {
@@ -300,24 +314,24 @@ impl Shard {
                 self.need_checkpoint();
                 return;
             }
-            if self.held.moves >= self.moves_max() {
+            if self.requests.held.moves >= self.moves_max() {
                 // Many homes may ask at a time. One that ends brings a turn.
                 return;
             }
-            self.moves_asked.asked.pop_front();
+            self.compaction.asked.asked.pop_front();
             if !self.may_move(0) {
-                self.send(home, Message::Moved(place, None));
+                self.ctx.send(home, Message::Moved(place, None));
                 continue;
             }
             match what {
                 ItemKind::Page(key, lsn) => {
                     // Versions that the table knows to be superseded need no read.
-                    let known = self.table.find(key).map(|idx| &self.table.pages[idx]);
+                    let known = self.cache.table.find(key).map(|idx| &self.cache.table.pages[idx]);
                     if known.is_some_and(|page| page.resolved && page.mapped_lsn != lsn) {
-                        self.send(home, Message::Moved(place, None));
+                        self.ctx.send(home, Message::Moved(place, None));
                     } else {
-                        let idx = self.table.entry(key);
-                        self.held.moves += 1;
+                        let idx = self.cache.table.entry(key);
+                        self.requests.held.moves += 1;
                         self.begin(None, PendingKind::Move(place, home), smallvec::smallvec![idx], |_| false);
                     }
                 }
@@ -336,33 +350,33 @@ impl Shard {
                 if child.is_some_and(|child| child.place() == place) {
                     self.map.touch(key);
                 }
-                return self.send(home, Message::Moved(place, None));
+                return self.ctx.send(home, Message::Moved(place, None));
             }
         };
-        self.held.moves += 1;
-        let no = self.moves_asked.reading.insert(asked);
+        self.requests.held.moves += 1;
+        let no = self.compaction.asked.reading.insert(asked);
         self.want_node(wanted, child, NodeWaiter::Move(no));
     }
 
     /// A node that was wanted for a move is there, or will not come.
     pub(super) fn node_move_read(&mut self, no: usize, error: Option<Error>) {
-        self.again = true;
-        self.held.moves -= 1;
-        let asked = self.moves_asked.reading.remove(no);
+        self.ctx.again = true;
+        self.requests.held.moves -= 1;
+        let asked = self.compaction.asked.reading.remove(no);
         match error {
-            Some(_) => self.send(asked.home, Message::Moved(asked.place, error)),
-            None => self.moves_asked.asked.push_front(asked),
+            Some(_) => self.ctx.send(asked.home, Message::Moved(asked.place, error)),
+            None => self.compaction.asked.asked.push_front(asked),
         }
     }
 
     /// A page that may have to move is resolved, or loaded.
     pub(super) fn move_ready(&mut self, waiter: usize, from: Place, home: ShardId) {
-        let idx = self.pending[waiter].pages[0];
-        let page = &self.table.pages[idx];
+        let idx = self.requests.pending[waiter].pages[0];
+        let page = &self.cache.table.pages[idx];
         let named = page.resolved && page.entry.is_some_and(|e| e.place() == from) && page.lsn == page.mapped_lsn;
         let busy = page.absent || page.captures > 0 || page.dirty_from.is_some() || page.slot.is_some();
-        let failed = self.pending[waiter].error.clone();
-        if failed.is_none() && named && !busy && self.failed.is_none() {
+        let failed = self.requests.pending[waiter].error.clone();
+        if failed.is_none() && named && !busy && self.ctx.failed.is_none() {
             if page.frame.is_none() {
                 self.need_more(waiter);
                 if self.want(idx, true, waiter) {
@@ -373,18 +387,18 @@ impl Shard {
             if !self.pin_for_move(idx, waiter) {
                 return;
             }
-            self.table.pages[idx].captures += 1;
-            self.moves.push(idx);
+            self.cache.table.pages[idx].captures += 1;
+            self.compaction.moves.push(idx);
         }
         self.release(waiter);
-        self.send(home, Message::Moved(from, failed));
-        self.again = true;
+        self.ctx.send(home, Message::Moved(from, failed));
+        self.ctx.again = true;
     }
 
     /// Pins the map leaf of a clean page; if it has left memory meanwhile, asks for it and returns false.
     fn pin_for_move(&mut self, idx: usize, waiter: usize) -> bool {
-        let key = self.table.pages[idx].key;
-        if self.table.pages[idx].leaf.is_some() {
+        let key = self.cache.table.pages[idx].key;
+        if self.cache.table.pages[idx].leaf.is_some() {
             return true;
         }
         if let Lookup::Load(node, child) = self.map.lookup(key) {
@@ -393,8 +407,8 @@ impl Shard {
             return false;
         }
         // The page is in the map, so its leaf exists: nothing is created.
-        let leaf = self.map.pin(key, &mut self.arena);
-        self.table.pages[idx].leaf = Some(leaf);
+        let leaf = self.map.pin(key, &mut self.ctx.arena);
+        self.cache.table.pages[idx].leaf = Some(leaf);
         true
     }
 }

@@ -18,6 +18,7 @@ use super::{Commit, Lack, Response, Shard, Step, Token};
 use crate::base::error::{Error, ErrorKind};
 use crate::base::{Lsn, Micros, ShardId};
 use smallvec::SmallVec;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// For how long a commit is asked for again, before it gets `Busy`.
 const ASK_FOR_US: Micros = 10_000_000;
@@ -64,19 +65,44 @@ impl Cross {
     }
 }
 
+/// Commits over shards that this shard owns.
+pub(super) struct Coordinator {
+    /// By this shard's number for them.
+    pub commits: BTreeMap<u64, Cross>,
+    pub next_txn: u64,
+    /// Those that are asked for again later.
+    pub waiting: Vec<u64>,
+    /// Those for which all votes are in.
+    pub decidable: VecDeque<u64>,
+    /// LSNs drawn for those of which some part is not durable.
+    pub undurable: BTreeSet<Lsn>,
+}
+
+impl Coordinator {
+    pub fn new() -> Self {
+        Coordinator {
+            commits: BTreeMap::new(),
+            next_txn: 1,
+            waiting: Vec::new(),
+            decidable: VecDeque::new(),
+            undurable: BTreeSet::new(),
+        }
+    }
+}
+
 impl Shard {
     /// Whether all pages of the commit are this shard's.
     pub(super) fn is_local(&self, commit: &Commit) -> bool {
         let keys = commit.reads.iter().map(|(key, _)| key).chain(commit.changes.iter().map(|(key, _)| key));
-        self.deal.shards_count() == 1 || keys.into_iter().all(|key| self.deal.shard_of(*key) == self.id)
+        self.ctx.deal.shards_count() == 1 || keys.into_iter().all(|key| self.ctx.deal.shard_of(*key) == self.ctx.id)
     }
 
     /// Begins a commit over shards.
     pub(super) fn begin_cross(&mut self, token: Token, commit: Commit) {
         let mut asks: SmallVec<[(ShardId, Ask); 2]> = SmallVec::new();
         // The owner first: it records the commit, if there is anything to record.
-        let since = self.now;
-        asks.push((self.id, Ask { owner_logs: !commit.changes.is_empty(), since, ..Ask::default() }));
+        let since = self.ctx.now;
+        asks.push((self.ctx.id, Ask { owner_logs: !commit.changes.is_empty(), since, ..Ask::default() }));
         let mut of = |shard: ShardId| match asks.iter().position(|(s, _)| *s == shard) {
             Some(i) => i,
             None => {
@@ -84,8 +110,8 @@ impl Shard {
                 asks.len() - 1
             }
         };
-        let reads: Vec<usize> = commit.reads.iter().map(|(key, _)| of(self.deal.shard_of(*key))).collect();
-        let changes: Vec<usize> = commit.changes.iter().map(|(key, _)| of(self.deal.shard_of(*key))).collect();
+        let reads: Vec<usize> = commit.reads.iter().map(|(key, _)| of(self.ctx.deal.shard_of(*key))).collect();
+        let changes: Vec<usize> = commit.changes.iter().map(|(key, _)| of(self.ctx.deal.shard_of(*key))).collect();
         let weight = cross_weight(&commit, asks.len());
         for (i, read) in reads.into_iter().zip(commit.reads) {
             asks[i].1.reads.push(read);
@@ -93,8 +119,8 @@ impl Shard {
         for (i, change) in changes.into_iter().zip(commit.changes) {
             asks[i].1.changes.push(change);
         }
-        let txn = self.cross_next;
-        self.cross_next += 1;
+        let txn = self.coordinator.next_txn;
+        self.coordinator.next_txn += 1;
         let cross = Cross {
             token,
             durable: commit.durable,
@@ -111,35 +137,35 @@ impl Shard {
             parts_left: 0,
             applied_left: 0,
             attempts: 0,
-            asked_at: self.now,
+            asked_at: self.ctx.now,
         };
-        self.held.request_bytes += weight;
-        self.cross.insert(txn, cross);
+        self.requests.held.request_bytes += weight;
+        self.coordinator.commits.insert(txn, cross);
         self.ask(txn);
     }
 
     fn remove_cross(&mut self, txn: u64) {
-        if let Some(cross) = self.cross.remove(&txn) {
-            self.held.request_bytes -= cross.weight;
+        if let Some(cross) = self.coordinator.commits.remove(&txn) {
+            self.requests.held.request_bytes -= cross.weight;
         }
     }
 
     fn ask(&mut self, txn: u64) {
-        let Some(cross) = self.cross.get_mut(&txn) else { return };
+        let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
         cross.state = State::Asking;
         cross.votes_left = cross.asks.len();
         (cross.refusal, cross.held, cross.not_now, cross.read_lsn) = (None, false, false, Lsn::ZERO);
         cross.attempts += 1;
         let asks = cross.asks.clone();
         for (shard, ask) in asks {
-            self.send(shard, Message::Prepare(txn, Box::new(ask)));
+            self.ctx.send(shard, Message::Prepare(txn, Box::new(ask)));
         }
     }
 
     /// A vote has come.
     pub(super) fn voted(&mut self, from: ShardId, txn: u64, vote: Vote) {
         // After a failure nobody waits for it.
-        let Some(cross) = self.cross.get_mut(&txn) else { return };
+        let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
         assert_eq!(cross.state, State::Asking, "votes come to those who asked");
         match vote {
             Vote::Yes(read) => {
@@ -155,10 +181,10 @@ impl Shard {
         if cross.votes_left > 0 {
             return;
         }
-        self.again = true;
+        self.ctx.again = true;
         if cross.yes.len() == cross.asks.len() {
             cross.state = State::Decidable;
-            self.decidable.push_back(txn);
+            self.coordinator.decidable.push_back(txn);
             return;
         }
         self.let_parts_go(txn);
@@ -166,18 +192,18 @@ impl Shard {
     }
 
     fn let_parts_go(&mut self, txn: u64) {
-        let Some(cross) = self.cross.get_mut(&txn) else { return };
+        let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
         for shard in std::mem::take(&mut cross.yes) {
-            self.send(shard, Message::Decide(txn, Decision::LetGo));
+            self.ctx.send(shard, Message::Decide(txn, Decision::LetGo));
         }
     }
 
     fn not_all_yes(&mut self, txn: u64) {
-        let Some(cross) = self.cross.get_mut(&txn) else { return };
+        let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
         let refusal = match cross.refusal.take() {
             Some(error) => Some(error),
             None if cross.held && cross.reads() => Some(super::part::held(txn)),
-            None if self.now > cross.asked_at + ASK_FOR_US => Some(Error::new(
+            None if self.ctx.now > cross.asked_at + ASK_FOR_US => Some(Error::new(
                 ErrorKind::Busy,
                 "a commit over several shards found pages held, or memory, log or space short, for 10 s; try again",
             )),
@@ -187,80 +213,80 @@ impl Shard {
             Some(error) => {
                 let token = cross.token;
                 self.remove_cross(txn);
-                self.reply(token, Err(error));
+                self.ctx.reply(token, Err(error));
             }
             None => {
                 // Commits that meet each other at the same pages come back at different times.
                 let slots = 1 << cross.attempts.min(6);
-                let turn = (u64::from(self.id.get()).wrapping_mul(7) ^ txn.wrapping_mul(0x9e37_79b9)) % slots;
-                let until = self.now + (RETRY_US.0 * (1 + turn)).min(RETRY_US.1);
+                let turn = (u64::from(self.ctx.id.get()).wrapping_mul(7) ^ txn.wrapping_mul(0x9e37_79b9)) % slots;
+                let until = self.ctx.now + (RETRY_US.0 * (1 + turn)).min(RETRY_US.1);
                 cross.state = State::Waiting { until };
-                self.cross_waiting.push(txn);
-                self.stats.cross_retries += 1;
+                self.coordinator.waiting.push(txn);
+                self.ctx.stats.cross_retries += 1;
             }
         }
     }
 
     /// Asks again for those whose time has come.
     pub(super) fn retry_cross(&mut self) {
-        if self.cross_waiting.is_empty() {
+        if self.coordinator.waiting.is_empty() {
             return;
         }
-        let now = self.now;
+        let now = self.ctx.now;
         let is_due = |cross: &Cross| matches!(cross.state, State::Waiting { until } if until <= now);
-        let cross = &self.cross;
-        let due: Vec<u64> = self.cross_waiting.extract_if(.., |txn| cross.get(txn).is_none_or(is_due)).collect();
+        let cross = &self.coordinator.commits;
+        let due: Vec<u64> = self.coordinator.waiting.extract_if(.., |txn| cross.get(txn).is_none_or(is_due)).collect();
         due.into_iter().for_each(|txn| self.ask(txn));
     }
 
     /// When the next commit is to be asked for again.
     pub(super) fn next_retry(&self) -> Option<Micros> {
-        let until = |txn: &u64| match self.cross.get(txn)?.state {
+        let until = |txn: &u64| match self.coordinator.commits.get(txn)?.state {
             State::Waiting { until } => Some(until),
             _ => None,
         };
-        self.cross_waiting.iter().filter_map(until).min()
+        self.coordinator.waiting.iter().filter_map(until).min()
     }
 
     /// Draws the LSNs of those for which all votes are in, and tells everybody.
     pub(super) fn decide(&mut self) {
         self.end_readers();
-        let count = self.decidable.len() as u64;
-        if count == 0 || self.failed.is_some() {
+        let count = self.coordinator.decidable.len() as u64;
+        if count == 0 || self.ctx.failed.is_some() {
             return;
         }
         if self.drawn_far_ahead(Step::Decide) || self.log.open.runs_full() {
             // Before the draw there is time: the open group goes first.
             self.log.open.urgent = true;
-            self.blocked.register(Step::Decide, Lack::LogRoom);
+            self.ctx.blocked.register(Step::Decide, Lack::LogRoom);
             return;
         }
-        let first = self.order.draw(self.id, count);
-        self.log.open.add_run(first, count, self.now);
-        for (i, txn) in std::mem::take(&mut self.decidable).into_iter().enumerate() {
+        let first = self.ctx.order.draw(self.ctx.id, count);
+        self.log.open.add_run(first, count, self.ctx.now);
+        for (i, txn) in std::mem::take(&mut self.coordinator.decidable).into_iter().enumerate() {
             self.carry_out(txn, first.plus(i as u64));
         }
-        self.again = true;
+        self.ctx.again = true;
     }
 
     /// Commits without changes need no LSN: all that they read was current while all of it was held.
     fn end_readers(&mut self) {
-        for txn in std::mem::take(&mut self.decidable) {
-            match self.cross.get(&txn) {
+        for txn in std::mem::take(&mut self.coordinator.decidable) {
+            match self.coordinator.commits.get(&txn) {
                 Some(cross) if !cross.changes() => {
                     let (token, read) = (cross.token, cross.read_lsn);
                     self.let_parts_go(txn);
                     self.remove_cross(txn);
                     self.reply_when_durable(read, token, Response::Committed(read), false);
-                    self.again = true;
+                    self.ctx.again = true;
                 }
-                _ => self.decidable.push_back(txn),
+                _ => self.coordinator.decidable.push_back(txn),
             }
         }
     }
 
     fn carry_out(&mut self, txn: u64, lsn: Lsn) {
-        let cross = self.cross.get_mut(&txn).expect("a decidable commit is under way");
+        let cross = self.coordinator.commits.get_mut(&txn).expect("a decidable commit is under way");
         assert_eq!(cross.state, State::Decidable, "all votes are in");
         cross.state = State::Drawn;
         cross.lsn = lsn;
@@ -272,18 +298,18 @@ impl Shard {
         let (token, durable, yes, read) = (cross.token, cross.durable, std::mem::take(&mut cross.yes), cross.read_lsn);
         // What was asked is not needed any more: the parts have it.
         cross.asks.clear();
-        self.cross_undurable.insert(lsn);
-        self.stats.commits_cross += 1;
+        self.coordinator.undurable.insert(lsn);
+        self.ctx.stats.commits_cross += 1;
         #[cfg(any(test, feature = "sim"))]
-        self.drawn.push((token, lsn));
+        self.ctx.drawn.push((token, lsn));
         self.apply_own_part(txn, lsn, others, durable);
-        let me = self.id;
+        let me = self.ctx.id;
         for shard in yes.into_iter().filter(|shard| *shard != me) {
             let decision = match writers.contains(&shard) {
                 true => Decision::Commit { lsn, urgent: durable },
                 false => Decision::LetGo,
             };
-            self.send(shard, Message::Decide(txn, decision));
+            self.ctx.send(shard, Message::Decide(txn, decision));
         }
         if durable {
             self.reply_when_durable(lsn.max(read), token, Response::Committed(lsn), true);
@@ -295,7 +321,7 @@ impl Shard {
     /// A planted bug: the answer does not wait until all parts are visible.
     fn acknowledges_unseen(&mut self, txn: u64) -> bool {
         let planted = planted!(AcknowledgedUnseen);
-        if let Some(cross) = self.cross.get_mut(&txn).filter(|_| planted) {
+        if let Some(cross) = self.coordinator.commits.get_mut(&txn).filter(|_| planted) {
             // Nobody answers once more.
             cross.durable = true;
         }
@@ -304,7 +330,7 @@ impl Shard {
 
     /// Another shard's part is visible there.
     pub(super) fn part_applied(&mut self, txn: u64) {
-        let Some(cross) = self.cross.get_mut(&txn) else { return };
+        let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
         cross.applied_left -= 1;
         if cross.applied_left == 0 && !cross.durable {
             let (token, lsn, read) = (cross.token, cross.lsn, cross.read_lsn);
@@ -314,30 +340,30 @@ impl Shard {
 
     /// A part is durable in the log of its shard.
     pub(super) fn part_durable(&mut self, txn: u64) {
-        let Some(cross) = self.cross.get_mut(&txn) else { return };
+        let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
         cross.parts_left -= 1;
         if cross.parts_left == 0 {
             let lsn = cross.lsn;
             self.remove_cross(txn);
-            self.cross_undurable.remove(&lsn);
+            self.coordinator.undurable.remove(&lsn);
             self.publish_bound();
         }
     }
 
     /// The store has stopped: nobody will be told more.
     pub(super) fn fail_cross(&mut self, cause: &Error, stopped: &Error) {
-        self.decidable.clear();
-        self.cross_waiting.clear();
-        for (_, cross) in std::mem::take(&mut self.cross) {
-            self.held.request_bytes -= cross.weight;
+        self.coordinator.decidable.clear();
+        self.coordinator.waiting.clear();
+        for (_, cross) in std::mem::take(&mut self.coordinator.commits) {
+            self.requests.held.request_bytes -= cross.weight;
             match cross.state {
                 // A durable one waits with all others for the watermark, and is told there.
                 State::Drawn if !cross.durable && cross.applied_left > 0 => {
                     let error = super::requests::outcome_unknown(cross.lsn, cause);
-                    self.reply(cross.token, Err(error));
+                    self.ctx.reply(cross.token, Err(error));
                 }
                 State::Drawn => {}
-                _ => self.reply(cross.token, Err(stopped.clone())),
+                _ => self.ctx.reply(cross.token, Err(stopped.clone())),
             }
         }
     }

@@ -52,22 +52,22 @@ impl Shard {
     /// is a checkpoint's, those that a checkpoint needs. If it can't, `step` is registered as blocked.
     pub(super) fn ensure_frames(&mut self, frames: u32, step: Step) -> bool {
         let kept = if step.is_of_checkpoint() { 0 } else { self.checkpoint_frames() };
-        let frames = frames + self.reserved.frames + kept;
+        let frames = frames + self.participant.reserved.frames + kept;
         let found = self.find_frames(frames);
         match found {
-            true => self.blocked.grant_frames(step),
-            false => self.blocked.refuse_frames(step, frames, self.now),
+            true => self.ctx.blocked.grant_frames(step),
+            false => self.ctx.blocked.refuse_frames(step, frames, self.ctx.now),
         }
         found
     }
 
     /// Frees memory until `frames` frames are free, or frees nothing if it can't.
     pub(super) fn find_frames(&mut self, frames: u32) -> bool {
-        let missing = frames.saturating_sub(self.arena.free_blocks());
+        let missing = frames.saturating_sub(self.ctx.arena.free_blocks());
         if missing > 0 && !self.can_free(missing) {
             return false;
         }
-        while self.arena.free_blocks() < frames {
+        while self.ctx.arena.free_blocks() < frames {
             let evicted = self.evict_one();
             assert!(
                 evicted,
@@ -85,36 +85,36 @@ impl Shard {
     }
 
     fn count_idle(&mut self, missing: u32) -> bool {
-        self.map.list_idle(&mut self.eviction);
+        self.map.list_idle(&mut self.cache.eviction);
         let mut nodes = SmallVec::new();
-        let mut in_memory = InMemory { table: &mut self.table, map: &mut self.map };
-        let idle = self.eviction.count_idle(&mut in_memory, missing, &mut nodes);
+        let mut in_memory = InMemory { table: &mut self.cache.table, map: &mut self.map };
+        let idle = self.cache.eviction.count_idle(&mut in_memory, missing, &mut nodes);
         idle >= missing || idle + self.map.idle_above(&nodes) >= missing
     }
 
     /// Frames that are left to checkpoints. What they write goes out in parts of this size at least, and comes back: so one ends
     /// even while readers have pinned all the rest.
     pub(super) fn checkpoint_frames(&self) -> u32 {
-        self.extents.summary_blocks().max(CHECKPOINT_FRAMES_MIN)
+        self.space.extents.summary_blocks().max(CHECKPOINT_FRAMES_MIN)
     }
 
     fn evict_one(&mut self) -> bool {
-        self.map.list_idle(&mut self.eviction);
-        let mut in_memory = InMemory { table: &mut self.table, map: &mut self.map };
-        self.eviction.evict_one(&mut in_memory, self.now, PINNED_LOOKS_MAX)
+        self.map.list_idle(&mut self.cache.eviction);
+        let mut in_memory = InMemory { table: &mut self.cache.table, map: &mut self.map };
+        self.cache.eviction.evict_one(&mut in_memory, self.ctx.now, PINNED_LOOKS_MAX)
     }
 
     /// Looks again at some of what readers have pinned; whether they had let go of any.
     pub(super) fn look_at_pinned(&mut self) -> bool {
-        let mut in_memory = InMemory { table: &mut self.table, map: &mut self.map };
-        self.eviction.look_at_pinned(&mut in_memory, self.now, PINNED_LOOKS_MAX)
+        let mut in_memory = InMemory { table: &mut self.cache.table, map: &mut self.map };
+        self.cache.eviction.look_at_pinned(&mut in_memory, self.ctx.now, PINNED_LOOKS_MAX)
     }
 
     /// A reference to page `idx` has ended, or what it was loaded for is gone. Without memory it needs no entry once
     /// nothing refers to it, since the map says the same of it: a store whose clients ask for absent pages would grow
     /// without end. With memory it may go from now on. The index may be another page's afterwards.
     pub(super) fn reference_ended(&mut self, idx: usize) {
-        let page = &mut self.table.pages[idx];
+        let page = &mut self.cache.table.pages[idx];
         let Some(frame) = &page.frame else {
             if page.is_unreferenced() && !planted!(AbsentKept) {
                 let (newest, mapped) = (page.lsn, page.mapped_lsn);
@@ -123,7 +123,7 @@ impl Shard {
                     "{:?} is to be forgotten at {newest:?}, but the map has {mapped:?}",
                     page.key
                 );
-                self.table.remove(idx);
+                self.cache.table.remove(idx);
             }
             return;
         };
@@ -131,7 +131,7 @@ impl Shard {
             return;
         }
         let (block, key) = (frame.block(), page.key);
-        let hash = self.table.hash(key);
-        self.eviction.list(block, Owner::Page(idx as u32), &mut self.table.pages[idx].residency, hash);
+        let hash = self.cache.table.hash(key);
+        self.cache.eviction.list(block, Owner::Page(idx as u32), &mut self.cache.table.pages[idx].residency, hash);
     }
 }

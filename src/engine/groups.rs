@@ -34,7 +34,7 @@ struct Image {
 impl Shard {
     /// Closes the open group if it may go, and flushes what is written.
     pub(super) fn advance_groups(&mut self) {
-        if self.failed.is_some() {
+        if self.ctx.failed.is_some() {
             return;
         }
         if self.should_close() {
@@ -45,24 +45,24 @@ impl Shard {
 
     fn should_close(&self) -> bool {
         let open = &self.log.open;
-        if open.is_empty() || self.log.in_flight.len() >= self.limits.log_writes_max {
+        if open.is_empty() || self.log.in_flight.len() >= self.ctx.limits.log_writes_max {
             return false;
         }
         open.urgent
-            || open.slots.len() >= self.limits.coalesce_batch_pages
-            || open.body_blocks_with(0, 0) > self.limits.group_blocks / 2
-            || self.now >= open.opened_at + self.limits.coalesce_window_us
-            || self.closing.is_some()
+            || open.slots.len() >= self.ctx.limits.coalesce_batch_pages
+            || open.body_blocks_with(0, 0) > self.ctx.limits.group_blocks / 2
+            || self.ctx.now >= open.opened_at + self.ctx.limits.coalesce_window_us
+            || self.life.closing.is_some()
             || self.checkpoint.wants_groups()
     }
 
     fn close_group(&mut self) {
-        self.waits.dirty_stuck = None;
+        self.watermark.dirty_stuck = None;
         let body_blocks = self.log.open.body_blocks_with(0, 0);
         let mut open = std::mem::take(&mut self.log.open.slots);
         let mut images = self.take_images(&mut open);
-        let inline = images.len() <= self.limits.inline_pages_max;
-        self.reserved_blocks -= images.len() as u64;
+        let inline = images.len() <= self.ctx.limits.inline_pages_max;
+        self.writeback.reserved_blocks -= images.len() as u64;
         if !inline {
             self.place_images(&open, &mut images);
         }
@@ -71,8 +71,8 @@ impl Shard {
         let (first_lsn, last_lsn) = (self.log.open.first_lsn().unwrap_or(Lsn::MAX), self.log.open.last_lsn());
         let position = self.log.place(body_blocks + inline_blocks, last_lsn);
         let mut head = GroupHead {
-            epoch: self.superblock.epoch,
-            shard: self.id,
+            epoch: self.checkpoint.superblock.epoch,
+            shard: self.ctx.id,
             segment: position.segment,
             block: position.block,
             generation: position.generation,
@@ -80,12 +80,12 @@ impl Shard {
             prev_crc: position.prev_crc,
             body_blocks,
             blocks: body_blocks + inline_blocks,
-            watermark: self.order.watermark(),
-            superblock_generation: self.superblock.generation,
+            watermark: self.ctx.order.watermark(),
+            superblock_generation: self.checkpoint.superblock.generation,
             // Counts, sums and runs come with its end.
             ..GroupHead::default()
         };
-        let finished = self.log.open.finish(&slots, inline_blocks, &mut head, self.superblock.salt);
+        let finished = self.log.open.finish(&slots, inline_blocks, &mut head, self.checkpoint.superblock.salt);
         assert_eq!(head.body_blocks, body_blocks, "the size was foreseen");
         self.log.sealed(head.head_crc);
         let mut from = body_slices(&finished.chunks, finished.body_len);
@@ -104,21 +104,21 @@ impl Shard {
             wrote_data: data_writes > 0,
             chunks: finished.chunks,
         });
-        self.stats.log_groups += 1;
-        self.stats.checksums += 2;
-        self.stats.log_bytes += from.iter().map(|s| u64::from(s.len)).sum::<u64>();
+        self.ctx.stats.log_groups += 1;
+        self.ctx.stats.checksums += 2;
+        self.ctx.stats.log_bytes += from.iter().map(|s| u64::from(s.len)).sum::<u64>();
         let offset = u64::from(position.block) * BLOCK as u64;
-        let file = FileId::Log(self.id, position.segment);
+        let file = FileId::Log(self.ctx.id, position.segment);
         self.submit(OpKind::GroupLog(position.number), DiskOp::Write { file, offset, from });
-        self.again = true;
+        self.ctx.again = true;
     }
 
     /// Fixes the images of all live slots; the pages leave the open group.
     fn take_images(&mut self, open: &mut [OpenSlot]) -> Vec<Image> {
         let mut images = Vec::with_capacity(open.len());
         for (i, slot) in open.iter_mut().enumerate().filter(|(_, slot)| !slot.dead) {
-            let idx = self.table.find(slot.key).expect("a page with a slot stays in the table");
-            let page = &mut self.table.pages[idx];
+            let idx = self.cache.table.find(slot.key).expect("a page with a slot stays in the table");
+            let page = &mut self.cache.table.pages[idx];
             let is_current = page.slot == Some(i);
             if is_current {
                 page.slot = None;
@@ -144,7 +144,7 @@ impl Shard {
         let dead = |slot: &OpenSlot| Slot { key: slot.key, state: SlotState::Dead, entry: Entry::default() };
         let mut slots: Vec<Slot> = open.iter().map(dead).collect();
         for (i, image) in images.iter().enumerate() {
-            self.stats.checksums += 1;
+            self.ctx.stats.checksums += 1;
             let crc = crc32c(&image.frame);
             let place = image.place.unwrap_or_default();
             slots[image.slot].entry = Entry::plain(place, open[image.slot].lsn, crc);
@@ -161,26 +161,30 @@ impl Shard {
         let mut blocks = Vec::with_capacity(images.len());
         for image in images {
             let entry = slots[image.slot].entry;
-            let idx = self.table.find(open[image.slot].key).expect("a page with a slot stays in the table");
-            let page = &mut self.table.pages[idx];
+            let idx = self.cache.table.find(open[image.slot].key).expect("a page with a slot stays in the table");
+            let page = &mut self.cache.table.pages[idx];
             page.captures += 1;
             if image.is_current && page.dirty_from.take().is_some() {
-                self.reserved_blocks -= 1;
+                self.writeback.reserved_blocks -= 1;
                 self.space.freed_pages -= u64::from(page.absent);
             }
-            let capture =
-                self.captures.insert(Capture { page: idx, lsn: entry.lsn(), entry: Some(entry), moved_from: None });
+            let capture = self.writeback.captures.insert(Capture {
+                page: idx,
+                lsn: entry.lsn(),
+                entry: Some(entry),
+                moved_from: None,
+            });
             blocks.push((entry.place(), (capture, image.frame)));
         }
-        self.stats.pages_written += blocks.len() as u64;
-        let runs = coalesce::plan(blocks, self.limits.vectored_pages_max);
+        self.ctx.stats.pages_written += blocks.len() as u64;
+        let runs = coalesce::plan(blocks, self.ctx.limits.vectored_pages_max);
         let count = runs.len() as u32;
         for run in runs {
-            self.stats.page_write_ops += 1;
-            self.stats.coalesced_writes += run.items.len() as u64 - 1;
+            self.ctx.stats.page_write_ops += 1;
+            self.ctx.stats.coalesced_writes += run.items.len() as u64 - 1;
             let (captures, frames): (Vec<_>, Vec<_>) = run.items.into_iter().unzip();
             let from = frames.into_iter().map(IoSlice::whole).collect();
-            let offset = run.place.offset(self.limits.geometry.extent_bytes);
+            let offset = run.place.offset(self.ctx.limits.geometry.extent_bytes);
             self.submit(OpKind::GroupData(group, captures), DiskOp::Write { file: FileId::Data, offset, from });
         }
         count
@@ -196,36 +200,36 @@ impl Shard {
     }
 
     fn flush_groups(&mut self) {
-        if self.flushing {
+        if self.log.flushing {
             return;
         }
         let Some(set) = self.log.begin_flush() else { return };
-        let mut files: SmallVec<[FileId; 4]> = set.segments.iter().map(|no| FileId::Log(self.id, *no)).collect();
+        let mut files: SmallVec<[FileId; 4]> = set.segments.iter().map(|no| FileId::Log(self.ctx.id, *no)).collect();
         if set.data && !planted!(DataNotFlushed) {
             files.push(FileId::Data);
         }
-        self.flushing = true;
-        self.stats.log_flushes += 1;
+        self.log.flushing = true;
+        self.ctx.stats.log_flushes += 1;
         self.submit(OpKind::GroupFlush(set), DiskOp::Flush { files });
     }
 
     /// A flush has ended: what it covered is durable, or nothing is acknowledged any more.
     pub(super) fn group_flushed(&mut self, set: FlushSet, result: Result<(), Error>) {
-        self.flushing = false;
+        self.log.flushing = false;
         if let Err(error) = result
             && !planted!(FlushErrorForgotten)
         {
             self.fail(error);
             return;
         }
-        if self.failed.is_some() {
+        if self.ctx.failed.is_some() {
             return;
         }
         let (chunks, parts) = self.log.flushed(&set.numbers);
         self.log.open.restock(chunks);
         self.parts_durable(parts);
         self.publish_bound();
-        self.again = true;
+        self.ctx.again = true;
     }
 }
 

@@ -29,26 +29,26 @@ impl Hold {
 impl Shard {
     /// A page of the commit that is held in a way that the commit can't go on: index in the table.
     pub(super) fn held_page(&self, waiter: usize) -> Option<usize> {
-        if self.parts.is_empty() {
+        if self.participant.parts.is_empty() {
             // Only parts hold pages: in a store of one shard nobody does.
             return None;
         }
-        let pending = &self.pending[waiter];
+        let pending = &self.requests.pending[waiter];
         let reads = pending.reads_count();
-        let held = |(i, idx): (usize, &usize)| !self.table.pages[*idx].hold.allows(i >= reads);
+        let held = |(i, idx): (usize, &usize)| !self.cache.table.pages[*idx].hold.allows(i >= reads);
         pending.pages.iter().enumerate().find(|(i, idx)| held((*i, idx))).map(|(_, idx)| *idx)
     }
 
     /// A commit of this shard waits until the page is not held any more.
     pub(super) fn wait_for_hold(&mut self, waiter: usize, idx: usize) {
         self.need_more(waiter);
-        self.table.pages[idx].hold.waiters.push(waiter);
-        self.stats.held_back += 1;
+        self.cache.table.pages[idx].hold.waiters.push(waiter);
+        self.ctx.stats.held_back += 1;
     }
 
     /// Pages of a part and whether each is changed; each page once.
     fn held_set(&self, waiter: usize) -> SmallVec<[(usize, bool); 4]> {
-        let pending = &self.pending[waiter];
+        let pending = &self.requests.pending[waiter];
         let reads = pending.reads_count();
         let mut set: SmallVec<[(usize, bool); 4]> =
             pending.pages.iter().enumerate().map(|(i, idx)| (*idx, i >= reads)).collect();
@@ -64,7 +64,7 @@ impl Shard {
     /// Holds the pages of a part.
     pub(super) fn hold_pages(&mut self, waiter: usize) {
         for (idx, change) in self.held_set(waiter) {
-            let hold = &mut self.table.pages[idx].hold;
+            let hold = &mut self.cache.table.pages[idx].hold;
             assert!(hold.allows(change), "a held page means another vote");
             match change {
                 true => hold.exclusive = true,
@@ -76,7 +76,7 @@ impl Shard {
     /// Lets the pages of a part go; those that waited for them go on.
     pub(super) fn let_pages_go(&mut self, waiter: usize) {
         for (idx, change) in self.held_set(waiter) {
-            let hold = &mut self.table.pages[idx].hold;
+            let hold = &mut self.cache.table.pages[idx].hold;
             match change {
                 true => hold.exclusive = false,
                 false => hold.shared -= 1,

@@ -19,6 +19,7 @@ use crate::base::{BLOCK, Lsn, ShardId};
 use crate::format::extent::{TABLE_ROWS, TableRow, encode_table, table_crc, table_offset};
 use crate::format::superblock::{SUPERBLOCK_BYTES, Superblock, VShardState};
 use crate::io::{DiskOp, FileId, IoSlice};
+use crate::memory::Frame;
 use smallvec::SmallVec;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -51,6 +52,8 @@ const TABLE_BLOCKS_AT_A_TIME: usize = 8;
 /// The leader's state; idle in all other shards.
 #[derive(Default, Debug)]
 pub(super) struct Lead {
+    /// In which the next superblock is written: the end of a checkpoint must not depend on what readers leave.
+    superblock_frames: Vec<Frame>,
     phase: Phase,
     wanted: bool,
     /// Who has not begun, or is not ready.
@@ -69,14 +72,14 @@ pub(super) struct Lead {
 }
 
 impl Lead {
-    pub(super) fn new(new_epoch: Option<NewEpoch>) -> Self {
-        Lead { new_epoch, ..Lead::default() }
+    pub(super) fn new(new_epoch: Option<NewEpoch>, superblock_frames: Vec<Frame>) -> Self {
+        Lead { new_epoch, superblock_frames, ..Lead::default() }
     }
 }
 
 impl Shard {
     fn leads(&self) -> bool {
-        self.id == ShardId::LEADER
+        self.ctx.id == ShardId::LEADER
     }
 
     /// A caller asks for a checkpoint that covers everything up to now.
@@ -88,23 +91,23 @@ impl Shard {
     /// Some shard wants a checkpoint.
     pub(super) fn checkpoint_wanted(&mut self) {
         self.lead.wanted = true;
-        self.again = true;
+        self.ctx.again = true;
     }
 
     /// A shard has redone its part of the log.
     pub(super) fn shard_redone(&mut self) {
         self.lead.redone += 1;
-        self.again = true;
+        self.ctx.again = true;
     }
 
     /// A shard has no request under way any more.
     pub(super) fn shard_quiet(&mut self) {
         self.lead.quiet += 1;
-        self.again = true;
+        self.ctx.again = true;
     }
 
     pub(super) fn advance_lead(&mut self) {
-        if !self.leads() || self.failed.is_some() {
+        if !self.leads() || self.ctx.failed.is_some() {
             return;
         }
         match self.lead.phase {
@@ -115,7 +118,7 @@ impl Shard {
     }
 
     fn begin_if_wanted(&mut self) {
-        let all = self.deal.shards_count();
+        let all = self.ctx.deal.shards_count();
         let new_epoch = self.lead.new_epoch.filter(|_| self.lead.redone == all);
         let clean = self.lead.quiet == all && !self.lead.closing;
         if new_epoch.is_none() && !clean && !self.lead.wanted {
@@ -132,13 +135,13 @@ impl Shard {
         let begin = Begin { new_epoch, clean };
         self.lead.begin = Some(begin);
         self.tell_all(|| Message::Begin(begin));
-        self.again = true;
+        self.ctx.again = true;
     }
 
     /// To every shard, this one too.
     fn tell_all(&mut self, message: impl Fn() -> Message) {
-        for shard in self.deal.shards() {
-            self.send(shard, message());
+        for shard in self.ctx.deal.shards() {
+            self.ctx.send(shard, message());
         }
     }
 
@@ -152,12 +155,12 @@ impl Shard {
         // Redo starts over from the old roots if it is cut short: page LSNs guard what is done twice.
         let redo = match self.lead.begin {
             Some(Begin { new_epoch: Some(epoch), .. }) => epoch.first_lsn.before(),
-            _ => self.recovering.as_ref().map_or(self.order.next().before(), |recovering| recovering.redo),
+            _ => self.redo.recovering.as_ref().map_or(self.ctx.order.next().before(), |recovering| recovering.redo),
         };
         self.lead.redo = redo;
         self.lead.phase = Phase::Running;
-        self.lead.left = self.deal.shards_count();
-        self.lead.by_shard = self.deal.shards().map(|_| None).collect();
+        self.lead.left = self.ctx.deal.shards_count();
+        self.lead.by_shard = self.ctx.deal.shards().map(|_| None).collect();
         self.tell_all(|| Message::Redo(redo));
     }
 
@@ -169,7 +172,7 @@ impl Shard {
         if self.lead.left == 0 {
             self.lead.contributions = std::mem::take(&mut self.lead.by_shard).into_iter().flatten().collect();
             self.lead.phase = Phase::Table;
-            self.again = true;
+            self.ctx.again = true;
         }
     }
 
@@ -180,7 +183,7 @@ impl Shard {
             None => TableParts { rows: self.contributed_rows(), sums: Vec::new() },
         };
         let blocks = table.rows.len().div_ceil(TABLE_ROWS as usize);
-        let number = self.superblock.checkpoint + 1;
+        let number = self.checkpoint.superblock.checkpoint + 1;
         while table.sums.len() < blocks {
             let first = table.sums.len();
             let most = if planted!(TableAllAtOnce) { blocks } else { TABLE_BLOCKS_AT_A_TIME };
@@ -190,12 +193,12 @@ impl Shard {
             }
             let mut writes = Vec::with_capacity(count);
             for (index, rows) in table.rows.chunks(TABLE_ROWS as usize).enumerate().skip(first).take(count) {
-                let mut frame = self.arena.alloc(0).expect("frames were ensured");
+                let mut frame = self.ctx.arena.alloc(0).expect("frames were ensured");
                 let out = frame.try_mut().expect("a new frame has no pins");
-                table.sums.push(encode_table(self.superblock.store_id, index as u32, number, rows, out));
+                table.sums.push(encode_table(self.checkpoint.superblock.store_id, index as u32, number, rows, out));
                 writes.push((FileId::Table, table_offset(index as u32, number), frame));
             }
-            self.stats.checksums += count as u64;
+            self.ctx.stats.checksums += count as u64;
             self.submit_blocks(writes);
         }
         if table.sums.len() < blocks {
@@ -207,7 +210,7 @@ impl Shard {
     }
 
     fn contributed_rows(&self) -> Vec<TableRow> {
-        let mut rows = vec![TableRow::default(); self.extents.count() as usize];
+        let mut rows = vec![TableRow::default(); self.space.extents.count() as usize];
         for (no, row) in self.lead.contributions.iter().flat_map(|c| &c.rows) {
             rows[no.index()] = *row;
         }
@@ -215,31 +218,31 @@ impl Shard {
     }
 
     fn next_superblock(&self, extents_count: u32, table_crc: u32) -> Superblock {
-        let old = &self.superblock;
+        let old = &self.checkpoint.superblock;
         let lead = &self.lead;
         let begin = lead.begin.expect("it has begun");
-        let mut vshards = vec![VShardState::default(); self.limits.geometry.vshards_count as usize];
+        let mut vshards = vec![VShardState::default(); self.ctx.limits.geometry.vshards_count as usize];
         for (vshard, root) in lead.contributions.iter().flat_map(|c| &c.roots) {
-            let shard = self.deal.owner(*vshard);
+            let shard = self.ctx.deal.owner(*vshard);
             vshards[vshard.index()] = VShardState { root: *root, redo_lsn: lead.redo, shard };
         }
         let mut next = Superblock {
             clean: begin.clean,
             generation: old.generation + 1,
             checkpoint: old.checkpoint + 1,
-            watermark: self.recovering.as_ref().map_or(self.order.watermark(), |recovering| recovering.cut),
+            watermark: self.redo.recovering.as_ref().map_or(self.ctx.order.watermark(), |recovering| recovering.cut),
             next_lsn: match begin.new_epoch {
-                _ if self.recovering.is_some() => self.cut.plus(1),
-                Some(_) => self.cut.plus(1),
+                _ if self.redo.recovering.is_some() => self.redo.cut.plus(1),
+                Some(_) => self.redo.cut.plus(1),
                 // The roots hold nothing of this epoch: the last commit is still the one before the gap.
                 None if lead.redo < old.epoch_first_lsn => old.next_lsn,
-                None => self.order.next(),
+                None => self.ctx.order.next(),
             },
             extents_count,
             table_crc,
             logs: match begin.new_epoch {
                 // Until an epoch begins, the logs are those of the last one.
-                None if self.recovering.is_some() => old.logs.clone(),
+                None if self.redo.recovering.is_some() => old.logs.clone(),
                 _ => lead.contributions.iter().map(|c| c.log_end).collect(),
             },
             vshards,
@@ -280,11 +283,11 @@ impl Shard {
         let mut bytes = vec![0; SUPERBLOCK_BYTES];
         next.encode(number, &mut bytes);
         let mut from = SmallVec::new();
-        for (block, frame) in bytes.chunks(BLOCK).zip(&mut self.superblock_frames) {
+        for (block, frame) in bytes.chunks(BLOCK).zip(&mut self.lead.superblock_frames) {
             frame.try_mut().expect("the superblock before is written").copy_from_slice(block);
             from.push(IoSlice::whole(frame.pin()));
         }
-        self.stats.checksums += 1;
+        self.ctx.stats.checksums += 1;
         self.lead.phase = Phase::Super { copy };
         self.checkpoint_op(DiskOp::Write { file: FileId::Meta, offset: Superblock::offset(number), from });
     }
@@ -297,51 +300,51 @@ impl Shard {
             self.lead.new_epoch = None;
         }
         self.tell_all(|| Message::Done(Box::new(next.clone())));
-        self.again = true;
+        self.ctx.again = true;
     }
 
     /// A caller closes the store.
     pub(super) fn request_close(&mut self, token: Token) {
-        self.closing = Some(Some(token));
-        for shard in self.deal.others(self.id) {
-            self.send(shard, Message::Quiesce);
+        self.life.closing = Some(Some(token));
+        for shard in self.ctx.deal.others(self.ctx.id) {
+            self.ctx.send(shard, Message::Quiesce);
         }
     }
 
     /// The leader closes the store.
     pub(super) fn quiesce(&mut self) {
-        self.closing = Some(None);
-        self.again = true;
+        self.life.closing = Some(None);
+        self.ctx.again = true;
     }
 
     /// Says that no request is under way any more, or, in a store that has stopped, ends.
     pub(super) fn advance_close(&mut self) {
-        if self.closing.is_none() || self.closed {
+        if self.life.closing.is_none() || self.life.closed {
             return;
         }
-        if self.failed.is_some() {
+        if self.ctx.failed.is_some() {
             // What the device still holds is waited for: its buffers are ours again only then.
-            if self.ops.is_empty() && self.pending.is_empty() {
-                let error = self.failed.clone();
+            if self.ctx.ops.is_empty() && self.requests.pending.is_empty() {
+                let error = self.ctx.failed.clone();
                 self.end_close(Err(error.expect("just seen")));
             }
             return;
         }
-        let busy = self.pending.iter().any(|(_, pending)| pending.is_own())
-            || !self.cross.is_empty()
-            || self.compactor.count() > 0
-            || !self.moves.is_empty();
-        if !busy && !self.quiet {
-            self.quiet = true;
-            self.send(ShardId::LEADER, Message::Quiet);
+        let busy = self.requests.pending.iter().any(|(_, pending)| pending.is_own())
+            || !self.coordinator.commits.is_empty()
+            || self.compaction.compactor.count() > 0
+            || !self.compaction.moves.is_empty();
+        if !busy && !self.life.quiet {
+            self.life.quiet = true;
+            self.ctx.send(ShardId::LEADER, Message::Quiet);
         }
     }
 
     /// The closing checkpoint is durable, or will not come.
     pub(super) fn end_close(&mut self, result: crate::Result<()>) {
-        self.closed = true;
-        if let Some(Some(token)) = self.closing.replace(None) {
-            self.reply(token, result.map(|()| Response::Closed));
+        self.life.closed = true;
+        if let Some(Some(token)) = self.life.closing.replace(None) {
+            self.ctx.reply(token, result.map(|()| Response::Closed));
         }
     }
 }

@@ -93,7 +93,7 @@ fn absent_pages_take_no_memory() {
         bench.commit(vec![at + 32, far + 32], vec![]);
         bench.commit(vec![], vec![(at + 33, Change::Free), (far + 33, Change::Free)]);
         bench.shard().audit().expect("counts are kept");
-        let entries = bench.shard().table.pages.len();
+        let entries = bench.shard().cache.table.pages.len();
         assert!(entries <= 4, "{entries} entries in the page table after page {at}");
     }
     assert_eq!(bench.read([0]), [7]);
@@ -111,7 +111,7 @@ impl Random {
 
 /// Pages with a leaf each, three for every frame: neither they nor the map fit into memory.
 fn fill_far(bench: &mut Bench) -> u64 {
-    let pages = 3 * u64::from(bench.shard().limits.memory_blocks);
+    let pages = 3 * u64::from(bench.shard().ctx.limits.memory_blocks);
     for at in (0..pages).step_by(8) {
         bench.commit(vec![], (at..at + 8).map(|n| (n * 64, put(n as u8))).collect());
     }
@@ -122,11 +122,11 @@ fn fill_far(bench: &mut Bench) -> u64 {
 
 /// How many of the hot pages were in memory, of 20 reads of each.
 fn hot_hits(bench: &mut Bench, hot: u64) -> u64 {
-    let before = bench.shard().stats.cache_hits;
+    let before = bench.shard().ctx.stats.cache_hits;
     for n in (0..20).flat_map(|_| 0..hot) {
         assert_eq!(bench.read([n * 64]), [n as u8]);
     }
-    bench.shard().stats.cache_hits - before
+    bench.shard().ctx.stats.cache_hits - before
 }
 
 /// If this fails, a store that has been read all over has no cache any more: map nodes took all of the memory, since they left it
@@ -137,7 +137,7 @@ fn pages_in_use_stay_in_memory_when_a_large_volume_is_read_at_random() {
     let pages = fill_far(&mut bench);
     let (hot, mut random) = (12, Random(3));
     assert!(hot_hits(&mut bench, hot) >= 19 * hot);
-    for _ in 0..64 * u64::from(bench.shard().limits.memory_blocks) / 4 {
+    for _ in 0..64 * u64::from(bench.shard().ctx.limits.memory_blocks) / 4 {
         let n = random.below(pages);
         assert_eq!(bench.read([n * 64]), [n as u8]);
     }
@@ -147,9 +147,9 @@ fn pages_in_use_stay_in_memory_when_a_large_volume_is_read_at_random() {
     let mut missed = 0;
     for i in 0..20_000 {
         let n = if i % 10 == 0 { i / 10 % hot } else { random.below(pages) };
-        let before = bench.shard().stats.cache_hits;
+        let before = bench.shard().ctx.stats.cache_hits;
         bench.read([n * 64]);
-        missed += u64::from(i % 10 == 0 && bench.shard().stats.cache_hits == before);
+        missed += u64::from(i % 10 == 0 && bench.shard().ctx.stats.cache_hits == before);
     }
     assert!(missed <= 100, "{missed} of 2,000 reads of pages in use were misses while others read at random");
     bench.shard().audit().expect("counts are kept");
@@ -169,7 +169,7 @@ fn a_frame_is_had_for_a_few_looks_however_full_memory_is() {
             bench.commit(vec![], vec![(n * 64, put(n as u8))]);
         }
     }
-    let (counts, blocks) = (bench.shard().eviction.counts(), u64::from(bench.shard().limits.memory_blocks));
+    let (counts, blocks) = (bench.shard().cache.eviction.counts(), u64::from(bench.shard().ctx.limits.memory_blocks));
     println!("{counts:?}");
     assert!(counts.evicted > 10 * blocks, "{counts:?}: memory was short all the time");
     assert!(counts.looks <= 4 * counts.evicted + blocks, "{counts:?}");
@@ -187,7 +187,7 @@ fn fill_with_requests(bench: &mut Bench, most: u64, request: impl Fn(u64) -> Req
             }
             bench.all.shards[shard].audit().expect("counts are kept");
         }
-        let held: Vec<u64> = bench.all.shards.iter().map(|shard| shard.held.request_bytes).collect();
+        let held: Vec<u64> = bench.all.shards.iter().map(|shard| shard.requests.held.request_bytes).collect();
         assert!(taken <= most, "{held:?} bytes are held, and more is taken after {taken} requests");
         if taken == before {
             return taken;
@@ -198,7 +198,8 @@ fn fill_with_requests(bench: &mut Bench, most: u64, request: impl Fn(u64) -> Req
 /// Laps until `count` requests are answered; then nothing of them is held any more.
 fn answer_all(bench: &mut Bench, count: u64) {
     for _ in 0..1_000_000 {
-        if bench.all.replies.len() as u64 == count && bench.all.shards.iter().all(|shard| shard.held.request_bytes == 0)
+        if bench.all.replies.len() as u64 == count
+            && bench.all.shards.iter().all(|shard| shard.requests.held.request_bytes == 0)
         {
             break;
         }
@@ -209,7 +210,7 @@ fn answer_all(bench: &mut Bench, count: u64) {
     assert_eq!(bench.all.replies.len() as u64, count, "what is taken is answered: {:#?}", bench.all.shards);
     bench.all.replies.drain(..).for_each(|(token, reply)| assert!(reply.is_ok(), "{token:?}: {reply:?}"));
     for shard in &bench.all.shards {
-        assert_eq!((shard.held.request_bytes, shard.accepting()), (0, true));
+        assert_eq!((shard.requests.held.request_bytes, shard.accepting()), (0, true));
         shard.audit().expect("counts are kept");
     }
 }
@@ -219,18 +220,22 @@ fn answer_all(bench: &mut Bench, count: u64) {
 #[test]
 fn requests_under_way_are_bounded_by_what_they_take() {
     let mut bench = Bench::open(&options());
-    let limit = bench.shard().limits.request_bytes_max;
+    let limit = bench.shard().ctx.limits.request_bytes_max;
     let reads = |n| (0..512).map(|i| (key((n * 512 + i) << 10), crate::base::Lsn::ZERO)).collect();
     let taken = fill_with_requests(&mut bench, 100, |n| {
         Request::Commit(Commit { reads: reads(n), changes: vec![], durable: true })
     });
-    assert!(bench.shard().held.request_bytes < 2 * limit, "{} of {limit} bytes", bench.shard().held.request_bytes);
+    assert!(
+        bench.shard().requests.held.request_bytes < 2 * limit,
+        "{} of {limit} bytes",
+        bench.shard().requests.held.request_bytes
+    );
     answer_all(&mut bench, taken);
     let taken = fill_with_requests(&mut bench, 100, |n| {
         let changes = (0..8).map(|i| (key((n * 8 + i) << 10), put(n as u8))).collect();
         Request::Commit(Commit { reads: vec![], changes, durable: true })
     });
-    assert!(taken >= 4 && bench.shard().held.request_bytes < 2 * limit, "{taken} requests");
+    assert!(taken >= 4 && bench.shard().requests.held.request_bytes < 2 * limit, "{taken} requests");
     answer_all(&mut bench, taken);
 }
 
@@ -239,7 +244,7 @@ fn requests_under_way_are_bounded_by_what_they_take() {
 fn the_largest_commits_over_shards_are_taken_at_their_owners_cost() {
     let geometry = Geometry { segment_bytes: 512 << 10, ..options().geometry };
     let mut bench = Bench::open_with(&Options { geometry, memory_bytes: 4 << 20, ..options() }, 2);
-    let limits = bench.shard().limits.clone();
+    let limits = bench.shard().ctx.limits.clone();
     let request = |n: u64| {
         let (reads, changes) = (limits.txn_bytes_max / 64, limits.txn_bytes_max / BLOCK as u64);
         let far = |i: u64| key((n * 4096 + i) << 9);
@@ -256,7 +261,7 @@ fn the_largest_commits_over_shards_are_taken_at_their_owners_cost() {
     }
     // What one shard is asked by another leaves its own callers their budget.
     bench.all.request(ShardId::LEADER, Token(0), request(100));
-    while bench.all.shards[1].pending.is_empty() {
+    while bench.all.shards[1].requests.pending.is_empty() {
         bench.now += 50;
         bench.all.lap(&mut bench.disk, bench.now);
         bench.disk.advance_to(bench.now);
@@ -264,7 +269,7 @@ fn the_largest_commits_over_shards_are_taken_at_their_owners_cost() {
     }
     let (owner, other) = (&bench.all.shards[0], &bench.all.shards[1]);
     assert!(!owner.accepting(), "it has taken what it may");
-    assert_eq!((other.held.request_bytes, other.accepting()), (0, true));
+    assert_eq!((other.requests.held.request_bytes, other.accepting()), (0, true));
     answer_all(&mut bench, 1);
 }
 
@@ -275,7 +280,7 @@ fn a_failure_ends_what_waits_for_a_part_in_front() {
     let mut bench = Bench::open(&options());
     let shard = &mut bench.all.shards[0];
     let age = (0, ShardId::new(1), 1);
-    shard.now += 10_000_000;
+    shard.ctx.now += 10_000_000;
     shard.note_vote(age, &super::message::Vote::NotNow, true);
     assert!(!shard.accepting() && shard.deadline().is_some(), "callers wait for the part, and somebody looks again");
     shard.stop(crate::base::error::Error::invalid("a write failed"));
@@ -308,11 +313,11 @@ fn a_map_node_is_as_urgent_as_the_oldest_who_waits_for_it() {
     let shard = &mut bench.all.shards[0];
     let node = |prefix| NodeKey { vshard: VShard::new(0), volume: VolumeId::new(1), level: 0, prefix };
     let mut want = |prefix, age| {
-        let idx = shard.table.entry(key(1000 + age));
-        shard.table.pages[idx].asked = age;
+        let idx = shard.cache.table.entry(key(1000 + age));
+        shard.cache.table.pages[idx].asked = age;
         shard.want_node(node(prefix), Child::default(), NodeWaiter::Page(idx));
     };
     [(1, 5), (2, 4), (1, 3), (2, 6)].into_iter().for_each(|(prefix, age)| want(prefix, age));
-    let order: Vec<(u64, NodeKey)> = shard.wanted.nodes.iter().map(|(age, wanted)| (*age, wanted.key)).collect();
+    let order: Vec<(u64, NodeKey)> = shard.cache.wanted.nodes.iter().map(|(age, wanted)| (*age, wanted.key)).collect();
     assert_eq!(order, [(3, node(1)), (4, node(2))]);
 }

@@ -21,17 +21,20 @@ mod allocated;
 mod audit;
 mod blocked;
 mod budget;
+mod cache;
 mod checkpoint;
 pub(crate) mod coalesce;
 pub(crate) mod commit;
 mod commits;
 mod compaction;
+mod context;
 mod cross;
 mod event;
 mod eviction;
 mod groups;
 mod holds;
 mod lead;
+mod life;
 pub(crate) mod log;
 pub(crate) mod map;
 #[cfg(test)]
@@ -72,31 +75,25 @@ pub(crate) use together::Together;
 
 use crate::base::error::{Error, ErrorKind};
 use crate::base::metrics::ShardStats;
-use crate::base::options::Limits;
 use crate::base::{Deal, ExtentNo, Lsn, Micros, ShardId};
-use crate::engine::commit::GlobalOrder;
 use crate::engine::log::{FlushSet, Log};
-use crate::engine::map::{Extents, Map};
-use crate::format::extent::NodeKey;
-use crate::format::superblock::Superblock;
-use crate::io::{Completion, DiskOp, OpId};
-use crate::memory::{Arena, Eviction, Frame};
-use blocked::{Blocked, Held, Lack, MEMORY_RETRY_US, Step};
+use crate::engine::map::Map;
+use crate::io::{Completion, DiskOp};
+use blocked::{Lack, MEMORY_RETRY_US, Step};
+use cache::PageCache;
 use checkpoint::Checkpoint;
-use compaction::{Compactor, Moves};
-use cross::Cross;
-use hashbrown::HashMap;
+use compaction::Compaction;
+use context::Context;
+use cross::Coordinator;
 use lead::Lead;
-use order::Waits;
-use pages::Table;
-use part::{Parts, Reserved};
-use reads::{NodeWaiter, NodeWaiters, NodeWanted, PageRead, Wanted};
-use requests::{Pending, Waiting};
-use slab::Slab;
+use life::Life;
+use order::WatermarkWaiters;
+use part::Participant;
+use reads::{NodeWaiter, NodeWanted, PageRead};
+use redo::Redo;
+use requests::Requests;
 use space::{Growth, Space};
-use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
-use std::sync::Arc;
-use writeback::{Capture, Unsettled};
+use writeback::WriteBack;
 
 /// What an operation under way is for.
 enum OpKind {
@@ -123,100 +120,33 @@ enum OpKind {
 
 /// One shard. See the module's documentation.
 pub struct Shard {
-    id: ShardId,
-    deal: Deal,
-    limits: Limits,
-    order: Arc<GlobalOrder>,
-    now: Micros,
-    arena: Arena,
-    table: Table,
+    ctx: Context,
+    cache: PageCache,
     map: Map,
-    eviction: Eviction,
-    extents: Extents,
+    space: Space,
     log: Log,
-    /// The newest one that is durable.
-    superblock: Superblock,
-    /// In which the next one is written: the end of a checkpoint must not depend on what readers leave.
-    superblock_frames: Vec<Frame>,
-    ops: Slab<OpKind>,
-    effects: VecDeque<Effect>,
-    pending: Slab<Pending>,
-    /// Commits whose pages are all there, in the order in which they became so.
-    ready: VecDeque<usize>,
-    /// Parts of commits over shards whose pages are all there.
-    ready_parts: VecDeque<usize>,
-    /// Other requests whose pages are all there.
-    finished: VecDeque<usize>,
-    /// Messages to itself.
-    loopback: VecDeque<Message>,
-    /// Commits over shards that this shard owns, by its number for them.
-    cross: BTreeMap<u64, Cross>,
-    cross_next: u64,
-    cross_waiting: Vec<u64>,
-    /// Those for which all votes are in.
-    decidable: VecDeque<u64>,
-    /// LSNs drawn for commits over shards of which some part is not durable.
-    cross_undurable: BTreeSet<Lsn>,
-    /// Parts voted for and not decided yet, and what they have reserved.
-    parts: Parts,
-    reserved: Reserved,
-    waits: Waits,
-    /// Replies that wait for the watermark.
-    waiting: BinaryHeap<Waiting>,
-    waiting_seq: u64,
-    node_waiters: HashMap<NodeKey, NodeWaiters, foldhash::fast::FixedState>,
-    wanted: Wanted,
-    flushing: bool,
-    /// Dirty pages in the order in which they became so.
-    dirty: Vec<usize>,
-    dirty_since: Micros,
-    captures: Slab<Capture>,
-    /// Written captures that wait for the watermark.
-    unsettled: BinaryHeap<Unsettled>,
-    page_writes: usize,
-    /// Blocks that dirty pages and slots will need.
-    reserved_blocks: u64,
-    moves: Vec<usize>,
-    moves_asked: Moves,
-    compactor: Compactor,
+    requests: Requests,
+    coordinator: Coordinator,
+    participant: Participant,
+    watermark: WatermarkWaiters,
+    writeback: WriteBack,
+    compaction: Compaction,
     checkpoint: Checkpoint,
     lead: Lead,
-    summaries: Vec<ExtentNo>,
-    summaries_under_way: usize,
-    space: Space,
-    blocked: Blocked,
-    held: Held,
-    closing: Option<Option<Token>>,
-    closed: bool,
-    quiet: bool,
-    failed: Option<Error>,
-    /// The first failure, while opening.
-    open_error: Option<Error>,
-    /// Until the log is redone.
-    recovering: Option<Recovering>,
-    redone: bool,
-    /// The commit up to which the store was recovered.
-    cut: Lsn,
-    /// No requests yet.
-    opening: bool,
-    again: bool,
-    stats: ShardStats,
-    #[cfg(any(test, feature = "sim"))]
-    drawn: Vec<(Token, Lsn)>,
-    #[cfg(any(test, feature = "sim"))]
-    reused_early: Vec<crate::base::Place>,
+    redo: Redo,
+    life: Life,
 }
 
 impl Shard {
     /// Advances everything as far as it goes without a completion; afterwards drain
     /// [`next_effect`](Self::next_effect).
     pub fn turn(&mut self, now: Micros) {
-        self.now = self.now.max(now);
+        self.ctx.now = self.ctx.now.max(now);
         self.note_watermark();
         self.settle_behind_nodes();
         for _ in 0..16 {
-            self.again = false;
-            self.blocked.begin_lap();
+            self.ctx.again = false;
+            self.ctx.blocked.begin_lap();
             self.deliver_to_self();
             self.finish_ready();
             self.run_parts();
@@ -234,7 +164,7 @@ impl Shard {
             self.write_summaries();
             self.submit_reads();
             self.advance_close();
-            if !self.again {
+            if !self.ctx.again {
                 break;
             }
         }
@@ -242,58 +172,48 @@ impl Shard {
         self.nudge_others();
     }
 
-    /// Carries a message to another shard, or keeps it for this one.
-    fn send(&mut self, to: ShardId, message: Message) {
-        if to == self.id {
-            self.loopback.push_back(message);
-            self.again = true;
-        } else {
-            self.stats.messages += 1;
-            self.effects.push_back(Effect::Send(to, message));
-        }
-    }
-
     fn deliver_to_self(&mut self) {
-        while let Some(message) = self.loopback.pop_front() {
-            self.message(self.id, message);
+        while let Some(message) = self.ctx.loopback.pop_front() {
+            self.message(self.ctx.id, message);
         }
     }
 
     /// The next thing to be done, if any.
     pub fn next_effect(&mut self) -> Option<Effect> {
-        self.effects.pop_front()
+        self.ctx.effects.pop_front()
     }
 
     /// When `turn` should be called at the latest if nothing arrives; `None`: not before something does.
     pub fn deadline(&self) -> Option<Micros> {
-        if self.again {
-            return Some(self.now);
+        if self.ctx.again {
+            return Some(self.ctx.now);
         }
-        let window = self.limits.coalesce_window_us;
+        let window = self.ctx.limits.coalesce_window_us;
         // A group that may not go before a write completes needs no turn before that: a deadline in the past would
         // make the driver spin.
-        let may_go = !self.log.open.is_empty() && self.log.in_flight.len() < self.limits.log_writes_max;
+        let may_go = !self.log.open.is_empty() && self.log.in_flight.len() < self.ctx.limits.log_writes_max;
         let group = may_go.then(|| self.log.open.opened_at + window);
-        let pages = self.may_write_back().then(|| self.dirty_since.max(self.now.saturating_sub(window)) + window);
-        let growth = self.space.stalled.then_some(self.now + space::GROW_RETRY_US);
+        let pages =
+            self.may_write_back().then(|| self.writeback.dirty_since.max(self.ctx.now.saturating_sub(window)) + window);
+        let growth = self.space.stalled.then_some(self.ctx.now + space::GROW_RETRY_US);
         // Memory that readers give back says nothing: whoever waits for it has to look.
-        let memory = self.blocked.lacks_memory().then_some(self.now + MEMORY_RETRY_US);
-        if self.failed.is_some() {
+        let memory = self.ctx.blocked.lacks_memory().then_some(self.ctx.now + MEMORY_RETRY_US);
+        if self.ctx.failed.is_some() {
             // Reads go on after a failure, and wait for memory as before.
             return memory;
         }
         let next = [group, pages, growth, memory, self.next_retry(), self.front_ends()].into_iter().flatten().min()?;
-        Some(next.max(self.now + 1))
+        Some(next.max(self.ctx.now + 1))
     }
 
     /// Whether `Close` has been carried out.
     pub fn is_closed(&self) -> bool {
-        self.closed
+        self.life.closed
     }
 
     /// Brings the end of an operation.
     pub fn complete(&mut self, completion: Completion) {
-        let kind = self.ops.remove(completion.id.0 as usize);
+        let kind = self.ctx.ops.remove(completion.id.0 as usize);
         match kind {
             OpKind::PageRead(reads) => self.pages_read(reads, completion),
             OpKind::NodeRead(wanted) => self.node_read(wanted, completion),
@@ -307,16 +227,16 @@ impl Shard {
             }
             OpKind::GroupFlush(set) => self.group_flushed(set, completion.result),
             OpKind::PageWrite(captures) => {
-                self.page_writes -= captures.len();
+                self.writeback.page_writes -= captures.len();
                 match completion.result {
                     Ok(()) => self.captures_written(captures),
                     Err(error) => self.fail(error),
                 }
             }
             OpKind::SummaryWrite(extent) => {
-                self.summaries_under_way -= 1;
+                self.space.summaries_under_way -= 1;
                 match completion.result {
-                    Ok(()) => self.extents.summary_written(extent),
+                    Ok(()) => self.space.extents.summary_written(extent),
                     Err(error) => self.fail(error),
                 }
             }
@@ -329,12 +249,12 @@ impl Shard {
 
     /// Which shard owns which page.
     pub(crate) fn deal(&self) -> Deal {
-        self.deal
+        self.ctx.deal
     }
 
     /// A message from another shard.
     pub fn message(&mut self, from: ShardId, message: Message) {
-        self.again = true;
+        self.ctx.again = true;
         match message {
             Message::Prepare(txn, ask) => self.prepare(from, txn, *ask),
             Message::Vote(txn, vote) => self.voted(from, txn, vote),
@@ -364,29 +284,29 @@ impl Shard {
 
     /// Whether opening is over: requests may come. Until then it only needs turns, completions and messages.
     pub fn is_open(&self) -> bool {
-        !self.opening
+        !self.life.opening
     }
 
     /// The lowest LSN for whose durability something here waits: when the watermark reaches it, a turn is due even if
     /// nothing has arrived. `None`: nothing waits.
     pub fn waits_for(&self) -> Option<Lsn> {
-        let page = self.unsettled.peek().map(|unsettled| unsettled.lsn());
-        let reply = self.waiting.peek().map(|waiting| waiting.lsn()).filter(|_| !planted!(NobodyWoken));
+        let page = self.writeback.unsettled.peek().map(|unsettled| unsettled.lsn());
+        let reply = self.watermark.replies.peek().map(|waiting| waiting.lsn()).filter(|_| !planted!(NobodyWoken));
         // A shard that has stopped writes nothing more: for those it would be woken again and again.
-        let writes = [self.checkpoint.waits_for(), self.waits.dirty_stuck, self.blocked.awaited_lsn()]
-            .map(|lsn| lsn.filter(|_| self.failed.is_none()));
+        let writes = [self.checkpoint.waits_for(), self.watermark.dirty_stuck, self.ctx.blocked.awaited_lsn()]
+            .map(|lsn| lsn.filter(|_| self.ctx.failed.is_none()));
         [page, reply].into_iter().chain(writes).flatten().min()
     }
 
     /// What one commit may count at most.
     pub(crate) fn txn_bytes_max(&self) -> u64 {
-        self.limits.txn_bytes_max
+        self.ctx.limits.txn_bytes_max
     }
 
     /// What is in memory, in words.
     fn memory(&self) -> String {
-        let (resident, pages) = (self.table.resident(), self.table.pages.len());
-        let (in_readers_hands, counts) = (self.eviction.pinned(), self.eviction.counts());
+        let (resident, pages) = (self.cache.table.resident(), self.cache.table.pages.len());
+        let (in_readers_hands, counts) = (self.cache.eviction.pinned(), self.cache.eviction.counts());
         let (nodes, dirty) = (self.map.nodes_count(), self.map.dirty_count());
         format!(
             "{} of {pages} pages with their bytes, {} of them needed by requests, {in_readers_hands} pinned by readers when last \
@@ -397,61 +317,60 @@ impl Shard {
 
     /// Why it stopped, if it did.
     pub(crate) fn failure(&self) -> Option<Error> {
-        self.open_error.clone().or_else(|| self.failed.clone())
+        self.life.open_error.clone().or_else(|| self.ctx.failed.clone())
     }
 
     /// Operations under way.
     pub(crate) fn ops_under_way(&self) -> usize {
-        self.ops.len()
+        self.ctx.ops.len()
     }
 
     fn submit(&mut self, kind: OpKind, op: DiskOp) {
         self.count_read(&kind);
-        let id = self.ops.insert(kind);
-        self.effects.push_back(Effect::Submit(OpId(id as u64), op));
+        self.ctx.submit(kind, op);
     }
 
     /// A write or a flush failed: nothing is acknowledged from now on, by any shard.
     fn fail(&mut self, error: Error) {
-        if self.failed.is_some() {
+        if self.ctx.failed.is_some() {
             return;
         }
-        tracing::error!(shard = self.id.get(), %error, "the store stops writing; reopen it");
-        for shard in self.deal.others(self.id) {
-            self.send(shard, Message::Failed(error.clone()));
+        tracing::error!(shard = self.ctx.id.get(), %error, "the store stops writing; reopen it");
+        for shard in self.ctx.deal.others(self.ctx.id) {
+            self.ctx.send(shard, Message::Failed(error.clone()));
         }
         self.stop(error);
     }
 
     /// This or another shard has failed.
     fn stop(&mut self, error: Error) {
-        if self.failed.is_some() {
+        if self.ctx.failed.is_some() {
             return;
         }
         let stopped = Error::new(
             ErrorKind::Closed,
             format_args!("the store has stopped writing after a failure ({error}); reopen it to recover"),
         );
-        self.failed = Some(stopped);
+        self.ctx.failed = Some(stopped);
         // No part is voted for any more, and reads go on.
-        self.blocked.in_front = None;
-        if self.opening {
-            self.open_error.get_or_insert_with(|| error.clone());
+        self.ctx.blocked.in_front = None;
+        if self.life.opening {
+            self.life.open_error.get_or_insert_with(|| error.clone());
         }
         self.fail_writers(&error);
     }
 
     /// Counters, as of now.
     fn counters(&mut self) -> ShardStats {
-        let space = self.extents.space();
-        self.stats.extents_total = space.total.into();
-        self.stats.extents_free = space.free.into();
-        self.stats.blocks_total = u64::from(space.total) * u64::from(space.data_blocks);
-        self.stats.blocks_live = space.live_blocks;
-        self.stats.blocks_dead = self.extents.left_count() as u64;
-        self.stats.extents_passed_over = self.extents.passed_over();
-        self.stats.last_lsn = self.order.next().before().get();
-        self.stats.durable_lsn = self.order.watermark().get();
-        self.stats.clone()
+        let space = self.space.extents.space();
+        self.ctx.stats.extents_total = space.total.into();
+        self.ctx.stats.extents_free = space.free.into();
+        self.ctx.stats.blocks_total = u64::from(space.total) * u64::from(space.data_blocks);
+        self.ctx.stats.blocks_live = space.live_blocks;
+        self.ctx.stats.blocks_dead = self.space.extents.left_count() as u64;
+        self.ctx.stats.extents_passed_over = self.space.extents.passed_over();
+        self.ctx.stats.last_lsn = self.ctx.order.next().before().get();
+        self.ctx.stats.durable_lsn = self.ctx.order.watermark().get();
+        self.ctx.stats.clone()
     }
 }

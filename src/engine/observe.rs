@@ -57,12 +57,12 @@ pub(crate) struct Counts {
 impl Shard {
     /// Whether operation `id` reads pages, for whoever asked for them.
     pub(crate) fn is_page_read(&self, id: OpId) -> bool {
-        matches!(self.ops.get(id.0 as usize), Some(OpKind::PageRead(_)))
+        matches!(self.ctx.ops.get(id.0 as usize), Some(OpKind::PageRead(_)))
     }
 
     /// The read of a map node that operation `id` is, if it is one.
     pub(crate) fn node_load(&self, id: OpId) -> Option<NodeLoad> {
-        let Some(OpKind::NodeRead(wanted)) = self.ops.get(id.0 as usize) else { return None };
+        let Some(OpKind::NodeRead(wanted)) = self.ctx.ops.get(id.0 as usize) else { return None };
         let (key, place) = (wanted.key, wanted.child.place());
         let top = self.map.root(key.vshard).children[usize::from(key.volume.get())];
         let is_top = top.is_present() && top.level == key.level;
@@ -75,62 +75,62 @@ impl Shard {
 
     /// The levels of the highest tree of this shard's.
     pub(crate) fn levels_most(&self) -> Levels {
-        let vshards = self.deal.owned_by(self.id);
+        let vshards = self.ctx.deal.owned_by(self.ctx.id);
         let tops = vshards.flat_map(|vshard| self.map.root(vshard).children.iter());
         tops.filter(|top| top.is_present()).map(|top| top.level + 1).max().unwrap_or(0)
     }
 
     /// Whether something waited for memory at the end of the last turn.
     pub(crate) fn is_short_of_memory(&self) -> bool {
-        self.blocked.lacks_memory()
+        self.ctx.blocked.lacks_memory()
     }
 
     /// Commits, and parts of them, whose pages are all there and that have not been carried out.
     pub(crate) fn commits_ready(&self) -> usize {
-        self.ready.len() + self.ready_parts.len()
+        self.requests.ready.len() + self.requests.ready_parts.len()
     }
 
     /// Whether a checkpoint waits for memory.
     pub(crate) fn is_checkpoint_starved(&self) -> bool {
-        self.blocked.is_checkpoint_starved()
+        self.ctx.blocked.is_checkpoint_starved()
     }
 
     /// Checkpoints that have ended in this life.
     pub(crate) fn checkpoints_ended(&self) -> u64 {
-        self.stats.checkpoints
+        self.ctx.stats.checkpoints
     }
 
     /// Blocks of pages and nodes that have come from the device.
     pub(crate) fn blocks_read(&self) -> u64 {
-        self.stats.checksums
+        self.ctx.stats.checksums
     }
 
     /// Frames of the arena.
     pub(crate) fn frames(&self) -> u64 {
-        self.arena.blocks().into()
+        self.ctx.arena.blocks().into()
     }
 
     /// Counts everything.
     pub(crate) fn counts(&self) -> Counts {
-        let pages = || self.table.pages.iter().map(|(_, page)| page);
+        let pages = || self.cache.table.pages.iter().map(|(_, page)| page);
         let needed = pages().filter(|page| {
             page.frame.is_some() || page.captures > 0 || page.slot.is_some() || page.dirty_from.is_some() || page.queued
         });
         let pages_needed = needed.count() as u64;
         Counts {
-            frames: self.arena.blocks().into(),
-            pages: self.table.pages.len() as u64,
+            frames: self.ctx.arena.blocks().into(),
+            pages: self.cache.table.pages.len() as u64,
             pages_needed,
             nodes: self.map.nodes_count().into(),
-            requests: self.pending.len() as u64,
-            requests_pages: self.pending.iter().map(|(_, pending)| pending.pages.len() as u64).sum(),
-            cross: self.cross.len() as u64,
-            waiting: self.waiting.len() as u64,
-            node_waits: self.node_waiters.len() as u64,
-            node_waiters: self.node_waiters.values().map(|waiters| waiters.list.len() as u64).sum(),
-            reads_wanted: self.wanted.pages.len() as u64,
-            ops: self.ops.len() as u64,
-            captures: self.captures.len() as u64,
+            requests: self.requests.pending.len() as u64,
+            requests_pages: self.requests.pending.iter().map(|(_, pending)| pending.pages.len() as u64).sum(),
+            cross: self.coordinator.commits.len() as u64,
+            waiting: self.watermark.replies.len() as u64,
+            node_waits: self.cache.node_waiters.len() as u64,
+            node_waiters: self.cache.node_waiters.values().map(|waiters| waiters.list.len() as u64).sum(),
+            reads_wanted: self.cache.wanted.pages.len() as u64,
+            ops: self.ctx.ops.len() as u64,
+            captures: self.writeback.captures.len() as u64,
         }
     }
 }

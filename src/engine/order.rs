@@ -7,11 +7,13 @@
 
 use super::Shard;
 use super::message::Message;
+use super::requests::Waiting;
 use crate::base::{Deal, Lsn, ShardId};
 use crate::engine::commit::GlobalOrder;
+use std::collections::BinaryHeap;
 
 /// What is waited for, here and elsewhere.
-pub(super) struct Waits {
+pub(super) struct WatermarkWaiters {
     /// The highest LSN for whose durability somebody here waits.
     pub wanted: Lsn,
     /// What each shard has been told of it.
@@ -22,48 +24,59 @@ pub(super) struct Waits {
     seen: Lsn,
     /// No dirty page can be written before something happens here, or the watermark reaches this.
     pub dirty_stuck: Option<Lsn>,
+    /// Replies that wait for the watermark.
+    pub replies: BinaryHeap<Waiting>,
+    pub replies_seq: u64,
 }
 
-impl Waits {
+impl WatermarkWaiters {
     pub fn new(order: &GlobalOrder, deal: Deal) -> Self {
         let nudged = vec![Lsn::ZERO; usize::from(deal.shards_count())];
-        Waits { wanted: Lsn::ZERO, nudged, nudged_upto: Lsn::ZERO, seen: order.watermark(), dirty_stuck: None }
+        WatermarkWaiters {
+            wanted: Lsn::ZERO,
+            nudged,
+            nudged_upto: Lsn::ZERO,
+            seen: order.watermark(),
+            dirty_stuck: None,
+            replies: BinaryHeap::new(),
+            replies_seq: 0,
+        }
     }
 }
 
 impl Shard {
     /// The watermark may have advanced, by this shard or another.
     pub(super) fn note_watermark(&mut self) {
-        let watermark = self.order.watermark();
-        if watermark > self.waits.seen {
-            self.waits.seen = watermark;
-            self.waits.dirty_stuck = None;
+        let watermark = self.ctx.order.watermark();
+        if watermark > self.watermark.seen {
+            self.watermark.seen = watermark;
+            self.watermark.dirty_stuck = None;
             self.acknowledge();
             self.settle_durable();
-            self.again = true;
+            self.ctx.again = true;
         }
     }
 
     /// Publishes what this shard still holds back.
     pub(super) fn publish_bound(&mut self) {
-        let parts = self.cross_undurable.first().filter(|_| !planted!(PartsHoldNothingBack));
+        let parts = self.coordinator.undurable.first().filter(|_| !planted!(PartsHoldNothingBack));
         let mut bound = self.log.bound().min(parts.copied().unwrap_or(Lsn::MAX));
         if bound == Lsn::MAX && planted!(IdleHoldsBack) {
-            bound = self.order.next();
+            bound = self.ctx.order.next();
         }
-        self.order.publish(self.id, bound);
-        self.order.refresh();
+        self.ctx.order.publish(self.ctx.id, bound);
+        self.ctx.order.refresh();
         self.note_watermark();
     }
 
     /// Shards that hold back what somebody here waits for are told: their window must not delay it.
     pub(super) fn nudge_others(&mut self) {
-        let wanted = self.waits.wanted;
-        if wanted <= self.order.watermark() || self.failed.is_some() {
+        let wanted = self.watermark.wanted;
+        if wanted <= self.ctx.order.watermark() || self.ctx.failed.is_some() {
             return;
         }
-        for shard in self.deal.shards() {
-            if shard != self.id && self.order.bound(shard) <= wanted {
+        for shard in self.ctx.deal.shards() {
+            if shard != self.ctx.id && self.ctx.order.bound(shard) <= wanted {
                 self.nudge(shard, wanted);
             }
         }
@@ -71,21 +84,21 @@ impl Shard {
     }
 
     fn nudge(&mut self, shard: ShardId, upto: Lsn) {
-        if self.waits.nudged[shard.index()] < upto {
-            self.waits.nudged[shard.index()] = upto;
-            self.send(shard, Message::Nudge(upto));
+        if self.watermark.nudged[shard.index()] < upto {
+            self.watermark.nudged[shard.index()] = upto;
+            self.ctx.send(shard, Message::Nudge(upto));
         }
     }
 
     /// Parts elsewhere of commits that this shard owns hold it back, too.
     fn pass_nudge_on(&mut self, upto: Lsn) {
-        if self.cross_undurable.first().is_some_and(|lsn| *lsn <= upto) {
-            self.deal.others(self.id).for_each(|shard| self.nudge(shard, upto));
+        if self.coordinator.undurable.first().is_some_and(|lsn| *lsn <= upto) {
+            self.ctx.deal.others(self.ctx.id).for_each(|shard| self.nudge(shard, upto));
         }
     }
 
     pub(super) fn nudged(&mut self, upto: Lsn) {
-        self.waits.nudged_upto = self.waits.nudged_upto.max(upto);
+        self.watermark.nudged_upto = self.watermark.nudged_upto.max(upto);
         let holds_back = self.log.open.first_lsn().is_some_and(|lsn| lsn <= upto) || !self.log.open.parts.is_empty();
         self.log.open.urgent |= holds_back;
         self.pass_nudge_on(upto);
@@ -93,6 +106,6 @@ impl Shard {
 
     /// The memory that its operations read into and write from.
     pub(crate) fn mapping(&self) -> crate::memory::Mapping {
-        self.arena.mapping()
+        self.ctx.arena.mapping()
     }
 }

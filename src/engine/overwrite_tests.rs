@@ -256,7 +256,7 @@ fn a_damaged_page_is_passed_over_once() {
     let shard = &mut volume.all.shards[0];
     let victim = (0..4096)
         .map(|page| PageKey::new(VolumeId::new(1), PageId::new(page)))
-        .find(|key| shard.table.find(*key).is_none())
+        .find(|key| shard.cache.table.find(*key).is_none())
         .expect("not all pages are in memory");
     let Lookup::Found(Some(entry)) = shard.map.lookup(victim) else { panic!("its leaf is not in memory") };
     let at = entry.place().offset(options.geometry.extent_bytes) / BLOCK as u64;
@@ -285,7 +285,7 @@ fn a_page_that_cannot_be_read_costs_no_other() {
     let options = scaled(64, 128 << 20);
     let mut volume = Volume::filled(&options, 1, 4096);
     let keys = |volume: &Volume| {
-        let is_absent = |key: &PageKey| volume.all.shards[0].table.find(*key).is_none();
+        let is_absent = |key: &PageKey| volume.all.shards[0].cache.table.find(*key).is_none();
         let keys = (0..4096).map(|page| PageKey::new(VolumeId::new(1), PageId::new(page)));
         keys.filter(is_absent).take(32).collect::<Vec<_>>()
     };

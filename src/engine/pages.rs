@@ -274,37 +274,37 @@ impl Shard {
     /// Registers that pending request `waiter` needs page `idx` (resolved; with its data if `data`). Returns true
     /// if it has it already; else the waiter is told later.
     pub(super) fn want(&mut self, idx: usize, data: bool, waiter: usize) -> bool {
-        if self.table.pages[idx].has(data) {
+        if self.cache.table.pages[idx].has(data) {
             return true;
         }
-        self.table.pages[idx].waiters.push((waiter, data));
+        self.cache.table.pages[idx].waiters.push((waiter, data));
         self.advance_page(idx);
         false
     }
 
     /// Takes the next step for a page that somebody waits for.
     pub(super) fn advance_page(&mut self, idx: usize) {
-        let page = &self.table.pages[idx];
+        let page = &self.cache.table.pages[idx];
         if !page.resolved && !page.resolving {
             match self.map.lookup(page.key) {
                 Lookup::Found(entry) => self.resolve(idx, entry),
                 Lookup::Load(key, child) => {
-                    self.table.pages[idx].resolving = true;
+                    self.cache.table.pages[idx].resolving = true;
                     self.want_node(key, child, NodeWaiter::Page(idx));
                 }
             }
         }
-        let page = &mut self.table.pages[idx];
+        let page = &mut self.cache.table.pages[idx];
         let wants_data = page.waiters.iter().any(|(_, data)| *data);
         if page.resolved && !page.absent && page.frame.is_none() && !page.loading && wants_data {
             page.loading = true;
-            self.wanted.pages.push(idx);
+            self.cache.wanted.pages.push(idx);
         }
         self.wake_waiters(idx);
     }
 
     fn resolve(&mut self, idx: usize, entry: Option<Entry>) {
-        let page = &mut self.table.pages[idx];
+        let page = &mut self.cache.table.pages[idx];
         page.resolved = true;
         page.absent = entry.is_none();
         page.lsn = entry.map_or(Lsn::ZERO, |e| e.lsn());
@@ -315,7 +315,7 @@ impl Shard {
 
     /// Tells those whose need is met.
     pub(super) fn wake_waiters(&mut self, idx: usize) {
-        let page = &mut self.table.pages[idx];
+        let page = &mut self.cache.table.pages[idx];
         if page.waiters.is_empty() {
             return;
         }
@@ -334,7 +334,7 @@ impl Shard {
     }
 
     pub(super) fn fail_waiters(&mut self, idx: usize, error: &Error) {
-        for (waiter, _) in std::mem::take(&mut self.table.pages[idx].waiters) {
+        for (waiter, _) in std::mem::take(&mut self.cache.table.pages[idx].waiters) {
             self.need_met(waiter, Some(error.clone()));
         }
     }

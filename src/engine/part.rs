@@ -72,12 +72,25 @@ impl Reserved {
 /// The parts that this shard has, by commit: their places in the table of requests.
 pub(super) type Parts = HashMap<PartRef, usize, foldhash::fast::FixedState>;
 
+/// Parts of commits over shards, voted for and not decided yet.
+pub(super) struct Participant {
+    pub parts: Parts,
+    /// What they have reserved.
+    pub reserved: Reserved,
+}
+
+impl Participant {
+    pub fn new(hasher: foldhash::fast::FixedState) -> Self {
+        Participant { parts: HashMap::with_hasher(hasher), reserved: Reserved::default() }
+    }
+}
+
 impl Shard {
     /// The owner asks for a vote.
     pub(super) fn prepare(&mut self, owner: ShardId, txn: u64, ask: Ask) {
         let of = PartRef { owner, txn };
-        if let Some(error) = self.failed.clone() {
-            self.send(owner, Message::Vote(txn, Vote::No(error)));
+        if let Some(error) = self.ctx.failed.clone() {
+            self.ctx.send(owner, Message::Vote(txn, Vote::No(error)));
             return;
         }
         let age = precedence::age(of, ask.since);
@@ -85,7 +98,7 @@ impl Shard {
         if behind || !self.holds_little_for_parts() {
             // To wait here could be to wait for a hold that this very commit has elsewhere.
             self.note_vote(age, &Vote::NotNow, !behind);
-            self.send(owner, Message::Vote(txn, Vote::NotNow));
+            self.ctx.send(owner, Message::Vote(txn, Vote::NotNow));
             return;
         }
         let Ask { reads, changes, owner_logs, since } = ask;
@@ -97,30 +110,30 @@ impl Shard {
 
     /// Votes on the parts whose pages are there.
     pub(super) fn run_parts(&mut self) {
-        while let Some(waiter) = self.ready_parts.pop_front() {
+        while let Some(waiter) = self.requests.ready_parts.pop_front() {
             let Some(vote) = self.judge_part(waiter) else { continue };
-            let PendingKind::Part(part) = &self.pending[waiter].kind else { unreachable!("only parts") };
+            let PendingKind::Part(part) = &self.requests.pending[waiter].kind else { unreachable!("only parts") };
             let of = part.of;
             self.note_vote(self.age_of(waiter), &vote, false);
             match vote {
                 Vote::Yes(_) => {
                     self.hold_pages(waiter);
-                    self.parts.insert(of, waiter);
+                    self.participant.parts.insert(of, waiter);
                 }
-                Vote::Held => self.stats.holds_met += 1,
+                Vote::Held => self.ctx.stats.holds_met += 1,
                 Vote::NotNow | Vote::No(_) => {}
             }
             if !matches!(vote, Vote::Yes(_)) {
                 self.release(waiter);
             }
-            self.send(of.owner, Message::Vote(of.txn, vote));
+            self.ctx.send(of.owner, Message::Vote(of.txn, vote));
         }
     }
 
     /// The vote; `None` if a map node must be read first.
     fn judge_part(&mut self, waiter: usize) -> Option<Vote> {
-        let pending = &self.pending[waiter];
-        if let Some(error) = pending.error.clone().or_else(|| self.failed.clone()) {
+        let pending = &self.requests.pending[waiter];
+        if let Some(error) = pending.error.clone().or_else(|| self.ctx.failed.clone()) {
             return Some(Vote::No(error));
         }
         if let Err(error) = self.validate(waiter)
@@ -147,8 +160,8 @@ impl Shard {
             Admission::No(error) => return Some(Vote::No(error)),
         }
         let reserved = self.reservation(&need);
-        self.reserved = self.reserved.plus(reserved);
-        if let PendingKind::Part(part) = &mut self.pending[waiter].kind {
+        self.participant.reserved = self.participant.reserved.plus(reserved);
+        if let PendingKind::Part(part) = &mut self.requests.pending[waiter].kind {
             part.reserved = Some(reserved);
         }
         Some(Vote::Yes(read))
@@ -158,31 +171,31 @@ impl Shard {
     pub(super) fn decided(&mut self, owner: ShardId, txn: u64, decision: Decision) {
         let of = PartRef { owner, txn };
         // After a failure all parts are gone.
-        let Some(waiter) = self.parts.remove(&of) else { return };
+        let Some(waiter) = self.participant.parts.remove(&of) else { return };
         match decision {
             Decision::LetGo => self.end_part(waiter),
             Decision::Commit { lsn, urgent } => {
-                let is_reader = match &self.pending[waiter].kind {
+                let is_reader = match &self.requests.pending[waiter].kind {
                     PendingKind::Part(part) => part.commit.changes.is_empty(),
                     _ => unreachable!("only parts"),
                 };
                 if !is_reader {
                     self.apply_part(waiter, of, lsn, Role::Part(1 << owner.get()), urgent);
-                    self.send(owner, Message::Applied(txn));
+                    self.ctx.send(owner, Message::Applied(txn));
                     if planted!(PartDurableEarly) {
-                        self.send(owner, Message::Durable(txn));
+                        self.ctx.send(owner, Message::Durable(txn));
                     }
                 }
                 self.end_part(waiter);
             }
         }
-        self.again = true;
+        self.ctx.again = true;
     }
 
     /// Applies the owner's own part, and logs the record that names the others, in the group whose run holds the LSN.
     pub(super) fn apply_own_part(&mut self, txn: u64, lsn: Lsn, others: u64, urgent: bool) {
-        let of = PartRef { owner: self.id, txn };
-        let waiter = self.parts.remove(&of).expect("the owner has voted for its own part");
+        let of = PartRef { owner: self.ctx.id, txn };
+        let waiter = self.participant.parts.remove(&of).expect("the owner has voted for its own part");
         self.apply_part(waiter, of, lsn, Role::Owner(others), urgent);
         self.end_part(waiter);
     }
@@ -193,14 +206,14 @@ impl Shard {
         self.apply(waiter, lsn, role);
         self.log.open.end_era();
         self.log.open.parts.push(of);
-        self.log.open.urgent |= urgent || lsn <= self.waits.nudged_upto;
+        self.log.open.urgent |= urgent || lsn <= self.watermark.nudged_upto;
     }
 
     fn unreserve(&mut self, waiter: usize) {
-        if let PendingKind::Part(part) = &mut self.pending[waiter].kind
+        if let PendingKind::Part(part) = &mut self.requests.pending[waiter].kind
             && let Some(reserved) = part.reserved.take()
         {
-            self.reserved = self.reserved.minus(reserved);
+            self.participant.reserved = self.participant.reserved.minus(reserved);
         }
     }
 
@@ -212,7 +225,7 @@ impl Shard {
 
     /// The store has stopped: nothing that was voted for will be decided here.
     pub(super) fn drop_parts(&mut self) {
-        let mut all: Vec<(PartRef, usize)> = self.parts.drain().collect();
+        let mut all: Vec<(PartRef, usize)> = self.participant.parts.drain().collect();
         all.sort();
         for (_, waiter) in all {
             self.end_part(waiter);
@@ -222,9 +235,9 @@ impl Shard {
     /// Parts of this shard's groups are durable.
     pub(super) fn parts_durable(&mut self, parts: Vec<PartRef>) {
         for of in parts {
-            match of.owner == self.id {
+            match of.owner == self.ctx.id {
                 true => self.part_durable(of.txn),
-                false => self.send(of.owner, Message::Durable(of.txn)),
+                false => self.ctx.send(of.owner, Message::Durable(of.txn)),
             }
         }
     }

@@ -50,7 +50,7 @@ impl Shard {
     }
 
     fn front(&self) -> Option<&InFront> {
-        self.blocked.in_front.as_ref().filter(|front| self.now < front.until && !planted!(VotesNeverFirst))
+        self.ctx.blocked.in_front.as_ref().filter(|front| self.ctx.now < front.until && !planted!(VotesNeverFirst))
     }
 
     /// Whether commits of this shard wait for a part in front.
@@ -68,15 +68,15 @@ impl Shard {
     pub(super) fn note_vote(&mut self, age: Age, vote: &Vote, for_holds: bool) {
         match vote {
             Vote::NotNow | Vote::Held => {
-                let old_enough = self.now >= age.0 + PATIENCE_US;
+                let old_enough = self.ctx.now >= age.0 + PATIENCE_US;
                 if old_enough && self.front().is_none_or(|front| age <= front.age) {
-                    self.blocked.in_front = Some(InFront { age, until: self.now + IN_FRONT_US, for_holds });
+                    self.ctx.blocked.in_front = Some(InFront { age, until: self.ctx.now + IN_FRONT_US, for_holds });
                 }
             }
             // Others may go on, in the next lap.
-            Vote::Yes(_) | Vote::No(_) if self.blocked.in_front.as_ref().is_some_and(|front| front.age == age) => {
-                self.blocked.in_front = None;
-                self.again = true;
+            Vote::Yes(_) | Vote::No(_) if self.ctx.blocked.in_front.as_ref().is_some_and(|front| front.age == age) => {
+                self.ctx.blocked.in_front = None;
+                self.ctx.again = true;
             }
             Vote::Yes(_) | Vote::No(_) => {}
         }
@@ -84,13 +84,13 @@ impl Shard {
 
     /// Until when commits or callers wait for the part in front at the latest.
     pub(super) fn front_ends(&self) -> Option<Micros> {
-        let waits = self.blocked.is_blocked(Step::Commit, Lack::Turn);
+        let waits = self.ctx.blocked.is_blocked(Step::Commit, Lack::Turn);
         self.front().filter(|front| waits || front.for_holds).map(|front| front.until)
     }
 
     /// The age of the part of a request.
     pub(super) fn age_of(&self, waiter: usize) -> Age {
-        match &self.pending[waiter].kind {
+        match &self.requests.pending[waiter].kind {
             PendingKind::Part(part) => age(part.of, part.since),
             _ => unreachable!("only parts"),
         }

@@ -74,48 +74,50 @@ impl Shard {
     /// Asks for a node to be read, or joins those who wait for it. Whoever goes on from the node above keeps its turn.
     pub(super) fn want_node(&mut self, key: NodeKey, child: Child, waiter: NodeWaiter) {
         let asked = match waiter {
-            NodeWaiter::Page(idx) => &mut self.table.pages[idx].asked,
-            NodeWaiter::Request(waiter) => &mut self.pending[waiter].asked,
-            NodeWaiter::Move(no) => self.moves_asked.age(no),
+            NodeWaiter::Page(idx) => &mut self.cache.table.pages[idx].asked,
+            NodeWaiter::Request(waiter) => &mut self.requests.pending[waiter].asked,
+            NodeWaiter::Move(no) => self.compaction.asked.age(no),
         };
         if *asked == 0 {
-            self.wanted.asked_last += 1;
-            *asked = self.wanted.asked_last;
+            self.cache.wanted.asked_last += 1;
+            *asked = self.cache.wanted.asked_last;
         }
-        let asked = if planted!(NodesLastInFirstOut) { u64::MAX - self.wanted.asked_last } else { *asked };
-        let waiters = self.node_waiters.entry(key).or_default();
+        let asked = if planted!(NodesLastInFirstOut) { u64::MAX - self.cache.wanted.asked_last } else { *asked };
+        let waiters = self.cache.node_waiters.entry(key).or_default();
         waiters.list.push(waiter);
         let wanted = match waiters.list.len() {
             1 => Some(NodeWanted { key, child, parent: None }),
             // It is as old as the oldest of those who wait for it: whoever is between them would else go first, and take its path.
-            _ if asked < waiters.asked && !planted!(NodesLastInFirstOut) => self.wanted.nodes.remove(&waiters.asked),
+            _ if asked < waiters.asked && !planted!(NodesLastInFirstOut) => {
+                self.cache.wanted.nodes.remove(&waiters.asked)
+            }
             _ => None,
         };
         if let Some(wanted) = wanted {
             assert!(wanted.key == key, "{key:?} is wanted at {}, and not {:?}", waiters.asked, wanted.key);
             waiters.asked = asked;
-            let before = self.wanted.nodes.insert(asked, wanted);
+            let before = self.cache.wanted.nodes.insert(asked, wanted);
             assert!(before.is_none(), "whoever asks asks for one node at a time");
         }
     }
 
     /// Submits the reads that were asked for, nodes and pages in turns if there is no memory for all.
     pub(super) fn submit_reads(&mut self) {
-        if self.wanted.nodes.is_empty() && self.wanted.pages.is_empty() {
+        if self.cache.wanted.nodes.is_empty() && self.cache.wanted.pages.is_empty() {
             return;
         }
-        if self.wanted.pages_first {
+        if self.cache.wanted.pages_first {
             self.submit_page_reads();
             self.submit_node_reads();
         } else {
             self.submit_node_reads();
             self.submit_page_reads();
         }
-        self.wanted.pages_first = !self.wanted.pages_first && !self.wanted.pages.is_empty();
+        self.cache.wanted.pages_first = !self.cache.wanted.pages_first && !self.cache.wanted.pages.is_empty();
     }
 
     fn submit_node_reads(&mut self) {
-        while let Some((asked, wanted)) = self.wanted.nodes.pop_first() {
+        while let Some((asked, wanted)) = self.cache.wanted.nodes.pop_first() {
             let NodeWanted { key, child, .. } = wanted;
             // While it waited for memory the node above may have left it: whoever asked looks it up again.
             if !self.map.names(key, child) || self.map.resident(key).is_some() {
@@ -125,11 +127,11 @@ impl Shard {
             let parent = self.map.pin_parent(key);
             if !self.ensure_frames(1, Step::NodeRead) {
                 parent.into_iter().for_each(|parent| self.map.unpin(parent));
-                self.wanted.nodes.insert(asked, wanted);
+                self.cache.wanted.nodes.insert(asked, wanted);
                 return;
             }
-            let frame = self.arena.alloc(0).expect("a frame was ensured");
-            let offset = child.place().offset(self.limits.geometry.extent_bytes);
+            let frame = self.ctx.arena.alloc(0).expect("a frame was ensured");
+            let offset = child.place().offset(self.ctx.limits.geometry.extent_bytes);
             let into = std::iter::once(frame).collect();
             let wanted = NodeWanted { parent, ..wanted };
             self.submit(OpKind::NodeRead(wanted), DiskOp::Read { file: FileId::Data, offset, into });
@@ -139,16 +141,16 @@ impl Shard {
     /// Page reads, sorted and merged.
     fn submit_page_reads(&mut self) {
         let mut blocks = Vec::new();
-        let mut wanted = std::mem::take(&mut self.wanted.pages).into_iter();
+        let mut wanted = std::mem::take(&mut self.cache.wanted.pages).into_iter();
         for idx in wanted.by_ref() {
-            let page = &mut self.table.pages[idx];
+            let page = &mut self.cache.table.pages[idx];
             match page.entry {
                 Some(entry) if page.frame.is_none() && !page.absent && entry.lsn() == page.lsn => {
                     if !self.ensure_frames(1, Step::PageRead) {
-                        self.wanted.pages.push(idx);
+                        self.cache.wanted.pages.push(idx);
                         break;
                     }
-                    let frame = self.arena.alloc(0).expect("a frame was ensured");
+                    let frame = self.ctx.arena.alloc(0).expect("a frame was ensured");
                     blocks.push((entry.place(), (PageRead { page: idx, entry }, frame)));
                 }
                 _ => {
@@ -157,9 +159,9 @@ impl Shard {
                 }
             }
         }
-        self.wanted.pages.extend(wanted);
-        let runs = coalesce::plan(blocks, self.limits.vectored_pages_max);
-        let runs = coalesce::bridge(runs, READ_GAP_MAX, self.limits.vectored_pages_max);
+        self.cache.wanted.pages.extend(wanted);
+        let runs = coalesce::plan(blocks, self.ctx.limits.vectored_pages_max);
+        let runs = coalesce::bridge(runs, READ_GAP_MAX, self.ctx.limits.vectored_pages_max);
         for run in runs {
             self.submit_read(run);
         }
@@ -168,7 +170,7 @@ impl Shard {
     /// One operation for a run of pages, or, without memory for what lies between them, one for each.
     fn submit_read(&mut self, run: coalesce::Run<Option<(PageRead, Frame)>>) {
         let gaps = run.items.iter().filter(|item| item.is_none()).count() as u32;
-        let bridges = gaps == 0 || self.find_frames(gaps + self.reserved.frames + self.checkpoint_frames());
+        let bridges = gaps == 0 || self.find_frames(gaps + self.participant.reserved.frames + self.checkpoint_frames());
         let (mut reads, mut into, mut first) = (Vec::new(), SmallVec::new(), run.place);
         for (block, item) in (run.place.block..).zip(run.items) {
             match item {
@@ -178,7 +180,7 @@ impl Shard {
                 }
                 None if bridges => {
                     reads.push(None);
-                    into.push(self.arena.alloc(0).expect("frames were ensured"));
+                    into.push(self.ctx.arena.alloc(0).expect("frames were ensured"));
                 }
                 None => {
                     self.submit_page_read(first, std::mem::take(&mut reads), std::mem::take(&mut into));
@@ -191,15 +193,15 @@ impl Shard {
 
     fn submit_page_read(&mut self, first: Place, reads: Vec<Option<PageRead>>, into: SmallVec<[Frame; 4]>) {
         if !reads.is_empty() {
-            let offset = first.offset(self.limits.geometry.extent_bytes);
+            let offset = first.offset(self.ctx.limits.geometry.extent_bytes);
             self.submit(OpKind::PageRead(reads), DiskOp::Read { file: FileId::Data, offset, into });
         }
     }
 
     /// Ends the first of the page reads that wait for memory, and what else its readers wait for.
     pub(super) fn refuse_page_read(&mut self, error: &Error) {
-        if !self.wanted.pages.is_empty() {
-            let idx = self.wanted.pages.remove(0);
+        if !self.cache.wanted.pages.is_empty() {
+            let idx = self.cache.wanted.pages.remove(0);
             self.give_page_up(idx, error);
         }
         self.give_up_what_nobody_needs(error);
@@ -207,14 +209,14 @@ impl Shard {
 
     /// Ends the first of the node reads that wait for memory, and what else those who wait for it wait for.
     pub(super) fn refuse_node_read(&mut self, error: &Error) {
-        if let Some((_, wanted)) = self.wanted.nodes.pop_first() {
+        if let Some((_, wanted)) = self.cache.wanted.nodes.pop_first() {
             self.node_arrived(wanted, Err(error.clone()));
         }
         self.give_up_what_nobody_needs(error);
     }
 
     fn give_page_up(&mut self, idx: usize, error: &Error) {
-        self.table.pages[idx].loading = false;
+        self.cache.table.pages[idx].loading = false;
         self.fail_waiters(idx, error);
         self.reference_ended(idx);
     }
@@ -222,30 +224,30 @@ impl Shard {
     /// Ends the reads for which only requests wait that have failed. A read of many pages would else be refused for each of them in
     /// turn, and keep the pages that it has from others until the last one.
     fn give_up_what_nobody_needs(&mut self, error: &Error) {
-        let wanted = self.wanted.nodes.iter();
+        let wanted = self.cache.wanted.nodes.iter();
         let nodes: Vec<u64> = wanted.filter(|(_, node)| !self.is_node_needed(node.key)).map(|(at, _)| *at).collect();
         for at in nodes {
-            let wanted = self.wanted.nodes.remove(&at).expect("just seen");
+            let wanted = self.cache.wanted.nodes.remove(&at).expect("just seen");
             self.node_arrived(wanted, Err(error.clone()));
         }
-        let pages = std::mem::take(&mut self.wanted.pages);
+        let pages = std::mem::take(&mut self.cache.wanted.pages);
         let (needed, unneeded) = pages.into_iter().partition(|idx| self.is_page_needed(*idx));
-        self.wanted.pages = needed;
+        self.cache.wanted.pages = needed;
         let unneeded: Vec<usize> = unneeded;
         unneeded.into_iter().for_each(|idx| self.give_page_up(idx, error));
     }
 
     fn is_node_needed(&self, key: NodeKey) -> bool {
-        let waiters = self.node_waiters.get(&key).map_or(&[][..], |waiters| &waiters.list);
+        let waiters = self.cache.node_waiters.get(&key).map_or(&[][..], |waiters| &waiters.list);
         waiters.iter().any(|waiter| match *waiter {
             NodeWaiter::Page(idx) => self.is_page_needed(idx),
-            NodeWaiter::Request(waiter) => self.pending[waiter].error.is_none(),
+            NodeWaiter::Request(waiter) => self.requests.pending[waiter].error.is_none(),
             NodeWaiter::Move(_) => true,
         })
     }
 
     fn is_page_needed(&self, idx: usize) -> bool {
-        self.table.pages[idx].waiters().any(|waiter| self.pending[waiter].error.is_none())
+        self.cache.table.pages[idx].waiters().any(|waiter| self.requests.pending[waiter].error.is_none())
     }
 
     /// Pages arrive from the device.
@@ -256,7 +258,7 @@ impl Shard {
         }
         for (read, frame) in reads.into_iter().zip(into) {
             let Some(read) = read else { continue };
-            let page = &mut self.table.pages[read.page];
+            let page = &mut self.cache.table.pages[read.page];
             page.loading = false;
             if page.frame.is_some() || page.absent || page.entry != Some(read.entry) {
                 // Changed or moved since: these bytes are not its content any more.
@@ -271,7 +273,7 @@ impl Shard {
             };
             match result {
                 Ok(()) => {
-                    self.table.set_frame(read.page, Some(frame));
+                    self.cache.table.set_frame(read.page, Some(frame));
                     self.wake_waiters(read.page);
                 }
                 Err(error) => self.fail_waiters(read.page, &error),
@@ -290,8 +292,8 @@ impl Shard {
     }
 
     fn check_page(&mut self, idx: usize, entry: &Entry, bytes: &[u8]) -> Result<(), Error> {
-        self.stats.checksums += 1;
-        let key = self.table.pages[idx].key;
+        self.ctx.stats.checksums += 1;
+        let key = self.cache.table.pages[idx].key;
         if entry.len.get() as usize != bytes.len() || entry.class != 0 || entry.codec != 0 || entry.key_id.get() != 0 {
             return Err(Error::corrupt(format_args!(
                 "page {key:?}: the page map describes it in a way that this version does not write; run `corepage verify`"
@@ -308,7 +310,7 @@ impl Shard {
         let NodeWanted { key, child, .. } = wanted;
         let DiskOp::Read { mut into, .. } = completion.op else { unreachable!("a read completes as a read") };
         let frame = into.pop().expect("a node is one frame");
-        self.stats.checksums += 1;
+        self.ctx.stats.checksums += 1;
         let result = match completion.result {
             Ok(()) if crate::base::checksum::crc32c(&frame) == child.crc.get() => Ok(()),
             Ok(()) if planted!(NodeSumIgnored) => Ok(()),
@@ -320,7 +322,7 @@ impl Shard {
             Err(_) => self.map.names(key, child),
         };
         if !is_current {
-            self.stats.nodes_overtaken += 1;
+            self.ctx.stats.nodes_overtaken += 1;
         }
         // Of a node that is not part of the tree any more, not even damage matters.
         self.node_arrived(wanted, if is_current { result } else { Ok(()) });
@@ -330,10 +332,10 @@ impl Shard {
     fn node_arrived(&mut self, wanted: NodeWanted, result: Result<(), Error>) {
         let key = wanted.key;
         wanted.parent.into_iter().for_each(|parent| self.map.unpin(parent));
-        for waiter in self.node_waiters.remove(&key).unwrap_or_default().list {
+        for waiter in self.cache.node_waiters.remove(&key).unwrap_or_default().list {
             match waiter {
                 NodeWaiter::Page(idx) => {
-                    self.table.pages[idx].resolving = false;
+                    self.cache.table.pages[idx].resolving = false;
                     match &result {
                         Ok(()) => self.advance_page(idx),
                         Err(error) => self.fail_waiters(idx, error),

@@ -78,6 +78,15 @@ impl RedoKind {
     }
 }
 
+/// The redo of the log after a crash.
+pub(super) struct Redo {
+    /// Until the log is redone.
+    pub recovering: Option<Recovering>,
+    pub redone: bool,
+    /// The commit up to which the store was recovered.
+    pub cut: Lsn,
+}
+
 /// What is to be redone, and how far that has come.
 pub(crate) struct Recovering {
     /// The roots reflect everything up to here.
@@ -110,10 +119,10 @@ type Redone = Vec<RedoChange>;
 impl Shard {
     /// Takes the next step, if nothing is under way for the last.
     pub(super) fn advance_redo(&mut self) {
-        if self.redone || self.failed.is_some() || !self.pending.is_empty() {
+        if self.redo.redone || self.ctx.failed.is_some() || !self.requests.pending.is_empty() {
             return;
         }
-        let Some(recovering) = &mut self.recovering else { return self.all_redone() };
+        let Some(recovering) = &mut self.redo.recovering else { return self.all_redone() };
         if !recovering.commits.is_empty() {
             self.redo_batch();
         } else if recovering.load.is_some() {
@@ -128,15 +137,15 @@ impl Shard {
     }
 
     fn all_redone(&mut self) {
-        self.redone = true;
-        self.send(ShardId::LEADER, Message::Redone);
+        self.redo.redone = true;
+        self.ctx.send(ShardId::LEADER, Message::Redone);
     }
 
     /// Reads what is not asked for yet, as memory allows.
     fn load_group(&mut self) {
-        let memory = self.limits.memory_blocks as usize;
-        let blocks_max = self.limits.vectored_pages_max.min(memory / LOAD_MEMORY_SHARE);
-        while let Some(load) = self.recovering.as_mut().and_then(|r| r.load.as_mut()) {
+        let memory = self.ctx.limits.memory_blocks as usize;
+        let blocks_max = self.ctx.limits.vectored_pages_max.min(memory / LOAD_MEMORY_SHARE);
+        while let Some(load) = self.redo.recovering.as_mut().and_then(|r| r.load.as_mut()) {
             let blocks = (load.head.blocks as usize - load.asked).min(blocks_max);
             if blocks == 0 || load.under_way >= LOADS_MAX {
                 return;
@@ -146,23 +155,23 @@ impl Shard {
             if !self.ensure_frames(blocks as u32, Step::RedoRead) {
                 return;
             }
-            if let Some(load) = self.recovering.as_mut().and_then(|r| r.load.as_mut()) {
+            if let Some(load) = self.redo.recovering.as_mut().and_then(|r| r.load.as_mut()) {
                 load.asked += blocks;
                 load.under_way += 1;
             }
-            let into = (0..blocks).map(|_| self.arena.alloc(0).expect("frames were ensured")).collect();
+            let into = (0..blocks).map(|_| self.ctx.arena.alloc(0).expect("frames were ensured")).collect();
             self.submit(OpKind::RedoRead(at), DiskOp::Read { file, offset: ((first + at) * BLOCK) as u64, into });
         }
     }
 
     /// Blocks of a group arrive, from block `at` of it on.
     pub(super) fn redo_read(&mut self, at: usize, completion: Completion) {
-        self.again = true;
+        self.ctx.again = true;
         let DiskOp::Read { into, .. } = completion.op else { unreachable!("a read completes as a read") };
         if let Err(error) = completion.result {
             return self.fail(error);
         }
-        let Some(load) = self.recovering.as_mut().and_then(|r| r.load.as_mut()) else { return };
+        let Some(load) = self.redo.recovering.as_mut().and_then(|r| r.load.as_mut()) else { return };
         for (block, frame) in load.bytes[at * BLOCK..].chunks_mut(BLOCK).zip(&into) {
             block.copy_from_slice(frame);
         }
@@ -173,9 +182,9 @@ impl Shard {
     }
 
     fn group_loaded(&mut self) {
-        let Some(recovering) = &mut self.recovering else { return };
+        let Some(recovering) = &mut self.redo.recovering else { return };
         let Some(Load { head, bytes, .. }) = recovering.load.take() else { return };
-        let (redo, cut, deal, id) = (recovering.redo, recovering.cut, self.deal, self.id);
+        let (redo, cut, deal, id) = (recovering.redo, recovering.cut, self.ctx.deal, self.ctx.id);
         let commits = decode(
             &head,
             &Bytes::from(bytes),
@@ -194,8 +203,8 @@ impl Shard {
 
     /// Begins to redo as many changes as fit into memory; of a large commit only a part.
     fn redo_batch(&mut self) {
-        let most = (self.limits.memory_blocks / 32).clamp(4, 1024) as usize;
-        let Some(recovering) = &mut self.recovering else { return };
+        let most = (self.ctx.limits.memory_blocks / 32).clamp(4, 1024) as usize;
+        let Some(recovering) = &mut self.redo.recovering else { return };
         let mut changes: Vec<RedoChange> = Vec::new();
         while let Some(next) = recovering.commits.front_mut()
             && changes.len() < most
@@ -207,7 +216,7 @@ impl Shard {
                 recovering.commits.pop_front();
             }
         }
-        let pages = changes.iter().map(|c| self.table.entry(c.key)).collect();
+        let pages = changes.iter().map(|c| self.cache.table.entry(c.key)).collect();
         let data: Vec<bool> = changes.iter().map(|c| c.kind.needs_data()).collect();
         changes.reverse();
         self.begin(None, PendingKind::Redo(changes), pages, |i| data[i]);
@@ -215,33 +224,33 @@ impl Shard {
 
     /// Goes on with the batch at the front of the queue. False: it has to wait there.
     pub(super) fn run_redo(&mut self, waiter: usize) -> bool {
-        if let Some(error) = self.pending[waiter].error.take().or_else(|| self.failed.clone()) {
-            self.ready.pop_front();
+        if let Some(error) = self.requests.pending[waiter].error.take().or_else(|| self.ctx.failed.clone()) {
+            self.requests.ready.pop_front();
             self.release(waiter);
             self.fail(error);
             return true;
         }
-        let PendingKind::Redo(changes) = &self.pending[waiter].kind else { unreachable!("only redo") };
+        let PendingKind::Redo(changes) = &self.requests.pending[waiter].kind else { unreachable!("only redo") };
         let frames = changes.len() as u32;
         if !self.admit_redo(waiter, frames) {
-            return self.ready.front() != Some(&waiter);
+            return self.requests.ready.front() != Some(&waiter);
         }
         loop {
-            let PendingKind::Redo(changes) = &mut self.pending[waiter].kind else { unreachable!("only redo") };
+            let PendingKind::Redo(changes) = &mut self.requests.pending[waiter].kind else { unreachable!("only redo") };
             let Some(change) = changes.pop() else { break };
-            let idx = self.table.entry(change.key);
-            let page = &self.table.pages[idx];
+            let idx = self.cache.table.entry(change.key);
+            let page = &self.cache.table.pages[idx];
             let needs_data = change.kind.needs_data() && page.lsn < change.lsn;
             let is_placed = matches!(change.kind, RedoKind::Placed(_)) && page.lsn < change.lsn;
             if is_placed && page.leaf.is_some_and(|leaf| self.map.is_being_written(leaf)) {
                 // A checkpoint writes the leaf: its completion brings a turn.
                 changes.push(change);
-                self.blocked.register(Step::Redo, Lack::WriteBack);
+                self.ctx.blocked.register(Step::Redo, Lack::WriteBack);
                 return false;
             }
             if needs_data && !page.absent && page.frame.is_none() {
                 changes.push(change);
-                self.ready.pop_front();
+                self.requests.ready.pop_front();
                 self.need_more(waiter);
                 if self.want(idx, true, waiter) {
                     self.need_met(waiter, None);
@@ -250,14 +259,14 @@ impl Shard {
             }
             self.redo_change(idx, change);
         }
-        self.ready.pop_front();
+        self.requests.ready.pop_front();
         self.release(waiter);
-        self.again = true;
+        self.ctx.again = true;
         true
     }
 
     fn redo_change(&mut self, idx: usize, change: RedoChange) {
-        let page = &mut self.table.pages[idx];
+        let page = &mut self.cache.table.pages[idx];
         if page.lsn >= change.lsn {
             return;
         }
@@ -266,7 +275,7 @@ impl Shard {
             RedoKind::Patches { over_zeros, patches } => {
                 if over_zeros {
                     self.set_absent(idx, true);
-                    self.table.set_frame(idx, None);
+                    self.cache.table.set_frame(idx, None);
                 }
                 for (offset, bytes) in patches {
                     self.set_content(idx, offset as usize, &bytes);
@@ -275,7 +284,7 @@ impl Shard {
             RedoKind::Free if page.absent || planted!(FreeNotRedone) => return,
             RedoKind::Free => {
                 self.set_absent(idx, true);
-                self.table.set_frame(idx, None);
+                self.cache.table.set_frame(idx, None);
             }
             RedoKind::Placed(entry) => return self.redo_placed(idx, change.lsn, entry),
         }
@@ -283,24 +292,24 @@ impl Shard {
     }
 
     fn redo_placed(&mut self, idx: usize, lsn: Lsn, entry: Entry) {
-        self.table.set_frame(idx, None);
+        self.cache.table.set_frame(idx, None);
         self.set_absent(idx, false);
-        let page = &mut self.table.pages[idx];
+        let page = &mut self.cache.table.pages[idx];
         let (key, place) = (page.key, entry.place());
         page.lsn = lsn;
         page.mapped_lsn = lsn;
         page.entry = Some(entry);
         if page.dirty_from.take().is_some() {
-            self.reserved_blocks -= 1;
+            self.writeback.reserved_blocks -= 1;
         }
         let leaf = page.leaf.expect("admission pinned the leaf");
         let (vshard, _) = self.map.position(key);
-        self.extents.adopt(vshard, place, ItemKind::Page(key, lsn));
+        self.space.extents.adopt(vshard, place, ItemKind::Page(key, lsn));
         if let Some(old) = self.map.set(leaf, key, Some(entry)) {
-            self.extents.leave_page(vshard, old.place());
+            self.space.extents.leave_page(vshard, old.place());
         }
         // A checkpoint in the middle of the redo may wait for an older version, which goes nowhere now.
-        if self.table.pages[idx].checkpoint_target == Lsn::ZERO || !planted!(RedoneUnsettled) {
+        if self.cache.table.pages[idx].checkpoint_target == Lsn::ZERO || !planted!(RedoneUnsettled) {
             self.page_settled(idx);
         }
         self.wake_waiters(idx);

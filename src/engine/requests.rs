@@ -6,16 +6,19 @@
 //! 3. Replies that promise durability wait in `waiting`, ordered by LSN, for the watermark.
 
 use super::allocated::Walk;
+use super::blocked::Held;
 use super::budget::request_weight;
 use super::event::{Commit, PageRef, Request, Response, Token};
 use super::pages::Page;
 use super::part::Part;
 use super::redo::RedoChange;
-use super::{Change, Effect, OpKind, Shard};
+use super::{Change, OpKind, Shard};
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::{BLOCK, Lsn, PageKey, Place, ShardId};
+use slab::Slab;
 use smallvec::SmallVec;
 use std::cmp::Ordering;
+use std::collections::VecDeque;
 
 /// A request that waits for pages.
 pub(super) struct Pending {
@@ -90,6 +93,31 @@ pub(super) fn outcome_unknown(lsn: Lsn, cause: &Error) -> Error {
     Error::new(ErrorKind::OutcomeUnknown, context)
 }
 
+/// Requests under way in this shard, and those whose pages are all there.
+pub(super) struct Requests {
+    pub pending: Slab<Pending>,
+    /// Commits whose pages are all there, in the order in which they became so.
+    pub ready: VecDeque<usize>,
+    /// Parts of commits over shards whose pages are all there.
+    pub ready_parts: VecDeque<usize>,
+    /// Other requests whose pages are all there.
+    pub finished: VecDeque<usize>,
+    /// What requests keep from others.
+    pub held: Held,
+}
+
+impl Requests {
+    pub fn new(held: Held) -> Self {
+        Requests {
+            pending: Slab::new(),
+            ready: VecDeque::new(),
+            ready_parts: VecDeque::new(),
+            finished: VecDeque::new(),
+            held,
+        }
+    }
+}
+
 /// A reply that waits until everything up to `lsn` is durable.
 pub(super) struct Waiting {
     lsn: Lsn,
@@ -128,14 +156,14 @@ impl Shard {
     /// Brings a request; its reply comes as an effect, of this or a later turn.
     pub fn request(&mut self, token: Token, request: Request) {
         if let Err(error) = self.admit_request(&request) {
-            self.reply(token, Err(error));
+            self.ctx.reply(token, Err(error));
             return;
         }
         match request {
             Request::Read(keys) => {
-                let pages: SmallVec<[usize; 2]> = keys.iter().map(|key| self.table.get(*key)).collect();
+                let pages: SmallVec<[usize; 2]> = keys.iter().map(|key| self.cache.table.get(*key)).collect();
                 let stored = |page: &Page| page.has(true) && !page.absent;
-                let hits = pages.iter().filter(|idx| stored(&self.table.pages[**idx])).count() as u32;
+                let hits = pages.iter().filter(|idx| stored(&self.cache.table.pages[**idx])).count() as u32;
                 self.begin(Some(token), PendingKind::Read(hits), pages, |_| true);
             }
             Request::Allocated(asked) => {
@@ -150,18 +178,18 @@ impl Shard {
                 self.begin(Some(token), PendingKind::Commit(commit), pages, |i| i >= reads && patched[i - reads]);
             }
             Request::Flush => {
-                let upto = self.order.next().before();
-                let own = self.log.bound() > upto && upto > self.order.watermark() && planted!(FlushForOwnShard);
-                let awaited = if own { self.order.watermark() } else { upto };
+                let upto = self.ctx.order.next().before();
+                let own = self.log.bound() > upto && upto > self.ctx.order.watermark() && planted!(FlushForOwnShard);
+                let awaited = if own { self.ctx.order.watermark() } else { upto };
                 // Before the first commit of an epoch that is the last one of the state that was found.
-                let said = if upto < self.superblock.epoch_first_lsn { self.cut } else { upto };
+                let said = if upto < self.checkpoint.superblock.epoch_first_lsn { self.redo.cut } else { upto };
                 self.reply_when_durable(awaited, token, Response::Flushed(said), false);
             }
             Request::WaitDurable(lsn) => self.reply_when_durable(lsn, token, Response::Durable, false),
             Request::Checkpoint => self.request_checkpoint(token),
             Request::Stats => {
                 let stats = Box::new(self.counters());
-                self.reply(token, Ok(Response::Stats(stats)));
+                self.ctx.reply(token, Ok(Response::Stats(stats)));
             }
             Request::Close => self.request_close(token),
         }
@@ -169,37 +197,41 @@ impl Shard {
 
     /// The pages of a commit: those read, then those changed. To have read one was the use, not to say so.
     pub(super) fn pages_of(&mut self, reads: &[(PageKey, Lsn)], changes: &[(PageKey, Change)]) -> SmallVec<[usize; 2]> {
-        let mut pages: SmallVec<[usize; 2]> = reads.iter().map(|(key, _)| self.table.entry(*key)).collect();
-        pages.extend(changes.iter().map(|(key, _)| self.table.get(*key)));
+        let mut pages: SmallVec<[usize; 2]> = reads.iter().map(|(key, _)| self.cache.table.entry(*key)).collect();
+        pages.extend(changes.iter().map(|(key, _)| self.cache.table.get(*key)));
         pages
     }
 
     fn admit_request(&self, request: &Request) -> Result<()> {
-        if self.closed || self.closing.is_some() {
+        if self.life.closed || self.life.closing.is_some() {
             return Err(Error::new(ErrorKind::Closed, "the store is closed; open it again"));
         }
         match request {
-            Request::Read(keys) if keys.iter().any(|key| self.deal.shard_of(*key) != self.id) => {
-                Err(Error::invalid(format_args!("a read of pages of another shard came to shard {}", self.id.get())))
+            Request::Read(keys) if keys.iter().any(|key| self.ctx.deal.shard_of(*key) != self.ctx.id) => Err(
+                Error::invalid(format_args!("a read of pages of another shard came to shard {}", self.ctx.id.get())),
+            ),
+            Request::Checkpoint | Request::Close if self.ctx.id != ShardId::LEADER => Err(Error::invalid(
+                format_args!("only shard 0 takes checkpoints and closes, not {}", self.ctx.id.get()),
+            )),
+            Request::Read(keys) if keys.len() > self.ctx.limits.vectored_pages_max => {
+                Err(Error::invalid(format_args!(
+                    "{} pages in one read: at most {} (vectored_pages_max)",
+                    keys.len(),
+                    self.ctx.limits.vectored_pages_max
+                )))
             }
-            Request::Checkpoint | Request::Close if self.id != ShardId::LEADER => {
-                Err(Error::invalid(format_args!("only shard 0 takes checkpoints and closes, not {}", self.id.get())))
-            }
-            Request::Read(keys) if keys.len() > self.limits.vectored_pages_max => Err(Error::invalid(format_args!(
-                "{} pages in one read: at most {} (vectored_pages_max)",
-                keys.len(),
-                self.limits.vectored_pages_max
-            ))),
             Request::Commit(commit) => {
-                check_commit(commit, self.limits.txn_bytes_max)?;
-                self.failed.clone().map_or(Ok(()), Err)
+                check_commit(commit, self.ctx.limits.txn_bytes_max)?;
+                self.ctx.failed.clone().map_or(Ok(()), Err)
             }
-            Request::WaitDurable(lsn) if *lsn >= self.order.next() => Err(Error::invalid(format_args!(
+            Request::WaitDurable(lsn) if *lsn >= self.ctx.order.next() => Err(Error::invalid(format_args!(
                 "LSN {lsn} has not been given to any commit yet; the next is {}",
-                self.order.next()
+                self.ctx.order.next()
             ))),
-            Request::WaitDurable(lsn) if *lsn <= self.order.watermark() => Ok(()),
-            Request::Flush | Request::WaitDurable(_) | Request::Checkpoint => self.failed.clone().map_or(Ok(()), Err),
+            Request::WaitDurable(lsn) if *lsn <= self.ctx.order.watermark() => Ok(()),
+            Request::Flush | Request::WaitDurable(_) | Request::Checkpoint => {
+                self.ctx.failed.clone().map_or(Ok(()), Err)
+            }
             Request::Read(_) | Request::Allocated(_) | Request::Stats | Request::Close => Ok(()),
         }
     }
@@ -213,17 +245,17 @@ impl Shard {
         data: impl Fn(usize) -> bool,
     ) -> usize {
         let weight = request_weight(&kind, pages.len());
-        self.held.request_bytes += weight;
+        self.requests.held.request_bytes += weight;
         let (mut with_data, mut bits): (SmallVec<[u64; 1]>, u64) = (SmallVec::new(), 0);
         for (i, idx) in pages.iter().enumerate() {
             if i > 0 && i % 64 == 0 {
                 with_data.push(std::mem::take(&mut bits));
             }
-            self.table.pages[*idx].holds += 1;
+            self.cache.table.pages[*idx].holds += 1;
             if data(i) {
                 bits |= 1 << (i % 64);
-                self.table.hold_bytes(*idx);
-                self.held.data += 1;
+                self.cache.table.hold_bytes(*idx);
+                self.requests.held.data += 1;
             }
         }
         with_data.push(bits);
@@ -240,12 +272,12 @@ impl Shard {
             weight,
             error: None,
         };
-        let waiter = self.pending.insert(pending);
+        let waiter = self.requests.pending.insert(pending);
         for i in 0..count {
             // It stays until the last one has been asked for: `missing` counts one more until then.
-            let idx = self.pending[waiter].pages[i];
+            let idx = self.requests.pending[waiter].pages[i];
             if !self.want_quiet(idx, data(i), waiter) {
-                self.pending[waiter].missing += 1;
+                self.requests.pending[waiter].missing += 1;
             }
         }
         // The one that stood for "not all asked yet".
@@ -255,45 +287,47 @@ impl Shard {
 
     /// As `want`, but counts before it asks: the answer may come at once.
     fn want_quiet(&mut self, idx: usize, data: bool, waiter: usize) -> bool {
-        self.pending[waiter].missing += 1;
+        self.requests.pending[waiter].missing += 1;
         let has = self.want(idx, data, waiter);
-        self.pending[waiter].missing -= 1;
+        self.requests.pending[waiter].missing -= 1;
         has
     }
 
     /// One thing that the request waited for is there, or has failed.
     pub(super) fn need_met(&mut self, waiter: usize, error: Option<Error>) {
-        let pending = &mut self.pending[waiter];
+        let pending = &mut self.requests.pending[waiter];
         if error.is_some() {
             pending.error = error;
         }
         pending.missing -= 1;
         if pending.missing == 0 {
-            self.again = true;
+            self.ctx.again = true;
             match pending.kind {
                 PendingKind::Commit(_) if pending.stays => {}
-                PendingKind::Commit(_) | PendingKind::Redo(_) => self.ready.push_back(waiter),
-                PendingKind::Part(_) => self.ready_parts.push_back(waiter),
-                PendingKind::Read(_) | PendingKind::Walk(_) | PendingKind::Move(..) => self.finished.push_back(waiter),
+                PendingKind::Commit(_) | PendingKind::Redo(_) => self.requests.ready.push_back(waiter),
+                PendingKind::Part(_) => self.requests.ready_parts.push_back(waiter),
+                PendingKind::Read(_) | PendingKind::Walk(_) | PendingKind::Move(..) => {
+                    self.requests.finished.push_back(waiter)
+                }
             }
         }
     }
 
     /// A ready request must wait for one more thing.
     pub(super) fn need_more(&mut self, waiter: usize) {
-        self.pending[waiter].missing += 1;
+        self.requests.pending[waiter].missing += 1;
     }
 
     /// Ends a request: its pages may go, and those without memory are gone from the table afterwards.
     pub(super) fn release(&mut self, waiter: usize) -> Pending {
-        let pending = self.pending.remove(waiter);
-        self.held.request_bytes -= pending.weight;
-        self.held.moves -= usize::from(matches!(pending.kind, PendingKind::Move(..)));
+        let pending = self.requests.pending.remove(waiter);
+        self.requests.held.request_bytes -= pending.weight;
+        self.requests.held.moves -= usize::from(matches!(pending.kind, PendingKind::Move(..)));
         for (i, idx) in pending.pages.iter().enumerate() {
-            self.table.pages[*idx].holds -= 1;
+            self.cache.table.pages[*idx].holds -= 1;
             if pending.needs_data(i) {
-                self.table.let_bytes_go(*idx);
-                self.held.data -= 1;
+                self.cache.table.let_bytes_go(*idx);
+                self.requests.held.data -= 1;
             }
             self.unpin_if_clean(*idx);
         }
@@ -302,8 +336,8 @@ impl Shard {
 
     /// Answers reads, and hands moves to compaction.
     pub(super) fn finish_ready(&mut self) {
-        while let Some(waiter) = self.finished.pop_front() {
-            match self.pending[waiter].kind {
+        while let Some(waiter) = self.requests.finished.pop_front() {
+            match self.requests.pending[waiter].kind {
                 PendingKind::Move(from, home) => self.move_ready(waiter, from, home),
                 PendingKind::Walk(_) => self.walk(waiter),
                 _ => self.finish_read(waiter),
@@ -313,42 +347,43 @@ impl Shard {
 
     fn finish_read(&mut self, waiter: usize) {
         // Before the release: the table keeps no entry of an absent page for which nobody asks.
-        let watermark = self.order.watermark();
-        let pages = self.pending[waiter].pages.iter().map(|idx| {
-            let page = &self.table.pages[*idx];
+        let watermark = self.ctx.order.watermark();
+        let pages = self.requests.pending[waiter].pages.iter().map(|idx| {
+            let page = &self.cache.table.pages[*idx];
             PageRef::new(page.frame.as_ref().map(|f| f.pin()), page.told(watermark))
         });
         let pages: SmallVec<[PageRef; 1]> = pages.collect();
-        let is_catalog = self.pending[waiter].pages.first().is_some_and(|idx| self.table.pages[*idx].is_catalog());
+        let is_catalog =
+            self.requests.pending[waiter].pages.first().is_some_and(|idx| self.cache.table.pages[*idx].is_catalog());
         let pending = self.release(waiter);
         let token = pending.token.expect("a read has a token");
         if let Some(error) = pending.error {
-            self.reply(token, Err(error));
+            self.ctx.reply(token, Err(error));
             return;
         }
         let count = pages.len() as u64;
         if is_catalog {
-            self.stats.catalog_reads += count;
+            self.ctx.stats.catalog_reads += count;
         } else if let PendingKind::Read(hits) = pending.kind {
             let absent = pages.iter().filter(|page| page.is_absent()).count() as u64;
-            self.stats.page_reads += count;
-            self.stats.absent_reads += absent;
+            self.ctx.stats.page_reads += count;
+            self.ctx.stats.absent_reads += absent;
             // One that was in memory may have been freed since.
-            self.stats.cache_hits += u64::from(hits).min(count - absent);
-            self.stats.bytes_read += count * BLOCK as u64;
+            self.ctx.stats.cache_hits += u64::from(hits).min(count - absent);
+            self.ctx.stats.bytes_read += count * BLOCK as u64;
         }
-        self.reply(token, Ok(Response::Pages(pages)));
+        self.ctx.reply(token, Ok(Response::Pages(pages)));
     }
 
     /// A read goes to the device: for whom?
     pub(super) fn count_read(&mut self, kind: &OpKind) {
         match kind {
-            OpKind::NodeRead(_) => self.stats.node_reads += 1,
+            OpKind::NodeRead(_) => self.ctx.stats.node_reads += 1,
             OpKind::PageRead(reads) => {
-                let is_caller = |waiter: usize| !matches!(self.pending[waiter].kind, PendingKind::Move(..));
+                let is_caller = |waiter: usize| !matches!(self.requests.pending[waiter].kind, PendingKind::Move(..));
                 let is_awaited = |page: &Page| !page.is_catalog() && page.waiters().any(is_caller);
-                let awaited = reads.iter().flatten().any(|read| is_awaited(&self.table.pages[read.page]));
-                self.stats.caller_reads += u64::from(awaited);
+                let awaited = reads.iter().flatten().any(|read| is_awaited(&self.cache.table.pages[read.page]));
+                self.ctx.stats.caller_reads += u64::from(awaited);
             }
             _ => {}
         }
@@ -356,45 +391,38 @@ impl Shard {
 
     /// Replies now or when `lsn` is durable.
     pub(super) fn reply_when_durable(&mut self, lsn: Lsn, token: Token, response: Response, is_commit: bool) {
-        if lsn <= self.order.watermark() {
-            self.reply(token, Ok(response));
+        if lsn <= self.ctx.order.watermark() {
+            self.ctx.reply(token, Ok(response));
             return;
         }
         self.log.open.urgent = true;
-        self.waits.wanted = self.waits.wanted.max(lsn);
-        self.again = true;
-        self.waiting_seq += 1;
-        self.waiting.push(Waiting { lsn, seq: self.waiting_seq, token, response, is_commit });
+        self.watermark.wanted = self.watermark.wanted.max(lsn);
+        self.ctx.again = true;
+        self.watermark.replies_seq += 1;
+        self.watermark.replies.push(Waiting { lsn, seq: self.watermark.replies_seq, token, response, is_commit });
     }
 
     /// The watermark has advanced.
     pub(super) fn acknowledge(&mut self) {
-        let watermark = self.order.watermark();
-        while self.waiting.peek().is_some_and(|w| w.lsn <= watermark) {
-            if let Some(w) = self.waiting.pop() {
-                self.reply(w.token, Ok(w.response));
+        let watermark = self.ctx.order.watermark();
+        while self.watermark.replies.peek().is_some_and(|w| w.lsn <= watermark) {
+            if let Some(w) = self.watermark.replies.pop() {
+                self.ctx.reply(w.token, Ok(w.response));
             }
         }
     }
 
     /// Ends everything that waits for durability: it will not come any more.
     pub(super) fn fail_writers(&mut self, cause: &Error) {
-        let stopped = self.failed.clone().expect("called when failed");
-        for w in std::mem::take(&mut self.waiting) {
+        let stopped = self.ctx.failed.clone().expect("called when failed");
+        for w in std::mem::take(&mut self.watermark.replies) {
             let error = if w.is_commit { outcome_unknown(w.lsn, cause) } else { stopped.clone() };
-            self.reply(w.token, Err(error));
+            self.ctx.reply(w.token, Err(error));
         }
         self.fail_cross(cause, &stopped);
         self.drop_parts();
         self.fail_checkpoint(&stopped);
-        self.again = true;
-    }
-
-    pub(super) fn reply(&mut self, token: Token, result: Result<Response>) {
-        if matches!(&result, Err(error) if error.kind() == ErrorKind::Conflict) {
-            self.stats.conflicts += 1;
-        }
-        self.effects.push_back(Effect::Reply(token, result));
+        self.ctx.again = true;
     }
 }
 

@@ -1,27 +1,27 @@
 //! A shard as recovery makes it: with what was found, and nothing under way.
 
 use super::Shard;
-use super::blocked::{Blocked, Held};
+use super::blocked::Held;
+use super::cache::PageCache;
 use super::checkpoint::{Checkpoint, NewEpoch};
-use super::compaction::{Compactor, Moves};
+use super::compaction::Compaction;
+use super::context::Context;
+use super::cross::Coordinator;
 use super::lead::Lead;
-use super::order::Waits;
-use super::pages::Table;
-use super::part::Reserved;
-use super::reads::Wanted;
-use super::redo::Recovering;
+use super::life::Life;
+use super::order::WatermarkWaiters;
+use super::part::Participant;
+use super::redo::{Recovering, Redo};
+use super::requests::Requests;
 use super::space::Space;
-use crate::base::metrics::ShardStats;
+use super::writeback::WriteBack;
 use crate::base::options::Limits;
 use crate::base::{Deal, Lsn, Micros, ShardId};
 use crate::engine::commit::GlobalOrder;
 use crate::engine::log::Log;
 use crate::engine::map::{Extents, Map};
 use crate::format::superblock::Superblock;
-use crate::memory::{Arena, Eviction, Frame};
-use hashbrown::HashMap;
-use slab::Slab;
-use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
+use crate::memory::{Arena, Frame};
 use std::sync::Arc;
 
 /// What a shard is made of, as found by recovery.
@@ -49,72 +49,24 @@ pub(crate) struct Setup {
 impl Shard {
     pub(crate) fn new(mut parts: Setup) -> Self {
         let hasher = || foldhash::fast::FixedState::with_seed(parts.seed);
-        let (held, waits) = (Held::at_first(&mut parts.arena), Waits::new(&parts.order, parts.deal));
+        let held = Held::at_first(&mut parts.arena);
+        let memory_blocks = parts.limits.memory_blocks;
         Shard {
-            id: parts.id,
-            deal: parts.deal,
-            order: parts.order,
-            now: parts.now,
-            eviction: Eviction::new(parts.arena.blocks()),
-            arena: parts.arena,
-            table: Table::new(parts.limits.memory_blocks, parts.seed),
-            map: parts.map.with_capacity(parts.limits.memory_blocks),
-            limits: parts.limits,
-            extents: parts.extents,
+            cache: PageCache::new(parts.arena.blocks(), memory_blocks, parts.seed),
+            map: parts.map.with_capacity(memory_blocks),
+            space: Space::new(parts.extents),
             log: parts.log,
-            superblock: parts.superblock,
-            superblock_frames: parts.superblock_frames,
-            ops: Slab::new(),
-            effects: VecDeque::new(),
-            pending: Slab::new(),
-            ready: VecDeque::new(),
-            ready_parts: VecDeque::new(),
-            finished: VecDeque::new(),
-            loopback: VecDeque::new(),
-            cross: BTreeMap::new(),
-            cross_next: 1,
-            cross_waiting: Vec::new(),
-            decidable: VecDeque::new(),
-            cross_undurable: BTreeSet::new(),
-            parts: HashMap::with_hasher(hasher()),
-            reserved: Reserved::default(),
-            waits,
-            waiting: BinaryHeap::new(),
-            waiting_seq: 0,
-            node_waiters: HashMap::with_hasher(hasher()),
-            wanted: Wanted::default(),
-            flushing: false,
-            dirty: Vec::new(),
-            dirty_since: 0,
-            captures: Slab::new(),
-            unsettled: BinaryHeap::new(),
-            page_writes: 0,
-            reserved_blocks: 0,
-            moves: Vec::new(),
-            moves_asked: Moves::default(),
-            compactor: Compactor::new(hasher()),
-            checkpoint: Checkpoint::default(),
-            lead: Lead::new(parts.new_epoch),
-            summaries: Vec::new(),
-            summaries_under_way: 0,
-            space: Space::default(),
-            blocked: Blocked::default(),
-            held,
-            closing: None,
-            closed: false,
-            quiet: false,
-            failed: None,
-            open_error: None,
-            recovering: parts.recovering,
-            redone: false,
-            cut: parts.cut,
-            opening: true,
-            again: false,
-            stats: ShardStats::default(),
-            #[cfg(any(test, feature = "sim"))]
-            drawn: Vec::new(),
-            #[cfg(any(test, feature = "sim"))]
-            reused_early: Vec::new(),
+            requests: Requests::new(held),
+            coordinator: Coordinator::new(),
+            participant: Participant::new(hasher()),
+            watermark: WatermarkWaiters::new(&parts.order, parts.deal),
+            writeback: WriteBack::default(),
+            compaction: Compaction::new(hasher()),
+            checkpoint: Checkpoint::new(parts.superblock),
+            lead: Lead::new(parts.new_epoch, parts.superblock_frames),
+            redo: Redo { recovering: parts.recovering, redone: false, cut: parts.cut },
+            life: Life::new(),
+            ctx: Context::new(parts.id, parts.deal, parts.limits, parts.order, parts.now, parts.arena),
         }
     }
 }

@@ -17,7 +17,7 @@ use super::message::Message;
 use super::{Lack, OpKind, Shard, Step};
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::{BLOCK, ExtentNo, Micros, Place, ShardId};
-use crate::engine::map::Stream;
+use crate::engine::map::{Extents, Stream};
 use crate::format::extent::{ItemKind, TABLE_ROWS, table_offset};
 use crate::io::{DiskOp, FileId, IoSlice};
 use std::collections::VecDeque;
@@ -65,9 +65,14 @@ pub(super) enum SpaceAsked {
     Others { left: u16, got: bool, weight: u32 },
 }
 
-/// The shard's dealings with space.
-#[derive(Default)]
+/// The shard's data space.
 pub(super) struct Space {
+    pub extents: Extents,
+    /// Extents whose summary is to be written.
+    pub summaries: Vec<ExtentNo>,
+    pub summaries_under_way: usize,
+    #[cfg(any(test, feature = "sim"))]
+    pub reused_early: Vec<Place>,
     /// Dirty pages that are freed: a block is reserved for each as for any dirty page, and none will be taken.
     pub freed_pages: u64,
     /// More is asked for.
@@ -87,6 +92,28 @@ pub(super) struct Space {
     pub reclaiming: Reclaiming,
 }
 
+impl Space {
+    pub fn new(extents: Extents) -> Self {
+        Space {
+            extents,
+            summaries: Vec::new(),
+            summaries_under_way: 0,
+            #[cfg(any(test, feature = "sim"))]
+            reused_early: Vec::new(),
+            freed_pages: 0,
+            growing: false,
+            asked: SpaceAsked::default(),
+            requests: VecDeque::new(),
+            growth_under_way: false,
+            failed: None,
+            growth_failure_logged: false,
+            stalled: false,
+            wanted_until: 0,
+            reclaiming: Reclaiming::default(),
+        }
+    }
+}
+
 /// Whether reclaiming still helps.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Reclaiming {
@@ -103,18 +130,18 @@ impl Shard {
     pub(super) fn alloc_block(&mut self, stream: Stream, what: ItemKind) -> Option<Place> {
         #[cfg(any(test, feature = "sim"))]
         if matches!(what, ItemKind::Page(..))
-            && let Some(place) = self.reused_early.pop()
-            && self.extents.hand_out_again(place)
+            && let Some(place) = self.space.reused_early.pop()
+            && self.space.extents.hand_out_again(place)
         {
             return Some(place);
         }
-        let (place, full) = self.extents.alloc(stream, what)?;
-        self.summaries.extend(full);
+        let (place, full) = self.space.extents.alloc(stream, what)?;
+        self.space.summaries.extend(full);
         Some(place)
     }
 
     pub(super) fn free_blocks(&self) -> u64 {
-        let space = self.extents.space();
+        let space = self.space.extents.space();
         u64::from(space.free) * u64::from(space.data_blocks)
     }
 
@@ -130,14 +157,14 @@ impl Shard {
 
     /// The same without what will be dirty by and by: the file is not made longer for its sake, since it comes and goes.
     fn owed_now(&self) -> u64 {
-        let pages = self.reserved_blocks - self.space.freed_pages;
-        pages + self.reserved.space_blocks + self.map.dirty_count() as u64
+        let pages = self.writeback.reserved_blocks - self.space.freed_pages;
+        pages + self.participant.reserved.space_blocks + self.map.dirty_count() as u64
     }
 
     /// Whether a commit's pages and map nodes will find space. `Ok(false)`: not yet.
     pub(super) fn admit_space(&mut self, need: &Need) -> Result<bool> {
         let reserve = match need.makes_room {
-            true => FREES_RESERVE_EXTENTS * u64::from(self.extents.data_blocks()),
+            true => FREES_RESERVE_EXTENTS * u64::from(self.space.extents.data_blocks()),
             false => self.reserve_blocks(),
         };
         let wanted = self.owed_blocks() + need.blocks() + reserve;
@@ -158,18 +185,18 @@ impl Shard {
             true => "what freeing pages changes in the page map".to_owned(),
             false => format!("{} pages that are written", need.frames),
         };
-        let is_limited = self.extents.count() >= self.limits.data_extents_max;
+        let is_limited = self.space.extents.count() >= self.ctx.limits.data_extents_max;
         let more = match is_limited {
-            true => format!("raise data_bytes_max (it allows {} extents)", self.limits.data_extents_max),
+            true => format!("raise data_bytes_max (it allows {} extents)", self.ctx.limits.data_extents_max),
             false => "make room in the file system".to_owned(),
         };
-        let (space, extent_bytes) = (self.extents.space(), self.limits.geometry.extent_bytes);
+        let (space, extent_bytes) = (self.space.extents.space(), self.ctx.limits.geometry.extent_bytes);
         Error::new(
             ErrorKind::Full,
             format_args!(
                 "no space is left for {what}: shard {} has {} of its {} data extents of {extent_bytes} bytes free, which it needs \
                  for its page map and to reclaim space; delete or discard data, or {more}",
-                self.id.get(),
+                self.ctx.id.get(),
                 space.free,
                 space.total
             ),
@@ -182,13 +209,13 @@ impl Shard {
         let r = &mut self.space.reclaiming;
         if free > r.best {
             *r = Reclaiming { best: free, ..Reclaiming::default() };
-        } else if self.space.stalled || self.now < self.space.wanted_until {
+        } else if self.space.stalled || self.ctx.now < self.space.wanted_until {
             r.fruitless += if compacts { 1 } else { FRUITLESS_IDLE };
         }
     }
 
     fn named_blocks(&self) -> u64 {
-        self.extents.space().live_blocks.saturating_sub(self.extents.left_count() as u64)
+        self.space.extents.space().live_blocks.saturating_sub(self.space.extents.left_count() as u64)
     }
 
     /// Room for the nodes of one virtual shard; if not, space is made.
@@ -196,7 +223,7 @@ impl Shard {
         if self.free_blocks() > u64::from(nodes) {
             return true;
         }
-        self.blocked.register(Step::Capture, Lack::Space);
+        self.ctx.blocked.register(Step::Capture, Lack::Space);
         self.must_grow("the page map");
         false
     }
@@ -206,7 +233,7 @@ impl Shard {
         self.space.stalled = true;
         let waits = self.space.growing
             || self.ask_for_space(BEYOND_EXTENTS, true)
-            || (self.opening && planted!(OpeningWaitsForSpace));
+            || (self.life.opening && planted!(OpeningWaitsForSpace));
         if !waits {
             let context = format_args!(
                 "no space is left for {what}, and the data space can't grow: make room in the file system, then open \
@@ -218,14 +245,14 @@ impl Shard {
 
     /// Blocks that would be free if nothing dead were left anywhere: reclaiming can't make more.
     fn spare_blocks(&self) -> u64 {
-        let space = self.extents.space();
+        let space = self.space.extents.space();
         (u64::from(space.total) * u64::from(space.data_blocks)).saturating_sub(self.named_blocks())
     }
 
     /// Blocks that commits leave to map nodes, checkpoints and compaction. The fuller the store, the less: a full one can use all
     /// but the least of it.
     fn reserve_blocks(&self) -> u64 {
-        let least = RESERVE_EXTENTS * u64::from(self.extents.data_blocks());
+        let least = RESERVE_EXTENTS * u64::from(self.space.extents.data_blocks());
         (self.spare_blocks() / RESERVE_PART).max(least)
     }
 
@@ -243,21 +270,21 @@ impl Shard {
             return self.grow(0);
         }
         // What is on its way may yet leave places: pages that were freed, above all.
-        let unsettled = self.reserved_blocks + self.captures.len() as u64;
+        let unsettled = self.writeback.reserved_blocks + self.writeback.captures.len() as u64;
         if self.spare_blocks() + unsettled + self.owed_blocks() < wanted {
             return self.grow(0);
         }
-        let moving = self.begin_compaction() || !self.moves.is_empty();
+        let moving = self.begin_compaction() || !self.compaction.moves.is_empty();
         if self.checkpoint_under_way() {
             return true;
         }
-        if moving && self.extents.coming() < self.reserve_blocks() / 2 {
+        if moving && self.space.extents.coming() < self.reserve_blocks() / 2 {
             // Compaction will have made more of it: a checkpoint costs the same, however little it frees.
             return true;
         }
         let is_awaited = self.awaited_nodes() > 0 || self.map.dirty_count() > 0;
-        let is_dirty = self.reserved_blocks > 0 || self.page_writes > 0 || is_awaited;
-        if self.extents.coming() > 0 || (!moving && (self.extents.left_count() > 0 || is_dirty)) {
+        let is_dirty = self.writeback.reserved_blocks > 0 || self.writeback.page_writes > 0 || is_awaited;
+        if self.space.extents.coming() > 0 || (!moving && (self.space.extents.left_count() > 0 || is_dirty)) {
             // What is dirty leaves places when it is written.
             self.need_checkpoint();
             return true;
@@ -268,24 +295,24 @@ impl Shard {
     /// Whether most of the space is live, so that reclaiming would give little. As many dead blocks as the log has are let
     /// be: a store that is small beside its log would else be compacted without end.
     fn wants_growth(&self) -> bool {
-        let (space, geometry) = (self.extents.space(), &self.limits.geometry);
+        let (space, geometry) = (self.space.extents.space(), &self.ctx.limits.geometry);
         let reserve = RESERVE_EXTENTS * u64::from(space.data_blocks);
         let live = self.named_blocks() + self.owed_now() + reserve;
         let let_be = geometry.segment_bytes * u64::from(geometry.segments_count) / BLOCK as u64;
         let filled = (u64::from(space.total) * u64::from(space.data_blocks)).saturating_sub(let_be);
-        live * 100 > filled * u64::from(self.limits.fill_percent)
+        live * 100 > filled * u64::from(self.ctx.limits.fill_percent)
     }
 
     /// Keeps some extents free ahead of need.
     pub(super) fn advance_space(&mut self) {
-        if self.failed.is_some() || self.closing.is_some() || self.space.growing {
+        if self.ctx.failed.is_some() || self.life.closing.is_some() || self.space.growing {
             return;
         }
-        if self.opening {
+        if self.life.opening {
             return self.space_for_opening();
         }
         // Beyond what commits may not use.
-        let extent = u64::from(self.extents.data_blocks());
+        let extent = u64::from(self.space.extents.data_blocks());
         let ahead = (self.spare_blocks() / AHEAD_PART).max(AHEAD_EXTENTS_MIN * extent);
         let free = self.free_blocks().saturating_sub(self.owed_now() + self.reserve_blocks());
         if free >= ahead {
@@ -294,16 +321,16 @@ impl Shard {
         if self.wants_growth() && self.grow(0) {
             return;
         }
-        let coming = self.extents.coming();
-        while free + coming + self.compactor.count() as u64 * extent < ahead && self.begin_one_more() {}
-        let moving = self.compactor.count() > 0;
+        let coming = self.space.extents.coming();
+        while free + coming + self.compaction.compactor.count() as u64 * extent < ahead && self.begin_one_more() {}
+        let moving = self.compaction.compactor.count() > 0;
         if self.checkpoint_under_way() {
             return;
         }
-        let stalled = self.space.stalled || self.now < self.space.wanted_until;
+        let stalled = self.space.stalled || self.ctx.now < self.space.wanted_until;
         let low = ahead / LOW_PART;
         // Dirty nodes leave their places with the next checkpoint.
-        let left = self.extents.left_count() + self.map.dirty_count();
+        let left = self.space.extents.left_count() + self.map.dirty_count();
         if (free < low && coming >= low) || (stalled && !moving && left > 0) {
             self.need_checkpoint();
         }
@@ -313,11 +340,11 @@ impl Shard {
     /// would else grow with each life. Opening has an end: if the space can't grow, places that redo has left are retired,
     /// and nothing is moved.
     fn space_for_opening(&mut self) {
-        let reserve = FREES_RESERVE_EXTENTS * u64::from(self.extents.data_blocks());
-        if self.recovering.is_none() || self.free_blocks() >= self.owed_now() + reserve {
+        let reserve = FREES_RESERVE_EXTENTS * u64::from(self.space.extents.data_blocks());
+        if self.redo.recovering.is_none() || self.free_blocks() >= self.owed_now() + reserve {
             return;
         }
-        if !self.grow(BEYOND_EXTENTS) && self.extents.left_count() > 0 {
+        if !self.grow(BEYOND_EXTENTS) && self.space.extents.left_count() > 0 {
             self.need_checkpoint();
         }
     }
@@ -330,13 +357,13 @@ impl Shard {
     /// The same; `urgent`: without it nothing goes on.
     fn ask_for_space(&mut self, beyond: u32, urgent: bool) -> bool {
         let weight = if urgent { u32::MAX } else { beyond };
-        let refused = |(at, most): (Micros, u32)| self.now < at + GROW_RETRY_US && weight <= most;
+        let refused = |(at, most): (Micros, u32)| self.ctx.now < at + GROW_RETRY_US && weight <= most;
         if self.space.growing || self.space.failed.is_some_and(refused) {
             return self.space.growing;
         }
         self.space.growing = true;
         self.space.asked = SpaceAsked::Leader { weight };
-        self.send(ShardId::LEADER, Message::WantSpace(beyond));
+        self.ctx.send(ShardId::LEADER, Message::WantSpace(beyond));
         true
     }
 
@@ -350,14 +377,14 @@ impl Shard {
         while !self.space.growth_under_way
             && let Some((of, beyond)) = self.space.requests.pop_front()
         {
-            let count = self.extents.count();
-            let most = self.limits.data_extents_max.saturating_add(beyond);
-            if count >= most || self.failed.is_some() {
-                self.send(of, Message::Denied);
+            let count = self.space.extents.count();
+            let most = self.ctx.limits.data_extents_max.saturating_add(beyond);
+            if count >= most || self.ctx.failed.is_some() {
+                self.ctx.send(of, Message::Denied);
                 continue;
             }
             // An eighth of what one shard has.
-            let chunk = (count / u32::from(self.deal.shards_count()) / 8).clamp(4, 64);
+            let chunk = (count / u32::from(self.ctx.deal.shards_count()) / 8).clamp(4, 64);
             let to = count.saturating_add(chunk).min(most);
             self.space.growth_under_way = true;
             let table = |extents: u32| table_offset(extents.div_ceil(TABLE_ROWS), 0);
@@ -372,22 +399,22 @@ impl Shard {
     }
 
     fn grow_data(&mut self, growth: Growth) {
-        let bytes = |extents: u32| u64::from(extents) * self.limits.geometry.extent_bytes;
-        let (from, to) = (bytes(self.extents.count()), bytes(growth.to));
+        let bytes = |extents: u32| u64::from(extents) * self.ctx.limits.geometry.extent_bytes;
+        let (from, to) = (bytes(self.space.extents.count()), bytes(growth.to));
         let growth = Growth { table_done: true, ..growth };
         self.submit(OpKind::Grow(growth), DiskOp::Allocate { file: FileId::Data, from, to });
     }
 
     /// A step of the growth has ended.
     pub(super) fn grown(&mut self, growth: Growth, result: Result<()>) {
-        self.again = true;
+        self.ctx.again = true;
         match result {
             Ok(()) if !growth.table_done => return self.grow_data(growth),
             Ok(()) => {
                 self.space.growth_failure_logged = false;
-                let new: Vec<ExtentNo> = (self.extents.count()..growth.to).map(ExtentNo::new).collect();
-                self.extents.cover(growth.to);
-                self.send(growth.of, Message::Granted(new));
+                let new: Vec<ExtentNo> = (self.space.extents.count()..growth.to).map(ExtentNo::new).collect();
+                self.space.extents.cover(growth.to);
+                self.ctx.send(growth.of, Message::Granted(new));
             }
             Err(error) => {
                 if !std::mem::replace(&mut self.space.growth_failure_logged, true) {
@@ -396,7 +423,7 @@ impl Shard {
                         "the data space can't grow: make room in the file system; commits that need space fail until then"
                     );
                 }
-                self.send(growth.of, Message::Denied);
+                self.ctx.send(growth.of, Message::Denied);
             }
         }
         self.space.growth_under_way = false;
@@ -406,7 +433,7 @@ impl Shard {
     /// Extents that are this shard's from now on, by the leader or by another shard.
     pub(super) fn space_granted(&mut self, extents: Vec<ExtentNo>) {
         let some = !extents.is_empty();
-        self.extents.grant(extents);
+        self.space.extents.grant(extents);
         match self.space.asked {
             SpaceAsked::Others { left, got, weight } => self.another_has_answered(left - 1, got || some, weight),
             _ => self.end_growth(true, 0),
@@ -416,10 +443,10 @@ impl Shard {
     /// The file can't be longer: the others may have some to spare.
     pub(super) fn space_denied(&mut self) {
         let SpaceAsked::Leader { weight } = self.space.asked else { return };
-        for shard in self.deal.others(self.id) {
-            self.send(shard, Message::Spare(weight == u32::MAX));
+        for shard in self.ctx.deal.others(self.ctx.id) {
+            self.ctx.send(shard, Message::Spare(weight == u32::MAX));
         }
-        self.another_has_answered(self.deal.shards_count() - 1, false, weight);
+        self.another_has_answered(self.ctx.deal.shards_count() - 1, false, weight);
     }
 
     fn another_has_answered(&mut self, left: u16, got: bool, weight: u32) {
@@ -434,51 +461,51 @@ impl Shard {
         self.space.growing = false;
         if got {
             // Dirty pages that found no place try again.
-            self.dirty_since = 0;
+            self.writeback.dirty_since = 0;
         }
-        self.space.failed = (!got).then_some((self.now, weight));
+        self.space.failed = (!got).then_some((self.ctx.now, weight));
     }
 
     /// Another shard has no space left: half of what this one does not need.
     pub(super) fn spare_space(&mut self, to: ShardId, urgent: bool) {
-        let space = self.extents.space();
+        let space = self.space.extents.space();
         let kept = if urgent { 2 } else { 2 * self.reserve_blocks().div_ceil(u64::from(space.data_blocks)) };
         let needed = self.owed_blocks().div_ceil(u64::from(space.data_blocks)) + kept;
         let spare = u64::from(space.free).saturating_sub(needed).div_ceil(2);
-        let given = if self.failed.is_some() { Vec::new() } else { self.extents.give_away(spare as usize) };
-        self.send(to, Message::Granted(given));
+        let given = if self.ctx.failed.is_some() { Vec::new() } else { self.space.extents.give_away(spare as usize) };
+        self.ctx.send(to, Message::Granted(given));
     }
 
     /// Where the extent was at home when the store was opened; it is still, if it is not at home here.
     pub(super) fn first_home(&self, no: ExtentNo) -> ShardId {
-        ShardId::new((no.get() % u32::from(self.deal.shards_count())) as u16)
+        ShardId::new((no.get() % u32::from(self.ctx.deal.shards_count())) as u16)
     }
 
     /// Writes the summaries of extents that are full, and those that a checkpoint asks for.
     pub(super) fn write_summaries(&mut self) {
-        if self.failed.is_some() {
+        if self.ctx.failed.is_some() {
             return;
         }
-        while let Some(no) = self.summaries.last().copied() {
-            let bytes = self.extents.summary_bytes();
+        while let Some(no) = self.space.summaries.last().copied() {
+            let bytes = self.space.extents.summary_bytes();
             if !self.ensure_frames((bytes / BLOCK) as u32, Step::Summary) {
                 return;
             }
-            self.summaries.pop();
-            if !self.extents.is_unsummarized(no) {
+            self.space.summaries.pop();
+            if !self.space.extents.is_unsummarized(no) {
                 continue;
             }
             let mut summary = vec![0; bytes];
-            let place = self.extents.encode_summary(no, &mut summary);
+            let place = self.space.extents.encode_summary(no, &mut summary);
             let mut from = smallvec::SmallVec::new();
             for block in summary.chunks(BLOCK) {
-                let mut frame = self.arena.alloc(0).expect("frames were ensured");
+                let mut frame = self.ctx.arena.alloc(0).expect("frames were ensured");
                 frame.try_mut().expect("a new frame has no pins").copy_from_slice(block);
                 from.push(IoSlice::whole(frame.pin()));
             }
-            self.summaries_under_way += 1;
-            self.stats.checksums += 1;
-            let offset = place.offset(self.limits.geometry.extent_bytes);
+            self.space.summaries_under_way += 1;
+            self.ctx.stats.checksums += 1;
+            let offset = place.offset(self.ctx.limits.geometry.extent_bytes);
             self.submit(OpKind::SummaryWrite(no), DiskOp::Write { file: FileId::Data, offset, from });
         }
     }

@@ -10,7 +10,7 @@ use crate::base::Lsn;
 impl Shard {
     /// Which request got which LSN, in order, since last asked: also for commits that are never answered.
     pub fn take_drawn(&mut self) -> Vec<(Token, Lsn)> {
-        std::mem::take(&mut self.drawn)
+        std::mem::take(&mut self.ctx.drawn)
     }
 
     /// What it waits for, for the message about a run that hangs.
@@ -21,36 +21,36 @@ impl Shard {
              {} blocks reserved, {} dirty nodes, checkpoint {:?}, {} extents being compacted, {} moves, growing {}, \
              stalled for space {}, {} segments free, {} frames ({}), {:?}, next {} watermark {}, failed {:?}, \
              closing {}",
-            self.extents.space(),
-            self.extents.left_count(),
-            self.extents.coming(),
-            self.pending.len(),
-            self.ready.len(),
-            self.finished.len(),
-            self.ops.len(),
-            self.waiting.len(),
+            self.space.extents.space(),
+            self.space.extents.left_count(),
+            self.space.extents.coming(),
+            self.requests.pending.len(),
+            self.requests.ready.len(),
+            self.requests.finished.len(),
+            self.ctx.ops.len(),
+            self.watermark.replies.len(),
             self.log.open.slots.len(),
             self.log.open.urgent,
             self.log.in_flight.len(),
-            self.flushing,
-            self.dirty.len(),
-            self.captures.len(),
-            self.page_writes,
-            self.reserved_blocks,
+            self.log.flushing,
+            self.writeback.dirty.len(),
+            self.writeback.captures.len(),
+            self.writeback.page_writes,
+            self.writeback.reserved_blocks,
             self.map.dirty_count(),
             self.checkpoint,
-            self.compactor.count(),
-            self.moves.len(),
+            self.compaction.compactor.count(),
+            self.compaction.moves.len(),
             self.space.growing,
             self.space.stalled,
             self.log.free_segments(),
-            self.arena.blocks(),
+            self.ctx.arena.blocks(),
             self.memory(),
-            self.blocked,
-            self.order.next(),
-            self.order.watermark(),
-            self.failed,
-            self.closing.is_some(),
+            self.ctx.blocked,
+            self.ctx.order.next(),
+            self.ctx.order.watermark(),
+            self.ctx.failed,
+            self.life.closing.is_some(),
         )
     }
 }
@@ -58,28 +58,28 @@ impl Shard {
 impl std::fmt::Debug for Shard {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Shard")
-            .field("id", &self.id)
-            .field("next", &self.order.next())
-            .field("watermark", &self.order.watermark())
-            .field("pending", &self.pending.len())
-            .field("ready", &self.ready.len())
-            .field("waiting", &self.waiting.len())
-            .field("ops", &self.ops.len())
+            .field("id", &self.ctx.id)
+            .field("next", &self.ctx.order.next())
+            .field("watermark", &self.ctx.order.watermark())
+            .field("pending", &self.requests.pending.len())
+            .field("ready", &self.requests.ready.len())
+            .field("waiting", &self.watermark.replies.len())
+            .field("ops", &self.ctx.ops.len())
             .field("groups_in_flight", &self.log.in_flight.len())
             .field("open_group", &self.log.open.first_lsn())
             .field("free_segments", &self.log.free_segments())
-            .field("flushing", &self.flushing)
-            .field("dirty", &self.dirty.len())
-            .field("captures", &self.captures.len())
-            .field("reserved_blocks", &self.reserved_blocks)
+            .field("flushing", &self.log.flushing)
+            .field("dirty", &self.writeback.dirty.len())
+            .field("captures", &self.writeback.captures.len())
+            .field("reserved_blocks", &self.writeback.reserved_blocks)
             .field("dirty_nodes", &self.map.dirty_count())
             .field("memory", &self.memory())
             .field("checkpoint", &self.checkpoint)
-            .field("space", &self.extents.space())
-            .field("left", &self.extents.left_count())
-            .field("compacting", &self.compactor.count())
+            .field("space", &self.space.extents.space())
+            .field("left", &self.space.extents.left_count())
+            .field("compacting", &self.compaction.compactor.count())
             .field("growing", &self.space.growing)
-            .field("failed", &self.failed)
+            .field("failed", &self.ctx.failed)
             .finish()
     }
 }

@@ -18,7 +18,9 @@ use crate::engine::map::Stream;
 use crate::format::extent::ItemKind;
 use crate::format::node::Entry;
 use crate::io::{DiskOp, FileId, IoSlice};
+use slab::Slab;
 use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 
 /// A version of a page on its way into the map. No entry: the page was freed.
 pub(super) struct Capture {
@@ -38,6 +40,21 @@ impl Unsettled {
     }
 }
 
+/// Dirty pages, and versions of pages on their way to their places and into the map.
+#[derive(Default)]
+pub(super) struct WriteBack {
+    /// Dirty pages in the order in which they became so.
+    pub dirty: Vec<usize>,
+    pub dirty_since: Micros,
+    pub captures: Slab<Capture>,
+    /// Written captures that wait for the watermark.
+    pub unsettled: BinaryHeap<Unsettled>,
+    /// Pages being written.
+    pub page_writes: usize,
+    /// Blocks that dirty pages and slots will need.
+    pub reserved_blocks: u64,
+}
+
 /// Pages in flight to their places at most: enough for the queue of a fast device, few enough to leave memory.
 const PAGE_WRITES_MAX: usize = 1024;
 /// When dirty pages that found no place try again, if nothing else happens.
@@ -46,28 +63,32 @@ const SPACE_RETRY_US: Micros = 100_000;
 impl Shard {
     /// Writes dirty pages if the batch is full, the window is over, or somebody presses.
     pub(super) fn write_back(&mut self) {
-        if self.failed.is_some() {
+        if self.ctx.failed.is_some() {
             return;
         }
         self.write_moves();
-        let pressed = self.checkpoint.wants_pages() || self.closing.is_some();
-        let due = self.dirty.len() >= self.limits.coalesce_batch_pages
-            || self.now >= self.dirty_since.saturating_add(self.limits.coalesce_window_us);
-        let stuck = self.waits.dirty_stuck.is_some() && !pressed;
-        if self.dirty.is_empty() || !(due || pressed) || stuck || self.page_writes >= PAGE_WRITES_MAX {
+        let pressed = self.checkpoint.wants_pages() || self.life.closing.is_some();
+        let due = self.writeback.dirty.len() >= self.ctx.limits.coalesce_batch_pages
+            || self.ctx.now >= self.writeback.dirty_since.saturating_add(self.ctx.limits.coalesce_window_us);
+        let stuck = self.watermark.dirty_stuck.is_some() && !pressed;
+        if self.writeback.dirty.is_empty()
+            || !(due || pressed)
+            || stuck
+            || self.writeback.page_writes >= PAGE_WRITES_MAX
+        {
             return;
         }
         let mut stuck_at = Lsn::MAX;
         let mut take = Vec::new();
         let mut later = Vec::new();
-        let watermark = self.order.watermark();
-        let room = PAGE_WRITES_MAX - self.page_writes;
-        for idx in std::mem::take(&mut self.dirty) {
-            let page = &mut self.table.pages[idx];
+        let watermark = self.ctx.order.watermark();
+        let room = PAGE_WRITES_MAX - self.writeback.page_writes;
+        for idx in std::mem::take(&mut self.writeback.dirty) {
+            let page = &mut self.cache.table.pages[idx];
             if page.dirty_from.is_none() {
                 // Its newest version went to its place with a group.
                 page.queued = false;
-                self.stats.absorbed_writes += 1;
+                self.ctx.stats.absorbed_writes += 1;
                 self.unpin_if_clean(idx);
             } else if page.slot.is_some()
                 || page.captures > 0
@@ -83,37 +104,37 @@ impl Shard {
                 take.push(idx);
             }
         }
-        self.waits.dirty_stuck = (take.is_empty() && !later.is_empty()).then_some(stuck_at);
-        self.dirty = later;
-        self.dirty_since = self.now;
+        self.watermark.dirty_stuck = (take.is_empty() && !later.is_empty()).then_some(stuck_at);
+        self.writeback.dirty = later;
+        self.writeback.dirty_since = self.ctx.now;
         self.capture_pages(take);
     }
 
     /// Whether dirty pages can go to their places when their window is over: a deadline while they can't would be due again and
     /// again, for nothing. What they wait for then, a completion or the watermark, brings a turn.
     pub(super) fn may_write_back(&self) -> bool {
-        let has_room = self.page_writes < PAGE_WRITES_MAX || planted!(DeadlineInThePast);
-        !self.dirty.is_empty() && self.waits.dirty_stuck.is_none() && has_room
+        let has_room = self.writeback.page_writes < PAGE_WRITES_MAX || planted!(DeadlineInThePast);
+        !self.writeback.dirty.is_empty() && self.watermark.dirty_stuck.is_none() && has_room
     }
 
     fn capture_pages(&mut self, mut take: Vec<usize>) {
-        take.sort_by_key(|idx| self.table.pages[*idx].key);
+        take.sort_by_key(|idx| self.cache.table.pages[*idx].key);
         let mut blocks = Vec::with_capacity(take.len());
         let mut found_none = false;
         for idx in take {
-            let page = &self.table.pages[idx];
+            let page = &self.cache.table.pages[idx];
             let (key, lsn) = (page.key, page.lsn);
             if page.absent {
                 self.captured(idx);
-                let capture = self.captures.insert(Capture { page: idx, lsn, entry: None, moved_from: None });
-                self.held.frees_unsettled += 1;
+                let capture = self.writeback.captures.insert(Capture { page: idx, lsn, entry: None, moved_from: None });
+                self.requests.held.frees_unsettled += 1;
                 self.capture_written(capture);
                 continue;
             }
             let Some(place) = self.alloc_block(Stream::Data, ItemKind::Page(key, lsn)) else {
-                let page = &mut self.table.pages[idx];
+                let page = &mut self.cache.table.pages[idx];
                 page.queued = true;
-                self.dirty.push(idx);
+                self.writeback.dirty.push(idx);
                 found_none = true;
                 continue;
             };
@@ -123,41 +144,42 @@ impl Shard {
         }
         self.write_captures(blocks);
         if found_none {
-            self.blocked.register(Step::WriteBack, Lack::Space);
-            self.dirty_since = self.now + SPACE_RETRY_US;
+            self.ctx.blocked.register(Step::WriteBack, Lack::Space);
+            self.writeback.dirty_since = self.ctx.now + SPACE_RETRY_US;
         }
         // Commits have reserved a block for each page; a redo reserves none, and the checkpoint that ends it waits for its pages.
-        if found_none && self.opening && self.checkpoint.wants_pages() {
+        if found_none && self.life.opening && self.checkpoint.wants_pages() {
             self.must_grow("the pages of the recovery");
         }
     }
 
     /// The page's newest version is captured: it is dirty no more.
     fn captured(&mut self, idx: usize) {
-        let page = &mut self.table.pages[idx];
+        let page = &mut self.cache.table.pages[idx];
         page.dirty_from = None;
         page.captures += 1;
-        self.reserved_blocks -= 1;
+        self.writeback.reserved_blocks -= 1;
         self.space.freed_pages -= u64::from(page.absent);
     }
 
     fn capture(&mut self, idx: usize, place: Place, moved_from: Option<Place>) -> (usize, IoSlice) {
-        let page = &self.table.pages[idx];
+        let page = &self.cache.table.pages[idx];
         let frame = page.frame.as_ref().expect("a dirty page that is not absent has its bytes in memory").pin();
-        self.stats.checksums += 1;
+        self.ctx.stats.checksums += 1;
         let entry = Entry::plain(place, page.lsn, crc32c(&frame));
-        let capture = self.captures.insert(Capture { page: idx, lsn: page.lsn, entry: Some(entry), moved_from });
+        let capture =
+            self.writeback.captures.insert(Capture { page: idx, lsn: page.lsn, entry: Some(entry), moved_from });
         (capture, IoSlice::whole(frame))
     }
 
     fn write_captures(&mut self, blocks: Vec<(Place, (usize, IoSlice))>) {
-        self.page_writes += blocks.len();
-        self.stats.pages_written += blocks.len() as u64;
-        for run in coalesce::plan(blocks, self.limits.vectored_pages_max) {
-            self.stats.page_write_ops += 1;
-            self.stats.coalesced_writes += run.items.len() as u64 - 1;
+        self.writeback.page_writes += blocks.len();
+        self.ctx.stats.pages_written += blocks.len() as u64;
+        for run in coalesce::plan(blocks, self.ctx.limits.vectored_pages_max) {
+            self.ctx.stats.page_write_ops += 1;
+            self.ctx.stats.coalesced_writes += run.items.len() as u64 - 1;
             let (captures, slices): (Vec<_>, Vec<_>) = run.items.into_iter().unzip();
-            let offset = run.place.offset(self.limits.geometry.extent_bytes);
+            let offset = run.place.offset(self.ctx.limits.geometry.extent_bytes);
             let op = DiskOp::Write { file: FileId::Data, offset, from: slices.into() };
             self.submit(OpKind::PageWrite(captures), op);
         }
@@ -166,21 +188,21 @@ impl Shard {
     /// Pages that compaction moves: clean, in memory, their leaf pinned.
     fn write_moves(&mut self) {
         let mut blocks = Vec::new();
-        for idx in std::mem::take(&mut self.moves) {
-            let page = &self.table.pages[idx];
+        for idx in std::mem::take(&mut self.compaction.moves) {
+            let page = &self.cache.table.pages[idx];
             let (key, lsn) = (page.key, page.lsn);
             // Changed since: its new version leaves the old place anyway. Without space it stays.
             let moves = !page.absent && lsn == page.mapped_lsn && self.may_move(0);
             let from = page.entry.filter(|_| moves).map(|e| e.place());
             let to = from.and_then(|from| Some((from, self.alloc_block(Stream::Moved, ItemKind::Page(key, lsn))?)));
             let Some((from, place)) = to else {
-                self.table.pages[idx].captures -= 1;
+                self.cache.table.pages[idx].captures -= 1;
                 self.unpin_if_clean(idx);
                 continue;
             };
             let (capture, slice) = self.capture(idx, place, Some(from));
             blocks.push((place, (capture, slice)));
-            self.stats.pages_moved += 1;
+            self.ctx.stats.pages_moved += 1;
         }
         self.write_captures(blocks);
     }
@@ -193,22 +215,22 @@ impl Shard {
     }
 
     fn capture_written(&mut self, capture: usize) {
-        self.waits.dirty_stuck = None;
-        let lsn = self.captures[capture].lsn;
-        if lsn <= self.order.watermark() || planted!(MappedTooSoon) {
+        self.watermark.dirty_stuck = None;
+        let lsn = self.writeback.captures[capture].lsn;
+        if lsn <= self.ctx.order.watermark() || planted!(MappedTooSoon) {
             self.settle_or_wait(capture);
         } else {
             self.log.open.urgent |= !self.log.open.is_empty();
-            self.waits.wanted = self.waits.wanted.max(lsn);
-            self.unsettled.push(Unsettled(Reverse((lsn, capture))));
+            self.watermark.wanted = self.watermark.wanted.max(lsn);
+            self.writeback.unsettled.push(Unsettled(Reverse((lsn, capture))));
         }
     }
 
     /// The watermark has advanced: what is written and durable goes into the map.
     pub(super) fn settle_durable(&mut self) {
-        let watermark = self.order.watermark();
-        while self.unsettled.peek().is_some_and(|u| u.lsn() <= watermark) {
-            if let Some(Unsettled(Reverse((_, capture)))) = self.unsettled.pop() {
+        let watermark = self.ctx.order.watermark();
+        while self.writeback.unsettled.peek().is_some_and(|u| u.lsn() <= watermark) {
+            if let Some(Unsettled(Reverse((_, capture)))) = self.writeback.unsettled.pop() {
                 self.settle_or_wait(capture);
             }
         }
@@ -223,9 +245,9 @@ impl Shard {
 
     /// Puts a version into the map, unless its leaf is on its way to the device: then when that write has ended.
     fn settle_or_wait(&mut self, capture: usize) {
-        let leaf = self.table.pages[self.captures[capture].page].leaf;
+        let leaf = self.cache.table.pages[self.writeback.captures[capture].page].leaf;
         if leaf.is_some_and(|leaf| self.map.is_being_written(leaf)) {
-            self.stats.settles_delayed += 1;
+            self.ctx.stats.settles_delayed += 1;
             self.checkpoint.behind_nodes.push(capture);
         } else {
             self.settle(capture);
@@ -233,8 +255,8 @@ impl Shard {
     }
 
     fn settle(&mut self, capture: usize) {
-        let Capture { page: idx, lsn, entry, moved_from } = self.captures.remove(capture);
-        let page = &mut self.table.pages[idx];
+        let Capture { page: idx, lsn, entry, moved_from } = self.writeback.captures.remove(capture);
+        let page = &mut self.cache.table.pages[idx];
         page.captures -= 1;
         let key = page.key;
         let (vshard, _) = self.map.position(key);
@@ -245,8 +267,8 @@ impl Shard {
             None => page.mapped_lsn < lsn,
         };
         match entry {
-            Some(entry) => self.extents.name_page(vshard, entry.place()),
-            None => self.held.frees_unsettled -= 1,
+            Some(entry) => self.space.extents.name_page(vshard, entry.place()),
+            None => self.requests.held.frees_unsettled -= 1,
         }
         if applies {
             let leaf = page.leaf.expect("a page with a capture has its leaf pinned");
@@ -260,21 +282,21 @@ impl Shard {
         }
         self.page_settled(idx);
         self.unpin_if_clean(idx);
-        self.again = true;
+        self.ctx.again = true;
     }
 
     fn leave_place(&mut self, vshard: crate::base::VShard, place: Place) {
-        self.extents.leave_page(vshard, place);
+        self.space.extents.leave_page(vshard, place);
         #[cfg(any(test, feature = "sim"))]
         if planted!(PlaceReusedEarly) {
-            self.reused_early.push(place);
+            self.space.reused_early.push(place);
         }
     }
 
     /// One thing less refers to the page. Without anything on its way it needs its map leaf no more, and without
     /// memory no entry in the table: the index may be another page's afterwards.
     pub(super) fn unpin_if_clean(&mut self, idx: usize) {
-        let page = &mut self.table.pages[idx];
+        let page = &mut self.cache.table.pages[idx];
         let clean = page.holds == 0 && page.captures == 0 && page.dirty_from.is_none() && page.slot.is_none();
         if clean && let Some(leaf) = page.leaf.take() {
             self.map.unpin(leaf);

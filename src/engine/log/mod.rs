@@ -86,6 +86,8 @@ pub(crate) struct Log {
     pub open: OpenGroup,
     /// Groups on their way, oldest first.
     pub in_flight: VecDeque<InFlight>,
+    /// A flush is under way.
+    pub flushing: bool,
 }
 
 impl Log {
@@ -100,6 +102,7 @@ impl Log {
             prev_crc: 0,
             open: OpenGroup::new(chunks),
             in_flight: VecDeque::new(),
+            flushing: false,
         }
     }
 

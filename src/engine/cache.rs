@@ -1,0 +1,27 @@
+//! The page cache: the table of pages, what may leave memory, and what is being read.
+
+use super::pages::Table;
+use super::reads::{NodeWaiters, Wanted};
+use crate::format::extent::NodeKey;
+use crate::memory::Eviction;
+use hashbrown::HashMap;
+
+/// Pages in memory and on their way there.
+pub(super) struct PageCache {
+    pub table: Table,
+    pub eviction: Eviction,
+    pub node_waiters: HashMap<NodeKey, NodeWaiters, foldhash::fast::FixedState>,
+    pub wanted: Wanted,
+}
+
+impl PageCache {
+    /// For a shard of `frames` frames, `pages_max` of which may hold pages.
+    pub fn new(frames: u32, pages_max: u32, seed: u64) -> Self {
+        PageCache {
+            table: Table::new(pages_max, seed),
+            eviction: Eviction::new(frames),
+            node_waiters: HashMap::with_hasher(foldhash::fast::FixedState::with_seed(seed)),
+            wanted: Wanted::default(),
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! What every component of a shard is given: who the shard is, the time, its memory, and where effects go.
+//!
+//! Invariants
+//! 1. Effects leave in the order in which they were made.
+//! 2. `failed` is set once, and nothing is written from then on.
+
+use super::OpKind;
+use super::blocked::Blocked;
+use super::event::{Effect, Response, Token};
+use super::message::Message;
+#[cfg(any(test, feature = "sim"))]
+use crate::base::Lsn;
+use crate::base::error::{Error, ErrorKind, Result};
+use crate::base::metrics::ShardStats;
+use crate::base::options::Limits;
+use crate::base::{Deal, Micros, ShardId};
+use crate::engine::commit::GlobalOrder;
+use crate::io::{DiskOp, OpId};
+use crate::memory::Arena;
+use slab::Slab;
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+/// The surroundings of a shard's components.
+pub(super) struct Context {
+    pub id: ShardId,
+    pub deal: Deal,
+    pub limits: Limits,
+    pub order: Arc<GlobalOrder>,
+    /// Microseconds, as passed to the turn under way.
+    pub now: Micros,
+    pub arena: Arena,
+    pub stats: ShardStats,
+    /// Which steps wait, and for what.
+    pub blocked: Blocked,
+    /// Operations under way.
+    pub ops: Slab<OpKind>,
+    pub effects: VecDeque<Effect>,
+    /// Messages to this shard itself.
+    pub loopback: VecDeque<Message>,
+    /// A step has made work for another one: the turn goes through all of them again.
+    pub again: bool,
+    /// Why this shard has stopped writing.
+    pub failed: Option<Error>,
+    /// Which request got which LSN.
+    #[cfg(any(test, feature = "sim"))]
+    pub drawn: Vec<(Token, Lsn)>,
+}
+
+impl Context {
+    pub fn new(id: ShardId, deal: Deal, limits: Limits, order: Arc<GlobalOrder>, now: Micros, arena: Arena) -> Self {
+        Context {
+            id,
+            deal,
+            limits,
+            order,
+            now,
+            arena,
+            stats: ShardStats::default(),
+            blocked: Blocked::default(),
+            ops: Slab::new(),
+            effects: VecDeque::new(),
+            loopback: VecDeque::new(),
+            again: false,
+            failed: None,
+            #[cfg(any(test, feature = "sim"))]
+            drawn: Vec::new(),
+        }
+    }
+
+    /// Carries a message to another shard, or keeps it for this one.
+    pub fn send(&mut self, to: ShardId, message: Message) {
+        if to == self.id {
+            self.loopback.push_back(message);
+            self.again = true;
+        } else {
+            self.stats.messages += 1;
+            self.effects.push_back(Effect::Send(to, message));
+        }
+    }
+
+    /// Starts an operation of the device.
+    pub fn submit(&mut self, kind: OpKind, op: DiskOp) {
+        let id = self.ops.insert(kind);
+        self.effects.push_back(Effect::Submit(OpId(id as u64), op));
+    }
+
+    /// Answers a request.
+    pub fn reply(&mut self, token: Token, result: Result<Response>) {
+        if matches!(&result, Err(error) if error.kind() == ErrorKind::Conflict) {
+            self.stats.conflicts += 1;
+        }
+        self.effects.push_back(Effect::Reply(token, result));
+    }
+}

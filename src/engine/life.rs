@@ -1,0 +1,23 @@
+//! Where a shard is between opening and its end.
+
+use super::Token;
+use crate::base::error::Error;
+
+/// Opening, open, closing, closed.
+pub(super) struct Life {
+    /// No requests yet.
+    pub opening: bool,
+    /// The first failure, while opening.
+    pub open_error: Option<Error>,
+    /// The store closes; at the leader with whom to answer.
+    pub closing: Option<Option<Token>>,
+    /// The leader has been told that no request is under way any more.
+    pub quiet: bool,
+    pub closed: bool,
+}
+
+impl Life {
+    pub fn new() -> Self {
+        Life { opening: true, open_error: None, closing: None, quiet: false, closed: false }
+    }
+}
