@@ -46,7 +46,7 @@ const LAYERS: &[&[(&str, &[&str])]] = &[
     &[("memory", &[])],
     &[("io", &[])],
     &[("ops/probe", &[])],
-    &[("engine/map", &[]), ("engine/coalesce", &[]), ("engine/commit", &[]), ("engine/log", &["engine/commit"])],
+    &[("engine/map", &[]), ("engine/writeback/plan", &[]), ("engine/order", &[]), ("engine/log", &["engine/order"])],
     &[("engine", &[])],
     &[("engine/recovery", &[])],
     &[("ops/verify", &[]), ("ops", &[])],

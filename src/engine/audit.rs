@@ -3,8 +3,8 @@
 //! If one drifts nothing is lost, and nothing is noticed: admission refuses too early or too late from then on, and some day the store
 //! hangs. So the simulator asks in the middle of its runs.
 
-use super::part::Reserved;
 use super::requests::PendingKind;
+use super::txn::participant::Reserved;
 use super::{OpKind, Shard};
 use crate::base::Lsn;
 use crate::memory::Owner;

@@ -15,9 +15,9 @@
 //!
 //! It does not decide who goes first: each queue is first in, first out.
 
-#[cfg(any(test, feature = "sim"))]
-use super::part::Reserved;
 use super::requests::PendingKind;
+#[cfg(any(test, feature = "sim"))]
+use super::txn::participant::Reserved;
 use super::{OpKind, Shard};
 use crate::base::error::{Error, ErrorKind};
 use crate::base::{Lsn, Micros};
@@ -136,7 +136,7 @@ pub(super) struct Blocked {
     steps: [u16; LACKS.len()],
     memory: [Shortage; STEPS],
     /// The part of a commit over shards that others let go first.
-    pub in_front: Option<super::precedence::InFront>,
+    pub in_front: Option<super::txn::precedence::InFront>,
     /// Requests for frames that failed in this lap: each has a step registered.
     refusals: u32,
     /// The watermark that somebody waits for because too much is drawn above it.

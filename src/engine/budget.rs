@@ -16,7 +16,7 @@
 //! It does not count frames (the arena does), moves and redo (compaction and recovery bound their own), or what a shard keeps for
 //! each extent.
 
-use super::pages::ENTRY_BYTES;
+use super::cache::table::ENTRY_BYTES;
 #[cfg(any(test, feature = "sim"))]
 use super::requests::FREE_BYTES;
 use super::requests::{Pending, PendingKind};

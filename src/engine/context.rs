@@ -14,7 +14,7 @@ use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::metrics::ShardStats;
 use crate::base::options::Limits;
 use crate::base::{Deal, Micros, ShardId};
-use crate::engine::commit::GlobalOrder;
+use crate::engine::order::GlobalOrder;
 use crate::io::{DiskOp, OpId};
 use crate::memory::Arena;
 use slab::Slab;

@@ -1,6 +1,6 @@
 //! What goes into a shard and what comes out of it.
 
-use super::pins::Pin;
+use super::cache::pins::Pin;
 use super::{Message, PageRange};
 use crate::base::error::Result;
 use crate::base::{BLOCK, Lsn, PageId, PageKey, ShardId};

@@ -291,7 +291,7 @@ fn a_failure_ends_what_waits_for_a_part_in_front() {
 #[test]
 fn memory_is_frames_with_all_their_tables() {
     let capture = size_of::<super::writeback::Capture>() + size_of::<super::writeback::Unsettled>();
-    let pages = super::pages::ENTRY_BYTES + (super::pages::ENTRY_BYTES + capture) / 4;
+    let pages = super::cache::table::ENTRY_BYTES + (super::cache::table::ENTRY_BYTES + capture) / 4;
     let sum =
         pages + crate::engine::map::NODE_BYTES + crate::memory::ARENA_BLOCK_BYTES + crate::memory::EVICTION_BLOCK_BYTES;
     assert!(sum as u64 <= TABLE_BYTES_PER_FRAME, "{sum} bytes of tables for each frame");

@@ -16,6 +16,7 @@
 
 use super::checkpoint::NewEpoch;
 use super::event::Change;
+use super::space::Urgency;
 use crate::base::error::Error;
 use crate::base::{ExtentNo, Lsn, Micros, PageKey, Place, VShard};
 use crate::format::extent::{ItemKind, TableRow};
@@ -64,9 +65,9 @@ pub enum Message {
     Granted(Vec<ExtentNo>),
     /// The data space can't grow.
     Denied,
-    /// Give some free extents to the sender, if you have more than you need; or (`true`) more than two, because
+    /// Give some free extents to the sender, if you have more than you need; or (`Stuck`) more than two, because
     /// the sender can't finish an opening or a checkpoint.
-    Spare(bool),
+    Spare(Urgency),
     /// Compaction wants this moved from here.
     Move(ItemKind, Place),
     /// What was there is on its way, or needs not move; or it can't be read.

@@ -5,13 +5,13 @@
 //! 2. A request is `ready`/`finished` exactly once, when the last page that it needs is there or has failed.
 //! 3. Replies that promise durability wait in `waiting`, ordered by LSN, for the watermark.
 
-use super::allocated::Walk;
 use super::blocked::Held;
 use super::budget::request_weight;
+use super::cache::range_scan::Walk;
+use super::cache::table::Page;
 use super::event::{Commit, PageRef, Request, Response, Token};
-use super::pages::Page;
-use super::part::Part;
 use super::redo::RedoChange;
+use super::txn::participant::Part;
 use super::{Change, OpKind, Shard};
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::{BLOCK, Lsn, PageKey, Place, ShardId};

@@ -179,7 +179,7 @@ mod loom {
     use crate::base::ShardId;
     use crate::base::sync::AtomicBool;
     use crate::base::sync::model::holds;
-    use crate::engine::commit::GlobalOrder;
+    use crate::engine::order::GlobalOrder;
     use ::loom::sync::Arc;
     use ::loom::thread;
 

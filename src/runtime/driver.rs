@@ -19,7 +19,7 @@ use super::meter::Meter;
 use super::shared::{Brought, Port, Shared};
 use crate::base::{Lsn, Micros, ShardId};
 use crate::engine::Response;
-use crate::engine::commit::GlobalOrder;
+use crate::engine::order::GlobalOrder;
 use crate::io::{Completion, Disk, DiskOp};
 use crate::mesh::{Lanes, raised};
 use std::collections::VecDeque;

@@ -11,7 +11,7 @@ use super::start::{Begin, start_with};
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::options::{Driver, Options};
 use crate::base::{Deal, Lsn, Micros, SegmentNo, ShardId};
-use crate::engine::commit::GlobalOrder;
+use crate::engine::order::GlobalOrder;
 use crate::engine::recovery::RecoveryReport;
 use crate::engine::{Request, Response, Token};
 use crate::io::{Completion, Disk, DiskOp, FileId, OpId, execute};

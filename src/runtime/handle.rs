@@ -9,7 +9,7 @@ use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::options::Options;
 use crate::base::{Deal, Lsn, ShardId};
 use crate::engine::Request;
-use crate::engine::commit::GlobalOrder;
+use crate::engine::order::GlobalOrder;
 use crate::engine::recovery::RecoveryReport;
 use crate::mesh::Reply;
 use std::future::Future;

@@ -3,7 +3,7 @@
 use crate::base::error::{Error, Result};
 use crate::base::options::Options;
 use crate::base::{Deal, Lsn, Micros, ShardId};
-use crate::engine::commit::GlobalOrder;
+use crate::engine::order::GlobalOrder;
 use crate::engine::recovery::{self, RecoveryReport};
 use crate::engine::{Effect, Message, Request, Response, Shard, Token};
 use crate::io::{Completion, Disk};

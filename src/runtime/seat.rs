@@ -19,7 +19,7 @@ use super::machine::{Begun, Machine};
 use super::shared::Shared;
 use crate::base::ShardId;
 use crate::base::error::{Error, ErrorKind, Result};
-use crate::engine::commit::GlobalOrder;
+use crate::engine::order::GlobalOrder;
 use crate::io::{CancellableDisk, Disk, DiskReport, DiskWaker, Files};
 use crate::mesh::Lanes;
 use crossbeam_channel::{Receiver, Sender};

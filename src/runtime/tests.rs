@@ -14,7 +14,7 @@ use super::start::{Begin, start_with};
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::options::{Driver, Options};
 use crate::base::{Deal, Lsn, Micros, ShardId};
-use crate::engine::commit::GlobalOrder;
+use crate::engine::order::GlobalOrder;
 use crate::engine::recovery::RecoveryReport;
 use crate::engine::{Commit, Request, Response, Token};
 use crate::io::{Completion, Disk};

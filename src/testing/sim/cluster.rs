@@ -25,7 +25,7 @@ use super::watch::TABLE_IS_BOUNDED;
 use crate::base::error::{Error, Result};
 use crate::base::options::Options;
 use crate::base::{Deal, Lsn, Micros, ShardId};
-use crate::engine::commit::GlobalOrder;
+use crate::engine::order::GlobalOrder;
 use crate::engine::recovery::RecoveryReport;
 use crate::engine::{Effect, Message, Request, Response, Shard, Token};
 use crate::io::{Completion, Disk, OpId};

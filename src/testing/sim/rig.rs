@@ -12,7 +12,7 @@ use super::world::Outcome;
 use crate::base::error::Result as StoreResult;
 use crate::base::options::{Geometry, Options};
 use crate::base::{BLOCK, Deal, Micros, PageId, PageKey, ShardId, VolumeId};
-use crate::engine::commit::GlobalOrder;
+use crate::engine::order::GlobalOrder;
 use crate::engine::{Change, Commit, PageRef, Request, Response, Shard, Together, Token};
 use bytes::Bytes;
 use std::collections::BTreeMap;

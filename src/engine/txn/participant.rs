@@ -11,30 +11,31 @@
 //! 2. After a `Yes` nothing but the device can fail: log room, buffers, frames, space and the map leaves are reserved.
 //! 3. The record of a part, and an owner's, stands alone in its era: a cut can fall right before and right after it.
 
-use super::admission::{Admission, Need};
-use super::message::{Ask, Decision, Message, Vote};
-use super::requests::PendingKind;
-use super::{Commit, Shard, precedence};
 use crate::base::error::{Error, ErrorKind};
 use crate::base::{Lsn, Micros, ShardId};
 use crate::engine::log::PartRef;
+use crate::engine::message::{Ask, Decision, Message, Vote};
+use crate::engine::requests::PendingKind;
+use crate::engine::txn::admission::{Admission, Need};
+use crate::engine::txn::precedence;
+use crate::engine::{Commit, Shard};
 use crate::format::group::Role;
 use hashbrown::HashMap;
 
 /// A part in the table of requests.
-pub(super) struct Part {
+pub(in crate::engine) struct Part {
     pub of: PartRef,
     pub commit: Commit,
     owner_logs: bool,
     /// When the commit was asked for first.
     pub since: Micros,
     /// What a `Yes` has reserved.
-    pub(super) reserved: Option<Reserved>,
+    pub(in crate::engine) reserved: Option<Reserved>,
 }
 
 /// What parts with a `Yes` may still need.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub(super) struct Reserved {
+pub(in crate::engine) struct Reserved {
     /// Parts.
     pub count: usize,
     /// Blocks of log, each part in a group of its own.
@@ -48,7 +49,7 @@ pub(super) struct Reserved {
 }
 
 impl Reserved {
-    pub(super) fn plus(self, other: Reserved) -> Reserved {
+    pub(in crate::engine) fn plus(self, other: Reserved) -> Reserved {
         Reserved {
             count: self.count + other.count,
             log_blocks: self.log_blocks + other.log_blocks,
@@ -70,10 +71,10 @@ impl Reserved {
 }
 
 /// The parts that this shard has, by commit: their places in the table of requests.
-pub(super) type Parts = HashMap<PartRef, usize, foldhash::fast::FixedState>;
+pub(in crate::engine) type Parts = HashMap<PartRef, usize, foldhash::fast::FixedState>;
 
 /// Parts of commits over shards, voted for and not decided yet.
-pub(super) struct Participant {
+pub(in crate::engine) struct Participant {
     pub parts: Parts,
     /// What they have reserved.
     pub reserved: Reserved,
@@ -87,7 +88,7 @@ impl Participant {
 
 impl Shard {
     /// The owner asks for a vote.
-    pub(super) fn prepare(&mut self, owner: ShardId, txn: u64, ask: Ask) {
+    pub(in crate::engine) fn prepare(&mut self, owner: ShardId, txn: u64, ask: Ask) {
         let of = PartRef { owner, txn };
         if let Some(error) = self.ctx.failed.clone() {
             self.ctx.send(owner, Message::Vote(txn, Vote::No(error)));
@@ -103,13 +104,13 @@ impl Shard {
         }
         let Ask { reads, changes, owner_logs, since } = ask;
         let pages = self.pages_of(&reads, &changes);
-        let (reads_count, patched) = (reads.len(), super::requests::patched(&changes));
+        let (reads_count, patched) = (reads.len(), crate::engine::requests::patched(&changes));
         let part = Part { of, commit: Commit { reads, changes, durable: true }, owner_logs, since, reserved: None };
         self.begin(None, PendingKind::Part(Box::new(part)), pages, |i| i >= reads_count && patched[i - reads_count]);
     }
 
     /// Votes on the parts whose pages are there.
-    pub(super) fn run_parts(&mut self) {
+    pub(in crate::engine) fn run_parts(&mut self) {
         while let Some(waiter) = self.requests.ready_parts.pop_front() {
             let Some(vote) = self.judge_part(waiter) else { continue };
             let PendingKind::Part(part) = &self.requests.pending[waiter].kind else { unreachable!("only parts") };
@@ -168,7 +169,7 @@ impl Shard {
     }
 
     /// The owner has decided.
-    pub(super) fn decided(&mut self, owner: ShardId, txn: u64, decision: Decision) {
+    pub(in crate::engine) fn decided(&mut self, owner: ShardId, txn: u64, decision: Decision) {
         let of = PartRef { owner, txn };
         // After a failure all parts are gone.
         let Some(waiter) = self.participant.parts.remove(&of) else { return };
@@ -193,7 +194,7 @@ impl Shard {
     }
 
     /// Applies the owner's own part, and logs the record that names the others, in the group whose run holds the LSN.
-    pub(super) fn apply_own_part(&mut self, txn: u64, lsn: Lsn, others: u64, urgent: bool) {
+    pub(in crate::engine) fn apply_own_part(&mut self, txn: u64, lsn: Lsn, others: u64, urgent: bool) {
         let of = PartRef { owner: self.ctx.id, txn };
         let waiter = self.participant.parts.remove(&of).expect("the owner has voted for its own part");
         self.apply_part(waiter, of, lsn, Role::Owner(others), urgent);
@@ -224,7 +225,7 @@ impl Shard {
     }
 
     /// The store has stopped: nothing that was voted for will be decided here.
-    pub(super) fn drop_parts(&mut self) {
+    pub(in crate::engine) fn drop_parts(&mut self) {
         let mut all: Vec<(PartRef, usize)> = self.participant.parts.drain().collect();
         all.sort();
         for (_, waiter) in all {
@@ -233,7 +234,7 @@ impl Shard {
     }
 
     /// Parts of this shard's groups are durable.
-    pub(super) fn parts_durable(&mut self, parts: Vec<PartRef>) {
+    pub(in crate::engine) fn parts_durable(&mut self, parts: Vec<PartRef>) {
         for of in parts {
             match of.owner == self.ctx.id {
                 true => self.part_durable(of.txn),
@@ -244,7 +245,7 @@ impl Shard {
 }
 
 /// Whether a refusal only says that a page is held.
-pub(super) fn held(of: u64) -> Error {
+pub(in crate::engine) fn held(of: u64) -> Error {
     Error::new(
         ErrorKind::Conflict,
         format_args!("a page of transaction {of} is held by another commit on its way: retry the transaction"),

@@ -16,7 +16,7 @@ pub struct Run<T> {
 }
 
 /// Sorts `blocks` by place and merges neighbours into runs of at most `blocks_max`.
-pub fn plan<T>(mut blocks: Vec<(Place, T)>, blocks_max: usize) -> Vec<Run<T>> {
+pub fn runs<T>(mut blocks: Vec<(Place, T)>, blocks_max: usize) -> Vec<Run<T>> {
     blocks.sort_by_key(|(place, _)| *place);
     let mut runs: Vec<Run<T>> = Vec::new();
     for (place, item) in blocks {
@@ -74,7 +74,7 @@ mod tests {
         ) {
             let place = |(e, b): &(u32, u32)| Place { extent: ExtentNo::new(*e), block: *b };
             let blocks: Vec<_> = places.iter().rev().map(|p| (place(p), *p)).collect();
-            let runs = plan(blocks, max);
+            let runs = runs(blocks, max);
             let mut seen = Vec::new();
             for run in &runs {
                 prop_assert!(run.items.len() <= max);
@@ -94,7 +94,7 @@ mod tests {
             let place = |(e, b): &(u32, u32)| Place { extent: ExtentNo::new(*e), block: *b };
             let blocks: Vec<_> = places.iter().map(|p| (place(p), *p)).collect();
             let mut seen = Vec::new();
-            for run in bridge(plan(blocks, max), gap, max) {
+            for run in bridge(runs(blocks, max), gap, max) {
                 prop_assert!(run.items.len() <= max);
                 prop_assert!(run.items.first().is_some_and(Option::is_some), "a run begins with what was asked for");
                 prop_assert!(run.items.last().is_some_and(Option::is_some), "and ends with it");
@@ -115,7 +115,7 @@ mod tests {
     #[test]
     fn neighbours_are_merged() {
         let at = |block| Place { extent: ExtentNo::new(0), block };
-        let runs = plan(vec![(at(3), 'd'), (at(1), 'b'), (at(2), 'c'), (at(7), 'h')], 64);
+        let runs = runs(vec![(at(3), 'd'), (at(1), 'b'), (at(2), 'c'), (at(7), 'h')], 64);
         assert_eq!(runs.len(), 2);
         assert_eq!(runs[0].items, vec!['b', 'c', 'd']);
     }

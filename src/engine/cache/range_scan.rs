@@ -11,10 +11,10 @@
 //!
 //! It reads map nodes, never pages.
 
-use super::requests::PendingKind;
-use super::{NodeWaiter, Response, Shard};
 use crate::base::{Lsn, PageId, PageKey, VShard, VolumeId};
 use crate::engine::map::{LEAF_PAGES, NextLeaf};
+use crate::engine::requests::PendingKind;
+use crate::engine::{NodeWaiter, Response, Shard};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
@@ -35,7 +35,7 @@ pub struct PageRange {
 }
 
 /// Where a request stands.
-pub(super) struct Walk {
+pub(in crate::engine) struct Walk {
     asked: PageRange,
     found: Vec<(PageId, PageId)>,
     /// The next leaf of each virtual shard that has one: its first page that is asked for.
@@ -58,7 +58,7 @@ enum Step {
 
 impl Shard {
     /// Begins a walk for a request.
-    pub(super) fn begin_walk(&mut self, asked: PageRange) -> Box<Walk> {
+    pub(in crate::engine) fn begin_walk(&mut self, asked: PageRange) -> Box<Walk> {
         let first = |v| PageKey::first_in(asked.volume, asked.first, v, self.ctx.limits.geometry.vshards_count);
         let seeks = self.ctx.deal.owned_by(self.ctx.id).filter_map(|vshard| Some((vshard, first(vshard)?))).collect();
         Box::new(Walk {
@@ -72,7 +72,7 @@ impl Shard {
     }
 
     /// Goes on with the walk of a pending request, until it ends or a node must be read.
-    pub(super) fn walk(&mut self, waiter: usize) {
+    pub(in crate::engine) fn walk(&mut self, waiter: usize) {
         // Taken out, since a step needs the shard.
         let kind = std::mem::replace(&mut self.requests.pending[waiter].kind, PendingKind::Read(0));
         let PendingKind::Walk(mut walk) = kind else { unreachable!("only walks come here") };

@@ -5,9 +5,9 @@
 //!    not in the page table at all. [`Shard::reference_ended`] is called wherever a reference to a page ends.
 //! 2. A search for more frames than can be freed frees nothing, and costs little when it is repeated.
 
-use super::pages::Table;
-use super::{Shard, Step};
+use crate::engine::cache::table::Table;
 use crate::engine::map::Map;
+use crate::engine::{Shard, Step};
 use crate::memory::{Owner, Residency, Residents, Standing};
 use smallvec::SmallVec;
 
@@ -50,7 +50,7 @@ impl Residents for InMemory<'_> {
 impl Shard {
     /// Frees memory until `frames` single frames can be had, besides those that parts of commits have reserved and, unless `step`
     /// is a checkpoint's, those that a checkpoint needs. If it can't, `step` is registered as blocked.
-    pub(super) fn ensure_frames(&mut self, frames: u32, step: Step) -> bool {
+    pub(in crate::engine) fn ensure_frames(&mut self, frames: u32, step: Step) -> bool {
         let kept = if step.is_of_checkpoint() { 0 } else { self.checkpoint_frames() };
         let frames = frames + self.participant.reserved.frames + kept;
         let found = self.find_frames(frames);
@@ -62,7 +62,7 @@ impl Shard {
     }
 
     /// Frees memory until `frames` frames are free, or frees nothing if it can't.
-    pub(super) fn find_frames(&mut self, frames: u32) -> bool {
+    pub(in crate::engine) fn find_frames(&mut self, frames: u32) -> bool {
         let missing = frames.saturating_sub(self.ctx.arena.free_blocks());
         if missing > 0 && !self.can_free(missing) {
             return false;
@@ -94,7 +94,7 @@ impl Shard {
 
     /// Frames that are left to checkpoints. What they write goes out in parts of this size at least, and comes back: so one ends
     /// even while readers have pinned all the rest.
-    pub(super) fn checkpoint_frames(&self) -> u32 {
+    pub(in crate::engine) fn checkpoint_frames(&self) -> u32 {
         self.space.extents.summary_blocks().max(CHECKPOINT_FRAMES_MIN)
     }
 
@@ -105,7 +105,7 @@ impl Shard {
     }
 
     /// Looks again at some of what readers have pinned; whether they had let go of any.
-    pub(super) fn look_at_pinned(&mut self) -> bool {
+    pub(in crate::engine) fn look_at_pinned(&mut self) -> bool {
         let mut in_memory = InMemory { table: &mut self.cache.table, map: &mut self.map };
         self.cache.eviction.look_at_pinned(&mut in_memory, self.ctx.now, PINNED_LOOKS_MAX)
     }
@@ -113,7 +113,7 @@ impl Shard {
     /// A reference to page `idx` has ended, or what it was loaded for is gone. Without memory it needs no entry once
     /// nothing refers to it, since the map says the same of it: a store whose clients ask for absent pages would grow
     /// without end. With memory it may go from now on. The index may be another page's afterwards.
-    pub(super) fn reference_ended(&mut self, idx: usize) {
+    pub(in crate::engine) fn reference_ended(&mut self, idx: usize) {
         let page = &mut self.cache.table.pages[idx];
         let Some(frame) = &page.frame else {
             if page.is_unreferenced() && !planted!(AbsentKept) {

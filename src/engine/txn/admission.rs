@@ -5,12 +5,12 @@
 //! 2. Short for now: the commit waits, and room is made. Short for good: `Full`, and nothing was done.
 //! 3. What parts of commits over shards have reserved is left alone.
 
-use super::commits::LSN_AHEAD_MAX;
-use super::part::Reserved;
-use super::{Change, Commit, Lack, NodeWaiter, Shard, Step};
 use crate::base::error::{Error, ErrorKind};
 use crate::base::{BLOCK, Lsn, PageKey, VolumeId};
 use crate::engine::map::{Lookup, Map};
+use crate::engine::txn::local::LSN_AHEAD_MAX;
+use crate::engine::txn::participant::Reserved;
+use crate::engine::{Change, Commit, Lack, NodeWaiter, Shard, Step};
 use crate::format::extent::NodeKey;
 use crate::format::group::{HEAD_BYTES, RawChange, RawParts, RawRecord, RawSlot};
 use crate::format::node::{Child, LEAF_ENTRIES};
@@ -36,7 +36,7 @@ const SPACE_WANTED_US: crate::base::Micros = 100_000;
 
 /// What commits need.
 #[derive(Clone, Copy, Default)]
-pub(super) struct Need {
+pub(in crate::engine) struct Need {
     /// Bytes of records.
     record_bytes: usize,
     /// Whole pages, each a slot.
@@ -52,7 +52,7 @@ pub(super) struct Need {
 }
 
 /// Whether a commit may go on.
-pub(super) enum Admission {
+pub(in crate::engine) enum Admission {
     Yes,
     /// Wait for memory, log room or space; it comes.
     Stalled,
@@ -62,7 +62,7 @@ pub(super) enum Admission {
 }
 
 impl Need {
-    pub(super) fn of(commit: &Commit, map: &Map) -> Need {
+    pub(in crate::engine) fn of(commit: &Commit, map: &Map) -> Need {
         let record_bytes = size_of::<RawRecord>() + size_of::<RawParts>();
         let mut need = Need { record_bytes, makes_room: true, ..Need::default() };
         let mut last = None;
@@ -88,11 +88,11 @@ impl Need {
 
     /// Blocks of data space that it may take: each page written one as a slot and another later, and its map nodes on top. A freed
     /// page takes none.
-    pub(super) fn blocks(&self) -> u64 {
+    pub(in crate::engine) fn blocks(&self) -> u64 {
         2 * u64::from(self.frames) + self.nodes
     }
 
-    pub(super) fn plus(self, other: Need) -> Need {
+    pub(in crate::engine) fn plus(self, other: Need) -> Need {
         Need {
             record_bytes: self.record_bytes + other.record_bytes,
             slots: self.slots + other.slots,
@@ -105,7 +105,7 @@ impl Need {
 }
 
 impl Shard {
-    pub(super) fn admit(&mut self, waiter: usize, need: Need, first: bool) -> Admission {
+    pub(in crate::engine) fn admit(&mut self, waiter: usize, need: Need, first: bool) -> Admission {
         let body = self.log.open.body_blocks_with(need.record_bytes, need.slots);
         let group_is_new = self.log.open.is_empty() && first;
         let too_long = body > self.ctx.limits.group_blocks && !group_is_new;
@@ -136,7 +136,7 @@ impl Shard {
 
     /// Whether a part of a commit over shards may be voted for: what it needs must be there whenever it is decided, in
     /// this group or a later one.
-    pub(super) fn admit_part(&mut self, waiter: usize, need: &Need) -> Admission {
+    pub(in crate::engine) fn admit_part(&mut self, waiter: usize, need: &Need) -> Admission {
         let (body, slots) = match self.log.open.is_empty() {
             true => (0, 0),
             false => (self.log.open.body_blocks_with(0, 0), self.log.open.slots.len()),
@@ -161,7 +161,7 @@ impl Shard {
     }
 
     /// What a part keeps from others until it is decided.
-    pub(super) fn reservation(&self, need: &Need) -> Reserved {
+    pub(in crate::engine) fn reservation(&self, need: &Need) -> Reserved {
         let body = (HEAD_BYTES + need.record_bytes + need.slots * size_of::<RawSlot>()).div_ceil(BLOCK) as u32;
         Reserved {
             count: 1,
@@ -179,7 +179,7 @@ impl Shard {
     }
 
     /// Whether so much is drawn above the watermark that `step` has to wait for it.
-    pub(super) fn drawn_far_ahead(&mut self, step: Step) -> bool {
+    pub(in crate::engine) fn drawn_far_ahead(&mut self, step: Step) -> bool {
         let lowest = Lsn::new(self.ctx.order.next().get().saturating_sub(LSN_AHEAD_MAX / 2));
         if self.ctx.order.watermark() >= lowest {
             return false;
@@ -233,7 +233,7 @@ impl Shard {
     }
 
     /// So many that only a checkpoint should come now, and no more of them.
-    pub(super) fn dirty_nodes_are_many(&self) -> bool {
+    pub(in crate::engine) fn dirty_nodes_are_many(&self) -> bool {
         self.map.dirty_count() as u64 > u64::from(self.ctx.limits.memory_blocks) * DIRTY_NODES_MANY / 32
     }
 
@@ -412,7 +412,7 @@ impl Shard {
     }
 
     /// Room in memory for a redo of `frames` pages, as for a commit.
-    pub(super) fn admit_redo(&mut self, waiter: usize, frames: u32) -> bool {
+    pub(in crate::engine) fn admit_redo(&mut self, waiter: usize, frames: u32) -> bool {
         if !self.dirty_fits(u64::from(frames), false) {
             self.ctx.blocked.register(Step::Redo, Lack::WriteBack);
             return false;

@@ -11,11 +11,11 @@
 //! 3. A page with a change on its way has its map leaf pinned, so that the map can be changed without a read.
 //! 4. A request keeps the entries of its pages, and the bytes only of those that it reads or patches.
 
-use super::holds::Hold;
-use super::{NodeWaiter, Shard};
 use crate::base::error::Error;
 use crate::base::{Lsn, PageKey, VolumeId};
 use crate::engine::map::{Lookup, NodeIdx};
+use crate::engine::txn::page_locks::Hold;
+use crate::engine::{NodeWaiter, Shard};
 use crate::format::node::Entry;
 use crate::memory::{Frame, Residency, Standing};
 use hashbrown::HashTable;
@@ -24,7 +24,7 @@ use smallvec::SmallVec;
 use std::hash::BuildHasher;
 
 /// A page in the table.
-pub(super) struct Page {
+pub(in crate::engine) struct Page {
     pub key: PageKey,
     /// Version of the content; the LSN of the `Free` for a page freed since it was loaded.
     pub lsn: Lsn,
@@ -111,11 +111,11 @@ impl Page {
 }
 
 /// What a page in the table takes: its entry, and up to 16/7 places in the index, of five bytes each.
-pub(super) const ENTRY_BYTES: usize = size_of::<Page>() + 5 * 16 / 7 + 1;
+pub(in crate::engine) const ENTRY_BYTES: usize = size_of::<Page>() + 5 * 16 / 7 + 1;
 
 /// How many pages have their bytes in memory.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub(super) struct Resident {
+pub(in crate::engine) struct Resident {
     /// All of them.
     pub pages: u32,
     /// Those whose bytes a request under way needs.
@@ -123,7 +123,7 @@ pub(super) struct Resident {
 }
 
 /// The table.
-pub(super) struct Table {
+pub(in crate::engine) struct Table {
     pub pages: Slab<Page>,
     resident: Resident,
     /// The pages by key: their indices only, since the keys stand in the pages.
@@ -273,7 +273,7 @@ impl Table {
 impl Shard {
     /// Registers that pending request `waiter` needs page `idx` (resolved; with its data if `data`). Returns true
     /// if it has it already; else the waiter is told later.
-    pub(super) fn want(&mut self, idx: usize, data: bool, waiter: usize) -> bool {
+    pub(in crate::engine) fn want(&mut self, idx: usize, data: bool, waiter: usize) -> bool {
         if self.cache.table.pages[idx].has(data) {
             return true;
         }
@@ -283,7 +283,7 @@ impl Shard {
     }
 
     /// Takes the next step for a page that somebody waits for.
-    pub(super) fn advance_page(&mut self, idx: usize) {
+    pub(in crate::engine) fn advance_page(&mut self, idx: usize) {
         let page = &self.cache.table.pages[idx];
         if !page.resolved && !page.resolving {
             match self.map.lookup(page.key) {
@@ -314,7 +314,7 @@ impl Shard {
     }
 
     /// Tells those whose need is met.
-    pub(super) fn wake_waiters(&mut self, idx: usize) {
+    pub(in crate::engine) fn wake_waiters(&mut self, idx: usize) {
         let page = &mut self.cache.table.pages[idx];
         if page.waiters.is_empty() {
             return;
@@ -333,7 +333,7 @@ impl Shard {
         }
     }
 
-    pub(super) fn fail_waiters(&mut self, idx: usize, error: &Error) {
+    pub(in crate::engine) fn fail_waiters(&mut self, idx: usize, error: &Error) {
         for (waiter, _) in std::mem::take(&mut self.cache.table.pages[idx].waiters) {
             self.need_met(waiter, Some(error.clone()));
         }

@@ -12,10 +12,10 @@
 //! 2. The flush is submitted when every write of every shard for this checkpoint has completed.
 //! 3. No commit over shards is under way when all are quiet: their owners had requests, and have none.
 
-use super::checkpoint::NewEpoch;
-use super::message::{Begin, Contribution, Message};
-use super::{Response, Shard, Step, Token};
 use crate::base::{BLOCK, Lsn, ShardId};
+use crate::engine::checkpoint::NewEpoch;
+use crate::engine::message::{Begin, Contribution, Message};
+use crate::engine::{Response, Shard, Step, Token};
 use crate::format::extent::{TABLE_ROWS, TableRow, encode_table, table_crc, table_offset};
 use crate::format::superblock::{SUPERBLOCK_BYTES, Superblock, VShardState};
 use crate::io::{DiskOp, FileId, IoSlice};
@@ -51,7 +51,7 @@ const TABLE_BLOCKS_AT_A_TIME: usize = 8;
 
 /// The leader's state; idle in all other shards.
 #[derive(Default, Debug)]
-pub(super) struct Lead {
+pub(in crate::engine) struct Lead {
     /// In which the next superblock is written: the end of a checkpoint must not depend on what readers leave.
     superblock_frames: Vec<Frame>,
     phase: Phase,
@@ -72,7 +72,7 @@ pub(super) struct Lead {
 }
 
 impl Lead {
-    pub(super) fn new(new_epoch: Option<NewEpoch>, superblock_frames: Vec<Frame>) -> Self {
+    pub(in crate::engine) fn new(new_epoch: Option<NewEpoch>, superblock_frames: Vec<Frame>) -> Self {
         Lead { new_epoch, superblock_frames, ..Lead::default() }
     }
 }
@@ -83,30 +83,30 @@ impl Shard {
     }
 
     /// A caller asks for a checkpoint that covers everything up to now.
-    pub(super) fn request_checkpoint(&mut self, token: Token) {
+    pub(in crate::engine) fn request_checkpoint(&mut self, token: Token) {
         self.checkpoint.next_waiters.push(token);
         self.need_checkpoint();
     }
 
     /// Some shard wants a checkpoint.
-    pub(super) fn checkpoint_wanted(&mut self) {
+    pub(in crate::engine) fn checkpoint_wanted(&mut self) {
         self.lead.wanted = true;
         self.ctx.again = true;
     }
 
     /// A shard has redone its part of the log.
-    pub(super) fn shard_redone(&mut self) {
+    pub(in crate::engine) fn shard_redone(&mut self) {
         self.lead.redone += 1;
         self.ctx.again = true;
     }
 
     /// A shard has no request under way any more.
-    pub(super) fn shard_quiet(&mut self) {
+    pub(in crate::engine) fn shard_quiet(&mut self) {
         self.lead.quiet += 1;
         self.ctx.again = true;
     }
 
-    pub(super) fn advance_lead(&mut self) {
+    pub(in crate::engine) fn advance_lead(&mut self) {
         if !self.leads() || self.ctx.failed.is_some() {
             return;
         }
@@ -146,7 +146,7 @@ impl Shard {
     }
 
     /// A shard has begun the checkpoint.
-    pub(super) fn shard_began(&mut self) {
+    pub(in crate::engine) fn shard_began(&mut self) {
         assert_eq!(self.lead.phase, Phase::Beginning, "shards begin what the leader began");
         self.lead.left -= 1;
         if self.lead.left > 0 {
@@ -165,7 +165,7 @@ impl Shard {
     }
 
     /// A shard has written its part.
-    pub(super) fn shard_ready(&mut self, from: ShardId, contribution: Contribution) {
+    pub(in crate::engine) fn shard_ready(&mut self, from: ShardId, contribution: Contribution) {
         assert_eq!(self.lead.phase, Phase::Running, "a contribution belongs to a checkpoint");
         self.lead.by_shard[from.index()] = Some(contribution);
         self.lead.left -= 1;
@@ -257,7 +257,7 @@ impl Shard {
     }
 
     /// All operations of a step of the leader have ended.
-    pub(super) fn lead_step_done(&mut self, op: DiskOp) {
+    pub(in crate::engine) fn lead_step_done(&mut self, op: DiskOp) {
         match self.lead.phase {
             Phase::Flush => match op {
                 DiskOp::Flush { .. } => self.write_superblock(0),
@@ -304,7 +304,7 @@ impl Shard {
     }
 
     /// A caller closes the store.
-    pub(super) fn request_close(&mut self, token: Token) {
+    pub(in crate::engine) fn request_close(&mut self, token: Token) {
         self.life.closing = Some(Some(token));
         for shard in self.ctx.deal.others(self.ctx.id) {
             self.ctx.send(shard, Message::Quiesce);
@@ -312,13 +312,13 @@ impl Shard {
     }
 
     /// The leader closes the store.
-    pub(super) fn quiesce(&mut self) {
+    pub(in crate::engine) fn quiesce(&mut self) {
         self.life.closing = Some(None);
         self.ctx.again = true;
     }
 
     /// Says that no request is under way any more, or, in a store that has stopped, ends.
-    pub(super) fn advance_close(&mut self) {
+    pub(in crate::engine) fn advance_close(&mut self) {
         if self.life.closing.is_none() || self.life.closed {
             return;
         }
@@ -341,7 +341,7 @@ impl Shard {
     }
 
     /// The closing checkpoint is durable, or will not come.
-    pub(super) fn end_close(&mut self, result: crate::Result<()>) {
+    pub(in crate::engine) fn end_close(&mut self, result: crate::Result<()>) {
         self.life.closed = true;
         if let Some(Some(token)) = self.life.closing.replace(None) {
             self.ctx.reply(token, result.map(|()| Response::Closed));

@@ -12,14 +12,18 @@
 //!    overwrites, is paid for by as many pages in a large store as in a small one. See decision 17.
 //! 5. The leader makes the file longer, for whoever asks; if it can't, the others give of what they have.
 
-use super::admission::Need;
-use super::message::Message;
-use super::{Lack, OpKind, Shard, Step};
+pub(in crate::engine) mod compaction;
+mod growth;
+
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::{BLOCK, ExtentNo, Micros, Place, ShardId};
 use crate::engine::map::{Extents, Stream};
-use crate::format::extent::{ItemKind, TABLE_ROWS, table_offset};
+use crate::engine::shard::OpKind;
+use crate::engine::txn::admission::Need;
+use crate::engine::{Lack, Shard, Step};
+use crate::format::extent::ItemKind;
 use crate::io::{DiskOp, FileId, IoSlice};
+pub(in crate::engine) use growth::{GROW_RETRY_US, Growth, SpaceAsked, Urgency};
 use std::collections::VecDeque;
 
 /// Extents that commits leave to map nodes, checkpoints and compaction, at least.
@@ -30,7 +34,7 @@ const RESERVE_PART: u64 = 16;
 /// The same for commits that make room, by freeing pages or deleting a volume: a full store must be able to become less full.
 const FREES_RESERVE_EXTENTS: u64 = 3;
 /// Extents beyond `data_bytes_max` that the engine may take for itself, to finish a recovery or a checkpoint.
-const BEYOND_EXTENTS: u32 = 64;
+const OVERCOMMIT_EXTENTS: u32 = 64;
 /// This part of the blocks that are not live is kept free or spent, beyond the reserve. More makes checkpoints rarer, and
 /// extents fuller when they are compacted; from a third to an eighth the sum of both costs hardly changes.
 const AHEAD_PART: u64 = 5;
@@ -43,30 +47,8 @@ const LOW_PART: u64 = 5;
 /// one that found nothing to compact counts [`FRUITLESS_IDLE`] times.
 const FRUITLESS_MAX: u32 = 16;
 const FRUITLESS_IDLE: u32 = 4;
-/// After a failed growth the next is tried this much later.
-pub(super) const GROW_RETRY_US: Micros = 1_000_000;
-
-/// A growth under way: first the table, then the data.
-#[derive(Clone, Copy)]
-pub(super) struct Growth {
-    of: ShardId,
-    to: u32,
-    table_done: bool,
-}
-
-/// Who was asked for more space.
-#[derive(Clone, Copy, Default)]
-pub(super) enum SpaceAsked {
-    #[default]
-    Nobody,
-    /// The leader. How much it matters: how far beyond the limit it may go, or most of all if nothing goes on without.
-    Leader { weight: u32 },
-    /// All others: how many have not answered, whether one gave something.
-    Others { left: u16, got: bool, weight: u32 },
-}
-
 /// The shard's data space.
-pub(super) struct Space {
+pub(in crate::engine) struct Space {
     pub extents: Extents,
     /// Extents whose summary is to be written.
     pub summaries: Vec<ExtentNo>,
@@ -78,11 +60,11 @@ pub(super) struct Space {
     /// More is asked for.
     pub growing: bool,
     pub asked: SpaceAsked,
-    /// Requests that wait for the leader, and how far beyond the limit each may go.
+    /// Requests that wait for the leader, and by how many extents each may exceed the limit.
     pub requests: VecDeque<(ShardId, u32)>,
     pub growth_under_way: bool,
-    /// When it was refused last, and the weight of the request.
-    pub failed: Option<(Micros, u32)>,
+    /// When it was refused last, and how urgent the request was.
+    pub failed: Option<(Micros, Urgency)>,
     /// The operator has been told that the file can't grow: it is tried again every second.
     pub growth_failure_logged: bool,
     /// A commit waits for it.
@@ -116,7 +98,7 @@ impl Space {
 
 /// Whether reclaiming still helps.
 #[derive(Clone, Copy, Default)]
-pub(super) struct Reclaiming {
+pub(in crate::engine) struct Reclaiming {
     /// Free blocks at most since a commit had to wait.
     best: u64,
     /// Checkpoints since `best` was reached, weighted.
@@ -127,7 +109,7 @@ pub(super) struct Reclaiming {
 
 impl Shard {
     /// A block for `what`; the extent that this fills gets its summary written.
-    pub(super) fn alloc_block(&mut self, stream: Stream, what: ItemKind) -> Option<Place> {
+    pub(in crate::engine) fn alloc_block(&mut self, stream: Stream, what: ItemKind) -> Option<Place> {
         #[cfg(any(test, feature = "sim"))]
         if matches!(what, ItemKind::Page(..))
             && let Some(place) = self.space.reused_early.pop()
@@ -140,14 +122,14 @@ impl Shard {
         Some(place)
     }
 
-    pub(super) fn free_blocks(&self) -> u64 {
+    pub(in crate::engine) fn free_blocks(&self) -> u64 {
         let space = self.space.extents.space();
         u64::from(space.free) * u64::from(space.data_blocks)
     }
 
     /// Blocks that what is dirty now will take, the map nodes that dirty pages will change among it: a checkpoint must find room for
     /// them, however many pages have been waiting to be written.
-    pub(super) fn owed_blocks(&self) -> u64 {
+    pub(in crate::engine) fn owed_blocks(&self) -> u64 {
         self.owed_now() + self.awaited_nodes()
     }
 
@@ -162,7 +144,7 @@ impl Shard {
     }
 
     /// Whether a commit's pages and map nodes will find space. `Ok(false)`: not yet.
-    pub(super) fn admit_space(&mut self, need: &Need) -> Result<bool> {
+    pub(in crate::engine) fn admit_space(&mut self, need: &Need) -> Result<bool> {
         let reserve = match need.makes_room {
             true => FREES_RESERVE_EXTENTS * u64::from(self.space.extents.data_blocks()),
             false => self.reserve_blocks(),
@@ -204,7 +186,7 @@ impl Shard {
     }
 
     /// A checkpoint has ended: what was retired is free. `compacts`: extents were compacted during it.
-    pub(super) fn note_reclaimed(&mut self, compacts: bool) {
+    pub(in crate::engine) fn note_reclaimed(&mut self, compacts: bool) {
         let free = self.free_blocks();
         let r = &mut self.space.reclaiming;
         if free > r.best {
@@ -219,7 +201,7 @@ impl Shard {
     }
 
     /// Room for the nodes of one virtual shard; if not, space is made.
-    pub(super) fn space_for_nodes(&mut self, nodes: u32) -> bool {
+    pub(in crate::engine) fn space_for_nodes(&mut self, nodes: u32) -> bool {
         if self.free_blocks() > u64::from(nodes) {
             return true;
         }
@@ -229,10 +211,10 @@ impl Shard {
     }
 
     /// Nothing goes on without a place for `what`: more space is asked for, and if there is none the store stops.
-    pub(super) fn must_grow(&mut self, what: &str) {
+    pub(in crate::engine) fn must_grow(&mut self, what: &str) {
         self.space.stalled = true;
         let waits = self.space.growing
-            || self.ask_for_space(BEYOND_EXTENTS, true)
+            || self.ask_for_space(OVERCOMMIT_EXTENTS, Urgency::Stuck)
             || (self.life.opening && planted!(OpeningWaitsForSpace));
         if !waits {
             let context = format_args!(
@@ -251,7 +233,7 @@ impl Shard {
 
     /// Blocks that commits leave to map nodes, checkpoints and compaction. The fuller the store, the less: a full one can use all
     /// but the least of it.
-    fn reserve_blocks(&self) -> u64 {
+    pub(in crate::engine) fn reserve_blocks(&self) -> u64 {
         let least = RESERVE_EXTENTS * u64::from(self.space.extents.data_blocks());
         (self.spare_blocks() / RESERVE_PART).max(least)
     }
@@ -304,7 +286,7 @@ impl Shard {
     }
 
     /// Keeps some extents free ahead of need.
-    pub(super) fn advance_space(&mut self) {
+    pub(in crate::engine) fn advance_space(&mut self) {
         if self.ctx.failed.is_some() || self.life.closing.is_some() || self.space.growing {
             return;
         }
@@ -344,145 +326,13 @@ impl Shard {
         if self.redo.recovering.is_none() || self.free_blocks() >= self.owed_now() + reserve {
             return;
         }
-        if !self.grow(BEYOND_EXTENTS) && self.space.extents.left_count() > 0 {
+        if !self.grow(OVERCOMMIT_EXTENTS) && self.space.extents.left_count() > 0 {
             self.need_checkpoint();
         }
     }
 
-    /// Asks for more data space, at most `beyond` extents past its limit; false if it was refused a moment ago.
-    fn grow(&mut self, beyond: u32) -> bool {
-        self.ask_for_space(beyond, false)
-    }
-
-    /// The same; `urgent`: without it nothing goes on.
-    fn ask_for_space(&mut self, beyond: u32, urgent: bool) -> bool {
-        let weight = if urgent { u32::MAX } else { beyond };
-        let refused = |(at, most): (Micros, u32)| self.ctx.now < at + GROW_RETRY_US && weight <= most;
-        if self.space.growing || self.space.failed.is_some_and(refused) {
-            return self.space.growing;
-        }
-        self.space.growing = true;
-        self.space.asked = SpaceAsked::Leader { weight };
-        self.ctx.send(ShardId::LEADER, Message::WantSpace(beyond));
-        true
-    }
-
-    /// A shard asks the leader for space.
-    pub(super) fn space_wanted_by(&mut self, shard: ShardId, beyond: u32) {
-        self.space.requests.push_back((shard, beyond));
-        self.grow_next();
-    }
-
-    fn grow_next(&mut self) {
-        while !self.space.growth_under_way
-            && let Some((of, beyond)) = self.space.requests.pop_front()
-        {
-            let count = self.space.extents.count();
-            let most = self.ctx.limits.data_extents_max.saturating_add(beyond);
-            if count >= most || self.ctx.failed.is_some() {
-                self.ctx.send(of, Message::Denied);
-                continue;
-            }
-            // An eighth of what one shard has.
-            let chunk = (count / u32::from(self.ctx.deal.shards_count()) / 8).clamp(4, 64);
-            let to = count.saturating_add(chunk).min(most);
-            self.space.growth_under_way = true;
-            let table = |extents: u32| table_offset(extents.div_ceil(TABLE_ROWS), 0);
-            let growth = Growth { of, to, table_done: false };
-            if table(to) > table(count) {
-                let op = DiskOp::Allocate { file: FileId::Table, from: table(count), to: table(to) };
-                self.submit(OpKind::Grow(growth), op);
-            } else {
-                self.grow_data(growth);
-            }
-        }
-    }
-
-    fn grow_data(&mut self, growth: Growth) {
-        let bytes = |extents: u32| u64::from(extents) * self.ctx.limits.geometry.extent_bytes;
-        let (from, to) = (bytes(self.space.extents.count()), bytes(growth.to));
-        let growth = Growth { table_done: true, ..growth };
-        self.submit(OpKind::Grow(growth), DiskOp::Allocate { file: FileId::Data, from, to });
-    }
-
-    /// A step of the growth has ended.
-    pub(super) fn grown(&mut self, growth: Growth, result: Result<()>) {
-        self.ctx.again = true;
-        match result {
-            Ok(()) if !growth.table_done => return self.grow_data(growth),
-            Ok(()) => {
-                self.space.growth_failure_logged = false;
-                let new: Vec<ExtentNo> = (self.space.extents.count()..growth.to).map(ExtentNo::new).collect();
-                self.space.extents.cover(growth.to);
-                self.ctx.send(growth.of, Message::Granted(new));
-            }
-            Err(error) => {
-                if !std::mem::replace(&mut self.space.growth_failure_logged, true) {
-                    tracing::warn!(
-                        %error,
-                        "the data space can't grow: make room in the file system; commits that need space fail until then"
-                    );
-                }
-                self.ctx.send(growth.of, Message::Denied);
-            }
-        }
-        self.space.growth_under_way = false;
-        self.grow_next();
-    }
-
-    /// Extents that are this shard's from now on, by the leader or by another shard.
-    pub(super) fn space_granted(&mut self, extents: Vec<ExtentNo>) {
-        let some = !extents.is_empty();
-        self.space.extents.grant(extents);
-        match self.space.asked {
-            SpaceAsked::Others { left, got, weight } => self.another_has_answered(left - 1, got || some, weight),
-            _ => self.end_growth(true, 0),
-        }
-    }
-
-    /// The file can't be longer: the others may have some to spare.
-    pub(super) fn space_denied(&mut self) {
-        let SpaceAsked::Leader { weight } = self.space.asked else { return };
-        for shard in self.ctx.deal.others(self.ctx.id) {
-            self.ctx.send(shard, Message::Spare(weight == u32::MAX));
-        }
-        self.another_has_answered(self.ctx.deal.shards_count() - 1, false, weight);
-    }
-
-    fn another_has_answered(&mut self, left: u16, got: bool, weight: u32) {
-        self.space.asked = SpaceAsked::Others { left, got, weight };
-        if left == 0 {
-            self.end_growth(got, weight);
-        }
-    }
-
-    fn end_growth(&mut self, got: bool, weight: u32) {
-        self.space.asked = SpaceAsked::Nobody;
-        self.space.growing = false;
-        if got {
-            // Dirty pages that found no place try again.
-            self.writeback.dirty_since = 0;
-        }
-        self.space.failed = (!got).then_some((self.ctx.now, weight));
-    }
-
-    /// Another shard has no space left: half of what this one does not need.
-    pub(super) fn spare_space(&mut self, to: ShardId, urgent: bool) {
-        let space = self.space.extents.space();
-        let kept = if urgent { 2 } else { 2 * self.reserve_blocks().div_ceil(u64::from(space.data_blocks)) };
-        let needed = self.owed_blocks().div_ceil(u64::from(space.data_blocks)) + kept;
-        let spare = u64::from(space.free).saturating_sub(needed).div_ceil(2);
-        let given = if self.ctx.failed.is_some() { Vec::new() } else { self.space.extents.give_away(spare as usize) };
-        self.ctx.send(to, Message::Granted(given));
-    }
-
-    /// Where the extent was at home when the store was opened; it is still, if it is not at home here.
-    pub(super) fn first_home(&self, no: ExtentNo) -> ShardId {
-        ShardId::new((no.get() % u32::from(self.ctx.deal.shards_count())) as u16)
-    }
-
     /// Writes the summaries of extents that are full, and those that a checkpoint asks for.
-    pub(super) fn write_summaries(&mut self) {
+    pub(in crate::engine) fn write_summaries(&mut self) {
         if self.ctx.failed.is_some() {
             return;
         }

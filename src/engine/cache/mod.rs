@@ -1,13 +1,23 @@
 //! The page cache: the table of pages, what may leave memory, and what is being read.
 
-use super::pages::Table;
-use super::reads::{NodeWaiters, Wanted};
+pub(in crate::engine) mod eviction;
+pub(in crate::engine) mod loading;
+pub(in crate::engine) mod pins;
+pub(in crate::engine) mod range_scan;
+pub(in crate::engine) mod table;
+
+pub(in crate::engine) use loading::{NodeWaiter, NodeWanted, PageRead};
+pub(crate) use pins::{Pins, Taken};
+pub use range_scan::PageRange;
+
+use crate::engine::cache::loading::{NodeWaiters, Wanted};
+use crate::engine::cache::table::Table;
 use crate::format::extent::NodeKey;
 use crate::memory::Eviction;
 use hashbrown::HashMap;
 
 /// Pages in memory and on their way there.
-pub(super) struct PageCache {
+pub(in crate::engine) struct PageCache {
     pub table: Table,
     pub eviction: Eviction,
     pub node_waiters: HashMap<NodeKey, NodeWaiters, foldhash::fast::FixedState>,

@@ -20,12 +20,14 @@
 //!    where they are, and whatever would change one waits for that write; roots, summaries and the table go out in parts.
 //! 6. Only after both copies are durable are log segments recycled and retired places given out again.
 
-use super::message::{Begin, Contribution, Handover, Message};
-use super::{OpKind, Response, Shard, Step, Token};
+pub(in crate::engine) mod leader;
+
 use crate::base::error::Error;
 use crate::base::{BLOCK, Lsn, ShardId, VShard};
-use crate::engine::coalesce;
 use crate::engine::map::{NodeIdx, Stream};
+use crate::engine::message::{Begin, Contribution, Handover, Message};
+use crate::engine::writeback::plan;
+use crate::engine::{OpKind, Response, Shard, Step, Token};
 use crate::format::extent::ItemKind;
 use crate::format::root;
 use crate::format::superblock::Superblock;
@@ -63,9 +65,9 @@ pub struct NewEpoch {
 }
 
 /// The checkpoint under way, and who waits for one.
-pub(super) struct Checkpoint {
+pub(in crate::engine) struct Checkpoint {
     /// The newest one that is durable.
-    pub(super) superblock: Superblock,
+    pub(in crate::engine) superblock: Superblock,
     phase: Phase,
     wanted: bool,
     /// The leader has been asked for it.
@@ -73,7 +75,7 @@ pub(super) struct Checkpoint {
     begin: Option<Begin>,
     redo: Lsn,
     /// Pages whose version at the beginning is not in the map yet.
-    pub(super) pages_left: u64,
+    pub(in crate::engine) pages_left: u64,
     /// Operations of this phase under way.
     ops: u32,
     /// Nodes whose writes are under way.
@@ -81,11 +83,11 @@ pub(super) struct Checkpoint {
     /// Virtual shards with a new root, and its block.
     roots: Vec<(VShard, Frame)>,
     /// Written captures whose map leaf is being written.
-    pub(super) behind_nodes: Vec<usize>,
+    pub(in crate::engine) behind_nodes: Vec<usize>,
     /// Shards that have handed over what their capture means here.
     handovers: u16,
-    pub(super) waiters: Vec<Token>,
-    pub(super) next_waiters: Vec<Token>,
+    pub(in crate::engine) waiters: Vec<Token>,
+    pub(in crate::engine) next_waiters: Vec<Token>,
 }
 
 /// Places that were left and wait for a checkpoint, for each frame of memory. With what is remembered of their successors each
@@ -104,7 +106,7 @@ impl std::fmt::Debug for Checkpoint {
 }
 
 impl Checkpoint {
-    pub(super) fn new(superblock: Superblock) -> Self {
+    pub(in crate::engine) fn new(superblock: Superblock) -> Self {
         Checkpoint {
             superblock,
             phase: Phase::default(),
@@ -123,29 +125,29 @@ impl Checkpoint {
         }
     }
 
-    pub(super) fn is_active(&self) -> bool {
+    pub(in crate::engine) fn is_active(&self) -> bool {
         self.phase != Phase::Idle
     }
 
     /// Dirty pages must go to their places now.
-    pub(super) fn wants_pages(&self) -> bool {
+    pub(in crate::engine) fn wants_pages(&self) -> bool {
         self.phase == Phase::Pages
     }
 
     /// What is open must become durable now.
-    pub(super) fn wants_groups(&self) -> bool {
+    pub(in crate::engine) fn wants_groups(&self) -> bool {
         !matches!(self.phase, Phase::Idle | Phase::Told)
     }
 
     /// The LSN that the watermark must reach.
-    pub(super) fn waits_for(&self) -> Option<Lsn> {
+    pub(in crate::engine) fn waits_for(&self) -> Option<Lsn> {
         (self.phase == Phase::Watermark).then_some(self.redo)
     }
 }
 
 impl Shard {
     /// A checkpoint is to begin, once the one under way has ended.
-    pub(super) fn need_checkpoint(&mut self) {
+    pub(in crate::engine) fn need_checkpoint(&mut self) {
         if !self.checkpoint.wanted {
             self.checkpoint.wanted = true;
             self.ctx.again = true;
@@ -157,7 +159,7 @@ impl Shard {
         self.checkpoint.wanted || self.checkpoint.is_active()
     }
 
-    pub(super) fn advance_checkpoint(&mut self) {
+    pub(in crate::engine) fn advance_checkpoint(&mut self) {
         if self.ctx.failed.is_some() {
             return;
         }
@@ -193,7 +195,7 @@ impl Shard {
     }
 
     /// The leader begins a checkpoint.
-    pub(super) fn begin_checkpoint(&mut self, begin: Begin) {
+    pub(in crate::engine) fn begin_checkpoint(&mut self, begin: Begin) {
         assert_eq!(self.checkpoint.phase, Phase::Idle, "one checkpoint at a time");
         let c = &mut self.checkpoint;
         (c.wanted, c.asked, c.begin) = (false, false, Some(begin));
@@ -224,7 +226,7 @@ impl Shard {
     }
 
     /// Every shard has begun: this is what the roots must reflect.
-    pub(super) fn redo_lsn_chosen(&mut self, redo: Lsn) {
+    pub(in crate::engine) fn redo_lsn_chosen(&mut self, redo: Lsn) {
         assert_eq!(self.checkpoint.phase, Phase::Begun, "the LSN comes when all have begun");
         self.checkpoint.redo = redo;
         self.checkpoint.phase = Phase::Watermark;
@@ -249,7 +251,7 @@ impl Shard {
     }
 
     /// A version of the page is in the map.
-    pub(super) fn page_settled(&mut self, idx: usize) {
+    pub(in crate::engine) fn page_settled(&mut self, idx: usize) {
         let page = &mut self.cache.table.pages[idx];
         if page.checkpoint_target != Lsn::ZERO && page.mapped_lsn >= page.checkpoint_target {
             page.checkpoint_target = Lsn::ZERO;
@@ -319,13 +321,13 @@ impl Shard {
             self.write_roots();
         }
         let blocks = writes.into_iter().map(|w| (w.place, IoSlice::whole(w.frame))).collect();
-        for run in coalesce::plan(blocks, self.ctx.limits.vectored_pages_max) {
+        for run in plan::runs(blocks, self.ctx.limits.vectored_pages_max) {
             let offset = run.place.offset(self.ctx.limits.geometry.extent_bytes);
             self.checkpoint_op(DiskOp::Write { file: FileId::Data, offset, from: run.items.into() });
         }
     }
 
-    pub(super) fn checkpoint_op(&mut self, op: DiskOp) {
+    pub(in crate::engine) fn checkpoint_op(&mut self, op: DiskOp) {
         self.checkpoint.ops += 1;
         self.submit(OpKind::Checkpoint, op);
     }
@@ -354,7 +356,7 @@ impl Shard {
     }
 
     /// Another shard has captured its trees.
-    pub(super) fn handed_over(&mut self, handover: Handover) {
+    pub(in crate::engine) fn handed_over(&mut self, handover: Handover) {
         self.checkpoint.handovers += 1;
         self.space.extents.take_over(handover.named, handover.retired, handover.left);
         self.ctx.again = true;
@@ -383,7 +385,7 @@ impl Shard {
     }
 
     /// Writes blocks, neighbours together.
-    pub(super) fn submit_blocks(&mut self, mut writes: Vec<(FileId, u64, Frame)>) {
+    pub(in crate::engine) fn submit_blocks(&mut self, mut writes: Vec<(FileId, u64, Frame)>) {
         writes.sort_by_key(|(file, offset, _)| (*file, *offset));
         let mut run: Option<(FileId, u64, SmallVec<[IoSlice; 4]>)> = None;
         for (file, offset, frame) in writes {
@@ -409,7 +411,7 @@ impl Shard {
     }
 
     /// One of the checkpoint's operations has ended.
-    pub(super) fn checkpoint_step_done(&mut self, completion: Completion) {
+    pub(in crate::engine) fn checkpoint_step_done(&mut self, completion: Completion) {
         self.checkpoint.ops -= 1;
         if let Err(error) = completion.result {
             self.fail(error);
@@ -442,7 +444,7 @@ impl Shard {
     }
 
     /// Both copies of the superblock are durable.
-    pub(super) fn end_checkpoint(&mut self, superblock: Superblock) {
+    pub(in crate::engine) fn end_checkpoint(&mut self, superblock: Superblock) {
         assert_eq!(self.checkpoint.phase, Phase::Waiting, "the superblock follows the last contribution");
         let begin = self.checkpoint.begin.take().expect("it has begun");
         let redo = self.checkpoint.redo;
@@ -470,7 +472,7 @@ impl Shard {
     }
 
     /// No checkpoint will end any more.
-    pub(super) fn fail_checkpoint(&mut self, stopped: &Error) {
+    pub(in crate::engine) fn fail_checkpoint(&mut self, stopped: &Error) {
         let c = &mut self.checkpoint;
         let waiters: Vec<Token> = c.waiters.drain(..).chain(c.next_waiters.drain(..)).collect();
         for token in waiters {

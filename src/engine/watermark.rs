@@ -9,7 +9,7 @@ use super::Shard;
 use super::message::Message;
 use super::requests::Waiting;
 use crate::base::{Deal, Lsn, ShardId};
-use crate::engine::commit::GlobalOrder;
+use crate::engine::order::GlobalOrder;
 use std::collections::BinaryHeap;
 
 /// What is waited for, here and elsewhere.

@@ -4,8 +4,8 @@
 //! 1. What is taken is given back exactly once: with the page, or with what was left of the share.
 //! 2. A clone of a page counts as a page, but is never refused.
 
-use super::PageRef;
 use crate::base::error::{Error, ErrorKind, Result};
+use crate::engine::PageRef;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -69,7 +69,7 @@ impl Drop for Taken {
 
 /// One pinned page.
 #[derive(Debug)]
-pub(super) struct Pin(Arc<Pins>);
+pub(in crate::engine) struct Pin(Arc<Pins>);
 
 impl Clone for Pin {
     fn clone(&self) -> Self {

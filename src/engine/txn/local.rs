@@ -8,12 +8,12 @@
 //! 4. While a part of a commit over shards is in front (see `precedence`) no commit is admitted.
 //! 5. A commit that meets a page held by a commit over shards waits; one that fails anyway does not.
 
-use super::admission::{Admission, Need};
-use super::requests::PendingKind;
-use super::{Change, Lack, Response, Shard, Step};
 use crate::base::error::{Error, Result};
 use crate::base::{BLOCK, Lsn, PageKey};
 use crate::engine::log::OpenSlot;
+use crate::engine::requests::PendingKind;
+use crate::engine::txn::admission::{Admission, Need};
+use crate::engine::{Change, Lack, Response, Shard, Step};
 use crate::format::group::Role;
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -24,7 +24,7 @@ pub(crate) const LSN_AHEAD_MAX: u64 = 1 << 24;
 
 impl Shard {
     /// Executes the commits whose pages are there, as far as there is room.
-    pub(super) fn run_commits(&mut self) {
+    pub(in crate::engine) fn run_commits(&mut self) {
         let mut batch: SmallVec<[usize; 32]> = SmallVec::new();
         let mut need = Need::default();
         self.space.stalled = false;
@@ -90,7 +90,7 @@ impl Shard {
     }
 
     /// Whether every page that the commit read is still as it was read.
-    pub(super) fn validate(&self, waiter: usize) -> Result<()> {
+    pub(in crate::engine) fn validate(&self, waiter: usize) -> Result<()> {
         let pending = &self.requests.pending[waiter];
         let Some(commit) = pending.commit() else { return Ok(()) };
         for ((key, lsn), idx) in commit.reads.iter().zip(&pending.pages) {
@@ -102,7 +102,7 @@ impl Shard {
         Ok(())
     }
 
-    pub(super) fn changed_pages(&self, waiter: usize) -> SmallVec<[usize; 4]> {
+    pub(in crate::engine) fn changed_pages(&self, waiter: usize) -> SmallVec<[usize; 4]> {
         let pending = &self.requests.pending[waiter];
         pending.pages[pending.reads_count()..].iter().copied().collect()
     }
@@ -127,13 +127,13 @@ impl Shard {
     }
 
     /// The newest change of any page that the commit read, a `Free` included: its reply waits until that is durable.
-    pub(super) fn read_lsn(&self, waiter: usize) -> Lsn {
+    pub(in crate::engine) fn read_lsn(&self, waiter: usize) -> Lsn {
         let pending = &self.requests.pending[waiter];
         let read = pending.pages[..pending.reads_count()].iter().map(|idx| self.cache.table.pages[*idx].lsn);
         read.max().unwrap_or(Lsn::ZERO)
     }
 
-    pub(super) fn finish_commit(&mut self, waiter: usize, result: Result<Option<Lsn>>, read_lsn: Lsn) {
+    pub(in crate::engine) fn finish_commit(&mut self, waiter: usize, result: Result<Option<Lsn>>, read_lsn: Lsn) {
         let pending = self.release(waiter);
         let token = pending.token.expect("a commit has a token");
         let PendingKind::Commit(commit) = pending.kind else { unreachable!("only commits") };
@@ -152,7 +152,7 @@ impl Shard {
     }
 
     /// Carries a commit out and writes its record into the open group.
-    pub(super) fn apply(&mut self, waiter: usize, lsn: Lsn, role: Role) {
+    pub(in crate::engine) fn apply(&mut self, waiter: usize, lsn: Lsn, role: Role) {
         let pages = self.changed_pages(waiter);
         let changes = match &mut self.requests.pending[waiter].kind {
             PendingKind::Commit(commit) => &mut commit.changes,
@@ -242,7 +242,7 @@ impl Shard {
     }
 
     /// Writes `bytes` at `offset` of the page, into a new frame if somebody looks at the old one.
-    pub(super) fn set_content(&mut self, idx: usize, offset: usize, bytes: &[u8]) {
+    pub(in crate::engine) fn set_content(&mut self, idx: usize, offset: usize, bytes: &[u8]) {
         let whole = bytes.len() == BLOCK;
         let page = &mut self.cache.table.pages[idx];
         let range = offset..offset + bytes.len();
@@ -263,7 +263,7 @@ impl Shard {
     }
 
     /// Whether the page holds nothing, and so will take no block.
-    pub(super) fn set_absent(&mut self, idx: usize, absent: bool) {
+    pub(in crate::engine) fn set_absent(&mut self, idx: usize, absent: bool) {
         let page = &mut self.cache.table.pages[idx];
         if page.dirty_from.is_some() {
             self.space.freed_pages += u64::from(absent);
@@ -273,7 +273,7 @@ impl Shard {
     }
 
     /// The page has a new version: it must get to its place, and those who wait for it have it.
-    pub(super) fn changed(&mut self, idx: usize, lsn: Lsn) {
+    pub(in crate::engine) fn changed(&mut self, idx: usize, lsn: Lsn) {
         let page = &mut self.cache.table.pages[idx];
         page.lsn = lsn;
         if page.dirty_from.is_none() {

@@ -15,12 +15,12 @@
 //! 8. Map nodes that have to be read first are read side by side, and hold up nothing behind them.
 //! 9. What can't be read is read once: its extent is passed over until it has died, and the operator is told once.
 
-use super::message::Message;
-use super::requests::PendingKind;
-use super::{NodeWaiter, OpKind, Shard, Step};
 use crate::base::error::{Error, ErrorKind};
 use crate::base::{BLOCK, ExtentNo, Place, ShardId};
 use crate::engine::map::Lookup;
+use crate::engine::message::Message;
+use crate::engine::requests::PendingKind;
+use crate::engine::{NodeWaiter, OpKind, Shard, Step};
 use crate::format::extent::{Item, ItemKind, NodeKey, decode_summary};
 use crate::io::{Completion, DiskOp, FileId};
 use slab::Slab;
@@ -42,7 +42,7 @@ const CHOSEN_MAX: usize = 16;
 const CHOSEN_PART: u32 = 64;
 
 /// The extents being emptied, and those that need no look.
-pub(super) struct Compactor {
+pub(in crate::engine) struct Compactor {
     under_way: Vec<Emptying>,
     /// Many items are asked for together, so that neighbours are read together.
     asks: bool,
@@ -65,7 +65,7 @@ struct Emptying {
 }
 
 /// Extents being emptied by this shard, and what it moves for others.
-pub(super) struct Compaction {
+pub(in crate::engine) struct Compaction {
     pub compactor: Compactor,
     /// Pages to be moved: clean, in memory, their leaf pinned.
     pub moves: Vec<usize>,
@@ -79,18 +79,18 @@ impl Compaction {
 }
 
 impl Compactor {
-    pub(super) fn new(hasher: foldhash::fast::FixedState) -> Self {
+    pub(in crate::engine) fn new(hasher: foldhash::fast::FixedState) -> Self {
         let begun = hashbrown::HashSet::with_hasher(hasher);
         Compactor { under_way: Vec::new(), asks: false, chosen: Vec::new(), begun, rests_until: 0 }
     }
 
     /// Extents being emptied.
-    pub(super) fn count(&self) -> usize {
+    pub(in crate::engine) fn count(&self) -> usize {
         self.under_way.len()
     }
 
     /// A checkpoint has ended: every extent is worth a look again. Returns whether any was compacted since the last.
-    pub(super) fn look_again(&mut self) -> bool {
+    pub(in crate::engine) fn look_again(&mut self) -> bool {
         let some = !self.under_way.is_empty() || !self.begun.is_empty();
         self.begun.clear();
         self.chosen.clear();
@@ -105,7 +105,7 @@ impl Compactor {
 
 /// What homes have asked this shard to move.
 #[derive(Default)]
-pub(super) struct Moves {
+pub(in crate::engine) struct Moves {
     asked: VecDeque<Asked>,
     /// Map nodes that wait for a read of themselves, or of a node above; counted in `Held::moves`.
     reading: Slab<Asked>,
@@ -124,25 +124,25 @@ struct Asked {
 impl Moves {
     /// Those that wait for a node.
     #[cfg(any(test, feature = "sim"))]
-    pub(super) fn reading(&self) -> usize {
+    pub(in crate::engine) fn reading(&self) -> usize {
         self.reading.len()
     }
 
     /// The age of one that waits for a node (see `Wanted`).
-    pub(super) fn age(&mut self, no: usize) -> &mut u64 {
+    pub(in crate::engine) fn age(&mut self, no: usize) -> &mut u64 {
         &mut self.reading[no].age
     }
 }
 
 impl Shard {
     /// Begins with the emptiest extent, if there is one worth it; false if none is being emptied.
-    pub(super) fn begin_compaction(&mut self) -> bool {
+    pub(in crate::engine) fn begin_compaction(&mut self) -> bool {
         self.begin_one_more();
         self.compaction.compactor.count() > 0
     }
 
     /// Whether one more is being emptied.
-    pub(super) fn begin_one_more(&mut self) -> bool {
+    pub(in crate::engine) fn begin_one_more(&mut self) -> bool {
         let count = self.compaction.compactor.count();
         let rests = self.space.extents.died() < self.compaction.compactor.rests_until;
         // Each may fill as much again before it is free itself.
@@ -185,12 +185,12 @@ impl Shard {
     }
 
     /// Whether there is space for moves, and for `more` extents; what commits have been promised is not touched.
-    pub(super) fn may_move(&self, more: u64) -> bool {
+    pub(in crate::engine) fn may_move(&self, more: u64) -> bool {
         let left = (LEAVES_FREE + more) * u64::from(self.space.extents.data_blocks());
         self.free_blocks() >= self.owed_blocks() + left
     }
 
-    pub(super) fn summary_read(&mut self, extent: ExtentNo, completion: Completion) {
+    pub(in crate::engine) fn summary_read(&mut self, extent: ExtentNo, completion: Completion) {
         self.ctx.again = true;
         let DiskOp::Read { into, .. } = completion.op else { unreachable!("a read completes as a read") };
         let bytes: Vec<u8> = into.iter().flat_map(|frame| frame.iter().copied()).collect();
@@ -231,7 +231,7 @@ impl Shard {
     }
 
     /// Moves on through the items.
-    pub(super) fn advance_compaction(&mut self) {
+    pub(in crate::engine) fn advance_compaction(&mut self) {
         if self.ctx.failed.is_some() {
             self.compaction.compactor.under_way.clear();
         }
@@ -273,7 +273,7 @@ impl Shard {
     }
 
     /// An item has been dealt with.
-    pub(super) fn moved(&mut self, from: ShardId, place: Place, error: Option<Error>) {
+    pub(in crate::engine) fn moved(&mut self, from: ShardId, place: Place, error: Option<Error>) {
         let mut what = None;
         if let Some(c) = self.compaction.compactor.of(place.extent) {
             c.asked -= 1;
@@ -299,12 +299,12 @@ impl Shard {
     }
 
     /// The home of an extent asks for something to be moved out of it.
-    pub(super) fn move_asked(&mut self, home: ShardId, what: ItemKind, place: Place) {
+    pub(in crate::engine) fn move_asked(&mut self, home: ShardId, what: ItemKind, place: Place) {
         self.compaction.asked.asked.push_back(Asked { home, what, place, age: 0 });
     }
 
     /// Moves what was asked for.
-    pub(super) fn advance_moves(&mut self) {
+    pub(in crate::engine) fn advance_moves(&mut self) {
         while self.ctx.failed.is_none()
             && let Some(asked) = self.compaction.asked.asked.front().copied()
         {
@@ -359,7 +359,7 @@ impl Shard {
     }
 
     /// A node that was wanted for a move is there, or will not come.
-    pub(super) fn node_move_read(&mut self, no: usize, error: Option<Error>) {
+    pub(in crate::engine) fn node_move_read(&mut self, no: usize, error: Option<Error>) {
         self.ctx.again = true;
         self.requests.held.moves -= 1;
         let asked = self.compaction.asked.reading.remove(no);
@@ -370,7 +370,7 @@ impl Shard {
     }
 
     /// A page that may have to move is resolved, or loaded.
-    pub(super) fn move_ready(&mut self, waiter: usize, from: Place, home: ShardId) {
+    pub(in crate::engine) fn move_ready(&mut self, waiter: usize, from: Place, home: ShardId) {
         let idx = self.requests.pending[waiter].pages[0];
         let page = &self.cache.table.pages[idx];
         let named = page.resolved && page.entry.is_some_and(|e| e.place() == from) && page.lsn == page.mapped_lsn;

@@ -10,11 +10,12 @@
 //!    a log record may name it.
 //! 4. A move changes the map only if the map still names the place that it moved from.
 
-use super::{Lack, OpKind, Shard, Step};
+pub(crate) mod plan;
+
 use crate::base::checksum::crc32c;
 use crate::base::{Lsn, Micros, Place};
-use crate::engine::coalesce;
 use crate::engine::map::Stream;
+use crate::engine::{Lack, OpKind, Shard, Step};
 use crate::format::extent::ItemKind;
 use crate::format::node::Entry;
 use crate::io::{DiskOp, FileId, IoSlice};
@@ -23,7 +24,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 /// A version of a page on its way into the map. No entry: the page was freed.
-pub(super) struct Capture {
+pub(in crate::engine) struct Capture {
     pub page: usize,
     pub lsn: Lsn,
     pub entry: Option<Entry>,
@@ -32,7 +33,7 @@ pub(super) struct Capture {
 
 /// A written capture that waits for the watermark: lowest LSN first.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Unsettled(Reverse<(Lsn, usize)>);
+pub(in crate::engine) struct Unsettled(Reverse<(Lsn, usize)>);
 
 impl Unsettled {
     pub fn lsn(&self) -> Lsn {
@@ -42,7 +43,7 @@ impl Unsettled {
 
 /// Dirty pages, and versions of pages on their way to their places and into the map.
 #[derive(Default)]
-pub(super) struct WriteBack {
+pub(in crate::engine) struct WriteBack {
     /// Dirty pages in the order in which they became so.
     pub dirty: Vec<usize>,
     pub dirty_since: Micros,
@@ -62,7 +63,7 @@ const SPACE_RETRY_US: Micros = 100_000;
 
 impl Shard {
     /// Writes dirty pages if the batch is full, the window is over, or somebody presses.
-    pub(super) fn write_back(&mut self) {
+    pub(in crate::engine) fn write_back(&mut self) {
         if self.ctx.failed.is_some() {
             return;
         }
@@ -112,7 +113,7 @@ impl Shard {
 
     /// Whether dirty pages can go to their places when their window is over: a deadline while they can't would be due again and
     /// again, for nothing. What they wait for then, a completion or the watermark, brings a turn.
-    pub(super) fn may_write_back(&self) -> bool {
+    pub(in crate::engine) fn may_write_back(&self) -> bool {
         let has_room = self.writeback.page_writes < PAGE_WRITES_MAX || planted!(DeadlineInThePast);
         !self.writeback.dirty.is_empty() && self.watermark.dirty_stuck.is_none() && has_room
     }
@@ -175,7 +176,7 @@ impl Shard {
     fn write_captures(&mut self, blocks: Vec<(Place, (usize, IoSlice))>) {
         self.writeback.page_writes += blocks.len();
         self.ctx.stats.pages_written += blocks.len() as u64;
-        for run in coalesce::plan(blocks, self.ctx.limits.vectored_pages_max) {
+        for run in plan::runs(blocks, self.ctx.limits.vectored_pages_max) {
             self.ctx.stats.page_write_ops += 1;
             self.ctx.stats.coalesced_writes += run.items.len() as u64 - 1;
             let (captures, slices): (Vec<_>, Vec<_>) = run.items.into_iter().unzip();
@@ -208,7 +209,7 @@ impl Shard {
     }
 
     /// Writes of captures have completed.
-    pub(super) fn captures_written(&mut self, captures: Vec<usize>) {
+    pub(in crate::engine) fn captures_written(&mut self, captures: Vec<usize>) {
         for capture in captures {
             self.capture_written(capture);
         }
@@ -227,7 +228,7 @@ impl Shard {
     }
 
     /// The watermark has advanced: what is written and durable goes into the map.
-    pub(super) fn settle_durable(&mut self) {
+    pub(in crate::engine) fn settle_durable(&mut self) {
         let watermark = self.ctx.order.watermark();
         while self.writeback.unsettled.peek().is_some_and(|u| u.lsn() <= watermark) {
             if let Some(Unsettled(Reverse((_, capture)))) = self.writeback.unsettled.pop() {
@@ -237,7 +238,7 @@ impl Shard {
     }
 
     /// Node writes may have ended: what waited for them goes into the map.
-    pub(super) fn settle_behind_nodes(&mut self) {
+    pub(in crate::engine) fn settle_behind_nodes(&mut self) {
         for capture in std::mem::take(&mut self.checkpoint.behind_nodes) {
             self.settle_or_wait(capture);
         }
@@ -295,7 +296,7 @@ impl Shard {
 
     /// One thing less refers to the page. Without anything on its way it needs its map leaf no more, and without
     /// memory no entry in the table: the index may be another page's afterwards.
-    pub(super) fn unpin_if_clean(&mut self, idx: usize) {
+    pub(in crate::engine) fn unpin_if_clean(&mut self, idx: usize) {
         let page = &mut self.cache.table.pages[idx];
         let clean = page.holds == 0 && page.captures == 0 && page.dirty_from.is_none() && page.slot.is_none();
         if clean && let Some(leaf) = page.leaf.take() {

@@ -11,11 +11,11 @@
 //!    page's: a page changed meanwhile ignores a late read.
 //! 4. A block that can't be read costs no other page: what was read together is read apart then.
 
-use super::{OpKind, Shard, Step};
 use crate::base::Place;
 use crate::base::error::Error;
-use crate::engine::coalesce;
 use crate::engine::map::NodeIdx;
+use crate::engine::writeback::plan;
+use crate::engine::{OpKind, Shard, Step};
 use crate::format::extent::NodeKey;
 use crate::format::node::{Child, Entry};
 use crate::io::{Completion, DiskOp, FileId};
@@ -29,7 +29,7 @@ const READ_GAP_MAX: u32 = 1;
 
 /// What is to be read, once there is memory.
 #[derive(Default)]
-pub(super) struct Wanted {
+pub(in crate::engine) struct Wanted {
     /// Nodes, by the age of who asked: the oldest goes first, so that it gets to its leaf whatever others need.
     pub nodes: BTreeMap<u64, NodeWanted>,
     /// The age that was given last.
@@ -41,7 +41,7 @@ pub(super) struct Wanted {
 
 /// Who waits for a node.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum NodeWaiter {
+pub(in crate::engine) enum NodeWaiter {
     Page(usize),
     Request(usize),
     /// A node that compaction moves, by its number in `Moves`.
@@ -50,14 +50,14 @@ pub(super) enum NodeWaiter {
 
 /// Those who wait for a node.
 #[derive(Default)]
-pub(super) struct NodeWaiters {
+pub(in crate::engine) struct NodeWaiters {
     /// The age of the oldest, by which the node is wanted.
     asked: u64,
     pub list: Vec<NodeWaiter>,
 }
 
 /// A node that is to be read.
-pub(super) struct NodeWanted {
+pub(in crate::engine) struct NodeWanted {
     pub key: NodeKey,
     pub child: Child,
     /// Pinned while it is read: a node is in memory only while its parent is.
@@ -65,14 +65,14 @@ pub(super) struct NodeWanted {
 }
 
 /// One page of a read under way.
-pub(super) struct PageRead {
+pub(in crate::engine) struct PageRead {
     pub page: usize,
     pub entry: Entry,
 }
 
 impl Shard {
     /// Asks for a node to be read, or joins those who wait for it. Whoever goes on from the node above keeps its turn.
-    pub(super) fn want_node(&mut self, key: NodeKey, child: Child, waiter: NodeWaiter) {
+    pub(in crate::engine) fn want_node(&mut self, key: NodeKey, child: Child, waiter: NodeWaiter) {
         let asked = match waiter {
             NodeWaiter::Page(idx) => &mut self.cache.table.pages[idx].asked,
             NodeWaiter::Request(waiter) => &mut self.requests.pending[waiter].asked,
@@ -102,7 +102,7 @@ impl Shard {
     }
 
     /// Submits the reads that were asked for, nodes and pages in turns if there is no memory for all.
-    pub(super) fn submit_reads(&mut self) {
+    pub(in crate::engine) fn submit_reads(&mut self) {
         if self.cache.wanted.nodes.is_empty() && self.cache.wanted.pages.is_empty() {
             return;
         }
@@ -160,15 +160,15 @@ impl Shard {
             }
         }
         self.cache.wanted.pages.extend(wanted);
-        let runs = coalesce::plan(blocks, self.ctx.limits.vectored_pages_max);
-        let runs = coalesce::bridge(runs, READ_GAP_MAX, self.ctx.limits.vectored_pages_max);
+        let runs = plan::runs(blocks, self.ctx.limits.vectored_pages_max);
+        let runs = plan::bridge(runs, READ_GAP_MAX, self.ctx.limits.vectored_pages_max);
         for run in runs {
             self.submit_read(run);
         }
     }
 
     /// One operation for a run of pages, or, without memory for what lies between them, one for each.
-    fn submit_read(&mut self, run: coalesce::Run<Option<(PageRead, Frame)>>) {
+    fn submit_read(&mut self, run: plan::Run<Option<(PageRead, Frame)>>) {
         let gaps = run.items.iter().filter(|item| item.is_none()).count() as u32;
         let bridges = gaps == 0 || self.find_frames(gaps + self.participant.reserved.frames + self.checkpoint_frames());
         let (mut reads, mut into, mut first) = (Vec::new(), SmallVec::new(), run.place);
@@ -199,7 +199,7 @@ impl Shard {
     }
 
     /// Ends the first of the page reads that wait for memory, and what else its readers wait for.
-    pub(super) fn refuse_page_read(&mut self, error: &Error) {
+    pub(in crate::engine) fn refuse_page_read(&mut self, error: &Error) {
         if !self.cache.wanted.pages.is_empty() {
             let idx = self.cache.wanted.pages.remove(0);
             self.give_page_up(idx, error);
@@ -208,7 +208,7 @@ impl Shard {
     }
 
     /// Ends the first of the node reads that wait for memory, and what else those who wait for it wait for.
-    pub(super) fn refuse_node_read(&mut self, error: &Error) {
+    pub(in crate::engine) fn refuse_node_read(&mut self, error: &Error) {
         if let Some((_, wanted)) = self.cache.wanted.nodes.pop_first() {
             self.node_arrived(wanted, Err(error.clone()));
         }
@@ -251,7 +251,7 @@ impl Shard {
     }
 
     /// Pages arrive from the device.
-    pub(super) fn pages_read(&mut self, reads: Vec<Option<PageRead>>, completion: Completion) {
+    pub(in crate::engine) fn pages_read(&mut self, reads: Vec<Option<PageRead>>, completion: Completion) {
         let DiskOp::Read { into, .. } = completion.op else { unreachable!("a read completes as a read") };
         if completion.result.is_err() && reads.len() > 1 {
             return self.read_apart(reads, into);
@@ -306,7 +306,7 @@ impl Shard {
     }
 
     /// A node arrives from the device.
-    pub(super) fn node_read(&mut self, wanted: NodeWanted, completion: Completion) {
+    pub(in crate::engine) fn node_read(&mut self, wanted: NodeWanted, completion: Completion) {
         let NodeWanted { key, child, .. } = wanted;
         let DiskOp::Read { mut into, .. } = completion.op else { unreachable!("a read completes as a read") };
         let frame = into.pop().expect("a node is one frame");
@@ -350,7 +350,7 @@ impl Shard {
 }
 
 /// The error for bytes that are not what was written.
-pub(super) fn damaged(what: &str, place: Place) -> Error {
+pub(in crate::engine) fn damaged(what: &str, place: Place) -> Error {
     Error::corrupt(format_args!(
         "{what} at extent {}, block {} of the data file is damaged: its checksum is wrong; run `corepage verify`",
         place.extent.get(),

@@ -12,18 +12,18 @@
 //! 3. The shard's bound stays at or below the LSN until every part is durable.
 //! 4. Asking again is bounded in time: then `Busy`. Long before that it goes in front of others (see `precedence`).
 
-use super::budget::cross_weight;
-use super::message::{Ask, Decision, Message, Vote};
-use super::{Commit, Lack, Response, Shard, Step, Token};
 use crate::base::error::{Error, ErrorKind};
 use crate::base::{Lsn, Micros, ShardId};
+use crate::engine::budget::cross_weight;
+use crate::engine::message::{Ask, Decision, Message, Vote};
+use crate::engine::{Commit, Lack, Response, Shard, Step, Token};
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// For how long a commit is asked for again, before it gets `Busy`.
 const ASK_FOR_US: Micros = 10_000_000;
 /// Before it is asked for again: the first time, and at most.
-pub(super) const RETRY_US: (Micros, Micros) = (100, 5_000);
+pub(in crate::engine) const RETRY_US: (Micros, Micros) = (100, 5_000);
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum State {
@@ -34,7 +34,7 @@ enum State {
 }
 
 /// A commit over shards under way.
-pub(super) struct Cross {
+pub(in crate::engine) struct Cross {
     token: Token,
     durable: bool,
     /// Its part of `Held::request_bytes`.
@@ -66,7 +66,7 @@ impl Cross {
 }
 
 /// Commits over shards that this shard owns.
-pub(super) struct Coordinator {
+pub(in crate::engine) struct Coordinator {
     /// By this shard's number for them.
     pub commits: BTreeMap<u64, Cross>,
     pub next_txn: u64,
@@ -92,13 +92,13 @@ impl Coordinator {
 
 impl Shard {
     /// Whether all pages of the commit are this shard's.
-    pub(super) fn is_local(&self, commit: &Commit) -> bool {
+    pub(in crate::engine) fn is_local(&self, commit: &Commit) -> bool {
         let keys = commit.reads.iter().map(|(key, _)| key).chain(commit.changes.iter().map(|(key, _)| key));
         self.ctx.deal.shards_count() == 1 || keys.into_iter().all(|key| self.ctx.deal.shard_of(*key) == self.ctx.id)
     }
 
     /// Begins a commit over shards.
-    pub(super) fn begin_cross(&mut self, token: Token, commit: Commit) {
+    pub(in crate::engine) fn begin_cross(&mut self, token: Token, commit: Commit) {
         let mut asks: SmallVec<[(ShardId, Ask); 2]> = SmallVec::new();
         // The owner first: it records the commit, if there is anything to record.
         let since = self.ctx.now;
@@ -163,7 +163,7 @@ impl Shard {
     }
 
     /// A vote has come.
-    pub(super) fn voted(&mut self, from: ShardId, txn: u64, vote: Vote) {
+    pub(in crate::engine) fn voted(&mut self, from: ShardId, txn: u64, vote: Vote) {
         // After a failure nobody waits for it.
         let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
         assert_eq!(cross.state, State::Asking, "votes come to those who asked");
@@ -202,7 +202,7 @@ impl Shard {
         let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
         let refusal = match cross.refusal.take() {
             Some(error) => Some(error),
-            None if cross.held && cross.reads() => Some(super::part::held(txn)),
+            None if cross.held && cross.reads() => Some(crate::engine::txn::participant::held(txn)),
             None if self.ctx.now > cross.asked_at + ASK_FOR_US => Some(Error::new(
                 ErrorKind::Busy,
                 "a commit over several shards found pages held, or memory, log or space short, for 10 s; try again",
@@ -228,7 +228,7 @@ impl Shard {
     }
 
     /// Asks again for those whose time has come.
-    pub(super) fn retry_cross(&mut self) {
+    pub(in crate::engine) fn retry_cross(&mut self) {
         if self.coordinator.waiting.is_empty() {
             return;
         }
@@ -240,7 +240,7 @@ impl Shard {
     }
 
     /// When the next commit is to be asked for again.
-    pub(super) fn next_retry(&self) -> Option<Micros> {
+    pub(in crate::engine) fn next_retry(&self) -> Option<Micros> {
         let until = |txn: &u64| match self.coordinator.commits.get(txn)?.state {
             State::Waiting { until } => Some(until),
             _ => None,
@@ -249,7 +249,7 @@ impl Shard {
     }
 
     /// Draws the LSNs of those for which all votes are in, and tells everybody.
-    pub(super) fn decide(&mut self) {
+    pub(in crate::engine) fn decide(&mut self) {
         self.end_readers();
         let count = self.coordinator.decidable.len() as u64;
         if count == 0 || self.ctx.failed.is_some() {
@@ -329,7 +329,7 @@ impl Shard {
     }
 
     /// Another shard's part is visible there.
-    pub(super) fn part_applied(&mut self, txn: u64) {
+    pub(in crate::engine) fn part_applied(&mut self, txn: u64) {
         let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
         cross.applied_left -= 1;
         if cross.applied_left == 0 && !cross.durable {
@@ -339,7 +339,7 @@ impl Shard {
     }
 
     /// A part is durable in the log of its shard.
-    pub(super) fn part_durable(&mut self, txn: u64) {
+    pub(in crate::engine) fn part_durable(&mut self, txn: u64) {
         let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
         cross.parts_left -= 1;
         if cross.parts_left == 0 {
@@ -351,7 +351,7 @@ impl Shard {
     }
 
     /// The store has stopped: nobody will be told more.
-    pub(super) fn fail_cross(&mut self, cause: &Error, stopped: &Error) {
+    pub(in crate::engine) fn fail_cross(&mut self, cause: &Error, stopped: &Error) {
         self.coordinator.decidable.clear();
         self.coordinator.waiting.clear();
         for (_, cross) in std::mem::take(&mut self.coordinator.commits) {
@@ -359,7 +359,7 @@ impl Shard {
             match cross.state {
                 // A durable one waits with all others for the watermark, and is told there.
                 State::Drawn if !cross.durable && cross.applied_left > 0 => {
-                    let error = super::requests::outcome_unknown(cross.lsn, cause);
+                    let error = crate::engine::requests::outcome_unknown(cross.lsn, cause);
                     self.ctx.reply(cross.token, Err(error));
                 }
                 State::Drawn => {}

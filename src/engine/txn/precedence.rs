@@ -15,37 +15,38 @@
 //!
 //! It does not order commits of one shard: they stay first in, first out.
 
-use super::message::Vote;
-use super::requests::PendingKind;
-use super::{Lack, Shard, Step, cross};
 use crate::base::{Micros, ShardId};
 use crate::engine::log::PartRef;
+use crate::engine::message::Vote;
+use crate::engine::requests::PendingKind;
+use crate::engine::txn::coordinator;
+use crate::engine::{Lack, Shard, Step};
 
 /// From when on a commit that is asked for again goes in front. Shorter waits are common when a device is busy, and end by
 /// themselves; to stop the others for each of them would cost throughput.
 const PATIENCE_US: Micros = 100_000;
 /// For how long a part stays in front without being asked for: an owner asks again sooner, even when it is slow to turn.
-const IN_FRONT_US: Micros = 8 * cross::RETRY_US.1;
+const IN_FRONT_US: Micros = 8 * coordinator::RETRY_US.1;
 
 /// When a commit was asked for first, at its owner, and which it is: the order in which commits over shards go.
-pub(super) type Age = (Micros, ShardId, u64);
+pub(in crate::engine) type Age = (Micros, ShardId, u64);
 
 /// The part in front.
 #[derive(Debug)]
-pub(super) struct InFront {
+pub(in crate::engine) struct InFront {
     age: Age,
     until: Micros,
     /// It lacks what requests under way keep in memory: they must end, and not be followed by others.
     for_holds: bool,
 }
 
-pub(super) fn age(of: PartRef, since: Micros) -> Age {
+pub(in crate::engine) fn age(of: PartRef, since: Micros) -> Age {
     (since, of.owner, of.txn)
 }
 
 impl Shard {
     /// Whether an older part than this is in front.
-    pub(super) fn is_behind(&self, age: Age) -> bool {
+    pub(in crate::engine) fn is_behind(&self, age: Age) -> bool {
         self.front().is_some_and(|front| front.age < age)
     }
 
@@ -54,18 +55,18 @@ impl Shard {
     }
 
     /// Whether commits of this shard wait for a part in front.
-    pub(super) fn commits_are_behind(&self) -> bool {
+    pub(in crate::engine) fn commits_are_behind(&self) -> bool {
         self.front().is_some_and(|front| !front.for_holds)
     }
 
     /// Whether no request is taken from callers, so that those under way give back what they keep in memory.
-    pub(super) fn callers_are_behind(&self) -> bool {
+    pub(in crate::engine) fn callers_are_behind(&self) -> bool {
         self.front().is_some_and(|front| front.for_holds)
     }
 
     /// A part got this vote, `for_holds` if the pages that requests keep in memory are the reason: it may go in front, or leave its
     /// place there.
-    pub(super) fn note_vote(&mut self, age: Age, vote: &Vote, for_holds: bool) {
+    pub(in crate::engine) fn note_vote(&mut self, age: Age, vote: &Vote, for_holds: bool) {
         match vote {
             Vote::NotNow | Vote::Held => {
                 let old_enough = self.ctx.now >= age.0 + PATIENCE_US;
@@ -83,13 +84,13 @@ impl Shard {
     }
 
     /// Until when commits or callers wait for the part in front at the latest.
-    pub(super) fn front_ends(&self) -> Option<Micros> {
+    pub(in crate::engine) fn front_ends(&self) -> Option<Micros> {
         let waits = self.ctx.blocked.is_blocked(Step::Commit, Lack::Turn);
         self.front().filter(|front| waits || front.for_holds).map(|front| front.until)
     }
 
     /// The age of the part of a request.
-    pub(super) fn age_of(&self, waiter: usize) -> Age {
+    pub(in crate::engine) fn age_of(&self, waiter: usize) -> Age {
         match &self.requests.pending[waiter].kind {
             PendingKind::Part(part) => age(part.of, part.since),
             _ => unreachable!("only parts"),

@@ -2,17 +2,17 @@
 //!
 //! Invariants
 //! 1. A page is held either by any number of commits that read it, or by one that changes it.
-//! 2. A commit over shards never waits for a hold: it votes [`Vote::Held`](super::message::Vote), so there is no deadlock.
+//! 2. A commit over shards never waits for a hold: it votes [`Vote::Held`](crate::engine::message::Vote), so there is no deadlock.
 //!    Commits of this shard alone do wait, in the order in which they came.
 //! 3. While a page is held, no LSN but the holder's is drawn for it. The holder's LSN is drawn after the vote, so it is
 //!    above every version of the page.
 
-use super::Shard;
+use crate::engine::Shard;
 use smallvec::SmallVec;
 
 /// Who holds a page.
 #[derive(Default)]
-pub(super) struct Hold {
+pub(in crate::engine) struct Hold {
     shared: u32,
     exclusive: bool,
     /// Commits of this shard that wait for it.
@@ -28,7 +28,7 @@ impl Hold {
 
 impl Shard {
     /// A page of the commit that is held in a way that the commit can't go on: index in the table.
-    pub(super) fn held_page(&self, waiter: usize) -> Option<usize> {
+    pub(in crate::engine) fn held_page(&self, waiter: usize) -> Option<usize> {
         if self.participant.parts.is_empty() {
             // Only parts hold pages: in a store of one shard nobody does.
             return None;
@@ -40,7 +40,7 @@ impl Shard {
     }
 
     /// A commit of this shard waits until the page is not held any more.
-    pub(super) fn wait_for_hold(&mut self, waiter: usize, idx: usize) {
+    pub(in crate::engine) fn wait_for_hold(&mut self, waiter: usize, idx: usize) {
         self.need_more(waiter);
         self.cache.table.pages[idx].hold.waiters.push(waiter);
         self.ctx.stats.held_back += 1;
@@ -62,7 +62,7 @@ impl Shard {
     }
 
     /// Holds the pages of a part.
-    pub(super) fn hold_pages(&mut self, waiter: usize) {
+    pub(in crate::engine) fn hold_pages(&mut self, waiter: usize) {
         for (idx, change) in self.held_set(waiter) {
             let hold = &mut self.cache.table.pages[idx].hold;
             assert!(hold.allows(change), "a held page means another vote");
@@ -74,7 +74,7 @@ impl Shard {
     }
 
     /// Lets the pages of a part go; those that waited for them go on.
-    pub(super) fn let_pages_go(&mut self, waiter: usize) {
+    pub(in crate::engine) fn let_pages_go(&mut self, waiter: usize) {
         for (idx, change) in self.held_set(waiter) {
             let hold = &mut self.cache.table.pages[idx].hold;
             match change {

@@ -12,9 +12,9 @@ use super::{OpKind, Shard};
 use crate::base::checksum::crc32c;
 use crate::base::error::Error;
 use crate::base::{BLOCK, Lsn, Place};
-use crate::engine::coalesce;
 use crate::engine::log::{FlushSet, GroupState, InFlight, OpenSlot};
 use crate::engine::map::Stream;
+use crate::engine::writeback::plan;
 use crate::format::extent::ItemKind;
 use crate::format::group::{GroupHead, Slot, SlotState};
 use crate::format::node::Entry;
@@ -177,7 +177,7 @@ impl Shard {
             blocks.push((entry.place(), (capture, image.frame)));
         }
         self.ctx.stats.pages_written += blocks.len() as u64;
-        let runs = coalesce::plan(blocks, self.ctx.limits.vectored_pages_max);
+        let runs = plan::runs(blocks, self.ctx.limits.vectored_pages_max);
         let count = runs.len() as u32;
         for run in runs {
             self.ctx.stats.page_write_ops += 1;

@@ -1,0 +1,181 @@
+//! Growth of the data space: a shard asks the leader, the leader makes the file longer; if it can't, the others give of what they have.
+//!
+//! ```text
+//! Nobody --WantSpace--> Leader --Granted--> Nobody
+//!                         \--Denied--> Others --all have answered--> Nobody
+//! ```
+
+use crate::base::error::Result;
+use crate::base::{ExtentNo, Micros, ShardId};
+use crate::engine::Shard;
+use crate::engine::message::Message;
+use crate::engine::shard::OpKind;
+use crate::format::extent::{TABLE_ROWS, table_offset};
+use crate::io::{DiskOp, FileId};
+
+/// How much a request for space matters.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Urgency {
+    /// The limit may be exceeded by this many extents.
+    Overcommit(u32),
+    /// Nothing goes on without it.
+    Stuck,
+}
+
+/// After a failed growth the next is tried this much later.
+pub(in crate::engine) const GROW_RETRY_US: Micros = 1_000_000;
+
+/// A growth under way: first the table, then the data.
+#[derive(Clone, Copy)]
+pub(in crate::engine) struct Growth {
+    of: ShardId,
+    to: u32,
+    table_done: bool,
+}
+
+/// Who was asked for more space.
+#[derive(Clone, Copy, Default)]
+pub(in crate::engine) enum SpaceAsked {
+    #[default]
+    Nobody,
+    /// Waiting for the leader.
+    Leader(Urgency),
+    /// All others: how many have not answered, whether one gave something.
+    Others { left: u16, got: bool, urgency: Urgency },
+}
+
+impl Shard {
+    /// Asks for more data space, at most `overcommit_extents` past its limit; false if it was refused a moment ago.
+    pub(in crate::engine) fn grow(&mut self, overcommit_extents: u32) -> bool {
+        self.ask_for_space(overcommit_extents, Urgency::Overcommit(overcommit_extents))
+    }
+
+    /// Asks for more data space, at most `overcommit_extents` past its limit; false if a request as urgent was refused a moment ago.
+    pub(in crate::engine) fn ask_for_space(&mut self, overcommit_extents: u32, urgency: Urgency) -> bool {
+        let refused = |(at, most): (Micros, Urgency)| self.ctx.now < at + GROW_RETRY_US && urgency <= most;
+        if self.space.growing || self.space.failed.is_some_and(refused) {
+            return self.space.growing;
+        }
+        self.space.growing = true;
+        self.space.asked = SpaceAsked::Leader(urgency);
+        self.ctx.send(ShardId::LEADER, Message::WantSpace(overcommit_extents));
+        true
+    }
+
+    /// A shard asks the leader for space.
+    pub(in crate::engine) fn space_wanted_by(&mut self, shard: ShardId, overcommit_extents: u32) {
+        self.space.requests.push_back((shard, overcommit_extents));
+        self.grow_next();
+    }
+
+    fn grow_next(&mut self) {
+        while !self.space.growth_under_way
+            && let Some((of, overcommit_extents)) = self.space.requests.pop_front()
+        {
+            let count = self.space.extents.count();
+            let most = self.ctx.limits.data_extents_max.saturating_add(overcommit_extents);
+            if count >= most || self.ctx.failed.is_some() {
+                self.ctx.send(of, Message::Denied);
+                continue;
+            }
+            // An eighth of what one shard has.
+            let chunk = (count / u32::from(self.ctx.deal.shards_count()) / 8).clamp(4, 64);
+            let to = count.saturating_add(chunk).min(most);
+            self.space.growth_under_way = true;
+            let table = |extents: u32| table_offset(extents.div_ceil(TABLE_ROWS), 0);
+            let growth = Growth { of, to, table_done: false };
+            if table(to) > table(count) {
+                let op = DiskOp::Allocate { file: FileId::Table, from: table(count), to: table(to) };
+                self.submit(OpKind::Grow(growth), op);
+            } else {
+                self.grow_data(growth);
+            }
+        }
+    }
+
+    fn grow_data(&mut self, growth: Growth) {
+        let bytes = |extents: u32| u64::from(extents) * self.ctx.limits.geometry.extent_bytes;
+        let (from, to) = (bytes(self.space.extents.count()), bytes(growth.to));
+        let growth = Growth { table_done: true, ..growth };
+        self.submit(OpKind::Grow(growth), DiskOp::Allocate { file: FileId::Data, from, to });
+    }
+
+    /// A step of the growth has ended.
+    pub(in crate::engine) fn grown(&mut self, growth: Growth, result: Result<()>) {
+        self.ctx.again = true;
+        match result {
+            Ok(()) if !growth.table_done => return self.grow_data(growth),
+            Ok(()) => {
+                self.space.growth_failure_logged = false;
+                let new: Vec<ExtentNo> = (self.space.extents.count()..growth.to).map(ExtentNo::new).collect();
+                self.space.extents.cover(growth.to);
+                self.ctx.send(growth.of, Message::Granted(new));
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut self.space.growth_failure_logged, true) {
+                    tracing::warn!(
+                        %error,
+                        "the data space can't grow: make room in the file system; commits that need space fail until then"
+                    );
+                }
+                self.ctx.send(growth.of, Message::Denied);
+            }
+        }
+        self.space.growth_under_way = false;
+        self.grow_next();
+    }
+
+    /// Extents that are this shard's from now on, by the leader or by another shard.
+    pub(in crate::engine) fn space_granted(&mut self, extents: Vec<ExtentNo>) {
+        let some = !extents.is_empty();
+        self.space.extents.grant(extents);
+        match self.space.asked {
+            SpaceAsked::Others { left, got, urgency } => self.another_has_answered(left - 1, got || some, urgency),
+            _ => self.end_growth(true, Urgency::Overcommit(0)),
+        }
+    }
+
+    /// The file can't be longer: the others may have some to spare.
+    pub(in crate::engine) fn space_denied(&mut self) {
+        let SpaceAsked::Leader(urgency) = self.space.asked else { return };
+        for shard in self.ctx.deal.others(self.ctx.id) {
+            self.ctx.send(shard, Message::Spare(urgency));
+        }
+        self.another_has_answered(self.ctx.deal.shards_count() - 1, false, urgency);
+    }
+
+    fn another_has_answered(&mut self, left: u16, got: bool, urgency: Urgency) {
+        self.space.asked = SpaceAsked::Others { left, got, urgency };
+        if left == 0 {
+            self.end_growth(got, urgency);
+        }
+    }
+
+    fn end_growth(&mut self, got: bool, urgency: Urgency) {
+        self.space.asked = SpaceAsked::Nobody;
+        self.space.growing = false;
+        if got {
+            // Dirty pages that found no place try again.
+            self.writeback.dirty_since = 0;
+        }
+        self.space.failed = (!got).then_some((self.ctx.now, urgency));
+    }
+
+    /// Another shard has no space left: half of what this one does not need.
+    pub(in crate::engine) fn spare_space(&mut self, to: ShardId, urgency: Urgency) {
+        let space = self.space.extents.space();
+        let kept = match urgency {
+            Urgency::Stuck => 2,
+            Urgency::Overcommit(_) => 2 * self.reserve_blocks().div_ceil(u64::from(space.data_blocks)),
+        };
+        let needed = self.owed_blocks().div_ceil(u64::from(space.data_blocks)) + kept;
+        let spare = u64::from(space.free).saturating_sub(needed).div_ceil(2);
+        let given = if self.ctx.failed.is_some() { Vec::new() } else { self.space.extents.give_away(spare as usize) };
+        self.ctx.send(to, Message::Granted(given));
+    }
+
+    /// Where the extent was at home when the store was opened; it is still, if it is not at home here.
+    pub(in crate::engine) fn first_home(&self, no: ExtentNo) -> ShardId {
+        ShardId::new((no.get() % u32::from(self.ctx.deal.shards_count())) as u16)
+    }
+}

@@ -1,0 +1,10 @@
+//! Commits: of one shard, and over several by two-phase commit. Before an LSN is drawn everything that a commit needs is reserved.
+
+pub(in crate::engine) mod admission;
+pub(in crate::engine) mod coordinator;
+pub(in crate::engine) mod local;
+pub(in crate::engine) mod page_locks;
+pub(in crate::engine) mod participant;
+pub(in crate::engine) mod precedence;
+
+pub(crate) use local::LSN_AHEAD_MAX;
