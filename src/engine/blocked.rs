@@ -306,7 +306,7 @@ impl Shard {
                 // The next one may be refused at once: it has waited as long.
                 self.ctx.blocked.judged_at = 0;
             }
-            self.ctx.again = true;
+            self.ctx.work_pending = true;
         }
     }
 
@@ -405,11 +405,11 @@ impl Shard {
             !self.ctx.ops.is_empty() || self.checkpoint_under_way() || self.participant.reserved != Reserved::default();
         for lack in LACKS {
             let is_woken = match lack {
-                Lack::Memory | Lack::Turn => self.deadline().is_some(),
-                Lack::LogRoom | Lack::WriteBack => under_way || self.deadline().is_some() || self.waits_for().is_some(),
+                Lack::Memory | Lack::Turn => self.next_due().is_some(),
+                Lack::LogRoom | Lack::WriteBack => under_way || self.next_due().is_some() || self.waits_for().is_some(),
                 Lack::Space => {
                     let reclaims = self.space.growing || self.compaction.compactor.count() > 0;
-                    under_way || reclaims || self.deadline().is_some()
+                    under_way || reclaims || self.next_due().is_some()
                 }
                 Lack::Watermark => self.waits_for().is_some(),
             };

@@ -38,8 +38,10 @@ pub(super) struct Context {
     pub effects: VecDeque<Effect>,
     /// Messages to this shard itself.
     pub loopback: VecDeque<Message>,
-    /// A step has made work for another one: the turn goes through all of them again.
-    pub again: bool,
+    /// Something has come, or a step has made work for another one: the steps of a turn are gone through again.
+    pub work_pending: bool,
+    /// When they are at the latest, if nothing comes.
+    pub due: Option<Micros>,
     /// Why this shard has stopped writing.
     pub failed: Option<Error>,
     /// Which request got which LSN.
@@ -61,7 +63,8 @@ impl Context {
             ops: Slab::new(),
             effects: VecDeque::new(),
             loopback: VecDeque::new(),
-            again: false,
+            work_pending: true,
+            due: None,
             failed: None,
             #[cfg(any(test, feature = "sim"))]
             drawn: Vec::new(),
@@ -72,7 +75,7 @@ impl Context {
     pub fn send(&mut self, to: ShardId, message: Message) {
         if to == self.id {
             self.loopback.push_back(message);
-            self.again = true;
+            self.work_pending = true;
         } else {
             self.stats.messages += 1;
             self.effects.push_back(Effect::Send(to, message));

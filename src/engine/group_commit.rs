@@ -110,7 +110,7 @@ impl Shard {
         let offset = u64::from(position.block) * BLOCK as u64;
         let file = FileId::Log(self.ctx.id, position.segment);
         self.submit(OpKind::GroupLog(position.number), DiskOp::Write { file, offset, from });
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
     }
 
     /// Fixes the images of all live slots; the pages leave the open group.
@@ -229,7 +229,7 @@ impl Shard {
         self.log.open.restock(chunks);
         self.parts_durable(parts);
         self.publish_bound();
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
     }
 }
 

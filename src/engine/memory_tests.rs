@@ -282,7 +282,7 @@ fn a_failure_ends_what_waits_for_a_part_in_front() {
     let age = (0, ShardId::new(1), 1);
     shard.ctx.now += 10_000_000;
     shard.note_vote(age, &super::message::Vote::NotNow, true);
-    assert!(!shard.accepting() && shard.deadline().is_some(), "callers wait for the part, and somebody looks again");
+    assert!(!shard.accepting() && shard.next_due().is_some(), "callers wait for the part, and somebody looks again");
     shard.stop(crate::base::error::Error::invalid("a write failed"));
     assert!(shard.accepting(), "reads go on");
 }

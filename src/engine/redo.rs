@@ -166,7 +166,7 @@ impl Shard {
 
     /// Blocks of a group arrive, from block `at` of it on.
     pub(super) fn redo_read(&mut self, at: usize, completion: Completion) {
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
         let DiskOp::Read { into, .. } = completion.op else { unreachable!("a read completes as a read") };
         if let Err(error) = completion.result {
             return self.fail(error);
@@ -261,7 +261,7 @@ impl Shard {
         }
         self.requests.ready.pop_front();
         self.release(waiter);
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
         true
     }
 

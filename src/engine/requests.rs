@@ -5,16 +5,21 @@
 //! 2. A request is `ready`/`finished` exactly once, when the last page that it needs is there or has failed.
 //! 3. Replies that promise durability wait in `waiting`, ordered by LSN, for the watermark.
 
+mod check;
+
+#[cfg(any(test, feature = "sim"))]
+pub(super) use check::FREE_BYTES;
+
 use super::blocked::Held;
 use super::budget::request_weight;
 use super::cache::range_scan::Walk;
 use super::cache::table::Page;
-use super::event::{Commit, PageRef, Request, Response, Token};
+use super::event::{Commit, Request, Response, Token};
 use super::redo::RedoChange;
 use super::txn::participant::Part;
-use super::{Change, OpKind, Shard};
-use crate::base::error::{Error, ErrorKind, Result};
-use crate::base::{BLOCK, Lsn, PageKey, Place, ShardId};
+use super::{Change, Shard};
+use crate::base::error::{Error, ErrorKind};
+use crate::base::{Lsn, PageKey, Place, ShardId};
 use slab::Slab;
 use smallvec::SmallVec;
 use std::cmp::Ordering;
@@ -159,6 +164,13 @@ impl Shard {
             self.ctx.reply(token, Err(error));
             return;
         }
+        if let Request::Read(keys) = &request
+            && let Some(pages) = self.cached(keys)
+        {
+            self.ctx.reply(token, Ok(Response::Pages(pages)));
+            return;
+        }
+        self.ctx.work_pending = true;
         match request {
             Request::Read(keys) => {
                 let pages: SmallVec<[usize; 2]> = keys.iter().map(|key| self.cache.table.get(*key)).collect();
@@ -200,40 +212,6 @@ impl Shard {
         let mut pages: SmallVec<[usize; 2]> = reads.iter().map(|(key, _)| self.cache.table.entry(*key)).collect();
         pages.extend(changes.iter().map(|(key, _)| self.cache.table.get(*key)));
         pages
-    }
-
-    fn admit_request(&self, request: &Request) -> Result<()> {
-        if self.life.closed || self.life.closing.is_some() {
-            return Err(Error::new(ErrorKind::Closed, "the store is closed; open it again"));
-        }
-        match request {
-            Request::Read(keys) if keys.iter().any(|key| self.ctx.deal.shard_of(*key) != self.ctx.id) => Err(
-                Error::invalid(format_args!("a read of pages of another shard came to shard {}", self.ctx.id.get())),
-            ),
-            Request::Checkpoint | Request::Close if self.ctx.id != ShardId::LEADER => Err(Error::invalid(
-                format_args!("only shard 0 takes checkpoints and closes, not {}", self.ctx.id.get()),
-            )),
-            Request::Read(keys) if keys.len() > self.ctx.limits.vectored_pages_max => {
-                Err(Error::invalid(format_args!(
-                    "{} pages in one read: at most {} (vectored_pages_max)",
-                    keys.len(),
-                    self.ctx.limits.vectored_pages_max
-                )))
-            }
-            Request::Commit(commit) => {
-                check_commit(commit, self.ctx.limits.txn_bytes_max)?;
-                self.ctx.failed.clone().map_or(Ok(()), Err)
-            }
-            Request::WaitDurable(lsn) if *lsn >= self.ctx.order.next() => Err(Error::invalid(format_args!(
-                "LSN {lsn} has not been given to any commit yet; the next is {}",
-                self.ctx.order.next()
-            ))),
-            Request::WaitDurable(lsn) if *lsn <= self.ctx.order.watermark() => Ok(()),
-            Request::Flush | Request::WaitDurable(_) | Request::Checkpoint => {
-                self.ctx.failed.clone().map_or(Ok(()), Err)
-            }
-            Request::Read(_) | Request::Allocated(_) | Request::Stats | Request::Close => Ok(()),
-        }
     }
 
     /// Registers a request and asks for its pages; `data(i)` says whether page `i` is needed with its bytes.
@@ -301,7 +279,7 @@ impl Shard {
         }
         pending.missing -= 1;
         if pending.missing == 0 {
-            self.ctx.again = true;
+            self.ctx.work_pending = true;
             match pending.kind {
                 PendingKind::Commit(_) if pending.stays => {}
                 PendingKind::Commit(_) | PendingKind::Redo(_) => self.requests.ready.push_back(waiter),
@@ -345,50 +323,6 @@ impl Shard {
         }
     }
 
-    fn finish_read(&mut self, waiter: usize) {
-        // Before the release: the table keeps no entry of an absent page for which nobody asks.
-        let watermark = self.ctx.order.watermark();
-        let pages = self.requests.pending[waiter].pages.iter().map(|idx| {
-            let page = &self.cache.table.pages[*idx];
-            PageRef::new(page.frame.as_ref().map(|f| f.pin()), page.told(watermark))
-        });
-        let pages: SmallVec<[PageRef; 1]> = pages.collect();
-        let is_catalog =
-            self.requests.pending[waiter].pages.first().is_some_and(|idx| self.cache.table.pages[*idx].is_catalog());
-        let pending = self.release(waiter);
-        let token = pending.token.expect("a read has a token");
-        if let Some(error) = pending.error {
-            self.ctx.reply(token, Err(error));
-            return;
-        }
-        let count = pages.len() as u64;
-        if is_catalog {
-            self.ctx.stats.catalog_reads += count;
-        } else if let PendingKind::Read(hits) = pending.kind {
-            let absent = pages.iter().filter(|page| page.is_absent()).count() as u64;
-            self.ctx.stats.page_reads += count;
-            self.ctx.stats.absent_reads += absent;
-            // One that was in memory may have been freed since.
-            self.ctx.stats.cache_hits += u64::from(hits).min(count - absent);
-            self.ctx.stats.bytes_read += count * BLOCK as u64;
-        }
-        self.ctx.reply(token, Ok(Response::Pages(pages)));
-    }
-
-    /// A read goes to the device: for whom?
-    pub(super) fn count_read(&mut self, kind: &OpKind) {
-        match kind {
-            OpKind::NodeRead(_) => self.ctx.stats.node_reads += 1,
-            OpKind::PageRead(reads) => {
-                let is_caller = |waiter: usize| !matches!(self.requests.pending[waiter].kind, PendingKind::Move(..));
-                let is_awaited = |page: &Page| !page.is_catalog() && page.waiters().any(is_caller);
-                let awaited = reads.iter().flatten().any(|read| is_awaited(&self.cache.table.pages[read.page]));
-                self.ctx.stats.caller_reads += u64::from(awaited);
-            }
-            _ => {}
-        }
-    }
-
     /// Replies now or when `lsn` is durable.
     pub(super) fn reply_when_durable(&mut self, lsn: Lsn, token: Token, response: Response, is_commit: bool) {
         if lsn <= self.ctx.order.watermark() {
@@ -397,7 +331,7 @@ impl Shard {
         }
         self.log.open.urgent = true;
         self.watermark.wanted = self.watermark.wanted.max(lsn);
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
         self.watermark.replies_seq += 1;
         self.watermark.replies.push(Waiting { lsn, seq: self.watermark.replies_seq, token, response, is_commit });
     }
@@ -422,51 +356,6 @@ impl Shard {
         self.fail_cross(cause, &stopped);
         self.drop_parts();
         self.fail_checkpoint(&stopped);
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
     }
-}
-
-/// What a commit counts against `txn_bytes_max`: the memory that its pages and map leaves may need at once.
-fn commit_bytes(commit: &Commit) -> u64 {
-    let change = |(_, change): &(_, Change)| match change {
-        Change::Put(_) | Change::Patch { .. } => BLOCK as u64,
-        Change::Free => FREE_BYTES,
-    };
-    commit.changes.iter().map(change).sum()
-}
-
-/// A freed page needs no memory but, at worst, a map leaf for every eight: pages are freed in runs.
-pub(super) const FREE_BYTES: u64 = 512;
-
-fn check_commit(commit: &Commit, bytes_max: u64) -> Result<()> {
-    for (key, change) in &commit.changes {
-        match change {
-            Change::Put(bytes) if bytes.len() != BLOCK => {
-                let len = bytes.len();
-                return Err(Error::invalid(format_args!("page {key:?}: {len} bytes given, a page has {BLOCK}")));
-            }
-            Change::Patch { offset, bytes } if bytes.is_empty() || *offset as usize + bytes.len() > BLOCK => {
-                return Err(Error::invalid(format_args!(
-                    "page {key:?}: a patch of {} bytes at {offset} does not fit: it needs 1 to {BLOCK} bytes in the page",
-                    bytes.len()
-                )));
-            }
-            _ => {}
-        }
-        if usize::from(key.volume.get()) >= crate::format::root::VOLUMES_MAX {
-            return Err(Error::invalid(format_args!("page {key:?}: volume numbers end at 247")));
-        }
-    }
-    let bytes = commit_bytes(commit);
-    let reads_max = bytes_max / 64;
-    if bytes > bytes_max || commit.reads.len() as u64 > reads_max {
-        return Err(Error::new(
-            ErrorKind::TooLarge,
-            format_args!(
-                "a commit of {bytes} bytes and {} reads: at most {bytes_max} bytes (txn_bytes_max) and {reads_max} reads; split it",
-                commit.reads.len()
-            ),
-        ));
-    }
-    Ok(())
 }

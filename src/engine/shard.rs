@@ -45,6 +45,34 @@ pub(super) enum OpKind {
     RedoRead(usize),
 }
 
+/// Laps of a turn at most: what is left then is gone on with in the next turn, which is due at once.
+const LAPS_MAX: u32 = 16;
+
+/// A step of a turn.
+type TurnStep = fn(&mut Shard);
+
+/// The steps of a lap in their order, and why they stand there. Each finds its own work; one that makes work for a step before it
+/// sets `Context::work_pending`, and another lap follows.
+const STEPS: [(TurnStep, &str); 17] = [
+    (Shard::deliver_to_self, "messages to itself are what other shards' messages are, and come before requests"),
+    (Shard::finish_ready, "reads need nothing from the steps below, and give back what they hold"),
+    (Shard::run_parts, "votes before commits: a part that was promised room must not find it taken by the same lap"),
+    (Shard::run_commits, "draws LSNs and fills the open group"),
+    (Shard::retry_cross, "asks again, also those that the commits above were in the way of"),
+    (Shard::decide, "after the commits, so that one group takes both"),
+    (Shard::advance_groups, "closes the group with all that was drawn above"),
+    (Shard::write_back, "after the groups: a page that went to its place with one is dirty no more"),
+    (Shard::advance_lead, "the leader's step makes messages for the checkpoint below"),
+    (Shard::advance_checkpoint, "sees the pages and groups of this lap"),
+    (Shard::advance_redo, "while a store opens: commits of the log, for the next lap"),
+    (Shard::advance_space, "knows what the steps above want"),
+    (Shard::advance_compaction, "chooses extents with what is free now"),
+    (Shard::advance_moves, "what compaction asks for, here and elsewhere"),
+    (Shard::write_summaries, "of extents that the steps above have filled"),
+    (Shard::submit_reads, "last of what takes memory: writes give it back, reads only take it"),
+    (Shard::advance_close, "nothing is under way any more, or it is not the time to close"),
+];
+
 /// One shard. See the module's documentation.
 pub struct Shard {
     pub(super) ctx: Context,
@@ -66,37 +94,27 @@ pub struct Shard {
 
 impl Shard {
     /// Advances everything as far as it goes without a completion; afterwards drain
-    /// [`next_effect`](Self::next_effect).
+    /// [`next_effect`](Self::next_effect). Without work it costs a look at the watermark: a read of cached pages makes none.
     pub fn turn(&mut self, now: Micros) {
         self.ctx.now = self.ctx.now.max(now);
         self.note_watermark();
+        if !self.ctx.work_pending && self.ctx.due.is_none_or(|due| self.ctx.now < due) {
+            return;
+        }
         self.settle_behind_nodes();
-        for _ in 0..16 {
-            self.ctx.again = false;
+        for _ in 0..LAPS_MAX {
+            self.ctx.work_pending = false;
             self.ctx.blocked.begin_lap();
-            self.deliver_to_self();
-            self.finish_ready();
-            self.run_parts();
-            self.run_commits();
-            self.retry_cross();
-            self.decide();
-            self.advance_groups();
-            self.write_back();
-            self.advance_lead();
-            self.advance_checkpoint();
-            self.advance_redo();
-            self.advance_space();
-            self.advance_compaction();
-            self.advance_moves();
-            self.write_summaries();
-            self.submit_reads();
-            self.advance_close();
-            if !self.ctx.again {
+            for (step, _) in STEPS {
+                step(self);
+            }
+            if !self.ctx.work_pending {
                 break;
             }
         }
         self.relieve_memory();
         self.nudge_others();
+        self.ctx.due = self.next_due();
     }
 
     pub(super) fn deliver_to_self(&mut self) {
@@ -112,7 +130,12 @@ impl Shard {
 
     /// When `turn` should be called at the latest if nothing arrives; `None`: not before something does.
     pub fn deadline(&self) -> Option<Micros> {
-        if self.ctx.again {
+        if self.ctx.work_pending { Some(self.ctx.now) } else { self.ctx.due }
+    }
+
+    /// The same, worked out anew.
+    pub(super) fn next_due(&self) -> Option<Micros> {
+        if self.ctx.work_pending {
             return Some(self.ctx.now);
         }
         let window = self.ctx.limits.coalesce_window_us;
@@ -140,6 +163,7 @@ impl Shard {
 
     /// Brings the end of an operation.
     pub fn complete(&mut self, completion: Completion) {
+        self.ctx.work_pending = true;
         let kind = self.ctx.ops.remove(completion.id.0 as usize);
         match kind {
             OpKind::PageRead(reads) => self.pages_read(reads, completion),
@@ -181,7 +205,7 @@ impl Shard {
 
     /// A message from another shard.
     pub fn message(&mut self, from: ShardId, message: Message) {
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
         match message {
             Message::Prepare(txn, ask) => self.prepare(from, txn, *ask),
             Message::Vote(txn, vote) => self.voted(from, txn, vote),

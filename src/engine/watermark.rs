@@ -53,7 +53,7 @@ impl Shard {
             self.watermark.dirty_stuck = None;
             self.acknowledge();
             self.settle_durable();
-            self.ctx.again = true;
+            self.ctx.work_pending = true;
         }
     }
 

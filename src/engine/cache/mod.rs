@@ -1,5 +1,6 @@
 //! The page cache: the table of pages, what may leave memory, and what is being read.
 
+mod answer;
 pub(in crate::engine) mod eviction;
 pub(in crate::engine) mod loading;
 pub(in crate::engine) mod pins;

@@ -15,7 +15,7 @@ use crate::base::error::Error;
 use crate::base::{Lsn, PageKey, VolumeId};
 use crate::engine::map::{Lookup, NodeIdx};
 use crate::engine::txn::page_locks::Hold;
-use crate::engine::{NodeWaiter, Shard};
+use crate::engine::{NodeWaiter, PageRef, Shard};
 use crate::format::node::Entry;
 use crate::memory::{Frame, Residency, Standing};
 use hashbrown::HashTable;
@@ -73,6 +73,11 @@ impl Page {
     pub fn told(&self, watermark: Lsn) -> Lsn {
         let hides = self.absent && (self.lsn <= watermark || planted!(FreeUntold));
         if hides { Lsn::ZERO } else { self.lsn }
+    }
+
+    /// What a reader gets: its bytes, pinned, and its version.
+    pub fn as_read(&self, watermark: Lsn) -> PageRef {
+        PageRef::new(self.frame.as_ref().map(|frame| frame.pin()), self.told(watermark))
     }
 
     /// Whether it is a record of a volume, which the engine reads for itself.

@@ -91,19 +91,19 @@ impl Shard {
     /// Some shard wants a checkpoint.
     pub(in crate::engine) fn checkpoint_wanted(&mut self) {
         self.lead.wanted = true;
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
     }
 
     /// A shard has redone its part of the log.
     pub(in crate::engine) fn shard_redone(&mut self) {
         self.lead.redone += 1;
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
     }
 
     /// A shard has no request under way any more.
     pub(in crate::engine) fn shard_quiet(&mut self) {
         self.lead.quiet += 1;
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
     }
 
     pub(in crate::engine) fn advance_lead(&mut self) {
@@ -135,7 +135,7 @@ impl Shard {
         let begin = Begin { new_epoch, clean };
         self.lead.begin = Some(begin);
         self.tell_all(|| Message::Begin(begin));
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
     }
 
     /// To every shard, this one too.
@@ -172,7 +172,7 @@ impl Shard {
         if self.lead.left == 0 {
             self.lead.contributions = std::mem::take(&mut self.lead.by_shard).into_iter().flatten().collect();
             self.lead.phase = Phase::Table;
-            self.ctx.again = true;
+            self.ctx.work_pending = true;
         }
     }
 
@@ -300,7 +300,7 @@ impl Shard {
             self.lead.new_epoch = None;
         }
         self.tell_all(|| Message::Done(Box::new(next.clone())));
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
     }
 
     /// A caller closes the store.
@@ -314,7 +314,7 @@ impl Shard {
     /// The leader closes the store.
     pub(in crate::engine) fn quiesce(&mut self) {
         self.life.closing = Some(None);
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
     }
 
     /// Says that no request is under way any more, or, in a store that has stopped, ends.

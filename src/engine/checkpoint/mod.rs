@@ -150,7 +150,7 @@ impl Shard {
     pub(in crate::engine) fn need_checkpoint(&mut self) {
         if !self.checkpoint.wanted {
             self.checkpoint.wanted = true;
-            self.ctx.again = true;
+            self.ctx.work_pending = true;
         }
     }
 
@@ -174,7 +174,7 @@ impl Shard {
             }
             Phase::Pages if self.checkpoint.pages_left == 0 => {
                 self.checkpoint.phase = Phase::Capture { next: 0 };
-                self.ctx.again = true;
+                self.ctx.work_pending = true;
             }
             Phase::Capture { next } => self.capture_vshard(next),
             Phase::Handover if self.checkpoint.handovers == self.ctx.deal.shards_count() - 1 => self.list_summaries(),
@@ -201,7 +201,7 @@ impl Shard {
         (c.wanted, c.asked, c.begin) = (false, false, Some(begin));
         c.phase = Phase::Told;
         c.waiters = std::mem::take(&mut c.next_waiters);
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
     }
 
     fn begin_when_ready(&mut self) {
@@ -222,7 +222,7 @@ impl Shard {
         self.trim_log_early();
         self.checkpoint.phase = Phase::Begun;
         self.ctx.send(ShardId::LEADER, Message::Began);
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
     }
 
     /// Every shard has begun: this is what the roots must reflect.
@@ -230,7 +230,7 @@ impl Shard {
         assert_eq!(self.checkpoint.phase, Phase::Begun, "the LSN comes when all have begun");
         self.checkpoint.redo = redo;
         self.checkpoint.phase = Phase::Watermark;
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
     }
 
     /// All that the roots must reflect is applied: which pages are not in the map yet?
@@ -247,7 +247,7 @@ impl Shard {
                 self.checkpoint.pages_left += 1;
             }
         }
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
     }
 
     /// A version of the page is in the map.
@@ -296,7 +296,7 @@ impl Shard {
             self.write_roots();
             return;
         }
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
         self.checkpoint.phase = Phase::Capture { next: next + 1 };
         let mut retired = Vec::new();
         let (extents, summaries) = (&mut self.space.extents, &mut self.space.summaries);
@@ -352,14 +352,14 @@ impl Shard {
                 self.ctx.send(shard, Message::Captured(Box::new(handover)));
             }
         }
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
     }
 
     /// Another shard has captured its trees.
     pub(in crate::engine) fn handed_over(&mut self, handover: Handover) {
         self.checkpoint.handovers += 1;
         self.space.extents.take_over(handover.named, handover.retired, handover.left);
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
     }
 
     fn list_summaries(&mut self) {
@@ -372,7 +372,7 @@ impl Shard {
         self.space.summaries.sort();
         self.space.summaries.dedup();
         self.checkpoint.phase = Phase::Summaries;
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
     }
 
     /// Writes the roots captured so far: nothing names their places before the superblock does.
@@ -419,7 +419,7 @@ impl Shard {
         if self.ctx.failed.is_some() || self.checkpoint.ops > 0 {
             return;
         }
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
         if self.checkpoint.phase == Phase::Waiting {
             self.lead_step_done(completion.op);
         }
@@ -468,7 +468,7 @@ impl Shard {
         } else if !self.checkpoint.next_waiters.is_empty() {
             self.checkpoint.wanted = true;
         }
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
     }
 
     /// No checkpoint will end any more.

@@ -191,7 +191,7 @@ impl Shard {
     }
 
     pub(in crate::engine) fn summary_read(&mut self, extent: ExtentNo, completion: Completion) {
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
         let DiskOp::Read { into, .. } = completion.op else { unreachable!("a read completes as a read") };
         let bytes: Vec<u8> = into.iter().flat_map(|frame| frame.iter().copied()).collect();
         let crc = self.space.extents.summary_crc(extent);
@@ -264,7 +264,7 @@ impl Shard {
             if done {
                 self.compaction.compactor.under_way.remove(i);
                 self.ctx.stats.extents_compacted += 1;
-                self.ctx.again = true;
+                self.ctx.work_pending = true;
             } else {
                 i += 1;
             }
@@ -360,7 +360,7 @@ impl Shard {
 
     /// A node that was wanted for a move is there, or will not come.
     pub(in crate::engine) fn node_move_read(&mut self, no: usize, error: Option<Error>) {
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
         self.requests.held.moves -= 1;
         let asked = self.compaction.asked.reading.remove(no);
         match error {
@@ -392,7 +392,7 @@ impl Shard {
         }
         self.release(waiter);
         self.ctx.send(home, Message::Moved(from, failed));
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
     }
 
     /// Pins the map leaf of a clean page; if it has left memory meanwhile, asks for it and returns false.

@@ -102,7 +102,7 @@ impl Shard {
 
     /// A step of the growth has ended.
     pub(in crate::engine) fn grown(&mut self, growth: Growth, result: Result<()>) {
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
         match result {
             Ok(()) if !growth.table_done => return self.grow_data(growth),
             Ok(()) => {

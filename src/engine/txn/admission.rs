@@ -283,7 +283,7 @@ impl Shard {
                 Lookup::Found(_) => {
                     if !self.nodes_are_counted(key, frames) {
                         self.unpin_leaves(&changed);
-                        self.ctx.again = true;
+                        self.ctx.work_pending = true;
                         return Admission::Stalled;
                     }
                     let leaf = self.map.pin(key, &mut self.ctx.arena);

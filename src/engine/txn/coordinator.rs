@@ -181,7 +181,7 @@ impl Shard {
         if cross.votes_left > 0 {
             return;
         }
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
         if cross.yes.len() == cross.asks.len() {
             cross.state = State::Decidable;
             self.coordinator.decidable.push_back(txn);
@@ -266,7 +266,7 @@ impl Shard {
         for (i, txn) in std::mem::take(&mut self.coordinator.decidable).into_iter().enumerate() {
             self.carry_out(txn, first.plus(i as u64));
         }
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
     }
 
     /// Commits without changes need no LSN: all that they read was current while all of it was held.
@@ -278,7 +278,7 @@ impl Shard {
                     self.let_parts_go(txn);
                     self.remove_cross(txn);
                     self.reply_when_durable(read, token, Response::Committed(read), false);
-                    self.ctx.again = true;
+                    self.ctx.work_pending = true;
                 }
                 _ => self.coordinator.decidable.push_back(txn),
             }

@@ -123,7 +123,7 @@ impl Shard {
             });
             self.finish_commit(*waiter, result, read_lsn);
         }
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
     }
 
     /// The newest change of any page that the commit read, a `Free` included: its reply waits until that is durable.

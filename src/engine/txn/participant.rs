@@ -190,7 +190,7 @@ impl Shard {
                 self.end_part(waiter);
             }
         }
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
     }
 
     /// Applies the owner's own part, and logs the record that names the others, in the group whose run holds the LSN.

@@ -77,7 +77,7 @@ impl Shard {
             // Others may go on, in the next lap.
             Vote::Yes(_) | Vote::No(_) if self.ctx.blocked.in_front.as_ref().is_some_and(|front| front.age == age) => {
                 self.ctx.blocked.in_front = None;
-                self.ctx.again = true;
+                self.ctx.work_pending = true;
             }
             Vote::Yes(_) | Vote::No(_) => {}
         }

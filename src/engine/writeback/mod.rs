@@ -283,7 +283,7 @@ impl Shard {
         }
         self.page_settled(idx);
         self.unpin_if_clean(idx);
-        self.ctx.again = true;
+        self.ctx.work_pending = true;
     }
 
     fn leave_place(&mut self, vshard: crate::base::VShard, place: Place) {

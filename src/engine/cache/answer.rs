@@ -1,0 +1,93 @@
+//! Answers to reads of pages: at once if all pages are in memory, else when the last one has come.
+//!
+//! Invariants
+//! 1. A read of pages that are cached, or absent as far as the map in memory says, is no request that waits, and makes no
+//!    work for a turn.
+//! 2. A reader gets the newest version, durable or not, with the LSN that tells it which.
+
+use crate::base::{BLOCK, Lsn, PageKey, VolumeId};
+use crate::engine::cache::table::Page;
+use crate::engine::map::Lookup;
+use crate::engine::requests::PendingKind;
+use crate::engine::shard::OpKind;
+use crate::engine::{PageRef, Response, Shard};
+use smallvec::SmallVec;
+
+impl Shard {
+    /// These pages, if all are in memory, or absent by what is in memory of the map: then the read is no request that waits, and makes no work.
+    pub(in crate::engine) fn cached(&mut self, keys: &[PageKey]) -> Option<SmallVec<[PageRef; 1]>> {
+        let watermark = self.ctx.order.watermark();
+        let table = &mut self.cache.table;
+        // `None`: absent, by the map.
+        let mut found: SmallVec<[Option<usize>; 2]> = SmallVec::new();
+        for key in keys {
+            match table.find(*key) {
+                Some(idx) if table.pages[idx].has(true) => found.push(Some(idx)),
+                Some(_) => return None,
+                None => match self.map.lookup(*key) {
+                    Lookup::Found(None) => found.push(None),
+                    Lookup::Found(Some(_)) | Lookup::Load(..) => return None,
+                },
+            }
+        }
+        let mut read = |idx: &Option<usize>| {
+            let Some(idx) = idx else { return PageRef::new(None, Lsn::ZERO) };
+            let page = &mut table.pages[*idx];
+            page.residency.used();
+            page.as_read(watermark)
+        };
+        let pages: SmallVec<[PageRef; 1]> = found.iter().map(&mut read).collect();
+        let is_catalog = keys.first().is_some_and(|key| key.volume == VolumeId::CATALOG);
+        self.count_read_pages(&pages, is_catalog, pages.len() as u32);
+        Some(pages)
+    }
+
+    /// Counts pages that a caller gets, `hits` of which were in memory when it asked.
+    fn count_read_pages(&mut self, pages: &[PageRef], is_catalog: bool, hits: u32) {
+        let (count, stats) = (pages.len() as u64, &mut self.ctx.stats);
+        if is_catalog {
+            stats.catalog_reads += count;
+            return;
+        }
+        let absent = pages.iter().filter(|page| page.is_absent()).count() as u64;
+        stats.page_reads += count;
+        stats.absent_reads += absent;
+        // One that was in memory may have been freed since.
+        stats.cache_hits += u64::from(hits).min(count - absent);
+        stats.bytes_read += count * BLOCK as u64;
+    }
+
+    pub(in crate::engine) fn finish_read(&mut self, waiter: usize) {
+        // Before the release: the table keeps no entry of an absent page for which nobody asks.
+        let watermark = self.ctx.order.watermark();
+        let pages =
+            self.requests.pending[waiter].pages.iter().map(|idx| self.cache.table.pages[*idx].as_read(watermark));
+        let pages: SmallVec<[PageRef; 1]> = pages.collect();
+        let is_catalog =
+            self.requests.pending[waiter].pages.first().is_some_and(|idx| self.cache.table.pages[*idx].is_catalog());
+        let pending = self.release(waiter);
+        let token = pending.token.expect("a read has a token");
+        if let Some(error) = pending.error {
+            self.ctx.reply(token, Err(error));
+            return;
+        }
+        if let PendingKind::Read(hits) = pending.kind {
+            self.count_read_pages(&pages, is_catalog, hits);
+        }
+        self.ctx.reply(token, Ok(Response::Pages(pages)));
+    }
+
+    /// A read goes to the device: for whom?
+    pub(in crate::engine) fn count_read(&mut self, kind: &OpKind) {
+        match kind {
+            OpKind::NodeRead(_) => self.ctx.stats.node_reads += 1,
+            OpKind::PageRead(reads) => {
+                let is_caller = |waiter: usize| !matches!(self.requests.pending[waiter].kind, PendingKind::Move(..));
+                let is_awaited = |page: &Page| !page.is_catalog() && page.waiters().any(is_caller);
+                let awaited = reads.iter().flatten().any(|read| is_awaited(&self.cache.table.pages[read.page]));
+                self.ctx.stats.caller_reads += u64::from(awaited);
+            }
+            _ => {}
+        }
+    }
+}
