@@ -6,8 +6,9 @@
 
 use super::OpKind;
 use super::blocked::Blocked;
-use super::event::{Effect, Response, Token};
+use super::event::{Response, Token};
 use super::message::Message;
+use super::state_machine::Effect;
 #[cfg(any(test, feature = "sim"))]
 use crate::base::Lsn;
 use crate::base::error::{Error, ErrorKind, Result};

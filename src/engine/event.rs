@@ -1,10 +1,8 @@
-//! What goes into a shard and what comes out of it.
+//! Requests, and the answers to them.
 
+use super::PageRange;
 use super::cache::pins::Pin;
-use super::{Message, PageRange};
-use crate::base::error::Result;
-use crate::base::{BLOCK, Lsn, PageId, PageKey, ShardId};
-use crate::io::{DiskOp, OpId};
+use crate::base::{BLOCK, Lsn, PageId, PageKey};
 use crate::memory::FrameRef;
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -89,17 +87,6 @@ pub enum Response {
     Stats(Box<crate::base::metrics::ShardStats>),
     /// To `Close`.
     Closed,
-}
-
-/// What a shard wants done.
-#[derive(Debug)]
-pub enum Effect {
-    /// Start this operation and bring back its completion.
-    Submit(OpId, DiskOp),
-    /// Answer this request.
-    Reply(Token, Result<Response>),
-    /// Bring this to another shard, after all that was sent to it before.
-    Send(ShardId, Message),
 }
 
 /// A page as it was when read: pinned and immutable, without a copy. Dereferences to its 4,096 bytes.

@@ -1,10 +1,11 @@
 //! A shard on a simulated disk whose clients ask for far more than its memory holds: what it keeps stays bounded.
 
-use super::{Change, Commit, NodeWaiter, Request, Response, Shard, Together, Token};
+use super::{Change, Commit, NodeWaiter, Request, Response, Shard, Token};
 use crate::base::options::{Geometry, Options, SHARD_MEMORY_MIN, TABLE_BYTES_PER_FRAME};
 use crate::base::{BLOCK, Micros, PageId, PageKey, ShardId, VShard, VolumeId};
 use crate::format::extent::NodeKey;
 use crate::format::node::Child;
+use crate::testing::local_cluster::LocalCluster;
 use crate::testing::sim::disk::SimDisk;
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -12,7 +13,7 @@ use smallvec::SmallVec;
 /// One shard, asked one thing at a time.
 struct Bench {
     disk: SimDisk,
-    all: Together,
+    all: LocalCluster,
     now: Micros,
     token: u64,
 }
@@ -36,8 +37,8 @@ impl Bench {
         let mut disk = SimDisk::new(1);
         let opening =
             crate::engine::recovery::begin(&mut disk, options, shards_count, 7, 0).expect("the store can be made");
-        let mut all = Together::new(opening.shards);
-        all.open(&mut disk, 0).expect("the store opens");
+        let mut all = LocalCluster::new(opening.shards);
+        all.run_until_open(&mut disk, 0).expect("the store opens");
         let now = disk.now() + 1_000_000;
         Bench { disk, all, now, token: 0 }
     }
@@ -55,7 +56,7 @@ impl Bench {
                 return answer.expect("nothing fails");
             }
             self.now += 50;
-            self.all.lap(&mut self.disk, self.now);
+            self.all.poll_once(&mut self.disk, self.now);
             self.disk.advance_to(self.now);
         }
         panic!("no answer to a request: {:#?}", self.all.shards);
@@ -204,7 +205,7 @@ fn answer_all(bench: &mut Bench, count: u64) {
             break;
         }
         bench.now += 50;
-        bench.all.lap(&mut bench.disk, bench.now);
+        bench.all.poll_once(&mut bench.disk, bench.now);
         bench.disk.advance_to(bench.now);
     }
     assert_eq!(bench.all.replies.len() as u64, count, "what is taken is answered: {:#?}", bench.all.shards);
@@ -263,7 +264,7 @@ fn the_largest_commits_over_shards_are_taken_at_their_owners_cost() {
     bench.all.request(ShardId::LEADER, Token(0), request(100));
     while bench.all.shards[1].requests.pending.is_empty() {
         bench.now += 50;
-        bench.all.lap(&mut bench.disk, bench.now);
+        bench.all.poll_once(&mut bench.disk, bench.now);
         bench.disk.advance_to(bench.now);
         assert!(bench.all.replies.is_empty(), "the other one has had its part");
     }

@@ -24,6 +24,7 @@ mod life;
 mod message;
 mod requests;
 mod setup;
+mod state_machine;
 
 // The way of a write.
 mod blocked;
@@ -51,21 +52,21 @@ mod memory_tests;
 pub(crate) mod observe;
 #[cfg(test)]
 mod overwrite_tests;
-#[cfg(any(test, fuzzing))]
-mod together;
 mod whereabouts;
 
 pub(crate) use budget::request_bytes;
 pub use cache::PageRange;
 pub(crate) use cache::{Pins, Taken};
 pub(crate) use checkpoint::NewEpoch;
-pub use event::{Change, Commit, Effect, PageRef, Request, Response, Token};
+pub use event::{Change, Commit, PageRef, Request, Response, Token};
 pub use message::Message;
 pub(crate) use redo::Recovering;
 pub(crate) use setup::Setup;
 pub use shard::Shard;
-#[cfg(any(test, fuzzing))]
-pub(crate) use together::Together;
+#[cfg(any(test, feature = "sim"))]
+pub(crate) use state_machine::Activity;
+pub use state_machine::Effect;
+pub(crate) use state_machine::{Host, StateMachine, step};
 pub(crate) use txn::LSN_AHEAD_MAX;
 
 use blocked::{Lack, Step};

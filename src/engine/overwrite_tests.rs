@@ -4,7 +4,7 @@
 //! If this fails, the cost of an overwrite grows with the size of the volume: a large volume is several times slower than
 //! a small one on the same device, and wears flash out several times faster.
 
-use super::{Change, Commit, Request, Response, Together, Token};
+use super::{Change, Commit, Request, Response, Token};
 use crate::Geometry;
 use crate::base::error::{Error, Result};
 use crate::base::metrics::ShardStats;
@@ -12,6 +12,7 @@ use crate::base::options::Options;
 use crate::base::{BLOCK, Deal, Micros, PageId, PageKey, VolumeId};
 use crate::engine::map::Lookup;
 use crate::io::{Completion, Disk, DiskOp, FileId, OpId};
+use crate::testing::local_cluster::LocalCluster;
 use crate::testing::sim::rng::Rng;
 use bytes::Bytes;
 use std::collections::BTreeMap;
@@ -117,7 +118,7 @@ impl Disk for MemoryDisk {
 /// A volume that is overwritten.
 struct Volume {
     disk: MemoryDisk,
-    all: Together,
+    all: LocalCluster,
     deal: Deal,
     pages: u64,
     rng: Rng,
@@ -146,8 +147,8 @@ impl Volume {
         let mut disk = MemoryDisk::default();
         let opening =
             crate::engine::recovery::begin(&mut disk, options, shards_count, 7, 0).expect("the store can be made");
-        let mut all = Together::new(opening.shards);
-        all.open(&mut disk, 0).expect("the store opens");
+        let mut all = LocalCluster::new(opening.shards);
+        all.run_until_open(&mut disk, 0).expect("the store opens");
         let deal = all.shards[0].deal();
         let (now, rng) = (1_000_000, Rng::new(5));
         let mut volume = Volume { disk, all, deal, pages, rng, now, sent: 0, answered: 0 };
@@ -171,7 +172,7 @@ impl Volume {
                 left -= 1;
             }
             self.now += 100;
-            self.all.lap(&mut self.disk, self.now);
+            self.all.poll_once(&mut self.disk, self.now);
             stuck = if self.all.replies.is_empty() { stuck + 1 } else { 0 };
             assert!(stuck < 100_000, "no answer any more: {:#?}", self.all.shards);
             for (_, answer) in self.all.replies.drain(..) {
@@ -302,7 +303,7 @@ fn a_page_that_cannot_be_read_costs_no_other() {
     let reads = volume.disk.reads;
     while volume.all.replies.len() < neighbours.len() {
         volume.now += 100;
-        volume.all.lap(&mut volume.disk, volume.now);
+        volume.all.poll_once(&mut volume.disk, volume.now);
     }
     assert!(volume.disk.reads < reads + 3 + 32, "they were not read together");
     let failed: Vec<Token> =

@@ -14,15 +14,16 @@
 //! It does *not* know which disk, executor or thread it runs on.
 
 use super::local::{LOCAL, Local};
-use super::machine::{Deed, Machine};
 use super::meter::Meter;
 use super::shared::{Brought, Port, Shared};
 use crate::base::{Lsn, Micros, ShardId};
-use crate::engine::Response;
 use crate::engine::order::GlobalOrder;
+use crate::engine::{Effect, Host, Response, StateMachine, step};
 use crate::io::{Completion, Disk, DiskOp};
 use crate::mesh::{Lanes, raised};
 use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -66,7 +67,7 @@ pub(super) enum Lap {
 }
 
 /// What a driver is made of.
-pub(super) struct Rig<M: Machine> {
+pub(super) struct Rig<M: StateMachine> {
     pub(super) id: ShardId,
     pub(super) machine: M,
     pub(super) shared: Arc<Shared>,
@@ -94,8 +95,19 @@ impl Answered {
 }
 
 /// A shard with its disk, on its thread.
-pub(super) struct Driver<M: Machine, D: Disk> {
-    rig: Rig<M>,
+pub(super) struct Driver<M: StateMachine, D: Disk> {
+    machine: M,
+    host: ThreadHost<M, D>,
+}
+
+/// Everything around the shard.
+struct ThreadHost<M: StateMachine, D: Disk> {
+    id: ShardId,
+    shared: Arc<Shared>,
+    lanes: Lanes<M::Message>,
+    order: Arc<GlobalOrder>,
+    clock: Clock,
+    pace: Pace,
     disk: D,
     local: Local,
     meter: Meter,
@@ -116,84 +128,156 @@ pub(super) struct Driver<M: Machine, D: Disk> {
     active_at: Micros,
 }
 
-impl<M: Machine, D: Disk> Driver<M, D> {
+impl<M: StateMachine, D: Disk> Driver<M, D> {
     pub(super) fn new(rig: Rig<M>, mut disk: D) -> Self {
-        if let Some(memory) = rig.machine.mapping() {
+        let Rig { id, machine, shared, lanes, order, clock, pace, requests_max, request_bytes_max } = rig;
+        if let Some(memory) = machine.mapping() {
             disk.register(memory);
         }
-        let (now, seen, meter) = (rig.clock.now(), Lsn::ZERO, Meter::new(rig.clock));
-        Driver {
-            local: Local::new(rig.id, rig.shared.clone(), rig.requests_max, rig.request_bytes_max),
-            rig,
+        let now = clock.now();
+        let host = ThreadHost {
+            local: Local::new(id, shared.clone(), requests_max, request_bytes_max),
+            meter: Meter::new(clock),
+            id,
+            shared,
+            lanes,
+            order,
+            clock,
+            pace,
             disk,
-            meter,
             answered: Answered::default(),
             reaped: Vec::new(),
             completions: VecDeque::new(),
             flushes: 0,
-            seen,
+            seen: Lsn::ZERO,
             due: None,
             turned: false,
             failure_told: false,
             now,
             active_at: now,
-        }
+        };
+        Driver { machine, host }
     }
 
     pub(super) fn machine(&self) -> &M {
-        &self.rig.machine
+        &self.machine
     }
 
     /// One lap. After an idle one the caller lets it [`rest`](Self::rest_if).
     pub(super) fn lap(&mut self) -> Lap {
-        if self.rig.shared.is_abandoned() {
+        let Driver { machine, host } = self;
+        if host.shared.is_abandoned() {
             return Lap::Ended;
         }
-        let mut busy = self.take_requests();
-        busy |= self.take_messages();
-        busy |= self.take_completions();
-        self.now = self.rig.clock.now();
-        if busy || self.is_due() {
-            self.rig.machine.turn(self.now);
-            self.turned = true;
-            self.tell_failure();
-            busy |= self.carry_out();
-            self.due = self.rig.machine.deadline();
-            self.announce();
-            self.disk.push();
+        let ControlFlow::Continue(step) = step(machine, host);
+        let mut busy = step.is_busy();
+        if step.turned {
+            std::mem::take(&mut host.answered).leave(&host.shared, host.port());
+            host.due = machine.deadline();
+            host.announce();
+            host.disk.push();
         }
-        self.hand_over();
-        self.meter.lap();
-        busy |= self.local.run();
-        let machine = &self.rig.machine;
-        if machine.is_closed() && machine.ops_under_way() == 0 && self.rig.lanes.is_handed_over() {
+        host.hand_over();
+        host.meter.lap();
+        busy |= host.local.run();
+        if machine.is_closed() && machine.ops_under_way() == 0 && host.lanes.is_handed_over() {
             return Lap::Ended;
         }
         if busy {
-            self.active_at = self.now;
+            host.active_at = host.now;
             return Lap::Busy;
         }
         Lap::Idle
     }
 
-    /// Tells whoever waits for the end of the store that it takes no writes any more.
-    fn tell_failure(&mut self) {
-        if !self.failure_told
-            && let Some(error) = self.rig.machine.failure()
-        {
-            self.failure_told = true;
-            self.rig.shared.fail(error);
+    /// If nothing happened: polls on, or waits.
+    pub(super) fn rest_if(&mut self, lap: Lap) {
+        if lap == Lap::Idle {
+            self.host.rest(&self.machine);
         }
     }
 
-    fn port(&self) -> &Port {
-        &self.rig.shared.ports[usize::from(self.rig.id.get())]
+    /// Ends: first what is in flight, then the tasks, then those who wait. The files have been let go on return.
+    pub(super) fn end(self) {
+        let Driver { machine, host } = self;
+        let ThreadHost { id, shared, lanes, disk, local, meter, answered, .. } = host;
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            drop(disk);
+            drop(machine);
+            drop(lanes);
+            local.end();
+        }));
+        if panicked.is_err() {
+            tracing::error!(shard = id.get(), "ending the shard panicked");
+        }
+        let port = &shared.ports[id.index()];
+        // Not given back if a waker panicked.
+        answered.leave(&shared, port);
+        shared.close_port(port, meter.open());
+    }
+}
+
+impl<M: StateMachine, D: Disk> Host<M> for ThreadHost<M, D> {
+    type Stop = Infallible;
+
+    fn deliver(&mut self, machine: &mut M) -> bool {
+        let mut any = self.take_requests(machine);
+        any |= self.take_messages(machine);
+        any | self.take_completions(machine)
     }
 
-    fn take_requests(&mut self) -> bool {
+    fn turn_at(&mut self, machine: &M, delivered: bool) -> Option<Micros> {
+        self.now = self.clock.now();
+        let is_due = delivered || !self.turned || self.due.is_some_and(|at| at <= self.now);
+        (is_due || self.is_durable(machine)).then_some(self.now)
+    }
+
+    /// Tells whoever waits for the end of the store that it takes no writes any more.
+    fn turned(&mut self, machine: &mut M) {
+        self.turned = true;
+        if !self.failure_told
+            && let Some(error) = machine.failure()
+        {
+            self.failure_told = true;
+            self.shared.fail(error);
+        }
+    }
+
+    fn carry_out(&mut self, _: &M, effect: Effect<M::Message>) -> ControlFlow<Infallible> {
+        match effect {
+            Effect::Submit(id, op) => {
+                self.flushes += usize::from(matches!(op, DiskOp::Flush { .. }));
+                self.meter.submitted(&op);
+                self.disk.submit(id, op);
+            }
+            Effect::Send(to, message) => self.lanes.send(to, message),
+            Effect::Reply(token, mut result) => {
+                let bytes = self.meter.answered(token);
+                if let Ok(Response::Stats(stats)) = &mut result {
+                    self.meter.tell(stats, self.disk.calls());
+                }
+                if token.0 & LOCAL != 0 {
+                    self.local.reply(token, result);
+                } else {
+                    self.answered.count += 1;
+                    self.answered.carrying += usize::from(bytes > 0);
+                    self.answered.bytes += bytes;
+                    self.shared.inflight.complete(token, result);
+                }
+            }
+        }
+        ControlFlow::Continue(())
+    }
+}
+
+impl<M: StateMachine, D: Disk> ThreadHost<M, D> {
+    fn port(&self) -> &Port {
+        &self.shared.ports[self.id.index()]
+    }
+
+    fn take_requests(&mut self, machine: &mut M) -> bool {
         let mut any = false;
-        let machine = &mut self.rig.machine;
-        let port = &self.rig.shared.ports[usize::from(self.rig.id.get())];
+        let port = &self.shared.ports[self.id.index()];
         for _ in 0..BATCH {
             if !machine.accepting() {
                 break;
@@ -218,93 +302,47 @@ impl<M: Machine, D: Disk> Driver<M, D> {
         any
     }
 
-    fn take_messages(&mut self) -> bool {
-        let Rig { machine, lanes, shared, .. } = &mut self.rig;
-        lanes.take(
-            |from, message| machine.message(from, message),
-            |from| shared.ports[usize::from(from.get())].parking.rouse(),
-        )
+    fn take_messages(&mut self, machine: &mut M) -> bool {
+        let ports = &self.shared.ports;
+        self.lanes.take(|from, message| machine.message(from, message), |from| ports[from.index()].parking.rouse())
     }
 
     /// Takes a part of what has completed: what it leads to goes to the device while the rest is taken. All at once, and
     /// device and core would wait for each other in turns.
-    fn take_completions(&mut self) -> bool {
+    fn take_completions(&mut self, machine: &mut M) -> bool {
         self.disk.reap(&mut self.reaped);
         self.completions.extend(self.reaped.drain(..));
-        let some =
-            COMPLETIONS_MIN.max(self.rig.machine.ops_under_way() / COMPLETIONS_SHARE).min(self.completions.len());
+        let some = COMPLETIONS_MIN.max(machine.ops_under_way() / COMPLETIONS_SHARE).min(self.completions.len());
         for completion in self.completions.drain(..some) {
             self.flushes -= usize::from(matches!(completion.op, DiskOp::Flush { .. }));
-            self.rig.machine.complete(completion);
+            machine.complete(completion);
         }
         some > 0
     }
 
-    fn is_due(&self) -> bool {
-        !self.turned || self.due.is_some_and(|at| at <= self.now) || self.is_durable()
-    }
-
     /// Whether the watermark has reached what the shard waits for.
-    fn is_durable(&self) -> bool {
-        self.rig.machine.waits_for().is_some_and(|lsn| lsn <= self.rig.order.watermark())
-    }
-
-    fn carry_out(&mut self) -> bool {
-        let mut any = false;
-        while let Some(deed) = self.rig.machine.next_deed() {
-            any = true;
-            match deed {
-                Deed::Submit(id, op) => {
-                    self.flushes += usize::from(matches!(op, DiskOp::Flush { .. }));
-                    self.meter.submitted(&op);
-                    self.disk.submit(id, op);
-                }
-                Deed::Send(to, message) => self.rig.lanes.send(to, message),
-                Deed::Reply(token, mut result) => {
-                    let bytes = self.meter.answered(token);
-                    if let Ok(Response::Stats(stats)) = &mut result {
-                        self.meter.tell(stats, self.disk.calls());
-                    }
-                    if token.0 & LOCAL != 0 {
-                        self.local.reply(token, result);
-                    } else {
-                        self.answered.count += 1;
-                        self.answered.carrying += usize::from(bytes > 0);
-                        self.answered.bytes += bytes;
-                        self.rig.shared.inflight.complete(token, result);
-                    }
-                }
-            }
-        }
-        std::mem::take(&mut self.answered).leave(&self.rig.shared, self.port());
-        any
+    fn is_durable(&self, machine: &M) -> bool {
+        machine.waits_for().is_some_and(|lsn| lsn <= self.order.watermark())
     }
 
     /// Wakes the shards that wait for what has become durable.
     fn announce(&mut self) {
-        let watermark = self.rig.order.watermark();
+        let watermark = self.order.watermark();
         if watermark > self.seen {
             self.seen = watermark;
-            let own = usize::from(self.rig.id.get());
-            let others = self.rig.shared.ports.iter().enumerate().filter(|(shard, _)| *shard != own);
+            let own = self.id.index();
+            let others = self.shared.ports.iter().enumerate().filter(|(shard, _)| *shard != own);
             raised(others.map(|(_, port)| &port.parking), watermark);
         }
     }
 
     fn hand_over(&mut self) {
-        let ports = &self.rig.shared.ports;
-        self.rig.lanes.hand_over(|to| ports[usize::from(to.get())].parking.rouse());
+        let ports = &self.shared.ports;
+        self.lanes.hand_over(|to| ports[to.index()].parking.rouse());
     }
 
-    /// If nothing happened: polls on, or waits.
-    pub(super) fn rest_if(&mut self, lap: Lap) {
-        if lap == Lap::Idle {
-            self.rest();
-        }
-    }
-
-    fn rest(&mut self) {
-        match self.rig.pace {
+    fn rest(&mut self, machine: &M) {
+        match self.pace {
             // A worker of the kernel flushes, maybe on this very core.
             Pace::For(_) if self.flushes > 0 => {}
             Pace::For(us) if self.now.saturating_sub(self.active_at) >= us => {}
@@ -315,36 +353,17 @@ impl<M: Machine, D: Disk> Driver<M, D> {
             return;
         }
         // While the shard accepts nothing, requests in the inbox are no reason to stay awake.
-        let accepting = self.rig.machine.accepting();
+        let accepting = machine.accepting();
         let has_work = || {
             (accepting && !self.port().inbox.is_empty())
-                || self.rig.lanes.has_work()
+                || self.lanes.has_work()
                 || self.local.has_work(accepting)
-                || self.is_durable()
-                || self.rig.shared.is_abandoned()
+                || self.is_durable(machine)
+                || self.shared.is_abandoned()
         };
-        if self.port().parking.park(self.rig.machine.waits_for(), has_work) {
+        if self.port().parking.park(machine.waits_for(), has_work) {
             self.disk.wait(timeout);
             self.port().parking.awake();
         }
-    }
-
-    /// Ends: first what is in flight, then the tasks, then those who wait. The files have been let go on return.
-    pub(super) fn end(self) {
-        let Driver { rig, disk, local, meter, answered, .. } = self;
-        let Rig { id, machine, shared, lanes, .. } = rig;
-        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            drop(disk);
-            drop(machine);
-            drop(lanes);
-            local.end();
-        }));
-        if panicked.is_err() {
-            tracing::error!(shard = id.get(), "ending the shard panicked");
-        }
-        let port = &shared.ports[usize::from(id.get())];
-        // Not given back if a waker panicked.
-        answered.leave(&shared, port);
-        shared.close_port(port, meter.open());
     }
 }

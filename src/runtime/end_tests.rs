@@ -5,7 +5,7 @@
 
 use super::handle::Runtime;
 use super::local::RUN_MAX;
-use super::machine::{Begun, Deed, Machine};
+use super::machine::Begun;
 use super::ring;
 use super::start::{Begin, start_with};
 use crate::base::error::{Error, ErrorKind, Result};
@@ -13,7 +13,7 @@ use crate::base::options::{Driver, Options};
 use crate::base::{Deal, Lsn, Micros, SegmentNo, ShardId};
 use crate::engine::order::GlobalOrder;
 use crate::engine::recovery::RecoveryReport;
-use crate::engine::{Request, Response, Token};
+use crate::engine::{Effect, Request, Response, StateMachine, Token};
 use crate::io::{Completion, Disk, DiskOp, FileId, OpId, execute};
 use crate::memory::Mapping;
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -29,13 +29,13 @@ const FILE: FileId = FileId::Log(ShardId::new(0), SegmentNo::new(0));
 
 /// A shard that does nothing but flush one file, which all shards have in common. It is open if `open` says so.
 struct Flusher {
-    deeds: VecDeque<Deed<()>>,
+    effects: VecDeque<Effect<()>>,
     flushing: Vec<Token>,
     closed: bool,
     open: bool,
 }
 
-impl Machine for Flusher {
+impl StateMachine for Flusher {
     type Message = ();
 
     fn request(&mut self, token: Token, request: Request) {
@@ -43,10 +43,10 @@ impl Machine for Flusher {
             Request::Flush => {
                 let id = OpId(self.flushing.len() as u64);
                 self.flushing.push(token);
-                self.deeds.push_back(Deed::Submit(id, DiskOp::Flush { files: [FILE].into_iter().collect() }));
+                self.effects.push_back(Effect::Submit(id, DiskOp::Flush { files: [FILE].into_iter().collect() }));
             }
             Request::Close => {
-                self.deeds.push_back(Deed::Reply(token, Ok(Response::Closed)));
+                self.effects.push_back(Effect::Reply(token, Ok(Response::Closed)));
                 self.closed = true;
             }
             _ => unreachable!("it can only flush"),
@@ -57,13 +57,13 @@ impl Machine for Flusher {
 
     fn complete(&mut self, done: Completion) {
         let token = self.flushing[done.id.0 as usize];
-        self.deeds.push_back(Deed::Reply(token, done.result.map(|()| Response::Flushed(Lsn::ZERO))));
+        self.effects.push_back(Effect::Reply(token, done.result.map(|()| Response::Flushed(Lsn::ZERO))));
     }
 
     fn turn(&mut self, _: Micros) {}
 
-    fn next_deed(&mut self) -> Option<Deed<()>> {
-        self.deeds.pop_front()
+    fn next_effect(&mut self) -> Option<Effect<()>> {
+        self.effects.pop_front()
     }
 
     fn deadline(&self) -> Option<Micros> {
@@ -79,7 +79,7 @@ impl Machine for Flusher {
     }
 
     fn is_closed(&self) -> bool {
-        self.closed && self.deeds.is_empty()
+        self.closed && self.effects.is_empty()
     }
 
     fn ops_under_way(&self) -> usize {
@@ -101,7 +101,7 @@ impl Machine for Flusher {
 
 fn begun(shards_count: u16, open: bool) -> Begun<Flusher> {
     let order = Arc::new(GlobalOrder::new(Lsn::new(1), usize::from(shards_count)));
-    let machine = |_| Flusher { deeds: VecDeque::new(), flushing: Vec::new(), closed: false, open };
+    let machine = |_| Flusher { effects: VecDeque::new(), flushing: Vec::new(), closed: false, open };
     let machines = (0..shards_count).map(machine).collect();
     let recovery = RecoveryReport::default();
     Begun { machines, recovery, order, txn_bytes_max: 0, deal: Deal::new(256, shards_count) }

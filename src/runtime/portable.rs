@@ -3,8 +3,8 @@
 //! It polls only if it is told to: the threads that do the I/O need the cores.
 
 use super::cores;
-use super::machine::Machine;
 use super::seat::Seat;
+use crate::engine::StateMachine;
 use crate::io::portable::{PortableDisk, PortableOptions};
 
 /// Threads that do I/O, over all shards.
@@ -13,7 +13,7 @@ const WORKERS_MAX: usize = 64;
 const WORKERS: usize = 8;
 
 /// The body of a shard's thread.
-pub(super) fn thread<M: Machine>(seat: Seat<M>) {
+pub(super) fn thread<M: StateMachine>(seat: Seat<M>) {
     let workers_count = (WORKERS_MAX / usize::from(seat.shards_count)).clamp(2, WORKERS);
     let disk = match PortableDisk::with_files(seat.files.clone(), &PortableOptions { workers_count }) {
         Ok(disk) => disk,

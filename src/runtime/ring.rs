@@ -8,9 +8,9 @@
 //!
 //! It does *not* use glommio's files, channels or buffers: measured, they cost 1.4 to 90 times what ours do.
 
-use super::machine::Machine;
 use super::seat::Seat;
 use crate::base::error::{Error, ErrorKind};
+use crate::engine::StateMachine;
 use crate::io::uring::{self, UringDisk, UringOptions};
 use glommio::{LocalExecutor, LocalExecutorBuilder, Placement};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -49,7 +49,7 @@ fn executor(pin: Option<usize>) -> Result<LocalExecutor, Error> {
 }
 
 /// The body of a shard's thread.
-pub(super) fn thread<M: Machine>(seat: Seat<M>) {
+pub(super) fn thread<M: StateMachine>(seat: Seat<M>) {
     let executor = match executor(seat.pin) {
         Ok(executor) => executor,
         Err(error) => return seat.refuse(error),

@@ -15,10 +15,11 @@
 //!    it, tasks, wakers and destructors of callers included, can ask [`drives_a_shard`].
 
 use super::driver::{Clock, Driver, Lap, Pace, Rig};
-use super::machine::{Begun, Machine};
+use super::machine::Begun;
 use super::shared::Shared;
 use crate::base::ShardId;
 use crate::base::error::{Error, ErrorKind, Result};
+use crate::engine::StateMachine;
 use crate::engine::order::GlobalOrder;
 use crate::io::{CancellableDisk, Disk, DiskReport, DiskWaker, Files};
 use crate::mesh::Lanes;
@@ -66,7 +67,7 @@ pub(super) enum Orders<M> {
 }
 
 /// Where a shard's thread sits.
-pub(super) struct Seat<M: Machine> {
+pub(super) struct Seat<M: StateMachine> {
     pub(super) id: ShardId,
     pub(super) pin: Option<usize>,
     pub(super) pace: Pace,
@@ -83,14 +84,14 @@ pub(super) struct Seat<M: Machine> {
 }
 
 /// A shard's thread with its shard.
-pub(super) struct Drive<M: Machine, D: Disk> {
+pub(super) struct Drive<M: StateMachine, D: Disk> {
     driver: Option<Driver<M, D>>,
     /// Until the shard is open, or has failed.
     opening: Option<Sender<News<M>>>,
     shared: Arc<Shared>,
 }
 
-impl<M: Machine> Seat<M> {
+impl<M: StateMachine> Seat<M> {
     /// The thread can't have what its driver needs.
     pub(super) fn refuse(self, error: Error) {
         let _ = self.news.send(News::Refused(error));
@@ -134,7 +135,7 @@ impl<M: Machine> Seat<M> {
 }
 
 /// What a shard's thread runs: `body`, and then that it has ended, whatever happened.
-pub(super) fn occupy<M: Machine>(seat: Seat<M>, body: impl FnOnce(Seat<M>)) {
+pub(super) fn occupy<M: StateMachine>(seat: Seat<M>, body: impl FnOnce(Seat<M>)) {
     IS_SHARD.set(true);
     let (shared, news) = (seat.shared.clone(), seat.news.clone());
     if catch_unwind(AssertUnwindSafe(|| body(seat))).is_err() {
@@ -158,7 +159,7 @@ fn panicked() -> Error {
     Error::new(ErrorKind::Closed, "opening the store panicked")
 }
 
-impl<M: Machine, D: Disk> Drive<M, D> {
+impl<M: StateMachine, D: Disk> Drive<M, D> {
     /// Some laps; false: the shard has ended, and nothing is left to do.
     pub(super) fn go(&mut self) -> bool {
         match catch_unwind(AssertUnwindSafe(|| self.laps())) {
@@ -211,7 +212,7 @@ fn tell<M>(opening: &mut Option<Sender<News<M>>>, news: News<M>) {
     }
 }
 
-impl<M: Machine, D: Disk> Drop for Drive<M, D> {
+impl<M: StateMachine, D: Disk> Drop for Drive<M, D> {
     fn drop(&mut self) {
         if let Some(driver) = self.driver.take() {
             driver.end();

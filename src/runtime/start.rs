@@ -11,7 +11,7 @@
 use super::cores::{self, Plan, Processors};
 use super::driver::{Clock, Pace};
 use super::handle::Runtime;
-use super::machine::{self, Begun, Machine};
+use super::machine::{self, Begun};
 use super::opening::{Guard, Opening};
 use super::report::RuntimeReport;
 use super::seat::{News, Opener, Orders, Seat, occupy};
@@ -20,6 +20,7 @@ use super::{portable, ring};
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::options::{Driver, Geometry, Limits, Options};
 use crate::base::{Micros, ShardId};
+use crate::engine::StateMachine;
 use crate::engine::recovery;
 use crate::format::fresh;
 use crate::io::portable::{PortableDisk, PortableOptions};
@@ -61,11 +62,16 @@ pub(crate) enum Wanted {
 
 /// The same with shards of any kind.
 #[cfg(test)]
-pub(super) async fn start_with<M: Machine>(dir: PathBuf, options: Options, begin: Begin<M>) -> Result<Runtime> {
+pub(super) async fn start_with<M: StateMachine>(dir: PathBuf, options: Options, begin: Begin<M>) -> Result<Runtime> {
     start_wanted(dir, options, Wanted::Any, begin).await
 }
 
-async fn start_wanted<M: Machine>(dir: PathBuf, options: Options, wanted: Wanted, begin: Begin<M>) -> Result<Runtime> {
+async fn start_wanted<M: StateMachine>(
+    dir: PathBuf,
+    options: Options,
+    wanted: Wanted,
+    begin: Begin<M>,
+) -> Result<Runtime> {
     let (send, result) = crossbeam_channel::bounded(1);
     let ready = Arc::new(Event::new());
     let opening = Arc::<Opening>::default();
@@ -99,7 +105,7 @@ enum Stop {
     Failed(Error),
 }
 
-fn open<M: Machine>(
+fn open<M: StateMachine>(
     dir: &Path,
     options: &Options,
     wanted: Wanted,
@@ -152,7 +158,7 @@ fn check_room(files: &Files, limits: &Limits) -> Result<()> {
 }
 
 /// Starts the threads of the driver that is wanted, or can be had, and opens the store on them.
-fn drive<M: Machine>(
+fn drive<M: StateMachine>(
     files: &Arc<Files>,
     options: &Options,
     plan: &Plan,
@@ -235,7 +241,7 @@ impl<'a> Launch<'a> {
         }
     }
 
-    fn run<M: Machine>(
+    fn run<M: StateMachine>(
         mut self,
         files: &Arc<Files>,
         begin: Begin<M>,
@@ -263,7 +269,7 @@ impl<'a> Launch<'a> {
         }
     }
 
-    fn seat_all<M: Machine>(
+    fn seat_all<M: StateMachine>(
         &mut self,
         files: &Arc<Files>,
         news: &Sender<News<M>>,
@@ -297,7 +303,7 @@ impl<'a> Launch<'a> {
         Ok(())
     }
 
-    fn open_all<M: Machine>(
+    fn open_all<M: StateMachine>(
         &self,
         heard: &Receiver<News<M>>,
         orders: &[Sender<Orders<M>>],

@@ -8,7 +8,7 @@ mod closing;
 
 use super::handle::Runtime;
 use super::local::TASKS_MAX;
-use super::machine::{Begun, Deed, Machine};
+use super::machine::Begun;
 use super::ring;
 use super::start::{Begin, start_with};
 use crate::base::error::{Error, ErrorKind, Result};
@@ -16,7 +16,7 @@ use crate::base::options::{Driver, Options};
 use crate::base::{Deal, Lsn, Micros, ShardId};
 use crate::engine::order::GlobalOrder;
 use crate::engine::recovery::RecoveryReport;
-use crate::engine::{Commit, Request, Response, Token};
+use crate::engine::{Commit, Effect, Request, Response, StateMachine, Token};
 use crate::io::{Completion, Disk};
 use crate::memory::Mapping;
 use futures_lite::future::{block_on, poll_once};
@@ -42,7 +42,7 @@ struct Toy {
     id: ShardId,
     shards_count: u16,
     order: Arc<GlobalOrder>,
-    deeds: VecDeque<Deed<Note>>,
+    effects: VecDeque<Effect<Note>>,
     now: Micros,
     written_at: VecDeque<(Micros, Lsn)>,
     waiting: VecDeque<(Lsn, Token)>,
@@ -58,21 +58,21 @@ struct Toy {
 /// Requests that reached a shard while it was closing.
 static TAKEN_WHILE_CLOSING: AtomicUsize = AtomicUsize::new(0);
 
-impl Machine for Toy {
+impl StateMachine for Toy {
     type Message = Note;
 
     fn request(&mut self, token: Token, request: Request) {
         if self.closing.is_some() {
             TAKEN_WHILE_CLOSING.fetch_add(1, Ordering::SeqCst);
             let closed = Err(Error::new(ErrorKind::Closed, "planted by a test"));
-            return self.deeds.push_back(Deed::Reply(token, closed));
+            return self.effects.push_back(Effect::Reply(token, closed));
         }
         match request {
             Request::WaitDurable(lsn) => {
                 let to = ShardId::new((lsn.get() % u64::from(self.shards_count)) as u16);
                 match to == self.id {
-                    true => self.deeds.push_back(Deed::Reply(token, Ok(Response::Flushed(lsn)))),
-                    false => self.deeds.push_back(Deed::Send(to, Note::There(token, lsn.get()))),
+                    true => self.effects.push_back(Effect::Reply(token, Ok(Response::Flushed(lsn)))),
+                    false => self.effects.push_back(Effect::Send(to, Note::There(token, lsn.get()))),
                 }
             }
             Request::Commit(_) => {
@@ -83,14 +83,14 @@ impl Machine for Toy {
             Request::Flush => self.held.push(token),
             Request::Checkpoint => {
                 for token in self.held.drain(..).chain([token]) {
-                    self.deeds.push_back(Deed::Reply(token, Ok(Response::Checkpointed(Lsn::ZERO))));
+                    self.effects.push_back(Effect::Reply(token, Ok(Response::Checkpointed(Lsn::ZERO))));
                 }
             }
             Request::Close if self.close_us > 0 => self.closing = Some((self.now + self.close_us, token)),
             Request::Close => {
                 let others = (0..self.shards_count).map(ShardId::new).filter(|shard| *shard != self.id);
-                self.deeds.extend(others.map(|shard| Deed::Send(shard, Note::Close)));
-                self.deeds.push_back(Deed::Reply(token, Ok(Response::Closed)));
+                self.effects.extend(others.map(|shard| Effect::Send(shard, Note::Close)));
+                self.effects.push_back(Effect::Reply(token, Ok(Response::Closed)));
                 self.closed = true;
             }
             Request::Stats => panic!("planted by a test"),
@@ -100,8 +100,8 @@ impl Machine for Toy {
 
     fn message(&mut self, from: ShardId, message: Note) {
         match message {
-            Note::There(token, n) => self.deeds.push_back(Deed::Send(from, Note::Back(token, n))),
-            Note::Back(token, n) => self.deeds.push_back(Deed::Reply(token, Ok(Response::Flushed(Lsn::new(n))))),
+            Note::There(token, n) => self.effects.push_back(Effect::Send(from, Note::Back(token, n))),
+            Note::Back(token, n) => self.effects.push_back(Effect::Reply(token, Ok(Response::Flushed(Lsn::new(n))))),
             Note::Close => self.closed = true,
         }
     }
@@ -117,18 +117,18 @@ impl Machine for Toy {
             self.order.publish(self.id, self.written_at.front().map_or(Lsn::MAX, |(_, lsn)| *lsn));
         }
         if let Some((_, token)) = self.closing.take_if(|(at, _)| *at <= now) {
-            self.deeds.push_back(Deed::Reply(token, Ok(Response::Closed)));
+            self.effects.push_back(Effect::Reply(token, Ok(Response::Closed)));
             self.closed = true;
         }
         let durable = self.order.refresh();
         while self.waiting.front().is_some_and(|(lsn, _)| *lsn <= durable) {
             let Some((lsn, token)) = self.waiting.pop_front() else { break };
-            self.deeds.push_back(Deed::Reply(token, Ok(Response::Committed(lsn))));
+            self.effects.push_back(Effect::Reply(token, Ok(Response::Committed(lsn))));
         }
     }
 
-    fn next_deed(&mut self) -> Option<Deed<Note>> {
-        self.deeds.pop_front()
+    fn next_effect(&mut self) -> Option<Effect<Note>> {
+        self.effects.pop_front()
     }
 
     fn deadline(&self) -> Option<Micros> {
@@ -145,7 +145,7 @@ impl Machine for Toy {
     }
 
     fn is_closed(&self) -> bool {
-        self.closed && self.deeds.is_empty()
+        self.closed && self.effects.is_empty()
     }
 
     fn ops_under_way(&self) -> usize {
@@ -171,7 +171,7 @@ fn toys(_: &mut dyn Disk, _: &Options, shards_count: u16, _: Micros) -> Result<B
         id: ShardId::new(shard),
         shards_count,
         order: order.clone(),
-        deeds: VecDeque::new(),
+        effects: VecDeque::new(),
         now: 0,
         written_at: VecDeque::new(),
         waiting: VecDeque::new(),

@@ -14,14 +14,17 @@
 //! It measures no time, no memory accesses, nothing of the threads and rings around a shard: `corepage bench` does. It is
 //! compiled for tests and under `--cfg fuzzing`, in which the engine has none of the simulator's questions.
 
+use crate::base::error::{Error, Result};
 use crate::base::options::Options;
-use crate::base::{BLOCK, Deal, Micros, PageId, PageKey, ShardId, VolumeId};
+use crate::base::{BLOCK, Deal, Lsn, Micros, PageId, PageKey, ShardId, VolumeId};
 use crate::engine::recovery;
-use crate::engine::{Change, Commit, Effect, Message, Request, Response, Shard, Token};
-use crate::io::{Completion, Disk, DiskOp, OpId};
+use crate::engine::{Change, Commit, Effect, Message, Request, Response, Shard, StateMachine, Token};
+use crate::io::{Completion, Disk, DiskOp, FileId, OpId};
+use crate::memory::Mapping;
 use crate::testing::fuzz::memory::MemoryDisk;
+use crate::testing::local_cluster::LocalCluster;
 use bytes::Bytes;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// Memory of a shard: the least that is of use, so that a volume of many times that is made quickly.
@@ -38,7 +41,6 @@ const CONTENDING: usize = 8;
 const LAP_US: Micros = 100;
 /// An answer that takes more laps than this does not come: half a minute, longer than anything may wait.
 const LAPS_MAX: u64 = 300_000;
-const ID_BITS: u32 = 48;
 
 /// What is repeated.
 #[derive(Clone, Copy)]
@@ -129,12 +131,119 @@ fn counted<R>(work: impl FnOnce() -> R) -> R {
     work()
 }
 
+/// A shard all of whose work is [`counted`] while counting is on.
+struct CountedShard {
+    shard: Shard,
+    is_counting: bool,
+}
+
+impl CountedShard {
+    fn work<R>(&mut self, work: impl FnOnce(&mut Shard) -> R) -> R {
+        let shard = &mut self.shard;
+        match self.is_counting {
+            true => counted(|| work(shard)),
+            false => work(shard),
+        }
+    }
+}
+
+impl StateMachine for CountedShard {
+    type Message = Message;
+
+    fn request(&mut self, token: Token, request: Request) {
+        self.work(|shard| shard.request(token, request));
+    }
+
+    fn message(&mut self, from: ShardId, message: Message) {
+        self.work(|shard| shard.message(from, message));
+    }
+
+    fn complete(&mut self, completion: Completion) {
+        self.work(|shard| shard.complete(completion));
+    }
+
+    fn turn(&mut self, now: Micros) {
+        self.work(|shard| shard.turn(now));
+    }
+
+    fn next_effect(&mut self) -> Option<Effect> {
+        self.work(Shard::next_effect)
+    }
+
+    fn deadline(&self) -> Option<Micros> {
+        self.shard.deadline()
+    }
+
+    fn accepting(&self) -> bool {
+        self.shard.accepting()
+    }
+
+    fn is_open(&self) -> bool {
+        self.shard.is_open()
+    }
+
+    fn is_closed(&self) -> bool {
+        self.shard.is_closed()
+    }
+
+    fn ops_under_way(&self) -> usize {
+        self.shard.ops_under_way()
+    }
+
+    fn waits_for(&self) -> Option<Lsn> {
+        self.shard.waits_for()
+    }
+
+    fn failure(&self) -> Option<Error> {
+        self.shard.failure()
+    }
+
+    fn mapping(&self) -> Option<Mapping> {
+        Some(self.shard.mapping())
+    }
+}
+
+/// A disk that counts what goes to it.
+struct CountingDisk {
+    disk: MemoryDisk,
+    reads: u64,
+    bytes_written: u64,
+}
+
+impl Disk for CountingDisk {
+    fn submit(&mut self, id: OpId, op: DiskOp) {
+        match &op {
+            DiskOp::Read { .. } => self.reads += 1,
+            DiskOp::Write { from, .. } => {
+                self.bytes_written += from.iter().map(|slice| u64::from(slice.len)).sum::<u64>();
+            }
+            DiskOp::Flush { .. } | DiskOp::Allocate { .. } => {}
+        }
+        self.disk.submit(id, op);
+    }
+
+    fn reap(&mut self, out: &mut Vec<Completion>) {
+        self.disk.reap(out);
+    }
+
+    fn wait(&mut self, timeout_us: Option<Micros>) {
+        self.disk.wait(timeout_us);
+    }
+
+    fn len(&mut self, file: FileId) -> Result<Option<u64>> {
+        self.disk.len(file)
+    }
+
+    fn files(&mut self) -> Result<Vec<FileId>> {
+        self.disk.files()
+    }
+}
+
 struct Rig {
     operation: Operation,
-    disk: MemoryDisk,
-    shards: Vec<Shard>,
+    disk: CountingDisk,
+    cluster: LocalCluster<CountedShard>,
     deal: Deal,
-    messages: VecDeque<(ShardId, ShardId, Message)>,
     answers: BTreeMap<Token, Response>,
     next_token: u64,
     now: Micros,
@@ -149,17 +258,17 @@ struct Rig {
 impl Rig {
     fn new(operation: Operation) -> Rig {
         let options = Options { memory_bytes: MEMORY * u64::from(operation.shards), ..Options::default() };
-        let mut disk = MemoryDisk::new(Arc::default());
+        let mut disk = CountingDisk { disk: MemoryDisk::new(Arc::default()), reads: 0, bytes_written: 0 };
         let opening = recovery::begin(&mut disk, &options, operation.shards, 7, 0).expect("a store is made");
         let deal = Deal::new(options.geometry.vshards_count, operation.shards);
         let pages = if operation.pages == Pages::Near { NEAR_PAGES } else { FAR_PAGES };
         let of = |shard| (0..).map(key).filter(|key| deal.shard_of(*key) == shard).take(pages as usize).collect();
+        let shards = opening.shards.into_iter().map(|shard| CountedShard { shard, is_counting: false });
         let mut rig = Rig {
             operation,
             disk,
-            shards: opening.shards,
+            cluster: LocalCluster::new(shards.collect()),
             deal,
-            messages: VecDeque::new(),
             answers: BTreeMap::new(),
             next_token: 0,
             now: 0,
@@ -169,17 +278,20 @@ impl Rig {
             step: 0,
             contending: Vec::new(),
         };
-        rig.laps_until(|rig| rig.shards.iter().all(Shard::is_open));
+        rig.laps_until(|rig| rig.cluster.shards.iter().all(CountedShard::is_open));
         rig
     }
 
     fn measure(mut self, count: u64) -> Done {
         self.prepare();
         self.is_counting = true;
+        self.cluster.shards.iter_mut().for_each(|shard| shard.is_counting = true);
+        (self.disk.reads, self.disk.bytes_written) = (0, 0);
         while self.done.operations < count {
             self.batch();
             self.done.operations += self.operation.batch as u64;
         }
+        (self.done.disk_reads, self.done.disk_bytes_written) = (self.disk.reads, self.disk.bytes_written);
         self.done
     }
 
@@ -307,7 +419,7 @@ impl Rig {
     fn request(&mut self, to: ShardId, request: Request) -> Token {
         self.next_token += 1;
         let token = Token(self.next_token);
-        self.on_shard(to.index(), |shard| shard.request(token, request));
+        self.cluster.request(to, token, request);
         token
     }
 
@@ -332,51 +444,10 @@ impl Rig {
     fn lap(&mut self) {
         self.now += LAP_US;
         self.done.laps += u64::from(self.is_counting);
-        let mut ended = Vec::new();
-        self.disk.reap(&mut ended);
-        for Completion { id, op, result } in ended {
-            let (shard, id) = ((id.0 >> ID_BITS) as usize, OpId(id.0 & ((1 << ID_BITS) - 1)));
-            self.on_shard(shard, |shard| shard.complete(Completion { id, op, result }));
-        }
-        for (from, to, message) in std::mem::take(&mut self.messages) {
-            self.on_shard(to.index(), |shard| shard.message(from, message));
-        }
-        for i in 0..self.shards.len() {
-            let now = self.now;
-            self.on_shard(i, |shard| shard.turn(now));
-            while let Some(effect) = self.on_shard(i, Shard::next_effect) {
-                self.carry_out(i, effect);
-            }
-        }
-    }
-
-    fn carry_out(&mut self, shard: usize, effect: Effect) {
-        match effect {
-            Effect::Submit(id, op) => {
-                if self.is_counting {
-                    match &op {
-                        DiskOp::Read { .. } => self.done.disk_reads += 1,
-                        DiskOp::Write { from, .. } => {
-                            self.done.disk_bytes_written += from.iter().map(|slice| u64::from(slice.len)).sum::<u64>();
-                        }
-                        DiskOp::Flush { .. } | DiskOp::Allocate { .. } => {}
-                    }
-                }
-                self.disk.submit(OpId((shard as u64) << ID_BITS | id.0), op);
-            }
-            Effect::Reply(token, result) => {
-                let answer = result.unwrap_or_else(|error| panic!("{}: {error}", self.operation.name));
-                self.answers.insert(token, answer);
-            }
-            Effect::Send(to, message) => self.messages.push_back((ShardId::new(shard as u16), to, message)),
-        }
-    }
-
-    fn on_shard<R>(&mut self, shard: usize, work: impl FnOnce(&mut Shard) -> R) -> R {
-        let shard = &mut self.shards[shard];
-        match self.is_counting {
-            true => counted(|| work(shard)),
-            false => work(shard),
+        self.cluster.poll_once(&mut self.disk, self.now);
+        for (token, result) in self.cluster.replies.drain(..) {
+            let answer = result.unwrap_or_else(|error| panic!("{}: {error}", self.operation.name));
+            self.answers.insert(token, answer);
         }
     }
 }

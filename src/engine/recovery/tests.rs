@@ -7,7 +7,8 @@ pub(crate) mod scans;
 
 use super::*;
 use crate::base::{PageId, PageKey, VolumeId};
-use crate::engine::{Change, Commit, Request, Response, Together, Token};
+use crate::engine::{Change, Commit, Request, Response, Token};
+use crate::testing::local_cluster::LocalCluster;
 use crate::testing::sim::disk::{Area, Fault, Loss, OpKind, SimDisk};
 use crate::testing::sim::rng::Rng;
 use bytes::Bytes;
@@ -16,7 +17,7 @@ mod slow_reads;
 
 struct Driver {
     disk: SimDisk,
-    all: Together,
+    all: LocalCluster,
     deal: Deal,
     now: Micros,
     token: u64,
@@ -54,8 +55,8 @@ impl Driver {
 
     fn open_shards(mut disk: SimDisk, options: &Options, shards_count: u16) -> (Driver, RecoveryReport) {
         let opening = begin(&mut disk, options, shards_count, 7, 0).expect("the store can be opened");
-        let mut all = Together::new(opening.shards);
-        all.open(&mut disk, 0).expect("the store opens");
+        let mut all = LocalCluster::new(opening.shards);
+        all.run_until_open(&mut disk, 0).expect("the store opens");
         let (now, deal) = (disk.now() + 1_000_000, all.shards[0].deal());
         (Driver { disk, all, deal, now, token: 0, audits: true }, opening.report)
     }
@@ -92,7 +93,7 @@ impl Driver {
 
     fn step(&mut self) {
         self.now += 50;
-        self.all.lap(&mut self.disk, self.now);
+        self.all.poll_once(&mut self.disk, self.now);
         self.disk.advance_to(self.now);
     }
 
@@ -304,13 +305,13 @@ fn pages_that_a_failed_flush_has_lost_are_written_again() {
 /// Opens the store as far as to a checkpoint in the middle of the redo; returns the cut.
 fn checkpoint_before_the_last(disk: &mut SimDisk) -> Lsn {
     let opening = begin(disk, &options(), 1, 7, 0).expect("the store can be opened");
-    let mut all = Together::new(opening.shards);
+    let mut all = LocalCluster::new(opening.shards);
     all.request(ShardId::LEADER, Token(1), Request::Checkpoint);
     let mut now = disk.now();
     while all.replies.is_empty() {
         // Not a lap more: the checkpoint that ends the recovery would make the logs superfluous.
         now += 50;
-        all.lap(disk, now);
+        all.poll_once(disk, now);
         disk.advance_to(now);
         assert!(all.shards[0].failure().is_none(), "the checkpoint ends");
     }

@@ -10,11 +10,12 @@ use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::options::{Geometry, Options};
 use crate::base::{BLOCK, Lsn, PageId, PageKey, ShardId, VolumeId};
 use crate::engine::recovery;
-use crate::engine::{Change, Commit, Request, Response, Together, Token};
+use crate::engine::{Change, Commit, Request, Response, Token};
 use crate::format::catalog;
 use crate::format::extent::{Item, ItemKind};
 use crate::io::FileId;
 use crate::memory::Arena;
+use crate::testing::local_cluster::LocalCluster;
 use crate::testing::sim::disk::{Damage, Latency, Loss, SECTORS, SimDisk};
 use crate::testing::sim::rng::Rng;
 use bytes::Bytes;
@@ -24,7 +25,7 @@ type Model = BTreeMap<PageKey, Vec<u8>>;
 
 struct Driver {
     disk: SimDisk,
-    all: Together,
+    all: LocalCluster,
     now: u64,
 }
 
@@ -36,8 +37,8 @@ fn options() -> Options {
 impl Driver {
     fn open(mut disk: SimDisk) -> Result<Driver> {
         let opening = recovery::begin(&mut disk, &options(), 1, 7, 0)?;
-        let mut all = Together::new(opening.shards);
-        all.open(&mut disk, 0)?;
+        let mut all = LocalCluster::new(opening.shards);
+        all.run_until_open(&mut disk, 0)?;
         Ok(Driver { now: disk.now() + 1_000_000, disk, all })
     }
 
@@ -45,7 +46,7 @@ impl Driver {
         self.all.request(ShardId::LEADER, Token(1), request);
         for _ in 0..100_000 {
             self.now += 50;
-            self.all.lap(&mut self.disk, self.now);
+            self.all.poll_once(&mut self.disk, self.now);
             if let Some((_, answer)) = self.all.replies.pop() {
                 return answer;
             }

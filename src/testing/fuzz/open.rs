@@ -16,12 +16,13 @@ use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::options::{Geometry, Options};
 use crate::base::{BLOCK, Deal, Lsn, PageId, PageKey, ShardId, VolumeId};
 use crate::engine::recovery;
-use crate::engine::{Change, Commit, Request, Response, Together, Token};
+use crate::engine::{Change, Commit, Request, Response, Token};
 use crate::format::group::{HEAD_BYTES, Head};
 use crate::format::superblock::{SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock};
 use crate::format::{crc_around, extent, root};
 use crate::io::{Disk, FileId};
 use crate::memory::Arena;
+use crate::testing::local_cluster::LocalCluster;
 use bytes::Bytes;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -87,15 +88,15 @@ fn options() -> Options {
 /// The shards of a store, driven together.
 struct Driver {
     disk: MemoryDisk,
-    all: Together,
+    all: LocalCluster,
     now: u64,
 }
 
 impl Driver {
     fn open(mut disk: MemoryDisk) -> Result<(Driver, recovery::RecoveryReport)> {
         let opening = recovery::begin(&mut disk, &options(), SHARDS, 7, 0)?;
-        let mut all = Together::new(opening.shards);
-        all.open(&mut disk, 0)?;
+        let mut all = LocalCluster::new(opening.shards);
+        all.run_until_open(&mut disk, 0)?;
         Ok((Driver { disk, all, now: 1_000_000 }, opening.report))
     }
 
@@ -103,7 +104,7 @@ impl Driver {
         self.all.request(shard, Token(1), request);
         for _ in 0..10_000 {
             self.now += 50;
-            self.all.lap(&mut self.disk, self.now);
+            self.all.poll_once(&mut self.disk, self.now);
             if let Some((_, answer)) = self.all.replies.pop() {
                 return answer;
             }

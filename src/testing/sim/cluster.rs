@@ -16,6 +16,7 @@
 //! It does *not* route requests or judge anything.
 
 use super::disk::SimDisk;
+use super::host::{NodeHost, SHARD_SHIFT, Stop};
 use super::late::{Holding, Late};
 use super::net::{Mark, Net};
 use super::pace::Pace;
@@ -27,8 +28,9 @@ use crate::base::options::Options;
 use crate::base::{Deal, Lsn, Micros, ShardId};
 use crate::engine::order::GlobalOrder;
 use crate::engine::recovery::RecoveryReport;
-use crate::engine::{Effect, Message, Request, Response, Shard, Token};
+use crate::engine::{Message, Request, Response, Shard, Token, step};
 use crate::io::{Completion, Disk, OpId};
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 /// Turns in a row in which nothing happens, before the store is said to spin, if they come faster than this on average.
@@ -42,11 +44,10 @@ const AUDIT_EACH: u64 = 32;
 const AUDITED_A_TURN: u64 = 4;
 /// Turns within which a store is open, or never: some thousand are usual.
 const OPENING_TURNS_MAX: u32 = 1_000_000;
-/// Which bits of an operation's number at the disk say whose it is.
-const SHARD_SHIFT: u32 = 48;
 
 /// An open store, or one being opened.
 pub struct Cluster {
+    pub(super) shards: Vec<Shard>,
     pub(super) nodes: Vec<Node>,
     pub(super) order: Arc<GlobalOrder>,
     pub(super) net: Net<Message>,
@@ -65,9 +66,8 @@ pub struct Cluster {
     counters: ClusterCounters,
 }
 
-/// A shard and what has arrived, or will arrive, for it.
+/// What has arrived, or will arrive, for a shard, and how it was seen last.
 pub(super) struct Node {
-    pub(super) shard: Shard,
     pub(super) requests: Vec<(Micros, Token, Request)>,
     pub(super) completions: Vec<(Micros, Completion)>,
     /// Its last turn takes until then.
@@ -154,8 +154,7 @@ impl Cluster {
         let opened = Opened { created, clean, cut, warnings: warnings.len() };
         assert_eq!(opening.shards.len(), usize::from(shards), "as many shards as asked for");
         let now = Some(disk.now());
-        let node = |shard| Node {
-            shard,
+        let node = |_| Node {
             requests: Vec::new(),
             completions: Vec::new(),
             free_at: 0,
@@ -163,16 +162,18 @@ impl Cluster {
             was_short: false,
             starved_after: None,
         };
-        let nodes: Vec<Node> = opening.shards.into_iter().map(node).collect();
+        let shards = opening.shards;
+        let nodes: Vec<Node> = shards.iter().map(node).collect();
         let cluster = Cluster {
             net: Net::new(nodes.len()),
             // Not drawn from the stream that all else comes from: a run without held reads is as it was.
             late: Late::new(holding, nodes.len(), rng.clone().fork(7)),
             progress: Progress::new(nodes.len()),
-            deal: nodes[0].shard.deal(),
+            deal: shards[0].deal(),
+            pace: Pace::random(&mut rng, shards.len() as u16),
+            shards,
             nodes,
             order: opening.order,
-            pace: Pace::random(&mut rng, shards),
             rng,
             disk: disk.clone(),
             idle_turns: 0,
@@ -208,17 +209,17 @@ impl Cluster {
 
     /// Whether all shards take requests.
     pub fn is_open(&self) -> bool {
-        self.nodes.iter().all(|node| node.shard.is_open())
+        self.shards.iter().all(Shard::is_open)
     }
 
     /// Whether all shards are closed.
     pub fn is_closed(&self) -> bool {
-        self.nodes.iter().all(|node| node.shard.is_closed())
+        self.shards.iter().all(Shard::is_closed)
     }
 
     /// Why a shard stopped, if one did.
     pub fn failure(&self) -> Option<Error> {
-        self.nodes.iter().find_map(|node| node.shard.failure())
+        self.shards.iter().find_map(Shard::failure)
     }
 
     /// How the pages are dealt out.
@@ -228,7 +229,7 @@ impl Cluster {
 
     /// What one commit may count at most.
     pub fn txn_bytes_max(&self) -> u64 {
-        self.nodes.iter().map(|node| node.shard.txn_bytes_max()).min().expect("there is a shard")
+        self.shards.iter().map(Shard::txn_bytes_max).min().expect("there is a shard")
     }
 
     /// Everything up to here is durable, the shards say.
@@ -274,18 +275,20 @@ impl Cluster {
 
     /// Whether nothing will happen but deadlines, and ends of reads that are kept back.
     fn is_at_rest(&self) -> bool {
-        let has_work =
-            |node: &Node| !node.completions.is_empty() || (!node.requests.is_empty() && node.shard.accepting());
-        self.disk.next_due().is_none() && self.net.under_way() == 0 && !self.nodes.iter().any(has_work)
+        let has_work = |(node, shard): (&Node, &Shard)| {
+            !node.completions.is_empty() || (!node.requests.is_empty() && shard.accepting())
+        };
+        let mut nodes = self.nodes.iter().zip(&self.shards);
+        self.disk.next_due().is_none() && self.net.under_way() == 0 && !nodes.any(has_work)
     }
 
     /// When the shard turns next.
     pub(super) fn turn_at(&self, index: usize) -> Option<Micros> {
-        let node = &self.nodes[index];
-        let requests = node.requests.iter().map(|&(at, ..)| at).min().filter(|_| node.shard.accepting());
+        let (node, shard) = (&self.nodes[index], &self.shards[index]);
+        let requests = node.requests.iter().map(|&(at, ..)| at).min().filter(|_| shard.accepting());
         let completions = node.completions.iter().map(|&(at, _)| at).min();
         let messages = self.net.next_for(index);
-        let reasons = [requests, completions, messages, node.shard.deadline(), node.woken_at];
+        let reasons = [requests, completions, messages, shard.deadline(), node.woken_at];
         reasons.into_iter().flatten().min().map(|at| at.max(node.free_at))
     }
 
@@ -338,39 +341,33 @@ impl Cluster {
     fn turn(&mut self, index: usize) -> std::result::Result<Turn, String> {
         let now = self.disk.now();
         let before = self.order.watermark();
-        let delivered = self.deliver(index, now);
-        let mut busy = delivered;
-        let mut emitted = false;
         self.nodes[index].woken_at = None;
-        self.nodes[index].shard.turn(now);
         let shard = ShardId::new(index as u16);
-        let mut turn = Turn { shard, drawn: self.nodes[index].shard.take_drawn(), replies: Vec::new() };
-        turn.drawn.sort_by_key(|&(_, lsn)| lsn);
-        while let Some(effect) = self.nodes[index].shard.next_effect() {
-            (busy, emitted) = (true, true);
-            match effect {
-                Effect::Submit(id, op) => {
-                    self.late.submitted(&self.nodes[index].shard, index, id, &op, self.counters.turns, now);
-                    let id = OpId(id.0 | (index as u64) << SHARD_SHIFT);
-                    self.disk.submit_slowly(id, op, self.pace.device_factor(index));
-                    if self.disk.is_off() || self.disk.violation().is_some() {
-                        return Ok(turn);
-                    }
-                }
-                Effect::Reply(token, reply) => turn.replies.push((token, reply)),
-                Effect::Send(to, _) if to == shard || to.index() >= self.nodes.len() => {
-                    return Err(format!("{shard:?} sends a message to {to:?}"));
-                }
-                Effect::Send(to, message) => {
-                    let at = now + self.pace.message_us(&mut self.rng, index, to.index());
-                    self.net.send(index, to.index(), at, message);
-                    self.counters.messages += 1;
-                }
-            }
-        }
+        let mut host = NodeHost {
+            index,
+            shards_count: self.shards.len(),
+            now,
+            turns: self.counters.turns,
+            node: &mut self.nodes[index],
+            net: &mut self.net,
+            late: &mut self.late,
+            pace: &self.pace,
+            rng: &mut self.rng,
+            disk: &self.disk,
+            turn: Turn { shard, ..Turn::default() },
+            messages: 0,
+        };
+        let stepped = step(&mut self.shards[index], &mut host);
+        let NodeHost { turn, messages, .. } = host;
+        self.counters.messages += messages;
+        let step = match stepped {
+            ControlFlow::Continue(step) => step,
+            ControlFlow::Break(Stop::DiskEnded) => return Ok(turn),
+            ControlFlow::Break(Stop::Wrong(why)) => return Err(why),
+        };
         self.park(index, now, before)?;
-        self.note(index, now, busy)?;
-        self.watch(index, now, delivered, emitted)?;
+        self.note(index, now, step.is_busy())?;
+        self.watch(index, now, step)?;
         if self.counters.turns >= self.audit_at {
             self.audit(index)?;
         }
@@ -379,72 +376,14 @@ impl Cluster {
 
     /// Counts what a shard counts, and holds what it keeps against what it may.
     fn audit(&mut self, index: usize) -> std::result::Result<(), String> {
-        let (shard, node) = (ShardId::new(index as u16), &self.nodes[index].shard);
-        node.audit().map_err(|drift| format!("{shard:?} counts wrongly: {drift}"))?;
-        let counts = node.counts();
+        let (id, shard) = (ShardId::new(index as u16), &self.shards[index]);
+        shard.audit().map_err(|drift| format!("{id:?} counts wrongly: {drift}"))?;
+        let counts = shard.counts();
         if TABLE_IS_BOUNDED {
-            check_budget(&counts).map_err(|why| format!("{shard:?} keeps too much: {why}"))?;
+            check_budget(&counts).map_err(|why| format!("{id:?} keeps too much: {why}"))?;
         }
         self.audit_at = self.counters.turns + AUDIT_EACH.max((counts.pages + counts.nodes) / AUDITED_A_TURN);
         Ok(())
-    }
-
-    /// Hands the shard what has arrived, or a part of it; whether there was anything.
-    fn deliver(&mut self, index: usize, now: Micros) -> bool {
-        let mut any = false;
-        let mut kinds = [0, 1, 2];
-        for n in (1..kinds.len()).rev() {
-            kinds.swap(n, self.rng.below(n as u64 + 1) as usize);
-        }
-        for kind in kinds {
-            any |= match kind {
-                0 => self.deliver_messages(index, now),
-                1 => self.deliver_completions(index, now),
-                _ => self.deliver_requests(index, now),
-            };
-        }
-        any
-    }
-
-    fn deliver_messages(&mut self, index: usize, now: Micros) -> bool {
-        let shards = self.nodes.len();
-        let first = self.rng.below(shards as u64) as usize;
-        let mut any = false;
-        for from in (0..shards).map(|n| (first + n) % shards) {
-            let arrived = self.net.arrived(from, index, now);
-            for _ in 0..self.pace.take(&mut self.rng, arrived) {
-                let message = self.net.take(from, index);
-                self.nodes[index].shard.message(ShardId::new(from as u16), message);
-                any = true;
-            }
-        }
-        any
-    }
-
-    fn deliver_completions(&mut self, index: usize, now: Micros) -> bool {
-        let node = &mut self.nodes[index];
-        // In the order in which they can be seen, which is not that in which they ended.
-        node.completions.sort_by_key(|&(at, _)| at);
-        let arrived = node.completions.partition_point(|&(at, _)| at <= now);
-        let count = self.pace.take(&mut self.rng, arrived);
-        for (_, completion) in node.completions.drain(..count) {
-            self.late.arrives(&node.shard, index, completion.id);
-            node.shard.complete(completion);
-        }
-        count > 0
-    }
-
-    fn deliver_requests(&mut self, index: usize, now: Micros) -> bool {
-        let node = &mut self.nodes[index];
-        node.requests.sort_by_key(|&(at, token, _)| (at, token));
-        let arrived = node.requests.partition_point(|&(at, ..)| at <= now);
-        let mut count = 0;
-        while count < arrived && node.shard.accepting() {
-            let (_, token, request) = node.requests.remove(0);
-            node.shard.request(token, request);
-            count += 1;
-        }
-        count > 0
     }
 
     /// The shard parks after its turn; others are woken if the watermark has reached what they wait for.
@@ -454,8 +393,8 @@ impl Cluster {
             return Err(format!("the watermark fell from {before:?} to {watermark:?}"));
         }
         self.nodes[index].free_at = now + self.pace.turn_us(&mut self.rng, index);
-        for (other, node) in self.nodes.iter_mut().enumerate() {
-            let reached = node.shard.waits_for().is_some_and(|lsn| lsn <= watermark);
+        for (other, (node, shard)) in self.nodes.iter_mut().zip(&self.shards).enumerate() {
+            let reached = shard.waits_for().is_some_and(|lsn| lsn <= watermark);
             if reached && node.woken_at.is_none() {
                 self.counters.wakes += u64::from(other != index);
                 // Whoever is about to park looks once more first.

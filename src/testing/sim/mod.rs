@@ -1,6 +1,6 @@
 //! The deterministic simulator: a whole store with its clients, its disk and its crashes, from one seed.
 //!
-//! Read in this order: [`rng`] (chance), [`disk`] (the device that loses, tears and fails), [`net`], [`pace`] and
+//! Read in this order: [`rng`] (chance), [`disk`] (the device that loses, tears and fails), [`net`], [`pace`], `host` and
 //! [`cluster`] (shards that talk, each at its own speed), [`model`] and [`oracle`] (what must hold), [`workload`] (what
 //! clients do), [`world`] (who runs it all), `harm` (errors and damage on the way), `strain` (size, slow
 //! reads, pages held on to), `late`, `watch` and `progress` (reads told late; spinning and memory), [`rare`] (what seldom happens),
@@ -19,6 +19,7 @@ pub mod cluster;
 pub mod disk;
 mod drive;
 mod harm;
+mod host;
 mod late;
 pub mod model;
 pub mod net;

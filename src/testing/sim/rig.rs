@@ -13,7 +13,8 @@ use crate::base::error::Result as StoreResult;
 use crate::base::options::{Geometry, Options};
 use crate::base::{BLOCK, Deal, Micros, PageId, PageKey, ShardId, VolumeId};
 use crate::engine::order::GlobalOrder;
-use crate::engine::{Change, Commit, PageRef, Request, Response, Shard, Together, Token};
+use crate::engine::{Change, Commit, PageRef, Request, Response, Shard, Token};
+use crate::testing::local_cluster::LocalCluster;
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -26,7 +27,7 @@ pub(super) const PATIENCE_US: Micros = 60_000_000;
 /// A store whose shards all run on one thread, parked in between.
 pub(super) struct Rig {
     pub(super) disk: SimDisk,
-    pub(super) all: Together,
+    pub(super) all: LocalCluster,
     pub(super) order: Arc<GlobalOrder>,
     pub(super) deal: Deal,
     pub(super) now: Micros,
@@ -43,7 +44,7 @@ impl Rig {
     pub(super) fn open(disk: SimDisk, options: &Options, shards_count: u16) -> Outcome<Rig> {
         let opening = crate::engine::recovery::begin(&mut disk.clone(), options, shards_count, 7, disk.now())
             .map_err(|error| format!("opening: {error}"))?;
-        let all = Together::new(opening.shards);
+        let all = LocalCluster::new(opening.shards);
         let (now, deal) = (disk.now(), all.shards[0].deal());
         let answers = BTreeMap::new();
         let order = opening.order;
@@ -79,7 +80,7 @@ impl Rig {
         };
         self.now = at.max(self.now + 1);
         self.disk.advance_to(self.now);
-        self.busy = self.all.lap(&mut self.disk, self.now);
+        self.busy = self.all.poll_once(&mut self.disk, self.now);
         let before = std::mem::replace(&mut self.idle_at, (!self.busy).then_some(self.now));
         self.idle_laps = match (before, self.idle_at) {
             (Some(before), Some(now)) if now < before + SPIN_US => self.idle_laps + 1,

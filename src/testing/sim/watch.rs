@@ -6,6 +6,7 @@ use super::cluster::Cluster;
 use super::progress::Lap;
 use super::rare::Rare;
 use crate::base::Micros;
+use crate::engine::{Activity, Shard};
 
 /// Whether a shard that turns for nothing twice in a row fails the run.
 const SPIN_IS_AN_ERROR: bool = true;
@@ -20,35 +21,28 @@ impl Cluster {
 
     /// Checkpoints that have ended, of all shards together.
     pub fn checkpoints_ended(&self) -> u64 {
-        self.nodes.iter().map(|node| node.shard.checkpoints_ended()).sum()
+        self.shards.iter().map(Shard::checkpoints_ended).sum()
     }
 
     /// The levels of the highest tree.
     pub fn levels_most(&self) -> u8 {
-        self.nodes.iter().map(|node| node.shard.levels_most()).max().unwrap_or(0)
+        self.shards.iter().map(Shard::levels_most).max().unwrap_or(0)
     }
 
     /// Frames of the shard that has the fewest.
     pub fn frames_least(&self) -> u64 {
-        self.nodes.iter().map(|node| node.shard.frames()).min().unwrap_or(0)
+        self.shards.iter().map(Shard::frames).min().unwrap_or(0)
     }
 
     /// Frames of all shards.
     pub fn frames(&self) -> u64 {
-        self.nodes.iter().map(|node| node.shard.frames()).sum()
+        self.shards.iter().map(Shard::frames).sum()
     }
 
     /// Whether the shard has turned for nothing, and what it waits for.
-    pub(super) fn watch(
-        &mut self,
-        index: usize,
-        now: Micros,
-        delivered: bool,
-        emitted: bool,
-    ) -> std::result::Result<(), String> {
+    pub(super) fn watch(&mut self, index: usize, now: Micros, step: Activity) -> std::result::Result<(), String> {
         let watermark = self.order.watermark();
-        let node = &mut self.nodes[index];
-        let shard = &node.shard;
+        let (node, shard) = (&mut self.nodes[index], &self.shards[index]);
         let by_deadline = shard.deadline().is_some_and(|at| at <= now + 1);
         let again_at_once = by_deadline || shard.waits_for().is_some_and(|lsn| lsn <= watermark);
         let is_short = shard.is_short_of_memory() && shard.commits_ready() > 0;
@@ -62,7 +56,8 @@ impl Cluster {
         if shard.is_checkpoint_starved() {
             node.starved_after.get_or_insert(ended);
         }
-        let spins = self.progress.turned(index, Lap { delivered, emitted, again_at_once });
+        let spins =
+            self.progress.turned(index, Lap { delivered: step.delivered, emitted: step.emitted, again_at_once });
         if SPIN_IS_AN_ERROR { spins.map_err(|why| format!("{why}: {}", self.describe())) } else { Ok(()) }
     }
 
@@ -74,17 +69,17 @@ impl Cluster {
             self.disk.in_flight(),
             self.net.under_way()
         );
-        for (index, node) in self.nodes.iter().enumerate() {
+        for (index, (node, shard)) in self.nodes.iter().zip(&self.shards).enumerate() {
             text += &format!(
                 "\n  s{index}: {} requests and {} completions not taken, accepting {}, waits for {:?}, deadline {:?}, \
                  next turn at {:?}; {}",
                 node.requests.len(),
                 node.completions.len(),
-                node.shard.accepting(),
-                node.shard.waits_for(),
-                node.shard.deadline(),
+                shard.accepting(),
+                shard.waits_for(),
+                shard.deadline(),
                 self.turn_at(index),
-                node.shard.whereabouts()
+                shard.whereabouts()
             );
         }
         text

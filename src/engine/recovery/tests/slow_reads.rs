@@ -28,7 +28,7 @@ impl Driver {
     fn laps(&mut self, count: u32) {
         for _ in 0..count {
             self.now += 50;
-            self.all.lap(&mut self.disk, self.now);
+            self.all.poll_once(&mut self.disk, self.now);
             self.disk.advance_to(self.now);
         }
     }
