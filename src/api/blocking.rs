@@ -39,7 +39,7 @@ use std::time::Duration;
 
 /// Waits for a future on this thread.
 fn wait<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
-    if runtime::drives_a_shard() {
+    if runtime::is_shard_thread() {
         return Err(Error::invalid(
             "a blocking call on a thread that drives a shard would wait for itself: use the asynchronous call there",
         ));

@@ -163,7 +163,7 @@ impl Freeing {
         let Some(thread) = thread else { return };
         let is_this = thread.thread().id() == std::thread::current().id();
         // On a shard's thread it would wait for a thread that may wait for this one; there the store ends a little later.
-        if !is_this && !crate::runtime::drives_a_shard() {
+        if !is_this && !crate::runtime::is_shard_thread() {
             drop(thread.join());
         }
     }

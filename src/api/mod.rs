@@ -34,7 +34,7 @@ use crate::engine::recovery::RecoveryReport;
 use crate::engine::{Commit, PageRef, Pins, Request, Response};
 use crate::format::root::VOLUMES_MAX;
 use crate::io::portable::DiskReport;
-use crate::runtime::{Runtime, RuntimeReport, Wanted};
+use crate::runtime::{OpenMode, Runtime, RuntimeReport};
 use smallvec::SmallVec;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -95,7 +95,7 @@ impl Store {
     /// `Corrupt`: damage that recovery must not pass over; nothing was changed. `Invalid`: an option; the message
     /// says which. `Io`, `Full`: the directory can't be written.
     pub async fn open(dir: impl AsRef<Path>, options: Options) -> Result<Store> {
-        Store::open_wanted(dir.as_ref(), options, Wanted::Any).await
+        Store::open_wanted(dir.as_ref(), options, OpenMode::CreateIfMissing).await
     }
 
     /// Opens the store in directory `dir` as [`open`](Self::open) does, and never creates one: for a directory whose file system may
@@ -104,10 +104,10 @@ impl Store {
     /// # Errors
     /// `NotFound`: there is no store, or one whose creation was cut short. And as [`open`](Self::open).
     pub async fn open_existing(dir: impl AsRef<Path>, options: Options) -> Result<Store> {
-        Store::open_wanted(dir.as_ref(), options, Wanted::Existing).await
+        Store::open_wanted(dir.as_ref(), options, OpenMode::MustExist).await
     }
 
-    async fn open_wanted(dir: &Path, options: Options, wanted: Wanted) -> Result<Store> {
+    async fn open_wanted(dir: &Path, options: Options, wanted: OpenMode) -> Result<Store> {
         let read_pages = options.vectored_pages_max.min(READ_PAGES);
         let pins = Pins::new((frames_in(options.memory_bytes) / PINS_SHARE) as usize);
         let runtime = Runtime::start(dir.to_path_buf(), options, wanted).await?;

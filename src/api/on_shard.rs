@@ -8,7 +8,7 @@ use super::{Inner, ShardTxn, Store, Volume, committed, pages};
 use crate::base::error::{Error, Result};
 use crate::base::{Lsn, PageId, PageKey, ShardId};
 use crate::engine::{Change, Commit, PageRef, Pins, Request};
-use crate::runtime::Local;
+use crate::runtime::TaskContext;
 use smallvec::SmallVec;
 use std::future::Future;
 use std::sync::{Arc, Weak};
@@ -16,7 +16,7 @@ use std::sync::{Arc, Weak};
 /// A shard, for a task that runs on its thread.
 #[derive(Clone)]
 pub struct ShardHandle {
-    local: Local,
+    local: TaskContext,
     pins: Arc<Pins>,
     /// Of which the shard is; it does not keep it open.
     store: Weak<Inner>,

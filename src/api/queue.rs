@@ -229,7 +229,7 @@ impl Queue {
     /// # Errors
     /// `Invalid`: it would wait on a thread that drives a shard. `Io`: waiting failed.
     pub fn wait(&mut self, min: usize, timeout: Option<Duration>, into: &mut Vec<Completion>) -> Result<usize> {
-        if min > 0 && runtime::drives_a_shard() {
+        if min > 0 && runtime::is_shard_thread() {
             return Err(Error::invalid(
                 "waiting on a thread that drives a shard would wait for itself: ask with `min` 0",
             ));

@@ -8,7 +8,7 @@ use super::{Store, pages};
 use crate::base::PageKey;
 use crate::base::error::{Error, Result};
 use crate::engine::{PageRef, Pins, Request, Taken};
-use crate::mesh::Reply;
+use crate::runtime::Reply;
 use smallvec::SmallVec;
 
 /// A read under way.

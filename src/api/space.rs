@@ -9,7 +9,7 @@ use super::{Store, Volume, committed, unexpected};
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::{Lsn, PageId, PageKey, RUN_PAGES, VolumeId};
 use crate::engine::{Change, Commit, PageRange, Request, Response};
-use crate::mesh::Reply;
+use crate::runtime::Reply;
 use smallvec::SmallVec;
 use std::collections::VecDeque;
 use std::ops::RangeInclusive;

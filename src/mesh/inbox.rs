@@ -1,4 +1,4 @@
-//! The bounded lock-free inbox of a shard.
+//! The bounded lock-free inbox of one thread.
 //!
 //! Invariants
 //! 1. After `close` nothing stays in it: the thread that closes takes out what is there, and whoever pushes looks
@@ -8,7 +8,7 @@
 
 use crate::base::sync::{AtomicBool, Ordering, Queue, fence};
 
-/// The inbox.
+/// A bounded queue that many threads push to and one thread pops from.
 pub(crate) struct Inbox<T> {
     queue: Queue<T>,
     closed: AtomicBool,
@@ -19,8 +19,8 @@ impl<T> Inbox<T> {
         Inbox { queue: Queue::new(capacity), closed: AtomicBool::new(false) }
     }
 
-    /// Hands an item to the shard; gives it back if the inbox is full. Then the caller asks
-    /// [`is_closed`](Self::is_closed), and if so takes everything out.
+    /// Pushes an item; returns it if the inbox is full. Afterwards the caller must ask [`is_closed`](Self::is_closed), and take
+    /// everything out if it is.
     pub(crate) fn push(&self, item: T) -> Result<(), T> {
         self.queue.push(item)?;
         fence(Ordering::SeqCst);
@@ -35,7 +35,7 @@ impl<T> Inbox<T> {
         self.queue.is_empty()
     }
 
-    /// The thread will take nothing out any more, but for what is in it now.
+    /// Closes the inbox. The caller then takes out what is left in it, and pops no more.
     pub(crate) fn close(&self) {
         self.closed.store(true, Ordering::Release);
         fence(Ordering::SeqCst);

@@ -1,28 +1,31 @@
-//! What crosses between threads: requests into a shard, replies out of it, messages between shards, and wake-ups.
+//! Generic channels between threads: a bounded inbox, replies that are waited for, queues between each pair of threads, and
+//! parking. What they carry is a type parameter.
 //!
 //! ```text
-//! foreign thread --in-flight table--> inbox --\                       /--> slot of the reply --> foreign thread
-//!                                              > shard's thread, lap <
-//! other shard ----SPSC ring-----------------> /    |                  \--> SPSC ring, or outbox --> other shard
-//!                                             parking slot: "I wait, for LSN x too" <-- whoever brings something
+//! foreign thread --in-flight table--> inbox --\                       /--> reply slot --> foreign thread
+//!                                              > one thread's round  <
+//! other thread ----SPSC ring----------------> /    |                  \--> SPSC ring, or outbox --> other thread
+//!                                             parking word: "I wait, for level x too" <-- whoever brings something
 //! ```
 //! Invariants
-//! 1. No lock, and no system call unless the one to be woken waits.
-//! 2. Whoever brings something makes it visible, fences, then looks at the parking slot; whoever parks says so,
-//!    fences, then looks at everything again. So one of the two sees the other, and no wake-up is lost.
-//! 3. All queues are bounded, but the outboxes: those hold what the shards' own protocol allows to be under way.
+//! 1. No lock is taken, and no system call is made unless the thread to be woken is parked.
+//! 2. Whoever brings something makes it visible, fences, then looks at the parking word; a thread that parks says so,
+//!    fences, then looks at everything again. One of the two sees the other, so no wake-up is lost.
+//! 3. All queues are bounded, except the outboxes: those hold what the protocol above them allows to be under way.
 //!
-//! The protocols are checked with loom (`loom` modules in `parking`, `inbox`, `slot`). It does *not* know what a
-//! request or a message means.
+//! loom checks the protocols (the `loom` modules in `parking`, `inbox`, `channels` and `reply_slot`). Nothing here knows shards,
+//! requests or pages: `runtime` puts those in.
 
+mod channels;
+mod in_flight;
 mod inbox;
-mod inflight;
-mod lanes;
 mod parking;
-mod slot;
+mod reply_slot;
 
+pub(crate) use channels::Channels;
+pub(crate) use in_flight::{InFlight, Reply};
 pub(crate) use inbox::Inbox;
-pub(crate) use inflight::{InFlight, Reply};
-pub(crate) use lanes::Lanes;
-pub(crate) use parking::{Parking, raised};
-pub(crate) use slot::{Dropped, Polled, Slot};
+#[cfg(all(test, corepage_loom))]
+pub(crate) use parking::testing;
+pub(crate) use parking::{Parking, Wake, unpark_for_level};
+pub(crate) use reply_slot::{Abandoned, Polled, ReplySlot};

@@ -13,12 +13,12 @@ use crate::engine::recovery::EXTENTS_MIN;
 
 /// How the shards are spread over the cores.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Plan {
+pub(super) struct CorePlan {
     pub(super) shards_count: u16,
     /// For each shard the core that its thread is pinned to.
     pub(super) pins: Vec<Option<usize>>,
     /// More shards than cores: none may spin, it would spin on the time of another.
-    pub(super) crowded: bool,
+    pub(super) oversubscribed: bool,
     /// Thousandths of a processor that control groups allow, if that is less than the cores.
     pub(super) quota_millis: Option<u64>,
 }
@@ -33,7 +33,7 @@ pub(super) struct Processors {
 }
 
 impl Processors {
-    pub(super) fn look() -> Processors {
+    pub(super) fn detect() -> Processors {
         let ids = core_affinity::get_core_ids().unwrap_or_default();
         let mut allowed: Vec<usize> = ids.iter().map(|core| core.id).collect();
         allowed.sort_unstable();
@@ -45,7 +45,7 @@ impl Processors {
 ///
 /// # Errors
 /// `Invalid`: a core that is not there, or twice.
-pub(super) fn plan(options: &Options, processors: &Processors, geometry: &Geometry) -> Result<Plan> {
+pub(super) fn plan(options: &Options, processors: &Processors, geometry: &Geometry) -> Result<CorePlan> {
     let allowed = &processors.allowed;
     let chosen = match &options.cores {
         Some(cores) => chosen(cores, allowed)?,
@@ -66,12 +66,12 @@ pub(super) fn plan(options: &Options, processors: &Processors, geometry: &Geomet
     let most = in_memory.min(in_space).min(geometry.vshards_count.into()).clamp(1, SHARDS_MAX.into());
     let shards_count = options.shards.unwrap_or((timed as u64).min(most) as u16);
     let whole = quota_millis.map_or(cores_count, |millis| (millis / 1000) as usize);
-    let crowded = usize::from(shards_count) > whole;
+    let oversubscribed = usize::from(shards_count) > whole;
     // The scheduler spreads them better than we could: where they are more than the cores; and where time is shared out, as
     // other processes with a share of it would be pinned to the same first cores. Unless some cores are to be left alone.
     let scattered = options.cores.is_none() && (usize::from(shards_count) > cores_count || quota_millis.is_some());
     let pin = |shard: usize| if scattered { None } else { chosen.get(shard % cores_count).copied() };
-    Ok(Plan { shards_count, pins: (0..usize::from(shards_count)).map(pin).collect(), crowded, quota_millis })
+    Ok(CorePlan { shards_count, pins: (0..usize::from(shards_count)).map(pin).collect(), oversubscribed, quota_millis })
 }
 
 fn chosen(cores: &[usize], allowed: &[usize]) -> Result<Vec<usize>> {
@@ -119,14 +119,14 @@ mod tests {
             plan(&options(cores, shards), &processors(&[0, 1, 4], None), &stored(256)).expect("it is lawful")
         };
         let all = plan(None, None);
-        assert_eq!((all.shards_count, all.crowded), (3, false));
+        assert_eq!((all.shards_count, all.oversubscribed), (3, false));
         assert_eq!(all.pins, [Some(0), Some(1), Some(4)]);
         assert_eq!(plan(Some(&[4, 0]), None).pins, [Some(4), Some(0)]);
         assert_eq!(plan(None, Some(1)).pins, [Some(0)]);
         let crowd = plan(None, Some(5));
-        assert!(crowd.crowded && crowd.pins == [None; 5]);
+        assert!(crowd.oversubscribed && crowd.pins == [None; 5]);
         let kept_together = plan(Some(&[1]), Some(2));
-        assert!(kept_together.crowded && kept_together.pins == [Some(1); 2]);
+        assert!(kept_together.oversubscribed && kept_together.pins == [Some(1); 2]);
     }
 
     /// 64 shards on the time of two processors are halted by the kernel in the middle of their work, all at a time, for
@@ -137,7 +137,7 @@ mod tests {
         let with = |quota, cores, shards| {
             plan(&options(cores, shards), &processors(&many, quota), &stored(256)).expect("it is lawful")
         };
-        let counts = |plan: Plan| (plan.shards_count, plan.crowded, plan.quota_millis.is_some());
+        let counts = |plan: CorePlan| (plan.shards_count, plan.oversubscribed, plan.quota_millis.is_some());
         assert_eq!(counts(with(None, None, None)), (64, false, false));
         assert_eq!(counts(with(Some(2000), None, None)), (2, false, true));
         assert_eq!(counts(with(Some(1500), None, None)), (2, true, true), "no spinning on a time that is not there");
@@ -155,7 +155,7 @@ mod tests {
         let machine = processors(&[0, 1, 2, 3], None);
         for (vshards, shards) in [(1, 1), (2, 2), (4, 4), (256, 4)] {
             let plan = plan(&options(None, None), &machine, &stored(vshards)).expect("it is lawful");
-            assert_eq!((plan.shards_count, plan.crowded), (shards, false));
+            assert_eq!((plan.shards_count, plan.oversubscribed), (shards, false));
             assert_eq!(plan.pins.len(), usize::from(shards));
         }
         let little = Options { memory_bytes: 5 << 20, ..Options::default() };

@@ -3,11 +3,11 @@
 //! If these fail, a program hangs for ever in a destructor, or a store can't be opened again after one.
 #![allow(clippy::disallowed_methods, reason = "tests let real shards wait")]
 
+use super::bootstrap::Bootstrap;
 use super::handle::Runtime;
-use super::local::RUN_MAX;
-use super::machine::Begun;
 use super::ring;
-use super::start::{Begin, start_with};
+use super::start::{BootstrapFn, start_with};
+use super::task_context::TASKS_PER_ROUND;
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::options::{Driver, Options};
 use crate::base::{Deal, Lsn, Micros, SegmentNo, ShardId};
@@ -99,27 +99,27 @@ impl StateMachine for Flusher {
     }
 }
 
-fn begun(shards_count: u16, open: bool) -> Begun<Flusher> {
+fn bootstrap(shards_count: u16, open: bool) -> Bootstrap<Flusher> {
     let order = Arc::new(GlobalOrder::new(Lsn::new(1), usize::from(shards_count)));
     let machine = |_| Flusher { effects: VecDeque::new(), flushing: Vec::new(), closed: false, open };
-    let machines = (0..shards_count).map(machine).collect();
+    let shards = (0..shards_count).map(machine).collect();
     let recovery = RecoveryReport::default();
-    Begun { machines, recovery, order, txn_bytes_max: 0, deal: Deal::new(256, shards_count) }
+    Bootstrap { shards, recovery, order, txn_bytes_max: 0, deal: Deal::new(256, shards_count) }
 }
 
-fn flushers(disk: &mut dyn Disk, _: &Options, shards_count: u16, _: Micros) -> Result<Begun<Flusher>> {
+fn flushers(disk: &mut dyn Disk, _: &Options, shards_count: u16, _: Micros) -> Result<Bootstrap<Flusher>> {
     if disk.len(FILE)?.is_none() {
         execute(disk, DiskOp::Allocate { file: FILE, from: 0, to: 4096 })?;
     }
-    Ok(begun(shards_count, true))
+    Ok(bootstrap(shards_count, true))
 }
 
 /// Their shards never get as far as to be open.
-fn endless(_: &mut dyn Disk, _: &Options, shards_count: u16, _: Micros) -> Result<Begun<Flusher>> {
-    Ok(begun(shards_count, false))
+fn endless(_: &mut dyn Disk, _: &Options, shards_count: u16, _: Micros) -> Result<Bootstrap<Flusher>> {
+    Ok(bootstrap(shards_count, false))
 }
 
-fn start(dir: &Path, driver: Driver, begin: Begin<Flusher>) -> Result<Runtime> {
+fn start(dir: &Path, driver: Driver, begin: BootstrapFn<Flusher>) -> Result<Runtime> {
     let options = Options { shards: Some(2), driver, ..Options::default() };
     block_on(start_with(dir.to_path_buf(), options, begin))
 }
@@ -145,7 +145,7 @@ fn ends<T>(receiver: &Receiver<T>, what: &str) -> T {
 /// What the task has asked for is submitted, and nothing was taken back from the disk since: a lap submits what tasks
 /// have asked for in the one before, and then runs tasks, at most so many times.
 async fn next_lap() {
-    for _ in 0..RUN_MAX {
+    for _ in 0..TASKS_PER_ROUND {
         yield_now().await;
     }
 }
@@ -276,10 +276,10 @@ fn opening_is_given_up_when_its_future_is_dropped() {
     }
 }
 
-/// Recovery reads the log with one read after another: each that is begun after opening was given up is one too many.
+/// Recovery reads the log with one read after another: each that is bootstrap after opening was given up is one too many.
 #[test]
 fn no_operation_begins_after_opening_was_given_up() {
-    fn reads_for_ever(disk: &mut dyn Disk, _: &Options, _: u16, _: Micros) -> Result<Begun<Flusher>> {
+    fn reads_for_ever(disk: &mut dyn Disk, _: &Options, _: u16, _: Micros) -> Result<Bootstrap<Flusher>> {
         execute(disk, DiskOp::Allocate { file: FILE, from: 0, to: 4096 })?;
         loop {
             if let Err(error) = execute(disk, DiskOp::Flush { files: [FILE].into_iter().collect() }) {

@@ -1,17 +1,17 @@
 //! The running store, as its handles see it: where requests go, and that each is answered.
 
-use super::local::{Join, Local, Spawn};
+use super::reply::Reply;
 use super::report::RuntimeReport;
-use super::seat::drives_a_shard;
-use super::shared::{Brought, Carried, Shared, closed, counted_bytes};
+use super::shard_thread::is_shard_thread;
+use super::shared::{BytesPermit, QueuedRequest, RuntimeShared, charged_bytes, closed};
 use super::start;
+use super::task_context::{SpawnRequest, TaskContext, TaskHandle};
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::options::Options;
 use crate::base::{Deal, Lsn, ShardId};
-use crate::engine::Request;
 use crate::engine::order::GlobalOrder;
 use crate::engine::recovery::RecoveryReport;
-use crate::mesh::Reply;
+use crate::engine::{Request, Token};
 use std::future::Future;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use std::thread::JoinHandle;
 
 /// The threads that drive the shards of one store.
 pub(crate) struct Runtime {
-    shared: Arc<Shared>,
+    shared: Arc<RuntimeShared>,
     threads: Vec<JoinHandle<()>>,
     deal: Deal,
     order: Arc<GlobalOrder>,
@@ -36,12 +36,12 @@ pub(crate) struct Runtime {
 
 impl Runtime {
     /// Opens the store in `dir`, and returns when it takes requests.
-    pub(crate) async fn start(dir: PathBuf, options: Options, wanted: start::Wanted) -> Result<Runtime> {
+    pub(crate) async fn start(dir: PathBuf, options: Options, wanted: start::OpenMode) -> Result<Runtime> {
         start::start(dir, options, wanted).await
     }
 
     pub(super) fn new(
-        shared: Arc<Shared>,
+        shared: Arc<RuntimeShared>,
         threads: Vec<JoinHandle<()>>,
         deal: Deal,
         order: Arc<GlobalOrder>,
@@ -95,58 +95,59 @@ impl Runtime {
     /// Submits a request to a shard; once this returns, dropping the reply does not undo it.
     pub(crate) async fn submit_to(&self, shard: ShardId, request: Request) -> Result<Reply> {
         let shared = &self.shared;
-        let port = &shared.ports[usize::from(shard.get())];
+        let mailbox = &shared.mailboxes[usize::from(shard.get())];
         shared.check_open()?;
         // Bytes before a place: who has a place waits for nothing.
-        let carried = Carried::take(port, counted_bytes(&request)).await?;
-        shared.places.take(0).await?;
-        let (token, reply) = match shared.inflight.register() {
-            Ok(registered) => registered,
-            Err(error) => {
-                shared.places.leave(1, 0);
-                return Err(error);
-            }
+        let permit = BytesPermit::acquire(mailbox, charged_bytes(&request)).await?;
+        shared.request_permits.acquire(0).await?;
+        let Some((key, reply)) = shared.in_flight.register() else {
+            shared.request_permits.release(1, 0);
+            return Err(Error::new(
+                ErrorKind::Busy,
+                "too many requests are under way; wait for some replies and try again",
+            ));
         };
-        let bytes = carried.keep();
-        match port.inbox.push(Brought { token, request, bytes }) {
-            Ok(()) => port.parking.rouse(),
+        let token = Token(key);
+        let bytes = permit.into_charged();
+        match mailbox.inbox.push(QueuedRequest { token, request, bytes }) {
+            Ok(()) => mailbox.parking.unpark(),
             Err(_) => {
-                shared.finish(port, token, bytes, Err(Error::new(ErrorKind::Busy, "the inbox is full; try again")))
+                shared.finish(mailbox, token, bytes, Err(Error::new(ErrorKind::Busy, "the inbox is full; try again")))
             }
         }
-        if port.inbox.is_closed() {
-            shared.refuse_rest(port);
+        if mailbox.inbox.is_closed() {
+            shared.refuse_rest(mailbox);
         }
-        Ok(reply)
+        Ok(Reply(reply))
     }
 
     /// Runs what `make` makes as a task on the shard's own thread, where its requests take no hop.
-    pub(crate) fn spawn_on<T, F, G>(&self, shard: ShardId, make: G) -> Result<Join<T>>
+    pub(crate) fn spawn_on<T, F, G>(&self, shard: ShardId, make: G) -> Result<TaskHandle<T>>
     where
         T: Send + 'static,
         F: Future<Output = T> + 'static,
-        G: FnOnce(Local) -> F + Send + 'static,
+        G: FnOnce(TaskContext) -> F + Send + 'static,
     {
-        let port = &self.shared.ports[usize::from(shard.get())];
-        let (spawn, join) = Spawn::new(make);
+        let mailbox = &self.shared.mailboxes[usize::from(shard.get())];
+        let (spawn, join) = SpawnRequest::new(make);
         if self.shared.is_forked() {
             self.shared.check_open()?;
         }
-        if port.inbox.is_closed() {
+        if mailbox.inbox.is_closed() {
             return Err(closed());
         }
-        if port.spawns.push(spawn).is_err() {
+        if mailbox.spawn_queue.push(spawn).is_err() {
             return Err(Error::new(ErrorKind::Busy, "too many tasks are on their way to this shard; try again"));
         }
-        port.parking.rouse();
-        if port.spawns.is_closed() {
-            port.refuse_spawns();
+        mailbox.parking.unpark();
+        if mailbox.spawn_queue.is_closed() {
+            mailbox.refuse_spawned();
         }
         Ok(join)
     }
 
     #[cfg(test)]
-    pub(super) fn shared_for_tests(&self) -> &Shared {
+    pub(super) fn shared_for_tests(&self) -> &RuntimeShared {
         &self.shared
     }
 
@@ -188,7 +189,7 @@ impl Drop for Runtime {
             return std::mem::forget(std::mem::take(&mut self.threads));
         }
         self.shared.abandon();
-        if drives_a_shard() {
+        if is_shard_thread() {
             return;
         }
         for thread in self.threads.drain(..) {

@@ -13,30 +13,34 @@
 //! 4. What is not to be had here (io_uring, memory locks) is found out before anything is begun; then the portable
 //!    driver runs, and the report says why.
 
+mod bootstrap;
 mod cores;
-mod driver;
+mod event_loop;
 mod handle;
-mod local;
-mod machine;
-mod meter;
+mod latency_recorder;
 mod opening;
-mod places;
 mod portable;
+mod reply;
 mod report;
+mod request_permits;
 mod ring;
-mod seat;
+mod shard_thread;
 mod shared;
 mod start;
+mod task_context;
 
 pub(crate) use handle::Runtime;
-pub(crate) use local::Local;
+pub(crate) use reply::Reply;
 pub use report::RuntimeReport;
-pub(crate) use seat::drives_a_shard;
-pub(crate) use start::Wanted;
+pub(crate) use shard_thread::is_shard_thread;
+pub(crate) use start::OpenMode;
+pub(crate) use task_context::TaskContext;
 
 #[cfg(all(test, not(corepage_loom)))]
 mod end_tests;
 #[cfg(all(test, not(corepage_loom)))]
-mod figures;
+mod manual_benches;
 #[cfg(all(test, not(corepage_loom)))]
 mod tests;
+#[cfg(all(test, corepage_loom))]
+mod watermark_loom;

@@ -3,37 +3,37 @@
 //! Invariants
 //! 1. Given up, at any moment, opening begins nothing more: no operation, no thread, no store. It waits for what is at the
 //!    device, and for nothing else.
-//! 2. When its [`Guard`] has gone, so have the threads and the locks, except where a shard's thread dropped it (which
+//! 2. When its [`OpenGuard`] has gone, so have the threads and the locks, except where a shard's thread dropped it (which
 //!    waits for nobody).
 //!
 //! It does *not* undo what was done: that is as after a crash, and the next opening goes on from there.
 
-use super::seat::drives_a_shard;
-use super::shared::Shared;
+use super::shard_thread::is_shard_thread;
+use super::shared::RuntimeShared;
 use crate::io::{Cancel, Opener};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 /// What the one who waits and the coordinator share.
 #[derive(Default)]
-pub(super) struct Opening {
+pub(super) struct PendingOpen {
     pub(super) cancel: Cancel,
     opener: Opener,
     /// The threads that are being started now.
-    launched: Mutex<Option<Arc<Shared>>>,
+    starting: Mutex<Option<Arc<RuntimeShared>>>,
 }
 
-impl Opening {
+impl PendingOpen {
     fn give_up(&self) {
         self.cancel.cancel();
-        if let Some(shared) = &*self.launched.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(shared) = &*self.starting.lock().unwrap_or_else(PoisonError::into_inner) {
             shared.abandon();
         }
     }
 
     /// These threads are being started: they end if opening is, or was, given up.
-    pub(super) fn launch(&self, shared: &Arc<Shared>) {
-        *self.launched.lock().unwrap_or_else(PoisonError::into_inner) = Some(shared.clone());
+    pub(super) fn threads_starting(&self, shared: &Arc<RuntimeShared>) {
+        *self.starting.lock().unwrap_or_else(PoisonError::into_inner) = Some(shared.clone());
         // After they can be found, so that either this sees that it was given up, or the one who gives up sees them.
         if self.cancel.is_cancelled() {
             shared.abandon();
@@ -41,22 +41,22 @@ impl Opening {
     }
 
     /// There is a store now, or none of these threads: giving up has nobody to tell.
-    pub(super) fn landed(&self) {
-        *self.launched.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    pub(super) fn threads_settled(&self) {
+        *self.starting.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
 /// Gives opening up when it is dropped unfinished, and waits for the coordinator's end.
-pub(super) struct Guard {
-    opening: Arc<Opening>,
+pub(super) struct OpenGuard {
+    opening: Arc<PendingOpen>,
     /// Taken only in `drop`.
     coordinator: Option<JoinHandle<()>>,
     finished: bool,
 }
 
-impl Guard {
-    pub(super) fn new(opening: Arc<Opening>, coordinator: JoinHandle<()>) -> Guard {
-        Guard { opening, coordinator: Some(coordinator), finished: false }
+impl OpenGuard {
+    pub(super) fn new(opening: Arc<PendingOpen>, coordinator: JoinHandle<()>) -> OpenGuard {
+        OpenGuard { opening, coordinator: Some(coordinator), finished: false }
     }
 
     /// The coordinator's result was taken: a store that is open now stays so.
@@ -65,7 +65,7 @@ impl Guard {
     }
 }
 
-impl Drop for Guard {
+impl Drop for OpenGuard {
     fn drop(&mut self) {
         if !self.opening.opener.is_here() {
             // In a forked child nobody opens anything.
@@ -74,7 +74,7 @@ impl Drop for Guard {
         if !self.finished {
             self.opening.give_up();
         }
-        if let Some(coordinator) = self.coordinator.take().filter(|_| !drives_a_shard()) {
+        if let Some(coordinator) = self.coordinator.take().filter(|_| !is_shard_thread()) {
             let _ = coordinator.join();
         }
     }

@@ -6,12 +6,12 @@
 //! 2. `abandoned` ends all threads: no handle is left, or a shard has stopped without a clean close. Each waits for what it
 //!    has at the device, and for nothing else; what consists of many steps is cut short.
 
-use super::local::Spawn;
-use super::places::{COUNTED_MAX, Places};
+use super::request_permits::{CHARGED_BYTES_MAX, RequestPermits};
+use super::task_context::SpawnRequest;
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::engine::{Request, Response, Token, request_bytes};
-use crate::io::{Cancel, Opener};
-use crate::mesh::{InFlight, Inbox, Parking};
+use crate::io::{Cancel, DiskWaker, Opener};
+use crate::mesh::{InFlight, Inbox, Parking, Wake};
 use async_task::Runnable;
 use crossbeam_queue::SegQueue;
 use event_listener::Event;
@@ -24,61 +24,67 @@ const INBOX_MAX: usize = 16_384;
 const SPAWNS_MAX: usize = 1024;
 
 /// A request on its way to a shard.
-pub(super) struct Brought {
+pub(super) struct QueuedRequest {
     pub(super) token: Token,
     pub(super) request: Request,
-    /// What it is counted with in [`Port::carried`], until it is answered.
+    /// What it is counted with in [`ShardMailbox::byte_permits`], until it is answered.
     pub(super) bytes: u64,
 }
 
 /// What a request is counted with, where its bytes are.
-pub(super) fn counted_bytes(request: &Request) -> u64 {
-    request_bytes(request).min(COUNTED_MAX)
+pub(super) fn charged_bytes(request: &Request) -> u64 {
+    request_bytes(request).min(CHARGED_BYTES_MAX)
+}
+
+impl Wake for DiskWaker {
+    fn wake(&self) {
+        DiskWaker::wake(self);
+    }
 }
 
 /// The way into one shard.
-pub(super) struct Port {
-    pub(super) inbox: Inbox<Brought>,
-    pub(super) spawns: Inbox<Spawn>,
+pub(super) struct ShardMailbox {
+    pub(super) inbox: Inbox<QueuedRequest>,
+    pub(super) spawn_queue: Inbox<SpawnRequest>,
     /// Tasks of the shard that other threads have woken: each at most once, so bounded by the tasks.
-    pub(super) woken: SegQueue<Runnable>,
-    pub(super) parking: Parking,
+    pub(super) woken_tasks: SegQueue<Runnable>,
+    pub(super) parking: Parking<DiskWaker>,
     /// For requests that carry something: a shard that is slow holds up no commits of others.
-    pub(super) carried: Places,
+    pub(super) byte_permits: RequestPermits,
 }
 
-/// What a request on its way has taken of [`Port::carried`]; given back unless it is [kept](Carried::keep).
-pub(super) struct Carried<'a> {
-    port: &'a Port,
+/// What a request on its way has taken of [`ShardMailbox::byte_permits`]; given back unless it is [kept](BytesPermit::into_charged).
+pub(super) struct BytesPermit<'a> {
+    mailbox: &'a ShardMailbox,
     bytes: u64,
 }
 
-impl<'a> Carried<'a> {
+impl<'a> BytesPermit<'a> {
     /// Waits until so many bytes may be under way to the shard; none always may.
-    pub(super) async fn take(port: &'a Port, bytes: u64) -> Result<Carried<'a>> {
+    pub(super) async fn acquire(mailbox: &'a ShardMailbox, bytes: u64) -> Result<BytesPermit<'a>> {
         if bytes > 0 {
-            port.carried.take(bytes).await?;
+            mailbox.byte_permits.acquire(bytes).await?;
         }
-        Ok(Carried { port, bytes })
+        Ok(BytesPermit { mailbox, bytes })
     }
 
     /// The request is on its way: its bytes are given back when it is answered.
-    pub(super) fn keep(mut self) -> u64 {
+    pub(super) fn into_charged(mut self) -> u64 {
         std::mem::take(&mut self.bytes)
     }
 }
 
-impl Drop for Carried<'_> {
+impl Drop for BytesPermit<'_> {
     fn drop(&mut self) {
-        self.port.carried.leave(usize::from(self.bytes > 0), self.bytes);
+        self.mailbox.byte_permits.release(usize::from(self.bytes > 0), self.bytes);
     }
 }
 
-pub(super) struct Shared {
-    pub(super) ports: Box<[Port]>,
-    pub(super) inflight: Arc<InFlight>,
+pub(super) struct RuntimeShared {
+    pub(super) mailboxes: Box<[ShardMailbox]>,
+    pub(super) in_flight: Arc<InFlight<Result<Response>>>,
     /// For all requests of handles.
-    pub(super) places: Places,
+    pub(super) request_permits: RequestPermits,
     abandoned: AtomicBool,
     opener: Opener,
     /// A clean close was asked for: nothing more is brought to the shards.
@@ -92,20 +98,20 @@ pub(super) struct Shared {
     has_failed: Event,
 }
 
-impl Shared {
+impl RuntimeShared {
     pub(super) fn new(shards_count: u16, requests_max: usize, request_bytes_max: u64, cancel: Cancel) -> Self {
         let capacity = requests_max.clamp(1, INBOX_MAX.max(requests_max / usize::from(shards_count)));
-        let port = |_| Port {
+        let mailbox = |_| ShardMailbox {
             inbox: Inbox::new(capacity),
-            spawns: Inbox::new(SPAWNS_MAX),
-            woken: SegQueue::new(),
+            spawn_queue: Inbox::new(SPAWNS_MAX),
+            woken_tasks: SegQueue::new(),
             parking: Parking::new(),
-            carried: Places::new(requests_max, request_bytes_max),
+            byte_permits: RequestPermits::new(requests_max, request_bytes_max),
         };
-        Shared {
-            ports: (0..shards_count).map(port).collect(),
-            inflight: Arc::new(InFlight::new()),
-            places: Places::new(requests_max, 1),
+        RuntimeShared {
+            mailboxes: (0..shards_count).map(mailbox).collect(),
+            in_flight: Arc::new(InFlight::new()),
+            request_permits: RequestPermits::new(requests_max, 1),
             abandoned: AtomicBool::new(false),
             opener: Opener::default(),
             closing: AtomicBool::new(false),
@@ -144,7 +150,7 @@ impl Shared {
     /// All threads are to end; others may use the files.
     pub(super) fn end_threads(&self) {
         self.abandoned.store(true, Ordering::SeqCst);
-        self.ports.iter().for_each(|port| port.parking.alarm());
+        self.mailboxes.iter().for_each(|mailbox| mailbox.parking.force_unpark());
     }
 
     /// From now on, or no more: requests are refused before they reach a shard, so that callers who try again and again take no time
@@ -177,29 +183,29 @@ impl Shared {
     }
 
     /// Answers a request to a shard and frees its place, and its bytes.
-    pub(super) fn finish(&self, port: &Port, token: Token, bytes: u64, result: Result<Response>) {
-        self.inflight.complete(token, result);
-        self.places.leave(1, 0);
-        port.carried.leave(usize::from(bytes > 0), bytes);
+    pub(super) fn finish(&self, mailbox: &ShardMailbox, token: Token, bytes: u64, result: Result<Response>) {
+        self.in_flight.complete(token.0, result);
+        self.request_permits.release(1, 0);
+        mailbox.byte_permits.release(usize::from(bytes > 0), bytes);
     }
 
     /// The shard's thread takes nothing any more: what was accepted has an unknown outcome, the rest was not begun.
-    pub(super) fn close_port(&self, port: &Port, accepted: impl Iterator<Item = (Token, u64)>) {
-        port.inbox.close();
-        port.spawns.close();
+    pub(super) fn close_mailbox(&self, mailbox: &ShardMailbox, accepted: impl Iterator<Item = (Token, u64)>) {
+        mailbox.inbox.close();
+        mailbox.spawn_queue.close();
         for (token, bytes) in accepted {
             let context = "the shard stopped; whether this was done is not known: reopen the store and look";
-            self.finish(port, token, bytes, Err(Error::new(ErrorKind::OutcomeUnknown, context)));
+            self.finish(mailbox, token, bytes, Err(Error::new(ErrorKind::OutcomeUnknown, context)));
         }
-        self.refuse_rest(port);
-        port.refuse_spawns();
+        self.refuse_rest(mailbox);
+        mailbox.refuse_spawned();
     }
 
     /// Refuses what is left in a closed inbox.
-    pub(super) fn refuse_rest(&self, port: &Port) {
-        while let Some(Brought { token, bytes, request }) = port.inbox.pop() {
+    pub(super) fn refuse_rest(&self, mailbox: &ShardMailbox) {
+        while let Some(QueuedRequest { token, bytes, request }) = mailbox.inbox.pop() {
             drop(request);
-            self.finish(port, token, bytes, Err(closed()));
+            self.finish(mailbox, token, bytes, Err(closed()));
         }
     }
 
@@ -222,10 +228,10 @@ impl Shared {
     }
 }
 
-impl Port {
+impl ShardMailbox {
     /// Drops closures that no shard will run; whoever waits for them is told.
-    pub(super) fn refuse_spawns(&self) {
-        while self.spawns.pop().is_some() {}
+    pub(super) fn refuse_spawned(&self) {
+        while self.spawn_queue.pop().is_some() {}
     }
 }
 

@@ -8,14 +8,14 @@
 //! 3. A caller who gives up leaves no store open: all ends as soon as the device has answered, as after a crash.
 //! 4. The number of shards is settled when the store's geometry is known, before there are threads.
 
-use super::cores::{self, Plan, Processors};
-use super::driver::{Clock, Pace};
+use super::bootstrap::{self, Bootstrap};
+use super::cores::{self, CorePlan, Processors};
+use super::event_loop::{Clock, PollPolicy};
 use super::handle::Runtime;
-use super::machine::{self, Begun};
-use super::opening::{Guard, Opening};
+use super::opening::{OpenGuard, PendingOpen};
 use super::report::RuntimeReport;
-use super::seat::{News, Opener, Orders, Seat, occupy};
-use super::shared::Shared;
+use super::shard_thread::{BootstrapTask, StartupCommand, StartupStatus, ThreadContext, thread_main};
+use super::shared::RuntimeShared;
 use super::{portable, ring};
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::options::{Driver, Geometry, Limits, Options};
@@ -25,7 +25,7 @@ use crate::engine::recovery;
 use crate::format::fresh;
 use crate::io::portable::{PortableDisk, PortableOptions};
 use crate::io::{Access, CancellableDisk, DiskReport, FileId, FileOptions, Files};
-use crate::mesh::Lanes;
+use crate::mesh::Channels;
 use crossbeam_channel::{Receiver, Sender};
 use event_listener::Event;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -43,48 +43,53 @@ const THREADS_PER_RING_SHARD: usize = 2;
 const TRIAL_STACK_BYTES: usize = 64 << 10;
 
 /// What the tests replace.
-pub(super) type Begin<M> = fn(&mut dyn crate::io::Disk, &Options, u16, Micros) -> Result<Begun<M>>;
+pub(super) type BootstrapFn<M> = fn(&mut dyn crate::io::Disk, &Options, u16, Micros) -> Result<Bootstrap<M>>;
 
 /// Opens the store in `dir`, without blocking the caller. Dropping the future gives it up, and waits for what is at the
 /// device.
-pub(super) async fn start(dir: PathBuf, options: Options, what: Wanted) -> Result<Runtime> {
-    start_wanted(dir, options, what, machine::begin).await
+pub(super) async fn start(dir: PathBuf, options: Options, mode: OpenMode) -> Result<Runtime> {
+    start_in_mode(dir, options, mode, bootstrap::bootstrap).await
 }
 
 /// Which store to open.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Wanted {
+pub(crate) enum OpenMode {
     /// The one that is there, or a new one.
-    Any,
+    CreateIfMissing,
     /// One that is there.
-    Existing,
+    MustExist,
 }
 
 /// The same with shards of any kind.
 #[cfg(test)]
-pub(super) async fn start_with<M: StateMachine>(dir: PathBuf, options: Options, begin: Begin<M>) -> Result<Runtime> {
-    start_wanted(dir, options, Wanted::Any, begin).await
-}
-
-async fn start_wanted<M: StateMachine>(
+pub(super) async fn start_with<M: StateMachine>(
     dir: PathBuf,
     options: Options,
-    wanted: Wanted,
-    begin: Begin<M>,
+    bootstrap_fn: BootstrapFn<M>,
+) -> Result<Runtime> {
+    start_in_mode(dir, options, OpenMode::CreateIfMissing, bootstrap_fn).await
+}
+
+async fn start_in_mode<M: StateMachine>(
+    dir: PathBuf,
+    options: Options,
+    mode: OpenMode,
+    bootstrap_fn: BootstrapFn<M>,
 ) -> Result<Runtime> {
     let (send, result) = crossbeam_channel::bounded(1);
     let ready = Arc::new(Event::new());
-    let opening = Arc::<Opening>::default();
+    let opening = Arc::<PendingOpen>::default();
     let (wake, own) = (ready.clone(), opening.clone());
     let body = move || {
-        let opened = catch_unwind(AssertUnwindSafe(|| open(&dir, &options, wanted, begin, &own)));
+        let opened = catch_unwind(AssertUnwindSafe(|| open(&dir, &options, mode, bootstrap_fn, &own)));
         let opened = opened.unwrap_or_else(|_| Err(Error::new(ErrorKind::Closed, "opening the store panicked")));
         // If nobody listens any more, the runtime is dropped here, and the store closed.
         let _ = send.send(opened);
         wake.notify(usize::MAX);
     };
     let thread = std::thread::Builder::new().name("corepage-open".into()).spawn(body);
-    let mut guard = Guard::new(opening, thread.map_err(|e| Error::no_thread("the thread that opens the store", e))?);
+    let mut guard =
+        OpenGuard::new(opening, thread.map_err(|e| Error::no_thread("the thread that opens the store", e))?);
     loop {
         let listener = ready.listen();
         match result.try_recv() {
@@ -99,26 +104,26 @@ async fn start_wanted<M: StateMachine>(
 }
 
 /// Why the threads of one driver did not get going.
-enum Stop {
+enum StartError {
     /// The driver can't run here; nothing was touched.
-    Refused(Error),
+    DriverUnavailable(Error),
     Failed(Error),
 }
 
 fn open<M: StateMachine>(
     dir: &Path,
     options: &Options,
-    wanted: Wanted,
-    begin: Begin<M>,
-    opening: &Opening,
+    mode: OpenMode,
+    bootstrap_fn: BootstrapFn<M>,
+    opening: &PendingOpen,
 ) -> Result<Runtime> {
-    let processors = Processors::look();
+    let processors = Processors::detect();
     let checked = |geometry: &Geometry| {
         let plan = cores::plan(options, &processors, geometry)?;
         options.limits(geometry, plan.shards_count).map(|_| plan)
     };
     // What can be known to be wrong is refused before a directory is made. A store that is there has a geometry of its own.
-    let existing = wanted == Wanted::Existing;
+    let existing = mode == OpenMode::MustExist;
     if !existing && !dir.join(FileId::Meta.to_string()).exists() {
         checked(&options.geometry)?;
     }
@@ -132,7 +137,7 @@ fn open<M: StateMachine>(
         }
         check_room(&files, &options.limits(&options.geometry, plan.shards_count)?)?;
     }
-    let opened = drive(&files, options, &plan, begin, opening);
+    let opened = open_on_threads(&files, options, &plan, bootstrap_fn, opening);
     if opened.is_err() {
         // Nobody was given the store: it holds nothing.
         files.remove_creation();
@@ -158,12 +163,12 @@ fn check_room(files: &Files, limits: &Limits) -> Result<()> {
 }
 
 /// Starts the threads of the driver that is wanted, or can be had, and opens the store on them.
-fn drive<M: StateMachine>(
+fn open_on_threads<M: StateMachine>(
     files: &Arc<Files>,
     options: &Options,
-    plan: &Plan,
-    begin: Begin<M>,
-    opening: &Opening,
+    plan: &CorePlan,
+    bootstrap_fn: BootstrapFn<M>,
+    opening: &PendingOpen,
 ) -> Result<Runtime> {
     let why = match options.driver {
         Driver::Portable => None,
@@ -171,27 +176,27 @@ fn drive<M: StateMachine>(
             let launched = match ring::probe() {
                 Ok(()) => {
                     check_threads(THREADS_PER_RING_SHARD * usize::from(plan.shards_count))?;
-                    Launch::new(options, plan, true, files).run(files, begin, opening)
+                    ThreadLauncher::new(options, plan, true, files).run(files, bootstrap_fn, opening)
                 }
-                Err(why) => Err(Stop::Refused(Error::new(ErrorKind::Unsupported, why))),
+                Err(why) => Err(StartError::DriverUnavailable(Error::new(ErrorKind::Unsupported, why))),
             };
             match launched {
                 Ok(runtime) => return Ok(runtime),
-                Err(Stop::Failed(error)) => return Err(error),
-                Err(Stop::Refused(error)) if options.driver == Driver::Ring => return Err(error),
-                Err(Stop::Refused(error)) => Some(error.to_string()),
+                Err(StartError::Failed(error)) => return Err(error),
+                Err(StartError::DriverUnavailable(error)) if options.driver == Driver::Ring => return Err(error),
+                Err(StartError::DriverUnavailable(error)) => Some(error.to_string()),
             }
         }
     };
     if let Some(why) = &why {
         tracing::warn!("portable driver: {why}");
     }
-    match Launch::new(options, plan, false, files).run(files, begin, opening) {
+    match ThreadLauncher::new(options, plan, false, files).run(files, bootstrap_fn, opening) {
         Ok(mut runtime) => {
             runtime.report.disk.fallback = why;
             Ok(runtime)
         }
-        Err(Stop::Refused(error) | Stop::Failed(error)) => Err(error),
+        Err(StartError::DriverUnavailable(error) | StartError::Failed(error)) => Err(error),
     }
 }
 
@@ -217,122 +222,124 @@ fn stored_geometry(files: &Arc<Files>) -> Result<Option<Geometry>> {
 }
 
 /// The threads of one driver, being started.
-struct Launch<'a> {
+struct ThreadLauncher<'a> {
     options: &'a Options,
-    plan: &'a Plan,
+    plan: &'a CorePlan,
     ring: bool,
     clock: Clock,
-    shared: Arc<Shared>,
+    shared: Arc<RuntimeShared>,
     threads: Vec<JoinHandle<()>>,
 }
 
-impl<'a> Launch<'a> {
-    fn new(options: &'a Options, plan: &'a Plan, ring: bool, files: &Files) -> Self {
+impl<'a> ThreadLauncher<'a> {
+    fn new(options: &'a Options, plan: &'a CorePlan, ring: bool, files: &Files) -> Self {
         let (count, bytes) = (plan.shards_count, options.request_bytes_max(plan.shards_count));
-        let shared = Arc::new(Shared::new(count, options.requests_max, bytes, files.cancel().clone()));
-        Launch { options, plan, ring, clock: Clock::start(), shared, threads: Vec::new() }
+        let shared = Arc::new(RuntimeShared::new(count, options.requests_max, bytes, files.cancel().clone()));
+        ThreadLauncher { options, plan, ring, clock: Clock::start(), shared, threads: Vec::new() }
     }
 
-    fn pace(&self) -> Pace {
+    fn poll_policy(&self) -> PollPolicy {
         match () {
-            () if self.plan.crowded => Pace::For(0),
-            () if self.options.poll => Pace::WithoutEnd,
-            () => Pace::For(if self.ring { POLL_US } else { 0 }),
+            () if self.plan.oversubscribed => PollPolicy::SpinFor(0),
+            () if self.options.poll => PollPolicy::SpinForever,
+            () => PollPolicy::SpinFor(if self.ring { POLL_US } else { 0 }),
         }
     }
 
     fn run<M: StateMachine>(
         mut self,
         files: &Arc<Files>,
-        begin: Begin<M>,
-        opening: &Opening,
-    ) -> std::result::Result<Runtime, Stop> {
-        opening.launch(&self.shared);
-        let (news, heard) = crossbeam_channel::unbounded();
-        let mut orders = Vec::new();
-        let result = self.seat_all(files, &news, &mut orders);
-        drop(news);
-        let result = result.and_then(|()| self.open_all(&heard, &orders, begin));
-        drop(orders);
-        opening.landed();
+        bootstrap_fn: BootstrapFn<M>,
+        opening: &PendingOpen,
+    ) -> std::result::Result<Runtime, StartError> {
+        opening.threads_starting(&self.shared);
+        let (status, statuses) = crossbeam_channel::unbounded();
+        let mut commands = Vec::new();
+        let result = self.spawn_threads(files, &status, &mut commands);
+        drop(status);
+        let result = result.and_then(|()| self.open_shards(&statuses, &commands, bootstrap_fn));
+        drop(commands);
+        opening.threads_settled();
         match result {
-            Ok((begun, disk)) => Ok(self.runtime(begun, disk)),
-            Err(stop) => {
-                match &stop {
+            Ok((bootstrap, disk)) => Ok(self.runtime(bootstrap, disk)),
+            Err(error) => {
+                match &error {
                     // The files are needed for another try, with the other driver.
-                    Stop::Refused(_) => self.shared.end_threads(),
-                    Stop::Failed(_) => self.shared.abandon(),
+                    StartError::DriverUnavailable(_) => self.shared.end_threads(),
+                    StartError::Failed(_) => self.shared.abandon(),
                 }
                 self.threads.into_iter().for_each(|thread| drop(thread.join()));
-                Err(stop)
+                Err(error)
             }
         }
     }
 
-    fn seat_all<M: StateMachine>(
+    fn spawn_threads<M: StateMachine>(
         &mut self,
         files: &Arc<Files>,
-        news: &Sender<News<M>>,
-        orders: &mut Vec<Sender<Orders<M>>>,
-    ) -> std::result::Result<(), Stop> {
-        let lanes = Lanes::all(self.plan.shards_count);
-        for (shard, (lanes, pin)) in lanes.into_iter().zip(&self.plan.pins).enumerate() {
+        status: &Sender<StartupStatus<M>>,
+        commands: &mut Vec<Sender<StartupCommand<M>>>,
+    ) -> std::result::Result<(), StartError> {
+        let channels = Channels::all(self.plan.shards_count);
+        for (shard, (channels, pin)) in channels.into_iter().zip(&self.plan.pins).enumerate() {
             let (give, take) = crossbeam_channel::unbounded();
-            orders.push(give);
-            let seat = Seat {
+            commands.push(give);
+            let context = ThreadContext {
                 id: ShardId::new(shard as u16),
                 pin: *pin,
-                pace: self.pace(),
+                poll_policy: self.poll_policy(),
                 clock: self.clock,
                 requests_max: self.options.requests_max,
                 request_bytes_max: self.options.request_bytes_max(self.plan.shards_count),
                 ring_entries: self.options.ring_entries,
                 shards_count: self.plan.shards_count,
                 shared: self.shared.clone(),
-                lanes,
+                channels,
                 files: files.clone(),
-                news: news.clone(),
-                orders: take,
+                status: status.clone(),
+                commands: take,
             };
             let ring = self.ring;
-            let body = move || occupy(seat, if ring { ring::thread } else { portable::thread });
+            let body = move || thread_main(context, if ring { ring::thread } else { portable::thread });
             let thread = std::thread::Builder::new().name(format!("corepage-s{shard}")).spawn(body);
-            let thread = thread.map_err(|e| Stop::Failed(Error::no_thread("a shard's thread", e)))?;
+            let thread = thread.map_err(|e| StartError::Failed(Error::no_thread("a shard's thread", e)))?;
             self.threads.push(thread);
         }
         Ok(())
     }
 
-    fn open_all<M: StateMachine>(
+    fn open_shards<M: StateMachine>(
         &self,
-        heard: &Receiver<News<M>>,
-        orders: &[Sender<Orders<M>>],
-        begin: Begin<M>,
-    ) -> std::result::Result<(Begun<M>, DiskReport), Stop> {
+        statuses: &Receiver<StartupStatus<M>>,
+        commands: &[Sender<StartupCommand<M>>],
+        bootstrap_fn: BootstrapFn<M>,
+    ) -> std::result::Result<(Bootstrap<M>, DiskReport), StartError> {
         let mut disk = None;
-        for _ in orders {
-            let News::Ready(report) = hear(heard)? else { unreachable!("no orders were given") };
+        for _ in commands {
+            let StartupStatus::Ready(report) = recv_status(statuses)? else { unreachable!("no commands were given") };
             disk = disk.or(Some(report));
         }
         let (options, shards_count, now) = (self.options.clone(), self.plan.shards_count, self.clock.now());
-        let opener: Opener<M> = Box::new(move |disk| begin(disk, &options, shards_count, now));
-        let _ = orders[0].send(Orders::Begin(opener));
-        let News::Began(begun) = hear(heard)? else { unreachable!("one thread has orders, and has not failed") };
-        let mut begun = begun.map_err(Stop::Failed)?;
-        assert_eq!(begun.machines.len(), orders.len(), "a shard for each thread");
-        for (machine, give) in std::mem::take(&mut begun.machines).into_iter().zip(orders) {
-            let _ = give.send(Orders::Take(Box::new(machine), begun.order.clone()));
+        let task: BootstrapTask<M> = Box::new(move |disk| bootstrap_fn(disk, &options, shards_count, now));
+        let _ = commands[0].send(StartupCommand::Bootstrap(task));
+        let StartupStatus::Bootstrapped(bootstrap) = recv_status(statuses)? else {
+            unreachable!("one thread has commands, and has not failed")
+        };
+        let mut bootstrap = bootstrap.map_err(StartError::Failed)?;
+        assert_eq!(bootstrap.shards.len(), commands.len(), "a shard for each thread");
+        for (shard, give) in std::mem::take(&mut bootstrap.shards).into_iter().zip(commands) {
+            let _ = give.send(StartupCommand::TakeShard(Box::new(shard), bootstrap.order.clone()));
         }
-        for _ in orders {
-            let News::Open = hear(heard)? else { unreachable!("each thread has its shard") };
+        for _ in commands {
+            let StartupStatus::Open = recv_status(statuses)? else { unreachable!("each thread has its shard") };
         }
-        Ok((begun, disk.unwrap_or_else(DiskReport::none)))
+        Ok((bootstrap, disk.unwrap_or_else(DiskReport::none)))
     }
 
-    fn runtime<M>(self, begun: Begun<M>, disk: DiskReport) -> Runtime {
-        let poll_us = match self.pace() {
-            Pace::For(us) => Some(us),
-            Pace::WithoutEnd => None,
+    fn runtime<M>(self, bootstrap: Bootstrap<M>, disk: DiskReport) -> Runtime {
+        let poll_us = match self.poll_policy() {
+            PollPolicy::SpinFor(us) => Some(us),
+            PollPolicy::SpinForever => None,
         };
         let report = RuntimeReport {
             driver: if self.ring { "io_uring" } else { "portable" },
@@ -341,7 +348,7 @@ impl<'a> Launch<'a> {
             poll_us,
             disk,
         };
-        let recovery = &begun.recovery;
+        let recovery = &bootstrap.recovery;
         tracing::info!(
             created = recovery.created,
             clean = recovery.clean,
@@ -355,17 +362,26 @@ impl<'a> Launch<'a> {
             shards = self.plan.shards_count,
             "store opened"
         );
-        Runtime::new(self.shared, self.threads, begun.deal, begun.order, begun.recovery, report, begun.txn_bytes_max)
+        Runtime::new(
+            self.shared,
+            self.threads,
+            bootstrap.deal,
+            bootstrap.order,
+            bootstrap.recovery,
+            report,
+            bootstrap.txn_bytes_max,
+        )
     }
 }
 
-fn hear<M>(heard: &Receiver<News<M>>) -> std::result::Result<News<M>, Stop> {
-    match heard.recv() {
-        Ok(News::Refused(error)) => Err(Stop::Refused(error)),
-        Ok(News::Failed(error)) => Err(Stop::Failed(error)),
-        Ok(news) => Ok(news),
-        Err(_) => {
-            Err(Stop::Failed(Error::new(ErrorKind::Closed, "the shards' threads ended while they opened the store")))
-        }
+fn recv_status<M>(statuses: &Receiver<StartupStatus<M>>) -> std::result::Result<StartupStatus<M>, StartError> {
+    match statuses.recv() {
+        Ok(StartupStatus::Refused(error)) => Err(StartError::DriverUnavailable(error)),
+        Ok(StartupStatus::Failed(error)) => Err(StartError::Failed(error)),
+        Ok(status) => Ok(status),
+        Err(_) => Err(StartError::Failed(Error::new(
+            ErrorKind::Closed,
+            "the shards' threads ended while they opened the store",
+        ))),
     }
 }

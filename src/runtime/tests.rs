@@ -6,11 +6,11 @@
 mod bodies;
 mod closing;
 
+use super::bootstrap::Bootstrap;
 use super::handle::Runtime;
-use super::local::TASKS_MAX;
-use super::machine::Begun;
 use super::ring;
-use super::start::{Begin, start_with};
+use super::start::{BootstrapFn, start_with};
+use super::task_context::TASKS_MAX;
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::options::{Driver, Options};
 use crate::base::{Deal, Lsn, Micros, ShardId};
@@ -165,7 +165,7 @@ impl StateMachine for Toy {
     }
 }
 
-fn toys(_: &mut dyn Disk, _: &Options, shards_count: u16, _: Micros) -> Result<Begun<Toy>> {
+fn toys(_: &mut dyn Disk, _: &Options, shards_count: u16, _: Micros) -> Result<Bootstrap<Toy>> {
     let order = Arc::new(GlobalOrder::new(Lsn::new(1), usize::from(shards_count)));
     let toy = |shard| Toy {
         id: ShardId::new(shard),
@@ -181,15 +181,15 @@ fn toys(_: &mut dyn Disk, _: &Options, shards_count: u16, _: Micros) -> Result<B
         closed: false,
         failure: None,
     };
-    let machines = (0..shards_count).map(toy).collect();
+    let shards = (0..shards_count).map(toy).collect();
     let recovery = RecoveryReport::default();
-    Ok(Begun { machines, recovery, order: order.clone(), txn_bytes_max: 0, deal: Deal::new(256, shards_count) })
+    Ok(Bootstrap { shards, recovery, order: order.clone(), txn_bytes_max: 0, deal: Deal::new(256, shards_count) })
 }
 
-fn toys_of_which_one_fails(disk: &mut dyn Disk, options: &Options, count: u16, now: Micros) -> Result<Begun<Toy>> {
-    let mut begun = toys(disk, options, count, now)?;
-    begun.machines.last_mut().expect("there is one").failure = Some(Error::corrupt("planted by a test"));
-    Ok(begun)
+fn toys_of_which_one_fails(disk: &mut dyn Disk, options: &Options, count: u16, now: Micros) -> Result<Bootstrap<Toy>> {
+    let mut bootstrap = toys(disk, options, count, now)?;
+    bootstrap.shards.last_mut().expect("there is one").failure = Some(Error::corrupt("planted by a test"));
+    Ok(bootstrap)
 }
 
 /// The drivers that work here.
@@ -198,7 +198,7 @@ fn drivers() -> Vec<Driver> {
     ring.into_iter().chain([Driver::Portable]).collect()
 }
 
-fn start(dir: &tempfile::TempDir, options: Options, begin: Begin<Toy>) -> Result<Runtime> {
+fn start(dir: &tempfile::TempDir, options: Options, begin: BootstrapFn<Toy>) -> Result<Runtime> {
     block_on(start_with(dir.path().to_path_buf(), options, begin))
 }
 
@@ -252,7 +252,7 @@ fn every_request_of_many_threads_to_many_shards_is_answered() {
                 }
             });
             close(&runtime);
-            assert_eq!(runtime.shared_for_tests().places.under_way(), (0, 0));
+            assert_eq!(runtime.shared_for_tests().request_permits.in_use(), (0, 0));
         });
     }
 }
@@ -320,7 +320,7 @@ fn a_panic_of_one_shard_answers_everybody_on_all_shards() {
         for shard in 0..3 {
             assert_eq!(ask(&runtime, shard, Request::Flush).expect_err("it is closed").kind(), ErrorKind::Closed);
         }
-        assert_eq!(runtime.shared_for_tests().places.under_way(), (0, 0), "every place is free again");
+        assert_eq!(runtime.shared_for_tests().request_permits.in_use(), (0, 0), "every place is free again");
     });
 }
 
@@ -337,7 +337,7 @@ fn dropped_replies_leak_nothing() {
             drop(reply);
         }
         close(&runtime);
-        assert_eq!(runtime.shared_for_tests().places.under_way(), (0, 0));
+        assert_eq!(runtime.shared_for_tests().request_permits.in_use(), (0, 0));
     });
 }
 
@@ -423,7 +423,7 @@ fn the_end_of_a_shard_ends_its_tasks_on_their_thread() {
     });
 }
 
-/// Local calls beyond the bound are refused, and dropped ones free their place.
+/// TaskContext calls beyond the bound are refused, and dropped ones free their place.
 #[test]
 fn local_calls_are_bounded() {
     with_toys(1, 8, |runtime| {

@@ -71,10 +71,11 @@ fn stop(runtime: &Runtime, shard: ShardId) -> crossbeam_channel::Sender<()> {
 /// Until nothing is under way; a hang is what this would show.
 fn settle(runtime: &Runtime, held: &Held) {
     let shared = runtime.shared_for_tests();
-    let all = || std::iter::once(&shared.places).chain(shared.ports.iter().map(|port| &port.carried));
+    let all =
+        || std::iter::once(&shared.request_permits).chain(shared.mailboxes.iter().map(|mailbox| &mailbox.byte_permits));
     let since = std::time::Instant::now();
-    while all().any(|places| places.under_way() != (0, 0)) || held.bytes() != 0 {
-        let under_way: Vec<_> = all().map(|places| places.under_way()).collect();
+    while all().any(|places| places.in_use() != (0, 0)) || held.bytes() != 0 {
+        let under_way: Vec<_> = all().map(|places| places.in_use()).collect();
         assert!(since.elapsed() < Duration::from_secs(60), "{under_way:?}, {} bytes held", held.bytes());
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -165,7 +166,7 @@ fn the_end_of_a_shard_answers_what_was_kept_back() {
         }
         block_on(runtime.ended());
         drop(runtime);
-        assert_eq!(held.bytes(), 0, "nothing is kept of what was not begun");
+        assert_eq!(held.bytes(), 0, "nothing is kept of what was not bootstrap");
     });
 }
 

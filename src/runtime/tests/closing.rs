@@ -2,10 +2,10 @@
 
 use super::*;
 
-fn toys_that_close_slowly(disk: &mut dyn Disk, options: &Options, count: u16, now: Micros) -> Result<Begun<Toy>> {
-    let mut begun = toys(disk, options, count, now)?;
-    begun.machines.iter_mut().for_each(|toy| toy.close_us = 100_000);
-    Ok(begun)
+fn toys_that_close_slowly(disk: &mut dyn Disk, options: &Options, count: u16, now: Micros) -> Result<Bootstrap<Toy>> {
+    let mut bootstrap = toys(disk, options, count, now)?;
+    bootstrap.shards.iter_mut().for_each(|toy| toy.close_us = 100_000);
+    Ok(bootstrap)
 }
 
 /// If this fails, a close takes as long as its callers like (22 to 42 s were seen): threads that get `Closed` and call again keep
@@ -17,13 +17,13 @@ fn callers_who_try_again_take_no_time_from_a_store_that_is_closing() {
         let options = Options { shards: Some(1), driver, ..Options::default() };
         let runtime = start(&dir, options, toys_that_close_slowly).expect("toys open");
         let ended = AtomicBool::new(false);
-        let begun = std::sync::Barrier::new(3);
+        let bootstrap = std::sync::Barrier::new(3);
         let refused = std::thread::scope(|scope| {
             let callers: Vec<_> = (0..2)
                 .map(|_| {
                     scope.spawn(|| {
                         let mut refused = 0;
-                        begun.wait();
+                        bootstrap.wait();
                         while !ended.load(Ordering::SeqCst) {
                             let reply = ask(&runtime, 0, Request::WaitDurable(Lsn::new(1)));
                             refused += u64::from(reply.is_err_and(|error| error.kind() == ErrorKind::Closed));
@@ -34,7 +34,7 @@ fn callers_who_try_again_take_no_time_from_a_store_that_is_closing() {
                 .collect();
             let mut closing = Box::pin(runtime.close());
             assert!(block_on(poll_once(&mut closing)).is_none(), "it takes a while");
-            begun.wait();
+            bootstrap.wait();
             block_on(closing).expect("it closes");
             ended.store(true, Ordering::SeqCst);
             callers.into_iter().map(|caller| caller.join().expect("no caller panics")).sum::<u64>()

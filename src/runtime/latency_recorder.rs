@@ -5,8 +5,8 @@
 //! 2. A request is measured from when it was taken to its answer: what it waited in its inbox is its caller's to see.
 //! 3. Every request taken and not answered is known here, for the end of the thread.
 
-use super::driver::Clock;
-use super::local::LOCAL;
+use super::event_loop::Clock;
+use super::task_context::LOCAL_TOKEN_BIT;
 use crate::base::metrics::{Latency, Recent, ShardStats};
 use crate::base::{Micros, VolumeId};
 use crate::engine::{Request, Token};
@@ -38,7 +38,7 @@ impl Kind {
 }
 
 #[derive(Clone, Copy, Default)]
-struct Begun {
+struct RequestStart {
     at: Micros,
     kind: Kind,
     /// What it is counted with until it is answered.
@@ -46,12 +46,12 @@ struct Begun {
 }
 
 /// The measurements of one shard.
-pub(super) struct Meter {
+pub(super) struct LatencyRecorder {
     clock: Clock,
     /// Of tasks on this thread, by the number in their token.
-    local: Vec<Begun>,
+    local: Vec<RequestStart>,
     /// Of handles.
-    foreign: HashMap<Token, Begun, foldhash::fast::FixedState>,
+    foreign: HashMap<Token, RequestStart, foldhash::fast::FixedState>,
     read: Latency,
     commit: Latency,
     buffered: Latency,
@@ -64,13 +64,13 @@ pub(super) struct Meter {
     answered: u32,
 }
 
-impl Meter {
-    pub(super) fn new(clock: Clock) -> Meter {
+impl LatencyRecorder {
+    pub(super) fn new(clock: Clock) -> LatencyRecorder {
         let (read, commit, buffered, flush) = Default::default();
         let (recent, device) = Default::default();
         let (taken_at, answered_at) = (None, None);
         let (local, foreign) = (Vec::new(), HashMap::default());
-        Meter {
+        LatencyRecorder {
             clock,
             local,
             foreign,
@@ -86,28 +86,28 @@ impl Meter {
         }
     }
 
-    /// A request goes to the shard. Of a handle's the meter keeps the bytes that it is counted with.
-    pub(super) fn taken(&mut self, token: Token, request: &Request, bytes: u64) {
+    /// A request goes to the shard. Of a handle's the recorder keeps the bytes that it is counted with.
+    pub(super) fn request_started(&mut self, token: Token, request: &Request, bytes: u64) {
         let now = *self.taken_at.get_or_insert_with(|| self.clock.now());
-        let begun = Begun { at: now, kind: Kind::of(request), bytes };
-        if token.0 & LOCAL == 0 {
-            self.foreign.insert(token, begun);
+        let start = RequestStart { at: now, kind: Kind::of(request), bytes };
+        if token.0 & LOCAL_TOKEN_BIT == 0 {
+            self.foreign.insert(token, start);
             return;
         }
-        let place = (token.0 & !LOCAL) as usize;
+        let place = (token.0 & !LOCAL_TOKEN_BIT) as usize;
         if place >= self.local.len() {
-            self.local.resize(place + 1, Begun::default());
+            self.local.resize(place + 1, RequestStart::default());
         }
-        self.local[place] = begun;
+        self.local[place] = start;
     }
 
     /// Its answer is there. Returns the bytes that it is counted with.
-    pub(super) fn answered(&mut self, token: Token) -> u64 {
-        let begun = match token.0 & LOCAL {
+    pub(super) fn request_answered(&mut self, token: Token) -> u64 {
+        let start = match token.0 & LOCAL_TOKEN_BIT {
             0 => self.foreign.remove(&token),
-            _ => self.local.get((token.0 & !LOCAL) as usize).copied(),
+            _ => self.local.get((token.0 & !LOCAL_TOKEN_BIT) as usize).copied(),
         };
-        let Some(Begun { at, kind, bytes }) = begun else { return 0 };
+        let Some(RequestStart { at, kind, bytes }) = start else { return 0 };
         let now = *self.answered_at.get_or_insert_with(|| self.clock.now());
         let took = now.saturating_sub(at);
         match kind {
@@ -122,7 +122,7 @@ impl Meter {
     }
 
     /// An operation goes to the device.
-    pub(super) fn submitted(&mut self, op: &DiskOp) {
+    pub(super) fn operation_submitted(&mut self, op: &DiskOp) {
         let device = &mut self.device;
         device.device_operations += 1;
         match op {
@@ -142,7 +142,7 @@ impl Meter {
     }
 
     /// The lap ends.
-    pub(super) fn lap(&mut self) {
+    pub(super) fn end_round(&mut self) {
         if self.answered > 0
             && let Some(now) = self.answered_at
         {
@@ -152,7 +152,7 @@ impl Meter {
     }
 
     /// Adds what was measured to the shard's own counters.
-    pub(super) fn tell(&mut self, stats: &mut ShardStats, submissions: u64) {
+    pub(super) fn add_to(&mut self, stats: &mut ShardStats, submissions: u64) {
         self.recent.advance(self.clock.now() / 1_000_000);
         let measured = ShardStats {
             read_latency: self.read.clone(),
@@ -168,7 +168,7 @@ impl Meter {
     }
 
     /// Requests of handles that were taken and not answered, with their bytes.
-    pub(super) fn open(self) -> impl Iterator<Item = (Token, u64)> {
-        self.foreign.into_iter().map(|(token, begun)| (token, begun.bytes))
+    pub(super) fn into_unanswered(self) -> impl Iterator<Item = (Token, u64)> {
+        self.foreign.into_iter().map(|(token, start)| (token, start.bytes))
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   spawn_on --closure--> spawns --run--> task --call--> queue --lap--> shard --> slot of the reply --> task
-//!   woken on the thread: run queue.   woken elsewhere: the port's `woken`, and the thread is roused
+//!   woken on the thread: run queue.   woken elsewhere: the mailbox's `woken_tasks`, and the thread is unparked
 //! ```
 //! Invariants
 //! 1. Futures and their requests never leave the thread: no atomics but the task's own.
@@ -16,11 +16,11 @@
 //! The tasks are `async-task`'s, on both drivers. An executor that parks in a ring of its own would not see wake-ups
 //! from other threads while the shard waits in the shard's ring, nor say whether a task is runnable before it does.
 
-use super::shared::{Port, Shared, closed, counted_bytes};
+use super::shared::{RuntimeShared, ShardMailbox, charged_bytes, closed};
 use crate::base::ShardId;
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::engine::{Request, Response, Token};
-use crate::mesh::{Dropped, Polled, Slot};
+use crate::mesh::{Abandoned, Polled, ReplySlot};
 use async_task::{Runnable, Task};
 use slab::Slab;
 use std::any::Any;
@@ -34,35 +34,35 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 /// Marks the tokens of requests that stay on their thread.
-pub(super) const LOCAL: u64 = 1 << 63;
+pub(super) const LOCAL_TOKEN_BIT: u64 = 1 << 63;
 /// Tasks of one shard.
 pub(super) const TASKS_MAX: usize = 1 << 16;
 /// Tasks run between two looks at everything else.
-pub(super) const RUN_MAX: usize = 512;
+pub(super) const TASKS_PER_ROUND: usize = 512;
 
 thread_local! {
     static RUNNABLE: RefCell<VecDeque<Runnable>> = const { RefCell::new(VecDeque::new()) };
-    /// The port of the shard that this thread drives.
-    static HERE: Cell<*const Port> = const { Cell::new(std::ptr::null()) };
+    /// The mailbox of the shard that this thread drives.
+    static CURRENT_SHARD: Cell<*const ShardMailbox> = const { Cell::new(std::ptr::null()) };
 }
 
 /// What a task's end was.
-enum End<T> {
+enum TaskOutcome<T> {
     Done(T),
     Panicked(Box<dyn Any + Send>),
-    Stopped,
+    ShardEnded,
     /// It was not begun: the shard has as many tasks as it may.
     Refused,
 }
 
 /// A closure on its way to a shard, which makes a task of it there.
-pub(super) struct Spawn(Box<dyn FnOnce(&Local) + Send>);
+pub(super) struct SpawnRequest(Box<dyn FnOnce(&TaskContext) + Send>);
 
 /// A task's result, to come. Dropping it does not stop the task.
 #[must_use = "the task runs whether this is awaited or not"]
-pub(crate) struct Join<T>(Option<Arc<Slot<End<T>>>>);
+pub(crate) struct TaskHandle<T>(Option<Arc<ReplySlot<TaskOutcome<T>>>>);
 
-impl<T> Future for Join<T> {
+impl<T> Future for TaskHandle<T> {
     type Output = Result<T>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<T>> {
@@ -73,86 +73,91 @@ impl<T> Future for Join<T> {
         };
         self.0 = None;
         match end.map(|end| *end) {
-            Some(End::Done(value)) => Poll::Ready(Ok(value)),
-            Some(End::Panicked(payload)) => resume_unwind(payload),
-            Some(End::Refused) => Poll::Ready(Err(too_many_tasks())),
-            Some(End::Stopped) | None => Poll::Ready(Err(closed())),
+            Some(TaskOutcome::Done(value)) => Poll::Ready(Ok(value)),
+            Some(TaskOutcome::Panicked(payload)) => resume_unwind(payload),
+            Some(TaskOutcome::Refused) => Poll::Ready(Err(too_many_tasks())),
+            Some(TaskOutcome::ShardEnded) | None => Poll::Ready(Err(closed())),
         }
     }
 }
 
-impl<T> Drop for Join<T> {
+impl<T> Drop for TaskHandle<T> {
     fn drop(&mut self) {
         if let Some(slot) = &self.0 {
             // The slot is freed with its last reference, whoever has it.
-            let (Dropped::Left | Dropped::Free) = slot.abandon();
+            let (Abandoned::Left | Abandoned::Free) = slot.abandon();
         }
     }
 }
 
 /// Tells the one who waits, also if the task is dropped unfinished.
-struct Teller<T>(Arc<Slot<End<T>>>);
+struct CompletionGuard<T>(Arc<ReplySlot<TaskOutcome<T>>>);
 
-impl<T> Drop for Teller<T> {
+impl<T> Drop for CompletionGuard<T> {
     fn drop(&mut self) {
-        self.0.complete(End::Stopped);
+        self.0.complete(TaskOutcome::ShardEnded);
     }
 }
 
-impl Spawn {
+impl SpawnRequest {
     /// The closure, and what will become of its task.
-    pub(super) fn new<T, F, G>(make: G) -> (Spawn, Join<T>)
+    pub(super) fn new<T, F, G>(make: G) -> (SpawnRequest, TaskHandle<T>)
     where
         T: Send + 'static,
         F: Future<Output = T> + 'static,
-        G: FnOnce(Local) -> F + Send + 'static,
+        G: FnOnce(TaskContext) -> F + Send + 'static,
     {
-        let slot = Arc::new(Slot::default());
-        let teller = Teller(slot.clone());
-        let spawn = move |local: &Local| {
+        let slot = Arc::new(ReplySlot::default());
+        let guard = CompletionGuard(slot.clone());
+        let spawn = move |local: &TaskContext| {
             let own = local.clone();
-            local.start(teller, async move { make(own).await });
+            local.start(guard, async move { make(own).await });
         };
-        (Spawn(Box::new(spawn)), Join(Some(slot)))
+        (SpawnRequest(Box::new(spawn)), TaskHandle(Some(slot)))
     }
 }
 
 /// One request that stays on its thread.
-enum Place {
+enum PendingRequest {
     /// Too many bytes are under way: the request, and its number among those kept back.
-    Kept(u64, Request, Option<Waker>),
+    Deferred(u64, Request, Option<Waker>),
     /// Under way, with its bytes.
-    Waiting(u64, Option<Waker>),
+    InFlight(u64, Option<Waker>),
     Answered(Result<Response>),
     /// Under way, and nobody wants the reply.
     Abandoned(u64),
 }
 
 /// The tasks of one shard, and their requests.
-pub(super) struct Locals {
+pub(super) struct ShardTasks {
     shard: ShardId,
-    shared: Arc<Shared>,
+    shared: Arc<RuntimeShared>,
     requests_max: usize,
     request_bytes_max: u64,
     queue: RefCell<VecDeque<(Token, Request)>>,
-    replies: RefCell<Slab<Place>>,
+    replies: RefCell<Slab<PendingRequest>>,
     /// Of the requests under way, those in the queue included.
     bytes: Cell<u64>,
     /// Requests kept back: where they are, by when they came.
-    kept: RefCell<BTreeMap<u64, usize>>,
-    kept_next: Cell<u64>,
+    deferred: RefCell<BTreeMap<u64, usize>>,
+    deferred_next: Cell<u64>,
     tasks: RefCell<Slab<Task<()>>>,
     closed: Cell<bool>,
 }
 
 /// A shard, for a task that runs on its thread.
 #[derive(Clone)]
-pub(crate) struct Local(Rc<Locals>);
+pub(crate) struct TaskContext(Rc<ShardTasks>);
 
-impl Local {
+impl TaskContext {
     /// The tasks of `shard`, driven by this thread.
-    pub(super) fn new(shard: ShardId, shared: Arc<Shared>, requests_max: usize, request_bytes_max: u64) -> Local {
-        let local = Local(Rc::new(Locals {
+    pub(super) fn new(
+        shard: ShardId,
+        shared: Arc<RuntimeShared>,
+        requests_max: usize,
+        request_bytes_max: u64,
+    ) -> TaskContext {
+        let local = TaskContext(Rc::new(ShardTasks {
             shard,
             shared,
             requests_max,
@@ -160,17 +165,17 @@ impl Local {
             queue: RefCell::default(),
             replies: RefCell::default(),
             bytes: Cell::new(0),
-            kept: RefCell::default(),
-            kept_next: Cell::new(0),
+            deferred: RefCell::default(),
+            deferred_next: Cell::new(0),
             tasks: RefCell::default(),
             closed: Cell::new(false),
         }));
-        HERE.set(local.port());
+        CURRENT_SHARD.set(local.mailbox());
         local
     }
 
-    fn port(&self) -> &Port {
-        &self.0.shared.ports[usize::from(self.0.shard.get())]
+    fn mailbox(&self) -> &ShardMailbox {
+        &self.0.shared.mailboxes[usize::from(self.0.shard.get())]
     }
 
     /// The shard.
@@ -186,34 +191,34 @@ impl Local {
         if self.0.is_closed() || replies.len() >= self.0.requests_max {
             return LocalReply { local: self.clone(), key: None };
         }
-        let bytes = counted_bytes(&request);
-        let key = if bytes == 0 || self.0.has_room_for_bytes() && self.0.kept.borrow().is_empty() {
+        let bytes = charged_bytes(&request);
+        let key = if bytes == 0 || self.0.has_room_for_bytes() && self.0.deferred.borrow().is_empty() {
             self.0.bytes.set(self.0.bytes.get() + bytes);
-            let key = replies.insert(Place::Waiting(bytes, None));
+            let key = replies.insert(PendingRequest::InFlight(bytes, None));
             self.0.queue.borrow_mut().push_back((token(key), request));
             key
         } else {
-            let number = self.0.kept_next.replace(self.0.kept_next.get() + 1);
-            let key = replies.insert(Place::Kept(number, request, None));
-            self.0.kept.borrow_mut().insert(number, key);
+            let number = self.0.deferred_next.replace(self.0.deferred_next.get() + 1);
+            let key = replies.insert(PendingRequest::Deferred(number, request, None));
+            self.0.deferred.borrow_mut().insert(number, key);
             key
         };
         LocalReply { local: self.clone(), key: Some(key) }
     }
 
     /// Runs `future` as a task of its own on this thread.
-    pub(crate) fn spawn<T: Send + 'static>(&self, future: impl Future<Output = T> + 'static) -> Join<T> {
-        let slot = Arc::new(Slot::default());
-        self.start(Teller(slot.clone()), future);
-        Join(Some(slot))
+    pub(crate) fn spawn<T: Send + 'static>(&self, future: impl Future<Output = T> + 'static) -> TaskHandle<T> {
+        let slot = Arc::new(ReplySlot::default());
+        self.start(CompletionGuard(slot.clone()), future);
+        TaskHandle(Some(slot))
     }
 
-    fn start<T: Send + 'static>(&self, teller: Teller<T>, future: impl Future<Output = T> + 'static) {
+    fn start<T: Send + 'static>(&self, guard: CompletionGuard<T>, future: impl Future<Output = T> + 'static) {
         let mut tasks = self.0.tasks.borrow_mut();
         if self.0.closed.get() || tasks.len() >= TASKS_MAX {
             drop(tasks);
             if !self.0.closed.get() {
-                teller.0.complete(End::Refused);
+                guard.0.complete(TaskOutcome::Refused);
             }
             return;
         }
@@ -221,17 +226,17 @@ impl Local {
         let (key, local) = (entry.key(), Rc::downgrade(&self.0));
         let body = async move {
             let end = match Guarded(Box::pin(future)).await {
-                Ok(value) => End::Done(value),
-                Err(payload) => End::Panicked(payload),
+                Ok(value) => TaskOutcome::Done(value),
+                Err(payload) => TaskOutcome::Panicked(payload),
             };
-            teller.0.complete(end);
+            guard.0.complete(end);
             let own = local.upgrade().and_then(|local| local.tasks.borrow_mut().try_remove(key));
             if let Some(task) = own {
                 task.detach();
             }
         };
         let (shared, shard) = (self.0.shared.clone(), usize::from(self.0.shard.get()));
-        let schedule = move |runnable| schedule(&shared.ports[shard], runnable);
+        let schedule = move |runnable| schedule(&shared.mailboxes[shard], runnable);
         let (runnable, task) = async_task::spawn_local(body, schedule);
         entry.insert(task);
         drop(tasks);
@@ -245,20 +250,20 @@ impl Local {
 
     /// The reply to one of them.
     pub(super) fn reply(&self, token: Token, result: Result<Response>) {
-        let key = (token.0 & !LOCAL) as usize;
+        let key = (token.0 & !LOCAL_TOKEN_BIT) as usize;
         let mut replies = self.0.replies.borrow_mut();
-        let Some(place) = replies.get_mut(key) else { return };
-        let (bytes, waker) = match place {
-            Place::Abandoned(bytes) => (*bytes, None),
-            Place::Answered(_) => return,
-            Place::Waiting(bytes, waker) => (*bytes, waker.take()),
-            Place::Kept(..) => unreachable!("a request that is kept back is not under way"),
+        let Some(pending) = replies.get_mut(key) else { return };
+        let (bytes, waker) = match pending {
+            PendingRequest::Abandoned(bytes) => (*bytes, None),
+            PendingRequest::Answered(_) => return,
+            PendingRequest::InFlight(bytes, waker) => (*bytes, waker.take()),
+            PendingRequest::Deferred(..) => unreachable!("a request that is kept back is not under way"),
         };
-        let unwanted = match place {
-            Place::Abandoned(_) => replies.try_remove(key),
-            _ => Some(std::mem::replace(place, Place::Answered(result))),
+        let unwanted = match pending {
+            PendingRequest::Abandoned(_) => replies.try_remove(key),
+            _ => Some(std::mem::replace(pending, PendingRequest::Answered(result))),
         };
-        self.0.give_back(bytes, &mut replies);
+        self.0.release_bytes(bytes, &mut replies);
         drop(replies);
         drop(unwanted);
         if let Some(waker) = waker {
@@ -268,24 +273,24 @@ impl Local {
 
     /// Whether a task could run, or a request be taken.
     pub(super) fn has_work(&self, accepting: bool) -> bool {
-        let port = self.port();
+        let mailbox = self.mailbox();
         RUNNABLE.with_borrow(|tasks| !tasks.is_empty())
-            || !port.woken.is_empty()
-            || !port.spawns.is_empty()
+            || !mailbox.woken_tasks.is_empty()
+            || !mailbox.spawn_queue.is_empty()
             || accepting && !self.0.queue.borrow().is_empty()
     }
 
     /// Starts what others have sent here and runs tasks, bounded; whether any ran.
     pub(super) fn run(&self) -> bool {
-        let port = self.port();
-        while let Some(Spawn(start)) = port.spawns.pop() {
+        let mailbox = self.mailbox();
+        while let Some(SpawnRequest(start)) = mailbox.spawn_queue.pop() {
             start(self);
         }
         let mut ran = 0;
-        while ran < RUN_MAX {
-            let next = RUNNABLE.with_borrow_mut(VecDeque::pop_front).or_else(|| match port.woken.is_empty() {
+        while ran < TASKS_PER_ROUND {
+            let next = RUNNABLE.with_borrow_mut(VecDeque::pop_front).or_else(|| match mailbox.woken_tasks.is_empty() {
                 true => None,
-                false => port.woken.pop(),
+                false => mailbox.woken_tasks.pop(),
             });
             let Some(runnable) = next else { break };
             runnable.run();
@@ -295,11 +300,11 @@ impl Local {
     }
 
     /// The shard has ended, and these were not begun.
-    fn refuse_kept(&self) {
-        for key in self.0.kept.take().into_values() {
-            let refused = Place::Answered(Err(closed()));
-            let former = self.0.replies.borrow_mut().get_mut(key).map(|place| std::mem::replace(place, refused));
-            if let Some(Place::Kept(_, request, waker)) = former {
+    fn refuse_deferred(&self) {
+        for key in self.0.deferred.take().into_values() {
+            let refused = PendingRequest::Answered(Err(closed()));
+            let former = self.0.replies.borrow_mut().get_mut(key).map(|pending| std::mem::replace(pending, refused));
+            if let Some(PendingRequest::Deferred(_, request, waker)) = former {
                 drop(request);
                 waker.into_iter().for_each(Waker::wake);
             }
@@ -309,7 +314,7 @@ impl Local {
     /// The shard has ended: its tasks are told, and then dropped, on this thread.
     pub(super) fn end(&self) {
         self.0.closed.set(true);
-        self.refuse_kept();
+        self.refuse_deferred();
         let waiting: Vec<usize> = self.0.replies.borrow().iter().map(|(key, _)| key).collect();
         let context = "the shard stopped; whether this was done is not known: reopen the store and look";
         for key in waiting {
@@ -321,11 +326,11 @@ impl Local {
         // Each is scheduled once more, to drop its future here.
         drop(tasks);
         while self.run() {}
-        HERE.set(std::ptr::null());
+        CURRENT_SHARD.set(std::ptr::null());
     }
 }
 
-impl Locals {
+impl ShardTasks {
     /// The shard takes nothing more from its tasks.
     fn is_closed(&self) -> bool {
         self.closed.get() || self.shared.is_closing()
@@ -336,15 +341,20 @@ impl Locals {
     }
 
     /// A request with so many bytes is under way no more: those that were kept back go, as long as there is room.
-    fn give_back(&self, bytes: u64, replies: &mut Slab<Place>) {
+    fn release_bytes(&self, bytes: u64, replies: &mut Slab<PendingRequest>) {
         assert!(bytes <= self.bytes.get(), "{bytes} bytes are given back, {} were taken", self.bytes.get());
         self.bytes.set(self.bytes.get() - bytes);
         while self.has_room_for_bytes() {
-            let Some((_, key)) = self.kept.borrow_mut().pop_first() else { return };
-            let Some(place @ Place::Kept(..)) = replies.get_mut(key) else { unreachable!("it is kept back") };
-            let Place::Kept(_, request, waker) = std::mem::replace(place, Place::Abandoned(0)) else { return };
-            let bytes = counted_bytes(&request);
-            *place = Place::Waiting(bytes, waker);
+            let Some((_, key)) = self.deferred.borrow_mut().pop_first() else { return };
+            let Some(pending @ PendingRequest::Deferred(..)) = replies.get_mut(key) else {
+                unreachable!("it is kept back")
+            };
+            let PendingRequest::Deferred(_, request, waker) = std::mem::replace(pending, PendingRequest::Abandoned(0))
+            else {
+                return;
+            };
+            let bytes = charged_bytes(&request);
+            *pending = PendingRequest::InFlight(bytes, waker);
             self.bytes.set(self.bytes.get() + bytes);
             self.queue.borrow_mut().push_back((token(key), request));
         }
@@ -356,22 +366,22 @@ fn too_many_tasks() -> Error {
 }
 
 fn token(key: usize) -> Token {
-    Token(key as u64 | LOCAL)
+    Token(key as u64 | LOCAL_TOKEN_BIT)
 }
 
-fn schedule(port: &Port, runnable: Runnable) {
-    if HERE.try_with(Cell::get).is_ok_and(|here| std::ptr::eq(here, port)) {
+fn schedule(mailbox: &ShardMailbox, runnable: Runnable) {
+    if CURRENT_SHARD.try_with(Cell::get).is_ok_and(|here| std::ptr::eq(here, mailbox)) {
         RUNNABLE.with_borrow_mut(|tasks| tasks.push_back(runnable));
     } else {
-        port.woken.push(runnable);
-        port.parking.rouse();
+        mailbox.woken_tasks.push(runnable);
+        mailbox.parking.unpark();
     }
 }
 
 /// The reply to a request that stays on its thread, to come.
 #[must_use = "the request is under way whether this is awaited or not"]
 pub(crate) struct LocalReply {
-    local: Local,
+    local: TaskContext,
     /// `None`: it was refused, or the reply was taken.
     key: Option<usize>,
 }
@@ -382,14 +392,16 @@ impl Future for LocalReply {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
         let Some(key) = self.key else { return Poll::Ready(Err(self.refusal())) };
         let mut replies = self.local.0.replies.borrow_mut();
-        if let Place::Waiting(_, waker) | Place::Kept(.., waker) = &mut replies[key] {
+        if let PendingRequest::InFlight(_, waker) | PendingRequest::Deferred(.., waker) = &mut replies[key] {
             match waker {
                 Some(known) => known.clone_from(cx.waker()),
                 none => *none = Some(cx.waker().clone()),
             }
             return Poll::Pending;
         }
-        let Place::Answered(result) = replies.remove(key) else { unreachable!("only a drop abandons a reply") };
+        let PendingRequest::Answered(result) = replies.remove(key) else {
+            unreachable!("only a drop abandons a reply")
+        };
         drop(replies);
         self.key = None;
         Poll::Ready(result)
@@ -411,13 +423,13 @@ impl Drop for LocalReply {
         let Some(key) = self.key else { return };
         let mut replies = self.local.0.replies.borrow_mut();
         let unwanted = match replies[key] {
-            Place::Answered(_) => replies.try_remove(key),
-            Place::Kept(number, ..) => {
-                self.local.0.kept.borrow_mut().remove(&number);
+            PendingRequest::Answered(_) => replies.try_remove(key),
+            PendingRequest::Deferred(number, ..) => {
+                self.local.0.deferred.borrow_mut().remove(&number);
                 replies.try_remove(key)
             }
-            Place::Waiting(bytes, _) | Place::Abandoned(bytes) => {
-                Some(std::mem::replace(&mut replies[key], Place::Abandoned(bytes)))
+            PendingRequest::InFlight(bytes, _) | PendingRequest::Abandoned(bytes) => {
+                Some(std::mem::replace(&mut replies[key], PendingRequest::Abandoned(bytes)))
             }
         };
         drop(replies);

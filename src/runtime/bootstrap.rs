@@ -10,8 +10,8 @@ use crate::io::Disk;
 use std::sync::Arc;
 
 /// What opening a store begins with.
-pub(super) struct Begun<M> {
-    pub(super) machines: Vec<M>,
+pub(super) struct Bootstrap<M> {
+    pub(super) shards: Vec<M>,
     pub(super) recovery: RecoveryReport,
     pub(super) order: Arc<GlobalOrder>,
     /// What one commit may count at most.
@@ -21,7 +21,12 @@ pub(super) struct Begun<M> {
 }
 
 /// Begins to open the store on `disk`.
-pub(super) fn begin(disk: &mut dyn Disk, options: &Options, shards_count: u16, now: Micros) -> Result<Begun<Shard>> {
+pub(super) fn bootstrap(
+    disk: &mut dyn Disk,
+    options: &Options,
+    shards_count: u16,
+    now: Micros,
+) -> Result<Bootstrap<Shard>> {
     let mut random = [0; 8];
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
         .map_err(|e| Error::io("asking the kernel for random bytes", e.into()))?;
@@ -31,11 +36,11 @@ pub(super) fn begin(disk: &mut dyn Disk, options: &Options, shards_count: u16, n
         tracing::warn!("{warning}");
     }
     let first = opening.shards.first().ok_or_else(|| Error::invalid("a store needs a shard"))?;
-    Ok(Begun {
+    Ok(Bootstrap {
         txn_bytes_max: first.txn_bytes_max(),
         deal: first.deal(),
         order: opening.order,
-        machines: opening.shards,
+        shards: opening.shards,
         recovery: report,
     })
 }

@@ -1,4 +1,4 @@
-//! Where the reply to one request waits for the one who asked.
+//! A slot for the reply to one request: one side completes it, the other side, the asker, waits for it.
 //!
 //! ```text
 //!            complete                    put
@@ -20,14 +20,14 @@ const ANSWERING: u8 = 1;
 const ANSWERED: u8 = 2;
 const ABANDONED: u8 = 3;
 
-/// The slot.
-pub(crate) struct Slot<T> {
+/// The slot for one reply.
+pub(crate) struct ReplySlot<T> {
     state: AtomicU8,
     waker: AtomicWaker,
     result: Hand<T>,
 }
 
-/// What came of a completion.
+/// The result of [`ReplySlot::complete`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Completed {
     /// The asker has been woken.
@@ -38,30 +38,30 @@ pub(crate) enum Completed {
     Ignored,
 }
 
-/// What the asker found.
+/// The result of [`ReplySlot::poll`].
 pub(crate) enum Polled<T> {
     Pending,
     /// The result, if there was one; the caller frees the slot.
     Free(Option<Box<T>>),
 }
 
-/// What is left to do when the asker goes.
+/// The result of [`ReplySlot::abandon`]: who frees the slot.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Dropped {
+pub(crate) enum Abandoned {
     /// The answerer will free the slot.
     Left,
     /// The caller frees the slot.
     Free,
 }
 
-impl<T> Default for Slot<T> {
+impl<T> Default for ReplySlot<T> {
     fn default() -> Self {
-        Slot { state: AtomicU8::new(WAITING), waker: AtomicWaker::default(), result: Hand::default() }
+        ReplySlot { state: AtomicU8::new(WAITING), waker: AtomicWaker::default(), result: Hand::default() }
     }
 }
 
-impl<T> Slot<T> {
-    /// The reply has come.
+impl<T> ReplySlot<T> {
+    /// Stores the reply, and wakes the asker.
     pub(crate) fn complete(&self, result: T) -> Completed {
         match self.state.compare_exchange(WAITING, ANSWERING, Ordering::Acquire, Ordering::Acquire) {
             Ok(_) => {}
@@ -78,7 +78,7 @@ impl<T> Slot<T> {
         }
     }
 
-    /// The asker looks; `waker` is woken when there is more to see.
+    /// Takes the reply if it has come; if not, `waker` is woken when it does.
     pub(crate) fn poll(&self, waker: &Waker) -> Polled<T> {
         if self.state.load(Ordering::Acquire) != ANSWERED {
             self.waker.register(waker);
@@ -89,11 +89,11 @@ impl<T> Slot<T> {
         Polled::Free(self.result.take())
     }
 
-    /// The asker goes without the reply.
-    pub(crate) fn abandon(&self) -> Dropped {
+    /// The asker gives up waiting for the reply.
+    pub(crate) fn abandon(&self) -> Abandoned {
         match self.state.swap(ABANDONED, Ordering::AcqRel) {
-            ANSWERED => Dropped::Free,
-            _ => Dropped::Left,
+            ANSWERED => Abandoned::Free,
+            _ => Abandoned::Left,
         }
     }
 }
@@ -119,11 +119,11 @@ mod loom {
     /// One answerer, one asker that looks and then waits or goes; the slot is freed once, whatever happens.
     fn exchange(
         verdict: &Verdict,
-        complete: fn(&Slot<u32>) -> Completed,
-        poll: fn(&Slot<u32>, &Waker) -> Polled<u32>,
+        complete: fn(&ReplySlot<u32>) -> Completed,
+        poll: fn(&ReplySlot<u32>, &Waker) -> Polled<u32>,
         goes: bool,
     ) {
-        let slot = Arc::new(Slot::default());
+        let slot = Arc::new(ReplySlot::default());
         let freed = std::sync::Arc::new(AtomicUsize::new(0));
         let (theirs, counts) = (slot.clone(), freed.clone());
         let answerer = thread::spawn(move || {
@@ -141,7 +141,7 @@ mod loom {
             }
             Polled::Pending => false,
         };
-        if !taken && goes && slot.abandon() == Dropped::Free {
+        if !taken && goes && slot.abandon() == Abandoned::Free {
             freed.fetch_add(1, Real::SeqCst);
         }
         answerer.join().unwrap();
@@ -154,7 +154,11 @@ mod loom {
         verdict.expect(matches!(poll(&slot, &waker), Polled::Free(Some(result)) if *result == 7));
     }
 
-    fn holds(complete: fn(&Slot<u32>) -> Completed, poll: fn(&Slot<u32>, &Waker) -> Polled<u32>, goes: bool) -> bool {
+    fn holds(
+        complete: fn(&ReplySlot<u32>) -> Completed,
+        poll: fn(&ReplySlot<u32>, &Waker) -> Polled<u32>,
+        goes: bool,
+    ) -> bool {
         model::holds(None, move |verdict| exchange(verdict, complete, poll, goes))
     }
 
@@ -162,7 +166,7 @@ mod loom {
     #[test]
     fn loom_each_reply_is_taken_once_and_each_slot_freed_once() {
         for goes in [false, true] {
-            assert!(holds(|slot| slot.complete(7), Slot::poll, goes));
+            assert!(holds(|slot| slot.complete(7), ReplySlot::poll, goes));
         }
     }
 
@@ -170,7 +174,7 @@ mod loom {
     #[test]
     fn loom_the_first_completion_counts() {
         assert!(model::holds(None, |verdict| {
-            let slot = Arc::new(Slot::default());
+            let slot = Arc::new(ReplySlot::default());
             let theirs = slot.clone();
             let other = thread::spawn(move || theirs.complete(8));
             let own = slot.complete(7);
@@ -184,14 +188,14 @@ mod loom {
 
     #[test]
     fn loom_mutants_of_the_slot_are_caught() {
-        let early = |slot: &Slot<u32>| {
+        let early = |slot: &ReplySlot<u32>| {
             slot.state.store(ANSWERED, Ordering::Release);
             slot.result.store(Some(Box::new(7)));
             slot.waker.wake();
             Completed::Delivered
         };
-        assert!(!holds(early, Slot::poll, false), "answered before the result is there");
-        let deaf = |slot: &Slot<u32>, waker: &Waker| {
+        assert!(!holds(early, ReplySlot::poll, false), "answered before the result is there");
+        let deaf = |slot: &ReplySlot<u32>, waker: &Waker| {
             if slot.state.load(Ordering::Acquire) == ANSWERED {
                 return Polled::Free(slot.result.take());
             }
@@ -199,12 +203,12 @@ mod loom {
             Polled::Pending
         };
         assert!(!holds(|slot| slot.complete(7), deaf, false), "an asker that does not look again");
-        let blind = |slot: &Slot<u32>| {
+        let blind = |slot: &ReplySlot<u32>| {
             slot.result.store(Some(Box::new(7)));
             slot.state.store(ANSWERED, Ordering::Release);
             slot.waker.wake();
             Completed::Delivered
         };
-        assert!(!holds(blind, Slot::poll, true), "an answerer that does not see that the asker has gone");
+        assert!(!holds(blind, ReplySlot::poll, true), "an answerer that does not see that the asker has gone");
     }
 }

@@ -13,14 +13,14 @@
 //!
 //! It does *not* know which disk, executor or thread it runs on.
 
-use super::local::{LOCAL, Local};
-use super::meter::Meter;
-use super::shared::{Brought, Port, Shared};
+use super::latency_recorder::LatencyRecorder;
+use super::shared::{QueuedRequest, RuntimeShared, ShardMailbox};
+use super::task_context::{LOCAL_TOKEN_BIT, TaskContext};
 use crate::base::{Lsn, Micros, ShardId};
 use crate::engine::order::GlobalOrder;
 use crate::engine::{Effect, Host, Response, StateMachine, step};
 use crate::io::{Completion, Disk, DiskOp};
-use crate::mesh::{Lanes, raised};
+use crate::mesh::{Channels, unpark_for_level};
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::ops::ControlFlow;
@@ -28,7 +28,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Requests taken from the inbox in one lap, and as many from tasks.
-const BATCH: usize = 256;
+const REQUESTS_PER_ROUND: usize = 256;
 
 /// Completions taken in one lap at most: this part of what is at the device, and no fewer than so many.
 const COMPLETIONS_SHARE: usize = 4;
@@ -52,14 +52,14 @@ impl Clock {
 
 /// How long to poll after the last thing that happened.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Pace {
-    For(Micros),
-    WithoutEnd,
+pub(super) enum PollPolicy {
+    SpinFor(Micros),
+    SpinForever,
 }
 
 /// What a lap came to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Lap {
+pub(super) enum PollOutcome {
     Busy,
     Idle,
     /// The shard is closed, or all are to end.
@@ -67,178 +67,179 @@ pub(super) enum Lap {
 }
 
 /// What a driver is made of.
-pub(super) struct Rig<M: StateMachine> {
+pub(super) struct EventLoopParts<M: StateMachine> {
     pub(super) id: ShardId,
-    pub(super) machine: M,
-    pub(super) shared: Arc<Shared>,
-    pub(super) lanes: Lanes<M::Message>,
+    pub(super) shard: M,
+    pub(super) shared: Arc<RuntimeShared>,
+    pub(super) channels: Channels<M::Message>,
     pub(super) order: Arc<GlobalOrder>,
     pub(super) clock: Clock,
-    pub(super) pace: Pace,
+    pub(super) poll_policy: PollPolicy,
     pub(super) requests_max: usize,
     pub(super) request_bytes_max: u64,
 }
 
 /// Requests that were answered, those among them that carried something, and how much.
 #[derive(Default)]
-struct Answered {
+struct ReleasedPermits {
     count: usize,
     carrying: usize,
     bytes: u64,
 }
 
-impl Answered {
-    fn leave(self, shared: &Shared, port: &Port) {
-        shared.places.leave(self.count, 0);
-        port.carried.leave(self.carrying, self.bytes);
+impl ReleasedPermits {
+    fn release_to(self, shared: &RuntimeShared, mailbox: &ShardMailbox) {
+        shared.request_permits.release(self.count, 0);
+        mailbox.byte_permits.release(self.carrying, self.bytes);
     }
 }
 
 /// A shard with its disk, on its thread.
-pub(super) struct Driver<M: StateMachine, D: Disk> {
-    machine: M,
+pub(super) struct EventLoop<M: StateMachine, D: Disk> {
+    shard: M,
     host: ThreadHost<M, D>,
 }
 
 /// Everything around the shard.
 struct ThreadHost<M: StateMachine, D: Disk> {
     id: ShardId,
-    shared: Arc<Shared>,
-    lanes: Lanes<M::Message>,
+    shared: Arc<RuntimeShared>,
+    channels: Channels<M::Message>,
     order: Arc<GlobalOrder>,
     clock: Clock,
-    pace: Pace,
+    poll_policy: PollPolicy,
     disk: D,
-    local: Local,
-    meter: Meter,
+    tasks: TaskContext,
+    recorder: LatencyRecorder,
     /// Of handles, answered in this lap: what they have taken is still to be given back.
-    answered: Answered,
+    released: ReleasedPermits,
     reaped: Vec<Completion>,
     /// Reaped, and not taken yet.
     completions: VecDeque<Completion>,
     /// Flushes under way.
     flushes: usize,
     /// The watermark that this thread has seen.
-    seen: Lsn,
+    watermark_seen: Lsn,
     due: Option<Micros>,
     turned: bool,
     /// Whether the shard's failure was told.
-    failure_told: bool,
+    failure_reported: bool,
     now: Micros,
     active_at: Micros,
 }
 
-impl<M: StateMachine, D: Disk> Driver<M, D> {
-    pub(super) fn new(rig: Rig<M>, mut disk: D) -> Self {
-        let Rig { id, machine, shared, lanes, order, clock, pace, requests_max, request_bytes_max } = rig;
-        if let Some(memory) = machine.mapping() {
+impl<M: StateMachine, D: Disk> EventLoop<M, D> {
+    pub(super) fn new(parts: EventLoopParts<M>, mut disk: D) -> Self {
+        let EventLoopParts { id, shard, shared, channels, order, clock, poll_policy, requests_max, request_bytes_max } =
+            parts;
+        if let Some(memory) = shard.mapping() {
             disk.register(memory);
         }
         let now = clock.now();
         let host = ThreadHost {
-            local: Local::new(id, shared.clone(), requests_max, request_bytes_max),
-            meter: Meter::new(clock),
+            tasks: TaskContext::new(id, shared.clone(), requests_max, request_bytes_max),
+            recorder: LatencyRecorder::new(clock),
             id,
             shared,
-            lanes,
+            channels,
             order,
             clock,
-            pace,
+            poll_policy,
             disk,
-            answered: Answered::default(),
+            released: ReleasedPermits::default(),
             reaped: Vec::new(),
             completions: VecDeque::new(),
             flushes: 0,
-            seen: Lsn::ZERO,
+            watermark_seen: Lsn::ZERO,
             due: None,
             turned: false,
-            failure_told: false,
+            failure_reported: false,
             now,
             active_at: now,
         };
-        Driver { machine, host }
+        EventLoop { shard, host }
     }
 
-    pub(super) fn machine(&self) -> &M {
-        &self.machine
+    pub(super) fn shard(&self) -> &M {
+        &self.shard
     }
 
-    /// One lap. After an idle one the caller lets it [`rest`](Self::rest_if).
-    pub(super) fn lap(&mut self) -> Lap {
-        let Driver { machine, host } = self;
+    /// One lap. After an idle one the caller lets it [`park_or_spin`](Self::park_or_spin_if_idle).
+    pub(super) fn poll_once(&mut self) -> PollOutcome {
+        let EventLoop { shard, host } = self;
         if host.shared.is_abandoned() {
-            return Lap::Ended;
+            return PollOutcome::Ended;
         }
-        let ControlFlow::Continue(step) = step(machine, host);
+        let ControlFlow::Continue(step) = step(shard, host);
         let mut busy = step.is_busy();
         if step.turned {
-            std::mem::take(&mut host.answered).leave(&host.shared, host.port());
-            host.due = machine.deadline();
-            host.announce();
+            std::mem::take(&mut host.released).release_to(&host.shared, host.mailbox());
+            host.due = shard.deadline();
+            host.unpark_watermark_waiters();
             host.disk.push();
         }
-        host.hand_over();
-        host.meter.lap();
-        busy |= host.local.run();
-        if machine.is_closed() && machine.ops_under_way() == 0 && host.lanes.is_handed_over() {
-            return Lap::Ended;
+        host.flush_channels();
+        host.recorder.end_round();
+        busy |= host.tasks.run();
+        if shard.is_closed() && shard.ops_under_way() == 0 && host.channels.is_flushed() {
+            return PollOutcome::Ended;
         }
         if busy {
             host.active_at = host.now;
-            return Lap::Busy;
+            return PollOutcome::Busy;
         }
-        Lap::Idle
+        PollOutcome::Idle
     }
 
     /// If nothing happened: polls on, or waits.
-    pub(super) fn rest_if(&mut self, lap: Lap) {
-        if lap == Lap::Idle {
-            self.host.rest(&self.machine);
+    pub(super) fn park_or_spin_if_idle(&mut self, outcome: PollOutcome) {
+        if outcome == PollOutcome::Idle {
+            self.host.park_or_spin(&self.shard);
         }
     }
 
     /// Ends: first what is in flight, then the tasks, then those who wait. The files have been let go on return.
     pub(super) fn end(self) {
-        let Driver { machine, host } = self;
-        let ThreadHost { id, shared, lanes, disk, local, meter, answered, .. } = host;
+        let EventLoop { shard, host } = self;
+        let ThreadHost { id, shared, channels, disk, tasks, recorder, released, .. } = host;
         let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             drop(disk);
-            drop(machine);
-            drop(lanes);
-            local.end();
+            drop(shard);
+            drop(channels);
+            tasks.end();
         }));
         if panicked.is_err() {
             tracing::error!(shard = id.get(), "ending the shard panicked");
         }
-        let port = &shared.ports[id.index()];
+        let mailbox = &shared.mailboxes[id.index()];
         // Not given back if a waker panicked.
-        answered.leave(&shared, port);
-        shared.close_port(port, meter.open());
+        released.release_to(&shared, mailbox);
+        shared.close_mailbox(mailbox, recorder.into_unanswered());
     }
 }
 
 impl<M: StateMachine, D: Disk> Host<M> for ThreadHost<M, D> {
     type Stop = Infallible;
 
-    fn deliver(&mut self, machine: &mut M) -> bool {
-        let mut any = self.take_requests(machine);
-        any |= self.take_messages(machine);
-        any | self.take_completions(machine)
+    fn deliver(&mut self, shard: &mut M) -> bool {
+        let mut any = self.take_requests(shard);
+        any |= self.take_messages(shard);
+        any | self.take_completions(shard)
     }
 
-    fn turn_at(&mut self, machine: &M, delivered: bool) -> Option<Micros> {
+    fn turn_at(&mut self, shard: &M, delivered: bool) -> Option<Micros> {
         self.now = self.clock.now();
         let is_due = delivered || !self.turned || self.due.is_some_and(|at| at <= self.now);
-        (is_due || self.is_durable(machine)).then_some(self.now)
+        (is_due || self.is_durable(shard)).then_some(self.now)
     }
 
     /// Tells whoever waits for the end of the store that it takes no writes any more.
-    fn turned(&mut self, machine: &mut M) {
+    fn turned(&mut self, shard: &mut M) {
         self.turned = true;
-        if !self.failure_told
-            && let Some(error) = machine.failure()
+        if !self.failure_reported
+            && let Some(error) = shard.failure()
         {
-            self.failure_told = true;
+            self.failure_reported = true;
             self.shared.fail(error);
         }
     }
@@ -247,22 +248,22 @@ impl<M: StateMachine, D: Disk> Host<M> for ThreadHost<M, D> {
         match effect {
             Effect::Submit(id, op) => {
                 self.flushes += usize::from(matches!(op, DiskOp::Flush { .. }));
-                self.meter.submitted(&op);
+                self.recorder.operation_submitted(&op);
                 self.disk.submit(id, op);
             }
-            Effect::Send(to, message) => self.lanes.send(to, message),
+            Effect::Send(to, message) => self.channels.send(to.index(), message),
             Effect::Reply(token, mut result) => {
-                let bytes = self.meter.answered(token);
+                let bytes = self.recorder.request_answered(token);
                 if let Ok(Response::Stats(stats)) = &mut result {
-                    self.meter.tell(stats, self.disk.calls());
+                    self.recorder.add_to(stats, self.disk.calls());
                 }
-                if token.0 & LOCAL != 0 {
-                    self.local.reply(token, result);
+                if token.0 & LOCAL_TOKEN_BIT != 0 {
+                    self.tasks.reply(token, result);
                 } else {
-                    self.answered.count += 1;
-                    self.answered.carrying += usize::from(bytes > 0);
-                    self.answered.bytes += bytes;
-                    self.shared.inflight.complete(token, result);
+                    self.released.count += 1;
+                    self.released.carrying += usize::from(bytes > 0);
+                    self.released.bytes += bytes;
+                    self.shared.in_flight.complete(token.0, result);
                 }
             }
         }
@@ -271,81 +272,84 @@ impl<M: StateMachine, D: Disk> Host<M> for ThreadHost<M, D> {
 }
 
 impl<M: StateMachine, D: Disk> ThreadHost<M, D> {
-    fn port(&self) -> &Port {
-        &self.shared.ports[self.id.index()]
+    fn mailbox(&self) -> &ShardMailbox {
+        &self.shared.mailboxes[self.id.index()]
     }
 
-    fn take_requests(&mut self, machine: &mut M) -> bool {
+    fn take_requests(&mut self, shard: &mut M) -> bool {
         let mut any = false;
-        let port = &self.shared.ports[self.id.index()];
-        for _ in 0..BATCH {
-            if !machine.accepting() {
+        let mailbox = &self.shared.mailboxes[self.id.index()];
+        for _ in 0..REQUESTS_PER_ROUND {
+            if !shard.accepting() {
                 break;
             }
-            let Some((token, request)) = self.local.next_request() else { break };
-            self.meter.taken(token, &request, 0);
-            machine.request(token, request);
+            let Some((token, request)) = self.tasks.next_request() else { break };
+            self.recorder.request_started(token, &request, 0);
+            shard.request(token, request);
             any = true;
         }
-        if port.inbox.is_empty() {
+        if mailbox.inbox.is_empty() {
             return any;
         }
-        for _ in 0..BATCH {
-            if !machine.accepting() {
+        for _ in 0..REQUESTS_PER_ROUND {
+            if !shard.accepting() {
                 break;
             }
-            let Some(Brought { token, request, bytes }) = port.inbox.pop() else { break };
-            self.meter.taken(token, &request, bytes);
-            machine.request(token, request);
+            let Some(QueuedRequest { token, request, bytes }) = mailbox.inbox.pop() else { break };
+            self.recorder.request_started(token, &request, bytes);
+            shard.request(token, request);
             any = true;
         }
         any
     }
 
-    fn take_messages(&mut self, machine: &mut M) -> bool {
-        let ports = &self.shared.ports;
-        self.lanes.take(|from, message| machine.message(from, message), |from| ports[from.index()].parking.rouse())
+    fn take_messages(&mut self, shard: &mut M) -> bool {
+        let mailboxes = &self.shared.mailboxes;
+        self.channels.receive(
+            |from, message| shard.message(ShardId::new(from as u16), message),
+            |from| mailboxes[from].parking.unpark(),
+        )
     }
 
     /// Takes a part of what has completed: what it leads to goes to the device while the rest is taken. All at once, and
     /// device and core would wait for each other in turns.
-    fn take_completions(&mut self, machine: &mut M) -> bool {
+    fn take_completions(&mut self, shard: &mut M) -> bool {
         self.disk.reap(&mut self.reaped);
         self.completions.extend(self.reaped.drain(..));
-        let some = COMPLETIONS_MIN.max(machine.ops_under_way() / COMPLETIONS_SHARE).min(self.completions.len());
+        let some = COMPLETIONS_MIN.max(shard.ops_under_way() / COMPLETIONS_SHARE).min(self.completions.len());
         for completion in self.completions.drain(..some) {
             self.flushes -= usize::from(matches!(completion.op, DiskOp::Flush { .. }));
-            machine.complete(completion);
+            shard.complete(completion);
         }
         some > 0
     }
 
     /// Whether the watermark has reached what the shard waits for.
-    fn is_durable(&self, machine: &M) -> bool {
-        machine.waits_for().is_some_and(|lsn| lsn <= self.order.watermark())
+    fn is_durable(&self, shard: &M) -> bool {
+        shard.waits_for().is_some_and(|lsn| lsn <= self.order.watermark())
     }
 
     /// Wakes the shards that wait for what has become durable.
-    fn announce(&mut self) {
+    fn unpark_watermark_waiters(&mut self) {
         let watermark = self.order.watermark();
-        if watermark > self.seen {
-            self.seen = watermark;
+        if watermark > self.watermark_seen {
+            self.watermark_seen = watermark;
             let own = self.id.index();
-            let others = self.shared.ports.iter().enumerate().filter(|(shard, _)| *shard != own);
-            raised(others.map(|(_, port)| &port.parking), watermark);
+            let others = self.shared.mailboxes.iter().enumerate().filter(|(shard, _)| *shard != own);
+            unpark_for_level(others.map(|(_, mailbox)| &mailbox.parking), watermark.get());
         }
     }
 
-    fn hand_over(&mut self) {
-        let ports = &self.shared.ports;
-        self.lanes.hand_over(|to| ports[to.index()].parking.rouse());
+    fn flush_channels(&mut self) {
+        let mailboxes = &self.shared.mailboxes;
+        self.channels.flush(|to| mailboxes[to].parking.unpark());
     }
 
-    fn rest(&mut self, machine: &M) {
-        match self.pace {
+    fn park_or_spin(&mut self, shard: &M) {
+        match self.poll_policy {
             // A worker of the kernel flushes, maybe on this very core.
-            Pace::For(_) if self.flushes > 0 => {}
-            Pace::For(us) if self.now.saturating_sub(self.active_at) >= us => {}
+            PollPolicy::SpinFor(_) if self.flushes > 0 => {}
+            PollPolicy::SpinFor(us) if self.now.saturating_sub(self.active_at) >= us => {}
             _ => return std::hint::spin_loop(),
         }
         let timeout = self.due.map(|at| at.saturating_sub(self.now));
@@ -353,17 +357,17 @@ impl<M: StateMachine, D: Disk> ThreadHost<M, D> {
             return;
         }
         // While the shard accepts nothing, requests in the inbox are no reason to stay awake.
-        let accepting = machine.accepting();
+        let accepting = shard.accepting();
         let has_work = || {
-            (accepting && !self.port().inbox.is_empty())
-                || self.lanes.has_work()
-                || self.local.has_work(accepting)
-                || self.is_durable(machine)
+            (accepting && !self.mailbox().inbox.is_empty())
+                || self.channels.has_work()
+                || self.tasks.has_work(accepting)
+                || self.is_durable(shard)
                 || self.shared.is_abandoned()
         };
-        if self.port().parking.park(machine.waits_for(), has_work) {
+        if self.mailbox().parking.park(shard.waits_for().map(Lsn::get), has_work) {
             self.disk.wait(timeout);
-            self.port().parking.awake();
+            self.mailbox().parking.awake();
         }
     }
 }

@@ -1,17 +1,15 @@
-//! Requests of foreign threads that wait for their reply.
+//! The table of requests of other threads that wait for their reply.
 //!
 //! Invariants
 //! 1. A slot lives from `register` until both sides are done with it: the reply has come, and the future has taken
 //!    it or was dropped. Dropping a future never undoes its request, and leaks nothing.
 //! 2. Keys carry a generation (`sharded-slab`): a late reply can't reach a later request in the same slot.
 //! 3. The first completion counts; others are ignored.
-//! 4. The highest bit of a token is never set here: it marks requests that never leave their shard's thread.
+//! 4. The highest bit of a key is never set: it is free for whoever keeps other keys beside these.
 //!
-//! Nothing here waits: tables and slots are lock-free. What happens in a slot is [`slot`](super::slot)'s.
+//! Nothing here waits: table and slots are lock-free. What happens in a slot is up to [`reply_slot`](super::reply_slot).
 
-use super::slot::{Completed, Dropped, Polled, Slot};
-use crate::base::error::{Error, ErrorKind, Result};
-use crate::engine::{Response, Token};
+use super::reply_slot::{Abandoned, Completed, Polled, ReplySlot};
 use sharded_slab::{Config, Slab};
 use std::future::Future;
 use std::pin::Pin;
@@ -30,27 +28,25 @@ impl Config for Keys {
     const MAX_THREADS: usize = THREADS_MAX;
 }
 
-/// The table.
-pub(crate) struct InFlight {
-    slots: Slab<Slot<Result<Response>>, Keys>,
+/// The table, for replies of type `T`.
+pub(crate) struct InFlight<T: 'static> {
+    slots: Slab<ReplySlot<T>, Keys>,
 }
 
-impl InFlight {
+impl<T: Send + 'static> InFlight<T> {
     pub(crate) fn new() -> Self {
         InFlight { slots: Slab::new_with_config() }
     }
 
-    /// A new request: its token, and the future of its reply.
-    pub(crate) fn register(self: &Arc<Self>) -> Result<(Token, Reply)> {
-        let key = self.slots.insert(Slot::default()).ok_or_else(|| {
-            Error::new(ErrorKind::Busy, "too many requests are under way; wait for some replies and try again")
-        })?;
-        Ok((Token(key as u64), Reply { table: self.clone(), key, done: false }))
+    /// Registers a new request: returns its key, and the future of its reply. `None`: the table is full.
+    pub(crate) fn register(self: &Arc<Self>) -> Option<(u64, Reply<T>)> {
+        let key = self.slots.insert(ReplySlot::default())?;
+        Some((key as u64, Reply { table: self.clone(), key, done: false }))
     }
 
-    /// The reply has come.
-    pub(crate) fn complete(&self, token: Token, result: Result<Response>) {
-        let key = token.0 as usize;
+    /// Gives the request with this key its reply.
+    pub(crate) fn complete(&self, key: u64, result: T) {
+        let key = key as usize;
         let Some(slot) = self.slots.get(key) else { return };
         if slot.complete(result) == Completed::Free {
             drop(slot);
@@ -59,29 +55,28 @@ impl InFlight {
     }
 
     #[cfg(test)]
-    pub(crate) fn holds(&self, token: Token) -> bool {
-        self.slots.contains(token.0 as usize)
+    pub(crate) fn contains(&self, key: u64) -> bool {
+        self.slots.contains(key as usize)
     }
 }
 
-/// The reply to a request, to come.
+/// The future of one reply. `None`: it was taken before.
 #[must_use = "the request is under way whether this is awaited or not"]
-pub(crate) struct Reply {
-    table: Arc<InFlight>,
+pub(crate) struct Reply<T: 'static> {
+    table: Arc<InFlight<T>>,
     key: usize,
     done: bool,
 }
 
-impl Future for Reply {
-    type Output = Result<Response>;
+impl<T: Send + 'static> Future for Reply<T> {
+    type Output = Option<T>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let closed = || Error::new(ErrorKind::Closed, "the reply was taken already");
         if self.done {
-            return Poll::Ready(Err(closed()));
+            return Poll::Ready(None);
         }
         let result = {
-            let Some(slot) = self.table.slots.get(self.key) else { return Poll::Ready(Err(closed())) };
+            let Some(slot) = self.table.slots.get(self.key) else { return Poll::Ready(None) };
             match slot.poll(cx.waker()) {
                 Polled::Pending => return Poll::Pending,
                 Polled::Free(result) => result,
@@ -89,16 +84,16 @@ impl Future for Reply {
         };
         self.done = true;
         self.table.slots.remove(self.key);
-        Poll::Ready(result.map_or_else(|| Err(closed()), |result| *result))
+        Poll::Ready(result.map(|result| *result))
     }
 }
 
-impl Drop for Reply {
+impl<T: 'static> Drop for Reply<T> {
     fn drop(&mut self) {
         if self.done {
             return;
         }
-        let left = self.table.slots.get(self.key).is_none_or(|slot| slot.abandon() == Dropped::Left);
+        let left = self.table.slots.get(self.key).is_none_or(|slot| slot.abandon() == Abandoned::Left);
         if !left {
             self.table.slots.remove(self.key);
         }
@@ -108,12 +103,7 @@ impl Drop for Reply {
 #[cfg(all(test, not(corepage_loom)))]
 mod tests {
     use super::*;
-    use crate::base::Lsn;
     use futures_lite::future::{block_on, poll_once};
-
-    fn committed(lsn: u64) -> Result<Response> {
-        Ok(Response::Committed(Lsn::new(lsn)))
-    }
 
     /// A reply that goes to another caller would tell it of a commit that is not its own.
     #[test]
@@ -122,11 +112,12 @@ mod tests {
         let (a, mut reply_a) = table.register().expect("there is room");
         let (b, reply_b) = table.register().expect("there is room");
         assert!(block_on(poll_once(&mut reply_a)).is_none());
-        table.complete(b, committed(2));
-        table.complete(a, committed(1));
-        table.complete(a, committed(9));
-        assert!(matches!(block_on(reply_b), Ok(Response::Committed(lsn)) if lsn == Lsn::new(2)));
-        assert!(matches!(block_on(reply_a), Ok(Response::Committed(lsn)) if lsn == Lsn::new(1)));
+        table.complete(b, 2);
+        table.complete(a, 1);
+        table.complete(a, 9);
+        assert_eq!(block_on(reply_b), Some(2));
+        assert_eq!(block_on(&mut reply_a), Some(1));
+        assert_eq!(block_on(reply_a), None, "it was taken");
     }
 
     /// Callers give up all the time; each must cost nothing afterwards.
@@ -134,15 +125,15 @@ mod tests {
     fn a_dropped_future_leaks_nothing() {
         let table = Arc::new(InFlight::new());
         for early in [true, false] {
-            let (token, reply) = table.register().expect("there is room");
+            let (key, reply) = table.register().expect("there is room");
             if early {
                 drop(reply);
-                table.complete(token, committed(1));
+                table.complete(key, 1);
             } else {
-                table.complete(token, committed(1));
+                table.complete(key, 1);
                 drop(reply);
             }
-            assert!(!table.holds(token));
+            assert!(!table.contains(key));
         }
     }
 
@@ -153,9 +144,9 @@ mod tests {
         let all_called = std::sync::atomic::AtomicBool::new(false);
         std::thread::scope(|scope| {
             let call = || {
-                let (token, reply) = table.register().expect("there is room");
-                table.complete(token, committed(1));
-                assert!(block_on(reply).is_ok());
+                let (key, reply) = table.register().expect("there is room");
+                table.complete(key, 1);
+                assert!(block_on(reply).is_some());
                 begun.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
                 // A thread that has ended leaves its place to another.
                 while !all_called.load(std::sync::atomic::Ordering::SeqCst) {
@@ -178,13 +169,13 @@ mod tests {
 
     /// The mark of requests that stay on their thread must never be taken for part of a key.
     #[test]
-    fn tokens_leave_the_highest_bit_alone() {
+    fn keys_leave_the_highest_bit_alone() {
         let table = Arc::new(InFlight::new());
         for _ in 0..10_000 {
-            let (token, reply) = table.register().expect("there is room");
-            assert_eq!(token.0 >> 63, 0);
-            table.complete(token, committed(1));
-            assert!(block_on(reply).is_ok());
+            let (key, reply) = table.register().expect("there is room");
+            assert_eq!(key >> 63, 0);
+            table.complete(key, 1);
+            assert!(block_on(reply).is_some());
         }
     }
 }

@@ -1,0 +1,238 @@
+//! A shard's thread from its first moment to its last, on any driver.
+//!
+//! ```text
+//!   made a disk --ready--> waits for commands --bootstrap (one thread only)--> bootstrapped
+//!      |                        |take: its shard
+//!      |refused                 v
+//!      v                    laps, opening --open--> laps --> ended
+//!    ends                       |failed: ends, and so do all
+//! ```
+//! Invariants
+//! 1. Whatever happens, the coordinator hears of it: refused; or ready, and then open or failed. A panic is a failure.
+//! 2. A thread that panics ends all.
+//! 3. `RuntimeShared::thread_ended` comes when the thread has let go of its files, and last.
+//! 4. Such a thread never waits for another one: each may lead a flush that the other needs in order to end. What runs on
+//!    it, tasks, wakers and destructors of callers included, can ask [`is_shard_thread`].
+
+use super::bootstrap::Bootstrap;
+use super::event_loop::{Clock, EventLoop, EventLoopParts, PollOutcome, PollPolicy};
+use super::shared::RuntimeShared;
+use crate::base::ShardId;
+use crate::base::error::{Error, ErrorKind, Result};
+use crate::engine::StateMachine;
+use crate::engine::order::GlobalOrder;
+use crate::io::{CancellableDisk, Disk, DiskReport, DiskWaker, Files};
+use crate::mesh::Channels;
+use crossbeam_channel::{Receiver, Sender};
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+thread_local! {
+    /// From the thread's first moment to its very last.
+    static IS_SHARD: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether the calling thread is a shard's, of any store, also while it begins or ends.
+pub(crate) fn is_shard_thread() -> bool {
+    IS_SHARD.with(Cell::get)
+}
+
+/// Laps between two looks at the executor.
+const ROUNDS_MAX: usize = 64;
+
+/// Opens the store on the disk of one of the threads, and makes the shards of all.
+pub(super) type BootstrapTask<M> = Box<dyn FnOnce(&mut dyn Disk) -> Result<Bootstrap<M>> + Send>;
+
+/// What a thread tells the coordinator.
+pub(super) enum StartupStatus<M> {
+    /// It has a disk.
+    Ready(DiskReport),
+    /// It can't have what its driver needs, and why.
+    Refused(Error),
+    /// The opener's result.
+    Bootstrapped(Result<Bootstrap<M>>),
+    /// Its shard is open.
+    Open,
+    /// Its shard can't be opened.
+    Failed(Error),
+}
+
+/// What the coordinator tells a thread.
+pub(super) enum StartupCommand<M> {
+    /// Begin to open the store.
+    Bootstrap(BootstrapTask<M>),
+    /// Drive this shard.
+    TakeShard(Box<M>, Arc<GlobalOrder>),
+}
+
+/// Where a shard's thread sits.
+pub(super) struct ThreadContext<M: StateMachine> {
+    pub(super) id: ShardId,
+    pub(super) pin: Option<usize>,
+    pub(super) poll_policy: PollPolicy,
+    pub(super) clock: Clock,
+    pub(super) requests_max: usize,
+    pub(super) request_bytes_max: u64,
+    pub(super) ring_entries: u32,
+    pub(super) shards_count: u16,
+    pub(super) shared: Arc<RuntimeShared>,
+    pub(super) channels: Channels<M::Message>,
+    pub(super) files: Arc<Files>,
+    pub(super) status: Sender<StartupStatus<M>>,
+    pub(super) commands: Receiver<StartupCommand<M>>,
+}
+
+/// A shard's thread with its shard.
+pub(super) struct ShardThread<M: StateMachine, D: Disk> {
+    event_loop: Option<EventLoop<M, D>>,
+    /// Until the shard is open, or has failed.
+    opening: Option<Sender<StartupStatus<M>>>,
+    shared: Arc<RuntimeShared>,
+}
+
+impl<M: StateMachine> ThreadContext<M> {
+    /// The thread can't have what its driver needs.
+    pub(super) fn refuse(self, error: Error) {
+        let _ = self.status.send(StartupStatus::Refused(error));
+    }
+
+    /// The thread has its disk, and waits for its shard; `None`: there is none for it, and the thread ends.
+    pub(super) fn attach_disk<D: Disk>(
+        self,
+        mut disk: D,
+        waker: DiskWaker,
+        report: DiskReport,
+    ) -> Option<ShardThread<M, D>> {
+        let ThreadContext {
+            id,
+            poll_policy,
+            clock,
+            requests_max,
+            request_bytes_max,
+            shared,
+            channels,
+            files,
+            status,
+            commands,
+            ..
+        } = self;
+        let cancel = files.cancel().clone();
+        // The disk has its own; the last of them holds the store's lock.
+        drop(files);
+        shared.mailboxes[usize::from(id.get())].parking.set_waker(waker);
+        let _ = status.send(StartupStatus::Ready(report));
+        while let Ok(next) = commands.recv() {
+            match next {
+                StartupCommand::Bootstrap(task) => {
+                    let bootstrap =
+                        catch_unwind(AssertUnwindSafe(|| task(&mut CancellableDisk::new(&mut disk, cancel.clone()))));
+                    let bootstrap = bootstrap.unwrap_or_else(|_| Err(panicked()));
+                    let _ = status.send(StartupStatus::Bootstrapped(bootstrap));
+                }
+                StartupCommand::TakeShard(shard, order) => {
+                    let parts = EventLoopParts {
+                        id,
+                        shard: *shard,
+                        shared: shared.clone(),
+                        channels,
+                        order,
+                        clock,
+                        poll_policy,
+                        requests_max,
+                        request_bytes_max,
+                    };
+                    let event_loop = Some(EventLoop::new(parts, disk));
+                    return Some(ShardThread { event_loop, opening: Some(status), shared });
+                }
+            }
+        }
+        None
+    }
+}
+
+/// What a shard's thread runs: `body`, and then that it has ended, whatever happened.
+pub(super) fn thread_main<M: StateMachine>(context: ThreadContext<M>, body: impl FnOnce(ThreadContext<M>)) {
+    IS_SHARD.set(true);
+    let (shared, status) = (context.shared.clone(), context.status.clone());
+    if catch_unwind(AssertUnwindSafe(|| body(context))).is_err() {
+        tracing::error!("a shard's thread panicked; the store is closed as after a crash");
+        shared.fail(stopped_by_a_bug());
+        let _ = status.send(StartupStatus::Failed(panicked()));
+        shared.abandon();
+    }
+    drop(status);
+    shared.thread_ended();
+}
+
+fn stopped_by_a_bug() -> Error {
+    Error::new(
+        ErrorKind::Closed,
+        "the thread of a shard panicked, which is a bug of corepage; reopen the store to recover",
+    )
+}
+
+fn panicked() -> Error {
+    Error::new(ErrorKind::Closed, "opening the store panicked")
+}
+
+impl<M: StateMachine, D: Disk> ShardThread<M, D> {
+    /// Some laps; false: the shard has ended, and nothing is left to do.
+    pub(super) fn run(&mut self) -> bool {
+        match catch_unwind(AssertUnwindSafe(|| self.run_rounds())) {
+            Ok(true) => return true,
+            Ok(false) => {}
+            Err(_) => {
+                tracing::error!("a shard panicked; the store is closed as after a crash");
+                self.shared.fail(stopped_by_a_bug());
+                tell(&mut self.opening, StartupStatus::Failed(panicked()));
+                self.shared.abandon();
+            }
+        }
+        false
+    }
+
+    fn run_rounds(&mut self) -> bool {
+        let Some(event_loop) = &mut self.event_loop else { return false };
+        for _ in 0..ROUNDS_MAX {
+            let outcome = event_loop.poll_once();
+            if self.opening.is_some() {
+                let status = match event_loop.shard().failure() {
+                    Some(error) => StartupStatus::Failed(error),
+                    None if event_loop.shard().is_open() => StartupStatus::Open,
+                    None if outcome == PollOutcome::Ended => StartupStatus::Failed(super::shared::closed()),
+                    None => {
+                        event_loop.park_or_spin_if_idle(outcome);
+                        continue;
+                    }
+                };
+                let failed = matches!(status, StartupStatus::Failed(_));
+                tell(&mut self.opening, status);
+                if failed {
+                    return false;
+                }
+            }
+            if outcome == PollOutcome::Ended {
+                return false;
+            }
+            event_loop.park_or_spin_if_idle(outcome);
+        }
+        true
+    }
+}
+
+/// Tells the coordinator what has become of the shard, once.
+fn tell<M>(opening: &mut Option<Sender<StartupStatus<M>>>, status: StartupStatus<M>) {
+    if let Some(opening) = opening.take() {
+        // Nobody listens if opening was given up.
+        let _ = opening.send(status);
+    }
+}
+
+impl<M: StateMachine, D: Disk> Drop for ShardThread<M, D> {
+    fn drop(&mut self) {
+        if let Some(event_loop) = self.event_loop.take() {
+            event_loop.end();
+        }
+    }
+}

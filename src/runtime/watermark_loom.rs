@@ -1,0 +1,60 @@
+//! loom models of the watermark and the parking words together, as the event loop uses them.
+
+use crate::base::sync::model::holds;
+use crate::base::{Lsn, ShardId};
+use crate::engine::order::GlobalOrder;
+use crate::mesh::testing::CountingWaker;
+use crate::mesh::{Parking, unpark_for_level};
+use ::loom::sync::Arc;
+use ::loom::thread;
+
+fn parking() -> (Arc<Parking<CountingWaker>>, CountingWaker) {
+    let (parking, waker) = (Parking::new(), CountingWaker::default());
+    parking.set_waker(waker.clone());
+    (Arc::new(parking), waker)
+}
+
+/// A commit over two shards whose second half is durable last would be acknowledged only by chance.
+#[test]
+fn loom_a_risen_watermark_is_seen_by_a_parking_thread() {
+    assert!(holds(None, move |verdict| {
+        let (parking, waker) = parking();
+        let order = Arc::new(GlobalOrder::new(Lsn::new(1), 2));
+        let (shard, lsn) = (ShardId::new(0), order.draw(ShardId::new(0), 1));
+        let (theirs, raising) = (parking.clone(), order.clone());
+        let raiser = thread::spawn(move || {
+            raising.publish(shard, Lsn::MAX);
+            unpark_for_level([&*theirs].into_iter(), raising.refresh().get());
+        });
+        let waits = parking.park(Some(lsn.get()), || order.watermark() >= lsn);
+        raiser.join().unwrap();
+        // Otherwise it waits for ever.
+        verdict.expect(!waits || waker.wakes() == 1);
+    }));
+}
+
+/// As the event loop does it: one shard parks until its commit is durable, after a look at the watermark that was held
+/// back by another shard's draw; that one unparks it once its draw has let the watermark rise.
+#[test]
+fn loom_a_commit_that_a_draw_held_back_wakes_its_shard() {
+    assert!(holds(None, |verdict| {
+        let (parking, waker) = parking();
+        let order = Arc::new(GlobalOrder::new(Lsn::new(1), 2));
+        let (theirs, drawing) = (parking.clone(), order.clone());
+        let drawer = thread::spawn(move || {
+            let seen = drawing.watermark();
+            let lsn = drawing.draw(ShardId::new(1), 1);
+            let watermark = drawing.watermark();
+            if watermark > seen {
+                unpark_for_level([&*theirs].into_iter(), watermark.get());
+            }
+            lsn
+        });
+        let lsn = order.draw(ShardId::new(0), 1);
+        order.publish(ShardId::new(0), Lsn::MAX);
+        let durable = order.refresh() >= lsn;
+        let waits = !durable && parking.park(Some(lsn.get()), || order.watermark() >= lsn);
+        let not_durable = drawer.join().unwrap();
+        verdict.expect(!waits || not_durable < lsn || waker.wakes() == 1);
+    }));
+}
