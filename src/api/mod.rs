@@ -33,7 +33,7 @@ use crate::base::options::{Options, frames_in};
 use crate::engine::recovery::RecoveryReport;
 use crate::engine::{Commit, PageRef, Pins, Request, Response};
 use crate::format::root::VOLUMES_MAX;
-use crate::io::portable::DiskReport;
+use crate::io::DiskReport;
 use crate::runtime::{OpenMode, Runtime, RuntimeReport};
 use smallvec::SmallVec;
 use std::path::Path;

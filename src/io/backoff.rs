@@ -6,6 +6,7 @@
 //!
 //! It does *not* sleep where a ring has a timer for that.
 
+use super::cancel::Cancel;
 use crate::base::Micros;
 use rustix::io::Errno;
 use std::time::Duration;
@@ -26,6 +27,18 @@ impl Backoff {
     pub(super) fn refused(&mut self) -> Option<Micros> {
         self.0 = self.0.saturating_add(1);
         (self.0 <= REFUSALS_MAX).then(|| self.pause_us())
+    }
+
+    /// Sleeps if `e` says that it may work later. Otherwise, or if it has not worked for long, or if the work was cancelled,
+    /// `e` is the failure.
+    #[allow(clippy::disallowed_methods, reason = "the kernel tells nobody when it would take it")]
+    pub(super) fn pause(&mut self, e: Errno, cancel: &Cancel) -> rustix::io::Result<()> {
+        if !matches!(e, Errno::INTR | Errno::AGAIN) || cancel.is_cancelled() {
+            return Err(e);
+        }
+        let us = self.refused().ok_or(e)?;
+        std::thread::sleep(Duration::from_micros(us));
+        Ok(())
     }
 
     /// The pause after the present number of refusals.

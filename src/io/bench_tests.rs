@@ -1,13 +1,13 @@
-//! Measurements, not tests: `cargo test --lib disk::bench -- --ignored --nocapture --test-threads=1`.
+//! Measurements, not tests: `cargo test --release --lib io::bench -- --ignored --nocapture --test-threads=1`.
 //!
 //! Goal: ratios between drivers and between flush methods on this machine, in interleaved rounds. No goal: absolute
 //! figures of a quiet machine; other processes take their share.
 #![allow(clippy::disallowed_methods, reason = "time is what is measured")]
 
-use super::portable::PortableOptions;
-use super::tests::{allocate, filled};
-use super::uring::UringOptions;
+use super::tests::{DriverDisk, allocate, filled};
+use super::uring::{UringDisk, UringOptions};
 use super::*;
+use crate::base::options::Driver;
 use crate::memory::Arena;
 use smallvec::smallvec;
 use std::sync::{Arc, Barrier};
@@ -21,9 +21,13 @@ fn log(shard: u16) -> FileId {
     FileId::Log(ShardId::new(shard), SegmentNo::new(0))
 }
 
-fn make(files: &Arc<Files>, choice: DriverChoice) -> FileDisk {
-    let portable = PortableOptions { workers_count: if choice == DriverChoice::Portable { 16 } else { 1 } };
-    FileDisk::with_files(files.clone(), &DriverOptions { choice, ring: UringOptions::default(), portable }).unwrap()
+fn make(files: &Arc<Files>, driver: Driver) -> Box<dyn DriverDisk> {
+    let portable = PortableOptions { workers_count: 16 };
+    match driver {
+        Driver::Ring => Box::new(UringDisk::with_files(files.clone(), &UringOptions::default()).unwrap()),
+        Driver::Portable => Box::new(PortableDisk::with_files(files.clone(), &portable).unwrap()),
+        Driver::Auto => unreachable!("a measurement names its driver"),
+    }
 }
 
 /// A cheap sequence of pseudo-random numbers.
@@ -37,7 +41,7 @@ impl Sequence {
 }
 
 /// Keeps `depth` reads under way for a round: how many were done.
-fn reads(disk: &mut FileDisk, arena: &mut Arena, depth: usize, sequence: &mut Sequence) -> f64 {
+fn reads(disk: &mut dyn Disk, arena: &mut Arena, depth: usize, sequence: &mut Sequence) -> f64 {
     let mut done = Vec::new();
     let mut spare: Vec<_> = (0..depth).map(|_| arena.alloc(0).unwrap()).collect();
     let (mut count, mut flying) = (0u64, 0);
@@ -67,7 +71,7 @@ fn reads(disk: &mut FileDisk, arena: &mut Arena, depth: usize, sequence: &mut Se
 }
 
 /// Writes a block and flushes it, one after the other, for a round: microseconds of each.
-fn write_and_flush(disk: &mut FileDisk, arena: &mut Arena, shard: u16) -> Vec<f64> {
+fn write_and_flush(disk: &mut dyn Disk, arena: &mut Arena, shard: u16) -> Vec<f64> {
     let frame = filled(arena, 0, 1);
     let mut times = Vec::new();
     let start = Instant::now();
@@ -87,14 +91,14 @@ fn quantile(values: &mut [f64], q: f64) -> f64 {
     values[((values.len() - 1) as f64 * q) as usize]
 }
 
-fn store(direct: bool) -> (tempfile::TempDir, Arc<Files>) {
+fn store(page_cache: PageCache) -> (tempfile::TempDir, Arc<Files>) {
     let dir = tempfile::tempdir().unwrap();
-    let options = FileOptions { direct, ..FileOptions::default() };
+    let options = FileOptions { page_cache, ..FileOptions::default() };
     let files = Files::open(dir.path(), Access::ReadWrite, &options).unwrap();
-    let mut disk = make(&files, DriverChoice::Portable);
-    allocate(&mut disk, log(0), 0, FILE_BYTES).unwrap();
+    let mut disk = make(&files, Driver::Portable);
+    allocate(disk.as_mut(), log(0), 0, FILE_BYTES).unwrap();
     for shard in 1..4 {
-        allocate(&mut disk, log(shard), 0, 16 << 20).unwrap();
+        allocate(disk.as_mut(), log(shard), 0, 16 << 20).unwrap();
     }
     drop(disk);
     (dir, files)
@@ -110,17 +114,17 @@ fn processor_us() -> f64 {
 #[ignore = "a measurement"]
 fn ring_against_portable() {
     // From the page cache the device costs nothing: what is left is the drivers'.
-    for direct in [true, false] {
-        compare_drivers(direct);
+    for page_cache in [PageCache::Bypass, PageCache::Use] {
+        compare_drivers(page_cache);
     }
 }
 
-fn compare_drivers(direct: bool) {
-    let (_dir, files) = store(direct);
+fn compare_drivers(page_cache: PageCache) {
+    let (_dir, files) = store(page_cache);
     let mut arena = Arena::new(4096).unwrap();
     let mut sequence = Sequence(1);
-    let choices = [DriverChoice::Ring, DriverChoice::Portable];
-    let mut disks = choices.map(|choice| make(&files, choice));
+    let drivers = [Driver::Ring, Driver::Portable];
+    let mut disks = drivers.map(|driver| make(&files, driver));
     disks.iter_mut().for_each(|disk| disk.register(arena.mapping()));
     disks.iter().for_each(|disk| println!("{}", disk.report()));
     for depth in [1, 4, 16, 64, 256] {
@@ -128,7 +132,7 @@ fn compare_drivers(direct: bool) {
         for _ in 0..ROUNDS {
             for (i, disk) in disks.iter_mut().enumerate() {
                 let before = processor_us();
-                let rate = reads(disk, &mut arena, depth, &mut sequence);
+                let rate = reads(disk.as_mut(), &mut arena, depth, &mut sequence);
                 costs[i].push((processor_us() - before) / (rate * ROUND.as_secs_f64()));
                 rates[i].push(rate / 1000.0);
             }
@@ -144,21 +148,21 @@ fn compare_drivers(direct: bool) {
     let mut times = [vec![], vec![]];
     for _ in 0..ROUNDS {
         for (disk, times) in disks.iter_mut().zip(&mut times) {
-            times.extend(write_and_flush(disk, &mut arena, 1));
+            times.extend(write_and_flush(disk.as_mut(), &mut arena, 1));
         }
     }
-    for (choice, times) in choices.iter().zip(&mut times) {
+    for (driver, times) in drivers.iter().zip(&mut times) {
         let [p50, p99] = [0.5, 0.99].map(|q| quantile(times, q));
-        println!("write 4 KiB + flush, {choice:?}: p50 {p50:.0} us, p99 {p99:.0} us");
+        println!("write 4 KiB + flush, {driver:?}: p50 {p50:.0} us, p99 {p99:.0} us");
     }
 }
 
 #[test]
 #[ignore = "a measurement"]
 fn one_flush_for_all_files_against_one_per_file() {
-    let (dir, files) = store(true);
+    let (dir, files) = store(PageCache::Bypass);
     drop(files);
-    for (choice, shards) in [(DriverChoice::Ring, 1), (DriverChoice::Ring, 2), (DriverChoice::Ring, 3)] {
+    for (driver, shards) in [(Driver::Ring, 1), (Driver::Ring, 2), (Driver::Ring, 3)] {
         let mut times = [vec![], vec![]];
         let mut counts = [vec![], vec![]];
         for round in 0..2 * ROUNDS {
@@ -166,29 +170,29 @@ fn one_flush_for_all_files_against_one_per_file() {
             let flush = [FlushChoice::Shared, FlushChoice::PerFile][i];
             let options = FileOptions { flush, ..FileOptions::default() };
             let files = Files::open(dir.path(), Access::ReadWrite, &options).unwrap();
-            let both = at_a_time(&files, choice, shards);
+            let both = at_a_time(&files, driver, shards);
             counts[i].push(both.len() as f64 / ROUND.as_secs_f64() / 1000.0);
             times[i].extend(both);
         }
         for (i, name) in ["shared", "per file"].into_iter().enumerate() {
             let rate = quantile(&mut counts[i], 0.5);
             let [p50, p99] = [0.5, 0.99].map(|q| quantile(&mut times[i], q));
-            println!("{choice:?}, {shards} shards, {name}: {rate:.1} k/s, p50 {p50:.0} us, p99 {p99:.0} us");
+            println!("{driver:?}, {shards} shards, {name}: {rate:.1} k/s, p50 {p50:.0} us, p99 {p99:.0} us");
         }
     }
 }
 
 /// Several shards write and flush, each on a thread of its own: microseconds of each.
-fn at_a_time(files: &Arc<Files>, choice: DriverChoice, shards: u16) -> Vec<f64> {
+fn at_a_time(files: &Arc<Files>, driver: Driver, shards: u16) -> Vec<f64> {
     let barrier = Barrier::new(shards.into());
     std::thread::scope(|scope| {
         let shard = |n| {
             let barrier = &barrier;
             move || {
-                let mut disk = make(files, choice);
+                let mut disk = make(files, driver);
                 let mut arena = Arena::new(64).unwrap();
                 barrier.wait();
-                write_and_flush(&mut disk, &mut arena, n)
+                write_and_flush(disk.as_mut(), &mut arena, n)
             }
         };
         let threads: Vec<_> = (1..=shards).map(|n| scope.spawn(shard(n))).collect();

@@ -15,35 +15,35 @@
 //! It does *not*: checksum, retry at another place, or know what the bytes mean.
 
 mod backoff;
-mod block;
 mod cancel;
-mod device;
+mod cancellable;
+mod directory_probe;
 mod driver;
 mod files;
 mod flush;
 mod kernel;
-mod lock;
+mod media;
 mod opener;
-pub mod portable;
-mod refusal;
 mod report;
-mod transfer;
-mod trial;
+mod store_file;
+mod threads;
 pub mod uring;
 mod waker;
 
-pub use block::BlockDevice;
 pub use cancel::Cancel;
-pub(crate) use cancel::CancellableDisk;
-pub(crate) use device::Prospect;
-pub use device::{DeviceTraits, FlushChoice, FlushMethod, choose};
-pub use driver::{DriverChoice, DriverOptions, FileDisk};
-pub use files::{Access, FileOptions, Files};
+pub(crate) use cancellable::CancellableDisk;
+pub(crate) use directory_probe::Prospect;
+pub(crate) use driver::disk_over;
+pub use files::{FileOptions, Files};
+pub use flush::{FlushChoice, FlushMethod, choose};
 pub(crate) use kernel::check as check_kernel;
+pub(crate) use media::DirectIo;
+pub use media::{Access, BlockDevice, Creation, DeviceTraits, PageCache};
 pub(crate) use opener::Opener;
-pub(crate) use refusal::Circumstances;
-pub use refusal::{RingRefusal, RingRefused};
 pub use report::{DiskReport, Polling};
+pub use threads::{PortableDisk, PortableOptions};
+pub(crate) use uring::Circumstances;
+pub use uring::{RingRefusal, RingRefused};
 pub use waker::DiskWaker;
 
 use crate::base::error::{Error, Result};

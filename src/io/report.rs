@@ -2,7 +2,7 @@
 //!
 //! It does *not* decide anything.
 
-use super::device::FlushMethod;
+use super::flush::FlushMethod;
 use std::fmt;
 
 /// Whether completions are polled for at the device.

@@ -1,10 +1,12 @@
-//! What every disk over files promises, held against each driver on a real directory.
+//! What every disk promises, held against each driver on each medium, on a real file system.
 
-use super::portable::PortableOptions;
-use super::uring::UringOptions;
+use super::media::MediaOptions;
+use super::media::single_file::SingleFile;
+use super::uring::{UringDisk, UringOptions};
 use super::*;
 use crate::base::BLOCK;
 use crate::base::error::ErrorKind;
+use crate::base::options::Driver;
 use crate::memory::Arena;
 use smallvec::smallvec;
 use std::path::Path;
@@ -13,24 +15,90 @@ use std::sync::Arc;
 pub(super) const LOG: FileId = FileId::Log(ShardId::new(0), SegmentNo::new(0));
 pub(super) const OTHER: FileId = FileId::Log(ShardId::new(1), SegmentNo::new(0));
 
-/// Runs `test` with each driver, and each with and without direct I/O.
-fn each_driver(test: impl Fn(&Path, &dyn Fn(Arc<Files>) -> FileDisk, &FileOptions)) {
-    for choice in [DriverChoice::Ring, DriverChoice::Portable] {
-        for direct in [true, false] {
-            let dir = tempfile::tempdir().unwrap();
-            let options = DriverOptions {
-                choice,
-                ring: UringOptions { ring_entries: 16, ..UringOptions::default() },
-                portable: PortableOptions { workers_count: 4 },
-            };
-            let make = |files| FileDisk::with_files(files, &options).unwrap();
-            test(dir.path(), &make, &FileOptions { direct, ..FileOptions::default() });
+/// What the drivers have in common besides the disk.
+pub(super) trait DriverDisk: Disk {
+    fn waker(&self) -> DiskWaker;
+    fn report(&self) -> DiskReport;
+}
+
+impl DriverDisk for UringDisk {
+    fn waker(&self) -> DiskWaker {
+        UringDisk::waker(self)
+    }
+
+    fn report(&self) -> DiskReport {
+        UringDisk::report(self)
+    }
+}
+
+impl DriverDisk for PortableDisk {
+    fn waker(&self) -> DiskWaker {
+        PortableDisk::waker(self)
+    }
+
+    fn report(&self) -> DiskReport {
+        PortableDisk::report(self)
+    }
+}
+
+/// One more disk of this driver over these files.
+pub(super) fn disk(driver: Driver, files: Arc<Files>, workers_count: usize) -> Box<dyn DriverDisk> {
+    let ring = UringOptions { ring_entries: 16, ..UringOptions::default() };
+    match driver {
+        Driver::Ring => Box::new(UringDisk::with_files(files, &ring).unwrap()),
+        Driver::Portable => Box::new(PortableDisk::with_files(files, &PortableOptions { workers_count }).unwrap()),
+        Driver::Auto => unreachable!("a test names its driver"),
+    }
+}
+
+/// Where a test's files lie.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Medium {
+    /// A file for each role.
+    Directory,
+    /// One file for all roles, as on a raw device.
+    SingleFile,
+}
+
+/// What a test runs on.
+struct Case<'a> {
+    dir: &'a Path,
+    medium: Medium,
+    driver: Driver,
+    options: &'a FileOptions,
+}
+
+impl Case<'_> {
+    fn make(&self, files: Arc<Files>) -> Box<dyn DriverDisk> {
+        disk(self.driver, files, 4)
+    }
+
+    fn files(&self) -> Arc<Files> {
+        self.try_files(Access::ReadWrite, self.options).unwrap()
+    }
+
+    fn try_files(&self, access: Access, options: &FileOptions) -> Result<Arc<Files>> {
+        match self.medium {
+            Medium::Directory => Files::open(self.dir, access, options),
+            Medium::SingleFile => {
+                let media: MediaOptions = options.for_media(access);
+                Files::over(Box::new(SingleFile::open(self.dir, &media)?), access, options)
+            }
         }
     }
 }
 
-fn files(dir: &Path, options: &FileOptions) -> Arc<Files> {
-    Files::open(dir, Access::ReadWrite, options).unwrap()
+/// Runs `test` with each driver on each medium, and each with and without direct I/O.
+fn each_driver(test: impl Fn(&Case<'_>)) {
+    for driver in [Driver::Ring, Driver::Portable] {
+        for medium in [Medium::Directory, Medium::SingleFile] {
+            for page_cache in [PageCache::Bypass, PageCache::Use] {
+                let dir = tempfile::tempdir().unwrap();
+                let options = FileOptions { page_cache, ..FileOptions::default() };
+                test(&Case { dir: dir.path(), medium, driver, options: &options });
+            }
+        }
+    }
 }
 
 pub(super) fn filled(arena: &mut Arena, order: u8, byte: u8) -> Frame {
@@ -69,10 +137,10 @@ pub(super) fn flush(disk: &mut dyn Disk, files: &[FileId]) -> Result<()> {
 /// Every size, in one piece of memory and in many, registered and not: what is read is what was written.
 #[test]
 fn all_sizes_and_all_runs_of_frames_come_back() {
-    each_driver(|dir, make, options| {
-        let mut disk = make(files(dir, options));
+    each_driver(|case| {
+        let mut disk = case.make(case.files());
         let mut arena = Arena::new(4096).unwrap();
-        allocate(&mut disk, LOG, 0, 8 << 20).unwrap();
+        allocate(disk.as_mut(), LOG, 0, 8 << 20).unwrap();
         let shapes: &[&[u8]] =
             &[&[0], &[1], &[9], &[0, 1, 0, 3, 0, 7, 0, 0], &[8, 0, 8], &[7, 7, 7, 7, 7, 7, 7], &[0; 200], &[9, 0, 9]];
         for registered in [false, true] {
@@ -90,10 +158,10 @@ fn all_sizes_and_all_runs_of_frames_come_back() {
                     })
                     .collect();
                 drop(holes);
-                write(&mut disk, LOG, 4096, &frames.iter().collect::<Vec<_>>()).unwrap();
-                flush(&mut disk, &[LOG]).unwrap();
+                write(disk.as_mut(), LOG, 4096, &frames.iter().collect::<Vec<_>>()).unwrap();
+                flush(disk.as_mut(), &[LOG]).unwrap();
                 drop(frames);
-                let back = read(&mut disk, &mut arena, LOG, 4096, orders).unwrap();
+                let back = read(disk.as_mut(), &mut arena, LOG, 4096, orders).unwrap();
                 for (n, frame) in (0u8..).zip(&back) {
                     let byte = n.wrapping_mul(7).wrapping_add(i as u8);
                     assert!(frame.iter().all(|b| *b == byte), "shape {i}, frame {n}");
@@ -107,19 +175,19 @@ fn all_sizes_and_all_runs_of_frames_come_back() {
 /// A part of a frame goes to its place and to no other.
 #[test]
 fn slices_of_frames_are_written_and_nothing_else() {
-    each_driver(|dir, make, options| {
-        let mut disk = make(files(dir, options));
+    each_driver(|case| {
+        let mut disk = case.make(case.files());
         let mut arena = Arena::new(64).unwrap();
         disk.register(arena.mapping());
-        allocate(&mut disk, LOG, 0, 32768).unwrap();
+        allocate(disk.as_mut(), LOG, 0, 32768).unwrap();
         let mut frame = arena.alloc(3).unwrap();
         for (i, block) in frame.try_mut().unwrap().chunks_mut(BLOCK).enumerate() {
             block.fill(i as u8 + 1);
         }
         let slice = |start: u32, len: u32| IoSlice { frame: frame.pin(), start, len };
         let from = smallvec![slice(8192, 4096), slice(20480, 8192)];
-        execute(&mut disk, DiskOp::Write { file: LOG, offset: 4096, from }).unwrap();
-        let back = read(&mut disk, &mut arena, LOG, 0, &[0; 8]).unwrap();
+        execute(disk.as_mut(), DiskOp::Write { file: LOG, offset: 4096, from }).unwrap();
+        let back = read(disk.as_mut(), &mut arena, LOG, 0, &[0; 8]).unwrap();
         assert_eq!(back.iter().map(|f| f[17]).collect::<Vec<_>>(), [0, 3, 6, 7, 0, 0, 0, 0]);
     });
 }
@@ -127,11 +195,11 @@ fn slices_of_frames_are_written_and_nothing_else() {
 /// Far more than the ring takes: each comes back once, and right.
 #[test]
 fn a_flood_of_operations_completes() {
-    each_driver(|dir, make, options| {
-        let mut disk = make(files(dir, options));
+    each_driver(|case| {
+        let mut disk = case.make(case.files());
         let mut arena = Arena::new(8192).unwrap();
         disk.register(arena.mapping());
-        allocate(&mut disk, LOG, 0, 4 << 20).unwrap();
+        allocate(disk.as_mut(), LOG, 0, 4 << 20).unwrap();
         for i in 0..1024u64 {
             let frame = filled(&mut arena, 0, (i % 251) as u8);
             disk.submit(
@@ -140,7 +208,7 @@ fn a_flood_of_operations_completes() {
             );
         }
         let mut done = Vec::new();
-        await_all(&mut disk, &mut done, 1024);
+        await_all(disk.as_mut(), &mut done, 1024);
         for i in 0..1024u64 {
             // Every eighth is larger than one entry takes.
             let order = if i % 8 == 0 { 8 } else { 0 };
@@ -157,7 +225,7 @@ fn a_flood_of_operations_completes() {
                 done.iter_mut().for_each(check_and_drop);
             }
         }
-        await_all(&mut disk, &mut done, 1024 + 16);
+        await_all(disk.as_mut(), &mut done, 1024 + 16);
         let mut ids: Vec<u64> = done.iter().map(|c| c.id.0).collect();
         ids.sort_unstable();
         ids.dedup();
@@ -192,20 +260,27 @@ fn await_all(disk: &mut dyn Disk, done: &mut Vec<Completion>, count: usize) {
 /// Bytes that do not exist must never be made up, and the error must say where.
 #[test]
 fn reads_past_the_end_are_errors_with_file_offset_and_length() {
-    each_driver(|dir, make, options| {
-        let mut disk = make(files(dir, options));
+    each_driver(|case| {
+        let mut disk = case.make(case.files());
         let mut arena = Arena::new(64).unwrap();
-        allocate(&mut disk, LOG, 0, 8192).unwrap();
-        let error = read(&mut disk, &mut arena, LOG, 4096, &[0, 0]).expect_err("one block is missing");
+        allocate(disk.as_mut(), LOG, 0, 8192).unwrap();
+        let error = read(disk.as_mut(), &mut arena, LOG, 4096, &[0, 0]).expect_err("one block is missing");
         assert_eq!(error.kind(), ErrorKind::Io);
         let text = error.to_string();
         assert!(["log-000-0000", "8192 bytes", "4096"].iter().all(|part| text.contains(part)), "{text}");
-        assert!(read(&mut disk, &mut arena, FileId::Data, 0, &[0]).is_err(), "a file that does not exist");
-        std::fs::File::options().append(true).open(dir.join("log-000-0000")).unwrap().set_len(8292).unwrap();
-        assert!(read(&mut disk, &mut arena, LOG, 8192, &[0]).is_err(), "a part of a block");
+        assert!(read(disk.as_mut(), &mut arena, FileId::Data, 0, &[0]).is_err(), "a file that does not exist");
+        assert!(read(disk.as_mut(), &mut arena, LOG, 8192, &[0]).is_err(), "nothing is behind the end");
+        let set_len = |bytes| {
+            let file = std::fs::File::options().write(true).open(case.dir.join("log-000-0000")).unwrap();
+            file.set_len(bytes).unwrap();
+        };
+        if case.medium == Medium::Directory {
+            set_len(8292);
+            assert!(read(disk.as_mut(), &mut arena, LOG, 8192, &[0]).is_err(), "a part of a block");
+        }
         let mut into = arena.alloc(0).unwrap();
         let _pin = into.pin();
-        into = match execute(&mut disk, DiskOp::Read { file: LOG, offset: 0, into: smallvec![into] }) {
+        into = match execute(disk.as_mut(), DiskOp::Read { file: LOG, offset: 0, into: smallvec![into] }) {
             Err(e) => {
                 assert_eq!(e.kind(), ErrorKind::Invalid);
                 arena.alloc(0).unwrap()
@@ -213,63 +288,64 @@ fn reads_past_the_end_are_errors_with_file_offset_and_length() {
             Ok(_) => panic!("a pinned frame was changed"),
         };
         drop(into);
-        std::fs::File::options().write(true).open(dir.join("log-000-0000")).unwrap().set_len(4096).unwrap();
-        assert!(read(&mut disk, &mut arena, LOG, 4096, &[0]).is_err(), "a file that became shorter");
-        read(&mut disk, &mut arena, LOG, 0, &[0]).unwrap();
+        if case.medium == Medium::Directory {
+            set_len(4096);
+            assert!(read(disk.as_mut(), &mut arena, LOG, 4096, &[0]).is_err(), "a file that became shorter");
+        }
+        read(disk.as_mut(), &mut arena, LOG, 0, &[0]).unwrap();
     });
 }
 
 /// An error of an allocation or a flush belongs to its operation, and harms no other.
 #[test]
 fn what_can_t_be_done_is_refused_and_the_rest_goes_on() {
-    each_driver(|dir, make, options| {
-        let mut disk = make(files(dir, options));
-        allocate(&mut disk, LOG, 0, 8192).unwrap();
-        assert_eq!(allocate(&mut disk, LOG, 1, 4096).expect_err("no whole block").kind(), ErrorKind::Invalid);
-        let full = allocate(&mut disk, LOG, 8192, 1 << 52).expect_err("there is not that much");
+    each_driver(|case| {
+        let mut disk = case.make(case.files());
+        allocate(disk.as_mut(), LOG, 0, 8192).unwrap();
+        assert_eq!(allocate(disk.as_mut(), LOG, 1, 4096).expect_err("no whole block").kind(), ErrorKind::Invalid);
+        let full = allocate(disk.as_mut(), LOG, 8192, 1 << 52).expect_err("there is not that much");
         assert_eq!(full.kind(), ErrorKind::Full, "{full}");
         assert_eq!(disk.len(LOG).unwrap(), Some(8192));
-        assert!(flush(&mut disk, &[LOG, FileId::Data]).is_err(), "a file that does not exist");
-        flush(&mut disk, &[LOG]).unwrap();
+        assert!(flush(disk.as_mut(), &[LOG, FileId::Data]).is_err(), "a file that does not exist");
+        flush(disk.as_mut(), &[LOG]).unwrap();
         drop(disk);
-        let read_only = Files::open(dir, Access::ReadOnly, options).unwrap();
-        let mut disk = make(read_only);
+        let mut disk = case.make(case.try_files(Access::ReadOnly, case.options).unwrap());
         let mut arena = Arena::new(4).unwrap();
         let frame = filled(&mut arena, 0, 7);
         let refused = [
-            write(&mut disk, LOG, 0, &[&frame]),
-            flush(&mut disk, &[LOG]),
-            allocate(&mut disk, FileId::Data, 0, 4096),
-            allocate(&mut disk, LOG, 0, 4096),
+            write(disk.as_mut(), LOG, 0, &[&frame]),
+            flush(disk.as_mut(), &[LOG]),
+            allocate(disk.as_mut(), FileId::Data, 0, 4096),
+            allocate(disk.as_mut(), LOG, 0, 4096),
         ];
         for result in refused {
             assert_eq!(result.expect_err("the store is open for reading only").kind(), ErrorKind::Invalid);
         }
-        assert!(read(&mut disk, &mut arena, LOG, 0, &[0]).unwrap()[0].iter().all(|b| *b == 0));
+        assert!(read(disk.as_mut(), &mut arena, LOG, 0, &[0]).unwrap()[0].iter().all(|b| *b == 0));
     });
 }
 
 /// Shards share the files: what one creates and writes, the others read, and the lock goes with the last of them.
 #[test]
 fn disks_over_the_same_files_see_each_other() {
-    each_driver(|dir, make, options| {
-        let shared = files(dir, options);
-        let (mut one, mut two) = (make(shared.clone()), make(shared));
+    each_driver(|case| {
+        let shared = case.files();
+        let (mut one, mut two) = (case.make(shared.clone()), case.make(shared));
         let mut arena = Arena::new(64).unwrap();
         assert_eq!(two.len(LOG).unwrap(), None);
-        assert!(read(&mut two, &mut arena, LOG, 0, &[0]).is_err());
-        allocate(&mut one, LOG, 0, 8192).unwrap();
-        write(&mut one, LOG, 4096, &[&filled(&mut arena, 0, 7)]).unwrap();
+        assert!(read(two.as_mut(), &mut arena, LOG, 0, &[0]).is_err());
+        allocate(one.as_mut(), LOG, 0, 8192).unwrap();
+        write(one.as_mut(), LOG, 4096, &[&filled(&mut arena, 0, 7)]).unwrap();
         assert_eq!(two.len(LOG).unwrap(), Some(8192));
-        assert!(read(&mut two, &mut arena, LOG, 4096, &[0]).unwrap()[0].iter().all(|b| *b == 7));
-        flush(&mut two, &[LOG]).unwrap();
+        assert!(read(two.as_mut(), &mut arena, LOG, 4096, &[0]).unwrap()[0].iter().all(|b| *b == 7));
+        flush(two.as_mut(), &[LOG]).unwrap();
         drop(one);
-        let in_use = Files::open(dir, Access::ReadWrite, options).expect_err("the other disk holds the lock");
+        let in_use = case.try_files(Access::ReadWrite, case.options).expect_err("the other disk holds the lock");
         assert_eq!(in_use.kind(), ErrorKind::InUse);
         drop(two);
         for _ in 0..20 {
-            let mut again = make(files(dir, options));
-            let _ = read(&mut again, &mut arena, LOG, 0, &[0]).unwrap();
+            let mut again = case.make(case.files());
+            let _ = read(again.as_mut(), &mut arena, LOG, 0, &[0]).unwrap();
         }
     });
 }
@@ -277,8 +353,8 @@ fn disks_over_the_same_files_see_each_other() {
 /// Requests and messages come from other threads while a shard waits for its disk.
 #[test]
 fn another_thread_ends_a_wait_and_so_does_the_timeout() {
-    each_driver(|dir, make, options| {
-        let mut disk = make(files(dir, options));
+    each_driver(|case| {
+        let mut disk = case.make(case.files());
         let waker = disk.waker();
         for delay_ms in [0, 0, 0, 5, 20] {
             let waker = waker.clone();
@@ -308,11 +384,11 @@ fn another_thread_ends_a_wait_and_so_does_the_timeout() {
 /// Memory must not be reused while the kernel writes into it, and the store must be free afterwards.
 #[test]
 fn a_disk_dropped_with_operations_in_flight_waits_for_them() {
-    each_driver(|dir, make, options| {
+    each_driver(|case| {
         let mut arena = Arena::new(4096).unwrap();
-        allocate(&mut make(files(dir, options)), LOG, 0, 16 << 20).unwrap();
+        allocate(case.make(case.files()).as_mut(), LOG, 0, 16 << 20).unwrap();
         for _ in 0..5 {
-            let mut disk = make(files(dir, options));
+            let mut disk = case.make(case.files());
             disk.register(arena.mapping());
             for i in 0..12 {
                 let into = smallvec![arena.alloc(8).unwrap()];
@@ -336,22 +412,22 @@ fn a_disk_dropped_with_operations_in_flight_waits_for_them() {
 /// Each way of flushing ends, for one file and for several, and writes of logs are flushed again where need be.
 #[test]
 fn every_flush_method_works_with_every_driver() {
-    each_driver(|dir, make, options| {
+    each_driver(|case| {
         for choice in [FlushChoice::PerFile, FlushChoice::Dsync, FlushChoice::Shared, FlushChoice::Auto] {
-            let options = FileOptions { flush: choice, ..options.clone() };
-            let opened = match Files::open(dir, Access::ReadWrite, &options) {
+            let options = FileOptions { flush: choice, ..case.options.clone() };
+            let opened = match case.try_files(Access::ReadWrite, &options) {
                 Ok(opened) => opened,
                 Err(e) if choice == FlushChoice::Shared && e.kind() == ErrorKind::Invalid => continue,
                 Err(e) => panic!("{choice:?}: {e}"),
             };
             let mut arena = Arena::new(64).unwrap();
-            let mut disk = make(opened);
+            let mut disk = case.make(opened);
             for file in [LOG, FileId::Data, OTHER] {
-                allocate(&mut disk, file, 0, 8192).unwrap();
-                write(&mut disk, file, 4096, &[&filled(&mut arena, 0, 9)]).unwrap();
+                allocate(disk.as_mut(), file, 0, 8192).unwrap();
+                write(disk.as_mut(), file, 4096, &[&filled(&mut arena, 0, 9)]).unwrap();
             }
             for set in [&[LOG][..], &[LOG, OTHER], &[LOG, FileId::Data, OTHER], &[FileId::Data]] {
-                flush(&mut disk, set).unwrap();
+                flush(disk.as_mut(), set).unwrap();
             }
         }
     });
@@ -360,24 +436,20 @@ fn every_flush_method_works_with_every_driver() {
 /// Many flushes of many shards at a time: all are answered, and none waits for ever.
 #[test]
 fn flushes_of_several_disks_at_a_time_are_all_answered() {
-    each_driver(|dir, make, options| {
-        let shared = files(dir, options);
+    each_driver(|case| {
+        let shared = case.files();
         {
-            let mut first = make(shared.clone());
+            let mut first = case.make(shared.clone());
             for shard in 0..3 {
-                allocate(&mut first, FileId::Log(ShardId::new(shard), SegmentNo::new(0)), 0, 8192).unwrap();
+                allocate(first.as_mut(), FileId::Log(ShardId::new(shard), SegmentNo::new(0)), 0, 8192).unwrap();
             }
         }
         std::thread::scope(|scope| {
             for shard in 0..3 {
                 let shared = shared.clone();
-                let choice = match make(shared.clone()) {
-                    FileDisk::Ring(_) => DriverChoice::Ring,
-                    FileDisk::Portable(..) => DriverChoice::Portable,
-                };
+                let driver = case.driver;
                 scope.spawn(move || {
-                    let options = DriverOptions { choice, ..DriverOptions::default() };
-                    let mut disk = FileDisk::with_files(shared, &options).unwrap();
+                    let mut disk = disk(driver, shared, 8);
                     let log = FileId::Log(ShardId::new(shard), SegmentNo::new(0));
                     let mut done = Vec::new();
                     for i in 0..60 {

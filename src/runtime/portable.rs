@@ -5,7 +5,7 @@
 use super::cores;
 use super::shard_thread::ThreadContext;
 use crate::engine::StateMachine;
-use crate::io::portable::{PortableDisk, PortableOptions};
+use crate::io::{PortableDisk, PortableOptions};
 
 /// Threads that do I/O, over all shards.
 const WORKERS_MAX: usize = 64;

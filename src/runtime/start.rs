@@ -23,8 +23,9 @@ use crate::base::{Micros, ShardId};
 use crate::engine::StateMachine;
 use crate::engine::recovery;
 use crate::format::fresh;
-use crate::io::portable::{PortableDisk, PortableOptions};
-use crate::io::{Access, CancellableDisk, DiskReport, FileId, FileOptions, Files};
+use crate::io::{
+    Access, CancellableDisk, Creation, DiskReport, FileId, FileOptions, Files, PortableDisk, PortableOptions,
+};
 use crate::mesh::Channels;
 use crossbeam_channel::{Receiver, Sender};
 use event_listener::Event;
@@ -127,7 +128,8 @@ fn open<M: StateMachine>(
     if !existing && !dir.join(FileId::Meta.to_string()).exists() {
         checked(&options.geometry)?;
     }
-    let files = FileOptions { cancel: opening.cancel.clone(), existing, ..FileOptions::default() };
+    let creation = if existing { Creation::Refused } else { Creation::Allowed };
+    let files = FileOptions { cancel: opening.cancel.clone(), creation, ..FileOptions::default() };
     let files = Files::open(dir, Access::ReadWrite, &files)?;
     let stored = stored_geometry(&files)?;
     let plan = checked(stored.as_ref().unwrap_or(&options.geometry))?;
@@ -149,8 +151,8 @@ fn open<M: StateMachine>(
 fn check_room(files: &Files, limits: &Limits) -> Result<()> {
     let needed = fresh::store_bytes(&limits.geometry, limits.shards_count, limits.data_extents_max);
     // What a creation that was cut short has left is used.
-    let (have, free) = files.room();
-    let Some(free) = free.filter(|free| free.saturating_add(have) < needed) else { return Ok(()) };
+    let room = files.room();
+    let Some(free) = room.free.filter(|free| free.saturating_add(room.used) < needed) else { return Ok(()) };
     let context = format_args!(
         "a new store with {} shards takes {} MiB in {}, where {} MiB are free; make room, or open it with fewer shards",
         limits.shards_count,

@@ -10,12 +10,12 @@
 //! It does *not* make system calls.
 #![allow(unsafe_code)]
 
-use super::super::files::{Files, StoreFile};
-use super::super::transfer::write_flags;
-use super::super::waker::Sleep;
 use super::op::{Op, Span, Vector, memory_of};
 use super::ring::Ring;
 use crate::base::Micros;
+use crate::io::files::Files;
+use crate::io::store_file::StoreFile;
+use crate::io::waker::Sleep;
 use io_uring::{opcode, squeue, types};
 use std::os::fd::AsRawFd;
 
@@ -86,8 +86,8 @@ impl Entries {
         let at = self.take_slot(Slot::Span(span));
         let list = &mut self.places[at].list;
         let whole = memory_of(&op.parts, &span, list);
-        let offset = op.offset() + u64::from(span.from);
-        let flags = if op.is_write() { write_flags(files, target.file.id()).bits() as i32 } else { 0 };
+        let offset = op.address + u64::from(span.from);
+        let flags = if op.is_write() { files.write_flags(target.id()).bits() as i32 } else { 0 };
         let fd = types::Fd(target.name.number);
         let (pieces, count) = (list.as_ptr().cast(), list.len() as u32);
         let entry: squeue::Entry = match (whole, op.is_write()) {
@@ -116,7 +116,7 @@ impl Entries {
     pub(super) fn sync(&mut self, ring: &mut Ring, round: u32, file: &StoreFile) {
         let at = self.take_slot(Slot::Sync(round));
         // A file that does not exist can't be in a round; if it were, the kernel would say that -1 is no descriptor.
-        let fd = types::Fd(file.get().map_or(-1, |file| file.as_raw_fd()));
+        let fd = types::Fd(file.location().map_or(-1, |location| location.descriptor.as_raw_fd()));
         let entry = opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build();
         // SAFETY: it points to nothing; the round holds the file. `free` and `completed` as above.
         unsafe { ring.put(&entry.user_data(at as u64), true) }

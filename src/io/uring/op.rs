@@ -13,12 +13,12 @@
 //!
 //! It does *not* touch the bytes.
 
-use super::super::backoff::Backoff;
-use super::super::{DiskOp, OpId};
 use super::buffers::Buffers;
-use super::targets::Target;
+use super::fixed_files::Target;
 use crate::base::BLOCK;
 use crate::base::error::{Error, Result};
+use crate::io::backoff::Backoff;
+use crate::io::{DiskOp, OpId};
 use smallvec::SmallVec;
 use std::io;
 use std::rc::Rc;
@@ -36,6 +36,9 @@ pub(super) struct Part {
     /// The registered buffer that it lies in.
     pub(super) buffer: Option<u16>,
 }
+
+/// The memory of a transfer: mostly one piece or a few.
+pub(super) type Parts = SmallVec<[Part; 4]>;
 
 /// A piece of memory as the kernel takes it (`struct iovec`).
 #[repr(C)]
@@ -61,7 +64,9 @@ pub(super) struct Op {
     pub(super) op: DiskOp,
     /// Of transfers.
     pub(super) target: Option<Rc<Target>>,
-    pub(super) parts: SmallVec<[Part; 4]>,
+    /// Of transfers: the first byte on the target's descriptor.
+    pub(super) address: u64,
+    pub(super) parts: Parts,
     /// Spans, rounds or jobs whose end is awaited.
     pub(super) left: u32,
     /// The first failure.
@@ -69,6 +74,12 @@ pub(super) struct Op {
 }
 
 impl Op {
+    /// An operation that moves no bytes between memory and device here: a flush or an allocation, which ends when `left`
+    /// parts of it have.
+    pub(super) fn untransferred(id: OpId, op: DiskOp, left: u32) -> Op {
+        Op { id, op, target: None, address: 0, parts: Parts::new(), left, error: None }
+    }
+
     pub(super) fn is_write(&self) -> bool {
         matches!(self.op, DiskOp::Write { .. })
     }
@@ -85,8 +96,8 @@ impl Op {
 ///
 /// # Errors
 /// `Invalid` if a frame to be read into is pinned.
-pub(super) fn parts_of(op: &mut DiskOp, buffers: &Buffers) -> Result<SmallVec<[Part; 4]>> {
-    let mut parts: SmallVec<[Part; 4]> = SmallVec::new();
+pub(super) fn parts_of(op: &mut DiskOp, buffers: &Buffers) -> Result<Parts> {
+    let mut parts = Parts::new();
     match op {
         DiskOp::Read { file, into, .. } => {
             for frame in into {
@@ -112,7 +123,7 @@ pub(super) fn parts_of(op: &mut DiskOp, buffers: &Buffers) -> Result<SmallVec<[P
     Ok(parts)
 }
 
-fn add(parts: &mut SmallVec<[Part; 4]>, at: *mut u8, len: u32) {
+fn add(parts: &mut Parts, at: *mut u8, len: u32) {
     match parts.last_mut() {
         Some(last) if last.at.wrapping_add(last.len as usize) == at => last.len += len,
         _ if len == 0 => {}

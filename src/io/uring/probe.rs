@@ -3,13 +3,13 @@
 //! It does *not* touch a file of the store: polling is tried on a scratch file.
 #![allow(unsafe_code)]
 
-use super::super::files::{Access, Files};
-use super::super::refusal::{RingRefusal, RingRefused};
-use super::super::report::Polling;
-use super::super::trial::Block;
-use super::UringOptions;
+use super::options::UringOptions;
 use super::ring::Ring;
+use super::unavailable::{RingRefusal, RingRefused};
 use crate::base::BLOCK;
+use crate::io::files::Files;
+use crate::io::media::{Access, Block, PATTERN};
+use crate::io::report::Polling;
 use io_uring::{IoUring, Probe, opcode, types};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -78,15 +78,15 @@ fn try_polling(files: &Files) -> Result<(), String> {
     if !files.is_direct() {
         return Err("that needs direct I/O".into());
     }
-    let file = files.scratch().map_err(|e| e.to_string())?;
+    let scratch = files.scratch().map_err(|e| e.to_string())?;
+    let (file, at) = (&scratch.descriptor, scratch.base);
     let failed = |what: &str, e: &dyn std::fmt::Display| format!("{what} failed: {e}");
-    let mut block = Box::new(Block([0x5a; BLOCK]));
-    files.set_direct(&file).map_err(|e| failed("direct I/O", &e))?;
-    let written = rustix::io::pwrite(&file, &block.0, 0).map_err(|e| failed("a write", &e))?;
-    rustix::fs::fdatasync(&file).map_err(|e| failed("a flush", &e))?;
+    let mut block = Box::new(Block([PATTERN; BLOCK]));
+    let written = rustix::io::pwrite(file, &block.0, at).map_err(|e| failed("a write", &e))?;
+    rustix::fs::fdatasync(file).map_err(|e| failed("a flush", &e))?;
     let mut ring = Ring::new(4, true).map_err(|e| failed("making a polling ring", &e))?;
     block.0.fill(0);
-    let read = opcode::Read::new(types::Fd(file.as_raw_fd()), block.0.as_mut_ptr(), BLOCK as u32).build();
+    let read = opcode::Read::new(types::Fd(file.as_raw_fd()), block.0.as_mut_ptr(), BLOCK as u32).offset(at).build();
     // SAFETY: the block and the file live until the completion was taken, below; if it never comes they are leaked.
     unsafe { ring.put(&read, true) };
     let mut taken = Vec::new();
@@ -95,12 +95,12 @@ fn try_polling(files: &Files) -> Result<(), String> {
         ring.take(&mut taken);
     }
     let Some((_, result)) = taken.pop() else {
-        std::mem::forget((block, file));
+        std::mem::forget((block, scratch));
         return Err("a polled read could not be waited for".into());
     };
     ring.completed();
     match result {
-        n if n == BLOCK as i32 && written == BLOCK && block.0 == [0x5a; BLOCK] => Ok(()),
+        n if n == BLOCK as i32 && written == BLOCK && block.0 == [PATTERN; BLOCK] => Ok(()),
         n if n < 0 => {
             let e = io::Error::from_raw_os_error(-n);
             Err(format!("the device has no queues for it: a polled read says {e}; NVMe: nvme.poll_queues"))

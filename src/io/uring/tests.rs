@@ -5,13 +5,22 @@
 use super::super::execute;
 use super::super::tests::{LOG, OTHER, allocate, filled, flush, read, write};
 use super::*;
+use crate::base::options::Driver;
 use crate::io::flush::Failure;
-use crate::io::{DriverChoice, DriverOptions, FileDisk, FlushChoice, FlushMethod, IoSlice, Polling};
+use crate::io::tests::disk;
+use crate::io::{Access, FileOptions, FlushChoice, FlushMethod, IoSlice, Polling, disk_over};
 use crate::memory::{Arena, Frame};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::thread::CapabilitySet;
 use smallvec::smallvec;
+use std::path::Path;
 use std::process::Command;
+
+/// A ring over the store in `dir`, for itself alone.
+fn open(dir: &Path) -> UringDisk {
+    let files = Files::open(dir, Access::ReadWrite, &FileOptions::default()).unwrap();
+    UringDisk::with_files(files, &UringOptions::default()).unwrap()
+}
 
 /// Set in a child process: what it is to do.
 const ROLE: &str = "COREPAGE_DISK_TEST_ROLE";
@@ -22,7 +31,8 @@ static LOCKED: std::sync::Mutex<()> = std::sync::Mutex::new(());
 /// Runs the test named `name` of this module in a child process, in the given role, and gives what it printed.
 fn child(name: &str, role: &str) -> String {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    let name = format!("disk::uring::tests::{name}");
+    let (_, module) = module_path!().split_once("::").unwrap();
+    let name = format!("{module}::{name}");
     command.args(["--exact", &name, "--nocapture", "--test-threads=1"]).env(ROLE, role);
     let output = command.output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
@@ -54,7 +64,7 @@ fn every_limit_of_locked_memory_works_and_is_reported() {
         limit_locks(role.parse().unwrap());
     }
     let dir = tempfile::tempdir().unwrap();
-    let mut disk = UringDisk::open(dir.path(), Access::ReadWrite).unwrap();
+    let mut disk = open(dir.path());
     let mut arena = Arena::new(64 << 8).unwrap();
     disk.register(arena.mapping());
     println!("registered={}", disk.report().fixed_bytes);
@@ -112,14 +122,10 @@ fn a_forbidden_io_uring_is_named_and_the_portable_disk_taken() {
     println!("{why}");
     let dir = tempfile::tempdir().unwrap();
     let files = Files::open(dir.path(), Access::ReadWrite, &FileOptions::default()).unwrap();
-    let ring_only = DriverOptions { choice: DriverChoice::Ring, ..DriverOptions::default() };
-    let refused = FileDisk::with_files(files.clone(), &ring_only).err().expect("there is no ring");
+    let refused = UringDisk::with_files(files.clone(), &UringOptions::default()).err().expect("there is no ring");
     assert_eq!(refused.kind(), ErrorKind::Unsupported);
-    let mut disk = FileDisk::with_files(files, &DriverOptions::default()).unwrap();
-    let report = disk.report();
-    assert_eq!((report.driver, report.fallback.is_some()), ("portable", true), "{report}");
-    println!("{report}");
-    allocate(&mut disk, LOG, 0, 4096).unwrap();
+    let mut disk = disk_over(files).unwrap();
+    allocate(disk.as_mut(), LOG, 0, 4096).unwrap();
 }
 
 /// Makes a system call fail with `errno` for this thread and those that it starts.
@@ -142,12 +148,11 @@ fn a_directory_that_can_t_be_synced_fails_the_allocation() {
     }
     // Before there are workers: a filter holds for threads that are started later.
     forbid(libc::SYS_fsync, 5);
-    for choice in [DriverChoice::Ring, DriverChoice::Portable] {
+    for driver in [Driver::Ring, Driver::Portable] {
         let dir = tempfile::tempdir().unwrap();
         let files = Files::open(dir.path(), Access::ReadWrite, &FileOptions::default()).unwrap();
-        let options = DriverOptions { choice, ..DriverOptions::default() };
-        let mut disk = FileDisk::with_files(files, &options).unwrap();
-        let error = allocate(&mut disk, LOG, 0, 4096).expect_err("its name is not durable");
+        let mut disk = disk(driver, files, 8);
+        let error = allocate(disk.as_mut(), LOG, 0, 4096).expect_err("its name is not durable");
         assert!(error.to_string().contains("making durable the name of"), "{error}");
     }
 }
@@ -168,7 +173,7 @@ fn a_ring_that_can_t_be_entered_is_found_by_the_probe() {
 #[test]
 fn polling_is_used_only_where_it_works() {
     let dir = tempfile::tempdir().unwrap();
-    let mut disk = UringDisk::open(dir.path(), Access::ReadWrite).unwrap();
+    let mut disk = open(dir.path());
     let mut arena = Arena::new(16).unwrap();
     allocate(&mut disk, LOG, 0, 4096).unwrap();
     flush(&mut disk, &[LOG]).unwrap();
@@ -188,7 +193,7 @@ fn polling_is_used_only_where_it_works() {
 #[test]
 fn an_error_of_the_device_is_an_error_of_the_operation() {
     let dir = tempfile::tempdir().unwrap();
-    let mut disk = UringDisk::open(dir.path(), Access::ReadWrite).unwrap();
+    let mut disk = open(dir.path());
     let mut arena = Arena::new(1024).unwrap();
     allocate(&mut disk, LOG, 0, 4 << 20).unwrap();
     // An offset that direct I/O does not take: each of the entries fails, the operation once.
@@ -253,7 +258,7 @@ fn a_failure_reaches_the_rounds_of_other_disks_that_are_under_way() {
     let [one, two] = rounds.map(|rounds| {
         let told = told.clone();
         let waiter = Waiter::Call(Box::new(move |result: Result<()>| told.lock().unwrap().push(result.is_ok())));
-        rounds.join(&file, false, waiter).expect("nothing is under way")
+        rounds.join(&file.file, false, waiter).expect("nothing is under way")
     });
     // A leader that panics has failed.
     drop(one);
@@ -300,7 +305,7 @@ fn the_next_round_is_led_by_whoever_waits_for_it() {
 #[test]
 fn durable_writes_spare_only_flushes_of_what_this_process_wrote() {
     let dir = tempfile::tempdir().unwrap();
-    allocate(&mut UringDisk::open(dir.path(), Access::ReadWrite).unwrap(), LOG, 0, 8192).unwrap();
+    allocate(&mut open(dir.path()), LOG, 0, 8192).unwrap();
     let options = FileOptions { flush: FlushChoice::Dsync, ..FileOptions::default() };
     let files = Files::open(dir.path(), Access::ReadWrite, &options).unwrap();
     let mut disk = UringDisk::with_files(files.clone(), &UringOptions::default()).unwrap();
@@ -330,7 +335,7 @@ fn durable_writes_spare_only_flushes_of_what_this_process_wrote() {
 fn one_flush_stands_for_all_files_once_each_was_flushed() {
     let dir = tempfile::tempdir().unwrap();
     for file in [LOG, OTHER, FileId::Data] {
-        allocate(&mut UringDisk::open(dir.path(), Access::ReadWrite).unwrap(), file, 0, 8192).unwrap();
+        allocate(&mut open(dir.path()), file, 0, 8192).unwrap();
     }
     let (files, mut disk) = flushing(dir.path(), true);
     let all = [LOG, OTHER, FileId::Data].map(|id| files.file(id));
@@ -385,7 +390,7 @@ fn two_rings_work_as_one_disk() {
 fn the_ring_works_on_file_systems_of_all_kinds() {
     for base in ["/dev/shm", "/run", "/var/tmp", "/tmp"] {
         let Ok(dir) = tempfile::tempdir_in(base) else { continue };
-        let mut disk = UringDisk::open(dir.path(), Access::ReadWrite).unwrap();
+        let mut disk = open(dir.path());
         println!("{base}: {}", disk.report());
         let mut arena = Arena::new(1024).unwrap();
         disk.register(arena.mapping());
@@ -457,7 +462,7 @@ fn a_ring_that_can_t_be_waited_in_pauses_the_waiter() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let mut disk = UringDisk::open(dir.path(), Access::ReadWrite).unwrap();
+    let mut disk = open(dir.path());
     forbid(libc::SYS_io_uring_enter, libc::EAGAIN as u32);
     let since = std::time::Instant::now();
     (0..20).for_each(|_| disk.wait(None));

@@ -4,7 +4,7 @@
 
 use super::Roots;
 use super::mounts::mount_of;
-use crate::io::{BlockDevice, FlushMethod, Prospect};
+use crate::io::{self, BlockDevice, FlushMethod, Prospect};
 use serde::Serialize;
 use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -77,7 +77,7 @@ impl Directory {
         found.free_bytes = prospect.free_bytes;
         match prospect.transfers {
             Ok((direct, flush)) => {
-                found.direct_io = if direct { DirectIo::Works } else { DirectIo::Refused };
+                found.direct_io = if direct == io::DirectIo::Refused { DirectIo::Refused } else { DirectIo::Works };
                 found.flush = Some(flush);
             }
             Err(e) => found.unwritable = Some(e.to_string()),

@@ -18,8 +18,7 @@ use crate::format::catalog;
 use crate::format::node::{self, Child, Entry};
 use crate::format::root::VOLUMES_MAX;
 use crate::format::superblock::Superblock;
-use crate::io::portable::{PortableDisk, PortableOptions};
-use crate::io::{Access, Disk, FileId, FileOptions, Files};
+use crate::io::{Access, Disk, FileId, FileOptions, Files, PortableDisk, PortableOptions};
 use crate::memory::Arena;
 use std::path::Path;
 

@@ -33,7 +33,7 @@ use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::{BLOCK, PageId, VolumeId};
 use crate::engine::recovery::creation_is_unfinished;
 use crate::format::superblock::Superblock;
-use crate::io::{Access, Disk, DriverOptions, FileDisk, FileId, FileOptions, Files};
+use crate::io::{Access, Disk, FileId, FileOptions, Files, disk_over};
 use crate::memory::Arena;
 use extents::Named;
 use read::{ARENA_BLOCKS, Meter};
@@ -57,8 +57,7 @@ pub fn verify(dir: &Path) -> Result<VerifyReport> {
 /// As [`verify`].
 pub fn verify_with(dir: &Path, mut progress: impl FnMut(VerifyProgress)) -> Result<VerifyReport> {
     let files = Files::open(dir, Access::ReadOnly, &FileOptions::default())?;
-    let mut disk = FileDisk::with_files(files, &DriverOptions::default())?;
-    verify_telling(&mut disk, &mut progress)
+    verify_telling(disk_over(files)?.as_mut(), &mut progress)
 }
 
 /// The same on any disk.

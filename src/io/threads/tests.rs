@@ -3,15 +3,15 @@
 use super::*;
 use crate::base::error::ErrorKind;
 use crate::base::{BLOCK, SegmentNo, ShardId};
-use crate::io::files::parse_name;
-use crate::io::{IoSlice, execute};
+use crate::io::{Access, FileOptions, IoSlice, PageCache, execute};
 use crate::memory::{Arena, Frame};
 use smallvec::smallvec;
+use std::path::Path;
 
 const LOG: FileId = FileId::Log(ShardId::new(0), SegmentNo::new(0));
 
 fn open(dir: &Path, access: Access) -> Result<PortableDisk> {
-    PortableDisk::open(dir, access)
+    PortableDisk::with_files(Files::open(dir, access, &FileOptions::default())?, &PortableOptions::default())
 }
 
 fn filled(arena: &mut Arena, order: u8, byte: u8) -> Frame {
@@ -168,7 +168,7 @@ fn foreign_files_with_our_names_are_refused_and_untouched() {
 fn a_flood_of_operations_completes() {
     let dir = tempfile::tempdir().unwrap();
     let mut arena = Arena::new(2048).unwrap();
-    let options = FileOptions { direct: false, ..FileOptions::default() };
+    let options = FileOptions { page_cache: PageCache::Use, ..FileOptions::default() };
     let files = Files::open(dir.path(), Access::ReadWrite, &options).unwrap();
     let mut disk = PortableDisk::with_files(files, &PortableOptions { workers_count: 2 }).unwrap();
     assert!(!disk.report().direct);
@@ -198,16 +198,4 @@ fn another_thread_ends_a_wait() {
     disk.wait(None);
     other.join().unwrap();
     disk.wait(Some(1000));
-}
-
-/// Only names that we give ourselves are ours.
-#[test]
-fn file_names_have_one_form() {
-    let ids = [FileId::Meta, FileId::Table, FileId::Data, LOG, FileId::Log(ShardId::new(1000), SegmentNo::new(12345))];
-    for id in ids {
-        assert_eq!(parse_name(&id.to_string()), Some(id));
-    }
-    for name in ["log-0-0", "log-000-0000x", "Meta", "log-+00-0000", ""] {
-        assert_eq!(parse_name(name), None, "{name}");
-    }
 }

@@ -18,38 +18,42 @@
 //!
 //! A ring belongs to the thread that made it: `UringDisk` is not `Send`. It does *not* order operations or retry a flush.
 
+mod allocator_thread;
 mod buffers;
 mod entries;
-mod helper;
+mod fixed_files;
 mod op;
 mod options;
 mod probe;
 mod ring;
-mod targets;
+mod unavailable;
 
 pub use options::UringOptions;
 pub use probe::probe;
 pub(crate) use probe::probe_ordinary;
+pub(crate) use unavailable::Circumstances;
+pub use unavailable::{RingRefusal, RingRefused};
 
-use super::files::{Access, FileOptions, Files, StoreFile};
+use super::files::Files;
 use super::flush::{Leader, Mail, Mailbox, Round, Rounds, Waiter};
 use super::report::{DiskReport, Polling};
+use super::store_file::StoreFile;
 use super::waker::{DiskWaker, Sleep};
 use super::{Completion, Disk, DiskOp, FileId, OpId};
 use crate::base::Micros;
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::memory::Mapping;
+use allocator_thread::Helper;
 use buffers::Buffers;
 use entries::{EVENT, Entries, TIMER};
-use helper::Helper;
-use op::{Landing, Op, Span};
+use fixed_files::{Target, Targets};
+use op::{Landing, Op, Parts, Span};
 use ring::Ring;
 use slab::Slab;
 use std::collections::VecDeque;
 use std::marker::PhantomData;
-use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
-use targets::Targets;
 
 /// Calls in a row by which a polling ring is asked before the owner gets a turn.
 const POLLS: u32 = 64;
@@ -98,14 +102,6 @@ pub struct UringDisk {
 }
 
 impl UringDisk {
-    /// Opens the store in the directory `dir` for this disk alone, with the default options.
-    ///
-    /// # Errors
-    /// As [`Files::open`] and [`with_files`](Self::with_files).
-    pub fn open(dir: &Path, access: Access) -> Result<UringDisk> {
-        Self::with_files(Files::open(dir, access, &FileOptions::default())?, &UringOptions::default())
-    }
-
     /// One more disk over these files, for the thread that calls this.
     ///
     /// # Errors
@@ -178,14 +174,8 @@ impl UringDisk {
     }
 
     fn begin_transfer(&mut self, id: OpId, mut op: DiskOp) {
-        let prepared = match &op {
-            DiskOp::Write { file, .. } => self.files.may_write("write", *file).map(|()| *file),
-            DiskOp::Read { file, .. } | DiskOp::Allocate { file, .. } => Ok(*file),
-            DiskOp::Flush { .. } => unreachable!("a flush is no transfer"),
-        };
-        let target = prepared.and_then(|file| self.targets.get(self.main.get(), &self.files, file));
-        let parts = target.and_then(|target| Ok((target, op::parts_of(&mut op, &self.buffers)?)));
-        let (target, parts) = match parts {
+        let prepared = self.prepare(&mut op);
+        let (target, address, parts) = match prepared {
             Ok(prepared) => prepared,
             Err(error) => return self.finish(id, op, Err(error)),
         };
@@ -196,11 +186,33 @@ impl UringDisk {
         if bytes == 0 {
             return self.finish(id, op, Ok(()));
         }
-        let key = self.ops.insert(Op { id, op, target: Some(target), parts, left: 0, error: None });
+        let key = self.ops.insert(Op { id, op, target: Some(target), address, parts, left: 0, error: None });
         for span in op::spans(key as u32, bytes) {
             self.ops[key].left += 1;
             self.queue.push_back(span);
         }
+    }
+
+    /// The file of a transfer, the address on its descriptor, and the memory.
+    fn prepare(&mut self, op: &mut DiskOp) -> Result<(Rc<Target>, u64, Parts)> {
+        let (file, offset) = match op {
+            DiskOp::Write { file, offset, .. } => {
+                self.files.may_write("write", *file)?;
+                (*file, *offset)
+            }
+            DiskOp::Read { file, offset, .. } => (*file, *offset),
+            DiskOp::Flush { .. } | DiskOp::Allocate { .. } => unreachable!("only reads and writes are transfers"),
+        };
+        let target = self.targets.get(self.main.get(), &self.files, file)?;
+        let address = target.location.address(offset, op.bytes());
+        let address = address.map_err(|e| self.transfer_error(op, offset, file, e))?;
+        let parts = op::parts_of(op, &self.buffers)?;
+        Ok((target, address, parts))
+    }
+
+    fn transfer_error(&self, op: &DiskOp, offset: u64, file: FileId, cause: std::io::Error) -> Error {
+        let doing = format_args!("{} of {} bytes at {offset} of", op.name(), op.bytes());
+        self.files.error(file, doing, cause)
     }
 
     fn begin_flush(&mut self, id: OpId, op: DiskOp) {
@@ -208,7 +220,7 @@ impl UringDisk {
         let named: Vec<_> = files.iter().map(|&file| self.files.file(file)).collect();
         match self.files.to_flush(&named) {
             Ok(wanted) if !wanted.is_empty() => {
-                let op = Op { id, op, target: None, parts: Default::default(), left: 0, error: None };
+                let op = Op::untransferred(id, op, 0);
                 let key = self.ops.insert(op) as u32;
                 // All counted before the first joins: it may fail at once.
                 self.ops[key as usize].left = wanted.len() as u32;
@@ -242,10 +254,10 @@ impl UringDisk {
                 Err(error) => return self.finish(id, op, Err(error)),
             },
         };
-        let op = Op { id, op, target: None, parts: Default::default(), left: 1, error: None };
+        let op = Op::untransferred(id, op, 1);
         let key = self.ops.insert(op) as u32;
         self.awaits_mail += 1;
-        helper.send(key, self.files.file(file), from, to);
+        helper.send(key, self.files.file(file), from..to);
     }
 
     /// Moves what waits into the submission queues, as far as they have room.
@@ -319,10 +331,8 @@ impl UringDisk {
             Landing::Rest(rest) => self.queue.push_back(rest),
             Landing::Later(span) => self.refused.push(span),
             Landing::Failed(e) => {
-                let (bytes, offset) = (op.op.bytes(), op.offset());
-                let file = op.target.as_ref().map_or(FileId::Meta, |target| target.file.id());
-                let doing = format_args!("{} of {bytes} bytes at {offset} of", op.op.name());
-                let error = self.files.error(file, doing, e);
+                let file = op.target.as_ref().map_or(FileId::Meta, |target| target.id());
+                let error = self.transfer_error(&op.op, op.offset(), file, e);
                 self.part_done(span.op, Some(error));
             }
         }

@@ -19,15 +19,15 @@
 //!
 //! It does *not* make system calls: the leader does, in its ring or on its thread.
 
-use super::files::StoreFile;
-use super::waker::DiskWaker;
 use crate::base::error::{Error, Result};
+use crate::io::store_file::StoreFile;
+use crate::io::waker::DiskWaker;
 use smallvec::SmallVec;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// What other threads tell a disk that runs on a ring.
-pub(super) enum Mail {
+pub(in crate::io) enum Mail {
     /// A part of the operation with this key is done.
     Done(u32, Result<()>),
     /// This disk is to lead a round.
@@ -35,29 +35,29 @@ pub(super) enum Mail {
 }
 
 /// The place where it finds that.
-pub(super) struct Mailbox {
+pub(in crate::io) struct Mailbox {
     mail: Mutex<Vec<Mail>>,
     any: AtomicBool,
     waker: DiskWaker,
 }
 
 impl Mailbox {
-    pub(super) fn new(waker: DiskWaker) -> Arc<Mailbox> {
+    pub(in crate::io) fn new(waker: DiskWaker) -> Arc<Mailbox> {
         Arc::new(Mailbox { mail: Mutex::new(Vec::new()), any: AtomicBool::new(false), waker })
     }
 
-    pub(super) fn post(&self, mail: Mail) {
+    pub(in crate::io) fn post(&self, mail: Mail) {
         lock(&self.mail).push(mail);
         self.any.store(true, Ordering::Release);
         self.waker.wake();
     }
 
     /// Whether something may be in it: one load, no lock.
-    pub(super) fn has_mail(&self) -> bool {
+    pub(in crate::io) fn has_mail(&self) -> bool {
         self.any.load(Ordering::Acquire)
     }
 
-    pub(super) fn take(&self) -> Vec<Mail> {
+    pub(in crate::io) fn take(&self) -> Vec<Mail> {
         let mut mail = lock(&self.mail);
         self.any.store(false, Ordering::Relaxed);
         std::mem::take(&mut mail)
@@ -65,7 +65,7 @@ impl Mailbox {
 }
 
 /// Who is told how a round ended.
-pub(super) enum Waiter {
+pub(in crate::io) enum Waiter {
     /// An operation of a disk on a ring, which can also lead rounds.
     Ring(Arc<Mailbox>, u32),
     /// Anybody else; called on the leader's thread.
@@ -82,7 +82,7 @@ impl Waiter {
 }
 
 /// The files to be synced by a round.
-pub(super) type RoundFiles = SmallVec<[Arc<StoreFile>; 1]>;
+type RoundFiles = SmallVec<[Arc<StoreFile>; 1]>;
 
 #[derive(Default)]
 struct State {
@@ -94,23 +94,23 @@ struct State {
 }
 
 /// The first failure, of all rounds that have it in common.
-pub(super) type Failure = Arc<OnceLock<Error>>;
+pub(in crate::io) type Failure = Arc<OnceLock<Error>>;
 
 /// The rounds of one file, or of one disk.
 #[derive(Default)]
-pub(super) struct Rounds {
+pub(in crate::io) struct Rounds {
     state: Mutex<State>,
     failed: Failure,
 }
 
 impl Rounds {
-    pub(super) fn with(failed: Failure) -> Arc<Rounds> {
+    pub(in crate::io) fn with(failed: Failure) -> Arc<Rounds> {
         Arc::new(Rounds { state: Mutex::default(), failed })
     }
 
     /// Asks for a flush. `Some`: nothing is under way, the caller has to lead this round now. `exactly`: this very file
     /// must be synced, not just any of them.
-    pub(super) fn join(self: &Arc<Self>, file: &Arc<StoreFile>, exactly: bool, waiter: Waiter) -> Option<Round> {
+    pub(in crate::io) fn join(self: &Arc<Self>, file: &Arc<StoreFile>, exactly: bool, waiter: Waiter) -> Option<Round> {
         if let Some(error) = self.failed.get() {
             waiter.tell(Err(error.clone()));
             return None;
@@ -132,14 +132,14 @@ impl Rounds {
 
 /// The right and the duty to sync these files now, and then to say how it went.
 #[must_use]
-pub(super) struct Round {
+pub(in crate::io) struct Round {
     /// `None` once ended.
     rounds: Option<Arc<Rounds>>,
     files: RoundFiles,
 }
 
 /// Whether a leader leads the next round, too.
-pub(super) enum Leader<'a> {
+pub(in crate::io) enum Leader<'a> {
     /// Yes: its ring is at hand.
     Stays,
     /// Only if no other disk with a ring waits for it.
@@ -148,13 +148,13 @@ pub(super) enum Leader<'a> {
 
 impl Round {
     /// What is to be synced.
-    pub(super) fn files(&self) -> &RoundFiles {
+    pub(in crate::io) fn files(&self) -> &RoundFiles {
         &self.files
     }
 
     /// Ends the round. `Some`: others wait already, lead the next one.
     #[must_use]
-    pub(super) fn end(mut self, result: Result<()>, leader: Leader<'_>) -> Option<Round> {
+    pub(in crate::io) fn end(mut self, result: Result<()>, leader: Leader<'_>) -> Option<Round> {
         self.finish(result, leader)
     }
 

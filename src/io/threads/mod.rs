@@ -18,21 +18,19 @@
 //!
 //! It does *not*: order operations (writes and flushes under way at a time overtake each other), schedule, or cache.
 
-pub use super::files::Access;
-pub use super::report::DiskReport;
+mod transfer;
 
-use super::files::{FileOptions, Files, StoreFile};
+use super::files::{FileEntries, FileEntry, Files};
 use super::flush::{Rounds, Waiter};
+use super::report::DiskReport;
 use super::waker::DiskWaker;
-use super::{Completion, Disk, DiskOp, FileId, OpId, transfer};
+use super::{Completion, Disk, DiskOp, FileId, OpId};
 use crate::base::Micros;
 use crate::base::error::{Error, Result};
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 use parking::{Parker, Unparker};
-use smallvec::SmallVec;
 use std::collections::{BTreeMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -57,13 +55,13 @@ impl Default for PortableOptions {
 struct Job {
     id: OpId,
     op: DiskOp,
-    files: SmallVec<[Arc<StoreFile>; 1]>,
+    files: FileEntries,
 }
 
 /// Ordinary files as the store's disk, and threads that use them.
 pub struct PortableDisk {
     files: Arc<Files>,
-    known: BTreeMap<FileId, Arc<StoreFile>>,
+    known: BTreeMap<FileId, Arc<FileEntry>>,
     /// Taken only in `drop`.
     jobs: Option<Sender<Job>>,
     /// Where the workers take them from; to take back at the end what none has begun.
@@ -77,14 +75,6 @@ pub struct PortableDisk {
 }
 
 impl PortableDisk {
-    /// Opens the store in the directory `dir` for this disk alone, with the default options.
-    ///
-    /// # Errors
-    /// As [`Files::open`], and `Io` if no thread can be started.
-    pub fn open(dir: &Path, access: Access) -> Result<PortableDisk> {
-        Self::with_files(Files::open(dir, access, &FileOptions::default())?, &PortableOptions::default())
-    }
-
     /// One more disk over these files.
     ///
     /// # Errors
@@ -122,12 +112,7 @@ impl PortableDisk {
         Ok(disk)
     }
 
-    /// What wakes the thread that is in [`Disk::wait`], from any thread.
-    pub fn unparker(&self) -> Unparker {
-        self.parker.unparker()
-    }
-
-    /// The same, as all disks have it.
+    /// Ends this disk's present or next wait, from any thread.
     pub fn waker(&self) -> DiskWaker {
         DiskWaker::of_parker(self.parker.unparker())
     }
@@ -137,7 +122,7 @@ impl PortableDisk {
         DiskReport { driver: "portable", depth: self.workers.len(), ..self.files.report() }
     }
 
-    fn file(&mut self, id: FileId) -> Arc<StoreFile> {
+    fn file(&mut self, id: FileId) -> Arc<FileEntry> {
         self.known.entry(id).or_insert_with(|| self.files.file(id)).clone()
     }
 
@@ -160,7 +145,7 @@ impl Disk for PortableDisk {
         let files = match &op {
             DiskOp::Read { file, .. } | DiskOp::Write { file, .. } | DiskOp::Allocate { file, .. } => {
                 let file = *file;
-                SmallVec::from_iter([self.file(file)])
+                FileEntries::from_iter([self.file(file)])
             }
             DiskOp::Flush { files } => files.clone().into_iter().map(|file| self.file(file)).collect(),
         };
@@ -250,9 +235,9 @@ impl Worker {
     }
 
     /// Has the files flushed, and completes the operation then. An allocation needs that very file's flush.
-    fn flush(&self, id: OpId, op: DiskOp, files: SmallVec<[Arc<StoreFile>; 1]>) {
+    fn flush(&self, id: OpId, op: DiskOp, files: FileEntries) {
         let exactly = matches!(op, DiskOp::Allocate { .. });
-        let wanted = if exactly { Ok(files.iter().cloned().collect()) } else { self.files.to_flush(&files) };
+        let wanted = if exactly { Ok(files.clone()) } else { self.files.to_flush(&files) };
         drop(files);
         let wanted = match wanted {
             Ok(wanted) if !wanted.is_empty() => wanted,

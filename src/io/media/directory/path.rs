@@ -1,102 +1,12 @@
-//! What can only be found out by trying: whether a directory can be made, written, and passed the page cache by in.
+//! The path to the directory: making it, and making its name durable.
 //!
-//! Invariants
-//! 1. A trial leaves nothing behind, and changes no file of a store.
-//! 2. A disk that is full is told from a directory that this user may not write.
+//! A power loss must not take the name of one directory on the way: the store in it, with all that was acknowledged, would be
+//! nowhere to be found.
 
-use super::backoff::patiently;
-use super::device;
-use crate::base::BLOCK;
-use crate::base::error::{Error, ErrorKind, Result};
-use rustix::fs::{Mode, OFlags};
-use rustix::io::Errno;
-use std::fmt;
+use crate::base::error::{Error, Result};
+use crate::io::media::probe_direct_io::not_made;
 use std::fs::File;
 use std::path::Path;
-
-/// Whether a block can be written and read directly in `directory`, which is `path`, and whether the kernel vouches for
-/// it. Leaves nothing behind.
-///
-/// # Errors
-/// `Io`: the directory can't be written. `Full`: there is no room for one block.
-pub(super) fn try_direct(directory: &File, path: &Path) -> Result<(bool, bool)> {
-    let scratch = scratch(directory, path)?;
-    let mut block = Box::new(Block([0x5a; BLOCK]));
-    let takes = set_direct(&scratch).is_ok();
-    let written = if takes { patiently(|| rustix::io::pwrite(&scratch, &block.0, 0)) } else { Ok(0) };
-    if let Err(e @ (Errno::NOSPC | Errno::DQUOT)) = written {
-        return Err(not_made(format_args!("trying direct I/O in {}", path.display()), "", e.into()));
-    }
-    let works = written == Ok(BLOCK) && {
-        block.0.fill(0);
-        patiently(|| rustix::io::pread(&scratch, &mut block.0, 0)) == Ok(BLOCK) && block.0 == [0x5a; BLOCK]
-    };
-    let says = device::says_direct(&scratch);
-    Ok((works && says != Some(false), works && says == Some(true)))
-}
-
-/// Whether a read that passes the page cache by works; the file stays as it is.
-pub(super) fn reads_directly(file: &File) -> bool {
-    let mut block = Box::new(Block([0; BLOCK]));
-    let Ok(flags) = rustix::fs::fcntl_getfl(file) else { return false };
-    let works = rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT).is_ok()
-        && patiently(|| rustix::io::pread(file, &mut block.0, 0)) == Ok(BLOCK);
-    let _ = rustix::fs::fcntl_setfl(file, flags);
-    works
-}
-
-/// The error for a file or directory that can't be made: what to do about it, if it is not for lack of space.
-pub(super) fn not_made(doing: impl fmt::Display, advice: &str, e: std::io::Error) -> Error {
-    match e.kind() {
-        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
-            Error::io(doing, e).with_kind(ErrorKind::Full)
-        }
-        _ => Error::io(format_args!("{doing}{advice}"), e),
-    }
-}
-
-pub(super) fn set_direct(file: &File) -> rustix::io::Result<()> {
-    let flags = rustix::fs::fcntl_getfl(file)?;
-    rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT)
-}
-
-/// A file that is gone when it is closed. That it can be made shows that the directory can be written.
-pub(super) fn scratch(directory: &File, path: &Path) -> Result<File> {
-    let mode = Mode::from_raw_mode(0o600);
-    let flags = OFlags::RDWR | OFlags::CLOEXEC;
-    if let Ok(file) = patiently(|| rustix::fs::openat(directory, ".", flags | OFlags::TMPFILE, mode)) {
-        return Ok(file.into());
-    }
-    named_scratch(directory, path)
-}
-
-/// The same for file systems that have no files without a name (FUSE, NFS). The name is of chance: a process id comes again, in a
-/// container at each start, and a process that was killed in between has left its file.
-fn named_scratch(directory: &File, path: &Path) -> Result<File> {
-    let mode = Mode::from_raw_mode(0o600);
-    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::CREATE | OFlags::EXCL;
-    let not_written = |e: Errno| {
-        let context = format_args!("the directory {} can't be written", path.display());
-        not_made(context, ": give this user the right to, or use another", e.into())
-    };
-    loop {
-        let mut chance = [0; 8];
-        rustix::rand::getrandom(&mut chance, rustix::rand::GetRandomFlags::empty()).map_err(not_written)?;
-        let name = format!(".corepage-probe-{:016x}", u64::from_ne_bytes(chance));
-        match rustix::fs::openat(directory, name.as_str(), flags, mode) {
-            Err(Errno::EXIST | Errno::INTR) => {}
-            Err(e) => return Err(not_written(e)),
-            Ok(made) => {
-                let _ = rustix::fs::unlinkat(directory, name.as_str(), rustix::fs::AtFlags::empty());
-                return Ok(made.into());
-            }
-        }
-    }
-}
-
-/// A block at an address that direct I/O takes.
-#[repr(C, align(4096))]
-pub(super) struct Block(pub(super) [u8; BLOCK]);
 
 /// Makes it, and those above it that are missing, and their names durable: the path must outlive a crash as a whole, or
 /// the store in it is nowhere to be found.
@@ -162,18 +72,6 @@ pub(super) fn sync_names_of(path: &Path) {
 mod tests {
     use super::*;
     use std::path::PathBuf;
-
-    /// If this fails, a store can't be opened again in a container on a file system such as FUSE after one kill at the wrong moment:
-    /// the process id is the same at each start.
-    #[test]
-    fn what_a_killed_process_has_left_of_a_trial_is_in_nobodys_way() {
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join(format!(".corepage-probe-{}", std::process::id())), "left").unwrap();
-        let directory = File::open(dir.path()).unwrap();
-        let files: Vec<_> = (0..3).map(|_| named_scratch(&directory, dir.path()).unwrap()).collect();
-        assert_eq!(dir.path().read_dir().unwrap().count(), 1, "nothing more is left");
-        drop(files);
-    }
 
     /// Whoever names a file, or a link to a disk that is not mounted, has to learn which, and what to do.
     #[test]

@@ -1,96 +1,71 @@
-//! Files that are made: for whom, whether there is room for them, and how they go if it comes to nothing.
+//! Files that are made: who owns them, and how they are removed if their store never comes to be.
 //!
 //! Invariants
 //! 1. Only a store whose first file this opening has made and locked is ever removed: nobody was given it, so it holds nothing. A
 //!    file that has taken the place of one of its own stays.
 //! 2. Its first file goes last: without that the others are no store's.
 
-use super::{FIRST, Files};
-use crate::base::error::{Error, ErrorKind};
-use crate::io::{FileId, device};
-use rustix::fs::Mode;
+use super::{Directory, FIRST};
+use crate::io::FileId;
+use rustix::fs::{AtFlags, Gid, Mode, Uid};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 use std::sync::PoisonError;
 
-impl Files {
-    /// Gives a file that was made owner and mode of those that are there, or the owner of the directory: a store that an administrator has
-    /// opened once stays its user's.
-    pub(super) fn like_the_others(&self, made: impl std::os::fd::AsFd) {
-        let first = self.files.lock().unwrap_or_else(PoisonError::into_inner);
-        let first = first.values().find_map(|file| file.get()?.metadata().ok());
-        let Some(like) = first.as_ref().map(|meta| (meta.uid(), meta.gid(), Some(meta.mode() & 0o777))).or_else(|| {
+/// Who may read and write, of a file's mode.
+const PERMISSIONS: u32 = 0o777;
+
+impl Directory {
+    /// Gives a file that was made the owner and mode of those that are there, or the owner of the directory: a store that an
+    /// administrator has opened once stays its user's.
+    pub(super) fn give_to_owner_of_the_others(&self, made: impl std::os::fd::AsFd) {
+        let first = self.files().values().find_map(|file| file.metadata().ok());
+        let like = first.map(|meta| (meta.uid(), meta.gid(), Some(meta.mode() & PERMISSIONS)));
+        let Some((uid, gid, mode)) = like.or_else(|| {
             let directory = self.handle.metadata().ok()?;
             Some((directory.uid(), directory.gid(), None))
         }) else {
             return;
         };
-        let (uid, gid, mode) = like;
         if let Some(mode) = mode {
             let _ = rustix::fs::fchmod(&made, Mode::from_raw_mode(mode));
         }
-        // Only root may give files away; who is not root has made them as itself, like those that are there.
-        let (uid, gid) = (rustix::fs::Uid::from_raw(uid), rustix::fs::Gid::from_raw(gid));
+        // Only root may give files away. Any other user has made them as itself, like those that are there.
         if rustix::process::geteuid().is_root() {
-            let _ = rustix::fs::fchown(&made, Some(uid), Some(gid));
+            let _ = rustix::fs::fchown(&made, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
         }
     }
 
-    /// That there is no store where one has to be.
-    pub(crate) fn no_store(&self) -> Error {
-        let context = format_args!("there is no store in {}: is what it is on mounted?", self.path.display());
-        Error::new(ErrorKind::NotFound, context)
-    }
-
-    /// Removes the files of a creation that has failed, if it was all made since these were opened. Nothing may be under way.
-    pub(crate) fn remove_creation(&self) {
+    /// Removes the files of a creation that has failed, if all of them were made since the directory was opened.
+    pub(super) fn remove_what_was_made(&self) {
         let made = std::mem::take(&mut *self.made.lock().unwrap_or_else(PoisonError::into_inner));
         if made.first() != Some(&FIRST) {
             return;
         }
-        // The first one last: without it the others are no store's, and nobody takes them for one.
         for id in made.iter().rev() {
             let name = id.to_string();
             if !self.is_ours(*id, &name) {
                 continue;
             }
-            if let Err(e) = rustix::fs::unlinkat(&self.handle, name.as_str(), rustix::fs::AtFlags::empty()) {
+            if let Err(e) = rustix::fs::unlinkat(&self.handle, name.as_str(), AtFlags::empty()) {
                 tracing::warn!("{} of a store that could not be made is left: {e}", self.path.join(name).display());
             }
         }
     }
 
-    /// Whether the file of this name is still the one that is open here, and not one that somebody has put in its place.
+    /// Whether the file of this name is still the one that is open here, and not one that has been put in its place.
     fn is_ours(&self, id: FileId, name: &str) -> bool {
-        let named = rustix::fs::statat(&self.handle, name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW);
-        let open = self.file(id).get().and_then(|open| rustix::fs::fstat(open).ok());
+        let named = rustix::fs::statat(&self.handle, name, AtFlags::SYMLINK_NOFOLLOW);
+        let open = self.files().get(&id).and_then(|open| rustix::fs::fstat(open).ok());
         matches!((named, open), (Ok(named), Some(open)) if (named.st_dev, named.st_ino) == (open.st_dev, open.st_ino))
-    }
-
-    /// Bytes that the files have, and those that the file system says are left for this user.
-    pub(crate) fn room(&self) -> (u64, Option<u64>) {
-        let files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
-        let lens = files.values().filter_map(|file| Some(file.get()?.metadata().ok()?.len()));
-        (lens.sum(), device::free_bytes(&self.handle))
-    }
-
-    /// The directory.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    pub(in crate::io) fn missing(&self, id: FileId) -> Error {
-        let path = self.path.join(id.to_string());
-        let context = format_args!("the file {} is missing: bring the store back from a backup", path.display());
-        Error::new(ErrorKind::NotFound, context)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::portable::{PortableDisk, PortableOptions};
-    use crate::io::{Access, DiskOp, FileOptions, execute};
+    use crate::base::error::ErrorKind;
+    use crate::io::{Access, DiskOp, FileOptions, Files, PortableDisk, PortableOptions, execute};
+    use std::path::Path;
     use std::sync::Arc;
 
     fn open(dir: &Path) -> Arc<Files> {

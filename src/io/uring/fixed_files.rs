@@ -7,9 +7,10 @@
 //!
 //! It does *not* open files.
 
-use super::super::FileId;
-use super::super::files::{Files, StoreFile};
 use crate::base::error::Result;
+use crate::io::FileId;
+use crate::io::files::{FileEntry, Files};
+use crate::io::media::Location;
 use foldhash::fast::FixedState;
 use hashbrown::HashMap;
 use io_uring::IoUring;
@@ -28,8 +29,15 @@ pub(super) struct Name {
 }
 
 pub(super) struct Target {
-    pub(super) file: Arc<StoreFile>,
+    entry: Arc<FileEntry>,
     pub(super) name: Name,
+    pub(super) location: Location,
+}
+
+impl Target {
+    pub(super) fn id(&self) -> FileId {
+        self.entry.id()
+    }
 }
 
 #[derive(Default)]
@@ -51,8 +59,9 @@ impl Targets {
         if let Some(target) = self.known.get(&id) {
             return Ok(target.clone());
         }
-        let file = files.file(id);
-        let descriptor = super::super::transfer::existing(files, &file)?.as_raw_fd();
+        let entry = files.file(id);
+        let location = files.location(&entry.file)?.clone();
+        let descriptor = location.descriptor.as_raw_fd();
         let mut name = Name { number: descriptor, is_slot: false };
         if self.slots_used < self.slots
             && ring.submitter().register_files_update(self.slots_used, &[descriptor]).is_ok_and(|n| n == 1)
@@ -60,7 +69,7 @@ impl Targets {
             name = Name { number: self.slots_used as i32, is_slot: true };
             self.slots_used += 1;
         }
-        let target = Rc::new(Target { file, name });
+        let target = Rc::new(Target { entry, name, location });
         self.known.insert(id, target.clone());
         Ok(target)
     }

@@ -4,12 +4,14 @@
 //! 1. A lock that a dying process still holds is waited for; any other one is refused at once or nearly so.
 //! 2. Which directories this process has open is noted, so that a second opening is not told to look for another process.
 //!
-//! It does *not* unlock: `files` does, when nothing is in flight.
+//! It does *not* unlock: the directory does, when it is dropped.
 
-use super::FileId;
-use super::cancel::Cancel;
-use super::opener::Opener;
-use crate::base::error::{Error, ErrorKind};
+use super::Directory;
+use crate::base::error::{Error, ErrorKind, Result};
+use crate::io::FileId;
+use crate::io::cancel::Cancel;
+use crate::io::media::Access;
+use crate::io::opener::Opener;
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use std::collections::BTreeMap;
@@ -25,22 +27,22 @@ const DYING_MAX: Duration = Duration::from_secs(2);
 const DYING_STEP: Duration = Duration::from_millis(5);
 
 /// A directory, by device and inode.
-type Directory = (u64, u64);
+type DirectoryInode = (u64, u64);
 
 /// How often each directory is open here, and the process that "here" is: a forked child has none open.
-static OPEN: Mutex<BTreeMap<Directory, (Opener, usize)>> = Mutex::new(BTreeMap::new());
+static OPEN: Mutex<BTreeMap<DirectoryInode, (Opener, usize)>> = Mutex::new(BTreeMap::new());
 
-fn open_here() -> MutexGuard<'static, BTreeMap<Directory, (Opener, usize)>> {
+fn open_here() -> MutexGuard<'static, BTreeMap<DirectoryInode, (Opener, usize)>> {
     OPEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn directory(handle: &File) -> Option<Directory> {
+fn directory(handle: &File) -> Option<DirectoryInode> {
     handle.metadata().ok().map(|meta| (meta.dev(), meta.ino()))
 }
 
 /// A note, for as long as it is kept, that this process has a directory open.
 #[derive(Default)]
-pub(super) struct OpenHere(Option<Directory>);
+pub(super) struct OpenHere(Option<DirectoryInode>);
 
 impl OpenHere {
     pub(super) fn note(handle: &File) -> OpenHere {
@@ -70,8 +72,35 @@ impl Drop for OpenHere {
     }
 }
 
-/// That somebody has the store in `path`, whose directory is `handle`, open.
-pub(super) fn in_use(handle: &File, path: &Path, id: FileId) -> Error {
+impl Directory {
+    /// Locks a file that was opened just now.
+    pub(super) fn lock(&self, file: &File, id: FileId) -> Result<()> {
+        let how = match self.access {
+            Access::ReadWrite => FlockOperation::NonBlockingLockExclusive,
+            Access::ReadOnly => FlockOperation::NonBlockingLockShared,
+        };
+        match patiently(file, how, &self.cancel) {
+            Ok(()) => Ok(()),
+            Err(Errno::WOULDBLOCK) if self.cancel.is_cancelled() => self.cancel.check(),
+            Err(Errno::WOULDBLOCK) => Err(in_use(&self.handle, &self.path, id)),
+            Err(e) => Err(self.error(id, "locking", e.into())),
+        }?;
+        match file.metadata() {
+            // Its store was removed while the lock was waited for: what is written to it would be nowhere.
+            Ok(meta) if meta.nlink() == 0 => Err(Error::new(
+                ErrorKind::InUse,
+                format_args!(
+                    "the files in {} were removed while they were being opened: try again",
+                    self.path.display()
+                ),
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The error for a store in `path`, whose directory is `handle`, that is open already.
+fn in_use(handle: &File, path: &Path, id: FileId) -> Error {
     let open = directory(handle).and_then(|directory| open_here().get(&directory).copied());
     let path = path.display();
     match open.is_some_and(|(opener, _)| opener.is_here()) {
@@ -90,7 +119,7 @@ pub(super) fn in_use(handle: &File, path: &Path, id: FileId) -> Error {
     }
 }
 
-/// That another process has made files in `path` where there were none when it was opened.
+/// The error for files that another process has made in `path` where there were none when it was opened.
 pub(super) fn made_meanwhile(path: &Path) -> Error {
     Error::new(
         ErrorKind::InUse,
@@ -100,7 +129,7 @@ pub(super) fn made_meanwhile(path: &Path) -> Error {
 
 /// `WOULDBLOCK` only if somebody holds it who is not about to let go.
 #[allow(clippy::disallowed_methods, reason = "the end of another process is waited for")]
-pub(super) fn patiently(file: &File, how: FlockOperation, cancel: &Cancel) -> rustix::io::Result<()> {
+fn patiently(file: &File, how: FlockOperation, cancel: &Cancel) -> rustix::io::Result<()> {
     let mut waited = Duration::ZERO;
     loop {
         match rustix::fs::flock(file, how) {

@@ -7,20 +7,19 @@
 //!
 //! It is started by the first allocation, and sleeps when there is none.
 
-use super::super::files::{Files, StoreFile};
-use super::super::flush::{Mail, Mailbox, Rounds, Waiter};
-use super::super::{DiskOp, transfer};
 use crate::base::error::{Error, Result};
+use crate::io::files::{FileEntry, Files};
+use crate::io::flush::{Mail, Mailbox, Rounds, Waiter};
 use crossbeam_channel::{Receiver, Sender};
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 struct Job {
     key: u32,
-    file: Arc<StoreFile>,
-    from: u64,
-    to: u64,
+    file: Arc<FileEntry>,
+    bytes: Range<u64>,
 }
 
 /// The thread's owner.
@@ -41,8 +40,8 @@ impl Helper {
     }
 
     /// Allocates for the operation `key`.
-    pub(super) fn send(&self, key: u32, file: Arc<StoreFile>, from: u64, to: u64) {
-        let sent = self.jobs.as_ref().map(|jobs| jobs.send(Job { key, file, from, to }));
+    pub(super) fn send(&self, key: u32, file: Arc<FileEntry>, bytes: Range<u64>) {
+        let sent = self.jobs.as_ref().map(|jobs| jobs.send(Job { key, file, bytes }));
         assert!(matches!(sent, Some(Ok(()))), "the thread ends only when the disk does");
     }
 }
@@ -57,12 +56,11 @@ impl Drop for Helper {
 }
 
 fn run(files: &Files, rounds: &Arc<Rounds>, mailbox: &Arc<Mailbox>, queue: &Receiver<Job>) {
-    while let Ok(Job { key, file, from, to }) = queue.recv() {
-        let mut op = DiskOp::Allocate { file: file.id(), from, to };
-        let outcome = catch_unwind(AssertUnwindSafe(|| transfer::carry_out(files, &file, &mut op)));
+    while let Ok(Job { key, file, bytes }) = queue.recv() {
+        let outcome = catch_unwind(AssertUnwindSafe(|| files.grow(&file, bytes.clone())));
         let result = outcome.unwrap_or_else(|_| {
             let cause = std::io::Error::other("the thread that allocates panicked");
-            Err(Error::io(format_args!("{op:?}"), cause))
+            Err(Error::io(format_args!("allocate {} {}..{}", file.id(), bytes.start, bytes.end), cause))
         });
         if result.is_err() {
             mailbox.post(Mail::Done(key, result));
