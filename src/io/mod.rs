@@ -239,4 +239,6 @@ pub fn execute(disk: &mut dyn Disk, op: DiskOp) -> Result<DiskOp> {
 #[cfg(test)]
 mod bench_tests;
 #[cfg(test)]
+mod store_tests;
+#[cfg(test)]
 mod tests;

@@ -53,7 +53,7 @@ pub(super) fn disk(driver: Driver, files: Arc<Files>, workers_count: usize) -> B
 
 /// Where a test's files lie.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Medium {
+pub(super) enum Medium {
     /// A file for each role.
     Directory,
     /// One file for all roles, as on a raw device.
@@ -61,7 +61,7 @@ enum Medium {
 }
 
 /// What a test runs on.
-struct Case<'a> {
+pub(super) struct Case<'a> {
     dir: &'a Path,
     medium: Medium,
     driver: Driver,
@@ -69,15 +69,15 @@ struct Case<'a> {
 }
 
 impl Case<'_> {
-    fn make(&self, files: Arc<Files>) -> Box<dyn DriverDisk> {
+    pub(super) fn make(&self, files: Arc<Files>) -> Box<dyn DriverDisk> {
         disk(self.driver, files, 4)
     }
 
-    fn files(&self) -> Arc<Files> {
+    pub(super) fn files(&self) -> Arc<Files> {
         self.try_files(Access::ReadWrite, self.options).unwrap()
     }
 
-    fn try_files(&self, access: Access, options: &FileOptions) -> Result<Arc<Files>> {
+    pub(super) fn try_files(&self, access: Access, options: &FileOptions) -> Result<Arc<Files>> {
         match self.medium {
             Medium::Directory => Files::open(self.dir, access, options),
             Medium::SingleFile => {
@@ -89,7 +89,7 @@ impl Case<'_> {
 }
 
 /// Runs `test` with each driver on each medium, and each with and without direct I/O.
-fn each_driver(test: impl Fn(&Case<'_>)) {
+pub(super) fn each_driver(test: impl Fn(&Case<'_>)) {
     for driver in [Driver::Ring, Driver::Portable] {
         for medium in [Medium::Directory, Medium::SingleFile] {
             for page_cache in [PageCache::Bypass, PageCache::Use] {

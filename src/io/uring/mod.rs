@@ -26,6 +26,7 @@ mod op;
 mod options;
 mod probe;
 mod ring;
+mod transfers;
 mod unavailable;
 
 pub use options::UringOptions;
@@ -46,13 +47,12 @@ use crate::memory::Mapping;
 use allocator_thread::Helper;
 use buffers::Buffers;
 use entries::{EVENT, Entries, TIMER};
-use fixed_files::{Target, Targets};
-use op::{Landing, Op, Parts, Span};
+use fixed_files::Targets;
+use op::{Op, Span};
 use ring::Ring;
 use slab::Slab;
 use std::collections::VecDeque;
 use std::marker::PhantomData;
-use std::rc::Rc;
 use std::sync::Arc;
 
 /// Calls in a row by which a polling ring is asked before the owner gets a turn.
@@ -173,48 +173,6 @@ impl UringDisk {
         self.done.push(Completion { id, op, result });
     }
 
-    fn begin_transfer(&mut self, id: OpId, mut op: DiskOp) {
-        let prepared = self.prepare(&mut op);
-        let (target, address, parts) = match prepared {
-            Ok(prepared) => prepared,
-            Err(error) => return self.finish(id, op, Err(error)),
-        };
-        let Ok(bytes) = u32::try_from(op.bytes()) else {
-            let error = Error::invalid(format_args!("{op:?}: more than 4 GiB in one operation"));
-            return self.finish(id, op, Err(error));
-        };
-        if bytes == 0 {
-            return self.finish(id, op, Ok(()));
-        }
-        let key = self.ops.insert(Op { id, op, target: Some(target), address, parts, left: 0, error: None });
-        for span in op::spans(key as u32, bytes) {
-            self.ops[key].left += 1;
-            self.queue.push_back(span);
-        }
-    }
-
-    /// The file of a transfer, the address on its descriptor, and the memory.
-    fn prepare(&mut self, op: &mut DiskOp) -> Result<(Rc<Target>, u64, Parts)> {
-        let (file, offset) = match op {
-            DiskOp::Write { file, offset, .. } => {
-                self.files.may_write("write", *file)?;
-                (*file, *offset)
-            }
-            DiskOp::Read { file, offset, .. } => (*file, *offset),
-            DiskOp::Flush { .. } | DiskOp::Allocate { .. } => unreachable!("only reads and writes are transfers"),
-        };
-        let target = self.targets.get(self.main.get(), &self.files, file)?;
-        let address = target.location.address(offset, op.bytes());
-        let address = address.map_err(|e| self.transfer_error(op, offset, file, e))?;
-        let parts = op::parts_of(op, &self.buffers)?;
-        Ok((target, address, parts))
-    }
-
-    fn transfer_error(&self, op: &DiskOp, offset: u64, file: FileId, cause: std::io::Error) -> Error {
-        let doing = format_args!("{} of {} bytes at {offset} of", op.name(), op.bytes());
-        self.files.error(file, doing, cause)
-    }
-
     fn begin_flush(&mut self, id: OpId, op: DiskOp) {
         let DiskOp::Flush { files } = &op else { unreachable!("only flushes are flushed") };
         let named: Vec<_> = files.iter().map(|&file| self.files.file(file)).collect();
@@ -319,21 +277,6 @@ impl UringDisk {
             entries::Slot::Sync(key) => {
                 self.second.as_mut().unwrap_or(&mut self.main).completed();
                 self.sync_landed(key, result);
-            }
-        }
-    }
-
-    fn span_landed(&mut self, span: Span, result: i32) {
-        let op = &self.ops[span.op as usize];
-        match op::judge(span, result, op.is_write()) {
-            Landing::Done => self.part_done(span.op, None),
-            Landing::Rest(_) | Landing::Later(_) if self.closing => self.part_done(span.op, None),
-            Landing::Rest(rest) => self.queue.push_back(rest),
-            Landing::Later(span) => self.refused.push(span),
-            Landing::Failed(e) => {
-                let file = op.target.as_ref().map_or(FileId::Meta, |target| target.id());
-                let error = self.transfer_error(&op.op, op.offset(), file, e);
-                self.part_done(span.op, Some(error));
             }
         }
     }
