@@ -10,7 +10,7 @@
 //! It does *not* fail.
 #![allow(unsafe_code)]
 
-use super::op::Vector;
+use super::iovec::IoVec;
 use crate::memory::Mapping;
 use io_uring::IoUring;
 use rustix::io::Errno;
@@ -35,11 +35,11 @@ impl Buffers {
         let mut buffers = Buffers { start, registered: 0, memory: None };
         let mut bytes = memory.bytes();
         while bytes >= LEAST_BYTES {
-            let vectors: Vec<Vector> = (0..bytes)
+            let vectors: Vec<IoVec> = (0..bytes)
                 .step_by(BUFFER_BYTES)
-                .map(|at| Vector { at: memory.start().as_ptr().wrapping_add(at), len: BUFFER_BYTES.min(bytes - at) })
+                .map(|at| IoVec { at: memory.start().as_ptr().wrapping_add(at), len: BUFFER_BYTES.min(bytes - at) })
                 .collect();
-            // SAFETY: a Vector is laid out as an iovec, and the list lives through the call.
+            // SAFETY: a IoVec is laid out as an iovec, and the list lives through the call.
             let list = unsafe { std::slice::from_raw_parts(vectors.as_ptr().cast(), vectors.len()) };
             // SAFETY: the memory stays mapped (invariant 1). Its bytes change only by operations that own them.
             match unsafe { ring.submitter().register_buffers(list) } {

@@ -10,7 +10,8 @@
 //! It does *not* make system calls.
 #![allow(unsafe_code)]
 
-use super::op::{Op, Span, Vector, memory_of};
+use super::iovec::IoVec;
+use super::op::{Op, Span, memory_of};
 use super::ring::Ring;
 use crate::base::Micros;
 use crate::io::files::Files;
@@ -37,7 +38,7 @@ pub(super) enum Slot {
 struct Place {
     /// `None`: free.
     slot: Option<Slot>,
-    list: Vec<Vector>,
+    list: Vec<IoVec>,
 }
 
 pub(super) struct Entries {

@@ -22,6 +22,7 @@ mod allocator_thread;
 mod buffers;
 mod entries;
 mod fixed_files;
+mod iovec;
 mod op;
 mod options;
 mod probe;

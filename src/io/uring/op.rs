@@ -15,6 +15,7 @@
 
 use super::buffers::Buffers;
 use super::fixed_files::Target;
+use super::iovec::IoVec;
 use crate::base::BLOCK;
 use crate::base::error::{Error, Result};
 use crate::io::backoff::Backoff;
@@ -39,14 +40,6 @@ pub(super) struct Part {
 
 /// The memory of a transfer: mostly one piece or a few.
 pub(super) type Parts = SmallVec<[Part; 4]>;
-
-/// A piece of memory as the kernel takes it (`struct iovec`).
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Vector {
-    pub(super) at: *mut u8,
-    pub(super) len: usize,
-}
 
 /// What one entry transfers: bytes `from..from + len` of the operation `op`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,7 +131,7 @@ pub(super) fn spans(op: u32, bytes: u32) -> impl Iterator<Item = Span> {
 }
 
 /// The memory of a span: the one part, or `out` as the list of them.
-pub(super) fn memory_of(parts: &[Part], span: &Span, out: &mut Vec<Vector>) -> Option<Part> {
+pub(super) fn memory_of(parts: &[Part], span: &Span, out: &mut Vec<IoVec>) -> Option<Part> {
     out.clear();
     let (mut skip, mut want) = (span.from, span.len);
     for part in parts {
@@ -154,7 +147,7 @@ pub(super) fn memory_of(parts: &[Part], span: &Span, out: &mut Vec<Vector>) -> O
         if len == span.len {
             return Some(Part { at, len, buffer: part.buffer });
         }
-        out.push(Vector { at, len: len as usize });
+        out.push(IoVec { at, len: len as usize });
         want -= len;
         skip = 0;
     }
@@ -238,7 +231,7 @@ mod tests {
         assert_eq!(memory_of(&parts, &span(12288, 4096), &mut list), Some(part(65536, 4096)));
         assert_eq!(memory_of(&parts, &span(8192, 12288), &mut list), None);
         let expected = [(8192, 4096), (65536, 4096), (32768, 4096)];
-        let vector = |(at, len)| Vector { at: MEMORY.wrapping_add(at), len };
+        let vector = |(at, len)| IoVec { at: MEMORY.wrapping_add(at), len };
         assert_eq!(list, expected.map(vector));
     }
 

@@ -1,14 +1,13 @@
 //! The superblock copies, the roots that the newest names, and the extent table of its checkpoint.
 
-use super::extents::Named;
+use super::named::{Named, Trees};
 use super::read::Bytes;
 use super::{Mend, Verifier};
 use crate::base::error::{ErrorKind, Result};
 use crate::base::{BLOCK, VShard};
 use crate::engine::recovery::find_superblock;
 use crate::format::extent::{TABLE_ROWS, TableRow, decode_table, table_crc, table_offset};
-use crate::format::node::Child;
-use crate::format::root::{self, VOLUMES_MAX};
+use crate::format::root;
 use crate::format::superblock::{Refusal, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock};
 use crate::io::FileId;
 
@@ -26,9 +25,6 @@ fn may_be_torn(newest: &Superblock, copy: u64) -> bool {
         copy == Superblock::copies_of(newest.generation)[1] || copy == Superblock::copies_of(newest.generation + 1)[0];
     newest.generation == 1 || (!newest.clean && crashed)
 }
-
-/// The trees of a virtual shard, one for each volume; `None` if its root is damaged.
-pub(super) type Trees = Option<Box<[Child; VOLUMES_MAX]>>;
 
 impl Verifier<'_> {
     /// Checks all copies; returns the superblock with which the store would be opened.

@@ -16,9 +16,7 @@
 //! It does *not* say that a page is gone: whether it was freed, only whoever wrote it knows.
 
 use super::Verifier;
-use super::extents::Named;
-use super::head::Trees;
-use super::map::LEVEL_MAX;
+use super::named::{LEVEL_MAX, Named, Trees};
 use crate::base::{BLOCK, Lsn, PageKey};
 use crate::format::extent::{Item, ItemKind, NodeKey};
 use crate::format::node::{self, Entry};

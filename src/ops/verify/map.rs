@@ -10,8 +10,7 @@
 //! 3. Memory is bounded: the stack holds the roots' trees and, of each level, the children of one batch of nodes; of pages
 //!    [`PAGES_AT_A_TIME`] and those of one batch of leaves are remembered, and none of their bytes.
 
-use super::extents::Named;
-use super::head::Trees;
+use super::named::{LEVEL_MAX, Named, Trees};
 use super::report::Damage;
 use super::{Mend, Verifier};
 use crate::base::checksum::crc32c;
@@ -23,8 +22,6 @@ use crate::format::node::{self, Child, Entry, LEAF_ENTRIES, NODE_CHILDREN};
 use crate::format::superblock::Superblock;
 use crate::io::FileId;
 
-/// The level of a tree that covers all 64-bit keys: 6 bits in a leaf, 8 in each level above.
-pub(super) const LEVEL_MAX: u8 = 8;
 /// Nodes of one batch: two for each read in flight, so that neighbours can be read together.
 const NODES_AT_A_TIME: usize = 128;
 /// Pages that are read together, sorted by place: the more, the longer the reads in a store that was written at random. As many as

@@ -23,6 +23,7 @@ mod inspect;
 mod log;
 mod lost;
 mod map;
+mod named;
 mod read;
 mod report;
 
@@ -35,7 +36,7 @@ use crate::engine::recovery::creation_is_unfinished;
 use crate::format::superblock::Superblock;
 use crate::io::{Access, Disk, FileId, FileOptions, Files, disk_over};
 use crate::memory::Arena;
-use extents::Named;
+use named::Named;
 use read::{ARENA_BLOCKS, Meter};
 use std::collections::BTreeMap;
 use std::fmt;
