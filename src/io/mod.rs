@@ -28,11 +28,12 @@ mod report;
 mod store_file;
 mod threads;
 pub mod uring;
+mod uring_unavailable;
 mod waker;
 
 pub use cancel::Cancel;
 pub(crate) use cancellable::CancellableDisk;
-pub(crate) use directory_probe::Prospect;
+pub(crate) use directory_probe::DirectoryProbe;
 pub(crate) use driver::disk_over;
 pub use files::{FileOptions, Files};
 pub use flush::{FlushChoice, FlushMethod, choose};
@@ -42,8 +43,8 @@ pub use media::{Access, BlockDevice, Creation, DeviceTraits, PageCache};
 pub(crate) use opener::Opener;
 pub use report::{DiskReport, Polling};
 pub use threads::{PortableDisk, PortableOptions};
-pub(crate) use uring::Circumstances;
-pub use uring::{RingRefusal, RingRefused};
+pub(crate) use uring_unavailable::ProcessLimits;
+pub use uring_unavailable::{UnavailableReason, UringUnavailable};
 pub use waker::DiskWaker;
 
 use crate::base::error::{Error, Result};

@@ -28,13 +28,10 @@ mod options;
 mod probe;
 mod ring;
 mod transfers;
-mod unavailable;
 
 pub use options::UringOptions;
 pub use probe::probe;
 pub(crate) use probe::probe_ordinary;
-pub(crate) use unavailable::Circumstances;
-pub use unavailable::{RingRefusal, RingRefused};
 
 use super::files::Files;
 use super::flush::{Leader, Mail, Mailbox, Round, Rounds, Waiter};

@@ -5,11 +5,11 @@
 
 use super::options::UringOptions;
 use super::ring::Ring;
-use super::unavailable::{RingRefusal, RingRefused};
 use crate::base::BLOCK;
 use crate::io::files::Files;
 use crate::io::media::{Access, Block, PATTERN};
 use crate::io::report::Polling;
+use crate::io::uring_unavailable::{UnavailableReason, UringUnavailable};
 use io_uring::{IoUring, Probe, opcode, types};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -18,7 +18,7 @@ use std::os::fd::AsRawFd;
 ///
 /// # Errors
 /// Why not; take the portable disk then.
-pub fn probe() -> Result<(), RingRefused> {
+pub fn probe() -> Result<(), UringUnavailable> {
     let ring = Ring::new(4, false).map_err(|e| refused("making a ring", &e))?;
     let ring: &IoUring = ring.get();
     let params = ring.params();
@@ -48,18 +48,18 @@ pub fn probe() -> Result<(), RingRefused> {
 ///
 /// # Errors
 /// As [`probe`].
-pub(crate) fn probe_ordinary() -> Result<(), RingRefused> {
+pub(crate) fn probe_ordinary() -> Result<(), UringUnavailable> {
     probe()?;
     Ring::new(UringOptions::default().ring_entries, false).map(drop).map_err(|e| refused("making a ring", &e))
 }
 
-fn lacking(what: String) -> RingRefused {
-    RingRefused { refusal: RingRefusal::Kernel, error: what }
+fn lacking(what: String) -> UringUnavailable {
+    UringUnavailable { reason: UnavailableReason::Kernel, error: what }
 }
 
 /// Why the kernel refused.
-pub(super) fn refused(doing: &str, e: &io::Error) -> RingRefused {
-    RingRefused::by_error(doing, e)
+pub(super) fn refused(doing: &str, e: &io::Error) -> UringUnavailable {
+    UringUnavailable::by_error(doing, e)
 }
 
 /// Whether the device below these files can be polled: by a polled read of data that was really written. Without

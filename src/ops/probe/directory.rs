@@ -4,7 +4,7 @@
 
 use super::Roots;
 use super::mounts::mount_of;
-use crate::io::{self, BlockDevice, FlushMethod, Prospect};
+use crate::io::{self, BlockDevice, DirectoryProbe, FlushMethod};
 use serde::Serialize;
 use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -72,10 +72,10 @@ impl Directory {
         };
         let mount = roots.proc("self/mountinfo").and_then(|text| mount_of(&text, &looked_at.canonicalize().ok()?));
         let device_path = mount.as_ref().map(|mount| mount.source.clone());
-        let prospect = Prospect::of(&handle, &looked_at);
-        found.file_system = Some(prospect.file_system);
-        found.free_bytes = prospect.free_bytes;
-        match prospect.transfers {
+        let probed = DirectoryProbe::run(&handle, &looked_at);
+        found.file_system = Some(probed.file_system);
+        found.free_bytes = probed.free_bytes;
+        match probed.transfers {
             Ok((direct, flush)) => {
                 found.direct_io = if direct == io::DirectIo::Refused { DirectIo::Refused } else { DirectIo::Works };
                 found.flush = Some(flush);

@@ -1,7 +1,7 @@
 //! io_uring: whether a ring can really be set up, why not, and which driver follows.
 
 use super::Roots;
-use crate::io::{Circumstances, RingRefusal, RingRefused, uring};
+use crate::io::{ProcessLimits, UnavailableReason, UringUnavailable, uring};
 use serde::Serialize;
 use std::fmt;
 
@@ -17,7 +17,7 @@ pub struct IoUring {
     /// It was done.
     pub available: bool,
     /// Why it was not.
-    pub refusal: Option<RingRefusal>,
+    pub refusal: Option<UnavailableReason>,
     /// The error that the kernel gave (`EPERM` and so on), or what its io_uring lacks.
     pub error: Option<String>,
     /// kernel.io_uring_disabled: 0 allowed, 1 for the privileged only, 2 forbidden; absent before Linux 6.6.
@@ -29,14 +29,18 @@ pub struct IoUring {
 impl IoUring {
     /// Sets a ring up, and takes it down again.
     pub(super) fn try_one(roots: &Roots) -> IoUring {
-        let it = Circumstances::look(&roots.proc);
+        let it = ProcessLimits::read(&roots.proc);
         IoUring::new(uring::probe_ordinary().err(), it.setting, it.filter)
     }
 
-    pub(super) fn new(refused: Option<RingRefused>, disabled_setting: Option<u32>, seccomp_filter: bool) -> IoUring {
+    pub(super) fn new(
+        refused: Option<UringUnavailable>,
+        disabled_setting: Option<u32>,
+        seccomp_filter: bool,
+    ) -> IoUring {
         IoUring {
             available: refused.is_none(),
-            refusal: refused.as_ref().map(|refused| refused.refusal),
+            refusal: refused.as_ref().map(|refused| refused.reason),
             error: refused.map(|refused| refused.error),
             disabled_setting,
             seccomp_filter,
@@ -44,8 +48,8 @@ impl IoUring {
     }
 
     /// The refusal as a whole.
-    pub fn refused(&self) -> Option<RingRefused> {
-        self.refusal.map(|refusal| RingRefused { refusal, error: self.error.clone().unwrap_or_default() })
+    pub fn refused(&self) -> Option<UringUnavailable> {
+        self.refusal.map(|reason| UringUnavailable { reason, error: self.error.clone().unwrap_or_default() })
     }
 }
 

@@ -8,7 +8,7 @@ use super::driver::RING;
 use super::{DirectIo, Driver, Machine};
 use crate::base::options::{Geometry, Options};
 use crate::format::fresh;
-use crate::io::{BlockDevice, RingRefusal};
+use crate::io::{BlockDevice, UnavailableReason};
 use serde::Serialize;
 
 /// A transparent or explicit huge page.
@@ -120,21 +120,23 @@ impl Machine {
         };
         let finding = Finding::good("io_uring", refused.to_string(), "the portable driver: plain system calls")
             .but(Level::Improvable);
-        match refused.refusal {
-            RingRefusal::Kernel => finding.better("a kernel with io_uring: 5.11 or newer, CONFIG_IO_URING=y", None),
-            RingRefusal::Seccomp => finding.better(
+        match refused.reason {
+            UnavailableReason::Kernel => {
+                finding.better("a kernel with io_uring: 5.11 or newer, CONFIG_IO_URING=y", None)
+            }
+            UnavailableReason::Seccomp => finding.better(
                 "a filter that allows io_uring_setup, io_uring_enter and io_uring_register; in a container",
                 Some("docker run --security-opt seccomp=PROFILE.json IMAGE"),
             ),
-            RingRefusal::Setting => {
+            UnavailableReason::Setting => {
                 finding.better("allow it on this machine", Some("sysctl kernel.io_uring_disabled=0"))
             }
-            RingRefusal::MemoryLocks => finding
+            UnavailableReason::MemoryLocks => finding
                 .better("more locked memory, for this shell (as root)", Some("ulimit -l unlimited"))
                 .better("the same in a systemd unit", Some("LimitMEMLOCK=infinity")),
-            RingRefusal::OpenFiles => finding.better("more open files", Some("ulimit -n 65536")),
-            RingRefusal::Policy => finding.better("ask who set this machine's security policy", None),
-            RingRefusal::Other => finding,
+            UnavailableReason::OpenFiles => finding.better("more open files", Some("ulimit -n 65536")),
+            UnavailableReason::Policy => finding.better("ask who set this machine's security policy", None),
+            UnavailableReason::Other => finding,
         }
     }
 

@@ -3,7 +3,7 @@
 
 use super::Roots;
 use crate::base::options::SHARDS_MAX;
-use crate::io::{Circumstances, check_kernel};
+use crate::io::{ProcessLimits, check_kernel};
 use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 
@@ -45,7 +45,7 @@ pub struct MemoryLocks {
 impl MemoryLocks {
     pub(super) fn look(roots: &Roots) -> MemoryLocks {
         let limit = getrlimit(Resource::Memlock);
-        MemoryLocks::new(limit.current, limit.maximum, Circumstances::look(&roots.proc).locks_enforced)
+        MemoryLocks::new(limit.current, limit.maximum, ProcessLimits::read(&roots.proc).locks_enforced)
     }
 
     pub(super) fn new(limit_bytes: Option<u64>, hard_limit_bytes: Option<u64>, enforced: bool) -> MemoryLocks {

@@ -3,7 +3,7 @@
 use super::machine::{chosen, count};
 use super::mounts::mount_of;
 use super::*;
-use crate::io::{BlockDevice, FlushMethod, RingRefusal, RingRefused};
+use crate::io::{BlockDevice, FlushMethod, UnavailableReason, UringUnavailable};
 use std::fs;
 
 const RING: Driver = Driver { name: super::driver::RING, because: None };
@@ -41,8 +41,8 @@ fn best() -> Machine {
     }
 }
 
-fn refuse(machine: &mut Machine, refusal: RingRefusal, error: &str) {
-    machine.io_uring = IoUring::new(Some(RingRefused { refusal, error: error.into() }), Some(0), false);
+fn refuse(machine: &mut Machine, refusal: UnavailableReason, error: &str) {
+    machine.io_uring = IoUring::new(Some(UringUnavailable { reason: refusal, error: error.into() }), Some(0), false);
 }
 
 /// What the findings say that is not good: subjects, and all commands.
@@ -63,7 +63,7 @@ fn a_machine_as_it_should_be_gets_no_advice() {
 
 #[test]
 fn each_refusal_names_its_reason_and_its_remedy_and_stops_nobody() {
-    use RingRefusal::*;
+    use UnavailableReason::*;
     let cases = [
         (Kernel, "ENOSYS", "too old a one (ENOSYS)", None),
         (Seccomp, "EPERM", "a seccomp filter forbids io_uring (EPERM)", Some("seccomp=PROFILE")),

@@ -1,9 +1,10 @@
-//! Why the kernel refuses a ring: the error says little, so what is known of this process is put beside it.
+//! Why io_uring is unavailable: the kernel's error says little, so the limits of this process are read to explain it.
 //!
-//! 1. Only trying shows whether a ring can be had. The files in /proc serve to explain a refusal, never to predict one.
-//! 2. Where several reasons hold, the one is named that has to go first: the machine's setting before a filter.
+//! Invariants
+//! 1. Only an attempt shows whether a ring can be created. The files in /proc explain a refusal and never predict one.
+//! 2. If several reasons hold, the one that has to be removed first is named: the machine's setting before a filter.
 //!
-//! It does *not* try anything.
+//! It does *not* create a ring.
 
 use rustix::io::Errno;
 use serde::Serialize;
@@ -14,10 +15,10 @@ use std::path::Path;
 const CAP_IPC_LOCK: u32 = 14;
 const CAP_SYS_ADMIN: u32 = 21;
 
-/// Why there is no ring.
+/// Why no ring could be created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum RingRefusal {
+pub enum UnavailableReason {
     /// The kernel does not have it, or not all of it that is needed: older than 5.11, or built without.
     Kernel,
     /// A seccomp filter on this process refuses it, as those of containers do.
@@ -34,59 +35,59 @@ pub enum RingRefusal {
     Other,
 }
 
-/// A ring that was refused.
+/// The kernel refused to create a ring.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct RingRefused {
-    /// Why.
-    pub refusal: RingRefusal,
+pub struct UringUnavailable {
+    /// The reason, as far as it can be told.
+    pub reason: UnavailableReason,
     /// The kernel's error (`EPERM`), or what its io_uring lacks.
     pub error: String,
 }
 
-impl RingRefused {
-    /// Explains an error of the kernel by what holds for this process.
-    pub(crate) fn by_error(doing: &str, e: &std::io::Error) -> RingRefused {
+impl UringUnavailable {
+    /// Explains an error of the kernel by the limits of this process.
+    pub(crate) fn by_error(doing: &str, e: &std::io::Error) -> UringUnavailable {
         let errno = Errno::from_io_error(e).unwrap_or(Errno::INVAL);
         let error = match doing {
-            "making a ring" => name(errno),
-            _ => format!("{} when {doing}", name(errno)),
+            "making a ring" => errno_name(errno),
+            _ => format!("{} when {doing}", errno_name(errno)),
         };
-        RingRefused { refusal: explain(errno, &Circumstances::look(Path::new("/proc"))), error }
+        UringUnavailable { reason: explain(errno, &ProcessLimits::read(Path::new("/proc"))), error }
     }
 }
 
-impl fmt::Display for RingRefused {
-    /// As in "portable, because …".
+impl fmt::Display for UringUnavailable {
+    /// Completes a sentence such as "portable, because …".
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let why = match self.refusal {
-            RingRefusal::Kernel => "this kernel has no io_uring, or too old a one",
-            RingRefusal::Seccomp => "a seccomp filter forbids io_uring",
-            RingRefusal::Setting => "the setting kernel.io_uring_disabled forbids io_uring",
-            RingRefusal::Policy => "a security policy forbids io_uring",
-            RingRefusal::MemoryLocks => "the limit of locked memory leaves no room for an io_uring ring",
-            RingRefusal::OpenFiles => "the limit of open files leaves none for an io_uring ring",
-            RingRefusal::Other => "an io_uring ring can't be set up",
+        let why = match self.reason {
+            UnavailableReason::Kernel => "this kernel has no io_uring, or too old a one",
+            UnavailableReason::Seccomp => "a seccomp filter forbids io_uring",
+            UnavailableReason::Setting => "the setting kernel.io_uring_disabled forbids io_uring",
+            UnavailableReason::Policy => "a security policy forbids io_uring",
+            UnavailableReason::MemoryLocks => "the limit of locked memory leaves no room for an io_uring ring",
+            UnavailableReason::OpenFiles => "the limit of open files leaves none for an io_uring ring",
+            UnavailableReason::Other => "an io_uring ring can't be set up",
         };
         write!(f, "{why} ({})", self.error)
     }
 }
 
-/// What is known of this process.
+/// What may keep this process from using io_uring.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Circumstances {
+pub(crate) struct ProcessLimits {
     /// kernel.io_uring_disabled: 0 allowed, 1 for the privileged only, 2 forbidden; absent before Linux 6.6.
     pub setting: Option<u32>,
-    /// A seccomp filter is on it.
+    /// Whether a seccomp filter is installed.
     pub filter: bool,
-    /// It has `CAP_SYS_ADMIN`.
+    /// Whether the process has `CAP_SYS_ADMIN`.
     pub admin: bool,
-    /// The kernel holds it to the limit of locked memory.
+    /// Whether the kernel enforces the limit of locked memory.
     pub locks_enforced: bool,
 }
 
-impl Circumstances {
+impl ProcessLimits {
     /// Reads `proc`, which is `/proc`.
-    pub(crate) fn look(proc: &Path) -> Circumstances {
+    pub(crate) fn read(proc: &Path) -> ProcessLimits {
         let text = |name: &str| std::fs::read_to_string(proc.join(name)).unwrap_or_default();
         // Filters and capabilities are each thread's own.
         let (status, uid_map) = (text("thread-self/status"), text("self/uid_map"));
@@ -94,7 +95,7 @@ impl Circumstances {
         let has = |bit| field("CapEff:").is_some_and(|hex| has_capability(hex, bit));
         // Capabilities in a user namespace of one's own do not count for locks.
         let is_initial = uid_map.is_empty() || is_whole_id_map(&uid_map);
-        Circumstances {
+        ProcessLimits {
             setting: text("sys/kernel/io_uring_disabled").trim().parse().ok(),
             filter: field("Seccomp:") == Some("2"),
             admin: has(CAP_SYS_ADMIN),
@@ -113,24 +114,24 @@ fn is_whole_id_map(map: &str) -> bool {
     map.split_whitespace().eq(["0", "0", "4294967295"])
 }
 
-fn explain(errno: Errno, it: &Circumstances) -> RingRefusal {
+fn explain(errno: Errno, limits: &ProcessLimits) -> UnavailableReason {
     match errno {
         // The setting exists only where io_uring does, so there it is a filter that plays an old kernel.
-        Errno::NOSYS if it.filter && it.setting.is_some() => RingRefusal::Seccomp,
-        Errno::NOSYS => RingRefusal::Kernel,
-        Errno::PERM | Errno::ACCESS => match it.setting {
-            Some(2) => RingRefusal::Setting,
-            Some(1) if !it.admin => RingRefusal::Setting,
-            _ if it.filter => RingRefusal::Seccomp,
-            _ => RingRefusal::Policy,
+        Errno::NOSYS if limits.filter && limits.setting.is_some() => UnavailableReason::Seccomp,
+        Errno::NOSYS => UnavailableReason::Kernel,
+        Errno::PERM | Errno::ACCESS => match limits.setting {
+            Some(2) => UnavailableReason::Setting,
+            Some(1) if !limits.admin => UnavailableReason::Setting,
+            _ if limits.filter => UnavailableReason::Seccomp,
+            _ => UnavailableReason::Policy,
         },
-        Errno::NOMEM if it.locks_enforced => RingRefusal::MemoryLocks,
-        Errno::MFILE | Errno::NFILE => RingRefusal::OpenFiles,
-        _ => RingRefusal::Other,
+        Errno::NOMEM if limits.locks_enforced => UnavailableReason::MemoryLocks,
+        Errno::MFILE | Errno::NFILE => UnavailableReason::OpenFiles,
+        _ => UnavailableReason::Other,
     }
 }
 
-fn name(errno: Errno) -> String {
+fn errno_name(errno: Errno) -> String {
     let name = match errno {
         Errno::NOSYS => "ENOSYS",
         Errno::PERM => "EPERM",
@@ -151,8 +152,8 @@ mod tests {
     /// A wrong reason sends its reader to change a setting that was never the cause.
     #[test]
     fn a_refused_ring_is_explained_by_what_refused_it() {
-        use RingRefusal::*;
-        let it = |setting, filter, admin| Circumstances { setting, filter, admin, locks_enforced: true };
+        use UnavailableReason::*;
+        let it = |setting, filter, admin| ProcessLimits { setting, filter, admin, locks_enforced: true };
         let cases = [
             (Errno::NOSYS, it(None, false, false), Kernel),
             (Errno::NOSYS, it(None, true, false), Kernel),
@@ -165,19 +166,19 @@ mod tests {
             (Errno::PERM, it(Some(0), false, false), Policy),
             (Errno::ACCESS, it(Some(0), false, false), Policy),
             (Errno::NOMEM, it(Some(0), false, false), MemoryLocks),
-            (Errno::NOMEM, Circumstances::default(), Other),
+            (Errno::NOMEM, ProcessLimits::default(), Other),
             (Errno::MFILE, it(Some(0), false, false), OpenFiles),
             (Errno::INVAL, it(Some(0), false, false), Other),
         ];
-        for (errno, circumstances, wanted) in cases {
-            assert_eq!(explain(errno, &circumstances), wanted, "{errno:?} {circumstances:?}");
+        for (errno, limits, wanted) in cases {
+            assert_eq!(explain(errno, &limits), wanted, "{errno:?} {limits:?}");
         }
     }
 
     #[test]
-    fn circumstances_are_read_as_they_are_meant() {
+    fn process_limits_are_read_as_they_are_meant() {
         let dir = tempfile::tempdir().expect("a directory");
-        let look = |setting: &str, mode: u32, capabilities: &str, map: &str| {
+        let read = |setting: &str, mode: u32, capabilities: &str, map: &str| {
             std::fs::create_dir_all(dir.path().join("sys/kernel")).expect("a folder");
             std::fs::create_dir_all(dir.path().join("self")).expect("a folder");
             std::fs::create_dir_all(dir.path().join("thread-self")).expect("a folder");
@@ -188,16 +189,16 @@ mod tests {
                 &format!("Name:\tx\nCapEff:\t{capabilities}\nNoNewPrivs:\t0\nSeccomp:\t{mode}\n"),
             );
             write("self/uid_map", map);
-            let it = Circumstances::look(dir.path());
+            let it = ProcessLimits::read(dir.path());
             (it.setting, it.filter, it.admin, it.locks_enforced)
         };
         let whole = "         0          0 4294967295\n";
-        assert_eq!(look("0\n", 0, "000001ffffffffff", whole), (Some(0), false, true, false));
-        assert_eq!(look("2\n", 2, "000001ffffffbfff", whole), (Some(2), true, true, true));
-        assert_eq!(look("", 2, "0000000000000000", whole), (None, true, false, true));
+        assert_eq!(read("0\n", 0, "000001ffffffffff", whole), (Some(0), false, true, false));
+        assert_eq!(read("2\n", 2, "000001ffffffbfff", whole), (Some(2), true, true, true));
+        assert_eq!(read("", 2, "0000000000000000", whole), (None, true, false, true));
         // Root in a container without privileges.
-        assert_eq!(look("1\n", 2, "000001ffffffffff", "0 100000 65536\n"), (Some(1), true, true, true));
-        let nothing = Circumstances::look(Path::new("/no-such-directory"));
+        assert_eq!(read("1\n", 2, "000001ffffffffff", "0 100000 65536\n"), (Some(1), true, true, true));
+        let nothing = ProcessLimits::read(Path::new("/no-such-directory"));
         assert!(nothing.setting.is_none() && !nothing.filter && nothing.locks_enforced);
     }
 }
