@@ -14,7 +14,7 @@
 
 use super::FileId;
 use super::cancel::Cancel;
-use super::flush::{self, Failure, FlushChoice, FlushMethod, Round, Rounds, Waiter};
+use super::flush::{self, Cover, FirstFailure, FlushBatch, FlushChoice, FlushMethod, FlushQueue, FlushWaiter};
 use super::media::directory::Directory;
 use super::media::{self, Access, Creation, DeviceTraits, Location, Media, MediaOptions, PageCache, Room};
 use super::report::{DiskReport, Polling};
@@ -46,14 +46,14 @@ pub struct FileOptions {
 pub(super) struct FileEntry {
     pub(super) file: Arc<StoreFile>,
     /// Its own flushes, if none stands for all files.
-    rounds: Arc<Rounds>,
+    flush_queue: Arc<FlushQueue>,
     /// Held while the file is created or made longer.
     growth: Mutex<()>,
 }
 
 impl FileEntry {
     fn new(file: StoreFile) -> Arc<FileEntry> {
-        Arc::new(FileEntry { file: Arc::new(file), rounds: Arc::default(), growth: Mutex::default() })
+        Arc::new(FileEntry { file: Arc::new(file), flush_queue: Arc::default(), growth: Mutex::default() })
     }
 
     pub(super) fn id(&self) -> FileId {
@@ -71,7 +71,7 @@ pub struct Files {
     method: FlushMethod,
     cancel: Cancel,
     /// The first failed flush, where one stands for all files.
-    failed: Failure,
+    failed: FirstFailure,
     entries: Mutex<BTreeMap<FileId, Arc<FileEntry>>>,
 }
 
@@ -101,7 +101,7 @@ impl Files {
             media,
             access,
             cancel: options.cancel.clone(),
-            failed: Failure::default(),
+            failed: FirstFailure::default(),
             entries: Mutex::new(entries),
         }))
     }
@@ -127,16 +127,16 @@ impl Files {
         })
     }
 
-    /// What a disk needs for itself: its rounds, where one flush stands for all files.
-    pub(super) fn new_rounds(&self) -> Arc<Rounds> {
-        Rounds::with(self.failed.clone())
+    /// A queue for one disk, which is used where one flush stands for all files.
+    pub(super) fn new_flush_queue(&self) -> Arc<FlushQueue> {
+        FlushQueue::with(self.failed.clone())
     }
 
-    /// The rounds in which a flush of `entry` takes part, for a disk that has `own`.
-    fn rounds<'a>(&self, own: &'a Arc<Rounds>, entry: &'a FileEntry) -> &'a Arc<Rounds> {
+    /// The queue in which a flush of `entry` waits, for a disk whose queue is `own`.
+    fn flush_queue<'a>(&self, own: &'a Arc<FlushQueue>, entry: &'a FileEntry) -> &'a Arc<FlushQueue> {
         match self.method {
             FlushMethod::Shared => own,
-            FlushMethod::PerFile | FlushMethod::Dsync => &entry.rounds,
+            FlushMethod::PerFile | FlushMethod::Dsync => &entry.flush_queue,
         }
     }
 
@@ -161,7 +161,7 @@ impl Files {
         for entry in entries {
             self.may_write("flush", entry.id())?;
             self.location(&entry.file)?;
-            let covered = entry.file.is_settled()
+            let covered = entry.file.is_synced()
                 && (self.writes_durably(entry.id()) || (self.method == FlushMethod::Shared && !found.is_empty()));
             if !covered && !found.iter().any(|other| Arc::ptr_eq(other, entry)) {
                 found.push(entry.clone());
@@ -170,10 +170,16 @@ impl Files {
         Ok(found)
     }
 
-    /// Asks for a flush of `file`, for a disk that has `own`; `exactly` (after an allocation): of no other in its stead.
-    /// `Some`: the caller is to lead the round.
-    pub(super) fn join(&self, own: &Arc<Rounds>, entry: &FileEntry, exactly: bool, waiter: Waiter) -> Option<Round> {
-        self.rounds(own, entry).join(&entry.file, exactly || !entry.file.is_settled(), waiter)
+    /// Asks for a flush of a file, for a disk whose queue is `own`. `Some`: the caller has to lead the batch.
+    pub(super) fn join(
+        &self,
+        own: &Arc<FlushQueue>,
+        entry: &FileEntry,
+        cover: Cover,
+        waiter: FlushWaiter,
+    ) -> Option<FlushBatch> {
+        let cover = if entry.file.is_synced() { cover } else { Cover::ThisFile };
+        self.flush_queue(own, entry).join(&entry.file, cover, waiter)
     }
 
     /// What file system and device are like.

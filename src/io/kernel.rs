@@ -14,10 +14,10 @@ const OLDEST: (u32, u32) = (4, 14);
 /// `Unsupported`, with both versions.
 pub(crate) fn check() -> Result<()> {
     let uname = rustix::system::uname();
-    judge(&uname.release().to_string_lossy())
+    check_release(&uname.release().to_string_lossy())
 }
 
-fn judge(release: &str) -> Result<()> {
+fn check_release(release: &str) -> Result<()> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|part| part.parse::<u32>().ok());
     let version = numbers.next().zip(numbers.next());
     match version {
@@ -38,10 +38,10 @@ mod tests {
     #[test]
     fn old_kernels_are_refused_and_others_are_not() {
         for release in ["4.14.0", "4.19.0-27-amd64", "5.4", "6.18.44-fc-v595", "10.0.1", "custom", ""] {
-            assert!(judge(release).is_ok(), "{release}");
+            assert!(check_release(release).is_ok(), "{release}");
         }
         for release in ["4.13.9", "3.10.0-1160.el7.x86_64", "2.6.32"] {
-            assert_eq!(judge(release).expect_err(release).kind(), ErrorKind::Unsupported);
+            assert_eq!(check_release(release).expect_err(release).kind(), ErrorKind::Unsupported);
         }
         assert!(check().is_ok());
     }

@@ -2,7 +2,7 @@
 //!
 //! Invariants
 //! 1. Its location is set once, when the file exists and is locked, and stays.
-//! 2. It is settled only after a flush of this very file has succeeded since the store was opened: what a process that
+//! 2. It is synced only after a flush of this very file has succeeded since the store was opened: what a process that
 //!    died has left in the device's cache is durable then.
 
 use super::FileId;
@@ -14,16 +14,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub(super) struct StoreFile {
     id: FileId,
     location: OnceLock<Location>,
-    settled: AtomicBool,
+    synced: AtomicBool,
 }
 
 impl StoreFile {
     pub(super) fn missing(id: FileId) -> Self {
-        StoreFile { id, location: OnceLock::new(), settled: AtomicBool::new(false) }
+        StoreFile { id, location: OnceLock::new(), synced: AtomicBool::new(false) }
     }
 
     pub(super) fn at(id: FileId, location: Location) -> Self {
-        StoreFile { id, location: location.into(), settled: AtomicBool::new(false) }
+        StoreFile { id, location: location.into(), synced: AtomicBool::new(false) }
     }
 
     pub(super) fn id(&self) -> FileId {
@@ -40,11 +40,11 @@ impl StoreFile {
         self.location.get_or_init(|| location)
     }
 
-    pub(super) fn is_settled(&self) -> bool {
-        self.settled.load(Ordering::Acquire)
+    pub(super) fn is_synced(&self) -> bool {
+        self.synced.load(Ordering::Acquire)
     }
 
-    pub(super) fn set_settled(&self) {
-        self.settled.store(true, Ordering::Release);
+    pub(super) fn set_synced(&self) {
+        self.synced.store(true, Ordering::Release);
     }
 }

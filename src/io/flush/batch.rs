@@ -1,21 +1,21 @@
-//! Flush rounds: one flush under way for a file, over all disks; or, where one flush stands for all files, for a disk.
+//! Flush batches: flushes that are asked for while one is in progress share the next one.
 //!
 //! ```text
-//!   join --nothing under way--> the caller leads: syncs the round's files, then calls `end`
-//!     \--a round under way----> waits for the *next* round, which begins when this one ends
+//!   join --no batch in progress--> the caller leads a batch: it syncs the batch's files, then calls `end`
+//!     \--a batch in progress-----> waits for the *next* batch, which begins when the present one ends
 //! ```
 //! Invariants
-//! 1. A round covers what had completed before it was joined: whoever comes while one is under way goes into the next,
-//!    which is submitted after that.
-//! 2. At most one round is under way for these files. The kernel tells a lost write to one caller only, so of two
-//!    flushes at a time one would report success for what the other knows to be lost.
-//! 3. A failed round is never repeated and called good: its error is the answer to everybody in it, to everybody who
-//!    waits, and to everybody who comes later; where one flush stands for all files, in all rounds of the store.
+//! 1. A batch covers the writes that had completed before it was joined: a flush that is asked for while a batch is in
+//!    progress goes into the next one, which is submitted after that.
+//! 2. A queue has at most one batch in progress. The kernel reports a lost write to one caller only, so of two flushes at a
+//!    time one would report success for what the other knows to be lost.
+//! 3. A failed batch is never repeated and called good: its error answers every flush in it, every flush that waits, and every
+//!    later one; where one flush stands for all files, in all queues of the store.
 //! 4. Each waiter is told exactly once, also when the leader panics.
 //!
-//! Rounds over all shards, where one flush stands for all files, were measured and left out: the kernel merges the
-//! flushes that are under way at a time by itself, so they gained nothing on idle cores, and on busy ones each shard
-//! waited for another shard's thread to get its turn (0.4-0.9 k/s instead of 6-8 k/s with two and three shards).
+//! Batches over all shards, where one flush stands for all files, were measured and left out: the kernel merges concurrent
+//! flushes by itself, so they gained nothing on idle cores, and on busy ones each shard waited for another shard's thread to
+//! get its turn (0.4-0.9 k/s instead of 6-8 k/s with two and three shards).
 //!
 //! It does *not* make system calls: the leader does, in its ring or on its thread.
 
@@ -26,176 +26,197 @@ use smallvec::SmallVec;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-/// What other threads tell a disk that runs on a ring.
-pub(in crate::io) enum Mail {
-    /// A part of the operation with this key is done.
-    Done(u32, Result<()>),
-    /// This disk is to lead a round.
-    Lead(Round),
+/// What another thread tells a disk that runs on a ring.
+pub(in crate::io) enum RemoteEvent {
+    /// A part of the operation with this key has ended.
+    PartEnded(u32, Result<()>),
+    /// This disk has to lead a batch.
+    Lead(FlushBatch),
 }
 
-/// The place where it finds that.
-pub(in crate::io) struct Mailbox {
-    mail: Mutex<Vec<Mail>>,
+/// The events that other threads have left for a disk, and how to wake it.
+pub(in crate::io) struct RemoteEvents {
+    events: Mutex<Vec<RemoteEvent>>,
     any: AtomicBool,
     waker: DiskWaker,
 }
 
-impl Mailbox {
-    pub(in crate::io) fn new(waker: DiskWaker) -> Arc<Mailbox> {
-        Arc::new(Mailbox { mail: Mutex::new(Vec::new()), any: AtomicBool::new(false), waker })
+impl RemoteEvents {
+    pub(in crate::io) fn new(waker: DiskWaker) -> Arc<RemoteEvents> {
+        Arc::new(RemoteEvents { events: Mutex::new(Vec::new()), any: AtomicBool::new(false), waker })
     }
 
-    pub(in crate::io) fn post(&self, mail: Mail) {
-        lock(&self.mail).push(mail);
+    pub(in crate::io) fn push(&self, event: RemoteEvent) {
+        lock(&self.events).push(event);
         self.any.store(true, Ordering::Release);
         self.waker.wake();
     }
 
-    /// Whether something may be in it: one load, no lock.
-    pub(in crate::io) fn has_mail(&self) -> bool {
+    /// Whether there may be events: one load, no lock.
+    pub(in crate::io) fn has_any(&self) -> bool {
         self.any.load(Ordering::Acquire)
     }
 
-    pub(in crate::io) fn take(&self) -> Vec<Mail> {
-        let mut mail = lock(&self.mail);
+    pub(in crate::io) fn take(&self) -> Vec<RemoteEvent> {
+        let mut events = lock(&self.events);
         self.any.store(false, Ordering::Relaxed);
-        std::mem::take(&mut mail)
+        std::mem::take(&mut events)
     }
 }
 
-/// Who is told how a round ended.
-pub(in crate::io) enum Waiter {
-    /// An operation of a disk on a ring, which can also lead rounds.
-    Ring(Arc<Mailbox>, u32),
-    /// Anybody else; called on the leader's thread.
+/// Who is told the result of a batch.
+pub(in crate::io) enum FlushWaiter {
+    /// An operation of a disk on a ring, which can also lead batches.
+    Ring(Arc<RemoteEvents>, u32),
+    /// Any other; called on the leader's thread.
     Call(Box<dyn FnOnce(Result<()>) + Send>),
 }
 
-impl Waiter {
+impl FlushWaiter {
     fn tell(self, result: Result<()>) {
         match self {
-            Waiter::Ring(mailbox, key) => mailbox.post(Mail::Done(key, result)),
-            Waiter::Call(call) => call(result),
+            FlushWaiter::Ring(events, key) => events.push(RemoteEvent::PartEnded(key, result)),
+            FlushWaiter::Call(call) => call(result),
         }
     }
 }
 
-/// The files to be synced by a round.
-type RoundFiles = SmallVec<[Arc<StoreFile>; 1]>;
+/// What a flush has to cover.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in crate::io) enum Cover {
+    /// A sync of any file of the queue is enough.
+    AnyFile,
+    /// This very file has to be synced.
+    ThisFile,
+}
+
+/// The files that a batch syncs.
+type BatchFiles = SmallVec<[Arc<StoreFile>; 1]>;
 
 #[derive(Default)]
 struct State {
-    /// A round is under way; `flying` waits for it.
-    under_way: bool,
-    flying: Vec<Waiter>,
-    next: Vec<Waiter>,
-    next_files: RoundFiles,
+    in_progress: bool,
+    /// Told when the batch in progress ends.
+    waiting: Vec<FlushWaiter>,
+    /// Told when the next batch ends.
+    next: Vec<FlushWaiter>,
+    next_files: BatchFiles,
 }
 
-/// The first failure, of all rounds that have it in common.
-pub(in crate::io) type Failure = Arc<OnceLock<Error>>;
+impl State {
+    /// Checked on entry and exit of each transition: it costs nothing beside a flush.
+    fn assert_state(&self) {
+        assert!(self.in_progress != self.waiting.is_empty(), "a batch is in progress if and only if it is waited for");
+        assert!(self.in_progress || self.next.is_empty(), "a next batch without a present one would never begin");
+        assert!(self.next.is_empty() == self.next_files.is_empty(), "a next batch has waiters and files, or neither");
+    }
+}
 
-/// The rounds of one file, or of one disk.
+/// The first failure, shared by all queues in which one flush stands for all files.
+pub(in crate::io) type FirstFailure = Arc<OnceLock<Error>>;
+
+/// The flushes of one file, or of one disk.
 #[derive(Default)]
-pub(in crate::io) struct Rounds {
+pub(in crate::io) struct FlushQueue {
     state: Mutex<State>,
-    failed: Failure,
+    failed: FirstFailure,
 }
 
-impl Rounds {
-    pub(in crate::io) fn with(failed: Failure) -> Arc<Rounds> {
-        Arc::new(Rounds { state: Mutex::default(), failed })
+impl FlushQueue {
+    pub(in crate::io) fn with(failed: FirstFailure) -> Arc<FlushQueue> {
+        Arc::new(FlushQueue { state: Mutex::default(), failed })
     }
 
-    /// Asks for a flush. `Some`: nothing is under way, the caller has to lead this round now. `exactly`: this very file
-    /// must be synced, not just any of them.
-    pub(in crate::io) fn join(self: &Arc<Self>, file: &Arc<StoreFile>, exactly: bool, waiter: Waiter) -> Option<Round> {
+    /// Asks for a flush. `Some`: no batch is in progress, and the caller has to lead this one now.
+    pub(in crate::io) fn join(
+        self: &Arc<Self>,
+        file: &Arc<StoreFile>,
+        cover: Cover,
+        waiter: FlushWaiter,
+    ) -> Option<FlushBatch> {
         if let Some(error) = self.failed.get() {
             waiter.tell(Err(error.clone()));
             return None;
         }
         let mut state = lock(&self.state);
-        if state.under_way {
+        state.assert_state();
+        if state.in_progress {
             state.next.push(waiter);
             let known = state.next_files.iter().any(|other| Arc::ptr_eq(other, file));
-            if state.next_files.is_empty() || (exactly && !known) {
+            if state.next_files.is_empty() || (cover == Cover::ThisFile && !known) {
                 state.next_files.push(file.clone());
             }
+            state.assert_state();
             return None;
         }
-        state.under_way = true;
-        state.flying.push(waiter);
-        Some(Round { rounds: Some(self.clone()), files: SmallVec::from_iter([file.clone()]) })
+        state.in_progress = true;
+        state.waiting.push(waiter);
+        state.assert_state();
+        Some(FlushBatch { queue: Some(self.clone()), files: SmallVec::from_iter([file.clone()]) })
     }
 }
 
-/// The right and the duty to sync these files now, and then to say how it went.
+/// The right and the duty to sync these files now, and then to report the result.
 #[must_use]
-pub(in crate::io) struct Round {
+pub(in crate::io) struct FlushBatch {
     /// `None` once ended.
-    rounds: Option<Arc<Rounds>>,
-    files: RoundFiles,
+    queue: Option<Arc<FlushQueue>>,
+    files: BatchFiles,
 }
 
-/// Whether a leader leads the next round, too.
-pub(in crate::io) enum Leader<'a> {
+/// Whether the leader of a batch leads the next one, too.
+pub(in crate::io) enum NextLeader<'a> {
     /// Yes: its ring is at hand.
-    Stays,
-    /// Only if no other disk with a ring waits for it.
-    Leaves(Option<&'a Arc<Mailbox>>),
+    Same,
+    /// Only if no other disk with a ring waits for it. The events are the leader's own, if it has a ring.
+    AnotherIfAny(Option<&'a Arc<RemoteEvents>>),
 }
 
-impl Round {
-    /// What is to be synced.
-    pub(in crate::io) fn files(&self) -> &RoundFiles {
+impl FlushBatch {
+    /// The files to sync.
+    pub(in crate::io) fn files(&self) -> &[Arc<StoreFile>] {
         &self.files
     }
 
-    /// Ends the round. `Some`: others wait already, lead the next one.
+    /// Ends the batch. `Some`: others wait already, and the caller has to lead the next one.
     #[must_use]
-    pub(in crate::io) fn end(mut self, result: Result<()>, leader: Leader<'_>) -> Option<Round> {
+    pub(in crate::io) fn end(mut self, result: Result<()>, leader: NextLeader<'_>) -> Option<FlushBatch> {
         self.finish(result, leader)
     }
 
-    fn finish(&mut self, result: Result<()>, leader: Leader<'_>) -> Option<Round> {
-        let rounds = self.rounds.take()?;
-        // Before anybody is told: whoever is may be the last to hold the files, and expect them closed.
+    fn finish(&mut self, result: Result<()>, leader: NextLeader<'_>) -> Option<FlushBatch> {
+        let queue = self.queue.take()?;
+        // Before anyone is told: a waiter may be the last to hold the files, and expect them to be closed.
         for file in self.files.drain(..) {
             if result.is_ok() {
-                file.set_settled();
+                file.set_synced();
             }
         }
-        let result = match (result, rounds.failed.get()) {
+        let result = match (result, queue.failed.get()) {
             (Ok(()), Some(error)) => Err(error.clone()),
-            (Err(error), None) => Err(rounds.failed.get_or_init(|| error).clone()),
+            (Err(error), None) => Err(queue.failed.get_or_init(|| error).clone()),
             (result, _) => result,
         };
-        let mut state = lock(&rounds.state);
-        let mut told = std::mem::take(&mut state.flying);
+        let mut state = lock(&queue.state);
+        state.assert_state();
+        let mut told = std::mem::take(&mut state.waiting);
         let mut next = None;
         if result.is_err() {
-            state.under_way = false;
+            state.in_progress = false;
             told.append(&mut state.next);
             state.next_files.clear();
         } else if state.next.is_empty() {
-            state.under_way = false;
+            state.in_progress = false;
         } else {
-            state.flying = std::mem::take(&mut state.next);
+            state.waiting = std::mem::take(&mut state.next);
             let files = std::mem::take(&mut state.next_files);
-            next = Some(Round { rounds: Some(rounds.clone()), files });
+            next = Some(FlushBatch { queue: Some(queue.clone()), files });
         }
-        if let Leader::Leaves(own) = leader
-            && let Some(round) = next.take()
+        state.assert_state();
+        if let NextLeader::AnotherIfAny(own) = leader
+            && let Some(batch) = next.take()
         {
-            let other = state.flying.iter().find_map(|waiter| match waiter {
-                Waiter::Ring(mailbox, _) if !own.is_some_and(|own| Arc::ptr_eq(own, mailbox)) => Some(mailbox.clone()),
-                _ => None,
-            });
-            match other {
-                Some(mailbox) => mailbox.post(Mail::Lead(round)),
-                None => next = Some(round),
-            }
+            next = pass_on(batch, &state.waiting, own);
         }
         drop(state);
         for waiter in told {
@@ -205,12 +226,23 @@ impl Round {
     }
 }
 
-impl Drop for Round {
+/// Gives a batch to a disk with a ring that waits for it; `Some`: there is none but the leader itself.
+fn pass_on(batch: FlushBatch, waiting: &[FlushWaiter], own: Option<&Arc<RemoteEvents>>) -> Option<FlushBatch> {
+    let other = waiting.iter().find_map(|waiter| match waiter {
+        FlushWaiter::Ring(events, _) if !own.is_some_and(|own| Arc::ptr_eq(own, events)) => Some(events.clone()),
+        _ => None,
+    });
+    let Some(events) = other else { return Some(batch) };
+    events.push(RemoteEvent::Lead(batch));
+    None
+}
+
+impl Drop for FlushBatch {
     fn drop(&mut self) {
-        if self.rounds.is_some() {
+        if self.queue.is_some() {
             let cause = std::io::Error::other("the thread that flushed them panicked");
-            let next = self.finish(Err(Error::io("flushing files of the store", cause)), Leader::Stays);
-            debug_assert!(next.is_none(), "nothing follows a failed round");
+            let next = self.finish(Err(Error::io("flushing files of the store", cause)), NextLeader::Same);
+            debug_assert!(next.is_none(), "nothing follows a failed batch");
         }
     }
 }

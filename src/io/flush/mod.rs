@@ -4,5 +4,7 @@
 mod batch;
 mod method;
 
-pub(super) use batch::{Failure, Leader, Mail, Mailbox, Round, Rounds, Waiter};
+pub(super) use batch::{
+    Cover, FirstFailure, FlushBatch, FlushQueue, FlushWaiter, NextLeader, RemoteEvent, RemoteEvents,
+};
 pub use method::{FlushChoice, FlushMethod, choose};

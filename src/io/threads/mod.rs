@@ -21,7 +21,7 @@
 mod transfer;
 
 use super::files::{FileEntries, FileEntry, Files};
-use super::flush::{Rounds, Waiter};
+use super::flush::{Cover, FlushQueue, FlushWaiter};
 use super::report::DiskReport;
 use super::waker::DiskWaker;
 use super::{Completion, Disk, DiskOp, FileId, OpId};
@@ -85,7 +85,7 @@ impl PortableDisk {
         // Never holds more than the owner has under way, which is the owner's to bound.
         let (done, completions) = crossbeam_channel::unbounded();
         let parker = Parker::new();
-        let rounds = files.new_rounds();
+        let flush_queue = files.new_flush_queue();
         let mut disk = PortableDisk {
             files,
             known: BTreeMap::new(),
@@ -100,7 +100,7 @@ impl PortableDisk {
         for i in 0..workers_count {
             let worker = Worker {
                 files: disk.files.clone(),
-                rounds: rounds.clone(),
+                flush_queue: flush_queue.clone(),
                 queue: queue.clone(),
                 done: done.clone(),
                 owner: disk.parker.unparker(),
@@ -199,7 +199,7 @@ impl Drop for PortableDisk {
 
 struct Worker {
     files: Arc<Files>,
-    rounds: Arc<Rounds>,
+    flush_queue: Arc<FlushQueue>,
     queue: Receiver<Job>,
     done: Sender<Completion>,
     owner: Unparker,
@@ -236,8 +236,10 @@ impl Worker {
 
     /// Has the files flushed, and completes the operation then. An allocation needs that very file's flush.
     fn flush(&self, id: OpId, op: DiskOp, files: FileEntries) {
-        let exactly = matches!(op, DiskOp::Allocate { .. });
-        let wanted = if exactly { Ok(files.clone()) } else { self.files.to_flush(&files) };
+        let (cover, wanted) = match op {
+            DiskOp::Allocate { .. } => (Cover::ThisFile, Ok(files.clone())),
+            _ => (Cover::AnyFile, self.files.to_flush(&files)),
+        };
         drop(files);
         let wanted = match wanted {
             Ok(wanted) if !wanted.is_empty() => wanted,
@@ -253,10 +255,10 @@ impl Worker {
                     owner.unpark();
                 }
             };
-            let round = self.files.join(&self.rounds, &file, exactly, Waiter::Call(Box::new(call)));
+            let batch = self.files.join(&self.flush_queue, &file, cover, FlushWaiter::Call(Box::new(call)));
             drop(file);
-            if let Some(round) = round {
-                transfer::lead(&self.files, round);
+            if let Some(batch) = batch {
+                transfer::lead(&self.files, batch);
             }
         }
     }

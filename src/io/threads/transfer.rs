@@ -10,7 +10,7 @@ use crate::base::error::{Error, Result};
 use crate::io::backoff::Backoff;
 use crate::io::cancel::Cancel;
 use crate::io::files::{FileEntry, Files};
-use crate::io::flush::{Leader, Round};
+use crate::io::flush::{FlushBatch, NextLeader};
 use crate::io::{DiskOp, FileId, IoSlice};
 use crate::memory::Frame;
 use rustix::io::ReadWriteFlags;
@@ -26,7 +26,7 @@ const STALLS_MAX: u32 = 4;
 /// Carries out `op`, all of an allocation but its flush; `entry` is the file that it names.
 ///
 /// # Panics
-/// On a flush: that is what rounds are for.
+/// On a flush: that is what flush_queue are for.
 pub(super) fn carry_out(files: &Files, entry: &FileEntry, op: &mut DiskOp) -> Result<()> {
     let len = op.bytes();
     let (what, id) = (op.name(), entry.id());
@@ -49,20 +49,20 @@ pub(super) fn carry_out(files: &Files, entry: &FileEntry, op: &mut DiskOp) -> Re
                 .and_then(|address| write_fully(&location.descriptor, address, from, flags, files.cancel()))
                 .map_err(|e| context(*offset, e))
         }
-        DiskOp::Flush { .. } => unreachable!("flushes go in rounds"),
+        DiskOp::Flush { .. } => unreachable!("flushes go in flush_queue"),
         DiskOp::Allocate { from, to, .. } => files.grow(entry, *from..*to),
     }
 }
 
-/// Leads rounds on this thread, until there is none or another disk does.
-pub(super) fn lead(files: &Files, round: Round) {
-    let mut leading = Some(round);
-    while let Some(round) = leading {
-        let result = round.files().iter().try_for_each(|file| {
+/// Leads flush_queue on this thread, until there is none or another disk does.
+pub(super) fn lead(files: &Files, batch: FlushBatch) {
+    let mut led_batches = Some(batch);
+    while let Some(batch) = led_batches {
+        let result = batch.files().iter().try_for_each(|file| {
             let location = files.location(file)?;
             rustix::fs::fdatasync(&location.descriptor).map_err(|e| files.error(file.id(), "flushing", e.into()))
         });
-        leading = round.end(result, Leader::Leaves(None));
+        led_batches = batch.end(result, NextLeader::AnotherIfAny(None));
     }
 }
 

@@ -9,7 +9,7 @@
 
 use crate::base::error::{Error, Result};
 use crate::io::files::{FileEntry, Files};
-use crate::io::flush::{Mail, Mailbox, Rounds, Waiter};
+use crate::io::flush::{Cover, FlushQueue, FlushWaiter, RemoteEvent, RemoteEvents};
 use crossbeam_channel::{Receiver, Sender};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,20 +23,24 @@ struct Job {
 }
 
 /// The thread's owner.
-pub(super) struct Helper {
+pub(super) struct AllocatorThread {
     /// Taken only in `drop`.
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Helper {
-    pub(super) fn start(files: Arc<Files>, rounds: Arc<Rounds>, mailbox: Arc<Mailbox>) -> Result<Helper> {
+impl AllocatorThread {
+    pub(super) fn start(
+        files: Arc<Files>,
+        flush_queue: Arc<FlushQueue>,
+        remote_events: Arc<RemoteEvents>,
+    ) -> Result<AllocatorThread> {
         // Never holds more than the disk's owner has under way, which is the owner's to bound.
         let (jobs, queue) = crossbeam_channel::unbounded();
-        let body = move || run(&files, &rounds, &mailbox, &queue);
+        let body = move || run(&files, &flush_queue, &remote_events, &queue);
         let thread = std::thread::Builder::new().name("corepage-alloc".into()).spawn(body);
         let thread = thread.map_err(|e| Error::no_thread("the thread that allocates", e))?;
-        Ok(Helper { jobs: Some(jobs), thread: Some(thread) })
+        Ok(AllocatorThread { jobs: Some(jobs), thread: Some(thread) })
     }
 
     /// Allocates for the operation `key`.
@@ -46,7 +50,7 @@ impl Helper {
     }
 }
 
-impl Drop for Helper {
+impl Drop for AllocatorThread {
     fn drop(&mut self) {
         self.jobs = None;
         if let Some(thread) = self.thread.take() {
@@ -55,7 +59,7 @@ impl Drop for Helper {
     }
 }
 
-fn run(files: &Files, rounds: &Arc<Rounds>, mailbox: &Arc<Mailbox>, queue: &Receiver<Job>) {
+fn run(files: &Files, flush_queue: &Arc<FlushQueue>, remote_events: &Arc<RemoteEvents>, queue: &Receiver<Job>) {
     while let Ok(Job { key, file, bytes }) = queue.recv() {
         let outcome = catch_unwind(AssertUnwindSafe(|| files.grow(&file, bytes.clone())));
         let result = outcome.unwrap_or_else(|_| {
@@ -63,12 +67,12 @@ fn run(files: &Files, rounds: &Arc<Rounds>, mailbox: &Arc<Mailbox>, queue: &Rece
             Err(Error::io(format_args!("allocate {} {}..{}", file.id(), bytes.start, bytes.end), cause))
         });
         if result.is_err() {
-            mailbox.post(Mail::Done(key, result));
+            remote_events.push(RemoteEvent::PartEnded(key, result));
             continue;
         }
-        let waiter = Waiter::Ring(mailbox.clone(), key);
-        if let Some(round) = files.join(rounds, &file, true, waiter) {
-            mailbox.post(Mail::Lead(round));
+        let waiter = FlushWaiter::Ring(remote_events.clone(), key);
+        if let Some(batch) = files.join(flush_queue, &file, Cover::ThisFile, waiter) {
+            remote_events.push(RemoteEvent::Lead(batch));
         }
     }
 }

@@ -30,7 +30,7 @@ pub(super) const TIMER: u64 = u64::MAX - 1;
 pub(super) enum Slot {
     /// A part of a transfer.
     Span(Span),
-    /// A sync for the round with this key.
+    /// A sync for the batch with this key.
     Sync(u32),
 }
 
@@ -114,12 +114,12 @@ impl Entries {
     }
 
     /// Puts an fdatasync into the ring, which must have room.
-    pub(super) fn sync(&mut self, ring: &mut Ring, round: u32, file: &StoreFile) {
-        let at = self.take_slot(Slot::Sync(round));
-        // A file that does not exist can't be in a round; if it were, the kernel would say that -1 is no descriptor.
+    pub(super) fn sync(&mut self, ring: &mut Ring, batch: u32, file: &StoreFile) {
+        let at = self.take_slot(Slot::Sync(batch));
+        // A file that does not exist can't be in a batch; if it were, the kernel would say that -1 is no descriptor.
         let fd = types::Fd(file.location().map_or(-1, |location| location.descriptor.as_raw_fd()));
         let entry = opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build();
-        // SAFETY: it points to nothing; the round holds the file. `free` and `completed` as above.
+        // SAFETY: it points to nothing; the batch holds the file. `free` and `completed` as above.
         unsafe { ring.put(&entry.user_data(at as u64), true) }
     }
 

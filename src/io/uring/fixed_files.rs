@@ -2,7 +2,7 @@
 //! cores touch, too.
 //!
 //! Invariants
-//! 1. A slot of the ring's table names the file that its [`Target`] holds, for as long as the ring lives.
+//! 1. A slot of the ring's table names the file that its [`RingFile`] holds, for as long as the ring lives.
 //! 2. A file that did not exist when it was asked for first is asked for again.
 //!
 //! It does *not* open files.
@@ -28,34 +28,34 @@ pub(super) struct Name {
     pub(super) is_slot: bool,
 }
 
-pub(super) struct Target {
+pub(super) struct RingFile {
     entry: Arc<FileEntry>,
     pub(super) name: Name,
     pub(super) location: Location,
 }
 
-impl Target {
+impl RingFile {
     pub(super) fn id(&self) -> FileId {
         self.entry.id()
     }
 }
 
 #[derive(Default)]
-pub(super) struct Targets {
-    known: HashMap<FileId, Rc<Target>, FixedState>,
+pub(super) struct FixedFiles {
+    known: HashMap<FileId, Rc<RingFile>, FixedState>,
     slots_used: u32,
     slots: u32,
 }
 
-impl Targets {
+impl FixedFiles {
     /// A table in the ring, if it takes one.
-    pub(super) fn new(ring: &IoUring) -> Targets {
+    pub(super) fn new(ring: &IoUring) -> FixedFiles {
         let slots = if ring.submitter().register_files_sparse(SLOTS).is_ok() { SLOTS } else { 0 };
-        Targets { slots, ..Targets::default() }
+        FixedFiles { slots, ..FixedFiles::default() }
     }
 
     /// The file, which must exist.
-    pub(super) fn get(&mut self, ring: &IoUring, files: &Files, id: FileId) -> Result<Rc<Target>> {
+    pub(super) fn get(&mut self, ring: &IoUring, files: &Files, id: FileId) -> Result<Rc<RingFile>> {
         if let Some(target) = self.known.get(&id) {
             return Ok(target.clone());
         }
@@ -69,7 +69,7 @@ impl Targets {
             name = Name { number: self.slots_used as i32, is_slot: true };
             self.slots_used += 1;
         }
-        let target = Rc::new(Target { entry, name, location });
+        let target = Rc::new(RingFile { entry, name, location });
         self.known.insert(id, target.clone());
         Ok(target)
     }

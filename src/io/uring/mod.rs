@@ -3,8 +3,8 @@
 //! ```text
 //!   submit --> operation (cut into spans) --> queue --push--> submission queue == kernel ==> completions --reap--> out
 //!                                               ^---------- the rest of short transfers ---------'
-//!   flush ---> rounds of a file, shared by all disks: one that leads puts an fsync into its ring, the others get mail
-//!   allocate -> helper thread, which sends mail; then as flush
+//!   flush ---> flush_queue of a file, shared by all disks: one that leads puts an fsync into its ring, the others get mail
+//!   allocate -> allocator thread, which sends mail; then as flush
 //! ```
 //! Invariants
 //! 1. Each span is in `queue`, or with the kernel in one slot; its operation counts it until its last result is there.
@@ -34,7 +34,7 @@ pub use probe::probe;
 pub(crate) use probe::probe_ordinary;
 
 use super::files::Files;
-use super::flush::{Leader, Mail, Mailbox, Round, Rounds, Waiter};
+use super::flush::{Cover, FlushBatch, FlushQueue, FlushWaiter, NextLeader, RemoteEvent, RemoteEvents};
 use super::report::{DiskReport, Polling};
 use super::store_file::StoreFile;
 use super::waker::{DiskWaker, Sleep};
@@ -42,10 +42,10 @@ use super::{Completion, Disk, DiskOp, FileId, OpId};
 use crate::base::Micros;
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::memory::Mapping;
-use allocator_thread::Helper;
+use allocator_thread::AllocatorThread;
 use buffers::Buffers;
 use entries::{EVENT, Entries, TIMER};
-use fixed_files::Targets;
+use fixed_files::FixedFiles;
 use op::{Op, Span};
 use ring::Ring;
 use slab::Slab;
@@ -58,15 +58,15 @@ const POLLS: u32 = 64;
 /// How long to sleep at most while the kernel has refused to take something.
 const REFUSED_US: Micros = 1000;
 
-/// A round that this disk leads.
-struct Leading {
-    round: Round,
+/// A batch that this disk leads.
+struct LedBatch {
+    batch: FlushBatch,
     /// Syncs whose end is awaited.
     left: u32,
     result: Result<()>,
 }
 
-/// A sync to be submitted: the round, and which of its files.
+/// A sync to be submitted: the batch, and which of its files.
 type Sync = (u32, u32);
 
 /// Files as the store's disk, through a ring of this thread's own.
@@ -76,22 +76,22 @@ pub struct UringDisk {
     second: Option<Ring>,
     entries: Entries,
     files: Arc<Files>,
-    rounds: Arc<Rounds>,
-    targets: Targets,
+    flush_queue: Arc<FlushQueue>,
+    fixed_files: FixedFiles,
     buffers: Buffers,
     ops: Slab<Op>,
     queue: VecDeque<Span>,
     /// What the device would not take: put back into `queue` when the timer has run out.
     refused: Vec<Span>,
     syncs: VecDeque<Sync>,
-    leading: Slab<Leading>,
+    led_batches: Slab<LedBatch>,
     /// Operations that wait for mail, each as often as it waits.
-    awaits_mail: usize,
+    remote_pending: usize,
     done: Vec<Completion>,
     taken: Vec<(u64, i32)>,
     sleep: Arc<Sleep>,
-    mailbox: Arc<Mailbox>,
-    helper: Option<Helper>,
+    remote_events: Arc<RemoteEvents>,
+    allocator: Option<AllocatorThread>,
     disks_count: usize,
     polling: Polling,
     /// Nothing more is given to the kernel but what others wait for.
@@ -122,26 +122,26 @@ impl UringDisk {
         let sleep =
             Sleep::new().map_err(|e| Error::io("making an eventfd (is the limit of open files reached?)", e))?;
         let sleep = Arc::new(sleep);
-        let mailbox = Mailbox::new(DiskWaker::of_sleep(sleep.clone()));
+        let remote_events = RemoteEvents::new(DiskWaker::of_sleep(sleep.clone()));
         Ok(UringDisk {
-            targets: Targets::new(main.get()),
+            fixed_files: FixedFiles::new(main.get()),
             entries: Entries::new((depth + second.as_ref().map_or(0, |_| 16)) as usize),
             main,
             second,
-            rounds: files.new_rounds(),
+            flush_queue: files.new_flush_queue(),
             files,
             buffers: Buffers::default(),
             ops: Slab::new(),
             queue: VecDeque::new(),
             refused: Vec::new(),
             syncs: VecDeque::new(),
-            leading: Slab::new(),
-            awaits_mail: 0,
+            led_batches: Slab::new(),
+            remote_pending: 0,
             done: Vec::new(),
             taken: Vec::new(),
             sleep,
-            mailbox,
-            helper: None,
+            remote_events,
+            allocator: None,
             disks_count: options.disks_count,
             polling,
             closing: false,
@@ -180,11 +180,11 @@ impl UringDisk {
                 let key = self.ops.insert(op) as u32;
                 // All counted before the first joins: it may fail at once.
                 self.ops[key as usize].left = wanted.len() as u32;
-                self.awaits_mail += wanted.len();
+                self.remote_pending += wanted.len();
                 for file in wanted {
-                    let waiter = Waiter::Ring(self.mailbox.clone(), key);
-                    if let Some(round) = self.files.join(&self.rounds, &file, false, waiter) {
-                        self.lead(round);
+                    let waiter = FlushWaiter::Ring(self.remote_events.clone(), key);
+                    if let Some(batch) = self.files.join(&self.flush_queue, &file, Cover::AnyFile, waiter) {
+                        self.lead(batch);
                     }
                 }
             }
@@ -192,9 +192,9 @@ impl UringDisk {
         }
     }
 
-    fn lead(&mut self, round: Round) {
-        let files_count = round.files().len() as u32;
-        let key = self.leading.insert(Leading { round, left: files_count, result: Ok(()) }) as u32;
+    fn lead(&mut self, batch: FlushBatch) {
+        let files_count = batch.files().len() as u32;
+        let key = self.led_batches.insert(LedBatch { batch, left: files_count, result: Ok(()) }) as u32;
         self.syncs.extend((0..files_count).map(|file| (key, file)));
     }
 
@@ -203,17 +203,19 @@ impl UringDisk {
         if let Err(error) = self.files.may_write("allocation", file) {
             return self.finish(id, op, Err(error));
         }
-        let helper = match &mut self.helper {
-            Some(helper) => helper,
-            none => match Helper::start(self.files.clone(), self.rounds.clone(), self.mailbox.clone()) {
-                Ok(helper) => none.insert(helper),
-                Err(error) => return self.finish(id, op, Err(error)),
-            },
+        let allocator = match &mut self.allocator {
+            Some(allocator) => allocator,
+            none => {
+                match AllocatorThread::start(self.files.clone(), self.flush_queue.clone(), self.remote_events.clone()) {
+                    Ok(allocator) => none.insert(allocator),
+                    Err(error) => return self.finish(id, op, Err(error)),
+                }
+            }
         };
         let op = Op::untransferred(id, op, 1);
         let key = self.ops.insert(op) as u32;
-        self.awaits_mail += 1;
-        helper.send(key, self.files.file(file), from..to);
+        self.remote_pending += 1;
+        allocator.send(key, self.files.file(file), from..to);
     }
 
     /// Moves what waits into the submission queues, as far as they have room.
@@ -221,7 +223,7 @@ impl UringDisk {
         let control = self.second.as_mut().unwrap_or(&mut self.main);
         while control.has_room() {
             let Some((key, file)) = self.syncs.pop_front() else { break };
-            let file: &StoreFile = &self.leading[key as usize].round.files()[file as usize];
+            let file: &StoreFile = &self.led_batches[key as usize].batch.files()[file as usize];
             self.entries.sync(control, key, file);
         }
         if let Some(us) = self.refused.iter().map(|span| span.backoff.pause_us()).max() {
@@ -245,14 +247,14 @@ impl UringDisk {
             self.landed(name, result);
         }
         self.taken = taken;
-        if self.mailbox.has_mail() {
-            for mail in self.mailbox.take() {
+        if self.remote_events.has_any() {
+            for mail in self.remote_events.take() {
                 match mail {
-                    Mail::Done(key, result) => {
-                        self.awaits_mail -= 1;
+                    RemoteEvent::PartEnded(key, result) => {
+                        self.remote_pending -= 1;
                         self.part_done(key, result.err());
                     }
-                    Mail::Lead(round) => self.lead(round),
+                    RemoteEvent::Lead(batch) => self.lead(batch),
                 }
             }
         }
@@ -280,17 +282,18 @@ impl UringDisk {
     }
 
     fn sync_landed(&mut self, key: u32, result: i32) {
-        let leading = &mut self.leading[key as usize];
-        leading.left -= 1;
-        if result < 0 && leading.result.is_ok() {
+        let led_batches = &mut self.led_batches[key as usize];
+        led_batches.left -= 1;
+        if result < 0 && led_batches.result.is_ok() {
             // Interrupted, too: whether anything was lost by then is not known.
             let cause = std::io::Error::from_raw_os_error(-result);
-            leading.result = Err(self.files.error(leading.round.files()[0].id(), "flushing", cause));
+            led_batches.result = Err(self.files.error(led_batches.batch.files()[0].id(), "flushing", cause));
         }
-        if leading.left == 0 {
-            let Leading { round, result, .. } = self.leading.remove(key as usize);
-            let leader = if self.closing { Leader::Leaves(Some(&self.mailbox)) } else { Leader::Stays };
-            if let Some(next) = round.end(result, leader) {
+        if led_batches.left == 0 {
+            let LedBatch { batch, result, .. } = self.led_batches.remove(key as usize);
+            let leader =
+                if self.closing { NextLeader::AnotherIfAny(Some(&self.remote_events)) } else { NextLeader::Same };
+            if let Some(next) = batch.end(result, leader) {
                 self.lead(next);
             }
         }
@@ -325,7 +328,7 @@ impl UringDisk {
 
     fn has_news(&mut self) -> bool {
         !self.done.is_empty()
-            || self.mailbox.has_mail()
+            || self.remote_events.has_any()
             || self.main.has_completion()
             || self.second.as_mut().is_some_and(Ring::has_completion)
     }
@@ -358,7 +361,7 @@ impl UringDisk {
 
     fn kernel_has_something(&self) -> bool {
         let second = self.second.as_ref().map_or(0, Ring::in_flight);
-        self.main.in_flight() + second > 0 || self.awaits_mail > 0 || !self.leading.is_empty()
+        self.main.in_flight() + second > 0 || self.remote_pending > 0 || !self.led_batches.is_empty()
     }
 }
 
@@ -383,7 +386,7 @@ impl Disk for UringDisk {
 
     fn reap(&mut self, out: &mut Vec<Completion>) {
         self.collect();
-        // The next round of flushes, the rest of a short transfer: the caller pushes only when an operation has ended.
+        // The next batch of flushes, the rest of a short transfer: the caller pushes only when an operation has ended.
         let untimed = !self.refused.is_empty() && !self.entries.is_timer_set();
         if self.done.is_empty() && (untimed || !self.queue.is_empty() || !self.syncs.is_empty()) {
             self.hand_over();
@@ -443,7 +446,7 @@ impl Drop for UringDisk {
             return;
         }
         self.buffers.unregister(self.main.get());
-        self.targets.unregister(self.main.get());
+        self.fixed_files.unregister(self.main.get());
     }
 }
 

@@ -14,7 +14,7 @@
 //! It does *not* touch the bytes.
 
 use super::buffers::Buffers;
-use super::fixed_files::Target;
+use super::fixed_files::RingFile;
 use super::iovec::IoVec;
 use crate::base::BLOCK;
 use crate::base::error::{Error, Result};
@@ -56,11 +56,11 @@ pub(super) struct Op {
     pub(super) id: OpId,
     pub(super) op: DiskOp,
     /// Of transfers.
-    pub(super) target: Option<Rc<Target>>,
+    pub(super) target: Option<Rc<RingFile>>,
     /// Of transfers: the first byte on the target's descriptor.
     pub(super) address: u64,
     pub(super) parts: Parts,
-    /// Spans, rounds or jobs whose end is awaited.
+    /// Spans, flush_queue or jobs whose end is awaited.
     pub(super) left: u32,
     /// The first failure.
     pub(super) error: Option<Error>,
@@ -154,43 +154,43 @@ pub(super) fn memory_of(parts: &[Part], span: &Span, out: &mut Vec<IoVec>) -> Op
     None
 }
 
-/// What a result says of a span.
+/// What a completion says of a span.
 #[derive(Debug)]
-pub(super) enum Landing {
+pub(super) enum SpanResult {
     /// All of it was transferred.
     Done,
-    /// This is still to be transferred.
-    Rest(Span),
-    /// The kernel would not take it now: to be transferred after a pause.
-    Later(Span),
-    /// It can't be.
+    /// This remainder was not transferred yet.
+    Remainder(Span),
+    /// The kernel refused it for now: it has to be submitted again after a pause.
+    Retry(Span),
+    /// It can't be transferred.
     Failed(io::Error),
 }
 
-/// Judges the result of a span, as the kernel gave it.
-pub(super) fn judge(span: Span, result: i32, is_write: bool) -> Landing {
+/// Classifies the result of a span, as the kernel gave it.
+pub(super) fn classify(span: Span, result: i32, is_write: bool) -> SpanResult {
     use rustix::io::Errno;
     if result < 0 {
         let again = [Errno::INTR, Errno::AGAIN].iter().any(|errno| errno.raw_os_error() == -result);
         let mut backoff = span.backoff;
         return match again && backoff.refused().is_some() {
-            true => Landing::Later(Span { backoff, ..span }),
-            false => Landing::Failed(io::Error::from_raw_os_error(-result)),
+            true => SpanResult::Retry(Span { backoff, ..span }),
+            false => SpanResult::Failed(io::Error::from_raw_os_error(-result)),
         };
     }
     let reached = (result as u32).min(span.len);
     if reached == span.len {
-        return Landing::Done;
+        return SpanResult::Done;
     }
     let blocks = reached - reached % BLOCK as u32;
     let stalls = if blocks > 0 { 0 } else { span.stalls + 1 };
     if reached == 0 || stalls >= STALLS_MAX {
         let kind = if is_write { io::ErrorKind::WriteZero } else { io::ErrorKind::UnexpectedEof };
         let bytes = span.from + reached;
-        return Landing::Failed(io::Error::new(kind, format!("only {bytes} bytes could be transferred")));
+        return SpanResult::Failed(io::Error::new(kind, format!("only {bytes} bytes could be transferred")));
     }
     let (from, len) = (span.from + blocks, span.len - blocks);
-    Landing::Rest(Span { from, len, stalls, backoff: Backoff::default(), ..span })
+    SpanResult::Remainder(Span { from, len, stalls, backoff: Backoff::default(), ..span })
 }
 
 #[cfg(test)]
@@ -239,27 +239,27 @@ mod tests {
     #[test]
     fn short_results_go_on_at_a_block_and_give_up_in_the_end() {
         let span = Span { op: 0, from: 8192, len: 16384, stalls: 0, backoff: Backoff::default() };
-        assert!(matches!(judge(span, 16384, false), Landing::Done));
-        let Landing::Rest(rest) = judge(span, 5000, false) else { panic!("it goes on") };
+        assert!(matches!(classify(span, 16384, false), SpanResult::Done));
+        let SpanResult::Remainder(rest) = classify(span, 5000, false) else { panic!("it goes on") };
         assert_eq!((rest.from, rest.len, rest.stalls), (8192 + 4096, 16384 - 4096, 0));
-        let Landing::Rest(mut stalled) = judge(span, 100, true) else { panic!("it goes on") };
+        let SpanResult::Remainder(mut stalled) = classify(span, 100, true) else { panic!("it goes on") };
         assert_eq!((stalled.from, stalled.len, stalled.stalls), (8192, 16384, 1));
         let failed = loop {
-            match judge(stalled, 100, true) {
-                Landing::Rest(rest) => stalled = rest,
-                Landing::Failed(e) => break e,
-                Landing::Done | Landing::Later(_) => panic!("100 bytes are not all"),
+            match classify(stalled, 100, true) {
+                SpanResult::Remainder(rest) => stalled = rest,
+                SpanResult::Failed(e) => break e,
+                SpanResult::Done | SpanResult::Retry(_) => panic!("100 bytes are not all"),
             }
         };
         assert_eq!(failed.kind(), io::ErrorKind::WriteZero);
-        assert!(matches!(judge(span, 0, false), Landing::Failed(e) if e.kind() == io::ErrorKind::UnexpectedEof));
+        assert!(matches!(classify(span, 0, false), SpanResult::Failed(e) if e.kind() == io::ErrorKind::UnexpectedEof));
         for again in [rustix::io::Errno::INTR, rustix::io::Errno::AGAIN] {
             let mut refused = span;
             let mut times = 0;
             let failed = loop {
-                match judge(refused, -again.raw_os_error(), false) {
-                    Landing::Later(same) => refused = same,
-                    Landing::Failed(e) => break e,
+                match classify(refused, -again.raw_os_error(), false) {
+                    SpanResult::Retry(same) => refused = same,
+                    SpanResult::Failed(e) => break e,
                     other => panic!("it was refused: {other:?}"),
                 }
                 assert_eq!(Span { backoff: span.backoff, ..refused }, span, "all of it is still to be transferred");
@@ -267,11 +267,11 @@ mod tests {
             };
             assert!(times >= 100, "a busy device is no failed one");
             assert_eq!(failed.raw_os_error(), Some(again.raw_os_error()));
-            let Landing::Rest(rest) = judge(refused, 4096, false) else { panic!("it goes on") };
+            let SpanResult::Remainder(rest) = classify(refused, 4096, false) else { panic!("it goes on") };
             assert_eq!(rest.backoff, Backoff::default(), "a device that takes something again is well");
         }
         for errno in [5, 61, 125] {
-            let Landing::Failed(e) = judge(span, -errno, false) else { panic!("{errno} is a failure") };
+            let SpanResult::Failed(e) = classify(span, -errno, false) else { panic!("{errno} is a failure") };
             assert_eq!(e.raw_os_error(), Some(errno));
         }
     }

@@ -1,4 +1,4 @@
-//! What only the ring disk has: limits of locked memory, a kernel that forbids it, rounds over several rings, polling.
+//! What only the ring disk has: limits of locked memory, a kernel that forbids it, flush_queue over several rings, polling.
 //!
 //! Some tests run themselves once more as a child process, because limits and filters can't be taken back.
 
@@ -6,7 +6,7 @@ use super::super::execute;
 use super::super::tests::{LOG, OTHER, allocate, filled, flush, read, write};
 use super::*;
 use crate::base::options::Driver;
-use crate::io::flush::Failure;
+use crate::io::flush::FirstFailure;
 use crate::io::tests::disk;
 use crate::io::{Access, FileOptions, FlushChoice, FlushMethod, IoSlice, Polling, disk_over};
 use crate::memory::{Arena, Frame};
@@ -224,14 +224,14 @@ fn a_failed_round_is_the_answer_to_all_later_flushes() {
         allocate(&mut disks[0], LOG, 0, 8192).unwrap();
         allocate(&mut disks[1], OTHER, 0, 8192).unwrap();
         flush(&mut disks[0], &[LOG, OTHER]).unwrap();
-        // A round that somebody else leads: who comes now waits for the next one.
+        // A batch that somebody else leads: who comes now waits for the next one.
         let file = files.file(LOG);
-        let nobody = Waiter::Call(Box::new(|_| {}));
-        let round = files.join(&disks[0].rounds, &file, false, nobody).expect("nothing is under way");
+        let nobody = FlushWaiter::Call(Box::new(|_| {}));
+        let batch = files.join(&disks[0].flush_queue, &file, Cover::AnyFile, nobody).expect("nothing is under way");
         disks[0].submit(OpId(1), DiskOp::Flush { files: smallvec![LOG] });
         disks[0].push();
         let cause = std::io::Error::from_raw_os_error(5);
-        assert!(round.end(Err(Error::io("flushing", cause)), Leader::Stays).is_none());
+        assert!(batch.end(Err(Error::io("flushing", cause)), NextLeader::Same).is_none());
         let mut done = Vec::new();
         while done.is_empty() {
             disks[0].wait(None);
@@ -251,39 +251,39 @@ fn a_failed_round_is_the_answer_to_all_later_flushes() {
 #[test]
 fn a_failure_reaches_the_rounds_of_other_disks_that_are_under_way() {
     let told = Arc::new(std::sync::Mutex::new(Vec::new()));
-    let failed = Failure::default();
-    let rounds = [(); 2].map(|()| Rounds::with(failed.clone()));
+    let failed = FirstFailure::default();
+    let flush_queue = [(); 2].map(|()| FlushQueue::with(failed.clone()));
     let dir = tempfile::tempdir().unwrap();
     let file = Files::open(dir.path(), Access::ReadWrite, &FileOptions::default()).unwrap().file(LOG);
-    let [one, two] = rounds.map(|rounds| {
+    let [one, two] = flush_queue.map(|flush_queue| {
         let told = told.clone();
-        let waiter = Waiter::Call(Box::new(move |result: Result<()>| told.lock().unwrap().push(result.is_ok())));
-        rounds.join(&file.file, false, waiter).expect("nothing is under way")
+        let waiter = FlushWaiter::Call(Box::new(move |result: Result<()>| told.lock().unwrap().push(result.is_ok())));
+        flush_queue.join(&file.file, Cover::AnyFile, waiter).expect("nothing is under way")
     });
     // A leader that panics has failed.
     drop(one);
-    assert!(two.end(Ok(()), Leader::Stays).is_none());
+    assert!(two.end(Ok(()), NextLeader::Same).is_none());
     assert_eq!(*told.lock().unwrap(), [false, false]);
 }
 
-/// Who comes while a round is under way goes into the next, which another disk may have to lead.
+/// Who comes while a batch is under way goes into the next, which another disk may have to lead.
 #[test]
 fn the_next_round_is_led_by_whoever_waits_for_it() {
     let dir = tempfile::tempdir().unwrap();
     let (files, mut disk) = flushing(dir.path(), false);
     allocate(&mut disk, LOG, 0, 8192).unwrap();
     let file = files.file(LOG);
-    let stranger = Mailbox::new(disk.waker());
-    let leaders = || [Leader::Leaves(None), Leader::Leaves(Some(&stranger))];
+    let stranger = RemoteEvents::new(disk.waker());
+    let leaders = || [NextLeader::AnotherIfAny(None), NextLeader::AnotherIfAny(Some(&stranger))];
     for (leader, polls) in leaders().into_iter().zip([false; 2]).chain(leaders().into_iter().zip([true; 2])) {
-        let round = files.join(&disk.rounds, &file, false, Waiter::Call(Box::new(|_| {})));
+        let batch = files.join(&disk.flush_queue, &file, Cover::AnyFile, FlushWaiter::Call(Box::new(|_| {})));
         disk.submit(OpId(1), DiskOp::Flush { files: smallvec![LOG] });
         disk.push();
         disk.wait(Some(1000));
         let mut done = Vec::new();
         disk.reap(&mut done);
-        assert!(done.is_empty(), "a flush was answered by a round that began before it");
-        assert!(round.expect("nothing is under way").end(Ok(()), leader).is_none(), "the ring leads");
+        assert!(done.is_empty(), "a flush was answered by a batch that began before it");
+        assert!(batch.expect("nothing is under way").end(Ok(()), leader).is_none(), "the ring leads");
         // A shard that polls never waits, and has nothing to push.
         let laps = if polls { 60_000 } else { u32::MAX };
         for _ in 0..laps {
@@ -297,7 +297,7 @@ fn the_next_round_is_led_by_whoever_waits_for_it() {
                 break;
             }
         }
-        assert!(done.first().expect("the round never reached the kernel").result.is_ok());
+        assert!(done.first().expect("the batch never reached the kernel").result.is_ok());
     }
 }
 

@@ -1,8 +1,8 @@
 //! Reads and writes of the ring disk: from an operation to spans in the queue, and what becomes of each span's result.
 
 use super::UringDisk;
-use super::fixed_files::Target;
-use super::op::{self, Landing, Op, Parts, Span};
+use super::fixed_files::RingFile;
+use super::op::{self, Op, Parts, Span, SpanResult};
 use crate::base::error::{Error, Result};
 use crate::io::{DiskOp, FileId, OpId};
 use std::rc::Rc;
@@ -29,7 +29,7 @@ impl UringDisk {
     }
 
     /// The file of a transfer, the address on its descriptor, and the memory.
-    fn prepare(&mut self, op: &mut DiskOp) -> Result<(Rc<Target>, u64, Parts)> {
+    fn prepare(&mut self, op: &mut DiskOp) -> Result<(Rc<RingFile>, u64, Parts)> {
         let (file, offset) = match op {
             DiskOp::Write { file, offset, .. } => {
                 self.files.may_write("write", *file)?;
@@ -38,7 +38,7 @@ impl UringDisk {
             DiskOp::Read { file, offset, .. } => (*file, *offset),
             DiskOp::Flush { .. } | DiskOp::Allocate { .. } => unreachable!("only reads and writes are transfers"),
         };
-        let target = self.targets.get(self.main.get(), &self.files, file)?;
+        let target = self.fixed_files.get(self.main.get(), &self.files, file)?;
         let address = target.location.address(offset, op.bytes());
         let address = address.map_err(|e| self.transfer_error(op, offset, file, e))?;
         let parts = op::parts_of(op, &self.buffers)?;
@@ -52,12 +52,12 @@ impl UringDisk {
 
     pub(super) fn span_landed(&mut self, span: Span, result: i32) {
         let op = &self.ops[span.op as usize];
-        match op::judge(span, result, op.is_write()) {
-            Landing::Done => self.part_done(span.op, None),
-            Landing::Rest(_) | Landing::Later(_) if self.closing => self.part_done(span.op, None),
-            Landing::Rest(rest) => self.queue.push_back(rest),
-            Landing::Later(span) => self.refused.push(span),
-            Landing::Failed(e) => {
+        match op::classify(span, result, op.is_write()) {
+            SpanResult::Done => self.part_done(span.op, None),
+            SpanResult::Remainder(_) | SpanResult::Retry(_) if self.closing => self.part_done(span.op, None),
+            SpanResult::Remainder(rest) => self.queue.push_back(rest),
+            SpanResult::Retry(span) => self.refused.push(span),
+            SpanResult::Failed(e) => {
                 let file = op.target.as_ref().map_or(FileId::Meta, |target| target.id());
                 let error = self.transfer_error(&op.op, op.offset(), file, e);
                 self.part_done(span.op, Some(error));
