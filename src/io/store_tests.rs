@@ -3,10 +3,10 @@
 use super::tests::{Case, each_driver};
 use crate::base::options::{Geometry, Options};
 use crate::base::{BLOCK, PageId, PageKey, VolumeId};
-use crate::engine::Together;
 use crate::engine::recovery;
 use crate::engine::{Change, Commit, Request, Response, Token};
 use crate::io::{FileId, FileOptions};
+use crate::testing::local_cluster::LocalCluster;
 
 const PAGES: u64 = 100;
 const SHARDS: u16 = 2;
@@ -29,14 +29,14 @@ fn content(page: u64, round: u8) -> Vec<u8> {
 fn live(case: &Case<'_>, requests: Vec<(PageKey, Request)>) -> Vec<Response> {
     let mut disk = case.make(case.files());
     let opening = recovery::begin(disk.as_mut(), &options(), SHARDS, 7, 0).expect("the store begins to open");
-    let mut all = Together::new(opening.shards);
-    all.open(disk.as_mut(), 0).expect("the store opens");
+    let mut all = LocalCluster::new(opening.shards);
+    all.run_until_open(disk.as_mut(), 0).expect("the store opens");
     let deal = all.shards[0].deal();
     let count = requests.len();
     for (i, (key, request)) in requests.into_iter().enumerate() {
         all.request(deal.shard_of(key), Token(i as u64), request);
     }
-    all.run(disk.as_mut(), 1_000_000, |all| all.replies.len() == count).expect("no shard fails");
+    all.run_until(disk.as_mut(), 1_000_000, |all| all.replies.len() == count).expect("no shard fails");
     let mut replies = std::mem::take(&mut all.replies);
     replies.sort_by_key(|(token, _)| token.0);
     replies.into_iter().map(|(_, reply)| reply.expect("every request is answered")).collect()
