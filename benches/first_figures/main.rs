@@ -16,6 +16,7 @@ mod workloads;
 
 use clap::Parser;
 use report::{Report, Row};
+use rustix::thread::CpuSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -83,8 +84,9 @@ const WORKLOADS: [(&str, Workload); 5] = [
 ];
 
 fn plan(arguments: &Arguments, dir: PathBuf) -> Plan {
-    let cores = core_affinity::get_core_ids().unwrap_or_default();
-    let (core, shards) = (cores.first().map_or(0, |core| core.id), cores.len().clamp(1, 64) as u16);
+    let allowed = rustix::thread::sched_getaffinity(None).ok();
+    let first = allowed.and_then(|cores| (0..CpuSet::MAX_CPU).find(|core| cores.is_set(*core)));
+    let (core, shards) = (first.unwrap_or(0), allowed.map_or(1, |cores| cores.count().clamp(1, 64)) as u16);
     let (rounds, alone) = (arguments.rounds.max(1), arguments.alone);
     let time = Duration::from_millis(arguments.ms);
     match arguments.small {

@@ -6,6 +6,7 @@ use crate::report::{Measure, Row, Sample, Target};
 use crate::{PAGE, Plan};
 use corepage::{Options, PageId, Store};
 use futures_lite::future::block_on;
+use rustix::thread::{CpuSet, sched_setaffinity};
 use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
@@ -121,7 +122,9 @@ pub fn latency(plan: &Plan) -> Vec<Row> {
         // On the core that the shard has.
         let (file, core, commits) = (file.try_clone().expect("a descriptor"), plan.core, plan.commits);
         let thread = std::thread::spawn(move || {
-            core_affinity::set_for_current(core_affinity::CoreId { id: core });
+            let mut cores = CpuSet::new();
+            cores.set(core);
+            let _ = sched_setaffinity(None, &cores);
             bare_latency(&file, commits)
         });
         thread.join().expect("no panic")

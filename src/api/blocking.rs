@@ -24,6 +24,7 @@
 //!
 //! In an asynchronous runtime use the twins: a call here blocks the thread that it is made on.
 
+use super::wait::block_on;
 use super::{Allocated, Durability, PageView};
 use crate::base::error::{Error, Result};
 use crate::base::metrics::ShardStats;
@@ -44,7 +45,7 @@ fn wait<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
             "a blocking call on a thread that drives a shard would wait for itself: use the asynchronous call there",
         ));
     }
-    futures_lite::future::block_on(future)
+    block_on(future)
 }
 
 /// An open store; see [`crate::Store`], which it gives by [`asynchronous`](Self::asynchronous).

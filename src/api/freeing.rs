@@ -16,12 +16,11 @@
 
 use super::Store;
 use super::catalog::Cursor;
+use super::wait::{block_on, first_of};
 use crate::base::PageKey;
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::io::Opener;
 use event_listener::{Event, Listener};
-use futures_lite::FutureExt;
-use futures_lite::future::block_on;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -184,7 +183,7 @@ impl Freeing {
                 self.ending().await;
                 None
             };
-            let Some(result) = block_on(step.or(ended)) else { return };
+            let Some(result) = block_on(first_of(step, ended)) else { return };
             match result {
                 Ok(cursor) => {
                     (pause, pauses) = (PAUSE_MIN, 0);

@@ -10,6 +10,7 @@
 
 pub mod blocking;
 mod catalog;
+mod exclusive;
 mod freeing;
 mod on_shard;
 pub mod queue;
@@ -18,6 +19,7 @@ mod scan;
 mod space;
 mod txn;
 mod volume;
+mod wait;
 
 use freeing::{Freeing, Handles};
 pub use on_shard::ShardHandle;
@@ -67,7 +69,7 @@ struct Inner {
     /// What all handles to each volume share.
     volumes: Box<[Arc<catalog::Shared>]>,
     /// Held while a volume is made smaller, larger or deleted, and while some of its pages are freed.
-    resizing: Arc<async_lock::Mutex<()>>,
+    resizing: Arc<exclusive::Exclusive>,
     freeing: Arc<Freeing>,
 }
 

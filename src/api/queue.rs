@@ -38,7 +38,7 @@ use crate::base::{Lsn, PageId};
 use crate::engine::{Change, PageRef};
 use crate::runtime;
 use bytes::Bytes;
-use crossbeam_queue::SegQueue;
+use crossbeam::queue::SegQueue;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use slab::Slab;
 use std::collections::VecDeque;

@@ -36,7 +36,7 @@ impl Deref for PageView {
 /// What a transaction has read and is to change.
 #[derive(Default)]
 struct Work {
-    reads: HashMap<PageKey, PageRef>,
+    reads: HashMap<PageKey, PageRef, foldhash::fast::FixedState>,
     changes: Vec<(PageKey, Change)>,
 }
 

@@ -35,13 +35,23 @@ pub enum ErrorKind {
 }
 
 /// An error of the engine. `Display` gives the values and what to do; [`kind`](Error::kind) is for code.
-#[derive(Clone, Debug, thiserror::Error)]
-#[error("{context}")]
+#[derive(Clone, Debug)]
 pub struct Error {
     kind: ErrorKind,
     context: Box<str>,
-    #[source]
     source: Option<std::sync::Arc<std::io::Error>>,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.context)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_ref().map(|source| &**source as _)
+    }
 }
 
 /// `Result` with the engine's [`Error`].

@@ -7,8 +7,8 @@
 
 #[cfg(not(all(test, corepage_loom)))]
 mod real {
-    use crossbeam_queue::ArrayQueue;
-    use crossbeam_utils::atomic::AtomicCell;
+    use crossbeam::atomic::AtomicCell;
+    use crossbeam::queue::ArrayQueue;
 
     pub(crate) use atomic_waker::AtomicWaker;
     pub(crate) use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};

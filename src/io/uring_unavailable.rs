@@ -7,7 +7,6 @@
 //! It does *not* create a ring.
 
 use rustix::io::Errno;
-use serde::Serialize;
 use std::fmt;
 use std::path::Path;
 
@@ -16,8 +15,9 @@ const CAP_IPC_LOCK: u32 = 14;
 const CAP_SYS_ADMIN: u32 = 21;
 
 /// Why no ring could be created.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum UnavailableReason {
     /// The kernel does not have it, or not all of it that is needed: older than 5.11, or built without.
     Kernel,
@@ -36,7 +36,8 @@ pub enum UnavailableReason {
 }
 
 /// The kernel refused to create a ring.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct UringUnavailable {
     /// The reason, as far as it can be told.
     pub reason: UnavailableReason,

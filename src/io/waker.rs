@@ -12,7 +12,7 @@
 //! It does *not* say why the thread was woken.
 
 use crate::base::sync::{AtomicU32, Ordering};
-use parking::Unparker;
+use crossbeam::sync::Unparker;
 use rustix::event::EventfdFlags;
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

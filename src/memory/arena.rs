@@ -28,7 +28,7 @@ use super::buddy::{Buddy, ORDER_MAX};
 use super::word::Word;
 use crate::base::BLOCK;
 use crate::base::error::{Error, ErrorKind, Result};
-use crossbeam_queue::ArrayQueue;
+use crossbeam::queue::ArrayQueue;
 use std::fmt;
 use std::mem::ManuallyDrop;
 use std::ops::Deref;

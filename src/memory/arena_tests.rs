@@ -89,7 +89,7 @@ fn any_number_of_blocks_is_handed_out_exactly() {
 fn drops_on_any_thread_return_each_run_once() {
     // Readers and channel together hold at most 40 frames of 4 blocks: less than all, or nothing would move.
     let mut arena = Arena::new(256).unwrap();
-    let (send, receive) = crossbeam_channel::bounded::<(Option<Frame>, FrameRef, u8)>(16);
+    let (send, receive) = crossbeam::channel::bounded::<(Option<Frame>, FrameRef, u8)>(16);
     let readers: Vec<_> = (0..4)
         .map(|_| {
             let receive = receive.clone();

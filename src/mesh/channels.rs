@@ -199,8 +199,8 @@ mod tests {
         const MESSAGES: u64 = 20_000;
         let mut channels = Channels::with_capacity(2, 4).into_iter();
         let (mut a, mut b) = (channels.next().expect("two"), channels.next().expect("two"));
-        let (to_a, woken_a) = crossbeam_channel::unbounded();
-        let (to_b, woken_b) = crossbeam_channel::unbounded();
+        let (to_a, woken_a) = crossbeam::channel::unbounded();
+        let (to_b, woken_b) = crossbeam::channel::unbounded();
         let receiver = std::thread::spawn(move || {
             let mut next = 0;
             while next < MESSAGES {

@@ -13,7 +13,7 @@
 //! 3. The waker keeps a wake-up that comes between `park` and the wait.
 
 use crate::base::sync::{AtomicU64, Ordering, fence};
-use crossbeam_utils::CachePadded;
+use crossbeam::utils::CachePadded;
 use std::sync::OnceLock;
 
 const AWAKE: u64 = 0;

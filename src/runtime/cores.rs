@@ -10,6 +10,7 @@
 use crate::base::error::{Error, Result};
 use crate::base::options::{Geometry, Options, SHARD_MEMORY_MIN, SHARDS_MAX};
 use crate::engine::recovery::EXTENTS_MIN;
+use rustix::thread::{CpuSet, sched_setaffinity};
 
 /// How the shards are spread over the cores.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -34,10 +35,7 @@ pub(super) struct Processors {
 
 impl Processors {
     pub(super) fn detect() -> Processors {
-        let ids = core_affinity::get_core_ids().unwrap_or_default();
-        let mut allowed: Vec<usize> = ids.iter().map(|core| core.id).collect();
-        allowed.sort_unstable();
-        Processors { allowed, quota_millis: crate::ops::probe::cpu_quota_millis() }
+        Processors { allowed: crate::ops::probe::allowed_cores(), quota_millis: crate::ops::probe::cpu_quota_millis() }
     }
 }
 
@@ -93,7 +91,11 @@ fn chosen(cores: &[usize], allowed: &[usize]) -> Result<Vec<usize>> {
 
 /// Pins the calling thread to a core; whether that worked.
 pub(super) fn pin(core: usize) -> bool {
-    core_affinity::set_for_current(core_affinity::CoreId { id: core })
+    let mut cores = CpuSet::new();
+    core < CpuSet::MAX_CPU && {
+        cores.set(core);
+        sched_setaffinity(None, &cores).is_ok()
+    }
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use crate::engine::recovery::RecoveryReport;
 use crate::engine::{Effect, Request, Response, StateMachine, Token};
 use crate::io::{Completion, Disk, DiskOp, FileId, OpId, execute};
 use crate::memory::Mapping;
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam::channel::{Receiver, Sender, bounded};
 use futures_lite::future::{block_on, poll_once, yield_now};
 use std::collections::VecDeque;
 use std::path::Path;

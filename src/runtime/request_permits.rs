@@ -19,7 +19,7 @@
 
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::sync::{AtomicU64, Mutex, MutexGuard, Ordering};
-use crossbeam_utils::CachePadded;
+use crossbeam::utils::CachePadded;
 use smallvec::SmallVec;
 use std::collections::BTreeMap;
 use std::future::Future;

@@ -23,7 +23,7 @@ use crate::engine::StateMachine;
 use crate::engine::order::GlobalOrder;
 use crate::io::{CancellableDisk, Disk, DiskReport, DiskWaker, Files};
 use crate::mesh::Channels;
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam::channel::{Receiver, Sender};
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;

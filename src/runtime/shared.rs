@@ -13,7 +13,7 @@ use crate::engine::{Request, Response, Token, request_bytes};
 use crate::io::{Cancel, DiskWaker, Opener};
 use crate::mesh::{InFlight, Inbox, Parking, Wake};
 use async_task::Runnable;
-use crossbeam_queue::SegQueue;
+use crossbeam::queue::SegQueue;
 use event_listener::Event;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};

@@ -27,7 +27,7 @@ use crate::io::{
     Access, CancellableDisk, Creation, DiskReport, FileId, FileOptions, Files, PortableDisk, PortableOptions,
 };
 use crate::mesh::Channels;
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam::channel::{Receiver, Sender};
 use event_listener::Event;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -77,7 +77,7 @@ async fn start_in_mode<M: StateMachine>(
     mode: OpenMode,
     bootstrap_fn: BootstrapFn<M>,
 ) -> Result<Runtime> {
-    let (send, result) = crossbeam_channel::bounded(1);
+    let (send, result) = crossbeam::channel::bounded(1);
     let ready = Arc::new(Event::new());
     let opening = Arc::<PendingOpen>::default();
     let (wake, own) = (ready.clone(), opening.clone());
@@ -98,7 +98,7 @@ async fn start_in_mode<M: StateMachine>(
                 guard.finish();
                 return result;
             }
-            Err(crossbeam_channel::TryRecvError::Empty) => listener.await,
+            Err(crossbeam::channel::TryRecvError::Empty) => listener.await,
             Err(_) => return Err(Error::new(ErrorKind::Closed, "opening the store panicked")),
         }
     }
@@ -204,7 +204,7 @@ fn open_on_threads<M: StateMachine>(
 
 /// Whether so many threads can be started: an executor that gets none for itself panics.
 fn check_threads(count: usize) -> Result<()> {
-    let (end, ended) = crossbeam_channel::bounded::<()>(0);
+    let (end, ended) = crossbeam::channel::bounded::<()>(0);
     let start = |_| {
         let ended = ended.clone();
         let thread = std::thread::Builder::new().stack_size(TRIAL_STACK_BYTES).spawn(move || ended.recv().is_ok());
@@ -255,7 +255,7 @@ impl<'a> ThreadLauncher<'a> {
         opening: &PendingOpen,
     ) -> std::result::Result<Runtime, StartError> {
         opening.threads_starting(&self.shared);
-        let (status, statuses) = crossbeam_channel::unbounded();
+        let (status, statuses) = crossbeam::channel::unbounded();
         let mut commands = Vec::new();
         let result = self.spawn_threads(files, &status, &mut commands);
         drop(status);
@@ -284,7 +284,7 @@ impl<'a> ThreadLauncher<'a> {
     ) -> std::result::Result<(), StartError> {
         let channels = Channels::all(self.plan.shards_count);
         for (shard, (channels, pin)) in channels.into_iter().zip(&self.plan.pins).enumerate() {
-            let (give, take) = crossbeam_channel::unbounded();
+            let (give, take) = crossbeam::channel::unbounded();
             commands.push(give);
             let context = ThreadContext {
                 id: ShardId::new(shard as u16),

@@ -397,15 +397,15 @@ fn a_task_that_panics_ends_alone() {
 /// A task that never ends must not keep its store open, nor those who wait for it waiting.
 #[test]
 fn the_end_of_a_shard_ends_its_tasks_on_their_thread() {
-    struct DroppedAt(crossbeam_channel::Sender<Option<String>>);
+    struct DroppedAt(crossbeam::channel::Sender<Option<String>>);
     impl Drop for DroppedAt {
         fn drop(&mut self) {
             let _ = self.0.send(std::thread::current().name().map(str::to_owned));
         }
     }
     with_toys(2, 64, |runtime| {
-        let (send, dropped) = crossbeam_channel::unbounded();
-        let (tell, started) = crossbeam_channel::bounded(1);
+        let (send, dropped) = crossbeam::channel::unbounded();
+        let (tell, started) = crossbeam::channel::bounded(1);
         let endless = runtime.spawn_on(ShardId::new(1), move |local| async move {
             let _held = DroppedAt(send);
             tell.send(()).expect("it is waited for");
@@ -461,7 +461,7 @@ fn tasks_beyond_the_bound_are_refused_as_busy() {
 
 /// A value that one thread sets and a future waits for.
 fn async_channel() -> (Setter, impl std::future::Future<Output = u32> + Send) {
-    let shared = Arc::new((crossbeam_utils::atomic::AtomicCell::new(None::<u32>), atomic_waker::AtomicWaker::new()));
+    let shared = Arc::new((crossbeam::atomic::AtomicCell::new(None::<u32>), atomic_waker::AtomicWaker::new()));
     let theirs = shared.clone();
     let future = std::future::poll_fn(move |cx| {
         theirs.1.register(cx.waker());
@@ -470,7 +470,7 @@ fn async_channel() -> (Setter, impl std::future::Future<Output = u32> + Send) {
     (Setter(shared), future)
 }
 
-struct Setter(Arc<(crossbeam_utils::atomic::AtomicCell<Option<u32>>, atomic_waker::AtomicWaker)>);
+struct Setter(Arc<(crossbeam::atomic::AtomicCell<Option<u32>>, atomic_waker::AtomicWaker)>);
 
 impl Setter {
     fn set(&self, value: u32) {

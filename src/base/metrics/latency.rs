@@ -1,49 +1,87 @@
-//! Latencies as a histogram.
+//! Latencies as a histogram of about 1,500 counters.
+//!
+//! Buckets grow with their values: each power of two is divided into [`SPLIT`] of them, so that a value is known to 1 %
+//! whether it is 200 µs or 20 s.
 
-use hdrhistogram::Histogram;
-use serde::ser::{Serialize, SerializeStruct, Serializer};
 use std::fmt;
 
 /// Values above this count as this: a minute.
 const MOST_US: u64 = 60_000_000;
-/// Percentiles are right to 1 %.
-const DIGITS: u8 = 2;
+/// Buckets in each power of two; a power of two itself. Values below twice that have a bucket each.
+const SPLIT: u64 = 64;
+const BUCKETS: usize = bucket_of(MOST_US) + 1;
 
 /// How long operations took, in microseconds; values are right to 1 %, and at least 1.
 #[derive(Clone, Default)]
-pub struct Latency(Option<Box<Histogram<u64>>>);
+pub struct Latency(Option<Box<Counts>>);
+
+#[derive(Clone)]
+struct Counts {
+    total: u64,
+    buckets: [u64; BUCKETS],
+}
+
+/// The bucket that a value is counted in.
+const fn bucket_of(us: u64) -> usize {
+    let halvings = us.ilog2().saturating_sub(SPLIT.ilog2());
+    (halvings as u64 * SPLIT + (us >> halvings)) as usize
+}
+
+/// The highest value that is counted in a bucket.
+fn highest_in(bucket: usize) -> u64 {
+    let bucket = bucket as u64;
+    let halvings = (bucket / SPLIT).saturating_sub(1);
+    ((bucket - halvings * SPLIT + 1) << halvings) - 1
+}
+
+/// The value in the middle of a bucket.
+fn middle_of(bucket: usize) -> f64 {
+    let width = 1u64 << (bucket as u64 / SPLIT).saturating_sub(1);
+    highest_in(bucket) as f64 - (width - 1) as f64 / 2.0
+}
 
 impl Latency {
     /// Counts one operation.
     pub(crate) fn record(&mut self, us: u64) {
-        let new = || Box::new(Histogram::new_with_bounds(1, MOST_US, DIGITS).expect("the bounds are in order"));
-        self.0.get_or_insert_with(new).saturating_record(us.max(1));
+        let counts = self.0.get_or_insert_with(|| Box::new(Counts { total: 0, buckets: [0; BUCKETS] }));
+        counts.total += 1;
+        counts.buckets[bucket_of(us.clamp(1, MOST_US))] += 1;
     }
 
     /// Operations counted.
     pub fn count(&self) -> u64 {
-        self.0.as_ref().map_or(0, |known| known.len())
+        self.0.as_ref().map_or(0, |counts| counts.total)
     }
 
     /// Microseconds that `percent` of the operations did not exceed, 50 for the median; 0 if there are none.
     pub fn percentile(&self, percent: f64) -> u64 {
-        self.0.as_ref().map_or(0, |known| known.value_at_percentile(percent.clamp(0.0, 100.0)))
+        let wanted = (self.count() as f64 * percent.clamp(0.0, 100.0) / 100.0).ceil().max(1.0) as u64;
+        let mut counted = 0;
+        let reached = self.filled().find(|(_, count)| {
+            counted += count;
+            counted >= wanted
+        });
+        reached.map_or(0, |(bucket, _)| highest_in(bucket))
     }
 
     /// The longest, in microseconds.
     pub fn max(&self) -> u64 {
-        self.0.as_ref().map_or(0, |known| known.max())
+        self.filled().last().map_or(0, |(bucket, _)| highest_in(bucket))
     }
 
     /// The mean, in microseconds.
     pub fn mean(&self) -> f64 {
-        self.0.as_ref().map_or(0.0, |known| known.mean())
+        let sum: f64 = self.filled().map(|(bucket, count)| middle_of(bucket) * count as f64).sum();
+        sum / self.count().max(1) as f64
     }
 
-    /// The operations of `other` too.
+    /// Adds the operations that `other` has counted.
     pub fn add(&mut self, other: &Latency) {
         match (&mut self.0, &other.0) {
-            (Some(own), Some(other)) => own.add(&**other).expect("all have the same bounds"),
+            (Some(own), Some(other)) => {
+                own.total += other.total;
+                own.buckets.iter_mut().zip(&other.buckets).for_each(|(own, other)| *own += other);
+            }
             (own @ None, Some(other)) => *own = Some(other.clone()),
             (_, None) => {}
         }
@@ -53,10 +91,17 @@ impl Latency {
     pub fn since(&self, earlier: &Latency) -> Latency {
         let mut new = self.clone();
         if let (Some(new), Some(earlier)) = (&mut new.0, &earlier.0) {
-            // What was not counted later can't be taken away: then nothing is.
-            let _ = new.subtract(&**earlier);
+            // An operation that was not counted later can't be taken away.
+            new.buckets.iter_mut().zip(&earlier.buckets).for_each(|(new, old)| *new = new.saturating_sub(*old));
+            new.total = new.buckets.iter().sum();
         }
         new
+    }
+
+    /// The buckets that hold something, from short to long.
+    fn filled(&self) -> impl Iterator<Item = (usize, u64)> + '_ {
+        let buckets = self.0.iter().flat_map(|counts| counts.buckets.iter().copied().enumerate());
+        buckets.filter(|(_, count)| *count > 0)
     }
 }
 
@@ -67,8 +112,10 @@ impl fmt::Debug for Latency {
     }
 }
 
-impl Serialize for Latency {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+#[cfg(feature = "serde")]
+impl serde::Serialize for Latency {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        use serde::ser::SerializeStruct;
         let mut out = serializer.serialize_struct("Latency", 6)?;
         out.serialize_field("count", &self.count())?;
         out.serialize_field("mean_us", &self.mean())?;
@@ -101,5 +148,19 @@ mod tests {
         assert!(later.count() == 100 && later.percentile(0.1) >= 895, "{later:?}");
         a.record(u64::MAX);
         assert!(a.max() <= MOST_US * 101 / 100, "an hour counts as a minute");
+    }
+
+    /// A bucket that is too wide, or that overlaps its neighbour, would tell percentiles that nobody measured.
+    #[test]
+    fn buckets_lie_side_by_side_and_are_no_wider_than_promised() {
+        let mut lowest = 1;
+        for bucket in 1..BUCKETS {
+            let highest = highest_in(bucket);
+            assert_eq!((bucket_of(lowest), bucket_of(highest)), (bucket, bucket), "from {lowest} to {highest}");
+            assert!((highest - lowest) as f64 <= 0.0157 * lowest as f64, "bucket {bucket}: {lowest} to {highest}");
+            assert_eq!(middle_of(bucket), (lowest + highest) as f64 / 2.0);
+            lowest = highest + 1;
+        }
+        assert!(lowest > MOST_US, "the last bucket holds the longest");
     }
 }

@@ -12,7 +12,6 @@ mod recent;
 pub use latency::Latency;
 pub(crate) use recent::Recent;
 
-use serde::Serialize;
 use std::time::Duration;
 
 /// The struct, and how two of them are added.
@@ -20,7 +19,8 @@ macro_rules! stats {
     (sum { $($(#[$sum_doc:meta])* pub $sum:ident: u64,)* } now { $($(#[$now_doc:meta])* pub $now:ident: u64,)* } max { $($(#[$max_doc:meta])* pub $max:ident: u64,)* }) => {
         /// Counters of one shard, or of all, since the store was opened. It serialises with the names of its fields;
         /// latencies as counts and microseconds.
-        #[derive(Clone, Debug, Default, Serialize)]
+        #[derive(Clone, Debug, Default)]
+        #[cfg_attr(feature = "serde", derive(serde::Serialize))]
         #[non_exhaustive]
         pub struct ShardStats {
             $($(#[$sum_doc])* pub $sum: u64,)*
@@ -38,7 +38,7 @@ macro_rules! stats {
             /// The most operations of callers (reads, commits and flushes) that were answered within one second. Of several shards: at
             /// most their sum.
             pub peak_iops: u64,
-            #[serde(skip)]
+            #[cfg_attr(feature = "serde", serde(skip))]
             pub(crate) recent: Recent,
         }
 

@@ -12,7 +12,7 @@
 
 use crate::base::sync::{AtomicU64, Ordering};
 use crate::base::{Lsn, ShardId};
-use crossbeam_utils::CachePadded;
+use crossbeam::utils::CachePadded;
 
 /// Sequencer, bounds and watermark of one open store.
 #[derive(Debug)]

@@ -6,12 +6,12 @@
 
 use crate::base::error::{Error, Result};
 use crate::io::media::DeviceTraits;
-use serde::Serialize;
 use std::fmt;
 
 /// How writes become durable.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum FlushMethod {
     /// One `fdatasync` for each file that was written.
     PerFile,

@@ -4,12 +4,12 @@
 //!
 //! It does *not* ask the device itself, or judge.
 
-use serde::Serialize;
 use std::fs;
 use std::path::Path;
 
 /// A block device, as the kernel describes it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct BlockDevice {
     /// `vda`, `nvme0n1`; of the whole device.
     pub name: String,

@@ -27,8 +27,8 @@ use super::waker::DiskWaker;
 use super::{Completion, Disk, DiskOp, FileId, OpId};
 use crate::base::Micros;
 use crate::base::error::{Error, Result};
-use crossbeam_channel::{Receiver, Sender, TrySendError};
-use parking::{Parker, Unparker};
+use crossbeam::channel::{Receiver, Sender, TrySendError};
+use crossbeam::sync::{Parker, Unparker};
 use std::collections::{BTreeMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -81,9 +81,9 @@ impl PortableDisk {
     /// `Io` if no thread can be started.
     pub fn with_files(files: Arc<Files>, options: &PortableOptions) -> Result<PortableDisk> {
         let workers_count = options.workers_count.clamp(1, 256);
-        let (jobs, queue) = crossbeam_channel::bounded::<Job>(workers_count * QUEUED_PER_WORKER);
+        let (jobs, queue) = crossbeam::channel::bounded::<Job>(workers_count * QUEUED_PER_WORKER);
         // Never holds more than the owner has under way, which is the owner's to bound.
-        let (done, completions) = crossbeam_channel::unbounded();
+        let (done, completions) = crossbeam::channel::unbounded();
         let parker = Parker::new();
         let flush_queue = files.new_flush_queue();
         let mut disk = PortableDisk {
@@ -103,7 +103,7 @@ impl PortableDisk {
                 flush_queue: flush_queue.clone(),
                 queue: queue.clone(),
                 done: done.clone(),
-                owner: disk.parker.unparker(),
+                owner: disk.parker.unparker().clone(),
             };
             let thread = std::thread::Builder::new().name(format!("corepage-disk-{i}")).spawn(move || worker.run());
             let thread = thread.map_err(|e| Error::no_thread("a disk thread", e))?;
@@ -114,7 +114,7 @@ impl PortableDisk {
 
     /// Ends this disk's present or next wait, from any thread.
     pub fn waker(&self) -> DiskWaker {
-        DiskWaker::of_parker(self.parker.unparker())
+        DiskWaker::of_parker(self.parker.unparker().clone())
     }
 
     /// What the machine gives.

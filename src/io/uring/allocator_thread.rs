@@ -10,7 +10,7 @@
 use crate::base::error::{Error, Result};
 use crate::io::files::{FileEntry, Files};
 use crate::io::flush::{Cover, FlushQueue, FlushWaiter, RemoteEvent, RemoteEvents};
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam::channel::{Receiver, Sender};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -36,7 +36,7 @@ impl AllocatorThread {
         remote_events: Arc<RemoteEvents>,
     ) -> Result<AllocatorThread> {
         // Never holds more than the disk's owner has under way, which is the owner's to bound.
-        let (jobs, queue) = crossbeam_channel::unbounded();
+        let (jobs, queue) = crossbeam::channel::unbounded();
         let body = move || run(&files, &flush_queue, &remote_events, &queue);
         let thread = std::thread::Builder::new().name("corepage-alloc".into()).spawn(body);
         let thread = thread.map_err(|e| Error::no_thread("the thread that allocates", e))?;

@@ -5,14 +5,14 @@
 use super::Roots;
 use super::mounts::mount_of;
 use crate::io::{self, BlockDevice, DirectoryProbe, FlushMethod};
-use serde::Serialize;
 use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// Whether transfers can pass the page cache by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum DirectIo {
     /// A block was written and read.
     Works,
@@ -23,7 +23,8 @@ pub enum DirectIo {
 }
 
 /// A directory, and what is under it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Directory {
     /// As it was named.
     pub path: PathBuf,

@@ -2,7 +2,6 @@
 
 use super::Roots;
 use crate::io::{ProcessLimits, UnavailableReason, UringUnavailable, uring};
-use serde::Serialize;
 use std::fmt;
 
 /// Whether this version has the ring driver.
@@ -12,7 +11,8 @@ pub(super) const RING: &str = "io_uring";
 const PORTABLE: &str = "portable";
 
 /// Whether a ring can be set up.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct IoUring {
     /// It was done.
     pub available: bool,
@@ -69,7 +69,8 @@ pub(crate) fn executor_refused() -> Option<String> {
 }
 
 /// The way to the disk that is taken.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Driver {
     /// `io_uring` or `portable`.
     pub name: &'static str,

@@ -9,7 +9,6 @@ use super::{DirectIo, Driver, Machine};
 use crate::base::options::{Geometry, Options};
 use crate::format::fresh;
 use crate::io::{BlockDevice, UnavailableReason};
-use serde::Serialize;
 
 /// A transparent or explicit huge page.
 const HUGE_BYTES: u64 = 2 << 20;
@@ -22,8 +21,9 @@ const OPEN_FILES_OF_SHARD: u64 = 6;
 const OPEN_FILES_ENOUGH: u64 = 1024;
 
 /// How good a fact is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum Level {
     /// As it should be.
     Good,
@@ -34,7 +34,8 @@ pub enum Level {
 }
 
 /// A way to make it better.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Better {
     /// What to do, and what it gives.
     pub what: String,
@@ -43,7 +44,8 @@ pub struct Better {
 }
 
 /// One subject.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Finding {
     /// What it is about.
     pub subject: &'static str,

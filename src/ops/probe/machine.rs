@@ -5,7 +5,7 @@ use super::Roots;
 use crate::base::options::SHARDS_MAX;
 use crate::io::{ProcessLimits, check_kernel};
 use rustix::process::{Resource, getrlimit};
-use serde::Serialize;
+use rustix::thread::CpuSet;
 
 /// Locked memory that glommio asks for at least, for each executor.
 const EXECUTOR_BYTES: u64 = 512 << 10;
@@ -13,7 +13,8 @@ const EXECUTOR_BYTES: u64 = 512 << 10;
 const EXECUTOR_OWN_BYTES: u64 = 64 << 10;
 
 /// The kernel.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Kernel {
     /// As `uname -r` says.
     pub release: String,
@@ -29,7 +30,8 @@ impl Kernel {
 }
 
 /// How much memory this process may lock; rings and registered buffers count.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct MemoryLocks {
     /// The limit in force (`ulimit -S -l`); absent: none.
     pub limit_bytes: Option<u64>,
@@ -72,7 +74,8 @@ impl MemoryLocks {
 }
 
 /// Pages of 2 MiB.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct HugePages {
     /// Reserved by the administrator.
     pub reserved_count: Option<u64>,
@@ -99,8 +102,15 @@ pub(super) fn chosen(text: &str) -> Option<String> {
     Some(word.to_owned())
 }
 
+/// The cores that the calling thread may use, in order; empty if the kernel does not say.
+pub(crate) fn allowed_cores() -> Vec<usize> {
+    let Ok(allowed) = rustix::thread::sched_getaffinity(None) else { return Vec::new() };
+    (0..CpuSet::MAX_CPU).filter(|core| allowed.is_set(*core)).collect()
+}
+
 /// The processors.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Cores {
     /// Online in the machine.
     pub online_count: Option<u64>,
@@ -114,8 +124,7 @@ pub struct Cores {
 
 impl Cores {
     pub(super) fn look(roots: &Roots) -> Cores {
-        let allowed: Vec<usize> =
-            core_affinity::get_core_ids().unwrap_or_default().into_iter().map(|core| core.id).collect();
+        let allowed = allowed_cores();
         let siblings = |cpu: &usize| roots.sys(&format!("devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"));
         let physical: Option<std::collections::BTreeSet<String>> = allowed.iter().map(siblings).collect();
         let quota = super::cgroup::look(roots).map(|millis| millis.div_ceil(1000).max(1) as usize);
@@ -144,7 +153,8 @@ pub(super) fn count(list: &str) -> Option<u64> {
 }
 
 /// How many files this process may have open, and how long they may be.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct OpenFiles {
     /// The limit in force (`ulimit -S -n`); absent: none.
     pub limit_count: Option<u64>,

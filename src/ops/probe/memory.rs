@@ -9,7 +9,6 @@
 
 use super::{HugePages, Roots, cgroup, human_bytes};
 use rustix::process::{Resource, getrlimit};
-use serde::Serialize;
 
 /// Bytes of a reserved huge page.
 const HUGE_BYTES: u64 = 2 << 20;
@@ -18,7 +17,8 @@ const HUGE_BYTES: u64 = 2 << 20;
 const COMFORTABLE_PERCENT: u64 = 80;
 
 /// Memory that can be had. What is absent can't be found out, or is not limited.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct AvailableMemory {
     /// Of the machine.
     pub total_bytes: Option<u64>,

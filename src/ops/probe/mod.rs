@@ -23,14 +23,15 @@ pub use directory::{DirectIo, Directory};
 pub(crate) use driver::executor_refused;
 pub use driver::{Driver, IoUring};
 pub use findings::{Better, Finding, Level, human_bytes};
+pub(crate) use machine::allowed_cores;
 pub use machine::{Cores, HugePages, Kernel, MemoryLocks, OpenFiles};
 pub use memory::{AvailableMemory, Room};
 
-use serde::Serialize;
 use std::path::{Path, PathBuf};
 
 /// Everything that the engine's speed or fitness depends on.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Machine {
     /// The kernel.
     pub kernel: Kernel,

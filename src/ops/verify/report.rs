@@ -14,7 +14,8 @@ use std::fmt;
 pub(super) const DAMAGED_MAX: usize = 1000;
 
 /// Bytes of a volume that can't be read.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct VolumeBytes {
     /// The volume's name, or its number if that can't be read.
     pub volume: String,

@@ -56,9 +56,9 @@ fn with_little_memory(shards: u16, requests_max: usize, test: impl Fn(Runtime)) 
 }
 
 /// Stops the thread of a shard until the sender is dropped.
-fn stop(runtime: &Runtime, shard: ShardId) -> crossbeam_channel::Sender<()> {
-    let (go, wait) = crossbeam_channel::bounded::<()>(0);
-    let (tell, stopped) = crossbeam_channel::bounded(1);
+fn stop(runtime: &Runtime, shard: ShardId) -> crossbeam::channel::Sender<()> {
+    let (go, wait) = crossbeam::channel::bounded::<()>(0);
+    let (tell, stopped) = crossbeam::channel::bounded(1);
     let task = runtime.spawn_on(shard, move |_| async move {
         tell.send(()).expect("it is waited for");
         let _ = wait.recv();
@@ -145,7 +145,7 @@ fn commits_that_tasks_give_up_take_a_sixteenth_of_the_memory() {
 #[test]
 fn the_end_of_a_shard_answers_what_was_kept_back() {
     with_little_memory(1, 64, |runtime| {
-        let (held, (tell, told)) = (Held::default(), crossbeam_channel::bounded(1));
+        let (held, (tell, told)) = (Held::default(), crossbeam::channel::bounded(1));
         let (theirs, go) = (held.clone(), tell.clone());
         let task = runtime.spawn_on(ShardId::new(0), move |local| async move {
             let calls: Vec<_> = (0..8).map(|_| local.call(theirs.commit(100))).collect();
