@@ -33,12 +33,12 @@
 //! |---|---|
 //! | `api` | [`Store`], [`Volume`], [`Txn`]: what callers hold |
 //! | `runtime` | the pinned threads that drive shards; `mesh`: the channels between them |
-//! | [`engine`] | one shard as a state machine: pages, commits, `log`, `coalesce`, `map`, checkpoints, `recovery` |
-//! | [`mod@format`] | every byte on disk |
-//! | [`io`] | the seam to the device |
-//! | [`memory`] | the arena of page frames, and what is evicted from it |
-//! | [`base`] | ids, LSNs, errors, options, the checksum, counters |
-//! | [`ops`] | `verify` reads a closed store whole, `probe` says what the machine gives |
+//! | `engine` | one shard as a state machine: pages, commits, `log`, `coalesce`, `map`, checkpoints, `recovery` |
+//! | `format` | every byte on disk |
+//! | `io` | the seam to the device |
+//! | `memory` | the arena of page frames, and what is evicted from it |
+//! | `base` | ids, LSNs, errors, options, the checksum, counters |
+//! | `ops` | `verify` reads a closed store whole, `probe` says what the machine gives |
 //! | `program` | the binary: NBD server, control socket, commands |
 //! | `testing` | the simulator, which drives the same shards by seed under a simulated disk; fuzzing; instruction counts |
 
@@ -58,13 +58,14 @@ macro_rules! planted {
 }
 
 mod api;
-pub mod base;
-pub mod engine;
-pub mod format;
-pub mod io;
-pub mod memory;
+mod base;
+mod engine;
+mod format;
+#[allow(dead_code, unused_imports, reason = "some of it serves tests only")]
+mod io;
+mod memory;
 mod mesh;
-pub mod ops;
+mod ops;
 mod runtime;
 #[cfg(any(test, fuzzing, feature = "sim"))]
 #[doc(hidden)]
@@ -73,10 +74,13 @@ pub mod testing;
 pub use api::{Allocated, Durability, PageView, Scan, ShardHandle, ShardTxn, Store, Txn, Volume};
 pub use api::{blocking, queue};
 pub use base::error::{Error, ErrorKind, Result};
+pub use base::metrics::{Latency, ShardStats};
 pub use base::options::{Driver, Geometry, Options};
-pub use base::{Lsn, PageId};
+pub use base::{Lsn, PageId, VolumeId};
 pub use engine::recovery::RecoveryReport;
 pub use engine::{Change, PageRef};
+pub use io::{DiskReport, FlushMethod, Polling};
+pub use ops::probe;
 pub use ops::verify::{
     Damage, Mend, StoreSummary, VerifyProgress, VerifyReport, VolumeBytes, VolumeSummary, inspect, verify, verify_with,
 };

@@ -354,7 +354,7 @@ fn counters_and_latencies_agree_with_what_was_done() {
     block_on(store.flush()).unwrap();
     block_on(store.checkpoint()).unwrap();
     let after = block_on(store.stats()).unwrap();
-    let grown = |of: fn(&corepage::base::metrics::ShardStats) -> u64| of(&after) - of(&before);
+    let grown = |of: fn(&corepage::ShardStats) -> u64| of(&after) - of(&before);
     assert_eq!(grown(|s| s.page_writes), 300);
     assert_eq!((grown(|s| s.patches), grown(|s| s.frees), grown(|s| s.commits)), (1, 1, 302));
     assert_eq!(grown(|s| s.bytes_written), 300 * 4096 + 10);

@@ -15,7 +15,7 @@ pub(crate) mod sync;
 
 pub use deal::Deal;
 pub use lsn::Lsn;
-pub use page::{PageClass, PageId, PageKey, RUN_PAGES, ShardId, VShard, VolumeId};
+pub use page::{PageId, PageKey, RUN_PAGES, ShardId, VShard, VolumeId};
 pub use place::{ExtentNo, Place, SegmentNo};
 
 /// The unit of all I/O and of all places: 4 KiB, the smallest page and the physical block of common devices.

@@ -183,19 +183,6 @@ impl fmt::Debug for VShard {
     }
 }
 
-/// A page's size: 4 KiB << class, class 0 to 9. Only class 0 is in use.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
-pub struct PageClass(u8);
-
-impl PageClass {
-    /// 4 KiB.
-    pub const SMALLEST: PageClass = PageClass(0);
-    /// The number.
-    pub const fn get(self) -> u8 {
-        self.0
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -306,11 +306,6 @@ impl FrameRef {
     pub fn len(&self) -> usize {
         self.run.len()
     }
-
-    /// Whether both pin the same frame.
-    pub fn same_frame(&self, other: &FrameRef) -> bool {
-        self.run.shared == other.run.shared && self.run.block == other.run.block
-    }
 }
 
 impl Clone for FrameRef {

@@ -2,7 +2,7 @@
 //! flipped, zeroed, set back to what it was before, or swapped with another.
 //!
 //! If these fail, someone is served wrong bytes, or is told that a damaged store is whole. The same through the public
-//! face, on real files: `tests/damage.rs`.
+//! face, on real files: `store_damage_tests`.
 
 use super::read::{ARENA_BLOCKS, Meter};
 use super::{Verifier, VerifyProgress, VerifyReport, verify_disk};

@@ -26,6 +26,8 @@ mod map;
 mod named;
 mod read;
 mod report;
+#[cfg(test)]
+mod store_damage_tests;
 
 pub use inspect::{StoreSummary, VolumeSummary, inspect};
 pub use report::{Damage, Mend, VerifyProgress, VerifyReport, VolumeBytes};

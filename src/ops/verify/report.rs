@@ -2,7 +2,7 @@
 //!
 //! Invariants
 //! 1. What is listed is bounded ([`DAMAGED_MAX`]); what is beyond that is counted.
-//! 2. Whatever mends a damage was tried: `tests/damage.rs` damages each structure and does what is said here.
+//! 2. Whatever mends a damage was tried: `src/ops/verify/store_damage_tests.rs` damages each structure and does what is said here.
 //!
 //! It does *not* print, but for `Display`.
 

@@ -8,7 +8,7 @@
 
 use super::{Failure, Format, memory, output, size};
 use comfy_table::{ContentArrangement, LineStyle, Table, TableStyle};
-use corepage::ops::probe::{AvailableMemory, Better, Driver, Finding, Level, Machine};
+use corepage::probe::{AvailableMemory, Better, Driver, Finding, Level, Machine};
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::io::IsTerminal;

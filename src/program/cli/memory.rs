@@ -7,7 +7,7 @@
 //! It does not know what the memory is for, nor how a server divides it.
 
 use super::{Failure, size};
-use corepage::ops::probe::{AvailableMemory, Room};
+use corepage::probe::{AvailableMemory, Room};
 
 const MIB: u64 = 1 << 20;
 /// Where it can be had.

@@ -19,7 +19,7 @@ use crate::program::server::nbd::{
     Address, CONNECTIONS_LIMIT, Division, Limits, Listener, Memory, Plan, Server, StoreExports,
 };
 use clap::ValueEnum;
-use corepage::ops::probe::AvailableMemory;
+use corepage::probe::AvailableMemory;
 use corepage::{Driver, Options, Store, Volume};
 use futures_lite::future::{block_on, or};
 use std::net::IpAddr;

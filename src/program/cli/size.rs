@@ -7,7 +7,7 @@
 //!
 //! Apart from volumes it does not judge whether a size makes sense.
 
-pub use corepage::ops::probe::human_bytes as show;
+pub use corepage::probe::human_bytes as show;
 use parse_size::{Config, Error};
 
 /// Units of a volume's size: pages.

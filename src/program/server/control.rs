@@ -19,7 +19,7 @@ mod place;
 pub use place::{Place, Reachable, SOCKET_NAME};
 
 use super::nbd::{Deadline, Listener, Socket};
-use corepage::base::metrics::ShardStats;
+use corepage::ShardStats;
 use corepage::{Error, ErrorKind, Store};
 use event_listener::Event;
 use futures_lite::FutureExt;

@@ -9,10 +9,10 @@
 
 #![allow(clippy::disallowed_methods)]
 
-use corepage::base::{Place, VShard};
-use corepage::format::{extent, node, root, superblock::Superblock};
-use corepage::io::FileId;
-use corepage::{Change, Driver, Durability, Error, ErrorKind, Geometry, Mend, Options, PageId, Store, VerifyReport};
+use crate::base::{Place, VShard};
+use crate::format::{extent, node, root, superblock::Superblock};
+use crate::io::FileId;
+use crate::{Change, Driver, Durability, Error, ErrorKind, Geometry, Mend, Options, PageId, Store, VerifyReport};
 use futures_lite::future::block_on;
 use std::collections::BTreeMap;
 use std::fs;
@@ -92,7 +92,7 @@ fn reference() -> &'static Reference {
 
 /// Commits of whole pages, patches and frees: all pages once, then some of them again and again, so that extents are
 /// left, compacted and filled once more.
-async fn work(store: &Store, model: &mut Model, random: &mut u64, rounds: u64) -> corepage::Result<()> {
+async fn work(store: &Store, model: &mut Model, random: &mut u64, rounds: u64) -> crate::Result<()> {
     let volumes = store.volumes().await?;
     for round in 0..rounds {
         for (v, volume) in volumes.iter().take(VOLUMES.len()).enumerate() {
@@ -172,7 +172,7 @@ fn read_at(dir: &Path, file: &str, offset: u64, len: usize) -> Vec<u8> {
 fn newest(dir: &Path) -> Superblock {
     let copies = (0..4).filter_map(|copy| {
         let offset = Superblock::offset(copy);
-        Superblock::decode(copy, &read_at(dir, "meta", offset, corepage::format::superblock::SUPERBLOCK_BYTES)).ok()
+        Superblock::decode(copy, &read_at(dir, "meta", offset, crate::format::superblock::SUPERBLOCK_BYTES)).ok()
     });
     copies.max_by_key(|s| s.generation).expect("a superblock")
 }
@@ -214,7 +214,7 @@ fn spots(dir: &Path) -> BTreeMap<&'static str, Vec<Spot>> {
             extent::decode_table(superblock.store_id, index, superblock.checkpoint, &bytes).expect("a table block");
         for (i, row) in rows.iter().enumerate().filter(|(_, row)| row.state == 1) {
             let blocks = (geometry.extent_bytes / BLOCK as u64) as u32;
-            let extent = corepage::base::ExtentNo::new(index * extent::TABLE_ROWS + i as u32);
+            let extent = crate::base::ExtentNo::new(index * extent::TABLE_ROWS + i as u32);
             let place = Place { extent, block: extent::summary_at(blocks, row.summary_slot) };
             let len = extent::summary_blocks(blocks) as usize * BLOCK;
             add("summary", "data", place.offset(geometry.extent_bytes), len);
@@ -222,7 +222,7 @@ fn spots(dir: &Path) -> BTreeMap<&'static str, Vec<Spot>> {
     }
     assert_eq!(superblock.logs.len(), usize::from(SHARDS));
     for (shard, end) in (0..).zip(&superblock.logs) {
-        let file = FileId::Log(corepage::base::ShardId::new(shard), end.segment).to_string();
+        let file = FileId::Log(crate::base::ShardId::new(shard), end.segment).to_string();
         (0..u64::from(end.block)).for_each(|block| add("log block", &file, block * BLOCK as u64, BLOCK));
     }
     spots
@@ -346,7 +346,7 @@ fn mends(dir: &Path, report: &VerifyReport, what: &str) {
         for (volume, page) in reference().model.keys().filter(|_| rewrite) {
             volumes[*volume].write_back(PageId::new(*page), vec![7; BLOCK]).await?;
         }
-        for name in volumes.iter().map(corepage::Volume::name).filter(|name| rewrite && name.starts_with("not in")) {
+        for name in volumes.iter().map(crate::Volume::name).filter(|name| rewrite && name.starts_with("not in")) {
             store.delete_volume(name).await?;
         }
         store.wait_freed().await?;
@@ -356,7 +356,7 @@ fn mends(dir: &Path, report: &VerifyReport, what: &str) {
         store.close().await
     })
     .unwrap_or_else(|error| panic!("{what}: {error}"));
-    let after = corepage::verify(dir).expect("a closed store");
+    let after = crate::verify(dir).expect("a closed store");
     assert!(after.is_whole(), "{what}: still damaged: {:?}", after.damaged);
 }
 
@@ -379,7 +379,7 @@ fn damage_each(kind: &str, tolerated: &[Left]) {
                 continue;
             }
             let what = format!("{kind} at byte {} of {}, {how:?}", spot.1, spot.0);
-            let report = corepage::verify(dir.path()).expect("damage is in the report");
+            let report = crate::verify(dir.path()).expect("damage is in the report");
             let named = is_named(&report, spot) || (how == Damage::Swapped && is_named(&report, other));
             assert!(named, "{what}: not named: {report}\n{:?}", report.damaged);
             let left = read_all(dir.path(), &what);
@@ -399,7 +399,7 @@ fn damage_each(kind: &str, tolerated: &[Left]) {
 fn an_undamaged_store_is_whole() {
     let dir = copy();
     let before = contents(dir.path());
-    let report = corepage::verify(dir.path()).expect("a closed store");
+    let report = crate::verify(dir.path()).expect("a closed store");
     assert!(report.is_whole() && report.clean, "{report}\n{:?}", report.damaged);
     assert!(contents(dir.path()) == before, "verify changed something");
     assert_eq!(read_all(dir.path(), "undamaged"), Left::Everything);
@@ -468,7 +468,7 @@ fn a_store_of_another_version_is_refused_and_not_changed() {
     let error = block_on(Store::open(dir.path(), options())).expect_err("another version");
     assert_eq!(error.kind(), ErrorKind::Unsupported);
     assert!(error.to_string().contains("version 4711"), "{error}");
-    assert_eq!(corepage::verify(dir.path()).expect_err("another version").kind(), ErrorKind::Unsupported);
+    assert_eq!(crate::verify(dir.path()).expect_err("another version").kind(), ErrorKind::Unsupported);
     assert!(contents(dir.path()) == before, "a refused store was changed");
 }
 
@@ -483,7 +483,7 @@ fn a_store_without_a_superblock_is_refused_and_not_changed() {
     let error = block_on(Store::open(dir.path(), options())).expect_err("no superblock");
     assert_eq!(error.kind(), ErrorKind::Corrupt);
     assert!(contents(dir.path()) == before, "a refused store was changed");
-    assert!(!corepage::verify(dir.path()).expect("damage is in the report").is_whole());
+    assert!(!crate::verify(dir.path()).expect("damage is in the report").is_whole());
 }
 
 /// A copy that ended early, or a file system that lost the end of a file.
@@ -514,10 +514,10 @@ fn a_store_with_a_shortened_data_file_is_refused_and_not_changed() {
 #[test]
 fn verify_says_why_it_can_not_read() {
     let dir = tempfile::tempdir().expect("a directory");
-    assert_eq!(corepage::verify(&dir.path().join("none")).expect_err("no store").kind(), ErrorKind::NotFound);
+    assert_eq!(crate::verify(&dir.path().join("none")).expect_err("no store").kind(), ErrorKind::NotFound);
     let store = block_on(Store::open(dir.path(), options())).expect("a fresh store");
-    assert_eq!(corepage::verify(dir.path()).expect_err("it is open").kind(), ErrorKind::InUse);
+    assert_eq!(crate::verify(dir.path()).expect_err("it is open").kind(), ErrorKind::InUse);
     block_on(store.close()).expect("a clean close");
     drop(store);
-    assert!(corepage::verify(dir.path()).expect("a closed store").is_whole());
+    assert!(crate::verify(dir.path()).expect("a closed store").is_whole());
 }
