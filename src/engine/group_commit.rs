@@ -9,9 +9,9 @@
 
 use super::writeback::Capture;
 use super::{OpKind, Shard};
-use crate::base::checksum::crc32c;
 use crate::base::error::Error;
 use crate::base::{BLOCK, Lsn, Place};
+use crate::engine::codec::{self, Sealed};
 use crate::engine::log::{FlushSet, GroupState, InFlight, OpenSlot};
 use crate::engine::map::Stream;
 use crate::engine::writeback::plan;
@@ -19,13 +19,13 @@ use crate::format::extent::ItemKind;
 use crate::format::group::{GroupHead, Slot, SlotState};
 use crate::format::node::Entry;
 use crate::io::{DiskOp, FileId, IoSlice};
-use crate::memory::{Frame, FrameRef};
+use crate::memory::Frame;
 use smallvec::SmallVec;
 
 /// A page image of the group being closed.
 struct Image {
     slot: usize,
-    frame: FrameRef,
+    sealed: Sealed,
     /// The page's newest version is this image.
     is_current: bool,
     place: Option<Place>,
@@ -90,7 +90,7 @@ impl Shard {
         self.log.sealed(head.head_crc);
         let mut from = body_slices(&finished.chunks, finished.body_len);
         let data_writes = if inline {
-            from.extend(images.iter().map(|image| IoSlice::whole(image.frame.clone())));
+            from.extend(images.into_iter().map(|image| IoSlice::whole(image.sealed.into_bytes())));
             0
         } else {
             self.write_images(position.number, &slots, &open, images)
@@ -123,9 +123,10 @@ impl Shard {
             if is_current {
                 page.slot = None;
             }
-            let sealed = slot.sealed.take();
-            let frame = sealed.or_else(|| page.frame.as_ref().map(|f| f.pin())).expect("a live slot has an image");
-            images.push(Image { slot: i, frame, is_current, place: None });
+            let frame =
+                slot.sealed.take().or_else(|| page.frame.as_ref().map(|f| f.pin())).expect("a live slot has an image");
+            self.ctx.stats.checksums += 1;
+            images.push(Image { slot: i, sealed: codec::seal(frame), is_current, place: None });
         }
         images
     }
@@ -135,19 +136,18 @@ impl Shard {
         images.sort_by_key(|image| (open[image.slot].key, open[image.slot].lsn));
         for image in images.iter_mut() {
             let slot = &open[image.slot];
-            let place = self.alloc_block(Stream::Data, ItemKind::Page(slot.key, slot.lsn));
+            let what = ItemKind::Page(slot.key, slot.lsn);
+            let place = self.alloc_place(Stream::Data, what, image.sealed.blocks());
             image.place = Some(place.expect("admission reserved a block for each slot"));
         }
     }
 
-    fn describe(&mut self, open: &[OpenSlot], images: &[Image], body_blocks: u32) -> Vec<Slot> {
+    fn describe(&self, open: &[OpenSlot], images: &[Image], body_blocks: u32) -> Vec<Slot> {
         let dead = |slot: &OpenSlot| Slot { key: slot.key, state: SlotState::Dead, entry: Entry::default() };
         let mut slots: Vec<Slot> = open.iter().map(dead).collect();
         for (i, image) in images.iter().enumerate() {
-            self.ctx.stats.checksums += 1;
-            let crc = crc32c(&image.frame);
             let place = image.place.unwrap_or_default();
-            slots[image.slot].entry = Entry::plain(place, open[image.slot].lsn, crc);
+            slots[image.slot].entry = image.sealed.entry(place, open[image.slot].lsn);
             slots[image.slot].state = match image.place {
                 Some(_) => SlotState::Placed,
                 None => SlotState::Inline(body_blocks + i as u32),
@@ -174,7 +174,7 @@ impl Shard {
                 entry: Some(entry),
                 moved_from: None,
             });
-            blocks.push((entry.place(), (capture, image.frame)));
+            blocks.push((entry.place(), (capture, image.sealed.into_bytes())));
         }
         self.ctx.stats.pages_written += blocks.len() as u64;
         let runs = plan::runs(blocks, self.ctx.limits.vectored_pages_max);

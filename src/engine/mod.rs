@@ -31,6 +31,7 @@ mod blocked;
 mod budget;
 mod cache;
 mod checkpoint;
+pub(crate) mod codec;
 mod group_commit;
 pub(crate) mod log;
 pub(crate) mod map;

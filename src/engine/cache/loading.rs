@@ -13,6 +13,7 @@
 
 use crate::base::Place;
 use crate::base::error::Error;
+use crate::engine::codec;
 use crate::engine::map::NodeIdx;
 use crate::engine::writeback::plan;
 use crate::engine::{OpKind, Shard, Step};
@@ -294,15 +295,14 @@ impl Shard {
     fn check_page(&mut self, idx: usize, entry: &Entry, bytes: &[u8]) -> Result<(), Error> {
         self.ctx.stats.checksums += 1;
         let key = self.cache.table.pages[idx].key;
-        if entry.len.get() as usize != bytes.len() || entry.class != 0 || entry.codec != 0 || entry.key_id.get() != 0 {
-            return Err(Error::corrupt(format_args!(
+        match codec::open(entry, bytes) {
+            Ok(_) => Ok(()),
+            Err(codec::Refusal::Damaged) if planted!(PageSumIgnored) => Ok(()),
+            Err(codec::Refusal::Damaged) => Err(damaged(&format!("page {key:?} ({:?})", entry.lsn()), entry.place())),
+            Err(codec::Refusal::Unknown) => Err(Error::corrupt(format_args!(
                 "page {key:?}: the page map describes it in a way that this version does not write; run `corepage verify`"
-            )));
+            ))),
         }
-        if crate::base::checksum::crc32c(bytes) != entry.crc.get() && !planted!(PageSumIgnored) {
-            return Err(damaged(&format!("page {key:?} ({:?})", entry.lsn()), entry.place()));
-        }
-        Ok(())
     }
 
     /// A node arrives from the device.

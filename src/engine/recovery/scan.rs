@@ -18,9 +18,9 @@
 
 use super::read::{Range, read_ranges};
 use super::segment::{Found, SegmentSearch};
-use crate::base::checksum::crc32c;
 use crate::base::error::{Error, Result};
 use crate::base::{BLOCK, Deal, Lsn, Place, SegmentNo, ShardId};
+use crate::engine::codec::Expected;
 use crate::format::group::{GroupHead, Role};
 use crate::format::superblock::Superblock;
 use crate::io::{Disk, FileId};
@@ -137,10 +137,10 @@ impl Reader<'_> {
     fn check_placed(&mut self, found: &mut [Found], watermark: Lsn) -> Result<()> {
         let data_bytes = self.disk.len(FileId::Data)?.unwrap_or(0);
         let extent_bytes = self.superblock.geometry.extent_bytes;
-        // In the order in which they are read: offset, checksum, group.
-        let mut expected: Vec<(u64, u32, usize)> = Vec::new();
+        // In the order in which they are read: offset, what must be there, group.
+        let mut expected: Vec<(u64, Expected, usize)> = Vec::new();
         for (i, f) in found.iter_mut().enumerate().filter(|(_, f)| f.whole && f.last_lsn > watermark) {
-            let offsets = f.placed.iter().map(|(place, crc)| (place.offset(extent_bytes), *crc, i));
+            let offsets = f.placed.iter().map(|(place, expected)| (place.offset(extent_bytes), *expected, i));
             if offsets.clone().all(|(offset, ..)| offset + BLOCK as u64 <= data_bytes) {
                 expected.extend(offsets);
             } else {
@@ -151,8 +151,8 @@ impl Reader<'_> {
         let ranges = neighbours_together(expected.iter().map(|(offset, ..)| *offset));
         let ranges = ranges.into_iter().map(|(offset, blocks)| Range { file: FileId::Data, offset, blocks });
         read_ranges(self.disk, self.arena, ranges, |_, bytes| {
-            for (page, (_, crc, group)) in bytes.chunks(BLOCK).zip(next.by_ref()) {
-                found[*group].whole &= crc32c(page) == *crc || planted!(PlacedUnchecked);
+            for (stored, (_, page, group)) in bytes.chunks(BLOCK).zip(next.by_ref()) {
+                found[*group].whole &= page.open(stored).is_ok() || planted!(PlacedUnchecked);
             }
             Ok(())
         })

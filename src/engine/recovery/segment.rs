@@ -10,8 +10,8 @@
 //! It does *not* read, and does not judge what is missing; see `scan`.
 
 use super::scan::redo_lsn;
-use crate::base::checksum::crc32c;
 use crate::base::{BLOCK, Deal, Lsn, Place, SegmentNo, ShardId};
+use crate::engine::codec::{self, Expected};
 use crate::format::group::{Body, GroupHead, LoggedChange, Role, Slot, SlotState};
 use crate::format::superblock::Superblock;
 
@@ -28,8 +28,8 @@ pub(super) struct Found {
     pub commits: Vec<(Lsn, u64)>,
     /// Records of commits over shards.
     pub parts: Vec<(Lsn, Role)>,
-    /// Pages written straight to their places, and their sums.
-    pub placed: Vec<(Place, u32)>,
+    /// Pages written straight to their places, and what must be there.
+    pub placed: Vec<(Place, Expected)>,
     /// The shards of the new deal whose pages it changes, a bit for each.
     pub concerns: u64,
 }
@@ -73,8 +73,10 @@ impl Found {
             }
         }
         let placed = body.slots.iter().filter(|slot| slot.state == SlotState::Placed);
-        found.placed = placed.map(|slot| (slot.entry.place(), slot.entry.crc.get())).collect();
-        found.whole = body.slots.iter().all(|slot| inline_matches(slot, here));
+        let expected = placed.map(|slot| Some((slot.entry.place(), Expected::of(&slot.entry).ok()?)));
+        let expected: Option<Vec<_>> = expected.collect();
+        found.whole = expected.is_some() && body.slots.iter().all(|slot| inline_matches(slot, here));
+        found.placed = expected.unwrap_or_default();
         found
     }
 
@@ -96,7 +98,7 @@ impl Found {
 fn inline_matches(slot: &Slot, group: &[u8]) -> bool {
     let SlotState::Inline(block) = slot.state else { return true };
     let at = block as usize * BLOCK;
-    group.get(at..at + BLOCK).is_some_and(|page| crc32c(page) == slot.entry.crc.get())
+    group.get(at..at + BLOCK).is_some_and(|stored| codec::open(&slot.entry, stored).is_ok())
 }
 
 /// The search through one segment.

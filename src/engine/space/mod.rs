@@ -108,8 +108,9 @@ pub(in crate::engine) struct Reclaiming {
 }
 
 impl Shard {
-    /// A block for `what`; the extent that this fills gets its summary written.
-    pub(in crate::engine) fn alloc_block(&mut self, stream: Stream, what: ItemKind) -> Option<Place> {
+    /// A place of so many blocks for `what`; the extent that this fills gets its summary written.
+    pub(in crate::engine) fn alloc_place(&mut self, stream: Stream, what: ItemKind, blocks: u32) -> Option<Place> {
+        assert_eq!(blocks, 1, "in format 3 a place is one block");
         #[cfg(any(test, feature = "sim"))]
         if matches!(what, ItemKind::Page(..))
             && let Some(place) = self.space.reused_early.pop()

@@ -12,8 +12,8 @@
 
 pub(crate) mod plan;
 
-use crate::base::checksum::crc32c;
 use crate::base::{Lsn, Micros, Place};
+use crate::engine::codec::{self, Sealed};
 use crate::engine::map::Stream;
 use crate::engine::{Lack, OpKind, Shard, Step};
 use crate::format::extent::ItemKind;
@@ -132,7 +132,8 @@ impl Shard {
                 self.capture_written(capture);
                 continue;
             }
-            let Some(place) = self.alloc_block(Stream::Data, ItemKind::Page(key, lsn)) else {
+            let sealed = self.seal_page(idx);
+            let Some(place) = self.alloc_place(Stream::Data, ItemKind::Page(key, lsn), sealed.blocks()) else {
                 let page = &mut self.cache.table.pages[idx];
                 page.queued = true;
                 self.writeback.dirty.push(idx);
@@ -140,7 +141,7 @@ impl Shard {
                 continue;
             };
             self.captured(idx);
-            let (capture, slice) = self.capture(idx, place, None);
+            let (capture, slice) = self.capture(idx, sealed, place, None);
             blocks.push((place, (capture, slice)));
         }
         self.write_captures(blocks);
@@ -163,14 +164,19 @@ impl Shard {
         self.space.freed_pages -= u64::from(page.absent);
     }
 
-    fn capture(&mut self, idx: usize, place: Place, moved_from: Option<Place>) -> (usize, IoSlice) {
-        let page = &self.cache.table.pages[idx];
-        let frame = page.frame.as_ref().expect("a dirty page that is not absent has its bytes in memory").pin();
+    /// The stored form of a page that is in memory.
+    fn seal_page(&mut self, idx: usize) -> Sealed {
+        let frame = &self.cache.table.pages[idx].frame;
         self.ctx.stats.checksums += 1;
-        let entry = Entry::plain(place, page.lsn, crc32c(&frame));
+        codec::seal(frame.as_ref().expect("a dirty page that is not absent has its bytes in memory").pin())
+    }
+
+    fn capture(&mut self, idx: usize, sealed: Sealed, place: Place, moved_from: Option<Place>) -> (usize, IoSlice) {
+        let page = &self.cache.table.pages[idx];
+        let entry = sealed.entry(place, page.lsn);
         let capture =
             self.writeback.captures.insert(Capture { page: idx, lsn: page.lsn, entry: Some(entry), moved_from });
-        (capture, IoSlice::whole(frame))
+        (capture, IoSlice::whole(sealed.into_bytes()))
     }
 
     fn write_captures(&mut self, blocks: Vec<(Place, (usize, IoSlice))>) {
@@ -195,13 +201,17 @@ impl Shard {
             // Changed since: its new version leaves the old place anyway. Without space it stays.
             let moves = !page.absent && lsn == page.mapped_lsn && self.may_move(0);
             let from = page.entry.filter(|_| moves).map(|e| e.place());
-            let to = from.and_then(|from| Some((from, self.alloc_block(Stream::Moved, ItemKind::Page(key, lsn))?)));
-            let Some((from, place)) = to else {
+            let to = from.and_then(|from| {
+                let sealed = self.seal_page(idx);
+                let place = self.alloc_place(Stream::Moved, ItemKind::Page(key, lsn), sealed.blocks())?;
+                Some((from, sealed, place))
+            });
+            let Some((from, sealed, place)) = to else {
                 self.cache.table.pages[idx].captures -= 1;
                 self.unpin_if_clean(idx);
                 continue;
             };
-            let (capture, slice) = self.capture(idx, place, Some(from));
+            let (capture, slice) = self.capture(idx, sealed, place, Some(from));
             blocks.push((place, (capture, slice)));
             self.ctx.stats.pages_moved += 1;
         }

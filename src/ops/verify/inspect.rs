@@ -13,6 +13,7 @@ use super::require_store;
 use crate::base::checksum::crc32c;
 use crate::base::error::{Error, Result};
 use crate::base::{BLOCK, PageId, PageKey, Place, VolumeId};
+use crate::engine::codec;
 use crate::engine::recovery::{find_superblock, load, read_bytes};
 use crate::format::catalog;
 use crate::format::node::{self, Child, Entry};
@@ -70,7 +71,9 @@ pub(super) fn inspect_disk(disk: &mut dyn Disk) -> Result<StoreSummary> {
         let (vshard, dense) = key.place_in(superblock.geometry.vshards_count);
         let top = roots[vshard.index()].0[usize::from(VolumeId::CATALOG.get())];
         let Some(entry) = entry(disk, &mut arena, &superblock, top, dense)? else { continue };
-        let page = block(disk, &mut arena, &superblock, entry.place(), entry.crc.get())?;
+        let offset = entry.place().offset(superblock.geometry.extent_bytes);
+        let page = read_bytes(disk, &mut arena, FileId::Data, offset, BLOCK)?;
+        codec::open(&entry, &page).map_err(|_| wrong_checksum(offset))?;
         let volume = catalog::decode(&page)
             .map_err(|what| Error::corrupt(format_args!("the record of volume {number} in the catalog {what}")))?;
         if !volume.name.is_empty() {
@@ -111,12 +114,16 @@ fn entry(
     Ok(None)
 }
 
-/// A block of the data file with this sum.
+/// A map node with this checksum.
 fn block(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblock, place: Place, crc: u32) -> Result<Vec<u8>> {
     let offset = place.offset(superblock.geometry.extent_bytes);
     let bytes = read_bytes(disk, arena, FileId::Data, offset, BLOCK)?;
     if crc32c(&bytes) != crc {
-        return Err(Error::corrupt(format_args!("the block at byte {offset} of file data has a wrong checksum")));
+        return Err(wrong_checksum(offset));
     }
     Ok(bytes)
+}
+
+fn wrong_checksum(offset: u64) -> Error {
+    Error::corrupt(format_args!("the block at byte {offset} of file data has a wrong checksum"))
 }

@@ -1,9 +1,9 @@
 //! The log: after a clean close up to its recorded end, group by group; else as a recovery would read it.
 
 use super::{Mend, Verifier};
-use crate::base::checksum::crc32c;
 use crate::base::error::ErrorKind;
 use crate::base::{BLOCK, Deal, ShardId};
+use crate::engine::codec;
 use crate::engine::recovery::scan;
 use crate::format::group::{Body, GroupHead, SlotState};
 use crate::format::superblock::{LogEnd, Superblock};
@@ -110,7 +110,7 @@ fn group(
     for slot in &body.slots {
         let SlotState::Inline(block) = slot.state else { continue };
         let at = block as usize * BLOCK;
-        if here.get(at..at + BLOCK).is_none_or(|page| crc32c(page) != slot.entry.crc.get()) {
+        if here.get(at..at + BLOCK).is_none_or(|stored| codec::open(&slot.entry, stored).is_err()) {
             return Err("holds a page image with a wrong checksum");
         }
     }

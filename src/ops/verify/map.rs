@@ -16,6 +16,7 @@ use super::{Mend, Verifier};
 use crate::base::checksum::crc32c;
 use crate::base::error::Result;
 use crate::base::{BLOCK, Lsn, PageId, PageKey, Place, VShard, VolumeId};
+use crate::engine::codec::Expected;
 use crate::format::catalog;
 use crate::format::extent::{Item, ItemKind, NodeKey, data_blocks};
 use crate::format::node::{self, Child, Entry, LEAF_ENTRIES, NODE_CHILDREN};
@@ -32,7 +33,7 @@ const PAGES_AT_A_TIME: usize = 65_536;
 struct NamedPage {
     place: Place,
     page: PageKey,
-    crc: u32,
+    expected: Expected,
 }
 
 /// The walk: what stays the same, and what is still to be read.
@@ -174,10 +175,12 @@ impl Verifier<'_> {
                 continue;
             }
             let page = PageKey::from_place(key.volume, key.vshard, key.prefix << 6 | slot as u64, vshards);
-            let named = entry_is_plain(&entry, walk.superblock.next_lsn)
-                .and_then(|()| walk.name(entry.place(), ItemKind::Page(page, entry.lsn())));
+            let named = expected(&entry, walk.superblock.next_lsn).and_then(|expected| {
+                walk.name(entry.place(), ItemKind::Page(page, entry.lsn()))?;
+                Ok(expected)
+            });
             match named {
-                Ok(()) => walk.pages.push(NamedPage { place: entry.place(), page, crc: entry.crc.get() }),
+                Ok(expected) => walk.pages.push(NamedPage { place: entry.place(), page, expected }),
                 // Not the page, but what names it, is wrong.
                 Err(what) => {
                     self.map_is_whole = false;
@@ -194,7 +197,7 @@ impl Verifier<'_> {
         let offsets: Vec<u64> = pages.iter().map(|named| walk.offset(named.place)).collect();
         let (mut damaged, mut records, mut whole) = (Vec::new(), Vec::new(), 0);
         self.blocks(&offsets, |n, bytes| match bytes {
-            Ok(bytes) if crc32c(bytes) != pages[n].crc => {
+            Ok(bytes) if pages[n].expected.open(bytes).is_err() => {
                 damaged.push((n, "does not have the bytes that were written".to_string()));
             }
             Ok(bytes) => {
@@ -248,12 +251,11 @@ fn checked(bytes: Vec<u8>, child: Child) -> Result<Vec<u8>, String> {
     }
 }
 
-fn entry_is_plain(entry: &Entry, next_lsn: Lsn) -> Result<(), &'static str> {
-    if entry.len.get() as usize != BLOCK || entry.class != 0 || entry.codec != 0 || entry.key_id.get() != 0 {
-        return Err("has a form that this version does not know");
-    }
+/// What the bytes of the page must be, if its entry can be true.
+fn expected(entry: &Entry, next_lsn: Lsn) -> Result<Expected, &'static str> {
+    let expected = Expected::of(entry).map_err(|_| "has a form that this version does not know")?;
     match entry.lsn() < next_lsn {
-        true => Ok(()),
+        true => Ok(expected),
         false => Err("is said to be newer than the store"),
     }
 }
