@@ -1,7 +1,7 @@
 //! User choices -> checked limits. Every bound of the engine is here or derived here, with its reason.
 
 use crate::base::error::{Error, Result};
-use crate::base::{BLOCK, Micros};
+use crate::base::{BLOCK, Micros, ShardSet};
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
@@ -27,6 +27,7 @@ impl Default for Geometry {
 
 /// The most shards that a store is run with.
 pub(crate) const SHARDS_MAX: u16 = 64;
+const _: () = assert!(SHARDS_MAX <= ShardSet::SHARDS_MAX);
 
 /// The least memory of a shard: log buffers, a superblock, and pages of the largest size class to work with.
 pub(crate) const SHARD_MEMORY_MIN: u64 = 2 * MIB;

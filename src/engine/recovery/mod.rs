@@ -223,7 +223,7 @@ impl Whole {
         let superblock_frames = superblock_frames.ok_or_else(|| Error::invalid("memory_bytes is too small"))?;
         let segment_blocks = (geometry.segment_bytes / BLOCK as u64) as u32;
         let seed = mix(self.seed ^ u64::from(id.get()) << 32);
-        let groups = self.scan.groups.iter().filter(|group| group.concerns & 1 << id.get() != 0);
+        let groups = self.scan.groups.iter().filter(|group| group.concerns.contains(id));
         let recovering = (!self.superblock.clean)
             .then(|| Recovering::new(self.scan.redo, self.scan.cut, groups.map(|group| group.head.clone()).collect()));
         Ok(Shard::new(Setup {

@@ -19,7 +19,7 @@
 use super::read::{Range, read_ranges};
 use super::segment::{Found, SegmentSearch};
 use crate::base::error::{Error, Result};
-use crate::base::{BLOCK, Deal, Lsn, Place, SegmentNo, ShardId};
+use crate::base::{BLOCK, Deal, Lsn, Place, SegmentNo, ShardId, ShardSet};
 use crate::engine::codec::Expected;
 use crate::format::group::{GroupHead, Role};
 use crate::format::superblock::Superblock;
@@ -34,8 +34,8 @@ pub(crate) struct ScannedGroup {
     pub places: Vec<Place>,
     /// It lies above every recorded watermark: nobody knows whether a flush has covered it.
     pub is_doubtful: bool,
-    /// The shards of the new deal whose pages it changes, a bit for each.
-    pub concerns: u64,
+    /// The shards of the new deal whose pages it changes.
+    pub concerns: ShardSet,
 }
 
 /// What the logs hold.
@@ -214,7 +214,7 @@ fn find_cut(found: &[Found], redo: Lsn) -> Lsn {
     let parts: HashSet<(Lsn, ShardId), foldhash::fast::FixedState> = records().filter_map(of_part).collect();
     let lacks_a_part = |(lsn, role): &(Lsn, Role)| {
         let Role::Owner(others) = role else { return false };
-        (0..64).any(|shard| others & 1 << shard != 0 && !parts.contains(&(*lsn, ShardId::new(shard))))
+        others.iter().any(|shard| !parts.contains(&(*lsn, shard)))
     };
     let incomplete = records()
         .map(|(_, record)| record)

@@ -13,7 +13,7 @@
 //! 4. Asking again is bounded in time: then `Busy`. Long before that it goes in front of others (see `precedence`).
 
 use crate::base::error::{Error, ErrorKind};
-use crate::base::{Lsn, Micros, ShardId};
+use crate::base::{Lsn, Micros, ShardId, ShardSet};
 use crate::engine::budget::cross_weight;
 use crate::engine::message::{Ask, Decision, Message, Vote};
 use crate::engine::{Commit, Lack, Response, Shard, Step, Token};
@@ -292,7 +292,7 @@ impl Shard {
         cross.lsn = lsn;
         let writers: SmallVec<[ShardId; 4]> =
             cross.asks.iter().skip(1).filter(|(_, ask)| !ask.changes.is_empty()).map(|(shard, _)| *shard).collect();
-        let others: u64 = writers.iter().map(|shard| 1 << shard.get()).sum();
+        let others: ShardSet = writers.iter().copied().collect();
         cross.parts_left = 1 + writers.len();
         cross.applied_left = writers.len();
         let (token, durable, yes, read) = (cross.token, cross.durable, std::mem::take(&mut cross.yes), cross.read_lsn);
