@@ -19,9 +19,9 @@ use super::disk::SimDisk;
 use super::host::{NodeHost, SHARD_SHIFT, Stop};
 use super::late::{Holding, Late};
 use super::net::{Mark, Net};
-use super::pace::Pace;
 use super::progress::{Progress, check_budget};
 use super::rng::{Rng, mix};
+use super::timing::Timing;
 use super::watch::TABLE_IS_BOUNDED;
 use crate::base::error::{Error, Result};
 use crate::base::options::Options;
@@ -53,7 +53,7 @@ pub struct Cluster {
     pub(super) net: Net<Message>,
     deal: Deal,
     /// How fast everything is.
-    pub pace: Pace,
+    pub timing: Timing,
     rng: Rng,
     pub(super) disk: SimDisk,
     pub(super) late: Late,
@@ -170,7 +170,7 @@ impl Cluster {
             late: Late::new(holding, nodes.len(), rng.clone().fork(7)),
             progress: Progress::new(nodes.len()),
             deal: shards[0].deal(),
-            pace: Pace::random(&mut rng, shards.len() as u16),
+            timing: Timing::random(&mut rng, shards.len() as u16),
             shards,
             nodes,
             order: opening.order,
@@ -254,7 +254,7 @@ impl Cluster {
 
     /// Sends a request to a shard.
     pub fn request(&mut self, shard: ShardId, token: Token, request: Request) {
-        let at = self.disk.now() + self.pace.request_us(&mut self.rng);
+        let at = self.disk.now() + self.timing.request_us(&mut self.rng);
         self.nodes[shard.index()].requests.push((at, token, request));
         (self.idle_turns, self.busy_at) = (0, self.disk.now());
     }
@@ -332,7 +332,7 @@ impl Cluster {
         for mut completion in done {
             let shard = (completion.id.0 >> SHARD_SHIFT) as usize;
             completion.id = OpId(completion.id.0 & ((1 << SHARD_SHIFT) - 1));
-            let at = self.disk.now() + self.pace.completion_us(&mut self.rng);
+            let at = self.disk.now() + self.timing.completion_us(&mut self.rng);
             let Some(completion) = self.late.keep(shard, completion, self.counters.turns) else { continue };
             self.nodes[shard].completions.push((at, completion));
         }
@@ -351,7 +351,7 @@ impl Cluster {
             node: &mut self.nodes[index],
             net: &mut self.net,
             late: &mut self.late,
-            pace: &self.pace,
+            timing: &self.timing,
             rng: &mut self.rng,
             disk: &self.disk,
             turn: Turn { shard, ..Turn::default() },
@@ -392,13 +392,13 @@ impl Cluster {
         if watermark < before {
             return Err(format!("the watermark fell from {before:?} to {watermark:?}"));
         }
-        self.nodes[index].free_at = now + self.pace.turn_us(&mut self.rng, index);
+        self.nodes[index].free_at = now + self.timing.turn_us(&mut self.rng, index);
         for (other, (node, shard)) in self.nodes.iter_mut().zip(&self.shards).enumerate() {
             let reached = shard.waits_for().is_some_and(|lsn| lsn <= watermark);
             if reached && node.woken_at.is_none() {
                 self.counters.wakes += u64::from(other != index);
                 // Whoever is about to park looks once more first.
-                let after = if other == index { 0 } else { self.pace.wake_us(&mut self.rng) };
+                let after = if other == index { 0 } else { self.timing.wake_us(&mut self.rng) };
                 node.woken_at = Some(now + after);
             }
         }

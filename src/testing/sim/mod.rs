@@ -1,8 +1,8 @@
 //! The deterministic simulator: a whole store with its clients, its disk and its crashes, from one seed.
 //!
-//! Read in this order: [`rng`] (chance), [`disk`] (the device that loses, tears and fails), [`net`], [`pace`], `host` and
+//! Read in this order: [`rng`] (chance), [`disk`] (the device that loses, tears and fails), [`net`], [`timing`], `host` and
 //! [`cluster`] (shards that talk, each at its own speed), [`model`] and [`oracle`] (what must hold), [`workload`] (what
-//! clients do), [`world`] (who runs it all), `harm` (errors and damage on the way), `strain` (size, slow
+//! clients do), [`run`] (who runs it all), `inject` (errors and damage on the way), `strain` (size, slow
 //! reads, pages held on to), `late`, `watch` and `progress` (reads told late; spinning and memory), [`rare`] (what seldom happens),
 //! [`shrink`] (a failing run made
 //! small), [`canary`] (bugs that must be found).
@@ -17,23 +17,23 @@
 pub mod canary;
 pub mod cluster;
 pub mod disk;
-mod drive;
-mod harm;
 mod host;
+mod inject;
 mod late;
 pub mod model;
 pub mod net;
 pub mod oracle;
-pub mod pace;
 pub mod plan;
 mod progress;
 pub mod rare;
 pub mod rng;
+pub mod run;
 pub mod shrink;
+mod steps;
 mod strain;
+pub mod timing;
 mod watch;
 pub mod workload;
-pub mod world;
 
 #[cfg(test)]
 mod damage_tests;
@@ -46,9 +46,9 @@ mod isolation_tests;
 #[cfg(test)]
 mod oracle_tests;
 #[cfg(test)]
-mod race_tests;
+mod parked_cluster;
 #[cfg(test)]
-mod rig;
+mod race_tests;
 #[cfg(test)]
 mod scale_tests;
 #[cfg(test)]

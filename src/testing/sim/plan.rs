@@ -3,7 +3,7 @@
 use super::canary::Canary;
 use super::cluster::ClusterCounters;
 use super::disk::DiskCounters;
-use super::harm::DamageCounters;
+use super::inject::DamageCounters;
 use super::oracle::OracleCounters;
 use super::rare::Rare;
 use super::rng::mix;
@@ -48,7 +48,7 @@ pub struct Plan {
 
 /// What a run did.
 #[derive(Clone, Debug, Default)]
-pub struct Tally {
+pub struct RunStats {
     /// States of the disk that were recovered after a crash during work.
     pub crashes: u64,
     /// Crashes in recovery.
@@ -103,9 +103,9 @@ impl std::fmt::Display for Failure {
     }
 }
 
-impl Tally {
+impl RunStats {
     /// Adds another run's.
-    pub fn add(&mut self, other: &Tally) {
+    pub fn add(&mut self, other: &RunStats) {
         self.crashes += other.crashes;
         self.crashes_in_recovery += other.crashes_in_recovery;
         self.crashes_in_second_recovery += other.crashes_in_second_recovery;

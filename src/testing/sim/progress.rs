@@ -24,7 +24,7 @@ const MOVES_SPARE: u64 = 4_096;
 
 /// What brought a turn about, and what came of it.
 #[derive(Clone, Copy, Debug)]
-pub struct Lap {
+pub struct TurnOutcome {
     /// Something had arrived.
     pub delivered: bool,
     /// Something was emitted.
@@ -50,11 +50,11 @@ impl Progress {
     ///
     /// # Errors
     /// That it does.
-    pub fn turned(&mut self, shard: usize, lap: Lap) -> Result<(), String> {
-        let for_nothing = !lap.delivered && !lap.emitted;
+    pub fn turned(&mut self, shard: usize, outcome: TurnOutcome) -> Result<(), String> {
+        let for_nothing = !outcome.delivered && !outcome.emitted;
         self.total += u64::from(for_nothing);
         let count = &mut self.for_nothing[shard];
-        *count = if for_nothing && lap.again_at_once { *count + 1 } else { 0 };
+        *count = if for_nothing && outcome.again_at_once { *count + 1 } else { 0 };
         if *count > FOR_NOTHING_MAX {
             return Err(format!("shard {shard} spins: {count} turns for nothing, and the next is due at once"));
         }

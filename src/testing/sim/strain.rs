@@ -6,15 +6,15 @@
 //!    that were changed and a sample of the others, and against all of them now and then.
 //! 3. Pages that clients hold on to are given back some time, and are then as they were.
 //!
-//! It does *not* know faults of the device; see `harm`.
+//! It does *not* know faults of the device; see `inject`.
 
 use super::disk::Latency;
 use super::late::Holding;
 use super::model::page_bytes;
 use super::plan::Plan;
 use super::rng::{Rng, mix};
+use super::run::{Outcome, SimRun};
 use super::workload::{Profile, Workload, memory_for};
-use super::world::{Outcome, World};
 use crate::base::error::ErrorKind;
 use crate::base::options::{Geometry, Options};
 use crate::base::{PageId, PageKey, VShard, VolumeId};
@@ -241,7 +241,7 @@ fn universe(layout: Layout, count: u64, vshards_count: u32, chance: &mut Rng) ->
     (pages, trees)
 }
 
-impl World {
+impl SimRun {
     /// Whether this is a large store.
     pub(super) fn is_large(&self) -> bool {
         self.strain.large.is_some()
@@ -321,7 +321,7 @@ impl World {
         if !touched {
             return;
         }
-        let put = |world: &mut World, key: PageKey| (key, world.workload.put_to(key));
+        let put = |sim: &mut SimRun, key: PageKey| (key, sim.workload.put_to(key));
         if there == tree.len() || (there > 1 && self.chance.one_in(3)) {
             let changes = tree.iter().map(|key| (*key, Change::Free)).collect();
             return self.commit(changes);
@@ -352,7 +352,7 @@ impl World {
             let keys: BTreeSet<PageKey> = (0..most).filter_map(|_| touched(&self.workload, &mut self.chance)).collect();
             let last = self.oracle.last();
             let absent = keys.iter().filter(|key| self.oracle.model.at(**key, last).page.is_none()).count();
-            self.tally.rare.absent_reads += absent as u64;
+            self.run_stats.rare.absent_reads += absent as u64;
             if !keys.is_empty() {
                 self.ask(Request::Read(keys.into_iter().collect()));
             }
@@ -436,7 +436,7 @@ impl World {
         let checkpoints = self.cluster.as_ref().map_or(0, |cluster| cluster.checkpoints_ended());
         for held in self.held.drain(..count.min(self.held.len())) {
             held.check()?;
-            self.tally.rare.pins_outlasted_checkpoint += u64::from(checkpoints > held.checkpoints);
+            self.run_stats.rare.pins_outlasted_checkpoint += u64::from(checkpoints > held.checkpoints);
         }
         Ok(())
     }
@@ -454,7 +454,7 @@ impl World {
     pub(super) fn let_go_outlived(&mut self) -> Outcome {
         for held in std::mem::take(&mut self.outlived) {
             held.check()?;
-            self.tally.rare.pins_outlasted_store += 1;
+            self.run_stats.rare.pins_outlasted_store += 1;
         }
         Ok(())
     }

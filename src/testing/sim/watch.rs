@@ -3,7 +3,7 @@
 //! It does *not* drive anything, and knows no client.
 
 use super::cluster::Cluster;
-use super::progress::Lap;
+use super::progress::TurnOutcome;
 use super::rare::Rare;
 use crate::base::Micros;
 use crate::engine::{Activity, Shard};
@@ -56,8 +56,9 @@ impl Cluster {
         if shard.is_checkpoint_starved() {
             node.starved_after.get_or_insert(ended);
         }
-        let spins =
-            self.progress.turned(index, Lap { delivered: step.delivered, emitted: step.emitted, again_at_once });
+        let spins = self
+            .progress
+            .turned(index, TurnOutcome { delivered: step.delivered, emitted: step.emitted, again_at_once });
         if SPIN_IS_AN_ERROR { spins.map_err(|why| format!("{why}: {}", self.describe())) } else { Ok(()) }
     }
 
@@ -79,7 +80,7 @@ impl Cluster {
                 shard.waits_for(),
                 shard.deadline(),
                 self.turn_at(index),
-                shard.whereabouts()
+                shard.dump_state()
             );
         }
         text

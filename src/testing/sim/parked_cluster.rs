@@ -3,12 +3,12 @@
 //!
 //! Invariants
 //! 1. A shard that nobody wakes is an error, and so is one whose deadline is due for nothing twice in a row.
-//! 2. Each few laps all that the shards count is counted anew.
+//! 2. Each few rounds all that the shards count is counted anew.
 //!
-//! It knows no crashes, and no chance but the disk's: see `world`.
+//! It knows no crashes, and no chance but the disk's: see `run`.
 
 use super::disk::SimDisk;
-use super::world::Outcome;
+use super::run::Outcome;
 use crate::base::error::Result as StoreResult;
 use crate::base::options::{Geometry, Options};
 use crate::base::{BLOCK, Deal, Micros, PageId, PageKey, ShardId, VolumeId};
@@ -19,13 +19,13 @@ use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// More laps in a row without any effect than each shard's last look around, closer than this, are a spin.
+/// More rounds in a row without any effect than each shard's last look around, closer than this, are a spin.
 const SPIN_US: Micros = 1_000;
-const IDLE_LAPS_MAX: usize = 2;
+const IDLE_ROUNDS_MAX: usize = 2;
 /// Nothing takes longer, in virtual time, on a device that works.
 pub(super) const PATIENCE_US: Micros = 60_000_000;
 /// A store whose shards all run on one thread, parked in between.
-pub(super) struct Rig {
+pub(super) struct ParkedCluster {
     pub(super) disk: SimDisk,
     pub(super) all: LocalCluster,
     pub(super) order: Arc<GlobalOrder>,
@@ -35,41 +35,52 @@ pub(super) struct Rig {
     busy: bool,
     /// When a lap without effect was, if the last was one.
     idle_at: Option<Micros>,
-    idle_laps: usize,
-    pub(super) laps: u64,
+    idle_rounds: usize,
+    pub(super) rounds: u64,
     pub(super) answers: BTreeMap<Token, StoreResult<Response>>,
 }
 
-impl Rig {
-    pub(super) fn open(disk: SimDisk, options: &Options, shards_count: u16) -> Outcome<Rig> {
+impl ParkedCluster {
+    pub(super) fn open(disk: SimDisk, options: &Options, shards_count: u16) -> Outcome<ParkedCluster> {
         let opening = crate::engine::recovery::begin(&mut disk.clone(), options, shards_count, 7, disk.now())
             .map_err(|error| format!("opening: {error}"))?;
         let all = LocalCluster::new(opening.shards);
         let (now, deal) = (disk.now(), all.shards[0].deal());
         let answers = BTreeMap::new();
         let order = opening.order;
-        let mut rig =
-            Rig { disk, all, order, deal, now, token: 0, busy: true, idle_at: None, idle_laps: 0, laps: 0, answers };
+        let mut cluster = ParkedCluster {
+            disk,
+            all,
+            order,
+            deal,
+            now,
+            token: 0,
+            busy: true,
+            idle_at: None,
+            idle_rounds: 0,
+            rounds: 0,
+            answers,
+        };
         let end = now + PATIENCE_US;
-        while !rig.all.shards.iter().all(Shard::is_open) {
-            rig.lap()?;
-            if let Some(error) = rig.all.shards.iter().find_map(Shard::failure) {
+        while !cluster.all.shards.iter().all(Shard::is_open) {
+            cluster.poll_once()?;
+            if let Some(error) = cluster.all.shards.iter().find_map(Shard::failure) {
                 return Err(format!("opening: {error}"));
             }
-            if rig.now > end {
-                return Err(format!("opening has no end: {}", rig.describe()));
+            if cluster.now > end {
+                return Err(format!("opening has no end: {}", cluster.describe()));
             }
         }
-        Ok(rig)
+        Ok(cluster)
     }
 
     pub(super) fn describe(&self) -> String {
         let shards = self.all.shards.iter();
-        shards.map(|shard| format!("\n  deadline {:?}: {}", shard.deadline(), shard.whereabouts())).collect()
+        shards.map(|shard| format!("\n  deadline {:?}: {}", shard.deadline(), shard.dump_state())).collect()
     }
 
     /// The time of the next event, and a lap.
-    pub(super) fn lap(&mut self) -> Outcome {
+    pub(super) fn poll_once(&mut self) -> Outcome {
         let watermark = self.order.watermark();
         let shards = self.all.shards.iter();
         let woken = shards.clone().any(|shard| shard.waits_for().is_some_and(|lsn| lsn <= watermark));
@@ -82,15 +93,20 @@ impl Rig {
         self.disk.advance_to(self.now);
         self.busy = self.all.poll_once(&mut self.disk, self.now);
         let before = std::mem::replace(&mut self.idle_at, (!self.busy).then_some(self.now));
-        self.idle_laps = match (before, self.idle_at) {
-            (Some(before), Some(now)) if now < before + SPIN_US => self.idle_laps + 1,
+        self.idle_rounds = match (before, self.idle_at) {
+            (Some(before), Some(now)) if now < before + SPIN_US => self.idle_rounds + 1,
             _ => 0,
         };
-        if self.idle_laps >= IDLE_LAPS_MAX * self.all.shards.len() {
-            return Err(format!("{} laps in a row did nothing, at {}: {}", self.idle_laps, self.now, self.describe()));
+        if self.idle_rounds >= IDLE_ROUNDS_MAX * self.all.shards.len() {
+            return Err(format!(
+                "{} rounds in a row did nothing, at {}: {}",
+                self.idle_rounds,
+                self.now,
+                self.describe()
+            ));
         }
-        self.laps += 1;
-        if self.laps.is_multiple_of(8) {
+        self.rounds += 1;
+        if self.rounds.is_multiple_of(8) {
             self.all.shards.iter().try_for_each(Shard::audit)?;
         }
         self.answers.extend(self.all.replies.drain(..));
@@ -118,7 +134,7 @@ impl Rig {
             if self.now > end {
                 return Err(format!("no answer to {token:?}: {}", self.describe()));
             }
-            self.lap()?;
+            self.poll_once()?;
         }
     }
 
@@ -131,7 +147,7 @@ impl Rig {
     pub(super) fn pass(&mut self, us: Micros) -> Outcome {
         let end = self.now + us;
         while self.now < end && (self.busy || self.disk.in_flight() > 0 || self.next_deadline().is_some()) {
-            self.lap()?;
+            self.poll_once()?;
         }
         Ok(())
     }

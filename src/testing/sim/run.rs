@@ -14,10 +14,10 @@
 use super::canary::plant;
 use super::cluster::{Cluster, Opened};
 use super::disk::{Latency, Loss, SimDisk};
-use super::harm::is_of_the_device;
+use super::inject::is_of_the_device;
 use super::net::Mark;
 use super::oracle::{Oracle, Tolerance};
-pub use super::plan::{Failure, Plan, Tally};
+pub use super::plan::{Failure, Plan, RunStats};
 use super::rng::{Rng, mix};
 use super::strain::{HeldPage, LARGE_EVENTS, LARGE_IMAGES, LARGE_LIVES, MEMORY_LEAST, Strain, Trees, chance_of};
 use super::workload::{Ask, Profile, Workload};
@@ -38,8 +38,8 @@ const QUIET_STEPS_MAX: u32 = 10_000;
 /// A commit may take one in so many frames of a shard at least, whatever else is kept there.
 const COMMIT_SHARE_MIN: u64 = 4;
 
-/// The world.
-pub struct World {
+/// A run of one plan: the store, its clients, its disk and its crashes.
+pub struct SimRun {
     pub(super) plan: Plan,
     pub(super) rng: Rng,
     pub(super) options: Options,
@@ -69,19 +69,19 @@ pub struct World {
     pub(super) watched: BTreeMap<Token, Option<StoreResult<Response>>>,
     recovery_events: u64,
     life: u32,
-    pub(super) tally: Tally,
+    pub(super) run_stats: RunStats,
 }
 
 pub(super) type Outcome<T = ()> = std::result::Result<T, String>;
 
 /// Runs a plan to its end. A panic of the engine is a failure like any other.
-pub fn run(plan: &Plan) -> std::result::Result<Tally, Failure> {
+pub fn run(plan: &Plan) -> std::result::Result<RunStats, Failure> {
     plant(plan.canary);
-    let mut world = World::new(plan.clone());
-    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| world.go()));
+    let mut sim = SimRun::new(plan.clone());
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| sim.go()));
     plant(None);
     let why = match result {
-        Ok(Ok(())) => return Ok(world.sum_up()),
+        Ok(Ok(())) => return Ok(sim.sum_up()),
         Ok(Err(why)) => why,
         Err(panic) => {
             let text = panic.downcast_ref::<String>().cloned();
@@ -89,15 +89,15 @@ pub fn run(plan: &Plan) -> std::result::Result<Tally, Failure> {
             format!("panic: {}", text.unwrap_or_default())
         }
     };
-    let why = why + &world.strain.describe(&world.options);
-    let failure = Failure { seed: plan.seed, life: world.life, requests: world.tally.requests, why };
+    let why = why + &sim.strain.describe(&sim.options);
+    let failure = Failure { seed: plan.seed, life: sim.life, requests: sim.run_stats.requests, why };
     // What a panic left half done is not to be touched by destructors that assert.
-    std::mem::forget(world);
+    std::mem::forget(sim);
     Err(failure)
 }
 
-impl World {
-    /// The world of a plan, before anything has happened.
+impl SimRun {
+    /// The run of a plan, before its first event.
     pub fn new(plan: Plan) -> Self {
         let mut rng = Rng::new(plan.seed);
         let options = super::workload::options(&mut rng);
@@ -118,7 +118,7 @@ impl World {
             read_pages_max: options.vectored_pages_max,
             ..Tolerance::default()
         };
-        World {
+        SimRun {
             workload: Workload::new(profile, options.clone(), rng.fork(2)),
             oracle: Oracle::new(tolerance),
             options,
@@ -138,7 +138,7 @@ impl World {
             watched: BTreeMap::new(),
             recovery_events: 40,
             life: 0,
-            tally: Tally::default(),
+            run_stats: RunStats::default(),
             plan,
         }
     }
@@ -180,12 +180,12 @@ impl World {
             let opened = self.open_once();
             self.check_disk()?;
             if self.disk.is_off() {
-                self.tally.crashes_in_recovery += 1;
-                self.tally.crashes_in_second_recovery += u64::from(depth > 0);
-                self.tally.crashes_in_third_recovery += u64::from(depth > 1);
+                self.run_stats.crashes_in_recovery += 1;
+                self.run_stats.crashes_in_second_recovery += u64::from(depth > 0);
+                self.run_stats.crashes_in_third_recovery += u64::from(depth > 1);
             } else if fails && self.disk.counters().faults() > 0 {
                 // Whatever it says: what it has left behind is to be recovered.
-                self.tally.failed_openings += 1;
+                self.run_stats.failed_openings += 1;
                 opened?.map_or_else(|error| is_of_the_device(&error), |_| Ok(()))?;
             } else {
                 if fails {
@@ -259,7 +259,7 @@ impl World {
         let commit_frames_max = if self.is_large() { cluster.frames_least() / COMMIT_SHARE_MIN } else { 0 };
         let commit_bytes_max = cluster.txn_bytes_max();
         self.oracle.tolerate(Tolerance { commit_bytes_max, commit_frames_max, ..tolerance });
-        self.workload.begin_life(cluster.deal(), cluster.pace.idle, cluster.txn_bytes_max());
+        self.workload.begin_life(cluster.deal(), cluster.timing.idle, cluster.txn_bytes_max());
         self.cluster = Some(cluster);
     }
 
@@ -269,11 +269,11 @@ impl World {
         let (lingering, stats) = (std::mem::take(&mut self.lingering), std::mem::take(&mut self.stats));
         let image = self.disk.crash(loss, &mut self.rng);
         let disk = std::mem::replace(&mut self.disk, image);
-        self.tally.crashes += 1;
+        self.run_stats.crashes += 1;
         let checked = self.open().and_then(|opened| self.check(opened));
         self.end_life();
         let image = std::mem::replace(&mut self.disk, disk);
-        self.tally.disk.add(&image.counters());
+        self.run_stats.disk.add(&image.counters());
         (self.lingering, self.stats) = (lingering, stats);
         self.go_on_with(cluster);
         checked.map(drop).map_err(|why| format!("after {loss:?}: {why}"))
@@ -281,19 +281,19 @@ impl World {
 
     pub(super) fn end_life(&mut self) {
         if let Some(cluster) = self.cluster.take() {
-            self.tally.cluster.add(&cluster.counters());
-            self.tally.rare.add(&cluster.rare());
-            self.tally.rare.lives_with_three_levels += u64::from(cluster.levels_most() >= 3);
-            self.tally.add_stats(&self.stats_told());
+            self.run_stats.cluster.add(&cluster.counters());
+            self.run_stats.rare.add(&cluster.rare());
+            self.run_stats.rare.lives_with_three_levels += u64::from(cluster.levels_most() >= 3);
+            self.run_stats.add_stats(&self.stats_told());
         }
         self.lingering.clear();
         self.stats.clear();
     }
 
     fn replace_disk(&mut self, image: SimDisk) {
-        self.tally.disk.add(&self.disk.counters());
-        self.tally.trace = mix(self.tally.trace ^ self.disk.trace());
-        self.tally.virtual_us += image.now() - self.tally.virtual_us.min(image.now());
+        self.run_stats.disk.add(&self.disk.counters());
+        self.run_stats.trace = mix(self.run_stats.trace ^ self.disk.trace());
+        self.run_stats.virtual_us += image.now() - self.run_stats.virtual_us.min(image.now());
         self.disk = image;
     }
 
@@ -324,7 +324,7 @@ impl World {
         while !self.disk.is_off() {
             self.busy_steps()?;
             if self.cluster().failure().is_some() {
-                self.tally.failed_lives += 1;
+                self.run_stats.failed_lives += 1;
                 return self.after_failure();
             }
         }
@@ -357,7 +357,7 @@ impl World {
         self.settle()?;
         for _ in 0..CLOSING_MAX {
             if self.cluster().is_closed() {
-                self.tally.closes += 1;
+                self.run_stats.closes += 1;
                 return Ok(());
             }
             if self.cluster().next_at().is_none() {
@@ -383,10 +383,10 @@ impl World {
         for n in 0..images {
             let loss = Loss::random(&mut self.rng);
             let abandons = loss == Loss::Process && self.oracle.outstanding() > 0;
-            self.tally.rare.stores_abandoned += u64::from(abandons);
+            self.run_stats.rare.stores_abandoned += u64::from(abandons);
             let image = crashed.crash(loss, &mut self.rng);
             self.replace_disk(image);
-            self.tally.crashes += u64::from(was_off);
+            self.run_stats.crashes += u64::from(was_off);
             let opened = self.open().map_err(|why| format!("after {loss:?}: {why}"))?;
             let cut = self.check(opened).map_err(|why| format!("after {loss:?}: {why}"))?;
             if n + 1 < images {
@@ -449,7 +449,7 @@ impl World {
         let shards = u64::from(self.cluster().deal().shards_count());
         let frames = self.cluster().frames();
         let pages = self.oracle.model.pages_present() as u64;
-        let rare = &mut self.tally.rare;
+        let rare = &mut self.run_stats.rare;
         rare.lives_of_ten_memories += u64::from(pages >= 10 * frames);
         rare.lives_of_hundred_memories += u64::from(pages >= 100 * frames);
         rare.lives_of_thousand_memories += u64::from(pages >= 1_000 * frames);
@@ -459,14 +459,14 @@ impl World {
     fn count_recovery(&mut self, opened: Opened) {
         let is_small = self.options.memory_bytes == MEMORY_LEAST;
         let counts = self.is_large() && is_small && !opened.clean && !opened.created;
-        self.tally.rare.recoveries_in_least_memory += u64::from(counts);
+        self.run_stats.rare.recoveries_in_least_memory += u64::from(counts);
     }
 
-    fn sum_up(mut self) -> Tally {
+    fn sum_up(mut self) -> RunStats {
         self.end_life();
         self.replace_disk(self.disk.clone());
-        self.tally.oracle = self.oracle.counters();
-        self.tally.virtual_us = self.disk.now();
-        self.tally
+        self.run_stats.oracle = self.oracle.counters();
+        self.run_stats.virtual_us = self.disk.now();
+        self.run_stats
     }
 }

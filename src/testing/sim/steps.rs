@@ -1,4 +1,4 @@
-//! How the world drives the store: requests in, time on, answers to the judge.
+//! The steps of a run: requests in, time on, answers to the judge.
 //!
 //! Invariants
 //! 1. Of a turn the judge is told the LSNs drawn first, then the watermark, and only then the answers.
@@ -7,8 +7,8 @@
 
 use super::cluster::{Cluster, Turn};
 use super::rng::mix;
+use super::run::{Outcome, SimRun};
 use super::workload::Ask;
-use super::world::{Outcome, World};
 use crate::base::error::{ErrorKind, Result as StoreResult};
 use crate::base::metrics::ShardStats;
 use crate::base::{Deal, Micros, PageId, PageKey, ShardId, VolumeId};
@@ -30,7 +30,7 @@ fn by_shard(deal: Deal, keys: &[PageKey]) -> BTreeMap<ShardId, Vec<PageKey>> {
     shares
 }
 
-impl World {
+impl SimRun {
     /// Asks for something, or lets time pass.
     pub(super) fn step(&mut self) -> Outcome {
         if self.oracle.outstanding() < self.workload.profile.in_flight && self.rng.chance(60) {
@@ -83,7 +83,7 @@ impl World {
     /// The shard for a request that is not split.
     fn route(&mut self, request: &Request) -> ShardId {
         let deal = self.cluster().deal();
-        let (stray, idle) = (self.cluster().pace.stray_percent, self.cluster().pace.idle);
+        let (stray, idle) = (self.cluster().timing.stray_percent, self.cluster().timing.idle);
         let home = match request {
             Request::Checkpoint | Request::Close => return ShardId::new(0),
             Request::Commit(Commit { reads, changes, .. }) => {
@@ -102,7 +102,7 @@ impl World {
     pub(super) fn ask_shard(&mut self, shard: ShardId, request: Request) -> Token {
         self.next_token += 1;
         let token = Token(self.next_token);
-        self.tally.requests += 1;
+        self.run_stats.requests += 1;
         self.oracle.on_request(token, &request, shard, self.disk.now());
         self.cluster().request(shard, token, request);
         token
@@ -118,7 +118,7 @@ impl World {
                 _ => Err(format!("nothing is in flight and no deadline is set: {}", self.waiting())),
             };
         };
-        let patience = PATIENCE_US * self.cluster().pace.patience();
+        let patience = PATIENCE_US * self.cluster().timing.patience();
         if self.oracle.oldest_at().is_some_and(|since| self.disk.now() > since + patience) {
             return Err(format!("no answer for {} s: {}", patience / 1_000_000, self.waiting()));
         }
@@ -162,7 +162,7 @@ impl World {
         let asked_for = self.oracle.keys_of(token);
         self.oracle.on_reply(token, &reply)?;
         let kind = reply.as_ref().err().map_or(0, |error| error.kind() as u64 + 1);
-        self.tally.trace = mix(self.tally.trace ^ token.0 ^ (kind << 32) ^ (self.disk.now() << 40));
+        self.run_stats.trace = mix(self.run_stats.trace ^ token.0 ^ (kind << 32) ^ (self.disk.now() << 40));
         if let Ok(Response::Stats(stats)) = &reply {
             self.stats.insert(shard, stats.as_ref().clone());
         }
@@ -171,11 +171,11 @@ impl World {
             return Ok(());
         }
         if self.strain.drop_percent > 0 && self.chance.chance(self.strain.drop_percent) {
-            self.tally.rare.answers_dropped += 1;
+            self.run_stats.rare.answers_dropped += 1;
             return Ok(());
         }
         if reply.as_ref().is_err_and(|error| error.kind() == ErrorKind::Busy) {
-            let rare = &mut self.tally.rare;
+            let rare = &mut self.run_stats.rare;
             let cluster = self.cluster.as_ref().expect("the store is open");
             let frames = cluster.frames() / u64::from(cluster.deal().shards_count());
             let few = self.held.len() as u64 * HELD_MANY < frames;

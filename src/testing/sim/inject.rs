@@ -11,7 +11,7 @@
 use super::cluster::Opened;
 use super::disk::{Area, Damage, ERRNOS, Fault, Loss, OpKind, SECTOR, SECTORS, SimDisk};
 use super::oracle::Tolerance;
-use super::world::{Outcome, World};
+use super::run::{Outcome, SimRun};
 use crate::base::error::{Error, ErrorKind};
 use crate::base::{BLOCK, Lsn};
 use crate::engine::recovery::{find_superblock, read_bytes};
@@ -69,7 +69,7 @@ pub(super) fn is_of_the_device(error: &Error) -> Outcome {
     }
 }
 
-impl World {
+impl SimRun {
     /// Plans an error of the device for this life, or for an opening.
     pub(super) fn plan_fault(&mut self, after_max: u64) {
         let kinds = [None, Some(OpKind::Read), Some(OpKind::Write), Some(OpKind::Flush), Some(OpKind::Allocate)];
@@ -136,7 +136,7 @@ impl World {
         });
         self.end_life();
         self.disk = disk;
-        let counters = &mut self.tally.damage;
+        let counters = &mut self.run_stats.damage;
         counters.done += 1;
         *match found.as_ref() {
             Ok(Damaged::Refused) => &mut counters.refused,

@@ -18,7 +18,7 @@ const ENDED_MAX: usize = 64;
 
 /// Commits over several shards.
 #[derive(Default)]
-pub(super) struct Spread {
+pub(super) struct Visibility {
     /// Drawn and not answered, with their owners.
     unseen: BTreeMap<Lsn, ShardId>,
     /// What some reader has been given of a page.
@@ -55,9 +55,9 @@ pub(super) fn is_spread(deal: Deal, owner: ShardId, commit: &Commit) -> bool {
     reads.chain(commit.changes.iter().map(|&(key, _)| key)).any(|key| deal.shard_of(key) != owner)
 }
 
-impl Spread {
+impl Visibility {
     /// A commit over several shards is asked for; whether it overlaps with another one.
-    pub fn asked(&mut self, token: Token, commit: &Commit) -> bool {
+    pub fn on_request(&mut self, token: Token, commit: &Commit) -> bool {
         let overlaps = self.holding.values().any(|hold| hold.excludes(commit));
         self.holding.insert(token, Hold::of(commit));
         overlaps

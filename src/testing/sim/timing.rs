@@ -11,7 +11,7 @@ use crate::base::{Micros, ShardId};
 
 /// The pace of one life.
 #[derive(Clone, Debug)]
-pub struct Pace {
+pub struct Timing {
     /// A turn keeps its shard busy for up to so long.
     turn: Micros,
     /// A message takes up to so long.
@@ -40,7 +40,7 @@ struct Slow {
     device: u64,
 }
 
-impl Pace {
+impl Timing {
     /// The pace of a life with so many shards.
     pub fn random(rng: &mut Rng, shards: u16) -> Self {
         let lockstep = rng.one_in(6);
@@ -51,7 +51,7 @@ impl Pace {
             _ => usual,
         };
         let several = shards > 1;
-        Pace {
+        Timing {
             turn: upto(rng, 5),
             message: upto(rng, 10),
             request: upto(rng, 10),

@@ -14,7 +14,7 @@ impl Shard {
     }
 
     /// What it waits for, for the message about a run that hangs.
-    pub fn whereabouts(&self) -> String {
+    pub fn dump_state(&self) -> String {
         format!(
             "{:?} with {} left and {} coming, {} pending, {} ready, {} finished, {} ops, {} waiting for durability, \
              open group of {} urgent {}, {} groups in flight, flushing {}, {} dirty, {} captures, {} page writes, \

@@ -11,7 +11,7 @@ use crate::testing::sim::workload;
 const PATH_NODES_MAX: u64 = 9;
 
 /// A request under way.
-pub(super) struct Asked {
+pub(super) struct PendingRequest {
     pub what: Kind,
     pub at: Micros,
     /// The shard that it went to.
@@ -53,7 +53,7 @@ impl Kind {
             Request::WaitDurable(lsn) => Kind::WaitDurable(*lsn),
             Request::Checkpoint => Kind::Checkpoint,
             Request::Stats => Kind::Stats,
-            Request::Allocated(_) => unreachable!("asked past the judge"),
+            Request::Allocated(_) => unreachable!("pending past the judge"),
             Request::Close => Kind::Close,
         }
     }
