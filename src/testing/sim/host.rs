@@ -1,11 +1,11 @@
-//! One shard's driver in the simulator: hands over what has arrived, all of it or a part, in an order that the seed says, and
-//! carries out the effects.
+//! One shard's driver in the simulator: hands over arrivals, all or a part, in an order that the seed says, and carries out the
+//! effects.
 //!
 //! Invariants
-//! 1. What has arrived is handed over in the order of its kind's queue; which kinds and senders come first is drawn.
+//! 1. Arrivals of one kind are handed over in their order; the seed says which kinds and senders come first.
 //! 2. After the power is off nothing more is carried out.
 //!
-//! It does *not* choose who turns, or when: see `cluster`.
+//! It does *not* choose which shard turns, or when: see `cluster`.
 
 use super::cluster::{Node, Turn};
 use super::disk::SimDisk;
@@ -42,7 +42,7 @@ pub(super) struct NodeHost<'a> {
     pub(super) timing: &'a Timing,
     pub(super) rng: &'a mut Rng,
     pub(super) disk: &'a SimDisk,
-    /// What came of the step.
+    /// Results of the step.
     pub(super) turn: Turn,
     /// Messages sent in it.
     pub(super) messages: u64,
@@ -51,7 +51,7 @@ pub(super) struct NodeHost<'a> {
 impl Host<Shard> for NodeHost<'_> {
     type Stop = Stop;
 
-    /// Hands the shard what has arrived, or a part of it; whether there was anything.
+    /// Hands arrivals to the shard, or a part of them; whether there were any.
     fn deliver(&mut self, shard: &mut Shard) -> bool {
         let mut any = false;
         let mut kinds = [0, 1, 2];

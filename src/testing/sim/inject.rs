@@ -1,12 +1,12 @@
-//! Harm by chance, in ordinary runs: errors of the device in a life or an opening, and damage to what a crash has left.
+//! Injects faults into ordinary runs: errors of the device in a life or an opening, and damage to the disk after a crash.
 //!
 //! Invariants
 //! 1. An error of the device may stop the store; it may never cost what was acknowledged, nor make an opening fail for another
 //!    reason than that error.
-//! 2. Damage is refused with an error that names it, or it is in what nobody needs. Only damage above every watermark that
-//!    the logs still record may cost commits: it can't be told from the torn end of a log. Never is a wrong byte served.
+//! 2. Damage is refused with an error that names it, unless it is in bytes that are not needed. Only damage above every watermark
+//!    that the logs still record may cost commits: it can't be told from the torn end of a log. No wrong byte is ever served.
 //!
-//! It does *not* say what an error or damage leaves behind; see `disk`.
+//! It does *not* say what an error or damage leaves on the disk; see `disk`.
 
 use super::cluster::Opened;
 use super::disk::{Area, Damage, ERRNOS, Fault, Loss, OpKind, SECTOR, SECTORS, SimDisk};
@@ -22,7 +22,7 @@ use crate::memory::Arena;
 /// Steps of a store that has stopped before its process ends.
 const AFTER_FAILURE: u32 = 40;
 
-/// What was made of damage.
+/// Counters of damaged stores.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DamageCounters {
     /// Sectors or blocks changed.
@@ -35,7 +35,7 @@ pub struct DamageCounters {
     pub cut: u64,
     /// Stores that had all, and mended a copy of the superblock with a warning.
     pub mended: u64,
-    /// Stores that had all: nobody needed what was damaged.
+    /// Stores that had all: the damaged bytes were not needed.
     pub harmless: u64,
 }
 
@@ -51,7 +51,7 @@ impl DamageCounters {
     }
 }
 
-/// What a damaged store did.
+/// The outcome of opening and reading a damaged store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Damaged {
     Refused,
@@ -86,14 +86,14 @@ impl SimRun {
         self.tolerate_errors(true);
     }
 
-    /// Whether errors of the device are nobody's fault now.
+    /// Sets whether errors of the device are tolerated from now on.
     pub(super) fn tolerate_errors(&mut self, io: bool) {
         let full = io || self.options.data_bytes_max > 0;
         let tolerance = self.oracle.tolerance();
         self.oracle.tolerate(Tolerance { io, full, ..tolerance });
     }
 
-    /// The store has stopped: everybody gets an answer, and nothing more becomes durable.
+    /// Runs a store that has stopped: every request gets an answer, and nothing more becomes durable.
     pub(super) fn after_failure(&mut self) -> Outcome {
         for _ in 0..AFTER_FAILURE {
             self.step()?;
@@ -101,7 +101,7 @@ impl SimRun {
         self.settle()
     }
 
-    /// Damages a random sector or block of what a power loss now leaves, and looks at what becomes of it.
+    /// Damages a random sector or block of the image that a power loss now leaves, and opens that image.
     pub(super) fn damage_something(&mut self, crashed: &SimDisk) -> Outcome {
         let loss = *self.rng.pick(&[Loss::Everything, Loss::Nothing, Loss::Sectors(50), Loss::Prefixes]);
         let image = crashed.crash(loss, &mut self.rng);
@@ -181,7 +181,7 @@ fn names_damage(error: &Error) -> Outcome {
     }
 }
 
-/// The highest watermark that the superblock and the heads in the logs record; not as recovery finds it, which is what is tested.
+/// The highest watermark that the superblock and the heads in the logs record. Found in another way than by recovery, which is under test.
 fn recorded_watermark(disk: &mut SimDisk) -> Option<Lsn> {
     let mut arena = Arena::new(512).ok()?;
     let superblock = find_superblock(disk, &mut arena).ok()?.superblock;

@@ -1,9 +1,9 @@
-//! Shards driven as by a parked thread, which turns them only when something has arrived or a deadline has come: for tests of who
-//! waits for what, and who wakes it.
+//! Shards driven as by a parked thread, which turns them only when something has arrived or a deadline has come. For tests of what a
+//! shard waits for, and of what wakes it.
 //!
 //! Invariants
-//! 1. A shard that nobody wakes is an error, and so is one whose deadline is due for nothing twice in a row.
-//! 2. Each few rounds all that the shards count is counted anew.
+//! 1. A shard that is never woken is an error, and so is one whose deadline is due for nothing twice in a row.
+//! 2. Every eighth round audits all counters of the shards.
 //!
 //! It knows no crashes, and no chance but the disk's: see `run`.
 
@@ -19,7 +19,8 @@ use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// More rounds in a row without any effect than each shard's last look around, closer than this, are a spin.
+/// Rounds without effect count as spinning if they are closer together than this, and more in a row than each shard needs to see that
+/// it has nothing to do.
 const SPIN_US: Micros = 1_000;
 const IDLE_ROUNDS_MAX: usize = 2;
 /// Nothing takes longer, in virtual time, on a device that works.
@@ -33,7 +34,7 @@ pub(super) struct ParkedCluster {
     pub(super) now: Micros,
     token: u64,
     busy: bool,
-    /// When a lap without effect was, if the last was one.
+    /// When the last round was, if it had no effect.
     idle_at: Option<Micros>,
     idle_rounds: usize,
     pub(super) rounds: u64,
@@ -79,7 +80,7 @@ impl ParkedCluster {
         shards.map(|shard| format!("\n  deadline {:?}: {}", shard.deadline(), shard.dump_state())).collect()
     }
 
-    /// The time of the next event, and a lap.
+    /// Advances time to the next event, and runs a round.
     pub(super) fn poll_once(&mut self) -> Outcome {
         let watermark = self.order.watermark();
         let shards = self.all.shards.iter();
@@ -143,7 +144,7 @@ impl ParkedCluster {
         self.answer(token)
     }
 
-    /// Goes on for some time.
+    /// Runs for some time.
     pub(super) fn pass(&mut self, us: Micros) -> Outcome {
         let end = self.now + us;
         while self.now < end && (self.busy || self.disk.in_flight() > 0 || self.next_deadline().is_some()) {
@@ -201,7 +202,7 @@ pub(super) fn options() -> Options {
     Options { geometry, memory_bytes: 32 << 20, shards: Some(1), ..Options::default() }
 }
 
-/// The same with the least memory that is legal, and one virtual shard: one tree for each volume.
+/// Options with the least legal memory, and one virtual shard: one tree for each volume.
 pub(super) fn tiny() -> Options {
     let geometry = Geometry { vshards_count: 1, ..options().geometry };
     Options { geometry, memory_bytes: super::strain::MEMORY_LEAST, ..options() }

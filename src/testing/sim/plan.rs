@@ -1,4 +1,4 @@
-//! What a run is to be, what it did, and how it failed.
+//! The plan of a run, its counters, and its failure.
 
 use super::canary::Canary;
 use super::cluster::ClusterCounters;
@@ -13,10 +13,10 @@ use super::workload::Profile;
 use crate::base::metrics::ShardStats;
 use crate::base::options::Options;
 
-/// What a run is to be.
+/// The plan of a run.
 #[derive(Clone)]
 pub struct Plan {
-    /// From which all else follows.
+    /// The seed, from which all else follows.
     pub seed: u64,
     /// Crashes and closes; after each the store is opened again.
     pub lives: u32,
@@ -24,13 +24,13 @@ pub struct Plan {
     pub images: u32,
     /// Events of the disk in a life, at most.
     pub events_max: u64,
-    /// Of a hundred recoveries, how many are crashed into.
+    /// The percentage of recoveries that are cut short by a crash.
     pub recovery_crash_percent: u64,
-    /// Of a hundred lives, and of a hundred recoveries, how many meet an error of the device.
+    /// The percentage of lives, and of recoveries, with an error of the device.
     pub fault_percent: u64,
-    /// Of a hundred crashes, how many leave a disk of which a block is damaged, too.
+    /// The percentage of crashes after which a damaged disk is opened, too.
     pub damage_percent: u64,
-    /// Of a hundred seeds, how many are strained: by size, slow reads, pages held on to.
+    /// The percentage of seeds that are strained: by size, slow reads, pinned pages.
     pub strain_percent: u64,
     /// Instead of the seed's own.
     pub strain: Option<Strain>,
@@ -46,7 +46,7 @@ pub struct Plan {
     pub shards: std::ops::RangeInclusive<u16>,
 }
 
-/// What a run did.
+/// Counters of a run.
 #[derive(Clone, Debug, Default)]
 pub struct RunStats {
     /// States of the disk that were recovered after a crash during work.
@@ -73,7 +73,7 @@ pub struct RunStats {
     pub oracle: OracleCounters,
     /// Turns and messages.
     pub cluster: ClusterCounters,
-    /// What seldom happens.
+    /// Rare events.
     pub rare: Rare,
     /// Operations and losses.
     pub disk: DiskCounters,

@@ -6,10 +6,10 @@
 //! Invariants
 //! 1. Everything that happens follows from the plan; the same plan gives the same trace.
 //! 2. Without errors of the device every request is answered in bounded virtual time: if nothing is in flight and no
-//!    deadline is set while somebody waits, the run fails, as it does if the shards turn without end.
-//! 3. The number of shards is another at each open.
+//!    deadline is set while a request waits, the run fails, as it does if the shards turn without end.
+//! 3. The number of shards changes at each open.
 //!
-//! It does *not* judge; see `oracle`.
+//! It does *not* check answers; see `oracle`.
 
 use super::canary::plant;
 use super::cluster::{Cluster, Opened};
@@ -30,12 +30,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Events after the answer to `Close` within which all shards are closed.
 const CLOSING_MAX: u32 = 10_000;
-/// Crashes of recoveries, one in another.
+/// Crashes of recoveries in a row.
 const RECOVERY_CRASHES_MAX: u32 = 3;
-/// Steps without an event of the disk, after which somebody asks for a checkpoint.
+/// Steps without an event of the disk, after which the run requests a checkpoint.
 const QUIET_STEPS_MAX: u32 = 10_000;
 
-/// A commit may take one in so many frames of a shard at least, whatever else is kept there.
+/// A commit may take at least one in `COMMIT_SHARE_MIN` frames of a shard, whatever else is kept there.
 const COMMIT_SHARE_MIN: u64 = 4;
 
 /// A run of one plan: the store, its clients, its disk and its crashes.
@@ -47,22 +47,22 @@ pub struct SimRun {
     pub(super) oracle: Oracle,
     pub(super) disk: SimDisk,
     pub(super) cluster: Option<Cluster>,
-    /// Commits over several shards that are answered, and what must arrive before nothing is held for them.
+    /// Answered commits over several shards, each with the messages that must arrive before no page is locked for it.
     pub(super) lingering: Vec<(Token, Mark)>,
     /// The newest counters that each shard gave.
     pub(super) stats: BTreeMap<ShardId, ShardStats>,
-    /// Pages that clients hold on to.
+    /// Pages that clients have pinned.
     pub(super) held: Vec<HeldPage>,
-    /// Pages of stores that have ended, which clients hold on to still.
+    /// Pages of ended stores that clients still have pinned.
     pub(super) outlived: Vec<HeldPage>,
-    /// What clients hold on to under strain is being given back.
+    /// Clients under strain are unpinning their pages.
     pub(super) giving_back: bool,
     pub(super) strain: Strain,
-    /// What is to come before anything else of a large store's: reads that turn its memory over.
+    /// Reads that turn the memory of a large store over, and come before all other requests.
     pub(super) sweeps_left: u64,
     /// The small trees of a large store.
     pub(super) trees: Trees,
-    /// The chance of strain.
+    /// The random source of strain.
     pub(super) chance: Rng,
     pub(super) next_token: u64,
     /// Answers that a test waits for.
@@ -184,7 +184,7 @@ impl SimRun {
                 self.run_stats.crashes_in_second_recovery += u64::from(depth > 0);
                 self.run_stats.crashes_in_third_recovery += u64::from(depth > 1);
             } else if fails && self.disk.counters().faults() > 0 {
-                // Whatever it says: what it has left behind is to be recovered.
+                // Whatever it says: recovery must cope with what it has left.
                 self.run_stats.failed_openings += 1;
                 opened?.map_or_else(|error| is_of_the_device(&error), |_| Ok(()))?;
             } else {
@@ -227,7 +227,7 @@ impl SimRun {
         Ok(cluster.finish_opening()?.map(|()| (cluster, opened)))
     }
 
-    /// Opens what is on the disk, once; that it can't be opened is an answer.
+    /// Opens what is on the disk, once; returns the error if it can't be opened.
     pub(super) fn try_open(&mut self) -> Outcome<StoreResult<Opened>> {
         let opened = self.open_once()?;
         self.check_disk()?;
@@ -237,7 +237,7 @@ impl SimRun {
         }))
     }
 
-    /// Takes what a crash now leaves for the disk.
+    /// Crashes, and goes on with the disk that is left.
     pub(super) fn crash(&mut self, loss: Loss) -> Outcome {
         self.let_go_at_end()?;
         self.oracle.on_crash();
@@ -263,7 +263,7 @@ impl SimRun {
         self.cluster = Some(cluster);
     }
 
-    /// Recovers and checks what a crash at this moment would leave behind; the run goes on as if nothing had been.
+    /// Recovers and checks what a crash at this moment would leave; the run itself goes on unchanged.
     pub(super) fn peek(&mut self, loss: Loss) -> Outcome {
         let cluster = self.cluster.take().expect("the store is open");
         let (lingering, stats) = (std::mem::take(&mut self.lingering), std::mem::take(&mut self.stats));
@@ -331,7 +331,7 @@ impl SimRun {
         Ok(())
     }
 
-    /// Some steps. A store that does nothing on the disk (it refuses everything as full, maybe) gets a checkpoint to do.
+    /// Some steps, until the disk is used. A store that does not use it (it may refuse everything as full) is asked for a checkpoint.
     fn busy_steps(&mut self) -> Outcome {
         let before = self.disk.events();
         for _ in 0..QUIET_STEPS_MAX {
@@ -368,7 +368,7 @@ impl SimRun {
         Err(format!("Close was answered, and not all shards are closed: {}", self.cluster().describe()))
     }
 
-    /// Makes what is left of the disk, several times if planned, and goes on with the last.
+    /// Makes images of the disk after the crash, several if planned, and goes on with the last.
     fn end(&mut self) -> Outcome {
         self.let_go_at_end()?;
         self.oracle.on_crash();
@@ -409,7 +409,7 @@ impl SimRun {
         Ok(())
     }
 
-    /// The same without looking at any page: nothing is in memory yet.
+    /// Opens the store again without reading any page, so that nothing is in memory.
     pub(super) fn reopen_unchecked(&mut self, loss: Loss) -> Outcome {
         self.crash(loss)?;
         let opened = self.open()?;
@@ -418,7 +418,7 @@ impl SimRun {
         Ok(())
     }
 
-    /// Holds the whole state against the model; returns the cut that it shows.
+    /// Checks the whole state against the model; returns the cut that it shows.
     pub(super) fn check(&mut self, opened: Opened) -> Outcome<Lsn> {
         let (looked_at, all) = self.pick_checked();
         let mut there = BTreeSet::new();

@@ -1,9 +1,9 @@
-//! The steps of a run: requests in, time on, answers to the judge.
+//! The steps of a run: it sends requests, advances time, and passes answers to the oracle.
 //!
 //! Invariants
-//! 1. Of a turn the judge is told the LSNs drawn first, then the watermark, and only then the answers.
-//! 2. A request goes to one shard, as the handles of the store route it: reads are split, counters asked of all.
-//! 3. Time moves only to the next event, or over a time in which nobody asks for anything.
+//! 1. After a turn the oracle gets the drawn LSNs first, then the watermark, and only then the answers.
+//! 2. A request goes to one shard, as the handles of the store route it: reads are split, and all shards are asked for counters.
+//! 3. Time moves only to the next event, or over a pause without requests.
 
 use super::cluster::{Cluster, Turn};
 use super::rng::mix;
@@ -16,12 +16,12 @@ use crate::engine::{Commit, PageRange, PageRef, Request, Response, Token};
 use smallvec::SmallVec;
 use std::collections::BTreeMap;
 
-/// Clients hold few pages if these are fewer than one in so many frames of one shard: no reason to refuse anybody.
+/// With fewer pinned pages than one in `HELD_MANY` frames of a shard, no request may be refused for them.
 const HELD_MANY: u64 = 20;
 /// How long a request may take without errors of the device, if no shard is slow.
 const PATIENCE_US: Micros = 60_000_000;
 
-/// Pages by shard; of each shard in the order given.
+/// Groups pages by shard, in the order given.
 fn by_shard(deal: Deal, keys: &[PageKey]) -> BTreeMap<ShardId, Vec<PageKey>> {
     let mut shares: BTreeMap<ShardId, Vec<PageKey>> = BTreeMap::new();
     for &key in keys {
@@ -31,7 +31,7 @@ fn by_shard(deal: Deal, keys: &[PageKey]) -> BTreeMap<ShardId, Vec<PageKey>> {
 }
 
 impl SimRun {
-    /// Asks for something, or lets time pass.
+    /// Sends a request, or lets time pass.
     pub(super) fn step(&mut self) -> Outcome {
         if self.oracle.outstanding() < self.workload.profile.in_flight && self.rng.chance(60) {
             if self.strain() {
@@ -55,7 +55,7 @@ impl SimRun {
         self.cluster.as_mut().expect("the store is open")
     }
 
-    /// Hands a request to the shard, or to the shards, that it is for; the token of the last part.
+    /// Sends a request to the shard, or the shards, that it concerns; returns the token of the last part.
     pub(super) fn ask(&mut self, request: Request) -> Token {
         let deal = self.cluster().deal();
         match request {
@@ -108,7 +108,7 @@ impl SimRun {
         token
     }
 
-    /// Lets time pass up to the next event, and a shard turn if it is one's turn.
+    /// Advances time to the next event, and lets a shard turn if one is due.
     pub(super) fn pass(&mut self) -> Outcome {
         let turn = self.cluster().step().map_err(|why| format!("{why}\n{}", self.waiting()))?;
         self.check_disk()?;
@@ -125,7 +125,7 @@ impl SimRun {
         self.judge(turn)
     }
 
-    /// Tells the judge what came of a turn.
+    /// Passes the results of a turn to the oracle.
     fn judge(&mut self, turn: Turn) -> Outcome {
         for &(token, lsn) in &turn.drawn {
             self.oracle.on_drawn(token, lsn)?;
@@ -197,7 +197,7 @@ impl SimRun {
         self.give_some_back()
     }
 
-    /// Nobody asks for anything for a while.
+    /// A pause without requests.
     pub(super) fn idle(&mut self) -> Outcome {
         let until = self.disk.now() + self.rng.within(100, 200_000);
         while !self.disk.is_off() {
@@ -210,7 +210,7 @@ impl SimRun {
         Ok(())
     }
 
-    /// Lets everything under way come to its end.
+    /// Runs until every request is answered.
     pub(super) fn settle(&mut self) -> Outcome {
         while self.oracle.outstanding() > 0 && !self.disk.is_off() {
             self.pass()?;
@@ -218,7 +218,7 @@ impl SimRun {
         Ok(())
     }
 
-    /// Asks for something that is not split, and waits for the answer, which is judged like all others.
+    /// Sends a request that is not split, and waits for the answer, which the oracle checks like all others.
     pub(super) fn call(&mut self, request: Request) -> Outcome<StoreResult<Response>> {
         let token = self.ask(request);
         self.watch(token);
@@ -257,7 +257,7 @@ impl SimRun {
         Ok(self.stats_told())
     }
 
-    /// The newest counters told, of all shards together.
+    /// The sum of the newest counters that each shard has given.
     pub(super) fn stats_told(&self) -> ShardStats {
         self.stats.values().fold(ShardStats::default(), |sum, one| ShardStats {
             checkpoints: sum.checkpoints + one.checkpoints,
@@ -271,7 +271,7 @@ impl SimRun {
         })
     }
 
-    /// Reads pages past the judge, while nothing else is under way; in the order asked for.
+    /// Reads pages without the oracle, while nothing else is under way; in the order given.
     pub(super) fn read_now(&mut self, keys: &[PageKey]) -> Outcome<Vec<(PageKey, PageRef)>> {
         let mut all = BTreeMap::new();
         for (_, keys) in by_shard(self.cluster().deal(), keys) {
@@ -295,7 +295,7 @@ impl SimRun {
         }
     }
 
-    /// The pages of a volume that there are, by all shards, in order, asked for in parts of about `ranges_max` ranges.
+    /// The pages of a volume that exist, from all shards, in order; scanned in parts of about `ranges_max` ranges.
     pub(super) fn allocated_now(&mut self, volume: VolumeId, ranges_max: usize) -> Outcome<Vec<PageId>> {
         let mut all = Vec::new();
         for shard in self.cluster().deal().shards() {
@@ -316,7 +316,7 @@ impl SimRun {
         Ok(all)
     }
 
-    /// Asks a shard past the judge, while nothing else is under way.
+    /// Sends a request to a shard without the oracle, while nothing else is under way.
     fn ask_now(&mut self, shard: ShardId, request: Request) -> Outcome<StoreResult<Response>> {
         self.next_token += 1;
         let token = Token(self.next_token);

@@ -1,10 +1,10 @@
-//! What strains a store: far more pages than memory, deep trees, slow reads, pages held on to, clients that go away.
+//! Strain on a store: far more pages than memory, deep trees, slow reads, pinned pages, clients that go away.
 //!
 //! Invariants
-//! 1. Chance comes from a stream of its own, so that a seed without strain is the run that it always was.
+//! 1. It has a random source of its own, so that a seed without strain is the run that it always was.
 //! 2. A large store is filled before anything is judged by crashes; afterwards each crash is held against the pages
 //!    that were changed and a sample of the others, and against all of them now and then.
-//! 3. Pages that clients hold on to are given back some time, and are then as they were.
+//! 3. Pages that clients have pinned are unpinned some time, and are then as they were.
 //!
 //! It does *not* know faults of the device; see `inject`.
 
@@ -65,11 +65,11 @@ pub struct Strain {
     pub large: Option<(Layout, u64)>,
     /// Reads whose ends are told late.
     pub holding: Holding,
-    /// One read in so many takes so many times as long; 0: none.
+    /// One in `.0` reads takes `.1` times as long; 0: none.
     pub slow_reads: (u64, u64),
     /// Of a hundred frames, how many clients hold on to at most, besides the few that they always do.
     pub pins_percent: u64,
-    /// Of a hundred answers, how many nobody takes.
+    /// The percentage of answers that no client takes.
     pub drop_percent: u64,
     /// Of a hundred ends of a store, how many leave pages in the hands of clients.
     pub keep_percent: u64,

@@ -53,7 +53,7 @@ pub(super) fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }
 
-/// The seeds to run: the one asked for, or so many from one on, or from the first that was asked for.
+/// The seeds to run: the one that `COREPAGE_SEED` names, or a number of them from `COREPAGE_FIRST_SEED` on.
 fn seeds(usual: u64) -> std::ops::RangeInclusive<u64> {
     match number("COREPAGE_SEED") {
         Some(seed) => seed..=seed,

@@ -1,4 +1,4 @@
-//! How fast the shards of one life are: who turns when, what takes how long, who is slow and who is never asked.
+//! The delays of one life: how long turns, messages and wake-ups take, which shard is slow, and which gets no requests.
 //!
 //! Invariants
 //! 1. Some lives have no delays at all, so that many things happen at one moment and chance alone picks the order.
@@ -9,29 +9,29 @@
 use super::rng::Rng;
 use crate::base::{Micros, ShardId};
 
-/// The pace of one life.
+/// The delays of one life.
 #[derive(Clone, Debug)]
 pub struct Timing {
-    /// A turn keeps its shard busy for up to so long.
+    /// The longest turn.
     turn: Micros,
-    /// A message takes up to so long.
+    /// The longest way of a message.
     message: Micros,
-    /// A request takes up to so long to its shard.
+    /// The longest way of a request to its shard.
     request: Micros,
-    /// The end of an operation is seen up to so long after it.
+    /// The longest time from the end of an operation until its shard sees it.
     completion: Micros,
-    /// A parked shard wakes up to so long after the watermark has risen.
+    /// The longest time from a risen watermark until a parked shard wakes.
     wake: Micros,
-    /// Of a hundred turns, how many take only a part of what has arrived.
+    /// The percentage of turns that take only a part of what has arrived.
     part_percent: u64,
     slow: Option<Slow>,
-    /// Is asked for nothing, and nobody asks for its pages.
+    /// A shard that gets no requests, and whose pages none concerns.
     pub idle: Option<ShardId>,
-    /// Of a hundred commits, how many go to any shard instead of that of their first page.
+    /// The percentage of commits that go to a random shard instead of that of their first page.
     pub stray_percent: u64,
 }
 
-/// One shard, and how many times as long it takes for what.
+/// A slow shard, with a factor for each kind of delay.
 #[derive(Clone, Debug)]
 struct Slow {
     shard: usize,
@@ -41,7 +41,7 @@ struct Slow {
 }
 
 impl Timing {
-    /// The pace of a life with so many shards.
+    /// Random delays for a life with `shards` shards.
     pub fn random(rng: &mut Rng, shards: u16) -> Self {
         let lockstep = rng.one_in(6);
         let upto = |rng: &mut Rng, usual: Micros| match rng.below(4) {
@@ -90,17 +90,17 @@ impl Timing {
         rng.within(0, self.wake)
     }
 
-    /// How many times as long the device takes for `shard`.
+    /// By what factor the device is slower for `shard`.
     pub fn device_factor(&self, shard: usize) -> u64 {
         self.factor(shard, |slow| slow.device)
     }
 
-    /// How many of `arrived` things a turn takes.
+    /// How many of `arrived` arrivals a turn takes.
     pub fn take(&self, rng: &mut Rng, arrived: usize) -> usize {
         if rng.chance(self.part_percent) { rng.within(0, arrived as u64) as usize } else { arrived }
     }
 
-    /// How many times as long as usual an answer may take.
+    /// By what factor an answer may take longer than usual.
     pub fn patience(&self) -> u64 {
         self.slow.as_ref().map_or(1, |slow| slow.device.max(slow.turns).max(slow.messages))
     }

@@ -1,6 +1,6 @@
-//! What is seen of a cluster from outside: whether its shards spin, what they wait for, what seldom happens.
+//! Observes a cluster from outside: whether its shards spin, what they wait for, how often rare events happen.
 //!
-//! It does *not* drive anything, and knows no client.
+//! It does *not* drive anything, and knows no clients.
 
 use super::cluster::Cluster;
 use super::progress::TurnOutcome;
@@ -10,11 +10,11 @@ use crate::engine::{Activity, Shard};
 
 /// Whether a shard that turns for nothing twice in a row fails the run.
 const SPIN_IS_AN_ERROR: bool = true;
-/// Whether a table that grows with what is asked for fails the run.
+/// Whether a page table that grows with the requests fails the run.
 pub(super) const TABLE_IS_BOUNDED: bool = true;
 
 impl Cluster {
-    /// What seldom happens, as often as it did.
+    /// Counts of rare events.
     pub fn rare(&self) -> Rare {
         Rare { turns_for_nothing: self.progress.total, ..self.late.rare }
     }
@@ -62,7 +62,7 @@ impl Cluster {
         if SPIN_IS_AN_ERROR { spins.map_err(|why| format!("{why}: {}", self.describe())) } else { Ok(()) }
     }
 
-    /// What everybody waits for, in words.
+    /// Describes what each shard waits for.
     pub fn describe(&self) -> String {
         let mut text = format!(
             "at {}, {} operations in flight, {} messages under way",

@@ -124,7 +124,7 @@ impl Oracle {
         self.pending.len()
     }
 
-    /// From now on these errors are nobody's fault.
+    /// From now on these errors are tolerated.
     pub fn tolerate(&mut self, tolerance: Tolerance) {
         self.tolerance = tolerance;
     }
@@ -164,7 +164,7 @@ impl Oracle {
         self.pending.insert(token, pending);
     }
 
-    /// The oldest version that a page may be read as by somebody who asks now.
+    /// The oldest version that a read which is sent now may return.
     fn oldest_visible(&self, key: PageKey) -> &Version {
         let versions = self.model.since(key, Lsn::ZERO);
         let shard = self.deal.shard_of(key);
@@ -304,7 +304,7 @@ impl Oracle {
         Ok(())
     }
 
-    /// Somebody said that everything up to `lsn` is durable. What counts is the last commit up to there: an epoch
+    /// An answer said that everything up to `lsn` is durable. What counts is the last commit up to there: an epoch
     /// begins far above the last one.
     fn promise(&mut self, lsn: Lsn, who: &'static str) {
         let commits = self.drawn.partition_point(|&(drawn, _)| drawn <= lsn);

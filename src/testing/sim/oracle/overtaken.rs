@@ -4,7 +4,7 @@
 //! for the device, any number of times. What is judged is the time that a request waits (see `steps`): a queue that is not first in,
 //! first out lets somebody wait without end, and that is found.
 //!
-//! It does *not* know why somebody waits.
+//! It does *not* know why a request waits.
 
 use super::Oracle;
 use super::pending_requests::PendingRequest;

@@ -1,6 +1,6 @@
-//! What was asked and not answered yet, as the judge remembers it.
+//! Requests that are not answered yet, as the oracle remembers them.
 //!
-//! It does *not* judge.
+//! It does *not* check answers.
 
 use super::Tolerance;
 use crate::base::{BLOCK, Lsn, Micros, PageKey, ShardId};
@@ -29,7 +29,7 @@ pub(super) struct PendingRequest {
     pub overtaken: u64,
 }
 
-/// What it was.
+/// The kind of a request.
 pub(super) enum Kind {
     /// Pages, each with the LSN of the oldest version that it may read as.
     Read(Vec<(PageKey, Lsn)>),
@@ -63,7 +63,7 @@ impl Kind {
         matches!((self, other), (Kind::Read(_), Kind::Read(_)) | (Kind::Commit(_), Kind::Commit(_)))
     }
 
-    /// What it counts against the limit on commits.
+    /// Its bytes, as the limit on commits counts them.
     pub fn bytes(&self) -> u64 {
         let Kind::Commit(commit) = self else { return 0 };
         commit.changes.iter().map(|(_, change)| workload::change_bytes(change)).sum()
@@ -83,7 +83,7 @@ impl Kind {
         self.bytes() > tolerance.commit_bytes_max || self.is_wrong(usize::MAX)
     }
 
-    /// Whether it is asked for wrongly, on purpose.
+    /// Whether it is invalid on purpose.
     pub fn is_wrong(&self, read_pages_max: usize) -> bool {
         match self {
             Kind::Read(keys) => keys.is_empty() || keys.len() > read_pages_max,
@@ -96,7 +96,7 @@ impl Kind {
         }
     }
 
-    /// In a few words.
+    /// Describes it in a few words.
     pub fn describe(&self) -> String {
         match self {
             Kind::Read(keys) => format!("read {keys:?}"),

@@ -1,4 +1,4 @@
-//! Commits over several shards, as the judge sees them: what readers need not see yet, and what may be held.
+//! Commits over several shards, as the oracle sees them: which versions readers need not see yet, and which pages may be locked.
 //!
 //! Invariants
 //! 1. Between its draw and its answer such a commit may be unseen at every shard but its owner; once a reader has
@@ -7,13 +7,13 @@
 //!    it answered. Only then, and only against others that touch a page that it writes, or write one that it
 //!    reads, is a hold an excuse for a conflict.
 //!
-//! It does *not* know what is really held: this is the most that may be.
+//! It does *not* know which pages are really locked: this is an upper bound.
 
 use crate::base::{Deal, Lsn, PageKey, ShardId};
 use crate::engine::{Commit, Token};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Ended holds that are kept before those that nobody can have met are forgotten.
+/// Ended holds that are kept before those that no commit can have met are forgotten.
 const ENDED_MAX: usize = 64;
 
 /// Commits over several shards.
@@ -68,7 +68,7 @@ impl Visibility {
         self.unseen.insert(lsn, owner);
     }
 
-    /// It is acknowledged: from now on everybody sees it.
+    /// It is acknowledged: from now on every reader sees it.
     pub fn acknowledged(&mut self, lsn: Lsn) {
         self.unseen.remove(&lsn);
     }
