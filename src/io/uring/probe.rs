@@ -4,7 +4,7 @@
 #![allow(unsafe_code)]
 
 use super::options::UringOptions;
-use super::ring::Ring;
+use super::ring::{Counted, Ring, RingMode};
 use crate::base::BLOCK;
 use crate::io::files::Files;
 use crate::io::media::{Access, Block, PATTERN};
@@ -14,12 +14,15 @@ use io_uring::{IoUring, Probe, opcode, types};
 use std::io;
 use std::os::fd::AsRawFd;
 
+/// Entries of a ring that only serves a probe.
+const PROBE_DEPTH: u32 = 4;
+
 /// Whether the ring disk can be used here.
 ///
 /// # Errors
 /// Why not; take the portable disk then.
 pub fn probe() -> Result<(), UringUnavailable> {
-    let ring = Ring::new(4, false).map_err(|e| refused("making a ring", &e))?;
+    let ring = Ring::new(PROBE_DEPTH, RingMode::Interrupts).map_err(|e| refused("making a ring", &e))?;
     let ring: &IoUring = ring.get();
     let params = ring.params();
     if !params.is_feature_ext_arg() || !params.is_feature_nodrop() || !params.is_feature_submit_stable() {
@@ -50,7 +53,9 @@ pub fn probe() -> Result<(), UringUnavailable> {
 /// As [`probe`].
 pub(crate) fn probe_ordinary() -> Result<(), UringUnavailable> {
     probe()?;
-    Ring::new(UringOptions::default().ring_entries, false).map(drop).map_err(|e| refused("making a ring", &e))
+    Ring::new(UringOptions::default().ring_entries, RingMode::Interrupts)
+        .map(drop)
+        .map_err(|e| refused("making a ring", &e))
 }
 
 fn lacking(what: String) -> UringUnavailable {
@@ -84,15 +89,15 @@ fn try_polling(files: &Files) -> Result<(), String> {
     let mut block = Box::new(Block([PATTERN; BLOCK]));
     let written = rustix::io::pwrite(file, &block.0, at).map_err(|e| failed("a write", &e))?;
     rustix::fs::fdatasync(file).map_err(|e| failed("a flush", &e))?;
-    let mut ring = Ring::new(4, true).map_err(|e| failed("making a polling ring", &e))?;
+    let mut ring = Ring::new(PROBE_DEPTH, RingMode::Polled).map_err(|e| failed("making a polling ring", &e))?;
     block.0.fill(0);
     let read = opcode::Read::new(types::Fd(file.as_raw_fd()), block.0.as_mut_ptr(), BLOCK as u32).offset(at).build();
     // SAFETY: the block and the file live until the completion was taken, below; if it never comes they are leaked.
-    unsafe { ring.put(&read, true) };
+    unsafe { ring.push(&read, Counted::Yes) };
     let mut taken = Vec::new();
     while taken.is_empty() && ring.broken().is_none() {
         ring.wait(None);
-        ring.take(&mut taken);
+        ring.reap(&mut taken);
     }
     let Some((_, result)) = taken.pop() else {
         std::mem::forget((block, scratch));

@@ -16,7 +16,7 @@ use std::io;
 use std::time::Duration;
 
 /// Completion entries beyond the depth: for the read of the eventfd, and to be far from the brim.
-const SPARE: u32 = 4;
+const CQ_SPARE: u32 = 4;
 /// How often to try again for want of locked memory or another thing that passes, and after how long; together 100 ms.
 const NO_ROOM_TRIES: u32 = 20;
 const NO_ROOM_PAUSE: Duration = Duration::from_millis(5);
@@ -25,12 +25,29 @@ const REFUSED_PAUSE: Duration = Duration::from_millis(1);
 /// A call that does not wait is repeated so often if a signal has interrupted it; then the next lap does it.
 const INTERRUPTED_TRIES: u32 = 3;
 
+/// Whether an entry counts against the depth of its ring.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Counted {
+    Yes,
+    /// The read of the eventfd and the timer.
+    No,
+}
+
+/// Whether completions are polled for at the device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum RingMode {
+    /// The device interrupts.
+    Interrupts,
+    /// The device is asked (IOPOLL); such a ring takes reads and writes only.
+    Polled,
+}
+
 pub(super) struct Ring {
     ring: IoUring,
     depth: u32,
     /// With the kernel or in the submission queue, the uncounted ones left out.
     in_flight: u32,
-    polled: bool,
+    mode: RingMode,
     broken: Option<io::Error>,
     /// System calls so far.
     pub(super) calls: u64,
@@ -42,19 +59,19 @@ impl Ring {
     /// The kernel gives the locked memory of a closed ring back some milliseconds later. So a server that is started
     /// again at once, after a crash for instance, may find no room yet: that is waited for, a little.
     #[allow(clippy::disallowed_methods, reason = "the kernel tells nobody when it is done")]
-    pub(super) fn new(depth: u32, polled: bool) -> io::Result<Ring> {
+    pub(super) fn new(depth: u32, mode: RingMode) -> io::Result<Ring> {
         for _ in 0..NO_ROOM_TRIES {
-            match Self::try_new(depth, polled) {
-                Err(e) if later(&e) => {
+            match Self::try_new(depth, mode) {
+                Err(e) if is_transient(&e) => {
                     std::thread::sleep(NO_ROOM_PAUSE);
                 }
                 made => return made,
             }
         }
-        Self::try_new(depth, polled)
+        Self::try_new(depth, mode)
     }
 
-    fn try_new(depth: u32, polled: bool) -> io::Result<Ring> {
+    fn try_new(depth: u32, mode: RingMode) -> io::Result<Ring> {
         // What makes completions cheapest first; older kernels know less.
         let flags: [fn(&mut Builder) -> &mut Builder; 3] = [
             |b| b.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().setup_submit_all(),
@@ -64,13 +81,13 @@ impl Ring {
         let mut refused = None;
         for set in flags {
             let mut builder = IoUring::builder();
-            builder.dontfork().setup_cqsize((2 * depth + SPARE).next_power_of_two());
-            if polled {
+            builder.dontfork().setup_cqsize((2 * depth + CQ_SPARE).next_power_of_two());
+            if mode == RingMode::Polled {
                 builder.setup_iopoll();
             }
             set(&mut builder);
             match builder.build(depth) {
-                Ok(ring) => return Ok(Ring { ring, depth, in_flight: 0, polled, broken: None, calls: 0 }),
+                Ok(ring) => return Ok(Ring { ring, depth, in_flight: 0, mode, broken: None, calls: 0 }),
                 // A flag that this kernel does not know.
                 Err(e) if e.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => refused = Some(e),
                 Err(e) => return Err(e),
@@ -111,22 +128,27 @@ impl Ring {
     /// # Safety
     /// * What the entry points to is valid, and belongs to the kernel, until its completion was taken.
     /// * For an entry that is counted, [`completed`](Self::completed) is called once its completion was taken.
-    pub(super) unsafe fn put(&mut self, entry: &squeue::Entry, counted: bool) {
+    pub(super) unsafe fn push(&mut self, entry: &squeue::Entry, counted: Counted) {
         // SAFETY: as the caller promises.
-        let put = unsafe { self.ring.submission().push(entry) };
-        assert!(put.is_ok(), "an entry was put into a full submission queue");
-        self.in_flight += u32::from(counted);
+        let pushed = unsafe { self.ring.submission().push(entry) };
+        assert!(pushed.is_ok(), "an entry was put into a full submission queue");
+        self.in_flight += u32::from(counted == Counted::Yes);
+        assert!(self.in_flight <= self.depth, "more entries with the kernel than the completion queue has room for");
     }
 
     /// A counted entry has come back.
     pub(super) fn completed(&mut self) {
+        assert!(self.in_flight > 0, "an entry came back that was not with the kernel");
         self.in_flight -= 1;
     }
 
     /// Whether the kernel has something to take or to say that needs a system call.
     fn wants_call(&mut self) -> bool {
         let queue = self.ring.submission();
-        !queue.is_empty() || queue.taskrun() || queue.cq_overflow() || (self.polled && self.in_flight > 0)
+        !queue.is_empty()
+            || queue.taskrun()
+            || queue.cq_overflow()
+            || (self.mode == RingMode::Polled && self.in_flight > 0)
     }
 
     /// Entries that the kernel has not taken yet.
@@ -144,7 +166,7 @@ impl Ring {
             match self.ring.submit() {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Ok(_) => return,
-                Err(e) if later(&e) => return,
+                Err(e) if is_transient(&e) => return,
                 Err(e) => {
                     self.broken.get_or_insert(e);
                     return;
@@ -160,13 +182,13 @@ impl Ring {
         let outcome = match timeout_us {
             None => self.ring.submit_and_wait(1),
             Some(us) => {
-                let time = Timespec::new().sec(us / 1_000_000).nsec((us % 1_000_000) as u32 * 1000);
+                let time = timespec(us);
                 self.ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&time))
             }
         };
         match outcome {
             Ok(_) => {}
-            Err(e) if later(&e) => {
+            Err(e) if is_transient(&e) => {
                 // What has completed may be what keeps the kernel from taking more.
                 if !self.has_completion() {
                     pause(timeout_us);
@@ -188,8 +210,8 @@ impl Ring {
     }
 
     /// Appends the completions that are there: whose, and the result.
-    pub(super) fn take(&mut self, out: &mut Vec<(u64, i32)>) {
-        if self.polled || !self.has_completion() {
+    pub(super) fn reap(&mut self, out: &mut Vec<(u64, i32)>) {
+        if self.mode == RingMode::Polled || !self.has_completion() {
             // Nothing there: perhaps the kernel only waits for a call to post it.
             if self.in_flight > 0 && self.wants_call() {
                 self.submit();
@@ -199,13 +221,19 @@ impl Ring {
     }
 }
 
+/// A time span as the kernel takes it.
+pub(super) fn timespec(us: Micros) -> Timespec {
+    let time = Duration::from_micros(us);
+    Timespec::new().sec(time.as_secs()).nsec(time.subsec_nanos())
+}
+
 #[allow(clippy::disallowed_methods, reason = "a ring that refuses to wait can't be waited in")]
 fn pause(timeout_us: Option<Micros>) {
     std::thread::sleep(timeout_us.map_or(REFUSED_PAUSE, |us| REFUSED_PAUSE.min(Duration::from_micros(us))));
 }
 
 /// Refusals that pass: no memory just now, or completions have to be taken first.
-fn later(e: &io::Error) -> bool {
+fn is_transient(e: &io::Error) -> bool {
     use rustix::io::Errno;
     [Errno::AGAIN, Errno::BUSY, Errno::NOMEM].map(|errno| Some(errno.raw_os_error())).contains(&e.raw_os_error())
 }
