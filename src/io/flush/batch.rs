@@ -30,7 +30,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(in crate::io) struct OpIdx(pub(in crate::io) u32);
 
-/// What another thread tells a disk that runs on a ring.
+/// An event that another thread sends to a disk that runs on a ring.
 pub(in crate::io) enum RemoteEvent {
     /// A part of this operation has ended.
     PartEnded(OpIdx, Result<()>),
@@ -68,7 +68,7 @@ impl RemoteEvents {
     }
 }
 
-/// Who is told the result of a batch.
+/// The receiver of a batch's result.
 pub(in crate::io) enum FlushWaiter {
     /// An operation of a disk on a ring, which can also lead batches.
     Ring(Arc<RemoteEvents>, OpIdx),
@@ -85,7 +85,7 @@ impl FlushWaiter {
     }
 }
 
-/// What a flush has to cover.
+/// The file that a flush has to sync.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(in crate::io) enum Cover {
     /// A sync of any file of the queue is enough.

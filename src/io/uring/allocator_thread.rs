@@ -1,11 +1,11 @@
 //! The thread that allocates for a ring disk: zeros go out by plain system calls, which may wait as long as the device.
 //!
 //! Invariants
-//! 1. Each job is answered by mail exactly once, also if carrying it out panicked.
+//! 1. Each job is answered by a remote event exactly once, also if carrying it out panicked.
 //! 2. An allocation is answered only when a flush of its file was done after it. The disk leads that flush, not this
 //!    thread.
 //!
-//! It is started by the first allocation, and sleeps when there is none.
+//! The first allocation starts it; it sleeps when it has no job.
 
 use crate::base::error::{Error, Result};
 use crate::io::files::{FileEntry, Files};
@@ -22,7 +22,7 @@ struct Job {
     bytes: Range<u64>,
 }
 
-/// The thread's owner.
+/// The handle of the thread; dropping it ends the thread.
 pub(super) struct AllocatorThread {
     /// Taken only in `drop`.
     jobs: Option<Sender<Job>>,

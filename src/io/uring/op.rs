@@ -1,4 +1,4 @@
-//! An operation on its way, and how it is cut into entries of the ring. No system calls.
+//! An operation in flight, and how it is cut into entries of the ring.
 //!
 //! ```text
 //!   operation: memory (pieces of memory that follow each other in the file)
@@ -11,7 +11,7 @@
 //!    does no harm.
 //! 3. A range lies within one registered buffer or counts as unregistered.
 //!
-//! It does *not* touch the bytes.
+//! It does *not* touch the bytes or make system calls.
 
 use super::buffers::Buffers;
 use super::fixed_files::RingFile;
@@ -27,22 +27,22 @@ use std::rc::Rc;
 
 /// Bytes of one entry. Larger ones go to a kernel worker, which costs more than the device does.
 pub(super) const SPAN_BYTES: u32 = 512 << 10;
-/// Fruitless results in a row after which a transfer is given up.
+/// Results in a row without a whole block after which a transfer fails.
 const STALLS_MAX: u8 = 4;
 
-/// Memory that lies in one piece.
+/// A contiguous range of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct MemoryRange {
     pub(super) at: *mut u8,
     pub(super) len: u32,
-    /// The registered buffer that it lies in.
+    /// The registered buffer that holds it, if any.
     pub(super) buffer: Option<u16>,
 }
 
 /// The memory of a transfer: mostly one piece or a few.
 pub(super) type MemoryRanges = SmallVec<[MemoryRange; 4]>;
 
-/// What one entry transfers: bytes `from..from + len` of the operation `op`.
+/// The part of an operation that one entry transfers: bytes `from..from + len` of the operation `op`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Span {
     pub(super) op: OpIdx,
@@ -52,7 +52,7 @@ pub(super) struct Span {
     pub(super) backoff: Backoff,
 }
 
-/// An operation on its way.
+/// An operation in flight.
 pub(super) struct Op {
     pub(super) id: OpId,
     pub(super) op: DiskOp,
@@ -92,7 +92,7 @@ impl Op {
     }
 }
 
-/// The memory of a transfer, neighbours as one range.
+/// The memory of a transfer; adjacent frames are one range.
 ///
 /// # Errors
 /// `Invalid` if a frame to be read into is pinned.
@@ -137,7 +137,7 @@ pub(super) fn spans(op: OpIdx, bytes: u32) -> impl Iterator<Item = Span> {
     cuts.map(move |from| Span { op, from, len: SPAN_BYTES.min(bytes - from), stalls: 0, backoff: Backoff::default() })
 }
 
-/// The memory of a span: the one range, or `out` as the list of them.
+/// The memory of a span: one range, or several, which are then listed in `out`.
 pub(super) fn memory_of(memory: &[MemoryRange], span: &Span, out: &mut Vec<IoVec>) -> Option<MemoryRange> {
     out.clear();
     let (mut skip, mut want) = (span.from, span.len);

@@ -1,6 +1,6 @@
-//! What of io_uring works here, asked by using it.
+//! Probes io_uring by using it: rings, operations, polling.
 //!
-//! It does *not* touch a file of the store: polling is tried on a scratch file.
+//! It does *not* touch a file of the store: polling is probed on a scratch block.
 #![allow(unsafe_code)]
 
 use super::options::UringOptions;
@@ -20,7 +20,7 @@ const PROBE_DEPTH: u32 = 4;
 /// Whether the ring disk can be used here.
 ///
 /// # Errors
-/// Why not; take the portable disk then.
+/// The reason why it can't be used.
 pub fn probe() -> Result<(), UringUnavailable> {
     let ring = Ring::new(PROBE_DEPTH, RingMode::Interrupts).map_err(|e| refused("making a ring", &e))?;
     let ring: &IoUring = ring.get();
@@ -29,8 +29,8 @@ pub fn probe() -> Result<(), UringUnavailable> {
         let release = rustix::system::uname().release().to_string_lossy().into_owned();
         return Err(lacking(format!("Linux {release} has no timed waits in it: 5.11 or newer is needed")));
     }
-    let mut known = Probe::new();
-    ring.submitter().register_probe(&mut known).map_err(|e| refused("asking what the ring can do", &e))?;
+    let mut supported = Probe::new();
+    ring.submitter().register_probe(&mut supported).map_err(|e| refused("asking what the ring can do", &e))?;
     let needed = [
         ("READ", opcode::Read::CODE),
         ("WRITE", opcode::Write::CODE),
@@ -40,14 +40,14 @@ pub fn probe() -> Result<(), UringUnavailable> {
         ("WRITE_FIXED", opcode::WriteFixed::CODE),
         ("FSYNC", opcode::Fsync::CODE),
     ];
-    match needed.iter().find(|(_, code)| !known.is_supported(*code)) {
+    match needed.iter().find(|(_, code)| !supported.is_supported(*code)) {
         Some((name, _)) => Err(lacking(format!("it does not know {name}"))),
-        // That entries may be submitted is another right than to make a ring.
+        // Submitting entries is a right of its own, besides creating a ring.
         None => ring.submit().map(drop).map_err(|e| refused("entering a ring", &e)),
     }
 }
 
-/// The same, and whether there is room for a ring of ordinary size: little locked memory may do for a small one only.
+/// Probes a ring of ordinary size, too: little locked memory may be enough for a small one only.
 ///
 /// # Errors
 /// As [`probe`].
@@ -62,7 +62,7 @@ fn lacking(what: String) -> UringUnavailable {
     UringUnavailable { reason: UnavailableReason::Kernel, error: what }
 }
 
-/// Why the kernel refused.
+/// Explains why the kernel refused.
 pub(super) fn refused(doing: &str, e: &io::Error) -> UringUnavailable {
     UringUnavailable::by_error(doing, e)
 }
