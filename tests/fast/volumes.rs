@@ -105,7 +105,7 @@ fn what_is_allocated_and_scanned_is_what_was_written_dirty_or_not_also_after_a_r
     assert_eq!(allocated(&volume, 7), model.keys().copied().collect::<Vec<_>>(), "a range was freed");
     assert_eq!(block_on(volume.allocated(last, first, 1)).unwrap().ranges, [], "an empty range");
     let other = block_on(store.volume("other")).unwrap().unwrap();
-    assert_eq!(allocated(&other, 1), [], "another volume");
+    assert_eq!(allocated(&other, 1), Vec::<u64>::new(), "another volume");
     block_on(store.close()).unwrap();
 }
 
@@ -170,7 +170,7 @@ fn a_deleted_volume_is_gone_with_its_pages_and_its_handles_say_so() {
     // A new one of the same name has nothing of it.
     let again = block_on(store.create_volume("v", 1 << 30)).unwrap();
     assert_ne!(again.id(), volume.id(), "old handles must not reach the new volume");
-    assert_eq!(allocated(&again, 10), []);
+    assert_eq!(allocated(&again, 10), Vec::<u64>::new());
     block_on(store.delete_volume("v")).unwrap();
     block_on(store.wait_freed()).unwrap();
     block_on(store.checkpoint()).unwrap();

@@ -9,8 +9,7 @@
 // Real processes take real time; nothing here is replayed from a seed but the data.
 #![allow(clippy::disallowed_methods)]
 
-mod common;
-
+use crate::common;
 use common::history::{ALL_CELLS, CELLS, Cell, PAGE, Said, Tally, check, parse_dump, place};
 use common::role::{Role, Run, Task, say};
 use common::workload::{open, work};

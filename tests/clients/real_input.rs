@@ -3,8 +3,7 @@
 //!
 //! If this fails, nobody can trust the store with a file system.
 
-mod common;
-
+use crate::common;
 use common::role::{Run, ring_works};
 use common::{Served, has_tool, run, scratch};
 use std::fs::{self, File};

@@ -5,8 +5,7 @@
 // Real processes take real time; nothing here is replayed from a seed but the data.
 #![allow(clippy::disallowed_methods)]
 
-mod common;
-
+use crate::common;
 use common::{Chance, Served, has_fuse, has_tool, run, scratch, skip};
 use futures_lite::future::block_on;
 use std::fs::{self, File, OpenOptions};

@@ -7,8 +7,7 @@
 // Real processes take real time; nothing here is a matter of timing but that nothing hangs.
 #![allow(clippy::disallowed_methods)]
 
-mod common;
-
+use crate::common;
 use common::nbd::Client;
 use common::surroundings::{Without, start_without};
 use common::{Served, corepage, nbd, scratch};

@@ -10,8 +10,7 @@
 // Real processes take real time; nothing here is replayed from a seed but the data.
 #![allow(clippy::disallowed_methods)]
 
-mod common;
-
+use crate::common;
 use bytes::Bytes;
 use common::device::Device;
 use common::role::{Role, Run, Task, say};

@@ -6,8 +6,7 @@
 // Real processes take real time; nothing here is a matter of timing.
 #![allow(clippy::disallowed_methods)]
 
-mod common;
-
+use crate::common;
 use common::nbd::{BLOCK_STATUS, CACHE, Client, NO_HOLE, READ, TRIM, WRITE, WRITE_ZEROES, request_bytes};
 use common::{Served, corepage, scratch};
 

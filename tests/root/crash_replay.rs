@@ -8,8 +8,7 @@
 // Real processes take real time; nothing here is replayed from a seed but the choice of states.
 #![allow(clippy::disallowed_methods)]
 
-mod common;
-
+use crate::common;
 use common::logged::{DISK_BYTES, Logged, log_bytes};
 use common::recording::{Recording, Tally};
 use common::replay::{Log, SECTOR, Subset};

@@ -2,8 +2,7 @@
 //!
 //! If these fail, whoever meets a full disk can't delete, shrink or discard what fills it: no error tells that trying again helps.
 
-mod common;
-
+use crate::common;
 use common::role::{Run, ring_works};
 use corepage::{Error, ErrorKind, Options, PageId, Store, Volume};
 use futures_lite::future::block_on;

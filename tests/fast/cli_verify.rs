@@ -6,8 +6,7 @@
 // Real processes take real time.
 #![allow(clippy::disallowed_methods)]
 
-mod common;
-
+use crate::common;
 use common::{Served, corepage, scratch, snapshot};
 use serde_json::Value;
 use std::fs;

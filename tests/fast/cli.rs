@@ -5,8 +5,7 @@
 // Real processes take real time.
 #![allow(clippy::disallowed_methods)]
 
-mod common;
-
+use crate::common;
 use common::{Served, corepage, scratch, snapshot};
 use std::fs;
 use std::io::{Read, Write};

@@ -7,8 +7,7 @@
 // Real processes take real time.
 #![allow(clippy::disallowed_methods)]
 
-mod common;
-
+use crate::common;
 use common::surroundings::{Mounted, NO_RING, OLD_KERNEL, Without, is_root, start_without, tool};
 use common::{Chance, Served, corepage, has_tool, nbd, scratch};
 use corepage::{Options, PageId, Store};
@@ -175,7 +174,7 @@ impl Role {
     /// Returns when the child says that it is ready.
     fn start(role: &str, without: &[Without], dir: &Path) -> Role {
         let mut command = Command::new(std::env::current_exe().expect("this program"));
-        command.args(["--exact", "child", "--nocapture"]).env(ROLE, role).env(STORE, dir);
+        command.args(["--exact", "surroundings::child", "--nocapture"]).env(ROLE, role).env(STORE, dir);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let child = start_without(&mut command, without).spawn().expect("this program starts");
         let mut role = Role { child, rest: None, disk: String::new() };

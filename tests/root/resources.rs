@@ -3,14 +3,13 @@
 //!
 //! Everywhere the same: a clear error that says what is missing, nothing that was acknowledged is lost, and the store works
 //! again when there is enough. If these fail, a full disk or a busy machine costs data, or leaves a store that does not
-//! open. Locked memory is in `tests/surroundings.rs`, a device that fails in `tests/failing_device.rs`, both on a simulated
+//! open. Locked memory is in `tests/root/surroundings.rs`, a device that fails in `tests/root/failing_device.rs`, both on a simulated
 //! disk, operation by operation, in `src/testing/sim`.
 
 // Real processes take real time; nothing here is a matter of timing but that nothing hangs.
 #![allow(clippy::disallowed_methods)]
 
-mod common;
-
+use crate::common;
 use common::device::{Device, OF_STORE};
 use common::role::{Run, ring_works};
 use common::surroundings::{Mounted, Without, start_without, tool};
@@ -286,7 +285,7 @@ fn child() {
 
 fn start(role: &str, dir: &Path, without: &[Without]) -> Child {
     let mut command = Command::new(std::env::current_exe().expect("this program"));
-    command.args(["--exact", "child", "--nocapture"]).env(ROLE, role).env(STORE, dir);
+    command.args(["--exact", "resources::child", "--nocapture"]).env(ROLE, role).env(STORE, dir);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     start_without(&mut command, without).spawn().expect("this program starts")
 }

@@ -3,8 +3,7 @@
 // Real processes take real time.
 #![allow(clippy::disallowed_methods)]
 
-mod common;
-
+use crate::common;
 use common::scratch;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Lines, Write};

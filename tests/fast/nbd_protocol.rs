@@ -6,8 +6,7 @@
 // Real processes take real time; nothing here is replayed from a seed but the data.
 #![allow(clippy::disallowed_methods)]
 
-mod common;
-
+use crate::common;
 use common::nbd::*;
 use common::role::Run;
 use common::{Chance, Served, has_tool, scratch};

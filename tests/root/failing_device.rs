@@ -12,8 +12,7 @@
 // Real devices take real time; nothing here is a matter of timing but that nothing hangs.
 #![allow(clippy::disallowed_methods)]
 
-mod common;
-
+use crate::common;
 use common::device::{Device, Fault, MARK, Marks, OF_STORE, Op};
 use common::role::{Run, ring_works};
 use common::{Chance, corepage, seed};

@@ -2,8 +2,7 @@
 //!
 //! If these fail, callers lose acknowledged data, see a part of a commit, hang, or share a store with somebody.
 
-mod common;
-
+use crate::common;
 use bytes::Bytes;
 use common::role::Run;
 use corepage::{Change, Durability, Error, ErrorKind, Geometry, Options, PageId, Store, Volume};

@@ -1,12 +1,11 @@
 //! A polled NVMe disk: a guest with an emulated one, in which the store polls for completions (asserted), or says why it
-//! does not; then the power is cut, and the disk's log replayed as in `tests/crash_replay.rs`. And a disk with a volatile cache on which
+//! does not; then the power is cut, and the disk's log replayed as in `tests/root/crash_replay.rs`. And a disk with a volatile cache on which
 //! single writes are made durable by FUA. `scripts/nvme-guest` runs these; 2 power cuts for each machine, or as many as COREPAGE_GUEST_CUTS says.
 
 // Real machines take real time.
 #![allow(clippy::disallowed_methods)]
 
-mod common;
-
+use crate::common;
 use common::guest::{Disk, Guest, Machine, kernel};
 use common::history::{change, group_cells, place};
 use common::recording::{Recording, Tally};

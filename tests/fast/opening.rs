@@ -6,8 +6,7 @@
 // Real processes take real time.
 #![allow(clippy::disallowed_methods)]
 
-mod common;
-
+use crate::common;
 use common::surroundings::{Without, is_root, start_without};
 use common::{Served, corepage, scratch, snapshot};
 use corepage::{ErrorKind, Options, Store};

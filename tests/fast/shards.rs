@@ -3,8 +3,7 @@
 //! If these fail, a store loses data with the next machine, transactions that each were right are wrong together, or a
 //! flush covers only one core's writes.
 
-mod common;
-
+use crate::common;
 use bytes::Bytes;
 use common::role::Run;
 use corepage::{Durability, Error, ErrorKind, Geometry, Options, PageId, Store, Volume};

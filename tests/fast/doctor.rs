@@ -5,8 +5,7 @@
 // Real processes take real time.
 #![allow(clippy::disallowed_methods)]
 
-mod common;
-
+use crate::common;
 use common::surroundings::{Mounted, NO_RING, OLD_KERNEL, Without, start_without};
 use common::{Served, corepage, scratch, snapshot};
 use serde_json::Value;

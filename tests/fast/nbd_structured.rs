@@ -5,8 +5,7 @@
 // Real processes take real time; nothing here is replayed from a seed but the data.
 #![allow(clippy::disallowed_methods)]
 
-mod common;
-
+use crate::common;
 use common::nbd::*;
 use common::{Chance, Served, scratch};
 use std::time::Duration;
