@@ -1,6 +1,6 @@
 //! The volume that a benchmark works on.
 //!
-//! 1. It is a volume of the benchmark's own, in a store that may have others; [`Field::clear`] deletes it.
+//! 1. It is a volume of the benchmark's own, in a store that may have others; [`BenchVolume::clear`] deletes it.
 //! 2. A volume of that name from an earlier run is deleted if all its pages were written by a benchmark, and no other.
 //! 3. What each page must hold is in memory: version and patch that its writer was told are there.
 
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Writes under way while it is sown.
+/// Writes under way while it is prefilled.
 const SOWN_AT_A_TIME: usize = 256;
 /// Between two tries while the store is busy, and two looks at whether it has done something.
 pub(super) const PAUSE: Duration = Duration::from_millis(5);
@@ -25,7 +25,7 @@ pub const NAME: &str = "corepage-bench";
 pub type Opener = Box<dyn Fn(&Path, Options) -> Result<Store> + Send + Sync>;
 
 /// A store with the volume in it.
-pub struct Field {
+pub struct BenchVolume {
     pub store: Store,
     pub volume: Volume,
     pub pages: u64,
@@ -37,12 +37,12 @@ pub struct Field {
     patches: Box<[AtomicU64]>,
 }
 
-impl Field {
+impl BenchVolume {
     /// Opens or makes the store, and a volume of `bytes` bytes in it.
     ///
     /// # Errors
     /// `Invalid`: there is a volume of that name with somebody's data in it; it is left alone. And whatever the store says.
-    pub fn make(dir: &Path, options: Options, bytes: u64, open: Opener) -> Result<Field> {
+    pub fn make(dir: &Path, options: Options, bytes: u64, open: Opener) -> Result<BenchVolume> {
         let pages = bytes / page::PAGE as u64;
         let store = open(dir, options.clone())?;
         let volume = match prepared(&store, pages * page::PAGE as u64) {
@@ -54,11 +54,11 @@ impl Field {
         };
         let zeros = || (0..pages).map(|_| AtomicU64::new(0)).collect();
         let (versions, patches) = (zeros(), zeros());
-        Ok(Field { store, volume, pages, dir: dir.to_path_buf(), options, open, versions, patches })
+        Ok(BenchVolume { store, volume, pages, dir: dir.to_path_buf(), options, open, versions, patches })
     }
 
     /// Writes every page once. `progress` hears how many are, and can end it.
-    pub fn sow(&self, mut progress: impl FnMut(u64) -> Result<()>) -> Result<()> {
+    pub fn prefill(&self, mut progress: impl FnMut(u64) -> Result<()>) -> Result<()> {
         let mut queue = Queue::new(&self.store, SOWN_AT_A_TIME)?;
         let (mut next, mut done, mut out, mut again) = (0, 0, Vec::new(), Vec::new());
         let op = |n| (n, Op::write_back(&self.volume, PageId::new(n), page::whole(n, 0)));
@@ -111,12 +111,12 @@ impl Field {
         self.store = (self.open)(&self.dir, self.options.clone())?;
         let missing = || Error::new(ErrorKind::Corrupt, "the benchmark's volume is not there any more");
         self.volume = block_on(self.store.volume(NAME))?.ok_or_else(missing)?;
-        let field = &*self;
-        let mut scan = field.volume.scan(PageId::new(0), PageId::new(u64::MAX));
+        let bench = &*self;
+        let mut scan = bench.volume.scan(PageId::new(0), PageId::new(u64::MAX));
         let mut seen = 0;
         while let Some((id, bytes)) = block_on(scan.next())? {
             let number = id.get();
-            let expected = (number < field.pages).then(|| (field.version(number), field.patch(number)));
+            let expected = (number < bench.pages).then(|| (bench.version(number), bench.patch(number)));
             let found = page::check(number, &bytes);
             if found.is_none() || found != expected {
                 let text = format!("page {number} holds {found:?} (version, patch), and must hold {expected:?}");
@@ -125,8 +125,8 @@ impl Field {
             seen += 1;
             progress(seen)?;
         }
-        if seen != field.pages {
-            let text = format!("{seen} pages are there, of {}", field.pages);
+        if seen != bench.pages {
+            let text = format!("{seen} pages are there, of {}", bench.pages);
             return Err(Error::new(ErrorKind::Corrupt, text));
         }
         Ok(())
