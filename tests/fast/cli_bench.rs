@@ -188,7 +188,9 @@ fn an_interrupted_bench_removes_what_it_made() {
     assert_eq!(child.wait().unwrap().signal(), Some(Signal::INT.as_raw()));
     let mut text = String::new();
     child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
-    assert!(text.starts_with("error: interrupted"), "{text}");
+    // On a busy machine the store may still be opening: what was made goes all the same.
+    let says = ["error: interrupted", "error: signal 2 came while the store in"];
+    assert!(says.iter().any(|start| text.starts_with(start)), "{text}");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "it left its store behind");
 }
 
