@@ -46,7 +46,6 @@ mod writeback;
 // For tests and for messages about runs that hang.
 #[cfg(any(test, feature = "sim"))]
 mod audit;
-mod debug;
 #[cfg(test)]
 mod memory_tests;
 #[cfg(any(test, feature = "sim"))]
@@ -54,6 +53,7 @@ mod memory_tests;
 pub(crate) mod observe;
 #[cfg(test)]
 mod overwrite_tests;
+mod whereabouts;
 
 pub(crate) use budget::request_bytes;
 pub use cache::PageRange;

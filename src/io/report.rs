@@ -1,4 +1,4 @@
-//! The report of a disk: what was found when it was opened, in one line.
+//! What the machine really gives: found out when the disk was opened, and told in one line.
 //!
 //! It does *not* decide anything.
 
@@ -8,39 +8,39 @@ use std::fmt;
 /// Whether completions are polled for at the device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Polling {
-    /// They are.
+    /// Yes.
     On,
-    /// They are not, for this reason.
+    /// No, and why.
     Off(String),
 }
 
-/// What was found when a disk was opened.
+/// What the machine gives.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskReport {
     /// The driver: `io_uring` or `portable`.
     pub driver: &'static str,
     /// The file system's name, or its magic number.
     pub file_system: String,
-    /// Whether transfers bypass the page cache.
+    /// Whether transfers pass the page cache by.
     pub direct: bool,
     /// How writes become durable.
     pub flush: FlushMethod,
-    /// Operations that may be at the device at a time.
+    /// Operations at the device at a time.
     pub depth: usize,
     /// Entries of the ring; 0 without one.
     pub ring_entries: u32,
-    /// Bytes of memory registered with the kernel, which need no look-up for each transfer.
+    /// Bytes of memory that the kernel knows, and so needs not look up for each transfer.
     pub fixed_bytes: u64,
-    /// Bytes of memory that were offered for registration.
+    /// Bytes of memory that were offered to it.
     pub offered_bytes: u64,
     /// Whether completions are polled for.
     pub polling: Polling,
-    /// Why the preferred driver is not used.
+    /// Why the driver is not the one that was wanted.
     pub fallback: Option<String>,
 }
 
 impl DiskReport {
-    /// The report if there is no disk.
+    /// The report of a disk that is none.
     pub fn none() -> Self {
         DiskReport {
             driver: "none",

@@ -9,14 +9,14 @@ use crate::engine::recovery::{self, RecoveryReport};
 use crate::io::Disk;
 use std::sync::Arc;
 
-/// The shards of a store that is being opened, and what they have in common.
+/// What opening a store begins with.
 pub(super) struct Bootstrap<M> {
     pub(super) shards: Vec<M>,
     pub(super) recovery: RecoveryReport,
     pub(super) order: Arc<GlobalOrder>,
-    /// The most bytes of one commit.
+    /// What one commit may count at most.
     pub(super) txn_bytes_max: u64,
-    /// Which shard owns which pages.
+    /// Which shard owns what.
     pub(super) deal: Deal,
 }
 

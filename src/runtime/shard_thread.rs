@@ -1,22 +1,21 @@
-//! The life of a shard's thread, from its first moment to its last, on any driver.
+//! A shard's thread from its first moment to its last, on any driver.
 //!
 //! ```text
 //!   made a disk --ready--> waits for commands --bootstrap (one thread only)--> bootstrapped
 //!      |                        |take: its shard
 //!      |refused                 v
-//!      v                  rounds, opening --open--> rounds --> ended
+//!      v                    laps, opening --open--> laps --> ended
 //!    ends                       |failed: ends, and so do all
 //! ```
 //! Invariants
-//! 1. The coordinator is told in any case: refused; or ready, and then open or failed. A panic is a failure.
-//! 2. A thread that panics ends all threads.
-//! 3. `RuntimeShared::thread_ended` is the last call of a thread, after it has closed its files.
-//! 4. Such a thread never waits for another one: each may lead a flush that the other needs in order to end. Code that runs on
-//!    it (tasks, wakers, destructors of callers) can ask [`is_shard_thread`].
+//! 1. Whatever happens, the coordinator hears of it: refused; or ready, and then open or failed. A panic is a failure.
+//! 2. A thread that panics ends all.
+//! 3. `RuntimeShared::thread_ended` comes when the thread has let go of its files, and last.
+//! 4. Such a thread never waits for another one: each may lead a flush that the other needs in order to end. What runs on
+//!    it, tasks, wakers and destructors of callers included, can ask [`is_shard_thread`].
 
 use super::bootstrap::Bootstrap;
-use super::clock::Clock;
-use super::event_loop::{EventLoop, EventLoopParts, PollOutcome, PollPolicy};
+use super::event_loop::{Clock, EventLoop, EventLoopParts, PollOutcome, PollPolicy};
 use super::shared::RuntimeShared;
 use crate::base::ShardId;
 use crate::base::error::{Error, ErrorKind, Result};
@@ -39,19 +38,19 @@ pub(crate) fn is_shard_thread() -> bool {
     IS_SHARD.with(Cell::get)
 }
 
-/// Rounds of the event loop before the executor gets a turn.
+/// Laps between two looks at the executor.
 const ROUNDS_MAX: usize = 64;
 
-/// Begins to open the store on the disk of one of the threads, and makes the shards of all.
+/// Opens the store on the disk of one of the threads, and makes the shards of all.
 pub(super) type BootstrapTask<M> = Box<dyn FnOnce(&mut dyn Disk) -> Result<Bootstrap<M>> + Send>;
 
-/// Reports of a thread to the coordinator.
+/// What a thread tells the coordinator.
 pub(super) enum StartupStatus<M> {
-    /// The thread has its disk.
+    /// It has a disk.
     Ready(DiskReport),
-    /// The driver can't run here, and why.
+    /// It can't have what its driver needs, and why.
     Refused(Error),
-    /// The result of [`StartupCommand::Bootstrap`].
+    /// The opener's result.
     Bootstrapped(Result<Bootstrap<M>>),
     /// Its shard is open.
     Open,
@@ -59,7 +58,7 @@ pub(super) enum StartupStatus<M> {
     Failed(Error),
 }
 
-/// Commands of the coordinator to a thread.
+/// What the coordinator tells a thread.
 pub(super) enum StartupCommand<M> {
     /// Begin to open the store.
     Bootstrap(BootstrapTask<M>),
@@ -67,7 +66,7 @@ pub(super) enum StartupCommand<M> {
     TakeShard(Box<M>, Arc<GlobalOrder>),
 }
 
-/// Everything that a shard's thread is started with.
+/// Where a shard's thread sits.
 pub(super) struct ThreadContext<M: StateMachine> {
     pub(super) id: ShardId,
     pub(super) pin: Option<usize>,
@@ -84,7 +83,7 @@ pub(super) struct ThreadContext<M: StateMachine> {
     pub(super) commands: Receiver<StartupCommand<M>>,
 }
 
-/// A thread that drives its shard.
+/// A shard's thread with its shard.
 pub(super) struct ShardThread<M: StateMachine, D: Disk> {
     event_loop: Option<EventLoop<M, D>>,
     /// Until the shard is open, or has failed.
@@ -93,12 +92,12 @@ pub(super) struct ShardThread<M: StateMachine, D: Disk> {
 }
 
 impl<M: StateMachine> ThreadContext<M> {
-    /// Reports that the driver can't run here; the thread ends.
+    /// The thread can't have what its driver needs.
     pub(super) fn refuse(self, error: Error) {
         let _ = self.status.send(StartupStatus::Refused(error));
     }
 
-    /// Reports that the thread has its disk, and waits for its shard. `None`: it gets none, and ends.
+    /// The thread has its disk, and waits for its shard; `None`: there is none for it, and the thread ends.
     pub(super) fn attach_disk<D: Disk>(
         self,
         mut disk: D,
@@ -119,7 +118,7 @@ impl<M: StateMachine> ThreadContext<M> {
             ..
         } = self;
         let cancel = files.cancel().clone();
-        // The disk has a reference of its own; the last one holds the store's lock.
+        // The disk has its own; the last of them holds the store's lock.
         drop(files);
         shared.mailboxes[usize::from(id.get())].parking.set_waker(waker);
         let _ = status.send(StartupStatus::Ready(report));
@@ -152,7 +151,7 @@ impl<M: StateMachine> ThreadContext<M> {
     }
 }
 
-/// The main function of a shard's thread: runs `body`, and reports the thread's end even if that panics.
+/// What a shard's thread runs: `body`, and then that it has ended, whatever happened.
 pub(super) fn thread_main<M: StateMachine>(context: ThreadContext<M>, body: impl FnOnce(ThreadContext<M>)) {
     IS_SHARD.set(true);
     let (shared, status) = (context.shared.clone(), context.status.clone());
@@ -178,7 +177,7 @@ fn panicked() -> Error {
 }
 
 impl<M: StateMachine, D: Disk> ShardThread<M, D> {
-    /// Runs some rounds of the event loop. False: the shard has ended, and nothing is left to do.
+    /// Some laps; false: the shard has ended, and nothing is left to do.
     pub(super) fn run(&mut self) -> bool {
         match catch_unwind(AssertUnwindSafe(|| self.run_rounds())) {
             Ok(true) => return true,
@@ -222,10 +221,10 @@ impl<M: StateMachine, D: Disk> ShardThread<M, D> {
     }
 }
 
-/// Reports to the coordinator, once, whether the shard has opened.
+/// Tells the coordinator what has become of the shard, once.
 fn tell<M>(opening: &mut Option<Sender<StartupStatus<M>>>, status: StartupStatus<M>) {
     if let Some(opening) = opening.take() {
-        // Nobody receives if opening was given up.
+        // Nobody listens if opening was given up.
         let _ = opening.send(status);
     }
 }

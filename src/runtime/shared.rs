@@ -1,12 +1,13 @@
-//! State that handles and the threads of all shards share: mailboxes, permits, and how all threads end.
+//! What handles and the threads of all shards share.
 //!
 //! Invariants
 //! 1. A request is in an inbox, in a shard or answered. When a thread ends it answers what it had accepted, closes its
 //!    inbox, and refuses the rest.
-//! 2. `abandoned` ends all threads: no handle is left, or a shard has stopped without a clean close. Each waits for its operations
-//!    at the device, and for nothing else; work of many steps ends after the present step.
+//! 2. `abandoned` ends all threads: no handle is left, or a shard has stopped without a clean close. Each waits for what it
+//!    has at the device, and for nothing else; what consists of many steps is cut short.
 
 use super::request_permits::{CHARGED_BYTES_MAX, RequestPermits};
+use super::task_context::SpawnRequest;
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::engine::{Request, Response, Token, request_bytes};
 use crate::io::{Cancel, DiskWaker, Opener};
@@ -14,24 +15,23 @@ use crate::mesh::{InFlight, Inbox, Parking, Wake};
 use async_task::Runnable;
 use crossbeam::queue::SegQueue;
 use event_listener::Event;
-use std::any::Any;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 /// Requests that an inbox holds whatever `requests_max` is; beyond it, a share of that.
 const INBOX_MAX: usize = 16_384;
-/// Closures on their way to a shard, at most.
+/// Closures on their way to a shard.
 const SPAWNS_MAX: usize = 1024;
 
 /// A request on its way to a shard.
 pub(super) struct QueuedRequest {
     pub(super) token: Token,
     pub(super) request: Request,
-    /// Bytes that it holds of [`ShardMailbox::byte_permits`] until it is answered.
+    /// What it is counted with in [`ShardMailbox::byte_permits`], until it is answered.
     pub(super) bytes: u64,
 }
 
-/// Bytes that a request is charged with.
+/// What a request is counted with, where its bytes are.
 pub(super) fn charged_bytes(request: &Request) -> u64 {
     request_bytes(request).min(CHARGED_BYTES_MAX)
 }
@@ -42,28 +42,25 @@ impl Wake for DiskWaker {
     }
 }
 
-/// A closure that starts a task on the shard's own thread; it is given the thread's `TaskContext`.
-pub(super) type SpawnRequest = Box<dyn FnOnce(&dyn Any) + Send>;
-
-/// Everything through which other threads reach one shard.
+/// The way into one shard.
 pub(super) struct ShardMailbox {
     pub(super) inbox: Inbox<QueuedRequest>,
     pub(super) spawn_queue: Inbox<SpawnRequest>,
-    /// Tasks of the shard that other threads have woken. Each is in it at most once, so the number of tasks bounds it.
+    /// Tasks of the shard that other threads have woken: each at most once, so bounded by the tasks.
     pub(super) woken_tasks: SegQueue<Runnable>,
     pub(super) parking: Parking<DiskWaker>,
-    /// Permits for requests that carry bytes. Each shard has its own, so that a slow one holds up no commits to others.
+    /// For requests that carry something: a shard that is slow holds up no commits of others.
     pub(super) byte_permits: RequestPermits,
 }
 
-/// A permit of [`ShardMailbox::byte_permits`], returned on drop unless it is [charged to a request](BytesPermit::into_charged).
+/// What a request on its way has taken of [`ShardMailbox::byte_permits`]; given back unless it is [kept](BytesPermit::into_charged).
 pub(super) struct BytesPermit<'a> {
     mailbox: &'a ShardMailbox,
     bytes: u64,
 }
 
 impl<'a> BytesPermit<'a> {
-    /// Waits until `bytes` may be under way to the shard. Zero bytes need no permit.
+    /// Waits until so many bytes may be under way to the shard; none always may.
     pub(super) async fn acquire(mailbox: &'a ShardMailbox, bytes: u64) -> Result<BytesPermit<'a>> {
         if bytes > 0 {
             mailbox.byte_permits.acquire(bytes).await?;
@@ -71,7 +68,7 @@ impl<'a> BytesPermit<'a> {
         Ok(BytesPermit { mailbox, bytes })
     }
 
-    /// Charges the bytes to a request that is on its way: they are returned when it is answered.
+    /// The request is on its way: its bytes are given back when it is answered.
     pub(super) fn into_charged(mut self) -> u64 {
         std::mem::take(&mut self.bytes)
     }
@@ -86,17 +83,17 @@ impl Drop for BytesPermit<'_> {
 pub(super) struct RuntimeShared {
     pub(super) mailboxes: Box<[ShardMailbox]>,
     pub(super) in_flight: Arc<InFlight<Result<Response>>>,
-    /// Permits for all requests of handles.
+    /// For all requests of handles.
     pub(super) request_permits: RequestPermits,
     abandoned: AtomicBool,
     opener: Opener,
-    /// A clean close was requested: nothing more is handed to the shards.
+    /// A clean close was asked for: nothing more is brought to the shards.
     closing: AtomicBool,
-    /// The files' switch that ends work of many steps.
+    /// Of the files: ends what takes many steps.
     cancel: Cancel,
     running: AtomicUsize,
     ended: Event,
-    /// Why the store takes no writes any more, once a shard has failed.
+    /// Why the store takes no writes any more, once that is so.
     failure: OnceLock<Error>,
     has_failed: Event,
 }
@@ -126,13 +123,13 @@ impl RuntimeShared {
         }
     }
 
-    /// Ends all threads without a clean close, and makes the files useless.
+    /// All threads are to end, without a clean close, and the files are of no use any more.
     pub(super) fn abandon(&self) {
         self.cancel.cancel();
         self.end_threads();
     }
 
-    /// Records that a shard has failed, so that no shard takes writes any more. The first failure is the one that is reported.
+    /// A shard has failed: no shard takes writes any more. The first failure is the one that is told.
     pub(super) fn fail(&self, error: Error) {
         if self.failure.set(error).is_ok() {
             self.has_failed.notify(usize::MAX);
@@ -150,20 +147,16 @@ impl RuntimeShared {
         }
     }
 
-    /// Ends all threads; the files stay usable.
+    /// All threads are to end; others may use the files.
     pub(super) fn end_threads(&self) {
         self.abandoned.store(true, Ordering::SeqCst);
         self.mailboxes.iter().for_each(|mailbox| mailbox.parking.force_unpark());
     }
 
-    /// Refuses requests before they reach a shard, so that callers who retry take no time from the shards' last work.
-    pub(super) fn begin_closing(&self) {
-        self.closing.store(true, Ordering::Release);
-    }
-
-    /// Lets requests through again: the shards were too busy to close.
-    pub(super) fn cancel_closing(&self) {
-        self.closing.store(false, Ordering::Release);
+    /// From now on, or no more: requests are refused before they reach a shard, so that callers who try again and again take no time
+    /// from the shards' last work.
+    pub(super) fn set_closing(&self, closing: bool) {
+        self.closing.store(closing, Ordering::Release);
     }
 
     pub(super) fn is_closing(&self) -> bool {
@@ -189,14 +182,14 @@ impl RuntimeShared {
         self.abandoned.load(Ordering::Relaxed)
     }
 
-    /// Answers a request to a shard, and returns its permits.
+    /// Answers a request to a shard and frees its place, and its bytes.
     pub(super) fn finish(&self, mailbox: &ShardMailbox, token: Token, bytes: u64, result: Result<Response>) {
         self.in_flight.complete(token.0, result);
         self.request_permits.release(1, 0);
         mailbox.byte_permits.release(usize::from(bytes > 0), bytes);
     }
 
-    /// Closes a mailbox when its shard's thread ends: accepted requests have an unknown outcome, the rest were not begun.
+    /// The shard's thread takes nothing any more: what was accepted has an unknown outcome, the rest was not begun.
     pub(super) fn close_mailbox(&self, mailbox: &ShardMailbox, accepted: impl Iterator<Item = (Token, u64)>) {
         mailbox.inbox.close();
         mailbox.spawn_queue.close();
@@ -216,16 +209,14 @@ impl RuntimeShared {
         }
     }
 
-    /// Called by each thread when it has closed its files.
+    /// The thread has let go of its files.
     pub(super) fn thread_ended(&self) {
-        let running = self.running.fetch_sub(1, Ordering::SeqCst);
-        assert!(running > 0, "more threads end than were started");
-        if running == 1 {
+        if self.running.fetch_sub(1, Ordering::SeqCst) == 1 {
             self.ended.notify(usize::MAX);
         }
     }
 
-    /// Waits until all threads have closed their files.
+    /// Waits until all threads have let go of their files.
     pub(super) async fn ended(&self) {
         loop {
             let listener = self.ended.listen();
@@ -238,7 +229,7 @@ impl RuntimeShared {
 }
 
 impl ShardMailbox {
-    /// Drops closures that no shard will run; their handles get `Closed`.
+    /// Drops closures that no shard will run; whoever waits for them is told.
     pub(super) fn refuse_spawned(&self) {
         while self.spawn_queue.pop().is_some() {}
     }

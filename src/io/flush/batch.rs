@@ -26,14 +26,10 @@ use smallvec::SmallVec;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-/// Which operation of a disk that runs on a ring; other threads only hand it back.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(in crate::io) struct OpIdx(pub(in crate::io) u32);
-
-/// An event that another thread sends to a disk that runs on a ring.
+/// What another thread tells a disk that runs on a ring.
 pub(in crate::io) enum RemoteEvent {
-    /// A part of this operation has ended.
-    PartEnded(OpIdx, Result<()>),
+    /// A part of the operation with this key has ended.
+    PartEnded(u32, Result<()>),
     /// This disk has to lead a batch.
     Lead(FlushBatch),
 }
@@ -68,10 +64,10 @@ impl RemoteEvents {
     }
 }
 
-/// The receiver of a batch's result.
+/// Who is told the result of a batch.
 pub(in crate::io) enum FlushWaiter {
     /// An operation of a disk on a ring, which can also lead batches.
-    Ring(Arc<RemoteEvents>, OpIdx),
+    Ring(Arc<RemoteEvents>, u32),
     /// Any other; called on the leader's thread.
     Call(Box<dyn FnOnce(Result<()>) + Send>),
 }
@@ -79,13 +75,13 @@ pub(in crate::io) enum FlushWaiter {
 impl FlushWaiter {
     fn tell(self, result: Result<()>) {
         match self {
-            FlushWaiter::Ring(events, op) => events.push(RemoteEvent::PartEnded(op, result)),
+            FlushWaiter::Ring(events, key) => events.push(RemoteEvent::PartEnded(key, result)),
             FlushWaiter::Call(call) => call(result),
         }
     }
 }
 
-/// The file that a flush has to sync.
+/// What a flush has to cover.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(in crate::io) enum Cover {
     /// A sync of any file of the queue is enough.

@@ -37,12 +37,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The access to the files.
+/// What may be done to the files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Reading, writing, creating and growing.
+    /// Everything.
     ReadWrite,
-    /// Reading only: nothing is created or changed.
+    /// Reading: nothing is created or changed.
     ReadOnly,
 }
 
@@ -118,9 +118,9 @@ impl Location {
 
 /// Space on a medium, in bytes.
 pub(crate) struct Room {
-    /// Bytes that the store's files take.
+    /// What the store's files have.
     pub(crate) used: u64,
-    /// Bytes that this user may still fill, if the medium reports them.
+    /// What this user may still fill, if the medium says.
     pub(crate) free: Option<u64>,
 }
 

@@ -1,4 +1,4 @@
-//! Options of a ring disk. They are *not* checked against the machine here.
+//! What the owner of a ring disk chooses. It does *not* check it against the machine.
 
 /// How to run the ring disk.
 #[derive(Clone, Debug)]

@@ -1,20 +1,20 @@
-//! Observes a cluster from outside: whether its shards spin, what they wait for, how often rare events happen.
+//! What is seen of a cluster from outside: whether its shards spin, what they wait for, what seldom happens.
 //!
-//! It does *not* drive anything, and knows no clients.
+//! It does *not* drive anything, and knows no client.
 
 use super::cluster::Cluster;
-use super::progress::TurnOutcome;
+use super::progress::Lap;
 use super::rare::Rare;
 use crate::base::Micros;
 use crate::engine::{Activity, Shard};
 
 /// Whether a shard that turns for nothing twice in a row fails the run.
 const SPIN_IS_AN_ERROR: bool = true;
-/// Whether a page table that grows with the requests fails the run.
+/// Whether a table that grows with what is asked for fails the run.
 pub(super) const TABLE_IS_BOUNDED: bool = true;
 
 impl Cluster {
-    /// Counts of rare events.
+    /// What seldom happens, as often as it did.
     pub fn rare(&self) -> Rare {
         Rare { turns_for_nothing: self.progress.total, ..self.late.rare }
     }
@@ -56,13 +56,14 @@ impl Cluster {
         if shard.is_checkpoint_starved() {
             node.starved_after.get_or_insert(ended);
         }
-        let spins = self
-            .progress
-            .turned(index, TurnOutcome { delivered: step.delivered, emitted: step.emitted, again_at_once });
+        self.late.rare.segments_added += shard.log_segments() - node.log_segments;
+        node.log_segments = shard.log_segments();
+        let spins =
+            self.progress.turned(index, Lap { delivered: step.delivered, emitted: step.emitted, again_at_once });
         if SPIN_IS_AN_ERROR { spins.map_err(|why| format!("{why}: {}", self.describe())) } else { Ok(()) }
     }
 
-    /// Describes what each shard waits for.
+    /// What everybody waits for, in words.
     pub fn describe(&self) -> String {
         let mut text = format!(
             "at {}, {} operations in flight, {} messages under way",
@@ -80,7 +81,7 @@ impl Cluster {
                 shard.waits_for(),
                 shard.deadline(),
                 self.turn_at(index),
-                shard.dump_state()
+                shard.whereabouts()
             );
         }
         text

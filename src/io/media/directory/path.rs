@@ -1,18 +1,20 @@
 //! The path to the directory: making it, and making its name durable.
 //!
-//! If a power loss took the name of one directory on the way, the store below it could not be found any more.
+//! A power loss must not take the name of one directory on the way: the store in it, with all that was acknowledged, would be
+//! nowhere to be found.
 
 use crate::base::error::{Error, Result};
 use crate::io::media::probe_direct_io::not_made;
 use std::fs::File;
 use std::path::Path;
 
-/// Makes the directory and its missing parents, and makes their names durable: a crash must not take a part of the path.
+/// Makes it, and those above it that are missing, and their names durable: the path must outlive a crash as a whole, or
+/// the store in it is nowhere to be found.
 pub(super) fn make_directory(path: &Path) -> Result<()> {
     make_directories(path, path, &mut |parent| File::open(parent)?.sync_all())
 }
 
-/// Makes `path`, which is on the way to `whole`; `sync` makes the names in a directory durable.
+/// The same, of which `path` is the part on the way to `whole`; `sync` makes the names in a directory durable.
 fn make_directories(path: &Path, whole: &Path, sync: &mut dyn FnMut(&Path) -> std::io::Result<()>) -> Result<()> {
     if path.as_os_str().is_empty() || path.is_dir() {
         return Ok(());
@@ -35,7 +37,7 @@ fn make_directories(path: &Path, whole: &Path, sync: &mut dyn FnMut(&Path) -> st
     }
 }
 
-/// The error for a `path` on the way to `whole` that is not a directory.
+/// Something else than a directory is at `path`, on the way to `whole`.
 fn in_the_way(path: &Path, whole: &Path, e: std::io::Error) -> Error {
     let link = std::fs::read_link(path);
     let is_file = std::fs::symlink_metadata(path).map(|meta| !meta.is_dir());
@@ -57,8 +59,8 @@ fn in_the_way(path: &Path, whole: &Path, e: std::io::Error) -> Error {
     }
 }
 
-/// Makes the names on the way to a directory durable: an earlier opening may have made some of them and died before it synced
-/// them. Done once for a store, before it is made; errors are ignored, since a parent may not be readable.
+/// Makes the names on the way to a directory durable: an earlier opening may have made some of them, and died before it
+/// had. Once for a store, before it is made; a directory that can't be synced is its owner's to see to.
 pub(super) fn sync_names_of(path: &Path) {
     let Ok(path) = path.canonicalize() else { return };
     for above in path.ancestors().skip(1) {
@@ -71,7 +73,7 @@ mod tests {
     use super::*;
     use std::path::PathBuf;
 
-    /// A user who names a file, or a link to a disk that is not mounted, has to learn which, and what to do.
+    /// Whoever names a file, or a link to a disk that is not mounted, has to learn which, and what to do.
     #[test]
     fn what_is_in_the_way_of_a_directory_is_named() {
         let dir = tempfile::tempdir().unwrap();
