@@ -88,10 +88,7 @@ const CIRCLES: &[(&[&str], &str)] = &[
         &["program/server/nbd/reads", "program/server/nbd/transmission"],
         "to go: the state of a connection in a file of its own",
     ),
-    (&["runtime/event_loop", "runtime/latency_recorder"], "to go: the clock in a file of its own"),
-    (&["runtime/handle", "runtime/start"], "to go: the event loop is being restructured"),
-    (&["runtime/shared", "runtime/task_context"], "to go: the event loop is being restructured"),
-    (&["testing/sim/"], "to go: the simulated world knows its oracle, and that the world"),
+    (&["testing/sim/"], "to go: a simulated run knows its oracle, and that the run"),
 ];
 
 /// What the top of the repository may hold, besides names with a leading dot and what Git ignores.

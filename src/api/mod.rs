@@ -112,7 +112,7 @@ impl Store {
     async fn open_wanted(dir: &Path, options: Options, wanted: OpenMode) -> Result<Store> {
         let read_pages = options.vectored_pages_max.min(READ_PAGES);
         let pins = Pins::new((frames_in(options.memory_bytes) / PINS_SHARE) as usize);
-        let runtime = Runtime::start(dir.to_path_buf(), options, wanted).await?;
+        let runtime = crate::runtime::start(dir.to_path_buf(), options, wanted).await?;
         let volumes = (0..VOLUMES_MAX).map(|_| Arc::default()).collect();
         let (closing, resizing) = Default::default();
         let freeing = Arc::<Freeing>::default();

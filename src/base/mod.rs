@@ -11,12 +11,14 @@ pub mod metrics;
 pub(crate) mod options;
 mod page;
 mod place;
+mod shard_set;
 pub(crate) mod sync;
 
 pub use deal::Deal;
 pub use lsn::Lsn;
 pub use page::{PageId, PageKey, RUN_PAGES, ShardId, VShard, VolumeId};
 pub use place::{ExtentNo, Place, SegmentNo};
+pub use shard_set::ShardSet;
 
 /// The unit of all I/O and of all places: 4 KiB, the smallest page and the physical block of common devices.
 pub const BLOCK: usize = 4096;

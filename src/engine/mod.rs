@@ -46,6 +46,7 @@ mod writeback;
 // For tests and for messages about runs that hang.
 #[cfg(any(test, feature = "sim"))]
 mod audit;
+mod debug;
 #[cfg(test)]
 mod memory_tests;
 #[cfg(any(test, feature = "sim"))]
@@ -53,7 +54,6 @@ mod memory_tests;
 pub(crate) mod observe;
 #[cfg(test)]
 mod overwrite_tests;
-mod whereabouts;
 
 pub(crate) use budget::request_bytes;
 pub use cache::PageRange;

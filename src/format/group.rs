@@ -11,7 +11,7 @@
 
 use super::node::Entry;
 use super::{LSN_END, crc_around, get};
-use crate::base::{BLOCK, Lsn, PageKey, SegmentNo, ShardId, VolumeId};
+use crate::base::{BLOCK, Lsn, PageKey, SegmentNo, ShardId, ShardSet, VolumeId};
 use std::mem::offset_of;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -347,10 +347,10 @@ pub struct Body<'a> {
 pub enum Role {
     /// All of it.
     Whole,
-    /// The part of the shard that drew the LSN; the bits are the other shards that have parts.
-    Owner(u64),
-    /// The part of another shard.
-    Part(u64),
+    /// The part of the shard that drew the LSN; the set has the other shards with parts.
+    Owner(ShardSet),
+    /// The part of another shard; the set has the owner.
+    Part(ShardSet),
 }
 
 impl Role {
@@ -364,7 +364,7 @@ impl Role {
     }
 
     /// The shards that the record names; `None` in the record of a whole commit.
-    pub fn shards(self) -> Option<u64> {
+    pub fn shards(self) -> Option<ShardSet> {
         match self {
             Role::Whole => None,
             Role::Owner(shards) | Role::Part(shards) => Some(shards),
@@ -435,8 +435,8 @@ impl<'a> Body<'a> {
         let parts: &RawParts = get(self.records, *at)?;
         *at += size_of::<RawParts>();
         match kind {
-            1 => Some(Role::Owner(parts.shards.get())),
-            2 => Some(Role::Part(parts.shards.get())),
+            1 => Some(Role::Owner(ShardSet::from_bits(parts.shards.get()))),
+            2 => Some(Role::Part(ShardSet::from_bits(parts.shards.get()))),
             _ => None,
         }
     }

@@ -1,8 +1,8 @@
-//! How long to pause before something is tried again that the kernel has refused for now (`EAGAIN`, `EINTR`).
+//! Pauses before a call is repeated that the kernel has refused for now (`EAGAIN`, `EINTR`).
 //!
 //! Invariants
 //! 1. No refusal is answered by an immediate retry for ever: each pause in a row is at least as long as the one before.
-//! 2. A device that refuses for [`REFUSALS_MAX`] pauses in a row, half a minute, counts as failed: nobody waits for ever.
+//! 2. A device that refuses for [`REFUSALS_MAX`] pauses in a row, half a minute, counts as failed, so that no caller waits for ever.
 //!
 //! It does *not* sleep where a ring has a timer for that.
 
@@ -11,11 +11,11 @@ use crate::base::Micros;
 use rustix::io::Errno;
 use std::time::Duration;
 
-/// The first pause: longer than a queue of the device takes to have room again, short enough not to be noticed.
+/// The first pause: a full device queue has room again by then, and no client notices it.
 const PAUSE_MIN_US: Micros = 100;
-/// The longest: a device that is that slow is not slowed down by it.
+/// The longest pause: it does not slow down a device that is this slow anyway.
 const PAUSE_MAX_US: Micros = 100 << 10;
-/// So many refusals in a row are a failure.
+/// Refusals in a row after which a call counts as failed.
 const REFUSALS_MAX: u16 = 300;
 
 /// Refusals in a row.
@@ -23,7 +23,7 @@ const REFUSALS_MAX: u16 = 300;
 pub(super) struct Backoff(u16);
 
 impl Backoff {
-    /// One more refusal. How long to pause before the next attempt, or `None`: it is a failure.
+    /// Counts one more refusal. Returns how long to pause before the next attempt, or `None` once that is a failure.
     pub(super) fn refused(&mut self) -> Option<Micros> {
         self.0 = self.0.saturating_add(1);
         (self.0 <= REFUSALS_MAX).then(|| self.pause_us())
@@ -47,10 +47,10 @@ impl Backoff {
     }
 }
 
-/// Does `call`, again after a pause while it is refused for now: for what is asked once, before a store is open. Up to
-/// a tenth of a second, since nobody can end that.
+/// Repeats `call` after a pause while it is refused for now. For calls that are made before a store is open; it gives up after
+/// a fifth of a second, since nothing can cancel it.
 #[allow(clippy::disallowed_methods, reason = "the kernel tells nobody when it would take it")]
-pub(super) fn patiently<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
+pub(super) fn retry_transient<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
     let mut backoff = Backoff::default();
     loop {
         match call() {
@@ -67,20 +67,20 @@ pub(super) fn patiently<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> r
 mod tests {
     use super::*;
 
-    /// A signal in the middle of a trial must not make a store go through the page cache for the rest of its life.
+    /// A signal in the middle of a probe must not make a store use the page cache for the rest of its life.
     #[test]
-    fn a_trial_that_is_interrupted_is_tried_again_and_not_for_ever() {
+    fn a_probe_that_is_interrupted_is_repeated_and_not_for_ever() {
         for refusal in [Errno::INTR, Errno::AGAIN] {
             let mut left = 5;
             let refused_first = || {
                 left -= 1;
                 if left > 0 { Err(refusal) } else { Ok(7) }
             };
-            assert_eq!(patiently(refused_first), Ok(7));
-            assert_eq!(patiently(|| Err::<(), _>(refusal)), Err(refusal));
+            assert_eq!(retry_transient(refused_first), Ok(7));
+            assert_eq!(retry_transient(|| Err::<(), _>(refusal)), Err(refusal));
         }
         let mut calls = 0;
-        let failed = patiently(|| {
+        let failed = retry_transient(|| {
             calls += 1;
             Err::<(), _>(Errno::IO)
         });

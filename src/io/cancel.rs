@@ -1,22 +1,22 @@
-//! Giving up what a store's threads are doing: opening it, or driving it after its last handle is gone.
+//! A token that cancels the work of a store's threads: opening it, or running it after its last handle was dropped.
 //!
 //! Invariants
 //! 1. A token that was cancelled stays so.
-//! 2. After that no operation is begun: at most those that are at the device already are waited for. What consists of many
-//!    steps, such as an allocation, ends after the present one, with an error.
+//! 2. Once cancelled, no operation begins; only those that are at the device already are waited for. Work in many steps, such as
+//!    an allocation, ends after the present step, with an error.
 //!
-//! It does *not* wake anybody: whoever cancels wakes the threads that wait.
+//! It does *not* wake a thread: the caller that cancels does.
 
 use crate::base::error::{Error, ErrorKind, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Whether to go on. Clones are the same token.
+/// A cancellation token. Clones are the same token.
 #[derive(Clone, Debug, Default)]
 pub struct Cancel(Arc<AtomicBool>);
 
 impl Cancel {
-    /// From now on no operation is begun.
+    /// Cancels the work: no operation begins from now on.
     pub fn cancel(&self) {
         self.0.store(true, Ordering::SeqCst);
     }
@@ -26,8 +26,10 @@ impl Cancel {
         self.0.load(Ordering::SeqCst)
     }
 
+    /// Fails once the token was cancelled.
+    ///
     /// # Errors
-    /// `Closed` once it was cancelled.
+    /// `Closed`.
     pub fn check(&self) -> Result<()> {
         match self.is_cancelled() {
             true => Err(Error::new(

@@ -110,7 +110,7 @@ impl Files {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The file, which may not exist yet. The same object for all disks; each keeps what it got.
+    /// The file, which may not exist yet. All disks share the object.
     pub(super) fn file(&self, id: FileId) -> Arc<FileEntry> {
         self.entries().entry(id).or_insert_with(|| FileEntry::new(StoreFile::missing(id))).clone()
     }
@@ -150,9 +150,9 @@ impl Files {
         if self.writes_durably(id) { ReadWriteFlags::DSYNC } else { ReadWriteFlags::empty() }
     }
 
-    /// Those of `files` whose flush has to be asked for: no file whose writes are all durable already, and one for all
-    /// where that is enough. It is not for a file that was never flushed since it was opened: a process that died may
-    /// have left it longer than its metadata on the device says, or in the page cache.
+    /// The files among `entries` that need a flush: none whose writes are all durable already, and one for all where one flush
+    /// stands for all. A file that was never flushed since it was opened always needs its own: a process that died may have
+    /// left it longer than its metadata on the device says, or in the page cache.
     ///
     /// # Errors
     /// `Invalid` if the store is open for reading only, `NotFound` if one of them does not exist.
@@ -182,7 +182,7 @@ impl Files {
         self.flush_queue(own, entry).join(&entry.file, cover, waiter)
     }
 
-    /// What file system and device are like.
+    /// What the file system and the device can do.
     pub fn traits(&self) -> &DeviceTraits {
         self.media.traits()
     }
@@ -241,7 +241,7 @@ impl Files {
         Error::io(format_args!("{doing} {}", self.media.describe(id)), cause)
     }
 
-    /// What a disk over these files can say of them; the rest is its own.
+    /// The part of a disk's report that the files know.
     pub(super) fn report(&self) -> DiskReport {
         DiskReport {
             file_system: self.traits().file_system.clone(),
@@ -252,7 +252,7 @@ impl Files {
         }
     }
 
-    /// What ends the work on these files.
+    /// The token that cancels the work on these files.
     pub(crate) fn cancel(&self) -> &Cancel {
         &self.cancel
     }

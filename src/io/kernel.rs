@@ -1,11 +1,11 @@
-//! The oldest kernel that the disks on files are meant for: asked before a file is touched.
+//! The oldest supported kernel, checked before a file is touched.
 //!
-//! It does not probe single features; each is probed where it is used.
+//! It does *not* probe single features; each is probed where it is used.
 
 use crate::base::error::{Error, ErrorKind, Result};
 
 /// Major and minor number. Direct I/O, `preadv`, `pwritev`, `fallocate` and `flock` on all supported file systems are
-/// older; 4.14 is where our promise begins, not where something breaks.
+/// older; 4.14 is the oldest kernel that is promised to work, not where something breaks.
 const OLDEST: (u32, u32) = (4, 14);
 
 /// Refuses an older kernel.
@@ -25,7 +25,7 @@ fn check_release(release: &str) -> Result<()> {
             ErrorKind::Unsupported,
             format_args!("this is Linux {release}; {}.{} or newer is needed", OLDEST.0, OLDEST.1),
         )),
-        // A release that does not begin with two numbers is a kernel that somebody made; let it try.
+        // A release that does not begin with two numbers is a custom kernel, which is allowed.
         _ => Ok(()),
     }
 }

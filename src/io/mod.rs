@@ -1,9 +1,9 @@
-//! The disk seam: the only way by which the engine touches a device.
+//! The disk seam: the engine touches a device only through the trait [`Disk`].
 //!
 //! An operation owns the memory that it reads into or writes from, from `submit` until its completion hands it
 //! back: a buffer belongs to the kernel until then, after a cancellation too.
 //!
-//! What every implementation promises
+//! Every implementation guarantees
 //! 1. An operation completes exactly once, with `Ok` only if every byte was transferred: short transfers are
 //!    continued, `EINTR` and `EAGAIN` repeated after a pause, for half a minute at most; any other failure is an error,
 //!    whatever its number.
@@ -80,7 +80,7 @@ impl fmt::Display for FileId {
 /// Bytes to be written: `len` bytes from `start` of a pinned frame. Both are multiples of 4 KiB.
 #[derive(Clone)]
 pub struct IoSlice {
-    /// The frame; pinned, so nobody changes it.
+    /// The frame; it is pinned, so it does not change.
     pub frame: FrameRef,
     /// First byte within the frame.
     pub start: u32,
@@ -109,7 +109,7 @@ pub enum DiskOp {
         file: FileId,
         /// First byte.
         offset: u64,
-        /// What to fill.
+        /// The frames to fill.
         into: SmallVec<[Frame; 4]>,
     },
     /// Writes the slices, in order, to consecutive bytes beginning at `offset`; one vectored write. The range
@@ -119,7 +119,7 @@ pub enum DiskOp {
         file: FileId,
         /// First byte.
         offset: u64,
-        /// What to write.
+        /// The bytes to write.
         from: SmallVec<[IoSlice; 4]>,
     },
     /// Makes all completed writes to these files durable.
@@ -173,17 +173,17 @@ impl fmt::Debug for DiskOp {
     }
 }
 
-/// The submitter's name for an operation.
+/// An operation's identifier, chosen by the submitter.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct OpId(pub u64);
 
-/// The end of an operation: its id, the operation itself with its buffers, and how it went.
+/// A completed operation: its id, the operation itself with its buffers, and its result.
 pub struct Completion {
     /// As submitted.
     pub id: OpId,
     /// The operation, handed back.
     pub op: DiskOp,
-    /// `Ok` only if all of it was done.
+    /// `Ok` only if the whole operation was carried out.
     pub result: Result<(), Error>,
 }
 
@@ -193,10 +193,10 @@ pub trait Disk {
     /// keep it back until the next [`push`](Self::push) or [`wait`](Self::wait), so that many go in one system call.
     fn submit(&mut self, id: OpId, op: DiskOp);
 
-    /// Hands what was submitted to the device: to be called once per lap, after the submissions.
+    /// Submits the queued operations to the device. Called once per turn, after the operations.
     fn push(&mut self) {}
 
-    /// Makes the memory that operations will use known to the kernel, where that helps. Once, before the first one.
+    /// Registers the memory of all operations with the kernel, where that helps. Called once, before the first operation.
     fn register(&mut self, memory: Mapping) {
         drop(memory);
     }
@@ -204,10 +204,10 @@ pub trait Disk {
     /// Appends the completions that have arrived since, without waiting.
     fn reap(&mut self, out: &mut Vec<Completion>);
 
-    /// Waits until a completion may be there, something else wakes this disk's thread, or `timeout_us` has passed.
+    /// Waits until a completion may have arrived, a waker has woken this disk's thread, or `timeout_us` has passed.
     fn wait(&mut self, timeout_us: Option<Micros>);
 
-    /// System calls so far that handed operations to the kernel or waited for them.
+    /// Counts the system calls that have submitted operations or waited for them.
     fn calls(&self) -> u64 {
         0
     }

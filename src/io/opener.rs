@@ -1,4 +1,4 @@
-//! Which process has opened a store: a forked child inherits its memory and its descriptors, and none of its threads.
+//! Identifies the process that opened a store: a forked child inherits its memory and descriptors, and none of its threads.
 //!
 //! ```text
 //!   a page that the kernel empties in a forked child: mark of this process --fork--> 0 in the child --its own first store--> another mark
@@ -8,7 +8,7 @@
 //!    opens stores of its own. It costs a load.
 //! 2. Marks are never used twice: a child counts on from what its parent had given.
 //!
-//! It does *not* watch for forks: whoever uses a store asks.
+//! It does *not* watch for forks: each use of a store asks.
 #![allow(unsafe_code)]
 
 use crate::base::error::{Error, ErrorKind};
@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// A multiple of every page size that Linux has here.
 const PAGE_BYTES: usize = 64 << 10;
 
-/// The last mark that was given.
+/// The last mark that was given out.
 static MARKS: AtomicU64 = AtomicU64::new(0);
 
 /// The process that made this value.
@@ -49,7 +49,7 @@ impl Opener {
         }
     }
 
-    /// What a handle says in a forked child.
+    /// The error of a handle in a forked child.
     #[cold]
     pub(crate) fn refusal(&self) -> Error {
         Error::new(

@@ -1,4 +1,4 @@
-//! What the machine really gives: found out when the disk was opened, and told in one line.
+//! The report of a disk: what was found when it was opened, in one line.
 //!
 //! It does *not* decide anything.
 
@@ -8,39 +8,39 @@ use std::fmt;
 /// Whether completions are polled for at the device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Polling {
-    /// Yes.
+    /// They are.
     On,
-    /// No, and why.
+    /// They are not, for this reason.
     Off(String),
 }
 
-/// What the machine gives.
+/// What was found when a disk was opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskReport {
     /// The driver: `io_uring` or `portable`.
     pub driver: &'static str,
     /// The file system's name, or its magic number.
     pub file_system: String,
-    /// Whether transfers pass the page cache by.
+    /// Whether transfers bypass the page cache.
     pub direct: bool,
     /// How writes become durable.
     pub flush: FlushMethod,
-    /// Operations at the device at a time.
+    /// Operations that may be at the device at a time.
     pub depth: usize,
     /// Entries of the ring; 0 without one.
     pub ring_entries: u32,
-    /// Bytes of memory that the kernel knows, and so needs not look up for each transfer.
+    /// Bytes of memory registered with the kernel, which need no look-up for each transfer.
     pub fixed_bytes: u64,
-    /// Bytes of memory that were offered to it.
+    /// Bytes of memory that were offered for registration.
     pub offered_bytes: u64,
     /// Whether completions are polled for.
     pub polling: Polling,
-    /// Why the driver is not the one that was wanted.
+    /// Why the preferred driver is not used.
     pub fallback: Option<String>,
 }
 
 impl DiskReport {
-    /// The report of a disk that is none.
+    /// The report if there is no disk.
     pub fn none() -> Self {
         DiskReport {
             driver: "none",

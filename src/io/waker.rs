@@ -6,8 +6,8 @@
 //! ```
 //! Invariants
 //! 1. A wake-up is kept until a wait has seen it: a `wake` before the wait ends that wait at once.
-//! 2. What was written before `wake` is visible to the thread after the wait that it ended.
-//! 3. Nobody makes a system call to wake a thread that does not sleep.
+//! 2. Writes before `wake` are visible to the thread after the wait that it ended.
+//! 3. Waking a thread that does not sleep makes no system call.
 //!
 //! It does *not* say why the thread was woken.
 
@@ -33,7 +33,7 @@ enum How {
 }
 
 impl DiskWaker {
-    /// Wakes the disk's thread. Make visible what it is to see before.
+    /// Wakes the disk's thread. It sees everything that was written before.
     pub fn wake(&self) {
         match &self.0 {
             How::Park(unparker) => {
@@ -81,7 +81,7 @@ impl State {
         self.0.swap(AWAKE, Ordering::SeqCst);
     }
 
-    /// True: it sleeps, and nobody has ended that yet.
+    /// True: the thread sleeps, and this is the first wake-up.
     fn wake(&self) -> bool {
         self.0.swap(NOTIFIED, Ordering::SeqCst) == ASLEEP
     }

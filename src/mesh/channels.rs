@@ -22,6 +22,7 @@ use std::sync::Arc;
 const RING_MESSAGES: usize = 512;
 /// Messages taken from one ring in one round.
 const TAKE_MAX: usize = 512;
+const _: () = assert!(TAKE_MAX >= RING_MESSAGES, "one round empties a ring");
 
 /// Whether the sender waits for room in a ring: set by the sender, cleared by the receiver.
 struct SenderWaits(AtomicBool);
@@ -116,12 +117,16 @@ impl<T> Channels<T> {
         for (to, channel) in self.outgoing.iter_mut().enumerate() {
             let Some(channel) = channel else { continue };
             if !channel.outbox.is_empty() {
-                self.outboxes_len -= channel.refill();
+                self.outboxes_len = self.outboxes_len.checked_sub(channel.refill()).expect("outboxes are counted");
             }
             if std::mem::take(&mut channel.unannounced) {
                 unpark(to);
             }
         }
+        debug_assert_eq!(
+            self.outboxes_len,
+            self.outgoing.iter().flatten().map(|channel| channel.outbox.len()).sum::<usize>()
+        );
     }
 
     /// Hands what has arrived to `message`, up to [`TAKE_MAX`] from each thread, and calls `unpark` for the senders that wait for

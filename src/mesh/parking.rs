@@ -47,6 +47,7 @@ impl<W: Wake> Parking<W> {
     ///
     /// False: there is work, so the thread must not wait. True: it may, and calls [`awake`](Self::awake) afterwards.
     pub(crate) fn park(&self, level: Option<u64>, has_work: impl FnOnce() -> bool) -> bool {
+        assert_eq!(self.word.load(Ordering::Relaxed), AWAKE, "a thread that parks is awake");
         let parked = level.map_or(FOR_NO_LEVEL, |level| level.clamp(AWAKE + 1, FOR_NO_LEVEL - 1));
         self.word.store(parked, Ordering::Relaxed);
         fence(Ordering::SeqCst);

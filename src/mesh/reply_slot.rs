@@ -66,7 +66,8 @@ impl<T> ReplySlot<T> {
         match self.state.compare_exchange(WAITING, ANSWERING, Ordering::Acquire, Ordering::Acquire) {
             Ok(_) => {}
             Err(ABANDONED) => return Completed::Free,
-            Err(_) => return Completed::Ignored,
+            Err(ANSWERING | ANSWERED) => return Completed::Ignored,
+            Err(state) => unreachable!("{state} is no state of a slot"),
         }
         self.result.store(Some(Box::new(result)));
         match self.state.compare_exchange(ANSWERING, ANSWERED, Ordering::AcqRel, Ordering::Acquire) {
@@ -93,7 +94,8 @@ impl<T> ReplySlot<T> {
     pub(crate) fn abandon(&self) -> Abandoned {
         match self.state.swap(ABANDONED, Ordering::AcqRel) {
             ANSWERED => Abandoned::Free,
-            _ => Abandoned::Left,
+            WAITING | ANSWERING => Abandoned::Left,
+            state => unreachable!("a slot in state {state} is abandoned: its asker has gone before"),
         }
     }
 }

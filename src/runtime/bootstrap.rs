@@ -9,14 +9,14 @@ use crate::engine::recovery::{self, RecoveryReport};
 use crate::io::Disk;
 use std::sync::Arc;
 
-/// What opening a store begins with.
+/// The shards of a store that is being opened, and what they have in common.
 pub(super) struct Bootstrap<M> {
     pub(super) shards: Vec<M>,
     pub(super) recovery: RecoveryReport,
     pub(super) order: Arc<GlobalOrder>,
-    /// What one commit may count at most.
+    /// The most bytes of one commit.
     pub(super) txn_bytes_max: u64,
-    /// Which shard owns what.
+    /// Which shard owns which pages.
     pub(super) deal: Deal,
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Invariants
 //! 1. [`plan`] is a pure function of the options, the machine and the store's geometry.
-//! 2. The number of shards that is taken if nobody names one can be run: the store has a virtual shard for each, memory and
+//! 2. A number of shards that is chosen here (none is named) can be run: the store has a virtual shard for each, memory and
 //!    data space are enough, and control groups allow the processor time. A number that is named is not changed.
 //!
 //! It does *not* look at what else runs on the machine.
@@ -18,7 +18,7 @@ pub(super) struct CorePlan {
     pub(super) shards_count: u16,
     /// For each shard the core that its thread is pinned to.
     pub(super) pins: Vec<Option<usize>>,
-    /// More shards than cores: none may spin, it would spin on the time of another.
+    /// There are more shards than cores: none may spin, as it would use the time of another.
     pub(super) oversubscribed: bool,
     /// Thousandths of a processor that control groups allow, if that is less than the cores.
     pub(super) quota_millis: Option<u64>,
@@ -66,7 +66,7 @@ pub(super) fn plan(options: &Options, processors: &Processors, geometry: &Geomet
     let whole = quota_millis.map_or(cores_count, |millis| (millis / 1000) as usize);
     let oversubscribed = usize::from(shards_count) > whole;
     // The scheduler spreads them better than we could: where they are more than the cores; and where time is shared out, as
-    // other processes with a share of it would be pinned to the same first cores. Unless some cores are to be left alone.
+    // other processes with a share of it would be pinned to the same first cores. Unless cores are named, as the others must be left alone then.
     let scattered = options.cores.is_none() && (usize::from(shards_count) > cores_count || quota_millis.is_some());
     let pin = |shard: usize| if scattered { None } else { chosen.get(shard % cores_count).copied() };
     Ok(CorePlan { shards_count, pins: (0..usize::from(shards_count)).map(pin).collect(), oversubscribed, quota_millis })

@@ -1,18 +1,20 @@
-//! One shard's thread at work: the lap, the same over every disk.
+//! The event loop of one shard's thread, the same over every disk.
 //!
 //! ```text
-//!   lap: take requests, messages, completions --> turn --> submit once, reply, send --> wake who waits --> run tasks
-//!   nothing happened: poll for a bounded time --> park --> wait in the disk
+//!   round: take requests, messages, completions --> turn --> submit once, reply, send --> unpark waiters --> run tasks
+//!   nothing happened: spin for a bounded time --> park --> wait in the disk
 //! ```
 //! Invariants
-//! 1. A turn only when something arrived, the deadline has passed, or the watermark has reached what is waited for.
-//! 2. The thread parks only if after saying so it finds nothing to do, no task of its own either.
-//! 3. All that a lap submits goes to the device in one call.
-//! 4. Polling ends, and stops while a flush is under way: a core that spins can starve the kernel's workers that flush.
-//! 5. Completions are taken in parts, so that the device has work while the rest is taken.
+//! 1. The shard turns only when something has arrived, its deadline has passed, or the watermark has reached the LSN it waits for.
+//! 2. The thread says that it parks before it looks for work once more, for tasks of its own too; it waits only if there is none.
+//! 3. All operations of a round go to the device in one call.
+//! 4. Spinning ends after a bounded time, and at once while a flush is under way: a spinning core can starve the kernel's workers
+//!    that flush.
+//! 5. Completions are taken in parts, so that the device has work while the rest waits.
 //!
-//! It does *not* know which disk, executor or thread it runs on.
+//! It does *not* know which disk or executor it runs on.
 
+use super::clock::Clock;
 use super::latency_recorder::LatencyRecorder;
 use super::shared::{QueuedRequest, RuntimeShared, ShardMailbox};
 use super::task_context::{LOCAL_TOKEN_BIT, TaskContext};
@@ -25,48 +27,33 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::Instant;
 
-/// Requests taken from the inbox in one lap, and as many from tasks.
+/// Requests taken from the inbox in one round, and the same number from tasks.
 const REQUESTS_PER_ROUND: usize = 256;
 
-/// Completions taken in one lap at most: this part of what is at the device, and no fewer than so many.
+/// Completions taken in one round: at most one in `COMPLETIONS_SHARE` of the operations at the device, but always up to
+/// `COMPLETIONS_MIN`.
 const COMPLETIONS_SHARE: usize = 4;
 const COMPLETIONS_MIN: usize = 4;
+const _: () = assert!(COMPLETIONS_SHARE > 0 && COMPLETIONS_MIN > 0 && REQUESTS_PER_ROUND > 0, "each round gets on");
 
-/// Microseconds since a moment that all shards share: the drivers are where the shards' clock comes from.
-#[derive(Clone, Copy)]
-pub(super) struct Clock(Instant);
-
-impl Clock {
-    #[expect(clippy::disallowed_methods, reason = "the one place that reads a clock")]
-    pub(super) fn start() -> Self {
-        Clock(Instant::now())
-    }
-
-    #[expect(clippy::disallowed_methods, reason = "the one place that reads a clock")]
-    pub(super) fn now(self) -> Micros {
-        self.0.elapsed().as_micros() as Micros
-    }
-}
-
-/// How long to poll after the last thing that happened.
+/// How long a thread spins after its last event, before it parks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum PollPolicy {
     SpinFor(Micros),
     SpinForever,
 }
 
-/// What a lap came to.
+/// The outcome of one round.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum PollOutcome {
     Busy,
     Idle,
-    /// The shard is closed, or all are to end.
+    /// The shard is closed, or all threads must end.
     Ended,
 }
 
-/// What a driver is made of.
+/// Everything that an event loop is built from, besides its disk.
 pub(super) struct EventLoopParts<M: StateMachine> {
     pub(super) id: ShardId,
     pub(super) shard: M,
@@ -79,7 +66,7 @@ pub(super) struct EventLoopParts<M: StateMachine> {
     pub(super) request_bytes_max: u64,
 }
 
-/// Requests that were answered, those among them that carried something, and how much.
+/// Permits of answered requests: how many requests, how many of those carried bytes, and how many bytes.
 #[derive(Default)]
 struct ReleasedPermits {
     count: usize,
@@ -88,19 +75,23 @@ struct ReleasedPermits {
 }
 
 impl ReleasedPermits {
+    fn is_empty(&self) -> bool {
+        self.count == 0 && self.carrying == 0 && self.bytes == 0
+    }
+
     fn release_to(self, shared: &RuntimeShared, mailbox: &ShardMailbox) {
         shared.request_permits.release(self.count, 0);
         mailbox.byte_permits.release(self.carrying, self.bytes);
     }
 }
 
-/// A shard with its disk, on its thread.
+/// A shard's event loop.
 pub(super) struct EventLoop<M: StateMachine, D: Disk> {
     shard: M,
     host: ThreadHost<M, D>,
 }
 
-/// Everything around the shard.
+/// Everything that the event loop owns besides the shard.
 struct ThreadHost<M: StateMachine, D: Disk> {
     id: ShardId,
     shared: Arc<RuntimeShared>,
@@ -111,18 +102,19 @@ struct ThreadHost<M: StateMachine, D: Disk> {
     disk: D,
     tasks: TaskContext,
     recorder: LatencyRecorder,
-    /// Of handles, answered in this lap: what they have taken is still to be given back.
+    /// Permits of handles' requests that were answered in this round; returned at its end, in one step.
     released: ReleasedPermits,
     reaped: Vec<Completion>,
-    /// Reaped, and not taken yet.
+    /// Reaped from the disk, and not handed to the shard yet.
     completions: VecDeque<Completion>,
-    /// Flushes under way.
+    /// Operations at the disk, or completed and not handed to the shard yet; and the flushes among them.
+    operations: usize,
     flushes: usize,
-    /// The watermark that this thread has seen.
+    /// The watermark at the last look; other shards are unparked when it has risen.
     watermark_seen: Lsn,
     due: Option<Micros>,
     turned: bool,
-    /// Whether the shard's failure was told.
+    /// Whether the shard's failure was reported.
     failure_reported: bool,
     now: Micros,
     active_at: Micros,
@@ -149,6 +141,7 @@ impl<M: StateMachine, D: Disk> EventLoop<M, D> {
             released: ReleasedPermits::default(),
             reaped: Vec::new(),
             completions: VecDeque::new(),
+            operations: 0,
             flushes: 0,
             watermark_seen: Lsn::ZERO,
             due: None,
@@ -164,8 +157,22 @@ impl<M: StateMachine, D: Disk> EventLoop<M, D> {
         &self.shard
     }
 
-    /// One lap. After an idle one the caller lets it [`park_or_spin`](Self::park_or_spin_if_idle).
+    /// Between two rounds nothing is half done.
+    fn assert_state(&self) {
+        let host = &self.host;
+        let under_way = host.operations;
+        assert!(host.released.is_empty(), "permits of a round are returned in it");
+        assert!(host.flushes <= under_way, "{} flushes of {under_way} operations", host.flushes);
+        assert!(
+            host.completions.len() <= under_way,
+            "{} completions of {under_way} operations",
+            host.completions.len()
+        );
+    }
+
+    /// One round. After an idle one the caller calls [`park_or_spin_if_idle`](Self::park_or_spin_if_idle).
     pub(super) fn poll_once(&mut self) -> PollOutcome {
+        self.assert_state();
         let EventLoop { shard, host } = self;
         if host.shared.is_abandoned() {
             return PollOutcome::Ended;
@@ -191,14 +198,14 @@ impl<M: StateMachine, D: Disk> EventLoop<M, D> {
         PollOutcome::Idle
     }
 
-    /// If nothing happened: polls on, or waits.
+    /// Spins or waits, if nothing happened.
     pub(super) fn park_or_spin_if_idle(&mut self, outcome: PollOutcome) {
         if outcome == PollOutcome::Idle {
             self.host.park_or_spin(&self.shard);
         }
     }
 
-    /// Ends: first what is in flight, then the tasks, then those who wait. The files have been let go on return.
+    /// Ends the shard: first its operations, then its tasks, then the replies that are waited for. Its files are closed on return.
     pub(super) fn end(self) {
         let EventLoop { shard, host } = self;
         let ThreadHost { id, shared, channels, disk, tasks, recorder, released, .. } = host;
@@ -212,7 +219,7 @@ impl<M: StateMachine, D: Disk> EventLoop<M, D> {
             tracing::error!(shard = id.get(), "ending the shard panicked");
         }
         let mailbox = &shared.mailboxes[id.index()];
-        // Not given back if a waker panicked.
+        // Permits of the last round, if a waker panicked in it.
         released.release_to(&shared, mailbox);
         shared.close_mailbox(mailbox, recorder.into_unanswered());
     }
@@ -233,7 +240,7 @@ impl<M: StateMachine, D: Disk> Host<M> for ThreadHost<M, D> {
         (is_due || self.is_durable(shard)).then_some(self.now)
     }
 
-    /// Tells whoever waits for the end of the store that it takes no writes any more.
+    /// Reports the shard's failure, once: the store takes no writes any more.
     fn turned(&mut self, shard: &mut M) {
         self.turned = true;
         if !self.failure_reported
@@ -247,6 +254,7 @@ impl<M: StateMachine, D: Disk> Host<M> for ThreadHost<M, D> {
     fn carry_out(&mut self, _: &M, effect: Effect<M::Message>) -> ControlFlow<Infallible> {
         match effect {
             Effect::Submit(id, op) => {
+                self.operations += 1;
                 self.flushes += usize::from(matches!(op, DiskOp::Flush { .. }));
                 self.recorder.operation_submitted(&op);
                 self.disk.submit(id, op);
@@ -311,25 +319,27 @@ impl<M: StateMachine, D: Disk> ThreadHost<M, D> {
         )
     }
 
-    /// Takes a part of what has completed: what it leads to goes to the device while the rest is taken. All at once, and
-    /// device and core would wait for each other in turns.
+    /// Hands over a part of the completions, so that what they lead to reaches the device before the rest is handed over. If all
+    /// were taken at once, device and core would wait for each other in turns.
     fn take_completions(&mut self, shard: &mut M) -> bool {
         self.disk.reap(&mut self.reaped);
         self.completions.extend(self.reaped.drain(..));
         let some = COMPLETIONS_MIN.max(shard.ops_under_way() / COMPLETIONS_SHARE).min(self.completions.len());
         for completion in self.completions.drain(..some) {
-            self.flushes -= usize::from(matches!(completion.op, DiskOp::Flush { .. }));
+            self.operations = self.operations.checked_sub(1).expect("an operation completes that was submitted");
+            let flushes = usize::from(matches!(completion.op, DiskOp::Flush { .. }));
+            self.flushes = self.flushes.checked_sub(flushes).expect("a flush completes that was submitted");
             shard.complete(completion);
         }
         some > 0
     }
 
-    /// Whether the watermark has reached what the shard waits for.
+    /// Whether the watermark has reached the LSN that the shard waits for.
     fn is_durable(&self, shard: &M) -> bool {
         shard.waits_for().is_some_and(|lsn| lsn <= self.order.watermark())
     }
 
-    /// Wakes the shards that wait for what has become durable.
+    /// Unparks other shards that wait for the present watermark.
     fn unpark_watermark_waiters(&mut self) {
         let watermark = self.order.watermark();
         if watermark > self.watermark_seen {
@@ -347,7 +357,7 @@ impl<M: StateMachine, D: Disk> ThreadHost<M, D> {
 
     fn park_or_spin(&mut self, shard: &M) {
         match self.poll_policy {
-            // A worker of the kernel flushes, maybe on this very core.
+            // A worker of the kernel flushes, maybe on this core.
             PollPolicy::SpinFor(_) if self.flushes > 0 => {}
             PollPolicy::SpinFor(us) if self.now.saturating_sub(self.active_at) >= us => {}
             _ => return std::hint::spin_loop(),

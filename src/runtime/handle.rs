@@ -4,16 +4,13 @@ use super::reply::Reply;
 use super::report::RuntimeReport;
 use super::shard_thread::is_shard_thread;
 use super::shared::{BytesPermit, QueuedRequest, RuntimeShared, charged_bytes, closed};
-use super::start;
-use super::task_context::{SpawnRequest, TaskContext, TaskHandle};
+use super::task_context::{TaskContext, TaskHandle, spawn_request};
 use crate::base::error::{Error, ErrorKind, Result};
-use crate::base::options::Options;
 use crate::base::{Deal, Lsn, ShardId};
 use crate::engine::order::GlobalOrder;
 use crate::engine::recovery::RecoveryReport;
 use crate::engine::{Request, Token};
 use std::future::Future;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -26,20 +23,15 @@ pub(crate) struct Runtime {
     order: Arc<GlobalOrder>,
     /// For requests that any shard can answer.
     next: AtomicUsize,
-    /// What opening found.
+    /// What recovery found.
     pub(crate) recovery: RecoveryReport,
     /// How the store is driven.
     pub(crate) report: RuntimeReport,
-    /// What one commit may count at most.
+    /// The most bytes of one commit.
     pub(crate) txn_bytes_max: u64,
 }
 
 impl Runtime {
-    /// Opens the store in `dir`, and returns when it takes requests.
-    pub(crate) async fn start(dir: PathBuf, options: Options, wanted: start::OpenMode) -> Result<Runtime> {
-        start::start(dir, options, wanted).await
-    }
-
     pub(super) fn new(
         shared: Arc<RuntimeShared>,
         threads: Vec<JoinHandle<()>>,
@@ -52,7 +44,7 @@ impl Runtime {
         Runtime { shared, threads, deal, order, next: AtomicUsize::new(0), recovery, report, txn_bytes_max }
     }
 
-    /// Which shard owns what.
+    /// Which shard owns which pages.
     pub(crate) fn deal(&self) -> Deal {
         self.deal
     }
@@ -97,7 +89,7 @@ impl Runtime {
         let shared = &self.shared;
         let mailbox = &shared.mailboxes[usize::from(shard.get())];
         shared.check_open()?;
-        // Bytes before a place: who has a place waits for nothing.
+        // Bytes first: a caller with a request permit waits for nothing more.
         let permit = BytesPermit::acquire(mailbox, charged_bytes(&request)).await?;
         shared.request_permits.acquire(0).await?;
         let Some((key, reply)) = shared.in_flight.register() else {
@@ -129,7 +121,7 @@ impl Runtime {
         G: FnOnce(TaskContext) -> F + Send + 'static,
     {
         let mailbox = &self.shared.mailboxes[usize::from(shard.get())];
-        let (spawn, join) = SpawnRequest::new(make);
+        let (spawn, join) = spawn_request(make);
         if self.shared.is_forked() {
             self.shared.check_open()?;
         }
@@ -159,10 +151,10 @@ impl Runtime {
     /// Closes the store cleanly. Requests that come later are refused at once, unless the shards have been too busy to be told.
     pub(crate) async fn close(&self) -> Result<()> {
         let reply = self.submit(Request::Close).await?;
-        self.shared.set_closing(true);
+        self.shared.begin_closing();
         let result = reply.await.map(drop);
         if result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Busy) {
-            self.shared.set_closing(false);
+            self.shared.cancel_closing();
         }
         result
     }

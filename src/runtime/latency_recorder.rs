@@ -1,11 +1,11 @@
-//! What a driver measures of its shard: how long requests take, how many there are, and what goes to the device.
+//! Measurements of one shard: how long its requests take, how many there are, and what goes to the device.
 //!
 //! Invariants
-//! 1. No lock, no atomics; the clock is read once for the requests taken in a lap, and once for those answered in it.
-//! 2. A request is measured from when it was taken to its answer: what it waited in its inbox is its caller's to see.
-//! 3. Every request taken and not answered is known here, for the end of the thread.
+//! 1. No lock, no atomics; the clock is read once for the requests taken in a round, and once for those answered in it.
+//! 2. A request is measured from when the shard takes it to its answer; the time in the inbox is not included.
+//! 3. The recorder knows every request that was taken and not answered: the thread's end answers those.
 
-use super::event_loop::Clock;
+use super::clock::Clock;
 use super::task_context::LOCAL_TOKEN_BIT;
 use crate::base::metrics::{Latency, Recent, ShardStats};
 use crate::base::{Micros, VolumeId};
@@ -41,16 +41,16 @@ impl Kind {
 struct RequestStart {
     at: Micros,
     kind: Kind,
-    /// What it is counted with until it is answered.
+    /// Bytes that it is charged with until it is answered.
     bytes: u64,
 }
 
 /// The measurements of one shard.
 pub(super) struct LatencyRecorder {
     clock: Clock,
-    /// Of tasks on this thread, by the number in their token.
+    /// Requests of tasks on this thread, by the number in their token.
     local: Vec<RequestStart>,
-    /// Of handles.
+    /// Requests of handles.
     foreign: HashMap<Token, RequestStart, foldhash::fast::FixedState>,
     read: Latency,
     commit: Latency,
@@ -58,7 +58,7 @@ pub(super) struct LatencyRecorder {
     flush: Latency,
     recent: Recent,
     device: ShardStats,
-    /// When the requests of this lap were taken, and when answers of this lap were given; once known.
+    /// When the requests of this round were taken, and when its answers were given; set by the first of each.
     taken_at: Option<Micros>,
     answered_at: Option<Micros>,
     answered: u32,
@@ -86,7 +86,7 @@ impl LatencyRecorder {
         }
     }
 
-    /// A request goes to the shard. Of a handle's the recorder keeps the bytes that it is counted with.
+    /// A request goes to the shard, charged with `bytes`.
     pub(super) fn request_started(&mut self, token: Token, request: &Request, bytes: u64) {
         let now = *self.taken_at.get_or_insert_with(|| self.clock.now());
         let start = RequestStart { at: now, kind: Kind::of(request), bytes };
@@ -101,7 +101,7 @@ impl LatencyRecorder {
         self.local[place] = start;
     }
 
-    /// Its answer is there. Returns the bytes that it is counted with.
+    /// The request is answered. Returns the bytes that it was charged with.
     pub(super) fn request_answered(&mut self, token: Token) -> u64 {
         let start = match token.0 & LOCAL_TOKEN_BIT {
             0 => self.foreign.remove(&token),
@@ -141,7 +141,7 @@ impl LatencyRecorder {
         }
     }
 
-    /// The lap ends.
+    /// The round ends.
     pub(super) fn end_round(&mut self) {
         if self.answered > 0
             && let Some(now) = self.answered_at
@@ -151,7 +151,7 @@ impl LatencyRecorder {
         (self.taken_at, self.answered_at) = (None, None);
     }
 
-    /// Adds what was measured to the shard's own counters.
+    /// Adds the measurements to the shard's own counters.
     pub(super) fn add_to(&mut self, stats: &mut ShardStats, submissions: u64) {
         self.recent.advance(self.clock.now() / 1_000_000);
         let measured = ShardStats {
@@ -167,7 +167,7 @@ impl LatencyRecorder {
         stats.add(&measured);
     }
 
-    /// Requests of handles that were taken and not answered, with their bytes.
+    /// Returns the requests of handles that were taken and not answered, with their bytes.
     pub(super) fn into_unanswered(self) -> impl Iterator<Item = (Token, u64)> {
         self.foreign.into_iter().map(|(token, start)| (token, start.bytes))
     }

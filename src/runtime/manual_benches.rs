@@ -23,8 +23,9 @@ fn read() -> Request {
 fn with_page(driver: Driver, poll: bool, figure: impl Fn(&Runtime, ShardId)) {
     let dir = tempfile::tempdir().expect("a directory");
     let options = Options { driver, poll, shards: Some(1), ..Options::default() };
-    let runtime = block_on(Runtime::start(dir.path().to_path_buf(), options, super::start::OpenMode::CreateIfMissing))
-        .expect("it opens");
+    let runtime =
+        block_on(super::start::start(dir.path().to_path_buf(), options, super::start::OpenMode::CreateIfMissing))
+            .expect("it opens");
     let commit = Commit { reads: vec![], changes: vec![(key(), Change::Put(vec![7; 4096].into()))], durable: true };
     block_on(async { runtime.submit(Request::Commit(commit)).await?.await }).expect("it is durable");
     let shard = runtime.deal().shard_of(key());

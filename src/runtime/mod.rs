@@ -1,19 +1,23 @@
-//! Driving shards for real: a thread for each, pinned to a core, that takes requests, messages and completions, turns
-//! the shard and carries out what it wants done.
+//! The threads of a store: one for each shard, pinned to a core. A thread takes requests, messages and completions, turns its
+//! shard, and carries out the effects.
 //!
 //! ```text
-//! handle --take a place--> in-flight table --> inbox --wake--> lap of the shard's thread --> reply --> handle
-//! task on the shard ------------------------> queue of its own, no hop ---^
+//! handle --acquire permits--> in-flight table --> inbox --unpark--> round of the shard's thread --> reply --> handle
+//! task on the shard ---------------------------> queue of its own, no hop ---^
 //! ```
+//! Read in this order: `start` (opens a store), `shard_thread` and `event_loop` (one thread's life and its work), `shared` and
+//! `request_permits` (how requests get there), `task_context` (tasks on a shard's own thread), `handle` (the running store).
+//!
 //! Invariants
 //! 1. Every request gets a reply, also when a shard panics or the store is dropped: nothing hangs.
-//! 2. At most `requests_max` requests of handles are under way, and those to one shard carry a sixteenth of its memory, or one of
-//!    them passes that; callers beyond it wait, and too many of those get `Busy`.
+//! 2. At most `requests_max` requests of handles are under way, and those to one shard carry at most a sixteenth of its memory
+//!    and one request more; callers beyond that wait, and get `Busy` if too many wait already.
 //! 3. If one shard ends without a clean close, all do.
-//! 4. What is not to be had here (io_uring, memory locks) is found out before anything is begun; then the portable
+//! 4. Whether this machine lacks something (io_uring, memory locks) is found out before the store is touched; then the portable
 //!    driver runs, and the report says why.
 
 mod bootstrap;
+mod clock;
 mod cores;
 mod event_loop;
 mod handle;
@@ -33,7 +37,7 @@ pub(crate) use handle::Runtime;
 pub(crate) use reply::Reply;
 pub use report::RuntimeReport;
 pub(crate) use shard_thread::is_shard_thread;
-pub(crate) use start::OpenMode;
+pub(crate) use start::{OpenMode, start};
 pub(crate) use task_context::TaskContext;
 
 #[cfg(all(test, not(corepage_loom)))]

@@ -1,10 +1,10 @@
-//! A store that is being opened on a thread of its own, and how that is given up.
+//! A store that is being opened on a thread of its own, and how opening is given up.
 //!
 //! Invariants
-//! 1. Given up, at any moment, opening begins nothing more: no operation, no thread, no store. It waits for what is at the
+//! 1. Once given up, opening begins nothing more: no operation, no thread, no store. It waits for its operations at the
 //!    device, and for nothing else.
 //! 2. When its [`OpenGuard`] has gone, so have the threads and the locks, except where a shard's thread dropped it (which
-//!    waits for nobody).
+//!    waits for no other).
 //!
 //! It does *not* undo what was done: that is as after a crash, and the next opening goes on from there.
 
@@ -14,12 +14,12 @@ use crate::io::{Cancel, Opener};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-/// What the one who waits and the coordinator share.
+/// State that the waiting caller and the coordinator share.
 #[derive(Default)]
 pub(super) struct PendingOpen {
     pub(super) cancel: Cancel,
     opener: Opener,
-    /// The threads that are being started now.
+    /// The shared state of the threads that are being started.
     starting: Mutex<Option<Arc<RuntimeShared>>>,
 }
 
@@ -31,22 +31,22 @@ impl PendingOpen {
         }
     }
 
-    /// These threads are being started: they end if opening is, or was, given up.
+    /// Threads are being started: they end if opening is, or was, given up.
     pub(super) fn threads_starting(&self, shared: &Arc<RuntimeShared>) {
         *self.starting.lock().unwrap_or_else(PoisonError::into_inner) = Some(shared.clone());
-        // After they can be found, so that either this sees that it was given up, or the one who gives up sees them.
+        // After they are stored, so that either this sees that opening was given up, or `give_up` sees them.
         if self.cancel.is_cancelled() {
             shared.abandon();
         }
     }
 
-    /// There is a store now, or none of these threads: giving up has nobody to tell.
+    /// The threads run, or have ended: giving up must not end them any more.
     pub(super) fn threads_settled(&self) {
         *self.starting.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
-/// Gives opening up when it is dropped unfinished, and waits for the coordinator's end.
+/// Gives opening up if it is dropped unfinished, and waits for the coordinator's end.
 pub(super) struct OpenGuard {
     opening: Arc<PendingOpen>,
     /// Taken only in `drop`.
@@ -68,7 +68,7 @@ impl OpenGuard {
 impl Drop for OpenGuard {
     fn drop(&mut self) {
         if !self.opening.opener.is_here() {
-            // In a forked child nobody opens anything.
+            // A forked child has no coordinator.
             return std::mem::forget(self.coordinator.take());
         }
         if !self.finished {

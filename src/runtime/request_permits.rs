@@ -1,20 +1,20 @@
-//! Back-pressure: places for requests under way, and the bytes that they carry.
+//! Back-pressure: permits for requests under way, and for the bytes that they carry.
 //!
 //! ```text
-//!   take --room--> under way --answered: leave--> who waits in front is let in, and woken
+//!   acquire --room--> under way --answered: release--> the first waiter gets its permit, and is woken
 //!     |no room                                       ^
 //!     v                                              |
 //!   waits, in the order of coming -------------------/
 //! ```
 //! Invariants
-//! 1. A request has a place, and its bytes are counted, from before it is submitted until it is answered.
-//! 2. One is let in while fewer than `permits_max` have one, and fewer than `bytes_max` bytes are counted. So one of any size goes, the
-//!    limit of bytes is passed by one request at most, and a large request waits no longer than a small one.
-//! 3. First come, first served: none overtakes one that waits. Nobody waits while nothing is under way.
-//! 4. At most [`WAITERS_FACTOR`] times as many callers wait as there are permits; others get `Busy`.
-//! 5. A place is given to a waiter by the one who leaves it. A waiter that gives up leaves the place that it was given.
+//! 1. A request has a permit, and its bytes are counted, from before it is submitted until it is answered.
+//! 2. A permit is granted while fewer than `permits_max` are taken and fewer than `bytes_max` bytes are counted. So a request of any
+//!    size gets one, one request at most passes the limit of bytes, and a large request waits no longer than a small one.
+//! 3. First come, first served: no request overtakes one that waits. Nothing waits while nothing is under way.
+//! 4. At most [`WAITERS_FACTOR`] times as many callers wait as there are permits; more get `Busy`.
+//! 5. Whoever releases a permit grants it to the first waiter. A waiter that gives up releases a permit that it was granted.
 //!
-//! Without waiters a request costs one atomic step when it comes, and one when it goes, for any number that go together.
+//! Without waiters a request costs one atomic step to acquire, and one to release for any number that end together.
 //! It does *not* know what a request carries: that is [`request_bytes`](crate::engine::request_bytes).
 
 use crate::base::error::{Error, ErrorKind, Result};
@@ -27,13 +27,13 @@ use std::pin::Pin;
 use std::sync::PoisonError;
 use std::task::{Context, Poll, Waker};
 
-/// Callers that wait for a place, as a multiple of the permits, before others get `Busy`.
+/// Callers that may wait, as a multiple of the permits, before more get `Busy`.
 const WAITERS_FACTOR: usize = 4;
 
-/// The most bytes that one request is counted with: more than any memory, and little enough for the count of all.
+/// The most bytes that one request is charged with: more than any memory, and small enough for the sum of all to fit the word.
 pub(super) const CHARGED_BYTES_MAX: u64 = 1 << 40;
 
-/// Somebody waits.
+/// Set while callers wait.
 const HAS_WAITERS: u64 = 1;
 /// Above this bit 42 for the bytes, and above them 21 for the permits.
 const BYTES_SHIFT: u32 = 1;
@@ -43,7 +43,7 @@ const PERMITS_MAX: u64 = (1 << (u64::BITS - PERMITS_SHIFT)) - 1;
 /// `requests_max` is 2^20 at most, and the bytes of a shard a sixteenth of its memory, 2^42 at most.
 const _: () = assert!(PERMITS_MAX >= 1 << 20 && (1 << 38) + CHARGED_BYTES_MAX <= BYTES_MASK);
 
-/// Everything in one word: places and bytes that are taken, and whether somebody waits.
+/// The state in one word: permits and bytes that are taken, and whether callers wait.
 #[derive(Clone, Copy)]
 struct State(u64);
 
@@ -72,17 +72,17 @@ pub(super) struct RequestPermits {
     waiting: Mutex<WaitQueue>,
 }
 
-/// Who waits, with how many bytes, by when they came. One whose number is not here any more has been let in.
+/// Waiting callers with their bytes, in the order of arrival. A caller whose number is gone has been granted its permit.
 #[derive(Default)]
 struct WaitQueue {
     next: u64,
     callers: BTreeMap<u64, (u64, Waker)>,
 }
 
-/// Those to be woken, once the lock is let go.
+/// Wakers to call once the lock is released.
 type Wakers = SmallVec<[Waker; 4]>;
 
-/// One caller's turn, to come.
+/// A waiting caller's permit, to come.
 struct PermitFuture<'a> {
     permits: &'a RequestPermits,
     number: u64,
@@ -105,7 +105,7 @@ impl RequestPermits {
         }
     }
 
-    /// Waits for a place for a request with so many bytes, [`CHARGED_BYTES_MAX`] at most.
+    /// Waits for a permit for a request with `bytes` bytes, [`CHARGED_BYTES_MAX`] at most.
     pub(super) async fn acquire(&self, bytes: u64) -> Result<()> {
         if !self.try_acquire(bytes)
             && let Some(turn) = self.enqueue(bytes)?
@@ -115,9 +115,9 @@ impl RequestPermits {
         Ok(())
     }
 
-    /// Takes a place if there is one and nobody waits for it.
+    /// Takes a permit if there is one and no caller waits.
     fn try_acquire(&self, bytes: u64) -> bool {
-        debug_assert!(bytes <= CHARGED_BYTES_MAX);
+        assert!(bytes <= CHARGED_BYTES_MAX, "{bytes} bytes are more than a request is charged with");
         let fits = |state: State| !state.has_waiters() && self.has_room(state);
         let take = |state: u64| fits(State(state)).then(|| state + packed(1, bytes));
         self.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).is_ok()
@@ -127,7 +127,14 @@ impl RequestPermits {
         state.permits() < self.permits_max && state.bytes() < self.bytes_max
     }
 
-    /// Queues a caller; `None`: it has been let in meanwhile.
+    /// Permits and bytes within their limits; one request may pass the limit of bytes.
+    fn assert_state(&self, state: State) {
+        let (permits, bytes) = (state.permits(), state.bytes());
+        assert!(permits <= self.permits_max, "{permits} permits are taken, of {}", self.permits_max);
+        assert!(bytes < self.bytes_max + CHARGED_BYTES_MAX, "{bytes} bytes are taken, of {}", self.bytes_max);
+    }
+
+    /// Queues a caller. `None`: it has been granted its permit meanwhile.
     fn enqueue(&self, bytes: u64) -> Result<Option<PermitFuture<'_>>> {
         let mut waiting = self.lock();
         if waiting.callers.len() as u64 >= self.permits_max.saturating_mul(WAITERS_FACTOR as u64) {
@@ -145,17 +152,17 @@ impl RequestPermits {
         let number = waiting.next;
         waiting.next += 1;
         waiting.callers.insert(number, (bytes, Waker::noop().clone()));
-        // Who leaves from here on sees it, and comes for the lock; who left before is seen by `grant`.
+        // A release from here on sees the flag and takes the lock; an earlier one is seen by `grant`.
         self.state.fetch_or(HAS_WAITERS, Ordering::AcqRel);
         let wakers = self.grant(&mut waiting);
         let granted = !waiting.callers.contains_key(&number);
         drop(waiting);
         wakers.into_iter().for_each(Waker::wake);
-        // Made only now: one that is dropped gives its place back.
+        // Made only now: dropping it releases its permit.
         Ok((!granted).then(|| PermitFuture { permits: self, number, bytes, done: false }))
     }
 
-    /// Lets in whoever can go, in their order.
+    /// Grants permits to waiting callers, in their order, as far as there is room.
     fn grant(&self, waiting: &mut WaitQueue) -> Wakers {
         let mut wakers = Wakers::new();
         while let Some((_, (bytes, _))) = waiting.callers.first_key_value() {
@@ -163,6 +170,7 @@ impl RequestPermits {
             if !self.has_room(state) {
                 break;
             }
+            self.assert_state(state);
             let is_last = waiting.callers.len() == 1;
             let next = (state.0 + packed(1, *bytes)) & if is_last { !HAS_WAITERS } else { u64::MAX };
             if self.state.compare_exchange(state.0, next, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
@@ -172,7 +180,7 @@ impl RequestPermits {
         wakers
     }
 
-    /// Gives back `count` permits, of requests with so many bytes together.
+    /// Returns `count` permits of requests with `bytes` bytes in all.
     pub(super) fn release(&self, count: usize, bytes: u64) {
         if count == 0 {
             return;
@@ -180,10 +188,11 @@ impl RequestPermits {
         let before = State(self.state.fetch_sub(packed(count as u64, bytes), Ordering::AcqRel));
         assert!(
             before.permits() >= count as u64 && before.bytes() >= bytes,
-            "{count} places and {bytes} bytes are given back, {} and {} were taken",
+            "{count} permits and {bytes} bytes are released, {} and {} were taken",
             before.permits(),
             before.bytes()
         );
+        self.assert_state(before);
         if before.has_waiters() {
             let wakers = self.grant(&mut self.lock());
             wakers.into_iter().for_each(Waker::wake);
@@ -258,8 +267,8 @@ mod loom {
         Pin::new(turn).poll(&mut Context::from_waker(&Waker::from(bell.clone()))).is_ready()
     }
 
-    /// The only place is left while one caller after the other asks for it. One gives up, before or after it has looked; the other must
-    /// get the place, and know of it.
+    /// The only permit is released while two callers ask for it in turn. The first gives up, before or after it has polled; the second
+    /// must get the permit, and be told.
     fn exchange(verdict: &Verdict, queue: Queue, leave: Leave, looks: bool) {
         let permits = Arc::new(RequestPermits::new(1, 1));
         assert!(permits.try_acquire(1));
@@ -268,7 +277,7 @@ mod loom {
         let (first, bell) = (queue(&permits, 1), std::sync::Arc::new(Bell::default()));
         let given_up = first.map(|mut turn| looks && look(&mut turn, &std::sync::Arc::default()));
         if given_up != Some(false) {
-            // It had its place, at once or later.
+            // It had its permit, at once or later.
             permits.release(1, 1);
         }
         let mut second = queue(&permits, 0);
@@ -290,15 +299,15 @@ mod loom {
         permits.enqueue(bytes).unwrap()
     }
 
-    /// A waiter that nobody lets in waits for ever; a place that nobody has is lost for ever.
+    /// A waiter that is never granted its permit waits for ever; a permit that no request holds is lost for ever.
     #[test]
-    fn loom_a_place_that_is_left_reaches_the_one_who_waits() {
+    fn loom_a_released_permit_reaches_the_waiter() {
         assert!(holds(queue, RequestPermits::release));
     }
 
     #[test]
-    fn loom_mutants_of_the_places_are_caught() {
-        // It looks before it says that it waits.
+    fn loom_mutants_of_the_permits_are_caught() {
+        // It looks for room before it sets the flag.
         let late: Queue = |permits, bytes| {
             let mut waiting = permits.lock();
             let number = waiting.next;

@@ -1,21 +1,22 @@
-//! A shard's thread from its first moment to its last, on any driver.
+//! The life of a shard's thread, from its first moment to its last, on any driver.
 //!
 //! ```text
 //!   made a disk --ready--> waits for commands --bootstrap (one thread only)--> bootstrapped
 //!      |                        |take: its shard
 //!      |refused                 v
-//!      v                    laps, opening --open--> laps --> ended
+//!      v                  rounds, opening --open--> rounds --> ended
 //!    ends                       |failed: ends, and so do all
 //! ```
 //! Invariants
-//! 1. Whatever happens, the coordinator hears of it: refused; or ready, and then open or failed. A panic is a failure.
-//! 2. A thread that panics ends all.
-//! 3. `RuntimeShared::thread_ended` comes when the thread has let go of its files, and last.
-//! 4. Such a thread never waits for another one: each may lead a flush that the other needs in order to end. What runs on
-//!    it, tasks, wakers and destructors of callers included, can ask [`is_shard_thread`].
+//! 1. The coordinator is told in any case: refused; or ready, and then open or failed. A panic is a failure.
+//! 2. A thread that panics ends all threads.
+//! 3. `RuntimeShared::thread_ended` is the last call of a thread, after it has closed its files.
+//! 4. Such a thread never waits for another one: each may lead a flush that the other needs in order to end. Code that runs on
+//!    it (tasks, wakers, destructors of callers) can ask [`is_shard_thread`].
 
 use super::bootstrap::Bootstrap;
-use super::event_loop::{Clock, EventLoop, EventLoopParts, PollOutcome, PollPolicy};
+use super::clock::Clock;
+use super::event_loop::{EventLoop, EventLoopParts, PollOutcome, PollPolicy};
 use super::shared::RuntimeShared;
 use crate::base::ShardId;
 use crate::base::error::{Error, ErrorKind, Result};
@@ -38,19 +39,19 @@ pub(crate) fn is_shard_thread() -> bool {
     IS_SHARD.with(Cell::get)
 }
 
-/// Laps between two looks at the executor.
+/// Rounds of the event loop before the executor gets a turn.
 const ROUNDS_MAX: usize = 64;
 
-/// Opens the store on the disk of one of the threads, and makes the shards of all.
+/// Begins to open the store on the disk of one of the threads, and makes the shards of all.
 pub(super) type BootstrapTask<M> = Box<dyn FnOnce(&mut dyn Disk) -> Result<Bootstrap<M>> + Send>;
 
-/// What a thread tells the coordinator.
+/// Reports of a thread to the coordinator.
 pub(super) enum StartupStatus<M> {
-    /// It has a disk.
+    /// The thread has its disk.
     Ready(DiskReport),
-    /// It can't have what its driver needs, and why.
+    /// The driver can't run here, and why.
     Refused(Error),
-    /// The opener's result.
+    /// The result of [`StartupCommand::Bootstrap`].
     Bootstrapped(Result<Bootstrap<M>>),
     /// Its shard is open.
     Open,
@@ -58,7 +59,7 @@ pub(super) enum StartupStatus<M> {
     Failed(Error),
 }
 
-/// What the coordinator tells a thread.
+/// Commands of the coordinator to a thread.
 pub(super) enum StartupCommand<M> {
     /// Begin to open the store.
     Bootstrap(BootstrapTask<M>),
@@ -66,7 +67,7 @@ pub(super) enum StartupCommand<M> {
     TakeShard(Box<M>, Arc<GlobalOrder>),
 }
 
-/// Where a shard's thread sits.
+/// Everything that a shard's thread is started with.
 pub(super) struct ThreadContext<M: StateMachine> {
     pub(super) id: ShardId,
     pub(super) pin: Option<usize>,
@@ -83,7 +84,7 @@ pub(super) struct ThreadContext<M: StateMachine> {
     pub(super) commands: Receiver<StartupCommand<M>>,
 }
 
-/// A shard's thread with its shard.
+/// A thread that drives its shard.
 pub(super) struct ShardThread<M: StateMachine, D: Disk> {
     event_loop: Option<EventLoop<M, D>>,
     /// Until the shard is open, or has failed.
@@ -92,12 +93,12 @@ pub(super) struct ShardThread<M: StateMachine, D: Disk> {
 }
 
 impl<M: StateMachine> ThreadContext<M> {
-    /// The thread can't have what its driver needs.
+    /// Reports that the driver can't run here; the thread ends.
     pub(super) fn refuse(self, error: Error) {
         let _ = self.status.send(StartupStatus::Refused(error));
     }
 
-    /// The thread has its disk, and waits for its shard; `None`: there is none for it, and the thread ends.
+    /// Reports that the thread has its disk, and waits for its shard. `None`: it gets none, and ends.
     pub(super) fn attach_disk<D: Disk>(
         self,
         mut disk: D,
@@ -118,7 +119,7 @@ impl<M: StateMachine> ThreadContext<M> {
             ..
         } = self;
         let cancel = files.cancel().clone();
-        // The disk has its own; the last of them holds the store's lock.
+        // The disk has a reference of its own; the last one holds the store's lock.
         drop(files);
         shared.mailboxes[usize::from(id.get())].parking.set_waker(waker);
         let _ = status.send(StartupStatus::Ready(report));
@@ -151,7 +152,7 @@ impl<M: StateMachine> ThreadContext<M> {
     }
 }
 
-/// What a shard's thread runs: `body`, and then that it has ended, whatever happened.
+/// The main function of a shard's thread: runs `body`, and reports the thread's end even if that panics.
 pub(super) fn thread_main<M: StateMachine>(context: ThreadContext<M>, body: impl FnOnce(ThreadContext<M>)) {
     IS_SHARD.set(true);
     let (shared, status) = (context.shared.clone(), context.status.clone());
@@ -177,7 +178,7 @@ fn panicked() -> Error {
 }
 
 impl<M: StateMachine, D: Disk> ShardThread<M, D> {
-    /// Some laps; false: the shard has ended, and nothing is left to do.
+    /// Runs some rounds of the event loop. False: the shard has ended, and nothing is left to do.
     pub(super) fn run(&mut self) -> bool {
         match catch_unwind(AssertUnwindSafe(|| self.run_rounds())) {
             Ok(true) => return true,
@@ -221,10 +222,10 @@ impl<M: StateMachine, D: Disk> ShardThread<M, D> {
     }
 }
 
-/// Tells the coordinator what has become of the shard, once.
+/// Reports to the coordinator, once, whether the shard has opened.
 fn tell<M>(opening: &mut Option<Sender<StartupStatus<M>>>, status: StartupStatus<M>) {
     if let Some(opening) = opening.take() {
-        // Nobody listens if opening was given up.
+        // Nobody receives if opening was given up.
         let _ = opening.send(status);
     }
 }

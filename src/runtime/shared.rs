@@ -1,13 +1,12 @@
-//! What handles and the threads of all shards share.
+//! State that handles and the threads of all shards share: mailboxes, permits, and how all threads end.
 //!
 //! Invariants
 //! 1. A request is in an inbox, in a shard or answered. When a thread ends it answers what it had accepted, closes its
 //!    inbox, and refuses the rest.
-//! 2. `abandoned` ends all threads: no handle is left, or a shard has stopped without a clean close. Each waits for what it
-//!    has at the device, and for nothing else; what consists of many steps is cut short.
+//! 2. `abandoned` ends all threads: no handle is left, or a shard has stopped without a clean close. Each waits for its operations
+//!    at the device, and for nothing else; work of many steps ends after the present step.
 
 use super::request_permits::{CHARGED_BYTES_MAX, RequestPermits};
-use super::task_context::SpawnRequest;
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::engine::{Request, Response, Token, request_bytes};
 use crate::io::{Cancel, DiskWaker, Opener};
@@ -15,23 +14,24 @@ use crate::mesh::{InFlight, Inbox, Parking, Wake};
 use async_task::Runnable;
 use crossbeam::queue::SegQueue;
 use event_listener::Event;
+use std::any::Any;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 /// Requests that an inbox holds whatever `requests_max` is; beyond it, a share of that.
 const INBOX_MAX: usize = 16_384;
-/// Closures on their way to a shard.
+/// Closures on their way to a shard, at most.
 const SPAWNS_MAX: usize = 1024;
 
 /// A request on its way to a shard.
 pub(super) struct QueuedRequest {
     pub(super) token: Token,
     pub(super) request: Request,
-    /// What it is counted with in [`ShardMailbox::byte_permits`], until it is answered.
+    /// Bytes that it holds of [`ShardMailbox::byte_permits`] until it is answered.
     pub(super) bytes: u64,
 }
 
-/// What a request is counted with, where its bytes are.
+/// Bytes that a request is charged with.
 pub(super) fn charged_bytes(request: &Request) -> u64 {
     request_bytes(request).min(CHARGED_BYTES_MAX)
 }
@@ -42,25 +42,28 @@ impl Wake for DiskWaker {
     }
 }
 
-/// The way into one shard.
+/// A closure that starts a task on the shard's own thread; it is given the thread's `TaskContext`.
+pub(super) type SpawnRequest = Box<dyn FnOnce(&dyn Any) + Send>;
+
+/// Everything through which other threads reach one shard.
 pub(super) struct ShardMailbox {
     pub(super) inbox: Inbox<QueuedRequest>,
     pub(super) spawn_queue: Inbox<SpawnRequest>,
-    /// Tasks of the shard that other threads have woken: each at most once, so bounded by the tasks.
+    /// Tasks of the shard that other threads have woken. Each is in it at most once, so the number of tasks bounds it.
     pub(super) woken_tasks: SegQueue<Runnable>,
     pub(super) parking: Parking<DiskWaker>,
-    /// For requests that carry something: a shard that is slow holds up no commits of others.
+    /// Permits for requests that carry bytes. Each shard has its own, so that a slow one holds up no commits to others.
     pub(super) byte_permits: RequestPermits,
 }
 
-/// What a request on its way has taken of [`ShardMailbox::byte_permits`]; given back unless it is [kept](BytesPermit::into_charged).
+/// A permit of [`ShardMailbox::byte_permits`], returned on drop unless it is [charged to a request](BytesPermit::into_charged).
 pub(super) struct BytesPermit<'a> {
     mailbox: &'a ShardMailbox,
     bytes: u64,
 }
 
 impl<'a> BytesPermit<'a> {
-    /// Waits until so many bytes may be under way to the shard; none always may.
+    /// Waits until `bytes` may be under way to the shard. Zero bytes need no permit.
     pub(super) async fn acquire(mailbox: &'a ShardMailbox, bytes: u64) -> Result<BytesPermit<'a>> {
         if bytes > 0 {
             mailbox.byte_permits.acquire(bytes).await?;
@@ -68,7 +71,7 @@ impl<'a> BytesPermit<'a> {
         Ok(BytesPermit { mailbox, bytes })
     }
 
-    /// The request is on its way: its bytes are given back when it is answered.
+    /// Charges the bytes to a request that is on its way: they are returned when it is answered.
     pub(super) fn into_charged(mut self) -> u64 {
         std::mem::take(&mut self.bytes)
     }
@@ -83,17 +86,17 @@ impl Drop for BytesPermit<'_> {
 pub(super) struct RuntimeShared {
     pub(super) mailboxes: Box<[ShardMailbox]>,
     pub(super) in_flight: Arc<InFlight<Result<Response>>>,
-    /// For all requests of handles.
+    /// Permits for all requests of handles.
     pub(super) request_permits: RequestPermits,
     abandoned: AtomicBool,
     opener: Opener,
-    /// A clean close was asked for: nothing more is brought to the shards.
+    /// A clean close was requested: nothing more is handed to the shards.
     closing: AtomicBool,
-    /// Of the files: ends what takes many steps.
+    /// The files' switch that ends work of many steps.
     cancel: Cancel,
     running: AtomicUsize,
     ended: Event,
-    /// Why the store takes no writes any more, once that is so.
+    /// Why the store takes no writes any more, once a shard has failed.
     failure: OnceLock<Error>,
     has_failed: Event,
 }
@@ -123,13 +126,13 @@ impl RuntimeShared {
         }
     }
 
-    /// All threads are to end, without a clean close, and the files are of no use any more.
+    /// Ends all threads without a clean close, and makes the files useless.
     pub(super) fn abandon(&self) {
         self.cancel.cancel();
         self.end_threads();
     }
 
-    /// A shard has failed: no shard takes writes any more. The first failure is the one that is told.
+    /// Records that a shard has failed, so that no shard takes writes any more. The first failure is the one that is reported.
     pub(super) fn fail(&self, error: Error) {
         if self.failure.set(error).is_ok() {
             self.has_failed.notify(usize::MAX);
@@ -147,16 +150,20 @@ impl RuntimeShared {
         }
     }
 
-    /// All threads are to end; others may use the files.
+    /// Ends all threads; the files stay usable.
     pub(super) fn end_threads(&self) {
         self.abandoned.store(true, Ordering::SeqCst);
         self.mailboxes.iter().for_each(|mailbox| mailbox.parking.force_unpark());
     }
 
-    /// From now on, or no more: requests are refused before they reach a shard, so that callers who try again and again take no time
-    /// from the shards' last work.
-    pub(super) fn set_closing(&self, closing: bool) {
-        self.closing.store(closing, Ordering::Release);
+    /// Refuses requests before they reach a shard, so that callers who retry take no time from the shards' last work.
+    pub(super) fn begin_closing(&self) {
+        self.closing.store(true, Ordering::Release);
+    }
+
+    /// Lets requests through again: the shards were too busy to close.
+    pub(super) fn cancel_closing(&self) {
+        self.closing.store(false, Ordering::Release);
     }
 
     pub(super) fn is_closing(&self) -> bool {
@@ -182,14 +189,14 @@ impl RuntimeShared {
         self.abandoned.load(Ordering::Relaxed)
     }
 
-    /// Answers a request to a shard and frees its place, and its bytes.
+    /// Answers a request to a shard, and returns its permits.
     pub(super) fn finish(&self, mailbox: &ShardMailbox, token: Token, bytes: u64, result: Result<Response>) {
         self.in_flight.complete(token.0, result);
         self.request_permits.release(1, 0);
         mailbox.byte_permits.release(usize::from(bytes > 0), bytes);
     }
 
-    /// The shard's thread takes nothing any more: what was accepted has an unknown outcome, the rest was not begun.
+    /// Closes a mailbox when its shard's thread ends: accepted requests have an unknown outcome, the rest were not begun.
     pub(super) fn close_mailbox(&self, mailbox: &ShardMailbox, accepted: impl Iterator<Item = (Token, u64)>) {
         mailbox.inbox.close();
         mailbox.spawn_queue.close();
@@ -209,14 +216,16 @@ impl RuntimeShared {
         }
     }
 
-    /// The thread has let go of its files.
+    /// Called by each thread when it has closed its files.
     pub(super) fn thread_ended(&self) {
-        if self.running.fetch_sub(1, Ordering::SeqCst) == 1 {
+        let running = self.running.fetch_sub(1, Ordering::SeqCst);
+        assert!(running > 0, "more threads end than were started");
+        if running == 1 {
             self.ended.notify(usize::MAX);
         }
     }
 
-    /// Waits until all threads have let go of their files.
+    /// Waits until all threads have closed their files.
     pub(super) async fn ended(&self) {
         loop {
             let listener = self.ended.listen();
@@ -229,7 +238,7 @@ impl RuntimeShared {
 }
 
 impl ShardMailbox {
-    /// Drops closures that no shard will run; whoever waits for them is told.
+    /// Drops closures that no shard will run; their handles get `Closed`.
     pub(super) fn refuse_spawned(&self) {
         while self.spawn_queue.pop().is_some() {}
     }

@@ -1,5 +1,5 @@
 //! Starting: a coordinator opens the files, starts a thread for each shard, has one of them begin to open the store,
-//! deals out the shards, and waits until all are open.
+//! hands each thread its shard, and waits until all are open.
 //!
 //! Invariants
 //! 1. Nothing of the store is touched before every thread has what its driver needs; so the portable driver can still
@@ -9,8 +9,9 @@
 //! 4. The number of shards is settled when the store's geometry is known, before there are threads.
 
 use super::bootstrap::{self, Bootstrap};
+use super::clock::Clock;
 use super::cores::{self, CorePlan, Processors};
-use super::event_loop::{Clock, PollPolicy};
+use super::event_loop::PollPolicy;
 use super::handle::Runtime;
 use super::opening::{OpenGuard, PendingOpen};
 use super::report::RuntimeReport;
@@ -43,12 +44,12 @@ const THREADS_PER_RING_SHARD: usize = 2;
 /// The stack of a thread that only waits.
 const TRIAL_STACK_BYTES: usize = 64 << 10;
 
-/// What the tests replace.
+/// How shards are made; tests replace it.
 pub(super) type BootstrapFn<M> = fn(&mut dyn crate::io::Disk, &Options, u16, Micros) -> Result<Bootstrap<M>>;
 
 /// Opens the store in `dir`, without blocking the caller. Dropping the future gives it up, and waits for what is at the
 /// device.
-pub(super) async fn start(dir: PathBuf, options: Options, mode: OpenMode) -> Result<Runtime> {
+pub(crate) async fn start(dir: PathBuf, options: Options, mode: OpenMode) -> Result<Runtime> {
     start_in_mode(dir, options, mode, bootstrap::bootstrap).await
 }
 
@@ -61,7 +62,7 @@ pub(crate) enum OpenMode {
     MustExist,
 }
 
-/// The same with shards of any kind.
+/// Opens a store with shards of any kind.
 #[cfg(test)]
 pub(super) async fn start_with<M: StateMachine>(
     dir: PathBuf,
@@ -84,7 +85,7 @@ async fn start_in_mode<M: StateMachine>(
     let body = move || {
         let opened = catch_unwind(AssertUnwindSafe(|| open(&dir, &options, mode, bootstrap_fn, &own)));
         let opened = opened.unwrap_or_else(|_| Err(Error::new(ErrorKind::Closed, "opening the store panicked")));
-        // If nobody listens any more, the runtime is dropped here, and the store closed.
+        // If the caller has gone, the runtime is dropped here, and the store closed.
         let _ = send.send(opened);
         wake.notify(usize::MAX);
     };
@@ -104,9 +105,9 @@ async fn start_in_mode<M: StateMachine>(
     }
 }
 
-/// Why the threads of one driver did not get going.
+/// Why the threads of one driver have not opened the store.
 enum StartError {
-    /// The driver can't run here; nothing was touched.
+    /// The driver can't run here; the store was not touched.
     DriverUnavailable(Error),
     Failed(Error),
 }
@@ -141,7 +142,7 @@ fn open<M: StateMachine>(
     }
     let opened = open_on_threads(&files, options, &plan, bootstrap_fn, opening);
     if opened.is_err() {
-        // Nobody was given the store: it holds nothing.
+        // No caller was given the store, so it holds nothing.
         files.remove_creation();
     }
     opened
@@ -154,12 +155,10 @@ fn check_room(files: &Files, limits: &Limits) -> Result<()> {
     let room = files.room();
     let Some(free) = room.free.filter(|free| free.saturating_add(room.used) < needed) else { return Ok(()) };
     let context = format_args!(
-        "a new store with {} shards takes {} MiB in {} (and up to {} more when it is used, for its logs), where {} MiB are free; make \
-         room, or open it with fewer shards",
+        "a new store with {} shards takes {} MiB in {}, where {} MiB are free; make room, or open it with fewer shards",
         limits.shards_count,
         needed.div_ceil(1 << 20),
         files.path().display(),
-        fresh::log_growth_bytes(&limits.geometry, limits.shards_count) >> 20,
         free >> 20
     );
     let cause = std::io::Error::from(rustix::io::Errno::NOSPC);
@@ -180,7 +179,7 @@ fn open_on_threads<M: StateMachine>(
             let launched = match ring::probe() {
                 Ok(()) => {
                     check_threads(THREADS_PER_RING_SHARD * usize::from(plan.shards_count))?;
-                    ThreadLauncher::new(options, plan, true, files).run(files, bootstrap_fn, opening)
+                    ThreadLauncher::new(options, plan, DriverKind::Ring, files).run(files, bootstrap_fn, opening)
                 }
                 Err(why) => Err(StartError::DriverUnavailable(Error::new(ErrorKind::Unsupported, why))),
             };
@@ -195,7 +194,7 @@ fn open_on_threads<M: StateMachine>(
     if let Some(why) = &why {
         tracing::warn!("portable driver: {why}");
     }
-    match ThreadLauncher::new(options, plan, false, files).run(files, bootstrap_fn, opening) {
+    match ThreadLauncher::new(options, plan, DriverKind::Portable, files).run(files, bootstrap_fn, opening) {
         Ok(mut runtime) => {
             runtime.report.disk.fallback = why;
             Ok(runtime)
@@ -204,7 +203,7 @@ fn open_on_threads<M: StateMachine>(
     }
 }
 
-/// Whether so many threads can be started: an executor that gets none for itself panics.
+/// Checks that `count` threads can be started: an executor that can't start its own thread panics.
 fn check_threads(count: usize) -> Result<()> {
     let (end, ended) = crossbeam::channel::bounded::<()>(0);
     let start = |_| {
@@ -225,28 +224,52 @@ fn stored_geometry(files: &Arc<Files>) -> Result<Option<Geometry>> {
     recovery::stored_geometry(&mut CancellableDisk::new(&mut disk, files.cancel().clone()))
 }
 
-/// The threads of one driver, being started.
+/// The driver that threads are started for, once it is chosen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum DriverKind {
+    Ring,
+    Portable,
+}
+
+impl DriverKind {
+    fn name(self) -> &'static str {
+        match self {
+            DriverKind::Ring => "io_uring",
+            DriverKind::Portable => "portable",
+        }
+    }
+
+    /// How long its threads spin, if no option says otherwise: the portable driver's I/O threads need the cores.
+    fn poll_us(self) -> Micros {
+        match self {
+            DriverKind::Ring => POLL_US,
+            DriverKind::Portable => 0,
+        }
+    }
+}
+
+/// Starts the threads of one driver.
 struct ThreadLauncher<'a> {
     options: &'a Options,
     plan: &'a CorePlan,
-    ring: bool,
+    driver: DriverKind,
     clock: Clock,
     shared: Arc<RuntimeShared>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl<'a> ThreadLauncher<'a> {
-    fn new(options: &'a Options, plan: &'a CorePlan, ring: bool, files: &Files) -> Self {
+    fn new(options: &'a Options, plan: &'a CorePlan, driver: DriverKind, files: &Files) -> Self {
         let (count, bytes) = (plan.shards_count, options.request_bytes_max(plan.shards_count));
         let shared = Arc::new(RuntimeShared::new(count, options.requests_max, bytes, files.cancel().clone()));
-        ThreadLauncher { options, plan, ring, clock: Clock::start(), shared, threads: Vec::new() }
+        ThreadLauncher { options, plan, driver, clock: Clock::start(), shared, threads: Vec::new() }
     }
 
     fn poll_policy(&self) -> PollPolicy {
         match () {
             () if self.plan.oversubscribed => PollPolicy::SpinFor(0),
             () if self.options.poll => PollPolicy::SpinForever,
-            () => PollPolicy::SpinFor(if self.ring { POLL_US } else { 0 }),
+            () => PollPolicy::SpinFor(self.driver.poll_us()),
         }
     }
 
@@ -303,8 +326,11 @@ impl<'a> ThreadLauncher<'a> {
                 status: status.clone(),
                 commands: take,
             };
-            let ring = self.ring;
-            let body = move || thread_main(context, if ring { ring::thread } else { portable::thread });
+            let main = match self.driver {
+                DriverKind::Ring => ring::thread,
+                DriverKind::Portable => portable::thread,
+            };
+            let body = move || thread_main(context, main);
             let thread = std::thread::Builder::new().name(format!("corepage-s{shard}")).spawn(body);
             let thread = thread.map_err(|e| StartError::Failed(Error::no_thread("a shard's thread", e)))?;
             self.threads.push(thread);
@@ -346,7 +372,7 @@ impl<'a> ThreadLauncher<'a> {
             PollPolicy::SpinForever => None,
         };
         let report = RuntimeReport {
-            driver: if self.ring { "io_uring" } else { "portable" },
+            driver: self.driver.name(),
             pins: self.plan.pins.clone(),
             quota_millis: self.plan.quota_millis,
             poll_us,

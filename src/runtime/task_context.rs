@@ -1,7 +1,7 @@
 //! Tasks on a shard's own thread, and their requests, which take no hop.
 //!
 //! ```text
-//!   spawn_on --closure--> spawns --run--> task --call--> queue --lap--> shard --> slot of the reply --> task
+//!   spawn_on --closure--> spawn queue --run--> task --call--> queue --round--> shard --> slot of the reply --> task
 //!   woken on the thread: run queue.   woken elsewhere: the mailbox's `woken_tasks`, and the thread is unparked
 //! ```
 //! Invariants
@@ -11,12 +11,12 @@
 //! 4. A task that panics ends alone; the panic goes on where the task is awaited.
 //! 5. Of requests with bytes no more are queued once `request_bytes_max` are under way; one at least is. The others are kept with
 //!    their replies, in their order, and go with them if those are dropped.
-//! 6. No borrow of a cell here is held while a waker, a future or a closure of somebody else's runs.
+//! 6. No borrow of a cell here is held while a waker, a future or a closure of a caller runs.
 //!
 //! The tasks are `async-task`'s, on both drivers. An executor that parks in a ring of its own would not see wake-ups
 //! from other threads while the shard waits in the shard's ring, nor say whether a task is runnable before it does.
 
-use super::shared::{RuntimeShared, ShardMailbox, charged_bytes, closed};
+use super::shared::{RuntimeShared, ShardMailbox, SpawnRequest, charged_bytes, closed};
 use crate::base::ShardId;
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::engine::{Request, Response, Token};
@@ -35,9 +35,9 @@ use std::task::{Context, Poll, Waker};
 
 /// Marks the tokens of requests that stay on their thread.
 pub(super) const LOCAL_TOKEN_BIT: u64 = 1 << 63;
-/// Tasks of one shard.
+/// Tasks of one shard, at most.
 pub(super) const TASKS_MAX: usize = 1 << 16;
-/// Tasks run between two looks at everything else.
+/// Tasks run in one round.
 pub(super) const TASKS_PER_ROUND: usize = 512;
 
 thread_local! {
@@ -46,17 +46,14 @@ thread_local! {
     static CURRENT_SHARD: Cell<*const ShardMailbox> = const { Cell::new(std::ptr::null()) };
 }
 
-/// What a task's end was.
+/// How a task ended.
 enum TaskOutcome<T> {
     Done(T),
     Panicked(Box<dyn Any + Send>),
     ShardEnded,
-    /// It was not begun: the shard has as many tasks as it may.
+    /// It was not begun: the shard has the most tasks allowed.
     Refused,
 }
-
-/// A closure on its way to a shard, which makes a task of it there.
-pub(super) struct SpawnRequest(Box<dyn FnOnce(&TaskContext) + Send>);
 
 /// A task's result, to come. Dropping it does not stop the task.
 #[must_use = "the task runs whether this is awaited or not"]
@@ -90,7 +87,7 @@ impl<T> Drop for TaskHandle<T> {
     }
 }
 
-/// Tells the one who waits, also if the task is dropped unfinished.
+/// Completes the task's handle, with `ShardEnded` if the task is dropped unfinished.
 struct CompletionGuard<T>(Arc<ReplySlot<TaskOutcome<T>>>);
 
 impl<T> Drop for CompletionGuard<T> {
@@ -99,32 +96,31 @@ impl<T> Drop for CompletionGuard<T> {
     }
 }
 
-impl SpawnRequest {
-    /// The closure, and what will become of its task.
-    pub(super) fn new<T, F, G>(make: G) -> (SpawnRequest, TaskHandle<T>)
-    where
-        T: Send + 'static,
-        F: Future<Output = T> + 'static,
-        G: FnOnce(TaskContext) -> F + Send + 'static,
-    {
-        let slot = Arc::new(ReplySlot::default());
-        let guard = CompletionGuard(slot.clone());
-        let spawn = move |local: &TaskContext| {
-            let own = local.clone();
-            local.start(guard, async move { make(own).await });
-        };
-        (SpawnRequest(Box::new(spawn)), TaskHandle(Some(slot)))
-    }
+/// A request to run `make` as a task on a shard's own thread, and the handle of that task.
+pub(super) fn spawn_request<T, F, G>(make: G) -> (SpawnRequest, TaskHandle<T>)
+where
+    T: Send + 'static,
+    F: Future<Output = T> + 'static,
+    G: FnOnce(TaskContext) -> F + Send + 'static,
+{
+    let slot = Arc::new(ReplySlot::default());
+    let guard = CompletionGuard(slot.clone());
+    let spawn = move |tasks: &dyn Any| {
+        let tasks: &TaskContext = tasks.downcast_ref().expect("a shard's thread passes its task context");
+        let own = tasks.clone();
+        tasks.start(guard, async move { make(own).await });
+    };
+    (Box::new(spawn), TaskHandle(Some(slot)))
 }
 
-/// One request that stays on its thread.
+/// One request of a task, which stays on its thread.
 enum PendingRequest {
-    /// Too many bytes are under way: the request, and its number among those kept back.
+    /// Too many bytes are under way, so it is kept back: its number among those kept back, and the request.
     Deferred(u64, Request, Option<Waker>),
-    /// Under way, with its bytes.
+    /// Under way, charged with these bytes.
     InFlight(u64, Option<Waker>),
     Answered(Result<Response>),
-    /// Under way, and nobody wants the reply.
+    /// Under way, charged with these bytes; its reply was dropped.
     Abandoned(u64),
 }
 
@@ -136,9 +132,9 @@ pub(super) struct ShardTasks {
     request_bytes_max: u64,
     queue: RefCell<VecDeque<(Token, Request)>>,
     replies: RefCell<Slab<PendingRequest>>,
-    /// Of the requests under way, those in the queue included.
+    /// Bytes of the requests under way, those in the queue included.
     bytes: Cell<u64>,
-    /// Requests kept back: where they are, by when they came.
+    /// Keys of the requests that are kept back, in the order of arrival.
     deferred: RefCell<BTreeMap<u64, usize>>,
     deferred_next: Cell<u64>,
     tasks: RefCell<Slab<Task<()>>>,
@@ -191,6 +187,7 @@ impl TaskContext {
         if self.0.is_closed() || replies.len() >= self.0.requests_max {
             return LocalReply { local: self.clone(), key: None };
         }
+        self.0.assert_state(&replies);
         let bytes = charged_bytes(&request);
         let key = if bytes == 0 || self.0.has_room_for_bytes() && self.0.deferred.borrow().is_empty() {
             self.0.bytes.set(self.0.bytes.get() + bytes);
@@ -203,6 +200,7 @@ impl TaskContext {
             self.0.deferred.borrow_mut().insert(number, key);
             key
         };
+        self.0.assert_state(&replies);
         LocalReply { local: self.clone(), key: Some(key) }
     }
 
@@ -264,6 +262,7 @@ impl TaskContext {
             _ => Some(std::mem::replace(pending, PendingRequest::Answered(result))),
         };
         self.0.release_bytes(bytes, &mut replies);
+        self.0.assert_state(&replies);
         drop(replies);
         drop(unwanted);
         if let Some(waker) = waker {
@@ -280,10 +279,10 @@ impl TaskContext {
             || accepting && !self.0.queue.borrow().is_empty()
     }
 
-    /// Starts what others have sent here and runs tasks, bounded; whether any ran.
+    /// Starts tasks that other threads have sent, and runs up to [`TASKS_PER_ROUND`]; whether any ran.
     pub(super) fn run(&self) -> bool {
         let mailbox = self.mailbox();
-        while let Some(SpawnRequest(start)) = mailbox.spawn_queue.pop() {
+        while let Some(start) = mailbox.spawn_queue.pop() {
             start(self);
         }
         let mut ran = 0;
@@ -299,7 +298,7 @@ impl TaskContext {
         ran > 0
     }
 
-    /// The shard has ended, and these were not begun.
+    /// Answers the requests that were kept back when the shard ends: they were not begun.
     fn refuse_deferred(&self) {
         for key in self.0.deferred.take().into_values() {
             let refused = PendingRequest::Answered(Err(closed()));
@@ -311,16 +310,18 @@ impl TaskContext {
         }
     }
 
-    /// The shard has ended: its tasks are told, and then dropped, on this thread.
+    /// The shard has ended: answers its tasks' requests, and then drops the tasks, on this thread.
     pub(super) fn end(&self) {
         self.0.closed.set(true);
         self.refuse_deferred();
+        // Not begun, and answered like the rest below.
+        let queued = self.0.queue.take();
         let waiting: Vec<usize> = self.0.replies.borrow().iter().map(|(key, _)| key).collect();
         let context = "the shard stopped; whether this was done is not known: reopen the store and look";
         for key in waiting {
             self.reply(token(key), Err(Error::new(ErrorKind::OutcomeUnknown, context)));
         }
-        drop(self.0.queue.take());
+        drop(queued);
         self.run();
         let tasks: Vec<Task<()>> = self.0.tasks.borrow_mut().drain().collect();
         // Each is scheduled once more, to drop its future here.
@@ -336,13 +337,21 @@ impl ShardTasks {
         self.closed.get() || self.shared.is_closing()
     }
 
+    /// Requests are kept back only while too many bytes are under way; each has its place among the replies.
+    fn assert_state(&self, replies: &Slab<PendingRequest>) {
+        let (deferred, replies) = (self.deferred.borrow().len(), replies.len());
+        assert!(deferred == 0 || !self.has_room_for_bytes(), "{deferred} requests are kept back, and there is room");
+        assert!(deferred + self.queue.borrow().len() <= replies, "a request has no place for its reply");
+        assert!(replies <= self.requests_max, "{replies} requests are under way, of {}", self.requests_max);
+    }
+
     fn has_room_for_bytes(&self) -> bool {
         self.bytes.get() < self.request_bytes_max
     }
 
-    /// A request with so many bytes is under way no more: those that were kept back go, as long as there is room.
+    /// Releases the bytes of an answered request, and starts requests that were kept back as long as there is room.
     fn release_bytes(&self, bytes: u64, replies: &mut Slab<PendingRequest>) {
-        assert!(bytes <= self.bytes.get(), "{bytes} bytes are given back, {} were taken", self.bytes.get());
+        assert!(bytes <= self.bytes.get(), "{bytes} bytes are released, {} were taken", self.bytes.get());
         self.bytes.set(self.bytes.get() - bytes);
         while self.has_room_for_bytes() {
             let Some((_, key)) = self.deferred.borrow_mut().pop_first() else { return };

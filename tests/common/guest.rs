@@ -23,9 +23,9 @@ mount -t tracefs none /sys/kernel/tracing && echo 1 > /sys/kernel/tracing/events
 (while sleep 2; do echo; echo "fua writes $(grep -c ' WF' /sys/kernel/tracing/trace)"; done) &
 mount -t ext4 "/dev/$GUEST_DISK" /mnt || echo "the disk can't be mounted"
 case "$GUEST_ROLE" in
-  lib-tests) /bin/lib-tests --test-threads 2 disk:: ;;
+  lib-tests) /bin/lib-tests --test-threads 2 io:: ;;
   *) COREPAGE_TEST_STORE=/mnt COREPAGE_TEST_ROLE="$GUEST_ROLE" COREPAGE_TEST_RUN="ring $GUEST_SHARDS" \
-       /bin/program --exact child --nocapture ;;
+       /bin/program --exact nvme_guest::child --nocapture ;;
 esac
 echo "ended with $?"
 echo; echo "kernel: $(dmesg | grep -i 'error, dev nvme' | head -n 1)"

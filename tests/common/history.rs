@@ -1,4 +1,4 @@
-//! Transactions over several shards and what must be there of them after a crash: the oracle of `tests/kill_shards.rs`.
+//! Transactions over several shards and what must be there of them after a crash: the oracle of `tests/root/kill_shards.rs`.
 //!
 //! Each attempt is announced before its commit with all that it read, so the commits that are there after a crash can be
 //! replayed in the order of their LSNs: each must have read exactly what the replay holds, and the replay must end in the

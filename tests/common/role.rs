@@ -116,15 +116,19 @@ pub struct Role {
 }
 
 impl Role {
-    /// Starts the test `child` of this program in a role, on the store in `dir`.
+    /// Starts the test `child` of the caller's module in a role, on the store in `dir`.
+    #[track_caller]
     pub fn start(role: &str, dir: &Path, run: Run) -> Role {
         Role::start_stamped(role, dir, run, || 0)
     }
 
     /// The same, with a stamp on each line that is made after the line was heard.
+    #[track_caller]
     pub fn start_stamped(role: &str, dir: &Path, run: Run, stamp: impl Fn() -> u64 + Send + 'static) -> Role {
         let mut command = Command::new(std::env::current_exe().expect("this program"));
-        command.args(["--exact", "child", "--nocapture"]).env(ROLE, role).env(STORE, dir);
+        let module = Path::new(std::panic::Location::caller().file()).file_stem().expect("a file of tests");
+        let child = format!("{}::child", module.display());
+        command.args(["--exact", &child, "--nocapture"]).env(ROLE, role).env(STORE, dir);
         command.env(RUN, format!("{} {}", if run.ring { "ring" } else { "portable" }, run.shards));
         Role::listen(command, stamp)
     }

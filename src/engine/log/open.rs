@@ -165,7 +165,7 @@ impl OpenGroup {
         self.record_changes = 0;
         self.append(&[0; size_of::<RawRecord>()]);
         if let Some(shards) = role.shards() {
-            self.append(RawParts { shards: shards.into() }.as_bytes());
+            self.append(RawParts { shards: shards.bits().into() }.as_bytes());
         }
     }
 
@@ -279,6 +279,7 @@ impl Chunks {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::base::ShardSet;
     use crate::memory::Arena;
 
     /// What a head says is what recovery goes by; when a group closes goes by when it was opened.
@@ -296,7 +297,9 @@ mod tests {
             open.add_run(lsn(7), 1, now + 2);
             assert_eq!((open.era(), open.last_lsn(), open.first_lsn()), (2, lsn(7), Some(lsn(0))));
             // Another shard accounts for a part's LSN, and counts its commit.
-            for (role, n) in [(Role::Whole, 0), (Role::Owner(2), 7), (Role::Part(2), 9)] {
+            for (role, n) in
+                [(Role::Whole, 0), (Role::Owner(ShardSet::from_bits(2)), 7), (Role::Part(ShardSet::from_bits(2)), 9)]
+            {
                 open.begin_record(role, now + 3);
                 open.end_record(role, lsn(n));
             }

@@ -32,13 +32,12 @@ pub(crate) use scan::{Scan, neighbours_together, scan};
 
 use crate::base::error::{Error, Result};
 use crate::base::options::{Geometry, Limits, Options};
-use crate::base::{BLOCK, Deal, ExtentNo, Lsn, Micros, Place, ShardId};
+use crate::base::{BLOCK, Deal, ExtentNo, Lsn, Micros, Place, SegmentNo, ShardId};
 use crate::engine::log::{Chunks, Log};
 use crate::engine::map::{Extents, Map};
 use crate::engine::order::GlobalOrder;
 use crate::engine::{LSN_AHEAD_MAX, NewEpoch, Recovering, Setup, Shard};
 use crate::format::extent::decode_summary;
-use crate::format::fresh::SEGMENTS_FIRST;
 use crate::format::superblock::{SUPERBLOCK_BYTES, Superblock};
 use crate::io::{Disk, DiskOp, FileId, execute};
 use crate::memory::Arena;
@@ -140,9 +139,7 @@ pub(crate) fn begin(
     report.commits_dropped = scan.dropped;
     // What follows overwrites what the generation before needs: the only copy of this one must not be lost by then.
     create::rewrite_copies(disk, &mut arena, &superblock, &[unreadable, behind].concat())?;
-    for shard in deal.shards() {
-        create::make_log(disk, &superblock.geometry, shard, segments_of(&superblock, shard), false)?;
-    }
+    create::make_logs(disk, &superblock.geometry, shards_count, false)?;
     if !superblock.clean {
         // A dead process may have left writes that we have just read and that no flush has covered.
         rewrite_doubtful(disk, &mut arena, &superblock, &scan)?;
@@ -166,11 +163,6 @@ pub(crate) fn begin(
     let mut shard = |id| whole.shard(disk, &mut arena, id, &mut report);
     let shards = deal.shards().map(&mut shard).collect::<Result<_>>()?;
     Ok(Opening { shards, report, order })
-}
-
-/// How many segments the log of `shard` has: a shard that the store did not have begins like one of a new store.
-fn segments_of(superblock: &Superblock, shard: ShardId) -> u32 {
-    superblock.logs.get(shard.index()).map_or(SEGMENTS_FIRST, |log| log.segments_made)
 }
 
 /// Memory for what is read before there are shards: 4 MiB, for the reads that are in flight together (see `read`).
@@ -231,7 +223,7 @@ impl Whole {
         let superblock_frames = superblock_frames.ok_or_else(|| Error::invalid("memory_bytes is too small"))?;
         let segment_blocks = (geometry.segment_bytes / BLOCK as u64) as u32;
         let seed = mix(self.seed ^ u64::from(id.get()) << 32);
-        let groups = self.scan.groups.iter().filter(|group| group.concerns & 1 << id.get() != 0);
+        let groups = self.scan.groups.iter().filter(|group| group.concerns.contains(id));
         let recovering = (!self.superblock.clean)
             .then(|| Recovering::new(self.scan.redo, self.scan.cut, groups.map(|group| group.head.clone()).collect()));
         Ok(Shard::new(Setup {
@@ -242,7 +234,7 @@ impl Whole {
             arena,
             map: Map::new(self.loaded.roots.clone(), seed),
             extents,
-            log: Log::new(segments_of(&self.superblock, id), segment_blocks, chunks),
+            log: Log::new(geometry.segments_count, segment_blocks, chunks),
             superblock: self.superblock.clone(),
             superblock_frames,
             recovering,
@@ -357,7 +349,9 @@ fn rewrite_doubtful(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superbl
 const REWRITE_BLOCKS: usize = 64;
 
 fn flush_all(disk: &mut dyn Disk, superblock: &Superblock) -> Result<()> {
-    let logs = superblock.segments().map(|(shard, no)| FileId::Log(shard, no));
+    let segments = superblock.geometry.segments_count;
+    let shards = (0..superblock.logs.len() as u16).map(ShardId::new);
+    let logs = shards.flat_map(|shard| (0..segments).map(move |i| FileId::Log(shard, SegmentNo::new(i))));
     let files = logs.chain([FileId::Data, FileId::Meta, FileId::Table]).collect();
     execute(disk, DiskOp::Flush { files }).map(drop)
 }

@@ -10,7 +10,7 @@
 //! It does *not* read, and does not judge what is missing; see `scan`.
 
 use super::scan::redo_lsn;
-use crate::base::{BLOCK, Deal, Lsn, Place, SegmentNo, ShardId};
+use crate::base::{BLOCK, Deal, Lsn, Place, SegmentNo, ShardId, ShardSet};
 use crate::engine::codec::{self, Expected};
 use crate::format::group::{Body, GroupHead, LoggedChange, Role, Slot, SlotState};
 use crate::format::superblock::Superblock;
@@ -30,8 +30,8 @@ pub(super) struct Found {
     pub parts: Vec<(Lsn, Role)>,
     /// Pages written straight to their places, and what must be there.
     pub placed: Vec<(Place, Expected)>,
-    /// The shards of the new deal whose pages it changes, a bit for each.
-    pub concerns: u64,
+    /// The shards of the new deal whose pages it changes.
+    pub concerns: ShardSet,
 }
 
 impl Found {
@@ -45,7 +45,7 @@ impl Found {
             commits: Vec::new(),
             parts: Vec::new(),
             placed: Vec::new(),
-            concerns: 0,
+            concerns: ShardSet::EMPTY,
             head,
         }
     }
@@ -69,7 +69,7 @@ impl Found {
             }
             for change in &record.changes {
                 let (LoggedChange::Image(key, _) | LoggedChange::Patch(key, ..) | LoggedChange::Free(key)) = change;
-                found.concerns |= 1 << deal.shard_of(*key).get();
+                found.concerns.insert(deal.shard_of(*key));
             }
         }
         let placed = body.slots.iter().filter(|slot| slot.state == SlotState::Placed);

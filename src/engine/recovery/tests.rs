@@ -2,7 +2,6 @@
 //! simulator's (`sim/`).
 
 mod creation;
-pub(crate) mod growth;
 mod lives;
 pub(crate) mod scans;
 

@@ -13,7 +13,7 @@
 //! 4. Asking again is bounded in time: then `Busy`. Long before that it goes in front of others (see `precedence`).
 
 use crate::base::error::{Error, ErrorKind};
-use crate::base::{Lsn, Micros, ShardId};
+use crate::base::{Lsn, Micros, ShardId, ShardSet};
 use crate::engine::budget::cross_weight;
 use crate::engine::message::{Ask, Decision, Message, Vote};
 use crate::engine::{Commit, Lack, Response, Shard, Step, Token};
@@ -52,8 +52,7 @@ pub(in crate::engine) struct Cross {
     parts_left: usize,
     applied_left: usize,
     attempts: u32,
-    /// When not all voted for it the first time: it arrived at the time of the last turn, which may be long ago.
-    refused_first_at: Option<Micros>,
+    asked_at: Micros,
 }
 
 impl Cross {
@@ -138,7 +137,7 @@ impl Shard {
             parts_left: 0,
             applied_left: 0,
             attempts: 0,
-            refused_first_at: None,
+            asked_at: self.ctx.now,
         };
         self.requests.held.request_bytes += weight;
         self.coordinator.commits.insert(txn, cross);
@@ -201,11 +200,10 @@ impl Shard {
 
     fn not_all_yes(&mut self, txn: u64) {
         let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
-        let refused_first_at = *cross.refused_first_at.get_or_insert(self.ctx.now);
         let refusal = match cross.refusal.take() {
             Some(error) => Some(error),
             None if cross.held && cross.reads() => Some(crate::engine::txn::participant::held(txn)),
-            None if self.ctx.now > refused_first_at + ASK_FOR_US => Some(Error::new(
+            None if self.ctx.now > cross.asked_at + ASK_FOR_US => Some(Error::new(
                 ErrorKind::Busy,
                 "a commit over several shards found pages held, or memory, log or space short, for 10 s; try again",
             )),
@@ -294,7 +292,7 @@ impl Shard {
         cross.lsn = lsn;
         let writers: SmallVec<[ShardId; 4]> =
             cross.asks.iter().skip(1).filter(|(_, ask)| !ask.changes.is_empty()).map(|(shard, _)| *shard).collect();
-        let others: u64 = writers.iter().map(|shard| 1 << shard.get()).sum();
+        let others: ShardSet = writers.iter().copied().collect();
         cross.parts_left = 1 + writers.len();
         cross.applied_left = writers.len();
         let (token, durable, yes, read) = (cross.token, cross.durable, std::mem::take(&mut cross.yes), cross.read_lsn);

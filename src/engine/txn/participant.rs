@@ -12,7 +12,7 @@
 //! 3. The record of a part, and an owner's, stands alone in its era: a cut can fall right before and right after it.
 
 use crate::base::error::{Error, ErrorKind};
-use crate::base::{Lsn, Micros, ShardId};
+use crate::base::{Lsn, Micros, ShardId, ShardSet};
 use crate::engine::log::PartRef;
 use crate::engine::message::{Ask, Decision, Message, Vote};
 use crate::engine::requests::PendingKind;
@@ -181,7 +181,7 @@ impl Shard {
                     _ => unreachable!("only parts"),
                 };
                 if !is_reader {
-                    self.apply_part(waiter, of, lsn, Role::Part(1 << owner.get()), urgent);
+                    self.apply_part(waiter, of, lsn, Role::Part(ShardSet::of(owner)), urgent);
                     self.ctx.send(owner, Message::Applied(txn));
                     if planted!(PartDurableEarly) {
                         self.ctx.send(owner, Message::Durable(txn));
@@ -194,7 +194,7 @@ impl Shard {
     }
 
     /// Applies the owner's own part, and logs the record that names the others, in the group whose run holds the LSN.
-    pub(in crate::engine) fn apply_own_part(&mut self, txn: u64, lsn: Lsn, others: u64, urgent: bool) {
+    pub(in crate::engine) fn apply_own_part(&mut self, txn: u64, lsn: Lsn, others: ShardSet, urgent: bool) {
         let of = PartRef { owner: self.ctx.id, txn };
         let waiter = self.participant.parts.remove(&of).expect("the owner has voted for its own part");
         self.apply_part(waiter, of, lsn, Role::Owner(others), urgent);

@@ -26,10 +26,14 @@ use smallvec::SmallVec;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-/// What another thread tells a disk that runs on a ring.
+/// Which operation of a disk that runs on a ring; other threads only hand it back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in crate::io) struct OpIdx(pub(in crate::io) u32);
+
+/// An event that another thread sends to a disk that runs on a ring.
 pub(in crate::io) enum RemoteEvent {
-    /// A part of the operation with this key has ended.
-    PartEnded(u32, Result<()>),
+    /// A part of this operation has ended.
+    PartEnded(OpIdx, Result<()>),
     /// This disk has to lead a batch.
     Lead(FlushBatch),
 }
@@ -64,10 +68,10 @@ impl RemoteEvents {
     }
 }
 
-/// Who is told the result of a batch.
+/// The receiver of a batch's result.
 pub(in crate::io) enum FlushWaiter {
     /// An operation of a disk on a ring, which can also lead batches.
-    Ring(Arc<RemoteEvents>, u32),
+    Ring(Arc<RemoteEvents>, OpIdx),
     /// Any other; called on the leader's thread.
     Call(Box<dyn FnOnce(Result<()>) + Send>),
 }
@@ -75,13 +79,13 @@ pub(in crate::io) enum FlushWaiter {
 impl FlushWaiter {
     fn tell(self, result: Result<()>) {
         match self {
-            FlushWaiter::Ring(events, key) => events.push(RemoteEvent::PartEnded(key, result)),
+            FlushWaiter::Ring(events, op) => events.push(RemoteEvent::PartEnded(op, result)),
             FlushWaiter::Call(call) => call(result),
         }
     }
 }
 
-/// What a flush has to cover.
+/// The file that a flush has to sync.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(in crate::io) enum Cover {
     /// A sync of any file of the queue is enough.

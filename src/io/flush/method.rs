@@ -15,7 +15,7 @@ use std::fmt;
 pub enum FlushMethod {
     /// One `fdatasync` for each file that was written.
     PerFile,
-    /// One `fdatasync` for all files that are to be flushed at a time.
+    /// One `fdatasync` for all files that are flushed at a time.
     Shared,
     /// Log writes are durable when they complete (`RWF_DSYNC`); other files get an `fdatasync` each.
     Dsync,
@@ -31,10 +31,10 @@ impl fmt::Display for FlushMethod {
     }
 }
 
-/// What the user wants.
+/// The user's choice.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FlushChoice {
-    /// What suits file system and device.
+    /// The method that suits the file system and the device.
     #[default]
     Auto,
     /// [`FlushMethod::PerFile`]: safe everywhere.

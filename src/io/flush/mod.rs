@@ -5,6 +5,6 @@ mod batch;
 mod method;
 
 pub(super) use batch::{
-    Cover, FirstFailure, FlushBatch, FlushQueue, FlushWaiter, NextLeader, RemoteEvent, RemoteEvents,
+    Cover, FirstFailure, FlushBatch, FlushQueue, FlushWaiter, NextLeader, OpIdx, RemoteEvent, RemoteEvents,
 };
 pub use method::{FlushChoice, FlushMethod, choose};

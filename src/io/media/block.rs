@@ -1,6 +1,6 @@
-//! A block device as the kernel describes it in /sys: its cache, what it promises, and what it is made of.
+//! A block device as the kernel describes it in /sys: its cache, its guarantees, and the devices below it.
 //!
-//! 1. What the kernel does not say is absent, never guessed.
+//! 1. A property that the kernel does not report is absent, never guessed.
 //!
 //! It does *not* ask the device itself, or judge.
 
@@ -17,7 +17,7 @@ pub struct BlockDevice {
     pub number: String,
     /// The partition on it.
     pub partition: Option<String>,
-    /// What it is made of, if other devices or a file are under it.
+    /// The devices or the file below it, for a mapping, an array or a loop device.
     pub on: Vec<String>,
     /// An NVMe device.
     pub nvme: bool,
@@ -28,11 +28,11 @@ pub struct BlockDevice {
     pub fua: Option<bool>,
     /// Whether completions can be polled.
     pub io_poll: Option<bool>,
-    /// Whether it turns; absent for devices of virtual machines, of which the kernel says so whatever they are.
+    /// Whether it is a rotating disk; absent for devices of virtual machines, which the kernel always reports as rotating.
     pub rotational: Option<bool>,
     /// The smallest transfer.
     pub logical_block_bytes: Option<u32>,
-    /// The smallest that it does not have to read before it writes.
+    /// The smallest write for which it does not have to read first.
     pub physical_block_bytes: Option<u32>,
 }
 

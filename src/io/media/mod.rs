@@ -37,12 +37,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// What may be done to the files.
+/// The access to the files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Everything.
+    /// Reading, writing, creating and growing.
     ReadWrite,
-    /// Reading: nothing is created or changed.
+    /// Reading only: nothing is created or changed.
     ReadOnly,
 }
 
@@ -118,9 +118,9 @@ impl Location {
 
 /// Space on a medium, in bytes.
 pub(crate) struct Room {
-    /// What the store's files have.
+    /// Bytes that the store's files take.
     pub(crate) used: u64,
-    /// What this user may still fill, if the medium says.
+    /// Bytes that this user may still fill, if the medium reports them.
     pub(crate) free: Option<u64>,
 }
 

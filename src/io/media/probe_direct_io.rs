@@ -9,14 +9,14 @@
 use super::device;
 use crate::base::BLOCK;
 use crate::base::error::{Error, ErrorKind, Result};
-use crate::io::backoff::patiently;
+use crate::io::backoff::retry_transient;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use std::fmt;
 use std::fs::File;
 use std::path::Path;
 
-/// What a probe has found.
+/// The result of a probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DirectIo {
     /// The file system refuses direct I/O, or says that it uses the page cache all the same.
@@ -46,13 +46,13 @@ pub(in crate::io) fn try_direct(directory: &File, path: &Path) -> Result<DirectI
     let scratch = scratch(directory, path)?;
     let mut block = Box::new(Block([PATTERN; BLOCK]));
     let takes = set_direct(&scratch).is_ok();
-    let written = if takes { patiently(|| rustix::io::pwrite(&scratch, &block.0, 0)) } else { Ok(0) };
+    let written = if takes { retry_transient(|| rustix::io::pwrite(&scratch, &block.0, 0)) } else { Ok(0) };
     if let Err(e @ (Errno::NOSPC | Errno::DQUOT)) = written {
         return Err(not_made(format_args!("trying direct I/O in {}", path.display()), "", e.into()));
     }
     let works = written == Ok(BLOCK) && {
         block.0.fill(0);
-        patiently(|| rustix::io::pread(&scratch, &mut block.0, 0)) == Ok(BLOCK) && block.0 == [PATTERN; BLOCK]
+        retry_transient(|| rustix::io::pread(&scratch, &mut block.0, 0)) == Ok(BLOCK) && block.0 == [PATTERN; BLOCK]
     };
     Ok(DirectIo::judged(works, &scratch))
 }
@@ -62,12 +62,12 @@ pub(super) fn try_direct_read(file: &File) -> DirectIo {
     let mut block = Box::new(Block([0; BLOCK]));
     let Ok(flags) = rustix::fs::fcntl_getfl(file) else { return DirectIo::Refused };
     let works = rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT).is_ok()
-        && patiently(|| rustix::io::pread(file, &mut block.0, 0)) == Ok(BLOCK);
+        && retry_transient(|| rustix::io::pread(file, &mut block.0, 0)) == Ok(BLOCK);
     let _ = rustix::fs::fcntl_setfl(file, flags);
     DirectIo::judged(works, file)
 }
 
-/// The error for a file or directory that can't be made: what to do about it, if it is not for lack of space.
+/// The error for a file or directory that can't be made, with advice unless the disk is full.
 pub(super) fn not_made(doing: impl fmt::Display, advice: &str, e: std::io::Error) -> Error {
     match e.kind() {
         std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
@@ -82,18 +82,18 @@ pub(in crate::io) fn set_direct(file: &File) -> rustix::io::Result<()> {
     rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT)
 }
 
-/// A file that is gone when it is closed. That it can be made shows that the directory can be written.
+/// Makes a file that disappears when it is closed. Success shows that the directory can be written.
 pub(super) fn scratch(directory: &File, path: &Path) -> Result<File> {
     let mode = Mode::from_raw_mode(0o600);
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
-    if let Ok(file) = patiently(|| rustix::fs::openat(directory, ".", flags | OFlags::TMPFILE, mode)) {
+    if let Ok(file) = retry_transient(|| rustix::fs::openat(directory, ".", flags | OFlags::TMPFILE, mode)) {
         return Ok(file.into());
     }
     named_scratch(directory, path)
 }
 
-/// The same for file systems that have no files without a name (FUSE, NFS). The name is of chance: a process id comes again, in a
-/// container at each start, and a process that was killed in between has left its file.
+/// Does the same on file systems that have no files without a name (FUSE, NFS). The name is random: a process id would come again,
+/// in a container at each start, and a process that was killed in between has left its file.
 fn named_scratch(directory: &File, path: &Path) -> Result<File> {
     let mode = Mode::from_raw_mode(0o600);
     let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::CREATE | OFlags::EXCL;
@@ -102,9 +102,9 @@ fn named_scratch(directory: &File, path: &Path) -> Result<File> {
         not_made(context, ": give this user the right to, or use another", e.into())
     };
     loop {
-        let mut chance = [0; 8];
-        rustix::rand::getrandom(&mut chance, rustix::rand::GetRandomFlags::empty()).map_err(not_written)?;
-        let name = format!(".corepage-probe-{:016x}", u64::from_ne_bytes(chance));
+        let mut random = [0; 8];
+        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty()).map_err(not_written)?;
+        let name = format!(".corepage-probe-{:016x}", u64::from_ne_bytes(random));
         match rustix::fs::openat(directory, name.as_str(), flags, mode) {
             Err(Errno::EXIST | Errno::INTR) => {}
             Err(e) => return Err(not_written(e)),
@@ -120,7 +120,7 @@ fn named_scratch(directory: &File, path: &Path) -> Result<File> {
 #[repr(C, align(4096))]
 pub(in crate::io) struct Block(pub(in crate::io) [u8; BLOCK]);
 
-/// What a trial writes: neither what a hole reads as nor what fresh memory holds.
+/// The byte that a probe writes; neither a hole nor fresh memory reads like it.
 pub(in crate::io) const PATTERN: u8 = 0x5a;
 
 #[cfg(test)]
@@ -130,7 +130,7 @@ mod tests {
     /// If this fails, a store can't be opened again in a container on a file system such as FUSE after one kill at the wrong moment:
     /// the process id is the same at each start.
     #[test]
-    fn what_a_killed_process_has_left_of_a_trial_is_in_nobodys_way() {
+    fn a_file_that_a_killed_process_left_does_not_stop_the_next_probe() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join(format!(".corepage-probe-{}", std::process::id())), "left").unwrap();
         let directory = File::open(dir.path()).unwrap();

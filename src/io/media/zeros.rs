@@ -2,7 +2,7 @@
 //!
 //! Invariants
 //! 1. Nothing outside of the range is written.
-//! 2. Only whole blocks count as written: a short write goes on at the last one.
+//! 2. Only whole blocks count as written: a short write continues after the last one.
 //!
 //! It does *not* flush.
 
@@ -47,7 +47,7 @@ pub(super) fn write_zeros(file: &File, bytes: Range<u64>, cancel: &Cancel) -> ru
         }
         let pieces = zeros(to - at);
         match rustix::io::pwritev(file, &pieces, at) {
-            // A short write goes on at the last whole block; less than a block is written again.
+            // A short write continues at the last whole block; a part of a block is written again.
             Ok(n) => {
                 stalls = if n >= BLOCK { 0 } else { stalls + 1 };
                 if n == 0 || stalls >= STALLS_MAX {
@@ -62,7 +62,7 @@ pub(super) fn write_zeros(file: &File, bytes: Range<u64>, cancel: &Cancel) -> ru
     Ok(())
 }
 
-/// What one call writes of `bytes` zeros that are left.
+/// The pieces that one call writes if `bytes` zeros remain.
 fn zeros(bytes: u64) -> SmallVec<[io::IoSlice<'static>; ZEROS_PIECES]> {
     let piece = |i: usize| match bytes.saturating_sub((i * ZEROS_BYTES) as u64) {
         0 => None,

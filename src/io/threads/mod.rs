@@ -1,4 +1,4 @@
-//! The portable disk: plain files in a directory, and threads that call `preadv`, `pwritev` and `fdatasync`.
+//! The portable disk: threads that call `preadv`, `pwritev` and `fdatasync`.
 //!
 //! For machines on which io_uring is missing or forbidden. The owner's thread queues operations to the workers and
 //! never makes a system call that waits for the device.
@@ -9,12 +9,11 @@
 //! ```
 //! Invariants
 //! 1. An operation sent to the workers comes back exactly once, also if carrying it out panicked.
-//! 2. `overflow` holds operations only while the channel is full. Then workers are busy, so a completion is to come,
-//!    and the `reap` that fetches it sends what waits.
+//! 2. `overflow` holds operations only while the channel is full. Then workers are busy, so a completion will come, and the
+//!    `reap` that fetches it sends the operations that wait.
 //! 3. A completion is in its channel before the owner is woken, so a woken owner finds it.
-//! 4. Every descriptor is locked (`flock`) from before its first transfer until it is closed. Dropping the disk waits
-//!    for what the workers have begun, and for no more; so afterwards nothing is in flight and the files can be opened
-//!    again.
+//! 4. Dropping the disk waits for the operations that workers have begun, and for no more; afterwards nothing is in flight and
+//!    the files can be opened again.
 //!
 //! It does *not*: order operations (writes and flushes under way at a time overtake each other), schedule, or cache.
 
@@ -35,7 +34,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// Operations that may stand in the channel for each worker. Enough that none runs dry between two laps of the owner.
+/// Operations that the channel holds for each worker: enough that none runs dry between two turns of the owner.
 const QUEUED_PER_WORKER: usize = 16;
 
 /// How to run the portable disk.
@@ -64,13 +63,13 @@ pub struct PortableDisk {
     known: BTreeMap<FileId, Arc<FileEntry>>,
     /// Taken only in `drop`.
     jobs: Option<Sender<Job>>,
-    /// Where the workers take them from; to take back at the end what none has begun.
+    /// The workers' end, kept so that jobs which none has begun can be taken back in `drop`.
     queue: Receiver<Job>,
     overflow: VecDeque<Job>,
     completions: Receiver<Completion>,
     parker: Parker,
     workers: Vec<JoinHandle<()>>,
-    /// Operations so far: each is a system call of a worker's.
+    /// Operations submitted so far; each is a system call of a worker.
     calls: u64,
 }
 
@@ -117,7 +116,7 @@ impl PortableDisk {
         DiskWaker::of_parker(self.parker.unparker().clone())
     }
 
-    /// What the machine gives.
+    /// What was found when the disk was opened.
     pub fn report(&self) -> DiskReport {
         DiskReport { driver: "portable", depth: self.workers.len(), ..self.files.report() }
     }
@@ -220,7 +219,7 @@ impl Worker {
             match op {
                 DiskOp::Flush { .. } | DiskOp::Allocate { .. } if result.is_ok() => self.flush(id, op, files),
                 op => {
-                    // First: whoever gets the completion may be the last to hold the files, and expect them closed.
+                    // First: the receiver of the completion may be the last to hold the files, and expect them to be closed.
                     drop(files);
                     self.complete(Completion { id, op, result });
                 }
@@ -229,12 +228,12 @@ impl Worker {
     }
 
     fn complete(&self, completion: Completion) {
-        // Fails only when the disk is gone, and with it whoever would want to know.
+        // Fails only when the disk is gone, and with it every receiver.
         let _ = self.done.send(completion);
         self.owner.unpark();
     }
 
-    /// Has the files flushed, and completes the operation then. An allocation needs that very file's flush.
+    /// Flushes the files, then completes the operation. An allocation needs a flush of that very file.
     fn flush(&self, id: OpId, op: DiskOp, files: FileEntries) {
         let (cover, wanted) = match op {
             DiskOp::Allocate { .. } => (Cover::ThisFile, Ok(files.clone())),
@@ -271,7 +270,7 @@ struct Pending {
 }
 
 impl Pending {
-    /// One is done; the completion, if it was the last.
+    /// One flush has ended. Returns the completion if it was the last.
     fn take_in(&mut self, result: Result<()>) -> Option<Completion> {
         self.left -= 1;
         if let (Err(_), Some(Completion { result: whole @ Ok(()), .. })) = (&result, &mut self.completion) {

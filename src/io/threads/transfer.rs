@@ -1,9 +1,9 @@
-//! Operations as system calls: each to its end, or an error with file, offset and length.
+//! Operations as system calls: each is carried out completely, or fails with file, offset and length.
 //!
 //! Invariants
 //! 1. `Ok` means every byte: short transfers are continued, `EINTR` and `EAGAIN` repeated after a pause.
 //!
-//! It runs on threads of the disks' and may wait as long as the device does. It does *not* decide when to flush.
+//! It runs on the workers and may wait as long as the device does. It does *not* decide when to flush.
 
 use crate::base::BLOCK;
 use crate::base::error::{Error, Result};
@@ -20,13 +20,13 @@ use std::io;
 
 /// Linux takes at most this many pieces in one call.
 const IOV_MAX: usize = 1024;
-/// Fruitless calls in a row after which a transfer is given up.
+/// Calls in a row without a whole block after which a transfer fails.
 const STALLS_MAX: u32 = 4;
 
 /// Carries out `op`, all of an allocation but its flush; `entry` is the file that it names.
 ///
 /// # Panics
-/// On a flush: that is what flush_queue are for.
+/// On a flush, which goes through a batch.
 pub(super) fn carry_out(files: &Files, entry: &FileEntry, op: &mut DiskOp) -> Result<()> {
     let len = op.bytes();
     let (what, id) = (op.name(), entry.id());
@@ -49,12 +49,12 @@ pub(super) fn carry_out(files: &Files, entry: &FileEntry, op: &mut DiskOp) -> Re
                 .and_then(|address| write_fully(&location.descriptor, address, from, flags, files.cancel()))
                 .map_err(|e| context(*offset, e))
         }
-        DiskOp::Flush { .. } => unreachable!("flushes go in flush_queue"),
+        DiskOp::Flush { .. } => unreachable!("a flush goes through a batch"),
         DiskOp::Allocate { from, to, .. } => files.grow(entry, *from..*to),
     }
 }
 
-/// Leads flush_queue on this thread, until there is none or another disk does.
+/// Leads batches on this thread, until there are none or another disk leads.
 pub(super) fn lead(files: &Files, batch: FlushBatch) {
     let mut led_batches = Some(batch);
     while let Some(batch) = led_batches {
@@ -117,8 +117,8 @@ fn write_fully(file: &File, offset: u64, slices: &[IoSlice], flags: ReadWriteFla
     Ok(())
 }
 
-/// How far a transfer has come. It goes on at block boundaries only: direct I/O takes no others, and to transfer a
-/// part of a block once more does no harm.
+/// The progress of a transfer. It continues at block boundaries only: direct I/O takes no others, and transferring a part of a
+/// block again does no harm.
 struct Progress<'c> {
     done: usize,
     total: usize,
@@ -137,7 +137,7 @@ impl<'c> Progress<'c> {
         (self.done < self.total).then_some(self.done)
     }
 
-    /// Takes in what a call said; `dry` is the error if it makes no headway.
+    /// Accounts for the outcome of a call; `dry` is the error if it transferred nothing.
     fn advance(&mut self, outcome: rustix::io::Result<usize>, dry: io::ErrorKind) -> io::Result<()> {
         match outcome {
             Ok(n) => {
@@ -162,7 +162,7 @@ mod tests {
     use rustix::io::Errno;
     use std::time::{Duration, Instant};
 
-    /// A thread that asks a busy device again and again takes a core from those who could make it less busy.
+    /// A thread that asks a busy device again and again takes a core from the work that would make it less busy.
     #[test]
     #[allow(clippy::disallowed_methods, reason = "that time passes is what is tested")]
     fn a_refused_transfer_pauses_and_is_not_counted_as_done() {

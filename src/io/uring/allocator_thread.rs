@@ -1,15 +1,15 @@
 //! The thread that allocates for a ring disk: zeros go out by plain system calls, which may wait as long as the device.
 //!
 //! Invariants
-//! 1. Each job is answered by mail exactly once, also if carrying it out panicked.
+//! 1. Each job is answered by a remote event exactly once, also if carrying it out panicked.
 //! 2. An allocation is answered only when a flush of its file was done after it. The disk leads that flush, not this
 //!    thread.
 //!
-//! It is started by the first allocation, and sleeps when there is none.
+//! The first allocation starts it; it sleeps when it has no job.
 
 use crate::base::error::{Error, Result};
 use crate::io::files::{FileEntry, Files};
-use crate::io::flush::{Cover, FlushQueue, FlushWaiter, RemoteEvent, RemoteEvents};
+use crate::io::flush::{Cover, FlushQueue, FlushWaiter, OpIdx, RemoteEvent, RemoteEvents};
 use crossbeam::channel::{Receiver, Sender};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -17,12 +17,12 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 struct Job {
-    key: u32,
+    op: OpIdx,
     file: Arc<FileEntry>,
     bytes: Range<u64>,
 }
 
-/// The thread's owner.
+/// The handle of the thread; dropping it ends the thread.
 pub(super) struct AllocatorThread {
     /// Taken only in `drop`.
     jobs: Option<Sender<Job>>,
@@ -44,8 +44,8 @@ impl AllocatorThread {
     }
 
     /// Allocates for the operation `key`.
-    pub(super) fn send(&self, key: u32, file: Arc<FileEntry>, bytes: Range<u64>) {
-        let sent = self.jobs.as_ref().map(|jobs| jobs.send(Job { key, file, bytes }));
+    pub(super) fn send(&self, op: OpIdx, file: Arc<FileEntry>, bytes: Range<u64>) {
+        let sent = self.jobs.as_ref().map(|jobs| jobs.send(Job { op, file, bytes }));
         assert!(matches!(sent, Some(Ok(()))), "the thread ends only when the disk does");
     }
 }
@@ -60,17 +60,17 @@ impl Drop for AllocatorThread {
 }
 
 fn run(files: &Files, flush_queue: &Arc<FlushQueue>, remote_events: &Arc<RemoteEvents>, queue: &Receiver<Job>) {
-    while let Ok(Job { key, file, bytes }) = queue.recv() {
+    while let Ok(Job { op, file, bytes }) = queue.recv() {
         let outcome = catch_unwind(AssertUnwindSafe(|| files.grow(&file, bytes.clone())));
         let result = outcome.unwrap_or_else(|_| {
             let cause = std::io::Error::other("the thread that allocates panicked");
             Err(Error::io(format_args!("allocate {} {}..{}", file.id(), bytes.start, bytes.end), cause))
         });
         if result.is_err() {
-            remote_events.push(RemoteEvent::PartEnded(key, result));
+            remote_events.push(RemoteEvent::PartEnded(op, result));
             continue;
         }
-        let waiter = FlushWaiter::Ring(remote_events.clone(), key);
+        let waiter = FlushWaiter::Ring(remote_events.clone(), op);
         if let Some(batch) = files.join(flush_queue, &file, Cover::ThisFile, waiter) {
             remote_events.push(RemoteEvent::Lead(batch));
         }

@@ -1,9 +1,9 @@
-//! The entries that the kernel has: what each stands for, and the memory that it points to besides the frames.
+//! The submission entries that are with the kernel: what each stands for, and the memory that it points to besides the frames.
 //!
 //! Invariants
-//! 1. Each entry with the kernel has a slot of its own, named in the entry, and a slot is free again only by
-//!    [`Entries::free`], when its completion was taken.
-//! 2. A slot's list of pieces changes only while the slot is free, and is on the heap, so it stays where it is.
+//! 1. Each entry with the kernel has a slot of its own, named in the entry's user data. A slot is free again only by
+//!    [`Entries::free`], when its completion was reaped.
+//! 2. A slot's list of memory ranges changes only while the slot is free, and is on the heap, so it stays where it is.
 //! 3. There is at most one read of the eventfd, into memory that lives as long as the entries do; and one timer, whose
 //!    time the kernel has copied when it took the entry.
 //!
@@ -11,8 +11,8 @@
 #![allow(unsafe_code)]
 
 use super::iovec::IoVec;
-use super::op::{Op, Span, memory_of};
-use super::ring::Ring;
+use super::op::{MemoryRange, Op, Span, memory_of};
+use super::ring::{Counted, Ring, timespec};
 use crate::base::Micros;
 use crate::io::files::Files;
 use crate::io::store_file::StoreFile;
@@ -20,136 +20,149 @@ use crate::io::waker::Sleep;
 use io_uring::{opcode, squeue, types};
 use std::os::fd::AsRawFd;
 
-/// The name of the read of the eventfd.
-pub(super) const EVENT: u64 = u64::MAX;
-/// The name of the timer.
+/// The user data of the read of the eventfd.
+pub(super) const EVENT_READ: u64 = u64::MAX;
+/// The user data of the timer.
 pub(super) const TIMER: u64 = u64::MAX - 1;
+/// Bytes of the eventfd's counter.
+const COUNTER_BYTES: usize = 8;
 
-/// What an entry stands for.
+/// What an entry with the kernel stands for.
 #[derive(Clone, Copy)]
-pub(super) enum Slot {
+pub(super) enum InFlight {
     /// A part of a transfer.
     Span(Span),
-    /// A sync for the batch with this key.
-    Sync(u32),
+    /// A sync for a flush batch that this disk leads.
+    Sync(BatchIdx),
 }
 
+/// Which of the flush batches that this disk leads.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct BatchIdx(pub(super) u32);
+
+/// Which entry with the kernel: its user data.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct SlotIdx(u32);
+
 #[derive(Default)]
-struct Place {
-    /// `None`: free.
-    slot: Option<Slot>,
-    list: Vec<IoVec>,
+struct Slot {
+    /// `None`: the slot is free.
+    in_flight: Option<InFlight>,
+    ranges: Vec<IoVec>,
 }
 
 pub(super) struct Entries {
-    places: Vec<Place>,
-    free: Vec<u32>,
-    /// Where the eventfd's counter goes. Written by the kernel, read by nobody.
-    counter: Box<[u8; 8]>,
+    slots: Vec<Slot>,
+    free: Vec<SlotIdx>,
+    /// Where the eventfd's counter goes. The kernel writes it, and its value means nothing.
+    counter: Box<[u8; COUNTER_BYTES]>,
     event_read: bool,
     time: Box<types::Timespec>,
     timer: bool,
 }
 
 impl Entries {
-    /// Slots for as many entries as the rings have under way at a time.
-    pub(super) fn new(count: usize) -> Entries {
-        let places = (0..count).map(|_| Place::default()).collect();
+    /// Slots for as many entries as the rings have with the kernel at a time.
+    pub(super) fn new(count: u32) -> Entries {
         Entries {
-            places,
-            free: (0..count as u32).rev().collect(),
-            counter: Box::new([0; 8]),
+            slots: (0..count).map(|_| Slot::default()).collect(),
+            free: (0..count).rev().map(SlotIdx).collect(),
+            counter: Box::new([0; COUNTER_BYTES]),
             event_read: false,
             time: Box::default(),
             timer: false,
         }
     }
 
-    fn take_slot(&mut self, slot: Slot) -> usize {
+    fn take_slot(&mut self, in_flight: InFlight) -> SlotIdx {
         let Some(at) = self.free.pop() else { panic!("more entries than the rings have room for") };
-        let place = &mut self.places[at as usize];
-        assert!(place.slot.is_none(), "slot {at} is taken");
-        place.slot = Some(slot);
-        at as usize
+        let slot = &mut self.slots[at.0 as usize];
+        assert!(slot.in_flight.is_none(), "slot {at:?} is taken");
+        slot.in_flight = Some(in_flight);
+        at
     }
 
-    /// The completion named `name` was taken: what it stood for.
-    pub(super) fn free(&mut self, name: u64) -> Slot {
-        let slot = self.places.get_mut(name as usize).and_then(|place| place.slot.take());
-        let Some(slot) = slot else { panic!("a completion of an entry that was never submitted: {name}") };
-        self.free.push(name as u32);
-        slot
+    /// Frees the slot whose completion with this user data was reaped; returns what it stood for.
+    pub(super) fn free(&mut self, user_data: u64) -> InFlight {
+        let slot = usize::try_from(user_data).ok().and_then(|at| self.slots.get_mut(at));
+        let Some(in_flight) = slot.and_then(|slot| slot.in_flight.take()) else {
+            panic!("a completion of an entry that was never submitted: {user_data}")
+        };
+        self.free.push(SlotIdx(user_data as u32));
+        assert!(self.free.len() <= self.slots.len(), "a slot was freed twice");
+        in_flight
     }
 
     /// Puts an entry for `span` of `op` into the ring, which must have room.
     pub(super) fn transfer(&mut self, ring: &mut Ring, files: &Files, op: &Op, span: Span) {
-        let Some(target) = &op.target else { panic!("a transfer without a file") };
-        let at = self.take_slot(Slot::Span(span));
-        let list = &mut self.places[at].list;
-        let whole = memory_of(&op.parts, &span, list);
-        let offset = op.address + u64::from(span.from);
-        let flags = if op.is_write() { files.write_flags(target.id()).bits() as i32 } else { 0 };
-        let fd = types::Fd(target.name.number);
-        let (pieces, count) = (list.as_ptr().cast(), list.len() as u32);
+        let Some(file) = &op.file else { panic!("a transfer without a file") };
+        let at = self.take_slot(InFlight::Span(span));
+        let list = &mut self.slots[at.0 as usize].ranges;
+        let whole = memory_of(&op.memory, &span, list);
+        let address = op.address + u64::from(span.from);
+        let rw_flags = if op.is_write() { files.write_flags(file.id()).bits() as i32 } else { 0 };
+        let (fd, flags) = file.sqe_file.encode();
+        let (list, count) = (list.as_ptr().cast(), list.len() as u32);
         let entry: squeue::Entry = match (whole, op.is_write()) {
-            (Some(part), true) => match part.buffer {
-                Some(buffer) => {
-                    opcode::WriteFixed::new(fd, part.at, part.len, buffer).offset(offset).rw_flags(flags).build()
-                }
-                None => opcode::Write::new(fd, part.at, part.len).offset(offset).rw_flags(flags).build(),
-            },
-            (Some(part), false) => match part.buffer {
-                Some(buffer) => opcode::ReadFixed::new(fd, part.at, part.len, buffer).offset(offset).build(),
-                None => opcode::Read::new(fd, part.at, part.len).offset(offset).build(),
-            },
-            (None, true) => opcode::Writev::new(fd, pieces, count).offset(offset).rw_flags(flags).build(),
-            (None, false) => opcode::Readv::new(fd, pieces, count).offset(offset).build(),
+            (Some(MemoryRange { at, len, buffer: Some(buffer) }), true) => {
+                opcode::WriteFixed::new(fd, at, len, buffer).offset(address).rw_flags(rw_flags).build()
+            }
+            (Some(MemoryRange { at, len, buffer: None }), true) => {
+                opcode::Write::new(fd, at, len).offset(address).rw_flags(rw_flags).build()
+            }
+            (Some(MemoryRange { at, len, buffer: Some(buffer) }), false) => {
+                opcode::ReadFixed::new(fd, at, len, buffer).offset(address).build()
+            }
+            (Some(MemoryRange { at, len, buffer: None }), false) => {
+                opcode::Read::new(fd, at, len).offset(address).build()
+            }
+            (None, true) => opcode::Writev::new(fd, list, count).offset(address).rw_flags(rw_flags).build(),
+            (None, false) => opcode::Readv::new(fd, list, count).offset(address).build(),
         };
-        let flags = if target.name.is_slot { squeue::Flags::FIXED_FILE } else { squeue::Flags::empty() };
-        let entry = entry.flags(flags).user_data(at as u64);
+        let entry = entry.flags(flags).user_data(at.0.into());
         // SAFETY: the frames belong to the operation, which is kept until all its spans are back; the list stays as it
-        // is until the slot is free (invariant 2); the file is held by the target, and that by the operation. Whoever
-        // takes the completion calls `free`, and `completed`.
-        unsafe { ring.put(&entry, true) }
+        // is until the slot is free (invariant 2); the descriptor is held by the file, and that by the operation. The
+        // caller that reaps the completion calls `free`, and `completed`.
+        unsafe { ring.push(&entry, Counted::Yes) }
     }
 
     /// Puts an fdatasync into the ring, which must have room.
-    pub(super) fn sync(&mut self, ring: &mut Ring, batch: u32, file: &StoreFile) {
-        let at = self.take_slot(Slot::Sync(batch));
+    pub(super) fn sync(&mut self, ring: &mut Ring, batch: BatchIdx, file: &StoreFile) {
+        let at = self.take_slot(InFlight::Sync(batch));
         // A file that does not exist can't be in a batch; if it were, the kernel would say that -1 is no descriptor.
         let fd = types::Fd(file.location().map_or(-1, |location| location.descriptor.as_raw_fd()));
         let entry = opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build();
         // SAFETY: it points to nothing; the batch holds the file. `free` and `completed` as above.
-        unsafe { ring.put(&entry.user_data(at as u64), true) }
+        unsafe { ring.push(&entry.user_data(at.0.into()), Counted::Yes) }
     }
 
-    /// Has the ring read the eventfd, if it does not already.
+    /// Puts a read of the eventfd into the ring, unless there is one already.
     pub(super) fn read_event(&mut self, ring: &mut Ring, sleep: &Sleep) {
         if self.event_read || !ring.has_slot() {
             return;
         }
         let fd = types::Fd(sleep.event().as_raw_fd());
-        let entry = opcode::Read::new(fd, self.counter.as_mut_ptr(), 8).build();
+        let entry = opcode::Read::new(fd, self.counter.as_mut_ptr(), COUNTER_BYTES as u32).build();
         self.event_read = true;
         // SAFETY: the counter is on the heap and lives until the disk is gone, which waits for this read. It is not
         // counted.
-        unsafe { ring.put(&entry.user_data(EVENT), false) }
+        unsafe { ring.push(&entry.user_data(EVENT_READ), Counted::No) }
     }
 
-    /// Has the ring say when `us` have passed, if it is not to say so already.
+    /// Puts a timer into the ring that expires after `us`, unless one is set already.
     pub(super) fn start_timer(&mut self, ring: &mut Ring, us: Micros) {
         if self.timer || !ring.has_slot() {
             return;
         }
-        *self.time = types::Timespec::new().sec(us / 1_000_000).nsec((us % 1_000_000) as u32 * 1000);
+        *self.time = timespec(us);
         let entry = opcode::Timeout::new(&raw const *self.time).build();
         self.timer = true;
         // SAFETY: the time is on the heap, stays as it is while the timer is set, and lives as long as this; a ring that
         // goes with the entry in its queue takes it no more. It is not counted.
-        unsafe { ring.put(&entry.user_data(TIMER), false) }
+        unsafe { ring.push(&entry.user_data(TIMER), Counted::No) }
     }
 
-    /// The timer has run out.
+    /// The timer has expired.
     pub(super) fn timer_ended(&mut self) {
         self.timer = false;
     }
@@ -158,7 +171,7 @@ impl Entries {
         self.timer
     }
 
-    /// The read of the eventfd is back.
+    /// The read of the eventfd has completed.
     pub(super) fn event_read(&mut self) {
         self.event_read = false;
     }
@@ -167,9 +180,9 @@ impl Entries {
         self.event_read
     }
 
-    /// Never frees what the kernel may still write to.
+    /// Leaks the memory that the kernel may still write to.
     pub(super) fn leak(&mut self) {
-        std::mem::forget(std::mem::take(&mut self.places));
+        std::mem::forget(std::mem::take(&mut self.slots));
         std::mem::forget(std::mem::take(&mut self.counter));
         std::mem::forget(std::mem::take(&mut self.time));
     }

@@ -1,9 +1,9 @@
-//! The files of one ring: registered with it where it takes them, so that an operation touches no count that other
+//! The files of one ring: registered with it where it takes them, so that a transfer touches no reference count that other
 //! cores touch, too.
 //!
 //! Invariants
-//! 1. A slot of the ring's table names the file that its [`RingFile`] holds, for as long as the ring lives.
-//! 2. A file that did not exist when it was asked for first is asked for again.
+//! 1. A slot of the ring's table refers to the file that its [`RingFile`] holds, for as long as the ring lives.
+//! 2. A file that did not exist when it was first asked for is asked for again.
 //!
 //! It does *not* open files.
 
@@ -13,24 +13,37 @@ use crate::io::files::{FileEntry, Files};
 use crate::io::media::Location;
 use foldhash::fast::FixedState;
 use hashbrown::HashMap;
-use io_uring::IoUring;
-use std::os::fd::AsRawFd;
+use io_uring::{IoUring, squeue, types};
+use std::os::fd::{AsRawFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 
-/// Files that a ring's table takes; the rest is used by descriptor.
+/// Slots of a ring's table; files beyond that are used by descriptor.
 const SLOTS: u32 = 64;
 
-/// How an entry names a file: by descriptor, or by a slot of the ring's table.
-#[derive(Clone, Copy)]
-pub(super) struct Name {
-    pub(super) number: i32,
-    pub(super) is_slot: bool,
+/// How a submission entry refers to a file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum SqeFile {
+    /// By its descriptor.
+    Descriptor(RawFd),
+    /// By a slot of the ring's table.
+    Fixed(u32),
 }
 
+impl SqeFile {
+    /// What stands in the entry's field for the file, and the flags that say how it is meant.
+    pub(super) fn encode(self) -> (types::Fd, squeue::Flags) {
+        match self {
+            SqeFile::Descriptor(descriptor) => (types::Fd(descriptor), squeue::Flags::empty()),
+            SqeFile::Fixed(slot) => (types::Fd(slot as RawFd), squeue::Flags::FIXED_FILE),
+        }
+    }
+}
+
+/// A file as this ring uses it.
 pub(super) struct RingFile {
     entry: Arc<FileEntry>,
-    pub(super) name: Name,
+    pub(super) sqe_file: SqeFile,
     pub(super) location: Location,
 }
 
@@ -40,6 +53,7 @@ impl RingFile {
     }
 }
 
+/// The files that this ring has used, and its table.
 #[derive(Default)]
 pub(super) struct FixedFiles {
     known: HashMap<FileId, Rc<RingFile>, FixedState>,
@@ -48,33 +62,36 @@ pub(super) struct FixedFiles {
 }
 
 impl FixedFiles {
-    /// A table in the ring, if it takes one.
+    /// Registers a table with the ring, if the kernel has them.
     pub(super) fn new(ring: &IoUring) -> FixedFiles {
         let slots = if ring.submitter().register_files_sparse(SLOTS).is_ok() { SLOTS } else { 0 };
         FixedFiles { slots, ..FixedFiles::default() }
     }
 
-    /// The file, which must exist.
+    /// The file, for transfers.
+    ///
+    /// # Errors
+    /// `NotFound` if it does not exist.
     pub(super) fn get(&mut self, ring: &IoUring, files: &Files, id: FileId) -> Result<Rc<RingFile>> {
-        if let Some(target) = self.known.get(&id) {
-            return Ok(target.clone());
+        if let Some(file) = self.known.get(&id) {
+            return Ok(file.clone());
         }
         let entry = files.file(id);
         let location = files.location(&entry.file)?.clone();
         let descriptor = location.descriptor.as_raw_fd();
-        let mut name = Name { number: descriptor, is_slot: false };
+        let mut sqe_file = SqeFile::Descriptor(descriptor);
         if self.slots_used < self.slots
             && ring.submitter().register_files_update(self.slots_used, &[descriptor]).is_ok_and(|n| n == 1)
         {
-            name = Name { number: self.slots_used as i32, is_slot: true };
+            sqe_file = SqeFile::Fixed(self.slots_used);
             self.slots_used += 1;
         }
-        let target = Rc::new(RingFile { entry, name, location });
-        self.known.insert(id, target.clone());
-        Ok(target)
+        let file = Rc::new(RingFile { entry, sqe_file, location });
+        self.known.insert(id, file.clone());
+        Ok(file)
     }
 
-    /// Takes them back from the ring: at once, so that the files are closed, and unlocked, when their last holder goes.
+    /// Unregisters the table, so that the files are closed, and unlocked, as soon as their last holder is dropped.
     pub(super) fn unregister(&mut self, ring: &IoUring) {
         self.known.clear();
         if std::mem::take(&mut self.slots) > 0 {

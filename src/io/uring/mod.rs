@@ -2,19 +2,19 @@
 //!
 //! ```text
 //!   submit --> operation (cut into spans) --> queue --push--> submission queue == kernel ==> completions --reap--> out
-//!                                               ^---------- the rest of short transfers ---------'
-//!   flush ---> flush_queue of a file, shared by all disks: one that leads puts an fsync into its ring, the others get mail
-//!   allocate -> allocator thread, which sends mail; then as flush
+//!                                               ^--------- the remainder of short transfers -----'
+//!   flush ----> a flush batch, shared by all disks: the disk that leads it puts an fsync into its ring, the others get an event
+//!   allocate -> the allocator thread, which sends an event; then as flush
 //! ```
 //! Invariants
 //! 1. Each span is in `queue`, or with the kernel in one slot; its operation counts it until its last result is there.
 //!    No operation is handed back, and no memory freed, while the kernel has one of its spans.
-//! 2. Operations beyond the ring's depth wait in `queue`, which the owner bounds by what it has under way.
-//! 3. One system call per lap takes everything submitted since; `submit` makes none, but for a file's first use.
-//! 4. Whoever waits here sleeps in the ring with a read of an eventfd in it, so other threads can end that.
-//! 5. A ring that polls takes no flush and no eventfd (the kernel refuses them): they have a second ring then.
-//! 6. A transfer that the device refuses for now (`EAGAIN`) goes again after a pause, by a timer in the ring.
-//! 7. Dropping waits for everything in flight. If the kernel can't be asked any more, the memory is leaked instead.
+//! 2. Operations beyond the ring's depth wait in `queue`, which the owner bounds by the operations that it has in flight.
+//! 3. One system call per turn of the owner submits everything since the last; `submit` makes none, except for a file's first use.
+//! 4. A thread that waits here sleeps in the ring with a read of an eventfd in it, so that other threads can wake it.
+//! 5. A ring that polls takes no flush and no eventfd (the kernel refuses them): they go into a control ring then.
+//! 6. A transfer that the device refuses for now (`EAGAIN`) is submitted again after a pause, by a timer in the ring.
+//! 7. Dropping waits for everything in flight. If the ring is broken, so that this can't be waited for, the memory is leaked.
 //!
 //! A ring belongs to the thread that made it: `UringDisk` is not `Send`. It does *not* order operations or retry a flush.
 
@@ -22,6 +22,7 @@ mod allocator_thread;
 mod buffers;
 mod entries;
 mod fixed_files;
+mod flushes;
 mod iovec;
 mod op;
 mod options;
@@ -34,9 +35,8 @@ pub use probe::probe;
 pub(crate) use probe::probe_ordinary;
 
 use super::files::Files;
-use super::flush::{Cover, FlushBatch, FlushQueue, FlushWaiter, NextLeader, RemoteEvent, RemoteEvents};
+use super::flush::{FlushQueue, OpIdx, RemoteEvent, RemoteEvents};
 use super::report::{DiskReport, Polling};
-use super::store_file::StoreFile;
 use super::waker::{DiskWaker, Sleep};
 use super::{Completion, Disk, DiskOp, FileId, OpId};
 use crate::base::Micros;
@@ -44,36 +44,42 @@ use crate::base::error::{Error, ErrorKind, Result};
 use crate::memory::Mapping;
 use allocator_thread::AllocatorThread;
 use buffers::Buffers;
-use entries::{EVENT, Entries, TIMER};
+use entries::{EVENT_READ, Entries, InFlight, TIMER};
 use fixed_files::FixedFiles;
+use flushes::{LedBatch, QueuedSync};
 use op::{Op, Span};
-use ring::Ring;
+use ring::{Ring, RingMode};
 use slab::Slab;
 use std::collections::VecDeque;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-/// Calls in a row by which a polling ring is asked before the owner gets a turn.
+/// How often a polled device is asked before the owner gets a turn.
 const POLLS: u32 = 64;
-/// How long to sleep at most while the kernel has refused to take something.
+/// The longest sleep while the kernel has refused to take an entry.
 const REFUSED_US: Micros = 1000;
+/// Entries of a ring: fewer than the least keep no device busy, and more than the most the kernel does not give.
+const DEPTH_MIN: u32 = 4;
+const DEPTH_MAX: u32 = 4096;
+/// Entries of the control ring, which has the syncs of a few batches.
+const CONTROL_DEPTH: u32 = 16;
 
-/// A batch that this disk leads.
-struct LedBatch {
-    batch: FlushBatch,
-    /// Syncs whose end is awaited.
-    left: u32,
-    result: Result<()>,
+const _: () = assert!(DEPTH_MIN.is_power_of_two() && DEPTH_MAX.is_power_of_two() && CONTROL_DEPTH.is_power_of_two());
+
+/// Where flushes, the eventfd and the timer go.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum ControlRing {
+    /// Into the ring of the transfers.
+    Main,
+    /// Into a ring of their own.
+    Own,
 }
-
-/// A sync to be submitted: the batch, and which of its files.
-type Sync = (u32, u32);
 
 /// Files as the store's disk, through a ring of this thread's own.
 pub struct UringDisk {
     main: Ring,
-    /// For what a polling ring refuses.
-    second: Option<Ring>,
+    /// Takes what a polling ring refuses: flushes, the eventfd, the timer.
+    control: Option<Ring>,
     entries: Entries,
     files: Arc<Files>,
     flush_queue: Arc<FlushQueue>,
@@ -81,20 +87,21 @@ pub struct UringDisk {
     buffers: Buffers,
     ops: Slab<Op>,
     queue: VecDeque<Span>,
-    /// What the device would not take: put back into `queue` when the timer has run out.
-    refused: Vec<Span>,
-    syncs: VecDeque<Sync>,
+    /// Spans that the device refused for now: put back into `queue` when the timer expires.
+    retries: Vec<Span>,
+    syncs: VecDeque<QueuedSync>,
     led_batches: Slab<LedBatch>,
-    /// Operations that wait for mail, each as often as it waits.
+    /// Events that operations of this disk still wait for.
     remote_pending: usize,
-    done: Vec<Completion>,
-    taken: Vec<(u64, i32)>,
+    completions: Vec<Completion>,
+    /// Kept for its capacity: user data and results as they were reaped.
+    reaped: Vec<(u64, i32)>,
     sleep: Arc<Sleep>,
     remote_events: Arc<RemoteEvents>,
     allocator: Option<AllocatorThread>,
     disks_count: usize,
     polling: Polling,
-    /// Nothing more is given to the kernel but what others wait for.
+    /// The disk is being dropped: nothing is submitted any more but what other disks wait for.
     closing: bool,
     not_send: PhantomData<*const ()>,
 }
@@ -110,35 +117,45 @@ impl UringDisk {
             true => probe::polling(&files),
             false => Polling::Off("not asked for".into()),
         };
-        let polled = polling == Polling::On;
-        Self::with_rings(files, options, polling, polled)
+        let control = if polling == Polling::On { ControlRing::Own } else { ControlRing::Main };
+        Self::with_rings(files, options, polling, control)
     }
 
-    fn with_rings(files: Arc<Files>, options: &UringOptions, polling: Polling, two: bool) -> Result<UringDisk> {
-        let depth = options.ring_entries.clamp(4, 4096).next_power_of_two();
+    fn with_rings(
+        files: Arc<Files>,
+        options: &UringOptions,
+        polling: Polling,
+        control: ControlRing,
+    ) -> Result<UringDisk> {
+        let depth = options.ring_entries.clamp(DEPTH_MIN, DEPTH_MAX).next_power_of_two();
+        let mode = if polling == Polling::On { RingMode::Polled } else { RingMode::Interrupts };
         let making = |e| Error::new(ErrorKind::Unsupported, probe::refused("making a ring", &e));
-        let main = Ring::new(depth, polling == Polling::On).map_err(making)?;
-        let second = if two { Some(Ring::new(depth.min(16), false).map_err(making)?) } else { None };
+        let main = Ring::new(depth, mode).map_err(making)?;
+        let control_depth = depth.min(CONTROL_DEPTH);
+        let control = match control {
+            ControlRing::Own => Some(Ring::new(control_depth, RingMode::Interrupts).map_err(making)?),
+            ControlRing::Main => None,
+        };
         let sleep =
             Sleep::new().map_err(|e| Error::io("making an eventfd (is the limit of open files reached?)", e))?;
         let sleep = Arc::new(sleep);
         let remote_events = RemoteEvents::new(DiskWaker::of_sleep(sleep.clone()));
         Ok(UringDisk {
             fixed_files: FixedFiles::new(main.get()),
-            entries: Entries::new((depth + second.as_ref().map_or(0, |_| 16)) as usize),
+            entries: Entries::new(depth + control.as_ref().map_or(0, |_| control_depth)),
             main,
-            second,
+            control,
             flush_queue: files.new_flush_queue(),
             files,
             buffers: Buffers::default(),
             ops: Slab::new(),
             queue: VecDeque::new(),
-            refused: Vec::new(),
+            retries: Vec::new(),
             syncs: VecDeque::new(),
             led_batches: Slab::new(),
             remote_pending: 0,
-            done: Vec::new(),
-            taken: Vec::new(),
+            completions: Vec::new(),
+            reaped: Vec::new(),
             sleep,
             remote_events,
             allocator: None,
@@ -149,12 +166,12 @@ impl UringDisk {
         })
     }
 
-    /// What ends this disk's present or next wait, from any thread.
+    /// Wakes this disk's thread from its present or next wait, from any thread.
     pub fn waker(&self) -> DiskWaker {
         DiskWaker::of_sleep(self.sleep.clone())
     }
 
-    /// What the machine gives.
+    /// What the machine was found to give.
     pub fn report(&self) -> DiskReport {
         DiskReport {
             driver: "io_uring",
@@ -167,92 +184,66 @@ impl UringDisk {
         }
     }
 
-    fn finish(&mut self, id: OpId, op: DiskOp, result: Result<()>) {
-        self.done.push(Completion { id, op, result });
-    }
-
-    fn begin_flush(&mut self, id: OpId, op: DiskOp) {
-        let DiskOp::Flush { files } = &op else { unreachable!("only flushes are flushed") };
-        let named: Vec<_> = files.iter().map(|&file| self.files.file(file)).collect();
-        match self.files.to_flush(&named) {
-            Ok(wanted) if !wanted.is_empty() => {
-                let op = Op::untransferred(id, op, 0);
-                let key = self.ops.insert(op) as u32;
-                // All counted before the first joins: it may fail at once.
-                self.ops[key as usize].left = wanted.len() as u32;
-                self.remote_pending += wanted.len();
-                for file in wanted {
-                    let waiter = FlushWaiter::Ring(self.remote_events.clone(), key);
-                    if let Some(batch) = self.files.join(&self.flush_queue, &file, Cover::AnyFile, waiter) {
-                        self.lead(batch);
-                    }
-                }
-            }
-            other => self.finish(id, op, other.map(drop)),
-        }
-    }
-
-    fn lead(&mut self, batch: FlushBatch) {
-        let files_count = batch.files().len() as u32;
-        let key = self.led_batches.insert(LedBatch { batch, left: files_count, result: Ok(()) }) as u32;
-        self.syncs.extend((0..files_count).map(|file| (key, file)));
+    fn complete(&mut self, id: OpId, op: DiskOp, result: Result<()>) {
+        self.completions.push(Completion { id, op, result });
     }
 
     fn begin_allocation(&mut self, id: OpId, op: DiskOp) {
         let DiskOp::Allocate { file, from, to } = op else { unreachable!("only allocations are allocated") };
         if let Err(error) = self.files.may_write("allocation", file) {
-            return self.finish(id, op, Err(error));
+            return self.complete(id, op, Err(error));
         }
         let allocator = match &mut self.allocator {
             Some(allocator) => allocator,
             none => {
                 match AllocatorThread::start(self.files.clone(), self.flush_queue.clone(), self.remote_events.clone()) {
                     Ok(allocator) => none.insert(allocator),
-                    Err(error) => return self.finish(id, op, Err(error)),
+                    Err(error) => return self.complete(id, op, Err(error)),
                 }
             }
         };
         let op = Op::untransferred(id, op, 1);
-        let key = self.ops.insert(op) as u32;
+        let op = OpIdx(self.ops.insert(op) as u32);
         self.remote_pending += 1;
-        allocator.send(key, self.files.file(file), from..to);
+        allocator.send(op, self.files.file(file), from..to);
     }
 
-    /// Moves what waits into the submission queues, as far as they have room.
-    fn fill(&mut self) {
-        let control = self.second.as_mut().unwrap_or(&mut self.main);
+    /// Moves queued spans and syncs into the submission queues, as far as they have room.
+    fn fill_submission_queues(&mut self) {
+        let control = self.control.as_mut().unwrap_or(&mut self.main);
         while control.has_room() {
-            let Some((key, file)) = self.syncs.pop_front() else { break };
-            let file: &StoreFile = &self.led_batches[key as usize].batch.files()[file as usize];
-            self.entries.sync(control, key, file);
+            let Some(QueuedSync { batch, file }) = self.syncs.pop_front() else { break };
+            let file = &self.led_batches[batch.0 as usize].batch.files()[file];
+            self.entries.sync(control, batch, file);
         }
-        if let Some(us) = self.refused.iter().map(|span| span.backoff.pause_us()).max() {
+        if let Some(us) = self.retries.iter().map(|span| span.backoff.pause_us()).max() {
             self.entries.start_timer(control, us);
         }
         while self.main.has_room() {
             let Some(span) = self.queue.pop_front() else { break };
-            let op = &self.ops[span.op as usize];
+            let op = &self.ops[span.op.0 as usize];
             self.entries.transfer(&mut self.main, &self.files, op, span);
         }
     }
 
-    /// Takes the completions that are there, and the mail.
-    fn collect(&mut self) {
-        let mut taken = std::mem::take(&mut self.taken);
-        self.main.take(&mut taken);
-        if let Some(second) = &mut self.second {
-            second.take(&mut taken);
+    /// Handles the completions and the remote events that are there.
+    fn handle_events(&mut self) {
+        let mut reaped = std::mem::take(&mut self.reaped);
+        self.main.reap(&mut reaped);
+        if let Some(control) = &mut self.control {
+            control.reap(&mut reaped);
         }
-        for (name, result) in taken.drain(..) {
-            self.landed(name, result);
+        for (user_data, result) in reaped.drain(..) {
+            self.entry_completed(user_data, result);
         }
-        self.taken = taken;
+        self.reaped = reaped;
         if self.remote_events.has_any() {
-            for mail in self.remote_events.take() {
-                match mail {
-                    RemoteEvent::PartEnded(key, result) => {
+            for event in self.remote_events.take() {
+                match event {
+                    RemoteEvent::PartEnded(op, result) => {
+                        assert!(self.remote_pending > 0, "an event that no operation waits for");
                         self.remote_pending -= 1;
-                        self.part_done(key, result.err());
+                        self.part_ended(op, result.err());
                     }
                     RemoteEvent::Lead(batch) => self.lead(batch),
                 }
@@ -260,108 +251,91 @@ impl UringDisk {
         }
     }
 
-    fn landed(&mut self, name: u64, result: i32) {
-        match name {
-            EVENT => return self.entries.event_read(),
+    fn entry_completed(&mut self, user_data: u64, result: i32) {
+        match user_data {
+            EVENT_READ => return self.entries.event_read(),
             TIMER => {
                 self.entries.timer_ended();
-                return self.queue.extend(self.refused.drain(..));
+                return self.queue.extend(self.retries.drain(..));
             }
             _ => {}
         }
-        match self.entries.free(name) {
-            entries::Slot::Span(span) => {
+        match self.entries.free(user_data) {
+            InFlight::Span(span) => {
                 self.main.completed();
-                self.span_landed(span, result);
+                self.span_completed(span, result);
             }
-            entries::Slot::Sync(key) => {
-                self.second.as_mut().unwrap_or(&mut self.main).completed();
-                self.sync_landed(key, result);
-            }
-        }
-    }
-
-    fn sync_landed(&mut self, key: u32, result: i32) {
-        let led_batches = &mut self.led_batches[key as usize];
-        led_batches.left -= 1;
-        if result < 0 && led_batches.result.is_ok() {
-            // Interrupted, too: whether anything was lost by then is not known.
-            let cause = std::io::Error::from_raw_os_error(-result);
-            led_batches.result = Err(self.files.error(led_batches.batch.files()[0].id(), "flushing", cause));
-        }
-        if led_batches.left == 0 {
-            let LedBatch { batch, result, .. } = self.led_batches.remove(key as usize);
-            let leader =
-                if self.closing { NextLeader::AnotherIfAny(Some(&self.remote_events)) } else { NextLeader::Same };
-            if let Some(next) = batch.end(result, leader) {
-                self.lead(next);
+            InFlight::Sync(batch) => {
+                self.control.as_mut().unwrap_or(&mut self.main).completed();
+                self.sync_completed(batch, result);
             }
         }
     }
 
-    /// One of the things that an operation waits for has ended.
-    fn part_done(&mut self, key: u32, error: Option<Error>) {
-        let op = &mut self.ops[key as usize];
-        op.left -= 1;
+    /// A span, a flush or an allocation that an operation waits for has ended.
+    fn part_ended(&mut self, at: OpIdx, error: Option<Error>) {
+        let op = &mut self.ops[at.0 as usize];
+        op.assert_state();
+        op.pending -= 1;
         if op.error.is_none() {
             op.error = error;
         }
-        if op.left == 0 {
-            let Op { id, op, error, .. } = self.ops.remove(key as usize);
-            self.finish(id, op, error.map_or(Ok(()), Err));
+        if op.pending == 0 {
+            let Op { id, op, error, .. } = self.ops.remove(at.0 as usize);
+            self.complete(id, op, error.map_or(Ok(()), Err));
         }
     }
 
-    fn hand_over(&mut self) {
+    fn submit_queued(&mut self) {
         loop {
-            self.fill();
+            self.fill_submission_queues();
             self.main.submit();
-            if let Some(second) = &mut self.second {
-                second.submit();
+            if let Some(control) = &mut self.control {
+                control.submit();
             }
-            // The queue may have been longer than the ring; what the kernel refuses waits for the next lap.
+            // The queue may have been longer than the ring; what the kernel refuses waits for the next turn.
             if self.queue.is_empty() || !self.main.has_room() || self.main.has_unsubmitted() {
                 return;
             }
         }
     }
 
-    fn has_news(&mut self) -> bool {
-        !self.done.is_empty()
+    fn has_events(&mut self) -> bool {
+        !self.completions.is_empty()
             || self.remote_events.has_any()
             || self.main.has_completion()
-            || self.second.as_mut().is_some_and(Ring::has_completion)
+            || self.control.as_mut().is_some_and(Ring::has_completion)
     }
 
     fn sleep_in_ring(&mut self, timeout_us: Option<Micros>) {
-        if self.second.is_some() && self.main.in_flight() > 0 {
-            // The device tells nobody: it has to be asked. One call may return with nothing.
+        if self.control.is_some() && self.main.in_flight() > 0 {
+            // A polled device interrupts nobody: it has to be asked, and one call may return with nothing.
             for _ in 0..POLLS {
-                if !self.main.wait(None) || self.has_news() || self.main.broken().is_some() {
+                if !self.main.wait(None) || self.has_events() || self.main.broken().is_some() {
                     return;
                 }
             }
             return;
         }
-        let control = self.second.as_mut().unwrap_or(&mut self.main);
+        let control = self.control.as_mut().unwrap_or(&mut self.main);
         self.entries.read_event(control, &self.sleep);
         let refused = control.has_unsubmitted() && self.entries.is_event_read_submitted();
         control.wait(if refused { Some(timeout_us.unwrap_or(REFUSED_US).min(REFUSED_US)) } else { timeout_us });
     }
 
     fn broken(&self) -> Option<&std::io::Error> {
-        self.main.broken().or_else(|| self.second.as_ref().and_then(Ring::broken))
+        self.main.broken().or_else(|| self.control.as_ref().and_then(Ring::broken))
     }
 
-    fn assert_whole(&self) {
+    fn assert_not_broken(&self) {
         if let Some(e) = self.broken() {
-            panic!("io_uring_enter failed, so that nothing can be said of what is in flight: {e}");
+            panic!("io_uring_enter failed, so that the state of what is in flight is unknown: {e}");
         }
     }
 
     fn kernel_has_something(&self) -> bool {
-        let second = self.second.as_ref().map_or(0, Ring::in_flight);
-        self.main.in_flight() + second > 0 || self.remote_pending > 0 || !self.led_batches.is_empty()
+        let control = self.control.as_ref().map_or(0, Ring::in_flight);
+        self.main.in_flight() + control > 0 || self.remote_pending > 0 || !self.led_batches.is_empty()
     }
 }
 
@@ -375,8 +349,8 @@ impl Disk for UringDisk {
     }
 
     fn push(&mut self) {
-        self.hand_over();
-        self.assert_whole();
+        self.submit_queued();
+        self.assert_not_broken();
     }
 
     fn register(&mut self, memory: Mapping) {
@@ -385,30 +359,30 @@ impl Disk for UringDisk {
     }
 
     fn reap(&mut self, out: &mut Vec<Completion>) {
-        self.collect();
-        // The next batch of flushes, the rest of a short transfer: the caller pushes only when an operation has ended.
-        let untimed = !self.refused.is_empty() && !self.entries.is_timer_set();
-        if self.done.is_empty() && (untimed || !self.queue.is_empty() || !self.syncs.is_empty()) {
-            self.hand_over();
+        self.handle_events();
+        // The next flush batch, or the remainder of a short transfer: the caller pushes only when an operation has ended.
+        let untimed = !self.retries.is_empty() && !self.entries.is_timer_set();
+        if self.completions.is_empty() && (untimed || !self.queue.is_empty() || !self.syncs.is_empty()) {
+            self.submit_queued();
         }
-        self.assert_whole();
-        out.append(&mut self.done);
+        self.assert_not_broken();
+        out.append(&mut self.completions);
     }
 
     fn wait(&mut self, timeout_us: Option<Micros>) {
-        // In this order: what completes may leave more to hand over, and that must not sleep with us.
-        self.collect();
-        self.hand_over();
-        if !self.has_news() && timeout_us != Some(0) && self.sleep.prepare() {
+        // In this order: a completion may queue more to submit, and that must not wait while this sleeps.
+        self.handle_events();
+        self.submit_queued();
+        if !self.has_events() && timeout_us != Some(0) && self.sleep.prepare() {
             self.sleep_in_ring(timeout_us);
             self.sleep.awake();
-            self.collect();
+            self.handle_events();
         }
-        self.assert_whole();
+        self.assert_not_broken();
     }
 
     fn calls(&self) -> u64 {
-        self.main.calls + self.second.as_ref().map_or(0, |second| second.calls)
+        self.main.calls + self.control.as_ref().map_or(0, |control| control.calls)
     }
 
     fn len(&mut self, file: FileId) -> Result<Option<u64>> {
@@ -423,21 +397,21 @@ impl Disk for UringDisk {
 impl Drop for UringDisk {
     fn drop(&mut self) {
         self.closing = true;
-        for span in std::mem::take(&mut self.queue).into_iter().chain(std::mem::take(&mut self.refused)) {
-            self.part_done(span.op, None);
+        for span in std::mem::take(&mut self.queue).into_iter().chain(std::mem::take(&mut self.retries)) {
+            self.part_ended(span.op, None);
         }
         while self.kernel_has_something() && self.broken().is_none() {
-            self.hand_over();
-            if !self.has_news() && self.sleep.prepare() {
+            self.submit_queued();
+            if !self.has_events() && self.sleep.prepare() {
                 self.sleep_in_ring(None);
                 self.sleep.awake();
             }
-            self.collect();
+            self.handle_events();
         }
         while self.entries.is_event_read_submitted() && self.broken().is_none() {
             self.sleep.ring();
-            self.second.as_mut().unwrap_or(&mut self.main).wait(Some(REFUSED_US));
-            self.collect();
+            self.control.as_mut().unwrap_or(&mut self.main).wait(Some(REFUSED_US));
+            self.handle_events();
         }
         if self.broken().is_some() {
             // With them the lock stays: what is in flight may still be written.

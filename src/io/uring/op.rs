@@ -1,17 +1,17 @@
-//! An operation on its way, and how it is cut into entries of the ring. No system calls.
+//! An operation in flight, and how it is cut into entries of the ring.
 //!
 //! ```text
-//!   operation: parts (pieces of memory that follow each other in the file)
+//!   operation: memory (pieces of memory that follow each other in the file)
 //!       |  cut at 512 KiB
-//!   spans (what one entry transfers) --> an entry: one part, or a list of them --> result: done, or the rest again
+//!   spans (what one entry transfers) --> an entry: one range, or a list of them --> result: done, or the rest again
 //! ```
 //! Invariants
-//! 1. The spans of an operation cover its bytes, each byte once; `left` counts those whose last result is not there yet.
-//! 2. A span goes on at block boundaries only: direct I/O takes no others, and to transfer a part of a block once more
+//! 1. The spans of an operation cover its bytes, each byte once; `pending` counts those whose last result is not there yet.
+//! 2. A span goes on at block boundaries only: direct I/O takes no others, and to transfer a range of a block once more
 //!    does no harm.
-//! 3. A part lies within one registered buffer or counts as unregistered.
+//! 3. A range lies within one registered buffer or counts as unregistered.
 //!
-//! It does *not* touch the bytes.
+//! It does *not* touch the bytes or make system calls.
 
 use super::buffers::Buffers;
 use super::fixed_files::RingFile;
@@ -19,6 +19,7 @@ use super::iovec::IoVec;
 use crate::base::BLOCK;
 use crate::base::error::{Error, Result};
 use crate::io::backoff::Backoff;
+use crate::io::flush::OpIdx;
 use crate::io::{DiskOp, OpId};
 use smallvec::SmallVec;
 use std::io;
@@ -26,51 +27,57 @@ use std::rc::Rc;
 
 /// Bytes of one entry. Larger ones go to a kernel worker, which costs more than the device does.
 pub(super) const SPAN_BYTES: u32 = 512 << 10;
-/// Fruitless results in a row after which a transfer is given up.
+/// Results in a row without a whole block after which a transfer fails.
 const STALLS_MAX: u8 = 4;
 
-/// Memory that lies in one piece.
+/// A contiguous range of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Part {
+pub(super) struct MemoryRange {
     pub(super) at: *mut u8,
     pub(super) len: u32,
-    /// The registered buffer that it lies in.
+    /// The registered buffer that holds it, if any.
     pub(super) buffer: Option<u16>,
 }
 
 /// The memory of a transfer: mostly one piece or a few.
-pub(super) type Parts = SmallVec<[Part; 4]>;
+pub(super) type MemoryRanges = SmallVec<[MemoryRange; 4]>;
 
-/// What one entry transfers: bytes `from..from + len` of the operation `op`.
+/// The part of an operation that one entry transfers: bytes `from..from + len` of the operation `op`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Span {
-    pub(super) op: u32,
+    pub(super) op: OpIdx,
     pub(super) from: u32,
     pub(super) len: u32,
     pub(super) stalls: u8,
     pub(super) backoff: Backoff,
 }
 
-/// An operation on its way.
+/// An operation in flight.
 pub(super) struct Op {
     pub(super) id: OpId,
     pub(super) op: DiskOp,
     /// Of transfers.
-    pub(super) target: Option<Rc<RingFile>>,
-    /// Of transfers: the first byte on the target's descriptor.
+    pub(super) file: Option<Rc<RingFile>>,
+    /// Of transfers: the first byte on the file's descriptor.
     pub(super) address: u64,
-    pub(super) parts: Parts,
+    pub(super) memory: MemoryRanges,
     /// Spans, flush_queue or jobs whose end is awaited.
-    pub(super) left: u32,
+    pub(super) pending: u32,
     /// The first failure.
     pub(super) error: Option<Error>,
 }
 
 impl Op {
-    /// An operation that moves no bytes between memory and device here: a flush or an allocation, which ends when `left`
-    /// parts of it have.
-    pub(super) fn untransferred(id: OpId, op: DiskOp, left: u32) -> Op {
-        Op { id, op, target: None, address: 0, parts: Parts::new(), left, error: None }
+    /// An operation that moves no bytes between memory and device here: a flush or an allocation, which ends when `pending`
+    /// memory of it have.
+    pub(super) fn untransferred(id: OpId, op: DiskOp, pending: u32) -> Op {
+        Op { id, op, file: None, address: 0, memory: MemoryRanges::new(), pending, error: None }
+    }
+
+    /// Checked whenever a part of it ends: it costs a comparison.
+    pub(super) fn assert_state(&self) {
+        assert!(self.pending > 0, "a part ended of an operation that waits for none: {:?}", self.op);
+        debug_assert!(self.file.is_some() != self.memory.is_empty(), "a transfer has a file and memory, or neither");
     }
 
     pub(super) fn is_write(&self) -> bool {
@@ -85,12 +92,12 @@ impl Op {
     }
 }
 
-/// The memory of a transfer, neighbours as one part.
+/// The memory of a transfer; adjacent frames are one range.
 ///
 /// # Errors
 /// `Invalid` if a frame to be read into is pinned.
-pub(super) fn parts_of(op: &mut DiskOp, buffers: &Buffers) -> Result<Parts> {
-    let mut parts = Parts::new();
+pub(super) fn memory_ranges(op: &mut DiskOp, buffers: &Buffers) -> Result<MemoryRanges> {
+    let mut memory = MemoryRanges::new();
     match op {
         DiskOp::Read { file, into, .. } => {
             for frame in into {
@@ -99,53 +106,53 @@ pub(super) fn parts_of(op: &mut DiskOp, buffers: &Buffers) -> Result<Parts> {
                         "a read of `{file}` into a frame that is pinned: its readers would see it change"
                     )));
                 };
-                add(&mut parts, bytes.as_mut_ptr(), bytes.len() as u32);
+                add(&mut memory, bytes.as_mut_ptr(), bytes.len() as u32);
             }
         }
         DiskOp::Write { from, .. } => {
             for slice in from {
                 let bytes = slice.bytes();
-                add(&mut parts, bytes.as_ptr().cast_mut(), bytes.len() as u32);
+                add(&mut memory, bytes.as_ptr().cast_mut(), bytes.len() as u32);
             }
         }
         DiskOp::Flush { .. } | DiskOp::Allocate { .. } => {}
     }
-    for part in &mut parts {
-        part.buffer = buffers.find(part.at, part.len as usize);
+    for range in &mut memory {
+        range.buffer = buffers.find(range.at, range.len as usize);
     }
-    Ok(parts)
+    Ok(memory)
 }
 
-fn add(parts: &mut Parts, at: *mut u8, len: u32) {
-    match parts.last_mut() {
+fn add(memory: &mut MemoryRanges, at: *mut u8, len: u32) {
+    match memory.last_mut() {
         Some(last) if last.at.wrapping_add(last.len as usize) == at => last.len += len,
         _ if len == 0 => {}
-        _ => parts.push(Part { at, len, buffer: None }),
+        _ => memory.push(MemoryRange { at, len, buffer: None }),
     }
 }
 
 /// Cuts `bytes` bytes into spans.
-pub(super) fn spans(op: u32, bytes: u32) -> impl Iterator<Item = Span> {
+pub(super) fn spans(op: OpIdx, bytes: u32) -> impl Iterator<Item = Span> {
     let cuts = (0..bytes).step_by(SPAN_BYTES as usize);
     cuts.map(move |from| Span { op, from, len: SPAN_BYTES.min(bytes - from), stalls: 0, backoff: Backoff::default() })
 }
 
-/// The memory of a span: the one part, or `out` as the list of them.
-pub(super) fn memory_of(parts: &[Part], span: &Span, out: &mut Vec<IoVec>) -> Option<Part> {
+/// The memory of a span: one range, or several, which are then listed in `out`.
+pub(super) fn memory_of(memory: &[MemoryRange], span: &Span, out: &mut Vec<IoVec>) -> Option<MemoryRange> {
     out.clear();
     let (mut skip, mut want) = (span.from, span.len);
-    for part in parts {
+    for range in memory {
         if want == 0 {
             break;
         }
-        if skip >= part.len {
-            skip -= part.len;
+        if skip >= range.len {
+            skip -= range.len;
             continue;
         }
-        let at = part.at.wrapping_add(skip as usize);
-        let len = want.min(part.len - skip);
+        let at = range.at.wrapping_add(skip as usize);
+        let len = want.min(range.len - skip);
         if len == span.len {
-            return Some(Part { at, len, buffer: part.buffer });
+            return Some(MemoryRange { at, len, buffer: range.buffer });
         }
         out.push(IoVec { at, len: len as usize });
         want -= len;
@@ -199,8 +206,8 @@ mod tests {
 
     const MEMORY: *mut u8 = std::ptr::without_provenance_mut(1 << 30);
 
-    fn part(start: usize, len: u32) -> Part {
-        Part { at: MEMORY.wrapping_add(start), len, buffer: None }
+    fn range(start: usize, len: u32) -> MemoryRange {
+        MemoryRange { at: MEMORY.wrapping_add(start), len, buffer: None }
     }
 
     /// A byte that no span covers would be a hole in a page.
@@ -208,8 +215,8 @@ mod tests {
     fn spans_cover_every_byte_once() {
         for bytes in [4096, SPAN_BYTES - 4096, SPAN_BYTES, SPAN_BYTES + 4096, 5 * SPAN_BYTES - 4096] {
             let mut at = 0;
-            for span in spans(7, bytes) {
-                assert_eq!((span.from, span.op), (at, 7));
+            for span in spans(OpIdx(7), bytes) {
+                assert_eq!((span.from, span.op), (at, OpIdx(7)));
                 assert!(span.len > 0 && span.len <= SPAN_BYTES);
                 at += span.len;
             }
@@ -220,16 +227,16 @@ mod tests {
     /// Neighbours in memory go as one piece; others as a list that goes on at the right place.
     #[test]
     fn the_memory_of_a_span_is_that_of_its_bytes() {
-        let mut parts = SmallVec::new();
+        let mut memory = SmallVec::new();
         for (at, len) in [(0, 4096), (4096, 8192), (65536, 4096), (32768, 4096)] {
-            add(&mut parts, MEMORY.wrapping_add(at), len);
+            add(&mut memory, MEMORY.wrapping_add(at), len);
         }
-        assert_eq!(parts.as_slice(), [part(0, 12288), part(65536, 4096), part(32768, 4096)]);
+        assert_eq!(memory.as_slice(), [range(0, 12288), range(65536, 4096), range(32768, 4096)]);
         let mut list = Vec::new();
-        let span = |from, len| Span { op: 0, from, len, stalls: 0, backoff: Backoff::default() };
-        assert_eq!(memory_of(&parts, &span(4096, 8192), &mut list), Some(part(4096, 8192)));
-        assert_eq!(memory_of(&parts, &span(12288, 4096), &mut list), Some(part(65536, 4096)));
-        assert_eq!(memory_of(&parts, &span(8192, 12288), &mut list), None);
+        let span = |from, len| Span { op: OpIdx(0), from, len, stalls: 0, backoff: Backoff::default() };
+        assert_eq!(memory_of(&memory, &span(4096, 8192), &mut list), Some(range(4096, 8192)));
+        assert_eq!(memory_of(&memory, &span(12288, 4096), &mut list), Some(range(65536, 4096)));
+        assert_eq!(memory_of(&memory, &span(8192, 12288), &mut list), None);
         let expected = [(8192, 4096), (65536, 4096), (32768, 4096)];
         let vector = |(at, len)| IoVec { at: MEMORY.wrapping_add(at), len };
         assert_eq!(list, expected.map(vector));
@@ -238,7 +245,7 @@ mod tests {
     /// A short transfer taken for a whole one is a page of old bytes.
     #[test]
     fn short_results_go_on_at_a_block_and_give_up_in_the_end() {
-        let span = Span { op: 0, from: 8192, len: 16384, stalls: 0, backoff: Backoff::default() };
+        let span = Span { op: OpIdx(0), from: 8192, len: 16384, stalls: 0, backoff: Backoff::default() };
         assert!(matches!(classify(span, 16384, false), SpanResult::Done));
         let SpanResult::Remainder(rest) = classify(span, 5000, false) else { panic!("it goes on") };
         assert_eq!((rest.from, rest.len, rest.stalls), (8192 + 4096, 16384 - 4096, 0));

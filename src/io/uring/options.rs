@@ -1,4 +1,4 @@
-//! What the owner of a ring disk chooses. It does *not* check it against the machine.
+//! Options of a ring disk. They are *not* checked against the machine here.
 
 /// How to run the ring disk.
 #[derive(Clone, Debug)]

@@ -1,10 +1,10 @@
-//! What of io_uring works here, asked by using it.
+//! Probes io_uring by using it: rings, operations, polling.
 //!
-//! It does *not* touch a file of the store: polling is tried on a scratch file.
+//! It does *not* touch a file of the store: polling is probed on a scratch block.
 #![allow(unsafe_code)]
 
 use super::options::UringOptions;
-use super::ring::Ring;
+use super::ring::{Counted, Ring, RingMode};
 use crate::base::BLOCK;
 use crate::io::files::Files;
 use crate::io::media::{Access, Block, PATTERN};
@@ -14,20 +14,23 @@ use io_uring::{IoUring, Probe, opcode, types};
 use std::io;
 use std::os::fd::AsRawFd;
 
+/// Entries of a ring that only serves a probe.
+const PROBE_DEPTH: u32 = 4;
+
 /// Whether the ring disk can be used here.
 ///
 /// # Errors
-/// Why not; take the portable disk then.
+/// The reason why it can't be used.
 pub fn probe() -> Result<(), UringUnavailable> {
-    let ring = Ring::new(4, false).map_err(|e| refused("making a ring", &e))?;
+    let ring = Ring::new(PROBE_DEPTH, RingMode::Interrupts).map_err(|e| refused("making a ring", &e))?;
     let ring: &IoUring = ring.get();
     let params = ring.params();
     if !params.is_feature_ext_arg() || !params.is_feature_nodrop() || !params.is_feature_submit_stable() {
         let release = rustix::system::uname().release().to_string_lossy().into_owned();
         return Err(lacking(format!("Linux {release} has no timed waits in it: 5.11 or newer is needed")));
     }
-    let mut known = Probe::new();
-    ring.submitter().register_probe(&mut known).map_err(|e| refused("asking what the ring can do", &e))?;
+    let mut supported = Probe::new();
+    ring.submitter().register_probe(&mut supported).map_err(|e| refused("asking what the ring can do", &e))?;
     let needed = [
         ("READ", opcode::Read::CODE),
         ("WRITE", opcode::Write::CODE),
@@ -37,27 +40,29 @@ pub fn probe() -> Result<(), UringUnavailable> {
         ("WRITE_FIXED", opcode::WriteFixed::CODE),
         ("FSYNC", opcode::Fsync::CODE),
     ];
-    match needed.iter().find(|(_, code)| !known.is_supported(*code)) {
+    match needed.iter().find(|(_, code)| !supported.is_supported(*code)) {
         Some((name, _)) => Err(lacking(format!("it does not know {name}"))),
-        // That entries may be submitted is another right than to make a ring.
+        // Submitting entries is a right of its own, besides creating a ring.
         None => ring.submit().map(drop).map_err(|e| refused("entering a ring", &e)),
     }
 }
 
-/// The same, and whether there is room for a ring of ordinary size: little locked memory may do for a small one only.
+/// Probes a ring of ordinary size, too: little locked memory may be enough for a small one only.
 ///
 /// # Errors
 /// As [`probe`].
 pub(crate) fn probe_ordinary() -> Result<(), UringUnavailable> {
     probe()?;
-    Ring::new(UringOptions::default().ring_entries, false).map(drop).map_err(|e| refused("making a ring", &e))
+    Ring::new(UringOptions::default().ring_entries, RingMode::Interrupts)
+        .map(drop)
+        .map_err(|e| refused("making a ring", &e))
 }
 
 fn lacking(what: String) -> UringUnavailable {
     UringUnavailable { reason: UnavailableReason::Kernel, error: what }
 }
 
-/// Why the kernel refused.
+/// Explains why the kernel refused.
 pub(super) fn refused(doing: &str, e: &io::Error) -> UringUnavailable {
     UringUnavailable::by_error(doing, e)
 }
@@ -84,15 +89,15 @@ fn try_polling(files: &Files) -> Result<(), String> {
     let mut block = Box::new(Block([PATTERN; BLOCK]));
     let written = rustix::io::pwrite(file, &block.0, at).map_err(|e| failed("a write", &e))?;
     rustix::fs::fdatasync(file).map_err(|e| failed("a flush", &e))?;
-    let mut ring = Ring::new(4, true).map_err(|e| failed("making a polling ring", &e))?;
+    let mut ring = Ring::new(PROBE_DEPTH, RingMode::Polled).map_err(|e| failed("making a polling ring", &e))?;
     block.0.fill(0);
     let read = opcode::Read::new(types::Fd(file.as_raw_fd()), block.0.as_mut_ptr(), BLOCK as u32).offset(at).build();
     // SAFETY: the block and the file live until the completion was taken, below; if it never comes they are leaked.
-    unsafe { ring.put(&read, true) };
+    unsafe { ring.push(&read, Counted::Yes) };
     let mut taken = Vec::new();
     while taken.is_empty() && ring.broken().is_none() {
         ring.wait(None);
-        ring.take(&mut taken);
+        ring.reap(&mut taken);
     }
     let Some((_, result)) = taken.pop() else {
         std::mem::forget((block, scratch));

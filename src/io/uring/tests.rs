@@ -7,6 +7,7 @@ use super::super::tests::{LOG, OTHER, allocate, filled, flush, read, write};
 use super::*;
 use crate::base::options::Driver;
 use crate::io::flush::FirstFailure;
+use crate::io::flush::{Cover, FlushQueue, FlushWaiter, NextLeader};
 use crate::io::tests::disk;
 use crate::io::{Access, FileOptions, FlushChoice, FlushMethod, IoSlice, Polling, disk_over};
 use crate::memory::{Arena, Frame};
@@ -102,7 +103,7 @@ fn a_ring_made_again_at_once_finds_room() {
     // Room for one, not for two.
     limit_locks(64 << 10);
     for _ in 0..10 {
-        drop(super::ring::Ring::new(256, false).unwrap());
+        drop(super::ring::Ring::new(256, RingMode::Interrupts).unwrap());
     }
 }
 
@@ -354,7 +355,7 @@ fn two_rings_work_as_one_disk() {
     let files = Files::open(dir.path(), Access::ReadWrite, &FileOptions::default()).unwrap();
     let options = UringOptions { ring_entries: 8, ..UringOptions::default() };
     let none = Polling::Off("a test".into());
-    let mut disk = UringDisk::with_rings(files.clone(), &options, none, true).unwrap();
+    let mut disk = UringDisk::with_rings(files.clone(), &options, none, ControlRing::Own).unwrap();
     let mut arena = Arena::new(1024).unwrap();
     disk.register(arena.mapping());
     allocate(&mut disk, LOG, 0, 4 << 20).unwrap();
@@ -407,11 +408,11 @@ fn the_ring_works_on_file_systems_of_all_kinds() {
 /// it did not take must not count as done.
 #[test]
 fn a_transfer_that_the_device_refuses_for_now_is_repeated_after_a_pause() {
-    for two in [false, true] {
+    for control in [ControlRing::Main, ControlRing::Own] {
         let dir = tempfile::tempdir().unwrap();
         let files = Files::open(dir.path(), Access::ReadWrite, &FileOptions::default()).unwrap();
         let off = Polling::Off("not asked for".into());
-        let mut disk = UringDisk::with_rings(files, &UringOptions::default(), off, two).unwrap();
+        let mut disk = UringDisk::with_rings(files, &UringOptions::default(), off, control).unwrap();
         let mut arena = Arena::new(1024).unwrap();
         allocate(&mut disk, LOG, 0, 8192).unwrap();
         let frame = filled(&mut arena, 0, 7);
@@ -420,15 +421,15 @@ fn a_transfer_that_the_device_refuses_for_now_is_repeated_after_a_pause() {
         disk.submit(OpId(1), DiskOp::Read { file: LOG, offset: 4096, into });
         for refusals in 1..=6 {
             let span = disk.queue.pop_front().expect("it is to be transferred, again");
-            disk.span_landed(span, -libc::EAGAIN);
-            assert!(disk.queue.is_empty() && disk.refused.len() == 1, "it is not repeated at once");
+            disk.span_completed(span, -libc::EAGAIN);
+            assert!(disk.queue.is_empty() && disk.retries.len() == 1, "it is not repeated at once");
             let mut waits = 0;
-            while disk.queue.is_empty() && disk.done.is_empty() {
+            while disk.queue.is_empty() && disk.completions.is_empty() {
                 disk.wait(None);
                 waits += 1;
             }
             assert!(waits <= 4, "refusal {refusals}: {waits} waits for one pause");
-            if !disk.done.is_empty() {
+            if !disk.completions.is_empty() {
                 // A slow machine: the pause had ended when a wait began, which repeated the transfer itself.
                 break;
             }
@@ -448,7 +449,7 @@ fn a_transfer_that_the_device_refuses_for_now_is_repeated_after_a_pause() {
         disk.submit(OpId(2), DiskOp::Read { file: LOG, offset: 0, into });
         let mut span = disk.queue.pop_front().expect("it is to be transferred");
         (0..100).for_each(|_| assert!(span.backoff.refused().is_some()));
-        disk.span_landed(span, -libc::EAGAIN);
+        disk.span_completed(span, -libc::EAGAIN);
         disk.push();
     }
 }

@@ -1,7 +1,7 @@
 //! The benchmarks of the command line: what is done to a store, how fast that was, and whether all of it is right.
 //!
 //! ```text
-//! Field: a volume, sown (every page written, so that nothing is measured that a first write costs)
+//! BenchVolume: a volume, prefilled (every page written, so that nothing is measured that a first write costs)
 //!           └─ run: tasks on shards, or threads with a queue each ──> Outcome: rate, latencies
 //!           └─ verify: closed, opened again, every page against what its only writer was told
 //! ```
@@ -15,9 +15,9 @@
 // Benchmarks take real time.
 #![allow(clippy::disallowed_methods)]
 
-mod field;
+mod bench_volume;
 mod page;
 mod run;
 
-pub use field::{Field, NAME};
-pub use run::{At, Outcome, Run, Work};
+pub use bench_volume::{BenchVolume, NAME};
+pub use run::{CallSite, Operation, Outcome, Run};

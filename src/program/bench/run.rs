@@ -4,7 +4,7 @@
 //! 2. An operation counts if it ended within the time; the others are waited for.
 //! 3. The first error ends the run. `Busy` is none: such an operation is asked for again, and its time goes on.
 
-use super::field::{Field, PAUSE, until_not_busy};
+use super::bench_volume::{BenchVolume, PAUSE, until_not_busy};
 use super::page;
 use corepage::queue::{Completion, Op, Output, Queue};
 use corepage::{Change, Durability, Error, ErrorKind, PageId, Result, ShardHandle};
@@ -14,9 +14,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// What is done.
+/// The operation that a run repeats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Work {
+pub enum Operation {
     /// Pages at random are read.
     Read,
     /// Pages at random are written whole, each a durable commit.
@@ -25,20 +25,20 @@ pub enum Work {
     Commit,
 }
 
-/// Where it is called from.
+/// Where the operations are called from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum At {
+pub enum CallSite {
     /// Tasks on the shards' own threads: no hop.
     Shards,
-    /// So many threads.
+    /// This many threads.
     Threads(usize),
 }
 
 /// A measurement to make.
 #[derive(Clone)]
 pub struct Run {
-    pub work: Work,
-    pub at: At,
+    pub operation: Operation,
+    pub call_site: CallSite,
     /// Operations under way.
     pub depth: usize,
     pub time: Duration,
@@ -47,7 +47,7 @@ pub struct Run {
     pub stop: Arc<AtomicBool>,
 }
 
-/// What came of it.
+/// The result of a measurement.
 pub struct Outcome {
     pub operations: u64,
     pub seconds: f64,
@@ -70,8 +70,8 @@ fn histogram() -> Histogram<u64> {
     Histogram::new_with_bounds(100, 600_000_000_000, 3).expect("the bounds are in order")
 }
 
-/// Pages of one client, and chance.
-struct Mine {
+/// The pages that one client draws from at random.
+struct ClientPages {
     /// Every `step`th of `pages`, from `first` on.
     pages: Arc<Vec<u64>>,
     first: usize,
@@ -79,7 +79,7 @@ struct Mine {
     state: u64,
 }
 
-impl Mine {
+impl ClientPages {
     fn draw(&mut self) -> u64 {
         // Steele and Vigna, "Computationally easy, spectrally good multipliers", 2021: a linear congruential generator.
         self.state = self.state.wrapping_mul(0xd134_2543_de82_ef95).wrapping_add(1);
@@ -91,13 +91,13 @@ impl Mine {
 
 impl Run {
     /// Makes it.
-    pub fn measure(&self, field: &Arc<Field>) -> Result<Outcome> {
-        let pages = self.pages(field);
+    pub fn measure(&self, bench: &Arc<BenchVolume>) -> Result<Outcome> {
+        let pages = self.pages(bench);
         let begun = Instant::now();
         let end = begun + self.time;
-        let parts = match self.at {
-            At::Shards => self.on_shards(field, pages, end)?,
-            At::Threads(count) => self.on_threads(field, &pages[0], count, end)?,
+        let parts = match self.call_site {
+            CallSite::Shards => self.on_shards(bench, pages, end)?,
+            CallSite::Threads(count) => self.on_threads(bench, &pages[0], count, end)?,
         };
         let mut all = histogram();
         for part in parts {
@@ -107,11 +107,11 @@ impl Run {
     }
 
     /// The pages of each shard, or all in one.
-    fn pages(&self, field: &Field) -> Vec<Arc<Vec<u64>>> {
-        let shards = if self.at == At::Shards { field.store.shards_count() } else { 1 };
+    fn pages(&self, bench: &BenchVolume) -> Vec<Arc<Vec<u64>>> {
+        let shards = if self.call_site == CallSite::Shards { bench.store.shards_count() } else { 1 };
         let mut all = vec![Vec::new(); shards];
-        for number in 0..field.pages {
-            let shard = if shards == 1 { 0 } else { field.store.shard_of(&field.volume, PageId::new(number)) };
+        for number in 0..bench.pages {
+            let shard = if shards == 1 { 0 } else { bench.store.shard_of(&bench.volume, PageId::new(number)) };
             all[shard].push(number);
         }
         all.into_iter().map(Arc::new).collect()
@@ -126,7 +126,12 @@ impl Run {
         result.inspect_err(|_| self.stop.store(true, Ordering::Relaxed))
     }
 
-    fn on_shards(&self, field: &Arc<Field>, pages: Vec<Arc<Vec<u64>>>, end: Instant) -> Result<Vec<Histogram<u64>>> {
+    fn on_shards(
+        &self,
+        bench: &Arc<BenchVolume>,
+        pages: Vec<Arc<Vec<u64>>>,
+        end: Instant,
+    ) -> Result<Vec<Histogram<u64>>> {
         let counts = shares(self.depth, &pages.iter().map(|pages| pages.len()).collect::<Vec<_>>());
         let mut tasks = Vec::new();
         for (shard, (pages, count)) in pages.into_iter().zip(counts).enumerate() {
@@ -134,10 +139,10 @@ impl Run {
                 // A shard takes so many new tasks at a time, and more when it has begun those.
                 let begun = until_not_busy(|| {
                     let state = self.seed ^ (first as u64) << 32;
-                    let mine = Mine { pages: pages.clone(), first, step: count, state };
-                    let (run, own) = (self.clone(), field.clone());
-                    let make = move |handle| async move { run.or_stop(run.task(handle, own, mine, end).await) };
-                    std::future::ready(field.store.on_shard(shard, make))
+                    let client_pages = ClientPages { pages: pages.clone(), first, step: count, state };
+                    let (run, own) = (self.clone(), bench.clone());
+                    let make = move |handle| async move { run.or_stop(run.task(handle, own, client_pages, end).await) };
+                    std::future::ready(bench.store.on_shard(shard, make))
                 });
                 tasks.push(self.or_stop(begun));
             }
@@ -150,14 +155,14 @@ impl Run {
     async fn task(
         &self,
         handle: ShardHandle,
-        field: Arc<Field>,
-        mut mine: Mine,
+        bench: Arc<BenchVolume>,
+        mut client_pages: ClientPages,
         end: Instant,
     ) -> Result<Histogram<u64>> {
         let (mut latency, mut now) = (histogram(), Instant::now());
         while self.goes_on(now, end) {
-            let number = mine.draw();
-            let Some((begun, answered)) = self.one(&handle, &field, number, end).await? else { break };
+            let number = client_pages.draw();
+            let Some((begun, answered)) = self.one(&handle, &bench, number, end).await? else { break };
             now = answered;
             count(&mut latency, begun, now, end);
         }
@@ -169,24 +174,24 @@ impl Run {
     async fn one(
         &self,
         handle: &ShardHandle,
-        field: &Field,
+        bench: &BenchVolume,
         number: u64,
         end: Instant,
     ) -> Result<Option<(Instant, Instant)>> {
         let mut first = None;
         loop {
             // Made before the time is taken.
-            let changes =
-                (self.work != Work::Read).then(|| vec![(PageId::new(number), next_change(self.work, field, number))]);
+            let changes = (self.operation != Operation::Read)
+                .then(|| vec![(PageId::new(number), next_change(self.operation, bench, number))]);
             let begun = *first.get_or_insert_with(Instant::now);
             let result = match changes {
-                None => handle.read(&field.volume, PageId::new(number)).await.map(Some),
-                Some(changes) => handle.commit(&field.volume, changes).await.map(|_| None),
+                None => handle.read(&bench.volume, PageId::new(number)).await.map(Some),
+                Some(changes) => handle.commit(&bench.volume, changes).await.map(|_| None),
             };
             let now = Instant::now();
             match result {
                 Ok(Some(page)) => check(number, &page)?,
-                Ok(None) => acknowledged(self.work, field, number),
+                Ok(None) => acknowledged(self.operation, bench, number),
                 Err(error) if error.kind() == ErrorKind::Busy && self.goes_on(now, end) => {
                     yield_now().await;
                     continue;
@@ -200,7 +205,7 @@ impl Run {
 
     fn on_threads(
         &self,
-        field: &Field,
+        bench: &BenchVolume,
         pages: &Arc<Vec<u64>>,
         threads: usize,
         end: Instant,
@@ -210,7 +215,7 @@ impl Run {
             let clients: Vec<_> = (0..threads)
                 .map(|thread| {
                     let depth = self.depth / threads + usize::from(thread < self.depth % threads);
-                    scope.spawn(move || self.or_stop(self.client(field, thread, depth, pages, end)))
+                    scope.spawn(move || self.or_stop(self.client(bench, thread, depth, pages, end)))
                 })
                 .collect();
             clients.into_iter().map(|client| client.join().expect("a client does not panic")).collect()
@@ -220,24 +225,25 @@ impl Run {
     /// One thread: a queue, and for each of its places pages of its own.
     fn client(
         &self,
-        field: &Field,
+        bench: &BenchVolume,
         thread: usize,
         depth: usize,
         pages: &Arc<Vec<u64>>,
         end: Instant,
     ) -> Result<Histogram<u64>> {
-        let (mut latency, mut queue, mut out) = (histogram(), Queue::new(&field.store, depth)?, Vec::new());
+        let (mut latency, mut queue, mut out) = (histogram(), Queue::new(&bench.store, depth)?, Vec::new());
         let first = |place: usize| thread + place * self.threads();
-        let mine = |place: usize| Mine {
+        let client_pages = |place: usize| ClientPages {
             pages: pages.clone(),
             first: first(place),
             step: self.depth.next_multiple_of(self.threads()),
             state: self.seed ^ (first(place) as u64) << 32,
         };
-        let mut places: Vec<(Mine, u64, Instant)> = (0..depth).map(|place| (mine(place), 0, Instant::now())).collect();
-        let submit = |queue: &mut Queue, place: usize, places: &mut Vec<(Mine, u64, Instant)>| -> Result<()> {
+        let mut places: Vec<(ClientPages, u64, Instant)> =
+            (0..depth).map(|place| (client_pages(place), 0, Instant::now())).collect();
+        let submit = |queue: &mut Queue, place: usize, places: &mut Vec<(ClientPages, u64, Instant)>| -> Result<()> {
             let number = places[place].0.draw();
-            let op = self.op(field, number);
+            let op = self.op(bench, number);
             (places[place].1, places[place].2) = (number, Instant::now());
             queue.submit(place as u64, op)
         };
@@ -250,7 +256,7 @@ impl Run {
             }
             for place in again.drain(..) {
                 let number = places[place as usize].1;
-                queue.submit(place, self.op(field, number))?;
+                queue.submit(place, self.op(bench, number))?;
             }
             queue.wait(1, None, &mut out)?;
             // All of these answers are there now, before the first of them is looked at.
@@ -259,7 +265,7 @@ impl Run {
                 let (_, number, begun) = places[tag as usize];
                 match result {
                     Ok(Output::Pages(pages)) => pages.iter().try_for_each(|page| check(number, page))?,
-                    Ok(_) => acknowledged(self.work, field, number),
+                    Ok(_) => acknowledged(self.operation, bench, number),
                     Err(error) if error.kind() == ErrorKind::Busy => {
                         if self.goes_on(now, end) {
                             again.push(tag);
@@ -278,37 +284,39 @@ impl Run {
     }
 
     fn threads(&self) -> usize {
-        match self.at {
-            At::Threads(count) => count.min(self.depth).max(1),
-            At::Shards => 1,
+        match self.call_site {
+            CallSite::Threads(count) => count.min(self.depth).max(1),
+            CallSite::Shards => 1,
         }
     }
 
-    fn op(&self, field: &Field, number: u64) -> Op {
+    fn op(&self, bench: &BenchVolume, number: u64) -> Op {
         let id = PageId::new(number);
-        match self.work {
-            Work::Read => Op::read(&field.volume, id),
-            _ => {
-                Op::Commit(field.volume.clone(), vec![(id, next_change(self.work, field, number))], Durability::Durable)
-            }
+        match self.operation {
+            Operation::Read => Op::read(&bench.volume, id),
+            _ => Op::Commit(
+                bench.volume.clone(),
+                vec![(id, next_change(self.operation, bench, number))],
+                Durability::Durable,
+            ),
         }
     }
 }
 
-fn next_change(work: Work, field: &Field, number: u64) -> Change {
-    match work {
-        Work::Write => Change::Put(page::whole(number, field.version(number) + 1).into()),
+fn next_change(operation: Operation, bench: &BenchVolume, number: u64) -> Change {
+    match operation {
+        Operation::Write => Change::Put(page::whole(number, bench.version(number) + 1).into()),
         _ => {
-            Change::Patch { offset: page::PATCH_AT as u32, bytes: page::patch(number, field.patch(number) + 1).into() }
+            Change::Patch { offset: page::PATCH_AT as u32, bytes: page::patch(number, bench.patch(number) + 1).into() }
         }
     }
 }
 
-fn acknowledged(work: Work, field: &Field, number: u64) {
-    match work {
-        Work::Write => field.wrote(number, field.version(number) + 1),
-        Work::Commit => field.patched(number, field.patch(number) + 1),
-        Work::Read => {}
+fn acknowledged(operation: Operation, bench: &BenchVolume, number: u64) {
+    match operation {
+        Operation::Write => bench.wrote(number, bench.version(number) + 1),
+        Operation::Commit => bench.patched(number, bench.patch(number) + 1),
+        Operation::Read => {}
     }
 }
 
@@ -358,9 +366,9 @@ mod tests {
         let pages: Arc<Vec<u64>> = Arc::new((0..10).collect());
         let mut owner = [None; 10];
         for first in 0..4 {
-            let mut mine = Mine { pages: pages.clone(), first, step: 4, state: first as u64 };
+            let mut client_pages = ClientPages { pages: pages.clone(), first, step: 4, state: first as u64 };
             for _ in 0..200 {
-                let page = mine.draw() as usize;
+                let page = client_pages.draw() as usize;
                 assert!(owner[page].is_none_or(|owner| owner == first), "page {page} of two clients");
                 owner[page] = Some(first);
             }

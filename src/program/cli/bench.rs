@@ -1,7 +1,7 @@
 //! `corepage bench`: how fast a store is on this machine.
 //!
 //! ```text
-//! sow (every page written once) ─> warm ─> measure ─> close, open, verify every page ─> print ─> remove what was made
+//! prefill (every page written once) ─> warm ─> measure ─> close, open, verify every page ─> print ─> remove what was made
 //! ```
 //! 1. It works on a volume of its own, `corepage-bench`, and removes it, after an error or a signal too; without `--dir` in a
 //!    store of its own, which it removes. Only where pages hold what they must not does all of it stay, for a look.
@@ -15,7 +15,7 @@
 
 use super::interrupt::Interrupt;
 use super::{Failure, Format, memory, output, progress, size};
-use crate::program::bench::{At, Field, NAME, Outcome, Run, Work};
+use crate::program::bench::{BenchVolume, CallSite, NAME, Operation, Outcome, Run};
 use clap::ValueEnum;
 use comfy_table::{CellAlignment, Table, TableStyle};
 use corepage::ShardStats;
@@ -88,7 +88,7 @@ pub struct Arguments {
     format: Format,
 }
 
-/// Before a kind of work is measured it is done for this part of the time, and no longer than a second.
+/// Before an operation is measured it runs for this part of the time, and no longer than a second.
 const WARM_PART: u32 = 4;
 const WARM_MAX: Duration = Duration::from_secs(1);
 
@@ -122,20 +122,20 @@ impl Arguments {
     }
 
     /// What is measured, in order.
-    fn steps(&self) -> Vec<(Work, usize)> {
-        let at = |work| DEPTHS.iter().map(move |depth| (work, *depth));
+    fn steps(&self) -> Vec<(Operation, usize)> {
+        let at = |operation| DEPTHS.iter().map(move |depth| (operation, *depth));
         match self.workload {
-            Workload::Read => vec![(Work::Read, self.depth())],
-            Workload::Write => vec![(Work::Write, self.depth())],
-            Workload::Commit => vec![(Work::Commit, self.depth())],
-            Workload::QdSweep => at(Work::Read).chain(at(Work::Write)).collect(),
+            Workload::Read => vec![(Operation::Read, self.depth())],
+            Workload::Write => vec![(Operation::Write, self.depth())],
+            Workload::Commit => vec![(Operation::Commit, self.depth())],
+            Workload::QdSweep => at(Operation::Read).chain(at(Operation::Write)).collect(),
         }
     }
 }
 
 /// One measurement, in numbers.
 struct Point {
-    work: Work,
+    operation: Operation,
     depth: usize,
     outcome: Outcome,
     /// What the store counted meanwhile.
@@ -162,10 +162,10 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         Options { memory_bytes: arguments.memory, fill_percent: arguments.fill_percent, ..Options::default() };
     let again = interrupt.clone();
     let open = Box::new(move |dir: &Path, options| again.open(dir, options, false));
-    let made = Field::make(&dir, options, arguments.size, open).map_err(|error| interrupt.explains(error))?;
-    let mut field = Arc::new(made);
-    let store = field.store.report().to_string();
-    let outcome = work(arguments, &mut field, &stop);
+    let made = BenchVolume::make(&dir, options, arguments.size, open).map_err(|error| interrupt.explains(error))?;
+    let mut bench = Arc::new(made);
+    let store = bench.store.report().to_string();
+    let outcome = prefill_and_measure(arguments, &mut bench, &stop);
     if let Err(error) = &outcome
         && error.kind() == ErrorKind::Corrupt
     {
@@ -174,14 +174,14 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         let text = format_args!("{error}; all of it is left in {dir} for a look: `corepage verify --dir {dir}`");
         return Err(Failure::new(text));
     }
-    let field = Arc::into_inner(field).ok_or_else(|| Failure::new("a task of the benchmark has not ended"))?;
+    let bench = Arc::into_inner(bench).ok_or_else(|| Failure::new("a task of the benchmark has not ended"))?;
     let printed = outcome
         .map_err(|error| interrupt.explains(error))
         .and_then(|points| print(arguments, &points, &machine, &store));
     if own.is_some() {
         // All of it goes with its directory.
-        field.close().unwrap_or_else(|error| output::warn(format_args!("the store was not closed cleanly: {error}")));
-    } else if let Err(error) = field.clear(&stop) {
+        bench.close().unwrap_or_else(|error| output::warn(format_args!("the store was not closed cleanly: {error}")));
+    } else if let Err(error) = bench.clear(&stop) {
         output::warn(format_args!(
             "the volume {NAME} may be left in {}, the next benchmark removes it: {error}",
             dir.display()
@@ -202,19 +202,23 @@ fn print(arguments: &Arguments, points: &[Point], machine: &Machine, store: &str
 }
 
 /// From the first page written to the last one verified. `Corrupt`: some page holds what it must not.
-fn work(arguments: &Arguments, field: &mut Arc<Field>, stop: &Arc<AtomicBool>) -> corepage::Result<Vec<Point>> {
+fn prefill_and_measure(
+    arguments: &Arguments,
+    bench: &mut Arc<BenchVolume>,
+    stop: &Arc<AtomicBool>,
+) -> corepage::Result<Vec<Point>> {
     let watch = |bar: &ProgressBar, done: u64| {
         bar.set_position(done);
         if stop.load(Ordering::Relaxed) { Err(interrupted()) } else { Ok(()) }
     };
-    let bar = progress::bar("writing every page once", field.pages);
-    field.sow(|done| watch(&bar, done))?;
+    let bar = progress::bar("writing every page once", bench.pages);
+    bench.prefill(|done| watch(&bar, done))?;
     bar.finish_and_clear();
-    let points = measure(arguments, field, stop)?;
-    let bar = progress::bar("verifying", field.pages);
-    let field = Arc::get_mut(field).expect("all that was measured has ended");
+    let points = measure(arguments, bench, stop)?;
+    let bar = progress::bar("verifying", bench.pages);
+    let bench = Arc::get_mut(bench).expect("all that was measured has ended");
     let mut opened = false;
-    field.verify(|done| {
+    bench.verify(|done| {
         // Closing and opening the store took its time, and says nothing about how fast pages are read.
         if !std::mem::replace(&mut opened, true) {
             bar.reset_eta();
@@ -262,39 +266,39 @@ impl Drop for Timed {
     }
 }
 
-fn measure(arguments: &Arguments, field: &Arc<Field>, stop: &Arc<AtomicBool>) -> corepage::Result<Vec<Point>> {
+fn measure(arguments: &Arguments, bench: &Arc<BenchVolume>, stop: &Arc<AtomicBool>) -> corepage::Result<Vec<Point>> {
     let steps = arguments.steps();
     let time = Duration::from_secs(arguments.seconds);
     let warming = WARM_MAX.min(time / WARM_PART);
-    // Each kind of work is warmed up once.
+    // Each operation is warmed up once.
     let kinds = 1 + steps.windows(2).filter(|pair| pair[0].0 != pair[1].0).count() as u32;
     let _shown = Timed::begin("measuring", time * steps.len() as u32 + warming * kinds);
-    let at = match arguments.from {
-        From::Shard => At::Shards,
-        From::Thread => At::Threads(arguments.clients as usize),
+    let call_site = match arguments.from {
+        From::Shard => CallSite::Shards,
+        From::Thread => CallSite::Threads(arguments.clients as usize),
     };
     let (mut points, mut warm) = (Vec::new(), None);
-    for (n, (work, depth)) in steps.into_iter().enumerate() {
-        let run = Run { work, at, depth, time, seed: 1 + n as u64, stop: stop.clone() };
-        if warm.replace(work) != Some(work) {
-            Run { time: warming, ..run.clone() }.measure(field)?;
+    for (n, (operation, depth)) in steps.into_iter().enumerate() {
+        let run = Run { operation, call_site, depth, time, seed: 1 + n as u64, stop: stop.clone() };
+        if warm.replace(operation) != Some(operation) {
+            Run { time: warming, ..run.clone() }.measure(bench)?;
         }
-        let before = block_on(field.store.stats())?;
-        let outcome = run.measure(field)?;
-        let counted = block_on(field.store.stats())?.since(&before);
+        let before = block_on(bench.store.stats())?;
+        let outcome = run.measure(bench)?;
+        let counted = block_on(bench.store.stats())?.since(&before);
         if stop.load(Ordering::Relaxed) {
             return Err(interrupted());
         }
-        points.push(Point { work, depth, outcome, counted });
+        points.push(Point { operation, depth, outcome, counted });
     }
     Ok(points)
 }
 
-fn name(work: Work) -> &'static str {
-    match work {
-        Work::Read => "read",
-        Work::Write => "write",
-        Work::Commit => "commit",
+fn name(operation: Operation) -> &'static str {
+    match operation {
+        Operation::Read => "read",
+        Operation::Write => "write",
+        Operation::Commit => "commit",
     }
 }
 
@@ -314,10 +318,10 @@ fn in_json(arguments: &Arguments, points: &[Point], machine: &Machine, store: &s
     let from = if arguments.from == From::Shard { "shard" } else { "thread" };
     let workload = match arguments.workload {
         Workload::QdSweep => "qd-sweep",
-        _ => best.map_or("", |best| name(best.work)),
+        _ => best.map_or("", |best| name(best.operation)),
     };
     let point = |p: &Point| {
-        json!({ "workload": name(p.work), "depth": p.depth, "ops_per_s": p.outcome.rate(), "operations": p.outcome.operations,
+        json!({ "workload": name(p.operation), "depth": p.depth, "ops_per_s": p.outcome.rate(), "operations": p.outcome.operations,
                 "latency_us": latency(&p.outcome), "write_amplification": p.counted.write_amplification(),
                 "live_share": p.counted.live_share() })
     };
@@ -349,12 +353,20 @@ fn for_people(arguments: &Arguments, points: &[Point], store: &str) -> String {
     let mut table = Table::new();
     table.load_style(TableStyle::new());
     table.set_header(["", "DEPTH", "OPS/S", "P50 µs", "P99 µs", "P99.9 µs", "MAX µs"]);
-    for Point { work, depth, outcome, .. } in points {
+    for Point { operation, depth, outcome, .. } in points {
         let us = |us: f64| if us < 100.0 { format!("{us:.1}") } else { format!("{us:.0}") };
         let percentile = |percent| us(outcome.percentile(percent));
         let max = us(outcome.latency.max() as f64 / 1000.0);
         let (rate, depth) = (format!("{:.0}", outcome.rate()), depth.to_string());
-        table.add_row([name(*work).into(), depth, rate, percentile(50.0), percentile(99.0), percentile(99.9), max]);
+        table.add_row([
+            name(*operation).into(),
+            depth,
+            rate,
+            percentile(50.0),
+            percentile(99.0),
+            percentile(99.9),
+            max,
+        ]);
     }
     table.column_iter_mut().for_each(|column| {
         column.set_padding((0, 2));
@@ -369,11 +381,13 @@ fn for_people(arguments: &Arguments, points: &[Point], store: &str) -> String {
         None => String::new(),
     };
     // Of the last point: a sweep ends with writes.
-    let written =
-        points.last().filter(|point| point.work != Work::Read).map_or(String::new(), |Point { counted, .. }| {
+    let written = points.last().filter(|point| point.operation != Operation::Read).map_or(
+        String::new(),
+        |Point { counted, .. }| {
             let (amplification, live) = (counted.write_amplification(), 100.0 * counted.live_share());
             format!("; {amplification:.2} bytes written a byte with {live:.0} % of the data space live")
-        });
+        },
+    );
     format!(
         "{}\n\n{place}from {from}; {} of pages, {} of memory{written}; all {} pages verified after a close and a new start\n{store}\n",
         table.trim_fmt(),

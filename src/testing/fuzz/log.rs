@@ -10,7 +10,7 @@ use super::memory::{Image, MemoryDisk};
 use crate::base::checksum::crc32c;
 use crate::base::error::ErrorKind;
 use crate::base::options::Geometry;
-use crate::base::{BLOCK, Deal, ExtentNo, Lsn, PageId, PageKey, Place, SegmentNo, ShardId, VolumeId};
+use crate::base::{BLOCK, Deal, ExtentNo, Lsn, PageId, PageKey, Place, SegmentNo, ShardId, ShardSet, VolumeId};
 use crate::engine::recovery::{self, Scan};
 use crate::format::LSN_END;
 use crate::format::group::{
@@ -18,7 +18,7 @@ use crate::format::group::{
     SlotState,
 };
 use crate::format::node::Entry;
-use crate::format::superblock::{LogState, Superblock, VShardState};
+use crate::format::superblock::{LogEnd, Superblock, VShardState};
 use crate::io::FileId;
 use crate::memory::Arena;
 use std::cell::RefCell;
@@ -131,7 +131,7 @@ fn encode(record: &Record, out: &mut Vec<u8>) {
     let at = out.len();
     out.extend_from_slice(&[0; size_of::<RawRecord>()]);
     if let Some(shards) = record.role.shards() {
-        out.extend_from_slice(RawParts { shards: shards.into() }.as_bytes());
+        out.extend_from_slice(RawParts { shards: shards.bits().into() }.as_bytes());
     }
     for change in &record.changes {
         let (kind, key, len, offset, patch): (u8, PageKey, u32, u32, &[u8]) = match *change {
@@ -233,7 +233,7 @@ fn superblock(input: &mut Input) -> Superblock {
         },
         extents_count: EXTENTS,
         table_crc: 0,
-        logs: vec![LogState::without_end(SEGMENTS); 2],
+        logs: vec![LogEnd::default(); 2],
         vshards,
     }
 }
@@ -321,8 +321,8 @@ fn records(input: &mut Input, slots: usize, body: &mut Vec<u8>) -> Vec<(Lsn, Rol
         let lsn = Lsn::new(input.number());
         let role = match input.u8() % 3 {
             0 => Role::Whole,
-            1 => Role::Owner(u64::from(input.u8() % 4)),
-            _ => Role::Part(u64::from(input.u8() % 4)),
+            1 => Role::Owner(ShardSet::from_bits(u64::from(input.u8() % 4))),
+            _ => Role::Part(ShardSet::from_bits(u64::from(input.u8() % 4))),
         };
         let patch = [9; 16];
         let changes = (0..input.below(3)).map(|_| {
@@ -380,7 +380,7 @@ fn expected(superblock: &Superblock, made: &mut [Made]) -> Option<u64> {
         .collect();
     for (lsn, role) in whole().flat_map(|m| &m.records).filter(|(lsn, _)| lsn.get() > redo) {
         let Role::Owner(others) = role else { continue };
-        if (0..64).any(|shard| others >> shard & 1 == 1 && !parts.contains(&(lsn.get(), shard))) {
+        if others.iter().any(|shard| !parts.contains(&(lsn.get(), shard.get()))) {
             cut = cut.min(lsn.get() - 1);
         }
     }

@@ -1,4 +1,4 @@
-//! A store of one or more shards, each with a driver as it is for real: parked until something arrives for it.
+//! A store of one or more shards, each driven as by its real event loop: parked until something arrives for it.
 //!
 //! ```text
 //! request, message, completion ... arrive, each after a delay of its own
@@ -8,10 +8,10 @@
 //! ```
 //! Invariants
 //! 1. A shard turns only if something has arrived for it, its deadline has come, or the watermark has reached what it
-//!    waits for; once at the beginning. So whoever waits for something that nobody does hangs, and the run says so.
-//! 2. A turn is atomic; which shard turns next, and what it takes, is by seed.
+//!    waits for; and once at the beginning. So a shard that waits for something that never happens hangs, and the run fails.
+//! 2. A turn is atomic; the seed says which shard turns next, and what it takes.
 //! 3. One disk serves all shards; a completion comes back to the shard that submitted the operation.
-//! 4. What a shard says after the power was cut counts for nothing.
+//! 4. Effects of a shard after the power was cut are dropped.
 //!
 //! It does *not* route requests or judge anything.
 
@@ -19,9 +19,9 @@ use super::disk::SimDisk;
 use super::host::{NodeHost, SHARD_SHIFT, Stop};
 use super::late::{Holding, Late};
 use super::net::{Mark, Net};
-use super::pace::Pace;
 use super::progress::{Progress, check_budget};
 use super::rng::{Rng, mix};
+use super::timing::Timing;
 use super::watch::TABLE_IS_BOUNDED;
 use crate::base::error::{Error, Result};
 use crate::base::options::Options;
@@ -33,16 +33,16 @@ use crate::io::{Completion, Disk, OpId};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-/// Turns in a row in which nothing happens, before the store is said to spin, if they come faster than this on average.
+/// Idle turns in a row after which the store counts as spinning, if they come faster than `IDLE_TURN_US` on average.
 const IDLE_TURNS_MAX: u64 = 1_000;
 const IDLE_TURN_US: Micros = 200;
-/// Messages between two shards at a time, before the protocol is said to have no bound.
+/// Messages under way between two shards beyond which the protocol counts as unbounded.
 const MESSAGES_MAX: usize = 8_192;
-/// Turns from one count of what the shards count to the next, at least; and a turn for so many pages and map nodes that are
-/// counted: a large store is not to spend its time on that alone.
+/// Turns between two audits: at least `AUDIT_EACH`, and one for each `AUDITED_A_TURN` pages and map nodes, so that a large store
+/// does not spend all its time on audits.
 const AUDIT_EACH: u64 = 32;
 const AUDITED_A_TURN: u64 = 4;
-/// Turns within which a store is open, or never: some thousand are usual.
+/// Turns within which a store must be open; a few thousand are usual.
 const OPENING_TURNS_MAX: u32 = 1_000_000;
 
 /// An open store, or one being opened.
@@ -52,66 +52,64 @@ pub struct Cluster {
     pub(super) order: Arc<GlobalOrder>,
     pub(super) net: Net<Message>,
     deal: Deal,
-    /// How fast everything is.
-    pub pace: Pace,
+    /// How long everything takes.
+    pub timing: Timing,
     rng: Rng,
     pub(super) disk: SimDisk,
     pub(super) late: Late,
     pub(super) progress: Progress,
     idle_turns: u64,
-    /// The turn at which is counted next.
+    /// The turn of the next audit.
     audit_at: u64,
-    /// When something happened last.
+    /// The time of the last event.
     busy_at: Micros,
     counters: ClusterCounters,
 }
 
-/// What has arrived, or will arrive, for a shard, and how it was seen last.
+/// Arrivals for one shard, now or later, and observations after its last turn.
 pub(super) struct Node {
     pub(super) requests: Vec<(Micros, Token, Request)>,
     pub(super) completions: Vec<(Micros, Completion)>,
-    /// Its last turn takes until then.
+    /// When its last turn ends.
     free_at: Micros,
-    /// It turns then, whatever arrives: at the beginning, and when the watermark has reached what it waits for.
+    /// When it turns even if nothing arrives: at the beginning, and when the watermark has reached what it waits for.
     woken_at: Option<Micros>,
     /// A commit waited for memory after its last turn.
     pub(super) was_short: bool,
-    /// Segments of its log after its last turn.
-    pub(super) log_segments: u64,
-    /// Its checkpoint has waited for memory, after so many had ended.
+    /// Its checkpoint waits for memory; the number of checkpoints that had ended before.
     pub(super) starved_after: Option<u64>,
 }
 
-/// What opening found.
+/// The findings of an opening.
 #[derive(Clone, Copy, Debug)]
 pub struct Opened {
-    /// The store was made.
+    /// The store was created.
     pub created: bool,
-    /// It had been closed.
+    /// It had been closed cleanly.
     pub clean: bool,
-    /// The state is that of this LSN.
+    /// The last LSN of the recovered state.
     pub cut: Lsn,
     /// Copies of the superblock that could not be used.
     pub warnings: usize,
 }
 
-/// What came of a step.
+/// The results of one step.
 #[derive(Debug, Default)]
 pub struct Turn {
-    /// Who turned.
+    /// The shard that turned.
     pub shard: ShardId,
-    /// Which request drew which LSN, in the order of the LSNs.
+    /// Requests and the LSNs they drew, in the order of the LSNs.
     pub drawn: Vec<(Token, Lsn)>,
     /// Answers, in order.
     pub replies: Vec<(Token, Result<Response>)>,
 }
 
-/// What happened in a cluster.
+/// Counters of a cluster.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ClusterCounters {
     /// Turns of shards.
     pub turns: u64,
-    /// Turns of another shard than the one before.
+    /// Turns of a shard that was not the last one to turn.
     pub switches: u64,
     /// Messages sent.
     pub messages: u64,
@@ -121,7 +119,7 @@ pub struct ClusterCounters {
     pub wakes: u64,
     /// Stores opened, by the number of their shards, from one on.
     pub opened: [u64; 4],
-    /// A hash of who turned when, in order.
+    /// A hash of the order and times of all turns.
     pub trace: u64,
 }
 
@@ -156,8 +154,7 @@ impl Cluster {
         let opened = Opened { created, clean, cut, warnings: warnings.len() };
         assert_eq!(opening.shards.len(), usize::from(shards), "as many shards as asked for");
         let now = Some(disk.now());
-        let node = |shard: &Shard| Node {
-            log_segments: shard.log_segments(),
+        let node = |_| Node {
             requests: Vec::new(),
             completions: Vec::new(),
             free_at: 0,
@@ -173,7 +170,7 @@ impl Cluster {
             late: Late::new(holding, nodes.len(), rng.clone().fork(7)),
             progress: Progress::new(nodes.len()),
             deal: shards[0].deal(),
-            pace: Pace::random(&mut rng, shards.len() as u16),
+            timing: Timing::random(&mut rng, shards.len() as u16),
             shards,
             nodes,
             order: opening.order,
@@ -190,7 +187,7 @@ impl Cluster {
     /// Drives a store that has [begun](Self::begin) to open until it is open, or the power is off.
     ///
     /// # Errors
-    /// The failure of a shard, or that they don't get on.
+    /// Inner: the failure of a shard. Outer: opening hangs, or has no end.
     pub fn finish_opening(&mut self) -> std::result::Result<Result<()>, String> {
         let mut turns = 0;
         while !self.is_open() && !self.disk.is_off() {
@@ -230,12 +227,12 @@ impl Cluster {
         self.deal
     }
 
-    /// What one commit may count at most.
+    /// The most bytes of one commit.
     pub fn txn_bytes_max(&self) -> u64 {
         self.shards.iter().map(Shard::txn_bytes_max).min().expect("there is a shard")
     }
 
-    /// Everything up to here is durable, the shards say.
+    /// The watermark: everything up to it is durable.
     pub fn watermark(&self) -> Lsn {
         self.order.watermark()
     }
@@ -250,19 +247,19 @@ impl Cluster {
         self.disk.violation()
     }
 
-    /// What happened so far.
+    /// The counters so far.
     pub fn counters(&self) -> ClusterCounters {
         ClusterCounters { messages_most: self.net.most() as u64, ..self.counters }
     }
 
     /// Sends a request to a shard.
     pub fn request(&mut self, shard: ShardId, token: Token, request: Request) {
-        let at = self.disk.now() + self.pace.request_us(&mut self.rng);
+        let at = self.disk.now() + self.timing.request_us(&mut self.rng);
         self.nodes[shard.index()].requests.push((at, token, request));
         (self.idle_turns, self.busy_at) = (0, self.disk.now());
     }
 
-    /// When something happens next; `None`: never, unless somebody asks for something.
+    /// The time of the next event. `None`: there is none, unless a request comes.
     pub fn next_at(&self) -> Option<Micros> {
         let next = self.next_event_at();
         let kept = self.late.next_due(self.is_at_rest()).map(|at| at.max(self.disk.now()));
@@ -270,13 +267,13 @@ impl Cluster {
         if next.is_none() { kept.map(|_| self.disk.now()) } else { next.into_iter().chain(kept).min() }
     }
 
-    /// The same, without reads whose ends are kept back.
+    /// The time of the next event, delayed completions aside.
     fn next_event_at(&self) -> Option<Micros> {
         let turns = (0..self.nodes.len()).filter_map(|index| self.turn_at(index));
         turns.chain(self.disk.next_due()).min()
     }
 
-    /// Whether nothing will happen but deadlines, and ends of reads that are kept back.
+    /// Whether only deadlines and delayed completions are to come.
     fn is_at_rest(&self) -> bool {
         let has_work = |(node, shard): (&Node, &Shard)| {
             !node.completions.is_empty() || (!node.requests.is_empty() && shard.accepting())
@@ -328,14 +325,14 @@ impl Cluster {
         self.turn(index).map(Some)
     }
 
-    /// Brings what the disk has finished to those who asked for it.
+    /// Takes completions from the disk to the shards that submitted the operations.
     fn reap(&mut self) {
         let mut done = Vec::new();
         self.disk.clone().reap(&mut done);
         for mut completion in done {
             let shard = (completion.id.0 >> SHARD_SHIFT) as usize;
             completion.id = OpId(completion.id.0 & ((1 << SHARD_SHIFT) - 1));
-            let at = self.disk.now() + self.pace.completion_us(&mut self.rng);
+            let at = self.disk.now() + self.timing.completion_us(&mut self.rng);
             let Some(completion) = self.late.keep(shard, completion, self.counters.turns) else { continue };
             self.nodes[shard].completions.push((at, completion));
         }
@@ -354,7 +351,7 @@ impl Cluster {
             node: &mut self.nodes[index],
             net: &mut self.net,
             late: &mut self.late,
-            pace: &self.pace,
+            timing: &self.timing,
             rng: &mut self.rng,
             disk: &self.disk,
             turn: Turn { shard, ..Turn::default() },
@@ -377,7 +374,7 @@ impl Cluster {
         Ok(turn)
     }
 
-    /// Counts what a shard counts, and holds what it keeps against what it may.
+    /// Audits a shard's counters, and checks that it keeps no more than it may.
     fn audit(&mut self, index: usize) -> std::result::Result<(), String> {
         let (id, shard) = (ShardId::new(index as u16), &self.shards[index]);
         shard.audit().map_err(|drift| format!("{id:?} counts wrongly: {drift}"))?;
@@ -395,13 +392,13 @@ impl Cluster {
         if watermark < before {
             return Err(format!("the watermark fell from {before:?} to {watermark:?}"));
         }
-        self.nodes[index].free_at = now + self.pace.turn_us(&mut self.rng, index);
+        self.nodes[index].free_at = now + self.timing.turn_us(&mut self.rng, index);
         for (other, (node, shard)) in self.nodes.iter_mut().zip(&self.shards).enumerate() {
             let reached = shard.waits_for().is_some_and(|lsn| lsn <= watermark);
             if reached && node.woken_at.is_none() {
                 self.counters.wakes += u64::from(other != index);
-                // Whoever is about to park looks once more first.
-                let after = if other == index { 0 } else { self.pace.wake_us(&mut self.rng) };
+                // A shard that is about to park looks at the watermark once more.
+                let after = if other == index { 0 } else { self.timing.wake_us(&mut self.rng) };
                 node.woken_at = Some(now + after);
             }
         }

@@ -4,11 +4,11 @@
 //! was not, everything is damaged that is there. `COREPAGE_STORES=n` does it to n stores.
 
 use super::disk::{Damage, Loss, SECTOR, SECTORS};
-use super::harm::{DamageCounters, Damaged};
+use super::inject::{DamageCounters, Damaged};
 use super::rng::{Rng, mix};
+use super::run::{Outcome, Plan, RunStats, SimRun};
 use super::tests::{number, quiet, run_cases};
 use super::workload::{self, Profile};
-use super::world::{Outcome, Plan, Tally, World};
 use crate::base::BLOCK;
 use crate::engine::Request;
 use crate::format::superblock::{SUPERBLOCK_BYTES, SUPERBLOCK_COPIES};
@@ -24,7 +24,7 @@ struct Case {
 
 const PARTS: u64 = 8;
 
-fn world(case: &Case) -> Outcome<World> {
+fn sim(case: &Case) -> Outcome<SimRun> {
     let mut rng = Rng::new(mix(case.seed));
     let mut options = workload::options(&mut rng);
     options.geometry.segment_bytes = 64 << 10;
@@ -34,24 +34,24 @@ fn world(case: &Case) -> Outcome<World> {
     // What an opening reads depends on the number of shards: it is the same in each.
     let shards = 1 + (case.seed % 2) as u16;
     let plan = Plan { options: Some(options), profile: Some(profile), shards: shards..=shards, ..quiet(case.seed) };
-    let mut world = World::new(plan);
-    world.begin()?;
+    let mut sim = SimRun::new(plan);
+    sim.begin()?;
     for _ in 0..500 {
-        world.step()?;
+        sim.step()?;
     }
     if case.clean {
-        world.close()?
+        sim.close()?
     }
-    world.let_go(usize::MAX)?;
-    Ok(world)
+    sim.let_go(usize::MAX)?;
+    Ok(sim)
 }
 
 /// What is damaged: of a closed store the blocks that are read, of another one those with anything in them.
-fn targets(world: &mut World, case: &Case) -> Outcome<Vec<(FileId, u64)>> {
-    let image = world.disk.crash(Loss::Everything, &mut Rng::new(case.seed));
+fn targets(sim: &mut SimRun, case: &Case) -> Outcome<Vec<(FileId, u64)>> {
+    let image = sim.disk.crash(Loss::Everything, &mut Rng::new(case.seed));
     if case.clean {
         image.note_reads();
-        let found = world.open_damaged(image.clone())?;
+        let found = sim.open_damaged(image.clone())?;
         assert_eq!(found, Damaged::Harmless, "nothing is damaged yet");
         return Ok(image.take_reads().into_iter().collect());
     }
@@ -65,9 +65,9 @@ fn is_superblock(file: FileId, block: u64) -> bool {
     file == FileId::Meta && block < SUPERBLOCK_COPIES * (SUPERBLOCK_BYTES / BLOCK) as u64
 }
 
-fn run(case: &Case) -> Outcome<Tally> {
-    let mut world = world(case)?;
-    let targets = targets(&mut world, case)?;
+fn run(case: &Case) -> Outcome<RunStats> {
+    let mut sim = sim(case)?;
+    let targets = targets(&mut sim, case)?;
     let mut rng = Rng::new(mix(case.seed ^ case.part));
     let mine = targets.iter().enumerate().filter(|(n, _)| *n as u64 % PARTS == case.part).map(|(_, target)| *target);
     for (file, block) in mine {
@@ -80,12 +80,12 @@ fn run(case: &Case) -> Outcome<Tally> {
             let with = other * SECTORS as u64 + at - first;
             let bit = rng.below((count * BLOCK / SECTORS * 8) as u64) as usize;
             for damage in [Damage::Flip { bit }, Damage::Zero, Damage::Stale, Damage::Swap { with }] {
-                let image = world.disk.crash(Loss::Everything, &mut Rng::new(case.seed));
+                let image = sim.disk.crash(Loss::Everything, &mut Rng::new(case.seed));
                 if !image.damage(file, at, count, damage) {
                     continue;
                 }
                 let what = format!("{damage:?} of {count} sectors of {file} from {at} on");
-                let found = world.open_damaged(image).map_err(|why| format!("{what}: {why}"))?;
+                let found = sim.open_damaged(image).map_err(|why| format!("{what}: {why}"))?;
                 let missed = matches!(found, Damaged::Harmless | Damaged::Cut);
                 if case.clean && missed && !is_superblock(file, block) {
                     return Err(format!("{what}: nobody has noticed"));
@@ -93,7 +93,7 @@ fn run(case: &Case) -> Outcome<Tally> {
             }
         }
     }
-    Ok(world.tally)
+    Ok(sim.run_stats)
 }
 
 /// The runs in which planted bugs are looked for.
@@ -124,11 +124,11 @@ fn damage_to_any_sector_of_a_crashed_store_is_never_served() {
 }
 
 /// Cuts the power at an event of a checkpoint; false: it has fewer.
-fn crash_checkpoint(world: &mut World, event: u64) -> Outcome<bool> {
-    world.disk.cut_power_after(event);
-    world.ask(Request::Checkpoint);
-    world.settle()?;
-    Ok(world.disk.is_off())
+fn crash_checkpoint(sim: &mut SimRun, event: u64) -> Outcome<bool> {
+    sim.disk.cut_power_after(event);
+    sim.ask(Request::Checkpoint);
+    sim.settle()?;
+    Ok(sim.disk.is_off())
 }
 
 /// A store that is crashed in a checkpoint and again in the recovery after it, each at some event, and of whose superblock one
@@ -138,26 +138,26 @@ fn one_copy_lost(checkpoint_event: u64) -> Outcome<u64> {
     let (mut opened, mut recovery_event) = (0, 0);
     loop {
         recovery_event += 1;
-        let mut world = World::new(plan(1));
-        world.begin()?;
-        if !crash_checkpoint(&mut world, checkpoint_event)? {
+        let mut sim = SimRun::new(plan(1));
+        sim.begin()?;
+        if !crash_checkpoint(&mut sim, checkpoint_event)? {
             return Ok(opened);
         }
-        world.crash(Loss::Nothing)?;
-        world.disk.cut_power_after(recovery_event);
-        let _ = world.try_open()?;
-        if !world.disk.is_off() {
+        sim.crash(Loss::Nothing)?;
+        sim.disk.cut_power_after(recovery_event);
+        let _ = sim.try_open()?;
+        if !sim.disk.is_off() {
             return Ok(opened);
         }
-        world.crash(Loss::Everything)?;
+        sim.crash(Loss::Everything)?;
         for copy in 0..SUPERBLOCK_COPIES {
-            let image = world.disk.crash(Loss::Everything, &mut Rng::new(1));
+            let image = sim.disk.crash(Loss::Everything, &mut Rng::new(1));
             let sectors = (SUPERBLOCK_BYTES / SECTOR) as u64;
             if !image.damage(FileId::Meta, copy * sectors, SECTORS, Damage::Zero) {
                 continue;
             }
             opened += 1;
-            let found = world.open_damaged(image)?;
+            let found = sim.open_damaged(image)?;
             if !matches!(found, Damaged::Mended | Damaged::Harmless) {
                 let at = format!("events {checkpoint_event} and {recovery_event}, copy {copy}");
                 return Err(format!("{at}: {found:?}, and three copies were left"));
@@ -184,29 +184,29 @@ fn any_one_copy_of_the_superblock_may_be_lost_at_any_time() {
 /// A store that was crashed at an event of a checkpoint and opened again, and of which then one of the writes of roots and table is lost:
 /// what was there before may be what the crashed checkpoint has written.
 fn one_write_lost(seed: u64, event: u64) -> Outcome<Option<u64>> {
-    let mut world = World::new(Plan { options: Some(super::small_tests::options()), shards: 1..=2, ..quiet(seed) });
-    world.begin()?;
+    let mut sim = SimRun::new(Plan { options: Some(super::small_tests::options()), shards: 1..=2, ..quiet(seed) });
+    sim.begin()?;
     for _ in 0..50 {
-        world.step()?;
+        sim.step()?;
     }
-    world.settle()?;
-    if !crash_checkpoint(&mut world, event)? {
+    sim.settle()?;
+    if !crash_checkpoint(&mut sim, event)? {
         return Ok(None);
     }
-    world.reopen(Loss::Nothing)?;
-    world.crash(Loss::Everything)?;
+    sim.reopen(Loss::Nothing)?;
+    sim.crash(Loss::Everything)?;
     let mut lost = 0;
-    for (file, len) in world.disk.files() {
+    for (file, len) in sim.disk.files() {
         if !matches!(file, FileId::Meta | FileId::Table) {
             continue;
         }
         for block in (0..len / BLOCK as u64).filter(|&block| !is_superblock(file, block)) {
-            let image = world.disk.crash(Loss::Everything, &mut Rng::new(1));
+            let image = sim.disk.crash(Loss::Everything, &mut Rng::new(1));
             image.note_reads();
             if !image.damage(file, block * SECTORS as u64, SECTORS, Damage::Stale) {
                 continue;
             }
-            let found = world.open_damaged(image.clone()).map_err(|why| format!("{file} block {block}: {why}"))?;
+            let found = sim.open_damaged(image.clone()).map_err(|why| format!("{file} block {block}: {why}"))?;
             if image.take_reads().contains(&(file, block)) {
                 lost += 1;
                 if found != Damaged::Refused {

@@ -5,12 +5,12 @@
 //! once and for ever, at each operation, instead of one of them.
 
 use super::disk::{Area, ERRNOS, Fault, Loss};
-use super::harm::is_of_the_device;
+use super::inject::is_of_the_device;
 use super::model::{page_bytes, patch_bytes};
 use super::rng::{Rng, mix};
+use super::run::{Outcome, Plan, RunStats, SimRun};
 use super::tests::{quiet, run_cases};
 use super::workload::{self, Profile};
-use super::world::{Outcome, Plan, Tally, World};
 use crate::base::{PageId, PageKey, VolumeId};
 use crate::engine::{Change, Commit, Request};
 
@@ -45,50 +45,50 @@ fn key(n: u64) -> PageKey {
 
 const PAGES: u64 = 16;
 
-fn commit(reads: Vec<PageKey>, changes: Vec<(PageKey, Change)>, durable: bool, world: &World) -> Request {
-    let told = |key| (key, world.oracle.model.at(key, world.oracle.last()).told());
+fn commit(reads: Vec<PageKey>, changes: Vec<(PageKey, Change)>, durable: bool, sim: &SimRun) -> Request {
+    let told = |key| (key, sim.oracle.model.at(key, sim.oracle.last()).told());
     Request::Commit(Commit { reads: reads.into_iter().map(told).collect(), changes, durable })
 }
 
 /// One after another: each kind of commit, of one shard and of several, flushes and checkpoints; then the store is closed, or it
 /// is left with requests under way.
-fn work(world: &mut World, rng: &mut Rng, when: When) -> Outcome {
+fn work(sim: &mut SimRun, rng: &mut Rng, when: When) -> Outcome {
     for n in 1..=if when == When::Life { 24 } else { 30 } {
         let put = |n: u64, tag| (key(n), Change::Put(page_bytes(key(n), tag)));
         let at = rng.below(PAGES);
         let request = match n % 8 {
-            1 => commit(vec![], vec![put(at, n)], true, world),
-            2 => commit(vec![], (0..6).map(|i| put(at + i * 3, n * 100 + i)).collect(), true, world),
+            1 => commit(vec![], vec![put(at, n)], true, sim),
+            2 => commit(vec![], (0..6).map(|i| put(at + i * 3, n * 100 + i)).collect(), true, sim),
             3 => {
                 let bytes = patch_bytes(n, 500);
-                commit(vec![], vec![(key(at), Change::Patch { offset: 40, bytes })], true, world)
+                commit(vec![], vec![(key(at), Change::Patch { offset: 40, bytes })], true, sim)
             }
-            4 => commit(vec![key(at), key(at + 5)], vec![put(at, n), put(at + 9, n + 1000)], true, world),
-            5 => commit(vec![], vec![put(at, n)], false, world),
-            6 => commit(vec![], vec![(key(at), Change::Free), put(at + 4, n)], false, world),
+            4 => commit(vec![key(at), key(at + 5)], vec![put(at, n), put(at + 9, n + 1000)], true, sim),
+            5 => commit(vec![], vec![put(at, n)], false, sim),
+            6 => commit(vec![], vec![(key(at), Change::Free), put(at + 4, n)], false, sim),
             7 => Request::Flush,
             _ => Request::Checkpoint,
         };
         if n > 24 {
-            world.ask(request);
-            world.pass()?;
+            sim.ask(request);
+            sim.pass()?;
             continue;
         }
         // Whatever the answer is, the judge has heard it.
-        let _ = world.call(request)?;
-        world.call(Request::Read(smallvec::smallvec![key(at)])).map(drop)?;
+        let _ = sim.call(request)?;
+        sim.call(Request::Read(smallvec::smallvec![key(at)])).map(drop)?;
     }
-    if when == When::Life { world.call(Request::Close).map(drop) } else { Ok(()) }
+    if when == When::Life { sim.call(Request::Close).map(drop) } else { Ok(()) }
 }
 
-fn run(case: &Case) -> Outcome<(Tally, u64)> {
+fn run(case: &Case) -> Outcome<(RunStats, u64)> {
     let mut rng = Rng::new(mix(case.seed ^ case.after));
     let mut options = workload::options(&mut Rng::new(case.seed));
     options.geometry.vshards_count = options.geometry.vshards_count.max(8);
     options.geometry.segment_bytes = 64 << 10;
     options.geometry.segments_count = 4;
     let profile = Profile { universe: (0..PAGES * 3).map(key).collect(), ..Profile::random(&mut Rng::new(case.seed)) };
-    let mut world = World::new(Plan {
+    let mut sim = SimRun::new(Plan {
         options: Some(options),
         profile: Some(profile),
         shards: case.shards..=case.shards,
@@ -96,43 +96,43 @@ fn run(case: &Case) -> Outcome<(Tally, u64)> {
     });
     let fault = Fault { kind: None, area: Area::Any, after: case.after, forever: case.forever, errno: case.errno };
     if case.when == When::Life {
-        world.disk.inject(fault.clone());
-        world.tolerate_errors(true);
+        sim.disk.inject(fault.clone());
+        sim.tolerate_errors(true);
     }
-    match world.try_open()? {
-        Ok(_) => work(&mut world, &mut Rng::new(case.seed), case.when)?,
+    match sim.try_open()? {
+        Ok(_) => work(&mut sim, &mut Rng::new(case.seed), case.when)?,
         Err(error) => is_of_the_device(&error)?,
     }
-    let mut faults = world.disk.counters().faults();
-    world.crash(Loss::random(&mut rng))?;
+    let mut faults = sim.disk.counters().faults();
+    sim.crash(Loss::random(&mut rng))?;
     if case.when == When::Recovery {
-        world.disk.inject(fault);
-        world.tolerate_errors(true);
-        match world.try_open()? {
+        sim.disk.inject(fault);
+        sim.tolerate_errors(true);
+        match sim.try_open()? {
             // Reading everything may meet the error, and then that is the answer.
             Ok(opened) => {
-                read_all(&mut world)?;
+                read_all(&mut sim)?;
                 // It was open: what it showed may not be lost again.
-                world.oracle.restart_at(opened.cut, opened.cut);
+                sim.oracle.restart_at(opened.cut, opened.cut);
             }
             Err(error) => is_of_the_device(&error)?,
         }
-        faults += world.disk.counters().faults();
-        world.crash(Loss::random(&mut rng))?;
+        faults += sim.disk.counters().faults();
+        sim.crash(Loss::random(&mut rng))?;
     }
-    world.tolerate_errors(false);
-    let opened = world.open()?;
-    let cut = world.check(opened)?;
-    world.oracle.restart_at(cut, opened.cut);
-    let put = commit(vec![], vec![(key(1), Change::Put(page_bytes(key(1), 9999)))], true, &world);
-    world.call(put)?.map_err(|error| format!("with a device that is well again: {error}"))?;
-    world.reopen(Loss::random(&mut rng))?;
-    Ok((world.tally, faults))
+    sim.tolerate_errors(false);
+    let opened = sim.open()?;
+    let cut = sim.check(opened)?;
+    sim.oracle.restart_at(cut, opened.cut);
+    let put = commit(vec![], vec![(key(1), Change::Put(page_bytes(key(1), 9999)))], true, &sim);
+    sim.call(put)?.map_err(|error| format!("with a device that is well again: {error}"))?;
+    sim.reopen(Loss::random(&mut rng))?;
+    Ok((sim.run_stats, faults))
 }
 
-fn read_all(world: &mut World) -> Outcome {
+fn read_all(sim: &mut SimRun) -> Outcome {
     for n in 0..PAGES * 3 {
-        match world.try_read_now(&[key(n)])? {
+        match sim.try_read_now(&[key(n)])? {
             Ok(_) => {}
             Err(error) => is_of_the_device(&error)?,
         }
@@ -182,9 +182,9 @@ fn every_operation_may_fail_in_every_way() {
     }
     let fired = std::sync::atomic::AtomicU64::new(0);
     run_cases(&cases, |case| {
-        let (tally, faults) = run(case)?;
+        let (run_stats, faults) = run(case)?;
         fired.fetch_add(u64::from(faults > 0), std::sync::atomic::Ordering::Relaxed);
-        Ok(tally)
+        Ok(run_stats)
     });
     let fired = fired.into_inner();
     println!("{} runs, in {fired} of them the error struck", cases.len());

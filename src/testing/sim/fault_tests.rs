@@ -3,9 +3,9 @@
 use super::disk::{Area, ENOSPC, Fault, Loss, OpKind};
 use super::model::page_bytes;
 use super::rng::Rng;
+use super::run::{Outcome, Plan, SimRun};
 use super::tests::{plan, quiet};
 use super::workload::{self, Profile};
-use super::world::{Outcome, Plan, World};
 use crate::base::error::ErrorKind;
 use crate::base::options::Options;
 use crate::base::{BLOCK, PageId, PageKey, VolumeId};
@@ -32,46 +32,46 @@ fn for_seeds(seeds: u64, mut test: impl FnMut(u64) -> Outcome) {
     }
 }
 
-fn steps(world: &mut World, count: u32) -> Outcome {
-    (0..count).try_for_each(|_| world.step())
+fn steps(sim: &mut SimRun, count: u32) -> Outcome {
+    (0..count).try_for_each(|_| sim.step())
 }
 
 /// One error of the device, at some time; then everything that the contract says about a store that has failed.
 fn fails_and_stops(seed: u64, fault: Fault) -> Outcome<u64> {
-    let mut world = World::new(quiet(seed));
-    world.begin()?;
-    steps(&mut world, 60)?;
-    world.disk.inject(fault);
-    world.tolerate_errors(true);
+    let mut sim = SimRun::new(quiet(seed));
+    sim.begin()?;
+    steps(&mut sim, 60)?;
+    sim.disk.inject(fault);
+    sim.tolerate_errors(true);
     for _ in 0..3_000 {
-        world.step()?;
-        if world.disk.counters().faults() > 0 {
+        sim.step()?;
+        if sim.disk.counters().faults() > 0 {
             break;
         }
     }
-    if world.disk.counters().faults() == 0 {
+    if sim.disk.counters().faults() == 0 {
         return Ok(0);
     }
     // Some more, for requests that meet the failure on their way.
-    steps(&mut world, 40)?;
-    world.settle()?;
-    let durable = world.oracle.durable();
-    let answer = world.call(put(1, 1 << 40))?;
+    steps(&mut sim, 40)?;
+    sim.settle()?;
+    let durable = sim.oracle.durable();
+    let answer = sim.call(put(1, 1 << 40))?;
     match answer.as_ref().map_err(|error| error.kind()) {
         Err(ErrorKind::Closed | ErrorKind::Io) => {}
         _ => return Err(format!("after a failed write a commit is answered with {answer:?}")),
     }
-    let answer = world.call(Request::Flush)?;
-    if answer.is_ok() && world.oracle.durable() > durable {
+    let answer = sim.call(Request::Flush)?;
+    if answer.is_ok() && sim.oracle.durable() > durable {
         return Err(format!("after a failed write a flush is answered with {answer:?}"));
     }
-    let unknown = world.oracle.counters().unknown;
+    let unknown = sim.oracle.counters().unknown;
     let mut rng = Rng::new(seed);
-    world.reopen(Loss::random(&mut rng))?;
-    world.tolerate_errors(false);
-    steps(&mut world, 100)?;
-    world.settle()?;
-    world.reopen(Loss::random(&mut rng))?;
+    sim.reopen(Loss::random(&mut rng))?;
+    sim.tolerate_errors(false);
+    steps(&mut sim, 100)?;
+    sim.settle()?;
+    sim.reopen(Loss::random(&mut rng))?;
     Ok(1 + unknown)
 }
 
@@ -105,27 +105,27 @@ fn failed_log_write_or_flush_stops_acknowledgements() {
 fn a_read_error_is_an_error_and_never_wrong_data() {
     let mut fired = 0;
     for_seeds(40, |seed| {
-        let mut world = World::new(quiet(seed));
-        world.begin()?;
-        steps(&mut world, 300)?;
-        world.settle()?;
-        world.reopen(Loss::Process)?;
+        let mut sim = SimRun::new(quiet(seed));
+        sim.begin()?;
+        steps(&mut sim, 300)?;
+        sim.settle()?;
+        sim.reopen(Loss::Process)?;
         // The check after reopening has read everything: only a store that has just been opened reads again.
-        let answer = world.call(Request::Close)?;
+        let answer = sim.call(Request::Close)?;
         answer.map_err(|error| error.to_string())?;
-        world.reopen_unchecked(Loss::Nothing)?;
-        world.tolerate_errors(true);
+        sim.reopen_unchecked(Loss::Nothing)?;
+        sim.tolerate_errors(true);
         for after in 0..6 {
-            world.disk.inject(Fault::once(OpKind::Read, Area::Any, after * 2));
+            sim.disk.inject(Fault::once(OpKind::Read, Area::Any, after * 2));
         }
-        steps(&mut world, 300)?;
-        world.settle()?;
-        fired += world.disk.counters().faults_read;
-        world.disk.clear_faults();
-        world.tolerate_errors(false);
-        steps(&mut world, 100)?;
-        world.settle()?;
-        world.reopen(Loss::Everything)
+        steps(&mut sim, 300)?;
+        sim.settle()?;
+        fired += sim.disk.counters().faults_read;
+        sim.disk.clear_faults();
+        sim.tolerate_errors(false);
+        steps(&mut sim, 100)?;
+        sim.settle()?;
+        sim.reopen(Loss::Everything)
     });
     println!("{fired} read errors fired");
     assert!(fired >= 100, "{fired} read errors fired");
@@ -138,11 +138,11 @@ fn a_full_disk_refuses_commits_cleanly_and_goes_on_when_there_is_space() {
         let options = workload::options(&mut Rng::new(seed));
         let extents = (20 + seed) * u64::from(super::tests::SHARDS_MAX);
         let options = Options { data_bytes_max: extents * options.geometry.extent_bytes, ..options };
-        let mut world = World::new(Plan { options: Some(options), ..quiet(seed) });
-        world.begin()?;
+        let mut sim = SimRun::new(Plan { options: Some(options), ..quiet(seed) });
+        sim.begin()?;
         let (mut written, mut refused) = (0, 0);
         for n in 0..8_000 {
-            match world.call(put(n, n + 1))?.map_err(|error| error.kind()) {
+            match sim.call(put(n, n + 1))?.map_err(|error| error.kind()) {
                 Ok(_) => written = n + 1,
                 Err(ErrorKind::Full) => {
                     refused += 1;
@@ -157,24 +157,22 @@ fn a_full_disk_refuses_commits_cleanly_and_goes_on_when_there_is_space() {
             return Err(format!("{written} pages written, {refused} refused: it never was full"));
         }
         for n in 0..written {
-            world.call(Request::Read(smallvec::smallvec![key(n)]))?.map_err(|e| format!("a read fails: {e}"))?;
+            sim.call(Request::Read(smallvec::smallvec![key(n)]))?.map_err(|e| format!("a read fails: {e}"))?;
         }
         for n in 0..written / 2 {
-            world.call(commit(vec![(key(n), Change::Free)]))?.map_err(|e| format!("a free fails: {e}"))?;
+            sim.call(commit(vec![(key(n), Change::Free)]))?.map_err(|e| format!("a free fails: {e}"))?;
         }
         for n in 0..written / 4 {
-            world.call(put(n, n + 10_000))?.map_err(|e| format!("after frees page {n} is refused: {e}"))?;
+            sim.call(put(n, n + 10_000))?.map_err(|e| format!("after frees page {n} is refused: {e}"))?;
         }
-        world.reopen(Loss::Everything)?;
-        if world.call(put(0, 1 << 30))?.is_err() {
+        sim.reopen(Loss::Everything)?;
+        if sim.call(put(0, 1 << 30))?.is_err() {
             // Dealt out anew, one shard may have more than its share of the pages.
             for n in written / 2..written {
-                world
-                    .call(commit(vec![(key(n), Change::Free)]))?
-                    .map_err(|e| format!("a free after reopening: {e}"))?;
+                sim.call(commit(vec![(key(n), Change::Free)]))?.map_err(|e| format!("a free after reopening: {e}"))?;
             }
-            world.call(Request::Checkpoint)?.map_err(|e| format!("after reopening: {e}"))?;
-            world.call(put(0, 1 << 30))?.map_err(|e| format!("after reopening and frees: {e}"))?;
+            sim.call(Request::Checkpoint)?.map_err(|e| format!("after reopening: {e}"))?;
+            sim.call(put(0, 1 << 30))?.map_err(|e| format!("after reopening and frees: {e}"))?;
         }
         Ok(())
     });
@@ -184,15 +182,15 @@ fn a_full_disk_refuses_commits_cleanly_and_goes_on_when_there_is_space() {
 #[test]
 fn a_file_system_without_space_is_a_full_store_until_there_is_space() {
     for_seeds(10, |seed| {
-        let mut world = World::new(quiet(seed));
-        let tolerance = world.oracle.tolerance();
-        world.oracle.tolerate(super::oracle::Tolerance { full: true, ..tolerance });
-        world.begin()?;
-        world.disk.inject(Fault { forever: true, errno: ENOSPC, ..Fault::once(OpKind::Allocate, Area::Any, 1) });
+        let mut sim = SimRun::new(quiet(seed));
+        let tolerance = sim.oracle.tolerance();
+        sim.oracle.tolerate(super::oracle::Tolerance { full: true, ..tolerance });
+        sim.begin()?;
+        sim.disk.inject(Fault { forever: true, errno: ENOSPC, ..Fault::once(OpKind::Allocate, Area::Any, 1) });
         let mut n = 0;
         let full = loop {
             n += 1;
-            match world.call(put(n, n))? {
+            match sim.call(put(n, n))? {
                 Ok(_) if n < 5_000 => {}
                 answer => break answer.map_err(|error| error.kind()),
             }
@@ -200,12 +198,10 @@ fn a_file_system_without_space_is_a_full_store_until_there_is_space() {
         if !matches!(full, Err(ErrorKind::Full)) {
             return Err(format!("page {n} of a full file system is answered with {full:?}"));
         }
-        world.disk.clear_faults();
-        world.disk.advance_to(world.disk.now() + 10_000_000);
-        if let Err(error) = world.call(put(n, n))? {
-            return Err(format!("with space again: {error}: {}", world.cluster().describe()));
-        }
-        world.reopen(Loss::Everything)
+        sim.disk.clear_faults();
+        sim.disk.advance_to(sim.disk.now() + 10_000_000);
+        sim.call(put(n, n))?.map_err(|e| format!("with space again: {e}"))?;
+        sim.reopen(Loss::Everything)
     });
 }
 
@@ -222,18 +218,18 @@ pub(super) fn a_full_disk_ends_an_opening_with_an_error() {
         (options.inline_pages_max, options.memory_bytes, options.coalesce_window_us) = (16, 4 << 20, 10_000);
         let profile = Profile { durable_percent: 100, in_flight: 16, ..Profile::random(&mut rng) };
         let plan = Plan { options: Some(options), profile: Some(profile), ..quiet(seed) };
-        let mut world = World::new(plan);
-        world.begin()?;
-        steps(&mut world, 2_000)?;
-        world.crash(Loss::random(&mut rng))?;
-        world.disk.inject(Fault { forever: true, errno: ENOSPC, ..Fault::once(OpKind::Allocate, Area::Any, 0) });
-        match world.try_open()? {
+        let mut sim = SimRun::new(plan);
+        sim.begin()?;
+        steps(&mut sim, 2_000)?;
+        sim.crash(Loss::random(&mut rng))?;
+        sim.disk.inject(Fault { forever: true, errno: ENOSPC, ..Fault::once(OpKind::Allocate, Area::Any, 0) });
+        match sim.try_open()? {
             Ok(_) => opened += 1,
             Err(error) if error.kind() == ErrorKind::Full => refused += 1,
             Err(error) => return Err(format!("a full disk is met with {:?}: {error}", error.kind())),
         }
-        world.disk.clear_faults();
-        world.reopen(Loss::Nothing)
+        sim.disk.clear_faults();
+        sim.reopen(Loss::Nothing)
     });
     println!("{refused} refused, {opened} opened");
     assert!(refused > 0 && opened > 0, "{refused} refused, {opened} opened");
@@ -268,23 +264,23 @@ fn crashes_of_full_stores_lose_nothing() {
 fn overwriting_a_store_ten_times_does_not_grow_it() {
     const PAGES: u64 = 600;
     for_seeds(4, |seed| {
-        let mut world = World::new(quiet(seed));
-        world.begin()?;
+        let mut sim = SimRun::new(quiet(seed));
+        sim.begin()?;
         let mut rng = Rng::new(seed);
         let mut sizes = Vec::new();
         for round in 0..11 {
             for n in 0..PAGES {
                 let n = if round == 0 { n } else { rng.below(PAGES) };
-                world.call(put(n, round * PAGES + n + 1))?.map_err(|error| error.to_string())?;
+                sim.call(put(n, round * PAGES + n + 1))?.map_err(|error| error.to_string())?;
             }
-            world.call(Request::Checkpoint)?.map_err(|error| error.to_string())?;
-            sizes.push(world.stats_now()?.extents_total);
+            sim.call(Request::Checkpoint)?.map_err(|error| error.to_string())?;
+            sizes.push(sim.stats_now()?.extents_total);
         }
         println!("seed {seed}: extents after each round {sizes:?}");
         if sizes[10] > sizes[1] + sizes[1] / 4 + 4 {
             return Err(format!("the store grew: {sizes:?}"));
         }
-        world.reopen(Loss::Everything)
+        sim.reopen(Loss::Everything)
     });
 }
 
@@ -305,14 +301,18 @@ fn sustained_overwrites_keep_most_of_the_space_live() {
         options.fill_percent = 70;
         let log_bytes = options.geometry.segment_bytes * u64::from(options.geometry.segments_count);
         let data_blocks = u64::from(data_blocks(options.geometry.extent_blocks()));
-        let mut world =
-            World::new(Plan { options: Some(options), profile: Some(profile), shards: shards..=shards, ..quiet(seed) });
-        world.begin()?;
-        while world.tally.requests < 20 * PAGES {
-            steps(&mut world, 1_000)?;
+        let mut sim = SimRun::new(Plan {
+            options: Some(options),
+            profile: Some(profile),
+            shards: shards..=shards,
+            ..quiet(seed)
+        });
+        sim.begin()?;
+        while sim.run_stats.requests < 20 * PAGES {
+            steps(&mut sim, 1_000)?;
         }
-        world.settle()?;
-        let stats = world.stats_now()?;
+        sim.settle()?;
+        let stats = sim.stats_now()?;
         let blocks = stats.extents_total * data_blocks;
         println!("seed {seed}: {PAGES} pages in {} extents, {blocks} blocks", stats.extents_total);
         // 70 %, less what each shard keeps in reserve, grows by at a time, and lets be.
@@ -321,7 +321,7 @@ fn sustained_overwrites_keep_most_of_the_space_live() {
         if (PAGES + reserved) * 100 < (blocks - let_be) * 60 {
             return Err(format!("{PAGES} pages take {} extents, {blocks} blocks", stats.extents_total));
         }
-        world.reopen(Loss::Everything)
+        sim.reopen(Loss::Everything)
     });
 }
 
@@ -329,17 +329,17 @@ fn sustained_overwrites_keep_most_of_the_space_live() {
 #[test]
 fn an_idle_store_asks_for_no_turns() {
     for_seeds(30, |seed| {
-        let mut world = World::new(quiet(seed));
-        world.begin()?;
-        steps(&mut world, 300)?;
-        world.settle()?;
+        let mut sim = SimRun::new(quiet(seed));
+        sim.begin()?;
+        steps(&mut sim, 300)?;
+        sim.settle()?;
         for _ in 0..2_000 {
-            if world.cluster().next_at().is_none() {
+            if sim.cluster().next_at().is_none() {
                 return Ok(());
             }
-            world.pass()?;
+            sim.pass()?;
         }
-        Err(format!("it never comes to rest: {}", world.cluster().describe()))
+        Err(format!("it never comes to rest: {}", sim.cluster().describe()))
     });
 }
 
@@ -348,8 +348,8 @@ fn an_idle_store_asks_for_no_turns() {
 fn crashes_do_not_leak_space() {
     const PAGES: u64 = 200;
     for_seeds(4, |seed| {
-        let mut world = World::new(quiet(seed));
-        world.begin()?;
+        let mut sim = SimRun::new(quiet(seed));
+        sim.begin()?;
         let mut rng = Rng::new(seed);
         let mut tag = 0;
         let mut sizes = Vec::new();
@@ -357,18 +357,18 @@ fn crashes_do_not_leak_space() {
             for n in 0..40 {
                 tag += 1;
                 let n = if round == 0 { n * 5 } else { rng.below(PAGES) };
-                world.call(put(n, tag))?.map_err(|error| error.to_string())?;
+                sim.call(put(n, tag))?.map_err(|error| error.to_string())?;
             }
-            world.reopen(Loss::random(&mut rng))?;
+            sim.reopen(Loss::random(&mut rng))?;
             if round % 10 == 9 {
                 for n in 0..3 * PAGES {
                     tag += 1;
-                    world.call(put(n % PAGES, tag))?.map_err(|error| error.to_string())?;
+                    sim.call(put(n % PAGES, tag))?.map_err(|error| error.to_string())?;
                 }
                 for _ in 0..2 {
-                    world.call(Request::Checkpoint)?.map_err(|error| error.to_string())?;
+                    sim.call(Request::Checkpoint)?.map_err(|error| error.to_string())?;
                 }
-                let stats = world.stats_now()?;
+                let stats = sim.stats_now()?;
                 sizes.push((stats.extents_total, stats.extents_free, stats.blocks_live));
             }
         }

@@ -1,18 +1,18 @@
-//! One shard's driver in the simulator: hands over what has arrived, all of it or a part, in an order that the seed says, and
-//! carries out the effects.
+//! One shard's driver in the simulator: hands over arrivals, all or a part, in an order that the seed says, and carries out the
+//! effects.
 //!
 //! Invariants
-//! 1. What has arrived is handed over in the order of its kind's queue; which kinds and senders come first is drawn.
+//! 1. Arrivals of one kind are handed over in their order; the seed says which kinds and senders come first.
 //! 2. After the power is off nothing more is carried out.
 //!
-//! It does *not* choose who turns, or when: see `cluster`.
+//! It does *not* choose which shard turns, or when: see `cluster`.
 
 use super::cluster::{Node, Turn};
 use super::disk::SimDisk;
 use super::late::Late;
 use super::net::Net;
-use super::pace::Pace;
 use super::rng::Rng;
+use super::timing::Timing;
 use crate::base::{Micros, ShardId};
 use crate::engine::{Effect, Host, Message, Shard};
 use crate::io::OpId;
@@ -39,10 +39,10 @@ pub(super) struct NodeHost<'a> {
     pub(super) node: &'a mut Node,
     pub(super) net: &'a mut Net<Message>,
     pub(super) late: &'a mut Late,
-    pub(super) pace: &'a Pace,
+    pub(super) timing: &'a Timing,
     pub(super) rng: &'a mut Rng,
     pub(super) disk: &'a SimDisk,
-    /// What came of the step.
+    /// Results of the step.
     pub(super) turn: Turn,
     /// Messages sent in it.
     pub(super) messages: u64,
@@ -51,7 +51,7 @@ pub(super) struct NodeHost<'a> {
 impl Host<Shard> for NodeHost<'_> {
     type Stop = Stop;
 
-    /// Hands the shard what has arrived, or a part of it; whether there was anything.
+    /// Hands arrivals to the shard, or a part of them; whether there were any.
     fn deliver(&mut self, shard: &mut Shard) -> bool {
         let mut any = false;
         let mut kinds = [0, 1, 2];
@@ -83,7 +83,7 @@ impl Host<Shard> for NodeHost<'_> {
             Effect::Submit(id, op) => {
                 self.late.submitted(shard, self.index, id, &op, self.turns, self.now);
                 let id = OpId(id.0 | (self.index as u64) << SHARD_SHIFT);
-                self.disk.submit_slowly(id, op, self.pace.device_factor(self.index));
+                self.disk.submit_slowly(id, op, self.timing.device_factor(self.index));
                 if self.disk.is_off() || self.disk.violation().is_some() {
                     return ControlFlow::Break(Stop::DiskEnded);
                 }
@@ -93,7 +93,7 @@ impl Host<Shard> for NodeHost<'_> {
                 return ControlFlow::Break(Stop::Wrong(format!("{own:?} sends a message to {to:?}")));
             }
             Effect::Send(to, message) => {
-                let at = self.now + self.pace.message_us(self.rng, self.index, to.index());
+                let at = self.now + self.timing.message_us(self.rng, self.index, to.index());
                 self.net.send(self.index, to.index(), at, message);
                 self.messages += 1;
             }
@@ -108,7 +108,7 @@ impl NodeHost<'_> {
         let mut any = false;
         for from in (0..self.shards_count).map(|n| (first + n) % self.shards_count) {
             let arrived = self.net.arrived(from, self.index, self.now);
-            for _ in 0..self.pace.take(self.rng, arrived) {
+            for _ in 0..self.timing.take(self.rng, arrived) {
                 let message = self.net.take(from, self.index);
                 shard.message(ShardId::new(from as u16), message);
                 any = true;
@@ -121,7 +121,7 @@ impl NodeHost<'_> {
         // In the order in which they can be seen, which is not that in which they ended.
         self.node.completions.sort_by_key(|&(at, _)| at);
         let arrived = self.node.completions.partition_point(|&(at, _)| at <= self.now);
-        let count = self.pace.take(self.rng, arrived);
+        let count = self.timing.take(self.rng, arrived);
         for (_, completion) in self.node.completions.drain(..count) {
             self.late.arrives(shard, self.index, completion.id);
             shard.complete(completion);

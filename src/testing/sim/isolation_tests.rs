@@ -5,9 +5,9 @@
 
 use super::model::page_bytes;
 use super::rng::Rng;
+use super::run::{Outcome, Plan, SimRun};
 use super::tests::{SHARDS_MAX, quiet};
 use super::workload;
-use super::world::{Outcome, Plan, World};
 use crate::base::error::ErrorKind;
 use crate::base::options::Options;
 use crate::base::{Lsn, PageId, PageKey, VolumeId};
@@ -27,12 +27,12 @@ struct Duels {
 }
 
 /// A store of several shards, if there can be such.
-fn wide(seed: u64) -> World {
+fn wide(seed: u64) -> SimRun {
     let options = workload::options(&mut Rng::new(seed));
     let geometry = crate::base::options::Geometry { vshards_count: 8, ..options.geometry.clone() };
     let options = Options { geometry, ..options };
     let shards = SHARDS_MAX.min(2)..=SHARDS_MAX;
-    World::new(Plan { options: Some(options), shards, ..quiet(seed) })
+    SimRun::new(Plan { options: Some(options), shards, ..quiet(seed) })
 }
 
 /// The page `n` of run `run`: neighbouring runs are of different shards.
@@ -44,7 +44,7 @@ fn put(key: PageKey, tag: u64) -> (PageKey, Change) {
     (key, Change::Put(page_bytes(key, tag)))
 }
 
-impl World {
+impl SimRun {
     /// The pages with the LSNs at which a client reads them.
     fn look(&mut self, keys: &[PageKey]) -> Outcome<Vec<(PageKey, Lsn)>> {
         let mut seen = Vec::new();
@@ -89,53 +89,53 @@ impl World {
 
 /// Each reads X and Y, and writes the one of them: both committing would be an order that no serial run gives.
 fn skew(seed: u64, duels: &mut Duels) -> Outcome {
-    let mut world = wide(seed);
-    world.begin()?;
+    let mut sim = wide(seed);
+    sim.begin()?;
     let mut rng = Rng::new(seed);
     for n in 0..20 {
         let (x, y) = (key(0, n % 3), key(rng.within(1, 3), n % 3));
-        let reads = world.look(&[x, y])?;
+        let reads = sim.look(&[x, y])?;
         let durable = rng.one_in(2);
         let crosswise = |write, tag| Commit { reads: reads.clone(), changes: vec![put(write, tag)], durable };
-        if world.duel(crosswise(x, 2 * n + 1), crosswise(y, 2 * n + 2), duels)? == [true, true] {
+        if sim.duel(crosswise(x, 2 * n + 1), crosswise(y, 2 * n + 2), duels)? == [true, true] {
             return Err(format!("write skew over {x:?} and {y:?}: both committed"));
         }
     }
-    world.reopen(super::disk::Loss::Everything)
+    sim.reopen(super::disk::Loss::Everything)
 }
 
 /// The one reads a range of which nothing is there, over all shards, and writes a mark; the other reads the mark and
 /// writes into the range.
 fn phantom(seed: u64, duels: &mut Duels) -> Outcome {
-    let mut world = wide(seed);
-    world.begin()?;
+    let mut sim = wide(seed);
+    sim.begin()?;
     let mut rng = Rng::new(seed);
     let mark = key(0, 100);
     for n in 0..20 {
         let range: Vec<PageKey> = (0..4).flat_map(|run| [key(run, 7), key(run, 8)]).collect();
-        let seen = world.look(&range)?;
+        let seen = sim.look(&range)?;
         if let Some((key, lsn)) = seen.iter().find(|(_, lsn)| *lsn != Lsn::ZERO) {
             return Err(format!("{key:?} is freed and reads as of {lsn:?}"));
         }
-        let marked = world.look(&[mark])?;
+        let marked = sim.look(&[mark])?;
         let durable = rng.one_in(2);
         let inserted = *rng.pick(&range);
         let scan = Commit { reads: seen, changes: vec![put(mark, 1000 + n)], durable };
         let insert = Commit { reads: marked, changes: vec![put(inserted, n)], durable };
         let (first, second) = if rng.one_in(2) { (scan, insert) } else { (insert, scan) };
-        if world.duel(first, second, duels)? == [true, true] {
+        if sim.duel(first, second, duels)? == [true, true] {
             return Err(format!("a phantom: {inserted:?} was inserted into a range read as absent, both committed"));
         }
         let free = Commit { reads: Vec::new(), changes: vec![(inserted, Change::Free)], durable };
-        world.call(Request::Commit(free))?.map_err(|error| format!("a free fails: {error}"))?;
+        sim.call(Request::Commit(free))?.map_err(|error| format!("a free fails: {error}"))?;
     }
-    world.reopen(super::disk::Loss::Everything)
+    sim.reopen(super::disk::Loss::Everything)
 }
 
 /// Both only write, the same pages: one after the other, without a conflict, and every shard in the same order.
 fn blind(seed: u64, duels: &mut Duels) -> Outcome {
-    let mut world = wide(seed);
-    world.begin()?;
+    let mut sim = wide(seed);
+    sim.begin()?;
     let mut rng = Rng::new(seed);
     for n in 0..20 {
         let pages: Vec<PageKey> = (0..4).map(|run| key(run, n % 2)).collect();
@@ -146,15 +146,15 @@ fn blind(seed: u64, duels: &mut Duels) -> Outcome {
             Commit { reads: Vec::new(), changes, durable }
         };
         let (first, second) = (write(2 * n + 1), write(2 * n + 2));
-        if world.duel(first, second, duels)? != [true, true] {
+        if sim.duel(first, second, duels)? != [true, true] {
             return Err("commits that only write were refused".into());
         }
-        let seen = world.look(&pages)?;
+        let seen = sim.look(&pages)?;
         if seen.iter().any(|(_, lsn)| *lsn != seen[0].1) {
             return Err(format!("two commits of the same pages ended in different orders: {seen:?}"));
         }
     }
-    world.reopen(super::disk::Loss::Everything)
+    sim.reopen(super::disk::Loss::Everything)
 }
 
 fn all(seeds: u64, test: fn(u64, &mut Duels) -> Outcome) -> Duels {

@@ -3,11 +3,11 @@
 //! Invariants
 //! 1. A read that is kept back was carried out by the disk when it was due; only its end is told late, as by a device that
 //!    was busy elsewhere. So the bytes are old by then.
-//! 2. It is told after so many turns of the shards, or as soon as nothing else will happen, or after [`HELD_US_MAX`], while the
-//!    store can do nothing else even sooner: whoever waits for it alone waits for bounded time.
+//! 2. It is told after a drawn number of turns, or as soon as nothing else will happen, or after [`HELD_US_MAX`], while the
+//!    store can do nothing else even sooner: a request that waits for it alone waits for bounded time.
 //! 3. Chance comes from a stream of its own: a run without held reads is the same as if this file did not exist.
 //!
-//! It does *not* judge.
+//! It does *not* check answers.
 
 use super::rare::Rare;
 use super::rng::Rng;
@@ -17,7 +17,7 @@ use crate::engine::observe::NodeLoad;
 use crate::io::{Completion, DiskOp, OpId};
 use std::collections::BTreeMap;
 
-/// For how long a read is kept back at most: some dozens one after another must not use up the patience of a run.
+/// How long a read is kept back at most: some dozens in a row must not use up the patience of a run.
 const HELD_US_MAX: Micros = 1_000_000;
 
 /// For how long, while the store can do nothing but wait: where memory is short reads come one after another, and what they
@@ -27,13 +27,13 @@ const HELD_AT_REST_US_MAX: Micros = 20_000;
 /// Which reads are kept back, and for how long.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Holding {
-    /// Of a hundred reads of pages, how many.
+    /// The percentage of page reads.
     pub pages_percent: u64,
-    /// Of a hundred reads of map nodes.
+    /// The percentage of map node reads.
     pub nodes_percent: u64,
-    /// Of a hundred reads of the tops of trees.
+    /// The percentage of reads of the tops of trees.
     pub tops_percent: u64,
-    /// For so many turns of all shards at most.
+    /// The most turns of all shards that a read is kept back.
     pub turns_max: u64,
 }
 
@@ -45,7 +45,7 @@ pub struct Late {
     kept: Vec<Kept>,
     /// Blocks that each shard has read.
     blocks_read: Vec<u64>,
-    /// What was seen.
+    /// The rare events that were seen.
     pub rare: Rare,
 }
 

@@ -1,39 +1,38 @@
 //! The deterministic simulator: a whole store with its clients, its disk and its crashes, from one seed.
 //!
-//! Read in this order: [`rng`] (chance), [`disk`] (the device that loses, tears and fails), [`net`], [`pace`], `host` and
-//! [`cluster`] (shards that talk, each at its own speed), [`model`] and [`oracle`] (what must hold), [`workload`] (what
-//! clients do), [`world`] (who runs it all), `harm` (errors and damage on the way), `strain` (size, slow
-//! reads, pages held on to), `late`, `watch` and `progress` (reads told late; spinning and memory), [`rare`] (what seldom happens),
-//! [`shrink`] (a failing run made
-//! small), [`canary`] (bugs that must be found).
+//! Read in this order: [`rng`] (the random source), [`disk`] (a device that loses, tears and fails), [`net`], [`timing`], `host` and
+//! [`cluster`] (shards that exchange messages, each at its own speed), [`model`] and [`oracle`] (the promises that are checked),
+//! [`workload`] (requests of clients), [`run`] and `steps` (a whole run), `inject` (errors and damage), `strain` (large stores, slow
+//! reads, pinned pages), `late` (delayed completions), `watch` and `progress` (spinning, memory), [`rare`] (counts of rare events),
+//! [`shrink`] (makes a failing run smaller), [`canary`] (bugs that must be found).
 //!
 //! Invariants
 //! 1. One thread, a virtual clock, one seed: the same plan gives the same trace, to the bit.
-//! 2. What is driven are the shards that releases contain, without a line of its own for the simulator but the
-//!    planted bugs and the list of LSNs drawn.
+//! 2. The shards are those of releases. The only lines in them for the simulator are the planted bugs and the list of drawn
+//!    LSNs.
 //!
 //! It does *not* run in a release: it is compiled for tests and for the feature `sim`.
 
 pub mod canary;
 pub mod cluster;
 pub mod disk;
-mod drive;
-mod harm;
 mod host;
+mod inject;
 mod late;
 pub mod model;
 pub mod net;
 pub mod oracle;
-pub mod pace;
 pub mod plan;
 mod progress;
 pub mod rare;
 pub mod rng;
+pub mod run;
 pub mod shrink;
+mod steps;
 mod strain;
+pub mod timing;
 mod watch;
 pub mod workload;
-pub mod world;
 
 #[cfg(test)]
 mod damage_tests;
@@ -46,9 +45,9 @@ mod isolation_tests;
 #[cfg(test)]
 mod oracle_tests;
 #[cfg(test)]
-mod race_tests;
+mod parked_cluster;
 #[cfg(test)]
-mod rig;
+mod race_tests;
 #[cfg(test)]
 mod scale_tests;
 #[cfg(test)]

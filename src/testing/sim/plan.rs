@@ -1,9 +1,9 @@
-//! What a run is to be, what it did, and how it failed.
+//! The plan of a run, its counters, and its failure.
 
 use super::canary::Canary;
 use super::cluster::ClusterCounters;
 use super::disk::DiskCounters;
-use super::harm::DamageCounters;
+use super::inject::DamageCounters;
 use super::oracle::OracleCounters;
 use super::rare::Rare;
 use super::rng::mix;
@@ -13,10 +13,10 @@ use super::workload::Profile;
 use crate::base::metrics::ShardStats;
 use crate::base::options::Options;
 
-/// What a run is to be.
+/// The plan of a run.
 #[derive(Clone)]
 pub struct Plan {
-    /// From which all else follows.
+    /// The seed, from which all else follows.
     pub seed: u64,
     /// Crashes and closes; after each the store is opened again.
     pub lives: u32,
@@ -24,13 +24,13 @@ pub struct Plan {
     pub images: u32,
     /// Events of the disk in a life, at most.
     pub events_max: u64,
-    /// Of a hundred recoveries, how many are crashed into.
+    /// The percentage of recoveries that are cut short by a crash.
     pub recovery_crash_percent: u64,
-    /// Of a hundred lives, and of a hundred recoveries, how many meet an error of the device.
+    /// The percentage of lives, and of recoveries, with an error of the device.
     pub fault_percent: u64,
-    /// Of a hundred crashes, how many leave a disk of which a block is damaged, too.
+    /// The percentage of crashes after which a damaged disk is opened, too.
     pub damage_percent: u64,
-    /// Of a hundred seeds, how many are strained: by size, slow reads, pages held on to.
+    /// The percentage of seeds that are strained: by size, slow reads, pinned pages.
     pub strain_percent: u64,
     /// Instead of the seed's own.
     pub strain: Option<Strain>,
@@ -46,9 +46,9 @@ pub struct Plan {
     pub shards: std::ops::RangeInclusive<u16>,
 }
 
-/// What a run did.
+/// Counters of a run.
 #[derive(Clone, Debug, Default)]
-pub struct Tally {
+pub struct RunStats {
     /// States of the disk that were recovered after a crash during work.
     pub crashes: u64,
     /// Crashes in recovery.
@@ -73,7 +73,7 @@ pub struct Tally {
     pub oracle: OracleCounters,
     /// Turns and messages.
     pub cluster: ClusterCounters,
-    /// What seldom happens.
+    /// Rare events.
     pub rare: Rare,
     /// Operations and losses.
     pub disk: DiskCounters,
@@ -103,9 +103,9 @@ impl std::fmt::Display for Failure {
     }
 }
 
-impl Tally {
+impl RunStats {
     /// Adds another run's.
-    pub fn add(&mut self, other: &Tally) {
+    pub fn add(&mut self, other: &RunStats) {
         self.crashes += other.crashes;
         self.crashes_in_recovery += other.crashes_in_recovery;
         self.crashes_in_second_recovery += other.crashes_in_second_recovery;

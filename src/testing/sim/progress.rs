@@ -13,7 +13,7 @@
 
 use crate::engine::observe::Counts;
 
-/// Turns in a row in which nothing arrives and nothing leaves, each due at once after the other, before a shard is said to spin.
+/// Turns in a row without arrivals or effects, each due at once after the other, after which a shard counts as spinning.
 /// A checkpoint looks at 16 virtual shards a turn, of up to 512, of which many may have nothing to write; and of a read that
 /// finds no memory one page or map node is given up a turn, of up to 64 and their leaves, before there is an answer.
 const FOR_NOTHING_MAX: u32 = 200;
@@ -22,9 +22,9 @@ const PAGES_SPARE: u64 = 256;
 /// Map nodes that compaction moves at a time, at most: those of the extents that are being compacted.
 const MOVES_SPARE: u64 = 4_096;
 
-/// What brought a turn about, and what came of it.
+/// The reason and the result of a turn.
 #[derive(Clone, Copy, Debug)]
-pub struct Lap {
+pub struct TurnOutcome {
     /// Something had arrived.
     pub delivered: bool,
     /// Something was emitted.
@@ -41,7 +41,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Of so many shards.
+    /// The counters of `shards` shards.
     pub fn new(shards: usize) -> Self {
         Progress { for_nothing: vec![0; shards], total: 0 }
     }
@@ -49,12 +49,12 @@ impl Progress {
     /// A shard has turned; whether it spins.
     ///
     /// # Errors
-    /// That it does.
-    pub fn turned(&mut self, shard: usize, lap: Lap) -> Result<(), String> {
-        let for_nothing = !lap.delivered && !lap.emitted;
+    /// If it spins.
+    pub fn turned(&mut self, shard: usize, outcome: TurnOutcome) -> Result<(), String> {
+        let for_nothing = !outcome.delivered && !outcome.emitted;
         self.total += u64::from(for_nothing);
         let count = &mut self.for_nothing[shard];
-        *count = if for_nothing && lap.again_at_once { *count + 1 } else { 0 };
+        *count = if for_nothing && outcome.again_at_once { *count + 1 } else { 0 };
         if *count > FOR_NOTHING_MAX {
             return Err(format!("shard {shard} spins: {count} turns for nothing, and the next is due at once"));
         }
@@ -62,10 +62,10 @@ impl Progress {
     }
 }
 
-/// Holds what a shard keeps against what it may.
+/// Checks that a shard keeps no more than it may.
 ///
 /// # Errors
-/// What there is too much of.
+/// What it keeps too much of.
 pub fn check_budget(counts: &Counts) -> Result<(), String> {
     let Counts { frames, pages, requests, requests_pages, captures, .. } = *counts;
     let bounds = [

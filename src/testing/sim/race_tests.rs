@@ -3,9 +3,9 @@
 use super::disk::{Latency, Loss};
 use super::model::page_bytes;
 use super::rng::Rng;
+use super::run::{Outcome, Plan, SimRun};
 use super::tests::{plan, quiet, run_all};
 use super::workload::{self, Ask, Profile};
-use super::world::{Outcome, Plan, World};
 use crate::base::{PageId, PageKey, VolumeId};
 use crate::engine::{Change, Commit, Request};
 
@@ -38,18 +38,18 @@ pub(super) fn overtaken_moves(seed: u64) -> Outcome<u64> {
     // All pages are in memory: what moves is the oldest, and to be read first it would come and go one page at a time.
     options.memory_bytes = 16 << 20;
     let plan = Plan { options: Some(options), profile: Some(profile), shards: shards..=shards, ..quiet(seed) };
-    let mut world = World::new(plan);
+    let mut sim = SimRun::new(plan);
     let latency = Latency { read: (5, 20), write: (1, 5), flush: (1, 5), block: 300, ..Latency::default() };
-    world.disk.set_latency(Latency { stall_one_in: 1 << 40, ..latency });
-    world.begin()?;
-    while world.tally.requests < 10 * PAGES {
+    sim.disk.set_latency(Latency { stall_one_in: 1 << 40, ..latency });
+    sim.begin()?;
+    while sim.run_stats.requests < 10 * PAGES {
         for _ in 0..1_000 {
-            world.step()?;
+            sim.step()?;
         }
     }
-    world.settle()?;
-    let moved = world.stats_now()?.pages_moved;
-    world.reopen(Loss::Everything)?;
+    sim.settle()?;
+    let moved = sim.stats_now()?.pages_moved;
+    sim.reopen(Loss::Everything)?;
     Ok(moved)
 }
 
@@ -79,51 +79,51 @@ pub(super) fn growth_under_reads(seed: u64) -> Outcome<u64> {
     (options.geometry.vshards_count, options.memory_bytes) = (1, 2 << 20);
     (options.data_bytes_max, options.coalesce_window_us) = (0, 1_000);
     let plan = Plan { options: Some(options), profile: Some(profile), shards: 1..=1, ..quiet(seed) };
-    let mut world = World::new(plan);
+    let mut sim = SimRun::new(plan);
     let fast = Latency { read: (1, 5), write: (1, 5), flush: (1, 5), stall_one_in: 1 << 40, ..Latency::default() };
-    world.disk.set_latency(fast);
-    world.begin()?;
+    sim.disk.set_latency(fast);
+    sim.begin()?;
     for keys in others.chunks(20) {
-        world.put_all(keys)?;
+        sim.put_all(keys)?;
     }
     let mut overtaken = 0;
     for _ in 0..ROUNDS {
         let low: Vec<PageKey> = volumes.clone().map(|v| page(v, rng.below(2))).collect();
-        world.put_all(&low)?;
-        world.call(Request::Checkpoint)?.map_err(|error| error.to_string())?;
+        sim.put_all(&low)?;
+        sim.call(Request::Checkpoint)?.map_err(|error| error.to_string())?;
         // Nothing is in memory.
-        world.reopen_unchecked(Loss::Nothing)?;
-        world.disk.set_latency(Latency { read: (20_000_000, 30_000_000), ..fast });
+        sim.reopen_unchecked(Loss::Nothing)?;
+        sim.disk.set_latency(Latency { read: (20_000_000, 30_000_000), ..fast });
         for key in &low {
-            world.ask(Request::Read([*key].into_iter().collect()));
+            sim.ask(Request::Read([*key].into_iter().collect()));
         }
-        let soon = world.disk.now() + 1_000_000;
-        while world.cluster().next_at().is_some_and(|at| at < soon) {
-            world.pass()?;
+        let soon = sim.disk.now() + 1_000_000;
+        while sim.cluster().next_at().is_some_and(|at| at < soon) {
+            sim.pass()?;
         }
-        world.disk.set_latency(fast);
+        sim.disk.set_latency(fast);
         let high: Vec<PageKey> = volumes.clone().map(|v| page(v, *rng.pick(&[100, 1 << 14]))).collect();
-        world.put_all(&high)?;
-        world.call(Request::Checkpoint)?.map_err(|error| error.to_string())?;
+        sim.put_all(&high)?;
+        sim.call(Request::Checkpoint)?.map_err(|error| error.to_string())?;
         for key in &others {
-            world.call(Request::Read([*key].into_iter().collect()))?.map_err(|error| error.to_string())?;
+            sim.call(Request::Read([*key].into_iter().collect()))?.map_err(|error| error.to_string())?;
         }
-        world.settle()?;
-        world.put_all(&low)?;
-        world.call(Request::Checkpoint)?.map_err(|error| error.to_string())?;
-        overtaken += world.stats_now()?.nodes_overtaken;
-        world.reopen(Loss::Everything)?;
+        sim.settle()?;
+        sim.put_all(&low)?;
+        sim.call(Request::Checkpoint)?.map_err(|error| error.to_string())?;
+        overtaken += sim.stats_now()?.nodes_overtaken;
+        sim.reopen(Loss::Everything)?;
         // The trees are empty again, and as low as can be.
         for key in low.into_iter().chain(high) {
             let free = Commit { changes: vec![(key, Change::Free)], durable: true, ..Commit::default() };
-            world.call(Request::Commit(free))?.map_err(|error| error.to_string())?;
+            sim.call(Request::Commit(free))?.map_err(|error| error.to_string())?;
         }
-        world.call(Request::Checkpoint)?.map_err(|error| error.to_string())?;
+        sim.call(Request::Checkpoint)?.map_err(|error| error.to_string())?;
     }
     Ok(overtaken)
 }
 
-impl World {
+impl SimRun {
     /// Writes each of these pages, durably.
     fn put_all(&mut self, keys: &[PageKey]) -> Outcome {
         for key in keys {

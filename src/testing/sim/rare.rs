@@ -1,6 +1,6 @@
-//! How often what seldom happens has happened: a promise that no run has put to the test is not known to be kept.
+//! Counts of rare events: a promise that no run has put to the test is not known to be kept.
 //!
-//! It does *not* judge: what is counted here is lawful.
+//! It does *not* check anything: what is counted here is lawful.
 
 /// The list of events: each a line of documentation and a name.
 macro_rules! rare_events {
@@ -56,15 +56,13 @@ rare_events! {
     commits_short_of_memory,
     /// Requests refused with `Busy` while clients held pages.
     busy_by_pins,
-    /// Requests refused with `Busy` while nobody held a page.
+    /// Requests refused with `Busy` while no page was pinned.
     busy_without_pins,
     /// Pages that were held on to through a crash or a close, and were whole afterwards.
     pins_outlasted_store,
     /// Pages given back after a checkpoint had ended under them.
     pins_outlasted_checkpoint,
-    /// Segments that logs got longer by.
-    segments_added,
-    /// Answers that nobody took.
+    /// Answers that no client took.
     answers_dropped,
     /// Stores that were abandoned with requests under way: the process dies, the machine goes on.
     stores_abandoned,

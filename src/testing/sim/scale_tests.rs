@@ -3,9 +3,9 @@
 //! `COREPAGE_SEEDS=n` runs so many seeds, as for the ordinary runs, of which a part is strained in the same way.
 
 use super::rng::Rng;
+use super::run::{Plan, run};
 use super::strain::{self, Layout, Strain};
 use super::tests::{many_seeds, number, run_all, strained};
-use super::world::{Plan, run};
 use crate::base::BLOCK;
 
 /// A durable page that a slow read makes unreachable is lost as surely as one that was never written; a store that stands still for
@@ -50,8 +50,8 @@ fn of_memories(seed: u64, times: u64) -> Plan {
 /// If this fails, a store much larger than its memory loses pages, or stands still.
 #[test]
 fn a_store_of_a_hundred_memories_survives_crashes() {
-    let tally = run(&of_memories(7, 100)).unwrap_or_else(|failure| panic!("{failure}"));
-    assert!(tally.rare.lives_of_hundred_memories > 0, "{tally:#?}");
+    let run_stats = run(&of_memories(7, 100)).unwrap_or_else(|failure| panic!("{failure}"));
+    assert!(run_stats.rare.lives_of_hundred_memories > 0, "{run_stats:#?}");
 }
 
 /// The same, at a size that no run by default can have: it takes minutes, and some gigabytes. `COREPAGE_SEEDS` says how many.
@@ -59,9 +59,9 @@ fn a_store_of_a_hundred_memories_survives_crashes() {
 #[ignore = "takes minutes: cargo test --lib thousand_memories -- --ignored"]
 fn stores_of_a_thousand_memories_survive_crashes() {
     for seed in 1..=number("COREPAGE_SEEDS").unwrap_or(1) {
-        let tally = run(&of_memories(seed, 1_000)).unwrap_or_else(|failure| panic!("{failure}"));
-        println!("seed {seed}: {} states, {:#?}", tally.crashes + tally.crashes_in_recovery, tally.rare);
-        assert!(tally.rare.lives_of_thousand_memories > 0, "{tally:#?}");
+        let run_stats = run(&of_memories(seed, 1_000)).unwrap_or_else(|failure| panic!("{failure}"));
+        println!("seed {seed}: {} states, {:#?}", run_stats.crashes + run_stats.crashes_in_recovery, run_stats.rare);
+        assert!(run_stats.rare.lives_of_thousand_memories > 0, "{run_stats:#?}");
     }
 }
 

@@ -6,8 +6,8 @@
 //! 2. A plan as text and back is the same plan: what is printed is what is repeated.
 
 use super::plan::{Failure, Plan};
+use super::run::run;
 use super::workload::ASKS;
-use super::world::run;
 
 /// What of a profile is left out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -6,9 +6,9 @@
 use super::disk::Loss;
 use super::model::{page_bytes, patch_bytes};
 use super::rng::{Rng, mix};
+use super::run::{Outcome, Plan, RunStats, SimRun};
 use super::tests::{number, quiet, run_cases};
 use super::workload::{self, Profile};
-use super::world::{Outcome, Plan, Tally, World};
 use crate::base::options::{Geometry, Options};
 use crate::base::{Deal, PageId, PageKey, ShardId, VolumeId};
 use crate::engine::{Change, Commit, Request};
@@ -85,11 +85,11 @@ fn key(shard: u16) -> PageKey {
     keys.into_iter().find(|key| deal.shard_of(*key) == ShardId::new(shard)).expect("each shard has pages")
 }
 
-fn request(op: Op, n: u64, world: &World) -> Request {
+fn request(op: Op, n: u64, sim: &SimRun) -> Request {
     let (here, there) = (key(0), key(1));
     let put = |key| (key, Change::Put(page_bytes(key, n)));
     let patch = |key| (key, Change::Patch { offset: 100, bytes: patch_bytes(n, 300) });
-    let told = world.oracle.model.at(here, world.oracle.last()).told();
+    let told = sim.oracle.model.at(here, sim.oracle.last()).told();
     let (reads, changes) = match op {
         Op::PutHere | Op::BufferHere => (Vec::new(), vec![put(here)]),
         Op::PutThere => (Vec::new(), vec![put(there)]),
@@ -103,21 +103,21 @@ fn request(op: Op, n: u64, world: &World) -> Request {
 }
 
 /// Goes on until everything is answered and the disk is at rest for now; looks at what a crash would leave at each step.
-fn settle(world: &mut World, rng: &mut Rng) -> Outcome {
-    let mut seen = world.disk.events();
-    while world.oracle.outstanding() > 0 {
-        world.pass()?;
-        if world.disk.events() == seen {
+fn settle(sim: &mut SimRun, rng: &mut Rng) -> Outcome {
+    let mut seen = sim.disk.events();
+    while sim.oracle.outstanding() > 0 {
+        sim.pass()?;
+        if sim.disk.events() == seen {
             continue;
         }
-        seen = world.disk.events();
-        world.peek(Loss::Everything)?;
-        world.peek(Loss::random(rng))?;
+        seen = sim.disk.events();
+        sim.peek(Loss::Everything)?;
+        sim.peek(Loss::random(rng))?;
     }
     Ok(())
 }
 
-fn run(case: &Case) -> Outcome<Tally> {
+fn run(case: &Case) -> Outcome<RunStats> {
     let mut rng = Rng::new(case.seed());
     let profile = Profile { universe: vec![key(0), key(1)], ..Profile::random(&mut rng) };
     let plan = Plan {
@@ -127,19 +127,19 @@ fn run(case: &Case) -> Outcome<Tally> {
         recovery_crash_percent: 20,
         ..quiet(case.seed())
     };
-    let mut world = World::new(plan);
-    world.begin()?;
+    let mut sim = SimRun::new(plan);
+    sim.begin()?;
     // What is left is opened by any number.
-    world.plan.shards = 1..=3;
+    sim.plan.shards = 1..=3;
     for (n, op) in case.ops.iter().enumerate() {
-        let request = request(*op, n as u64 + 1, &world);
-        world.ask(request);
+        let request = request(*op, n as u64 + 1, &sim);
+        sim.ask(request);
         if !case.at_once {
-            settle(&mut world, &mut rng)?;
+            settle(&mut sim, &mut rng)?;
         }
     }
-    settle(&mut world, &mut rng)?;
-    Ok(world.tally)
+    settle(&mut sim, &mut rng)?;
+    Ok(sim.run_stats)
 }
 
 /// If this fails, there is a bug that the smallest of programs can meet.

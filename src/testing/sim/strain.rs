@@ -1,20 +1,20 @@
-//! What strains a store: far more pages than memory, deep trees, slow reads, pages held on to, clients that go away.
+//! Strain on a store: far more pages than memory, deep trees, slow reads, pinned pages, clients that go away.
 //!
 //! Invariants
-//! 1. Chance comes from a stream of its own, so that a seed without strain is the run that it always was.
+//! 1. It has a random source of its own, so that a seed without strain is the run that it always was.
 //! 2. A large store is filled before anything is judged by crashes; afterwards each crash is held against the pages
 //!    that were changed and a sample of the others, and against all of them now and then.
-//! 3. Pages that clients hold on to are given back some time, and are then as they were.
+//! 3. Pages that clients have pinned are unpinned some time, and are then as they were.
 //!
-//! It does *not* know faults of the device; see `harm`.
+//! It does *not* know faults of the device; see `inject`.
 
 use super::disk::Latency;
 use super::late::Holding;
 use super::model::page_bytes;
 use super::plan::Plan;
 use super::rng::{Rng, mix};
+use super::run::{Outcome, SimRun};
 use super::workload::{Profile, Workload, memory_for};
-use super::world::{Outcome, World};
 use crate::base::error::ErrorKind;
 use crate::base::options::{Geometry, Options};
 use crate::base::{PageId, PageKey, VShard, VolumeId};
@@ -65,11 +65,11 @@ pub struct Strain {
     pub large: Option<(Layout, u64)>,
     /// Reads whose ends are told late.
     pub holding: Holding,
-    /// One read in so many takes so many times as long; 0: none.
+    /// One in `.0` reads takes `.1` times as long; 0: none.
     pub slow_reads: (u64, u64),
     /// Of a hundred frames, how many clients hold on to at most, besides the few that they always do.
     pub pins_percent: u64,
-    /// Of a hundred answers, how many nobody takes.
+    /// The percentage of answers that no client takes.
     pub drop_percent: u64,
     /// Of a hundred ends of a store, how many leave pages in the hands of clients.
     pub keep_percent: u64,
@@ -241,7 +241,7 @@ fn universe(layout: Layout, count: u64, vshards_count: u32, chance: &mut Rng) ->
     (pages, trees)
 }
 
-impl World {
+impl SimRun {
     /// Whether this is a large store.
     pub(super) fn is_large(&self) -> bool {
         self.strain.large.is_some()
@@ -321,7 +321,7 @@ impl World {
         if !touched {
             return;
         }
-        let put = |world: &mut World, key: PageKey| (key, world.workload.put_to(key));
+        let put = |sim: &mut SimRun, key: PageKey| (key, sim.workload.put_to(key));
         if there == tree.len() || (there > 1 && self.chance.one_in(3)) {
             let changes = tree.iter().map(|key| (*key, Change::Free)).collect();
             return self.commit(changes);
@@ -352,7 +352,7 @@ impl World {
             let keys: BTreeSet<PageKey> = (0..most).filter_map(|_| touched(&self.workload, &mut self.chance)).collect();
             let last = self.oracle.last();
             let absent = keys.iter().filter(|key| self.oracle.model.at(**key, last).page.is_none()).count();
-            self.tally.rare.absent_reads += absent as u64;
+            self.run_stats.rare.absent_reads += absent as u64;
             if !keys.is_empty() {
                 self.ask(Request::Read(keys.into_iter().collect()));
             }
@@ -436,7 +436,7 @@ impl World {
         let checkpoints = self.cluster.as_ref().map_or(0, |cluster| cluster.checkpoints_ended());
         for held in self.held.drain(..count.min(self.held.len())) {
             held.check()?;
-            self.tally.rare.pins_outlasted_checkpoint += u64::from(checkpoints > held.checkpoints);
+            self.run_stats.rare.pins_outlasted_checkpoint += u64::from(checkpoints > held.checkpoints);
         }
         Ok(())
     }
@@ -454,7 +454,7 @@ impl World {
     pub(super) fn let_go_outlived(&mut self) -> Outcome {
         for held in std::mem::take(&mut self.outlived) {
             held.check()?;
-            self.tally.rare.pins_outlasted_store += 1;
+            self.run_stats.rare.pins_outlasted_store += 1;
         }
         Ok(())
     }

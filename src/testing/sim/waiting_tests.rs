@@ -1,11 +1,11 @@
 //! Who waits for memory, log, space or the device, and who wakes it.
 //!
-//! A shard that nobody wakes hangs, and one whose deadline is due for nothing spins: both fail the test at once (see `rig`).
+//! A shard that nobody wakes hangs, and one whose deadline is due for nothing spins: both fail the test at once (see `parked_cluster`).
 
 use super::disk::{Area, Fault, Latency, Loss, OpKind, SimDisk};
-use super::rig::*;
+use super::parked_cluster::*;
 use super::rng::Rng;
-use super::world::Outcome;
+use super::run::Outcome;
 use crate::base::error::ErrorKind;
 use crate::base::options::{Geometry, Options};
 use crate::base::{BLOCK, Micros, PageKey, ShardId};
@@ -46,18 +46,18 @@ fn a_shard_rests_while_its_page_writes_are_at_their_limit() {
 }
 
 fn rests_at_the_limit() -> Outcome {
-    let mut rig = Rig::open(SimDisk::new(1), &options(), 1)?;
+    let mut cluster = ParkedCluster::open(SimDisk::new(1), &options(), 1)?;
     const PAGES: u64 = 1_800;
-    rig.fill(PAGES, 100)?;
-    rig.checkpoint()?;
-    rig.disk.set_latency(Latency { write: (500_000, 600_000), ..Latency::default() });
+    cluster.fill(PAGES, 100)?;
+    cluster.checkpoint()?;
+    cluster.disk.set_latency(Latency { write: (500_000, 600_000), ..Latency::default() });
     for at in (0..PAGES).step_by(100) {
         let changes = (at..at + 100).map(|n| (key(n), patch(n))).collect();
-        rig.ask(Request::Commit(Commit { reads: Vec::new(), changes, durable: false }));
+        cluster.ask(Request::Commit(Commit { reads: Vec::new(), changes, durable: false }));
     }
-    let laps = rig.laps;
-    rig.pass(5_000_000)?;
-    let laps = rig.laps - laps;
+    let laps = cluster.rounds;
+    cluster.pass(5_000_000)?;
+    let laps = cluster.rounds - laps;
     println!("{laps} laps in 5 s");
     if laps > 2_000 { Err(format!("{laps} laps in 5 s")) } else { Ok(()) }
 }
@@ -70,28 +70,28 @@ fn pages_in_memory_are_freed_by_many_commits_at_a_time() {
 
 fn frees_what_is_in_memory() -> Outcome {
     let options = Options { memory_bytes: 8 << 20, ..options() };
-    let mut rig = Rig::open(SimDisk::new(2), &options, 1)?;
+    let mut cluster = ParkedCluster::open(SimDisk::new(2), &options, 1)?;
     const PAGES: u64 = 3_200;
-    rig.fill(PAGES, 100)?;
+    cluster.fill(PAGES, 100)?;
     for n in 0..PAGES {
-        rig.read(key(n))?.map_err(|error| format!("page {n}: {error}"))?;
+        cluster.read(key(n))?.map_err(|error| format!("page {n}: {error}"))?;
     }
     let free = |at| {
         let changes = (at..at + 400).map(|n| (key(n), Change::Free)).collect();
         Request::Commit(Commit { reads: Vec::new(), changes, durable: false })
     };
-    let asked: Vec<Token> = (0..PAGES).step_by(400).map(|at| rig.ask(free(at))).collect();
+    let asked: Vec<Token> = (0..PAGES).step_by(400).map(|at| cluster.ask(free(at))).collect();
     for token in asked {
-        rig.answer(token)?.map_err(|error| format!("a commit of frees: {error}"))?;
+        cluster.answer(token)?.map_err(|error| format!("a commit of frees: {error}"))?;
     }
     Ok(())
 }
 
 /// Reads and keeps pages until none can be had.
-fn pin_all(rig: &mut Rig, pages: u64) -> Outcome<Vec<PageRef>> {
+fn pin_all(cluster: &mut ParkedCluster, pages: u64) -> Outcome<Vec<PageRef>> {
     let mut pinned = Vec::new();
     for n in 0..pages {
-        match rig.read(key(n))? {
+        match cluster.read(key(n))? {
             Ok(page) => pinned.push(page),
             Err(error) if error.kind() == ErrorKind::Busy => return Ok(pinned),
             Err(error) => return Err(format!("page {n}: {error}")),
@@ -109,17 +109,17 @@ fn memory_that_readers_have_pinned_is_waited_for_and_then_busy() {
 
 fn waits_for_readers() -> Outcome {
     let options = Options { memory_bytes: 4 << 20, ..options() };
-    let mut rig = Rig::open(SimDisk::new(3), &options, 1)?;
+    let mut cluster = ParkedCluster::open(SimDisk::new(3), &options, 1)?;
     const PAGES: u64 = 1_600;
-    rig.fill(PAGES, 50)?;
-    rig.checkpoint()?;
-    let pinned = pin_all(&mut rig, PAGES)?;
-    rig.now += 1_000_000;
+    cluster.fill(PAGES, 50)?;
+    cluster.checkpoint()?;
+    let pinned = pin_all(&mut cluster, PAGES)?;
+    cluster.now += 1_000_000;
     let commit = |n| Request::Commit(Commit { reads: Vec::new(), changes: vec![(key(n), put(7))], durable: true });
-    let (begun, asked) = (rig.now, [rig.ask(commit(1)), rig.ask(commit(2)), rig.ask(commit(3))]);
+    let (begun, asked) = (cluster.now, [cluster.ask(commit(1)), cluster.ask(commit(2)), cluster.ask(commit(3))]);
     for token in asked {
-        let Err(error) = rig.answer(token)? else { return Err("there was memory".into()) };
-        let waited = rig.now - begun;
+        let Err(error) = cluster.answer(token)? else { return Err("there was memory".into()) };
+        let waited = cluster.now - begun;
         if error.kind() != ErrorKind::Busy || !error.to_string().contains("readers have pinned") {
             return Err(format!("{} pages are pinned: {error}", pinned.len()));
         }
@@ -128,16 +128,16 @@ fn waits_for_readers() -> Outcome {
         }
     }
     // Whatever readers hold: the log must not grow without end.
-    rig.checkpoint()?;
-    rig.now += 1_000_000;
-    let token = rig.ask(commit(4));
-    rig.pass(300_000)?;
-    if rig.answers.contains_key(&token) {
+    cluster.checkpoint()?;
+    cluster.now += 1_000_000;
+    let token = cluster.ask(commit(4));
+    cluster.pass(300_000)?;
+    if cluster.answers.contains_key(&token) {
         return Err("refused without a wait".into());
     }
     // Nobody tells the shard.
     drop(pinned);
-    rig.answer(token)?.map(drop).map_err(|error| format!("after the pages were dropped: {error}"))
+    cluster.answer(token)?.map(drop).map_err(|error| format!("after the pages were dropped: {error}"))
 }
 
 /// If this fails, a reader hangs for ever after a failed write, in a store that still serves reads: nobody looks for memory any more.
@@ -148,36 +148,36 @@ fn reads_that_wait_for_memory_are_woken_after_a_failure() {
 
 fn reads_after_a_failure() -> Outcome {
     let options = Options { memory_bytes: 4 << 20, ..options() };
-    let mut rig = Rig::open(SimDisk::new(3), &options, 1)?;
+    let mut cluster = ParkedCluster::open(SimDisk::new(3), &options, 1)?;
     const PAGES: u64 = 1_600;
-    rig.fill(PAGES, 50)?;
-    rig.checkpoint()?;
-    let mut pinned = pin_all(&mut rig, PAGES)?;
+    cluster.fill(PAGES, 50)?;
+    cluster.checkpoint()?;
+    let mut pinned = pin_all(&mut cluster, PAGES)?;
     // Enough for the commit.
     pinned.truncate(pinned.len() - 50);
-    rig.disk.inject(Fault::once(OpKind::Flush, Area::Any, 0));
-    if rig.commit(vec![(key(1), put(9))], true).is_ok() {
+    cluster.disk.inject(Fault::once(OpKind::Flush, Area::Any, 0));
+    if cluster.commit(vec![(key(1), put(9))], true).is_ok() {
         return Err("the flush did not fail".into());
     }
-    let mut held = vec![pinned, pin_all(&mut rig, PAGES)?];
+    let mut held = vec![pinned, pin_all(&mut cluster, PAGES)?];
     let mut waiting = None;
     for n in 1..200 {
-        let asked = rig.ask(Request::Read(smallvec::smallvec![key(PAGES - n)]));
-        rig.pass(300_000)?;
-        match rig.answers.remove(&asked) {
+        let asked = cluster.ask(Request::Read(smallvec::smallvec![key(PAGES - n)]));
+        cluster.pass(300_000)?;
+        match cluster.answers.remove(&asked) {
             None => {
                 waiting = Some(asked);
                 break;
             }
             Some(Ok(Response::Pages(pages))) => held.push(pages.to_vec()),
-            Some(Err(error)) if error.kind() == ErrorKind::Busy => rig.now += 1_000_000,
+            Some(Err(error)) if error.kind() == ErrorKind::Busy => cluster.now += 1_000_000,
             Some(other) => return Err(format!("a read is answered with {other:?}")),
         }
     }
     let waiting = waiting.ok_or("no read waits")?;
     // Nobody tells the shard.
     drop(held);
-    rig.answer(waiting)?.map(drop).map_err(|error| format!("after the pages were dropped: {error}"))
+    cluster.answer(waiting)?.map(drop).map_err(|error| format!("after the pages were dropped: {error}"))
 }
 
 /// If this fails, a request that can't get its memory beside readers takes what others have just read, again and again: they read it
@@ -189,28 +189,28 @@ fn a_search_for_memory_that_must_fail_takes_nothing_from_others() {
 
 fn fails_and_takes_nothing() -> Outcome {
     let options = tiny();
-    let mut rig = Rig::open(SimDisk::new(14), &options, 1)?;
+    let mut cluster = ParkedCluster::open(SimDisk::new(14), &options, 1)?;
     const PAGES: u64 = 1_200;
-    rig.fill(PAGES, 20)?;
-    rig.checkpoint()?;
-    let mut pinned = pin_all(&mut rig, PAGES)?;
+    cluster.fill(PAGES, 20)?;
+    cluster.checkpoint()?;
+    let mut pinned = pin_all(&mut cluster, PAGES)?;
     // More than a read takes, less than a commit takes.
     pinned.truncate(pinned.len() - 12);
     let (hot, n) = (PAGES - 1, PAGES - 2);
-    rig.read(key(hot))?.map_err(|error| format!("a read beside pins: {error}"))?;
+    cluster.read(key(hot))?.map_err(|error| format!("a read beside pins: {error}"))?;
     let commit = Commit { reads: Vec::new(), changes: vec![(key(n), put(9))], durable: false };
-    let waiting = rig.ask(Request::Commit(commit));
-    rig.pass(100_000)?;
-    let before = rig.all.shards[0].blocks_read();
+    let waiting = cluster.ask(Request::Commit(commit));
+    cluster.pass(100_000)?;
+    let before = cluster.all.shards[0].blocks_read();
     for _ in 0..20 {
-        rig.read(key(hot))?.map_err(|error| format!("a read of a page in memory: {error}"))?;
-        rig.pass(20_000)?;
+        cluster.read(key(hot))?.map_err(|error| format!("a read of a page in memory: {error}"))?;
+        cluster.pass(20_000)?;
     }
-    if rig.answers.contains_key(&waiting) {
-        return Err(format!("the commit was to wait: {}", rig.describe()));
+    if cluster.answers.contains_key(&waiting) {
+        return Err(format!("the commit was to wait: {}", cluster.describe()));
     }
-    let read = rig.all.shards[0].blocks_read() - before;
-    let answer = rig.answer(waiting)?;
+    let read = cluster.all.shards[0].blocks_read() - before;
+    let answer = cluster.answer(waiting)?;
     if read > 1 {
         return Err(format!(
             "20 reads of one page beside a commit in want of memory read {read} blocks from the device"
@@ -231,36 +231,36 @@ fn a_commit_is_answered_while_reads_take_all_the_memory_there_is() {
 
 fn answers_beside_reads() -> Outcome {
     let options = Options { requests_max: 64, ..tiny() };
-    let mut rig = Rig::open(SimDisk::new(8), &options, 1)?;
+    let mut cluster = ParkedCluster::open(SimDisk::new(8), &options, 1)?;
     const PAGES: u64 = 1_200;
-    rig.fill(PAGES, 20)?;
-    rig.checkpoint()?;
-    let mut pinned = pin_all(&mut rig, PAGES)?;
+    cluster.fill(PAGES, 20)?;
+    cluster.checkpoint()?;
+    let mut pinned = pin_all(&mut cluster, PAGES)?;
     // Enough for the commit, if nobody else had any of it.
     pinned.truncate(pinned.len() - 30);
-    rig.disk.set_latency(Latency { read: (400_000, 600_000), ..Latency::default() });
+    cluster.disk.set_latency(Latency { read: (400_000, 600_000), ..Latency::default() });
     let mut next = PAGES / 2;
-    let mut ask = |rig: &mut Rig| {
+    let mut ask = |cluster: &mut ParkedCluster| {
         next = PAGES / 2 + (next + 11) % (PAGES / 2);
-        rig.ask(Request::Read(smallvec::smallvec![key(next)]));
+        cluster.ask(Request::Read(smallvec::smallvec![key(next)]));
     };
-    (0..40).for_each(|_| ask(&mut rig));
+    (0..40).for_each(|_| ask(&mut cluster));
     let commit = Commit { reads: Vec::new(), changes: vec![(key(1), put(9))], durable: true };
-    let (begun, asked) = (rig.now, rig.ask(Request::Commit(commit)));
+    let (begun, asked) = (cluster.now, cluster.ask(Request::Commit(commit)));
     let mut reads = 0;
-    while !rig.answers.contains_key(&asked) {
-        rig.lap()?;
-        let answered: Vec<Token> = rig.answers.keys().copied().filter(|token| *token != asked).collect();
+    while !cluster.answers.contains_key(&asked) {
+        cluster.poll_once()?;
+        let answered: Vec<Token> = cluster.answers.keys().copied().filter(|token| *token != asked).collect();
         for token in answered {
-            rig.answers.remove(&token).expect("just seen").map_err(|error| format!("a read: {error}"))?;
-            ask(&mut rig);
+            cluster.answers.remove(&token).expect("just seen").map_err(|error| format!("a read: {error}"))?;
+            ask(&mut cluster);
             reads += 1;
         }
-        if rig.now - begun > 15_000_000 {
-            return Err(format!("{reads} reads are answered in 15 s, and no commit: {}", rig.describe()));
+        if cluster.now - begun > 15_000_000 {
+            return Err(format!("{reads} reads are answered in 15 s, and no commit: {}", cluster.describe()));
         }
     }
-    match rig.answer(asked)? {
+    match cluster.answer(asked)? {
         Err(error) if error.kind() != ErrorKind::Busy => Err(format!("a commit beside {reads} reads: {error}")),
         _ => Ok(()),
     }
@@ -274,34 +274,34 @@ fn who_asked_first_for_a_map_node_is_served_first() {
 
 fn first_come_first_served() -> Outcome {
     let options = tiny();
-    let mut rig = Rig::open(SimDisk::new(4), &options, 1)?;
+    let mut cluster = ParkedCluster::open(SimDisk::new(4), &options, 1)?;
     const DENSE: u64 = 400;
     const LONE: u64 = 240;
     let lone = |n: u64| key((n + 1) << 20);
-    rig.fill(DENSE, 20)?;
+    cluster.fill(DENSE, 20)?;
     for n in 0..LONE {
-        rig.commit(vec![(lone(n), put(n))], false)?;
+        cluster.commit(vec![(lone(n), put(n))], false)?;
     }
-    rig.call(Request::Close)?.map_err(|error| error.to_string())?;
-    let mut rig = Rig::open(rig.disk, &options, 1)?;
-    let mut pinned = pin_all(&mut rig, DENSE)?;
+    cluster.call(Request::Close)?.map_err(|error| error.to_string())?;
+    let mut cluster = ParkedCluster::open(cluster.disk, &options, 1)?;
+    let mut pinned = pin_all(&mut cluster, DENSE)?;
     pinned.truncate(pinned.len() - 6);
     let mut asked = std::collections::VecDeque::new();
     let mut next = 0;
-    let mut ask = |rig: &mut Rig| {
+    let mut ask = |cluster: &mut ParkedCluster| {
         next += 1;
-        rig.ask(Request::Read(smallvec::smallvec![lone((next * 7) % LONE)]))
+        cluster.ask(Request::Read(smallvec::smallvec![lone((next * 7) % LONE)]))
     };
     // Always as many under way, more than there are frames for.
-    (0..24).for_each(|_| asked.push_back(ask(&mut rig)));
+    (0..24).for_each(|_| asked.push_back(ask(&mut cluster)));
     for _ in 0..2_000 {
-        rig.lap()?;
-        let answered: Vec<Token> = rig.answers.keys().copied().collect();
+        cluster.poll_once()?;
+        let answered: Vec<Token> = cluster.answers.keys().copied().collect();
         for token in answered {
-            rig.answers.remove(&token).expect("just seen").map_err(|error| format!("a read: {error}"))?;
+            cluster.answers.remove(&token).expect("just seen").map_err(|error| format!("a read: {error}"))?;
             let position = asked.iter().position(|asked| *asked == token).expect("asked");
             asked.remove(position);
-            asked.push_back(ask(&mut rig));
+            asked.push_back(ask(&mut cluster));
         }
         let (oldest, newest) = (asked[0].0, asked[asked.len() - 1].0);
         if newest - oldest > 200 {
@@ -317,9 +317,9 @@ fn smallest(shards_count: u16, vshards_count: u32) -> Options {
     Options { geometry, memory_bytes: (2 << 20) * u64::from(shards_count), log_writes_max: 8, ..options() }
 }
 
-fn check(rig: &mut Rig, model: &Model) -> Outcome {
+fn check(cluster: &mut ParkedCluster, model: &Model) -> Outcome {
     for (key, byte) in model {
-        let page = rig.read(*key)?.map_err(|error| format!("{key:?}: {error}"))?;
+        let page = cluster.read(*key)?.map_err(|error| format!("{key:?}: {error}"))?;
         if page.iter().any(|found| found != byte) {
             return Err(format!("{key:?} holds {} and not {byte}", page[0]));
         }
@@ -328,12 +328,16 @@ fn check(rig: &mut Rig, model: &Model) -> Outcome {
 }
 
 /// Carries a commit out, or is told that it can never be: nothing else is an answer.
-fn commit_or_too_large(rig: &mut Rig, model: &mut Model, changes: Vec<(PageKey, Change)>) -> Outcome<bool> {
+fn commit_or_too_large(
+    cluster: &mut ParkedCluster,
+    model: &mut Model,
+    changes: Vec<(PageKey, Change)>,
+) -> Outcome<bool> {
     let request = Request::Commit(Commit { reads: Vec::new(), changes: changes.clone(), durable: true });
-    match rig.call(request)? {
+    match cluster.call(request)? {
         Ok(_) => {}
         Err(error) if error.kind() == ErrorKind::TooLarge => return Ok(false),
-        Err(error) => return Err(format!("a commit of {} changes: {error}: {}", changes.len(), rig.describe())),
+        Err(error) => return Err(format!("a commit of {} changes: {error}: {}", changes.len(), cluster.describe())),
     }
     for (key, change) in changes {
         match change {
@@ -356,8 +360,8 @@ fn every_commit_that_is_taken_is_followed_by_a_checkpoint_in_the_smallest_memory
 
 fn ends_in_the_smallest_memory(shards: u16, vshards: u32) -> Outcome {
     let options = smallest(shards, vshards);
-    let mut rig = Rig::open(SimDisk::new(5), &options, shards)?;
-    let pages = rig.all.shards[0].txn_bytes_max() / BLOCK as u64;
+    let mut cluster = ParkedCluster::open(SimDisk::new(5), &options, shards)?;
+    let pages = cluster.all.shards[0].txn_bytes_max() / BLOCK as u64;
     let (mut model, mut taken, mut refused) = (Model::new(), 0, 0);
     let whole = |byte: u64| Change::Patch { offset: 0, bytes: Bytes::from(vec![byte as u8; BLOCK]) };
     for (round, shift) in (1..).zip([9u32, 12, 18, 26, 40, 57]) {
@@ -371,17 +375,17 @@ fn ends_in_the_smallest_memory(shards: u16, vshards: u32) -> Outcome {
         let there: Vec<PageKey> = model.keys().copied().step_by(2).chain((0..pages * 8).map(lone)).collect();
         commits.push(there.into_iter().take(pages as usize * 8).map(|key| (key, Change::Free)).collect());
         for changes in commits {
-            match commit_or_too_large(&mut rig, &mut model, changes)? {
+            match commit_or_too_large(&mut cluster, &mut model, changes)? {
                 true => taken += 1,
                 false => refused += 1,
             }
             if (taken + refused) % 3 == 0 {
-                rig.checkpoint()?;
+                cluster.checkpoint()?;
             }
         }
         // Small ones are always taken.
         for n in 0..8 {
-            if !commit_or_too_large(&mut rig, &mut model, vec![(lone(n + 50), put(n))])? {
+            if !commit_or_too_large(&mut cluster, &mut model, vec![(lone(n + 50), put(n))])? {
                 return Err("one page is too large".into());
             }
         }
@@ -390,14 +394,14 @@ fn ends_in_the_smallest_memory(shards: u16, vshards: u32) -> Outcome {
     if taken < 12 || (vshards == 1 && refused == 0) {
         return Err(format!("{taken} commits were taken, {refused} refused"));
     }
-    rig.call(Request::Close)?.map_err(|error| format!("closing: {error}"))?;
-    let mut rig = Rig::open(rig.disk, &options, shards)?;
-    check(&mut rig, &model)?;
+    cluster.call(Request::Close)?.map_err(|error| format!("closing: {error}"))?;
+    let mut cluster = ParkedCluster::open(cluster.disk, &options, shards)?;
+    check(&mut cluster, &model)?;
     let lone = (0..pages / 2).map(|n| (key((n + 1) << 30), put(n))).collect();
-    commit_or_too_large(&mut rig, &mut model, lone)?;
-    let crashed = rig.disk.crash(Loss::Everything, &mut Rng::new(1));
-    let mut rig = Rig::open(crashed, &options, shards)?;
-    check(&mut rig, &model)
+    commit_or_too_large(&mut cluster, &mut model, lone)?;
+    let crashed = cluster.disk.crash(Loss::Everything, &mut Rng::new(1));
+    let mut cluster = ParkedCluster::open(crashed, &options, shards)?;
+    check(&mut cluster, &model)
 }
 
 /// If this fails, the checkpoints of a store with many extents never end while readers hold most of its memory, and its log fills up.
@@ -409,16 +413,16 @@ fn the_extent_table_of_a_large_store_is_written_in_little_memory() {
 fn writes_the_table_in_parts() -> Outcome {
     let geometry = Geometry { extent_bytes: 64 << 10, ..options().geometry };
     let options = Options { geometry, memory_bytes: 4 << 20, ..options() };
-    let mut rig = Rig::open(SimDisk::new(6), &options, 1)?;
+    let mut cluster = ParkedCluster::open(SimDisk::new(6), &options, 1)?;
     // More blocks of the table than a checkpoint has frames of its own.
     const PAGES: u64 = 18_000;
-    rig.fill(PAGES, 60)?;
-    let pinned = pin_all(&mut rig, PAGES)?;
-    rig.checkpoint()?;
+    cluster.fill(PAGES, 60)?;
+    let pinned = pin_all(&mut cluster, PAGES)?;
+    cluster.checkpoint()?;
     drop(pinned);
-    let crashed = rig.disk.crash(Loss::Everything, &mut Rng::new(1));
-    let mut rig = Rig::open(crashed, &options, 1)?;
-    check(&mut rig, &(0..PAGES).step_by(97).map(|n| (key(n), n as u8)).collect())
+    let crashed = cluster.disk.crash(Loss::Everything, &mut Rng::new(1));
+    let mut cluster = ParkedCluster::open(crashed, &options, 1)?;
+    check(&mut cluster, &(0..PAGES).step_by(97).map(|n| (key(n), n as u8)).collect())
 }
 
 /// If this fails, a store that was filled with much memory can't be opened with little.
@@ -433,8 +437,8 @@ fn redoes_in_parts(shards: u16, vshards: u32) -> Outcome {
     for inline_pages_max in [0, 64] {
         let small = smallest(shards, vshards);
         let large = Options { memory_bytes: 64 << 20, inline_pages_max, ..small.clone() };
-        let mut rig = Rig::open(SimDisk::new(7), &large, 1)?;
-        let pages = rig.all.shards[0].txn_bytes_max() / BLOCK as u64;
+        let mut cluster = ParkedCluster::open(SimDisk::new(7), &large, 1)?;
+        let pages = cluster.all.shards[0].txn_bytes_max() / BLOCK as u64;
         let mut model = Model::new();
         let whole = |byte: u64| Change::Patch { offset: 0, bytes: Bytes::from(vec![byte as u8; BLOCK]) };
         for (round, shift) in (1..).zip([9u32, 18, 30]) {
@@ -444,15 +448,15 @@ fn redoes_in_parts(shards: u16, vshards: u32) -> Outcome {
                 (0..pages).map(|n| (lone(n), whole(n + 1))).collect(),
                 (0..pages * 4).map(|n| (lone(n * 2), Change::Free)).collect(),
             ] {
-                if !commit_or_too_large(&mut rig, &mut model, changes)? {
+                if !commit_or_too_large(&mut cluster, &mut model, changes)? {
                     return Err("a commit is too large for 64 MiB".into());
                 }
             }
         }
-        let crashed = rig.disk.crash(Loss::Everything, &mut Rng::new(1));
-        let mut rig = Rig::open(crashed, &small, shards)?;
-        check(&mut rig, &model)?;
-        rig.call(Request::Close)?.map_err(|error| format!("closing: {error}"))?;
+        let crashed = cluster.disk.crash(Loss::Everything, &mut Rng::new(1));
+        let mut cluster = ParkedCluster::open(crashed, &small, shards)?;
+        check(&mut cluster, &model)?;
+        cluster.call(Request::Close)?.map_err(|error| format!("closing: {error}"))?;
     }
     Ok(())
 }

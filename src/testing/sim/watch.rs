@@ -1,20 +1,20 @@
-//! What is seen of a cluster from outside: whether its shards spin, what they wait for, what seldom happens.
+//! Observes a cluster from outside: whether its shards spin, what they wait for, how often rare events happen.
 //!
-//! It does *not* drive anything, and knows no client.
+//! It does *not* drive anything, and knows no clients.
 
 use super::cluster::Cluster;
-use super::progress::Lap;
+use super::progress::TurnOutcome;
 use super::rare::Rare;
 use crate::base::Micros;
 use crate::engine::{Activity, Shard};
 
 /// Whether a shard that turns for nothing twice in a row fails the run.
 const SPIN_IS_AN_ERROR: bool = true;
-/// Whether a table that grows with what is asked for fails the run.
+/// Whether a page table that grows with the requests fails the run.
 pub(super) const TABLE_IS_BOUNDED: bool = true;
 
 impl Cluster {
-    /// What seldom happens, as often as it did.
+    /// Counts of rare events.
     pub fn rare(&self) -> Rare {
         Rare { turns_for_nothing: self.progress.total, ..self.late.rare }
     }
@@ -56,14 +56,13 @@ impl Cluster {
         if shard.is_checkpoint_starved() {
             node.starved_after.get_or_insert(ended);
         }
-        self.late.rare.segments_added += shard.log_segments() - node.log_segments;
-        node.log_segments = shard.log_segments();
-        let spins =
-            self.progress.turned(index, Lap { delivered: step.delivered, emitted: step.emitted, again_at_once });
+        let spins = self
+            .progress
+            .turned(index, TurnOutcome { delivered: step.delivered, emitted: step.emitted, again_at_once });
         if SPIN_IS_AN_ERROR { spins.map_err(|why| format!("{why}: {}", self.describe())) } else { Ok(()) }
     }
 
-    /// What everybody waits for, in words.
+    /// Describes what each shard waits for.
     pub fn describe(&self) -> String {
         let mut text = format!(
             "at {}, {} operations in flight, {} messages under way",
@@ -81,7 +80,7 @@ impl Cluster {
                 shard.waits_for(),
                 shard.deadline(),
                 self.turn_at(index),
-                shard.whereabouts()
+                shard.dump_state()
             );
         }
         text

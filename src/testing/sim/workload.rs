@@ -32,7 +32,7 @@ pub enum Ask {
     Free,
     /// A transaction that reads and changes.
     Transact,
-    /// The same, and what it read is stale on purpose.
+    /// A transaction whose reads are stale on purpose.
     TransactStale,
     /// A transaction that only reads.
     Observe,
@@ -222,7 +222,7 @@ pub struct Workload {
     rng: Rng,
     tag: u64,
     deal: Deal,
-    /// A shard whose pages nobody touches in this life.
+    /// A shard whose pages no request touches in this life.
     idle: Option<ShardId>,
     txn_bytes_max: u64,
     /// The newest LSN that a reader was told of each page; stale by now, maybe.

@@ -1,4 +1,4 @@
-//! Files that are made: who owns them, and how they are removed if their store never comes to be.
+//! Files that are made: their owner and mode, and their removal if the creation of the store fails.
 //!
 //! Invariants
 //! 1. Only a store whose first file this opening has made and locked is ever removed: nobody was given it, so it holds nothing. A
@@ -11,7 +11,7 @@ use rustix::fs::{AtFlags, Gid, Mode, Uid};
 use std::os::unix::fs::MetadataExt;
 use std::sync::PoisonError;
 
-/// Who may read and write, of a file's mode.
+/// The permission bits of a file's mode.
 const PERMISSIONS: u32 = 0o777;
 
 impl Directory {
@@ -110,7 +110,7 @@ mod tests {
         assert!(!dir.path().join("meta").exists(), "its own are removed");
     }
 
-    /// If this fails, who has waited for the lock of a process that was making a store takes it for one of which files are missing.
+    /// If this fails, a process that waited for the lock of another that was making a store reports files as missing.
     #[test]
     #[allow(clippy::disallowed_methods, reason = "so that the listing comes first")]
     fn files_that_come_while_a_lock_is_waited_for_are_found() {

@@ -15,18 +15,18 @@ use std::ops::Range;
 impl Directory {
     pub(super) fn grow_file(&self, id: FileId, file: &File, bytes: Range<u64>) -> Result<()> {
         let former = file.metadata().map_err(|e| self.error(id, "looking at", e))?.len();
-        // Asked first: to find out by trying would fill the disk to the brim, and all others on it would feel that.
+        // Asked first: an attempt would fill the disk to the last block, at the expense of everything else on it.
         let needed = bytes.end.saturating_sub(former.max(bytes.start));
         let fits = free_bytes(&self.handle).is_none_or(|free| free >= needed);
         let zeroed = if fits { write_zeros(file, bytes.clone(), &self.cancel) } else { Err(Errno::NOSPC) };
         if let Err(e) = zeroed {
-            // Space that was taken on the way goes back, or a full disk would stay full.
+            // Gives the space back that was taken so far, or a full disk would stay full.
             let _ = rustix::fs::ftruncate(file, former);
             if e == Errno::CANCELED {
                 self.cancel.check()?;
             }
             let doing = format_args!("allocating {} bytes at {} of", bytes.end - bytes.start, bytes.start);
-            // A limit of file sizes (`ulimit -f`) is room that is not there, too.
+            // A limit of file sizes (`ulimit -f`) counts as a full disk, too.
             let full = matches!(e, Errno::NOSPC | Errno::DQUOT | Errno::FBIG);
             let error = self.error(id, doing, e.into());
             return Err(if full { error.with_kind(ErrorKind::Full) } else { error });
@@ -41,7 +41,7 @@ mod tests {
     use crate::base::{SegmentNo, ShardId};
     use crate::io::{Access, FileId, FileOptions, Files};
 
-    /// Nobody may have to wait until gigabytes are zeroed that nobody wants any more; and what was taken goes back.
+    /// A caller that gives up must not wait until gigabytes are zeroed, and the space that was taken goes back.
     #[test]
     fn a_cancelled_allocation_ends_and_leaves_the_file_as_it_was() {
         let dir = tempfile::tempdir().unwrap();

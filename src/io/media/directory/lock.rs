@@ -1,8 +1,8 @@
-//! The lock of a store's files, and who has it if it can't be had.
+//! The lock on a store's files, and which process holds it if it can't be taken.
 //!
 //! Invariants
-//! 1. A lock that a dying process still holds is waited for; any other one is refused at once or nearly so.
-//! 2. Which directories this process has open is noted, so that a second opening is not told to look for another process.
+//! 1. A lock that a dying process still holds is waited for, for [`DYING_MAX`] at most; then opening is refused.
+//! 2. The directories that this process has open are recorded, so that a second opening is not told to look for another process.
 //!
 //! It does *not* unlock: the directory does, when it is dropped.
 
@@ -29,7 +29,7 @@ const DYING_STEP: Duration = Duration::from_millis(5);
 /// A directory, by device and inode.
 type DirectoryInode = (u64, u64);
 
-/// How often each directory is open here, and the process that "here" is: a forked child has none open.
+/// How often each directory is open in which process: a forked child has none open.
 static OPEN: Mutex<BTreeMap<DirectoryInode, (Opener, usize)>> = Mutex::new(BTreeMap::new());
 
 fn open_here() -> MutexGuard<'static, BTreeMap<DirectoryInode, (Opener, usize)>> {
@@ -40,7 +40,7 @@ fn directory(handle: &File) -> Option<DirectoryInode> {
     handle.metadata().ok().map(|meta| (meta.dev(), meta.ino()))
 }
 
-/// A note, for as long as it is kept, that this process has a directory open.
+/// Records, for as long as it is kept, that this process has a directory open.
 #[derive(Default)]
 pub(super) struct OpenHere(Option<DirectoryInode>);
 
@@ -79,7 +79,7 @@ impl Directory {
             Access::ReadWrite => FlockOperation::NonBlockingLockExclusive,
             Access::ReadOnly => FlockOperation::NonBlockingLockShared,
         };
-        match patiently(file, how, &self.cancel) {
+        match wait_for_lock(file, how, &self.cancel) {
             Ok(()) => Ok(()),
             Err(Errno::WOULDBLOCK) if self.cancel.is_cancelled() => self.cancel.check(),
             Err(Errno::WOULDBLOCK) => Err(in_use(&self.handle, &self.path, id)),
@@ -127,9 +127,9 @@ pub(super) fn made_meanwhile(path: &Path) -> Error {
     )
 }
 
-/// `WOULDBLOCK` only if somebody holds it who is not about to let go.
+/// Takes a lock. `WOULDBLOCK` if another process has held it for all of [`DYING_MAX`].
 #[allow(clippy::disallowed_methods, reason = "the end of another process is waited for")]
-fn patiently(file: &File, how: FlockOperation, cancel: &Cancel) -> rustix::io::Result<()> {
+fn wait_for_lock(file: &File, how: FlockOperation, cancel: &Cancel) -> rustix::io::Result<()> {
     let mut waited = Duration::ZERO;
     loop {
         match rustix::fs::flock(file, how) {

@@ -21,7 +21,7 @@ use super::{Access, Creation, Location, Media, MediaOptions, PageCache, Room};
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::{SegmentNo, ShardId};
 use crate::io::FileId;
-use crate::io::backoff::patiently;
+use crate::io::backoff::retry_transient;
 use crate::io::cancel::Cancel;
 use crate::io::opener::Opener;
 use lock::OpenHere;
@@ -57,13 +57,13 @@ pub(in crate::io) struct Directory {
     made: Mutex<Vec<FileId>>,
 }
 
-/// What opening a file may do.
+/// Whether a file is opened or made.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Opening {
-    /// It is there.
+    /// The file exists.
     Existing,
-    /// It is made, and must not be there: a file that has come since the directory was opened belongs to another process,
-    /// whose store must not be written over.
+    /// The file is made, and must not exist: one that has come since the directory was opened belongs to another process,
+    /// whose store must not be overwritten.
     New,
 }
 
@@ -160,7 +160,8 @@ impl Directory {
             flags |= OFlags::CREATE | OFlags::EXCL;
         }
         let name = id.to_string();
-        let opened = patiently(|| rustix::fs::openat(&self.handle, name.as_str(), flags, Mode::from_raw_mode(0o600)));
+        let opened =
+            retry_transient(|| rustix::fs::openat(&self.handle, name.as_str(), flags, Mode::from_raw_mode(0o600)));
         if opening == Opening::New && matches!(opened, Err(Errno::EXIST)) {
             return Err(lock::made_meanwhile(&self.path));
         }

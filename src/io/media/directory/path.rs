@@ -1,20 +1,18 @@
 //! The path to the directory: making it, and making its name durable.
 //!
-//! A power loss must not take the name of one directory on the way: the store in it, with all that was acknowledged, would be
-//! nowhere to be found.
+//! If a power loss took the name of one directory on the way, the store below it could not be found any more.
 
 use crate::base::error::{Error, Result};
 use crate::io::media::probe_direct_io::not_made;
 use std::fs::File;
 use std::path::Path;
 
-/// Makes it, and those above it that are missing, and their names durable: the path must outlive a crash as a whole, or
-/// the store in it is nowhere to be found.
+/// Makes the directory and its missing parents, and makes their names durable: a crash must not take a part of the path.
 pub(super) fn make_directory(path: &Path) -> Result<()> {
     make_directories(path, path, &mut |parent| File::open(parent)?.sync_all())
 }
 
-/// The same, of which `path` is the part on the way to `whole`; `sync` makes the names in a directory durable.
+/// Makes `path`, which is on the way to `whole`; `sync` makes the names in a directory durable.
 fn make_directories(path: &Path, whole: &Path, sync: &mut dyn FnMut(&Path) -> std::io::Result<()>) -> Result<()> {
     if path.as_os_str().is_empty() || path.is_dir() {
         return Ok(());
@@ -37,7 +35,7 @@ fn make_directories(path: &Path, whole: &Path, sync: &mut dyn FnMut(&Path) -> st
     }
 }
 
-/// Something else than a directory is at `path`, on the way to `whole`.
+/// The error for a `path` on the way to `whole` that is not a directory.
 fn in_the_way(path: &Path, whole: &Path, e: std::io::Error) -> Error {
     let link = std::fs::read_link(path);
     let is_file = std::fs::symlink_metadata(path).map(|meta| !meta.is_dir());
@@ -59,8 +57,8 @@ fn in_the_way(path: &Path, whole: &Path, e: std::io::Error) -> Error {
     }
 }
 
-/// Makes the names on the way to a directory durable: an earlier opening may have made some of them, and died before it
-/// had. Once for a store, before it is made; a directory that can't be synced is its owner's to see to.
+/// Makes the names on the way to a directory durable: an earlier opening may have made some of them and died before it synced
+/// them. Done once for a store, before it is made; errors are ignored, since a parent may not be readable.
 pub(super) fn sync_names_of(path: &Path) {
     let Ok(path) = path.canonicalize() else { return };
     for above in path.ancestors().skip(1) {
@@ -73,7 +71,7 @@ mod tests {
     use super::*;
     use std::path::PathBuf;
 
-    /// Whoever names a file, or a link to a disk that is not mounted, has to learn which, and what to do.
+    /// A user who names a file, or a link to a disk that is not mounted, has to learn which, and what to do.
     #[test]
     fn what_is_in_the_way_of_a_directory_is_named() {
         let dir = tempfile::tempdir().unwrap();

@@ -1,7 +1,7 @@
 //! The protocol against an export in memory, with the faults that a real store does not show on demand: a client that
 //! sends rubbish, one that never reads, an export that stalls, fails or panics.
 //!
-//! If these fail, one client can hang or end what others are doing. Requests against a real store: `tests/nbd_protocol.rs`.
+//! If these fail, one client can hang or end what others are doing. Requests against a real store: `tests/fast/nbd_protocol.rs`.
 
 mod handshake;
 mod listener;

@@ -85,7 +85,7 @@ impl Fate {
 }
 
 /// What was kept and dropped of each write, by its number.
-type Tally = BTreeMap<u64, (u64, u64)>;
+type BlocksByOp = BTreeMap<u64, (u64, u64)>;
 
 impl SimDisk {
     /// The disk as it is found after a crash now; the one that crashed stays as it is.
@@ -160,27 +160,27 @@ fn land(
 
 /// Makes durable what is kept, and forgets the rest.
 fn settle(files: &mut BTreeMap<FileId, SimFile>, fate: &Fate, counters: &mut DiskCounters) {
-    let mut tally = Tally::new();
+    let mut blocks_by_op = BlocksByOp::new();
     for (number, (_, content)) in files.iter_mut().enumerate() {
         for block in content.take_dirty() {
             let state = content.block_mut(block.into()).expect("a dirty block exists");
-            settle_block(state, fate, number as u64, block.into(), &mut tally);
+            settle_block(state, fate, number as u64, block.into(), &mut blocks_by_op);
         }
     }
-    for (kept, dropped) in tally.into_values() {
+    for (kept, dropped) in blocks_by_op.into_values() {
         counters.sectors_kept += kept;
         counters.sectors_dropped += dropped;
         counters.writes_torn += u64::from(kept > 0 && dropped > 0);
     }
 }
 
-fn settle_block(state: &mut BlockState, fate: &Fate, file: u64, block: u64, tally: &mut Tally) {
+fn settle_block(state: &mut BlockState, fate: &Fate, file: u64, block: u64, blocks_by_op: &mut BlocksByOp) {
     let volatile = std::mem::take(&mut state.volatile);
     let mut bytes = *state.durable;
     for sector in 0..SECTORS {
         let range = sector * SECTOR..(sector + 1) * SECTOR;
         for version in &volatile {
-            let (kept, dropped) = tally.entry(version.op).or_default();
+            let (kept, dropped) = blocks_by_op.entry(version.op).or_default();
             if fate.keeps(file, block, version, sector) {
                 bytes[range.clone()].copy_from_slice(&version.bytes[range.clone()]);
                 *kept += 1;

@@ -43,7 +43,7 @@ pub(super) struct State {
     pub(super) violation: Option<String>,
     pub(super) trace: u64,
     pub(super) zero: Block,
-    /// Blocks that were read, if somebody wants to know.
+    /// Blocks that were read, if a test has asked for them.
     pub(super) read: Option<BTreeSet<(FileId, u64)>>,
 }
 

@@ -51,9 +51,9 @@ pub struct Latency {
     pub flush: (Micros, Micros),
     /// More for each block of a write.
     pub block: Micros,
-    /// One operation in so many takes up to a hundred times as long.
+    /// One in this many operations takes up to a hundred times as long.
     pub stall_one_in: u64,
-    /// One read in so many takes up to so many times as long; 0: none.
+    /// One in `.0` reads takes up to `.1` times as long; 0: none.
     pub slow_reads: (u64, u64),
 }
 

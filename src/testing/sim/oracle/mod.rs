@@ -6,17 +6,17 @@
 //!    The watermark is such an answer to everybody who looks at it.
 //! 3. LSNs drawn only ever rise, over all lives of the store.
 //! 4. What a commit over several shards changed may be read as before until it is acknowledged, but not at its
-//!    owner; what it holds excuses conflicts (`spread`). Transactions are exact: what they read is current at the draw.
+//!    owner; what it holds excuses conflicts (`visibility`). Transactions are exact: what they read is current at the draw.
 //!
 //! A judge that can't condemn is worth nothing: `oracle_tests` shows it every lie it is there for, and the canaries
 //! show that the lies are found in whole runs.
 //!
 //! It does *not* drive anything.
 
-mod asked;
 mod counters;
 mod overtaken;
-mod spread;
+mod pending_requests;
+mod visibility;
 
 pub use counters::OracleCounters;
 
@@ -24,9 +24,9 @@ use super::model::{Model, Version};
 use crate::base::error::{Error, ErrorKind, Result as StoreResult};
 use crate::base::{BLOCK, Deal, Lsn, Micros, PageKey, ShardId};
 use crate::engine::{Change, Commit, PageRef, Request, Response, Token};
-use asked::{Asked, Kind};
-use spread::Spread;
+use pending_requests::{Kind, PendingRequest};
 use std::collections::BTreeMap;
+use visibility::Visibility;
 
 /// A check that passed, or what was wrong.
 pub type Verdict = std::result::Result<(), String>;
@@ -67,8 +67,8 @@ pub struct Oracle {
     closing: bool,
     closed: bool,
     watermark: Lsn,
-    asked: BTreeMap<Token, Asked>,
-    spread: Spread,
+    pending: BTreeMap<Token, PendingRequest>,
+    visibility: Visibility,
     /// Requests and answers so far.
     moment: u64,
     counters: OracleCounters,
@@ -92,8 +92,8 @@ impl Oracle {
             closing: false,
             closed: false,
             watermark: Lsn::ZERO,
-            asked: BTreeMap::new(),
-            spread: Spread::default(),
+            pending: BTreeMap::new(),
+            visibility: Visibility::default(),
             moment: 0,
             counters: OracleCounters::default(),
         }
@@ -121,10 +121,10 @@ impl Oracle {
 
     /// Requests without an answer.
     pub fn outstanding(&self) -> usize {
-        self.asked.len()
+        self.pending.len()
     }
 
-    /// From now on these errors are nobody's fault.
+    /// From now on these errors are tolerated.
     pub fn tolerate(&mut self, tolerance: Tolerance) {
         self.tolerance = tolerance;
     }
@@ -144,7 +144,7 @@ impl Oracle {
         self.moment += 1;
         let what = Kind::of(request, |key| self.oldest_visible(key).lsn);
         self.closing |= matches!(what, Kind::Close);
-        let mut asked = Asked {
+        let mut pending = PendingRequest {
             what,
             at: now,
             shard,
@@ -155,20 +155,20 @@ impl Oracle {
             spread: false,
             overtaken: 0,
         };
-        if let Kind::Commit(commit) = &asked.what
-            && spread::is_spread(self.deal, shard, commit)
+        if let Kind::Commit(commit) = &pending.what
+            && visibility::is_spread(self.deal, shard, commit)
         {
-            asked.spread = true;
-            self.counters.spread_overlaps += u64::from(self.spread.asked(token, commit));
+            pending.spread = true;
+            self.counters.spread_overlaps += u64::from(self.visibility.on_request(token, commit));
         }
-        self.asked.insert(token, asked);
+        self.pending.insert(token, pending);
     }
 
-    /// The oldest version that a page may be read as by somebody who asks now.
+    /// The oldest version that a read which is sent now may return.
     fn oldest_visible(&self, key: PageKey) -> &Version {
         let versions = self.model.since(key, Lsn::ZERO);
         let shard = self.deal.shard_of(key);
-        let unseen = versions[1..].iter().rev().take_while(|v| self.spread.may_be_unseen(v.lsn, key, shard));
+        let unseen = versions[1..].iter().rev().take_while(|v| self.visibility.may_be_unseen(v.lsn, key, shard));
         &versions[versions.len() - 1 - unseen.count()]
     }
 
@@ -187,13 +187,13 @@ impl Oracle {
     /// Nothing can be held any more for this commit over several shards, which is answered.
     pub fn on_let_go(&mut self, token: Token) {
         self.moment += 1;
-        let oldest = self.asked.values().map(|asked| asked.moment).min().unwrap_or(self.moment);
-        self.spread.let_go(token, self.moment, oldest);
+        let oldest = self.pending.values().map(|pending| pending.moment).min().unwrap_or(self.moment);
+        self.visibility.let_go(token, self.moment, oldest);
     }
 
     /// Whether this request is a commit over several shards.
     pub fn is_spread(&self, token: Token) -> bool {
-        self.asked.get(&token).is_some_and(|asked| asked.spread)
+        self.pending.get(&token).is_some_and(|pending| pending.spread)
     }
 
     /// A request got its LSN.
@@ -203,16 +203,16 @@ impl Oracle {
         }
         let last = std::mem::replace(&mut self.last, lsn);
         self.ever = lsn;
-        let Some(asked) = self.asked.get_mut(&token) else {
+        let Some(pending) = self.pending.get_mut(&token) else {
             return Err(format!("{token:?} drew {lsn:?} without being under way"));
         };
-        if asked.what.must_fail(&self.tolerance) {
-            return Err(format!("{token:?} drew {lsn:?}, and had to be refused: {}", asked.what.describe()));
+        if pending.what.must_fail(&self.tolerance) {
+            return Err(format!("{token:?} drew {lsn:?}, and had to be refused: {}", pending.what.describe()));
         }
-        if let Some(before) = asked.drawn.replace(lsn) {
+        if let Some(before) = pending.drawn.replace(lsn) {
             return Err(format!("{token:?} drew {before:?} and then {lsn:?}"));
         }
-        let Kind::Commit(commit) = &asked.what else {
+        let Kind::Commit(commit) = &pending.what else {
             return Err(format!("{token:?}, no commit, drew {lsn:?}"));
         };
         for &(key, read) in &commit.reads {
@@ -221,10 +221,10 @@ impl Oracle {
             if now != read {
                 return Err(format!("{token:?} committed as {lsn:?}; it read {key:?} at {read:?}, at {now:?} by then"));
             }
-            self.spread.gave(key, version.lsn);
+            self.visibility.gave(key, version.lsn);
         }
-        if asked.spread {
-            self.spread.drawn(lsn, asked.shard);
+        if pending.spread {
+            self.visibility.drawn(lsn, pending.shard);
             self.counters.spread_drawn += 1;
         }
         self.model.apply(lsn, &commit.changes);
@@ -235,44 +235,44 @@ impl Oracle {
 
     /// The pages that a read under way asked for.
     pub fn keys_of(&self, token: Token) -> Vec<PageKey> {
-        match self.asked.get(&token) {
-            Some(Asked { what: Kind::Read(keys), .. }) => keys.iter().map(|&(key, _)| key).collect(),
+        match self.pending.get(&token) {
+            Some(PendingRequest { what: Kind::Read(keys), .. }) => keys.iter().map(|&(key, _)| key).collect(),
             _ => Vec::new(),
         }
     }
 
     /// A request is answered.
     pub fn on_reply(&mut self, token: Token, reply: &StoreResult<Response>) -> Verdict {
-        let Some(asked) = self.asked.remove(&token) else {
+        let Some(pending) = self.pending.remove(&token) else {
             return Err(format!("a second answer, or one that nobody waits for: {token:?} {reply:?}"));
         };
         self.moment += 1;
-        self.count_overtaken(&asked);
+        self.count_overtaken(&pending);
         let verdict = match reply {
-            Ok(response) => self.judge(&asked, response),
-            Err(error) => self.judge_error(token, &asked, error),
+            Ok(response) => self.judge(&pending, response),
+            Err(error) => self.judge_error(token, &pending, error),
         };
-        verdict.map_err(|why| format!("{token:?} {}: {why}", asked.what.describe()))
+        verdict.map_err(|why| format!("{token:?} {}: {why}", pending.what.describe()))
     }
 
-    fn judge(&mut self, asked: &Asked, response: &Response) -> Verdict {
-        match (&asked.what, response) {
+    fn judge(&mut self, pending: &PendingRequest, response: &Response) -> Verdict {
+        match (&pending.what, response) {
             (Kind::Read(keys), Response::Pages(pages)) => {
                 if keys.len() != pages.len() {
                     return Err(format!("{} pages for {} keys", pages.len(), keys.len()));
                 }
                 let all = keys.iter().zip(pages);
-                all.into_iter().try_for_each(|(&(key, oldest), page)| self.judge_page(key, page, oldest, asked.seen))
+                all.into_iter().try_for_each(|(&(key, oldest), page)| self.judge_page(key, page, oldest, pending.seen))
             }
             (Kind::Commit(commit), Response::Committed(lsn)) if commit.changes.is_empty() => {
-                self.judge_reader(asked, commit, *lsn)
+                self.judge_reader(pending, commit, *lsn)
             }
             (Kind::Commit(commit), Response::Committed(lsn)) => {
-                if asked.drawn != Some(*lsn) {
-                    return Err(format!("acknowledged as {lsn:?}, drew {:?}", asked.drawn));
+                if pending.drawn != Some(*lsn) {
+                    return Err(format!("acknowledged as {lsn:?}, drew {:?}", pending.drawn));
                 }
                 self.ordered = self.ordered.max(*lsn);
-                self.spread.acknowledged(*lsn);
+                self.visibility.acknowledged(*lsn);
                 if commit.durable {
                     self.counters.commits_durable += 1;
                     self.promise(*lsn, "the answer to a durable commit");
@@ -281,8 +281,8 @@ impl Oracle {
                 }
                 Ok(())
             }
-            (Kind::Flush, Response::Flushed(lsn)) if *lsn < asked.ordered => {
-                Err(format!("flushed up to {lsn:?}, although {:?} had been acknowledged before", asked.ordered))
+            (Kind::Flush, Response::Flushed(lsn)) if *lsn < pending.ordered => {
+                Err(format!("flushed up to {lsn:?}, although {:?} had been acknowledged before", pending.ordered))
             }
             (Kind::Flush, Response::Flushed(lsn)) | (Kind::Checkpoint, Response::Checkpointed(lsn)) => {
                 self.says_durable(*lsn)
@@ -304,7 +304,7 @@ impl Oracle {
         Ok(())
     }
 
-    /// Somebody said that everything up to `lsn` is durable. What counts is the last commit up to there: an epoch
+    /// An answer said that everything up to `lsn` is durable. What counts is the last commit up to there: an epoch
     /// begins far above the last one.
     fn promise(&mut self, lsn: Lsn, who: &'static str) {
         let commits = self.drawn.partition_point(|&(drawn, _)| drawn <= lsn);
@@ -314,16 +314,16 @@ impl Oracle {
         }
     }
 
-    fn judge_reader(&mut self, asked: &Asked, commit: &Commit, lsn: Lsn) -> Verdict {
+    fn judge_reader(&mut self, pending: &PendingRequest, commit: &Commit, lsn: Lsn) -> Verdict {
         // That a page was freed is something that was read, too; of an earlier life that is not known here.
         let told = commit.reads.iter().map(|&(_, read)| read).max().unwrap_or(Lsn::ZERO);
         let newest = commit.reads.iter().map(|&(key, _)| self.model.at(key, self.last).lsn).max();
         if lsn < told || lsn > newest.unwrap_or(Lsn::ZERO).max(told).max(self.began) {
             return Err(format!("answered with {lsn:?}; it was told {told:?}, the newest is {newest:?}"));
         }
-        let all = commit.reads.iter().flat_map(|&(key, _)| self.model.since(key, asked.seen));
-        let mut moments: Vec<Lsn> = all.map(|version| version.lsn.max(asked.seen)).collect();
-        moments.push(asked.seen);
+        let all = commit.reads.iter().flat_map(|&(key, _)| self.model.since(key, pending.seen));
+        let mut moments: Vec<Lsn> = all.map(|version| version.lsn.max(pending.seen)).collect();
+        moments.push(pending.seen);
         let right = |&moment: &Lsn| commit.reads.iter().all(|&(key, read)| self.model.at(key, moment).told() == read);
         if !moments.iter().any(right) {
             return Err(format!("its reads {:?} were never all current while it was under way", commit.reads));
@@ -346,7 +346,7 @@ impl Oracle {
         if let Some(version) = right {
             self.counters.pages_read += 1;
             self.counters.pages_behind += u64::from(version.lsn < self.model.at(key, seen).lsn);
-            self.spread.gave(key, version.lsn);
+            self.visibility.gave(key, version.lsn);
             return Ok(());
         }
         let lsns: Vec<Lsn> = possible.iter().map(|version| version.lsn).collect();
@@ -359,26 +359,26 @@ impl Oracle {
         ))
     }
 
-    fn judge_error(&mut self, token: Token, asked: &Asked, error: &Error) -> Verdict {
+    fn judge_error(&mut self, token: Token, pending: &PendingRequest, error: &Error) -> Verdict {
         let kind = error.kind();
-        if asked.drawn.is_some() && kind != ErrorKind::OutcomeUnknown {
-            return Err(format!("it drew {:?} and was refused with {kind:?}: {error}", asked.drawn));
+        if pending.drawn.is_some() && kind != ErrorKind::OutcomeUnknown {
+            return Err(format!("it drew {:?} and was refused with {kind:?}: {error}", pending.drawn));
         }
         let Tolerance { io, full, read_pages_max, .. } = self.tolerance;
         let counters = &mut self.counters;
         let (counter, allowed) = match kind {
             ErrorKind::Conflict => {
-                let changed = self.model.justifies_conflict(asked);
+                let changed = self.model.justifies_conflict(pending);
                 counters.conflicts_held += u64::from(!changed);
-                (&mut counters.conflicts, changed || self.spread.justifies_conflict(token, asked))
+                (&mut counters.conflicts, changed || self.visibility.justifies_conflict(token, pending))
             }
             ErrorKind::Busy => (&mut counters.busy, true),
             ErrorKind::Full => {
-                counters.spread_full += u64::from(asked.spread);
-                (&mut counters.full, full && matches!(asked.what, Kind::Commit(_) | Kind::Checkpoint))
+                counters.spread_full += u64::from(pending.spread);
+                (&mut counters.full, full && matches!(pending.what, Kind::Commit(_) | Kind::Checkpoint))
             }
-            ErrorKind::Invalid => (&mut counters.invalid, asked.what.is_wrong(read_pages_max)),
-            ErrorKind::TooLarge => (&mut counters.invalid, asked.what.may_be_too_large(&self.tolerance)),
+            ErrorKind::Invalid => (&mut counters.invalid, pending.what.is_wrong(read_pages_max)),
+            ErrorKind::TooLarge => (&mut counters.invalid, pending.what.may_be_too_large(&self.tolerance)),
             ErrorKind::Closed => (&mut counters.stopped, io || self.closing),
             ErrorKind::Io => (&mut counters.stopped, io),
             ErrorKind::OutcomeUnknown => (&mut counters.unknown, io),
@@ -390,9 +390,9 @@ impl Oracle {
 
     /// The power is lost, the process is dead, or a closed store is about to be opened again.
     pub fn on_crash(&mut self) {
-        for asked in self.asked.values().filter(|a| a.drawn.is_some_and(|lsn| lsn > self.durable)) {
+        for pending in self.pending.values().filter(|a| a.drawn.is_some_and(|lsn| lsn > self.durable)) {
             self.counters.in_doubt += 1;
-            self.counters.spread_in_doubt += u64::from(asked.spread);
+            self.counters.spread_in_doubt += u64::from(pending.spread);
         }
     }
 
@@ -452,12 +452,12 @@ impl Oracle {
 
     /// The store goes on from the state at `cut`; recovery reported `reported`, which is that or higher.
     pub fn restart_at(&mut self, cut: Lsn, reported: Lsn) {
-        for asked in self.asked.values().filter(|a| a.drawn.is_some_and(|lsn| lsn > self.durable && lsn <= cut)) {
+        for pending in self.pending.values().filter(|a| a.drawn.is_some_and(|lsn| lsn > self.durable && lsn <= cut)) {
             self.counters.in_doubt_kept += 1;
-            self.counters.spread_kept += u64::from(asked.spread);
+            self.counters.spread_kept += u64::from(pending.spread);
         }
-        self.asked.clear();
-        self.spread = Spread::default();
+        self.pending.clear();
+        self.visibility = Visibility::default();
         self.watermark = Lsn::ZERO;
         self.model.restart_at(cut);
         self.drawn.clear();
@@ -478,18 +478,18 @@ fn difference(page: &[u8], expected: Option<&[u8]>) -> String {
 }
 
 impl Model {
-    fn justifies_conflict(&self, asked: &Asked) -> bool {
-        let Kind::Commit(commit) = &asked.what else { return false };
+    fn justifies_conflict(&self, pending: &PendingRequest) -> bool {
+        let Kind::Commit(commit) = &pending.what else { return false };
         commit.reads.iter().any(|&(key, read)| {
-            self.since(key, asked.seen).iter().any(|v| v.told() != read) || self.since(key, read).len() > 1
+            self.since(key, pending.seen).iter().any(|v| v.told() != read) || self.since(key, read).len() > 1
         })
     }
 }
 
-impl Spread {
+impl Visibility {
     /// A commit that only writes waits for what is held, and conflicts with nothing.
-    fn justifies_conflict(&self, token: Token, asked: &Asked) -> bool {
-        let Kind::Commit(commit) = &asked.what else { return false };
-        !commit.reads.is_empty() && self.may_have_met(token, commit, asked.moment)
+    fn justifies_conflict(&self, token: Token, pending: &PendingRequest) -> bool {
+        let Kind::Commit(commit) = &pending.what else { return false };
+        !commit.reads.is_empty() && self.may_have_met(token, commit, pending.moment)
     }
 }

@@ -1,26 +1,26 @@
 //! Who waits for how long, who was served before whom, and what this life has changed.
 //!
 //! How many have overtaken a request is counted and not judged: whoever asks for pages that are in memory rightly passes all who wait
-//! for the device, any number of times. What is judged is the time that a request waits (see `drive`): a queue that is not first in,
+//! for the device, any number of times. What is judged is the time that a request waits (see `steps`): a queue that is not first in,
 //! first out lets somebody wait without end, and that is found.
 //!
-//! It does *not* know why somebody waits.
+//! It does *not* know why a request waits.
 
 use super::Oracle;
-use super::asked::Asked;
+use super::pending_requests::PendingRequest;
 use crate::base::{Micros, PageKey};
 use std::collections::BTreeSet;
 
 impl Oracle {
     /// When the oldest request without an answer was asked.
     pub fn oldest_at(&self) -> Option<Micros> {
-        self.asked.values().map(|asked| asked.at).min()
+        self.pending.values().map(|pending| pending.at).min()
     }
 
     /// The oldest request without an answer, for messages.
     pub fn oldest(&self) -> Option<String> {
-        let (token, asked) = self.asked.iter().min_by_key(|(_, asked)| asked.at)?;
-        Some(format!("{token:?}: {}, drawn {:?}", asked.what.describe(), asked.drawn))
+        let (token, pending) = self.pending.iter().min_by_key(|(_, pending)| pending.at)?;
+        Some(format!("{token:?}: {}, drawn {:?}", pending.what.describe(), pending.drawn))
     }
 
     /// The pages that commits of this life have changed.
@@ -29,11 +29,13 @@ impl Oracle {
     }
 
     /// Others of its kind have waited for longer.
-    pub(super) fn count_overtaken(&mut self, answered: &Asked) {
-        let is_before = |asked: &Asked| asked.shard == answered.shard && asked.moment < answered.moment;
-        for asked in self.asked.values_mut().filter(|asked| is_before(asked) && asked.what.is_like(&answered.what)) {
-            asked.overtaken += 1;
-            self.counters.overtaken_most = self.counters.overtaken_most.max(asked.overtaken);
+    pub(super) fn count_overtaken(&mut self, answered: &PendingRequest) {
+        let is_before = |pending: &PendingRequest| pending.shard == answered.shard && pending.moment < answered.moment;
+        for pending in
+            self.pending.values_mut().filter(|pending| is_before(pending) && pending.what.is_like(&answered.what))
+        {
+            pending.overtaken += 1;
+            self.counters.overtaken_most = self.counters.overtaken_most.max(pending.overtaken);
         }
     }
 }

@@ -19,24 +19,24 @@ fn map_nodes_that_compaction_moves_are_read_side_by_side() {
 
 pub(super) fn reads_side_by_side() -> Outcome {
     let options = Options { data_bytes_max: 36 << 20, ..tiny() };
-    let mut rig = Rig::open(SimDisk::new(11), &options, 1)?;
+    let mut cluster = ParkedCluster::open(SimDisk::new(11), &options, 1)?;
     let lone = |n: u64| key((n + 1) << 20);
     for n in 0..PAGES {
-        rig.commit(vec![(lone(n), put(n))], false)?;
+        cluster.commit(vec![(lone(n), put(n))], false)?;
     }
-    rig.checkpoint()?;
-    rig.disk.set_latency(Latency { read: (READ_US, READ_US), ..Latency::default() });
+    cluster.checkpoint()?;
+    cluster.disk.set_latency(Latency { read: (READ_US, READ_US), ..Latency::default() });
     let mut asked: VecDeque<Token> = VecDeque::new();
     let mut rng = Rng::new(3);
-    let begun = rig.now;
+    let begun = cluster.now;
     for n in 0..COMMITS {
         let commit = Commit { reads: Vec::new(), changes: vec![(lone(rng.below(PAGES)), put(n))], durable: false };
-        asked.push_back(rig.ask(Request::Commit(commit)));
+        asked.push_back(cluster.ask(Request::Commit(commit)));
         if asked.len() >= 32 {
-            rig.answer(asked.pop_front().expect("some"))?.map_err(|error| error.to_string())?;
+            cluster.answer(asked.pop_front().expect("some"))?.map_err(|error| error.to_string())?;
         }
     }
-    let took = rig.now - begun;
+    let took = cluster.now - begun;
     println!("{COMMITS} commits in {} s", took / 1_000_000);
     if took > BOUND_US { Err(format!("{COMMITS} commits took {} s", took / 1_000_000)) } else { Ok(()) }
 }

@@ -29,23 +29,23 @@ struct Stream {
 }
 
 impl Stream {
-    fn new(rig: &Rig, shards: &[u16]) -> Stream {
-        let of = |shard: &u16| own_pages(rig, *shard, 0).take(2_000).collect();
+    fn new(cluster: &ParkedCluster, shards: &[u16]) -> Stream {
+        let of = |shard: &u16| own_pages(cluster, *shard, 0).take(2_000).collect();
         Stream { pages: shards.iter().map(of).collect(), asked: VecDeque::new(), next: 0 }
     }
 
     /// A lap, and as many new ones as have been answered.
-    fn lap(&mut self, rig: &mut Rig) -> Outcome {
+    fn lap(&mut self, cluster: &mut ParkedCluster) -> Outcome {
         while self.asked.len() < STREAM * self.pages.len() {
             let pages = &self.pages[self.next % self.pages.len()];
             let at = self.next / self.pages.len() * 4;
             let changes = (at..at + 4).map(|n| (pages[n % pages.len()], put(n as u64))).collect();
-            self.asked.push_back(rig.ask(Request::Commit(Commit { reads: Vec::new(), changes, durable: false })));
+            self.asked.push_back(cluster.ask(Request::Commit(Commit { reads: Vec::new(), changes, durable: false })));
             self.next += 1;
         }
-        rig.lap()?;
+        cluster.poll_once()?;
         for token in std::mem::take(&mut self.asked) {
-            match rig.answers.remove(&token) {
+            match cluster.answers.remove(&token) {
                 Some(answer) => _ = answer.map_err(|error| format!("a commit of one shard: {error}"))?,
                 None => self.asked.push_back(token),
             }
@@ -55,79 +55,79 @@ impl Stream {
 }
 
 /// Pages of one shard, from a page on.
-fn own_pages(rig: &Rig, shard: u16, from: u64) -> impl Iterator<Item = PageKey> + use<> {
-    let deal = rig.deal;
+fn own_pages(cluster: &ParkedCluster, shard: u16, from: u64) -> impl Iterator<Item = PageKey> + use<> {
+    let deal = cluster.deal;
     (from..).map(key).filter(move |key| deal.shard_of(*key) == ShardId::new(shard))
 }
 
-/// A rig of two shards with little memory and a slow device, and the commits over shards: `most` pages at one, and one at the other.
-fn rig_of_two() -> Outcome<Rig> {
-    let rig = Rig::open(SimDisk::new(11), &smallest(2, 8), 2)?;
-    rig.disk.set_latency(Latency { write: (20_000, 30_000), ..Latency::default() });
-    Ok(rig)
+/// A cluster of two shards with little memory and a slow device, and the commits over shards: `most` pages at one, and one at the other.
+fn rig_of_two() -> Outcome<ParkedCluster> {
+    let cluster = ParkedCluster::open(SimDisk::new(11), &smallest(2, 8), 2)?;
+    cluster.disk.set_latency(Latency { write: (20_000, 30_000), ..Latency::default() });
+    Ok(cluster)
 }
 
-fn over_two(rig: &Rig, most_at: u16, most: usize, from: u64) -> Request {
+fn over_two(cluster: &ParkedCluster, most_at: u16, most: usize, from: u64) -> Request {
     let mut changes: Vec<(PageKey, Change)> = Vec::new();
-    changes.extend(own_pages(rig, 1 - most_at, from).take(1).map(|key| (key, put(1))));
-    changes.extend(own_pages(rig, most_at, from).take(most).map(|key| (key, put(2))));
+    changes.extend(own_pages(cluster, 1 - most_at, from).take(1).map(|key| (key, put(1))));
+    changes.extend(own_pages(cluster, most_at, from).take(most).map(|key| (key, put(2))));
     Request::Commit(Commit { reads: Vec::new(), changes, durable: false })
 }
 
 pub(super) fn goes_through_beside_a_stream() -> Outcome {
-    let mut rig = rig_of_two()?;
-    let most = rig.all.shards[0].txn_bytes_max() as usize / BLOCK - 1;
-    let mut stream = Stream::new(&rig, &[0]);
-    let warm = rig.now + 1_000_000;
-    while rig.now < warm {
-        stream.lap(&mut rig)?;
+    let mut cluster = rig_of_two()?;
+    let most = cluster.all.shards[0].txn_bytes_max() as usize / BLOCK - 1;
+    let mut stream = Stream::new(&cluster, &[0]);
+    let warm = cluster.now + 1_000_000;
+    while cluster.now < warm {
+        stream.lap(&mut cluster)?;
     }
     for (round, pages) in [most, most / 2, 8].into_iter().enumerate() {
-        let request = over_two(&rig, 0, pages, 100_000 * (round as u64 + 1));
-        let (token, begun, before) = (rig.ask(request), rig.now, stream.next);
+        let request = over_two(&cluster, 0, pages, 100_000 * (round as u64 + 1));
+        let (token, begun, before) = (cluster.ask(request), cluster.now, stream.next);
         let answer = loop {
-            stream.lap(&mut rig)?;
-            if let Some(answer) = rig.answers.remove(&token) {
+            stream.lap(&mut cluster)?;
+            if let Some(answer) = cluster.answers.remove(&token) {
                 break answer;
             }
         };
-        let waited = rig.now - begun;
+        let waited = cluster.now - begun;
         println!("{pages} pages: {waited} us, {} others begun", stream.next - before);
         if let Err(error) = answer {
             return Err(format!("a commit of {pages} pages beside a stream: {error}"));
         }
         if waited > BOUND_US {
-            return Err(format!("a commit of {pages} pages has waited {waited} us: {}", rig.describe()));
+            return Err(format!("a commit of {pages} pages has waited {waited} us: {}", cluster.describe()));
         }
     }
     Ok(())
 }
 
 fn compete_for_two_shards() -> Outcome {
-    let mut rig = rig_of_two()?;
-    let most = rig.all.shards[0].txn_bytes_max() as usize / BLOCK - 1;
-    let mut stream = Stream::new(&rig, &[0, 1]);
+    let mut cluster = rig_of_two()?;
+    let most = cluster.all.shards[0].txn_bytes_max() as usize / BLOCK - 1;
+    let mut stream = Stream::new(&cluster, &[0, 1]);
     let mut asked: BTreeMap<Token, Micros> = BTreeMap::new();
-    let (end, mut round, mut longest, mut ended) = (rig.now + 20_000_000, 0, 0, 0);
-    while rig.now < end {
+    let (end, mut round, mut longest, mut ended) = (cluster.now + 20_000_000, 0, 0, 0);
+    while cluster.now < end {
         while asked.len() < 4 {
             round += 1;
             let request =
-                over_two(&rig, (round % 2) as u16, most / (1 + round as usize % 3), 10_000 + 2_000 * (round % 8));
-            asked.insert(rig.ask(request), rig.now);
+                over_two(&cluster, (round % 2) as u16, most / (1 + round as usize % 3), 10_000 + 2_000 * (round % 8));
+            asked.insert(cluster.ask(request), cluster.now);
         }
-        stream.lap(&mut rig)?;
+        stream.lap(&mut cluster)?;
         for (token, begun) in asked.clone() {
-            let Some(answer) = rig.answers.remove(&token) else { continue };
-            answer.map_err(|error| format!("a commit over shards, after {} us: {error}", rig.now - begun))?;
+            let Some(answer) = cluster.answers.remove(&token) else { continue };
+            answer.map_err(|error| format!("a commit over shards, after {} us: {error}", cluster.now - begun))?;
             asked.remove(&token);
-            longest = longest.max(rig.now - begun);
+            longest = longest.max(cluster.now - begun);
             ended += 1;
         }
     }
     println!("{ended} commits over shards beside {} of one, the longest took {longest} us", stream.next);
     if ended < 20 || longest > 3 * BOUND_US {
-        return Err(format!("{ended} commits over shards, the longest took {longest} us: {}", rig.describe()));
+        return Err(format!("{ended} commits over shards, the longest took {longest} us: {}", cluster.describe()));
     }
     Ok(())
 }

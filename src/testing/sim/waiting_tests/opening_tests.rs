@@ -20,8 +20,8 @@ pub(super) fn settles_what_is_found_written() -> Outcome {
     const LONE: usize = 2_000;
     let small = Options { inline_pages_max: 0, ..smallest(2, 8) };
     let large = Options { memory_bytes: 192 << 20, ..small.clone() };
-    let mut rig = Rig::open(SimDisk::new(14), &large, 2)?;
-    let deal = rig.deal;
+    let mut cluster = ParkedCluster::open(SimDisk::new(14), &large, 2)?;
+    let deal = cluster.deal;
     let of = |shard, shift: u32| {
         (1u64..).map(move |n| key(n << shift)).filter(move |key| deal.shard_of(*key) == ShardId::new(shard))
     };
@@ -30,7 +30,7 @@ pub(super) fn settles_what_is_found_written() -> Outcome {
     let sets: Vec<&[PageKey]> = patched.chunks(PATCHED).collect();
     let mut model = Model::new();
     for keys in lone.chunks(50) {
-        rig.commit(keys.iter().map(|key| (*key, put(1))).collect(), true)?;
+        cluster.commit(keys.iter().map(|key| (*key, put(1))).collect(), true)?;
         model.extend(keys.iter().map(|key| (*key, 1)));
     }
     let mut asked = Vec::new();
@@ -40,17 +40,17 @@ pub(super) fn settles_what_is_found_written() -> Outcome {
             changes.extend(sets[at - 2].iter().map(|key| (*key, put(3))));
             model.extend(sets[at - 2].iter().map(|key| (*key, 3)));
         }
-        asked.push(rig.ask(Request::Commit(Commit { reads: Vec::new(), changes, durable: false })));
+        asked.push(cluster.ask(Request::Commit(Commit { reads: Vec::new(), changes, durable: false })));
     }
     for token in asked {
-        rig.answer(token)?.map_err(|error| format!("a commit: {error}"))?;
+        cluster.answer(token)?.map_err(|error| format!("a commit: {error}"))?;
     }
-    rig.call(Request::Flush)?.map_err(|error| format!("a flush: {error}"))?;
-    let crashed = rig.disk.crash(Loss::Everything, &mut Rng::new(1));
+    cluster.call(Request::Flush)?.map_err(|error| format!("a flush: {error}"))?;
+    let crashed = cluster.disk.crash(Loss::Everything, &mut Rng::new(1));
     // The device takes no time: messages of several checkpoints arrive while a group is redone, and not while one is read.
     crashed.set_latency(Latency { read: (1, 1), write: (1, 1), flush: (1, 1), ..Latency::default() });
-    let mut rig = Rig::open(crashed, &small, 2)?;
-    check(&mut rig, &model)
+    let mut cluster = ParkedCluster::open(crashed, &small, 2)?;
+    check(&mut cluster, &model)
 }
 
 /// If this fails, the owner of a store on a full device waits for ever for it to open, and is told nothing.
@@ -69,32 +69,32 @@ pub(super) fn ends_without_space() -> Outcome {
     let many = Options { geometry, memory_bytes: 64 << 20, coalesce_window_us: 10_000, ..options() };
     let one = Options { data_bytes_max: 12 << 20, ..many.clone() };
     // All of them have logs: on the full device none could be made.
-    let mut rig = Rig::open(SimDisk::new(15), &many, SHARDS)?;
-    rig.call(Request::Close)?.map_err(|error| format!("closing: {error}"))?;
-    let mut rig = Rig::open(rig.disk, &one, 1)?;
+    let mut cluster = ParkedCluster::open(SimDisk::new(15), &many, SHARDS)?;
+    cluster.call(Request::Close)?.map_err(|error| format!("closing: {error}"))?;
+    let mut cluster = ParkedCluster::open(cluster.disk, &one, 1)?;
     // The same number of pages in every virtual shard.
     let page = |n: u64| key(n % u64::from(SHARDS) * 512 + n / u64::from(SHARDS));
     let mut model = Model::new();
-    let free_extents = |rig: &mut Rig| match rig.call(Request::Stats)? {
+    let free_extents = |cluster: &mut ParkedCluster| match cluster.call(Request::Stats)? {
         Ok(Response::Stats(stats)) => Ok(stats.extents_free),
         other => Err(format!("{other:?}")),
     };
     for n in (0..).step_by(usize::from(SHARDS)) {
         let keys: Vec<PageKey> = (n..n + u64::from(SHARDS)).map(page).collect();
-        rig.commit(keys.iter().map(|key| (*key, put(1))).collect(), true)?;
+        cluster.commit(keys.iter().map(|key| (*key, put(1))).collect(), true)?;
         model.extend(keys.into_iter().map(|key| (key, 1)));
-        if free_extents(&mut rig)? <= EXTENTS_LEFT {
+        if free_extents(&mut cluster)? <= EXTENTS_LEFT {
             break;
         }
     }
-    rig.checkpoint()?;
-    let left = free_extents(&mut rig)?;
+    cluster.checkpoint()?;
+    let left = free_extents(&mut cluster)?;
     let whole = |n| (page(n), Change::Patch { offset: 0, bytes: Bytes::from(vec![2; BLOCK]) });
-    rig.commit((0..SHARDS.into()).map(whole).collect(), true)?;
+    cluster.commit((0..SHARDS.into()).map(whole).collect(), true)?;
     model.extend((0..SHARDS.into()).map(|n| (page(n), 2)));
-    let crashed = rig.disk.crash(Loss::Everything, &mut Rng::new(1));
+    let crashed = cluster.disk.crash(Loss::Everything, &mut Rng::new(1));
     crashed.inject(Fault { forever: true, errno: ENOSPC, ..Fault::once(OpKind::Allocate, Area::Any, 0) });
-    let refused = match Rig::open(crashed.clone(), &many, SHARDS) {
+    let refused = match ParkedCluster::open(crashed.clone(), &many, SHARDS) {
         Err(why) if why.contains("no space is left for") => why,
         Err(why) => return Err(why),
         Ok(_) => return Err(format!("{left} free extents were enough for {SHARDS} shards")),
@@ -103,6 +103,6 @@ pub(super) fn ends_without_space() -> Outcome {
     // With space again all is there.
     let freed = crashed.crash(Loss::Everything, &mut Rng::new(2));
     freed.clear_faults();
-    let mut rig = Rig::open(freed, &many, SHARDS)?;
-    check(&mut rig, &model)
+    let mut cluster = ParkedCluster::open(freed, &many, SHARDS)?;
+    check(&mut cluster, &model)
 }

@@ -16,21 +16,21 @@ fn commits_to_new_pages_far_apart_are_answered_beside_readers() {
 pub(super) fn answered_beside_readers() -> Outcome {
     let options = tiny();
     let far = |volume: u8, offset: u64| PageKey::new(VolumeId::new(volume), PageId::new((1 << 50) + offset));
-    let mut rig = Rig::open(SimDisk::new(9), &options, 1)?;
-    rig.fill(PAGES, 20)?;
+    let mut cluster = ParkedCluster::open(SimDisk::new(9), &options, 1)?;
+    cluster.fill(PAGES, 20)?;
     for volume in 2..8 {
-        rig.commit(vec![(far(volume, 0), put(1))], true)?;
+        cluster.commit(vec![(far(volume, 0), put(1))], true)?;
     }
-    rig.checkpoint()?;
+    cluster.checkpoint()?;
     let (mut done, mut refused) = (0, 0);
     for left in (4..220).step_by(12) {
         // What the last round has left in memory goes with it.
-        rig.call(Request::Close)?.map_err(|error| error.to_string())?;
-        rig = Rig::open(rig.disk, &options, 1)?;
-        let mut pinned = pin_all(&mut rig, PAGES)?;
+        cluster.call(Request::Close)?.map_err(|error| error.to_string())?;
+        cluster = ParkedCluster::open(cluster.disk, &options, 1)?;
+        let mut pinned = pin_all(&mut cluster, PAGES)?;
         pinned.truncate(pinned.len().saturating_sub(left));
         let changes = (2..8).map(|volume| (far(volume, (left as u64) << 24), put(2))).collect();
-        match rig.call(Request::Commit(Commit { reads: Vec::new(), changes, durable: false }))? {
+        match cluster.call(Request::Commit(Commit { reads: Vec::new(), changes, durable: false }))? {
             Ok(_) => done += 1,
             Err(error) if error.kind() == ErrorKind::Busy => refused += 1,
             Err(error) => return Err(format!("a commit beside {left} free pages: {error}")),
@@ -52,19 +52,19 @@ fn refused_as_a_whole() -> Outcome {
     const BOUND_US: u64 = 5_000_000;
     let options = tiny();
     let far = |n: u64| PageKey::new(VolumeId::new(2), PageId::new(n << 24));
-    let mut rig = Rig::open(SimDisk::new(15), &options, 1)?;
-    rig.fill(PAGES, 20)?;
-    (0..FAR).try_for_each(|n| rig.commit(vec![(far(n), put(n))], true))?;
-    rig.checkpoint()?;
-    rig.call(Request::Close)?.map_err(|error| error.to_string())?;
-    rig = Rig::open(rig.disk, &options, 1)?;
-    let pinned = pin_all(&mut rig, PAGES)?;
-    let begun = rig.now;
-    match rig.call(Request::Read((0..FAR).map(far).collect()))? {
+    let mut cluster = ParkedCluster::open(SimDisk::new(15), &options, 1)?;
+    cluster.fill(PAGES, 20)?;
+    (0..FAR).try_for_each(|n| cluster.commit(vec![(far(n), put(n))], true))?;
+    cluster.checkpoint()?;
+    cluster.call(Request::Close)?.map_err(|error| error.to_string())?;
+    cluster = ParkedCluster::open(cluster.disk, &options, 1)?;
+    let pinned = pin_all(&mut cluster, PAGES)?;
+    let begun = cluster.now;
+    match cluster.call(Request::Read((0..FAR).map(far).collect()))? {
         Err(error) if error.kind() == ErrorKind::Busy => {}
         other => return Err(format!("a read of {FAR} pages beside {} pinned: {other:?}", pinned.len())),
     }
-    let waited = rig.now - begun;
+    let waited = cluster.now - begun;
     println!("refused after {waited} us");
     if waited <= BOUND_US { Ok(()) } else { Err(format!("refused after {waited} us only")) }
 }

@@ -22,35 +22,45 @@ fn commits_leave_space_for_the_map_nodes_that_they_will_dirty() {
 
 fn leaves_space_for_nodes(fill_percent: u32, may_be_full: bool) -> Outcome {
     let options = Options { fill_percent, memory_bytes: 64 << 20, ..options() };
-    let mut rig = Rig::open(SimDisk::new(12), &options, 1)?;
+    let mut cluster = ParkedCluster::open(SimDisk::new(12), &options, 1)?;
     for at in (0..PAGES).step_by(50) {
-        rig.commit((at..at + 50).map(|n| (lone(n), put(n))).collect(), true)?;
+        cluster.commit((at..at + 50).map(|n| (lone(n), put(n))).collect(), true)?;
     }
-    rig.checkpoint()?;
-    rig.disk.inject(Fault { kind: Some(OpKind::Allocate), area: Area::Any, after: 0, forever: true, errno: ENOSPC });
+    cluster.checkpoint()?;
+    cluster.disk.inject(Fault {
+        kind: Some(OpKind::Allocate),
+        area: Area::Any,
+        after: 0,
+        forever: true,
+        errno: ENOSPC,
+    });
     let mut last = vec![0; PAGES as usize];
     for round in 1..4 {
         // Pages gather in memory while the device is slow.
-        rig.disk.set_latency(Latency { write: (2_000_000, 3_000_000), stall_one_in: u64::MAX, ..Latency::default() });
+        cluster.disk.set_latency(Latency {
+            write: (2_000_000, 3_000_000),
+            stall_one_in: u64::MAX,
+            ..Latency::default()
+        });
         let commit = |n| Commit { reads: Vec::new(), changes: vec![(lone(n), put(round))], durable: false };
-        let asked: Vec<Token> = (0..PAGES).map(|n| rig.ask(Request::Commit(commit(n)))).collect();
-        rig.pass(1_000_000)?;
-        rig.disk.set_latency(Latency::default());
+        let asked: Vec<Token> = (0..PAGES).map(|n| cluster.ask(Request::Commit(commit(n)))).collect();
+        cluster.pass(1_000_000)?;
+        cluster.disk.set_latency(Latency::default());
         for (n, token) in asked.into_iter().enumerate() {
-            match rig.answer(token)? {
+            match cluster.answer(token)? {
                 Ok(_) => last[n] = round,
                 Err(error) if may_be_full && error.kind() == ErrorKind::Full => {}
-                Err(error) => return Err(format!("round {round}, page {n}: {error}: {}", rig.describe())),
+                Err(error) => return Err(format!("round {round}, page {n}: {error}: {}", cluster.describe())),
             }
         }
-        rig.checkpoint()?;
+        cluster.checkpoint()?;
     }
-    let crashed = rig.disk.crash(Loss::Everything, &mut Rng::new(1));
-    let mut rig = Rig::open(crashed, &options, 1)?;
+    let crashed = cluster.disk.crash(Loss::Everything, &mut Rng::new(1));
+    let mut cluster = ParkedCluster::open(crashed, &options, 1)?;
     let written = last.into_iter().enumerate().filter(|(_, round)| *round > 0);
     let model: Model = written.map(|(n, round)| (lone(n as u64), round as u8)).collect();
     println!("{} of {PAGES} pages were overwritten", model.len());
-    check(&mut rig, &model)
+    check(&mut cluster, &model)
 }
 
 /// If this fails, a shard panics for want of a frame: its search for memory takes map nodes that are nowhere on the device, made by a
@@ -62,31 +72,31 @@ fn frames_suffice_for_nodes_that_the_search_for_them_takes() {
 
 pub(super) fn counts_nodes_anew() -> Outcome {
     let options = Options { memory_bytes: 8 << 20, ..tiny() };
-    let mut rig = Rig::open(SimDisk::new(13), &options, 1)?;
-    rig.fill(PAGES, 50)?;
+    let mut cluster = ParkedCluster::open(SimDisk::new(13), &options, 1)?;
+    cluster.fill(PAGES, 50)?;
     // Each below a node of its own, in a tree that is high enough.
     let far = |n: u64| key((n + 1) << 20);
-    rig.commit(vec![(far(1 << 20), put(1))], true)?;
-    rig.checkpoint()?;
-    let pages = rig.all.shards[0].txn_bytes_max() / BLOCK as u64;
+    cluster.commit(vec![(far(1 << 20), put(1))], true)?;
+    cluster.checkpoint()?;
+    let pages = cluster.all.shards[0].txn_bytes_max() / BLOCK as u64;
     let mut read = 0;
     for round in 0..24 {
         let changes = || (round * pages..(round + 1) * pages).map(|n| (far(n), put(n))).collect();
         // Two of one turn: the second meets the change of the first.
-        let lsn = rig.read(key(0))?.map_err(|error| error.to_string())?.lsn();
+        let lsn = cluster.read(key(0))?.map_err(|error| error.to_string())?.lsn();
         let first = Commit { reads: vec![], changes: vec![(key(0), patch(round))], durable: true };
         let second = Commit { reads: vec![(key(0), lsn)], changes: changes(), durable: true };
-        let (first, second) = (rig.ask(Request::Commit(first)), rig.ask(Request::Commit(second)));
-        rig.answer(first)?.map_err(|error| error.to_string())?;
-        if rig.answer(second)?.is_ok() {
+        let (first, second) = (cluster.ask(Request::Commit(first)), cluster.ask(Request::Commit(second)));
+        cluster.answer(first)?.map_err(|error| error.to_string())?;
+        if cluster.answer(second)?.is_ok() {
             return Err("there was no conflict".into());
         }
         // What it has made leaves memory by and by: the leaves first.
         for _ in 0..round * 50 {
             read = (read + 1) % PAGES;
-            rig.read(key(read))?.map_err(|error| error.to_string())?;
+            cluster.read(key(read))?.map_err(|error| error.to_string())?;
         }
-        rig.commit(changes(), true)?;
+        cluster.commit(changes(), true)?;
     }
-    check(&mut rig, &(0..24 * pages).step_by(17).map(|n| (far(n), n as u8)).collect())
+    check(&mut cluster, &(0..24 * pages).step_by(17).map(|n| (far(n), n as u8)).collect())
 }

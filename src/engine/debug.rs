@@ -1,0 +1,85 @@
+//! What a shard waits for, in words: for messages about runs that hang, and for debuggers.
+
+use super::Shard;
+#[cfg(any(test, feature = "sim"))]
+use super::Token;
+#[cfg(any(test, feature = "sim"))]
+use crate::base::Lsn;
+
+#[cfg(any(test, feature = "sim"))]
+impl Shard {
+    /// Which request got which LSN, in order, since last asked: also for commits that are never answered.
+    pub fn take_drawn(&mut self) -> Vec<(Token, Lsn)> {
+        std::mem::take(&mut self.ctx.drawn)
+    }
+
+    /// What it waits for, for the message about a run that hangs.
+    pub fn dump_state(&self) -> String {
+        format!(
+            "{:?} with {} left and {} coming, {} pending, {} ready, {} finished, {} ops, {} waiting for durability, \
+             open group of {} urgent {}, {} groups in flight, flushing {}, {} dirty, {} captures, {} page writes, \
+             {} blocks reserved, {} dirty nodes, checkpoint {:?}, {} extents being compacted, {} moves, growing {}, \
+             stalled for space {}, {} segments free, {} frames ({}), {:?}, next {} watermark {}, failed {:?}, \
+             closing {}",
+            self.space.extents.space(),
+            self.space.extents.left_count(),
+            self.space.extents.coming(),
+            self.requests.pending.len(),
+            self.requests.ready.len(),
+            self.requests.finished.len(),
+            self.ctx.ops.len(),
+            self.watermark.replies.len(),
+            self.log.open.slots.len(),
+            self.log.open.urgent,
+            self.log.in_flight.len(),
+            self.log.flushing,
+            self.writeback.dirty.len(),
+            self.writeback.captures.len(),
+            self.writeback.page_writes,
+            self.writeback.reserved_blocks,
+            self.map.dirty_count(),
+            self.checkpoint,
+            self.compaction.compactor.count(),
+            self.compaction.moves.len(),
+            self.space.growing,
+            self.space.stalled,
+            self.log.free_segments(),
+            self.ctx.arena.blocks(),
+            self.memory(),
+            self.ctx.blocked,
+            self.ctx.order.next(),
+            self.ctx.order.watermark(),
+            self.ctx.failed,
+            self.life.closing.is_some(),
+        )
+    }
+}
+
+impl std::fmt::Debug for Shard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shard")
+            .field("id", &self.ctx.id)
+            .field("next", &self.ctx.order.next())
+            .field("watermark", &self.ctx.order.watermark())
+            .field("pending", &self.requests.pending.len())
+            .field("ready", &self.requests.ready.len())
+            .field("waiting", &self.watermark.replies.len())
+            .field("ops", &self.ctx.ops.len())
+            .field("groups_in_flight", &self.log.in_flight.len())
+            .field("open_group", &self.log.open.first_lsn())
+            .field("free_segments", &self.log.free_segments())
+            .field("flushing", &self.log.flushing)
+            .field("dirty", &self.writeback.dirty.len())
+            .field("captures", &self.writeback.captures.len())
+            .field("reserved_blocks", &self.writeback.reserved_blocks)
+            .field("dirty_nodes", &self.map.dirty_count())
+            .field("memory", &self.memory())
+            .field("checkpoint", &self.checkpoint)
+            .field("space", &self.space.extents.space())
+            .field("left", &self.space.extents.left_count())
+            .field("compacting", &self.compaction.compactor.count())
+            .field("growing", &self.space.growing)
+            .field("failed", &self.ctx.failed)
+            .finish()
+    }
+}
