@@ -1,7 +1,7 @@
 //! What this machine gives: facts, found out without changing anything, and what follows from them for the engine.
 //!
 //! ```text
-//! /proc, /sys, system calls --readers--> Machine (facts) --findings (pure)--> here | what is used | what would be better
+//! /proc, /sys, system calls --readers--> Machine (facts) --advice (pure)--> found | used | suggestions
 //! ```
 //! Invariants
 //! 1. Looking leaves nothing behind: no file, no setting, no lock. What must be tried (a ring, a direct transfer) is
@@ -11,18 +11,18 @@
 //!
 //! It does *not*: open a store, choose for it, or change the machine.
 
+mod advice;
 mod cgroup;
 mod directory;
 mod driver;
-mod findings;
 mod machine;
 mod memory;
 mod mounts;
 
+pub use advice::{Finding, Level, Suggestion, human_bytes};
 pub use directory::{DirectIo, Directory};
 pub(crate) use driver::executor_refused;
 pub use driver::{Driver, IoUring};
-pub use findings::{Better, Finding, Level, human_bytes};
 pub(crate) use machine::allowed_cores;
 pub use machine::{Cores, HugePages, Kernel, MemoryLocks, OpenFiles};
 pub use memory::{AvailableMemory, Room};

@@ -1,4 +1,4 @@
-//! The readers on files of other machines, and the findings for machines that are not at hand.
+//! The readers on files of other machines, and the advice for machines that are not at hand.
 
 use super::machine::{chosen, count};
 use super::mounts::mount_of;
@@ -45,12 +45,12 @@ fn refuse(machine: &mut Machine, refusal: UnavailableReason, error: &str) {
     machine.io_uring = IoUring::new(Some(UringUnavailable { reason: refusal, error: error.into() }), Some(0), false);
 }
 
-/// What the findings say that is not good: subjects, and all commands.
+/// What the advice says that is not good: subjects, and all commands.
 fn complaints(machine: &Machine, driver: &Driver) -> (Vec<&'static str>, Vec<String>) {
-    let findings = machine.findings_with(driver);
+    let findings = machine.advice_with(driver);
     let subjects = findings.iter().filter(|finding| finding.level > Level::Good).map(|finding| finding.subject);
     let commands =
-        findings.iter().flat_map(|finding| finding.better.iter().filter_map(|better| better.command.clone()));
+        findings.iter().flat_map(|finding| finding.suggestions.iter().filter_map(|better| better.command.clone()));
     (subjects.collect(), commands.collect())
 }
 
@@ -174,7 +174,7 @@ fn looking_at_a_directory_that_is_not_there_asks_its_parent_and_leaves_nothing()
     let machine = Machine::look(&dir.path().join("a/b"));
     assert_eq!(machine.directory.looked_at, dir.path());
     assert_ne!(machine.directory.direct_io, DirectIo::Unknown);
-    assert!(machine.can_run(), "{:?}", machine.findings());
+    assert!(machine.can_run(), "{:?}", machine.advice());
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     assert_eq!(Machine::look(Path::new("no-such-directory/x")).directory.looked_at, Path::new("."));
 }

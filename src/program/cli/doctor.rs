@@ -8,7 +8,7 @@
 
 use super::{Failure, Format, memory, output, size};
 use comfy_table::{ContentArrangement, LineStyle, Table, TableStyle};
-use corepage::probe::{AvailableMemory, Better, Driver, Finding, Level, Machine};
+use corepage::probe::{AvailableMemory, Driver, Finding, Level, Machine, Suggestion};
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::io::IsTerminal;
@@ -53,7 +53,7 @@ struct Report<'a> {
 /// Looks, and prints.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let machine = Machine::look(&arguments.dir);
-    let (mut findings, driver) = (machine.findings(), machine.driver());
+    let (mut findings, driver) = (machine.advice(), machine.driver());
     findings.push(memory(arguments.memory, &machine.memory));
     let can_run = findings.iter().all(|finding| finding.level < Level::Fatal);
     let text = match arguments.format {
@@ -79,18 +79,20 @@ fn memory(asked: Option<u64>, room: &AvailableMemory) -> Finding {
     ];
     let here = here.into_iter().flatten().collect::<Vec<_>>().join(", ");
     let here = if here.is_empty() { "unknown".to_owned() } else { here };
-    let better = |what: &str| vec![Better { what: what.to_owned(), command: None }];
-    let (level, used, better) = match memory::choose(asked, None, room) {
+    let suggest = |what: &str| vec![Suggestion { what: what.to_owned(), command: None }];
+    let (level, used, suggestions) = match memory::choose(asked, None, room) {
         Ok((bytes, None)) => (Level::Good, format!("{} for a server", size::show(bytes)), Vec::new()),
         Ok((bytes, Some(warning))) => {
             let what = format!("less, or a machine with more: {warning}");
-            (Level::Improvable, format!("{} for a server", size::show(bytes)), better(&what))
+            (Level::Improvable, format!("{} for a server", size::show(bytes)), suggest(&what))
         }
-        Err(failure) => {
-            (Level::Fatal, format!("no server: {}", failure.text), better("a smaller --memory, or a machine with more"))
-        }
+        Err(failure) => (
+            Level::Fatal,
+            format!("no server: {}", failure.text),
+            suggest("a smaller --memory, or a machine with more"),
+        ),
     };
-    Finding { subject: "memory", level, here, used, better }
+    Finding { subject: "memory", level, found: here, used, suggestions }
 }
 
 /// Of the terminal, or what COLUMNS says.
@@ -133,7 +135,7 @@ fn table(findings: &[Finding], width: u16) -> String {
     table.set_header(["", "What is here", "What is used"]);
     for finding in findings {
         let subject = format!("{} {}", mark(finding.level), finding.subject);
-        table.add_row([&subject, &finding.here, &finding.used]);
+        table.add_row([&subject, &finding.found, &finding.used]);
     }
     table.trim_fmt() + "\n"
 }
@@ -143,7 +145,7 @@ fn stacked(findings: &[Finding], width: u16) -> String {
     let mut out = String::new();
     for finding in findings {
         let _ = writeln!(out, "{} {}", mark(finding.level), finding.subject);
-        out.push_str(&filled(&finding.here, "    ", width));
+        out.push_str(&filled(&finding.found, "    ", width));
         out.push_str(&filled(&format!("→ {}", finding.used), "    ", width));
     }
     out
@@ -152,8 +154,8 @@ fn stacked(findings: &[Finding], width: u16) -> String {
 /// What would be better, with the commands.
 fn commands(findings: &[Finding], width: u16) -> String {
     let mut out = String::new();
-    for finding in findings.iter().filter(|finding| !finding.better.is_empty()) {
-        for better in &finding.better {
+    for finding in findings.iter().filter(|finding| !finding.suggestions.is_empty()) {
+        for better in &finding.suggestions {
             out.push_str(&filled(&format!("{}: {}", finding.subject, better.what), "  ", width));
             if let Some(command) = &better.command {
                 let _ = writeln!(out, "      {command}");

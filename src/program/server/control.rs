@@ -93,11 +93,11 @@ impl Opening {
 
 /// Does what is asked, of a store that is open here.
 pub fn perform(store: &Store, request: &Request) -> Result<Value, Error> {
-    block_on(patiently(store, request))
+    block_on(retry_busy(store, request))
 }
 
 /// A busy store is asked again, within bounds.
-async fn patiently(store: &Store, request: &Request) -> Result<Value, Error> {
+async fn retry_busy(store: &Store, request: &Request) -> Result<Value, Error> {
     let begun = Instant::now();
     loop {
         match attempt(store, request).await {
@@ -260,8 +260,10 @@ fn serve(socket: &Socket, shared: &Shared) -> io::Result<()> {
             Ok(request) => match shared.store.get() {
                 None => (json!({ "opening": Opening::now(shared.begun) }), true),
                 Some(store) => match request {
-                    Request::Stats { shards } => (said(shared.unless_stopping(stats(store, shards, &mut last))), true),
-                    request => (said(shared.unless_stopping(patiently(store, &request))), true),
+                    Request::Stats { shards } => {
+                        (to_response(shared.unless_stopping(stats(store, shards, &mut last))), true)
+                    }
+                    request => (to_response(shared.unless_stopping(retry_busy(store, &request))), true),
                 },
             },
         };
@@ -289,7 +291,7 @@ fn request(lines: &mut BufReader<Deadline<'_>>, patience: Duration) -> io::Resul
     Ok(line)
 }
 
-fn said(result: Result<Value, Error>) -> Value {
+fn to_response(result: Result<Value, Error>) -> Value {
     match result {
         Ok(value) => json!({ "ok": value }),
         Err(error) => json!({ "error": error.to_string() }),
@@ -297,10 +299,10 @@ fn said(result: Result<Value, Error>) -> Value {
 }
 
 /// What a connection was told last: when, and the counters of each shard.
-type Told = (Instant, Vec<ShardStats>);
+type LastSample = (Instant, Vec<ShardStats>);
 
 /// Totals, and what was counted since the last time; the first time since the store was opened.
-async fn stats(store: &Store, by_shard: bool, last: &mut Option<Told>) -> Result<Value, Error> {
+async fn stats(store: &Store, by_shard: bool, last: &mut Option<LastSample>) -> Result<Value, Error> {
     let (now, shards) = (Instant::now(), store.shard_stats().await?);
     let before = last.take();
     let seconds = before.as_ref().map(|(then, _)| now.duration_since(*then).as_secs_f64());

@@ -172,7 +172,7 @@ impl Wait {
 }
 
 /// Tries, unless the client is gone, and again while the store is busy. `fault` makes the client's view of any other error.
-pub async fn patiently<T, F: Future<Output = Result<T, Error>>>(
+pub async fn retry_busy<T, F: Future<Output = Result<T, Error>>>(
     mut attempt: impl FnMut() -> F,
     fault: impl Fn(Error) -> Fault,
 ) -> Result<T, Fault> {
@@ -234,7 +234,7 @@ mod tests {
                 tries.fetch_add(1, Ordering::Relaxed);
                 if others.load(Ordering::Relaxed) < 1000 { Err(busy()) } else { Ok(7) }
             };
-            patiently(attempt, fault).await
+            retry_busy(attempt, fault).await
         };
         let other = async {
             for _ in 0..1000 {
@@ -259,10 +259,10 @@ mod tests {
             async { Err::<(), _>(busy()) }
         };
         let client = move || if own.load(Ordering::Relaxed) { Client::Ends } else { Client::Waits };
-        let result = block_on(client, patiently(attempt, fault));
+        let result = block_on(client, retry_busy(attempt, fault));
         assert!(matches!(result, Err(Fault { errno: Errno::Shutdown, .. })), "{result:?}");
         let failed = || async { Err::<(), _>(Error::new(ErrorKind::Io, "planted: broken")) };
-        let result = block_on(|| Client::Waits, patiently(failed, fault));
+        let result = block_on(|| Client::Waits, retry_busy(failed, fault));
         assert!(matches!(result, Err(Fault { errno: Errno::Io, .. })), "{result:?}");
     }
 
@@ -276,7 +276,7 @@ mod tests {
             tries.fetch_add(1, Ordering::Relaxed);
             async { Err::<(), _>(busy()) }
         };
-        let result = block_on(client, patiently(attempt, fault));
+        let result = block_on(client, retry_busy(attempt, fault));
         assert!(matches!(result, Err(Fault { errno: Errno::Shutdown, .. })), "{result:?}");
         assert_eq!(tries.load(Ordering::Relaxed), gone_after);
     }

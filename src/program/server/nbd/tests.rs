@@ -80,7 +80,7 @@ impl Export for Memory {
                 false => Ok(()),
             }
         };
-        pause::patiently(attempt, |error| Fault::new(Errno::Io, error.to_string())).await?;
+        pause::retry_busy(attempt, |error| Fault::new(Errno::Io, error.to_string())).await?;
         match self.fault.load(Ordering::Relaxed) {
             0 => self.data.lock().unwrap()[offset as usize..][..data.len()].copy_from_slice(&data),
             28 => return Err(Fault::new(Errno::NoSpace, "planted: full")),

@@ -64,7 +64,7 @@ impl Exports for StoreExports {
     type Export = VolumeExport;
 
     fn names(&self) -> Result<Vec<String>, Fault> {
-        let volumes = futures_lite::future::block_on(patiently(|| self.store.volumes()))?;
+        let volumes = futures_lite::future::block_on(retry_busy(|| self.store.volumes()))?;
         Ok(volumes.iter().map(|v| v.name().to_owned()).collect())
     }
 
@@ -72,7 +72,7 @@ impl Exports for StoreExports {
     fn find(&self, name: &str) -> Result<Option<(String, VolumeExport)>, Fault> {
         // A handle of its own: what one connection reads is not counted against another's pins.
         let store = self.store.clone();
-        let mut volumes = futures_lite::future::block_on(patiently(|| store.volumes()))?;
+        let mut volumes = futures_lite::future::block_on(retry_busy(|| store.volumes()))?;
         let wanted = if name.is_empty() && volumes.len() != 1 { "disk" } else { name };
         let index = volumes.iter().position(|v| wanted.is_empty() || v.name() == wanted);
         let Some(volume) = index.map(|i| volumes.swap_remove(i)) else { return Ok(None) };
@@ -82,7 +82,7 @@ impl Exports for StoreExports {
 }
 
 impl VolumeExport {
-    async fn zero_by_commits(&self, range: (u64, u64), hole: bool, fua: bool) -> Result<(), Fault> {
+    async fn zero_in_place(&self, range: (u64, u64), hole: bool, fua: bool) -> Result<(), Fault> {
         let change = |span: &Span| match (span.is_whole(), hole) {
             (true, true) => Change::Free,
             (true, false) => Change::Put(Bytes::from_static(&ZEROS)),
@@ -102,7 +102,7 @@ impl VolumeExport {
             let batch = span::batch(&mut rest, CHANGES_MAX, self.commit_bytes_max, cost);
             let last = rest.peek().is_none();
             let durability = if fua && last { Durability::Durable } else { Durability::Buffered };
-            patiently(|| {
+            retry_busy(|| {
                 let changes = batch.iter().map(|s| (PageId::new(s.page), change(s))).collect();
                 self.volume.apply(changes, durability)
             })
@@ -136,7 +136,7 @@ impl Export for VolumeExport {
         while rest.peek().is_some() {
             let batch = span::batch(&mut rest, READ_PAGES, u64::MAX, |_| 0);
             let ids: Vec<PageId> = batch.iter().map(|s| PageId::new(s.page)).collect();
-            let pages = patiently(|| self.volume.read_many(&ids)).await?;
+            let pages = retry_busy(|| self.volume.read_many(&ids)).await?;
             for (span, page) in batch.iter().zip(&pages) {
                 let part = at..at + span.length as usize;
                 at = part.end;
@@ -161,18 +161,18 @@ impl Export for VolumeExport {
     async fn zero(&self, offset: u64, length: u64, hole: bool, fua: bool) -> Result<(), Fault> {
         let (first, behind) = (offset.div_ceil(PAGE), (offset + length) / PAGE);
         if !hole || behind.saturating_sub(first) <= FREE_AT_ONCE {
-            return self.zero_by_commits((offset, length), hole, fua).await;
+            return self.zero_in_place((offset, length), hole, fua).await;
         }
         let end = offset + length;
         for (from, to) in [(offset, first * PAGE), (behind * PAGE, end)] {
-            self.zero_by_commits((from, to - from), hole, false).await?;
+            self.zero_in_place((from, to - from), hole, false).await?;
         }
-        patiently(|| self.volume.free_range(PageId::new(first), PageId::new(behind - 1))).await?;
+        retry_busy(|| self.volume.free_range(PageId::new(first), PageId::new(behind - 1))).await?;
         if fua { self.flush().await } else { Ok(()) }
     }
 
     async fn flush(&self) -> Result<(), Fault> {
-        patiently(|| self.store.flush()).await.map(drop)
+        retry_busy(|| self.store.flush()).await.map(drop)
     }
 
     /// Reads into the pool, up to as much as one READ may ask for: a longer range would push itself out again.
@@ -181,7 +181,7 @@ impl Export for VolumeExport {
         while rest.peek().is_some() {
             let batch = span::batch(&mut rest, CACHE_PAGES, u64::MAX, |_| 0);
             let ids: Vec<PageId> = batch.iter().map(|s| PageId::new(s.page)).collect();
-            patiently(|| self.volume.read_many(&ids)).await?;
+            retry_busy(|| self.volume.read_many(&ids)).await?;
         }
         Ok(())
     }
@@ -192,7 +192,7 @@ impl Export for VolumeExport {
         let mut next = Some(PageId::new(offset / PAGE));
         for _ in 0..LOOKS {
             let Some(first) = next.filter(|_| !extents.is_full()) else { break };
-            let found = patiently(|| self.volume.allocated(first, last, RANGES)).await?;
+            let found = retry_busy(|| self.volume.allocated(first, last, RANGES)).await?;
             next = found.next;
             for (first, last) in found.ranges {
                 extents.upto(first.get(), true);
@@ -205,8 +205,8 @@ impl Export for VolumeExport {
 }
 
 /// Tries again while the store is busy.
-async fn patiently<T, F: Future<Output = Result<T, Error>>>(attempt: impl FnMut() -> F) -> Result<T, Fault> {
-    pause::patiently(attempt, fault).await
+async fn retry_busy<T, F: Future<Output = Result<T, Error>>>(attempt: impl FnMut() -> F) -> Result<T, Fault> {
+    pause::retry_busy(attempt, fault).await
 }
 
 /// Failures so far, over all connections.

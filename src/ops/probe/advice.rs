@@ -1,6 +1,6 @@
 //! What follows from the facts: for each subject what is here, what the engine makes of it, and what would be better.
 //!
-//! 1. Pure: the same machine gives the same findings, so each sentence can be tested without such a machine.
+//! 1. Pure: the same machine gives the same advice, so each sentence can be tested without such a machine.
 //! 2. `Fatal` is what no store can be opened with, and nothing else: a missing ring or direct I/O only costs speed.
 //! 3. A command stands alone and can be copied as it is; names in capitals are for the reader to fill in.
 
@@ -33,17 +33,17 @@ pub enum Level {
     Fatal,
 }
 
-/// A way to make it better.
+/// A change to the machine or to the options that would make the store faster or safer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
-pub struct Better {
+pub struct Suggestion {
     /// What to do, and what it gives.
     pub what: String,
     /// The command, if there is one.
     pub command: Option<String>,
 }
 
-/// One subject.
+/// The advice on one subject. The names of the JSON form (`here`, `better`) are older than those of the fields, and stay.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Finding {
@@ -51,17 +51,19 @@ pub struct Finding {
     pub subject: &'static str,
     /// How good it is.
     pub level: Level,
-    /// What is here.
-    pub here: String,
+    /// What was found on this machine.
+    #[cfg_attr(feature = "serde", serde(rename = "here"))]
+    pub found: String,
     /// What the engine makes of it.
     pub used: String,
-    /// What would be better, the best first.
-    pub better: Vec<Better>,
+    /// What would improve it, the best first.
+    #[cfg_attr(feature = "serde", serde(rename = "better"))]
+    pub suggestions: Vec<Suggestion>,
 }
 
 impl Finding {
-    fn good(subject: &'static str, here: impl Into<String>, used: impl Into<String>) -> Finding {
-        Finding { subject, level: Level::Good, here: here.into(), used: used.into(), better: Vec::new() }
+    fn good(subject: &'static str, found: impl Into<String>, used: impl Into<String>) -> Finding {
+        Finding { subject, level: Level::Good, found: found.into(), used: used.into(), suggestions: Vec::new() }
     }
 
     fn but(mut self, level: Level) -> Finding {
@@ -69,19 +71,19 @@ impl Finding {
         self
     }
 
-    fn better(mut self, what: impl Into<String>, command: Option<&str>) -> Finding {
-        self.better.push(Better { what: what.into(), command: command.map(str::to_owned) });
+    fn suggest(mut self, what: impl Into<String>, command: Option<&str>) -> Finding {
+        self.suggestions.push(Suggestion { what: what.into(), command: command.map(str::to_owned) });
         self
     }
 }
 
 impl Machine {
     /// All subjects, in a fixed order.
-    pub fn findings(&self) -> Vec<Finding> {
-        self.findings_with(&self.driver())
+    pub fn advice(&self) -> Vec<Finding> {
+        self.advice_with(&self.driver())
     }
 
-    pub(super) fn findings_with(&self, driver: &Driver) -> Vec<Finding> {
+    pub(super) fn advice_with(&self, driver: &Driver) -> Vec<Finding> {
         let ring = driver.name == RING;
         vec![
             self.kernel(),
@@ -100,14 +102,14 @@ impl Machine {
 
     /// Whether a store can be opened here.
     pub fn can_run(&self) -> bool {
-        self.findings().iter().all(|finding| finding.level < Level::Fatal)
+        self.advice().iter().all(|finding| finding.level < Level::Fatal)
     }
 
     fn kernel(&self) -> Finding {
-        let here = format!("Linux {}", self.kernel.release);
+        let found = format!("Linux {}", self.kernel.release);
         match &self.kernel.refused {
-            None => Finding::good("kernel", here, "supported"),
-            Some(why) => Finding::good("kernel", here, why).but(Level::Fatal).better("a newer kernel", None),
+            None => Finding::good("kernel", found, "supported"),
+            Some(why) => Finding::good("kernel", found, why).but(Level::Fatal).suggest("a newer kernel", None),
         }
     }
 
@@ -124,20 +126,20 @@ impl Machine {
             .but(Level::Improvable);
         match refused.reason {
             UnavailableReason::Kernel => {
-                finding.better("a kernel with io_uring: 5.11 or newer, CONFIG_IO_URING=y", None)
+                finding.suggest("a kernel with io_uring: 5.11 or newer, CONFIG_IO_URING=y", None)
             }
-            UnavailableReason::Seccomp => finding.better(
+            UnavailableReason::Seccomp => finding.suggest(
                 "a filter that allows io_uring_setup, io_uring_enter and io_uring_register; in a container",
                 Some("docker run --security-opt seccomp=PROFILE.json IMAGE"),
             ),
             UnavailableReason::Setting => {
-                finding.better("allow it on this machine", Some("sysctl kernel.io_uring_disabled=0"))
+                finding.suggest("allow it on this machine", Some("sysctl kernel.io_uring_disabled=0"))
             }
             UnavailableReason::MemoryLocks => finding
-                .better("more locked memory, for this shell (as root)", Some("ulimit -l unlimited"))
-                .better("the same in a systemd unit", Some("LimitMEMLOCK=infinity")),
-            UnavailableReason::OpenFiles => finding.better("more open files", Some("ulimit -n 65536")),
-            UnavailableReason::Policy => finding.better("ask who set this machine's security policy", None),
+                .suggest("more locked memory, for this shell (as root)", Some("ulimit -l unlimited"))
+                .suggest("the same in a systemd unit", Some("LimitMEMLOCK=infinity")),
+            UnavailableReason::OpenFiles => finding.suggest("more open files", Some("ulimit -n 65536")),
+            UnavailableReason::Policy => finding.suggest("ask who set this machine's security policy", None),
             UnavailableReason::Other => finding,
         }
     }
@@ -146,12 +148,12 @@ impl Machine {
         const SUBJECT: &str = "locked memory";
         let locks = &self.memory_locks;
         let limit = locks.limit_bytes.map_or("no limit".to_owned(), human_bytes);
-        let here = match (locks.limit_bytes, locks.enforced) {
+        let found = match (locks.limit_bytes, locks.enforced) {
             (Some(_), false) => format!("{limit}, not enforced (CAP_IPC_LOCK)"),
             _ => limit,
         };
         if !ring {
-            return Finding::good(SUBJECT, here, "not needed by the portable driver");
+            return Finding::good(SUBJECT, found, "not needed by the portable driver");
         }
         let cores = self.cores.shards_count() as u64;
         let executors = locks.executors_max.unwrap_or(cores).min(cores);
@@ -159,15 +161,15 @@ impl Machine {
         let buffers = locks.buffer_bytes(executors).unwrap_or(memory).min(memory);
         let used =
             format!("executors for {executors} of {cores} shards, {} of registered buffers", human_bytes(buffers));
-        let finding = Finding::good(SUBJECT, here, used);
+        let finding = Finding::good(SUBJECT, found, used);
         if executors == cores && buffers == memory {
             return finding;
         }
         let what = if executors < cores { "executors on all cores" } else { "all page memory registered" };
         finding
             .but(Level::Improvable)
-            .better(format!("{what}, for this shell (as root)"), Some("ulimit -l unlimited"))
-            .better(format!("{what}, in a systemd unit"), Some("LimitMEMLOCK=infinity"))
+            .suggest(format!("{what}, for this shell (as root)"), Some("ulimit -l unlimited"))
+            .suggest(format!("{what}, in a systemd unit"), Some("LimitMEMLOCK=infinity"))
     }
 
     fn file_system(&self) -> Finding {
@@ -175,34 +177,34 @@ impl Machine {
         let directory = &self.directory;
         let name = directory.file_system.as_deref().unwrap_or("unknown");
         let free = directory.free_bytes.map(|bytes| format!(", {} free", human_bytes(bytes))).unwrap_or_default();
-        let here = format!("{name}{free}");
+        let found = format!("{name}{free}");
         if let Some(why) = &directory.unwritable {
-            return Finding::good(SUBJECT, here, format!("no store: {why}"))
+            return Finding::good(SUBJECT, found, format!("no store: {why}"))
                 .but(Level::Fatal)
-                .better("another directory", Some("corepage doctor --dir DIR"));
+                .suggest("another directory", Some("corepage doctor --dir DIR"));
         }
-        if let Some(refused) = self.no_room(&here) {
+        if let Some(refused) = self.no_room(&found) {
             return refused;
         }
         let used = directory.flush.map_or("unknown".to_owned(), |flush| flush.to_string());
-        let finding = Finding::good(SUBJECT, here, used);
+        let finding = Finding::good(SUBJECT, found, used);
         match name {
             "tmpfs" | "ramfs" => finding
                 .but(Level::Improvable)
-                .better("a directory on a disk: this one is memory, and gone when the machine stops", None),
-            "btrfs" => finding.but(Level::Improvable).better(
+                .suggest("a directory on a disk: this one is memory, and gone when the machine stops", None),
+            "btrfs" => finding.but(Level::Improvable).suggest(
                 "overwriting in place, if set before the store is made; costs btrfs's own checksums",
                 Some("chattr +C DIR"),
             ),
             "nfs" | "9p" | "fuse" => finding
                 .but(Level::Improvable)
-                .better("a local file system: what a flush promises here is up to another program", None),
+                .suggest("a local file system: what a flush promises here is up to another program", None),
             _ => finding,
         }
     }
 
     /// Why a new store can't be made for want of room, or because files may not be so long.
-    fn no_room(&self, here: &str) -> Option<Finding> {
+    fn no_room(&self, found: &str) -> Option<Finding> {
         let directory = &self.directory;
         if directory.holds_store {
             return None;
@@ -211,7 +213,7 @@ impl Machine {
         let takes = |shards| fresh::store_bytes(&Geometry::default(), shards, u32::MAX);
         let on = |shards: u16| if shards == 1 { "one shard".to_owned() } else { format!("{shards} shards") };
         let refused = |used: String, what: &str, command| {
-            Finding::good("file system", here, used).but(Level::Fatal).better(what, command)
+            Finding::good("file system", found, used).but(Level::Fatal).suggest(what, command)
         };
         if directory.free_bytes.is_some_and(|free| free < takes(shards)) {
             let used = format!("no store: a new one takes {} on {}", human_bytes(takes(shards)), on(shards));
@@ -235,7 +237,7 @@ impl Machine {
             DirectIo::Refused => {
                 Finding::good(SUBJECT, "not with this file system", "buffered: through the page cache")
                     .but(Level::Improvable)
-                    .better("a directory on ext4 or XFS", Some("corepage doctor --dir DIR"))
+                    .suggest("a directory on ext4 or XFS", Some("corepage doctor --dir DIR"))
             }
             DirectIo::Unknown => Finding::good(SUBJECT, "could not be tried", "nothing").but(Level::Fatal),
         }
@@ -255,7 +257,7 @@ impl Machine {
         let finding = Finding::good(SUBJECT, describe(device), used);
         if device.rotational == Some(true) {
             let what = "a solid-state device: here each group of commits waits for the disk to turn";
-            return finding.but(Level::Improvable).better(what, None);
+            return finding.but(Level::Improvable).suggest(what, None);
         }
         finding
     }
@@ -271,7 +273,7 @@ impl Machine {
                 let command = format!("nvme.poll_queues={}", self.cores.allowed.len().max(1));
                 Finding::good(SUBJECT, "off: the driver has no polling queues", "interrupts")
                     .but(Level::Improvable)
-                    .better("shorter latency; a boot parameter of the kernel", Some(&command))
+                    .suggest("shorter latency; a boot parameter of the kernel", Some(&command))
             }
             Some(_) => Finding::good(SUBJECT, "not offered by the device", "interrupts"),
             None => Finding::good(SUBJECT, "no device", "nothing"),
@@ -286,17 +288,18 @@ impl Machine {
             (Some(0) | None, _) => "none reserved".to_owned(),
             (Some(count), free) => format!("{count} of 2 MiB reserved, {} free", free.unwrap_or(0)),
         };
-        let here = format!("{reserved}; transparent: {}", pages.transparent.as_deref().unwrap_or("not in this kernel"));
+        let found =
+            format!("{reserved}; transparent: {}", pages.transparent.as_deref().unwrap_or("not in this kernel"));
         if pages.free_count.is_some_and(|free| free >= wanted) {
-            return Finding::good(SUBJECT, here, "reserved ones, for all page memory");
+            return Finding::good(SUBJECT, found, "reserved ones, for all page memory");
         }
         let command = format!("sysctl vm.nr_hugepages={wanted}");
         match pages.transparent.as_deref() {
-            Some("always" | "madvise") => Finding::good(SUBJECT, here, "transparent ones, where the kernel has them"),
-            _ => Finding::good(SUBJECT, here, "none: pages of 4 KiB")
+            Some("always" | "madvise") => Finding::good(SUBJECT, found, "transparent ones, where the kernel has them"),
+            _ => Finding::good(SUBJECT, found, "none: pages of 4 KiB")
                 .but(Level::Improvable)
-                .better(format!("reserve them for {} of memory", human_bytes(wanted * HUGE_BYTES)), Some(&command))
-                .better("or let the kernel find them", {
+                .suggest(format!("reserve them for {} of memory", human_bytes(wanted * HUGE_BYTES)), Some(&command))
+                .suggest("or let the kernel find them", {
                     Some("echo madvise > /sys/kernel/mm/transparent_hugepage/enabled")
                 }),
         }
@@ -310,7 +313,7 @@ impl Machine {
         let threads = cores.physical_count.filter(|count| *count < allowed);
         let threads = threads.map(|count| format!(", on {count} physical cores")).unwrap_or_default();
         let quota = cores.quota_count.map(|count| format!(", time for {count}")).unwrap_or_default();
-        let here = format!("{allowed}{online} allowed{threads}{quota}");
+        let found = format!("{allowed}{online} allowed{threads}{quota}");
         let shards = match cores.shards_count() {
             1 => "one shard".to_owned(),
             count => format!("{count} shards"),
@@ -320,10 +323,10 @@ impl Machine {
             None => "each on a processor of its own",
             Some(_) => "not pinned: as many as there is time for",
         };
-        let finding = Finding::good(SUBJECT, here, format!("{shards}, {place}"));
+        let finding = Finding::good(SUBJECT, found, format!("{shards}, {place}"));
         match cores.quota_count {
             None => finding,
-            Some(count) => finding.but(Level::Improvable).better(
+            Some(count) => finding.but(Level::Improvable).suggest(
                 "whole processors instead of a share of time, which halts a shard in the middle of its work; in a container",
                 Some(&format!("docker run --cpuset-cpus 0-{} IMAGE", count.max(1) - 1)),
             ),
@@ -336,23 +339,23 @@ impl Machine {
             return finding;
         }
         let what = "a processor with CRC instructions (SSE 4.2 or ARM CRC): tables are 10 to 40 times slower";
-        finding.but(Level::Improvable).better(what, None)
+        finding.but(Level::Improvable).suggest(what, None)
     }
 
     fn files(&self) -> Finding {
         const SUBJECT: &str = "open files";
         let limit = self.open_files.limit_count;
-        let here = limit.map_or("no limit".to_owned(), |count| format!("up to {count}"));
-        let finding = Finding::good(SUBJECT, here, "log segments, data, rings, clients");
+        let found = limit.map_or("no limit".to_owned(), |count| format!("up to {count}"));
+        let finding = Finding::good(SUBJECT, found, "log segments, data, rings, clients");
         let shards = self.cores.shards_count() as u64;
         let needed =
             OPEN_FILES_OF_SERVER + shards * (u64::from(Geometry::default().segments_count) + OPEN_FILES_OF_SHARD);
         match limit {
             Some(count) if count < needed => Finding { used: format!("no server: {needed} are needed"), ..finding }
                 .but(Level::Fatal)
-                .better("all files of a store can be opened", Some("ulimit -n 65536")),
+                .suggest("all files of a store can be opened", Some("ulimit -n 65536")),
             Some(count) if count < OPEN_FILES_ENOUGH.max(2 * needed) => {
-                finding.but(Level::Improvable).better("room for more clients and shards", Some("ulimit -n 65536"))
+                finding.but(Level::Improvable).suggest("room for more clients and shards", Some("ulimit -n 65536"))
             }
             _ => finding,
         }
