@@ -20,9 +20,9 @@ const SECTOR: usize = 512;
 /// Bytes of a small commit.
 const PATCH: usize = 128;
 
-/// What clients do.
+/// The operation that clients repeat.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Work {
+pub enum Operation {
     /// Read a page.
     Read,
     /// Commit 128 bytes of a page, durably.
@@ -31,9 +31,9 @@ pub enum Work {
     Put,
 }
 
-/// Where clients are.
+/// Where clients call from.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Where {
+pub enum CallSite {
     /// Tasks on the shards' threads.
     Shards,
     /// As many threads of their own, each with an executor.
@@ -68,7 +68,7 @@ fn page(id: u64, tag: u64) -> Bytes {
 
 /// A volume with clients.
 #[derive(Clone)]
-pub struct Field {
+pub struct BenchVolume {
     /// The store.
     pub store: Store,
     /// The volume, of which every page is written.
@@ -79,10 +79,10 @@ pub struct Field {
 /// One measurement.
 #[derive(Clone, Copy)]
 pub struct Run {
-    /// What.
-    pub work: Work,
-    /// Where.
-    pub at: Where,
+    /// The operation that is repeated.
+    pub operation: Operation,
+    /// Where from.
+    pub call_site: CallSite,
     /// Operations in flight over all clients.
     pub in_flight: u64,
     /// For how long.
@@ -92,7 +92,7 @@ pub struct Run {
 }
 
 struct Client {
-    field: Field,
+    bench: BenchVolume,
     handle: Option<ShardHandle>,
     pages: Arc<[u64]>,
     own: Range<u64>,
@@ -118,9 +118,9 @@ impl Client {
     }
 
     async fn once(&self, id: u64, tag: u64) {
-        let (volume, page_id) = (&self.field.volume, PageId::new(id));
-        let change = match self.run.work {
-            Work::Read => {
+        let (volume, page_id) = (&self.bench.volume, PageId::new(id));
+        let change = match self.run.operation {
+            Operation::Read => {
                 let page = match &self.handle {
                     Some(handle) => handle.read(volume, page_id).await,
                     None => volume.read(page_id).await,
@@ -128,12 +128,12 @@ impl Client {
                 let page = page.expect("a page is read");
                 return assert_eq!(page[..8], id.to_le_bytes(), "another page was served");
             }
-            Work::Patch => {
+            Operation::Patch => {
                 let mut bytes = [0x5a; PATCH];
                 stamp(&mut bytes, id, tag);
                 Change::Patch { offset: 0, bytes: Bytes::copy_from_slice(&bytes) }
             }
-            Work::Put => Change::Put(page(id, tag)),
+            Operation::Put => Change::Put(page(id, tag)),
         };
         let committed = match (&self.handle, change) {
             (Some(handle), change) => handle.commit(volume, vec![(page_id, change)]).await,
@@ -142,29 +142,29 @@ impl Client {
             (None, Change::Free) => unreachable!("nobody frees"),
         };
         committed.expect("a commit succeeds");
-        self.field.newest[id as usize].store(tag, Ordering::Relaxed);
+        self.bench.newest[id as usize].store(tag, Ordering::Relaxed);
     }
 }
 
-impl Field {
+impl BenchVolume {
     /// Every page written once.
-    pub fn sown(store: Store, pages: u64) -> Field {
+    pub fn prefilled(store: Store, pages: u64) -> BenchVolume {
         let volume = block_on(store.create_volume("bench", pages * PAGE as u64)).expect("a volume is made");
         let newest = (0..pages).map(|_| AtomicU64::new(0)).collect();
-        let field = Field { store, volume, newest };
-        let step = (field.store.txn_bytes_max() / PAGE as u64).min(256);
+        let bench = BenchVolume { store, volume, newest };
+        let step = (bench.store.txn_bytes_max() / PAGE as u64).min(256);
         for first in (0..pages).step_by(step as usize) {
             let batch = (first..(first + step).min(pages)).map(|id| (PageId::new(id), page(id, 0))).collect();
-            block_on(field.volume.write_many(batch)).expect("pages are written");
+            block_on(bench.volume.write_many(batch)).expect("pages are written");
         }
-        block_on(field.store.checkpoint()).expect("a checkpoint is made");
-        field
+        block_on(bench.store.checkpoint()).expect("a checkpoint is made");
+        bench
     }
 
     /// The volume in the store that was opened again.
-    pub fn again(self, store: Store) -> Field {
+    pub fn again(self, store: Store) -> BenchVolume {
         let volume = block_on(store.volume("bench")).expect("volumes are listed").expect("the volume is there");
-        Field { store, volume, newest: self.newest }
+        BenchVolume { store, volume, newest: self.newest }
     }
 
     /// How many pages there are.
@@ -174,12 +174,12 @@ impl Field {
 
     fn clients(&self, run: Run, count: u64, pages: &Arc<[u64]>, handle: Option<&ShardHandle>) -> Vec<Client> {
         let all = pages.len() as u64;
-        let own = |n: u64| match run.work {
-            Work::Read => 0..all,
-            Work::Patch | Work::Put => n * all / count..(n + 1) * all / count,
+        let own = |n: u64| match run.operation {
+            Operation::Read => 0..all,
+            Operation::Patch | Operation::Put => n * all / count..(n + 1) * all / count,
         };
         let client = |n: u64| Client {
-            field: self.clone(),
+            bench: self.clone(),
             handle: handle.cloned(),
             pages: pages.clone(),
             own: own(n),
@@ -192,15 +192,15 @@ impl Field {
     /// Measures.
     pub fn run(&self, run: Run) -> Sample {
         let all: Vec<u64> = (0..self.pages()).collect();
-        match run.at {
-            Where::Shards => {
+        match run.call_site {
+            CallSite::Shards => {
                 let shards = self.store.shards_count();
                 let of = |id: &u64| self.store.shard_of(&self.volume, PageId::new(*id));
                 let mut dealt: Vec<Vec<u64>> = vec![Vec::new(); shards];
                 all.iter().for_each(|id| dealt[of(id)].push(*id));
                 self.on_shards(run, dealt)
             }
-            Where::Threads(threads) => self.on_threads(run, threads, &all),
+            CallSite::Threads(threads) => self.on_threads(run, threads, &all),
         }
     }
 
@@ -209,9 +209,9 @@ impl Field {
         let (start, cpu) = (Instant::now(), processor_time());
         let until = start + run.time;
         let begin = |(shard, pages): (usize, Vec<u64>)| {
-            let (field, pages) = (self.clone(), Arc::from(pages));
+            let (bench, pages) = (self.clone(), Arc::from(pages));
             let body = move |handle: ShardHandle| async move {
-                let clients = field.clients(run, count, &pages, Some(&handle));
+                let clients = bench.clients(run, count, &pages, Some(&handle));
                 let tasks: Vec<_> = clients.into_iter().map(|client| handle.spawn(client.go(until))).collect();
                 let mut times = Vec::new();
                 for task in tasks {
@@ -232,9 +232,9 @@ impl Field {
         let (start, cpu) = (Instant::now(), processor_time());
         let until = start + run.time;
         let begin = |pages: &[u64]| {
-            let (field, pages) = (self.clone(), Arc::from(pages));
+            let (bench, pages) = (self.clone(), Arc::from(pages));
             std::thread::spawn(move || {
-                let clients = field.clients(run, count, &pages, None);
+                let clients = bench.clients(run, count, &pages, None);
                 let executor = async_executor::LocalExecutor::new();
                 let tasks: Vec<_> = clients.into_iter().map(|client| executor.spawn(client.go(until))).collect();
                 block_on(executor.run(async {

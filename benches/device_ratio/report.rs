@@ -162,7 +162,7 @@ fn commit() -> String {
 impl Report {
     /// Says what this is.
     pub fn begin(plan: &Plan, small: bool) -> Report {
-        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("first_figures.jsonl");
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("device_ratio.jsonl");
         let file = File::create(&path).expect("the results can be written");
         let mut report = Report { rows: Vec::new(), file, path, small };
         let machine = format!("{}, {} cores", first_line("/proc/cpuinfo", "model name"), plan.shards);
