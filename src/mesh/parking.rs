@@ -154,6 +154,15 @@ mod tests {
         assert_eq!(waker.wakes(), 1, "it did not park");
     }
 
+    /// A thread that parks twice would overwrite the level that it waits for, and sleep through it.
+    #[test]
+    #[should_panic(expected = "a thread that parks is awake")]
+    fn a_thread_parks_once_before_it_is_awake() {
+        let (parking, _) = parking();
+        assert!(parking.park(None, || false));
+        parking.park(Some(7), || false);
+    }
+
     /// A shard that is woken for every step of the watermark does no work of its own.
     #[test]
     fn a_parked_thread_is_woken_for_the_level_that_it_waits_for() {

@@ -100,6 +100,20 @@ impl<T> ReplySlot<T> {
     }
 }
 
+#[cfg(all(test, not(corepage_loom)))]
+mod tests {
+    use super::*;
+
+    /// A slot that is abandoned twice is freed twice, and gives its place to two requests.
+    #[test]
+    #[should_panic(expected = "its asker has gone before")]
+    fn a_slot_is_abandoned_once() {
+        let slot = ReplySlot::<u32>::default();
+        assert_eq!(slot.abandon(), Abandoned::Left);
+        slot.abandon();
+    }
+}
+
 #[cfg(all(test, corepage_loom))]
 mod loom {
     use super::*;

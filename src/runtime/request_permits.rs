@@ -242,6 +242,21 @@ impl Drop for PermitFuture<'_> {
     }
 }
 
+#[cfg(all(test, not(corepage_loom)))]
+mod tests {
+    use super::*;
+
+    /// A permit that is released twice wraps the count: no request would ever be refused again, or none let in.
+    #[test]
+    #[should_panic(expected = "1 permits and 5 bytes are released, 0 and 0 were taken")]
+    fn a_permit_is_released_once() {
+        let permits = RequestPermits::new(2, 100);
+        assert!(permits.try_acquire(5));
+        permits.release(1, 5);
+        permits.release(1, 5);
+    }
+}
+
 #[cfg(all(test, corepage_loom))]
 mod loom {
     use super::*;

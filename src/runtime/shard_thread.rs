@@ -86,10 +86,18 @@ pub(super) struct ThreadContext<M: StateMachine> {
 
 /// A thread that drives its shard.
 pub(super) struct ShardThread<M: StateMachine, D: Disk> {
+    /// Taken only in `drop`.
     event_loop: Option<EventLoop<M, D>>,
-    /// Until the shard is open, or has failed.
-    opening: Option<Sender<StartupStatus<M>>>,
+    life: Life<M>,
     shared: Arc<RuntimeShared>,
+}
+
+/// How far a shard's thread is in its life. It only moves forward.
+enum Life<M> {
+    /// The coordinator waits for a report.
+    Opening(Sender<StartupStatus<M>>),
+    Open,
+    Ended,
 }
 
 impl<M: StateMachine> ThreadContext<M> {
@@ -144,7 +152,7 @@ impl<M: StateMachine> ThreadContext<M> {
                         request_bytes_max,
                     };
                     let event_loop = Some(EventLoop::new(parts, disk));
-                    return Some(ShardThread { event_loop, opening: Some(status), shared });
+                    return Some(ShardThread { event_loop, life: Life::Opening(status), shared });
                 }
             }
         }
@@ -180,53 +188,63 @@ fn panicked() -> Error {
 impl<M: StateMachine, D: Disk> ShardThread<M, D> {
     /// Runs some rounds of the event loop. False: the shard has ended, and nothing is left to do.
     pub(super) fn run(&mut self) -> bool {
-        match catch_unwind(AssertUnwindSafe(|| self.run_rounds())) {
-            Ok(true) => return true,
-            Ok(false) => {}
-            Err(_) => {
-                tracing::error!("a shard panicked; the store is closed as after a crash");
-                self.shared.fail(stopped_by_a_bug());
-                tell(&mut self.opening, StartupStatus::Failed(panicked()));
-                self.shared.abandon();
-            }
+        assert!(!matches!(self.life, Life::Ended), "a shard that has ended runs no more rounds");
+        let goes_on = catch_unwind(AssertUnwindSafe(|| self.run_rounds())).unwrap_or_else(|_| {
+            tracing::error!("a shard panicked; the store is closed as after a crash");
+            self.shared.fail(stopped_by_a_bug());
+            self.end(StartupStatus::Failed(panicked()));
+            self.shared.abandon();
+            false
+        });
+        self.assert_state(goes_on);
+        goes_on
+    }
+
+    /// A shard is reported as open in the round in which it opens, and stays open.
+    fn assert_state(&self, goes_on: bool) {
+        let is_open = self.event_loop.as_ref().is_some_and(|event_loop| event_loop.shard().is_open());
+        match self.life {
+            Life::Opening(_) => assert!(goes_on && !is_open, "an open shard was not reported"),
+            Life::Open => assert!(goes_on && is_open, "a shard that was reported as open opens again"),
+            Life::Ended => assert!(!goes_on, "a shard that has ended goes on"),
+        }
+    }
+
+    /// The shard ends; if the coordinator waits for a report it gets `status`.
+    fn end(&mut self, status: StartupStatus<M>) -> bool {
+        if let Life::Opening(report) = std::mem::replace(&mut self.life, Life::Ended) {
+            // Nothing receives it if opening was given up.
+            let _ = report.send(status);
         }
         false
     }
 
     fn run_rounds(&mut self) -> bool {
-        let Some(event_loop) = &mut self.event_loop else { return false };
         for _ in 0..ROUNDS_MAX {
+            let Some(event_loop) = &mut self.event_loop else { return false };
             let outcome = event_loop.poll_once();
-            if self.opening.is_some() {
-                let status = match event_loop.shard().failure() {
-                    Some(error) => StartupStatus::Failed(error),
-                    None if event_loop.shard().is_open() => StartupStatus::Open,
-                    None if outcome == PollOutcome::Ended => StartupStatus::Failed(super::shared::closed()),
-                    None => {
-                        event_loop.park_or_spin_if_idle(outcome);
-                        continue;
+            if let Life::Opening(status) = &self.life {
+                let shard = event_loop.shard();
+                match shard.failure() {
+                    Some(error) => return self.end(StartupStatus::Failed(error)),
+                    None if shard.is_open() => {
+                        // Nothing receives it if opening was given up.
+                        let _ = status.send(StartupStatus::Open);
+                        self.life = Life::Open;
                     }
-                };
-                let failed = matches!(status, StartupStatus::Failed(_));
-                tell(&mut self.opening, status);
-                if failed {
-                    return false;
+                    None if outcome == PollOutcome::Ended => {
+                        return self.end(StartupStatus::Failed(super::shared::closed()));
+                    }
+                    None => {}
                 }
             }
             if outcome == PollOutcome::Ended {
+                self.life = Life::Ended;
                 return false;
             }
             event_loop.park_or_spin_if_idle(outcome);
         }
         true
-    }
-}
-
-/// Reports to the coordinator, once, whether the shard has opened.
-fn tell<M>(opening: &mut Option<Sender<StartupStatus<M>>>, status: StartupStatus<M>) {
-    if let Some(opening) = opening.take() {
-        // Nobody receives if opening was given up.
-        let _ = opening.send(status);
     }
 }
 
