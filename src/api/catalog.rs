@@ -137,7 +137,8 @@ impl Store {
     async fn try_create(&self, name: &str, bytes: u64) -> Result<Volume> {
         let records = self.records().await?;
         if records.iter().any(|record| record.is_named(name)) {
-            return Err(Error::invalid(format_args!("a volume named {name} exists already")));
+            let text = format_args!("a volume named {name} exists already");
+            return Err(Error::new(ErrorKind::AlreadyExists, text));
         }
         let Some(free) = records.iter().position(|record| record.volume.is_none()) else {
             return Err(Error::invalid(

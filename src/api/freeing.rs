@@ -250,8 +250,7 @@ impl Drop for Running<'_> {
         if std::thread::panicking() {
             state.is_running = false;
             state.jobs.clear();
-            state.failed =
-                Some(Error::new(ErrorKind::Closed, "freeing pages failed in an unforeseen way; reopen the store"));
+            state.failed = Some(Error::internal("the thread that frees pages panicked; reopen the store"));
         }
         drop(state);
         self.0.changed.notify(usize::MAX);

@@ -42,7 +42,7 @@ impl ShardHandle {
         let key = self.key(volume, page)?;
         let mut pins = Pins::take(&self.pins, 1)?;
         let read = self.local.call(Request::Read(SmallVec::from_buf([key]))).await?;
-        pages(read)?.pop().map(|page| page.counted(&mut pins)).ok_or_else(|| Error::corrupt("a read gave no page"))
+        pages(read)?.pop().map(|page| page.counted(&mut pins)).ok_or_else(|| Error::internal("a read gave no page"))
     }
 
     /// Pages of this shard, at most `vectored_pages_max` of them, in the order asked.

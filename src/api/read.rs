@@ -75,6 +75,6 @@ impl Reads {
     /// The same, once they are there.
     pub(super) fn into_pages(self) -> Result<Vec<PageRef>> {
         let all = self.found.into_iter().collect::<Option<_>>();
-        all.ok_or_else(|| Error::corrupt("a read gave fewer pages than asked for"))
+        all.ok_or_else(|| Error::internal("a read gave fewer pages than asked for"))
     }
 }

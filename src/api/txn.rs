@@ -114,7 +114,7 @@ impl Txn {
         let key = self.key(volume, page)?;
         if self.work.must_read(key) {
             let page = self.store.read(&[key]).await?.pop();
-            self.work.reads.insert(key, page.ok_or_else(|| Error::corrupt("a read gave no page"))?);
+            self.work.reads.insert(key, page.ok_or_else(|| Error::internal("a read gave no page"))?);
         }
         Ok(self.work.view(key))
     }

@@ -86,7 +86,7 @@ impl Volume {
     pub async fn read(&self, page: PageId) -> Result<PageRef> {
         self.check()?;
         let pages = self.store.read(&[self.key(page)]).await?;
-        pages.into_iter().next().ok_or_else(|| Error::corrupt("a read gave no page"))
+        pages.into_iter().next().ok_or_else(|| Error::internal("a read gave no page"))
     }
 
     /// Several pages, in the order asked: neighbours on the device are read together. Each is the newest version of

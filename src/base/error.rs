@@ -20,6 +20,8 @@ pub enum ErrorKind {
     Full,
     /// Fix the call or the surroundings: no such volume, directory or store.
     NotFound,
+    /// Fix the call: a volume of this name is there already. Nothing was done.
+    AlreadyExists,
     /// Fix the surroundings: another process has the store open.
     InUse,
     /// Fix the surroundings: this version can't read the store, or this machine lacks something.
@@ -32,6 +34,8 @@ pub enum ErrorKind {
     OutcomeUnknown,
     /// The store is closed, or stopped after a failed log write; reopen it.
     Closed,
+    /// Report it: a bug of the engine, which says nothing of the data. Reopen the store.
+    Internal,
 }
 
 /// An error of the engine. `Display` gives the values and what to do; [`kind`](Error::kind) is for code.
@@ -115,6 +119,10 @@ impl Error {
 
     pub(crate) fn invalid(context: impl fmt::Display) -> Self {
         Error::new(ErrorKind::Invalid, context)
+    }
+
+    pub(crate) fn internal(context: impl fmt::Display) -> Self {
+        Error::new(ErrorKind::Internal, format_args!("{context} (a bug of corepage: please report it)"))
     }
 
     pub(crate) fn corrupt(context: impl fmt::Display) -> Self {

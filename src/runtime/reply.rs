@@ -1,6 +1,6 @@
 //! The reply to a request of another thread, to come.
 
-use crate::base::error::{Error, ErrorKind, Result};
+use crate::base::error::{Error, Result};
 use crate::engine::Response;
 use crate::mesh;
 use std::future::Future;
@@ -15,7 +15,7 @@ impl Future for Reply {
     type Output = Result<Response>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let taken = || Err(Error::new(ErrorKind::Closed, "the reply was taken already"));
+        let taken = || Err(Error::internal("the reply was taken already"));
         Pin::new(&mut self.0).poll(cx).map(|reply| reply.unwrap_or_else(taken))
     }
 }

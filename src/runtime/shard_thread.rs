@@ -182,7 +182,7 @@ fn stopped_by_a_bug() -> Error {
 }
 
 fn panicked() -> Error {
-    Error::new(ErrorKind::Closed, "opening the store panicked")
+    Error::internal("opening the store panicked")
 }
 
 impl<M: StateMachine, D: Disk> ShardThread<M, D> {

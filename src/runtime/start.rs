@@ -84,7 +84,7 @@ async fn start_in_mode<M: StateMachine>(
     let (wake, own) = (ready.clone(), opening.clone());
     let body = move || {
         let opened = catch_unwind(AssertUnwindSafe(|| open(&dir, &options, mode, bootstrap_fn, &own)));
-        let opened = opened.unwrap_or_else(|_| Err(Error::new(ErrorKind::Closed, "opening the store panicked")));
+        let opened = opened.unwrap_or_else(|_| Err(Error::internal("opening the store panicked")));
         // If the caller has gone, the runtime is dropped here, and the store closed.
         let _ = send.send(opened);
         wake.notify(usize::MAX);
@@ -100,7 +100,7 @@ async fn start_in_mode<M: StateMachine>(
                 return result;
             }
             Err(crossbeam::channel::TryRecvError::Empty) => listener.await,
-            Err(_) => return Err(Error::new(ErrorKind::Closed, "opening the store panicked")),
+            Err(_) => return Err(Error::internal("opening the store panicked")),
         }
     }
 }

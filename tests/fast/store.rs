@@ -381,7 +381,8 @@ fn volumes_are_separate_and_named_once() {
         block_on(other.write(id(1), page(2))).unwrap();
         assert_filled(&volume, 1, 1);
         let long = "x".repeat(256);
-        for (name, bytes) in [("vol", 4096), ("", 4096), ("n", 0), ("n", 4097), (long.as_str(), 4096), ("a\nb", 4096)] {
+        assert_eq!(kind(block_on(store.create_volume("vol", 4096))), ErrorKind::AlreadyExists);
+        for (name, bytes) in [("", 4096), ("n", 0), ("n", 4097), (long.as_str(), 4096), ("a\nb", 4096)] {
             assert_eq!(kind(block_on(store.create_volume(name, bytes))), ErrorKind::Invalid, "{name} {bytes}");
         }
         let (a, b) = block_on(zip(store.create_volume("twin", 4096), store.create_volume("twin", 4096)));
