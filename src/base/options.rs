@@ -52,6 +52,19 @@ pub enum Driver {
     Portable,
 }
 
+impl std::str::FromStr for Driver {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Driver> {
+        match name {
+            "auto" => Ok(Driver::Auto),
+            "ring" => Ok(Driver::Ring),
+            "portable" => Ok(Driver::Portable),
+            _ => Err(Error::invalid(format_args!("there is no driver `{name}`: take auto, ring or portable"))),
+        }
+    }
+}
+
 /// How to open a store. The defaults suit a server that has the machine for itself.
 #[derive(Clone, Debug)]
 pub struct Options {

@@ -11,8 +11,8 @@
 //! 1. A run has at most one [`Frame`]. Its state word counts the [`FrameRef`]s to it, and has `ORPHAN` set once the
 //!    frame is gone. The run is returned exactly once: by the frame if it goes last (word 0), else by the reference
 //!    whose release takes the word from `ORPHAN | 1` to `ORPHAN`; no other transition returns it.
-//! 2. Pins are made only from a `&Frame` or a `&FrameRef`. So whoever holds `&mut Frame` and sees a count of zero is
-//!    alone with the bytes, for as long as that borrow lasts: this is what makes [`Frame::try_mut`] sound. The zero is
+//! 2. Pins are made only from a `&Frame` or a `&FrameRef`. So a holder of `&mut Frame` that sees a count of zero has
+//!    exclusive access to the bytes for as long as that borrow lasts, which makes [`Frame::try_mut`] sound. The zero is
 //!    read with acquire and pins are released with release, so the last reader's reads come before the first write.
 //! 3. Bytes are changed only through `try_mut`; while a pin exists there is no `&mut` to them, and [`Deref`] gives
 //!    shared slices only.
@@ -48,12 +48,12 @@ pub enum ArenaKind {
     Small,
 }
 
-/// What the arena takes for each block beside its bytes: its state, its place among those returned (with a stamp), and in the lists
-/// of free ones.
+/// Bytes that the arena needs for each block besides the block itself: its state, its slot in the queue of returned blocks (with
+/// a stamp), and its links in the lists of free blocks.
 #[cfg(test)]
 pub(crate) const BLOCK_BYTES: usize = size_of::<Word>() + 2 * size_of::<usize>() + super::buddy::BLOCK_BYTES;
 
-/// What the arena and all its frames share.
+/// The state that the arena and all its frames share.
 struct Shared {
     memory: memory::Memory,
     /// One word per block; only that of a run's first block is in use.
@@ -132,7 +132,7 @@ impl Arena {
         self.shared.states.len() as u32
     }
 
-    /// What memory the machine gave.
+    /// The kind of memory that the machine gave.
     pub fn kind(&self) -> ArenaKind {
         self.shared.memory.kind()
     }
@@ -160,7 +160,7 @@ impl fmt::Debug for Arena {
     }
 }
 
-/// The memory of an arena as a whole: where it lies, for those who make it known to the kernel. Not its bytes.
+/// The memory of a whole arena: its address and length, for registration with the kernel. It gives no access to the bytes.
 pub struct Mapping(Arc<Shared>);
 
 impl Mapping {
@@ -259,7 +259,7 @@ impl Frame {
         if self.pins() != 0 {
             return None;
         }
-        // SAFETY: invariant 2: with `&mut self` and no pins, nobody else can reach these bytes or get to reach them
+        // SAFETY: invariant 2: with `&mut self` and no pins, no other reference to these bytes exists or can be made
         // during the borrow. The run lies within the mapping, is not shared with another run, and is initialised.
         Some(unsafe { std::slice::from_raw_parts_mut(self.run.start().as_ptr(), self.run.len()) })
     }

@@ -30,7 +30,7 @@ struct Link {
     prev: u32,
 }
 
-/// What it takes for each block.
+/// Bytes that it needs for each block.
 #[cfg(test)]
 pub(super) const BLOCK_BYTES: usize = size_of::<u8>() + size_of::<Link>();
 

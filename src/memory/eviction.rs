@@ -1,4 +1,4 @@
-//! Which frame is given up when memory is needed: one policy over all that is in memory and can go (S3-FIFO).
+//! The eviction policy (S3-FIFO): it chooses the frame that is given up when memory is needed, among all frames that can go.
 //!
 //! ```text
 //! first listed --> probation (a tenth) --used again twice--> main --unused for a round--> out
@@ -23,26 +23,26 @@
 use crate::base::Micros;
 use smallvec::SmallVec;
 
-/// Uses that count: more are no better.
+/// Uses are counted up to this.
 const USES_MAX: u8 = 3;
-/// Uses in probation that lead into the main list. The use that brought it into memory does not count.
+/// Uses in probation that promote a block to the main list. The use that brought it into memory does not count.
 const PROMOTED_AT: u8 = 2;
-/// Of what is listed, the part on probation: one in so many.
+/// The share of listed blocks on probation: one in ten.
 const PROBATION_SHARE: u32 = 10;
 /// See invariant 4.
 const USED_MAX: u32 = 64;
-/// Pinned blocks looked at in each search that finds something else: what is unpinned is found again in time.
+/// Pinned blocks that each search looks at if it finds another victim, so that unpinned ones are found again in time.
 const PINNED_LOOKS: u32 = 2;
 
 /// Map nodes counted by a search, without an allocation.
 pub(crate) const NODES_COUNTED: usize = 32;
 
-/// Places for each hash of what went out.
+/// Entries for each hash of an evicted block.
 const BUCKET: usize = 4;
 
 const NONE: u32 = u32::MAX;
 
-/// What is in a frame.
+/// The content of a frame.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Owner {
     /// A page, by its index in the page table.
@@ -51,7 +51,7 @@ pub(crate) enum Owner {
     Node(u32),
 }
 
-/// What the owner keeps of how it stands in the lists.
+/// The state that an owner keeps for the policy.
 #[derive(Clone, Copy, Default, Debug)]
 pub(crate) struct Residency {
     uses: u8,
@@ -60,7 +60,7 @@ pub(crate) struct Residency {
 }
 
 impl Residency {
-    /// It was used again.
+    /// Counts one more use.
     #[inline]
     pub(crate) fn used(&mut self) {
         // Pages in use are at the most: they are not written to each time.
@@ -94,11 +94,11 @@ pub(crate) enum Standing {
     Idle,
 }
 
-/// Those who own what is listed.
+/// The owners of the listed blocks.
 pub(crate) trait Residents {
     /// How `owner` stands, if `block` is still its.
     fn standing(&self, owner: Owner, block: u32) -> Standing;
-    /// What `owner`, which is there, keeps for the policy.
+    /// The state that `owner` keeps for the policy.
     fn residency(&mut self, owner: Owner) -> &mut Residency;
     /// Gives up the frame of `owner`, which is idle; returns a hash of what it held.
     fn evict(&mut self, owner: Owner) -> u64;
@@ -125,7 +125,7 @@ const MAIN: usize = 1;
 const PINNED: usize = 2;
 const UNLISTED: u8 = 3;
 
-/// What the policy takes for each block, at most.
+/// Bytes that the policy needs for each block, at most.
 #[cfg(test)]
 pub(crate) const BLOCK_BYTES: usize = size_of::<Entry>() + 2 * size_of::<u32>();
 
@@ -133,16 +133,16 @@ pub(crate) const BLOCK_BYTES: usize = size_of::<Entry>() + 2 * size_of::<u32>();
 pub(crate) struct Eviction {
     entries: Box<[Entry]>,
     lists: [List; 3],
-    /// What went out of probation, by hash: newer ones overwrite others.
+    /// Hashes of blocks that were evicted from probation; newer ones overwrite older ones.
     remembered: Box<[u32]>,
-    /// When what is pinned was last looked through in vain.
+    /// When the pinned blocks were last searched without success.
     looked_at: Option<Micros>,
     /// Blocks met one after the other that were pinned, since one was met that no reader held any more.
     pinned_in_a_row: u32,
     counts: EvictionCounts,
 }
 
-/// What the evictions have cost.
+/// The cost of evictions.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
 pub(crate) struct EvictionCounts {
     /// Frames given up.
@@ -192,12 +192,12 @@ impl Eviction {
         self.pinned_in_a_row >= self.pinned()
     }
 
-    /// What the evictions have cost so far.
+    /// The cost of evictions so far.
     pub(crate) fn counts(&self) -> EvictionCounts {
         self.counts
     }
 
-    /// Who is listed with `block`.
+    /// The owner that is listed with `block`.
     #[cfg(any(test, feature = "sim"))]
     pub(crate) fn owner_of(&self, block: u32) -> Option<Owner> {
         let entry = &self.entries[block as usize];
@@ -257,7 +257,7 @@ impl Eviction {
         }
     }
 
-    /// Looks at so many of those that readers pinned: what they have let go of is listed as before. Whether any was.
+    /// Looks at up to `looks` pinned blocks and lists those again that are no longer pinned. Returns whether there were any.
     fn unpinned(&mut self, residents: &mut impl Residents, looks: u32) -> bool {
         let mut some = false;
         for _ in 0..looks.min(self.lists[PINNED].len) {

@@ -5,8 +5,8 @@
 //!              \--orphan--> ORPHAN | 1 --release--> returned
 //! ```
 //! Invariants
-//! 1. Of all releases and the one orphaning exactly one is told to return the run: the last.
-//! 2. Whoever is told so, and whoever sees no pins, sees everything that was done before through the pins that are gone.
+//! 1. Of all releases and the one orphaning exactly one returns true, so that its caller returns the run: the last.
+//! 2. A caller that gets true, or sees no pins, also sees everything that was done before through the released pins.
 
 use crate::base::sync::{AtomicU32, Ordering, fence};
 
@@ -27,10 +27,10 @@ impl Word {
         self.0.store(0, Ordering::Relaxed);
     }
 
-    /// One more pin; only by who holds the frame or a pin.
+    /// Adds a pin. The caller holds the frame or a pin.
     #[inline]
     pub(super) fn pin(&self) {
-        // Relaxed, as in Arc: whoever makes a pin has access to the bytes already.
+        // Relaxed, as in Arc: the caller has access to the bytes already.
         let before = self.0.fetch_add(1, Ordering::Relaxed);
         if before & !ORPHAN >= PINS_MAX {
             self.0.fetch_sub(1, Ordering::Relaxed);
@@ -38,20 +38,20 @@ impl Word {
         }
     }
 
-    /// Pins at this moment, asked by the frame.
+    /// The number of pins. Only the frame asks.
     #[inline]
     pub(super) fn pins(&self) -> u32 {
         self.0.load(Ordering::Acquire)
     }
 
-    /// The frame is gone; whether it went last, and its run is to be returned.
+    /// The frame was dropped. True: there are no pins, and the caller has to return the run.
     #[inline]
     pub(super) fn orphan(&self) -> bool {
-        // Without pins nobody is left who could change the word: no need for a read-modify-write.
+        // Without pins nothing else can change the word, so no read-modify-write is needed.
         self.pins() == 0 || self.0.fetch_or(ORPHAN, Ordering::AcqRel) == 0
     }
 
-    /// A pin is gone; whether it was the last of all, and the run is to be returned.
+    /// A pin was dropped. True: it was the last reference, and the caller has to return the run.
     #[inline]
     pub(super) fn release(&self) -> bool {
         let is_last = self.0.fetch_sub(1, Ordering::Release) == ORPHAN | 1;

@@ -21,7 +21,7 @@ unsafe impl Send for Memory {}
 // SAFETY: as above.
 unsafe impl Sync for Memory {}
 
-/// What has to be given back to the system.
+/// A mapping that is unmapped when this is dropped.
 struct Owner {
     at: NonNull<u8>,
     len: usize,

@@ -5,7 +5,7 @@
 //! 3. A command stands alone and can be copied as it is; names in capitals are for the reader to fill in.
 
 use super::driver::RING;
-use super::{DirectIo, Driver, Machine};
+use super::{AutoDriver, DirectIo, Machine};
 use crate::base::options::{Geometry, Options};
 use crate::format::fresh;
 use crate::io::{BlockDevice, UnavailableReason};
@@ -83,7 +83,7 @@ impl Machine {
         self.advice_with(&self.driver())
     }
 
-    pub(super) fn advice_with(&self, driver: &Driver) -> Vec<Finding> {
+    pub(super) fn advice_with(&self, driver: &AutoDriver) -> Vec<Finding> {
         let ring = driver.name == RING;
         vec![
             self.kernel(),

@@ -2,7 +2,7 @@
 //!
 //! Invariants
 //! 1. A group is bound by the limits of all groups above it, too: the lowest counts.
-//! 2. What can't be read or understood is no limit.
+//! 2. A limit that can't be read or understood counts as none.
 //!
 //! It does *not* see groups above the root of a container's own view: the kernel hides them.
 
@@ -10,17 +10,17 @@ use super::mounts::unescape;
 use super::{Roots, text};
 use std::path::{Path, PathBuf};
 
-/// Thousandths of a processor that this process may use, if a control group says.
+/// Thousandths of a processor that this process may use, if a control group limits them.
 pub(super) fn look(roots: &Roots) -> Option<u64> {
     quota_millis(&roots.proc("self/cgroup")?, &roots.proc("self/mountinfo")?, text)
 }
 
-/// The same for what `/proc/self/cgroup` and `/proc/self/mountinfo` say; `read` gives a file's text.
+/// Computes it from the texts of `/proc/self/cgroup` and `/proc/self/mountinfo`; `read` returns a file's text.
 pub(super) fn quota_millis(membership: &str, mountinfo: &str, read: impl Fn(&Path) -> Option<String>) -> Option<u64> {
     lowest("cpu", membership, mountinfo, |version, group| processor_millis(version, group, &read))
 }
 
-/// Bytes of memory that this process may use, if a control group says.
+/// Bytes of memory that this process may use, if a control group limits them.
 pub(super) fn memory_limit_bytes(roots: &Roots) -> Option<u64> {
     match (roots.proc("self/cgroup"), roots.proc("self/mountinfo")) {
         (Some(membership), Some(mountinfo)) => memory_bytes(&membership, &mountinfo, text),
@@ -32,7 +32,7 @@ pub(super) fn memory_limit_bytes(roots: &Roots) -> Option<u64> {
     }
 }
 
-/// The same for what `/proc/self/cgroup` and `/proc/self/mountinfo` say.
+/// Computes it from the texts of `/proc/self/cgroup` and `/proc/self/mountinfo`.
 pub(super) fn memory_bytes(membership: &str, mountinfo: &str, read: impl Fn(&Path) -> Option<String>) -> Option<u64> {
     lowest("memory", membership, mountinfo, |version, group| memory_limit(version, group, &read))
 }

@@ -9,7 +9,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-/// Whether transfers can pass the page cache by.
+/// Whether transfers can bypass the page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
@@ -22,13 +22,13 @@ pub enum DirectIo {
     Unknown,
 }
 
-/// A directory, and what is under it.
+/// A directory, its file system and its device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Directory {
-    /// As it was named.
+    /// The path as the user gave it.
     pub path: PathBuf,
-    /// Where it was looked: the same, or its nearest parent.
+    /// The path that was probed: the same, or its nearest existing parent.
     pub looked_at: PathBuf,
     /// Why it can't be written.
     pub unwritable: Option<String>,
@@ -36,11 +36,11 @@ pub struct Directory {
     pub file_system: Option<String>,
     /// Bytes that this user may still fill.
     pub free_bytes: Option<u64>,
-    /// Whether files of a store are there: then none has to be made.
+    /// Whether it holds a store already.
     pub holds_store: bool,
     /// Whether direct I/O works.
     pub direct_io: DirectIo,
-    /// The device, where there is one.
+    /// The device, if there is one.
     pub device: Option<BlockDevice>,
     /// How writes become durable there.
     pub flush: Option<FlushMethod>,

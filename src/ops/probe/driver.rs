@@ -1,33 +1,31 @@
-//! io_uring: whether a ring can really be set up, why not, and which driver follows.
+//! io_uring: whether a ring can be created, why not, and which driver `auto` takes.
 
 use super::Roots;
 use crate::io::{ProcessLimits, UnavailableReason, UringUnavailable, uring};
 use std::fmt;
 
-/// Whether this version has the ring driver.
-pub(super) const RING_DRIVER: bool = true;
 /// The drivers' names.
 pub(super) const RING: &str = "io_uring";
 const PORTABLE: &str = "portable";
 
-/// Whether a ring can be set up.
+/// Whether a ring can be created.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct IoUring {
-    /// It was done.
+    /// A ring was created and torn down.
     pub available: bool,
-    /// Why it was not.
+    /// Why it could not be created.
     pub refusal: Option<UnavailableReason>,
-    /// The error that the kernel gave (`EPERM` and so on), or what its io_uring lacks.
+    /// The kernel's error (`EPERM` and so on), or the feature that its io_uring lacks.
     pub error: Option<String>,
     /// kernel.io_uring_disabled: 0 allowed, 1 for the privileged only, 2 forbidden; absent before Linux 6.6.
     pub disabled_setting: Option<u32>,
-    /// Whether a seccomp filter is on this process.
+    /// Whether a seccomp filter is installed for this process.
     pub seccomp_filter: bool,
 }
 
 impl IoUring {
-    /// Sets a ring up, and takes it down again.
+    /// Creates a ring and tears it down.
     pub(super) fn try_one(roots: &Roots) -> IoUring {
         let it = ProcessLimits::read(&roots.proc);
         IoUring::new(uring::probe_ordinary().err(), it.setting, it.filter)
@@ -47,7 +45,7 @@ impl IoUring {
         }
     }
 
-    /// The refusal as a whole.
+    /// The reason and the error together, if there is no ring.
     pub fn refused(&self) -> Option<UringUnavailable> {
         self.refusal.map(|reason| UringUnavailable { reason, error: self.error.clone().unwrap_or_default() })
     }
@@ -68,41 +66,40 @@ pub(crate) fn executor_refused() -> Option<String> {
     })
 }
 
-/// The way to the disk that is taken.
+/// The driver that `auto` takes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
-pub struct Driver {
+pub struct AutoDriver {
     /// `io_uring` or `portable`.
     pub name: &'static str,
-    /// Why it is not the ring.
+    /// Why it is not the ring driver.
     pub because: Option<String>,
 }
 
-impl Driver {
-    /// What `auto` takes on this machine, for this process.
-    pub fn auto() -> Driver {
-        Driver::choose(&IoUring::try_one(&Roots::default())).unless(executor_refused())
+impl AutoDriver {
+    /// Probes this machine, for this process.
+    pub fn auto() -> AutoDriver {
+        AutoDriver::choose(&IoUring::try_one(&Roots::default())).unless(executor_refused())
     }
 
-    /// The portable driver if there is such a reason against the ring.
-    pub(super) fn unless(self, refused: Option<String>) -> Driver {
+    /// Falls back to the portable driver if the executor was refused.
+    pub(super) fn unless(self, refused: Option<String>) -> AutoDriver {
         match refused {
-            Some(why) if self.because.is_none() => Driver { name: PORTABLE, because: Some(why) },
+            Some(why) if self.because.is_none() => AutoDriver { name: PORTABLE, because: Some(why) },
             _ => self,
         }
     }
 
-    /// What `auto` takes where a ring was tried with this outcome.
-    pub fn choose(io_uring: &IoUring) -> Driver {
+    /// The driver that follows from the outcome of a probe.
+    pub fn choose(io_uring: &IoUring) -> AutoDriver {
         match io_uring.refused() {
-            Some(refused) => Driver { name: PORTABLE, because: Some(refused.to_string()) },
-            None if RING_DRIVER => Driver { name: RING, because: None },
-            None => Driver { name: PORTABLE, because: Some("the ring driver is not in this version".to_owned()) },
+            Some(refused) => AutoDriver { name: PORTABLE, because: Some(refused.to_string()) },
+            None => AutoDriver { name: RING, because: None },
         }
     }
 }
 
-impl fmt::Display for Driver {
+impl fmt::Display for AutoDriver {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name)?;
         self.because.iter().try_for_each(|because| write!(f, ", because {because}"))

@@ -9,7 +9,7 @@ use rustix::thread::CpuSet;
 
 /// Locked memory that glommio asks for at least, for each executor.
 const EXECUTOR_BYTES: u64 = 512 << 10;
-/// What the engine adds for each: the executor's own I/O memory (64 KiB).
+/// Locked memory that the engine adds for each executor: its own I/O memory (64 KiB).
 const EXECUTOR_OWN_BYTES: u64 = 64 << 10;
 
 /// The kernel.
@@ -18,7 +18,7 @@ const EXECUTOR_OWN_BYTES: u64 = 64 << 10;
 pub struct Kernel {
     /// As `uname -r` says.
     pub release: String,
-    /// Why the engine does not run on it, if it does not.
+    /// Why the engine can't run on it, if it can't.
     pub refused: Option<String>,
 }
 
@@ -64,8 +64,8 @@ impl MemoryLocks {
         }
     }
 
-    /// What can be registered beside `executors_count` executors: at most half of the limit, as the ring disks ask
-    /// for. `None`: no limit.
+    /// Memory that can be registered besides `executors_count` executors: at most half of the limit, as the ring disks
+    /// request. `None`: no limit.
     pub fn buffer_bytes(&self, executors_count: u64) -> Option<u64> {
         let limit = self.limit_bytes.filter(|_| self.enforced)?;
         let executors = executors_count.saturating_mul(EXECUTOR_BYTES + EXECUTOR_OWN_BYTES);
@@ -136,14 +136,14 @@ impl Cores {
         }
     }
 
-    /// How many shards a store runs here if nobody says.
+    /// How many shards a store runs here by default.
     pub(super) fn shards_count(&self) -> usize {
         let allowed = self.allowed.len().clamp(1, usize::from(SHARDS_MAX));
         self.quota_count.map_or(allowed, |quota| quota.min(allowed))
     }
 }
 
-/// How many numbers a list like `0-3,8` has.
+/// Counts the numbers of a list like `0-3,8`.
 pub(super) fn count(list: &str) -> Option<u64> {
     list.split(',').try_fold(0, |sum, part| {
         let (first, last) = part.split_once('-').unwrap_or((part, part));

@@ -2,7 +2,7 @@
 //! groups (memory.max, memory.high) and process limits (`ulimit -v`, `ulimit -d`) allow.
 //!
 //! Invariants
-//! 1. The lowest of what is known counts. What can't be found out is no limit.
+//! 1. The lowest known limit counts. A limit that can't be found out counts as none.
 //! 2. Whether an amount fits is decided here alone ([`AvailableMemory::judge`]): `serve`, `bench` and `doctor` say the same.
 //!
 //! It does *not* know what a store needs, and reserves nothing: others may take the memory in the next moment.
@@ -12,17 +12,16 @@ use rustix::process::{Resource, getrlimit};
 
 /// Bytes of a reserved huge page.
 const HUGE_BYTES: u64 = 2 << 20;
-/// Of what can be had, how much may be taken without a warning, in percent: the rest is for the page cache and for what other
-/// programs will want in a while.
+/// Percent of the available memory that may be taken without a warning; the rest is left for the page cache and for other programs.
 const COMFORTABLE_PERCENT: u64 = 80;
 
-/// Memory that can be had. What is absent can't be found out, or is not limited.
+/// Memory that is available. An absent value is unknown or not limited.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct AvailableMemory {
-    /// Of the machine.
+    /// The memory of the machine.
     pub total_bytes: Option<u64>,
-    /// What of it can be taken without swapping, huge pages that are reserved and free among it.
+    /// Memory that can be taken without swapping, including free reserved huge pages.
     pub available_bytes: Option<u64>,
     /// The lowest limit of the control groups of this process.
     pub group_limit_bytes: Option<u64>,
@@ -30,19 +29,19 @@ pub struct AvailableMemory {
     pub process_limit_bytes: Option<u64>,
 }
 
-/// Whether an amount of memory can be had.
+/// Whether an amount of memory is available.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Room {
-    /// It can.
+    /// It is.
     Enough,
-    /// It can, and leaves little to others; in words.
+    /// It is, but leaves little for other programs; the text says so.
     Tight(String),
-    /// It can't: the kernel would kill this process, or another one; in words.
+    /// It is not: the kernel would kill this process, or another one; the text says so.
     Lacking(String),
 }
 
 impl AvailableMemory {
-    /// Looks.
+    /// Reads the files of the kernel.
     pub fn look() -> AvailableMemory {
         AvailableMemory::look_at(&Roots::default())
     }
@@ -59,7 +58,7 @@ impl AvailableMemory {
         }
     }
 
-    /// The most that can be had, and what says so.
+    /// The most that is available, and the limit that determines it.
     pub fn most(&self) -> Option<(u64, &'static str)> {
         let known = [
             (self.group_limit_bytes, "the limit of the control group (memory.max, memory.high)"),
@@ -69,7 +68,7 @@ impl AvailableMemory {
         known.into_iter().filter_map(|(bytes, what)| Some((bytes?, what))).min_by_key(|(bytes, _)| *bytes)
     }
 
-    /// Whether so many bytes can be had.
+    /// Whether `bytes` are available.
     pub fn judge(&self, bytes: u64) -> Room {
         let Some((most, what)) = self.most() else { return Room::Enough };
         let wanted = human_bytes(bytes);
@@ -95,7 +94,7 @@ fn field(meminfo: &str, name: &str) -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// What the machine has, where there is no /proc.
+/// The memory of the machine, where there is no /proc.
 fn machine_bytes() -> Option<u64> {
     let info = rustix::system::sysinfo();
     let (total, unit) = (info.totalram as u64, u64::from(info.mem_unit));

@@ -1,13 +1,13 @@
-//! What this machine gives: facts, found out without changing anything, and what follows from them for the engine.
+//! Facts about this machine, found out without changing anything, and what follows from them for the engine.
 //!
 //! ```text
 //! /proc, /sys, system calls --readers--> Machine (facts) --advice (pure)--> found | used | suggestions
 //! ```
 //! Invariants
-//! 1. Looking leaves nothing behind: no file, no setting, no lock. What must be tried (a ring, a direct transfer) is
-//!    really tried, for no file in /proc tells it.
-//! 2. A fact that can't be read is absent (`None`), never guessed; no look fails as a whole.
-//! 3. What is decided from a fact is decided in one place, by a pure function, which the reports repeat.
+//! 1. A probe leaves nothing behind: no file, no setting, no lock. Rings and direct transfers are really tried, since no file in
+//!    /proc tells whether they work.
+//! 2. A fact that can't be read is absent (`None`), never guessed; no probe fails as a whole.
+//! 3. Each decision from a fact is made in one place, by a pure function, and the reports repeat it.
 //!
 //! It does *not*: open a store, choose for it, or change the machine.
 
@@ -22,7 +22,7 @@ mod mounts;
 pub use advice::{Finding, Level, Suggestion, human_bytes};
 pub use directory::{DirectIo, Directory};
 pub(crate) use driver::executor_refused;
-pub use driver::{Driver, IoUring};
+pub use driver::{AutoDriver, IoUring};
 pub(crate) use machine::allowed_cores;
 pub use machine::{Cores, HugePages, Kernel, MemoryLocks, OpenFiles};
 pub use memory::{AvailableMemory, Room};
@@ -35,9 +35,9 @@ use std::path::{Path, PathBuf};
 pub struct Machine {
     /// The kernel.
     pub kernel: Kernel,
-    /// Whether a ring can be set up, by trying.
+    /// Whether a ring can be created; one is created to find out.
     pub io_uring: IoUring,
-    /// How much memory can be had.
+    /// How much memory is available.
     pub memory: AvailableMemory,
     /// How much of it may be locked.
     pub memory_locks: MemoryLocks,
@@ -54,7 +54,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Looks at the machine, as seen by this process and from the directory `dir`, which need not exist.
+    /// Probes the machine, as seen by this process and from the directory `dir`, which need not exist.
     pub fn look(dir: &Path) -> Machine {
         let roots = Roots::default();
         Machine {
@@ -71,8 +71,8 @@ impl Machine {
     }
 
     /// The driver that `auto` chooses here.
-    pub fn driver(&self) -> Driver {
-        Driver::choose(&self.io_uring).unless(executor_refused())
+    pub fn driver(&self) -> AutoDriver {
+        AutoDriver::choose(&self.io_uring).unless(executor_refused())
     }
 }
 

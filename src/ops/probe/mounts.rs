@@ -2,12 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-/// What is mounted.
+/// A mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Mount {
-    /// As the kernel names it: `ext4`, `fuse.sshfs`.
+    /// The kernel's name of the file system: `ext4`, `fuse.sshfs`.
     pub file_system: String,
-    /// What was mounted: often a device's path.
+    /// The mounted source, often a device's path.
     pub source: PathBuf,
 }
 

@@ -6,7 +6,7 @@ use super::*;
 use crate::io::{BlockDevice, FlushMethod, UnavailableReason, UringUnavailable};
 use std::fs;
 
-const RING: Driver = Driver { name: super::driver::RING, because: None };
+const RING: AutoDriver = AutoDriver { name: super::driver::RING, because: None };
 
 /// A machine of which nothing is left to wish for: an NVMe device with polling queues, and all limits lifted.
 fn best() -> Machine {
@@ -46,7 +46,7 @@ fn refuse(machine: &mut Machine, refusal: UnavailableReason, error: &str) {
 }
 
 /// What the advice says that is not good: subjects, and all commands.
-fn complaints(machine: &Machine, driver: &Driver) -> (Vec<&'static str>, Vec<String>) {
+fn complaints(machine: &Machine, driver: &AutoDriver) -> (Vec<&'static str>, Vec<String>) {
     let findings = machine.advice_with(driver);
     let subjects = findings.iter().filter(|finding| finding.level > Level::Good).map(|finding| finding.subject);
     let commands =

@@ -8,7 +8,7 @@
 
 use super::{Failure, Format, memory, output, size};
 use comfy_table::{ContentArrangement, LineStyle, Table, TableStyle};
-use corepage::probe::{AvailableMemory, Driver, Finding, Level, Machine, Suggestion};
+use corepage::probe::{AutoDriver, AvailableMemory, Finding, Level, Machine, Suggestion};
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::io::IsTerminal;
@@ -45,7 +45,7 @@ pub struct Arguments {
 struct Report<'a> {
     corepage: &'static str,
     can_run: bool,
-    driver: &'a Driver,
+    driver: &'a AutoDriver,
     machine: &'a Machine,
     findings: &'a [Finding],
 }
@@ -104,7 +104,7 @@ fn width() -> u16 {
     own.or_else(said).unwrap_or(WIDTH_UNKNOWN).min(WIDTH_MAX)
 }
 
-fn human(machine: &Machine, driver: &Driver, findings: &[Finding], width: u16) -> String {
+fn human(machine: &Machine, driver: &AutoDriver, findings: &[Finding], width: u16) -> String {
     let directory = &machine.directory;
     let mut out = format!("corepage {} in {}", env!("CARGO_PKG_VERSION"), directory.path.display());
     if directory.path != directory.looked_at {

@@ -19,6 +19,7 @@ use crate::program::server::nbd::{
     Address, CONNECTIONS_LIMIT, Division, Limits, Listener, Memory, Plan, Server, StoreExports,
 };
 use clap::ValueEnum;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use corepage::probe::AvailableMemory;
 use corepage::{Driver, Options, Store, Volume};
 use futures_lite::future::{block_on, or};
@@ -31,15 +32,15 @@ use tracing::{error, info, warn};
 /// The volume that a fresh store gets if none is asked for.
 const DEFAULT_VOLUME: (&str, u64) = ("disk", 1 << 30);
 
-/// How pages reach the disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum DriverChoice {
-    /// io_uring where it can be used, else portable; the report says which, and why
-    Auto,
-    /// io_uring, or no start
-    Ring,
-    /// Plain system calls on threads
-    Portable,
+/// The names of the drivers, with what the help says of them.
+fn driver_names() -> impl TypedValueParser<Value = Driver> {
+    let name = |name: &'static str, help: &'static str| PossibleValue::new(name).help(help);
+    let names = [
+        name("auto", "io_uring where it can be used, else portable; the report says which, and why"),
+        name("ring", "io_uring, or no start"),
+        name("portable", "Plain system calls on threads"),
+    ];
+    PossibleValuesParser::new(names).try_map(|name| name.parse::<Driver>())
 }
 
 /// What to do when the store takes no writes any more.
@@ -49,16 +50,6 @@ enum OnFailure {
     Exit,
     /// Go on answering reads; writes fail until the server is started again
     Stay,
-}
-
-impl From<DriverChoice> for Driver {
-    fn from(choice: DriverChoice) -> Driver {
-        match choice {
-            DriverChoice::Auto => Driver::Auto,
-            DriverChoice::Ring => Driver::Ring,
-            DriverChoice::Portable => Driver::Portable,
-        }
-    }
 }
 
 #[derive(Debug, clap::Args)]
@@ -81,8 +72,8 @@ pub struct Arguments {
         value_parser = clap::value_parser!(u32).range(30..=85))]
     fill_percent: u32,
     /// How pages reach the disk
-    #[arg(long, value_enum, default_value_t = DriverChoice::Auto)]
-    driver: DriverChoice,
+    #[arg(long, default_value = "auto", value_parser = driver_names())]
+    driver: Driver,
     /// Cores to run on, one shard on each, for example 0,1 [default: all]
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     cores: Option<Vec<usize>>,
@@ -138,7 +129,7 @@ impl Arguments {
         let division = self.divide(bytes)?;
         let options = Options {
             memory_bytes: division.engine_bytes,
-            driver: self.driver.into(),
+            driver: self.driver,
             cores: self.cores.clone(),
             shards: self.shards,
             poll: self.poll,
