@@ -275,6 +275,7 @@ impl Shard {
             match result {
                 Ok(()) => {
                     self.cache.table.set_frame(read.page, Some(frame));
+                    self.cache.table.pages[read.page].assert_state();
                     self.wake_waiters(read.page);
                 }
                 Err(error) => self.fail_waiters(read.page, &error),

@@ -63,6 +63,25 @@ pub(in crate::engine) struct Page {
 }
 
 impl Page {
+    /// Panics if what is known of the page contradicts itself: a bug, and to go on would write it to the device.
+    pub fn assert_state(&self) {
+        let key = self.key;
+        assert!(self.frame.is_none() || !self.absent, "{key:?} is absent, and has bytes");
+        assert!(self.mapped_lsn <= self.lsn, "{key:?}: the map names {:?}, newer than {:?}", self.mapped_lsn, self.lsn);
+        assert!(self.data_holds <= self.holds, "{key:?}: {} requests need bytes of {}", self.data_holds, self.holds);
+        if let Some(since) = self.dirty_from {
+            assert!(
+                since <= self.lsn && self.queued,
+                "{key:?} is dirty since {since:?} of {:?}, queued {}",
+                self.lsn,
+                self.queued
+            );
+            assert!(self.absent || self.frame.is_some(), "{key:?} is dirty, and its bytes are gone");
+        }
+        let is_on_its_way = self.dirty_from.is_some() || self.slot.is_some() || self.captures > 0;
+        assert!(!is_on_its_way || self.leaf.is_some(), "{key:?} has a change on its way, and no leaf pinned");
+    }
+
     /// The version as transactions see it: zero while absent.
     pub fn version(&self) -> Lsn {
         if self.absent { Lsn::ZERO } else { self.lsn }

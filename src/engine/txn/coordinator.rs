@@ -56,6 +56,30 @@ pub(in crate::engine) struct Cross {
 }
 
 impl Cross {
+    /// Panics if votes or parts are counted wrongly: an answer would come too early, or never.
+    fn assert_state(&self) {
+        let asked = self.asks.len();
+        match self.state {
+            State::Asking => assert!(
+                (1..=asked).contains(&self.votes_left) && self.yes.len() + self.votes_left <= asked,
+                "{} votes of {asked} to come, {} yes",
+                self.votes_left,
+                self.yes.len()
+            ),
+            State::Waiting { .. } => assert!(self.yes.is_empty() && self.votes_left == 0, "no part waits meanwhile"),
+            State::Decidable => {
+                assert!(self.yes.len() == asked && self.votes_left == 0, "{} yes of {asked}", self.yes.len())
+            }
+            State::Drawn => assert!(
+                self.lsn != Lsn::ZERO && self.applied_left <= self.parts_left,
+                "{} parts not durable, {} not applied, at {:?}",
+                self.parts_left,
+                self.applied_left,
+                self.lsn
+            ),
+        }
+    }
+
     fn reads(&self) -> bool {
         self.asks.iter().any(|(_, ask)| !ask.reads.is_empty())
     }
@@ -156,6 +180,7 @@ impl Shard {
         cross.votes_left = cross.asks.len();
         (cross.refusal, cross.held, cross.not_now, cross.read_lsn) = (None, false, false, Lsn::ZERO);
         cross.attempts += 1;
+        cross.assert_state();
         let asks = cross.asks.clone();
         for (shard, ask) in asks {
             self.ctx.send(shard, Message::Prepare(txn, Box::new(ask)));
@@ -167,6 +192,7 @@ impl Shard {
         // After a failure nobody waits for it.
         let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
         assert_eq!(cross.state, State::Asking, "votes come to those who asked");
+        cross.assert_state();
         match vote {
             Vote::Yes(read) => {
                 cross.read_lsn = cross.read_lsn.max(read);
@@ -184,6 +210,7 @@ impl Shard {
         self.ctx.work_pending = true;
         if cross.yes.len() == cross.asks.len() {
             cross.state = State::Decidable;
+            cross.assert_state();
             self.coordinator.decidable.push_back(txn);
             return;
         }
@@ -221,6 +248,7 @@ impl Shard {
                 let turn = (u64::from(self.ctx.id.get()).wrapping_mul(7) ^ txn.wrapping_mul(0x9e37_79b9)) % slots;
                 let until = self.ctx.now + (RETRY_US.0 * (1 + turn)).min(RETRY_US.1);
                 cross.state = State::Waiting { until };
+                cross.assert_state();
                 self.coordinator.waiting.push(txn);
                 self.ctx.stats.cross_retries += 1;
             }
@@ -332,6 +360,7 @@ impl Shard {
     pub(in crate::engine) fn part_applied(&mut self, txn: u64) {
         let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
         cross.applied_left -= 1;
+        cross.assert_state();
         if cross.applied_left == 0 && !cross.durable {
             let (token, lsn, read) = (cross.token, cross.lsn, cross.read_lsn);
             self.reply_when_durable(read, token, Response::Committed(lsn), true);
@@ -342,6 +371,7 @@ impl Shard {
     pub(in crate::engine) fn part_durable(&mut self, txn: u64) {
         let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
         cross.parts_left -= 1;
+        cross.assert_state();
         if cross.parts_left == 0 {
             let lsn = cross.lsn;
             self.remove_cross(txn);

@@ -290,6 +290,7 @@ impl Shard {
             }
             self.writeback.dirty.push(idx);
         }
+        self.cache.table.pages[idx].assert_state();
         self.wake_waiters(idx);
     }
 }

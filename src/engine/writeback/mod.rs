@@ -162,6 +162,7 @@ impl Shard {
         page.captures += 1;
         self.writeback.reserved_blocks -= 1;
         self.space.freed_pages -= u64::from(page.absent);
+        page.assert_state();
     }
 
     /// The stored form of a page that is in memory.
@@ -291,6 +292,7 @@ impl Shard {
         } else if let Some(entry) = entry {
             self.leave_place(vshard, entry.place());
         }
+        self.cache.table.pages[idx].assert_state();
         self.page_settled(idx);
         self.unpin_if_clean(idx);
         self.ctx.work_pending = true;
