@@ -122,8 +122,9 @@ impl Store {
     /// Creates volume `name` of `bytes` bytes; durable on return. All its pages read as zeros.
     ///
     /// # Errors
-    /// `Invalid`: the name is taken, empty, longer than 255 bytes or has control characters, the size is no multiple of
-    /// 4,096 below 2^63, or there are 247 volumes already; those deleted since the store was opened count. `Full`: no space.
+    /// `AlreadyExists`: the name is taken. `Invalid`: it is empty, longer than 255 bytes or has control characters, the
+    /// size is no multiple of 4,096 below 2^63, or there are 247 volumes already; those deleted since the store was opened
+    /// count. `Full`: no space.
     pub async fn create_volume(&self, name: &str, bytes: u64) -> Result<Volume> {
         if name.is_empty() || name.len() > catalog::NAME_BYTES_MAX || name.chars().any(char::is_control) {
             return Err(Error::invalid(format_args!(
