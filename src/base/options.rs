@@ -99,8 +99,8 @@ pub struct Options {
     /// Most bytes of data space; 0: as much as the file system gives.
     pub data_bytes_max: u64,
     /// Of a hundred blocks of data space, how many are to be live before the space grows; below that, dead blocks are
-    /// reclaimed by moving what lives among them (30 to 85, default 70). Dead blocks up to the size of the log are let
-    /// be on top. Lower: more disk for the same pages, and sustained overwriting is faster, since less is moved.
+    /// reclaimed by moving what lives among them (30 to 85, default 70). Dead blocks up to the size that the log can have are
+    /// let be on top. Lower: more disk for the same pages, and sustained overwriting is faster, since less is moved.
     pub fill_percent: u32,
     /// Requests under way at a time, over all handles (default 4,096), if `memory_bytes` allows for what they carry; more wait, and then
     /// get `Busy`.

@@ -388,7 +388,7 @@ impl Shard {
             // Images of versions that have been replaced since, at most.
             OpKind::GroupLog(_) => self.ctx.limits.inline_pages_max as u32,
             OpKind::GroupData(_, captures) | OpKind::PageWrite(captures) => captures.len() as u32,
-            OpKind::GroupFlush(_) | OpKind::Grow(_) => 0,
+            OpKind::GroupFlush(_) | OpKind::Grow(_) | OpKind::LogSegment => 0,
         };
         self.ctx.ops.iter().map(|(_, op)| of(op)).sum()
     }

@@ -20,7 +20,7 @@ use super::space::Urgency;
 use crate::base::error::Error;
 use crate::base::{ExtentNo, Lsn, Micros, PageKey, Place, VShard};
 use crate::format::extent::{ItemKind, TableRow};
-use crate::format::superblock::{LogEnd, RootVersion, Superblock};
+use crate::format::superblock::{LogState, RootVersion, Superblock};
 
 /// A message from one shard to another.
 #[derive(Debug)]
@@ -135,12 +135,12 @@ pub struct Handover {
 }
 
 /// A shard's part of table and superblock.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Contribution {
     /// Rows of the extents that it is the home of.
     pub rows: Vec<(ExtentNo, TableRow)>,
     /// Its roots.
     pub roots: Vec<(VShard, RootVersion)>,
-    /// Where its log ends.
-    pub log_end: LogEnd,
+    /// How long its log is, and where it ends.
+    pub log: LogState,
 }

@@ -105,6 +105,11 @@ impl Shard {
         self.ctx.stats.checksums
     }
 
+    /// Segments of the log that may be used.
+    pub(crate) fn log_segments(&self) -> u64 {
+        self.log.segments_count() as u64
+    }
+
     /// Frames of the arena.
     pub(crate) fn frames(&self) -> u64 {
         self.ctx.arena.blocks().into()

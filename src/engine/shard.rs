@@ -41,6 +41,8 @@ pub(super) enum OpKind {
     Checkpoint,
     /// More data space.
     Grow(Growth),
+    /// A segment by which the log gets longer.
+    LogSegment,
     /// Some blocks of a log group that is redone, from this one on.
     RedoRead(usize),
 }
@@ -194,6 +196,7 @@ impl Shard {
             OpKind::SummaryRead(extent) => self.summary_read(extent, completion),
             OpKind::Checkpoint => self.checkpoint_step_done(completion),
             OpKind::Grow(growth) => self.grown(growth, completion.result),
+            OpKind::LogSegment => self.segment_made(completion.result),
             OpKind::RedoRead(at) => self.redo_read(at, completion),
         }
     }

@@ -5,7 +5,7 @@
 
 use super::LSN_END;
 use super::group::{Body, GroupHead, HEAD_BYTES, RUNS_MAX, RawChange, RawRecord, RawSlot, Role};
-use super::superblock::{LogEnd, Refusal, SUPERBLOCK_BYTES, Superblock, VShardState};
+use super::superblock::{LogState, Refusal, SEGMENTS_MIN, SUPERBLOCK_BYTES, Superblock, VShardState};
 use crate::base::checksum::crc32c;
 use crate::base::options::Geometry;
 use crate::base::{BLOCK, Lsn, SegmentNo, ShardId};
@@ -155,7 +155,7 @@ fn a_superblock_with_numbers_out_of_reach_is_refused() {
         geometry: Geometry::default(),
         extents_count: 1,
         table_crc: 7,
-        logs: vec![LogEnd::default()],
+        logs: vec![LogState::without_end(SEGMENTS_MIN)],
         vshards: vec![VShardState::default(); Geometry::default().vshards_count as usize],
     };
     let decoded = |superblock: &Superblock| {

@@ -17,6 +17,8 @@ pub const SUPERBLOCK_BYTES: usize = 16 * 1024;
 pub const SUPERBLOCK_COPIES: u64 = 4;
 /// The most shards, and so logs, that a store can have at a time.
 pub const SHARDS_MAX: usize = 64;
+/// The least segments of a log: one is filled while the records in the other become part of the roots.
+pub const SEGMENTS_MIN: u32 = 2;
 /// The most virtual shards.
 pub const VSHARDS_MAX: usize = 512;
 pub(super) const MAGIC: [u8; 8] = *b"COREPAGE";
@@ -62,7 +64,7 @@ pub struct Head {
     pub extent_bytes: U64,
     /// Bytes of a log segment.
     pub segment_bytes: U64,
-    /// Segments of each log.
+    /// Segments of each log at most: how many each has so far, its row says.
     pub segments_count: U32,
     /// Virtual shards.
     pub vshards_count: U32,
@@ -74,7 +76,7 @@ pub struct Head {
     pub reserved: [u8; 128],
 }
 
-/// The end of one shard's log at a clean close; zeros otherwise.
+/// The log of one shard: how long it is and, after a clean close, where it ends; the fields of the end are zeros otherwise.
 #[repr(C)]
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Default)]
 pub struct LogRow {
@@ -88,8 +90,8 @@ pub struct LogRow {
     pub number: U64,
     /// The last group's head sum.
     pub sum: U32,
-    /// Zero.
-    pub reserved: U32,
+    /// Segments that the log has so far, of `segments_count`; zero: all of them.
+    pub segments_made: U32,
 }
 
 /// What the superblock says of one virtual shard.
@@ -141,12 +143,28 @@ pub struct Superblock {
     /// The sum of the extent table.
     pub table_crc: u32,
     /// One for each shard.
-    pub logs: Vec<LogEnd>,
+    pub logs: Vec<LogState>,
     /// One for each virtual shard.
     pub vshards: Vec<VShardState>,
 }
 
 /// [`LogRow`] in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogState {
+    /// Segments that the log has, and recovery reads.
+    pub segments_made: u32,
+    /// Where it ends, after a clean close.
+    pub end: LogEnd,
+}
+
+impl LogState {
+    /// A log of so many segments, of which nothing is recorded.
+    pub fn without_end(segments_made: u32) -> Self {
+        LogState { segments_made, end: LogEnd::default() }
+    }
+}
+
+/// The end of a log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LogEnd {
     /// The segment last written to.
@@ -170,6 +188,24 @@ pub struct VShardState {
     pub redo_lsn: Lsn,
     /// Owner in the deal.
     pub shard: ShardId,
+}
+
+impl LogRow {
+    fn decode(&self, segments_count: u32) -> LogState {
+        let segments_made = match self.segments_made.get() {
+            // Stores from before logs grew have all of them, and zeros here.
+            0 => segments_count,
+            made => made,
+        };
+        let end = LogEnd {
+            segment: SegmentNo::new(self.segment.get()),
+            block: self.block.get(),
+            generation: self.generation.get(),
+            number: self.number.get(),
+            sum: self.sum.get(),
+        };
+        LogState { segments_made, end }
+    }
 }
 
 /// Which of the roots of a virtual shard. Neither would do alone: a checkpoint that a crash has cut short has written roots of the
@@ -196,6 +232,12 @@ pub enum Refusal {
 }
 
 impl Superblock {
+    /// The segments of all logs.
+    pub fn segments(&self) -> impl Iterator<Item = (ShardId, SegmentNo)> {
+        let shards = (0..).map(ShardId::new).zip(&self.logs);
+        shards.flat_map(|(shard, log)| (0..log.segments_made).map(move |no| (shard, SegmentNo::new(no))))
+    }
+
     /// The byte offset in the meta file of copy `copy`.
     pub fn offset(copy: u64) -> u64 {
         copy * SUPERBLOCK_BYTES as u64
@@ -237,12 +279,12 @@ impl Superblock {
         put(out, 0, &head);
         for (i, log) in self.logs.iter().enumerate() {
             let row = LogRow {
-                segment: log.segment.get().into(),
-                block: log.block.into(),
-                generation: log.generation.into(),
-                number: log.number.into(),
-                sum: log.sum.into(),
-                reserved: 0.into(),
+                segment: log.end.segment.get().into(),
+                block: log.end.block.into(),
+                generation: log.end.generation.into(),
+                number: log.end.number.into(),
+                sum: log.end.sum.into(),
+                segments_made: log.segments_made.into(),
             };
             put(out, LOGS_AT + i * size_of::<LogRow>(), &row);
         }
@@ -287,13 +329,10 @@ impl Superblock {
         if counters.iter().chain(&lsns).any(|number| number.get() >= LSN_END) {
             return Err(Refusal::Values);
         }
-        let logs = rows(bytes, LOGS_AT, shards, |row: &LogRow| LogEnd {
-            segment: SegmentNo::new(row.segment.get()),
-            block: row.block.get(),
-            generation: row.generation.get(),
-            number: row.number.get(),
-            sum: row.sum.get(),
-        });
+        let logs = rows(bytes, LOGS_AT, shards, |row: &LogRow| row.decode(geometry.segments_count));
+        if logs.iter().any(|log| !(SEGMENTS_MIN..=geometry.segments_count).contains(&log.segments_made)) {
+            return Err(Refusal::Values);
+        }
         let vshards = rows(bytes, VSHARDS_AT, geometry.vshards_count as usize, |row: &VShardRow| VShardState {
             root: RootVersion { generation: row.generation.get(), crc: row.root_crc.get() },
             redo_lsn: Lsn::new(row.redo_lsn.get()),

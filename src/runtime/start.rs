@@ -155,10 +155,12 @@ fn check_room(files: &Files, limits: &Limits) -> Result<()> {
     let room = files.room();
     let Some(free) = room.free.filter(|free| free.saturating_add(room.used) < needed) else { return Ok(()) };
     let context = format_args!(
-        "a new store with {} shards takes {} MiB in {}, where {} MiB are free; make room, or open it with fewer shards",
+        "a new store with {} shards takes {} MiB in {} (and up to {} more when it is used, for its logs), where {} MiB are free; make \
+         room, or open it with fewer shards",
         limits.shards_count,
         needed.div_ceil(1 << 20),
         files.path().display(),
+        fresh::log_growth_bytes(&limits.geometry, limits.shards_count) >> 20,
         free >> 20
     );
     let cause = std::io::Error::from(rustix::io::Errno::NOSPC);

@@ -243,7 +243,7 @@ impl Shard {
             logs: match begin.new_epoch {
                 // Until an epoch begins, the logs are those of the last one.
                 None if self.redo.recovering.is_some() => old.logs.clone(),
-                _ => lead.contributions.iter().map(|c| c.log_end).collect(),
+                _ => lead.contributions.iter().map(|c| c.log).collect(),
             },
             vshards,
             ..old.clone()

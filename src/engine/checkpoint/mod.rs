@@ -21,6 +21,7 @@
 //! 6. Only after both copies are durable are log segments recycled and retired places given out again.
 
 pub(in crate::engine) mod leader;
+mod log_growth;
 
 use crate::base::error::Error;
 use crate::base::{BLOCK, Lsn, ShardId, VShard};
@@ -188,10 +189,9 @@ impl Shard {
     /// Whether the log or the list of places that were left has become long enough, or enough nodes are dirty. Checkpoints for the
     /// sake of space are asked for [there](Self::advance_space).
     fn checkpoint_is_due(&self) -> bool {
-        let used = self.log.segments_count() - self.log.free_segments();
         let left_max = self.ctx.limits.memory_blocks as usize * LEFT_PER_FRAME_MAX;
         let memory_is_used = self.space.extents.left_count() > left_max || self.dirty_nodes_are_many();
-        used > self.log.segments_count() / 2 || (!self.life.opening && memory_is_used)
+        self.log.is_long() || (!self.life.opening && memory_is_used)
     }
 
     /// The leader begins a checkpoint.
@@ -214,6 +214,12 @@ impl Shard {
                 && !self.space.growing)
         {
             return;
+        }
+        if begin.clean && self.log.is_growing() {
+            return;
+        }
+        if !begin.clean {
+            self.make_log_longer();
         }
         if begin.new_epoch.is_some() {
             self.redo.recovering = None;
@@ -434,7 +440,7 @@ impl Shard {
         let contribution = Contribution {
             rows: self.space.extents.rows(),
             roots: mine.map(|vshard| (vshard, self.map.root(vshard).version)).collect(),
-            log_end: if clean { self.log.end() } else { Default::default() },
+            log: self.log.state(clean),
         };
         self.checkpoint.phase = Phase::Waiting;
         if planted!(RecycledBeforeSuperblock) {
@@ -452,6 +458,7 @@ impl Shard {
         self.checkpoint.superblock = superblock;
         self.ctx.stats.checkpoints += 1;
         self.log.recycle(redo);
+        self.use_new_segments();
         let freed = self.space.extents.end_checkpoint();
         self.space.summaries.extend(self.space.extents.filled());
         let compacts = self.compaction.compactor.look_again();

@@ -4,6 +4,8 @@
 //! group:    open --close--> Writing --all writes completed--> Written --flush submitted--> Flushing --ok--> durable
 //! segment:  Free --begun--> Active --too full for the next group--> Sealed --redo LSN has passed it--> Free
 //! ```
+//! It begins with few segments, and gets longer when it is used: see [`growth`].
+//!
 //! Invariants
 //! 1. A block that holds a group is not written again before its segment was free in between.
 //! 2. A flush counts only for groups whose writes had all completed before it was submitted.
@@ -12,13 +14,15 @@
 //! 5. What is open always fits into the rest of the active segment, or a segment is free: the shard admits no
 //!    commit otherwise. So a group can always be closed, and a checkpoint never waits for log space.
 
+mod growth;
 mod open;
 
 pub(crate) use open::{Chunks, OpenGroup, OpenSlot, PartRef};
 
 use crate::base::{Lsn, SegmentNo};
-use crate::format::superblock::LogEnd;
+use crate::format::superblock::{LogEnd, LogState};
 use crate::memory::Frame;
+use growth::Growth;
 use std::collections::VecDeque;
 
 /// How far a closed group has come.
@@ -82,6 +86,7 @@ pub(crate) struct Log {
     next_generation: u64,
     next_number: u64,
     prev_crc: u32,
+    growth: Growth,
     /// The group in the making.
     pub open: OpenGroup,
     /// Groups on their way, oldest first.
@@ -91,7 +96,7 @@ pub(crate) struct Log {
 }
 
 impl Log {
-    /// An empty log; all segments are free.
+    /// An empty log of the segments that the superblock counts; all are free.
     pub(crate) fn new(segments_count: u32, segment_blocks: u32, chunks: Chunks) -> Self {
         Log {
             segment_blocks,
@@ -100,6 +105,7 @@ impl Log {
             next_generation: 1,
             next_number: 1,
             prev_crc: 0,
+            growth: Growth::new(segments_count),
             open: OpenGroup::new(chunks),
             in_flight: VecDeque::new(),
             flushing: false,
@@ -111,9 +117,14 @@ impl Log {
         self.segments.iter().filter(|s| **s == Segment::Free).count()
     }
 
-    /// Segments.
+    /// Segments that may be used.
     pub(crate) fn segments_count(&self) -> usize {
         self.segments.len()
+    }
+
+    /// Whether so much of it is in use that its records should become part of the roots.
+    pub(crate) fn is_long(&self) -> bool {
+        self.segments_count() - self.free_segments() > self.segments_count() / 2
     }
 
     /// Whether a group of `blocks` would find a place.
@@ -213,8 +224,12 @@ impl Log {
         flying.chain(self.open.first_lsn()).min().unwrap_or(Lsn::MAX)
     }
 
-    /// The end of the log, for a clean close.
-    pub(crate) fn end(&self) -> LogEnd {
+    /// What a superblock says of it; its end after a clean close only.
+    pub(crate) fn state(&self, clean: bool) -> LogState {
+        LogState { segments_made: self.growth.made(), end: if clean { self.end() } else { LogEnd::default() } }
+    }
+
+    fn end(&self) -> LogEnd {
         self.active.map_or(LogEnd::default(), |a| LogEnd {
             segment: a.no,
             block: a.block,

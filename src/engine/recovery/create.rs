@@ -16,11 +16,11 @@ use crate::base::error::{Error, Result};
 use crate::base::options::{Geometry, Limits};
 use crate::base::{BLOCK, Lsn, SegmentNo, ShardId, VShard};
 use crate::format::extent::{TABLE_ROWS, encode_table, table_crc, table_offset};
-use crate::format::fresh;
+use crate::format::fresh::{self, SEGMENTS_FIRST};
 use crate::format::node::Child;
 use crate::format::root::{self, RootHead, VOLUMES_MAX};
 use crate::format::superblock::{
-    CREATION_MARK, LogEnd, Refusal, RootVersion, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock, VShardState,
+    CREATION_MARK, LogState, Refusal, RootVersion, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock, VShardState,
 };
 use crate::io::{Disk, DiskOp, FileId, IoSlice, execute};
 use crate::memory::Arena;
@@ -132,7 +132,9 @@ pub(super) fn create(
     }
     allocate(disk, FIRST_LOG, geometry.segment_bytes)?;
     make_mark(disk, arena, root::meta_bytes(geometry.vshards_count), found)?;
-    make_logs(disk, geometry, shards_count, true)?;
+    for shard in (0..shards_count).map(ShardId::new) {
+        make_log(disk, geometry, shard, SEGMENTS_FIRST, true)?;
+    }
     allocate(disk, FileId::Data, fresh::data_bytes(geometry, shards_count, limits.data_extents_max))?;
     let table_blocks = extents_count.div_ceil(TABLE_ROWS);
     allocate(disk, FileId::Table, table_offset(table_blocks, 0))?;
@@ -167,7 +169,7 @@ pub(super) fn create(
         geometry: geometry.clone(),
         extents_count,
         table_crc: table_crc(sums),
-        logs: vec![LogEnd::default(); usize::from(shards_count)],
+        logs: vec![LogState::without_end(SEGMENTS_FIRST); usize::from(shards_count)],
         vshards,
     };
     rewrite_copies(disk, arena, &superblock, &Superblock::copies_of(superblock.generation))
@@ -208,18 +210,23 @@ pub(super) fn rewrite_copies(
     Ok(())
 }
 
-/// Makes the log segments of all shards that are not there yet; with `anew` all of them but the first, which a creation has made.
-pub(super) fn make_logs(disk: &mut dyn Disk, geometry: &Geometry, shards_count: u16, anew: bool) -> Result<()> {
-    for shard in (0..shards_count).map(ShardId::new) {
-        for segment in (0..geometry.segments_count).map(SegmentNo::new) {
-            let file = FileId::Log(shard, segment);
-            if anew && file == FIRST_LOG {
-                continue;
-            }
-            let len = if anew { 0 } else { disk.len(file)?.unwrap_or(0) };
-            if len < geometry.segment_bytes {
-                execute(disk, DiskOp::Allocate { file, from: len, to: geometry.segment_bytes })?;
-            }
+/// Makes the first `segments` segments of a log that are not there yet; with `anew` all of them but the first of all, which a creation
+/// has made.
+pub(super) fn make_log(
+    disk: &mut dyn Disk,
+    geometry: &Geometry,
+    shard: ShardId,
+    segments: u32,
+    anew: bool,
+) -> Result<()> {
+    for segment in (0..segments).map(SegmentNo::new) {
+        let file = FileId::Log(shard, segment);
+        if anew && file == FIRST_LOG {
+            continue;
+        }
+        let len = if anew { 0 } else { disk.len(file)?.unwrap_or(0) };
+        if len < geometry.segment_bytes {
+            execute(disk, DiskOp::Allocate { file, from: len, to: geometry.segment_bytes })?;
         }
     }
     Ok(())

@@ -32,12 +32,13 @@ pub(crate) use scan::{Scan, neighbours_together, scan};
 
 use crate::base::error::{Error, Result};
 use crate::base::options::{Geometry, Limits, Options};
-use crate::base::{BLOCK, Deal, ExtentNo, Lsn, Micros, Place, SegmentNo, ShardId};
+use crate::base::{BLOCK, Deal, ExtentNo, Lsn, Micros, Place, ShardId};
 use crate::engine::log::{Chunks, Log};
 use crate::engine::map::{Extents, Map};
 use crate::engine::order::GlobalOrder;
 use crate::engine::{LSN_AHEAD_MAX, NewEpoch, Recovering, Setup, Shard};
 use crate::format::extent::decode_summary;
+use crate::format::fresh::SEGMENTS_FIRST;
 use crate::format::superblock::{SUPERBLOCK_BYTES, Superblock};
 use crate::io::{Disk, DiskOp, FileId, execute};
 use crate::memory::Arena;
@@ -139,7 +140,9 @@ pub(crate) fn begin(
     report.commits_dropped = scan.dropped;
     // What follows overwrites what the generation before needs: the only copy of this one must not be lost by then.
     create::rewrite_copies(disk, &mut arena, &superblock, &[unreadable, behind].concat())?;
-    create::make_logs(disk, &superblock.geometry, shards_count, false)?;
+    for shard in deal.shards() {
+        create::make_log(disk, &superblock.geometry, shard, segments_of(&superblock, shard), false)?;
+    }
     if !superblock.clean {
         // A dead process may have left writes that we have just read and that no flush has covered.
         rewrite_doubtful(disk, &mut arena, &superblock, &scan)?;
@@ -163,6 +166,11 @@ pub(crate) fn begin(
     let mut shard = |id| whole.shard(disk, &mut arena, id, &mut report);
     let shards = deal.shards().map(&mut shard).collect::<Result<_>>()?;
     Ok(Opening { shards, report, order })
+}
+
+/// How many segments the log of `shard` has: a shard that the store did not have begins like one of a new store.
+fn segments_of(superblock: &Superblock, shard: ShardId) -> u32 {
+    superblock.logs.get(shard.index()).map_or(SEGMENTS_FIRST, |log| log.segments_made)
 }
 
 /// Memory for what is read before there are shards: 4 MiB, for the reads that are in flight together (see `read`).
@@ -234,7 +242,7 @@ impl Whole {
             arena,
             map: Map::new(self.loaded.roots.clone(), seed),
             extents,
-            log: Log::new(geometry.segments_count, segment_blocks, chunks),
+            log: Log::new(segments_of(&self.superblock, id), segment_blocks, chunks),
             superblock: self.superblock.clone(),
             superblock_frames,
             recovering,
@@ -349,9 +357,7 @@ fn rewrite_doubtful(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superbl
 const REWRITE_BLOCKS: usize = 64;
 
 fn flush_all(disk: &mut dyn Disk, superblock: &Superblock) -> Result<()> {
-    let segments = superblock.geometry.segments_count;
-    let shards = (0..superblock.logs.len() as u16).map(ShardId::new);
-    let logs = shards.flat_map(|shard| (0..segments).map(move |i| FileId::Log(shard, SegmentNo::new(i))));
+    let logs = superblock.segments().map(|(shard, no)| FileId::Log(shard, no));
     let files = logs.chain([FileId::Data, FileId::Meta, FileId::Table]).collect();
     execute(disk, DiskOp::Flush { files }).map(drop)
 }

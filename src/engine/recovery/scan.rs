@@ -11,14 +11,16 @@
 //!    A cut below the highest recorded watermark is damage, and refused.
 //! 4. Bytes left from earlier uses of a segment pass only if they are groups of this epoch at this very position;
 //!    those are older than the redo LSN and ignored.
-//! 5. Every block of every log is examined before anything is cut or refused. Any block may hold a later watermark: whatever would
+//! 5. A log has the segments that the superblock counts. A file of a later one is what a growth that was cut short has left, and holds
+//!    no group of this epoch: if it does, the superblock that counts it was lost.
+//! 6. Every block of every log is examined before anything is cut or refused. Any block may hold a later watermark: whatever would
 //!    say that a segment was not begun can be lost with the groups before it.
-//! 6. The logs are read with many reads in flight, and memory is bounded by these, the largest group, and a small part of
+//! 7. The logs are read with many reads in flight, and memory is bounded by these, the largest group, and a small part of
 //!    what is to be redone (see `read` and `segment`).
 
 use super::read::{Range, read_ranges};
 use super::segment::{Found, SegmentSearch};
-use crate::base::error::{Error, Result};
+use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::{BLOCK, Deal, Lsn, Place, SegmentNo, ShardId, ShardSet};
 use crate::engine::codec::Expected;
 use crate::format::group::{GroupHead, Role};
@@ -87,20 +89,48 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
+    /// The segments to be read, with their blocks: first those that the superblock counts.
+    fn segments(&mut self) -> Result<Vec<(ShardId, SegmentNo, u64)>> {
+        let (superblock, bytes) = (self.superblock, self.superblock.geometry.segment_bytes);
+        let mut segments = Vec::new();
+        for (shard, segment) in superblock.segments() {
+            let file = FileId::Log(shard, segment);
+            match self.disk.len(file)? {
+                Some(len) if len >= bytes => segments.push((shard, segment, bytes / BLOCK as u64)),
+                Some(len) => {
+                    return Err(Error::corrupt(format_args!(
+                        "the file {file} has {len} bytes of {bytes}: it was truncated. Nothing was changed; bring it back \
+                         from a backup"
+                    )));
+                }
+                None => {
+                    let what = format_args!("the file {file} is missing: bring the store back from a backup");
+                    return Err(Error::new(ErrorKind::NotFound, what));
+                }
+            }
+        }
+        for file in self.disk.files()? {
+            let FileId::Log(shard, segment) = file else { continue };
+            if superblock.logs.get(shard.index()).is_some_and(|log| segment.get() >= log.segments_made) {
+                let len = self.disk.len(file)?.unwrap_or(0).min(bytes);
+                segments.push((shard, segment, len / BLOCK as u64));
+            }
+        }
+        Ok(segments)
+    }
+
     /// The groups in all logs.
     fn search(&mut self) -> Result<Vec<Found>> {
         let (superblock, deal) = (self.superblock, self.deal);
-        let blocks = superblock.geometry.segment_bytes / BLOCK as u64;
-        let segments_of = |shard| (0..superblock.geometry.segments_count).map(move |no| (shard, SegmentNo::new(no)));
-        let segments: Vec<(ShardId, SegmentNo)> =
-            (0..superblock.logs.len() as u16).map(ShardId::new).flat_map(segments_of).collect();
-        let range = |&(shard, segment): &_| Range { file: FileId::Log(shard, segment), offset: 0, blocks };
+        let segments = self.segments()?;
+        let range = |&(shard, segment, blocks): &_| Range { file: FileId::Log(shard, segment), offset: 0, blocks };
         let mut found = Vec::new();
         let mut search: Option<(usize, SegmentSearch<'_>)> = None;
         read_ranges(self.disk, self.arena, segments.iter().map(range), |index, bytes| {
             // Ranges come one after another: one search at a time.
             if search.as_ref().is_none_or(|(of, _)| *of != index) {
-                search = Some((index, SegmentSearch::new(superblock, deal, segments[index])));
+                let (shard, segment, _) = segments[index];
+                search = Some((index, SegmentSearch::new(superblock, deal, (shard, segment))));
             }
             if let Some((_, search)) = &mut search {
                 search.take(bytes, &mut found);
@@ -114,6 +144,15 @@ impl Reader<'_> {
     fn judge(&mut self, mut found: Vec<Found>) -> Result<Scan> {
         let superblock = self.superblock;
         found.sort_by_key(|f| (f.head.shard, f.head.number));
+        let is_counted = |f: &&Found| f.head.segment.get() < superblock.logs[f.head.shard.index()].segments_made;
+        if let Some(f) = found.iter().find(|f| !is_counted(f)) {
+            return Err(Error::corrupt(format_args!(
+                "the file {} holds a part of the log, but the newest superblock found, of generation {}, does not count it: a \
+                 superblock write was lost; restore the meta file from a backup",
+                FileId::Log(f.head.shard, f.head.segment),
+                superblock.generation
+            )));
+        }
         let redo = redo_lsn(superblock);
         let watermark = found.iter().map(|f| f.head.watermark).fold(superblock.watermark, Lsn::max);
         if let Some(f) = found.iter().find(|f| f.head.superblock_generation > superblock.generation) {

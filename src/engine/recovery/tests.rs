@@ -2,6 +2,7 @@
 //! simulator's (`sim/`).
 
 mod creation;
+pub(crate) mod growth;
 mod lives;
 pub(crate) mod scans;
 

@@ -275,7 +275,7 @@ impl Shard {
         moving || self.grow(0)
     }
 
-    /// Whether most of the space is live, so that reclaiming would give little. As many dead blocks as the log has are let
+    /// Whether most of the space is live, so that reclaiming would give little. As many dead blocks as the log may have are let
     /// be: a store that is small beside its log would else be compacted without end.
     fn wants_growth(&self) -> bool {
         let (space, geometry) = (self.space.extents.space(), &self.ctx.limits.geometry);

@@ -52,7 +52,8 @@ pub(in crate::engine) struct Cross {
     parts_left: usize,
     applied_left: usize,
     attempts: u32,
-    asked_at: Micros,
+    /// When not all voted for it the first time: it arrived at the time of the last turn, which may be long ago.
+    refused_first_at: Option<Micros>,
 }
 
 impl Cross {
@@ -161,7 +162,7 @@ impl Shard {
             parts_left: 0,
             applied_left: 0,
             attempts: 0,
-            asked_at: self.ctx.now,
+            refused_first_at: None,
         };
         self.requests.held.request_bytes += weight;
         self.coordinator.commits.insert(txn, cross);
@@ -227,10 +228,11 @@ impl Shard {
 
     fn not_all_yes(&mut self, txn: u64) {
         let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
+        let refused_first_at = *cross.refused_first_at.get_or_insert(self.ctx.now);
         let refusal = match cross.refusal.take() {
             Some(error) => Some(error),
             None if cross.held && cross.reads() => Some(crate::engine::txn::participant::held(txn)),
-            None if self.ctx.now > cross.asked_at + ASK_FOR_US => Some(Error::new(
+            None if self.ctx.now > refused_first_at + ASK_FOR_US => Some(Error::new(
                 ErrorKind::Busy,
                 "a commit over several shards found pages held, or memory, log or space short, for 10 s; try again",
             )),

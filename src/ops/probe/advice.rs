@@ -348,6 +348,7 @@ impl Machine {
         let found = limit.map_or("no limit".to_owned(), |count| format!("up to {count}"));
         let finding = Finding::good(SUBJECT, found, "log segments, data, rings, clients");
         let shards = self.cores.shards_count() as u64;
+        // Of logs that have got as long as they can: a store that has grown must be opened with the same limit.
         let needed =
             OPEN_FILES_OF_SERVER + shards * (u64::from(Geometry::default().segments_count) + OPEN_FILES_OF_SHARD);
         match limit {

@@ -12,10 +12,9 @@ use crate::io::FileId;
 /// Blocks of the logs that are to be read: after a clean close up to their ends, else all.
 pub(super) fn blocks_to_read(superblock: &Superblock) -> u64 {
     if superblock.clean {
-        return superblock.logs.iter().map(|end| u64::from(end.block)).sum();
+        return superblock.logs.iter().map(|log| u64::from(log.end.block)).sum();
     }
-    let geometry = &superblock.geometry;
-    superblock.logs.len() as u64 * u64::from(geometry.segments_count) * geometry.segment_bytes / BLOCK as u64
+    superblock.segments().count() as u64 * superblock.geometry.segment_bytes / BLOCK as u64
 }
 
 impl Verifier<'_> {
@@ -24,8 +23,8 @@ impl Verifier<'_> {
         if !superblock.clean {
             return self.unclean_log(superblock);
         }
-        for (i, end) in superblock.logs.iter().enumerate().filter(|(_, end)| end.number > 0) {
-            self.closed_log(superblock, ShardId::new(i as u16), *end);
+        for (i, log) in superblock.logs.iter().enumerate().filter(|(_, log)| log.end.number > 0) {
+            self.closed_log(superblock, ShardId::new(i as u16), log.end);
         }
     }
 

@@ -221,7 +221,8 @@ fn spots(dir: &Path) -> BTreeMap<&'static str, Vec<Spot>> {
         }
     }
     assert_eq!(superblock.logs.len(), usize::from(SHARDS));
-    for (shard, end) in (0..).zip(&superblock.logs) {
+    for (shard, log) in (0..).zip(&superblock.logs) {
+        let end = log.end;
         let file = FileId::Log(crate::base::ShardId::new(shard), end.segment).to_string();
         (0..u64::from(end.block)).for_each(|block| add("log block", &file, block * BLOCK as u64, BLOCK));
     }

@@ -18,7 +18,7 @@ use crate::format::group::{
     SlotState,
 };
 use crate::format::node::Entry;
-use crate::format::superblock::{LogEnd, Superblock, VShardState};
+use crate::format::superblock::{LogState, Superblock, VShardState};
 use crate::io::FileId;
 use crate::memory::Arena;
 use std::cell::RefCell;
@@ -233,7 +233,7 @@ fn superblock(input: &mut Input) -> Superblock {
         },
         extents_count: EXTENTS,
         table_crc: 0,
-        logs: vec![LogEnd::default(); 2],
+        logs: vec![LogState::without_end(SEGMENTS); 2],
         vshards,
     }
 }

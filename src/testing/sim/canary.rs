@@ -37,6 +37,10 @@ canaries! {
     LogTrimmedEarly,
     /// A shard recycles its log when its own roots are written: others, and the superblock, are not yet.
     RecycledBeforeSuperblock,
+    /// A segment by which the log has grown is used before a superblock that counts it is durable.
+    SegmentUsedUncounted,
+    /// The superblock counts a segment whose file could not be made.
+    SegmentCountedUnmade,
     /// A checkpoint does not wait until every record up to its redo LSN is applied at the shard.
     RedoNotAwaited,
     /// A commit of one shard does not wait for the hold of a commit over shards.

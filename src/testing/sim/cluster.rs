@@ -76,6 +76,8 @@ pub(super) struct Node {
     woken_at: Option<Micros>,
     /// A commit waited for memory after its last turn.
     pub(super) was_short: bool,
+    /// Segments of its log after its last turn.
+    pub(super) log_segments: u64,
     /// Its checkpoint waits for memory; the number of checkpoints that had ended before.
     pub(super) starved_after: Option<u64>,
 }
@@ -155,7 +157,8 @@ impl Cluster {
         let opened = Opened { created, clean, cut, warnings: warnings.len() };
         assert_eq!(opening.shards.len(), usize::from(shards), "as many shards as asked for");
         let now = Some(disk.now());
-        let node = |_| Node {
+        let node = |shard: &Shard| Node {
+            log_segments: shard.log_segments(),
             requests: Vec::new(),
             completions: Vec::new(),
             free_at: 0,

@@ -200,7 +200,9 @@ fn a_file_system_without_space_is_a_full_store_until_there_is_space() {
         }
         sim.disk.clear_faults();
         sim.disk.advance_to(sim.disk.now() + 10_000_000);
-        sim.call(put(n, n))?.map_err(|e| format!("with space again: {e}"))?;
+        if let Err(error) = sim.call(put(n, n))? {
+            return Err(format!("with space again: {error}: {}", sim.cluster().describe()));
+        }
         sim.reopen(Loss::Everything)
     });
 }

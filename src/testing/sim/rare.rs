@@ -62,6 +62,8 @@ rare_events! {
     pins_outlasted_store,
     /// Pages given back after a checkpoint had ended under them.
     pins_outlasted_checkpoint,
+    /// Segments that logs got longer by.
+    segments_added,
     /// Answers that no client took.
     answers_dropped,
     /// Stores that were abandoned with requests under way: the process dies, the machine goes on.

@@ -167,6 +167,7 @@ fn acknowledged_commits_survive_every_crash() {
     assert_eq!(total.disk.overlaps, 0, "two writes to one place at a time: the one that counts is chance");
     if many_seeds() && number("COREPAGE_SEEDS").is_none() {
         assert!(total.crashes + total.crashes_in_recovery >= 10_000, "too few crashes");
+        assert!(total.rare.segments_added > 200, "logs got longer by {} segments only", total.rare.segments_added);
     }
 }
 
@@ -280,7 +281,12 @@ fn hunt(canary: Canary) -> Found {
         super::fault_tests::a_full_disk_ends_an_opening_with_an_error();
         Ok(())
     };
+    let grows = || {
+        crate::engine::recovery::tests::growth::planted_bugs();
+        Ok(())
+    };
     let caught = ordinary(1..=15)
+        .or_else(|| special("logs_get_longer", grows))
         .or_else(|| special("damage_to_any_sector_of_a_closed_store_is_noticed", super::damage_tests::smallest))
         .or_else(|| {
             special("a_lost_write_does_not_bring_back_an_interrupted_checkpoint", super::damage_tests::all_lost)

@@ -56,6 +56,8 @@ impl Cluster {
         if shard.is_checkpoint_starved() {
             node.starved_after.get_or_insert(ended);
         }
+        self.late.rare.segments_added += shard.log_segments() - node.log_segments;
+        node.log_segments = shard.log_segments();
         let spins = self
             .progress
             .turned(index, TurnOutcome { delivered: step.delivered, emitted: step.emitted, again_at_once });

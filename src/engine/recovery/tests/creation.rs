@@ -1,10 +1,11 @@
 //! When a new store is made, and when what is there is left alone.
 
 use super::*;
+use crate::base::SegmentNo;
 use crate::io::Completion;
 
 /// Copies the files of `from` without those in `missing`, and with those in `emptied` cut to a block of zeros.
-fn copy_of(from: &mut SimDisk, missing: &[FileId], emptied: &[FileId]) -> SimDisk {
+pub(super) fn copy_of(from: &mut SimDisk, missing: &[FileId], emptied: &[FileId]) -> SimDisk {
     let mut to = SimDisk::new(9);
     let mut arena = Arena::new(READ_BLOCKS).expect("memory");
     for (file, bytes) in SimDisk::files(from) {

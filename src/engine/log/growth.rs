@@ -1,0 +1,91 @@
+//! How a log gets longer, while commits go on in what there is of it.
+//!
+//! ```text
+//! counted --long when a checkpoint begins--> making, file by file --all there, or one can't be made--> made
+//!    ^                                                                                                  |
+//!    +------------------------- a superblock that says so is durable: they may be used ----------------+
+//! ```
+//! Invariants
+//! 1. The superblock is told of a segment only when its file is there, as zeros, durably.
+//! 2. A segment is used only when a durable superblock counts it: recovery takes no group of any other.
+//! 3. A file that can't be made ends this growth and nothing else. The next try comes with a later checkpoint.
+//! 4. A checkpoint does not wait for a growth: what is made too late for its superblock is in the next one.
+//!
+//! A file that a growth before a crash has left is made anew, whatever it holds.
+
+use super::{Log, Segment};
+use crate::base::SegmentNo;
+
+/// Segments on their way into use.
+#[derive(Debug)]
+pub(super) struct Growth {
+    /// Segments whose files are there, from the first one on.
+    made: u32,
+    /// As many as are being made; `made` if none are.
+    goal: u32,
+    /// The last try failed.
+    has_failed: bool,
+}
+
+impl Growth {
+    pub(super) fn new(made: u32) -> Self {
+        Growth { made, goal: made, has_failed: false }
+    }
+
+    pub(super) fn made(&self) -> u32 {
+        self.made
+    }
+}
+
+impl Log {
+    /// Begins to make the log longer, twice as long if `most` allows it, when it is long and no growth is on its way. The segment
+    /// to be made first.
+    pub(crate) fn grow(&mut self, most: u32) -> Option<SegmentNo> {
+        let counted = self.segments.len() as u32;
+        if self.growth.made > counted || self.is_growing() || !self.is_long() {
+            return None;
+        }
+        self.growth.goal = counted.saturating_mul(2).min(most).max(counted);
+        self.next_to_make()
+    }
+
+    /// Whether a segment is being made.
+    pub(crate) fn is_growing(&self) -> bool {
+        self.growth.goal > self.growth.made
+    }
+
+    fn next_to_make(&self) -> Option<SegmentNo> {
+        self.is_growing().then(|| SegmentNo::new(self.growth.made))
+    }
+
+    /// The segment that was being made is there. The next one to be made, if `more` are wanted.
+    pub(crate) fn segment_made(&mut self, more: bool) -> Option<SegmentNo> {
+        assert!(self.is_growing(), "a segment was being made");
+        self.growth.made += 1;
+        self.growth.has_failed = false;
+        if !more {
+            self.growth.goal = self.growth.made;
+        }
+        if planted!(SegmentUsedUncounted) {
+            self.use_segments(self.growth.made);
+        }
+        self.next_to_make()
+    }
+
+    /// The segment that was being made can't be. Whether the try before went well, so that this is news.
+    pub(crate) fn segment_not_made(&mut self) -> bool {
+        assert!(self.is_growing(), "a segment was being made");
+        if planted!(SegmentCountedUnmade) {
+            self.growth.made += 1;
+        }
+        self.growth.goal = self.growth.made;
+        !std::mem::replace(&mut self.growth.has_failed, true)
+    }
+
+    /// A durable superblock counts so many segments.
+    pub(crate) fn use_segments(&mut self, counted: u32) {
+        assert!(counted <= self.growth.made, "the superblock counts what is made: {counted}, {:?}", self.growth);
+        let counted = self.segments.len().max(counted as usize);
+        self.segments.resize(counted, Segment::Free);
+    }
+}

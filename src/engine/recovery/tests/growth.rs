@@ -1,0 +1,285 @@
+//! Logs that get longer: when they do, what a crash or a full disk makes of it, and what is taken for damage.
+
+use super::*;
+use crate::base::SegmentNo;
+use crate::base::error::ErrorKind;
+use crate::format::crc_around;
+use crate::testing::sim::disk::ENOSPC;
+use std::collections::BTreeMap;
+
+/// Commits with which the logs of two shards go round several times.
+const COMMITS_ENOUGH: u64 = 120;
+/// Commits after which each log has all its segments, at the latest.
+const COMMITS_MAX: u64 = 2_000;
+/// Sets of four pages that are written again and again.
+const SETS: u64 = 32;
+
+/// What each set of pages holds, as far as it is known.
+struct Model {
+    rng: Rng,
+    written: BTreeMap<u64, u8>,
+    /// The commit that was not answered: its set holds what it held, or this.
+    in_doubt: Option<(u64, u8)>,
+    commits: u64,
+}
+
+/// The pages of a set: all of one virtual shard, each set of another one than the one before.
+fn pages(set: u64) -> impl Iterator<Item = PageKey> {
+    (0..4).map(move |i| key((set % 8) << 9 | (set / 8 * 4 + i)))
+}
+
+impl Model {
+    fn new() -> Model {
+        Model { rng: Rng::new(7), written: BTreeMap::new(), in_doubt: None, commits: 0 }
+    }
+
+    /// One more commit, small enough to be written into the log whole.
+    fn write(&mut self, d: &mut Driver) -> Result<()> {
+        self.commits += 1;
+        // By chance: shards that take turns would have each of their checkpoints begun by the same one.
+        let (set, byte) = (self.rng.below(SETS), self.commits as u8);
+        let changes = pages(set).map(|key| (key, put(byte))).collect();
+        match d.ask(Request::Commit(Commit { reads: vec![], changes, durable: true })) {
+            Ok(_) => _ = self.written.insert(set, byte),
+            Err(error) => {
+                self.in_doubt = Some((set, byte));
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn fill(&mut self, d: &mut Driver, commits: u64) {
+        for _ in 0..commits {
+            self.write(d).unwrap_or_else(|error| panic!("commit {}: {error}", self.commits));
+        }
+    }
+
+    /// Writes until the logs are as long as expected.
+    fn fill_until(&mut self, d: &mut Driver, expected: &[u64], what: &str) {
+        let last = self.commits + COMMITS_MAX;
+        while segments(d) != expected {
+            assert!(self.commits < last, "{what}: {:?}, not {expected:?}", segments(d));
+            self.fill(d, 1);
+        }
+    }
+
+    /// All that was acknowledged is there.
+    fn check(&mut self, d: &mut Driver, what: &str) {
+        let in_doubt = self.in_doubt.take();
+        for set in 0..SETS {
+            let found: Vec<Vec<u8>> = pages(set).map(|key| d.read(key)).collect();
+            let byte = found[0][0];
+            assert!(found.iter().all(|page| page.iter().all(|b| *b == byte)), "{what}: set {set} is torn");
+            let expected = self.written.get(&set).copied().unwrap_or(0);
+            assert!(byte == expected || in_doubt == Some((set, byte)), "{what}: set {set} is {byte}, not {expected}");
+            self.written.insert(set, byte);
+        }
+    }
+}
+
+/// A store on its own disk, to be crashed and opened again.
+fn crash(d: &Driver, loss: Loss, seed: u64) -> SimDisk {
+    d.disk.crash(loss, &mut Rng::new(seed))
+}
+
+fn segments(d: &Driver) -> Vec<u64> {
+    d.all.shards.iter().map(|shard| shard.log_segments()).collect()
+}
+
+/// Segments that the newest superblock counts, of each log.
+fn counted(disk: &SimDisk) -> Vec<u32> {
+    let mut arena = Arena::new(READ_BLOCKS).expect("memory");
+    // Of an image: the disk may be in use.
+    let mut image = disk.crash(Loss::Everything, &mut Rng::new(1));
+    let found = find_superblock(&mut image, &mut arena).expect("a superblock");
+    found.superblock.logs.iter().map(|log| log.segments_made).collect()
+}
+
+/// Files that the log of a shard has.
+fn files(disk: &SimDisk, shard: u16) -> usize {
+    disk.files().iter().filter(|(file, _)| matches!(file, FileId::Log(of, _) if of.get() == shard)).count()
+}
+
+/// Makes all superblock copies count so many segments of each log; zero, as stores had it from before logs grew.
+fn recount(disk: &mut SimDisk, segments: u32) {
+    let mut arena = Arena::new(READ_BLOCKS).expect("memory");
+    for copy in 0..4 {
+        let first = Superblock::offset(copy) / BLOCK as u64;
+        let mut bytes: Vec<u8> = (first..first + 4).flat_map(|block| disk.block(FileId::Meta, block)).collect();
+        let Ok(superblock) = Superblock::decode(copy, &bytes) else { continue };
+        for log in 0..superblock.logs.len() {
+            let at = 256 + 32 * log + 28;
+            bytes[at..at + 4].copy_from_slice(&segments.to_le_bytes());
+        }
+        let crc = crc_around(0, &bytes, 12);
+        bytes[12..16].copy_from_slice(&crc.to_le_bytes());
+        create::write_bytes(disk, &mut arena, FileId::Meta, Superblock::offset(copy), &bytes).expect("it is written");
+    }
+    execute(disk, DiskOp::Flush { files: smallvec::smallvec![FileId::Meta] }).expect("it is flushed");
+}
+
+/// The error with which a store is not opened, and nothing of it changed.
+fn refusal(disk: &mut SimDisk, shards: u16) -> Error {
+    begin(disk, &options(), shards, 7, 0).map(drop).expect_err("it is not opened")
+}
+
+/// If this fails, a new store takes gigabytes before anything is in it, or one that is used has a checkpoint for every few megabytes for
+/// ever; or the room that a log has taken is asked for again at each opening.
+#[test]
+fn a_log_gets_longer_when_it_is_used() {
+    let (mut d, _) = Driver::open_shards(SimDisk::new(1), &options(), 2);
+    let mut model = Model::new();
+    assert_eq!((segments(&d), files(&d.disk, 0), files(&d.disk, 1)), (vec![2, 2], 2, 2));
+    for _ in 0..5 {
+        d.ask(Request::Checkpoint).expect("a checkpoint");
+        model.fill(&mut d, 1);
+    }
+    assert_eq!(files(&d.disk, 0) + files(&d.disk, 1), 4, "what is not long does not grow");
+    model.fill_until(&mut d, &[4, 4], "a store in use");
+    assert_eq!(counted(&d.disk), [4, 4]);
+    d.ask(Request::Close).expect("it closes");
+    let closed = crash(&d, Loss::Nothing, 1);
+    assert_eq!((counted(&closed), files(&closed, 0)), (vec![4, 4], 4), "a store keeps what it has");
+    let (mut d, report) = Driver::open_shards(closed, &options(), 2);
+    assert!(report.clean && segments(&d) == [4, 4]);
+    model.check(&mut d, "after a close");
+    // A shard that comes in begins small, one that goes takes its log with it.
+    for (shards, expected) in [(1, vec![4]), (2, vec![4, 2])] {
+        d = Driver::open_shards(crash(&d, Loss::Everything, 2), &options(), shards).0;
+        assert_eq!((segments(&d), counted(&d.disk)), (expected.iter().map(|n| u64::from(*n)).collect(), expected));
+        model.check(&mut d, "with another number of shards");
+        model.fill(&mut d, 3);
+    }
+    // Files of a log that went stay, and are made anew for one that comes.
+    model.fill_until(&mut d, &[4, 4], "with a shard that came in");
+    let (mut d, _) = Driver::open_shards(crash(&d, Loss::Everything, 3), &options(), 2);
+    model.check(&mut d, "at the end");
+}
+
+/// Cuts the power after so many events of a store whose logs get longer; whether a file was there that no superblock counted, or `None`
+/// if there were fewer events.
+fn cut_power(events: u64) -> Option<bool> {
+    let (mut d, _) = Driver::open_shards(SimDisk::new(events), &options(), 2);
+    let mut model = Model::new();
+    d.disk.cut_power_after(events);
+    while model.commits < COMMITS_ENOUGH && model.write(&mut d).is_ok() {}
+    if !d.disk.is_off() {
+        return None;
+    }
+    let what = format!("cut after {events} events");
+    let loss = Loss::random(&mut Rng::new(events));
+    let disk = crash(&d, loss, events);
+    let uncounted = (0..2).any(|shard| files(&disk, shard) > counted(&disk)[usize::from(shard)] as usize);
+    let (mut d, _) = Driver::open_shards(disk, &options(), 2);
+    model.check(&mut d, &what);
+    // It goes on growing where it was cut short.
+    model.fill_until(&mut d, &[4, 4], &what);
+    let (mut d, _) = Driver::open_shards(crash(&d, Loss::Everything, events), &options(), 2);
+    model.check(&mut d, &what);
+    Some(uncounted)
+}
+
+fn cut_power_at(events: impl Iterator<Item = u64>) -> (u64, u64) {
+    let (mut cuts, mut uncounted) = (0, 0);
+    for found in events.map_while(cut_power) {
+        cuts += 1;
+        uncounted += u64::from(found);
+    }
+    (cuts, uncounted)
+}
+
+/// If this fails, a crash while a log gets longer costs what was acknowledged, or the store can't be opened any more.
+#[test]
+fn a_crash_at_any_event_of_a_growth_loses_nothing() {
+    let (cuts, uncounted) = cut_power_at((1..).step_by(3));
+    println!("{cuts} crashes, {uncounted} with files that no superblock counted");
+    assert!(cuts > 150 && uncounted > 10, "{cuts} crashes, {uncounted} with files that no superblock counted");
+}
+
+/// If this fails, a store on a full disk stops, or loses what it acknowledges, because its log could not get longer; or it asks the file
+/// system again and again.
+#[test]
+fn a_log_that_can_not_get_longer_stays_as_it_is() {
+    let (mut d, _) = Driver::open_shards(SimDisk::new(1), &options(), 1);
+    let mut model = Model::new();
+    d.disk.inject(Fault { forever: true, errno: ENOSPC, ..Fault::once(OpKind::Allocate, Area::Log, 0) });
+    model.fill(&mut d, COMMITS_ENOUGH);
+    let (tries, checkpoints) = (d.disk.counters().faults_allocate, d.all.shards[0].checkpoints_ended());
+    assert!(tries > 1 && tries <= checkpoints, "{tries} tries in {checkpoints} checkpoints");
+    assert_eq!((segments(&d), counted(&d.disk)), (vec![2], vec![2]));
+    let (mut d, _) = Driver::open_shards(crash(&d, Loss::Everything, 1), &options(), 1);
+    model.check(&mut d, "on a full disk");
+    d.disk.clear_faults();
+    model.fill_until(&mut d, &[4], "with room again");
+}
+
+/// The log of one shard can't get longer, or by one segment only: that of the other does, and nothing is lost.
+fn one_of_two_fails() {
+    for (no, expected) in [(2, 2), (3, 3)] {
+        let (mut d, _) = Driver::open_shards(SimDisk::new(1), &options(), 2);
+        let mut model = Model::new();
+        let area = Area::File(FileId::Log(ShardId::new(1), SegmentNo::new(no)));
+        d.disk.inject(Fault { forever: true, errno: ENOSPC, ..Fault::once(OpKind::Allocate, area, 0) });
+        model.fill_until(&mut d, &[4, expected], "one is cut short");
+        model.fill(&mut d, COMMITS_ENOUGH);
+        assert_eq!((segments(&d), counted(&d.disk)), (vec![4, expected], vec![4, expected as u32]));
+        let (mut d, _) = Driver::open_shards(crash(&d, Loss::Everything, 1), &options(), 2);
+        model.check(&mut d, "after a crash");
+    }
+}
+
+/// If this fails, one shard's full disk holds up all others, or the superblock counts a file that is not there.
+#[test]
+fn each_log_gets_as_long_as_it_can() {
+    one_of_two_fails();
+}
+
+/// If this fails, a store that was made before logs grew can't be opened, or what its log holds is lost.
+#[test]
+fn a_store_from_before_logs_grew_has_all_its_segments() {
+    let (mut d, _) = Driver::open_shards(SimDisk::new(1), &options(), 2);
+    let mut model = Model::new();
+    model.fill_until(&mut d, &[4, 4], "before");
+    model.fill(&mut d, 5);
+    let mut disk = crash(&d, Loss::Everything, 1);
+    recount(&mut disk, 0);
+    assert_eq!(counted(&disk), [4, 4]);
+    let (mut d, _) = Driver::open_shards(disk, &options(), 2);
+    model.check(&mut d, "an old store");
+    model.fill(&mut d, COMMITS_ENOUGH);
+    assert_eq!((segments(&d), counted(&d.disk)), (vec![4, 4], vec![4, 4]));
+}
+
+/// If this fails, a store of which a part of the log is gone is opened without it, in silence.
+#[test]
+fn a_log_that_is_not_as_long_as_the_superblock_says_is_refused() {
+    let (mut d, _) = Driver::open_shards(SimDisk::new(1), &options(), 1);
+    let mut model = Model::new();
+    model.fill_until(&mut d, &[4], "before");
+    // So that the last segments are in use.
+    model.fill(&mut d, 25);
+    let last = FileId::Log(ShardId::LEADER, SegmentNo::new(3));
+    let mut disk = crash(&d, Loss::Everything, 1);
+    let missing = refusal(&mut creation::copy_of(&mut disk, &[last], &[]), 1);
+    assert!(missing.kind() == ErrorKind::NotFound && missing.to_string().contains("backup"), "{missing}");
+    let short = refusal(&mut creation::copy_of(&mut disk, &[], &[last]), 1);
+    assert!(short.kind() == ErrorKind::Corrupt && short.to_string().contains("log-000-0003"), "{short}");
+    // More than a log has: the values make no sense.
+    for nonsense in [1, 5, u32::MAX] {
+        let mut disk = crash(&d, Loss::Everything, 1);
+        recount(&mut disk, nonsense);
+        assert_eq!(refusal(&mut disk, 1).kind(), ErrorKind::Corrupt, "{nonsense} segments");
+    }
+    // Fewer than are in use: an older superblock, since the newest was lost.
+    let mut disk = crash(&d, Loss::Everything, 1);
+    recount(&mut disk, 2);
+    let lost = refusal(&mut disk, 1);
+    assert!(lost.kind() == ErrorKind::Corrupt && lost.to_string().contains("superblock write was lost"), "{lost}");
+}
+
+/// The runs in which planted bugs are looked for.
+pub(crate) fn planted_bugs() {
+    one_of_two_fails();
+    cut_power_at((40..200).step_by(2));
+}
