@@ -33,7 +33,7 @@ use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::metrics::ShardStats;
 use crate::base::options::{Options, frames_in};
 use crate::engine::recovery::RecoveryReport;
-use crate::engine::{Commit, PageRef, Pins, Request, Response};
+use crate::engine::{Commit, PageRef, PinQuota, Request, Response};
 use crate::format::root::VOLUMES_MAX;
 use crate::io::DiskReport;
 use crate::runtime::{OpenMode, Runtime, RuntimeReport};
@@ -59,7 +59,7 @@ pub struct Store {
     /// What a caller's handle has, and the engine's own have not. Before `inner`: it goes first.
     handles: Option<Arc<Handles>>,
     inner: Arc<Inner>,
-    pins: Arc<Pins>,
+    pins: Arc<PinQuota>,
 }
 
 struct Inner {
@@ -111,7 +111,7 @@ impl Store {
 
     async fn open_wanted(dir: &Path, options: Options, wanted: OpenMode) -> Result<Store> {
         let read_pages = options.vectored_pages_max.min(READ_PAGES);
-        let pins = Pins::new((frames_in(options.memory_bytes) / PINS_SHARE) as usize);
+        let pins = PinQuota::new((frames_in(options.memory_bytes) / PINS_SHARE) as usize);
         let runtime = crate::runtime::start(dir.to_path_buf(), options, wanted).await?;
         let volumes = (0..VOLUMES_MAX).map(|_| Arc::default()).collect();
         let (closing, resizing) = Default::default();
@@ -231,7 +231,7 @@ impl Store {
     /// Counters since the store was opened, of each shard.
     pub async fn shard_stats(&self) -> Result<Vec<ShardStats>> {
         let mut all = Vec::new();
-        for shard in self.inner.runtime.deal().shards() {
+        for shard in self.inner.runtime.shard_map().shards() {
             match self.inner.runtime.submit_to(shard, Request::Stats).await?.await? {
                 Response::Stats(stats) => all.push(*stats),
                 other => return Err(unexpected(&other)),

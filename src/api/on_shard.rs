@@ -7,7 +7,7 @@
 use super::{Inner, ShardTxn, Store, Volume, committed, pages};
 use crate::base::error::{Error, Result};
 use crate::base::{Lsn, PageId, PageKey, ShardId};
-use crate::engine::{Change, Commit, PageRef, Pins, Request};
+use crate::engine::{Change, Commit, PageRef, PinQuota, Request};
 use crate::runtime::TaskContext;
 use smallvec::SmallVec;
 use std::future::Future;
@@ -17,7 +17,7 @@ use std::sync::{Arc, Weak};
 #[derive(Clone)]
 pub struct ShardHandle {
     local: TaskContext,
-    pins: Arc<Pins>,
+    pins: Arc<PinQuota>,
     /// Of which the shard is; it does not keep it open.
     store: Weak<Inner>,
 }
@@ -40,7 +40,7 @@ impl ShardHandle {
     /// `Invalid`: the page belongs to another shard, or the volume to another store. Else as [`Volume::read`].
     pub async fn read(&self, volume: &Volume, page: PageId) -> Result<PageRef> {
         let key = self.key(volume, page)?;
-        let mut pins = Pins::take(&self.pins, 1)?;
+        let mut pins = PinQuota::take(&self.pins, 1)?;
         let read = self.local.call(Request::Read(SmallVec::from_buf([key]))).await?;
         pages(read)?.pop().map(|page| page.counted(&mut pins)).ok_or_else(|| Error::internal("a read gave no page"))
     }
@@ -51,7 +51,7 @@ impl ShardHandle {
     /// As [`read`](Self::read), of the first page that fails.
     pub async fn read_many(&self, volume: &Volume, ids: &[PageId]) -> Result<SmallVec<[PageRef; 1]>> {
         volume.check_of(&self.store)?;
-        let mut pins = Pins::take(&self.pins, ids.len())?;
+        let mut pins = PinQuota::take(&self.pins, ids.len())?;
         let keys: SmallVec<[PageKey; 1]> = ids.iter().map(|page| volume.key(*page)).collect();
         let pages = pages(self.local.call(Request::Read(keys)).await?)?;
         Ok(pages.into_iter().map(|page| page.counted(&mut pins)).collect())
@@ -106,12 +106,12 @@ impl ShardHandle {
 impl Store {
     /// How many shards there are.
     pub fn shards_count(&self) -> usize {
-        self.inner.runtime.deal().shards_count().into()
+        self.inner.runtime.shard_map().shards_count().into()
     }
 
     /// The shard to which a page belongs while the store is open.
     pub fn shard_of(&self, volume: &Volume, page: PageId) -> usize {
-        self.inner.runtime.deal().shard_of(volume.key(page)).index()
+        self.inner.runtime.shard_map().shard_of(volume.key(page)).index()
     }
 
     /// Runs the future that `make` makes as a task on the thread of shard `shard`. It runs on if the result is dropped,

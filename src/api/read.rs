@@ -7,7 +7,7 @@
 use super::{Store, pages};
 use crate::base::PageKey;
 use crate::base::error::{Error, Result};
-use crate::engine::{PageRef, Pins, Request, Taken};
+use crate::engine::{PageRef, PinQuota, PinReservation, Request};
 use crate::runtime::Reply;
 use smallvec::SmallVec;
 
@@ -16,7 +16,7 @@ pub(super) struct Reads {
     /// The parts whose pages have not come.
     parts: SmallVec<[Part; 1]>,
     found: Vec<Option<PageRef>>,
-    pins: Taken,
+    pins: PinReservation,
 }
 
 /// Which of the pages asked for, and the reply that brings them.
@@ -29,18 +29,18 @@ impl Store {
 
     /// Asks for pages; once this returns, all parts are on their way.
     pub(super) async fn begin_read(&self, keys: &[PageKey]) -> Result<Reads> {
-        let pins = Pins::take(&self.pins, keys.len())?;
+        let pins = PinQuota::take(&self.pins, keys.len())?;
         let (most, runtime) = (self.inner.read_pages, &self.inner.runtime);
-        let deal = runtime.deal();
+        let shard_map = runtime.shard_map();
         let found = keys.iter().map(|_| None).collect();
         let mut parts = SmallVec::new();
-        if keys.len() <= most && keys.iter().all(|key| deal.shard_of(*key) == deal.shard_of(keys[0])) {
+        if keys.len() <= most && keys.iter().all(|key| shard_map.shard_of(*key) == shard_map.shard_of(keys[0])) {
             parts.push(((0..keys.len()).collect(), runtime.submit(Request::Read(keys.into())).await?));
             return Ok(Reads { parts, found, pins });
         }
-        let mut by_shard: Vec<Vec<usize>> = deal.shards().map(|_| Vec::new()).collect();
+        let mut by_shard: Vec<Vec<usize>> = shard_map.shards().map(|_| Vec::new()).collect();
         for (i, key) in keys.iter().enumerate() {
-            by_shard[deal.shard_of(*key).index()].push(i);
+            by_shard[shard_map.shard_of(*key).index()].push(i);
         }
         for part in by_shard.iter().flat_map(|part| part.chunks(most)) {
             let request = Request::Read(part.iter().map(|i| keys[*i]).collect());

@@ -114,7 +114,7 @@ impl Store {
         let mut look = Look::default();
         if first <= last {
             let asked = PageRange { volume, first, last, ranges_max: ranges_max.max(1) };
-            for shard in self.inner.runtime.deal().shards() {
+            for shard in self.inner.runtime.shard_map().shards() {
                 look.replies.push(self.inner.runtime.submit_to(shard, Request::Allocated(asked)).await?);
             }
         }

@@ -1,7 +1,7 @@
 //! CRC-32C (Castagnoli, RFC 3720 appendix B.4): the one checksum of everything that is stored.
 //!
 //! Invariants
-//! 1. The sum depends on the bytes alone: not on the machine, the implementation chosen, alignment, or how the bytes
+//! 1. The checksum depends on the bytes alone: not on the machine, the implementation chosen, alignment, or how the bytes
 //!    were split over calls. A store moves between machines.
 //! 2. The implementation is chosen at run time, so that one binary runs on every x86-64 and ARM machine.
 //!
@@ -58,13 +58,13 @@ mod fold {
     }
 }
 
-/// The sum of `bytes`.
+/// The checksum of `bytes`.
 #[inline]
 pub fn crc32c(bytes: &[u8]) -> u32 {
     if bytes.len() >= FOLD_BYTES_MIN && fold::works() { fold::crc32c(bytes) } else { crc32c::crc32c(bytes) }
 }
 
-/// The sum of what `crc` is the sum of, followed by `bytes`. The sum of nothing is 0.
+/// The checksum of what `crc` is the checksum of, followed by `bytes`. The checksum of nothing is 0.
 #[inline]
 pub fn crc32c_append(crc: u32, bytes: &[u8]) -> u32 {
     if bytes.len() >= FOLD_BYTES_MIN && fold::works() {
@@ -74,7 +74,7 @@ pub fn crc32c_append(crc: u32, bytes: &[u8]) -> u32 {
     }
 }
 
-/// How sums are computed on this machine, for reports: for pages, and for short pieces.
+/// How checksums are computed on this machine, for reports: for pages, and for short pieces.
 pub fn implementation() -> String {
     let short = if has_crc_instruction() { "crc instruction" } else { "tables" };
     if fold::works() { format!("{} ({short} below {FOLD_BYTES_MIN} bytes)", fold::target()) } else { short.to_owned() }
@@ -104,7 +104,7 @@ mod tests {
         (0..len as u32).map(|i| (i.wrapping_mul(0x9e37_79b1) >> 24) as u8).collect()
     }
 
-    /// RFC 3720, appendix B.4: other programs must be able to check our sums.
+    /// RFC 3720, appendix B.4: other programs must be able to check our checksums.
     #[test]
     fn the_published_vectors_hold() {
         assert_eq!(crc32c(&[0; 32]), 0x8a91_36aa);
@@ -117,7 +117,7 @@ mod tests {
         assert_eq!(crc32c(b""), 0);
     }
 
-    /// A sum that changed with the length class would make good pages look damaged after an update.
+    /// A checksum that changed with the length class would make good pages look damaged after an update.
     #[test]
     fn every_length_around_the_choice_gives_the_reference() {
         let bytes = noise(1200);

@@ -4,20 +4,20 @@
 //! (`p12`, `s3`, `lsn 8041`), so that a trace can be read.
 
 pub mod checksum;
-mod deal;
 pub(crate) mod error;
 mod lsn;
 pub mod metrics;
 pub(crate) mod options;
 mod page;
 mod place;
+mod shard_map;
 mod shard_set;
 pub(crate) mod sync;
 
-pub use deal::Deal;
 pub use lsn::Lsn;
 pub use page::{PageId, PageKey, RUN_PAGES, ShardId, VShard, VolumeId};
-pub use place::{ExtentNo, Place, SegmentNo};
+pub use place::{BlockAddr, ExtentNo, SegmentNo};
+pub use shard_map::ShardMap;
 pub use shard_set::ShardSet;
 
 /// The unit of all I/O and of all places: 4 KiB, the smallest page and the physical block of common devices.

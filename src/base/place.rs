@@ -29,14 +29,14 @@ impl fmt::Debug for ExtentNo {
 
 /// A place in the data space: an extent, and a block within it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
-pub struct Place {
+pub struct BlockAddr {
     /// The extent.
     pub extent: ExtentNo,
     /// The 4 KiB block within the extent.
     pub block: u32,
 }
 
-impl Place {
+impl BlockAddr {
     /// The byte offset in the data space.
     pub const fn offset(self, extent_bytes: u64) -> u64 {
         self.extent.0 as u64 * extent_bytes + self.block as u64 * super::BLOCK as u64
@@ -49,11 +49,11 @@ impl Place {
 
     /// The inverse of [`pack`](Self::pack).
     pub const fn unpack(raw: u64) -> Self {
-        Place { extent: ExtentNo((raw >> 32) as u32), block: raw as u32 }
+        BlockAddr { extent: ExtentNo((raw >> 32) as u32), block: raw as u32 }
     }
 }
 
-impl fmt::Debug for Place {
+impl fmt::Debug for BlockAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?}+{}", self.extent, self.block)
     }

@@ -119,7 +119,7 @@ pub(super) struct Held {
     /// What requests of callers take of the heap (see `budget`).
     pub request_bytes: u64,
     /// Captures of freed pages: each keeps an entry of the page table until it is in the map.
-    pub frees_unsettled: u64,
+    pub frees_unpublished: u64,
 }
 
 impl Held {

@@ -65,7 +65,7 @@ pub(super) fn request_weight(kind: &PendingKind, pages: usize) -> u64 {
 
 /// What a commit over `shards` shards takes, at its owner and at all parts, until it is durable everywhere. The lists exist twice, since
 /// the owner may have to ask again; the bodies are shared.
-pub(super) fn cross_weight(commit: &Commit, shards: usize) -> u64 {
+pub(super) fn coordinated_bytes(commit: &Commit, shards: usize) -> u64 {
     let pages = (commit.reads.len() + commit.changes.len()) as u64;
     REQUEST_BYTES * (1 + shards as u64) + pages * PAGE_BYTES + 2 * lists_bytes(commit) + bodies_bytes(commit)
 }
@@ -89,11 +89,12 @@ impl Shard {
             let kept = self.requests.held.request_bytes;
             return Err(format!("bytes of requests: {kept} by what is kept, {pending} + {cross} counted"));
         }
-        let unsettled = self.writeback.captures.iter().filter(|(_, capture)| capture.entry.is_none()).count() as u64;
-        if self.requests.held.frees_unsettled != unsettled {
+        let awaiting_watermark =
+            self.writeback.captures.iter().filter(|(_, capture)| capture.entry.is_none()).count() as u64;
+        if self.requests.held.frees_unpublished != awaiting_watermark {
             return Err(format!(
-                "frees on their way: {} by what is kept, {unsettled} counted",
-                self.requests.held.frees_unsettled
+                "frees on their way: {} by what is kept, {awaiting_watermark} counted",
+                self.requests.held.frees_unpublished
             ));
         }
         let blocks = u64::from(self.ctx.limits.memory_blocks);

@@ -10,7 +10,7 @@
 //! names one has its checksum (see `format::node`).
 
 use crate::base::checksum::crc32c;
-use crate::base::{BLOCK, Lsn, Place};
+use crate::base::{BLOCK, BlockAddr, Lsn};
 use crate::format::node::Entry;
 use crate::memory::FrameRef;
 
@@ -33,7 +33,7 @@ impl Sealed {
     }
 
     /// The entry that names it, once it has a place.
-    pub(crate) fn entry(&self, place: Place, lsn: Lsn) -> Entry {
+    pub(crate) fn entry(&self, place: BlockAddr, lsn: Lsn) -> Entry {
         Entry::plain(place, lsn, self.checksum)
     }
 
@@ -106,7 +106,7 @@ mod tests {
     fn what_was_sealed_opens_and_nothing_else_does() {
         let sealed = sealed(7);
         assert_eq!(sealed.blocks(), 1);
-        let entry = sealed.entry(Place::default(), Lsn::new(3));
+        let entry = sealed.entry(BlockAddr::default(), Lsn::new(3));
         let mut stored = sealed.into_bytes().to_vec();
         assert_eq!(open(&entry, &stored), Ok(&[7; BLOCK][..]));
         for at in [0, 1, 2047, BLOCK - 1] {
@@ -121,7 +121,7 @@ mod tests {
     #[test]
     fn an_entry_of_another_codec_is_refused() {
         let sealed = sealed(7);
-        let plain = sealed.entry(Place::default(), Lsn::new(3));
+        let plain = sealed.entry(BlockAddr::default(), Lsn::new(3));
         let others = [
             Entry { class: 1, ..plain },
             Entry { codec: 1, ..plain },

@@ -14,7 +14,7 @@ use crate::base::Lsn;
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::metrics::ShardStats;
 use crate::base::options::Limits;
-use crate::base::{Deal, Micros, ShardId};
+use crate::base::{Micros, ShardId, ShardMap};
 use crate::engine::order::GlobalOrder;
 use crate::io::{DiskOp, OpId};
 use crate::memory::Arena;
@@ -25,7 +25,7 @@ use std::sync::Arc;
 /// The surroundings of a shard's components.
 pub(super) struct Context {
     pub id: ShardId,
-    pub deal: Deal,
+    pub shard_map: ShardMap,
     pub limits: Limits,
     pub order: Arc<GlobalOrder>,
     /// Microseconds, as passed to the turn under way.
@@ -51,10 +51,17 @@ pub(super) struct Context {
 }
 
 impl Context {
-    pub fn new(id: ShardId, deal: Deal, limits: Limits, order: Arc<GlobalOrder>, now: Micros, arena: Arena) -> Self {
+    pub fn new(
+        id: ShardId,
+        shard_map: ShardMap,
+        limits: Limits,
+        order: Arc<GlobalOrder>,
+        now: Micros,
+        arena: Arena,
+    ) -> Self {
         Context {
             id,
-            deal,
+            shard_map,
             limits,
             order,
             now,

@@ -22,7 +22,7 @@ impl Shard {
              stalled for space {}, {} segments free, {} frames ({}), {:?}, next {} watermark {}, failed {:?}, \
              closing {}",
             self.space.extents.space(),
-            self.space.extents.left_count(),
+            self.space.extents.pending_free_count(),
             self.space.extents.coming(),
             self.requests.pending.len(),
             self.requests.ready.len(),
@@ -76,7 +76,7 @@ impl std::fmt::Debug for Shard {
             .field("memory", &self.memory())
             .field("checkpoint", &self.checkpoint)
             .field("space", &self.space.extents.space())
-            .field("left", &self.space.extents.left_count())
+            .field("left", &self.space.extents.pending_free_count())
             .field("compacting", &self.compaction.compactor.count())
             .field("growing", &self.space.growing)
             .field("failed", &self.ctx.failed)

@@ -10,7 +10,7 @@
 use super::writeback::Capture;
 use super::{OpKind, Shard};
 use crate::base::error::Error;
-use crate::base::{BLOCK, Lsn, Place};
+use crate::base::{BLOCK, BlockAddr, Lsn};
 use crate::engine::codec::{self, Sealed};
 use crate::engine::log::{FlushSet, GroupState, InFlight, OpenSlot};
 use crate::engine::map::Stream;
@@ -28,7 +28,7 @@ struct Image {
     sealed: Sealed,
     /// The page's newest version is this image.
     is_current: bool,
-    place: Option<Place>,
+    place: Option<BlockAddr>,
 }
 
 impl Shard {
@@ -82,7 +82,7 @@ impl Shard {
             blocks: body_blocks + inline_blocks,
             watermark: self.ctx.order.watermark(),
             superblock_generation: self.checkpoint.superblock.generation,
-            // Counts, sums and runs come with its end.
+            // Counts, checksums and runs come with its end.
             ..GroupHead::default()
         };
         let finished = self.log.open.finish(&slots, inline_blocks, &mut head, self.checkpoint.superblock.salt);
@@ -228,7 +228,7 @@ impl Shard {
         let (chunks, parts) = self.log.flushed(&set.numbers);
         self.log.open.restock(chunks);
         self.parts_durable(parts);
-        self.publish_bound();
+        self.publish_low_water();
         self.ctx.work_pending = true;
     }
 }

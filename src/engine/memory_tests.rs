@@ -282,7 +282,7 @@ fn a_failure_ends_what_waits_for_a_part_in_front() {
     let shard = &mut bench.all.shards[0];
     let age = (0, ShardId::new(1), 1);
     shard.ctx.now += 10_000_000;
-    shard.note_vote(age, &super::message::Vote::NotNow, true);
+    shard.note_vote(age, &super::message::Vote::Busy, true);
     assert!(!shard.accepting() && shard.next_due().is_some(), "callers wait for the part, and somebody looks again");
     shard.stop(crate::base::error::Error::invalid("a write failed"));
     assert!(shard.accepting(), "reads go on");
@@ -291,7 +291,7 @@ fn a_failure_ends_what_waits_for_a_part_in_front() {
 /// If this fails, a store takes more than the memory that it was given: each frame's tables were on top, an eighth of it.
 #[test]
 fn memory_is_frames_with_all_their_tables() {
-    let capture = size_of::<super::writeback::Capture>() + size_of::<super::writeback::Unsettled>();
+    let capture = size_of::<super::writeback::Capture>() + size_of::<super::writeback::AwaitingWatermark>();
     let pages = super::cache::table::ENTRY_BYTES + (super::cache::table::ENTRY_BYTES + capture) / 4;
     let sum =
         pages + crate::engine::map::NODE_BYTES + crate::memory::ARENA_BLOCK_BYTES + crate::memory::EVICTION_BLOCK_BYTES;

@@ -18,7 +18,7 @@ use super::checkpoint::NewEpoch;
 use super::event::Change;
 use super::space::Urgency;
 use crate::base::error::Error;
-use crate::base::{ExtentNo, Lsn, Micros, PageKey, Place, VShard};
+use crate::base::{BlockAddr, ExtentNo, Lsn, Micros, PageKey, VShard};
 use crate::format::extent::{ItemKind, TableRow};
 use crate::format::superblock::{LogState, RootVersion, Superblock};
 
@@ -26,7 +26,7 @@ use crate::format::superblock::{LogState, RootVersion, Superblock};
 #[derive(Debug)]
 pub enum Message {
     /// The part of a commit over shards that concerns the receiver: hold its pages and vote.
-    Prepare(u64, Box<Ask>),
+    Prepare(u64, Box<PrepareRequest>),
     /// The answer.
     Vote(u64, Vote),
     /// All votes are in.
@@ -36,7 +36,7 @@ pub enum Message {
     /// The part is durable.
     Durable(u64),
     /// Somebody waits until everything up to here is durable: what is open is to be written.
-    Nudge(Lsn),
+    RequestFlush(Lsn),
     /// The sender has stopped after a failed write or flush: so must everybody.
     Failed(Error),
     /// A checkpoint is wanted.
@@ -67,16 +67,16 @@ pub enum Message {
     Denied,
     /// Give some free extents to the sender, if you have more than you need; or (`Stuck`) more than two, because
     /// the sender can't finish an opening or a checkpoint.
-    Spare(Urgency),
+    DonateExtents(Urgency),
     /// Compaction wants this moved from here.
-    Move(ItemKind, Place),
+    Move(ItemKind, BlockAddr),
     /// What was there is on its way, or needs not move; or it can't be read.
-    Moved(Place, Option<Error>),
+    Moved(BlockAddr, Option<Error>),
 }
 
 /// One shard's part of a commit.
 #[derive(Clone, Debug, Default)]
-pub struct Ask {
+pub struct PrepareRequest {
     /// Pages read, with the version read.
     pub reads: Vec<(PageKey, Lsn)>,
     /// Changes, in order.
@@ -93,9 +93,9 @@ pub enum Vote {
     /// All is as it was read, held and reserved; the newest version that was read.
     Yes(Lsn),
     /// A page is held by another commit.
-    Held,
+    Conflict,
     /// Memory, log room or space are short for now.
-    NotNow,
+    Busy,
     /// It can't be done.
     No(Error),
 }
@@ -111,7 +111,7 @@ pub enum Decision {
         urgent: bool,
     },
     /// Nothing is done.
-    LetGo,
+    Abort,
 }
 
 /// The beginning of a checkpoint.
@@ -127,11 +127,11 @@ pub struct Begin {
 #[derive(Debug, Default)]
 pub struct Handover {
     /// Places that the new roots name and the old ones did not.
-    pub named: Vec<(Place, ItemKind)>,
+    pub named: Vec<(BlockAddr, ItemKind)>,
     /// Places that the new roots do not name, free with this checkpoint.
-    pub retired: Vec<Place>,
+    pub retired: Vec<BlockAddr>,
     /// Places that the new roots do not name, free with the next checkpoint.
-    pub left: Vec<Place>,
+    pub left: Vec<BlockAddr>,
 }
 
 /// A shard's part of table and superblock.

@@ -8,7 +8,7 @@
 //! ```
 //! Invariants
 //! 1. Everything happens in [`Shard::turn`] and [`Shard::complete`]; between two calls nothing changes.
-//! 2. No effect of a commit leaves the shard before its LSN is drawn.
+//! 2. No effect of a commit leaves the shard before its LSN is allocated.
 //! 3. A durable reply leaves only when the watermark has reached the commit.
 //! 4. After the first failed write or flush nothing is acknowledged any more (`failed`), and nothing more is written.
 //! 5. Every queue is bounded: [`Shard::accepting`] says when to stop bringing requests.
@@ -57,7 +57,7 @@ mod overwrite_tests;
 
 pub(crate) use budget::request_bytes;
 pub use cache::PageRange;
-pub(crate) use cache::{Pins, Taken};
+pub(crate) use cache::{PinQuota, PinReservation};
 pub(crate) use checkpoint::NewEpoch;
 pub use event::{Change, Commit, PageRef, Request, Response, Token};
 pub use message::Message;

@@ -75,7 +75,7 @@ impl Shard {
 
     /// The levels of the highest tree of this shard's.
     pub(crate) fn levels_most(&self) -> Levels {
-        let vshards = self.ctx.deal.owned_by(self.ctx.id);
+        let vshards = self.ctx.shard_map.owned_by(self.ctx.id);
         let tops = vshards.flat_map(|vshard| self.map.root(vshard).children.iter());
         tops.filter(|top| top.is_present()).map(|top| top.level + 1).max().unwrap_or(0)
     }

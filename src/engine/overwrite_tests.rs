@@ -9,7 +9,7 @@ use crate::Geometry;
 use crate::base::error::{Error, Result};
 use crate::base::metrics::ShardStats;
 use crate::base::options::Options;
-use crate::base::{BLOCK, Deal, Micros, PageId, PageKey, VolumeId};
+use crate::base::{BLOCK, Micros, PageId, PageKey, ShardMap, VolumeId};
 use crate::engine::map::Lookup;
 use crate::io::{Completion, Disk, DiskOp, FileId, OpId};
 use crate::testing::local_cluster::LocalCluster;
@@ -120,7 +120,7 @@ impl Disk for MemoryDisk {
 struct Volume {
     disk: MemoryDisk,
     all: LocalCluster,
-    deal: Deal,
+    shard_map: ShardMap,
     pages: u64,
     rng: Rng,
     now: Micros,
@@ -150,9 +150,9 @@ impl Volume {
             crate::engine::recovery::begin(&mut disk, options, shards_count, 7, 0).expect("the store can be made");
         let mut all = LocalCluster::new(opening.shards);
         all.run_until_open(&mut disk, 0).expect("the store opens");
-        let deal = all.shards[0].deal();
+        let shard_map = all.shards[0].shard_map();
         let (now, rng) = (1_000_000, Rng::new(5));
-        let mut volume = Volume { disk, all, deal, pages, rng, now, sent: 0, answered: 0 };
+        let mut volume = Volume { disk, all, shard_map, pages, rng, now, sent: 0, answered: 0 };
         volume.write(pages, |volume| volume.sent);
         volume
     }
@@ -169,7 +169,7 @@ impl Volume {
                 let change = Change::Put(Bytes::from_static(&[7; BLOCK]));
                 let commit = Commit { reads: vec![], changes: vec![(key, change)], durable: true };
                 self.sent += 1;
-                self.all.request(self.deal.shard_of(key), Token(self.sent), Request::Commit(commit));
+                self.all.request(self.shard_map.shard_of(key), Token(self.sent), Request::Commit(commit));
                 left -= 1;
             }
             self.now += 100;
@@ -208,7 +208,7 @@ impl Volume {
             moved: a_byte(stats.pages_moved),
             nodes: a_byte(stats.nodes_written),
             log: a_byte(stats.log_bytes / BLOCK as u64),
-            checkpoints: stats.checkpoints / u64::from(self.deal.shards_count()),
+            checkpoints: stats.checkpoints / u64::from(self.shard_map.shards_count()),
             extents_compacted: stats.extents_compacted,
             live_percent: 100.0 * live,
             space_mib: self.disk.files[&FileId::Data].len() as u64 >> 8,
@@ -303,7 +303,7 @@ fn a_page_that_cannot_be_read_costs_no_other() {
     let at = entry.place().offset(options.geometry.extent_bytes) / BLOCK as u64;
     volume.disk.unreadable = Some((FileId::Data, at as usize));
     for (i, key) in (0..).zip(&neighbours) {
-        volume.all.request(volume.deal.shard_of(*key), Token(i), Request::Read(smallvec::smallvec![*key]));
+        volume.all.request(volume.shard_map.shard_of(*key), Token(i), Request::Read(smallvec::smallvec![*key]));
     }
     let reads = volume.disk.reads;
     while volume.all.replies.len() < neighbours.len() {

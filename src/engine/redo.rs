@@ -184,12 +184,12 @@ impl Shard {
     fn group_loaded(&mut self) {
         let Some(recovering) = &mut self.redo.recovering else { return };
         let Some(Load { head, bytes, .. }) = recovering.load.take() else { return };
-        let (redo, cut, deal, id) = (recovering.redo, recovering.cut, self.ctx.deal, self.ctx.id);
+        let (redo, cut, shard_map, id) = (recovering.redo, recovering.cut, self.ctx.shard_map, self.ctx.id);
         let commits = decode(
             &head,
             &Bytes::from(bytes),
             |lsn| lsn > redo && (lsn <= cut || planted!(CutIgnored)),
-            |key| deal.shard_of(key) == id,
+            |key| shard_map.shard_of(key) == id,
         );
         match commits {
             Some(commits) => recovering.commits.extend(commits),
@@ -306,11 +306,11 @@ impl Shard {
         let (vshard, _) = self.map.position(key);
         self.space.extents.adopt(vshard, place, ItemKind::Page(key, lsn));
         if let Some(old) = self.map.set(leaf, key, Some(entry)) {
-            self.space.extents.leave_page(vshard, old.place());
+            self.space.extents.free_later(vshard, old.place());
         }
         // A checkpoint in the middle of the redo may wait for an older version, which goes nowhere now.
         if self.cache.table.pages[idx].checkpoint_target == Lsn::ZERO || !planted!(RedoneUnsettled) {
-            self.page_settled(idx);
+            self.page_published(idx);
         }
         self.wake_waiters(idx);
     }

@@ -19,7 +19,7 @@ use super::redo::RedoChange;
 use super::txn::participant::Part;
 use super::{Change, Shard};
 use crate::base::error::{Error, ErrorKind};
-use crate::base::{Lsn, PageKey, Place, ShardId};
+use crate::base::{BlockAddr, Lsn, PageKey, ShardId};
 use slab::Slab;
 use smallvec::SmallVec;
 use std::cmp::Ordering;
@@ -54,7 +54,7 @@ pub(super) enum PendingKind {
     Part(Box<Part>),
     Redo(Vec<RedoChange>),
     /// Compaction, of that shard, wants to move the page away from here.
-    Move(Place, ShardId),
+    Move(BlockAddr, ShardId),
 }
 
 impl Pending {
@@ -182,7 +182,7 @@ impl Shard {
                 let walk = self.begin_walk(asked);
                 self.begin(Some(token), PendingKind::Walk(walk), SmallVec::new(), |_| false);
             }
-            Request::Commit(commit) if !self.is_local(&commit) => self.begin_cross(token, commit),
+            Request::Commit(commit) if !self.is_local(&commit) => self.begin_coordinated(token, commit),
             Request::Commit(commit) => {
                 let pages = self.pages_of(&commit.reads, &commit.changes);
                 let reads = commit.reads.len();
@@ -353,7 +353,7 @@ impl Shard {
             let error = if w.is_commit { outcome_unknown(w.lsn, cause) } else { stopped.clone() };
             self.ctx.reply(w.token, Err(error));
         }
-        self.fail_cross(cause, &stopped);
+        self.fail_coordinated(cause, &stopped);
         self.drop_parts();
         self.fail_checkpoint(&stopped);
         self.ctx.work_pending = true;

@@ -3,7 +3,7 @@
 use super::Shard;
 use super::blocked::Held;
 use super::cache::PageCache;
-use super::checkpoint::leader::Lead;
+use super::checkpoint::leader::Leader;
 use super::checkpoint::{Checkpoint, NewEpoch};
 use super::context::Context;
 use super::life::Life;
@@ -16,7 +16,7 @@ use super::txn::participant::Participant;
 use super::watermark::WatermarkWaiters;
 use super::writeback::WriteBack;
 use crate::base::options::Limits;
-use crate::base::{Deal, Lsn, Micros, ShardId};
+use crate::base::{Lsn, Micros, ShardId, ShardMap};
 use crate::engine::log::Log;
 use crate::engine::map::{Extents, Map};
 use crate::engine::order::GlobalOrder;
@@ -27,7 +27,7 @@ use std::sync::Arc;
 /// What a shard is made of, as found by recovery.
 pub(crate) struct Setup {
     pub id: ShardId,
-    pub deal: Deal,
+    pub shard_map: ShardMap,
     pub limits: Limits,
     pub order: Arc<GlobalOrder>,
     pub arena: Arena,
@@ -59,14 +59,14 @@ impl Shard {
             requests: Requests::new(held),
             coordinator: Coordinator::new(),
             participant: Participant::new(hasher()),
-            watermark: WatermarkWaiters::new(&parts.order, parts.deal),
+            watermark: WatermarkWaiters::new(&parts.order, parts.shard_map),
             writeback: WriteBack::default(),
             compaction: Compaction::new(hasher()),
             checkpoint: Checkpoint::new(parts.superblock),
-            lead: Lead::new(parts.new_epoch, parts.superblock_frames),
+            leader: Leader::new(parts.new_epoch, parts.superblock_frames),
             redo: Redo { recovering: parts.recovering, redone: false, cut: parts.cut },
             life: Life::new(),
-            ctx: Context::new(parts.id, parts.deal, parts.limits, parts.order, parts.now, parts.arena),
+            ctx: Context::new(parts.id, parts.shard_map, parts.limits, parts.order, parts.now, parts.arena),
         }
     }
 }

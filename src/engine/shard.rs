@@ -3,7 +3,7 @@
 use super::blocked::MEMORY_RETRY_US;
 use super::cache::{NodeWanted, PageCache, PageRead};
 use super::checkpoint::Checkpoint;
-use super::checkpoint::leader::Lead;
+use super::checkpoint::leader::Leader;
 use super::context::Context;
 use super::life::Life;
 use super::log::{FlushSet, Log};
@@ -19,7 +19,7 @@ use super::writeback::WriteBack;
 use super::{Effect, Message, space};
 use crate::base::error::{Error, ErrorKind};
 use crate::base::metrics::ShardStats;
-use crate::base::{Deal, ExtentNo, Lsn, Micros, ShardId};
+use crate::base::{ExtentNo, Lsn, Micros, ShardId, ShardMap};
 use crate::io::{Completion, DiskOp};
 
 /// What an operation under way is for.
@@ -60,11 +60,11 @@ const STEPS: [(TurnStep, &str); 17] = [
     (Shard::finish_ready, "reads need nothing from the steps below, and give back what they hold"),
     (Shard::run_parts, "votes before commits: a part that was promised room must not find it taken by the same lap"),
     (Shard::run_commits, "draws LSNs and fills the open group"),
-    (Shard::retry_cross, "asks again, also those that the commits above were in the way of"),
+    (Shard::retry_coordinated, "asks again, also those that the commits above were in the way of"),
     (Shard::decide, "after the commits, so that one group takes both"),
     (Shard::advance_groups, "closes the group with all that was drawn above"),
     (Shard::write_back, "after the groups: a page that went to its place with one is dirty no more"),
-    (Shard::advance_lead, "the leader's step makes messages for the checkpoint below"),
+    (Shard::advance_leader, "the leader's step makes messages for the checkpoint below"),
     (Shard::advance_checkpoint, "sees the pages and groups of this lap"),
     (Shard::advance_redo, "while a store opens: commits of the log, for the next lap"),
     (Shard::advance_space, "knows what the steps above want"),
@@ -89,7 +89,7 @@ pub struct Shard {
     pub(super) writeback: WriteBack,
     pub(super) compaction: Compaction,
     pub(super) checkpoint: Checkpoint,
-    pub(super) lead: Lead,
+    pub(super) leader: Leader,
     pub(super) redo: Redo,
     pub(super) life: Life,
 }
@@ -103,7 +103,7 @@ impl Shard {
         if !self.ctx.work_pending && self.ctx.due.is_none_or(|due| self.ctx.now < due) {
             return;
         }
-        self.settle_behind_nodes();
+        self.publish_behind_nodes();
         for _ in 0..LAPS_MAX {
             self.ctx.work_pending = false;
             self.ctx.blocked.begin_lap();
@@ -115,7 +115,7 @@ impl Shard {
             }
         }
         self.relieve_memory();
-        self.nudge_others();
+        self.request_flush_of_others();
         self.ctx.due = self.next_due();
     }
 
@@ -202,8 +202,8 @@ impl Shard {
     }
 
     /// Which shard owns which page.
-    pub(crate) fn deal(&self) -> Deal {
-        self.ctx.deal
+    pub(crate) fn shard_map(&self) -> ShardMap {
+        self.ctx.shard_map
     }
 
     /// A message from another shard.
@@ -215,7 +215,7 @@ impl Shard {
             Message::Decide(txn, decision) => self.decided(from, txn, decision),
             Message::Applied(txn) => self.part_applied(txn),
             Message::Durable(txn) => self.part_durable(txn),
-            Message::Nudge(upto) => self.nudged(upto),
+            Message::RequestFlush(upto) => self.flush_requested(upto),
             Message::Failed(error) => self.stop(error),
             Message::WantCheckpoint => self.checkpoint_wanted(),
             Message::Begin(begin) => self.begin_checkpoint(begin),
@@ -230,7 +230,7 @@ impl Shard {
             Message::WantSpace(beyond) => self.space_wanted_by(from, beyond),
             Message::Granted(extents) => self.space_granted(extents),
             Message::Denied => self.space_denied(),
-            Message::Spare(urgency) => self.spare_space(from, urgency),
+            Message::DonateExtents(urgency) => self.donate_extents(from, urgency),
             Message::Move(what, place) => self.move_asked(from, what, place),
             Message::Moved(place, error) => self.moved(from, place, error),
         }
@@ -244,7 +244,7 @@ impl Shard {
     /// The lowest LSN for whose durability something here waits: when the watermark reaches it, a turn is due even if
     /// nothing has arrived. `None`: nothing waits.
     pub fn waits_for(&self) -> Option<Lsn> {
-        let page = self.writeback.unsettled.peek().map(|unsettled| unsettled.lsn());
+        let page = self.writeback.awaiting_watermark.peek().map(|awaiting_watermark| awaiting_watermark.lsn());
         let reply = self.watermark.replies.peek().map(|waiting| waiting.lsn()).filter(|_| !planted!(NobodyWoken));
         // A shard that has stopped writes nothing more: for those it would be woken again and again.
         let writes = [self.checkpoint.waits_for(), self.watermark.dirty_stuck, self.ctx.blocked.awaited_lsn()]
@@ -290,7 +290,7 @@ impl Shard {
             return;
         }
         tracing::error!(shard = self.ctx.id.get(), %error, "the store stops writing; reopen it");
-        for shard in self.ctx.deal.others(self.ctx.id) {
+        for shard in self.ctx.shard_map.others(self.ctx.id) {
             self.ctx.send(shard, Message::Failed(error.clone()));
         }
         self.stop(error);
@@ -321,7 +321,7 @@ impl Shard {
         self.ctx.stats.extents_free = space.free.into();
         self.ctx.stats.blocks_total = u64::from(space.total) * u64::from(space.data_blocks);
         self.ctx.stats.blocks_live = space.live_blocks;
-        self.ctx.stats.blocks_dead = self.space.extents.left_count() as u64;
+        self.ctx.stats.blocks_dead = self.space.extents.pending_free_count() as u64;
         self.ctx.stats.extents_passed_over = self.space.extents.passed_over();
         self.ctx.stats.last_lsn = self.ctx.order.next().before().get();
         self.ctx.stats.durable_lsn = self.ctx.order.watermark().get();

@@ -8,7 +8,7 @@
 use super::Shard;
 use super::message::Message;
 use super::requests::Waiting;
-use crate::base::{Deal, Lsn, ShardId};
+use crate::base::{Lsn, ShardId, ShardMap};
 use crate::engine::order::GlobalOrder;
 use std::collections::BinaryHeap;
 
@@ -17,9 +17,9 @@ pub(super) struct WatermarkWaiters {
     /// The highest LSN for whose durability somebody here waits.
     pub wanted: Lsn,
     /// What each shard has been told of it.
-    nudged: Vec<Lsn>,
+    flush_requested: Vec<Lsn>,
     /// The highest LSN for which another shard waits.
-    pub nudged_upto: Lsn,
+    pub flush_requested_upto: Lsn,
     /// The watermark as last seen.
     seen: Lsn,
     /// No dirty page can be written before something happens here, or the watermark reaches this.
@@ -30,12 +30,12 @@ pub(super) struct WatermarkWaiters {
 }
 
 impl WatermarkWaiters {
-    pub fn new(order: &GlobalOrder, deal: Deal) -> Self {
-        let nudged = vec![Lsn::ZERO; usize::from(deal.shards_count())];
+    pub fn new(order: &GlobalOrder, shard_map: ShardMap) -> Self {
+        let flush_requested = vec![Lsn::ZERO; usize::from(shard_map.shards_count())];
         WatermarkWaiters {
             wanted: Lsn::ZERO,
-            nudged,
-            nudged_upto: Lsn::ZERO,
+            flush_requested,
+            flush_requested_upto: Lsn::ZERO,
             seen: order.watermark(),
             dirty_stuck: None,
             replies: BinaryHeap::new(),
@@ -52,13 +52,13 @@ impl Shard {
             self.watermark.seen = watermark;
             self.watermark.dirty_stuck = None;
             self.acknowledge();
-            self.settle_durable();
+            self.publish_durable();
             self.ctx.work_pending = true;
         }
     }
 
     /// Publishes what this shard still holds back.
-    pub(super) fn publish_bound(&mut self) {
+    pub(super) fn publish_low_water(&mut self) {
         let parts = self.coordinator.undurable.first().filter(|_| !planted!(PartsHoldNothingBack));
         let mut bound = self.log.bound().min(parts.copied().unwrap_or(Lsn::MAX));
         if bound == Lsn::MAX && planted!(IdleHoldsBack) {
@@ -70,38 +70,38 @@ impl Shard {
     }
 
     /// Shards that hold back what somebody here waits for are told: their window must not delay it.
-    pub(super) fn nudge_others(&mut self) {
+    pub(super) fn request_flush_of_others(&mut self) {
         let wanted = self.watermark.wanted;
         if wanted <= self.ctx.order.watermark() || self.ctx.failed.is_some() {
             return;
         }
-        for shard in self.ctx.deal.shards() {
+        for shard in self.ctx.shard_map.shards() {
             if shard != self.ctx.id && self.ctx.order.bound(shard) <= wanted {
-                self.nudge(shard, wanted);
+                self.request_flush(shard, wanted);
             }
         }
-        self.pass_nudge_on(wanted);
+        self.pass_flush_request_on(wanted);
     }
 
-    fn nudge(&mut self, shard: ShardId, upto: Lsn) {
-        if self.watermark.nudged[shard.index()] < upto {
-            self.watermark.nudged[shard.index()] = upto;
-            self.ctx.send(shard, Message::Nudge(upto));
+    fn request_flush(&mut self, shard: ShardId, upto: Lsn) {
+        if self.watermark.flush_requested[shard.index()] < upto {
+            self.watermark.flush_requested[shard.index()] = upto;
+            self.ctx.send(shard, Message::RequestFlush(upto));
         }
     }
 
     /// Parts elsewhere of commits that this shard owns hold it back, too.
-    fn pass_nudge_on(&mut self, upto: Lsn) {
+    fn pass_flush_request_on(&mut self, upto: Lsn) {
         if self.coordinator.undurable.first().is_some_and(|lsn| *lsn <= upto) {
-            self.ctx.deal.others(self.ctx.id).for_each(|shard| self.nudge(shard, upto));
+            self.ctx.shard_map.others(self.ctx.id).for_each(|shard| self.request_flush(shard, upto));
         }
     }
 
-    pub(super) fn nudged(&mut self, upto: Lsn) {
-        self.watermark.nudged_upto = self.watermark.nudged_upto.max(upto);
+    pub(super) fn flush_requested(&mut self, upto: Lsn) {
+        self.watermark.flush_requested_upto = self.watermark.flush_requested_upto.max(upto);
         let holds_back = self.log.open.first_lsn().is_some_and(|lsn| lsn <= upto) || !self.log.open.parts.is_empty();
         self.log.open.urgent |= holds_back;
-        self.pass_nudge_on(upto);
+        self.pass_flush_request_on(upto);
     }
 
     /// The memory that its operations read into and write from.

@@ -1,6 +1,6 @@
-//! Numbers that no store can have, under a sum that is right: the structure is refused, so that nothing computed from it wraps.
+//! Numbers that no store can have, under a checksum that is right: the structure is refused, so that nothing computed from it wraps.
 //!
-//! If these fail, a store whose damage happens to have a right sum ends the program that opens it. Found while the fuzz
+//! If these fail, a store whose damage happens to have a right checksum ends the program that opens it. Found while the fuzz
 //! target `log` was written.
 
 use super::LSN_END;

@@ -1,5 +1,5 @@
 //! The catalog: page `n` of volume 0 describes volume `n`. An ordinary page, written by ordinary transactions; its
-//! own sum tells a page of the catalog from anything else that could stand there.
+//! own checksum tells a page of the catalog from anything else that could stand there.
 
 use super::{crc_around, get, put};
 use crate::base::BLOCK;

@@ -35,7 +35,7 @@ macro_rules! layouts {
 fn compiled() -> Vec<Layout> {
     layouts! {
         superblock::Head { magic, version, crc, copy, shards_count, clean, flush_method, store_id, generation, epoch, epoch_first_lsn, salt, checkpoint, watermark, next_lsn, extent_bytes, segment_bytes, segments_count, vshards_count, extents_count, table_crc, reserved }
-        superblock::LogRow { segment, block, generation, number, sum, segments_made }
+        superblock::LogRow { segment, block, generation, number, checksum, segments_made }
         superblock::VShardRow { generation, redo_lsn, shard, reserved, root_crc }
         root::Head { magic, crc, vshard, reserved, store_id, generation, redo_lsn, checkpoint, reserved2 }
         extent::TableHead { magic, crc, index, store_id, checkpoint, reserved }

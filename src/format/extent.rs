@@ -1,7 +1,7 @@
 //! The extent table, and the summaries at the end of an extent.
 //!
 //! Table block `i` describes extents `128 * i` and on; it stands in two slots, of which checkpoint number `c`
-//! writes slot `c % 2`, and counts if it carries the checkpoint number of the superblock. The superblock holds a sum over all of
+//! writes slot `c % 2`, and counts if it carries the checkpoint number of the superblock. The superblock holds a checksum over all of
 //! them, too: a checkpoint that a crash has cut short had the number of the next one.
 
 use super::{crc_around, get, put};
@@ -44,7 +44,7 @@ pub struct TableRow {
     pub class: u8,
     /// Blocks that the roots of this checkpoint refer to.
     pub live: U16,
-    /// The sum of the summary that counts.
+    /// The checksum of the summary that counts.
     pub summary_crc: U32,
     /// Which of the two summary areas that is.
     pub summary_slot: u8,
@@ -171,12 +171,12 @@ pub const fn table_offset(index: u32, checkpoint: u64) -> u64 {
     (index as u64 * 2 + checkpoint % 2) * BLOCK as u64
 }
 
-/// The sum over the sums of all table blocks, in order.
+/// The checksum over the checksums of all table blocks, in order.
 pub fn table_crc(sums: impl IntoIterator<Item = u32>) -> u32 {
     sums.into_iter().fold(0, |all, sum| crc32c_append(all, &sum.to_le_bytes()))
 }
 
-/// Fills one table block and returns its sum; `rows` has at most [`TABLE_ROWS`].
+/// Fills one table block and returns its checksum; `rows` has at most [`TABLE_ROWS`].
 pub fn encode_table(store_id: [u8; 16], index: u32, checkpoint: u64, rows: &[TableRow], out: &mut [u8]) -> u32 {
     out.fill(0);
     let head = TableHead {
@@ -196,7 +196,7 @@ pub fn encode_table(store_id: [u8; 16], index: u32, checkpoint: u64, rows: &[Tab
     crc
 }
 
-/// Checks and decodes a table block, and gives its sum; the message says what is wrong.
+/// Checks and decodes a table block, and gives its checksum; the message says what is wrong.
 pub fn decode_table(
     store_id: [u8; 16],
     index: u32,
@@ -221,7 +221,7 @@ pub fn decode_table(
     Ok((rows, head.crc.get()))
 }
 
-/// Fills a summary area and returns its sum.
+/// Fills a summary area and returns its checksum.
 pub fn encode_summary(store_id: [u8; 16], extent: ExtentNo, items: &[Item], out: &mut [u8]) -> u32 {
     out.fill(0);
     let head = SummaryHead {
@@ -271,7 +271,7 @@ fn encode_item(item: &Item) -> SummaryItem {
     raw
 }
 
-/// Checks and decodes a summary area whose sum must be `crc`; the message says what is wrong.
+/// Checks and decodes a summary area whose checksum must be `crc`; the message says what is wrong.
 pub fn decode_summary(store_id: [u8; 16], extent: ExtentNo, crc: u32, bytes: &[u8]) -> Result<Vec<Item>, &'static str> {
     let head: &SummaryHead = get(bytes, 0).ok_or("is too short")?;
     if crc_around(0, bytes, offset_of!(SummaryHead, crc)) != crc || head.crc.get() != crc {

@@ -7,7 +7,7 @@
 //! The head is sealed by `head_crc`, seeded with the epoch's salt and covering the group's own position, so that
 //! neither recycled bytes, nor user data that happens to be a copy of a log, can pass for a group. `body_crc`
 //! covers the rest of the body blocks, padding included. A slot names the image of one page: inline in this
-//! group, or at its final place in an extent; its sum is in the slot.
+//! group, or at its final place in an extent; its checksum is in the slot.
 
 use super::node::Entry;
 use super::{LSN_END, crc_around, get};
@@ -312,7 +312,7 @@ pub struct Slot {
     pub key: PageKey,
     /// Where its image is.
     pub state: SlotState,
-    /// Version and sum; place and all if placed.
+    /// Version and checksum; place and all if placed.
     pub entry: Entry,
 }
 
@@ -383,7 +383,7 @@ pub struct Record<'a> {
 }
 
 impl<'a> Body<'a> {
-    /// Checks the body in `bytes`, the group's body blocks. `None` if the sum is wrong or it contradicts itself.
+    /// Checks the body in `bytes`, the group's body blocks. `None` if the checksum is wrong or it contradicts itself.
     pub fn open(head: &GroupHead, bytes: &'a [u8]) -> Option<Body<'a>> {
         let body = bytes.get(..head.body_blocks as usize * BLOCK)?;
         if crate::base::checksum::crc32c(&body[HEAD_BYTES..]) != head.body_crc {

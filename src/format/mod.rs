@@ -27,7 +27,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub const FORMAT_VERSION: u32 = 3;
 
 /// No LSN, generation or epoch is as large: at a billion a second that takes 292 years. A structure that claims one is
-/// none of ours, whatever its sum; so what is computed from those accepted can't wrap.
+/// none of ours, whatever its checksum; so what is computed from those accepted can't wrap.
 pub const LSN_END: u64 = 1 << 63;
 
 /// A type that is its own bytes.
@@ -47,7 +47,7 @@ pub(crate) fn put<T: Plain>(bytes: &mut [u8], at: usize, value: &T) {
     bytes[at..at + size_of::<T>()].copy_from_slice(value.as_bytes());
 }
 
-/// The sum of `bytes` with the four bytes at `field`, where the sum itself stands, taken as zeros.
+/// The checksum of `bytes` with the four bytes at `field`, where the checksum itself stands, taken as zeros.
 pub(crate) fn crc_around(seed: u32, bytes: &[u8], field: usize) -> u32 {
     let sum = crc32c_append(seed, &bytes[..field]);
     let sum = crc32c_append(sum, &[0; 4]);

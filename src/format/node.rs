@@ -1,10 +1,10 @@
 //! Map nodes: leaves of 64 entries and interior nodes of 256 children.
 //!
-//! A node has no head and no sum of its own: its parent holds its place and its CRC32C, so one chain of sums
+//! A node has no head and no checksum of its own: its parent holds its place and its CRC32C, so one chain of checksums
 //! leads from the root to every byte, and a lost or misdirected write of a node shows in its parent.
 
 use super::get;
-use crate::base::{BLOCK, Lsn, Place};
+use crate::base::{BLOCK, BlockAddr, Lsn};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -41,7 +41,7 @@ pub struct Entry {
     pub reserved: U32,
 }
 
-/// Where a child node is, and its sum. All zeros: no child.
+/// Where a child node is, and its checksum. All zeros: no child.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Default)]
 pub struct Child {
@@ -61,7 +61,7 @@ const _: () = assert!(size_of::<Entry>() * LEAF_ENTRIES == BLOCK && size_of::<Ch
 
 impl Entry {
     /// An entry for a plain 4 KiB page.
-    pub fn plain(place: Place, lsn: Lsn, crc: u32) -> Self {
+    pub fn plain(place: BlockAddr, lsn: Lsn, crc: u32) -> Self {
         Entry {
             place: place.pack().into(),
             lsn: lsn.get().into(),
@@ -77,8 +77,8 @@ impl Entry {
     }
 
     /// The place.
-    pub fn place(&self) -> Place {
-        Place::unpack(self.place.get())
+    pub fn place(&self) -> BlockAddr {
+        BlockAddr::unpack(self.place.get())
     }
 
     /// The version.
@@ -89,7 +89,7 @@ impl Entry {
 
 impl Child {
     /// A child at `place`.
-    pub fn at(place: Place, crc: u32, level: u8) -> Self {
+    pub fn at(place: BlockAddr, crc: u32, level: u8) -> Self {
         Child { place: place.pack().into(), crc: crc.into(), level, present: 1, reserved: 0.into() }
     }
 
@@ -99,8 +99,8 @@ impl Child {
     }
 
     /// The place.
-    pub fn place(&self) -> Place {
-        Place::unpack(self.place.get())
+    pub fn place(&self) -> BlockAddr {
+        BlockAddr::unpack(self.place.get())
     }
 }
 

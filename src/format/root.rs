@@ -1,6 +1,6 @@
 //! A virtual shard's root: one block, in two alternating slots after the superblock copies.
 //!
-//! A root counts if the superblock names its generation and its sum; the slot is `generation % 2`.
+//! A root counts if the superblock names its generation and its checksum; the slot is `generation % 2`.
 
 use super::node::Child;
 use super::superblock::{SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock};
@@ -51,7 +51,7 @@ pub fn meta_bytes(vshards_count: u32) -> u64 {
     offset(VShard::new(0), 0, vshards_count) + 2 * u64::from(vshards_count) * BLOCK as u64
 }
 
-/// Fills `out`, one block, and returns its sum.
+/// Fills `out`, one block, and returns its checksum.
 pub fn encode(head: &RootHead, children: &[Child; VOLUMES_MAX], out: &mut [u8]) -> u32 {
     out.fill(0);
     let raw = Head {
@@ -108,7 +108,7 @@ pub fn decode_named(
     Ok((head, children))
 }
 
-/// A root, its sum, and the children of its virtual shard.
+/// A root, its checksum, and the children of its virtual shard.
 type Decoded = (RootHead, u32, Box<[Child; VOLUMES_MAX]>);
 
 /// Checks and decodes a slot; the message says what is wrong.

@@ -37,7 +37,7 @@ pub struct Head {
     pub crc: U32,
     /// Which of the four copies this is.
     pub copy: U32,
-    /// Shards of the deal, and so logs.
+    /// Shards of the shard map, and so logs.
     pub shards_count: U16,
     /// 1 after a clean close: the logs hold nothing that is needed.
     pub clean: u8,
@@ -51,7 +51,7 @@ pub struct Head {
     pub epoch: U64,
     /// The first LSN that this epoch may use.
     pub epoch_first_lsn: U64,
-    /// Random, made with the epoch: the seed of its group sums.
+    /// Random, made with the epoch: the seed of its group checksums.
     pub salt: U64,
     /// The newest checkpoint: the number that extent table blocks must carry.
     pub checkpoint: U64,
@@ -70,7 +70,7 @@ pub struct Head {
     pub vshards_count: U32,
     /// Extents that existed; later ones, if the data file has grown since, are free.
     pub extents_count: U32,
-    /// CRC32C of the sums of all blocks of the extent table, in order.
+    /// CRC32C of the checksums of all blocks of the extent table, in order.
     pub table_crc: U32,
     /// Zero.
     pub reserved: [u8; 128],
@@ -88,8 +88,8 @@ pub struct LogRow {
     pub generation: U64,
     /// The last group's number; zero if the epoch wrote none.
     pub number: U64,
-    /// The last group's head sum.
-    pub sum: U32,
+    /// The last group's head checksum.
+    pub checksum: U32,
     /// Segments that the log has so far, of `segments_count`; zero: all of them.
     pub segments_made: U32,
 }
@@ -106,7 +106,7 @@ pub struct VShardRow {
     pub shard: U16,
     /// Zero.
     pub reserved: U16,
-    /// The sum of that root.
+    /// The checksum of that root.
     pub root_crc: U32,
 }
 
@@ -128,7 +128,7 @@ pub struct Superblock {
     pub epoch: u64,
     /// First LSN of the epoch.
     pub epoch_first_lsn: Lsn,
-    /// Seed of group sums.
+    /// Seed of group checksums.
     pub salt: u64,
     /// Number of the newest checkpoint.
     pub checkpoint: u64,
@@ -140,7 +140,7 @@ pub struct Superblock {
     pub geometry: Geometry,
     /// Extents.
     pub extents_count: u32,
-    /// The sum of the extent table.
+    /// The checksum of the extent table.
     pub table_crc: u32,
     /// One for each shard.
     pub logs: Vec<LogState>,
@@ -175,8 +175,8 @@ pub struct LogEnd {
     pub generation: u64,
     /// The last group's number.
     pub number: u64,
-    /// The last group's sum.
-    pub sum: u32,
+    /// The last group's checksum.
+    pub checksum: u32,
 }
 
 /// [`VShardRow`] in memory.
@@ -186,7 +186,7 @@ pub struct VShardState {
     pub root: RootVersion,
     /// Every record up to here is in the root.
     pub redo_lsn: Lsn,
-    /// Owner in the deal.
+    /// Owner in the shard map.
     pub shard: ShardId,
 }
 
@@ -202,7 +202,7 @@ impl LogRow {
             block: self.block.get(),
             generation: self.generation.get(),
             number: self.number.get(),
-            sum: self.sum.get(),
+            checksum: self.checksum.get(),
         };
         LogState { segments_made, end }
     }
@@ -214,7 +214,7 @@ impl LogRow {
 pub struct RootVersion {
     /// Its generation, by which it is found.
     pub generation: u64,
-    /// Its sum.
+    /// Its checksum.
     pub crc: u32,
 }
 
@@ -225,9 +225,9 @@ pub enum Refusal {
     Magic,
     /// A superblock of another version.
     Version(u32),
-    /// The sum is wrong.
+    /// The checksum is wrong.
     Sum,
-    /// The sum is right, but this is another copy, or the values make no sense.
+    /// The checksum is right, but this is another copy, or the values make no sense.
     Values,
 }
 
@@ -283,7 +283,7 @@ impl Superblock {
                 block: log.end.block.into(),
                 generation: log.end.generation.into(),
                 number: log.end.number.into(),
-                sum: log.end.sum.into(),
+                checksum: log.end.checksum.into(),
                 segments_made: log.segments_made.into(),
             };
             put(out, LOGS_AT + i * size_of::<LogRow>(), &row);

@@ -31,10 +31,10 @@ fn live(case: &Case<'_>, requests: Vec<(PageKey, Request)>) -> Vec<Response> {
     let opening = recovery::begin(disk.as_mut(), &options(), SHARDS, 7, 0).expect("the store begins to open");
     let mut all = LocalCluster::new(opening.shards);
     all.run_until_open(disk.as_mut(), 0).expect("the store opens");
-    let deal = all.shards[0].deal();
+    let shard_map = all.shards[0].shard_map();
     let count = requests.len();
     for (i, (key, request)) in requests.into_iter().enumerate() {
-        all.request(deal.shard_of(key), Token(i as u64), request);
+        all.request(shard_map.shard_of(key), Token(i as u64), request);
     }
     all.run_until(disk.as_mut(), 1_000_000, |all| all.replies.len() == count).expect("no shard fails");
     let mut replies = std::mem::take(&mut all.replies);

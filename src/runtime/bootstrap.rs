@@ -2,7 +2,7 @@
 
 use crate::base::error::{Error, Result};
 use crate::base::options::Options;
-use crate::base::{Deal, Micros};
+use crate::base::{Micros, ShardMap};
 use crate::engine::Shard;
 use crate::engine::order::GlobalOrder;
 use crate::engine::recovery::{self, RecoveryReport};
@@ -17,7 +17,7 @@ pub(super) struct Bootstrap<M> {
     /// The most bytes of one commit.
     pub(super) txn_bytes_max: u64,
     /// Which shard owns which pages.
-    pub(super) deal: Deal,
+    pub(super) shard_map: ShardMap,
 }
 
 /// Begins to open the store on `disk`.
@@ -38,7 +38,7 @@ pub(super) fn bootstrap(
     let first = opening.shards.first().ok_or_else(|| Error::invalid("a store needs a shard"))?;
     Ok(Bootstrap {
         txn_bytes_max: first.txn_bytes_max(),
-        deal: first.deal(),
+        shard_map: first.shard_map(),
         order: opening.order,
         shards: opening.shards,
         recovery: report,

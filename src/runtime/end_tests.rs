@@ -10,7 +10,7 @@ use super::start::{BootstrapFn, start_with};
 use super::task_context::TASKS_PER_ROUND;
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::options::{Driver, Options};
-use crate::base::{Deal, Lsn, Micros, SegmentNo, ShardId};
+use crate::base::{Lsn, Micros, SegmentNo, ShardId, ShardMap};
 use crate::engine::order::GlobalOrder;
 use crate::engine::recovery::RecoveryReport;
 use crate::engine::{Effect, Request, Response, StateMachine, Token};
@@ -104,7 +104,7 @@ fn bootstrap(shards_count: u16, open: bool) -> Bootstrap<Flusher> {
     let machine = |_| Flusher { effects: VecDeque::new(), flushing: Vec::new(), closed: false, open };
     let shards = (0..shards_count).map(machine).collect();
     let recovery = RecoveryReport::default();
-    Bootstrap { shards, recovery, order, txn_bytes_max: 0, deal: Deal::new(256, shards_count) }
+    Bootstrap { shards, recovery, order, txn_bytes_max: 0, shard_map: ShardMap::new(256, shards_count) }
 }
 
 fn flushers(disk: &mut dyn Disk, _: &Options, shards_count: u16, _: Micros) -> Result<Bootstrap<Flusher>> {

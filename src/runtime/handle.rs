@@ -6,7 +6,7 @@ use super::shard_thread::is_shard_thread;
 use super::shared::{BytesPermit, QueuedRequest, RuntimeShared, charged_bytes, closed};
 use super::task_context::{TaskContext, TaskHandle, spawn_request};
 use crate::base::error::{Error, ErrorKind, Result};
-use crate::base::{Deal, Lsn, ShardId};
+use crate::base::{Lsn, ShardId, ShardMap};
 use crate::engine::order::GlobalOrder;
 use crate::engine::recovery::RecoveryReport;
 use crate::engine::{Request, Token};
@@ -19,7 +19,7 @@ use std::thread::JoinHandle;
 pub(crate) struct Runtime {
     shared: Arc<RuntimeShared>,
     threads: Vec<JoinHandle<()>>,
-    deal: Deal,
+    shard_map: ShardMap,
     order: Arc<GlobalOrder>,
     /// For requests that any shard can answer.
     next: AtomicUsize,
@@ -35,18 +35,18 @@ impl Runtime {
     pub(super) fn new(
         shared: Arc<RuntimeShared>,
         threads: Vec<JoinHandle<()>>,
-        deal: Deal,
+        shard_map: ShardMap,
         order: Arc<GlobalOrder>,
         recovery: RecoveryReport,
         report: RuntimeReport,
         txn_bytes_max: u64,
     ) -> Runtime {
-        Runtime { shared, threads, deal, order, next: AtomicUsize::new(0), recovery, report, txn_bytes_max }
+        Runtime { shared, threads, shard_map, order, next: AtomicUsize::new(0), recovery, report, txn_bytes_max }
     }
 
     /// Which shard owns which pages.
-    pub(crate) fn deal(&self) -> Deal {
-        self.deal
+    pub(crate) fn shard_map(&self) -> ShardMap {
+        self.shard_map
     }
 
     /// Everything up to here is durable.
@@ -69,19 +69,19 @@ impl Runtime {
         let first = ShardId::new(0);
         let key = match request {
             Request::Read(keys) => {
-                debug_assert!(keys.iter().all(|key| self.deal.shard_of(*key) == self.deal.shard_of(keys[0])));
+                debug_assert!(keys.iter().all(|key| self.shard_map.shard_of(*key) == self.shard_map.shard_of(keys[0])));
                 keys.first()
             }
             Request::Commit(commit) => {
                 commit.changes.first().map(|(key, _)| key).or(commit.reads.first().map(|(key, _)| key))
             }
             Request::Flush | Request::WaitDurable(_) => {
-                let next = self.next.fetch_add(1, Ordering::Relaxed) % usize::from(self.deal.shards_count());
+                let next = self.next.fetch_add(1, Ordering::Relaxed) % usize::from(self.shard_map.shards_count());
                 return ShardId::new(next as u16);
             }
             Request::Checkpoint | Request::Allocated(_) | Request::Stats | Request::Close => None,
         };
-        key.map_or(first, |key| self.deal.shard_of(*key))
+        key.map_or(first, |key| self.shard_map.shard_of(*key))
     }
 
     /// Submits a request to a shard; once this returns, dropping the reply does not undo it.

@@ -28,7 +28,7 @@ fn with_page(driver: Driver, poll: bool, figure: impl Fn(&Runtime, ShardId)) {
             .expect("it opens");
     let commit = Commit { reads: vec![], changes: vec![(key(), Change::Put(vec![7; 4096].into()))], durable: true };
     block_on(async { runtime.submit(Request::Commit(commit)).await?.await }).expect("it is durable");
-    let shard = runtime.deal().shard_of(key());
+    let shard = runtime.shard_map().shard_of(key());
     figure(&runtime, shard);
     block_on(async { runtime.submit(Request::Close).await?.await }).expect("it closes");
     block_on(runtime.ended());

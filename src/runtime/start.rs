@@ -397,7 +397,7 @@ impl<'a> ThreadLauncher<'a> {
         Runtime::new(
             self.shared,
             self.threads,
-            bootstrap.deal,
+            bootstrap.shard_map,
             bootstrap.order,
             bootstrap.recovery,
             report,

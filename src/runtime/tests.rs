@@ -13,7 +13,7 @@ use super::start::{BootstrapFn, start_with};
 use super::task_context::TASKS_MAX;
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::options::{Driver, Options};
-use crate::base::{Deal, Lsn, Micros, ShardId};
+use crate::base::{Lsn, Micros, ShardId, ShardMap};
 use crate::engine::order::GlobalOrder;
 use crate::engine::recovery::RecoveryReport;
 use crate::engine::{Commit, Effect, Request, Response, StateMachine, Token};
@@ -76,7 +76,7 @@ impl StateMachine for Toy {
                 }
             }
             Request::Commit(_) => {
-                let lsn = self.order.draw(self.id, 1);
+                let lsn = self.order.allocate_lsns(self.id, 1);
                 self.written_at.push_back((self.now + COMMIT_US, lsn));
                 self.waiting.push_back((lsn, token));
             }
@@ -183,7 +183,13 @@ fn toys(_: &mut dyn Disk, _: &Options, shards_count: u16, _: Micros) -> Result<B
     };
     let shards = (0..shards_count).map(toy).collect();
     let recovery = RecoveryReport::default();
-    Ok(Bootstrap { shards, recovery, order: order.clone(), txn_bytes_max: 0, deal: Deal::new(256, shards_count) })
+    Ok(Bootstrap {
+        shards,
+        recovery,
+        order: order.clone(),
+        txn_bytes_max: 0,
+        shard_map: ShardMap::new(256, shards_count),
+    })
 }
 
 fn toys_of_which_one_fails(disk: &mut dyn Disk, options: &Options, count: u16, now: Micros) -> Result<Bootstrap<Toy>> {
@@ -218,7 +224,7 @@ fn ask(runtime: &Runtime, shard: u16, request: Request) -> Result<Response> {
 
 /// Answers all held flushes, by tasks on the shards, which need no place.
 fn answer_held(runtime: &Runtime) {
-    for shard in runtime.deal().shards() {
+    for shard in runtime.shard_map().shards() {
         let task = runtime.spawn_on(shard, |local| async move { local.call(Request::Checkpoint).await.is_ok() });
         assert!(block_on(task.expect("it starts")).expect("it ends"));
     }

@@ -20,7 +20,7 @@ fn loom_a_risen_watermark_is_seen_by_a_parking_thread() {
     assert!(holds(None, move |verdict| {
         let (parking, waker) = parking();
         let order = Arc::new(GlobalOrder::new(Lsn::new(1), 2));
-        let (shard, lsn) = (ShardId::new(0), order.draw(ShardId::new(0), 1));
+        let (shard, lsn) = (ShardId::new(0), order.allocate_lsns(ShardId::new(0), 1));
         let (theirs, raising) = (parking.clone(), order.clone());
         let raiser = thread::spawn(move || {
             raising.publish(shard, Lsn::MAX);
@@ -50,7 +50,7 @@ fn loom_a_commit_that_a_draw_held_back_wakes_its_shard() {
             }
             lsn
         });
-        let lsn = order.draw(ShardId::new(0), 1);
+        let lsn = order.allocate_lsns(ShardId::new(0), 1);
         order.publish(ShardId::new(0), Lsn::MAX);
         let durable = order.refresh() >= lsn;
         let waits = !durable && parking.park(Some(lsn.get()), || order.watermark() >= lsn);

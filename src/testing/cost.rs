@@ -16,7 +16,7 @@
 
 use crate::base::error::{Error, Result};
 use crate::base::options::Options;
-use crate::base::{BLOCK, Deal, Lsn, Micros, PageId, PageKey, ShardId, VolumeId};
+use crate::base::{BLOCK, Lsn, Micros, PageId, PageKey, ShardId, ShardMap, VolumeId};
 use crate::engine::recovery;
 use crate::engine::{Change, Commit, Effect, Message, Request, Response, Shard, StateMachine, Token};
 use crate::io::{Completion, Disk, DiskOp, FileId, OpId};
@@ -243,7 +243,7 @@ struct Rig {
     operation: Operation,
     disk: CountingDisk,
     cluster: LocalCluster<CountedShard>,
-    deal: Deal,
+    shard_map: ShardMap,
     answers: BTreeMap<Token, Response>,
     next_token: u64,
     now: Micros,
@@ -260,21 +260,21 @@ impl Rig {
         let options = Options { memory_bytes: MEMORY * u64::from(operation.shards), ..Options::default() };
         let mut disk = CountingDisk { disk: MemoryDisk::new(Arc::default()), reads: 0, bytes_written: 0 };
         let opening = recovery::begin(&mut disk, &options, operation.shards, 7, 0).expect("a store is made");
-        let deal = Deal::new(options.geometry.vshards_count, operation.shards);
+        let shard_map = ShardMap::new(options.geometry.vshards_count, operation.shards);
         let pages = if operation.pages == Pages::Near { NEAR_PAGES } else { FAR_PAGES };
-        let of = |shard| (0..).map(key).filter(|key| deal.shard_of(*key) == shard).take(pages as usize).collect();
+        let of = |shard| (0..).map(key).filter(|key| shard_map.shard_of(*key) == shard).take(pages as usize).collect();
         let shards = opening.shards.into_iter().map(|shard| CountedShard { shard, is_counting: false });
         let mut rig = Rig {
             operation,
             disk,
             cluster: LocalCluster::new(shards.collect()),
-            deal,
+            shard_map,
             answers: BTreeMap::new(),
             next_token: 0,
             now: 0,
             is_counting: false,
             done: Done::default(),
-            own: deal.shards().map(of).collect(),
+            own: shard_map.shards().map(of).collect(),
             step: 0,
             contending: Vec::new(),
         };
@@ -407,7 +407,7 @@ impl Rig {
         while self.contending.len() < CONTENDING {
             // Not among those that the counted commits write.
             let keys = [0, 1].map(|shard| {
-                let own = |key: &PageKey| self.deal.shard_of(*key) == ShardId::new(shard);
+                let own = |key: &PageKey| self.shard_map.shard_of(*key) == ShardId::new(shard);
                 (1 << 20..).map(key).find(own).expect("each shard has pages")
             });
             let request = commit(keys.map(|key| (key, put(key, 1))).into(), false);

@@ -7,11 +7,11 @@
 //! 1. The oldest request gets the first frame, and goes on from node to node before younger ones: so each gets to its page, however
 //!    many there are and however little memory. Nodes and pages take turns.
 //! 2. Nothing is pinned for a read that waits. When it is its turn the path to it may have left memory: whoever asked looks again.
-//! 3. Bytes from the device become a page's content only if their sum is the entry's, and the entry is still the
+//! 3. Bytes from the device become a page's content only if their checksum is the entry's, and the entry is still the
 //!    page's: a page changed meanwhile ignores a late read.
 //! 4. A block that can't be read costs no other page: what was read together is read apart then.
 
-use crate::base::Place;
+use crate::base::BlockAddr;
 use crate::base::error::Error;
 use crate::engine::codec;
 use crate::engine::map::NodeIdx;
@@ -192,7 +192,7 @@ impl Shard {
         self.submit_page_read(first, reads, into);
     }
 
-    fn submit_page_read(&mut self, first: Place, reads: Vec<Option<PageRead>>, into: SmallVec<[Frame; 4]>) {
+    fn submit_page_read(&mut self, first: BlockAddr, reads: Vec<Option<PageRead>>, into: SmallVec<[Frame; 4]>) {
         if !reads.is_empty() {
             let offset = first.offset(self.ctx.limits.geometry.extent_bytes);
             self.submit(OpKind::PageRead(reads), DiskOp::Read { file: FileId::Data, offset, into });
@@ -351,7 +351,7 @@ impl Shard {
 }
 
 /// The error for bytes that are not what was written.
-pub(in crate::engine) fn damaged(what: &str, place: Place) -> Error {
+pub(in crate::engine) fn damaged(what: &str, place: BlockAddr) -> Error {
     Error::corrupt(format_args!(
         "{what} at extent {}, block {} of the data file is damaged: its checksum is wrong; run `corepage verify`",
         place.extent.get(),

@@ -8,7 +8,7 @@ pub(in crate::engine) mod range_scan;
 pub(in crate::engine) mod table;
 
 pub(in crate::engine) use loading::{NodeWaiter, NodeWanted, PageRead};
-pub(crate) use pins::{Pins, Taken};
+pub(crate) use pins::{PinQuota, PinReservation};
 pub use range_scan::PageRange;
 
 use crate::engine::cache::loading::{NodeWaiters, Wanted};

@@ -11,30 +11,30 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The pins of one handle.
 #[derive(Debug)]
-pub(crate) struct Pins {
+pub(crate) struct PinQuota {
     held: AtomicUsize,
     most: usize,
 }
 
-impl Pins {
-    pub(crate) fn new(most: usize) -> Arc<Pins> {
-        Arc::new(Pins { held: AtomicUsize::new(0), most })
+impl PinQuota {
+    pub(crate) fn new(most: usize) -> Arc<PinQuota> {
+        Arc::new(PinQuota { held: AtomicUsize::new(0), most })
     }
 
     /// As many again, for another handle.
-    pub(crate) fn another(&self) -> Arc<Pins> {
-        Pins::new(self.most)
+    pub(crate) fn another(&self) -> Arc<PinQuota> {
+        PinQuota::new(self.most)
     }
 
     /// A share for `count` pages.
     ///
     /// # Errors
     /// `Busy`: too many are held.
-    pub(crate) fn take(this: &Arc<Pins>, count: usize) -> Result<Taken> {
+    pub(crate) fn take(this: &Arc<PinQuota>, count: usize) -> Result<PinReservation> {
         // Counted only if it fits: what is refused must not, for a moment, be in the way of others.
         let fits = |held: usize| held.checked_add(count).filter(|all| *all <= this.most);
         let Err(held) = this.held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) else {
-            return Ok(Taken { pins: this.clone(), count });
+            return Ok(PinReservation { pins: this.clone(), count });
         };
         Err(Error::new(
             ErrorKind::Busy,
@@ -49,19 +49,19 @@ impl Pins {
 
 /// A share of pins for pages that have not come yet.
 #[derive(Debug)]
-pub(crate) struct Taken {
-    pins: Arc<Pins>,
+pub(crate) struct PinReservation {
+    pins: Arc<PinQuota>,
     count: usize,
 }
 
-impl Taken {
+impl PinReservation {
     fn one(&mut self) -> Option<Pin> {
         self.count = self.count.checked_sub(1)?;
         Some(Pin(self.pins.clone()))
     }
 }
 
-impl Drop for Taken {
+impl Drop for PinReservation {
     fn drop(&mut self) {
         self.pins.held.fetch_sub(self.count, Ordering::Relaxed);
     }
@@ -69,7 +69,7 @@ impl Drop for Taken {
 
 /// One pinned page.
 #[derive(Debug)]
-pub(in crate::engine) struct Pin(Arc<Pins>);
+pub(in crate::engine) struct Pin(Arc<PinQuota>);
 
 impl Clone for Pin {
     fn clone(&self) -> Self {
@@ -86,7 +86,7 @@ impl Drop for Pin {
 
 impl PageRef {
     /// The same page, as one of a share; a page without memory takes nothing.
-    pub(crate) fn counted(mut self, share: &mut Taken) -> PageRef {
+    pub(crate) fn counted(mut self, share: &mut PinReservation) -> PageRef {
         if !self.is_absent() {
             self.pin = share.one();
         }
@@ -101,17 +101,17 @@ mod tests {
     /// If this fails, a caller that asks for more than it can have makes others, who ask for a page, hear that the store is busy.
     #[test]
     fn what_is_refused_is_in_nobodys_way() {
-        let (pins, done) = (Pins::new(100), std::sync::atomic::AtomicBool::new(false));
+        let (pins, done) = (PinQuota::new(100), std::sync::atomic::AtomicBool::new(false));
         std::thread::scope(|scope| {
             for count in [101, 1000, usize::MAX] {
                 let (pins, done) = (&pins, &done);
                 scope.spawn(move || {
                     while !done.load(Ordering::Relaxed) {
-                        assert!(Pins::take(pins, count).is_err(), "{count} of 100");
+                        assert!(PinQuota::take(pins, count).is_err(), "{count} of 100");
                     }
                 });
             }
-            let refused = (0..200_000).filter(|_| Pins::take(&pins, 1).is_err()).count();
+            let refused = (0..200_000).filter(|_| PinQuota::take(&pins, 1).is_err()).count();
             done.store(true, Ordering::Relaxed);
             assert_eq!(refused, 0, "nothing was held");
         });

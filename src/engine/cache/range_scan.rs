@@ -60,7 +60,8 @@ impl Shard {
     /// Begins a walk for a request.
     pub(in crate::engine) fn begin_walk(&mut self, asked: PageRange) -> Box<Walk> {
         let first = |v| PageKey::first_in(asked.volume, asked.first, v, self.ctx.limits.geometry.vshards_count);
-        let seeks = self.ctx.deal.owned_by(self.ctx.id).filter_map(|vshard| Some((vshard, first(vshard)?))).collect();
+        let seeks =
+            self.ctx.shard_map.owned_by(self.ctx.id).filter_map(|vshard| Some((vshard, first(vshard)?))).collect();
         Box::new(Walk {
             asked,
             found: Vec::new(),
@@ -102,16 +103,16 @@ impl Shard {
         if walk.found.len() >= ranges_max || walk.leaves_left == 0 {
             return Step::Done(Some(page));
         }
-        let dense = PageKey::new(volume, page).place_in(self.ctx.limits.geometry.vshards_count).1;
-        let Some(mapped) = self.map.leaf_bits(vshard, volume, dense) else {
+        let page_index = PageKey::new(volume, page).place_in(self.ctx.limits.geometry.vshards_count).1;
+        let Some(mapped) = self.map.leaf_bits(vshard, volume, page_index) else {
             // It has left memory since.
-            walk.seeks.push((vshard, dense));
+            walk.seeks.push((vshard, page_index));
             return Step::On;
         };
         walk.leaves_left -= 1;
         let watermark = self.ctx.order.watermark();
         // A leaf is of neighbours, and no run of pages ends within it.
-        for (slot, page) in (dense % LEAF_PAGES..LEAF_PAGES).zip(page.get()..=last.get()) {
+        for (slot, page) in (page_index % LEAF_PAGES..LEAF_PAGES).zip(page.get()..=last.get()) {
             let key = PageKey::new(volume, PageId::new(page));
             let known = self.cache.table.find(key).map(|idx| &self.cache.table.pages[idx]).filter(|page| page.resolved);
             // What is not durable is in the table, on its way to the map.
@@ -120,7 +121,7 @@ impl Shard {
                 tell(&mut walk.found, key.page);
             }
         }
-        walk.seeks.extend((dense | (LEAF_PAGES - 1)).checked_add(1).map(|behind| (vshard, behind)));
+        walk.seeks.extend((page_index | (LEAF_PAGES - 1)).checked_add(1).map(|behind| (vshard, behind)));
         Step::On
     }
 
@@ -139,8 +140,8 @@ impl Shard {
                 self.want_node(node, child, NodeWaiter::Request(waiter));
                 return Step::Waits;
             }
-            NextLeaf::Leaf(dense) => {
-                let page = PageKey::from_place(volume, vshard, dense, vshards_count).page;
+            NextLeaf::Leaf(page_index) => {
+                let page = PageKey::from_place(volume, vshard, page_index, vshards_count).page;
                 walk.leaves.push(Reverse((page, vshard)));
             }
             NextLeaf::None => {}

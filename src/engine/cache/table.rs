@@ -14,7 +14,7 @@
 use crate::base::error::Error;
 use crate::base::{Lsn, PageKey, VolumeId};
 use crate::engine::map::{Lookup, NodeIdx};
-use crate::engine::txn::page_locks::Hold;
+use crate::engine::txn::page_locks::PageLock;
 use crate::engine::{NodeWaiter, PageRef, Shard};
 use crate::format::node::Entry;
 use crate::memory::{Frame, Residency, Standing};
@@ -55,7 +55,7 @@ pub(in crate::engine) struct Page {
     /// The checkpoint under way waits for this version to be in the map.
     pub checkpoint_target: Lsn,
     /// By commits over shards.
-    pub hold: Hold,
+    pub hold: PageLock,
     pub residency: Residency,
     /// When a node was asked for first to resolve it, as a number that grows; zero: not yet.
     pub asked: u64,
@@ -205,7 +205,7 @@ impl Table {
             queued: false,
             leaf: None,
             checkpoint_target: Lsn::ZERO,
-            hold: Hold::default(),
+            hold: PageLock::default(),
             residency: Residency::default(),
             asked: 0,
             waiters: SmallVec::new(),

@@ -51,7 +51,7 @@ const TABLE_BLOCKS_AT_A_TIME: usize = 8;
 
 /// The leader's state; idle in all other shards.
 #[derive(Default, Debug)]
-pub(in crate::engine) struct Lead {
+pub(in crate::engine) struct Leader {
     /// In which the next superblock is written: the end of a checkpoint must not depend on what readers leave.
     superblock_frames: Vec<Frame>,
     phase: Phase,
@@ -71,9 +71,9 @@ pub(in crate::engine) struct Lead {
     closing: bool,
 }
 
-impl Lead {
+impl Leader {
     pub(in crate::engine) fn new(new_epoch: Option<NewEpoch>, superblock_frames: Vec<Frame>) -> Self {
-        Lead { new_epoch, superblock_frames, ..Lead::default() }
+        Leader { new_epoch, superblock_frames, ..Leader::default() }
     }
 }
 
@@ -90,27 +90,27 @@ impl Shard {
 
     /// Some shard wants a checkpoint.
     pub(in crate::engine) fn checkpoint_wanted(&mut self) {
-        self.lead.wanted = true;
+        self.leader.wanted = true;
         self.ctx.work_pending = true;
     }
 
     /// A shard has redone its part of the log.
     pub(in crate::engine) fn shard_redone(&mut self) {
-        self.lead.redone += 1;
+        self.leader.redone += 1;
         self.ctx.work_pending = true;
     }
 
     /// A shard has no request under way any more.
     pub(in crate::engine) fn shard_quiet(&mut self) {
-        self.lead.quiet += 1;
+        self.leader.quiet += 1;
         self.ctx.work_pending = true;
     }
 
-    pub(in crate::engine) fn advance_lead(&mut self) {
+    pub(in crate::engine) fn advance_leader(&mut self) {
         if !self.leads() || self.ctx.failed.is_some() {
             return;
         }
-        match self.lead.phase {
+        match self.leader.phase {
             Phase::Idle => self.begin_if_wanted(),
             Phase::Table => self.write_table(),
             _ => {}
@@ -118,67 +118,67 @@ impl Shard {
     }
 
     fn begin_if_wanted(&mut self) {
-        let all = self.ctx.deal.shards_count();
-        let new_epoch = self.lead.new_epoch.filter(|_| self.lead.redone == all);
-        let clean = self.lead.quiet == all && !self.lead.closing;
-        if new_epoch.is_none() && !clean && !self.lead.wanted {
+        let all = self.ctx.shard_map.shards_count();
+        let new_epoch = self.leader.new_epoch.filter(|_| self.leader.redone == all);
+        let clean = self.leader.quiet == all && !self.leader.closing;
+        if new_epoch.is_none() && !clean && !self.leader.wanted {
             return;
         }
         // Before the last checkpoint no other is needed: it covers all.
-        if self.lead.closing {
+        if self.leader.closing {
             return;
         }
-        self.lead.closing = clean;
-        self.lead.wanted = false;
-        self.lead.phase = Phase::Beginning;
-        self.lead.left = all;
+        self.leader.closing = clean;
+        self.leader.wanted = false;
+        self.leader.phase = Phase::Beginning;
+        self.leader.left = all;
         let begin = Begin { new_epoch, clean };
-        self.lead.begin = Some(begin);
+        self.leader.begin = Some(begin);
         self.tell_all(|| Message::Begin(begin));
         self.ctx.work_pending = true;
     }
 
     /// To every shard, this one too.
     fn tell_all(&mut self, message: impl Fn() -> Message) {
-        for shard in self.ctx.deal.shards() {
+        for shard in self.ctx.shard_map.shards() {
             self.ctx.send(shard, message());
         }
     }
 
     /// A shard has begun the checkpoint.
     pub(in crate::engine) fn shard_began(&mut self) {
-        assert_eq!(self.lead.phase, Phase::Beginning, "shards begin what the leader began");
-        self.lead.left -= 1;
-        if self.lead.left > 0 {
+        assert_eq!(self.leader.phase, Phase::Beginning, "shards begin what the leader began");
+        self.leader.left -= 1;
+        if self.leader.left > 0 {
             return;
         }
         // Redo starts over from the old roots if it is cut short: page LSNs guard what is done twice.
-        let redo = match self.lead.begin {
+        let redo = match self.leader.begin {
             Some(Begin { new_epoch: Some(epoch), .. }) => epoch.first_lsn.before(),
             _ => self.redo.recovering.as_ref().map_or(self.ctx.order.next().before(), |recovering| recovering.redo),
         };
-        self.lead.redo = redo;
-        self.lead.phase = Phase::Running;
-        self.lead.left = self.ctx.deal.shards_count();
-        self.lead.by_shard = self.ctx.deal.shards().map(|_| None).collect();
+        self.leader.redo = redo;
+        self.leader.phase = Phase::Running;
+        self.leader.left = self.ctx.shard_map.shards_count();
+        self.leader.by_shard = self.ctx.shard_map.shards().map(|_| None).collect();
         self.tell_all(|| Message::Redo(redo));
     }
 
     /// A shard has written its part.
     pub(in crate::engine) fn shard_ready(&mut self, from: ShardId, contribution: Contribution) {
-        assert_eq!(self.lead.phase, Phase::Running, "a contribution belongs to a checkpoint");
-        self.lead.by_shard[from.index()] = Some(contribution);
-        self.lead.left -= 1;
-        if self.lead.left == 0 {
-            self.lead.contributions = std::mem::take(&mut self.lead.by_shard).into_iter().flatten().collect();
-            self.lead.phase = Phase::Table;
+        assert_eq!(self.leader.phase, Phase::Running, "a contribution belongs to a checkpoint");
+        self.leader.by_shard[from.index()] = Some(contribution);
+        self.leader.left -= 1;
+        if self.leader.left == 0 {
+            self.leader.contributions = std::mem::take(&mut self.leader.by_shard).into_iter().flatten().collect();
+            self.leader.phase = Phase::Table;
             self.ctx.work_pending = true;
         }
     }
 
     /// All parts are written: the extent table of all, a few blocks at a time.
     fn write_table(&mut self) {
-        let mut table = match self.lead.table.take() {
+        let mut table = match self.leader.table.take() {
             Some(table) => table,
             None => TableParts { rows: self.contributed_rows(), sums: Vec::new() },
         };
@@ -202,16 +202,16 @@ impl Shard {
             self.submit_blocks(writes);
         }
         if table.sums.len() < blocks {
-            self.lead.table = Some(table);
+            self.leader.table = Some(table);
             return;
         }
-        self.lead.next = Some(self.next_superblock(table.rows.len() as u32, table_crc(table.sums)));
-        self.lead.phase = Phase::Flush;
+        self.leader.next = Some(self.next_superblock(table.rows.len() as u32, table_crc(table.sums)));
+        self.leader.phase = Phase::Flush;
     }
 
     fn contributed_rows(&self) -> Vec<TableRow> {
         let mut rows = vec![TableRow::default(); self.space.extents.count() as usize];
-        for (no, row) in self.lead.contributions.iter().flat_map(|c| &c.rows) {
+        for (no, row) in self.leader.contributions.iter().flat_map(|c| &c.rows) {
             rows[no.index()] = *row;
         }
         rows
@@ -219,12 +219,12 @@ impl Shard {
 
     fn next_superblock(&self, extents_count: u32, table_crc: u32) -> Superblock {
         let old = &self.checkpoint.superblock;
-        let lead = &self.lead;
-        let begin = lead.begin.expect("it has begun");
+        let leader = &self.leader;
+        let begin = leader.begin.expect("it has begun");
         let mut vshards = vec![VShardState::default(); self.ctx.limits.geometry.vshards_count as usize];
-        for (vshard, root) in lead.contributions.iter().flat_map(|c| &c.roots) {
-            let shard = self.ctx.deal.owner(*vshard);
-            vshards[vshard.index()] = VShardState { root: *root, redo_lsn: lead.redo, shard };
+        for (vshard, root) in leader.contributions.iter().flat_map(|c| &c.roots) {
+            let shard = self.ctx.shard_map.owner(*vshard);
+            vshards[vshard.index()] = VShardState { root: *root, redo_lsn: leader.redo, shard };
         }
         let mut next = Superblock {
             clean: begin.clean,
@@ -235,7 +235,7 @@ impl Shard {
                 _ if self.redo.recovering.is_some() => self.redo.cut.plus(1),
                 Some(_) => self.redo.cut.plus(1),
                 // The roots hold nothing of this epoch: the last commit is still the one before the gap.
-                None if lead.redo < old.epoch_first_lsn => old.next_lsn,
+                None if leader.redo < old.epoch_first_lsn => old.next_lsn,
                 None => self.ctx.order.next(),
             },
             extents_count,
@@ -243,7 +243,7 @@ impl Shard {
             logs: match begin.new_epoch {
                 // Until an epoch begins, the logs are those of the last one.
                 None if self.redo.recovering.is_some() => old.logs.clone(),
-                _ => lead.contributions.iter().map(|c| c.log).collect(),
+                _ => leader.contributions.iter().map(|c| c.log).collect(),
             },
             vshards,
             ..old.clone()
@@ -257,8 +257,8 @@ impl Shard {
     }
 
     /// All operations of a step of the leader have ended.
-    pub(in crate::engine) fn lead_step_done(&mut self, op: DiskOp) {
-        match self.lead.phase {
+    pub(in crate::engine) fn leader_step_done(&mut self, op: DiskOp) {
+        match self.leader.phase {
             Phase::Flush => match op {
                 DiskOp::Flush { .. } => self.write_superblock(0),
                 _ if planted!(RootsNotFlushed) => self.write_superblock(0),
@@ -268,7 +268,7 @@ impl Shard {
                 }
             },
             Phase::Super { copy } => {
-                self.lead.phase = Phase::SuperFlush { copy };
+                self.leader.phase = Phase::SuperFlush { copy };
                 self.checkpoint_op(DiskOp::Flush { files: smallvec::smallvec![FileId::Meta] });
             }
             Phase::SuperFlush { copy: 0 } => self.write_superblock(1),
@@ -278,26 +278,26 @@ impl Shard {
     }
 
     fn write_superblock(&mut self, copy: usize) {
-        let Some(next) = &self.lead.next else { return };
+        let Some(next) = &self.leader.next else { return };
         let number = Superblock::copies_of(next.generation)[copy];
         let mut bytes = vec![0; SUPERBLOCK_BYTES];
         next.encode(number, &mut bytes);
         let mut from = SmallVec::new();
-        for (block, frame) in bytes.chunks(BLOCK).zip(&mut self.lead.superblock_frames) {
+        for (block, frame) in bytes.chunks(BLOCK).zip(&mut self.leader.superblock_frames) {
             frame.try_mut().expect("the superblock before is written").copy_from_slice(block);
             from.push(IoSlice::whole(frame.pin()));
         }
         self.ctx.stats.checksums += 1;
-        self.lead.phase = Phase::Super { copy };
+        self.leader.phase = Phase::Super { copy };
         self.checkpoint_op(DiskOp::Write { file: FileId::Meta, offset: Superblock::offset(number), from });
     }
 
     fn superblock_durable(&mut self) {
-        let Some(next) = self.lead.next.take() else { return };
-        self.lead.phase = Phase::Idle;
-        self.lead.contributions.clear();
-        if self.lead.begin.take().is_some_and(|begin| begin.new_epoch.is_some()) {
-            self.lead.new_epoch = None;
+        let Some(next) = self.leader.next.take() else { return };
+        self.leader.phase = Phase::Idle;
+        self.leader.contributions.clear();
+        if self.leader.begin.take().is_some_and(|begin| begin.new_epoch.is_some()) {
+            self.leader.new_epoch = None;
         }
         self.tell_all(|| Message::Done(Box::new(next.clone())));
         self.ctx.work_pending = true;
@@ -306,7 +306,7 @@ impl Shard {
     /// A caller closes the store.
     pub(in crate::engine) fn request_close(&mut self, token: Token) {
         self.life.closing = Some(Some(token));
-        for shard in self.ctx.deal.others(self.ctx.id) {
+        for shard in self.ctx.shard_map.others(self.ctx.id) {
             self.ctx.send(shard, Message::Quiesce);
         }
     }

@@ -1,5 +1,5 @@
 //! Checkpoints, at each shard: a new page map becomes durable, and the log before it is not needed any more. Shard 0
-//! leads; see `lead`.
+//! leads; see `leader`.
 //!
 //! ```text
 //! Idle --Begin--> Begun --Redo(LSN)--> Watermark --> Pages --> Capture --> Handover --> Summaries --> Waiting --Done--> Idle
@@ -59,7 +59,7 @@ enum Phase {
 pub struct NewEpoch {
     /// Its number.
     pub epoch: u64,
-    /// The seed of its group sums.
+    /// The seed of its group checksums.
     pub salt: u64,
     /// The first LSN that it may use.
     pub first_lsn: Lsn,
@@ -178,7 +178,9 @@ impl Shard {
                 self.ctx.work_pending = true;
             }
             Phase::Capture { next } => self.capture_vshard(next),
-            Phase::Handover if self.checkpoint.handovers == self.ctx.deal.shards_count() - 1 => self.list_summaries(),
+            Phase::Handover if self.checkpoint.handovers == self.ctx.shard_map.shards_count() - 1 => {
+                self.list_summaries()
+            }
             Phase::Summaries if self.space.summaries_under_way == 0 && self.space.summaries.is_empty() => {
                 self.contribute()
             }
@@ -190,7 +192,7 @@ impl Shard {
     /// sake of space are asked for [there](Self::advance_space).
     fn checkpoint_is_due(&self) -> bool {
         let left_max = self.ctx.limits.memory_blocks as usize * LEFT_PER_FRAME_MAX;
-        let memory_is_used = self.space.extents.left_count() > left_max || self.dirty_nodes_are_many();
+        let memory_is_used = self.space.extents.pending_free_count() > left_max || self.dirty_nodes_are_many();
         self.log.is_long() || (!self.life.opening && memory_is_used)
     }
 
@@ -257,7 +259,7 @@ impl Shard {
     }
 
     /// A version of the page is in the map.
-    pub(in crate::engine) fn page_settled(&mut self, idx: usize) {
+    pub(in crate::engine) fn page_published(&mut self, idx: usize) {
         let page = &mut self.cache.table.pages[idx];
         if page.checkpoint_target != Lsn::ZERO && page.mapped_lsn >= page.checkpoint_target {
             page.checkpoint_target = Lsn::ZERO;
@@ -269,7 +271,7 @@ impl Shard {
     fn next_dirty(&mut self, mut next: u16) -> u16 {
         while u32::from(next) < self.ctx.limits.geometry.vshards_count {
             let vshard = VShard::new(next);
-            if self.ctx.deal.owner(vshard) == self.ctx.id {
+            if self.ctx.shard_map.owner(vshard) == self.ctx.id {
                 if self.map.is_dirty(vshard) {
                     break;
                 }
@@ -341,8 +343,8 @@ impl Shard {
     /// All is captured: the others learn what it means for their extents.
     fn hand_over(&mut self) {
         let changes = self.space.extents.hand_over();
-        let mut out: Vec<Handover> = self.ctx.deal.shards().map(|_| Handover::default()).collect();
-        let home = |place: crate::base::Place| self.first_home(place.extent).index();
+        let mut out: Vec<Handover> = self.ctx.shard_map.shards().map(|_| Handover::default()).collect();
+        let home = |place: crate::base::BlockAddr| self.first_home(place.extent).index();
         for (place, what) in changes.named {
             out[home(place)].named.push((place, what));
         }
@@ -353,7 +355,7 @@ impl Shard {
             out[home(place)].left.push(place);
         }
         self.checkpoint.phase = Phase::Handover;
-        for (shard, handover) in self.ctx.deal.shards().zip(out) {
+        for (shard, handover) in self.ctx.shard_map.shards().zip(out) {
             if shard != self.ctx.id {
                 self.ctx.send(shard, Message::Captured(Box::new(handover)));
             }
@@ -427,7 +429,7 @@ impl Shard {
         }
         self.ctx.work_pending = true;
         if self.checkpoint.phase == Phase::Waiting {
-            self.lead_step_done(completion.op);
+            self.leader_step_done(completion.op);
         }
     }
 
@@ -435,7 +437,7 @@ impl Shard {
     fn contribute(&mut self) {
         assert_eq!(self.checkpoint.ops, 0, "nodes and roots are written before the handover");
         let mine = (0..self.ctx.limits.geometry.vshards_count as u16).map(VShard::new);
-        let mine = mine.filter(|vshard| self.ctx.deal.owner(*vshard) == self.ctx.id);
+        let mine = mine.filter(|vshard| self.ctx.shard_map.owner(*vshard) == self.ctx.id);
         let clean = self.checkpoint.begin.is_some_and(|begin| begin.clean);
         let contribution = Contribution {
             rows: self.space.extents.rows(),

@@ -163,7 +163,7 @@ impl Log {
         self.next_generation += 1;
     }
 
-    /// The sum of the head just sealed, for the next group.
+    /// The checksum of the head just sealed, for the next group.
     pub(crate) fn sealed(&mut self, head_crc: u32) {
         self.prev_crc = head_crc;
     }
@@ -235,7 +235,7 @@ impl Log {
             block: a.block,
             generation: a.generation,
             number: self.next_number - 1,
-            sum: self.prev_crc,
+            checksum: self.prev_crc,
         })
     }
 }

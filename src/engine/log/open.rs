@@ -37,7 +37,7 @@ pub(crate) struct OpenSlot {
     /// Of the newest change that the image holds.
     pub lsn: Lsn,
     /// In which era.
-    pub era: u32,
+    pub span: u32,
     /// The image, if the page was changed again in a later era.
     pub sealed: Option<FrameRef>,
     /// Freed again in the same era: nothing is written.
@@ -52,7 +52,7 @@ pub(crate) struct OpenGroup {
     record_at: usize,
     record_changes: u32,
     runs: Vec<(Lsn, u64)>,
-    era: u32,
+    span: u32,
     last_lsn: Lsn,
     commits_count: u32,
     /// Page images.
@@ -88,7 +88,7 @@ impl OpenGroup {
             record_at: 0,
             record_changes: 0,
             runs: Vec::new(),
-            era: 0,
+            span: 0,
             last_lsn: Lsn::ZERO,
             commits_count: 0,
             slots: Vec::new(),
@@ -113,13 +113,13 @@ impl OpenGroup {
     }
 
     /// The era that is being filled.
-    pub(crate) fn era(&self) -> u32 {
-        self.era
+    pub(crate) fn span(&self) -> u32 {
+        self.span
     }
 
     /// A cut may fall here.
     pub(crate) fn end_era(&mut self) {
-        self.era += 1;
+        self.span += 1;
     }
 
     /// Whether one more run, not adjoining the last, would not fit.
@@ -220,7 +220,7 @@ impl OpenGroup {
         }
     }
 
-    /// Completes `head` (counts, sums, runs), writes the slots, pads and seals; the group is empty afterwards.
+    /// Completes `head` (counts, checksums, runs), writes the slots, pads and seals; the group is empty afterwards.
     pub(crate) fn finish(&mut self, slots: &[Slot], inline_blocks: u32, head: &mut GroupHead, salt: u64) -> Finished {
         head.records_bytes = (self.len - HEAD_BYTES) as u32;
         head.slots_count = slots.len() as u32;
@@ -241,7 +241,7 @@ impl OpenGroup {
         self.len = HEAD_BYTES;
         self.commits_count = 0;
         self.last_lsn = Lsn::ZERO;
-        self.era = 0;
+        self.span = 0;
         self.slots.clear();
         self.urgent = false;
         Finished { chunks: std::mem::take(&mut self.filled), parts: std::mem::take(&mut self.parts), body_len }
@@ -293,9 +293,9 @@ mod tests {
             let lsn = |n| Lsn::new(first + n);
             open.add_run(lsn(0), 2, now);
             open.add_run(lsn(2), 1, now + 1);
-            assert_eq!((open.era(), open.last_lsn()), (1, lsn(2)));
+            assert_eq!((open.span(), open.last_lsn()), (1, lsn(2)));
             open.add_run(lsn(7), 1, now + 2);
-            assert_eq!((open.era(), open.last_lsn(), open.first_lsn()), (2, lsn(7), Some(lsn(0))));
+            assert_eq!((open.span(), open.last_lsn(), open.first_lsn()), (2, lsn(7), Some(lsn(0))));
             // Another shard accounts for a part's LSN, and counts its commit.
             for (role, n) in
                 [(Role::Whole, 0), (Role::Owner(ShardSet::from_bits(2)), 7), (Role::Part(ShardSet::from_bits(2)), 9)]

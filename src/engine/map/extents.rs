@@ -31,7 +31,7 @@ mod refill;
 mod victims;
 
 use super::foreign::Foreign;
-use crate::base::{BLOCK, ExtentNo, Place, VShard};
+use crate::base::{BLOCK, BlockAddr, ExtentNo, VShard};
 use crate::format::extent::{Item, ItemKind, TableRow, data_blocks, encode_summary, summary_at, summary_blocks};
 use std::collections::BTreeSet;
 use victims::Unreadable;
@@ -125,7 +125,7 @@ struct PerVShard {
     /// Places named since the last capture.
     fresh: Vec<ExtentNo>,
     /// Places that the map left since the last capture.
-    left: Vec<Place>,
+    left: Vec<BlockAddr>,
 }
 
 /// Sizes and sums for reports and for deciding.
@@ -155,8 +155,8 @@ pub(crate) struct Extents {
     open: [Option<ExtentNo>; STREAMS],
     per_vshard: Vec<PerVShard>,
     /// Left before the capture of their virtual shard, after the checkpoint had begun: retired by the next one.
-    left_captured: Vec<Place>,
-    retiring: Vec<Place>,
+    left_captured: Vec<BlockAddr>,
+    retiring: Vec<BlockAddr>,
     live_blocks: u64,
     /// Blocks left by the map and not retired yet, here.
     dead_blocks: usize,
@@ -297,7 +297,7 @@ impl Extents {
 
     /// A place for one block, and the extent that this filled up, if any: its summary is to be written.
     /// `None`: no extent is free.
-    pub(crate) fn alloc(&mut self, stream: Stream, what: ItemKind) -> Option<(Place, Option<ExtentNo>)> {
+    pub(crate) fn alloc(&mut self, stream: Stream, what: ItemKind) -> Option<(BlockAddr, Option<ExtentNo>)> {
         let slot = stream as usize;
         if self.open[slot].is_none() {
             let no = self.free.pop_first()?;
@@ -316,11 +316,11 @@ impl Extents {
             extent.state = ExtentState::Closing;
             self.open[slot] = None;
         }
-        Some((Place { extent: no, block }, full.then_some(no)))
+        Some((BlockAddr { extent: no, block }, full.then_some(no)))
     }
 
     /// Fills the next summary of an open or closing extent, and returns where it goes.
-    pub(crate) fn encode_summary(&mut self, no: ExtentNo, out: &mut [u8]) -> Place {
+    pub(crate) fn encode_summary(&mut self, no: ExtentNo, out: &mut [u8]) -> BlockAddr {
         let store_id = self.store_id;
         let extent = &mut self.extents[no.index()];
         extent.summary_slot ^= 1;
@@ -345,8 +345,8 @@ impl Extents {
     }
 
     /// Where the summary of `no` is.
-    pub(crate) fn summary_place(&self, no: ExtentNo) -> Place {
-        Place { extent: no, block: summary_at(self.extent_blocks, self.extents[no.index()].summary_slot) }
+    pub(crate) fn summary_place(&self, no: ExtentNo) -> BlockAddr {
+        BlockAddr { extent: no, block: summary_at(self.extent_blocks, self.extents[no.index()].summary_slot) }
     }
 
     /// Bytes of a summary.
@@ -365,7 +365,7 @@ impl Extents {
     }
 
     /// The map of `vshard` names `place` from now on.
-    pub(crate) fn name_page(&mut self, vshard: VShard, place: Place) {
+    pub(crate) fn name_page(&mut self, vshard: VShard, place: BlockAddr) {
         assert!(self.extents[place.extent.index()].assigned > 0, "{place:?} was never handed out");
         self.edit(place.extent, |extent| {
             extent.assigned -= 1;
@@ -377,7 +377,7 @@ impl Extents {
     }
 
     /// The map of `vshard` does not name `place` any more.
-    pub(crate) fn leave_page(&mut self, vshard: VShard, place: Place) {
+    pub(crate) fn free_later(&mut self, vshard: VShard, place: BlockAddr) {
         if !self.is_mine(place.extent) {
             self.foreign.leave(vshard, place);
             return;
@@ -411,7 +411,7 @@ impl Extents {
 
     /// The tree of `vshard` was captured: `nodes` are the places of nodes that the new root names, `retired` those
     /// that it left.
-    pub(crate) fn captured(&mut self, vshard: VShard, nodes: impl Iterator<Item = Place>, retired: Vec<Place>) {
+    pub(crate) fn captured(&mut self, vshard: VShard, nodes: impl Iterator<Item = BlockAddr>, retired: Vec<BlockAddr>) {
         for place in nodes {
             self.edit(place.extent, |extent| {
                 extent.assigned -= 1;
@@ -420,7 +420,8 @@ impl Extents {
             self.live_blocks += 1;
         }
         self.foreign.captured(vshard);
-        let (retired, foreign): (Vec<Place>, Vec<Place>) = retired.into_iter().partition(|p| self.is_mine(p.extent));
+        let (retired, foreign): (Vec<BlockAddr>, Vec<BlockAddr>) =
+            retired.into_iter().partition(|p| self.is_mine(p.extent));
         foreign.into_iter().for_each(|place| self.foreign.retire(place));
         retired.iter().for_each(|place| self.dies(*place));
         let mine = &mut self.per_vshard[vshard.index()];
@@ -474,7 +475,7 @@ impl Extents {
 
     /// For the planted bug that reuses places too early: whether `place` could be taken once more.
     #[cfg(any(test, feature = "sim"))]
-    pub(crate) fn hand_out_again(&mut self, place: Place) -> bool {
+    pub(crate) fn hand_out_again(&mut self, place: BlockAddr) -> bool {
         let extent = &mut self.extents[place.extent.index()];
         let taken = extent.state != ExtentState::Free;
         extent.assigned += u32::from(taken);

@@ -4,7 +4,7 @@
 //! If this fails, a place is overwritten that a durable root names, the table counts what is not there, or space leaks.
 
 use super::{Extents, Stream};
-use crate::base::{BLOCK, ExtentNo, Lsn, PageId, PageKey, Place, VShard, VolumeId};
+use crate::base::{BLOCK, BlockAddr, ExtentNo, Lsn, PageId, PageKey, VShard, VolumeId};
 use crate::format::extent::{ItemKind, decode_summary, summary_at};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,7 +14,7 @@ const EXTENTS: u32 = 12;
 const EXTENT_BLOCKS: u32 = 16;
 const VSHARDS: u16 = 2;
 
-type Places = BTreeSet<Place>;
+type Places = BTreeSet<BlockAddr>;
 
 /// A checkpoint under way.
 #[derive(Default)]
@@ -22,7 +22,7 @@ struct Checkpoint {
     /// What the new root of each captured virtual shard names.
     captured: BTreeMap<u16, Places>,
     /// Free again when it ends.
-    retiring: Vec<Place>,
+    retiring: Vec<BlockAddr>,
 }
 
 struct Model {
@@ -36,11 +36,11 @@ struct Model {
     /// What the durable roots name.
     durable: [Places; VSHARDS as usize],
     /// Left since, for the next checkpoint to retire.
-    left: Vec<Place>,
+    left: Vec<BlockAddr>,
     died: u64,
     checkpoint: Option<Checkpoint>,
     /// What each place holds, for the summaries.
-    items: BTreeMap<Place, ItemKind>,
+    items: BTreeMap<BlockAddr, ItemKind>,
     /// Places handed out of the extents in use, and which of these have their last summary.
     handed: BTreeMap<ExtentNo, u32>,
     /// So many of them were there when the last summary was encoded.
@@ -72,7 +72,7 @@ impl Model {
     }
 
     /// Places whose bytes somebody may still read.
-    fn protected(&self) -> impl Iterator<Item = &Place> {
+    fn protected(&self) -> impl Iterator<Item = &BlockAddr> {
         let captured = self.checkpoint.iter().flat_map(|c| c.captured.values());
         self.now.iter().chain(&self.durable).chain(&self.assigned).chain(captured).flatten()
     }
@@ -116,7 +116,7 @@ impl Model {
         let pages: Vec<_> = mine.difference(&self.nodes[usize::from(vshard)]).copied().collect();
         let Some(place) = pages.get(pick % pages.len().max(1)).copied() else { return };
         mine.remove(&place);
-        self.extents.leave_page(VShard::new(vshard), place);
+        self.extents.free_later(VShard::new(vshard), place);
         self.left.push(place);
         self.died += 1;
     }
@@ -182,7 +182,7 @@ impl Model {
         for (no, row) in &rows {
             assert!(row.state == 1 && row.summary_crc.get() == self.extents.summary_crc(*no));
             let at = summary_at(EXTENT_BLOCKS, row.summary_slot);
-            assert_eq!(self.extents.summary_place(*no), Place { extent: *no, block: at });
+            assert_eq!(self.extents.summary_place(*no), BlockAddr { extent: *no, block: at });
         }
         let rows = rows.into_iter().map(|(no, row)| (no, row.live.get()));
         assert_eq!(rows.collect::<BTreeMap<_, _>>(), live, "the table is not what the new roots name");
@@ -214,7 +214,7 @@ impl Model {
 
     /// Sums, and what compaction goes by.
     fn check(&self) {
-        let of = |places: &mut dyn Iterator<Item = &Place>| {
+        let of = |places: &mut dyn Iterator<Item = &BlockAddr>| {
             let mut by_extent: BTreeMap<ExtentNo, u32> = BTreeMap::new();
             places.for_each(|place| *by_extent.entry(place.extent).or_default() += 1);
             by_extent
@@ -229,7 +229,7 @@ impl Model {
         let in_use: BTreeSet<_> = dead.keys().chain(named.keys()).chain(assigned.keys()).collect();
         assert!(space.free as usize + in_use.len() <= space.total as usize);
         assert!(space.free as usize + in_use.len() + 3 >= space.total as usize, "an extent is lost");
-        assert_eq!((self.extents.left_count(), self.extents.died()), (dead_count as usize, self.died));
+        assert_eq!((self.extents.pending_free_count(), self.extents.died()), (dead_count as usize, self.died));
         let settled = self.closed.iter().filter(|no| !assigned.contains_key(no));
         let spent = settled.clone().filter(|no| dead.contains_key(no) && !named.contains_key(no)).count();
         assert_eq!(self.extents.coming(), spent as u64 * u64::from(self.extents.data_blocks()));

@@ -8,24 +8,24 @@
 //!    written. So the home's live counts are exactly what the new roots name.
 //! 2. `retired` were left before the checkpoint began, so before its redo LSN was chosen; `left` since.
 
-use crate::base::{Place, VShard};
+use crate::base::{BlockAddr, VShard};
 use crate::format::extent::ItemKind;
 
 #[derive(Default)]
 struct PerVShard {
-    named: Vec<(Place, ItemKind)>,
-    left: Vec<Place>,
+    named: Vec<(BlockAddr, ItemKind)>,
+    left: Vec<BlockAddr>,
 }
 
 /// What a handover says, not yet divided by the homes of the extents.
 #[derive(Default)]
 pub(crate) struct ForeignChanges {
     /// Named by the new roots, and not by the old ones.
-    pub named: Vec<(Place, ItemKind)>,
+    pub named: Vec<(BlockAddr, ItemKind)>,
     /// Left before the checkpoint began.
-    pub retired: Vec<Place>,
+    pub retired: Vec<BlockAddr>,
     /// Left since.
-    pub left: Vec<Place>,
+    pub left: Vec<BlockAddr>,
 }
 
 /// The collection.
@@ -42,16 +42,16 @@ impl Foreign {
         }
     }
 
-    pub(super) fn name(&mut self, vshard: VShard, place: Place, what: ItemKind) {
+    pub(super) fn name(&mut self, vshard: VShard, place: BlockAddr, what: ItemKind) {
         self.per_vshard[vshard.index()].named.push((place, what));
     }
 
-    pub(super) fn leave(&mut self, vshard: VShard, place: Place) {
+    pub(super) fn leave(&mut self, vshard: VShard, place: BlockAddr) {
         self.per_vshard[vshard.index()].left.push(place);
     }
 
     /// A map node in a foreign extent was written elsewhere: the new root does not name it.
-    pub(super) fn retire(&mut self, place: Place) {
+    pub(super) fn retire(&mut self, place: BlockAddr) {
         self.changes.retired.push(place);
     }
 

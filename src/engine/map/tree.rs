@@ -8,7 +8,7 @@
 //!    memory, names it (`arrival`). So marking a path dirty needs no I/O.
 //! 2. A dirty node's ancestors are dirty; `dirty` of its virtual shard holds exactly the dirty nodes.
 //! 3. A node that is pinned, dirty, or has children in memory is not evicted.
-//! 4. A child entry in a parent states the place and sum of the child as last *written*; while the child is in
+//! 4. A child entry in a parent states the place and checksum of the child as last *written*; while the child is in
 //!    memory, the child in memory counts.
 //! 5. The map never names a version above the watermark: only the write-back calls [`Map::set`], and only then.
 //!
@@ -27,7 +27,7 @@ mod residency;
 pub(crate) use leaves::NextLeaf;
 
 use crate::base::checksum::crc32c;
-use crate::base::{BLOCK, Lsn, PageKey, Place, VShard, VolumeId};
+use crate::base::{BLOCK, BlockAddr, Lsn, PageKey, VShard, VolumeId};
 use crate::format::extent::NodeKey;
 use crate::format::node::{self, Child, Entry};
 use crate::format::put;
@@ -50,7 +50,7 @@ struct Node {
     key: NodeKey,
     frame: Frame,
     /// Where it was last written.
-    place: Option<Place>,
+    place: Option<BlockAddr>,
     dirty: bool,
     /// A checkpoint writes it.
     is_written: bool,
@@ -84,14 +84,14 @@ pub(crate) struct Root {
 pub(crate) enum Lookup {
     /// The entry (or none): all nodes needed were in memory.
     Found(Option<Entry>),
-    /// This node must be read first, from here, with this sum.
+    /// This node must be read first, from here, with this checksum.
     Load(NodeKey, Child),
 }
 
 /// A node to be written by a checkpoint.
 pub(crate) struct NodeWrite {
     /// Where to.
-    pub place: Place,
+    pub place: BlockAddr,
     /// Its bytes, fixed by a pin: until it is dropped the node is not changed.
     pub frame: FrameRef,
     /// The node, kept in memory: until it is [written](Map::written) its place holds other bytes, and it must not be read from there.
@@ -117,14 +117,14 @@ pub(crate) struct Map {
     noted: Vec<bool>,
 }
 
-fn prefix(dense: u64, level: u8) -> u64 {
-    dense.checked_shr(LEAF_BITS + NODE_BITS * u32::from(level)).unwrap_or(0)
+fn prefix(page_index: u64, level: u8) -> u64 {
+    page_index.checked_shr(LEAF_BITS + NODE_BITS * u32::from(level)).unwrap_or(0)
 }
 
-fn slot_in(dense: u64, level: u8) -> usize {
+fn slot_in(page_index: u64, level: u8) -> usize {
     match level {
-        0 => (dense & ((1 << LEAF_BITS) - 1)) as usize,
-        _ => (dense >> (LEAF_BITS + NODE_BITS * u32::from(level - 1))) as usize & ((1 << NODE_BITS) - 1),
+        0 => (page_index & ((1 << LEAF_BITS) - 1)) as usize,
+        _ => (page_index >> (LEAF_BITS + NODE_BITS * u32::from(level - 1))) as usize & ((1 << NODE_BITS) - 1),
     }
 }
 
@@ -193,29 +193,29 @@ impl Map {
 
     /// Looks `key` up.
     pub(crate) fn lookup(&mut self, key: PageKey) -> Lookup {
-        let (vshard, dense) = self.position(key);
-        let leaf = NodeKey { vshard, volume: key.volume, level: 0, prefix: prefix(dense, 0) };
+        let (vshard, page_index) = self.position(key);
+        let leaf = NodeKey { vshard, volume: key.volume, level: 0, prefix: prefix(page_index, 0) };
         if let Some(idx) = self.find(leaf) {
             let node = self.node_mut(idx);
             node.residency.used();
-            return Lookup::Found(present(node::entry(&node.frame, slot_in(dense, 0))));
+            return Lookup::Found(present(node::entry(&node.frame, slot_in(page_index, 0))));
         }
         let mut child = self.top(vshard, key.volume);
         let mut level = child.level;
-        if !child.is_present() || prefix(dense, level) != 0 {
+        if !child.is_present() || prefix(page_index, level) != 0 {
             return Lookup::Found(None);
         }
         loop {
-            let at = NodeKey { vshard, volume: key.volume, level, prefix: prefix(dense, level) };
+            let at = NodeKey { vshard, volume: key.volume, level, prefix: prefix(page_index, level) };
             let Some(idx) = self.find(at) else {
                 return Lookup::Load(at, child);
             };
             let node = self.node_mut(idx);
             node.residency.used();
             if level == 0 {
-                return Lookup::Found(present(node::entry(&node.frame, slot_in(dense, 0))));
+                return Lookup::Found(present(node::entry(&node.frame, slot_in(page_index, 0))));
             }
-            child = node::child(&node.frame, slot_in(dense, level));
+            child = node::child(&node.frame, slot_in(page_index, level));
             if !child.is_present() {
                 return Lookup::Found(None);
             }
@@ -224,11 +224,11 @@ impl Map {
     }
 
     /// Whether a node is in memory, and where it was last written.
-    pub(crate) fn resident(&self, key: NodeKey) -> Option<Option<Place>> {
+    pub(crate) fn resident(&self, key: NodeKey) -> Option<Option<BlockAddr>> {
         self.find(key).map(|idx| self.node(idx).place)
     }
 
-    /// The place and sum of node `key` by its parent, if the path to it is in memory; else the first node on it
+    /// The place and checksum of node `key` by its parent, if the path to it is in memory; else the first node on it
     /// that is not. `Ok(None)`: there is no such node.
     pub(crate) fn find_node(&self, key: NodeKey) -> Result<Option<Child>, (NodeKey, Child)> {
         let mut child = self.top(key.vshard, key.volume);
@@ -254,7 +254,7 @@ impl Map {
         Ok(Some(child))
     }
 
-    fn insert(&mut self, key: NodeKey, place: Option<Place>, frame: Frame) -> NodeIdx {
+    fn insert(&mut self, key: NodeKey, place: Option<BlockAddr>, frame: Frame) -> NodeIdx {
         let parent = self.parent(key);
         let node = Node {
             key,
@@ -298,13 +298,13 @@ impl Map {
         node
     }
 
-    /// Raises the tree of a volume until it covers `dense`.
-    fn grow(&mut self, vshard: VShard, volume: VolumeId, dense: u64, arena: &mut Arena) {
+    /// Raises the tree of a volume until it covers `page_index`.
+    fn grow(&mut self, vshard: VShard, volume: VolumeId, page_index: u64, arena: &mut Arena) {
         let v = usize::from(volume.get());
         let old = self.top(vshard, volume);
         if !old.is_present() {
             let mut level = 0;
-            while prefix(dense, level) != 0 {
+            while prefix(page_index, level) != 0 {
                 level += 1;
             }
             self.roots[vshard.index()].children[v] = Child { level, present: 1, ..Child::default() };
@@ -314,7 +314,7 @@ impl Map {
             return;
         }
         let mut child = old;
-        while prefix(dense, child.level) != 0 {
+        while prefix(page_index, child.level) != 0 {
             let mut frame = zeroed(arena);
             put(frame.try_mut().expect("a new frame has no pins"), 0, &child);
             let below = NodeKey { vshard, volume, level: child.level, prefix: 0 };
@@ -330,10 +330,10 @@ impl Map {
 
     /// Sets the entry of `key` in its pinned leaf, which is not being written; returns the one before.
     pub(crate) fn set(&mut self, leaf: NodeIdx, key: PageKey, entry: Option<Entry>) -> Option<Entry> {
-        let (vshard, dense) = self.position(key);
+        let (vshard, page_index) = self.position(key);
         let node = self.node_mut(leaf);
-        assert!(node.pins > 0 && node.key.vshard == vshard && node.key.prefix == prefix(dense, 0));
-        let slot = slot_in(dense, 0);
+        assert!(node.pins > 0 && node.key.vshard == vshard && node.key.prefix == prefix(page_index, 0));
+        let slot = slot_in(page_index, 0);
         let before = present(node::entry(&node.frame, slot));
         let bytes = node.frame.try_mut().expect("a leaf that is being written is not changed");
         put(bytes, slot * size_of::<Entry>(), &entry.unwrap_or_default());
@@ -385,8 +385,8 @@ impl Map {
     pub(crate) fn capture(
         &mut self,
         vshard: VShard,
-        mut alloc: impl FnMut(NodeKey) -> Place,
-        retired: &mut Vec<Place>,
+        mut alloc: impl FnMut(NodeKey) -> BlockAddr,
+        retired: &mut Vec<BlockAddr>,
     ) -> Vec<NodeWrite> {
         let dirty = std::mem::take(&mut self.roots[vshard.index()].dirty_nodes);
         let mut writes = Vec::with_capacity(dirty.len());

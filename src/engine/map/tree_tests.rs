@@ -5,7 +5,7 @@
 
 use super::{LEAF_PAGES, Lookup, Map, NextLeaf, NodeIdx};
 use crate::base::checksum::crc32c;
-use crate::base::{BLOCK, ExtentNo, Lsn, PageId, PageKey, Place, VShard, VolumeId};
+use crate::base::{BLOCK, BlockAddr, ExtentNo, Lsn, PageId, PageKey, VShard, VolumeId};
 use crate::format::extent::NodeKey;
 use crate::format::node::{Child, Entry};
 use crate::format::root::VOLUMES_MAX;
@@ -23,7 +23,7 @@ const CHILDREN: usize = BLOCK / size_of::<Child>();
 struct Store {
     map: Map,
     arena: Arena,
-    nodes: BTreeMap<Place, Vec<u8>>,
+    nodes: BTreeMap<BlockAddr, Vec<u8>>,
     next_place: u64,
     model: BTreeMap<PageKey, Entry>,
     lsn: u64,
@@ -135,7 +135,7 @@ impl Store {
         assert!(free - self.arena.free_blocks() <= missing, "more nodes were made than was said");
         assert!(missing as u64 <= 2 * path_len, "{missing} nodes for a path of {path_len}");
         self.lsn += 1;
-        let place = Place { extent: ExtentNo::new(self.lsn as u32), block: 5 };
+        let place = BlockAddr { extent: ExtentNo::new(self.lsn as u32), block: 5 };
         let entry = present.then(|| Entry::plain(place, Lsn::new(self.lsn), 77));
         let replaced = self.map.set(leaf, key, entry);
         let expected = match entry {
@@ -147,7 +147,7 @@ impl Store {
             self.map.dirty_count() - dirty <= missing as usize + path_len as usize,
             "more became dirty than was said"
         );
-        let (vshard, dense) = self.map.position(key);
+        let (vshard, page_index) = self.map.position(key);
         let top = self.map.root(vshard).children[usize::from(key.volume.get())];
         assert_eq!(path_len, u64::from(top.level) + 1);
         let mut pinned = self.parents();
@@ -155,7 +155,7 @@ impl Store {
         assert_eq!(self.map.in_memory().1, pinned.len(), "the leaf is pinned, and parents of what is being read");
         if self.lsn.is_multiple_of(8) {
             while self.map.evict_one() {}
-            assert!(self.map.leaf_bits(vshard, key.volume, dense).is_some(), "a pinned leaf was evicted");
+            assert!(self.map.leaf_bits(vshard, key.volume, page_index).is_some(), "a pinned leaf was evicted");
             let (in_memory, dirty) = (self.map.in_memory().0, self.map.dirty_count());
             assert!(in_memory >= dirty, "what is dirty stays");
             assert!(in_memory == dirty || pinned.len() > 1, "and nothing else");
@@ -169,7 +169,7 @@ impl Store {
         let (next, mut retired) = (&mut self.next_place, Vec::new());
         let place = |_: NodeKey| {
             *next += 1;
-            Place::unpack(*next)
+            BlockAddr::unpack(*next)
         };
         let generation = self.map.root(vshard).version.generation;
         let writes = self.map.capture(vshard, place, &mut retired);
@@ -178,7 +178,7 @@ impl Store {
         for place in retired {
             assert!(self.nodes.remove(&place).is_some(), "{place:?} was retired and not in use");
         }
-        let written: Vec<(Place, Vec<u8>, NodeIdx)> =
+        let written: Vec<(BlockAddr, Vec<u8>, NodeIdx)> =
             writes.iter().map(|write| (write.place, write.frame.to_vec(), write.node)).collect();
         for (place, bytes, node) in written {
             assert!(self.nodes.insert(place, bytes).is_none(), "{place:?} was written twice");
@@ -209,10 +209,10 @@ impl Store {
             match self.map.next_leaf(vshard, volume, from, u64::MAX) {
                 NextLeaf::None => return found,
                 NextLeaf::Load(at, child) => self.load(at, child),
-                NextLeaf::Leaf(dense) => {
-                    assert!(dense >= from);
-                    let bits = self.map.leaf_bits(vshard, volume, dense).expect("the leaf is in memory");
-                    let first = dense / LEAF_PAGES * LEAF_PAGES;
+                NextLeaf::Leaf(page_index) => {
+                    assert!(page_index >= from);
+                    let bits = self.map.leaf_bits(vshard, volume, page_index).expect("the leaf is in memory");
+                    let first = page_index / LEAF_PAGES * LEAF_PAGES;
                     found.extend((0..LEAF_PAGES).filter(|slot| bits >> slot & 1 == 1).map(|slot| first + slot));
                     let Some(next) = first.checked_add(LEAF_PAGES) else { return found };
                     from = next;
@@ -226,7 +226,8 @@ impl Store {
             for vshard in (0..VSHARDS).map(VShard::new) {
                 let of = |key: &&PageKey| key.volume == volume;
                 let places = self.model.keys().filter(of).map(|key| key.place_in(VSHARDS.into()));
-                let expected: BTreeSet<u64> = places.filter(|(v, _)| *v == vshard).map(|(_, dense)| dense).collect();
+                let expected: BTreeSet<u64> =
+                    places.filter(|(v, _)| *v == vshard).map(|(_, page_index)| page_index).collect();
                 assert_eq!(self.scan(vshard, volume), expected, "a scan of {volume:?} in {vshard:?}");
             }
         }
@@ -260,7 +261,7 @@ impl Store {
 
     /// Each node that is written and not retired hangs in a tree: else its place is never free again.
     fn check_leaks(&mut self) {
-        let places: BTreeSet<Place> = self.written().values().map(Child::place).collect();
+        let places: BTreeSet<BlockAddr> = self.written().values().map(Child::place).collect();
         assert_eq!(places, self.nodes.keys().copied().collect(), "nodes that nothing names");
     }
 
@@ -316,7 +317,7 @@ impl Store {
     /// One step of a run in which nodes arrive late.
     fn late_step(&mut self, step: u8, pick: u16) {
         let key = growing(pick);
-        let (vshard, dense) = self.map.position(key);
+        let (vshard, page_index) = self.map.position(key);
         match step {
             0..4 => self.set(key, true),
             4 => self.set(key, false),
@@ -328,13 +329,13 @@ impl Store {
                 }
             }
             10 => {
-                if let NextLeaf::Load(at, child) = self.map.next_leaf(vshard, key.volume, dense, u64::MAX) {
+                if let NextLeaf::Load(at, child) = self.map.next_leaf(vshard, key.volume, page_index, u64::MAX) {
                     self.begin_read(at, child);
                 }
             }
             11 => {
                 let level = (pick / 24 % 3) as u8;
-                let at = NodeKey { vshard, volume: key.volume, level, prefix: dense >> 6 >> (8 * level) };
+                let at = NodeKey { vshard, volume: key.volume, level, prefix: page_index >> 6 >> (8 * level) };
                 if let Err((at, child)) = self.map.find_node(at) {
                     self.begin_read(at, child);
                 }

@@ -1,9 +1,9 @@
 //! The global order: the sequencer, each shard's bound, and the watermark.
 //!
 //! Invariants
-//! 1. An LSN is drawn once; LSNs are drawn in order by one read-modify-write.
+//! 1. An LSN is allocated once; LSNs are allocated in order by one read-modify-write.
 //! 2. A shard's bound is at most every LSN that it has drawn, or is about to draw, and that is not durable. It is
-//!    lowered *before* the draw and raised only after the flush; idle is [`Lsn::MAX`].
+//!    lowered *before* the allocation of its LSN and raised only after the flush; idle is [`Lsn::MAX`].
 //! 3. The watermark never falls. All commits at or below it are durable.
 //! 4. Whoever raises a bound refreshes the watermark after it. So of two shards that raise theirs at the same time the
 //!    later one sees both, and no commit waits for an event that has already happened.
@@ -40,7 +40,7 @@ impl GlobalOrder {
 
     /// Draws `count` consecutive LSNs for `shard` and returns the first. The watermark may rise meanwhile: the caller
     /// wakes those who wait for it, as after a [`refresh`](Self::refresh).
-    pub fn draw(&self, shard: ShardId, count: u64) -> Lsn {
+    pub fn allocate_lsns(&self, shard: ShardId, count: u64) -> Lsn {
         let bound = &self.bounds[usize::from(shard.get())];
         let floor = self.next.load(Ordering::Acquire);
         let lowers = floor < bound.load(Ordering::Relaxed);
@@ -94,8 +94,8 @@ mod tests {
         let order = GlobalOrder::new(Lsn::new(5), 2);
         let (a, b) = (ShardId::new(0), ShardId::new(1));
         assert_eq!(order.refresh(), Lsn::new(4));
-        assert_eq!(order.draw(a, 3), Lsn::new(5));
-        assert_eq!(order.draw(b, 1), Lsn::new(8));
+        assert_eq!(order.allocate_lsns(a, 3), Lsn::new(5));
+        assert_eq!(order.allocate_lsns(b, 1), Lsn::new(8));
         assert_eq!(order.refresh(), Lsn::new(4));
         order.publish(b, Lsn::MAX);
         assert_eq!(order.refresh(), Lsn::new(4), "shard a still holds 5 back");
@@ -193,7 +193,7 @@ mod loom {
     }
 
     fn draw_one(order: &GlobalOrder, shard: ShardId) -> Lsn {
-        order.draw(shard, 1)
+        order.allocate_lsns(shard, 1)
     }
 
     /// An acknowledgement of an LSN that is not durable is a commit that a crash takes back.

@@ -32,7 +32,7 @@ pub(crate) use scan::{Scan, neighbours_together, scan};
 
 use crate::base::error::{Error, Result};
 use crate::base::options::{Geometry, Limits, Options};
-use crate::base::{BLOCK, Deal, ExtentNo, Lsn, Micros, Place, ShardId};
+use crate::base::{BLOCK, BlockAddr, ExtentNo, Lsn, Micros, ShardId, ShardMap};
 use crate::engine::log::{Chunks, Log};
 use crate::engine::map::{Extents, Map};
 use crate::engine::order::GlobalOrder;
@@ -126,12 +126,12 @@ pub(crate) fn begin(
     let FoundSuperblock { superblock, unreadable, behind, warnings } = find_superblock(disk, &mut arena)?;
     report.warnings = warnings;
     let limits = options.limits(&superblock.geometry, shards_count)?;
-    let deal = Deal::new(superblock.geometry.vshards_count, shards_count);
+    let shard_map = ShardMap::new(superblock.geometry.vshards_count, shards_count);
     let loaded = load(disk, &mut arena, &superblock)?;
     report.clean = superblock.clean;
     let scan = match superblock.clean {
         true => Scan::nothing(&superblock),
-        false => scan(disk, &mut arena, &superblock, deal)?,
+        false => scan(disk, &mut arena, &superblock, shard_map)?,
     };
     report.groups_scanned = scan.groups.len() as u64;
     report.groups_torn = scan.torn;
@@ -140,7 +140,7 @@ pub(crate) fn begin(
     report.commits_dropped = scan.dropped;
     // What follows overwrites what the generation before needs: the only copy of this one must not be lost by then.
     create::rewrite_copies(disk, &mut arena, &superblock, &[unreadable, behind].concat())?;
-    for shard in deal.shards() {
+    for shard in shard_map.shards() {
         create::make_log(disk, &superblock.geometry, shard, segments_of(&superblock, shard), false)?;
     }
     if !superblock.clean {
@@ -161,10 +161,10 @@ pub(crate) fn begin(
     };
     report.epoch = new_epoch.epoch;
     let order = Arc::new(GlobalOrder::new(new_epoch.first_lsn, usize::from(shards_count)));
-    let whole = Whole { deal, limits, superblock, loaded, scan, new_epoch, order: order.clone(), seed, now };
+    let whole = Whole { shard_map, limits, superblock, loaded, scan, new_epoch, order: order.clone(), seed, now };
     whole.check_length(disk)?;
     let mut shard = |id| whole.shard(disk, &mut arena, id, &mut report);
-    let shards = deal.shards().map(&mut shard).collect::<Result<_>>()?;
+    let shards = shard_map.shards().map(&mut shard).collect::<Result<_>>()?;
     Ok(Opening { shards, report, order })
 }
 
@@ -178,7 +178,7 @@ const READ_BLOCKS: u32 = 1024;
 
 /// What all shards are made from.
 struct Whole {
-    deal: Deal,
+    shard_map: ShardMap,
     limits: Limits,
     superblock: Superblock,
     loaded: Loaded,
@@ -214,7 +214,7 @@ impl Whole {
         report: &mut RecoveryReport,
     ) -> Result<Shard> {
         let geometry = &self.limits.geometry;
-        let shards_count = u32::from(self.deal.shards_count());
+        let shards_count = u32::from(self.shard_map.shards_count());
         let mut arena = Arena::new(self.limits.memory_blocks)?;
         let mut extents = Extents::new(
             self.superblock.store_id,
@@ -236,7 +236,7 @@ impl Whole {
             .then(|| Recovering::new(self.scan.redo, self.scan.cut, groups.map(|group| group.head.clone()).collect()));
         Ok(Shard::new(Setup {
             id,
-            deal: self.deal,
+            shard_map: self.shard_map,
             limits: self.limits.clone(),
             order: self.order.clone(),
             arena,
@@ -284,9 +284,10 @@ const REFILL_LOOKS: usize = 8;
 /// read is left alone; that is returned, in words.
 fn refill(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblock, extents: &mut Extents) -> Option<String> {
     let looks = extents.maybe_unfilled(REFILL_LOOKS);
-    let offset = |place: Place| place.offset(superblock.geometry.extent_bytes);
+    let offset = |place: BlockAddr| place.offset(superblock.geometry.extent_bytes);
     let blocks = (extents.summary_bytes() / BLOCK) as u64;
-    let range = |(_, place, _): &(ExtentNo, Place, u32)| Range { file: FileId::Data, offset: offset(*place), blocks };
+    let range =
+        |(_, place, _): &(ExtentNo, BlockAddr, u32)| Range { file: FileId::Data, offset: offset(*place), blocks };
     let mut summaries = vec![Vec::new(); looks.len()];
     let read = read_ranges(disk, arena, looks.iter().map(range), |index, bytes| {
         summaries[index].extend_from_slice(bytes);

@@ -2,7 +2,7 @@
 //!
 //! Invariants
 //! 1. A group counts only whole: head, body, inline pages, and, above the highest recorded watermark, the pages at
-//!    their final places too. At or below the watermark a page that does not match its sum is damage, found when it
+//!    their final places too. At or below the watermark a page that does not match its checksum is damage, found when it
 //!    is read.
 //! 2. The search goes on behind a torn group, block by block: with several writes in flight a whole group may stand
 //!    behind it, and its head may record a watermark that makes the gap damage.
@@ -21,7 +21,7 @@
 use super::read::{Range, read_ranges};
 use super::segment::{Found, SegmentSearch};
 use crate::base::error::{Error, ErrorKind, Result};
-use crate::base::{BLOCK, Deal, Lsn, Place, SegmentNo, ShardId, ShardSet};
+use crate::base::{BLOCK, BlockAddr, Lsn, SegmentNo, ShardId, ShardMap, ShardSet};
 use crate::engine::codec::Expected;
 use crate::format::group::{GroupHead, Role};
 use crate::format::superblock::Superblock;
@@ -33,10 +33,10 @@ use hashbrown::HashSet;
 pub(crate) struct ScannedGroup {
     pub head: GroupHead,
     /// Places that its slots name.
-    pub places: Vec<Place>,
+    pub places: Vec<BlockAddr>,
     /// It lies above every recorded watermark: nobody knows whether a flush has covered it.
     pub is_doubtful: bool,
-    /// The shards of the new deal whose pages it changes.
+    /// The shards of the new shard map whose pages it changes.
     pub concerns: ShardSet,
 }
 
@@ -84,8 +84,8 @@ struct Reader<'a> {
     disk: &'a mut dyn Disk,
     arena: &'a mut Arena,
     superblock: &'a Superblock,
-    /// The deal that the store gets now.
-    deal: Deal,
+    /// The shard map that the store gets now.
+    shard_map: ShardMap,
 }
 
 impl Reader<'_> {
@@ -121,7 +121,7 @@ impl Reader<'_> {
 
     /// The groups in all logs.
     fn search(&mut self) -> Result<Vec<Found>> {
-        let (superblock, deal) = (self.superblock, self.deal);
+        let (superblock, shard_map) = (self.superblock, self.shard_map);
         let segments = self.segments()?;
         let range = |&(shard, segment, blocks): &_| Range { file: FileId::Log(shard, segment), offset: 0, blocks };
         let mut found = Vec::new();
@@ -130,7 +130,7 @@ impl Reader<'_> {
             // Ranges come one after another: one search at a time.
             if search.as_ref().is_none_or(|(of, _)| *of != index) {
                 let (shard, segment, _) = segments[index];
-                search = Some((index, SegmentSearch::new(superblock, deal, (shard, segment))));
+                search = Some((index, SegmentSearch::new(superblock, shard_map, (shard, segment))));
             }
             if let Some((_, search)) = &mut search {
                 search.take(bytes, &mut found);
@@ -210,9 +210,14 @@ pub(crate) fn neighbours_together(offsets: impl Iterator<Item = u64>) -> Vec<(u6
     ranges
 }
 
-/// Scans the logs; `deal` is the one to be.
-pub(crate) fn scan(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblock, deal: Deal) -> Result<Scan> {
-    let mut reader = Reader { disk, arena, superblock, deal };
+/// Scans the logs; `shard_map` is the one to be.
+pub(crate) fn scan(
+    disk: &mut dyn Disk,
+    arena: &mut Arena,
+    superblock: &Superblock,
+    shard_map: ShardMap,
+) -> Result<Scan> {
+    let mut reader = Reader { disk, arena, superblock, shard_map };
     let found = reader.search()?;
     reader.judge(found)
 }
@@ -227,7 +232,7 @@ fn keep(found: Vec<Found>, redo: Lsn, cut: Lsn, watermark: Lsn) -> Scan {
         if f.first_lsn > cut {
             continue;
         }
-        let places: Vec<Place> = f.placed.iter().map(|(place, _)| *place).collect();
+        let places: Vec<BlockAddr> = f.placed.iter().map(|(place, _)| *place).collect();
         let named = places.iter().map(|p| p.extent.get().saturating_add(1)).max().unwrap_or(0);
         scan.extents_named = scan.extents_named.max(named);
         let is_doubtful = f.last_lsn > watermark;

@@ -10,7 +10,7 @@
 //! It does *not* read, and does not judge what is missing; see `scan`.
 
 use super::scan::redo_lsn;
-use crate::base::{BLOCK, Deal, Lsn, Place, SegmentNo, ShardId, ShardSet};
+use crate::base::{BLOCK, BlockAddr, Lsn, SegmentNo, ShardId, ShardMap, ShardSet};
 use crate::engine::codec::{self, Expected};
 use crate::format::group::{Body, GroupHead, LoggedChange, Role, Slot, SlotState};
 use crate::format::superblock::Superblock;
@@ -29,8 +29,8 @@ pub(super) struct Found {
     /// Records of commits over shards.
     pub parts: Vec<(Lsn, Role)>,
     /// Pages written straight to their places, and what must be there.
-    pub placed: Vec<(Place, Expected)>,
-    /// The shards of the new deal whose pages it changes.
+    pub placed: Vec<(BlockAddr, Expected)>,
+    /// The shards of the new shard map whose pages it changes.
     pub concerns: ShardSet,
 }
 
@@ -51,7 +51,7 @@ impl Found {
     }
 
     /// The group that `here` begins with; `here` has all blocks that the head claims.
-    fn open(head: GroupHead, here: &[u8], deal: Deal) -> Self {
+    fn open(head: GroupHead, here: &[u8], shard_map: ShardMap) -> Self {
         let mut found = Found::new(head);
         let Some(body) = Body::open(&found.head, here) else { return found };
         let Some(records) = body.records() else { return found };
@@ -69,7 +69,7 @@ impl Found {
             }
             for change in &record.changes {
                 let (LoggedChange::Image(key, _) | LoggedChange::Patch(key, ..) | LoggedChange::Free(key)) = change;
-                found.concerns.insert(deal.shard_of(*key));
+                found.concerns.insert(shard_map.shard_of(*key));
             }
         }
         let placed = body.slots.iter().filter(|slot| slot.state == SlotState::Placed);
@@ -106,8 +106,8 @@ pub(super) struct SegmentSearch<'a> {
     superblock: &'a Superblock,
     /// The roots reflect everything up to here, and all of it was durable.
     redo: Lsn,
-    /// The deal that the store gets now.
-    deal: Deal,
+    /// The shard map that the store gets now.
+    shard_map: ShardMap,
     shard: ShardId,
     segment: SegmentNo,
     /// Blocks of a segment.
@@ -119,10 +119,10 @@ pub(super) struct SegmentSearch<'a> {
 }
 
 impl<'a> SegmentSearch<'a> {
-    pub(super) fn new(superblock: &'a Superblock, deal: Deal, (shard, segment): (ShardId, SegmentNo)) -> Self {
+    pub(super) fn new(superblock: &'a Superblock, shard_map: ShardMap, (shard, segment): (ShardId, SegmentNo)) -> Self {
         let blocks = (superblock.geometry.segment_bytes / BLOCK as u64) as u32;
         let redo = redo_lsn(superblock).min(superblock.watermark);
-        SegmentSearch { superblock, redo, deal, shard, segment, blocks, at: 0, held: Vec::new() }
+        SegmentSearch { superblock, redo, shard_map, shard, segment, blocks, at: 0, held: Vec::new() }
     }
 
     /// Takes the next whole blocks of the segment.
@@ -150,7 +150,7 @@ impl<'a> SegmentSearch<'a> {
                 if head.blocks as usize * BLOCK > here.len() {
                     break;
                 }
-                let mut group = Found::open(head, here, self.deal);
+                let mut group = Found::open(head, here, self.shard_map);
                 if group.last_lsn <= self.redo {
                     group.forget_content();
                 }

@@ -19,7 +19,7 @@ mod slow_reads;
 struct Driver {
     disk: SimDisk,
     all: LocalCluster,
-    deal: Deal,
+    shard_map: ShardMap,
     now: Micros,
     token: u64,
     /// The shards' counts are counted anew with each answer.
@@ -58,8 +58,8 @@ impl Driver {
         let opening = begin(&mut disk, options, shards_count, 7, 0).expect("the store can be opened");
         let mut all = LocalCluster::new(opening.shards);
         all.run_until_open(&mut disk, 0).expect("the store opens");
-        let (now, deal) = (disk.now() + 1_000_000, all.shards[0].deal());
-        (Driver { disk, all, deal, now, token: 0, audits: true }, opening.report)
+        let (now, shard_map) = (disk.now() + 1_000_000, all.shards[0].shard_map());
+        (Driver { disk, all, shard_map, now, token: 0, audits: true }, opening.report)
     }
 
     fn ask(&mut self, request: Request) -> Result<Response> {
@@ -72,8 +72,8 @@ impl Driver {
     fn begin(&mut self, request: Request) -> Token {
         self.token += 1;
         let shard = match &request {
-            Request::Read(keys) => self.deal.shard_of(keys[0]),
-            Request::Commit(commit) => self.deal.shard_of(commit.changes[0].0),
+            Request::Read(keys) => self.shard_map.shard_of(keys[0]),
+            Request::Commit(commit) => self.shard_map.shard_of(commit.changes[0].0),
             _ => ShardId::LEADER,
         };
         self.all.request(shard, Token(self.token), request);

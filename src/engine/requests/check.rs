@@ -55,7 +55,7 @@ impl Shard {
             return Err(Error::new(ErrorKind::Closed, "the store is closed; open it again"));
         }
         match request {
-            Request::Read(keys) if keys.iter().any(|key| self.ctx.deal.shard_of(*key) != self.ctx.id) => Err(
+            Request::Read(keys) if keys.iter().any(|key| self.ctx.shard_map.shard_of(*key) != self.ctx.id) => Err(
                 Error::invalid(format_args!("a read of pages of another shard came to shard {}", self.ctx.id.get())),
             ),
             Request::Checkpoint | Request::Close if self.ctx.id != ShardId::LEADER => Err(Error::invalid(

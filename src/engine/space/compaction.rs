@@ -16,7 +16,7 @@
 //! 9. What can't be read is read once: its extent is passed over until it has died, and the operator is told once.
 
 use crate::base::error::{Error, ErrorKind};
-use crate::base::{BLOCK, ExtentNo, Place, ShardId};
+use crate::base::{BLOCK, BlockAddr, ExtentNo, ShardId};
 use crate::engine::map::Lookup;
 use crate::engine::message::Message;
 use crate::engine::requests::PendingKind;
@@ -45,7 +45,7 @@ const CHOSEN_PART: u32 = 64;
 pub(in crate::engine) struct Compactor {
     under_way: Vec<Emptying>,
     /// Many items are asked for together, so that neighbours are read together.
-    asks: bool,
+    prepares: bool,
     /// The next ones, the emptiest last.
     chosen: Vec<ExtentNo>,
     /// Since the last checkpoint.
@@ -81,7 +81,7 @@ impl Compaction {
 impl Compactor {
     pub(in crate::engine) fn new(hasher: foldhash::fast::FixedState) -> Self {
         let begun = hashbrown::HashSet::with_hasher(hasher);
-        Compactor { under_way: Vec::new(), asks: false, chosen: Vec::new(), begun, rests_until: 0 }
+        Compactor { under_way: Vec::new(), prepares: false, chosen: Vec::new(), begun, rests_until: 0 }
     }
 
     /// Extents being emptied.
@@ -116,7 +116,7 @@ pub(in crate::engine) struct Moves {
 struct Asked {
     home: ShardId,
     what: ItemKind,
-    place: Place,
+    place: BlockAddr,
     /// Its age among reads of nodes, once it has waited for one; 0: it has not.
     age: u64,
 }
@@ -237,7 +237,7 @@ impl Shard {
         }
         let moves_max = self.moves_max();
         let mut asked: usize = self.compaction.compactor.under_way.iter().map(|c| c.asked).sum();
-        self.compaction.compactor.asks |= asked <= moves_max / 2;
+        self.compaction.compactor.prepares |= asked <= moves_max / 2;
         let mut i = 0;
         while i < self.compaction.compactor.under_way.len() {
             let Emptying { extent, items, next, asked: of_this } = &mut self.compaction.compactor.under_way[i];
@@ -248,7 +248,7 @@ impl Shard {
             if self.life.closing.is_some() {
                 items.truncate(*next);
             }
-            let room = if self.compaction.compactor.asks { moves_max.saturating_sub(asked) } else { 0 };
+            let room = if self.compaction.compactor.prepares { moves_max.saturating_sub(asked) } else { 0 };
             let some: SmallVec<[Item; 64]> = items.iter().skip(*next).take(room).copied().collect();
             *next += some.len();
             *of_this += some.len();
@@ -256,10 +256,10 @@ impl Shard {
             let (extent, done) = (*extent, *next == items.len() && *of_this == 0);
             for item in some {
                 let shard = match item.what {
-                    ItemKind::Page(key, _) => self.ctx.deal.shard_of(key),
-                    ItemKind::Node(key) => self.ctx.deal.owner(key.vshard),
+                    ItemKind::Page(key, _) => self.ctx.shard_map.shard_of(key),
+                    ItemKind::Node(key) => self.ctx.shard_map.owner(key.vshard),
                 };
-                self.ctx.send(shard, Message::Move(item.what, Place { extent, block: item.block }));
+                self.ctx.send(shard, Message::Move(item.what, BlockAddr { extent, block: item.block }));
             }
             if done {
                 self.compaction.compactor.under_way.remove(i);
@@ -269,11 +269,11 @@ impl Shard {
                 i += 1;
             }
         }
-        self.compaction.compactor.asks &= asked < moves_max;
+        self.compaction.compactor.prepares &= asked < moves_max;
     }
 
     /// An item has been dealt with.
-    pub(in crate::engine) fn moved(&mut self, from: ShardId, place: Place, error: Option<Error>) {
+    pub(in crate::engine) fn moved(&mut self, from: ShardId, place: BlockAddr, error: Option<Error>) {
         let mut what = None;
         if let Some(c) = self.compaction.compactor.of(place.extent) {
             c.asked -= 1;
@@ -299,7 +299,7 @@ impl Shard {
     }
 
     /// The home of an extent asks for something to be moved out of it.
-    pub(in crate::engine) fn move_asked(&mut self, home: ShardId, what: ItemKind, place: Place) {
+    pub(in crate::engine) fn move_asked(&mut self, home: ShardId, what: ItemKind, place: BlockAddr) {
         self.compaction.asked.asked.push_back(Asked { home, what, place, age: 0 });
     }
 
@@ -370,7 +370,7 @@ impl Shard {
     }
 
     /// A page that may have to move is resolved, or loaded.
-    pub(in crate::engine) fn move_ready(&mut self, waiter: usize, from: Place, home: ShardId) {
+    pub(in crate::engine) fn move_ready(&mut self, waiter: usize, from: BlockAddr, home: ShardId) {
         let idx = self.requests.pending[waiter].pages[0];
         let page = &self.cache.table.pages[idx];
         let named = page.resolved && page.entry.is_some_and(|e| e.place() == from) && page.lsn == page.mapped_lsn;

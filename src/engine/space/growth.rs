@@ -79,7 +79,7 @@ impl Shard {
                 continue;
             }
             // An eighth of what one shard has.
-            let chunk = (count / u32::from(self.ctx.deal.shards_count()) / 8).clamp(4, 64);
+            let chunk = (count / u32::from(self.ctx.shard_map.shards_count()) / 8).clamp(4, 64);
             let to = count.saturating_add(chunk).min(most);
             self.space.growth_under_way = true;
             let table = |extents: u32| table_offset(extents.div_ceil(TABLE_ROWS), 0);
@@ -138,10 +138,10 @@ impl Shard {
     /// The file can't be longer: the others may have some to spare.
     pub(in crate::engine) fn space_denied(&mut self) {
         let SpaceAsked::Leader(urgency) = self.space.asked else { return };
-        for shard in self.ctx.deal.others(self.ctx.id) {
-            self.ctx.send(shard, Message::Spare(urgency));
+        for shard in self.ctx.shard_map.others(self.ctx.id) {
+            self.ctx.send(shard, Message::DonateExtents(urgency));
         }
-        self.another_has_answered(self.ctx.deal.shards_count() - 1, false, urgency);
+        self.another_has_answered(self.ctx.shard_map.shards_count() - 1, false, urgency);
     }
 
     fn another_has_answered(&mut self, left: u16, got: bool, urgency: Urgency) {
@@ -162,7 +162,7 @@ impl Shard {
     }
 
     /// Another shard has no space left: half of what this one does not need.
-    pub(in crate::engine) fn spare_space(&mut self, to: ShardId, urgency: Urgency) {
+    pub(in crate::engine) fn donate_extents(&mut self, to: ShardId, urgency: Urgency) {
         let space = self.space.extents.space();
         let kept = match urgency {
             Urgency::Stuck => 2,
@@ -176,6 +176,6 @@ impl Shard {
 
     /// Where the extent was at home when the store was opened; it is still, if it is not at home here.
     pub(in crate::engine) fn first_home(&self, no: ExtentNo) -> ShardId {
-        ShardId::new((no.get() % u32::from(self.ctx.deal.shards_count())) as u16)
+        ShardId::new((no.get() % u32::from(self.ctx.shard_map.shards_count())) as u16)
     }
 }

@@ -6,7 +6,7 @@
 //!    compact. Until then a commit waits.
 //! 3. The space grows only while more of it than `Options::fill_percent` is live, the size of the log aside; else it is
 //!    reclaimed.
-//! 4. Compaction keeps free and spent extents together at a share of the space that is not live ([`AHEAD_PART`]), and runs
+//! 4. Compaction keeps free and spent extents together at a share of the space that is not live ([`TARGET_FREE_PART`]), and runs
 //!    beside checkpoints. A checkpoint is asked for when most of these are spent, or when commits wait and compaction can't go
 //!    on without one. All of this scales with the store, so a checkpoint, which writes nearly every leaf of the map under random
 //!    overwrites, is paid for by as many pages in a large store as in a small one. See decision 17.
@@ -16,7 +16,7 @@ pub(in crate::engine) mod compaction;
 mod growth;
 
 use crate::base::error::{Error, ErrorKind, Result};
-use crate::base::{BLOCK, ExtentNo, Micros, Place, ShardId};
+use crate::base::{BLOCK, BlockAddr, ExtentNo, Micros, ShardId};
 use crate::engine::map::{Extents, Stream};
 use crate::engine::shard::OpKind;
 use crate::engine::txn::admission::Need;
@@ -37,16 +37,16 @@ const FREES_RESERVE_EXTENTS: u64 = 3;
 const OVERCOMMIT_EXTENTS: u32 = 64;
 /// This part of the blocks that are not live is kept free or spent, beyond the reserve. More makes checkpoints rarer, and
 /// extents fuller when they are compacted; from a third to an eighth the sum of both costs hardly changes.
-const AHEAD_PART: u64 = 5;
+const TARGET_FREE_PART: u64 = 5;
 /// At least so many extents, whatever is live.
-const AHEAD_EXTENTS_MIN: u64 = 4;
+const TARGET_FREE_EXTENTS_MIN: u64 = 4;
 /// When free extents are down to this part of what is kept ahead, a checkpoint turns spent ones into free ones. Writes go on
 /// meanwhile: they take what is left.
 const LOW_PART: u64 = 5;
 /// What checkpoints in a row without a gain may come to, while a commit waits for space, before there is none to be had:
-/// one that found nothing to compact counts [`FRUITLESS_IDLE`] times.
-const FRUITLESS_MAX: u32 = 16;
-const FRUITLESS_IDLE: u32 = 4;
+/// one that found nothing to compact counts [`BARREN_IDLE`] times.
+const BARREN_MAX: u32 = 16;
+const BARREN_IDLE: u32 = 4;
 /// The shard's data space.
 pub(in crate::engine) struct Space {
     pub extents: Extents,
@@ -54,7 +54,7 @@ pub(in crate::engine) struct Space {
     pub summaries: Vec<ExtentNo>,
     pub summaries_under_way: usize,
     #[cfg(any(test, feature = "sim"))]
-    pub reused_early: Vec<Place>,
+    pub reused_early: Vec<BlockAddr>,
     /// Dirty pages that are freed: a block is reserved for each as for any dirty page, and none will be taken.
     pub freed_pages: u64,
     /// More is asked for.
@@ -102,14 +102,14 @@ pub(in crate::engine) struct Reclaiming {
     /// Free blocks at most since a commit had to wait.
     best: u64,
     /// Checkpoints since `best` was reached, weighted.
-    fruitless: u32,
+    barren_checkpoints: u32,
     /// Live blocks when it was given up: it is tried again when something was freed.
     given_up_at: Option<u64>,
 }
 
 impl Shard {
     /// A place of so many blocks for `what`; the extent that this fills gets its summary written.
-    pub(in crate::engine) fn alloc_place(&mut self, stream: Stream, what: ItemKind, blocks: u32) -> Option<Place> {
+    pub(in crate::engine) fn alloc_place(&mut self, stream: Stream, what: ItemKind, blocks: u32) -> Option<BlockAddr> {
         assert_eq!(blocks, 1, "in format 3 a place is one block");
         #[cfg(any(test, feature = "sim"))]
         if matches!(what, ItemKind::Page(..))
@@ -193,12 +193,12 @@ impl Shard {
         if free > r.best {
             *r = Reclaiming { best: free, ..Reclaiming::default() };
         } else if self.space.stalled || self.ctx.now < self.space.wanted_until {
-            r.fruitless += if compacts { 1 } else { FRUITLESS_IDLE };
+            r.barren_checkpoints += if compacts { 1 } else { BARREN_IDLE };
         }
     }
 
     fn named_blocks(&self) -> u64 {
-        self.space.extents.space().live_blocks.saturating_sub(self.space.extents.left_count() as u64)
+        self.space.extents.space().live_blocks.saturating_sub(self.space.extents.pending_free_count() as u64)
     }
 
     /// Room for the nodes of one virtual shard; if not, space is made.
@@ -248,13 +248,13 @@ impl Shard {
         if self.space.reclaiming.given_up_at.is_some_and(|at| named >= at) {
             return self.grow(0);
         }
-        if self.space.reclaiming.fruitless >= FRUITLESS_MAX {
+        if self.space.reclaiming.barren_checkpoints >= BARREN_MAX {
             self.space.reclaiming = Reclaiming { given_up_at: Some(named), ..Reclaiming::default() };
             return self.grow(0);
         }
         // What is on its way may yet leave places: pages that were freed, above all.
-        let unsettled = self.writeback.reserved_blocks + self.writeback.captures.len() as u64;
-        if self.spare_blocks() + unsettled + self.owed_blocks() < wanted {
+        let awaiting_watermark = self.writeback.reserved_blocks + self.writeback.captures.len() as u64;
+        if self.spare_blocks() + awaiting_watermark + self.owed_blocks() < wanted {
             return self.grow(0);
         }
         let moving = self.begin_compaction() || !self.compaction.moves.is_empty();
@@ -267,7 +267,7 @@ impl Shard {
         }
         let is_awaited = self.awaited_nodes() > 0 || self.map.dirty_count() > 0;
         let is_dirty = self.writeback.reserved_blocks > 0 || self.writeback.page_writes > 0 || is_awaited;
-        if self.space.extents.coming() > 0 || (!moving && (self.space.extents.left_count() > 0 || is_dirty)) {
+        if self.space.extents.coming() > 0 || (!moving && (self.space.extents.pending_free_count() > 0 || is_dirty)) {
             // What is dirty leaves places when it is written.
             self.need_checkpoint();
             return true;
@@ -296,24 +296,26 @@ impl Shard {
         }
         // Beyond what commits may not use.
         let extent = u64::from(self.space.extents.data_blocks());
-        let ahead = (self.spare_blocks() / AHEAD_PART).max(AHEAD_EXTENTS_MIN * extent);
+        let target_free_blocks = (self.spare_blocks() / TARGET_FREE_PART).max(TARGET_FREE_EXTENTS_MIN * extent);
         let free = self.free_blocks().saturating_sub(self.owed_now() + self.reserve_blocks());
-        if free >= ahead {
+        if free >= target_free_blocks {
             return;
         }
         if self.wants_growth() && self.grow(0) {
             return;
         }
         let coming = self.space.extents.coming();
-        while free + coming + self.compaction.compactor.count() as u64 * extent < ahead && self.begin_one_more() {}
+        while free + coming + self.compaction.compactor.count() as u64 * extent < target_free_blocks
+            && self.begin_one_more()
+        {}
         let moving = self.compaction.compactor.count() > 0;
         if self.checkpoint_under_way() {
             return;
         }
         let stalled = self.space.stalled || self.ctx.now < self.space.wanted_until;
-        let low = ahead / LOW_PART;
+        let low = target_free_blocks / LOW_PART;
         // Dirty nodes leave their places with the next checkpoint.
-        let left = self.space.extents.left_count() + self.map.dirty_count();
+        let left = self.space.extents.pending_free_count() + self.map.dirty_count();
         if (free < low && coming >= low) || (stalled && !moving && left > 0) {
             self.need_checkpoint();
         }
@@ -327,7 +329,7 @@ impl Shard {
         if self.redo.recovering.is_none() || self.free_blocks() >= self.owed_now() + reserve {
             return;
         }
-        if !self.grow(OVERCOMMIT_EXTENTS) && self.space.extents.left_count() > 0 {
+        if !self.grow(OVERCOMMIT_EXTENTS) && self.space.extents.pending_free_count() > 0 {
             self.need_checkpoint();
         }
     }

@@ -1,4 +1,4 @@
-//! Admission: everything that a commit, or a part of one, needs is there before its LSN is drawn.
+//! Admission: everything that a commit, or a part of one, needs is there before its LSN is allocated.
 //!
 //! Invariants
 //! 1. What is admitted can fail by the device only: log room, buffers, frames, data space, map leaves in memory.
@@ -110,7 +110,7 @@ impl Shard {
         let group_is_new = self.log.open.is_empty() && first;
         let too_long = body > self.ctx.limits.group_blocks && !group_is_new;
         let blocks = body + self.inline_blocks(self.log.open.slots.len() + need.slots);
-        if self.drawn_far_ahead(Step::Commit) || self.log.open.runs_full() || too_long {
+        if self.lsns_are_far_ahead(Step::Commit) || self.log.open.runs_full() || too_long {
             self.log.open.urgent |= !self.log.open.is_empty();
             self.ctx.blocked.register(Step::Commit, Lack::LogRoom);
             return Admission::Stalled;
@@ -179,7 +179,7 @@ impl Shard {
     }
 
     /// Whether so much is drawn above the watermark that `step` has to wait for it.
-    pub(in crate::engine) fn drawn_far_ahead(&mut self, step: Step) -> bool {
+    pub(in crate::engine) fn lsns_are_far_ahead(&mut self, step: Step) -> bool {
         let lowest = Lsn::new(self.ctx.order.next().get().saturating_sub(LSN_AHEAD_MAX / 2));
         if self.ctx.order.watermark() >= lowest {
             return false;
@@ -213,18 +213,18 @@ impl Shard {
     /// and map nodes in [`DIRTY_NODES_MAX`]. One commit goes alone if it must. If not, what is dirty is written.
     fn dirty_fits(&mut self, changes: u64, first: bool) -> bool {
         let memory = u64::from(self.ctx.limits.memory_blocks);
-        let dirty = self.writeback.reserved_blocks + self.requests.held.frees_unsettled;
+        let dirty = self.writeback.reserved_blocks + self.requests.held.frees_unpublished;
         let alone = first && dirty == 0;
         let pages_fit = alone || dirty + self.participant.reserved.changes + changes <= memory / 4;
         let nodes_fit = self.map.dirty_count() as u64 <= memory * DIRTY_NODES_MAX / 32;
         if !pages_fit || !nodes_fit {
-            self.relieve();
+            self.start_reclaim();
         }
         pages_fit && nodes_fit
     }
 
     /// Makes room in memory: dirty pages go to their places, dirty nodes too if there are many.
-    fn relieve(&mut self) {
+    fn start_reclaim(&mut self) {
         self.log.open.urgent |= !self.log.open.is_empty();
         self.writeback.dirty_since = 0;
         if self.map.dirty_count() as u32 > self.ctx.limits.memory_blocks / 32 {
@@ -250,7 +250,7 @@ impl Shard {
             match self.map.lookup(self.cache.table.pages[idx].key) {
                 Lookup::Load(key, child) => return self.wait_for_leaf(waiter, &changed, step, (key, child)),
                 Lookup::Found(_) if keeps && !self.keep_leaf(idx, step) => {
-                    self.relieve();
+                    self.start_reclaim();
                     return Admission::Stalled;
                 }
                 Lookup::Found(_) => {}
@@ -269,7 +269,7 @@ impl Shard {
                 if step != Step::Commit || self.requests.pending[waiter].yields < YIELDS_MAX {
                     self.unpin_leaves(&pinned);
                 }
-                self.relieve();
+                self.start_reclaim();
                 return Admission::Stalled;
             }
         }

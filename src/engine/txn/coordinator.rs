@@ -2,11 +2,11 @@
 //!
 //! ```text
 //! Asking --all Yes--> Decidable --draw--> Drawn --every part durable--> gone
-//!    \--a Held or NotNow--> Waiting --time--> Asking (a commit that read gets Conflict for Held)
+//!    \--a Conflict or Busy--> Waiting --time--> Asking (a commit that read gets `Conflict` for it)
 //!     \--a No--> refused
 //! ```
 //! Invariants
-//! 1. The LSN is drawn only when every vote is in and is `Yes`; what follows can fail by the device only.
+//! 1. The LSN is allocated only when every vote is in and is `Yes`; what follows can fail by the device only.
 //! 2. The owner's record stands in the group whose run holds the LSN, and names the shards that have other parts: the
 //!    commit counts only with all of them.
 //! 3. The shard's bound stays at or below the LSN until every part is durable.
@@ -14,8 +14,8 @@
 
 use crate::base::error::{Error, ErrorKind};
 use crate::base::{Lsn, Micros, ShardId, ShardSet};
-use crate::engine::budget::cross_weight;
-use crate::engine::message::{Ask, Decision, Message, Vote};
+use crate::engine::budget::coordinated_bytes;
+use crate::engine::message::{Decision, Message, PrepareRequest, Vote};
 use crate::engine::{Commit, Lack, Response, Shard, Step, Token};
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -34,13 +34,13 @@ enum State {
 }
 
 /// A commit over shards under way.
-pub(in crate::engine) struct Cross {
+pub(in crate::engine) struct CoordinatedCommit {
     token: Token,
     durable: bool,
     /// Its part of `Held::request_bytes`.
     pub weight: u64,
     /// What each shard is asked.
-    asks: SmallVec<[(ShardId, Ask); 2]>,
+    prepares: SmallVec<[(ShardId, PrepareRequest); 2]>,
     state: State,
     votes_left: usize,
     yes: SmallVec<[ShardId; 4]>,
@@ -56,10 +56,10 @@ pub(in crate::engine) struct Cross {
     refused_first_at: Option<Micros>,
 }
 
-impl Cross {
+impl CoordinatedCommit {
     /// Panics if votes or parts are counted wrongly: an answer would come too early, or never.
     fn assert_state(&self) {
-        let asked = self.asks.len();
+        let asked = self.prepares.len();
         match self.state {
             State::Asking => assert!(
                 (1..=asked).contains(&self.votes_left) && self.yes.len() + self.votes_left <= asked,
@@ -82,18 +82,18 @@ impl Cross {
     }
 
     fn reads(&self) -> bool {
-        self.asks.iter().any(|(_, ask)| !ask.reads.is_empty())
+        self.prepares.iter().any(|(_, ask)| !ask.reads.is_empty())
     }
 
     fn changes(&self) -> bool {
-        self.asks.iter().any(|(_, ask)| !ask.changes.is_empty())
+        self.prepares.iter().any(|(_, ask)| !ask.changes.is_empty())
     }
 }
 
 /// Commits over shards that this shard owns.
 pub(in crate::engine) struct Coordinator {
     /// By this shard's number for them.
-    pub commits: BTreeMap<u64, Cross>,
+    pub commits: BTreeMap<u64, CoordinatedCommit>,
     pub next_txn: u64,
     /// Those that are asked for again later.
     pub waiting: Vec<u64>,
@@ -119,38 +119,42 @@ impl Shard {
     /// Whether all pages of the commit are this shard's.
     pub(in crate::engine) fn is_local(&self, commit: &Commit) -> bool {
         let keys = commit.reads.iter().map(|(key, _)| key).chain(commit.changes.iter().map(|(key, _)| key));
-        self.ctx.deal.shards_count() == 1 || keys.into_iter().all(|key| self.ctx.deal.shard_of(*key) == self.ctx.id)
+        self.ctx.shard_map.shards_count() == 1
+            || keys.into_iter().all(|key| self.ctx.shard_map.shard_of(*key) == self.ctx.id)
     }
 
     /// Begins a commit over shards.
-    pub(in crate::engine) fn begin_cross(&mut self, token: Token, commit: Commit) {
-        let mut asks: SmallVec<[(ShardId, Ask); 2]> = SmallVec::new();
+    pub(in crate::engine) fn begin_coordinated(&mut self, token: Token, commit: Commit) {
+        let mut prepares: SmallVec<[(ShardId, PrepareRequest); 2]> = SmallVec::new();
         // The owner first: it records the commit, if there is anything to record.
         let since = self.ctx.now;
-        asks.push((self.ctx.id, Ask { owner_logs: !commit.changes.is_empty(), since, ..Ask::default() }));
-        let mut of = |shard: ShardId| match asks.iter().position(|(s, _)| *s == shard) {
+        prepares.push((
+            self.ctx.id,
+            PrepareRequest { owner_logs: !commit.changes.is_empty(), since, ..PrepareRequest::default() },
+        ));
+        let mut of = |shard: ShardId| match prepares.iter().position(|(s, _)| *s == shard) {
             Some(i) => i,
             None => {
-                asks.push((shard, Ask { since, ..Ask::default() }));
-                asks.len() - 1
+                prepares.push((shard, PrepareRequest { since, ..PrepareRequest::default() }));
+                prepares.len() - 1
             }
         };
-        let reads: Vec<usize> = commit.reads.iter().map(|(key, _)| of(self.ctx.deal.shard_of(*key))).collect();
-        let changes: Vec<usize> = commit.changes.iter().map(|(key, _)| of(self.ctx.deal.shard_of(*key))).collect();
-        let weight = cross_weight(&commit, asks.len());
+        let reads: Vec<usize> = commit.reads.iter().map(|(key, _)| of(self.ctx.shard_map.shard_of(*key))).collect();
+        let changes: Vec<usize> = commit.changes.iter().map(|(key, _)| of(self.ctx.shard_map.shard_of(*key))).collect();
+        let weight = coordinated_bytes(&commit, prepares.len());
         for (i, read) in reads.into_iter().zip(commit.reads) {
-            asks[i].1.reads.push(read);
+            prepares[i].1.reads.push(read);
         }
         for (i, change) in changes.into_iter().zip(commit.changes) {
-            asks[i].1.changes.push(change);
+            prepares[i].1.changes.push(change);
         }
         let txn = self.coordinator.next_txn;
         self.coordinator.next_txn += 1;
-        let cross = Cross {
+        let cross = CoordinatedCommit {
             token,
             durable: commit.durable,
             weight,
-            asks,
+            prepares,
             state: State::Asking,
             votes_left: 0,
             yes: SmallVec::new(),
@@ -169,7 +173,7 @@ impl Shard {
         self.ask(txn);
     }
 
-    fn remove_cross(&mut self, txn: u64) {
+    fn remove_coordinated(&mut self, txn: u64) {
         if let Some(cross) = self.coordinator.commits.remove(&txn) {
             self.requests.held.request_bytes -= cross.weight;
         }
@@ -178,12 +182,12 @@ impl Shard {
     fn ask(&mut self, txn: u64) {
         let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
         cross.state = State::Asking;
-        cross.votes_left = cross.asks.len();
+        cross.votes_left = cross.prepares.len();
         (cross.refusal, cross.held, cross.not_now, cross.read_lsn) = (None, false, false, Lsn::ZERO);
         cross.attempts += 1;
         cross.assert_state();
-        let asks = cross.asks.clone();
-        for (shard, ask) in asks {
+        let prepares = cross.prepares.clone();
+        for (shard, ask) in prepares {
             self.ctx.send(shard, Message::Prepare(txn, Box::new(ask)));
         }
     }
@@ -199,9 +203,9 @@ impl Shard {
                 cross.read_lsn = cross.read_lsn.max(read);
                 cross.yes.push(from);
             }
-            Vote::Held if planted!(VoteIgnored) => cross.yes.push(from),
-            Vote::Held => cross.held = true,
-            Vote::NotNow => cross.not_now = true,
+            Vote::Conflict if planted!(VoteIgnored) => cross.yes.push(from),
+            Vote::Conflict => cross.held = true,
+            Vote::Busy => cross.not_now = true,
             Vote::No(error) => cross.refusal = Some(error),
         }
         cross.votes_left -= 1;
@@ -209,24 +213,24 @@ impl Shard {
             return;
         }
         self.ctx.work_pending = true;
-        if cross.yes.len() == cross.asks.len() {
+        if cross.yes.len() == cross.prepares.len() {
             cross.state = State::Decidable;
             cross.assert_state();
             self.coordinator.decidable.push_back(txn);
             return;
         }
-        self.let_parts_go(txn);
-        self.not_all_yes(txn);
+        self.abort_participants(txn);
+        self.refuse_or_retry(txn);
     }
 
-    fn let_parts_go(&mut self, txn: u64) {
+    fn abort_participants(&mut self, txn: u64) {
         let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
         for shard in std::mem::take(&mut cross.yes) {
-            self.ctx.send(shard, Message::Decide(txn, Decision::LetGo));
+            self.ctx.send(shard, Message::Decide(txn, Decision::Abort));
         }
     }
 
-    fn not_all_yes(&mut self, txn: u64) {
+    fn refuse_or_retry(&mut self, txn: u64) {
         let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
         let refused_first_at = *cross.refused_first_at.get_or_insert(self.ctx.now);
         let refusal = match cross.refusal.take() {
@@ -241,7 +245,7 @@ impl Shard {
         match refusal {
             Some(error) => {
                 let token = cross.token;
-                self.remove_cross(txn);
+                self.remove_coordinated(txn);
                 self.ctx.reply(token, Err(error));
             }
             None => {
@@ -258,12 +262,12 @@ impl Shard {
     }
 
     /// Asks again for those whose time has come.
-    pub(in crate::engine) fn retry_cross(&mut self) {
+    pub(in crate::engine) fn retry_coordinated(&mut self) {
         if self.coordinator.waiting.is_empty() {
             return;
         }
         let now = self.ctx.now;
-        let is_due = |cross: &Cross| matches!(cross.state, State::Waiting { until } if until <= now);
+        let is_due = |cross: &CoordinatedCommit| matches!(cross.state, State::Waiting { until } if until <= now);
         let cross = &self.coordinator.commits;
         let due: Vec<u64> = self.coordinator.waiting.extract_if(.., |txn| cross.get(txn).is_none_or(is_due)).collect();
         due.into_iter().for_each(|txn| self.ask(txn));
@@ -285,16 +289,16 @@ impl Shard {
         if count == 0 || self.ctx.failed.is_some() {
             return;
         }
-        if self.drawn_far_ahead(Step::Decide) || self.log.open.runs_full() {
-            // Before the draw there is time: the open group goes first.
+        if self.lsns_are_far_ahead(Step::Decide) || self.log.open.runs_full() {
+            // Before the allocation of its LSN there is time: the open group goes first.
             self.log.open.urgent = true;
             self.ctx.blocked.register(Step::Decide, Lack::LogRoom);
             return;
         }
-        let first = self.ctx.order.draw(self.ctx.id, count);
+        let first = self.ctx.order.allocate_lsns(self.ctx.id, count);
         self.log.open.add_run(first, count, self.ctx.now);
         for (i, txn) in std::mem::take(&mut self.coordinator.decidable).into_iter().enumerate() {
-            self.carry_out(txn, first.plus(i as u64));
+            self.decide_commit(txn, first.plus(i as u64));
         }
         self.ctx.work_pending = true;
     }
@@ -305,8 +309,8 @@ impl Shard {
             match self.coordinator.commits.get(&txn) {
                 Some(cross) if !cross.changes() => {
                     let (token, read) = (cross.token, cross.read_lsn);
-                    self.let_parts_go(txn);
-                    self.remove_cross(txn);
+                    self.abort_participants(txn);
+                    self.remove_coordinated(txn);
                     self.reply_when_durable(read, token, Response::Committed(read), false);
                     self.ctx.work_pending = true;
                 }
@@ -315,19 +319,19 @@ impl Shard {
         }
     }
 
-    fn carry_out(&mut self, txn: u64, lsn: Lsn) {
+    fn decide_commit(&mut self, txn: u64, lsn: Lsn) {
         let cross = self.coordinator.commits.get_mut(&txn).expect("a decidable commit is under way");
         assert_eq!(cross.state, State::Decidable, "all votes are in");
         cross.state = State::Drawn;
         cross.lsn = lsn;
         let writers: SmallVec<[ShardId; 4]> =
-            cross.asks.iter().skip(1).filter(|(_, ask)| !ask.changes.is_empty()).map(|(shard, _)| *shard).collect();
+            cross.prepares.iter().skip(1).filter(|(_, ask)| !ask.changes.is_empty()).map(|(shard, _)| *shard).collect();
         let others: ShardSet = writers.iter().copied().collect();
         cross.parts_left = 1 + writers.len();
         cross.applied_left = writers.len();
         let (token, durable, yes, read) = (cross.token, cross.durable, std::mem::take(&mut cross.yes), cross.read_lsn);
         // What was asked is not needed any more: the parts have it.
-        cross.asks.clear();
+        cross.prepares.clear();
         self.coordinator.undurable.insert(lsn);
         self.ctx.stats.commits_cross += 1;
         #[cfg(any(test, feature = "sim"))]
@@ -337,7 +341,7 @@ impl Shard {
         for shard in yes.into_iter().filter(|shard| *shard != me) {
             let decision = match writers.contains(&shard) {
                 true => Decision::Commit { lsn, urgent: durable },
-                false => Decision::LetGo,
+                false => Decision::Abort,
             };
             self.ctx.send(shard, Message::Decide(txn, decision));
         }
@@ -376,14 +380,14 @@ impl Shard {
         cross.assert_state();
         if cross.parts_left == 0 {
             let lsn = cross.lsn;
-            self.remove_cross(txn);
+            self.remove_coordinated(txn);
             self.coordinator.undurable.remove(&lsn);
-            self.publish_bound();
+            self.publish_low_water();
         }
     }
 
     /// The store has stopped: nobody will be told more.
-    pub(in crate::engine) fn fail_cross(&mut self, cause: &Error, stopped: &Error) {
+    pub(in crate::engine) fn fail_coordinated(&mut self, cause: &Error, stopped: &Error) {
         self.coordinator.decidable.clear();
         self.coordinator.waiting.clear();
         for (_, cross) in std::mem::take(&mut self.coordinator.commits) {

@@ -1,9 +1,9 @@
-//! Commits of one shard: validation, the draw, and their effect; before the draw each is admitted (see `admission`).
+//! Commits of one shard: validation, the allocation of its LSN, and their effect; before the allocation of its LSN each is admitted (see `admission`).
 //!
 //! Invariants
 //! 1. All commits of a turn get their LSNs by one draw, before any effect of the turn leaves.
 //! 2. Validation and effect are one step: no other commit comes between.
-//! 3. A drawn LSN that isn't used (a conflict with an earlier commit of the same turn) stays in its group's run: it is
+//! 3. A allocated LSN that isn't used (a conflict with an earlier commit of the same turn) stays in its group's run: it is
 //!    void, and accounted for.
 //! 4. While a part of a commit over shards is in front (see `precedence`) no commit is admitted.
 //! 5. A commit that meets a page held by a commit over shards waits; one that fails anyway does not.
@@ -44,9 +44,9 @@ impl Shard {
                 self.finish_commit(waiter, Err(error), Lsn::ZERO);
                 continue;
             }
-            if let Some(idx) = self.held_page(waiter).filter(|_| !planted!(HoldIgnored)) {
+            if let Some(idx) = self.locked_page(waiter).filter(|_| !planted!(HoldIgnored)) {
                 self.requests.ready.pop_front();
-                self.wait_for_hold(waiter, idx);
+                self.wait_for_page_lock(waiter, idx);
                 continue;
             }
             let PendingKind::Commit(commit) = &self.requests.pending[waiter].kind else { unreachable!("only commits") };
@@ -112,7 +112,7 @@ impl Shard {
         if batch.is_empty() {
             return;
         }
-        let first = self.ctx.order.draw(self.ctx.id, batch.len() as u64);
+        let first = self.ctx.order.allocate_lsns(self.ctx.id, batch.len() as u64);
         self.log.open.add_run(first, batch.len() as u64, self.ctx.now);
         for (i, waiter) in batch.iter().enumerate() {
             let lsn = first.plus(i as u64);
@@ -223,8 +223,8 @@ impl Shard {
     }
 
     fn new_slot(&mut self, idx: usize, key: PageKey, lsn: Lsn) -> usize {
-        let era = self.log.open.era();
-        self.log.open.slots.push(OpenSlot { key, lsn, era, sealed: None, dead: false });
+        let span = self.log.open.span();
+        self.log.open.slots.push(OpenSlot { key, lsn, span, sealed: None, dead: false });
         self.writeback.reserved_blocks += 1;
         let slot = self.log.open.slots.len() - 1;
         self.cache.table.pages[idx].slot = Some(slot);
@@ -235,7 +235,7 @@ impl Shard {
     fn seal_older_slot(&mut self, idx: usize) {
         let page = &mut self.cache.table.pages[idx];
         let Some(slot) = page.slot else { return };
-        if self.log.open.slots[slot].era != self.log.open.era() {
+        if self.log.open.slots[slot].span != self.log.open.span() {
             self.log.open.slots[slot].sealed = page.frame.as_ref().map(|f| f.pin());
             page.slot = None;
         }

@@ -2,9 +2,9 @@
 //!
 //! Invariants
 //! 1. A page is held either by any number of commits that read it, or by one that changes it.
-//! 2. A commit over shards never waits for a hold: it votes [`Vote::Held`](crate::engine::message::Vote), so there is no deadlock.
+//! 2. A commit over shards never waits for a hold: it votes [`Vote::Conflict`](crate::engine::message::Vote), so there is no deadlock.
 //!    Commits of this shard alone do wait, in the order in which they came.
-//! 3. While a page is held, no LSN but the holder's is drawn for it. The holder's LSN is drawn after the vote, so it is
+//! 3. While a page is held, no LSN but the holder's is drawn for it. The holder's LSN is allocated after the vote, so it is
 //!    above every version of the page.
 
 use crate::engine::Shard;
@@ -12,14 +12,14 @@ use smallvec::SmallVec;
 
 /// Who holds a page.
 #[derive(Default)]
-pub(in crate::engine) struct Hold {
+pub(in crate::engine) struct PageLock {
     shared: u32,
     exclusive: bool,
     /// Commits of this shard that wait for it.
     waiters: SmallVec<[usize; 1]>,
 }
 
-impl Hold {
+impl PageLock {
     /// Whether somebody may read (`false`) or change (`true`) the page.
     pub fn allows(&self, change: bool) -> bool {
         !self.exclusive && (self.shared == 0 || !change)
@@ -28,7 +28,7 @@ impl Hold {
 
 impl Shard {
     /// A page of the commit that is held in a way that the commit can't go on: index in the table.
-    pub(in crate::engine) fn held_page(&self, waiter: usize) -> Option<usize> {
+    pub(in crate::engine) fn locked_page(&self, waiter: usize) -> Option<usize> {
         if self.participant.parts.is_empty() {
             // Only parts hold pages: in a store of one shard nobody does.
             return None;
@@ -40,14 +40,14 @@ impl Shard {
     }
 
     /// A commit of this shard waits until the page is not held any more.
-    pub(in crate::engine) fn wait_for_hold(&mut self, waiter: usize, idx: usize) {
+    pub(in crate::engine) fn wait_for_page_lock(&mut self, waiter: usize, idx: usize) {
         self.need_more(waiter);
         self.cache.table.pages[idx].hold.waiters.push(waiter);
         self.ctx.stats.held_back += 1;
     }
 
     /// Pages of a part and whether each is changed; each page once.
-    fn held_set(&self, waiter: usize) -> SmallVec<[(usize, bool); 4]> {
+    fn lock_set(&self, waiter: usize) -> SmallVec<[(usize, bool); 4]> {
         let pending = &self.requests.pending[waiter];
         let reads = pending.reads_count();
         let mut set: SmallVec<[(usize, bool); 4]> =
@@ -63,7 +63,7 @@ impl Shard {
 
     /// Holds the pages of a part.
     pub(in crate::engine) fn hold_pages(&mut self, waiter: usize) {
-        for (idx, change) in self.held_set(waiter) {
+        for (idx, change) in self.lock_set(waiter) {
             let hold = &mut self.cache.table.pages[idx].hold;
             assert!(hold.allows(change), "a held page means another vote");
             match change {
@@ -75,7 +75,7 @@ impl Shard {
 
     /// Lets the pages of a part go; those that waited for them go on.
     pub(in crate::engine) fn let_pages_go(&mut self, waiter: usize) {
-        for (idx, change) in self.held_set(waiter) {
+        for (idx, change) in self.lock_set(waiter) {
             let hold = &mut self.cache.table.pages[idx].hold;
             match change {
                 true => hold.exclusive = false,

@@ -1,8 +1,8 @@
 //! A part of a commit over shards, at the shard whose pages it concerns (the owner's own part too).
 //!
 //! ```text
-//! Prepare --pages loaded--> judged --No, Held, NotNow--> gone
-//!                             \--Yes: pages held, room reserved--> Decide --LetGo--> gone
+//! Prepare --pages loaded--> judged --No, Conflict, Busy--> gone
+//!                             \--Yes: pages held, room reserved--> Decide --Abort--> gone
 //!                                                                    \--Commit(LSN)--> applied, logged --flushed--> Durable
 //! ```
 //! Invariants
@@ -14,7 +14,7 @@
 use crate::base::error::{Error, ErrorKind};
 use crate::base::{Lsn, Micros, ShardId, ShardSet};
 use crate::engine::log::PartRef;
-use crate::engine::message::{Ask, Decision, Message, Vote};
+use crate::engine::message::{Decision, Message, PrepareRequest, Vote};
 use crate::engine::requests::PendingKind;
 use crate::engine::txn::admission::{Admission, Need};
 use crate::engine::txn::precedence;
@@ -88,7 +88,7 @@ impl Participant {
 
 impl Shard {
     /// The owner asks for a vote.
-    pub(in crate::engine) fn prepare(&mut self, owner: ShardId, txn: u64, ask: Ask) {
+    pub(in crate::engine) fn prepare(&mut self, owner: ShardId, txn: u64, ask: PrepareRequest) {
         let of = PartRef { owner, txn };
         if let Some(error) = self.ctx.failed.clone() {
             self.ctx.send(owner, Message::Vote(txn, Vote::No(error)));
@@ -98,11 +98,11 @@ impl Shard {
         let behind = self.is_behind(age);
         if behind || !self.holds_little_for_parts() {
             // To wait here could be to wait for a hold that this very commit has elsewhere.
-            self.note_vote(age, &Vote::NotNow, !behind);
-            self.ctx.send(owner, Message::Vote(txn, Vote::NotNow));
+            self.note_vote(age, &Vote::Busy, !behind);
+            self.ctx.send(owner, Message::Vote(txn, Vote::Busy));
             return;
         }
-        let Ask { reads, changes, owner_logs, since } = ask;
+        let PrepareRequest { reads, changes, owner_logs, since } = ask;
         let pages = self.pages_of(&reads, &changes);
         let (reads_count, patched) = (reads.len(), crate::engine::requests::patched(&changes));
         let part = Part { of, commit: Commit { reads, changes, durable: true }, owner_logs, since, reserved: None };
@@ -121,8 +121,8 @@ impl Shard {
                     self.hold_pages(waiter);
                     self.participant.parts.insert(of, waiter);
                 }
-                Vote::Held => self.ctx.stats.holds_met += 1,
-                Vote::NotNow | Vote::No(_) => {}
+                Vote::Conflict => self.ctx.stats.holds_met += 1,
+                Vote::Busy | Vote::No(_) => {}
             }
             if !matches!(vote, Vote::Yes(_)) {
                 self.release(waiter);
@@ -142,8 +142,8 @@ impl Shard {
         {
             return Some(Vote::No(error));
         }
-        if self.held_page(waiter).is_some() {
-            return Some(Vote::Held);
+        if self.locked_page(waiter).is_some() {
+            return Some(Vote::Conflict);
         }
         let read = self.read_lsn(waiter);
         let PendingKind::Part(part) = &pending.kind else { unreachable!("only parts") };
@@ -152,12 +152,12 @@ impl Shard {
         }
         let need = Need::of(&part.commit, &self.map);
         if self.is_behind(self.age_of(waiter)) {
-            return Some(Vote::NotNow);
+            return Some(Vote::Busy);
         }
         match self.admit_part(waiter, &need) {
             Admission::Yes => {}
             Admission::Waiting => return None,
-            Admission::Stalled => return Some(Vote::NotNow),
+            Admission::Stalled => return Some(Vote::Busy),
             Admission::No(error) => return Some(Vote::No(error)),
         }
         let reserved = self.reservation(&need);
@@ -174,7 +174,7 @@ impl Shard {
         // After a failure all parts are gone.
         let Some(waiter) = self.participant.parts.remove(&of) else { return };
         match decision {
-            Decision::LetGo => self.end_part(waiter),
+            Decision::Abort => self.end_part(waiter),
             Decision::Commit { lsn, urgent } => {
                 let is_reader = match &self.requests.pending[waiter].kind {
                     PendingKind::Part(part) => part.commit.changes.is_empty(),
@@ -207,7 +207,7 @@ impl Shard {
         self.apply(waiter, lsn, role);
         self.log.open.end_era();
         self.log.open.parts.push(of);
-        self.log.open.urgent |= urgent || lsn <= self.watermark.nudged_upto;
+        self.log.open.urgent |= urgent || lsn <= self.watermark.flush_requested_upto;
     }
 
     fn unreserve(&mut self, waiter: usize) {

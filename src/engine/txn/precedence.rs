@@ -68,7 +68,7 @@ impl Shard {
     /// place there.
     pub(in crate::engine) fn note_vote(&mut self, age: Age, vote: &Vote, for_holds: bool) {
         match vote {
-            Vote::NotNow | Vote::Held => {
+            Vote::Busy | Vote::Conflict => {
                 let old_enough = self.ctx.now >= age.0 + PATIENCE_US;
                 if old_enough && self.front().is_none_or(|front| age <= front.age) {
                     self.ctx.blocked.in_front = Some(InFront { age, until: self.ctx.now + IN_FRONT_US, for_holds });

@@ -12,7 +12,7 @@
 
 pub(crate) mod plan;
 
-use crate::base::{Lsn, Micros, Place};
+use crate::base::{BlockAddr, Lsn, Micros};
 use crate::engine::codec::{self, Sealed};
 use crate::engine::map::Stream;
 use crate::engine::{Lack, OpKind, Shard, Step};
@@ -28,14 +28,14 @@ pub(in crate::engine) struct Capture {
     pub page: usize,
     pub lsn: Lsn,
     pub entry: Option<Entry>,
-    pub moved_from: Option<Place>,
+    pub moved_from: Option<BlockAddr>,
 }
 
 /// A written capture that waits for the watermark: lowest LSN first.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
-pub(in crate::engine) struct Unsettled(Reverse<(Lsn, usize)>);
+pub(in crate::engine) struct AwaitingWatermark(Reverse<(Lsn, usize)>);
 
-impl Unsettled {
+impl AwaitingWatermark {
     pub fn lsn(&self) -> Lsn {
         self.0.0.0
     }
@@ -49,7 +49,7 @@ pub(in crate::engine) struct WriteBack {
     pub dirty_since: Micros,
     pub captures: Slab<Capture>,
     /// Written captures that wait for the watermark.
-    pub unsettled: BinaryHeap<Unsettled>,
+    pub awaiting_watermark: BinaryHeap<AwaitingWatermark>,
     /// Pages being written.
     pub page_writes: usize,
     /// Blocks that dirty pages and slots will need.
@@ -128,7 +128,7 @@ impl Shard {
             if page.absent {
                 self.captured(idx);
                 let capture = self.writeback.captures.insert(Capture { page: idx, lsn, entry: None, moved_from: None });
-                self.requests.held.frees_unsettled += 1;
+                self.requests.held.frees_unpublished += 1;
                 self.capture_written(capture);
                 continue;
             }
@@ -172,7 +172,13 @@ impl Shard {
         codec::seal(frame.as_ref().expect("a dirty page that is not absent has its bytes in memory").pin())
     }
 
-    fn capture(&mut self, idx: usize, sealed: Sealed, place: Place, moved_from: Option<Place>) -> (usize, IoSlice) {
+    fn capture(
+        &mut self,
+        idx: usize,
+        sealed: Sealed,
+        place: BlockAddr,
+        moved_from: Option<BlockAddr>,
+    ) -> (usize, IoSlice) {
         let page = &self.cache.table.pages[idx];
         let entry = sealed.entry(place, page.lsn);
         let capture =
@@ -180,7 +186,7 @@ impl Shard {
         (capture, IoSlice::whole(sealed.into_bytes()))
     }
 
-    fn write_captures(&mut self, blocks: Vec<(Place, (usize, IoSlice))>) {
+    fn write_captures(&mut self, blocks: Vec<(BlockAddr, (usize, IoSlice))>) {
         self.writeback.page_writes += blocks.len();
         self.ctx.stats.pages_written += blocks.len() as u64;
         for run in plan::runs(blocks, self.ctx.limits.vectored_pages_max) {
@@ -230,43 +236,43 @@ impl Shard {
         self.watermark.dirty_stuck = None;
         let lsn = self.writeback.captures[capture].lsn;
         if lsn <= self.ctx.order.watermark() || planted!(MappedTooSoon) {
-            self.settle_or_wait(capture);
+            self.publish_or_wait(capture);
         } else {
             self.log.open.urgent |= !self.log.open.is_empty();
             self.watermark.wanted = self.watermark.wanted.max(lsn);
-            self.writeback.unsettled.push(Unsettled(Reverse((lsn, capture))));
+            self.writeback.awaiting_watermark.push(AwaitingWatermark(Reverse((lsn, capture))));
         }
     }
 
     /// The watermark has advanced: what is written and durable goes into the map.
-    pub(in crate::engine) fn settle_durable(&mut self) {
+    pub(in crate::engine) fn publish_durable(&mut self) {
         let watermark = self.ctx.order.watermark();
-        while self.writeback.unsettled.peek().is_some_and(|u| u.lsn() <= watermark) {
-            if let Some(Unsettled(Reverse((_, capture)))) = self.writeback.unsettled.pop() {
-                self.settle_or_wait(capture);
+        while self.writeback.awaiting_watermark.peek().is_some_and(|u| u.lsn() <= watermark) {
+            if let Some(AwaitingWatermark(Reverse((_, capture)))) = self.writeback.awaiting_watermark.pop() {
+                self.publish_or_wait(capture);
             }
         }
     }
 
     /// Node writes may have ended: what waited for them goes into the map.
-    pub(in crate::engine) fn settle_behind_nodes(&mut self) {
+    pub(in crate::engine) fn publish_behind_nodes(&mut self) {
         for capture in std::mem::take(&mut self.checkpoint.behind_nodes) {
-            self.settle_or_wait(capture);
+            self.publish_or_wait(capture);
         }
     }
 
     /// Puts a version into the map, unless its leaf is on its way to the device: then when that write has ended.
-    fn settle_or_wait(&mut self, capture: usize) {
+    fn publish_or_wait(&mut self, capture: usize) {
         let leaf = self.cache.table.pages[self.writeback.captures[capture].page].leaf;
         if leaf.is_some_and(|leaf| self.map.is_being_written(leaf)) {
             self.ctx.stats.settles_delayed += 1;
             self.checkpoint.behind_nodes.push(capture);
         } else {
-            self.settle(capture);
+            self.publish_to_map(capture);
         }
     }
 
-    fn settle(&mut self, capture: usize) {
+    fn publish_to_map(&mut self, capture: usize) {
         let Capture { page: idx, lsn, entry, moved_from } = self.writeback.captures.remove(capture);
         let page = &mut self.cache.table.pages[idx];
         page.captures -= 1;
@@ -280,26 +286,26 @@ impl Shard {
         };
         match entry {
             Some(entry) => self.space.extents.name_page(vshard, entry.place()),
-            None => self.requests.held.frees_unsettled -= 1,
+            None => self.requests.held.frees_unpublished -= 1,
         }
         if applies {
             let leaf = page.leaf.expect("a page with a capture has its leaf pinned");
             page.entry = entry;
             page.mapped_lsn = lsn;
             if let Some(old) = self.map.set(leaf, key, entry) {
-                self.leave_place(vshard, old.place());
+                self.free_place_later(vshard, old.place());
             }
         } else if let Some(entry) = entry {
-            self.leave_place(vshard, entry.place());
+            self.free_place_later(vshard, entry.place());
         }
         self.cache.table.pages[idx].assert_state();
-        self.page_settled(idx);
+        self.page_published(idx);
         self.unpin_if_clean(idx);
         self.ctx.work_pending = true;
     }
 
-    fn leave_place(&mut self, vshard: crate::base::VShard, place: Place) {
-        self.space.extents.leave_page(vshard, place);
+    fn free_place_later(&mut self, vshard: crate::base::VShard, place: BlockAddr) {
+        self.space.extents.free_later(vshard, place);
         #[cfg(any(test, feature = "sim"))]
         if planted!(PlaceReusedEarly) {
             self.space.reused_early.push(place);

@@ -4,19 +4,19 @@
 //! `blocks_max` blocks. The same plan serves writes (batches of dirty pages, checkpoints) and reads; reads may also bridge
 //! small gaps, by reading what nobody asked for.
 
-use crate::base::Place;
+use crate::base::BlockAddr;
 
 /// Consecutive blocks, one vectored operation.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Run<T> {
     /// Where the first block lies.
-    pub place: Place,
+    pub place: BlockAddr,
     /// What goes to, or comes from, each of the consecutive blocks.
     pub items: Vec<T>,
 }
 
 /// Sorts `blocks` by place and merges neighbours into runs of at most `blocks_max`.
-pub fn runs<T>(mut blocks: Vec<(Place, T)>, blocks_max: usize) -> Vec<Run<T>> {
+pub fn runs<T>(mut blocks: Vec<(BlockAddr, T)>, blocks_max: usize) -> Vec<Run<T>> {
     blocks.sort_by_key(|(place, _)| *place);
     let mut runs: Vec<Run<T>> = Vec::new();
     for (place, item) in blocks {
@@ -72,7 +72,7 @@ mod tests {
         fn every_block_goes_to_its_place_once(
             places in proptest::collection::btree_set((0u32..3, 0u32..64), 0..100), max in 1usize..65,
         ) {
-            let place = |(e, b): &(u32, u32)| Place { extent: ExtentNo::new(*e), block: *b };
+            let place = |(e, b): &(u32, u32)| BlockAddr { extent: ExtentNo::new(*e), block: *b };
             let blocks: Vec<_> = places.iter().rev().map(|p| (place(p), *p)).collect();
             let runs = runs(blocks, max);
             let mut seen = Vec::new();
@@ -91,7 +91,7 @@ mod tests {
         fn bridged_blocks_stay_at_their_places(
             places in proptest::collection::btree_set((0u32..3, 0u32..64), 0..100), max in 1usize..65, gap in 0u32..5,
         ) {
-            let place = |(e, b): &(u32, u32)| Place { extent: ExtentNo::new(*e), block: *b };
+            let place = |(e, b): &(u32, u32)| BlockAddr { extent: ExtentNo::new(*e), block: *b };
             let blocks: Vec<_> = places.iter().map(|p| (place(p), *p)).collect();
             let mut seen = Vec::new();
             for run in bridge(runs(blocks, max), gap, max) {
@@ -114,7 +114,7 @@ mod tests {
     /// Neighbours that aren't merged cost a device operation each.
     #[test]
     fn neighbours_are_merged() {
-        let at = |block| Place { extent: ExtentNo::new(0), block };
+        let at = |block| BlockAddr { extent: ExtentNo::new(0), block };
         let runs = runs(vec![(at(3), 'd'), (at(1), 'b'), (at(2), 'c'), (at(7), 'h')], 64);
         assert_eq!(runs.len(), 2);
         assert_eq!(runs[0].items, vec!['b', 'c', 'd']);

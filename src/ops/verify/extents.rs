@@ -4,7 +4,7 @@ use super::lost::Finder;
 use super::named::{IN_USE, Named, Trees, mix};
 use super::read::Bytes;
 use super::{Mend, Verifier};
-use crate::base::{BLOCK, ExtentNo, Place};
+use crate::base::{BLOCK, BlockAddr, ExtentNo};
 use crate::format::extent::{Item, TableRow, decode_summary, summary_at, summary_blocks};
 use crate::format::superblock::Superblock;
 use crate::io::FileId;
@@ -103,13 +103,13 @@ impl Verifier<'_> {
 
 /// Where an extent begins.
 fn begin(superblock: &Superblock, no: ExtentNo) -> (FileId, u64) {
-    (FileId::Data, Place { extent: no, block: 0 }.offset(superblock.geometry.extent_bytes))
+    (FileId::Data, BlockAddr { extent: no, block: 0 }.offset(superblock.geometry.extent_bytes))
 }
 
 /// Where the summary of an extent lies in the data file, and how long it is.
 fn summary_place(superblock: &Superblock, no: ExtentNo, row: TableRow) -> (u64, usize) {
     let blocks = superblock.geometry.extent_blocks();
-    let place = Place { extent: no, block: summary_at(blocks, row.summary_slot) };
+    let place = BlockAddr { extent: no, block: summary_at(blocks, row.summary_slot) };
     (place.offset(superblock.geometry.extent_bytes), summary_blocks(blocks) as usize * BLOCK)
 }
 

@@ -5,14 +5,14 @@
 //! ```
 //! Invariants
 //! 1. No file is made or written, whoever asks: a command that looks spoils no store of another user.
-//! 2. Each block is compared with its sum before it is interpreted.
+//! 2. Each block is compared with its checksum before it is interpreted.
 //!
 //! It does *not* read the logs: of a store that was not closed cleanly, what they add is missing, and said to be.
 
 use super::require_store;
 use crate::base::checksum::crc32c;
 use crate::base::error::{Error, Result};
-use crate::base::{BLOCK, PageId, PageKey, Place, VolumeId};
+use crate::base::{BLOCK, BlockAddr, PageId, PageKey, VolumeId};
 use crate::engine::codec;
 use crate::engine::recovery::{find_superblock, load, read_bytes};
 use crate::format::catalog;
@@ -115,7 +115,13 @@ fn entry(
 }
 
 /// A map node with this checksum.
-fn block(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblock, place: Place, crc: u32) -> Result<Vec<u8>> {
+fn block(
+    disk: &mut dyn Disk,
+    arena: &mut Arena,
+    superblock: &Superblock,
+    place: BlockAddr,
+    crc: u32,
+) -> Result<Vec<u8>> {
     let offset = place.offset(superblock.geometry.extent_bytes);
     let bytes = read_bytes(disk, arena, FileId::Data, offset, BLOCK)?;
     if crc32c(&bytes) != crc {

@@ -2,7 +2,7 @@
 
 use super::{Mend, Verifier};
 use crate::base::error::ErrorKind;
-use crate::base::{BLOCK, Deal, ShardId};
+use crate::base::{BLOCK, ShardId, ShardMap};
 use crate::engine::codec;
 use crate::engine::recovery::scan;
 use crate::format::group::{Body, GroupHead, SlotState};
@@ -30,8 +30,8 @@ impl Verifier<'_> {
 
     /// What the next opening would find.
     fn unclean_log(&mut self, superblock: &Superblock) {
-        let deal = Deal::new(superblock.geometry.vshards_count, superblock.logs.len() as u16);
-        match scan(self.disk, &mut self.arena, superblock, deal) {
+        let shard_map = ShardMap::new(superblock.geometry.vshards_count, superblock.logs.len() as u16);
+        match scan(self.disk, &mut self.arena, superblock, shard_map) {
             Ok(found) => {
                 let (groups, torn, cut) = (found.groups.len(), found.torn, found.state(superblock));
                 self.report.groups += groups as u64;
@@ -78,7 +78,7 @@ impl Verifier<'_> {
                 }
             }
         }
-        let ends_as_recorded = before.as_ref().is_some_and(|b| b.number == end.number && b.head_crc == end.sum);
+        let ends_as_recorded = before.as_ref().is_some_and(|b| b.number == end.number && b.head_crc == end.checksum);
         if block != end.block || !ends_as_recorded {
             let what = "does not end with the group that the superblock names";
             let at = (file, u64::from(end.block) * BLOCK as u64);

@@ -5,7 +5,7 @@
 //!                                                     --leaf------> pages, until there are enough: read by place, together
 //! ```
 //! Invariants
-//! 1. A node is taken apart only after its sum was found right; a wrong one ends this branch and no other.
+//! 1. A node is taken apart only after its checksum was found right; a wrong one ends this branch and no other.
 //! 2. The depth is that of the tree's top, which is bounded; no node can lead back up.
 //! 3. Memory is bounded: the stack holds the roots' trees and, of each level, the children of one batch of nodes; of pages
 //!    [`PAGES_AT_A_TIME`] and those of one batch of leaves are remembered, and none of their bytes.
@@ -15,7 +15,7 @@ use super::report::Damage;
 use super::{Mend, Verifier};
 use crate::base::checksum::crc32c;
 use crate::base::error::Result;
-use crate::base::{BLOCK, Lsn, PageId, PageKey, Place, VShard, VolumeId};
+use crate::base::{BLOCK, BlockAddr, Lsn, PageId, PageKey, VShard, VolumeId};
 use crate::engine::codec::Expected;
 use crate::format::catalog;
 use crate::format::extent::{Item, ItemKind, NodeKey, data_blocks};
@@ -31,7 +31,7 @@ const PAGES_AT_A_TIME: usize = 65_536;
 
 /// A page as a leaf names it.
 struct NamedPage {
-    place: Place,
+    place: BlockAddr,
     page: PageKey,
     expected: Expected,
 }
@@ -46,12 +46,12 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    fn offset(&self, place: Place) -> u64 {
+    fn offset(&self, place: BlockAddr) -> u64 {
         place.offset(self.superblock.geometry.extent_bytes)
     }
 
     /// The map names `what` at `place`; the message says why that can't be.
-    fn name(&mut self, place: Place, what: ItemKind) -> Result<(), &'static str> {
+    fn name(&mut self, place: BlockAddr, what: ItemKind) -> Result<(), &'static str> {
         let item = Item { block: place.block, what };
         let extent =
             self.extents.get_mut(place.extent.index()).ok_or("is said to lie in an extent that does not exist")?;

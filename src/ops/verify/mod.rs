@@ -7,7 +7,7 @@
 //!           log: its recorded end (closed cleanly), or the scan that a recovery would make
 //! ```
 //! Invariants
-//! 1. Everything that the superblock leads to is read once and compared with its sum, and each count that is stored is
+//! 1. Everything that the superblock leads to is read once and compared with its checksum, and each count that is stored is
 //!    compared with the one found.
 //! 2. Damage does not end the search: whatever can still be reached is read.
 //! 3. Nothing is written, and no damaged byte is interpreted.

@@ -9,7 +9,7 @@
 
 #![allow(clippy::disallowed_methods)]
 
-use crate::base::{Place, VShard};
+use crate::base::{BlockAddr, VShard};
 use crate::format::{extent, node, root, superblock::Superblock};
 use crate::io::FileId;
 use crate::{Change, Driver, Durability, Error, ErrorKind, Geometry, Mend, Options, PageId, Store, VerifyReport};
@@ -215,7 +215,7 @@ fn spots(dir: &Path) -> BTreeMap<&'static str, Vec<Spot>> {
         for (i, row) in rows.iter().enumerate().filter(|(_, row)| row.state == 1) {
             let blocks = (geometry.extent_bytes / BLOCK as u64) as u32;
             let extent = crate::base::ExtentNo::new(index * extent::TABLE_ROWS + i as u32);
-            let place = Place { extent, block: extent::summary_at(blocks, row.summary_slot) };
+            let place = BlockAddr { extent, block: extent::summary_at(blocks, row.summary_slot) };
             let len = extent::summary_blocks(blocks) as usize * BLOCK;
             add("summary", "data", place.offset(geometry.extent_bytes), len);
         }

@@ -10,7 +10,7 @@ use super::memory::{Image, MemoryDisk};
 use crate::base::checksum::crc32c;
 use crate::base::error::ErrorKind;
 use crate::base::options::Geometry;
-use crate::base::{BLOCK, Deal, ExtentNo, Lsn, PageId, PageKey, Place, SegmentNo, ShardId, ShardSet, VolumeId};
+use crate::base::{BLOCK, BlockAddr, ExtentNo, Lsn, PageId, PageKey, SegmentNo, ShardId, ShardMap, ShardSet, VolumeId};
 use crate::engine::recovery::{self, Scan};
 use crate::format::LSN_END;
 use crate::format::group::{
@@ -94,7 +94,7 @@ fn block(input: &mut Input) {
     assert_eq!(plain(&decoded), plain(&records));
 }
 
-/// Puts right what arbitrary bytes would hardly ever have: bit by bit the magic, the place, the sizes and the sums.
+/// Puts right what arbitrary bytes would hardly ever have: bit by bit the magic, the place, the sizes and the checksums.
 fn repair(bytes: &mut [u8], which: u8, blocks: usize) {
     let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
     if which & 1 == 0 {
@@ -120,7 +120,7 @@ fn repair(bytes: &mut [u8], which: u8, blocks: usize) {
     }
 }
 
-/// Writes the sum of the head that `bytes` begin with.
+/// Writes the checksum of the head that `bytes` begin with.
 pub(super) fn seal(bytes: &mut [u8], salt: u64) {
     let at = offset_of!(Head, head_crc);
     let sum = crate::format::crc_around(crc32c(&salt.to_le_bytes()), &bytes[..HEAD_BYTES], at);
@@ -197,7 +197,7 @@ fn cut(input: &mut Input) {
         }
         made.extend(group(input, &mut disk, &mut used));
     }
-    let scan = |arena: &mut Arena| recovery::scan(&mut disk, arena, &superblock, Deal::new(2, 2));
+    let scan = |arena: &mut Arena| recovery::scan(&mut disk, arena, &superblock, ShardMap::new(2, 2));
     let scanned = ARENA.with_borrow_mut(scan);
     match (expected(&superblock, &mut made), scanned) {
         (None, Err(error)) => {
@@ -305,7 +305,7 @@ fn slots(input: &mut Input, head: &mut GroupHead) -> (Vec<Slot>, bool) {
             }
             _ => SlotState::Placed,
         };
-        let place = Place { extent: ExtentNo::new(u32::from(input.u8()) % 3), block: u32::from(input.u8()) % 20 };
+        let place = BlockAddr { extent: ExtentNo::new(u32::from(input.u8()) % 3), block: u32::from(input.u8()) % 20 };
         let is_wrong = kind >= 128 && state == SlotState::Placed;
         let crc = crc32c(&[0; BLOCK]) ^ u32::from(is_wrong);
         let inside = place.offset(EXTENT_BYTES) + BLOCK as u64 <= u64::from(EXTENTS) * EXTENT_BYTES;

@@ -1,9 +1,9 @@
 //! Fuzz target: opening a damaged store.
 //!
-//! 1. Bytes changed, zeroed, cut off, lost or misdirected, sums left as they are: what is read of the store is what was written,
+//! 1. Bytes changed, zeroed, cut off, lost or misdirected, checksums left as they are: what is read of the store is what was written,
 //!    or an error says where the damage is. A store that opens serves exactly the state at the cut that it reports, page by
 //!    page, or refuses the page.
-//! 2. The same with the sums put right afterwards, so that nonsense gets past them: superblocks, roots, tables and logs are
+//! 2. The same with the checksums put right afterwards, so that nonsense gets past them: superblocks, roots, tables and logs are
 //!    read without a panic. Nothing more is promised against who can compute a checksum.
 //!
 //! A lost or a misdirected write counts alone: two of them can be an older state that is whole.
@@ -14,7 +14,7 @@ use super::memory::{Image, MemoryDisk};
 use crate::base::checksum::crc32c;
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::options::{Geometry, Options};
-use crate::base::{BLOCK, Deal, Lsn, PageId, PageKey, ShardId, VolumeId};
+use crate::base::{BLOCK, Lsn, PageId, PageKey, ShardId, ShardMap, VolumeId};
 use crate::engine::recovery;
 use crate::engine::{Change, Commit, Request, Response, Token};
 use crate::format::group::{HEAD_BYTES, Head};
@@ -33,7 +33,7 @@ const SHARDS: u16 = 2;
 /// Pages of the model, in two volumes.
 const PAGES: u64 = 12;
 const COMMITS: u64 = 40;
-/// Where the sums of all structures stand that have one: not touched where sums are to hold.
+/// Where the checksums of all structures stand that have one: not touched where checksums are to hold.
 const SUMS: std::ops::Range<usize> = 8..16;
 
 type State = BTreeMap<PageKey, Vec<u8>>;
@@ -113,7 +113,7 @@ impl Driver {
     }
 
     fn read(&mut self, key: PageKey) -> Result<Vec<u8>> {
-        let home = Deal::new(options().geometry.vshards_count, SHARDS).shard_of(key);
+        let home = ShardMap::new(options().geometry.vshards_count, SHARDS).shard_of(key);
         match self.ask(home, Request::Read([key].into_iter().collect()))? {
             Response::Pages(pages) => Ok(pages[0].to_vec()),
             other => panic!("{other:?}"),
@@ -246,7 +246,7 @@ fn damage(disk: &mut MemoryDisk, base: &Base, is_sealed: bool, input: &mut Input
     }
 }
 
-/// Puts right the sums by which a superblock names roots and table.
+/// Puts right the checksums by which a superblock names roots and table.
 fn name_anew(disk: &mut MemoryDisk, copy: u64) {
     let blocks = (0..SUPERBLOCK_BYTES / BLOCK).map(|i| Superblock::offset(copy) / BLOCK as u64 + i as u64);
     let mut bytes: Vec<u8> = blocks.clone().flat_map(|number| *disk.block(FileId::Meta, number)).collect();
@@ -269,7 +269,7 @@ fn name_anew(disk: &mut MemoryDisk, copy: u64) {
     }
 }
 
-/// Puts the sum right of the structure that the block belongs to, if it has one of its own.
+/// Puts the checksum right of the structure that the block belongs to, if it has one of its own.
 fn reseal(disk: &mut MemoryDisk, file: FileId, number: u64, salt: u64) {
     let copy_blocks = (SUPERBLOCK_BYTES / BLOCK) as u64;
     let (first, count, at) = match file {
@@ -324,8 +324,8 @@ fn load(disk: &mut MemoryDisk, base: &Base, is_sealed: bool) {
             check_loaded(base, &loaded);
         }
         if !superblock.clean {
-            let deal = Deal::new(superblock.geometry.vshards_count, 1);
-            let scan = recovery::scan(disk, arena, &superblock, deal)?;
+            let shard_map = ShardMap::new(superblock.geometry.vshards_count, 1);
+            let scan = recovery::scan(disk, arena, &superblock, shard_map)?;
             let last = base.commits.last().expect("there are commits").0;
             assert!(is_sealed || (superblock.watermark..=last).contains(&scan.state(&superblock)), "{}", scan.cut);
         }
@@ -375,7 +375,7 @@ fn serve(disk: MemoryDisk, base: &Base) {
     assert!(driver.disk.len(FileId::Meta).is_ok_and(|len| len.is_some()));
 }
 
-/// Nonsense that is to get past the sums does: changed roots and tables are taken for what they say.
+/// Nonsense that is to get past the checksums does: changed roots and tables are taken for what they say.
 #[cfg(test)]
 #[test]
 fn sealed_nonsense_is_read() {

@@ -91,13 +91,13 @@ canaries! {
     MappedTooSoon,
     /// A moved page goes into the map whether or not a commit has replaced it meanwhile.
     MovedAnyway,
-    /// A page is served whatever its sum is.
+    /// A page is served whatever its checksum is.
     PageSumIgnored,
-    /// A map node is used whatever its sum is.
+    /// A map node is used whatever its checksum is.
     NodeSumIgnored,
     /// A map node that was being read while the tree above it changed is taken all the same: it has no parent in memory.
     OrphanInserted,
-    /// A root or a table of the right number is taken for the one that the superblock names, whatever its sum is.
+    /// A root or a table of the right number is taken for the one that the superblock names, whatever its checksum is.
     NamedSumIgnored,
     /// A gap at or below a recorded watermark is taken for the torn end of the log.
     DamageTakenForTail,

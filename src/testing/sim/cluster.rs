@@ -25,7 +25,7 @@ use super::timing::Timing;
 use super::watch::TABLE_IS_BOUNDED;
 use crate::base::error::{Error, Result};
 use crate::base::options::Options;
-use crate::base::{Deal, Lsn, Micros, ShardId};
+use crate::base::{Lsn, Micros, ShardId, ShardMap};
 use crate::engine::order::GlobalOrder;
 use crate::engine::recovery::RecoveryReport;
 use crate::engine::{Message, Request, Response, Shard, Token, step};
@@ -51,7 +51,7 @@ pub struct Cluster {
     pub(super) nodes: Vec<Node>,
     pub(super) order: Arc<GlobalOrder>,
     pub(super) net: Net<Message>,
-    deal: Deal,
+    shard_map: ShardMap,
     /// How long everything takes.
     pub timing: Timing,
     rng: Rng,
@@ -173,7 +173,7 @@ impl Cluster {
             // Not drawn from the stream that all else comes from: a run without held reads is as it was.
             late: Late::new(holding, nodes.len(), rng.clone().fork(7)),
             progress: Progress::new(nodes.len()),
-            deal: shards[0].deal(),
+            shard_map: shards[0].shard_map(),
             timing: Timing::random(&mut rng, shards.len() as u16),
             shards,
             nodes,
@@ -227,8 +227,8 @@ impl Cluster {
     }
 
     /// How the pages are dealt out.
-    pub fn deal(&self) -> Deal {
-        self.deal
+    pub fn shard_map(&self) -> ShardMap {
+        self.shard_map
     }
 
     /// The most bytes of one commit.

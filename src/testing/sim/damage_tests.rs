@@ -127,7 +127,7 @@ fn damage_to_any_sector_of_a_crashed_store_is_never_served() {
 fn crash_checkpoint(sim: &mut SimRun, event: u64) -> Outcome<bool> {
     sim.disk.cut_power_after(event);
     sim.ask(Request::Checkpoint);
-    sim.settle()?;
+    sim.publish_to_map()?;
     Ok(sim.disk.is_off())
 }
 
@@ -189,7 +189,7 @@ fn one_write_lost(seed: u64, event: u64) -> Outcome<Option<u64>> {
     for _ in 0..50 {
         sim.step()?;
     }
-    sim.settle()?;
+    sim.publish_to_map()?;
     if !crash_checkpoint(&mut sim, event)? {
         return Ok(None);
     }

@@ -54,7 +54,7 @@ fn fails_and_stops(seed: u64, fault: Fault) -> Outcome<u64> {
     }
     // Some more, for requests that meet the failure on their way.
     steps(&mut sim, 40)?;
-    sim.settle()?;
+    sim.publish_to_map()?;
     let durable = sim.oracle.durable();
     let answer = sim.call(put(1, 1 << 40))?;
     match answer.as_ref().map_err(|error| error.kind()) {
@@ -70,7 +70,7 @@ fn fails_and_stops(seed: u64, fault: Fault) -> Outcome<u64> {
     sim.reopen(Loss::random(&mut rng))?;
     sim.tolerate_errors(false);
     steps(&mut sim, 100)?;
-    sim.settle()?;
+    sim.publish_to_map()?;
     sim.reopen(Loss::random(&mut rng))?;
     Ok(1 + unknown)
 }
@@ -108,7 +108,7 @@ fn a_read_error_is_an_error_and_never_wrong_data() {
         let mut sim = SimRun::new(quiet(seed));
         sim.begin()?;
         steps(&mut sim, 300)?;
-        sim.settle()?;
+        sim.publish_to_map()?;
         sim.reopen(Loss::Process)?;
         // The check after reopening has read everything: only a store that has just been opened reads again.
         let answer = sim.call(Request::Close)?;
@@ -119,12 +119,12 @@ fn a_read_error_is_an_error_and_never_wrong_data() {
             sim.disk.inject(Fault::once(OpKind::Read, Area::Any, after * 2));
         }
         steps(&mut sim, 300)?;
-        sim.settle()?;
+        sim.publish_to_map()?;
         fired += sim.disk.counters().faults_read;
         sim.disk.clear_faults();
         sim.tolerate_errors(false);
         steps(&mut sim, 100)?;
-        sim.settle()?;
+        sim.publish_to_map()?;
         sim.reopen(Loss::Everything)
     });
     println!("{fired} read errors fired");
@@ -295,7 +295,7 @@ fn sustained_overwrites_keep_most_of_the_space_live() {
         let mut profile = Profile::random(&mut rng);
         profile.universe = (0..PAGES).map(|n| key((n % 8) * 512 + n / 8)).collect();
         profile.weights.fill(0);
-        profile.weights[workload::Ask::Put as usize] = 1;
+        profile.weights[workload::PrepareRequest::Put as usize] = 1;
         (profile.in_flight, profile.hot_percent) = (32, 0);
         let shards = 1 + (seed % 2) as u16;
         let mut options = workload::options(&mut rng);
@@ -313,7 +313,7 @@ fn sustained_overwrites_keep_most_of_the_space_live() {
         while sim.run_stats.requests < 20 * PAGES {
             steps(&mut sim, 1_000)?;
         }
-        sim.settle()?;
+        sim.publish_to_map()?;
         let stats = sim.stats_now()?;
         let blocks = stats.extents_total * data_blocks;
         println!("seed {seed}: {PAGES} pages in {} extents, {blocks} blocks", stats.extents_total);
@@ -334,7 +334,7 @@ fn an_idle_store_asks_for_no_turns() {
         let mut sim = SimRun::new(quiet(seed));
         sim.begin()?;
         steps(&mut sim, 300)?;
-        sim.settle()?;
+        sim.publish_to_map()?;
         for _ in 0..2_000 {
             if sim.cluster().next_at().is_none() {
                 return Ok(());

@@ -98,7 +98,7 @@ impl SimRun {
         for _ in 0..AFTER_FAILURE {
             self.step()?;
         }
-        self.settle()
+        self.publish_to_map()
     }
 
     /// Damages a random sector or block of the image that a power loss now leaves, and opens that image.

@@ -3,7 +3,7 @@
 use super::model::page_bytes;
 use super::oracle::{Oracle, Tolerance};
 use crate::base::error::{Error, ErrorKind};
-use crate::base::{BLOCK, Deal, Lsn, PageId, PageKey, ShardId, VolumeId};
+use crate::base::{BLOCK, Lsn, PageId, PageKey, ShardId, ShardMap, VolumeId};
 use crate::engine::{Change, Commit, PageRef, Request, Response, Token};
 use crate::memory::Arena;
 use smallvec::smallvec;
@@ -38,15 +38,15 @@ impl Court {
     /// The same for two shards: P belongs to shard 0 and R to shard 1.
     fn of_two() -> Self {
         let mut court = Court::new();
-        court.oracle.deal(Deal::new(8, 2));
-        let owner = |key: PageKey| Deal::new(8, 2).shard_of(key);
+        court.oracle.shard_map(ShardMap::new(8, 2));
+        let owner = |key: PageKey| ShardMap::new(8, 2).shard_of(key);
         assert_ne!(owner(P), owner(R));
         court
     }
 
     fn ask(&mut self, request: Request) -> Token {
         let shard = match &request {
-            Request::Commit(commit) if !commit.changes.is_empty() => Deal::new(8, 2).shard_of(commit.changes[0].0),
+            Request::Commit(commit) if !commit.changes.is_empty() => ShardMap::new(8, 2).shard_of(commit.changes[0].0),
             _ => ShardId::new(0),
         };
         self.token += 1;

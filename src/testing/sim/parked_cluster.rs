@@ -11,7 +11,7 @@ use super::disk::SimDisk;
 use super::run::Outcome;
 use crate::base::error::Result as StoreResult;
 use crate::base::options::{Geometry, Options};
-use crate::base::{BLOCK, Deal, Micros, PageId, PageKey, ShardId, VolumeId};
+use crate::base::{BLOCK, Micros, PageId, PageKey, ShardId, ShardMap, VolumeId};
 use crate::engine::order::GlobalOrder;
 use crate::engine::{Change, Commit, PageRef, Request, Response, Shard, Token};
 use crate::testing::local_cluster::LocalCluster;
@@ -30,7 +30,7 @@ pub(super) struct ParkedCluster {
     pub(super) disk: SimDisk,
     pub(super) all: LocalCluster,
     pub(super) order: Arc<GlobalOrder>,
-    pub(super) deal: Deal,
+    pub(super) shard_map: ShardMap,
     pub(super) now: Micros,
     token: u64,
     busy: bool,
@@ -46,14 +46,14 @@ impl ParkedCluster {
         let opening = crate::engine::recovery::begin(&mut disk.clone(), options, shards_count, 7, disk.now())
             .map_err(|error| format!("opening: {error}"))?;
         let all = LocalCluster::new(opening.shards);
-        let (now, deal) = (disk.now(), all.shards[0].deal());
+        let (now, shard_map) = (disk.now(), all.shards[0].shard_map());
         let answers = BTreeMap::new();
         let order = opening.order;
         let mut cluster = ParkedCluster {
             disk,
             all,
             order,
-            deal,
+            shard_map,
             now,
             token: 0,
             busy: true,
@@ -117,8 +117,8 @@ impl ParkedCluster {
     pub(super) fn ask(&mut self, request: Request) -> Token {
         self.token += 1;
         let shard = match &request {
-            Request::Read(keys) => self.deal.shard_of(keys[0]),
-            Request::Commit(commit) => self.deal.shard_of(commit.changes[0].0),
+            Request::Read(keys) => self.shard_map.shard_of(keys[0]),
+            Request::Commit(commit) => self.shard_map.shard_of(commit.changes[0].0),
             _ => ShardId::LEADER,
         };
         self.all.request(shard, Token(self.token), request);

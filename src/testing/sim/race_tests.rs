@@ -5,7 +5,7 @@ use super::model::page_bytes;
 use super::rng::Rng;
 use super::run::{Outcome, Plan, SimRun};
 use super::tests::{plan, quiet, run_all};
-use super::workload::{self, Ask, Profile};
+use super::workload::{self, PrepareRequest, Profile};
 use crate::base::{PageId, PageKey, VolumeId};
 use crate::engine::{Change, Commit, Request};
 
@@ -14,9 +14,9 @@ fn key(n: u64) -> PageKey {
 }
 
 /// Asks for nothing but these.
-fn only(asks: &[(Ask, u32)]) -> Vec<u32> {
+fn only(prepares: &[(PrepareRequest, u32)]) -> Vec<u32> {
     let mut weights = vec![0; workload::ASKS.len()];
-    for &(ask, weight) in asks {
+    for &(ask, weight) in prepares {
         weights[ask as usize] = weight;
     }
     weights
@@ -29,7 +29,7 @@ pub(super) fn overtaken_moves(seed: u64) -> Outcome<u64> {
     let mut rng = Rng::new(seed);
     let mut profile = Profile::random(&mut rng);
     profile.universe = (0..PAGES).map(|n| key((n % 8) * 512 + n / 8)).collect();
-    profile.weights = only(&[(Ask::Put, 20), (Ask::Read, 10)]);
+    profile.weights = only(&[(PrepareRequest::Put, 20), (PrepareRequest::Read, 10)]);
     (profile.in_flight, profile.hot_percent, profile.durable_percent) = (4, 0, 100);
     let shards = 1 + (seed % 2) as u16;
     let mut options = workload::options(&mut rng);
@@ -47,7 +47,7 @@ pub(super) fn overtaken_moves(seed: u64) -> Outcome<u64> {
             sim.step()?;
         }
     }
-    sim.settle()?;
+    sim.publish_to_map()?;
     let moved = sim.stats_now()?.pages_moved;
     sim.reopen(Loss::Everything)?;
     Ok(moved)
@@ -108,7 +108,7 @@ pub(super) fn growth_under_reads(seed: u64) -> Outcome<u64> {
         for key in &others {
             sim.call(Request::Read([*key].into_iter().collect()))?.map_err(|error| error.to_string())?;
         }
-        sim.settle()?;
+        sim.publish_to_map()?;
         sim.put_all(&low)?;
         sim.call(Request::Checkpoint)?.map_err(|error| error.to_string())?;
         overtaken += sim.stats_now()?.nodes_overtaken;
@@ -158,7 +158,7 @@ pub(super) fn checkpoints_in_redo(seed: u64) -> Plan {
     let hot = (0..6).map(|n| key(n * 600));
     let lone = (1..150).map(|n| key(n << 18));
     let universe = hot.chain(lone).collect();
-    let weights = only(&[(Ask::Put, 20), (Ask::Patch, 20), (Ask::Read, 5)]);
+    let weights = only(&[(PrepareRequest::Put, 20), (PrepareRequest::Patch, 20), (PrepareRequest::Read, 5)]);
     let hot_percent = *rng.pick(&[50, 80]);
     let profile = Profile { universe, weights, hot_percent, in_flight: 16, ..Profile::random(&mut rng) };
     let plan = Plan { shards: 2..=4, lives: 16, events_max: 2_000, strain_percent: 0, ..plan(seed) };

@@ -20,7 +20,7 @@ use super::oracle::{Oracle, Tolerance};
 pub use super::plan::{Failure, Plan, RunStats};
 use super::rng::{Rng, mix};
 use super::strain::{HeldPage, LARGE_EVENTS, LARGE_IMAGES, LARGE_LIVES, MEMORY_LEAST, Strain, Trees, chance_of};
-use super::workload::{Ask, Profile, Workload};
+use super::workload::{PrepareRequest, Profile, Workload};
 use crate::base::error::Result as StoreResult;
 use crate::base::metrics::ShardStats;
 use crate::base::options::Options;
@@ -253,13 +253,13 @@ impl SimRun {
     }
 
     fn go_on_with(&mut self, cluster: Cluster) {
-        self.oracle.deal(cluster.deal());
+        self.oracle.shard_map(cluster.shard_map());
         let tolerance = self.oracle.tolerance();
         // Ordinary stores are dense enough: their commits find room for their map nodes.
         let commit_frames_max = if self.is_large() { cluster.frames_least() / COMMIT_SHARE_MIN } else { 0 };
         let commit_bytes_max = cluster.txn_bytes_max();
         self.oracle.tolerate(Tolerance { commit_bytes_max, commit_frames_max, ..tolerance });
-        self.workload.begin_life(cluster.deal(), cluster.timing.idle, cluster.txn_bytes_max());
+        self.workload.begin_life(cluster.shard_map(), cluster.timing.idle, cluster.txn_bytes_max());
         self.cluster = Some(cluster);
     }
 
@@ -349,12 +349,12 @@ impl SimRun {
         self.ask(Request::Close);
         if self.rng.one_in(2) {
             let late = self.workload.next_ask();
-            if late != Ask::Idle {
+            if late != PrepareRequest::Idle {
                 let request = self.workload.request(late, &self.oracle);
                 self.ask(request);
             }
         }
-        self.settle()?;
+        self.publish_to_map()?;
         for _ in 0..CLOSING_MAX {
             if self.cluster().is_closed() {
                 self.run_stats.closes += 1;
@@ -446,7 +446,7 @@ impl SimRun {
     }
 
     fn count_life(&mut self) {
-        let shards = u64::from(self.cluster().deal().shards_count());
+        let shards = u64::from(self.cluster().shard_map().shards_count());
         let frames = self.cluster().frames();
         let pages = self.oracle.model.pages_present() as u64;
         let rare = &mut self.run_stats.rare;

@@ -10,7 +10,7 @@ use super::run::{Outcome, Plan, RunStats, SimRun};
 use super::tests::{number, quiet, run_cases};
 use super::workload::{self, Profile};
 use crate::base::options::{Geometry, Options};
-use crate::base::{Deal, PageId, PageKey, ShardId, VolumeId};
+use crate::base::{PageId, PageKey, ShardId, ShardMap, VolumeId};
 use crate::engine::{Change, Commit, Request};
 
 /// What a sequence is made of.
@@ -80,9 +80,9 @@ pub(super) fn options() -> Options {
 
 /// A page of this shard if there are two.
 fn key(shard: u16) -> PageKey {
-    let deal = Deal::new(options().geometry.vshards_count, 2);
+    let shard_map = ShardMap::new(options().geometry.vshards_count, 2);
     let keys = (0..).map(|n| PageKey::new(VolumeId::new(1), PageId::new(n * 512)));
-    keys.into_iter().find(|key| deal.shard_of(*key) == ShardId::new(shard)).expect("each shard has pages")
+    keys.into_iter().find(|key| shard_map.shard_of(*key) == ShardId::new(shard)).expect("each shard has pages")
 }
 
 fn request(op: Op, n: u64, sim: &SimRun) -> Request {
@@ -103,7 +103,7 @@ fn request(op: Op, n: u64, sim: &SimRun) -> Request {
 }
 
 /// Goes on until everything is answered and the disk is at rest for now; looks at what a crash would leave at each step.
-fn settle(sim: &mut SimRun, rng: &mut Rng) -> Outcome {
+fn publish_to_map(sim: &mut SimRun, rng: &mut Rng) -> Outcome {
     let mut seen = sim.disk.events();
     while sim.oracle.outstanding() > 0 {
         sim.pass()?;
@@ -135,10 +135,10 @@ fn run(case: &Case) -> Outcome<RunStats> {
         let request = request(*op, n as u64 + 1, &sim);
         sim.ask(request);
         if !case.at_once {
-            settle(&mut sim, &mut rng)?;
+            publish_to_map(&mut sim, &mut rng)?;
         }
     }
-    settle(&mut sim, &mut rng)?;
+    publish_to_map(&mut sim, &mut rng)?;
     Ok(sim.run_stats)
 }
 

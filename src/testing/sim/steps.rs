@@ -8,10 +8,10 @@
 use super::cluster::{Cluster, Turn};
 use super::rng::mix;
 use super::run::{Outcome, SimRun};
-use super::workload::Ask;
+use super::workload::PrepareRequest;
 use crate::base::error::{ErrorKind, Result as StoreResult};
 use crate::base::metrics::ShardStats;
-use crate::base::{Deal, Micros, PageId, PageKey, ShardId, VolumeId};
+use crate::base::{Micros, PageId, PageKey, ShardId, ShardMap, VolumeId};
 use crate::engine::{Commit, PageRange, PageRef, Request, Response, Token};
 use smallvec::SmallVec;
 use std::collections::BTreeMap;
@@ -22,10 +22,10 @@ const HELD_MANY: u64 = 20;
 const PATIENCE_US: Micros = 60_000_000;
 
 /// Groups pages by shard, in the order given.
-fn by_shard(deal: Deal, keys: &[PageKey]) -> BTreeMap<ShardId, Vec<PageKey>> {
+fn by_shard(shard_map: ShardMap, keys: &[PageKey]) -> BTreeMap<ShardId, Vec<PageKey>> {
     let mut shares: BTreeMap<ShardId, Vec<PageKey>> = BTreeMap::new();
     for &key in keys {
-        shares.entry(deal.shard_of(key)).or_default().push(key);
+        shares.entry(shard_map.shard_of(key)).or_default().push(key);
     }
     shares
 }
@@ -38,7 +38,7 @@ impl SimRun {
                 return Ok(());
             }
             let ask = self.workload.next_ask();
-            if ask == Ask::Idle {
+            if ask == PrepareRequest::Idle {
                 return self.idle();
             }
             let request = self.workload.request(ask, &self.oracle);
@@ -57,18 +57,18 @@ impl SimRun {
 
     /// Sends a request to the shard, or the shards, that it concerns; returns the token of the last part.
     pub(super) fn ask(&mut self, request: Request) -> Token {
-        let deal = self.cluster().deal();
+        let shard_map = self.cluster().shard_map();
         match request {
             Request::Read(keys) => {
                 let mut token = Token(0);
-                for (shard, keys) in by_shard(deal, &keys) {
+                for (shard, keys) in by_shard(shard_map, &keys) {
                     token = self.ask_shard(shard, Request::Read(keys.into()));
                 }
                 token
             }
             Request::Stats => {
                 let mut token = Token(0);
-                for shard in deal.shards() {
+                for shard in shard_map.shards() {
                     token = self.ask_shard(shard, Request::Stats);
                 }
                 token
@@ -82,18 +82,18 @@ impl SimRun {
 
     /// The shard for a request that is not split.
     fn route(&mut self, request: &Request) -> ShardId {
-        let deal = self.cluster().deal();
+        let shard_map = self.cluster().shard_map();
         let (stray, idle) = (self.cluster().timing.stray_percent, self.cluster().timing.idle);
         let home = match request {
             Request::Checkpoint | Request::Close => return ShardId::new(0),
             Request::Commit(Commit { reads, changes, .. }) => {
                 let first = changes.iter().map(|&(key, _)| key).chain(reads.iter().map(|&(key, _)| key)).next();
-                first.map(|key| deal.shard_of(key)).filter(|_| !self.rng.chance(stray))
+                first.map(|key| shard_map.shard_of(key)).filter(|_| !self.rng.chance(stray))
             }
             _ => None,
         };
         home.unwrap_or_else(|| {
-            let any = ShardId::new(self.rng.below(u64::from(deal.shards_count())) as u16);
+            let any = ShardId::new(self.rng.below(u64::from(shard_map.shards_count())) as u16);
             if Some(any) == idle { ShardId::new(0) } else { any }
         })
     }
@@ -177,7 +177,7 @@ impl SimRun {
         if reply.as_ref().is_err_and(|error| error.kind() == ErrorKind::Busy) {
             let rare = &mut self.run_stats.rare;
             let cluster = self.cluster.as_ref().expect("the store is open");
-            let frames = cluster.frames() / u64::from(cluster.deal().shards_count());
+            let frames = cluster.frames() / u64::from(cluster.shard_map().shards_count());
             let few = self.held.len() as u64 * HELD_MANY < frames;
             *if few { &mut rare.busy_without_pins } else { &mut rare.busy_by_pins } += 1;
         }
@@ -211,7 +211,7 @@ impl SimRun {
     }
 
     /// Runs until every request is answered.
-    pub(super) fn settle(&mut self) -> Outcome {
+    pub(super) fn publish_to_map(&mut self) -> Outcome {
         while self.oracle.outstanding() > 0 && !self.disk.is_off() {
             self.pass()?;
         }
@@ -246,7 +246,7 @@ impl SimRun {
 
     /// The counters of all shards together, as of now.
     pub(super) fn stats_now(&mut self) -> Outcome<ShardStats> {
-        for shard in self.cluster().deal().shards() {
+        for shard in self.cluster().shard_map().shards() {
             let token = self.ask_shard(shard, Request::Stats);
             self.watch(token);
             match self.wait_for(token)?.map_err(|error| error.to_string())? {
@@ -274,7 +274,7 @@ impl SimRun {
     /// Reads pages without the oracle, while nothing else is under way; in the order given.
     pub(super) fn read_now(&mut self, keys: &[PageKey]) -> Outcome<Vec<(PageKey, PageRef)>> {
         let mut all = BTreeMap::new();
-        for (_, keys) in by_shard(self.cluster().deal(), keys) {
+        for (_, keys) in by_shard(self.cluster().shard_map(), keys) {
             for keys in keys.chunks(self.options.vectored_pages_max) {
                 let pages = self.try_read_now(keys)?;
                 let pages = pages.map_err(|error| format!("reading {keys:?}: {:?}: {error}", error.kind()))?;
@@ -286,7 +286,7 @@ impl SimRun {
 
     /// Reads pages of one shard in the same way; an error of the store is an answer.
     pub(super) fn try_read_now(&mut self, keys: &[PageKey]) -> Outcome<StoreResult<SmallVec<[PageRef; 1]>>> {
-        let shard = self.cluster().deal().shard_of(keys[0]);
+        let shard = self.cluster().shard_map().shard_of(keys[0]);
         let request = Request::Read(keys.iter().copied().collect());
         match self.ask_now(shard, request).map_err(|why| format!("reading {keys:?}: {why}"))? {
             Ok(Response::Pages(pages)) => Ok(Ok(pages)),
@@ -298,7 +298,7 @@ impl SimRun {
     /// The pages of a volume that exist, from all shards, in order; scanned in parts of about `ranges_max` ranges.
     pub(super) fn allocated_now(&mut self, volume: VolumeId, ranges_max: usize) -> Outcome<Vec<PageId>> {
         let mut all = Vec::new();
-        for shard in self.cluster().deal().shards() {
+        for shard in self.cluster().shard_map().shards() {
             let mut next = Some(PageId::new(0));
             while let Some(first) = next {
                 let asked = PageRange { volume, first, last: PageId::new(u64::MAX), ranges_max };

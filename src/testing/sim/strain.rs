@@ -232,8 +232,8 @@ fn universe(layout: Layout, count: u64, vshards_count: u32, chance: &mut Rng) ->
     }
     let tree = |volume: u64, chance: &mut Rng| {
         let vshard = VShard::new(chance.below(vshards_count.into()) as u16);
-        let place = |dense| PageKey::from_place(VolumeId::new(volume as u8), vshard, dense, vshards_count);
-        TREE_PAGES.map(|dense| place(dense + chance.below(8))).to_vec()
+        let place = |page_index| PageKey::from_place(VolumeId::new(volume as u8), vshard, page_index, vshards_count);
+        TREE_PAGES.map(|page_index| place(page_index + chance.below(8))).to_vec()
     };
     let trees_count = if layout == Layout::Growing { TREES_MAX } else { chance.within(30, 150) };
     let trees: Trees = (3..3 + trees_count).map(|volume| tree(volume, chance)).collect();
@@ -271,10 +271,10 @@ impl SimRun {
         let lone: Vec<PageKey> = lone.copied().filter(|_| !self.chance.one_in(5)).collect();
         let lows = self.trees.iter().map(|tree| tree[0]);
         let mut keys: Vec<PageKey> = lone.into_iter().chain(lows).collect();
-        let deal = self.cluster().deal();
-        keys.sort_by_key(|key| deal.shard_of(*key));
+        let shard_map = self.cluster().shard_map();
+        keys.sort_by_key(|key| shard_map.shard_of(*key));
         let most = self.workload.commit_pages_max().max(1) as usize;
-        for shard in keys.chunk_by(|a, b| deal.shard_of(*a) == deal.shard_of(*b)) {
+        for shard in keys.chunk_by(|a, b| shard_map.shard_of(*a) == shard_map.shard_of(*b)) {
             for keys in shard.chunks(most) {
                 self.fill_with(keys)?;
             }

@@ -12,14 +12,14 @@ use super::oracle::Oracle;
 use super::rng::Rng;
 use super::shrink::Smaller;
 use crate::base::options::{Geometry, Options, SHARD_MEMORY_MIN, TABLE_BYTES_PER_FRAME};
-use crate::base::{BLOCK, Deal, Lsn, PageId, PageKey, ShardId, VolumeId};
+use crate::base::{BLOCK, Lsn, PageId, PageKey, ShardId, ShardMap, VolumeId};
 use crate::engine::{Change, Commit, Request};
 use bytes::Bytes;
 use std::collections::BTreeMap;
 
 /// What can be asked for; in the order of `Profile::weights`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ask {
+pub enum PrepareRequest {
     /// One whole page.
     Put,
     /// Several whole pages, often more than go into the log.
@@ -56,24 +56,24 @@ pub enum Ask {
     Idle,
 }
 
-pub(super) const ASKS: [(Ask, u32); 17] = [
-    (Ask::Put, 20),
-    (Ask::PutMany, 10),
-    (Ask::Patch, 20),
-    (Ask::PatchMany, 8),
-    (Ask::Free, 6),
-    (Ask::Transact, 12),
-    (Ask::TransactStale, 3),
-    (Ask::Observe, 4),
-    (Ask::Read, 12),
-    (Ask::ReadMany, 5),
-    (Ask::Flush, 3),
-    (Ask::WaitDurable, 2),
-    (Ask::Checkpoint, 1),
-    (Ask::Stats, 1),
-    (Ask::Wrong, 1),
-    (Ask::TooLarge, 1),
-    (Ask::Idle, 2),
+pub(super) const ASKS: [(PrepareRequest, u32); 17] = [
+    (PrepareRequest::Put, 20),
+    (PrepareRequest::PutMany, 10),
+    (PrepareRequest::Patch, 20),
+    (PrepareRequest::PatchMany, 8),
+    (PrepareRequest::Free, 6),
+    (PrepareRequest::Transact, 12),
+    (PrepareRequest::TransactStale, 3),
+    (PrepareRequest::Observe, 4),
+    (PrepareRequest::Read, 12),
+    (PrepareRequest::ReadMany, 5),
+    (PrepareRequest::Flush, 3),
+    (PrepareRequest::WaitDurable, 2),
+    (PrepareRequest::Checkpoint, 1),
+    (PrepareRequest::Stats, 1),
+    (PrepareRequest::Wrong, 1),
+    (PrepareRequest::TooLarge, 1),
+    (PrepareRequest::Idle, 2),
 ];
 
 /// One seed's way of using the store.
@@ -221,7 +221,7 @@ pub struct Workload {
     pub options: Options,
     rng: Rng,
     tag: u64,
-    deal: Deal,
+    shard_map: ShardMap,
     /// A shard whose pages no request touches in this life.
     idle: Option<ShardId>,
     txn_bytes_max: u64,
@@ -232,15 +232,15 @@ pub struct Workload {
 impl Workload {
     /// The workload of a profile.
     pub fn new(profile: Profile, options: Options, rng: Rng) -> Self {
-        let (deal, txn_bytes_max) = (Deal::new(1, 1), BLOCK as u64);
-        Workload { profile, options, rng, tag: 0, deal, idle: None, txn_bytes_max, told: BTreeMap::new() }
+        let (shard_map, txn_bytes_max) = (ShardMap::new(1, 1), BLOCK as u64);
+        Workload { profile, options, rng, tag: 0, shard_map, idle: None, txn_bytes_max, told: BTreeMap::new() }
     }
 
     /// The store is open, dealt out in this way; nobody is to touch the pages of `idle`.
-    pub fn begin_life(&mut self, deal: Deal, idle: Option<ShardId>, txn_bytes_max: u64) {
-        let touched = |key: &PageKey| Some(deal.shard_of(*key)) != idle;
+    pub fn begin_life(&mut self, shard_map: ShardMap, idle: Option<ShardId>, txn_bytes_max: u64) {
+        let touched = |key: &PageKey| Some(shard_map.shard_of(*key)) != idle;
         self.idle = idle.filter(|_| self.profile.universe.iter().any(touched));
-        (self.deal, self.txn_bytes_max) = (deal, txn_bytes_max);
+        (self.shard_map, self.txn_bytes_max) = (shard_map, txn_bytes_max);
     }
 
     /// Remembers what a reader was told.
@@ -254,39 +254,39 @@ impl Workload {
     }
 
     /// The next thing to do.
-    pub fn next_ask(&mut self) -> Ask {
+    pub fn next_ask(&mut self) -> PrepareRequest {
         ASKS[self.rng.weighted(&self.profile.weights)].0
     }
 
     /// The request for it.
-    pub fn request(&mut self, ask: Ask, oracle: &Oracle) -> Request {
+    pub fn request(&mut self, ask: PrepareRequest, oracle: &Oracle) -> Request {
         let many = self.rng.within(2, self.profile.pages_max.min(self.commit_pages_max()).max(2));
         match ask {
-            Ask::Put => self.commit(1, |w| w.put()),
-            Ask::PutMany => self.commit(many, |w| w.put()),
-            Ask::Patch => self.commit(1, |w| w.patch()),
-            Ask::PatchMany => self.commit(many, |w| w.patch()),
-            Ask::Free => {
+            PrepareRequest::Put => self.commit(1, |w| w.put()),
+            PrepareRequest::PutMany => self.commit(many, |w| w.put()),
+            PrepareRequest::Patch => self.commit(1, |w| w.patch()),
+            PrepareRequest::PatchMany => self.commit(many, |w| w.patch()),
+            PrepareRequest::Free => {
                 let count = self.rng.within(1, 3);
                 self.commit(count, |_| Change::Free)
             }
-            Ask::Transact => self.transact(oracle, false),
-            Ask::TransactStale => self.transact(oracle, true),
-            Ask::Observe => {
+            PrepareRequest::Transact => self.transact(oracle, false),
+            PrepareRequest::TransactStale => self.transact(oracle, true),
+            PrepareRequest::Observe => {
                 let reads = self.reads(oracle, many);
                 Request::Commit(Commit { reads, changes: Vec::new(), durable: true })
             }
-            Ask::Read => Request::Read([self.key()].into_iter().collect()),
-            Ask::ReadMany => {
+            PrepareRequest::Read => Request::Read([self.key()].into_iter().collect()),
+            PrepareRequest::ReadMany => {
                 let most = many.min(self.options.vectored_pages_max as u64);
                 Request::Read((0..most).map(|_| self.key()).collect())
             }
-            Ask::Flush => Request::Flush,
-            Ask::WaitDurable => Request::WaitDurable(oracle.ordered()),
-            Ask::Checkpoint => Request::Checkpoint,
-            Ask::Stats | Ask::Idle => Request::Stats,
-            Ask::Wrong => self.wrong(),
-            Ask::TooLarge => {
+            PrepareRequest::Flush => Request::Flush,
+            PrepareRequest::WaitDurable => Request::WaitDurable(oracle.ordered()),
+            PrepareRequest::Checkpoint => Request::Checkpoint,
+            PrepareRequest::Stats | PrepareRequest::Idle => Request::Stats,
+            PrepareRequest::Wrong => self.wrong(),
+            PrepareRequest::TooLarge => {
                 let count = self.commit_pages_max() + 1;
                 self.commit(count, |w| w.put())
             }
@@ -310,14 +310,14 @@ impl Workload {
 
     /// Whether the page is not the idle shard's.
     pub(super) fn is_touched(&self, key: &PageKey) -> bool {
-        self.idle.is_none_or(|idle| self.deal.shard_of(*key) != idle)
+        self.idle.is_none_or(|idle| self.shard_map.shard_of(*key) != idle)
     }
 
     /// A page of the same shard as `near`, if one is found soon.
     fn key_near(&mut self, near: PageKey) -> PageKey {
-        let shard = self.deal.shard_of(near);
-        let deal = self.deal;
-        (0..8).map(|_| self.key()).find(|key| deal.shard_of(*key) == shard).unwrap_or(near)
+        let shard = self.shard_map.shard_of(near);
+        let shard_map = self.shard_map;
+        (0..8).map(|_| self.key()).find(|key| shard_map.shard_of(*key) == shard).unwrap_or(near)
     }
 
     fn commit(&mut self, count: u64, mut change: impl FnMut(&mut Self) -> Change) -> Request {

@@ -7,14 +7,14 @@
 //! 2. Whatever is adopted is listed by a summary before a table row counts it.
 
 use super::{ExtentState, Extents};
-use crate::base::{ExtentNo, Place, VShard};
+use crate::base::{BlockAddr, ExtentNo, VShard};
 use crate::engine::map::foreign::ForeignChanges;
 use crate::format::extent::{Item, ItemKind};
 
 impl Extents {
     /// An extent that log records name, before recovery writes anything: nothing is put into it any more. If it was
-    /// in use, returns where its summary is (and its sum): the caller reads it and brings the items.
-    pub(crate) fn reserve_named(&mut self, no: ExtentNo) -> Option<(Place, u32)> {
+    /// in use, returns where its summary is (and its checksum): the caller reads it and brings the items.
+    pub(crate) fn reserve_named(&mut self, no: ExtentNo) -> Option<(BlockAddr, u32)> {
         let at = self.summary_place(no);
         let extent = &mut self.extents[no.index()];
         let was = extent.state;
@@ -53,7 +53,7 @@ impl Extents {
     }
 
     /// During recovery: the map of `vshard` names from now on a place that a log record names.
-    pub(crate) fn adopt(&mut self, vshard: VShard, place: Place, what: ItemKind) {
+    pub(crate) fn adopt(&mut self, vshard: VShard, place: BlockAddr, what: ItemKind) {
         if !self.is_mine(place.extent) {
             self.foreign.name(vshard, place, what);
             return;
@@ -63,7 +63,7 @@ impl Extents {
         self.name_page(vshard, place);
     }
 
-    fn list(&mut self, place: Place, what: ItemKind) {
+    fn list(&mut self, place: BlockAddr, what: ItemKind) {
         let extent = &mut self.extents[place.extent.index()];
         assert_eq!(extent.state, ExtentState::Adopting, "named extents were reserved");
         if !extent.items.iter().any(|item| item.block == place.block) {
@@ -72,7 +72,12 @@ impl Extents {
     }
 
     /// What the capture of another shard means for the extents at home here.
-    pub(crate) fn take_over(&mut self, named: Vec<(Place, ItemKind)>, retired: Vec<Place>, left: Vec<Place>) {
+    pub(crate) fn take_over(
+        &mut self,
+        named: Vec<(BlockAddr, ItemKind)>,
+        retired: Vec<BlockAddr>,
+        left: Vec<BlockAddr>,
+    ) {
         for (place, what) in named {
             self.list(place, what);
             self.edit(place.extent, |extent| extent.live += 1);

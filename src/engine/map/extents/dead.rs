@@ -8,11 +8,11 @@
 use super::Extents;
 #[cfg(any(test, feature = "sim"))]
 use super::{Extent, ExtentState};
-use crate::base::Place;
+use crate::base::BlockAddr;
 
 impl Extents {
     /// The map names `place` no more; it is retired later.
-    pub(super) fn dies(&mut self, place: Place) {
+    pub(super) fn dies(&mut self, place: BlockAddr) {
         self.edit(place.extent, |extent| extent.dead += 1);
         self.unreadable.died(place);
         self.dead_blocks += 1;
@@ -20,7 +20,7 @@ impl Extents {
     }
 
     /// Blocks left by the map that no checkpoint has retired yet.
-    pub(crate) fn left_count(&self) -> usize {
+    pub(crate) fn pending_free_count(&self) -> usize {
         self.expected + self.dead_blocks
     }
 

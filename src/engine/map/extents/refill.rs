@@ -7,13 +7,13 @@
 //! 2. At most one extent of each stream is filled on; it is `Open` like one that this life has begun.
 
 use super::{ExtentState, Extents, Stream};
-use crate::base::{ExtentNo, Place};
+use crate::base::{BlockAddr, ExtentNo};
 use crate::format::extent::{Item, ItemKind};
 
 impl Extents {
     /// Extents that may have been open when the store was last in use, at most `count`: those of which the least is named,
-    /// since a table does not say how far an extent is filled. Each with the place and the sum of its summary.
-    pub(crate) fn maybe_unfilled(&self, count: usize) -> Vec<(ExtentNo, Place, u32)> {
+    /// since a table does not say how far an extent is filled. Each with the place and the checksum of its summary.
+    pub(crate) fn maybe_unfilled(&self, count: usize) -> Vec<(ExtentNo, BlockAddr, u32)> {
         let mut least: Vec<(u32, u32)> = Vec::with_capacity(count + 1);
         for (no, extent) in (0..).zip(&self.extents).filter(|(_, extent)| extent.state == ExtentState::Closed) {
             if least.len() < count || least.last().is_some_and(|(live, _)| extent.live < *live) {

@@ -8,7 +8,7 @@
 //! It reads nothing and moves nothing: the shard does.
 
 use super::{Extent, ExtentState, Extents};
-use crate::base::{ExtentNo, Place};
+use crate::base::{BlockAddr, ExtentNo};
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, BinaryHeap};
 
@@ -28,7 +28,7 @@ enum Damage {
 pub(super) struct Unreadable(BTreeMap<ExtentNo, Damage>);
 
 impl Unreadable {
-    fn add(&mut self, place: Place) -> bool {
+    fn add(&mut self, place: BlockAddr) -> bool {
         let is_new = !self.0.contains_key(&place.extent);
         let damage = self.0.entry(place.extent).or_insert_with(|| Damage::Blocks(SmallVec::new()));
         match damage {
@@ -40,7 +40,7 @@ impl Unreadable {
     }
 
     /// The map does not name `place` any more.
-    pub(super) fn died(&mut self, place: Place) {
+    pub(super) fn died(&mut self, place: BlockAddr) {
         if let Some(Damage::Blocks(blocks)) = self.0.get_mut(&place.extent) {
             blocks.retain(|block| *block != place.block);
             if blocks.is_empty() {
@@ -58,7 +58,7 @@ impl Unreadable {
 impl Extents {
     /// What the map names at `place` can't be read: the extent is no victim until it has died. Returns whether this is the first
     /// thing found there.
-    pub(crate) fn pass_over(&mut self, place: Place) -> bool {
+    pub(crate) fn pass_over(&mut self, place: BlockAddr) -> bool {
         // Overwritten or freed while it was read, and the last of its extent: nothing is left to be passed over.
         self.is_named(place.extent) && self.unreadable.add(place)
     }

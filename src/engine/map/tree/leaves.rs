@@ -15,7 +15,7 @@ use crate::format::node::{self, Child};
 pub(crate) enum NextLeaf {
     /// The leaf is in memory; the first dense number in it that was asked for.
     Leaf(u64),
-    /// This node must be read first, from here, with this sum.
+    /// This node must be read first, from here, with this checksum.
     Load(NodeKey, Child),
     /// There is none.
     None,
@@ -60,9 +60,9 @@ impl Map {
         NextLeaf::None
     }
 
-    /// Which pages of the leaf of `dense` the map names, by bits; `None`: the leaf is not in memory.
-    pub(crate) fn leaf_bits(&self, vshard: VShard, volume: VolumeId, dense: u64) -> Option<u64> {
-        let idx = self.find(NodeKey { vshard, volume, level: 0, prefix: prefix(dense, 0) })?;
+    /// Which pages of the leaf of `page_index` the map names, by bits; `None`: the leaf is not in memory.
+    pub(crate) fn leaf_bits(&self, vshard: VShard, volume: VolumeId, page_index: u64) -> Option<u64> {
+        let idx = self.find(NodeKey { vshard, volume, level: 0, prefix: prefix(page_index, 0) })?;
         let frame = &self.node(idx).frame;
         Some((0..1 << LEAF_BITS).filter(|slot| node::entry(frame, *slot).is_present()).map(|slot| 1 << slot).sum())
     }

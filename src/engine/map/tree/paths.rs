@@ -12,9 +12,9 @@ use hashbrown::HashSet;
 impl Map {
     /// Nodes from the leaf of `key` to the root, which a change may dirty.
     pub(crate) fn path_len(&self, key: PageKey) -> u64 {
-        let (vshard, dense) = self.position(key);
+        let (vshard, page_index) = self.position(key);
         let mut top = self.top(vshard, key.volume).level;
-        while prefix(dense, top) != 0 {
+        while prefix(page_index, top) != 0 {
             top += 1;
         }
         u64::from(top) + 1
@@ -22,12 +22,12 @@ impl Map {
 
     /// Nodes that [`pin`](Self::pin) would have to create for `key`: frames that the arena must have.
     pub(crate) fn missing_nodes(&self, key: PageKey) -> u32 {
-        let (vshard, dense) = self.position(key);
+        let (vshard, page_index) = self.position(key);
         let mut top = self.top(vshard, key.volume).level;
-        while prefix(dense, top) != 0 {
+        while prefix(page_index, top) != 0 {
             top += 1;
         }
-        let at = |level| NodeKey { vshard, volume: key.volume, level, prefix: prefix(dense, level) };
+        let at = |level| NodeKey { vshard, volume: key.volume, level, prefix: prefix(page_index, level) };
         let path = (0..=top).take_while(|level| self.find(at(*level)).is_none()).count() as u32;
         // A tree that grows gets its new tops above the old one too.
         path + u32::from(top - self.top(vshard, key.volume).level)
@@ -37,14 +37,14 @@ impl Map {
     pub(crate) fn nodes_for(&self, keys: impl Iterator<Item = PageKey>) -> (u32, u32) {
         let mut nodes: HashSet<NodeKey, foldhash::fast::FixedState> = HashSet::default();
         for key in keys {
-            let (vshard, dense) = self.position(key);
+            let (vshard, page_index) = self.position(key);
             let old = self.top(vshard, key.volume).level;
             let mut top = old;
-            while prefix(dense, top) != 0 {
+            while prefix(page_index, top) != 0 {
                 top += 1;
             }
             let node = |level, prefix| NodeKey { vshard, volume: key.volume, level, prefix };
-            nodes.extend((0..=top).map(|level| node(level, prefix(dense, level))));
+            nodes.extend((0..=top).map(|level| node(level, prefix(page_index, level))));
             // A tree that grows gets its new tops above the old one too.
             nodes.extend((old + 1..=top).map(|level| node(level, 0)));
         }

@@ -25,10 +25,10 @@ impl Map {
 
     /// Pins the lowest node in memory of those above the entry of `key`, and so all that are above it: while the leaf is made.
     pub(crate) fn pin_deepest(&mut self, key: PageKey) -> Option<NodeIdx> {
-        let (vshard, dense) = self.position(key);
+        let (vshard, page_index) = self.position(key);
         let top = self.top(vshard, key.volume);
         let levels = if top.is_present() { 0..=top.level } else { return None };
-        let at = |level| NodeKey { vshard, volume: key.volume, level, prefix: prefix(dense, level) };
+        let at = |level| NodeKey { vshard, volume: key.volume, level, prefix: prefix(page_index, level) };
         let node = levels.into_iter().find_map(|level| self.find(at(level)))?;
         assert!(self.node(node).key.level > 0, "a leaf that is there is pinned as such");
         self.node_mut(node).pins += 1;
@@ -38,16 +38,16 @@ impl Map {
     /// Makes the leaf of `key` exist in memory and pins it. All nodes on the path that exist on disk must be in
     /// memory (a lookup just found the entry or its absence).
     pub(crate) fn pin(&mut self, key: PageKey, arena: &mut Arena) -> NodeIdx {
-        let (vshard, dense) = self.position(key);
-        let leaf = NodeKey { vshard, volume: key.volume, level: 0, prefix: prefix(dense, 0) };
+        let (vshard, page_index) = self.position(key);
+        let leaf = NodeKey { vshard, volume: key.volume, level: 0, prefix: prefix(page_index, 0) };
         if let Some(idx) = self.find(leaf) {
             self.pin_leaf(idx);
             return idx;
         }
-        self.grow(vshard, key.volume, dense, arena);
+        self.grow(vshard, key.volume, page_index, arena);
         let top = self.top(vshard, key.volume).level;
         for level in (0..=top).rev() {
-            let at = NodeKey { vshard, volume: key.volume, level, prefix: prefix(dense, level) };
+            let at = NodeKey { vshard, volume: key.volume, level, prefix: prefix(page_index, level) };
             if self.find(at).is_none() {
                 assert!(self.named(at).is_none(), "{at:?} is on the device: an empty one must not take its place");
                 self.insert(at, None, zeroed(arena));
@@ -74,8 +74,8 @@ impl Map {
 
     /// Pins the leaf of `key` if it is in memory.
     pub(crate) fn pin_if_resident(&mut self, key: PageKey) -> Option<NodeIdx> {
-        let (vshard, dense) = self.position(key);
-        let leaf = NodeKey { vshard, volume: key.volume, level: 0, prefix: prefix(dense, 0) };
+        let (vshard, page_index) = self.position(key);
+        let leaf = NodeKey { vshard, volume: key.volume, level: 0, prefix: prefix(page_index, 0) };
         let idx = self.find(leaf)?;
         self.pin_leaf(idx);
         Some(idx)

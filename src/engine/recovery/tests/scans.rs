@@ -104,13 +104,13 @@ fn examine(seed: u64, damages: u64, tally: &mut Tally) -> std::result::Result<()
     let (disk, mut rng) = (crashed(seed), Rng::new(seed));
     let mut arena = Arena::new(READ_BLOCKS).expect("memory");
     let superblock = find_superblock(&mut disk.clone(), &mut arena).expect("a superblock").superblock;
-    let deal = Deal::new(superblock.geometry.vshards_count, superblock.logs.len() as u16);
+    let shard_map = ShardMap::new(superblock.geometry.vshards_count, superblock.logs.len() as u16);
     tally.stores += 1;
     for round in 0..=damages {
         let mut image = disk.crash(Loss::Everything, &mut Rng::new(seed));
         let what = if round == 0 { "nothing".into() } else { damage(&image, &mut rng) };
         let recorded = recorded_watermark(&image, &superblock);
-        let scanned = scan(&mut image, &mut arena, &superblock, deal);
+        let scanned = scan(&mut image, &mut arena, &superblock, shard_map);
         tally.damaged += u64::from(round > 0);
         tally.telling += u64::from(round > 0 && recorded > superblock.watermark);
         tally.refused += u64::from(scanned.is_err());

@@ -102,7 +102,7 @@ impl SimDisk {
             land(&mut files, operation, loss, done, rng, &mut counters, &state);
         }
         if loss != Loss::Process {
-            settle(&mut files, &fate, &mut counters);
+            publish_to_map(&mut files, &fate, &mut counters);
         }
         let image = SimDisk::with(rng.fork(1), files, state.now, state.zero.clone());
         {
@@ -159,7 +159,7 @@ fn land(
 }
 
 /// Makes durable what is kept, and forgets the rest.
-fn settle(files: &mut BTreeMap<FileId, SimFile>, fate: &Fate, counters: &mut DiskCounters) {
+fn publish_to_map(files: &mut BTreeMap<FileId, SimFile>, fate: &Fate, counters: &mut DiskCounters) {
     let mut blocks_by_op = BlocksByOp::new();
     for (number, (_, content)) in files.iter_mut().enumerate() {
         for block in content.take_dirty() {

@@ -1,12 +1,12 @@
 //! The judge: holds everything that a shard does and answers against the contract.
 //!
 //! Invariants
-//! 1. A commit counts from the moment at which its LSN is drawn; what was read by it must be current then.
+//! 1. A commit counts from the moment at which its LSN is allocated; what was read by it must be current then.
 //! 2. `durable` is the highest LSN of which any answer said that it is durable. No crash may take it away.
 //!    The watermark is such an answer to everybody who looks at it.
 //! 3. LSNs drawn only ever rise, over all lives of the store.
 //! 4. What a commit over several shards changed may be read as before until it is acknowledged, but not at its
-//!    owner; what it holds excuses conflicts (`visibility`). Transactions are exact: what they read is current at the draw.
+//!    owner; what it holds excuses conflicts (`visibility`). Transactions are exact: what they read is current at the allocation of its LSN.
 //!
 //! A judge that can't condemn is worth nothing: `oracle_tests` shows it every lie it is there for, and the canaries
 //! show that the lies are found in whole runs.
@@ -22,7 +22,7 @@ pub use counters::OracleCounters;
 
 use super::model::{Model, Version};
 use crate::base::error::{Error, ErrorKind, Result as StoreResult};
-use crate::base::{BLOCK, Deal, Lsn, Micros, PageKey, ShardId};
+use crate::base::{BLOCK, Lsn, Micros, PageKey, ShardId, ShardMap};
 use crate::engine::{Change, Commit, PageRef, Request, Response, Token};
 use pending_requests::{Kind, PendingRequest};
 use std::collections::BTreeMap;
@@ -51,7 +51,7 @@ pub struct Oracle {
     /// The state that it judges by.
     pub model: Model,
     tolerance: Tolerance,
-    deal: Deal,
+    shard_map: ShardMap,
     /// The cut with which this life began.
     began: Lsn,
     last: Lsn,
@@ -80,7 +80,7 @@ impl Oracle {
         Oracle {
             model: Model::default(),
             tolerance,
-            deal: Deal::new(1, 1),
+            shard_map: ShardMap::new(1, 1),
             began: Lsn::ZERO,
             last: Lsn::ZERO,
             newest: Lsn::ZERO,
@@ -135,8 +135,8 @@ impl Oracle {
     }
 
     /// Which shard has which page, from now on.
-    pub fn deal(&mut self, deal: Deal) {
-        self.deal = deal;
+    pub fn shard_map(&mut self, shard_map: ShardMap) {
+        self.shard_map = shard_map;
     }
 
     /// A request is about to be handed to `shard`.
@@ -156,7 +156,7 @@ impl Oracle {
             overtaken: 0,
         };
         if let Kind::Commit(commit) = &pending.what
-            && visibility::is_spread(self.deal, shard, commit)
+            && visibility::is_spread(self.shard_map, shard, commit)
         {
             pending.spread = true;
             self.counters.spread_overlaps += u64::from(self.visibility.on_request(token, commit));
@@ -167,7 +167,7 @@ impl Oracle {
     /// The oldest version that a read which is sent now may return.
     fn oldest_visible(&self, key: PageKey) -> &Version {
         let versions = self.model.since(key, Lsn::ZERO);
-        let shard = self.deal.shard_of(key);
+        let shard = self.shard_map.shard_of(key);
         let unseen = versions[1..].iter().rev().take_while(|v| self.visibility.may_be_unseen(v.lsn, key, shard));
         &versions[versions.len() - 1 - unseen.count()]
     }

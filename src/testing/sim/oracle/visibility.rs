@@ -9,7 +9,7 @@
 //!
 //! It does *not* know which pages are really locked: this is an upper bound.
 
-use crate::base::{Deal, Lsn, PageKey, ShardId};
+use crate::base::{Lsn, PageKey, ShardId, ShardMap};
 use crate::engine::{Commit, Token};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -50,9 +50,9 @@ impl Hold {
 }
 
 /// Whether a commit that goes to `owner` has to do with another shard.
-pub(super) fn is_spread(deal: Deal, owner: ShardId, commit: &Commit) -> bool {
+pub(super) fn is_spread(shard_map: ShardMap, owner: ShardId, commit: &Commit) -> bool {
     let reads = commit.reads.iter().map(|&(key, _)| key);
-    reads.chain(commit.changes.iter().map(|&(key, _)| key)).any(|key| deal.shard_of(key) != owner)
+    reads.chain(commit.changes.iter().map(|&(key, _)| key)).any(|key| shard_map.shard_of(key) != owner)
 }
 
 impl Visibility {

@@ -56,8 +56,8 @@ impl Stream {
 
 /// Pages of one shard, from a page on.
 fn own_pages(cluster: &ParkedCluster, shard: u16, from: u64) -> impl Iterator<Item = PageKey> + use<> {
-    let deal = cluster.deal;
-    (from..).map(key).filter(move |key| deal.shard_of(*key) == ShardId::new(shard))
+    let shard_map = cluster.shard_map;
+    (from..).map(key).filter(move |key| shard_map.shard_of(*key) == ShardId::new(shard))
 }
 
 /// A cluster of two shards with little memory and a slow device, and the commits over shards: `most` pages at one, and one at the other.

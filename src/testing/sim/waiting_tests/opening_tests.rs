@@ -21,9 +21,9 @@ pub(super) fn settles_what_is_found_written() -> Outcome {
     let small = Options { inline_pages_max: 0, ..smallest(2, 8) };
     let large = Options { memory_bytes: 192 << 20, ..small.clone() };
     let mut cluster = ParkedCluster::open(SimDisk::new(14), &large, 2)?;
-    let deal = cluster.deal;
+    let shard_map = cluster.shard_map;
     let of = |shard, shift: u32| {
-        (1u64..).map(move |n| key(n << shift)).filter(move |key| deal.shard_of(*key) == ShardId::new(shard))
+        (1u64..).map(move |n| key(n << shift)).filter(move |key| shard_map.shard_of(*key) == ShardId::new(shard))
     };
     let lone: Vec<PageKey> = of(1, 18).take(LONE).collect();
     let patched: Vec<PageKey> = of(0, 0).take(PATCHED * COMMITS).collect();

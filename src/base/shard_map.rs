@@ -1,24 +1,24 @@
 //! Which shard owns which virtual shard, and so which page.
 //!
-//! The deal is made anew at each open: a changed number of cores is another deal, not a copy of the data.
+//! The shard map is made anew at each open: a changed number of cores is another deal, not a copy of the data.
 
 use super::{PageKey, ShardId, VShard};
 
 /// How the virtual shards of a store are dealt out to its shards: one to each in turn.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Deal {
+pub struct ShardMap {
     vshards_count: u32,
     shards_count: u16,
 }
 
-impl Deal {
-    /// A deal of `vshards_count` virtual shards to `shards_count` shards.
+impl ShardMap {
+    /// A shard map of `vshards_count` virtual shards to `shards_count` shards.
     ///
     /// # Panics
     /// If there are no shards, or more of them than virtual shards.
     pub const fn new(vshards_count: u32, shards_count: u16) -> Self {
         assert!(shards_count > 0 && shards_count as u32 <= vshards_count, "each shard owns a virtual shard");
-        Deal { vshards_count, shards_count }
+        ShardMap { vshards_count, shards_count }
     }
 
     /// Shards.
