@@ -42,8 +42,8 @@
 //! | `program` | the binary: NBD server, control socket, commands |
 //! | `testing` | the simulator, which drives the same shards by seed under a simulated disk; fuzzing; instruction counts |
 
-/// Whether a bug is planted here, for the simulator to find (`sim::canary`); in a release of the engine the answer is a
-/// constant no.
+/// Whether a bug is planted here, for the simulator to find (`sim::canary`); in a release of the
+/// engine the answer is a constant no.
 macro_rules! planted {
     ($which:ident) => {{
         #[cfg(any(test, feature = "sim"))]
@@ -82,7 +82,8 @@ pub use engine::{Change, PageRef};
 pub use io::{DiskReport, FlushMethod, Polling};
 pub use ops::probe;
 pub use ops::verify::{
-    Damage, Mend, StoreSummary, VerifyProgress, VerifyReport, VolumeBytes, VolumeSummary, inspect, verify, verify_with,
+    Damage, Mend, StoreSummary, VerifyProgress, VerifyReport, VolumeBytes, VolumeSummary, inspect,
+    verify, verify_with,
 };
 pub use runtime::RuntimeReport;
 

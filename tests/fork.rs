@@ -1,7 +1,9 @@
-//! A process that forks while it has a store open: the child has copies of all handles and descriptors, and none of the threads.
+//! A process that forks while it has a store open: the child has copies of all handles and
+//! descriptors, and none of the threads.
 //!
-//! If these fail, a store that was closed can't be opened again until some child of long life ends, a child takes its parent's
-//! lock away (two processes then write to one store), or hangs and panics over handles that it has inherited.
+//! If these fail, a store that was closed can't be opened again until some child of long life ends,
+//! a child takes its parent's lock away (two processes then write to one store), or hangs and
+//! panics over handles that it has inherited.
 
 // Real processes take real time.
 #![allow(clippy::disallowed_methods)]
@@ -55,7 +57,8 @@ fn the_lock_of_a_closed_store_does_not_live_on_in_a_forked_child() {
         let again = block_on(Store::open(dir.path().join("store"), options(run)));
         std::fs::write(&over, "").expect("the child is told");
         child.join().expect("the child ends well");
-        block_on(again.expect("it is closed, whatever children there are").close()).expect("it closes");
+        block_on(again.expect("it is closed, whatever children there are").close())
+            .expect("it closes");
     }
 }
 
@@ -92,7 +95,8 @@ fn a_forked_child_is_told_whose_its_handles_are_and_takes_nothing_from_its_paren
         });
         let locked = block_on(Store::open(&path, options(run))).expect_err("its lock is held");
         assert_eq!(locked.kind(), ErrorKind::InUse, "{locked}");
-        let (store, volume) = handles.lock().expect("no panic").take().expect("they are the parent's still");
+        let (store, volume) =
+            handles.lock().expect("no panic").take().expect("they are the parent's still");
         let read = block_on(volume.read(PageId::new(1))).expect("it is read");
         assert!(read.iter().all(|byte| *byte == 1), "the child has written");
         drop(read);

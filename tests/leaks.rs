@@ -1,4 +1,5 @@
-//! What an opening takes from its process is given back when the store is closed, refused or lost: descriptors, threads, mappings, memory.
+//! What an opening takes from its process is given back when the store is closed, refused or lost:
+//! descriptors, threads, mappings, memory.
 //!
 //! A program of one test, since the whole process is counted.
 #![allow(clippy::disallowed_methods, missing_docs)]
@@ -12,7 +13,8 @@ use std::path::Path;
 
 /// Openings of each kind but one: a thousand in all.
 const ROUNDS: usize = 330;
-/// Openings of a store that is in use, all at once, since each waits for two seconds: its owner may be about to end.
+/// Openings of a store that is in use, all at once, since each waits for two seconds: its owner may
+/// be about to end.
 const HELD: usize = 8;
 /// Openings before anything is counted: allocators and statics take what they keep.
 const WARM: usize = 10;
@@ -32,8 +34,11 @@ struct Taken {
 fn taken() -> Taken {
     let count = |dir: &str| std::fs::read_dir(dir).expect("/proc is there").count();
     let text = |file: &str| std::fs::read_to_string(file).expect("/proc is there");
-    let pages: u64 =
-        text("/proc/self/statm").split(' ').nth(1).and_then(|n| n.parse().ok()).expect("a number of pages");
+    let pages: u64 = text("/proc/self/statm")
+        .split(' ')
+        .nth(1)
+        .and_then(|n| n.parse().ok())
+        .expect("a number of pages");
     Taken {
         descriptors: count("/proc/self/fd"),
         threads: count("/proc/self/task"),
@@ -43,7 +48,12 @@ fn taken() -> Taken {
 }
 
 fn options() -> Options {
-    let geometry = Geometry { extent_bytes: 256 << 10, segment_bytes: 1 << 20, segments_count: 4, vshards_count: 8 };
+    let geometry = Geometry {
+        extent_bytes: 256 << 10,
+        segment_bytes: 1 << 20,
+        segments_count: 4,
+        vshards_count: 8,
+    };
     Options { geometry, memory_bytes: 8 << 20, shards: Some(2), ..Options::default() }
 }
 
@@ -51,7 +61,8 @@ fn options() -> Options {
 fn clean(dir: &Path, closes: bool) {
     block_on(async {
         let store = Store::open(dir, options()).await.expect("the store opens");
-        let volume = store.volume("v").await.expect("it is looked up").expect("its volume is there");
+        let volume =
+            store.volume("v").await.expect("it is looked up").expect("its volume is there");
         volume.write_back(PageId::new(3), vec![1; 4096]).await.expect("a page is written");
         if closes {
             store.close().await.expect("the store closes");
@@ -64,8 +75,8 @@ fn refused(dir: &Path, options: Options, kind: ErrorKind) {
     assert_eq!(error.kind(), kind, "{error}");
 }
 
-/// If this fails, a program that opens and closes stores (one for each tenant, tests, tools) runs out of descriptors, threads or
-/// memory after some hundred openings.
+/// If this fails, a program that opens and closes stores (one for each tenant, tests, tools) runs
+/// out of descriptors, threads or memory after some hundred openings.
 #[test]
 fn a_thousand_openings_leave_nothing_behind() {
     let (dir, held, damaged) =
@@ -77,10 +88,14 @@ fn a_thousand_openings_leave_nothing_behind() {
             store.close().await.expect("the store closes");
         });
     }
-    let meta = std::fs::File::options().write(true).open(damaged.path().join("meta")).expect("the meta file is there");
+    let meta = std::fs::File::options()
+        .write(true)
+        .open(damaged.path().join("meta"))
+        .expect("the meta file is there");
     meta.write_all_at(&vec![7; 64 << 10], 0).expect("the superblocks are overwritten");
     drop(meta);
-    let holder = block_on(Store::open(held.path(), options())).expect("the store that is held opens");
+    let holder =
+        block_on(Store::open(held.path(), options())).expect("the store that is held opens");
     let round = |n: usize| {
         clean(dir.path(), n.is_multiple_of(2));
         refused(damaged.path(), options(), ErrorKind::Corrupt);
@@ -108,8 +123,17 @@ fn a_thousand_openings_leave_nothing_behind() {
     });
     let after = settled.unwrap_or_else(taken);
     println!("before {before:?}, after {after:?}");
-    assert_eq!(after.descriptors, before.descriptors, "descriptors, after {} openings", 3 * ROUNDS + HELD);
-    assert!(after.threads <= before.threads, "{before:?}, {after:?}: threads, after {} openings", 3 * ROUNDS + HELD);
+    assert_eq!(
+        after.descriptors,
+        before.descriptors,
+        "descriptors, after {} openings",
+        3 * ROUNDS + HELD
+    );
+    assert!(
+        after.threads <= before.threads,
+        "{before:?}, {after:?}: threads, after {} openings",
+        3 * ROUNDS + HELD
+    );
     assert!(after.mappings <= before.mappings + MAPPINGS_MARGIN, "mappings: {before:?}, {after:?}");
     assert!(after.resident <= before.resident + MEMORY_MARGIN, "memory: {before:?}, {after:?}");
     drop(holder);

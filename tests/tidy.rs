@@ -1,8 +1,8 @@
 //! The habits of this repository, as tests: what a reviewer should not have to look for.
 //!
-//! Every rule is a function from text to a list of complaints, and has a test in which a planted text makes it
-//! complain: a check that can't fail is no check. The rules look at text, not at syntax trees; where one is in your
-//! way for no good reason, mend the rule.
+//! Every rule is a function from text to a list of complaints, and has a test in which a planted
+//! text makes it complain: a check that can't fail is no check. The rules look at text, not at
+//! syntax trees; where one is in your way for no good reason, mend the rule.
 //!
 //! If these fail, nothing breaks for users today; the next reader pays.
 
@@ -13,10 +13,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Lines of a source file before its tests.
-const FILE_LINES_MAX: usize = 500;
+/// Lines of a source file before its tests; at 100 columns.
+const FILE_LINES_MAX: usize = 600;
 /// Lines of a function, blank and comment lines not counted.
-const FUNCTION_LINES_MAX: usize = 70;
+const FUNCTION_LINES_MAX: usize = 80;
 
 /// The only files with `unsafe` code, each with the reason.
 const UNSAFE_FILES: &[(&str, &str)] = &[
@@ -29,7 +29,10 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ("src/io/uring/probe.rs", "one polled read, to see whether the device does that"),
     ("src/io/opener.rs", "maps a page that a fork empties"),
     ("src/program/cli/allocator.rs", "sets the C library's allocator, which takes two numbers"),
-    ("src/program/cli/system.rs", "asks the kernel whether a signal is ignored, and for the process behind a socket"),
+    (
+        "src/program/cli/system.rs",
+        "asks the kernel whether a signal is ignored, and for the process behind a socket",
+    ),
     ("tests/common/surroundings.rs", "limits and filters are set in a child between fork and exec"),
 ];
 
@@ -37,10 +40,11 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
 const GLOMMIO_FOLDERS: &[&str] = &["src/runtime", "src/program/server"];
 
 /// Where the process begins: it prints, reads clocks and uses what it likes.
-const OUTER: &[&str] = &["src/main.rs", "src/program/cli", "src/program/server", "src/runtime", "src/program/bench"];
+const OUTER: &[&str] =
+    &["src/main.rs", "src/program/cli", "src/program/server", "src/runtime", "src/program/bench"];
 
-/// The layers, lowest first, down to folders; a file belongs to the row with the longest path that it lies in. A module
-/// may name those in lower rows, and those in its own row that it lists.
+/// The layers, lowest first, down to folders; a file belongs to the row with the longest path that
+/// it lies in. A module may name those in lower rows, and those in its own row that it lists.
 const LAYERS: &[&[(&str, &[&str])]] = &[
     &[("base", &[]), ("base/sync", &[])],
     &[("base/error", &[])],
@@ -77,18 +81,25 @@ const EXCEPTIONS: &[(&str, &str, &str)] = &[(
     "bugs planted for the simulator to find; compiled into tests and the feature `sim` only",
 )];
 
-/// Files that may still need each other in a circle, each group with the reason. A circle must lie within one row, a row that
-/// ends in `/` stands for a folder. No row may be added, and one without a circle goes.
+/// Files that may still need each other in a circle, each group with the reason. A circle must lie
+/// within one row, a row that ends in `/` stands for a folder. No row may be added, and one without
+/// a circle goes.
 const CIRCLES: &[(&[&str], &str)] = &[
     (&["api/catalog", "api/volume"], "to go: one access trait for all handles"),
     (&["api/on_shard", "api/txn"], "to go: one access trait for all handles"),
     (&["engine/"], "to go: the shard's components are being told apart"),
-    (&["engine/recovery/scan", "engine/recovery/segment"], "to go: what recovery and verification share"),
+    (
+        &["engine/recovery/scan", "engine/recovery/segment"],
+        "to go: what recovery and verification share",
+    ),
     (
         &["program/server/nbd/reads", "program/server/nbd/transmission"],
         "to go: the state of a connection in a file of its own",
     ),
-    (&["testing/sim/cluster", "testing/sim/host", "testing/sim/watch"], "to go: the watch looks into the cluster"),
+    (
+        &["testing/sim/cluster", "testing/sim/host", "testing/sim/watch"],
+        "to go: the watch looks into the cluster",
+    ),
     (
         &[
             "testing/sim/inject",
@@ -105,12 +116,17 @@ const CIRCLES: &[(&[&str], &str)] = &[
 ];
 
 /// What the top of the repository may hold, besides names with a leading dot and what Git ignores.
-const TOP_LEVEL: &[&str] = &["Cargo.toml", "Cargo.lock", "src", "benches", "tests", "scripts", "README.md", "LICENSE"];
+const TOP_LEVEL: &[&str] =
+    &["Cargo.toml", "Cargo.lock", "src", "benches", "tests", "scripts", "README.md", "LICENSE"];
 const IGNORED_BY_GIT: &[&str] = &["target", "corepage-data"];
 
 /// Spelled in halves, so that this file does not complain about itself.
-const LEFTOVERS: &[&str] =
-    &[concat!("todo", "!("), concat!("unimpl", "emented!("), concat!("dbg", "!("), concat!("FIX", "ME")];
+const LEFTOVERS: &[&str] = &[
+    concat!("todo", "!("),
+    concat!("unimpl", "emented!("),
+    concat!("dbg", "!("),
+    concat!("FIX", "ME"),
+];
 
 // --- the tree ---
 
@@ -150,7 +166,8 @@ fn is_test_file(name: &str) -> bool {
 
 fn is_under(name: &str, folders: &[&str]) -> bool {
     folders.iter().any(|folder| {
-        name.strip_prefix(folder).is_some_and(|rest| rest.is_empty() || rest == ".rs" || rest.starts_with('/'))
+        name.strip_prefix(folder)
+            .is_some_and(|rest| rest.is_empty() || rest == ".rs" || rest.starts_with('/'))
     })
 }
 
@@ -159,7 +176,8 @@ fn complain_about(files: Vec<(String, String)>, rule: impl Fn(&str, &str) -> Vec
     assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
 }
 
-/// The text with comments and the insides of strings and characters as blanks; lines stay where they are.
+/// The text with comments and the insides of strings and characters as blanks; lines stay where
+/// they are.
 fn code_only(text: &str) -> String {
     let bytes = text.as_bytes();
     let mut out = bytes.to_vec();
@@ -168,7 +186,9 @@ fn code_only(text: &str) -> String {
         let end = match (bytes[at], bytes.get(at + 1)) {
             (b'/', Some(b'/')) => at + text[at..].find('\n').unwrap_or(text.len() - at),
             (b'/', Some(b'*')) => at + text[at..].find("*/").map_or(text.len() - at, |n| n + 2),
-            (b'r', Some(b'"' | b'#')) if at == 0 || !is_word(bytes[at - 1]) || bytes[at - 1] == b'b' => {
+            (b'r', Some(b'"' | b'#'))
+                if at == 0 || !is_word(bytes[at - 1]) || bytes[at - 1] == b'b' =>
+            {
                 let hashes = bytes[at + 1..].iter().take_while(|&&b| b == b'#').count();
                 if bytes.get(at + 1 + hashes) != Some(&b'"') {
                     at += 1;
@@ -180,7 +200,10 @@ fn code_only(text: &str) -> String {
             }
             (b'"', _) => quoted_end(bytes, at),
             (b'\'', Some(b'\\')) => quoted_end(bytes, at),
-            (b'\'', Some(_)) if char_len(text, at + 1).is_some_and(|n| bytes.get(at + 1 + n) == Some(&b'\'')) => {
+            (b'\'', Some(_))
+                if char_len(text, at + 1)
+                    .is_some_and(|n| bytes.get(at + 1 + n) == Some(&b'\'')) =>
+            {
                 at + 2 + char_len(text, at + 1).unwrap()
             }
             _ => {
@@ -214,7 +237,8 @@ fn is_word(byte: u8) -> bool {
 fn words<'a>(code: &'a str, word: &'a str) -> impl Iterator<Item = usize> + 'a {
     code.match_indices(word).map(|(at, _)| at).filter(move |&at| {
         let (before, after) = (at.checked_sub(1), at + word.len());
-        !before.is_some_and(|i| is_word(code.as_bytes()[i])) && !code.as_bytes().get(after).is_some_and(|&b| is_word(b))
+        !before.is_some_and(|i| is_word(code.as_bytes()[i]))
+            && !code.as_bytes().get(after).is_some_and(|&b| is_word(b))
     })
 }
 
@@ -222,8 +246,8 @@ fn line_of(text: &str, at: usize) -> usize {
     text[..at].matches('\n').count() + 1
 }
 
-/// The part of a file before its tests: up to a `#[cfg(test)]` at the start of a line that is not merely the
-/// declaration of a module in another file.
+/// The part of a file before its tests: up to a `#[cfg(test)]` at the start of a line that is not
+/// merely the declaration of a module in another file.
 fn before_tests(text: &str) -> &str {
     let mut from = 0;
     while let Some(at) = text[from..].find("\n#[cfg(test)]\n").map(|at| from + at) {
@@ -241,7 +265,11 @@ fn before_tests(text: &str) -> &str {
 
 fn head_comment(name: &str, text: &str) -> Vec<String> {
     let ok = text.starts_with("//! ") && text.lines().next().is_some_and(|line| line.len() > 12);
-    if ok { vec![] } else { vec![format!("{name}:1: a file opens with `//!` and says what it is for")] }
+    if ok {
+        vec![]
+    } else {
+        vec![format!("{name}:1: a file opens with `//!` and says what it is for")]
+    }
 }
 
 fn file_length(name: &str, text: &str) -> Vec<String> {
@@ -249,7 +277,10 @@ fn file_length(name: &str, text: &str) -> Vec<String> {
     if lines <= FILE_LINES_MAX || is_test_file(name) {
         return vec![];
     }
-    vec![format!("{name}: {lines} lines before its tests, at most {FILE_LINES_MAX}: split it where it has two jobs")]
+    vec![format!(
+        "{name}: {lines} lines before its tests, at most {FILE_LINES_MAX}: split it where it has \
+         two jobs"
+    )]
 }
 
 fn function_length(name: &str, text: &str) -> Vec<String> {
@@ -257,7 +288,9 @@ fn function_length(name: &str, text: &str) -> Vec<String> {
     let mut complaints = Vec::new();
     for at in words(&code, "fn") {
         let rest = &code[at..];
-        let Some(open) = rest.find(['{', ';']).filter(|&open| rest.as_bytes()[open] == b'{') else { continue };
+        let Some(open) = rest.find(['{', ';']).filter(|&open| rest.as_bytes()[open] == b'{') else {
+            continue;
+        };
         let mut depth = 0;
         let end = rest[open..].bytes().position(|byte| {
             depth += i32::from(byte == b'{') - i32::from(byte == b'}');
@@ -268,7 +301,9 @@ fn function_length(name: &str, text: &str) -> Vec<String> {
         if lines > FUNCTION_LINES_MAX {
             let head = rest.split(['(', '<']).next().unwrap();
             let line = line_of(&code, at);
-            complaints.push(format!("{name}:{line}: `{head}` has {lines} lines, at most {FUNCTION_LINES_MAX}"));
+            complaints.push(format!(
+                "{name}:{line}: `{head}` has {lines} lines, at most {FUNCTION_LINES_MAX}"
+            ));
         }
     }
     complaints
@@ -276,14 +311,21 @@ fn function_length(name: &str, text: &str) -> Vec<String> {
 
 fn no_leftovers(name: &str, text: &str) -> Vec<String> {
     let found = LEFTOVERS.iter().filter_map(|word| text.find(word).map(|at| (word, at)));
-    found.map(|(word, at)| format!("{name}:{}: `{word}`: finish it or open an issue", line_of(text, at))).collect()
+    found
+        .map(|(word, at)| {
+            format!("{name}:{}: `{word}`: finish it or open an issue", line_of(text, at))
+        })
+        .collect()
 }
 
-/// What a test says with `eprintln` is shown only if it fails: one that skips would say `ok` and nothing more.
+/// What a test says with `eprintln` is shown only if it fails: one that skips would say `ok` and
+/// nothing more.
 fn skips_are_seen(name: &str, text: &str) -> Vec<String> {
     let hidden = concat!("println!(\"", "SKIPPED");
     let found = text.match_indices(hidden).map(|(at, _)| line_of(text, at));
-    found.map(|line| format!("{name}:{line}: nobody sees that it skips: use `common::skipped`")).collect()
+    found
+        .map(|line| format!("{name}:{line}: nobody sees that it skips: use `common::skipped`"))
+        .collect()
 }
 
 fn unsafe_only_where_named(name: &str, text: &str) -> Vec<String> {
@@ -293,13 +335,19 @@ fn unsafe_only_where_named(name: &str, text: &str) -> Vec<String> {
         return unsafe_has_argument(name, text, &code);
     }
     let lines = words(&code, "unsafe").map(|at| line_of(&code, at));
-    lines.map(|line| format!("{name}:{line}: `unsafe` outside of the files listed in tests/tidy.rs")).collect()
+    lines
+        .map(|line| format!("{name}:{line}: `unsafe` outside of the files listed in tests/tidy.rs"))
+        .collect()
 }
 
-/// Where `unsafe` is allowed, each block and `impl` has a `SAFETY:` comment above it, and each function a section.
+/// Where `unsafe` is allowed, each block and `impl` has a `SAFETY:` comment above it, and each
+/// function a section.
 fn unsafe_has_argument(name: &str, text: &str, code: &str) -> Vec<String> {
     let lines: Vec<&str> = text.lines().collect();
     let argued = |line: usize| {
+        // The comment stands above the statement, which may be more than a line long.
+        let continues = |line: usize| line > 1 && lines[line - 2].trim_end().ends_with('=');
+        let line = (1..=line).rev().find(|&line| !continues(line)).unwrap_or(line);
         let above = lines[..line - 1].iter().rev().take_while(|l| {
             let l = l.trim_start();
             l.starts_with("//") || l.starts_with("#[") || l.starts_with("unsafe impl")
@@ -307,7 +355,9 @@ fn unsafe_has_argument(name: &str, text: &str, code: &str) -> Vec<String> {
         above.chain([&lines[line - 1]]).any(|l| l.contains("SAFETY:") || l.contains("# Safety"))
     };
     let missing = words(code, "unsafe").map(|at| line_of(code, at)).filter(|&line| !argued(line));
-    missing.map(|line| format!("{name}:{line}: `unsafe` without a `SAFETY:` comment above it")).collect()
+    missing
+        .map(|line| format!("{name}:{line}: `unsafe` without a `SAFETY:` comment above it"))
+        .collect()
 }
 
 fn glommio_only_in_the_runtime(name: &str, text: &str) -> Vec<String> {
@@ -316,7 +366,9 @@ fn glommio_only_in_the_runtime(name: &str, text: &str) -> Vec<String> {
     }
     let code = code_only(text);
     let lines = words(&code, "glommio").map(|at| line_of(&code, at));
-    lines.map(|line| format!("{name}:{line}: glommio is named only in {GLOMMIO_FOLDERS:?}")).collect()
+    lines
+        .map(|line| format!("{name}:{line}: glommio is named only in {GLOMMIO_FOLDERS:?}"))
+        .collect()
 }
 
 /// What a simulated run must not depend on, and what a library must not do to its host.
@@ -341,15 +393,20 @@ fn no_hidden_inputs(name: &str, text: &str) -> Vec<String> {
 fn no_wall_clock(name: &str, text: &str) -> Vec<String> {
     const WORDS: &[&str] = &["SystemTime", "UNIX_EPOCH", "CLOCK_REALTIME", "Realtime"];
     let code = code_only(before_tests(text));
-    let found = WORDS.iter().flat_map(|word| words(&code, word).map(move |at| (word, at)).collect::<Vec<_>>());
-    found.map(|(word, at)| format!("{name}:{}: `{word}`: the wall clock jumps", line_of(&code, at))).collect()
+    let found = WORDS
+        .iter()
+        .flat_map(|word| words(&code, word).map(move |at| (word, at)).collect::<Vec<_>>());
+    found
+        .map(|(word, at)| format!("{name}:{}: `{word}`: the wall clock jumps", line_of(&code, at)))
+        .collect()
 }
 
 /// The row of [`LAYERS`] for a path such as `base/error`: the longest one that it lies in.
 fn layer_of_path(path: &str) -> Option<&'static str> {
     let rows = LAYERS.iter().flat_map(|row| row.iter().map(|(name, _)| *name));
-    let of_path =
-        rows.filter(|row| path.strip_prefix(row).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')));
+    let of_path = rows.filter(|row| {
+        path.strip_prefix(row).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    });
     of_path.max_by_key(|row| row.len())
 }
 
@@ -360,7 +417,8 @@ fn module_path(name: &str) -> Option<&str> {
     (!["lib", "main"].contains(&path)).then_some(path)
 }
 
-/// The paths that a file names as `crate::a::b`, `crate::{a, b::c}` included, with the line; `/` stands between names.
+/// The paths that a file names as `crate::a::b`, `crate::{a, b::c}` included, with the line; `/`
+/// stands between names.
 fn modules_named(code: &str) -> Vec<(String, usize)> {
     let mut named = Vec::new();
     for at in words(code, "crate") {
@@ -391,7 +449,8 @@ fn use_tree(code: &str, mut at: usize, path: &str, named: &mut Vec<(String, usiz
             }
         }
     }
-    let word: String = code[at..].chars().take_while(|&c| c.is_ascii() && is_word(c as u8)).collect();
+    let word: String =
+        code[at..].chars().take_while(|&c| c.is_ascii() && is_word(c as u8)).collect();
     let end = at + word.len();
     let inner = match (path, word.as_str()) {
         (_, "" | "self") => path.to_owned(),
@@ -418,7 +477,8 @@ fn home_of(path: &str) -> &str {
 
 fn layers_know_what_is_below(name: &str, text: &str) -> Vec<String> {
     let Some(path) = module_path(name).filter(|_| !is_test_file(name)) else { return vec![] };
-    let row = |layer: &str| LAYERS.iter().position(|row| row.iter().any(|(name, _)| *name == layer));
+    let row =
+        |layer: &str| LAYERS.iter().position(|row| row.iter().any(|(name, _)| *name == layer));
     let Some(layer) = layer_of_path(path) else {
         return vec![format!("{name}: `{path}` is in no row of the table of tests/tidy.rs")];
     };
@@ -427,12 +487,16 @@ fn layers_know_what_is_below(name: &str, text: &str) -> Vec<String> {
     let mut complaints = Vec::new();
     for (named, line) in modules_named(&code_only(before_tests(text))) {
         let other = layer_of_path(home_of(&named));
-        let excepted = EXCEPTIONS.iter().any(|(from, to, _)| layer.starts_with(from) && Some(*to) == other);
+        let excepted =
+            EXCEPTIONS.iter().any(|(from, to, _)| layer.starts_with(from) && Some(*to) == other);
         let lawful = other.is_some_and(|other| {
-            other == layer || siblings.contains(&other) || row(other).is_some_and(|other| other < own_row)
+            other == layer
+                || siblings.contains(&other)
+                || row(other).is_some_and(|other| other < own_row)
         });
         if !lawful && !excepted {
-            complaints.push(format!("{name}:{line}: `{layer}` names `{named}`, which is not below it"));
+            complaints
+                .push(format!("{name}:{line}: `{layer}` names `{named}`, which is not below it"));
         }
     }
     complaints
@@ -441,10 +505,15 @@ fn layers_know_what_is_below(name: &str, text: &str) -> Vec<String> {
 /// Rows of the tables for which there is no file.
 fn rows_without_files(exists: impl Fn(&str) -> bool) -> Vec<String> {
     let layers = LAYERS.iter().flat_map(|row| row.iter().map(|(name, _)| format!("src/{name}")));
-    let others = UNSAFE_FILES.iter().map(|(file, _)| *file).chain(GLOMMIO_FOLDERS.iter().chain(OUTER).copied());
+    let others = UNSAFE_FILES
+        .iter()
+        .map(|(file, _)| *file)
+        .chain(GLOMMIO_FOLDERS.iter().chain(OUTER).copied());
     let named = layers.chain(others.map(str::to_owned));
     let missing = named.filter(|path| !exists(path) && !exists(&format!("{path}.rs")));
-    missing.map(|path| format!("tests/tidy.rs: {path} is in a table, and there is no such file")).collect()
+    missing
+        .map(|path| format!("tests/tidy.rs: {path} is in a table, and there is no such file"))
+        .collect()
 }
 
 /// Links in a document that lead to files of this repository, and do not arrive.
@@ -458,7 +527,8 @@ fn links_arrive(name: &str, text: &str) -> Vec<String> {
         }
         let path: PathBuf = root().join(folder).join(target);
         if !path.exists() {
-            complaints.push(format!("{name}:{}: the link to {target} leads nowhere", line_of(text, at)));
+            complaints
+                .push(format!("{name}:{}: the link to {target} leads nowhere", line_of(text, at)));
         }
     }
     complaints
@@ -468,10 +538,20 @@ fn links_arrive(name: &str, text: &str) -> Vec<String> {
 fn decision_note(name: &str, text: &str) -> Vec<String> {
     let file = name.rsplit('/').next().unwrap();
     let mut complaints = Vec::new();
-    if file.len() < 9 || !file.as_bytes()[..4].iter().all(u8::is_ascii_digit) || file.as_bytes()[4] != b'-' {
+    if file.len() < 9
+        || !file.as_bytes()[..4].iter().all(u8::is_ascii_digit)
+        || file.as_bytes()[4] != b'-'
+    {
         complaints.push(format!("{name}: is not named NNNN-subject.md"));
     }
-    for part in ["\nDate: 2", "\n## Problem\n", "\n## Options\n", "\n## Decision\n", "\n## Figures\n", "\n## Price\n"] {
+    for part in [
+        "\nDate: 2",
+        "\n## Problem\n",
+        "\n## Options\n",
+        "\n## Decision\n",
+        "\n## Figures\n",
+        "\n## Price\n",
+    ] {
         if !text.contains(part) {
             complaints.push(format!("{name}: has no `{}`", part.trim()));
         }
@@ -481,9 +561,13 @@ fn decision_note(name: &str, text: &str) -> Vec<String> {
 
 fn top_level(names: &[String]) -> Vec<String> {
     let unknown = names.iter().filter(|name| {
-        !name.starts_with('.') && !TOP_LEVEL.contains(&name.as_str()) && !IGNORED_BY_GIT.contains(&name.as_str())
+        !name.starts_with('.')
+            && !TOP_LEVEL.contains(&name.as_str())
+            && !IGNORED_BY_GIT.contains(&name.as_str())
     });
-    unknown.map(|name| format!("{name}: the top of the repository holds only {TOP_LEVEL:?}")).collect()
+    unknown
+        .map(|name| format!("{name}: the top of the repository holds only {TOP_LEVEL:?}"))
+        .collect()
 }
 
 // --- the repository, held against the rules ---
@@ -557,13 +641,18 @@ fn modules(sources: &[(String, String)]) -> imports::Modules {
 fn circles(modules: &imports::Modules, table: &[(&[&str], &str)]) -> Vec<String> {
     let found = imports::circles(modules);
     let fits = |circle: &[String], row: &[&str]| {
-        let is_in = |module: &String, part: &&str| module == part || (part.ends_with('/') && module.starts_with(part));
+        let is_in = |module: &String, part: &&str| {
+            module == part || (part.ends_with('/') && module.starts_with(part))
+        };
         circle.iter().all(|module| row.iter().any(|part| is_in(module, part)))
     };
     let unknown = found.iter().filter(|circle| !table.iter().any(|(row, _)| fits(circle, row)));
-    let complaints = unknown.map(|circle| format!("these files need each other: {}", circle.join(", ")));
+    let complaints =
+        unknown.map(|circle| format!("these files need each other: {}", circle.join(", ")));
     let gone = table.iter().filter(|(row, _)| !found.iter().any(|circle| fits(circle, row)));
-    complaints.chain(gone.map(|(row, _)| format!("no circle any more, take the row out: {row:?}"))).collect()
+    complaints
+        .chain(gone.map(|(row, _)| format!("no circle any more, take the row out: {row:?}")))
+        .collect()
 }
 
 #[test]
@@ -582,7 +671,10 @@ fn the_tables_name_only_what_exists() {
 #[test]
 fn documents_link_to_what_exists() {
     complain_about(files("src/docs", &[".md"]), links_arrive);
-    complain_about(vec![("README.md".into(), fs::read_to_string(root().join("README.md")).unwrap())], links_arrive);
+    complain_about(
+        vec![("README.md".into(), fs::read_to_string(root().join("README.md")).unwrap())],
+        links_arrive,
+    );
 }
 
 #[test]
@@ -594,7 +686,9 @@ fn decisions_are_noted_with_options_figures_and_price() {
 
 #[test]
 fn the_top_of_the_repository_is_tidy() {
-    let names = fs::read_dir(root()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let names = fs::read_dir(root())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap());
     let complaints = top_level(&names.collect::<Vec<_>>());
     assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
 }
@@ -613,10 +707,17 @@ fn the_readme_and_the_manifest_name_the_same_oldest_compiler() {
 fn the_readme_shows_the_tested_example() {
     let readme = fs::read_to_string(root().join("README.md")).unwrap();
     let library = fs::read_to_string(root().join("src/lib.rs")).unwrap();
-    let shown = readme.split("```rust,ignore\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
-    let tested = library.split("//! ```\n").nth(1).unwrap().lines().map(|line| line.trim_start_matches("//!"));
+    let shown =
+        readme.split("```rust,ignore\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    let tested = library
+        .split("//! ```\n")
+        .nth(1)
+        .unwrap()
+        .lines()
+        .map(|line| line.trim_start_matches("//!"));
     let visible: Vec<&str> = tested.map(|line| line.strip_prefix(' ').unwrap_or(line)).collect();
-    let visible: Vec<&str> = visible.into_iter().filter(|line| !line.starts_with("# ") && *line != "#").collect();
+    let visible: Vec<&str> =
+        visible.into_iter().filter(|line| !line.starts_with("# ") && *line != "#").collect();
     assert_eq!(shown.trim(), visible.join("\n").trim());
 }
 
@@ -634,27 +735,65 @@ fn planted_texts_are_found() {
     let name = "src/engine/map/x.rs";
     can_fail(head_comment, name, "use std::fmt;\n", "//! The map of places.\n");
     let line = "let a = 1;\n";
-    can_fail(file_length, name, &line.repeat(501), &format!("{}\n#[cfg(test)]\nmod tests {{\n", line.repeat(499)));
-    can_fail(file_length, name, &format!("\n#[cfg(test)]\nmod tests;\n{}", line.repeat(500)), &line.repeat(500));
+    can_fail(
+        file_length,
+        name,
+        &line.repeat(601),
+        &format!("{}\n#[cfg(test)]\nmod tests {{\n", line.repeat(599)),
+    );
+    can_fail(
+        file_length,
+        name,
+        &format!("\n#[cfg(test)]\nmod tests;\n{}", line.repeat(600)),
+        &line.repeat(600),
+    );
     let function = |n| format!("fn f() {{\n{}}}\n", "    g(\"}\"); // }\n".repeat(n));
-    can_fail(function_length, name, &function(69), &format!("{}{}", function(68), function(68)));
+    can_fail(function_length, name, &function(79), &format!("{}{}", function(78), function(78)));
     let commented = "fn f() {\n".to_owned() + &"    // why\n".repeat(90) + "}\n";
-    can_fail(function_length, name, &function(80), &commented);
+    can_fail(function_length, name, &function(90), &commented);
     for word in LEFTOVERS {
         can_fail(no_leftovers, name, &format!("a\n{word})"), "a method");
     }
     let skip = concat!("eprintln!(\"", "SKIPPED: no disk\")");
     can_fail(skips_are_seen, "tests/x.rs", skip, "common::skipped(\"no disk\")");
-    can_fail(unsafe_only_where_named, name, "unsafe { f() }", "#![deny(unsafe_code)] // unsafe\n\"unsafe\"");
+    can_fail(
+        unsafe_only_where_named,
+        name,
+        "unsafe { f() }",
+        "#![deny(unsafe_code)] // unsafe\n\"unsafe\"",
+    );
     let arena = "src/memory/arena.rs";
-    can_fail(unsafe_only_where_named, arena, "    unsafe { f() }", "// SAFETY: f has\n// no demands\nunsafe { f() }");
+    can_fail(
+        unsafe_only_where_named,
+        arena,
+        "    unsafe { f() }",
+        "// SAFETY: f has\n// no demands\nunsafe { f() }",
+    );
     can_fail(glommio_only_in_the_runtime, name, "use glommio::Task;", "// not glommio\n");
-    assert!(glommio_only_in_the_runtime("src/runtime/executor.rs", "use glommio::Task;").is_empty());
-    can_fail(no_hidden_inputs, name, "use std::collections::HashMap;", "use std::collections::BTreeMap;");
+    assert!(
+        glommio_only_in_the_runtime("src/runtime/executor.rs", "use glommio::Task;").is_empty()
+    );
+    can_fail(
+        no_hidden_inputs,
+        name,
+        "use std::collections::HashMap;",
+        "use std::collections::BTreeMap;",
+    );
     can_fail(no_wall_clock, name, "std::time::SystemTime::now()", "std::time::Instant::now()");
-    can_fail(no_hidden_inputs, name, "println!(\"x\")", "//! println!(\"x\")\n\n#[cfg(test)]\nmod t { println!() }");
-    can_fail(links_arrive, "README.md", "[a](src/none.md)", "[a](src/lib.rs#x) [b](https://example.org)");
-    let note = "# 1\n\nDate: 2026-11-23\n\n## Problem\n\n## Options\n\n## Decision\n\n## Figures\n\n## Price\n";
+    can_fail(
+        no_hidden_inputs,
+        name,
+        "println!(\"x\")",
+        "//! println!(\"x\")\n\n#[cfg(test)]\nmod t { println!() }",
+    );
+    can_fail(
+        links_arrive,
+        "README.md",
+        "[a](src/none.md)",
+        "[a](src/lib.rs#x) [b](https://example.org)",
+    );
+    let note = "# 1\n\nDate: 2026-11-23\n\n## Problem\n\n## Options\n\n## Decision\n\n## \
+                Figures\n\n## Price\n";
     can_fail(decision_note, "src/docs/decisions/0001-x.md", &note.replace("## Price\n", ""), note);
     assert!(!decision_note("src/docs/decisions/x.md", note).is_empty());
 }
@@ -673,14 +812,22 @@ fn planted_layer_breaks_are_found() {
         "use crate::{base::{Lsn, error::Error}, Result};",
     );
     can_fail(rule, map, "use crate::engine::{self, map::X};", "use crate::engine::map::y::Z;");
-    can_fail(rule, map, "use crate::Store;", "\n#[cfg(test)]\nmod tests { use crate::testing::sim::X; }");
+    can_fail(
+        rule,
+        map,
+        "use crate::Store;",
+        "\n#[cfg(test)]\nmod tests { use crate::testing::sim::X; }",
+    );
     assert!(!rule("src/novel/x.rs", "").is_empty());
 }
 
 #[test]
 fn planted_circles_are_found() {
     let circles = |files: &[(&str, &str)], table: &[(&[&str], &str)]| {
-        let files = files.iter().map(|(name, text)| (format!("src/{name}.rs"), (*text).to_owned())).collect::<Vec<_>>();
+        let files = files
+            .iter()
+            .map(|(name, text)| (format!("src/{name}.rs"), (*text).to_owned()))
+            .collect::<Vec<_>>();
         circles(&modules(&files), table)
     };
     let b = ("io/b", "pub struct B; pub fn f() {}");
@@ -702,7 +849,11 @@ fn planted_circles_are_found() {
         let row: (&[&str], &str) = (&["io/a", "io/b"], "a reason");
         assert_eq!(circles(&[("io/mod", io), ("io/a", a), own], &[row]), Vec::<String>::new());
         assert_eq!(circles(&[("io/mod", io), ("io/a", a), b], &[]), Vec::<String>::new());
-        assert_eq!(circles(&[("io/mod", io), ("io/a", a), b], &[row]).len(), 1, "a row for nothing");
+        assert_eq!(
+            circles(&[("io/mod", io), ("io/a", a), b], &[row]).len(),
+            1,
+            "a row for nothing"
+        );
     }
     let around = [
         ("a", "use crate::b::f; pub fn e() {}"),
@@ -713,7 +864,10 @@ fn planted_circles_are_found() {
     assert_eq!(circles(&around, &[]), ["these files need each other: a, b, c"]);
     // A parent and its child.
     let child = ("x/y", "use super::X; impl X {} pub fn f() {}");
-    assert_eq!(circles(&[("x/mod", "mod y; pub struct X; fn g() { y::f() }"), child], &[]), Vec::<String>::new());
+    assert_eq!(
+        circles(&[("x/mod", "mod y; pub struct X; fn g() { y::f() }"), child], &[]),
+        Vec::<String>::new()
+    );
     let over = ("z", "use crate::x::y::f; pub struct Z;");
     let parent = ("x/mod", "mod y; use crate::z::Z; use y::f;");
     assert_eq!(circles(&[parent, ("x/y", "pub fn f() {}"), over], &[]), Vec::<String>::new());

@@ -1,8 +1,8 @@
 //! Clients of the engine, each one operation after another, and the check of what they have left.
 //!
-//! A page holds, at the start of each of its sectors, its number and the tag of the write that it is from, so that another
-//! page, an old one and a torn one show. `Newest` says for each page which tag was acknowledged last; a client has pages
-//! of its own.
+//! A page holds, at the start of each of its sectors, its number and the tag of the write that it
+//! is from, so that another page, an old one and a torn one show. `Newest` says for each page which
+//! tag was acknowledged last; a client has pages of its own.
 
 use crate::PAGE;
 use crate::reference::{processor_time, sample};
@@ -149,12 +149,15 @@ impl Client {
 impl BenchVolume {
     /// Every page written once.
     pub fn prefilled(store: Store, pages: u64) -> BenchVolume {
-        let volume = block_on(store.create_volume("bench", pages * PAGE as u64)).expect("a volume is made");
+        let volume =
+            block_on(store.create_volume("bench", pages * PAGE as u64)).expect("a volume is made");
         let newest = (0..pages).map(|_| AtomicU64::new(0)).collect();
         let bench = BenchVolume { store, volume, newest };
         let step = (bench.store.txn_bytes_max() / PAGE as u64).min(256);
         for first in (0..pages).step_by(step as usize) {
-            let batch = (first..(first + step).min(pages)).map(|id| (PageId::new(id), page(id, 0))).collect();
+            let batch = (first..(first + step).min(pages))
+                .map(|id| (PageId::new(id), page(id, 0)))
+                .collect();
             block_on(bench.volume.write_many(batch)).expect("pages are written");
         }
         block_on(bench.store.checkpoint()).expect("a checkpoint is made");
@@ -163,7 +166,9 @@ impl BenchVolume {
 
     /// The volume in the store that was opened again.
     pub fn again(self, store: Store) -> BenchVolume {
-        let volume = block_on(store.volume("bench")).expect("volumes are listed").expect("the volume is there");
+        let volume = block_on(store.volume("bench"))
+            .expect("volumes are listed")
+            .expect("the volume is there");
         BenchVolume { store, volume, newest: self.newest }
     }
 
@@ -172,7 +177,13 @@ impl BenchVolume {
         self.newest.len() as u64
     }
 
-    fn clients(&self, run: Run, count: u64, pages: &Arc<[u64]>, handle: Option<&ShardHandle>) -> Vec<Client> {
+    fn clients(
+        &self,
+        run: Run,
+        count: u64,
+        pages: &Arc<[u64]>,
+        handle: Option<&ShardHandle>,
+    ) -> Vec<Client> {
         let all = pages.len() as u64;
         let own = |n: u64| match run.operation {
             Operation::Read => 0..all,
@@ -183,7 +194,9 @@ impl BenchVolume {
             handle: handle.cloned(),
             pages: pages.clone(),
             own: own(n),
-            chance: Chance(run.round << 32 | n << 8 | handle.map_or(0, |handle| handle.shard() as u64)),
+            chance: Chance(
+                run.round << 32 | n << 8 | handle.map_or(0, |handle| handle.shard() as u64),
+            ),
             run,
         };
         (0..count).map(client).collect()
@@ -212,7 +225,8 @@ impl BenchVolume {
             let (bench, pages) = (self.clone(), Arc::from(pages));
             let body = move |handle: ShardHandle| async move {
                 let clients = bench.clients(run, count, &pages, Some(&handle));
-                let tasks: Vec<_> = clients.into_iter().map(|client| handle.spawn(client.go(until))).collect();
+                let tasks: Vec<_> =
+                    clients.into_iter().map(|client| handle.spawn(client.go(until))).collect();
                 let mut times = Vec::new();
                 for task in tasks {
                     times.extend(task.await.expect("the store is open"));
@@ -236,7 +250,8 @@ impl BenchVolume {
             std::thread::spawn(move || {
                 let clients = bench.clients(run, count, &pages, None);
                 let executor = async_executor::LocalExecutor::new();
-                let tasks: Vec<_> = clients.into_iter().map(|client| executor.spawn(client.go(until))).collect();
+                let tasks: Vec<_> =
+                    clients.into_iter().map(|client| executor.spawn(client.go(until))).collect();
                 block_on(executor.run(async {
                     let mut times = Vec::new();
                     for task in tasks {
@@ -252,7 +267,8 @@ impl BenchVolume {
         sample(times, start.elapsed(), processor_time() - cpu)
     }
 
-    /// Every page is there, whole, as it was acknowledged last. `whole`: pages were written whole, else patched.
+    /// Every page is there, whole, as it was acknowledged last. `whole`: pages were written whole,
+    /// else patched.
     pub fn verify(&self, whole: bool) {
         let ids: Vec<PageId> = (0..self.pages()).map(PageId::new).collect();
         for ids in ids.chunks(64) {
@@ -261,7 +277,11 @@ impl BenchVolume {
                 let newest = self.newest[id as usize].load(Ordering::Relaxed);
                 for (n, sector) in page.chunks(SECTOR).enumerate() {
                     let tag = if whole || n == 0 { newest } else { 0 };
-                    assert_eq!(sector[..8], id.to_le_bytes(), "page {id}, sector {n}: of another page");
+                    assert_eq!(
+                        sector[..8],
+                        id.to_le_bytes(),
+                        "page {id}, sector {n}: of another page"
+                    );
                     assert_eq!(
                         sector[8..16],
                         tag.to_le_bytes(),

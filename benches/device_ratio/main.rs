@@ -1,10 +1,11 @@
 //! Device ratio: the engine beside what the device gives, in one run, in alternating rounds.
 //!
-//! Goals: ratios that hold on a noisy machine (medians of rounds; reference and engine in turn, on one file system and one
-//! core), data verified after each workload, after a close and a new start; blocks that have been written before. Not
-//! goals: records, other engines, several machines.
+//! Goals: ratios that hold on a noisy machine (medians of rounds; reference and engine in turn, on
+//! one file system and one core), data verified after each workload, after a close and a new start;
+//! blocks that have been written before. Not goals: records, other engines, several machines.
 //!
-//! `cargo bench --bench device_ratio [-- --small] [--dir DIR] [--rounds N] [WORKLOAD ...]`; `scripts/bench` says more.
+//! `cargo bench --bench device_ratio [-- --small] [--dir DIR] [--rounds N] [WORKLOAD ...]`;
+//! `scripts/bench` says more.
 
 // A bench measures time.
 #![allow(clippy::disallowed_methods)]
@@ -55,7 +56,8 @@ pub struct Plan {
     pub hot_pages: u64,
     /// One measurement.
     pub time: Duration,
-    /// Overwrites before they are measured: long enough that the space is written again, compaction included.
+    /// Overwrites before they are measured: long enough that the space is written again, compaction
+    /// included.
     pub warm: Duration,
     /// The store is idle for so long.
     pub idle: Duration,
@@ -86,7 +88,8 @@ const WORKLOADS: [(&str, Workload); 5] = [
 fn plan(arguments: &Arguments, dir: PathBuf) -> Plan {
     let allowed = rustix::thread::sched_getaffinity(None).ok();
     let first = allowed.and_then(|cores| (0..CpuSet::MAX_CPU).find(|core| cores.is_set(*core)));
-    let (core, shards) = (first.unwrap_or(0), allowed.map_or(1, |cores| cores.count().clamp(1, 64)) as u16);
+    let (core, shards) =
+        (first.unwrap_or(0), allowed.map_or(1, |cores| cores.count().clamp(1, 64)) as u16);
     let (rounds, alone) = (arguments.rounds.max(1), arguments.alone);
     let time = Duration::from_millis(arguments.ms);
     match arguments.small {
@@ -122,18 +125,28 @@ fn plan(arguments: &Arguments, dir: PathBuf) -> Plan {
 fn main() {
     // `cargo test` gives no `--bench`, and arguments that are meant for other programs.
     let measures = std::env::args().any(|argument| argument == "--bench");
-    let arguments = if measures { Arguments::parse() } else { Arguments::parse_from(["", "--small", "--alone"]) };
-    let unknown = arguments.workloads.iter().find(|name| WORKLOADS.iter().all(|(known, _)| known != name));
+    let arguments = if measures {
+        Arguments::parse()
+    } else {
+        Arguments::parse_from(["", "--small", "--alone"])
+    };
+    let unknown =
+        arguments.workloads.iter().find(|name| WORKLOADS.iter().all(|(known, _)| known != name));
     if let Some(unknown) = unknown {
         let known: Vec<_> = WORKLOADS.iter().map(|(name, _)| *name).collect();
         panic!("no workload {unknown}: there are {}", known.join(", "));
     }
-    let parent = arguments.dir.clone().unwrap_or_else(|| PathBuf::from(env!("CARGO_TARGET_TMPDIR")));
-    let dir = tempfile::Builder::new().prefix("corepage-bench-").tempdir_in(parent).expect("a directory can be made");
+    let parent =
+        arguments.dir.clone().unwrap_or_else(|| PathBuf::from(env!("CARGO_TARGET_TMPDIR")));
+    let dir = tempfile::Builder::new()
+        .prefix("corepage-bench-")
+        .tempdir_in(parent)
+        .expect("a directory can be made");
     let plan = plan(&arguments, dir.path().to_path_buf());
     let mut report = Report::begin(&plan, arguments.small);
     for (name, workload) in WORKLOADS {
-        if arguments.workloads.is_empty() || arguments.workloads.iter().any(|wanted| wanted == name) {
+        if arguments.workloads.is_empty() || arguments.workloads.iter().any(|wanted| wanted == name)
+        {
             report.add(workload(&plan));
         }
     }

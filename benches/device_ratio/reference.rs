@@ -18,7 +18,8 @@ pub fn processor_time() -> Duration {
 /// Bytes that this process has read from devices, and written to them.
 pub fn device_bytes() -> (u64, u64) {
     let text = std::fs::read_to_string("/proc/self/io").unwrap_or_default();
-    let of = |name| text.lines().find_map(|line| line.strip_prefix(name)?.parse().ok()).unwrap_or(0);
+    let of =
+        |name| text.lines().find_map(|line| line.strip_prefix(name)?.parse().ok()).unwrap_or(0);
     (of("read_bytes: "), of("write_bytes: "))
 }
 
@@ -51,7 +52,13 @@ impl Fio {
 
     fn run(&self, arguments: &[&str], side: &str) -> Option<Sample> {
         let output = Command::new("fio")
-            .args(["--name=x", "--ioengine=io_uring", "--direct=1", "--output-format=json", "--randrepeat=0"])
+            .args([
+                "--name=x",
+                "--ioengine=io_uring",
+                "--direct=1",
+                "--output-format=json",
+                "--randrepeat=0",
+            ])
             .args(["--norandommap", "--gtod_reduce=0"])
             .arg(format!("--cpus_allowed={}", self.core))
             .arg(format!("--filename={}", self.path.display()))
@@ -60,7 +67,8 @@ impl Fio {
             .ok()?;
         let report: serde_json::Value = serde_json::from_slice(&output.stdout).ok()?;
         let job = &report["jobs"][0];
-        let percentile = |p: &str| job[side]["clat_ns"]["percentile"][p].as_f64().unwrap_or(0.0) / 1e3;
+        let percentile =
+            |p: &str| job[side]["clat_ns"]["percentile"][p].as_f64().unwrap_or(0.0) / 1e3;
         let rate = job[side]["iops"].as_f64()?;
         let cpu = (job["usr_cpu"].as_f64()? + job["sys_cpu"].as_f64()?) / 100.0;
         Some(Sample {
@@ -78,7 +86,16 @@ impl Fio {
         }
         let side = if kind == "randread" { "read" } else { "write" };
         let (kind, depth) = (format!("--rw={kind}"), format!("--iodepth={depth}"));
-        self.run(&[&kind, &depth, "--bs=4k", "--time_based", &format!("--runtime={}ms", self.time.as_millis())], side)
+        self.run(
+            &[
+                &kind,
+                &depth,
+                "--bs=4k",
+                "--time_based",
+                &format!("--runtime={}ms", self.time.as_millis()),
+            ],
+            side,
+        )
     }
 }
 
@@ -86,14 +103,24 @@ impl Fio {
 pub fn bare_file(path: &Path) -> File {
     let direct = rustix::fs::OFlags::DIRECT.bits() as i32;
     for _ in 0..2 {
-        let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(path).expect("a file is made");
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+            .expect("a file is made");
         file.write_all(&vec![0; 16 << 20]).expect("a file is written");
         file.sync_all().expect("a file is flushed");
     }
-    OpenOptions::new().write(true).custom_flags(direct).open(path).expect("the file system takes direct I/O")
+    OpenOptions::new()
+        .write(true)
+        .custom_flags(direct)
+        .open(path)
+        .expect("the file system takes direct I/O")
 }
 
-/// A direct write of one block and an fdatasync, one pair after another, through the whole file. On the thread that calls.
+/// A direct write of one block and an fdatasync, one pair after another, through the whole file. On
+/// the thread that calls.
 pub fn bare_latency(file: &File, commits: usize) -> Sample {
     let memory = vec![0u8; 2 * PAGE];
     let skip = memory.as_ptr().align_offset(PAGE);

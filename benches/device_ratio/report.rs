@@ -154,8 +154,11 @@ fn load() -> String {
 }
 
 fn commit() -> String {
-    let Some(commit) = output("git", &["rev-parse", "--short", "HEAD"]) else { return "unknown".into() };
-    let changed = output("git", &["status", "--porcelain"]).is_some_and(|changes| !changes.is_empty());
+    let Some(commit) = output("git", &["rev-parse", "--short", "HEAD"]) else {
+        return "unknown".into();
+    };
+    let changed =
+        output("git", &["status", "--porcelain"]).is_some_and(|changes| !changes.is_empty());
     if changed { format!("{commit} and changes") } else { commit }
 }
 
@@ -165,12 +168,14 @@ impl Report {
         let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("device_ratio.jsonl");
         let file = File::create(&path).expect("the results can be written");
         let mut report = Report { rows: Vec::new(), file, path, small };
-        let machine = format!("{}, {} cores", first_line("/proc/cpuinfo", "model name"), plan.shards);
+        let machine =
+            format!("{}, {} cores", first_line("/proc/cpuinfo", "model name"), plan.shards);
         let kernel = format!("Linux {}", first_line("/proc/sys/kernel/osrelease", ""));
         let dir = plan.dir.display().to_string();
         let files = output("stat", &["-f", "-c", "%T", &dir]).unwrap_or_default();
         let fio = output("fio", &["--version"]).unwrap_or_else(|| "no fio".into());
-        let head = format!("{machine}; {kernel}; {files}; {fio}; commit {}; load {}", commit(), load());
+        let head =
+            format!("{machine}; {kernel}; {files}; {fio}; commit {}; load {}", commit(), load());
         println!(
             "{head}\n{} rounds of {} ms; {} pages, hot {}",
             plan.rounds,
@@ -178,7 +183,11 @@ impl Report {
             plan.pages,
             plan.hot_pages
         );
-        let busy = load().split(' ').next().and_then(|load| load.parse().ok()).is_some_and(|load: f64| load > 0.7);
+        let busy = load()
+            .split(' ')
+            .next()
+            .and_then(|load| load.parse().ok())
+            .is_some_and(|load: f64| load > 0.7);
         if busy && !small {
             println!("THE MACHINE IS BUSY: these figures are not of the engine alone");
         }
@@ -198,7 +207,12 @@ impl Report {
     pub fn add(&mut self, rows: Vec<Row>) {
         for row in rows {
             self.line(&row.json());
-            eprintln!("  {}: {:.1} {}", row.what, row.figure(&row.engine).unwrap_or(f64::NAN), row.unit());
+            eprintln!(
+                "  {}: {:.1} {}",
+                row.what,
+                row.figure(&row.engine).unwrap_or(f64::NAN),
+                row.unit()
+            );
             self.rows.push(row);
         }
     }
@@ -207,10 +221,20 @@ impl Report {
     pub fn end(self) {
         println!(
             "\n{:<46} {:>10} {:>10} {:>6}  {:<10} {:<7} {:>8} {:>8}  {:>13} {:>13}",
-            "medians", "engine", "reference", "ratio", "target", "", "P50 us", "P99 us", "CPU us/op", "reference's"
+            "medians",
+            "engine",
+            "reference",
+            "ratio",
+            "target",
+            "",
+            "P50 us",
+            "P99 us",
+            "CPU us/op",
+            "reference's"
         );
-        let shown =
-            |value: Option<f64>| value.filter(|v| v.is_finite()).map_or_else(|| "-".into(), |v| format!("{v:.1}"));
+        let shown = |value: Option<f64>| {
+            value.filter(|v| v.is_finite()).map_or_else(|| "-".into(), |v| format!("{v:.1}"))
+        };
         for row in &self.rows {
             let met = match row.met() {
                 _ if self.small => "",
@@ -236,6 +260,10 @@ impl Report {
                 row.note,
             );
         }
-        println!("load at the end {}; all data verified; every round as JSON in {}", load(), self.path.display());
+        println!(
+            "load at the end {}; all data verified; every round as JSON in {}",
+            load(),
+            self.path.display()
+        );
     }
 }

@@ -32,8 +32,8 @@ fn verified(plan: &Plan, name: &str, options: &Options, bench: BenchVolume, whol
     std::fs::remove_dir_all(plan.dir.join(name)).expect("the store's files can be removed");
 }
 
-/// Far more pages than memory, at random, by tasks on the one shard; each page's checksum is verified by the engine, its
-/// number here. The map is in memory.
+/// Far more pages than memory, at random, by tasks on the one shard; each page's checksum is
+/// verified by the engine, its number here. The map is in memory.
 pub fn cold_reads(plan: &Plan) -> Vec<Row> {
     let options = one_shard(plan, if plan.pages < 100_000 { 8 * MIB } else { 64 * MIB });
     let store = open(plan, "read", &options);
@@ -61,7 +61,8 @@ pub fn cold_reads(plan: &Plan) -> Vec<Row> {
             reference.extend(fio.random("randread", depth));
         }
         let after = block_on(bench.store.stats()).expect("counters");
-        let (reads, device) = (after.page_reads - before.page_reads, after.device_reads - before.device_reads);
+        let (reads, device) =
+            (after.page_reads - before.page_reads, after.device_reads - before.device_reads);
         rows.push(Row {
             what: format!("cold random 4 KiB reads, depth {depth}, 1 shard"),
             engine,
@@ -97,8 +98,13 @@ fn commits_on(plan: &Plan, shards: &str, options: &Options) -> Vec<Row> {
     // The first round warms the log.
     for round in 0..=plan.rounds as u64 {
         for ((_, at), samples) in places.iter().zip(&mut samples) {
-            let run =
-                Run { operation: Operation::Patch, call_site: *at, in_flight: 1024, time: plan.time, round: round + 1 };
+            let run = Run {
+                operation: Operation::Patch,
+                call_site: *at,
+                in_flight: 1024,
+                time: plan.time,
+                round: round + 1,
+            };
             let sample = bench.run(run);
             samples.extend((round > 0).then_some(sample));
         }
@@ -130,7 +136,8 @@ pub fn latency(plan: &Plan) -> Vec<Row> {
     let file = bare_file(&plan.dir.join("bare"));
     let bare = || {
         // On the core that the shard has.
-        let (file, core, commits) = (file.try_clone().expect("a descriptor"), plan.core, plan.commits);
+        let (file, core, commits) =
+            (file.try_clone().expect("a descriptor"), plan.core, plan.commits);
         let thread = std::thread::spawn(move || {
             let mut cores = CpuSet::new();
             cores.set(core);
@@ -144,8 +151,13 @@ pub fn latency(plan: &Plan) -> Vec<Row> {
         // As long as the bare loop takes, about.
         let theirs = if plan.alone { Sample::default() } else { bare() };
         let time = Duration::from_micros(plan.commits as u64 * 100);
-        let run =
-            Run { operation: Operation::Patch, call_site: CallSite::Shards, in_flight: 1, time, round: round + 1 };
+        let run = Run {
+            operation: Operation::Patch,
+            call_site: CallSite::Shards,
+            in_flight: 1,
+            time,
+            round: round + 1,
+        };
         let ours = bench.run(run);
         if round > 0 {
             engine.push(ours);
@@ -164,7 +176,8 @@ pub fn latency(plan: &Plan) -> Vec<Row> {
     }]
 }
 
-/// Whole pages at random, each a durable commit, over a space in which everything has been written before.
+/// Whole pages at random, each a durable commit, over a space in which everything has been written
+/// before.
 pub fn overwrites(plan: &Plan) -> Vec<Row> {
     [70, 50, 30].into_iter().map(|fill_percent| overwrites_at(plan, fill_percent)).collect()
 }
@@ -174,7 +187,13 @@ fn overwrites_at(plan: &Plan, fill_percent: u32) -> Row {
     let bench = BenchVolume::prefilled(open(plan, "overwrite", &options), plan.pages / 2);
     let fio = Fio::new(plan, plan.pages);
     let in_flight = if plan.pages < 100_000 { 256 } else { 2048 };
-    let run = Run { operation: Operation::Put, call_site: CallSite::Shards, in_flight, time: plan.warm, round: 1 };
+    let run = Run {
+        operation: Operation::Put,
+        call_site: CallSite::Shards,
+        in_flight,
+        time: plan.warm,
+        round: 1,
+    };
     let warm = bench.run(run);
     let warmed = warm.rate * plan.warm.as_secs_f64() / bench.pages() as f64;
     let (mut engine, mut reference) = (Vec::new(), Vec::new());
@@ -187,13 +206,15 @@ fn overwrites_at(plan: &Plan, fill_percent: u32) -> Row {
         let now = device_bytes();
         (read, bytes) = (read + now.0 - moved.0, bytes + now.1 - moved.1);
         engine.push(ours);
-        reference.extend(best([64, 128, 256].into_iter().filter_map(|depth| fio.random("randwrite", depth))));
+        reference.extend(best(
+            [64, 128, 256].into_iter().filter_map(|depth| fio.random("randwrite", depth)),
+        ));
     }
     let after = block_on(bench.store.stats()).expect("counters");
     let note = format!(
-        "{:.2} bytes written a byte (log {:.2}, moved {:.2}, map {:.2}), {:.2} read; \
-         written over {:.1} times before and {:.1} times then; {} checkpoints, {:.0} commits a flush, \
-         {:.0} % of {} MiB live; fio's best",
+        "{:.2} bytes written a byte (log {:.2}, moved {:.2}, map {:.2}), {:.2} read; written over \
+         {:.1} times before and {:.1} times then; {} checkpoints, {:.0} commits a flush, {:.0} % \
+         of {} MiB live; fio's best",
         bytes as f64 / (commits * PAGE as f64),
         (after.log_bytes - before.log_bytes) as f64 / (commits * PAGE as f64),
         (after.pages_moved - before.pages_moved) as f64 / commits,
@@ -202,14 +223,18 @@ fn overwrites_at(plan: &Plan, fill_percent: u32) -> Row {
         warmed,
         commits / bench.pages() as f64,
         after.checkpoints - before.checkpoints,
-        (after.commits - before.commits) as f64 / (after.log_flushes - before.log_flushes).max(1) as f64,
+        (after.commits - before.commits) as f64
+            / (after.log_flushes - before.log_flushes).max(1) as f64,
         bench.pages() as f64 * PAGE as f64 * 100.0
             / (after.extents_total * options.geometry.extent_bytes).max(1) as f64,
         after.extents_total * options.geometry.extent_bytes / MIB,
     );
     verified(plan, "overwrite", &options, bench, true);
     Row {
-        what: format!("durable 4 KiB overwrites, {in_flight} on {} shards, fill {fill_percent} %", plan.shards),
+        what: format!(
+            "durable 4 KiB overwrites, {in_flight} on {} shards, fill {fill_percent} %",
+            plan.shards
+        ),
         engine,
         reference,
         measure: Measure::Rate,

@@ -19,8 +19,10 @@
 //! ```
 //!
 //! Invariants
-//! 1. A call does what its asynchronous twin does, with its errors and its durability, and nothing besides.
-//! 2. No call waits on a thread that drives a shard: it would wait for itself. It gets `Invalid` there.
+//! 1. A call does what its asynchronous twin does, with its errors and its durability, and nothing
+//!    besides.
+//! 2. No call waits on a thread that drives a shard: it would wait for itself. It gets `Invalid`
+//!    there.
 //!
 //! In an asynchronous runtime use the twins: a call here blocks the thread that it is made on.
 
@@ -42,7 +44,8 @@ use std::time::Duration;
 fn wait<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
     if runtime::is_shard_thread() {
         return Err(Error::invalid(
-            "a blocking call on a thread that drives a shard would wait for itself: use the asynchronous call there",
+            "a blocking call on a thread that drives a shard would wait for itself: use the \
+             asynchronous call there",
         ));
     }
     block_on(future)
@@ -262,7 +265,13 @@ impl Txn {
     }
 
     /// As [`crate::Txn::patch`].
-    pub fn patch(&mut self, volume: &Volume, page: PageId, offset: u32, bytes: impl Into<Bytes>) -> Result<()> {
+    pub fn patch(
+        &mut self,
+        volume: &Volume,
+        page: PageId,
+        offset: u32,
+        bytes: impl Into<Bytes>,
+    ) -> Result<()> {
         self.0.patch(&volume.0, page, offset, bytes)
     }
 

@@ -6,11 +6,15 @@
 //!                                                      ^ answered here; `freeing` does the rest in the background
 //! ```
 //! Invariants
-//! 1. Records are pages of the catalog (volume 0), changed by ordinary transactions: each step is atomic and durable.
-//! 2. A cut record says that pages from its size on are to be freed. A crash leaves it, and the next open goes on.
-//!    Once it is durable the caller has the answer: no error of the freeing can take it back.
-//! 3. Bytes that a volume gains are zeros: what a straggler wrote there since it was made smaller is freed first.
-//! 4. The number of a deleted volume is given again only after the store was opened anew: handles of the old one may be about.
+//! 1. Records are pages of the catalog (volume 0), changed by ordinary transactions: each step is
+//!    atomic and durable.
+//! 2. A cut record says that pages from its size on are to be freed. A crash leaves it, and the
+//!    next open goes on. Once it is durable the caller has the answer: no error of the freeing can
+//!    take it back.
+//! 3. Bytes that a volume gains are zeros: what a straggler wrote there since it was made smaller
+//!    is freed first.
+//! 4. The number of a deleted volume is given again only after the store was opened anew: handles
+//!    of the old one may be about.
 
 use super::{READ_PAGES, Store, Volume};
 use crate::base::error::{Error, ErrorKind, Result};
@@ -52,7 +56,8 @@ impl Shared {
     }
 }
 
-/// How far the pages behind a volume's end are freed: all from its end, which was at `from_bytes`, up to `next`.
+/// How far the pages behind a volume's end are freed: all from its end, which was at `from_bytes`,
+/// up to `next`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Cursor {
     from_bytes: u64,
@@ -60,10 +65,13 @@ pub(super) struct Cursor {
 }
 
 impl Cursor {
-    /// The page to go on with if the volume ends at `bytes` now: never one of its own, and none is passed over.
+    /// The page to go on with if the volume ends at `bytes` now: never one of its own, and none is
+    /// passed over.
     fn go_on(cursor: Option<Cursor>, bytes: u64) -> PageId {
         let end = page_behind(bytes);
-        cursor.filter(|cursor| cursor.from_bytes <= bytes).map_or(end, |cursor| cursor.next.max(end))
+        cursor
+            .filter(|cursor| cursor.from_bytes <= bytes)
+            .map_or(end, |cursor| cursor.next.max(end))
     }
 }
 
@@ -100,9 +108,14 @@ fn check_size(bytes: u64) -> Result<()> {
     }
     let below = (bytes / BLOCK as u64 * BLOCK as u64).min(BYTES_MAX);
     let above = if below < BYTES_MAX { below + BLOCK as u64 } else { below };
-    let nearest = if below == 0 || below == above { format!("{above}") } else { format!("{below} or {above}") };
+    let nearest = if below == 0 || below == above {
+        format!("{above}")
+    } else {
+        format!("{below} or {above}")
+    };
     Err(Error::invalid(format_args!(
-        "a volume of {bytes} bytes: the size must be a multiple of {BLOCK} from {BLOCK} to {BYTES_MAX} bytes; use {nearest}"
+        "a volume of {bytes} bytes: the size must be a multiple of {BLOCK} from {BLOCK} to \
+         {BYTES_MAX} bytes; use {nearest}"
     )))
 }
 
@@ -122,11 +135,14 @@ impl Store {
     /// Creates volume `name` of `bytes` bytes; durable on return. All its pages read as zeros.
     ///
     /// # Errors
-    /// `AlreadyExists`: the name is taken. `Invalid`: it is empty, longer than 255 bytes or has control characters, the
-    /// size is no multiple of 4,096 below 2^63, or there are 247 volumes already; those deleted since the store was opened
-    /// count. `Full`: no space.
+    /// `AlreadyExists`: the name is taken. `Invalid`: it is empty, longer than 255 bytes or has
+    /// control characters, the size is no multiple of 4,096 below 2^63, or there are 247 volumes
+    /// already; those deleted since the store was opened count. `Full`: no space.
     pub async fn create_volume(&self, name: &str, bytes: u64) -> Result<Volume> {
-        if name.is_empty() || name.len() > catalog::NAME_BYTES_MAX || name.chars().any(char::is_control) {
+        if name.is_empty()
+            || name.len() > catalog::NAME_BYTES_MAX
+            || name.chars().any(char::is_control)
+        {
             return Err(Error::invalid(format_args!(
                 "volume name {name:?}: it must have 1 to 255 bytes and no control characters"
             )));
@@ -143,11 +159,12 @@ impl Store {
         }
         let Some(free) = records.iter().position(|record| record.volume.is_none()) else {
             return Err(Error::invalid(
-                "there are 247 volumes, the most that a store can have; the numbers of deleted ones are free again when the \
-                 store is opened anew",
+                "there are 247 volumes, the most that a store can have; the numbers of deleted \
+                 ones are free again when the store is opened anew",
             ));
         };
-        // Numbers are given in order, so two creations at a time, of the same name or not, meet at the first free page.
+        // Numbers are given in order, so two creations at a time, of the same name or not, meet at
+        // the first free page.
         let reads = records[..=free].iter().map(|record| (record.key, record.lsn)).collect();
         let volume = catalog::Volume { name: name.into(), bytes, is_cut: false };
         let lsn = self.put_record(reads, records[free].key, Some(&volume)).await?;
@@ -167,13 +184,15 @@ impl Store {
         Ok(named.map(|(id, lsn, volume)| self.handle(id, lsn, &volume)).collect())
     }
 
-    /// Makes volume `name` larger or smaller; durable on return. Bytes gained are zeros. Bytes lost are lost: their pages are
-    /// freed in the background, after a crash or a close once the store is open again ([`wait_freed`](Self::wait_freed) waits
-    /// for it). Writes beyond the end that are under way meanwhile may be lost too. Dropping the future does not stop it.
+    /// Makes volume `name` larger or smaller; durable on return. Bytes gained are zeros. Bytes lost
+    /// are lost: their pages are freed in the background, after a crash or a close once the store
+    /// is open again ([`wait_freed`](Self::wait_freed) waits for it). Writes beyond the end that
+    /// are under way meanwhile may be lost too. Dropping the future does not stop it.
     ///
     /// # Errors
-    /// `NotFound`: no such volume. `Invalid`: the size is no multiple of 4,096 below 2^63. `Full`, `Busy`: nothing was changed. Growing:
-    /// as [`Volume::free_range`], too, since pages beyond the old end that were not freed yet are freed first.
+    /// `NotFound`: no such volume. `Invalid`: the size is no multiple of 4,096 below 2^63. `Full`,
+    /// `Busy`: nothing was changed. Growing: as [`Volume::free_range`], too, since pages beyond the
+    /// old end that were not freed yet are freed first.
     pub async fn resize_volume(&self, name: &str, bytes: u64) -> Result<()> {
         check_size(bytes)?;
         let (store, name) = (self.same_handle(), name.to_string());
@@ -197,9 +216,10 @@ impl Store {
         Ok(())
     }
 
-    /// Deletes volume `name` with all its pages; durable on return. The pages are freed in the background, after a crash or a
-    /// close once the store is open again ([`wait_freed`](Self::wait_freed) waits for it). Handles to it get `NotFound` from now
-    /// on. Dropping the future does not stop it.
+    /// Deletes volume `name` with all its pages; durable on return. The pages are freed in the
+    /// background, after a crash or a close once the store is open again
+    /// ([`wait_freed`](Self::wait_freed) waits for it). Handles to it get `NotFound` from now on.
+    /// Dropping the future does not stop it.
     ///
     /// # Errors
     /// `NotFound`: no such volume. `Full`, `Busy`: nothing was done.
@@ -217,8 +237,8 @@ impl Store {
         Ok(())
     }
 
-    /// Returns when the pages of all volumes that were deleted or made smaller are freed. What was freed takes no space after
-    /// the next checkpoint.
+    /// Returns when the pages of all volumes that were deleted or made smaller are freed. What was
+    /// freed takes no space after the next checkpoint.
     ///
     /// # Errors
     /// `Corrupt`, `Io`: of the page map; pages are left to the next open. `Closed`: likewise.
@@ -226,7 +246,8 @@ impl Store {
         self.inner.freeing.wait().await
     }
 
-    /// How many volumes were deleted or made smaller and have pages left that are being freed in the background.
+    /// How many volumes were deleted or made smaller and have pages left that are being freed in
+    /// the background.
     pub fn freeing_count(&self) -> usize {
         self.inner.freeing.count()
     }
@@ -248,8 +269,9 @@ impl Store {
         task.await?
     }
 
-    /// Goes on with what was under way when the store was left, in the background: frees pages of deleted and shortened volumes.
-    /// Numbers of deleted ones are free afterwards: no handle to them exists.
+    /// Goes on with what was under way when the store was left, in the background: frees pages of
+    /// deleted and shortened volumes. Numbers of deleted ones are free afterwards: no handle to
+    /// them exists.
     pub(super) async fn begin_finishing(&self) -> Result<()> {
         for record in self.records().await? {
             if record.volume.as_ref().is_some_and(|volume| volume.is_cut) {
@@ -260,8 +282,8 @@ impl Store {
         Ok(())
     }
 
-    /// A bounded part of the work for a record; where to go on, or `None` if that was all. Nobody changes the size of a volume
-    /// meanwhile: it could grow over pages that are about to be freed.
+    /// A bounded part of the work for a record; where to go on, or `None` if that was all. Nobody
+    /// changes the size of a volume meanwhile: it could grow over pages that are about to be freed.
     pub(super) async fn free_step(
         &self,
         key: PageKey,
@@ -272,10 +294,17 @@ impl Store {
         self.cut_some(key, cursor, frees_number).await
     }
 
-    /// Frees some of the pages behind the end of a volume, and ends its cut with the last; where to go on. The number of a
-    /// deleted one is free then only if `frees_number`.
-    async fn cut_some(&self, key: PageKey, cursor: Option<Cursor>, frees_number: bool) -> Result<Option<Cursor>> {
-        let Some(page) = self.read(&[key]).await?.pop().filter(|page| !page.is_absent()) else { return Ok(None) };
+    /// Frees some of the pages behind the end of a volume, and ends its cut with the last; where to
+    /// go on. The number of a deleted one is free then only if `frees_number`.
+    async fn cut_some(
+        &self,
+        key: PageKey,
+        cursor: Option<Cursor>,
+        frees_number: bool,
+    ) -> Result<Option<Cursor>> {
+        let Some(page) = self.read(&[key]).await?.pop().filter(|page| !page.is_absent()) else {
+            return Ok(None);
+        };
         let (id, volume) = (VolumeId::new(key.page.get() as u8), decode(key, &page)?);
         if !volume.is_cut {
             return Ok(None);
@@ -288,7 +317,8 @@ impl Store {
         if volume.name.is_empty() && !frees_number {
             return Ok(None);
         }
-        let whole = (!volume.name.is_empty()).then_some(catalog::Volume { is_cut: false, ..volume });
+        let whole =
+            (!volume.name.is_empty()).then_some(catalog::Volume { is_cut: false, ..volume });
         let lsn = self.put_record(vec![(key, page.lsn())], key, whole.as_ref()).await?;
         whole.into_iter().for_each(|whole| self.shared(id).learn(lsn, &whole));
         Ok(None)
@@ -302,8 +332,9 @@ impl Store {
     }
 
     async fn records(&self) -> Result<Vec<Record>> {
-        let keys: Vec<PageKey> =
-            (1..VOLUMES_MAX as u64).map(|n| PageKey::new(VolumeId::CATALOG, PageId::new(n))).collect();
+        let keys: Vec<PageKey> = (1..VOLUMES_MAX as u64)
+            .map(|n| PageKey::new(VolumeId::CATALOG, PageId::new(n)))
+            .collect();
         let mut records = Vec::with_capacity(keys.len());
         // In parts: with little memory a handle can't pin all at once.
         for keys in keys.chunks(READ_PAGES) {
@@ -317,12 +348,19 @@ impl Store {
 
     async fn record(&self, name: &str) -> Result<(Record, catalog::Volume)> {
         let records = self.records().await?;
-        let names: Vec<&str> = records.iter().filter_map(|r| Some(r.volume.as_ref()?.name.as_str())).collect();
-        let names = names.into_iter().filter(|name| !name.is_empty()).collect::<Vec<_>>().join(", ");
+        let names: Vec<&str> =
+            records.iter().filter_map(|r| Some(r.volume.as_ref()?.name.as_str())).collect();
+        let names =
+            names.into_iter().filter(|name| !name.is_empty()).collect::<Vec<_>>().join(", ");
         let found = records.into_iter().find(|record| !name.is_empty() && record.is_named(name));
-        let found = found.and_then(|record| Some((record.volume.clone()?, record))).map(|(volume, r)| (r, volume));
-        let there = if names.is_empty() { "there are none".into() } else { format!("there are: {names}") };
-        found.ok_or_else(|| Error::new(ErrorKind::NotFound, format_args!("no volume is named {name:?}; {there}")))
+        let found = found
+            .and_then(|record| Some((record.volume.clone()?, record)))
+            .map(|(volume, r)| (r, volume));
+        let there =
+            if names.is_empty() { "there are none".into() } else { format!("there are: {names}") };
+        found.ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, format_args!("no volume is named {name:?}; {there}"))
+        })
     }
 
     async fn put_record(
@@ -331,7 +369,8 @@ impl Store {
         key: PageKey,
         volume: Option<&catalog::Volume>,
     ) -> Result<Lsn> {
-        let change = volume.map_or(Change::Free, |volume| Change::Put(Bytes::from(catalog::encode(volume))));
+        let change =
+            volume.map_or(Change::Free, |volume| Change::Put(Bytes::from(catalog::encode(volume))));
         self.commit(Commit { reads, changes: vec![(key, change)], durable: true }).await
     }
 
@@ -347,7 +386,8 @@ impl Store {
 }
 
 fn decode(key: PageKey, page: &[u8]) -> Result<catalog::Volume> {
-    catalog::decode(page).map_err(|what| Error::corrupt(format_args!("catalog page {:?} {what}", key.page)))
+    catalog::decode(page)
+        .map_err(|what| Error::corrupt(format_args!("catalog page {:?} {what}", key.page)))
 }
 
 #[cfg(test)]
@@ -359,7 +399,9 @@ mod tests {
     /// Going on at the wrong page frees what a volume has gained again, or leaves what it has lost.
     #[test]
     fn freeing_goes_on_behind_the_end_of_the_volume_as_it_is_now() {
-        let cursor = |from: u64, next| Some(Cursor { from_bytes: from * BLOCK as u64, next: PageId::new(next) });
+        let cursor = |from: u64, next| {
+            Some(Cursor { from_bytes: from * BLOCK as u64, next: PageId::new(next) })
+        };
         let first = |cursor, pages: u64| Cursor::go_on(cursor, pages * BLOCK as u64).get();
         assert_eq!(first(None, 10), 10);
         assert_eq!(first(cursor(10, 50), 10), 50, "where it stopped");
@@ -369,7 +411,8 @@ mod tests {
         assert_eq!(Cursor::go_on(None, 4097).get(), 2, "a page that is its own in part stays");
     }
 
-    /// Clients take a size from 2^63 on for a negative number: such a volume could be made, and not be used.
+    /// Clients take a size from 2^63 on for a negative number: such a volume could be made, and not
+    /// be used.
     #[test]
     fn a_volume_has_no_more_bytes_than_clients_can_address() {
         assert!(check_size(BYTES_MAX).is_ok() && check_size(4096).is_ok());
@@ -381,33 +424,47 @@ mod tests {
             (0, "use 4096"),
         ] {
             let error = check_size(bad).expect_err("no size");
-            assert!(error.kind() == ErrorKind::Invalid && error.to_string().ends_with(says), "{bad}: {error}");
+            assert!(
+                error.kind() == ErrorKind::Invalid && error.to_string().ends_with(says),
+                "{bad}: {error}"
+            );
         }
     }
 
-    /// A volume whose shortening a crash has left, and that is deleted before the store has gone on with it: given its number
-    /// again, a new volume would get what old handles write.
+    /// A volume whose shortening a crash has left, and that is deleted before the store has gone on
+    /// with it: given its number again, a new volume would get what old handles write.
     #[test]
     fn a_volume_deleted_while_its_cut_is_finished_keeps_its_number() {
         let dir = tempfile::tempdir().expect("a directory");
-        let store = block_on(Store::open(dir.path(), Options { memory_bytes: 16 << 20, ..Options::default() }));
+        let store = block_on(Store::open(
+            dir.path(),
+            Options { memory_bytes: 16 << 20, ..Options::default() },
+        ));
         let store = store.expect("it opens");
         let old = block_on(store.create_volume("v", 1 << 20)).expect("a volume");
         let key = PageKey::new(VolumeId::CATALOG, PageId::new(u64::from(old.id().get())));
-        let record = || block_on(store.records()).expect("the catalog").remove(old.id().get() as usize - 1);
+        let record =
+            || block_on(store.records()).expect("the catalog").remove(old.id().get() as usize - 1);
         let cut = catalog::Volume { name: "v".into(), bytes: 4096, is_cut: true };
         block_on(store.put_record(vec![(key, record().lsn)], key, Some(&cut))).expect("it is cut");
         let before = record();
         block_on(store.delete_volume("v")).expect("it goes");
         block_on(store.wait_freed()).expect("its pages go");
         // What the background does with what it has found at the open.
-        assert_eq!(block_on(store.cut_some(key, None, before.is_named(""))).expect("its pages are freed"), None);
+        assert_eq!(
+            block_on(store.cut_some(key, None, before.is_named(""))).expect("its pages are freed"),
+            None
+        );
         assert!(record().volume.is_some_and(|volume| volume.name.is_empty()), "its number is free");
         assert_ne!(block_on(store.create_volume("v", 1 << 20)).expect("a volume").id(), old.id());
         let lost = block_on(old.write(PageId::new(0), vec![1; BLOCK])).expect_err("it is deleted");
         assert_eq!(lost.kind(), ErrorKind::NotFound);
         // At the next open nobody has a handle.
-        assert_eq!(block_on(store.cut_some(key, None, record().is_named(""))).expect("its pages are freed"), None);
+        assert_eq!(
+            block_on(store.cut_some(key, None, record().is_named("")))
+                .expect("its pages are freed"),
+            None
+        );
         assert!(record().volume.is_none(), "its number is not free");
         block_on(store.close()).expect("it closes");
     }

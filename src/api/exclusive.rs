@@ -1,9 +1,11 @@
-//! A lock that is held across awaits, handed from one holder to the next in the order in which they came.
+//! A lock that is held across awaits, handed from one holder to the next in the order in which they
+//! came.
 //!
 //! Invariants
 //! 1. There is at most one guard at a time.
-//! 2. A caller that releases the lock and takes it again at once queues behind those who wait: a thread that frees the
-//!    pages of a volume step by step can't keep out whoever wants to resize one.
+//! 2. A caller that releases the lock and takes it again at once queues behind those who wait: a
+//!    thread that frees the pages of a volume step by step can't keep out whoever wants to resize
+//!    one.
 //! 3. A caller that gives up waiting keeps nobody else from the lock.
 
 use event_listener::Event;
@@ -13,7 +15,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 struct State {
     is_held: bool,
     waiting: usize,
-    /// The last holder has left the lock to one of those who wait: it stays held until one of them takes it.
+    /// The last holder has left the lock to one of those who wait: it stays held until one of them
+    /// takes it.
     is_handed_over: bool,
 }
 
@@ -52,7 +55,8 @@ impl Exclusive {
             if std::mem::take(&mut state.is_handed_over) {
                 return Guard(self);
             }
-            // A caller that gave up has passed its wake-up on, after the lock had gone to another one.
+            // A caller that gave up has passed its wake-up on, after the lock had gone to another
+            // one.
             turn = self.handed_over.listen();
         }
     }
@@ -92,7 +96,8 @@ mod tests {
         block_on(exclusive.lock())
     }
 
-    /// If this fails, resizing a volume waits until the last page of a deleted one is freed, which takes hours.
+    /// If this fails, resizing a volume waits until the last page of a deleted one is freed, which
+    /// takes hours.
     #[test]
     fn whoever_waits_gets_the_lock_before_the_last_holder_again() {
         let exclusive = Exclusive::default();
@@ -109,7 +114,8 @@ mod tests {
         drop(lock_of(&exclusive));
     }
 
-    /// If this fails, a call that a client has given up leaves the store unable to change a volume until it is reopened.
+    /// If this fails, a call that a client has given up leaves the store unable to change a volume
+    /// until it is reopened.
     #[test]
     fn who_gives_up_waiting_keeps_nobody_out() {
         for handed_over in [false, true] {

@@ -6,11 +6,13 @@
 //!                                └─────┘ Busy, Full, Conflict: pause from 1 ms up to 1 s, then the same step again
 //! ```
 //! Invariants
-//! 1. A deletion is answered when its record is durable: nothing that happens here can take the answer back or delay it.
-//! 2. A step that fails for a reason that passes is tried again for as long as the store is open. What is left when the
-//!    store is closed or has crashed is found in the catalog by the next open.
-//! 3. The thread runs only while there are jobs. It does not keep the store open: the last handle that a caller drops
-//!    stops it first ([`Handles`]).
+//! 1. A deletion is answered when its record is durable: nothing that happens here can take the
+//!    answer back or delay it.
+//! 2. A step that fails for a reason that passes is tried again for as long as the store is open.
+//!    What is left when the store is closed or has crashed is found in the catalog by the next
+//!    open.
+//! 3. The thread runs only while there are jobs. It does not keep the store open: the last handle
+//!    that a caller drops stops it first ([`Handles`]).
 //!
 //! Does not know which pages a record stands for: `catalog` does.
 
@@ -29,7 +31,8 @@ use std::time::Duration;
 /// Pauses after a step that the store was too busy for: each is twice the one before it.
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
-/// Pauses between two warnings about the same job: about a minute and a half apart once pauses have grown.
+/// Pauses between two warnings about the same job: about a minute and a half apart once pauses have
+/// grown.
 const PAUSES_PER_WARNING: u32 = 100;
 
 /// A record whose pages are to be freed.
@@ -87,13 +90,16 @@ impl Freeing {
         self.lock().jobs.len()
     }
 
-    /// Takes on the record at `key`, or begins again with it if it has changed. `store` is for the thread.
+    /// Takes on the record at `key`, or begins again with it if it has changed. `store` is for the
+    /// thread.
     pub(super) fn add(self: &Arc<Self>, store: Store, key: PageKey, frees_number: bool) {
         let mut state = self.lock();
         state.generations += 1;
         let generation = state.generations;
         let known = state.jobs.get(&key).is_none_or(|job| job.frees_number);
-        state.jobs.insert(key, Job { frees_number: frees_number && known, cursor: None, generation });
+        state
+            .jobs
+            .insert(key, Job { frees_number: frees_number && known, cursor: None, generation });
         if state.is_running || state.is_ending {
             return;
         }
@@ -111,7 +117,8 @@ impl Freeing {
                 state.thread = Some(thread);
             }
             Err(source) => {
-                let error = Error::no_thread("a thread that frees the pages of a deleted volume", source);
+                let error =
+                    Error::no_thread("a thread that frees the pages of a deleted volume", source);
                 tracing::warn!(%error, "its pages are freed when the store is opened next");
                 state.jobs.clear();
                 state.failed = Some(error);
@@ -161,7 +168,8 @@ impl Freeing {
         self.changed.notify(usize::MAX);
         let Some(thread) = thread else { return };
         let is_this = thread.thread().id() == std::thread::current().id();
-        // On a shard's thread it would wait for a thread that may wait for this one; there the store ends a little later.
+        // On a shard's thread it would wait for a thread that may wait for this one; there the
+        // store ends a little later.
         if !is_this && !crate::runtime::is_shard_thread() {
             drop(thread.join());
         }
@@ -170,7 +178,11 @@ impl Freeing {
     /// The next job, or none: then the thread ends, and the next `add` starts another.
     fn next(&self) -> Option<(PageKey, Job)> {
         let mut state = self.lock();
-        let next = if state.is_ending { None } else { state.jobs.first_key_value().map(|(key, job)| (*key, *job)) };
+        let next = if state.is_ending {
+            None
+        } else {
+            state.jobs.first_key_value().map(|(key, job)| (*key, *job))
+        };
         state.is_running = next.is_some();
         next
     }
@@ -205,7 +217,9 @@ impl Freeing {
     fn stepped(&self, key: PageKey, generation: u64, cursor: Option<Cursor>) {
         let mut state = self.lock();
         // Another one than the step was made for: it begins with the record as it is now.
-        let Some(job) = state.jobs.get_mut(&key).filter(|job| job.generation == generation) else { return };
+        let Some(job) = state.jobs.get_mut(&key).filter(|job| job.generation == generation) else {
+            return;
+        };
         job.cursor = cursor;
         if cursor.is_none() {
             state.jobs.remove(&key);
@@ -250,7 +264,8 @@ impl Drop for Running<'_> {
         if std::thread::panicking() {
             state.is_running = false;
             state.jobs.clear();
-            state.failed = Some(Error::internal("the thread that frees pages panicked; reopen the store"));
+            state.failed =
+                Some(Error::internal("the thread that frees pages panicked; reopen the store"));
         }
         drop(state);
         self.0.changed.notify(usize::MAX);

@@ -1,12 +1,12 @@
 //! The handles that callers hold: the store, its volumes, and transactions.
 //!
 //! Invariants
-//! 1. A handle holds no state of pages: everything is asked of the shard. So handles are cheap to clone, and any
-//!    number of them, on any thread and runtime, see the same store.
-//! 2. A future that is dropped before its first poll did nothing; one dropped later undoes nothing that was
-//!    submitted.
-//! 3. Volumes are named in the catalog (volume 0) by ordinary transactions: creation is as atomic and durable as any
-//!    commit.
+//! 1. A handle holds no state of pages: everything is asked of the shard. So handles are cheap to
+//!    clone, and any number of them, on any thread and runtime, see the same store.
+//! 2. A future that is dropped before its first poll did nothing; one dropped later undoes nothing
+//!    that was submitted.
+//! 3. Volumes are named in the catalog (volume 0) by ordinary transactions: creation is as atomic
+//!    and durable as any commit.
 
 pub mod blocking;
 mod catalog;
@@ -47,14 +47,16 @@ const READ_PAGES: usize = 64;
 /// The part of the memory that one handle can pin.
 const PINS_SHARE: u64 = 4;
 
-/// An open store. Clones are handles to the same one; it ends without a clean close (as in a crash: nothing
-/// acknowledged as durable is lost) when the last handle is dropped, and cleanly by [`close`](Store::close).
+/// An open store. Clones are handles to the same one; it ends without a clean close (as in a crash:
+/// nothing acknowledged as durable is lost) when the last handle is dropped, and cleanly by
+/// [`close`](Store::close).
 ///
-/// Dropping the last handle waits for what is at the device, and until the store can be opened again. On a shard's own
-/// thread, in a task or a waker there, it waits for nothing: the store ends by itself, and opening it waits for that.
+/// Dropping the last handle waits for what is at the device, and until the store can be opened
+/// again. On a shard's own thread, in a task or a waker there, it waits for nothing: the store ends
+/// by itself, and opening it waits for that.
 ///
-/// Volumes, transactions and scans belong to the handle that they were made from: it may hold pins of a quarter of the memory,
-/// a clone of it as many of its own.
+/// Volumes, transactions and scans belong to the handle that they were made from: it may hold pins
+/// of a quarter of the memory, a clone of it as many of its own.
 pub struct Store {
     /// What a caller's handle has, and the engine's own have not. Before `inner`: it goes first.
     handles: Option<Arc<Handles>>,
@@ -68,14 +70,19 @@ struct Inner {
     closing: Mutex<bool>,
     /// What all handles to each volume share.
     volumes: Box<[Arc<catalog::Shared>]>,
-    /// Held while a volume is made smaller, larger or deleted, and while some of its pages are freed.
+    /// Held while a volume is made smaller, larger or deleted, and while some of its pages are
+    /// freed.
     resizing: Arc<exclusive::Exclusive>,
     freeing: Arc<Freeing>,
 }
 
 impl Clone for Store {
     fn clone(&self) -> Self {
-        Store { handles: self.handles.clone(), inner: self.inner.clone(), pins: self.pins.another() }
+        Store {
+            handles: self.handles.clone(),
+            inner: self.inner.clone(),
+            pins: self.pins.another(),
+        }
     }
 }
 
@@ -86,25 +93,28 @@ impl std::fmt::Debug for Store {
 }
 
 impl Store {
-    /// Opens the store in directory `dir`, or creates one there if it holds none. After a crash this recovers: on
-    /// return the store holds exactly the commits up to [`RecoveryReport::cut`], all acknowledged ones among them.
+    /// Opens the store in directory `dir`, or creates one there if it holds none. After a crash
+    /// this recovers: on return the store holds exactly the commits up to [`RecoveryReport::cut`],
+    /// all acknowledged ones among them.
     ///
-    /// Dropping the future gives opening up, also in the middle of a long recovery, and leaves the store as after a crash.
-    /// It waits, as dropping a store does, for what is at the device.
+    /// Dropping the future gives opening up, also in the middle of a long recovery, and leaves the
+    /// store as after a crash. It waits, as dropping a store does, for what is at the device.
     ///
     /// # Errors
-    /// `InUse`: another process, or another handle of this one, has it open. `Unsupported`: another format version.
-    /// `Corrupt`: damage that recovery must not pass over; nothing was changed. `Invalid`: an option; the message
-    /// says which. `Io`, `Full`: the directory can't be written.
+    /// `InUse`: another process, or another handle of this one, has it open. `Unsupported`: another
+    /// format version. `Corrupt`: damage that recovery must not pass over; nothing was changed.
+    /// `Invalid`: an option; the message says which. `Io`, `Full`: the directory can't be written.
     pub async fn open(dir: impl AsRef<Path>, options: Options) -> Result<Store> {
         Store::open_wanted(dir.as_ref(), options, OpenMode::CreateIfMissing).await
     }
 
-    /// Opens the store in directory `dir` as [`open`](Self::open) does, and never creates one: for a directory whose file system may
-    /// not be mounted yet, where a new, empty store in its place would hide the one that is meant.
+    /// Opens the store in directory `dir` as [`open`](Self::open) does, and never creates one: for
+    /// a directory whose file system may not be mounted yet, where a new, empty store in its place
+    /// would hide the one that is meant.
     ///
     /// # Errors
-    /// `NotFound`: there is no store, or one whose creation was cut short. And as [`open`](Self::open).
+    /// `NotFound`: there is no store, or one whose creation was cut short. And as
+    /// [`open`](Self::open).
     pub async fn open_existing(dir: impl AsRef<Path>, options: Options) -> Result<Store> {
         Store::open_wanted(dir.as_ref(), options, OpenMode::MustExist).await
     }
@@ -131,13 +141,15 @@ impl Store {
         &self.inner.runtime.recovery
     }
 
-    /// The most that one commit may count: 4 KiB for each page written or patched, 512 bytes for each page freed.
-    /// It is `Options::txn_bytes_max`, or less where the memory or the log segments ask for it.
+    /// The most that one commit may count: 4 KiB for each page written or patched, 512 bytes for
+    /// each page freed. It is `Options::txn_bytes_max`, or less where the memory or the log
+    /// segments ask for it.
     pub fn txn_bytes_max(&self) -> u64 {
         self.inner.runtime.txn_bytes_max
     }
 
-    /// What the machine really gives: driver and why not another, direct I/O, file system, flush method.
+    /// What the machine really gives: driver and why not another, direct I/O, file system, flush
+    /// method.
     pub fn disk_report(&self) -> &DiskReport {
         &self.inner.runtime.report.disk
     }
@@ -170,10 +182,12 @@ impl Store {
         Txn::new(self.same_handle())
     }
 
-    /// Returns when everything acknowledged before the call, on any handle, is durable; up to which LSN that is.
+    /// Returns when everything acknowledged before the call, on any handle, is durable; up to which
+    /// LSN that is.
     ///
     /// # Errors
-    /// `Closed`: the store is closed or has stopped after a failed write; what was buffered may be lost.
+    /// `Closed`: the store is closed or has stopped after a failed write; what was buffered may be
+    /// lost.
     pub async fn flush(&self) -> Result<Lsn> {
         match self.ask(Request::Flush).await? {
             Response::Flushed(lsn) => Ok(lsn),
@@ -194,7 +208,8 @@ impl Store {
         self.inner.runtime.watermark()
     }
 
-    /// Writes all dirty pages and a new page map: a crash afterwards has no log to replay up to the LSN returned.
+    /// Writes all dirty pages and a new page map: a crash afterwards has no log to replay up to the
+    /// LSN returned.
     pub async fn checkpoint(&self) -> Result<Lsn> {
         match self.ask(Request::Checkpoint).await? {
             Response::Checkpointed(lsn) => Ok(lsn),
@@ -202,10 +217,12 @@ impl Store {
         }
     }
 
-    /// Waits until the store takes no writes any more although nobody has closed it: a write or a flush of the log has failed,
-    /// or a thread of the engine has panicked. The error says why. Reads may go on; only reopening the store helps.
+    /// Waits until the store takes no writes any more although nobody has closed it: a write or a
+    /// flush of the log has failed, or a thread of the engine has panicked. The error says why.
+    /// Reads may go on; only reopening the store helps.
     ///
-    /// It never returns while all is well, nor once the store was closed: wait for it beside something else.
+    /// It never returns while all is well, nor once the store was closed: wait for it beside
+    /// something else.
     pub async fn failed(&self) -> Error {
         self.inner.runtime.failed().await
     }
@@ -219,8 +236,8 @@ impl Store {
         Ok(total)
     }
 
-    /// Operations (reads, commits, flushes) answered in a second, over the last `period` of full seconds: at least one, at
-    /// most 60, and no longer than the store has been open.
+    /// Operations (reads, commits, flushes) answered in a second, over the last `period` of full
+    /// seconds: at least one, at most 60, and no longer than the store has been open.
     ///
     /// # Errors
     /// `Closed`.
@@ -240,13 +257,17 @@ impl Store {
         Ok(all)
     }
 
-    /// Finishes what is under way, makes everything durable and records the end of the log, so that the next open
-    /// has nothing to recover. All other handles get `Closed` from then on.
+    /// Finishes what is under way, makes everything durable and records the end of the log, so that
+    /// the next open has nothing to recover. All other handles get `Closed` from then on.
     ///
     /// # Errors
-    /// `Closed`: it is closed already, or has stopped after a failed write; then nothing more could be done.
+    /// `Closed`: it is closed already, or has stopped after a failed write; then nothing more could
+    /// be done.
     pub async fn close(&self) -> Result<()> {
-        let first = !std::mem::replace(&mut *self.inner.closing.lock().unwrap_or_else(PoisonError::into_inner), true);
+        let first = !std::mem::replace(
+            &mut *self.inner.closing.lock().unwrap_or_else(PoisonError::into_inner),
+            true,
+        );
         if !first {
             return Err(Error::new(ErrorKind::Closed, "the store is closed; open it again"));
         }
@@ -276,5 +297,8 @@ fn pages(response: Response) -> Result<SmallVec<[PageRef; 1]>> {
 }
 
 fn unexpected(response: &Response) -> Error {
-    Error::new(ErrorKind::Closed, format_args!("the shard gave another answer than was asked for: {response:?}"))
+    Error::new(
+        ErrorKind::Closed,
+        format_args!("the shard gave another answer than was asked for: {response:?}"),
+    )
 }

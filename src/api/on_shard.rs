@@ -2,7 +2,8 @@
 //!
 //! Invariants
 //! 1. A handle lives on its shard's thread only; what a task returns must be able to leave it.
-//! 2. Reads are of pages that belong to the shard ([`Store::shard_of`] says which); commits may touch any pages.
+//! 2. Reads are of pages that belong to the shard ([`Store::shard_of`] says which); commits may
+//!    touch any pages.
 
 use super::{Inner, ShardTxn, Store, Volume, committed, pages};
 use crate::base::error::{Error, Result};
@@ -37,19 +38,27 @@ impl ShardHandle {
     /// The newest version of a page of this shard, durable or not.
     ///
     /// # Errors
-    /// `Invalid`: the page belongs to another shard, or the volume to another store. Else as [`Volume::read`].
+    /// `Invalid`: the page belongs to another shard, or the volume to another store. Else as
+    /// [`Volume::read`].
     pub async fn read(&self, volume: &Volume, page: PageId) -> Result<PageRef> {
         let key = self.key(volume, page)?;
         let mut pins = PinQuota::take(&self.pins, 1)?;
         let read = self.local.call(Request::Read(SmallVec::from_buf([key]))).await?;
-        pages(read)?.pop().map(|page| page.counted(&mut pins)).ok_or_else(|| Error::internal("a read gave no page"))
+        pages(read)?
+            .pop()
+            .map(|page| page.counted(&mut pins))
+            .ok_or_else(|| Error::internal("a read gave no page"))
     }
 
     /// Pages of this shard, at most `vectored_pages_max` of them, in the order asked.
     ///
     /// # Errors
     /// As [`read`](Self::read), of the first page that fails.
-    pub async fn read_many(&self, volume: &Volume, ids: &[PageId]) -> Result<SmallVec<[PageRef; 1]>> {
+    pub async fn read_many(
+        &self,
+        volume: &Volume,
+        ids: &[PageId],
+    ) -> Result<SmallVec<[PageRef; 1]>> {
         volume.check_of(&self.store)?;
         let mut pins = PinQuota::take(&self.pins, ids.len())?;
         let keys: SmallVec<[PageKey; 1]> = ids.iter().map(|page| volume.key(*page)).collect();
@@ -65,14 +74,15 @@ impl ShardHandle {
         self.local.call(Request::WaitDurable(lsn)).await.map(drop)
     }
 
-    /// One atomic commit of changes of a volume's pages, in order; durable on return. Cheapest if the pages are this
-    /// shard's.
+    /// One atomic commit of changes of a volume's pages, in order; durable on return. Cheapest if
+    /// the pages are this shard's.
     ///
     /// # Errors
     /// As [`Volume::apply`].
     pub async fn commit(&self, volume: &Volume, changes: Vec<(PageId, Change)>) -> Result<Lsn> {
         volume.check_of(&self.store)?;
-        let changes = changes.into_iter().map(|(page, change)| (volume.key(page), change)).collect();
+        let changes =
+            changes.into_iter().map(|(page, change)| (volume.key(page), change)).collect();
         self.commit_work(Commit { reads: Vec::new(), changes, durable: true }).await
     }
 
@@ -114,12 +124,12 @@ impl Store {
         self.inner.runtime.shard_map().shard_of(volume.key(page)).index()
     }
 
-    /// Runs the future that `make` makes as a task on the thread of shard `shard`. It runs on if the result is dropped,
-    /// and must not block: the shard waits meanwhile.
+    /// Runs the future that `make` makes as a task on the thread of shard `shard`. It runs on if
+    /// the result is dropped, and must not block: the shard waits meanwhile.
     ///
     /// # Errors
-    /// `Invalid`: there is no such shard. `Busy`: too many tasks are on their way there. `Closed`: the store is, or was
-    /// closed before the task ended.
+    /// `Invalid`: there is no such shard. `Busy`: too many tasks are on their way there. `Closed`:
+    /// the store is, or was closed before the task ended.
     ///
     /// # Panics
     /// The result panics if the task did.
@@ -135,9 +145,13 @@ impl Store {
     {
         if shard >= self.shards_count() {
             let count = self.shards_count();
-            return Err(Error::invalid(format_args!("there is no shard {shard}: the store has {count}, from 0 on")));
+            return Err(Error::invalid(format_args!(
+                "there is no shard {shard}: the store has {count}, from 0 on"
+            )));
         }
         let (pins, store) = (self.pins.another(), Arc::downgrade(&self.inner));
-        self.inner.runtime.spawn_on(ShardId::new(shard as u16), |local| make(ShardHandle { local, pins, store }))
+        self.inner
+            .runtime
+            .spawn_on(ShardId::new(shard as u16), |local| make(ShardHandle { local, pins, store }))
     }
 }

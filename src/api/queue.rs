@@ -1,5 +1,5 @@
-//! The store for callers with an event loop of their own: operations are submitted in batches, and their completions
-//! waited for, at least so many at a time.
+//! The store for callers with an event loop of their own: operations are submitted in batches, and
+//! their completions waited for, at least so many at a time.
 //!
 //! ```
 //! use corepage::queue::{Op, Output, Queue};
@@ -26,7 +26,8 @@
 //!
 //! Invariants
 //! 1. Each operation that was taken gives exactly one completion, in any order.
-//! 2. At most `depth` operations are taken and not handed back; more get `Busy`, and nothing was done.
+//! 2. At most `depth` operations are taken and not handed back; more get `Busy`, and nothing was
+//!    done.
 //! 3. The descriptor is readable whenever a completion may be there that was not handed out.
 //!
 //! Dropping a queue undoes nothing that was submitted.
@@ -74,7 +75,8 @@ impl Op {
         Op::Commit(volume.clone(), vec![(page, Change::Put(bytes.into()))], Durability::Durable)
     }
 
-    /// Writes a whole page of 4,096 bytes, ordered and visible when it completes, durable after a flush.
+    /// Writes a whole page of 4,096 bytes, ordered and visible when it completes, durable after a
+    /// flush.
     pub fn write_back(volume: &Volume, page: PageId, bytes: impl Into<Bytes>) -> Op {
         Op::Commit(volume.clone(), vec![(page, Change::Put(bytes.into()))], Durability::Buffered)
     }
@@ -132,12 +134,14 @@ impl Raised {
         !self.0.swap(true, Ordering::SeqCst)
     }
 
-    /// What comes from now on raises it again; what came before is in `ready`. In this order: were the counter taken last, it
-    /// could be one that belongs to a raise just now, and no later one would count it up again.
+    /// What comes from now on raises it again; what came before is in `ready`. In this order: were
+    /// the counter taken last, it could be one that belongs to a raise just now, and no later one
+    /// would count it up again.
     fn lower(&self, take_counter: impl FnOnce()) {
         if self.0.load(Ordering::SeqCst) {
             take_counter();
-            // Not a plain store: who found it raised has made something ready before, and that must be visible from here on.
+            // Not a plain store: who found it raised has made something ready before, and that must
+            // be visible from here on.
             self.0.swap(false, Ordering::SeqCst);
         }
     }
@@ -181,12 +185,20 @@ impl Queue {
     /// `Invalid`: the depth. `Io`: there is no descriptor to be had.
     pub fn new(store: &Store, depth: usize) -> Result<Queue> {
         if !(1..=DEPTH_MAX).contains(&depth) {
-            return Err(Error::invalid(format_args!("a queue of depth {depth}: it must be from 1 to {DEPTH_MAX}")));
+            return Err(Error::invalid(format_args!(
+                "a queue of depth {depth}: it must be from 1 to {DEPTH_MAX}"
+            )));
         }
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|error| Error::io("making an event descriptor for a queue", error.into()))?;
         let signal = Arc::new(Signal { ready: SegQueue::new(), event, raised: Raised::default() });
-        Ok(Queue { store: store.same_handle(), depth, under_way: Slab::new(), signal, done: VecDeque::new() })
+        Ok(Queue {
+            store: store.same_handle(),
+            depth,
+            under_way: Slab::new(),
+            signal,
+            done: VecDeque::new(),
+        })
     }
 
     /// Operations taken whose completions were not handed out.
@@ -194,7 +206,8 @@ impl Queue {
         self.under_way.len() + self.done.len()
     }
 
-    /// Takes an operation; it is on its way when this returns. `tag` comes back with its completion.
+    /// Takes an operation; it is on its way when this returns. `tag` comes back with its
+    /// completion.
     ///
     /// # Errors
     /// `Busy`: `depth` operations are in flight; nothing was done.
@@ -202,7 +215,10 @@ impl Queue {
         if self.in_flight() >= self.depth {
             return Err(Error::new(
                 ErrorKind::Busy,
-                format_args!("{} operations are in flight, the depth of the queue: wait for some", self.depth),
+                format_args!(
+                    "{} operations are in flight, the depth of the queue: wait for some",
+                    self.depth
+                ),
             ));
         }
         let future = start(&self.store, op);
@@ -223,12 +239,18 @@ impl Queue {
         ops.into_iter().take(room).map_while(|(tag, op)| self.submit(tag, op).ok()).count()
     }
 
-    /// Waits until at least `min` completions are there, or all that are in flight, or `timeout` is over, and hands all that are
-    /// there out, at the end of `into`; how many. With `min` 0 it does not wait.
+    /// Waits until at least `min` completions are there, or all that are in flight, or `timeout` is
+    /// over, and hands all that are there out, at the end of `into`; how many. With `min` 0 it does
+    /// not wait.
     ///
     /// # Errors
     /// `Invalid`: it would wait on a thread that drives a shard. `Io`: waiting failed.
-    pub fn wait(&mut self, min: usize, timeout: Option<Duration>, into: &mut Vec<Completion>) -> Result<usize> {
+    pub fn wait(
+        &mut self,
+        min: usize,
+        timeout: Option<Duration>,
+        into: &mut Vec<Completion>,
+    ) -> Result<usize> {
         if min > 0 && runtime::is_shard_thread() {
             return Err(Error::invalid(
                 "waiting on a thread that drives a shard would wait for itself: ask with `min` 0",
@@ -276,7 +298,9 @@ impl Queue {
 
 fn start(store: &Store, op: Op) -> Pin<Box<dyn Future<Output = Result<Output>> + Send>> {
     match op {
-        Op::Read(volume, pages) => Box::pin(async move { volume.read_many(&pages).await.map(Output::Pages) }),
+        Op::Read(volume, pages) => {
+            Box::pin(async move { volume.read_many(&pages).await.map(Output::Pages) })
+        }
         Op::Commit(volume, changes, durability) => {
             Box::pin(async move { volume.apply(changes, durability).await.map(Output::Committed) })
         }
@@ -288,7 +312,8 @@ fn start(store: &Store, op: Op) -> Pin<Box<dyn Future<Output = Result<Output>> +
 }
 
 impl AsFd for Queue {
-    /// Readable when [`wait`](Queue::wait) may hand something out: for the caller's own `epoll` or `poll`.
+    /// Readable when [`wait`](Queue::wait) may hand something out: for the caller's own `epoll` or
+    /// `poll`.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.signal.event.as_fd()
     }
@@ -308,12 +333,16 @@ mod loom {
         ready: [AtomicU32; 2],
     }
 
-    /// Two threads make something ready and raise; the owner lowers and takes what is ready. What it has not seen then must have
-    /// made the descriptor readable, or nobody comes for it.
+    /// Two threads make something ready and raise; the owner lowers and takes what is ready. What
+    /// it has not seen then must have made the descriptor readable, or nobody comes for it.
     fn holds(lower: fn(&Raised, &AtomicU32)) -> bool {
         model::holds(None, move |verdict| {
             let (zero, counter) = (|| AtomicU32::new(0), AtomicU32::new(0));
-            let shared = Arc::new(Shared { raised: Raised(AtomicBool::new(false)), counter, ready: [zero(), zero()] });
+            let shared = Arc::new(Shared {
+                raised: Raised(AtomicBool::new(false)),
+                counter,
+                ready: [zero(), zero()],
+            });
             let wakers: Vec<_> = (0..2)
                 .map(|i| {
                     let shared = shared.clone();

@@ -2,7 +2,8 @@
 //!
 //! Invariants
 //! 1. Once begun, every part is under way; dropping it lets go of what comes.
-//! 2. Pages count against the pins of the handle from before they are asked for until their last reference is gone.
+//! 2. Pages count against the pins of the handle from before they are asked for until their last
+//!    reference is gone.
 
 use super::{Store, pages};
 use crate::base::PageKey;
@@ -34,8 +35,13 @@ impl Store {
         let shard_map = runtime.shard_map();
         let found = keys.iter().map(|_| None).collect();
         let mut parts = SmallVec::new();
-        if keys.len() <= most && keys.iter().all(|key| shard_map.shard_of(*key) == shard_map.shard_of(keys[0])) {
-            parts.push(((0..keys.len()).collect(), runtime.submit(Request::Read(keys.into())).await?));
+        if keys.len() <= most
+            && keys.iter().all(|key| shard_map.shard_of(*key) == shard_map.shard_of(keys[0]))
+        {
+            parts.push((
+                (0..keys.len()).collect(),
+                runtime.submit(Request::Read(keys.into())).await?,
+            ));
             return Ok(Reads { parts, found, pins });
         }
         let mut by_shard: Vec<Vec<usize>> = shard_map.shards().map(|_| Vec::new()).collect();

@@ -1,11 +1,13 @@
 //! Reading pages in order, with the next ones on their way already.
 //!
 //! Invariants
-//! 1. Pages come in order of their ids, each once; what is not allocated is passed over without a read.
+//! 1. Pages come in order of their ids, each once; what is not allocated is passed over without a
+//!    read.
 //! 2. A bounded number of reads is under way: [`AHEAD`] batches.
-//! 3. A call of [`Scan::next`] that is dropped loses nothing: what it has taken out of one place stands in another before it waits.
-//! 4. Each page is the newest version of its own moment. A page written after the scan has passed it, or freed before it is
-//!    there, is not seen.
+//! 3. A call of [`Scan::next`] that is dropped loses nothing: what it has taken out of one place
+//!    stands in another before it waits.
+//! 4. Each page is the newest version of its own moment. A page written after the scan has passed
+//!    it, or freed before it is there, is not seen.
 
 use super::read::Reads;
 use super::space::Look;
@@ -42,9 +44,10 @@ pub struct Scan {
 }
 
 impl Volume {
-    /// Reads the allocated pages from `first` to `last` in order, ahead of what is taken. It is no snapshot: each page is the
-    /// newest version at the moment at which it was read, up to 512 pages before it is handed out; durable or not
-    /// ([`Scan::lsn`] tells which, of pages that are missing too).
+    /// Reads the allocated pages from `first` to `last` in order, ahead of what is taken. It is no
+    /// snapshot: each page is the newest version at the moment at which it was read, up to 512
+    /// pages before it is handed out; durable or not ([`Scan::lsn`] tells which, of pages that are
+    /// missing too).
     pub fn scan(&self, first: PageId, last: PageId) -> Scan {
         let next = (first <= last).then_some(first);
         let (look, ranges, ids, batches, pages, lsn) = Default::default();
@@ -53,8 +56,8 @@ impl Volume {
 }
 
 impl Scan {
-    /// The next page, or `None` at the end. After an error the scan goes on behind what failed. Dropping the future loses no
-    /// page.
+    /// The next page, or `None` at the end. After an error the scan goes on behind what failed.
+    /// Dropping the future loses no page.
     ///
     /// # Errors
     /// As [`Volume::read`] and [`Volume::allocated`].
@@ -74,8 +77,9 @@ impl Scan {
         }
     }
 
-    /// When everything up to here is durable, so is all that the scan has handed out, and that pages are missing because they
-    /// were freed: [`Store::wait_durable`] waits for it. It grows as the scan goes on.
+    /// When everything up to here is durable, so is all that the scan has handed out, and that
+    /// pages are missing because they were freed: [`Store::wait_durable`] waits for it. It grows as
+    /// the scan goes on.
     pub fn lsn(&self) -> Lsn {
         self.lsn
     }
@@ -98,7 +102,9 @@ impl Scan {
             }
             let keys: Vec<PageKey> = self.ids.iter().map(|page| self.volume.key(*page)).collect();
             let begun = self.store().begin_read(&keys).await;
-            if begun.as_ref().is_err_and(|error| error.kind() == ErrorKind::Busy) && !self.batches.is_empty() {
+            if begun.as_ref().is_err_and(|error| error.kind() == ErrorKind::Busy)
+                && !self.batches.is_empty()
+            {
                 // As far as the pins go.
                 return Ok(());
             }
@@ -135,7 +141,8 @@ impl Scan {
             && let Some(next) = self.next
         {
             self.volume.check()?;
-            self.look = Some(self.store().begin_look(self.volume.id(), next, self.last, RANGES).await?);
+            self.look =
+                Some(self.store().begin_look(self.volume.id(), next, self.last, RANGES).await?);
         }
         let Some(look) = &mut self.look else { return Ok(false) };
         let result = look.wait().await;

@@ -1,9 +1,10 @@
 //! Which pages of a volume there are, and freeing many at once.
 //!
 //! Invariants
-//! 1. Only what is allocated is freed: a huge sparse range costs what is in it, and a look at the page map.
-//! 2. Each commit frees pages of one run, so of one shard; a bounded number of them is under way, fewer when the store is
-//!    busy. One that the store finds too large is divided.
+//! 1. Only what is allocated is freed: a huge sparse range costs what is in it, and a look at the
+//!    page map.
+//! 2. Each commit frees pages of one run, so of one shard; a bounded number of them is under way,
+//!    fewer when the store is busy. One that the store finds too large is divided.
 
 use super::{Store, Volume, committed, unexpected};
 use crate::base::error::{Error, ErrorKind, Result};
@@ -28,8 +29,8 @@ pub struct Allocated {
     pub ranges: Vec<(PageId, PageId)>,
     /// Where to go on; `None`: these are all that were asked for.
     pub next: Option<PageId>,
-    /// When everything up to here is durable, so is what was found: pages that were written, and pages that are missing because
-    /// they were freed. Zero: all of it is durable.
+    /// When everything up to here is durable, so is what was found: pages that were written, and
+    /// pages that are missing because they were freed. Zero: all of it is durable.
     pub lsn: Lsn,
 }
 
@@ -68,19 +69,28 @@ impl Look {
 }
 
 impl Volume {
-    /// The pages from `first` to `last` that were written and not freed, as ranges: about `ranges_max` of them, or less where
-    /// much is looked at; [`Allocated::next`] says where to go on. Each page counts as a reader would have found it at one
-    /// moment during the call, durable or not ([`Allocated::lsn`] tells which). Takes no pages into memory; what was never written costs next to nothing.
+    /// The pages from `first` to `last` that were written and not freed, as ranges: about
+    /// `ranges_max` of them, or less where much is looked at; [`Allocated::next`] says where to go
+    /// on. Each page counts as a reader would have found it at one moment during the call, durable
+    /// or not ([`Allocated::lsn`] tells which). Takes no pages into memory; what was never written
+    /// costs next to nothing.
     ///
     /// # Errors
-    /// `Corrupt`, `Io`: of the page map. `NotFound`: the volume was deleted. `Busy`: no memory is free. `Closed`.
-    pub async fn allocated(&self, first: PageId, last: PageId, ranges_max: usize) -> Result<Allocated> {
+    /// `Corrupt`, `Io`: of the page map. `NotFound`: the volume was deleted. `Busy`: no memory is
+    /// free. `Closed`.
+    pub async fn allocated(
+        &self,
+        first: PageId,
+        last: PageId,
+        ranges_max: usize,
+    ) -> Result<Allocated> {
         self.check()?;
         self.store().allocated_in(self.id(), first, last, ranges_max).await
     }
 
-    /// Frees all pages from `first` to `last`, in many commits: visible on return, durable after a later [`Store::flush`].
-    /// What is not allocated costs next to nothing. Pages written meanwhile may be freed or not.
+    /// Frees all pages from `first` to `last`, in many commits: visible on return, durable after a
+    /// later [`Store::flush`]. What is not allocated costs next to nothing. Pages written meanwhile
+    /// may be freed or not.
     ///
     /// # Errors
     /// As [`allocated`](Self::allocated) and [`Volume::free`]; some of the pages may be freed then.
@@ -115,14 +125,20 @@ impl Store {
         if first <= last {
             let asked = PageRange { volume, first, last, ranges_max: ranges_max.max(1) };
             for shard in self.inner.runtime.shard_map().shards() {
-                look.replies.push(self.inner.runtime.submit_to(shard, Request::Allocated(asked)).await?);
+                look.replies
+                    .push(self.inner.runtime.submit_to(shard, Request::Allocated(asked)).await?);
             }
         }
         Ok(look)
     }
 
     /// Frees what is allocated in a range.
-    pub(super) async fn free_pages(&self, volume: VolumeId, first: PageId, last: PageId) -> Result<()> {
+    pub(super) async fn free_pages(
+        &self,
+        volume: VolumeId,
+        first: PageId,
+        last: PageId,
+    ) -> Result<()> {
         let mut next = Some(first);
         while let Some(first) = next {
             next = self.free_some(volume, first, last).await?;
@@ -130,12 +146,18 @@ impl Store {
         Ok(())
     }
 
-    /// Frees a bounded part of it; where to go on. On return none of its commits is under way any more, also after an error:
-    /// a page that is written afterwards stays written.
-    pub(super) async fn free_some(&self, volume: VolumeId, first: PageId, last: PageId) -> Result<Option<PageId>> {
+    /// Frees a bounded part of it; where to go on. On return none of its commits is under way any
+    /// more, also after an error: a page that is written afterwards stays written.
+    pub(super) async fn free_some(
+        &self,
+        volume: VolumeId,
+        first: PageId,
+        last: PageId,
+    ) -> Result<Option<PageId>> {
         let Allocated { ranges, next, .. } = self.allocated_in(volume, first, last, RANGES).await?;
         let most = (self.txn_bytes_max() / FREE_BYTES).max(1);
-        let mut parts = Parts { waiting: by_run(&ranges, most).into(), width: COMMITS, failed: None };
+        let mut parts =
+            Parts { waiting: by_run(&ranges, most).into(), width: COMMITS, failed: None };
         let mut under_way: VecDeque<(Part, Reply)> = VecDeque::new();
         loop {
             while under_way.len() < parts.width
@@ -160,7 +182,11 @@ type Part = SmallVec<[RangeInclusive<u64>; 1]>;
 
 fn frees(volume: VolumeId, part: &Part) -> Commit {
     let free = |page| (PageKey::new(volume, PageId::new(page)), Change::Free);
-    Commit { reads: Vec::new(), changes: part.iter().cloned().flatten().map(free).collect(), durable: false }
+    Commit {
+        reads: Vec::new(),
+        changes: part.iter().cloned().flatten().map(free).collect(),
+        durable: false,
+    }
 }
 
 /// What is left to be freed, and how.
@@ -173,8 +199,8 @@ struct Parts {
 }
 
 impl Parts {
-    /// A part was refused. One that is too large is divided; one that the store was too busy for goes on with less beside it,
-    /// and in the end `alone`.
+    /// A part was refused. One that is too large is divided; one that the store was too busy for
+    /// goes on with less beside it, and in the end `alone`.
     fn refused(&mut self, part: Part, error: Error, alone: bool) {
         match error.kind() {
             ErrorKind::TooLarge if pages_count(&part) > 1 && self.failed.is_none() => {
@@ -182,7 +208,9 @@ impl Parts {
                 self.waiting.push_front(back);
                 self.waiting.push_front(front);
             }
-            ErrorKind::Busy | ErrorKind::Conflict if !(alone && self.width == 1) && self.failed.is_none() => {
+            ErrorKind::Busy | ErrorKind::Conflict
+                if !(alone && self.width == 1) && self.failed.is_none() =>
+            {
                 self.width = (self.width / 2).max(1);
                 self.waiting.push_front(part);
             }
@@ -264,11 +292,13 @@ mod tests {
         Error::new(kind, "planted")
     }
 
-    /// A part left out is space that nobody ever gets back; one that is never small enough ends a deletion for good.
+    /// A part left out is space that nobody ever gets back; one that is never small enough ends a
+    /// deletion for good.
     #[test]
     fn a_part_that_is_too_large_is_divided_down_to_single_pages_and_loses_none() {
         let whole: Part = SmallVec::from_vec(vec![3..=3, 10..=14, 20..=21]);
-        let mut parts = Parts { waiting: VecDeque::from([whole.clone()]), width: COMMITS, failed: None };
+        let mut parts =
+            Parts { waiting: VecDeque::from([whole.clone()]), width: COMMITS, failed: None };
         let mut freed = Vec::new();
         while let Some(part) = parts.waiting.pop_front() {
             match pages_count(&part) {
@@ -279,12 +309,17 @@ mod tests {
         }
         assert_eq!((freed, parts.failed.is_none()), (pages(&whole), true));
         parts.refused(SmallVec::from_vec(vec![7..=7]), error(ErrorKind::TooLarge), true);
-        assert_eq!(parts.failed.map(|error| error.kind()), Some(ErrorKind::TooLarge), "a single page can't be divided");
+        assert_eq!(
+            parts.failed.map(|error| error.kind()),
+            Some(ErrorKind::TooLarge),
+            "a single page can't be divided"
+        );
     }
 
     /// Without an end to this a request of a client spins in a store that has no memory.
     #[test]
-    fn a_part_that_the_store_is_too_busy_for_is_tried_again_with_less_beside_it_and_at_last_alone() {
+    fn a_part_that_the_store_is_too_busy_for_is_tried_again_with_less_beside_it_and_at_last_alone()
+    {
         let part: Part = SmallVec::from_vec(vec![1..=9]);
         let mut parts = Parts { waiting: VecDeque::new(), width: COMMITS, failed: None };
         let mut tries = 0;

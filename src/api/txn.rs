@@ -41,7 +41,8 @@ struct Work {
 }
 
 impl Work {
-    /// Its own changes of a page, in order. Not to be held over an await: the future could not move between threads.
+    /// Its own changes of a page, in order. Not to be held over an await: the future could not move
+    /// between threads.
     fn own(&self, key: PageKey) -> impl Iterator<Item = &Change> {
         self.changes.iter().filter(move |(changed, _)| *changed == key).map(|(_, change)| change)
     }
@@ -73,12 +74,17 @@ impl Work {
         match &change {
             Change::Put(bytes) if bytes.len() != BLOCK => {
                 let (len, page) = (bytes.len(), key.page);
-                return Err(Error::invalid(format_args!("{len} bytes given for {page:?}, a page has {BLOCK}")));
+                return Err(Error::invalid(format_args!(
+                    "{len} bytes given for {page:?}, a page has {BLOCK}"
+                )));
             }
-            Change::Patch { offset, bytes } if bytes.is_empty() || *offset as usize + bytes.len() > BLOCK => {
+            Change::Patch { offset, bytes }
+                if bytes.is_empty() || *offset as usize + bytes.len() > BLOCK =>
+            {
                 let (len, page) = (bytes.len(), key.page);
                 return Err(Error::invalid(format_args!(
-                    "a patch of {len} bytes at {offset} of {page:?} does not fit into {BLOCK} bytes"
+                    "a patch of {len} bytes at {offset} of {page:?} does not fit into {BLOCK} \
+                     bytes"
                 )));
             }
             _ => {}
@@ -88,7 +94,8 @@ impl Work {
     }
 
     fn into_commit(self) -> Commit {
-        let mut reads: Vec<(PageKey, Lsn)> = self.reads.iter().map(|(key, page)| (*key, page.version())).collect();
+        let mut reads: Vec<(PageKey, Lsn)> =
+            self.reads.iter().map(|(key, page)| (*key, page.version())).collect();
         reads.sort();
         Commit { reads, changes: self.changes, durable: true }
     }
@@ -114,7 +121,9 @@ impl Txn {
         let key = self.key(volume, page)?;
         if self.work.must_read(key) {
             let page = self.store.read(&[key]).await?.pop();
-            self.work.reads.insert(key, page.ok_or_else(|| Error::internal("a read gave no page"))?);
+            self.work
+                .reads
+                .insert(key, page.ok_or_else(|| Error::internal("a read gave no page"))?);
         }
         Ok(self.work.view(key))
     }
@@ -131,7 +140,13 @@ impl Txn {
     ///
     /// # Errors
     /// `Invalid`: no bytes, they do not fit into the page, or a volume of another store.
-    pub fn patch(&mut self, volume: &Volume, page: PageId, offset: u32, bytes: impl Into<Bytes>) -> Result<()> {
+    pub fn patch(
+        &mut self,
+        volume: &Volume,
+        page: PageId,
+        offset: u32,
+        bytes: impl Into<Bytes>,
+    ) -> Result<()> {
         self.change(volume, page, Change::Patch { offset, bytes: bytes.into() })
     }
 
@@ -156,19 +171,19 @@ impl Txn {
         Ok(volume.key(page))
     }
 
-    /// Commits: all changes or none, if nothing that was read has changed since. Durable on return, as is
-    /// everything that was read.
+    /// Commits: all changes or none, if nothing that was read has changed since. Durable on return,
+    /// as is everything that was read.
     ///
     /// # Errors
-    /// `Conflict`: something read has changed; begin anew. `TooLarge`, `Full`, `Busy`: nothing was done.
-    /// `OutcomeUnknown`: the device failed while the commit was on its way; reopen and look.
+    /// `Conflict`: something read has changed; begin anew. `TooLarge`, `Full`, `Busy`: nothing was
+    /// done. `OutcomeUnknown`: the device failed while the commit was on its way; reopen and look.
     pub async fn commit(self) -> Result<Lsn> {
         self.store.commit(self.work.into_commit()).await
     }
 }
 
-/// A transaction of a task on a shard: as [`Txn`], without a hop. What it reads must be the shard's; what it changes
-/// may be of any shard.
+/// A transaction of a task on a shard: as [`Txn`], without a hop. What it reads must be the
+/// shard's; what it changes may be of any shard.
 #[must_use = "a transaction does nothing until it is committed"]
 pub struct ShardTxn {
     handle: ShardHandle,

@@ -41,7 +41,10 @@ impl Volume {
     /// Whether it is still there, and of this store.
     pub(super) fn check_of(&self, store: &Weak<Inner>) -> Result<()> {
         if !std::ptr::eq(store.as_ptr(), Arc::as_ptr(&self.store.inner)) {
-            return Err(Error::invalid(format_args!("volume {} belongs to another store", self.name)));
+            return Err(Error::invalid(format_args!(
+                "volume {} belongs to another store",
+                self.name
+            )));
         }
         self.check()
     }
@@ -49,7 +52,10 @@ impl Volume {
     /// Whether it is still there.
     pub(super) fn check(&self) -> Result<()> {
         if self.shared.is_deleted() {
-            return Err(Error::new(ErrorKind::NotFound, format_args!("the volume {} was deleted", self.name)));
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format_args!("the volume {} was deleted", self.name),
+            ));
         }
         Ok(())
     }
@@ -64,7 +70,8 @@ impl Volume {
         &self.name
     }
 
-    /// Its size now, as exported to clients; 0 once it is deleted. The library lets any page id be used.
+    /// Its size now, as exported to clients; 0 once it is deleted. The library lets any page id be
+    /// used.
     pub fn bytes(&self) -> u64 {
         self.shared.bytes()
     }
@@ -78,19 +85,21 @@ impl Volume {
         PageKey::new(self.id, page)
     }
 
-    /// The newest version of a page, durable or not ([`PageRef::lsn`] tells which, of a page that was freed too).
+    /// The newest version of a page, durable or not ([`PageRef::lsn`] tells which, of a page that
+    /// was freed too).
     ///
     /// # Errors
-    /// `Corrupt`: the bytes on the device are not those that were written. `Io`: they can't be read. `Busy`: no
-    /// memory is free, or this handle holds as many pages as it may. `NotFound`: the volume was deleted. `Closed`.
+    /// `Corrupt`: the bytes on the device are not those that were written. `Io`: they can't be
+    /// read. `Busy`: no memory is free, or this handle holds as many pages as it may. `NotFound`:
+    /// the volume was deleted. `Closed`.
     pub async fn read(&self, page: PageId) -> Result<PageRef> {
         self.check()?;
         let pages = self.store.read(&[self.key(page)]).await?;
         pages.into_iter().next().ok_or_else(|| Error::internal("a read gave no page"))
     }
 
-    /// Several pages, in the order asked: neighbours on the device are read together. Each is the newest version of
-    /// its own moment: use a transaction to read several pages of one state.
+    /// Several pages, in the order asked: neighbours on the device are read together. Each is the
+    /// newest version of its own moment: use a transaction to read several pages of one state.
     ///
     /// # Errors
     /// As [`read`](Self::read), of the first page that fails.
@@ -103,14 +112,14 @@ impl Volume {
     /// Writes a whole page of 4,096 bytes; durable on return.
     ///
     /// # Errors
-    /// `Invalid`: another length. `Full`: no space; nothing was done. `OutcomeUnknown`: the device failed while the
-    /// commit was on its way; reopen and look. `Closed`.
+    /// `Invalid`: another length. `Full`: no space; nothing was done. `OutcomeUnknown`: the device
+    /// failed while the commit was on its way; reopen and look. `Closed`.
     pub async fn write(&self, page: PageId, bytes: impl Into<Bytes>) -> Result<Lsn> {
         self.apply(vec![(page, Change::Put(bytes.into()))], Durability::Durable).await
     }
 
-    /// Writes a whole page; ordered and visible on return, durable after a later [`Store::flush`]. Repeated writes
-    /// of a page within the window are absorbed.
+    /// Writes a whole page; ordered and visible on return, durable after a later [`Store::flush`].
+    /// Repeated writes of a page within the window are absorbed.
     ///
     /// # Errors
     /// As [`write`](Self::write).
@@ -127,12 +136,14 @@ impl Volume {
         self.apply(changes, Durability::Durable).await
     }
 
-    /// Writes `bytes` at byte `offset` of a page; durable on return. Only these bytes go through the log.
+    /// Writes `bytes` at byte `offset` of a page; durable on return. Only these bytes go through
+    /// the log.
     ///
     /// # Errors
     /// `Invalid`: no bytes, or they do not fit into the page. Else as [`write`](Self::write).
     pub async fn patch(&self, page: PageId, offset: u32, bytes: impl Into<Bytes>) -> Result<Lsn> {
-        self.apply(vec![(page, Change::Patch { offset, bytes: bytes.into() })], Durability::Durable).await
+        self.apply(vec![(page, Change::Patch { offset, bytes: bytes.into() })], Durability::Durable)
+            .await
     }
 
     /// Frees a page: it reads as zeros and takes no space any more; durable on return.
@@ -147,9 +158,19 @@ impl Volume {
     ///
     /// # Errors
     /// As [`write_many`](Self::write_many) and [`patch`](Self::patch).
-    pub async fn apply(&self, changes: Vec<(PageId, Change)>, durability: Durability) -> Result<Lsn> {
+    pub async fn apply(
+        &self,
+        changes: Vec<(PageId, Change)>,
+        durability: Durability,
+    ) -> Result<Lsn> {
         self.check()?;
         let changes = changes.into_iter().map(|(page, change)| (self.key(page), change)).collect();
-        self.store.commit(Commit { reads: Vec::new(), changes, durable: durability == Durability::Durable }).await
+        self.store
+            .commit(Commit {
+                reads: Vec::new(),
+                changes,
+                durable: durability == Durability::Durable,
+            })
+            .await
     }
 }

@@ -26,7 +26,8 @@ thread_local! {
 
 /// Polls a future on this thread until it is ready, and parks the thread in between.
 ///
-/// Calls may be nested: each parks on its own parker, so that the inner one can't take a wake-up of the outer one.
+/// Calls may be nested: each parks on its own parker, so that the inner one can't take a wake-up of
+/// the outer one.
 pub(super) fn block_on<T>(future: impl Future<Output = T>) -> T {
     let (parker, waker) = KEPT.try_with(Cell::take).ok().flatten().unwrap_or_else(|| {
         let parker = Parker::new();
@@ -59,7 +60,8 @@ mod tests {
     use super::*;
     use event_listener::Event;
 
-    /// If the inner call took the wake-up of the outer one, a blocking call made in a future would hang its caller.
+    /// If the inner call took the wake-up of the outer one, a blocking call made in a future would
+    /// hang its caller.
     #[test]
     fn a_nested_call_leaves_the_wake_up_of_the_outer_one() {
         let (outer, inner) = (Event::new(), Event::new());

@@ -1,18 +1,20 @@
 //! CRC-32C (Castagnoli, RFC 3720 appendix B.4): the one checksum of everything that is stored.
 //!
 //! Invariants
-//! 1. The checksum depends on the bytes alone: not on the machine, the implementation chosen, alignment, or how the bytes
-//!    were split over calls. A store moves between machines.
-//! 2. The implementation is chosen at run time, so that one binary runs on every x86-64 and ARM machine.
+//! 1. The checksum depends on the bytes alone: not on the machine, the implementation chosen,
+//!    alignment, or how the bytes were split over calls. A store moves between machines.
+//! 2. The implementation is chosen at run time, so that one binary runs on every x86-64 and ARM
+//!    machine.
 //!
-//! Two crates share the work. `crc-fast` folds with carry-less multiplication and wins on pages; `crc32c` uses the
-//! CRC instruction and costs less to start. Both fall back to tables where the instructions are missing. Without the
-//! feature `crc-fast` there is only the second, which takes about twice as long for a page.
+//! Two crates share the work. `crc-fast` folds with carry-less multiplication and wins on pages;
+//! `crc32c` uses the CRC instruction and costs less to start. Both fall back to tables where the
+//! instructions are missing. Without the feature `crc-fast` there is only the second, which takes
+//! about twice as long for a page.
 //!
 //! It does *not*: protect against an adversary, or correct anything.
 
-/// Bytes from which folding is used. Measured on an x86-64 with AVX-512: alike below 128 bytes, 7 against 12 ns at 128,
-/// 103 against 192 ns at 4,096.
+/// Bytes from which folding is used. Measured on an x86-64 with AVX-512: alike below 128 bytes, 7
+/// against 12 ns at 128, 103 against 192 ns at 4,096.
 const FOLD_BYTES_MIN: usize = 128;
 
 /// Sums by folding.
@@ -38,7 +40,10 @@ mod fold {
 
     #[inline]
     pub(super) fn crc32c_append(crc: u32, bytes: &[u8]) -> u32 {
-        let mut digest = crc_fast::Digest::new_with_init_state(crc_fast::CrcAlgorithm::Crc32Iscsi, u64::from(!crc));
+        let mut digest = crc_fast::Digest::new_with_init_state(
+            crc_fast::CrcAlgorithm::Crc32Iscsi,
+            u64::from(!crc),
+        );
         digest.update(bytes);
         digest.finalize() as u32
     }
@@ -61,10 +66,15 @@ mod fold {
 /// The checksum of `bytes`.
 #[inline]
 pub fn crc32c(bytes: &[u8]) -> u32 {
-    if bytes.len() >= FOLD_BYTES_MIN && fold::works() { fold::crc32c(bytes) } else { crc32c::crc32c(bytes) }
+    if bytes.len() >= FOLD_BYTES_MIN && fold::works() {
+        fold::crc32c(bytes)
+    } else {
+        crc32c::crc32c(bytes)
+    }
 }
 
-/// The checksum of what `crc` is the checksum of, followed by `bytes`. The checksum of nothing is 0.
+/// The checksum of what `crc` is the checksum of, followed by `bytes`. The checksum of nothing is
+/// 0.
 #[inline]
 pub fn crc32c_append(crc: u32, bytes: &[u8]) -> u32 {
     if bytes.len() >= FOLD_BYTES_MIN && fold::works() {
@@ -77,7 +87,11 @@ pub fn crc32c_append(crc: u32, bytes: &[u8]) -> u32 {
 /// How checksums are computed on this machine, for reports: for pages, and for short pieces.
 pub fn implementation() -> String {
     let short = if has_crc_instruction() { "crc instruction" } else { "tables" };
-    if fold::works() { format!("{} ({short} below {FOLD_BYTES_MIN} bytes)", fold::target()) } else { short.to_owned() }
+    if fold::works() {
+        format!("{} ({short} below {FOLD_BYTES_MIN} bytes)", fold::target())
+    } else {
+        short.to_owned()
+    }
 }
 
 fn has_crc_instruction() -> bool {
@@ -117,7 +131,8 @@ mod tests {
         assert_eq!(crc32c(b""), 0);
     }
 
-    /// A checksum that changed with the length class would make good pages look damaged after an update.
+    /// A checksum that changed with the length class would make good pages look damaged after an
+    /// update.
     #[test]
     fn every_length_around_the_choice_gives_the_reference() {
         let bytes = noise(1200);
@@ -126,7 +141,11 @@ mod tests {
         }
         let block = noise(8192);
         for start in 0..65 {
-            assert_eq!(crc32c(&block[start..start + 4096]), reference(&block[start..start + 4096]), "start {start}");
+            assert_eq!(
+                crc32c(&block[start..start + 4096]),
+                reference(&block[start..start + 4096]),
+                "start {start}"
+            );
         }
     }
 

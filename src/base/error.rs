@@ -16,7 +16,8 @@ pub enum ErrorKind {
     Invalid,
     /// Fix the call: the commit is larger than `txn_bytes_max`. Nothing was done.
     TooLarge,
-    /// Fix the surroundings: no space is left. Nothing was done; reads, frees and, once there is space, writes go on.
+    /// Fix the surroundings: no space is left. Nothing was done; reads, frees and, once there is
+    /// space, writes go on.
     Full,
     /// Fix the call or the surroundings: no such volume, directory or store.
     NotFound,
@@ -30,7 +31,8 @@ pub enum ErrorKind {
     Corrupt,
     /// Stop: the device or the file system failed. Reads may go on; writes need the store reopened.
     Io,
-    /// Stop and reopen: the commit was submitted, and whether it will be found after reopening is not known.
+    /// Stop and reopen: the commit was submitted, and whether it will be found after reopening is
+    /// not known.
     OutcomeUnknown,
     /// The store is closed, or stopped after a failed log write; reopen it.
     Closed,
@@ -38,7 +40,8 @@ pub enum ErrorKind {
     Internal,
 }
 
-/// An error of the engine. `Display` gives the values and what to do; [`kind`](Error::kind) is for code.
+/// An error of the engine. `Display` gives the values and what to do; [`kind`](Error::kind) is for
+/// code.
 #[derive(Clone, Debug)]
 pub struct Error {
     kind: ErrorKind,
@@ -65,7 +68,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 fn advice(source: &std::io::Error) -> &'static str {
     match Errno::from_io_error(source) {
         Some(Errno::ROFS) => {
-            "; it is mounted read-only: mount it for writing (if it was, an error has changed that: see the kernel's log)"
+            "; it is mounted read-only: mount it for writing (if it was, an error has changed \
+             that: see the kernel's log)"
         }
         Some(Errno::IO | Errno::NXIO | Errno::NODEV | Errno::REMOTEIO | Errno::UCLEAN) => {
             "; the device or the file system failed: see the kernel's log"
@@ -82,8 +86,8 @@ impl Error {
         Error { kind, context: context.to_string().into(), source: None }
     }
 
-    /// The same with an operating system's error as its source, which `context` need not repeat; nor what to do about the
-    /// commonest ones.
+    /// The same with an operating system's error as its source, which `context` need not repeat;
+    /// nor what to do about the commonest ones.
     pub fn io(context: impl fmt::Display, source: std::io::Error) -> Self {
         let context = format!("{context}: {source}{}", advice(&source)).into();
         Error { kind: ErrorKind::Io, context, source: Some(std::sync::Arc::new(source)) }
@@ -91,8 +95,8 @@ impl Error {
 
     /// A thread that can't be started.
     pub(crate) fn no_thread(what: impl fmt::Display, source: std::io::Error) -> Self {
-        let limits =
-            "raise the limit of threads (`ulimit -u`, pids.max of a control group, TasksMax= of a systemd unit)";
+        let limits = "raise the limit of threads (`ulimit -u`, pids.max of a control group, \
+                      TasksMax= of a systemd unit)";
         let context = format!("starting {what}: {source}; {limits}").into();
         Error { kind: ErrorKind::Io, context, source: Some(std::sync::Arc::new(source)) }
     }
@@ -122,7 +126,10 @@ impl Error {
     }
 
     pub(crate) fn internal(context: impl fmt::Display) -> Self {
-        Error::new(ErrorKind::Internal, format_args!("{context} (a bug of corepage: please report it)"))
+        Error::new(
+            ErrorKind::Internal,
+            format_args!("{context} (a bug of corepage: please report it)"),
+        )
     }
 
     pub(crate) fn corrupt(context: impl fmt::Display) -> Self {
@@ -132,7 +139,9 @@ impl Error {
     pub(crate) fn conflict(key: PageKey, read: Lsn, now: Lsn) -> Self {
         Error::new(
             ErrorKind::Conflict,
-            format_args!("page {key:?} was read at {read:?} and is at {now:?} now: retry the transaction"),
+            format_args!(
+                "page {key:?} was read at {read:?} and is at {now:?} now: retry the transaction"
+            ),
         )
     }
 }

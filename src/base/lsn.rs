@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-/// A commit's place in the one order over all shards. 0 stands for "before every commit" and for pages that
-/// were never written; the first commit has 1.
+/// A commit's place in the one order over all shards. 0 stands for "before every commit" and for
+/// pages that were never written; the first commit has 1.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Lsn(u64);
 

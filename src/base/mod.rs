@@ -1,7 +1,8 @@
-//! What every layer uses: ids, LSNs and addresses as types, errors, options and limits, the checksum, counters. No I/O.
+//! What every layer uses: ids, LSNs and addresses as types, errors, options and limits, the
+//! checksum, counters. No I/O.
 //!
-//! Each is a newtype with a private field and only the arithmetic that is lawful for it; `Debug` is short
-//! (`p12`, `s3`, `lsn 8041`), so that a trace can be read.
+//! Each is a newtype with a private field and only the arithmetic that is lawful for it; `Debug` is
+//! short (`p12`, `s3`, `lsn 8041`), so that a trace can be read.
 
 pub mod checksum;
 pub(crate) mod error;
@@ -20,8 +21,10 @@ pub use place::{BlockAddr, ExtentNo, SegmentNo};
 pub use shard_map::ShardMap;
 pub use shard_set::ShardSet;
 
-/// The unit of all I/O and of all places: 4 KiB, the smallest page and the physical block of common devices.
+/// The unit of all I/O and of all places: 4 KiB, the smallest page and the physical block of common
+/// devices.
 pub const BLOCK: usize = 4096;
 
-/// Virtual or real time in microseconds since some start; always passed in, never read from a clock here.
+/// Virtual or real time in microseconds since some start; always passed in, never read from a clock
+/// here.
 pub type Micros = u64;

@@ -1,4 +1,5 @@
-//! User choices -> checked limits. Every bound of the engine is here or derived here, with its reason.
+//! User choices -> checked limits. Every bound of the engine is here or derived here, with its
+//! reason.
 
 use crate::base::error::{Error, Result};
 use crate::base::{BLOCK, Micros, ShardSet};
@@ -13,7 +14,8 @@ pub struct Geometry {
     pub extent_bytes: u64,
     /// Bytes of a log segment: a power of two, 64 KiB to 1 GiB.
     pub segment_bytes: u64,
-    /// Log segments of each shard, at least 4. Together they bound the log that recovery may have to read.
+    /// Log segments of each shard, at least 4. Together they bound the log that recovery may have
+    /// to read.
     pub segments_count: u32,
     /// Virtual shards: a power of two, up to 512. The most cores that a store can ever use.
     pub vshards_count: u32,
@@ -21,7 +23,12 @@ pub struct Geometry {
 
 impl Default for Geometry {
     fn default() -> Self {
-        Geometry { extent_bytes: 4 * MIB, segment_bytes: 16 * MIB, segments_count: 8, vshards_count: 256 }
+        Geometry {
+            extent_bytes: 4 * MIB,
+            segment_bytes: 16 * MIB,
+            segments_count: 8,
+            vshards_count: 256,
+        }
     }
 }
 
@@ -29,12 +36,14 @@ impl Default for Geometry {
 pub(crate) const SHARDS_MAX: u16 = 64;
 const _: () = assert!(SHARDS_MAX <= ShardSet::SHARDS_MAX);
 
-/// The least memory of a shard: log buffers, a superblock, and pages of the largest size class to work with.
+/// The least memory of a shard: log buffers, a superblock, and pages of the largest size class to
+/// work with.
 pub(crate) const SHARD_MEMORY_MIN: u64 = 2 * MIB;
 
-/// What the tables take for each 4 KiB frame, at most: an entry of the page table for what it holds, and for a freed page of a quarter of
-/// them; an entry of the table of map nodes, since any frame may hold one, and tables don't shrink; its places in the lists of the
-/// arena and of the eviction policy. A test holds it against the sizes of all these.
+/// What the tables take for each 4 KiB frame, at most: an entry of the page table for what it
+/// holds, and for a freed page of a quarter of them; an entry of the table of map nodes, since any
+/// frame may hold one, and tables don't shrink; its places in the lists of the arena and of the
+/// eviction policy. A test holds it against the sizes of all these.
 pub(crate) const TABLE_BYTES_PER_FRAME: u64 = 512;
 
 /// The least bytes of requests under way in a shard: about two hundred small ones at a time.
@@ -60,7 +69,9 @@ impl std::str::FromStr for Driver {
             "auto" => Ok(Driver::Auto),
             "ring" => Ok(Driver::Ring),
             "portable" => Ok(Driver::Portable),
-            _ => Err(Error::invalid(format_args!("there is no driver `{name}`: take auto, ring or portable"))),
+            _ => Err(Error::invalid(format_args!(
+                "there is no driver `{name}`: take auto, ring or portable"
+            ))),
         }
     }
 }
@@ -70,19 +81,22 @@ impl std::str::FromStr for Driver {
 pub struct Options {
     /// Used when the store does not exist yet; an existing store keeps its own.
     pub geometry: Geometry,
-    /// Bytes of memory (default 256 MiB): for pages, map nodes and log buffers, and for the tables that say what is where in it, an
-    /// eighth on top of each 4 KiB. It is divided among the shards, at least 2 MiB each; with so little the tables come on top.
+    /// Bytes of memory (default 256 MiB): for pages, map nodes and log buffers, and for the tables
+    /// that say what is where in it, an eighth on top of each 4 KiB. It is divided among the
+    /// shards, at least 2 MiB each; with so little the tables come on top.
     ///
-    /// Within 10 % and a constant it is all that a store takes. On top come requests under way, from when the store takes them
-    /// until they are answered, also if their futures are dropped: in each shard what commits carry up to a sixteenth of its
-    /// memory (256 KiB at least) and one commit of any size, as much again of tasks on the shard, and 1 KiB for each read.
-    /// While that is taken, further commits wait, first come, first served; what they carry is their callers' until then. The
-    /// constant: threads, rings, 4 KiB for each virtual shard, and for each extent of the data space 72 bytes in each shard and
-    /// 72 bytes once. Opening after a crash takes a group of the log, as it was written, and what is decoded of it, in each
-    /// shard: 1 MiB, or the largest commit that the log holds.
+    /// Within 10 % and a constant it is all that a store takes. On top come requests under way,
+    /// from when the store takes them until they are answered, also if their futures are dropped:
+    /// in each shard what commits carry up to a sixteenth of its memory (256 KiB at least) and one
+    /// commit of any size, as much again of tasks on the shard, and 1 KiB for each read. While that
+    /// is taken, further commits wait, first come, first served; what they carry is their callers'
+    /// until then. The constant: threads, rings, 4 KiB for each virtual shard, and for each extent
+    /// of the data space 72 bytes in each shard and 72 bytes once. Opening after a crash takes a
+    /// group of the log, as it was written, and what is decoded of it, in each shard: 1 MiB, or the
+    /// largest commit that the log holds.
     pub memory_bytes: u64,
-    /// How long dirty pages gather before they are written (1 to 10 ms, default 5 ms). Never in front of an
-    /// acknowledgement of a durable commit.
+    /// How long dirty pages gather before they are written (1 to 10 ms, default 5 ms). Never in
+    /// front of an acknowledgement of a durable commit.
     pub coalesce_window_us: Micros,
     /// Dirty pages that start a write at once (1 to 64, default 64).
     pub coalesce_batch_pages: usize,
@@ -90,33 +104,37 @@ pub struct Options {
     pub vectored_pages_max: usize,
     /// Log writes in flight (1 to 8, default 4).
     pub log_writes_max: usize,
-    /// Whole pages of one log group up to which they are written into the log, and again to their place later.
-    /// Above it they are written once, straight to their place. 0: always once.
+    /// Whole pages of one log group up to which they are written into the log, and again to their
+    /// place later. Above it they are written once, straight to their place. 0: always once.
     pub inline_pages_max: usize,
-    /// The most that one commit may count (default 4 MiB): 4 KiB for each page written or patched, 512 bytes for each
-    /// page freed. Little memory or short log segments lower it; `Store::txn_bytes_max` says what holds.
+    /// The most that one commit may count (default 4 MiB): 4 KiB for each page written or patched,
+    /// 512 bytes for each page freed. Little memory or short log segments lower it;
+    /// `Store::txn_bytes_max` says what holds.
     pub txn_bytes_max: u64,
     /// Most bytes of data space; 0: as much as the file system gives.
     pub data_bytes_max: u64,
-    /// Of a hundred blocks of data space, how many are to be live before the space grows; below that, dead blocks are
-    /// reclaimed by moving what lives among them (30 to 85, default 70). Dead blocks up to the size that the log can have are
-    /// let be on top. Lower: more disk for the same pages, and sustained overwriting is faster, since less is moved.
+    /// Of a hundred blocks of data space, how many are to be live before the space grows; below
+    /// that, dead blocks are reclaimed by moving what lives among them (30 to 85, default 70). Dead
+    /// blocks up to the size that the log can have are let be on top. Lower: more disk for the same
+    /// pages, and sustained overwriting is faster, since less is moved.
     pub fill_percent: u32,
-    /// Requests under way at a time, over all handles (default 4,096), if `memory_bytes` allows for what they carry; more wait, and then
-    /// get `Busy`.
+    /// Requests under way at a time, over all handles (default 4,096), if `memory_bytes` allows for
+    /// what they carry; more wait, and then get `Busy`.
     pub requests_max: usize,
-    /// The cores to run on, one shard each (default: all that the opening thread may use, or where control groups allow
-    /// the time of fewer, so many shards on any of them).
+    /// The cores to run on, one shard each (default: all that the opening thread may use, or where
+    /// control groups allow the time of fewer, so many shards on any of them).
     pub cores: Option<Vec<usize>>,
-    /// How many shards to run (default: one on each core, and no more than the store has virtual shards, the memory allows,
-    /// at 2 MiB each, and `data_bytes_max`, at 12 extents each). More shards than cores work, but don't poll.
+    /// How many shards to run (default: one on each core, and no more than the store has virtual
+    /// shards, the memory allows, at 2 MiB each, and `data_bytes_max`, at 12 extents each). More
+    /// shards than cores work, but don't poll.
     pub shards: Option<u16>,
-    /// Poll without end instead of waiting when nothing happens: lower latency for a whole core per shard.
+    /// Poll without end instead of waiting when nothing happens: lower latency for a whole core per
+    /// shard.
     pub poll: bool,
     /// What moves bytes between memory and device.
     pub driver: Driver,
-    /// Entries of each shard's io_uring (a power of two, 16 to 4,096, default 256): transfers that a shard has at the
-    /// device at a time.
+    /// Entries of each shard's io_uring (a power of two, 16 to 4,096, default 256): transfers that
+    /// a shard has at the device at a time.
     pub ring_entries: u32,
 }
 
@@ -161,9 +179,9 @@ pub(crate) struct Limits {
     pub requests_max: usize,
     /// Heap bytes of callers' requests under way with which a shard takes no more of them.
     pub request_bytes_max: u64,
-    /// Blocks of the buffer in which a log group gathers. An eighth of a segment, so that the end of a segment
-    /// that is too small for the next group wastes little; at most 1 MiB, enough for 8,000 small commits, and at most
-    /// a 64th of the memory. A power of two.
+    /// Blocks of the buffer in which a log group gathers. An eighth of a segment, so that the end
+    /// of a segment that is too small for the next group wastes little; at most 1 MiB, enough for
+    /// 8,000 small commits, and at most a 64th of the memory. A power of two.
     pub group_blocks: u32,
 }
 
@@ -176,7 +194,9 @@ fn power_of_two(name: &str, value: u64, min: u64, max: u64) -> Result<()> {
     if value.is_power_of_two() && (min..=max).contains(&value) {
         return Ok(());
     }
-    Err(Error::invalid(format_args!("{name} is {value}: it must be a power of two from {min} to {max}")))
+    Err(Error::invalid(format_args!(
+        "{name} is {value}: it must be a power of two from {min} to {max}"
+    )))
 }
 
 fn within(name: &str, value: u64, min: u64, max: u64) -> Result<()> {
@@ -204,8 +224,8 @@ fn check_shards(shards_count: u16, geometry: &Geometry) -> Result<()> {
     within("shards", shards_count.into(), 1, SHARDS_MAX.into())?;
     if u32::from(shards_count) > geometry.vshards_count {
         return Err(Error::invalid(format_args!(
-            "{shards_count} shards, but the store has {} virtual shards, and each shard needs one; their number was fixed \
-             when the store was created: open it with fewer shards",
+            "{shards_count} shards, but the store has {} virtual shards, and each shard needs \
+             one; their number was fixed when the store was created: open it with fewer shards",
             geometry.vshards_count
         )));
     }
@@ -213,19 +233,24 @@ fn check_shards(shards_count: u16, geometry: &Geometry) -> Result<()> {
 }
 
 impl Options {
-    /// Heap bytes of requests under way for each shard: a sixteenth of its memory, since more requests than that make nothing
-    /// faster, and [`REQUEST_BYTES_MIN`] at least.
+    /// Heap bytes of requests under way for each shard: a sixteenth of its memory, since more
+    /// requests than that make nothing faster, and [`REQUEST_BYTES_MIN`] at least.
     pub(crate) fn request_bytes_max(&self, shards_count: u16) -> u64 {
         (self.memory_bytes / u64::from(shards_count) / 16).max(REQUEST_BYTES_MIN)
     }
 
-    /// Checks every value, and derives the limits of each shard of a store of geometry `geometry` with `shards_count`
-    /// shards, which divide the memory among them.
+    /// Checks every value, and derives the limits of each shard of a store of geometry `geometry`
+    /// with `shards_count` shards, which divide the memory among them.
     pub(crate) fn limits(&self, geometry: &Geometry, shards_count: u16) -> Result<Limits> {
         geometry.check()?;
         check_shards(shards_count, geometry)?;
         let shards = u64::from(shards_count);
-        within("memory_bytes (2 MiB at least for each shard)", self.memory_bytes, SHARD_MEMORY_MIN * shards, 1 << 42)?;
+        within(
+            "memory_bytes (2 MiB at least for each shard)",
+            self.memory_bytes,
+            SHARD_MEMORY_MIN * shards,
+            1 << 42,
+        )?;
         let memory_bytes = self.memory_bytes / shards;
         within("coalesce_window_us", self.coalesce_window_us, 1_000, 10_000)?;
         within("coalesce_batch_pages", self.coalesce_batch_pages as u64, 1, 64)?;
@@ -236,7 +261,8 @@ impl Options {
         within("fill_percent", self.fill_percent.into(), 30, 85)?;
         within("requests_max", self.requests_max as u64, 1, 1 << 20)?;
         power_of_two("ring_entries", self.ring_entries.into(), 16, 4096)?;
-        let group_bytes = (geometry.segment_bytes / 8).min(MIB).min(1 << (memory_bytes / 64).ilog2());
+        let group_bytes =
+            (geometry.segment_bytes / 8).min(MIB).min(1 << (memory_bytes / 64).ilog2());
         let group_blocks = group_bytes / BLOCK as u64;
         Ok(Limits {
             geometry: geometry.clone(),
@@ -247,11 +273,16 @@ impl Options {
             vectored_pages_max: self.vectored_pages_max,
             log_writes_max: self.log_writes_max,
             inline_pages_max: self.inline_pages_max,
-            // A commit must fit into one group, and the pages and log buffers of several into the memory.
-            txn_bytes_max: self.txn_bytes_max.min(memory_bytes / 16).min(geometry.segment_bytes / 4),
+            // A commit must fit into one group, and the pages and log buffers of several into the
+            // memory.
+            txn_bytes_max: self
+                .txn_bytes_max
+                .min(memory_bytes / 16)
+                .min(geometry.segment_bytes / 4),
             data_extents_max: match self.data_bytes_max {
                 0 => u32::MAX,
-                // Extents have numbers of 32 bits: more than that is as much as the file system gives.
+                // Extents have numbers of 32 bits: more than that is as much as the file system
+                // gives.
                 bytes => u32::try_from((bytes / geometry.extent_bytes).max(1)).unwrap_or(u32::MAX),
             },
             fill_percent: self.fill_percent,
@@ -271,7 +302,8 @@ mod tests {
         options.limits(&Geometry::default(), 2).expect("it is lawful").data_extents_max
     }
 
-    /// A limit that is far away must not turn into none at all, or into one that no store fits into.
+    /// A limit that is far away must not turn into none at all, or into one that no store fits
+    /// into.
     #[test]
     fn a_limit_of_the_data_space_beyond_all_extents_is_no_limit() {
         assert_eq!(extents_max(0), u32::MAX);
@@ -283,18 +315,31 @@ mod tests {
         }
     }
 
-    /// Values at the ends of what is lawful, in every combination of memory and shards: no derived limit is cut to nothing.
+    /// Values at the ends of what is lawful, in every combination of memory and shards: no derived
+    /// limit is cut to nothing.
     #[test]
     fn limits_at_the_ends_of_what_is_lawful_are_whole() {
-        for (memory_bytes, shards) in [(2 * MIB, 1), (128 * MIB, SHARDS_MAX), (1 << 42, 1), (1 << 42, SHARDS_MAX)] {
+        for (memory_bytes, shards) in
+            [(2 * MIB, 1), (128 * MIB, SHARDS_MAX), (1 << 42, 1), (1 << 42, SHARDS_MAX)]
+        {
             for (extent_bytes, segment_bytes) in [(64 * KIB, 64 * KIB), (8 * MIB, 1024 * MIB)] {
-                let geometry = Geometry { extent_bytes, segment_bytes, segments_count: 1024, ..Geometry::default() };
+                let geometry = Geometry {
+                    extent_bytes,
+                    segment_bytes,
+                    segments_count: 1024,
+                    ..Geometry::default()
+                };
                 let options = Options { memory_bytes, ..Options::default() };
                 let limits = options.limits(&geometry, shards).expect("it is lawful");
-                let frames = (memory_bytes / u64::from(shards) / (BLOCK as u64 + TABLE_BYTES_PER_FRAME)).max(512);
+                let frames =
+                    (memory_bytes / u64::from(shards) / (BLOCK as u64 + TABLE_BYTES_PER_FRAME))
+                        .max(512);
                 assert_eq!(u64::from(limits.memory_blocks), frames);
                 assert_eq!(u64::from(geometry.extent_blocks()) * BLOCK as u64, extent_bytes);
-                assert!(limits.group_blocks.is_power_of_two() && limits.txn_bytes_max >= 4 * KIB, "{limits:?}");
+                assert!(
+                    limits.group_blocks.is_power_of_two() && limits.txn_bytes_max >= 4 * KIB,
+                    "{limits:?}"
+                );
             }
         }
         let too_much = Options { memory_bytes: (1 << 42) + 1, ..Options::default() };

@@ -1,10 +1,12 @@
 //! Page ids, volumes, and how page ids are dealt out to virtual shards.
 //!
 //! Invariants
-//! 1. The map page -> (virtual shard, key within it) is a bijection for a given number of virtual shards, so the
-//!    page map of a virtual shard needs no page ids in it and is dense where the ids are dense.
-//! 2. A run of [`RUN_PAGES`] consecutive ids (2 MiB of 4 KiB pages) stays in one virtual shard, so neighbours meet
-//!    in one coalescer; consecutive runs go to different virtual shards, so a scan spreads over the cores.
+//! 1. The map page -> (virtual shard, key within it) is a bijection for a given number of virtual
+//!    shards, so the page map of a virtual shard needs no page ids in it and is dense where the ids
+//!    are dense.
+//! 2. A run of [`RUN_PAGES`] consecutive ids (2 MiB of 4 KiB pages) stays in one virtual shard, so
+//!    neighbours meet in one coalescer; consecutive runs go to different virtual shards, so a scan
+//!    spreads over the cores.
 
 use std::cmp::Ordering;
 use std::fmt;
@@ -13,8 +15,8 @@ use std::fmt;
 pub const RUN_PAGES: u64 = 1 << RUN_BITS;
 const RUN_BITS: u32 = 9;
 
-/// A page's id within its volume: any 64-bit number, chosen by the caller. Ids that lie close together make a
-/// small page map; each lone id costs a path of map nodes.
+/// A page's id within its volume: any 64-bit number, chosen by the caller. Ids that lie close
+/// together make a small page map; each lone id costs a path of map nodes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct PageId(u64);
 
@@ -80,13 +82,14 @@ impl PageKey {
         PageKey { volume, page }
     }
 
-    /// The virtual shard, of `vshards_count` (a power of two), that owns this page, and the page's dense number
-    /// within that virtual shard and volume.
+    /// The virtual shard, of `vshards_count` (a power of two), that owns this page, and the page's
+    /// dense number within that virtual shard and volume.
     pub fn place_in(self, vshards_count: u32) -> (VShard, u64) {
         let bits = vshards_count.trailing_zeros();
         let run = self.page.0 >> RUN_BITS;
         let (high, low) = (run >> bits, run & (u64::from(vshards_count) - 1));
-        let vshard = (low.wrapping_add(Self::turn(self.volume, high))) & (u64::from(vshards_count) - 1);
+        let vshard =
+            (low.wrapping_add(Self::turn(self.volume, high))) & (u64::from(vshards_count) - 1);
         (VShard(vshard as u16), (high << RUN_BITS) | (self.page.0 & (RUN_PAGES - 1)))
     }
 
@@ -94,18 +97,25 @@ impl PageKey {
     pub fn from_place(volume: VolumeId, vshard: VShard, dense: u64, vshards_count: u32) -> Self {
         let bits = vshards_count.trailing_zeros();
         let high = dense >> RUN_BITS;
-        let low = u64::from(vshard.0).wrapping_sub(Self::turn(volume, high)) & (u64::from(vshards_count) - 1);
+        let low = u64::from(vshard.0).wrapping_sub(Self::turn(volume, high))
+            & (u64::from(vshards_count) - 1);
         let run = (high << bits) | low;
         PageKey::new(volume, PageId((run << RUN_BITS) | (dense & (RUN_PAGES - 1))))
     }
 
-    /// The dense number in `vshard` of the first of its pages of `volume` with this id or a higher one; higher ids have higher
-    /// numbers. `None`: it has none.
-    pub fn first_in(volume: VolumeId, page: PageId, vshard: VShard, vshards_count: u32) -> Option<u64> {
+    /// The dense number in `vshard` of the first of its pages of `volume` with this id or a higher
+    /// one; higher ids have higher numbers. `None`: it has none.
+    pub fn first_in(
+        volume: VolumeId,
+        page: PageId,
+        vshard: VShard,
+        vshards_count: u32,
+    ) -> Option<u64> {
         let bits = vshards_count.trailing_zeros();
         let run = page.0 >> RUN_BITS;
         let (high, low) = (run >> bits, run & (u64::from(vshards_count) - 1));
-        let own = u64::from(vshard.0).wrapping_sub(Self::turn(volume, high)) & (u64::from(vshards_count) - 1);
+        let own = u64::from(vshard.0).wrapping_sub(Self::turn(volume, high))
+            & (u64::from(vshards_count) - 1);
         match own.cmp(&low) {
             Ordering::Equal => Some((high << RUN_BITS) | (page.0 & (RUN_PAGES - 1))),
             Ordering::Greater => Some(high << RUN_BITS),
@@ -116,8 +126,9 @@ impl PageKey {
         }
     }
 
-    /// How far the virtual shards are turned for one block of runs, so that strided ids do not all meet in one
-    /// (multiplicative mixing after Steele and Vigna, "Computationally easy, spectrally good multipliers", 2021).
+    /// How far the virtual shards are turned for one block of runs, so that strided ids do not all
+    /// meet in one (multiplicative mixing after Steele and Vigna, "Computationally easy, spectrally
+    /// good multipliers", 2021).
     fn turn(volume: VolumeId, high: u64) -> u64 {
         let mixed = (high ^ (u64::from(volume.0) << 56)).wrapping_mul(0xf135_7aea_2e62_a9c5);
         mixed >> 40

@@ -1,6 +1,7 @@
 //! Which shard owns which virtual shard, and so which page.
 //!
-//! The shard map is made anew at each open: a changed number of cores is another deal, not a copy of the data.
+//! The shard map is made anew at each open: a changed number of cores is another deal, not a copy
+//! of the data.
 
 use super::{PageKey, ShardId, VShard};
 
@@ -17,7 +18,10 @@ impl ShardMap {
     /// # Panics
     /// If there are no shards, or more of them than virtual shards.
     pub const fn new(vshards_count: u32, shards_count: u16) -> Self {
-        assert!(shards_count > 0 && shards_count as u32 <= vshards_count, "each shard owns a virtual shard");
+        assert!(
+            shards_count > 0 && shards_count as u32 <= vshards_count,
+            "each shard owns a virtual shard"
+        );
         ShardMap { vshards_count, shards_count }
     }
 

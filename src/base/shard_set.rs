@@ -1,7 +1,8 @@
 //! A set of shards.
 //!
 //! Invariants
-//! 1. Members are below [`ShardSet::SHARDS_MAX`]; inserting another one panics, instead of naming a wrong shard.
+//! 1. Members are below [`ShardSet::SHARDS_MAX`]; inserting another one panics, instead of naming a
+//!    wrong shard.
 //! 2. On disk a set is the bits of [`ShardSet::bits`]: bit `n` stands for shard `n`.
 
 use super::ShardId;
@@ -76,7 +77,8 @@ impl fmt::Debug for ShardSet {
 mod tests {
     use super::*;
 
-    /// If this fails, recovery looks for the parts of a commit in the logs of other shards than those that have them.
+    /// If this fails, recovery looks for the parts of a commit in the logs of other shards than
+    /// those that have them.
     #[test]
     fn the_bits_of_a_set_are_its_members() {
         let shards = [0, 5, 63].map(ShardId::new);
@@ -84,7 +86,11 @@ mod tests {
         assert_eq!(set.bits(), 1 | 1 << 5 | 1 << 63);
         assert_eq!(set.iter().collect::<Vec<_>>(), shards);
         assert_eq!(ShardSet::from_bits(set.bits()), set);
-        assert!(set.contains(ShardId::new(5)) && !set.contains(ShardId::new(6)) && !set.contains(ShardId::new(64)));
+        assert!(
+            set.contains(ShardId::new(5))
+                && !set.contains(ShardId::new(6))
+                && !set.contains(ShardId::new(64))
+        );
         assert_eq!(ShardSet::of(ShardId::new(2)).bits(), 4);
     }
 

@@ -1,7 +1,9 @@
-//! The atomics of everything that threads share without locks: the processor's, or loom's in its models.
+//! The atomics of everything that threads share without locks: the processor's, or loom's in its
+//! models.
 //!
-//! `RUSTFLAGS="--cfg corepage_loom" cargo test --release --lib loom` checks the models; loom's own `--cfg loom` would
-//! break packages that we depend on. What has no twin in loom has a stand-in here, at most as strong as the original.
+//! `RUSTFLAGS="--cfg corepage_loom" cargo test --release --lib loom` checks the models; loom's own
+//! `--cfg loom` would break packages that we depend on. What has no twin in loom has a stand-in
+//! here, at most as strong as the original.
 //!
 //! It does *not* hold a protocol: those are `commit` and `mesh`.
 
@@ -11,7 +13,9 @@ mod real {
     use crossbeam::queue::ArrayQueue;
 
     pub(crate) use atomic_waker::AtomicWaker;
-    pub(crate) use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+    pub(crate) use std::sync::atomic::{
+        AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence,
+    };
     pub(crate) use std::sync::{Mutex, MutexGuard};
 
     /// A bounded lock-free queue.
@@ -25,10 +29,13 @@ mod stand_ins {
     use std::collections::VecDeque;
     use std::task::Waker;
 
-    pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+    pub(crate) use loom::sync::atomic::{
+        AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence,
+    };
     pub(crate) use loom::sync::{Mutex, MutexGuard};
 
-    /// A queue whose length is known without the lock: whether it is empty is no more than an atomic load.
+    /// A queue whose length is known without the lock: whether it is empty is no more than an
+    /// atomic load.
     pub(crate) struct Queue<T> {
         capacity: usize,
         len: AtomicU64,
@@ -130,12 +137,16 @@ pub(crate) mod model {
         }
     }
 
-    /// The least bound of any model: nearly all known bugs of this kind need no more than two (Musuvathi and Qadeer,
-    /// "Iterative context bounding for systematic testing of multithreaded programs", PLDI 2007).
+    /// The least bound of any model: nearly all known bugs of this kind need no more than two
+    /// (Musuvathi and Qadeer, "Iterative context bounding for systematic testing of multithreaded
+    /// programs", PLDI 2007).
     const PREEMPTIONS_MIN: usize = 3;
 
     /// Runs `model` in every order of its steps with at most `preemptions`; `None` for all of them.
-    pub(crate) fn holds(preemptions: Option<usize>, model: impl Fn(&Verdict) + Sync + Send + 'static) -> bool {
+    pub(crate) fn holds(
+        preemptions: Option<usize>,
+        model: impl Fn(&Verdict) + Sync + Send + 'static,
+    ) -> bool {
         assert!(
             preemptions.is_none_or(|bound| bound >= PREEMPTIONS_MIN),
             "a bound of {preemptions:?} shows too little"

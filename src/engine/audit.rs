@@ -1,7 +1,7 @@
 //! Counts that are kept in step with what they count, counted anew: for tests.
 //!
-//! If one drifts nothing is lost, and nothing is noticed: admission refuses too early or too late from then on, and some day the store
-//! hangs. So the simulator asks in the middle of its runs.
+//! If one drifts nothing is lost, and nothing is noticed: admission refuses too early or too late
+//! from then on, and some day the store hangs. So the simulator asks in the middle of its runs.
 
 use super::requests::PendingKind;
 use super::txn::participant::Reserved;
@@ -30,7 +30,11 @@ impl Shard {
         }
         let slots = self.log.open.slots.iter().filter(|slot| !slot.dead).count();
         let dirty = pages().filter(|page| page.dirty_from.is_some()).count();
-        same("blocks reserved for dirty pages and slots", self.writeback.reserved_blocks as usize, dirty + slots)?;
+        same(
+            "blocks reserved for dirty pages and slots",
+            self.writeback.reserved_blocks as usize,
+            dirty + slots,
+        )?;
         let freed = pages().filter(|page| page.dirty_from.is_some() && page.absent).count();
         same("dirty pages that are freed", self.space.freed_pages as usize, freed)?;
         same(
@@ -44,7 +48,11 @@ impl Shard {
             0,
         )?;
         self.audit_memory()?;
-        same("pages with their bytes", self.cache.table.resident(), self.cache.table.count_resident())?;
+        same(
+            "pages with their bytes",
+            self.cache.table.resident(),
+            self.cache.table.count_resident(),
+        )?;
         self.audit_budget()?;
         let targets = pages().filter(|page| page.checkpoint_target != Lsn::ZERO).count();
         same("pages that the checkpoint waits for", self.checkpoint.pages_left, targets as u64)?;
@@ -70,9 +78,17 @@ impl Shard {
         });
         same("pages being written", self.writeback.page_writes, writes.sum())?;
 
-        let moves =
-            self.requests.pending.iter().filter(|(_, pending)| matches!(pending.kind, PendingKind::Move(..))).count();
-        same("moves on their way", self.requests.held.moves, moves + self.compaction.asked.reading())?;
+        let moves = self
+            .requests
+            .pending
+            .iter()
+            .filter(|(_, pending)| matches!(pending.kind, PendingKind::Move(..)))
+            .count();
+        same(
+            "moves on their way",
+            self.requests.held.moves,
+            moves + self.compaction.asked.reading(),
+        )?;
 
         let parts = self.requests.pending.iter().filter_map(|(_, pending)| match &pending.kind {
             PendingKind::Part(part) => part.reserved,
@@ -82,20 +98,33 @@ impl Shard {
         same("what is reserved for parts", self.participant.reserved, reserved)
     }
 
-    /// Whether all that could leave memory is known to the eviction policy, and nothing is kept for nobody.
+    /// Whether all that could leave memory is known to the eviction policy, and nothing is kept for
+    /// nobody.
     fn audit_memory(&self) -> Result<(), String> {
-        for (idx, page) in self.cache.table.pages.iter().filter(|(_, page)| page.is_unreferenced()) {
+        for (idx, page) in self.cache.table.pages.iter().filter(|(_, page)| page.is_unreferenced())
+        {
             let Some(frame) = &page.frame else {
-                return Err(format!("{:?} is kept without memory though nothing refers to it", page.key));
+                return Err(format!(
+                    "{:?} is kept without memory though nothing refers to it",
+                    page.key
+                ));
             };
             let owner = self.cache.eviction.owner_of(frame.block());
             let is_listed = page.residency.is_listed() && owner == Some(Owner::Page(idx as u32));
-            same(format_args!("{:?} is listed for eviction ({owner:?})", page.key), is_listed, true)?;
+            same(
+                format_args!("{:?} is listed for eviction ({owner:?})", page.key),
+                is_listed,
+                true,
+            )?;
         }
         self.map.audit_listed(&self.cache.eviction)
     }
 }
 
 fn same<T: PartialEq + Debug>(what: impl Display, kept: T, counted: T) -> Result<(), String> {
-    if kept == counted { Ok(()) } else { Err(format!("{what}: {kept:?} by what is kept, {counted:?} counted")) }
+    if kept == counted {
+        Ok(())
+    } else {
+        Err(format!("{what}: {kept:?} by what is kept, {counted:?} counted"))
+    }
 }

@@ -1,17 +1,18 @@
 //! Who is blocked in a shard, and by what: one rule for waiting instead of a list of cases.
 //!
-//! Every lap of a turn tries every step, and a step that finds a shortage registers itself. So after a turn the set says exactly who
-//! waits now, and the audit can ask of each who will wake it.
+//! Every lap of a turn tries every step, and a step that finds a shortage registers itself. So
+//! after a turn the set says exactly who waits now, and the audit can ask of each who will wake it.
 //!
 //! Invariants
-//! 1. A step that stops for memory, log room, space, the watermark or a node write is registered in the lap in which it stops;
-//!    [`Shard::ensure_frames`] registers its caller itself.
-//! 2. Whoever is registered is woken by something under way, or by a deadline. Memory always has a deadline: readers drop their
-//!    pages on other threads and tell nobody.
-//! 3. A step keeps the time since when it has been blocked without a success, and since when again and again. The first in its queue
-//!    gets `Busy` if pages pinned by readers are the cause, after [`MEMORY_WAIT_US`] without a success or [`MEMORY_WAIT_MAX_US`] with
-//!    some; and after [`MEMORY_WAIT_MAX_US`] without one whatever the cause is, unless a write under way will give memory back. Dirty
-//!    map nodes are never left to be the cause: a checkpoint is asked for.
+//! 1. A step that stops for memory, log room, space, the watermark or a node write is registered in
+//!    the lap in which it stops; [`Shard::ensure_frames`] registers its caller itself.
+//! 2. Whoever is registered is woken by something under way, or by a deadline. Memory always has a
+//!    deadline: readers drop their pages on other threads and tell nobody.
+//! 3. A step keeps the time since when it has been blocked without a success, and since when again
+//!    and again. The first in its queue gets `Busy` if pages pinned by readers are the cause, after
+//!    [`MEMORY_WAIT_US`] without a success or [`MEMORY_WAIT_MAX_US`] with some; and after
+//!    [`MEMORY_WAIT_MAX_US`] without one whatever the cause is, unless a write under way will give
+//!    memory back. Dirty map nodes are never left to be the cause: a checkpoint is asked for.
 //!
 //! It does not decide who goes first: each queue is first in, first out.
 
@@ -27,9 +28,11 @@ use crate::memory::Arena;
 pub(super) const MEMORY_RETRY_US: Micros = 10_000;
 /// How long the first in a queue waits for memory that readers have pinned.
 const MEMORY_WAIT_US: Micros = 1_000_000;
-/// How long it waits at most, whatever holds the memory: nothing that the shard does by itself takes that long.
+/// How long it waits at most, whatever holds the memory: nothing that the shard does by itself
+/// takes that long.
 const MEMORY_WAIT_MAX_US: Micros = 10_000_000;
-/// After how long a shortage counts as one of memory, and not only as one of frames between two completions.
+/// After how long a shortage counts as one of memory, and not only as one of frames between two
+/// completions.
 const SHORTAGE_US: Micros = 100_000;
 /// A step that has not been blocked for so long begins to wait anew.
 const FORGOTTEN_US: Micros = 10 * MEMORY_RETRY_US;
@@ -65,7 +68,8 @@ pub(super) enum Step {
 const STEPS: usize = Step::Table as usize + 1;
 
 impl Step {
-    /// Without it no checkpoint ends, and without checkpoints nothing leaves memory: it may take the frames that are kept for it.
+    /// Without it no checkpoint ends, and without checkpoints nothing leaves memory: it may take
+    /// the frames that are kept for it.
     pub(super) fn is_of_checkpoint(self) -> bool {
         matches!(self, Step::Capture | Step::Summary | Step::Table)
     }
@@ -91,7 +95,8 @@ pub(super) enum Lack {
     Turn,
 }
 
-const LACKS: [Lack; 6] = [Lack::Memory, Lack::LogRoom, Lack::Space, Lack::WriteBack, Lack::Watermark, Lack::Turn];
+const LACKS: [Lack; 6] =
+    [Lack::Memory, Lack::LogRoom, Lack::Space, Lack::WriteBack, Lack::Watermark, Lack::Turn];
 
 /// How a step is blocked by memory.
 #[derive(Clone, Copy, Default, Debug)]
@@ -114,7 +119,8 @@ pub(super) struct Held {
     pub fixed: u32,
     /// Pages whose bytes requests under way need in memory, each time that one is needed.
     pub data: usize,
-    /// Pages that compaction is about to move away, and nodes that wait for a read before it moves them.
+    /// Pages that compaction is about to move away, and nodes that wait for a read before it moves
+    /// them.
     pub moves: usize,
     /// What requests of callers take of the heap (see `budget`).
     pub request_bytes: u64,
@@ -210,10 +216,12 @@ impl Blocked {
         self.is_blocked(step, Lack::Memory).then(|| now - self.memory[step as usize].since)
     }
 
-    /// Whether `step` has been blocked by memory for so long that it is to be judged who has it: without a success, or again and
-    /// again. A read that gets a frame each time that another request is refused would not end otherwise.
+    /// Whether `step` has been blocked by memory for so long that it is to be judged who has it:
+    /// without a success, or again and again. A read that gets a frame each time that another
+    /// request is refused would not end otherwise.
     fn is_to_be_judged(&self, step: Step, now: Micros) -> bool {
-        self.waited(step, now).is_some_and(|waited| waited >= MEMORY_WAIT_US || self.is_pressed(step, now))
+        self.waited(step, now)
+            .is_some_and(|waited| waited >= MEMORY_WAIT_US || self.is_pressed(step, now))
     }
 
     /// Whether `step` has met the shortage again and again for as long as anybody waits at most.
@@ -223,22 +231,31 @@ impl Blocked {
 }
 
 impl Shard {
-    /// At the end of a turn in which somebody found no memory: what keeps it is brought to give it back, or the first in the queue
-    /// is refused.
+    /// At the end of a turn in which somebody found no memory: what keeps it is brought to give it
+    /// back, or the first in the queue is refused.
     pub(super) fn relieve_memory(&mut self) {
         if !self.ctx.blocked.lacks_memory() {
             return;
         }
         let now = self.ctx.now;
         let waited = |step| self.ctx.blocked.waited(step, now);
-        let longest = [Step::Commit, Step::Vote, Step::NodeRead, Step::PageRead, Step::Redo, Step::RedoRead]
-            .into_iter()
-            .filter_map(waited)
-            .max();
+        let longest =
+            [Step::Commit, Step::Vote, Step::NodeRead, Step::PageRead, Step::Redo, Step::RedoRead]
+                .into_iter()
+                .filter_map(waited)
+                .max();
         let Some(longest) = longest else { return };
-        let at_rest = self.ctx.ops.is_empty() && self.writeback.dirty.is_empty() && self.writeback.captures.is_empty();
-        let is_long = at_rest || longest >= SHORTAGE_US || REFUSED.into_iter().any(|step| self.is_met_still(step));
-        if is_long && self.ctx.failed.is_none() && self.map.dirty_count() > 0 && !self.checkpoint_under_way() {
+        let at_rest = self.ctx.ops.is_empty()
+            && self.writeback.dirty.is_empty()
+            && self.writeback.captures.is_empty();
+        let is_long = at_rest
+            || longest >= SHORTAGE_US
+            || REFUSED.into_iter().any(|step| self.is_met_still(step));
+        if is_long
+            && self.ctx.failed.is_none()
+            && self.map.dirty_count() > 0
+            && !self.checkpoint_under_way()
+        {
             // A dirty node stays in memory until a checkpoint has written it.
             self.need_checkpoint();
         }
@@ -247,12 +264,15 @@ impl Shard {
         }
     }
 
-    /// Whether `step` is blocked by memory, and has been again and again for as long as a request waits at most.
+    /// Whether `step` is blocked by memory, and has been again and again for as long as a request
+    /// waits at most.
     fn is_met_still(&self, step: Step) -> bool {
-        self.ctx.blocked.is_blocked(step, Lack::Memory) && self.ctx.blocked.is_pressed(step, self.ctx.now)
+        self.ctx.blocked.is_blocked(step, Lack::Memory)
+            && self.ctx.blocked.is_pressed(step, self.ctx.now)
     }
 
-    /// Whether requests under way leave most of the memory to those in front of them, who may need it to end.
+    /// Whether requests under way leave most of the memory to those in front of them, who may need
+    /// it to end.
     pub(super) fn holds_little(&self) -> bool {
         self.requests.held.data <= self.frames_usable() as usize / DATA_SHARE
     }
@@ -262,7 +282,8 @@ impl Shard {
         self.requests.held.data <= self.frames_usable() as usize / DATA_SHARE * 3 / 2
     }
 
-    /// Refuses the first in each queue that has waited long enough, if what readers have pinned is the cause, or far too long.
+    /// Refuses the first in each queue that has waited long enough, if what readers have pinned is
+    /// the cause, or far too long.
     fn refuse_for_memory(&mut self) {
         if self.ctx.now < self.ctx.blocked.judged_at + MEMORY_RETRY_US {
             return;
@@ -270,11 +291,14 @@ impl Shard {
         self.ctx.blocked.judged_at = self.ctx.now;
         self.look_at_pinned();
         let pinned = self.pinned_by_readers();
-        // What commits that wait have pinned of the map comes back only with their answers. Where readers have little of the memory, others
-        // are the cause.
+        // What commits that wait have pinned of the map comes back only with their answers. Where
+        // readers have little of the memory, others are the cause.
         let readers_have_much = pinned >= self.frames_usable() / DATA_SHARE as u32;
-        let kept =
-            if readers_have_much && !self.gives_memory_back() { self.map.awaited_count(false) as u32 } else { 0 };
+        let kept = if readers_have_much && !self.gives_memory_back() {
+            self.map.awaited_count(false) as u32
+        } else {
+            0
+        };
         let others = self.cache.table.resident().held + PATH_NODES + kept;
         for step in REFUSED {
             let waited = self
@@ -286,8 +310,10 @@ impl Shard {
             let frames = self.ctx.blocked.memory[step as usize].frames;
             // Whether it would be refused even if all else had been given back.
             let by_pins = pinned > 0 && pinned + frames + others > self.frames_usable();
-            // Whoever comes next has waited behind the one that was refused: not as long again for each, if nothing is under way.
-            let is_stuck = self.ctx.ops.is_empty() && self.ctx.blocked.is_pressed(step, self.ctx.now);
+            // Whoever comes next has waited behind the one that was refused: not as long again for
+            // each, if nothing is under way.
+            let is_stuck =
+                self.ctx.ops.is_empty() && self.ctx.blocked.is_pressed(step, self.ctx.now);
             let patience = if is_stuck { SHORTAGE_US } else { MEMORY_WAIT_MAX_US };
             if !by_pins && (waited < patience || self.gives_memory_back()) {
                 continue;
@@ -310,8 +336,9 @@ impl Shard {
         }
     }
 
-    /// Whether something under way ends with more memory than there was: a write makes what it writes clean. Reads only take
-    /// memory, and where it is short there is always one under way: whoever waited until there is none would wait without end.
+    /// Whether something under way ends with more memory than there was: a write makes what it
+    /// writes clean. Reads only take memory, and where it is short there is always one under way:
+    /// whoever waited until there is none would wait without end.
     fn gives_memory_back(&self) -> bool {
         let is_read = |op: &OpKind| matches!(op, OpKind::PageRead(_) | OpKind::NodeRead(_));
         let writes = self.ctx.failed.is_none() && self.checkpoint_under_way();
@@ -324,8 +351,9 @@ impl Shard {
             return Error::new(
                 ErrorKind::Busy,
                 format_args!(
-                    "no memory is left in shard {}: readers have pinned {pinned} of its {usable} pages, and {frames} must be free; \
-                     drop PageRefs, or open with more memory_bytes",
+                    "no memory is left in shard {}: readers have pinned {pinned} of its {usable} \
+                     pages, and {frames} must be free; drop PageRefs, or open with more \
+                     memory_bytes",
                     self.ctx.id.get()
                 ),
             );
@@ -333,8 +361,9 @@ impl Shard {
         Error::new(
             ErrorKind::Busy,
             format_args!(
-                "no memory for {} s in shard {}: {frames} of {usable} pages must be free, readers have pinned {pinned} ({}); try \
-                 again, with fewer requests at a time, or open with more memory_bytes",
+                "no memory for {} s in shard {}: {frames} of {usable} pages must be free, readers \
+                 have pinned {pinned} ({}); try again, with fewer requests at a time, or open \
+                 with more memory_bytes",
                 MEMORY_WAIT_MAX_US / 1_000_000,
                 self.ctx.id.get(),
                 self.memory()
@@ -345,8 +374,12 @@ impl Shard {
     /// Refuses the commit that is first in the queue, or gives the recovery up.
     fn refuse_ready(&mut self, error: Error) {
         // One that waits for a node is told by that.
-        let Some(waiter) =
-            self.requests.ready.front().copied().filter(|waiter| !self.requests.pending[*waiter].is_waiting())
+        let Some(waiter) = self
+            .requests
+            .ready
+            .front()
+            .copied()
+            .filter(|waiter| !self.requests.pending[*waiter].is_waiting())
         else {
             return;
         };
@@ -365,11 +398,13 @@ impl Shard {
         self.ctx.arena.blocks() - self.requests.held.fixed
     }
 
-    /// Frames that nobody but readers can give back: pages that the search for memory has found pinned, none of them let go of when
-    /// it looked again, and frames that are nowhere in the shard any more. What is being written from or read into is left out as
-    /// far as that is known. It looks at no page: a shard of much memory that is starved would do nothing else.
+    /// Frames that nobody but readers can give back: pages that the search for memory has found
+    /// pinned, none of them let go of when it looked again, and frames that are nowhere in the
+    /// shard any more. What is being written from or read into is left out as far as that is known.
+    /// It looks at no page: a shard of much memory that is starved would do nothing else.
     fn pinned_by_readers(&mut self) -> u32 {
-        let pinned = if self.cache.eviction.saw_all_pinned() { self.cache.eviction.pinned() } else { 0 };
+        let pinned =
+            if self.cache.eviction.saw_all_pinned() { self.cache.eviction.pinned() } else { 0 };
         let accounted = self.requests.held.fixed
             + self.cache.table.resident().pages
             + self.map.nodes_count()
@@ -398,15 +433,22 @@ impl Shard {
     #[cfg(any(test, feature = "sim"))]
     pub(super) fn audit_blocked(&self) -> Result<(), String> {
         if self.ctx.blocked.refusals > 0 && !self.ctx.blocked.lacks_memory() {
-            return Err(format!("{} requests for frames failed, and nobody is registered", self.ctx.blocked.refusals));
+            return Err(format!(
+                "{} requests for frames failed, and nobody is registered",
+                self.ctx.blocked.refusals
+            ));
         }
-        // What parts of commits over shards have reserved is given back when the decision arrives, by message.
-        let under_way =
-            !self.ctx.ops.is_empty() || self.checkpoint_under_way() || self.participant.reserved != Reserved::default();
+        // What parts of commits over shards have reserved is given back when the decision arrives,
+        // by message.
+        let under_way = !self.ctx.ops.is_empty()
+            || self.checkpoint_under_way()
+            || self.participant.reserved != Reserved::default();
         for lack in LACKS {
             let is_woken = match lack {
                 Lack::Memory | Lack::Turn => self.next_due().is_some(),
-                Lack::LogRoom | Lack::WriteBack => under_way || self.next_due().is_some() || self.waits_for().is_some(),
+                Lack::LogRoom | Lack::WriteBack => {
+                    under_way || self.next_due().is_some() || self.waits_for().is_some()
+                }
                 Lack::Space => {
                     let reclaims = self.space.growing || self.compaction.compactor.count() > 0;
                     under_way || reclaims || self.next_due().is_some()
@@ -414,7 +456,10 @@ impl Shard {
                 Lack::Watermark => self.waits_for().is_some(),
             };
             if self.ctx.blocked.steps[lack as usize] != 0 && !is_woken {
-                return Err(format!("nobody wakes those who wait for {lack:?}: {:?}", self.ctx.blocked));
+                return Err(format!(
+                    "nobody wakes those who wait for {lack:?}: {:?}",
+                    self.ctx.blocked
+                ));
             }
         }
         Ok(())

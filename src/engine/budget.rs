@@ -1,20 +1,24 @@
-//! What callers' requests take of the heap while they are under way: counted in bytes, and bounded by back-pressure.
+//! What callers' requests take of the heap while they are under way: counted in bytes, and bounded
+//! by back-pressure.
 //!
 //! ```text
 //! caller --accepting?--> request: weight added --> pages, parts on other shards, log --> reply: weight taken off
 //! ```
 //! Invariants
-//! 1. `Held::request_bytes` is the sum of the weights of the requests that callers have brought to this shard, commits over shards
-//!    included. The audit counts it anew.
-//! 2. While it is at its limit no request is taken from a caller. A shard without requests takes one of any size, so the limit is
-//!    passed by one request at most, and even the largest legal commit is taken.
-//! 3. A commit over shards is charged to its owner, with all that its parts take elsewhere. So a part is never refused for
-//!    bytes, no shard waits for another one's budget, and callers of one shard don't pay for those of another.
-//! 4. A page in the table has a frame, or is named by a request, or was freed and is on its way into the map. Of the last kind
-//!    admission lets in no more than a quarter of the frames, or one commit and one part; the map has no more nodes than frames.
+//! 1. `Held::request_bytes` is the sum of the weights of the requests that callers have brought to
+//!    this shard, commits over shards included. The audit counts it anew.
+//! 2. While it is at its limit no request is taken from a caller. A shard without requests takes
+//!    one of any size, so the limit is passed by one request at most, and even the largest legal
+//!    commit is taken.
+//! 3. A commit over shards is charged to its owner, with all that its parts take elsewhere. So a
+//!    part is never refused for bytes, no shard waits for another one's budget, and callers of one
+//!    shard don't pay for those of another.
+//! 4. A page in the table has a frame, or is named by a request, or was freed and is on its way
+//!    into the map. Of the last kind admission lets in no more than a quarter of the frames, or one
+//!    commit and one part; the map has no more nodes than frames.
 //!
-//! It does not count frames (the arena does), moves and redo (compaction and recovery bound their own), or what a shard keeps for
-//! each extent.
+//! It does not count frames (the arena does), moves and redo (compaction and recovery bound their
+//! own), or what a shard keeps for each extent.
 
 use super::cache::table::ENTRY_BYTES;
 #[cfg(any(test, feature = "sim"))]
@@ -23,12 +27,14 @@ use super::requests::{Pending, PendingKind};
 use super::{Change, Commit, Request, Shard, Token};
 use crate::base::PageKey;
 
-/// What every request takes: its entry here, its place in the inbox, its reply, and places in queues.
+/// What every request takes: its entry here, its place in the inbox, its reply, and places in
+/// queues.
 const REQUEST_BYTES: u64 = (size_of::<Pending>() + size_of::<(Token, Request)>() + 256) as u64;
-/// What each page that a request names takes: an entry in the page table and its index, which an absent page has for as long, and
-/// the places in the request and its reply.
+/// What each page that a request names takes: an entry in the page table and its index, which an
+/// absent page has for as long, and the places in the request and its reply.
 const PAGE_BYTES: u64 = (ENTRY_BYTES + 64) as u64;
-/// What a walk takes: the ranges that it may find before it answers, and the leaves where it stands.
+/// What a walk takes: the ranges that it may find before it answers, and the leaves where it
+/// stands.
 const WALK_BYTES: u64 = 80 << 10;
 
 fn lists_bytes(commit: &Commit) -> u64 {
@@ -43,8 +49,9 @@ fn bodies_bytes(commit: &Commit) -> u64 {
     commit.changes.iter().map(body).sum()
 }
 
-/// What a caller's request has on the heap, before a shard has made anything of it: the bodies and lists of a commit. Of others that is
-/// little, the keys of a read at most, and their number bounds it.
+/// What a caller's request has on the heap, before a shard has made anything of it: the bodies and
+/// lists of a commit. Of others that is little, the keys of a read at most, and their number bounds
+/// it.
 pub(crate) fn request_bytes(request: &Request) -> u64 {
     match request {
         Request::Commit(commit) => lists_bytes(commit) + bodies_bytes(commit),
@@ -63,11 +70,14 @@ pub(super) fn request_weight(kind: &PendingKind, pages: usize) -> u64 {
     REQUEST_BYTES + pages as u64 * PAGE_BYTES + own
 }
 
-/// What a commit over `shards` shards takes, at its owner and at all parts, until it is durable everywhere. The lists exist twice, since
-/// the owner may have to ask again; the bodies are shared.
+/// What a commit over `shards` shards takes, at its owner and at all parts, until it is durable
+/// everywhere. The lists exist twice, since the owner may have to ask again; the bodies are shared.
 pub(super) fn coordinated_bytes(commit: &Commit, shards: usize) -> u64 {
     let pages = (commit.reads.len() + commit.changes.len()) as u64;
-    REQUEST_BYTES * (1 + shards as u64) + pages * PAGE_BYTES + 2 * lists_bytes(commit) + bodies_bytes(commit)
+    REQUEST_BYTES * (1 + shards as u64)
+        + pages * PAGE_BYTES
+        + 2 * lists_bytes(commit)
+        + bodies_bytes(commit)
 }
 
 impl Shard {
@@ -83,14 +93,18 @@ impl Shard {
     /// A count that has drifted, or a structure beyond its bound.
     #[cfg(any(test, feature = "sim"))]
     pub(super) fn audit_budget(&self) -> Result<(), String> {
-        let pending: u64 = self.requests.pending.iter().map(|(_, p)| request_weight(&p.kind, p.pages.len())).sum();
+        let pending: u64 =
+            self.requests.pending.iter().map(|(_, p)| request_weight(&p.kind, p.pages.len())).sum();
         let cross: u64 = self.coordinator.commits.values().map(|cross| cross.weight).sum();
         if self.requests.held.request_bytes != pending + cross {
             let kept = self.requests.held.request_bytes;
-            return Err(format!("bytes of requests: {kept} by what is kept, {pending} + {cross} counted"));
+            return Err(format!(
+                "bytes of requests: {kept} by what is kept, {pending} + {cross} counted"
+            ));
         }
         let awaiting_watermark =
-            self.writeback.captures.iter().filter(|(_, capture)| capture.entry.is_none()).count() as u64;
+            self.writeback.captures.iter().filter(|(_, capture)| capture.entry.is_none()).count()
+                as u64;
         if self.requests.held.frees_unpublished != awaiting_watermark {
             return Err(format!(
                 "frees on their way: {} by what is kept, {awaiting_watermark} counted",
@@ -99,12 +113,15 @@ impl Shard {
         }
         let blocks = u64::from(self.ctx.limits.memory_blocks);
         let pages = || self.cache.table.pages.iter().map(|(_, page)| page);
-        let freed =
-            pages().filter(|page| page.frame.is_none() && page.holds == 0 && page.leaf.is_some()).count() as u64;
+        let freed = pages()
+            .filter(|page| page.frame.is_none() && page.holds == 0 && page.leaf.is_some())
+            .count() as u64;
         // A commit goes alone if it must, and so does a part.
         let most = blocks / 4 + 2 * self.ctx.limits.txn_bytes_max / FREE_BYTES;
         if freed > most {
-            return Err(format!("{freed} freed pages on their way into the map for {blocks} frames, at most {most}"));
+            return Err(format!(
+                "{freed} freed pages on their way into the map for {blocks} frames, at most {most}"
+            ));
         }
         let nodes = u64::from(self.map.nodes_count());
         if nodes > blocks {

@@ -1,13 +1,14 @@
-//! Between a page and the bytes that are stored for it: [`seal`] makes them and the page's entry, [`open`] judges them.
+//! Between a page and the bytes that are stored for it: [`seal`] makes them and the page's entry,
+//! [`open`] judges them.
 //!
 //! Invariants
-//! 1. Nothing else makes or judges an entry of the page map: write-back, group commit and compaction seal; loading, recovery
-//!    and `verify` open.
+//! 1. Nothing else makes or judges an entry of the page map: write-back, group commit and
+//!    compaction seal; loading, recovery and `verify` open.
 //! 2. A page is sealed before a place is allocated: how many blocks it takes is known only then.
 //! 3. No byte passes [`open`] that is not what [`seal`] was given.
 //!
-//! There is one codec, *plain*: the stored bytes are the page's, one block, with their CRC32C. Map nodes are not pages: what
-//! names one has its checksum (see `format::node`).
+//! There is one codec, *plain*: the stored bytes are the page's, one block, with their CRC32C. Map
+//! nodes are not pages: what names one has its checksum (see `format::node`).
 
 use crate::base::checksum::crc32c;
 use crate::base::{BLOCK, BlockAddr, Lsn};

@@ -1,4 +1,5 @@
-//! What every component of a shard is given: who the shard is, the time, its memory, and where effects go.
+//! What every component of a shard is given: who the shard is, the time, its memory, and where
+//! effects go.
 //!
 //! Invariants
 //! 1. Effects leave in the order in which they were made.
@@ -39,7 +40,8 @@ pub(super) struct Context {
     pub effects: VecDeque<Effect>,
     /// Messages to this shard itself.
     pub loopback: VecDeque<Message>,
-    /// Something has come, or a step has made work for another one: the steps of a turn are gone through again.
+    /// Something has come, or a step has made work for another one: the steps of a turn are gone
+    /// through again.
     pub work_pending: bool,
     /// When they are at the latest, if nothing comes.
     pub due: Option<Micros>,

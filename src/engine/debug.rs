@@ -8,7 +8,8 @@ use crate::base::Lsn;
 
 #[cfg(any(test, feature = "sim"))]
 impl Shard {
-    /// Which request got which LSN, in order, since last asked: also for commits that are never answered.
+    /// Which request got which LSN, in order, since last asked: also for commits that are never
+    /// answered.
     pub fn take_drawn(&mut self) -> Vec<(Token, Lsn)> {
         std::mem::take(&mut self.ctx.drawn)
     }
@@ -16,10 +17,11 @@ impl Shard {
     /// What it waits for, for the message about a run that hangs.
     pub fn dump_state(&self) -> String {
         format!(
-            "{:?} with {} left and {} coming, {} pending, {} ready, {} finished, {} ops, {} waiting for durability, \
-             open group of {} urgent {}, {} groups in flight, flushing {}, {} dirty, {} captures, {} page writes, \
-             {} blocks reserved, {} dirty nodes, checkpoint {:?}, {} extents being compacted, {} moves, growing {}, \
-             stalled for space {}, {} segments free, {} frames ({}), {:?}, next {} watermark {}, failed {:?}, \
+            "{:?} with {} left and {} coming, {} pending, {} ready, {} finished, {} ops, {} \
+             waiting for durability, open group of {} urgent {}, {} groups in flight, flushing \
+             {}, {} dirty, {} captures, {} page writes, {} blocks reserved, {} dirty nodes, \
+             checkpoint {:?}, {} extents being compacted, {} moves, growing {}, stalled for space \
+             {}, {} segments free, {} frames ({}), {:?}, next {} watermark {}, failed {:?}, \
              closing {}",
             self.space.extents.space(),
             self.space.extents.pending_free_count(),

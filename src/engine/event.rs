@@ -26,11 +26,13 @@ pub enum Request {
     Flush,
     /// Replies when the commit with this LSN, and all before it, are durable.
     WaitDurable(Lsn),
-    /// Writes all dirty pages and a new page map; afterwards recovery need not read the log up to here.
+    /// Writes all dirty pages and a new page map; afterwards recovery need not read the log up to
+    /// here.
     Checkpoint,
     /// Counters.
     Stats,
-    /// Finishes what is under way, makes a checkpoint and records the end of the log. Later requests get `Closed`.
+    /// Finishes what is under way, makes a checkpoint and records the end of the log. Later
+    /// requests get `Closed`.
     Close,
 }
 
@@ -66,13 +68,15 @@ pub enum Change {
 pub enum Response {
     /// To `Read`, in the order asked.
     Pages(SmallVec<[PageRef; 1]>),
-    /// To `Allocated`: first and last pages of ranges, in order; where to go on, if that was not all.
+    /// To `Allocated`: first and last pages of ranges, in order; where to go on, if that was not
+    /// all.
     Allocated {
         /// What was found.
         ranges: Vec<(PageId, PageId)>,
         /// Everything before it was told.
         next: Option<PageId>,
-        /// The newest change of what was looked at that may not be durable yet, or zero. That a page was freed is one.
+        /// The newest change of what was looked at that may not be durable yet, or zero. That a
+        /// page was freed is one.
         lsn: Lsn,
     },
     /// To `Commit`: its LSN; for a commit without changes the highest LSN it read.
@@ -89,10 +93,11 @@ pub enum Response {
     Closed,
 }
 
-/// A page as it was when read: pinned and immutable, without a copy. Dereferences to its 4,096 bytes.
+/// A page as it was when read: pinned and immutable, without a copy. Dereferences to its 4,096
+/// bytes.
 ///
-/// A pin keeps memory from being reused: hold it briefly. A handle can hold pins of a quarter of the memory; then reads get
-/// `Busy`. It stays valid after the store is closed.
+/// A pin keeps memory from being reused: hold it briefly. A handle can hold pins of a quarter of
+/// the memory; then reads get `Busy`. It stays valid after the store is closed.
 #[derive(Clone, Debug)]
 pub struct PageRef {
     frame: Option<FrameRef>,
@@ -108,14 +113,15 @@ impl PageRef {
         PageRef { frame, lsn, pin: None }
     }
 
-    /// The LSN of the commit that wrote this version. It may not be durable yet: `Store::wait_durable` waits for it. Of an absent
-    /// page the LSN of the commit that freed it, as long as that may not be durable; then zero.
+    /// The LSN of the commit that wrote this version. It may not be durable yet:
+    /// `Store::wait_durable` waits for it. Of an absent page the LSN of the commit that freed it,
+    /// as long as that may not be durable; then zero.
     pub fn lsn(&self) -> Lsn {
         self.lsn
     }
 
-    /// The version that a transaction has read: zero for every absent page. A page that is written and freed again meanwhile is
-    /// as absent as before.
+    /// The version that a transaction has read: zero for every absent page. A page that is written
+    /// and freed again meanwhile is as absent as before.
     pub(crate) fn version(&self) -> Lsn {
         if self.is_absent() { Lsn::ZERO } else { self.lsn }
     }

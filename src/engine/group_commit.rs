@@ -1,9 +1,12 @@
-//! Group commit: the open group is closed whenever a log write may start and somebody waits, written with one
-//! vectored write, flushed together with all others that are complete, and only then acknowledged.
+//! Group commit: the open group is closed whenever a log write may start and somebody waits,
+//! written with one vectored write, flushed together with all others that are complete, and only
+//! then acknowledged.
 //!
 //! Invariants
-//! 1. No timer stands in front of a durable commit: the window holds back only groups for which nobody waits.
-//! 2. At the close it is decided for all pages of a group whether they go inline or straight to their places.
+//! 1. No timer stands in front of a durable commit: the window holds back only groups for which
+//!    nobody waits.
+//! 2. At the close it is decided for all pages of a group whether they go inline or straight to
+//!    their places.
 //! 3. A flush is submitted after the completion of every write that it is to cover.
 //! 4. The bound is raised only after a flush has succeeded.
 
@@ -68,7 +71,8 @@ impl Shard {
         }
         let slots = self.describe(&open, &images, body_blocks);
         let inline_blocks = if inline { images.len() as u32 } else { 0 };
-        let (first_lsn, last_lsn) = (self.log.open.first_lsn().unwrap_or(Lsn::MAX), self.log.open.last_lsn());
+        let (first_lsn, last_lsn) =
+            (self.log.open.first_lsn().unwrap_or(Lsn::MAX), self.log.open.last_lsn());
         let position = self.log.place(body_blocks + inline_blocks, last_lsn);
         let mut head = GroupHead {
             epoch: self.checkpoint.superblock.epoch,
@@ -85,7 +89,8 @@ impl Shard {
             // Counts, checksums and runs come with its end.
             ..GroupHead::default()
         };
-        let finished = self.log.open.finish(&slots, inline_blocks, &mut head, self.checkpoint.superblock.salt);
+        let finished =
+            self.log.open.finish(&slots, inline_blocks, &mut head, self.checkpoint.superblock.salt);
         assert_eq!(head.body_blocks, body_blocks, "the size was foreseen");
         self.log.sealed(head.head_crc);
         let mut from = body_slices(&finished.chunks, finished.body_len);
@@ -117,14 +122,18 @@ impl Shard {
     fn take_images(&mut self, open: &mut [OpenSlot]) -> Vec<Image> {
         let mut images = Vec::with_capacity(open.len());
         for (i, slot) in open.iter_mut().enumerate().filter(|(_, slot)| !slot.dead) {
-            let idx = self.cache.table.find(slot.key).expect("a page with a slot stays in the table");
+            let idx =
+                self.cache.table.find(slot.key).expect("a page with a slot stays in the table");
             let page = &mut self.cache.table.pages[idx];
             let is_current = page.slot == Some(i);
             if is_current {
                 page.slot = None;
             }
-            let frame =
-                slot.sealed.take().or_else(|| page.frame.as_ref().map(|f| f.pin())).expect("a live slot has an image");
+            let frame = slot
+                .sealed
+                .take()
+                .or_else(|| page.frame.as_ref().map(|f| f.pin()))
+                .expect("a live slot has an image");
             self.ctx.stats.checksums += 1;
             images.push(Image { slot: i, sealed: codec::seal(frame), is_current, place: None });
         }
@@ -143,7 +152,11 @@ impl Shard {
     }
 
     fn describe(&self, open: &[OpenSlot], images: &[Image], body_blocks: u32) -> Vec<Slot> {
-        let dead = |slot: &OpenSlot| Slot { key: slot.key, state: SlotState::Dead, entry: Entry::default() };
+        let dead = |slot: &OpenSlot| Slot {
+            key: slot.key,
+            state: SlotState::Dead,
+            entry: Entry::default(),
+        };
         let mut slots: Vec<Slot> = open.iter().map(dead).collect();
         for (i, image) in images.iter().enumerate() {
             let place = image.place.unwrap_or_default();
@@ -157,11 +170,21 @@ impl Shard {
     }
 
     /// Writes images straight to their places; returns the number of writes.
-    fn write_images(&mut self, group: u64, slots: &[Slot], open: &[OpenSlot], images: Vec<Image>) -> u32 {
+    fn write_images(
+        &mut self,
+        group: u64,
+        slots: &[Slot],
+        open: &[OpenSlot],
+        images: Vec<Image>,
+    ) -> u32 {
         let mut blocks = Vec::with_capacity(images.len());
         for image in images {
             let entry = slots[image.slot].entry;
-            let idx = self.cache.table.find(open[image.slot].key).expect("a page with a slot stays in the table");
+            let idx = self
+                .cache
+                .table
+                .find(open[image.slot].key)
+                .expect("a page with a slot stays in the table");
             let page = &mut self.cache.table.pages[idx];
             page.captures += 1;
             if image.is_current && page.dirty_from.take().is_some() {
@@ -185,7 +208,10 @@ impl Shard {
             let (captures, frames): (Vec<_>, Vec<_>) = run.items.into_iter().unzip();
             let from = frames.into_iter().map(IoSlice::whole).collect();
             let offset = run.place.offset(self.ctx.limits.geometry.extent_bytes);
-            self.submit(OpKind::GroupData(group, captures), DiskOp::Write { file: FileId::Data, offset, from });
+            self.submit(
+                OpKind::GroupData(group, captures),
+                DiskOp::Write { file: FileId::Data, offset, from },
+            );
         }
         count
     }
@@ -204,7 +230,8 @@ impl Shard {
             return;
         }
         let Some(set) = self.log.begin_flush() else { return };
-        let mut files: SmallVec<[FileId; 4]> = set.segments.iter().map(|no| FileId::Log(self.ctx.id, *no)).collect();
+        let mut files: SmallVec<[FileId; 4]> =
+            set.segments.iter().map(|no| FileId::Log(self.ctx.id, *no)).collect();
         if set.data && !planted!(DataNotFlushed) {
             files.push(FileId::Data);
         }

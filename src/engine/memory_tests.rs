@@ -1,4 +1,5 @@
-//! A shard on a simulated disk whose clients ask for far more than its memory holds: what it keeps stays bounded.
+//! A shard on a simulated disk whose clients ask for far more than its memory holds: what it keeps
+//! stays bounded.
 
 use super::{Change, Commit, NodeWaiter, Request, Response, Shard, Token};
 use crate::base::options::{Geometry, Options, SHARD_MEMORY_MIN, TABLE_BYTES_PER_FRAME};
@@ -20,7 +21,12 @@ struct Bench {
 
 /// Two MiB, the least that a shard can have.
 fn options() -> Options {
-    let geometry = Geometry { extent_bytes: 64 << 10, segment_bytes: 128 << 10, segments_count: 4, vshards_count: 4 };
+    let geometry = Geometry {
+        extent_bytes: 64 << 10,
+        segment_bytes: 128 << 10,
+        segments_count: 4,
+        vshards_count: 4,
+    };
     Options { geometry, memory_bytes: 2 << 20, ..Options::default() }
 }
 
@@ -35,8 +41,8 @@ impl Bench {
 
     fn open_with(options: &Options, shards_count: u16) -> Bench {
         let mut disk = SimDisk::new(1);
-        let opening =
-            crate::engine::recovery::begin(&mut disk, options, shards_count, 7, 0).expect("the store can be made");
+        let opening = crate::engine::recovery::begin(&mut disk, options, shards_count, 7, 0)
+            .expect("the store can be made");
         let mut all = LocalCluster::new(opening.shards);
         all.run_until_open(&mut disk, 0).expect("the store opens");
         let now = disk.now() + 1_000_000;
@@ -63,7 +69,9 @@ impl Bench {
     }
 
     fn read(&mut self, pages: impl IntoIterator<Item = u64>) -> Vec<u8> {
-        match self.ask(Request::Read(pages.into_iter().map(key).collect::<SmallVec<[PageKey; 1]>>())) {
+        match self
+            .ask(Request::Read(pages.into_iter().map(key).collect::<SmallVec<[PageKey; 1]>>()))
+        {
             Response::Pages(pages) => pages.iter().map(|page| page[0]).collect(),
             other => panic!("{other:?}"),
         }
@@ -80,8 +88,8 @@ fn put(byte: u8) -> Change {
     Change::Put(Bytes::from(vec![byte; BLOCK]))
 }
 
-/// A client that reads, validates or frees what was never written must not fill the process's memory: 16 GiB of a sparse volume
-/// took 1.25 GiB of a server that was given 32 MiB.
+/// A client that reads, validates or frees what was never written must not fill the process's
+/// memory: 16 GiB of a sparse volume took 1.25 GiB of a server that was given 32 MiB.
 #[test]
 fn absent_pages_take_no_memory() {
     let mut bench = Bench::open(&options());
@@ -105,7 +113,8 @@ struct Random(u64);
 
 impl Random {
     fn below(&mut self, end: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % end
     }
 }
@@ -130,8 +139,9 @@ fn hot_hits(bench: &mut Bench, hot: u64) -> u64 {
     bench.shard().ctx.stats.cache_hits - before
 }
 
-/// If this fails, a store that has been read all over has no cache any more: map nodes took all of the memory, since they left it
-/// only when no page could, and pages that are read all the time were read from the device each time.
+/// If this fails, a store that has been read all over has no cache any more: map nodes took all of
+/// the memory, since they left it only when no page could, and pages that are read all the time
+/// were read from the device each time.
 #[test]
 fn pages_in_use_stay_in_memory_when_a_large_volume_is_read_at_random() {
     let mut bench = Bench::open(&options());
@@ -152,12 +162,15 @@ fn pages_in_use_stay_in_memory_when_a_large_volume_is_read_at_random() {
         bench.read([n * 64]);
         missed += u64::from(i % 10 == 0 && bench.shard().ctx.stats.cache_hits == before);
     }
-    assert!(missed <= 100, "{missed} of 2,000 reads of pages in use were misses while others read at random");
+    assert!(
+        missed <= 100,
+        "{missed} of 2,000 reads of pages in use were misses while others read at random"
+    );
     bench.shard().audit().expect("counts are kept");
 }
 
-/// If this fails, a store gets slower the more memory it has: each frame cost two sweeps of all pages and nodes, 112,000 pages a
-/// second became 141.
+/// If this fails, a store gets slower the more memory it has: each frame cost two sweeps of all
+/// pages and nodes, 112,000 pages a second became 141.
 #[test]
 fn a_frame_is_had_for_a_few_looks_however_full_memory_is() {
     let mut bench = Bench::open(&options());
@@ -170,13 +183,15 @@ fn a_frame_is_had_for_a_few_looks_however_full_memory_is() {
             bench.commit(vec![], vec![(n * 64, put(n as u8))]);
         }
     }
-    let (counts, blocks) = (bench.shard().cache.eviction.counts(), u64::from(bench.shard().ctx.limits.memory_blocks));
+    let (counts, blocks) =
+        (bench.shard().cache.eviction.counts(), u64::from(bench.shard().ctx.limits.memory_blocks));
     println!("{counts:?}");
     assert!(counts.evicted > 10 * blocks, "{counts:?}: memory was short all the time");
     assert!(counts.looks <= 4 * counts.evicted + blocks, "{counts:?}");
 }
 
-/// Brings what `request` makes of 0, 1, 2 ... to each shard until none takes more; how many were taken.
+/// Brings what `request` makes of 0, 1, 2 ... to each shard until none takes more; how many were
+/// taken.
 fn fill_with_requests(bench: &mut Bench, most: u64, request: impl Fn(u64) -> Request) -> u64 {
     let mut taken = 0;
     loop {
@@ -188,7 +203,8 @@ fn fill_with_requests(bench: &mut Bench, most: u64, request: impl Fn(u64) -> Req
             }
             bench.all.shards[shard].audit().expect("counts are kept");
         }
-        let held: Vec<u64> = bench.all.shards.iter().map(|shard| shard.requests.held.request_bytes).collect();
+        let held: Vec<u64> =
+            bench.all.shards.iter().map(|shard| shard.requests.held.request_bytes).collect();
         assert!(taken <= most, "{held:?} bytes are held, and more is taken after {taken} requests");
         if taken == before {
             return taken;
@@ -208,16 +224,26 @@ fn answer_all(bench: &mut Bench, count: u64) {
         bench.all.poll_once(&mut bench.disk, bench.now);
         bench.disk.advance_to(bench.now);
     }
-    assert_eq!(bench.all.replies.len() as u64, count, "what is taken is answered: {:#?}", bench.all.shards);
-    bench.all.replies.drain(..).for_each(|(token, reply)| assert!(reply.is_ok(), "{token:?}: {reply:?}"));
+    assert_eq!(
+        bench.all.replies.len() as u64,
+        count,
+        "what is taken is answered: {:#?}",
+        bench.all.shards
+    );
+    bench
+        .all
+        .replies
+        .drain(..)
+        .for_each(|(token, reply)| assert!(reply.is_ok(), "{token:?}: {reply:?}"));
     for shard in &bench.all.shards {
         assert_eq!((shard.requests.held.request_bytes, shard.accepting()), (0, true));
         shard.audit().expect("counts are kept");
     }
 }
 
-/// If this fails, clients that validate many reads, or send large commits, take a multiple of the memory in requests under way: 4,096
-/// requests, each naming as many absent pages as it may, were 800 MiB in a shard of 2 MiB.
+/// If this fails, clients that validate many reads, or send large commits, take a multiple of the
+/// memory in requests under way: 4,096 requests, each naming as many absent pages as it may, were
+/// 800 MiB in a shard of 2 MiB.
 #[test]
 fn requests_under_way_are_bounded_by_what_they_take() {
     let mut bench = Bench::open(&options());
@@ -236,11 +262,15 @@ fn requests_under_way_are_bounded_by_what_they_take() {
         let changes = (0..8).map(|i| (key((n * 8 + i) << 10), put(n as u8))).collect();
         Request::Commit(Commit { reads: vec![], changes, durable: true })
     });
-    assert!(taken >= 4 && bench.shard().requests.held.request_bytes < 2 * limit, "{taken} requests");
+    assert!(
+        taken >= 4 && bench.shard().requests.held.request_bytes < 2 * limit,
+        "{taken} requests"
+    );
     answer_all(&mut bench, taken);
 }
 
-/// If this fails, a legal commit waits for ever in front of a shard that has nothing to do, or shards wait for each other's budget.
+/// If this fails, a legal commit waits for ever in front of a shard that has nothing to do, or
+/// shards wait for each other's budget.
 #[test]
 fn the_largest_commits_over_shards_are_taken_at_their_owners_cost() {
     let geometry = Geometry { segment_bytes: 512 << 10, ..options().geometry };
@@ -274,8 +304,8 @@ fn the_largest_commits_over_shards_are_taken_at_their_owners_cost() {
     answer_all(&mut bench, 1);
 }
 
-/// If this fails, reads hang in front of a store that has failed while a part of a commit over shards was in front: nobody votes for it
-/// any more, and no deadline is left.
+/// If this fails, reads hang in front of a store that has failed while a part of a commit over
+/// shards was in front: nobody votes for it any more, and no deadline is left.
 #[test]
 fn a_failure_ends_what_waits_for_a_part_in_front() {
     let mut bench = Bench::open(&options());
@@ -283,18 +313,25 @@ fn a_failure_ends_what_waits_for_a_part_in_front() {
     let age = (0, ShardId::new(1), 1);
     shard.ctx.now += 10_000_000;
     shard.note_vote(age, &super::message::Vote::Busy, true);
-    assert!(!shard.accepting() && shard.next_due().is_some(), "callers wait for the part, and somebody looks again");
+    assert!(
+        !shard.accepting() && shard.next_due().is_some(),
+        "callers wait for the part, and somebody looks again"
+    );
     shard.stop(crate::base::error::Error::invalid("a write failed"));
     assert!(shard.accepting(), "reads go on");
 }
 
-/// If this fails, a store takes more than the memory that it was given: each frame's tables were on top, an eighth of it.
+/// If this fails, a store takes more than the memory that it was given: each frame's tables were on
+/// top, an eighth of it.
 #[test]
 fn memory_is_frames_with_all_their_tables() {
-    let capture = size_of::<super::writeback::Capture>() + size_of::<super::writeback::AwaitingWatermark>();
+    let capture =
+        size_of::<super::writeback::Capture>() + size_of::<super::writeback::AwaitingWatermark>();
     let pages = super::cache::table::ENTRY_BYTES + (super::cache::table::ENTRY_BYTES + capture) / 4;
-    let sum =
-        pages + crate::engine::map::NODE_BYTES + crate::memory::ARENA_BLOCK_BYTES + crate::memory::EVICTION_BLOCK_BYTES;
+    let sum = pages
+        + crate::engine::map::NODE_BYTES
+        + crate::memory::ARENA_BLOCK_BYTES
+        + crate::memory::EVICTION_BLOCK_BYTES;
     assert!(sum as u64 <= TABLE_BYTES_PER_FRAME, "{sum} bytes of tables for each frame");
     for (memory_mib, shards_count) in [(2, 1), (3, 1), (256, 1), (256, 8), (1 << 20, 64)] {
         let options = Options { memory_bytes: memory_mib << 20, ..Options::default() };
@@ -302,23 +339,29 @@ fn memory_is_frames_with_all_their_tables() {
         let all = u64::from(limits.memory_blocks) * (BLOCK as u64 + TABLE_BYTES_PER_FRAME);
         let given = (memory_mib << 20) / u64::from(shards_count);
         // The least that a shard can work with is that with frames alone.
-        assert!(all <= given.max(SHARD_MEMORY_MIN + 512 * TABLE_BYTES_PER_FRAME), "{all} of {given}: {limits:?}");
+        assert!(
+            all <= given.max(SHARD_MEMORY_MIN + 512 * TABLE_BYTES_PER_FRAME),
+            "{all} of {given}: {limits:?}"
+        );
         assert!(all > given / 100 * 99, "{all} of {given}: {limits:?}");
     }
 }
 
-/// If this fails, whoever asked for a map node long ago waits behind all who asked later, where somebody young asked for his node first.
+/// If this fails, whoever asked for a map node long ago waits behind all who asked later, where
+/// somebody young asked for his node first.
 #[test]
 fn a_map_node_is_as_urgent_as_the_oldest_who_waits_for_it() {
     let mut bench = Bench::open(&options());
     let shard = &mut bench.all.shards[0];
-    let node = |prefix| NodeKey { vshard: VShard::new(0), volume: VolumeId::new(1), level: 0, prefix };
+    let node =
+        |prefix| NodeKey { vshard: VShard::new(0), volume: VolumeId::new(1), level: 0, prefix };
     let mut want = |prefix, age| {
         let idx = shard.cache.table.entry(key(1000 + age));
         shard.cache.table.pages[idx].asked = age;
         shard.want_node(node(prefix), Child::default(), NodeWaiter::Page(idx));
     };
     [(1, 5), (2, 4), (1, 3), (2, 6)].into_iter().for_each(|(prefix, age)| want(prefix, age));
-    let order: Vec<(u64, NodeKey)> = shard.cache.wanted.nodes.iter().map(|(age, wanted)| (*age, wanted.key)).collect();
+    let order: Vec<(u64, NodeKey)> =
+        shard.cache.wanted.nodes.iter().map(|(age, wanted)| (*age, wanted.key)).collect();
     assert_eq!(order, [(3, node(1)), (4, node(2))]);
 }

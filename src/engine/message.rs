@@ -2,8 +2,9 @@
 //!
 //! Invariants
 //! 1. Between two shards messages arrive in the order in which they were sent, each once.
-//! 2. Nobody waits for room: how many can be under way between two shards is bounded by the protocols (commits under way
-//!    at their owner, one checkpoint, one compaction a shard), not by the one who carries them.
+//! 2. Nobody waits for room: how many can be under way between two shards is bounded by the
+//!    protocols (commits under way at their owner, one checkpoint, one compaction a shard), not by
+//!    the one who carries them.
 //!
 //! ```text
 //! commit      owner --Prepare--> part --Vote--> owner --Decide--> part --Applied, Durable--> owner
@@ -65,8 +66,8 @@ pub enum Message {
     Granted(Vec<ExtentNo>),
     /// The data space can't grow.
     Denied,
-    /// Give some free extents to the sender, if you have more than you need; or (`Stuck`) more than two, because
-    /// the sender can't finish an opening or a checkpoint.
+    /// Give some free extents to the sender, if you have more than you need; or (`Stuck`) more than
+    /// two, because the sender can't finish an opening or a checkpoint.
     DonateExtents(Urgency),
     /// Compaction wants this moved from here.
     Move(ItemKind, BlockAddr),
@@ -103,7 +104,8 @@ pub enum Vote {
 /// What becomes of a part.
 #[derive(Clone, Copy, Debug)]
 pub enum Decision {
-    /// It is done under this LSN; somebody waits for its durability, or for its effect, or for neither.
+    /// It is done under this LSN; somebody waits for its durability, or for its effect, or for
+    /// neither.
     Commit {
         /// The LSN.
         lsn: Lsn,

@@ -1,4 +1,5 @@
-//! One core's share of the store, as a state machine without I/O, clock or randomness: events in, effects out.
+//! One core's share of the store, as a state machine without I/O, clock or randomness: events in,
+//! effects out.
 //!
 //! ```text
 //! request --> pages (resolve, load) --> commits (validate, admit, draw, apply) --> open group
@@ -7,10 +8,12 @@
 //!   dirty pages --> write-back (window, sorted, merged) --> places --> page map --> checkpoint --> superblock
 //! ```
 //! Invariants
-//! 1. Everything happens in [`Shard::turn`] and [`Shard::complete`]; between two calls nothing changes.
+//! 1. Everything happens in [`Shard::turn`] and [`Shard::complete`]; between two calls nothing
+//!    changes.
 //! 2. No effect of a commit leaves the shard before its LSN is allocated.
 //! 3. A durable reply leaves only when the watermark has reached the commit.
-//! 4. After the first failed write or flush nothing is acknowledged any more (`failed`), and nothing more is written.
+//! 4. After the first failed write or flush nothing is acknowledged any more (`failed`), and
+//!    nothing more is written.
 //! 5. Every queue is bounded: [`Shard::accepting`] says when to stop bringing requests.
 //!
 //! It names no file system, ring, clock, thread or random source: drivers and the simulator do.

@@ -1,4 +1,5 @@
-//! What the simulator is told about a shard: which reads are whose, what waits for memory, how many of everything there are.
+//! What the simulator is told about a shard: which reads are whose, what waits for memory, how many
+//! of everything there are.
 //!
 //! Invariants
 //! 1. Nothing here changes anything.
@@ -69,7 +70,8 @@ impl Shard {
         let levels = if top.is_present() { top.level + 1 } else { 0 };
         let above = NodeKey { level: key.level + 1, prefix: key.prefix >> 8, ..key };
         let has_parent = is_top || self.map.resident(above).is_some();
-        let is_current = matches!(self.map.find_node(key), Ok(Some(child)) if child.place() == place);
+        let is_current =
+            matches!(self.map.find_node(key), Ok(Some(child)) if child.place() == place);
         Some(NodeLoad { is_top, levels, has_parent, is_current })
     }
 
@@ -119,7 +121,11 @@ impl Shard {
     pub(crate) fn counts(&self) -> Counts {
         let pages = || self.cache.table.pages.iter().map(|(_, page)| page);
         let needed = pages().filter(|page| {
-            page.frame.is_some() || page.captures > 0 || page.slot.is_some() || page.dirty_from.is_some() || page.queued
+            page.frame.is_some()
+                || page.captures > 0
+                || page.slot.is_some()
+                || page.dirty_from.is_some()
+                || page.queued
         });
         let pages_needed = needed.count() as u64;
         Counts {
@@ -128,11 +134,21 @@ impl Shard {
             pages_needed,
             nodes: self.map.nodes_count().into(),
             requests: self.requests.pending.len() as u64,
-            requests_pages: self.requests.pending.iter().map(|(_, pending)| pending.pages.len() as u64).sum(),
+            requests_pages: self
+                .requests
+                .pending
+                .iter()
+                .map(|(_, pending)| pending.pages.len() as u64)
+                .sum(),
             cross: self.coordinator.commits.len() as u64,
             waiting: self.watermark.replies.len() as u64,
             node_waits: self.cache.node_waiters.len() as u64,
-            node_waiters: self.cache.node_waiters.values().map(|waiters| waiters.list.len() as u64).sum(),
+            node_waiters: self
+                .cache
+                .node_waiters
+                .values()
+                .map(|waiters| waiters.list.len() as u64)
+                .sum(),
             reads_wanted: self.cache.wanted.pages.len() as u64,
             ops: self.ctx.ops.len() as u64,
             captures: self.writeback.captures.len() as u64,

@@ -1,8 +1,10 @@
-//! What random overwriting costs: bytes written for each byte that a client wrote, by volume size, with the live share
-//! of the data space beside it. Whole shards on a disk in memory, driven by one thread: the same figures on every run.
+//! What random overwriting costs: bytes written for each byte that a client wrote, by volume size,
+//! with the live share of the data space beside it. Whole shards on a disk in memory, driven by one
+//! thread: the same figures on every run.
 //!
-//! If this fails, the cost of an overwrite grows with the size of the volume: a large volume is several times slower than
-//! a small one on the same device, and wears flash out several times faster.
+//! If this fails, the cost of an overwrite grows with the size of the volume: a large volume is
+//! several times slower than a small one on the same device, and wears flash out several times
+//! faster.
 
 use super::{Change, Commit, Request, Response, Token};
 use crate::Geometry;
@@ -17,7 +19,8 @@ use crate::testing::sim::rng::Rng;
 use bytes::Bytes;
 use std::collections::BTreeMap;
 
-/// A block of the disk: most pages of these tests hold one byte throughout, so that a volume of many GiB fits in memory.
+/// A block of the disk: most pages of these tests hold one byte throughout, so that a volume of
+/// many GiB fits in memory.
 enum Block {
     Filled(u8),
     Bytes(Box<[u8; BLOCK]>),
@@ -38,7 +41,8 @@ struct MemoryDisk {
     files: BTreeMap<FileId, Vec<Block>>,
     done: Vec<Completion>,
     bytes_written: u64,
-    /// A block that reads as other bytes than were written, until it is written again; and how often it was read.
+    /// A block that reads as other bytes than were written, until it is written again; and how
+    /// often it was read.
     damaged: Option<(FileId, usize)>,
     damaged_reads: u64,
     /// A block of which every read fails.
@@ -50,7 +54,8 @@ impl MemoryDisk {
     fn carry_out(&mut self, op: &mut DiskOp) {
         match op {
             DiskOp::Read { file, offset, into } => {
-                let frames = into.iter_mut().map(|frame| frame.try_mut().expect("a read owns its frames"));
+                let frames =
+                    into.iter_mut().map(|frame| frame.try_mut().expect("a read owns its frames"));
                 let outs = frames.flat_map(|frame| frame.chunks_mut(BLOCK));
                 for (at, out) in (*offset as usize / BLOCK..).zip(outs) {
                     let mut block = &self.files[file][at];
@@ -86,7 +91,9 @@ impl Disk for MemoryDisk {
         self.reads += u64::from(matches!(op, DiskOp::Read { .. }));
         let blocks = |offset: u64| offset as usize / BLOCK..(offset + op.bytes()) as usize / BLOCK;
         let fails = match (&op, self.unreadable) {
-            (DiskOp::Read { file, offset, .. }, Some((bad, at))) => *file == bad && blocks(*offset).contains(&at),
+            (DiskOp::Read { file, offset, .. }, Some((bad, at))) => {
+                *file == bad && blocks(*offset).contains(&at)
+            }
             _ => false,
         };
         let result = match fails {
@@ -146,8 +153,8 @@ impl Volume {
     /// Opens a new store with every page of the volume written once.
     fn filled(options: &Options, shards_count: u16, pages: u64) -> Volume {
         let mut disk = MemoryDisk::default();
-        let opening =
-            crate::engine::recovery::begin(&mut disk, options, shards_count, 7, 0).expect("the store can be made");
+        let opening = crate::engine::recovery::begin(&mut disk, options, shards_count, 7, 0)
+            .expect("the store can be made");
         let mut all = LocalCluster::new(opening.shards);
         all.run_until_open(&mut disk, 0).expect("the store opens");
         let shard_map = all.shards[0].shard_map();
@@ -169,7 +176,11 @@ impl Volume {
                 let change = Change::Put(Bytes::from_static(&[7; BLOCK]));
                 let commit = Commit { reads: vec![], changes: vec![(key, change)], durable: true };
                 self.sent += 1;
-                self.all.request(self.shard_map.shard_of(key), Token(self.sent), Request::Commit(commit));
+                self.all.request(
+                    self.shard_map.shard_of(key),
+                    Token(self.sent),
+                    Request::Commit(commit),
+                );
                 left -= 1;
             }
             self.now += 100;
@@ -236,10 +247,12 @@ fn cost_of(gib: u64, fill_percent: u32, scale: u64) -> Cost {
     volume.cost(pages.max((1 << 19) / scale))
 }
 
-/// The promise: the cost of an overwrite depends on how much of the space is live, and not on how large the volume is.
+/// The promise: the cost of an overwrite depends on how much of the space is live, and not on how
+/// large the volume is.
 #[test]
 fn overwriting_costs_as_much_in_a_large_volume_as_in_a_small_one() {
-    // Each so that about half of the space is live: a small store lets dead space be as its log is large beside it.
+    // Each so that about half of the space is live: a small store lets dead space be as its log is
+    // large beside it.
     let small = cost_of(1, 66, 32);
     let large = cost_of(8, 54, 32);
     for cost in [&small, &large] {
@@ -248,7 +261,8 @@ fn overwriting_costs_as_much_in_a_large_volume_as_in_a_small_one() {
     assert!((small.total - large.total).abs() <= 0.3, "1 GiB: {small:.2?}, 8 GiB: {large:.2?}");
 }
 
-/// What can't be read can't be moved. It is read once, and its extent is left alone until it has died: other extents are chosen.
+/// What can't be read can't be moved. It is read once, and its extent is left alone until it has
+/// died: other extents are chosen.
 #[test]
 fn a_damaged_page_is_passed_over_once() {
     let options = scaled(64, 512 << 20);
@@ -260,7 +274,9 @@ fn a_damaged_page_is_passed_over_once() {
         .map(|page| PageKey::new(VolumeId::new(1), PageId::new(page)))
         .find(|key| shard.cache.table.find(*key).is_none())
         .expect("not all pages are in memory");
-    let Lookup::Found(Some(entry)) = shard.map.lookup(victim) else { panic!("its leaf is not in memory") };
+    let Lookup::Found(Some(entry)) = shard.map.lookup(victim) else {
+        panic!("its leaf is not in memory")
+    };
     let at = entry.place().offset(options.geometry.extent_bytes) / BLOCK as u64;
     volume.disk.damaged = Some((FileId::Data, at as usize));
 
@@ -270,7 +286,10 @@ fn a_damaged_page_is_passed_over_once() {
         volume.write(4096 / 2, others);
     }
     let stats = volume.stats();
-    assert!(stats.checkpoints >= checkpoints + 8 && stats.extents_compacted > 100, "nothing was compacted: {stats:?}");
+    assert!(
+        stats.checkpoints >= checkpoints + 8 && stats.extents_compacted > 100,
+        "nothing was compacted: {stats:?}"
+    );
     assert_eq!(volume.disk.damaged_reads, 1, "it was not met, or read again and again");
     assert_eq!(stats.extents_passed_over, 1);
 
@@ -285,7 +304,8 @@ fn a_damaged_page_is_passed_over_once() {
     volume.all.shards[0].audit().expect("counts are kept");
 }
 
-/// If this fails, one bad block of the device makes pages unreadable that lie beside it and are whole.
+/// If this fails, one bad block of the device makes pages unreadable that lie beside it and are
+/// whole.
 #[test]
 fn a_page_that_cannot_be_read_costs_no_other() {
     let options = scaled(64, 128 << 20);
@@ -303,7 +323,11 @@ fn a_page_that_cannot_be_read_costs_no_other() {
     let at = entry.place().offset(options.geometry.extent_bytes) / BLOCK as u64;
     volume.disk.unreadable = Some((FileId::Data, at as usize));
     for (i, key) in (0..).zip(&neighbours) {
-        volume.all.request(volume.shard_map.shard_of(*key), Token(i), Request::Read(smallvec::smallvec![*key]));
+        volume.all.request(
+            volume.shard_map.shard_of(*key),
+            Token(i),
+            Request::Read(smallvec::smallvec![*key]),
+        );
     }
     let reads = volume.disk.reads;
     while volume.all.replies.len() < neighbours.len() {
@@ -311,19 +335,30 @@ fn a_page_that_cannot_be_read_costs_no_other() {
         volume.all.poll_once(&mut volume.disk, volume.now);
     }
     assert!(volume.disk.reads < reads + 3 + 32, "they were not read together");
-    let failed: Vec<Token> =
-        volume.all.replies.drain(..).filter(|(_, reply)| reply.is_err()).map(|(no, _)| no).collect();
+    let failed: Vec<Token> = volume
+        .all
+        .replies
+        .drain(..)
+        .filter(|(_, reply)| reply.is_err())
+        .map(|(no, _)| no)
+        .collect();
     assert_eq!(failed, [Token(9)]);
 }
 
 #[test]
 #[ignore = "prints figures"]
 fn figures_of_overwriting_by_volume_size() {
-    // `COREPAGE_SCALE=16 cargo test --release --lib figures_of_overwriting -- --ignored --nocapture`: seconds; without the
-    // scale minutes, and 3 GiB of memory. The figures are the same but for 5 %.
-    let number = |name: &str, default: u64| std::env::var(name).map_or(default, |v| v.parse().expect("a number"));
+    // `COREPAGE_SCALE=16 cargo test --release --lib figures_of_overwriting -- --ignored
+    // --nocapture`: seconds; without the scale minutes, and 3 GiB of memory. The figures are the
+    // same but for 5 %.
+    let number = |name: &str, default: u64| {
+        std::env::var(name).map_or(default, |v| v.parse().expect("a number"))
+    };
     let scale = number("COREPAGE_SCALE", 1);
     for (gib, fill_percent) in [(1, 66), (4, 54), (8, 54), (1, 70), (4, 70), (8, 70)] {
-        println!("{gib} GiB, fill_percent {fill_percent}: {:.2?}", cost_of(gib, fill_percent, scale));
+        println!(
+            "{gib} GiB, fill_percent {fill_percent}: {:.2?}",
+            cost_of(gib, fill_percent, scale)
+        );
     }
 }

@@ -1,20 +1,23 @@
-//! Redo: while the store is opened, each shard reads the groups of the old logs that concern its pages, and does their
-//! changes again. They take the same way as new ones, without the log.
+//! Redo: while the store is opened, each shard reads the groups of the old logs that concern its
+//! pages, and does their changes again. They take the same way as new ones, without the log.
 //!
 //! ```text
 //! next group --read--> decoded: whole commits --a batch at a time: pages loaded, admitted, changed--> next group ... Redone
 //! ```
 //! Invariants
-//! 1. All records of a page stand in one log, in LSN order: an epoch has one deal. So the logs need no merging here; what
-//!    needed all of them, the cut, is known before. All that a commit did to a page is one change: a second one with the
-//!    same LSN would be skipped by rule 2.
+//! 1. All records of a page stand in one log, in LSN order: an epoch has one deal. So the logs need
+//!    no merging here; what needed all of them, the cut, is known before. All that a commit did to
+//!    a page is one change: a second one with the same LSN would be skipped by rule 2.
 //! 2. A change at or below the page's version is skipped: the root reflects it already.
-//! 3. If memory or space run short meanwhile, a checkpoint may come in between. It belongs to the old epoch and keeps the old
-//!    redo LSN: a recovery after a crash begins anew, and skips what is there by rule 2.
-//! 4. What is loaded and pinned at a time is a part of the memory, whatever the store that wrote the log had: a commit of any size
-//!    is redone in parts, which rule 2 allows. On the heap are one group as it was written (1 MiB, or one commit of the largest size:
-//!    66 MiB with `txn_bytes_max` at its most) and what is decoded of it.
-//! 5. Nothing is served meanwhile, and nothing that is durable is overwritten: a crash here only means to begin anew.
+//! 3. If memory or space run short meanwhile, a checkpoint may come in between. It belongs to the
+//!    old epoch and keeps the old redo LSN: a recovery after a crash begins anew, and skips what is
+//!    there by rule 2.
+//! 4. What is loaded and pinned at a time is a part of the memory, whatever the store that wrote
+//!    the log had: a commit of any size is redone in parts, which rule 2 allows. On the heap are
+//!    one group as it was written (1 MiB, or one commit of the largest size: 66 MiB with
+//!    `txn_bytes_max` at its most) and what is decoded of it.
+//! 5. Nothing is served meanwhile, and nothing that is durable is overwritten: a crash here only
+//!    means to begin anew.
 
 use super::message::Message;
 use super::requests::PendingKind;
@@ -65,7 +68,10 @@ impl RedoKind {
     /// What this and then `next`, of the same commit, do to a page. `None`: no commit logs that.
     fn then(self, next: RedoKind) -> Option<RedoKind> {
         match (self, next) {
-            (RedoKind::Patches { over_zeros, mut patches }, RedoKind::Patches { over_zeros: false, patches: more }) => {
+            (
+                RedoKind::Patches { over_zeros, mut patches },
+                RedoKind::Patches { over_zeros: false, patches: more },
+            ) => {
                 patches.extend(more);
                 Some(RedoKind::Patches { over_zeros, patches })
             }
@@ -159,19 +165,28 @@ impl Shard {
                 load.asked += blocks;
                 load.under_way += 1;
             }
-            let into = (0..blocks).map(|_| self.ctx.arena.alloc(0).expect("frames were ensured")).collect();
-            self.submit(OpKind::RedoRead(at), DiskOp::Read { file, offset: ((first + at) * BLOCK) as u64, into });
+            let into = (0..blocks)
+                .map(|_| self.ctx.arena.alloc(0).expect("frames were ensured"))
+                .collect();
+            self.submit(
+                OpKind::RedoRead(at),
+                DiskOp::Read { file, offset: ((first + at) * BLOCK) as u64, into },
+            );
         }
     }
 
     /// Blocks of a group arrive, from block `at` of it on.
     pub(super) fn redo_read(&mut self, at: usize, completion: Completion) {
         self.ctx.work_pending = true;
-        let DiskOp::Read { into, .. } = completion.op else { unreachable!("a read completes as a read") };
+        let DiskOp::Read { into, .. } = completion.op else {
+            unreachable!("a read completes as a read")
+        };
         if let Err(error) = completion.result {
             return self.fail(error);
         }
-        let Some(load) = self.redo.recovering.as_mut().and_then(|r| r.load.as_mut()) else { return };
+        let Some(load) = self.redo.recovering.as_mut().and_then(|r| r.load.as_mut()) else {
+            return;
+        };
         for (block, frame) in load.bytes[at * BLOCK..].chunks_mut(BLOCK).zip(&into) {
             block.copy_from_slice(frame);
         }
@@ -184,7 +199,8 @@ impl Shard {
     fn group_loaded(&mut self) {
         let Some(recovering) = &mut self.redo.recovering else { return };
         let Some(Load { head, bytes, .. }) = recovering.load.take() else { return };
-        let (redo, cut, shard_map, id) = (recovering.redo, recovering.cut, self.ctx.shard_map, self.ctx.id);
+        let (redo, cut, shard_map, id) =
+            (recovering.redo, recovering.cut, self.ctx.shard_map, self.ctx.id);
         let commits = decode(
             &head,
             &Bytes::from(bytes),
@@ -195,7 +211,10 @@ impl Shard {
             Some(commits) => recovering.commits.extend(commits),
             None => {
                 let file = FileId::Log(head.shard, head.segment);
-                let context = format_args!("{file}: the group at block {} changed while it was read", head.block);
+                let context = format_args!(
+                    "{file}: the group at block {} changed while it was read",
+                    head.block
+                );
                 self.fail(Error::corrupt(context));
             }
         }
@@ -224,19 +243,25 @@ impl Shard {
 
     /// Goes on with the batch at the front of the queue. False: it has to wait there.
     pub(super) fn run_redo(&mut self, waiter: usize) -> bool {
-        if let Some(error) = self.requests.pending[waiter].error.take().or_else(|| self.ctx.failed.clone()) {
+        if let Some(error) =
+            self.requests.pending[waiter].error.take().or_else(|| self.ctx.failed.clone())
+        {
             self.requests.ready.pop_front();
             self.release(waiter);
             self.fail(error);
             return true;
         }
-        let PendingKind::Redo(changes) = &self.requests.pending[waiter].kind else { unreachable!("only redo") };
+        let PendingKind::Redo(changes) = &self.requests.pending[waiter].kind else {
+            unreachable!("only redo")
+        };
         let frames = changes.len() as u32;
         if !self.admit_redo(waiter, frames) {
             return self.requests.ready.front() != Some(&waiter);
         }
         loop {
-            let PendingKind::Redo(changes) = &mut self.requests.pending[waiter].kind else { unreachable!("only redo") };
+            let PendingKind::Redo(changes) = &mut self.requests.pending[waiter].kind else {
+                unreachable!("only redo")
+            };
             let Some(change) = changes.pop() else { break };
             let idx = self.cache.table.entry(change.key);
             let page = &self.cache.table.pages[idx];
@@ -308,8 +333,10 @@ impl Shard {
         if let Some(old) = self.map.set(leaf, key, Some(entry)) {
             self.space.extents.free_later(vshard, old.place());
         }
-        // A checkpoint in the middle of the redo may wait for an older version, which goes nowhere now.
-        if self.cache.table.pages[idx].checkpoint_target == Lsn::ZERO || !planted!(RedoneUnsettled) {
+        // A checkpoint in the middle of the redo may wait for an older version, which goes nowhere
+        // now.
+        if self.cache.table.pages[idx].checkpoint_target == Lsn::ZERO || !planted!(RedoneUnsettled)
+        {
             self.page_published(idx);
         }
         self.wake_waiters(idx);
@@ -371,7 +398,8 @@ struct Changes {
 impl Changes {
     /// Adds a change to what the commit did to the same page before, if anything.
     fn add(&mut self, change: RedoChange) -> Option<()> {
-        let earlier = self.last.insert(change.key, self.changes.len()).and_then(|at| self.changes[at].take());
+        let earlier =
+            self.last.insert(change.key, self.changes.len()).and_then(|at| self.changes[at].take());
         let kind = match earlier {
             Some(earlier) => earlier.kind.then(change.kind)?,
             None => change.kind,

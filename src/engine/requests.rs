@@ -2,7 +2,8 @@
 //!
 //! Invariants
 //! 1. A pending request holds its pages (they stay in the table) until it is released, once.
-//! 2. A request is `ready`/`finished` exactly once, when the last page that it needs is there or has failed.
+//! 2. A request is `ready`/`finished` exactly once, when the last page that it needs is there or
+//!    has failed.
 //! 3. Replies that promise durability wait in `waiting`, ordered by LSN, for the watermark.
 
 mod check;
@@ -94,7 +95,9 @@ pub(super) fn patched(changes: &[(PageKey, Change)]) -> Vec<bool> {
 
 /// The error for a commit that was on its way when the store stopped.
 pub(super) fn outcome_unknown(lsn: Lsn, cause: &Error) -> Error {
-    let context = format_args!("whether commit {lsn} will be found is not known: {cause}; reopen the store and look");
+    let context = format_args!(
+        "whether commit {lsn} will be found is not known: {cause}; reopen the store and look"
+    );
     Error::new(ErrorKind::OutcomeUnknown, context)
 }
 
@@ -173,31 +176,46 @@ impl Shard {
         self.ctx.work_pending = true;
         match request {
             Request::Read(keys) => {
-                let pages: SmallVec<[usize; 2]> = keys.iter().map(|key| self.cache.table.get(*key)).collect();
+                let pages: SmallVec<[usize; 2]> =
+                    keys.iter().map(|key| self.cache.table.get(*key)).collect();
                 let stored = |page: &Page| page.has(true) && !page.absent;
-                let hits = pages.iter().filter(|idx| stored(&self.cache.table.pages[**idx])).count() as u32;
+                let hits = pages.iter().filter(|idx| stored(&self.cache.table.pages[**idx])).count()
+                    as u32;
                 self.begin(Some(token), PendingKind::Read(hits), pages, |_| true);
             }
             Request::Allocated(asked) => {
                 let walk = self.begin_walk(asked);
                 self.begin(Some(token), PendingKind::Walk(walk), SmallVec::new(), |_| false);
             }
-            Request::Commit(commit) if !self.is_local(&commit) => self.begin_coordinated(token, commit),
+            Request::Commit(commit) if !self.is_local(&commit) => {
+                self.begin_coordinated(token, commit)
+            }
             Request::Commit(commit) => {
                 let pages = self.pages_of(&commit.reads, &commit.changes);
                 let reads = commit.reads.len();
                 let patched = patched(&commit.changes);
-                self.begin(Some(token), PendingKind::Commit(commit), pages, |i| i >= reads && patched[i - reads]);
+                self.begin(Some(token), PendingKind::Commit(commit), pages, |i| {
+                    i >= reads && patched[i - reads]
+                });
             }
             Request::Flush => {
                 let upto = self.ctx.order.next().before();
-                let own = self.log.bound() > upto && upto > self.ctx.order.watermark() && planted!(FlushForOwnShard);
+                let own = self.log.bound() > upto
+                    && upto > self.ctx.order.watermark()
+                    && planted!(FlushForOwnShard);
                 let awaited = if own { self.ctx.order.watermark() } else { upto };
-                // Before the first commit of an epoch that is the last one of the state that was found.
-                let said = if upto < self.checkpoint.superblock.epoch_first_lsn { self.redo.cut } else { upto };
+                // Before the first commit of an epoch that is the last one of the state that was
+                // found.
+                let said = if upto < self.checkpoint.superblock.epoch_first_lsn {
+                    self.redo.cut
+                } else {
+                    upto
+                };
                 self.reply_when_durable(awaited, token, Response::Flushed(said), false);
             }
-            Request::WaitDurable(lsn) => self.reply_when_durable(lsn, token, Response::Durable, false),
+            Request::WaitDurable(lsn) => {
+                self.reply_when_durable(lsn, token, Response::Durable, false)
+            }
             Request::Checkpoint => self.request_checkpoint(token),
             Request::Stats => {
                 let stats = Box::new(self.counters());
@@ -207,14 +225,21 @@ impl Shard {
         }
     }
 
-    /// The pages of a commit: those read, then those changed. To have read one was the use, not to say so.
-    pub(super) fn pages_of(&mut self, reads: &[(PageKey, Lsn)], changes: &[(PageKey, Change)]) -> SmallVec<[usize; 2]> {
-        let mut pages: SmallVec<[usize; 2]> = reads.iter().map(|(key, _)| self.cache.table.entry(*key)).collect();
+    /// The pages of a commit: those read, then those changed. To have read one was the use, not to
+    /// say so.
+    pub(super) fn pages_of(
+        &mut self,
+        reads: &[(PageKey, Lsn)],
+        changes: &[(PageKey, Change)],
+    ) -> SmallVec<[usize; 2]> {
+        let mut pages: SmallVec<[usize; 2]> =
+            reads.iter().map(|(key, _)| self.cache.table.entry(*key)).collect();
         pages.extend(changes.iter().map(|(key, _)| self.cache.table.get(*key)));
         pages
     }
 
-    /// Registers a request and asks for its pages; `data(i)` says whether page `i` is needed with its bytes.
+    /// Registers a request and asks for its pages; `data(i)` says whether page `i` is needed with
+    /// its bytes.
     pub(super) fn begin(
         &mut self,
         token: Option<Token>,
@@ -282,7 +307,9 @@ impl Shard {
             self.ctx.work_pending = true;
             match pending.kind {
                 PendingKind::Commit(_) if pending.stays => {}
-                PendingKind::Commit(_) | PendingKind::Redo(_) => self.requests.ready.push_back(waiter),
+                PendingKind::Commit(_) | PendingKind::Redo(_) => {
+                    self.requests.ready.push_back(waiter)
+                }
                 PendingKind::Part(_) => self.requests.ready_parts.push_back(waiter),
                 PendingKind::Read(_) | PendingKind::Walk(_) | PendingKind::Move(..) => {
                     self.requests.finished.push_back(waiter)
@@ -296,7 +323,8 @@ impl Shard {
         self.requests.pending[waiter].missing += 1;
     }
 
-    /// Ends a request: its pages may go, and those without memory are gone from the table afterwards.
+    /// Ends a request: its pages may go, and those without memory are gone from the table
+    /// afterwards.
     pub(super) fn release(&mut self, waiter: usize) -> Pending {
         let pending = self.requests.pending.remove(waiter);
         self.requests.held.request_bytes -= pending.weight;
@@ -324,7 +352,13 @@ impl Shard {
     }
 
     /// Replies now or when `lsn` is durable.
-    pub(super) fn reply_when_durable(&mut self, lsn: Lsn, token: Token, response: Response, is_commit: bool) {
+    pub(super) fn reply_when_durable(
+        &mut self,
+        lsn: Lsn,
+        token: Token,
+        response: Response,
+        is_commit: bool,
+    ) {
         if lsn <= self.ctx.order.watermark() {
             self.ctx.reply(token, Ok(response));
             return;
@@ -333,7 +367,13 @@ impl Shard {
         self.watermark.wanted = self.watermark.wanted.max(lsn);
         self.ctx.work_pending = true;
         self.watermark.replies_seq += 1;
-        self.watermark.replies.push(Waiting { lsn, seq: self.watermark.replies_seq, token, response, is_commit });
+        self.watermark.replies.push(Waiting {
+            lsn,
+            seq: self.watermark.replies_seq,
+            token,
+            response,
+            is_commit,
+        });
     }
 
     /// The watermark has advanced.

@@ -66,7 +66,14 @@ impl Shard {
             leader: Leader::new(parts.new_epoch, parts.superblock_frames),
             redo: Redo { recovering: parts.recovering, redone: false, cut: parts.cut },
             life: Life::new(),
-            ctx: Context::new(parts.id, parts.shard_map, parts.limits, parts.order, parts.now, parts.arena),
+            ctx: Context::new(
+                parts.id,
+                parts.shard_map,
+                parts.limits,
+                parts.order,
+                parts.now,
+                parts.arena,
+            ),
         }
     }
 }

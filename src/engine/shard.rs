@@ -47,23 +47,34 @@ pub(super) enum OpKind {
     RedoRead(usize),
 }
 
-/// Laps of a turn at most: what is left then is gone on with in the next turn, which is due at once.
+/// Laps of a turn at most: what is left then is gone on with in the next turn, which is due at
+/// once.
 const LAPS_MAX: u32 = 16;
 
 /// A step of a turn.
 type TurnStep = fn(&mut Shard);
 
-/// The steps of a lap in their order, and why they stand there. Each finds its own work; one that makes work for a step before it
-/// sets `Context::work_pending`, and another lap follows.
+/// The steps of a lap in their order, and why they stand there. Each finds its own work; one that
+/// makes work for a step before it sets `Context::work_pending`, and another lap follows.
 const STEPS: [(TurnStep, &str); 17] = [
-    (Shard::deliver_to_self, "messages to itself are what other shards' messages are, and come before requests"),
+    (
+        Shard::deliver_to_self,
+        "messages to itself are what other shards' messages are, and come before requests",
+    ),
     (Shard::finish_ready, "reads need nothing from the steps below, and give back what they hold"),
-    (Shard::run_parts, "votes before commits: a part that was promised room must not find it taken by the same lap"),
+    (
+        Shard::run_parts,
+        "votes before commits: a part that was promised room must not find it taken by the same \
+         lap",
+    ),
     (Shard::run_commits, "draws LSNs and fills the open group"),
     (Shard::retry_coordinated, "asks again, also those that the commits above were in the way of"),
     (Shard::decide, "after the commits, so that one group takes both"),
     (Shard::advance_groups, "closes the group with all that was drawn above"),
-    (Shard::write_back, "after the groups: a page that went to its place with one is dirty no more"),
+    (
+        Shard::write_back,
+        "after the groups: a page that went to its place with one is dirty no more",
+    ),
     (Shard::advance_leader, "the leader's step makes messages for the checkpoint below"),
     (Shard::advance_checkpoint, "sees the pages and groups of this lap"),
     (Shard::advance_redo, "while a store opens: commits of the log, for the next lap"),
@@ -96,7 +107,8 @@ pub struct Shard {
 
 impl Shard {
     /// Advances everything as far as it goes without a completion; afterwards drain
-    /// [`next_effect`](Self::next_effect). Without work it costs a look at the watermark: a read of cached pages makes none.
+    /// [`next_effect`](Self::next_effect). Without work it costs a look at the watermark: a read of
+    /// cached pages makes none.
     pub fn turn(&mut self, now: Micros) {
         self.ctx.now = self.ctx.now.max(now);
         self.note_watermark();
@@ -130,7 +142,8 @@ impl Shard {
         self.ctx.effects.pop_front()
     }
 
-    /// When `turn` should be called at the latest if nothing arrives; `None`: not before something does.
+    /// When `turn` should be called at the latest if nothing arrives; `None`: not before something
+    /// does.
     pub fn deadline(&self) -> Option<Micros> {
         if self.ctx.work_pending { Some(self.ctx.now) } else { self.ctx.due }
     }
@@ -141,12 +154,14 @@ impl Shard {
             return Some(self.ctx.now);
         }
         let window = self.ctx.limits.coalesce_window_us;
-        // A group that may not go before a write completes needs no turn before that: a deadline in the past would
-        // make the driver spin.
-        let may_go = !self.log.open.is_empty() && self.log.in_flight.len() < self.ctx.limits.log_writes_max;
+        // A group that may not go before a write completes needs no turn before that: a deadline in
+        // the past would make the driver spin.
+        let may_go =
+            !self.log.open.is_empty() && self.log.in_flight.len() < self.ctx.limits.log_writes_max;
         let group = may_go.then(|| self.log.open.opened_at + window);
-        let pages =
-            self.may_write_back().then(|| self.writeback.dirty_since.max(self.ctx.now.saturating_sub(window)) + window);
+        let pages = self
+            .may_write_back()
+            .then(|| self.writeback.dirty_since.max(self.ctx.now.saturating_sub(window)) + window);
         let growth = self.space.stalled.then_some(self.ctx.now + space::GROW_RETRY_US);
         // Memory that readers give back says nothing: whoever waits for it has to look.
         let memory = self.ctx.blocked.lacks_memory().then_some(self.ctx.now + MEMORY_RETRY_US);
@@ -154,7 +169,10 @@ impl Shard {
             // Reads go on after a failure, and wait for memory as before.
             return memory;
         }
-        let next = [group, pages, growth, memory, self.next_retry(), self.front_ends()].into_iter().flatten().min()?;
+        let next = [group, pages, growth, memory, self.next_retry(), self.front_ends()]
+            .into_iter()
+            .flatten()
+            .min()?;
         Some(next.max(self.ctx.now + 1))
     }
 
@@ -236,19 +254,34 @@ impl Shard {
         }
     }
 
-    /// Whether opening is over: requests may come. Until then it only needs turns, completions and messages.
+    /// Whether opening is over: requests may come. Until then it only needs turns, completions and
+    /// messages.
     pub fn is_open(&self) -> bool {
         !self.life.opening
     }
 
-    /// The lowest LSN for whose durability something here waits: when the watermark reaches it, a turn is due even if
-    /// nothing has arrived. `None`: nothing waits.
+    /// The lowest LSN for whose durability something here waits: when the watermark reaches it, a
+    /// turn is due even if nothing has arrived. `None`: nothing waits.
     pub fn waits_for(&self) -> Option<Lsn> {
-        let page = self.writeback.awaiting_watermark.peek().map(|awaiting_watermark| awaiting_watermark.lsn());
-        let reply = self.watermark.replies.peek().map(|waiting| waiting.lsn()).filter(|_| !planted!(NobodyWoken));
-        // A shard that has stopped writes nothing more: for those it would be woken again and again.
-        let writes = [self.checkpoint.waits_for(), self.watermark.dirty_stuck, self.ctx.blocked.awaited_lsn()]
-            .map(|lsn| lsn.filter(|_| self.ctx.failed.is_none()));
+        let page = self
+            .writeback
+            .awaiting_watermark
+            .peek()
+            .map(|awaiting_watermark| awaiting_watermark.lsn());
+        let reply = self
+            .watermark
+            .replies
+            .peek()
+            .map(|waiting| waiting.lsn())
+            .filter(|_| !planted!(NobodyWoken));
+        // A shard that has stopped writes nothing more: for those it would be woken again and
+        // again.
+        let writes = [
+            self.checkpoint.waits_for(),
+            self.watermark.dirty_stuck,
+            self.ctx.blocked.awaited_lsn(),
+        ]
+        .map(|lsn| lsn.filter(|_| self.ctx.failed.is_none()));
         [page, reply].into_iter().chain(writes).flatten().min()
     }
 
@@ -260,11 +293,13 @@ impl Shard {
     /// What is in memory, in words.
     pub(super) fn memory(&self) -> String {
         let (resident, pages) = (self.cache.table.resident(), self.cache.table.pages.len());
-        let (in_readers_hands, counts) = (self.cache.eviction.pinned(), self.cache.eviction.counts());
+        let (in_readers_hands, counts) =
+            (self.cache.eviction.pinned(), self.cache.eviction.counts());
         let (nodes, dirty) = (self.map.nodes_count(), self.map.dirty_count());
         format!(
-            "{} of {pages} pages with their bytes, {} of them needed by requests, {in_readers_hands} pinned by readers when last \
-             seen, {nodes} nodes, {dirty} of them dirty, {counts:?}",
+            "{} of {pages} pages with their bytes, {} of them needed by requests, \
+             {in_readers_hands} pinned by readers when last seen, {nodes} nodes, {dirty} of them \
+             dirty, {counts:?}",
             resident.pages, resident.held
         )
     }
@@ -303,7 +338,9 @@ impl Shard {
         }
         let stopped = Error::new(
             ErrorKind::Closed,
-            format_args!("the store has stopped writing after a failure ({error}); reopen it to recover"),
+            format_args!(
+                "the store has stopped writing after a failure ({error}); reopen it to recover"
+            ),
         );
         self.ctx.failed = Some(stopped);
         // No part is voted for any more, and reads go on.

@@ -1,12 +1,13 @@
-//! The seam between a shard and whatever drives it: events in, a turn, effects out. One loop for all drivers.
+//! The seam between a shard and whatever drives it: events in, a turn, effects out. One loop for
+//! all drivers.
 //!
 //! ```text
 //!   Host::deliver --> request, message, complete --\
 //!                                                   StateMachine --next_effect--> Host::carry_out
 //!   Host::turn_at --> turn ------------------------/
 //! ```
-//! The hosts: a shard's thread (`runtime`), the simulator (`testing::sim::cluster`), and `testing::local_cluster`, which serves
-//! unit tests, fuzz targets and counts of instructions.
+//! The hosts: a shard's thread (`runtime`), the simulator (`testing::sim::cluster`), and
+//! `testing::local_cluster`, which serves unit tests, fuzz targets and counts of instructions.
 //!
 //! Invariants
 //! 1. A state machine changes only inside of these calls; between two of them nothing happens.
@@ -60,7 +61,8 @@ pub(crate) trait StateMachine: Send + 'static {
     fn is_closed(&self) -> bool;
     /// Operations submitted and not completed.
     fn ops_under_way(&self) -> usize;
-    /// The lowest LSN for whose durability something waits: a turn is due when the watermark reaches it.
+    /// The lowest LSN for whose durability something waits: a turn is due when the watermark
+    /// reaches it.
     fn waits_for(&self) -> Option<Lsn>;
     /// Why it stopped, if it did.
     fn failure(&self) -> Option<Error>;
@@ -75,7 +77,8 @@ pub(crate) trait Host<S: StateMachine> {
 
     /// Hands over the requests, messages and completions that have arrived; whether there were any.
     fn deliver(&mut self, shard: &mut S) -> bool;
-    /// The time of the turn that is due now; `None`: none is. `delivered` is what [`deliver`](Self::deliver) said.
+    /// The time of the turn that is due now; `None`: none is. `delivered` is what
+    /// [`deliver`](Self::deliver) said.
     fn turn_at(&mut self, shard: &S, delivered: bool) -> Option<Micros>;
     /// Called after a turn, before its effects are carried out.
     fn turned(&mut self, _shard: &mut S) {}
@@ -102,7 +105,10 @@ impl Activity {
 }
 
 /// Delivers what has arrived, turns the machine if that is due, and carries out the effects.
-pub(crate) fn step<S: StateMachine, H: Host<S>>(shard: &mut S, host: &mut H) -> ControlFlow<H::Stop, Activity> {
+pub(crate) fn step<S: StateMachine, H: Host<S>>(
+    shard: &mut S,
+    host: &mut H,
+) -> ControlFlow<H::Stop, Activity> {
     let delivered = host.deliver(shard);
     let Some(now) = host.turn_at(shard, delivered) else {
         return ControlFlow::Continue(Activity { delivered, ..Activity::default() });

@@ -1,9 +1,10 @@
 //! The shard's side of the global order: what it holds back, what it waits for, and who is told.
 //!
 //! Invariants
-//! 1. The bound is raised only when everything below it is durable here, and every part elsewhere of commits that this
-//!    shard owns.
-//! 2. Whoever waits for an LSN nudges the shards that hold it back: their window must not delay an acknowledgement.
+//! 1. The bound is raised only when everything below it is durable here, and every part elsewhere
+//!    of commits that this shard owns.
+//! 2. Whoever waits for an LSN nudges the shards that hold it back: their window must not delay an
+//!    acknowledgement.
 
 use super::Shard;
 use super::message::Message;
@@ -93,13 +94,17 @@ impl Shard {
     /// Parts elsewhere of commits that this shard owns hold it back, too.
     fn pass_flush_request_on(&mut self, upto: Lsn) {
         if self.coordinator.undurable.first().is_some_and(|lsn| *lsn <= upto) {
-            self.ctx.shard_map.others(self.ctx.id).for_each(|shard| self.request_flush(shard, upto));
+            self.ctx
+                .shard_map
+                .others(self.ctx.id)
+                .for_each(|shard| self.request_flush(shard, upto));
         }
     }
 
     pub(super) fn flush_requested(&mut self, upto: Lsn) {
         self.watermark.flush_requested_upto = self.watermark.flush_requested_upto.max(upto);
-        let holds_back = self.log.open.first_lsn().is_some_and(|lsn| lsn <= upto) || !self.log.open.parts.is_empty();
+        let holds_back = self.log.open.first_lsn().is_some_and(|lsn| lsn <= upto)
+            || !self.log.open.parts.is_empty();
         self.log.open.urgent |= holds_back;
         self.pass_flush_request_on(upto);
     }

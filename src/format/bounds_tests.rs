@@ -1,11 +1,14 @@
-//! Numbers that no store can have, under a checksum that is right: the structure is refused, so that nothing computed from it wraps.
+//! Numbers that no store can have, under a checksum that is right: the structure is refused, so
+//! that nothing computed from it wraps.
 //!
-//! If these fail, a store whose damage happens to have a right checksum ends the program that opens it. Found while the fuzz
-//! target `log` was written.
+//! If these fail, a store whose damage happens to have a right checksum ends the program that opens
+//! it. Found while the fuzz target `log` was written.
 
 use super::LSN_END;
 use super::group::{Body, GroupHead, HEAD_BYTES, RUNS_MAX, RawChange, RawRecord, RawSlot, Role};
-use super::superblock::{LogState, Refusal, SEGMENTS_MIN, SUPERBLOCK_BYTES, Superblock, VShardState};
+use super::superblock::{
+    LogState, Refusal, SEGMENTS_MIN, SUPERBLOCK_BYTES, Superblock, VShardState,
+};
 use crate::base::checksum::crc32c;
 use crate::base::options::Geometry;
 use crate::base::{BLOCK, Lsn, SegmentNo, ShardId};
@@ -34,13 +37,18 @@ fn opened(mut head: GroupHead) -> Option<GroupHead> {
 fn a_group_with_lsns_out_of_reach_is_none() {
     assert!(opened(head()).is_some());
     for (first, count) in [(u64::MAX, 0), (1, u64::MAX), (u64::MAX, u64::MAX), (LSN_END - 1, 1)] {
-        assert_eq!(opened(GroupHead { runs: vec![(Lsn::new(first), count)], ..head() }), None, "{first}+{count}");
+        assert_eq!(
+            opened(GroupHead { runs: vec![(Lsn::new(first), count)], ..head() }),
+            None,
+            "{first}+{count}"
+        );
     }
     assert!(opened(GroupHead { runs: vec![(Lsn::new(LSN_END - 2), 1)], ..head() }).is_some());
     assert_eq!(opened(GroupHead { watermark: Lsn::new(LSN_END), ..head() }), None);
 }
 
-/// Redo reads as many blocks as the head says: more than the segment has, or fewer than the records, and it reads foreign ones.
+/// Redo reads as many blocks as the head says: more than the segment has, or fewer than the
+/// records, and it reads foreign ones.
 #[test]
 fn a_group_that_does_not_fit_is_none() {
     let at = |block| GroupHead { block, ..head() };
@@ -71,18 +79,30 @@ fn a_group_that_does_not_fit_is_none() {
     }
 }
 
-/// A group of another place, epoch or opening is an old one that happens to lie here: its commits are not this log's.
+/// A group of another place, epoch or opening is an old one that happens to lie here: its commits
+/// are not this log's.
 #[test]
 fn a_group_of_elsewhere_is_none() {
     let mut bytes = [0; HEAD_BYTES];
     head().seal(7, &mut bytes);
     let open = |salt, epoch, shard, segment, block| {
-        GroupHead::open(&bytes, salt, epoch, (ShardId::new(shard), SegmentNo::new(segment), block), 16)
+        GroupHead::open(
+            &bytes,
+            salt,
+            epoch,
+            (ShardId::new(shard), SegmentNo::new(segment), block),
+            16,
+        )
     };
     assert!(open(7, 1, 0, 0, 0).is_some());
-    let wrong = [(8, 1, 0, 0, 0), (7, 2, 0, 0, 0), (7, 1, 1, 0, 0), (7, 1, 0, 1, 0), (7, 1, 0, 0, 1)];
+    let wrong =
+        [(8, 1, 0, 0, 0), (7, 2, 0, 0, 0), (7, 1, 1, 0, 0), (7, 1, 0, 1, 0), (7, 1, 0, 0, 1)];
     for (salt, epoch, shard, segment, block) in wrong {
-        assert_eq!(open(salt, epoch, shard, segment, block), None, "{salt} {epoch} {shard} {segment} {block}");
+        assert_eq!(
+            open(salt, epoch, shard, segment, block),
+            None,
+            "{salt} {epoch} {shard} {segment} {block}"
+        );
     }
 }
 
@@ -90,7 +110,9 @@ fn a_group_of_elsewhere_is_none() {
 #[test]
 fn a_change_without_its_slot_is_none() {
     let slot = size_of::<RawSlot>();
-    for (slots, named, is_record) in [(1, 0, true), (1, 1, false), (0, 0, false), (2, 1, true), (2, u32::MAX, false)] {
+    for (slots, named, is_record) in
+        [(1, 0, true), (1, 1, false), (0, 0, false), (2, 1, true), (2, u32::MAX, false)]
+    {
         let record_bytes = size_of::<RawRecord>() + size_of::<RawChange>();
         let record = RawRecord {
             lsn: 1.into(),
@@ -135,8 +157,13 @@ fn a_record_with_an_lsn_out_of_reach_is_none() {
         };
         let mut body = vec![0; BLOCK];
         body[HEAD_BYTES..HEAD_BYTES + bytes as usize].copy_from_slice(record.as_bytes());
-        let head = GroupHead { records_bytes: bytes, body_crc: crc32c(&body[HEAD_BYTES..]), ..head() };
-        assert_eq!(Body::open(&head, &body).expect("a body").records().is_some(), is_record, "{lsn}");
+        let head =
+            GroupHead { records_bytes: bytes, body_crc: crc32c(&body[HEAD_BYTES..]), ..head() };
+        assert_eq!(
+            Body::open(&head, &body).expect("a body").records().is_some(),
+            is_record,
+            "{lsn}"
+        );
     }
 }
 

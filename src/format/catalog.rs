@@ -1,5 +1,6 @@
-//! The catalog: page `n` of volume 0 describes volume `n`. An ordinary page, written by ordinary transactions; its
-//! own checksum tells a page of the catalog from anything else that could stand there.
+//! The catalog: page `n` of volume 0 describes volume `n`. An ordinary page, written by ordinary
+//! transactions; its own checksum tells a page of the catalog from anything else that could stand
+//! there.
 
 use super::{crc_around, get, put};
 use crate::base::BLOCK;
@@ -10,14 +11,16 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 /// The most bytes of a volume's name.
 pub const NAME_BYTES_MAX: usize = 255;
 pub(super) const MAGIC: [u8; 8] = *b"CPVOLUME";
-/// Of a volume with pages that are to be freed: a program that does not know of it must not take the record for another.
+/// Of a volume with pages that are to be freed: a program that does not know of it must not take
+/// the record for another.
 pub(super) const MAGIC_CUT: [u8; 8] = *b"CPVOLCUT";
 
 /// A volume's record, at the start of its page; zeros follow.
 #[repr(C)]
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 pub struct VolumeRecord {
-    /// `CPVOLUME`; `CPVOLCUT`: pages from `bytes` on are to be freed, since the volume was deleted or made smaller.
+    /// `CPVOLUME`; `CPVOLCUT`: pages from `bytes` on are to be freed, since the volume was deleted
+    /// or made smaller.
     pub magic: [u8; 8],
     /// CRC32C of the page, this field as zeros.
     pub crc: U32,
@@ -72,7 +75,14 @@ pub fn decode(page: &[u8]) -> Result<Volume, &'static str> {
     if crc_around(0, page, offset_of!(VolumeRecord, crc)) != record.crc.get() {
         return Err("has a wrong checksum");
     }
-    let name = record.name.get(..usize::from(record.name_len.get())).ok_or("has a name that is too long")?;
+    let name = record
+        .name
+        .get(..usize::from(record.name_len.get()))
+        .ok_or("has a name that is too long")?;
     let name = std::str::from_utf8(name).map_err(|_| "has a name that is not UTF-8")?;
-    Ok(Volume { name: name.to_string(), bytes: record.bytes.get(), is_cut: record.magic == MAGIC_CUT })
+    Ok(Volume {
+        name: name.to_string(),
+        bytes: record.bytes.get(),
+        is_cut: record.magic == MAGIC_CUT,
+    })
 }

@@ -1,4 +1,5 @@
-//! Holds the tables of `docs/format.md` against the code: every structure, field, offset, size and constant.
+//! Holds the tables of `docs/format.md` against the code: every structure, field, offset, size and
+//! constant.
 //!
 //! If these fail, whoever writes a tool from the document reads wrong bytes.
 
@@ -93,7 +94,10 @@ fn stated_layouts(document: &str) -> Vec<Layout> {
     for line in document.lines() {
         if let Some(heading) = line.strip_prefix("### `") {
             let (name, rest) = heading.split_once("`: ").expect("a heading states a size");
-            let size = rest.strip_suffix(" bytes").and_then(|n| n.parse().ok()).expect("a heading states a size");
+            let size = rest
+                .strip_suffix(" bytes")
+                .and_then(|n| n.parse().ok())
+                .expect("a heading states a size");
             all.push((name.to_string(), size, Vec::new()));
             inside = true;
         } else if line.starts_with('#') {
@@ -109,7 +113,9 @@ fn stated_layouts(document: &str) -> Vec<Layout> {
 
 fn stated_constants(document: &str) -> BTreeMap<String, u64> {
     let row = |line| cells(line).filter(|row| row.len() == 3 && row[0].contains("::"));
-    let value = |row: Vec<&str>| (row[0].to_string(), row[1].parse().expect("a constant's value is a number"));
+    let value = |row: Vec<&str>| {
+        (row[0].to_string(), row[1].parse().expect("a constant's value is a number"))
+    };
     document.lines().filter_map(row).map(value).collect()
 }
 
@@ -136,13 +142,16 @@ fn meaning<'a>(document: &'a str, structure: &str, field: &str) -> &'a str {
     row.and_then(|row| row.strip_suffix(" |")?.rsplit(" | ").next()).expect("the field has a row")
 }
 
-/// A tool that follows the document would refuse every store, or read one of another version: version and magics are what it
-/// tells structures apart by.
+/// A tool that follows the document would refuse every store, or read one of another version:
+/// version and magics are what it tells structures apart by.
 #[test]
 fn the_document_states_version_and_magics() {
     let version = format::FORMAT_VERSION;
     assert!(DOCUMENT.starts_with(&format!("# The format on disk, version {version}\n")));
-    assert_eq!(meaning(DOCUMENT, "superblock::Head", "version"), format!("`FORMAT_VERSION`: {version}."));
+    assert_eq!(
+        meaning(DOCUMENT, "superblock::Head", "version"),
+        format!("`FORMAT_VERSION`: {version}.")
+    );
     for (structure, magic) in [
         ("superblock::Head", superblock::MAGIC),
         ("root::Head", root::MAGIC),
@@ -154,7 +163,10 @@ fn the_document_states_version_and_magics() {
     ] {
         let text = std::str::from_utf8(&magic).expect("a magic is text").trim_end_matches('\0');
         let stated = meaning(DOCUMENT, structure, "magic");
-        assert!(stated.contains(&format!("`{text}`")), "{structure}: {text} in the code, {stated} in the document");
+        assert!(
+            stated.contains(&format!("`{text}`")),
+            "{structure}: {text} in the code, {stated} in the document"
+        );
     }
 }
 

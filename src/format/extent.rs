@@ -1,8 +1,9 @@
 //! The extent table, and the summaries at the end of an extent.
 //!
-//! Table block `i` describes extents `128 * i` and on; it stands in two slots, of which checkpoint number `c`
-//! writes slot `c % 2`, and counts if it carries the checkpoint number of the superblock. The superblock holds a checksum over all of
-//! them, too: a checkpoint that a crash has cut short had the number of the next one.
+//! Table block `i` describes extents `128 * i` and on; it stands in two slots, of which checkpoint
+//! number `c` writes slot `c % 2`, and counts if it carries the checkpoint number of the
+//! superblock. The superblock holds a checksum over all of them, too: a checkpoint that a crash has
+//! cut short had the number of the next one.
 
 use super::{crc_around, get, put};
 use crate::base::checksum::crc32c_append;
@@ -36,7 +37,19 @@ pub struct TableHead {
 
 /// One extent as of a checkpoint. All zeros: free.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Default)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+    Unaligned,
+    Default,
+)]
 pub struct TableRow {
     /// 0 = free, 1 = in use.
     pub state: u8,
@@ -52,8 +65,9 @@ pub struct TableRow {
     pub reserved: [u8; 15],
 }
 
-/// Head of a summary; [`SummaryItem`]s follow. An extent ends with two summary areas, used in turn: an extent that
-/// is still being filled gets a new summary with each checkpoint, and the one before stays until that is durable.
+/// Head of a summary; [`SummaryItem`]s follow. An extent ends with two summary areas, used in turn:
+/// an extent that is still being filled gets a new summary with each checkpoint, and the one before
+/// stays until that is durable.
 #[repr(C)]
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 pub struct SummaryHead {
@@ -119,7 +133,8 @@ pub enum ItemKind {
     Node(NodeKey),
 }
 
-/// A map node's name: its virtual shard, volume, level (leaves have 0) and the high bits of the keys below it.
+/// A map node's name: its virtual shard, volume, level (leaves have 0) and the high bits of the
+/// keys below it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct NodeKey {
     /// Virtual shard.
@@ -132,10 +147,12 @@ pub struct NodeKey {
     pub prefix: u64,
 }
 
-/// Blocks of one of the two summary areas at the end of an extent of `extent_blocks` blocks: the least that list every other block.
-/// Asked several times for each commit, so it is worked out without a search.
+/// Blocks of one of the two summary areas at the end of an extent of `extent_blocks` blocks: the
+/// least that list every other block. Asked several times for each commit, so it is worked out
+/// without a search.
 pub const fn summary_blocks(extent_blocks: u32) -> u32 {
-    // Room for a head and an item for each block that is in neither area: HEAD + (extent - 2 * area) * ITEM <= area * BLOCK.
+    // Room for a head and an item for each block that is in neither area: HEAD + (extent - 2 *
+    // area) * ITEM <= area * BLOCK.
     const HEAD: u32 = size_of::<SummaryHead>() as u32;
     const ITEM: u32 = size_of::<SummaryItem>() as u32;
     (HEAD + extent_blocks * ITEM).div_ceil(BLOCK as u32 + 2 * ITEM)
@@ -146,7 +163,10 @@ const _: () = {
     let mut extent_blocks = 16;
     while extent_blocks <= 2048 {
         let blocks = summary_blocks(extent_blocks);
-        assert!(summary_fits(extent_blocks, blocks) && (blocks == 1 || !summary_fits(extent_blocks, blocks - 1)));
+        assert!(
+            summary_fits(extent_blocks, blocks)
+                && (blocks == 1 || !summary_fits(extent_blocks, blocks - 1))
+        );
         extent_blocks *= 2;
     }
 };
@@ -177,7 +197,13 @@ pub fn table_crc(sums: impl IntoIterator<Item = u32>) -> u32 {
 }
 
 /// Fills one table block and returns its checksum; `rows` has at most [`TABLE_ROWS`].
-pub fn encode_table(store_id: [u8; 16], index: u32, checkpoint: u64, rows: &[TableRow], out: &mut [u8]) -> u32 {
+pub fn encode_table(
+    store_id: [u8; 16],
+    index: u32,
+    checkpoint: u64,
+    rows: &[TableRow],
+    out: &mut [u8],
+) -> u32 {
     out.fill(0);
     let head = TableHead {
         magic: TABLE_MAGIC,
@@ -217,7 +243,8 @@ pub fn decode_table(
         return Err("is of another checkpoint: a write was lost");
     }
     let at = |i: usize| size_of::<TableHead>() + i * size_of::<TableRow>();
-    let rows = (0..TABLE_ROWS as usize).filter_map(|i| get::<TableRow>(bytes, at(i)).copied()).collect();
+    let rows =
+        (0..TABLE_ROWS as usize).filter_map(|i| get::<TableRow>(bytes, at(i)).copied()).collect();
     Ok((rows, head.crc.get()))
 }
 
@@ -272,12 +299,18 @@ fn encode_item(item: &Item) -> SummaryItem {
 }
 
 /// Checks and decodes a summary area whose checksum must be `crc`; the message says what is wrong.
-pub fn decode_summary(store_id: [u8; 16], extent: ExtentNo, crc: u32, bytes: &[u8]) -> Result<Vec<Item>, &'static str> {
+pub fn decode_summary(
+    store_id: [u8; 16],
+    extent: ExtentNo,
+    crc: u32,
+    bytes: &[u8],
+) -> Result<Vec<Item>, &'static str> {
     let head: &SummaryHead = get(bytes, 0).ok_or("is too short")?;
     if crc_around(0, bytes, offset_of!(SummaryHead, crc)) != crc || head.crc.get() != crc {
         return Err("has a wrong checksum");
     }
-    if head.magic != SUMMARY_MAGIC || head.store_id != store_id || head.extent.get() != extent.get() {
+    if head.magic != SUMMARY_MAGIC || head.store_id != store_id || head.extent.get() != extent.get()
+    {
         return Err("is not this extent's summary");
     }
     let at = |i: usize| size_of::<SummaryHead>() + i * size_of::<SummaryItem>();

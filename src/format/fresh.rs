@@ -9,15 +9,19 @@ use super::root;
 use super::superblock::SEGMENTS_MIN;
 use crate::base::options::Geometry;
 
-/// Extents of a new store for each shard: the reserves of all purposes and a little more; it grows from there.
+/// Extents of a new store for each shard: the reserves of all purposes and a little more; it grows
+/// from there.
 const EXTENTS_FIRST: u32 = 16;
 
-/// Segments of a new log. It gets longer when it is used (`engine::log`): a store that nobody writes to stays small.
+/// Segments of a new log. It gets longer when it is used (`engine::log`): a store that nobody
+/// writes to stays small.
 pub(crate) const SEGMENTS_FIRST: u32 = SEGMENTS_MIN;
 
 /// Bytes by which the logs of so many shards may get longer than they are in a new store.
 pub(crate) fn log_growth_bytes(geometry: &Geometry, shards_count: u16) -> u64 {
-    u64::from(shards_count) * u64::from(geometry.segments_count - SEGMENTS_FIRST) * geometry.segment_bytes
+    u64::from(shards_count)
+        * u64::from(geometry.segments_count - SEGMENTS_FIRST)
+        * geometry.segment_bytes
 }
 
 /// Extents of a new store with so many shards that may have `extents_max` of them.
@@ -34,5 +38,7 @@ pub(crate) fn data_bytes(geometry: &Geometry, shards_count: u16, extents_max: u3
 pub(crate) fn store_bytes(geometry: &Geometry, shards_count: u16, extents_max: u32) -> u64 {
     let logs = u64::from(shards_count) * u64::from(SEGMENTS_FIRST) * geometry.segment_bytes;
     let table = table_offset(extents_count(shards_count, extents_max).div_ceil(TABLE_ROWS), 0);
-    logs + data_bytes(geometry, shards_count, extents_max) + table + root::meta_bytes(geometry.vshards_count)
+    logs + data_bytes(geometry, shards_count, extents_max)
+        + table
+        + root::meta_bytes(geometry.vshards_count)
 }

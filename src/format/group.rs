@@ -4,10 +4,11 @@
 //! | head 256 B | records ... | slots ... | zeros | inline page | inline page | ...
 //! |<------------------ body blocks ------------->|<---- one block each ------->|
 //! ```
-//! The head is sealed by `head_crc`, seeded with the epoch's salt and covering the group's own position, so that
-//! neither recycled bytes, nor user data that happens to be a copy of a log, can pass for a group. `body_crc`
-//! covers the rest of the body blocks, padding included. A slot names the image of one page: inline in this
-//! group, or at its final place in an extent; its checksum is in the slot.
+//! The head is sealed by `head_crc`, seeded with the epoch's salt and covering the group's own
+//! position, so that neither recycled bytes, nor user data that happens to be a copy of a log, can
+//! pass for a group. `body_crc` covers the rest of the body blocks, padding included. A slot names
+//! the image of one page: inline in this group, or at its final place in an extent; its checksum is
+//! in the slot.
 
 use super::node::Entry;
 use super::{LSN_END, crc_around, get};
@@ -24,7 +25,9 @@ pub(super) const MAGIC: [u8; 8] = *b"CPGROUP\0";
 
 /// Consecutive LSNs.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Default)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Default,
+)]
 pub struct RawRun {
     /// First.
     pub first: U64,
@@ -76,7 +79,8 @@ pub struct Head {
     pub watermark: U64,
     /// The newest superblock when this group was submitted.
     pub superblock_generation: U64,
-    /// All LSNs that this shard drew and this group accounts for, whether or not a commit uses them.
+    /// All LSNs that this shard drew and this group accounts for, whether or not a commit uses
+    /// them.
     pub runs: [RawRun; RUNS_MAX],
     /// Nonce of the encryption.
     pub nonce: [u8; 12],
@@ -86,7 +90,8 @@ pub struct Head {
     pub reserved2: [u8; 4],
 }
 
-/// Head of the record of one commit; [`RawChange`]s follow, behind the [`RawParts`] if it is a commit over shards.
+/// Head of the record of one commit; [`RawChange`]s follow, behind the [`RawParts`] if it is a
+/// commit over shards.
 #[repr(C)]
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 pub struct RawRecord {
@@ -96,17 +101,20 @@ pub struct RawRecord {
     pub bytes: U32,
     /// Changes.
     pub changes_count: U32,
-    /// 0 = a whole commit, 1 = the owner's part of a commit over shards, 2 = another shard's part of one.
+    /// 0 = a whole commit, 1 = the owner's part of a commit over shards, 2 = another shard's part
+    /// of one.
     pub kind: u8,
     /// Zero.
     pub reserved: [u8; 7],
 }
 
-/// The other shards of a commit over shards: it counts only if each of them has logged its part under the same LSN.
+/// The other shards of a commit over shards: it counts only if each of them has logged its part
+/// under the same LSN.
 #[repr(C)]
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 pub struct RawParts {
-    /// In the owner's record: a bit for each other shard that has a part. In another's: the bit of the owner.
+    /// In the owner's record: a bit for each other shard that has a part. In another's: the bit of
+    /// the owner.
     pub shards: U64,
 }
 
@@ -149,7 +157,9 @@ pub struct RawSlot {
 }
 
 const _: () = assert!(HEAD_BYTES == 256 && size_of::<RawRecord>() == 24);
-const _: () = assert!(size_of::<RawChange>() == 20 && size_of::<RawSlot>() == 80 && size_of::<RawParts>() == 8);
+const _: () = assert!(
+    size_of::<RawChange>() == 20 && size_of::<RawSlot>() == 80 && size_of::<RawParts>() == 8
+);
 
 /// A sealed head in memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -232,8 +242,8 @@ impl GroupHead {
         out[..HEAD_BYTES].copy_from_slice(raw.as_bytes());
     }
 
-    /// The head at the start of `block_bytes`, if there is one that belongs to this epoch and position and whose
-    /// numbers fit a segment of `segment_blocks`.
+    /// The head at the start of `block_bytes`, if there is one that belongs to this epoch and
+    /// position and whose numbers fit a segment of `segment_blocks`.
     pub fn open(
         block_bytes: &[u8],
         salt: u64,
@@ -246,7 +256,9 @@ impl GroupHead {
         if raw.magic != MAGIC || raw.epoch.get() != epoch || raw.head_crc.get() != sum() {
             return None;
         }
-        let here = raw.shard.get() == shard.get() && raw.segment.get() == segment.get() && raw.block.get() == block;
+        let here = raw.shard.get() == shard.get()
+            && raw.segment.get() == segment.get()
+            && raw.block.get() == block;
         let (body, all) = (raw.body_blocks.get(), raw.blocks.get());
         let fits = body >= 1 && body <= all && all <= segment_blocks - block.min(segment_blocks);
         let needed = HEAD_BYTES as u64
@@ -278,7 +290,10 @@ impl GroupHead {
             commits_count: raw.commits_count.get(),
             watermark: Lsn::new(raw.watermark.get()),
             superblock_generation: raw.superblock_generation.get(),
-            runs: raw.runs[..runs_count].iter().map(|r| (Lsn::new(r.first.get()), r.count.get())).collect(),
+            runs: raw.runs[..runs_count]
+                .iter()
+                .map(|r| (Lsn::new(r.first.get()), r.count.get()))
+                .collect(),
         })
     }
 }
@@ -383,7 +398,8 @@ pub struct Record<'a> {
 }
 
 impl<'a> Body<'a> {
-    /// Checks the body in `bytes`, the group's body blocks. `None` if the checksum is wrong or it contradicts itself.
+    /// Checks the body in `bytes`, the group's body blocks. `None` if the checksum is wrong or it
+    /// contradicts itself.
     pub fn open(head: &GroupHead, bytes: &'a [u8]) -> Option<Body<'a>> {
         let body = bytes.get(..head.body_blocks as usize * BLOCK)?;
         if crate::base::checksum::crc32c(&body[HEAD_BYTES..]) != head.body_crc {
@@ -395,7 +411,9 @@ impl<'a> Body<'a> {
             let raw: &RawSlot = get(body, records_end + i * size_of::<RawSlot>())?;
             let state = match raw.state {
                 0 => SlotState::Dead,
-                1 if (head.body_blocks..head.blocks).contains(&raw.block.get()) => SlotState::Inline(raw.block.get()),
+                1 if (head.body_blocks..head.blocks).contains(&raw.block.get()) => {
+                    SlotState::Inline(raw.block.get())
+                }
                 2 => SlotState::Placed,
                 _ => return None,
             };
@@ -411,7 +429,9 @@ impl<'a> Body<'a> {
         let mut at = 0;
         while at < self.records.len() {
             let raw: &RawRecord = get(self.records, at)?;
-            let end = at.checked_add(raw.bytes.get() as usize).filter(|end| *end <= self.records.len())?;
+            let end = at
+                .checked_add(raw.bytes.get() as usize)
+                .filter(|end| *end <= self.records.len())?;
             let mut next = at + size_of::<RawRecord>();
             let role = self.role(raw.kind, &mut next)?;
             let mut changes = Vec::new();
@@ -446,7 +466,9 @@ impl<'a> Body<'a> {
         *at += size_of::<RawChange>();
         let key = PageKey::new(VolumeId::new(raw.volume), raw.page.get().into());
         match raw.kind {
-            1 if (raw.len.get() as usize) < self.slots.len() => Some(LoggedChange::Image(key, raw.len.get())),
+            1 if (raw.len.get() as usize) < self.slots.len() => {
+                Some(LoggedChange::Image(key, raw.len.get()))
+            }
             2 => {
                 let bytes = self.records.get(*at..*at + raw.len.get() as usize)?;
                 let end = u64::from(raw.offset.get()) + u64::from(raw.len.get());

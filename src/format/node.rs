@@ -1,7 +1,8 @@
 //! Map nodes: leaves of 64 entries and interior nodes of 256 children.
 //!
-//! A node has no head and no checksum of its own: its parent holds its place and its CRC32C, so one chain of checksums
-//! leads from the root to every byte, and a lost or misdirected write of a node shows in its parent.
+//! A node has no head and no checksum of its own: its parent holds its place and its CRC32C, so one
+//! chain of checksums leads from the root to every byte, and a lost or misdirected write of a node
+//! shows in its parent.
 
 use super::get;
 use crate::base::{BLOCK, BlockAddr, Lsn};
@@ -15,7 +16,9 @@ pub const NODE_CHILDREN: usize = 256;
 
 /// Where a page is, and what its bytes must be. All zeros: no such page.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Default)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Default,
+)]
 pub struct Entry {
     /// Extent in the high half, block in the low half.
     pub place: U64,
@@ -43,7 +46,9 @@ pub struct Entry {
 
 /// Where a child node is, and its checksum. All zeros: no child.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Default)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Default,
+)]
 pub struct Child {
     /// Extent in the high half, block in the low half.
     pub place: U64,
@@ -57,7 +62,9 @@ pub struct Child {
     pub reserved: U16,
 }
 
-const _: () = assert!(size_of::<Entry>() * LEAF_ENTRIES == BLOCK && size_of::<Child>() * NODE_CHILDREN == BLOCK);
+const _: () = assert!(
+    size_of::<Entry>() * LEAF_ENTRIES == BLOCK && size_of::<Child>() * NODE_CHILDREN == BLOCK
+);
 
 impl Entry {
     /// An entry for a plain 4 KiB page.

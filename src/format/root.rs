@@ -1,6 +1,7 @@
 //! A virtual shard's root: one block, in two alternating slots after the superblock copies.
 //!
-//! A root counts if the superblock names its generation and its checksum; the slot is `generation % 2`.
+//! A root counts if the superblock names its generation and its checksum; the slot is `generation %
+//! 2`.
 
 use super::node::Child;
 use super::superblock::{SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock};
@@ -87,7 +88,8 @@ pub struct RootHead {
     pub checkpoint: u64,
 }
 
-/// Checks and decodes a slot that must hold the root that the superblock names; the message says what is wrong.
+/// Checks and decodes a slot that must hold the root that the superblock names; the message says
+/// what is wrong.
 pub fn decode_named(
     superblock: &Superblock,
     vshard: VShard,
@@ -100,10 +102,15 @@ pub fn decode_named(
     }
     if head.generation != named.generation {
         let found = head.generation;
-        return Err(format!("has generation {found}, but the superblock names {}: a write was lost", named.generation));
+        return Err(format!(
+            "has generation {found}, but the superblock names {}: a write was lost",
+            named.generation
+        ));
     }
     if crc != named.crc && !planted!(NamedSumIgnored) {
-        return Err("is another one than the superblock names, of the same generation: a write was lost".into());
+        return Err("is another one than the superblock names, of the same generation: a write \
+                    was lost"
+            .into());
     }
     Ok((head, children))
 }

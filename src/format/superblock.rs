@@ -1,8 +1,9 @@
-//! The superblock: what a store is, and the one write by which a checkpoint or a recovery becomes true.
+//! The superblock: what a store is, and the one write by which a checkpoint or a recovery becomes
+//! true.
 //!
-//! Four copies of 16 KiB stand at the start of the meta file. Generation `g` is written to copies `2 * (g % 2)`
-//! and the one after it, one after the other, a flush after each: so a crash spoils at most one copy, and a
-//! generation of which both copies are unreadable is damage.
+//! Four copies of 16 KiB stand at the start of the meta file. Generation `g` is written to copies
+//! `2 * (g % 2)` and the one after it, one after the other, a flush after each: so a crash spoils
+//! at most one copy, and a generation of which both copies are unreadable is damage.
 
 use super::{FORMAT_VERSION, LSN_END, Plain, crc_around, get, put};
 use crate::base::options::Geometry;
@@ -17,7 +18,8 @@ pub const SUPERBLOCK_BYTES: usize = 16 * 1024;
 pub const SUPERBLOCK_COPIES: u64 = 4;
 /// The most shards, and so logs, that a store can have at a time.
 pub const SHARDS_MAX: usize = 64;
-/// The least segments of a log: one is filled while the records in the other become part of the roots.
+/// The least segments of a log: one is filled while the records in the other become part of the
+/// roots.
 pub const SEGMENTS_MIN: u32 = 2;
 /// The most virtual shards.
 pub const VSHARDS_MAX: usize = 512;
@@ -57,8 +59,8 @@ pub struct Head {
     pub checkpoint: U64,
     /// All commits up to here were durable when this was written.
     pub watermark: U64,
-    /// After recovery, until a checkpoint has something of the epoch: the LSN after the cut. Then: no LSN from here on was
-    /// drawn when the last step of the checkpoint began.
+    /// After recovery, until a checkpoint has something of the epoch: the LSN after the cut. Then:
+    /// no LSN from here on was drawn when the last step of the checkpoint began.
     pub next_lsn: U64,
     /// Bytes of an extent.
     pub extent_bytes: U64,
@@ -76,7 +78,8 @@ pub struct Head {
     pub reserved: [u8; 128],
 }
 
-/// The log of one shard: how long it is and, after a clean close, where it ends; the fields of the end are zeros otherwise.
+/// The log of one shard: how long it is and, after a clean close, where it ends; the fields of the
+/// end are zeros otherwise.
 #[repr(C)]
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Default)]
 pub struct LogRow {
@@ -112,7 +115,8 @@ pub struct VShardRow {
 
 const LOGS_AT: usize = size_of::<Head>();
 const VSHARDS_AT: usize = LOGS_AT + SHARDS_MAX * size_of::<LogRow>();
-const _: () = assert!(size_of::<Head>() == 256 && size_of::<LogRow>() == 32 && size_of::<VShardRow>() == 24);
+const _: () =
+    assert!(size_of::<Head>() == 256 && size_of::<LogRow>() == 32 && size_of::<VShardRow>() == 24);
 const _: () = assert!(VSHARDS_AT + VSHARDS_MAX * size_of::<VShardRow>() <= SUPERBLOCK_BYTES);
 
 /// A checked superblock in memory.
@@ -208,8 +212,9 @@ impl LogRow {
     }
 }
 
-/// Which of the roots of a virtual shard. Neither would do alone: a checkpoint that a crash has cut short has written roots of the
-/// generation that the next one writes, too, and a device may lose a write.
+/// Which of the roots of a virtual shard. Neither would do alone: a checkpoint that a crash has cut
+/// short has written roots of the generation that the next one writes, too, and a device may lose a
+/// write.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RootVersion {
     /// Its generation, by which it is found.
@@ -235,7 +240,9 @@ impl Superblock {
     /// The segments of all logs.
     pub fn segments(&self) -> impl Iterator<Item = (ShardId, SegmentNo)> {
         let shards = (0..).map(ShardId::new).zip(&self.logs);
-        shards.flat_map(|(shard, log)| (0..log.segments_made).map(move |no| (shard, SegmentNo::new(no))))
+        shards.flat_map(|(shard, log)| {
+            (0..log.segments_made).map(move |no| (shard, SegmentNo::new(no)))
+        })
     }
 
     /// The byte offset in the meta file of copy `copy`.
@@ -321,7 +328,10 @@ impl Superblock {
             vshards_count: head.vshards_count.get(),
         };
         let shards = usize::from(head.shards_count.get());
-        if u64::from(head.copy.get()) != copy || geometry.check().is_err() || !(1..=SHARDS_MAX).contains(&shards) {
+        if u64::from(head.copy.get()) != copy
+            || geometry.check().is_err()
+            || !(1..=SHARDS_MAX).contains(&shards)
+        {
             return Err(Refusal::Values);
         }
         let counters = [head.generation, head.epoch, head.checkpoint];
@@ -330,15 +340,24 @@ impl Superblock {
             return Err(Refusal::Values);
         }
         let logs = rows(bytes, LOGS_AT, shards, |row: &LogRow| row.decode(geometry.segments_count));
-        if logs.iter().any(|log| !(SEGMENTS_MIN..=geometry.segments_count).contains(&log.segments_made)) {
+        if logs
+            .iter()
+            .any(|log| !(SEGMENTS_MIN..=geometry.segments_count).contains(&log.segments_made))
+        {
             return Err(Refusal::Values);
         }
-        let vshards = rows(bytes, VSHARDS_AT, geometry.vshards_count as usize, |row: &VShardRow| VShardState {
-            root: RootVersion { generation: row.generation.get(), crc: row.root_crc.get() },
-            redo_lsn: Lsn::new(row.redo_lsn.get()),
-            shard: ShardId::new(row.shard.get()),
-        });
-        if vshards.iter().any(|vshard| vshard.redo_lsn.get() >= LSN_END || vshard.root.generation >= LSN_END) {
+        let vshards =
+            rows(bytes, VSHARDS_AT, geometry.vshards_count as usize, |row: &VShardRow| {
+                VShardState {
+                    root: RootVersion { generation: row.generation.get(), crc: row.root_crc.get() },
+                    redo_lsn: Lsn::new(row.redo_lsn.get()),
+                    shard: ShardId::new(row.shard.get()),
+                }
+            });
+        if vshards
+            .iter()
+            .any(|vshard| vshard.redo_lsn.get() >= LSN_END || vshard.root.generation >= LSN_END)
+        {
             return Err(Refusal::Values);
         }
         Ok(Superblock {

@@ -1,8 +1,10 @@
 //! Pauses before a call is repeated that the kernel has refused for now (`EAGAIN`, `EINTR`).
 //!
 //! Invariants
-//! 1. No refusal is answered by an immediate retry for ever: each pause in a row is at least as long as the one before.
-//! 2. A device that refuses for [`REFUSALS_MAX`] pauses in a row, half a minute, counts as failed, so that no caller waits for ever.
+//! 1. No refusal is answered by an immediate retry for ever: each pause in a row is at least as
+//!    long as the one before.
+//! 2. A device that refuses for [`REFUSALS_MAX`] pauses in a row, half a minute, counts as failed,
+//!    so that no caller waits for ever.
 //!
 //! It does *not* sleep where a ring has a timer for that.
 
@@ -23,14 +25,15 @@ const REFUSALS_MAX: u16 = 300;
 pub(super) struct Backoff(u16);
 
 impl Backoff {
-    /// Counts one more refusal. Returns how long to pause before the next attempt, or `None` once that is a failure.
+    /// Counts one more refusal. Returns how long to pause before the next attempt, or `None` once
+    /// that is a failure.
     pub(super) fn refused(&mut self) -> Option<Micros> {
         self.0 = self.0.saturating_add(1);
         (self.0 <= REFUSALS_MAX).then(|| self.pause_us())
     }
 
-    /// Sleeps if `e` says that it may work later. Otherwise, or if it has not worked for long, or if the work was cancelled,
-    /// `e` is the failure.
+    /// Sleeps if `e` says that it may work later. Otherwise, or if it has not worked for long, or
+    /// if the work was cancelled, `e` is the failure.
     #[allow(clippy::disallowed_methods, reason = "the kernel tells nobody when it would take it")]
     pub(super) fn pause(&mut self, e: Errno, cancel: &Cancel) -> rustix::io::Result<()> {
         if !matches!(e, Errno::INTR | Errno::AGAIN) || cancel.is_cancelled() {
@@ -47,10 +50,12 @@ impl Backoff {
     }
 }
 
-/// Repeats `call` after a pause while it is refused for now. For calls that are made before a store is open; it gives up after
-/// a fifth of a second, since nothing can cancel it.
+/// Repeats `call` after a pause while it is refused for now. For calls that are made before a store
+/// is open; it gives up after a fifth of a second, since nothing can cancel it.
 #[allow(clippy::disallowed_methods, reason = "the kernel tells nobody when it would take it")]
-pub(super) fn retry_transient<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
+pub(super) fn retry_transient<T>(
+    mut call: impl FnMut() -> rustix::io::Result<T>,
+) -> rustix::io::Result<T> {
     let mut backoff = Backoff::default();
     loop {
         match call() {
@@ -67,7 +72,8 @@ pub(super) fn retry_transient<T>(mut call: impl FnMut() -> rustix::io::Result<T>
 mod tests {
     use super::*;
 
-    /// A signal in the middle of a probe must not make a store use the page cache for the rest of its life.
+    /// A signal in the middle of a probe must not make a store use the page cache for the rest of
+    /// its life.
     #[test]
     fn a_probe_that_is_interrupted_is_repeated_and_not_for_ever() {
         for refusal in [Errno::INTR, Errno::AGAIN] {
@@ -87,7 +93,8 @@ mod tests {
         assert_eq!((failed, calls), (Err(Errno::IO), 1), "a failure is one at once");
     }
 
-    /// Without pauses a device that is busy costs a whole core; without an end its callers wait for ever.
+    /// Without pauses a device that is busy costs a whole core; without an end its callers wait for
+    /// ever.
     #[test]
     fn pauses_grow_and_end() {
         let mut backoff = Backoff::default();

@@ -1,7 +1,8 @@
-//! Measurements, not tests: `cargo test --release --lib io::bench -- --ignored --nocapture --test-threads=1`.
+//! Measurements, not tests: `cargo test --release --lib io::bench -- --ignored --nocapture
+//! --test-threads=1`.
 //!
-//! Goal: ratios between drivers and between flush methods on this machine, in interleaved rounds. No goal: absolute
-//! figures of a quiet machine; other processes take their share.
+//! Goal: ratios between drivers and between flush methods on this machine, in interleaved rounds.
+//! No goal: absolute figures of a quiet machine; other processes take their share.
 #![allow(clippy::disallowed_methods, reason = "time is what is measured")]
 
 use super::tests::{DriverDisk, allocate, filled};
@@ -24,7 +25,9 @@ fn log(shard: u16) -> FileId {
 fn make(files: &Arc<Files>, driver: Driver) -> Box<dyn DriverDisk> {
     let portable = PortableOptions { workers_count: 16 };
     match driver {
-        Driver::Ring => Box::new(UringDisk::with_files(files.clone(), &UringOptions::default()).unwrap()),
+        Driver::Ring => {
+            Box::new(UringDisk::with_files(files.clone(), &UringOptions::default()).unwrap())
+        }
         Driver::Portable => Box::new(PortableDisk::with_files(files.clone(), &portable).unwrap()),
         Driver::Auto => unreachable!("a measurement names its driver"),
     }
@@ -62,7 +65,9 @@ fn reads(disk: &mut dyn Disk, arena: &mut Arena, depth: usize, sequence: &mut Se
         }
         for completion in done.drain(..) {
             completion.result.unwrap();
-            let DiskOp::Read { into, .. } = completion.op else { panic!("a read comes back as one") };
+            let DiskOp::Read { into, .. } = completion.op else {
+                panic!("a read comes back as one")
+            };
             spare.extend(into);
             (count, flying) = (count + 1, flying - 1);
         }
@@ -140,8 +145,8 @@ fn compare_drivers(page_cache: PageCache) {
         let [ring, portable] = rates.map(|mut rates| quantile(&mut rates, 0.5));
         let [cost, portable_cost] = costs.map(|mut costs| quantile(&mut costs, 0.5));
         println!(
-            "reads depth {depth:3}: ring {ring:6.1} k/s, {cost:5.2} us; portable {portable:6.1} k/s, {portable_cost:5.2} \
-             us; ratio {:.2}",
+            "reads depth {depth:3}: ring {ring:6.1} k/s, {cost:5.2} us; portable {portable:6.1} \
+             k/s, {portable_cost:5.2} us; ratio {:.2}",
             ring / portable
         );
     }
@@ -177,7 +182,10 @@ fn one_flush_for_all_files_against_one_per_file() {
         for (i, name) in ["shared", "per file"].into_iter().enumerate() {
             let rate = quantile(&mut counts[i], 0.5);
             let [p50, p99] = [0.5, 0.99].map(|q| quantile(&mut times[i], q));
-            println!("{driver:?}, {shards} shards, {name}: {rate:.1} k/s, p50 {p50:.0} us, p99 {p99:.0} us");
+            println!(
+                "{driver:?}, {shards} shards, {name}: {rate:.1} k/s, p50 {p50:.0} us, p99 \
+                 {p99:.0} us"
+            );
         }
     }
 }

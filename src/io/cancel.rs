@@ -1,9 +1,10 @@
-//! A token that cancels the work of a store's threads: opening it, or running it after its last handle was dropped.
+//! A token that cancels the work of a store's threads: opening it, or running it after its last
+//! handle was dropped.
 //!
 //! Invariants
 //! 1. A token that was cancelled stays so.
-//! 2. Once cancelled, no operation begins; only those that are at the device already are waited for. Work in many steps, such as
-//!    an allocation, ends after the present step, with an error.
+//! 2. Once cancelled, no operation begins; only those that are at the device already are waited
+//!    for. Work in many steps, such as an allocation, ends after the present step, with an error.
 //!
 //! It does *not* wake a thread: the caller that cancels does.
 

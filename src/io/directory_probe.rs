@@ -1,4 +1,5 @@
-//! What a store in a directory would get there: its file system, its space, direct I/O and the way of flushing.
+//! What a store in a directory would get there: its file system, its space, direct I/O and the way
+//! of flushing.
 //!
 //! It does *not* open or create a store, and leaves nothing behind.
 
@@ -23,9 +24,14 @@ impl DirectoryProbe {
     pub(crate) fn run(directory: &File, path: &Path) -> DirectoryProbe {
         let transfers = try_direct(directory, path).and_then(|direct| {
             let surely_direct = direct == DirectIo::Vouched;
-            let traits = DeviceTraits { surely_direct, one_device: true, ..DeviceTraits::look(directory) };
+            let traits =
+                DeviceTraits { surely_direct, one_device: true, ..DeviceTraits::look(directory) };
             Ok((direct, choose(&traits, FlushChoice::Auto)?))
         });
-        DirectoryProbe { file_system: file_system(directory), free_bytes: free_bytes(directory), transfers }
+        DirectoryProbe {
+            file_system: file_system(directory),
+            free_bytes: free_bytes(directory),
+            transfers,
+        }
     }
 }

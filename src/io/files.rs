@@ -1,22 +1,27 @@
-//! The open files of a store, over any medium: which exist, what may be done to them, and how their writes become durable.
+//! The open files of a store, over any medium: which exist, what may be done to them, and how their
+//! writes become durable.
 //!
-//! One [`Files`] serves all disks of a store: each shard has a disk of its own, on a thread of its own, over the same
-//! descriptors. A file that one of them creates is there for all.
+//! One [`Files`] serves all disks of a store: each shard has a disk of its own, on a thread of its
+//! own, over the same descriptors. A file that one of them creates is there for all.
 //!
 //! Invariants
 //! 1. Only [`Files::grow`] creates a file or makes one longer, one caller at a time for each file.
-//! 2. The medium, and with it every lock, is dropped when the last disk is gone, not before: so nothing is in flight without
-//!    the lock.
-//! 3. A flush of one file stands for others only where the flush method says so, and never for a file that was not flushed
-//!    itself since the store was opened.
+//! 2. The medium, and with it every lock, is dropped when the last disk is gone, not before: so
+//!    nothing is in flight without the lock.
+//! 3. A flush of one file stands for others only where the flush method says so, and never for a
+//!    file that was not flushed itself since the store was opened.
 //!
 //! It does *not* transfer or flush: the disks do.
 
 use super::FileId;
 use super::cancel::Cancel;
-use super::flush::{self, Cover, FirstFailure, FlushBatch, FlushChoice, FlushMethod, FlushQueue, FlushWaiter};
+use super::flush::{
+    self, Cover, FirstFailure, FlushBatch, FlushChoice, FlushMethod, FlushQueue, FlushWaiter,
+};
 use super::media::directory::Directory;
-use super::media::{self, Access, Creation, DeviceTraits, Location, Media, MediaOptions, PageCache, Room};
+use super::media::{
+    self, Access, Creation, DeviceTraits, Location, Media, MediaOptions, PageCache, Room,
+};
 use super::report::{DiskReport, Polling};
 use super::store_file::StoreFile;
 use crate::base::BLOCK;
@@ -53,7 +58,11 @@ pub(super) struct FileEntry {
 
 impl FileEntry {
     fn new(file: StoreFile) -> Arc<FileEntry> {
-        Arc::new(FileEntry { file: Arc::new(file), flush_queue: Arc::default(), growth: Mutex::default() })
+        Arc::new(FileEntry {
+            file: Arc::new(file),
+            flush_queue: Arc::default(),
+            growth: Mutex::default(),
+        })
     }
 
     pub(super) fn id(&self) -> FileId {
@@ -76,13 +85,15 @@ pub struct Files {
 }
 
 impl Files {
-    /// Opens the directory `path` and locks all files of a store that are in it. With [`Access::ReadWrite`] a missing
-    /// directory is made; with [`Access::ReadOnly`] nothing is created or changed, ever.
+    /// Opens the directory `path` and locks all files of a store that are in it. With
+    /// [`Access::ReadWrite`] a missing directory is made; with [`Access::ReadOnly`] nothing is
+    /// created or changed, ever.
     ///
     /// # Errors
-    /// `InUse` if another process has the store open, `NotFound` if there is nothing to read, `Invalid` if the
-    /// directory holds files that are no store's but have the names of its files, or if the flush method asked for
-    /// would lose data there, `Unsupported` on a kernel that is too old, `Io` for the rest.
+    /// `InUse` if another process has the store open, `NotFound` if there is nothing to read,
+    /// `Invalid` if the directory holds files that are no store's but have the names of its files,
+    /// or if the flush method asked for would lose data there, `Unsupported` on a kernel that is
+    /// too old, `Io` for the rest.
     pub fn open(path: &Path, access: Access, options: &FileOptions) -> Result<Arc<Files>> {
         super::kernel::check()?;
         let media = Directory::open(path, &options.for_media(access))?;
@@ -93,9 +104,15 @@ impl Files {
     ///
     /// # Errors
     /// `Invalid` if the flush method asked for would lose data there.
-    pub(super) fn over(media: Box<dyn Media>, access: Access, options: &FileOptions) -> Result<Arc<Files>> {
+    pub(super) fn over(
+        media: Box<dyn Media>,
+        access: Access,
+        options: &FileOptions,
+    ) -> Result<Arc<Files>> {
         let existing = media.existing().into_iter();
-        let entries = existing.map(|(id, location)| (id, FileEntry::new(StoreFile::at(id, location)))).collect();
+        let entries = existing
+            .map(|(id, location)| (id, FileEntry::new(StoreFile::at(id, location))))
+            .collect();
         Ok(Arc::new(Files {
             method: flush::choose(media.traits(), options.flush)?,
             media,
@@ -122,7 +139,8 @@ impl Files {
     pub(super) fn location<'f>(&self, file: &'f StoreFile) -> Result<&'f Location> {
         file.location().ok_or_else(|| {
             let described = self.media.describe(file.id());
-            let context = format_args!("the file {described} is missing: bring the store back from a backup");
+            let context =
+                format_args!("the file {described} is missing: bring the store back from a backup");
             Error::new(ErrorKind::NotFound, context)
         })
     }
@@ -133,7 +151,11 @@ impl Files {
     }
 
     /// The queue in which a flush of `entry` waits, for a disk whose queue is `own`.
-    fn flush_queue<'a>(&self, own: &'a Arc<FlushQueue>, entry: &'a FileEntry) -> &'a Arc<FlushQueue> {
+    fn flush_queue<'a>(
+        &self,
+        own: &'a Arc<FlushQueue>,
+        entry: &'a FileEntry,
+    ) -> &'a Arc<FlushQueue> {
         match self.method {
             FlushMethod::Shared => own,
             FlushMethod::PerFile | FlushMethod::Dsync => &entry.flush_queue,
@@ -150,9 +172,10 @@ impl Files {
         if self.writes_durably(id) { ReadWriteFlags::DSYNC } else { ReadWriteFlags::empty() }
     }
 
-    /// The files among `entries` that need a flush: none whose writes are all durable already, and one for all where one flush
-    /// stands for all. A file that was never flushed since it was opened always needs its own: a process that died may have
-    /// left it longer than its metadata on the device says, or in the page cache.
+    /// The files among `entries` that need a flush: none whose writes are all durable already, and
+    /// one for all where one flush stands for all. A file that was never flushed since it was
+    /// opened always needs its own: a process that died may have left it longer than its metadata
+    /// on the device says, or in the page cache.
     ///
     /// # Errors
     /// `Invalid` if the store is open for reading only, `NotFound` if one of them does not exist.
@@ -162,7 +185,8 @@ impl Files {
             self.may_write("flush", entry.id())?;
             self.location(&entry.file)?;
             let covered = entry.file.is_synced()
-                && (self.writes_durably(entry.id()) || (self.method == FlushMethod::Shared && !found.is_empty()));
+                && (self.writes_durably(entry.id())
+                    || (self.method == FlushMethod::Shared && !found.is_empty()));
             if !covered && !found.iter().any(|other| Arc::ptr_eq(other, entry)) {
                 found.push(entry.clone());
             }
@@ -170,7 +194,8 @@ impl Files {
         Ok(found)
     }
 
-    /// Asks for a flush of a file, for a disk whose queue is `own`. `Some`: the caller has to lead the batch.
+    /// Asks for a flush of a file, for a disk whose queue is `own`. `Some`: the caller has to lead
+    /// the batch.
     pub(super) fn join(
         &self,
         own: &Arc<FlushQueue>,
@@ -192,17 +217,20 @@ impl Files {
         self.method
     }
 
-    /// Makes these bytes of a file exist as zeros, and the file itself if it is missing. The caller flushes it.
+    /// Makes these bytes of a file exist as zeros, and the file itself if it is missing. The caller
+    /// flushes it.
     ///
     /// # Errors
-    /// `Invalid` if they are no whole blocks or the store is open for reading only, else as [`Media::grow`] and
-    /// [`Media::create`].
+    /// `Invalid` if they are no whole blocks or the store is open for reading only, else as
+    /// [`Media::grow`] and [`Media::create`].
     pub(super) fn grow(&self, entry: &FileEntry, bytes: Range<u64>) -> Result<()> {
         let id = entry.id();
         self.may_write("allocation", id)?;
         let Range { start, end } = bytes;
         if start > end || !start.is_multiple_of(BLOCK as u64) || !end.is_multiple_of(BLOCK as u64) {
-            return Err(Error::invalid(format_args!("an allocation of {start}..{end} in `{id}`: not whole blocks")));
+            return Err(Error::invalid(format_args!(
+                "an allocation of {start}..{end} in `{id}`: not whole blocks"
+            )));
         }
         let _growth = entry.growth.lock().unwrap_or_else(PoisonError::into_inner);
         let location = match entry.file.location() {
@@ -237,7 +265,12 @@ impl Files {
         self.entries().iter().filter(|(_, entry)| exists(entry)).map(|(id, _)| *id).collect()
     }
 
-    pub(super) fn error(&self, id: FileId, doing: impl fmt::Display, cause: std::io::Error) -> Error {
+    pub(super) fn error(
+        &self,
+        id: FileId,
+        doing: impl fmt::Display,
+        cause: std::io::Error,
+    ) -> Error {
         Error::io(format_args!("{doing} {}", self.media.describe(id)), cause)
     }
 
@@ -270,8 +303,8 @@ impl Files {
         media::no_store(self.path())
     }
 
-    /// Removes the files of a creation that has failed, if all of them were made since these were opened. Nothing may be
-    /// under way.
+    /// Removes the files of a creation that has failed, if all of them were made since these were
+    /// opened. Nothing may be under way.
     pub(crate) fn remove_creation(&self) {
         self.media.remove_creation();
     }
@@ -289,7 +322,12 @@ impl Files {
 
 impl FileOptions {
     pub(super) fn for_media(&self, access: Access) -> MediaOptions {
-        MediaOptions { access, creation: self.creation, page_cache: self.page_cache, cancel: self.cancel.clone() }
+        MediaOptions {
+            access,
+            creation: self.creation,
+            page_cache: self.page_cache,
+            cancel: self.cancel.clone(),
+        }
     }
 }
 

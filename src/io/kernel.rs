@@ -4,8 +4,9 @@
 
 use crate::base::error::{Error, ErrorKind, Result};
 
-/// Major and minor number. Direct I/O, `preadv`, `pwritev`, `fallocate` and `flock` on all supported file systems are
-/// older; 4.14 is the oldest kernel that is promised to work, not where something breaks.
+/// Major and minor number. Direct I/O, `preadv`, `pwritev`, `fallocate` and `flock` on all
+/// supported file systems are older; 4.14 is the oldest kernel that is promised to work, not where
+/// something breaks.
 const OLDEST: (u32, u32) = (4, 14);
 
 /// Refuses an older kernel.
@@ -18,7 +19,8 @@ pub(crate) fn check() -> Result<()> {
 }
 
 fn check_release(release: &str) -> Result<()> {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|part| part.parse::<u32>().ok());
+    let mut numbers =
+        release.split(|c: char| !c.is_ascii_digit()).map_while(|part| part.parse::<u32>().ok());
     let version = numbers.next().zip(numbers.next());
     match version {
         Some(version) if version < OLDEST => Err(Error::new(
@@ -37,7 +39,9 @@ mod tests {
     /// An old kernel must be told from a new one, and a strange name must not lock anybody out.
     #[test]
     fn old_kernels_are_refused_and_others_are_not() {
-        for release in ["4.14.0", "4.19.0-27-amd64", "5.4", "6.18.44-fc-v595", "10.0.1", "custom", ""] {
+        for release in
+            ["4.14.0", "4.19.0-27-amd64", "5.4", "6.18.44-fc-v595", "10.0.1", "custom", ""]
+        {
             assert!(check_release(release).is_ok(), "{release}");
         }
         for release in ["4.13.9", "3.10.0-1160.el7.x86_64", "2.6.32"] {

@@ -1,14 +1,14 @@
 //! The disk seam: the engine touches a device only through the trait [`Disk`].
 //!
-//! An operation owns the memory that it reads into or writes from, from `submit` until its completion hands it
-//! back: a buffer belongs to the kernel until then, after a cancellation too.
+//! An operation owns the memory that it reads into or writes from, from `submit` until its
+//! completion hands it back: a buffer belongs to the kernel until then, after a cancellation too.
 //!
 //! Every implementation guarantees
-//! 1. An operation completes exactly once, with `Ok` only if every byte was transferred: short transfers are
-//!    continued, `EINTR` and `EAGAIN` repeated after a pause, for half a minute at most; any other failure is an error,
-//!    whatever its number.
-//! 2. `Flush` covers the writes that had *completed* before it was submitted, and no others. A failed flush is
-//!    never repeated and called good.
+//! 1. An operation completes exactly once, with `Ok` only if every byte was transferred: short
+//!    transfers are continued, `EINTR` and `EAGAIN` repeated after a pause, for half a minute at
+//!    most; any other failure is an error, whatever its number.
+//! 2. `Flush` covers the writes that had *completed* before it was submitted, and no others. A
+//!    failed flush is never repeated and called good.
 //! 3. Completions come in any order.
 //! 4. Files are named by their role, so that one device with regions can stand for all of them.
 //!
@@ -101,7 +101,8 @@ impl IoSlice {
     }
 }
 
-/// One operation. Offsets and lengths are multiples of 4 KiB, lists are not empty and have at most 256 entries.
+/// One operation. Offsets and lengths are multiples of 4 KiB, lists are not empty and have at most
+/// 256 entries.
 pub enum DiskOp {
     /// Fills the frames, in order, from consecutive bytes beginning at `offset`.
     Read {
@@ -112,8 +113,8 @@ pub enum DiskOp {
         /// The frames to fill.
         into: SmallVec<[Frame; 4]>,
     },
-    /// Writes the slices, in order, to consecutive bytes beginning at `offset`; one vectored write. The range
-    /// must have been allocated. Nothing is durable until a later flush.
+    /// Writes the slices, in order, to consecutive bytes beginning at `offset`; one vectored write.
+    /// The range must have been allocated. Nothing is durable until a later flush.
     Write {
         /// The file.
         file: FileId,
@@ -127,8 +128,9 @@ pub enum DiskOp {
         /// The files.
         files: SmallVec<[FileId; 4]>,
     },
-    /// Creates the file if it is missing and makes the bytes `from..to` exist, as zeros. On completion they are
-    /// durable, the directory entry too, and overwriting them changes no metadata.
+    /// Creates the file if it is missing and makes the bytes `from..to` exist, as zeros. On
+    /// completion they are durable, the directory entry too, and overwriting them changes no
+    /// metadata.
     Allocate {
         /// The file.
         file: FileId,
@@ -189,14 +191,16 @@ pub struct Completion {
 
 /// A device, or several, with the store's files on it.
 pub trait Disk {
-    /// Starts an operation. Never blocks for long; the implementation queues what the device can't take yet. It may
-    /// keep it back until the next [`push`](Self::push) or [`wait`](Self::wait), so that many go in one system call.
+    /// Starts an operation. Never blocks for long; the implementation queues what the device can't
+    /// take yet. It may keep it back until the next [`push`](Self::push) or [`wait`](Self::wait),
+    /// so that many go in one system call.
     fn submit(&mut self, id: OpId, op: DiskOp);
 
     /// Submits the queued operations to the device. Called once per turn, after the operations.
     fn push(&mut self) {}
 
-    /// Registers the memory of all operations with the kernel, where that helps. Called once, before the first operation.
+    /// Registers the memory of all operations with the kernel, where that helps. Called once,
+    /// before the first operation.
     fn register(&mut self, memory: Mapping) {
         drop(memory);
     }
@@ -204,7 +208,8 @@ pub trait Disk {
     /// Appends the completions that have arrived since, without waiting.
     fn reap(&mut self, out: &mut Vec<Completion>);
 
-    /// Waits until a completion may have arrived, a waker has woken this disk's thread, or `timeout_us` has passed.
+    /// Waits until a completion may have arrived, a waker has woken this disk's thread, or
+    /// `timeout_us` has passed.
     fn wait(&mut self, timeout_us: Option<Micros>);
 
     /// Counts the system calls that have submitted operations or waited for them.
@@ -219,8 +224,8 @@ pub trait Disk {
     fn files(&mut self) -> Result<Vec<FileId>>;
 }
 
-/// Runs one operation to its end: for opening, recovery and verification, which do one thing after another.
-/// No other operation may be in flight.
+/// Runs one operation to its end: for opening, recovery and verification, which do one thing after
+/// another. No other operation may be in flight.
 ///
 /// # Errors
 /// The operation's own.
@@ -230,7 +235,10 @@ pub fn execute(disk: &mut dyn Disk, op: DiskOp) -> Result<DiskOp> {
     loop {
         disk.reap(&mut done);
         if let Some(completion) = done.pop() {
-            assert!(done.is_empty() && completion.id == OpId(u64::MAX), "an operation was in flight");
+            assert!(
+                done.is_empty() && completion.id == OpId(u64::MAX),
+                "an operation was in flight"
+            );
             return completion.result.map(|()| completion.op);
         }
         disk.wait(None);

@@ -1,11 +1,12 @@
-//! Identifies the process that opened a store: a forked child inherits its memory and descriptors, and none of its threads.
+//! Identifies the process that opened a store: a forked child inherits its memory and descriptors,
+//! and none of its threads.
 //!
 //! ```text
 //!   a page that the kernel empties in a forked child: mark of this process --fork--> 0 in the child --its own first store--> another mark
 //! ```
 //! Invariants
-//! 1. In the process that opened the store [`Opener::is_here`] is true, in every child of it false, also in one that
-//!    opens stores of its own. It costs a load.
+//! 1. In the process that opened the store [`Opener::is_here`] is true, in every child of it false,
+//!    also in one that opens stores of its own. It costs a load.
 //! 2. Marks are never used twice: a child counts on from what its parent had given.
 //!
 //! It does *not* watch for forks: each use of a store asks.
@@ -34,7 +35,10 @@ impl Default for Opener {
         let pid = std::process::id();
         let Some(word) = word() else { return Opener { mark: 0, pid } };
         let new = MARKS.fetch_add(1, Ordering::Relaxed) + 1;
-        let mark = word.compare_exchange(0, new, Ordering::Relaxed, Ordering::Relaxed).err().unwrap_or(new);
+        let mark = word
+            .compare_exchange(0, new, Ordering::Relaxed, Ordering::Relaxed)
+            .err()
+            .unwrap_or(new);
         Opener { mark, pid }
     }
 }
@@ -55,8 +59,8 @@ impl Opener {
         Error::new(
             ErrorKind::InUse,
             format_args!(
-                "this handle is of a store that process {} has open, and this process {} was forked from it: use the store there, \
-                 or open it here once it is closed there",
+                "this handle is of a store that process {} has open, and this process {} was \
+                 forked from it: use the store there, or open it here once it is closed there",
                 self.pid,
                 std::process::id()
             ),
@@ -64,7 +68,8 @@ impl Opener {
     }
 }
 
-/// The word that a fork sets to zero; `None` where the kernel has no such memory (before Linux 4.14).
+/// The word that a fork sets to zero; `None` where the kernel has no such memory (before Linux
+/// 4.14).
 fn word() -> Option<&'static AtomicU64> {
     static WORD: OnceLock<Option<&'static AtomicU64>> = OnceLock::new();
     *WORD.get_or_init(map)
@@ -80,7 +85,9 @@ fn map() -> Option<&'static AtomicU64> {
     use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
     let access = ProtFlags::READ | ProtFlags::WRITE;
     // SAFETY: a fresh mapping at an address of the kernel's choice; nothing else refers to it.
-    let page = unsafe { mmap_anonymous(std::ptr::null_mut(), PAGE_BYTES, access, MapFlags::PRIVATE) }.ok()?;
+    let page =
+        unsafe { mmap_anonymous(std::ptr::null_mut(), PAGE_BYTES, access, MapFlags::PRIVATE) }
+            .ok()?;
     // SAFETY: the range is that mapping, which holds nothing yet.
     let wiped = unsafe { madvise(page, PAGE_BYTES, Advice::LinuxWipeOnFork) };
     if wiped.is_err() {
@@ -88,7 +95,8 @@ fn map() -> Option<&'static AtomicU64> {
         let _ = unsafe { rustix::mm::munmap(page, PAGE_BYTES) };
         return None;
     }
-    // SAFETY: the mapping is never undone, aligned to a page, zero at first, and accessed by atomics only.
+    // SAFETY: the mapping is never undone, aligned to a page, zero at first, and accessed by
+    // atomics only.
     Some(unsafe { &*page.cast::<AtomicU64>() })
 }
 
@@ -101,7 +109,11 @@ mod tests {
     fn a_process_is_itself_on_every_thread() {
         let opener = Opener::default();
         assert!(opener.is_here());
-        assert_eq!(opener, std::thread::spawn(Opener::default).join().unwrap(), "one mark for a process");
+        assert_eq!(
+            opener,
+            std::thread::spawn(Opener::default).join().unwrap(),
+            "one mark for a process"
+        );
         assert!(std::thread::spawn(move || opener.is_here()).join().unwrap());
         assert!(!Opener { mark: opener.mark + 1, pid: opener.pid + 1 }.is_here());
     }

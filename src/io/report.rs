@@ -59,7 +59,11 @@ impl DiskReport {
 
 impl fmt::Display for DiskReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let how = if self.direct { "direct I/O" } else { "buffered I/O (no direct I/O on this file system)" };
+        let how = if self.direct {
+            "direct I/O"
+        } else {
+            "buffered I/O (no direct I/O on this file system)"
+        };
         f.write_str(self.driver)?;
         if let Some(why) = &self.fallback {
             write!(f, ", because {why},")?;
@@ -71,7 +75,12 @@ impl fmt::Display for DiskReport {
         write!(f, ", ring of {} entries", self.ring_entries)?;
         if self.offered_bytes > 0 {
             let mib = |bytes: u64| bytes as f64 / (1 << 20) as f64;
-            write!(f, ", {:.1} of {:.1} MiB registered", mib(self.fixed_bytes), mib(self.offered_bytes))?;
+            write!(
+                f,
+                ", {:.1} of {:.1} MiB registered",
+                mib(self.fixed_bytes),
+                mib(self.offered_bytes)
+            )?;
         }
         match &self.polling {
             Polling::On => write!(f, ", polled"),

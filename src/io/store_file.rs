@@ -2,8 +2,8 @@
 //!
 //! Invariants
 //! 1. Its location is set once, when the file exists and is locked, and stays.
-//! 2. It is synced only after a flush of this very file has succeeded since the store was opened: what a process that
-//!    died has left in the device's cache is durable then.
+//! 2. It is synced only after a flush of this very file has succeeded since the store was opened:
+//!    what a process that died has left in the device's cache is durable then.
 
 use super::FileId;
 use super::media::Location;

@@ -46,7 +46,9 @@ pub(super) fn disk(driver: Driver, files: Arc<Files>, workers_count: usize) -> B
     let ring = UringOptions { ring_entries: 16, ..UringOptions::default() };
     match driver {
         Driver::Ring => Box::new(UringDisk::with_files(files, &ring).unwrap()),
-        Driver::Portable => Box::new(PortableDisk::with_files(files, &PortableOptions { workers_count }).unwrap()),
+        Driver::Portable => {
+            Box::new(PortableDisk::with_files(files, &PortableOptions { workers_count }).unwrap())
+        }
         Driver::Auto => unreachable!("a test names its driver"),
     }
 }
@@ -107,7 +109,12 @@ pub(super) fn filled(arena: &mut Arena, order: u8, byte: u8) -> Frame {
     frame
 }
 
-pub(super) fn write(disk: &mut dyn Disk, file: FileId, offset: u64, frames: &[&Frame]) -> Result<()> {
+pub(super) fn write(
+    disk: &mut dyn Disk,
+    file: FileId,
+    offset: u64,
+    frames: &[&Frame],
+) -> Result<()> {
     let from = frames.iter().map(|f| IoSlice::whole(f.pin())).collect();
     execute(disk, DiskOp::Write { file, offset, from }).map(drop)
 }
@@ -134,21 +141,31 @@ pub(super) fn flush(disk: &mut dyn Disk, files: &[FileId]) -> Result<()> {
     execute(disk, DiskOp::Flush { files: files.into() }).map(drop)
 }
 
-/// Every size, in one piece of memory and in many, registered and not: what is read is what was written.
+/// Every size, in one piece of memory and in many, registered and not: what is read is what was
+/// written.
 #[test]
 fn all_sizes_and_all_runs_of_frames_come_back() {
     each_driver(|case| {
         let mut disk = case.make(case.files());
         let mut arena = Arena::new(4096).unwrap();
         allocate(disk.as_mut(), LOG, 0, 8 << 20).unwrap();
-        let shapes: &[&[u8]] =
-            &[&[0], &[1], &[9], &[0, 1, 0, 3, 0, 7, 0, 0], &[8, 0, 8], &[7, 7, 7, 7, 7, 7, 7], &[0; 200], &[9, 0, 9]];
+        let shapes: &[&[u8]] = &[
+            &[0],
+            &[1],
+            &[9],
+            &[0, 1, 0, 3, 0, 7, 0, 0],
+            &[8, 0, 8],
+            &[7, 7, 7, 7, 7, 7, 7],
+            &[0; 200],
+            &[9, 0, 9],
+        ];
         for registered in [false, true] {
             if registered {
                 disk.register(arena.mapping());
             }
             for (i, orders) in shapes.iter().enumerate() {
-                // Every second one is given back at once, so that those which stay are no neighbours.
+                // Every second one is given back at once, so that those which stay are no
+                // neighbours.
                 let mut holes = Vec::new();
                 let frames: Vec<Frame> = (0u8..)
                     .zip(*orders)
@@ -204,7 +221,11 @@ fn a_flood_of_operations_completes() {
             let frame = filled(&mut arena, 0, (i % 251) as u8);
             disk.submit(
                 OpId(i),
-                DiskOp::Write { file: LOG, offset: i * 4096, from: smallvec![IoSlice::whole(frame.pin())] },
+                DiskOp::Write {
+                    file: LOG,
+                    offset: i * 4096,
+                    from: smallvec![IoSlice::whole(frame.pin())],
+                },
             );
         }
         let mut done = Vec::new();
@@ -239,7 +260,11 @@ fn check_and_drop(done: &mut Completion) {
         for frame in into.drain(..) {
             for (i, block) in frame.chunks(BLOCK).enumerate() {
                 let i = if frame.len() > BLOCK { i as u64 } else { done.id.0 };
-                assert!(block.iter().all(|b| u64::from(*b) == i % 251), "read {}, block {i}", done.id.0);
+                assert!(
+                    block.iter().all(|b| u64::from(*b) == i % 251),
+                    "read {}, block {i}",
+                    done.id.0
+                );
             }
         }
     }
@@ -264,14 +289,25 @@ fn reads_past_the_end_are_errors_with_file_offset_and_length() {
         let mut disk = case.make(case.files());
         let mut arena = Arena::new(64).unwrap();
         allocate(disk.as_mut(), LOG, 0, 8192).unwrap();
-        let error = read(disk.as_mut(), &mut arena, LOG, 4096, &[0, 0]).expect_err("one block is missing");
+        let error =
+            read(disk.as_mut(), &mut arena, LOG, 4096, &[0, 0]).expect_err("one block is missing");
         assert_eq!(error.kind(), ErrorKind::Io);
         let text = error.to_string();
-        assert!(["log-000-0000", "8192 bytes", "4096"].iter().all(|part| text.contains(part)), "{text}");
-        assert!(read(disk.as_mut(), &mut arena, FileId::Data, 0, &[0]).is_err(), "a file that does not exist");
-        assert!(read(disk.as_mut(), &mut arena, LOG, 8192, &[0]).is_err(), "nothing is behind the end");
+        assert!(
+            ["log-000-0000", "8192 bytes", "4096"].iter().all(|part| text.contains(part)),
+            "{text}"
+        );
+        assert!(
+            read(disk.as_mut(), &mut arena, FileId::Data, 0, &[0]).is_err(),
+            "a file that does not exist"
+        );
+        assert!(
+            read(disk.as_mut(), &mut arena, LOG, 8192, &[0]).is_err(),
+            "nothing is behind the end"
+        );
         let set_len = |bytes| {
-            let file = std::fs::File::options().write(true).open(case.dir.join("log-000-0000")).unwrap();
+            let file =
+                std::fs::File::options().write(true).open(case.dir.join("log-000-0000")).unwrap();
             file.set_len(bytes).unwrap();
         };
         if case.medium == Medium::Directory {
@@ -280,7 +316,10 @@ fn reads_past_the_end_are_errors_with_file_offset_and_length() {
         }
         let mut into = arena.alloc(0).unwrap();
         let _pin = into.pin();
-        into = match execute(disk.as_mut(), DiskOp::Read { file: LOG, offset: 0, into: smallvec![into] }) {
+        into = match execute(
+            disk.as_mut(),
+            DiskOp::Read { file: LOG, offset: 0, into: smallvec![into] },
+        ) {
             Err(e) => {
                 assert_eq!(e.kind(), ErrorKind::Invalid);
                 arena.alloc(0).unwrap()
@@ -290,7 +329,10 @@ fn reads_past_the_end_are_errors_with_file_offset_and_length() {
         drop(into);
         if case.medium == Medium::Directory {
             set_len(4096);
-            assert!(read(disk.as_mut(), &mut arena, LOG, 4096, &[0]).is_err(), "a file that became shorter");
+            assert!(
+                read(disk.as_mut(), &mut arena, LOG, 4096, &[0]).is_err(),
+                "a file that became shorter"
+            );
         }
         read(disk.as_mut(), &mut arena, LOG, 0, &[0]).unwrap();
     });
@@ -302,7 +344,10 @@ fn what_can_t_be_done_is_refused_and_the_rest_goes_on() {
     each_driver(|case| {
         let mut disk = case.make(case.files());
         allocate(disk.as_mut(), LOG, 0, 8192).unwrap();
-        assert_eq!(allocate(disk.as_mut(), LOG, 1, 4096).expect_err("no whole block").kind(), ErrorKind::Invalid);
+        assert_eq!(
+            allocate(disk.as_mut(), LOG, 1, 4096).expect_err("no whole block").kind(),
+            ErrorKind::Invalid
+        );
         let full = allocate(disk.as_mut(), LOG, 8192, 1 << 52).expect_err("there is not that much");
         assert_eq!(full.kind(), ErrorKind::Full, "{full}");
         assert_eq!(disk.len(LOG).unwrap(), Some(8192));
@@ -319,13 +364,17 @@ fn what_can_t_be_done_is_refused_and_the_rest_goes_on() {
             allocate(disk.as_mut(), LOG, 0, 4096),
         ];
         for result in refused {
-            assert_eq!(result.expect_err("the store is open for reading only").kind(), ErrorKind::Invalid);
+            assert_eq!(
+                result.expect_err("the store is open for reading only").kind(),
+                ErrorKind::Invalid
+            );
         }
         assert!(read(disk.as_mut(), &mut arena, LOG, 0, &[0]).unwrap()[0].iter().all(|b| *b == 0));
     });
 }
 
-/// Shards share the files: what one creates and writes, the others read, and the lock goes with the last of them.
+/// Shards share the files: what one creates and writes, the others read, and the lock goes with the
+/// last of them.
 #[test]
 fn disks_over_the_same_files_see_each_other() {
     each_driver(|case| {
@@ -337,10 +386,14 @@ fn disks_over_the_same_files_see_each_other() {
         allocate(one.as_mut(), LOG, 0, 8192).unwrap();
         write(one.as_mut(), LOG, 4096, &[&filled(&mut arena, 0, 7)]).unwrap();
         assert_eq!(two.len(LOG).unwrap(), Some(8192));
-        assert!(read(two.as_mut(), &mut arena, LOG, 4096, &[0]).unwrap()[0].iter().all(|b| *b == 7));
+        assert!(
+            read(two.as_mut(), &mut arena, LOG, 4096, &[0]).unwrap()[0].iter().all(|b| *b == 7)
+        );
         flush(two.as_mut(), &[LOG]).unwrap();
         drop(one);
-        let in_use = case.try_files(Access::ReadWrite, case.options).expect_err("the other disk holds the lock");
+        let in_use = case
+            .try_files(Access::ReadWrite, case.options)
+            .expect_err("the other disk holds the lock");
         assert_eq!(in_use.kind(), ErrorKind::InUse);
         drop(two);
         for _ in 0..20 {
@@ -381,7 +434,8 @@ fn another_thread_ends_a_wait_and_so_does_the_timeout() {
     });
 }
 
-/// Memory must not be reused while the kernel writes into it, and the store must be free afterwards.
+/// Memory must not be reused while the kernel writes into it, and the store must be free
+/// afterwards.
 #[test]
 fn a_disk_dropped_with_operations_in_flight_waits_for_them() {
     each_driver(|case| {
@@ -404,20 +458,28 @@ fn a_disk_dropped_with_operations_in_flight_waits_for_them() {
                 blocks.push(frame);
             }
             assert_eq!(blocks.len(), 4096, "memory did not come back");
-            assert!(blocks.iter().all(|f| f.iter().all(|b| *b == 0x11)), "written after the disk was dropped");
+            assert!(
+                blocks.iter().all(|f| f.iter().all(|b| *b == 0x11)),
+                "written after the disk was dropped"
+            );
         }
     });
 }
 
-/// Each way of flushing ends, for one file and for several, and writes of logs are flushed again where need be.
+/// Each way of flushing ends, for one file and for several, and writes of logs are flushed again
+/// where need be.
 #[test]
 fn every_flush_method_works_with_every_driver() {
     each_driver(|case| {
-        for choice in [FlushChoice::PerFile, FlushChoice::Dsync, FlushChoice::Shared, FlushChoice::Auto] {
+        for choice in
+            [FlushChoice::PerFile, FlushChoice::Dsync, FlushChoice::Shared, FlushChoice::Auto]
+        {
             let options = FileOptions { flush: choice, ..case.options.clone() };
             let opened = match case.try_files(Access::ReadWrite, &options) {
                 Ok(opened) => opened,
-                Err(e) if choice == FlushChoice::Shared && e.kind() == ErrorKind::Invalid => continue,
+                Err(e) if choice == FlushChoice::Shared && e.kind() == ErrorKind::Invalid => {
+                    continue;
+                }
                 Err(e) => panic!("{choice:?}: {e}"),
             };
             let mut arena = Arena::new(64).unwrap();
@@ -441,7 +503,13 @@ fn flushes_of_several_disks_at_a_time_are_all_answered() {
         {
             let mut first = case.make(shared.clone());
             for shard in 0..3 {
-                allocate(first.as_mut(), FileId::Log(ShardId::new(shard), SegmentNo::new(0)), 0, 8192).unwrap();
+                allocate(
+                    first.as_mut(),
+                    FileId::Log(ShardId::new(shard), SegmentNo::new(0)),
+                    0,
+                    8192,
+                )
+                .unwrap();
             }
         }
         std::thread::scope(|scope| {

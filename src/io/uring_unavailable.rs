@@ -1,8 +1,11 @@
-//! Why io_uring is unavailable: the kernel's error says little, so the limits of this process are read to explain it.
+//! Why io_uring is unavailable: the kernel's error says little, so the limits of this process are
+//! read to explain it.
 //!
 //! Invariants
-//! 1. Only an attempt shows whether a ring can be created. The files in /proc explain a refusal and never predict one.
-//! 2. If several reasons hold, the one that has to be removed first is named: the machine's setting before a filter.
+//! 1. Only an attempt shows whether a ring can be created. The files in /proc explain a refusal and
+//!    never predict one.
+//! 2. If several reasons hold, the one that has to be removed first is named: the machine's setting
+//!    before a filter.
 //!
 //! It does *not* create a ring.
 
@@ -19,7 +22,8 @@ const CAP_SYS_ADMIN: u32 = 21;
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum UnavailableReason {
-    /// The kernel does not have it, or not all of it that is needed: older than 5.11, or built without.
+    /// The kernel does not have it, or not all of it that is needed: older than 5.11, or built
+    /// without.
     Kernel,
     /// A seccomp filter on this process refuses it, as those of containers do.
     Seccomp,
@@ -65,8 +69,12 @@ impl fmt::Display for UringUnavailable {
             UnavailableReason::Seccomp => "a seccomp filter forbids io_uring",
             UnavailableReason::Setting => "the setting kernel.io_uring_disabled forbids io_uring",
             UnavailableReason::Policy => "a security policy forbids io_uring",
-            UnavailableReason::MemoryLocks => "the limit of locked memory leaves no room for an io_uring ring",
-            UnavailableReason::OpenFiles => "the limit of open files leaves none for an io_uring ring",
+            UnavailableReason::MemoryLocks => {
+                "the limit of locked memory leaves no room for an io_uring ring"
+            }
+            UnavailableReason::OpenFiles => {
+                "the limit of open files leaves none for an io_uring ring"
+            }
             UnavailableReason::Other => "an io_uring ring can't be set up",
         };
         write!(f, "{why} ({})", self.error)
@@ -76,7 +84,8 @@ impl fmt::Display for UringUnavailable {
 /// What may keep this process from using io_uring.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ProcessLimits {
-    /// kernel.io_uring_disabled: 0 allowed, 1 for the privileged only, 2 forbidden; absent before Linux 6.6.
+    /// kernel.io_uring_disabled: 0 allowed, 1 for the privileged only, 2 forbidden; absent before
+    /// Linux 6.6.
     pub setting: Option<u32>,
     /// Whether a seccomp filter is installed.
     pub filter: bool,
@@ -92,7 +101,8 @@ impl ProcessLimits {
         let text = |name: &str| std::fs::read_to_string(proc.join(name)).unwrap_or_default();
         // Filters and capabilities are each thread's own.
         let (status, uid_map) = (text("thread-self/status"), text("self/uid_map"));
-        let field = |name: &str| status.lines().find_map(|line| Some(line.strip_prefix(name)?.trim()));
+        let field =
+            |name: &str| status.lines().find_map(|line| Some(line.strip_prefix(name)?.trim()));
         let has = |bit| field("CapEff:").is_some_and(|hex| has_capability(hex, bit));
         // Capabilities in a user namespace of one's own do not count for locks.
         let is_initial = uid_map.is_empty() || is_whole_id_map(&uid_map);
@@ -117,7 +127,8 @@ fn is_whole_id_map(map: &str) -> bool {
 
 fn explain(errno: Errno, limits: &ProcessLimits) -> UnavailableReason {
     match errno {
-        // The setting exists only where io_uring does, so there it is a filter that plays an old kernel.
+        // The setting exists only where io_uring does, so there it is a filter that plays an old
+        // kernel.
         Errno::NOSYS if limits.filter && limits.setting.is_some() => UnavailableReason::Seccomp,
         Errno::NOSYS => UnavailableReason::Kernel,
         Errno::PERM | Errno::ACCESS => match limits.setting {
@@ -154,7 +165,8 @@ mod tests {
     #[test]
     fn a_refused_ring_is_explained_by_what_refused_it() {
         use UnavailableReason::*;
-        let it = |setting, filter, admin| ProcessLimits { setting, filter, admin, locks_enforced: true };
+        let it =
+            |setting, filter, admin| ProcessLimits { setting, filter, admin, locks_enforced: true };
         let cases = [
             (Errno::NOSYS, it(None, false, false), Kernel),
             (Errno::NOSYS, it(None, true, false), Kernel),
@@ -183,7 +195,9 @@ mod tests {
             std::fs::create_dir_all(dir.path().join("sys/kernel")).expect("a folder");
             std::fs::create_dir_all(dir.path().join("self")).expect("a folder");
             std::fs::create_dir_all(dir.path().join("thread-self")).expect("a folder");
-            let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).expect("a file");
+            let write = |name: &str, text: &str| {
+                std::fs::write(dir.path().join(name), text).expect("a file")
+            };
             write("sys/kernel/io_uring_disabled", setting);
             write(
                 "thread-self/status",
@@ -198,7 +212,10 @@ mod tests {
         assert_eq!(read("2\n", 2, "000001ffffffbfff", whole), (Some(2), true, true, true));
         assert_eq!(read("", 2, "0000000000000000", whole), (None, true, false, true));
         // Root in a container without privileges.
-        assert_eq!(read("1\n", 2, "000001ffffffffff", "0 100000 65536\n"), (Some(1), true, true, true));
+        assert_eq!(
+            read("1\n", 2, "000001ffffffffff", "0 100000 65536\n"),
+            (Some(1), true, true, true)
+        );
         let nothing = ProcessLimits::read(Path::new("/no-such-directory"));
         assert!(nothing.setting.is_none() && !nothing.filter && nothing.locks_enforced);
     }

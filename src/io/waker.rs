@@ -133,8 +133,8 @@ mod loom {
         news: [AtomicU32; 2],
     }
 
-    /// Two threads leave news and wake; the third looks, and sleeps if there is none. It must see both before it would sleep for
-    /// good, which is when it sleeps while nobody is going to ring.
+    /// Two threads leave news and wake; the third looks, and sleeps if there is none. It must see
+    /// both before it would sleep for good, which is when it sleeps while nobody is going to ring.
     fn run(verdict: &Verdict, prepare: fn(&State) -> bool, wake: fn(&State) -> bool) {
         let shared = Arc::new(Shared {
             state: State(AtomicU32::new(AWAKE)),
@@ -159,11 +159,13 @@ mod loom {
         wakers.into_iter().for_each(|waker| waker.join().unwrap());
         let rings = shared.event.load(Ordering::SeqCst);
         if sleeps {
-            // Asleep with news that it has not looked at: it must have been rung, and once is enough.
+            // Asleep with news that it has not looked at: it must have been rung, and once is
+            // enough.
             verdict.expect(rings == 1);
         } else {
             verdict.expect(rings == 0);
-            // It goes on without sleep: the news that made it do so is visible at the next look, or kept for the next sleep.
+            // It goes on without sleep: the news that made it do so is visible at the next look, or
+            // kept for the next sleep.
             verdict.expect(before == 2 || seen() == 2 || !prepare(&shared.state));
         }
     }

@@ -8,20 +8,25 @@
 //! ```
 //!
 //! Invariants
-//! 1. A run has at most one [`Frame`]. Its state word counts the [`FrameRef`]s to it, and has `ORPHAN` set once the
-//!    frame is gone. The run is returned exactly once: by the frame if it goes last (word 0), else by the reference
-//!    whose release takes the word from `ORPHAN | 1` to `ORPHAN`; no other transition returns it.
-//! 2. Pins are made only from a `&Frame` or a `&FrameRef`. So a holder of `&mut Frame` that sees a count of zero has
-//!    exclusive access to the bytes for as long as that borrow lasts, which makes [`Frame::try_mut`] sound. The zero is
-//!    read with acquire and pins are released with release, so the last reader's reads come before the first write.
-//! 3. Bytes are changed only through `try_mut`; while a pin exists there is no `&mut` to them, and [`Deref`] gives
-//!    shared slices only.
-//! 4. Each run that is not free holds one strong count of the shared part, and so does the arena. The mapping ends
-//!    with the last of them. Pins hold none: they keep their run from being returned, and the run holds the count.
-//! 5. A returned run waits in a queue with room for every block, so returning never fails, on any thread.
+//! 1. A run has at most one [`Frame`]. Its state word counts the [`FrameRef`]s to it, and has
+//!    `ORPHAN` set once the frame is gone. The run is returned exactly once: by the frame if it
+//!    goes last (word 0), else by the reference whose release takes the word from `ORPHAN | 1` to
+//!    `ORPHAN`; no other transition returns it.
+//! 2. Pins are made only from a `&Frame` or a `&FrameRef`. So a holder of `&mut Frame` that sees a
+//!    count of zero has exclusive access to the bytes for as long as that borrow lasts, which makes
+//!    [`Frame::try_mut`] sound. The zero is read with acquire and pins are released with release,
+//!    so the last reader's reads come before the first write.
+//! 3. Bytes are changed only through `try_mut`; while a pin exists there is no `&mut` to them, and
+//!    [`Deref`] gives shared slices only.
+//! 4. Each run that is not free holds one strong count of the shared part, and so does the arena.
+//!    The mapping ends with the last of them. Pins hold none: they keep their run from being
+//!    returned, and the run holds the count.
+//! 5. A returned run waits in a queue with room for every block, so returning never fails, on any
+//!    thread.
 //! 6. All bytes are initialised from the start (fresh anonymous mappings are zero), and stay so.
 //!
-//! It does *not*: zero frames (a fresh one has arbitrary bytes), decide who gets memory, or wait for it.
+//! It does *not*: zero frames (a fresh one has arbitrary bytes), decide who gets memory, or wait
+//! for it.
 #![allow(unsafe_code)]
 
 use super::buddy::{Buddy, ORDER_MAX};
@@ -34,7 +39,8 @@ use std::mem::ManuallyDrop;
 use std::ops::Deref;
 use std::ptr::NonNull;
 use std::sync::Arc;
-/// Returned single blocks that are taken back at a time, so that no allocation pays for all of them.
+/// Returned single blocks that are taken back at a time, so that no allocation pays for all of
+/// them.
 const DRAIN_BATCH: usize = 64;
 
 /// Where the arena's memory comes from.
@@ -48,10 +54,11 @@ pub enum ArenaKind {
     Small,
 }
 
-/// Bytes that the arena needs for each block besides the block itself: its state, its slot in the queue of returned blocks (with
-/// a stamp), and its links in the lists of free blocks.
+/// Bytes that the arena needs for each block besides the block itself: its state, its slot in the
+/// queue of returned blocks (with a stamp), and its links in the lists of free blocks.
 #[cfg(test)]
-pub(crate) const BLOCK_BYTES: usize = size_of::<Word>() + 2 * size_of::<usize>() + super::buddy::BLOCK_BYTES;
+pub(crate) const BLOCK_BYTES: usize =
+    size_of::<Word>() + 2 * size_of::<usize>() + super::buddy::BLOCK_BYTES;
 
 /// The state that the arena and all its frames share.
 struct Shared {
@@ -69,15 +76,16 @@ impl Shared {
     /// * `shared` comes from `Arc::into_raw` and the caller gives up the run's strong count of it.
     /// * It is called once for each time the run was handed out (invariant 1).
     unsafe fn give_back(shared: NonNull<Shared>, block: u32) {
-        // SAFETY: the run's own strong count, given up here, keeps the allocation alive until the Arc is dropped.
+        // SAFETY: the run's own strong count, given up here, keeps the allocation alive until the
+        // Arc is dropped.
         let shared = unsafe { Arc::from_raw(shared.as_ptr().cast_const()) };
         let pushed = shared.returned.push(block);
         debug_assert!(pushed.is_ok(), "more runs returned than there are blocks");
     }
 }
 
-/// The owner's end of the arena: hands out frames. It belongs to one thread at a time; frames and pins may be
-/// dropped on any.
+/// The owner's end of the arena: hands out frames. It belongs to one thread at a time; frames and
+/// pins may be dropped on any.
 pub struct Arena {
     shared: Arc<Shared>,
     buddy: Buddy,
@@ -90,11 +98,14 @@ impl Arena {
     /// `Invalid` for no blocks at all, `Busy` if the machine has not that much memory.
     pub fn new(blocks: u32) -> Result<Arena> {
         if blocks == 0 || blocks > u32::MAX - (1 << ORDER_MAX) {
-            return Err(Error::invalid(format_args!("an arena of {blocks} blocks: give it at least one")));
+            return Err(Error::invalid(format_args!(
+                "an arena of {blocks} blocks: give it at least one"
+            )));
         }
         let memory = memory::Memory::map(blocks as usize * BLOCK).map_err(|e| {
             let mib = (u64::from(blocks) * BLOCK as u64) >> 20;
-            Error::io(format_args!("mapping {mib} MiB of memory (lower memory_bytes)"), e).with_kind(ErrorKind::Busy)
+            Error::io(format_args!("mapping {mib} MiB of memory (lower memory_bytes)"), e)
+                .with_kind(ErrorKind::Busy)
         })?;
         let shared = Shared {
             memory,
@@ -104,8 +115,8 @@ impl Arena {
         Ok(Arena { shared: Arc::new(shared), buddy: Buddy::new(blocks) })
     }
 
-    /// A frame of 4 KiB << `order`, aligned to its size within the arena; `None` if there is no such run now, or
-    /// `order` is above 9. Its bytes are arbitrary.
+    /// A frame of 4 KiB << `order`, aligned to its size within the arena; `None` if there is no
+    /// such run now, or `order` is above 9. Its bytes are arbitrary.
     pub fn alloc(&mut self, order: u8) -> Option<Frame> {
         if order != 0 || !self.buddy.has_quick() {
             self.drain(if order == 0 { DRAIN_BATCH } else { usize::MAX });
@@ -160,7 +171,8 @@ impl fmt::Debug for Arena {
     }
 }
 
-/// The memory of a whole arena: its address and length, for registration with the kernel. It gives no access to the bytes.
+/// The memory of a whole arena: its address and length, for registration with the kernel. It gives
+/// no access to the bytes.
 pub struct Mapping(Arc<Shared>);
 
 impl Mapping {
@@ -185,8 +197,8 @@ struct Run {
 
 impl Run {
     fn shared(&self) -> &Shared {
-        // SAFETY: a Run lives only in a Frame or FrameRef, whose run is not returned yet and holds a strong count of
-        // `shared` (invariant 4). Nobody has a `&mut Shared`.
+        // SAFETY: a Run lives only in a Frame or FrameRef, whose run is not returned yet and holds
+        // a strong count of `shared` (invariant 4). Nobody has a `&mut Shared`.
         unsafe { self.shared.as_ref() }
     }
 
@@ -199,7 +211,8 @@ impl Run {
     }
 
     fn start(&self) -> NonNull<u8> {
-        // SAFETY: `block` is below the arena's count of blocks, so the offset stays within the mapping.
+        // SAFETY: `block` is below the arena's count of blocks, so the offset stays within the
+        // mapping.
         unsafe { self.shared().memory.start().add(self.block as usize * BLOCK) }
     }
 
@@ -220,13 +233,14 @@ impl fmt::Debug for Run {
     }
 }
 
-/// The unique owner of a run of blocks. It can be read, pinned, and, while nothing pins it, written.
+/// The unique owner of a run of blocks. It can be read, pinned, and, while nothing pins it,
+/// written.
 pub struct Frame {
     run: Run,
 }
 
-// SAFETY: a Frame is an owner of bytes (like Box<[u8]>) whose shared bookkeeping is atomic; `&Frame` gives shared
-// slices and pins only, and changing the bytes needs `&mut Frame`.
+// SAFETY: a Frame is an owner of bytes (like Box<[u8]>) whose shared bookkeeping is atomic;
+// `&Frame` gives shared slices and pins only, and changing the bytes needs `&mut Frame`.
 unsafe impl Send for Frame {}
 // SAFETY: as above.
 unsafe impl Sync for Frame {}
@@ -244,7 +258,8 @@ impl Frame {
         self.run.block
     }
 
-    /// Keeps the bytes as they are, and their memory from being reused, for as long as the result lives.
+    /// Keeps the bytes as they are, and their memory from being reused, for as long as the result
+    /// lives.
     pub fn pin(&self) -> FrameRef {
         self.run.pin()
     }
@@ -259,8 +274,9 @@ impl Frame {
         if self.pins() != 0 {
             return None;
         }
-        // SAFETY: invariant 2: with `&mut self` and no pins, no other reference to these bytes exists or can be made
-        // during the borrow. The run lies within the mapping, is not shared with another run, and is initialised.
+        // SAFETY: invariant 2: with `&mut self` and no pins, no other reference to these bytes
+        // exists or can be made during the borrow. The run lies within the mapping, is not shared
+        // with another run, and is initialised.
         Some(unsafe { std::slice::from_raw_parts_mut(self.run.start().as_ptr(), self.run.len()) })
     }
 }
@@ -268,7 +284,8 @@ impl Frame {
 impl Deref for Frame {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        // SAFETY: within the mapping and initialised (invariant 6); writing needs `&mut Frame` (invariant 3).
+        // SAFETY: within the mapping and initialised (invariant 6); writing needs `&mut Frame`
+        // (invariant 3).
         unsafe { std::slice::from_raw_parts(self.run.start().as_ptr(), self.run.len()) }
     }
 }
@@ -276,8 +293,9 @@ impl Deref for Frame {
 impl Drop for Frame {
     fn drop(&mut self) {
         if self.run.state().orphan() {
-            // SAFETY: the frame goes last (the word was 0, so every reference is gone and none can be made any more):
-            // this is the one return of invariant 1, with the run's strong count.
+            // SAFETY: the frame goes last (the word was 0, so every reference is gone and none can
+            // be made any more): this is the one return of invariant 1, with the run's strong
+            // count.
             unsafe { Shared::give_back(self.run.shared, self.run.block) }
         }
     }
@@ -289,13 +307,14 @@ impl fmt::Debug for Frame {
     }
 }
 
-/// A pin: the bytes of a frame, shared and unchanging. The memory is reused only after the last one is dropped.
+/// A pin: the bytes of a frame, shared and unchanging. The memory is reused only after the last one
+/// is dropped.
 pub struct FrameRef {
     run: Run,
 }
 
-// SAFETY: a FrameRef gives shared access to bytes that do not change while it lives (invariant 3), and its count is
-// atomic: like Arc<[u8]>.
+// SAFETY: a FrameRef gives shared access to bytes that do not change while it lives (invariant 3),
+// and its count is atomic: like Arc<[u8]>.
 unsafe impl Send for FrameRef {}
 // SAFETY: as above.
 unsafe impl Sync for FrameRef {}
@@ -317,20 +336,21 @@ impl Clone for FrameRef {
 impl Deref for FrameRef {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        // SAFETY: within the mapping and initialised (invariant 6); while this pin exists nobody has `&mut` to the
-        // bytes (invariant 3) and the run is not returned (invariant 1).
+        // SAFETY: within the mapping and initialised (invariant 6); while this pin exists nobody
+        // has `&mut` to the bytes (invariant 3) and the run is not returned (invariant 1).
         unsafe { std::slice::from_raw_parts(self.run.start().as_ptr(), self.run.len()) }
     }
 }
 
 impl Drop for FrameRef {
     fn drop(&mut self) {
-        // Copied out first: once the pin is released the frame's owner may return the run and free `shared`, so
-        // nothing of it may be touched afterwards unless this was the last pin of an orphan.
+        // Copied out first: once the pin is released the frame's owner may return the run and free
+        // `shared`, so nothing of it may be touched afterwards unless this was the last pin of an
+        // orphan.
         let Run { shared, block, .. } = self.run;
         if self.run.state().release() {
-            // SAFETY: the frame is gone and this was the last pin: exactly one release sees this value, and it is the
-            // one return of invariant 1, with the run's strong count.
+            // SAFETY: the frame is gone and this was the last pin: exactly one release sees this
+            // value, and it is the one return of invariant 1, with the run's strong count.
             unsafe { Shared::give_back(shared, block) }
         }
     }

@@ -1,4 +1,5 @@
-//! Tests of the arena: one owner per run, bytes that stay still under a pin, and every run back exactly once.
+//! Tests of the arena: one owner per run, bytes that stay still under a pin, and every run back
+//! exactly once.
 
 use super::*;
 
@@ -84,10 +85,12 @@ fn any_number_of_blocks_is_handed_out_exactly() {
     assert_eq!(Arena::new(0).unwrap_err().kind(), ErrorKind::Invalid);
 }
 
-/// Frames and pins dropped on many threads in every order: no run may be lost, doubled, or changed under a pin.
+/// Frames and pins dropped on many threads in every order: no run may be lost, doubled, or changed
+/// under a pin.
 #[test]
 fn drops_on_any_thread_return_each_run_once() {
-    // Readers and channel together hold at most 40 frames of 4 blocks: less than all, or nothing would move.
+    // Readers and channel together hold at most 40 frames of 4 blocks: less than all, or nothing
+    // would move.
     let mut arena = Arena::new(256).unwrap();
     let (send, receive) = crossbeam::channel::bounded::<(Option<Frame>, FrameRef, u8)>(16);
     let readers: Vec<_> = (0..4)
@@ -96,7 +99,10 @@ fn drops_on_any_thread_return_each_run_once() {
             std::thread::spawn(move || {
                 let mut held = std::collections::VecDeque::new();
                 for (frame, pin, fill) in receive {
-                    assert!(pin.iter().step_by(512).all(|&b| b == fill), "{pin:?} changed under its pin");
+                    assert!(
+                        pin.iter().step_by(512).all(|&b| b == fill),
+                        "{pin:?} changed under its pin"
+                    );
                     let clone = pin.clone();
                     drop(pin);
                     held.push_back((clone, frame));

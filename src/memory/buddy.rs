@@ -1,19 +1,21 @@
-//! The buddy allocator behind the arena: which runs of blocks are free. Pure bookkeeping, no memory of its own.
+//! The buddy allocator behind the arena: which runs of blocks are free. Pure bookkeeping, no memory
+//! of its own.
 //!
 //! Invariants
-//! 1. Every block belongs to exactly one run: free in a list, free in the quick stack, or handed out. A run of
-//!    order `o` has `1 << o` blocks and begins at a multiple of that.
+//! 1. Every block belongs to exactly one run: free in a list, free in the quick stack, or handed
+//!    out. A run of order `o` has `1 << o` blocks and begins at a multiple of that.
 //! 2. `heads` tells the state of a run at its first block, and is [`INSIDE`] at all others.
-//! 3. Two free buddies never stand in the lists side by side: they are merged when the second one arrives. Only the
-//!    quick stack holds single blocks back from merging, and it is emptied before a larger run is refused.
+//! 3. Two free buddies never stand in the lists side by side: they are merged when the second one
+//!    arrives. Only the quick stack holds single blocks back from merging, and it is emptied before
+//!    a larger run is refused.
 //!
 //! It does *not*: touch the memory, know about pins, or synchronise; one thread owns it.
 
 /// The largest order: runs of 512 blocks, 2 MiB.
 pub(super) const ORDER_MAX: u8 = 9;
 
-/// Single blocks kept ready without merging. Enough for a batch of page writes; what it holds back from larger runs
-/// is returned as soon as one of those is wanted.
+/// Single blocks kept ready without merging. Enough for a batch of page writes; what it holds back
+/// from larger runs is returned as soon as one of those is wanted.
 const QUICK_MAX: usize = 256;
 
 const NONE: u32 = u32::MAX;
@@ -23,7 +25,8 @@ const USED: u8 = 0x80;
 const QUICK: u8 = 0xC0;
 const STATE: u8 = 0xC0;
 
-/// A doubly linked list node of a free run, kept beside the memory so that free memory is never touched.
+/// A doubly linked list node of a free run, kept beside the memory so that free memory is never
+/// touched.
 #[derive(Clone, Copy)]
 struct Link {
     next: u32,
@@ -54,13 +57,14 @@ impl Buddy {
             quick: Vec::with_capacity(QUICK_MAX),
             free_blocks: blocks,
         };
-        // The largest aligned run that still fits, from the front; then the lists, which are stacks, are filled from
-        // the back so that low addresses go first.
+        // The largest aligned run that still fits, from the front; then the lists, which are
+        // stacks, are filled from the back so that low addresses go first.
         let mut runs = Vec::new();
         let mut at = 0;
         while at < blocks {
             let fits = (blocks - at).ilog2() as u8;
-            let order = fits.min(at.trailing_zeros().min(u32::from(ORDER_MAX)) as u8).min(ORDER_MAX);
+            let order =
+                fits.min(at.trailing_zeros().min(u32::from(ORDER_MAX)) as u8).min(ORDER_MAX);
             runs.push((at, order));
             at += 1 << order;
         }
@@ -80,7 +84,8 @@ impl Buddy {
         !self.quick.is_empty()
     }
 
-    /// Takes a run of `1 << order` blocks, aligned to its size; `None` if there is no such run, or never can be.
+    /// Takes a run of `1 << order` blocks, aligned to its size; `None` if there is no such run, or
+    /// never can be.
     pub(super) fn take(&mut self, order: u8) -> Option<u32> {
         if order == 0
             && let Some(block) = self.quick.pop()
@@ -180,11 +185,13 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::BTreeMap;
 
-    /// Takes everything in single blocks and gives it back: afterwards each run that fits must be whole again.
+    /// Takes everything in single blocks and gives it back: afterwards each run that fits must be
+    /// whole again.
     fn assert_whole(buddy: &mut Buddy, blocks: u32) {
         assert_eq!(buddy.free_blocks(), blocks);
         let large = blocks >> ORDER_MAX;
-        let runs: Vec<u32> = (0..large).map(|_| buddy.take(ORDER_MAX).expect("a merged run")).collect();
+        let runs: Vec<u32> =
+            (0..large).map(|_| buddy.take(ORDER_MAX).expect("a merged run")).collect();
         assert_eq!(buddy.take(ORDER_MAX), None);
         assert_eq!(buddy.free_blocks(), blocks - (large << ORDER_MAX));
         for run in runs {
@@ -195,7 +202,8 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 4 } else { 256 }, ..ProptestConfig::default() })]
 
-        /// Two owners of one block would overwrite each other's pages; a run that is lost is memory lost for good.
+        /// Two owners of one block would overwrite each other's pages; a run that is lost is memory
+        /// lost for good.
         #[test]
         fn runs_never_overlap_and_merge_back_fully(
             blocks in 1u32..3000,

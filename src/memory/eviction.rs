@@ -1,4 +1,5 @@
-//! The eviction policy (S3-FIFO): it chooses the frame that is given up when memory is needed, among all frames that can go.
+//! The eviction policy (S3-FIFO): it chooses the frame that is given up when memory is needed,
+//! among all frames that can go.
 //!
 //! ```text
 //! first listed --> probation (a tenth) --used again twice--> main --unused for a round--> out
@@ -7,31 +8,35 @@
 //! met, but pinned by a reader --> set aside, and looked at again a few at a time --> back
 //! ```
 //! Invariants
-//! 1. A block stands in one list at most, and nothing here allocates after [`Eviction::new`]. What left its block leaves an entry
-//!    behind, which is dropped when it is met or when the block is listed for its next owner.
-//! 2. What is met and can't go because something refers to it is taken off the lists; its owner lists it again when the
-//!    last reference ends. So a search pays for each reference once, for each use once and for each entry once: an
-//!    eviction costs O(1), amortised.
-//! 3. Readers give pins back on any thread and say nothing. What they pin is looked at again, but a bounded number of them a
-//!    search: without anything else to evict a search ends without having seen them all, and the next one goes on.
-//! 4. A search passes over [`USED_MAX`] used entries at most; then the next one goes, used or not. So no single eviction
-//!    pays for a whole round of a large memory.
+//! 1. A block stands in one list at most, and nothing here allocates after [`Eviction::new`]. What
+//!    left its block leaves an entry behind, which is dropped when it is met or when the block is
+//!    listed for its next owner.
+//! 2. What is met and can't go because something refers to it is taken off the lists; its owner
+//!    lists it again when the last reference ends. So a search pays for each reference once, for
+//!    each use once and for each entry once: an eviction costs O(1), amortised.
+//! 3. Readers give pins back on any thread and say nothing. What they pin is looked at again, but a
+//!    bounded number of them a search: without anything else to evict a search ends without having
+//!    seen them all, and the next one goes on.
+//! 4. A search passes over [`USED_MAX`] used entries at most; then the next one goes, used or not.
+//!    So no single eviction pays for a whole round of a large memory.
 //!
-//! Something read once leaves before something that was used again, however much is read once (a scan). It does *not* know
-//! what is in a frame, free memory itself, or wait.
+//! Something read once leaves before something that was used again, however much is read once (a
+//! scan). It does *not* know what is in a frame, free memory itself, or wait.
 
 use crate::base::Micros;
 use smallvec::SmallVec;
 
 /// Uses are counted up to this.
 const USES_MAX: u8 = 3;
-/// Uses in probation that promote a block to the main list. The use that brought it into memory does not count.
+/// Uses in probation that promote a block to the main list. The use that brought it into memory
+/// does not count.
 const PROMOTED_AT: u8 = 2;
 /// The share of listed blocks on probation: one in ten.
 const PROBATION_SHARE: u32 = 10;
 /// See invariant 4.
 const USED_MAX: u32 = 64;
-/// Pinned blocks that each search looks at if it finds another victim, so that unpinned ones are found again in time.
+/// Pinned blocks that each search looks at if it finds another victim, so that unpinned ones are
+/// found again in time.
 const PINNED_LOOKS: u32 = 2;
 
 /// Map nodes counted by a search, without an allocation.
@@ -137,7 +142,8 @@ pub(crate) struct Eviction {
     remembered: Box<[u32]>,
     /// When the pinned blocks were last searched without success.
     looked_at: Option<Micros>,
-    /// Blocks met one after the other that were pinned, since one was met that no reader held any more.
+    /// Blocks met one after the other that were pinned, since one was met that no reader held any
+    /// more.
     pinned_in_a_row: u32,
     counts: EvictionCounts,
 }
@@ -165,8 +171,8 @@ impl Eviction {
         }
     }
 
-    /// Lists a block that nothing refers to any more, at the end of where it stood or, the first time, where what it
-    /// holds belongs; `hash` is of that.
+    /// Lists a block that nothing refers to any more, at the end of where it stood or, the first
+    /// time, where what it holds belongs; `hash` is of that.
     pub(crate) fn list(&mut self, block: u32, owner: Owner, residency: &mut Residency, hash: u64) {
         self.unlink(block);
         if !residency.in_main {
@@ -187,7 +193,8 @@ impl Eviction {
         self.lists[PINNED].len
     }
 
-    /// Whether every one of them was looked at since the last one was found that a reader had let go of.
+    /// Whether every one of them was looked at since the last one was found that a reader had let
+    /// go of.
     pub(crate) fn saw_all_pinned(&self) -> bool {
         self.pinned_in_a_row >= self.pinned()
     }
@@ -204,9 +211,14 @@ impl Eviction {
         (entry.list != UNLISTED).then_some(entry.owner)
     }
 
-    /// Gives up one frame, if there is one that can go. If only what readers pin is left, at most `pinned_looks` of it are
-    /// looked at, once for each `now`, however many ask at that moment.
-    pub(crate) fn evict_one(&mut self, residents: &mut impl Residents, now: Micros, pinned_looks: u32) -> bool {
+    /// Gives up one frame, if there is one that can go. If only what readers pin is left, at most
+    /// `pinned_looks` of it are looked at, once for each `now`, however many ask at that moment.
+    pub(crate) fn evict_one(
+        &mut self,
+        residents: &mut impl Residents,
+        now: Micros,
+        pinned_looks: u32,
+    ) -> bool {
         self.unpinned(residents, PINNED_LOOKS);
         if self.search(residents) {
             return true;
@@ -214,8 +226,14 @@ impl Eviction {
         self.look_at_pinned(residents, now, pinned_looks) && self.search(residents)
     }
 
-    /// Looks at no more than `looks` of what readers have pinned, once for each `now`; whether they had let go of any.
-    pub(crate) fn look_at_pinned(&mut self, residents: &mut impl Residents, now: Micros, looks: u32) -> bool {
+    /// Looks at no more than `looks` of what readers have pinned, once for each `now`; whether they
+    /// had let go of any.
+    pub(crate) fn look_at_pinned(
+        &mut self,
+        residents: &mut impl Residents,
+        now: Micros,
+        looks: u32,
+    ) -> bool {
         if self.looked_at == Some(now) {
             return false;
         }
@@ -257,7 +275,8 @@ impl Eviction {
         }
     }
 
-    /// Looks at up to `looks` pinned blocks and lists those again that are no longer pinned. Returns whether there were any.
+    /// Looks at up to `looks` pinned blocks and lists those again that are no longer pinned.
+    /// Returns whether there were any.
     fn unpinned(&mut self, residents: &mut impl Residents, looks: u32) -> bool {
         let mut some = false;
         for _ in 0..looks.min(self.lists[PINNED].len) {
@@ -272,8 +291,9 @@ impl Eviction {
         some
     }
 
-    /// How many frames can go, counted up to `wanted`; the map nodes among them are put into `nodes`. Nothing goes, but what is met and
-    /// can't go leaves the lists: so counting in vain again looks at idle entries only, fewer than `wanted`.
+    /// How many frames can go, counted up to `wanted`; the map nodes among them are put into
+    /// `nodes`. Nothing goes, but what is met and can't go leaves the lists: so counting in vain
+    /// again looks at idle entries only, fewer than `wanted`.
     pub(crate) fn count_idle(
         &mut self,
         residents: &mut impl Residents,
@@ -301,7 +321,8 @@ impl Eviction {
         idle
     }
 
-    /// Whether `owner`, whose `block` is in no list, can go. If not, it is set aside or its owner lists it again later.
+    /// Whether `owner`, whose `block` is in no list, can go. If not, it is set aside or its owner
+    /// lists it again later.
     fn is_idle(&mut self, residents: &mut impl Residents, block: u32, owner: Owner) -> bool {
         self.counts.looks += 1;
         match residents.standing(owner, block) {
@@ -323,8 +344,8 @@ impl Eviction {
 
     fn remember(&mut self, hash: u64) {
         let (at, mark) = self.bucket_of(hash);
-        // Which of the bucket it overwrites must differ from time to time: of things that are read in turn, each would
-        // overwrite the next one needed, for ever.
+        // Which of the bucket it overwrites must differ from time to time: of things that are read
+        // in turn, each would overwrite the next one needed, for ever.
         let way = self.counts.evicted.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
         self.remembered[at + (way as usize & (BUCKET - 1))] = mark;
     }

@@ -78,7 +78,8 @@ impl Cache {
         }
         self.misses += 1;
         let Some(block) = self.take() else { return false };
-        let mut item = Item { what, residency: Residency::default(), referenced: false, pinned: false };
+        let mut item =
+            Item { what, residency: Residency::default(), referenced: false, pinned: false };
         self.policy.list(block, Owner::Page(block), &mut item.residency, hash(what));
         self.slots.at.insert(what, block);
         self.slots.held.insert(block, item);
@@ -96,7 +97,8 @@ impl Cache {
             if !self.evict_one() {
                 return None;
             }
-            self.free.extend(before.into_iter().filter(|block| !self.slots.held.contains_key(block)));
+            self.free
+                .extend(before.into_iter().filter(|block| !self.slots.held.contains_key(block)));
         }
         self.free.pop()
     }
@@ -116,8 +118,8 @@ fn a_scan_leaves_what_is_used_in_memory() {
     assert_eq!(hot(&mut cache), 500, "of 500 pages in use, after a scan of 19 times the memory");
 }
 
-/// What was used once and is not any more must make room for what is used now, even if that comes again only after more reads than
-/// probation is long.
+/// What was used once and is not any more must make room for what is used now, even if that comes
+/// again only after more reads than probation is long.
 #[test]
 fn a_new_working_set_takes_over() {
     let mut cache = Cache::new(1000);
@@ -132,18 +134,21 @@ fn a_new_working_set_takes_over() {
     assert!(hits >= 570, "{hits} hits of 600 in a working set of 60 % of the memory");
 }
 
-/// A search that sweeps all of a large memory makes every read slow: 112,000 pages a second became 141.
+/// A search that sweeps all of a large memory makes every read slow: 112,000 pages a second became
+/// 141.
 #[test]
 fn an_eviction_costs_a_bounded_number_of_looks() {
     let blocks = 4096;
     let mut cache = Cache::new(blocks);
     let mut state = 1u64;
     let mut random = |below: u64| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 33) % below
     };
     for step in 0..60_000u64 {
-        // Everything is used again and again, so that all of it has uses to lose; some is referenced for a while.
+        // Everything is used again and again, so that all of it has uses to lose; some is
+        // referenced for a while.
         cache.read(random(if step % 4 == 0 { 100_000 } else { 5_000 }));
         let block = random(blocks.into()) as u32;
         if let Some(item) = cache.slots.held.get_mut(&block) {
@@ -157,11 +162,19 @@ fn an_eviction_costs_a_bounded_number_of_looks() {
         }
     }
     let EvictionCounts { evicted, looks } = cache.policy.counts();
-    println!("{looks} looks for {evicted} evictions, {} hits of {}", cache.hits, cache.hits + cache.misses);
-    assert!(evicted > 10_000 && looks <= 8 * evicted + u64::from(blocks), "{looks} looks for {evicted} evictions");
+    println!(
+        "{looks} looks for {evicted} evictions, {} hits of {}",
+        cache.hits,
+        cache.hits + cache.misses
+    );
+    assert!(
+        evicted > 10_000 && looks <= 8 * evicted + u64::from(blocks),
+        "{looks} looks for {evicted} evictions"
+    );
 }
 
-/// With all of the memory in the hands of readers a search ends at once, and what they let go of is found again.
+/// With all of the memory in the hands of readers a search ends at once, and what they let go of is
+/// found again.
 #[test]
 fn pinned_memory_ends_a_search_and_is_found_when_let_go_of() {
     let mut cache = Cache::new(10_000);
@@ -184,8 +197,8 @@ fn pinned_memory_ends_a_search_and_is_found_when_let_go_of() {
     assert!(searches.is_some(), "the one that was let go of was not found");
 }
 
-/// If this fails, readers are named as those who hold the memory after they have let go of it, and a request that only had to wait
-/// gets `Busy`.
+/// If this fails, readers are named as those who hold the memory after they have let go of it, and
+/// a request that only had to wait gets `Busy`.
 #[test]
 fn readers_are_said_to_hold_all_only_while_they_do() {
     let mut cache = Cache::new(100);
@@ -193,14 +206,24 @@ fn readers_are_said_to_hold_all_only_while_they_do() {
     cache.slots.held.values_mut().for_each(|item| item.pinned = true);
     assert!(!cache.evict_one());
     assert_eq!((cache.policy.pinned(), cache.policy.saw_all_pinned()), (100, true));
-    cache.slots.held.values_mut().filter(|item| item.what != 3).for_each(|item| item.pinned = false);
+    cache
+        .slots
+        .held
+        .values_mut()
+        .filter(|item| item.what != 3)
+        .for_each(|item| item.pinned = false);
     cache.policy.look_at_pinned(&mut cache.slots, 1_000_000, 16);
     assert!(!cache.policy.saw_all_pinned(), "nobody has looked at the rest since");
     (1..100).for_each(|n| _ = cache.policy.look_at_pinned(&mut cache.slots, 1_000_000 + n, 16));
-    assert_eq!((cache.policy.pinned(), cache.policy.saw_all_pinned()), (1, true), "one is pinned, and was met");
+    assert_eq!(
+        (cache.policy.pinned(), cache.policy.saw_all_pinned()),
+        (1, true),
+        "one is pinned, and was met"
+    );
 }
 
-/// A search that can't succeed must leave what is there, and one that has counted enough must get it.
+/// A search that can't succeed must leave what is there, and one that has counted enough must get
+/// it.
 #[test]
 fn what_can_go_is_counted_before_anything_goes() {
     let mut cache = Cache::new(100);
@@ -210,8 +233,14 @@ fn what_can_go_is_counted_before_anything_goes() {
         .held
         .values_mut()
         .for_each(|item| (item.pinned, item.referenced) = (item.what % 4 == 0, item.what % 4 == 1));
-    let count = |cache: &mut Cache, wanted| cache.policy.count_idle(&mut cache.slots, wanted, &mut SmallVec::new());
-    assert_eq!((count(&mut cache, 51), cache.policy.listed()), (50, 75), "half of it can go, a quarter is pinned");
+    let count = |cache: &mut Cache, wanted| {
+        cache.policy.count_idle(&mut cache.slots, wanted, &mut SmallVec::new())
+    };
+    assert_eq!(
+        (count(&mut cache, 51), cache.policy.listed()),
+        (50, 75),
+        "half of it can go, a quarter is pinned"
+    );
     let looks = cache.policy.counts().looks;
     assert_eq!(
         (count(&mut cache, 51), cache.policy.counts().looks - looks),
@@ -223,7 +252,8 @@ fn what_can_go_is_counted_before_anything_goes() {
     assert!((0..50).all(|_| cache.evict_one()) && !cache.evict_one());
 }
 
-/// What is met while something refers to it is off the lists, and costs nothing until it is listed again.
+/// What is met while something refers to it is off the lists, and costs nothing until it is listed
+/// again.
 #[test]
 fn what_is_referenced_is_looked_at_once() {
     let mut cache = Cache::new(1_000);

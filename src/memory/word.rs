@@ -5,8 +5,10 @@
 //!              \--orphan--> ORPHAN | 1 --release--> returned
 //! ```
 //! Invariants
-//! 1. Of all releases and the one orphaning exactly one returns true, so that its caller returns the run: the last.
-//! 2. A caller that gets true, or sees no pins, also sees everything that was done before through the released pins.
+//! 1. Of all releases and the one orphaning exactly one returns true, so that its caller returns
+//!    the run: the last.
+//! 2. A caller that gets true, or sees no pins, also sees everything that was done before through
+//!    the released pins.
 
 use crate::base::sync::{AtomicU32, Ordering, fence};
 
@@ -23,7 +25,8 @@ impl Word {
     /// The run is handed out.
     #[inline]
     pub(super) fn begin(&self) {
-        // Relaxed: the run came back through the queue, which orders everything its former users did before this.
+        // Relaxed: the run came back through the queue, which orders everything its former users
+        // did before this.
         self.0.store(0, Ordering::Relaxed);
     }
 
@@ -84,21 +87,28 @@ mod loom {
 
     impl Run {
         fn read(&self) {
-            // SAFETY: the caller holds a pin or the frame; that nobody writes meanwhile is what loom checks here.
+            // SAFETY: the caller holds a pin or the frame; that nobody writes meanwhile is what
+            // loom checks here.
             self.bytes.with(|bytes| assert!(unsafe { *bytes } < 10));
         }
 
         /// Returned: the next owner writes at once.
         fn give_back(&self) {
             self.returned.fetch_add(1, RealOrdering::SeqCst);
-            // SAFETY: the caller was told that it is the last; that this is so is what loom checks here.
+            // SAFETY: the caller was told that it is the last; that this is so is what loom checks
+            // here.
             self.bytes.with_mut(|bytes| unsafe { *bytes = 9 });
         }
     }
 
-    /// Two pins are read and dropped on threads of their own, one after a clone of it, while the frame tries to write and goes.
+    /// Two pins are read and dropped on threads of their own, one after a clone of it, while the
+    /// frame tries to write and goes.
     fn pins_and_frame(verdict: &Verdict, orphan: Step, release: Step) {
-        let run = Arc::new(Run { word: Word::default(), bytes: UnsafeCell::new(0), returned: Real::new(0) });
+        let run = Arc::new(Run {
+            word: Word::default(),
+            bytes: UnsafeCell::new(0),
+            returned: Real::new(0),
+        });
         let threads: Vec<_> = [false, true]
             .into_iter()
             .map(|clones| {
@@ -120,7 +130,8 @@ mod loom {
             })
             .collect();
         if run.word.pins() == 0 {
-            // SAFETY: the frame sees no pins; that nobody else is at the bytes is what loom checks here.
+            // SAFETY: the frame sees no pins; that nobody else is at the bytes is what loom checks
+            // here.
             run.bytes.with_mut(|bytes| unsafe { *bytes = 1 });
         }
         if orphan(&run.word) {
@@ -134,8 +145,8 @@ mod loom {
         model::holds(Some(3), move |verdict| pins_and_frame(verdict, orphan, release))
     }
 
-    /// A run returned twice has two owners; one that is never returned is memory lost; one returned early is written while
-    /// it is read.
+    /// A run returned twice has two owners; one that is never returned is memory lost; one returned
+    /// early is written while it is read.
     #[test]
     fn loom_a_run_is_returned_once_and_by_the_last() {
         assert!(holds(Word::orphan, Word::release));
@@ -148,7 +159,10 @@ mod loom {
             word.0.fetch_or(ORPHAN, Ordering::AcqRel);
             pins == 0
         };
-        assert!(!holds(looks_then_sets, Word::release), "the last pin goes between a look and the mark");
+        assert!(
+            !holds(looks_then_sets, Word::release),
+            "the last pin goes between a look and the mark"
+        );
     }
 
     /// Loom itself says that a read and a write are not ordered.

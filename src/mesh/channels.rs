@@ -4,21 +4,22 @@
 //!   send --> [outbox, while the ring is full] --> ring --> receive, at the other end
 //! ```
 //! Invariants
-//! 1. Between two threads messages arrive in the order in which they were sent, each once: what is sent while the
-//!    outbox holds something goes behind it.
-//! 2. A sender whose ring is full says so before it tries again; a receiver that has made room looks for that, and
-//!    wakes the sender. So nothing stays in an outbox for ever.
+//! 1. Between two threads messages arrive in the order in which they were sent, each once: what is
+//!    sent while the outbox holds something goes behind it.
+//! 2. A sender whose ring is full says so before it tries again; a receiver that has made room
+//!    looks for that, and wakes the sender. So nothing stays in an outbox for ever.
 //! 3. Each ring has one end here and one there; ends are never cloned.
 //!
-//! Threads are numbered from zero. The outbox has no bound of its own: the protocol above limits what is under way between two
-//! threads.
+//! Threads are numbered from zero. The outbox has no bound of its own: the protocol above limits
+//! what is under way between two threads.
 
 use crate::base::sync::{AtomicBool, Ordering, fence};
 use rtrb::{Consumer, Producer, RingBuffer};
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-/// Messages that a ring holds: enough for some rounds of the receiver, so that outboxes are the exception.
+/// Messages that a ring holds: enough for some rounds of the receiver, so that outboxes are the
+/// exception.
 const RING_MESSAGES: usize = 512;
 /// Messages taken from one ring in one round.
 const TAKE_MAX: usize = 512;
@@ -28,7 +29,8 @@ const _: () = assert!(TAKE_MAX >= RING_MESSAGES, "one round empties a ring");
 struct SenderWaits(AtomicBool);
 
 impl SenderWaits {
-    /// Says that the sender waits, and then calls `again` to try once more, in case room was made meanwhile.
+    /// Says that the sender waits, and then calls `again` to try once more, in case room was made
+    /// meanwhile.
     fn wait(&self, again: impl FnOnce()) {
         self.0.store(true, Ordering::Relaxed);
         fence(Ordering::SeqCst);
@@ -83,8 +85,12 @@ impl<T> Channels<T> {
                 let (producer, consumer) = RingBuffer::new(capacity);
                 let sender_waits = Arc::new(SenderWaits(AtomicBool::new(false)));
                 let outbox = VecDeque::new();
-                all[from].outgoing[to] =
-                    Some(Outgoing { ring: producer, outbox, sender_waits: sender_waits.clone(), unannounced: false });
+                all[from].outgoing[to] = Some(Outgoing {
+                    ring: producer,
+                    outbox,
+                    sender_waits: sender_waits.clone(),
+                    unannounced: false,
+                });
                 all[to].incoming[from] = Some(Incoming { ring: consumer, sender_waits });
             }
         }
@@ -111,13 +117,15 @@ impl<T> Channels<T> {
         }
     }
 
-    /// Moves messages from the outboxes into the rings as far as those have room, and calls `unpark` for each thread whose ring
-    /// got something new. Must be called before each wait, and after the last `send` of a round.
+    /// Moves messages from the outboxes into the rings as far as those have room, and calls
+    /// `unpark` for each thread whose ring got something new. Must be called before each wait, and
+    /// after the last `send` of a round.
     pub(crate) fn flush(&mut self, mut unpark: impl FnMut(usize)) {
         for (to, channel) in self.outgoing.iter_mut().enumerate() {
             let Some(channel) = channel else { continue };
             if !channel.outbox.is_empty() {
-                self.outboxes_len = self.outboxes_len.checked_sub(channel.refill()).expect("outboxes are counted");
+                self.outboxes_len =
+                    self.outboxes_len.checked_sub(channel.refill()).expect("outboxes are counted");
             }
             if std::mem::take(&mut channel.unannounced) {
                 unpark(to);
@@ -129,9 +137,13 @@ impl<T> Channels<T> {
         );
     }
 
-    /// Hands what has arrived to `message`, up to [`TAKE_MAX`] from each thread, and calls `unpark` for the senders that wait for
-    /// the room made. Returns whether there was anything.
-    pub(crate) fn receive(&mut self, mut message: impl FnMut(usize, T), mut unpark: impl FnMut(usize)) -> bool {
+    /// Hands what has arrived to `message`, up to [`TAKE_MAX`] from each thread, and calls `unpark`
+    /// for the senders that wait for the room made. Returns whether there was anything.
+    pub(crate) fn receive(
+        &mut self,
+        mut message: impl FnMut(usize, T),
+        mut unpark: impl FnMut(usize),
+    ) -> bool {
         let mut any = false;
         for (from, channel) in self.incoming.iter_mut().enumerate() {
             let Some(channel) = channel else { continue };
@@ -157,13 +169,21 @@ impl<T> Channels<T> {
     pub(crate) fn has_work(&self) -> bool {
         self.incoming.iter().flatten().any(|channel| !channel.ring.is_empty())
             || self.outboxes_len > 0
-                && self.outgoing.iter().flatten().any(|channel| !channel.outbox.is_empty() && !channel.ring.is_full())
+                && self
+                    .outgoing
+                    .iter()
+                    .flatten()
+                    .any(|channel| !channel.outbox.is_empty() && !channel.ring.is_full())
     }
 
     /// Whether everything sent to threads that still listen is in their rings.
     pub(crate) fn is_flushed(&self) -> bool {
         self.outboxes_len == 0
-            || self.outgoing.iter().flatten().all(|channel| channel.outbox.is_empty() || channel.ring.is_abandoned())
+            || self
+                .outgoing
+                .iter()
+                .flatten()
+                .all(|channel| channel.outbox.is_empty() || channel.ring.is_abandoned())
     }
 }
 
@@ -217,7 +237,9 @@ mod tests {
                     |_| to_a.send(()).expect("it listens"),
                 );
                 if !got && !b.has_work() {
-                    woken_b.recv_timeout(std::time::Duration::from_secs(20)).expect("a wake-up was lost");
+                    woken_b
+                        .recv_timeout(std::time::Duration::from_secs(20))
+                        .expect("a wake-up was lost");
                 }
             }
         });
@@ -263,7 +285,10 @@ mod loom {
     use crate::base::sync::model::holds;
     use ::loom::thread;
 
-    fn making_room(made_room: fn(&SenderWaits) -> bool, wait: fn(&SenderWaits, &mut dyn FnMut())) -> bool {
+    fn making_room(
+        made_room: fn(&SenderWaits) -> bool,
+        wait: fn(&SenderWaits, &mut dyn FnMut()),
+    ) -> bool {
         holds(None, move |verdict| {
             let full = ::loom::sync::Arc::new(SenderWaits(AtomicBool::new(false)));
             let room = ::loom::sync::Arc::new(AtomicBool::new(false));
@@ -288,8 +313,16 @@ mod loom {
 
     #[test]
     fn loom_mutants_of_waiting_for_room_are_caught() {
-        let unfenced = |full: &SenderWaits| full.0.load(Ordering::Relaxed) && full.0.swap(false, Ordering::AcqRel);
-        assert!(!making_room(unfenced, |full, again| full.wait(again)), "a receiver that does not fence");
-        assert!(!making_room(SenderWaits::made_room, |full, _| full.wait(|| {})), "a sender that does not try again");
+        let unfenced = |full: &SenderWaits| {
+            full.0.load(Ordering::Relaxed) && full.0.swap(false, Ordering::AcqRel)
+        };
+        assert!(
+            !making_room(unfenced, |full, again| full.wait(again)),
+            "a receiver that does not fence"
+        );
+        assert!(
+            !making_room(SenderWaits::made_room, |full, _| full.wait(|| {})),
+            "a sender that does not try again"
+        );
     }
 }

@@ -1,13 +1,16 @@
 //! The table of requests of other threads that wait for their reply.
 //!
 //! Invariants
-//! 1. A slot lives from `register` until both sides are done with it: the reply has come, and the future has taken
-//!    it or was dropped. Dropping a future never undoes its request, and leaks nothing.
-//! 2. Keys carry a generation (`sharded-slab`): a late reply can't reach a later request in the same slot.
+//! 1. A slot lives from `register` until both sides are done with it: the reply has come, and the
+//!    future has taken it or was dropped. Dropping a future never undoes its request, and leaks
+//!    nothing.
+//! 2. Keys carry a generation (`sharded-slab`): a late reply can't reach a later request in the
+//!    same slot.
 //! 3. The first completion counts; others are ignored.
 //! 4. The highest bit of a key is never set: it is free for whoever keeps other keys beside these.
 //!
-//! Nothing here waits: table and slots are lock-free. What happens in a slot is up to [`reply_slot`](super::reply_slot).
+//! Nothing here waits: table and slots are lock-free. What happens in a slot is up to
+//! [`reply_slot`](super::reply_slot).
 
 use super::reply_slot::{Abandoned, Completed, Polled, ReplySlot};
 use sharded_slab::{Config, Slab};
@@ -19,8 +22,8 @@ use std::task::{Context, Poll};
 /// Keys that leave the highest bit alone.
 struct Keys;
 
-/// Threads that may call at a time: as many as Linux gives a machine by default. The table panics for one more, and has a pointer for
-/// each: 256 KiB.
+/// Threads that may call at a time: as many as Linux gives a machine by default. The table panics
+/// for one more, and has a pointer for each: 256 KiB.
 const THREADS_MAX: usize = 1 << 15;
 
 impl Config for Keys {
@@ -38,7 +41,8 @@ impl<T: Send + 'static> InFlight<T> {
         InFlight { slots: Slab::new_with_config() }
     }
 
-    /// Registers a new request: returns its key, and the future of its reply. `None`: the table is full.
+    /// Registers a new request: returns its key, and the future of its reply. `None`: the table is
+    /// full.
     pub(crate) fn register(self: &Arc<Self>) -> Option<(u64, Reply<T>)> {
         let key = self.slots.insert(ReplySlot::default())?;
         Some((key as u64, Reply { table: self.clone(), key, done: false }))
@@ -93,7 +97,8 @@ impl<T: 'static> Drop for Reply<T> {
         if self.done {
             return;
         }
-        let left = self.table.slots.get(self.key).is_none_or(|slot| slot.abandon() == Abandoned::Left);
+        let left =
+            self.table.slots.get(self.key).is_none_or(|slot| slot.abandon() == Abandoned::Left);
         if !left {
             self.table.slots.remove(self.key);
         }
@@ -137,7 +142,8 @@ mod tests {
         }
     }
 
-    /// If this fails, a server with a thread for each of its clients panics at the 4,097th that calls the store.
+    /// If this fails, a server with a thread for each of its clients panics at the 4,097th that
+    /// calls the store.
     #[test]
     fn thousands_of_threads_may_call_at_a_time() {
         let (table, begun) = (Arc::new(InFlight::new()), std::sync::atomic::AtomicUsize::new(0));
@@ -153,7 +159,8 @@ mod tests {
                     std::thread::park();
                 }
             };
-            let spawn = |_| std::thread::Builder::new().stack_size(128 << 10).spawn_scoped(scope, call);
+            let spawn =
+                |_| std::thread::Builder::new().stack_size(128 << 10).spawn_scoped(scope, call);
             // Where a machine does not give that many, so many do that there are.
             let threads: Vec<_> = (0..4200).map_while(|n| spawn(n).ok()).collect();
             let mut panicked = 0;

@@ -1,8 +1,9 @@
 //! The bounded lock-free inbox of one thread.
 //!
 //! Invariants
-//! 1. After `close` nothing stays in it: the thread that closes takes out what is there, and whoever pushes looks
-//!    afterwards whether it is closed, and then takes out what is there too. One of the two sees the item.
+//! 1. After `close` nothing stays in it: the thread that closes takes out what is there, and
+//!    whoever pushes looks afterwards whether it is closed, and then takes out what is there too.
+//!    One of the two sees the item.
 //!
 //! It does *not* wake the thread: that is [`Parking`](super::Parking).
 
@@ -19,8 +20,8 @@ impl<T> Inbox<T> {
         Inbox { queue: Queue::new(capacity), closed: AtomicBool::new(false) }
     }
 
-    /// Pushes an item; returns it if the inbox is full. Afterwards the caller must ask [`is_closed`](Self::is_closed), and take
-    /// everything out if it is.
+    /// Pushes an item; returns it if the inbox is full. Afterwards the caller must ask
+    /// [`is_closed`](Self::is_closed), and take everything out if it is.
     pub(crate) fn push(&self, item: T) -> Result<(), T> {
         self.queue.push(item)?;
         fence(Ordering::SeqCst);
@@ -62,7 +63,8 @@ mod loom {
 
     fn closing(push: fn(&Inbox<u32>), look: bool) -> bool {
         holds(None, move |verdict: &Verdict| {
-            let (inbox, refused) = (Arc::new(Inbox::new(4)), std::sync::Arc::new(AtomicUsize::new(0)));
+            let (inbox, refused) =
+                (Arc::new(Inbox::new(4)), std::sync::Arc::new(AtomicUsize::new(0)));
             let (theirs, counts) = (inbox.clone(), refused.clone());
             let sender = thread::spawn(move || {
                 push(&theirs);
@@ -87,6 +89,9 @@ mod loom {
     #[test]
     fn loom_mutants_of_the_inbox_are_caught() {
         assert!(!closing(|inbox| inbox.push(1).unwrap(), false), "a sender that does not look");
-        assert!(!closing(|inbox| inbox.queue.push(1).unwrap(), true), "a sender that does not fence");
+        assert!(
+            !closing(|inbox| inbox.queue.push(1).unwrap(), true),
+            "a sender that does not fence"
+        );
     }
 }

@@ -1,5 +1,5 @@
-//! Generic channels between threads: a bounded inbox, replies that are waited for, queues between each pair of threads, and
-//! parking. What they carry is a type parameter.
+//! Generic channels between threads: a bounded inbox, replies that are waited for, queues between
+//! each pair of threads, and parking. What they carry is a type parameter.
 //!
 //! ```text
 //! foreign thread --in-flight table--> inbox --\                       /--> reply slot --> foreign thread
@@ -9,12 +9,14 @@
 //! ```
 //! Invariants
 //! 1. No lock is taken, and no system call is made unless the thread to be woken is parked.
-//! 2. Whoever brings something makes it visible, fences, then looks at the parking word; a thread that parks says so,
-//!    fences, then looks at everything again. One of the two sees the other, so no wake-up is lost.
-//! 3. All queues are bounded, except the outboxes: those hold what the protocol above them allows to be under way.
+//! 2. Whoever brings something makes it visible, fences, then looks at the parking word; a thread
+//!    that parks says so, fences, then looks at everything again. One of the two sees the other, so
+//!    no wake-up is lost.
+//! 3. All queues are bounded, except the outboxes: those hold what the protocol above them allows
+//!    to be under way.
 //!
-//! loom checks the protocols (the `loom` modules in `parking`, `inbox`, `channels` and `reply_slot`). Nothing here knows shards,
-//! requests or pages: `runtime` puts those in.
+//! loom checks the protocols (the `loom` modules in `parking`, `inbox`, `channels` and
+//! `reply_slot`). Nothing here knows shards, requests or pages: `runtime` puts those in.
 
 mod channels;
 mod in_flight;

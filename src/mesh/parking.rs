@@ -4,11 +4,13 @@
 //!   awake --park(level x)--> parked, also for level x --unpark, or a level >= x: one caller, one system call--> awake
 //!     ^---- there is work after all, or the wait has ended ----'
 //! ```
-//! A *level* is a number that only rises, such as a watermark: a parked thread can wait for it to reach a value.
+//! A *level* is a number that only rises, such as a watermark: a parked thread can wait for it to
+//! reach a value.
 //!
 //! Invariants
-//! 1. No wake-up is lost: `park` publishes, fences, and then looks for work; whoever brings work makes it visible, fences,
-//!    and then looks whether the thread is parked. One of the two sees the other.
+//! 1. No wake-up is lost: `park` publishes, fences, and then looks for work; whoever brings work
+//!    makes it visible, fences, and then looks whether the thread is parked. One of the two sees
+//!    the other.
 //! 2. Only the caller that takes the word from parked to awake makes the system call.
 //! 3. The waker keeps a wake-up that comes between `park` and the wait.
 
@@ -43,9 +45,11 @@ impl<W: Wake> Parking<W> {
         assert!(self.waker.set(waker).is_ok(), "a thread has one waker");
     }
 
-    /// The thread is about to wait, also for `level` if one is given; `has_work` looks at everything that could have arrived.
+    /// The thread is about to wait, also for `level` if one is given; `has_work` looks at
+    /// everything that could have arrived.
     ///
-    /// False: there is work, so the thread must not wait. True: it may, and calls [`awake`](Self::awake) afterwards.
+    /// False: there is work, so the thread must not wait. True: it may, and calls
+    /// [`awake`](Self::awake) afterwards.
     pub(crate) fn park(&self, level: Option<u64>, has_work: impl FnOnce() -> bool) -> bool {
         assert_eq!(self.word.load(Ordering::Relaxed), AWAKE, "a thread that parks is awake");
         let parked = level.map_or(FOR_NO_LEVEL, |level| level.clamp(AWAKE + 1, FOR_NO_LEVEL - 1));
@@ -71,8 +75,8 @@ impl<W: Wake> Parking<W> {
         }
     }
 
-    /// Wakes the thread if it is parked for a level up to `level`. The caller has fenced since the level rose
-    /// ([`unpark_for_level`]).
+    /// Wakes the thread if it is parked for a level up to `level`. The caller has fenced since the
+    /// level rose ([`unpark_for_level`]).
     fn unpark_if_reached(&self, level: u64) {
         let word = self.word.load(Ordering::Relaxed);
         if word != AWAKE && word != FOR_NO_LEVEL && word <= level {
@@ -100,7 +104,10 @@ impl<W: Wake> Parking<W> {
 }
 
 /// The level has risen to `level`: wakes those threads that are parked for it.
-pub(crate) fn unpark_for_level<'a, W: Wake + 'a>(threads: impl Iterator<Item = &'a Parking<W>>, level: u64) {
+pub(crate) fn unpark_for_level<'a, W: Wake + 'a>(
+    threads: impl Iterator<Item = &'a Parking<W>>,
+    level: u64,
+) {
     fence(Ordering::SeqCst);
     threads.for_each(|parking| parking.unpark_if_reached(level));
 }
@@ -139,7 +146,8 @@ mod tests {
         (parking, waker)
     }
 
-    /// A system call for each request to a shard that is awake anyway would halve the rate of requests.
+    /// A system call for each request to a shard that is awake anyway would halve the rate of
+    /// requests.
     #[test]
     fn only_a_parked_thread_is_woken_and_only_once() {
         let (parking, waker) = parking();
@@ -193,7 +201,10 @@ mod loom {
         (Arc::new(parking), waker)
     }
 
-    fn bring(unpark: fn(&Parking<CountingWaker>), park: fn(&Parking<CountingWaker>, &AtomicBool) -> bool) -> bool {
+    fn bring(
+        unpark: fn(&Parking<CountingWaker>),
+        park: fn(&Parking<CountingWaker>, &AtomicBool) -> bool,
+    ) -> bool {
         holds(None, move |verdict| {
             let (parking, waker) = parking();
             let brought = Arc::new(AtomicBool::new(false));
@@ -237,7 +248,10 @@ mod loom {
             let has_work = brought.load(Ordering::Acquire);
             !has_work && parking.park(None, || false)
         };
-        assert!(!bring(Parking::unpark, parks_late), "a receiver that looks before it says that it parks");
+        assert!(
+            !bring(Parking::unpark, parks_late),
+            "a receiver that looks before it says that it parks"
+        );
         let parks_unfenced = |parking: &Parking<CountingWaker>, brought: &AtomicBool| {
             parking.word.store(FOR_NO_LEVEL, Ordering::Release);
             !brought.load(Ordering::Acquire)
@@ -255,14 +269,16 @@ mod loom {
                 raising.store(LEVEL, Ordering::Release);
                 announce(&theirs, LEVEL);
             });
-            let waits = parking.park(Some(LEVEL), || recheck && level.load(Ordering::Acquire) >= LEVEL);
+            let waits =
+                parking.park(Some(LEVEL), || recheck && level.load(Ordering::Acquire) >= LEVEL);
             raiser.join().unwrap();
             // Otherwise it waits for ever.
             verdict.expect(!waits || waker.wakes() == 1);
         })
     }
 
-    /// A commit over two shards whose second half is durable last would be acknowledged only by chance.
+    /// A commit over two shards whose second half is durable last would be acknowledged only by
+    /// chance.
     #[test]
     fn loom_a_risen_level_is_seen_by_a_parking_thread() {
         assert!(raise(|parking, level| unpark_for_level([parking].into_iter(), level), true));
@@ -270,7 +286,10 @@ mod loom {
 
     #[test]
     fn loom_mutants_of_the_level_wake_up_are_caught() {
-        assert!(!raise(|parking, level| unpark_for_level([parking].into_iter(), level), false), "does not look again");
+        assert!(
+            !raise(|parking, level| unpark_for_level([parking].into_iter(), level), false),
+            "does not look again"
+        );
         assert!(!raise(|parking, level| parking.unpark_if_reached(level), true), "does not fence");
     }
 }

@@ -1,4 +1,5 @@
-//! A slot for the reply to one request: one side completes it, the other side, the asker, waits for it.
+//! A slot for the reply to one request: one side completes it, the other side, the asker, waits for
+//! it.
 //!
 //! ```text
 //!            complete                    put
@@ -56,21 +57,27 @@ pub(crate) enum Abandoned {
 
 impl<T> Default for ReplySlot<T> {
     fn default() -> Self {
-        ReplySlot { state: AtomicU8::new(WAITING), waker: AtomicWaker::default(), result: Hand::default() }
+        ReplySlot {
+            state: AtomicU8::new(WAITING),
+            waker: AtomicWaker::default(),
+            result: Hand::default(),
+        }
     }
 }
 
 impl<T> ReplySlot<T> {
     /// Stores the reply, and wakes the asker.
     pub(crate) fn complete(&self, result: T) -> Completed {
-        match self.state.compare_exchange(WAITING, ANSWERING, Ordering::Acquire, Ordering::Acquire) {
+        match self.state.compare_exchange(WAITING, ANSWERING, Ordering::Acquire, Ordering::Acquire)
+        {
             Ok(_) => {}
             Err(ABANDONED) => return Completed::Free,
             Err(ANSWERING | ANSWERED) => return Completed::Ignored,
             Err(state) => unreachable!("{state} is no state of a slot"),
         }
         self.result.store(Some(Box::new(result)));
-        match self.state.compare_exchange(ANSWERING, ANSWERED, Ordering::AcqRel, Ordering::Acquire) {
+        match self.state.compare_exchange(ANSWERING, ANSWERED, Ordering::AcqRel, Ordering::Acquire)
+        {
             Ok(_) => {
                 self.waker.wake();
                 Completed::Delivered
@@ -95,7 +102,9 @@ impl<T> ReplySlot<T> {
         match self.state.swap(ABANDONED, Ordering::AcqRel) {
             ANSWERED => Abandoned::Free,
             WAITING | ANSWERING => Abandoned::Left,
-            state => unreachable!("a slot in state {state} is abandoned: its asker has gone before"),
+            state => {
+                unreachable!("a slot in state {state} is abandoned: its asker has gone before")
+            }
         }
     }
 }
@@ -132,7 +141,8 @@ mod loom {
         }
     }
 
-    /// One answerer, one asker that looks and then waits or goes; the slot is freed once, whatever happens.
+    /// One answerer, one asker that looks and then waits or goes; the slot is freed once, whatever
+    /// happens.
     fn exchange(
         verdict: &Verdict,
         complete: fn(&ReplySlot<u32>) -> Completed,
@@ -178,7 +188,8 @@ mod loom {
         model::holds(None, move |verdict| exchange(verdict, complete, poll, goes))
     }
 
-    /// A slot freed twice gives its place to two requests; one freed never is a leak; a lost reply is a hang.
+    /// A slot freed twice gives its place to two requests; one freed never is a leak; a lost reply
+    /// is a hang.
     #[test]
     fn loom_each_reply_is_taken_once_and_each_slot_freed_once() {
         for goes in [false, true] {
@@ -194,11 +205,14 @@ mod loom {
             let theirs = slot.clone();
             let other = thread::spawn(move || theirs.complete(8));
             let own = slot.complete(7);
-            let counted = [own, other.join().unwrap()].map(|c| u32::from(c == Completed::Delivered));
+            let counted =
+                [own, other.join().unwrap()].map(|c| u32::from(c == Completed::Delivered));
             verdict.expect(counted.iter().sum::<u32>() == 1);
             let wanted = if counted[0] == 1 { 7 } else { 8 };
             // The result is that of the completion that counted.
-            verdict.expect(matches!(slot.poll(Waker::noop()), Polled::Free(Some(result)) if *result == wanted));
+            verdict.expect(
+                matches!(slot.poll(Waker::noop()), Polled::Free(Some(result)) if *result == wanted),
+            );
         }));
     }
 
@@ -225,6 +239,9 @@ mod loom {
             slot.waker.wake();
             Completed::Delivered
         };
-        assert!(!holds(blind, ReplySlot::poll, true), "an answerer that does not see that the asker has gone");
+        assert!(
+            !holds(blind, ReplySlot::poll, true),
+            "an answerer that does not see that the asker has gone"
+        );
     }
 }

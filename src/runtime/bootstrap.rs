@@ -1,4 +1,5 @@
-//! Opening a store begins here: one thread runs recovery's first part on its disk, which makes the shards of all threads.
+//! Opening a store begins here: one thread runs recovery's first part on its disk, which makes the
+//! shards of all threads.
 
 use crate::base::error::{Error, Result};
 use crate::base::options::Options;

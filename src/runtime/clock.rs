@@ -1,4 +1,5 @@
-//! The clock that all shards of a store share. Shards read none: the event loop tells them the time.
+//! The clock that all shards of a store share. Shards read none: the event loop tells them the
+//! time.
 
 use crate::base::Micros;
 use std::time::Instant;

@@ -2,8 +2,9 @@
 //!
 //! Invariants
 //! 1. [`plan`] is a pure function of the options, the machine and the store's geometry.
-//! 2. A number of shards that is chosen here (none is named) can be run: the store has a virtual shard for each, memory and
-//!    data space are enough, and control groups allow the processor time. A number that is named is not changed.
+//! 2. A number of shards that is chosen here (none is named) can be run: the store has a virtual
+//!    shard for each, memory and data space are enough, and control groups allow the processor
+//!    time. A number that is named is not changed.
 //!
 //! It does *not* look at what else runs on the machine.
 
@@ -35,7 +36,10 @@ pub(super) struct Processors {
 
 impl Processors {
     pub(super) fn detect() -> Processors {
-        Processors { allowed: crate::ops::probe::allowed_cores(), quota_millis: crate::ops::probe::cpu_quota_millis() }
+        Processors {
+            allowed: crate::ops::probe::allowed_cores(),
+            quota_millis: crate::ops::probe::cpu_quota_millis(),
+        }
     }
 }
 
@@ -43,7 +47,11 @@ impl Processors {
 ///
 /// # Errors
 /// `Invalid`: a core that is not there, or twice.
-pub(super) fn plan(options: &Options, processors: &Processors, geometry: &Geometry) -> Result<CorePlan> {
+pub(super) fn plan(
+    options: &Options,
+    processors: &Processors,
+    geometry: &Geometry,
+) -> Result<CorePlan> {
     let allowed = &processors.allowed;
     let chosen = match &options.cores {
         Some(cores) => chosen(cores, allowed)?,
@@ -61,20 +69,31 @@ pub(super) fn plan(options: &Options, processors: &Processors, geometry: &Geomet
         0 => u64::MAX,
         bytes => bytes / geometry.extent_bytes.max(1) / u64::from(EXTENTS_MIN),
     };
-    let most = in_memory.min(in_space).min(geometry.vshards_count.into()).clamp(1, SHARDS_MAX.into());
+    let most =
+        in_memory.min(in_space).min(geometry.vshards_count.into()).clamp(1, SHARDS_MAX.into());
     let shards_count = options.shards.unwrap_or((timed as u64).min(most) as u16);
     let whole = quota_millis.map_or(cores_count, |millis| (millis / 1000) as usize);
     let oversubscribed = usize::from(shards_count) > whole;
-    // The scheduler spreads them better than we could: where they are more than the cores; and where time is shared out, as
-    // other processes with a share of it would be pinned to the same first cores. Unless cores are named, as the others must be left alone then.
-    let scattered = options.cores.is_none() && (usize::from(shards_count) > cores_count || quota_millis.is_some());
-    let pin = |shard: usize| if scattered { None } else { chosen.get(shard % cores_count).copied() };
-    Ok(CorePlan { shards_count, pins: (0..usize::from(shards_count)).map(pin).collect(), oversubscribed, quota_millis })
+    // The scheduler spreads them better than we could: where they are more than the cores; and
+    // where time is shared out, as other processes with a share of it would be pinned to the same
+    // first cores. Unless cores are named, as the others must be left alone then.
+    let scattered = options.cores.is_none()
+        && (usize::from(shards_count) > cores_count || quota_millis.is_some());
+    let pin =
+        |shard: usize| if scattered { None } else { chosen.get(shard % cores_count).copied() };
+    Ok(CorePlan {
+        shards_count,
+        pins: (0..usize::from(shards_count)).map(pin).collect(),
+        oversubscribed,
+        quota_millis,
+    })
 }
 
 fn chosen(cores: &[usize], allowed: &[usize]) -> Result<Vec<usize>> {
     if cores.is_empty() {
-        return Err(Error::invalid("cores is an empty list: name at least one, or leave it out to use all"));
+        return Err(Error::invalid(
+            "cores is an empty list: name at least one, or leave it out to use all",
+        ));
     }
     for (at, core) in cores.iter().enumerate() {
         if !allowed.contains(core) {
@@ -83,7 +102,9 @@ fn chosen(cores: &[usize], allowed: &[usize]) -> Result<Vec<usize>> {
             )));
         }
         if cores[..at].contains(core) {
-            return Err(Error::invalid(format_args!("core {core} is named twice; shards says how many shards to run")));
+            return Err(Error::invalid(format_args!(
+                "core {core} is named twice; shards says how many shards to run"
+            )));
         }
     }
     Ok(cores.to_vec())
@@ -114,11 +135,13 @@ mod tests {
         Processors { allowed: allowed.to_vec(), quota_millis }
     }
 
-    /// Two shards pinned to one core, or one that spins on the core of another, halve the store's speed unnoticed.
+    /// Two shards pinned to one core, or one that spins on the core of another, halve the store's
+    /// speed unnoticed.
     #[test]
     fn each_shard_gets_a_core_of_its_own_if_there_are_enough() {
         let plan = |cores, shards| {
-            plan(&options(cores, shards), &processors(&[0, 1, 4], None), &stored(256)).expect("it is lawful")
+            plan(&options(cores, shards), &processors(&[0, 1, 4], None), &stored(256))
+                .expect("it is lawful")
         };
         let all = plan(None, None);
         assert_eq!((all.shards_count, all.oversubscribed), (3, false));
@@ -131,44 +154,74 @@ mod tests {
         assert!(kept_together.oversubscribed && kept_together.pins == [Some(1); 2]);
     }
 
-    /// 64 shards on the time of two processors are halted by the kernel in the middle of their work, all at a time, for
-    /// most of each tenth of a second.
+    /// 64 shards on the time of two processors are halted by the kernel in the middle of their
+    /// work, all at a time, for most of each tenth of a second.
     #[test]
     fn a_quota_of_processor_time_bounds_the_shards() {
         let many: Vec<usize> = (0..64).collect();
         let with = |quota, cores, shards| {
-            plan(&options(cores, shards), &processors(&many, quota), &stored(256)).expect("it is lawful")
+            plan(&options(cores, shards), &processors(&many, quota), &stored(256))
+                .expect("it is lawful")
         };
-        let counts = |plan: CorePlan| (plan.shards_count, plan.oversubscribed, plan.quota_millis.is_some());
+        let counts =
+            |plan: CorePlan| (plan.shards_count, plan.oversubscribed, plan.quota_millis.is_some());
         assert_eq!(counts(with(None, None, None)), (64, false, false));
         assert_eq!(counts(with(Some(2000), None, None)), (2, false, true));
-        assert_eq!(counts(with(Some(1500), None, None)), (2, true, true), "no spinning on a time that is not there");
+        assert_eq!(
+            counts(with(Some(1500), None, None)),
+            (2, true, true),
+            "no spinning on a time that is not there"
+        );
         assert_eq!(counts(with(Some(100), None, None)), (1, true, true));
-        assert_eq!(counts(with(Some(64_000), None, None)), (64, false, false), "a quota that binds nobody");
-        assert_eq!(with(Some(2000), None, None).pins, [None; 2], "not the cores of everybody else with a quota");
+        assert_eq!(
+            counts(with(Some(64_000), None, None)),
+            (64, false, false),
+            "a quota that binds nobody"
+        );
+        assert_eq!(
+            with(Some(2000), None, None).pins,
+            [None; 2],
+            "not the cores of everybody else with a quota"
+        );
         // What is named is done.
         assert_eq!(counts(with(Some(2000), None, Some(8))), (8, true, true));
         assert_eq!(with(Some(2000), Some(&[3, 4, 5]), None).pins, [Some(3), Some(4), Some(5)]);
     }
 
-    /// A store that opens on the machine where it was made, and not on a larger one, breaks the promise of any core count.
+    /// A store that opens on the machine where it was made, and not on a larger one, breaks the
+    /// promise of any core count.
     #[test]
     fn a_number_of_shards_that_nobody_named_is_one_that_the_store_can_have() {
         let machine = processors(&[0, 1, 2, 3], None);
         for (vshards, shards) in [(1, 1), (2, 2), (4, 4), (256, 4)] {
-            let plan = plan(&options(None, None), &machine, &stored(vshards)).expect("it is lawful");
+            let plan =
+                plan(&options(None, None), &machine, &stored(vshards)).expect("it is lawful");
             assert_eq!((plan.shards_count, plan.oversubscribed), (shards, false));
             assert_eq!(plan.pins.len(), usize::from(shards));
         }
         let little = Options { memory_bytes: 5 << 20, ..Options::default() };
-        assert_eq!(plan(&little, &machine, &stored(256)).expect("it is lawful").shards_count, 2, "2 MiB each");
-        let bounded = Options { data_bytes_max: 40 * EXTENTS_MIN as u64 * (1 << 20), ..Options::default() };
+        assert_eq!(
+            plan(&little, &machine, &stored(256)).expect("it is lawful").shards_count,
+            2,
+            "2 MiB each"
+        );
+        let bounded =
+            Options { data_bytes_max: 40 * EXTENTS_MIN as u64 * (1 << 20), ..Options::default() };
         let shards = |extent_bytes| {
             let geometry = Geometry { extent_bytes, ..Geometry::default() };
             plan(&bounded, &machine, &geometry).expect("it is lawful").shards_count
         };
-        assert_eq!([8 << 20, 4 << 20, 16 << 20, 1 << 30].map(shards), [4, 4, 2, 1], "extents for the reserves of each");
-        assert_eq!(plan(&options(None, Some(4)), &machine, &stored(1)).expect("checked later").shards_count, 4);
+        assert_eq!(
+            [8 << 20, 4 << 20, 16 << 20, 1 << 30].map(shards),
+            [4, 4, 2, 1],
+            "extents for the reserves of each"
+        );
+        assert_eq!(
+            plan(&options(None, Some(4)), &machine, &stored(1))
+                .expect("checked later")
+                .shards_count,
+            4
+        );
     }
 
     /// A typing error in `--cores` must not run the store somewhere else.

@@ -1,6 +1,7 @@
 //! How a store ends, and how opening it is given up: whoever drops the last handle, and wherever.
 //!
-//! If these fail, a program hangs for ever in a destructor, or a store can't be opened again after one.
+//! If these fail, a program hangs for ever in a destructor, or a store can't be opened again after
+//! one.
 #![allow(clippy::disallowed_methods, reason = "tests let real shards wait")]
 
 use super::bootstrap::Bootstrap;
@@ -23,11 +24,13 @@ use std::path::Path;
 use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
-/// Longer than anything here takes on the slowest machine: what has not happened by then never will.
+/// Longer than anything here takes on the slowest machine: what has not happened by then never
+/// will.
 const FOR_EVER: Duration = Duration::from_secs(60);
 const FILE: FileId = FileId::Log(ShardId::new(0), SegmentNo::new(0));
 
-/// A shard that does nothing but flush one file, which all shards have in common. It is open if `open` says so.
+/// A shard that does nothing but flush one file, which all shards have in common. It is open if
+/// `open` says so.
 struct Flusher {
     effects: VecDeque<Effect<()>>,
     flushing: Vec<Token>,
@@ -43,7 +46,10 @@ impl StateMachine for Flusher {
             Request::Flush => {
                 let id = OpId(self.flushing.len() as u64);
                 self.flushing.push(token);
-                self.effects.push_back(Effect::Submit(id, DiskOp::Flush { files: [FILE].into_iter().collect() }));
+                self.effects.push_back(Effect::Submit(
+                    id,
+                    DiskOp::Flush { files: [FILE].into_iter().collect() },
+                ));
             }
             Request::Close => {
                 self.effects.push_back(Effect::Reply(token, Ok(Response::Closed)));
@@ -57,7 +63,8 @@ impl StateMachine for Flusher {
 
     fn complete(&mut self, done: Completion) {
         let token = self.flushing[done.id.0 as usize];
-        self.effects.push_back(Effect::Reply(token, done.result.map(|()| Response::Flushed(Lsn::ZERO))));
+        self.effects
+            .push_back(Effect::Reply(token, done.result.map(|()| Response::Flushed(Lsn::ZERO))));
     }
 
     fn turn(&mut self, _: Micros) {}
@@ -101,13 +108,25 @@ impl StateMachine for Flusher {
 
 fn bootstrap(shards_count: u16, open: bool) -> Bootstrap<Flusher> {
     let order = Arc::new(GlobalOrder::new(Lsn::new(1), usize::from(shards_count)));
-    let machine = |_| Flusher { effects: VecDeque::new(), flushing: Vec::new(), closed: false, open };
+    let machine =
+        |_| Flusher { effects: VecDeque::new(), flushing: Vec::new(), closed: false, open };
     let shards = (0..shards_count).map(machine).collect();
     let recovery = RecoveryReport::default();
-    Bootstrap { shards, recovery, order, txn_bytes_max: 0, shard_map: ShardMap::new(256, shards_count) }
+    Bootstrap {
+        shards,
+        recovery,
+        order,
+        txn_bytes_max: 0,
+        shard_map: ShardMap::new(256, shards_count),
+    }
 }
 
-fn flushers(disk: &mut dyn Disk, _: &Options, shards_count: u16, _: Micros) -> Result<Bootstrap<Flusher>> {
+fn flushers(
+    disk: &mut dyn Disk,
+    _: &Options,
+    shards_count: u16,
+    _: Micros,
+) -> Result<Bootstrap<Flusher>> {
     if disk.len(FILE)?.is_none() {
         execute(disk, DiskOp::Allocate { file: FILE, from: 0, to: 4096 })?;
     }
@@ -115,7 +134,12 @@ fn flushers(disk: &mut dyn Disk, _: &Options, shards_count: u16, _: Micros) -> R
 }
 
 /// Their shards never get as far as to be open.
-fn endless(_: &mut dyn Disk, _: &Options, shards_count: u16, _: Micros) -> Result<Bootstrap<Flusher>> {
+fn endless(
+    _: &mut dyn Disk,
+    _: &Options,
+    shards_count: u16,
+    _: Micros,
+) -> Result<Bootstrap<Flusher>> {
     Ok(bootstrap(shards_count, false))
 }
 
@@ -124,10 +148,11 @@ fn start(dir: &Path, driver: Driver, begin: BootstrapFn<Flusher>) -> Result<Runt
     block_on(start_with(dir.to_path_buf(), options, begin))
 }
 
-/// With each driver that works here, in a directory of memory: there no flush stands for all files, so that shards
-/// share rounds, as on XFS.
+/// With each driver that works here, in a directory of memory: there no flush stands for all files,
+/// so that shards share rounds, as on XFS.
 fn each_driver(test: impl Fn(&dyn Fn() -> Runtime)) {
-    let drivers = ring::probe().is_ok().then_some(Driver::Ring).into_iter().chain([Driver::Portable]);
+    let drivers =
+        ring::probe().is_ok().then_some(Driver::Ring).into_iter().chain([Driver::Portable]);
     for driver in drivers {
         let memory = Path::new("/dev/shm");
         let dir = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
@@ -142,21 +167,22 @@ fn ends<T>(receiver: &Receiver<T>, what: &str) -> T {
     receiver.recv_timeout(FOR_EVER).unwrap_or_else(|_| panic!("{what} hangs"))
 }
 
-/// What the task has asked for is submitted, and nothing was taken back from the disk since: a lap submits what tasks
-/// have asked for in the one before, and then runs tasks, at most so many times.
+/// What the task has asked for is submitted, and nothing was taken back from the disk since: a lap
+/// submits what tasks have asked for in the one before, and then runs tasks, at most so many times.
 async fn next_lap() {
     for _ in 0..TASKS_PER_ROUND {
         yield_now().await;
     }
 }
 
-/// The last handle goes with a task of a shard that leads a flush for which the other shard waits, and that flush can't
-/// end while the task keeps the shard's thread.
+/// The last handle goes with a task of a shard that leads a flush for which the other shard waits,
+/// and that flush can't end while the task keeps the shard's thread.
 #[test]
 fn the_last_handle_may_go_on_a_shard_that_flushes_for_others() {
     each_driver(|start| {
         let runtime = Arc::new(start());
-        let ((leads, led), (joins, joined), (ends_it, ended)) = (bounded(1), bounded(1), bounded(1));
+        let ((leads, led), (joins, joined), (ends_it, ended)) =
+            (bounded(1), bounded(1), bounded(1));
         let other = runtime.spawn_on(ShardId::new(1), move |local| async move {
             led.recv().expect("the other task lives");
             let flush = local.call(Request::Flush);
@@ -189,7 +215,8 @@ fn shards_of_two_stores_may_drop_each_others_last_handles_at_a_time() {
     each_driver(|start| {
         let dir = tempfile::tempdir().expect("a directory");
         let one = Arc::new(start());
-        let other = Arc::new(self::start(dir.path(), Driver::Portable, flushers).expect("it opens"));
+        let other =
+            Arc::new(self::start(dir.path(), Driver::Portable, flushers).expect("it opens"));
         let both = Arc::new(Barrier::new(2));
         let (done, ended) = bounded(2);
         let drops = |on: &Arc<Runtime>, last: &Arc<Runtime>| {
@@ -212,7 +239,8 @@ fn shards_of_two_stores_may_drop_each_others_last_handles_at_a_time() {
     });
 }
 
-/// What holds the last handle may be the waker of a reply, a task that ends with its shard, or one that never started.
+/// What holds the last handle may be the waker of a reply, a task that ends with its shard, or one
+/// that never started.
 #[test]
 fn the_last_handle_may_go_wherever_callers_code_runs_on_a_shard() {
     struct Holds(#[allow(dead_code, reason = "held")] Arc<Runtime>, Sender<()>);
@@ -227,7 +255,8 @@ fn the_last_handle_may_go_wherever_callers_code_runs_on_a_shard() {
     each_driver(|start| {
         let (sender, ended) = bounded(4);
         let runtime = Arc::new(start());
-        let reply = block_on(runtime.submit_to(ShardId::new(1), Request::Flush)).expect("there is a place");
+        let reply =
+            block_on(runtime.submit_to(ShardId::new(1), Request::Flush)).expect("there is a place");
         let waker = Arc::new(Holds(runtime.clone(), sender.clone())).into();
         let mut reply = Box::pin(reply);
         let done = reply.as_mut().poll(&mut std::task::Context::from_waker(&waker)).is_ready();
@@ -244,7 +273,8 @@ fn the_last_handle_may_go_wherever_callers_code_runs_on_a_shard() {
             drop(holds);
         });
         // All shards end when one has, and their tasks with them.
-        let closed = block_on(async { runtime.submit_to(ShardId::new(0), Request::Close).await?.await });
+        let closed =
+            block_on(async { runtime.submit_to(ShardId::new(0), Request::Close).await?.await });
         assert!(matches!(closed, Ok(Response::Closed)), "{closed:?}");
         runtime.shared_for_tests().abandon();
         drop((task, runtime));
@@ -252,10 +282,13 @@ fn the_last_handle_may_go_wherever_callers_code_runs_on_a_shard() {
     });
 }
 
-/// A caller who no longer wants a store that takes hours to recover, or that never opens, must get rid of it.
+/// A caller who no longer wants a store that takes hours to recover, or that never opens, must get
+/// rid of it.
 #[test]
 fn opening_is_given_up_when_its_future_is_dropped() {
-    for driver in ring::probe().is_ok().then_some(Driver::Ring).into_iter().chain([Driver::Portable]) {
+    for driver in
+        ring::probe().is_ok().then_some(Driver::Ring).into_iter().chain([Driver::Portable])
+    {
         let dir = tempfile::tempdir().expect("a directory");
         let options = Options { shards: Some(2), driver, ..Options::default() };
         for pause_ms in [0, 1, 5, 50] {
@@ -276,13 +309,20 @@ fn opening_is_given_up_when_its_future_is_dropped() {
     }
 }
 
-/// Recovery reads the log with one read after another: each that is bootstrap after opening was given up is one too many.
+/// Recovery reads the log with one read after another: each that is bootstrap after opening was
+/// given up is one too many.
 #[test]
 fn no_operation_begins_after_opening_was_given_up() {
-    fn reads_for_ever(disk: &mut dyn Disk, _: &Options, _: u16, _: Micros) -> Result<Bootstrap<Flusher>> {
+    fn reads_for_ever(
+        disk: &mut dyn Disk,
+        _: &Options,
+        _: u16,
+        _: Micros,
+    ) -> Result<Bootstrap<Flusher>> {
         execute(disk, DiskOp::Allocate { file: FILE, from: 0, to: 4096 })?;
         loop {
-            if let Err(error) = execute(disk, DiskOp::Flush { files: [FILE].into_iter().collect() }) {
+            if let Err(error) = execute(disk, DiskOp::Flush { files: [FILE].into_iter().collect() })
+            {
                 assert_eq!(error.kind(), ErrorKind::Closed, "{error}");
                 return Err(error);
             }

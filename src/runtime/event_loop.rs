@@ -5,11 +5,13 @@
 //!   nothing happened: spin for a bounded time --> park --> wait in the disk
 //! ```
 //! Invariants
-//! 1. The shard turns only when something has arrived, its deadline has passed, or the watermark has reached the LSN it waits for.
-//! 2. The thread says that it parks before it looks for work once more, for tasks of its own too; it waits only if there is none.
+//! 1. The shard turns only when something has arrived, its deadline has passed, or the watermark
+//!    has reached the LSN it waits for.
+//! 2. The thread says that it parks before it looks for work once more, for tasks of its own too;
+//!    it waits only if there is none.
 //! 3. All operations of a round go to the device in one call.
-//! 4. Spinning ends after a bounded time, and at once while a flush is under way: a spinning core can starve the kernel's workers
-//!    that flush.
+//! 4. Spinning ends after a bounded time, and at once while a flush is under way: a spinning core
+//!    can starve the kernel's workers that flush.
 //! 5. Completions are taken in parts, so that the device has work while the rest waits.
 //!
 //! It does *not* know which disk or executor it runs on.
@@ -31,11 +33,14 @@ use std::sync::Arc;
 /// Requests taken from the inbox in one round, and the same number from tasks.
 const REQUESTS_PER_ROUND: usize = 256;
 
-/// Completions taken in one round: at most one in `COMPLETIONS_SHARE` of the operations at the device, but always up to
-/// `COMPLETIONS_MIN`.
+/// Completions taken in one round: at most one in `COMPLETIONS_SHARE` of the operations at the
+/// device, but always up to `COMPLETIONS_MIN`.
 const COMPLETIONS_SHARE: usize = 4;
 const COMPLETIONS_MIN: usize = 4;
-const _: () = assert!(COMPLETIONS_SHARE > 0 && COMPLETIONS_MIN > 0 && REQUESTS_PER_ROUND > 0, "each round gets on");
+const _: () = assert!(
+    COMPLETIONS_SHARE > 0 && COMPLETIONS_MIN > 0 && REQUESTS_PER_ROUND > 0,
+    "each round gets on"
+);
 
 /// How long a thread spins after its last event, before it parks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -66,7 +71,8 @@ pub(super) struct EventLoopParts<M: StateMachine> {
     pub(super) request_bytes_max: u64,
 }
 
-/// Permits of answered requests: how many requests, how many of those carried bytes, and how many bytes.
+/// Permits of answered requests: how many requests, how many of those carried bytes, and how many
+/// bytes.
 #[derive(Default)]
 struct ReleasedPermits {
     count: usize,
@@ -102,12 +108,14 @@ struct ThreadHost<M: StateMachine, D: Disk> {
     disk: D,
     tasks: TaskContext,
     recorder: LatencyRecorder,
-    /// Permits of handles' requests that were answered in this round; returned at its end, in one step.
+    /// Permits of handles' requests that were answered in this round; returned at its end, in one
+    /// step.
     released: ReleasedPermits,
     reaped: Vec<Completion>,
     /// Reaped from the disk, and not handed to the shard yet.
     completions: VecDeque<Completion>,
-    /// Operations at the disk, or completed and not handed to the shard yet; and the flushes among them.
+    /// Operations at the disk, or completed and not handed to the shard yet; and the flushes among
+    /// them.
     operations: usize,
     flushes: usize,
     /// The watermark at the last look; other shards are unparked when it has risen.
@@ -122,8 +130,17 @@ struct ThreadHost<M: StateMachine, D: Disk> {
 
 impl<M: StateMachine, D: Disk> EventLoop<M, D> {
     pub(super) fn new(parts: EventLoopParts<M>, mut disk: D) -> Self {
-        let EventLoopParts { id, shard, shared, channels, order, clock, poll_policy, requests_max, request_bytes_max } =
-            parts;
+        let EventLoopParts {
+            id,
+            shard,
+            shared,
+            channels,
+            order,
+            clock,
+            poll_policy,
+            requests_max,
+            request_bytes_max,
+        } = parts;
         if let Some(memory) = shard.mapping() {
             disk.register(memory);
         }
@@ -170,7 +187,8 @@ impl<M: StateMachine, D: Disk> EventLoop<M, D> {
         );
     }
 
-    /// One round. After an idle one the caller calls [`park_or_spin_if_idle`](Self::park_or_spin_if_idle).
+    /// One round. After an idle one the caller calls
+    /// [`park_or_spin_if_idle`](Self::park_or_spin_if_idle).
     pub(super) fn poll_once(&mut self) -> PollOutcome {
         self.assert_state();
         let EventLoop { shard, host } = self;
@@ -205,7 +223,8 @@ impl<M: StateMachine, D: Disk> EventLoop<M, D> {
         }
     }
 
-    /// Ends the shard: first its operations, then its tasks, then the replies that are waited for. Its files are closed on return.
+    /// Ends the shard: first its operations, then its tasks, then the replies that are waited for.
+    /// Its files are closed on return.
     pub(super) fn end(self) {
         let EventLoop { shard, host } = self;
         let ThreadHost { id, shared, channels, disk, tasks, recorder, released, .. } = host;
@@ -319,16 +338,21 @@ impl<M: StateMachine, D: Disk> ThreadHost<M, D> {
         )
     }
 
-    /// Hands over a part of the completions, so that what they lead to reaches the device before the rest is handed over. If all
-    /// were taken at once, device and core would wait for each other in turns.
+    /// Hands over a part of the completions, so that what they lead to reaches the device before
+    /// the rest is handed over. If all were taken at once, device and core would wait for each
+    /// other in turns.
     fn take_completions(&mut self, shard: &mut M) -> bool {
         self.disk.reap(&mut self.reaped);
         self.completions.extend(self.reaped.drain(..));
-        let some = COMPLETIONS_MIN.max(shard.ops_under_way() / COMPLETIONS_SHARE).min(self.completions.len());
+        let some = COMPLETIONS_MIN
+            .max(shard.ops_under_way() / COMPLETIONS_SHARE)
+            .min(self.completions.len());
         for completion in self.completions.drain(..some) {
-            self.operations = self.operations.checked_sub(1).expect("an operation completes that was submitted");
+            self.operations =
+                self.operations.checked_sub(1).expect("an operation completes that was submitted");
             let flushes = usize::from(matches!(completion.op, DiskOp::Flush { .. }));
-            self.flushes = self.flushes.checked_sub(flushes).expect("a flush completes that was submitted");
+            self.flushes =
+                self.flushes.checked_sub(flushes).expect("a flush completes that was submitted");
             shard.complete(completion);
         }
         some > 0
@@ -345,7 +369,8 @@ impl<M: StateMachine, D: Disk> ThreadHost<M, D> {
         if watermark > self.watermark_seen {
             self.watermark_seen = watermark;
             let own = self.id.index();
-            let others = self.shared.mailboxes.iter().enumerate().filter(|(shard, _)| *shard != own);
+            let others =
+                self.shared.mailboxes.iter().enumerate().filter(|(shard, _)| *shard != own);
             unpark_for_level(others.map(|(_, mailbox)| &mailbox.parking), watermark.get());
         }
     }

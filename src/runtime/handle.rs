@@ -41,7 +41,16 @@ impl Runtime {
         report: RuntimeReport,
         txn_bytes_max: u64,
     ) -> Runtime {
-        Runtime { shared, threads, shard_map, order, next: AtomicUsize::new(0), recovery, report, txn_bytes_max }
+        Runtime {
+            shared,
+            threads,
+            shard_map,
+            order,
+            next: AtomicUsize::new(0),
+            recovery,
+            report,
+            txn_bytes_max,
+        }
     }
 
     /// Which shard owns which pages.
@@ -54,11 +63,13 @@ impl Runtime {
         self.order.watermark()
     }
 
-    /// Submits a request to the shard that it belongs to; once this returns, dropping the reply does not undo it.
+    /// Submits a request to the shard that it belongs to; once this returns, dropping the reply
+    /// does not undo it.
     ///
-    /// The pages of a read belong to one shard; a commit goes to the shard of its first changed page, or of the first
-    /// that it read; what any shard can answer goes to each in turn. [`Request::Stats`] and
-    /// [`Request::Allocated`] are for [`submit_to`](Self::submit_to), or they are the first shard's.
+    /// The pages of a read belong to one shard; a commit goes to the shard of its first changed
+    /// page, or of the first that it read; what any shard can answer goes to each in turn.
+    /// [`Request::Stats`] and [`Request::Allocated`] are for [`submit_to`](Self::submit_to), or
+    /// they are the first shard's.
     pub(crate) async fn submit(&self, request: Request) -> Result<Reply> {
         let shard = self.shard_for(&request);
         self.submit_to(shard, request).await
@@ -69,14 +80,21 @@ impl Runtime {
         let first = ShardId::new(0);
         let key = match request {
             Request::Read(keys) => {
-                debug_assert!(keys.iter().all(|key| self.shard_map.shard_of(*key) == self.shard_map.shard_of(keys[0])));
+                debug_assert!(
+                    keys.iter().all(
+                        |key| self.shard_map.shard_of(*key) == self.shard_map.shard_of(keys[0])
+                    )
+                );
                 keys.first()
             }
-            Request::Commit(commit) => {
-                commit.changes.first().map(|(key, _)| key).or(commit.reads.first().map(|(key, _)| key))
-            }
+            Request::Commit(commit) => commit
+                .changes
+                .first()
+                .map(|(key, _)| key)
+                .or(commit.reads.first().map(|(key, _)| key)),
             Request::Flush | Request::WaitDurable(_) => {
-                let next = self.next.fetch_add(1, Ordering::Relaxed) % usize::from(self.shard_map.shards_count());
+                let next = self.next.fetch_add(1, Ordering::Relaxed)
+                    % usize::from(self.shard_map.shards_count());
                 return ShardId::new(next as u16);
             }
             Request::Checkpoint | Request::Allocated(_) | Request::Stats | Request::Close => None,
@@ -103,9 +121,12 @@ impl Runtime {
         let bytes = permit.into_charged();
         match mailbox.inbox.push(QueuedRequest { token, request, bytes }) {
             Ok(()) => mailbox.parking.unpark(),
-            Err(_) => {
-                shared.finish(mailbox, token, bytes, Err(Error::new(ErrorKind::Busy, "the inbox is full; try again")))
-            }
+            Err(_) => shared.finish(
+                mailbox,
+                token,
+                bytes,
+                Err(Error::new(ErrorKind::Busy, "the inbox is full; try again")),
+            ),
         }
         if mailbox.inbox.is_closed() {
             shared.refuse_rest(mailbox);
@@ -129,7 +150,10 @@ impl Runtime {
             return Err(closed());
         }
         if mailbox.spawn_queue.push(spawn).is_err() {
-            return Err(Error::new(ErrorKind::Busy, "too many tasks are on their way to this shard; try again"));
+            return Err(Error::new(
+                ErrorKind::Busy,
+                "too many tasks are on their way to this shard; try again",
+            ));
         }
         mailbox.parking.unpark();
         if mailbox.spawn_queue.is_closed() {
@@ -148,7 +172,8 @@ impl Runtime {
         self.shared.failed().await
     }
 
-    /// Closes the store cleanly. Requests that come later are refused at once, unless the shards have been too busy to be told.
+    /// Closes the store cleanly. Requests that come later are refused at once, unless the shards
+    /// have been too busy to be told.
     pub(crate) async fn close(&self) -> Result<()> {
         let reply = self.submit(Request::Close).await?;
         self.shared.begin_closing();
@@ -169,11 +194,12 @@ impl Runtime {
 }
 
 impl Drop for Runtime {
-    /// Ends the threads without a clean close, as a crash would, but waits for what the device has under way: the
-    /// store can be opened again at once.
+    /// Ends the threads without a clean close, as a crash would, but waits for what the device has
+    /// under way: the store can be opened again at once.
     ///
-    /// A thread of a shard, of whatever store, waits for none: it may lead a flush that the others wait for, or they may be
-    /// dropping the last handle of its own store. Then the threads end by themselves, and opening waits for their locks.
+    /// A thread of a shard, of whatever store, waits for none: it may lead a flush that the others
+    /// wait for, or they may be dropping the last handle of its own store. Then the threads end by
+    /// themselves, and opening waits for their locks.
     ///
     /// A forked child has no threads to end, and must leave alone what belongs to its parent.
     fn drop(&mut self) {

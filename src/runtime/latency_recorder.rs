@@ -1,9 +1,13 @@
-//! Measurements of one shard: how long its requests take, how many there are, and what goes to the device.
+//! Measurements of one shard: how long its requests take, how many there are, and what goes to the
+//! device.
 //!
 //! Invariants
-//! 1. No lock, no atomics; the clock is read once for the requests taken in a round, and once for those answered in it.
-//! 2. A request is measured from when the shard takes it to its answer; the time in the inbox is not included.
-//! 3. The recorder knows every request that was taken and not answered: the thread's end answers those.
+//! 1. No lock, no atomics; the clock is read once for the requests taken in a round, and once for
+//!    those answered in it.
+//! 2. A request is measured from when the shard takes it to its answer; the time in the inbox is
+//!    not included.
+//! 3. The recorder knows every request that was taken and not answered: the thread's end answers
+//!    those.
 
 use super::clock::Clock;
 use super::task_context::LOCAL_TOKEN_BIT;
@@ -27,7 +31,11 @@ impl Kind {
     fn of(request: &Request) -> Kind {
         match request {
             // The records of volumes are read by the engine.
-            Request::Read(keys) if keys.first().is_some_and(|key| key.volume == VolumeId::CATALOG) => Kind::Other,
+            Request::Read(keys)
+                if keys.first().is_some_and(|key| key.volume == VolumeId::CATALOG) =>
+            {
+                Kind::Other
+            }
             Request::Read(_) => Kind::Read,
             Request::Commit(commit) if commit.durable => Kind::Commit,
             Request::Commit(_) => Kind::Buffered,
@@ -58,7 +66,8 @@ pub(super) struct LatencyRecorder {
     flush: Latency,
     recent: Recent,
     device: ShardStats,
-    /// When the requests of this round were taken, and when its answers were given; set by the first of each.
+    /// When the requests of this round were taken, and when its answers were given; set by the
+    /// first of each.
     taken_at: Option<Micros>,
     answered_at: Option<Micros>,
     answered: u32,
@@ -129,12 +138,14 @@ impl LatencyRecorder {
             DiskOp::Read { into, .. } => {
                 device.device_reads += 1;
                 device.vectored_reads += u64::from(into.len() > 1);
-                device.device_bytes_read += into.iter().map(|frame| frame.len() as u64).sum::<u64>();
+                device.device_bytes_read +=
+                    into.iter().map(|frame| frame.len() as u64).sum::<u64>();
             }
             DiskOp::Write { from, .. } => {
                 device.device_writes += 1;
                 device.vectored_writes += u64::from(from.len() > 1);
-                device.device_bytes_written += from.iter().map(|slice| u64::from(slice.len)).sum::<u64>();
+                device.device_bytes_written +=
+                    from.iter().map(|slice| u64::from(slice.len)).sum::<u64>();
             }
             DiskOp::Flush { .. } => device.device_flushes += 1,
             DiskOp::Allocate { .. } => {}

@@ -1,4 +1,5 @@
-//! Figures of the runtime, by hand: `cargo test --release --lib figures -- --ignored --nocapture --test-threads 1`.
+//! Figures of the runtime, by hand: `cargo test --release --lib figures -- --ignored --nocapture
+//! --test-threads 1`.
 //!
 //! Not tests: they print, and assert only what would make the figures meaningless.
 #![allow(clippy::disallowed_methods, reason = "figures are times")]
@@ -23,11 +24,19 @@ fn read() -> Request {
 fn with_page(driver: Driver, poll: bool, figure: impl Fn(&Runtime, ShardId)) {
     let dir = tempfile::tempdir().expect("a directory");
     let options = Options { driver, poll, shards: Some(1), ..Options::default() };
-    let runtime =
-        block_on(super::start::start(dir.path().to_path_buf(), options, super::start::OpenMode::CreateIfMissing))
-            .expect("it opens");
-    let commit = Commit { reads: vec![], changes: vec![(key(), Change::Put(vec![7; 4096].into()))], durable: true };
-    block_on(async { runtime.submit(Request::Commit(commit)).await?.await }).expect("it is durable");
+    let runtime = block_on(super::start::start(
+        dir.path().to_path_buf(),
+        options,
+        super::start::OpenMode::CreateIfMissing,
+    ))
+    .expect("it opens");
+    let commit = Commit {
+        reads: vec![],
+        changes: vec![(key(), Change::Put(vec![7; 4096].into()))],
+        durable: true,
+    };
+    block_on(async { runtime.submit(Request::Commit(commit)).await?.await })
+        .expect("it is durable");
     let shard = runtime.shard_map().shard_of(key());
     figure(&runtime, shard);
     block_on(async { runtime.submit(Request::Close).await?.await }).expect("it closes");
@@ -94,7 +103,10 @@ fn figures_of_a_cached_read_from_a_task_on_the_shard() {
                     start.elapsed()
                 });
                 let time = block_on(task.expect("it starts")).expect("it ends");
-                println!("{driver:?}, depth {depth}: {:.0} ns a call", time.as_nanos() as f64 / calls as f64);
+                println!(
+                    "{driver:?}, depth {depth}: {:.0} ns a call",
+                    time.as_nanos() as f64 / calls as f64
+                );
             });
         }
     }
@@ -105,7 +117,8 @@ fn figures_of_a_cached_read_from_a_task_on_the_shard() {
 fn figures_of_an_idle_store() {
     let ticks = || {
         let stat = std::fs::read_to_string("/proc/self/stat").expect("it is there");
-        let fields: Vec<u64> = stat.split(' ').skip(13).take(2).map(|n| n.parse().expect("a number")).collect();
+        let fields: Vec<u64> =
+            stat.split(' ').skip(13).take(2).map(|n| n.parse().expect("a number")).collect();
         fields.iter().sum::<u64>()
     };
     for driver in [Driver::Ring, Driver::Portable] {

@@ -1,20 +1,22 @@
-//! The threads of a store: one for each shard, pinned to a core. A thread takes requests, messages and completions, turns its
-//! shard, and carries out the effects.
+//! The threads of a store: one for each shard, pinned to a core. A thread takes requests, messages
+//! and completions, turns its shard, and carries out the effects.
 //!
 //! ```text
 //! handle --acquire permits--> in-flight table --> inbox --unpark--> round of the shard's thread --> reply --> handle
 //! task on the shard ---------------------------> queue of its own, no hop ---^
 //! ```
-//! Read in this order: `start` (opens a store), `shard_thread` and `event_loop` (one thread's life and its work), `shared` and
-//! `request_permits` (how requests get there), `task_context` (tasks on a shard's own thread), `handle` (the running store).
+//! Read in this order: `start` (opens a store), `shard_thread` and `event_loop` (one thread's life
+//! and its work), `shared` and `request_permits` (how requests get there), `task_context` (tasks on
+//! a shard's own thread), `handle` (the running store).
 //!
 //! Invariants
 //! 1. Every request gets a reply, also when a shard panics or the store is dropped: nothing hangs.
-//! 2. At most `requests_max` requests of handles are under way, and those to one shard carry at most a sixteenth of its memory
-//!    and one request more; callers beyond that wait, and get `Busy` if too many wait already.
+//! 2. At most `requests_max` requests of handles are under way, and those to one shard carry at
+//!    most a sixteenth of its memory and one request more; callers beyond that wait, and get `Busy`
+//!    if too many wait already.
 //! 3. If one shard ends without a clean close, all do.
-//! 4. Whether this machine lacks something (io_uring, memory locks) is found out before the store is touched; then the portable
-//!    driver runs, and the report says why.
+//! 4. Whether this machine lacks something (io_uring, memory locks) is found out before the store
+//!    is touched; then the portable driver runs, and the report says why.
 
 mod bootstrap;
 mod clock;

@@ -1,12 +1,13 @@
 //! A store that is being opened on a thread of its own, and how opening is given up.
 //!
 //! Invariants
-//! 1. Once given up, opening begins nothing more: no operation, no thread, no store. It waits for its operations at the
-//!    device, and for nothing else.
-//! 2. When its [`OpenGuard`] has gone, so have the threads and the locks, except where a shard's thread dropped it (which
-//!    waits for no other).
+//! 1. Once given up, opening begins nothing more: no operation, no thread, no store. It waits for
+//!    its operations at the device, and for nothing else.
+//! 2. When its [`OpenGuard`] has gone, so have the threads and the locks, except where a shard's
+//!    thread dropped it (which waits for no other).
 //!
-//! It does *not* undo what was done: that is as after a crash, and the next opening goes on from there.
+//! It does *not* undo what was done: that is as after a crash, and the next opening goes on from
+//! there.
 
 use super::shard_thread::is_shard_thread;
 use super::shared::RuntimeShared;
@@ -34,7 +35,8 @@ impl PendingOpen {
     /// Threads are being started: they end if opening is, or was, given up.
     pub(super) fn threads_starting(&self, shared: &Arc<RuntimeShared>) {
         *self.starting.lock().unwrap_or_else(PoisonError::into_inner) = Some(shared.clone());
-        // After they are stored, so that either this sees that opening was given up, or `give_up` sees them.
+        // After they are stored, so that either this sees that opening was given up, or `give_up`
+        // sees them.
         if self.cancel.is_cancelled() {
             shared.abandon();
         }

@@ -15,10 +15,11 @@ const WORKERS: usize = 8;
 /// The body of a shard's thread.
 pub(super) fn thread<M: StateMachine>(context: ThreadContext<M>) {
     let workers_count = (WORKERS_MAX / usize::from(context.shards_count)).clamp(2, WORKERS);
-    let disk = match PortableDisk::with_files(context.files.clone(), &PortableOptions { workers_count }) {
-        Ok(disk) => disk,
-        Err(error) => return context.refuse(error),
-    };
+    let disk =
+        match PortableDisk::with_files(context.files.clone(), &PortableOptions { workers_count }) {
+            Ok(disk) => disk,
+            Err(error) => return context.refuse(error),
+        };
     // After the disk has started its threads: they inherit what this one may use.
     if let Some(core) = context.pin
         && !cores::pin(core)

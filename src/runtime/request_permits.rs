@@ -7,15 +7,20 @@
 //!   waits, in the order of coming -------------------/
 //! ```
 //! Invariants
-//! 1. A request has a permit, and its bytes are counted, from before it is submitted until it is answered.
-//! 2. A permit is granted while fewer than `permits_max` are taken and fewer than `bytes_max` bytes are counted. So a request of any
-//!    size gets one, one request at most passes the limit of bytes, and a large request waits no longer than a small one.
-//! 3. First come, first served: no request overtakes one that waits. Nothing waits while nothing is under way.
+//! 1. A request has a permit, and its bytes are counted, from before it is submitted until it is
+//!    answered.
+//! 2. A permit is granted while fewer than `permits_max` are taken and fewer than `bytes_max` bytes
+//!    are counted. So a request of any size gets one, one request at most passes the limit of
+//!    bytes, and a large request waits no longer than a small one.
+//! 3. First come, first served: no request overtakes one that waits. Nothing waits while nothing is
+//!    under way.
 //! 4. At most [`WAITERS_FACTOR`] times as many callers wait as there are permits; more get `Busy`.
-//! 5. Whoever releases a permit grants it to the first waiter. A waiter that gives up releases a permit that it was granted.
+//! 5. Whoever releases a permit grants it to the first waiter. A waiter that gives up releases a
+//!    permit that it was granted.
 //!
-//! Without waiters a request costs one atomic step to acquire, and one to release for any number that end together.
-//! It does *not* know what a request carries: that is [`request_bytes`](crate::engine::request_bytes).
+//! Without waiters a request costs one atomic step to acquire, and one to release for any number
+//! that end together. It does *not* know what a request carries: that is
+//! [`request_bytes`](crate::engine::request_bytes).
 
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::sync::{AtomicU64, Mutex, MutexGuard, Ordering};
@@ -30,7 +35,8 @@ use std::task::{Context, Poll, Waker};
 /// Callers that may wait, as a multiple of the permits, before more get `Busy`.
 const WAITERS_FACTOR: usize = 4;
 
-/// The most bytes that one request is charged with: more than any memory, and small enough for the sum of all to fit the word.
+/// The most bytes that one request is charged with: more than any memory, and small enough for the
+/// sum of all to fit the word.
 pub(super) const CHARGED_BYTES_MAX: u64 = 1 << 40;
 
 /// Set while callers wait.
@@ -40,7 +46,8 @@ const BYTES_SHIFT: u32 = 1;
 const PERMITS_SHIFT: u32 = 43;
 const BYTES_MASK: u64 = (1 << (PERMITS_SHIFT - BYTES_SHIFT)) - 1;
 const PERMITS_MAX: u64 = (1 << (u64::BITS - PERMITS_SHIFT)) - 1;
-/// `requests_max` is 2^20 at most, and the bytes of a shard a sixteenth of its memory, 2^42 at most.
+/// `requests_max` is 2^20 at most, and the bytes of a shard a sixteenth of its memory, 2^42 at
+/// most.
 const _: () = assert!(PERMITS_MAX >= 1 << 20 && (1 << 38) + CHARGED_BYTES_MAX <= BYTES_MASK);
 
 /// The state in one word: permits and bytes that are taken, and whether callers wait.
@@ -72,7 +79,8 @@ pub(super) struct RequestPermits {
     waiting: Mutex<WaitQueue>,
 }
 
-/// Waiting callers with their bytes, in the order of arrival. A caller whose number is gone has been granted its permit.
+/// Waiting callers with their bytes, in the order of arrival. A caller whose number is gone has
+/// been granted its permit.
 #[derive(Default)]
 struct WaitQueue {
     next: u64,
@@ -117,7 +125,10 @@ impl RequestPermits {
 
     /// Takes a permit if there is one and no caller waits.
     fn try_acquire(&self, bytes: u64) -> bool {
-        assert!(bytes <= CHARGED_BYTES_MAX, "{bytes} bytes are more than a request is charged with");
+        assert!(
+            bytes <= CHARGED_BYTES_MAX,
+            "{bytes} bytes are more than a request is charged with"
+        );
         let fits = |state: State| !state.has_waiters() && self.has_room(state);
         let take = |state: u64| fits(State(state)).then(|| state + packed(1, bytes));
         self.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).is_ok()
@@ -130,8 +141,16 @@ impl RequestPermits {
     /// Permits and bytes within their limits; one request may pass the limit of bytes.
     fn assert_state(&self, state: State) {
         let (permits, bytes) = (state.permits(), state.bytes());
-        assert!(permits <= self.permits_max, "{permits} permits are taken, of {}", self.permits_max);
-        assert!(bytes < self.bytes_max + CHARGED_BYTES_MAX, "{bytes} bytes are taken, of {}", self.bytes_max);
+        assert!(
+            permits <= self.permits_max,
+            "{permits} permits are taken, of {}",
+            self.permits_max
+        );
+        assert!(
+            bytes < self.bytes_max + CHARGED_BYTES_MAX,
+            "{bytes} bytes are taken, of {}",
+            self.bytes_max
+        );
     }
 
     /// Queues a caller. `None`: it has been granted its permit meanwhile.
@@ -142,8 +161,8 @@ impl RequestPermits {
             return Err(Error::new(
                 ErrorKind::Busy,
                 format_args!(
-                    "{} requests with {} bytes are under way, and as many as may wait do; wait for replies, or raise \
-                     requests_max, or memory_bytes for what commits carry",
+                    "{} requests with {} bytes are under way, and as many as may wait do; wait \
+                     for replies, or raise requests_max, or memory_bytes for what commits carry",
                     state.permits(),
                     state.bytes()
                 ),
@@ -152,7 +171,8 @@ impl RequestPermits {
         let number = waiting.next;
         waiting.next += 1;
         waiting.callers.insert(number, (bytes, Waker::noop().clone()));
-        // A release from here on sees the flag and takes the lock; an earlier one is seen by `grant`.
+        // A release from here on sees the flag and takes the lock; an earlier one is seen by
+        // `grant`.
         self.state.fetch_or(HAS_WAITERS, Ordering::AcqRel);
         let wakers = self.grant(&mut waiting);
         let granted = !waiting.callers.contains_key(&number);
@@ -172,8 +192,13 @@ impl RequestPermits {
             }
             self.assert_state(state);
             let is_last = waiting.callers.len() == 1;
-            let next = (state.0 + packed(1, *bytes)) & if is_last { !HAS_WAITERS } else { u64::MAX };
-            if self.state.compare_exchange(state.0, next, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+            let next =
+                (state.0 + packed(1, *bytes)) & if is_last { !HAS_WAITERS } else { u64::MAX };
+            if self
+                .state
+                .compare_exchange(state.0, next, Ordering::AcqRel, Ordering::Relaxed)
+                .is_ok()
+            {
                 wakers.extend(waiting.callers.pop_first().map(|(_, (_, waker))| waker));
             }
         }
@@ -218,7 +243,8 @@ impl Future for PermitFuture<'_> {
         // A waker is the caller's code: made before, and dropped after the lock is held.
         let own = cx.waker().clone();
         let mut waiting = self.permits.lock();
-        let former = waiting.callers.get_mut(&self.number).map(|(_, waker)| std::mem::replace(waker, own));
+        let former =
+            waiting.callers.get_mut(&self.number).map(|(_, waker)| std::mem::replace(waker, own));
         drop(waiting);
         self.done = former.is_none();
         if self.done { Poll::Ready(()) } else { Poll::Pending }
@@ -246,7 +272,8 @@ impl Drop for PermitFuture<'_> {
 mod tests {
     use super::*;
 
-    /// A permit that is released twice wraps the count: no request would ever be refused again, or none let in.
+    /// A permit that is released twice wraps the count: no request would ever be refused again, or
+    /// none let in.
     #[test]
     #[should_panic(expected = "1 permits and 5 bytes are released, 0 and 0 were taken")]
     fn a_permit_is_released_once() {
@@ -282,8 +309,8 @@ mod loom {
         Pin::new(turn).poll(&mut Context::from_waker(&Waker::from(bell.clone()))).is_ready()
     }
 
-    /// The only permit is released while two callers ask for it in turn. The first gives up, before or after it has polled; the second
-    /// must get the permit, and be told.
+    /// The only permit is released while two callers ask for it in turn. The first gives up, before
+    /// or after it has polled; the second must get the permit, and be told.
     fn exchange(verdict: &Verdict, queue: Queue, leave: Leave, looks: bool) {
         let permits = Arc::new(RequestPermits::new(1, 1));
         assert!(permits.try_acquire(1));
@@ -307,14 +334,17 @@ mod loom {
     }
 
     fn holds(queue: Queue, leave: Leave) -> bool {
-        [false, true].iter().all(|looks| model::holds(None, move |verdict| exchange(verdict, queue, leave, *looks)))
+        [false, true]
+            .iter()
+            .all(|looks| model::holds(None, move |verdict| exchange(verdict, queue, leave, *looks)))
     }
 
     fn queue(permits: &RequestPermits, bytes: u64) -> Option<PermitFuture<'_>> {
         permits.enqueue(bytes).unwrap()
     }
 
-    /// A waiter that is never granted its permit waits for ever; a permit that no request holds is lost for ever.
+    /// A waiter that is never granted its permit waits for ever; a permit that no request holds is
+    /// lost for ever.
     #[test]
     fn loom_a_released_permit_reaches_the_waiter() {
         assert!(holds(queue, RequestPermits::release));
@@ -335,7 +365,10 @@ mod loom {
             }
             (!granted).then(|| PermitFuture { permits, number, bytes, done: false })
         };
-        assert!(!holds(late, RequestPermits::release), "a waiter that looks before it says that it waits");
+        assert!(
+            !holds(late, RequestPermits::release),
+            "a waiter that looks before it says that it waits"
+        );
         let hasty: Leave = |permits, count, bytes| {
             let waits = State(permits.state.load(Ordering::Acquire)).has_waiters();
             permits.state.fetch_sub(packed(count as u64, bytes), Ordering::AcqRel);

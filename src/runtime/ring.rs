@@ -1,12 +1,15 @@
-//! The ring driver: a pinned glommio executor on each core, in which one task drives the shard and its io_uring.
+//! The ring driver: a pinned glommio executor on each core, in which one task drives the shard and
+//! its io_uring.
 //!
 //! Invariants
-//! 1. While the shard has nothing to do the thread waits in the shard's own ring, not in the executor's: whatever must
-//!    wake the core goes through the shard's ring. The executor's reactor (6.6 µs a turn) stays off the path of an
-//!    operation: it gets a turn when its preemption timer says so.
+//! 1. While the shard has nothing to do the thread waits in the shard's own ring, not in the
+//!    executor's: whatever must wake the core goes through the shard's ring. The executor's reactor
+//!    (6.6 µs a turn) stays off the path of an operation: it gets a turn when its preemption timer
+//!    says so.
 //! 2. What an executor panics about is found out before one is started.
 //!
-//! It does *not* use glommio's files, channels or buffers: measured, they cost 1.4 to 90 times what ours do.
+//! It does *not* use glommio's files, channels or buffers: measured, they cost 1.4 to 90 times what
+//! ours do.
 
 use super::shard_thread::ThreadContext;
 use crate::base::error::{Error, ErrorKind};
@@ -33,7 +36,9 @@ pub(super) fn probe() -> Result<(), String> {
 }
 
 fn executor(pin: Option<usize>) -> Result<LocalExecutor, Error> {
-    let refused = |why: &str| Error::new(ErrorKind::Unsupported, format_args!("starting an executor failed: {why}"));
+    let refused = |why: &str| {
+        Error::new(ErrorKind::Unsupported, format_args!("starting an executor failed: {why}"))
+    };
     // Not by the builder: it asks /sys for all cores, and panics in a container that has none.
     if let Some(core) = pin.filter(|core| !super::cores::pin(*core)) {
         return Err(refused(&format!("its thread can't be pinned to core {core}")));
@@ -44,7 +49,9 @@ fn executor(pin: Option<usize>) -> Result<LocalExecutor, Error> {
     };
     match catch_unwind(AssertUnwindSafe(make)) {
         Ok(made) => made.map_err(|e| refused(&e.to_string())),
-        Err(panic) => Err(refused(panic.downcast_ref::<String>().map_or("it panicked", |text| text))),
+        Err(panic) => {
+            Err(refused(panic.downcast_ref::<String>().map_or("it panicked", |text| text)))
+        }
     }
 }
 

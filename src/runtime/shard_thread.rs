@@ -8,11 +8,13 @@
 //!    ends                       |failed: ends, and so do all
 //! ```
 //! Invariants
-//! 1. The coordinator is told in any case: refused; or ready, and then open or failed. A panic is a failure.
+//! 1. The coordinator is told in any case: refused; or ready, and then open or failed. A panic is a
+//!    failure.
 //! 2. A thread that panics ends all threads.
 //! 3. `RuntimeShared::thread_ended` is the last call of a thread, after it has closed its files.
-//! 4. Such a thread never waits for another one: each may lead a flush that the other needs in order to end. Code that runs on
-//!    it (tasks, wakers, destructors of callers) can ask [`is_shard_thread`].
+//! 4. Such a thread never waits for another one: each may lead a flush that the other needs in
+//!    order to end. Code that runs on it (tasks, wakers, destructors of callers) can ask
+//!    [`is_shard_thread`].
 
 use super::bootstrap::Bootstrap;
 use super::clock::Clock;
@@ -106,7 +108,8 @@ impl<M: StateMachine> ThreadContext<M> {
         let _ = self.status.send(StartupStatus::Refused(error));
     }
 
-    /// Reports that the thread has its disk, and waits for its shard. `None`: it gets none, and ends.
+    /// Reports that the thread has its disk, and waits for its shard. `None`: it gets none, and
+    /// ends.
     pub(super) fn attach_disk<D: Disk>(
         self,
         mut disk: D,
@@ -134,8 +137,9 @@ impl<M: StateMachine> ThreadContext<M> {
         while let Ok(next) = commands.recv() {
             match next {
                 StartupCommand::Bootstrap(task) => {
-                    let bootstrap =
-                        catch_unwind(AssertUnwindSafe(|| task(&mut CancellableDisk::new(&mut disk, cancel.clone()))));
+                    let bootstrap = catch_unwind(AssertUnwindSafe(|| {
+                        task(&mut CancellableDisk::new(&mut disk, cancel.clone()))
+                    }));
                     let bootstrap = bootstrap.unwrap_or_else(|_| Err(panicked()));
                     let _ = status.send(StartupStatus::Bootstrapped(bootstrap));
                 }
@@ -160,8 +164,12 @@ impl<M: StateMachine> ThreadContext<M> {
     }
 }
 
-/// The main function of a shard's thread: runs `body`, and reports the thread's end even if that panics.
-pub(super) fn thread_main<M: StateMachine>(context: ThreadContext<M>, body: impl FnOnce(ThreadContext<M>)) {
+/// The main function of a shard's thread: runs `body`, and reports the thread's end even if that
+/// panics.
+pub(super) fn thread_main<M: StateMachine>(
+    context: ThreadContext<M>,
+    body: impl FnOnce(ThreadContext<M>),
+) {
     IS_SHARD.set(true);
     let (shared, status) = (context.shared.clone(), context.status.clone());
     if catch_unwind(AssertUnwindSafe(|| body(context))).is_err() {
@@ -202,10 +210,13 @@ impl<M: StateMachine, D: Disk> ShardThread<M, D> {
 
     /// A shard is reported as open in the round in which it opens, and stays open.
     fn assert_state(&self, goes_on: bool) {
-        let is_open = self.event_loop.as_ref().is_some_and(|event_loop| event_loop.shard().is_open());
+        let is_open =
+            self.event_loop.as_ref().is_some_and(|event_loop| event_loop.shard().is_open());
         match self.life {
             Life::Opening(_) => assert!(goes_on && !is_open, "an open shard was not reported"),
-            Life::Open => assert!(goes_on && is_open, "a shard that was reported as open opens again"),
+            Life::Open => {
+                assert!(goes_on && is_open, "a shard that was reported as open opens again")
+            }
             Life::Ended => assert!(!goes_on, "a shard that has ended goes on"),
         }
     }

@@ -1,10 +1,12 @@
-//! State that handles and the threads of all shards share: mailboxes, permits, and how all threads end.
+//! State that handles and the threads of all shards share: mailboxes, permits, and how all threads
+//! end.
 //!
 //! Invariants
-//! 1. A request is in an inbox, in a shard or answered. When a thread ends it answers what it had accepted, closes its
-//!    inbox, and refuses the rest.
-//! 2. `abandoned` ends all threads: no handle is left, or a shard has stopped without a clean close. Each waits for its operations
-//!    at the device, and for nothing else; work of many steps ends after the present step.
+//! 1. A request is in an inbox, in a shard or answered. When a thread ends it answers what it had
+//!    accepted, closes its inbox, and refuses the rest.
+//! 2. `abandoned` ends all threads: no handle is left, or a shard has stopped without a clean
+//!    close. Each waits for its operations at the device, and for nothing else; work of many steps
+//!    ends after the present step.
 
 use super::request_permits::{CHARGED_BYTES_MAX, RequestPermits};
 use crate::base::error::{Error, ErrorKind, Result};
@@ -49,14 +51,17 @@ pub(super) type SpawnRequest = Box<dyn FnOnce(&dyn Any) + Send>;
 pub(super) struct ShardMailbox {
     pub(super) inbox: Inbox<QueuedRequest>,
     pub(super) spawn_queue: Inbox<SpawnRequest>,
-    /// Tasks of the shard that other threads have woken. Each is in it at most once, so the number of tasks bounds it.
+    /// Tasks of the shard that other threads have woken. Each is in it at most once, so the number
+    /// of tasks bounds it.
     pub(super) woken_tasks: SegQueue<Runnable>,
     pub(super) parking: Parking<DiskWaker>,
-    /// Permits for requests that carry bytes. Each shard has its own, so that a slow one holds up no commits to others.
+    /// Permits for requests that carry bytes. Each shard has its own, so that a slow one holds up
+    /// no commits to others.
     pub(super) byte_permits: RequestPermits,
 }
 
-/// A permit of [`ShardMailbox::byte_permits`], returned on drop unless it is [charged to a request](BytesPermit::into_charged).
+/// A permit of [`ShardMailbox::byte_permits`], returned on drop unless it is [charged to a
+/// request](BytesPermit::into_charged).
 pub(super) struct BytesPermit<'a> {
     mailbox: &'a ShardMailbox,
     bytes: u64,
@@ -102,8 +107,14 @@ pub(super) struct RuntimeShared {
 }
 
 impl RuntimeShared {
-    pub(super) fn new(shards_count: u16, requests_max: usize, request_bytes_max: u64, cancel: Cancel) -> Self {
-        let capacity = requests_max.clamp(1, INBOX_MAX.max(requests_max / usize::from(shards_count)));
+    pub(super) fn new(
+        shards_count: u16,
+        requests_max: usize,
+        request_bytes_max: u64,
+        cancel: Cancel,
+    ) -> Self {
+        let capacity =
+            requests_max.clamp(1, INBOX_MAX.max(requests_max / usize::from(shards_count)));
         let mailbox = |_| ShardMailbox {
             inbox: Inbox::new(capacity),
             spawn_queue: Inbox::new(SPAWNS_MAX),
@@ -132,7 +143,8 @@ impl RuntimeShared {
         self.end_threads();
     }
 
-    /// Records that a shard has failed, so that no shard takes writes any more. The first failure is the one that is reported.
+    /// Records that a shard has failed, so that no shard takes writes any more. The first failure
+    /// is the one that is reported.
     pub(super) fn fail(&self, error: Error) {
         if self.failure.set(error).is_ok() {
             self.has_failed.notify(usize::MAX);
@@ -156,7 +168,8 @@ impl RuntimeShared {
         self.mailboxes.iter().for_each(|mailbox| mailbox.parking.force_unpark());
     }
 
-    /// Refuses requests before they reach a shard, so that callers who retry take no time from the shards' last work.
+    /// Refuses requests before they reach a shard, so that callers who retry take no time from the
+    /// shards' last work.
     pub(super) fn begin_closing(&self) {
         self.closing.store(true, Ordering::Release);
     }
@@ -190,18 +203,30 @@ impl RuntimeShared {
     }
 
     /// Answers a request to a shard, and returns its permits.
-    pub(super) fn finish(&self, mailbox: &ShardMailbox, token: Token, bytes: u64, result: Result<Response>) {
+    pub(super) fn finish(
+        &self,
+        mailbox: &ShardMailbox,
+        token: Token,
+        bytes: u64,
+        result: Result<Response>,
+    ) {
         self.in_flight.complete(token.0, result);
         self.request_permits.release(1, 0);
         mailbox.byte_permits.release(usize::from(bytes > 0), bytes);
     }
 
-    /// Closes a mailbox when its shard's thread ends: accepted requests have an unknown outcome, the rest were not begun.
-    pub(super) fn close_mailbox(&self, mailbox: &ShardMailbox, accepted: impl Iterator<Item = (Token, u64)>) {
+    /// Closes a mailbox when its shard's thread ends: accepted requests have an unknown outcome,
+    /// the rest were not begun.
+    pub(super) fn close_mailbox(
+        &self,
+        mailbox: &ShardMailbox,
+        accepted: impl Iterator<Item = (Token, u64)>,
+    ) {
         mailbox.inbox.close();
         mailbox.spawn_queue.close();
         for (token, bytes) in accepted {
-            let context = "the shard stopped; whether this was done is not known: reopen the store and look";
+            let context =
+                "the shard stopped; whether this was done is not known: reopen the store and look";
             self.finish(mailbox, token, bytes, Err(Error::new(ErrorKind::OutcomeUnknown, context)));
         }
         self.refuse_rest(mailbox);

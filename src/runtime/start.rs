@@ -1,11 +1,13 @@
-//! Starting: a coordinator opens the files, starts a thread for each shard, has one of them begin to open the store,
-//! hands each thread its shard, and waits until all are open.
+//! Starting: a coordinator opens the files, starts a thread for each shard, has one of them begin
+//! to open the store, hands each thread its shard, and waits until all are open.
 //!
 //! Invariants
-//! 1. Nothing of the store is touched before every thread has what its driver needs; so the portable driver can still
-//!    be taken instead.
-//! 2. If one shard can't be opened, all threads have ended, and the files are let go, when the error is returned.
-//! 3. A caller who gives up leaves no store open: all ends as soon as the device has answered, as after a crash.
+//! 1. Nothing of the store is touched before every thread has what its driver needs; so the
+//!    portable driver can still be taken instead.
+//! 2. If one shard can't be opened, all threads have ended, and the files are let go, when the
+//!    error is returned.
+//! 3. A caller who gives up leaves no store open: all ends as soon as the device has answered, as
+//!    after a crash.
 //! 4. The number of shards is settled when the store's geometry is known, before there are threads.
 
 use super::bootstrap::{self, Bootstrap};
@@ -15,7 +17,9 @@ use super::event_loop::PollPolicy;
 use super::handle::Runtime;
 use super::opening::{OpenGuard, PendingOpen};
 use super::report::RuntimeReport;
-use super::shard_thread::{BootstrapTask, StartupCommand, StartupStatus, ThreadContext, thread_main};
+use super::shard_thread::{
+    BootstrapTask, StartupCommand, StartupStatus, ThreadContext, thread_main,
+};
 use super::shared::RuntimeShared;
 use super::{portable, ring};
 use crate::base::error::{Error, ErrorKind, Result};
@@ -25,7 +29,8 @@ use crate::engine::StateMachine;
 use crate::engine::recovery;
 use crate::format::fresh;
 use crate::io::{
-    Access, CancellableDisk, Creation, DiskReport, FileId, FileOptions, Files, PortableDisk, PortableOptions,
+    Access, CancellableDisk, Creation, DiskReport, FileId, FileOptions, Files, PortableDisk,
+    PortableOptions,
 };
 use crate::mesh::Channels;
 use crossbeam::channel::{Receiver, Sender};
@@ -35,8 +40,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-/// How long a shard polls after the last thing that happened: longer than a read of a fast device takes, short enough
-/// not to starve the kernel worker that completes a durable write.
+/// How long a shard polls after the last thing that happened: longer than a read of a fast device
+/// takes, short enough not to starve the kernel worker that completes a durable write.
 const POLL_US: Micros = 50;
 
 /// A shard's thread, and one that its executor starts.
@@ -45,10 +50,11 @@ const THREADS_PER_RING_SHARD: usize = 2;
 const TRIAL_STACK_BYTES: usize = 64 << 10;
 
 /// How shards are made; tests replace it.
-pub(super) type BootstrapFn<M> = fn(&mut dyn crate::io::Disk, &Options, u16, Micros) -> Result<Bootstrap<M>>;
+pub(super) type BootstrapFn<M> =
+    fn(&mut dyn crate::io::Disk, &Options, u16, Micros) -> Result<Bootstrap<M>>;
 
-/// Opens the store in `dir`, without blocking the caller. Dropping the future gives it up, and waits for what is at the
-/// device.
+/// Opens the store in `dir`, without blocking the caller. Dropping the future gives it up, and
+/// waits for what is at the device.
 pub(crate) async fn start(dir: PathBuf, options: Options, mode: OpenMode) -> Result<Runtime> {
     start_in_mode(dir, options, mode, bootstrap::bootstrap).await
 }
@@ -83,15 +89,18 @@ async fn start_in_mode<M: StateMachine>(
     let opening = Arc::<PendingOpen>::default();
     let (wake, own) = (ready.clone(), opening.clone());
     let body = move || {
-        let opened = catch_unwind(AssertUnwindSafe(|| open(&dir, &options, mode, bootstrap_fn, &own)));
+        let opened =
+            catch_unwind(AssertUnwindSafe(|| open(&dir, &options, mode, bootstrap_fn, &own)));
         let opened = opened.unwrap_or_else(|_| Err(Error::internal("opening the store panicked")));
         // If the caller has gone, the runtime is dropped here, and the store closed.
         let _ = send.send(opened);
         wake.notify(usize::MAX);
     };
     let thread = std::thread::Builder::new().name("corepage-open".into()).spawn(body);
-    let mut guard =
-        OpenGuard::new(opening, thread.map_err(|e| Error::no_thread("the thread that opens the store", e))?);
+    let mut guard = OpenGuard::new(
+        opening,
+        thread.map_err(|e| Error::no_thread("the thread that opens the store", e))?,
+    );
     loop {
         let listener = ready.listen();
         match result.try_recv() {
@@ -124,7 +133,8 @@ fn open<M: StateMachine>(
         let plan = cores::plan(options, &processors, geometry)?;
         options.limits(geometry, plan.shards_count).map(|_| plan)
     };
-    // What can be known to be wrong is refused before a directory is made. A store that is there has a geometry of its own.
+    // What can be known to be wrong is refused before a directory is made. A store that is there
+    // has a geometry of its own.
     let existing = mode == OpenMode::MustExist;
     if !existing && !dir.join(FileId::Meta.to_string()).exists() {
         checked(&options.geometry)?;
@@ -153,10 +163,12 @@ fn check_room(files: &Files, limits: &Limits) -> Result<()> {
     let needed = fresh::store_bytes(&limits.geometry, limits.shards_count, limits.data_extents_max);
     // What a creation that was cut short has left is used.
     let room = files.room();
-    let Some(free) = room.free.filter(|free| free.saturating_add(room.used) < needed) else { return Ok(()) };
+    let Some(free) = room.free.filter(|free| free.saturating_add(room.used) < needed) else {
+        return Ok(());
+    };
     let context = format_args!(
-        "a new store with {} shards takes {} MiB in {} (and up to {} more when it is used, for its logs), where {} MiB are free; make \
-         room, or open it with fewer shards",
+        "a new store with {} shards takes {} MiB in {} (and up to {} more when it is used, for \
+         its logs), where {} MiB are free; make room, or open it with fewer shards",
         limits.shards_count,
         needed.div_ceil(1 << 20),
         files.path().display(),
@@ -181,14 +193,22 @@ fn open_on_threads<M: StateMachine>(
             let launched = match ring::probe() {
                 Ok(()) => {
                     check_threads(THREADS_PER_RING_SHARD * usize::from(plan.shards_count))?;
-                    ThreadLauncher::new(options, plan, DriverKind::Ring, files).run(files, bootstrap_fn, opening)
+                    ThreadLauncher::new(options, plan, DriverKind::Ring, files).run(
+                        files,
+                        bootstrap_fn,
+                        opening,
+                    )
                 }
-                Err(why) => Err(StartError::DriverUnavailable(Error::new(ErrorKind::Unsupported, why))),
+                Err(why) => {
+                    Err(StartError::DriverUnavailable(Error::new(ErrorKind::Unsupported, why)))
+                }
             };
             match launched {
                 Ok(runtime) => return Ok(runtime),
                 Err(StartError::Failed(error)) => return Err(error),
-                Err(StartError::DriverUnavailable(error)) if options.driver == Driver::Ring => return Err(error),
+                Err(StartError::DriverUnavailable(error)) if options.driver == Driver::Ring => {
+                    return Err(error);
+                }
                 Err(StartError::DriverUnavailable(error)) => Some(error.to_string()),
             }
         }
@@ -196,7 +216,11 @@ fn open_on_threads<M: StateMachine>(
     if let Some(why) = &why {
         tracing::warn!("portable driver: {why}");
     }
-    match ThreadLauncher::new(options, plan, DriverKind::Portable, files).run(files, bootstrap_fn, opening) {
+    match ThreadLauncher::new(options, plan, DriverKind::Portable, files).run(
+        files,
+        bootstrap_fn,
+        opening,
+    ) {
         Ok(mut runtime) => {
             runtime.report.disk.fallback = why;
             Ok(runtime)
@@ -210,11 +234,14 @@ fn check_threads(count: usize) -> Result<()> {
     let (end, ended) = crossbeam::channel::bounded::<()>(0);
     let start = |_| {
         let ended = ended.clone();
-        let thread = std::thread::Builder::new().stack_size(TRIAL_STACK_BYTES).spawn(move || ended.recv().is_ok());
+        let thread = std::thread::Builder::new()
+            .stack_size(TRIAL_STACK_BYTES)
+            .spawn(move || ended.recv().is_ok());
         thread.map_err(|e| Error::no_thread(format_args!("{count} threads for the shards"), e))
     };
     let mut threads = Vec::new();
-    let started = (0..count).map(start).try_for_each(|thread| thread.map(|thread| threads.push(thread)));
+    let started =
+        (0..count).map(start).try_for_each(|thread| thread.map(|thread| threads.push(thread)));
     drop(end);
     threads.into_iter().for_each(|thread: JoinHandle<bool>| drop(thread.join()));
     started
@@ -241,7 +268,8 @@ impl DriverKind {
         }
     }
 
-    /// How long its threads spin, if no option says otherwise: the portable driver's I/O threads need the cores.
+    /// How long its threads spin, if no option says otherwise: the portable driver's I/O threads
+    /// need the cores.
     fn poll_us(self) -> Micros {
         match self {
             DriverKind::Ring => POLL_US,
@@ -263,7 +291,12 @@ struct ThreadLauncher<'a> {
 impl<'a> ThreadLauncher<'a> {
     fn new(options: &'a Options, plan: &'a CorePlan, driver: DriverKind, files: &Files) -> Self {
         let (count, bytes) = (plan.shards_count, options.request_bytes_max(plan.shards_count));
-        let shared = Arc::new(RuntimeShared::new(count, options.requests_max, bytes, files.cancel().clone()));
+        let shared = Arc::new(RuntimeShared::new(
+            count,
+            options.requests_max,
+            bytes,
+            files.cancel().clone(),
+        ));
         ThreadLauncher { options, plan, driver, clock: Clock::start(), shared, threads: Vec::new() }
     }
 
@@ -334,7 +367,8 @@ impl<'a> ThreadLauncher<'a> {
             };
             let body = move || thread_main(context, main);
             let thread = std::thread::Builder::new().name(format!("corepage-s{shard}")).spawn(body);
-            let thread = thread.map_err(|e| StartError::Failed(Error::no_thread("a shard's thread", e)))?;
+            let thread =
+                thread.map_err(|e| StartError::Failed(Error::no_thread("a shard's thread", e)))?;
             self.threads.push(thread);
         }
         Ok(())
@@ -348,11 +382,15 @@ impl<'a> ThreadLauncher<'a> {
     ) -> std::result::Result<(Bootstrap<M>, DiskReport), StartError> {
         let mut disk = None;
         for _ in commands {
-            let StartupStatus::Ready(report) = recv_status(statuses)? else { unreachable!("no commands were given") };
+            let StartupStatus::Ready(report) = recv_status(statuses)? else {
+                unreachable!("no commands were given")
+            };
             disk = disk.or(Some(report));
         }
-        let (options, shards_count, now) = (self.options.clone(), self.plan.shards_count, self.clock.now());
-        let task: BootstrapTask<M> = Box::new(move |disk| bootstrap_fn(disk, &options, shards_count, now));
+        let (options, shards_count, now) =
+            (self.options.clone(), self.plan.shards_count, self.clock.now());
+        let task: BootstrapTask<M> =
+            Box::new(move |disk| bootstrap_fn(disk, &options, shards_count, now));
         let _ = commands[0].send(StartupCommand::Bootstrap(task));
         let StartupStatus::Bootstrapped(bootstrap) = recv_status(statuses)? else {
             unreachable!("one thread has commands, and has not failed")
@@ -363,7 +401,9 @@ impl<'a> ThreadLauncher<'a> {
             let _ = give.send(StartupCommand::TakeShard(Box::new(shard), bootstrap.order.clone()));
         }
         for _ in commands {
-            let StartupStatus::Open = recv_status(statuses)? else { unreachable!("each thread has its shard") };
+            let StartupStatus::Open = recv_status(statuses)? else {
+                unreachable!("each thread has its shard")
+            };
         }
         Ok((bootstrap, disk.unwrap_or_else(DiskReport::none)))
     }
@@ -406,7 +446,9 @@ impl<'a> ThreadLauncher<'a> {
     }
 }
 
-fn recv_status<M>(statuses: &Receiver<StartupStatus<M>>) -> std::result::Result<StartupStatus<M>, StartError> {
+fn recv_status<M>(
+    statuses: &Receiver<StartupStatus<M>>,
+) -> std::result::Result<StartupStatus<M>, StartError> {
     match statuses.recv() {
         Ok(StartupStatus::Refused(error)) => Err(StartError::DriverUnavailable(error)),
         Ok(StartupStatus::Failed(error)) => Err(StartError::Failed(error)),

@@ -9,12 +9,14 @@
 //! 2. A task is in a run queue at most once; a wake-up from another thread reaches a parked shard.
 //! 3. When the shard ends its tasks are dropped, on their thread. Whoever waits for them is told.
 //! 4. A task that panics ends alone; the panic goes on where the task is awaited.
-//! 5. Of requests with bytes no more are queued once `request_bytes_max` are under way; one at least is. The others are kept with
-//!    their replies, in their order, and go with them if those are dropped.
+//! 5. Of requests with bytes no more are queued once `request_bytes_max` are under way; one at
+//!    least is. The others are kept with their replies, in their order, and go with them if those
+//!    are dropped.
 //! 6. No borrow of a cell here is held while a waker, a future or a closure of a caller runs.
 //!
-//! The tasks are `async-task`'s, on both drivers. An executor that parks in a ring of its own would not see wake-ups
-//! from other threads while the shard waits in the shard's ring, nor say whether a task is runnable before it does.
+//! The tasks are `async-task`'s, on both drivers. An executor that parks in a ring of its own would
+//! not see wake-ups from other threads while the shard waits in the shard's ring, nor say whether a
+//! task is runnable before it does.
 
 use super::shared::{RuntimeShared, ShardMailbox, SpawnRequest, charged_bytes, closed};
 use crate::base::ShardId;
@@ -106,7 +108,8 @@ where
     let slot = Arc::new(ReplySlot::default());
     let guard = CompletionGuard(slot.clone());
     let spawn = move |tasks: &dyn Any| {
-        let tasks: &TaskContext = tasks.downcast_ref().expect("a shard's thread passes its task context");
+        let tasks: &TaskContext =
+            tasks.downcast_ref().expect("a shard's thread passes its task context");
         let own = tasks.clone();
         tasks.start(guard, async move { make(own).await });
     };
@@ -115,7 +118,8 @@ where
 
 /// One request of a task, which stays on its thread.
 enum PendingRequest {
-    /// Too many bytes are under way, so it is kept back: its number among those kept back, and the request.
+    /// Too many bytes are under way, so it is kept back: its number among those kept back, and the
+    /// request.
     Deferred(u64, Request, Option<Waker>),
     /// Under way, charged with these bytes.
     InFlight(u64, Option<Waker>),
@@ -179,9 +183,9 @@ impl TaskContext {
         self.0.shard
     }
 
-    /// Asks the shard, without a hop. The request must be one that belongs there. Dropping the reply undoes nothing, but for a
-    /// request that was kept back until then: it was not begun. `Busy` at once if as many requests as `requests_max` are under way
-    /// from this shard's tasks.
+    /// Asks the shard, without a hop. The request must be one that belongs there. Dropping the
+    /// reply undoes nothing, but for a request that was kept back until then: it was not begun.
+    /// `Busy` at once if as many requests as `requests_max` are under way from this shard's tasks.
     pub(crate) fn call(&self, request: Request) -> LocalReply {
         let mut replies = self.0.replies.borrow_mut();
         if self.0.is_closed() || replies.len() >= self.0.requests_max {
@@ -189,29 +193,37 @@ impl TaskContext {
         }
         self.0.assert_state(&replies);
         let bytes = charged_bytes(&request);
-        let key = if bytes == 0 || self.0.has_room_for_bytes() && self.0.deferred.borrow().is_empty() {
-            self.0.bytes.set(self.0.bytes.get() + bytes);
-            let key = replies.insert(PendingRequest::InFlight(bytes, None));
-            self.0.queue.borrow_mut().push_back((token(key), request));
-            key
-        } else {
-            let number = self.0.deferred_next.replace(self.0.deferred_next.get() + 1);
-            let key = replies.insert(PendingRequest::Deferred(number, request, None));
-            self.0.deferred.borrow_mut().insert(number, key);
-            key
-        };
+        let key =
+            if bytes == 0 || self.0.has_room_for_bytes() && self.0.deferred.borrow().is_empty() {
+                self.0.bytes.set(self.0.bytes.get() + bytes);
+                let key = replies.insert(PendingRequest::InFlight(bytes, None));
+                self.0.queue.borrow_mut().push_back((token(key), request));
+                key
+            } else {
+                let number = self.0.deferred_next.replace(self.0.deferred_next.get() + 1);
+                let key = replies.insert(PendingRequest::Deferred(number, request, None));
+                self.0.deferred.borrow_mut().insert(number, key);
+                key
+            };
         self.0.assert_state(&replies);
         LocalReply { local: self.clone(), key: Some(key) }
     }
 
     /// Runs `future` as a task of its own on this thread.
-    pub(crate) fn spawn<T: Send + 'static>(&self, future: impl Future<Output = T> + 'static) -> TaskHandle<T> {
+    pub(crate) fn spawn<T: Send + 'static>(
+        &self,
+        future: impl Future<Output = T> + 'static,
+    ) -> TaskHandle<T> {
         let slot = Arc::new(ReplySlot::default());
         self.start(CompletionGuard(slot.clone()), future);
         TaskHandle(Some(slot))
     }
 
-    fn start<T: Send + 'static>(&self, guard: CompletionGuard<T>, future: impl Future<Output = T> + 'static) {
+    fn start<T: Send + 'static>(
+        &self,
+        guard: CompletionGuard<T>,
+        future: impl Future<Output = T> + 'static,
+    ) {
         let mut tasks = self.0.tasks.borrow_mut();
         if self.0.closed.get() || tasks.len() >= TASKS_MAX {
             drop(tasks);
@@ -255,7 +267,9 @@ impl TaskContext {
             PendingRequest::Abandoned(bytes) => (*bytes, None),
             PendingRequest::Answered(_) => return,
             PendingRequest::InFlight(bytes, waker) => (*bytes, waker.take()),
-            PendingRequest::Deferred(..) => unreachable!("a request that is kept back is not under way"),
+            PendingRequest::Deferred(..) => {
+                unreachable!("a request that is kept back is not under way")
+            }
         };
         let unwanted = match pending {
             PendingRequest::Abandoned(_) => replies.try_remove(key),
@@ -279,7 +293,8 @@ impl TaskContext {
             || accepting && !self.0.queue.borrow().is_empty()
     }
 
-    /// Starts tasks that other threads have sent, and runs up to [`TASKS_PER_ROUND`]; whether any ran.
+    /// Starts tasks that other threads have sent, and runs up to [`TASKS_PER_ROUND`]; whether any
+    /// ran.
     pub(super) fn run(&self) -> bool {
         let mailbox = self.mailbox();
         while let Some(start) = mailbox.spawn_queue.pop() {
@@ -287,9 +302,11 @@ impl TaskContext {
         }
         let mut ran = 0;
         while ran < TASKS_PER_ROUND {
-            let next = RUNNABLE.with_borrow_mut(VecDeque::pop_front).or_else(|| match mailbox.woken_tasks.is_empty() {
-                true => None,
-                false => mailbox.woken_tasks.pop(),
+            let next = RUNNABLE.with_borrow_mut(VecDeque::pop_front).or_else(|| {
+                match mailbox.woken_tasks.is_empty() {
+                    true => None,
+                    false => mailbox.woken_tasks.pop(),
+                }
             });
             let Some(runnable) = next else { break };
             runnable.run();
@@ -302,7 +319,12 @@ impl TaskContext {
     fn refuse_deferred(&self) {
         for key in self.0.deferred.take().into_values() {
             let refused = PendingRequest::Answered(Err(closed()));
-            let former = self.0.replies.borrow_mut().get_mut(key).map(|pending| std::mem::replace(pending, refused));
+            let former = self
+                .0
+                .replies
+                .borrow_mut()
+                .get_mut(key)
+                .map(|pending| std::mem::replace(pending, refused));
             if let Some(PendingRequest::Deferred(_, request, waker)) = former {
                 drop(request);
                 waker.into_iter().for_each(Waker::wake);
@@ -317,7 +339,8 @@ impl TaskContext {
         // Not begun, and answered like the rest below.
         let queued = self.0.queue.take();
         let waiting: Vec<usize> = self.0.replies.borrow().iter().map(|(key, _)| key).collect();
-        let context = "the shard stopped; whether this was done is not known: reopen the store and look";
+        let context =
+            "the shard stopped; whether this was done is not known: reopen the store and look";
         for key in waiting {
             self.reply(token(key), Err(Error::new(ErrorKind::OutcomeUnknown, context)));
         }
@@ -337,28 +360,45 @@ impl ShardTasks {
         self.closed.get() || self.shared.is_closing()
     }
 
-    /// Requests are kept back only while too many bytes are under way; each has its place among the replies.
+    /// Requests are kept back only while too many bytes are under way; each has its place among the
+    /// replies.
     fn assert_state(&self, replies: &Slab<PendingRequest>) {
         let (deferred, replies) = (self.deferred.borrow().len(), replies.len());
-        assert!(deferred == 0 || !self.has_room_for_bytes(), "{deferred} requests are kept back, and there is room");
-        assert!(deferred + self.queue.borrow().len() <= replies, "a request has no place for its reply");
-        assert!(replies <= self.requests_max, "{replies} requests are under way, of {}", self.requests_max);
+        assert!(
+            deferred == 0 || !self.has_room_for_bytes(),
+            "{deferred} requests are kept back, and there is room"
+        );
+        assert!(
+            deferred + self.queue.borrow().len() <= replies,
+            "a request has no place for its reply"
+        );
+        assert!(
+            replies <= self.requests_max,
+            "{replies} requests are under way, of {}",
+            self.requests_max
+        );
     }
 
     fn has_room_for_bytes(&self) -> bool {
         self.bytes.get() < self.request_bytes_max
     }
 
-    /// Releases the bytes of an answered request, and starts requests that were kept back as long as there is room.
+    /// Releases the bytes of an answered request, and starts requests that were kept back as long
+    /// as there is room.
     fn release_bytes(&self, bytes: u64, replies: &mut Slab<PendingRequest>) {
-        assert!(bytes <= self.bytes.get(), "{bytes} bytes are released, {} were taken", self.bytes.get());
+        assert!(
+            bytes <= self.bytes.get(),
+            "{bytes} bytes are released, {} were taken",
+            self.bytes.get()
+        );
         self.bytes.set(self.bytes.get() - bytes);
         while self.has_room_for_bytes() {
             let Some((_, key)) = self.deferred.borrow_mut().pop_first() else { return };
             let Some(pending @ PendingRequest::Deferred(..)) = replies.get_mut(key) else {
                 unreachable!("it is kept back")
             };
-            let PendingRequest::Deferred(_, request, waker) = std::mem::replace(pending, PendingRequest::Abandoned(0))
+            let PendingRequest::Deferred(_, request, waker) =
+                std::mem::replace(pending, PendingRequest::Abandoned(0))
             else {
                 return;
             };
@@ -371,7 +411,10 @@ impl ShardTasks {
 }
 
 fn too_many_tasks() -> Error {
-    Error::new(ErrorKind::Busy, format_args!("the shard has {TASKS_MAX} tasks: wait for some to end, and try again"))
+    Error::new(
+        ErrorKind::Busy,
+        format_args!("the shard has {TASKS_MAX} tasks: wait for some to end, and try again"),
+    )
 }
 
 fn token(key: usize) -> Token {
@@ -401,7 +444,9 @@ impl Future for LocalReply {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
         let Some(key) = self.key else { return Poll::Ready(Err(self.refusal())) };
         let mut replies = self.local.0.replies.borrow_mut();
-        if let PendingRequest::InFlight(_, waker) | PendingRequest::Deferred(.., waker) = &mut replies[key] {
+        if let PendingRequest::InFlight(_, waker) | PendingRequest::Deferred(.., waker) =
+            &mut replies[key]
+        {
             match waker {
                 Some(known) => known.clone_from(cx.waker()),
                 none => *none = Some(cx.waker().clone()),
@@ -423,7 +468,10 @@ impl LocalReply {
             return closed();
         }
         let most = self.local.0.requests_max;
-        Error::new(ErrorKind::Busy, format_args!("{most} requests of this shard's tasks are under way; await some"))
+        Error::new(
+            ErrorKind::Busy,
+            format_args!("{most} requests of this shard's tasks are under way; await some"),
+        )
     }
 }
 

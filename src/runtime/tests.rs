@@ -1,4 +1,5 @@
-//! The drivers with shards of a simple kind: every request answered, no wake-up lost, whatever ends how.
+//! The drivers with shards of a simple kind: every request answered, no wake-up lost, whatever ends
+//! how.
 //!
 //! If these fail, callers hang, or a store can't be opened again after a failure.
 #![allow(clippy::disallowed_methods, reason = "tests let real shards park")]
@@ -36,8 +37,9 @@ enum Note {
     Close,
 }
 
-/// A shard that holds no pages. `WaitDurable(n)` goes to shard `n` and back; `Commit` draws an LSN, is "written" some
-/// time later, and waits for the watermark; `Flush` waits until a `Checkpoint` comes; `Stats` panics.
+/// A shard that holds no pages. `WaitDurable(n)` goes to shard `n` and back; `Commit` draws an LSN,
+/// is "written" some time later, and waits for the watermark; `Flush` waits until a `Checkpoint`
+/// comes; `Stats` panics.
 struct Toy {
     id: ShardId,
     shards_count: u16,
@@ -71,8 +73,12 @@ impl StateMachine for Toy {
             Request::WaitDurable(lsn) => {
                 let to = ShardId::new((lsn.get() % u64::from(self.shards_count)) as u16);
                 match to == self.id {
-                    true => self.effects.push_back(Effect::Reply(token, Ok(Response::Flushed(lsn)))),
-                    false => self.effects.push_back(Effect::Send(to, Note::There(token, lsn.get()))),
+                    true => {
+                        self.effects.push_back(Effect::Reply(token, Ok(Response::Flushed(lsn))))
+                    }
+                    false => {
+                        self.effects.push_back(Effect::Send(to, Note::There(token, lsn.get())))
+                    }
                 }
             }
             Request::Commit(_) => {
@@ -83,12 +89,16 @@ impl StateMachine for Toy {
             Request::Flush => self.held.push(token),
             Request::Checkpoint => {
                 for token in self.held.drain(..).chain([token]) {
-                    self.effects.push_back(Effect::Reply(token, Ok(Response::Checkpointed(Lsn::ZERO))));
+                    self.effects
+                        .push_back(Effect::Reply(token, Ok(Response::Checkpointed(Lsn::ZERO))));
                 }
             }
-            Request::Close if self.close_us > 0 => self.closing = Some((self.now + self.close_us, token)),
+            Request::Close if self.close_us > 0 => {
+                self.closing = Some((self.now + self.close_us, token))
+            }
             Request::Close => {
-                let others = (0..self.shards_count).map(ShardId::new).filter(|shard| *shard != self.id);
+                let others =
+                    (0..self.shards_count).map(ShardId::new).filter(|shard| *shard != self.id);
                 self.effects.extend(others.map(|shard| Effect::Send(shard, Note::Close)));
                 self.effects.push_back(Effect::Reply(token, Ok(Response::Closed)));
                 self.closed = true;
@@ -100,8 +110,12 @@ impl StateMachine for Toy {
 
     fn message(&mut self, from: ShardId, message: Note) {
         match message {
-            Note::There(token, n) => self.effects.push_back(Effect::Send(from, Note::Back(token, n))),
-            Note::Back(token, n) => self.effects.push_back(Effect::Reply(token, Ok(Response::Flushed(Lsn::new(n))))),
+            Note::There(token, n) => {
+                self.effects.push_back(Effect::Send(from, Note::Back(token, n)))
+            }
+            Note::Back(token, n) => {
+                self.effects.push_back(Effect::Reply(token, Ok(Response::Flushed(Lsn::new(n)))))
+            }
             Note::Close => self.closed = true,
         }
     }
@@ -192,9 +206,15 @@ fn toys(_: &mut dyn Disk, _: &Options, shards_count: u16, _: Micros) -> Result<B
     })
 }
 
-fn toys_of_which_one_fails(disk: &mut dyn Disk, options: &Options, count: u16, now: Micros) -> Result<Bootstrap<Toy>> {
+fn toys_of_which_one_fails(
+    disk: &mut dyn Disk,
+    options: &Options,
+    count: u16,
+    now: Micros,
+) -> Result<Bootstrap<Toy>> {
     let mut bootstrap = toys(disk, options, count, now)?;
-    bootstrap.shards.last_mut().expect("there is one").failure = Some(Error::corrupt("planted by a test"));
+    bootstrap.shards.last_mut().expect("there is one").failure =
+        Some(Error::corrupt("planted by a test"));
     Ok(bootstrap)
 }
 
@@ -225,7 +245,8 @@ fn ask(runtime: &Runtime, shard: u16, request: Request) -> Result<Response> {
 /// Answers all held flushes, by tasks on the shards, which need no place.
 fn answer_held(runtime: &Runtime) {
     for shard in runtime.shard_map().shards() {
-        let task = runtime.spawn_on(shard, |local| async move { local.call(Request::Checkpoint).await.is_ok() });
+        let task = runtime
+            .spawn_on(shard, |local| async move { local.call(Request::Checkpoint).await.is_ok() });
         assert!(block_on(task.expect("it starts")).expect("it ends"));
     }
 }
@@ -235,8 +256,8 @@ fn close(runtime: &Runtime) {
     block_on(runtime.ended());
 }
 
-/// Lost wake-ups show as hangs, rarely: so many threads, few places, messages both ways, and pauses in which shards
-/// park.
+/// Lost wake-ups show as hangs, rarely: so many threads, few places, messages both ways, and pauses
+/// in which shards park.
 #[test]
 fn every_request_of_many_threads_to_many_shards_is_answered() {
     for shards in [1, 2, 4] {
@@ -273,7 +294,11 @@ fn commits_are_answered_when_the_watermark_rises_elsewhere() {
                     let runtime = &runtime;
                     scope.spawn(move || {
                         for i in 0..150 {
-                            let reply = ask(runtime, (thread + i) % shards, Request::Commit(Commit::default()));
+                            let reply = ask(
+                                runtime,
+                                (thread + i) % shards,
+                                Request::Commit(Commit::default()),
+                            );
                             assert!(matches!(reply, Ok(Response::Committed(_))));
                         }
                     });
@@ -289,29 +314,40 @@ fn commits_are_answered_when_the_watermark_rises_elsewhere() {
 fn callers_beyond_the_places_wait_and_then_get_busy() {
     with_toys(2, 4, |runtime| {
         let flush = |shard| runtime.submit_to(ShardId::new(shard), Request::Flush);
-        let taken: Vec<_> = (0..4).map(|i| block_on(flush(i % 2)).expect("there is a place")).collect();
+        let taken: Vec<_> =
+            (0..4).map(|i| block_on(flush(i % 2)).expect("there is a place")).collect();
         let mut waiting: Vec<_> = (0..16).map(|i| Box::pin(flush(i % 2))).collect();
-        assert!(waiting.iter_mut().all(|caller| block_on(poll_once(caller)).is_none()), "there is no place");
+        assert!(
+            waiting.iter_mut().all(|caller| block_on(poll_once(caller)).is_none()),
+            "there is no place"
+        );
         let refused = block_on(flush(0)).map(drop).expect_err("nobody else may wait");
         assert_eq!(refused.kind(), ErrorKind::Busy);
-        // Half of them give up, and take no place from the others; dropping a reply frees none before it is answered.
+        // Half of them give up, and take no place from the others; dropping a reply frees none
+        // before it is answered.
         waiting.truncate(8);
         drop(taken);
         let since = std::time::Instant::now();
         while !waiting.is_empty() {
             answer_held(&runtime);
             waiting.retain_mut(|caller| block_on(poll_once(caller)).is_none_or(|got| got.is_err()));
-            assert!(since.elapsed() < Duration::from_secs(20), "places that were left reach nobody");
+            assert!(
+                since.elapsed() < Duration::from_secs(20),
+                "places that were left reach nobody"
+            );
         }
     });
 }
 
-/// A bug in one shard must not become a caller that waits for ever, nor a promise that nobody can keep.
+/// A bug in one shard must not become a caller that waits for ever, nor a promise that nobody can
+/// keep.
 #[test]
 fn a_panic_of_one_shard_answers_everybody_on_all_shards() {
     with_toys(3, 6, |runtime| {
         let held: Vec<_> = (0..3)
-            .map(|shard| block_on(runtime.submit_to(ShardId::new(shard), Request::Flush)).expect("a place"))
+            .map(|shard| {
+                block_on(runtime.submit_to(ShardId::new(shard), Request::Flush)).expect("a place")
+            })
             .collect();
         let panicked = ask(&runtime, 1, Request::Stats).expect_err("the shard has panicked");
         assert_eq!(panicked.kind(), ErrorKind::OutcomeUnknown);
@@ -320,13 +356,21 @@ fn a_panic_of_one_shard_answers_everybody_on_all_shards() {
             let kind = block_on(reply).expect_err("the store is closed").kind();
             assert!(matches!(kind, ErrorKind::OutcomeUnknown | ErrorKind::Closed), "{kind:?}");
         }
-        // Whoever holds the store for others can end it: a server that looks healthy and answers nothing is of no use.
+        // Whoever holds the store for others can end it: a server that looks healthy and answers
+        // nothing is of no use.
         assert!(block_on(runtime.failed()).to_string().contains("panicked, which is a bug"));
         block_on(runtime.ended());
         for shard in 0..3 {
-            assert_eq!(ask(&runtime, shard, Request::Flush).expect_err("it is closed").kind(), ErrorKind::Closed);
+            assert_eq!(
+                ask(&runtime, shard, Request::Flush).expect_err("it is closed").kind(),
+                ErrorKind::Closed
+            );
         }
-        assert_eq!(runtime.shared_for_tests().request_permits.in_use(), (0, 0), "every place is free again");
+        assert_eq!(
+            runtime.shared_for_tests().request_permits.in_use(),
+            (0, 0),
+            "every place is free again"
+        );
     });
 }
 
@@ -336,7 +380,8 @@ fn dropped_replies_leak_nothing() {
     with_toys(2, 16, |runtime| {
         for i in 0..500u64 {
             let request = Request::WaitDurable(Lsn::new(i));
-            let reply = block_on(runtime.submit_to(ShardId::new((i % 2) as u16), request)).expect("a place");
+            let reply = block_on(runtime.submit_to(ShardId::new((i % 2) as u16), request))
+                .expect("a place");
             if i % 3 == 0 {
                 std::thread::yield_now();
             }
@@ -353,8 +398,12 @@ fn if_one_shard_cannot_be_opened_all_end_and_the_error_says_why() {
     for driver in drivers() {
         let dir = tempfile::tempdir().expect("a directory");
         let options = Options { shards: Some(3), driver, ..Options::default() };
-        let error = start(&dir, options.clone(), toys_of_which_one_fails).map(drop).expect_err("one fails");
-        assert_eq!((error.kind(), error.to_string().as_str()), (ErrorKind::Corrupt, "planted by a test"));
+        let error =
+            start(&dir, options.clone(), toys_of_which_one_fails).map(drop).expect_err("one fails");
+        assert_eq!(
+            (error.kind(), error.to_string().as_str()),
+            (ErrorKind::Corrupt, "planted by a test")
+        );
         drop(start(&dir, options, toys).expect("nothing is left that holds the files"));
     }
 }
@@ -370,7 +419,9 @@ fn tasks_run_on_their_shard_and_are_woken_from_anywhere() {
             assert_eq!(name.as_deref(), Some("corepage-s1"));
             let mut sum = 0;
             for n in 0..1000 {
-                let Ok(Response::Flushed(lsn)) = local.call(Request::WaitDurable(Lsn::new(n))).await else {
+                let Ok(Response::Flushed(lsn)) =
+                    local.call(Request::WaitDurable(Lsn::new(n))).await
+                else {
                     panic!("a local call failed")
                 };
                 sum += lsn.get();
@@ -395,7 +446,10 @@ fn a_task_that_panics_ends_alone() {
         let task = task.expect("it starts");
         let joined = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| block_on(task)));
         assert!(joined.is_err(), "the panic goes on where the task is awaited");
-        assert!(matches!(ask(&runtime, 0, Request::WaitDurable(Lsn::new(3))), Ok(Response::Flushed(_))));
+        assert!(matches!(
+            ask(&runtime, 0, Request::WaitDurable(Lsn::new(3))),
+            Ok(Response::Flushed(_))
+        ));
         close(&runtime);
     });
 }
@@ -435,10 +489,16 @@ fn local_calls_are_bounded() {
     with_toys(1, 8, |runtime| {
         let task = runtime.spawn_on(ShardId::new(0), |local| async move {
             let mut held: Vec<_> = (0..8).map(|_| local.call(Request::Flush)).collect();
-            assert_eq!(local.call(Request::Flush).await.expect_err("it is one too many").kind(), ErrorKind::Busy);
+            assert_eq!(
+                local.call(Request::Flush).await.expect_err("it is one too many").kind(),
+                ErrorKind::Busy
+            );
             held.truncate(4);
             // What was dropped is under way all the same.
-            assert_eq!(local.call(Request::Flush).await.expect_err("it is one too many").kind(), ErrorKind::Busy);
+            assert_eq!(
+                local.call(Request::Flush).await.expect_err("it is one too many").kind(),
+                ErrorKind::Busy
+            );
             held.len()
         });
         assert_eq!(block_on(task.expect("it starts")).expect("it ends"), 4);
@@ -451,12 +511,14 @@ fn local_calls_are_bounded() {
     });
 }
 
-/// If this fails, a program that starts too many tasks at a time hears that its store is closed, and may give it up.
+/// If this fails, a program that starts too many tasks at a time hears that its store is closed,
+/// and may give it up.
 #[test]
 fn tasks_beyond_the_bound_are_refused_as_busy() {
     with_toys(1, 8, |runtime| {
         let task = runtime.spawn_on(ShardId::new(0), |local| async move {
-            let held: Vec<_> = (1..TASKS_MAX).map(|_| local.spawn(std::future::pending::<()>())).collect();
+            let held: Vec<_> =
+                (1..TASKS_MAX).map(|_| local.spawn(std::future::pending::<()>())).collect();
             let refused = local.spawn(async {}).await.expect_err("it is one too many").kind();
             (held.len(), refused)
         });
@@ -467,7 +529,10 @@ fn tasks_beyond_the_bound_are_refused_as_busy() {
 
 /// A value that one thread sets and a future waits for.
 fn async_channel() -> (Setter, impl std::future::Future<Output = u32> + Send) {
-    let shared = Arc::new((crossbeam::atomic::AtomicCell::new(None::<u32>), atomic_waker::AtomicWaker::new()));
+    let shared = Arc::new((
+        crossbeam::atomic::AtomicCell::new(None::<u32>),
+        atomic_waker::AtomicWaker::new(),
+    ));
     let theirs = shared.clone();
     let future = std::future::poll_fn(move |cx| {
         theirs.1.register(cx.waker());

@@ -33,8 +33,9 @@ fn loom_a_risen_watermark_is_seen_by_a_parking_thread() {
     }));
 }
 
-/// As the event loop does it: one shard parks until its commit is durable, after a look at the watermark that was held
-/// back by another shard's draw; that one unparks it once its draw has let the watermark rise.
+/// As the event loop does it: one shard parks until its commit is durable, after a look at the
+/// watermark that was held back by another shard's draw; that one unparks it once its draw has let
+/// the watermark rise.
 #[test]
 fn loom_a_commit_that_a_draw_held_back_wakes_its_shard() {
     assert!(holds(None, |verdict| {

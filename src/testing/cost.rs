@@ -1,24 +1,31 @@
-//! What an operation costs a shard in instructions: a figure that is the same on a busy machine and on a quiet one.
+//! What an operation costs a shard in instructions: a figure that is the same on a busy machine and
+//! on a quiet one.
 //!
 //! ```text
 //! Rig: shards of a store in memory, driven by one thread; time is virtual (100 us a lap)
 //!   └─ an operation of OPERATIONS: prepared (not counted), then repeated inside `counted`
 //! ```
-//! `scripts/instructions` runs it under callgrind, which counts what happens inside [`counted`] only.
+//! `scripts/instructions` runs it under callgrind, which counts what happens inside [`counted`]
+//! only.
 //!
 //! Invariants
-//! 1. All that shards do passes through [`counted`] while counting is on, and nothing else does: no client, no disk.
+//! 1. All that shards do passes through [`counted`] while counting is on, and nothing else does: no
+//!    client, no disk.
 //! 2. A run is deterministic: no clock, no thread, no random source.
-//! 3. Answers are checked: an operation that fails, or reads another page than it asked for, ends the run.
+//! 3. Answers are checked: an operation that fails, or reads another page than it asked for, ends
+//!    the run.
 //!
-//! It measures no time, no memory accesses, nothing of the threads and rings around a shard: `corepage bench` does. It is
-//! compiled for tests and under `--cfg fuzzing`, in which the engine has none of the simulator's questions.
+//! It measures no time, no memory accesses, nothing of the threads and rings around a shard:
+//! `corepage bench` does. It is compiled for tests and under `--cfg fuzzing`, in which the engine
+//! has none of the simulator's questions.
 
 use crate::base::error::{Error, Result};
 use crate::base::options::Options;
 use crate::base::{BLOCK, Lsn, Micros, PageId, PageKey, ShardId, ShardMap, VolumeId};
 use crate::engine::recovery;
-use crate::engine::{Change, Commit, Effect, Message, Request, Response, Shard, StateMachine, Token};
+use crate::engine::{
+    Change, Commit, Effect, Message, Request, Response, Shard, StateMachine, Token,
+};
 use crate::io::{Completion, Disk, DiskOp, FileId, OpId};
 use crate::memory::Mapping;
 use crate::testing::fuzz::memory::MemoryDisk;
@@ -27,7 +34,8 @@ use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Memory of a shard: the least that is of use, so that a volume of many times that is made quickly.
+/// Memory of a shard: the least that is of use, so that a volume of many times that is made
+/// quickly.
 const MEMORY: u64 = 4 << 20;
 /// A volume of 64 times the memory.
 const FAR_PAGES: u64 = 64 * MEMORY / BLOCK as u64;
@@ -39,7 +47,8 @@ const HOT_PAGES: u64 = 100;
 const CONTENDING: usize = 8;
 /// Virtual time of a lap.
 const LAP_US: Micros = 100;
-/// An answer that takes more laps than this does not come: half a minute, longer than anything may wait.
+/// An answer that takes more laps than this does not come: half a minute, longer than anything may
+/// wait.
 const LAPS_MAX: u64 = 300_000;
 
 /// What is repeated.
@@ -119,13 +128,15 @@ pub struct Done {
     pub contending: u64,
 }
 
-/// Prepares the operation of this name and counts `count` of it, rounded up to whole batches; `None`: there is no such.
+/// Prepares the operation of this name and counts `count` of it, rounded up to whole batches;
+/// `None`: there is no such.
 pub fn run(name: &str, count: u64) -> Option<Done> {
     let operation = *OPERATIONS.iter().find(|operation| operation.name == name)?;
     Some(Rig::new(operation).measure(count))
 }
 
-/// Everything that shards do while counting is on. Never inlined, so that an outside counter finds it.
+/// Everything that shards do while counting is on. Never inlined, so that an outside counter finds
+/// it.
 #[inline(never)]
 fn counted<R>(work: impl FnOnce() -> R) -> R {
     work()
@@ -257,13 +268,23 @@ struct Rig {
 
 impl Rig {
     fn new(operation: Operation) -> Rig {
-        let options = Options { memory_bytes: MEMORY * u64::from(operation.shards), ..Options::default() };
-        let mut disk = CountingDisk { disk: MemoryDisk::new(Arc::default()), reads: 0, bytes_written: 0 };
-        let opening = recovery::begin(&mut disk, &options, operation.shards, 7, 0).expect("a store is made");
+        let options =
+            Options { memory_bytes: MEMORY * u64::from(operation.shards), ..Options::default() };
+        let mut disk =
+            CountingDisk { disk: MemoryDisk::new(Arc::default()), reads: 0, bytes_written: 0 };
+        let opening =
+            recovery::begin(&mut disk, &options, operation.shards, 7, 0).expect("a store is made");
         let shard_map = ShardMap::new(options.geometry.vshards_count, operation.shards);
         let pages = if operation.pages == Pages::Near { NEAR_PAGES } else { FAR_PAGES };
-        let of = |shard| (0..).map(key).filter(|key| shard_map.shard_of(*key) == shard).take(pages as usize).collect();
-        let shards = opening.shards.into_iter().map(|shard| CountedShard { shard, is_counting: false });
+        let of = |shard| {
+            (0..)
+                .map(key)
+                .filter(|key| shard_map.shard_of(*key) == shard)
+                .take(pages as usize)
+                .collect()
+        };
+        let shards =
+            opening.shards.into_iter().map(|shard| CountedShard { shard, is_counting: false });
         let mut rig = Rig {
             operation,
             disk,
@@ -291,7 +312,8 @@ impl Rig {
             self.batch();
             self.done.operations += self.operation.batch as u64;
         }
-        (self.done.disk_reads, self.done.disk_bytes_written) = (self.disk.reads, self.disk.bytes_written);
+        (self.done.disk_reads, self.done.disk_bytes_written) =
+            (self.disk.reads, self.disk.bytes_written);
         self.done
     }
 
@@ -300,7 +322,8 @@ impl Rig {
         for shard in 0..self.own.len() {
             for from in (0..self.own[shard].len()).step_by(32) {
                 let keys: Vec<_> = self.own[shard].iter().skip(from).take(32).copied().collect();
-                let puts = keys.into_iter().map(|key| commit(vec![(key, put(key, 0))], true)).collect();
+                let puts =
+                    keys.into_iter().map(|key| commit(vec![(key, put(key, 0))], true)).collect();
                 self.ask(ShardId::new(shard as u16), puts);
             }
         }
@@ -327,7 +350,8 @@ impl Rig {
         all[(mix(self.step) % all.len() as u64) as usize]
     }
 
-    /// The page of the next step: hot ones in turn, near ones in turn (no page twice in a batch), far ones at random.
+    /// The page of the next step: hot ones in turn, near ones in turn (no page twice in a batch),
+    /// far ones at random.
     fn next_page(&mut self, shard: usize) -> PageKey {
         let among = match self.operation.pages {
             Pages::Far => return self.any_page(shard),
@@ -389,11 +413,16 @@ impl Rig {
         let answers = self.ask(ShardId::LEADER, keys.iter().map(|key| read(*key)).collect());
         for (key, answer) in keys.iter().zip(answers) {
             let Response::Pages(pages) = answer else { panic!("{answer:?}") };
-            assert_eq!(pages[0][..8], key.page.get().to_le_bytes(), "another page than was asked for");
+            assert_eq!(
+                pages[0][..8],
+                key.page.get().to_le_bytes(),
+                "another page than was asked for"
+            );
         }
     }
 
-    /// As many commits over two shards of one page each are under way as contend; those that were answered are followed.
+    /// As many commits over two shards of one page each are under way as contend; those that were
+    /// answered are followed.
     fn keep_contending(&mut self) {
         if !self.operation.is_contended {
             return;
@@ -425,7 +454,8 @@ impl Rig {
 
     /// Asks for all of them together: the answers, in order.
     fn ask(&mut self, to: ShardId, requests: Vec<Request>) -> Vec<Response> {
-        let tokens: Vec<_> = requests.into_iter().map(|request| self.request(to, request)).collect();
+        let tokens: Vec<_> =
+            requests.into_iter().map(|request| self.request(to, request)).collect();
         self.laps_until(|rig| tokens.iter().all(|token| rig.answers.contains_key(token)));
         tokens.iter().map(|token| self.answers.remove(token).expect("it was answered")).collect()
     }
@@ -487,7 +517,8 @@ mod tests {
         run(name, 256).unwrap_or_else(|| panic!("{name} is an operation"))
     }
 
-    /// If this fails, the figures are of something else than their names say, and a slower operation may go unnoticed.
+    /// If this fails, the figures are of something else than their names say, and a slower
+    /// operation may go unnoticed.
     #[test]
     fn each_operation_does_what_its_name_says() {
         for operation in OPERATIONS.iter().filter(|operation| operation.pages == Pages::Near) {
@@ -501,10 +532,14 @@ mod tests {
         assert_eq!(done("over-two"), done("over-two"), "a run is deterministic");
     }
 
-    /// If this fails, a shard whose volume is much larger than its memory reads pages from the disk that are asked for all the time.
+    /// If this fails, a shard whose volume is much larger than its memory reads pages from the disk
+    /// that are asked for all the time.
     #[test]
     fn pages_in_use_stay_in_memory_after_a_volume_of_64_times_the_memory_was_read() {
         assert_eq!(done("read-hot-32").disk_reads, 0);
-        assert!(done("read-far-32").disk_reads > 256, "a volume larger than the memory is read from the disk");
+        assert!(
+            done("read-far-32").disk_reads > 256,
+            "a volume larger than the memory is read from the disk"
+        );
     }
 }

@@ -1,8 +1,9 @@
-//! All shards of a store on one thread and one disk, without threads or a clock: for unit tests, fuzz targets and counts of instructions.
+//! All shards of a store on one thread and one disk, without threads or a clock: for unit tests,
+//! fuzz targets and counts of instructions.
 //!
 //! Invariants
-//! 1. One round delivers what had arrived before it, turns every shard once, and carries out the effects. What they lead to arrives
-//!    in a later round.
+//! 1. One round delivers what had arrived before it, turns every shard once, and carries out the
+//!    effects. What they lead to arrives in a later round.
 //! 2. An operation's id at the disk carries its shard, so operations of different shards don't mix.
 //!
 //! It chooses no order at random and parks no shard: see `testing::sim::cluster`.
@@ -14,7 +15,8 @@ use crate::io::{Completion, Disk, OpId};
 use std::convert::Infallible;
 use std::ops::ControlFlow;
 
-/// Bits of an operation's id at the disk that are the shard's own id for it; the shard's number is above them.
+/// Bits of an operation's id at the disk that are the shard's own id for it; the shard's number is
+/// above them.
 const OP_ID_BITS: u32 = 48;
 /// Virtual time of one round of [`LocalCluster::run_until`].
 const ROUND_US: Micros = 100;
@@ -66,9 +68,13 @@ impl<S: StateMachine> Host<S> for ShardHost<'_, S::Message> {
 
     fn carry_out(&mut self, _: &S, effect: Effect<S::Message>) -> ControlFlow<Infallible> {
         match effect {
-            Effect::Submit(id, op) => self.disk.submit(OpId((self.shard.index() as u64) << OP_ID_BITS | id.0), op),
+            Effect::Submit(id, op) => {
+                self.disk.submit(OpId((self.shard.index() as u64) << OP_ID_BITS | id.0), op)
+            }
             Effect::Reply(token, result) => self.replies.push((token, result)),
-            Effect::Send(to, message) => self.inboxes[to.index()].messages.push((self.shard, message)),
+            Effect::Send(to, message) => {
+                self.inboxes[to.index()].messages.push((self.shard, message))
+            }
         }
         ControlFlow::Continue(())
     }
@@ -97,15 +103,22 @@ impl<S: StateMachine> LocalCluster<S> {
         let mut is_busy = false;
         for (i, (shard, arrived)) in self.shards.iter_mut().zip(arrived).enumerate() {
             let (inboxes, replies) = (&mut self.inboxes[..], &mut self.replies);
-            let mut host =
-                ShardHost { shard: ShardId::new(i as u16), now, arrived, disk: &mut *disk, inboxes, replies };
+            let mut host = ShardHost {
+                shard: ShardId::new(i as u16),
+                now,
+                arrived,
+                disk: &mut *disk,
+                inboxes,
+                replies,
+            };
             let ControlFlow::Continue(step) = step(shard, &mut host);
             is_busy |= step.is_busy();
         }
         is_busy
     }
 
-    /// Goes on until `is_done`, or a shard has failed: then its error, when no operation is under way any more.
+    /// Goes on until `is_done`, or a shard has failed: then its error, when no operation is under
+    /// way any more.
     pub(crate) fn run_until(
         &mut self,
         disk: &mut dyn Disk,

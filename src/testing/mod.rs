@@ -1,4 +1,5 @@
-//! What the engine is tested with: the simulator, fuzz targets, counts of instructions. Not in a release build.
+//! What the engine is tested with: the simulator, fuzz targets, counts of instructions. Not in a
+//! release build.
 
 #[cfg(any(test, fuzzing))]
 pub mod cost;

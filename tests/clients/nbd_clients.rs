@@ -1,6 +1,8 @@
-//! Other people's NBD clients against the real server: fio, qemu, libnbd, and a file system client over nbdfuse.
+//! Other people's NBD clients against the real server: fio, qemu, libnbd, and a file system client
+//! over nbdfuse.
 //!
-//! If these fail, somebody's tool reads other bytes than it wrote, or takes the store for a broken disk.
+//! If these fail, somebody's tool reads other bytes than it wrote, or takes the store for a broken
+//! disk.
 
 // Real processes take real time; nothing here is replayed from a seed but the data.
 #![allow(clippy::disallowed_methods)]
@@ -29,7 +31,8 @@ fn output(command: &mut Command) -> Output {
     command.stdin(Stdio::null()).output().unwrap_or_else(|error| panic!("{command:?}: {error}"))
 }
 
-/// Random writes of 4 to 64 KiB with a sum in each block, by two jobs, each in a part of its own, and then read back.
+/// Random writes of 4 to 64 KiB with a sum in each block, by two jobs, each in a part of its own,
+/// and then read back.
 fn fio(served: &Served, depth: u32, more: &[&str]) -> Command {
     let mut command = Command::new("fio");
     command.args([
@@ -57,7 +60,8 @@ fn fio_finds_what_it_wrote_at_every_depth_and_after_a_kill() {
     if !has_tool("fio") {
         return;
     }
-    let engines = String::from_utf8_lossy(&output(Command::new("fio").arg("--enghelp")).stdout).into_owned();
+    let engines =
+        String::from_utf8_lossy(&output(Command::new("fio").arg("--enghelp")).stdout).into_owned();
     if !engines.contains("nbd") && !skip("this fio has no engine nbd") {
         return;
     }
@@ -65,12 +69,17 @@ fn fio_finds_what_it_wrote_at_every_depth_and_after_a_kill() {
     let mut served = serve(dir.path(), "256M");
     for depth in [1, 32, 128] {
         run(&mut fio(&served, depth, &["--do_verify=0"]));
-        // Another one writes elsewhere when the server is killed: all that the first one flushed must be there.
+        // Another one writes elsewhere when the server is killed: all that the first one flushed
+        // must be there.
         let mut other = fio(&served, 32, &["--offset=128m", "--do_verify=0", "--loops=100"]);
-        let mut other = other.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("fio starts");
+        let mut other =
+            other.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("fio starts");
         std::thread::sleep(Duration::from_millis(400));
         served.kill();
-        assert!(!other.wait().expect("it is ours").success(), "its server was killed, and it did not notice");
+        assert!(
+            !other.wait().expect("it is ours").success(),
+            "its server was killed, and it did not notice"
+        );
         served = serve(dir.path(), "256M");
         run(&mut fio(&served, depth, &["--verify_only"]));
     }
@@ -102,11 +111,22 @@ fn qemu_img_brings_an_image_in_and_out_unchanged() {
     let (image_path, out) = (dir.path().join("image"), dir.path().join("out"));
     image(&image_path, 128 * MIB);
     let convert = |from: &str, to: &str, more: &[&str]| {
-        run(Command::new("qemu-img").args(["convert", "-f", "raw", "-O", "raw"]).args(more).args([from, to]));
+        run(Command::new("qemu-img")
+            .args(["convert", "-f", "raw", "-O", "raw"])
+            .args(more)
+            .args([from, to]));
     };
     let (image_path, out) = (image_path.to_str().expect("UTF-8"), out.to_str().expect("UTF-8"));
     convert(image_path, &uri(&served), &["-n", "-W", "-m", "8"]);
-    run(Command::new("qemu-img").args(["compare", "-f", "raw", "-F", "raw", image_path, &uri(&served)]));
+    run(Command::new("qemu-img").args([
+        "compare",
+        "-f",
+        "raw",
+        "-F",
+        "raw",
+        image_path,
+        &uri(&served),
+    ]));
     convert(&uri(&served), out, &[]);
     run(Command::new("cmp").args([image_path, out]));
     let compare = |pattern: &str| {
@@ -116,25 +136,40 @@ fn qemu_img_brings_an_image_in_and_out_unchanged() {
             command.args(["-c", step.trim()]);
         }
         let output = output(command.arg(uri(&served)));
-        let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        let said = String::from_utf8_lossy(&output.stdout).into_owned()
+            + &String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && !said.contains("failed"), "{pattern}: {said}");
     };
     compare("write -P 0x5a 4096 65536; read -P 0x5a 4096 65536; flush");
     compare("write -P 0xa5 1000 3000; read -P 0xa5 1000 3000; read -P 0x5a 4096 61440");
-    compare("write -z 8192 16384; read -P 0 8192 16384; read -P 0x5a 4096 4096; read -P 0x5a 24576 4096");
+    compare(
+        "write -z 8192 16384; read -P 0 8192 16384; read -P 0x5a 4096 4096; read -P 0x5a 24576 \
+         4096",
+    );
     compare("discard 0 33554432; read -P 0 0 33554432");
     compare(
-        "write -z -u 0 67108864; read -P 0 0 67108864; writev -P 7 4096 4096 512 512; read -P 7 4096 5120; read -P 0 9216 5000",
+        "write -z -u 0 67108864; read -P 0 0 67108864; writev -P 7 4096 4096 512 512; read -P 7 \
+         4096 5120; read -P 0 9216 5000",
     );
-    compare("aio_write -P 9 0 1M; aio_write -P 8 1M 1M; aio_flush; read -P 9 0 1M; read -P 8 1M 1M; flush");
-    let refused =
-        output(Command::new("qemu-img").args(["compare", "-f", "raw", "-F", "raw", image_path, &uri(&served)]));
+    compare(
+        "aio_write -P 9 0 1M; aio_write -P 8 1M 1M; aio_flush; read -P 9 0 1M; read -P 8 1M 1M; \
+         flush",
+    );
+    let refused = output(Command::new("qemu-img").args([
+        "compare",
+        "-f",
+        "raw",
+        "-F",
+        "raw",
+        image_path,
+        &uri(&served),
+    ]));
     assert_eq!(refused.status.code(), Some(1), "they differ by now");
     assert!(served.stop().success());
 }
 
-/// The line that the server prints is what an operator pastes into a client: with a raw space or `&` in it clients refuse it, or
-/// connect elsewhere.
+/// The line that the server prints is what an operator pastes into a client: with a raw space or
+/// `&` in it clients refuse it, or connect elsewhere.
 #[test]
 fn clients_take_the_uri_that_is_printed_whatever_the_socket_is_called() {
     if !has_tool("nbdinfo") {
@@ -143,10 +178,17 @@ fn clients_take_the_uri_that_is_printed_whatever_the_socket_is_called() {
     let dir = scratch("uri");
     for name in ["a b", "50%25", "x#y&z", "say \"ü\"", "a+b?c=d"] {
         let nbd = format!("unix:{}", dir.path().join(name).display());
-        let served =
-            Served::start_with(&dir.path().join("store"), &["--nbd", &nbd, "--volume", "vol", "--size", "64M"]);
+        let served = Served::start_with(
+            &dir.path().join("store"),
+            &["--nbd", &nbd, "--volume", "vol", "--size", "64M"],
+        );
         let told = output(Command::new("nbdinfo").args(["--size", &served.uris[0]]));
-        assert_eq!(String::from_utf8_lossy(&told.stdout).trim(), "67108864", "{}: {told:?}", served.uris[0]);
+        assert_eq!(
+            String::from_utf8_lossy(&told.stdout).trim(),
+            "67108864",
+            "{}: {told:?}",
+            served.uris[0]
+        );
         assert_eq!(common::nbd::Client::go(&served.address(), "vol").bytes, 64 << 20);
         assert!(served.stop().success());
     }
@@ -163,17 +205,22 @@ fn nbdinfo_lists_as_many_volumes_as_a_store_can_have() {
     let options = corepage::Options { memory_bytes: 32 << 20, ..corepage::Options::default() };
     let store = block_on(corepage::Store::open(dir.path(), options)).expect("a store");
     for n in 0..VOLUMES {
-        block_on(store.create_volume(&format!("volume-{n}"), (1 + n as u64) << 20)).expect("a volume");
+        block_on(store.create_volume(&format!("volume-{n}"), (1 + n as u64) << 20))
+            .expect("a volume");
     }
     block_on(store.close()).expect("it closes");
     drop(store);
     // Over TCP libnbd takes 200 ms for each export, with any server.
-    let served = Served::start_with(dir.path(), &["--nbd", &format!("unix:{}", dir.path().join("s").display())]);
+    let served = Served::start_with(
+        dir.path(),
+        &["--nbd", &format!("unix:{}", dir.path().join("s").display())],
+    );
     let told = output(Command::new("nbdinfo").args(["--list", "--json", &served.uris[0]]));
     assert!(told.status.success(), "{told:?}");
     let told: serde_json::Value = serde_json::from_slice(&told.stdout).expect("JSON");
     let exports = told["exports"].as_array().expect("a list");
-    let mut sizes: Vec<u64> = exports.iter().map(|e| e["export-size"].as_u64().expect("a size") >> 20).collect();
+    let mut sizes: Vec<u64> =
+        exports.iter().map(|e| e["export-size"].as_u64().expect("a size") >> 20).collect();
     sizes.sort_unstable();
     assert_eq!(sizes, (1..=VOLUMES as u64).collect::<Vec<_>>());
     assert!(served.stop().success());
@@ -186,7 +233,9 @@ fn map(served: &Served) -> Vec<(u64, u64, bool)> {
     let said: serde_json::Value = serde_json::from_slice(&said.stdout).expect("JSON");
     let number = |entry: &serde_json::Value, name: &str| entry[name].as_u64().expect("a number");
     let entries = said.as_array().expect("a list").iter();
-    entries.map(|e| (number(e, "offset"), number(e, "length"), number(e, "type") & 1 == 1)).collect()
+    entries
+        .map(|e| (number(e, "offset"), number(e, "length"), number(e, "type") & 1 == 1))
+        .collect()
 }
 
 #[test]
@@ -202,19 +251,28 @@ fn libnbd_sees_holes_and_data_as_they_are_and_keeps_them() {
     client.write(0, 10 * MIB + 5, &[1; 5]);
     let page = 4096;
     let ends = [0, 2 * page, 3 * page, 10 * MIB, 10 * MIB + page, 128 * MIB];
-    let expected: Vec<_> =
-        ends.windows(2).zip([true, false].iter().cycle()).map(|(at, hole)| (at[0], at[1] - at[0], *hole)).collect();
+    let expected: Vec<_> = ends
+        .windows(2)
+        .zip([true, false].iter().cycle())
+        .map(|(at, hole)| (at[0], at[1] - at[0], *hole))
+        .collect();
     assert_eq!(map(&served), expected);
     let (image_path, out) = (dir.path().join("image"), dir.path().join("out"));
     image(&image_path, 128 * MIB);
-    let copy = |from: &Path, to: &Path| run(Command::new("nbdcopy").arg("--flush").args([from, to]));
+    let copy =
+        |from: &Path, to: &Path| run(Command::new("nbdcopy").arg("--flush").args([from, to]));
     let here = uri(&served);
     copy(&image_path, Path::new(&here));
     copy(Path::new(&here), &out);
     run(Command::new("cmp").args([&image_path, &out]));
     let stored = |path: &Path| fs::metadata(path).expect("it is there").blocks() * 512;
-    let data: u64 = map(&served).iter().filter(|(_, _, hole)| !hole).map(|(_, length, _)| length).sum();
-    assert!(data <= stored(&image_path) + 4 * MIB, "{data} bytes are stored, {} in the image", stored(&image_path));
+    let data: u64 =
+        map(&served).iter().filter(|(_, _, hole)| !hole).map(|(_, length, _)| length).sum();
+    assert!(
+        data <= stored(&image_path) + 4 * MIB,
+        "{data} bytes are stored, {} in the image",
+        stored(&image_path)
+    );
     assert!(
         stored(&out) <= stored(&image_path) + 4 * MIB,
         "a copy of {} bytes has {}",
@@ -251,7 +309,8 @@ fn has_nbdfuse() -> bool {
     has_fuse() && has_tool("nbdfuse") && has_tool("fusermount3")
 }
 
-/// `fsx`, as it is on crates.io: reads, writes, mapped reads and writes, syncs, held against its own model.
+/// `fsx`, as it is on crates.io: reads, writes, mapped reads and writes, syncs, held against its
+/// own model.
 #[test]
 fn fsx_finds_nothing_over_nbdfuse() {
     let fsx = std::env::var_os("PATH")
@@ -266,23 +325,36 @@ fn fsx_finds_nothing_over_nbdfuse() {
     let dir = scratch("fsx");
     let at = dir.path().join("mount");
     fs::create_dir(&at).expect("a place to mount at");
-    let plan = "blockmode = true\nflen = 67108864\n[opsize]\nmax = 131072\n[weights]\ntruncate = 0\npunch_hole = 0\n\
-                posix_fallocate = 0\ncopy_file_range = 0\nsendfile = 0\nfsync = 1\nfdatasync = 1\nread = 10\nwrite = 10\n\
-                mapread = 5\nmapwrite = 5\ninvalidate = 1\n";
+    let plan = "blockmode = true\nflen = 67108864\n[opsize]\nmax = 131072\n[weights]\ntruncate = \
+                0\npunch_hole = 0\nposix_fallocate = 0\ncopy_file_range = 0\nsendfile = 0\nfsync \
+                = 1\nfdatasync = 1\nread = 10\nwrite = 10\nmapread = 5\nmapwrite = 5\ninvalidate \
+                = 1\n";
     fs::write(dir.path().join("plan"), plan).expect("a plan");
     let served = serve(&dir.path().join("store"), "64M");
     let mounted = mount(&served, &at);
     for seed in ["1", "2"] {
         let mut command = Command::new(&fsx);
-        command.current_dir(dir.path()).args(["-q", "-f", "plan", "-P", ".", "-N", "2000", "-S", seed, "mount/disk"]);
+        command.current_dir(dir.path()).args([
+            "-q",
+            "-f",
+            "plan",
+            "-P",
+            ".",
+            "-N",
+            "2000",
+            "-S",
+            seed,
+            "mount/disk",
+        ]);
         run(&mut command);
     }
     drop(mounted);
     assert!(served.stop().success());
 }
 
-/// What fsx does, but for changes of length, which a disk does not have: random reads and writes of a file, held against a
-/// model, with syncs and holes in between, and the server killed after one of the syncs.
+/// What fsx does, but for changes of length, which a disk does not have: random reads and writes of
+/// a file, held against a model, with syncs and holes in between, and the server killed after one
+/// of the syncs.
 #[test]
 fn a_file_over_nbdfuse_holds_what_was_written_to_it() {
     if !has_nbdfuse() {
@@ -296,7 +368,8 @@ fn a_file_over_nbdfuse_holds_what_was_written_to_it() {
     for life in 0..2 {
         let served = serve(&store, "8M");
         let mounted = mount(&served, &at);
-        let file = OpenOptions::new().read(true).write(true).open(at.join("disk")).expect("it is mounted");
+        let file =
+            OpenOptions::new().read(true).write(true).open(at.join("disk")).expect("it is mounted");
         assert_eq!(file.metadata().expect("it is a file").len(), 8 * MIB);
         let mut all = vec![1; model.len()];
         file.read_exact_at(&mut all, 0).expect("it can be read");
@@ -314,7 +387,8 @@ fn a_file_over_nbdfuse_holds_what_was_written_to_it() {
                 9 => file.sync_data().expect("it can be flushed"),
                 10 => {
                     // Kernels and nbdfuse of some versions can't: then it was not done.
-                    let how = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+                    let how = rustix::fs::FallocateFlags::PUNCH_HOLE
+                        | rustix::fs::FallocateFlags::KEEP_SIZE;
                     if rustix::fs::fallocate(&file, how, offset as u64, length as u64).is_ok() {
                         model[offset..][..length].fill(0);
                     }
@@ -322,7 +396,10 @@ fn a_file_over_nbdfuse_holds_what_was_written_to_it() {
                 _ => {
                     let mut bytes = vec![1; length];
                     file.read_exact_at(&mut bytes, offset as u64).expect("it can be read");
-                    assert!(bytes == model[offset..][..length], "step {step}: {length} bytes at {offset}");
+                    assert!(
+                        bytes == model[offset..][..length],
+                        "step {step}: {length} bytes at {offset}"
+                    );
                 }
             }
         }

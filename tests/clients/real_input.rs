@@ -1,5 +1,5 @@
-//! The main job on real input: a disk image full of real files goes in through a real client, the server is killed, and
-//! the image comes out again byte for byte.
+//! The main job on real input: a disk image full of real files goes in through a real client, the
+//! server is killed, and the image comes out again byte for byte.
 //!
 //! If this fails, nobody can trust the store with a file system.
 
@@ -34,8 +34,11 @@ fn copy_some(from: &Path, to: &Path, left: &mut u64) {
 
 /// Real files: the compiler's own libraries and the system's.
 fn real_files(to: &Path, bytes: u64) {
-    let sysroot = Command::new(std::env::var("RUSTC").unwrap_or("rustc".into())).args(["--print", "sysroot"]).output();
-    let sysroot = sysroot.map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned()).unwrap_or_default();
+    let sysroot = Command::new(std::env::var("RUSTC").unwrap_or("rustc".into()))
+        .args(["--print", "sysroot"])
+        .output();
+    let sysroot =
+        sysroot.map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned()).unwrap_or_default();
     let mut left = bytes;
     for source in [format!("{sysroot}/lib"), "/usr/share/doc".into(), "/usr/lib".into()] {
         let to = to.join(source.replace('/', "_"));
@@ -47,7 +50,9 @@ fn real_files(to: &Path, bytes: u64) {
 
 /// Where two files differ first.
 fn first_difference(a: &Path, b: &Path, bytes: u64) -> Option<u64> {
-    let open = |path: &Path| BufReader::with_capacity(1 << 20, File::open(path).expect("a file to compare"));
+    let open = |path: &Path| {
+        BufReader::with_capacity(1 << 20, File::open(path).expect("a file to compare"))
+    };
     let (mut a, mut b) = (open(a), open(b));
     let (mut left, mut right) = (vec![0; 1 << 20], vec![0; 1 << 20]);
     for mib in 0..bytes >> 20 {
@@ -57,7 +62,8 @@ fn first_difference(a: &Path, b: &Path, bytes: u64) -> Option<u64> {
             return Some((mib << 20) + at as u64);
         }
     }
-    (a.read(&mut left).expect("its end") + b.read(&mut right).expect("its end") > 0).then_some(bytes)
+    (a.read(&mut left).expect("its end") + b.read(&mut right).expect("its end") > 0)
+        .then_some(bytes)
 }
 
 /// A tool that may be outside of a user's path.
@@ -78,7 +84,8 @@ fn image(dir: &Path, bytes: u64) -> PathBuf {
     image
 }
 
-/// Puts the image into a store, kills its server, and takes it out of a server that is run in another way.
+/// Puts the image into a store, kills its server, and takes it out of a server that is run in
+/// another way.
 fn in_and_out(dir: &Path, image: &Path, bytes: u64, first: Run, then: Run) {
     fs::create_dir_all(dir).expect("a directory");
     let (store, out) = (dir.join("store"), dir.join("out.img"));
@@ -90,12 +97,18 @@ fn in_and_out(dir: &Path, image: &Path, bytes: u64, first: Run, then: Run) {
         Served::start_with(&store, &arguments)
     };
     let served = sized(first);
-    run(tool("nbdcopy").args(["--connections=4", "--flush"]).arg(image).arg(format!("{}/disk", served.uris[0])));
+    run(tool("nbdcopy")
+        .args(["--connections=4", "--flush"])
+        .arg(image)
+        .arg(format!("{}/disk", served.uris[0])));
     served.kill();
     let served = sized(then);
     run(tool("nbdcopy").arg("--connections=4").arg(format!("{}/disk", served.uris[0])).arg(&out));
     let differs = first_difference(image, &out, bytes);
-    assert_eq!(differs, None, "the first byte that differs; written by {first:?}, read by {then:?}");
+    assert_eq!(
+        differs, None,
+        "the first byte that differs; written by {first:?}, read by {then:?}"
+    );
     run(tool("e2fsck").arg("-fn").arg(&out));
     assert!(served.stop().success());
     fs::remove_dir_all(dir).expect("the store goes");
@@ -121,7 +134,8 @@ fn a_disk_image_survives_on_each_driver_with_any_number_of_shards() {
     }
     let dir = scratch("real-ways");
     let image = image(dir.path(), SMALL);
-    let (ring, portable) = (|shards| Run { ring: ring_works(), shards }, |shards| Run { ring: false, shards });
+    let (ring, portable) =
+        (|shards| Run { ring: ring_works(), shards }, |shards| Run { ring: false, shards });
     // What one driver wrote with so many shards, the other reads with another number.
     for (first, then) in [(ring(1), portable(2)), (ring(4), ring(1)), (portable(2), ring(4))] {
         in_and_out(&dir.path().join("way"), &image, SMALL, first, then);

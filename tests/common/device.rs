@@ -1,18 +1,21 @@
-//! A disk whose failures a test chooses: a file served by this process through FUSE, a loop device over it, a file system
-//! on that. What fails below reaches the store as it would from a real disk: as an error of the block device, through the
-//! file system, which has troubles of its own with it.
+//! A disk whose failures a test chooses: a file served by this process through FUSE, a loop device
+//! over it, a file system on that. What fails below reaches the store as it would from a real disk:
+//! as an error of the block device, through the file system, which has troubles of its own with it.
 //!
-//! 1. It has a volatile write cache: a flush that fails takes what it was to make durable with it (writes of the store, as
-//!    told by their bytes), and the next one succeeds. So a flush that is tried again and called good loses data here.
+//! 1. It has a volatile write cache: a flush that fails takes what it was to make durable with it
+//!    (writes of the store, as told by their bytes), and the next one succeeds. So a flush that is
+//!    tried again and called good loses data here.
 //! 2. A fault says which operations fail, and how often it has fired: a test asserts that it has.
-//! 3. A write can be [held](Device::hold): it has begun, and has not reached the disk, until it is let go.
+//! 3. A write can be [held](Device::hold): it has begun, and has not reached the disk, until it is
+//!    let go.
 //! 4. File system, loop device and FUSE mount go when it is dropped, also when the test fails.
 
 use super::surroundings::{Mounted, is_root, loop_device, tool};
 use super::{has_fuse, has_tool, scratch};
 use fuser::{
-    BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
-    LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request, WriteFlags,
+    BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
+    Generation, INodeNo, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry,
+    ReplyOpen, ReplyWrite, Request, WriteFlags,
 };
 use std::ffi::OsStr;
 use std::fs::File;
@@ -29,12 +32,15 @@ pub enum Op {
     Flush,
 }
 
-/// Bytes by which the device knows what it transfers: one of these must be in it. None: whatever it is.
+/// Bytes by which the device knows what it transfers: one of these must be in it. None: whatever it
+/// is.
 pub type Marks = &'static [&'static [u8]];
 
-/// In all that a store writes but map nodes, and in nothing that a file system writes for itself: `MARK` is for the test
-/// to put into pages and patches, the others begin the store's own structures.
-pub const OF_STORE: Marks = &[MARK, b"CPGROUP\0", b"COREPAGE", b"CPROOT\0\0", b"CPTABLE\0", b"CPSUMMRY"];
+/// In all that a store writes but map nodes, and in nothing that a file system writes for itself:
+/// `MARK` is for the test to put into pages and patches, the others begin the store's own
+/// structures.
+pub const OF_STORE: Marks =
+    &[MARK, b"CPGROUP\0", b"COREPAGE", b"CPROOT\0\0", b"CPTABLE\0", b"CPSUMMRY"];
 pub const MARK: &[u8] = b"corepage-fault-0";
 
 /// Which operations fail, and how.
@@ -46,7 +52,8 @@ pub struct Fault {
     pub after: u64,
     /// So many fail; then the device is well again.
     pub times: u64,
-    /// Only transfers of bytes with one of these in them; a flush: only if a write of the store has not been flushed.
+    /// Only transfers of bytes with one of these in them; a flush: only if a write of the store has
+    /// not been flushed.
     pub with: Marks,
 }
 
@@ -84,7 +91,8 @@ impl Shared {
     }
 
     fn wait_while(&self, condition: impl FnMut(&mut State) -> bool) {
-        let wait = self.hold_changed.wait_timeout_while(self.state(), Duration::from_secs(60), condition);
+        let wait =
+            self.hold_changed.wait_timeout_while(self.state(), Duration::from_secs(60), condition);
         let timed_out = wait.expect("no thread of the device failed").1.timed_out();
         assert!(!timed_out, "waited in vain for a write that is to be held, or to be let go");
     }
@@ -110,7 +118,9 @@ impl Shared {
 impl State {
     /// Whether this operation fails, and with what.
     fn judge(&mut self, op: Op, about: impl FnOnce(Marks) -> bool) -> Option<Errno> {
-        let fault = self.fault.filter(|fault| fault.op == op && (fault.with.is_empty() || about(fault.with)))?;
+        let fault = self
+            .fault
+            .filter(|fault| fault.op == op && (fault.with.is_empty() || about(fault.with)))?;
         self.seen += 1;
         let fails = self.seen > fault.after && self.fired < fault.times;
         self.fired += u64::from(fails);
@@ -135,7 +145,8 @@ const ANY_TIME: Duration = Duration::from_secs(3600);
 
 impl Disk {
     fn attr(&self, ino: INodeNo) -> FileAttr {
-        let (kind, perm) = if ino == DISK { (FileType::RegularFile, 0o600) } else { (FileType::Directory, 0o700) };
+        let (kind, perm) =
+            if ino == DISK { (FileType::RegularFile, 0o600) } else { (FileType::Directory, 0o700) };
         FileAttr {
             ino,
             size: self.bytes,
@@ -251,24 +262,33 @@ const DISK_BYTES: u64 = 512 << 20;
 impl Device {
     /// `kind` as in mkfs.KIND. `None`, loudly, where it can't be.
     pub fn new(kind: &str) -> Option<Device> {
-        let tools = || ["mount", "losetup", "fusermount3", &format!("mkfs.{kind}")].iter().all(|name| has_tool(name));
+        let tools = || {
+            ["mount", "losetup", "fusermount3", &format!("mkfs.{kind}")]
+                .iter()
+                .all(|name| has_tool(name))
+        };
         if !is_root() || !tools() || !has_fuse() {
             return None;
         }
         let dir = scratch(kind);
-        let image = File::options().create_new(true).read(true).write(true).open(dir.path().join("image"));
+        let image =
+            File::options().create_new(true).read(true).write(true).open(dir.path().join("image"));
         let image = image.expect("an image file");
         image.set_len(DISK_BYTES).expect("an image file");
         let shared = Arc::<Shared>::default();
-        let mut device = Device { kind: kind.into(), mounted: None, looped: None, session: None, shared, dir };
+        let mut device =
+            Device { kind: kind.into(), mounted: None, looped: None, session: None, shared, dir };
         let served = device.dir.path().join("served");
         std::fs::create_dir(&served).expect("a mount point");
         let disk = Disk { image, bytes: DISK_BYTES, shared: device.shared.clone() };
         let mut config = Config::default();
         config.n_threads = Some(2);
-        device.session = Some(fuser::spawn_mount(disk, &served, &config).expect("a file system through FUSE"));
-        // Past the page cache, or an error would show when the kernel writes back, to nobody in particular.
-        device.looped = Some(loop_device(&["--find", "--show", "--direct-io=on"], &served.join("disk")));
+        device.session =
+            Some(fuser::spawn_mount(disk, &served, &config).expect("a file system through FUSE"));
+        // Past the page cache, or an error would show when the kernel writes back, to nobody in
+        // particular.
+        device.looped =
+            Some(loop_device(&["--find", "--show", "--direct-io=on"], &served.join("disk")));
         super::run(tool(&format!("mkfs.{kind}")).args(quick(kind)).arg(device.block_device()));
         device.mount();
         Some(device)
@@ -326,7 +346,8 @@ impl Device {
         self.shared.set_hold(Hold::Nothing);
     }
 
-    /// The device is well again; the file system is mounted anew, since it may have given up. How often the fault fired.
+    /// The device is well again; the file system is mounted anew, since it may have given up. How
+    /// often the fault fired.
     pub fn heal(&mut self) -> u64 {
         let fired = self.heal_device();
         self.mounted = None;
@@ -361,7 +382,8 @@ impl Drop for Device {
         }
         // The loop device lets go of its file a little later.
         let served = self.dir.path().join("served");
-        let unmounts = || tool("umount").arg(&served).output().is_ok_and(|output| output.status.success());
+        let unmounts =
+            || tool("umount").arg(&served).output().is_ok_and(|output| output.status.success());
         for _ in 0..100 {
             if unmounts() {
                 break;

@@ -1,5 +1,6 @@
-//! A small machine (QEMU, emulated) with an NVMe disk that is logged, polled if it shall be, or a SCSI disk: this test program runs
-//! in it as `child`, on an ext4 file system, and is heard through the serial console.
+//! A small machine (QEMU, emulated) with an NVMe disk that is logged, polled if it shall be, or a
+//! SCSI disk: this test program runs in it as `child`, on an ext4 file system, and is heard through
+//! the serial console.
 
 use super::logged::{DISK_BYTES, block_nodes, empty_disk, log_bytes};
 use super::role::Role;
@@ -9,7 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-/// The guest's first process. What the kernel does not know of its command line is in the environment.
+/// The guest's first process. What the kernel does not know of its command line is in the
+/// environment.
 const INIT: &str = r#"#!/bin/sh
 export PATH=/bin TMPDIR=/mnt
 mount -t proc none /proc; mount -t sysfs none /sys; mount -t devtmpfs none /dev
@@ -48,8 +50,8 @@ pub struct Machine {
 pub enum Disk {
     /// No cache: QEMU flushes after each write. Slow, but true.
     Nvme,
-    /// A volatile cache. QEMU's controller offers FUA and does not act on it: what the guest's kernel writes so is in the log without
-    /// the flag and without a flush.
+    /// A volatile cache. QEMU's controller offers FUA and does not act on it: what the guest's
+    /// kernel writes so is in the log without the flag and without a flush.
     NvmeWithCache,
     /// A volatile cache. QEMU flushes after a write with FUA.
     ScsiWithCache,
@@ -73,16 +75,19 @@ pub struct Guest {
     role: Role,
 }
 
-/// The kernel, which `scripts/nvme-guest` fetches; an ordinary test run fetches none, and ignores these tests.
+/// The kernel, which `scripts/nvme-guest` fetches; an ordinary test run fetches none, and ignores
+/// these tests.
 pub fn kernel() -> Option<PathBuf> {
     let kernel = std::env::var_os("COREPAGE_GUEST_KERNEL");
-    let kernel = kernel.expect("scripts/nvme-guest runs these tests: it sets COREPAGE_GUEST_KERNEL");
+    let kernel =
+        kernel.expect("scripts/nvme-guest runs these tests: it sets COREPAGE_GUEST_KERNEL");
     let tools = ["qemu-system-x86_64", "busybox", "cpio", "gzip", "strip", "mkfs.ext4", "ldd"];
     tools.iter().all(|name| has_tool(name)).then(|| kernel.into())
 }
 
-/// The guest's files: busybox, this program, the library's own tests if they are named, and what they need. Made once, and kept
-/// in memory: a static is never dropped, so it would leave a directory behind.
+/// The guest's files: busybox, this program, the library's own tests if they are named, and what
+/// they need. Made once, and kept in memory: a static is never dropped, so it would leave a
+/// directory behind.
 fn initramfs(kernel: &Path) -> &'static [u8] {
     static MADE: OnceLock<Vec<u8>> = OnceLock::new();
     MADE.get_or_init(|| {
@@ -113,29 +118,44 @@ impl Guest {
         empty_disk(dir.path());
         let ext4 = ["-q", "-F", "-b", "4096", "-E", "lazy_itable_init=0"];
         run(tool("mkfs.ext4").args(ext4).arg(dir.path().join("image")));
-        std::fs::write(dir.path().join("initramfs"), initramfs(kernel)).expect("a copy of the guest's files");
+        std::fs::write(dir.path().join("initramfs"), initramfs(kernel))
+            .expect("a copy of the guest's files");
         // The log begins with the file system made: this is the disk before its first entry.
-        run(Command::new("cp").arg("--sparse=always").args(["image", "before"]).current_dir(dir.path()));
+        run(Command::new("cp")
+            .arg("--sparse=always")
+            .args(["image", "before"])
+            .current_dir(dir.path()));
         let mut qemu = Command::new("qemu-system-x86_64");
-        // Without CMPXCHG16B, which the kernel can do without: with QEMU 7.2 (Debian 12's) it panicked in its allocator, right after
-        // that instruction and with flags that can't be, in several starts of seven.
+        // Without CMPXCHG16B, which the kernel can do without: with QEMU 7.2 (Debian 12's) it
+        // panicked in its allocator, right after that instruction and with flags that can't be, in
+        // several starts of seven.
         qemu.args(
-            "-accel tcg,thread=multi -cpu max,-cx16 -M q35 -m 1024 -smp 2 -nodefaults -nographic -no-reboot".split(' '),
+            "-accel tcg,thread=multi -cpu max,-cx16 -M q35 -m 1024 -smp 2 -nodefaults -nographic \
+             -no-reboot"
+                .split(' '),
         );
-        qemu.args(["-serial", "stdio", "-kernel"]).arg(kernel).arg("-initrd").arg(dir.path().join("initramfs"));
+        qemu.args(["-serial", "stdio", "-kernel"])
+            .arg(kernel)
+            .arg("-initrd")
+            .arg(dir.path().join("initramfs"));
         let Machine { block_bytes, poll_queues, shards, disk } = machine;
         let (name, modules) = disk.in_guest();
         qemu.arg("-append").arg(format!(
-            "console=ttyS0,115200 quiet panic=-1 nvme.poll_queues={poll_queues} nvme_core.multipath=N GUEST_ROLE={role} \
-             GUEST_SHARDS={shards} GUEST_DISK={name} GUEST_MODULES=\"{}\"",
+            "console=ttyS0,115200 quiet panic=-1 nvme.poll_queues={poll_queues} \
+             nvme_core.multipath=N GUEST_ROLE={role} GUEST_SHARDS={shards} GUEST_DISK={name} \
+             GUEST_MODULES=\"{}\"",
             modules.join(" ")
         ));
         qemu.args(block_nodes(dir.path()));
         // A named top, below which faults can be put while the guest runs.
         qemu.args(["-blockdev", "driver=raw,node-name=top,file=logged"]);
-        qemu.args(["-qmp", &format!("unix:{},server=on,wait=off", dir.path().join("qmp").display())]);
+        qemu.args([
+            "-qmp",
+            &format!("unix:{},server=on,wait=off", dir.path().join("qmp").display()),
+        ]);
         let blocks = format!("logical_block_size={block_bytes},physical_block_size={block_bytes}");
-        let nvme = |cache| format!("nvme,drive=top,serial=x,max_ioqpairs=4,write-cache={cache},{blocks}");
+        let nvme =
+            |cache| format!("nvme,drive=top,serial=x,max_ioqpairs=4,write-cache={cache},{blocks}");
         match disk {
             Disk::Nvme => qemu.args(["-device", &nvme("off")]),
             Disk::NvmeWithCache => qemu.args(["-device", &nvme("on")]),

@@ -1,11 +1,13 @@
-//! Transactions over several shards and what must be there of them after a crash: the oracle of `tests/root/kill_shards.rs`.
+//! Transactions over several shards and what must be there of them after a crash: the oracle of
+//! `tests/root/kill_shards.rs`.
 //!
-//! Each attempt is announced before its commit with all that it read, so the commits that are there after a crash can be
-//! replayed in the order of their LSNs: each must have read exactly what the replay holds, and the replay must end in the
-//! very bytes that are in the store.
+//! Each attempt is announced before its commit with all that it read, so the commits that are there
+//! after a crash can be replayed in the order of their LSNs: each must have read exactly what the
+//! replay holds, and the replay must end in the very bytes that are in the store.
 //!
-//! What is there: a chain for each cell (page), from its last writer back through what each writer saw to what was there
-//! before. Groups of cells that are written blindly, all at a time, carry a sequence number instead.
+//! What is there: a chain for each cell (page), from its last writer back through what each writer
+//! saw to what was there before. Groups of cells that are written blindly, all at a time, carry a
+//! sequence number instead.
 
 use super::Chance;
 use corepage::{Change, PageId};
@@ -87,18 +89,25 @@ impl Said {
         for line in lines {
             let mut words = line.as_ref().split(' ');
             let what = words.next().unwrap_or_default();
-            let rest: Vec<Vec<u64>> = words.map(|w| w.split(':').map_while(|n| n.parse().ok()).collect()).collect();
+            let rest: Vec<Vec<u64>> =
+                words.map(|w| w.split(':').map_while(|n| n.parse().ok()).collect()).collect();
             let number = |i: usize| rest[i][0];
             match what {
                 "try" => {
-                    let seen =
-                        rest[2..].iter().map(|s| Seen { cell: s[0], writes: s[1] == 1, writer: s[2], lsn: s[3] });
+                    let seen = rest[2..].iter().map(|s| Seen {
+                        cell: s[0],
+                        writes: s[1] == 1,
+                        writer: s[2],
+                        lsn: s[3],
+                    });
                     said.tries.insert(number(0), seen.collect());
                     said.shards.insert(number(0), number(1));
                 }
                 "ack" => drop(said.acks.insert(number(0), number(1))),
                 "no" => drop(said.refused.insert(number(0))),
-                "blind" => drop(said.blind.insert((number(0), number(1)), (number(2), number(3) == 1))),
+                "blind" => {
+                    said.blind.insert((number(0), number(1)), (number(2), number(3) == 1));
+                }
                 "flush" => said.flushes.push((number(0), number(1))),
                 _ => {}
             }
@@ -106,13 +115,18 @@ impl Said {
         said
     }
 
-    /// All that was acknowledged, as id (or sequence number) and LSN; and up to which LSN nothing may be lost.
+    /// All that was acknowledged, as id (or sequence number) and LSN; and up to which LSN nothing
+    /// may be lost.
     pub fn acknowledged(&self) -> (Vec<(u64, u64)>, u64) {
         let transactions = self.acks.iter().map(|(id, lsn)| (*id, *lsn));
-        let all = transactions.chain(self.blind.iter().map(|((_, seq), (lsn, _))| (*seq, *lsn))).collect();
+        let all = transactions
+            .chain(self.blind.iter().map(|((_, seq), (lsn, _))| (*seq, *lsn)))
+            .collect();
         let durable = self.blind.values().filter(|(_, durable)| *durable).map(|(lsn, _)| *lsn);
-        let durable =
-            durable.chain(self.acks.values().copied()).chain(self.flushes.iter().map(|(before, _)| *before)).max();
+        let durable = durable
+            .chain(self.acks.values().copied())
+            .chain(self.flushes.iter().map(|(before, _)| *before))
+            .max();
         (all, durable.unwrap_or(0))
     }
 }
@@ -125,30 +139,53 @@ macro_rules! ensure {
 type History = BTreeMap<u64, (u64, Vec<u64>, Vec<Seen>)>;
 
 /// Adds a commit; two must not have the same LSN.
-fn add(history: &mut History, lsn: u64, id: u64, writes: Vec<u64>, seen: Vec<Seen>) -> Result<(), String> {
+fn add(
+    history: &mut History,
+    lsn: u64,
+    id: u64,
+    writes: Vec<u64>,
+    seen: Vec<Seen>,
+) -> Result<(), String> {
     let before = history.insert(lsn, (id, writes, seen));
-    ensure!(before.is_none(), "LSN {lsn} was used by {id:#x} and by {:#x}", before.map_or(0, |b| b.0));
+    ensure!(
+        before.is_none(),
+        "LSN {lsn} was used by {id:#x} and by {:#x}",
+        before.map_or(0, |b| b.0)
+    );
     Ok(())
 }
 
 /// The transactions that are there: from each cell's last writer back to what was there before.
-fn transactions(base: &[Cell], said: &Said, found: &[Cell], history: &mut History) -> Result<u64, String> {
+fn transactions(
+    base: &[Cell],
+    said: &Said,
+    found: &[Cell],
+    history: &mut History,
+) -> Result<u64, String> {
     let mut lsns: BTreeMap<u64, u64> = BTreeMap::new();
     let mut written: BTreeMap<u64, BTreeSet<u64>> = BTreeMap::new();
     for cell in 0..CELLS {
         let (mut writer, mut lsn) = (found[cell as usize].writer(), found[cell as usize].lsn);
         while (writer, lsn) != (base[cell as usize].writer(), base[cell as usize].lsn) {
             let Some(seen) = said.tries.get(&writer) else {
-                return Err(format!("cell {cell} was written by {writer:#x} at LSN {lsn}, which nobody announced"));
+                return Err(format!(
+                    "cell {cell} was written by {writer:#x} at LSN {lsn}, which nobody announced"
+                ));
             };
-            ensure!(!said.refused.contains(&writer), "{writer:#x} was refused, and is in cell {cell}");
+            ensure!(
+                !said.refused.contains(&writer),
+                "{writer:#x} was refused, and is in cell {cell}"
+            );
             let known = *lsns.entry(writer).or_insert(lsn);
             ensure!(known == lsn, "{writer:#x} has LSN {known} and, in cell {cell}, {lsn}");
             ensure!(
                 said.acks.get(&writer).is_none_or(|ack| *ack == lsn),
                 "{writer:#x} was acknowledged as another LSN"
             );
-            ensure!(written.entry(writer).or_default().insert(cell), "cell {cell} was written by {writer:#x} twice");
+            ensure!(
+                written.entry(writer).or_default().insert(cell),
+                "cell {cell} was written by {writer:#x} twice"
+            );
             let before = seen.iter().find(|s| s.cell == cell && s.writes);
             let Some(before) = before else {
                 return Err(format!("{writer:#x} is in cell {cell}, which it did not write"));
@@ -158,21 +195,31 @@ fn transactions(base: &[Cell], said: &Said, found: &[Cell], history: &mut Histor
         }
     }
     for (id, cells) in &written {
-        let all: BTreeSet<u64> = said.tries[id].iter().filter(|s| s.writes).map(|s| s.cell).collect();
+        let all: BTreeSet<u64> =
+            said.tries[id].iter().filter(|s| s.writes).map(|s| s.cell).collect();
         ensure!(*cells == all, "partial commit: {id:#x} wrote {all:?}, and is in {cells:?} only");
         add(history, lsns[id], *id, all.into_iter().collect(), said.tries[id].clone())?;
     }
     Ok(written.len() as u64)
 }
 
-/// The blind commits that are there: all up to the sequence number that is found in every cell of the group.
-fn blind_commits(base: &[Cell], said: &Said, found: &[Cell], history: &mut History) -> Result<(), String> {
+/// The blind commits that are there: all up to the sequence number that is found in every cell of
+/// the group.
+fn blind_commits(
+    base: &[Cell],
+    said: &Said,
+    found: &[Cell],
+    history: &mut History,
+) -> Result<(), String> {
     for group in 0..GROUPS {
         let cells: Vec<u64> = group_cells(group).collect();
-        let at = |cells_of: &[Cell]| cells.iter().map(|c| cells_of[*c as usize].writer()).collect::<BTreeSet<_>>();
+        let at = |cells_of: &[Cell]| {
+            cells.iter().map(|c| cells_of[*c as usize].writer()).collect::<BTreeSet<_>>()
+        };
         let (before, now) = (at(base), at(found));
         ensure!(now.len() == 1, "partial commit: group {group} is at {now:?}");
-        let (before, now) = (before.first().copied().unwrap_or(0), now.first().copied().unwrap_or(0));
+        let (before, now) =
+            (before.first().copied().unwrap_or(0), now.first().copied().unwrap_or(0));
         ensure!(before <= now, "group {group} went back from {before} to {now}");
         for seq in before + 1..=now {
             // Only the last one may have found no time to be acknowledged.
@@ -194,7 +241,8 @@ fn replay(base: &[Cell], found: &[Cell], history: &History) -> Result<(), String
             let there = &now[*cell as usize];
             ensure!(
                 (there.writer(), there.lsn) == (*writer, *at),
-                "{id:#x}, LSN {lsn}, saw {writer:#x} of LSN {at} in cell {cell}, where {:#x} of LSN {} was",
+                "{id:#x}, LSN {lsn}, saw {writer:#x} of LSN {at} in cell {cell}, where {:#x} of \
+                 LSN {} was",
                 there.writer(),
                 there.lsn
             );
@@ -212,8 +260,17 @@ fn replay(base: &[Cell], found: &[Cell], history: &History) -> Result<(), String
         }
     }
     for (cell, (now, found)) in now.iter().zip(found).enumerate() {
-        ensure!(now.lsn == found.lsn, "cell {cell} has LSN {}, by the history {}", found.lsn, now.lsn);
-        ensure!(now.bytes == found.bytes, "cell {cell}, LSN {}, has other bytes than its history", now.lsn);
+        ensure!(
+            now.lsn == found.lsn,
+            "cell {cell} has LSN {}, by the history {}",
+            found.lsn,
+            now.lsn
+        );
+        ensure!(
+            now.bytes == found.bytes,
+            "cell {cell}, LSN {}, has other bytes than its history",
+            now.lsn
+        );
     }
     Ok(())
 }
@@ -248,8 +305,15 @@ pub fn check(base: &[Cell], said: &Said, found: &[Cell], cut: u64) -> Result<Tal
     check_known(base, said, said, found, cut)
 }
 
-/// The same after a crash in the midst of what was said: what is durable is what was `known` to be by then.
-pub fn check_known(base: &[Cell], said: &Said, known: &Said, found: &[Cell], cut: u64) -> Result<Tally, String> {
+/// The same after a crash in the midst of what was said: what is durable is what was `known` to be
+/// by then.
+pub fn check_known(
+    base: &[Cell],
+    said: &Said,
+    known: &Said,
+    found: &[Cell],
+    cut: u64,
+) -> Result<Tally, String> {
     let mut history = History::new();
     let there = transactions(base, said, found, &mut history)?;
     blind_commits(base, said, found, &mut history)?;
@@ -257,14 +321,20 @@ pub fn check_known(base: &[Cell], said: &Said, known: &Said, found: &[Cell], cut
     let (heard, durable) = known.acknowledged();
     ensure!(durable <= cut, "LSN {durable} was durable, and the cut is {cut}");
     for (before, lsn) in &known.flushes {
-        ensure!(before <= lsn, "a flush to LSN {lsn} left out {before}, which was acknowledged before it");
+        ensure!(
+            before <= lsn,
+            "a flush to LSN {lsn} left out {before}, which was acknowledged before it"
+        );
         // Before the first commit of an epoch a flush names the last LSN that the epoch leaves out.
         let vacuous = history.is_empty() && heard.is_empty();
         ensure!(*lsn <= cut || vacuous, "all up to LSN {lsn} was flushed, and the cut is {cut}");
     }
     for (id, lsn) in &acknowledged {
         let there = history.get(lsn).is_some_and(|(there, ..)| there == id);
-        ensure!(there || *lsn > cut, "{id:#x} was acknowledged with LSN {lsn} and is lost, though the cut is {cut}");
+        ensure!(
+            there || *lsn > cut,
+            "{id:#x} was acknowledged with LSN {lsn} and is lost, though the cut is {cut}"
+        );
     }
     if let Some((newest, (id, ..))) = history.last_key_value() {
         ensure!(*newest <= cut, "{id:#x} is there with LSN {newest}, above the cut {cut}");
@@ -274,7 +344,8 @@ pub fn check_known(base: &[Cell], said: &Said, known: &Said, found: &[Cell], cut
     let is_there: BTreeSet<u64> = history.values().map(|(id, ..)| *id).collect();
     let (doubt_there, doubt_gone): (Vec<u64>, Vec<u64>) =
         said.tries.keys().filter(doubtful).partition(|id| is_there.contains(id));
-    let crossing = said.acks.keys().filter(|id| said.shards.get(id).is_some_and(|shards| *shards > 1));
+    let crossing =
+        said.acks.keys().filter(|id| said.shards.get(id).is_some_and(|shards| *shards > 1));
     Ok(Tally {
         there,
         acknowledged: acknowledged.len() as u64,

@@ -1,5 +1,6 @@
-//! A disk whose every write and flush is logged: QEMU's storage daemon with `blklogwrites`, through NBD, nbdfuse and a
-//! loop device, with a file system on it. (The daemon's own FUSE export is no way: it mixes concurrent writes up.)
+//! A disk whose every write and flush is logged: QEMU's storage daemon with `blklogwrites`, through
+//! NBD, nbdfuse and a loop device, with a file system on it. (The daemon's own FUSE export is no
+//! way: it mixes concurrent writes up.)
 
 use super::device::quick;
 use super::surroundings::{Mounted, is_root, loop_device, tool};
@@ -11,20 +12,27 @@ use std::time::Duration;
 /// The smallest that mkfs.xfs makes is 300 MiB; the file is sparse.
 pub const DISK_BYTES: u64 = 512 << 20;
 
-/// `-blockdev` arguments, for QEMU and its storage daemon: the node `logged`, on `image` and `log` in `dir`.
+/// `-blockdev` arguments, for QEMU and its storage daemon: the node `logged`, on `image` and `log`
+/// in `dir`.
 pub fn block_nodes(dir: &Path) -> Vec<String> {
     // The host need not flush: it does not crash.
     let file = |node: &str, name: &str| {
-        format!("driver=file,node-name={node},filename={},cache.no-flush=on", dir.join(name).display())
+        format!(
+            "driver=file,node-name={node},filename={},cache.no-flush=on",
+            dir.join(name).display()
+        )
     };
-    let logged = "driver=blklogwrites,node-name=logged,file=f0,log=l0,log-sector-size=512,log-super-update-interval=1";
+    let logged = "driver=blklogwrites,node-name=logged,file=f0,log=l0,log-sector-size=512,\
+                  log-super-update-interval=1";
     let nodes = [file("f0", "image"), file("l0", "log"), logged.to_owned()];
     nodes.into_iter().flat_map(|node| ["--blockdev".to_owned(), node]).collect()
 }
 
 /// An empty disk and an empty log in `dir`.
 pub fn empty_disk(dir: &Path) {
-    std::fs::File::create(dir.join("image")).and_then(|file| file.set_len(DISK_BYTES)).expect("an image");
+    std::fs::File::create(dir.join("image"))
+        .and_then(|file| file.set_len(DISK_BYTES))
+        .expect("an image");
     std::fs::File::create(dir.join("log")).expect("a log");
 }
 
@@ -96,7 +104,12 @@ impl Logged {
         }
         if let Some(mut fuse) = self.fuse.take() {
             // The loop device lets go of its file a little later.
-            let unmounts = || tool("umount").arg(self.served()).output().is_ok_and(|output| output.status.success());
+            let unmounts = || {
+                tool("umount")
+                    .arg(self.served())
+                    .output()
+                    .is_ok_and(|output| output.status.success())
+            };
             let gone = (0..200).any(|_| {
                 unmounts() || {
                     std::thread::sleep(Duration::from_millis(20));
@@ -110,8 +123,10 @@ impl Logged {
             let _ = fuse.wait();
         }
         if let Some(mut daemon) = self.daemon.take() {
-            let _ =
-                rustix::process::kill_process(rustix::process::Pid::from_child(&daemon), rustix::process::Signal::TERM);
+            let _ = rustix::process::kill_process(
+                rustix::process::Pid::from_child(&daemon),
+                rustix::process::Signal::TERM,
+            );
             let _ = daemon.wait();
         }
     }

@@ -1,7 +1,9 @@
-//! What the tests with real processes share: a server to start, kill and stop, tools to look for, chance from a seed.
+//! What the tests with real processes share: a server to start, kill and stop, tools to look for,
+//! chance from a seed.
 //!
 //! 1. No process outlives its guard: [`Served`] kills by id when it is dropped.
-//! 2. A missing tool is said loudly, and is a failure where COREPAGE_REQUIRE_TOOLS=1 is set (as `scripts/check` does).
+//! 2. A missing tool is said loudly, and is a failure where COREPAGE_REQUIRE_TOOLS=1 is set (as
+//!    `scripts/check` does).
 
 // Each test uses a part of this, in real time.
 #![allow(dead_code, missing_docs, clippy::disallowed_methods)]
@@ -29,8 +31,8 @@ const START_LIMIT: Duration = Duration::from_secs(120);
 /// How long a clean stop may take.
 const STOP_LIMIT: Duration = Duration::from_secs(120);
 
-/// A directory for one test, on the disk that the build uses, removed at the end. COREPAGE_TEST_DIR puts it elsewhere,
-/// on another file system say, and keeps it.
+/// A directory for one test, on the disk that the build uses, removed at the end. COREPAGE_TEST_DIR
+/// puts it elsewhere, on another file system say, and keeps it.
 pub fn scratch(name: &str) -> tempfile::TempDir {
     let elsewhere = std::env::var_os("COREPAGE_TEST_DIR");
     let mut builder = tempfile::Builder::new();
@@ -49,20 +51,27 @@ pub fn corepage(arguments: &[&str]) -> Command {
 /// Whether `tool` is there; without it the test can't show anything.
 pub fn has_tool(tool: &str) -> bool {
     let found = std::env::var_os("PATH").is_some_and(|path| {
-        std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]).any(|d| d.join(tool).exists())
+        std::env::split_paths(&path)
+            .chain(["/usr/sbin".into(), "/sbin".into()])
+            .any(|d| d.join(tool).exists())
     });
     found || skip(format_args!("{tool} is not installed"))
 }
 
-/// Says loudly that a test can't show anything here, and fails where that must not be. Returns false.
+/// Says loudly that a test can't show anything here, and fails where that must not be. Returns
+/// false.
 pub fn skip(why: impl std::fmt::Display) -> bool {
-    assert_ne!(std::env::var("COREPAGE_REQUIRE_TOOLS").as_deref(), Ok("1"), "{why}, and this is required");
+    assert_ne!(
+        std::env::var("COREPAGE_REQUIRE_TOOLS").as_deref(),
+        Ok("1"),
+        "{why}, and this is required"
+    );
     skipped(format_args!("{why}; set COREPAGE_REQUIRE_TOOLS=1 to make this a failure"));
     false
 }
 
-/// Says that a test, or a part of it, shows nothing here: past the test harness, which keeps what passing tests print to itself. Else
-/// its line says `ok` and nothing more.
+/// Says that a test, or a part of it, shows nothing here: past the test harness, which keeps what
+/// passing tests print to itself. Else its line says `ok` and nothing more.
 pub fn skipped(why: impl std::fmt::Display) {
     let thread = std::thread::current();
     // In one piece: other tests write, too. Without a stderr there is nobody to tell.
@@ -83,7 +92,8 @@ pub fn has_fuse() -> bool {
 pub fn run(command: &mut Command) {
     let shown = format!("{command:?}");
     let output = command.output().unwrap_or_else(|e| panic!("{shown}: {e}"));
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (out, err) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{shown}: {}\n{out}\n{err}", output.status);
 }
 
@@ -123,12 +133,17 @@ impl Served {
     /// Serves `dir` on a free TCP port with this driver and so many shards.
     pub fn start_as(run: role::Run, dir: &Path) -> Served {
         let run = run.arguments();
-        let arguments: Vec<&str> = ["--nbd", "tcp:127.0.0.1:0"].into_iter().chain(run.iter().map(|a| &a[..])).collect();
+        let arguments: Vec<&str> =
+            ["--nbd", "tcp:127.0.0.1:0"].into_iter().chain(run.iter().map(|a| &a[..])).collect();
         Served::start_with(dir, &arguments)
     }
 
     /// The same in hostile surroundings.
-    pub fn start_without(these: &[surroundings::Without], dir: &Path, arguments: &[&str]) -> Served {
+    pub fn start_without(
+        these: &[surroundings::Without],
+        dir: &Path,
+        arguments: &[&str],
+    ) -> Served {
         let mut command = corepage(&["serve", "--dir"]);
         surroundings::start_without(&mut command, these);
         command.arg(dir).args(arguments);
@@ -148,8 +163,9 @@ impl Served {
         let end = Instant::now() + START_LIMIT;
         while served.uris.len() < wanted {
             let left = end.saturating_duration_since(Instant::now());
-            let line =
-                lines.recv_timeout(left).unwrap_or_else(|e| panic!("no `listening` line: {e}; {:?}", served.lines));
+            let line = lines
+                .recv_timeout(left)
+                .unwrap_or_else(|e| panic!("no `listening` line: {e}; {:?}", served.lines));
             if let Some(rest) = line.strip_prefix("listening on ") {
                 served.uris.push(rest.split(" (").next().unwrap_or(rest).to_owned());
             }
@@ -184,7 +200,8 @@ impl Served {
     /// Asks it to end.
     pub fn terminate(&self) {
         let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("the server was still running");
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM)
+            .expect("the server was still running");
     }
 
     /// Asks it to end, and waits until it has.
@@ -261,7 +278,8 @@ pub fn kills_count() -> u64 {
     std::env::var("COREPAGE_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(20)
 }
 
-/// A seed of chance: `usual`, or another with COREPAGE_SEED, for a long run that is not to repeat the short one.
+/// A seed of chance: `usual`, or another with COREPAGE_SEED, for a long run that is not to repeat
+/// the short one.
 pub fn seed(usual: u64) -> u64 {
     let other = std::env::var("COREPAGE_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(0);
     Chance::of(&[other]).next().wrapping_mul(u64::from(other != 0)) ^ usual
@@ -274,7 +292,8 @@ pub fn progress(round: u64, what: impl FnOnce() -> String) {
     }
 }
 
-/// Path of everything below `dir` with the bytes of files as a sum, to show that nothing has changed.
+/// Path of everything below `dir` with the bytes of files as a sum, to show that nothing has
+/// changed.
 pub fn snapshot(dir: &Path) -> Vec<(PathBuf, u64)> {
     let mut all = Vec::new();
     let mut open = vec![dir.to_owned()];

@@ -100,11 +100,20 @@ impl Client {
     pub fn structured(address: &str, name: &str) -> Client {
         let mut client = Client::greeted(address);
         client.option(OPT_STRUCTURED, b"");
-        assert_eq!(client.option_reply(), OptionReply { option: OPT_STRUCTURED, kind: 1, data: vec![] });
+        assert_eq!(
+            client.option_reply(),
+            OptionReply { option: OPT_STRUCTURED, kind: 1, data: vec![] }
+        );
         client.option(OPT_SET_META, &meta_data(name, &[b"base:allocation"]));
         let context = [&1u32.to_be_bytes()[..], b"base:allocation"].concat();
-        assert_eq!(client.option_reply(), OptionReply { option: OPT_SET_META, kind: 4, data: context });
-        assert_eq!(client.option_reply(), OptionReply { option: OPT_SET_META, kind: 1, data: vec![] });
+        assert_eq!(
+            client.option_reply(),
+            OptionReply { option: OPT_SET_META, kind: 4, data: context }
+        );
+        assert_eq!(
+            client.option_reply(),
+            OptionReply { option: OPT_SET_META, kind: 1, data: vec![] }
+        );
         client.gone(name)
     }
 
@@ -139,7 +148,12 @@ impl Client {
     }
 
     /// A read by chunks: what was read, and which parts of it were told as holes.
-    pub fn read_chunks(&mut self, flags: u16, offset: u64, length: u32) -> (Vec<u8>, Vec<(u64, u32)>) {
+    pub fn read_chunks(
+        &mut self,
+        flags: u16,
+        offset: u64,
+        length: u32,
+    ) -> (Vec<u8>, Vec<(u64, u32)>) {
         let cookie = self.request(flags, READ, offset, length, &[]);
         let (mut data, mut holes, mut told) = (vec![0xee; length as usize], Vec::new(), 0);
         for chunk in self.chunks(cookie) {
@@ -178,7 +192,11 @@ impl Client {
         let cookie = self.request(flags, command, offset, length, &[]);
         let chunks = self.chunks(cookie);
         let [Chunk { kind: CHUNK_ERROR, data }] = &chunks[..] else { panic!("{chunks:?}") };
-        assert_eq!(data.len(), 6 + usize::from(u16::from_be_bytes([data[4], data[5]])), "the message");
+        assert_eq!(
+            data.len(),
+            6 + usize::from(u16::from_be_bytes([data[4], data[5]])),
+            "the message"
+        );
         u32::from_be_bytes(data[..4].try_into().unwrap())
     }
 
@@ -207,7 +225,8 @@ impl Client {
     }
 
     pub fn option(&mut self, number: u32, data: &[u8]) {
-        let head = [&b"IHAVEOPT"[..], &number.to_be_bytes(), &(data.len() as u32).to_be_bytes()].concat();
+        let head =
+            [&b"IHAVEOPT"[..], &number.to_be_bytes(), &(data.len() as u32).to_be_bytes()].concat();
         self.send(&[&head, data].concat());
     }
 
@@ -219,7 +238,14 @@ impl Client {
     }
 
     /// Sends a request; the cookie that its reply will carry.
-    pub fn request(&mut self, flags: u16, command: u16, offset: u64, length: u32, payload: &[u8]) -> u64 {
+    pub fn request(
+        &mut self,
+        flags: u16,
+        command: u16,
+        offset: u64,
+        length: u32,
+        payload: &[u8],
+    ) -> u64 {
         self.cookie += 1;
         let head = request_bytes(flags, command, self.cookie, offset, length);
         self.send(&[&head, payload].concat());
@@ -241,7 +267,14 @@ impl Client {
     }
 
     /// A request and its reply, with nothing else in flight: the error, 0 for none.
-    pub fn call(&mut self, flags: u16, command: u16, offset: u64, length: u32, payload: &[u8]) -> u32 {
+    pub fn call(
+        &mut self,
+        flags: u16,
+        command: u16,
+        offset: u64,
+        length: u32,
+        payload: &[u8],
+    ) -> u32 {
         let cookie = self.request(flags, command, offset, length, payload);
         let (answered, error) = self.reply();
         assert_eq!(answered, cookie);
@@ -249,7 +282,11 @@ impl Client {
     }
 
     pub fn read(&mut self, offset: u64, length: u32) -> Vec<u8> {
-        assert_eq!(self.call(0, READ, offset, length, &[]), 0, "read of {length} bytes at {offset}");
+        assert_eq!(
+            self.call(0, READ, offset, length, &[]),
+            0,
+            "read of {length} bytes at {offset}"
+        );
         self.take(length as usize)
     }
 
@@ -262,7 +299,8 @@ impl Client {
     pub fn try_write(&mut self, flags: u16, offset: u64, data: &[u8]) -> bool {
         self.cookie += 1;
         let head = request_bytes(flags, WRITE, self.cookie, offset, data.len() as u32);
-        self.try_send(&[&head, data].concat()).is_ok() && self.try_reply().is_ok_and(|r| r == (self.cookie, 0))
+        self.try_send(&[&head, data].concat()).is_ok()
+            && self.try_reply().is_ok_and(|r| r == (self.cookie, 0))
     }
 
     pub fn flush(&mut self) {

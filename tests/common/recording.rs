@@ -1,4 +1,5 @@
-//! One life of a store on a logged disk, and what is there of it when the power goes at points of the log.
+//! One life of a store on a logged disk, and what is there of it when the power goes at points of
+//! the log.
 
 use super::Chance;
 use super::history::{ALL_CELLS, Cell, PAGE, Said, check_known, place};
@@ -40,7 +41,12 @@ impl AddAssign for Tally {
 
 impl Recording {
     /// Of a child that was heard, and the disk as it was `before` the log.
-    pub fn new(kind: &'static str, log: &Path, before: &Path, lines: Vec<(u64, String)>) -> Option<Recording> {
+    pub fn new(
+        kind: &'static str,
+        log: &Path,
+        before: &Path,
+        lines: Vec<(u64, String)>,
+    ) -> Option<Recording> {
         let log = Log::open(log).expect("a log");
         let heard = lines.iter().find(|(_, line)| line == "ready").expect("it was ready").0;
         let ready = log.entries.partition_point(|entry| entry.end < heard) + 1;
@@ -72,11 +78,13 @@ impl Recording {
         Said::parse(self.lines.iter().filter(|(at, _)| *at <= length).map(|(_, line)| line))
     }
 
-    /// Mounts this image and holds what the store has against what was `known`. How many transactions are there.
+    /// Mounts this image and holds what the store has against what was `known`. How many
+    /// transactions are there.
     pub fn examine(&self, image: &Path, known: &Said, run: Run) -> Result<u64, String> {
         let options = if self.kind == "xfs" { "loop,nouuid" } else { "loop" };
         let mounted = Mounted::try_file(self.kind, options, image)?;
-        let (found, cut) = block_on(read(&mounted.path().join("store"), run)).map_err(|e| e.to_string())?;
+        let (found, cut) =
+            block_on(read(&mounted.path().join("store"), run)).map_err(|e| e.to_string())?;
         let base = vec![Cell { lsn: 0, bytes: vec![0; PAGE] }; ALL_CELLS as usize];
         check_known(&base, &self.all, known, &found, cut).map(|tally| tally.there)
     }
@@ -94,8 +102,13 @@ impl Recording {
                 Ok(there) => tally.there += there,
                 Err(e) => {
                     let kept = std::env::temp_dir().join(format!("corepage-replay-{}", self.kind));
-                    let kept = std::fs::copy(&image, &kept).map_or("nowhere".into(), |_| kept.display().to_string());
-                    panic!("{}, {end} of {} entries, {subset:?}, {run:?}: {e} (kept: {kept})", self.kind, self.end())
+                    let kept = std::fs::copy(&image, &kept)
+                        .map_or("nowhere".into(), |_| kept.display().to_string());
+                    panic!(
+                        "{}, {end} of {} entries, {subset:?}, {run:?}: {e} (kept: {kept})",
+                        self.kind,
+                        self.end()
+                    )
                 }
             }
             std::fs::remove_file(&image).expect("the image goes");
@@ -110,11 +123,15 @@ impl Recording {
 async fn read(dir: &Path, run: Run) -> corepage::Result<(Vec<Cell>, u64)> {
     let store = Store::open(dir, run.options()).await?;
     let Some(volume) = store.volume("cells").await? else {
-        return Err(Error::new(ErrorKind::NotFound, "the volume, which was there before the first point, is gone"));
+        return Err(Error::new(
+            ErrorKind::NotFound,
+            "the volume, which was there before the first point, is gone",
+        ));
     };
     let ids: Vec<_> = (0..ALL_CELLS).map(place).collect();
     let pages = volume.read_many(&ids).await?;
-    let found = pages.iter().map(|page| Cell { lsn: page.lsn().get(), bytes: page.to_vec() }).collect();
+    let found =
+        pages.iter().map(|page| Cell { lsn: page.lsn().get(), bytes: page.to_vec() }).collect();
     let cut = store.recovery().cut.get();
     store.close().await?;
     Ok((found, cut))

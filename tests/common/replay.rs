@@ -1,5 +1,6 @@
-//! What a disk may hold after its power was cut: its log of writes and flushes, in the format of dm-log-writes (Linux,
-//! `drivers/md/dm-log-writes.c`; QEMU's `blklogwrites` writes the same), rebuilt up to a point into an image.
+//! What a disk may hold after its power was cut: its log of writes and flushes, in the format of
+//! dm-log-writes (Linux, `drivers/md/dm-log-writes.c`; QEMU's `blklogwrites` writes the same),
+//! rebuilt up to a point into an image.
 //!
 //! 1. All before the last flush is in the image, and each write with FUA.
 //! 2. Of the rest there is any subset, in some images with writes that are there in part.
@@ -51,7 +52,8 @@ fn number(bytes: &[u8], at: usize) -> u64 {
 
 impl Log {
     /// # Errors
-    /// If it is none, or of another sector size. An end that was not written, as when the writer was killed, is none.
+    /// If it is none, or of another sector size. An end that was not written, as when the writer
+    /// was killed, is none.
     pub fn open(path: &Path) -> io::Result<Log> {
         let file = File::open(path)?;
         let length = file.metadata()?.len();
@@ -83,7 +85,13 @@ impl Log {
     }
 
     /// Does what an entry says to an image; of its pieces of `piece` bytes those that `keep` wants.
-    pub fn apply(&self, entry: &Entry, image: &File, piece: u64, mut keep: impl FnMut() -> bool) -> io::Result<()> {
+    pub fn apply(
+        &self,
+        entry: &Entry,
+        image: &File,
+        piece: u64,
+        mut keep: impl FnMut() -> bool,
+    ) -> io::Result<()> {
         let mut data = vec![0; entry.bytes as usize];
         // What a device gives back after a discard is its affair: zeros here.
         if entry.flags & DISCARD == 0 {
@@ -112,8 +120,14 @@ pub enum Subset {
 impl Subset {
     /// `piece`: the smallest that the file system bears to be torn.
     pub fn by(chance: &mut Chance, piece: u64) -> Subset {
-        [Subset::Nothing, Subset::All, Subset::Some, Subset::Some, Subset::Torn(4096), Subset::Torn(piece)]
-            [chance.below(6) as usize]
+        [
+            Subset::Nothing,
+            Subset::All,
+            Subset::Some,
+            Subset::Some,
+            Subset::Torn(4096),
+            Subset::Torn(piece),
+        ][chance.below(6) as usize]
     }
 }
 
@@ -123,7 +137,8 @@ pub struct Rebuilt {
     base: PathBuf,
     image: File,
     applied: usize,
-    // A file system that can copy a file without its bytes; in memory, since a state is synced many times.
+    // A file system that can copy a file without its bytes; in memory, since a state is synced many
+    // times.
     place: Mounted,
     _memory: Mounted,
 }
@@ -139,13 +154,15 @@ impl Rebuilt {
         Some(Rebuilt { log, base, image, applied: 0, place, _memory: memory })
     }
 
-    /// The disk as it may be if the power goes when the log had `end` entries; `end` never goes back. How many writes were
-    /// not flushed.
+    /// The disk as it may be if the power goes when the log had `end` entries; `end` never goes
+    /// back. How many writes were not flushed.
     pub fn at(&mut self, end: usize, subset: Subset, chance: &mut Chance) -> (PathBuf, usize) {
         let flushed = self.log.flushed(end);
         assert!(flushed >= self.applied, "back in time");
         for entry in &self.log.entries[self.applied..flushed] {
-            self.log.apply(entry, &self.image, u64::MAX >> 1, || true).expect("the image can be written");
+            self.log
+                .apply(entry, &self.image, u64::MAX >> 1, || true)
+                .expect("the image can be written");
         }
         self.applied = flushed;
         let (path, image) = self.copy();
@@ -163,12 +180,15 @@ impl Rebuilt {
         (path, end - flushed)
     }
 
-    /// A disk that lies about its flushes: as it was at the last point, and of all after it up to `end` a half.
+    /// A disk that lies about its flushes: as it was at the last point, and of all after it up to
+    /// `end` a half.
     pub fn of_a_liar(&mut self, end: usize, chance: &mut Chance) -> PathBuf {
         let (path, image) = self.copy();
         for entry in &self.log.entries[self.applied..end] {
             if chance.below(2) == 0 {
-                self.log.apply(entry, &image, u64::MAX >> 1, || true).expect("the image can be written");
+                self.log
+                    .apply(entry, &image, u64::MAX >> 1, || true)
+                    .expect("the image can be written");
             }
         }
         path

@@ -1,4 +1,5 @@
-//! This test program again as a child with a role, to be killed; and the ways in which a store can be run.
+//! This test program again as a child with a role, to be killed; and the ways in which a store can
+//! be run.
 //!
 //! 1. A child ends with its guard.
 //! 2. All that a child printed before its death is read.
@@ -23,10 +24,16 @@ pub fn ring_works() -> bool {
     static WORKS: OnceLock<bool> = OnceLock::new();
     *WORKS.get_or_init(|| {
         let dir = scratch("ring-works");
-        let options = Options { driver: Driver::Ring, shards: Some(1), ..Run { ring: true, shards: 1 }.options() };
+        let options = Options {
+            driver: Driver::Ring,
+            shards: Some(1),
+            ..Run { ring: true, shards: 1 }.options()
+        };
         match block_on(Store::open(dir.path().join("store"), options)) {
             Ok(_) => true,
-            Err(e) => skip(format_args!("io_uring does not work here, so the portable driver runs in its place ({e})")),
+            Err(e) => skip(format_args!(
+                "io_uring does not work here, so the portable driver runs in its place ({e})"
+            )),
         }
     })
 }
@@ -39,14 +46,15 @@ pub struct Run {
 }
 
 impl Run {
-    /// Ring and portable driver, each with 1, 2 and 4 shards; without the ring where it does not work.
+    /// Ring and portable driver, each with 1, 2 and 4 shards; without the ring where it does not
+    /// work.
     pub fn all() -> Vec<Run> {
         let drivers = if ring_works() { vec![true, false] } else { vec![false] };
         drivers.into_iter().flat_map(|ring| [1, 2, 4].map(|shards| Run { ring, shards })).collect()
     }
 
-    /// Another one for each step of a long life of one store: 2 -> 1 -> 3 -> 2 -> 4 shards, two steps of three on the
-    /// ring, or all as COREPAGE_TEST_DRIVER says.
+    /// Another one for each step of a long life of one store: 2 -> 1 -> 3 -> 2 -> 4 shards, two
+    /// steps of three on the ring, or all as COREPAGE_TEST_DRIVER says.
     pub fn of_step(step: u64) -> Run {
         let ring = match std::env::var("COREPAGE_TEST_DRIVER").as_deref() {
             Ok("ring") => true,
@@ -62,8 +70,12 @@ impl Run {
 
     /// A store that is made quickly, and whose log is recycled often.
     pub fn options(self) -> Options {
-        let geometry =
-            Geometry { extent_bytes: 1 << 20, segment_bytes: 4 << 20, segments_count: 4, ..Geometry::default() };
+        let geometry = Geometry {
+            extent_bytes: 1 << 20,
+            segment_bytes: 4 << 20,
+            segments_count: 4,
+            ..Geometry::default()
+        };
         self.with(Options { geometry, memory_bytes: 128 << 20, ..Options::default() })
     }
 
@@ -89,7 +101,8 @@ pub struct Task {
 impl Task {
     /// In the child; `None` in a run of the tests as such.
     pub fn of_this_process() -> Option<Task> {
-        let (role, dir, run) = (std::env::var(ROLE).ok()?, std::env::var_os(STORE)?, std::env::var(RUN).ok()?);
+        let (role, dir, run) =
+            (std::env::var(ROLE).ok()?, std::env::var_os(STORE)?, std::env::var(RUN).ok()?);
         let (driver, shards) = run.split_once(' ')?;
         let run = Run { ring: driver == "ring", shards: shards.parse().ok()? };
         Some(Task { role, dir: dir.into(), run })
@@ -99,7 +112,8 @@ impl Task {
 /// One line in one `write`, so that a kill can't cut it in two.
 pub fn say(line: impl std::fmt::Display) {
     std::io::stdout().lock().write_all(format!("{line}\n").as_bytes()).expect("the parent reads");
-    // In a guest, it is out only when the console's buffer is empty: what is tried must be heard before it is done.
+    // In a guest, it is out only when the console's buffer is empty: what is tried must be heard
+    // before it is done.
     let _ = rustix::termios::tcdrain(std::io::stdout());
 }
 
@@ -124,9 +138,15 @@ impl Role {
 
     /// The same, with a stamp on each line that is made after the line was heard.
     #[track_caller]
-    pub fn start_stamped(role: &str, dir: &Path, run: Run, stamp: impl Fn() -> u64 + Send + 'static) -> Role {
+    pub fn start_stamped(
+        role: &str,
+        dir: &Path,
+        run: Run,
+        stamp: impl Fn() -> u64 + Send + 'static,
+    ) -> Role {
         let mut command = Command::new(std::env::current_exe().expect("this program"));
-        let module = Path::new(std::panic::Location::caller().file()).file_stem().expect("a file of tests");
+        let module =
+            Path::new(std::panic::Location::caller().file()).file_stem().expect("a file of tests");
         let child = format!("{}::child", module.display());
         command.args(["--exact", &child, "--nocapture"]).env(ROLE, role).env(STORE, dir);
         command.env(RUN, format!("{} {}", if run.ring { "ring" } else { "portable" }, run.shards));
@@ -135,7 +155,11 @@ impl Role {
 
     /// Starts a process that says what the child says.
     pub fn listen(mut command: Command, stamp: impl Fn() -> u64 + Send + 'static) -> Role {
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("this program starts");
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("this program starts");
         let mut stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
         let (sender, heard) = channel();
         let lines = std::thread::spawn(move || {
@@ -147,7 +171,8 @@ impl Role {
             });
             // A guest's console ends lines its own way.
             let lines = lines.map(|line| (stamp(), line.trim_end_matches('\r').to_owned()));
-            // All of them until it is ready, to tell why it is not; then only the words waited for: there may be a million.
+            // All of them until it is ready, to tell why it is not; then only the words waited for:
+            // there may be a million.
             let mut ready = false;
             let pass_on = |(_, line): &(u64, String)| {
                 if is_word(line) || !ready {
@@ -173,7 +198,10 @@ impl Role {
             match self.heard.recv_timeout(end.saturating_duration_since(Instant::now())) {
                 Ok(line) if is_word(&line) => return,
                 Ok(line) => said.push(line),
-                Err(why) => panic!("the child does not say that it is ready ({why}); it said:\n{}", said.join("\n")),
+                Err(why) => panic!(
+                    "the child does not say that it is ready ({why}); it said:\n{}",
+                    said.join("\n")
+                ),
             }
         }
     }
@@ -181,7 +209,10 @@ impl Role {
     /// Kills it, and does not wait: what it has begun may keep it from its end.
     pub fn kill_only(&mut self) {
         if let Some(status) = self.child.try_wait().expect("the child can be waited for") {
-            assert!(self.is_killed || status.success(), "the child failed before it was killed: {status}");
+            assert!(
+                self.is_killed || status.success(),
+                "the child failed before it was killed: {status}"
+            );
         }
         self.child.kill().expect("the child can be killed");
         self.is_killed = true;

@@ -1,16 +1,20 @@
-//! Hostile surroundings for a process, and none of them for its neighbours: a system call refused, a limit lowered, a
-//! file system of its own.
+//! Hostile surroundings for a process, and none of them for its neighbours: a system call refused,
+//! a limit lowered, a file system of its own.
 //!
-//! 1. Limits and filters are set in the child between fork and exec; this process and the machine stay as they are.
-//! 2. A [`Mounted`] file system is unmounted when it is dropped, also when the test fails; its loop device goes with it.
-//! 3. What needs root is skipped loudly without, and is a failure where COREPAGE_REQUIRE_TOOLS=1 is set.
+//! 1. Limits and filters are set in the child between fork and exec; this process and the machine
+//!    stay as they are.
+//! 2. A [`Mounted`] file system is unmounted when it is dropped, also when the test fails; its loop
+//!    device goes with it.
+//! 3. What needs root is skipped loudly without, and is a failure where COREPAGE_REQUIRE_TOOLS=1 is
+//!    set.
 #![allow(unsafe_code)]
 
 use super::{has_tool, run, scratch, skip};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::thread::CapabilitySet;
 use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule,
 };
 use std::collections::BTreeMap;
 use std::io;
@@ -25,7 +29,8 @@ pub enum Without {
     Ring(i32),
     /// The right to use a ring (EPERM), which is another than the right to make one.
     RingUse,
-    /// Direct I/O: opening with O_DIRECT, and setting it later, fail with EINVAL, as file systems do that lack it.
+    /// Direct I/O: opening with O_DIRECT, and setting it later, fail with EINVAL, as file systems
+    /// do that lack it.
     DirectIo,
     /// Locked memory above so many bytes; the capability to pass the limit is taken, too.
     LocksAbove(u64),
@@ -66,15 +71,18 @@ pub fn start_without<'c>(command: &'c mut Command, these: &[Without]) -> &'c mut
                 Without::Ring(_) | Without::RingUse | Without::DirectIo => {}
             }
         }
-        filters.iter().try_for_each(|filter| seccompiler::apply_filter(filter).map_err(|_| io::ErrorKind::Other.into()))
+        filters.iter().try_for_each(|filter| {
+            seccompiler::apply_filter(filter).map_err(|_| io::ErrorKind::Other.into())
+        })
     };
-    // SAFETY: between fork and exec the closure makes system calls only (prctl, setrlimit, seccomp), on memory that was
-    // allocated before; it takes no lock and allocates nothing.
+    // SAFETY: between fork and exec the closure makes system calls only (prctl, setrlimit,
+    // seccomp), on memory that was allocated before; it takes no lock and allocates nothing.
     unsafe { command.pre_exec(confine) }
 }
 
-/// Runs `body` in a forked child of this process, which then becomes `true`; the child has ended on return. For what forks at any
-/// time and uses what it has inherited, as processes do that start others.
+/// Runs `body` in a forked child of this process, which then becomes `true`; the child has ended on
+/// return. For what forks at any time and uses what it has inherited, as processes do that start
+/// others.
 ///
 /// # Panics
 /// If the child could not be made, or `body` has returned an error or panicked.
@@ -88,8 +96,9 @@ pub fn in_forked_child(mut body: impl FnMut() -> Result<(), String> + Send + Syn
         }
         Err(_) => Err(io::ErrorKind::Other.into()),
     };
-    // SAFETY: it does more than is promised to work in a child of a process with threads: the C library here makes its allocator
-    // whole after a fork, and what the body uses of this process is for it to look after: that is what is tested.
+    // SAFETY: it does more than is promised to work in a child of a process with threads: the C
+    // library here makes its allocator whole after a fork, and what the body uses of this process
+    // is for it to look after: that is what is tested.
     let ended = unsafe { command.pre_exec(run) }.status();
     assert!(ended.expect("the forked child does what it was to do").success());
 }
@@ -100,7 +109,8 @@ fn limit(resource: Resource, value: u64) -> io::Result<()> {
 
 fn filter(without: &Without) -> Option<BpfProgram> {
     let condition = |argument, operator, value| {
-        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value).expect("an argument that exists")
+        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)
+            .expect("an argument that exists")
     };
     let rule = |conditions| SeccompRule::new(conditions).expect("conditions");
     let direct = libc::O_DIRECT as u64;
@@ -121,7 +131,12 @@ fn filter(without: &Without) -> Option<BpfProgram> {
     };
     let calls: BTreeMap<i64, Vec<SeccompRule>> = calls.into_iter().collect();
     let architecture = std::env::consts::ARCH.try_into().expect("seccomp knows this processor");
-    let filter = SeccompFilter::new(calls, SeccompAction::Allow, SeccompAction::Errno(errno as u32), architecture);
+    let filter = SeccompFilter::new(
+        calls,
+        SeccompAction::Allow,
+        SeccompAction::Errno(errno as u32),
+        architecture,
+    );
     Some(filter.expect("a filter").try_into().expect("a program"))
 }
 
@@ -148,7 +163,9 @@ impl Mounted {
         }
         let scratch = scratch(kind);
         let image = scratch.path().join("image");
-        std::fs::File::create(&image).and_then(|file| file.set_len(IMAGE_BYTES)).expect("an image file");
+        std::fs::File::create(&image)
+            .and_then(|file| file.set_len(IMAGE_BYTES))
+            .expect("an image file");
         run(tool(&mkfs).arg("-q").arg(&image));
         // The loop device is let go when the file system is unmounted.
         Some(Mounted::mount(scratch, &["-o", options, "-t", kind], &image))
@@ -178,7 +195,9 @@ impl Mounted {
             return None;
         }
         let image = dir.join("image");
-        std::fs::File::create(&image).and_then(|file| file.set_len(IMAGE_BYTES)).expect("an image file");
+        std::fs::File::create(&image)
+            .and_then(|file| file.set_len(IMAGE_BYTES))
+            .expect("an image file");
         run(tool(&mkfs).arg("-q").arg(&image));
         Some(Mounted::mount(scratch(kind), &["-o", "loop", "-t", kind], &image))
     }
@@ -193,8 +212,12 @@ impl Mounted {
         let scratch = scratch(kind);
         let point = scratch.path().join("mnt");
         std::fs::create_dir(&point).expect("a mount point");
-        let output =
-            tool("mount").args(["-o", options, "-t", kind]).arg(file).arg(&point).output().expect("mount starts");
+        let output = tool("mount")
+            .args(["-o", options, "-t", kind])
+            .arg(file)
+            .arg(&point)
+            .output()
+            .expect("mount starts");
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         if output.status.success() { Ok(Mounted { point, _scratch: scratch }) } else { Err(said) }
     }
@@ -214,7 +237,11 @@ impl Mounted {
 impl Drop for Mounted {
     fn drop(&mut self) {
         let unmounts = |options: &[&str]| {
-            tool("umount").args(options).arg(&self.point).output().is_ok_and(|output| output.status.success())
+            tool("umount")
+                .args(options)
+                .arg(&self.point)
+                .output()
+                .is_ok_and(|output| output.status.success())
         };
         // A killed process lets go of its files only when its last transfer is done.
         for _ in 0..50 {
@@ -243,5 +270,6 @@ pub fn loop_device(options: &[&str], file: &Path) -> String {
 }
 
 pub fn is_root() -> bool {
-    rustix::process::geteuid().is_root() || skip("this is not root, who alone may mount file systems")
+    rustix::process::geteuid().is_root()
+        || skip("this is not root, who alone may mount file systems")
 }

@@ -1,5 +1,5 @@
-//! The work that is cut off by a crash: transactions, blind commits and flushes of several threads, each announced and
-//! acknowledged on stdout, for the oracle in `tests/common/history.rs`.
+//! The work that is cut off by a crash: transactions, blind commits and flushes of several threads,
+//! each announced and acknowledged on stdout, for the oracle in `tests/common/history.rs`.
 
 use super::Chance;
 use super::history::{ALL_CELLS, CELLS, GROUPS, change, group_cells, place, writer_of};
@@ -60,7 +60,11 @@ async fn transaction(store: &Store, volume: &Volume, id: u64) -> Option<u64> {
     let mut cells = BTreeSet::new();
     let count = 2 + chance.below(5);
     while (cells.len() as u64) < count {
-        cells.insert(if chance.below(4) == 0 { chance.below(HOT) } else { chance.below(ALL_CELLS) });
+        cells.insert(if chance.below(4) == 0 {
+            chance.below(HOT)
+        } else {
+            chance.below(ALL_CELLS)
+        });
     }
     let mut txn = store.begin();
     let (mut seen, mut shards) = (String::new(), BTreeSet::new());

@@ -6,11 +6,12 @@
 //!
 //!   glommio executor: accept --first line: which shard--> that shard's own thread: socket, pages, commits, in one task
 //! ```
-//! `add KEY N` answers `ok LSN SUM` once it is durable, `get KEY` answers `is SUM`. A connection goes to the shard that owns the key
-//! of its first request. There requests for keys of this shard never leave the thread; those for other keys take a hop.
+//! `add KEY N` answers `ok LSN SUM` once it is durable, `get KEY` answers `is SUM`. A connection
+//! goes to the shard that owns the key of its first request. There requests for keys of this shard
+//! never leave the thread; those for other keys take a hop.
 //!
-//! Sockets are plain non-blocking ones of `async-io`, whose own thread says when one is ready: a shard's thread waits in the shard's
-//! ring, not in an executor's.
+//! Sockets are plain non-blocking ones of `async-io`, whose own thread says when one is ready: a
+//! shard's thread waits in the shard's ring, not in an executor's.
 
 use async_io::Async;
 use corepage::{Change, ErrorKind, Lsn, Options, PageId, ShardHandle, Store, Volume};
@@ -87,13 +88,20 @@ async fn answer(line: &str, handle: &ShardHandle, store: &Store, pages: &Volume)
     let number = line.split(' ').nth(2).map(str::parse::<i64>);
     let result = match (line.split(' ').next(), key_of(line), number) {
         (Some("add"), Some(key), Some(Ok(n))) => add(key, n, handle, store, pages).await,
-        (Some("get"), Some(key), None) => read(key, handle, store, pages).await.map(|sum| format!("is {sum}")),
+        (Some("get"), Some(key), None) => {
+            read(key, handle, store, pages).await.map(|sum| format!("is {sum}"))
+        }
         _ => Ok("error use: add KEY N, or get KEY".into()),
     };
     result.unwrap_or_else(|error| format!("error {error}"))
 }
 
-async fn read(key: PageId, handle: &ShardHandle, store: &Store, pages: &Volume) -> corepage::Result<i64> {
+async fn read(
+    key: PageId,
+    handle: &ShardHandle,
+    store: &Store,
+    pages: &Volume,
+) -> corepage::Result<i64> {
     let page = match store.shard_of(pages, key) == handle.shard() {
         true => handle.read(pages, key).await?,
         false => pages.read(key).await?,
@@ -102,11 +110,20 @@ async fn read(key: PageId, handle: &ShardHandle, store: &Store, pages: &Volume) 
 }
 
 /// A transaction: others may add to the same sum meanwhile.
-async fn add(key: PageId, n: i64, handle: &ShardHandle, store: &Store, pages: &Volume) -> corepage::Result<String> {
+async fn add(
+    key: PageId,
+    n: i64,
+    handle: &ShardHandle,
+    store: &Store,
+    pages: &Volume,
+) -> corepage::Result<String> {
     let here = store.shard_of(pages, key) == handle.shard();
     loop {
-        let (sum, result) =
-            if here { add_here(key, n, handle, pages).await? } else { add_there(key, n, store, pages).await? };
+        let (sum, result) = if here {
+            add_here(key, n, handle, pages).await?
+        } else {
+            add_there(key, n, store, pages).await?
+        };
         match result {
             Err(error) if error.kind() == ErrorKind::Conflict => {}
             other => return other.map(|lsn| format!("ok {lsn} {sum}")),

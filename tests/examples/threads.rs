@@ -1,9 +1,11 @@
-//! A plain threaded program: transfers between accounts, each a transaction over two pages, by as many threads as you like.
+//! A plain threaded program: transfers between accounts, each a transaction over two pages, by as
+//! many threads as you like.
 //!
 //! ```text
 //! cargo run --release --example threads -- DIR [SECONDS]
 //! ```
-//! Prints a line for each transfer once it is durable; kill it at any time, and start it again: the sum is checked first.
+//! Prints a line for each transfer once it is durable; kill it at any time, and start it again: the
+//! sum is checked first.
 
 // A program takes real time.
 #![allow(clippy::disallowed_methods)]
@@ -30,7 +32,8 @@ fn number(page: &[u8]) -> i64 {
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
     let dir = arguments.next().expect("usage: threads DIR [SECONDS]");
-    let seconds = arguments.next().map_or(1, |seconds| seconds.parse().expect("SECONDS is a number"));
+    let seconds =
+        arguments.next().map_or(1, |seconds| seconds.parse().expect("SECONDS is a number"));
     let store = Store::open(dir, Options::default())?;
     let bank = match store.volume("bank")? {
         Some(bank) => bank,
@@ -40,8 +43,9 @@ fn main() -> Result<()> {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let (store, bank, stop) = (&store, &bank, &stop);
-        let work: Vec<_> =
-            (0..THREADS).map(|thread| scope.spawn(move || transfers(store, bank, thread, stop))).collect();
+        let work: Vec<_> = (0..THREADS)
+            .map(|thread| scope.spawn(move || transfers(store, bank, thread, stop)))
+            .collect();
         std::thread::sleep(Duration::from_secs(seconds));
         stop.store(true, Ordering::Relaxed);
         work.into_iter().try_for_each(|thread| thread.join().expect("no panic"))

@@ -4,7 +4,8 @@
 //! cargo run --release --example tokio_server -- DIR SOCKET
 //! printf 'set 7 hello\nget 7\n' | nc -U SOCKET
 //! ```
-//! `set KEY TEXT` answers `ok LSN` once it is durable, `get KEY` answers `is TEXT`. Kill it at any time.
+//! `set KEY TEXT` answers `ok LSN` once it is durable, `get KEY` answers `is TEXT`. Kill it at any
+//! time.
 
 use corepage::{Options, PageId, Store, Volume};
 use std::path::PathBuf;
@@ -55,7 +56,8 @@ async fn serve(client: UnixStream, pages: &Volume) -> std::io::Result<()> {
 
 async fn answer(line: &str, pages: &Volume) -> String {
     let mut words = line.splitn(3, ' ');
-    let (what, key) = (words.next(), words.next().and_then(|key| key.parse().ok()).map(PageId::new));
+    let (what, key) =
+        (words.next(), words.next().and_then(|key| key.parse().ok()).map(PageId::new));
     match (what, key, words.next()) {
         (Some("set"), Some(key), Some(text)) if text.len() < 4096 => {
             // The length, and the text: as a patch, so that only these bytes go through the log.

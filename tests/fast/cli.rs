@@ -37,7 +37,8 @@ fn text(path: &Path) -> &str {
 
 /// A store that was closed cleanly, with a volume `disk` of 8 MiB.
 fn closed_store(dir: &Path) {
-    let served = Served::start_with(dir, &["--nbd", "tcp:127.0.0.1:0", "--volume", "disk", "--size", "8M"]);
+    let served =
+        Served::start_with(dir, &["--nbd", "tcp:127.0.0.1:0", "--volume", "disk", "--size", "8M"]);
     served.client().write(0, 0, b"kept");
     assert!(served.stop().success());
 }
@@ -70,12 +71,17 @@ fn wrong_arguments_are_explained_and_touch_nothing() {
         let said = refused(2, &[&["serve", "--dir", text(&store)], arguments].concat());
         assert!(said.contains(hint), "no hint at {hint}: {said}");
     }
-    for (arguments, hint) in
-        [(["--cores", "0,977"], "core 977"), (["--shards", "65"], "64"), (["--shards", "0"], "shards")]
-    {
+    for (arguments, hint) in [
+        (["--cores", "0,977"], "core 977"),
+        (["--shards", "65"], "64"),
+        (["--shards", "0"], "shards"),
+    ] {
         // Not the usual port, which somebody else may have.
-        let said =
-            refused(1, &[&["serve", "--nbd", "tcp:127.0.0.1:0", "--dir", text(&store)], &arguments[..]].concat());
+        let said = refused(
+            1,
+            &[&["serve", "--nbd", "tcp:127.0.0.1:0", "--dir", text(&store)], &arguments[..]]
+                .concat(),
+        );
         assert!(said.contains(hint), "no hint at {hint}: {said}");
     }
     refused(2, &["no-such-command"]);
@@ -84,7 +90,8 @@ fn wrong_arguments_are_explained_and_touch_nothing() {
 
 #[test]
 fn help_and_version_are_not_errors() {
-    for arguments in [&["--help"][..], &["--version"], &["serve", "--help"], &["verify", "--help"]] {
+    for arguments in [&["--help"][..], &["--version"], &["serve", "--help"], &["verify", "--help"]]
+    {
         let output = corepage_says(arguments);
         assert_eq!(output.status.code(), Some(0));
         assert!(output.stderr.is_empty() && !output.stdout.is_empty());
@@ -118,9 +125,11 @@ fn a_directory_that_cannot_be_used_is_named() {
 fn a_store_of_another_version_is_refused_and_left_alone() {
     let dir = scratch("version");
     closed_store(dir.path());
-    let meta = fs::File::options().write(true).open(dir.path().join("meta")).expect("the meta file");
+    let meta =
+        fs::File::options().write(true).open(dir.path().join("meta")).expect("the meta file");
     for copy in 0..4 {
-        meta.write_all_at(&99u32.to_le_bytes(), copy * 16384 + 8).expect("the version of a superblock copy");
+        meta.write_all_at(&99u32.to_le_bytes(), copy * 16384 + 8)
+            .expect("the version of a superblock copy");
     }
     let before = snapshot(dir.path());
     let said = refused(1, &["serve", "--nbd", "tcp:127.0.0.1:0", "--dir", text(dir.path())]);
@@ -133,7 +142,8 @@ fn a_store_of_another_version_is_refused_and_left_alone() {
 fn a_damaged_superblock_is_refused_and_left_alone() {
     let dir = scratch("superblock");
     closed_store(dir.path());
-    let meta = fs::File::options().write(true).open(dir.path().join("meta")).expect("the meta file");
+    let meta =
+        fs::File::options().write(true).open(dir.path().join("meta")).expect("the meta file");
     for copy in 0..4 {
         meta.write_all_at(&[0xa5; 64], copy * 16384 + 100).expect("a superblock copy");
     }
@@ -171,13 +181,17 @@ fn an_address_in_use_is_refused_before_a_store_is_made() {
     let before = snapshot(sockets.path());
     let long = format!("unix:{}/{}", sockets.path().display(), "x".repeat(120));
     let unix = |path: &Path| format!("unix:{}", path.display());
-    for address in [tcp, unix(&live), unix(&file), unix(&sockets.path().join("none/socket")), long] {
+    for address in [tcp, unix(&live), unix(&file), unix(&sockets.path().join("none/socket")), long]
+    {
         let said = refused(1, &["serve", "--dir", text(&store), "--nbd", &address]);
         assert!(said.contains(address.split_once(':').expect("a kind").1), "{said}");
     }
     assert_eq!(snapshot(dir.path()), []);
     assert_eq!(snapshot(sockets.path()), before);
-    assert!(std::os::unix::net::UnixStream::connect(&live).is_ok(), "the live socket was taken away");
+    assert!(
+        std::os::unix::net::UnixStream::connect(&live).is_ok(),
+        "the live socket was taken away"
+    );
     drop(listener);
 }
 
@@ -187,7 +201,8 @@ fn a_socket_inside_a_fresh_store_is_possible() {
     let store = sockets.path().join("store");
     let address = format!("unix:{}/nbd.sock", store.display());
     for _ in 0..2 {
-        let served = Served::start_with(&store, &["--nbd", &address, "--volume", "v", "--size", "4096"]);
+        let served =
+            Served::start_with(&store, &["--nbd", &address, "--volume", "v", "--size", "4096"]);
         assert_eq!(served.client().bytes, 4096);
         // Leaves a stale socket in the store's directory.
         served.kill();
@@ -199,17 +214,27 @@ fn a_volume_is_made_once_and_never_resized_by_accident() {
     let dir = scratch("volume");
     closed_store(dir.path());
     // A unit file that still has the first size must not keep the service down.
-    let served = Served::start_with(dir.path(), &["--nbd", "tcp:127.0.0.1:0", "--volume", "disk", "--size", "16M"]);
+    let served = Served::start_with(
+        dir.path(),
+        &["--nbd", "tcp:127.0.0.1:0", "--volume", "disk", "--size", "16M"],
+    );
     assert!(served.lines.iter().any(|l| l.contains("disk 8.0 MiB")), "{:?}", served.lines);
     assert!(served.stop().success());
-    let served = Served::start_with(dir.path(), &["--nbd", "tcp:127.0.0.1:0", "--volume", "more", "--size", "1M"]);
+    let served = Served::start_with(
+        dir.path(),
+        &["--nbd", "tcp:127.0.0.1:0", "--volume", "more", "--size", "1M"],
+    );
     assert!(
         served.lines.iter().any(|l| l.contains("disk 8.0 MiB") && l.contains("more 1.0 MiB")),
         "{:?}",
         served.lines
     );
     let mut client = served.client();
-    assert_eq!((client.bytes, client.read(0, 4)), (8 << 20, b"kept".to_vec()), "`disk` is the default export");
+    assert_eq!(
+        (client.bytes, client.read(0, 4)),
+        (8 << 20, b"kept".to_vec()),
+        "`disk` is the default export"
+    );
     assert!(served.stop().success());
 }
 
@@ -226,7 +251,8 @@ fn a_sound_store_verifies_and_serves_after_a_signal() {
     assert_eq!(served.client().read(0, 4), b"kept");
 }
 
-/// If this fails, Ctrl-C at a question does nothing, and a second one kills a command that has the store open.
+/// If this fails, Ctrl-C at a question does nothing, and a second one kills a command that has the
+/// store open.
 #[test]
 fn a_signal_at_a_question_ends_the_command_and_nothing_is_done() {
     if !common::has_tool("script") {
@@ -234,11 +260,16 @@ fn a_signal_at_a_question_ends_the_command_and_nothing_is_done() {
     }
     let dir = scratch("question");
     closed_store(dir.path());
-    let run = format!("exec '{}' volume delete disk --dir '{}'", env!("CARGO_BIN_EXE_corepage"), text(dir.path()));
+    let run = format!(
+        "exec '{}' volume delete disk --dir '{}'",
+        env!("CARGO_BIN_EXE_corepage"),
+        text(dir.path())
+    );
     let mut command = Command::new("script");
     command.args(["-qec", &run, "/dev/null"]).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut child = command.spawn().expect("script starts");
-    let (mut keys, mut screen) = (child.stdin.take().expect("piped"), child.stdout.take().expect("piped"));
+    let (mut keys, mut screen) =
+        (child.stdin.take().expect("piped"), child.stdout.take().expect("piped"));
     let (mut said, mut byte) = (Vec::new(), [0]);
     while !said.ends_with(b"[y/N] ") && screen.read(&mut byte).expect("what it says") == 1 {
         said.push(byte[0]);

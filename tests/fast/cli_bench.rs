@@ -1,6 +1,8 @@
-//! `corepage bench`: what it tells, and that whatever happens to it, somebody's data beside it stays and its own goes.
+//! `corepage bench`: what it tells, and that whatever happens to it, somebody's data beside it
+//! stays and its own goes.
 //!
-//! If these fail, figures can't be trusted or read by programs, or measuring a store costs its user a volume, or leaves one that nobody wants.
+//! If these fail, figures can't be trusted or read by programs, or measuring a store costs its user
+//! a volume, or leaves one that nobody wants.
 
 // Real processes take real time.
 #![allow(clippy::disallowed_methods)]
@@ -35,7 +37,8 @@ fn store_with(dir: &Path, name: &str) {
 #[track_caller]
 fn only_mine_is_there(dir: &Path) {
     let store = open(dir);
-    let names: Vec<_> = store.volumes().expect("they are listed").iter().map(|v| v.name().to_owned()).collect();
+    let names: Vec<_> =
+        store.volumes().expect("they are listed").iter().map(|v| v.name().to_owned()).collect();
     assert_eq!(names, ["mine"]);
     let mine = store.volume("mine").expect("the catalog is read").expect("it is there");
     assert_eq!(mine.read(PageId::new(3)).expect("it is read")[..], [7; 4096]);
@@ -44,7 +47,20 @@ fn only_mine_is_there(dir: &Path) {
 
 fn arguments<'a>(dir: &'a Path, seconds: &'a str) -> Vec<&'a str> {
     let dir = dir.to_str().expect("UTF-8");
-    vec!["bench", "write", "--dir", dir, "--size", "8M", "--memory", "16M", "--seconds", seconds, "--format", "json"]
+    vec![
+        "bench",
+        "write",
+        "--dir",
+        dir,
+        "--size",
+        "8M",
+        "--memory",
+        "16M",
+        "--seconds",
+        seconds,
+        "--format",
+        "json",
+    ]
 }
 
 fn bench(dir: &Path) -> Output {
@@ -75,11 +91,17 @@ fn a_volume_of_the_same_name_with_data_of_somebody_is_left_alone() {
     let output = bench(dir.path());
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{text}");
-    assert!(text.starts_with("error: ") && text.contains("page 3") && text.contains("volume delete"), "{text}");
+    assert!(
+        text.starts_with("error: ") && text.contains("page 3") && text.contains("volume delete"),
+        "{text}"
+    );
     assert!(output.stdout.is_empty());
     let store = open(dir.path());
     let volume = store.volume(NAME).expect("the catalog is read").expect("it was deleted");
-    assert!(volume.bytes() == 1 << 20 && volume.read(PageId::new(3)).expect("it is read")[..] == [7; 4096]);
+    assert!(
+        volume.bytes() == 1 << 20
+            && volume.read(PageId::new(3)).expect("it is read")[..] == [7; 4096]
+    );
     store.close().expect("it closes");
 }
 
@@ -91,7 +113,11 @@ fn an_interrupted_bench_takes_its_volume_out_of_the_store_again() {
     kill_process(Pid::from_child(&child), Signal::INT).expect("it runs");
     let output = child.wait_with_output().expect("it is ours");
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.signal() == Some(Signal::INT.as_raw()) && text.starts_with("error: interrupted"), "{text}");
+    assert!(
+        output.status.signal() == Some(Signal::INT.as_raw())
+            && text.starts_with("error: interrupted"),
+        "{text}"
+    );
     only_mine_is_there(dir.path());
 }
 
@@ -103,12 +129,18 @@ fn what_a_killed_bench_left_is_no_hindrance_for_the_next_one() {
     child.kill().expect("it runs");
     child.wait().expect("it is ours");
     let store = open(dir.path());
-    assert!(store.volume(NAME).expect("the catalog is read").is_some(), "it was killed too early to leave anything");
+    assert!(
+        store.volume(NAME).expect("the catalog is read").is_some(),
+        "it was killed too early to leave anything"
+    );
     store.close().expect("it closes");
     let output = bench(dir.path());
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let told: Value = serde_json::from_slice(&output.stdout).expect("JSON alone");
-    assert!(told["verified"] == true && told["volume"] == NAME && told["dir"].is_string(), "{told}");
+    assert!(
+        told["verified"] == true && told["volume"] == NAME && told["dir"].is_string(),
+        "{told}"
+    );
     only_mine_is_there(dir.path());
 }
 
@@ -116,26 +148,41 @@ fn bench_at(at: &Path, arguments: &[&str]) -> Output {
     corepage(&[&["bench"], arguments].concat()).current_dir(at).output().expect("it runs")
 }
 
-/// A benchmark's result that programs can't read, or that was not verified, or that costs a user data, is worth nothing.
+/// A benchmark's result that programs can't read, or that was not verified, or that costs a user
+/// data, is worth nothing.
 #[test]
 fn bench_measures_verifies_and_leaves_nothing_behind() {
     let dir = scratch("bench");
-    let small = ["--size", "8M", "--memory", "16M", "--seconds", "1", "--depth", "8", "--format", "json"];
+    let small =
+        ["--size", "8M", "--memory", "16M", "--seconds", "1", "--depth", "8", "--format", "json"];
     let result = |arguments: &[&str]| -> Value {
         let output = bench_at(dir.path(), &[arguments, &small].concat());
-        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{arguments:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         assert!(output.stderr.is_empty(), "no progress without a terminal: {output:?}");
         serde_json::from_slice(&output.stdout).expect("JSON alone")
     };
-    for (workload, from) in [("read", "shard"), ("write", "shard"), ("commit", "thread"), ("write", "thread")] {
+    for (workload, from) in
+        [("read", "shard"), ("write", "shard"), ("commit", "thread"), ("write", "thread")]
+    {
         let told = result(&[workload, "--from", from, "--clients", "2"]);
-        assert!(told["workload"] == workload && told["from"] == from && told["verified"] == true, "{told}");
+        assert!(
+            told["workload"] == workload && told["from"] == from && told["verified"] == true,
+            "{told}"
+        );
         assert!(told["ops_per_s"].as_f64().unwrap() > 0.0 && told["machine"].is_object(), "{told}");
-        let (written, live) = (told["write_amplification"].as_f64().unwrap(), told["live_share"].as_f64().unwrap());
+        let (written, live) =
+            (told["write_amplification"].as_f64().unwrap(), told["live_share"].as_f64().unwrap());
         assert!(0.0 < live && live < 1.0 && (workload == "read" || written > 0.5), "{told}");
         let us = |name: &str| told["latency_us"][name].as_f64().unwrap();
         assert!(
-            0.0 < us("p50") && us("p50") <= us("p99") && us("p99") <= us("p999") && us("p999") <= us("max"),
+            0.0 < us("p50")
+                && us("p50") <= us("p99")
+                && us("p99") <= us("p999")
+                && us("p999") <= us("max"),
             "{told}"
         );
     }
@@ -146,8 +193,12 @@ fn bench_measures_verifies_and_leaves_nothing_behind() {
     assert!(served.stop().success());
     result(&["write", "--dir", "mine"]);
     let store = open(&dir.path().join("mine"));
-    let there: Vec<_> =
-        store.volumes().expect("they are listed").iter().map(|v| (v.name().to_owned(), v.bytes())).collect();
+    let there: Vec<_> = store
+        .volumes()
+        .expect("they are listed")
+        .iter()
+        .map(|v| (v.name().to_owned(), v.bytes()))
+        .collect();
     assert_eq!(there, [("disk".into(), 1 << 30)]);
     store.close().expect("it closes");
     let served = Served::start(&dir.path().join("mine"));
@@ -165,9 +216,16 @@ fn bench_measures_verifies_and_leaves_nothing_behind() {
     ] {
         let output = bench_at(dir.path(), wrong);
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(!output.status.success() && text.starts_with("error: ") && text.contains(says), "{wrong:?}: {text}");
+        assert!(
+            !output.status.success() && text.starts_with("error: ") && text.contains(says),
+            "{wrong:?}: {text}"
+        );
     }
-    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "only the user's own store is left");
+    assert_eq!(
+        std::fs::read_dir(dir.path()).unwrap().count(),
+        1,
+        "only the user's own store is left"
+    );
 }
 
 #[test]
@@ -175,7 +233,8 @@ fn an_interrupted_bench_removes_what_it_made() {
     let dir = scratch("interrupted");
     let arguments = ["bench", "write", "--size", "8M", "--memory", "16M", "--seconds", "60"];
     let mut command = corepage(&arguments);
-    let mut child = command.current_dir(dir.path()).stderr(Stdio::piped()).spawn().expect("it runs");
+    let mut child =
+        command.current_dir(dir.path()).stderr(Stdio::piped()).spawn().expect("it runs");
     let meta = || {
         let made = std::fs::read_dir(dir.path()).unwrap().flatten().next();
         made.is_some_and(|made| made.path().join("meta").exists())
@@ -194,17 +253,21 @@ fn an_interrupted_bench_removes_what_it_made() {
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "it left its store behind");
 }
 
-/// Minutes of measuring are lost where the clean-up afterwards decides whether their result is shown: here the memory is full of
-/// the benchmark's own pages when its volume is deleted.
+/// Minutes of measuring are lost where the clean-up afterwards decides whether their result is
+/// shown: here the memory is full of the benchmark's own pages when its volume is deleted.
 #[test]
 fn a_result_is_printed_though_the_memory_is_full_when_its_volume_is_deleted() {
     let dir = scratch("full");
     for place in [&[][..], &["--dir", "mine"]] {
-        let arguments = ["read", "--size", "64M", "--memory", "16M", "--seconds", "1", "--format", "json"];
+        let arguments =
+            ["read", "--size", "64M", "--memory", "16M", "--seconds", "1", "--format", "json"];
         let output = bench_at(dir.path(), &[&arguments[..], place].concat());
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let told: Value = serde_json::from_slice(&output.stdout).expect("JSON alone");
-        assert!(told["verified"] == true && told["ops_per_s"].as_f64().is_some_and(|rate| rate > 0.0), "{told}");
+        assert!(
+            told["verified"] == true && told["ops_per_s"].as_f64().is_some_and(|rate| rate > 0.0),
+            "{told}"
+        );
     }
     let store = open(&dir.path().join("mine"));
     assert_eq!(store.volumes().expect("they are listed").len(), 0);
@@ -215,27 +278,45 @@ fn a_result_is_printed_though_the_memory_is_full_when_its_volume_is_deleted() {
 #[test]
 fn a_sweep_measures_each_depth_and_leaves_nothing_behind() {
     let dir = scratch("sweep");
-    let sweep = bench_at(dir.path(), &["qd-sweep", "--size", "8M", "--memory", "16M", "--seconds", "1"]);
+    let sweep =
+        bench_at(dir.path(), &["qd-sweep", "--size", "8M", "--memory", "16M", "--seconds", "1"]);
     let table = String::from_utf8(sweep.stdout).unwrap();
     let rows = |of: &str| table.lines().filter(|line| line.starts_with(of)).count();
-    assert!(rows("read ") == 9 && rows("write ") == 9 && table.contains("all 2048 pages verified"), "{table}");
+    assert!(
+        rows("read ") == 9 && rows("write ") == 9 && table.contains("all 2048 pages verified"),
+        "{table}"
+    );
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "its store is removed");
 }
 
-/// Every depth that `--help` allows is measured: a store that is busy is asked again, as its callers do.
+/// Every depth that `--help` allows is measured: a store that is busy is asked again, as its
+/// callers do.
 #[test]
 fn any_depth_that_is_allowed_is_run() {
     let dir = scratch("bench-depth");
     let most = ["65536", "300M"];
-    for [workload, from, depth, size] in
-        [["read", "shard", "4096", "64M"], ["write", "thread", most[0], most[1]], ["read", "thread", "10000", "64M"]]
-    {
-        let mut command = corepage(&["bench", workload, "--from", from, "--depth", depth, "--size", size]);
-        let command = command.args(["--memory", "64M", "--seconds", "1", "--format", "json"]).current_dir(dir.path());
+    for [workload, from, depth, size] in [
+        ["read", "shard", "4096", "64M"],
+        ["write", "thread", most[0], most[1]],
+        ["read", "thread", "10000", "64M"],
+    ] {
+        let mut command =
+            corepage(&["bench", workload, "--from", from, "--depth", depth, "--size", size]);
+        let command = command
+            .args(["--memory", "64M", "--seconds", "1", "--format", "json"])
+            .current_dir(dir.path());
         let output = command.output().expect("it runs");
-        assert!(output.status.success(), "depth {depth}: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "depth {depth}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         let told: Value = serde_json::from_slice(&output.stdout).expect("JSON");
-        assert_eq!((&told["depth"], &told["verified"]), (&depth.parse().expect("a number"), &true.into()), "{told}");
+        assert_eq!(
+            (&told["depth"], &told["verified"]),
+            (&depth.parse().expect("a number"), &true.into()),
+            "{told}"
+        );
     }
 }
 
@@ -249,18 +330,25 @@ fn progress_moves_while_it_is_measured() {
     let program = env!("CARGO_BIN_EXE_corepage");
     let run = format!("'{program}' bench read --size 8M --memory 16M --seconds 3");
     let mut command = std::process::Command::new("script");
-    let output = command.args(["-qec", &run, "/dev/null"]).current_dir(dir.path()).output().expect("it runs");
+    let output = command
+        .args(["-qec", &run, "/dev/null"])
+        .current_dir(dir.path())
+        .output()
+        .expect("it runs");
     let shown = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{shown}");
-    let percent =
-        |line: &str| line.split_once(" %")?.0.rsplit(|c: char| !c.is_ascii_digit()).next()?.parse::<u32>().ok();
-    let told: Vec<u32> = shown.split('\r').filter(|part| part.contains("measuring")).filter_map(percent).collect();
+    let percent = |line: &str| {
+        line.split_once(" %")?.0.rsplit(|c: char| !c.is_ascii_digit()).next()?.parse::<u32>().ok()
+    };
+    let told: Vec<u32> =
+        shown.split('\r').filter(|part| part.contains("measuring")).filter_map(percent).collect();
     assert!(told.iter().any(|percent| (1..100).contains(percent)), "{told:?} of {shown:?}");
     assert!(told.is_sorted(), "it only grows: {told:?}");
     assert!(!shown.contains(" 0 %, 0 s left"), "what is not known is not said: {shown:?}");
 }
 
-/// Words of the library (`memory_bytes`, half of the number that was typed) say nothing to whoever typed `--memory 100T`.
+/// Words of the library (`memory_bytes`, half of the number that was typed) say nothing to whoever
+/// typed `--memory 100T`.
 #[test]
 fn what_a_benchmark_can_not_have_is_refused_in_the_words_of_its_arguments() {
     let dir = scratch("bench-refused");

@@ -1,7 +1,8 @@
-//! `corepage verify` as its user meets it: exit codes, the list, JSON, and what it says of a store that it can't look at.
+//! `corepage verify` as its user meets it: exit codes, the list, JSON, and what it says of a store
+//! that it can't look at.
 //!
-//! If these fail, a script takes a damaged store for a whole one, or an administrator learns that something is damaged and not what
-//! that means for the data on it, nor what to do.
+//! If these fail, a script takes a damaged store for a whole one, or an administrator learns that
+//! something is damaged and not what that means for the data on it, nor what to do.
 
 // Real processes take real time.
 #![allow(clippy::disallowed_methods)]
@@ -33,7 +34,8 @@ fn damaged_store(dir: &Path) {
         client.write(0, u64::from(page) * PAGE, &[b'a' + page; PAGE as usize]);
     }
     assert!(server.stop().success());
-    let data = fs::File::options().read(true).write(true).open(dir.join("data")).expect("the data file");
+    let data =
+        fs::File::options().read(true).write(true).open(dir.join("data")).expect("the data file");
     let mut block = [0; PAGE as usize];
     let blocks = data.metadata().expect("its length").len() / PAGE;
     let at = (0..blocks).map(|n| n * PAGE).find(|at| {
@@ -66,14 +68,22 @@ fn exit_codes_tell_whole_damaged_and_unchecked_apart() {
     let output = verify(&store, &["--format", "json"]);
     let told = json(&output);
     assert_eq!((output.status.code(), &told["state"]), (Some(0), &Value::from("whole")), "{told}");
-    assert!(told["bytes_read"].as_u64() > Some(0) && told["damaged"] == Value::Array(vec![]), "{told}");
+    assert!(
+        told["bytes_read"].as_u64() > Some(0) && told["damaged"] == Value::Array(vec![]),
+        "{told}"
+    );
     damaged_store(&store);
     let output = verify(&store, &["--format", "json"]);
     let told = json(&output);
-    assert_eq!((output.status.code(), &told["state"]), (Some(1), &Value::from("damaged")), "{told}");
+    assert_eq!(
+        (output.status.code(), &told["state"]),
+        (Some(1), &Value::from("damaged")),
+        "{told}"
+    );
 }
 
-/// A page number says nothing to whoever has a file system on the volume: the bytes do, and what is said to mend it does.
+/// A page number says nothing to whoever has a file system on the volume: the bytes do, and what is
+/// said to mend it does.
 #[test]
 fn damage_is_told_in_bytes_of_the_volume_and_writing_them_mends_it() {
     for mend_by_trim in [false, true] {
@@ -90,8 +100,10 @@ fn damage_is_told_in_bytes_of_the_volume_and_writing_them_mends_it() {
         assert_eq!(damage["mend"], "overwrite", "{told}");
         let bytes = &damage["volume_bytes"];
         assert_eq!(bytes["volume"], "disk", "{told}");
-        let (offset, length) =
-            (bytes["offset"].as_u64().expect("a number"), bytes["length"].as_u64().expect("a number"));
+        let (offset, length) = (
+            bytes["offset"].as_u64().expect("a number"),
+            bytes["length"].as_u64().expect("a number"),
+        );
         assert_eq!((offset, length, &bytes["all"]), (3 * PAGE, PAGE, &Value::Bool(true)), "{told}");
         assert!(snapshot(dir.path()) == before, "verify changed something");
         // As it is said to be mended.
@@ -125,7 +137,8 @@ fn output_that_is_lost_is_an_error() {
         (1, &["volume", "list", "--dir", dir]),
         (1, &["volume", "create", "more", "1M", "--dir", dir]),
     ] {
-        let full = fs::File::options().write(true).open("/dev/full").expect("a device that is full");
+        let full =
+            fs::File::options().write(true).open("/dev/full").expect("a device that is full");
         let output = corepage(arguments).stdout(full).output().expect("corepage starts");
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");

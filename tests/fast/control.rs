@@ -1,7 +1,8 @@
-//! Commands beside a server that is not at its best: still opening, stopped, overrun, in a deep directory, or a second one.
+//! Commands beside a server that is not at its best: still opening, stopped, overrun, in a deep
+//! directory, or a second one.
 //!
-//! A command never waits without a word, and what it says names the server and what helps. If these fail, scripts hang, or
-//! people close the wrong process.
+//! A command never waits without a word, and what it says names the server and what helps. If these
+//! fail, scripts hang, or people close the wrong process.
 
 // Real processes take real time; nothing here is a matter of timing but that nothing hangs.
 #![allow(clippy::disallowed_methods)]
@@ -20,14 +21,16 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 /// A small server on a free port.
 fn serve(dir: &Path) -> Command {
-    let mut command = corepage(&["serve", "--nbd", "tcp:127.0.0.1:0", "--memory", "32M", "--shards", "2"]);
+    let mut command =
+        corepage(&["serve", "--nbd", "tcp:127.0.0.1:0", "--memory", "32M", "--shards", "2"]);
     command.args(["--volume", "v", "--size", "16M", "--dir"]).arg(dir);
     command
 }
 
 /// Runs a command to its end; one that hangs is a failure.
 fn ended(mut command: Command) -> Output {
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("corepage starts");
+    let mut child =
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("corepage starts");
     let end = Instant::now() + LIMIT;
     while child.try_wait().expect("it can be waited for").is_none() {
         if Instant::now() > end {
@@ -51,15 +54,19 @@ fn said(output: &Output) -> String {
 }
 
 fn signal(served: &Served, signal: Signal) {
-    kill_process(Pid::from_raw(served.id() as i32).expect("a number"), signal).expect("the server runs");
+    kill_process(Pid::from_raw(served.id() as i32).expect("a number"), signal)
+        .expect("the server runs");
 }
 
 /// Stops it, all of its threads.
 fn stop(served: &Served) {
     signal(served, Signal::STOP);
-    let is_stopped = |stat: &str| stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'));
+    let is_stopped =
+        |stat: &str| stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'));
     let tasks = || std::fs::read_dir(format!("/proc/{}/task", served.id())).expect("its threads");
-    let stat = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+    let stat = |task: std::fs::DirEntry| {
+        std::fs::read_to_string(task.path().join("stat")).unwrap_or_default()
+    };
     let end = Instant::now() + LIMIT;
     while !tasks().flatten().all(|task| is_stopped(&stat(task))) {
         assert!(Instant::now() < end, "it does not stop");
@@ -67,7 +74,8 @@ fn stop(served: &Served) {
     }
 }
 
-/// If this fails, the second line of every start script is told to close the process that the first one has started.
+/// If this fails, the second line of every start script is told to close the process that the first
+/// one has started.
 #[test]
 fn a_command_during_the_start_waits_and_says_so() {
     let dir = scratch("start-race");
@@ -106,7 +114,10 @@ fn a_stopped_server_is_named_and_not_waited_for() {
     for output in [listed, stat] {
         let text = said(&output);
         assert_eq!(output.status.code(), Some(1), "{text}");
-        assert!(text.contains(&format!("process {}", served.id())) && text.contains("stopped"), "{text}");
+        assert!(
+            text.contains(&format!("process {}", served.id())) && text.contains("stopped"),
+            "{text}"
+        );
     }
     assert!(ended(volume_list(dir.path())).status.success());
     assert!(served.stop().success());
@@ -121,7 +132,8 @@ fn a_full_queue_of_the_control_socket_is_said() {
     let address = SocketAddrUnix::new(dir.path().join("control.sock")).expect("a short path");
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let connect = || -> rustix::io::Result<OwnedFd> {
-        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        let socket =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
         rustix::net::connect(&socket, &address)?;
         Ok(socket)
     };
@@ -165,9 +177,15 @@ fn a_second_server_is_told_of_the_first() {
     let second = ended(second);
     let text = said(&second);
     assert_eq!(second.status.code(), Some(1), "{text}");
-    assert!(text.contains("in use") && text.contains(&format!("process {}", served.id())), "{text}");
+    assert!(
+        text.contains("in use") && text.contains(&format!("process {}", served.id())),
+        "{text}"
+    );
     assert!(!text.contains("another port"), "{text}");
-    assert!(ended(volume_list(dir.path())).status.success(), "the first has lost its control socket");
+    assert!(
+        ended(volume_list(dir.path())).status.success(),
+        "the first has lost its control socket"
+    );
     assert!(served.stop().success());
 }
 

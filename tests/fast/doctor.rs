@@ -1,4 +1,5 @@
-//! `corepage doctor`: true facts, in lines that fit, with an exit code that a script can use, and nothing left behind.
+//! `corepage doctor`: true facts, in lines that fit, with an exit code that a script can use, and
+//! nothing left behind.
 //!
 //! If these fail, an operator is told to change what is not the cause, or is told that all is well.
 
@@ -36,8 +37,12 @@ fn facts(without: &[Without], dir: &Path) -> (i32, Value) {
 /// All keys, as `a.b`; those of lists once.
 fn keys(value: &Value, path: &str, all: &mut Vec<String>) {
     match value {
-        Value::Object(map) => map.iter().for_each(|(key, value)| keys(value, &format!("{path}.{key}"), all)),
-        Value::Array(list) => list.first().into_iter().for_each(|value| keys(value, &format!("{path}[]"), all)),
+        Value::Object(map) => {
+            map.iter().for_each(|(key, value)| keys(value, &format!("{path}.{key}"), all))
+        }
+        Value::Array(list) => {
+            list.first().into_iter().for_each(|value| keys(value, &format!("{path}[]"), all))
+        }
         _ => all.push(path.trim_start_matches('.').to_owned()),
     }
 }
@@ -45,7 +50,10 @@ fn keys(value: &Value, path: &str, all: &mut Vec<String>) {
 /// The commands that are offered for a subject.
 fn commands(facts: &Value, subject: &str) -> Vec<String> {
     let findings = facts["findings"].as_array().expect("findings");
-    let finding = findings.iter().find(|finding| finding["subject"] == subject).expect("the subject is there");
+    let finding = findings
+        .iter()
+        .find(|finding| finding["subject"] == subject)
+        .expect("the subject is there");
     let better = finding["better"].as_array().expect("a list");
     better.iter().filter_map(|better| better["command"].as_str().map(str::to_owned)).collect()
 }
@@ -57,20 +65,36 @@ fn every_line_fits_the_terminal_but_commands_which_are_copied_whole() {
     let without = [NO_RING, Without::DirectIo, Without::FilesAbove(256)];
     for columns in [40, 60, 80, 100] {
         let mut command = doctor(dir.path(), &[]);
-        let (code, text) = says(start_without(command.env("COLUMNS", columns.to_string()), &without));
+        let (code, text) =
+            says(start_without(command.env("COLUMNS", columns.to_string()), &without));
         assert_eq!(code, 0, "{text}");
-        for line in text.lines().filter(|line| !line.starts_with("      ") && !line.starts_with("corepage ")) {
-            assert!(line.chars().count() <= columns, "{columns} columns, {}: {line}", line.chars().count());
+        for line in text
+            .lines()
+            .filter(|line| !line.starts_with("      ") && !line.starts_with("corepage "))
+        {
+            assert!(
+                line.chars().count() <= columns,
+                "{columns} columns, {}: {line}",
+                line.chars().count()
+            );
         }
         for command in ["docker run --security-opt seccomp=PROFILE.json IMAGE", "ulimit -n 65536"] {
-            assert!(text.lines().any(|line| line.trim() == command), "{command} is not on a line of its own:\n{text}");
+            assert!(
+                text.lines().any(|line| line.trim() == command),
+                "{command} is not on a line of its own:\n{text}"
+            );
         }
-        for subject in ["kernel", "io_uring", "locked memory", "file system", "direct I/O", "block device"] {
+        for subject in
+            ["kernel", "io_uring", "locked memory", "file system", "direct I/O", "block device"]
+        {
             assert!(text.contains(subject), "{subject} is missing:\n{text}");
         }
         // Without line breaks, wherever they fell.
         let words = text.split_whitespace().collect::<Vec<_>>().join(" ");
-        assert!(words.contains("portable, because a seccomp filter forbids io_uring (EPERM)"), "{text}");
+        assert!(
+            words.contains("portable, because a seccomp filter forbids io_uring (EPERM)"),
+            "{text}"
+        );
     }
 }
 
@@ -86,18 +110,21 @@ fn the_keys_of_the_json_form_stay() {
     all.retain(|key| !key.starts_with("machine.directory.device"));
     assert!(device.is_some());
     all.sort();
-    let wanted = "can_run corepage driver.because driver.name findings[].here findings[].level findings[].subject \
-        findings[].used machine.checksum machine.cores.allowed[] machine.cores.online_count \
-        machine.cores.physical_count machine.cores.quota_count machine.directory.direct_io \
-        machine.directory.file_system machine.directory.flush machine.directory.free_bytes machine.directory.holds_store \
-        machine.directory.looked_at machine.directory.path \
-        machine.directory.unwritable machine.huge_pages.free_count machine.huge_pages.reserved_count \
-        machine.huge_pages.transparent machine.io_uring.available machine.io_uring.disabled_setting \
-        machine.io_uring.error machine.io_uring.refusal machine.io_uring.seccomp_filter machine.kernel.refused \
-        machine.kernel.release machine.memory.available_bytes machine.memory.group_limit_bytes machine.memory.process_limit_bytes \
-        machine.memory.total_bytes machine.memory_locks.enforced machine.memory_locks.executors_max \
-        machine.memory_locks.hard_limit_bytes machine.memory_locks.limit_bytes machine.open_files.file_bytes_max machine.open_files.hard_limit_count \
-        machine.open_files.limit_count";
+    let wanted = "can_run corepage driver.because driver.name findings[].here findings[].level \
+         findings[].subject findings[].used machine.checksum machine.cores.allowed[] \
+         machine.cores.online_count machine.cores.physical_count machine.cores.quota_count \
+         machine.directory.direct_io machine.directory.file_system machine.directory.flush \
+         machine.directory.free_bytes machine.directory.holds_store machine.directory.looked_at \
+         machine.directory.path machine.directory.unwritable machine.huge_pages.free_count \
+         machine.huge_pages.reserved_count machine.huge_pages.transparent \
+         machine.io_uring.available machine.io_uring.disabled_setting machine.io_uring.error \
+         machine.io_uring.refusal machine.io_uring.seccomp_filter machine.kernel.refused \
+         machine.kernel.release machine.memory.available_bytes machine.memory.group_limit_bytes \
+         machine.memory.process_limit_bytes machine.memory.total_bytes \
+         machine.memory_locks.enforced machine.memory_locks.executors_max \
+         machine.memory_locks.hard_limit_bytes machine.memory_locks.limit_bytes \
+         machine.open_files.file_bytes_max machine.open_files.hard_limit_count \
+         machine.open_files.limit_count";
     assert_eq!(all.join(" "), wanted);
     assert_eq!(commands(&facts, "open files"), ["ulimit -n 65536"]);
 }
@@ -107,8 +134,14 @@ fn a_ring_that_a_filter_forbids_is_seen_by_trying_and_its_reason_is_named() {
     let dir = scratch("doctor-ring");
     let (code, refused) = facts(&[NO_RING], dir.path());
     let ring = &refused["machine"]["io_uring"];
-    assert_eq!((code, &ring["available"], &ring["seccomp_filter"]), (0, &Value::Bool(false), &Value::Bool(true)));
-    assert_eq!((&ring["error"], &refused["driver"]["name"]), (&Value::from("EPERM"), &Value::from("portable")));
+    assert_eq!(
+        (code, &ring["available"], &ring["seccomp_filter"]),
+        (0, &Value::Bool(false), &Value::Bool(true))
+    );
+    assert_eq!(
+        (&ring["error"], &refused["driver"]["name"]),
+        (&Value::from("EPERM"), &Value::from("portable"))
+    );
     // Where the whole machine forbids it, too, that is named first.
     if ring["disabled_setting"].as_u64().unwrap_or(0) == 0 {
         assert_eq!(ring["refusal"], "seccomp");
@@ -116,13 +149,19 @@ fn a_ring_that_a_filter_forbids_is_seen_by_trying_and_its_reason_is_named() {
     }
     let (code, old) = facts(&[OLD_KERNEL], dir.path());
     let ring = &old["machine"]["io_uring"];
-    assert_eq!((code, &ring["available"], &ring["error"]), (0, &Value::Bool(false), &Value::from("ENOSYS")));
+    assert_eq!(
+        (code, &ring["available"], &ring["error"]),
+        (0, &Value::Bool(false), &Value::from("ENOSYS"))
+    );
     let (code, unused) = facts(&[Without::RingUse], dir.path());
     let used = &unused["machine"]["io_uring"];
     assert_eq!((code, &used["available"]), (0, &Value::Bool(false)));
     assert_eq!(used["error"], "EPERM when entering a ring");
     // The setting shows that the kernel has io_uring.
-    assert_eq!(ring["refusal"], if ring["disabled_setting"].is_null() { "kernel" } else { "seccomp" });
+    assert_eq!(
+        ring["refusal"],
+        if ring["disabled_setting"].is_null() { "kernel" } else { "seccomp" }
+    );
 }
 
 /// A limit that root passes by must not be reported as one that holds, nor the other way round.
@@ -131,9 +170,13 @@ fn a_limit_of_locked_memory_is_told_from_one_that_does_not_hold() {
     let dir = scratch("doctor-locks");
     let (code, facts_) = facts(&[Without::LocksAbove(64 << 10)], dir.path());
     let locks = &facts_["machine"]["memory_locks"];
-    assert_eq!((code, &locks["limit_bytes"], &locks["enforced"]), (0, &Value::from(64 << 10), &Value::Bool(true)));
+    assert_eq!(
+        (code, &locks["limit_bytes"], &locks["enforced"]),
+        (0, &Value::from(64 << 10), &Value::Bool(true))
+    );
     assert_eq!(locks["executors_max"], 0);
-    // With no locked memory at all a ring fits, on kernels that do not charge for it, or is refused for that reason.
+    // With no locked memory at all a ring fits, on kernels that do not charge for it, or is refused
+    // for that reason.
     let (code, none) = facts(&[Without::LocksAbove(0)], dir.path());
     let ring = &none["machine"]["io_uring"];
     assert_eq!(code, 0);
@@ -159,14 +202,19 @@ fn the_exit_code_says_when_no_store_can_run_and_the_table_says_why() {
     let (code, text) = says(&mut doctor(&file.join("store"), &[]));
     assert_eq!(code, 1);
     assert!(text.contains("✗ file system") && text.contains("can't run here"), "{text}");
-    let (code, text) = says(start_without(&mut doctor(dir.path(), &[]), &[Without::FilesAbove(32)]));
+    let (code, text) =
+        says(start_without(&mut doctor(dir.path(), &[]), &[Without::FilesAbove(32)]));
     assert_eq!(code, 1);
     assert!(text.contains("✗ open files") && text.contains("ulimit -n 65536"), "{text}");
-    assert_eq!(doctor(dir.path(), &["--format", "xml"]).output().expect("it starts").status.code(), Some(2));
+    assert_eq!(
+        doctor(dir.path(), &["--format", "xml"]).output().expect("it starts").status.code(),
+        Some(2)
+    );
     assert_eq!(snapshot(dir.path()), before);
 }
 
-/// Whoever asks first and starts then must not hear yes and fail, nor hear no where a start would do.
+/// Whoever asks first and starts then must not hear yes and fail, nor hear no where a start would
+/// do.
 #[test]
 fn doctor_says_no_where_serve_fails_and_yes_where_it_starts() {
     let dir = scratch("doctor-agrees");
@@ -180,7 +228,11 @@ fn doctor_says_no_where_serve_fails_and_yes_where_it_starts() {
         let store = dir.path().join(if subject.is_empty() { "store" } else { "refused" });
         let (code, text) = says(start_without(&mut doctor(&store, arguments), without));
         let fatal = format!("✗ {subject}");
-        assert_eq!((code, text.contains("✗")), (i32::from(!subject.is_empty()), !subject.is_empty()), "{text}");
+        assert_eq!(
+            (code, text.contains("✗")),
+            (i32::from(!subject.is_empty()), !subject.is_empty()),
+            "{text}"
+        );
         assert!(subject.is_empty() || text.contains(&fatal), "{text}");
         let address = format!("unix:{}", dir.path().join("s").display());
         let mut serve = corepage(&["serve", "--nbd", &address, "--dir"]);
@@ -190,35 +242,55 @@ fn doctor_says_no_where_serve_fails_and_yes_where_it_starts() {
             continue;
         }
         let output = start_without(&mut serve, without).output().expect("it starts");
-        assert_eq!(output.status.code(), Some(1), "{subject}: {}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(
+            output.status.code(),
+            Some(1),
+            "{subject}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
 }
 
-/// Room for a new store was not looked at: with 4 MiB left the answer was yes. One that is there needs none.
+/// Room for a new store was not looked at: with 4 MiB left the answer was yes. One that is there
+/// needs none.
 #[test]
 fn a_disk_without_room_for_a_new_store_is_told() {
     let Some(mounted) = Mounted::image("ext4") else { return };
-    let free = |facts: &Value| facts["machine"]["directory"]["free_bytes"].as_u64().expect("a number");
+    let free =
+        |facts: &Value| facts["machine"]["directory"]["free_bytes"].as_u64().expect("a number");
     let (code, roomy) = facts(&[], mounted.path());
     assert_eq!(code, 0);
     let filled = std::fs::File::create(mounted.path().join("fill")).expect("a file");
-    rustix::fs::fallocate(&filled, rustix::fs::FallocateFlags::empty(), 0, free(&roomy) - (4 << 20)).expect("it fits");
+    rustix::fs::fallocate(
+        &filled,
+        rustix::fs::FallocateFlags::empty(),
+        0,
+        free(&roomy) - (4 << 20),
+    )
+    .expect("it fits");
     let store = mounted.path().join("store");
     let (code, text) = says(&mut doctor(&store, &[]));
     let words = text.split_whitespace().collect::<Vec<_>>().join(" ");
     assert!(code == 1 && words.contains("a new one takes") && words.contains("on one"), "{text}");
-    let output = corepage(&["serve", "--nbd", "tcp:127.0.0.1:0", "--dir"]).arg(&store).output().expect("it starts");
+    let output = corepage(&["serve", "--nbd", "tcp:127.0.0.1:0", "--dir"])
+        .arg(&store)
+        .output()
+        .expect("it starts");
     assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// In a container without /proc and /sys: what doctor names is the driver that serve takes, and nothing panics.
+/// In a container without /proc and /sys: what doctor names is the driver that serve takes, and
+/// nothing panics.
 #[test]
 fn doctor_and_serve_name_the_same_driver_where_proc_and_sys_are_hidden() {
     let dir = scratch("doctor-hidden");
     let hide = "mount -t tmpfs none /proc && mount -t tmpfs none /sys && exec \"$@\"";
     let hidden = |command: &Command| {
         let mut within = Command::new("unshare");
-        within.args(["-m", "sh", "-c", hide, "sh"]).arg(command.get_program()).args(command.get_args());
+        within
+            .args(["-m", "sh", "-c", hide, "sh"])
+            .arg(command.get_program())
+            .args(command.get_args());
         within.env("RUST_LOG", "warn").stdin(std::process::Stdio::null());
         within
     };
@@ -233,8 +305,12 @@ fn doctor_and_serve_name_the_same_driver_where_proc_and_sys_are_hidden() {
     let mut serve = corepage(&["serve", "--nbd", "tcp:127.0.0.1:0", "--dir"]);
     serve.arg(dir.path().join("store"));
     let served = Served::spawn(hidden(&serve), 1);
-    let line = served.lines.iter().find(|line| line.starts_with("store ")).expect("the report").clone();
-    assert!(line.contains(&format!("; {driver} on")) || line.contains(&format!("; {driver}, ")), "{driver}: {line}");
+    let line =
+        served.lines.iter().find(|line| line.starts_with("store ")).expect("the report").clone();
+    assert!(
+        line.contains(&format!("; {driver} on")) || line.contains(&format!("; {driver}, ")),
+        "{driver}: {line}"
+    );
     assert!(!line.contains("executor failed"), "{line}");
     assert!(served.stop().success());
 }
@@ -268,11 +344,15 @@ fn the_device_behind_a_file_system_is_found_also_where_it_is_hidden() {
         let device = &directory["device"];
         assert!(device["name"].as_str().is_some_and(|name| name.starts_with("loop")), "{device}");
         assert!(device["on"][0].as_str().is_some_and(|file| file.ends_with("/image")), "{device}");
-        assert!(device["logical_block_bytes"].as_u64().is_some_and(|bytes| bytes >= 512), "{device}");
+        assert!(
+            device["logical_block_bytes"].as_u64().is_some_and(|bytes| bytes >= 512),
+            "{device}"
+        );
     }
 }
 
-/// A control group with so much processor time, removed at the end. `None`, loudly, where none can be made.
+/// A control group with so much processor time, removed at the end. `None`, loudly, where none can
+/// be made.
 struct TimeGroup(std::path::PathBuf);
 
 impl TimeGroup {
@@ -280,7 +360,8 @@ impl TimeGroup {
         // Version 2, or either usual place of version 1.
         let tops = ["/sys/fs/cgroup", "/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"];
         let group = tops.iter().find_map(|top| {
-            let group = Path::new(top).join(format!("corepage-test-{}-{percent}", std::process::id()));
+            let group =
+                Path::new(top).join(format!("corepage-test-{}-{percent}", std::process::id()));
             std::fs::create_dir(&group).ok()?;
             let made = TimeGroup(group);
             // The kernel makes these files, where the directory is one of control groups.
@@ -288,8 +369,8 @@ impl TimeGroup {
                 let file = std::fs::File::options().write(true).open(made.0.join(name));
                 file.and_then(|mut file| file.write_all(text.as_bytes())).is_ok()
             };
-            let limited =
-                set("cpu.max", format!("{percent}000 100000")) || set("cpu.cfs_quota_us", format!("{percent}000"));
+            let limited = set("cpu.max", format!("{percent}000 100000"))
+                || set("cpu.cfs_quota_us", format!("{percent}000"));
             limited.then_some(made)
         });
         if group.is_none() {

@@ -1,6 +1,8 @@
-//! A store that is full, by its own limit or its file system's: what makes room is not refused, and the room is there at once.
+//! A store that is full, by its own limit or its file system's: what makes room is not refused, and
+//! the room is there at once.
 //!
-//! If these fail, whoever meets a full disk can't delete, shrink or discard what fills it: no error tells that trying again helps.
+//! If these fail, whoever meets a full disk can't delete, shrink or discard what fills it: no error
+//! tells that trying again helps.
 
 use crate::common;
 use common::role::{Run, ring_works};
@@ -27,7 +29,8 @@ fn fill(store: &Store, volume: &Volume, first: u64) -> (u64, Error) {
         let mut txn = store.begin();
         for page in next..next + BATCH {
             let bytes = page.to_le_bytes().repeat(512);
-            txn.write(volume, PageId::new(page), bytes).expect("a write of a transaction is kept for its commit");
+            txn.write(volume, PageId::new(page), bytes)
+                .expect("a write of a transaction is kept for its commit");
         }
         match block_on(txn.commit()) {
             Ok(_) => next += BATCH,
@@ -41,7 +44,8 @@ fn fill(store: &Store, volume: &Volume, first: u64) -> (u64, Error) {
 fn filled(run: Run) -> (tempfile::TempDir, Store, Volume, Volume, u64) {
     let dir = common::scratch("full");
     let store =
-        block_on(Store::open(dir.path().join("store"), options(run, 40 * u64::from(run.shards)))).expect("a store");
+        block_on(Store::open(dir.path().join("store"), options(run, 40 * u64::from(run.shards))))
+            .expect("a store");
     let full = block_on(store.create_volume("full", 64 << 30)).expect("a volume");
     let other = block_on(store.create_volume("other", 64 << 30)).expect("a volume");
     let (pages, error) = fill(&store, &full, 0);
@@ -88,7 +92,8 @@ fn pages_of_a_full_store_are_freed_at_the_first_try() {
             txn.free(&full, PageId::new(page)).expect("kept for the commit");
         }
         block_on(txn.commit()).expect("a free of many pages");
-        block_on(full.free_range(PageId::new(0), PageId::new(pages / 2))).expect("a free of half of the volume");
+        block_on(full.free_range(PageId::new(0), PageId::new(pages / 2)))
+            .expect("a free of half of the volume");
         block_on(full.free_range(PageId::new(0), PageId::new(u64::MAX))).expect("a free of all");
         has_room_for(&store, &other, pages * 3 / 4);
     }

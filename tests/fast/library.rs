@@ -1,4 +1,5 @@
-//! The library where people embed it: in any runtime, on plain threads, in an event loop of their own, and dropped half-way.
+//! The library where people embed it: in any runtime, on plain threads, in an event loop of their
+//! own, and dropped half-way.
 
 // Real time passes.
 #![allow(clippy::disallowed_methods)]
@@ -71,7 +72,11 @@ fn every_operation_works_from_every_runtime() {
     let dir = |n: usize| dirs[n].path().join("store");
     let many = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
     many.block_on(async { tokio::spawn(one_of_each(dir(0))).await.unwrap() }).unwrap();
-    tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(one_of_each(dir(1))).unwrap();
+    tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap()
+        .block_on(one_of_each(dir(1)))
+        .unwrap();
     smol::block_on(smol::spawn(one_of_each(dir(2)))).unwrap();
     let (at, executor) = (dir(3), glommio::LocalExecutorBuilder::default());
     executor.spawn(move || async move { one_of_each(at).await }).unwrap().join().unwrap().unwrap();
@@ -81,7 +86,8 @@ fn every_operation_works_from_every_runtime() {
 #[test]
 fn blocking_calls_work_on_threads_and_are_refused_where_they_would_wait_for_themselves() {
     let (_dir, store, volume) = open(options());
-    let (plain, disk) = (blocking::Store::from(store.clone()), blocking::Volume::from(volume.clone()));
+    let (plain, disk) =
+        (blocking::Store::from(store.clone()), blocking::Volume::from(volume.clone()));
     std::thread::scope(|scope| {
         for thread in 0..4u64 {
             let (plain, disk) = (plain.clone(), disk.clone());
@@ -89,7 +95,9 @@ fn blocking_calls_work_on_threads_and_are_refused_where_they_would_wait_for_them
                 for n in 0..50 {
                     loop {
                         let mut txn = plain.begin();
-                        let count = u64::from_le_bytes(txn.read(&disk, id(0)).unwrap()[..8].try_into().unwrap());
+                        let count = u64::from_le_bytes(
+                            txn.read(&disk, id(0)).unwrap()[..8].try_into().unwrap(),
+                        );
                         txn.patch(&disk, id(0), 0, (count + 1).to_le_bytes().to_vec()).unwrap();
                         txn.write(&disk, id(1 + thread * 600 + n), page(n as u8)).unwrap();
                         match txn.commit() {
@@ -109,12 +117,15 @@ fn blocking_calls_work_on_threads_and_are_refused_where_they_would_wait_for_them
     assert_eq!(scanned.unwrap().len(), 200);
     let refused = store.on_shard(0, move |_| async move { disk.read(id(0)).map(drop) }).unwrap();
     let refused = block_on(refused).unwrap().unwrap_err();
-    assert!(refused.kind() == ErrorKind::Invalid && refused.to_string().contains("asynchronous"), "{refused}");
+    assert!(
+        refused.kind() == ErrorKind::Invalid && refused.to_string().contains("asynchronous"),
+        "{refused}"
+    );
     plain.close().unwrap();
 }
 
-/// Whoever finds that a page was freed can wait until that is durable, however he found it: else a crash brings back what he has
-/// taken for gone.
+/// Whoever finds that a page was freed can wait until that is durable, however he found it: else a
+/// crash brings back what he has taken for gone.
 #[test]
 fn readers_of_freed_pages_can_wait_until_the_free_is_durable() {
     let (_dir, store, disk) = open(options());
@@ -175,7 +186,11 @@ fn a_queue_gives_each_operation_one_completion_and_its_descriptor_says_when() {
     let mut queue = Queue::new(&store, 100).unwrap();
     let mut done: Vec<Completion> = Vec::new();
     assert!(!readable(&queue, 0), "nothing was asked");
-    assert_eq!(queue.wait(5, None, &mut done).unwrap(), 0, "it waits for nothing that is not there");
+    assert_eq!(
+        queue.wait(5, None, &mut done).unwrap(),
+        0,
+        "it waits for nothing that is not there"
+    );
     for round in 0..50u64 {
         let ops = (0..150).map(|n| (n, Op::write(&disk, id(n * 100), page(round as u8))));
         assert_eq!(queue.submit_batch(ops), 100, "the depth");
@@ -185,7 +200,11 @@ fn a_queue_gives_each_operation_one_completion_and_its_descriptor_says_when() {
             let (before, min) = (done.len(), 1 + round as usize % 40);
             if round % 2 == 0 {
                 // An event loop: the descriptor first, then what is there.
-                assert!(readable(&queue, 60_000), "{} in flight, and the descriptor stays silent", queue.in_flight());
+                assert!(
+                    readable(&queue, 60_000),
+                    "{} in flight, and the descriptor stays silent",
+                    queue.in_flight()
+                );
                 queue.wait(0, None, &mut done).unwrap();
             } else {
                 let some = queue.wait(min, None, &mut done).unwrap();
@@ -196,7 +215,9 @@ fn a_queue_gives_each_operation_one_completion_and_its_descriptor_says_when() {
         let mut tags: Vec<u64> = done
             .drain(..)
             .map(|one| {
-                assert!(matches!(one.result, Ok(Output::Committed(lsn)) if lsn <= store.durable_lsn()));
+                assert!(
+                    matches!(one.result, Ok(Output::Committed(lsn)) if lsn <= store.durable_lsn())
+                );
                 one.tag
             })
             .collect();
@@ -232,7 +253,8 @@ fn comes_true(what: impl Fn() -> bool) {
     }
 }
 
-/// Polls a future so many times, with a pause in between, and drops it; whether it was ready by then.
+/// Polls a future so many times, with a pause in between, and drops it; whether it was ready by
+/// then.
 fn polled<T>(mut future: Pin<Box<dyn Future<Output = T> + '_>>, times: usize) -> bool {
     let mut context = Context::from_waker(Waker::noop());
     for n in 0..times {
@@ -246,8 +268,8 @@ fn polled<T>(mut future: Pin<Box<dyn Future<Output = T> + '_>>, times: usize) ->
     false
 }
 
-/// What was submitted by the first poll happens; what was never polled does not; and no place, pin or lock is kept: there are
-/// only 64 places, and each is used many times.
+/// What was submitted by the first poll happens; what was never polled does not; and no place, pin
+/// or lock is kept: there are only 64 places, and each is used many times.
 #[test]
 fn a_future_dropped_at_any_await_loses_nothing_submitted_and_leaks_nothing() {
     let (_dir, store, disk) = open(Options { requests_max: 64, ..options() });
@@ -257,15 +279,19 @@ fn a_future_dropped_at_any_await_loses_nothing_submitted_and_leaks_nothing() {
     let mut drops = 0;
     for (n, polls) in (0..400u64).map(|n| (n, n as usize % 12)) {
         let fill = 2 + (n % 250) as u8;
-        // Flushes that were dropped have ended when a later one has. Else a slow disk has them take all places, and what is polled
-        // once waits for one: it was not submitted.
+        // Flushes that were dropped have ended when a later one has. Else a slow disk has them take
+        // all places, and what is polled once waits for one: it was not submitted.
         for _shard in 0..2 {
             block_on(store.flush()).unwrap();
         }
         let ready = polled(Box::pin(disk.write(id(n), page(fill))), polls);
         drops += usize::from(!ready);
         match polls {
-            0 => assert_eq!(block_on(disk.read(id(n))).unwrap()[0], 1, "never polled, and yet written"),
+            0 => assert_eq!(
+                block_on(disk.read(id(n))).unwrap()[0],
+                1,
+                "never polled, and yet written"
+            ),
             _ => comes_true(|| block_on(disk.read(id(n))).unwrap()[0] == fill),
         }
         // Over both shards.
@@ -300,7 +326,10 @@ fn a_future_dropped_at_any_await_loses_nothing_submitted_and_leaks_nothing() {
     }
     block_on(store.resize_volume("v", 100 * 4096)).unwrap();
     block_on(store.wait_freed()).unwrap();
-    assert_eq!(block_on(disk.allocated(id(0), id(u64::MAX), 10)).unwrap().ranges, [(id(0), id(99))]);
+    assert_eq!(
+        block_on(disk.allocated(id(0), id(u64::MAX), 10)).unwrap().ranges,
+        [(id(0), id(99))]
+    );
     // All pins are there: half of what a handle may hold, at once.
     let half: Vec<PageId> = (0..(32 << 20) / 4096 / 8).map(|n| id(n % 100)).collect();
     assert_eq!(block_on(disk.read_many(&half)).unwrap().len(), half.len());
@@ -309,7 +338,8 @@ fn a_future_dropped_at_any_await_loses_nothing_submitted_and_leaks_nothing() {
     block_on(store.close()).unwrap();
 }
 
-/// Whoever waits for a page and for something else at a time drops the scan's future again and again.
+/// Whoever waits for a page and for something else at a time drops the scan's future again and
+/// again.
 #[test]
 fn a_scan_whose_calls_are_dropped_misses_no_page() {
     let (dir, store, disk) = open(options());
@@ -332,7 +362,11 @@ fn a_scan_whose_calls_are_dropped_misses_no_page() {
             },
         }
     }
-    assert_eq!(seen, (0..5000).map(|n| (n * 3, n as u8)).collect::<Vec<_>>(), "{drops} calls were dropped");
+    assert_eq!(
+        seen,
+        (0..5000).map(|n| (n * 3, n as u8)).collect::<Vec<_>>(),
+        "{drops} calls were dropped"
+    );
     assert!(drops > 50, "only {drops} calls were dropped");
     block_on(store.close()).unwrap();
 }
@@ -364,17 +398,28 @@ fn counters_and_latencies_agree_with_what_was_done() {
         (1, 302),
         "one was freed, the others are in memory"
     );
-    assert_eq!((grown(|s| s.buffered_latency.count()), grown(|s| s.commit_latency.count())), (300, 2));
+    assert_eq!(
+        (grown(|s| s.buffered_latency.count()), grown(|s| s.commit_latency.count())),
+        (300, 2)
+    );
     assert_eq!(grown(|s| s.flush_latency.count()), 1);
     let reads = grown(|s| s.read_latency.count());
-    assert!((301..=303).contains(&reads), "{reads} reads, of several pages at a time one for each shard");
+    assert!(
+        (301..=303).contains(&reads),
+        "{reads} reads, of several pages at a time one for each shard"
+    );
     assert!(after.commit_latency.percentile(50.0) <= after.commit_latency.max());
     // The device: what went through the log and to its place, and not much more than that.
     let (user, device) = (grown(|s| s.bytes_written), grown(|s| s.device_bytes_written));
     assert!(device >= user && device < 4 * user, "{user} bytes written, {device} at the device");
     assert!(grown(|s| s.device_writes) >= grown(|s| s.page_write_ops) + grown(|s| s.log_groups));
-    assert!(grown(|s| s.vectored_writes) > 0 && grown(|s| s.vectored_writes) <= grown(|s| s.device_writes));
-    assert!(grown(|s| s.submissions) > 0 && grown(|s| s.log_flushes) > 0 && after.coalesced_writes > 0);
+    assert!(
+        grown(|s| s.vectored_writes) > 0
+            && grown(|s| s.vectored_writes) <= grown(|s| s.device_writes)
+    );
+    assert!(
+        grown(|s| s.submissions) > 0 && grown(|s| s.log_flushes) > 0 && after.coalesced_writes > 0
+    );
     let shards = block_on(store.shard_stats()).unwrap();
     assert_eq!(shards.iter().map(|s| s.page_writes).sum::<u64>(), after.page_writes);
     comes_true(|| {
@@ -397,15 +442,21 @@ fn counters_and_latencies_agree_with_what_was_done() {
     block_on(disk.read_many(&(100..110).map(|n| id(n * 7)).collect::<Vec<_>>())).unwrap();
     let after = block_on(store.stats()).unwrap();
     assert_eq!(after.cache_hits, before.cache_hits);
-    assert!(after.device_reads > before.device_reads && after.vectored_reads > before.vectored_reads, "{after:?}");
-    assert!(after.caller_reads > before.caller_reads && after.node_reads > before.node_reads, "{after:?}");
+    assert!(
+        after.device_reads > before.device_reads && after.vectored_reads > before.vectored_reads,
+        "{after:?}"
+    );
+    assert!(
+        after.caller_reads > before.caller_reads && after.node_reads > before.node_reads,
+        "{after:?}"
+    );
     assert!(after.device_reads >= after.caller_reads + after.node_reads, "{after:?}");
     assert!(after.device_bytes_read >= before.device_bytes_read + 10 * 4096);
     block_on(store.close()).unwrap();
 }
 
-/// A hit ratio that counts pages which are not stored, or operations that nobody asked for, says that memory suffices, or that a
-/// store is in use, when it is not so.
+/// A hit ratio that counts pages which are not stored, or operations that nobody asked for, says
+/// that memory suffices, or that a store is in use, when it is not so.
 #[test]
 fn what_nobody_asked_for_is_not_counted_and_what_is_not_stored_is_no_hit() {
     let (_dir, store, disk) = open(options());
@@ -414,9 +465,17 @@ fn what_nobody_asked_for_is_not_counted_and_what_is_not_stored_is_no_hit() {
         block_on(store.volumes()).unwrap();
     }
     let idle = block_on(store.stats()).unwrap();
-    assert_eq!((idle.page_reads, idle.bytes_read, idle.cache_hits), (0, 0, 0), "nobody has read a page");
+    assert_eq!(
+        (idle.page_reads, idle.bytes_read, idle.cache_hits),
+        (0, 0, 0),
+        "nobody has read a page"
+    );
     assert_eq!(idle.read_latency.count(), 0, "the engine has read records of volumes");
-    assert!(idle.catalog_reads >= 40 * 247, "they are counted where they belong: {}", idle.catalog_reads);
+    assert!(
+        idle.catalog_reads >= 40 * 247,
+        "they are counted where they belong: {}",
+        idle.catalog_reads
+    );
     // The creation of the volume is a commit, and that is all.
     assert!(idle.peak_iops <= 1, "{} operations in a second", idle.peak_iops);
     for n in 0..50 {

@@ -1,8 +1,9 @@
-//! The life of a server process: what reaches it from outside - signals, limits, a log that nobody reads, a device that
-//! fails - and how it ends.
+//! The life of a server process: what reaches it from outside - signals, limits, a log that nobody
+//! reads, a device that fails - and how it ends.
 //!
-//! A server serves or has ended, cleanly wherever that is possible, and its exit code says which. If these fail, a log
-//! rotation or a supervisor's habits cost a recovery, or a service looks healthy and serves nobody.
+//! A server serves or has ended, cleanly wherever that is possible, and its exit code says which.
+//! If these fail, a log rotation or a supervisor's habits cost a recovery, or a service looks
+//! healthy and serves nobody.
 
 // Real processes take real time; nothing here is a matter of timing but that nothing hangs.
 #![allow(clippy::disallowed_methods)]
@@ -22,7 +23,8 @@ use std::time::{Duration, Instant};
 
 /// A small server on a free port.
 fn serve(dir: &Path) -> Command {
-    let mut command = corepage(&["serve", "--nbd", "tcp:127.0.0.1:0", "--memory", "32M", "--shards", "1"]);
+    let mut command =
+        corepage(&["serve", "--nbd", "tcp:127.0.0.1:0", "--memory", "32M", "--shards", "1"]);
     command.args(["--volume", "v", "--size", "1G", "--dir"]).arg(dir);
     command
 }
@@ -58,7 +60,8 @@ fn all_of(mut pipe: PipeReader) -> String {
     text
 }
 
-/// If this fails, a restarted log collector ends the server at its next line: unclean, or alive and accepting nobody.
+/// If this fails, a restarted log collector ends the server at its next line: unclean, or alive and
+/// accepting nobody.
 #[test]
 fn a_log_that_nobody_takes_is_no_reason_to_end() {
     let full = || Stdio::from(File::options().write(true).open("/dev/full").expect("/dev/full"));
@@ -77,7 +80,8 @@ fn a_log_that_nobody_takes_is_no_reason_to_end() {
     }
 }
 
-/// If this fails, a log reader that stalls stalls every thread of the server that has something to say.
+/// If this fails, a log reader that stalls stalls every thread of the server that has something to
+/// say.
 #[test]
 fn a_log_reader_that_stalls_holds_up_nobody() {
     let dir = scratch("stalled-log");
@@ -116,8 +120,10 @@ fn lines_of_a_kind_are_bounded() {
 
 fn is_ignored(signal: Signal) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").expect("/proc is there");
-    let ignored =
-        status.lines().find_map(|line| line.strip_prefix("SigIgn:")).expect("the kernel says what is ignored");
+    let ignored = status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigIgn:"))
+        .expect("the kernel says what is ignored");
     let ignored = u64::from_str_radix(ignored.trim(), 16).expect("a mask");
     ignored & 1 << (signal.as_raw() - 1) != 0
 }
@@ -126,7 +132,8 @@ fn is_ignored(signal: Signal) -> bool {
 #[test]
 fn repeated_signals_of_supervisors_end_it_cleanly() {
     // Where these tests run under `nohup`, the server inherits that, and a SIGHUP stays ignored.
-    let repeated = [Signal::TERM, Signal::HUP, Signal::INT].into_iter().filter(|signal| !is_ignored(*signal));
+    let repeated =
+        [Signal::TERM, Signal::HUP, Signal::INT].into_iter().filter(|signal| !is_ignored(*signal));
     for repeated in repeated {
         let dir = scratch("repeated-signal");
         let mut served = Served::spawn(serve(dir.path()), 1);
@@ -151,7 +158,10 @@ fn a_hangup_that_was_ignored_stays_ignored() {
     let dir = scratch("nohup");
     let plain = serve(dir.path());
     let mut command = Command::new("sh");
-    command.args(["-c", "trap '' HUP; exec \"$0\" \"$@\""]).arg(plain.get_program()).args(plain.get_args());
+    command
+        .args(["-c", "trap '' HUP; exec \"$0\" \"$@\""])
+        .arg(plain.get_program())
+        .args(plain.get_args());
     command.env("RUST_LOG", "error").stdin(Stdio::null());
     let served = Served::spawn(command, 1);
     let mut client = served.client();
@@ -183,7 +193,10 @@ fn a_limit_of_file_sizes_is_a_full_disk() {
         assert!(written < 1 << 30, "the limit is not in force");
     }
     assert_eq!(client.call(nbd::FUA, nbd::WRITE, written, 1 << 20, &vec![5; 1 << 20]), nbd::ENOSPC);
-    assert!(written >= 16 << 20 && client.read(written - 4096, 4096) == [5; 4096], "{written} bytes");
+    assert!(
+        written >= 16 << 20 && client.read(written - 4096, 4096) == [5; 4096],
+        "{written} bytes"
+    );
     assert!(served.stop().success());
 }
 
@@ -193,7 +206,8 @@ fn break_writes(served: &Served) {
     prlimit(Some(pid(served)), Resource::Fsize, none).expect("a limit for a child");
 }
 
-/// If this fails, a server whose device had an error answers EIO until somebody looks, though a start would mend it.
+/// If this fails, a server whose device had an error answers EIO until somebody looks, though a
+/// start would mend it.
 #[test]
 fn a_store_that_has_stopped_ends_the_server_for_its_supervisor() {
     let dir = scratch("stopped");
@@ -215,7 +229,8 @@ fn a_store_that_has_stopped_ends_the_server_for_its_supervisor() {
     assert!(served.stop().success());
 }
 
-/// If this fails, data that can still be read can't be saved from a store whose device takes no writes.
+/// If this fails, data that can still be read can't be saved from a store whose device takes no
+/// writes.
 #[test]
 fn a_store_that_has_stopped_is_still_read_if_that_is_asked_for() {
     let dir = scratch("stays");
@@ -271,7 +286,8 @@ fn a_log_filter_that_cannot_be_meant_is_refused() {
     }
 }
 
-/// If this fails, a typing error costs the machine its memory, or leaves hundreds of megabytes of a store that never was.
+/// If this fails, a typing error costs the machine its memory, or leaves hundreds of megabytes of a
+/// store that never was.
 #[test]
 fn more_memory_than_there_is_is_refused_before_anything_is_made() {
     let dir = scratch("memory");
@@ -296,7 +312,8 @@ fn the_default_memory_suits_a_limit_of_the_process() {
     assert!(served.stop().success());
 }
 
-/// If this fails, a unit with `Type=notify` is never started, or its clients are let loose before there is a server.
+/// If this fails, a unit with `Type=notify` is never started, or its clients are let loose before
+/// there is a server.
 #[test]
 fn a_supervisor_is_told_when_clients_can_connect_and_when_it_ends() {
     let dir = scratch("notify");
@@ -330,7 +347,12 @@ fn a_supervisor_is_told_when_clients_can_connect_and_when_it_ends() {
 fn an_interrupted_benchmark_ends_by_its_signal_and_says_so_once() {
     let dir = scratch("bench-interrupted");
     let mut command = corepage(&["bench", "read", "--size", "64M", "--seconds", "100", "--dir"]);
-    let mut child = command.arg(dir.path()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+    let mut child = command
+        .arg(dir.path())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("it starts");
     let end = Instant::now() + Duration::from_secs(60);
     while !dir.path().join("data").exists() && Instant::now() < end {
         std::thread::sleep(Duration::from_millis(5));
@@ -341,5 +363,8 @@ fn an_interrupted_benchmark_ends_by_its_signal_and_says_so_once() {
     child.stderr.take().expect("piped").read_to_string(&mut said).expect("text");
     child.stdout.take().expect("piped").read_to_string(&mut printed).expect("text");
     assert_eq!(status.signal(), Some(libc::SIGINT), "{status}: {said}");
-    assert!(said.starts_with("error: ") && said.lines().count() == 1 && printed.is_empty(), "{said} {printed}");
+    assert!(
+        said.starts_with("error: ") && said.lines().count() == 1 && printed.is_empty(),
+        "{said} {printed}"
+    );
 }

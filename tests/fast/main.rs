@@ -1,7 +1,8 @@
-//! Tests of a few seconds each that need no other program: the library's promises, and those of the program that it
-//! keeps alone. Each file is a module with a promise.
+//! Tests of a few seconds each that need no other program: the library's promises, and those of the
+//! program that it keeps alone. Each file is a module with a promise.
 //!
-//! Without the feature `cli` only those of the library are compiled. `cargo test --test fast store::` runs one module.
+//! Without the feature `cli` only those of the library are compiled. `cargo test --test fast
+//! store::` runs one module.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -1,24 +1,31 @@
 //! The memory of a server process: what `--memory` says, whatever its clients do.
 //!
-//! If this fails, a server in a container with a limit is killed by the kernel, and one without a limit takes the machine's
-//! memory away from everybody else: in both cases because one client asks for much and reads nothing.
+//! If this fails, a server in a container with a limit is killed by the kernel, and one without a
+//! limit takes the machine's memory away from everybody else: in both cases because one client asks
+//! for much and reads nothing.
 
 // Real processes take real time; nothing here is a matter of timing.
 #![allow(clippy::disallowed_methods)]
 
 use crate::common;
-use common::nbd::{BLOCK_STATUS, CACHE, Client, NO_HOLE, READ, TRIM, WRITE, WRITE_ZEROES, request_bytes};
+use common::nbd::{
+    BLOCK_STATUS, CACHE, Client, NO_HOLE, READ, TRIM, WRITE, WRITE_ZEROES, request_bytes,
+};
 use common::{Served, corepage, scratch};
 
 const MIB: u64 = 1 << 20;
-/// What the process may take beside its memory, as `serve --help` says: this, and this for each shard.
+/// What the process may take beside its memory, as `serve --help` says: this, and this for each
+/// shard.
 const CONSTANT: u64 = 16 * MIB;
 const SHARD_CONSTANT: u64 = 4 * MIB;
 const SHARDS: u64 = 2;
 
 fn status(served: &Served, key: &str) -> u64 {
     let told = std::fs::read_to_string(format!("/proc/{}/status", served.id())).expect("it runs");
-    let line = told.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':')).expect("a line of that name");
+    let line = told
+        .lines()
+        .find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))
+        .expect("a line of that name");
     line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
 }
 
@@ -31,9 +38,20 @@ struct Hostile {
 impl Hostile {
     fn start(dir: &std::path::Path, memory: u64) -> Hostile {
         let path = dir.join("s").to_str().expect("UTF-8").to_owned();
-        let (nbd, memory_text, shards) = (format!("unix:{path}"), memory.to_string(), SHARDS.to_string());
-        let arguments =
-            ["--nbd", &nbd, "--memory", &memory_text, "--volume", "disk", "--size", "1T", "--shards", &shards];
+        let (nbd, memory_text, shards) =
+            (format!("unix:{path}"), memory.to_string(), SHARDS.to_string());
+        let arguments = [
+            "--nbd",
+            &nbd,
+            "--memory",
+            &memory_text,
+            "--volume",
+            "disk",
+            "--size",
+            "1T",
+            "--shards",
+            &shards,
+        ];
         let served = Served::start_with(&dir.join("store"), &arguments);
         Hostile { served, path, bound: memory / 10 * 11 + CONSTANT + SHARDS * SHARD_CONSTANT }
     }
@@ -44,8 +62,10 @@ impl Hostile {
 
     /// Asks for 2 GiB, and never reads any of it.
     fn stalled_reader(&self, structured: bool) -> Client {
-        let mut client = if structured { Client::structured(&self.path, "disk") } else { self.client() };
-        let asked: Vec<u8> = (0..64).flat_map(|n| request_bytes(0, READ, n, n % 2 * 32 * MIB, 32 << 20)).collect();
+        let mut client =
+            if structured { Client::structured(&self.path, "disk") } else { self.client() };
+        let asked: Vec<u8> =
+            (0..64).flat_map(|n| request_bytes(0, READ, n, n % 2 * 32 * MIB, 32 << 20)).collect();
         client.send(&asked);
         client
     }
@@ -53,8 +73,18 @@ impl Hostile {
     #[track_caller]
     fn check(&self, after: &str) {
         let (now, peak) = (status(&self.served, "VmRSS"), status(&self.served, "VmHWM"));
-        eprintln!("{after}: {} MiB now, {} MiB at most, of {}", now / MIB, peak / MIB, self.bound / MIB);
-        assert!(peak <= self.bound, "{} MiB after {after}, at most {} MiB were to be", peak / MIB, self.bound / MIB);
+        eprintln!(
+            "{after}: {} MiB now, {} MiB at most, of {}",
+            now / MIB,
+            peak / MIB,
+            self.bound / MIB
+        );
+        assert!(
+            peak <= self.bound,
+            "{} MiB after {after}, at most {} MiB were to be",
+            peak / MIB,
+            self.bound / MIB
+        );
     }
 }
 
@@ -109,7 +139,9 @@ fn hostile_mix(memory: u64, readers: usize) {
     hostile.check("reading 1 GiB of nothing");
     let store = dir.path().join("store");
     for _ in 0..3 {
-        let listed = corepage(&["volume", "list", "--dir", store.to_str().expect("UTF-8")]).output().expect("it runs");
+        let listed = corepage(&["volume", "list", "--dir", store.to_str().expect("UTF-8")])
+            .output()
+            .expect("it runs");
         assert!(listed.status.success());
     }
     let senders: Vec<Client> = (0..16)
@@ -139,12 +171,19 @@ fn the_smallest_server_takes_no_more_than_its_memory_and_a_constant_either() {
     hostile_mix(16 * MIB, 10);
 }
 
-/// The help is the contract: a constant that is said there and another one here would prove nothing.
+/// The help is the contract: a constant that is said there and another one here would prove
+/// nothing.
 #[test]
 fn the_constant_is_the_one_that_the_help_states() {
     let help = corepage(&["serve", "--help"]).output().expect("it runs");
-    let help = String::from_utf8(help.stdout).expect("UTF-8").split_whitespace().collect::<Vec<_>>().join(" ");
-    let (constant, shard) =
-        (format!("up to {} MiB more", CONSTANT / MIB), format!("{} MiB for each shard", SHARD_CONSTANT / MIB));
+    let help = String::from_utf8(help.stdout)
+        .expect("UTF-8")
+        .split_whitespace()
+        .collect::<Vec<_>>()
+        .join(" ");
+    let (constant, shard) = (
+        format!("up to {} MiB more", CONSTANT / MIB),
+        format!("{} MiB for each shard", SHARD_CONSTANT / MIB),
+    );
     assert!(help.contains(&constant) && help.contains(&shard), "{help}");
 }

@@ -1,7 +1,7 @@
 //! The NBD server as clients meet it: a real process, a real store, bytes on a real socket.
 //!
-//! If these fail, clients written against the specification can't connect, read other bytes than were written, lose what
-//! was acknowledged, or are disturbed by somebody else's connection.
+//! If these fail, clients written against the specification can't connect, read other bytes than
+//! were written, lose what was acknowledged, or are disturbed by somebody else's connection.
 
 // Real processes take real time; nothing here is replayed from a seed but the data.
 #![allow(clippy::disallowed_methods)]
@@ -24,27 +24,41 @@ fn ack(option: u32) -> OptionReply {
 #[test]
 fn the_handshake_is_the_specifications_byte_for_byte() {
     let dir = scratch("handshake");
-    let served = Served::start_with(dir.path(), &["--nbd", "tcp:127.0.0.1:0", "--volume", "vol", "--size", "1G"]);
+    let served = Served::start_with(
+        dir.path(),
+        &["--nbd", "tcp:127.0.0.1:0", "--volume", "vol", "--size", "1G"],
+    );
     let mut client = Client::connect(&served.address());
     assert_eq!(client.take(18), b"NBDMAGICIHAVEOPT\x00\x03");
     client.send(b"\x00\x00\x00\x03");
     client.send(b"IHAVEOPT\x00\x00\x00\x03\x00\x00\x00\x00");
     let mut list =
         b"\x00\x03\xe8\x89\x04\x55\x65\xa9\x00\x00\x00\x03\x00\x00\x00\x02\x00\x00\x00\x07\x00\x00\x00\x03vol".to_vec();
-    list.extend(b"\x00\x03\xe8\x89\x04\x55\x65\xa9\x00\x00\x00\x03\x00\x00\x00\x01\x00\x00\x00\x00");
+    list.extend(
+        b"\x00\x03\xe8\x89\x04\x55\x65\xa9\x00\x00\x00\x03\x00\x00\x00\x01\x00\x00\x00\x00",
+    );
     assert_eq!(client.take(list.len()), list);
 
     // The only volume is the default one; asked for, its name and the block sizes are told.
     client.option(OPT_INFO, &info_data("", &[1, 3, 99]));
     let mut export = b"\x00\x00\x00\x00\x00\x00\x40\x00\x00\x00".to_vec();
     export.extend(0b1101_0110_1101_u16.to_be_bytes());
-    assert_eq!(client.option_reply(), OptionReply { option: OPT_INFO, kind: 3, data: export.clone() });
-    assert_eq!(client.option_reply(), OptionReply { option: OPT_INFO, kind: 3, data: b"\x00\x01vol".to_vec() });
+    assert_eq!(
+        client.option_reply(),
+        OptionReply { option: OPT_INFO, kind: 3, data: export.clone() }
+    );
+    assert_eq!(
+        client.option_reply(),
+        OptionReply { option: OPT_INFO, kind: 3, data: b"\x00\x01vol".to_vec() }
+    );
     let sizes = b"\x00\x03\x00\x00\x00\x01\x00\x00\x10\x00\x02\x00\x00\x00".to_vec();
     assert_eq!(client.option_reply(), OptionReply { option: OPT_INFO, kind: 3, data: sizes });
     assert_eq!(client.option_reply(), ack(OPT_INFO));
     client.option(OPT_GO, &info_data("vol", &[]));
-    assert_eq!(client.option_reply(), OptionReply { option: OPT_GO, kind: 3, data: export.clone() });
+    assert_eq!(
+        client.option_reply(),
+        OptionReply { option: OPT_GO, kind: 3, data: export.clone() }
+    );
     assert_eq!(client.option_reply(), ack(OPT_GO));
     assert_eq!(client.read(5, 3), [0; 3]);
 
@@ -183,10 +197,16 @@ impl Model {
             6 => {
                 self.bytes[at..at + length].fill(0);
                 let how = [0, NO_HOLE, FAST_ZERO][self.chance.below(3) as usize];
-                assert_eq!(client.call(flags | how, WRITE_ZEROES, at as u64, length as u32, &[]), 0);
+                assert_eq!(
+                    client.call(flags | how, WRITE_ZEROES, at as u64, length as u32, &[]),
+                    0
+                );
             }
             _ => {
-                assert!(client.read(at as u64, length as u32) == self.bytes[at..at + length], "{length} bytes at {at}")
+                assert!(
+                    client.read(at as u64, length as u32) == self.bytes[at..at + length],
+                    "{length} bytes at {at}"
+                )
             }
         }
     }
@@ -245,12 +265,15 @@ fn what_was_written_with_fua_survives_a_kill() {
     let dir = scratch("fua");
     let served = Served::start(dir.path());
     let mut client = served.client();
-    let pieces: Vec<_> = (0..20u64).map(|n| (n * 50_000 + n, Chance::new(n).bytes(9_000))).collect();
+    let pieces: Vec<_> =
+        (0..20u64).map(|n| (n * 50_000 + n, Chance::new(n).bytes(9_000))).collect();
     pieces.iter().for_each(|(at, data)| client.write(FUA, *at, data));
     served.kill();
     let served = Served::start(dir.path());
     let mut client = served.client();
-    pieces.iter().for_each(|(at, data)| assert!(client.read(*at, data.len() as u32) == *data, "at {at}"));
+    pieces
+        .iter()
+        .for_each(|(at, data)| assert!(client.read(*at, data.len() as u32) == *data, "at {at}"));
 }
 
 #[test]
@@ -265,10 +288,13 @@ fn a_flush_covers_acknowledged_writes_of_all_connections() {
     served.kill();
     let served = Served::start(dir.path());
     let mut client = served.client();
-    (0..4u64).for_each(|n| assert!(client.read(n * 1_000_003, 20_000) == Chance::new(n).bytes(20_000), "writer {n}"));
+    (0..4u64).for_each(|n| {
+        assert!(client.read(n * 1_000_003, 20_000) == Chance::new(n).bytes(20_000), "writer {n}")
+    });
 }
 
-/// A client that sees this flag spreads its writes over connections and flushes on one of them only.
+/// A client that sees this flag spreads its writes over connections and flushes on one of them
+/// only.
 #[test]
 fn several_connections_are_announced_and_a_flush_on_one_covers_the_other_on_all_shards() {
     const CAN_MULTI_CONN: u16 = 1 << 8;
@@ -278,10 +304,15 @@ fn several_connections_are_announced_and_a_flush_on_one_covers_the_other_on_all_
         let (mut writer, mut flusher) = (served.client(), served.client());
         assert_ne!(writer.flags & CAN_MULTI_CONN, 0, "{run:?}");
         if has_tool("nbdinfo") {
-            common::run(std::process::Command::new("nbdinfo").args(["--can", "multi-conn"]).arg(&served.uris[0]));
+            common::run(
+                std::process::Command::new("nbdinfo")
+                    .args(["--can", "multi-conn"])
+                    .arg(&served.uris[0]),
+            );
         }
         // 2 MiB apart: each the next shard's.
-        let pieces: Vec<_> = (0..8u64).map(|n| (n * (2 << 20) + n * 4_097, Chance::new(n).bytes(9_000))).collect();
+        let pieces: Vec<_> =
+            (0..8u64).map(|n| (n * (2 << 20) + n * 4_097, Chance::new(n).bytes(9_000))).collect();
         pieces.iter().for_each(|(at, data)| writer.write(0, *at, data));
         flusher.flush();
         served.kill();
@@ -320,7 +351,11 @@ fn stopping_with_clients_connected_is_clean() {
     let mut client = served.client();
     assert_eq!(client.read(0, 6), b"before");
     for n in 0..acknowledged {
-        assert_eq!(client.read(4096 * (1 + n), 4096), [n as u8; 4096], "acknowledged, then closed cleanly: write {n}");
+        assert_eq!(
+            client.read(4096 * (1 + n), 4096),
+            [n as u8; 4096],
+            "acknowledged, then closed cleanly: write {n}"
+        );
     }
 }
 
@@ -330,7 +365,10 @@ fn a_unix_socket_serves_like_a_port_and_goes_with_its_server() {
     let socket = tempfile::tempdir().unwrap();
     let path = socket.path().join("nbd.sock");
     let address = format!("unix:{}", path.display());
-    let served = Served::start_with(&dir.path().join("store"), &["--nbd", &address, "--nbd", "tcp:127.0.0.1:0"]);
+    let served = Served::start_with(
+        &dir.path().join("store"),
+        &["--nbd", &address, "--nbd", "tcp:127.0.0.1:0"],
+    );
     assert_eq!(served.uris.len(), 2);
     let mut client = served.client();
     client.write(0, 3, b"over a socket");
@@ -349,7 +387,8 @@ fn a_unix_socket_serves_like_a_port_and_goes_with_its_server() {
 fn other_machines_are_let_in_only_by_the_flag_and_with_a_warning() {
     let dir = scratch("remote");
     let log = dir.path().join("stderr");
-    let mut command = common::corepage(&["serve", "--nbd", "tcp:0.0.0.0:0", "--allow-remote", "--dir"]);
+    let mut command =
+        common::corepage(&["serve", "--nbd", "tcp:0.0.0.0:0", "--allow-remote", "--dir"]);
     command.arg(dir.path().join("store")).stderr(std::fs::File::create(&log).unwrap());
     let mut served = Served::spawn(command, 1);
     let port = served.address().rsplit_once(':').expect("an address").1.to_owned();
@@ -364,11 +403,12 @@ fn other_machines_are_let_in_only_by_the_flag_and_with_a_warning() {
 fn raise_descriptors() {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     let raised = rustix::process::Rlimit { current: limit.maximum, maximum: limit.maximum };
-    rustix::process::setrlimit(rustix::process::Resource::Nofile, raised).expect("up to the hard limit");
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, raised)
+        .expect("up to the hard limit");
 }
 
-/// Many machines with several connections each are more clients than the usual number: it can be raised, also beyond the usual
-/// limit of open files.
+/// Many machines with several connections each are more clients than the usual number: it can be
+/// raised, also beyond the usual limit of open files.
 #[test]
 fn a_thousand_clients_are_served_at_a_time_if_that_is_asked_for() {
     raise_descriptors();
@@ -378,7 +418,14 @@ fn a_thousand_clients_are_served_at_a_time_if_that_is_asked_for() {
     let store = dir.path().join("store");
     // As many as a shell gives by default, or fewer.
     let mut command = std::process::Command::new("sh");
-    command.args(["-c", "ulimit -Sn 512; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_corepage"), "serve", "--nbd", &nbd]);
+    command.args([
+        "-c",
+        "ulimit -Sn 512; exec \"$0\" \"$@\"",
+        env!("CARGO_BIN_EXE_corepage"),
+        "serve",
+        "--nbd",
+        &nbd,
+    ]);
     command
         .args(["--connections", "1024", "--dir"])
         .arg(&store)
@@ -398,22 +445,31 @@ fn a_thousand_clients_are_served_at_a_time_if_that_is_asked_for() {
     assert!(served.stop().success());
 }
 
-/// A client that is refused sees a closed connection and no more: why, the operator must find in the log.
+/// A client that is refused sees a closed connection and no more: why, the operator must find in
+/// the log.
 #[test]
 fn a_client_that_is_refused_is_told_in_the_log_with_what_to_do() {
     let dir = scratch("refused");
     let log = dir.path().join("stderr");
     let nbd = format!("unix:{}", dir.path().join("s").display());
     let tcp = "tcp:127.0.0.1:0";
-    let mut command = common::corepage(&["serve", "--nbd", &nbd, "--nbd", tcp, "--connections", "2", "--dir"]);
-    command.arg(dir.path().join("store")).env("RUST_LOG", "warn").stderr(std::fs::File::create(&log).unwrap());
+    let mut command =
+        common::corepage(&["serve", "--nbd", &nbd, "--nbd", tcp, "--connections", "2", "--dir"]);
+    command
+        .arg(dir.path().join("store"))
+        .env("RUST_LOG", "warn")
+        .stderr(std::fs::File::create(&log).unwrap());
     let served = Served::spawn(command, 2);
     let (mut first, second) = (served.client(), served.client());
     (0..20).for_each(|_| assert!(Client::connect(&served.address()).is_closed()));
     let told = std::fs::read_to_string(&log).unwrap();
-    let lines: Vec<&str> = told.lines().filter(|line| line.contains("too many connections")).collect();
+    let lines: Vec<&str> =
+        told.lines().filter(|line| line.contains("too many connections")).collect();
     assert!(!lines.is_empty() && lines[0].contains("serve --connections"), "{told}");
-    assert!(lines[0].contains(&format!("peer=user {}", rustix::process::getuid().as_raw())), "{told}");
+    assert!(
+        lines[0].contains(&format!("peer=user {}", rustix::process::getuid().as_raw())),
+        "{told}"
+    );
     // Another peer, a machine, still gets in.
     let address = served.uris[1].trim_start_matches("nbd://").to_owned();
     let mut other = Client::go(&address, "disk");
@@ -421,7 +477,8 @@ fn a_client_that_is_refused_is_told_in_the_log_with_what_to_do() {
     first.write(0, 0, b"goes on");
     drop((first, second, other));
     assert!(served.stop().success());
-    let little = common::corepage(&["serve", "--memory", "64M", "--connections", "1024"]).output().unwrap();
+    let little =
+        common::corepage(&["serve", "--memory", "64M", "--connections", "1024"]).output().unwrap();
     let text = String::from_utf8_lossy(&little.stderr).into_owned();
     assert!(little.status.code() == Some(2) && text.contains("--memory of 160.0 MiB"), "{text}");
 }

@@ -1,6 +1,8 @@
-//! Structured replies, block status, and what goes with them, byte by byte against a real server; and clients that mean no good.
+//! Structured replies, block status, and what goes with them, byte by byte against a real server;
+//! and clients that mean no good.
 //!
-//! If these fail, clients copy holes as data, take data for holes and lose it, or are disturbed by somebody else.
+//! If these fail, clients copy holes as data, take data for holes and lose it, or are disturbed by
+//! somebody else.
 
 // Real processes take real time; nothing here is replayed from a seed but the data.
 #![allow(clippy::disallowed_methods)]
@@ -25,7 +27,8 @@ fn status_of(client: &mut Client, mut offset: u64, mut length: u64) -> Vec<(u64,
     while length > 0 {
         let some = client.status(0, offset, length.min(u32::MAX.into()) as u32);
         assert!(
-            !some.is_empty() && some.iter().all(|(length, flags)| *length > 0 && [0, 3].contains(flags)),
+            !some.is_empty()
+                && some.iter().all(|(length, flags)| *length > 0 && [0, 3].contains(flags)),
             "{some:?}"
         );
         for (part, flags) in some {
@@ -54,7 +57,10 @@ fn reads_tell_holes_and_data_and_in_one_piece_where_that_is_asked() {
     assert_eq!(client.read_chunks(0, 0, 8 * 4096), (expected.clone(), holes));
     assert_eq!(client.read_chunks(DF, 0, 8 * 4096), (expected.clone(), vec![]));
     // Unaligned, and within a hole.
-    assert_eq!(client.read_chunks(0, 4000, 200), (expected[4000..4200].to_vec(), vec![(PAGE, 104)]));
+    assert_eq!(
+        client.read_chunks(0, 4000, 200),
+        (expected[4000..4200].to_vec(), vec![(PAGE, 104)])
+    );
     assert_eq!(client.read_chunks(0, PAGE + 7, 9), (vec![0; 9], vec![(PAGE + 7, 9)]));
     for (flags, command, offset, length, error) in [
         (0, READ, (1 << 30) - 1, 2, EINVAL),
@@ -66,7 +72,11 @@ fn reads_tell_holes_and_data_and_in_one_piece_where_that_is_asked() {
         (0, CACHE, 1 << 30, 1, EINVAL),
         (0, 99, 0, 0, EINVAL),
     ] {
-        assert_eq!(client.error(flags, command, offset, length), error, "{command} with {flags} at {offset}, {length}");
+        assert_eq!(
+            client.error(flags, command, offset, length),
+            error,
+            "{command} with {flags} at {offset}, {length}"
+        );
     }
     assert_eq!(client.call(0, CACHE, 0, 8 * 4096, &[]), 0);
     assert_eq!(client.call(0, CACHE, 0, 1 << 30, &[]), 0);
@@ -90,11 +100,14 @@ fn block_status_follows_writes_and_trims() {
     for round in 0..60 {
         let first = chance.below(pages);
         let count = 1 + chance.below(if round % 3 == 0 { 2000 } else { 9 }).min(pages - first - 1);
-        let (offset, bytes, part) = (first * PAGE, count * PAGE, &mut there[first as usize..(first + count) as usize]);
+        let (offset, bytes, part) =
+            (first * PAGE, count * PAGE, &mut there[first as usize..(first + count) as usize]);
         match chance.below(4) {
             0 => assert_eq!(client.call(0, TRIM, offset, bytes as u32, &[]), 0),
             1 => assert_eq!(client.call(FUA, WRITE_ZEROES, offset, bytes as u32, &[]), 0),
-            2 if count < 200 => assert_eq!(client.call(NO_HOLE, WRITE_ZEROES, offset, bytes as u32, &[]), 0),
+            2 if count < 200 => {
+                assert_eq!(client.call(NO_HOLE, WRITE_ZEROES, offset, bytes as u32, &[]), 0)
+            }
             _ => {
                 client.write(0, offset, &vec![round; bytes as usize]);
                 part.fill(true);
@@ -148,7 +161,11 @@ fn trimming_a_huge_volume_costs_what_is_in_it_and_zeros_with_fua_survive_a_kill(
     assert_eq!(client.read_chunks(0, far(1), 6000).0, [2; 6000]);
     assert_eq!(client.read_chunks(0, far(2), 8192).0, found);
     for n in 3..50 {
-        assert_eq!(client.read_chunks(0, far(n), 6000), (vec![0; 6000], vec![(far(n), 6000)]), "page {n} is back");
+        assert_eq!(
+            client.read_chunks(0, far(n), 6000),
+            (vec![0; 6000], vec![(far(n), 6000)]),
+            "page {n} is back"
+        );
     }
 }
 
@@ -157,7 +174,10 @@ fn contexts_are_of_the_export_that_they_were_set_for() {
     let dir = scratch("contexts");
     let first = serve(dir.path(), "1M");
     drop(first);
-    let served = Served::start_with(dir.path(), &["--nbd", "tcp:127.0.0.1:0", "--volume", "other", "--size", "1M"]);
+    let served = Served::start_with(
+        dir.path(),
+        &["--nbd", "tcp:127.0.0.1:0", "--volume", "other", "--size", "1M"],
+    );
     let mut client = Client::greeted(&served.address());
     let mut ask = |option: u32, data: &[u8]| {
         client.option(option, data);
@@ -167,26 +187,44 @@ fn contexts_are_of_the_export_that_they_were_set_for() {
         }
         replies.into_iter().map(|reply| (reply.kind, reply.data)).collect::<Vec<_>>()
     };
-    let kinds = |replies: Vec<(u32, Vec<u8>)>| replies.into_iter().map(|(kind, _)| kind).collect::<Vec<_>>();
+    let kinds = |replies: Vec<(u32, Vec<u8>)>| {
+        replies.into_iter().map(|(kind, _)| kind).collect::<Vec<_>>()
+    };
     let context = |id: u32| (4, [&id.to_be_bytes()[..], b"base:allocation"].concat());
     let allocation: &[&[u8]] = &[b"base:allocation"];
-    assert_eq!(kinds(ask(OPT_SET_META, &meta_data("vol", allocation))), [INVALID], "structured replies come first");
+    assert_eq!(
+        kinds(ask(OPT_SET_META, &meta_data("vol", allocation))),
+        [INVALID],
+        "structured replies come first"
+    );
     assert_eq!(kinds(ask(OPT_STRUCTURED, b"")), [1]);
     for all in [&[][..], &[&b"base:"[..]], allocation, &[b"x:y", b"base:allocation"]] {
-        assert_eq!(ask(OPT_LIST_META, &meta_data("vol", all)), [context(0), (1, vec![])], "{all:?}");
+        assert_eq!(
+            ask(OPT_LIST_META, &meta_data("vol", all)),
+            [context(0), (1, vec![])],
+            "{all:?}"
+        );
     }
-    for nothing in [&[][..], &[&b"base:"[..]], &[&b"base:dirty"[..]], &[&b"qemu:dirty-bitmap:x"[..], b""]] {
+    for nothing in
+        [&[][..], &[&b"base:"[..]], &[&b"base:dirty"[..]], &[&b"qemu:dirty-bitmap:x"[..], b""]]
+    {
         assert_eq!(kinds(ask(OPT_SET_META, &meta_data("vol", nothing))), [1], "{nothing:?}");
     }
     assert_eq!(kinds(ask(OPT_SET_META, &meta_data("nobody", allocation))), [UNKNOWN]);
     let whole = meta_data("vol", allocation);
-    for malformed in [&whole[..whole.len() - 1], &whole[..9], b"", &[&whole[..], b"x"].concat(), &[0xff; 40]] {
+    for malformed in
+        [&whole[..whole.len() - 1], &whole[..9], b"", &[&whole[..], b"x"].concat(), &[0xff; 40]]
+    {
         assert_eq!(kinds(ask(OPT_SET_META, malformed)), [INVALID], "{malformed:?}");
     }
     let long = [b'a'; 5000];
     assert_eq!(kinds(ask(OPT_SET_META, &meta_data("vol", &[&long]))), [INVALID]);
     let many: Vec<&[u8]> = vec![b"x:y"; 5000];
-    assert_eq!(kinds(ask(OPT_SET_META, &meta_data("vol", &many))), [1], "many queries are only long");
+    assert_eq!(
+        kinds(ask(OPT_SET_META, &meta_data("vol", &many))),
+        [1],
+        "many queries are only long"
+    );
     assert_eq!(ask(OPT_SET_META, &whole), [context(1), (1, vec![])]);
     let mut client = client.gone("other");
     assert_eq!(client.error(0, BLOCK_STATUS, 0, 4096), EINVAL, "it was set for another export");
@@ -197,8 +235,8 @@ fn contexts_are_of_the_export_that_they_were_set_for() {
     assert!(client.is_closed());
 }
 
-/// Each of many connections sends something else that makes no sense, some of it slowly, some without ever reading; one
-/// that behaves goes on beside them all the time.
+/// Each of many connections sends something else that makes no sense, some of it slowly, some
+/// without ever reading; one that behaves goes on beside them all the time.
 #[test]
 fn hostile_clients_hurt_only_themselves() {
     let dir = scratch("hostile");
@@ -209,7 +247,8 @@ fn hostile_clients_hurt_only_themselves() {
     let mut chance = Chance::of(&[77]);
     let mut silent = Vec::new();
     for round in 0..150u64 {
-        let mut bad = if round % 2 == 0 { Client::connect(&address) } else { Client::greeted(&address) };
+        let mut bad =
+            if round % 2 == 0 { Client::connect(&address) } else { Client::greeted(&address) };
         match round % 10 {
             // Rubbish, in place of flags or options.
             0 | 1 => {
@@ -223,8 +262,10 @@ fn hostile_clients_hurt_only_themselves() {
             }
             // An option that is said to have much more data than comes.
             7 => {
-                let _ =
-                    bad.try_send(&[&b"IHAVEOPT"[..], &10u32.to_be_bytes(), &65_000u32.to_be_bytes(), b"half"].concat());
+                let _ = bad.try_send(
+                    &[&b"IHAVEOPT"[..], &10u32.to_be_bytes(), &65_000u32.to_be_bytes(), b"half"]
+                        .concat(),
+                );
             }
             // In transmission: rubbish, lengths that wrap, half a header, half a payload.
             _ => {
@@ -234,12 +275,15 @@ fn hostile_clients_hurt_only_themselves() {
                     1 => request_bytes(0, WRITE, 1, u64::MAX - 5, 100),
                     2 => request_bytes(0, WRITE, 1, 0, u32::MAX),
                     3 => [request_bytes(0, WRITE, 1, 0, 4096), vec![0; 50]].concat(),
-                    _ => request_bytes(0, READ, 1, 0, 32 << 20)[..chance.below(28) as usize].to_vec(),
+                    _ => {
+                        request_bytes(0, READ, 1, 0, 32 << 20)[..chance.below(28) as usize].to_vec()
+                    }
                 };
                 let _ = bad.try_send(&bytes);
                 // And requests whose replies nobody takes.
                 if round % 20 == 9 {
-                    (0..64).for_each(|_| drop(bad.try_send(&request_bytes(0, READ, 2, 0, 1 << 20))));
+                    (0..64)
+                        .for_each(|_| drop(bad.try_send(&request_bytes(0, READ, 2, 0, 1 << 20))));
                     silent.push(bad);
                 }
             }
@@ -258,8 +302,14 @@ fn hostile_clients_hurt_only_themselves() {
     // Byte by byte is slow, and right.
     let mut slow = Client::connect(&address);
     slow.take(18);
-    for byte in
-        [&[0, 0, 0, 3][..], b"IHAVEOPT", &7u32.to_be_bytes(), &9u32.to_be_bytes(), &info_data("vol", &[])].concat()
+    for byte in [
+        &[0, 0, 0, 3][..],
+        b"IHAVEOPT",
+        &7u32.to_be_bytes(),
+        &9u32.to_be_bytes(),
+        &info_data("vol", &[]),
+    ]
+    .concat()
     {
         slow.send(&[byte]);
         std::thread::sleep(Duration::from_millis(1));

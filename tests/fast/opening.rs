@@ -1,7 +1,7 @@
 //! What opening a store may make and change, and what it must leave alone.
 //!
-//! If these fail, a missing mount gives an empty store in place of the one that is meant, a command that only looks spoils another
-//! user's store, or a start that failed leaves gigabytes behind.
+//! If these fail, a missing mount gives an empty store in place of the one that is meant, a command
+//! that only looks spoils another user's store, or a start that failed leaves gigabytes behind.
 
 // Real processes take real time.
 #![allow(clippy::disallowed_methods)]
@@ -35,7 +35,8 @@ fn a_store_that_has_to_exist_is_never_made() {
     for path in [&missing, &empty] {
         let error = block_on(Store::open_existing(path, options())).expect_err("there is no store");
         assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
-        let error = corepage::blocking::Store::open_existing(path, options()).expect_err("there is no store");
+        let error = corepage::blocking::Store::open_existing(path, options())
+            .expect_err("there is no store");
         assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
         let output = run(path, &["serve", "--existing", "--nbd", "tcp:127.0.0.1:0"]);
         assert_eq!(output.status.code(), Some(1), "{output:?}");
@@ -57,16 +58,24 @@ fn a_creation_that_fails_leaves_nothing_behind() {
     let command = start_without(command.arg(dir.path()), &[Without::FileSizesAbove(20 << 20)]);
     let output = command.output().expect("corepage starts");
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    let left: Vec<_> =
-        dir.path().read_dir().expect("it is there").map(|entry| entry.expect("one").file_name()).collect();
+    let left: Vec<_> = dir
+        .path()
+        .read_dir()
+        .expect("it is there")
+        .map(|entry| entry.expect("one").file_name())
+        .collect();
     assert_eq!(left, ["mine"], "{}", text(&output.stderr));
 }
 
-/// Of a store that a dead server has left, too: opening it for a look would recover it, with files of the user who looks.
+/// Of a store that a dead server has left, too: opening it for a look would recover it, with files
+/// of the user who looks.
 #[test]
 fn listing_volumes_changes_no_file() {
     let dir = scratch("listing");
-    let served = Served::start_with(dir.path(), &["--nbd", "tcp:127.0.0.1:0", "--volume", "first", "--size", "1M"]);
+    let served = Served::start_with(
+        dir.path(),
+        &["--nbd", "tcp:127.0.0.1:0", "--volume", "first", "--size", "1M"],
+    );
     assert!(served.stop().success());
     let served = Served::start(dir.path());
     assert!(run(dir.path(), &["volume", "create", "second", "2M"]).status.success());
@@ -88,7 +97,9 @@ fn what_an_administrator_changes_stays_its_users() {
     }
     let dir = scratch("owner");
     let path = dir.path().join("store");
-    assert!(Served::start_with(&path, &["--nbd", "tcp:127.0.0.1:0", "--shards", "1"]).stop().success());
+    assert!(
+        Served::start_with(&path, &["--nbd", "tcp:127.0.0.1:0", "--shards", "1"]).stop().success()
+    );
     let files = || path.read_dir().expect("it is there").map(|entry| entry.expect("one").path());
     for file in files().chain([path.clone()]) {
         std::os::unix::fs::chown(&file, Some(12_345), Some(12_346)).expect("root may");
@@ -102,11 +113,18 @@ fn what_an_administrator_changes_stays_its_users() {
     assert!(created.status.success(), "{created:?}");
     assert_eq!(names(), before, "it has as many shards as it had");
     // With more shards there are more files: like the others.
-    assert!(Served::start_with(&path, &["--nbd", "tcp:127.0.0.1:0", "--shards", "2"]).stop().success());
+    assert!(
+        Served::start_with(&path, &["--nbd", "tcp:127.0.0.1:0", "--shards", "2"]).stop().success()
+    );
     assert!(names().len() > before.len());
     for file in files() {
         let meta = file.metadata().expect("it is there");
-        assert_eq!((meta.uid(), meta.gid(), meta.mode() & 0o777), (12_345, 12_346, 0o640), "{}", file.display());
+        assert_eq!(
+            (meta.uid(), meta.gid(), meta.mode() & 0o777),
+            (12_345, 12_346, 0o640),
+            "{}",
+            file.display()
+        );
     }
 }
 
@@ -125,7 +143,10 @@ fn whoever_has_the_store_open_is_named() {
     let dir = scratch("named");
     let store = block_on(Store::open(dir.path(), options())).expect("a store");
     let error = block_on(Store::open(dir.path(), options())).expect_err("it is open");
-    assert!(error.kind() == ErrorKind::InUse && error.to_string().contains("in this process already"), "{error}");
+    assert!(
+        error.kind() == ErrorKind::InUse && error.to_string().contains("in this process already"),
+        "{error}"
+    );
     let output = run(dir.path(), &["verify"]);
     assert!(text(&output.stderr).contains("in another process"), "{output:?}");
     block_on(store.close()).expect("it closes");

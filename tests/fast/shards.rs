@@ -1,7 +1,8 @@
-//! Several shards as callers meet them: what a commit over shards, a flush, and a changed number of shards promise.
+//! Several shards as callers meet them: what a commit over shards, a flush, and a changed number of
+//! shards promise.
 //!
-//! If these fail, a store loses data with the next machine, transactions that each were right are wrong together, or a
-//! flush covers only one core's writes.
+//! If these fail, a store loses data with the next machine, transactions that each were right are
+//! wrong together, or a flush covers only one core's writes.
 
 use crate::common;
 use bytes::Bytes;
@@ -15,7 +16,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 const PAGE: usize = 4096;
 
 fn small() -> Options {
-    let geometry = Geometry { extent_bytes: 256 << 10, segment_bytes: 1 << 20, segments_count: 4, vshards_count: 16 };
+    let geometry = Geometry {
+        extent_bytes: 256 << 10,
+        segment_bytes: 1 << 20,
+        segments_count: 4,
+        vshards_count: 16,
+    };
     Options { geometry, memory_bytes: 32 << 20, txn_bytes_max: 256 << 10, ..Options::default() }
 }
 
@@ -36,7 +42,8 @@ fn each_way(test: impl Fn(Run, &Store, &Volume)) {
 
 /// Pages of as many shards as there are: the first of each.
 fn one_of_each(store: &Store, volume: &Volume) -> Vec<PageId> {
-    let first = |shard| (0..).map(|run| id(run * 512)).find(|page| store.shard_of(volume, *page) == shard);
+    let first =
+        |shard| (0..).map(|run| id(run * 512)).find(|page| store.shard_of(volume, *page) == shard);
     (0..store.shards_count()).map(|shard| first(shard).expect("each shard has pages")).collect()
 }
 
@@ -69,22 +76,31 @@ fn any_number_of_shards_finds_all_data_and_volumes() {
     for step in 0..10u64 {
         let store = open(dir.path(), Run::of_step(step));
         for before in 0..step {
-            let volume = block_on(store.volume(&format!("v{before}"))).expect("the catalog").expect("the volume");
+            let volume = block_on(store.volume(&format!("v{before}")))
+                .expect("the catalog")
+                .expect("the volume");
             assert_eq!(volume.bytes(), (before + 1) << 20);
             let ids: Vec<_> = (0..40).map(|i| id(i * 300)).collect();
             for (i, read) in (0..).zip(block_on(volume.read_many(&ids)).expect("the pages")) {
                 let last = if i < step - before { step - 1 } else { before };
                 let expected = if i == 39 { page(0) } else { text(last, i) };
-                assert!(read[..] == expected[..], "page {i} of v{before} after step {step} begins {:?}", &read[..4]);
+                assert!(
+                    read[..] == expected[..],
+                    "page {i} of v{before} after step {step} begins {:?}",
+                    &read[..4]
+                );
             }
         }
-        let created = block_on(store.create_volume(&format!("v{step}"), (step + 1) << 20)).expect("a volume");
+        let created =
+            block_on(store.create_volume(&format!("v{step}"), (step + 1) << 20)).expect("a volume");
         let pages = (0..40).map(|i| (id(i * 300), text(step, i))).collect();
         let now = block_on(created.write_many(pages)).expect("a commit");
         assert!(Some(now) > lsn, "LSN {now} after {lsn:?}");
         block_on(created.free(id(39 * 300))).expect("a free");
         for before in 0..step {
-            let volume = block_on(store.volume(&format!("v{before}"))).expect("the catalog").expect("the volume");
+            let volume = block_on(store.volume(&format!("v{before}")))
+                .expect("the catalog")
+                .expect("the volume");
             let pages = (0..=step - before).map(|i| (id(i * 300), text(step, i))).collect();
             lsn = Some(block_on(volume.write_many(pages)).expect("a commit"));
         }
@@ -101,7 +117,8 @@ fn any_number_of_shards_finds_all_data_and_volumes() {
 fn a_conflict_in_one_shard_leaves_nothing_in_any() {
     each_way(|run, store, volume| {
         let pages = one_of_each(store, volume);
-        block_on(volume.write_many(pages.iter().map(|p| (*p, page(1))).collect())).expect("a commit");
+        block_on(volume.write_many(pages.iter().map(|p| (*p, page(1))).collect()))
+            .expect("a commit");
         for loser in &pages {
             let mut txn = store.begin();
             for p in &pages {
@@ -117,11 +134,16 @@ fn a_conflict_in_one_shard_leaves_nothing_in_any() {
             let again = pages.iter().map(|p| (*p, page(1))).collect();
             block_on(volume.write_many(again)).expect("a commit after a conflict");
         }
-        assert_eq!(block_on(store.stats()).expect("counters").conflicts, pages.len() as u64, "{run:?}");
+        assert_eq!(
+            block_on(store.stats()).expect("counters").conflicts,
+            pages.len() as u64,
+            "{run:?}"
+        );
     });
 }
 
-/// Two doctors on call, on two shards, each of whom may leave if the other stays (write skew): never both.
+/// Two doctors on call, on two shards, each of whom may leave if the other stays (write skew):
+/// never both.
 #[test]
 fn write_skew_over_shards_does_not_happen() {
     const ROUNDS: u64 = 40;
@@ -137,8 +159,10 @@ fn write_skew_over_shards_does_not_happen() {
                     let (barrier, committed) = (&barrier, &committed);
                     scope.spawn(move || {
                         let mut txn = store.begin();
-                        let on_call: u32 =
-                            [a, b].iter().map(|p| u32::from(block_on(txn.read(volume, *p)).expect("a read")[7])).sum();
+                        let on_call: u32 = [a, b]
+                            .iter()
+                            .map(|p| u32::from(block_on(txn.read(volume, *p)).expect("a read")[7]))
+                            .sum();
                         barrier.wait();
                         if on_call < 2 {
                             return;
@@ -157,7 +181,8 @@ fn write_skew_over_shards_does_not_happen() {
     });
 }
 
-/// Booking by "nobody has booked yet", looked up over pages of all shards that do not exist (phantom): one only.
+/// Booking by "nobody has booked yet", looked up over pages of all shards that do not exist
+/// (phantom): one only.
 #[test]
 fn phantoms_over_shards_do_not_happen() {
     const THREADS: usize = 3;
@@ -171,10 +196,13 @@ fn phantoms_over_shards_do_not_happen() {
                     let (seats, barrier) = (&seats, &barrier);
                     scope.spawn(move || {
                         let mut txn = store.begin();
-                        let free = seats.iter().all(|p| block_on(txn.read(volume, *p)).expect("a read")[0] == 0);
+                        let free = seats
+                            .iter()
+                            .all(|p| block_on(txn.read(volume, *p)).expect("a read")[0] == 0);
                         barrier.wait();
                         if free {
-                            txn.write(volume, seats[thread % seats.len()], page(1 + thread as u8)).expect("its own");
+                            txn.write(volume, seats[thread % seats.len()], page(1 + thread as u8))
+                                .expect("its own");
                             let done = block_on(txn.commit());
                             assert!(done.is_ok() || refusal(done).0 == ErrorKind::Conflict);
                         }
@@ -187,7 +215,8 @@ fn phantoms_over_shards_do_not_happen() {
     });
 }
 
-/// Money moves between accounts on all shards, some threads look at all of them: the sum never changes.
+/// Money moves between accounts on all shards, some threads look at all of them: the sum never
+/// changes.
 #[test]
 fn transfers_over_shards_keep_the_sum() {
     const EACH: u8 = 100;
@@ -198,11 +227,13 @@ fn transfers_over_shards_keep_the_sum() {
         let volume = block_on(store.create_volume("vol", 64 << 20)).expect("a volume");
         let accounts: Vec<_> = (0..8).map(|i| id(i * 512)).collect();
         let total = accounts.len() as u64 * u64::from(EACH);
-        block_on(volume.write_many(accounts.iter().map(|p| (*p, page(EACH))).collect())).expect("a commit");
+        block_on(volume.write_many(accounts.iter().map(|p| (*p, page(EACH))).collect()))
+            .expect("a commit");
         let (moved, looked) = (AtomicU64::new(0), AtomicU64::new(0));
         std::thread::scope(|scope| {
             for thread in 0..3usize {
-                let (store, volume, accounts, moved, looked) = (&store, &volume, &accounts, &moved, &looked);
+                let (store, volume, accounts, moved, looked) =
+                    (&store, &volume, &accounts, &moved, &looked);
                 scope.spawn(move || {
                     for n in 0..60usize {
                         let mut txn = store.begin();
@@ -215,7 +246,8 @@ fn transfers_over_shards_keep_the_sum() {
                             }
                             continue;
                         }
-                        let (from, to) = (accounts[(n * 3 + thread) % 8], accounts[(n * 5 + thread + 1) % 8]);
+                        let (from, to) =
+                            (accounts[(n * 3 + thread) % 8], accounts[(n * 5 + thread + 1) % 8]);
                         let (has, gets) = (read(from), read(to));
                         if from == to || has == 0 || gets == 255 {
                             continue;
@@ -237,11 +269,16 @@ fn transfers_over_shards_keep_the_sum() {
         assert!(moved.into_inner() > 10 && looked.into_inner() > 0, "{run:?}");
         drop((store, volume));
         let store = open(dir.path(), Run { shards: 3, ..run });
-        assert_eq!(sum(&block_on(store.volume("vol")).expect("the catalog").expect("the volume")), total, "{run:?}");
+        assert_eq!(
+            sum(&block_on(store.volume("vol")).expect("the catalog").expect("the volume")),
+            total,
+            "{run:?}"
+        );
     }
 }
 
-/// A file system flushes once, on one connection: what was acknowledged anywhere before must be durable then.
+/// A file system flushes once, on one connection: what was acknowledged anywhere before must be
+/// durable then.
 #[test]
 fn a_flush_covers_what_was_acknowledged_on_any_shard() {
     for run in Run::all().into_iter().filter(|run| run.shards > 1) {
@@ -254,13 +291,19 @@ fn a_flush_covers_what_was_acknowledged_on_any_shard() {
                 let volume = &volume;
                 scope.spawn(move || {
                     for i in 0..100 {
-                        block_on(volume.write_back(id(first.get() + i % 20), page((n as u64 * 50 + i) as u8)))
-                            .expect("a write");
+                        block_on(
+                            volume.write_back(
+                                id(first.get() + i % 20),
+                                page((n as u64 * 50 + i) as u8),
+                            ),
+                        )
+                        .expect("a write");
                     }
                 });
             }
         });
-        let both = pages.iter().map(|p| (id(p.get() + 30), corepage::Change::Put(page(7)))).collect();
+        let both =
+            pages.iter().map(|p| (id(p.get() + 30), corepage::Change::Put(page(7)))).collect();
         let last = block_on(volume.apply(both, Durability::Buffered)).expect("a commit");
         assert!(block_on(store.flush()).expect("a flush") >= last);
         drop((store, volume));
@@ -287,7 +330,10 @@ fn impossible_shards_and_cores_are_refused_with_what_is_possible() {
     assert_eq!(kind, ErrorKind::Invalid);
     assert!(text.contains("17 shards") && text.contains("16 virtual shards"), "{text}");
     let store = open(dir.path(), Run { ring: false, shards: 16 });
-    block_on(block_on(store.create_volume("vol", 64 << 20)).expect("a volume").write(id(1), page(3))).expect("a write");
+    block_on(
+        block_on(store.create_volume("vol", 64 << 20)).expect("a volume").write(id(1), page(3)),
+    )
+    .expect("a write");
     block_on(store.close()).expect("a clean close");
     // The store has its own number, whatever the options say.
     let geometry = Geometry { vshards_count: 256, ..small().geometry };
@@ -304,7 +350,10 @@ fn impossible_shards_and_cores_are_refused_with_what_is_possible() {
     assert!(kind == ErrorKind::Invalid && text.contains("empty"), "{text}");
     let store = open(dir.path(), Run { ring: false, shards: 2 });
     assert!(store.recovery().clean);
-    assert_eq!(fill(&block_on(store.volume("vol")).expect("the catalog").expect("the volume"), id(1)), 3);
+    assert_eq!(
+        fill(&block_on(store.volume("vol")).expect("the catalog").expect("the volume"), id(1)),
+        3
+    );
 }
 
 /// A store that was made for one core must open, unasked, on a machine with more.
@@ -313,7 +362,8 @@ fn a_store_with_few_virtual_shards_opens_on_any_machine_with_default_options() {
     for vshards_count in [1, 2] {
         let dir = tempfile::tempdir().expect("a directory");
         let geometry = Geometry { vshards_count, ..small().geometry };
-        let store = block_on(Store::open(dir.path(), Options { geometry, ..small() })).expect("the store opens");
+        let store = block_on(Store::open(dir.path(), Options { geometry, ..small() }))
+            .expect("the store opens");
         let volume = block_on(store.create_volume("vol", 1 << 20)).expect("a volume");
         block_on(volume.write(id(3), page(7))).expect("a durable write");
         drop((volume, store));
@@ -323,14 +373,21 @@ fn a_store_with_few_virtual_shards_opens_on_any_machine_with_default_options() {
         assert_eq!(fill(&volume, id(3)), 7);
         block_on(store.close()).expect("it closes");
         drop((volume, store));
-        // Who names a number gets it, or is told why not; what is in the options of the geometry of new stores is no reason.
+        // Who names a number gets it, or is told why not; what is in the options of the geometry of
+        // new stores is no reason.
         let named = |shards, vshards_count| {
             let geometry = Geometry { vshards_count, ..Geometry::default() };
-            block_on(Store::open(dir.path(), Options { geometry, shards: Some(shards), ..Options::default() }))
+            block_on(Store::open(
+                dir.path(),
+                Options { geometry, shards: Some(shards), ..Options::default() },
+            ))
         };
         let (kind, why) = refusal(named(4, 256));
         assert_eq!(kind, ErrorKind::Invalid);
-        assert!(why.contains(&format!("4 shards, but the store has {vshards_count} virtual")), "{why}");
+        assert!(
+            why.contains(&format!("4 shards, but the store has {vshards_count} virtual")),
+            "{why}"
+        );
         drop(named(vshards_count as u16, 1).expect("the store has as many"));
     }
 }

@@ -1,6 +1,8 @@
-//! The handles as callers meet them: what a library user is promised, on a real directory with real threads.
+//! The handles as callers meet them: what a library user is promised, on a real directory with real
+//! threads.
 //!
-//! If these fail, callers lose acknowledged data, see a part of a commit, hang, or share a store with somebody.
+//! If these fail, callers lose acknowledged data, see a part of a commit, hang, or share a store
+//! with somebody.
 
 use crate::common;
 use bytes::Bytes;
@@ -16,8 +18,18 @@ const PAGE: usize = 4096;
 
 /// Small enough that a new store takes milliseconds.
 fn small() -> Options {
-    let geometry = Geometry { extent_bytes: 256 << 10, segment_bytes: 1 << 20, segments_count: 4, vshards_count: 16 };
-    RUN.get().with(Options { geometry, memory_bytes: 32 << 20, txn_bytes_max: 256 << 10, ..Options::default() })
+    let geometry = Geometry {
+        extent_bytes: 256 << 10,
+        segment_bytes: 1 << 20,
+        segments_count: 4,
+        vshards_count: 16,
+    };
+    RUN.get().with(Options {
+        geometry,
+        memory_bytes: 32 << 20,
+        txn_bytes_max: 256 << 10,
+        ..Options::default()
+    })
 }
 
 thread_local! {
@@ -67,7 +79,11 @@ fn kind<T>(result: Result<T, Error>) -> ErrorKind {
 #[track_caller]
 fn assert_filled(volume: &Volume, page: u64, fill: u8) {
     let read = block_on(volume.read(id(page))).expect("the page is read");
-    assert!(read.iter().all(|byte| *byte == fill), "page {page} begins {:?}, not {fill}", &read[..8]);
+    assert!(
+        read.iter().all(|byte| *byte == fill),
+        "page {page} begins {:?}, not {fill}",
+        &read[..8]
+    );
 }
 
 /// The first thing anyone needs: data outlives the process, whether it closed the store or not.
@@ -81,7 +97,11 @@ fn reopening_finds_what_was_acknowledged() {
             let first = block_on(volume.write(id(3), page(1))).unwrap();
             let second = block_on(volume.patch(id(3), 10, &b"abc"[..])).unwrap();
             assert!(second > first);
-            block_on(volume.write_many(vec![(id(70_000), page(2).into()), (id(1 << 40), page(3).into())])).unwrap();
+            block_on(
+                volume
+                    .write_many(vec![(id(70_000), page(2).into()), (id(1 << 40), page(3).into())]),
+            )
+            .unwrap();
             block_on(volume.write(id(4), page(4))).unwrap();
             block_on(volume.free(id(4))).unwrap();
             if close {
@@ -93,9 +113,13 @@ fn reopening_finds_what_was_acknowledged() {
             let volume = find(&store);
             assert_eq!((volume.bytes(), volume.id().get()), (64 << 20, 1));
             let read = block_on(volume.read(id(3))).unwrap();
-            assert_eq!((&read[..10], &read[10..13], &read[13..]), (&page(1)[..10], &b"abc"[..], &page(1)[13..]));
+            assert_eq!(
+                (&read[..10], &read[10..13], &read[13..]),
+                (&page(1)[..10], &b"abc"[..], &page(1)[13..])
+            );
             assert_eq!(read.lsn(), second);
-            let pages = block_on(volume.read_many(&[id(70_000), id(1 << 40), id(4), id(5)])).unwrap();
+            let pages =
+                block_on(volume.read_many(&[id(70_000), id(1 << 40), id(4), id(5)])).unwrap();
             assert_eq!(pages.iter().map(|p| p[PAGE - 1]).collect::<Vec<_>>(), [2, 3, 0, 0]);
             assert!(pages[2].is_absent() && pages[3].is_absent());
         }
@@ -128,7 +152,8 @@ fn a_flush_makes_buffered_writes_durable() {
     });
 }
 
-/// Two transactions that read the same page and change it: without this, one of two payments is lost.
+/// Two transactions that read the same page and change it: without this, one of two payments is
+/// lost.
 #[test]
 fn a_transaction_whose_reads_changed_is_refused() {
     each_way(|| {
@@ -144,7 +169,11 @@ fn a_transaction_whose_reads_changed_is_refused() {
         let mut unharmed = store.begin();
         block_on(unharmed.read(&volume, id(500))).unwrap();
         block_on(volume.patch(id(1), 0, &[2][..])).unwrap();
-        assert_eq!(block_on(slow.read(&volume, id(1))).unwrap()[0], 1, "what it sees does not change under it");
+        assert_eq!(
+            block_on(slow.read(&volume, id(1))).unwrap()[0],
+            1,
+            "what it sees does not change under it"
+        );
         assert_eq!(kind(block_on(slow.commit())), ErrorKind::Conflict);
         assert_filled(&volume, 2, 0);
         block_on(volume.write(id(9), page(3))).unwrap();
@@ -181,7 +210,8 @@ fn a_transaction_sees_its_own_changes_and_nobody_else_does_before_commit() {
     });
 }
 
-/// Concurrent increments: each that was acknowledged counts once, over conflicts, on many threads and handles.
+/// Concurrent increments: each that was acknowledged counts once, over conflicts, on many threads
+/// and handles.
 #[test]
 fn no_increment_is_lost_among_many_threads() {
     each_way(|| {
@@ -195,20 +225,25 @@ fn no_increment_is_lost_among_many_threads() {
             for _ in 0..EACH {
                 loop {
                     let mut txn = store.begin();
-                    let sum =
-                        u64::from_le_bytes(block_on(txn.read(&volume, id(0))).unwrap()[..8].try_into().unwrap()) + 1;
+                    let sum = u64::from_le_bytes(
+                        block_on(txn.read(&volume, id(0))).unwrap()[..8].try_into().unwrap(),
+                    ) + 1;
                     txn.patch(&volume, id(0), 0, sum.to_le_bytes().to_vec()).unwrap();
                     let mine = block_on(txn.read(&volume, own)).unwrap()[0] + 1;
                     txn.patch(&volume, own, 0, vec![mine]).unwrap();
                     match block_on(txn.commit()) {
                         Ok(_) => break,
-                        Err(error) if error.kind() == ErrorKind::Conflict => conflicts.fetch_add(1, Ordering::Relaxed),
+                        Err(error) if error.kind() == ErrorKind::Conflict => {
+                            conflicts.fetch_add(1, Ordering::Relaxed)
+                        }
                         Err(error) => panic!("{error}"),
                     };
                 }
             }
         };
-        std::thread::scope(|scope| (0..THREADS).for_each(|thread| drop(scope.spawn(move || add(thread)))));
+        std::thread::scope(|scope| {
+            (0..THREADS).for_each(|thread| drop(scope.spawn(move || add(thread))))
+        });
         let count = |volume: &Volume, page| {
             u64::from_le_bytes(block_on(volume.read(id(page))).unwrap()[..8].try_into().unwrap())
         };
@@ -222,7 +257,8 @@ fn no_increment_is_lost_among_many_threads() {
     });
 }
 
-/// A commit is whole or absent, also for readers that race it: all pages of one carry the same LSN and fill.
+/// A commit is whole or absent, also for readers that race it: all pages of one carry the same LSN
+/// and fill.
 #[test]
 fn commits_of_many_pages_are_atomic() {
     each_way(|| {
@@ -234,15 +270,17 @@ fn commits_of_many_pages_are_atomic() {
                 scope.spawn(move || {
                     for round in 0..20 {
                         let fill = writer * 50 + round + 1;
-                        let pages = (0..20).map(|i| (id(i * 777), Bytes::from(page(fill)))).collect();
+                        let pages =
+                            (0..20).map(|i| (id(i * 777), Bytes::from(page(fill)))).collect();
                         block_on(volume.write_many(pages)).unwrap();
                     }
                 });
             }
             for _ in 0..200 {
                 let mut txn = store.begin();
-                let seen: Vec<u8> =
-                    (0..20).map(|i| block_on(txn.read(&volume, id(i * 777))).unwrap()[i as usize]).collect();
+                let seen: Vec<u8> = (0..20)
+                    .map(|i| block_on(txn.read(&volume, id(i * 777))).unwrap()[i as usize])
+                    .collect();
                 if block_on(txn.commit()).is_ok() {
                     assert!(seen.iter().all(|fill| *fill == seen[0]), "{seen:?}");
                 }
@@ -251,12 +289,14 @@ fn commits_of_many_pages_are_atomic() {
     });
 }
 
-/// Callers give up; what they submitted stands, others are not disturbed, and nothing leaks until all is used up.
+/// Callers give up; what they submitted stands, others are not disturbed, and nothing leaks until
+/// all is used up.
 #[test]
 fn dropped_futures_undo_nothing_and_leak_nothing() {
     each_way(|| {
         let dir = tempfile::tempdir().unwrap();
-        let store = block_on(Store::open(dir.path(), Options { requests_max: 8, ..small() })).unwrap();
+        let store =
+            block_on(Store::open(dir.path(), Options { requests_max: 8, ..small() })).unwrap();
         let volume = block_on(store.create_volume("vol", 64 << 20)).unwrap();
         for round in 0..200u64 {
             // Never polled: nothing was submitted.
@@ -273,12 +313,14 @@ fn dropped_futures_undo_nothing_and_leak_nothing() {
     });
 }
 
-/// More callers than places: they wait and are served; beyond the bound they hear `Busy`, and nobody hangs.
+/// More callers than places: they wait and are served; beyond the bound they hear `Busy`, and
+/// nobody hangs.
 #[test]
 fn overload_is_back_pressure_then_busy() {
     each_way(|| {
         let dir = tempfile::tempdir().unwrap();
-        let store = block_on(Store::open(dir.path(), Options { requests_max: 2, ..small() })).unwrap();
+        let store =
+            block_on(Store::open(dir.path(), Options { requests_max: 2, ..small() })).unwrap();
         let volume = block_on(store.create_volume("vol", 64 << 20)).unwrap();
         let outcomes: Vec<_> = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..64u64)
@@ -337,7 +379,10 @@ fn an_open_that_is_dropped_lets_go() {
             }
             tries += 1;
             assert!(tries < 1000, "the store stays locked");
-            #[allow(clippy::disallowed_methods, reason = "the end of another thread is waited for")]
+            #[allow(
+                clippy::disallowed_methods,
+                reason = "the end of another thread is waited for"
+            )]
             std::thread::sleep(std::time::Duration::from_millis(10));
         };
         find(&store);
@@ -356,13 +401,17 @@ fn a_closed_store_refuses_and_held_pages_stay() {
             let threads: Vec<_> = (0..4u64)
                 .map(|i| {
                     let volume = &volume;
-                    scope.spawn(move || (0..50).map(|_| block_on(volume.write(id(i), page(5)))).collect::<Vec<_>>())
+                    scope.spawn(move || {
+                        (0..50).map(|_| block_on(volume.write(id(i), page(5)))).collect::<Vec<_>>()
+                    })
                 })
                 .collect();
             block_on(store.close()).unwrap();
             threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
         });
-        assert!(racing.iter().filter_map(|r| r.as_ref().err()).all(|e| e.kind() == ErrorKind::Closed));
+        assert!(
+            racing.iter().filter_map(|r| r.as_ref().err()).all(|e| e.kind() == ErrorKind::Closed)
+        );
         assert_eq!(kind(block_on(volume.read(id(1)))), ErrorKind::Closed);
         assert_eq!(kind(block_on(store.close())), ErrorKind::Closed);
         drop((store, volume));
@@ -382,19 +431,31 @@ fn volumes_are_separate_and_named_once() {
         assert_filled(&volume, 1, 1);
         let long = "x".repeat(256);
         assert_eq!(kind(block_on(store.create_volume("vol", 4096))), ErrorKind::AlreadyExists);
-        for (name, bytes) in [("", 4096), ("n", 0), ("n", 4097), (long.as_str(), 4096), ("a\nb", 4096)] {
-            assert_eq!(kind(block_on(store.create_volume(name, bytes))), ErrorKind::Invalid, "{name} {bytes}");
+        for (name, bytes) in
+            [("", 4096), ("n", 0), ("n", 4097), (long.as_str(), 4096), ("a\nb", 4096)]
+        {
+            assert_eq!(
+                kind(block_on(store.create_volume(name, bytes))),
+                ErrorKind::Invalid,
+                "{name} {bytes}"
+            );
         }
-        let (a, b) = block_on(zip(store.create_volume("twin", 4096), store.create_volume("twin", 4096)));
+        let (a, b) =
+            block_on(zip(store.create_volume("twin", 4096), store.create_volume("twin", 4096)));
         assert_eq!([a.is_ok(), b.is_ok()].iter().filter(|ok| **ok).count(), 1);
         let names = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..6)
                 .map(|i| {
                     let store = &store;
-                    scope.spawn(move || block_on(store.create_volume(&format!("t{i}"), 4096)).unwrap().id())
+                    scope.spawn(move || {
+                        block_on(store.create_volume(&format!("t{i}"), 4096)).unwrap().id()
+                    })
                 })
                 .collect();
-            threads.into_iter().map(|thread| thread.join().unwrap()).collect::<std::collections::BTreeSet<_>>()
+            threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap())
+                .collect::<std::collections::BTreeSet<_>>()
         });
         assert_eq!(names.len(), 6);
         block_on(store.close()).unwrap();
@@ -418,7 +479,8 @@ fn wrong_arguments_are_refused_and_change_nothing() {
         assert_eq!(kind(block_on(volume.patch(id(1), 0, vec![]))), ErrorKind::Invalid);
         let many = (0..65).map(|i| (id(i), Bytes::from(page(1)))).collect();
         assert_eq!(kind(block_on(volume.write_many(many))), ErrorKind::TooLarge);
-        let changes = vec![(id(1), Change::Put(page(1).into())), (id(2), Change::Put(Bytes::new()))];
+        let changes =
+            vec![(id(1), Change::Put(page(1).into())), (id(2), Change::Put(Bytes::new()))];
         assert_eq!(kind(block_on(volume.apply(changes, Durability::Buffered))), ErrorKind::Invalid);
         let elsewhere = tempfile::tempdir().unwrap();
         let (_other, foreign) = create(elsewhere.path());
@@ -440,7 +502,8 @@ fn many_pages_are_read_in_the_order_asked() {
         }
         block_on(store.checkpoint()).unwrap();
         let ids: Vec<_> = (0..200).rev().map(|i| id(i * 3)).collect();
-        let fills: Vec<u8> = block_on(volume.read_many(&ids)).unwrap().iter().map(|p| p[17]).collect();
+        let fills: Vec<u8> =
+            block_on(volume.read_many(&ids)).unwrap().iter().map(|p| p[17]).collect();
         assert!(fills.into_iter().eq((0..200).rev()));
         assert!(block_on(volume.read_many(&[])).unwrap().is_empty());
     });
@@ -457,7 +520,8 @@ fn a_directory_with_foreign_files_is_left_alone() {
     });
 }
 
-/// A store that has lost its superblocks must say so: made anew in place, it would be filled with zeros.
+/// A store that has lost its superblocks must say so: made anew in place, it would be filled with
+/// zeros.
 #[test]
 fn a_store_without_its_meta_file_is_refused_and_not_made_anew() {
     each_way(|| {

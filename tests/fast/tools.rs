@@ -1,4 +1,5 @@
-//! The tools around a store as a user meets them: `volume` and `stat`, with and without a server, and its control socket.
+//! The tools around a store as a user meets them: `volume` and `stat`, with and without a server,
+//! and its control socket.
 
 // Real processes take real time.
 #![allow(clippy::disallowed_methods)]
@@ -28,34 +29,48 @@ fn done(dir: &Path, arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).expect("UTF-8")
 }
 
-/// Its exit code and its one line of complaint; behind one about an argument stands where to find help.
+/// Its exit code and its one line of complaint; behind one about an argument stands where to find
+/// help.
 #[track_caller]
 fn refused(dir: &Path, arguments: &[&str]) -> (i32, String) {
     let output = tool(dir, arguments);
     let text = String::from_utf8(output.stderr).expect("UTF-8");
     let text = text.replace("\n\nFor more information, try '--help'.\n", "\n");
-    assert!(output.stdout.is_empty() && text.starts_with("error: ") && text.lines().count() == 1, "{text}");
+    assert!(
+        output.stdout.is_empty() && text.starts_with("error: ") && text.lines().count() == 1,
+        "{text}"
+    );
     (output.status.code().expect("no signal"), text)
 }
 
 fn volumes(dir: &Path) -> Vec<(String, u64)> {
-    let listed: Value = serde_json::from_str(&done(dir, &["volume", "list", "--format", "json"])).expect("JSON");
+    let listed: Value =
+        serde_json::from_str(&done(dir, &["volume", "list", "--format", "json"])).expect("JSON");
     let line = |v: &Value| (v["name"].as_str().unwrap().to_owned(), v["bytes"].as_u64().unwrap());
     listed.as_array().unwrap().iter().map(line).collect()
 }
 
 /// The same commands on a closed store, and on one that is served.
 fn life_of_a_volume(dir: &Path) {
-    assert_eq!(done(dir, &["volume", "create", "two", "1G"]), "created two, 1.0 GiB (1073741824 bytes)\n");
+    assert_eq!(
+        done(dir, &["volume", "create", "two", "1G"]),
+        "created two, 1.0 GiB (1073741824 bytes)\n"
+    );
     let (code, text) = refused(dir, &["volume", "create", "two", "1G"]);
     assert!(code == 1 && text.contains("exists already"), "{text}");
     assert!(refused(dir, &["volume", "create", "odd", "4097"]).1.contains("use 4096 or 8192"));
     assert!(refused(dir, &["volume", "create", "huge", "8E"]).1.contains("9223372036854771712"));
     let long = "a".repeat(4096);
     for action in [&["create", &long, "1G"][..], &["resize", &long, "1G"], &["delete", &long]] {
-        assert!(refused(dir, &[&["volume"], action].concat()).1.contains("255 bytes at most"), "{action:?}");
+        assert!(
+            refused(dir, &[&["volume"], action].concat()).1.contains("255 bytes at most"),
+            "{action:?}"
+        );
     }
-    assert_eq!(done(dir, &["volume", "resize", "two", "2G"]), "two has 2.0 GiB now (2147483648 bytes)\n");
+    assert_eq!(
+        done(dir, &["volume", "resize", "two", "2G"]),
+        "two has 2.0 GiB now (2147483648 bytes)\n"
+    );
     let (code, text) = refused(dir, &["volume", "resize", "two", "1M"]);
     assert!(code == 2 && text.contains("--yes"), "{text}");
     done(dir, &["volume", "resize", "two", "1M", "--yes"]);
@@ -74,7 +89,10 @@ fn life_of_a_volume(dir: &Path) {
 fn volumes_come_grow_shrink_and_go_with_and_without_a_server() {
     let dir = scratch("volumes");
     let (code, text) = refused(dir.path(), &["volume", "list"]);
-    assert!(code == 1 && text.contains("there is no store") && text.contains("corepage serve"), "{text}");
+    assert!(
+        code == 1 && text.contains("there is no store") && text.contains("corepage serve"),
+        "{text}"
+    );
     let served = Served::start(dir.path());
     life_of_a_volume(dir.path());
     // Clients that connect see what is there by then.
@@ -83,7 +101,11 @@ fn volumes_come_grow_shrink_and_go_with_and_without_a_server() {
     assert_eq!(client.bytes, 64 << 20);
     client.write(1, 63 << 20, b"far");
     done(dir.path(), &["volume", "resize", "new", "32M", "--yes"]);
-    assert_eq!(client.call(0, common::nbd::READ, 63 << 20, 3, &[]), common::nbd::EINVAL, "it was cut off");
+    assert_eq!(
+        client.call(0, common::nbd::READ, 63 << 20, 3, &[]),
+        common::nbd::EINVAL,
+        "it was cut off"
+    );
     assert_eq!(common::nbd::Client::go(&served.address(), "new").bytes, 32 << 20);
     done(dir.path(), &["volume", "delete", "new", "--yes"]);
     assert_eq!(client.call(0, common::nbd::READ, 0, 3, &[]), libc::ESHUTDOWN as u32, "it is gone");
@@ -96,19 +118,31 @@ fn volumes_come_grow_shrink_and_go_with_and_without_a_server() {
 fn stat_tells_what_the_server_did_in_each_second() {
     let dir = scratch("stat");
     let (code, text) = refused(dir.path(), &["stat"]);
-    assert!(code == 1 && text.contains("no server answers") && text.contains("corepage serve"), "{text}");
+    assert!(
+        code == 1 && text.contains("no server answers") && text.contains("corepage serve"),
+        "{text}"
+    );
     let served = Served::start(dir.path());
     let mut client = served.client();
     let mut lines = {
-        let mut stat = corepage(&["stat", "--format", "json", "--count", "3", "--dir", dir.path().to_str().unwrap()]);
+        let mut stat = corepage(&[
+            "stat",
+            "--format",
+            "json",
+            "--count",
+            "3",
+            "--dir",
+            dir.path().to_str().unwrap(),
+        ]);
         let mut child = stat.stdout(std::process::Stdio::piped()).spawn().expect("it runs");
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         // One after another, so that they are of the time that is told.
         for n in 0..400 {
             client.write(1, n * 4096, &[7; 4096]);
         }
-        let lines: Vec<Value> =
-            lines.map(|line| serde_json::from_str(&line.unwrap()).expect("a line of JSON")).collect();
+        let lines: Vec<Value> = lines
+            .map(|line| serde_json::from_str(&line.unwrap()).expect("a line of JSON"))
+            .collect();
         assert!(child.wait().unwrap().success());
         lines
     };
@@ -117,11 +151,21 @@ fn stat_tells_what_the_server_did_in_each_second() {
     assert!(last["seconds"].as_f64().unwrap() >= 0.9, "{last}");
     assert!(last["total"]["page_writes"].as_u64().unwrap() >= 400, "{last}");
     assert!(last["total"]["commit_latency"]["count"].as_u64().unwrap() >= 400);
-    let by_line: u64 = lines.iter().chain([&last]).map(|line| line["interval"]["page_writes"].as_u64().unwrap()).sum();
+    let by_line: u64 = lines
+        .iter()
+        .chain([&last])
+        .map(|line| line["interval"]["page_writes"].as_u64().unwrap())
+        .sum();
     assert!(by_line <= last["total"]["page_writes"].as_u64().unwrap());
     let socket = dir.path().join("control.sock");
-    assert_eq!(socket.metadata().unwrap().permissions().mode() & 0o777, 0o600, "only its owner may");
-    let table = corepage(&["stat", "--count", "2", "--connect", socket.to_str().unwrap()]).output().unwrap();
+    assert_eq!(
+        socket.metadata().unwrap().permissions().mode() & 0o777,
+        0o600,
+        "only its owner may"
+    );
+    let table = corepage(&["stat", "--count", "2", "--connect", socket.to_str().unwrap()])
+        .output()
+        .unwrap();
     let table = String::from_utf8(table.stdout).unwrap();
     assert!(table.lines().count() == 4 && table.contains("commits"), "{table}");
     let widths: Vec<usize> = table.lines().map(str::len).collect();
@@ -143,11 +187,20 @@ fn a_hostile_control_client_hurts_only_itself() {
     let socket = dir.path().join("control.sock");
     let connect = || UnixStream::connect(&socket).expect("the socket is there");
     let mut client = connect();
-    for bad in
-        ["x\n", "\n", "{}\n", "[]\n", "{\"ask\":\"nothing\"}\n", "{\"ask\":\"create\",\"name\":7}\n", "\u{fffd}\n"]
-    {
+    for bad in [
+        "x\n",
+        "\n",
+        "{}\n",
+        "[]\n",
+        "{\"ask\":\"nothing\"}\n",
+        "{\"ask\":\"create\",\"name\":7}\n",
+        "\u{fffd}\n",
+    ] {
         let answer = line(&mut client, bad.as_bytes());
-        assert!(answer["error"].as_str().unwrap().starts_with("not a request"), "{bad:?}: {answer}");
+        assert!(
+            answer["error"].as_str().unwrap().starts_with("not a request"),
+            "{bad:?}: {answer}"
+        );
     }
     let answer = line(&mut client, b"{\"ask\":\"create\",\"name\":\"\",\"bytes\":4096}\n");
     assert!(answer["error"].as_str().unwrap().contains("1 to 255 bytes"), "{answer}");
@@ -161,10 +214,15 @@ fn a_hostile_control_client_hurts_only_itself() {
         socket.set_read_timeout(Some(std::time::Duration::from_millis(200))).unwrap();
         let mut told = String::new();
         // The others wait for a request of theirs.
-        closed += usize::from(socket.read_to_string(&mut told).is_ok() && told.contains("which is the most"));
+        closed += usize::from(
+            socket.read_to_string(&mut told).is_ok() && told.contains("which is the most"),
+        );
     }
     assert!(closed >= 4, "only {closed} of 20 were sent away");
-    assert!(line(&mut client, b"{\"ask\":\"volumes\"}\n")["ok"].is_array(), "the first one is served");
+    assert!(
+        line(&mut client, b"{\"ask\":\"volumes\"}\n")["ok"].is_array(),
+        "the first one is served"
+    );
     assert_eq!(served.client().read(0, 3), [0; 3], "and so are others");
     drop(silent);
     assert!(served.stop().success(), "with a client connected");
@@ -176,7 +234,8 @@ fn freeing(dir: &Path) -> u64 {
     told["volumes_freeing"].as_u64().unwrap_or_else(|| panic!("{told}"))
 }
 
-/// Else a user reads "no memory is left" about a volume that is gone, and has its space back only after the next start.
+/// Else a user reads "no memory is left" about a volume that is gone, and has its space back only
+/// after the next start.
 #[test]
 fn a_volume_whose_pages_fill_the_memory_is_deleted_and_its_space_comes_back_while_it_is_served() {
     let dir = scratch("warm");
@@ -194,7 +253,8 @@ fn a_volume_whose_pages_fill_the_memory_is_deleted_and_its_space_comes_back_whil
     assert!(!done(dir.path(), &["volume", "list"]).contains("y "));
     while freeing(dir.path()) > 0 {}
     assert!(served.stop().success());
-    let store = Store::open(dir.path(), Options { memory_bytes: 64 << 20, ..Options::default() }).expect("it opens");
+    let store = Store::open(dir.path(), Options { memory_bytes: 64 << 20, ..Options::default() })
+        .expect("it opens");
     store.checkpoint().expect("it is alive");
     let live = store.stats().expect("it is alive").blocks_live;
     assert!(live < 2000, "{live} blocks are live in a store without pages");
@@ -203,7 +263,8 @@ fn a_volume_whose_pages_fill_the_memory_is_deleted_and_its_space_comes_back_whil
 
 /// A store of 60,000 pages in a volume `big`, closed.
 fn store_with_a_large_volume(dir: &Path) {
-    let store = Store::open(dir, Options { memory_bytes: 64 << 20, ..Options::default() }).expect("it opens");
+    let store = Store::open(dir, Options { memory_bytes: 64 << 20, ..Options::default() })
+        .expect("it opens");
     let volume = store.create_volume("big", 1 << 30).expect("there is room");
     for first in (0..60_000).step_by(1000) {
         let page = |n| (PageId::new(n), corepage::Change::Put(vec![7; 4096].into()));
@@ -216,7 +277,8 @@ fn store_with_a_large_volume(dir: &Path) {
 }
 
 fn is_empty_after_the_next_open(dir: &Path) {
-    let store = Store::open(dir, Options { memory_bytes: 64 << 20, ..Options::default() }).expect("it opens");
+    let store = Store::open(dir, Options { memory_bytes: 64 << 20, ..Options::default() })
+        .expect("it opens");
     store.wait_freed().expect("pages can be freed");
     store.checkpoint().expect("it is alive");
     store.checkpoint().expect("it is alive");
@@ -242,12 +304,16 @@ fn deleting_a_large_volume_without_a_server_can_be_interrupted_and_is_finished_l
     rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("it runs");
     let output = child.wait_with_output().expect("it is ours");
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.code() == Some(1) && text.starts_with("error: interrupted"), "{output:?}");
+    assert!(
+        output.status.code() == Some(1) && text.starts_with("error: interrupted"),
+        "{output:?}"
+    );
     assert!(done(dir.path(), &["volume", "list"]).contains("no volumes"));
     is_empty_after_the_next_open(dir.path());
 }
 
-/// A service manager kills a server that does not stop in time; a volume being deleted must not make it miss that.
+/// A service manager kills a server that does not stop in time; a volume being deleted must not
+/// make it miss that.
 #[test]
 fn a_server_stops_while_a_large_volume_is_being_freed_and_the_next_start_goes_on() {
     let dir = scratch("stopped");
@@ -255,7 +321,8 @@ fn a_server_stops_while_a_large_volume_is_being_freed_and_the_next_start_goes_on
     let served = Served::start_with(dir.path(), &["--nbd", "tcp:127.0.0.1:0", "--memory", "64M"]);
     assert_eq!(done(dir.path(), &["volume", "delete", "big", "--yes"]), "deleted big\n");
     assert!(served.stop().success());
-    let store = Store::open(dir.path(), Options { memory_bytes: 64 << 20, ..Options::default() }).expect("it opens");
+    let store = Store::open(dir.path(), Options { memory_bytes: 64 << 20, ..Options::default() })
+        .expect("it opens");
     assert!(store.recovery().clean, "it was not closed cleanly");
     let live = store.stats().expect("it is alive").blocks_live;
     assert!(live > 10_000, "{live} blocks are live: the server stopped only when all was freed");
@@ -263,19 +330,24 @@ fn a_server_stops_while_a_large_volume_is_being_freed_and_the_next_start_goes_on
     is_empty_after_the_next_open(dir.path());
 }
 
-/// Killed while a volume is being made smaller or deleted: it is whole, or it is cut; what was cut off never comes back, and what was
-/// not stays as it was.
+/// Killed while a volume is being made smaller or deleted: it is whole, or it is cut; what was cut
+/// off never comes back, and what was not stays as it was.
 #[test]
 fn a_kill_while_a_volume_is_cut_leaves_it_whole_or_cut() {
     const PAGES: u64 = 30_000;
     const KEPT: u64 = 1000;
     let dir = scratch("cut");
-    let open = || Store::open(dir.path(), Options { memory_bytes: 64 << 20, ..Options::default() }).expect("it opens");
+    let open = || {
+        Store::open(dir.path(), Options { memory_bytes: 64 << 20, ..Options::default() })
+            .expect("it opens")
+    };
     let pages = |volume: &Volume| {
         let (mut all, mut next) = (0, Some(PageId::new(0)));
         while let Some(first) = next {
-            let part = volume.allocated(first, PageId::new(u64::MAX), 1000).expect("the map is read");
-            all += part.ranges.iter().map(|(first, last)| last.get() - first.get() + 1).sum::<u64>();
+            let part =
+                volume.allocated(first, PageId::new(u64::MAX), 1000).expect("the map is read");
+            all +=
+                part.ranges.iter().map(|(first, last)| last.get() - first.get() + 1).sum::<u64>();
             next = part.next;
         }
         all
@@ -295,7 +367,11 @@ fn a_kill_while_a_volume_is_cut_leaves_it_whole_or_cut() {
         store.close().expect("it closes");
         drop((store, volume));
         let size = (KEPT * 4096).to_string();
-        let arguments = if deletes { vec!["delete", "v", "--yes"] } else { vec!["resize", "v", &size, "--yes"] };
+        let arguments = if deletes {
+            vec!["delete", "v", "--yes"]
+        } else {
+            vec!["resize", "v", &size, "--yes"]
+        };
         let place = dir.path().to_str().expect("UTF-8");
         let served = Served::start(dir.path());
         let mut command = corepage(&[&["volume"], &arguments[..], &["--dir", place]].concat());
@@ -317,7 +393,11 @@ fn a_kill_while_a_volume_is_cut_leaves_it_whole_or_cut() {
             }
             Some(volume) => {
                 halfway += u64::from(pages(&volume) > KEPT);
-                assert!(!deletes && volume.bytes() == KEPT * 4096, "round {round}: {} bytes", volume.bytes());
+                assert!(
+                    !deletes && volume.bytes() == KEPT * 4096,
+                    "round {round}: {} bytes",
+                    volume.bytes()
+                );
                 store.resize_volume("v", PAGES * 4096).expect("it grows");
                 assert_eq!(pages(&volume), KEPT, "round {round}: pages have come back");
                 cut += 1;
@@ -326,7 +406,11 @@ fn a_kill_while_a_volume_is_cut_leaves_it_whole_or_cut() {
                 assert!(deletes, "round {round}: it was not to be deleted");
                 // Its number is given again once its pages are gone.
                 let mut made = 0;
-                while store.create_volume(&format!("n{made}"), 4096).expect("there is a number").asynchronous().id()
+                while store
+                    .create_volume(&format!("n{made}"), 4096)
+                    .expect("there is a number")
+                    .asynchronous()
+                    .id()
                     != id
                 {
                     made += 1;
@@ -334,7 +418,10 @@ fn a_kill_while_a_volume_is_cut_leaves_it_whole_or_cut() {
                     std::thread::sleep(std::time::Duration::from_millis(20));
                 }
                 for n in 0..=made {
-                    let volume = store.volume(&format!("n{n}")).expect("the catalog is read").expect("it was made");
+                    let volume = store
+                        .volume(&format!("n{n}"))
+                        .expect("the catalog is read")
+                        .expect("it was made");
                     assert_eq!(pages(&volume), 0, "round {round}: pages of another volume");
                     store.delete_volume(volume.name()).expect("it goes");
                 }
@@ -343,7 +430,11 @@ fn a_kill_while_a_volume_is_cut_leaves_it_whole_or_cut() {
         }
         if let Some(volume) = store.volume("v").expect("the catalog is read") {
             for n in (0..KEPT).step_by(97) {
-                assert_eq!(volume.read(PageId::new(n)).expect("it is there")[..], [1 + round as u8; 4096], "page {n}");
+                assert_eq!(
+                    volume.read(PageId::new(n)).expect("it is there")[..],
+                    [1 + round as u8; 4096],
+                    "page {n}"
+                );
             }
         }
         store.close().expect("it closes");
@@ -361,27 +452,42 @@ fn stat_tells_each_shard_and_they_make_up_the_total() {
         // Far enough from each other to be of both shards.
         client.write(1, n * 4096 * 97, &[7; 4096]);
     }
-    let told: Value =
-        serde_json::from_str(&done(dir.path(), &["stat", "--shards", "--count", "1", "--format", "json"]))
-            .expect("one line of JSON");
+    let told: Value = serde_json::from_str(&done(
+        dir.path(),
+        &["stat", "--shards", "--count", "1", "--format", "json"],
+    ))
+    .expect("one line of JSON");
     let shards = told["shards"].as_array().expect("each shard");
     assert_eq!(shards.len(), 2);
-    let count = |of: &Value, name: &str| of["total"][name].as_u64().unwrap_or_else(|| panic!("{name} in {of}"));
+    let count = |of: &Value, name: &str| {
+        of["total"][name].as_u64().unwrap_or_else(|| panic!("{name} in {of}"))
+    };
     for name in ["page_writes", "commits", "device_operations", "checksums", "bytes_written"] {
         let sum: u64 = shards.iter().map(|shard| count(shard, name)).sum();
-        assert!(sum == count(&told, name) && shards.iter().all(|shard| count(shard, name) > 0), "{name}: {told}");
+        assert!(
+            sum == count(&told, name) && shards.iter().all(|shard| count(shard, name) > 0),
+            "{name}: {told}"
+        );
     }
     assert!(count(&told, "page_writes") >= 200);
     for of in shards.iter().chain([&told]) {
         let is_number = |name: &str| of[name].is_number();
-        assert!(is_number("iops") && is_number("hit_ratio") && is_number("commits_per_flush"), "{of}");
+        assert!(
+            is_number("iops") && is_number("hit_ratio") && is_number("commits_per_flush"),
+            "{of}"
+        );
         assert!(of["interval"]["commit_latency"]["p999_us"].is_number(), "{of}");
     }
     let without: Value =
-        serde_json::from_str(&done(dir.path(), &["stat", "--count", "1", "--format", "json"])).expect("JSON");
+        serde_json::from_str(&done(dir.path(), &["stat", "--count", "1", "--format", "json"]))
+            .expect("JSON");
     assert!(without["shards"].is_null() && without["total"].is_object(), "{without}");
     let table = done(dir.path(), &["stat", "--shards", "--count", "2"]);
-    let ends: Vec<_> = table.lines().skip(2).map(|line| line.split_whitespace().last().expect("columns")).collect();
+    let ends: Vec<_> = table
+        .lines()
+        .skip(2)
+        .map(|line| line.split_whitespace().last().expect("columns"))
+        .collect();
     assert!(ends.len() == 6 && ends[1..3] == ["s0", "s1"] && ends[4..] == ["s0", "s1"], "{table}");
     assert!(served.stop().success());
 }
@@ -394,7 +500,10 @@ fn a_volume_that_is_not_there_is_not_asked_to_be_deleted() {
     let output = corepage(&delete).output().expect("it runs");
     let text = String::from_utf8(output.stderr).expect("UTF-8");
     assert_eq!(output.status.code(), Some(1), "{text}");
-    assert!(text.contains("dsik") && text.contains("there are: disk") && !text.contains("--yes"), "{text}");
+    assert!(
+        text.contains("dsik") && text.contains("there are: disk") && !text.contains("--yes"),
+        "{text}"
+    );
     assert!(served.stop().success());
 }
 
@@ -414,10 +523,20 @@ fn counters_of_the_device_and_of_checksums_add_up() {
     assert!(now.pages_written >= 500 && now.coalesced_writes > 0, "{now:?}");
     assert_eq!(now.coalesced_writes, now.pages_written - now.page_write_ops);
     assert!(now.log_groups > 0 && now.nodes_written > 0);
-    // One for each page and node, two for each group, one for each of the two copies of a superblock.
-    assert!(now.checksums >= now.pages_written + now.nodes_written + 2 * now.log_groups + 2, "{now:?}");
-    assert!(now.device_flushes > now.log_flushes && now.log_flushes > 0, "a checkpoint flushes, too: {now:?}");
-    assert!(now.device_operations >= now.device_reads + now.device_writes + now.device_flushes, "{now:?}");
+    // One for each page and node, two for each group, one for each of the two copies of a
+    // superblock.
+    assert!(
+        now.checksums >= now.pages_written + now.nodes_written + 2 * now.log_groups + 2,
+        "{now:?}"
+    );
+    assert!(
+        now.device_flushes > now.log_flushes && now.log_flushes > 0,
+        "a checkpoint flushes, too: {now:?}"
+    );
+    assert!(
+        now.device_operations >= now.device_reads + now.device_writes + now.device_flushes,
+        "{now:?}"
+    );
     assert!(now.submissions > 0 && now.hit_ratio() <= 1.0);
     store.close().expect("it closes");
 }

@@ -102,7 +102,11 @@ fn what_is_allocated_and_scanned_is_what_was_written_dirty_or_not_also_after_a_r
     let (first, last) = (id(1000), id(1 << 52));
     block_on(volume.free_range(first, last)).unwrap();
     model.retain(|at, _| !(first.get()..=last.get()).contains(at));
-    assert_eq!(allocated(&volume, 7), model.keys().copied().collect::<Vec<_>>(), "a range was freed");
+    assert_eq!(
+        allocated(&volume, 7),
+        model.keys().copied().collect::<Vec<_>>(),
+        "a range was freed"
+    );
     assert_eq!(block_on(volume.allocated(last, first, 1)).unwrap().ranges, [], "an empty range");
     let other = block_on(store.volume("other")).unwrap().unwrap();
     assert_eq!(allocated(&other, 1), Vec::<u64>::new(), "another volume");
@@ -119,13 +123,20 @@ fn bytes_that_a_volume_gains_are_zeros_and_bytes_that_it_loses_take_no_space() {
         block_on(volume.write_back(id(n), page(n + 1))).unwrap();
     }
     block_on(store.resize_volume("v", bytes(1000))).unwrap();
-    assert_eq!((volume.bytes(), early.bytes()), (bytes(1000), bytes(1000)), "handles know the size");
+    assert_eq!(
+        (volume.bytes(), early.bytes()),
+        (bytes(1000), bytes(1000)),
+        "handles know the size"
+    );
     block_on(store.wait_freed()).unwrap();
     assert_eq!(allocated(&volume, 10), (0..1000).collect::<Vec<_>>());
     // A straggler: the library lets any page be written.
     block_on(volume.write(id(2000), page(7))).unwrap();
     block_on(store.resize_volume("v", bytes(8192))).unwrap();
-    assert!(block_on(volume.read(id(2000))).unwrap().is_absent(), "what was beyond the end has come back");
+    assert!(
+        block_on(volume.read(id(2000))).unwrap().is_absent(),
+        "what was beyond the end has come back"
+    );
     assert_eq!(block_on(volume.read(id(999))).unwrap()[..8], 1000u64.to_le_bytes());
     block_on(store.close()).unwrap();
     drop((store, volume, early));
@@ -133,13 +144,17 @@ fn bytes_that_a_volume_gains_are_zeros_and_bytes_that_it_loses_take_no_space() {
     let volume = block_on(store.volume("v")).unwrap().unwrap();
     assert_eq!(volume.bytes(), bytes(8192));
     assert_eq!(allocated(&volume, 10), (0..1000).collect::<Vec<_>>());
-    for (name, size, kind) in
-        [("v", 0, ErrorKind::Invalid), ("v", 5, ErrorKind::Invalid), ("w", 4096, ErrorKind::NotFound)]
-    {
+    for (name, size, kind) in [
+        ("v", 0, ErrorKind::Invalid),
+        ("v", 5, ErrorKind::Invalid),
+        ("w", 4096, ErrorKind::NotFound),
+    ] {
         let error = block_on(store.resize_volume(name, size)).unwrap_err();
         assert_eq!(error.kind(), kind, "{error}");
     }
-    assert!(block_on(store.resize_volume("w", 4096)).unwrap_err().to_string().contains("there are: v"));
+    assert!(
+        block_on(store.resize_volume("w", 4096)).unwrap_err().to_string().contains("there are: v")
+    );
     block_on(store.close()).unwrap();
 }
 
@@ -195,8 +210,9 @@ fn a_deleted_volume_is_gone_with_its_pages_and_its_handles_say_so() {
     block_on(store.close()).unwrap();
 }
 
-/// What is freed in the background is what is beyond the end, and nothing that a volume has gained again meanwhile: else a
-/// client's acknowledged pages vanish a moment after it was told that its disk has grown.
+/// What is freed in the background is what is beyond the end, and nothing that a volume has gained
+/// again meanwhile: else a client's acknowledged pages vanish a moment after it was told that its
+/// disk has grown.
 #[test]
 fn pages_of_a_volume_that_shrinks_and_grows_again_are_never_freed_behind_its_back() {
     let dir = tempfile::tempdir().unwrap();
@@ -216,15 +232,20 @@ fn pages_of_a_volume_that_shrinks_and_grows_again_are_never_freed_behind_its_bac
         end = smaller + 1 + dice.throw(8192);
         block_on(store.resize_volume("v", end * 4096)).unwrap();
     }
-    assert!(overlaps > 10, "only {overlaps} of 40 times was the volume still being freed when it grew");
+    assert!(
+        overlaps > 10,
+        "only {overlaps} of 40 times was the volume still being freed when it grew"
+    );
     block_on(store.wait_freed()).unwrap();
     assert_eq!(scanned(&volume), model.into_iter().collect::<Vec<_>>());
     block_on(store.close()).unwrap();
 }
 
-/// A user who is told that the volume could not be deleted, and finds it gone with its space still taken, can do nothing about it.
+/// A user who is told that the volume could not be deleted, and finds it gone with its space still
+/// taken, can do nothing about it.
 #[test]
-fn a_deletion_is_done_or_not_done_however_little_memory_is_free_and_its_pages_go_when_there_is_some() {
+fn a_deletion_is_done_or_not_done_however_little_memory_is_free_and_its_pages_go_when_there_is_some()
+ {
     let dir = tempfile::tempdir().unwrap();
     let store = block_on(Store::open(dir.path(), options())).unwrap();
     let kept = block_on(store.create_volume("kept", 1 << 30)).unwrap();
@@ -255,7 +276,10 @@ fn a_deletion_is_done_or_not_done_however_little_memory_is_free_and_its_pages_go
         Err(error) => {
             assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
             held.truncate(64);
-            assert!(block_on(store.volume("old")).unwrap().is_some(), "it was refused, and the volume is gone");
+            assert!(
+                block_on(store.volume("old")).unwrap().is_some(),
+                "it was refused, and the volume is gone"
+            );
             block_on(store.delete_volume("old")).unwrap();
         }
     }
@@ -270,7 +294,8 @@ fn a_deletion_is_done_or_not_done_however_little_memory_is_free_and_its_pages_go
     block_on(store.close()).unwrap();
 }
 
-/// A program that deletes a volume and ends must not hang, nor find its store in use when it opens it once more.
+/// A program that deletes a volume and ends must not hang, nor find its store in use when it opens
+/// it once more.
 #[test]
 fn a_store_whose_last_handle_goes_while_pages_are_freed_can_be_opened_at_once() {
     let dir = tempfile::tempdir().unwrap();
@@ -320,7 +345,10 @@ fn a_handle_pins_no_more_than_its_share_and_other_handles_go_on() {
     let another = store.clone();
     let others = block_on(another.volume("v")).unwrap().unwrap();
     assert_eq!(block_on(others.read(id(5))).unwrap()[..8], 5u64.to_le_bytes());
-    assert_eq!(block_on(others.read_many(&(0..500).map(id).collect::<Vec<_>>())).unwrap().len(), 500);
+    assert_eq!(
+        block_on(others.read_many(&(0..500).map(id).collect::<Vec<_>>())).unwrap().len(),
+        500
+    );
     assert!(block_on(volume.read(id(1 << 40))).is_err(), "it holds all that it may");
     held.truncate(10);
     assert!(block_on(volume.read(id(20))).is_ok(), "pins were given back");

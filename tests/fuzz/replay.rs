@@ -1,17 +1,22 @@
-//! A fuzz target without a fuzzer: every file of its corpus, then mutations of them, the same in every run.
+//! A fuzz target without a fuzzer: every file of its corpus, then mutations of them, the same in
+//! every run.
 //!
 //! 1. An input that fails is printed in hexadecimal, to become a file of the corpus.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 
-/// Runs the target over its corpus and over so many mutations; COREPAGE_FUZZ_MUTATIONS asks for another number.
+/// Runs the target over its corpus and over so many mutations; COREPAGE_FUZZ_MUTATIONS asks for
+/// another number.
 pub fn run(target: &str, mutations: u64, function: impl Fn(&[u8])) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus").join(target);
-    let entries = std::fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
-    let mut paths: Vec<_> = entries.map(|entry| entry.expect("an entry of the corpus").path()).collect();
+    let entries =
+        std::fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+    let mut paths: Vec<_> =
+        entries.map(|entry| entry.expect("an entry of the corpus").path()).collect();
     paths.sort();
-    let corpus: Vec<Vec<u8>> = paths.iter().map(|path| std::fs::read(path).expect("a file of the corpus")).collect();
+    let corpus: Vec<Vec<u8>> =
+        paths.iter().map(|path| std::fs::read(path).expect("a file of the corpus")).collect();
     assert!(!corpus.is_empty(), "{} is empty", folder.display());
     for (path, bytes) in paths.iter().zip(&corpus) {
         one(&path.display().to_string(), bytes, &function);
@@ -30,7 +35,8 @@ fn one(what: &str, bytes: &[u8], function: impl Fn(&[u8])) {
     }
 }
 
-/// One input, or the front of one and the back of another, with some bytes changed, left out and put in.
+/// One input, or the front of one and the back of another, with some bytes changed, left out and
+/// put in.
 fn mutated(corpus: &[Vec<u8>], seed: u64) -> Vec<u8> {
     let mut state = seed;
     // SplitMix64 (Steele, Lea and Flood, 2014).

@@ -1,9 +1,11 @@
-//! The power is cut: the store runs on a disk whose every write and flush is logged, with ext4 or XFS on it; the disk is
-//! rebuilt as it may be if the power had gone at points of the log, with any subset of what was not flushed, mounted, and
-//! the store opened. 10 such states on each, or as many as COREPAGE_REPLAY_STATES says.
+//! The power is cut: the store runs on a disk whose every write and flush is logged, with ext4 or
+//! XFS on it; the disk is rebuilt as it may be if the power had gone at points of the log, with any
+//! subset of what was not flushed, mounted, and the store opened. 10 such states on each, or as
+//! many as COREPAGE_REPLAY_STATES says.
 //!
-//! The oracle (`tests/common/history.rs`) knows at which length of the log each acknowledgement was heard: from there on
-//! it holds. If this fails, what was acknowledged as durable is lost with the power, or a commit comes back in part.
+//! The oracle (`tests/common/history.rs`) knows at which length of the log each acknowledgement was
+//! heard: from there on it holds. If this fails, what was acknowledged as durable is lost with the
+//! power, or a commit comes back in part.
 
 // Real processes take real time; nothing here is replayed from a seed but the choice of states.
 #![allow(clippy::disallowed_methods)]
@@ -54,9 +56,12 @@ fn replay_on(kind: &'static str) {
     let mut chance = Chance::new(seed(9));
     while left > 0 {
         let states = left.min(100);
-        let Some(mut recording) = record(kind, Run::of_step(step), 300 + 8 * states) else { return };
+        let Some(mut recording) = record(kind, Run::of_step(step), 300 + 8 * states) else {
+            return;
+        };
         let tally = recording.replay(states, step, &mut chance);
-        let (known, flushes) = (&recording.all, recording.disk.log.entries.iter().filter(|e| e.flushes()).count());
+        let (known, flushes) =
+            (&recording.all, recording.disk.log.entries.iter().filter(|e| e.flushes()).count());
         println!(
             "{kind}, {:?}: {tally:?}; {} entries, {flushes} flushes, {} acknowledged",
             Run::of_step(step),
@@ -126,10 +131,16 @@ fn a_log_is_read_and_applied_entry_by_entry() {
     let entries = [(0, 2, 0), (1, 2, 2), (0, 0, 1), (2, 1, 4), (0, 1, 0)];
     let (dir, log) = log_of(5, &entries);
     let log = log.expect("a log");
-    let got: Vec<_> = log.entries.iter().map(|e| (e.at / SECTOR, e.bytes / SECTOR, e.flags)).collect();
+    let got: Vec<_> =
+        log.entries.iter().map(|e| (e.at / SECTOR, e.bytes / SECTOR, e.flags)).collect();
     assert_eq!(got, entries);
     assert_eq!([0, 2, 3, 5].map(|end| log.flushed(end)), [0, 0, 3, 3]);
-    let image = File::options().create_new(true).read(true).write(true).open(dir.path().join("image")).expect("a file");
+    let image = File::options()
+        .create_new(true)
+        .read(true)
+        .write(true)
+        .open(dir.path().join("image"))
+        .expect("a file");
     let sectors = || {
         let mut bytes = [0; 3 * SECTOR as usize];
         image.read_exact_at(&mut bytes, 0).map(|()| [0, 1, 2].map(|n| bytes[n * SECTOR as usize]))
@@ -140,7 +151,8 @@ fn a_log_is_read_and_applied_entry_by_entry() {
     rest.iter().for_each(|e| log.apply(e, &image, 1 << 20, || true).expect("it is written"));
     assert_eq!(sectors().expect("three sectors"), [5, 2, 0]);
     let mut keep = [false, true].into_iter();
-    log.apply(&log.entries[0], &image, SECTOR, || keep.next().expect("two pieces")).expect("it is written");
+    log.apply(&log.entries[0], &image, SECTOR, || keep.next().expect("two pieces"))
+        .expect("it is written");
     assert_eq!(sectors().expect("three sectors"), [5, 1, 0]);
 }
 

@@ -1,13 +1,15 @@
-//! A device that fails under a real file system: flushes, writes and reads, on ext4, XFS and btrfs, at the first
-//! operation, later, during a checkpoint, during recovery, and on one shard of a commit over two.
+//! A device that fails under a real file system: flushes, writes and reads, on ext4, XFS and btrfs,
+//! at the first operation, later, during a checkpoint, during recovery, and on one shard of a
+//! commit over two.
 //!
-//! Whatever fails: the call that meets it gets an error that names the system's error and says what to do, nothing is
-//! acknowledged afterwards, and once the device is well the store opens with every commit that was acknowledged as
-//! durable, each commit whole. The device has a volatile cache, which a failed flush loses, so a flush that is tried again
-//! and called good shows. Every case asserts that its fault has fired.
+//! Whatever fails: the call that meets it gets an error that names the system's error and says what
+//! to do, nothing is acknowledged afterwards, and once the device is well the store opens with
+//! every commit that was acknowledged as durable, each commit whole. The device has a volatile
+//! cache, which a failed flush loses, so a flush that is tried again and called good shows. Every
+//! case asserts that its fault has fired.
 //!
-//! Short by default; COREPAGE_FAULTS=n tries the first n operations of checkpoint and recovery one by one, and n faults at
-//! random moments, with both drivers.
+//! Short by default; COREPAGE_FAULTS=n tries the first n operations of checkpoint and recovery one
+//! by one, and n faults at random moments, with both drivers.
 
 // Real devices take real time; nothing here is a matter of timing but that nothing hangs.
 #![allow(clippy::disallowed_methods)]
@@ -27,7 +29,8 @@ use std::time::Duration;
 const PAGE: usize = 4096;
 /// No multiple of the kinds of commits, so that each page meets them all.
 const PAIRS: u64 = 25;
-/// In the pages and patches of the first and of the second shard, so that the device can tell them apart.
+/// In the pages and patches of the first and of the second shard, so that the device can tell them
+/// apart.
 const OF_FIRST: Marks = &[b"corepage-fault-A"];
 const OF_SECOND: Marks = &[b"corepage-fault-B"];
 const EIO: i32 = libc::EIO;
@@ -82,15 +85,21 @@ impl Rig {
         let device = Device::new(kind)?;
         let (durable, doubt) = Default::default();
         let run = Run { ring, shards: 2 };
-        let mut rig = Rig { device, run, store: None, pairs: Vec::new(), durable, doubt, next: 0, fired: 0 };
+        let mut rig =
+            Rig { device, run, store: None, pairs: Vec::new(), durable, doubt, next: 0, fired: 0 };
         rig.open().expect("a well device");
         Some(rig)
     }
 
     fn open(&mut self) -> Result<(), Error> {
-        let geometry =
-            Geometry { extent_bytes: 256 << 10, segment_bytes: 256 << 10, segments_count: 4, vshards_count: 16 };
-        let options = self.run.with(Options { geometry, memory_bytes: 16 << 20, ..Options::default() });
+        let geometry = Geometry {
+            extent_bytes: 256 << 10,
+            segment_bytes: 256 << 10,
+            segments_count: 4,
+            vshards_count: 16,
+        };
+        let options =
+            self.run.with(Options { geometry, memory_bytes: 16 << 20, ..Options::default() });
         let store = now(Store::open(self.device.store(), options))?;
         let volume = match now(store.volume("v"))? {
             Some(volume) => volume,
@@ -99,7 +108,10 @@ impl Rig {
         if self.pairs.is_empty() {
             let mut sides = [0, 1].map(|side| {
                 let pages = (0..).map(|run| PageId::new(run * 512));
-                pages.filter(|page| store.shard_of(&volume, *page) == side).take(PAIRS as usize).collect::<Vec<_>>()
+                pages
+                    .filter(|page| store.shard_of(&volume, *page) == side)
+                    .take(PAIRS as usize)
+                    .collect::<Vec<_>>()
             });
             let second = std::mem::take(&mut sides[1]);
             self.pairs = sides[0].iter().zip(second).map(|(a, b)| [*a, b]).collect();
@@ -120,7 +132,8 @@ impl Rig {
         let [a, b] = self.pairs[(value % PAIRS) as usize];
         let both = || [(a, 0), (b, 1)].into_iter();
         let is_pair = !value.is_multiple_of(3);
-        self.doubt = both().take(if is_pair { 2 } else { 1 }).map(|(page, _)| (page, value)).collect();
+        self.doubt =
+            both().take(if is_pair { 2 } else { 1 }).map(|(page, _)| (page, value)).collect();
         let (store, volume) = self.handles();
         match value % 3 {
             0 => {
@@ -136,7 +149,9 @@ impl Rig {
                 now(txn.commit())?;
             }
             _ => {
-                let patch = |(page, side)| (page, Change::Patch { offset: 0, bytes: head(value, side).into() });
+                let patch = |(page, side)| {
+                    (page, Change::Patch { offset: 0, bytes: head(value, side).into() })
+                };
                 now(volume.apply(both().map(patch).collect(), Durability::Durable))?;
             }
         }
@@ -151,15 +166,26 @@ impl Rig {
     /// Works until something fails, which it must.
     fn work_until_it_fails(&mut self) -> Error {
         (0..2000).find_map(|_| self.step().err()).unwrap_or_else(|| {
-            panic!("the device failed {} times, and nobody noticed in 2,000 commits", self.device.fired())
+            panic!(
+                "the device failed {} times, and nobody noticed in 2,000 commits",
+                self.device.fired()
+            )
         })
     }
 
     /// Nothing more is acknowledged; what is read is right.
     fn is_stopped(&mut self) {
         let [a, _] = self.pairs[0];
-        self.is_refused("a write", |_, volume, value| now(volume.write(a, whole(value, 0))).map(drop), Some(a));
-        self.is_refused("a patch", |_, volume, value| now(volume.patch(a, 0, head(value, 0))).map(drop), Some(a));
+        self.is_refused(
+            "a write",
+            |_, volume, value| now(volume.write(a, whole(value, 0))).map(drop),
+            Some(a),
+        );
+        self.is_refused(
+            "a patch",
+            |_, volume, value| now(volume.patch(a, 0, head(value, 0))).map(drop),
+            Some(a),
+        );
         self.is_refused("a flush", |store, _, _| now(store.flush()).map(drop), None);
         self.is_refused("a checkpoint", |store, _, _| now(store.checkpoint()).map(drop), None);
         let (store, volume) = self.handles();
@@ -167,15 +193,19 @@ impl Rig {
             let Ok(pages) = now(volume.read_many(pair)) else { continue };
             for (page, id) in pages.iter().zip(pair) {
                 let right = [self.durable.get(id).copied().unwrap_or(0)];
-                let doubtful = self.doubt.iter().filter(|(page, _)| page == id).map(|(_, value)| *value);
-                assert!(right.into_iter().chain(doubtful).any(|v| v == value_of(page)), "a wrong page was served");
+                let doubtful =
+                    self.doubt.iter().filter(|(page, _)| page == id).map(|(_, value)| *value);
+                assert!(
+                    right.into_iter().chain(doubtful).any(|v| v == value_of(page)),
+                    "a wrong page was served"
+                );
             }
         }
         now(store.close()).expect_err("a store that has failed closes cleanly");
     }
 
-    /// Asks until it is refused: a shard that has not failed itself hears of it a moment later. What it acknowledges
-    /// until then must be there, as all else.
+    /// Asks until it is refused: a shard that has not failed itself hears of it a moment later.
+    /// What it acknowledges until then must be there, as all else.
     fn is_refused(
         &mut self,
         what: &str,
@@ -195,7 +225,8 @@ impl Rig {
             );
             result.err()
         });
-        let error = error.unwrap_or_else(|| panic!("{what} is acknowledged again and again after a failure"));
+        let error = error
+            .unwrap_or_else(|| panic!("{what} is acknowledged again and again after a failure"));
         assert_eq!(error.kind(), ErrorKind::Closed, "{what}: {error}");
         assert!(error.to_string().contains("reopen"), "{what}: no word of what to do: {error}");
     }
@@ -228,7 +259,11 @@ impl Rig {
 
     /// A name for the case, with its surroundings.
     fn case(&self, what: &str) -> String {
-        format!("{} by {}: {what}", self.device.kind(), if self.run.ring { "ring" } else { "portable" })
+        format!(
+            "{} by {}: {what}",
+            self.device.kind(),
+            if self.run.ring { "ring" } else { "portable" }
+        )
     }
 
     /// How often the fault has fired; said together with what came of it.
@@ -243,7 +278,8 @@ impl Rig {
     /// The device is well again, and the store is opened and checked.
     fn recover(&mut self, case: &str) {
         self.heal();
-        self.open().unwrap_or_else(|e| panic!("{case}: the store does not open on a well device: {e}"));
+        self.open()
+            .unwrap_or_else(|e| panic!("{case}: the store does not open on a well device: {e}"));
         self.check(case);
     }
 
@@ -266,7 +302,11 @@ impl Rig {
         self.device.break_it(fault);
         let result = now(self.handles().0.checkpoint());
         let fired = self.fired(&case, result.as_ref().err()) > 0;
-        assert_eq!(fired, result.is_err(), "{case}: the store was told of no failure, or of one that was not");
+        assert_eq!(
+            fired,
+            result.is_err(),
+            "{case}: the store was told of no failure, or of one that was not"
+        );
         if let Err(error) = result {
             assert_clear(&case, &error);
             self.is_stopped();
@@ -307,9 +347,11 @@ impl Rig {
         let [a, b] = self.pairs[0];
         self.device.break_it(Fault { op: Op::Read, errno: EIO, after: 0, times: u64::MAX, with });
         let (_, volume) = self.handles();
-        let patches = [(a, 0), (b, 1)]
-            .map(|(page, side)| (page, Change::Patch { offset: 0, bytes: head(u64::MAX, side).into() }));
-        let error = now(volume.apply(patches.into(), Durability::Durable)).expect_err("a page can't be read");
+        let patches = [(a, 0), (b, 1)].map(|(page, side)| {
+            (page, Change::Patch { offset: 0, bytes: head(u64::MAX, side).into() })
+        });
+        let error = now(volume.apply(patches.into(), Durability::Durable))
+            .expect_err("a page can't be read");
         assert_eq!(error.kind(), ErrorKind::Io, "{case}: {error}");
         assert_named(&case, &error);
         let error = now(volume.read_many(&[a, b])).expect_err("a page can't be read");
@@ -338,7 +380,10 @@ fn assert_named(case: &str, error: &Error) {
     let text = error.to_string();
     assert!(text.contains("os error"), "{case}: the system's error is not named: {text}");
     let is_full = text.contains("(os error 28)");
-    assert!(is_full || text.contains("see the kernel's log"), "{case}: no word of what to do: {text}");
+    assert!(
+        is_full || text.contains("see the kernel's log"),
+        "{case}: no word of what to do: {text}"
+    );
 }
 
 /// And what to do with the store.
@@ -367,9 +412,18 @@ fn short(kind: &str, ring: bool) {
         assert!(rig.fails_at_checkpoint(&format!("{op:?}, later"), once(op, 1)));
         assert!(rig.fails_at_recovery(&format!("{op:?}, the first"), once(op, 0)));
     }
-    rig.fails_at_work("Write, on the first shard of two", Fault { with: OF_FIRST, ..once(Op::Write, 3) });
-    rig.fails_at_work("Write, on the second shard of two", Fault { with: OF_SECOND, ..once(Op::Write, 3) });
-    rig.fails_at_work("Write, no space in the device", Fault { errno: libc::ENOSPC, ..once(Op::Write, 1) });
+    rig.fails_at_work(
+        "Write, on the first shard of two",
+        Fault { with: OF_FIRST, ..once(Op::Write, 3) },
+    );
+    rig.fails_at_work(
+        "Write, on the second shard of two",
+        Fault { with: OF_SECOND, ..once(Op::Write, 3) },
+    );
+    rig.fails_at_work(
+        "Write, no space in the device",
+        Fault { errno: libc::ENOSPC, ..once(Op::Write, 1) },
+    );
     rig.fails_at_work("Write, all from then on", dead(Op::Write, 11));
     rig.fails_to_read("Read, of both", OF_STORE);
     rig.fails_to_read("Read, on the second shard of two", OF_SECOND);
@@ -379,7 +433,8 @@ fn short(kind: &str, ring: bool) {
     rig.end();
 }
 
-/// Checkpoint and recovery with each of their first operations failing, and faults at random moments of work.
+/// Checkpoint and recovery with each of their first operations failing, and faults at random
+/// moments of work.
 fn long(kind: &str, ring: bool, count: u64) {
     let Some(mut rig) = Rig::new(kind, ring) else { return };
     for op in [Op::Flush, Op::Write] {
@@ -387,7 +442,9 @@ fn long(kind: &str, ring: bool, count: u64) {
     }
     for op in [Op::Flush, Op::Write, Op::Read] {
         let times = if op == Op::Read { 50 } else { 1 };
-        let _ = (0..count).find(|n| !rig.fails_at_recovery(&format!("{op:?} {n}"), Fault { times, ..once(op, *n) }));
+        let _ = (0..count).find(|n| {
+            !rig.fails_at_recovery(&format!("{op:?} {n}"), Fault { times, ..once(op, *n) })
+        });
     }
     let mut chance = Chance::new(seed(6));
     for n in 0..count {
@@ -415,7 +472,9 @@ fn in_a_long_run_every_operation_fails_once() {
 fn a_flush_that_is_tried_again_and_called_good_has_lost_data() {
     let Some(mut device) = Device::new("ext4") else { return };
     let path = device.store();
-    std::fs::write(&path, [0; PAGE]).and_then(|()| File::open(&path)?.sync_all()).expect("a well device");
+    std::fs::write(&path, [0; PAGE])
+        .and_then(|()| File::open(&path)?.sync_all())
+        .expect("a well device");
     let file = File::options().write(true).open(&path).expect("the file is there");
     device.break_it(once(Op::Flush, 0));
     file.write_all_at(&whole(1, 0), 0).expect("it goes into the page cache");

@@ -1,11 +1,14 @@
-//! A writer killed at random, over and over, on the same store, which is opened with another number of shards each time,
-//! now by ring, now portable. 20 kills in each test, or as many as COREPAGE_KILLS says.
+//! A writer killed at random, over and over, on the same store, which is opened with another number
+//! of shards each time, now by ring, now portable. 20 kills in each test, or as many as
+//! COREPAGE_KILLS says.
 //!
-//! Every write is a function of (region, sequence number), so from the sequence number found after a crash follows what
-//! *every* page must hold, and one comparison shows wholeness, order and prefix at once. If these fail, transactions
-//! come back in part, out of order, or not at all although they were acknowledged.
+//! Every write is a function of (region, sequence number), so from the sequence number found after
+//! a crash follows what *every* page must hold, and one comparison shows wholeness, order and
+//! prefix at once. If these fail, transactions come back in part, out of order, or not at all
+//! although they were acknowledged.
 //!
-//! The library's writer is this very program, started again as a child with the role in an environment variable.
+//! The library's writer is this very program, started again as a child with the role in an
+//! environment variable.
 
 // Real processes take real time; nothing here is replayed from a seed but the data.
 #![allow(clippy::disallowed_methods)]
@@ -25,13 +28,13 @@ use std::time::Duration;
 const PAGE: usize = 4096;
 /// Pages of a region: the first one carries the sequence number, the others are written at random.
 const REGION_PAGES: u64 = 400;
-/// Region 0 belongs to transactions that read before they write, from several threads; each other to one thread that
-/// writes blindly, now durable, now buffered.
+/// Region 0 belongs to transactions that read before they write, from several threads; each other
+/// to one thread that writes blindly, now durable, now buffered.
 const REGIONS: u64 = 4;
 const CHAIN_THREADS: usize = 3;
 
-/// Where a page of the trace is: those of the last region side by side, all others so far apart that most of a
-/// transaction's pages belong to different shards.
+/// Where a page of the trace is: those of the last region side by side, all others so far apart
+/// that most of a transaction's pages belong to different shards.
 fn place(page: u64) -> PageId {
     PageId::new(if page < (REGIONS - 1) * REGION_PAGES { page * 97 } else { (1 << 20) + page })
 }
@@ -68,7 +71,10 @@ struct Model {
 
 impl Model {
     fn new() -> Self {
-        Model { bytes: vec![0; (REGIONS * REGION_PAGES) as usize * PAGE], applied: [0; REGIONS as usize] }
+        Model {
+            bytes: vec![0; (REGIONS * REGION_PAGES) as usize * PAGE],
+            applied: [0; REGIONS as usize],
+        }
     }
 
     /// Goes on to transaction `seq` of `region`.
@@ -78,7 +84,9 @@ impl Model {
                 let page = &mut self.bytes[page as usize * PAGE..][..PAGE];
                 match change {
                     Change::Put(bytes) => page.copy_from_slice(&bytes),
-                    Change::Patch { offset, bytes } => page[offset as usize..][..bytes.len()].copy_from_slice(&bytes),
+                    Change::Patch { offset, bytes } => {
+                        page[offset as usize..][..bytes.len()].copy_from_slice(&bytes)
+                    }
                     Change::Free => page.fill(0),
                 }
             }
@@ -104,7 +112,13 @@ impl Ack {
     }
 
     fn say(&self) {
-        say(format_args!("ack {} {} {} {}", self.region, self.seq, self.lsn, u64::from(self.durable)));
+        say(format_args!(
+            "ack {} {} {} {}",
+            self.region,
+            self.seq,
+            self.lsn,
+            u64::from(self.durable)
+        ));
     }
 }
 
@@ -112,7 +126,8 @@ impl Ack {
 #[test]
 fn child() {
     let Some(Task { role, dir, run }) = Task::of_this_process() else { return };
-    let store = block_on(Store::open(dir.join("store"), run.options())).expect("the store opens after a kill");
+    let store = block_on(Store::open(dir.join("store"), run.options()))
+        .expect("the store opens after a kill");
     let volume = match block_on(store.volume("trace")).expect("volumes can be looked up") {
         Some(volume) => volume,
         None => block_on(store.create_volume("trace", 64 << 20)).expect("a volume is made"),
@@ -134,7 +149,8 @@ fn child() {
 /// All pages of the trace.
 fn dump(volume: &Volume) -> Vec<u8> {
     let ids: Vec<_> = (0..REGIONS * REGION_PAGES).map(place).collect();
-    let pages = ids.chunks(64).flat_map(|ids| block_on(volume.read_many(ids)).expect("pages can be read"));
+    let pages =
+        ids.chunks(64).flat_map(|ids| block_on(volume.read_many(ids)).expect("pages can be read"));
     pages.flat_map(|page| page.to_vec()).collect()
 }
 
@@ -192,12 +208,16 @@ fn apply(volume: &Volume, changes: &[(u64, Change)], durability: Durability) -> 
     }
 }
 
-/// All that was acknowledged is there, nothing is out of order over all regions, and no LSN comes twice.
+/// All that was acknowledged is there, nothing is out of order over all regions, and no LSN comes
+/// twice.
 fn check_acks(acks: &[Ack], found: &[u64], lsns: &mut HashSet<u64>) {
     let present = |ack: &&Ack| ack.seq <= found[ack.region as usize];
     for ack in acks {
         assert!(lsns.insert(ack.lsn), "an LSN was used twice: {ack:?}");
-        assert!(!ack.durable || present(&ack), "acknowledged as durable and lost: {ack:?}, found {found:?}");
+        assert!(
+            !ack.durable || present(&ack),
+            "acknowledged as durable and lost: {ack:?}, found {found:?}"
+        );
     }
     let newest_present = acks.iter().filter(present).map(|a| a.lsn).max();
     let oldest_absent = acks.iter().filter(|a| !present(a)).map(|a| a.lsn).min();
@@ -227,8 +247,12 @@ impl Judge {
             self.model.advance(region, found);
         }
         check_acks(acks, &found, &mut self.lsns);
-        let differs = (0..dump.len() / PAGE).find(|p| dump[p * PAGE..][..PAGE] != self.model.bytes[p * PAGE..][..PAGE]);
-        assert_eq!(differs, None, "round {round}: the first page that is not as its transactions left it; {found:?}");
+        let differs = (0..dump.len() / PAGE)
+            .find(|p| dump[p * PAGE..][..PAGE] != self.model.bytes[p * PAGE..][..PAGE]);
+        assert_eq!(
+            differs, None,
+            "round {round}: the first page that is not as its transactions left it; {found:?}"
+        );
     }
 }
 
@@ -250,18 +274,27 @@ fn a_killed_writer_leaves_a_prefix_of_whole_transactions_with_all_that_was_ackno
         std::thread::sleep(Duration::from_millis(5 + chance.below(496)));
         let acks = acks_of(&writer.kill());
         // Now closed cleanly, now killed again: recoveries must also follow one another.
-        let reader = Role::start(if round % 2 == 0 { "close" } else { "die" }, dir.path(), Run::of_step(2 * round + 1));
+        let reader = Role::start(
+            if round % 2 == 0 { "close" } else { "die" },
+            dir.path(),
+            Run::of_step(2 * round + 1),
+        );
         reader.wait();
         judge.check(round, dir.path(), &acks);
         reader.kill();
         progress(round, || format!("{} acknowledgements", judge.lsns.len()));
     }
     println!("SUM {} {} 0 0", kills_count(), judge.lsns.len());
-    assert!(judge.lsns.len() as u64 > kills_count(), "only {} transactions in all", judge.lsns.len());
+    assert!(
+        judge.lsns.len() as u64 > kills_count(),
+        "only {} transactions in all",
+        judge.lsns.len()
+    );
 }
 
-/// A write that a process has begun before its death reaches the disk when the device pleases. Until it has, the store is in
-/// use: a successor that recovered meanwhile would have its log overwritten. Here the device keeps a write of the log.
+/// A write that a process has begun before its death reaches the disk when the device pleases.
+/// Until it has, the store is in use: a successor that recovered meanwhile would have its log
+/// overwritten. Here the device keeps a write of the log.
 #[test]
 fn no_successor_opens_while_the_device_still_has_a_write_of_a_dead_process() {
     let Some(device) = Device::new("ext4") else { return };
@@ -275,12 +308,14 @@ fn no_successor_opens_while_the_device_still_has_a_write_of_a_dead_process() {
         std::thread::sleep(Duration::from_millis(200));
         device.hold(&[b"CPGROUP\0"]);
         writer.kill_only();
-        // One that comes early waits a little, and is let in when the write has ended; one that has waited for long is refused.
+        // One that comes early waits a little, and is let in when the write has ended; one that has
+        // waited for long is refused.
         let early = (round % 2 == 0).then(|| Role::start("close", dir, run));
         if early.is_some() {
             std::thread::sleep(Duration::from_millis(300));
         } else {
-            let refused = block_on(Store::open(&path, run.options())).expect_err("a write is under way still");
+            let refused = block_on(Store::open(&path, run.options()))
+                .expect_err("a write is under way still");
             assert_eq!(refused.kind(), ErrorKind::InUse, "{refused}");
         }
         assert!(device.is_holding() && !early.as_ref().is_some_and(Role::is_there));
@@ -298,7 +333,8 @@ fn no_successor_opens_while_the_device_still_has_a_write_of_a_dead_process() {
 #[test]
 fn the_checker_finds_what_is_lost_reordered_or_numbered_twice() {
     let ack = |region, seq, lsn, durable| Ack { region, seq, lsn, durable };
-    let acks = [ack(0, 1, 10, true), ack(1, 1, 11, false), ack(0, 2, 12, true), ack(1, 2, 13, false)];
+    let acks =
+        [ack(0, 1, 10, true), ack(1, 1, 11, false), ack(0, 2, 12, true), ack(1, 2, 13, false)];
     let finds = |acks: &[Ack], found: [u64; 2], seen: &[u64]| {
         let mut lsns = seen.iter().copied().collect();
         std::panic::catch_unwind(move || check_acks(acks, &found, &mut lsns)).is_err()
@@ -366,7 +402,11 @@ impl Sender {
             let target = &mut self.bytes[offset as usize..][..length as usize];
             if payload.is_empty() { target.fill(0) } else { target.copy_from_slice(&payload) }
         }
-        assert!(self.bytes == found, "slice {:#x} is no prefix of its requests from {durable} on", self.base);
+        assert!(
+            self.bytes == found,
+            "slice {:#x} is no prefix of its requests from {durable} on",
+            self.base
+        );
         (self.durable, self.sent) = (seq, seq);
     }
 }
@@ -376,7 +416,12 @@ fn a_killed_server_leaves_each_connections_requests_whole_and_in_order() {
     let dir = scratch("kill-nbd");
     let mut chance = Chance::new(seed(3));
     let senders: Vec<_> = (0..3u64)
-        .map(|n| Sender { base: n * 64 * SLICE + n * 777, bytes: vec![0; SLICE as usize], durable: 0, sent: 0 })
+        .map(|n| Sender {
+            base: n * 64 * SLICE + n * 777,
+            bytes: vec![0; SLICE as usize],
+            durable: 0,
+            sent: 0,
+        })
         .map(|sender| Arc::new(Mutex::new(sender)))
         .collect();
     let mut durable = BTreeMap::new();
@@ -391,15 +436,21 @@ fn a_killed_server_leaves_each_connections_requests_whole_and_in_order() {
         let threads: Vec<_> = senders
             .iter()
             .map(|sender| (sender.clone(), served.client()))
-            .map(|(sender, client)| std::thread::spawn(move || sender.lock().expect("no sender failed").work(client)))
+            .map(|(sender, client)| {
+                std::thread::spawn(move || sender.lock().expect("no sender failed").work(client))
+            })
             .collect();
         std::thread::sleep(Duration::from_millis(5 + chance.below(496)));
         served.kill();
         for (n, thread) in threads.into_iter().enumerate() {
-            durable.insert(n, thread.join().expect("a sender's requests are served until the kill"));
+            durable
+                .insert(n, thread.join().expect("a sender's requests are served until the kill"));
         }
         progress(round, || {
-            format!("{} requests acknowledged as durable, with all before them", durable.values().sum::<u64>())
+            format!(
+                "{} requests acknowledged as durable, with all before them",
+                durable.values().sum::<u64>()
+            )
         });
     }
     let served = Served::start(dir.path());

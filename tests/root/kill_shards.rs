@@ -1,10 +1,11 @@
-//! Transactions over several shards, killed at random: each one writes down what it saw. The store is opened with another
-//! number of shards each time, now by ring, now portable. 20 kills, or as many as COREPAGE_KILLS says; `scripts/soak`
-//! makes thousands, on several file systems.
+//! Transactions over several shards, killed at random: each one writes down what it saw. The store
+//! is opened with another number of shards each time, now by ring, now portable. 20 kills, or as
+//! many as COREPAGE_KILLS says; `scripts/soak` makes thousands, on several file systems.
 //!
-//! The child says what it tries and what was acknowledged through a pipe; the oracle (`tests/common/history.rs`) is in
-//! the parent, which survives. If this fails, commits over shards come back in part, out of order, not at all although
-//! they were acknowledged, or on top of what never was.
+//! The child says what it tries and what was acknowledged through a pipe; the oracle
+//! (`tests/common/history.rs`) is in the parent, which survives. If this fails, commits over shards
+//! come back in part, out of order, not at all although they were acknowledged, or on top of what
+//! never was.
 
 // Real processes take real time; nothing here is replayed from a seed but the data.
 #![allow(clippy::disallowed_methods)]
@@ -31,7 +32,8 @@ fn child() {
     }
     let ids: Vec<_> = (0..ALL_CELLS).map(place).collect();
     let pages = block_on(volume.read_many(&ids)).expect("all cells can be read");
-    let dump: Vec<u8> = pages.iter().flat_map(|p| [&p.lsn().get().to_le_bytes(), &p[..]].concat()).collect();
+    let dump: Vec<u8> =
+        pages.iter().flat_map(|p| [&p.lsn().get().to_le_bytes(), &p[..]].concat()).collect();
     std::fs::write(dir.join("dump"), dump).expect("the dump is written");
     say(format_args!("\ncut {}", store.recovery().cut));
     if role == "close" {
@@ -45,7 +47,8 @@ fn child() {
 
 // --- the parent ---
 
-/// Changes what was found in ways that no correct store could cause: the checker must complain of each.
+/// Changes what was found in ways that no correct store could cause: the checker must complain of
+/// each.
 fn checker_must_find(base: &[Cell], said: &Said, found: &[Cell], cut: u64) -> u64 {
     let mut planted = 0;
     let mut must_fail = |what: &str, said: &Said, found: &[Cell], cut: u64| {
@@ -55,7 +58,8 @@ fn checker_must_find(base: &[Cell], said: &Said, found: &[Cell], cut: u64) -> u6
     // One cell of a commit of several is as before.
     for cell in 0..ALL_CELLS as usize {
         let id = found[cell].writer();
-        let several = said.tries.get(&id).is_some_and(|t| t.iter().filter(|s| s.writes).count() > 1);
+        let several =
+            said.tries.get(&id).is_some_and(|t| t.iter().filter(|s| s.writes).count() > 1);
         if found[cell] == base[cell] || cell < CELLS as usize && !several {
             continue;
         }
@@ -68,7 +72,12 @@ fn checker_must_find(base: &[Cell], said: &Said, found: &[Cell], cut: u64) -> u6
     }
     if let Some((id, seen)) = said.tries.iter().find(|(id, _)| said.acks.contains_key(id)) {
         let mut broken = said.clone();
-        broken.tries.get_mut(id).expect("it is there").iter_mut().for_each(|s| s.lsn = s.lsn.wrapping_sub(1));
+        broken
+            .tries
+            .get_mut(id)
+            .expect("it is there")
+            .iter_mut()
+            .for_each(|s| s.lsn = s.lsn.wrapping_sub(1));
         must_fail("a read of what was never there", &broken, found, cut);
         if let Some(at) = seen.iter().position(|s| !s.writes && s.lsn > 0) {
             let mut broken = said.clone();
@@ -123,8 +132,13 @@ impl Loop {
         let role = if self.round.is_multiple_of(2) { "close" } else { "die" };
         let reader = Role::start(role, self.dir.path(), Run::of_step(2 * self.round + 1));
         reader.wait();
-        let found = parse_dump(&std::fs::read(self.dir.path().join("dump")).expect("the dump is there"));
-        let cut = reader.kill().iter().find_map(|l| l.strip_prefix("cut ")?.parse().ok()).expect("the cut");
+        let found =
+            parse_dump(&std::fs::read(self.dir.path().join("dump")).expect("the dump is there"));
+        let cut = reader
+            .kill()
+            .iter()
+            .find_map(|l| l.strip_prefix("cut ")?.parse().ok())
+            .expect("the cut");
         (found, cut)
     }
 
@@ -134,7 +148,10 @@ impl Loop {
         let (acknowledged, _) = said.acknowledged();
         let lsns = || acknowledged.iter().map(|(_, lsn)| *lsn);
         if let Some(oldest) = lsns().min().filter(|oldest| *oldest <= self.newest) {
-            return Err(format!("LSN {oldest} is not above those of former rounds, up to {}", self.newest));
+            return Err(format!(
+                "LSN {oldest} is not above those of former rounds, up to {}",
+                self.newest
+            ));
         }
         self.newest = lsns().chain([self.newest, cut]).max().unwrap_or(0);
         self.base = found;
@@ -160,9 +177,15 @@ fn commits_over_shards_come_back_whole_in_order_and_as_they_saw_each_other() {
         progress(round, || format!("{:?}", it.tally));
     }
     let Tally { there, acknowledged, crossing, doubt_there, doubt_gone } = it.tally;
-    println!("{there} transactions are there, {crossing} acknowledged ones over several shards; {planted} canaries");
+    println!(
+        "{there} transactions are there, {crossing} acknowledged ones over several shards; \
+         {planted} canaries"
+    );
     println!("SUM {} {acknowledged} {doubt_there} {doubt_gone}", kills_count());
-    assert!(there > kills_count() && crossing > kills_count() && planted > 0, "{there} {crossing} {planted}");
+    assert!(
+        there > kills_count() && crossing > kills_count() && planted > 0,
+        "{there} {crossing} {planted}"
+    );
 }
 
 /// The oracle finds a store that acknowledges before what it acknowledges is durable.
@@ -170,7 +193,8 @@ fn commits_over_shards_come_back_whole_in_order_and_as_they_saw_each_other() {
 fn an_acknowledgement_before_its_time_is_found() {
     let mut it = Loop::new("kill-early");
     let mut chance = Chance::new(5);
-    // Buffered commits called durable: each kill has a good chance to meet one that is not there yet.
+    // Buffered commits called durable: each kill has a good chance to meet one that is not there
+    // yet.
     for _ in 0..200 {
         let said = it.kill_writer("write-early", false, 30 + chance.below(50));
         let (found, cut) = it.read();

@@ -1,5 +1,6 @@
-//! Tests that kill processes in loops, or need root: file systems on loop devices, devices that fail, logged devices that are
-//! replayed, guests. Each file is a module with a promise. As another user they report what they can't show.
+//! Tests that kill processes in loops, or need root: file systems on loop devices, devices that
+//! fail, logged devices that are replayed, guests. Each file is a module with a promise. As another
+//! user they report what they can't show.
 
 #[path = "../common/mod.rs"]
 mod common;

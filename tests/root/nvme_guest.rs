@@ -1,6 +1,8 @@
-//! A polled NVMe disk: a guest with an emulated one, in which the store polls for completions (asserted), or says why it
-//! does not; then the power is cut, and the disk's log replayed as in `tests/root/crash_replay.rs`. And a disk with a volatile cache on which
-//! single writes are made durable by FUA. `scripts/nvme-guest` runs these; 2 power cuts for each machine, or as many as COREPAGE_GUEST_CUTS says.
+//! A polled NVMe disk: a guest with an emulated one, in which the store polls for completions
+//! (asserted), or says why it does not; then the power is cut, and the disk's log replayed as in
+//! `tests/root/crash_replay.rs`. And a disk with a volatile cache on which single writes are made
+//! durable by FUA. `scripts/nvme-guest` runs these; 2 power cuts for each machine, or as many as
+//! COREPAGE_GUEST_CUTS says.
 
 // Real machines take real time.
 #![allow(clippy::disallowed_methods)]
@@ -74,7 +76,9 @@ fn cuts_count() -> u64 {
 /// What the guest said of its disk, and what the store did.
 fn said<'l>(lines: &'l [(u64, String)], beginning: &str) -> &'l str {
     let line = lines.iter().find_map(|(_, line)| line.strip_prefix(beginning));
-    line.unwrap_or_else(|| panic!("no line `{beginning}`: {:?}", &lines[lines.len().saturating_sub(30)..]))
+    line.unwrap_or_else(|| {
+        panic!("no line `{beginning}`: {:?}", &lines[lines.len().saturating_sub(30)..])
+    })
 }
 
 fn power_is_cut(machine: Machine, polls: &str, seed_: u64) {
@@ -84,16 +88,28 @@ fn power_is_cut(machine: Machine, polls: &str, seed_: u64) {
     std::thread::sleep(Duration::from_millis(3000 + 50 * cuts_count()));
     let (dir, lines) = guest.cut();
     let (queue, disk) = (said(&lines, "queue "), said(&lines, "disk: "));
-    let fua =
-        lines.iter().rev().find_map(|(_, line)| line.strip_prefix("fua writes ")).expect("counted every two seconds");
+    let fua = lines
+        .iter()
+        .rev()
+        .find_map(|(_, line)| line.strip_prefix("fua writes "))
+        .expect("counted every two seconds");
     println!("{machine:?}: {queue}; {disk}; writes with FUA: {fua}");
     let io_poll = u64::from(machine.poll_queues > 0);
     // QEMU's NVMe controller calls its cache volatile and offers FUA, whatever it does.
-    assert_eq!(queue, format!("io_poll={io_poll} logical_block_size={} fua=1 write back", machine.block_bytes));
-    assert!(fua.parse::<u64>().is_ok_and(|count| count > 10), "log writes are to be durable by FUA: {fua}");
+    assert_eq!(
+        queue,
+        format!("io_poll={io_poll} logical_block_size={} fua=1 write back", machine.block_bytes)
+    );
+    assert!(
+        fua.parse::<u64>().is_ok_and(|count| count > 10),
+        "log writes are to be durable by FUA: {fua}"
+    );
     assert!(disk.starts_with("io_uring on ext4, direct I/O") && disk.contains(polls), "{disk}");
     let before = dir.path().join("before");
-    let Some(mut recording) = Recording::new("ext4", &dir.path().join("log"), &before, lines) else { return };
+    let Some(mut recording) = Recording::new("ext4", &dir.path().join("log"), &before, lines)
+    else {
+        return;
+    };
     let tally: Tally = recording.replay(cuts_count(), seed_, &mut Chance::new(seed(seed_)));
     let flushes = recording.disk.log.entries.iter().filter(|entry| entry.flushes()).count();
     println!("{machine:?}: {tally:?}; {} entries, {flushes} flushes", recording.end());
@@ -103,13 +119,21 @@ fn power_is_cut(machine: Machine, polls: &str, seed_: u64) {
 #[test]
 #[ignore = "scripts/nvme-guest runs it: it needs a kernel for the guest"]
 fn polled_with_blocks_of_512_bytes() {
-    power_is_cut(Machine { block_bytes: 512, poll_queues: 2, shards: 2, disk: Disk::Nvme }, ", polled", 1);
+    power_is_cut(
+        Machine { block_bytes: 512, poll_queues: 2, shards: 2, disk: Disk::Nvme },
+        ", polled",
+        1,
+    );
 }
 
 #[test]
 #[ignore = "scripts/nvme-guest runs it: it needs a kernel for the guest"]
 fn polled_with_blocks_of_4096_bytes() {
-    power_is_cut(Machine { block_bytes: 4096, poll_queues: 2, shards: 1, disk: Disk::Nvme }, ", polled", 2);
+    power_is_cut(
+        Machine { block_bytes: 4096, poll_queues: 2, shards: 1, disk: Disk::Nvme },
+        ", polled",
+        2,
+    );
 }
 
 #[test]
@@ -124,16 +148,22 @@ fn without_queues_for_polling_the_store_does_not_poll_and_says_so() {
 #[ignore = "scripts/nvme-guest runs it: it needs a kernel for the guest"]
 fn writes_with_fua_are_durable_on_a_disk_with_a_volatile_cache() {
     let why = ", not polled (the device has no queues for it: a polled read says ";
-    power_is_cut(Machine { block_bytes: 512, poll_queues: 0, shards: 2, disk: Disk::ScsiWithCache }, why, 4);
+    power_is_cut(
+        Machine { block_bytes: 512, poll_queues: 0, shards: 2, disk: Disk::ScsiWithCache },
+        why,
+        4,
+    );
 }
 
-/// QEMU's NVMe controller offers FUA and ignores it (10.0.2): with a write cache, what the store wrote with `RWF_DSYNC` is lost
-/// with the power. The oracle must find that. If this fails, QEMU has learnt it: let all machines have the cache then.
+/// QEMU's NVMe controller offers FUA and ignores it (10.0.2): with a write cache, what the store
+/// wrote with `RWF_DSYNC` is lost with the power. The oracle must find that. If this fails, QEMU
+/// has learnt it: let all machines have the cache then.
 #[test]
 #[ignore = "scripts/nvme-guest runs it: it needs a kernel for the guest"]
 fn a_controller_that_ignores_fua_is_found() {
     let Some(kernel) = kernel() else { return };
-    let machine = Machine { block_bytes: 512, poll_queues: 2, shards: 2, disk: Disk::NvmeWithCache };
+    let machine =
+        Machine { block_bytes: 512, poll_queues: 2, shards: 2, disk: Disk::NvmeWithCache };
     let guest = Guest::boot(&kernel, machine, "write");
     guest.wait();
     std::thread::sleep(Duration::from_millis(1500));
@@ -159,26 +189,33 @@ fn the_tests_of_the_disks_pass_on_a_polled_one() {
     let guest = Guest::boot(&kernel, machine, "lib-tests");
     guest.wait();
     let (_dir, lines) = guest.cut();
-    let (queue, result, end) = (said(&lines, "queue "), said(&lines, "test result: "), said(&lines, "ended with "));
+    let (queue, result, end) =
+        (said(&lines, "queue "), said(&lines, "test result: "), said(&lines, "ended with "));
     println!("{machine:?}: {queue}; {result}");
     let telling = |line: &&(u64, String)| line.1.contains("FAILED") || line.1.contains("panicked");
     for (n, line) in lines.iter().enumerate().filter(|(_, line)| telling(line)) {
         println!("{}: {}", line.1, lines.get(n + 1).map_or("", |next| &next.1));
     }
     assert!(queue.starts_with("io_poll=1 logical_block_size=4096 "), "{queue}");
-    assert!(result.starts_with("ok. ") && !result.starts_with("ok. 0 passed") && end == "0", "{result}");
+    assert!(
+        result.starts_with("ok. ") && !result.starts_with("ok. 0 passed") && end == "0",
+        "{result}"
+    );
 }
 
 // --- errors of the device ---
 
-/// Puts a fault below the guest's disk, over QEMU's monitor: from now on each operation of this kind fails.
+/// Puts a fault below the guest's disk, over QEMU's monitor: from now on each operation of this
+/// kind fails.
 fn break_disk(dir: &Path, iotype: &str) {
     let socket = UnixStream::connect(dir.join("qmp")).expect("QEMU's monitor");
     let mut answers = BufReader::new(socket.try_clone().expect("a descriptor")).lines();
     let mut ask = |command: &str| {
         (&socket).write_all(command.as_bytes()).expect("the monitor reads");
-        let answer =
-            answers.by_ref().map_while(Result::ok).find(|line| line.contains("return") || line.contains("error"));
+        let answer = answers
+            .by_ref()
+            .map_while(Result::ok)
+            .find(|line| line.contains("return") || line.contains("error"));
         let answer = answer.expect("the monitor answers");
         assert!(!answer.contains("error"), "{command}: {answer}");
     };
@@ -191,8 +228,9 @@ fn break_disk(dir: &Path, iotype: &str) {
     );
 }
 
-/// The fault fires (the guest's kernel says so), the store fails (the child says so), and what was acknowledged until then
-/// is there. Flushes: with no write cache each write brings one, so it is a write that fails by its flush.
+/// The fault fires (the guest's kernel says so), the store fails (the child says so), and what was
+/// acknowledged until then is there. Flushes: with no write cache each write brings one, so it is a
+/// write that fails by its flush.
 fn device_fails(iotype: &str) {
     let Some(kernel) = kernel() else { return };
     let machine = Machine { block_bytes: 512, poll_queues: 2, shards: 2, disk: Disk::Nvme };
@@ -212,8 +250,12 @@ fn device_fails(iotype: &str) {
     let (end, mut chance) = (recording.end(), Chance::new(seed(7)));
     let (image, _) = recording.disk.at(end, Subset::Nothing, &mut chance);
     let known = recording.known(end);
-    let there = recording.examine(&image, &known, Run::of_step(2)).expect("what was acknowledged is there");
-    println!("{iotype}: {there} transactions are there, {} acknowledgements were heard", known.acknowledged().0.len());
+    let there =
+        recording.examine(&image, &known, Run::of_step(2)).expect("what was acknowledged is there");
+    println!(
+        "{iotype}: {there} transactions are there, {} acknowledgements were heard",
+        known.acknowledged().0.len()
+    );
     assert!(!known.acknowledged().0.is_empty(), "nothing was acknowledged before the fault");
 }
 

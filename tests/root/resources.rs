@@ -1,10 +1,11 @@
-//! What the store does when the machine has no more of something: disk space, file descriptors, cores that are not busy,
-//! the directory itself, or the file system's leave to write.
+//! What the store does when the machine has no more of something: disk space, file descriptors,
+//! cores that are not busy, the directory itself, or the file system's leave to write.
 //!
-//! Everywhere the same: a clear error that says what is missing, nothing that was acknowledged is lost, and the store works
-//! again when there is enough. If these fail, a full disk or a busy machine costs data, or leaves a store that does not
-//! open. Locked memory is in `tests/root/surroundings.rs`, a device that fails in `tests/root/failing_device.rs`, both on a simulated
-//! disk, operation by operation, in `src/testing/sim`.
+//! Everywhere the same: a clear error that says what is missing, nothing that was acknowledged is
+//! lost, and the store works again when there is enough. If these fail, a full disk or a busy
+//! machine costs data, or leaves a store that does not open. Locked memory is in
+//! `tests/root/surroundings.rs`, a device that fails in `tests/root/failing_device.rs`, both on a
+//! simulated disk, operation by operation, in `src/testing/sim`.
 
 // Real processes take real time; nothing here is a matter of timing but that nothing hangs.
 #![allow(clippy::disallowed_methods)]
@@ -40,7 +41,12 @@ fn now<T>(future: impl Future<Output = T>) -> T {
 }
 
 fn options(run: Run) -> Options {
-    let geometry = Geometry { extent_bytes: 256 << 10, segment_bytes: 256 << 10, segments_count: 4, vshards_count: 16 };
+    let geometry = Geometry {
+        extent_bytes: 256 << 10,
+        segment_bytes: 256 << 10,
+        segments_count: 4,
+        vshards_count: 16,
+    };
     run.with(Options { geometry, memory_bytes: 16 << 20, ..Options::default() })
 }
 
@@ -71,13 +77,15 @@ impl Held {
         Ok(Held { store, volume, durable: BTreeMap::new() })
     }
 
-    /// Another process's crash as seen from here: no clean close. What was durable is to be found by the next one.
+    /// Another process's crash as seen from here: no clean close. What was durable is to be found
+    /// by the next one.
     fn crash(self) -> BTreeMap<PageId, u64> {
         self.durable
     }
 
     fn reopen(dir: &Path, options: Options, durable: BTreeMap<PageId, u64>) -> Held {
-        let held = Held::open(dir, options).unwrap_or_else(|e| panic!("it does not open again: {e}"));
+        let held =
+            Held::open(dir, options).unwrap_or_else(|e| panic!("it does not open again: {e}"));
         let held = Held { durable, ..held };
         held.check();
         held
@@ -90,7 +98,8 @@ impl Held {
         Ok(())
     }
 
-    /// There is space again: the store may have asked for it a moment ago, and asks again a little later.
+    /// There is space again: the store may have asked for it a moment ago, and asks again a little
+    /// later.
     fn writes_again(&mut self) {
         for _ in 0..1000 {
             match self.write(1, 2) {
@@ -116,7 +125,8 @@ impl Held {
 
     fn check(&self) {
         for (page, value) in &self.durable {
-            let found = now(self.volume.read(*page)).unwrap_or_else(|e| panic!("page {page:?}: {e}"));
+            let found =
+                now(self.volume.read(*page)).unwrap_or_else(|e| panic!("page {page:?}: {e}"));
             assert!(found[..] == whole(*value)[..], "page {page:?} was acknowledged as {value}");
         }
     }
@@ -182,13 +192,17 @@ fn a_disk_too_small_for_a_new_store_is_told_and_the_next_try_needs_no_help() {
                 Ok(held) => made += u64::from(held.store.recovery().created),
                 Err(error) => {
                     refused += 1;
-                    assert!(error.to_string().contains("(os error 28)"), "{kind}, {kib} KiB: {error}");
+                    assert!(
+                        error.to_string().contains("(os error 28)"),
+                        "{kind}, {kib} KiB: {error}"
+                    );
                     assert_eq!(error.kind(), ErrorKind::Full, "{kind}, {kib} KiB: {error}");
                     println!("{kind}, {kib} KiB: {error}");
                 }
             }
             drop(ballast);
-            let mut held = Held::open(&dir, options(runs()[0])).unwrap_or_else(|e| panic!("{kind}, {kib} KiB: {e}"));
+            let mut held = Held::open(&dir, options(runs()[0]))
+                .unwrap_or_else(|e| panic!("{kind}, {kib} KiB: {e}"));
             held.write(7, kib + 1).expect("there is space");
             held.check();
             now(held.store.close()).expect("a well disk");
@@ -201,7 +215,9 @@ fn a_disk_too_small_for_a_new_store_is_told_and_the_next_try_needs_no_help() {
 
 #[test]
 fn a_full_disk_refuses_what_needs_room_and_keeps_the_rest_going() {
-    for (kind, run) in ["ext4", "xfs"].into_iter().flat_map(|kind| runs().into_iter().map(move |run| (kind, run))) {
+    for (kind, run) in
+        ["ext4", "xfs"].into_iter().flat_map(|kind| runs().into_iter().map(move |run| (kind, run)))
+    {
         let Some(mounted) = Mounted::image(kind) else { continue };
         let dir = mounted.path().join("store");
         let mut held = Held::open(&dir, options(run)).expect("there is space");
@@ -219,12 +235,19 @@ fn a_full_disk_refuses_what_needs_room_and_keeps_the_rest_going() {
         now(held.store.checkpoint()).expect("a checkpoint has its room");
         now(held.store.flush()).expect("a flush needs no room");
         held.check();
-        // Recovery finds its room, too; logs for more shards can't be had, and trying costs nothing.
+        // Recovery finds its room, too; logs for more shards can't be had, and trying costs
+        // nothing.
         let durable = held.crash();
-        let more = Held::open(&dir, options(Run { shards: 4, ..run })).err().expect("no room for two more logs");
+        let more = Held::open(&dir, options(Run { shards: 4, ..run }))
+            .err()
+            .expect("no room for two more logs");
         assert_eq!(more.kind(), ErrorKind::Full, "{more}");
         let mut held = Held::reopen(&dir, options(run), durable);
-        assert!(held.store.disk_report().to_string().contains(&transfers), "{kind}: {}", held.store.disk_report());
+        assert!(
+            held.store.disk_report().to_string().contains(&transfers),
+            "{kind}: {}",
+            held.store.disk_report()
+        );
         assert_eq!(held.write_until_it_fails().kind(), ErrorKind::Full);
         drop(ballast);
         held.writes_again();
@@ -235,8 +258,8 @@ fn a_full_disk_refuses_what_needs_room_and_keeps_the_rest_going() {
     }
 }
 
-/// It writes everything to new places, also what exists already, so that a full one fails writes that have their room
-/// everywhere else. The store stops, and has everything when there is space.
+/// It writes everything to new places, also what exists already, so that a full one fails writes
+/// that have their room everywhere else. The store stops, and has everything when there is space.
 #[test]
 fn a_full_btrfs_stops_the_store_and_loses_nothing() {
     let Some(mounted) = Mounted::image("btrfs") else { return };
@@ -245,7 +268,10 @@ fn a_full_btrfs_stops_the_store_and_loses_nothing() {
     let mut held = Held::open(&dir, options(run)).expect("there is space");
     let ballast = Ballast::leave(mounted.path(), 0);
     let error = held.write_until_it_fails();
-    assert!(error.to_string().contains("(os error 28)") || error.kind() == ErrorKind::Full, "{error}");
+    assert!(
+        error.to_string().contains("(os error 28)") || error.kind() == ErrorKind::Full,
+        "{error}"
+    );
     println!("btrfs: {} pages, then {:?}: {error}", held.durable.len(), error.kind());
     let mut durable = held.crash();
     // It may be in there, or not.
@@ -265,7 +291,9 @@ fn a_full_btrfs_stops_the_store_and_loses_nothing() {
 #[test]
 fn child() {
     let (Ok(role), Some(dir)) = (std::env::var(ROLE), std::env::var_os(STORE)) else { return };
-    let say = |line: String| std::io::stdout().lock().write_all(format!("\n{line}\n").as_bytes()).expect("a pipe");
+    let say = |line: String| {
+        std::io::stdout().lock().write_all(format!("\n{line}\n").as_bytes()).expect("a pipe")
+    };
     let driver = if role == "portable" { Driver::Portable } else { Driver::Auto };
     match Held::open(dir.as_ref(), Options { driver, ..options(Run { ring: false, shards: 2 }) }) {
         _ if role == "nothing" => say("done".into()),
@@ -298,8 +326,13 @@ fn with_few_file_descriptors_the_store_runs_or_says_what_is_missing() {
         for limit in 3.. {
             let without = [Without::FilesAbove(limit)];
             let said = |role| {
-                let output = start(role, dir.path(), &without).wait_with_output().expect("the child ends");
-                (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned(), output)
+                let output =
+                    start(role, dir.path(), &without).wait_with_output().expect("the child ends");
+                (
+                    output.status.success(),
+                    String::from_utf8_lossy(&output.stdout).into_owned(),
+                    output,
+                )
             };
             let (good, text, output) = said(role);
             if good && text.contains("\ndone\n") {
@@ -309,7 +342,10 @@ fn with_few_file_descriptors_the_store_runs_or_says_what_is_missing() {
                 assert!(text.contains("(os error 24); raise the limit"), "limit {limit}: {text}");
             } else {
                 // Not even the program by itself runs.
-                assert!(refused + done == 0 && !said("nothing").0, "limit {limit}: {text} {output:?}");
+                assert!(
+                    refused + done == 0 && !said("nothing").0,
+                    "limit {limit}: {text} {output:?}"
+                );
             }
             if done == 4 {
                 break;
@@ -325,7 +361,11 @@ fn with_few_file_descriptors_the_store_runs_or_says_what_is_missing() {
 #[test]
 fn a_server_out_of_file_descriptors_serves_whom_it_has_and_later_the_others() {
     let dir = scratch("connections");
-    let served = Served::start_without(&[Without::FilesAbove(96)], dir.path(), &["--nbd", "tcp:127.0.0.1:0"]);
+    let served = Served::start_without(
+        &[Without::FilesAbove(96)],
+        dir.path(),
+        &["--nbd", "tcp:127.0.0.1:0"],
+    );
     let mut first = served.client();
     first.write(nbd::FUA, 0, &[1; PAGE]);
     let crowd: Vec<_> = (0..120).map(|_| nbd::Client::connect(&served.address())).collect();
@@ -364,15 +404,21 @@ fn a_store_whose_directory_is_moved_goes_on_and_is_found_there() {
 /// As after an error in the file system itself, or by an administrator.
 #[test]
 fn a_file_system_that_turns_read_only_stops_the_store_and_loses_nothing() {
-    for (kind, run) in ["ext4", "xfs"].into_iter().flat_map(|kind| runs().into_iter().map(move |run| (kind, run))) {
+    for (kind, run) in
+        ["ext4", "xfs"].into_iter().flat_map(|kind| runs().into_iter().map(move |run| (kind, run)))
+    {
         let Some(mut device) = Device::new(kind) else { continue };
         let dir = device.store();
         let mounted = dir.parent().expect("a mount point").to_owned();
         let mut held = Held::open(&dir, options(run)).expect("a store");
         (0..60).for_each(|n| held.write(n * 512, 1).expect("a well disk"));
         let mut remount = tool("mount");
-        let refused = remount.args(["-o", "remount,ro"]).arg(&mounted).output().expect("mount starts");
-        assert!(!refused.status.success(), "the kernel lets a file system go while files are open for writing");
+        let refused =
+            remount.args(["-o", "remount,ro"]).arg(&mounted).output().expect("mount starts");
+        assert!(
+            !refused.status.success(),
+            "the kernel lets a file system go while files are open for writing"
+        );
         if kind == "ext4" {
             common::run(tool("mount").args(["-o", "remount,abort"]).arg(&mounted));
         } else if has_tool("xfs_io") {
@@ -382,9 +428,15 @@ fn a_file_system_that_turns_read_only_stops_the_store_and_loses_nothing() {
         }
         let error = held.write_until_it_fails();
         println!("{kind}, {run:?}: {:?}: {error}", error.kind());
-        assert!(error.to_string().contains("os error") && error.to_string().contains("reopen"), "{error}");
+        assert!(
+            error.to_string().contains("os error") && error.to_string().contains("reopen"),
+            "{error}"
+        );
         assert!(matches!(error.kind(), ErrorKind::OutcomeUnknown | ErrorKind::Closed), "{error}");
-        assert_eq!(now(held.volume.write(PageId::new(3), whole(9))).expect_err("stopped").kind(), ErrorKind::Closed);
+        assert_eq!(
+            now(held.volume.write(PageId::new(3), whole(9))).expect_err("stopped").kind(),
+            ErrorKind::Closed
+        );
         now(held.store.close()).expect_err("a store that has failed closes cleanly");
         let mut durable = held.crash();
         let error = Held::open(&dir, options(run)).err().expect("nothing can be written");
@@ -414,7 +466,10 @@ fn a_store_that_another_process_has_is_refused_to_all_others() {
     for arguments in [&["verify", "--dir"][..], &["serve", "--nbd", "tcp:127.0.0.1:0", "--dir"]] {
         let output = corepage(arguments).arg(dir.path()).output().expect("corepage starts");
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(!output.status.success() && text.contains("open in another process"), "{arguments:?}: {text}");
+        assert!(
+            !output.status.success() && text.contains("open in another process"),
+            "{arguments:?}: {text}"
+        );
     }
     child.kill().expect("the child was still there");
     child.wait().expect("a killed process ends");
@@ -424,7 +479,8 @@ fn a_store_that_another_process_has_is_refused_to_all_others() {
 
 // --- cores ---
 
-/// Direct writes, flushes and buffered writes are completed by workers of the kernel, which need a core now and then.
+/// Direct writes, flushes and buffered writes are completed by workers of the kernel, which need a
+/// core now and then.
 #[test]
 fn shards_that_poll_on_all_cores_do_not_starve_the_kernel_that_serves_them() {
     let shards = std::thread::available_parallelism().map_or(1, |n| n.get().min(16)) as u16;
@@ -466,7 +522,9 @@ fn opening(dir: &Path, arguments: &[&str]) -> Child {
     let tasks = format!("/proc/{}/task", child.id());
     let names = || {
         let tasks = std::fs::read_dir(&tasks).into_iter().flatten().flatten();
-        tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok()).collect::<String>()
+        tasks
+            .filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok())
+            .collect::<String>()
     };
     let since = std::time::Instant::now();
     while !names().contains("corepage-open") {
@@ -477,11 +535,13 @@ fn opening(dir: &Path, arguments: &[&str]) -> Child {
 }
 
 fn signal(child: &Child, signal: rustix::process::Signal) {
-    rustix::process::kill_process(rustix::process::Pid::from_child(child), signal).expect("it was still running");
+    rustix::process::kill_process(rustix::process::Pid::from_child(child), signal)
+        .expect("it was still running");
 }
 
-/// An operator who stops a server that recovers for minutes must not have to kill it, and must see that it was stopped, not
-/// that it failed. Whoever has the lock here keeps it for longer than opening would wait.
+/// An operator who stops a server that recovers for minutes must not have to kill it, and must see
+/// that it was stopped, not that it failed. Whoever has the lock here keeps it for longer than
+/// opening would wait.
 #[test]
 fn a_signal_while_the_store_is_being_opened_ends_the_command() {
     use rustix::process::Signal;
@@ -489,15 +549,23 @@ fn a_signal_while_the_store_is_being_opened_ends_the_command() {
     let dir = scratch("signals");
     assert!(Served::start(dir.path()).stop().success());
     let log = File::open(dir.path().join("log-000-0000")).expect("a log segment");
-    rustix::fs::flock(&log, rustix::fs::FlockOperation::NonBlockingLockExclusive).expect("nobody has it");
+    rustix::fs::flock(&log, rustix::fs::FlockOperation::NonBlockingLockExclusive)
+        .expect("nobody has it");
     let before = common::snapshot(dir.path());
     for sent in [Signal::TERM, Signal::INT] {
-        for command in [&["serve", "--nbd", "tcp:127.0.0.1:0"][..], &["volume", "create", "v", "1M"]] {
+        for command in
+            [&["serve", "--nbd", "tcp:127.0.0.1:0"][..], &["volume", "create", "v", "1M"]]
+        {
             let child = opening(dir.path(), command);
             signal(&child, sent);
             let output = child.wait_with_output().expect("it ends");
             let said = String::from_utf8_lossy(&output.stderr);
-            assert_eq!(output.status.signal(), Some(sent.as_raw()), "{command:?}: {} {said}", output.status);
+            assert_eq!(
+                output.status.signal(),
+                Some(sent.as_raw()),
+                "{command:?}: {} {said}",
+                output.status
+            );
             assert!(output.stdout.is_empty() && !said.contains("fuser"), "{said}");
         }
         // With a line that says why there is no result.
@@ -513,8 +581,8 @@ fn a_signal_while_the_store_is_being_opened_ends_the_command() {
     assert!(Served::start(dir.path()).stop().success());
 }
 
-/// A recovery that is stopped in the middle, with writes at a slow device: it ends when the device has answered, and the
-/// next one finds all that was acknowledged.
+/// A recovery that is stopped in the middle, with writes at a slow device: it ends when the device
+/// has answered, and the next one finds all that was acknowledged.
 #[test]
 fn a_recovery_that_a_signal_ends_on_a_slow_device_loses_nothing() {
     use std::os::unix::process::ExitStatusExt;
@@ -522,7 +590,8 @@ fn a_recovery_that_a_signal_ends_on_a_slow_device_loses_nothing() {
     for ring in runs().into_iter().map(|run| run.ring) {
         let dir = device.store();
         let driver = if ring { "ring" } else { "portable" };
-        let arguments = ["--nbd", "tcp:127.0.0.1:0", "--volume", "v", "--size", "64M", "--driver", driver];
+        let arguments =
+            ["--nbd", "tcp:127.0.0.1:0", "--volume", "v", "--size", "64M", "--driver", driver];
         let arguments = [&arguments[..], &["--memory", "16M"]].concat();
         let served = Served::start_with(&dir, &arguments);
         let mut client = served.client();
@@ -530,7 +599,8 @@ fn a_recovery_that_a_signal_ends_on_a_slow_device_loses_nothing() {
         (0..300).for_each(|n| client.write(nbd::FUA, (n * PAGE) as u64, &data[n * PAGE..][..PAGE]));
         drop(client);
         served.kill();
-        // It has found the log, and writes what it made of it; or it still waits for the last write of the one before.
+        // It has found the log, and writes what it made of it; or it still waits for the last write
+        // of the one before.
         device.hold_next(OF_STORE);
         let child = opening(&dir, &[&["serve"], &arguments[..]].concat());
         device.wait_held();
@@ -538,16 +608,23 @@ fn a_recovery_that_a_signal_ends_on_a_slow_device_loses_nothing() {
         device.let_go();
         let output = child.wait_with_output().expect("it ends");
         assert_eq!(output.status.signal(), Some(15), "{}", output.status);
-        assert!(output.stdout.is_empty(), "it went on: {}", String::from_utf8_lossy(&output.stdout));
+        assert!(
+            output.stdout.is_empty(),
+            "it went on: {}",
+            String::from_utf8_lossy(&output.stdout)
+        );
         let served = Served::start_with(&dir, &arguments);
-        assert!(served.client().read(0, data.len() as u32) == data, "what was acknowledged is gone");
+        assert!(
+            served.client().read(0, data.len() as u32) == data,
+            "what was acknowledged is gone"
+        );
         assert!(served.stop().success());
     }
 }
 
-/// A caller with a deadline, or a server that is started and stopped again and again: whatever opening has done by the moment
-/// when it is given up, what was acknowledged is there, and the store can be opened at once. So it is for one that is being
-/// made.
+/// A caller with a deadline, or a server that is started and stopped again and again: whatever
+/// opening has done by the moment when it is given up, what was acknowledged is there, and the
+/// store can be opened at once. So it is for one that is being made.
 #[test]
 fn opening_may_be_given_up_at_any_moment_and_loses_nothing() {
     for run in runs() {
@@ -555,8 +632,8 @@ fn opening_may_be_given_up_at_any_moment_and_loses_nothing() {
         let mut durable = BTreeMap::new();
         let mut given_up = 0;
         for attempt in 0..24u64 {
-            // Longer each time, from the very beginning to the end of a recovery; and now and then all the way, for more
-            // to be recovered.
+            // Longer each time, from the very beginning to the end of a recovery; and now and then
+            // all the way, for more to be recovered.
             let time = Duration::from_micros(500 * attempt * attempt);
             let opening = async { Some(Store::open(dir.path(), options(run)).await) };
             let mut opening = Box::pin(opening);
@@ -572,7 +649,9 @@ fn opening_may_be_given_up_at_any_moment_and_loses_nothing() {
             }
             if attempt % 6 == 5 {
                 let mut held = Held::reopen(dir.path(), options(run), std::mem::take(&mut durable));
-                (0..40).for_each(|n| held.write(n * 7 % 32 * 512 + n, attempt + n).expect("a well disk"));
+                (0..40).for_each(|n| {
+                    held.write(n * 7 % 32 * 512 + n, attempt + n).expect("a well disk")
+                });
                 durable = held.crash();
             }
         }

@@ -1,8 +1,10 @@
-//! The store where it is not welcome: io_uring forbidden, no locked memory, no direct I/O, other file systems.
+//! The store where it is not welcome: io_uring forbidden, no locked memory, no direct I/O, other
+//! file systems.
 //!
-//! Everywhere the same: it opens, says which way it goes and why, and what was acknowledged as durable is there after
-//! SIGKILL. Once through the server, once through the library, each in a process of its own. If these fail, the store
-//! does not run in containers, or runs there in a way that nobody was told of.
+//! Everywhere the same: it opens, says which way it goes and why, and what was acknowledged as
+//! durable is there after SIGKILL. Once through the server, once through the library, each in a
+//! process of its own. If these fail, the store does not run in containers, or runs there in a way
+//! that nobody was told of.
 
 // Real processes take real time.
 #![allow(clippy::disallowed_methods)]
@@ -20,7 +22,8 @@ use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 
 const PAGE: usize = 4096;
-/// Pages that are written. With every third one patched, the log, straight writes and write-back all have work.
+/// Pages that are written. With every third one patched, the log, straight writes and write-back
+/// all have work.
 const PAGES: u64 = 300;
 const ROLE: &str = "COREPAGE_SURROUNDINGS_ROLE";
 const STORE: &str = "COREPAGE_SURROUNDINGS_STORE";
@@ -64,7 +67,10 @@ impl Expected {
             assert_eq!(direct, "refused", "the filter is not in force");
         }
         let findings = facts["findings"].as_array().expect("findings");
-        let flush = findings.iter().find(|finding| finding["subject"] == "file system").expect("the subject is there");
+        let flush = findings
+            .iter()
+            .find(|finding| finding["subject"] == "file system")
+            .expect("the subject is there");
         Expected {
             flush: flush["used"].as_str().expect("text").to_owned(),
             driver_hint: match without {
@@ -75,15 +81,23 @@ impl Expected {
             },
             driver: because.map_or(driver.clone(), |why| format!("{driver}, because {why}")),
             transfers: if direct == "works" { "direct I/O" } else { "buffered I/O" },
-            file_system: facts["machine"]["directory"]["file_system"].as_str().expect("a name").to_owned(),
+            file_system: facts["machine"]["directory"]["file_system"]
+                .as_str()
+                .expect("a name")
+                .to_owned(),
         }
     }
 
     /// `disk` is what the store reports.
     #[track_caller]
     fn check(&self, disk: &str) {
-        for wanted in [&self.driver, self.driver_hint, self.transfers, &format!(" {},", self.file_system), &self.flush]
-        {
+        for wanted in [
+            &self.driver,
+            self.driver_hint,
+            self.transfers,
+            &format!(" {},", self.file_system),
+            &self.flush,
+        ] {
             assert!(disk.contains(wanted), "{disk}: no `{wanted}`");
         }
     }
@@ -103,7 +117,8 @@ fn the_server_keeps_it(without: &[Without], dir: &Path, expected: &Expected) {
     let address = format!("unix:{}/nbd", sockets.path().display());
     let start = || Served::start_without(without, dir, &[&NBD[..], &["--nbd", &address]].concat());
     let check = |served: &Served| {
-        expected.check(served.lines.iter().find(|line| line.starts_with("store ")).expect("a report"));
+        expected
+            .check(served.lines.iter().find(|line| line.starts_with("store ")).expect("a report"));
     };
     let served = start();
     check(&served);
@@ -117,7 +132,10 @@ fn the_server_keeps_it(without: &[Without], dir: &Path, expected: &Expected) {
     served.kill();
     let served = start();
     check(&served);
-    assert!(served.client().read(0, data.len() as u32) == data, "what was flushed is not there after SIGKILL");
+    assert!(
+        served.client().read(0, data.len() as u32) == data,
+        "what was flushed is not there after SIGKILL"
+    );
     assert!(served.stop().success());
     let mut verify = corepage(&["verify", "--dir"]);
     common::run(start_without(verify.arg(dir), without));
@@ -150,13 +168,18 @@ fn child() {
         let _ = std::io::stdin().lines().next();
         return;
     }
-    let volume = block_on(store.volume("v")).expect("volumes can be looked up").expect("the volume is there");
+    let volume = block_on(store.volume("v"))
+        .expect("volumes can be looked up")
+        .expect("the volume is there");
     for n in 0..PAGES {
         let mut wanted = Chance::of(&[n]).bytes(PAGE);
         if n % 3 == 0 {
             wanted[100..107].copy_from_slice(b"patched");
         }
-        assert!(block_on(volume.read(PageId::new(n))).expect("a read")[..] == wanted[..], "page {n}");
+        assert!(
+            block_on(volume.read(PageId::new(n))).expect("a read")[..] == wanted[..],
+            "page {n}"
+        );
     }
     block_on(store.close()).expect("the store closes");
     println!("ready");
@@ -174,7 +197,10 @@ impl Role {
     /// Returns when the child says that it is ready.
     fn start(role: &str, without: &[Without], dir: &Path) -> Role {
         let mut command = Command::new(std::env::current_exe().expect("this program"));
-        command.args(["--exact", "surroundings::child", "--nocapture"]).env(ROLE, role).env(STORE, dir);
+        command
+            .args(["--exact", "surroundings::child", "--nocapture"])
+            .env(ROLE, role)
+            .env(STORE, dir);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let child = start_without(&mut command, without).spawn().expect("this program starts");
         let mut role = Role { child, rest: None, disk: String::new() };
@@ -196,7 +222,10 @@ impl Role {
     fn finish(mut self) {
         let rest = self.rest.take().map(std::io::read_to_string);
         assert!(rest.is_some_and(|rest| rest.is_ok()));
-        assert!(self.child.wait().expect("the child ends").success(), "the child failed: see above");
+        assert!(
+            self.child.wait().expect("the child ends").success(),
+            "the child failed: see above"
+        );
     }
 }
 
@@ -271,7 +300,8 @@ fn the_store_keeps_its_promises_on_btrfs_and_xfs() {
     }
 }
 
-/// Without a filter's help: one that refuses direct I/O, and one that takes the flag and goes through the cache.
+/// Without a filter's help: one that refuses direct I/O, and one that takes the flag and goes
+/// through the cache.
 #[test]
 fn the_store_runs_on_file_systems_without_direct_io() {
     let journals_data = || Mounted::image_with("ext4", "loop,data=journal");
@@ -287,7 +317,8 @@ fn a_limit_of_threads_is_said_with_what_raises_it() {
     if !is_root() {
         return;
     }
-    // A user of its own, so that nobody else's threads count; it may not be able to reach the directory of the build.
+    // A user of its own, so that nobody else's threads count; it may not be able to reach the
+    // directory of the build.
     let uid = 1_000_000 + std::process::id();
     let place = tempfile::Builder::new().prefix("threads").tempdir_in("/tmp").expect("a directory");
     let program = place.path().join("corepage");
@@ -297,15 +328,31 @@ fn a_limit_of_threads_is_said_with_what_raises_it() {
     for limit in 1..=24 {
         let store = place.path().join(format!("store-{limit}"));
         let mut command = Command::new(&program);
-        command.args(["serve", "--nbd", "tcp:127.0.0.1:0", "--shards", "2", "--memory", "32M", "--dir"]).arg(&store);
-        command.env("RUST_LOG", "error").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .args([
+                "serve",
+                "--nbd",
+                "tcp:127.0.0.1:0",
+                "--shards",
+                "2",
+                "--memory",
+                "32M",
+                "--dir",
+            ])
+            .arg(&store);
+        command
+            .env("RUST_LOG", "error")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         start_without(&mut command, &[Without::ThreadsAbove(limit)]);
         let mut child = command.uid(uid).spawn().expect("it starts");
         let mut line = String::new();
         BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("text");
         let runs = line.starts_with("store ");
         if runs {
-            rustix::process::kill_process(Pid::from_child(&child), rustix::process::Signal::TERM).expect("it runs");
+            rustix::process::kill_process(Pid::from_child(&child), rustix::process::Signal::TERM)
+                .expect("it runs");
             served += 1;
         }
         let output = child.wait_with_output().expect("it ends");
@@ -313,14 +360,18 @@ fn a_limit_of_threads_is_said_with_what_raises_it() {
         assert!(!said.contains("panicked"), "with {limit} threads: {said}");
         match runs {
             true => assert!(output.status.success(), "with {limit} threads: {said}"),
-            false => assert!(output.status.code() == Some(1) && said.contains("ulimit -u"), "with {limit}: {said}"),
+            false => assert!(
+                output.status.code() == Some(1) && said.contains("ulimit -u"),
+                "with {limit}: {said}"
+            ),
         }
         let _ = std::fs::remove_dir_all(&store);
     }
     assert!((1..24).contains(&served), "{served} of 24 limits were enough");
 }
 
-/// If this fails, `doctor` promises io_uring in a container in which `serve` then takes the slower driver.
+/// If this fails, `doctor` promises io_uring in a container in which `serve` then takes the slower
+/// driver.
 #[test]
 fn a_container_without_sys_and_proc_runs_what_doctor_says() {
     if !is_root() || !has_tool("unshare") || !has_tool("mount") {
@@ -329,7 +380,10 @@ fn a_container_without_sys_and_proc_runs_what_doctor_says() {
     for hidden in ["/sys", "/proc", "/sys /proc"] {
         let dir = scratch("no-sys");
         let within = |arguments: &[&str]| {
-            let script = format!("for it in {hidden}; do mount -t tmpfs none $it || exit 9; done; exec \"$0\" \"$@\"");
+            let script = format!(
+                "for it in {hidden}; do mount -t tmpfs none $it || exit 9; done; exec \"$0\" \
+                 \"$@\""
+            );
             let mut command = tool("unshare");
             command.args(["--mount", "--propagation", "private", "sh", "-c", &script]);
             command.arg(corepage(&[]).get_program()).args(arguments).arg("--dir").arg(dir.path());
@@ -340,8 +394,14 @@ fn a_container_without_sys_and_proc_runs_what_doctor_says() {
         let doctor = String::from_utf8_lossy(&doctor.stdout).into_owned();
         let ring = doctor.contains("\"name\": \"io_uring\"");
         assert!(ring || doctor.contains("\"name\": \"portable\""), "{doctor}");
-        let served = Served::spawn(within(&["serve", "--nbd", "tcp:127.0.0.1:0", "--memory", "32M"]), 1);
-        assert_eq!(served.lines[0].contains("; io_uring on"), ring, "without {hidden}: {:?}", served.lines);
+        let served =
+            Served::spawn(within(&["serve", "--nbd", "tcp:127.0.0.1:0", "--memory", "32M"]), 1);
+        assert_eq!(
+            served.lines[0].contains("; io_uring on"),
+            ring,
+            "without {hidden}: {:?}",
+            served.lines
+        );
         assert!(served.stop().success());
     }
 }

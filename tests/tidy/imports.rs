@@ -1,13 +1,15 @@
 //! Which file of the sources needs which, and where files need each other in a circle.
 //!
-//! A file *needs* the file that defines what it names: by `use`, or by a path in code, that begins with `crate`, `super`,
-//! `self` or a module declared in the file. Names that a module only passes on (`pub use`) are followed to where they are
-//! defined.
+//! A file *needs* the file that defines what it names: by `use`, or by a path in code, that begins
+//! with `crate`, `super`, `self` or a module declared in the file. Names that a module only passes
+//! on (`pub use`) are followed to where they are defined.
 //!
 //! Rules for parents and children
-//! 1. `mod child;` and `pub use child::Name;` are the table of contents of a folder. They need nothing.
-//! 2. A child may use what its parents define, and implement their types: it is the inside of them, as privacy in Rust has it,
-//!    too. So that counts as no need. A parent that uses its child's items in code of its own needs the child.
+//! 1. `mod child;` and `pub use child::Name;` are the table of contents of a folder. They need
+//!    nothing.
+//! 2. A child may use what its parents define, and implement their types: it is the inside of them,
+//!    as privacy in Rust has it, too. So that counts as no need. A parent that uses its child's
+//!    items in code of its own needs the child.
 //!
 //! Tests don't count: they may look at everything.
 
@@ -46,15 +48,27 @@ pub fn circles(modules: &Modules) -> Vec<Vec<String>> {
     let reach = |from: &str| {
         let (mut seen, mut next) = (BTreeSet::new(), vec![from.to_owned()]);
         while let Some(module) = next.pop() {
-            next.extend(graph[module.as_str()].iter().filter(|other| seen.insert((*other).clone())).cloned());
+            next.extend(
+                graph[module.as_str()]
+                    .iter()
+                    .filter(|other| seen.insert((*other).clone()))
+                    .cloned(),
+            );
         }
         seen
     };
-    let reached: BTreeMap<&str, BTreeSet<String>> = graph.keys().map(|module| (*module, reach(module))).collect();
+    let reached: BTreeMap<&str, BTreeSet<String>> =
+        graph.keys().map(|module| (*module, reach(module))).collect();
     let mut circles = BTreeSet::new();
     for (module, others) in &reached {
         if others.contains(*module) {
-            circles.insert(others.iter().filter(|other| reached[other.as_str()].contains(*module)).cloned().collect());
+            circles.insert(
+                others
+                    .iter()
+                    .filter(|other| reached[other.as_str()].contains(*module))
+                    .cloned()
+                    .collect(),
+            );
         }
     }
     circles.into_iter().collect()
@@ -106,7 +120,8 @@ fn uses(code: &str) -> Vec<Use> {
     found
 }
 
-/// Calls `each` with every path of a use tree. `as` names are left out, `*` and `self` end their path.
+/// Calls `each` with every path of a use tree. `as` names are left out, `*` and `self` end their
+/// path.
 fn tree(text: &str, path: &mut Vec<String>, each: &mut dyn FnMut(&[String])) {
     let text = text.trim();
     if let Some(inner) = text.strip_prefix('{').and_then(|text| text.strip_suffix('}')) {
@@ -175,7 +190,8 @@ fn paths(code: &str) -> Vec<Vec<String>> {
         if start == at || code[..start].ends_with("::") || code[..start].ends_with("in ") {
             continue;
         }
-        let length = bytes[start..].iter().take_while(|byte| is_word(**byte) || **byte == b':').count();
+        let length =
+            bytes[start..].iter().take_while(|byte| is_word(**byte) || **byte == b':').count();
         let path = code[start..start + length].trim_end_matches(':');
         found.push(path.split("::").map(str::to_owned).collect());
     }
@@ -184,12 +200,14 @@ fn paths(code: &str) -> Vec<Vec<String>> {
 
 /// The module that defines what `path` names in `module`; `None` if that is outside of the crate.
 fn resolve(modules: &Modules, module: &str, path: &[String]) -> Option<String> {
-    resolve_to(modules, module, path, 0).or_else(|| imported(modules, module, path.first()?, &path[1..]))
+    resolve_to(modules, module, path, 0)
+        .or_else(|| imported(modules, module, path.first()?, &path[1..]))
 }
 
 /// A path that begins with a module which the file imports by name.
 fn imported(modules: &Modules, module: &str, name: &str, rest: &[String]) -> Option<String> {
-    let is_it = |found: &&Use| found.path.len() > 1 && found.path.last().is_some_and(|last| last == name);
+    let is_it =
+        |found: &&Use| found.path.len() > 1 && found.path.last().is_some_and(|last| last == name);
     let path = &modules[module].uses.iter().find(is_it)?.path;
     // Not of a type, whose items are in the file that was named already.
     let target = resolve_to(modules, module, path, 0)?;
@@ -206,7 +224,8 @@ fn join(module: &str, child: &str) -> String {
 /// How often a name is passed on at most.
 const DEPTH_MAX: usize = 8;
 
-/// Follows a path from module `at` down, and what modules pass on, to the module with the definition.
+/// Follows a path from module `at` down, and what modules pass on, to the module with the
+/// definition.
 fn define(modules: &Modules, mut at: String, mut rest: &[String], depth: usize) -> Option<String> {
     while let Some(name) = rest.first() {
         let child = join(&at, name);
@@ -223,8 +242,12 @@ fn define(modules: &Modules, mut at: String, mut rest: &[String], depth: usize) 
     if defines(code, name) {
         return Some(at);
     }
-    let passed = uses.iter().filter(|found| found.path.len() > 1 && found.path.last() == Some(name));
-    passed.into_iter().find_map(|found| resolve_to(modules, &at, &found.path, depth + 1)).or(Some(at))
+    let passed =
+        uses.iter().filter(|found| found.path.len() > 1 && found.path.last() == Some(name));
+    passed
+        .into_iter()
+        .find_map(|found| resolve_to(modules, &at, &found.path, depth + 1))
+        .or(Some(at))
 }
 
 fn resolve_to(modules: &Modules, module: &str, path: &[String], depth: usize) -> Option<String> {
@@ -241,14 +264,17 @@ fn resolve_to(modules: &Modules, module: &str, path: &[String], depth: usize) ->
             }
             define(modules, at, rest, depth)
         }
-        child if modules.contains_key(&join(module, child)) => define(modules, module.to_owned(), path, depth),
+        child if modules.contains_key(&join(module, child)) => {
+            define(modules, module.to_owned(), path, depth)
+        }
         _ => None,
     }
 }
 
 /// Whether the file itself has an item of this name.
 fn defines(code: &str, name: &str) -> bool {
-    const KINDS: &[&str] = &["struct", "enum", "trait", "fn", "const", "static", "type", "union", "mod"];
+    const KINDS: &[&str] =
+        &["struct", "enum", "trait", "fn", "const", "static", "type", "union", "mod"];
     super::words(code, name).any(|at| {
         let before = code[..at].trim_end();
         KINDS.iter().any(|kind| before.ends_with(kind))

@@ -1,7 +1,7 @@
 //! Latencies as a histogram of about 1,500 counters.
 //!
-//! Buckets grow with their values: each power of two is divided into [`SPLIT`] of them, so that a value is known to 1 %
-//! whether it is 200 µs or 20 s.
+//! Buckets grow with their values: each power of two is divided into [`SPLIT`] of them, so that a
+//! value is known to 1 % whether it is 200 µs or 20 s.
 
 use std::fmt;
 
@@ -43,7 +43,8 @@ fn middle_of(bucket: usize) -> f64 {
 impl Latency {
     /// Counts one operation.
     pub(crate) fn record(&mut self, us: u64) {
-        let counts = self.0.get_or_insert_with(|| Box::new(Counts { total: 0, buckets: [0; BUCKETS] }));
+        let counts =
+            self.0.get_or_insert_with(|| Box::new(Counts { total: 0, buckets: [0; BUCKETS] }));
         counts.total += 1;
         counts.buckets[bucket_of(us.clamp(1, MOST_US))] += 1;
     }
@@ -53,9 +54,11 @@ impl Latency {
         self.0.as_ref().map_or(0, |counts| counts.total)
     }
 
-    /// Microseconds that `percent` of the operations did not exceed, 50 for the median; 0 if there are none.
+    /// Microseconds that `percent` of the operations did not exceed, 50 for the median; 0 if there
+    /// are none.
     pub fn percentile(&self, percent: f64) -> u64 {
-        let wanted = (self.count() as f64 * percent.clamp(0.0, 100.0) / 100.0).ceil().max(1.0) as u64;
+        let wanted =
+            (self.count() as f64 * percent.clamp(0.0, 100.0) / 100.0).ceil().max(1.0) as u64;
         let mut counted = 0;
         let reached = self.filled().find(|(_, count)| {
             counted += count;
@@ -92,7 +95,10 @@ impl Latency {
         let mut new = self.clone();
         if let (Some(new), Some(earlier)) = (&mut new.0, &earlier.0) {
             // An operation that was not counted later can't be taken away.
-            new.buckets.iter_mut().zip(&earlier.buckets).for_each(|(new, old)| *new = new.saturating_sub(*old));
+            new.buckets
+                .iter_mut()
+                .zip(&earlier.buckets)
+                .for_each(|(new, old)| *new = new.saturating_sub(*old));
             new.total = new.buckets.iter().sum();
         }
         new
@@ -150,14 +156,22 @@ mod tests {
         assert!(a.max() <= MOST_US * 101 / 100, "an hour counts as a minute");
     }
 
-    /// A bucket that is too wide, or that overlaps its neighbour, would tell percentiles that nobody measured.
+    /// A bucket that is too wide, or that overlaps its neighbour, would tell percentiles that
+    /// nobody measured.
     #[test]
     fn buckets_lie_side_by_side_and_are_no_wider_than_promised() {
         let mut lowest = 1;
         for bucket in 1..BUCKETS {
             let highest = highest_in(bucket);
-            assert_eq!((bucket_of(lowest), bucket_of(highest)), (bucket, bucket), "from {lowest} to {highest}");
-            assert!((highest - lowest) as f64 <= 0.0157 * lowest as f64, "bucket {bucket}: {lowest} to {highest}");
+            assert_eq!(
+                (bucket_of(lowest), bucket_of(highest)),
+                (bucket, bucket),
+                "from {lowest} to {highest}"
+            );
+            assert!(
+                (highest - lowest) as f64 <= 0.0157 * lowest as f64,
+                "bucket {bucket}: {lowest} to {highest}"
+            );
             assert_eq!(middle_of(bucket), (lowest + highest) as f64 / 2.0);
             lowest = highest + 1;
         }

@@ -2,7 +2,8 @@
 //!
 //! Invariants
 //! 1. The second that runs is not told: it is not full.
-//! 2. Seconds are numbered from a moment that all shards share, so those of several shards can be added.
+//! 2. Seconds are numbered from a moment that all shards share, so those of several shards can be
+//!    added.
 
 /// Seconds that are remembered, and the one that runs.
 const SECONDS: usize = 61;
@@ -53,7 +54,8 @@ impl Recent {
     pub(crate) fn rate(&self, seconds: u64) -> f64 {
         let seconds = seconds.clamp(1, SECONDS as u64 - 1).min(self.now.max(1));
         let full = (1..=seconds).filter_map(|back| self.now.checked_sub(back));
-        full.map(|second| f64::from(self.counts[(second % SECONDS as u64) as usize])).sum::<f64>() / seconds as f64
+        full.map(|second| f64::from(self.counts[(second % SECONDS as u64) as usize])).sum::<f64>()
+            / seconds as f64
     }
 
     /// The operations of another shard too.
@@ -80,7 +82,10 @@ mod tests {
         }
         assert_eq!((recent.rate(1), recent.rate(3), recent.peak()), (1800.0, 1700.0, 1800));
         recent.advance(25);
-        assert_eq!((recent.rate(1), recent.rate(6), recent.rate(60)), (0.0, 1900.0 / 6.0, 14_500.0 / 25.0));
+        assert_eq!(
+            (recent.rate(1), recent.rate(6), recent.rate(60)),
+            (0.0, 1900.0 / 6.0, 14_500.0 / 25.0)
+        );
         let mut other = Recent::default();
         other.count(30, 7);
         other.count(31, 0);

@@ -1,8 +1,8 @@
 //! Answers to reads of pages: at once if all pages are in memory, else when the last one has come.
 //!
 //! Invariants
-//! 1. A read of pages that are cached, or absent as far as the map in memory says, is no request that waits, and makes no
-//!    work for a turn.
+//! 1. A read of pages that are cached, or absent as far as the map in memory says, is no request
+//!    that waits, and makes no work for a turn.
 //! 2. A reader gets the newest version, durable or not, with the LSN that tells it which.
 
 use crate::base::{BLOCK, Lsn, PageKey, VolumeId};
@@ -14,7 +14,8 @@ use crate::engine::{PageRef, Response, Shard};
 use smallvec::SmallVec;
 
 impl Shard {
-    /// These pages, if all are in memory, or absent by what is in memory of the map: then the read is no request that waits, and makes no work.
+    /// These pages, if all are in memory, or absent by what is in memory of the map: then the read
+    /// is no request that waits, and makes no work.
     pub(in crate::engine) fn cached(&mut self, keys: &[PageKey]) -> Option<SmallVec<[PageRef; 1]>> {
         let watermark = self.ctx.order.watermark();
         let table = &mut self.cache.table;
@@ -60,11 +61,15 @@ impl Shard {
     pub(in crate::engine) fn finish_read(&mut self, waiter: usize) {
         // Before the release: the table keeps no entry of an absent page for which nobody asks.
         let watermark = self.ctx.order.watermark();
-        let pages =
-            self.requests.pending[waiter].pages.iter().map(|idx| self.cache.table.pages[*idx].as_read(watermark));
+        let pages = self.requests.pending[waiter]
+            .pages
+            .iter()
+            .map(|idx| self.cache.table.pages[*idx].as_read(watermark));
         let pages: SmallVec<[PageRef; 1]> = pages.collect();
-        let is_catalog =
-            self.requests.pending[waiter].pages.first().is_some_and(|idx| self.cache.table.pages[*idx].is_catalog());
+        let is_catalog = self.requests.pending[waiter]
+            .pages
+            .first()
+            .is_some_and(|idx| self.cache.table.pages[*idx].is_catalog());
         let pending = self.release(waiter);
         let token = pending.token.expect("a read has a token");
         if let Some(error) = pending.error {
@@ -82,9 +87,14 @@ impl Shard {
         match kind {
             OpKind::NodeRead(_) => self.ctx.stats.node_reads += 1,
             OpKind::PageRead(reads) => {
-                let is_caller = |waiter: usize| !matches!(self.requests.pending[waiter].kind, PendingKind::Move(..));
+                let is_caller = |waiter: usize| {
+                    !matches!(self.requests.pending[waiter].kind, PendingKind::Move(..))
+                };
                 let is_awaited = |page: &Page| !page.is_catalog() && page.waiters().any(is_caller);
-                let awaited = reads.iter().flatten().any(|read| is_awaited(&self.cache.table.pages[read.page]));
+                let awaited = reads
+                    .iter()
+                    .flatten()
+                    .any(|read| is_awaited(&self.cache.table.pages[read.page]));
                 self.ctx.stats.caller_reads += u64::from(awaited);
             }
             _ => {}

@@ -1,9 +1,12 @@
-//! Memory for what is asked for: which pages and map nodes leave it is the policy's choice (see `pool::eviction`).
+//! Memory for what is asked for: which pages and map nodes leave it is the policy's choice (see
+//! `pool::eviction`).
 //!
 //! Invariants
-//! 1. What has memory and is referenced by nothing is listed with the policy; what has none and is referenced by nothing is
-//!    not in the page table at all. [`Shard::reference_ended`] is called wherever a reference to a page ends.
-//! 2. A search for more frames than can be freed frees nothing, and costs little when it is repeated.
+//! 1. What has memory and is referenced by nothing is listed with the policy; what has none and is
+//!    referenced by nothing is not in the page table at all. [`Shard::reference_ended`] is called
+//!    wherever a reference to a page ends.
+//! 2. A search for more frames than can be freed frees nothing, and costs little when it is
+//!    repeated.
 
 use crate::engine::cache::table::Table;
 use crate::engine::map::Map;
@@ -11,8 +14,9 @@ use crate::engine::{Shard, Step};
 use crate::memory::{Owner, Residency, Residents, Standing};
 use smallvec::SmallVec;
 
-/// Blocks in the hands of readers that are looked at again when there is nothing else: about half a millisecond's work. Who
-/// waits for memory looks again a little later, and goes on where this ended.
+/// Blocks in the hands of readers that are looked at again when there is nothing else: about half a
+/// millisecond's work. Who waits for memory looks again a little later, and goes on where this
+/// ended.
 const PINNED_LOOKS_MAX: u32 = 4096;
 
 /// Frames that are left to checkpoints at least: some roots, or blocks of the extent table.
@@ -48,8 +52,9 @@ impl Residents for InMemory<'_> {
 }
 
 impl Shard {
-    /// Frees memory until `frames` single frames can be had, besides those that parts of commits have reserved and, unless `step`
-    /// is a checkpoint's, those that a checkpoint needs. If it can't, `step` is registered as blocked.
+    /// Frees memory until `frames` single frames can be had, besides those that parts of commits
+    /// have reserved and, unless `step` is a checkpoint's, those that a checkpoint needs. If it
+    /// can't, `step` is registered as blocked.
     pub(in crate::engine) fn ensure_frames(&mut self, frames: u32, step: Step) -> bool {
         let kept = if step.is_of_checkpoint() { 0 } else { self.checkpoint_frames() };
         let frames = frames + self.participant.reserved.frames + kept;
@@ -78,8 +83,8 @@ impl Shard {
         true
     }
 
-    /// Whether `missing` frames can be freed. A search in vain that evicts takes what somebody has just read, who reads it again and goes
-    /// on the same way: two of these go on without end.
+    /// Whether `missing` frames can be freed. A search in vain that evicts takes what somebody has
+    /// just read, who reads it again and goes on the same way: two of these go on without end.
     fn can_free(&mut self, missing: u32) -> bool {
         self.count_idle(missing) || (self.look_at_pinned() && self.count_idle(missing))
     }
@@ -92,8 +97,8 @@ impl Shard {
         idle >= missing || idle + self.map.idle_above(&nodes) >= missing
     }
 
-    /// Frames that are left to checkpoints. What they write goes out in parts of this size at least, and comes back: so one ends
-    /// even while readers have pinned all the rest.
+    /// Frames that are left to checkpoints. What they write goes out in parts of this size at
+    /// least, and comes back: so one ends even while readers have pinned all the rest.
     pub(in crate::engine) fn checkpoint_frames(&self) -> u32 {
         self.space.extents.summary_blocks().max(CHECKPOINT_FRAMES_MIN)
     }
@@ -110,9 +115,10 @@ impl Shard {
         self.cache.eviction.look_at_pinned(&mut in_memory, self.ctx.now, PINNED_LOOKS_MAX)
     }
 
-    /// A reference to page `idx` has ended, or what it was loaded for is gone. Without memory it needs no entry once
-    /// nothing refers to it, since the map says the same of it: a store whose clients ask for absent pages would grow
-    /// without end. With memory it may go from now on. The index may be another page's afterwards.
+    /// A reference to page `idx` has ended, or what it was loaded for is gone. Without memory it
+    /// needs no entry once nothing refers to it, since the map says the same of it: a store whose
+    /// clients ask for absent pages would grow without end. With memory it may go from now on. The
+    /// index may be another page's afterwards.
     pub(in crate::engine) fn reference_ended(&mut self, idx: usize) {
         let page = &mut self.cache.table.pages[idx];
         let Some(frame) = &page.frame else {
@@ -132,6 +138,11 @@ impl Shard {
         }
         let (block, key) = (frame.block(), page.key);
         let hash = self.cache.table.hash(key);
-        self.cache.eviction.list(block, Owner::Page(idx as u32), &mut self.cache.table.pages[idx].residency, hash);
+        self.cache.eviction.list(
+            block,
+            Owner::Page(idx as u32),
+            &mut self.cache.table.pages[idx].residency,
+            hash,
+        );
     }
 }

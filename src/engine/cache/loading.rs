@@ -4,11 +4,13 @@
 //! wanted (by age of who asked) --a frame is free--> under way, its parent pinned --> arrived, checked --> whoever waits goes on
 //! ```
 //! Invariants
-//! 1. The oldest request gets the first frame, and goes on from node to node before younger ones: so each gets to its page, however
-//!    many there are and however little memory. Nodes and pages take turns.
-//! 2. Nothing is pinned for a read that waits. When it is its turn the path to it may have left memory: whoever asked looks again.
-//! 3. Bytes from the device become a page's content only if their checksum is the entry's, and the entry is still the
-//!    page's: a page changed meanwhile ignores a late read.
+//! 1. The oldest request gets the first frame, and goes on from node to node before younger ones:
+//!    so each gets to its page, however many there are and however little memory. Nodes and pages
+//!    take turns.
+//! 2. Nothing is pinned for a read that waits. When it is its turn the path to it may have left
+//!    memory: whoever asked looks again.
+//! 3. Bytes from the device become a page's content only if their checksum is the entry's, and the
+//!    entry is still the page's: a page changed meanwhile ignores a late read.
 //! 4. A block that can't be read costs no other page: what was read together is read apart then.
 
 use crate::base::BlockAddr;
@@ -24,14 +26,15 @@ use crate::memory::Frame;
 use smallvec::SmallVec;
 use std::collections::BTreeMap;
 
-/// Blocks between two reads that are read too, to make one of them. With more, the bytes cost what the operations save (see
-/// decision 14).
+/// Blocks between two reads that are read too, to make one of them. With more, the bytes cost what
+/// the operations save (see decision 14).
 const READ_GAP_MAX: u32 = 1;
 
 /// What is to be read, once there is memory.
 #[derive(Default)]
 pub(in crate::engine) struct Wanted {
-    /// Nodes, by the age of who asked: the oldest goes first, so that it gets to its leaf whatever others need.
+    /// Nodes, by the age of who asked: the oldest goes first, so that it gets to its leaf whatever
+    /// others need.
     pub nodes: BTreeMap<u64, NodeWanted>,
     /// The age that was given last.
     asked_last: u64,
@@ -72,7 +75,8 @@ pub(in crate::engine) struct PageRead {
 }
 
 impl Shard {
-    /// Asks for a node to be read, or joins those who wait for it. Whoever goes on from the node above keeps its turn.
+    /// Asks for a node to be read, or joins those who wait for it. Whoever goes on from the node
+    /// above keeps its turn.
     pub(in crate::engine) fn want_node(&mut self, key: NodeKey, child: Child, waiter: NodeWaiter) {
         let asked = match waiter {
             NodeWaiter::Page(idx) => &mut self.cache.table.pages[idx].asked,
@@ -83,26 +87,37 @@ impl Shard {
             self.cache.wanted.asked_last += 1;
             *asked = self.cache.wanted.asked_last;
         }
-        let asked = if planted!(NodesLastInFirstOut) { u64::MAX - self.cache.wanted.asked_last } else { *asked };
+        let asked = if planted!(NodesLastInFirstOut) {
+            u64::MAX - self.cache.wanted.asked_last
+        } else {
+            *asked
+        };
         let waiters = self.cache.node_waiters.entry(key).or_default();
         waiters.list.push(waiter);
         let wanted = match waiters.list.len() {
             1 => Some(NodeWanted { key, child, parent: None }),
-            // It is as old as the oldest of those who wait for it: whoever is between them would else go first, and take its path.
+            // It is as old as the oldest of those who wait for it: whoever is between them would
+            // else go first, and take its path.
             _ if asked < waiters.asked && !planted!(NodesLastInFirstOut) => {
                 self.cache.wanted.nodes.remove(&waiters.asked)
             }
             _ => None,
         };
         if let Some(wanted) = wanted {
-            assert!(wanted.key == key, "{key:?} is wanted at {}, and not {:?}", waiters.asked, wanted.key);
+            assert!(
+                wanted.key == key,
+                "{key:?} is wanted at {}, and not {:?}",
+                waiters.asked,
+                wanted.key
+            );
             waiters.asked = asked;
             let before = self.cache.wanted.nodes.insert(asked, wanted);
             assert!(before.is_none(), "whoever asks asks for one node at a time");
         }
     }
 
-    /// Submits the reads that were asked for, nodes and pages in turns if there is no memory for all.
+    /// Submits the reads that were asked for, nodes and pages in turns if there is no memory for
+    /// all.
     pub(in crate::engine) fn submit_reads(&mut self) {
         if self.cache.wanted.nodes.is_empty() && self.cache.wanted.pages.is_empty() {
             return;
@@ -114,13 +129,15 @@ impl Shard {
             self.submit_node_reads();
             self.submit_page_reads();
         }
-        self.cache.wanted.pages_first = !self.cache.wanted.pages_first && !self.cache.wanted.pages.is_empty();
+        self.cache.wanted.pages_first =
+            !self.cache.wanted.pages_first && !self.cache.wanted.pages.is_empty();
     }
 
     fn submit_node_reads(&mut self) {
         while let Some((asked, wanted)) = self.cache.wanted.nodes.pop_first() {
             let NodeWanted { key, child, .. } = wanted;
-            // While it waited for memory the node above may have left it: whoever asked looks it up again.
+            // While it waited for memory the node above may have left it: whoever asked looks it up
+            // again.
             if !self.map.names(key, child) || self.map.resident(key).is_some() {
                 self.node_arrived(wanted, Ok(()));
                 continue;
@@ -135,7 +152,10 @@ impl Shard {
             let offset = child.place().offset(self.ctx.limits.geometry.extent_bytes);
             let into = std::iter::once(frame).collect();
             let wanted = NodeWanted { parent, ..wanted };
-            self.submit(OpKind::NodeRead(wanted), DiskOp::Read { file: FileId::Data, offset, into });
+            self.submit(
+                OpKind::NodeRead(wanted),
+                DiskOp::Read { file: FileId::Data, offset, into },
+            );
         }
     }
 
@@ -168,10 +188,12 @@ impl Shard {
         }
     }
 
-    /// One operation for a run of pages, or, without memory for what lies between them, one for each.
+    /// One operation for a run of pages, or, without memory for what lies between them, one for
+    /// each.
     fn submit_read(&mut self, run: plan::Run<Option<(PageRead, Frame)>>) {
         let gaps = run.items.iter().filter(|item| item.is_none()).count() as u32;
-        let bridges = gaps == 0 || self.find_frames(gaps + self.participant.reserved.frames + self.checkpoint_frames());
+        let bridges = gaps == 0
+            || self.find_frames(gaps + self.participant.reserved.frames + self.checkpoint_frames());
         let (mut reads, mut into, mut first) = (Vec::new(), SmallVec::new(), run.place);
         for (block, item) in (run.place.block..).zip(run.items) {
             match item {
@@ -184,7 +206,11 @@ impl Shard {
                     into.push(self.ctx.arena.alloc(0).expect("frames were ensured"));
                 }
                 None => {
-                    self.submit_page_read(first, std::mem::take(&mut reads), std::mem::take(&mut into));
+                    self.submit_page_read(
+                        first,
+                        std::mem::take(&mut reads),
+                        std::mem::take(&mut into),
+                    );
                     first.block = block + 1;
                 }
             }
@@ -192,7 +218,12 @@ impl Shard {
         self.submit_page_read(first, reads, into);
     }
 
-    fn submit_page_read(&mut self, first: BlockAddr, reads: Vec<Option<PageRead>>, into: SmallVec<[Frame; 4]>) {
+    fn submit_page_read(
+        &mut self,
+        first: BlockAddr,
+        reads: Vec<Option<PageRead>>,
+        into: SmallVec<[Frame; 4]>,
+    ) {
         if !reads.is_empty() {
             let offset = first.offset(self.ctx.limits.geometry.extent_bytes);
             self.submit(OpKind::PageRead(reads), DiskOp::Read { file: FileId::Data, offset, into });
@@ -208,7 +239,8 @@ impl Shard {
         self.give_up_what_nobody_needs(error);
     }
 
-    /// Ends the first of the node reads that wait for memory, and what else those who wait for it wait for.
+    /// Ends the first of the node reads that wait for memory, and what else those who wait for it
+    /// wait for.
     pub(in crate::engine) fn refuse_node_read(&mut self, error: &Error) {
         if let Some((_, wanted)) = self.cache.wanted.nodes.pop_first() {
             self.node_arrived(wanted, Err(error.clone()));
@@ -222,11 +254,13 @@ impl Shard {
         self.reference_ended(idx);
     }
 
-    /// Ends the reads for which only requests wait that have failed. A read of many pages would else be refused for each of them in
-    /// turn, and keep the pages that it has from others until the last one.
+    /// Ends the reads for which only requests wait that have failed. A read of many pages would
+    /// else be refused for each of them in turn, and keep the pages that it has from others until
+    /// the last one.
     fn give_up_what_nobody_needs(&mut self, error: &Error) {
         let wanted = self.cache.wanted.nodes.iter();
-        let nodes: Vec<u64> = wanted.filter(|(_, node)| !self.is_node_needed(node.key)).map(|(at, _)| *at).collect();
+        let nodes: Vec<u64> =
+            wanted.filter(|(_, node)| !self.is_node_needed(node.key)).map(|(at, _)| *at).collect();
         for at in nodes {
             let wanted = self.cache.wanted.nodes.remove(&at).expect("just seen");
             self.node_arrived(wanted, Err(error.clone()));
@@ -248,12 +282,20 @@ impl Shard {
     }
 
     fn is_page_needed(&self, idx: usize) -> bool {
-        self.cache.table.pages[idx].waiters().any(|waiter| self.requests.pending[waiter].error.is_none())
+        self.cache.table.pages[idx]
+            .waiters()
+            .any(|waiter| self.requests.pending[waiter].error.is_none())
     }
 
     /// Pages arrive from the device.
-    pub(in crate::engine) fn pages_read(&mut self, reads: Vec<Option<PageRead>>, completion: Completion) {
-        let DiskOp::Read { into, .. } = completion.op else { unreachable!("a read completes as a read") };
+    pub(in crate::engine) fn pages_read(
+        &mut self,
+        reads: Vec<Option<PageRead>>,
+        completion: Completion,
+    ) {
+        let DiskOp::Read { into, .. } = completion.op else {
+            unreachable!("a read completes as a read")
+        };
         if completion.result.is_err() && reads.len() > 1 {
             return self.read_apart(reads, into);
         }
@@ -284,11 +326,16 @@ impl Shard {
         }
     }
 
-    /// Reads each page of an operation that has failed by itself: what can't be read may be one of them, or lie between them.
+    /// Reads each page of an operation that has failed by itself: what can't be read may be one of
+    /// them, or lie between them.
     fn read_apart(&mut self, reads: Vec<Option<PageRead>>, into: SmallVec<[Frame; 4]>) {
         for (read, frame) in reads.into_iter().zip(into) {
             if let Some(read) = read {
-                self.submit_page_read(read.entry.place(), vec![Some(read)], std::iter::once(frame).collect());
+                self.submit_page_read(
+                    read.entry.place(),
+                    vec![Some(read)],
+                    std::iter::once(frame).collect(),
+                );
             }
         }
     }
@@ -299,9 +346,12 @@ impl Shard {
         match codec::open(entry, bytes) {
             Ok(_) => Ok(()),
             Err(codec::Refusal::Damaged) if planted!(PageSumIgnored) => Ok(()),
-            Err(codec::Refusal::Damaged) => Err(damaged(&format!("page {key:?} ({:?})", entry.lsn()), entry.place())),
+            Err(codec::Refusal::Damaged) => {
+                Err(damaged(&format!("page {key:?} ({:?})", entry.lsn()), entry.place()))
+            }
             Err(codec::Refusal::Unknown) => Err(Error::corrupt(format_args!(
-                "page {key:?}: the page map describes it in a way that this version does not write; run `corepage verify`"
+                "page {key:?}: the page map describes it in a way that this version does not \
+                 write; run `corepage verify`"
             ))),
         }
     }
@@ -309,7 +359,9 @@ impl Shard {
     /// A node arrives from the device.
     pub(in crate::engine) fn node_read(&mut self, wanted: NodeWanted, completion: Completion) {
         let NodeWanted { key, child, .. } = wanted;
-        let DiskOp::Read { mut into, .. } = completion.op else { unreachable!("a read completes as a read") };
+        let DiskOp::Read { mut into, .. } = completion.op else {
+            unreachable!("a read completes as a read")
+        };
         let frame = into.pop().expect("a node is one frame");
         self.ctx.stats.checksums += 1;
         let result = match completion.result {
@@ -329,7 +381,8 @@ impl Shard {
         self.node_arrived(wanted, if is_current { result } else { Ok(()) });
     }
 
-    /// The node is in memory, or was overtaken by a change of the tree, or will not come: those who wait for it look up again.
+    /// The node is in memory, or was overtaken by a change of the tree, or will not come: those who
+    /// wait for it look up again.
     fn node_arrived(&mut self, wanted: NodeWanted, result: Result<(), Error>) {
         let key = wanted.key;
         wanted.parent.into_iter().for_each(|parent| self.map.unpin(parent));
@@ -353,7 +406,8 @@ impl Shard {
 /// The error for bytes that are not what was written.
 pub(in crate::engine) fn damaged(what: &str, place: BlockAddr) -> Error {
     Error::corrupt(format_args!(
-        "{what} at extent {}, block {} of the data file is damaged: its checksum is wrong; run `corepage verify`",
+        "{what} at extent {}, block {} of the data file is damaged: its checksum is wrong; run \
+         `corepage verify`",
         place.extent.get(),
         place.block
     ))

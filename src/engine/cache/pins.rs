@@ -39,8 +39,8 @@ impl PinQuota {
         Err(Error::new(
             ErrorKind::Busy,
             format_args!(
-                "{held} pages are pinned through this handle, and {count} more would be over the most, {}: drop some pages, \
-                 read fewer at a time, or give the store more memory",
+                "{held} pages are pinned through this handle, and {count} more would be over the \
+                 most, {}: drop some pages, read fewer at a time, or give the store more memory",
                 this.most
             ),
         ))
@@ -98,7 +98,8 @@ impl PageRef {
 mod tests {
     use super::*;
 
-    /// If this fails, a caller that asks for more than it can have makes others, who ask for a page, hear that the store is busy.
+    /// If this fails, a caller that asks for more than it can have makes others, who ask for a
+    /// page, hear that the store is busy.
     #[test]
     fn what_is_refused_is_in_nobodys_way() {
         let (pins, done) = (PinQuota::new(100), std::sync::atomic::AtomicBool::new(false));

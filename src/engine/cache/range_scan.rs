@@ -5,9 +5,10 @@
 //! ```
 //! Invariants
 //! 1. A page counts as the next reader would find it: changes on their way to the map count.
-//! 2. Nothing is held between two steps: nodes may leave memory while others are read, and pages change. Each page is told
-//!    as it was at one moment during the request.
-//! 3. A request visits at most [`LEAVES_MAX`] leaves, so that others get their turn; the answer says where it stopped.
+//! 2. Nothing is held between two steps: nodes may leave memory while others are read, and pages
+//!    change. Each page is told as it was at one moment during the request.
+//! 3. A request visits at most [`LEAVES_MAX`] leaves, so that others get their turn; the answer
+//!    says where it stopped.
 //!
 //! It reads map nodes, never pages.
 
@@ -18,7 +19,8 @@ use crate::engine::{NodeWaiter, Response, Shard};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-/// Leaves that one request visits: 8,192 pages, each of which is looked up; all of it may be within one turn.
+/// Leaves that one request visits: 8,192 pages, each of which is looked up; all of it may be within
+/// one turn.
 const LEAVES_MAX: u32 = 128;
 
 /// A request for the pages of a volume that there are.
@@ -59,9 +61,15 @@ enum Step {
 impl Shard {
     /// Begins a walk for a request.
     pub(in crate::engine) fn begin_walk(&mut self, asked: PageRange) -> Box<Walk> {
-        let first = |v| PageKey::first_in(asked.volume, asked.first, v, self.ctx.limits.geometry.vshards_count);
-        let seeks =
-            self.ctx.shard_map.owned_by(self.ctx.id).filter_map(|vshard| Some((vshard, first(vshard)?))).collect();
+        let first = |v| {
+            PageKey::first_in(asked.volume, asked.first, v, self.ctx.limits.geometry.vshards_count)
+        };
+        let seeks = self
+            .ctx
+            .shard_map
+            .owned_by(self.ctx.id)
+            .filter_map(|vshard| Some((vshard, first(vshard)?)))
+            .collect();
         Box::new(Walk {
             asked,
             found: Vec::new(),
@@ -91,7 +99,10 @@ impl Shard {
             }
         };
         let token = self.release(waiter).token.expect("a walk has a token");
-        self.ctx.reply(token, result.map(|next| Response::Allocated { ranges: walk.found, next, lsn: walk.lsn }));
+        self.ctx.reply(
+            token,
+            result.map(|next| Response::Allocated { ranges: walk.found, next, lsn: walk.lsn }),
+        );
     }
 
     fn walk_step(&mut self, walk: &mut Walk, waiter: usize) -> Step {
@@ -103,7 +114,8 @@ impl Shard {
         if walk.found.len() >= ranges_max || walk.leaves_left == 0 {
             return Step::Done(Some(page));
         }
-        let page_index = PageKey::new(volume, page).place_in(self.ctx.limits.geometry.vshards_count).1;
+        let page_index =
+            PageKey::new(volume, page).place_in(self.ctx.limits.geometry.vshards_count).1;
         let Some(mapped) = self.map.leaf_bits(vshard, volume, page_index) else {
             // It has left memory since.
             walk.seeks.push((vshard, page_index));
@@ -114,14 +126,22 @@ impl Shard {
         // A leaf is of neighbours, and no run of pages ends within it.
         for (slot, page) in (page_index % LEAF_PAGES..LEAF_PAGES).zip(page.get()..=last.get()) {
             let key = PageKey::new(volume, PageId::new(page));
-            let known = self.cache.table.find(key).map(|idx| &self.cache.table.pages[idx]).filter(|page| page.resolved);
+            let known = self
+                .cache
+                .table
+                .find(key)
+                .map(|idx| &self.cache.table.pages[idx])
+                .filter(|page| page.resolved);
             // What is not durable is in the table, on its way to the map.
-            walk.lsn = walk.lsn.max(known.map(|page| page.lsn).filter(|lsn| *lsn > watermark).unwrap_or_default());
+            walk.lsn = walk
+                .lsn
+                .max(known.map(|page| page.lsn).filter(|lsn| *lsn > watermark).unwrap_or_default());
             if known.map_or(mapped >> slot & 1 == 1, |page| !page.absent) {
                 tell(&mut walk.found, key.page);
             }
         }
-        walk.seeks.extend((page_index | (LEAF_PAGES - 1)).checked_add(1).map(|behind| (vshard, behind)));
+        walk.seeks
+            .extend((page_index | (LEAF_PAGES - 1)).checked_add(1).map(|behind| (vshard, behind)));
         Step::On
     }
 
@@ -129,7 +149,8 @@ impl Shard {
     fn seek_leaf(&mut self, walk: &mut Walk, vshard: VShard, from: u64, waiter: usize) -> Step {
         let (volume, vshards_count) = (walk.asked.volume, self.ctx.limits.geometry.vshards_count);
         let behind = walk.asked.last.get().checked_add(1).map(PageId::new);
-        let end = behind.and_then(|behind| PageKey::first_in(volume, behind, vshard, vshards_count));
+        let end =
+            behind.and_then(|behind| PageKey::first_in(volume, behind, vshard, vshards_count));
         let next = match end.map_or(Some(u64::MAX), |end| end.checked_sub(1)) {
             Some(last) => self.map.next_leaf(vshard, volume, from, last),
             None => NextLeaf::None,

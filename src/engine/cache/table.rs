@@ -1,15 +1,19 @@
-//! The pages that a shard knows: what is cached, and who waits for it; what is read is `reads`' business.
+//! The pages that a shard knows: what is cached, and who waits for it; what is read is `reads`'
+//! business.
 //!
 //! ```text
 //! Unresolved --map lookup (may read nodes)--> Resolved: version known --read--> Cached
 //!                                                 \--no entry--> Absent
 //! ```
 //! Invariants
-//! 1. `lsn` is the version of the content that the next reader gets; `mapped_lsn` is the version that the map
-//!    names. They differ only while a change is on its way to its place.
-//! 2. A page leaves the table only when nothing refers to it: no request, no capture, no slot, not dirty, no pin.
-//! 3. A page with a change on its way has its map leaf pinned, so that the map can be changed without a read.
-//! 4. A request keeps the entries of its pages, and the bytes only of those that it reads or patches.
+//! 1. `lsn` is the version of the content that the next reader gets; `mapped_lsn` is the version
+//!    that the map names. They differ only while a change is on its way to its place.
+//! 2. A page leaves the table only when nothing refers to it: no request, no capture, no slot, not
+//!    dirty, no pin.
+//! 3. A page with a change on its way has its map leaf pinned, so that the map can be changed
+//!    without a read.
+//! 4. A request keeps the entries of its pages, and the bytes only of those that it reads or
+//!    patches.
 
 use crate::base::error::Error;
 use crate::base::{Lsn, PageKey, VolumeId};
@@ -63,12 +67,23 @@ pub(in crate::engine) struct Page {
 }
 
 impl Page {
-    /// Panics if what is known of the page contradicts itself: a bug, and to go on would write it to the device.
+    /// Panics if what is known of the page contradicts itself: a bug, and to go on would write it
+    /// to the device.
     pub fn assert_state(&self) {
         let key = self.key;
         assert!(self.frame.is_none() || !self.absent, "{key:?} is absent, and has bytes");
-        assert!(self.mapped_lsn <= self.lsn, "{key:?}: the map names {:?}, newer than {:?}", self.mapped_lsn, self.lsn);
-        assert!(self.data_holds <= self.holds, "{key:?}: {} requests need bytes of {}", self.data_holds, self.holds);
+        assert!(
+            self.mapped_lsn <= self.lsn,
+            "{key:?}: the map names {:?}, newer than {:?}",
+            self.mapped_lsn,
+            self.lsn
+        );
+        assert!(
+            self.data_holds <= self.holds,
+            "{key:?}: {} requests need bytes of {}",
+            self.data_holds,
+            self.holds
+        );
         if let Some(since) = self.dirty_from {
             assert!(
                 since <= self.lsn && self.queued,
@@ -76,10 +91,16 @@ impl Page {
                 self.lsn,
                 self.queued
             );
-            assert!(self.absent || self.frame.is_some(), "{key:?} is dirty, and its bytes are gone");
+            assert!(
+                self.absent || self.frame.is_some(),
+                "{key:?} is dirty, and its bytes are gone"
+            );
         }
         let is_on_its_way = self.dirty_from.is_some() || self.slot.is_some() || self.captures > 0;
-        assert!(!is_on_its_way || self.leaf.is_some(), "{key:?} has a change on its way, and no leaf pinned");
+        assert!(
+            !is_on_its_way || self.leaf.is_some(),
+            "{key:?} has a change on its way, and no leaf pinned"
+        );
     }
 
     /// The version as transactions see it: zero while absent.
@@ -87,8 +108,9 @@ impl Page {
         if self.absent { Lsn::ZERO } else { self.lsn }
     }
 
-    /// The LSN that a reader is told: of an absent page that of its `Free`, as long as it is not durable. The table knows it until
-    /// then, since such a page has a change on its way to the map.
+    /// The LSN that a reader is told: of an absent page that of its `Free`, as long as it is not
+    /// durable. The table knows it until then, since such a page has a change on its way to the
+    /// map.
     pub fn told(&self, watermark: Lsn) -> Lsn {
         let hides = self.absent && (self.lsn <= watermark || planted!(FreeUntold));
         if hides { Lsn::ZERO } else { self.lsn }
@@ -127,14 +149,16 @@ impl Page {
             && self.waiters.is_empty()
     }
 
-    /// Whether its bytes may leave memory though requests hold it: none of them needs the bytes, and the map names them.
+    /// Whether its bytes may leave memory though requests hold it: none of them needs the bytes,
+    /// and the map names them.
     fn has_spare_bytes(&self) -> bool {
         let is_clean = self.captures == 0 && self.slot.is_none() && self.dirty_from.is_none();
         self.holds > 0 && self.data_holds == 0 && is_clean
     }
 }
 
-/// What a page in the table takes: its entry, and up to 16/7 places in the index, of five bytes each.
+/// What a page in the table takes: its entry, and up to 16/7 places in the index, of five bytes
+/// each.
 pub(in crate::engine) const ENTRY_BYTES: usize = size_of::<Page>() + 5 * 16 / 7 + 1;
 
 /// How many pages have their bytes in memory.
@@ -156,8 +180,9 @@ pub(in crate::engine) struct Table {
 }
 
 impl Table {
-    /// For a shard of `frames` frames. It has room for so many pages from the start, so that it does not grow, with two tables in
-    /// memory for a while, as the cache fills; what is not used yet takes no memory.
+    /// For a shard of `frames` frames. It has room for so many pages from the start, so that it
+    /// does not grow, with two tables in memory for a while, as the cache fills; what is not used
+    /// yet takes no memory.
     pub fn new(frames: u32, seed: u64) -> Self {
         Table {
             pages: Slab::with_capacity(frames as usize),
@@ -272,16 +297,19 @@ impl Table {
     pub fn standing(&self, idx: usize, block: u32) -> Standing {
         let Some(page) = self.pages.get(idx) else { return Standing::Gone };
         match &page.frame {
-            Some(frame) if frame.block() == block => match page.is_unreferenced() || page.has_spare_bytes() {
-                false => Standing::Referenced,
-                true if frame.pins() > 0 => Standing::Pinned,
-                true => Standing::Idle,
-            },
+            Some(frame) if frame.block() == block => {
+                match page.is_unreferenced() || page.has_spare_bytes() {
+                    false => Standing::Referenced,
+                    true if frame.pins() > 0 => Standing::Pinned,
+                    true => Standing::Idle,
+                }
+            }
             _ => Standing::Gone,
         }
     }
 
-    /// Drops a page with its memory, or, of one that requests hold, its memory only; returns the hash of its key.
+    /// Drops a page with its memory, or, of one that requests hold, its memory only; returns the
+    /// hash of its key.
     pub fn evict(&mut self, idx: usize) -> u64 {
         let page = &self.pages[idx];
         let key = page.key;
@@ -295,8 +323,8 @@ impl Table {
 }
 
 impl Shard {
-    /// Registers that pending request `waiter` needs page `idx` (resolved; with its data if `data`). Returns true
-    /// if it has it already; else the waiter is told later.
+    /// Registers that pending request `waiter` needs page `idx` (resolved; with its data if
+    /// `data`). Returns true if it has it already; else the waiter is told later.
     pub(in crate::engine) fn want(&mut self, idx: usize, data: bool, waiter: usize) -> bool {
         if self.cache.table.pages[idx].has(data) {
             return true;

@@ -1,5 +1,5 @@
-//! What shard 0 does for all: it begins checkpoints and ends them with table and superblock, ends the opening, closes the
-//! store, and makes the data file longer.
+//! What shard 0 does for all: it begins checkpoints and ends them with table and superblock, ends
+//! the opening, closes the store, and makes the data file longer.
 //!
 //! ```text
 //! checkpoint  Idle --wanted--> Beginning --all Began--> Running --all Ready--> Table --> Flush
@@ -8,9 +8,11 @@
 //! closing     Quiesce to all --> all Quiet --> the clean checkpoint --> closed
 //! ```
 //! Invariants
-//! 1. One checkpoint at a time, over all shards: one superblock write makes all their roots true together.
+//! 1. One checkpoint at a time, over all shards: one superblock write makes all their roots true
+//!    together.
 //! 2. The flush is submitted when every write of every shard for this checkpoint has completed.
-//! 3. No commit over shards is under way when all are quiet: their owners had requests, and have none.
+//! 3. No commit over shards is under way when all are quiet: their owners had requests, and have
+//!    none.
 
 use crate::base::{BLOCK, Lsn, ShardId};
 use crate::engine::checkpoint::NewEpoch;
@@ -46,13 +48,15 @@ struct TableParts {
     sums: Vec<u32>,
 }
 
-/// Blocks of the table that are encoded at a time: no more than a checkpoint has memory for in any case.
+/// Blocks of the table that are encoded at a time: no more than a checkpoint has memory for in any
+/// case.
 const TABLE_BLOCKS_AT_A_TIME: usize = 8;
 
 /// The leader's state; idle in all other shards.
 #[derive(Default, Debug)]
 pub(in crate::engine) struct Leader {
-    /// In which the next superblock is written: the end of a checkpoint must not depend on what readers leave.
+    /// In which the next superblock is written: the end of a checkpoint must not depend on what
+    /// readers leave.
     superblock_frames: Vec<Frame>,
     phase: Phase,
     wanted: bool,
@@ -72,7 +76,10 @@ pub(in crate::engine) struct Leader {
 }
 
 impl Leader {
-    pub(in crate::engine) fn new(new_epoch: Option<NewEpoch>, superblock_frames: Vec<Frame>) -> Self {
+    pub(in crate::engine) fn new(
+        new_epoch: Option<NewEpoch>,
+        superblock_frames: Vec<Frame>,
+    ) -> Self {
         Leader { new_epoch, superblock_frames, ..Leader::default() }
     }
 }
@@ -152,10 +159,15 @@ impl Shard {
         if self.leader.left > 0 {
             return;
         }
-        // Redo starts over from the old roots if it is cut short: page LSNs guard what is done twice.
+        // Redo starts over from the old roots if it is cut short: page LSNs guard what is done
+        // twice.
         let redo = match self.leader.begin {
             Some(Begin { new_epoch: Some(epoch), .. }) => epoch.first_lsn.before(),
-            _ => self.redo.recovering.as_ref().map_or(self.ctx.order.next().before(), |recovering| recovering.redo),
+            _ => self
+                .redo
+                .recovering
+                .as_ref()
+                .map_or(self.ctx.order.next().before(), |recovering| recovering.redo),
         };
         self.leader.redo = redo;
         self.leader.phase = Phase::Running;
@@ -170,7 +182,8 @@ impl Shard {
         self.leader.by_shard[from.index()] = Some(contribution);
         self.leader.left -= 1;
         if self.leader.left == 0 {
-            self.leader.contributions = std::mem::take(&mut self.leader.by_shard).into_iter().flatten().collect();
+            self.leader.contributions =
+                std::mem::take(&mut self.leader.by_shard).into_iter().flatten().collect();
             self.leader.phase = Phase::Table;
             self.ctx.work_pending = true;
         }
@@ -192,10 +205,18 @@ impl Shard {
                 break;
             }
             let mut writes = Vec::with_capacity(count);
-            for (index, rows) in table.rows.chunks(TABLE_ROWS as usize).enumerate().skip(first).take(count) {
+            for (index, rows) in
+                table.rows.chunks(TABLE_ROWS as usize).enumerate().skip(first).take(count)
+            {
                 let mut frame = self.ctx.arena.alloc(0).expect("frames were ensured");
                 let out = frame.try_mut().expect("a new frame has no pins");
-                table.sums.push(encode_table(self.checkpoint.superblock.store_id, index as u32, number, rows, out));
+                table.sums.push(encode_table(
+                    self.checkpoint.superblock.store_id,
+                    index as u32,
+                    number,
+                    rows,
+                    out,
+                ));
                 writes.push((FileId::Table, table_offset(index as u32, number), frame));
             }
             self.ctx.stats.checksums += count as u64;
@@ -205,7 +226,8 @@ impl Shard {
             self.leader.table = Some(table);
             return;
         }
-        self.leader.next = Some(self.next_superblock(table.rows.len() as u32, table_crc(table.sums)));
+        self.leader.next =
+            Some(self.next_superblock(table.rows.len() as u32, table_crc(table.sums)));
         self.leader.phase = Phase::Flush;
     }
 
@@ -221,7 +243,8 @@ impl Shard {
         let old = &self.checkpoint.superblock;
         let leader = &self.leader;
         let begin = leader.begin.expect("it has begun");
-        let mut vshards = vec![VShardState::default(); self.ctx.limits.geometry.vshards_count as usize];
+        let mut vshards =
+            vec![VShardState::default(); self.ctx.limits.geometry.vshards_count as usize];
         for (vshard, root) in leader.contributions.iter().flat_map(|c| &c.roots) {
             let shard = self.ctx.shard_map.owner(*vshard);
             vshards[vshard.index()] = VShardState { root: *root, redo_lsn: leader.redo, shard };
@@ -230,11 +253,16 @@ impl Shard {
             clean: begin.clean,
             generation: old.generation + 1,
             checkpoint: old.checkpoint + 1,
-            watermark: self.redo.recovering.as_ref().map_or(self.ctx.order.watermark(), |recovering| recovering.cut),
+            watermark: self
+                .redo
+                .recovering
+                .as_ref()
+                .map_or(self.ctx.order.watermark(), |recovering| recovering.cut),
             next_lsn: match begin.new_epoch {
                 _ if self.redo.recovering.is_some() => self.redo.cut.plus(1),
                 Some(_) => self.redo.cut.plus(1),
-                // The roots hold nothing of this epoch: the last commit is still the one before the gap.
+                // The roots hold nothing of this epoch: the last commit is still the one before the
+                // gap.
                 None if leader.redo < old.epoch_first_lsn => old.next_lsn,
                 None => self.ctx.order.next(),
             },
@@ -289,7 +317,11 @@ impl Shard {
         }
         self.ctx.stats.checksums += 1;
         self.leader.phase = Phase::Super { copy };
-        self.checkpoint_op(DiskOp::Write { file: FileId::Meta, offset: Superblock::offset(number), from });
+        self.checkpoint_op(DiskOp::Write {
+            file: FileId::Meta,
+            offset: Superblock::offset(number),
+            from,
+        });
     }
 
     fn superblock_durable(&mut self) {

@@ -1,8 +1,11 @@
-//! The log of a shard gets longer in the course of checkpoints; see `engine::log::growth` for how, and when a segment counts.
+//! The log of a shard gets longer in the course of checkpoints; see `engine::log::growth` for how,
+//! and when a segment counts.
 //!
 //! Invariants
-//! 1. A log grows only when it was long at the beginning of a checkpoint: that of a store to which nobody writes stays as it is.
-//! 2. What can't be made costs a line in the log, once, and checkpoints stay as frequent as they are.
+//! 1. A log grows only when it was long at the beginning of a checkpoint: that of a store to which
+//!    nobody writes stays as it is.
+//! 2. What can't be made costs a line in the log, once, and checkpoints stay as frequent as they
+//!    are.
 //! 3. Nothing is being made when the store is closed.
 
 use crate::base::SegmentNo;
@@ -20,7 +23,8 @@ impl Shard {
     fn make_segment(&mut self, segment: Option<SegmentNo>) {
         let Some(segment) = segment else { return };
         // From its beginning, whatever is there: a growth that was cut short may have left a file.
-        let (file, to) = (FileId::Log(self.ctx.id, segment), self.ctx.limits.geometry.segment_bytes);
+        let (file, to) =
+            (FileId::Log(self.ctx.id, segment), self.ctx.limits.geometry.segment_bytes);
         self.ctx.submit(OpKind::LogSegment, DiskOp::Allocate { file, from: 0, to });
     }
 
@@ -52,7 +56,8 @@ impl Shard {
         if self.redo.recovering.is_some() {
             return;
         }
-        let made = self.checkpoint.superblock.logs.get(self.ctx.id.index()).map(|log| log.segments_made);
+        let made =
+            self.checkpoint.superblock.logs.get(self.ctx.id.index()).map(|log| log.segments_made);
         self.log.use_segments(made.expect("each shard has a log"));
     }
 }

@@ -1,5 +1,5 @@
-//! Checkpoints, at each shard: a new page map becomes durable, and the log before it is not needed any more. Shard 0
-//! leads; see `leader`.
+//! Checkpoints, at each shard: a new page map becomes durable, and the log before it is not needed
+//! any more. Shard 0 leads; see `leader`.
 //!
 //! ```text
 //! Idle --Begin--> Begun --Redo(LSN)--> Watermark --> Pages --> Capture --> Handover --> Summaries --> Waiting --Done--> Idle
@@ -9,16 +9,20 @@
 //!                                                              turn; roots too
 //! ```
 //! Invariants
-//! 1. The redo LSN is chosen when every shard has begun. Every record up to it is applied where it belongs once the
-//!    watermark has reached it, since a commit over shards holds the watermark back until each part is durable; so the
-//!    new roots reflect every record up to it, and name nothing that is not durable. They may reflect later ones: page
-//!    LSNs guard the redo.
-//! 2. What is retired was left before the redo LSN was chosen, so the redo LSN has passed its successor.
+//! 1. The redo LSN is chosen when every shard has begun. Every record up to it is applied where it
+//!    belongs once the watermark has reached it, since a commit over shards holds the watermark
+//!    back until each part is durable; so the new roots reflect every record up to it, and name
+//!    nothing that is not durable. They may reflect later ones: page LSNs guard the redo.
+//! 2. What is retired was left before the redo LSN was chosen, so the redo LSN has passed its
+//!    successor.
 //! 3. Commits go on all the while. A virtual shard is fixed at one moment, each at its own.
-//! 4. Until the first superblock copy is durable, the roots, the table and the log of the checkpoint before count.
-//! 5. It needs no more memory than is kept for it, however large the store and however much of it is dirty: nodes are written from
-//!    where they are, and whatever would change one waits for that write; roots, summaries and the table go out in parts.
-//! 6. Only after both copies are durable are log segments recycled and retired places given out again.
+//! 4. Until the first superblock copy is durable, the roots, the table and the log of the
+//!    checkpoint before count.
+//! 5. It needs no more memory than is kept for it, however large the store and however much of it
+//!    is dirty: nodes are written from where they are, and whatever would change one waits for that
+//!    write; roots, summaries and the table go out in parts.
+//! 6. Only after both copies are durable are log segments recycled and retired places given out
+//!    again.
 
 pub(in crate::engine) mod leader;
 mod log_growth;
@@ -91,8 +95,8 @@ pub(in crate::engine) struct Checkpoint {
     pub(in crate::engine) next_waiters: Vec<Token>,
 }
 
-/// Places that were left and wait for a checkpoint, for each frame of memory. With what is remembered of their successors each
-/// takes 16 bytes of the heap: a 32nd of the memory at most.
+/// Places that were left and wait for a checkpoint, for each frame of memory. With what is
+/// remembered of their successors each takes 16 bytes of the heap: a 32nd of the memory at most.
 const LEFT_PER_FRAME_MAX: usize = 8;
 /// Writes of nodes and roots under way, before another virtual shard is captured.
 const NODE_OPS_MAX: u32 = 64;
@@ -101,7 +105,11 @@ const ROOTS_AT_A_TIME: usize = 64;
 
 impl std::fmt::Debug for Checkpoint {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:?} redo {:?} pages left {} ops {}", self.phase, self.redo, self.pages_left, self.ops)?;
+        write!(
+            f,
+            "{:?} redo {:?} pages left {} ops {}",
+            self.phase, self.redo, self.pages_left, self.ops
+        )?;
         write!(f, " handovers {} wanted {} asked {}", self.handovers, self.wanted, self.asked)
     }
 }
@@ -165,12 +173,18 @@ impl Shard {
             return;
         }
         match self.checkpoint.phase {
-            Phase::Idle if (self.checkpoint.wanted || self.checkpoint_is_due()) && !self.checkpoint.asked => {
+            Phase::Idle
+                if (self.checkpoint.wanted || self.checkpoint_is_due())
+                    && !self.checkpoint.asked =>
+            {
                 self.checkpoint.asked = true;
                 self.ctx.send(ShardId::LEADER, Message::WantCheckpoint);
             }
             Phase::Told => self.begin_when_ready(),
-            Phase::Watermark if self.ctx.order.watermark() >= self.checkpoint.redo || planted!(RedoNotAwaited) => {
+            Phase::Watermark
+                if self.ctx.order.watermark() >= self.checkpoint.redo
+                    || planted!(RedoNotAwaited) =>
+            {
                 self.count_pages();
             }
             Phase::Pages if self.checkpoint.pages_left == 0 => {
@@ -178,21 +192,26 @@ impl Shard {
                 self.ctx.work_pending = true;
             }
             Phase::Capture { next } => self.capture_vshard(next),
-            Phase::Handover if self.checkpoint.handovers == self.ctx.shard_map.shards_count() - 1 => {
+            Phase::Handover
+                if self.checkpoint.handovers == self.ctx.shard_map.shards_count() - 1 =>
+            {
                 self.list_summaries()
             }
-            Phase::Summaries if self.space.summaries_under_way == 0 && self.space.summaries.is_empty() => {
+            Phase::Summaries
+                if self.space.summaries_under_way == 0 && self.space.summaries.is_empty() =>
+            {
                 self.contribute()
             }
             _ => {}
         }
     }
 
-    /// Whether the log or the list of places that were left has become long enough, or enough nodes are dirty. Checkpoints for the
-    /// sake of space are asked for [there](Self::advance_space).
+    /// Whether the log or the list of places that were left has become long enough, or enough nodes
+    /// are dirty. Checkpoints for the sake of space are asked for [there](Self::advance_space).
     fn checkpoint_is_due(&self) -> bool {
         let left_max = self.ctx.limits.memory_blocks as usize * LEFT_PER_FRAME_MAX;
-        let memory_is_used = self.space.extents.pending_free_count() > left_max || self.dirty_nodes_are_many();
+        let memory_is_used =
+            self.space.extents.pending_free_count() > left_max || self.dirty_nodes_are_many();
         self.log.is_long() || (!self.life.opening && memory_is_used)
     }
 
@@ -247,7 +266,8 @@ impl Shard {
         self.checkpoint.pages_left = 0;
         let slots = self.log.open.slots.iter().filter_map(|slot| self.cache.table.find(slot.key));
         let captured = self.writeback.captures.iter().map(|(_, capture)| capture.page);
-        let behind: Vec<usize> = self.writeback.dirty.iter().copied().chain(slots).chain(captured).collect();
+        let behind: Vec<usize> =
+            self.writeback.dirty.iter().copied().chain(slots).chain(captured).collect();
         for idx in behind {
             let page = &mut self.cache.table.pages[idx];
             if page.lsn > page.mapped_lsn && page.checkpoint_target == Lsn::ZERO {
@@ -267,7 +287,8 @@ impl Shard {
         }
     }
 
-    /// The next virtual shard from `next` on that is this shard's and has anything to write; those before it are done with.
+    /// The next virtual shard from `next` on that is this shard's and has anything to write; those
+    /// before it are done with.
     fn next_dirty(&mut self, mut next: u16) -> u16 {
         while u32::from(next) < self.ctx.limits.geometry.vshards_count {
             let vshard = VShard::new(next);
@@ -288,7 +309,9 @@ impl Shard {
         if u32::from(next) >= self.ctx.limits.geometry.vshards_count {
             self.write_roots();
             if self.checkpoint.ops == 0 {
-                std::mem::take(&mut self.checkpoint.nodes).into_iter().for_each(|node| self.map.written(node));
+                std::mem::take(&mut self.checkpoint.nodes)
+                    .into_iter()
+                    .for_each(|node| self.map.written(node));
                 self.hand_over();
             }
             return;
@@ -309,8 +332,9 @@ impl Shard {
         let mut retired = Vec::new();
         let (extents, summaries) = (&mut self.space.extents, &mut self.space.summaries);
         let alloc = |key| {
-            let (place, full) =
-                extents.alloc(Stream::Map, ItemKind::Node(key)).expect("space for the nodes was just seen");
+            let (place, full) = extents
+                .alloc(Stream::Map, ItemKind::Node(key))
+                .expect("space for the nodes was just seen");
             summaries.extend(full);
             place
         };
@@ -323,7 +347,13 @@ impl Shard {
         let mut frame = self.ctx.arena.alloc(0).expect("a frame was ensured");
         let out = frame.try_mut().expect("a new frame has no pins");
         let number = self.checkpoint.superblock.checkpoint + 1;
-        self.map.encode_root(vshard, self.checkpoint.superblock.store_id, self.checkpoint.redo, number, out);
+        self.map.encode_root(
+            vshard,
+            self.checkpoint.superblock.store_id,
+            self.checkpoint.redo,
+            number,
+            out,
+        );
         self.checkpoint.roots.push((vshard, frame));
         if self.checkpoint.roots.len() >= ROOTS_AT_A_TIME {
             self.write_roots();
@@ -331,7 +361,11 @@ impl Shard {
         let blocks = writes.into_iter().map(|w| (w.place, IoSlice::whole(w.frame))).collect();
         for run in plan::runs(blocks, self.ctx.limits.vectored_pages_max) {
             let offset = run.place.offset(self.ctx.limits.geometry.extent_bytes);
-            self.checkpoint_op(DiskOp::Write { file: FileId::Data, offset, from: run.items.into() });
+            self.checkpoint_op(DiskOp::Write {
+                file: FileId::Data,
+                offset,
+                from: run.items.into(),
+            });
         }
     }
 
@@ -343,7 +377,8 @@ impl Shard {
     /// All is captured: the others learn what it means for their extents.
     fn hand_over(&mut self) {
         let changes = self.space.extents.hand_over();
-        let mut out: Vec<Handover> = self.ctx.shard_map.shards().map(|_| Handover::default()).collect();
+        let mut out: Vec<Handover> =
+            self.ctx.shard_map.shards().map(|_| Handover::default()).collect();
         let home = |place: crate::base::BlockAddr| self.first_home(place.extent).index();
         for (place, what) in changes.named {
             out[home(place)].named.push((place, what));
@@ -373,7 +408,8 @@ impl Shard {
     fn list_summaries(&mut self) {
         self.checkpoint.handovers = 0;
         if self.checkpoint.begin.is_some_and(|begin| begin.new_epoch.is_some()) {
-            // Nothing more comes out of the log: what recovery kept apart is an extent like any other.
+            // Nothing more comes out of the log: what recovery kept apart is an extent like any
+            // other.
             self.space.extents.end_adoption();
         }
         self.space.summaries.extend(self.space.extents.unsummarized());
@@ -388,7 +424,10 @@ impl Shard {
         let count = self.ctx.limits.geometry.vshards_count;
         let roots = std::mem::take(&mut self.checkpoint.roots);
         let offset = |vshard| root::offset(vshard, self.map.root(vshard).version.generation, count);
-        let writes = roots.into_iter().map(|(vshard, frame)| (FileId::Meta, offset(vshard), frame)).collect();
+        let writes = roots
+            .into_iter()
+            .map(|(vshard, frame)| (FileId::Meta, offset(vshard), frame))
+            .collect();
         self.submit_blocks(writes);
     }
 
@@ -407,7 +446,9 @@ impl Shard {
                     from.push(slice);
                 }
                 _ => {
-                    if let Some((file, offset, from)) = run.replace((file, offset, smallvec::smallvec![slice])) {
+                    if let Some((file, offset, from)) =
+                        run.replace((file, offset, smallvec::smallvec![slice]))
+                    {
                         self.checkpoint_op(DiskOp::Write { file, offset, from });
                     }
                 }
@@ -453,7 +494,11 @@ impl Shard {
 
     /// Both copies of the superblock are durable.
     pub(in crate::engine) fn end_checkpoint(&mut self, superblock: Superblock) {
-        assert_eq!(self.checkpoint.phase, Phase::Waiting, "the superblock follows the last contribution");
+        assert_eq!(
+            self.checkpoint.phase,
+            Phase::Waiting,
+            "the superblock follows the last contribution"
+        );
         let begin = self.checkpoint.begin.take().expect("it has begun");
         let redo = self.checkpoint.redo;
         self.checkpoint.phase = Phase::Idle;

@@ -7,9 +7,12 @@
 //! ```
 //! Invariants
 //! 1. The superblock is told of a segment only when its file is there, as zeros, durably.
-//! 2. A segment is used only when a durable superblock counts it: recovery takes no group of any other.
-//! 3. A file that can't be made ends this growth and nothing else. The next try comes with a later checkpoint.
-//! 4. A checkpoint does not wait for a growth: what is made too late for its superblock is in the next one.
+//! 2. A segment is used only when a durable superblock counts it: recovery takes no group of any
+//!    other.
+//! 3. A file that can't be made ends this growth and nothing else. The next try comes with a later
+//!    checkpoint.
+//! 4. A checkpoint does not wait for a growth: what is made too late for its superblock is in the
+//!    next one.
 //!
 //! A file that a growth before a crash has left is made anew, whatever it holds.
 
@@ -38,8 +41,8 @@ impl Growth {
 }
 
 impl Log {
-    /// Begins to make the log longer, twice as long if `most` allows it, when it is long and no growth is on its way. The segment
-    /// to be made first.
+    /// Begins to make the log longer, twice as long if `most` allows it, when it is long and no
+    /// growth is on its way. The segment to be made first.
     pub(crate) fn grow(&mut self, most: u32) -> Option<SegmentNo> {
         let counted = self.segments.len() as u32;
         if self.growth.made > counted || self.is_growing() || !self.is_long() {
@@ -72,7 +75,8 @@ impl Log {
         self.next_to_make()
     }
 
-    /// The segment that was being made can't be. Whether the try before went well, so that this is news.
+    /// The segment that was being made can't be. Whether the try before went well, so that this is
+    /// news.
     pub(crate) fn segment_not_made(&mut self) -> bool {
         assert!(self.is_growing(), "a segment was being made");
         if planted!(SegmentCountedUnmade) {
@@ -84,7 +88,11 @@ impl Log {
 
     /// A durable superblock counts so many segments.
     pub(crate) fn use_segments(&mut self, counted: u32) {
-        assert!(counted <= self.growth.made, "the superblock counts what is made: {counted}, {:?}", self.growth);
+        assert!(
+            counted <= self.growth.made,
+            "the superblock counts what is made: {counted}, {:?}",
+            self.growth
+        );
         let counted = self.segments.len().max(counted as usize);
         self.segments.resize(counted, Segment::Free);
     }

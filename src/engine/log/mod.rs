@@ -1,4 +1,5 @@
-//! The write-ahead log of one shard: where groups go, which of them are durable, and which segments are free.
+//! The write-ahead log of one shard: where groups go, which of them are durable, and which segments
+//! are free.
 //!
 //! ```text
 //! group:    open --close--> Writing --all writes completed--> Written --flush submitted--> Flushing --ok--> durable
@@ -10,9 +11,11 @@
 //! 1. A block that holds a group is not written again before its segment was free in between.
 //! 2. A flush counts only for groups whose writes had all completed before it was submitted.
 //! 3. Groups become durable to the outside in the order of their numbers.
-//! 4. A segment is free only when a durable superblock says that every record in it is in the roots.
-//! 5. What is open always fits into the rest of the active segment, or a segment is free: the shard admits no
-//!    commit otherwise. So a group can always be closed, and a checkpoint never waits for log space.
+//! 4. A segment is free only when a durable superblock says that every record in it is in the
+//!    roots.
+//! 5. What is open always fits into the rest of the active segment, or a segment is free: the shard
+//!    admits no commit otherwise. So a group can always be closed, and a checkpoint never waits for
+//!    log space.
 
 mod growth;
 mod open;
@@ -141,7 +144,11 @@ impl Log {
         let active = self.active.as_mut().expect("a segment was just begun");
         let position = Position {
             segment: active.no,
-            block: if active.block > 0 && planted!(TailBlockRewritten) { active.block - 1 } else { active.block },
+            block: if active.block > 0 && planted!(TailBlockRewritten) {
+                active.block - 1
+            } else {
+                active.block
+            },
             generation: active.generation,
             number: self.next_number,
             prev_crc: self.prev_crc,
@@ -156,10 +163,15 @@ impl Log {
         if let Some(old) = self.active {
             self.segments[old.no.index()] = Segment::Sealed { max_lsn: old.max_lsn };
         }
-        let free = self.segments.iter().position(|s| *s == Segment::Free).expect("admission kept a segment free");
+        let free = self
+            .segments
+            .iter()
+            .position(|s| *s == Segment::Free)
+            .expect("admission kept a segment free");
         self.segments[free] = Segment::Active;
         let no = SegmentNo::new(free as u32);
-        self.active = Some(Active { no, generation: self.next_generation, block: 0, max_lsn: Lsn::ZERO });
+        self.active =
+            Some(Active { no, generation: self.next_generation, block: 0, max_lsn: Lsn::ZERO });
         self.next_generation += 1;
     }
 
@@ -183,14 +195,17 @@ impl Log {
             group.state = match group.state {
                 GroupState::Writing(1) => GroupState::Written,
                 GroupState::Writing(_) if planted!(FlushedTooSoon) => GroupState::Written,
-                state if !matches!(state, GroupState::Writing(_)) && planted!(FlushedTooSoon) => state,
+                state if !matches!(state, GroupState::Writing(_)) && planted!(FlushedTooSoon) => {
+                    state
+                }
                 GroupState::Writing(left) => GroupState::Writing(left - 1),
                 other => panic!("group {number} had no write under way: {other:?}"),
             };
         }
     }
 
-    /// A flush is about to be submitted: the groups that it covers. Returns their numbers and the segments.
+    /// A flush is about to be submitted: the groups that it covers. Returns their numbers and the
+    /// segments.
     pub(crate) fn begin_flush(&mut self) -> Option<FlushSet> {
         let mut set = FlushSet::default();
         for group in self.in_flight.iter_mut().filter(|g| g.state == GroupState::Written) {
@@ -204,7 +219,8 @@ impl Log {
         (!set.numbers.is_empty()).then_some(set)
     }
 
-    /// A flush that covered `numbers` succeeded. Returns what is in the groups that became durable in order.
+    /// A flush that covered `numbers` succeeded. Returns what is in the groups that became durable
+    /// in order.
     pub(crate) fn flushed(&mut self, numbers: &[u64]) -> (Vec<Frame>, Vec<PartRef>) {
         for group in self.in_flight.iter_mut().filter(|g| numbers.contains(&g.number)) {
             group.state = GroupState::Durable;
@@ -226,7 +242,10 @@ impl Log {
 
     /// What a superblock says of it; its end after a clean close only.
     pub(crate) fn state(&self, clean: bool) -> LogState {
-        LogState { segments_made: self.growth.made(), end: if clean { self.end() } else { LogEnd::default() } }
+        LogState {
+            segments_made: self.growth.made(),
+            end: if clean { self.end() } else { LogEnd::default() },
+        }
     }
 
     fn end(&self) -> LogEnd {

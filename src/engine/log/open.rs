@@ -1,16 +1,19 @@
 //! The group in the making: records gather in chunks of the arena until it is closed.
 //!
 //! Invariants
-//! 1. Records of one page stand in LSN order. All LSNs that this shard drew for the group are in its runs, used or not;
-//!    a part of another shard's commit is recorded, and its owner accounts for the LSN.
-//! 2. A slot stands for one page within one *era*: further changes of the page in the same era are absorbed by it. An
-//!    era ends with a run, and before and after each commit over shards: a cut can fall between two eras, never within
-//!    one, so no state that a crash can ask for is lost.
+//! 1. Records of one page stand in LSN order. All LSNs that this shard drew for the group are in
+//!    its runs, used or not; a part of another shard's commit is recorded, and its owner accounts
+//!    for the LSN.
+//! 2. A slot stands for one page within one *era*: further changes of the page in the same era are
+//!    absorbed by it. An era ends with a run, and before and after each commit over shards: a cut
+//!    can fall between two eras, never within one, so no state that a crash can ask for is lost.
 //! 3. Nothing here is written to a device before [`OpenGroup::finish`] has sealed it.
 
 use crate::base::checksum::crc32c_append;
 use crate::base::{BLOCK, Lsn, Micros, PageKey, ShardId};
-use crate::format::group::{GroupHead, HEAD_BYTES, RUNS_MAX, RawChange, RawParts, RawRecord, RawSlot, Role, Slot};
+use crate::format::group::{
+    GroupHead, HEAD_BYTES, RUNS_MAX, RawChange, RawParts, RawRecord, RawSlot, Role, Slot,
+};
 use crate::memory::{Frame, FrameRef};
 use zerocopy::IntoBytes;
 
@@ -129,10 +132,12 @@ impl OpenGroup {
 
     /// Body blocks if `bytes` of records and `slots` slots came on top.
     pub(crate) fn body_blocks_with(&self, bytes: usize, slots: usize) -> u32 {
-        (self.len + bytes + (self.slots.len() + slots) * size_of::<RawSlot>()).div_ceil(BLOCK) as u32
+        (self.len + bytes + (self.slots.len() + slots) * size_of::<RawSlot>()).div_ceil(BLOCK)
+            as u32
     }
 
-    /// Whether the stock has the chunks for bodies of `blocks` in all, of which up to `more` may begin a chunk too many.
+    /// Whether the stock has the chunks for bodies of `blocks` in all, of which up to `more` may
+    /// begin a chunk too many.
     pub(crate) fn stock_suffices(&self, blocks: u32, more: usize) -> bool {
         let chunks = (blocks as usize * BLOCK).div_ceil(self.chunks.bytes) + more;
         chunks <= self.filled.len() + self.chunks.stock.len()
@@ -142,7 +147,9 @@ impl OpenGroup {
     pub(crate) fn add_run(&mut self, first: Lsn, count: u64, now: Micros) {
         self.begin_at(now);
         match self.runs.last_mut() {
-            Some((last_first, last_count)) if last_first.plus(*last_count) == first => *last_count += count,
+            Some((last_first, last_count)) if last_first.plus(*last_count) == first => {
+                *last_count += count
+            }
             _ => {
                 self.runs.push((first, count));
                 self.end_era();
@@ -220,8 +227,15 @@ impl OpenGroup {
         }
     }
 
-    /// Completes `head` (counts, checksums, runs), writes the slots, pads and seals; the group is empty afterwards.
-    pub(crate) fn finish(&mut self, slots: &[Slot], inline_blocks: u32, head: &mut GroupHead, salt: u64) -> Finished {
+    /// Completes `head` (counts, checksums, runs), writes the slots, pads and seals; the group is
+    /// empty afterwards.
+    pub(crate) fn finish(
+        &mut self,
+        slots: &[Slot],
+        inline_blocks: u32,
+        head: &mut GroupHead,
+        salt: u64,
+    ) -> Finished {
         head.records_bytes = (self.len - HEAD_BYTES) as u32;
         head.slots_count = slots.len() as u32;
         head.commits_count = self.commits_count;
@@ -244,7 +258,11 @@ impl OpenGroup {
         self.span = 0;
         self.slots.clear();
         self.urgent = false;
-        Finished { chunks: std::mem::take(&mut self.filled), parts: std::mem::take(&mut self.parts), body_len }
+        Finished {
+            chunks: std::mem::take(&mut self.filled),
+            parts: std::mem::take(&mut self.parts),
+            body_len,
+        }
     }
 
     fn body_sum(&self, body_len: usize) -> u32 {
@@ -297,9 +315,11 @@ mod tests {
             open.add_run(lsn(7), 1, now + 2);
             assert_eq!((open.span(), open.last_lsn(), open.first_lsn()), (2, lsn(7), Some(lsn(0))));
             // Another shard accounts for a part's LSN, and counts its commit.
-            for (role, n) in
-                [(Role::Whole, 0), (Role::Owner(ShardSet::from_bits(2)), 7), (Role::Part(ShardSet::from_bits(2)), 9)]
-            {
+            for (role, n) in [
+                (Role::Whole, 0),
+                (Role::Owner(ShardSet::from_bits(2)), 7),
+                (Role::Part(ShardSet::from_bits(2)), 9),
+            ] {
                 open.begin_record(role, now + 3);
                 open.end_record(role, lsn(n));
             }

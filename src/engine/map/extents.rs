@@ -6,22 +6,25 @@
 //! Closed --opening: not full--> Open(stream)
 //! ```
 //! Invariants
-//! 1. Places are handed out front to back within an extent, once; an extent is filled again only after `Free`.
-//!    An opening goes on with one that is not full, behind what its summary lists.
-//! 2. `live` = places of the extent that the map in memory names, or that an older durable root or a log record
-//!    may still name. `assigned` = places handed out and not yet named. An extent is free only when both are zero.
-//! 3. `excluded` = the part of `live` that the roots of the checkpoint under way do *not* name: named since the
-//!    capture of their virtual shard (`fresh`), or left before it. So `live - excluded` is exactly what the new
-//!    roots name, and that is what the table says.
-//! 4. A place that the map left goes to its virtual shard's `left` list; the next checkpoint *retires* it, and it
-//!    stops being live when that checkpoint's superblock is durable: by then no root names it, and no log record
-//!    that recovery would read. Until then it counts in `dead`: `live - dead` is what the map in memory names, and an
-//!    extent in which that is zero is *spent*: the next checkpoint frees it.
-//! 5. Whatever a durable root names lies in an extent whose durable table row names a summary that lists it: each
-//!    checkpoint writes the summaries of the extents still open, each time into the other of two areas. An extent
-//!    gets at most one summary between two checkpoints.
+//! 1. Places are handed out front to back within an extent, once; an extent is filled again only
+//!    after `Free`. An opening goes on with one that is not full, behind what its summary lists.
+//! 2. `live` = places of the extent that the map in memory names, or that an older durable root or
+//!    a log record may still name. `assigned` = places handed out and not yet named. An extent is
+//!    free only when both are zero.
+//! 3. `excluded` = the part of `live` that the roots of the checkpoint under way do *not* name:
+//!    named since the capture of their virtual shard (`fresh`), or left before it. So `live -
+//!    excluded` is exactly what the new roots name, and that is what the table says.
+//! 4. A place that the map left goes to its virtual shard's `left` list; the next checkpoint
+//!    *retires* it, and it stops being live when that checkpoint's superblock is durable: by then
+//!    no root names it, and no log record that recovery would read. Until then it counts in `dead`:
+//!    `live - dead` is what the map in memory names, and an extent in which that is zero is
+//!    *spent*: the next checkpoint frees it.
+//! 5. Whatever a durable root names lies in an extent whose durable table row names a summary that
+//!    lists it: each checkpoint writes the summaries of the extents still open, each time into the
+//!    other of two areas. An extent gets at most one summary between two checkpoints.
 //!
-//! 6. Each extent has one shard as its home, which fills it, counts in it and frees it. A free one can change its home.
+//! 6. Each extent has one shard as its home, which fills it, counts in it and frees it. A free one
+//!    can change its home.
 //!
 //! It plans; the shard writes.
 
@@ -32,7 +35,9 @@ mod victims;
 
 use super::foreign::Foreign;
 use crate::base::{BLOCK, BlockAddr, ExtentNo, VShard};
-use crate::format::extent::{Item, ItemKind, TableRow, data_blocks, encode_summary, summary_at, summary_blocks};
+use crate::format::extent::{
+    Item, ItemKind, TableRow, data_blocks, encode_summary, summary_at, summary_blocks,
+};
 use std::collections::BTreeSet;
 use victims::Unreadable;
 
@@ -58,7 +63,8 @@ pub(crate) enum ExtentState {
     Free,
     /// Being filled.
     Open,
-    /// Named by log records that recovery redoes: nothing is put into it, but items of the log may be adopted.
+    /// Named by log records that recovery redoes: nothing is put into it, but items of the log may
+    /// be adopted.
     Adopting,
     /// Full, or given up by recovery; its last summary is not written yet.
     Closing,
@@ -85,13 +91,15 @@ struct Extent {
     items: Vec<Item>,
 }
 
-/// What every shard keeps for each extent of the data space. All together keep as much again: its number among the free ones at its home,
-/// and while a checkpoint is written its row, as its home tells the leader and in the table. `Options::memory_bytes` says so.
+/// What every shard keeps for each extent of the data space. All together keep as much again: its
+/// number among the free ones at its home, and while a checkpoint is written its row, as its home
+/// tells the leader and in the table. `Options::memory_bytes` says so.
 const EXTENT_BYTES: usize = 72;
 /// A number in a set of them, measured: 10 to 13 bytes.
 const FREE_BYTES: usize = 16;
 const _: () = assert!(size_of::<Extent>() == EXTENT_BYTES);
-const _: () = assert!(FREE_BYTES + size_of::<(ExtentNo, TableRow)>() + size_of::<TableRow>() <= EXTENT_BYTES);
+const _: () =
+    assert!(FREE_BYTES + size_of::<(ExtentNo, TableRow)>() + size_of::<TableRow>() <= EXTENT_BYTES);
 
 const FREE: Extent = Extent::empty(ExtentState::Free);
 const FOREIGN: Extent = Extent::empty(ExtentState::Foreign);
@@ -116,7 +124,10 @@ impl Extent {
 
     /// Nothing in it is named any more, and it will be free when what died in it is retired.
     fn is_spent(&self) -> bool {
-        self.state == ExtentState::Closed && self.assigned == 0 && self.live > 0 && self.live == self.dead
+        self.state == ExtentState::Closed
+            && self.assigned == 0
+            && self.live > 0
+            && self.live == self.dead
     }
 }
 
@@ -154,7 +165,8 @@ pub(crate) struct Extents {
     free: BTreeSet<u32>,
     open: [Option<ExtentNo>; STREAMS],
     per_vshard: Vec<PerVShard>,
-    /// Left before the capture of their virtual shard, after the checkpoint had begun: retired by the next one.
+    /// Left before the capture of their virtual shard, after the checkpoint had begun: retired by
+    /// the next one.
     left_captured: Vec<BlockAddr>,
     retiring: Vec<BlockAddr>,
     live_blocks: u64,
@@ -170,8 +182,8 @@ pub(crate) struct Extents {
 }
 
 impl Extents {
-    /// The extents as a table says; `count` may be more than it has rows: the rest is free. `is_mine`: which are at home
-    /// here.
+    /// The extents as a table says; `count` may be more than it has rows: the rest is free.
+    /// `is_mine`: which are at home here.
     pub(crate) fn new(
         store_id: [u8; 16],
         extent_blocks: u32,
@@ -201,7 +213,8 @@ impl Extents {
         };
         this.cover(count);
         this.grant((0..count).map(ExtentNo::new).filter(|no| is_mine(*no)));
-        let in_use = |(i, row): &(usize, &TableRow)| row.state == 1 && is_mine(ExtentNo::new(*i as u32));
+        let in_use =
+            |(i, row): &(usize, &TableRow)| row.state == 1 && is_mine(ExtentNo::new(*i as u32));
         for (i, row) in rows.iter().enumerate().take(count as usize).filter(in_use) {
             let live = u32::from(row.live.get());
             this.extents[i] = Extent {
@@ -217,7 +230,8 @@ impl Extents {
         this
     }
 
-    /// There are `count` extents at least; new ones are not at home here before they are [granted](Self::grant).
+    /// There are `count` extents at least; new ones are not at home here before they are
+    /// [granted](Self::grant).
     pub(crate) fn cover(&mut self, count: u32) {
         self.extents.resize(self.extents.len().max(count as usize), FOREIGN);
     }
@@ -270,8 +284,8 @@ impl Extents {
         }
     }
 
-    /// Extents whose last summary is not written yet, and those that are open and have items that their summary
-    /// does not list: all that a checkpoint must write before its table.
+    /// Extents whose last summary is not written yet, and those that are open and have items that
+    /// their summary does not list: all that a checkpoint must write before its table.
     pub(crate) fn unsummarized(&self) -> Vec<ExtentNo> {
         let numbers = (0..self.extents.len() as u32).map(ExtentNo::new);
         numbers.filter(|no| self.is_unsummarized(*no)).collect()
@@ -295,9 +309,13 @@ impl Extents {
         }
     }
 
-    /// A place for one block, and the extent that this filled up, if any: its summary is to be written.
-    /// `None`: no extent is free.
-    pub(crate) fn alloc(&mut self, stream: Stream, what: ItemKind) -> Option<(BlockAddr, Option<ExtentNo>)> {
+    /// A place for one block, and the extent that this filled up, if any: its summary is to be
+    /// written. `None`: no extent is free.
+    pub(crate) fn alloc(
+        &mut self,
+        stream: Stream,
+        what: ItemKind,
+    ) -> Option<(BlockAddr, Option<ExtentNo>)> {
         let slot = stream as usize;
         if self.open[slot].is_none() {
             let no = self.free.pop_first()?;
@@ -346,7 +364,10 @@ impl Extents {
 
     /// Where the summary of `no` is.
     pub(crate) fn summary_place(&self, no: ExtentNo) -> BlockAddr {
-        BlockAddr { extent: no, block: summary_at(self.extent_blocks, self.extents[no.index()].summary_slot) }
+        BlockAddr {
+            extent: no,
+            block: summary_at(self.extent_blocks, self.extents[no.index()].summary_slot),
+        }
     }
 
     /// Bytes of a summary.
@@ -409,9 +430,14 @@ impl Extents {
         }
     }
 
-    /// The tree of `vshard` was captured: `nodes` are the places of nodes that the new root names, `retired` those
-    /// that it left.
-    pub(crate) fn captured(&mut self, vshard: VShard, nodes: impl Iterator<Item = BlockAddr>, retired: Vec<BlockAddr>) {
+    /// The tree of `vshard` was captured: `nodes` are the places of nodes that the new root names,
+    /// `retired` those that it left.
+    pub(crate) fn captured(
+        &mut self,
+        vshard: VShard,
+        nodes: impl Iterator<Item = BlockAddr>,
+        retired: Vec<BlockAddr>,
+    ) {
         for place in nodes {
             self.edit(place.extent, |extent| {
                 extent.assigned -= 1;
@@ -436,7 +462,8 @@ impl Extents {
         self.retiring.extend(retired);
     }
 
-    /// What the table says of the extents at home here: those with something that the new roots name.
+    /// What the table says of the extents at home here: those with something that the new roots
+    /// name.
     pub(crate) fn rows(&self) -> Vec<(ExtentNo, TableRow)> {
         let row = |(i, e): (usize, &Extent)| {
             let live = e.live - e.excluded;
@@ -456,7 +483,8 @@ impl Extents {
         self.extents.iter().enumerate().filter_map(row).collect()
     }
 
-    /// The checkpoint's superblock is durable: what it retired is free. Returns the number of blocks.
+    /// The checkpoint's superblock is durable: what it retired is free. Returns the number of
+    /// blocks.
     pub(crate) fn end_checkpoint(&mut self) -> u64 {
         self.interval += 1;
         let retiring = std::mem::take(&mut self.retiring);

@@ -1,7 +1,8 @@
-//! The bookkeeping of extents against a simple model: places are handed out, named and left, with checkpoints in between
-//! whose steps are mixed with all of that.
+//! The bookkeeping of extents against a simple model: places are handed out, named and left, with
+//! checkpoints in between whose steps are mixed with all of that.
 //!
-//! If this fails, a place is overwritten that a durable root names, the table counts what is not there, or space leaks.
+//! If this fails, a place is overwritten that a durable root names, the table counts what is not
+//! there, or space leaks.
 
 use super::{Extents, Stream};
 use crate::base::{BLOCK, BlockAddr, ExtentNo, Lsn, PageId, PageKey, VShard, VolumeId};
@@ -79,14 +80,21 @@ impl Model {
 
     fn write(&mut self, stream: Stream, vshard: u16) {
         self.lsn += 1;
-        let what = ItemKind::Page(PageKey::new(VolumeId::new(1), PageId::new(self.lsn)), Lsn::new(self.lsn));
+        let what = ItemKind::Page(
+            PageKey::new(VolumeId::new(1), PageId::new(self.lsn)),
+            Lsn::new(self.lsn),
+        );
         let Some((place, filled)) = self.extents.alloc(stream, what) else {
             assert_eq!(self.extents.space().free, 0);
             return;
         };
-        assert!(self.protected().all(|other| *other != place), "{place:?} was handed out while it is needed");
+        assert!(
+            self.protected().all(|other| *other != place),
+            "{place:?} was handed out while it is needed"
+        );
         assert!(self.extents.is_mine(place.extent) && !self.given.contains(&place.extent));
-        if self.handed.get(&place.extent).is_none_or(|handed| *handed == self.extents.data_blocks()) {
+        if self.handed.get(&place.extent).is_none_or(|handed| *handed == self.extents.data_blocks())
+        {
             self.handed.insert(place.extent, 0);
             self.summarized.insert(place.extent, 0);
             self.closed.remove(&place.extent);
@@ -125,13 +133,20 @@ impl Model {
     fn summarize(&mut self, no: ExtentNo) {
         let mut bytes = vec![0; self.extents.summary_bytes()];
         let place = self.extents.encode_summary(no, &mut bytes);
-        assert!(place.extent == no && place.block >= self.extents.data_blocks() && place.block < EXTENT_BLOCKS);
+        assert!(
+            place.extent == no
+                && place.block >= self.extents.data_blocks()
+                && place.block < EXTENT_BLOCKS
+        );
         assert!(!self.extents.is_unsummarized(no), "once between two checkpoints");
         let before = self.summarized.insert(no, self.handed[&no]);
         assert!(before < Some(self.handed[&no]), "a summary with nothing new in it");
-        let items = decode_summary(STORE, no, self.extents.summary_crc(no), &bytes).expect("a summary");
+        let items =
+            decode_summary(STORE, no, self.extents.summary_crc(no), &bytes).expect("a summary");
         for place in self.protected().filter(|place| place.extent == no) {
-            let listed = items.iter().any(|item| item.block == place.block && item.what == self.items[place]);
+            let listed = items
+                .iter()
+                .any(|item| item.block == place.block && item.what == self.items[place]);
             assert!(listed, "the summary does not list {place:?}");
         }
         assert_eq!(bytes.len() % BLOCK, 0);
@@ -167,7 +182,8 @@ impl Model {
             self.checkpoint = Some(Checkpoint { retiring, ..Checkpoint::default() });
             return;
         };
-        let open: Vec<u16> = (0..VSHARDS).filter(|v| !checkpoint.captured.contains_key(v)).collect();
+        let open: Vec<u16> =
+            (0..VSHARDS).filter(|v| !checkpoint.captured.contains_key(v)).collect();
         if let Some(vshard) = open.get(usize::from(pick) % open.len().max(1)).copied() {
             self.capture(vshard);
             return;
@@ -177,7 +193,11 @@ impl Model {
         }
         let checkpoint = self.checkpoint.take().expect("it is under way");
         let mut live: BTreeMap<ExtentNo, u16> = BTreeMap::new();
-        checkpoint.captured.values().flatten().for_each(|place| *live.entry(place.extent).or_default() += 1);
+        checkpoint
+            .captured
+            .values()
+            .flatten()
+            .for_each(|place| *live.entry(place.extent).or_default() += 1);
         let rows = self.extents.rows();
         for (no, row) in &rows {
             assert!(row.state == 1 && row.summary_crc.get() == self.extents.summary_crc(*no));
@@ -185,7 +205,11 @@ impl Model {
             assert_eq!(self.extents.summary_place(*no), BlockAddr { extent: *no, block: at });
         }
         let rows = rows.into_iter().map(|(no, row)| (no, row.live.get()));
-        assert_eq!(rows.collect::<BTreeMap<_, _>>(), live, "the table is not what the new roots name");
+        assert_eq!(
+            rows.collect::<BTreeMap<_, _>>(),
+            live,
+            "the table is not what the new roots name"
+        );
         assert_eq!(self.extents.end_checkpoint(), checkpoint.retiring.len() as u64);
         for (vshard, places) in checkpoint.captured {
             self.durable[usize::from(vshard)] = places;
@@ -228,10 +252,17 @@ impl Model {
         assert_eq!(space.live_blocks, u64::from(named.values().sum::<u32>() + dead_count));
         let in_use: BTreeSet<_> = dead.keys().chain(named.keys()).chain(assigned.keys()).collect();
         assert!(space.free as usize + in_use.len() <= space.total as usize);
-        assert!(space.free as usize + in_use.len() + 3 >= space.total as usize, "an extent is lost");
-        assert_eq!((self.extents.pending_free_count(), self.extents.died()), (dead_count as usize, self.died));
+        assert!(
+            space.free as usize + in_use.len() + 3 >= space.total as usize,
+            "an extent is lost"
+        );
+        assert_eq!(
+            (self.extents.pending_free_count(), self.extents.died()),
+            (dead_count as usize, self.died)
+        );
         let settled = self.closed.iter().filter(|no| !assigned.contains_key(no));
-        let spent = settled.clone().filter(|no| dead.contains_key(no) && !named.contains_key(no)).count();
+        let spent =
+            settled.clone().filter(|no| dead.contains_key(no) && !named.contains_key(no)).count();
         assert_eq!(self.extents.coming(), spent as u64 * u64::from(self.extents.data_blocks()));
         for (share_max, except) in [(1000, None), (500, None), (1000, self.closed.first())] {
             let limit = self.extents.data_blocks() * share_max / 1000;
@@ -273,7 +304,8 @@ proptest! {
             model.check();
         }
         model.finish_checkpoint();
-        // With no page named any more, two checkpoints give everything back but the extents that are open and those of the nodes.
+        // With no page named any more, two checkpoints give everything back but the extents that
+        // are open and those of the nodes.
         for vshard in 0..VSHARDS {
             let pages = &model.now[usize::from(vshard)] - &model.nodes[usize::from(vshard)];
             pages.iter().for_each(|_| model.leave(vshard, 0));

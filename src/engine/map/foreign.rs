@@ -1,12 +1,15 @@
 //! Places in extents of other shards: what this shard's roots begin and cease to name there.
 //!
-//! A changed number of shards deals pages and extents out anew, so a shard's map may name places in extents that are
-//! another's. New places are always a shard's own: these only become fewer, but for the pages of a log that is redone.
+//! A changed number of shards deals pages and extents out anew, so a shard's map may name places in
+//! extents that are another's. New places are always a shard's own: these only become fewer, but
+//! for the pages of a log that is redone.
 //!
 //! Invariants
-//! 1. What is collected here is handed over once, with the capture of a checkpoint, before any table of that checkpoint is
-//!    written. So the home's live counts are exactly what the new roots name.
-//! 2. `retired` were left before the checkpoint began, so before its redo LSN was chosen; `left` since.
+//! 1. What is collected here is handed over once, with the capture of a checkpoint, before any
+//!    table of that checkpoint is written. So the home's live counts are exactly what the new roots
+//!    name.
+//! 2. `retired` were left before the checkpoint began, so before its redo LSN was chosen; `left`
+//!    since.
 
 use crate::base::{BlockAddr, VShard};
 use crate::format::extent::ItemKind;

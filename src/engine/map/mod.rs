@@ -1,4 +1,5 @@
-//! Where everything is: the page map (a radix tree for each virtual shard and volume) and the extents.
+//! Where everything is: the page map (a radix tree for each virtual shard and volume) and the
+//! extents.
 
 mod extents;
 #[cfg(test)]

@@ -1,16 +1,19 @@
-//! The page map in memory: nodes are read when first needed, changed in place, and written anew at checkpoints.
+//! The page map in memory: nodes are read when first needed, changed in place, and written anew at
+//! checkpoints.
 //!
 //! ```text
 //! root block (virtual shard) --volume--> interior nodes (256 children) --...--> leaf (64 entries) --> page
 //! ```
 //! Invariants
-//! 1. A node is in memory only while its parent is; only the top of a tree has none, and the root block, which always is in
-//!    memory, names it (`arrival`). So marking a path dirty needs no I/O.
-//! 2. A dirty node's ancestors are dirty; `dirty` of its virtual shard holds exactly the dirty nodes.
+//! 1. A node is in memory only while its parent is; only the top of a tree has none, and the root
+//!    block, which always is in memory, names it (`arrival`). So marking a path dirty needs no I/O.
+//! 2. A dirty node's ancestors are dirty; `dirty` of its virtual shard holds exactly the dirty
+//!    nodes.
 //! 3. A node that is pinned, dirty, or has children in memory is not evicted.
-//! 4. A child entry in a parent states the place and checksum of the child as last *written*; while the child is in
-//!    memory, the child in memory counts.
-//! 5. The map never names a version above the watermark: only the write-back calls [`Map::set`], and only then.
+//! 4. A child entry in a parent states the place and checksum of the child as last *written*; while
+//!    the child is in memory, the child in memory counts.
+//! 5. The map never names a version above the watermark: only the write-back calls [`Map::set`],
+//!    and only then.
 //!
 //! It does not read or write the device, allocate places, or know which pages are cached.
 
@@ -61,8 +64,9 @@ struct Node {
     residency: Residency,
 }
 
-/// What a node takes beside its frame, at most: its entry, up to 16/7 places in the index, its places in three lists, and half of a place in the
-/// set of dirty nodes, of which a third may be dirty, in trees whose leaves are half full at least.
+/// What a node takes beside its frame, at most: its entry, up to 16/7 places in the index, its
+/// places in three lists, and half of a place in the set of dirty nodes, of which a third may be
+/// dirty, in trees whose leaves are half full at least.
 #[cfg(test)]
 pub(crate) const NODE_BYTES: usize = size_of::<Option<Node>>()
     + (size_of::<NodeIdx>() + 1) * 16 / 7
@@ -94,7 +98,8 @@ pub(crate) struct NodeWrite {
     pub place: BlockAddr,
     /// Its bytes, fixed by a pin: until it is dropped the node is not changed.
     pub frame: FrameRef,
-    /// The node, kept in memory: until it is [written](Map::written) its place holds other bytes, and it must not be read from there.
+    /// The node, kept in memory: until it is [written](Map::written) its place holds other bytes,
+    /// and it must not be read from there.
     pub node: NodeIdx,
 }
 
@@ -124,7 +129,10 @@ fn prefix(page_index: u64, level: u8) -> u64 {
 fn slot_in(page_index: u64, level: u8) -> usize {
     match level {
         0 => (page_index & ((1 << LEAF_BITS) - 1)) as usize,
-        _ => (page_index >> (LEAF_BITS + NODE_BITS * u32::from(level - 1))) as usize & ((1 << NODE_BITS) - 1),
+        _ => {
+            (page_index >> (LEAF_BITS + NODE_BITS * u32::from(level - 1))) as usize
+                & ((1 << NODE_BITS) - 1)
+        }
     }
 }
 
@@ -140,7 +148,12 @@ fn parent_of(key: NodeKey) -> NodeKey {
 impl Map {
     /// The map with these roots, nothing else in memory.
     pub(crate) fn new(roots: Vec<(Box<[Child; VOLUMES_MAX]>, RootVersion)>, seed: u64) -> Self {
-        let root = |(children, version)| Root { children, version, dirty: false, dirty_nodes: BTreeSet::new() };
+        let root = |(children, version)| Root {
+            children,
+            version,
+            dirty: false,
+            dirty_nodes: BTreeSet::new(),
+        };
         Map {
             vshards_count: roots.len() as u32,
             roots: roots.into_iter().map(root).collect(),
@@ -188,7 +201,11 @@ impl Map {
     }
 
     fn top(&self, vshard: VShard, volume: VolumeId) -> Child {
-        self.roots[vshard.index()].children.get(usize::from(volume.get())).copied().unwrap_or_default()
+        self.roots[vshard.index()]
+            .children
+            .get(usize::from(volume.get()))
+            .copied()
+            .unwrap_or_default()
     }
 
     /// Looks `key` up.
@@ -206,7 +223,8 @@ impl Map {
             return Lookup::Found(None);
         }
         loop {
-            let at = NodeKey { vshard, volume: key.volume, level, prefix: prefix(page_index, level) };
+            let at =
+                NodeKey { vshard, volume: key.volume, level, prefix: prefix(page_index, level) };
             let Some(idx) = self.find(at) else {
                 return Lookup::Load(at, child);
             };
@@ -228,8 +246,8 @@ impl Map {
         self.find(key).map(|idx| self.node(idx).place)
     }
 
-    /// The place and checksum of node `key` by its parent, if the path to it is in memory; else the first node on it
-    /// that is not. `Ok(None)`: there is no such node.
+    /// The place and checksum of node `key` by its parent, if the path to it is in memory; else the
+    /// first node on it that is not. `Ok(None)`: there is no such node.
     pub(crate) fn find_node(&self, key: NodeKey) -> Result<Option<Child>, (NodeKey, Child)> {
         let mut child = self.top(key.vshard, key.volume);
         if !child.is_present() || child.level < key.level {
@@ -307,9 +325,12 @@ impl Map {
             while prefix(page_index, level) != 0 {
                 level += 1;
             }
-            self.roots[vshard.index()].children[v] = Child { level, present: 1, ..Child::default() };
-            let idx = self.insert(NodeKey { vshard, volume, level, prefix: 0 }, None, zeroed(arena));
-            // A top that is nowhere on disk must not leave memory before a checkpoint has written it.
+            self.roots[vshard.index()].children[v] =
+                Child { level, present: 1, ..Child::default() };
+            let idx =
+                self.insert(NodeKey { vshard, volume, level, prefix: 0 }, None, zeroed(arena));
+            // A top that is nowhere on disk must not leave memory before a checkpoint has written
+            // it.
             self.mark_dirty(idx);
             return;
         }
@@ -328,11 +349,19 @@ impl Map {
         }
     }
 
-    /// Sets the entry of `key` in its pinned leaf, which is not being written; returns the one before.
-    pub(crate) fn set(&mut self, leaf: NodeIdx, key: PageKey, entry: Option<Entry>) -> Option<Entry> {
+    /// Sets the entry of `key` in its pinned leaf, which is not being written; returns the one
+    /// before.
+    pub(crate) fn set(
+        &mut self,
+        leaf: NodeIdx,
+        key: PageKey,
+        entry: Option<Entry>,
+    ) -> Option<Entry> {
         let (vshard, page_index) = self.position(key);
         let node = self.node_mut(leaf);
-        assert!(node.pins > 0 && node.key.vshard == vshard && node.key.prefix == prefix(page_index, 0));
+        assert!(
+            node.pins > 0 && node.key.vshard == vshard && node.key.prefix == prefix(page_index, 0)
+        );
         let slot = slot_in(page_index, 0);
         let before = present(node::entry(&node.frame, slot));
         let bytes = node.frame.try_mut().expect("a leaf that is being written is not changed");
@@ -378,10 +407,11 @@ impl Map {
         self.roots[vshard.index()].dirty_nodes.len()
     }
 
-    /// Fixes the state of one virtual shard for a checkpoint: gives each dirty node a new place, bottom up, and
-    /// returns what is to be written, the nodes kept in memory; the places that they leave go to `retired`. Afterwards nothing of the
-    /// virtual shard is dirty and its root's generation is one higher. It takes no memory, however many nodes there are: their own
-    /// bytes are written, and they are not changed meanwhile (`is_being_written`).
+    /// Fixes the state of one virtual shard for a checkpoint: gives each dirty node a new place,
+    /// bottom up, and returns what is to be written, the nodes kept in memory; the places that they
+    /// leave go to `retired`. Afterwards nothing of the virtual shard is dirty and its root's
+    /// generation is one higher. It takes no memory, however many nodes there are: their own bytes
+    /// are written, and they are not changed meanwhile (`is_being_written`).
     pub(crate) fn capture(
         &mut self,
         vshard: VShard,
@@ -428,7 +458,8 @@ impl Map {
             Some(parent) => {
                 let node = self.node_mut(parent);
                 assert!(node.dirty, "the parent of a dirty node is dirty");
-                let bytes = node.frame.try_mut().expect("children are captured before their parent is");
+                let bytes =
+                    node.frame.try_mut().expect("children are captured before their parent is");
                 put(bytes, slot_of(key) * size_of::<Child>(), &child);
             }
             None => self.roots[key.vshard.index()].children[volume] = child,
@@ -450,7 +481,13 @@ impl Map {
         out: &mut [u8],
     ) {
         let root = &mut self.roots[vshard.index()];
-        let head = RootHead { vshard, store_id, generation: root.version.generation, redo_lsn: redo, checkpoint };
+        let head = RootHead {
+            vshard,
+            store_id,
+            generation: root.version.generation,
+            redo_lsn: redo,
+            checkpoint,
+        };
         root.version.crc = crate::format::root::encode(&head, &root.children, out);
     }
 }

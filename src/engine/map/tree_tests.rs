@@ -1,7 +1,8 @@
-//! The page map against a simple one: any order of changes, checkpoints, evictions and reopenings, also between the moment at
-//! which a node is asked for and its arrival.
+//! The page map against a simple one: any order of changes, checkpoints, evictions and reopenings,
+//! also between the moment at which a node is asked for and its arrival.
 //!
-//! If this fails, a page is lost, an old version comes back, or a scan misses a page; or places leak.
+//! If this fails, a page is lost, an old version comes back, or a scan misses a page; or places
+//! leak.
 
 use super::{LEAF_PAGES, Lookup, Map, NextLeaf, NodeIdx};
 use crate::base::checksum::crc32c;
@@ -19,7 +20,8 @@ mod growth;
 const VSHARDS: u16 = 4;
 const CHILDREN: usize = BLOCK / size_of::<Child>();
 
-/// The map under test, the nodes that it has written and that are not retired, and what it should say.
+/// The map under test, the nodes that it has written and that are not retired, and what it should
+/// say.
 struct Store {
     map: Map,
     arena: Arena,
@@ -61,10 +63,21 @@ fn fresh(arena: &mut Arena, bytes: &[u8]) -> crate::memory::Frame {
 
 impl Store {
     fn new() -> Store {
-        let roots = (0..VSHARDS).map(|_| (Box::new([Child::default(); VOLUMES_MAX]), RootVersion::default())).collect();
+        let roots = (0..VSHARDS)
+            .map(|_| (Box::new([Child::default(); VOLUMES_MAX]), RootVersion::default()))
+            .collect();
         let arena = Arena::new(if cfg!(miri) { 256 } else { 8192 }).expect("memory");
         let (nodes, model, reads) = Default::default();
-        Store { map: Map::new(roots, 3), arena, nodes, next_place: 1, model, lsn: 0, reads, overtaken: 0 }
+        Store {
+            map: Map::new(roots, 3),
+            arena,
+            nodes,
+            next_place: 1,
+            model,
+            lsn: 0,
+            reads,
+            overtaken: 0,
+        }
     }
 
     /// Asks for a node, or joins those who have.
@@ -72,7 +85,10 @@ impl Store {
         if self.reads.iter().any(|read| read.at == at) {
             return;
         }
-        let bytes = self.nodes.get(&child.place()).expect("a node is read from where it was written, and not retired");
+        let bytes = self
+            .nodes
+            .get(&child.place())
+            .expect("a node is read from where it was written, and not retired");
         assert_eq!(crc32c(bytes), child.crc.get(), "the sum of {at:?}");
         let (bytes, parent) = (bytes.clone(), self.map.pin_parent(at));
         self.reads.push(Reading { at, child, bytes, parent });
@@ -84,7 +100,10 @@ impl Store {
         let frame = fresh(&mut self.arena, &bytes);
         let taken = self.map.insert_loaded(at, child, frame);
         self.overtaken += u64::from(!taken);
-        assert!(taken || parent.is_none(), "{at:?}: what has a parent that is pinned is not overtaken");
+        assert!(
+            taken || parent.is_none(),
+            "{at:?}: what has a parent that is pinned is not overtaken"
+        );
         assert_eq!(taken, self.map.resident(at).is_some(), "{at:?}");
         parent.into_iter().for_each(|parent| self.map.unpin(parent));
         self.audit();
@@ -152,10 +171,17 @@ impl Store {
         assert_eq!(path_len, u64::from(top.level) + 1);
         let mut pinned = self.parents();
         pinned.insert(leaf);
-        assert_eq!(self.map.in_memory().1, pinned.len(), "the leaf is pinned, and parents of what is being read");
+        assert_eq!(
+            self.map.in_memory().1,
+            pinned.len(),
+            "the leaf is pinned, and parents of what is being read"
+        );
         if self.lsn.is_multiple_of(8) {
             while self.map.evict_one() {}
-            assert!(self.map.leaf_bits(vshard, key.volume, page_index).is_some(), "a pinned leaf was evicted");
+            assert!(
+                self.map.leaf_bits(vshard, key.volume, page_index).is_some(),
+                "a pinned leaf was evicted"
+            );
             let (in_memory, dirty) = (self.map.in_memory().0, self.map.dirty_count());
             assert!(in_memory >= dirty, "what is dirty stays");
             assert!(in_memory == dirty || pinned.len() > 1, "and nothing else");
@@ -173,7 +199,9 @@ impl Store {
         };
         let generation = self.map.root(vshard).version.generation;
         let writes = self.map.capture(vshard, place, &mut retired);
-        assert!(writes.len() <= dirty && self.map.dirty_in(vshard) == 0 && !self.map.is_dirty(vshard));
+        assert!(
+            writes.len() <= dirty && self.map.dirty_in(vshard) == 0 && !self.map.is_dirty(vshard)
+        );
         assert_eq!(self.map.root(vshard).version.generation, generation + 1);
         for place in retired {
             assert!(self.nodes.remove(&place).is_some(), "{place:?} was retired and not in use");
@@ -211,9 +239,16 @@ impl Store {
                 NextLeaf::Load(at, child) => self.load(at, child),
                 NextLeaf::Leaf(page_index) => {
                     assert!(page_index >= from);
-                    let bits = self.map.leaf_bits(vshard, volume, page_index).expect("the leaf is in memory");
+                    let bits = self
+                        .map
+                        .leaf_bits(vshard, volume, page_index)
+                        .expect("the leaf is in memory");
                     let first = page_index / LEAF_PAGES * LEAF_PAGES;
-                    found.extend((0..LEAF_PAGES).filter(|slot| bits >> slot & 1 == 1).map(|slot| first + slot));
+                    found.extend(
+                        (0..LEAF_PAGES)
+                            .filter(|slot| bits >> slot & 1 == 1)
+                            .map(|slot| first + slot),
+                    );
                     let Some(next) = first.checked_add(LEAF_PAGES) else { return found };
                     from = next;
                 }
@@ -226,9 +261,15 @@ impl Store {
             for vshard in (0..VSHARDS).map(VShard::new) {
                 let of = |key: &&PageKey| key.volume == volume;
                 let places = self.model.keys().filter(of).map(|key| key.place_in(VSHARDS.into()));
-                let expected: BTreeSet<u64> =
-                    places.filter(|(v, _)| *v == vshard).map(|(_, page_index)| page_index).collect();
-                assert_eq!(self.scan(vshard, volume), expected, "a scan of {volume:?} in {vshard:?}");
+                let expected: BTreeSet<u64> = places
+                    .filter(|(v, _)| *v == vshard)
+                    .map(|(_, page_index)| page_index)
+                    .collect();
+                assert_eq!(
+                    self.scan(vshard, volume),
+                    expected,
+                    "a scan of {volume:?} in {vshard:?}"
+                );
             }
         }
     }
@@ -239,7 +280,12 @@ impl Store {
         let mut open = Vec::new();
         for vshard in (0..VSHARDS).map(VShard::new) {
             for (volume, child) in self.map.root(vshard).children.iter().enumerate() {
-                let key = NodeKey { vshard, volume: VolumeId::new(volume as u8), level: child.level, prefix: 0 };
+                let key = NodeKey {
+                    vshard,
+                    volume: VolumeId::new(volume as u8),
+                    level: child.level,
+                    prefix: 0,
+                };
                 open.push((key, *child));
             }
         }
@@ -252,14 +298,21 @@ impl Store {
             assert_eq!(child.level, key.level);
             assert!(reached.insert(key, child).is_none(), "two parents");
             if key.level > 0 {
-                let below = |slot| NodeKey { level: key.level - 1, prefix: key.prefix << 8 | slot as u64, ..key };
-                open.extend((0..CHILDREN).map(|slot| (below(slot), crate::format::node::child(node, slot))));
+                let below = |slot| NodeKey {
+                    level: key.level - 1,
+                    prefix: key.prefix << 8 | slot as u64,
+                    ..key
+                };
+                open.extend(
+                    (0..CHILDREN).map(|slot| (below(slot), crate::format::node::child(node, slot))),
+                );
             }
         }
         reached
     }
 
-    /// Each node that is written and not retired hangs in a tree: else its place is never free again.
+    /// Each node that is written and not retired hangs in a tree: else its place is never free
+    /// again.
     fn check_leaks(&mut self) {
         let places: BTreeSet<BlockAddr> = self.written().values().map(Child::place).collect();
         assert_eq!(places, self.nodes.keys().copied().collect(), "nodes that nothing names");
@@ -275,7 +328,11 @@ impl Store {
             let apart = NodeKey { volume: VolumeId::new(7), ..*key };
             for key in [*key, aside, above, apart] {
                 let found = self.find_node(key).map(|child| (child.place(), child.crc));
-                assert_eq!(found, written.get(&key).map(|child| (child.place(), child.crc)), "{key:?}");
+                assert_eq!(
+                    found,
+                    written.get(&key).map(|child| (child.place(), child.crc)),
+                    "{key:?}"
+                );
             }
         }
         let Some((key, child)) = written.iter().nth(pick % written.len().max(1)) else { return };
@@ -285,7 +342,11 @@ impl Store {
         self.map.touch(*key);
         assert_eq!(self.map.is_dirty(key.vshard), in_memory.is_some());
         self.capture(key.vshard);
-        assert_eq!(self.nodes.contains_key(&child.place()), in_memory.is_none(), "{key:?} was moved");
+        assert_eq!(
+            self.nodes.contains_key(&child.place()),
+            in_memory.is_none(),
+            "{key:?} was moved"
+        );
     }
 
     fn find_node(&mut self, key: NodeKey) -> Option<Child> {
@@ -303,7 +364,8 @@ impl Store {
     }
 }
 
-/// Pages of three trees, each tree in one virtual shard; each page but two is in a leaf of its own, so that the tree must grow.
+/// Pages of three trees, each tree in one virtual shard; each page but two is in a leaf of its own,
+/// so that the tree must grow.
 fn growing(pick: u16) -> PageKey {
     let volume = VolumeId::new((pick / 8 % 3) as u8);
     let at = |id| PageKey::new(volume, PageId::new(id));
@@ -322,20 +384,28 @@ impl Store {
             0..4 => self.set(key, true),
             4 => self.set(key, false),
             5 => self.come_to_nothing(key),
-            // Whoever looks up, walks or moves asks for the first node that is missing, and others go on meanwhile.
+            // Whoever looks up, walks or moves asks for the first node that is missing, and others
+            // go on meanwhile.
             6..10 => {
                 if let Lookup::Load(at, child) = self.map.lookup(key) {
                     self.begin_read(at, child);
                 }
             }
             10 => {
-                if let NextLeaf::Load(at, child) = self.map.next_leaf(vshard, key.volume, page_index, u64::MAX) {
+                if let NextLeaf::Load(at, child) =
+                    self.map.next_leaf(vshard, key.volume, page_index, u64::MAX)
+                {
                     self.begin_read(at, child);
                 }
             }
             11 => {
                 let level = (pick / 24 % 3) as u8;
-                let at = NodeKey { vshard, volume: key.volume, level, prefix: page_index >> 6 >> (8 * level) };
+                let at = NodeKey {
+                    vshard,
+                    volume: key.volume,
+                    level,
+                    prefix: page_index >> 6 >> (8 * level),
+                };
                 if let Err((at, child)) = self.map.find_node(at) {
                     self.begin_read(at, child);
                 }

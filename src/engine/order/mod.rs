@@ -2,11 +2,13 @@
 //!
 //! Invariants
 //! 1. An LSN is allocated once; LSNs are allocated in order by one read-modify-write.
-//! 2. A shard's bound is at most every LSN that it has drawn, or is about to draw, and that is not durable. It is
-//!    lowered *before* the allocation of its LSN and raised only after the flush; idle is [`Lsn::MAX`].
+//! 2. A shard's bound is at most every LSN that it has drawn, or is about to draw, and that is not
+//!    durable. It is lowered *before* the allocation of its LSN and raised only after the flush;
+//!    idle is [`Lsn::MAX`].
 //! 3. The watermark never falls. All commits at or below it are durable.
-//! 4. Whoever raises a bound refreshes the watermark after it. So of two shards that raise theirs at the same time the
-//!    later one sees both, and no commit waits for an event that has already happened.
+//! 4. Whoever raises a bound refreshes the watermark after it. So of two shards that raise theirs
+//!    at the same time the later one sees both, and no commit waits for an event that has already
+//!    happened.
 //!
 //! This is the only state that shards share. It does not know pages, logs or waiters.
 
@@ -38,8 +40,8 @@ impl GlobalOrder {
         Lsn::new(self.next.load(Ordering::Acquire))
     }
 
-    /// Draws `count` consecutive LSNs for `shard` and returns the first. The watermark may rise meanwhile: the caller
-    /// wakes those who wait for it, as after a [`refresh`](Self::refresh).
+    /// Draws `count` consecutive LSNs for `shard` and returns the first. The watermark may rise
+    /// meanwhile: the caller wakes those who wait for it, as after a [`refresh`](Self::refresh).
     pub fn allocate_lsns(&self, shard: ShardId, count: u64) -> Lsn {
         let bound = &self.bounds[usize::from(shard.get())];
         let floor = self.next.load(Ordering::Acquire);
@@ -51,8 +53,8 @@ impl GlobalOrder {
         if lowers && first > floor {
             // Others drew in between: their LSNs must not wait for these.
             bound.store(first, Ordering::SeqCst);
-            // And one of them may have become durable meanwhile: whoever flushed it computed the watermark from the lower
-            // bound, and does not look again.
+            // And one of them may have become durable meanwhile: whoever flushed it computed the
+            // watermark from the lower bound, and does not look again.
             self.refresh();
         }
         Lsn::new(first)
@@ -71,7 +73,8 @@ impl GlobalOrder {
 
     /// Recomputes the watermark and returns it.
     pub fn refresh(&self) -> Lsn {
-        // The sequencer is read before the bounds: what is drawn after this read is above `next` anyway.
+        // The sequencer is read before the bounds: what is drawn after this read is above `next`
+        // anyway.
         let next = self.next.load(Ordering::SeqCst);
         let low = self.bounds.iter().map(|b| b.load(Ordering::SeqCst)).fold(next, u64::min);
         let found = low.saturating_sub(1);
@@ -116,9 +119,10 @@ mod loom {
     type Draw = fn(&GlobalOrder, ShardId) -> Lsn;
     type Refresh = fn(&GlobalOrder) -> Lsn;
 
-    /// Shards draw, wait for their device (here: nothing), and publish; one that refreshes at any moment must not be
-    /// told that an LSN is durable which was drawn and is not. `flushed[lsn]` is set before its bound is raised. The first
-    /// shard draws `draws` times before any of it is durable, the others once.
+    /// Shards draw, wait for their device (here: nothing), and publish; one that refreshes at any
+    /// moment must not be told that an LSN is durable which was drawn and is not. `flushed[lsn]` is
+    /// set before its bound is raised. The first shard draws `draws` times before any of it is
+    /// durable, the others once.
     fn run(verdict: &Verdict, shards: u16, draws: u16, draw: Draw, refresh: Refresh) {
         let order = Arc::new(GlobalOrder::new(Lsn::new(1), usize::from(shards)));
         let flushed: Arc<Vec<AtomicU64>> = Arc::new((0..8).map(|_| AtomicU64::new(0)).collect());
@@ -146,11 +150,12 @@ mod loom {
     }
 
     fn check(verdict: &Verdict, flushed: &[AtomicU64], watermark: Lsn) {
-        (1..=watermark.get() as usize).for_each(|lsn| verdict.expect(flushed[lsn].load(Ordering::Acquire) == 1));
+        (1..=watermark.get() as usize)
+            .for_each(|lsn| verdict.expect(flushed[lsn].load(Ordering::Acquire) == 1));
     }
 
-    /// One shard draws and makes its commit durable while another draws and does not. Each looks at the watermark once,
-    /// afterwards; then nothing more happens.
+    /// One shard draws and makes its commit durable while another draws and does not. Each looks at
+    /// the watermark once, afterwards; then nothing more happens.
     fn draw_beside_a_flush(draw: Draw) -> bool {
         model::holds(None, move |verdict| {
             let order = Arc::new(GlobalOrder::new(Lsn::new(1), 2));
@@ -168,7 +173,8 @@ mod loom {
         })
     }
 
-    /// A durable commit whose acknowledgement waits until another shard happens to flush something of its own.
+    /// A durable commit whose acknowledgement waits until another shard happens to flush something
+    /// of its own.
     #[test]
     fn loom_a_draw_holds_no_earlier_durable_commit_back() {
         assert!(draw_beside_a_flush(draw_one));
@@ -212,21 +218,29 @@ mod loom {
             order.bounds[usize::from(shard.get())].store(lsn, Ordering::SeqCst);
             Lsn::new(lsn)
         };
-        assert!(!holds(2, None, publishes_late, GlobalOrder::refresh), "bound published after the draw");
+        assert!(
+            !holds(2, None, publishes_late, GlobalOrder::refresh),
+            "bound published after the draw"
+        );
         let reads_late = |order: &GlobalOrder| {
-            let low = order.bounds.iter().map(|b| b.load(Ordering::SeqCst)).fold(u64::MAX, u64::min);
+            let low =
+                order.bounds.iter().map(|b| b.load(Ordering::SeqCst)).fold(u64::MAX, u64::min);
             let found = low.min(order.next.load(Ordering::SeqCst)).saturating_sub(1);
             Lsn::new(order.watermark.fetch_max(found, Ordering::AcqRel).max(found))
         };
         assert!(!holds(2, None, draw_one, reads_late), "sequencer read after the bounds");
-        let forgets = |order: &GlobalOrder, _: ShardId| Lsn::new(order.next.fetch_add(1, Ordering::SeqCst));
+        let forgets =
+            |order: &GlobalOrder, _: ShardId| Lsn::new(order.next.fetch_add(1, Ordering::SeqCst));
         assert!(!holds(2, None, forgets, GlobalOrder::refresh), "no bound at all");
         let draws_relaxed = |order: &GlobalOrder, shard: ShardId| {
             let floor = order.next.load(Ordering::Relaxed);
             order.bounds[usize::from(shard.get())].store(floor, Ordering::Relaxed);
             Lsn::new(order.next.fetch_add(1, Ordering::Relaxed))
         };
-        assert!(!holds(2, None, draws_relaxed, GlobalOrder::refresh), "a draw that releases nothing");
+        assert!(
+            !holds(2, None, draws_relaxed, GlobalOrder::refresh),
+            "a draw that releases nothing"
+        );
         let raises = |order: &GlobalOrder, shard: ShardId| {
             let bound = &order.bounds[usize::from(shard.get())];
             let floor = order.next.load(Ordering::Acquire);

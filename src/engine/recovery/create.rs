@@ -4,11 +4,13 @@
 //! log-000-0000 (zeros) -> meta (zeros) -> mark in meta, flushed -> logs, data, extents, roots -> superblock, over the mark
 //! ```
 //! Invariants
-//! 1. The superblock comes last: until it is durable there is no store, and a creation that was cut short begins
-//!    anew.
-//! 2. A creation that was cut short is known by its mark in the meta file, or by having no file but the first two, both
-//!    empty. Anything else without a superblock is what is left of a store, and is never written over.
-//! 3. The mark lies where the last copy of the first superblock is written: no finished store has it.
+//! 1. The superblock comes last: until it is durable there is no store, and a creation that was cut
+//!    short begins anew.
+//! 2. A creation that was cut short is known by its mark in the meta file, or by having no file but
+//!    the first two, both empty. Anything else without a superblock is what is left of a store, and
+//!    is never written over.
+//! 3. The mark lies where the last copy of the first superblock is written: no finished store has
+//!    it.
 
 use super::mix;
 use super::read::{Range, read_bytes, read_ranges};
@@ -20,7 +22,8 @@ use crate::format::fresh::{self, SEGMENTS_FIRST};
 use crate::format::node::Child;
 use crate::format::root::{self, RootHead, VOLUMES_MAX};
 use crate::format::superblock::{
-    CREATION_MARK, LogState, Refusal, RootVersion, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock, VShardState,
+    CREATION_MARK, LogState, Refusal, RootVersion, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock,
+    VShardState,
 };
 use crate::io::{Disk, DiskOp, FileId, IoSlice, execute};
 use crate::memory::Arena;
@@ -42,7 +45,8 @@ pub(super) enum Found {
     Store,
 }
 
-/// The copy of the superblock where a creation has its mark until it writes that copy, as its last step.
+/// The copy of the superblock where a creation has its mark until it writes that copy, as its last
+/// step.
 fn marked_copy() -> u64 {
     Superblock::copies_of(1)[1]
 }
@@ -53,7 +57,9 @@ pub(super) fn look(disk: &mut dyn Disk, arena: &mut Arena) -> Result<Found> {
     let mut unreadable = None;
     for copy in 0..SUPERBLOCK_COPIES {
         match read_up_to(disk, arena, FileId::Meta, Superblock::offset(copy), SUPERBLOCK_BYTES) {
-            Ok(bytes) if matches!(Superblock::decode(copy, &bytes), Ok(_) | Err(Refusal::Version(_))) => {
+            Ok(bytes)
+                if matches!(Superblock::decode(copy, &bytes), Ok(_) | Err(Refusal::Version(_))) =>
+            {
                 return Ok(Found::Store);
             }
             Ok(_) => {}
@@ -80,7 +86,9 @@ pub(super) fn look(disk: &mut dyn Disk, arena: &mut Arena) -> Result<Found> {
     }
     // The block of the mark may be torn.
     let mark_end = mark_at + BLOCK as u64;
-    for (file, from, to) in [(FIRST_LOG, 0, u64::MAX), (FileId::Meta, 0, mark_at), (FileId::Meta, mark_end, u64::MAX)] {
+    for (file, from, to) in
+        [(FIRST_LOG, 0, u64::MAX), (FileId::Meta, 0, mark_at), (FileId::Meta, mark_end, u64::MAX)]
+    {
         let to = to.min(disk.len(file)?.unwrap_or(0)) / BLOCK as u64 * BLOCK as u64;
         let range = Range { file, offset: from, blocks: to.saturating_sub(from) / BLOCK as u64 };
         let mut zeros = true;
@@ -105,7 +113,13 @@ fn is_zeros(bytes: &[u8]) -> bool {
 }
 
 /// `bytes` bytes at `offset`, or none if the file ends before.
-fn read_up_to(disk: &mut dyn Disk, arena: &mut Arena, file: FileId, offset: u64, bytes: usize) -> Result<Vec<u8>> {
+fn read_up_to(
+    disk: &mut dyn Disk,
+    arena: &mut Arena,
+    file: FileId,
+    offset: u64,
+    bytes: usize,
+) -> Result<Vec<u8>> {
     match disk.len(file)?.unwrap_or(0) < offset + bytes as u64 {
         true => Ok(Vec::new()),
         false => read_bytes(disk, arena, file, offset, bytes),
@@ -126,7 +140,8 @@ pub(super) fn create(
     let extents_min = EXTENTS_MIN * u32::from(shards_count);
     if extents_count < extents_min {
         return Err(Error::invalid(format_args!(
-            "data_bytes_max is too small: at least {extents_min} extents of {} bytes are needed for {shards_count} shards",
+            "data_bytes_max is too small: at least {extents_min} extents of {} bytes are needed \
+             for {shards_count} shards",
             geometry.extent_bytes
         )));
     }
@@ -135,7 +150,11 @@ pub(super) fn create(
     for shard in (0..shards_count).map(ShardId::new) {
         make_log(disk, geometry, shard, SEGMENTS_FIRST, true)?;
     }
-    allocate(disk, FileId::Data, fresh::data_bytes(geometry, shards_count, limits.data_extents_max))?;
+    allocate(
+        disk,
+        FileId::Data,
+        fresh::data_bytes(geometry, shards_count, limits.data_extents_max),
+    )?;
     let table_blocks = extents_count.div_ceil(TABLE_ROWS);
     allocate(disk, FileId::Table, table_offset(table_blocks, 0))?;
     let mut store_id = [0; 16];
@@ -147,8 +166,17 @@ pub(super) fn create(
         let vshard = VShard::new(i);
         let head = RootHead { vshard, store_id, generation: 0, redo_lsn: Lsn::ZERO, checkpoint: 0 };
         let crc = root::encode(&head, &[Child::default(); VOLUMES_MAX], &mut block);
-        vshards.push(VShardState { root: RootVersion { generation: 0, crc }, ..VShardState::default() });
-        write_bytes(disk, arena, FileId::Meta, root::offset(vshard, 0, geometry.vshards_count), &block)?;
+        vshards.push(VShardState {
+            root: RootVersion { generation: 0, crc },
+            ..VShardState::default()
+        });
+        write_bytes(
+            disk,
+            arena,
+            FileId::Meta,
+            root::offset(vshard, 0, geometry.vshards_count),
+            &block,
+        )?;
     }
     let mut sums = Vec::new();
     for index in 0..table_blocks {
@@ -175,7 +203,8 @@ pub(super) fn create(
     rewrite_copies(disk, arena, &superblock, &Superblock::copies_of(superblock.generation))
 }
 
-/// Makes the meta file with the mark of a creation in it, durably. One that has the mark must not lose it.
+/// Makes the meta file with the mark of a creation in it, durably. One that has the mark must not
+/// lose it.
 fn make_mark(disk: &mut dyn Disk, arena: &mut Arena, meta_bytes: u64, found: Found) -> Result<()> {
     let file = FileId::Meta;
     let from = if found == Found::Unfinished { disk.len(file)?.unwrap_or(0) } else { 0 };
@@ -188,8 +217,9 @@ fn make_mark(disk: &mut dyn Disk, arena: &mut Arena, meta_bytes: u64, found: Fou
     flush(disk, &[file])
 }
 
-/// Writes the superblock into these copies, a flush after each. An open does so with the copies that a crash has
-/// spoiled: else a second crash could spoil the other copy of the same pair, and no generation could be trusted.
+/// Writes the superblock into these copies, a flush after each. An open does so with the copies
+/// that a crash has spoiled: else a second crash could spoil the other copy of the same pair, and
+/// no generation could be trusted.
 pub(super) fn rewrite_copies(
     disk: &mut dyn Disk,
     arena: &mut Arena,
@@ -199,7 +229,8 @@ pub(super) fn rewrite_copies(
     if copies.is_empty() {
         return Ok(());
     }
-    // What was read may be what a dead process has written and nobody flushed: it must not be lost together with a copy that is torn.
+    // What was read may be what a dead process has written and nobody flushed: it must not be lost
+    // together with a copy that is torn.
     flush(disk, &[FileId::Meta])?;
     let mut bytes = vec![0; SUPERBLOCK_BYTES];
     for copy in copies {
@@ -210,8 +241,8 @@ pub(super) fn rewrite_copies(
     Ok(())
 }
 
-/// Makes the first `segments` segments of a log that are not there yet; with `anew` all of them but the first of all, which a creation
-/// has made.
+/// Makes the first `segments` segments of a log that are not there yet; with `anew` all of them but
+/// the first of all, which a creation has made.
 pub(super) fn make_log(
     disk: &mut dyn Disk,
     geometry: &Geometry,
@@ -249,7 +280,9 @@ pub(super) fn write_bytes(
 ) -> Result<()> {
     let mut frames = Vec::new();
     for block in bytes.chunks(BLOCK) {
-        let mut frame = arena.alloc(0).ok_or_else(|| Error::invalid("memory_bytes is too small to open a store"))?;
+        let mut frame = arena
+            .alloc(0)
+            .ok_or_else(|| Error::invalid("memory_bytes is too small to open a store"))?;
         frame.try_mut().expect("a new frame has no pins").copy_from_slice(block);
         frames.push(frame);
     }

@@ -1,5 +1,5 @@
-//! Opening a store: create it, or find the state that the last crash left, bring it up to its cut, and only then
-//! take requests.
+//! Opening a store: create it, or find the state that the last crash left, bring it up to its cut,
+//! and only then take requests.
 //!
 //! ```text
 //! superblock --> roots, extent table --clean------------------------+
@@ -8,13 +8,14 @@
 //!                                                                    |
 //!                 each shard redoes its part, all at once, then one checkpoint begins the new epoch
 //! ```
-//! What stands above the line is done here, by one thread; the rest by the shards, wherever they are driven.
+//! What stands above the line is done here, by one thread; the rest by the shards, wherever they
+//! are driven.
 
 //! Invariants
-//! 1. Until the last step nothing that is durable and needed is overwritten: a crash in a recovery only means that
-//!    the next one begins anew, from the same bytes.
-//! 2. One superblock write makes the new roots, the cut and the new epoch true together; so exactly one epoch ever
-//!    has records in the logs.
+//! 1. Until the last step nothing that is durable and needed is overwritten: a crash in a recovery
+//!    only means that the next one begins anew, from the same bytes.
+//! 2. One superblock write makes the new roots, the cut and the new epoch true together; so exactly
+//!    one epoch ever has records in the logs.
 //! 3. LSNs of the new epoch lie above every LSN that can have been drawn before.
 //! 4. Damage at or below the highest recorded watermark is an error, never a cut.
 
@@ -65,7 +66,8 @@ pub struct RecoveryReport {
     pub commits_dropped: u64,
     /// The epoch that begins.
     pub epoch: u64,
-    /// Superblock copies that could not be used, and extents that can't be filled on, each with the reason.
+    /// Superblock copies that could not be used, and extents that can't be filled on, each with the
+    /// reason.
     pub warnings: Vec<String>,
 }
 
@@ -79,16 +81,22 @@ impl std::fmt::Display for RecoveryReport {
         }
         write!(
             f,
-            "recovered to LSN {}: {} log groups scanned, {} torn; {} commits applied, {} dropped; epoch {} begins",
-            self.cut, self.groups_scanned, self.groups_torn, self.commits_applied, self.commits_dropped, self.epoch
+            "recovered to LSN {}: {} log groups scanned, {} torn; {} commits applied, {} dropped; \
+             epoch {} begins",
+            self.cut,
+            self.groups_scanned,
+            self.groups_torn,
+            self.commits_applied,
+            self.commits_dropped,
+            self.epoch
         )
     }
 }
 
 /// A store being opened.
 pub(crate) struct Opening {
-    /// One for each core. They need turns, completions and messages until all of them say that they are open; if one
-    /// has failed by then, opening has.
+    /// One for each core. They need turns, completions and messages until all of them say that they
+    /// are open; if one has failed by then, opening has.
     pub shards: Vec<Shard>,
     /// What was found.
     pub report: RecoveryReport,
@@ -96,7 +104,8 @@ pub(crate) struct Opening {
     pub order: Arc<GlobalOrder>,
 }
 
-/// What was fixed when the store on `disk` was made; `None` if there is none yet. No other operation may be under way.
+/// What was fixed when the store on `disk` was made; `None` if there is none yet. No other
+/// operation may be under way.
 pub(crate) fn stored_geometry(disk: &mut dyn Disk) -> Result<Option<Geometry>> {
     let mut arena = Arena::new(READ_BLOCKS)?;
     if create::look(disk, &mut arena)? != Found::Store {
@@ -105,8 +114,9 @@ pub(crate) fn stored_geometry(disk: &mut dyn Disk) -> Result<Option<Geometry>> {
     Ok(Some(find_superblock(disk, &mut arena)?.superblock.geometry))
 }
 
-/// Finds out what is on `disk`, or creates a store there, and deals it out to `shards_count` shards. No other
-/// operation may be under way on `disk`; on return none is. `seed` is where all randomness comes from.
+/// Finds out what is on `disk`, or creates a store there, and deals it out to `shards_count`
+/// shards. No other operation may be under way on `disk`; on return none is. `seed` is where all
+/// randomness comes from.
 pub(crate) fn begin(
     disk: &mut dyn Disk,
     options: &Options,
@@ -120,10 +130,12 @@ pub(crate) fn begin(
     if found != Found::Store {
         let limits = options.limits(&options.geometry, shards_count)?;
         // A file system that copies on write has no room for a write when it is full.
-        create::create(disk, &mut arena, &limits, shards_count, seed, found).map_err(Error::full_if_no_space)?;
+        create::create(disk, &mut arena, &limits, shards_count, seed, found)
+            .map_err(Error::full_if_no_space)?;
         report.created = true;
     }
-    let FoundSuperblock { superblock, unreadable, behind, warnings } = find_superblock(disk, &mut arena)?;
+    let FoundSuperblock { superblock, unreadable, behind, warnings } =
+        find_superblock(disk, &mut arena)?;
     report.warnings = warnings;
     let limits = options.limits(&superblock.geometry, shards_count)?;
     let shard_map = ShardMap::new(superblock.geometry.vshards_count, shards_count);
@@ -138,10 +150,17 @@ pub(crate) fn begin(
     report.cut = scan.state(&superblock);
     report.commits_applied = scan.applied;
     report.commits_dropped = scan.dropped;
-    // What follows overwrites what the generation before needs: the only copy of this one must not be lost by then.
+    // What follows overwrites what the generation before needs: the only copy of this one must not
+    // be lost by then.
     create::rewrite_copies(disk, &mut arena, &superblock, &[unreadable, behind].concat())?;
     for shard in shard_map.shards() {
-        create::make_log(disk, &superblock.geometry, shard, segments_of(&superblock, shard), false)?;
+        create::make_log(
+            disk,
+            &superblock.geometry,
+            shard,
+            segments_of(&superblock, shard),
+            false,
+        )?;
     }
     if !superblock.clean {
         // A dead process may have left writes that we have just read and that no flush has covered.
@@ -161,19 +180,31 @@ pub(crate) fn begin(
     };
     report.epoch = new_epoch.epoch;
     let order = Arc::new(GlobalOrder::new(new_epoch.first_lsn, usize::from(shards_count)));
-    let whole = Whole { shard_map, limits, superblock, loaded, scan, new_epoch, order: order.clone(), seed, now };
+    let whole = Whole {
+        shard_map,
+        limits,
+        superblock,
+        loaded,
+        scan,
+        new_epoch,
+        order: order.clone(),
+        seed,
+        now,
+    };
     whole.check_length(disk)?;
     let mut shard = |id| whole.shard(disk, &mut arena, id, &mut report);
     let shards = shard_map.shards().map(&mut shard).collect::<Result<_>>()?;
     Ok(Opening { shards, report, order })
 }
 
-/// How many segments the log of `shard` has: a shard that the store did not have begins like one of a new store.
+/// How many segments the log of `shard` has: a shard that the store did not have begins like one of
+/// a new store.
 fn segments_of(superblock: &Superblock, shard: ShardId) -> u32 {
     superblock.logs.get(shard.index()).map_or(SEGMENTS_FIRST, |log| log.segments_made)
 }
 
-/// Memory for what is read before there are shards: 4 MiB, for the reads that are in flight together (see `read`).
+/// Memory for what is read before there are shards: 4 MiB, for the reads that are in flight
+/// together (see `read`).
 const READ_BLOCKS: u32 = 1024;
 
 /// What all shards are made from.
@@ -201,7 +232,8 @@ impl Whole {
             return Ok(());
         }
         Err(Error::corrupt(format_args!(
-            "the data file has {data_bytes} bytes, but {count} extents of {bytes} bytes are in use: it was truncated"
+            "the data file has {data_bytes} bytes, but {count} extents of {bytes} bytes are in \
+             use: it was truncated"
         )))
     }
 
@@ -227,13 +259,20 @@ impl Whole {
         reserve_named(disk, read_arena, &self.superblock, &self.scan, &mut extents)?;
         report.warnings.extend(refill(disk, read_arena, &self.superblock, &mut extents));
         let chunks = log_chunks(&mut arena, &self.limits)?;
-        let superblock_frames: Option<Vec<_>> = (0..SUPERBLOCK_BYTES / BLOCK).map(|_| arena.alloc(0)).collect();
-        let superblock_frames = superblock_frames.ok_or_else(|| Error::invalid("memory_bytes is too small"))?;
+        let superblock_frames: Option<Vec<_>> =
+            (0..SUPERBLOCK_BYTES / BLOCK).map(|_| arena.alloc(0)).collect();
+        let superblock_frames =
+            superblock_frames.ok_or_else(|| Error::invalid("memory_bytes is too small"))?;
         let segment_blocks = (geometry.segment_bytes / BLOCK as u64) as u32;
         let seed = mix(self.seed ^ u64::from(id.get()) << 32);
         let groups = self.scan.groups.iter().filter(|group| group.concerns.contains(id));
-        let recovering = (!self.superblock.clean)
-            .then(|| Recovering::new(self.scan.redo, self.scan.cut, groups.map(|group| group.head.clone()).collect()));
+        let recovering = (!self.superblock.clean).then(|| {
+            Recovering::new(
+                self.scan.redo,
+                self.scan.cut,
+                groups.map(|group| group.head.clone()).collect(),
+            )
+        });
         Ok(Shard::new(Setup {
             id,
             shard_map: self.shard_map,
@@ -254,7 +293,8 @@ impl Whole {
     }
 }
 
-/// Keeps the extents that log records name as they are; what they hold already is listed by their summaries.
+/// Keeps the extents that log records name as they are; what they hold already is listed by their
+/// summaries.
 fn reserve_named(
     disk: &mut dyn Disk,
     arena: &mut Arena,
@@ -266,28 +306,38 @@ fn reserve_named(
         let Some((at, crc)) = extents.reserve_named(place.extent) else { continue };
         let offset = at.offset(superblock.geometry.extent_bytes);
         let bytes = read_bytes(disk, arena, FileId::Data, offset, extents.summary_bytes())?;
-        let items = decode_summary(superblock.store_id, place.extent, crc, &bytes).map_err(|what| {
-            Error::corrupt(format_args!(
-                "the summary of extent {} (byte {offset} of file data) {what}",
-                place.extent.get()
-            ))
-        })?;
+        let items =
+            decode_summary(superblock.store_id, place.extent, crc, &bytes).map_err(|what| {
+                Error::corrupt(format_args!(
+                    "the summary of extent {} (byte {offset} of file data) {what}",
+                    place.extent.get()
+                ))
+            })?;
         extents.restore_items(place.extent, items);
     }
     Ok(())
 }
 
-/// Summaries that are read to find extents which are not full, for each shard: a few more than it has streams.
+/// Summaries that are read to find extents which are not full, for each shard: a few more than it
+/// has streams.
 const REFILL_LOOKS: usize = 8;
 
-/// Finds the extents that were being filled when the store was last in use, and goes on with them. One whose summary can't be
-/// read is left alone; that is returned, in words.
-fn refill(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblock, extents: &mut Extents) -> Option<String> {
+/// Finds the extents that were being filled when the store was last in use, and goes on with them.
+/// One whose summary can't be read is left alone; that is returned, in words.
+fn refill(
+    disk: &mut dyn Disk,
+    arena: &mut Arena,
+    superblock: &Superblock,
+    extents: &mut Extents,
+) -> Option<String> {
     let looks = extents.maybe_unfilled(REFILL_LOOKS);
     let offset = |place: BlockAddr| place.offset(superblock.geometry.extent_bytes);
     let blocks = (extents.summary_bytes() / BLOCK) as u64;
-    let range =
-        |(_, place, _): &(ExtentNo, BlockAddr, u32)| Range { file: FileId::Data, offset: offset(*place), blocks };
+    let range = |(_, place, _): &(ExtentNo, BlockAddr, u32)| Range {
+        file: FileId::Data,
+        offset: offset(*place),
+        blocks,
+    };
     let mut summaries = vec![Vec::new(); looks.len()];
     let read = read_ranges(disk, arena, looks.iter().map(range), |index, bytes| {
         summaries[index].extend_from_slice(bytes);
@@ -302,26 +352,34 @@ fn refill(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblock, exten
             Ok(items) => extents.refill(no, items),
             Err(what) => {
                 let (no, offset) = (no.get(), offset(place));
-                warning =
-                    Some(format!("extent {no} is not filled on: its summary (byte {offset} of file data) {what}"));
+                warning = Some(format!(
+                    "extent {no} is not filled on: its summary (byte {offset} of file data) {what}"
+                ));
             }
         }
     }
     warning
 }
 
-/// The buffers in which log groups gather: enough for all that can be in flight, and one commit of the largest size.
+/// The buffers in which log groups gather: enough for all that can be in flight, and one commit of
+/// the largest size.
 fn log_chunks(arena: &mut Arena, limits: &Limits) -> Result<Chunks> {
     let order = limits.group_blocks.min(16).ilog2() as u8;
     let chunk_blocks = 1u64 << order;
     let largest = limits.txn_bytes_max / BLOCK as u64 * 103 / 100 + 2;
     // Parts of commits over shards may each begin a buffer.
-    let parts = chunk_blocks * if limits.shards_count > 1 { limits.log_writes_max as u64 } else { 0 };
-    let blocks = u64::from(limits.group_blocks) * limits.log_writes_max as u64 + 2 * largest + chunk_blocks + parts;
-    let stock: Option<Vec<_>> = (0..blocks.div_ceil(chunk_blocks)).map(|_| arena.alloc(order)).collect();
+    let parts =
+        chunk_blocks * if limits.shards_count > 1 { limits.log_writes_max as u64 } else { 0 };
+    let blocks = u64::from(limits.group_blocks) * limits.log_writes_max as u64
+        + 2 * largest
+        + chunk_blocks
+        + parts;
+    let stock: Option<Vec<_>> =
+        (0..blocks.div_ceil(chunk_blocks)).map(|_| arena.alloc(order)).collect();
     let stock = stock.filter(|_| arena.free_blocks() > arena.blocks() / 4).ok_or_else(|| {
         Error::invalid(format_args!(
-            "memory_bytes is {}: the log buffers alone need {}; raise memory_bytes or lower txn_bytes_max",
+            "memory_bytes is {}: the log buffers alone need {}; raise memory_bytes or lower \
+             txn_bytes_max",
             u64::from(limits.memory_blocks) * BLOCK as u64,
             blocks * BLOCK as u64
         ))
@@ -329,10 +387,17 @@ fn log_chunks(arena: &mut Arena, limits: &Limits) -> Result<Chunks> {
     Ok(Chunks::new(stock, chunk_blocks as usize * BLOCK))
 }
 
-/// Writes doubtful groups, and the pages that they have put to their places, once more. If a flush of the dead process has failed, the
-/// kernel may show what it will never write (it marks such pages clean), and a flush of ours would say that all is well.
-/// The redo writes what the groups hold anew, but a checkpoint in the middle of it records the cut, and the groups must last beyond it.
-fn rewrite_doubtful(disk: &mut dyn Disk, arena: &mut Arena, superblock: &Superblock, scan: &Scan) -> Result<()> {
+/// Writes doubtful groups, and the pages that they have put to their places, once more. If a flush
+/// of the dead process has failed, the kernel may show what it will never write (it marks such
+/// pages clean), and a flush of ours would say that all is well. The redo writes what the groups
+/// hold anew, but a checkpoint in the middle of it records the cut, and the groups must last beyond
+/// it.
+fn rewrite_doubtful(
+    disk: &mut dyn Disk,
+    arena: &mut Arena,
+    superblock: &Superblock,
+    scan: &Scan,
+) -> Result<()> {
     let doubtful = || scan.groups.iter().filter(|group| group.is_doubtful);
     let places = doubtful().flat_map(|group| &group.places);
     let offsets = places.map(|place| place.offset(superblock.geometry.extent_bytes));

@@ -1,11 +1,12 @@
 //! Reading while a store is opened: many ranges of files, with many reads in flight.
 //!
 //! Invariants
-//! 1. Bytes are delivered in the order of the ranges, and in each range from front to back, whatever the order in which the
-//!    reads complete.
-//! 2. At most [`IN_FLIGHT_MAX`] pieces (or as many as the caller says) of at most [`PIECE_BLOCKS`] blocks are read or wait
-//!    for their turn: memory does not grow with the ranges.
-//! 3. When it returns no operation is in flight, after an error too: the memory of the reads is ours again.
+//! 1. Bytes are delivered in the order of the ranges, and in each range from front to back,
+//!    whatever the order in which the reads complete.
+//! 2. At most [`IN_FLIGHT_MAX`] pieces (or as many as the caller says) of at most [`PIECE_BLOCKS`]
+//!    blocks are read or wait for their turn: memory does not grow with the ranges.
+//! 3. When it returns no operation is in flight, after an error too: the memory of the reads is
+//!    ours again.
 //!
 //! It does *not* check what it reads.
 
@@ -15,11 +16,12 @@ use crate::io::{Completion, Disk, DiskOp, FileId, OpId};
 use crate::memory::{Arena, Frame};
 use std::collections::VecDeque;
 
-/// Reads in flight, and pieces read ahead of their turn: enough to keep a fast device busy with pieces of this size.
+/// Reads in flight, and pieces read ahead of their turn: enough to keep a fast device busy with
+/// pieces of this size.
 const IN_FLIGHT_MAX: usize = 16;
 
-/// Blocks of the largest piece, a power of two: 256 KiB is near the best throughput of most devices, and below the 512 KiB
-/// above which the kernel hands an operation to its worker threads.
+/// Blocks of the largest piece, a power of two: 256 KiB is near the best throughput of most
+/// devices, and below the 512 KiB above which the kernel hands an operation to its worker threads.
 const PIECE_BLOCKS: u64 = 64;
 
 /// Whole blocks of a file.
@@ -50,7 +52,8 @@ struct Pieces<I> {
 }
 
 impl<I: Iterator<Item = Range>> Pieces<I> {
-    /// The next piece, by the index of its range; its number of blocks is a power of two, so that one frame takes it.
+    /// The next piece, by the index of its range; its number of blocks is a power of two, so that
+    /// one frame takes it.
     fn next(&mut self) -> Option<(usize, Range)> {
         while self.rest.is_none_or(|rest| rest.blocks == 0) {
             self.rest = Some(self.ranges.next()?);
@@ -65,7 +68,8 @@ impl<I: Iterator<Item = Range>> Pieces<I> {
     }
 }
 
-/// Reads `ranges` and gives `each` their bytes: the index of the range, and some whole blocks of it.
+/// Reads `ranges` and gives `each` their bytes: the index of the range, and some whole blocks of
+/// it.
 ///
 /// # Errors
 /// The first error of a read, or of `each`; `Invalid` if `arena` has no memory for a single piece.
@@ -78,8 +82,9 @@ pub(crate) fn read_ranges(
     read_pieces(disk, arena, IN_FLIGHT_MAX, ranges, |index, _, piece| each(index, piece?))
 }
 
-/// The same with at most `in_flight_max` pieces at a time; `each` also gets what the piece covers, and a piece that can't be
-/// read as an error: if `each` returns `Ok` all the same, reading goes on behind it.
+/// The same with at most `in_flight_max` pieces at a time; `each` also gets what the piece covers,
+/// and a piece that can't be read as an error: if `each` returns `Ok` all the same, reading goes on
+/// behind it.
 ///
 /// # Errors
 /// The first error of `each`; `Invalid` if `arena` has no memory for a single piece.
@@ -105,7 +110,10 @@ pub(crate) fn read_pieces(
         {
             let Some(frame) = arena.alloc(of.blocks.ilog2() as u8) else { break };
             let id = OpId(first + in_order.len() as u64);
-            disk.submit(id, DiskOp::Read { file: of.file, offset: of.offset, into: smallvec::smallvec![frame] });
+            disk.submit(
+                id,
+                DiskOp::Read { file: of.file, offset: of.offset, into: smallvec::smallvec![frame] },
+            );
             in_order.push_back(Piece { range, of, outcome: None });
             in_flight += 1;
             next = pieces.next();

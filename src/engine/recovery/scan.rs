@@ -1,22 +1,25 @@
 //! Reading the logs to their ends, and finding the cut: the LSN up to which the store is recovered.
 //!
 //! Invariants
-//! 1. A group counts only whole: head, body, inline pages, and, above the highest recorded watermark, the pages at
-//!    their final places too. At or below the watermark a page that does not match its checksum is damage, found when it
-//!    is read.
-//! 2. The search goes on behind a torn group, block by block: with several writes in flight a whole group may stand
-//!    behind it, and its head may record a watermark that makes the gap damage.
-//! 3. The cut is the last LSN before the first one, above what the roots reflect, that no whole group of any log accounts
-//!    for, or whose commit is not complete: a commit over shards needs the part of each shard that its owner names.
-//!    A cut below the highest recorded watermark is damage, and refused.
-//! 4. Bytes left from earlier uses of a segment pass only if they are groups of this epoch at this very position;
-//!    those are older than the redo LSN and ignored.
-//! 5. A log has the segments that the superblock counts. A file of a later one is what a growth that was cut short has left, and holds
-//!    no group of this epoch: if it does, the superblock that counts it was lost.
-//! 6. Every block of every log is examined before anything is cut or refused. Any block may hold a later watermark: whatever would
-//!    say that a segment was not begun can be lost with the groups before it.
-//! 7. The logs are read with many reads in flight, and memory is bounded by these, the largest group, and a small part of
-//!    what is to be redone (see `read` and `segment`).
+//! 1. A group counts only whole: head, body, inline pages, and, above the highest recorded
+//!    watermark, the pages at their final places too. At or below the watermark a page that does
+//!    not match its checksum is damage, found when it is read.
+//! 2. The search goes on behind a torn group, block by block: with several writes in flight a whole
+//!    group may stand behind it, and its head may record a watermark that makes the gap damage.
+//! 3. The cut is the last LSN before the first one, above what the roots reflect, that no whole
+//!    group of any log accounts for, or whose commit is not complete: a commit over shards needs
+//!    the part of each shard that its owner names. A cut below the highest recorded watermark is
+//!    damage, and refused.
+//! 4. Bytes left from earlier uses of a segment pass only if they are groups of this epoch at this
+//!    very position; those are older than the redo LSN and ignored.
+//! 5. A log has the segments that the superblock counts. A file of a later one is what a growth
+//!    that was cut short has left, and holds no group of this epoch: if it does, the superblock
+//!    that counts it was lost.
+//! 6. Every block of every log is examined before anything is cut or refused. Any block may hold a
+//!    later watermark: whatever would say that a segment was not begun can be lost with the groups
+//!    before it.
+//! 7. The logs are read with many reads in flight, and memory is bounded by these, the largest
+//!    group, and a small part of what is to be redone (see `read` and `segment`).
 
 use super::read::{Range, read_ranges};
 use super::segment::{Found, SegmentSearch};
@@ -42,13 +45,15 @@ pub(crate) struct ScannedGroup {
 
 /// What the logs hold.
 pub(crate) struct Scan {
-    /// Whole groups with something above the redo LSN and at or below the cut, each log in its order.
+    /// Whole groups with something above the redo LSN and at or below the cut, each log in its
+    /// order.
     pub groups: Vec<ScannedGroup>,
     /// Groups with a valid head that are not whole.
     pub torn: u64,
     /// What the roots reflect.
     pub redo: Lsn,
-    /// The state to be restored. If nothing of the epoch is left it lies right before the epoch's first LSN.
+    /// The state to be restored. If nothing of the epoch is left it lies right before the epoch's
+    /// first LSN.
     pub cut: Lsn,
     /// The highest LSN seen anywhere.
     pub highest: Lsn,
@@ -64,7 +69,16 @@ impl Scan {
     /// For a store that was closed cleanly.
     pub(crate) fn nothing(superblock: &Superblock) -> Self {
         let cut = superblock.next_lsn.before();
-        Scan { groups: Vec::new(), torn: 0, redo: cut, cut, highest: cut, applied: 0, dropped: 0, extents_named: 0 }
+        Scan {
+            groups: Vec::new(),
+            torn: 0,
+            redo: cut,
+            cut,
+            highest: cut,
+            applied: 0,
+            dropped: 0,
+            extents_named: 0,
+        }
     }
 
     /// The last commit of the state to be restored: the epoch begins above LSNs that were dropped.
@@ -99,19 +113,25 @@ impl Reader<'_> {
                 Some(len) if len >= bytes => segments.push((shard, segment, bytes / BLOCK as u64)),
                 Some(len) => {
                     return Err(Error::corrupt(format_args!(
-                        "the file {file} has {len} bytes of {bytes}: it was truncated. Nothing was changed; bring it back \
-                         from a backup"
+                        "the file {file} has {len} bytes of {bytes}: it was truncated. Nothing \
+                         was changed; bring it back from a backup"
                     )));
                 }
                 None => {
-                    let what = format_args!("the file {file} is missing: bring the store back from a backup");
+                    let what = format_args!(
+                        "the file {file} is missing: bring the store back from a backup"
+                    );
                     return Err(Error::new(ErrorKind::NotFound, what));
                 }
             }
         }
         for file in self.disk.files()? {
             let FileId::Log(shard, segment) = file else { continue };
-            if superblock.logs.get(shard.index()).is_some_and(|log| segment.get() >= log.segments_made) {
+            if superblock
+                .logs
+                .get(shard.index())
+                .is_some_and(|log| segment.get() >= log.segments_made)
+            {
                 let len = self.disk.len(file)?.unwrap_or(0).min(bytes);
                 segments.push((shard, segment, len / BLOCK as u64));
             }
@@ -123,7 +143,11 @@ impl Reader<'_> {
     fn search(&mut self) -> Result<Vec<Found>> {
         let (superblock, shard_map) = (self.superblock, self.shard_map);
         let segments = self.segments()?;
-        let range = |&(shard, segment, blocks): &_| Range { file: FileId::Log(shard, segment), offset: 0, blocks };
+        let range = |&(shard, segment, blocks): &_| Range {
+            file: FileId::Log(shard, segment),
+            offset: 0,
+            blocks,
+        };
         let mut found = Vec::new();
         let mut search: Option<(usize, SegmentSearch<'_>)> = None;
         read_ranges(self.disk, self.arena, segments.iter().map(range), |index, bytes| {
@@ -144,21 +168,24 @@ impl Reader<'_> {
     fn judge(&mut self, mut found: Vec<Found>) -> Result<Scan> {
         let superblock = self.superblock;
         found.sort_by_key(|f| (f.head.shard, f.head.number));
-        let is_counted = |f: &&Found| f.head.segment.get() < superblock.logs[f.head.shard.index()].segments_made;
+        let is_counted =
+            |f: &&Found| f.head.segment.get() < superblock.logs[f.head.shard.index()].segments_made;
         if let Some(f) = found.iter().find(|f| !is_counted(f)) {
             return Err(Error::corrupt(format_args!(
-                "the file {} holds a part of the log, but the newest superblock found, of generation {}, does not count it: a \
-                 superblock write was lost; restore the meta file from a backup",
+                "the file {} holds a part of the log, but the newest superblock found, of \
+                 generation {}, does not count it: a superblock write was lost; restore the meta \
+                 file from a backup",
                 FileId::Log(f.head.shard, f.head.segment),
                 superblock.generation
             )));
         }
         let redo = redo_lsn(superblock);
         let watermark = found.iter().map(|f| f.head.watermark).fold(superblock.watermark, Lsn::max);
-        if let Some(f) = found.iter().find(|f| f.head.superblock_generation > superblock.generation) {
+        if let Some(f) = found.iter().find(|f| f.head.superblock_generation > superblock.generation)
+        {
             return Err(Error::corrupt(format_args!(
-                "the log knows of superblock generation {}, but the newest found is {}: a superblock write was lost; \
-                 restore the meta file from a backup",
+                "the log knows of superblock generation {}, but the newest found is {}: a \
+                 superblock write was lost; restore the meta file from a backup",
                 f.head.superblock_generation, superblock.generation
             )));
         }
@@ -178,8 +205,11 @@ impl Reader<'_> {
         let extent_bytes = self.superblock.geometry.extent_bytes;
         // In the order in which they are read: offset, what must be there, group.
         let mut expected: Vec<(u64, Expected, usize)> = Vec::new();
-        for (i, f) in found.iter_mut().enumerate().filter(|(_, f)| f.whole && f.last_lsn > watermark) {
-            let offsets = f.placed.iter().map(|(place, expected)| (place.offset(extent_bytes), *expected, i));
+        for (i, f) in
+            found.iter_mut().enumerate().filter(|(_, f)| f.whole && f.last_lsn > watermark)
+        {
+            let offsets =
+                f.placed.iter().map(|(place, expected)| (place.offset(extent_bytes), *expected, i));
             if offsets.clone().all(|(offset, ..)| offset + BLOCK as u64 <= data_bytes) {
                 expected.extend(offsets);
             } else {
@@ -188,7 +218,8 @@ impl Reader<'_> {
         }
         let mut next = expected.iter();
         let ranges = neighbours_together(expected.iter().map(|(offset, ..)| *offset));
-        let ranges = ranges.into_iter().map(|(offset, blocks)| Range { file: FileId::Data, offset, blocks });
+        let ranges =
+            ranges.into_iter().map(|(offset, blocks)| Range { file: FileId::Data, offset, blocks });
         read_ranges(self.disk, self.arena, ranges, |_, bytes| {
             for (stored, (_, page, group)) in bytes.chunks(BLOCK).zip(next.by_ref()) {
                 found[*group].whole &= page.open(stored).is_ok() || planted!(PlacedUnchecked);
@@ -225,7 +256,8 @@ pub(crate) fn scan(
 fn keep(found: Vec<Found>, redo: Lsn, cut: Lsn, watermark: Lsn) -> Scan {
     let torn = found.iter().filter(|f| !f.whole).count() as u64;
     let (groups, extents_named) = (Vec::new(), 0);
-    let mut scan = Scan { groups, torn, redo, cut, highest: cut, applied: 0, dropped: 0, extents_named };
+    let mut scan =
+        Scan { groups, torn, redo, cut, highest: cut, applied: 0, dropped: 0, extents_named };
     for f in found.into_iter().filter(|f| f.whole && f.last_lsn > redo) {
         scan.applied += f.commits_within(redo, cut);
         scan.dropped += f.commits_within(cut, Lsn::MAX);
@@ -253,9 +285,11 @@ fn find_cut(found: &[Found], redo: Lsn) -> Lsn {
         cut = cut.max(Lsn::new(first.get().saturating_add(count).saturating_sub(1)));
     }
     let records = || whole().flat_map(|f| f.parts.iter().map(move |record| (f.head.shard, record)));
-    let of_part =
-        |(shard, (lsn, role)): (ShardId, &(Lsn, Role))| matches!(role, Role::Part(_)).then_some((*lsn, shard));
-    let parts: HashSet<(Lsn, ShardId), foldhash::fast::FixedState> = records().filter_map(of_part).collect();
+    let of_part = |(shard, (lsn, role)): (ShardId, &(Lsn, Role))| {
+        matches!(role, Role::Part(_)).then_some((*lsn, shard))
+    };
+    let parts: HashSet<(Lsn, ShardId), foldhash::fast::FixedState> =
+        records().filter_map(of_part).collect();
     let lacks_a_part = |(lsn, role): &(Lsn, Role)| {
         let Role::Owner(others) = role else { return false };
         others.iter().any(|shard| !parts.contains(&(*lsn, shard)))
@@ -269,7 +303,10 @@ fn find_cut(found: &[Found], redo: Lsn) -> Lsn {
 fn missing(found: &[Found], cut: Lsn, watermark: Lsn) -> Error {
     let covers = |f: &&Found| {
         !f.whole
-            && f.head.runs.iter().any(|(first, count)| (first.get()..first.get() + count).contains(&(cut.get() + 1)))
+            && f.head
+                .runs
+                .iter()
+                .any(|(first, count)| (first.get()..first.get() + count).contains(&(cut.get() + 1)))
     };
     let place = match found.iter().find(covers) {
         Some(f) => format!(
@@ -280,8 +317,8 @@ fn missing(found: &[Found], cut: Lsn, watermark: Lsn) -> Error {
         None => "no log holds a whole group with it, or with a part of it".to_string(),
     };
     Error::corrupt(format_args!(
-        "commit {} was durable (everything up to {watermark} was), but it is gone: {place}; the log is damaged in the \
-         middle. Nothing was changed; restore the log from a backup",
+        "commit {} was durable (everything up to {watermark} was), but it is gone: {place}; the \
+         log is damaged in the middle. Nothing was changed; restore the log from a backup",
         cut.get() + 1
     ))
 }

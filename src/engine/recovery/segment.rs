@@ -1,11 +1,13 @@
 //! One log segment, read from front to back: the groups in it.
 //!
 //! Invariants
-//! 1. A group counts only whole: head, body and inline pages. Behind a torn one the search goes on block by block.
-//! 2. Bytes are kept only while a group that begins in them goes on in the next: at most as many as the largest group has,
-//!    which is bounded by the largest commit that the writer was open for.
-//! 3. Of a group is kept what finding the end of the log and preparing the redo need, not its content: at most a third of
-//!    the size of a log that consists of nothing but the smallest parts of commits over shards, and 1 % of a usual one.
+//! 1. A group counts only whole: head, body and inline pages. Behind a torn one the search goes on
+//!    block by block.
+//! 2. Bytes are kept only while a group that begins in them goes on in the next: at most as many as
+//!    the largest group has, which is bounded by the largest commit that the writer was open for.
+//! 3. Of a group is kept what finding the end of the log and preparing the redo need, not its
+//!    content: at most a third of the size of a log that consists of nothing but the smallest parts
+//!    of commits over shards, and 1 % of a usual one.
 //!
 //! It does *not* read, and does not judge what is missing; see `scan`.
 
@@ -24,7 +26,8 @@ pub(super) struct Found {
     pub first_lsn: Lsn,
     /// The highest one.
     pub last_lsn: Lsn,
-    /// Commits recorded in it, parts of other shards' commits not counted: first LSN and number of consecutive ones.
+    /// Commits recorded in it, parts of other shards' commits not counted: first LSN and number of
+    /// consecutive ones.
     pub commits: Vec<(Lsn, u64)>,
     /// Records of commits over shards.
     pub parts: Vec<(Lsn, Role)>,
@@ -37,7 +40,9 @@ pub(super) struct Found {
 impl Found {
     /// What is known from the head alone.
     fn new(head: GroupHead) -> Self {
-        let last = |(first, count): &(Lsn, u64)| Lsn::new(first.get().saturating_add(count.saturating_sub(1)));
+        let last = |(first, count): &(Lsn, u64)| {
+            Lsn::new(first.get().saturating_add(count.saturating_sub(1)))
+        };
         Found {
             whole: false,
             first_lsn: head.runs.iter().map(|(first, _)| *first).min().unwrap_or(Lsn::MAX),
@@ -68,14 +73,18 @@ impl Found {
                 found.parts.push((record.lsn, record.role));
             }
             for change in &record.changes {
-                let (LoggedChange::Image(key, _) | LoggedChange::Patch(key, ..) | LoggedChange::Free(key)) = change;
+                let (LoggedChange::Image(key, _)
+                | LoggedChange::Patch(key, ..)
+                | LoggedChange::Free(key)) = change;
                 found.concerns.insert(shard_map.shard_of(*key));
             }
         }
         let placed = body.slots.iter().filter(|slot| slot.state == SlotState::Placed);
-        let expected = placed.map(|slot| Some((slot.entry.place(), Expected::of(&slot.entry).ok()?)));
+        let expected =
+            placed.map(|slot| Some((slot.entry.place(), Expected::of(&slot.entry).ok()?)));
         let expected: Option<Vec<_>> = expected.collect();
-        found.whole = expected.is_some() && body.slots.iter().all(|slot| inline_matches(slot, here));
+        found.whole =
+            expected.is_some() && body.slots.iter().all(|slot| inline_matches(slot, here));
         found.placed = expected.unwrap_or_default();
         found
     }
@@ -119,10 +128,23 @@ pub(super) struct SegmentSearch<'a> {
 }
 
 impl<'a> SegmentSearch<'a> {
-    pub(super) fn new(superblock: &'a Superblock, shard_map: ShardMap, (shard, segment): (ShardId, SegmentNo)) -> Self {
+    pub(super) fn new(
+        superblock: &'a Superblock,
+        shard_map: ShardMap,
+        (shard, segment): (ShardId, SegmentNo),
+    ) -> Self {
         let blocks = (superblock.geometry.segment_bytes / BLOCK as u64) as u32;
         let redo = redo_lsn(superblock).min(superblock.watermark);
-        SegmentSearch { superblock, redo, shard_map, shard, segment, blocks, at: 0, held: Vec::new() }
+        SegmentSearch {
+            superblock,
+            redo,
+            shard_map,
+            shard,
+            segment,
+            blocks,
+            at: 0,
+            held: Vec::new(),
+        }
     }
 
     /// Takes the next whole blocks of the segment.
@@ -146,7 +168,9 @@ impl<'a> SegmentSearch<'a> {
         while let Some(here) = bytes.get(done..).filter(|here| !here.is_empty()) {
             let (salt, epoch) = (self.superblock.salt, self.superblock.epoch);
             let mut blocks = 1;
-            if let Some(head) = GroupHead::open(here, salt, epoch, (self.shard, self.segment, self.at), self.blocks) {
+            if let Some(head) =
+                GroupHead::open(here, salt, epoch, (self.shard, self.segment, self.at), self.blocks)
+            {
                 if head.blocks as usize * BLOCK > here.len() {
                     break;
                 }

@@ -1,5 +1,5 @@
-//! Opening, closing and crashing one shard on the simulated disk: the plain paths. The hard ones are the
-//! simulator's (`sim/`).
+//! Opening, closing and crashing one shard on the simulated disk: the plain paths. The hard ones
+//! are the simulator's (`sim/`).
 
 mod creation;
 pub(crate) mod growth;
@@ -54,8 +54,13 @@ impl Driver {
         Driver::open_shards(disk, options, 1)
     }
 
-    fn open_shards(mut disk: SimDisk, options: &Options, shards_count: u16) -> (Driver, RecoveryReport) {
-        let opening = begin(&mut disk, options, shards_count, 7, 0).expect("the store can be opened");
+    fn open_shards(
+        mut disk: SimDisk,
+        options: &Options,
+        shards_count: u16,
+    ) -> (Driver, RecoveryReport) {
+        let opening =
+            begin(&mut disk, options, shards_count, 7, 0).expect("the store can be opened");
         let mut all = LocalCluster::new(opening.shards);
         all.run_until_open(&mut disk, 0).expect("the store opens");
         let (now, shard_map) = (disk.now() + 1_000_000, all.shards[0].shard_map());
@@ -137,7 +142,10 @@ fn commits_are_found_again() {
     let (mut d, report) = Driver::open(SimDisk::new(1));
     assert!(report.created && report.clean);
     let first = d.commit((0..8).map(|i| (key(i), put(i as u8))).collect());
-    assert!(d.commit(vec![(key(3), Change::Patch { offset: 10, bytes: Bytes::from_static(b"hello") })]) > first);
+    assert!(
+        d.commit(vec![(key(3), Change::Patch { offset: 10, bytes: Bytes::from_static(b"hello") })])
+            > first
+    );
     d.commit(vec![(key(4), Change::Free), (key(1 << 40), put(9))]);
     let check = |d: &mut Driver| {
         assert_eq!(d.read(key(5)), vec![5; BLOCK]);
@@ -157,19 +165,28 @@ fn commits_are_found_again() {
     check(&mut d);
 }
 
-/// The log's buffers hold all groups that can be in flight, each with parts, and one commit of the largest size: with less that
-/// commit would wait for ever.
+/// The log's buffers hold all groups that can be in flight, each with parts, and one commit of the
+/// largest size: with less that commit would wait for ever.
 #[test]
 fn the_log_has_buffers_for_all_that_can_be_under_way() {
     let mut arena = Arena::new(1 << 16).expect("memory");
-    for (shards_count, log_writes_max, memory_bytes, segment_bytes, txn_bytes_max) in (0..3 * 4 * 5 * 4 * 3).map(|i| {
-        let (shards, writes, memory) =
-            ([1, 2, 4][i % 3], [1, 2, 5, 8][i / 3 % 4], [2, 4, 9, 33, 128][i / 12 % 5] << 20);
-        let (segment, txn) = ([64, 256, 1024, 8192][i / 60 % 4] << 10, [4, 700, 65536][i / 240] << 10);
-        (shards, writes, memory * u64::from(shards), segment, txn)
-    }) {
+    for (shards_count, log_writes_max, memory_bytes, segment_bytes, txn_bytes_max) in
+        (0..3 * 4 * 5 * 4 * 3).map(|i| {
+            let (shards, writes, memory) =
+                ([1, 2, 4][i % 3], [1, 2, 5, 8][i / 3 % 4], [2, 4, 9, 33, 128][i / 12 % 5] << 20);
+            let (segment, txn) =
+                ([64, 256, 1024, 8192][i / 60 % 4] << 10, [4, 700, 65536][i / 240] << 10);
+            (shards, writes, memory * u64::from(shards), segment, txn)
+        })
+    {
         let geometry = crate::Geometry { segment_bytes, vshards_count: 8, ..options().geometry };
-        let options = Options { geometry: geometry.clone(), memory_bytes, log_writes_max, txn_bytes_max, ..options() };
+        let options = Options {
+            geometry: geometry.clone(),
+            memory_bytes,
+            log_writes_max,
+            txn_bytes_max,
+            ..options()
+        };
         let limits = options.limits(&geometry, shards_count).expect("limits");
         let chunks = log_chunks(&mut arena, &limits).expect("a part of the memory");
         let chunk_blocks = limits.group_blocks.min(16);
@@ -177,49 +194,63 @@ fn the_log_has_buffers_for_all_that_can_be_under_way() {
         let log_writes_max = limits.log_writes_max as u32;
         let parts = if shards_count > 1 { log_writes_max } else { 0 };
         // A head, and for each page a patch of all its bytes.
-        let largest = (4096 + limits.txn_bytes_max + limits.txn_bytes_max / 4096 * 20).div_ceil(4096) as u32;
+        let largest =
+            (4096 + limits.txn_bytes_max + limits.txn_bytes_max / 4096 * 20).div_ceil(4096) as u32;
         let needed = limits.group_blocks * log_writes_max + largest + parts * chunk_blocks;
         let blocks = chunks.count() * chunk_blocks;
         assert!(blocks >= needed, "{blocks} blocks of buffers, {needed} may be needed: {limits:?}");
-        assert!(blocks < limits.memory_blocks / 2, "{blocks} blocks of buffers leave too little: {limits:?}");
+        assert!(
+            blocks < limits.memory_blocks / 2,
+            "{blocks} blocks of buffers leave too little: {limits:?}"
+        );
     }
 }
 
-/// Commits of the largest size, as patches, which go through the log whole: there are buffers for each, whatever else is under way.
+/// Commits of the largest size, as patches, which go through the log whole: there are buffers for
+/// each, whatever else is under way.
 #[test]
 fn commits_of_the_largest_size_all_go_through() {
     let geometry = crate::Geometry { segment_bytes: 1 << 20, ..options().geometry };
     for (shards_count, log_writes_max) in [(1, 1), (1, 8), (2, 1), (2, 8)] {
         let memory_bytes = (4 << 20) * u64::from(shards_count);
-        let tight = Options { geometry: geometry.clone(), memory_bytes, log_writes_max, ..options() };
+        let tight =
+            Options { geometry: geometry.clone(), memory_bytes, log_writes_max, ..options() };
         let (mut d, _) = Driver::open_shards(SimDisk::new(5), &tight, shards_count);
         let pages = d.all.shards[0].txn_bytes_max() / BLOCK as u64;
         assert_eq!(pages, 64, "a sixteenth of a shard's memory, four groups");
         let patch = |byte: u8| Change::Patch { offset: 0, bytes: Bytes::from(vec![byte; BLOCK]) };
-        let commit = |no: u64| (0..pages).map(|i| (key(no * pages + i), patch(no as u8 + 1))).collect();
+        let commit =
+            |no: u64| (0..pages).map(|i| (key(no * pages + i), patch(no as u8 + 1))).collect();
         // The first ones one at a time, then many at once, with small ones between them.
         (0..3).for_each(|no| _ = d.commit(commit(no)));
         let large = (3..15).map(commit);
-        let small = (0..60).map(|i| vec![(key(5_000 + i), patch(99)), (key(6_000 + i * 7), patch(98))]);
-        let together = large.chain(small).map(|changes| Commit { reads: vec![], changes, durable: true });
+        let small =
+            (0..60).map(|i| vec![(key(5_000 + i), patch(99)), (key(6_000 + i * 7), patch(98))]);
+        let together =
+            large.chain(small).map(|changes| Commit { reads: vec![], changes, durable: true });
         d.commit_together(together.collect());
         let crashed = d.disk.crash(Loss::Everything, &mut Rng::new(4));
         let (mut d, report) = Driver::open_shards(crashed, &tight, shards_count);
         assert!(!report.clean);
         for no in 0..15 {
-            (0..pages).for_each(|i| assert_eq!(d.read(key(no * pages + i)), vec![no as u8 + 1; BLOCK]));
+            (0..pages)
+                .for_each(|i| assert_eq!(d.read(key(no * pages + i)), vec![no as u8 + 1; BLOCK]));
         }
     }
 }
 
-/// A group of many commits, written by a store with much memory, is redone by one with little: a part at a time.
+/// A group of many commits, written by a store with much memory, is redone by one with little: a
+/// part at a time.
 #[test]
 fn what_a_large_store_has_logged_is_redone_in_little_memory() {
     let geometry = crate::Geometry { segment_bytes: 1 << 20, ..options().geometry };
-    let large = Options { geometry, memory_bytes: 64 << 20, coalesce_window_us: 10_000, ..options() };
+    let large =
+        Options { geometry, memory_bytes: 64 << 20, coalesce_window_us: 10_000, ..options() };
     let (mut d, _) = Driver::open_with(SimDisk::new(5), &large);
-    let patch = |i: u64| (key(i), Change::Patch { offset: 7, bytes: Bytes::from(vec![i as u8; 20]) });
-    let commits = (0..1000).map(|i| Commit { reads: vec![], changes: vec![patch(i)], durable: i == 999 });
+    let patch =
+        |i: u64| (key(i), Change::Patch { offset: 7, bytes: Bytes::from(vec![i as u8; 20]) });
+    let commits =
+        (0..1000).map(|i| Commit { reads: vec![], changes: vec![patch(i)], durable: i == 999 });
     d.commit_together(commits.collect());
     let crashed = d.disk.crash(Loss::Everything, &mut Rng::new(4));
     let (mut d, report) = Driver::open_with(crashed, &Options { memory_bytes: 2 << 20, ..large });
@@ -227,8 +258,9 @@ fn what_a_large_store_has_logged_is_redone_in_little_memory() {
     (0..1000).for_each(|i| assert_eq!(d.read(key(i))[7..27], [i as u8; 20]));
 }
 
-/// Between the two writes of a superblock's generation the second copy is two generations old: that one is named, and no other,
-/// and an opening writes it before it overwrites what the generation before needs.
+/// Between the two writes of a superblock's generation the second copy is two generations old: that
+/// one is named, and no other, and an opening writes it before it overwrites what the generation
+/// before needs.
 #[test]
 fn a_superblock_copy_left_behind_is_named_and_written() {
     let mut arena = Arena::new(READ_BLOCKS).expect("memory");
@@ -237,7 +269,9 @@ fn a_superblock_copy_left_behind_is_named_and_written() {
         d.commit(vec![(key(1), put(byte))]);
         assert!(matches!(d.ask(Request::Close), Ok(Response::Closed)));
         let found = find_superblock(&mut d.disk, &mut arena).expect("a superblock");
-        assert!(found.behind.is_empty() && found.unreadable.is_empty() && found.warnings.is_empty());
+        assert!(
+            found.behind.is_empty() && found.unreadable.is_empty() && found.warnings.is_empty()
+        );
         (d, _) = Driver::open(d.disk);
     }
     let mut disk = d.disk.crash(Loss::Everything, &mut Rng::new(1));
@@ -247,10 +281,12 @@ fn a_superblock_copy_left_behind_is_named_and_written() {
     let pair = Superblock::copies_of(newest.generation);
     let mut bytes = vec![0; SUPERBLOCK_BYTES];
     older.encode(pair[1], &mut bytes);
-    create::write_bytes(&mut disk, &mut arena, FileId::Meta, Superblock::offset(pair[1]), &bytes).expect("written");
+    create::write_bytes(&mut disk, &mut arena, FileId::Meta, Superblock::offset(pair[1]), &bytes)
+        .expect("written");
     let found = find_superblock(&mut disk, &mut arena).expect("a superblock");
     assert_eq!((found.superblock.generation, found.behind), (newest.generation, vec![pair[1]]));
-    // An opening that dies before its first flush changes nothing; one that dies before what follows has put it right.
+    // An opening that dies before its first flush changes nothing; one that dies before what
+    // follows has put it right.
     for (flushes, left) in [(0, vec![pair[1]]), (2, vec![])] {
         let mut image = disk.crash(Loss::Nothing, &mut Rng::new(1));
         image.inject(Fault::once(OpKind::Flush, Area::Any, flushes));
@@ -261,7 +297,8 @@ fn a_superblock_copy_left_behind_is_named_and_written() {
     }
 }
 
-/// A bad block in one copy of the superblock must not keep its store from being opened: the others are there for that.
+/// A bad block in one copy of the superblock must not keep its store from being opened: the others
+/// are there for that.
 #[test]
 fn a_superblock_copy_that_cannot_be_read_keeps_no_store_closed() {
     let (mut d, _) = Driver::open(SimDisk::new(1));
@@ -273,12 +310,15 @@ fn a_superblock_copy_that_cannot_be_read_keeps_no_store_closed() {
         disk.inject(Fault::once(OpKind::Read, Area::File(FileId::Meta), reads));
         let (mut d, report) = Driver::open(disk);
         assert_eq!(d.disk.counters().faults_read, 1);
-        assert!(!report.created && d.read(key(1)) == vec![7; BLOCK], "read {reads} of the meta file failed");
+        assert!(
+            !report.created && d.read(key(1)) == vec![7; BLOCK],
+            "read {reads} of the meta file failed"
+        );
     }
 }
 
-/// A failed flush may have lost pages that the kernel goes on showing. An opening that finds their commit must not rely on what it
-/// sees: a power cut would take pages that were served since.
+/// A failed flush may have lost pages that the kernel goes on showing. An opening that finds their
+/// commit must not rely on what it sees: a power cut would take pages that were served since.
 #[test]
 fn pages_that_a_failed_flush_has_lost_are_written_again() {
     let (mut shown_new, mut doomed) = (0, 0);
@@ -319,8 +359,9 @@ fn checkpoint_before_the_last(disk: &mut SimDisk) -> Lsn {
     opening.report.cut
 }
 
-/// A process dies with commits in its logs that no flush has covered; the next one reads them, and a checkpoint in the middle of its redo
-/// records them as durable. A power cut then must not find them gone: the store would be refused as damaged.
+/// A process dies with commits in its logs that no flush has covered; the next one reads them, and
+/// a checkpoint in the middle of its redo records them as durable. A power cut then must not find
+/// them gone: the store would be refused as damaged.
 #[test]
 pub(crate) fn what_a_recovery_records_as_durable_survives_a_power_cut() {
     let mut unflushed = 0;
@@ -328,22 +369,29 @@ pub(crate) fn what_a_recovery_records_as_durable_survives_a_power_cut() {
         let (mut d, _) = Driver::open(SimDisk::new(seed));
         d.commit(vec![(key(0), put(1))]);
         for n in 1..20 {
-            d.begin(Request::Commit(Commit { reads: vec![], changes: vec![(key(n), put(2))], durable: true }));
+            d.begin(Request::Commit(Commit {
+                reads: vec![],
+                changes: vec![(key(n), put(2))],
+                durable: true,
+            }));
         }
         // Somewhere between the first log write and the end of its flush.
         (0..seed % 12).for_each(|_| d.step());
         let mut disk = d.disk.crash(Loss::Process, &mut Rng::new(seed));
         let cut = checkpoint_before_the_last(&mut disk);
         let lost = d.disk.crash(Loss::Everything, &mut Rng::new(seed));
-        unflushed += u32::from(begin(&mut lost.clone(), &options(), 1, 7, 0).expect("it opens").report.cut < cut);
+        unflushed += u32::from(
+            begin(&mut lost.clone(), &options(), 1, 7, 0).expect("it opens").report.cut < cut,
+        );
         let (_, report) = Driver::open(disk.crash(Loss::Everything, &mut Rng::new(seed)));
         assert!(report.cut >= cut, "seed {seed}: {cut:?} was recorded, {:?} is left", report.cut);
     }
     assert!(unflushed > 0, "all that was read had been flushed");
 }
 
-/// The same after a flush that has failed: of what the dead process has written since, the kernel may show what it will never write. If
-/// this fails, a store that was reopened after such a failure, and then lost its power in the middle of the redo, is refused as damaged.
+/// The same after a flush that has failed: of what the dead process has written since, the kernel
+/// may show what it will never write. If this fails, a store that was reopened after such a
+/// failure, and then lost its power in the middle of the redo, is refused as damaged.
 #[test]
 fn what_a_failed_flush_has_lost_of_the_log_is_written_again() {
     let mut doomed = 0;
@@ -356,20 +404,27 @@ fn what_a_failed_flush_has_lost_of_the_log_is_written_again() {
         let lost = d.disk.crash(Loss::Everything, &mut Rng::new(seed));
         let mut disk = d.disk.crash(Loss::Process, &mut Rng::new(seed));
         let cut = checkpoint_before_the_last(&mut disk);
-        doomed += u32::from(begin(&mut lost.clone(), &options(), 1, 7, 0).expect("it opens").report.cut < cut);
+        doomed += u32::from(
+            begin(&mut lost.clone(), &options(), 1, 7, 0).expect("it opens").report.cut < cut,
+        );
         let mut after = disk.crash(Loss::Everything, &mut Rng::new(seed));
         let found = begin(&mut after, &options(), 1, 7, 0).map(|opening| opening.report.cut);
-        assert!(found.as_ref().is_ok_and(|found| *found >= cut), "seed {seed}: {cut:?} was recorded, now {found:?}");
+        assert!(
+            found.as_ref().is_ok_and(|found| *found >= cut),
+            "seed {seed}: {cut:?} was recorded, now {found:?}"
+        );
     }
     assert!(doomed > 0, "nothing was lost");
 }
 
-/// What is longer than one operation reads (a group with a large commit, the table of a large store) is put together in order.
+/// What is longer than one operation reads (a group with a large commit, the table of a large
+/// store) is put together in order.
 #[test]
 fn a_long_read_is_put_together_in_order() {
     let (mut disk, mut arena) = (SimDisk::new(1), Arena::new(READ_BLOCKS).unwrap());
     let bytes: Vec<u8> = (0..200u8).flat_map(|block| [block + 1; BLOCK]).collect();
-    execute(&mut disk, DiskOp::Allocate { file: FileId::Data, from: 0, to: bytes.len() as u64 }).unwrap();
+    execute(&mut disk, DiskOp::Allocate { file: FileId::Data, from: 0, to: bytes.len() as u64 })
+        .unwrap();
     create::write_bytes(&mut disk, &mut arena, FileId::Data, 0, &bytes).unwrap();
     for (first, count) in [(0, 200), (3, 64), (3, 65), (5, 129), (199, 1)] {
         let (from, len) = (first * BLOCK, count * BLOCK);
@@ -425,7 +480,9 @@ fn memory_in_the_hands_of_readers_is_busy_and_comes_back() {
     }
     assert!(refused > 0, "all 2000 pages fit into memory");
     let commit = Commit { changes: vec![(key(1), put(1))], durable: true, ..Commit::default() };
-    assert!(matches!(d.ask(Request::Commit(commit)), Err(error) if error.kind() == crate::ErrorKind::Busy));
+    assert!(
+        matches!(d.ask(Request::Commit(commit)), Err(error) if error.kind() == crate::ErrorKind::Busy)
+    );
     assert!(pinned.iter().all(|page| page.iter().all(|byte| *byte == page[0])));
     pinned.clear();
     d.commit(vec![(key(1), put(77))]);
@@ -433,8 +490,8 @@ fn memory_in_the_hands_of_readers_is_busy_and_comes_back() {
     assert_eq!(d.read(key(1999))[0], 1999u32 as u8);
 }
 
-/// Pages and map nodes come and go all the time in a store that is larger than memory: none may be taken for another,
-/// be lost on the way out, or come back as it was before.
+/// Pages and map nodes come and go all the time in a store that is larger than memory: none may be
+/// taken for another, be lost on the way out, or come back as it was before.
 #[test]
 fn a_store_many_times_its_memory_is_right() {
     for seed in 0..4 {
@@ -492,6 +549,10 @@ fn a_new_store_takes_the_room_that_is_told() {
     for shards in [1, 2] {
         let (d, _) = Driver::open_shards(SimDisk::new(1), &options(), shards);
         let made: u64 = d.disk.files().iter().map(|(_, len)| len).sum();
-        assert_eq!(made, crate::format::fresh::store_bytes(&options().geometry, shards, u32::MAX), "{shards} shards");
+        assert_eq!(
+            made,
+            crate::format::fresh::store_bytes(&options().geometry, shards, u32::MAX),
+            "{shards} shards"
+        );
     }
 }

@@ -1,19 +1,23 @@
-//! Emptying: the emptiest extents are read by their summaries, and what the maps still name in them moves elsewhere.
+//! Emptying: the emptiest extents are read by their summaries, and what the maps still name in them
+//! moves elsewhere.
 //!
 //! ```text
 //! home of the extent: summary read --> each item to the shard whose map would name it --Move--> ... --Moved--> next
 //! that shard: named here? no: Moved at once; else page: loaded, captured for a new place; node: marked dirty
 //! ```
 //! Invariants
-//! 1. An item moves only if the map names this very place; everything else in the extent is dead already.
+//! 1. An item moves only if the map names this very place; everything else in the extent is dead
+//!    already.
 //! 2. A moved page keeps its version; its old place is given back as any place that the map left.
 //! 3. A map node moves by being marked dirty: the next checkpoint writes it elsewhere.
 //! 4. It stops for a checkpoint when many nodes are dirty: they can't leave memory before.
 //! 5. Few extents at a time at each home, and a bounded number of items: commits and reads go on.
 //! 6. It goes on beside checkpoints: what it moves is to them as what commits change.
-//! 7. It takes no place that is owed to a commit or a dirty node: rather, an item stays where it is.
+//! 7. It takes no place that is owed to a commit or a dirty node: rather, an item stays where it
+//!    is.
 //! 8. Map nodes that have to be read first are read side by side, and hold up nothing behind them.
-//! 9. What can't be read is read once: its extent is passed over until it has died, and the operator is told once.
+//! 9. What can't be read is read once: its extent is passed over until it has died, and the
+//!    operator is told once.
 
 use crate::base::error::{Error, ErrorKind};
 use crate::base::{BLOCK, BlockAddr, ExtentNo, ShardId};
@@ -36,8 +40,8 @@ const MOVES_MAX: usize = 1024;
 const MOVES_MEMORY_SHARE: usize = 32;
 /// Extents that moves leave free beyond what is owed to commits and dirty nodes.
 const LEAVES_FREE: u64 = 3;
-/// Extents that one look at all of them chooses for compaction, at most, and the part of all extents that is at most: the choice
-/// is a little old when the last of them is begun.
+/// Extents that one look at all of them chooses for compaction, at most, and the part of all
+/// extents that is at most: the choice is a little old when the last of them is begun.
 const CHOSEN_MAX: usize = 16;
 const CHOSEN_PART: u32 = 64;
 
@@ -81,7 +85,13 @@ impl Compaction {
 impl Compactor {
     pub(in crate::engine) fn new(hasher: foldhash::fast::FixedState) -> Self {
         let begun = hashbrown::HashSet::with_hasher(hasher);
-        Compactor { under_way: Vec::new(), prepares: false, chosen: Vec::new(), begun, rests_until: 0 }
+        Compactor {
+            under_way: Vec::new(),
+            prepares: false,
+            chosen: Vec::new(),
+            begun,
+            rests_until: 0,
+        }
     }
 
     /// Extents being emptied.
@@ -89,7 +99,8 @@ impl Compactor {
         self.under_way.len()
     }
 
-    /// A checkpoint has ended: every extent is worth a look again. Returns whether any was compacted since the last.
+    /// A checkpoint has ended: every extent is worth a look again. Returns whether any was
+    /// compacted since the last.
     pub(in crate::engine) fn look_again(&mut self) -> bool {
         let some = !self.under_way.is_empty() || !self.begun.is_empty();
         self.begun.clear();
@@ -147,20 +158,32 @@ impl Shard {
         let rests = self.space.extents.died() < self.compaction.compactor.rests_until;
         // Each may fill as much again before it is free itself.
         let may_move = self.may_move(1 + count as u64);
-        if count >= EXTENTS_MAX || !may_move || rests || self.life.closing.is_some() || self.life.opening {
+        if count >= EXTENTS_MAX
+            || !may_move
+            || rests
+            || self.life.closing.is_some()
+            || self.life.opening
+        {
             return false;
         }
-        // First what they are for: the search for frames evicts, also what has just been read for somebody.
+        // First what they are for: the search for frames evicts, also what has just been read for
+        // somebody.
         let Some(extent) = self.next_victim() else { return false };
         let blocks = self.space.extents.summary_bytes() / BLOCK;
         if !self.ensure_frames(blocks as u32, Step::Compaction) {
             self.compaction.compactor.chosen.push(extent);
             return false;
         }
-        let into = (0..blocks).map(|_| self.ctx.arena.alloc(0).expect("frames were ensured")).collect();
+        let into =
+            (0..blocks).map(|_| self.ctx.arena.alloc(0).expect("frames were ensured")).collect();
         let place = self.space.extents.summary_place(extent);
         self.compaction.compactor.begun.insert(extent);
-        self.compaction.compactor.under_way.push(Emptying { extent, items: None, next: 0, asked: 0 });
+        self.compaction.compactor.under_way.push(Emptying {
+            extent,
+            items: None,
+            next: 0,
+            asked: 0,
+        });
         let offset = place.offset(self.ctx.limits.geometry.extent_bytes);
         self.submit(OpKind::SummaryRead(extent), DiskOp::Read { file: FileId::Data, offset, into });
         true
@@ -168,7 +191,8 @@ impl Shard {
 
     /// The next extent to be emptied.
     fn next_victim(&mut self) -> Option<ExtentNo> {
-        let Compactor { begun, under_way, chosen, rests_until, .. } = &mut self.compaction.compactor;
+        let Compactor { begun, under_way, chosen, rests_until, .. } =
+            &mut self.compaction.compactor;
         let known = |no| begun.contains(&no) || under_way.iter().any(|c| c.extent == no);
         while let Some(no) = chosen.pop() {
             if self.space.extents.to_move(no, SHARE_MAX).is_some() && !known(no) {
@@ -179,12 +203,14 @@ impl Shard {
         *chosen = self.space.extents.emptiest(SHARE_MAX, count, known);
         if chosen.is_empty() {
             // Looking costs; a tenth of an extent has to die before there can be much to find.
-            *rests_until = self.space.extents.died() + u64::from(self.space.extents.data_blocks() / 10).max(1);
+            *rests_until =
+                self.space.extents.died() + u64::from(self.space.extents.data_blocks() / 10).max(1);
         }
         chosen.pop()
     }
 
-    /// Whether there is space for moves, and for `more` extents; what commits have been promised is not touched.
+    /// Whether there is space for moves, and for `more` extents; what commits have been promised is
+    /// not touched.
     pub(in crate::engine) fn may_move(&self, more: u64) -> bool {
         let left = (LEAVES_FREE + more) * u64::from(self.space.extents.data_blocks());
         self.free_blocks() >= self.owed_blocks() + left
@@ -192,13 +218,18 @@ impl Shard {
 
     pub(in crate::engine) fn summary_read(&mut self, extent: ExtentNo, completion: Completion) {
         self.ctx.work_pending = true;
-        let DiskOp::Read { into, .. } = completion.op else { unreachable!("a read completes as a read") };
+        let DiskOp::Read { into, .. } = completion.op else {
+            unreachable!("a read completes as a read")
+        };
         let bytes: Vec<u8> = into.iter().flat_map(|frame| frame.iter().copied()).collect();
         let crc = self.space.extents.summary_crc(extent);
         self.ctx.stats.checksums += 1;
         let items = completion.result.and_then(|()| {
-            decode_summary(self.checkpoint.superblock.store_id, extent, crc, &bytes)
-                .map_err(|what| Error::corrupt(format_args!("the summary of extent {} {what}", extent.get())))
+            decode_summary(self.checkpoint.superblock.store_id, extent, crc, &bytes).map_err(
+                |what| {
+                    Error::corrupt(format_args!("the summary of extent {} {what}", extent.get()))
+                },
+            )
         });
         match (items, self.compaction.compactor.of(extent)) {
             (Ok(items), Some(compaction)) => compaction.items = Some(items),
@@ -217,7 +248,8 @@ impl Shard {
         }
     }
 
-    /// The extent can't be emptied now: it stays as it is, and is not tried again before the next checkpoint.
+    /// The extent can't be emptied now: it stays as it is, and is not tried again before the next
+    /// checkpoint.
     fn give_compaction_up(&mut self, extent: ExtentNo) {
         if let Some(compaction) = self.compaction.compactor.of(extent) {
             compaction.items = Some(Vec::new());
@@ -240,7 +272,8 @@ impl Shard {
         self.compaction.compactor.prepares |= asked <= moves_max / 2;
         let mut i = 0;
         while i < self.compaction.compactor.under_way.len() {
-            let Emptying { extent, items, next, asked: of_this } = &mut self.compaction.compactor.under_way[i];
+            let Emptying { extent, items, next, asked: of_this } =
+                &mut self.compaction.compactor.under_way[i];
             let Some(items) = items else {
                 i += 1;
                 continue;
@@ -248,7 +281,11 @@ impl Shard {
             if self.life.closing.is_some() {
                 items.truncate(*next);
             }
-            let room = if self.compaction.compactor.prepares { moves_max.saturating_sub(asked) } else { 0 };
+            let room = if self.compaction.compactor.prepares {
+                moves_max.saturating_sub(asked)
+            } else {
+                0
+            };
             let some: SmallVec<[Item; 64]> = items.iter().skip(*next).take(room).copied().collect();
             *next += some.len();
             *of_this += some.len();
@@ -259,7 +296,8 @@ impl Shard {
                     ItemKind::Page(key, _) => self.ctx.shard_map.shard_of(key),
                     ItemKind::Node(key) => self.ctx.shard_map.owner(key.vshard),
                 };
-                self.ctx.send(shard, Message::Move(item.what, BlockAddr { extent, block: item.block }));
+                self.ctx
+                    .send(shard, Message::Move(item.what, BlockAddr { extent, block: item.block }));
             }
             if done {
                 self.compaction.compactor.under_way.remove(i);
@@ -273,11 +311,21 @@ impl Shard {
     }
 
     /// An item has been dealt with.
-    pub(in crate::engine) fn moved(&mut self, from: ShardId, place: BlockAddr, error: Option<Error>) {
+    pub(in crate::engine) fn moved(
+        &mut self,
+        from: ShardId,
+        place: BlockAddr,
+        error: Option<Error>,
+    ) {
         let mut what = None;
         if let Some(c) = self.compaction.compactor.of(place.extent) {
             c.asked -= 1;
-            what = c.items.iter().flatten().find(|item| item.block == place.block).map(|item| item.what);
+            what = c
+                .items
+                .iter()
+                .flatten()
+                .find(|item| item.block == place.block)
+                .map(|item| item.what);
         }
         match error {
             Some(error) => {
@@ -299,7 +347,12 @@ impl Shard {
     }
 
     /// The home of an extent asks for something to be moved out of it.
-    pub(in crate::engine) fn move_asked(&mut self, home: ShardId, what: ItemKind, place: BlockAddr) {
+    pub(in crate::engine) fn move_asked(
+        &mut self,
+        home: ShardId,
+        what: ItemKind,
+        place: BlockAddr,
+    ) {
         self.compaction.asked.asked.push_back(Asked { home, what, place, age: 0 });
     }
 
@@ -332,7 +385,12 @@ impl Shard {
                     } else {
                         let idx = self.cache.table.entry(key);
                         self.requests.held.moves += 1;
-                        self.begin(None, PendingKind::Move(place, home), smallvec::smallvec![idx], |_| false);
+                        self.begin(
+                            None,
+                            PendingKind::Move(place, home),
+                            smallvec::smallvec![idx],
+                            |_| false,
+                        );
                     }
                 }
                 ItemKind::Node(key) => self.move_node(asked, key),
@@ -340,11 +398,14 @@ impl Shard {
         }
     }
 
-    /// Marks a node dirty if the map names it where it was found; if that takes a read, again once it has ended.
+    /// Marks a node dirty if the map names it where it was found; if that takes a read, again once
+    /// it has ended.
     fn move_node(&mut self, asked: Asked, key: NodeKey) {
         let Asked { home, place, .. } = asked;
         let (wanted, child) = match self.map.find_node(key) {
-            Ok(Some(child)) if child.place() == place && self.map.resident(key).is_none() => (key, child),
+            Ok(Some(child)) if child.place() == place && self.map.resident(key).is_none() => {
+                (key, child)
+            }
             Err(above) => above,
             Ok(child) => {
                 if child.is_some_and(|child| child.place() == place) {
@@ -373,8 +434,11 @@ impl Shard {
     pub(in crate::engine) fn move_ready(&mut self, waiter: usize, from: BlockAddr, home: ShardId) {
         let idx = self.requests.pending[waiter].pages[0];
         let page = &self.cache.table.pages[idx];
-        let named = page.resolved && page.entry.is_some_and(|e| e.place() == from) && page.lsn == page.mapped_lsn;
-        let busy = page.absent || page.captures > 0 || page.dirty_from.is_some() || page.slot.is_some();
+        let named = page.resolved
+            && page.entry.is_some_and(|e| e.place() == from)
+            && page.lsn == page.mapped_lsn;
+        let busy =
+            page.absent || page.captures > 0 || page.dirty_from.is_some() || page.slot.is_some();
         let failed = self.requests.pending[waiter].error.clone();
         if failed.is_none() && named && !busy && self.ctx.failed.is_none() {
             if page.frame.is_none() {
@@ -395,7 +459,8 @@ impl Shard {
         self.ctx.work_pending = true;
     }
 
-    /// Pins the map leaf of a clean page; if it has left memory meanwhile, asks for it and returns false.
+    /// Pins the map leaf of a clean page; if it has left memory meanwhile, asks for it and returns
+    /// false.
     fn pin_for_move(&mut self, idx: usize, waiter: usize) -> bool {
         let key = self.cache.table.pages[idx].key;
         if self.cache.table.pages[idx].leaf.is_some() {
@@ -413,7 +478,8 @@ impl Shard {
     }
 }
 
-/// Whether reading again would most likely fail again. Where memory was short, or the store has stopped, it need not.
+/// Whether reading again would most likely fail again. Where memory was short, or the store has
+/// stopped, it need not.
 fn may_last(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Io)
 }

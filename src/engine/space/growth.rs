@@ -1,4 +1,5 @@
-//! Growth of the data space: a shard asks the leader, the leader makes the file longer; if it can't, the others give of what they have.
+//! Growth of the data space: a shard asks the leader, the leader makes the file longer; if it
+//! can't, the others give of what they have.
 //!
 //! ```text
 //! Nobody --WantSpace--> Leader --Granted--> Nobody
@@ -45,14 +46,21 @@ pub(in crate::engine) enum SpaceAsked {
 }
 
 impl Shard {
-    /// Asks for more data space, at most `overcommit_extents` past its limit; false if it was refused a moment ago.
+    /// Asks for more data space, at most `overcommit_extents` past its limit; false if it was
+    /// refused a moment ago.
     pub(in crate::engine) fn grow(&mut self, overcommit_extents: u32) -> bool {
         self.ask_for_space(overcommit_extents, Urgency::Overcommit(overcommit_extents))
     }
 
-    /// Asks for more data space, at most `overcommit_extents` past its limit; false if a request as urgent was refused a moment ago.
-    pub(in crate::engine) fn ask_for_space(&mut self, overcommit_extents: u32, urgency: Urgency) -> bool {
-        let refused = |(at, most): (Micros, Urgency)| self.ctx.now < at + GROW_RETRY_US && urgency <= most;
+    /// Asks for more data space, at most `overcommit_extents` past its limit; false if a request as
+    /// urgent was refused a moment ago.
+    pub(in crate::engine) fn ask_for_space(
+        &mut self,
+        overcommit_extents: u32,
+        urgency: Urgency,
+    ) -> bool {
+        let refused =
+            |(at, most): (Micros, Urgency)| self.ctx.now < at + GROW_RETRY_US && urgency <= most;
         if self.space.growing || self.space.failed.is_some_and(refused) {
             return self.space.growing;
         }
@@ -85,7 +93,8 @@ impl Shard {
             let table = |extents: u32| table_offset(extents.div_ceil(TABLE_ROWS), 0);
             let growth = Growth { of, to, table_done: false };
             if table(to) > table(count) {
-                let op = DiskOp::Allocate { file: FileId::Table, from: table(count), to: table(to) };
+                let op =
+                    DiskOp::Allocate { file: FileId::Table, from: table(count), to: table(to) };
                 self.submit(OpKind::Grow(growth), op);
             } else {
                 self.grow_data(growth);
@@ -107,7 +116,8 @@ impl Shard {
             Ok(()) if !growth.table_done => return self.grow_data(growth),
             Ok(()) => {
                 self.space.growth_failure_logged = false;
-                let new: Vec<ExtentNo> = (self.space.extents.count()..growth.to).map(ExtentNo::new).collect();
+                let new: Vec<ExtentNo> =
+                    (self.space.extents.count()..growth.to).map(ExtentNo::new).collect();
                 self.space.extents.cover(growth.to);
                 self.ctx.send(growth.of, Message::Granted(new));
             }
@@ -130,7 +140,9 @@ impl Shard {
         let some = !extents.is_empty();
         self.space.extents.grant(extents);
         match self.space.asked {
-            SpaceAsked::Others { left, got, urgency } => self.another_has_answered(left - 1, got || some, urgency),
+            SpaceAsked::Others { left, got, urgency } => {
+                self.another_has_answered(left - 1, got || some, urgency)
+            }
             _ => self.end_growth(true, Urgency::Overcommit(0)),
         }
     }
@@ -166,15 +178,22 @@ impl Shard {
         let space = self.space.extents.space();
         let kept = match urgency {
             Urgency::Stuck => 2,
-            Urgency::Overcommit(_) => 2 * self.reserve_blocks().div_ceil(u64::from(space.data_blocks)),
+            Urgency::Overcommit(_) => {
+                2 * self.reserve_blocks().div_ceil(u64::from(space.data_blocks))
+            }
         };
         let needed = self.owed_blocks().div_ceil(u64::from(space.data_blocks)) + kept;
         let spare = u64::from(space.free).saturating_sub(needed).div_ceil(2);
-        let given = if self.ctx.failed.is_some() { Vec::new() } else { self.space.extents.give_away(spare as usize) };
+        let given = if self.ctx.failed.is_some() {
+            Vec::new()
+        } else {
+            self.space.extents.give_away(spare as usize)
+        };
         self.ctx.send(to, Message::Granted(given));
     }
 
-    /// Where the extent was at home when the store was opened; it is still, if it is not at home here.
+    /// Where the extent was at home when the store was opened; it is still, if it is not at home
+    /// here.
     pub(in crate::engine) fn first_home(&self, no: ExtentNo) -> ShardId {
         ShardId::new((no.get() % u32::from(self.ctx.shard_map.shards_count())) as u16)
     }

@@ -1,16 +1,20 @@
 //! Data space: admission, growth, and when to reclaim.
 //!
 //! Invariants
-//! 1. Every dirty page and every slot has a block reserved; map nodes and compaction have a reserve of their own.
-//! 2. `Full` only when nothing can give space any more: no growth, no checkpoint that would free places, nothing to
-//!    compact. Until then a commit waits.
-//! 3. The space grows only while more of it than `Options::fill_percent` is live, the size of the log aside; else it is
-//!    reclaimed.
-//! 4. Compaction keeps free and spent extents together at a share of the space that is not live ([`TARGET_FREE_PART`]), and runs
-//!    beside checkpoints. A checkpoint is asked for when most of these are spent, or when commits wait and compaction can't go
-//!    on without one. All of this scales with the store, so a checkpoint, which writes nearly every leaf of the map under random
-//!    overwrites, is paid for by as many pages in a large store as in a small one. See decision 17.
-//! 5. The leader makes the file longer, for whoever asks; if it can't, the others give of what they have.
+//! 1. Every dirty page and every slot has a block reserved; map nodes and compaction have a reserve
+//!    of their own.
+//! 2. `Full` only when nothing can give space any more: no growth, no checkpoint that would free
+//!    places, nothing to compact. Until then a commit waits.
+//! 3. The space grows only while more of it than `Options::fill_percent` is live, the size of the
+//!    log aside; else it is reclaimed.
+//! 4. Compaction keeps free and spent extents together at a share of the space that is not live
+//!    ([`TARGET_FREE_PART`]), and runs beside checkpoints. A checkpoint is asked for when most of
+//!    these are spent, or when commits wait and compaction can't go on without one. All of this
+//!    scales with the store, so a checkpoint, which writes nearly every leaf of the map under
+//!    random overwrites, is paid for by as many pages in a large store as in a small one. See
+//!    decision 17.
+//! 5. The leader makes the file longer, for whoever asks; if it can't, the others give of what they
+//!    have.
 
 pub(in crate::engine) mod compaction;
 mod growth;
@@ -28,23 +32,27 @@ use std::collections::VecDeque;
 
 /// Extents that commits leave to map nodes, checkpoints and compaction, at least.
 const RESERVE_EXTENTS: u64 = 8;
-/// The same, as a part of the blocks that are not live: what compaction has to work with while commits wait. With a fixed reserve
-/// a large store that has run out of free extents does a checkpoint for every few extents that compaction empties.
+/// The same, as a part of the blocks that are not live: what compaction has to work with while
+/// commits wait. With a fixed reserve a large store that has run out of free extents does a
+/// checkpoint for every few extents that compaction empties.
 const RESERVE_PART: u64 = 16;
-/// The same for commits that make room, by freeing pages or deleting a volume: a full store must be able to become less full.
+/// The same for commits that make room, by freeing pages or deleting a volume: a full store must be
+/// able to become less full.
 const FREES_RESERVE_EXTENTS: u64 = 3;
-/// Extents beyond `data_bytes_max` that the engine may take for itself, to finish a recovery or a checkpoint.
+/// Extents beyond `data_bytes_max` that the engine may take for itself, to finish a recovery or a
+/// checkpoint.
 const OVERCOMMIT_EXTENTS: u32 = 64;
-/// This part of the blocks that are not live is kept free or spent, beyond the reserve. More makes checkpoints rarer, and
-/// extents fuller when they are compacted; from a third to an eighth the sum of both costs hardly changes.
+/// This part of the blocks that are not live is kept free or spent, beyond the reserve. More makes
+/// checkpoints rarer, and extents fuller when they are compacted; from a third to an eighth the sum
+/// of both costs hardly changes.
 const TARGET_FREE_PART: u64 = 5;
 /// At least so many extents, whatever is live.
 const TARGET_FREE_EXTENTS_MIN: u64 = 4;
-/// When free extents are down to this part of what is kept ahead, a checkpoint turns spent ones into free ones. Writes go on
-/// meanwhile: they take what is left.
+/// When free extents are down to this part of what is kept ahead, a checkpoint turns spent ones
+/// into free ones. Writes go on meanwhile: they take what is left.
 const LOW_PART: u64 = 5;
-/// What checkpoints in a row without a gain may come to, while a commit waits for space, before there is none to be had:
-/// one that found nothing to compact counts [`BARREN_IDLE`] times.
+/// What checkpoints in a row without a gain may come to, while a commit waits for space, before
+/// there is none to be had: one that found nothing to compact counts [`BARREN_IDLE`] times.
 const BARREN_MAX: u32 = 16;
 const BARREN_IDLE: u32 = 4;
 /// The shard's data space.
@@ -55,7 +63,8 @@ pub(in crate::engine) struct Space {
     pub summaries_under_way: usize,
     #[cfg(any(test, feature = "sim"))]
     pub reused_early: Vec<BlockAddr>,
-    /// Dirty pages that are freed: a block is reserved for each as for any dirty page, and none will be taken.
+    /// Dirty pages that are freed: a block is reserved for each as for any dirty page, and none
+    /// will be taken.
     pub freed_pages: u64,
     /// More is asked for.
     pub growing: bool,
@@ -109,7 +118,12 @@ pub(in crate::engine) struct Reclaiming {
 
 impl Shard {
     /// A place of so many blocks for `what`; the extent that this fills gets its summary written.
-    pub(in crate::engine) fn alloc_place(&mut self, stream: Stream, what: ItemKind, blocks: u32) -> Option<BlockAddr> {
+    pub(in crate::engine) fn alloc_place(
+        &mut self,
+        stream: Stream,
+        what: ItemKind,
+        blocks: u32,
+    ) -> Option<BlockAddr> {
         assert_eq!(blocks, 1, "in format 3 a place is one block");
         #[cfg(any(test, feature = "sim"))]
         if matches!(what, ItemKind::Page(..))
@@ -128,8 +142,9 @@ impl Shard {
         u64::from(space.free) * u64::from(space.data_blocks)
     }
 
-    /// Blocks that what is dirty now will take, the map nodes that dirty pages will change among it: a checkpoint must find room for
-    /// them, however many pages have been waiting to be written.
+    /// Blocks that what is dirty now will take, the map nodes that dirty pages will change among
+    /// it: a checkpoint must find room for them, however many pages have been waiting to be
+    /// written.
     pub(in crate::engine) fn owed_blocks(&self) -> u64 {
         self.owed_now() + self.awaited_nodes()
     }
@@ -138,7 +153,8 @@ impl Shard {
         self.map.awaited_count(self.checkpoint.is_active())
     }
 
-    /// The same without what will be dirty by and by: the file is not made longer for its sake, since it comes and goes.
+    /// The same without what will be dirty by and by: the file is not made longer for its sake,
+    /// since it comes and goes.
     fn owed_now(&self) -> u64 {
         let pages = self.writeback.reserved_blocks - self.space.freed_pages;
         pages + self.participant.reserved.space_blocks + self.map.dirty_count() as u64
@@ -170,15 +186,20 @@ impl Shard {
         };
         let is_limited = self.space.extents.count() >= self.ctx.limits.data_extents_max;
         let more = match is_limited {
-            true => format!("raise data_bytes_max (it allows {} extents)", self.ctx.limits.data_extents_max),
+            true => format!(
+                "raise data_bytes_max (it allows {} extents)",
+                self.ctx.limits.data_extents_max
+            ),
             false => "make room in the file system".to_owned(),
         };
-        let (space, extent_bytes) = (self.space.extents.space(), self.ctx.limits.geometry.extent_bytes);
+        let (space, extent_bytes) =
+            (self.space.extents.space(), self.ctx.limits.geometry.extent_bytes);
         Error::new(
             ErrorKind::Full,
             format_args!(
-                "no space is left for {what}: shard {} has {} of its {} data extents of {extent_bytes} bytes free, which it needs \
-                 for its page map and to reclaim space; delete or discard data, or {more}",
+                "no space is left for {what}: shard {} has {} of its {} data extents of \
+                 {extent_bytes} bytes free, which it needs for its page map and to reclaim space; \
+                 delete or discard data, or {more}",
                 self.ctx.id.get(),
                 space.free,
                 space.total
@@ -186,7 +207,8 @@ impl Shard {
         )
     }
 
-    /// A checkpoint has ended: what was retired is free. `compacts`: extents were compacted during it.
+    /// A checkpoint has ended: what was retired is free. `compacts`: extents were compacted during
+    /// it.
     pub(in crate::engine) fn note_reclaimed(&mut self, compacts: bool) {
         let free = self.free_blocks();
         let r = &mut self.space.reclaiming;
@@ -198,7 +220,11 @@ impl Shard {
     }
 
     fn named_blocks(&self) -> u64 {
-        self.space.extents.space().live_blocks.saturating_sub(self.space.extents.pending_free_count() as u64)
+        self.space
+            .extents
+            .space()
+            .live_blocks
+            .saturating_sub(self.space.extents.pending_free_count() as u64)
     }
 
     /// Room for the nodes of one virtual shard; if not, space is made.
@@ -211,7 +237,8 @@ impl Shard {
         false
     }
 
-    /// Nothing goes on without a place for `what`: more space is asked for, and if there is none the store stops.
+    /// Nothing goes on without a place for `what`: more space is asked for, and if there is none
+    /// the store stops.
     pub(in crate::engine) fn must_grow(&mut self, what: &str) {
         self.space.stalled = true;
         let waits = self.space.growing
@@ -219,8 +246,8 @@ impl Shard {
             || (self.life.opening && planted!(OpeningWaitsForSpace));
         if !waits {
             let context = format_args!(
-                "no space is left for {what}, and the data space can't grow: make room in the file system, then open \
-                 the store again"
+                "no space is left for {what}, and the data space can't grow: make room in the \
+                 file system, then open the store again"
             );
             self.fail(Error::new(ErrorKind::Full, context));
         }
@@ -232,14 +259,15 @@ impl Shard {
         (u64::from(space.total) * u64::from(space.data_blocks)).saturating_sub(self.named_blocks())
     }
 
-    /// Blocks that commits leave to map nodes, checkpoints and compaction. The fuller the store, the less: a full one can use all
-    /// but the least of it.
+    /// Blocks that commits leave to map nodes, checkpoints and compaction. The fuller the store,
+    /// the less: a full one can use all but the least of it.
     pub(in crate::engine) fn reserve_blocks(&self) -> u64 {
         let least = RESERVE_EXTENTS * u64::from(self.space.extents.data_blocks());
         (self.spare_blocks() / RESERVE_PART).max(least)
     }
 
-    /// Whether space is being made, or can be, for `wanted` free blocks in all; does what is next for it.
+    /// Whether space is being made, or can be, for `wanted` free blocks in all; does what is next
+    /// for it.
     fn reclaim(&mut self, wanted: u64) -> bool {
         if self.space.growing || (self.wants_growth() && self.grow(0)) {
             return true;
@@ -249,11 +277,13 @@ impl Shard {
             return self.grow(0);
         }
         if self.space.reclaiming.barren_checkpoints >= BARREN_MAX {
-            self.space.reclaiming = Reclaiming { given_up_at: Some(named), ..Reclaiming::default() };
+            self.space.reclaiming =
+                Reclaiming { given_up_at: Some(named), ..Reclaiming::default() };
             return self.grow(0);
         }
         // What is on its way may yet leave places: pages that were freed, above all.
-        let awaiting_watermark = self.writeback.reserved_blocks + self.writeback.captures.len() as u64;
+        let awaiting_watermark =
+            self.writeback.reserved_blocks + self.writeback.captures.len() as u64;
         if self.spare_blocks() + awaiting_watermark + self.owed_blocks() < wanted {
             return self.grow(0);
         }
@@ -262,12 +292,16 @@ impl Shard {
             return true;
         }
         if moving && self.space.extents.coming() < self.reserve_blocks() / 2 {
-            // Compaction will have made more of it: a checkpoint costs the same, however little it frees.
+            // Compaction will have made more of it: a checkpoint costs the same, however little it
+            // frees.
             return true;
         }
         let is_awaited = self.awaited_nodes() > 0 || self.map.dirty_count() > 0;
-        let is_dirty = self.writeback.reserved_blocks > 0 || self.writeback.page_writes > 0 || is_awaited;
-        if self.space.extents.coming() > 0 || (!moving && (self.space.extents.pending_free_count() > 0 || is_dirty)) {
+        let is_dirty =
+            self.writeback.reserved_blocks > 0 || self.writeback.page_writes > 0 || is_awaited;
+        if self.space.extents.coming() > 0
+            || (!moving && (self.space.extents.pending_free_count() > 0 || is_dirty))
+        {
             // What is dirty leaves places when it is written.
             self.need_checkpoint();
             return true;
@@ -275,8 +309,9 @@ impl Shard {
         moving || self.grow(0)
     }
 
-    /// Whether most of the space is live, so that reclaiming would give little. As many dead blocks as the log may have are let
-    /// be: a store that is small beside its log would else be compacted without end.
+    /// Whether most of the space is live, so that reclaiming would give little. As many dead blocks
+    /// as the log may have are let be: a store that is small beside its log would else be compacted
+    /// without end.
     fn wants_growth(&self) -> bool {
         let (space, geometry) = (self.space.extents.space(), &self.ctx.limits.geometry);
         let reserve = RESERVE_EXTENTS * u64::from(space.data_blocks);
@@ -296,7 +331,8 @@ impl Shard {
         }
         // Beyond what commits may not use.
         let extent = u64::from(self.space.extents.data_blocks());
-        let target_free_blocks = (self.spare_blocks() / TARGET_FREE_PART).max(TARGET_FREE_EXTENTS_MIN * extent);
+        let target_free_blocks =
+            (self.spare_blocks() / TARGET_FREE_PART).max(TARGET_FREE_EXTENTS_MIN * extent);
         let free = self.free_blocks().saturating_sub(self.owed_now() + self.reserve_blocks());
         if free >= target_free_blocks {
             return;
@@ -321,9 +357,9 @@ impl Shard {
         }
     }
 
-    /// While the store is opened there is to be as much space as its redo needs, and no more: a store that is killed again and again
-    /// would else grow with each life. Opening has an end: if the space can't grow, places that redo has left are retired,
-    /// and nothing is moved.
+    /// While the store is opened there is to be as much space as its redo needs, and no more: a
+    /// store that is killed again and again would else grow with each life. Opening has an end: if
+    /// the space can't grow, places that redo has left are retired, and nothing is moved.
     fn space_for_opening(&mut self) {
         let reserve = FREES_RESERVE_EXTENTS * u64::from(self.space.extents.data_blocks());
         if self.redo.recovering.is_none() || self.free_blocks() >= self.owed_now() + reserve {
@@ -359,7 +395,10 @@ impl Shard {
             self.space.summaries_under_way += 1;
             self.ctx.stats.checksums += 1;
             let offset = place.offset(self.ctx.limits.geometry.extent_bytes);
-            self.submit(OpKind::SummaryWrite(no), DiskOp::Write { file: FileId::Data, offset, from });
+            self.submit(
+                OpKind::SummaryWrite(no),
+                DiskOp::Write { file: FileId::Data, offset, from },
+            );
         }
     }
 }

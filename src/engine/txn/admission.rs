@@ -1,8 +1,11 @@
-//! Admission: everything that a commit, or a part of one, needs is there before its LSN is allocated.
+//! Admission: everything that a commit, or a part of one, needs is there before its LSN is
+//! allocated.
 //!
 //! Invariants
-//! 1. What is admitted can fail by the device only: log room, buffers, frames, data space, map leaves in memory.
-//! 2. Short for now: the commit waits, and room is made. Short for good: `Full`, and nothing was done.
+//! 1. What is admitted can fail by the device only: log room, buffers, frames, data space, map
+//!    leaves in memory.
+//! 2. Short for now: the commit waits, and room is made. Short for good: `Full`, and nothing was
+//!    done.
 //! 3. What parts of commits over shards have reserved is left alone.
 
 use crate::base::error::{Error, ErrorKind};
@@ -19,14 +22,16 @@ use smallvec::SmallVec;
 /// Frames left alone by commits, for reads, map nodes and checkpoints.
 const FRAMES_RESERVE: u32 = 16;
 
-/// Of 32 parts of the frames, how many dirty map nodes may take (a third of the memory, tables included), and with how many a
-/// checkpoint is asked for. Under random overwrites every leaf is dirty before long: a 64th of what is overwritten. Where they all
-/// find room here a checkpoint is for the sake of space or of the log, and pays for many pages; where they don't, nearly every page
-/// written costs a leaf.
+/// Of 32 parts of the frames, how many dirty map nodes may take (a third of the memory, tables
+/// included), and with how many a checkpoint is asked for. Under random overwrites every leaf is
+/// dirty before long: a 64th of what is overwritten. Where they all find room here a checkpoint is
+/// for the sake of space or of the log, and pays for many pages; where they don't, nearly every
+/// page written costs a leaf.
 const DIRTY_NODES_MAX: u64 = 12;
 const DIRTY_NODES_MANY: u64 = 10;
 
-/// A commit may need this part of the memory. Others under way hold a quarter, and readers are told `Busy` before they hold the rest.
+/// A commit may need this part of the memory. Others under way hold a quarter, and readers are told
+/// `Busy` before they hold the rest.
 const COMMIT_SHARE: u32 = 2;
 /// How often a commit gives back the leaves that it has pinned, when another one has left memory.
 const YIELDS_MAX: u8 = 3;
@@ -47,7 +52,8 @@ pub(in crate::engine) struct Need {
     pub changes: u64,
     /// Map nodes that they may dirty.
     pub nodes: u64,
-    /// It makes room: only frees, or a change of the catalog, of which a deletion is one. It may use a reserve.
+    /// It makes room: only frees, or a change of the catalog, of which a deletion is one. It may
+    /// use a reserve.
     pub makes_room: bool,
 }
 
@@ -86,8 +92,8 @@ impl Need {
         need
     }
 
-    /// Blocks of data space that it may take: each page written one as a slot and another later, and its map nodes on top. A freed
-    /// page takes none.
+    /// Blocks of data space that it may take: each page written one as a slot and another later,
+    /// and its map nodes on top. A freed page takes none.
     pub(in crate::engine) fn blocks(&self) -> u64 {
         2 * u64::from(self.frames) + self.nodes
     }
@@ -134,8 +140,8 @@ impl Shard {
         self.admit_memory(waiter, need.frames, Step::Commit)
     }
 
-    /// Whether a part of a commit over shards may be voted for: what it needs must be there whenever it is decided, in
-    /// this group or a later one.
+    /// Whether a part of a commit over shards may be voted for: what it needs must be there
+    /// whenever it is decided, in this group or a later one.
     pub(in crate::engine) fn admit_part(&mut self, waiter: usize, need: &Need) -> Admission {
         let (body, slots) = match self.log.open.is_empty() {
             true => (0, 0),
@@ -162,7 +168,8 @@ impl Shard {
 
     /// What a part keeps from others until it is decided.
     pub(in crate::engine) fn reservation(&self, need: &Need) -> Reserved {
-        let body = (HEAD_BYTES + need.record_bytes + need.slots * size_of::<RawSlot>()).div_ceil(BLOCK) as u32;
+        let body = (HEAD_BYTES + need.record_bytes + need.slots * size_of::<RawSlot>())
+            .div_ceil(BLOCK) as u32;
         Reserved {
             count: 1,
             log_blocks: body + self.inline_blocks(need.slots),
@@ -172,8 +179,8 @@ impl Shard {
         }
     }
 
-    /// Blocks of inline pages that a group with `slots` slots has at most. No more than its pages: `inline_pages_max`
-    /// alone may be more than a small segment holds.
+    /// Blocks of inline pages that a group with `slots` slots has at most. No more than its pages:
+    /// `inline_pages_max` alone may be more than a small segment holds.
     fn inline_blocks(&self, slots: usize) -> u32 {
         self.ctx.limits.inline_pages_max.min(slots) as u32
     }
@@ -190,9 +197,10 @@ impl Shard {
         true
     }
 
-    /// Whether the log has room and buffers for an open group of `blocks` (of which `body` without inline pages) and all
-    /// that is reserved, `more` included; if not, room is made. With room in the rest of the segment, or in a free one,
-    /// for the sum, there is room however it is divided into groups.
+    /// Whether the log has room and buffers for an open group of `blocks` (of which `body` without
+    /// inline pages) and all that is reserved, `more` included; if not, room is made. With room in
+    /// the rest of the segment, or in a free one, for the sum, there is room however it is divided
+    /// into groups.
     fn log_fits(&mut self, blocks: u32, body: u32, more: Option<Reserved>) -> bool {
         let reserved = self.participant.reserved.plus(more.unwrap_or_default());
         // Each group that closes may leave the end of a buffer unused.
@@ -209,8 +217,9 @@ impl Shard {
         false
     }
 
-    /// Whether memory holds what would be dirty then: pages in a quarter of it, freed ones on their way into the map among them,
-    /// and map nodes in [`DIRTY_NODES_MAX`]. One commit goes alone if it must. If not, what is dirty is written.
+    /// Whether memory holds what would be dirty then: pages in a quarter of it, freed ones on their
+    /// way into the map among them, and map nodes in [`DIRTY_NODES_MAX`]. One commit goes alone if
+    /// it must. If not, what is dirty is written.
     fn dirty_fits(&mut self, changes: u64, first: bool) -> bool {
         let memory = u64::from(self.ctx.limits.memory_blocks);
         let dirty = self.writeback.reserved_blocks + self.requests.held.frees_unpublished;
@@ -234,21 +243,25 @@ impl Shard {
 
     /// So many that only a checkpoint should come now, and no more of them.
     pub(in crate::engine) fn dirty_nodes_are_many(&self) -> bool {
-        self.map.dirty_count() as u64 > u64::from(self.ctx.limits.memory_blocks) * DIRTY_NODES_MANY / 32
+        self.map.dirty_count() as u64
+            > u64::from(self.ctx.limits.memory_blocks) * DIRTY_NODES_MANY / 32
     }
 
     /// Frames for the new versions, and the map leaves in memory, pinned.
     fn admit_memory(&mut self, waiter: usize, frames: u32, step: Step) -> Admission {
         let changed = self.pages_to_pin(waiter);
         let pinned = self.pin_leaves_in_memory(&changed);
-        // Before frames are looked for, which might take what is above a leaf that is still to be read.
+        // Before frames are looked for, which might take what is above a leaf that is still to be
+        // read.
         let keeps = self.keeps_leaves(waiter, step);
         for idx in changed.iter().copied() {
             if self.cache.table.pages[idx].leaf.is_some() {
                 continue;
             }
             match self.map.lookup(self.cache.table.pages[idx].key) {
-                Lookup::Load(key, child) => return self.wait_for_leaf(waiter, &changed, step, (key, child)),
+                Lookup::Load(key, child) => {
+                    return self.wait_for_leaf(waiter, &changed, step, (key, child));
+                }
                 Lookup::Found(_) if keeps && !self.keep_leaf(idx, step) => {
                     self.start_reclaim();
                     return Admission::Stalled;
@@ -259,7 +272,8 @@ impl Shard {
         let missing = |idx: &usize| self.map.missing_nodes(self.cache.table.pages[*idx].key);
         let nodes: u32 = changed.iter().map(missing).sum();
         if !self.ensure_frames(frames + nodes + FRAMES_RESERVE, step) {
-            let (all, missing) = self.map.nodes_for(changed.iter().map(|idx| self.cache.table.pages[*idx].key));
+            let (all, missing) =
+                self.map.nodes_for(changed.iter().map(|idx| self.cache.table.pages[*idx].key));
             if let Some(error) = self.too_large(waiter, all) {
                 return Admission::No(error);
             }
@@ -289,26 +303,32 @@ impl Shard {
                     let leaf = self.map.pin(key, &mut self.ctx.arena);
                     self.cache.table.pages[idx].leaf = Some(leaf);
                 }
-                Lookup::Load(node, child) => return self.wait_for_leaf(waiter, &changed, step, (node, child)),
+                Lookup::Load(node, child) => {
+                    return self.wait_for_leaf(waiter, &changed, step, (node, child));
+                }
             }
         }
         Admission::Yes
     }
 
-    /// Whether there are frames for the nodes that `key` lacks, and for `frames` pages. The search for frames may have taken nodes that
-    /// an earlier commit made for nothing: no device has them, and they were counted as there. The next try counts them.
+    /// Whether there are frames for the nodes that `key` lacks, and for `frames` pages. The search
+    /// for frames may have taken nodes that an earlier commit made for nothing: no device has them,
+    /// and they were counted as there. The next try counts them.
     fn nodes_are_counted(&mut self, key: PageKey, frames: u32) -> bool {
         let kept = self.participant.reserved.frames + self.checkpoint_frames();
         self.ctx.arena.free_blocks() >= frames + self.map.missing_nodes(key) + kept
     }
 
-    /// Whether this commit keeps the leaves that it has while it waits for others: it has lost them often enough.
+    /// Whether this commit keeps the leaves that it has while it waits for others: it has lost them
+    /// often enough.
     fn keeps_leaves(&self, waiter: usize, step: Step) -> bool {
-        step == Step::Redo || (step == Step::Commit && self.requests.pending[waiter].yields >= YIELDS_MAX)
+        step == Step::Redo
+            || (step == Step::Commit && self.requests.pending[waiter].yields >= YIELDS_MAX)
     }
 
-    /// Makes and pins the leaf of a page that has none yet; false: there are no frames for it. Whoever reads the paths of several pages
-    /// would else lose one, of which nothing can be pinned, for the next one, and so on without end.
+    /// Makes and pins the leaf of a page that has none yet; false: there are no frames for it.
+    /// Whoever reads the paths of several pages would else lose one, of which nothing can be
+    /// pinned, for the next one, and so on without end.
     fn keep_leaf(&mut self, idx: usize, step: Step) -> bool {
         let key = self.cache.table.pages[idx].key;
         // Another page of the commit may have made it.
@@ -326,8 +346,9 @@ impl Shard {
         found
     }
 
-    /// Pins the leaves that are there already: the search for frames would take the very leaf that has just been read for this
-    /// commit, which would wait for it again, and so on without end. Whose they are.
+    /// Pins the leaves that are there already: the search for frames would take the very leaf that
+    /// has just been read for this commit, which would wait for it again, and so on without end.
+    /// Whose they are.
     fn pin_leaves_in_memory(&mut self, changed: &[usize]) -> SmallVec<[usize; 4]> {
         let mut pinned = SmallVec::new();
         for idx in changed.iter().copied() {
@@ -348,8 +369,8 @@ impl Shard {
         }
     }
 
-    /// Changed pages whose leaf is to be pinned. To free a page that is absent changes nothing, unless an earlier commit of the turn
-    /// writes it: then its leaf is pinned.
+    /// Changed pages whose leaf is to be pinned. To free a page that is absent changes nothing,
+    /// unless an earlier commit of the turn writes it: then its leaf is pinned.
     fn pages_to_pin(&self, waiter: usize) -> SmallVec<[usize; 4]> {
         let mut changed = self.changed_pages(waiter);
         if let Some(commit) = self.requests.pending[waiter].commit() {
@@ -363,8 +384,9 @@ impl Shard {
         changed
     }
 
-    /// A node above the leaf of one of `changed` has left memory. The leaves that are there are pinned: they are given back, unless
-    /// this commit has lost others so often that it goes first now.
+    /// A node above the leaf of one of `changed` has left memory. The leaves that are there are
+    /// pinned: they are given back, unless this commit has lost others so often that it goes first
+    /// now.
     fn wait_for_leaf(
         &mut self,
         waiter: usize,
@@ -372,7 +394,8 @@ impl Shard {
         step: Step,
         (node, child): (NodeKey, Child),
     ) -> Admission {
-        let (all, _) = self.map.nodes_for(changed.iter().map(|idx| self.cache.table.pages[*idx].key));
+        let (all, _) =
+            self.map.nodes_for(changed.iter().map(|idx| self.cache.table.pages[*idx].key));
         if let Some(error) = self.too_large(waiter, all) {
             return Admission::No(error);
         }
@@ -391,11 +414,13 @@ impl Shard {
         Admission::Waiting
     }
 
-    /// Why a commit with this many map nodes can never be carried out, if so: its pages and nodes must be in memory at once, whatever
-    /// else is under way.
+    /// Why a commit with this many map nodes can never be carried out, if so: its pages and nodes
+    /// must be in memory at once, whatever else is under way.
     fn too_large(&self, waiter: usize, nodes: u32) -> Option<Error> {
         let commit = self.requests.pending[waiter].commit()?;
-        let pages = commit.changes.iter().filter(|(_, change)| !matches!(change, Change::Free)).count() as u32;
+        let pages =
+            commit.changes.iter().filter(|(_, change)| !matches!(change, Change::Free)).count()
+                as u32;
         let most = (self.frames_usable() - self.checkpoint_frames()) / COMMIT_SHARE;
         if pages + nodes <= most || planted!(TooLargeAdmitted) {
             return None;
@@ -403,8 +428,9 @@ impl Shard {
         Some(Error::new(
             ErrorKind::TooLarge,
             format_args!(
-                "a commit of {} changes needs {nodes} map nodes and {pages} new pages of shard {} in memory at once, together at most \
-                 {most}: split it, or open with more memory_bytes",
+                "a commit of {} changes needs {nodes} map nodes and {pages} new pages of shard {} \
+                 in memory at once, together at most {most}: split it, or open with more \
+                 memory_bytes",
                 commit.changes.len(),
                 self.ctx.id.get()
             ),

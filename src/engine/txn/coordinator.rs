@@ -6,11 +6,13 @@
 //!     \--a No--> refused
 //! ```
 //! Invariants
-//! 1. The LSN is allocated only when every vote is in and is `Yes`; what follows can fail by the device only.
-//! 2. The owner's record stands in the group whose run holds the LSN, and names the shards that have other parts: the
-//!    commit counts only with all of them.
+//! 1. The LSN is allocated only when every vote is in and is `Yes`; what follows can fail by the
+//!    device only.
+//! 2. The owner's record stands in the group whose run holds the LSN, and names the shards that
+//!    have other parts: the commit counts only with all of them.
 //! 3. The shard's bound stays at or below the LSN until every part is durable.
-//! 4. Asking again is bounded in time: then `Busy`. Long before that it goes in front of others (see `precedence`).
+//! 4. Asking again is bounded in time: then `Busy`. Long before that it goes in front of others
+//!    (see `precedence`).
 
 use crate::base::error::{Error, ErrorKind};
 use crate::base::{Lsn, Micros, ShardId, ShardSet};
@@ -52,7 +54,8 @@ pub(in crate::engine) struct CoordinatedCommit {
     parts_left: usize,
     applied_left: usize,
     attempts: u32,
-    /// When not all voted for it the first time: it arrived at the time of the last turn, which may be long ago.
+    /// When not all voted for it the first time: it arrived at the time of the last turn, which may
+    /// be long ago.
     refused_first_at: Option<Micros>,
 }
 
@@ -67,9 +70,15 @@ impl CoordinatedCommit {
                 self.votes_left,
                 self.yes.len()
             ),
-            State::Waiting { .. } => assert!(self.yes.is_empty() && self.votes_left == 0, "no part waits meanwhile"),
+            State::Waiting { .. } => {
+                assert!(self.yes.is_empty() && self.votes_left == 0, "no part waits meanwhile")
+            }
             State::Decidable => {
-                assert!(self.yes.len() == asked && self.votes_left == 0, "{} yes of {asked}", self.yes.len())
+                assert!(
+                    self.yes.len() == asked && self.votes_left == 0,
+                    "{} yes of {asked}",
+                    self.yes.len()
+                )
             }
             State::Drawn => assert!(
                 self.lsn != Lsn::ZERO && self.applied_left <= self.parts_left,
@@ -118,7 +127,11 @@ impl Coordinator {
 impl Shard {
     /// Whether all pages of the commit are this shard's.
     pub(in crate::engine) fn is_local(&self, commit: &Commit) -> bool {
-        let keys = commit.reads.iter().map(|(key, _)| key).chain(commit.changes.iter().map(|(key, _)| key));
+        let keys = commit
+            .reads
+            .iter()
+            .map(|(key, _)| key)
+            .chain(commit.changes.iter().map(|(key, _)| key));
         self.ctx.shard_map.shards_count() == 1
             || keys.into_iter().all(|key| self.ctx.shard_map.shard_of(*key) == self.ctx.id)
     }
@@ -130,7 +143,11 @@ impl Shard {
         let since = self.ctx.now;
         prepares.push((
             self.ctx.id,
-            PrepareRequest { owner_logs: !commit.changes.is_empty(), since, ..PrepareRequest::default() },
+            PrepareRequest {
+                owner_logs: !commit.changes.is_empty(),
+                since,
+                ..PrepareRequest::default()
+            },
         ));
         let mut of = |shard: ShardId| match prepares.iter().position(|(s, _)| *s == shard) {
             Some(i) => i,
@@ -139,8 +156,10 @@ impl Shard {
                 prepares.len() - 1
             }
         };
-        let reads: Vec<usize> = commit.reads.iter().map(|(key, _)| of(self.ctx.shard_map.shard_of(*key))).collect();
-        let changes: Vec<usize> = commit.changes.iter().map(|(key, _)| of(self.ctx.shard_map.shard_of(*key))).collect();
+        let reads: Vec<usize> =
+            commit.reads.iter().map(|(key, _)| of(self.ctx.shard_map.shard_of(*key))).collect();
+        let changes: Vec<usize> =
+            commit.changes.iter().map(|(key, _)| of(self.ctx.shard_map.shard_of(*key))).collect();
         let weight = coordinated_bytes(&commit, prepares.len());
         for (i, read) in reads.into_iter().zip(commit.reads) {
             prepares[i].1.reads.push(read);
@@ -183,7 +202,8 @@ impl Shard {
         let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
         cross.state = State::Asking;
         cross.votes_left = cross.prepares.len();
-        (cross.refusal, cross.held, cross.not_now, cross.read_lsn) = (None, false, false, Lsn::ZERO);
+        (cross.refusal, cross.held, cross.not_now, cross.read_lsn) =
+            (None, false, false, Lsn::ZERO);
         cross.attempts += 1;
         cross.assert_state();
         let prepares = cross.prepares.clone();
@@ -238,7 +258,8 @@ impl Shard {
             None if cross.held && cross.reads() => Some(crate::engine::txn::participant::held(txn)),
             None if self.ctx.now > refused_first_at + ASK_FOR_US => Some(Error::new(
                 ErrorKind::Busy,
-                "a commit over several shards found pages held, or memory, log or space short, for 10 s; try again",
+                "a commit over several shards found pages held, or memory, log or space short, \
+                 for 10 s; try again",
             )),
             None => None,
         };
@@ -251,7 +272,9 @@ impl Shard {
             None => {
                 // Commits that meet each other at the same pages come back at different times.
                 let slots = 1 << cross.attempts.min(6);
-                let turn = (u64::from(self.ctx.id.get()).wrapping_mul(7) ^ txn.wrapping_mul(0x9e37_79b9)) % slots;
+                let turn = (u64::from(self.ctx.id.get()).wrapping_mul(7)
+                    ^ txn.wrapping_mul(0x9e37_79b9))
+                    % slots;
                 let until = self.ctx.now + (RETRY_US.0 * (1 + turn)).min(RETRY_US.1);
                 cross.state = State::Waiting { until };
                 cross.assert_state();
@@ -269,7 +292,11 @@ impl Shard {
         let now = self.ctx.now;
         let is_due = |cross: &CoordinatedCommit| matches!(cross.state, State::Waiting { until } if until <= now);
         let cross = &self.coordinator.commits;
-        let due: Vec<u64> = self.coordinator.waiting.extract_if(.., |txn| cross.get(txn).is_none_or(is_due)).collect();
+        let due: Vec<u64> = self
+            .coordinator
+            .waiting
+            .extract_if(.., |txn| cross.get(txn).is_none_or(is_due))
+            .collect();
         due.into_iter().for_each(|txn| self.ask(txn));
     }
 
@@ -303,7 +330,8 @@ impl Shard {
         self.ctx.work_pending = true;
     }
 
-    /// Commits without changes need no LSN: all that they read was current while all of it was held.
+    /// Commits without changes need no LSN: all that they read was current while all of it was
+    /// held.
     fn end_readers(&mut self) {
         for txn in std::mem::take(&mut self.coordinator.decidable) {
             match self.coordinator.commits.get(&txn) {
@@ -320,16 +348,23 @@ impl Shard {
     }
 
     fn decide_commit(&mut self, txn: u64, lsn: Lsn) {
-        let cross = self.coordinator.commits.get_mut(&txn).expect("a decidable commit is under way");
+        let cross =
+            self.coordinator.commits.get_mut(&txn).expect("a decidable commit is under way");
         assert_eq!(cross.state, State::Decidable, "all votes are in");
         cross.state = State::Drawn;
         cross.lsn = lsn;
-        let writers: SmallVec<[ShardId; 4]> =
-            cross.prepares.iter().skip(1).filter(|(_, ask)| !ask.changes.is_empty()).map(|(shard, _)| *shard).collect();
+        let writers: SmallVec<[ShardId; 4]> = cross
+            .prepares
+            .iter()
+            .skip(1)
+            .filter(|(_, ask)| !ask.changes.is_empty())
+            .map(|(shard, _)| *shard)
+            .collect();
         let others: ShardSet = writers.iter().copied().collect();
         cross.parts_left = 1 + writers.len();
         cross.applied_left = writers.len();
-        let (token, durable, yes, read) = (cross.token, cross.durable, std::mem::take(&mut cross.yes), cross.read_lsn);
+        let (token, durable, yes, read) =
+            (cross.token, cross.durable, std::mem::take(&mut cross.yes), cross.read_lsn);
         // What was asked is not needed any more: the parts have it.
         cross.prepares.clear();
         self.coordinator.undurable.insert(lsn);

@@ -1,12 +1,14 @@
-//! Commits of one shard: validation, the allocation of its LSN, and their effect; before the allocation of its LSN each is admitted (see `admission`).
+//! Commits of one shard: validation, the allocation of its LSN, and their effect; before the
+//! allocation of its LSN each is admitted (see `admission`).
 //!
 //! Invariants
 //! 1. All commits of a turn get their LSNs by one draw, before any effect of the turn leaves.
 //! 2. Validation and effect are one step: no other commit comes between.
-//! 3. A allocated LSN that isn't used (a conflict with an earlier commit of the same turn) stays in its group's run: it is
-//!    void, and accounted for.
+//! 3. A allocated LSN that isn't used (a conflict with an earlier commit of the same turn) stays in
+//!    its group's run: it is void, and accounted for.
 //! 4. While a part of a commit over shards is in front (see `precedence`) no commit is admitted.
-//! 5. A commit that meets a page held by a commit over shards waits; one that fails anyway does not.
+//! 5. A commit that meets a page held by a commit over shards waits; one that fails anyway does
+//!    not.
 
 use crate::base::error::{Error, Result};
 use crate::base::{BLOCK, Lsn, PageKey};
@@ -18,8 +20,9 @@ use crate::format::group::Role;
 use bytes::Bytes;
 use smallvec::SmallVec;
 
-/// LSNs above the watermark at most. A new epoch begins this far above everything found, so that an LSN which was
-/// drawn, and perhaps told to somebody, but never reached a device, is not drawn again.
+/// LSNs above the watermark at most. A new epoch begins this far above everything found, so that an
+/// LSN which was drawn, and perhaps told to somebody, but never reached a device, is not drawn
+/// again.
 pub(crate) const LSN_AHEAD_MAX: u64 = 1 << 24;
 
 impl Shard {
@@ -49,7 +52,9 @@ impl Shard {
                 self.wait_for_page_lock(waiter, idx);
                 continue;
             }
-            let PendingKind::Commit(commit) = &self.requests.pending[waiter].kind else { unreachable!("only commits") };
+            let PendingKind::Commit(commit) = &self.requests.pending[waiter].kind else {
+                unreachable!("only commits")
+            };
             if commit.changes.is_empty() {
                 // It needs no LSN: all that it read is current.
                 self.requests.ready.pop_front();
@@ -82,8 +87,8 @@ impl Shard {
         self.execute(&batch);
     }
 
-    /// Why a commit, or a part of one, fails whatever else may be: a page can't be read, the store has stopped, or something
-    /// that it read has changed.
+    /// Why a commit, or a part of one, fails whatever else may be: a page can't be read, the store
+    /// has stopped, or something that it read has changed.
     fn refusal(&self, waiter: usize) -> Option<Error> {
         let failure = self.requests.pending[waiter].error.as_ref().or(self.ctx.failed.as_ref());
         failure.cloned().or_else(|| self.validate(waiter).err())
@@ -126,14 +131,22 @@ impl Shard {
         self.ctx.work_pending = true;
     }
 
-    /// The newest change of any page that the commit read, a `Free` included: its reply waits until that is durable.
+    /// The newest change of any page that the commit read, a `Free` included: its reply waits until
+    /// that is durable.
     pub(in crate::engine) fn read_lsn(&self, waiter: usize) -> Lsn {
         let pending = &self.requests.pending[waiter];
-        let read = pending.pages[..pending.reads_count()].iter().map(|idx| self.cache.table.pages[*idx].lsn);
+        let read = pending.pages[..pending.reads_count()]
+            .iter()
+            .map(|idx| self.cache.table.pages[*idx].lsn);
         read.max().unwrap_or(Lsn::ZERO)
     }
 
-    pub(in crate::engine) fn finish_commit(&mut self, waiter: usize, result: Result<Option<Lsn>>, read_lsn: Lsn) {
+    pub(in crate::engine) fn finish_commit(
+        &mut self,
+        waiter: usize,
+        result: Result<Option<Lsn>>,
+        read_lsn: Lsn,
+    ) {
         let pending = self.release(waiter);
         let token = pending.token.expect("a commit has a token");
         let PendingKind::Commit(commit) = pending.kind else { unreachable!("only commits") };
@@ -143,11 +156,15 @@ impl Shard {
         }
         match result {
             Err(error) => self.ctx.reply(token, Err(error)),
-            Ok(None) => self.reply_when_durable(read_lsn, token, Response::Committed(read_lsn), false),
+            Ok(None) => {
+                self.reply_when_durable(read_lsn, token, Response::Committed(read_lsn), false)
+            }
             Ok(Some(lsn)) if commit.durable && !planted!(AcknowledgedEarly) => {
                 self.reply_when_durable(lsn, token, Response::Committed(lsn), true);
             }
-            Ok(Some(lsn)) => self.reply_when_durable(read_lsn, token, Response::Committed(lsn), true),
+            Ok(Some(lsn)) => {
+                self.reply_when_durable(read_lsn, token, Response::Committed(lsn), true)
+            }
         }
     }
 

@@ -1,11 +1,13 @@
-//! Holds: what keeps the pages of a commit over shards as they are between the vote and the decision.
+//! Holds: what keeps the pages of a commit over shards as they are between the vote and the
+//! decision.
 //!
 //! Invariants
 //! 1. A page is held either by any number of commits that read it, or by one that changes it.
-//! 2. A commit over shards never waits for a hold: it votes [`Vote::Conflict`](crate::engine::message::Vote), so there is no deadlock.
-//!    Commits of this shard alone do wait, in the order in which they came.
-//! 3. While a page is held, no LSN but the holder's is drawn for it. The holder's LSN is allocated after the vote, so it is
-//!    above every version of the page.
+//! 2. A commit over shards never waits for a hold: it votes
+//!    [`Vote::Conflict`](crate::engine::message::Vote), so there is no deadlock. Commits of this
+//!    shard alone do wait, in the order in which they came.
+//! 3. While a page is held, no LSN but the holder's is drawn for it. The holder's LSN is allocated
+//!    after the vote, so it is above every version of the page.
 
 use crate::engine::Shard;
 use smallvec::SmallVec;
@@ -35,7 +37,8 @@ impl Shard {
         }
         let pending = &self.requests.pending[waiter];
         let reads = pending.reads_count();
-        let held = |(i, idx): (usize, &usize)| !self.cache.table.pages[*idx].hold.allows(i >= reads);
+        let held =
+            |(i, idx): (usize, &usize)| !self.cache.table.pages[*idx].hold.allows(i >= reads);
         pending.pages.iter().enumerate().find(|(i, idx)| held((*i, idx))).map(|(_, idx)| *idx)
     }
 

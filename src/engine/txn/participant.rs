@@ -6,10 +6,12 @@
 //!                                                                    \--Commit(LSN)--> applied, logged --flushed--> Durable
 //! ```
 //! Invariants
-//! 1. A vote waits for the device (a page must be read) but never for a hold, room or memory; so two commits can't wait
-//!    for each other.
-//! 2. After a `Yes` nothing but the device can fail: log room, buffers, frames, space and the map leaves are reserved.
-//! 3. The record of a part, and an owner's, stands alone in its era: a cut can fall right before and right after it.
+//! 1. A vote waits for the device (a page must be read) but never for a hold, room or memory; so
+//!    two commits can't wait for each other.
+//! 2. After a `Yes` nothing but the device can fail: log room, buffers, frames, space and the map
+//!    leaves are reserved.
+//! 3. The record of a part, and an owner's, stands alone in its era: a cut can fall right before
+//!    and right after it.
 
 use crate::base::error::{Error, ErrorKind};
 use crate::base::{Lsn, Micros, ShardId, ShardSet};
@@ -105,15 +107,25 @@ impl Shard {
         let PrepareRequest { reads, changes, owner_logs, since } = ask;
         let pages = self.pages_of(&reads, &changes);
         let (reads_count, patched) = (reads.len(), crate::engine::requests::patched(&changes));
-        let part = Part { of, commit: Commit { reads, changes, durable: true }, owner_logs, since, reserved: None };
-        self.begin(None, PendingKind::Part(Box::new(part)), pages, |i| i >= reads_count && patched[i - reads_count]);
+        let part = Part {
+            of,
+            commit: Commit { reads, changes, durable: true },
+            owner_logs,
+            since,
+            reserved: None,
+        };
+        self.begin(None, PendingKind::Part(Box::new(part)), pages, |i| {
+            i >= reads_count && patched[i - reads_count]
+        });
     }
 
     /// Votes on the parts whose pages are there.
     pub(in crate::engine) fn run_parts(&mut self) {
         while let Some(waiter) = self.requests.ready_parts.pop_front() {
             let Some(vote) = self.judge_part(waiter) else { continue };
-            let PendingKind::Part(part) = &self.requests.pending[waiter].kind else { unreachable!("only parts") };
+            let PendingKind::Part(part) = &self.requests.pending[waiter].kind else {
+                unreachable!("only parts")
+            };
             let of = part.of;
             self.note_vote(self.age_of(waiter), &vote, false);
             match vote {
@@ -193,10 +205,18 @@ impl Shard {
         self.ctx.work_pending = true;
     }
 
-    /// Applies the owner's own part, and logs the record that names the others, in the group whose run holds the LSN.
-    pub(in crate::engine) fn apply_own_part(&mut self, txn: u64, lsn: Lsn, others: ShardSet, urgent: bool) {
+    /// Applies the owner's own part, and logs the record that names the others, in the group whose
+    /// run holds the LSN.
+    pub(in crate::engine) fn apply_own_part(
+        &mut self,
+        txn: u64,
+        lsn: Lsn,
+        others: ShardSet,
+        urgent: bool,
+    ) {
         let of = PartRef { owner: self.ctx.id, txn };
-        let waiter = self.participant.parts.remove(&of).expect("the owner has voted for its own part");
+        let waiter =
+            self.participant.parts.remove(&of).expect("the owner has voted for its own part");
         self.apply_part(waiter, of, lsn, Role::Owner(others), urgent);
         self.end_part(waiter);
     }
@@ -248,6 +268,9 @@ impl Shard {
 pub(in crate::engine) fn held(of: u64) -> Error {
     Error::new(
         ErrorKind::Conflict,
-        format_args!("a page of transaction {of} is held by another commit on its way: retry the transaction"),
+        format_args!(
+            "a page of transaction {of} is held by another commit on its way: retry the \
+             transaction"
+        ),
     )
 }

@@ -1,17 +1,23 @@
-//! Who goes first where a part of a commit over shards meets others for too long: the commit that was asked for first.
+//! Who goes first where a part of a commit over shards meets others for too long: the commit that
+//! was asked for first.
 //!
-//! A vote can't wait, so a part has no place in a queue: it finds what the commits of the shard have left, and is asked again. A
-//! stream of them could leave too little for ever. So the oldest part that was told "not now" or "held" long after it was first
-//! asked for is put *in front*: until it is voted for, commits of the shard are not admitted, and younger parts are told "not now".
-//! If it lacks what requests under way keep in memory, those must end: commits go on, but no request is taken from callers.
+//! A vote can't wait, so a part has no place in a queue: it finds what the commits of the shard
+//! have left, and is asked again. A stream of them could leave too little for ever. So the oldest
+//! part that was told "not now" or "held" long after it was first asked for is put *in front*:
+//! until it is voted for, commits of the shard are not admitted, and younger parts are told "not
+//! now". If it lacks what requests under way keep in memory, those must end: commits go on, but no
+//! request is taken from callers.
 //!
 //! Invariants
-//! 1. Being in front holds nothing: no page, no room. It only keeps others from taking what becomes free.
-//! 2. All shards compare parts by the same order: time of the first request, then owner, then number. An older part takes the place
-//!    of a younger one at once. So the oldest of all commits over shards is kept back by no other one anywhere, and two
-//!    shards can't each put the other's part last for ever.
-//! 3. It ends with a `Yes` or a `No`, or when the owner has not asked again for [`IN_FRONT_US`]: whoever waits for it has a
-//!    deadline, and an owner that has given up or has failed keeps nobody back.
+//! 1. Being in front holds nothing: no page, no room. It only keeps others from taking what becomes
+//!    free.
+//! 2. All shards compare parts by the same order: time of the first request, then owner, then
+//!    number. An older part takes the place of a younger one at once. So the oldest of all commits
+//!    over shards is kept back by no other one anywhere, and two shards can't each put the other's
+//!    part last for ever.
+//! 3. It ends with a `Yes` or a `No`, or when the owner has not asked again for [`IN_FRONT_US`]:
+//!    whoever waits for it has a deadline, and an owner that has given up or has failed keeps
+//!    nobody back.
 //!
 //! It does not order commits of one shard: they stay first in, first out.
 
@@ -22,13 +28,16 @@ use crate::engine::requests::PendingKind;
 use crate::engine::txn::coordinator;
 use crate::engine::{Lack, Shard, Step};
 
-/// From when on a commit that is asked for again goes in front. Shorter waits are common when a device is busy, and end by
-/// themselves; to stop the others for each of them would cost throughput.
+/// From when on a commit that is asked for again goes in front. Shorter waits are common when a
+/// device is busy, and end by themselves; to stop the others for each of them would cost
+/// throughput.
 const PATIENCE_US: Micros = 100_000;
-/// For how long a part stays in front without being asked for: an owner asks again sooner, even when it is slow to turn.
+/// For how long a part stays in front without being asked for: an owner asks again sooner, even
+/// when it is slow to turn.
 const IN_FRONT_US: Micros = 8 * coordinator::RETRY_US.1;
 
-/// When a commit was asked for first, at its owner, and which it is: the order in which commits over shards go.
+/// When a commit was asked for first, at its owner, and which it is: the order in which commits
+/// over shards go.
 pub(in crate::engine) type Age = (Micros, ShardId, u64);
 
 /// The part in front.
@@ -36,7 +45,8 @@ pub(in crate::engine) type Age = (Micros, ShardId, u64);
 pub(in crate::engine) struct InFront {
     age: Age,
     until: Micros,
-    /// It lacks what requests under way keep in memory: they must end, and not be followed by others.
+    /// It lacks what requests under way keep in memory: they must end, and not be followed by
+    /// others.
     for_holds: bool,
 }
 
@@ -51,7 +61,11 @@ impl Shard {
     }
 
     fn front(&self) -> Option<&InFront> {
-        self.ctx.blocked.in_front.as_ref().filter(|front| self.ctx.now < front.until && !planted!(VotesNeverFirst))
+        self.ctx
+            .blocked
+            .in_front
+            .as_ref()
+            .filter(|front| self.ctx.now < front.until && !planted!(VotesNeverFirst))
     }
 
     /// Whether commits of this shard wait for a part in front.
@@ -59,23 +73,27 @@ impl Shard {
         self.front().is_some_and(|front| !front.for_holds)
     }
 
-    /// Whether no request is taken from callers, so that those under way give back what they keep in memory.
+    /// Whether no request is taken from callers, so that those under way give back what they keep
+    /// in memory.
     pub(in crate::engine) fn callers_are_behind(&self) -> bool {
         self.front().is_some_and(|front| front.for_holds)
     }
 
-    /// A part got this vote, `for_holds` if the pages that requests keep in memory are the reason: it may go in front, or leave its
-    /// place there.
+    /// A part got this vote, `for_holds` if the pages that requests keep in memory are the reason:
+    /// it may go in front, or leave its place there.
     pub(in crate::engine) fn note_vote(&mut self, age: Age, vote: &Vote, for_holds: bool) {
         match vote {
             Vote::Busy | Vote::Conflict => {
                 let old_enough = self.ctx.now >= age.0 + PATIENCE_US;
                 if old_enough && self.front().is_none_or(|front| age <= front.age) {
-                    self.ctx.blocked.in_front = Some(InFront { age, until: self.ctx.now + IN_FRONT_US, for_holds });
+                    self.ctx.blocked.in_front =
+                        Some(InFront { age, until: self.ctx.now + IN_FRONT_US, for_holds });
                 }
             }
             // Others may go on, in the next lap.
-            Vote::Yes(_) | Vote::No(_) if self.ctx.blocked.in_front.as_ref().is_some_and(|front| front.age == age) => {
+            Vote::Yes(_) | Vote::No(_)
+                if self.ctx.blocked.in_front.as_ref().is_some_and(|front| front.age == age) =>
+            {
                 self.ctx.blocked.in_front = None;
                 self.ctx.work_pending = true;
             }

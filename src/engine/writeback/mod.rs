@@ -1,13 +1,15 @@
-//! The coalescer's effects: dirty pages go to new places, and the map follows when they are durable.
+//! The coalescer's effects: dirty pages go to new places, and the map follows when they are
+//! durable.
 //!
 //! ```text
 //! Dirty --window, batch, pressure, checkpoint--> Captured --written--> waits for the watermark --> in the map
 //! ```
 //! Invariants
-//! 1. A capture fixes one version of a page: its frame is pinned until it is written; later changes go elsewhere.
+//! 1. A capture fixes one version of a page: its frame is pinned until it is written; later changes
+//!    go elsewhere.
 //! 2. The map gets a version only when it is written *and* at or below the watermark.
-//! 3. A capture that comes late (the map names a newer version already) gives its place back like any other:
-//!    a log record may name it.
+//! 3. A capture that comes late (the map names a newer version already) gives its place back like
+//!    any other: a log record may name it.
 //! 4. A move changes the map only if the map still names the place that it moved from.
 
 pub(crate) mod plan;
@@ -56,7 +58,8 @@ pub(in crate::engine) struct WriteBack {
     pub reserved_blocks: u64,
 }
 
-/// Pages in flight to their places at most: enough for the queue of a fast device, few enough to leave memory.
+/// Pages in flight to their places at most: enough for the queue of a fast device, few enough to
+/// leave memory.
 const PAGE_WRITES_MAX: usize = 1024;
 /// When dirty pages that found no place try again, if nothing else happens.
 const SPACE_RETRY_US: Micros = 100_000;
@@ -70,7 +73,8 @@ impl Shard {
         self.write_moves();
         let pressed = self.checkpoint.wants_pages() || self.life.closing.is_some();
         let due = self.writeback.dirty.len() >= self.ctx.limits.coalesce_batch_pages
-            || self.ctx.now >= self.writeback.dirty_since.saturating_add(self.ctx.limits.coalesce_window_us);
+            || self.ctx.now
+                >= self.writeback.dirty_since.saturating_add(self.ctx.limits.coalesce_window_us);
         let stuck = self.watermark.dirty_stuck.is_some() && !pressed;
         if self.writeback.dirty.is_empty()
             || !(due || pressed)
@@ -111,8 +115,9 @@ impl Shard {
         self.capture_pages(take);
     }
 
-    /// Whether dirty pages can go to their places when their window is over: a deadline while they can't would be due again and
-    /// again, for nothing. What they wait for then, a completion or the watermark, brings a turn.
+    /// Whether dirty pages can go to their places when their window is over: a deadline while they
+    /// can't would be due again and again, for nothing. What they wait for then, a completion or
+    /// the watermark, brings a turn.
     pub(in crate::engine) fn may_write_back(&self) -> bool {
         let has_room = self.writeback.page_writes < PAGE_WRITES_MAX || planted!(DeadlineInThePast);
         !self.writeback.dirty.is_empty() && self.watermark.dirty_stuck.is_none() && has_room
@@ -127,13 +132,20 @@ impl Shard {
             let (key, lsn) = (page.key, page.lsn);
             if page.absent {
                 self.captured(idx);
-                let capture = self.writeback.captures.insert(Capture { page: idx, lsn, entry: None, moved_from: None });
+                let capture = self.writeback.captures.insert(Capture {
+                    page: idx,
+                    lsn,
+                    entry: None,
+                    moved_from: None,
+                });
                 self.requests.held.frees_unpublished += 1;
                 self.capture_written(capture);
                 continue;
             }
             let sealed = self.seal_page(idx);
-            let Some(place) = self.alloc_place(Stream::Data, ItemKind::Page(key, lsn), sealed.blocks()) else {
+            let Some(place) =
+                self.alloc_place(Stream::Data, ItemKind::Page(key, lsn), sealed.blocks())
+            else {
                 let page = &mut self.cache.table.pages[idx];
                 page.queued = true;
                 self.writeback.dirty.push(idx);
@@ -149,7 +161,8 @@ impl Shard {
             self.ctx.blocked.register(Step::WriteBack, Lack::Space);
             self.writeback.dirty_since = self.ctx.now + SPACE_RETRY_US;
         }
-        // Commits have reserved a block for each page; a redo reserves none, and the checkpoint that ends it waits for its pages.
+        // Commits have reserved a block for each page; a redo reserves none, and the checkpoint
+        // that ends it waits for its pages.
         if found_none && self.life.opening && self.checkpoint.wants_pages() {
             self.must_grow("the pages of the recovery");
         }
@@ -169,7 +182,9 @@ impl Shard {
     fn seal_page(&mut self, idx: usize) -> Sealed {
         let frame = &self.cache.table.pages[idx].frame;
         self.ctx.stats.checksums += 1;
-        codec::seal(frame.as_ref().expect("a dirty page that is not absent has its bytes in memory").pin())
+        codec::seal(
+            frame.as_ref().expect("a dirty page that is not absent has its bytes in memory").pin(),
+        )
     }
 
     fn capture(
@@ -181,8 +196,12 @@ impl Shard {
     ) -> (usize, IoSlice) {
         let page = &self.cache.table.pages[idx];
         let entry = sealed.entry(place, page.lsn);
-        let capture =
-            self.writeback.captures.insert(Capture { page: idx, lsn: page.lsn, entry: Some(entry), moved_from });
+        let capture = self.writeback.captures.insert(Capture {
+            page: idx,
+            lsn: page.lsn,
+            entry: Some(entry),
+            moved_from,
+        });
         (capture, IoSlice::whole(sealed.into_bytes()))
     }
 
@@ -210,7 +229,8 @@ impl Shard {
             let from = page.entry.filter(|_| moves).map(|e| e.place());
             let to = from.and_then(|from| {
                 let sealed = self.seal_page(idx);
-                let place = self.alloc_place(Stream::Moved, ItemKind::Page(key, lsn), sealed.blocks())?;
+                let place =
+                    self.alloc_place(Stream::Moved, ItemKind::Page(key, lsn), sealed.blocks())?;
                 Some((from, sealed, place))
             });
             let Some((from, sealed, place)) = to else {
@@ -248,7 +268,9 @@ impl Shard {
     pub(in crate::engine) fn publish_durable(&mut self) {
         let watermark = self.ctx.order.watermark();
         while self.writeback.awaiting_watermark.peek().is_some_and(|u| u.lsn() <= watermark) {
-            if let Some(AwaitingWatermark(Reverse((_, capture)))) = self.writeback.awaiting_watermark.pop() {
+            if let Some(AwaitingWatermark(Reverse((_, capture)))) =
+                self.writeback.awaiting_watermark.pop()
+            {
                 self.publish_or_wait(capture);
             }
         }
@@ -261,7 +283,8 @@ impl Shard {
         }
     }
 
-    /// Puts a version into the map, unless its leaf is on its way to the device: then when that write has ended.
+    /// Puts a version into the map, unless its leaf is on its way to the device: then when that
+    /// write has ended.
     fn publish_or_wait(&mut self, capture: usize) {
         let leaf = self.cache.table.pages[self.writeback.captures[capture].page].leaf;
         if leaf.is_some_and(|leaf| self.map.is_being_written(leaf)) {
@@ -280,7 +303,8 @@ impl Shard {
         let (vshard, _) = self.map.position(key);
         let applies = match moved_from {
             Some(from) => {
-                page.mapped_lsn == lsn && page.entry.is_some_and(|e| e.place() == from) || planted!(MovedAnyway)
+                page.mapped_lsn == lsn && page.entry.is_some_and(|e| e.place() == from)
+                    || planted!(MovedAnyway)
             }
             None => page.mapped_lsn < lsn,
         };
@@ -312,11 +336,14 @@ impl Shard {
         }
     }
 
-    /// One thing less refers to the page. Without anything on its way it needs its map leaf no more, and without
-    /// memory no entry in the table: the index may be another page's afterwards.
+    /// One thing less refers to the page. Without anything on its way it needs its map leaf no
+    /// more, and without memory no entry in the table: the index may be another page's afterwards.
     pub(in crate::engine) fn unpin_if_clean(&mut self, idx: usize) {
         let page = &mut self.cache.table.pages[idx];
-        let clean = page.holds == 0 && page.captures == 0 && page.dirty_from.is_none() && page.slot.is_none();
+        let clean = page.holds == 0
+            && page.captures == 0
+            && page.dirty_from.is_none()
+            && page.slot.is_none();
         if clean && let Some(leaf) = page.leaf.take() {
             self.map.unpin(leaf);
         }

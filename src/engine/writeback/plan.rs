@@ -1,8 +1,8 @@
 //! From many small transfers to few large ones: pure planning, no I/O.
 //!
-//! Given blocks with their places, in any order: sort them, put neighbours into one vectored operation of at most
-//! `blocks_max` blocks. The same plan serves writes (batches of dirty pages, checkpoints) and reads; reads may also bridge
-//! small gaps, by reading what nobody asked for.
+//! Given blocks with their places, in any order: sort them, put neighbours into one vectored
+//! operation of at most `blocks_max` blocks. The same plan serves writes (batches of dirty pages,
+//! checkpoints) and reads; reads may also bridge small gaps, by reading what nobody asked for.
 
 use crate::base::BlockAddr;
 
@@ -33,8 +33,9 @@ pub fn runs<T>(mut blocks: Vec<(BlockAddr, T)>, blocks_max: usize) -> Vec<Run<T>
     runs
 }
 
-/// Puts something into the gaps between neighbouring runs of one extent that are at most `gap_max` blocks wide, so that one
-/// operation reads them all: `None` stands for a block that nobody asked for.
+/// Puts something into the gaps between neighbouring runs of one extent that are at most `gap_max`
+/// blocks wide, so that one operation reads them all: `None` stands for a block that nobody asked
+/// for.
 pub fn bridge<T>(runs: Vec<Run<T>>, gap_max: u32, blocks_max: usize) -> Vec<Run<Option<T>>> {
     let mut bridged: Vec<Run<Option<T>>> = Vec::new();
     for run in runs {
@@ -48,7 +49,8 @@ pub fn bridge<T>(runs: Vec<Run<T>>, gap_max: u32, blocks_max: usize) -> Vec<Run<
             last.items.extend((0..gap).map(|_| None));
             last.items.extend(run.items.into_iter().map(Some));
         } else {
-            bridged.push(Run { place: run.place, items: run.items.into_iter().map(Some).collect() });
+            bridged
+                .push(Run { place: run.place, items: run.items.into_iter().map(Some).collect() });
         }
     }
     bridged

@@ -5,17 +5,20 @@
 //!     \--a batch in progress-----> waits for the *next* batch, which begins when the present one ends
 //! ```
 //! Invariants
-//! 1. A batch covers the writes that had completed before it was joined: a flush that is asked for while a batch is in
-//!    progress goes into the next one, which is submitted after that.
-//! 2. A queue has at most one batch in progress. The kernel reports a lost write to one caller only, so of two flushes at a
-//!    time one would report success for what the other knows to be lost.
-//! 3. A failed batch is never repeated and called good: its error answers every flush in it, every flush that waits, and every
-//!    later one; where one flush stands for all files, in all queues of the store.
+//! 1. A batch covers the writes that had completed before it was joined: a flush that is asked for
+//!    while a batch is in progress goes into the next one, which is submitted after that.
+//! 2. A queue has at most one batch in progress. The kernel reports a lost write to one caller
+//!    only, so of two flushes at a time one would report success for what the other knows to be
+//!    lost.
+//! 3. A failed batch is never repeated and called good: its error answers every flush in it, every
+//!    flush that waits, and every later one; where one flush stands for all files, in all queues of
+//!    the store.
 //! 4. Each waiter is told exactly once, also when the leader panics.
 //!
-//! Batches over all shards, where one flush stands for all files, were measured and left out: the kernel merges concurrent
-//! flushes by itself, so they gained nothing on idle cores, and on busy ones each shard waited for another shard's thread to
-//! get its turn (0.4-0.9 k/s instead of 6-8 k/s with two and three shards).
+//! Batches over all shards, where one flush stands for all files, were measured and left out: the
+//! kernel merges concurrent flushes by itself, so they gained nothing on idle cores, and on busy
+//! ones each shard waited for another shard's thread to get its turn (0.4-0.9 k/s instead of 6-8
+//! k/s with two and three shards).
 //!
 //! It does *not* make system calls: the leader does, in its ring or on its thread.
 
@@ -47,7 +50,11 @@ pub(in crate::io) struct RemoteEvents {
 
 impl RemoteEvents {
     pub(in crate::io) fn new(waker: DiskWaker) -> Arc<RemoteEvents> {
-        Arc::new(RemoteEvents { events: Mutex::new(Vec::new()), any: AtomicBool::new(false), waker })
+        Arc::new(RemoteEvents {
+            events: Mutex::new(Vec::new()),
+            any: AtomicBool::new(false),
+            waker,
+        })
     }
 
     pub(in crate::io) fn push(&self, event: RemoteEvent) {
@@ -110,9 +117,18 @@ struct State {
 impl State {
     /// Checked on entry and exit of each transition: it costs nothing beside a flush.
     fn assert_state(&self) {
-        assert!(self.in_progress != self.waiting.is_empty(), "a batch is in progress if and only if it is waited for");
-        assert!(self.in_progress || self.next.is_empty(), "a next batch without a present one would never begin");
-        assert!(self.next.is_empty() == self.next_files.is_empty(), "a next batch has waiters and files, or neither");
+        assert!(
+            self.in_progress != self.waiting.is_empty(),
+            "a batch is in progress if and only if it is waited for"
+        );
+        assert!(
+            self.in_progress || self.next.is_empty(),
+            "a next batch without a present one would never begin"
+        );
+        assert!(
+            self.next.is_empty() == self.next_files.is_empty(),
+            "a next batch has waiters and files, or neither"
+        );
     }
 }
 
@@ -172,7 +188,8 @@ pub(in crate::io) struct FlushBatch {
 pub(in crate::io) enum NextLeader<'a> {
     /// Yes: its ring is at hand.
     Same,
-    /// Only if no other disk with a ring waits for it. The events are the leader's own, if it has a ring.
+    /// Only if no other disk with a ring waits for it. The events are the leader's own, if it has a
+    /// ring.
     AnotherIfAny(Option<&'a Arc<RemoteEvents>>),
 }
 
@@ -184,13 +201,18 @@ impl FlushBatch {
 
     /// Ends the batch. `Some`: others wait already, and the caller has to lead the next one.
     #[must_use]
-    pub(in crate::io) fn end(mut self, result: Result<()>, leader: NextLeader<'_>) -> Option<FlushBatch> {
+    pub(in crate::io) fn end(
+        mut self,
+        result: Result<()>,
+        leader: NextLeader<'_>,
+    ) -> Option<FlushBatch> {
         self.finish(result, leader)
     }
 
     fn finish(&mut self, result: Result<()>, leader: NextLeader<'_>) -> Option<FlushBatch> {
         let queue = self.queue.take()?;
-        // Before anyone is told: a waiter may be the last to hold the files, and expect them to be closed.
+        // Before anyone is told: a waiter may be the last to hold the files, and expect them to be
+        // closed.
         for file in self.files.drain(..) {
             if result.is_ok() {
                 file.set_synced();
@@ -230,10 +252,17 @@ impl FlushBatch {
     }
 }
 
-/// Gives a batch to a disk with a ring that waits for it; `Some`: there is none but the leader itself.
-fn pass_on(batch: FlushBatch, waiting: &[FlushWaiter], own: Option<&Arc<RemoteEvents>>) -> Option<FlushBatch> {
+/// Gives a batch to a disk with a ring that waits for it; `Some`: there is none but the leader
+/// itself.
+fn pass_on(
+    batch: FlushBatch,
+    waiting: &[FlushWaiter],
+    own: Option<&Arc<RemoteEvents>>,
+) -> Option<FlushBatch> {
     let other = waiting.iter().find_map(|waiter| match waiter {
-        FlushWaiter::Ring(events, _) if !own.is_some_and(|own| Arc::ptr_eq(own, events)) => Some(events.clone()),
+        FlushWaiter::Ring(events, _) if !own.is_some_and(|own| Arc::ptr_eq(own, events)) => {
+            Some(events.clone())
+        }
         _ => None,
     });
     let Some(events) = other else { return Some(batch) };
@@ -245,7 +274,8 @@ impl Drop for FlushBatch {
     fn drop(&mut self) {
         if self.queue.is_some() {
             let cause = std::io::Error::other("the thread that flushed them panicked");
-            let next = self.finish(Err(Error::io("flushing files of the store", cause)), NextLeader::Same);
+            let next =
+                self.finish(Err(Error::io("flushing files of the store", cause)), NextLeader::Same);
             debug_assert!(next.is_none(), "nothing follows a failed batch");
         }
     }

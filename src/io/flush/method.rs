@@ -2,7 +2,8 @@
 //!
 //! Invariants
 //! 1. [`choose`] is a pure function of [`DeviceTraits`] and the user's choice.
-//! 2. A way of flushing that would lose data there is never chosen, and is refused if the user asks for it.
+//! 2. A way of flushing that would lose data there is never chosen, and is refused if the user asks
+//!    for it.
 
 use crate::base::error::{Error, Result};
 use crate::io::media::DeviceTraits;
@@ -17,7 +18,8 @@ pub enum FlushMethod {
     PerFile,
     /// One `fdatasync` for all files that are flushed at a time.
     Shared,
-    /// Log writes are durable when they complete (`RWF_DSYNC`); other files get an `fdatasync` each.
+    /// Log writes are durable when they complete (`RWF_DSYNC`); other files get an `fdatasync`
+    /// each.
     Dsync,
 }
 
@@ -39,9 +41,10 @@ pub enum FlushChoice {
     Auto,
     /// [`FlushMethod::PerFile`]: safe everywhere.
     PerFile,
-    /// [`FlushMethod::Shared`]; refused where it would lose data. On XFS it is up to the user that no file of the
-    /// store is ever copied by reference (`cp --reflink`, the default of `cp`): the first write to such a file is no
-    /// plain overwrite, and only a flush of that very file makes it durable.
+    /// [`FlushMethod::Shared`]; refused where it would lose data. On XFS it is up to the user that
+    /// no file of the store is ever copied by reference (`cp --reflink`, the default of `cp`): the
+    /// first write to such a file is no plain overwrite, and only a flush of that very file makes
+    /// it durable.
     Shared,
     /// [`FlushMethod::Dsync`].
     Dsync,
@@ -55,19 +58,25 @@ pub fn choose(traits: &DeviceTraits, choice: FlushChoice) -> Result<FlushMethod>
     match choice {
         FlushChoice::PerFile => Ok(FlushMethod::PerFile),
         FlushChoice::Dsync => Ok(FlushMethod::Dsync),
-        FlushChoice::Auto if traits.surely_direct && (traits.write_through || traits.fua) => Ok(FlushMethod::Dsync),
-        FlushChoice::Auto if prefers_shared(traits) && obstacle(traits).is_none() => Ok(FlushMethod::Shared),
+        FlushChoice::Auto if traits.surely_direct && (traits.write_through || traits.fua) => {
+            Ok(FlushMethod::Dsync)
+        }
+        FlushChoice::Auto if prefers_shared(traits) && obstacle(traits).is_none() => {
+            Ok(FlushMethod::Shared)
+        }
         FlushChoice::Auto => Ok(FlushMethod::PerFile),
         FlushChoice::Shared => match obstacle(traits) {
             None => Ok(FlushMethod::Shared),
             Some(why) => Err(Error::invalid(format_args!(
-                "one flush can't stand for all files of this store, because {why}: choose another flush method"
+                "one flush can't stand for all files of this store, because {why}: choose another \
+                 flush method"
             ))),
         },
     }
 }
 
-/// Where one flush stands for all files without a promise of the user's: XFS needs one, see [`FlushChoice::Shared`].
+/// Where one flush stands for all files without a promise of the user's: XFS needs one, see
+/// [`FlushChoice::Shared`].
 fn prefers_shared(traits: &DeviceTraits) -> bool {
     traits.one_descriptor || traits.file_system == "ext4"
 }
@@ -84,7 +93,10 @@ fn obstacle(traits: &DeviceTraits) -> Option<String> {
         return Some("they are on several devices".into());
     }
     if !traits.surely_direct {
-        return Some("transfers go through the page cache, or the kernel can't say (before Linux 6.1)".into());
+        return Some(
+            "transfers go through the page cache, or the kernel can't say (before Linux 6.1)"
+                .into(),
+        );
     }
     None
 }

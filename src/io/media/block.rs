@@ -1,4 +1,5 @@
-//! A block device as the kernel describes it in /sys: its cache, its guarantees, and the devices below it.
+//! A block device as the kernel describes it in /sys: its cache, its guarantees, and the devices
+//! below it.
 //!
 //! 1. A property that the kernel does not report is absent, never guessed.
 //!
@@ -21,14 +22,15 @@ pub struct BlockDevice {
     pub on: Vec<String>,
     /// An NVMe device.
     pub nvme: bool,
-    /// Whether it has a cache that a flush must empty; `write back`, or `write through` where a completed write is
-    /// durable.
+    /// Whether it has a cache that a flush must empty; `write back`, or `write through` where a
+    /// completed write is durable.
     pub write_cache: Option<String>,
     /// Whether it can make a single write durable.
     pub fua: Option<bool>,
     /// Whether completions can be polled.
     pub io_poll: Option<bool>,
-    /// Whether it is a rotating disk; absent for devices of virtual machines, which the kernel always reports as rotating.
+    /// Whether it is a rotating disk; absent for devices of virtual machines, which the kernel
+    /// always reports as rotating.
     pub rotational: Option<bool>,
     /// The smallest transfer.
     pub logical_block_bytes: Option<u32>,
@@ -37,11 +39,13 @@ pub struct BlockDevice {
 }
 
 impl BlockDevice {
-    /// The device with the number `dev`, as `sys`, which is `/sys`, describes it; `None` if it is none (tmpfs, btrfs, network file systems).
+    /// The device with the number `dev`, as `sys`, which is `/sys`, describes it; `None` if it is
+    /// none (tmpfs, btrfs, network file systems).
     pub(crate) fn look(sys: &Path, dev: u64) -> Option<BlockDevice> {
         let number = format!("{}:{}", rustix::fs::major(dev), rustix::fs::minor(dev));
         let own = sys.join("dev/block").join(&number).canonicalize().ok()?;
-        let name_of = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
+        let name_of =
+            |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
         let is_partition = own.join("partition").exists();
         let whole = if is_partition { own.parent()?.to_owned() } else { own.clone() };
         let name = name_of(&whole)?;
@@ -49,7 +53,12 @@ impl BlockDevice {
         let flag = |field: &str| queue(field).map(|text| text != "0");
         let number_of = |field: &str| queue(field)?.parse().ok();
         let mut on: Vec<String> = fs::read_dir(whole.join("slaves"))
-            .map(|list| list.filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned())).collect())
+            .map(|list| {
+                list.filter_map(|entry| {
+                    Some(entry.ok()?.file_name().to_string_lossy().into_owned())
+                })
+                .collect()
+            })
             .unwrap_or_default();
         on.sort();
         on.extend(text(&whole.join("loop/backing_file")));
@@ -61,7 +70,8 @@ impl BlockDevice {
             write_cache: queue("write_cache"),
             fua: flag("fua"),
             io_poll: flag("io_poll"),
-            rotational: flag("rotational").filter(|_| !name.starts_with("vd") && !name.starts_with("xvd")),
+            rotational: flag("rotational")
+                .filter(|_| !name.starts_with("vd") && !name.starts_with("xvd")),
             logical_block_bytes: number_of("logical_block_size"),
             physical_block_bytes: number_of("physical_block_size"),
             name,
@@ -89,17 +99,27 @@ mod tests {
         std::os::unix::fs::symlink(&device, sys.join("dev/block").join(number)).unwrap();
     }
 
-    /// A partition has no queue of its own: asked there, every device would look as if it had no write cache.
+    /// A partition has no queue of its own: asked there, every device would look as if it had no
+    /// write cache.
     #[test]
     fn a_partition_is_judged_by_its_device_and_a_mapping_names_what_is_under_it() {
         let dir = tempfile::tempdir().unwrap();
         let sys = dir.path();
-        let queue = [("queue/write_cache", "write back"), ("queue/fua", "1"), ("queue/rotational", "0")];
-        let sizes =
-            [("queue/logical_block_size", "512"), ("queue/physical_block_size", "4096"), ("queue/io_poll", "1")];
+        let queue =
+            [("queue/write_cache", "write back"), ("queue/fua", "1"), ("queue/rotational", "0")];
+        let sizes = [
+            ("queue/logical_block_size", "512"),
+            ("queue/physical_block_size", "4096"),
+            ("queue/io_poll", "1"),
+        ];
         device_tree(sys, "259:0", "pci/nvme0n1", &[queue, sizes].concat());
         device_tree(sys, "259:1", "pci/nvme0n1/nvme0n1p1", &[("partition", "1")]);
-        device_tree(sys, "252:0", "virtual/dm-0", &[("slaves/nvme0n1p1/x", ""), ("queue/write_cache", "none")]);
+        device_tree(
+            sys,
+            "252:0",
+            "virtual/dm-0",
+            &[("slaves/nvme0n1p1/x", ""), ("queue/write_cache", "none")],
+        );
         device_tree(sys, "7:0", "virtual/loop0", &[("loop/backing_file", "/srv/image")]);
         device_tree(sys, "254:0", "virtio/vda", &[("queue/rotational", "1")]);
         let look = |major, minor| BlockDevice::look(sys, rustix::fs::makedev(major, minor));
@@ -108,7 +128,10 @@ mod tests {
             (whole.nvme, whole.fua, whole.io_poll, whole.rotational),
             (true, Some(true), Some(true), Some(false))
         );
-        assert_eq!((whole.logical_block_bytes, whole.physical_block_bytes), (Some(512), Some(4096)));
+        assert_eq!(
+            (whole.logical_block_bytes, whole.physical_block_bytes),
+            (Some(512), Some(4096))
+        );
         assert_eq!(whole.write_cache.as_deref(), Some("write back"));
         let partition = look(259, 1).unwrap();
         assert_eq!(partition.partition.as_deref(), Some("nvme0n1p1"));

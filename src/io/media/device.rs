@@ -17,8 +17,8 @@ use std::path::Path;
 pub struct DeviceTraits {
     /// The file system's name, or its magic number.
     pub file_system: String,
-    /// Whether transfers bypass the page cache, and the kernel vouches for it (statx, Linux 6.1). ext4 accepts the
-    /// flag and uses the cache all the same where it journals data.
+    /// Whether transfers bypass the page cache, and the kernel vouches for it (statx, Linux 6.1).
+    /// ext4 accepts the flag and uses the cache all the same where it journals data.
     pub surely_direct: bool,
     /// Whether all files of the store are on one device.
     pub one_device: bool,
@@ -31,10 +31,14 @@ pub struct DeviceTraits {
 }
 
 impl DeviceTraits {
-    /// Describes the file system of `handle` and the device below it. How the files are spread and whether direct I/O works
-    /// there is for the medium to add; until then the careful answers stand.
+    /// Describes the file system of `handle` and the device below it. How the files are spread and
+    /// whether direct I/O works there is for the medium to add; until then the careful answers
+    /// stand.
     pub(in crate::io) fn look(handle: &File) -> DeviceTraits {
-        let device = handle.metadata().ok().and_then(|meta| BlockDevice::look(Path::new("/sys"), meta.dev()));
+        let device = handle
+            .metadata()
+            .ok()
+            .and_then(|meta| BlockDevice::look(Path::new("/sys"), meta.dev()));
         let device = device.unwrap_or_default();
         DeviceTraits {
             file_system: file_system(handle),
@@ -53,7 +57,8 @@ pub(super) fn says_direct(file: &File) -> Option<bool> {
     (stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0).then_some(stat.stx_dio_offset_align != 0)
 }
 
-/// Bytes that this user may still fill, if the file system says; those in memory say nothing: no blocks, none free.
+/// Bytes that this user may still fill, if the file system says; those in memory say nothing: no
+/// blocks, none free.
 pub(in crate::io) fn free_bytes(handle: impl AsFd) -> Option<u64> {
     let stat = rustix::fs::fstatvfs(handle).ok().filter(|stat| stat.f_blocks > 0)?;
     Some(stat.f_bavail.saturating_mul(stat.f_frsize))

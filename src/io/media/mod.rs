@@ -1,4 +1,5 @@
-//! The seam below the drivers: where the bytes of the store's files lie, and how files are locked, made and grown there.
+//! The seam below the drivers: where the bytes of the store's files lie, and how files are locked,
+//! made and grown there.
 //!
 //! ```text
 //!   Disk (ring, threads) --every transfer--> descriptor and offset, as a Location says
@@ -6,13 +7,17 @@
 //!                                                 a raw device or NVMe passthrough would be one more
 //! ```
 //! Invariants
-//! 1. A medium is asked when a store is opened, when a file is used for the first time, when one grows and when an error
-//!    is described. A transfer asks the [`Location`] only, which is plain data: no call through the trait for each I/O.
-//! 2. Whatever a medium hands out is locked, exclusively or shared, from before the first transfer until the medium is
-//!    dropped; [`Files`](super::Files) drops it after everything in flight has come back.
-//! 3. A location never moves, and opening a medium neither creates nor changes a file: only `create` and `grow` do.
+//! 1. A medium is asked when a store is opened, when a file is used for the first time, when one
+//!    grows and when an error is described. A transfer asks the [`Location`] only, which is plain
+//!    data: no call through the trait for each I/O.
+//! 2. Whatever a medium hands out is locked, exclusively or shared, from before the first transfer
+//!    until the medium is dropped; [`Files`](super::Files) drops it after everything in flight has
+//!    come back.
+//! 3. A location never moves, and opening a medium neither creates nor changes a file: only
+//!    `create` and `grow` do.
 //!
-//! It does *not* transfer pages, and it does *not* flush: the drivers flush the descriptor of a location.
+//! It does *not* transfer pages, and it does *not* flush: the drivers flush the descriptor of a
+//! location.
 
 mod block;
 mod device;
@@ -49,7 +54,8 @@ pub enum Access {
 /// Whether opening may make a store.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Creation {
-    /// A directory without a store is opened, and made if it is missing, so that a store can be created in it.
+    /// A directory without a store is opened, and made if it is missing, so that a store can be
+    /// created in it.
     #[default]
     Allowed,
     /// Only a store that exists is opened; if there is none, that is an error.
@@ -83,8 +89,8 @@ pub(super) struct Location {
     pub(super) descriptor: Arc<File>,
     /// The first byte of this file on the descriptor.
     pub(super) base: u64,
-    /// The file's length, where several files share a descriptor and the kernel therefore does not know where this one
-    /// ends. `None`: the file ends where its descriptor does.
+    /// The file's length, where several files share a descriptor and the kernel therefore does not
+    /// know where this one ends. `None`: the file ends where its descriptor does.
     pub(super) end: Option<Arc<AtomicU64>>,
 }
 
@@ -94,7 +100,8 @@ impl Location {
         Location { descriptor, base: 0, end: None }
     }
 
-    /// The offset on the descriptor of byte `offset` of the file, from which `bytes` bytes are transferred.
+    /// The offset on the descriptor of byte `offset` of the file, from which `bytes` bytes are
+    /// transferred.
     ///
     /// # Errors
     /// `UnexpectedEof` if they are not all within the file, as far as this location knows its end.
@@ -124,7 +131,8 @@ pub(crate) struct Room {
     pub(crate) free: Option<u64>,
 }
 
-/// Something that holds the files of one store. One medium serves all disks of the store, on all threads.
+/// Something that holds the files of one store. One medium serves all disks of the store, on all
+/// threads.
 pub(super) trait Media: Send + Sync {
     /// The files that existed when the medium was opened, sorted by role.
     fn existing(&self) -> Vec<(FileId, Location)>;
@@ -132,15 +140,17 @@ pub(super) trait Media: Send + Sync {
     /// Makes a file that did not exist when the medium was opened; it is locked and empty.
     ///
     /// # Errors
-    /// `InUse` if another process has made it meanwhile, `Full` if there is no room, `Io` for the rest.
+    /// `InUse` if another process has made it meanwhile, `Full` if there is no room, `Io` for the
+    /// rest.
     fn create(&self, id: FileId) -> Result<Location>;
 
     /// The length of a file in bytes.
     fn len(&self, id: FileId, location: &Location) -> Result<u64>;
 
-    /// Makes these bytes of a file exist as zeros that were really written, so that overwriting them changes no
-    /// metadata, and makes durable how the file is found. The caller makes the bytes themselves durable, by a flush of the
-    /// location. If it fails, or is cancelled, the file has its former length.
+    /// Makes these bytes of a file exist as zeros that were really written, so that overwriting
+    /// them changes no metadata, and makes durable how the file is found. The caller makes the
+    /// bytes themselves durable, by a flush of the location. If it fails, or is cancelled, the file
+    /// has its former length.
     ///
     /// # Errors
     /// `Full` if there is no room, `Closed` if it was cancelled, `Io` for the rest.
@@ -164,13 +174,14 @@ pub(super) trait Media: Send + Sync {
     /// How much space the store has, and how much is left.
     fn room(&self) -> Room;
 
-    /// Removes the files of a creation that has failed, if all of them were made since the medium was opened. Nothing may
-    /// be under way.
+    /// Removes the files of a creation that has failed, if all of them were made since the medium
+    /// was opened. Nothing may be under way.
     fn remove_creation(&self);
 }
 
 /// The error for a store that does not exist although it has to.
 pub(super) fn no_store(path: &Path) -> Error {
-    let context = format_args!("there is no store in {}: is what it is on mounted?", path.display());
+    let context =
+        format_args!("there is no store in {}: is what it is on mounted?", path.display());
     Error::new(ErrorKind::NotFound, context)
 }

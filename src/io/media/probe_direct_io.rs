@@ -46,13 +46,19 @@ pub(in crate::io) fn try_direct(directory: &File, path: &Path) -> Result<DirectI
     let scratch = scratch(directory, path)?;
     let mut block = Box::new(Block([PATTERN; BLOCK]));
     let takes = set_direct(&scratch).is_ok();
-    let written = if takes { retry_transient(|| rustix::io::pwrite(&scratch, &block.0, 0)) } else { Ok(0) };
+    let written =
+        if takes { retry_transient(|| rustix::io::pwrite(&scratch, &block.0, 0)) } else { Ok(0) };
     if let Err(e @ (Errno::NOSPC | Errno::DQUOT)) = written {
-        return Err(not_made(format_args!("trying direct I/O in {}", path.display()), "", e.into()));
+        return Err(not_made(
+            format_args!("trying direct I/O in {}", path.display()),
+            "",
+            e.into(),
+        ));
     }
     let works = written == Ok(BLOCK) && {
         block.0.fill(0);
-        retry_transient(|| rustix::io::pread(&scratch, &mut block.0, 0)) == Ok(BLOCK) && block.0 == [PATTERN; BLOCK]
+        retry_transient(|| rustix::io::pread(&scratch, &mut block.0, 0)) == Ok(BLOCK)
+            && block.0 == [PATTERN; BLOCK]
     };
     Ok(DirectIo::judged(works, &scratch))
 }
@@ -86,14 +92,17 @@ pub(in crate::io) fn set_direct(file: &File) -> rustix::io::Result<()> {
 pub(super) fn scratch(directory: &File, path: &Path) -> Result<File> {
     let mode = Mode::from_raw_mode(0o600);
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
-    if let Ok(file) = retry_transient(|| rustix::fs::openat(directory, ".", flags | OFlags::TMPFILE, mode)) {
+    if let Ok(file) =
+        retry_transient(|| rustix::fs::openat(directory, ".", flags | OFlags::TMPFILE, mode))
+    {
         return Ok(file.into());
     }
     named_scratch(directory, path)
 }
 
-/// Does the same on file systems that have no files without a name (FUSE, NFS). The name is random: a process id would come again,
-/// in a container at each start, and a process that was killed in between has left its file.
+/// Does the same on file systems that have no files without a name (FUSE, NFS). The name is random:
+/// a process id would come again, in a container at each start, and a process that was killed in
+/// between has left its file.
 fn named_scratch(directory: &File, path: &Path) -> Result<File> {
     let mode = Mode::from_raw_mode(0o600);
     let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::CREATE | OFlags::EXCL;
@@ -103,13 +112,15 @@ fn named_scratch(directory: &File, path: &Path) -> Result<File> {
     };
     loop {
         let mut random = [0; 8];
-        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty()).map_err(not_written)?;
+        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
+            .map_err(not_written)?;
         let name = format!(".corepage-probe-{:016x}", u64::from_ne_bytes(random));
         match rustix::fs::openat(directory, name.as_str(), flags, mode) {
             Err(Errno::EXIST | Errno::INTR) => {}
             Err(e) => return Err(not_written(e)),
             Ok(made) => {
-                let _ = rustix::fs::unlinkat(directory, name.as_str(), rustix::fs::AtFlags::empty());
+                let _ =
+                    rustix::fs::unlinkat(directory, name.as_str(), rustix::fs::AtFlags::empty());
                 return Ok(made.into());
             }
         }
@@ -127,14 +138,16 @@ pub(in crate::io) const PATTERN: u8 = 0x5a;
 mod tests {
     use super::*;
 
-    /// If this fails, a store can't be opened again in a container on a file system such as FUSE after one kill at the wrong moment:
-    /// the process id is the same at each start.
+    /// If this fails, a store can't be opened again in a container on a file system such as FUSE
+    /// after one kill at the wrong moment: the process id is the same at each start.
     #[test]
     fn a_file_that_a_killed_process_left_does_not_stop_the_next_probe() {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join(format!(".corepage-probe-{}", std::process::id())), "left").unwrap();
+        std::fs::write(dir.path().join(format!(".corepage-probe-{}", std::process::id())), "left")
+            .unwrap();
         let directory = File::open(dir.path()).unwrap();
-        let files: Vec<_> = (0..3).map(|_| named_scratch(&directory, dir.path()).unwrap()).collect();
+        let files: Vec<_> =
+            (0..3).map(|_| named_scratch(&directory, dir.path()).unwrap()).collect();
         assert_eq!(dir.path().read_dir().unwrap().count(), 1, "nothing more is left");
         drop(files);
     }

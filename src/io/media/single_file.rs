@@ -1,13 +1,16 @@
-//! A second medium, for tests: one ordinary file that holds every file of the store at an offset, as a raw device would.
+//! A second medium, for tests: one ordinary file that holds every file of the store at an offset,
+//! as a raw device would.
 //!
 //! ```text
 //!   block 0: table (role, length) | block 1: scratch | region 0 | region 1 | ...   a region for each role, never moved
 //! ```
-//! That the drivers and a whole store work on it shows that the seam has all that a raw device needs: locations with a base
-//! and an end of their own, growth within a fixed region, and one flush that covers everything.
+//! That the drivers and a whole store work on it shows that the seam has all that a raw device
+//! needs: locations with a base and an end of their own, growth within a fixed region, and one
+//! flush that covers everything.
 //!
 //! Invariants
-//! 1. The table names a length only after the zeros up to there were written: opening after a crash finds either.
+//! 1. The table names a length only after the zeros up to there were written: opening after a crash
+//!    finds either.
 //! 2. The one descriptor is locked for as long as the medium is open.
 //!
 //! It does *not* wait for the lock of a process that is dying.
@@ -36,7 +39,8 @@ const ENTRY_BYTES: usize = 32;
 const ENTRIES: usize = BLOCK / ENTRY_BYTES;
 /// Bytes before the first region: the table and the scratch block.
 const REGIONS_AT: u64 = 2 * BLOCK as u64;
-/// Bytes of a region: more than any test fills. The file is sparse, so that what is unused takes no space.
+/// Bytes of a region: more than any test fills. The file is sparse, so that what is unused takes no
+/// space.
 const REGION_BYTES: u64 = 1 << 33;
 
 /// The regions in use: by role, the number of the region and the length.
@@ -61,11 +65,22 @@ impl SingleFile {
             return Err(no_store(&path));
         }
         let failed = |e: std::io::Error| Error::io(format_args!("opening {}", path.display()), e);
-        let file =
-            File::options().read(true).write(writes).create(writes).truncate(false).open(&path).map_err(failed)?;
-        let how = if writes { FlockOperation::NonBlockingLockExclusive } else { FlockOperation::NonBlockingLockShared };
-        rustix::fs::flock(&file, how)
-            .map_err(|e| Error::io(format_args!("locking {}", path.display()), e.into()).with_kind(ErrorKind::InUse))?;
+        let file = File::options()
+            .read(true)
+            .write(writes)
+            .create(writes)
+            .truncate(false)
+            .open(&path)
+            .map_err(failed)?;
+        let how = if writes {
+            FlockOperation::NonBlockingLockExclusive
+        } else {
+            FlockOperation::NonBlockingLockShared
+        };
+        rustix::fs::flock(&file, how).map_err(|e| {
+            Error::io(format_args!("locking {}", path.display()), e.into())
+                .with_kind(ErrorKind::InUse)
+        })?;
         if is_new {
             write_zeros(&file, 0..REGIONS_AT, &options.cancel).map_err(|e| failed(e.into()))?;
         }
@@ -78,11 +93,23 @@ impl SingleFile {
             set_direct(&file).map_err(|e| failed(e.into()))?;
         }
         let surely_direct = direct == DirectIo::Vouched;
-        let traits =
-            DeviceTraits { surely_direct, one_device: true, one_descriptor: true, ..DeviceTraits::look(&handle) };
+        let traits = DeviceTraits {
+            surely_direct,
+            one_device: true,
+            one_descriptor: true,
+            ..DeviceTraits::look(&handle)
+        };
         let regions = Mutex::new(read_table(&file).map_err(failed)?);
         let (cancel, file) = (options.cancel.clone(), Arc::new(file));
-        Ok(SingleFile { path, file, traits, direct: direct != DirectIo::Refused, cancel, regions, is_new })
+        Ok(SingleFile {
+            path,
+            file,
+            traits,
+            direct: direct != DirectIo::Refused,
+            cancel,
+            regions,
+            is_new,
+        })
     }
 
     fn location(&self, region: usize, end: &Arc<AtomicU64>) -> Location {
@@ -101,7 +128,10 @@ impl SingleFile {
 
 impl Media for SingleFile {
     fn existing(&self) -> Vec<(FileId, Location)> {
-        self.regions().iter().map(|(id, (region, end))| (*id, self.location(*region, end))).collect()
+        self.regions()
+            .iter()
+            .map(|(id, (region, end))| (*id, self.location(*region, end)))
+            .collect()
     }
 
     fn create(&self, id: FileId) -> Result<Location> {
@@ -119,7 +149,8 @@ impl Media for SingleFile {
     fn grow(&self, id: FileId, location: &Location, bytes: Range<u64>) -> Result<()> {
         let former = self.len(id, location)?;
         let needed = bytes.end.saturating_sub(former.max(bytes.start));
-        let fits = bytes.end <= REGION_BYTES && free_bytes(&self.file).is_none_or(|free| free >= needed);
+        let fits =
+            bytes.end <= REGION_BYTES && free_bytes(&self.file).is_none_or(|free| free >= needed);
         if !fits {
             let cause = std::io::Error::from(rustix::io::Errno::NOSPC);
             return Err(self.error(id, "growing", cause).with_kind(ErrorKind::Full));
@@ -173,7 +204,8 @@ fn read_table(file: &File) -> std::io::Result<Regions> {
     rustix::io::pread(file, &mut block.0, 0)?;
     let mut regions = Regions::new();
     for (region, entry) in block.0.chunks(ENTRY_BYTES).enumerate() {
-        let word = |i: usize| u64::from_le_bytes(entry[i * 8..][..8].try_into().expect("eight bytes"));
+        let word =
+            |i: usize| u64::from_le_bytes(entry[i * 8..][..8].try_into().expect("eight bytes"));
         let id = match word(0) {
             0 => break,
             1 => FileId::Meta,
@@ -196,7 +228,8 @@ fn write_table(file: &File, regions: &Regions) -> std::io::Result<()> {
             FileId::Log(shard, segment) => (4, u64::from(shard.get()), u64::from(segment.get())),
         };
         let words = [kind, shard, segment, end.load(Ordering::Acquire)];
-        for (bytes, word) in block.0[region * ENTRY_BYTES..][..ENTRY_BYTES].chunks_mut(8).zip(words) {
+        for (bytes, word) in block.0[region * ENTRY_BYTES..][..ENTRY_BYTES].chunks_mut(8).zip(words)
+        {
             bytes.copy_from_slice(&word.to_le_bytes());
         }
     }

@@ -1,4 +1,5 @@
-//! Zeros that are really written: what a file grows by, so that overwriting it changes no metadata any more.
+//! Zeros that are really written: what a file grows by, so that overwriting it changes no metadata
+//! any more.
 //!
 //! Invariants
 //! 1. Nothing outside of the range is written.
@@ -20,8 +21,8 @@ use std::ops::Range;
 const STALLS_MAX: u32 = 4;
 /// Zeros are written from memory of this size, which stays in the processor's cache.
 const ZEROS_BYTES: usize = 1 << 20;
-/// Pieces of that in one call. The kernel has all of them at the device at a time, so that a device with a long latency is
-/// kept busy; a cancelled allocation waits for one call at most.
+/// Pieces of that in one call. The kernel has all of them at the device at a time, so that a device
+/// with a long latency is kept busy; a cancelled allocation waits for one call at most.
 const ZEROS_PIECES: usize = 4;
 
 /// Zeros at an address that direct I/O takes.
@@ -30,13 +31,19 @@ struct Zeros([u8; ZEROS_BYTES]);
 static ZEROS: Zeros = Zeros([0; ZEROS_BYTES]);
 
 /// Writes zeros to these bytes of `file`. `CANCELED` if it was cancelled meanwhile.
-pub(super) fn write_zeros(file: &File, bytes: Range<u64>, cancel: &Cancel) -> rustix::io::Result<()> {
+pub(super) fn write_zeros(
+    file: &File,
+    bytes: Range<u64>,
+    cancel: &Cancel,
+) -> rustix::io::Result<()> {
     if bytes.is_empty() {
         return Ok(());
     }
     let (mut at, to) = (bytes.start, bytes.end);
-    // Asking for the space at once keeps it in one piece. Some file systems can't; then the writes below get it.
-    if let Err(e @ (Errno::NOSPC | Errno::DQUOT)) = rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, at, to - at)
+    // Asking for the space at once keeps it in one piece. Some file systems can't; then the writes
+    // below get it.
+    if let Err(e @ (Errno::NOSPC | Errno::DQUOT)) =
+        rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, at, to - at)
     {
         return Err(e);
     }
@@ -78,7 +85,9 @@ mod tests {
     /// A hole in what should be zeros that were written is metadata in front of a commit.
     #[test]
     fn zeros_cover_what_is_left_and_no_more() {
-        for bytes in [4096, ZEROS_BYTES as u64, ZEROS_BYTES as u64 + 4096, 3 << 20, 8 << 20, 100 << 20] {
+        for bytes in
+            [4096, ZEROS_BYTES as u64, ZEROS_BYTES as u64 + 4096, 3 << 20, 8 << 20, 100 << 20]
+        {
             let pieces = zeros(bytes);
             let total: usize = pieces.iter().map(|piece| piece.len()).sum();
             assert_eq!(total as u64, bytes.min((ZEROS_BYTES * ZEROS_PIECES) as u64));

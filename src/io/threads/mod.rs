@@ -1,7 +1,7 @@
 //! The portable disk: threads that call `preadv`, `pwritev` and `fdatasync`.
 //!
-//! For machines on which io_uring is missing or forbidden. The owner's thread queues operations to the workers and
-//! never makes a system call that waits for the device.
+//! For machines on which io_uring is missing or forbidden. The owner's thread queues operations to
+//! the workers and never makes a system call that waits for the device.
 //!
 //! ```text
 //!   submit --> [overflow] --> bounded channel --> worker: system calls --> channel of completions --> reap
@@ -9,13 +9,14 @@
 //! ```
 //! Invariants
 //! 1. An operation sent to the workers comes back exactly once, also if carrying it out panicked.
-//! 2. `overflow` holds operations only while the channel is full. Then workers are busy, so a completion will come, and the
-//!    `reap` that fetches it sends the operations that wait.
+//! 2. `overflow` holds operations only while the channel is full. Then workers are busy, so a
+//!    completion will come, and the `reap` that fetches it sends the operations that wait.
 //! 3. A completion is in its channel before the owner is woken, so a woken owner finds it.
-//! 4. Dropping the disk waits for the operations that workers have begun, and for no more; afterwards nothing is in flight and
-//!    the files can be opened again.
+//! 4. Dropping the disk waits for the operations that workers have begun, and for no more;
+//!    afterwards nothing is in flight and the files can be opened again.
 //!
-//! It does *not*: order operations (writes and flushes under way at a time overtake each other), schedule, or cache.
+//! It does *not*: order operations (writes and flushes under way at a time overtake each other),
+//! schedule, or cache.
 
 mod transfer;
 
@@ -34,7 +35,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// Operations that the channel holds for each worker: enough that none runs dry between two turns of the owner.
+/// Operations that the channel holds for each worker: enough that none runs dry between two turns
+/// of the owner.
 const QUEUED_PER_WORKER: usize = 16;
 
 /// How to run the portable disk.
@@ -104,7 +106,9 @@ impl PortableDisk {
                 done: done.clone(),
                 owner: disk.parker.unparker().clone(),
             };
-            let thread = std::thread::Builder::new().name(format!("corepage-disk-{i}")).spawn(move || worker.run());
+            let thread = std::thread::Builder::new()
+                .name(format!("corepage-disk-{i}"))
+                .spawn(move || worker.run());
             let thread = thread.map_err(|e| Error::no_thread("a disk thread", e))?;
             disk.workers.push(thread);
         }
@@ -142,11 +146,15 @@ impl PortableDisk {
 impl Disk for PortableDisk {
     fn submit(&mut self, id: OpId, op: DiskOp) {
         let files = match &op {
-            DiskOp::Read { file, .. } | DiskOp::Write { file, .. } | DiskOp::Allocate { file, .. } => {
+            DiskOp::Read { file, .. }
+            | DiskOp::Write { file, .. }
+            | DiskOp::Allocate { file, .. } => {
                 let file = *file;
                 FileEntries::from_iter([self.file(file)])
             }
-            DiskOp::Flush { files } => files.clone().into_iter().map(|file| self.file(file)).collect(),
+            DiskOp::Flush { files } => {
+                files.clone().into_iter().map(|file| self.file(file)).collect()
+            }
         };
         self.calls += 1;
         self.overflow.push_back(Job { id, op, files });
@@ -187,7 +195,8 @@ impl Disk for PortableDisk {
 
 impl Drop for PortableDisk {
     fn drop(&mut self) {
-        // The workers finish what they have begun, and end: with a slow device, what is queued may be a minute's work.
+        // The workers finish what they have begun, and end: with a slow device, what is queued may
+        // be a minute's work.
         self.jobs = None;
         self.queue.try_iter().for_each(drop);
         for worker in self.workers.drain(..) {
@@ -210,16 +219,21 @@ impl Worker {
             let flush = matches!(op, DiskOp::Flush { .. });
             let mut result = Ok(());
             if !flush && let Some(file) = files.first() {
-                let outcome = catch_unwind(AssertUnwindSafe(|| transfer::carry_out(&self.files, file, &mut op)));
+                let outcome = catch_unwind(AssertUnwindSafe(|| {
+                    transfer::carry_out(&self.files, file, &mut op)
+                }));
                 result = outcome.unwrap_or_else(|_| {
                     let cause = std::io::Error::other("the disk thread panicked");
                     Err(Error::io(format_args!("{op:?}"), cause))
                 });
             }
             match op {
-                DiskOp::Flush { .. } | DiskOp::Allocate { .. } if result.is_ok() => self.flush(id, op, files),
+                DiskOp::Flush { .. } | DiskOp::Allocate { .. } if result.is_ok() => {
+                    self.flush(id, op, files)
+                }
                 op => {
-                    // First: the receiver of the completion may be the last to hold the files, and expect them to be closed.
+                    // First: the receiver of the completion may be the last to hold the files, and
+                    // expect them to be closed.
                     drop(files);
                     self.complete(Completion { id, op, result });
                 }
@@ -233,7 +247,8 @@ impl Worker {
         self.owner.unpark();
     }
 
-    /// Flushes the files, then completes the operation. An allocation needs a flush of that very file.
+    /// Flushes the files, then completes the operation. An allocation needs a flush of that very
+    /// file.
     fn flush(&self, id: OpId, op: DiskOp, files: FileEntries) {
         let (cover, wanted) = match op {
             DiskOp::Allocate { .. } => (Cover::ThisFile, Ok(files.clone())),
@@ -244,17 +259,21 @@ impl Worker {
             Ok(wanted) if !wanted.is_empty() => wanted,
             other => return self.complete(Completion { id, op, result: other.map(drop) }),
         };
-        let pending = Pending { left: wanted.len(), completion: Some(Completion { id, op, result: Ok(()) }) };
+        let pending =
+            Pending { left: wanted.len(), completion: Some(Completion { id, op, result: Ok(()) }) };
         let pending = Arc::new(Mutex::new(pending));
         for file in wanted {
             let (pending, done, owner) = (pending.clone(), self.done.clone(), self.owner.clone());
             let call = move |result| {
-                if let Some(completion) = pending.lock().unwrap_or_else(PoisonError::into_inner).take_in(result) {
+                if let Some(completion) =
+                    pending.lock().unwrap_or_else(PoisonError::into_inner).take_in(result)
+                {
                     let _ = done.send(completion);
                     owner.unpark();
                 }
             };
-            let batch = self.files.join(&self.flush_queue, &file, cover, FlushWaiter::Call(Box::new(call)));
+            let batch =
+                self.files.join(&self.flush_queue, &file, cover, FlushWaiter::Call(Box::new(call)));
             drop(file);
             if let Some(batch) = batch {
                 transfer::lead(&self.files, batch);
@@ -273,7 +292,9 @@ impl Pending {
     /// One flush has ended. Returns the completion if it was the last.
     fn take_in(&mut self, result: Result<()>) -> Option<Completion> {
         self.left -= 1;
-        if let (Err(_), Some(Completion { result: whole @ Ok(()), .. })) = (&result, &mut self.completion) {
+        if let (Err(_), Some(Completion { result: whole @ Ok(()), .. })) =
+            (&result, &mut self.completion)
+        {
             *whole = result;
         }
         if self.left == 0 { self.completion.take() } else { None }

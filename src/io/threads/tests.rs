@@ -1,4 +1,5 @@
-//! Tests of the portable disk on a real directory: what it promises the engine, and what it does not touch.
+//! Tests of the portable disk on a real directory: what it promises the engine, and what it does
+//! not touch.
 
 use super::*;
 use crate::base::error::ErrorKind;
@@ -11,7 +12,10 @@ use std::path::Path;
 const LOG: FileId = FileId::Log(ShardId::new(0), SegmentNo::new(0));
 
 fn open(dir: &Path, access: Access) -> Result<PortableDisk> {
-    PortableDisk::with_files(Files::open(dir, access, &FileOptions::default())?, &PortableOptions::default())
+    PortableDisk::with_files(
+        Files::open(dir, access, &FileOptions::default())?,
+        &PortableOptions::default(),
+    )
 }
 
 fn filled(arena: &mut Arena, order: u8, byte: u8) -> Frame {
@@ -25,7 +29,13 @@ fn write(disk: &mut PortableDisk, file: FileId, offset: u64, frames: &[&Frame]) 
     execute(disk, DiskOp::Write { file, offset, from }).map(drop)
 }
 
-fn read(disk: &mut PortableDisk, arena: &mut Arena, file: FileId, offset: u64, orders: &[u8]) -> Result<Vec<Frame>> {
+fn read(
+    disk: &mut PortableDisk,
+    arena: &mut Arena,
+    file: FileId,
+    offset: u64,
+    orders: &[u8],
+) -> Result<Vec<Frame>> {
     let into = orders.iter().map(|o| filled(arena, *o, 0xee)).collect();
     match execute(disk, DiskOp::Read { file, offset, into })? {
         DiskOp::Read { into, .. } => Ok(into.into_vec()),
@@ -51,7 +61,8 @@ fn what_was_written_is_read_back() {
         if round == 0 {
             assert_eq!(disk.len(LOG).unwrap(), None);
             allocate(&mut disk, LOG, 0, 4 << 20).unwrap();
-            let frames: Vec<Frame> = (0..200).map(|i| filled(&mut arena, u8::from(i % 7 == 0), i)).collect();
+            let frames: Vec<Frame> =
+                (0..200).map(|i| filled(&mut arena, u8::from(i % 7 == 0), i)).collect();
             write(&mut disk, LOG, 8192, &frames.iter().collect::<Vec<_>>()).unwrap();
             execute(&mut disk, DiskOp::Flush { files: smallvec![LOG] }).unwrap();
         }
@@ -76,9 +87,20 @@ fn a_read_past_the_end_is_an_error_with_file_offset_and_length() {
     let error = error(read(&mut disk, &mut arena, LOG, 4096, &[0, 0]));
     assert_eq!(error.kind(), ErrorKind::Io);
     let text = error.to_string();
-    assert!(["log-000-0000", "8192 bytes", "4096"].iter().all(|part| text.contains(part)), "{text}");
-    assert!(read(&mut disk, &mut arena, FileId::Data, 0, &[0]).is_err(), "a file that does not exist");
-    std::fs::File::options().append(true).open(dir.path().join("log-000-0000")).unwrap().set_len(8292).unwrap();
+    assert!(
+        ["log-000-0000", "8192 bytes", "4096"].iter().all(|part| text.contains(part)),
+        "{text}"
+    );
+    assert!(
+        read(&mut disk, &mut arena, FileId::Data, 0, &[0]).is_err(),
+        "a file that does not exist"
+    );
+    std::fs::File::options()
+        .append(true)
+        .open(dir.path().join("log-000-0000"))
+        .unwrap()
+        .set_len(8292)
+        .unwrap();
     assert!(read(&mut disk, &mut arena, LOG, 8192, &[0]).is_err(), "a part of a block");
 }
 
@@ -127,7 +149,8 @@ fn a_store_is_opened_once() {
     }
     drop(disk);
     open(dir.path(), Access::ReadWrite).unwrap();
-    let readers = (open(dir.path(), Access::ReadOnly).unwrap(), open(dir.path(), Access::ReadOnly).unwrap());
+    let readers =
+        (open(dir.path(), Access::ReadOnly).unwrap(), open(dir.path(), Access::ReadOnly).unwrap());
     assert_eq!(error(open(dir.path(), Access::ReadWrite)).kind(), ErrorKind::InUse);
     drop(readers);
 }
@@ -146,7 +169,8 @@ fn read_only_changes_nothing() {
     assert_eq!(error(write(&mut disk, LOG, 0, &[&frame])).kind(), ErrorKind::Invalid);
     assert_eq!(error(allocate(&mut disk, FileId::Data, 0, 4096)).kind(), ErrorKind::Invalid);
     assert_eq!(error(allocate(&mut disk, LOG, 0, 4096)).kind(), ErrorKind::Invalid);
-    let names: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    let names: Vec<_> =
+        std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(names, ["log-000-0000"]);
     assert!(read(&mut disk, &mut arena, LOG, 0, &[0]).unwrap()[0].iter().all(|b| *b == 0));
 }

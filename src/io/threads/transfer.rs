@@ -1,9 +1,12 @@
-//! Operations as system calls: each is carried out completely, or fails with file, offset and length.
+//! Operations as system calls: each is carried out completely, or fails with file, offset and
+//! length.
 //!
 //! Invariants
-//! 1. `Ok` means every byte: short transfers are continued, `EINTR` and `EAGAIN` repeated after a pause.
+//! 1. `Ok` means every byte: short transfers are continued, `EINTR` and `EAGAIN` repeated after a
+//!    pause.
 //!
-//! It runs on the workers and may wait as long as the device does. It does *not* decide when to flush.
+//! It runs on the workers and may wait as long as the device does. It does *not* decide when to
+//! flush.
 
 use crate::base::BLOCK;
 use crate::base::error::{Error, Result};
@@ -30,14 +33,18 @@ const STALLS_MAX: u32 = 4;
 pub(super) fn carry_out(files: &Files, entry: &FileEntry, op: &mut DiskOp) -> Result<()> {
     let len = op.bytes();
     let (what, id) = (op.name(), entry.id());
-    let context = |offset: u64, e: io::Error| files.error(id, format_args!("{what} of {len} bytes at {offset} of"), e);
+    let context = |offset: u64, e: io::Error| {
+        files.error(id, format_args!("{what} of {len} bytes at {offset} of"), e)
+    };
     match op {
         DiskOp::Read { offset, into, .. } => {
             let location = files.location(&entry.file)?;
             let mut parts = parts_mut(into, id)?;
             let address = location.address(*offset, len);
             address
-                .and_then(|address| read_fully(&location.descriptor, address, &mut parts, files.cancel()))
+                .and_then(|address| {
+                    read_fully(&location.descriptor, address, &mut parts, files.cancel())
+                })
                 .map_err(|e| context(*offset, e))
         }
         DiskOp::Write { offset, from, .. } => {
@@ -46,7 +53,9 @@ pub(super) fn carry_out(files: &Files, entry: &FileEntry, op: &mut DiskOp) -> Re
             let flags = files.write_flags(id);
             let address = location.address(*offset, len);
             address
-                .and_then(|address| write_fully(&location.descriptor, address, from, flags, files.cancel()))
+                .and_then(|address| {
+                    write_fully(&location.descriptor, address, from, flags, files.cancel())
+                })
                 .map_err(|e| context(*offset, e))
         }
         DiskOp::Flush { .. } => unreachable!("a flush goes through a batch"),
@@ -60,7 +69,8 @@ pub(super) fn lead(files: &Files, batch: FlushBatch) {
     while let Some(batch) = led_batches {
         let result = batch.files().iter().try_for_each(|file| {
             let location = files.location(file)?;
-            rustix::fs::fdatasync(&location.descriptor).map_err(|e| files.error(file.id(), "flushing", e.into()))
+            rustix::fs::fdatasync(&location.descriptor)
+                .map_err(|e| files.error(file.id(), "flushing", e.into()))
         });
         led_batches = batch.end(result, NextLeader::AnotherIfAny(None));
     }
@@ -69,12 +79,19 @@ pub(super) fn lead(files: &Files, batch: FlushBatch) {
 fn parts_mut(into: &mut [Frame], id: FileId) -> Result<SmallVec<[&mut [u8]; 8]>> {
     let parts = into.iter_mut().map(|frame| frame.try_mut());
     parts.collect::<Option<_>>().ok_or_else(|| {
-        Error::invalid(format_args!("a read of `{id}` into a frame that is pinned: its readers would see it change"))
+        Error::invalid(format_args!(
+            "a read of `{id}` into a frame that is pinned: its readers would see it change"
+        ))
     })
 }
 
 /// Fills `parts` from `offset` on.
-fn read_fully(file: &File, offset: u64, parts: &mut [&mut [u8]], cancel: &Cancel) -> io::Result<()> {
+fn read_fully(
+    file: &File,
+    offset: u64,
+    parts: &mut [&mut [u8]],
+    cancel: &Cancel,
+) -> io::Result<()> {
     let total: usize = parts.iter().map(|p| p.len()).sum();
     let mut progress = Progress::new(total, cancel);
     while let Some(done) = progress.rest() {
@@ -94,7 +111,13 @@ fn read_fully(file: &File, offset: u64, parts: &mut [&mut [u8]], cancel: &Cancel
 }
 
 /// Writes `slices` from `offset` on.
-fn write_fully(file: &File, offset: u64, slices: &[IoSlice], flags: ReadWriteFlags, cancel: &Cancel) -> io::Result<()> {
+fn write_fully(
+    file: &File,
+    offset: u64,
+    slices: &[IoSlice],
+    flags: ReadWriteFlags,
+    cancel: &Cancel,
+) -> io::Result<()> {
     let total: usize = slices.iter().map(|s| s.len as usize).sum();
     let mut progress = Progress::new(total, cancel);
     while let Some(done) = progress.rest() {
@@ -117,8 +140,8 @@ fn write_fully(file: &File, offset: u64, slices: &[IoSlice], flags: ReadWriteFla
     Ok(())
 }
 
-/// The progress of a transfer. It continues at block boundaries only: direct I/O takes no others, and transferring a part of a
-/// block again does no harm.
+/// The progress of a transfer. It continues at block boundaries only: direct I/O takes no others,
+/// and transferring a part of a block again does no harm.
 struct Progress<'c> {
     done: usize,
     total: usize,
@@ -138,7 +161,11 @@ impl<'c> Progress<'c> {
     }
 
     /// Accounts for the outcome of a call; `dry` is the error if it transferred nothing.
-    fn advance(&mut self, outcome: rustix::io::Result<usize>, dry: io::ErrorKind) -> io::Result<()> {
+    fn advance(
+        &mut self,
+        outcome: rustix::io::Result<usize>,
+        dry: io::ErrorKind,
+    ) -> io::Result<()> {
         match outcome {
             Ok(n) => {
                 self.backoff = Backoff::default();
@@ -147,7 +174,10 @@ impl<'c> Progress<'c> {
                 self.stalls = if block > self.done { 0 } else { self.stalls + 1 };
                 self.done = block.max(self.done);
                 if n == 0 || self.stalls >= STALLS_MAX {
-                    return Err(io::Error::new(dry, format!("only {reached} bytes could be transferred")));
+                    return Err(io::Error::new(
+                        dry,
+                        format!("only {reached} bytes could be transferred"),
+                    ));
                 }
                 Ok(())
             }
@@ -162,7 +192,8 @@ mod tests {
     use rustix::io::Errno;
     use std::time::{Duration, Instant};
 
-    /// A thread that asks a busy device again and again takes a core from the work that would make it less busy.
+    /// A thread that asks a busy device again and again takes a core from the work that would make
+    /// it less busy.
     #[test]
     #[allow(clippy::disallowed_methods, reason = "that time passes is what is tested")]
     fn a_refused_transfer_pauses_and_is_not_counted_as_done() {
@@ -179,7 +210,9 @@ mod tests {
             progress.advance(Ok(2 * BLOCK), io::ErrorKind::WriteZero).unwrap();
             assert_eq!((progress.rest(), progress.backoff), (None, Backoff::default()));
             cancel.cancel();
-            let error = progress.advance(Err(refusal), io::ErrorKind::WriteZero).expect_err("nobody wants it");
+            let error = progress
+                .advance(Err(refusal), io::ErrorKind::WriteZero)
+                .expect_err("nobody wants it");
             assert_eq!(error.raw_os_error(), Some(refusal.raw_os_error()));
         }
     }

@@ -1,9 +1,10 @@
-//! The thread that allocates for a ring disk: zeros go out by plain system calls, which may wait as long as the device.
+//! The thread that allocates for a ring disk: zeros go out by plain system calls, which may wait as
+//! long as the device.
 //!
 //! Invariants
 //! 1. Each job is answered by a remote event exactly once, also if carrying it out panicked.
-//! 2. An allocation is answered only when a flush of its file was done after it. The disk leads that flush, not this
-//!    thread.
+//! 2. An allocation is answered only when a flush of its file was done after it. The disk leads
+//!    that flush, not this thread.
 //!
 //! The first allocation starts it; it sleeps when it has no job.
 
@@ -59,12 +60,20 @@ impl Drop for AllocatorThread {
     }
 }
 
-fn run(files: &Files, flush_queue: &Arc<FlushQueue>, remote_events: &Arc<RemoteEvents>, queue: &Receiver<Job>) {
+fn run(
+    files: &Files,
+    flush_queue: &Arc<FlushQueue>,
+    remote_events: &Arc<RemoteEvents>,
+    queue: &Receiver<Job>,
+) {
     while let Ok(Job { op, file, bytes }) = queue.recv() {
         let outcome = catch_unwind(AssertUnwindSafe(|| files.grow(&file, bytes.clone())));
         let result = outcome.unwrap_or_else(|_| {
             let cause = std::io::Error::other("the thread that allocates panicked");
-            Err(Error::io(format_args!("allocate {} {}..{}", file.id(), bytes.start, bytes.end), cause))
+            Err(Error::io(
+                format_args!("allocate {} {}..{}", file.id(), bytes.start, bytes.end),
+                cause,
+            ))
         });
         if result.is_err() {
             remote_events.push(RemoteEvent::PartEnded(op, result));

@@ -1,11 +1,13 @@
 //! Memory that the kernel knows: registered once, so that no transfer looks its pages up again.
 //!
 //! Invariants
-//! 1. What is registered stays mapped, at its place, until it is unregistered: [`Buffers`] holds the mapping.
+//! 1. What is registered stays mapped, at its place, until it is unregistered: [`Buffers`] holds
+//!    the mapping.
 //! 2. A place counts as registered only if all of it lies within one buffer.
 //!
-//! The kernel may refuse: registered memory counts against the limit of locked memory (`ulimit -l`), which is 8 MiB as
-//! a rule and shared by all that a user runs. Then half is tried, and so on; the rest goes unregistered, and works.
+//! The kernel may refuse: registered memory counts against the limit of locked memory (`ulimit
+//! -l`), which is 8 MiB as a rule and shared by all that a user runs. Then half is tried, and so
+//! on; the rest goes unregistered, and works.
 //!
 //! It does *not* fail.
 #![allow(unsafe_code)]
@@ -29,7 +31,8 @@ pub(super) struct Buffers {
 }
 
 impl Buffers {
-    /// Registers as much of `memory` as the kernel takes. `sharers` disks have the limit of locked memory in common.
+    /// Registers as much of `memory` as the kernel takes. `sharers` disks have the limit of locked
+    /// memory in common.
     pub(super) fn register(ring: &IoUring, memory: Mapping, sharers: usize) -> Buffers {
         let start = memory.start().as_ptr() as usize;
         let mut buffers = Buffers { start, registered: 0, memory: None };
@@ -37,17 +40,24 @@ impl Buffers {
         while bytes >= LEAST_BYTES {
             let vectors: Vec<IoVec> = (0..bytes)
                 .step_by(BUFFER_BYTES)
-                .map(|at| IoVec { at: memory.start().as_ptr().wrapping_add(at), len: BUFFER_BYTES.min(bytes - at) })
+                .map(|at| IoVec {
+                    at: memory.start().as_ptr().wrapping_add(at),
+                    len: BUFFER_BYTES.min(bytes - at),
+                })
                 .collect();
             // SAFETY: a IoVec is laid out as an iovec, and the list lives through the call.
-            let list = unsafe { std::slice::from_raw_parts(vectors.as_ptr().cast(), vectors.len()) };
-            // SAFETY: the memory stays mapped (invariant 1). Its bytes change only by operations that own them.
+            let list =
+                unsafe { std::slice::from_raw_parts(vectors.as_ptr().cast(), vectors.len()) };
+            // SAFETY: the memory stays mapped (invariant 1). Its bytes change only by operations
+            // that own them.
             match unsafe { ring.submitter().register_buffers(list) } {
                 Ok(()) => {
                     buffers.registered = bytes;
                     break;
                 }
-                Err(e) if e.raw_os_error() == Some(Errno::NOMEM.raw_os_error()) => bytes = less(bytes, sharers),
+                Err(e) if e.raw_os_error() == Some(Errno::NOMEM.raw_os_error()) => {
+                    bytes = less(bytes, sharers)
+                }
                 Err(_) => break,
             }
         }
@@ -59,7 +69,8 @@ impl Buffers {
     pub(super) fn find(&self, at: *const u8, len: usize) -> Option<u16> {
         let from = (at as usize).checked_sub(self.start)?;
         let buffer = from / BUFFER_BYTES;
-        (from + len <= self.registered && (from + len - 1) / BUFFER_BYTES == buffer).then_some(buffer as u16)
+        (from + len <= self.registered && (from + len - 1) / BUFFER_BYTES == buffer)
+            .then_some(buffer as u16)
     }
 
     pub(super) fn registered(&self) -> u64 {
@@ -70,7 +81,8 @@ impl Buffers {
         self.memory.as_ref().map_or(0, |memory| memory.bytes() as u64)
     }
 
-    /// Takes them back from the kernel: at once, and not when it gets to it after the ring is closed.
+    /// Takes them back from the kernel: at once, and not when it gets to it after the ring is
+    /// closed.
     pub(super) fn unregister(&mut self, ring: &IoUring) {
         if std::mem::take(&mut self.registered) > 0 {
             let _ = ring.submitter().unregister_buffers();
@@ -78,8 +90,8 @@ impl Buffers {
     }
 }
 
-/// What to try after `bytes` were refused: half of it, at most this disk's share of half of the limit. The other half
-/// is for the rings themselves and for whatever else this user runs.
+/// What to try after `bytes` were refused: half of it, at most this disk's share of half of the
+/// limit. The other half is for the rings themselves and for whatever else this user runs.
 fn less(bytes: usize, sharers: usize) -> usize {
     let limit = getrlimit(Resource::Memlock).current.map_or(usize::MAX, |limit| limit as usize);
     let next = (bytes / 2).min(limit / 2 / sharers.max(1));

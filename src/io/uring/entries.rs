@@ -1,11 +1,13 @@
-//! The submission entries that are with the kernel: what each stands for, and the memory that it points to besides the frames.
+//! The submission entries that are with the kernel: what each stands for, and the memory that it
+//! points to besides the frames.
 //!
 //! Invariants
-//! 1. Each entry with the kernel has a slot of its own, named in the entry's user data. A slot is free again only by
-//!    [`Entries::free`], when its completion was reaped.
-//! 2. A slot's list of memory ranges changes only while the slot is free, and is on the heap, so it stays where it is.
-//! 3. There is at most one read of the eventfd, into memory that lives as long as the entries do; and one timer, whose
-//!    time the kernel has copied when it took the entry.
+//! 1. Each entry with the kernel has a slot of its own, named in the entry's user data. A slot is
+//!    free again only by [`Entries::free`], when its completion was reaped.
+//! 2. A slot's list of memory ranges changes only while the slot is free, and is on the heap, so it
+//!    stays where it is.
+//! 3. There is at most one read of the eventfd, into memory that lives as long as the entries do;
+//!    and one timer, whose time the kernel has copied when it took the entry.
 //!
 //! It does *not* make system calls.
 #![allow(unsafe_code)]
@@ -105,7 +107,10 @@ impl Entries {
         let (list, count) = (list.as_ptr().cast(), list.len() as u32);
         let entry: squeue::Entry = match (whole, op.is_write()) {
             (Some(MemoryRange { at, len, buffer: Some(buffer) }), true) => {
-                opcode::WriteFixed::new(fd, at, len, buffer).offset(address).rw_flags(rw_flags).build()
+                opcode::WriteFixed::new(fd, at, len, buffer)
+                    .offset(address)
+                    .rw_flags(rw_flags)
+                    .build()
             }
             (Some(MemoryRange { at, len, buffer: None }), true) => {
                 opcode::Write::new(fd, at, len).offset(address).rw_flags(rw_flags).build()
@@ -116,20 +121,24 @@ impl Entries {
             (Some(MemoryRange { at, len, buffer: None }), false) => {
                 opcode::Read::new(fd, at, len).offset(address).build()
             }
-            (None, true) => opcode::Writev::new(fd, list, count).offset(address).rw_flags(rw_flags).build(),
+            (None, true) => {
+                opcode::Writev::new(fd, list, count).offset(address).rw_flags(rw_flags).build()
+            }
             (None, false) => opcode::Readv::new(fd, list, count).offset(address).build(),
         };
         let entry = entry.flags(flags).user_data(at.0.into());
-        // SAFETY: the frames belong to the operation, which is kept until all its spans are back; the list stays as it
-        // is until the slot is free (invariant 2); the descriptor is held by the file, and that by the operation. The
-        // caller that reaps the completion calls `free`, and `completed`.
+        // SAFETY: the frames belong to the operation, which is kept until all its spans are back;
+        // the list stays as it is until the slot is free (invariant 2); the descriptor is held by
+        // the file, and that by the operation. The caller that reaps the completion calls `free`,
+        // and `completed`.
         unsafe { ring.push(&entry, Counted::Yes) }
     }
 
     /// Puts an fdatasync into the ring, which must have room.
     pub(super) fn sync(&mut self, ring: &mut Ring, batch: BatchIdx, file: &StoreFile) {
         let at = self.take_slot(InFlight::Sync(batch));
-        // A file that does not exist can't be in a batch; if it were, the kernel would say that -1 is no descriptor.
+        // A file that does not exist can't be in a batch; if it were, the kernel would say that -1
+        // is no descriptor.
         let fd = types::Fd(file.location().map_or(-1, |location| location.descriptor.as_raw_fd()));
         let entry = opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build();
         // SAFETY: it points to nothing; the batch holds the file. `free` and `completed` as above.
@@ -144,8 +153,8 @@ impl Entries {
         let fd = types::Fd(sleep.event().as_raw_fd());
         let entry = opcode::Read::new(fd, self.counter.as_mut_ptr(), COUNTER_BYTES as u32).build();
         self.event_read = true;
-        // SAFETY: the counter is on the heap and lives until the disk is gone, which waits for this read. It is not
-        // counted.
+        // SAFETY: the counter is on the heap and lives until the disk is gone, which waits for this
+        // read. It is not counted.
         unsafe { ring.push(&entry.user_data(EVENT_READ), Counted::No) }
     }
 
@@ -157,8 +166,9 @@ impl Entries {
         *self.time = timespec(us);
         let entry = opcode::Timeout::new(&raw const *self.time).build();
         self.timer = true;
-        // SAFETY: the time is on the heap, stays as it is while the timer is set, and lives as long as this; a ring that
-        // goes with the entry in its queue takes it no more. It is not counted.
+        // SAFETY: the time is on the heap, stays as it is while the timer is set, and lives as long
+        // as this; a ring that goes with the entry in its queue takes it no more. It is not
+        // counted.
         unsafe { ring.push(&entry.user_data(TIMER), Counted::No) }
     }
 

@@ -1,8 +1,9 @@
-//! The files of one ring: registered with it where it takes them, so that a transfer touches no reference count that other
-//! cores touch, too.
+//! The files of one ring: registered with it where it takes them, so that a transfer touches no
+//! reference count that other cores touch, too.
 //!
 //! Invariants
-//! 1. A slot of the ring's table refers to the file that its [`RingFile`] holds, for as long as the ring lives.
+//! 1. A slot of the ring's table refers to the file that its [`RingFile`] holds, for as long as the
+//!    ring lives.
 //! 2. A file that did not exist when it was first asked for is asked for again.
 //!
 //! It does *not* open files.
@@ -72,7 +73,12 @@ impl FixedFiles {
     ///
     /// # Errors
     /// `NotFound` if it does not exist.
-    pub(super) fn get(&mut self, ring: &IoUring, files: &Files, id: FileId) -> Result<Rc<RingFile>> {
+    pub(super) fn get(
+        &mut self,
+        ring: &IoUring,
+        files: &Files,
+        id: FileId,
+    ) -> Result<Rc<RingFile>> {
         if let Some(file) = self.known.get(&id) {
             return Ok(file.clone());
         }
@@ -81,7 +87,10 @@ impl FixedFiles {
         let descriptor = location.descriptor.as_raw_fd();
         let mut sqe_file = SqeFile::Descriptor(descriptor);
         if self.slots_used < self.slots
-            && ring.submitter().register_files_update(self.slots_used, &[descriptor]).is_ok_and(|n| n == 1)
+            && ring
+                .submitter()
+                .register_files_update(self.slots_used, &[descriptor])
+                .is_ok_and(|n| n == 1)
         {
             sqe_file = SqeFile::Fixed(self.slots_used);
             self.slots_used += 1;
@@ -91,7 +100,8 @@ impl FixedFiles {
         Ok(file)
     }
 
-    /// Unregisters the table, so that the files are closed, and unlocked, as soon as their last holder is dropped.
+    /// Unregisters the table, so that the files are closed, and unlocked, as soon as their last
+    /// holder is dropped.
     pub(super) fn unregister(&mut self, ring: &IoUring) {
         self.known.clear();
         if std::mem::take(&mut self.slots) > 0 {

@@ -1,4 +1,5 @@
-//! Flushes of the ring disk: joining batches, leading them, and the syncs of those that this disk leads.
+//! Flushes of the ring disk: joining batches, leading them, and the syncs of those that this disk
+//! leads.
 
 use super::UringDisk;
 use super::entries::BatchIdx;
@@ -53,7 +54,8 @@ impl UringDisk {
         assert!(led.pending > 0, "a sync completed of a batch that has ended");
         led.pending -= 1;
         if result < 0 && led.result.is_ok() {
-            // An interrupted sync counts as failed, too: whether anything was lost by then is not known.
+            // An interrupted sync counts as failed, too: whether anything was lost by then is not
+            // known.
             let cause = std::io::Error::from_raw_os_error(-result);
             led.result = Err(self.files.error(led.batch.files()[0].id(), "flushing", cause));
         }

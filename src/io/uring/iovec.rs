@@ -1,4 +1,5 @@
-//! A piece of memory as the kernel takes it in lists (`struct iovec`), for transfers and for registration.
+//! A piece of memory as the kernel takes it in lists (`struct iovec`), for transfers and for
+//! registration.
 
 /// A piece of memory as the kernel takes it (`struct iovec`).
 #[repr(C)]

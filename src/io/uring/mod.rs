@@ -7,16 +7,24 @@
 //!   allocate -> the allocator thread, which sends an event; then as flush
 //! ```
 //! Invariants
-//! 1. Each span is in `queue`, or with the kernel in one slot; its operation counts it until its last result is there.
-//!    No operation is handed back, and no memory freed, while the kernel has one of its spans.
-//! 2. Operations beyond the ring's depth wait in `queue`, which the owner bounds by the operations that it has in flight.
-//! 3. One system call per turn of the owner submits everything since the last; `submit` makes none, except for a file's first use.
-//! 4. A thread that waits here sleeps in the ring with a read of an eventfd in it, so that other threads can wake it.
-//! 5. A ring that polls takes no flush and no eventfd (the kernel refuses them): they go into a control ring then.
-//! 6. A transfer that the device refuses for now (`EAGAIN`) is submitted again after a pause, by a timer in the ring.
-//! 7. Dropping waits for everything in flight. If the ring is broken, so that this can't be waited for, the memory is leaked.
+//! 1. Each span is in `queue`, or with the kernel in one slot; its operation counts it until its
+//!    last result is there. No operation is handed back, and no memory freed, while the kernel has
+//!    one of its spans.
+//! 2. Operations beyond the ring's depth wait in `queue`, which the owner bounds by the operations
+//!    that it has in flight.
+//! 3. One system call per turn of the owner submits everything since the last; `submit` makes none,
+//!    except for a file's first use.
+//! 4. A thread that waits here sleeps in the ring with a read of an eventfd in it, so that other
+//!    threads can wake it.
+//! 5. A ring that polls takes no flush and no eventfd (the kernel refuses them): they go into a
+//!    control ring then.
+//! 6. A transfer that the device refuses for now (`EAGAIN`) is submitted again after a pause, by a
+//!    timer in the ring.
+//! 7. Dropping waits for everything in flight. If the ring is broken, so that this can't be waited
+//!    for, the memory is leaked.
 //!
-//! A ring belongs to the thread that made it: `UringDisk` is not `Send`. It does *not* order operations or retry a flush.
+//! A ring belongs to the thread that made it: `UringDisk` is not `Send`. It does *not* order
+//! operations or retry a flush.
 
 mod allocator_thread;
 mod buffers;
@@ -58,13 +66,16 @@ use std::sync::Arc;
 const POLLS: u32 = 64;
 /// The longest sleep while the kernel has refused to take an entry.
 const REFUSED_US: Micros = 1000;
-/// Entries of a ring: fewer than the least keep no device busy, and more than the most the kernel does not give.
+/// Entries of a ring: fewer than the least keep no device busy, and more than the most the kernel
+/// does not give.
 const DEPTH_MIN: u32 = 4;
 const DEPTH_MAX: u32 = 4096;
 /// Entries of the control ring, which has the syncs of a few batches.
 const CONTROL_DEPTH: u32 = 16;
 
-const _: () = assert!(DEPTH_MIN.is_power_of_two() && DEPTH_MAX.is_power_of_two() && CONTROL_DEPTH.is_power_of_two());
+const _: () = assert!(
+    DEPTH_MIN.is_power_of_two() && DEPTH_MAX.is_power_of_two() && CONTROL_DEPTH.is_power_of_two()
+);
 
 /// Where flushes, the eventfd and the timer go.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -133,11 +144,13 @@ impl UringDisk {
         let main = Ring::new(depth, mode).map_err(making)?;
         let control_depth = depth.min(CONTROL_DEPTH);
         let control = match control {
-            ControlRing::Own => Some(Ring::new(control_depth, RingMode::Interrupts).map_err(making)?),
+            ControlRing::Own => {
+                Some(Ring::new(control_depth, RingMode::Interrupts).map_err(making)?)
+            }
             ControlRing::Main => None,
         };
-        let sleep =
-            Sleep::new().map_err(|e| Error::io("making an eventfd (is the limit of open files reached?)", e))?;
+        let sleep = Sleep::new()
+            .map_err(|e| Error::io("making an eventfd (is the limit of open files reached?)", e))?;
         let sleep = Arc::new(sleep);
         let remote_events = RemoteEvents::new(DiskWaker::of_sleep(sleep.clone()));
         Ok(UringDisk {
@@ -189,14 +202,20 @@ impl UringDisk {
     }
 
     fn begin_allocation(&mut self, id: OpId, op: DiskOp) {
-        let DiskOp::Allocate { file, from, to } = op else { unreachable!("only allocations are allocated") };
+        let DiskOp::Allocate { file, from, to } = op else {
+            unreachable!("only allocations are allocated")
+        };
         if let Err(error) = self.files.may_write("allocation", file) {
             return self.complete(id, op, Err(error));
         }
         let allocator = match &mut self.allocator {
             Some(allocator) => allocator,
             none => {
-                match AllocatorThread::start(self.files.clone(), self.flush_queue.clone(), self.remote_events.clone()) {
+                match AllocatorThread::start(
+                    self.files.clone(),
+                    self.flush_queue.clone(),
+                    self.remote_events.clone(),
+                ) {
                     Ok(allocator) => none.insert(allocator),
                     Err(error) => return self.complete(id, op, Err(error)),
                 }
@@ -293,7 +312,8 @@ impl UringDisk {
             if let Some(control) = &mut self.control {
                 control.submit();
             }
-            // The queue may have been longer than the ring; what the kernel refuses waits for the next turn.
+            // The queue may have been longer than the ring; what the kernel refuses waits for the
+            // next turn.
             if self.queue.is_empty() || !self.main.has_room() || self.main.has_unsubmitted() {
                 return;
             }
@@ -309,7 +329,8 @@ impl UringDisk {
 
     fn sleep_in_ring(&mut self, timeout_us: Option<Micros>) {
         if self.control.is_some() && self.main.in_flight() > 0 {
-            // A polled device interrupts nobody: it has to be asked, and one call may return with nothing.
+            // A polled device interrupts nobody: it has to be asked, and one call may return with
+            // nothing.
             for _ in 0..POLLS {
                 if !self.main.wait(None) || self.has_events() || self.main.broken().is_some() {
                     return;
@@ -320,7 +341,11 @@ impl UringDisk {
         let control = self.control.as_mut().unwrap_or(&mut self.main);
         self.entries.read_event(control, &self.sleep);
         let refused = control.has_unsubmitted() && self.entries.is_event_read_submitted();
-        control.wait(if refused { Some(timeout_us.unwrap_or(REFUSED_US).min(REFUSED_US)) } else { timeout_us });
+        control.wait(if refused {
+            Some(timeout_us.unwrap_or(REFUSED_US).min(REFUSED_US))
+        } else {
+            timeout_us
+        });
     }
 
     fn broken(&self) -> Option<&std::io::Error> {
@@ -335,7 +360,9 @@ impl UringDisk {
 
     fn kernel_has_something(&self) -> bool {
         let control = self.control.as_ref().map_or(0, Ring::in_flight);
-        self.main.in_flight() + control > 0 || self.remote_pending > 0 || !self.led_batches.is_empty()
+        self.main.in_flight() + control > 0
+            || self.remote_pending > 0
+            || !self.led_batches.is_empty()
     }
 }
 
@@ -360,9 +387,12 @@ impl Disk for UringDisk {
 
     fn reap(&mut self, out: &mut Vec<Completion>) {
         self.handle_events();
-        // The next flush batch, or the remainder of a short transfer: the caller pushes only when an operation has ended.
+        // The next flush batch, or the remainder of a short transfer: the caller pushes only when
+        // an operation has ended.
         let untimed = !self.retries.is_empty() && !self.entries.is_timer_set();
-        if self.completions.is_empty() && (untimed || !self.queue.is_empty() || !self.syncs.is_empty()) {
+        if self.completions.is_empty()
+            && (untimed || !self.queue.is_empty() || !self.syncs.is_empty())
+        {
             self.submit_queued();
         }
         self.assert_not_broken();
@@ -370,7 +400,8 @@ impl Disk for UringDisk {
     }
 
     fn wait(&mut self, timeout_us: Option<Micros>) {
-        // In this order: a completion may queue more to submit, and that must not wait while this sleeps.
+        // In this order: a completion may queue more to submit, and that must not wait while this
+        // sleeps.
         self.handle_events();
         self.submit_queued();
         if !self.has_events() && timeout_us != Some(0) && self.sleep.prepare() {
@@ -397,7 +428,9 @@ impl Disk for UringDisk {
 impl Drop for UringDisk {
     fn drop(&mut self) {
         self.closing = true;
-        for span in std::mem::take(&mut self.queue).into_iter().chain(std::mem::take(&mut self.retries)) {
+        for span in
+            std::mem::take(&mut self.queue).into_iter().chain(std::mem::take(&mut self.retries))
+        {
             self.part_ended(span.op, None);
         }
         while self.kernel_has_something() && self.broken().is_none() {

@@ -6,9 +6,10 @@
 //!   spans (what one entry transfers) --> an entry: one range, or a list of them --> result: done, or the rest again
 //! ```
 //! Invariants
-//! 1. The spans of an operation cover its bytes, each byte once; `pending` counts those whose last result is not there yet.
-//! 2. A span goes on at block boundaries only: direct I/O takes no others, and to transfer a range of a block once more
-//!    does no harm.
+//! 1. The spans of an operation cover its bytes, each byte once; `pending` counts those whose last
+//!    result is not there yet.
+//! 2. A span goes on at block boundaries only: direct I/O takes no others, and to transfer a range
+//!    of a block once more does no harm.
 //! 3. A range lies within one registered buffer or counts as unregistered.
 //!
 //! It does *not* touch the bytes or make system calls.
@@ -42,7 +43,8 @@ pub(super) struct MemoryRange {
 /// The memory of a transfer: mostly one piece or a few.
 pub(super) type MemoryRanges = SmallVec<[MemoryRange; 4]>;
 
-/// The part of an operation that one entry transfers: bytes `from..from + len` of the operation `op`.
+/// The part of an operation that one entry transfers: bytes `from..from + len` of the operation
+/// `op`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Span {
     pub(super) op: OpIdx,
@@ -68,16 +70,23 @@ pub(super) struct Op {
 }
 
 impl Op {
-    /// An operation that moves no bytes between memory and device here: a flush or an allocation, which ends when `pending`
-    /// memory of it have.
+    /// An operation that moves no bytes between memory and device here: a flush or an allocation,
+    /// which ends when `pending` memory of it have.
     pub(super) fn untransferred(id: OpId, op: DiskOp, pending: u32) -> Op {
         Op { id, op, file: None, address: 0, memory: MemoryRanges::new(), pending, error: None }
     }
 
     /// Checked whenever a part of it ends: it costs a comparison.
     pub(super) fn assert_state(&self) {
-        assert!(self.pending > 0, "a part ended of an operation that waits for none: {:?}", self.op);
-        debug_assert!(self.file.is_some() != self.memory.is_empty(), "a transfer has a file and memory, or neither");
+        assert!(
+            self.pending > 0,
+            "a part ended of an operation that waits for none: {:?}",
+            self.op
+        );
+        debug_assert!(
+            self.file.is_some() != self.memory.is_empty(),
+            "a transfer has a file and memory, or neither"
+        );
     }
 
     pub(super) fn is_write(&self) -> bool {
@@ -103,7 +112,8 @@ pub(super) fn memory_ranges(op: &mut DiskOp, buffers: &Buffers) -> Result<Memory
             for frame in into {
                 let Some(bytes) = frame.try_mut() else {
                     return Err(Error::invalid(format_args!(
-                        "a read of `{file}` into a frame that is pinned: its readers would see it change"
+                        "a read of `{file}` into a frame that is pinned: its readers would see it \
+                         change"
                     )));
                 };
                 add(&mut memory, bytes.as_mut_ptr(), bytes.len() as u32);
@@ -134,11 +144,21 @@ fn add(memory: &mut MemoryRanges, at: *mut u8, len: u32) {
 /// Cuts `bytes` bytes into spans.
 pub(super) fn spans(op: OpIdx, bytes: u32) -> impl Iterator<Item = Span> {
     let cuts = (0..bytes).step_by(SPAN_BYTES as usize);
-    cuts.map(move |from| Span { op, from, len: SPAN_BYTES.min(bytes - from), stalls: 0, backoff: Backoff::default() })
+    cuts.map(move |from| Span {
+        op,
+        from,
+        len: SPAN_BYTES.min(bytes - from),
+        stalls: 0,
+        backoff: Backoff::default(),
+    })
 }
 
 /// The memory of a span: one range, or several, which are then listed in `out`.
-pub(super) fn memory_of(memory: &[MemoryRange], span: &Span, out: &mut Vec<IoVec>) -> Option<MemoryRange> {
+pub(super) fn memory_of(
+    memory: &[MemoryRange],
+    span: &Span,
+    out: &mut Vec<IoVec>,
+) -> Option<MemoryRange> {
     out.clear();
     let (mut skip, mut want) = (span.from, span.len);
     for range in memory {
@@ -194,7 +214,10 @@ pub(super) fn classify(span: Span, result: i32, is_write: bool) -> SpanResult {
     if reached == 0 || stalls >= STALLS_MAX {
         let kind = if is_write { io::ErrorKind::WriteZero } else { io::ErrorKind::UnexpectedEof };
         let bytes = span.from + reached;
-        return SpanResult::Failed(io::Error::new(kind, format!("only {bytes} bytes could be transferred")));
+        return SpanResult::Failed(io::Error::new(
+            kind,
+            format!("only {bytes} bytes could be transferred"),
+        ));
     }
     let (from, len) = (span.from + blocks, span.len - blocks);
     SpanResult::Remainder(Span { from, len, stalls, backoff: Backoff::default(), ..span })
@@ -213,7 +236,8 @@ mod tests {
     /// A byte that no span covers would be a hole in a page.
     #[test]
     fn spans_cover_every_byte_once() {
-        for bytes in [4096, SPAN_BYTES - 4096, SPAN_BYTES, SPAN_BYTES + 4096, 5 * SPAN_BYTES - 4096] {
+        for bytes in [4096, SPAN_BYTES - 4096, SPAN_BYTES, SPAN_BYTES + 4096, 5 * SPAN_BYTES - 4096]
+        {
             let mut at = 0;
             for span in spans(OpIdx(7), bytes) {
                 assert_eq!((span.from, span.op), (at, OpIdx(7)));
@@ -233,7 +257,8 @@ mod tests {
         }
         assert_eq!(memory.as_slice(), [range(0, 12288), range(65536, 4096), range(32768, 4096)]);
         let mut list = Vec::new();
-        let span = |from, len| Span { op: OpIdx(0), from, len, stalls: 0, backoff: Backoff::default() };
+        let span =
+            |from, len| Span { op: OpIdx(0), from, len, stalls: 0, backoff: Backoff::default() };
         assert_eq!(memory_of(&memory, &span(4096, 8192), &mut list), Some(range(4096, 8192)));
         assert_eq!(memory_of(&memory, &span(12288, 4096), &mut list), Some(range(65536, 4096)));
         assert_eq!(memory_of(&memory, &span(8192, 12288), &mut list), None);
@@ -245,11 +270,14 @@ mod tests {
     /// A short transfer taken for a whole one is a page of old bytes.
     #[test]
     fn short_results_go_on_at_a_block_and_give_up_in_the_end() {
-        let span = Span { op: OpIdx(0), from: 8192, len: 16384, stalls: 0, backoff: Backoff::default() };
+        let span =
+            Span { op: OpIdx(0), from: 8192, len: 16384, stalls: 0, backoff: Backoff::default() };
         assert!(matches!(classify(span, 16384, false), SpanResult::Done));
         let SpanResult::Remainder(rest) = classify(span, 5000, false) else { panic!("it goes on") };
         assert_eq!((rest.from, rest.len, rest.stalls), (8192 + 4096, 16384 - 4096, 0));
-        let SpanResult::Remainder(mut stalled) = classify(span, 100, true) else { panic!("it goes on") };
+        let SpanResult::Remainder(mut stalled) = classify(span, 100, true) else {
+            panic!("it goes on")
+        };
         assert_eq!((stalled.from, stalled.len, stalled.stalls), (8192, 16384, 1));
         let failed = loop {
             match classify(stalled, 100, true) {
@@ -259,7 +287,9 @@ mod tests {
             }
         };
         assert_eq!(failed.kind(), io::ErrorKind::WriteZero);
-        assert!(matches!(classify(span, 0, false), SpanResult::Failed(e) if e.kind() == io::ErrorKind::UnexpectedEof));
+        assert!(
+            matches!(classify(span, 0, false), SpanResult::Failed(e) if e.kind() == io::ErrorKind::UnexpectedEof)
+        );
         for again in [rustix::io::Errno::INTR, rustix::io::Errno::AGAIN] {
             let mut refused = span;
             let mut times = 0;
@@ -269,16 +299,28 @@ mod tests {
                     SpanResult::Failed(e) => break e,
                     other => panic!("it was refused: {other:?}"),
                 }
-                assert_eq!(Span { backoff: span.backoff, ..refused }, span, "all of it is still to be transferred");
+                assert_eq!(
+                    Span { backoff: span.backoff, ..refused },
+                    span,
+                    "all of it is still to be transferred"
+                );
                 times += 1;
             };
             assert!(times >= 100, "a busy device is no failed one");
             assert_eq!(failed.raw_os_error(), Some(again.raw_os_error()));
-            let SpanResult::Remainder(rest) = classify(refused, 4096, false) else { panic!("it goes on") };
-            assert_eq!(rest.backoff, Backoff::default(), "a device that takes something again is well");
+            let SpanResult::Remainder(rest) = classify(refused, 4096, false) else {
+                panic!("it goes on")
+            };
+            assert_eq!(
+                rest.backoff,
+                Backoff::default(),
+                "a device that takes something again is well"
+            );
         }
         for errno in [5, 61, 125] {
-            let SpanResult::Failed(e) = classify(span, -errno, false) else { panic!("{errno} is a failure") };
+            let SpanResult::Failed(e) = classify(span, -errno, false) else {
+                panic!("{errno} is a failure")
+            };
             assert_eq!(e.raw_os_error(), Some(errno));
         }
     }

@@ -5,7 +5,8 @@
 pub struct UringOptions {
     /// Entries of the ring, and so transfers at the device at a time (default 256).
     pub ring_entries: u32,
-    /// Poll the device for completions if it can (default). Costs processor time while transfers are under way.
+    /// Poll the device for completions if it can (default). Costs processor time while transfers
+    /// are under way.
     pub polling: bool,
     /// Disks of this process that share the limit of locked memory (default 1).
     pub disks_count: usize,

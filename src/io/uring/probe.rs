@@ -22,15 +22,23 @@ const PROBE_DEPTH: u32 = 4;
 /// # Errors
 /// The reason why it can't be used.
 pub fn probe() -> Result<(), UringUnavailable> {
-    let ring = Ring::new(PROBE_DEPTH, RingMode::Interrupts).map_err(|e| refused("making a ring", &e))?;
+    let ring =
+        Ring::new(PROBE_DEPTH, RingMode::Interrupts).map_err(|e| refused("making a ring", &e))?;
     let ring: &IoUring = ring.get();
     let params = ring.params();
-    if !params.is_feature_ext_arg() || !params.is_feature_nodrop() || !params.is_feature_submit_stable() {
+    if !params.is_feature_ext_arg()
+        || !params.is_feature_nodrop()
+        || !params.is_feature_submit_stable()
+    {
         let release = rustix::system::uname().release().to_string_lossy().into_owned();
-        return Err(lacking(format!("Linux {release} has no timed waits in it: 5.11 or newer is needed")));
+        return Err(lacking(format!(
+            "Linux {release} has no timed waits in it: 5.11 or newer is needed"
+        )));
     }
     let mut supported = Probe::new();
-    ring.submitter().register_probe(&mut supported).map_err(|e| refused("asking what the ring can do", &e))?;
+    ring.submitter()
+        .register_probe(&mut supported)
+        .map_err(|e| refused("asking what the ring can do", &e))?;
     let needed = [
         ("READ", opcode::Read::CODE),
         ("WRITE", opcode::Write::CODE),
@@ -67,8 +75,8 @@ pub(super) fn refused(doing: &str, e: &io::Error) -> UringUnavailable {
     UringUnavailable::by_error(doing, e)
 }
 
-/// Whether the device below these files can be polled: by a polled read of data that was really written. Without
-/// that, the kernel answers for a hole in the file, and every later read fails.
+/// Whether the device below these files can be polled: by a polled read of data that was really
+/// written. Without that, the kernel answers for a hole in the file, and every later read fails.
 pub(super) fn polling(files: &Files) -> Polling {
     match try_polling(files) {
         Ok(()) => Polling::On,
@@ -89,10 +97,14 @@ fn try_polling(files: &Files) -> Result<(), String> {
     let mut block = Box::new(Block([PATTERN; BLOCK]));
     let written = rustix::io::pwrite(file, &block.0, at).map_err(|e| failed("a write", &e))?;
     rustix::fs::fdatasync(file).map_err(|e| failed("a flush", &e))?;
-    let mut ring = Ring::new(PROBE_DEPTH, RingMode::Polled).map_err(|e| failed("making a polling ring", &e))?;
+    let mut ring = Ring::new(PROBE_DEPTH, RingMode::Polled)
+        .map_err(|e| failed("making a polling ring", &e))?;
     block.0.fill(0);
-    let read = opcode::Read::new(types::Fd(file.as_raw_fd()), block.0.as_mut_ptr(), BLOCK as u32).offset(at).build();
-    // SAFETY: the block and the file live until the completion was taken, below; if it never comes they are leaked.
+    let read = opcode::Read::new(types::Fd(file.as_raw_fd()), block.0.as_mut_ptr(), BLOCK as u32)
+        .offset(at)
+        .build();
+    // SAFETY: the block and the file live until the completion was taken, below; if it never comes
+    // they are leaked.
     unsafe { ring.push(&read, Counted::Yes) };
     let mut taken = Vec::new();
     while taken.is_empty() && ring.broken().is_none() {
@@ -108,7 +120,9 @@ fn try_polling(files: &Files) -> Result<(), String> {
         n if n == BLOCK as i32 && written == BLOCK && block.0 == [PATTERN; BLOCK] => Ok(()),
         n if n < 0 => {
             let e = io::Error::from_raw_os_error(-n);
-            Err(format!("the device has no queues for it: a polled read says {e}; NVMe: nvme.poll_queues"))
+            Err(format!(
+                "the device has no queues for it: a polled read says {e}; NVMe: nvme.poll_queues"
+            ))
         }
         n => Err(format!("a polled read gave {n} bytes, or not those written")),
     }

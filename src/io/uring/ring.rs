@@ -1,9 +1,10 @@
 //! One ring: its set-up, its system calls, and the count of entries that the kernel has.
 //!
 //! Invariants
-//! 1. At most `depth` counted entries are with the kernel at a time, fewer than its completion queue holds, so that no
-//!    completion ever waits outside of it.
-//! 2. An entry in the submission queue stays there until the kernel has taken it: a refused `enter` loses none.
+//! 1. At most `depth` counted entries are with the kernel at a time, fewer than its completion
+//!    queue holds, so that no completion ever waits outside of it.
+//! 2. An entry in the submission queue stays there until the kernel has taken it: a refused `enter`
+//!    loses none.
 //! 3. The set-up flags ask for one issuing thread, so the owner of a ring is not `Send`.
 //!
 //! It does *not* know what the entries mean.
@@ -17,12 +18,14 @@ use std::time::Duration;
 
 /// Completion entries beyond twice the depth: for the entries that are not counted, with a margin.
 const CQ_SPARE: u32 = 4;
-/// How often, and after which pause, a ring is requested again if locked memory or another resource lacks for now: 100 ms in all.
+/// How often, and after which pause, a ring is requested again if locked memory or another resource
+/// lacks for now: 100 ms in all.
 const NO_ROOM_TRIES: u32 = 20;
 const NO_ROOM_PAUSE: Duration = Duration::from_millis(5);
 /// The sleep after the kernel has refused to take entries, or to wait, for now.
 const REFUSED_PAUSE: Duration = Duration::from_millis(1);
-/// How often a call that does not wait is repeated after a signal has interrupted it; then the next turn repeats it.
+/// How often a call that does not wait is repeated after a signal has interrupted it; then the next
+/// turn repeats it.
 const INTERRUPTED_TRIES: u32 = 3;
 
 /// Whether an entry counts against the depth of its ring.
@@ -56,8 +59,9 @@ pub(super) struct Ring {
 impl Ring {
     /// A ring for `depth` entries at a time.
     ///
-    /// The kernel returns the locked memory of a closed ring some milliseconds later. A server that restarts at once, after a
-    /// crash for instance, may find none yet, so this waits for it for a short time.
+    /// The kernel returns the locked memory of a closed ring some milliseconds later. A server that
+    /// restarts at once, after a crash for instance, may find none yet, so this waits for it for a
+    /// short time.
     #[allow(clippy::disallowed_methods, reason = "the kernel tells nobody when it is done")]
     pub(super) fn new(depth: u32, mode: RingMode) -> io::Result<Ring> {
         for _ in 0..NO_ROOM_TRIES {
@@ -74,7 +78,12 @@ impl Ring {
     fn try_new(depth: u32, mode: RingMode) -> io::Result<Ring> {
         // The flags with the cheapest completions first; older kernels know fewer.
         let flags: [fn(&mut Builder) -> &mut Builder; 3] = [
-            |b| b.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().setup_submit_all(),
+            |b| {
+                b.setup_single_issuer()
+                    .setup_defer_taskrun()
+                    .setup_taskrun_flag()
+                    .setup_submit_all()
+            },
             |b| b.setup_coop_taskrun().setup_taskrun_flag().setup_submit_all(),
             |b| b,
         ];
@@ -87,16 +96,21 @@ impl Ring {
             }
             set(&mut builder);
             match builder.build(depth) {
-                Ok(ring) => return Ok(Ring { ring, depth, in_flight: 0, mode, broken: None, calls: 0 }),
+                Ok(ring) => {
+                    return Ok(Ring { ring, depth, in_flight: 0, mode, broken: None, calls: 0 });
+                }
                 // A flag that this kernel does not know.
-                Err(e) if e.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => refused = Some(e),
+                Err(e) if e.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => {
+                    refused = Some(e)
+                }
                 Err(e) => return Err(e),
             }
         }
         Err(refused.unwrap_or_else(|| io::ErrorKind::Unsupported.into()))
     }
 
-    /// An error that no set-up of ours can cause, after which the state of what is in flight is unknown.
+    /// An error that no set-up of ours can cause, after which the state of what is in flight is
+    /// unknown.
     pub(super) fn broken(&self) -> Option<&io::Error> {
         self.broken.as_ref()
     }
@@ -126,14 +140,19 @@ impl Ring {
     /// Puts an entry into the submission queue, which must have room.
     ///
     /// # Safety
-    /// * The memory that the entry points to is valid, and belongs to the kernel, until its completion was reaped.
-    /// * For an entry that is counted, [`completed`](Self::completed) is called once its completion was reaped.
+    /// * The memory that the entry points to is valid, and belongs to the kernel, until its
+    ///   completion was reaped.
+    /// * For an entry that is counted, [`completed`](Self::completed) is called once its completion
+    ///   was reaped.
     pub(super) unsafe fn push(&mut self, entry: &squeue::Entry, counted: Counted) {
         // SAFETY: as the caller promises.
         let pushed = unsafe { self.ring.submission().push(entry) };
         assert!(pushed.is_ok(), "an entry was put into a full submission queue");
         self.in_flight += u32::from(counted == Counted::Yes);
-        assert!(self.in_flight <= self.depth, "more entries with the kernel than the completion queue has room for");
+        assert!(
+            self.in_flight <= self.depth,
+            "more entries with the kernel than the completion queue has room for"
+        );
     }
 
     /// A counted entry has come back.
@@ -175,8 +194,9 @@ impl Ring {
         }
     }
 
-    /// Submits, and waits for a completion or until `timeout_us` has passed. It may return early for no reason. False: the
-    /// kernel refused to wait, and this has slept a moment instead, so that a loop around it does not spin.
+    /// Submits, and waits for a completion or until `timeout_us` has passed. It may return early
+    /// for no reason. False: the kernel refused to wait, and this has slept a moment instead, so
+    /// that a loop around it does not spin.
     pub(super) fn wait(&mut self, timeout_us: Option<Micros>) -> bool {
         self.calls += 1;
         let outcome = match timeout_us {
@@ -217,7 +237,9 @@ impl Ring {
                 self.submit();
             }
         }
-        out.extend(self.ring.completion().map(|entry: cqueue::Entry| (entry.user_data(), entry.result())));
+        out.extend(
+            self.ring.completion().map(|entry: cqueue::Entry| (entry.user_data(), entry.result())),
+        );
     }
 }
 
@@ -229,11 +251,15 @@ pub(super) fn timespec(us: Micros) -> Timespec {
 
 #[allow(clippy::disallowed_methods, reason = "a ring that refuses to wait can't be waited in")]
 fn pause(timeout_us: Option<Micros>) {
-    std::thread::sleep(timeout_us.map_or(REFUSED_PAUSE, |us| REFUSED_PAUSE.min(Duration::from_micros(us))));
+    std::thread::sleep(
+        timeout_us.map_or(REFUSED_PAUSE, |us| REFUSED_PAUSE.min(Duration::from_micros(us))),
+    );
 }
 
 /// Whether a refusal is transient: no memory for now, or completions have to be reaped first.
 fn is_transient(e: &io::Error) -> bool {
     use rustix::io::Errno;
-    [Errno::AGAIN, Errno::BUSY, Errno::NOMEM].map(|errno| Some(errno.raw_os_error())).contains(&e.raw_os_error())
+    [Errno::AGAIN, Errno::BUSY, Errno::NOMEM]
+        .map(|errno| Some(errno.raw_os_error()))
+        .contains(&e.raw_os_error())
 }

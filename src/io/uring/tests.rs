@@ -1,6 +1,8 @@
-//! What only the ring disk has: limits of locked memory, a kernel that forbids it, flush_queue over several rings, polling.
+//! What only the ring disk has: limits of locked memory, a kernel that forbids it, flush_queue over
+//! several rings, polling.
 //!
-//! Some tests run themselves once more as a child process, because limits and filters can't be taken back.
+//! Some tests run themselves once more as a child process, because limits and filters can't be
+//! taken back.
 
 use super::super::execute;
 use super::super::tests::{LOG, OTHER, allocate, filled, flush, read, write};
@@ -26,17 +28,20 @@ fn open(dir: &Path) -> UringDisk {
 /// Set in a child process: what it is to do.
 const ROLE: &str = "COREPAGE_DISK_TEST_ROLE";
 
-/// The kernel counts locked memory for each user: children that are bound by limits would be in each other's way.
+/// The kernel counts locked memory for each user: children that are bound by limits would be in
+/// each other's way.
 static LOCKED: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
-/// Runs the test named `name` of this module in a child process, in the given role, and gives what it printed.
+/// Runs the test named `name` of this module in a child process, in the given role, and gives what
+/// it printed.
 fn child(name: &str, role: &str) -> String {
     let mut command = Command::new(std::env::current_exe().unwrap());
     let (_, module) = module_path!().split_once("::").unwrap();
     let name = format!("{module}::{name}");
     command.args(["--exact", &name, "--nocapture", "--test-threads=1"]).env(ROLE, role);
     let output = command.output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned()
+        + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "in the role {role}:\n{text}");
     assert!(text.contains("1 passed"), "the child did not run {name}:\n{text}");
     text
@@ -53,7 +58,8 @@ fn every_limit_of_locked_memory_works_and_is_reported() {
         let _alone = LOCKED.lock();
         let registered = ["65536", "8388608", "unlimited"].map(|limit| {
             let text = child("every_limit_of_locked_memory_works_and_is_reported", limit);
-            let bytes = text.lines().find_map(|line| line.split("registered=").nth(1)).expect(&text);
+            let bytes =
+                text.lines().find_map(|line| line.split("registered=").nth(1)).expect(&text);
             bytes.trim().parse::<u64>().unwrap()
         });
         assert!(registered[0] <= 65536, "{registered:?}");
@@ -83,7 +89,8 @@ fn every_limit_of_locked_memory_works_and_is_reported() {
     }
 }
 
-/// Binds this thread to a limit of locked memory: whoever may lock without limit is not bound by it.
+/// Binds this thread to a limit of locked memory: whoever may lock without limit is not bound by
+/// it.
 fn limit_locks(bytes: u64) {
     if let Ok(mut sets) = rustix::thread::capabilities(None) {
         sets.effective.remove(CapabilitySet::IPC_LOCK);
@@ -92,7 +99,8 @@ fn limit_locks(bytes: u64) {
     setrlimit(Resource::Memlock, Rlimit { current: Some(bytes), maximum: Some(bytes) }).unwrap();
 }
 
-/// A server that is started again at once must not take the slow way for want of what its predecessor just had.
+/// A server that is started again at once must not take the slow way for want of what its
+/// predecessor just had.
 #[test]
 fn a_ring_made_again_at_once_finds_room() {
     if role().is_none() {
@@ -112,7 +120,11 @@ fn a_ring_made_again_at_once_finds_room() {
 fn a_forbidden_io_uring_is_named_and_the_portable_disk_taken() {
     let Some(role) = role() else {
         probe().unwrap();
-        for (role, said) in [("1", "seccomp filter forbids io_uring (EPERM)"), ("38", "(ENOSYS)"), ("12", "(ENOMEM)")] {
+        for (role, said) in [
+            ("1", "seccomp filter forbids io_uring (EPERM)"),
+            ("38", "(ENOSYS)"),
+            ("12", "(ENOMEM)"),
+        ] {
             let text = child("a_forbidden_io_uring_is_named_and_the_portable_disk_taken", role);
             assert!(text.contains(said), "{said}: {text}");
         }
@@ -123,7 +135,9 @@ fn a_forbidden_io_uring_is_named_and_the_portable_disk_taken() {
     println!("{why}");
     let dir = tempfile::tempdir().unwrap();
     let files = Files::open(dir.path(), Access::ReadWrite, &FileOptions::default()).unwrap();
-    let refused = UringDisk::with_files(files.clone(), &UringOptions::default()).err().expect("there is no ring");
+    let refused = UringDisk::with_files(files.clone(), &UringOptions::default())
+        .err()
+        .expect("there is no ring");
     assert_eq!(refused.kind(), ErrorKind::Unsupported);
     let mut disk = disk_over(files).unwrap();
     allocate(disk.as_mut(), LOG, 0, 4096).unwrap();
@@ -134,13 +148,14 @@ fn forbid(number: i64, errno: u32) {
     use seccompiler::{SeccompAction, SeccompFilter};
     let arch = std::env::consts::ARCH.try_into().unwrap();
     let rules = [(number, vec![])].into();
-    let filter = SeccompFilter::new(rules, SeccompAction::Allow, SeccompAction::Errno(errno), arch).unwrap();
+    let filter =
+        SeccompFilter::new(rules, SeccompAction::Allow, SeccompAction::Errno(errno), arch).unwrap();
     let program: seccompiler::BpfProgram = filter.try_into().unwrap();
     seccompiler::apply_filter(&program).unwrap();
 }
 
-/// A log segment whose name a power loss takes is a log that was never written. A directory that can't be synced must fail what would
-/// rely on it, with any driver.
+/// A log segment whose name a power loss takes is a log that was never written. A directory that
+/// can't be synced must fail what would rely on it, with any driver.
 #[test]
 fn a_directory_that_can_t_be_synced_fails_the_allocation() {
     if role().is_none() {
@@ -190,7 +205,8 @@ fn polling_is_used_only_where_it_works() {
     assert_eq!(disk.report().ring_entries, 8);
 }
 
-/// The disk must not end a wait for ever because one entry was refused: here the file is closed to the ring.
+/// The disk must not end a wait for ever because one entry was refused: here the file is closed to
+/// the ring.
 #[test]
 fn an_error_of_the_device_is_an_error_of_the_operation() {
     let dir = tempfile::tempdir().unwrap();
@@ -199,18 +215,28 @@ fn an_error_of_the_device_is_an_error_of_the_operation() {
     allocate(&mut disk, LOG, 0, 4 << 20).unwrap();
     // An offset that direct I/O does not take: each of the entries fails, the operation once.
     let into = smallvec![arena.alloc(9).unwrap()];
-    let error = execute(&mut disk, DiskOp::Read { file: LOG, offset: 1, into }).expect_err("it is no block");
+    let error = execute(&mut disk, DiskOp::Read { file: LOG, offset: 1, into })
+        .expect_err("it is no block");
     assert!(error.to_string().contains("at 1 of"), "{error}");
     assert_eq!(error.kind(), ErrorKind::Io);
     read(&mut disk, &mut arena, LOG, 0, &[9]).unwrap();
 }
 
-/// A ring for a directory whose log is really flushed, whatever single writes the device could make durable; one flush for all
-/// files, if `shared` and where that may be.
+/// A ring for a directory whose log is really flushed, whatever single writes the device could make
+/// durable; one flush for all files, if `shared` and where that may be.
 fn flushing(dir: &std::path::Path, shared: bool) -> (Arc<Files>, UringDisk) {
-    let open = |flush| Files::open(dir, Access::ReadWrite, &FileOptions { flush, ..FileOptions::default() });
-    let choices = if shared { [FlushChoice::Shared, FlushChoice::PerFile] } else { [FlushChoice::PerFile; 2] };
-    let files = choices.into_iter().find_map(|choice| open(choice).ok()).expect("files that are flushed each");
+    let open = |flush| {
+        Files::open(dir, Access::ReadWrite, &FileOptions { flush, ..FileOptions::default() })
+    };
+    let choices = if shared {
+        [FlushChoice::Shared, FlushChoice::PerFile]
+    } else {
+        [FlushChoice::PerFile; 2]
+    };
+    let files = choices
+        .into_iter()
+        .find_map(|choice| open(choice).ok())
+        .expect("files that are flushed each");
     let disk = UringDisk::with_files(files.clone(), &UringOptions::default()).unwrap();
     (files, disk)
 }
@@ -221,14 +247,17 @@ fn a_failed_round_is_the_answer_to_all_later_flushes() {
     for shared in [false, true] {
         let dir = tempfile::tempdir().unwrap();
         let (files, disk) = flushing(dir.path(), shared);
-        let mut disks = [disk, UringDisk::with_files(files.clone(), &UringOptions::default()).unwrap()];
+        let mut disks =
+            [disk, UringDisk::with_files(files.clone(), &UringOptions::default()).unwrap()];
         allocate(&mut disks[0], LOG, 0, 8192).unwrap();
         allocate(&mut disks[1], OTHER, 0, 8192).unwrap();
         flush(&mut disks[0], &[LOG, OTHER]).unwrap();
         // A batch that somebody else leads: who comes now waits for the next one.
         let file = files.file(LOG);
         let nobody = FlushWaiter::Call(Box::new(|_| {}));
-        let batch = files.join(&disks[0].flush_queue, &file, Cover::AnyFile, nobody).expect("nothing is under way");
+        let batch = files
+            .join(&disks[0].flush_queue, &file, Cover::AnyFile, nobody)
+            .expect("nothing is under way");
         disks[0].submit(OpId(1), DiskOp::Flush { files: smallvec![LOG] });
         disks[0].push();
         let cause = std::io::Error::from_raw_os_error(5);
@@ -248,17 +277,21 @@ fn a_failed_round_is_the_answer_to_all_later_flushes() {
     }
 }
 
-/// Where one flush stands for all files, one that was under way when another failed is not to be trusted.
+/// Where one flush stands for all files, one that was under way when another failed is not to be
+/// trusted.
 #[test]
 fn a_failure_reaches_the_rounds_of_other_disks_that_are_under_way() {
     let told = Arc::new(std::sync::Mutex::new(Vec::new()));
     let failed = FirstFailure::default();
     let flush_queue = [(); 2].map(|()| FlushQueue::with(failed.clone()));
     let dir = tempfile::tempdir().unwrap();
-    let file = Files::open(dir.path(), Access::ReadWrite, &FileOptions::default()).unwrap().file(LOG);
+    let file =
+        Files::open(dir.path(), Access::ReadWrite, &FileOptions::default()).unwrap().file(LOG);
     let [one, two] = flush_queue.map(|flush_queue| {
         let told = told.clone();
-        let waiter = FlushWaiter::Call(Box::new(move |result: Result<()>| told.lock().unwrap().push(result.is_ok())));
+        let waiter = FlushWaiter::Call(Box::new(move |result: Result<()>| {
+            told.lock().unwrap().push(result.is_ok())
+        }));
         flush_queue.join(&file.file, Cover::AnyFile, waiter).expect("nothing is under way")
     });
     // A leader that panics has failed.
@@ -276,20 +309,33 @@ fn the_next_round_is_led_by_whoever_waits_for_it() {
     let file = files.file(LOG);
     let stranger = RemoteEvents::new(disk.waker());
     let leaders = || [NextLeader::AnotherIfAny(None), NextLeader::AnotherIfAny(Some(&stranger))];
-    for (leader, polls) in leaders().into_iter().zip([false; 2]).chain(leaders().into_iter().zip([true; 2])) {
-        let batch = files.join(&disk.flush_queue, &file, Cover::AnyFile, FlushWaiter::Call(Box::new(|_| {})));
+    for (leader, polls) in
+        leaders().into_iter().zip([false; 2]).chain(leaders().into_iter().zip([true; 2]))
+    {
+        let batch = files.join(
+            &disk.flush_queue,
+            &file,
+            Cover::AnyFile,
+            FlushWaiter::Call(Box::new(|_| {})),
+        );
         disk.submit(OpId(1), DiskOp::Flush { files: smallvec![LOG] });
         disk.push();
         disk.wait(Some(1000));
         let mut done = Vec::new();
         disk.reap(&mut done);
         assert!(done.is_empty(), "a flush was answered by a batch that began before it");
-        assert!(batch.expect("nothing is under way").end(Ok(()), leader).is_none(), "the ring leads");
+        assert!(
+            batch.expect("nothing is under way").end(Ok(()), leader).is_none(),
+            "the ring leads"
+        );
         // A shard that polls never waits, and has nothing to push.
         let laps = if polls { 60_000 } else { u32::MAX };
         for _ in 0..laps {
             match polls {
-                #[allow(clippy::disallowed_methods, reason = "the kernel is given time, as between two laps")]
+                #[allow(
+                    clippy::disallowed_methods,
+                    reason = "the kernel is given time, as between two laps"
+                )]
                 true => std::thread::sleep(std::time::Duration::from_millis(1)),
                 false => disk.wait(None),
             }
@@ -302,7 +348,8 @@ fn the_next_round_is_led_by_whoever_waits_for_it() {
     }
 }
 
-/// The first flush of a log after opening covers what a process that died has left; it must be a real one.
+/// The first flush of a log after opening covers what a process that died has left; it must be a
+/// real one.
 #[test]
 fn durable_writes_spare_only_flushes_of_what_this_process_wrote() {
     let dir = tempfile::tempdir().unwrap();
@@ -330,8 +377,8 @@ fn durable_writes_spare_only_flushes_of_what_this_process_wrote() {
     execute(&mut disk, DiskOp::Write { file: LOG, offset: 0, from }).unwrap();
 }
 
-/// What a process that died has left of a file is durable only by a flush of that very file; after that one flush
-/// stands for all, where it may.
+/// What a process that died has left of a file is durable only by a flush of that very file; after
+/// that one flush stands for all, where it may.
 #[test]
 fn one_flush_stands_for_all_files_once_each_was_flushed() {
     let dir = tempfile::tempdir().unwrap();
@@ -348,7 +395,8 @@ fn one_flush_stands_for_all_files_once_each_was_flushed() {
     assert_eq!(files.to_flush(&all).unwrap().len(), syncs);
 }
 
-/// A device that polls needs a second ring for flushes and wake-ups. There is none here, so the two are tried alone.
+/// A device that polls needs a second ring for flushes and wake-ups. There is none here, so the two
+/// are tried alone.
 #[test]
 fn two_rings_work_as_one_disk() {
     let dir = tempfile::tempdir().unwrap();
@@ -380,7 +428,10 @@ fn two_rings_work_as_one_disk() {
     disk.wait(None);
     other.join().unwrap();
     disk.submit(OpId(1), DiskOp::Flush { files: smallvec![LOG] });
-    disk.submit(OpId(2), DiskOp::Read { file: LOG, offset: 0, into: smallvec![arena.alloc(8).unwrap()] });
+    disk.submit(
+        OpId(2),
+        DiskOp::Read { file: LOG, offset: 0, into: smallvec![arena.alloc(8).unwrap()] },
+    );
     disk.push();
     drop((disk, files));
     Files::open(dir.path(), Access::ReadWrite, &FileOptions::default()).unwrap();
@@ -404,15 +455,16 @@ fn the_ring_works_on_file_systems_of_all_kinds() {
     }
 }
 
-/// A device whose queue is full, or a kernel short of memory, must get time, not a core that asks again and again; and what
-/// it did not take must not count as done.
+/// A device whose queue is full, or a kernel short of memory, must get time, not a core that asks
+/// again and again; and what it did not take must not count as done.
 #[test]
 fn a_transfer_that_the_device_refuses_for_now_is_repeated_after_a_pause() {
     for control in [ControlRing::Main, ControlRing::Own] {
         let dir = tempfile::tempdir().unwrap();
         let files = Files::open(dir.path(), Access::ReadWrite, &FileOptions::default()).unwrap();
         let off = Polling::Off("not asked for".into());
-        let mut disk = UringDisk::with_rings(files, &UringOptions::default(), off, control).unwrap();
+        let mut disk =
+            UringDisk::with_rings(files, &UringOptions::default(), off, control).unwrap();
         let mut arena = Arena::new(1024).unwrap();
         allocate(&mut disk, LOG, 0, 8192).unwrap();
         let frame = filled(&mut arena, 0, 7);
@@ -430,7 +482,8 @@ fn a_transfer_that_the_device_refuses_for_now_is_repeated_after_a_pause() {
             }
             assert!(waits <= 4, "refusal {refusals}: {waits} waits for one pause");
             if !disk.completions.is_empty() {
-                // A slow machine: the pause had ended when a wait began, which repeated the transfer itself.
+                // A slow machine: the pause had ended when a wait began, which repeated the
+                // transfer itself.
                 break;
             }
         }
@@ -440,7 +493,8 @@ fn a_transfer_that_the_device_refuses_for_now_is_repeated_after_a_pause() {
             disk.wait(None);
             disk.reap(&mut done);
         }
-        let Some(Completion { op: DiskOp::Read { into, .. }, result: Ok(()), .. }) = done.pop() else {
+        let Some(Completion { op: DiskOp::Read { into, .. }, result: Ok(()), .. }) = done.pop()
+        else {
             panic!("it failed")
         };
         assert!(into[0].iter().all(|byte| *byte == 7));
@@ -454,7 +508,8 @@ fn a_transfer_that_the_device_refuses_for_now_is_repeated_after_a_pause() {
     }
 }
 
-/// A kernel that takes no entries just now must not be asked without a pause by a thread that only wants to wait.
+/// A kernel that takes no entries just now must not be asked without a pause by a thread that only
+/// wants to wait.
 #[test]
 #[allow(clippy::disallowed_methods, reason = "that time passes is what is tested")]
 fn a_ring_that_can_t_be_waited_in_pauses_the_waiter() {

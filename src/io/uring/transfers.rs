@@ -1,4 +1,5 @@
-//! Reads and writes of the ring disk: from an operation to spans in the queue, and what becomes of each span's result.
+//! Reads and writes of the ring disk: from an operation to spans in the queue, and what becomes of
+//! each span's result.
 
 use super::UringDisk;
 use super::fixed_files::RingFile;
@@ -22,7 +23,15 @@ impl UringDisk {
         if bytes == 0 {
             return self.complete(id, op, Ok(()));
         }
-        let key = self.ops.insert(Op { id, op, file: Some(file), address, memory, pending: 0, error: None });
+        let key = self.ops.insert(Op {
+            id,
+            op,
+            file: Some(file),
+            address,
+            memory,
+            pending: 0,
+            error: None,
+        });
         for span in op::spans(OpIdx(key as u32), bytes) {
             self.ops[key].pending += 1;
             self.queue.push_back(span);
@@ -37,7 +46,9 @@ impl UringDisk {
                 (*file, *offset)
             }
             DiskOp::Read { file, offset, .. } => (*file, *offset),
-            DiskOp::Flush { .. } | DiskOp::Allocate { .. } => unreachable!("only reads and writes are transfers"),
+            DiskOp::Flush { .. } | DiskOp::Allocate { .. } => {
+                unreachable!("only reads and writes are transfers")
+            }
         };
         let ring_file = self.fixed_files.get(self.main.get(), &self.files, file)?;
         let address = ring_file.location.address(offset, op.bytes());
@@ -46,7 +57,13 @@ impl UringDisk {
         Ok((ring_file, address, memory))
     }
 
-    fn transfer_error(&self, op: &DiskOp, offset: u64, file: FileId, cause: std::io::Error) -> Error {
+    fn transfer_error(
+        &self,
+        op: &DiskOp,
+        offset: u64,
+        file: FileId,
+        cause: std::io::Error,
+    ) -> Error {
         let doing = format_args!("{} of {} bytes at {offset} of", op.name(), op.bytes());
         self.files.error(file, doing, cause)
     }
@@ -55,7 +72,9 @@ impl UringDisk {
         let op = &self.ops[span.op.0 as usize];
         match op::classify(span, result, op.is_write()) {
             SpanResult::Done => self.part_ended(span.op, None),
-            SpanResult::Remainder(_) | SpanResult::Retry(_) if self.closing => self.part_ended(span.op, None),
+            SpanResult::Remainder(_) | SpanResult::Retry(_) if self.closing => {
+                self.part_ended(span.op, None)
+            }
             SpanResult::Remainder(rest) => self.queue.push_back(rest),
             SpanResult::Retry(span) => self.retries.push(span),
             SpanResult::Failed(e) => {

@@ -1,7 +1,8 @@
 //! Where an arena's memory comes from: explicit huge pages, transparent ones, or ordinary pages.
 //!
 //! Invariants
-//! 1. A mapping has one owner, and ends with it; in simulated runs it may wait for the next arena of its size instead.
+//! 1. A mapping has one owner, and ends with it; in simulated runs it may wait for the next arena
+//!    of its size instead.
 #![allow(unsafe_code)]
 
 use super::*;
@@ -47,7 +48,8 @@ impl Memory {
             let owner = ManuallyDrop::new(owner);
             return Ok(Memory { start: owner.at, len, kind: ArenaKind::HugePages, owner });
         }
-        // One huge page more than wanted, so that an aligned start lies within; untouched pages cost nothing.
+        // One huge page more than wanted, so that an aligned start lies within; untouched pages
+        // cost nothing.
         let owner = Owner::plain(len + HUGE)?;
         let skip = owner.at.align_offset(HUGE);
         assert!(skip <= HUGE, "the mapping holds an aligned start");
@@ -60,7 +62,8 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: taken once, here; the strong counts of invariant 4 say that no run is in use any more.
+        // SAFETY: taken once, here; the strong counts of invariant 4 say that no run is in use any
+        // more.
         let owner = unsafe { ManuallyDrop::take(&mut self.owner) };
         #[cfg(all(any(test, feature = "sim"), not(miri)))]
         let Some(owner) = spare::keep(self, owner) else { return };
@@ -68,8 +71,9 @@ impl Drop for Memory {
     }
 }
 
-/// Mappings that simulated stores gave back, for the next one on the same thread: to map and clear them took more than half of
-/// the time of a small crash state. They come as they were left, so what relies on fresh zeros shows.
+/// Mappings that simulated stores gave back, for the next one on the same thread: to map and clear
+/// them took more than half of the time of a small crash state. They come as they were left, so
+/// what relies on fresh zeros shows.
 #[cfg(all(any(test, feature = "sim"), not(miri)))]
 mod spare {
     use super::*;
@@ -106,13 +110,17 @@ mod spare {
 
 #[cfg(not(miri))]
 impl Owner {
-    /// Explicit huge pages, if an administrator has reserved enough of them. They are touched at once: where a
-    /// control group forbids them the kernel says so only on first touch, with a signal.
+    /// Explicit huge pages, if an administrator has reserved enough of them. They are touched at
+    /// once: where a control group forbids them the kernel says so only on first touch, with a
+    /// signal.
     fn huge(len: usize) -> Option<Owner> {
         use rustix::mm::{Advice, MapFlags};
-        let owner = Self::mmap(len, MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB).ok()?;
+        let owner =
+            Self::mmap(len, MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB).ok()?;
         // SAFETY: the range is our own fresh mapping; populating changes no bytes.
-        let touched = unsafe { rustix::mm::madvise(owner.at.as_ptr().cast(), len, Advice::LinuxPopulateWrite) };
+        let touched = unsafe {
+            rustix::mm::madvise(owner.at.as_ptr().cast(), len, Advice::LinuxPopulateWrite)
+        };
         if touched.is_err() {
             owner.release();
             return None;
@@ -126,9 +134,15 @@ impl Owner {
 
     fn mmap(len: usize, flags: rustix::mm::MapFlags) -> rustix::io::Result<Owner> {
         use rustix::mm::ProtFlags;
-        // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no existing memory.
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no existing
+        // memory.
         let at = unsafe {
-            rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags)?
+            rustix::mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                flags,
+            )?
         };
         let at = NonNull::new(at.cast()).ok_or(rustix::io::Errno::NOMEM)?;
         Ok(Owner { at, len })
@@ -141,11 +155,15 @@ impl Owner {
             return false;
         }
         // SAFETY: the range lies within our own mapping; the advice changes no bytes.
-        unsafe { rustix::mm::madvise(start.as_ptr().cast(), len, rustix::mm::Advice::LinuxHugepage) }.is_ok()
+        unsafe {
+            rustix::mm::madvise(start.as_ptr().cast(), len, rustix::mm::Advice::LinuxHugepage)
+        }
+        .is_ok()
     }
 
     fn release(self) {
-        // SAFETY: exactly the range that was mapped, by its only owner. A failure leaks it, which is harmless.
+        // SAFETY: exactly the range that was mapped, by its only owner. A failure leaks it, which
+        // is harmless.
         let _ = unsafe { rustix::mm::munmap(self.at.as_ptr().cast(), self.len) };
     }
 }

@@ -1,8 +1,12 @@
-//! What follows from the facts: for each subject what is here, what the engine makes of it, and what would be better.
+//! What follows from the facts: for each subject what is here, what the engine makes of it, and
+//! what would be better.
 //!
-//! 1. Pure: the same machine gives the same advice, so each sentence can be tested without such a machine.
-//! 2. `Fatal` is what no store can be opened with, and nothing else: a missing ring or direct I/O only costs speed.
-//! 3. A command stands alone and can be copied as it is; names in capitals are for the reader to fill in.
+//! 1. Pure: the same machine gives the same advice, so each sentence can be tested without such a
+//!    machine.
+//! 2. `Fatal` is what no store can be opened with, and nothing else: a missing ring or direct I/O
+//!    only costs speed.
+//! 3. A command stands alone and can be copied as it is; names in capitals are for the reader to
+//!    fill in.
 
 use super::driver::RING;
 use super::{AutoDriver, DirectIo, Machine};
@@ -12,8 +16,8 @@ use crate::io::{BlockDevice, UnavailableReason};
 
 /// A transparent or explicit huge page.
 const HUGE_BYTES: u64 = 2 << 20;
-/// Files that a server has open beside those of its shards: data, table, meta, directory, sockets, signals, the standard three;
-/// and a client each of the volumes and of the control socket.
+/// Files that a server has open beside those of its shards: data, table, meta, directory, sockets,
+/// signals, the standard three; and a client each of the volumes and of the control socket.
 const OPEN_FILES_OF_SERVER: u64 = 15;
 /// Beside its log segments a shard's ring, that of its executor, and what wakes them.
 const OPEN_FILES_OF_SHARD: u64 = 6;
@@ -43,7 +47,8 @@ pub struct Suggestion {
     pub command: Option<String>,
 }
 
-/// The advice on one subject. The names of the JSON form (`here`, `better`) are older than those of the fields, and stay.
+/// The advice on one subject. The names of the JSON form (`here`, `better`) are older than those of
+/// the fields, and stay.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Finding {
@@ -63,7 +68,13 @@ pub struct Finding {
 
 impl Finding {
     fn good(subject: &'static str, found: impl Into<String>, used: impl Into<String>) -> Finding {
-        Finding { subject, level: Level::Good, found: found.into(), used: used.into(), suggestions: Vec::new() }
+        Finding {
+            subject,
+            level: Level::Good,
+            found: found.into(),
+            used: used.into(),
+            suggestions: Vec::new(),
+        }
     }
 
     fn but(mut self, level: Level) -> Finding {
@@ -72,7 +83,8 @@ impl Finding {
     }
 
     fn suggest(mut self, what: impl Into<String>, command: Option<&str>) -> Finding {
-        self.suggestions.push(Suggestion { what: what.into(), command: command.map(str::to_owned) });
+        self.suggestions
+            .push(Suggestion { what: what.into(), command: command.map(str::to_owned) });
         self
     }
 }
@@ -109,7 +121,9 @@ impl Machine {
         let found = format!("Linux {}", self.kernel.release);
         match &self.kernel.refused {
             None => Finding::good("kernel", found, "supported"),
-            Some(why) => Finding::good("kernel", found, why).but(Level::Fatal).suggest("a newer kernel", None),
+            Some(why) => Finding::good("kernel", found, why)
+                .but(Level::Fatal)
+                .suggest("a newer kernel", None),
         }
     }
 
@@ -122,24 +136,35 @@ impl Machine {
             };
             return Finding::good("io_uring", "available", used);
         };
-        let finding = Finding::good("io_uring", refused.to_string(), "the portable driver: plain system calls")
-            .but(Level::Improvable);
+        let finding = Finding::good(
+            "io_uring",
+            refused.to_string(),
+            "the portable driver: plain system calls",
+        )
+        .but(Level::Improvable);
         match refused.reason {
             UnavailableReason::Kernel => {
                 finding.suggest("a kernel with io_uring: 5.11 or newer, CONFIG_IO_URING=y", None)
             }
             UnavailableReason::Seccomp => finding.suggest(
-                "a filter that allows io_uring_setup, io_uring_enter and io_uring_register; in a container",
+                "a filter that allows io_uring_setup, io_uring_enter and io_uring_register; in a \
+                 container",
                 Some("docker run --security-opt seccomp=PROFILE.json IMAGE"),
             ),
-            UnavailableReason::Setting => {
-                finding.suggest("allow it on this machine", Some("sysctl kernel.io_uring_disabled=0"))
-            }
+            UnavailableReason::Setting => finding
+                .suggest("allow it on this machine", Some("sysctl kernel.io_uring_disabled=0")),
             UnavailableReason::MemoryLocks => finding
-                .suggest("more locked memory, for this shell (as root)", Some("ulimit -l unlimited"))
+                .suggest(
+                    "more locked memory, for this shell (as root)",
+                    Some("ulimit -l unlimited"),
+                )
                 .suggest("the same in a systemd unit", Some("LimitMEMLOCK=infinity")),
-            UnavailableReason::OpenFiles => finding.suggest("more open files", Some("ulimit -n 65536")),
-            UnavailableReason::Policy => finding.suggest("ask who set this machine's security policy", None),
+            UnavailableReason::OpenFiles => {
+                finding.suggest("more open files", Some("ulimit -n 65536"))
+            }
+            UnavailableReason::Policy => {
+                finding.suggest("ask who set this machine's security policy", None)
+            }
             UnavailableReason::Other => finding,
         }
     }
@@ -159,13 +184,16 @@ impl Machine {
         let executors = locks.executors_max.unwrap_or(cores).min(cores);
         let memory = Options::default().memory_bytes;
         let buffers = locks.buffer_bytes(executors).unwrap_or(memory).min(memory);
-        let used =
-            format!("executors for {executors} of {cores} shards, {} of registered buffers", human_bytes(buffers));
+        let used = format!(
+            "executors for {executors} of {cores} shards, {} of registered buffers",
+            human_bytes(buffers)
+        );
         let finding = Finding::good(SUBJECT, found, used);
         if executors == cores && buffers == memory {
             return finding;
         }
-        let what = if executors < cores { "executors on all cores" } else { "all page memory registered" };
+        let what =
+            if executors < cores { "executors on all cores" } else { "all page memory registered" };
         finding
             .but(Level::Improvable)
             .suggest(format!("{what}, for this shell (as root)"), Some("ulimit -l unlimited"))
@@ -176,7 +204,10 @@ impl Machine {
         const SUBJECT: &str = "file system";
         let directory = &self.directory;
         let name = directory.file_system.as_deref().unwrap_or("unknown");
-        let free = directory.free_bytes.map(|bytes| format!(", {} free", human_bytes(bytes))).unwrap_or_default();
+        let free = directory
+            .free_bytes
+            .map(|bytes| format!(", {} free", human_bytes(bytes)))
+            .unwrap_or_default();
         let found = format!("{name}{free}");
         if let Some(why) = &directory.unwritable {
             return Finding::good(SUBJECT, found, format!("no store: {why}"))
@@ -189,16 +220,19 @@ impl Machine {
         let used = directory.flush.map_or("unknown".to_owned(), |flush| flush.to_string());
         let finding = Finding::good(SUBJECT, found, used);
         match name {
-            "tmpfs" | "ramfs" => finding
-                .but(Level::Improvable)
-                .suggest("a directory on a disk: this one is memory, and gone when the machine stops", None),
+            "tmpfs" | "ramfs" => finding.but(Level::Improvable).suggest(
+                "a directory on a disk: this one is memory, and gone when the machine stops",
+                None,
+            ),
             "btrfs" => finding.but(Level::Improvable).suggest(
-                "overwriting in place, if set before the store is made; costs btrfs's own checksums",
+                "overwriting in place, if set before the store is made; costs btrfs's own \
+                 checksums",
                 Some("chattr +C DIR"),
             ),
-            "nfs" | "9p" | "fuse" => finding
-                .but(Level::Improvable)
-                .suggest("a local file system: what a flush promises here is up to another program", None),
+            "nfs" | "9p" | "fuse" => finding.but(Level::Improvable).suggest(
+                "a local file system: what a flush promises here is up to another program",
+                None,
+            ),
             _ => finding,
         }
     }
@@ -211,13 +245,22 @@ impl Machine {
         }
         let shards = self.cores.shards_count() as u16;
         let takes = |shards| fresh::store_bytes(&Geometry::default(), shards, u32::MAX);
-        let on = |shards: u16| if shards == 1 { "one shard".to_owned() } else { format!("{shards} shards") };
+        let on = |shards: u16| {
+            if shards == 1 { "one shard".to_owned() } else { format!("{shards} shards") }
+        };
         let refused = |used: String, what: &str, command| {
             Finding::good("file system", found, used).but(Level::Fatal).suggest(what, command)
         };
         if directory.free_bytes.is_some_and(|free| free < takes(shards)) {
-            let used = format!("no store: a new one takes {} on {}", human_bytes(takes(shards)), on(shards));
-            let fewer = format!("a directory with more room, or fewer shards: {} on one", human_bytes(takes(1)));
+            let used = format!(
+                "no store: a new one takes {} on {}",
+                human_bytes(takes(shards)),
+                on(shards)
+            );
+            let fewer = format!(
+                "a directory with more room, or fewer shards: {} on one",
+                human_bytes(takes(1))
+            );
             return Some(refused(used, &fewer, Some("corepage serve --shards 1 --dir DIR")));
         }
         let longest = fresh::data_bytes(&Geometry::default(), shards, u32::MAX);
@@ -233,20 +276,30 @@ impl Machine {
     fn direct_io(&self) -> Finding {
         const SUBJECT: &str = "direct I/O";
         match self.directory.direct_io {
-            DirectIo::Works => Finding::good(SUBJECT, "works", "direct: the page cache is passed by"),
-            DirectIo::Refused => {
-                Finding::good(SUBJECT, "not with this file system", "buffered: through the page cache")
-                    .but(Level::Improvable)
-                    .suggest("a directory on ext4 or XFS", Some("corepage doctor --dir DIR"))
+            DirectIo::Works => {
+                Finding::good(SUBJECT, "works", "direct: the page cache is passed by")
             }
-            DirectIo::Unknown => Finding::good(SUBJECT, "could not be tried", "nothing").but(Level::Fatal),
+            DirectIo::Refused => Finding::good(
+                SUBJECT,
+                "not with this file system",
+                "buffered: through the page cache",
+            )
+            .but(Level::Improvable)
+            .suggest("a directory on ext4 or XFS", Some("corepage doctor --dir DIR")),
+            DirectIo::Unknown => {
+                Finding::good(SUBJECT, "could not be tried", "nothing").but(Level::Fatal)
+            }
         }
     }
 
     fn device(&self) -> Finding {
         const SUBJECT: &str = "block device";
         let Some(device) = &self.directory.device else {
-            return Finding::good(SUBJECT, "none that the kernel shows", "whatever the file system makes of a flush");
+            return Finding::good(
+                SUBJECT,
+                "none that the kernel shows",
+                "whatever the file system makes of a flush",
+            );
         };
         let used = match (device.write_cache.as_deref(), device.fua) {
             (Some("write through"), _) => "a completed write is durable: flushes cost little",
@@ -256,7 +309,8 @@ impl Machine {
         };
         let finding = Finding::good(SUBJECT, describe(device), used);
         if device.rotational == Some(true) {
-            let what = "a solid-state device: here each group of commits waits for the disk to turn";
+            let what =
+                "a solid-state device: here each group of commits waits for the disk to turn";
             return finding.but(Level::Improvable).suggest(what, None);
         }
         finding
@@ -265,10 +319,14 @@ impl Machine {
     fn polling(&self, ring: bool) -> Finding {
         const SUBJECT: &str = "device polling";
         match &self.directory.device {
-            Some(BlockDevice { io_poll: Some(true), .. }) if ring => {
-                Finding::good(SUBJECT, "possible", "completions are polled for, if a trial succeeds")
+            Some(BlockDevice { io_poll: Some(true), .. }) if ring => Finding::good(
+                SUBJECT,
+                "possible",
+                "completions are polled for, if a trial succeeds",
+            ),
+            Some(BlockDevice { io_poll: Some(true), .. }) => {
+                Finding::good(SUBJECT, "possible", "interrupts")
             }
-            Some(BlockDevice { io_poll: Some(true), .. }) => Finding::good(SUBJECT, "possible", "interrupts"),
             Some(BlockDevice { nvme: true, .. }) if ring => {
                 let command = format!("nvme.poll_queues={}", self.cores.allowed.len().max(1));
                 Finding::good(SUBJECT, "off: the driver has no polling queues", "interrupts")
@@ -288,17 +346,24 @@ impl Machine {
             (Some(0) | None, _) => "none reserved".to_owned(),
             (Some(count), free) => format!("{count} of 2 MiB reserved, {} free", free.unwrap_or(0)),
         };
-        let found =
-            format!("{reserved}; transparent: {}", pages.transparent.as_deref().unwrap_or("not in this kernel"));
+        let found = format!(
+            "{reserved}; transparent: {}",
+            pages.transparent.as_deref().unwrap_or("not in this kernel")
+        );
         if pages.free_count.is_some_and(|free| free >= wanted) {
             return Finding::good(SUBJECT, found, "reserved ones, for all page memory");
         }
         let command = format!("sysctl vm.nr_hugepages={wanted}");
         match pages.transparent.as_deref() {
-            Some("always" | "madvise") => Finding::good(SUBJECT, found, "transparent ones, where the kernel has them"),
+            Some("always" | "madvise") => {
+                Finding::good(SUBJECT, found, "transparent ones, where the kernel has them")
+            }
             _ => Finding::good(SUBJECT, found, "none: pages of 4 KiB")
                 .but(Level::Improvable)
-                .suggest(format!("reserve them for {} of memory", human_bytes(wanted * HUGE_BYTES)), Some(&command))
+                .suggest(
+                    format!("reserve them for {} of memory", human_bytes(wanted * HUGE_BYTES)),
+                    Some(&command),
+                )
                 .suggest("or let the kernel find them", {
                     Some("echo madvise > /sys/kernel/mm/transparent_hugepage/enabled")
                 }),
@@ -311,14 +376,17 @@ impl Machine {
         let allowed = cores.allowed.len();
         let online = cores.online_count.map(|count| format!(" of {count}")).unwrap_or_default();
         let threads = cores.physical_count.filter(|count| *count < allowed);
-        let threads = threads.map(|count| format!(", on {count} physical cores")).unwrap_or_default();
-        let quota = cores.quota_count.map(|count| format!(", time for {count}")).unwrap_or_default();
+        let threads =
+            threads.map(|count| format!(", on {count} physical cores")).unwrap_or_default();
+        let quota =
+            cores.quota_count.map(|count| format!(", time for {count}")).unwrap_or_default();
         let found = format!("{allowed}{online} allowed{threads}{quota}");
         let shards = match cores.shards_count() {
             1 => "one shard".to_owned(),
             count => format!("{count} shards"),
         };
-        // Where time is shared out, other processes with a share of it would be pinned to the same first processors.
+        // Where time is shared out, other processes with a share of it would be pinned to the same
+        // first processors.
         let place = match cores.quota_count {
             None => "each on a processor of its own",
             Some(_) => "not pinned: as many as there is time for",
@@ -327,18 +395,24 @@ impl Machine {
         match cores.quota_count {
             None => finding,
             Some(count) => finding.but(Level::Improvable).suggest(
-                "whole processors instead of a share of time, which halts a shard in the middle of its work; in a container",
+                "whole processors instead of a share of time, which halts a shard in the middle \
+                 of its work; in a container",
                 Some(&format!("docker run --cpuset-cpus 0-{} IMAGE", count.max(1) - 1)),
             ),
         }
     }
 
     fn checksums(&self) -> Finding {
-        let finding = Finding::good("checksums", self.checksum.as_str(), "CRC-32C of every page, record and node");
+        let finding = Finding::good(
+            "checksums",
+            self.checksum.as_str(),
+            "CRC-32C of every page, record and node",
+        );
         if self.checksum != "tables" {
             return finding;
         }
-        let what = "a processor with CRC instructions (SSE 4.2 or ARM CRC): tables are 10 to 40 times slower";
+        let what = "a processor with CRC instructions (SSE 4.2 or ARM CRC): tables are 10 to 40 \
+                    times slower";
         finding.but(Level::Improvable).suggest(what, None)
     }
 
@@ -348,16 +422,19 @@ impl Machine {
         let found = limit.map_or("no limit".to_owned(), |count| format!("up to {count}"));
         let finding = Finding::good(SUBJECT, found, "log segments, data, rings, clients");
         let shards = self.cores.shards_count() as u64;
-        // Of logs that have got as long as they can: a store that has grown must be opened with the same limit.
-        let needed =
-            OPEN_FILES_OF_SERVER + shards * (u64::from(Geometry::default().segments_count) + OPEN_FILES_OF_SHARD);
+        // Of logs that have got as long as they can: a store that has grown must be opened with the
+        // same limit.
+        let needed = OPEN_FILES_OF_SERVER
+            + shards * (u64::from(Geometry::default().segments_count) + OPEN_FILES_OF_SHARD);
         match limit {
-            Some(count) if count < needed => Finding { used: format!("no server: {needed} are needed"), ..finding }
-                .but(Level::Fatal)
-                .suggest("all files of a store can be opened", Some("ulimit -n 65536")),
-            Some(count) if count < OPEN_FILES_ENOUGH.max(2 * needed) => {
-                finding.but(Level::Improvable).suggest("room for more clients and shards", Some("ulimit -n 65536"))
+            Some(count) if count < needed => {
+                Finding { used: format!("no server: {needed} are needed"), ..finding }
+                    .but(Level::Fatal)
+                    .suggest("all files of a store can be opened", Some("ulimit -n 65536"))
             }
+            Some(count) if count < OPEN_FILES_ENOUGH.max(2 * needed) => finding
+                .but(Level::Improvable)
+                .suggest("room for more clients and shards", Some("ulimit -n 65536")),
             _ => finding,
         }
     }
@@ -374,7 +451,9 @@ fn describe(device: &BlockDevice) -> String {
     }
     parts.extend(device.write_cache.as_ref().map(|cache| format!("{cache} cache")));
     parts.extend(device.fua.map(|fua| if fua { "FUA".to_owned() } else { "no FUA".to_owned() }));
-    if let (Some(logical), Some(physical)) = (device.logical_block_bytes, device.physical_block_bytes) {
+    if let (Some(logical), Some(physical)) =
+        (device.logical_block_bytes, device.physical_block_bytes)
+    {
         parts.push(format!("blocks of {logical}/{physical}"));
     }
     parts.extend((device.rotational == Some(true)).then(|| "rotating".to_owned()));

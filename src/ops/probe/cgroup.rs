@@ -1,4 +1,5 @@
-//! How much processor time and memory the control groups of this process allow (cgroups(7), version 2 and version 1).
+//! How much processor time and memory the control groups of this process allow (cgroups(7), version
+//! 2 and version 1).
 //!
 //! Invariants
 //! 1. A group is bound by the limits of all groups above it, too: the lowest counts.
@@ -15,8 +16,13 @@ pub(super) fn look(roots: &Roots) -> Option<u64> {
     quota_millis(&roots.proc("self/cgroup")?, &roots.proc("self/mountinfo")?, text)
 }
 
-/// Computes it from the texts of `/proc/self/cgroup` and `/proc/self/mountinfo`; `read` returns a file's text.
-pub(super) fn quota_millis(membership: &str, mountinfo: &str, read: impl Fn(&Path) -> Option<String>) -> Option<u64> {
+/// Computes it from the texts of `/proc/self/cgroup` and `/proc/self/mountinfo`; `read` returns a
+/// file's text.
+pub(super) fn quota_millis(
+    membership: &str,
+    mountinfo: &str,
+    read: impl Fn(&Path) -> Option<String>,
+) -> Option<u64> {
     lowest("cpu", membership, mountinfo, |version, group| processor_millis(version, group, &read))
 }
 
@@ -33,7 +39,11 @@ pub(super) fn memory_limit_bytes(roots: &Roots) -> Option<u64> {
 }
 
 /// Computes it from the texts of `/proc/self/cgroup` and `/proc/self/mountinfo`.
-pub(super) fn memory_bytes(membership: &str, mountinfo: &str, read: impl Fn(&Path) -> Option<String>) -> Option<u64> {
+pub(super) fn memory_bytes(
+    membership: &str,
+    mountinfo: &str,
+    read: impl Fn(&Path) -> Option<String>,
+) -> Option<u64> {
     lowest("memory", membership, mountinfo, |version, group| memory_limit(version, group, &read))
 }
 
@@ -44,7 +54,8 @@ fn lowest(
     mountinfo: &str,
     limit: impl Fn(u8, &Path) -> Option<u64>,
 ) -> Option<u64> {
-    let mounts: Vec<Hierarchy> = mountinfo.lines().filter_map(|line| Hierarchy::parse(line, controller)).collect();
+    let mounts: Vec<Hierarchy> =
+        mountinfo.lines().filter_map(|line| Hierarchy::parse(line, controller)).collect();
     let limits = membership.lines().filter_map(|line| {
         // `0::/path` for version 2, `4:cpu,cpuacct:/path` for version 1.
         let (_, rest) = line.split_once(':')?;
@@ -74,7 +85,8 @@ impl Hierarchy {
     fn parse(line: &str, controller: &str) -> Option<Hierarchy> {
         let (left, right) = line.split_once(" - ")?;
         let (mut left, mut right) = (left.split(' ').skip(3), right.split(' '));
-        let (root, point) = (PathBuf::from(unescape(left.next()?)), PathBuf::from(unescape(left.next()?)));
+        let (root, point) =
+            (PathBuf::from(unescape(left.next()?)), PathBuf::from(unescape(left.next()?)));
         let version = match right.next()? {
             "cgroup2" => 2,
             "cgroup" if right.nth(1)?.split(',').any(|option| option == controller) => 1,
@@ -93,7 +105,11 @@ impl Hierarchy {
     }
 }
 
-fn processor_millis(version: u8, group: &Path, read: &impl Fn(&Path) -> Option<String>) -> Option<u64> {
+fn processor_millis(
+    version: u8,
+    group: &Path,
+    read: &impl Fn(&Path) -> Option<String>,
+) -> Option<u64> {
     let (quota, period) = match version {
         2 => {
             let text = read(&group.join("cpu.max"))?;
@@ -107,13 +123,15 @@ fn processor_millis(version: u8, group: &Path, read: &impl Fn(&Path) -> Option<S
     quota.checked_mul(1000)?.checked_div(period)
 }
 
-/// Above `memory.high` a group is slowed down until it hardly moves, above `memory.max` something in it is killed.
+/// Above `memory.high` a group is slowed down until it hardly moves, above `memory.max` something
+/// in it is killed.
 fn memory_limit(version: u8, group: &Path, read: &impl Fn(&Path) -> Option<String>) -> Option<u64> {
     let names: &[&str] = match version {
         2 => &["memory.max", "memory.high"],
         _ => &["memory.limit_in_bytes"],
     };
     // Version 1 has a number for "no limit" that is larger than any memory.
-    let number = |name: &&str| read(&group.join(name))?.trim().parse().ok().filter(|bytes| *bytes < 1 << 62);
+    let number =
+        |name: &&str| read(&group.join(name))?.trim().parse().ok().filter(|bytes| *bytes < 1 << 62);
     names.iter().filter_map(number).min()
 }

@@ -1,4 +1,5 @@
-//! The directory of the store: its file system, whether direct I/O works there, and the block device behind it.
+//! The directory of the store: its file system, whether direct I/O works there, and the block
+//! device behind it.
 //!
 //! 1. A directory that does not exist is judged by its nearest parent that does; nothing is made.
 
@@ -71,14 +72,20 @@ impl Directory {
                 return found;
             }
         };
-        let mount = roots.proc("self/mountinfo").and_then(|text| mount_of(&text, &looked_at.canonicalize().ok()?));
+        let mount = roots
+            .proc("self/mountinfo")
+            .and_then(|text| mount_of(&text, &looked_at.canonicalize().ok()?));
         let device_path = mount.as_ref().map(|mount| mount.source.clone());
         let probed = DirectoryProbe::run(&handle, &looked_at);
         found.file_system = Some(probed.file_system);
         found.free_bytes = probed.free_bytes;
         match probed.transfers {
             Ok((direct, flush)) => {
-                found.direct_io = if direct == io::DirectIo::Refused { DirectIo::Refused } else { DirectIo::Works };
+                found.direct_io = if direct == io::DirectIo::Refused {
+                    DirectIo::Refused
+                } else {
+                    DirectIo::Works
+                };
                 found.flush = Some(flush);
             }
             Err(e) => found.unwritable = Some(e.to_string()),
@@ -88,14 +95,18 @@ impl Directory {
             let meta = std::fs::metadata(device_path?).ok()?;
             meta.file_type().is_block_device().then(|| meta.rdev())
         };
-        found.device =
-            own.and_then(|dev| BlockDevice::look(&roots.sys, dev)).or_else(|| BlockDevice::look(&roots.sys, behind()?));
+        found.device = own
+            .and_then(|dev| BlockDevice::look(&roots.sys, dev))
+            .or_else(|| BlockDevice::look(&roots.sys, behind()?));
         found
     }
 }
 
 /// `path`, or the nearest of its parents that exists.
 fn nearest(path: &Path) -> PathBuf {
-    let existing = path.ancestors().filter(|p| !p.as_os_str().is_empty()).find(|p| p.symlink_metadata().is_ok());
+    let existing = path
+        .ancestors()
+        .filter(|p| !p.as_os_str().is_empty())
+        .find(|p| p.symlink_metadata().is_ok());
     existing.unwrap_or(Path::new(".")).to_owned()
 }

@@ -18,7 +18,8 @@ pub struct IoUring {
     pub refusal: Option<UnavailableReason>,
     /// The kernel's error (`EPERM` and so on), or the feature that its io_uring lacks.
     pub error: Option<String>,
-    /// kernel.io_uring_disabled: 0 allowed, 1 for the privileged only, 2 forbidden; absent before Linux 6.6.
+    /// kernel.io_uring_disabled: 0 allowed, 1 for the privileged only, 2 forbidden; absent before
+    /// Linux 6.6.
     pub disabled_setting: Option<u32>,
     /// Whether a seccomp filter is installed for this process.
     pub seccomp_filter: bool,
@@ -47,7 +48,10 @@ impl IoUring {
 
     /// The reason and the error together, if there is no ring.
     pub fn refused(&self) -> Option<UringUnavailable> {
-        self.refusal.map(|reason| UringUnavailable { reason, error: self.error.clone().unwrap_or_default() })
+        self.refusal.map(|reason| UringUnavailable {
+            reason,
+            error: self.error.clone().unwrap_or_default(),
+        })
     }
 }
 
@@ -59,7 +63,8 @@ pub(crate) fn executor_refused() -> Option<String> {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current?;
     (limit < EXECUTOR_LOCKED_MIN).then(|| {
         format!(
-            "the limit of locked memory is {} KiB, and the executor needs {} KiB: raise it (ulimit -l, LimitMEMLOCK)",
+            "the limit of locked memory is {} KiB, and the executor needs {} KiB: raise it \
+             (ulimit -l, LimitMEMLOCK)",
             limit >> 10,
             EXECUTOR_LOCKED_MIN >> 10
         )
@@ -85,7 +90,9 @@ impl AutoDriver {
     /// Falls back to the portable driver if the executor was refused.
     pub(super) fn unless(self, refused: Option<String>) -> AutoDriver {
         match refused {
-            Some(why) if self.because.is_none() => AutoDriver { name: PORTABLE, because: Some(why) },
+            Some(why) if self.because.is_none() => {
+                AutoDriver { name: PORTABLE, because: Some(why) }
+            }
             _ => self,
         }
     }

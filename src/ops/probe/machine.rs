@@ -1,5 +1,5 @@
-//! The facts about kernel, memory, processors and limits. Each is read by a thin `look`; what text means is decided by
-//! functions of text.
+//! The facts about kernel, memory, processors and limits. Each is read by a thin `look`; what text
+//! means is decided by functions of text.
 
 use super::Roots;
 use crate::base::options::SHARDS_MAX;
@@ -37,20 +37,29 @@ pub struct MemoryLocks {
     pub limit_bytes: Option<u64>,
     /// Up to where this user may raise it.
     pub hard_limit_bytes: Option<u64>,
-    /// Whether the kernel holds this process to it: not with the capability `CAP_IPC_LOCK`, as root has.
+    /// Whether the kernel holds this process to it: not with the capability `CAP_IPC_LOCK`, as root
+    /// has.
     pub enforced: bool,
-    /// Executors that it allows at 576 KiB each; absent: any number. glommio goes by the limit, whether the kernel
-    /// enforces it or not.
+    /// Executors that it allows at 576 KiB each; absent: any number. glommio goes by the limit,
+    /// whether the kernel enforces it or not.
     pub executors_max: Option<u64>,
 }
 
 impl MemoryLocks {
     pub(super) fn look(roots: &Roots) -> MemoryLocks {
         let limit = getrlimit(Resource::Memlock);
-        MemoryLocks::new(limit.current, limit.maximum, ProcessLimits::read(&roots.proc).locks_enforced)
+        MemoryLocks::new(
+            limit.current,
+            limit.maximum,
+            ProcessLimits::read(&roots.proc).locks_enforced,
+        )
     }
 
-    pub(super) fn new(limit_bytes: Option<u64>, hard_limit_bytes: Option<u64>, enforced: bool) -> MemoryLocks {
+    pub(super) fn new(
+        limit_bytes: Option<u64>,
+        hard_limit_bytes: Option<u64>,
+        enforced: bool,
+    ) -> MemoryLocks {
         let executors_max = limit_bytes.map(|bytes| match bytes {
             0..EXECUTOR_BYTES => 0,
             _ if !enforced => u64::MAX,
@@ -64,8 +73,8 @@ impl MemoryLocks {
         }
     }
 
-    /// Memory that can be registered besides `executors_count` executors: at most half of the limit, as the ring disks
-    /// request. `None`: no limit.
+    /// Memory that can be registered besides `executors_count` executors: at most half of the
+    /// limit, as the ring disks request. `None`: no limit.
     pub fn buffer_bytes(&self, executors_count: u64) -> Option<u64> {
         let limit = self.limit_bytes.filter(|_| self.enforced)?;
         let executors = executors_count.saturating_mul(EXECUTOR_BYTES + EXECUTOR_OWN_BYTES);
@@ -87,11 +96,15 @@ pub struct HugePages {
 
 impl HugePages {
     pub(super) fn look(roots: &Roots) -> HugePages {
-        let number = |name: &str| roots.sys(&format!("kernel/mm/hugepages/hugepages-2048kB/{name}"))?.parse().ok();
+        let number = |name: &str| {
+            roots.sys(&format!("kernel/mm/hugepages/hugepages-2048kB/{name}"))?.parse().ok()
+        };
         HugePages {
             reserved_count: number("nr_hugepages"),
             free_count: number("free_hugepages"),
-            transparent: roots.sys("kernel/mm/transparent_hugepage/enabled").and_then(|text| chosen(&text)),
+            transparent: roots
+                .sys("kernel/mm/transparent_hugepage/enabled")
+                .and_then(|text| chosen(&text)),
         }
     }
 }
@@ -118,15 +131,19 @@ pub struct Cores {
     pub allowed: Vec<usize>,
     /// Of those, distinct physical cores; absent if the machine does not say.
     pub physical_count: Option<usize>,
-    /// Processors' worth of time that control groups allow, a part of one counted whole, if that is less.
+    /// Processors' worth of time that control groups allow, a part of one counted whole, if that is
+    /// less.
     pub quota_count: Option<usize>,
 }
 
 impl Cores {
     pub(super) fn look(roots: &Roots) -> Cores {
         let allowed = allowed_cores();
-        let siblings = |cpu: &usize| roots.sys(&format!("devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"));
-        let physical: Option<std::collections::BTreeSet<String>> = allowed.iter().map(siblings).collect();
+        let siblings = |cpu: &usize| {
+            roots.sys(&format!("devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"))
+        };
+        let physical: Option<std::collections::BTreeSet<String>> =
+            allowed.iter().map(siblings).collect();
         let quota = super::cgroup::look(roots).map(|millis| millis.div_ceil(1000).max(1) as usize);
         Cores {
             online_count: roots.sys("devices/system/cpu/online").and_then(|list| count(&list)),

@@ -1,18 +1,22 @@
-//! How much memory this process can take before the kernel kills something: what the machine has left, and what control
-//! groups (memory.max, memory.high) and process limits (`ulimit -v`, `ulimit -d`) allow.
+//! How much memory this process can take before the kernel kills something: what the machine has
+//! left, and what control groups (memory.max, memory.high) and process limits (`ulimit -v`, `ulimit
+//! -d`) allow.
 //!
 //! Invariants
 //! 1. The lowest known limit counts. A limit that can't be found out counts as none.
-//! 2. Whether an amount fits is decided here alone ([`AvailableMemory::judge`]): `serve`, `bench` and `doctor` say the same.
+//! 2. Whether an amount fits is decided here alone ([`AvailableMemory::judge`]): `serve`, `bench`
+//!    and `doctor` say the same.
 //!
-//! It does *not* know what a store needs, and reserves nothing: others may take the memory in the next moment.
+//! It does *not* know what a store needs, and reserves nothing: others may take the memory in the
+//! next moment.
 
 use super::{HugePages, Roots, cgroup, human_bytes};
 use rustix::process::{Resource, getrlimit};
 
 /// Bytes of a reserved huge page.
 const HUGE_BYTES: u64 = 2 << 20;
-/// Percent of the available memory that may be taken without a warning; the rest is left for the page cache and for other programs.
+/// Percent of the available memory that may be taken without a warning; the rest is left for the
+/// page cache and for other programs.
 const COMFORTABLE_PERCENT: u64 = 80;
 
 /// Memory that is available. An absent value is unknown or not limited.
@@ -65,7 +69,10 @@ impl AvailableMemory {
             (self.process_limit_bytes, "the limit of the process (`ulimit -v`, `ulimit -d`)"),
             (self.available_bytes.or(self.total_bytes), "the memory that the machine has left"),
         ];
-        known.into_iter().filter_map(|(bytes, what)| Some((bytes?, what))).min_by_key(|(bytes, _)| *bytes)
+        known
+            .into_iter()
+            .filter_map(|(bytes, what)| Some((bytes?, what)))
+            .min_by_key(|(bytes, _)| *bytes)
     }
 
     /// Whether `bytes` are available.
@@ -81,7 +88,8 @@ impl AvailableMemory {
         if bytes > comfortable {
             let have = human_bytes(most);
             return Room::Tight(format!(
-                "{wanted} are more than {COMFORTABLE_PERCENT} % of the {have} that can be had, {what}"
+                "{wanted} are more than {COMFORTABLE_PERCENT} % of the {have} that can be had, \
+                 {what}"
             ));
         }
         Room::Enough

@@ -1,13 +1,15 @@
-//! Facts about this machine, found out without changing anything, and what follows from them for the engine.
+//! Facts about this machine, found out without changing anything, and what follows from them for
+//! the engine.
 //!
 //! ```text
 //! /proc, /sys, system calls --readers--> Machine (facts) --advice (pure)--> found | used | suggestions
 //! ```
 //! Invariants
-//! 1. A probe leaves nothing behind: no file, no setting, no lock. Rings and direct transfers are really tried, since no file in
-//!    /proc tells whether they work.
+//! 1. A probe leaves nothing behind: no file, no setting, no lock. Rings and direct transfers are
+//!    really tried, since no file in /proc tells whether they work.
 //! 2. A fact that can't be read is absent (`None`), never guessed; no probe fails as a whole.
-//! 3. Each decision from a fact is made in one place, by a pure function, and the reports repeat it.
+//! 3. Each decision from a fact is made in one place, by a pure function, and the reports repeat
+//!    it.
 //!
 //! It does *not*: open a store, choose for it, or change the machine.
 
@@ -54,7 +56,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Probes the machine, as seen by this process and from the directory `dir`, which need not exist.
+    /// Probes the machine, as seen by this process and from the directory `dir`, which need not
+    /// exist.
     pub fn look(dir: &Path) -> Machine {
         let roots = Roots::default();
         Machine {

@@ -1,4 +1,5 @@
-//! Which mount a path lies on (proc_pid_mountinfo(5)), for file systems that hide their device from `stat`.
+//! Which mount a path lies on (proc_pid_mountinfo(5)), for file systems that hide their device from
+//! `stat`.
 
 use std::path::{Path, PathBuf};
 
@@ -31,7 +32,10 @@ fn parse(line: &str) -> Option<(PathBuf, Mount)> {
     let point = left.split(' ').nth(4)?;
     let mut right = right.split(' ');
     let file_system = right.next()?.to_owned();
-    Some((PathBuf::from(unescape(point)), Mount { file_system, source: PathBuf::from(unescape(right.next()?)) }))
+    Some((
+        PathBuf::from(unescape(point)),
+        Mount { file_system, source: PathBuf::from(unescape(right.next()?)) },
+    ))
 }
 
 /// Undoes `\040` and its like.
@@ -39,7 +43,10 @@ pub(super) fn unescape(text: &str) -> String {
     let mut out = Vec::new();
     let mut rest = text.as_bytes();
     while let Some((&byte, after)) = rest.split_first() {
-        let octal = after.get(..3).filter(|_| byte == b'\\').and_then(|digits| std::str::from_utf8(digits).ok());
+        let octal = after
+            .get(..3)
+            .filter(|_| byte == b'\\')
+            .and_then(|digits| std::str::from_utf8(digits).ok());
         match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
             Some(byte) => {
                 out.push(byte);

@@ -1,8 +1,8 @@
-//! Damage to every kind of structure of a closed store, on the simulated disk: each block of each file in turn is
-//! flipped, zeroed, set back to what it was before, or swapped with another.
+//! Damage to every kind of structure of a closed store, on the simulated disk: each block of each
+//! file in turn is flipped, zeroed, set back to what it was before, or swapped with another.
 //!
-//! If these fail, someone is served wrong bytes, or is told that a damaged store is whole. The same through the public
-//! face, on real files: `store_damage_tests`.
+//! If these fail, someone is served wrong bytes, or is told that a damaged store is whole. The same
+//! through the public face, on real files: `store_damage_tests`.
 
 use super::read::{ARENA_BLOCKS, Meter};
 use super::{Verifier, VerifyProgress, VerifyReport, verify_disk};
@@ -30,7 +30,12 @@ struct Driver {
 }
 
 fn options() -> Options {
-    let geometry = Geometry { extent_bytes: 64 << 10, segment_bytes: 128 << 10, segments_count: 4, vshards_count: 4 };
+    let geometry = Geometry {
+        extent_bytes: 64 << 10,
+        segment_bytes: 128 << 10,
+        segments_count: 4,
+        vshards_count: 4,
+    };
     Options { geometry, memory_bytes: 4 << 20, ..Options::default() }
 }
 
@@ -72,8 +77,8 @@ fn key(volume: u8, page: u64) -> PageKey {
     PageKey::new(VolumeId::new(volume), PageId::new(page))
 }
 
-/// A store with all that can be on disk: several volumes, dense and lone ids, patches, frees, compaction, a log
-/// that went round; closed cleanly. And what must be read from it.
+/// A store with all that can be on disk: several volumes, dense and lone ids, patches, frees,
+/// compaction, a log that went round; closed cleanly. And what must be read from it.
 fn reference_store() -> (SimDisk, Model) {
     let mut driver = Driver::open(SimDisk::new(1)).expect("a fresh disk");
     let mut rng = Rng::new(2);
@@ -82,15 +87,25 @@ fn reference_store() -> (SimDisk, Model) {
         let mut changes = Vec::new();
         for _ in 0..rng.within(1, 6) {
             let page = if rng.one_in(20) { rng.below(4) << 40 } else { rng.below(100) };
-            let key = if rng.one_in(20) { key(0, rng.within(3, 9)) } else { key(rng.within(1, 3) as u8, page) };
+            let key = if rng.one_in(20) {
+                key(0, rng.within(3, 9))
+            } else {
+                key(rng.within(1, 3) as u8, page)
+            };
             let now = model.entry(key).or_insert_with(|| vec![0; BLOCK]);
             let change = match rng.below(8) {
                 _ if key.volume == VolumeId::CATALOG => {
                     let (name, bytes) = (format!("volume-{round}"), round * BLOCK as u64);
-                    Change::Put(catalog::encode(&catalog::Volume { name, bytes, is_cut: round % 5 == 0 }).into())
+                    Change::Put(
+                        catalog::encode(&catalog::Volume { name, bytes, is_cut: round % 5 == 0 })
+                            .into(),
+                    )
                 }
                 0 => Change::Free,
-                1 | 2 => Change::Patch { offset: rng.below(4000) as u32, bytes: Bytes::from(vec![round as u8; 90]) },
+                1 | 2 => Change::Patch {
+                    offset: rng.below(4000) as u32,
+                    bytes: Bytes::from(vec![round as u8; 90]),
+                },
                 _ => {
                     let word = rng.draw().to_le_bytes();
                     Change::Put(word.iter().copied().cycle().take(BLOCK).collect())
@@ -98,7 +113,9 @@ fn reference_store() -> (SimDisk, Model) {
             };
             match &change {
                 Change::Free => *now = vec![0; BLOCK],
-                Change::Patch { offset, bytes } => now[*offset as usize..][..bytes.len()].copy_from_slice(bytes),
+                Change::Patch { offset, bytes } => {
+                    now[*offset as usize..][..bytes.len()].copy_from_slice(bytes)
+                }
                 Change::Put(bytes) => now.copy_from_slice(bytes),
             }
             changes.push((key, change));
@@ -156,8 +173,14 @@ fn never_wrong(disk: SimDisk, model: &Model, what: &str) -> bool {
 
 fn assert_names_the_place(error: &Error, what: &str) {
     let text = error.to_string();
-    assert!([ErrorKind::Corrupt, ErrorKind::Unsupported].contains(&error.kind()), "{what}: {error:?}");
-    assert!(["byte", "block", "copy", "version"].iter().any(|word| text.contains(word)), "{what}: no place in: {text}");
+    assert!(
+        [ErrorKind::Corrupt, ErrorKind::Unsupported].contains(&error.kind()),
+        "{what}: {error:?}"
+    );
+    assert!(
+        ["byte", "block", "copy", "version"].iter().any(|word| text.contains(word)),
+        "{what}: no place in: {text}"
+    );
 }
 
 fn names_block(report: &VerifyReport, file: FileId, blocks: &[u64]) -> bool {
@@ -168,7 +191,8 @@ fn names_block(report: &VerifyReport, file: FileId, blocks: &[u64]) -> bool {
     };
     report.damaged.iter().any(|damage| {
         let first = damage.offset / BLOCK as u64;
-        damage.file == file && blocks.iter().any(|block| (first..first + size(&damage.structure)).contains(block))
+        damage.file == file
+            && blocks.iter().any(|block| (first..first + size(&damage.structure)).contains(block))
     })
 }
 
@@ -178,11 +202,20 @@ fn survey(disk: &SimDisk) -> BTreeMap<&'static str, Vec<(FileId, u64)>> {
     for (file, len) in disk.files() {
         for block in 0..len / BLOCK as u64 {
             let damaged = copy_of(disk);
-            assert!(damaged.damage(file, block * SECTORS as u64, SECTORS, Damage::Flip { bit: 4099 }));
+            assert!(damaged.damage(
+                file,
+                block * SECTORS as u64,
+                SECTORS,
+                Damage::Flip { bit: 4099 }
+            ));
             let report = verify_disk(&mut damaged.clone()).expect("damage is in the report");
             match report.damaged.first() {
                 Some(damage) => {
-                    assert!(names_block(&report, file, &[block]), "{file} block {block}: {:?}", report.damaged);
+                    assert!(
+                        names_block(&report, file, &[block]),
+                        "{file} block {block}: {:?}",
+                        report.damaged
+                    );
                     places.entry(kind(&damage.structure)).or_default().push((file, block));
                 }
                 None => places.entry("nothing").or_default().push((file, block)),
@@ -211,7 +244,10 @@ fn damage_of_every_structure_is_named_and_never_served() {
     let report = verify_disk(&mut disk.clone()).expect("a closed store");
     assert!(report.is_whole() && report.clean, "{report}\n{:?}", report.damaged);
     let live = model.values().filter(|bytes| bytes.iter().any(|b| *b != 0)).count() as u64;
-    assert!(report.pages >= live && report.nodes > 10 && report.extents > 5 && report.groups > 0, "{report}");
+    assert!(
+        report.pages >= live && report.nodes > 10 && report.extents > 5 && report.groups > 0,
+        "{report}"
+    );
     assert!(never_wrong(copy_of(&disk), &model, "an undamaged store"));
 
     let places = survey(&disk);
@@ -219,12 +255,19 @@ fn damage_of_every_structure_is_named_and_never_served() {
     let mut rng = Rng::new(4);
     for kind in KINDS {
         let all = places.get(kind).unwrap_or_else(|| panic!("the reference store has no {kind}"));
-        for (i, (file, block)) in all.iter().copied().enumerate().filter(|(i, _)| i % all.len().div_ceil(30) == 0) {
-            let others: Vec<u64> = all.iter().filter(|(f, b)| *f == file && *b != block).map(|(_, b)| *b).collect();
+        for (i, (file, block)) in
+            all.iter().copied().enumerate().filter(|(i, _)| i % all.len().div_ceil(30) == 0)
+        {
+            let others: Vec<u64> =
+                all.iter().filter(|(f, b)| *f == file && *b != block).map(|(_, b)| *b).collect();
             let with = if others.is_empty() { block ^ 1 } else { *rng.pick(&others) };
             let bit = rng.below(BLOCK as u64 * 8) as usize;
-            let kinds =
-                [Damage::Flip { bit }, Damage::Zero, Damage::Stale, Damage::Swap { with: with * SECTORS as u64 }];
+            let kinds = [
+                Damage::Flip { bit },
+                Damage::Zero,
+                Damage::Stale,
+                Damage::Swap { with: with * SECTORS as u64 },
+            ];
             for (n, damage) in kinds.into_iter().enumerate() {
                 let what = format!("{kind} {i}, block {block} of {file}, {damage:?}");
                 let damaged = copy_of(&disk);
@@ -233,14 +276,21 @@ fn damage_of_every_structure_is_named_and_never_served() {
                 }
                 let report = verify_disk(&mut damaged.clone()).expect("damage is in the report");
                 let both = if n == 3 { vec![block, with] } else { vec![block] };
-                assert!(names_block(&report, file, &both), "{what}: not named: {report}\n{:?}", report.damaged);
+                assert!(
+                    names_block(&report, file, &both),
+                    "{what}: not named: {report}\n{:?}",
+                    report.damaged
+                );
                 never_wrong(damaged, &model, &what);
                 seen.insert((kind, n));
             }
         }
     }
-    let missing: Vec<_> =
-        KINDS.iter().flat_map(|k| (0..4).map(move |n| (*k, n))).filter(|x| !seen.contains(x)).collect();
+    let missing: Vec<_> = KINDS
+        .iter()
+        .flat_map(|k| (0..4).map(move |n| (*k, n)))
+        .filter(|x| !seen.contains(x))
+        .collect();
     assert_eq!(missing, [], "these were never tried");
     // What nothing refers to may hold anything.
     let dead = &places["nothing"];
@@ -251,7 +301,8 @@ fn damage_of_every_structure_is_named_and_never_served() {
     }
 }
 
-/// After a crash `verify` must neither call the store whole without a word nor call a legal tail damage.
+/// After a crash `verify` must neither call the store whole without a word nor call a legal tail
+/// damage.
 #[test]
 fn an_unclean_store_is_called_unclean_and_not_damaged() {
     let mut driver = Driver::open(SimDisk::new(5)).expect("a fresh disk");
@@ -262,32 +313,45 @@ fn an_unclean_store_is_called_unclean_and_not_damaged() {
         let mut rng = Rng::new(seed);
         let crashed = driver.disk.crash(Loss::random(&mut rng), &mut rng);
         let mut end = VerifyProgress::default();
-        let report = super::verify_telling(&mut crashed.clone(), &mut |progress| end = progress).expect("a store");
-        let logs_bytes = crashed.files().into_iter().filter(|(file, _)| matches!(file, FileId::Log(..)));
+        let report = super::verify_telling(&mut crashed.clone(), &mut |progress| end = progress)
+            .expect("a store");
+        let logs_bytes =
+            crashed.files().into_iter().filter(|(file, _)| matches!(file, FileId::Log(..)));
         let logs_bytes = logs_bytes.map(|(_, len)| len).sum::<u64>();
-        assert!(end.bytes_done == end.bytes_total && end.bytes_done > logs_bytes, "all that is read is told: {end:?}");
-        assert!(report.is_whole() && !report.clean && report.notes.len() == 2, "{report}\n{:?}", report.damaged);
+        assert!(
+            end.bytes_done == end.bytes_total && end.bytes_done > logs_bytes,
+            "all that is read is told: {end:?}"
+        );
+        assert!(
+            report.is_whole() && !report.clean && report.notes.len() == 2,
+            "{report}\n{:?}",
+            report.damaged
+        );
     }
 }
 
-/// Reading one thing after another, a terabyte took ten hours on a device that could read it in minutes: nobody verifies then.
-/// The clock is the simulated disk's, in which each read takes a millisecond and any number goes on at a time.
+/// Reading one thing after another, a terabyte took ten hours on a device that could read it in
+/// minutes: nobody verifies then. The clock is the simulated disk's, in which each read takes a
+/// millisecond and any number goes on at a time.
 #[test]
 fn a_store_is_verified_with_many_reads_at_a_time() {
     let mut driver = Driver::open(SimDisk::new(6)).expect("a fresh disk");
     let mut rng = Rng::new(7);
     for _ in 0..400 {
-        let page =
-            |rng: &mut Rng| (key(1, rng.below(3_000)), Change::Put(Bytes::from(vec![rng.below(255) as u8; BLOCK])));
+        let page = |rng: &mut Rng| {
+            (key(1, rng.below(3_000)), Change::Put(Bytes::from(vec![rng.below(255) as u8; BLOCK])))
+        };
         driver.commit((0..8).map(|_| page(&mut rng)).collect());
     }
     assert!(matches!(driver.ask(Request::Close), Ok(Response::Closed)));
     let mut disk = copy_of(&driver.disk);
     disk.set_latency(Latency { read: (1_000, 1_000), ..Latency::default() });
     let (begun, mut told) = (disk.now(), Vec::new());
-    let report = super::verify_telling(&mut disk, &mut |progress| told.push(progress)).expect("a closed store");
+    let report = super::verify_telling(&mut disk, &mut |progress| told.push(progress))
+        .expect("a closed store");
     assert!(report.is_whole(), "{:?}", report.damaged);
-    let (things, took) = (report.pages + report.nodes + report.extents, (disk.now() - begun) / 1_000);
+    let (things, took) =
+        (report.pages + report.nodes + report.extents, (disk.now() - begun) / 1_000);
     assert!(things > 2_000, "{report}");
     assert!(took * 8 < things, "{things} pages, nodes and summaries took the time of {took} reads");
     // How far it is can be told: it only grows, and ends where it was said to.
@@ -296,8 +360,8 @@ fn a_store_is_verified_with_many_reads_at_a_time() {
     assert_eq!(end.bytes_done, end.bytes_total, "what was read is what was to be read");
 }
 
-/// A store that was killed while it was made, or opened for the first time, was called damaged. Whoever believed that looked for a
-/// broken device.
+/// A store that was killed while it was made, or opened for the first time, was called damaged.
+/// Whoever believed that looked for a broken device.
 #[test]
 fn a_store_whose_creation_or_first_opening_is_cut_short_is_not_called_damaged() {
     let first = SimDisk::new(8);
@@ -312,13 +376,19 @@ fn a_store_whose_creation_or_first_opening_is_cut_short_is_not_called_damaged() 
         let _ = Driver::open(disk.clone());
         let mut rng = Rng::new(cut);
         let crashed = disk.crash(Loss::random(&mut rng), &mut rng);
-        let listed = super::inspect::inspect_disk(&mut crashed.clone()).map(drop).map_err(|error| error.kind());
+        let listed = super::inspect::inspect_disk(&mut crashed.clone())
+            .map(drop)
+            .map_err(|error| error.kind());
         let outcome = verify_disk(&mut crashed.clone());
         let kind = outcome.as_ref().map(drop).map_err(|error| error.kind());
         assert_eq!(listed, kind, "cut at {cut} of {events}: a list of the volumes");
         match outcome {
             Ok(report) => {
-                assert!(report.is_whole(), "cut at {cut} of {events}: {report}\n{:?}", report.damaged);
+                assert!(
+                    report.is_whole(),
+                    "cut at {cut} of {events}: {report}\n{:?}",
+                    report.damaged
+                );
                 whole += 1;
             }
             Err(error) => {
@@ -327,18 +397,25 @@ fn a_store_whose_creation_or_first_opening_is_cut_short_is_not_called_damaged() 
             }
         }
     }
-    assert!(unmade > 5 && whole > 5, "{unmade} cut short before there was a store, {whole} behind it");
+    assert!(
+        unmade > 5 && whole > 5,
+        "{unmade} cut short before there was a store, {whole} behind it"
+    );
 }
 
-/// One page that rots must not hide that counts don't agree: pages that may be gone were told only once that page was written anew.
+/// One page that rots must not hide that counts don't agree: pages that may be gone were told only
+/// once that page was written anew.
 #[test]
 fn a_damaged_page_hides_no_wrong_count() {
     let mut driver = Driver::open(SimDisk::new(9)).expect("a fresh disk");
     driver.commit(vec![(key(1, 1), Change::Put(Bytes::from(vec![7; BLOCK])))]);
     assert!(matches!(driver.ask(Request::Close), Ok(Response::Closed)));
     let mut disk = copy_of(&driver.disk);
-    let len = disk.files().into_iter().find(|(file, _)| *file == FileId::Data).expect("a data file").1;
-    let at = (0..len / BLOCK as u64).find(|n| disk.block(FileId::Data, *n) == [7; BLOCK]).expect("it lies somewhere");
+    let len =
+        disk.files().into_iter().find(|(file, _)| *file == FileId::Data).expect("a data file").1;
+    let at = (0..len / BLOCK as u64)
+        .find(|n| disk.block(FileId::Data, *n) == [7; BLOCK])
+        .expect("it lies somewhere");
     assert!(disk.damage(FileId::Data, at * SECTORS as u64, SECTORS, Damage::Flip { bit: 77 }));
     let meter = Meter { progress: VerifyProgress::default(), tell: &mut |_| () };
     let mut this = Verifier::new(&mut disk, Arena::new(ARENA_BLOCKS).expect("memory"), meter);
@@ -352,6 +429,7 @@ fn a_damaged_page_hides_no_wrong_count() {
     let item = Item { block: free, what: ItemKind::Page(key(1, 2), Lsn::new(1)) };
     extents[extent].name(item, free + 1).expect("nothing is there");
     this.summaries(&superblock, &roots, &extents);
-    let told = this.report.damaged.iter().any(|damage| damage.structure == format!("extent {extent}"));
+    let told =
+        this.report.damaged.iter().any(|damage| damage.structure == format!("extent {extent}"));
     assert!(told, "{:?}", this.report.damaged);
 }

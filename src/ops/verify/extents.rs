@@ -13,14 +13,23 @@ use crate::io::FileId;
 const SUMMARIES_AT_A_TIME: usize = 64;
 
 impl Verifier<'_> {
-    /// Reads the summary of each extent in use, and compares what is in it, and how much of it is live, with the map.
-    pub(super) fn summaries(&mut self, superblock: &Superblock, roots: &[Trees], extents: &[Named]) {
+    /// Reads the summary of each extent in use, and compares what is in it, and how much of it is
+    /// live, with the map.
+    pub(super) fn summaries(
+        &mut self,
+        superblock: &Superblock,
+        roots: &[Trees],
+        extents: &[Named],
+    ) {
         let mut finder = Finder::new(superblock, roots);
         let rows = |(i, named): (usize, &'_ Named)| Some((ExtentNo::new(i as u32), named.row?));
-        for (first, some) in (0..).step_by(SUMMARIES_AT_A_TIME).zip(extents.chunks(SUMMARIES_AT_A_TIME)) {
+        for (first, some) in
+            (0..).step_by(SUMMARIES_AT_A_TIME).zip(extents.chunks(SUMMARIES_AT_A_TIME))
+        {
             let numbered = || (first..).zip(some);
             let in_use = || numbered().filter_map(rows).filter(|(_, row)| row.state == IN_USE);
-            let places: Vec<(u64, usize)> = in_use().map(|(no, row)| summary_place(superblock, no, row)).collect();
+            let places: Vec<(u64, usize)> =
+                in_use().map(|(no, row)| summary_place(superblock, no, row)).collect();
             let mut read = self.read_many(FileId::Data, &places).into_iter();
             for (i, named) in numbered() {
                 let Some((no, row)) = rows((i, named)) else { continue };
@@ -41,11 +50,23 @@ impl Verifier<'_> {
     }
 
     /// An extent that the table does not say is in use, and that is not free either.
-    fn not_in_use(&mut self, superblock: &Superblock, (no, row): (ExtentNo, TableRow), named: &Named) {
+    fn not_in_use(
+        &mut self,
+        superblock: &Superblock,
+        (no, row): (ExtentNo, TableRow),
+        named: &Named,
+    ) {
         let (structure, at) = (format!("extent {}", no.get()), begin(superblock, no));
         if row.state == 0 {
-            let what = format!("is free in the table, but the map names {} blocks of it", named.count());
-            return self.damaged(structure, at, what, "these blocks: they may be overwritten", Mend::CopyOut);
+            let what =
+                format!("is free in the table, but the map names {} blocks of it", named.count());
+            return self.damaged(
+                structure,
+                at,
+                what,
+                "these blocks: they may be overwritten",
+                Mend::CopyOut,
+            );
         }
         let what = format_args!("has the unknown state {}", row.state);
         self.damaged(structure, at, what, "its space", Mend::Restore);
@@ -64,10 +85,15 @@ impl Verifier<'_> {
         let affects = match (live.checked_sub(reached), items) {
             (Some(0), _) => return,
             (Some(missing), Some(items)) => self.lost(finder, named, &items, missing),
-            (Some(missing), None) => format!("{missing} pages or map nodes that may be gone: which, is not known"),
-            (None, _) => "these blocks: their extent may be taken for free too early, and overwritten".into(),
+            (Some(missing), None) => {
+                format!("{missing} pages or map nodes that may be gone: which, is not known")
+            }
+            (None, _) => {
+                "these blocks: their extent may be taken for free too early, and overwritten".into()
+            }
         };
-        let what = format!("has {live} live blocks by the table, and the roots reach {reached} of them");
+        let what =
+            format!("has {live} live blocks by the table, and the roots reach {reached} of them");
         let structure = format_args!("extent {}", no.get());
         self.damaged(structure, begin(superblock, no), what, affects, Mend::CopyOut);
     }
@@ -81,9 +107,12 @@ impl Verifier<'_> {
         read: Bytes,
     ) -> Option<Vec<Item>> {
         let decoded = read.and_then(|bytes| {
-            decode_summary(superblock.store_id, no, row.summary_crc.get(), &bytes).map_err(str::to_string)
+            decode_summary(superblock.store_id, no, row.summary_crc.get(), &bytes)
+                .map_err(str::to_string)
         });
-        let listed = |items: &[Item]| items.iter().filter(|i| named.has(i.block)).fold(0, |sum, i| sum ^ mix(*i));
+        let listed = |items: &[Item]| {
+            items.iter().filter(|i| named.has(i.block)).fold(0, |sum, i| sum ^ mix(*i))
+        };
         let what = match decoded {
             Ok(items) if self.map_is_whole && listed(&items) != named.mix => {
                 "does not list what the map names in this extent".into()
@@ -95,7 +124,8 @@ impl Verifier<'_> {
             Err(what) => what,
         };
         let affects = "compaction of this extent; its pages are read without it";
-        let (structure, at) = (format!("the summary of extent {}", no.get()), summary_place(superblock, no, row).0);
+        let (structure, at) =
+            (format!("the summary of extent {}", no.get()), summary_place(superblock, no, row).0);
         self.damaged(structure, (FileId::Data, at), what, affects, Mend::Rewrite);
         None
     }

@@ -18,11 +18,12 @@ struct CopyDamage {
     is_unreadable: bool,
 }
 
-/// Whether this copy may have been in the making when the store was last in use: after a crash the second one of the newest generation,
-/// or the first of the next. A creation, and the first opening, write all of them, and say nothing about their end.
+/// Whether this copy may have been in the making when the store was last in use: after a crash the
+/// second one of the newest generation, or the first of the next. A creation, and the first
+/// opening, write all of them, and say nothing about their end.
 fn may_be_torn(newest: &Superblock, copy: u64) -> bool {
-    let crashed =
-        copy == Superblock::copies_of(newest.generation)[1] || copy == Superblock::copies_of(newest.generation + 1)[0];
+    let crashed = copy == Superblock::copies_of(newest.generation)[1]
+        || copy == Superblock::copies_of(newest.generation + 1)[0];
     newest.generation == 1 || (!newest.clean && crashed)
 }
 
@@ -42,12 +43,17 @@ impl Verifier<'_> {
             Some(_) => (Mend::Reopen, "this copy only, while another of its generation is whole"),
             None => (Mend::Restore, "the whole store: it can't be opened"),
         };
-        let found = (0..SUPERBLOCK_COPIES).filter_map(|copy| Some((copy, self.copy_damage(copy, newest.as_ref())?)));
+        let found = (0..SUPERBLOCK_COPIES)
+            .filter_map(|copy| Some((copy, self.copy_damage(copy, newest.as_ref())?)));
         let found: Vec<(u64, CopyDamage)> = found.collect();
         let unreadable = found.iter().filter(|(_, damage)| damage.is_unreadable).count();
         for (copy, CopyDamage { what, is_unreadable }) in found {
-            if is_unreadable && unreadable == 1 && newest.as_ref().is_some_and(|newest| may_be_torn(newest, copy)) {
-                let note = "as a crash leaves the one that was being written; the next opening writes it anew";
+            if is_unreadable
+                && unreadable == 1
+                && newest.as_ref().is_some_and(|newest| may_be_torn(newest, copy))
+            {
+                let note = "as a crash leaves the one that was being written; the next opening \
+                            writes it anew";
                 self.report.notes.push(format!("superblock copy {copy} {what}, {note}"));
                 continue;
             }
@@ -68,27 +74,38 @@ impl Verifier<'_> {
         let found = match Superblock::decode(copy, &bytes) {
             Ok(found) => found,
             // A store that was never opened after its creation has written one pair only.
-            Err(_) if newest.is_some_and(|n| n.generation == 1) && copy < 2 && bytes.iter().all(|b| *b == 0) => {
+            Err(_)
+                if newest.is_some_and(|n| n.generation == 1)
+                    && copy < 2
+                    && bytes.iter().all(|b| *b == 0) =>
+            {
                 return None;
             }
             Err(Refusal::Magic) => return unreadable("is not a superblock".into()),
-            Err(Refusal::Version(version)) => return another(format!("claims to be of format version {version}")),
+            Err(Refusal::Version(version)) => {
+                return another(format!("claims to be of format version {version}"));
+            }
             Err(Refusal::Sum) => return unreadable("has a wrong checksum".into()),
             Err(Refusal::Values) => {
-                return another("is another copy, or contradicts itself: a write went astray".into());
+                return another(
+                    "is another copy, or contradicts itself: a write went astray".into(),
+                );
             }
         };
         let newest = newest?;
         let own_pair = Superblock::copies_of(newest.generation).contains(&copy);
         let expected = newest.generation - u64::from(!own_pair);
-        // A crash between the writes of a pair leaves the second copy two generations behind. An opening writes the newest generation
-        // over what it can't read, as it does with the pair that a creation leaves empty: then it is one.
+        // A crash between the writes of a pair leaves the second copy two generations behind. An
+        // opening writes the newest generation over what it can't read, as it does with the pair
+        // that a creation leaves empty: then it is one.
         let in_step = found.generation == expected
             || found.generation == newest.generation
             || (!newest.clean && (1..=2).any(|behind| found.generation + behind == expected));
         if !in_step {
-            let what =
-                format!("has generation {}, and {expected} was written here: a write was lost", found.generation);
+            let what = format!(
+                "has generation {}, and {expected} was written here: a write was lost",
+                found.generation
+            );
             return another(what);
         }
         let differs = found.generation == newest.generation && found != *newest;
@@ -99,10 +116,15 @@ impl Verifier<'_> {
     pub(super) fn roots(&mut self, superblock: &Superblock) -> Vec<Trees> {
         let count = superblock.geometry.vshards_count;
         let vshards = (0..count as u16).map(VShard::new);
-        let at = |vshard: VShard| root::offset(vshard, superblock.vshards[vshard.index()].root.generation, count);
+        let at = |vshard: VShard| {
+            root::offset(vshard, superblock.vshards[vshard.index()].root.generation, count)
+        };
         let places: Vec<(u64, usize)> = vshards.clone().map(|vshard| (at(vshard), BLOCK)).collect();
         let read = self.read_many(FileId::Meta, &places);
-        vshards.zip(read).map(|(vshard, bytes)| self.root(superblock, vshard, at(vshard), bytes)).collect()
+        vshards
+            .zip(read)
+            .map(|(vshard, bytes)| self.root(superblock, vshard, at(vshard), bytes))
+            .collect()
     }
 
     fn root(&mut self, superblock: &Superblock, vshard: VShard, offset: u64, read: Bytes) -> Trees {
@@ -117,7 +139,8 @@ impl Verifier<'_> {
         checked
             .map_err(|what| {
                 let (number, at) = (vshard.get(), (FileId::Meta, offset));
-                let affects = format!("every page of virtual shard {number}, and the store can't be opened");
+                let affects =
+                    format!("every page of virtual shard {number}, and the store can't be opened");
                 let structure = format_args!("the root of virtual shard {number}");
                 self.map_is_whole = false;
                 self.damaged(structure, at, what, affects, Mend::Restore);
@@ -132,18 +155,30 @@ impl Verifier<'_> {
         match self.len(FileId::Data) {
             Ok(bytes) if bytes >= needed => {}
             Ok(bytes) => {
-                let what = format!("has {bytes} bytes, and its {count} extents need {needed}: it was truncated");
-                self.damaged("the data file", (FileId::Data, bytes), what, "what lay beyond its end", Mend::Restore);
+                let what = format!(
+                    "has {bytes} bytes, and its {count} extents need {needed}: it was truncated"
+                );
+                self.damaged(
+                    "the data file",
+                    (FileId::Data, bytes),
+                    what,
+                    "what lay beyond its end",
+                    Mend::Restore,
+                );
             }
-            Err(what) => self.damaged("the data file", (FileId::Data, 0), what, "every page", Mend::Restore),
+            Err(what) => {
+                self.damaged("the data file", (FileId::Data, 0), what, "every page", Mend::Restore)
+            }
         }
         let (mut extents, mut sums) = (Vec::new(), Vec::new());
-        let offsets = (0..count.div_ceil(TABLE_ROWS)).map(|index| (table_offset(index, superblock.checkpoint), BLOCK));
+        let offsets = (0..count.div_ceil(TABLE_ROWS))
+            .map(|index| (table_offset(index, superblock.checkpoint), BLOCK));
         let offsets: Vec<(u64, usize)> = offsets.collect();
         let blocks = self.read_many(FileId::Table, &offsets);
         for (index, ((offset, _), read)) in (0..).zip(offsets.into_iter().zip(blocks)) {
             let decoded = read.and_then(|bytes| {
-                decode_table(superblock.store_id, index, superblock.checkpoint, &bytes).map_err(str::to_string)
+                decode_table(superblock.store_id, index, superblock.checkpoint, &bytes)
+                    .map_err(str::to_string)
             });
             let rows: Vec<Option<TableRow>> = match decoded {
                 Ok((rows, sum)) => {
@@ -161,11 +196,16 @@ impl Verifier<'_> {
                     vec![None; TABLE_ROWS as usize]
                 }
             };
-            extents.extend(rows.into_iter().map(|row| Named::new(row, superblock.geometry.extent_blocks())));
+            extents.extend(
+                rows.into_iter().map(|row| Named::new(row, superblock.geometry.extent_blocks())),
+            );
         }
-        if sums.len() == count.div_ceil(TABLE_ROWS) as usize && table_crc(sums) != superblock.table_crc {
+        if sums.len() == count.div_ceil(TABLE_ROWS) as usize
+            && table_crc(sums) != superblock.table_crc
+        {
             self.map_is_whole = false;
-            let what = "is another one than the superblock names, of the same checkpoint: a write was lost";
+            let what = "is another one than the superblock names, of the same checkpoint: a write \
+                        was lost";
             let affects = "which extents are free, and the store can't be opened";
             let offset = table_offset(0, superblock.checkpoint);
             self.damaged("the extent table", (FileId::Table, offset), what, affects, Mend::Restore);

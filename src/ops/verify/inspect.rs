@@ -1,13 +1,16 @@
-//! What a store is, found by reading a few blocks of it: nothing is opened for writing, made or changed.
+//! What a store is, found by reading a few blocks of it: nothing is opened for writing, made or
+//! changed.
 //!
 //! ```text
 //! superblock -> roots -> tree of the catalog: the records of volumes, as the last checkpoint has left them
 //! ```
 //! Invariants
-//! 1. No file is made or written, whoever asks: a command that looks spoils no store of another user.
+//! 1. No file is made or written, whoever asks: a command that looks spoils no store of another
+//!    user.
 //! 2. Each block is compared with its checksum before it is interpreted.
 //!
-//! It does *not* read the logs: of a store that was not closed cleanly, what they add is missing, and said to be.
+//! It does *not* read the logs: of a store that was not closed cleanly, what they add is missing,
+//! and said to be.
 
 use super::require_store;
 use crate::base::checksum::crc32c;
@@ -32,7 +35,8 @@ const NODE_BITS: u32 = 8;
 /// What a store that nobody has open holds.
 #[derive(Clone, Debug)]
 pub struct StoreSummary {
-    /// It was closed cleanly: what follows is all. Otherwise it is as of the last checkpoint, and its logs may add to it.
+    /// It was closed cleanly: what follows is all. Otherwise it is as of the last checkpoint, and
+    /// its logs may add to it.
     pub clean: bool,
     /// The shards with which it was last open.
     pub shards: u16,
@@ -51,10 +55,12 @@ pub struct VolumeSummary {
     pub bytes: u64,
 }
 
-/// Says what the store in `dir` is, by reading only. Several may look at a time; nobody can open the store meanwhile.
+/// Says what the store in `dir` is, by reading only. Several may look at a time; nobody can open
+/// the store meanwhile.
 ///
 /// # Errors
-/// `NotFound`: there is no store. `InUse`: a process has it open. `Corrupt`, `Unsupported`, `Io`: it can't be read.
+/// `NotFound`: there is no store. `InUse`: a process has it open. `Corrupt`, `Unsupported`, `Io`:
+/// it can't be read.
 pub fn inspect(dir: &Path) -> Result<StoreSummary> {
     let files = Files::open(dir, Access::ReadOnly, &FileOptions::default())?;
     inspect_disk(&mut PortableDisk::with_files(files, &PortableOptions { workers_count: 1 })?)
@@ -74,8 +80,9 @@ pub(super) fn inspect_disk(disk: &mut dyn Disk) -> Result<StoreSummary> {
         let offset = entry.place().offset(superblock.geometry.extent_bytes);
         let page = read_bytes(disk, &mut arena, FileId::Data, offset, BLOCK)?;
         codec::open(&entry, &page).map_err(|_| wrong_checksum(offset))?;
-        let volume = catalog::decode(&page)
-            .map_err(|what| Error::corrupt(format_args!("the record of volume {number} in the catalog {what}")))?;
+        let volume = catalog::decode(&page).map_err(|what| {
+            Error::corrupt(format_args!("the record of volume {number} in the catalog {what}"))
+        })?;
         if !volume.name.is_empty() {
             volumes.push(VolumeSummary { number, name: volume.name, bytes: volume.bytes });
         }
@@ -83,7 +90,8 @@ pub(super) fn inspect_disk(disk: &mut dyn Disk) -> Result<StoreSummary> {
     Ok(StoreSummary { clean: superblock.clean, shards: superblock.logs.len() as u16, volumes })
 }
 
-/// What the tree below `top` says of the page with this number in its virtual shard; `None`: it is absent.
+/// What the tree below `top` says of the page with this number in its virtual shard; `None`: it is
+/// absent.
 fn entry(
     disk: &mut dyn Disk,
     arena: &mut Arena,
@@ -101,14 +109,18 @@ fn entry(
             return Ok(None);
         }
         if at.level != level {
-            return Err(Error::corrupt(format_args!("a map node of level {level} is said to have level {}", at.level)));
+            return Err(Error::corrupt(format_args!(
+                "a map node of level {level} is said to have level {}",
+                at.level
+            )));
         }
         let bytes = block(disk, arena, superblock, at.place(), at.crc.get())?;
         if level == 0 {
             let entry = node::entry(&bytes, dense as usize & ((1 << LEAF_BITS) - 1));
             return Ok(entry.is_present().then_some(entry));
         }
-        let slot = dense.checked_shr(covered(level - 1)).unwrap_or(0) as usize & ((1 << NODE_BITS) - 1);
+        let slot =
+            dense.checked_shr(covered(level - 1)).unwrap_or(0) as usize & ((1 << NODE_BITS) - 1);
         at = node::child(&bytes, slot);
     }
     Ok(None)

@@ -1,4 +1,5 @@
-//! The log: after a clean close up to its recorded end, group by group; else as a recovery would read it.
+//! The log: after a clean close up to its recorded end, group by group; else as a recovery would
+//! read it.
 
 use super::{Mend, Verifier};
 use crate::base::error::ErrorKind;
@@ -30,13 +31,17 @@ impl Verifier<'_> {
 
     /// What the next opening would find.
     fn unclean_log(&mut self, superblock: &Superblock) {
-        let shard_map = ShardMap::new(superblock.geometry.vshards_count, superblock.logs.len() as u16);
+        let shard_map =
+            ShardMap::new(superblock.geometry.vshards_count, superblock.logs.len() as u16);
         match scan(self.disk, &mut self.arena, superblock, shard_map) {
             Ok(found) => {
                 let (groups, torn, cut) = (found.groups.len(), found.torn, found.state(superblock));
                 self.report.groups += groups as u64;
                 self.meter.advance(blocks_to_read(superblock));
-                let note = format!("the log holds {groups} groups to be replayed, up to commit {cut}; {torn} are torn");
+                let note = format!(
+                    "the log holds {groups} groups to be replayed, up to commit {cut}; {torn} are \
+                     torn"
+                );
                 self.report.notes.push(note);
             }
             Err(error) => {
@@ -55,7 +60,8 @@ impl Verifier<'_> {
         let file = FileId::Log(shard, end.segment);
         // Behind its end a segment holds what nobody needs, and may be shorter than a full one.
         let blocks = u64::from(end.block).min(superblock.geometry.segment_bytes / BLOCK as u64);
-        let affects = "nothing that was committed: after a clean close the log is not needed, but the device lost it";
+        let affects = "nothing that was committed: after a clean close the log is not needed, but \
+                       the device lost it";
         let structure = format!("the log of shard {}", shard.get());
         let bytes = match self.read(file, 0, blocks as usize * BLOCK) {
             Ok(bytes) => bytes,
@@ -78,7 +84,8 @@ impl Verifier<'_> {
                 }
             }
         }
-        let ends_as_recorded = before.as_ref().is_some_and(|b| b.number == end.number && b.head_crc == end.checksum);
+        let ends_as_recorded =
+            before.as_ref().is_some_and(|b| b.number == end.number && b.head_crc == end.checksum);
         if block != end.block || !ends_as_recorded {
             let what = "does not end with the group that the superblock names";
             let at = (file, u64::from(end.block) * BLOCK as u64);

@@ -1,8 +1,10 @@
-//! Pages that may be gone: an extent of which the table counts more blocks as live than the roots reach.
+//! Pages that may be gone: an extent of which the table counts more blocks as live than the roots
+//! reach.
 //!
-//! The counts of the table and the roots are of one checkpoint and must agree. Where the table counts more, a part of the map was
-//! lost, and with it, maybe, the pages that it named. The summary of the extent says what was written there, and the map which of
-//! it is dead for a good reason:
+//! The counts of the table and the roots are of one checkpoint and must agree. Where the table
+//! counts more, a part of the map was lost, and with it, maybe, the pages that it named. The
+//! summary of the extent says what was written there, and the map which of it is dead for a good
+//! reason:
 //!
 //! ```text
 //! item of the summary --block is named--> there
@@ -10,7 +12,8 @@
 //!                     --else--> freed, or gone: it is told
 //! ```
 //! Invariants
-//! 1. Only extents whose counts disagree are looked at: in a healthy store nothing is told, whatever was freed in it.
+//! 1. Only extents whose counts disagree are looked at: in a healthy store nothing is told,
+//!    whatever was freed in it.
 //! 2. What is told is bounded: [`PAGES_MAX`] pages of an extent, by name, and how many more.
 //!
 //! It does *not* say that a page is gone: whether it was freed, only whoever wrote it knows.
@@ -41,11 +44,19 @@ impl<'a> Finder<'a> {
 
 impl Verifier<'_> {
     /// What an extent may have lost of which `missing` blocks are counted as live and not reached.
-    pub(super) fn lost(&mut self, finder: &mut Finder<'_>, named: &Named, items: &[Item], missing: u32) -> String {
+    pub(super) fn lost(
+        &mut self,
+        finder: &mut Finder<'_>,
+        named: &Named,
+        items: &[Item],
+        missing: u32,
+    ) -> String {
         let (mut pages, mut nodes): (BTreeMap<PageKey, Lsn>, usize) = Default::default();
         for item in items.iter().filter(|item| !named.has(item.block)) {
             match item.what {
-                ItemKind::Page(key, lsn) if self.mapped_lsn(finder, key).is_none_or(|mapped| mapped < lsn) => {
+                ItemKind::Page(key, lsn)
+                    if self.mapped_lsn(finder, key).is_none_or(|mapped| mapped < lsn) =>
+                {
                     let newest = pages.entry(key).or_default();
                     *newest = lsn.max(*newest);
                 }
@@ -54,7 +65,11 @@ impl Verifier<'_> {
             }
         }
         let name = |(key, lsn): (&PageKey, &Lsn)| {
-            let byte = key.page.get().checked_mul(BLOCK as u64).map_or(String::new(), |byte| format!("byte {byte}, "));
+            let byte = key
+                .page
+                .get()
+                .checked_mul(BLOCK as u64)
+                .map_or(String::new(), |byte| format!("byte {byte}, "));
             format!("{:?} of {} ({byte}LSN {lsn})", key.page, self.volume(key.volume))
         };
         describe(missing, pages.len(), pages.iter().take(PAGES_MAX).map(name), nodes)
@@ -64,14 +79,20 @@ impl Verifier<'_> {
     fn mapped_lsn(&mut self, finder: &mut Finder<'_>, key: PageKey) -> Option<Lsn> {
         let (vshard, dense) = key.place_in(finder.superblock.geometry.vshards_count);
         let trees = finder.roots.get(vshard.index())?.as_ref()?;
-        let mut child = *trees.get(usize::from(key.volume.get())).filter(|top| top.level <= LEVEL_MAX)?;
+        let mut child =
+            *trees.get(usize::from(key.volume.get())).filter(|top| top.level <= LEVEL_MAX)?;
         let shifted = |bits: u32| dense.checked_shr(bits).unwrap_or(0);
         let mut level = child.level;
         if shifted(6 + 8 * u32::from(level)) != 0 {
             return None;
         }
         while child.is_present() {
-            let at = NodeKey { vshard, volume: key.volume, level, prefix: shifted(6 + 8 * u32::from(level)) };
+            let at = NodeKey {
+                vshard,
+                volume: key.volume,
+                level,
+                prefix: shifted(6 + 8 * u32::from(level)),
+            };
             let known = &mut finder.path[usize::from(level)];
             if known.as_ref().is_none_or(|(node, _)| *node != at) {
                 let offset = child.place().offset(finder.superblock.geometry.extent_bytes);
@@ -79,7 +100,9 @@ impl Verifier<'_> {
             }
             let (_, bytes) = known.as_ref()?;
             if level == 0 {
-                return Some(node::entry(bytes, (dense % 64) as usize)).filter(Entry::is_present).map(|e| e.lsn());
+                return Some(node::entry(bytes, (dense % 64) as usize))
+                    .filter(Entry::is_present)
+                    .map(|e| e.lsn());
             }
             child = node::child(bytes, shifted(6 + 8 * u32::from(level - 1)) as usize % 256);
             level -= 1;
@@ -88,13 +111,22 @@ impl Verifier<'_> {
     }
 }
 
-/// What may be gone of `missing` blocks, in words: some of `count` pages, the first of which are named, or of `nodes` map nodes.
-fn describe(missing: u32, count: usize, named: impl Iterator<Item = String>, nodes: usize) -> String {
-    let blocks = format!("{missing} block{} that the table counts", if missing == 1 { "" } else { "s" });
+/// What may be gone of `missing` blocks, in words: some of `count` pages, the first of which are
+/// named, or of `nodes` map nodes.
+fn describe(
+    missing: u32,
+    count: usize,
+    named: impl Iterator<Item = String>,
+    nodes: usize,
+) -> String {
+    let blocks =
+        format!("{missing} block{} that the table counts", if missing == 1 { "" } else { "s" });
     if count == 0 {
         return match nodes {
             0 => "nothing but its space: all that was written there is superseded".into(),
-            _ => format!("{blocks} held map nodes, and pages that they named, in other extents, may be gone"),
+            _ => format!(
+                "{blocks} held map nodes, and pages that they named, in other extents, may be gone"
+            ),
         };
     }
     let mut candidates: Vec<String> = named.collect();
@@ -105,8 +137,8 @@ fn describe(missing: u32, count: usize, named: impl Iterator<Item = String>, nod
         candidates.push(format!("{nodes} map nodes"));
     }
     format!(
-        "pages that may be gone: {blocks} held some of these, which the map does not name, nor a newer version (a page that was \
-         freed is among them): {}",
+        "pages that may be gone: {blocks} held some of these, which the map does not name, nor a \
+         newer version (a page that was freed is among them): {}",
         candidates.join(", ")
     )
 }
@@ -115,14 +147,19 @@ fn describe(missing: u32, count: usize, named: impl Iterator<Item = String>, nod
 mod tests {
     use super::describe;
 
-    /// An extent holds up to 2,046 pages: who reads a report must not lose the line that matters among them.
+    /// An extent holds up to 2,046 pages: who reads a report must not lose the line that matters
+    /// among them.
     #[test]
     fn what_may_be_gone_is_told_in_bounds() {
         let pages = |count: usize| (0..count.min(super::PAGES_MAX)).map(|n| format!("p{n}"));
         let one = describe(1, 1, pages(1), 0);
         assert!(one.contains("1 block that") && one.ends_with(": p0"), "{one}");
         let many = describe(7, 2_000, pages(2_000), 3);
-        assert!(many.contains("7 blocks that") && many.ends_with("p14, p15, 1984 more pages, 3 map nodes"), "{many}");
+        assert!(
+            many.contains("7 blocks that")
+                && many.ends_with("p14, p15, 1984 more pages, 3 map nodes"),
+            "{many}"
+        );
         assert!(many.len() < 500);
         let nodes = describe(2, 0, pages(0), 2);
         assert!(nodes.contains("held map nodes") && nodes.contains("may be gone"), "{nodes}");

@@ -5,10 +5,12 @@
 //!                                                     --leaf------> pages, until there are enough: read by place, together
 //! ```
 //! Invariants
-//! 1. A node is taken apart only after its checksum was found right; a wrong one ends this branch and no other.
+//! 1. A node is taken apart only after its checksum was found right; a wrong one ends this branch
+//!    and no other.
 //! 2. The depth is that of the tree's top, which is bounded; no node can lead back up.
-//! 3. Memory is bounded: the stack holds the roots' trees and, of each level, the children of one batch of nodes; of pages
-//!    [`PAGES_AT_A_TIME`] and those of one batch of leaves are remembered, and none of their bytes.
+//! 3. Memory is bounded: the stack holds the roots' trees and, of each level, the children of one
+//!    batch of nodes; of pages [`PAGES_AT_A_TIME`] and those of one batch of leaves are remembered,
+//!    and none of their bytes.
 
 use super::named::{LEVEL_MAX, Named, Trees};
 use super::report::Damage;
@@ -25,8 +27,8 @@ use crate::io::FileId;
 
 /// Nodes of one batch: two for each read in flight, so that neighbours can be read together.
 const NODES_AT_A_TIME: usize = 128;
-/// Pages that are read together, sorted by place: the more, the longer the reads in a store that was written at random. As many as
-/// fill 256 MiB; what is remembered of them takes 2.5 MiB.
+/// Pages that are read together, sorted by place: the more, the longer the reads in a store that
+/// was written at random. As many as fill 256 MiB; what is remembered of them takes 2.5 MiB.
 const PAGES_AT_A_TIME: usize = 65_536;
 
 /// A page as a leaf names it.
@@ -53,12 +55,15 @@ impl Walk<'_> {
     /// The map names `what` at `place`; the message says why that can't be.
     fn name(&mut self, place: BlockAddr, what: ItemKind) -> Result<(), &'static str> {
         let item = Item { block: place.block, what };
-        let extent =
-            self.extents.get_mut(place.extent.index()).ok_or("is said to lie in an extent that does not exist")?;
+        let extent = self
+            .extents
+            .get_mut(place.extent.index())
+            .ok_or("is said to lie in an extent that does not exist")?;
         extent.name(item, self.data_blocks)
     }
 
-    /// The first and the last id of the pages below a node. Those of other virtual shards between them are not.
+    /// The first and the last id of the pages below a node. Those of other virtual shards between
+    /// them are not.
     fn pages_below(&self, key: NodeKey) -> (PageId, PageId) {
         let bits = 6 + 8 * u32::from(key.level);
         let first = key.prefix.checked_shl(bits).unwrap_or(0);
@@ -81,20 +86,26 @@ impl Walk<'_> {
 
 fn describe(key: NodeKey) -> String {
     let kind = if key.level == 0 { "leaf" } else { "interior" };
-    format!("{kind} node {} of level {} ({:?}, {:?})", key.prefix, key.level, key.vshard, key.volume)
+    format!(
+        "{kind} node {} of level {} ({:?}, {:?})",
+        key.prefix, key.level, key.vshard, key.volume
+    )
 }
 
 impl Verifier<'_> {
     /// Walks all trees, that of the catalog first: then volumes have names.
     pub(super) fn map(&mut self, superblock: &Superblock, roots: &[Trees], extents: &mut [Named]) {
         let data_blocks = data_blocks(superblock.geometry.extent_blocks());
-        let mut walk = Walk { superblock, extents, data_blocks, nodes: Vec::new(), pages: Vec::new() };
+        let mut walk =
+            Walk { superblock, extents, data_blocks, nodes: Vec::new(), pages: Vec::new() };
         for of_catalog in [true, false] {
             for (vshard, trees) in roots.iter().enumerate() {
                 for (volume, top) in trees.iter().flat_map(|trees| trees.iter().enumerate()) {
-                    let (vshard, volume) = (VShard::new(vshard as u16), VolumeId::new(volume as u8));
+                    let (vshard, volume) =
+                        (VShard::new(vshard as u16), VolumeId::new(volume as u8));
                     if top.is_present() && (volume == VolumeId::CATALOG) == of_catalog {
-                        walk.nodes.push((NodeKey { vshard, volume, level: top.level, prefix: 0 }, *top));
+                        walk.nodes
+                            .push((NodeKey { vshard, volume, level: top.level, prefix: 0 }, *top));
                     }
                 }
             }
@@ -150,8 +161,14 @@ impl Verifier<'_> {
         let ((first, last), volume) = (walk.pages_below(key), self.volume(key.volume));
         let all = walk.superblock.geometry.vshards_count == 1 || last.get() - first.get() < 64;
         let bytes = self.bytes_of(key.volume, first, last, all);
-        let place = bytes.as_ref().map_or(String::new(), |b| format!(" (bytes {} to {})", b.offset, b.last()));
-        let part = if all { String::new() } else { format!(", those of them in virtual shard {}", key.vshard.get()) };
+        let place = bytes
+            .as_ref()
+            .map_or(String::new(), |b| format!(" (bytes {} to {})", b.offset, b.last()));
+        let part = if all {
+            String::new()
+        } else {
+            format!(", those of them in virtual shard {}", key.vshard.get())
+        };
         self.report.add(Damage {
             structure: describe(key),
             file: FileId::Data,
@@ -174,7 +191,8 @@ impl Verifier<'_> {
             if !entry.is_present() {
                 continue;
             }
-            let page = PageKey::from_place(key.volume, key.vshard, key.prefix << 6 | slot as u64, vshards);
+            let page =
+                PageKey::from_place(key.volume, key.vshard, key.prefix << 6 | slot as u64, vshards);
             let named = expected(&entry, walk.superblock.next_lsn).and_then(|expected| {
                 walk.name(entry.place(), ItemKind::Page(page, entry.lsn()))?;
                 Ok(expected)
@@ -221,7 +239,8 @@ impl Verifier<'_> {
         self.report.pages += whole;
         for (n, what) in damaged {
             let page = pages[n].page;
-            let mend = if page.volume == VolumeId::CATALOG { Mend::Restore } else { Mend::Overwrite };
+            let mend =
+                if page.volume == VolumeId::CATALOG { Mend::Restore } else { Mend::Overwrite };
             self.page_damaged(page, offsets[n], what, mend);
         }
         // Its memory is used again.
@@ -229,9 +248,17 @@ impl Verifier<'_> {
         walk.pages = pages;
     }
 
-    fn page_damaged(&mut self, page: PageKey, offset: u64, what: impl std::fmt::Display, mend: Mend) {
+    fn page_damaged(
+        &mut self,
+        page: PageKey,
+        offset: u64,
+        what: impl std::fmt::Display,
+        mend: Mend,
+    ) {
         let bytes = self.bytes_of(page.volume, page.page, page.page, true);
-        let place = bytes.as_ref().map_or(String::new(), |b| format!(" (bytes {} to {})", b.offset, b.last()));
+        let place = bytes
+            .as_ref()
+            .map_or(String::new(), |b| format!(" (bytes {} to {})", b.offset, b.last()));
         self.report.add(Damage {
             structure: format!("page {page:?}"),
             file: FileId::Data,

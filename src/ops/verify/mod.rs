@@ -7,11 +7,12 @@
 //!           log: its recorded end (closed cleanly), or the scan that a recovery would make
 //! ```
 //! Invariants
-//! 1. Everything that the superblock leads to is read once and compared with its checksum, and each count that is stored is
-//!    compared with the one found.
+//! 1. Everything that the superblock leads to is read once and compared with its checksum, and each
+//!    count that is stored is compared with the one found.
 //! 2. Damage does not end the search: whatever can still be reached is read.
 //! 3. Nothing is written, and no damaged byte is interpreted.
-//! 4. Where the map reaches less than is counted as live, pages may be gone: they are named (`lost`).
+//! 4. Where the map reaches less than is counted as live, pages may be gone: they are named
+//!    (`lost`).
 //!
 //! It does *not* repair, and does not look at bytes that nothing refers to.
 
@@ -44,12 +45,12 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
-/// Reads the closed store in `dir` whole and names what is damaged. Changes nothing. Several may read a store at a time; nobody
-/// can open it meanwhile.
+/// Reads the closed store in `dir` whole and names what is damaged. Changes nothing. Several may
+/// read a store at a time; nobody can open it meanwhile.
 ///
 /// # Errors
-/// `NotFound` if there is no store, `InUse` if a process has it open, `Unsupported` for another format version, `Io`
-/// if its files can't be opened. Damage is no error: it is in the report.
+/// `NotFound` if there is no store, `InUse` if a process has it open, `Unsupported` for another
+/// format version, `Io` if its files can't be opened. Damage is no error: it is in the report.
 pub fn verify(dir: &Path) -> Result<VerifyReport> {
     verify_with(dir, |_| ())
 }
@@ -69,15 +70,18 @@ pub(crate) fn verify_disk(disk: &mut dyn Disk) -> Result<VerifyReport> {
     verify_telling(disk, &mut |_| ())
 }
 
-fn verify_telling(disk: &mut dyn Disk, tell: &mut dyn FnMut(VerifyProgress)) -> Result<VerifyReport> {
+fn verify_telling(
+    disk: &mut dyn Disk,
+    tell: &mut dyn FnMut(VerifyProgress),
+) -> Result<VerifyReport> {
     let mut arena = Arena::new(ARENA_BLOCKS)?;
     require_store(disk, &mut arena)?;
     let mut this = Verifier::new(disk, arena, Meter { progress: VerifyProgress::default(), tell });
     let Some(superblock) = this.superblock()? else { return Ok(this.report) };
     this.report.clean = superblock.clean;
     if !superblock.clean {
-        let note = "the store was not closed cleanly: what is below is its last checkpoint; open it once to recover what \
-                    the log adds, close it, and verify again";
+        let note = "the store was not closed cleanly: what is below is its last checkpoint; open \
+                    it once to recover what the log adds, close it, and verify again";
         this.report.notes.push(note.into());
     }
     let roots = this.roots(&superblock);
@@ -106,7 +110,8 @@ struct Verifier<'a> {
     disk: &'a mut dyn Disk,
     arena: Arena,
     report: VerifyReport,
-    /// Nothing that names pages or nodes is damaged. Otherwise less is named than is there, and counts say nothing.
+    /// Nothing that names pages or nodes is damaged. Otherwise less is named than is there, and
+    /// counts say nothing.
     map_is_whole: bool,
     meter: Meter<'a>,
     /// Names of volumes, as far as the catalog has been read.
@@ -117,7 +122,8 @@ struct Verifier<'a> {
 
 impl<'a> Verifier<'a> {
     fn new(disk: &'a mut dyn Disk, arena: Arena, meter: Meter<'a>) -> Self {
-        let (report, volumes, lengths) = (VerifyReport::default(), BTreeMap::new(), BTreeMap::new());
+        let (report, volumes, lengths) =
+            (VerifyReport::default(), BTreeMap::new(), BTreeMap::new());
         Verifier { disk, arena, report, map_is_whole: true, meter, volumes, lengths }
     }
 
@@ -137,12 +143,23 @@ impl<'a> Verifier<'a> {
     }
 
     /// The bytes of a volume that its pages from `first` to `last` hold.
-    fn bytes_of(&self, volume: VolumeId, first: PageId, last: PageId, all: bool) -> Option<VolumeBytes> {
+    fn bytes_of(
+        &self,
+        volume: VolumeId,
+        first: PageId,
+        last: PageId,
+        all: bool,
+    ) -> Option<VolumeBytes> {
         if volume == VolumeId::CATALOG {
             return None;
         }
         let name = self.volumes.get(&volume).cloned();
-        VolumeBytes::of(name.unwrap_or_else(|| format!("number {}", volume.get())), first, last, all)
+        VolumeBytes::of(
+            name.unwrap_or_else(|| format!("number {}", volume.get())),
+            first,
+            last,
+            all,
+        )
     }
 
     fn damaged(
@@ -153,7 +170,8 @@ impl<'a> Verifier<'a> {
         affects: impl fmt::Display,
         mend: Mend,
     ) {
-        let (structure, what, affects) = (structure.to_string(), what.to_string(), affects.to_string());
+        let (structure, what, affects) =
+            (structure.to_string(), what.to_string(), affects.to_string());
         self.report.add(Damage { structure, file, offset, what, affects, bytes: None, mend });
     }
 }

@@ -1,5 +1,5 @@
-//! What the passes of a verification hand to each other: the trees that the roots name, and which blocks of each extent the map
-//! has named so far.
+//! What the passes of a verification hand to each other: the trees that the roots name, and which
+//! blocks of each extent the map has named so far.
 //!
 //! It does *not* read anything.
 
@@ -35,7 +35,9 @@ impl Named {
     /// Blocks that are to be read if the table is right: what is live, and the summary.
     pub(super) fn blocks_to_read(&self, superblock: &Superblock) -> u64 {
         let summary = u64::from(summary_blocks(superblock.geometry.extent_blocks()));
-        self.row.filter(|row| row.state == IN_USE).map_or(0, |row| u64::from(row.live.get()) + summary)
+        self.row
+            .filter(|row| row.state == IN_USE)
+            .map_or(0, |row| u64::from(row.live.get()) + summary)
     }
 
     pub(super) fn has(&self, block: u32) -> bool {

@@ -1,7 +1,8 @@
 //! How a verification reads: many reads in flight, and a read that fails ends nothing but itself.
 //!
 //! Invariants
-//! 1. Whatever was asked for is delivered once, in the order asked, as bytes or as the reason why there are none.
+//! 1. Whatever was asked for is delivered once, in the order asked, as bytes or as the reason why
+//!    there are none.
 //! 2. Memory is bounded by [`IN_FLIGHT_MAX`] reads, and by what a caller asks for at a time.
 //! 3. Each file's length is asked for once: verification has the store locked against writers.
 //!
@@ -12,8 +13,8 @@ use crate::base::BLOCK;
 use crate::engine::recovery::{Range, neighbours_together, read_pieces};
 use crate::io::FileId;
 
-/// Reads at the device at a time. Single blocks of a store that was written at random need this many to reach the speed of
-/// most devices.
+/// Reads at the device at a time. Single blocks of a store that was written at random need this
+/// many to reach the speed of most devices.
 pub(super) const IN_FLIGHT_MAX: usize = 64;
 /// Blocks of memory for reading: room for all of them in their largest size.
 pub(super) const ARENA_BLOCKS: u32 = 64 * IN_FLIGHT_MAX as u32;
@@ -49,7 +50,8 @@ impl Verifier<'_> {
         self.read_many(file, &[(offset, len)]).pop().unwrap_or_else(|| Err("was not read".into()))
     }
 
-    /// Reads ranges of whole blocks, by offset and length: the bytes of each, or why it can't be read.
+    /// Reads ranges of whole blocks, by offset and length: the bytes of each, or why it can't be
+    /// read.
     pub(super) fn read_many(&mut self, file: FileId, wanted: &[(u64, usize)]) -> Vec<Bytes> {
         let mut all: Vec<Bytes> = Vec::with_capacity(wanted.len());
         let mut ranges: Vec<(usize, Range)> = Vec::new();
@@ -61,39 +63,49 @@ impl Verifier<'_> {
             all.push(held.map(|()| Vec::with_capacity(len)));
         }
         let (sources, meter) = (ranges.iter().map(|(_, range)| *range), &mut self.meter);
-        let outcome = read_pieces(self.disk, &mut self.arena, IN_FLIGHT_MAX, sources, |index, of, piece| {
-            let whole = &mut all[ranges[index].0];
-            match (piece, whole.as_mut()) {
-                (Ok(bytes), Ok(whole)) => whole.extend_from_slice(bytes),
-                (Err(error), Ok(_)) => *whole = Err(format!("can't be read: {error}")),
-                (_, Err(_)) => {}
-            }
-            meter.advance(of.blocks);
-            Ok(())
-        });
+        let outcome =
+            read_pieces(self.disk, &mut self.arena, IN_FLIGHT_MAX, sources, |index, of, piece| {
+                let whole = &mut all[ranges[index].0];
+                match (piece, whole.as_mut()) {
+                    (Ok(bytes), Ok(whole)) => whole.extend_from_slice(bytes),
+                    (Err(error), Ok(_)) => *whole = Err(format!("can't be read: {error}")),
+                    (_, Err(_)) => {}
+                }
+                meter.advance(of.blocks);
+                Ok(())
+            });
         if let Err(error) = outcome {
             ranges.iter().for_each(|(n, _)| all[*n] = Err(error.to_string()));
         }
         all
     }
 
-    /// Gives `each` the blocks at these offsets of the data file, which ascend: its index, and the bytes or why there are none.
-    /// Neighbours are read together; where that fails, one by one, to know which of them it is.
-    pub(super) fn blocks(&mut self, offsets: &[u64], mut each: impl FnMut(usize, Result<&[u8], String>)) {
-        let held = offsets.partition_point(|offset| self.holds(FileId::Data, *offset, BLOCK as u64).is_ok());
+    /// Gives `each` the blocks at these offsets of the data file, which ascend: its index, and the
+    /// bytes or why there are none. Neighbours are read together; where that fails, one by one, to
+    /// know which of them it is.
+    pub(super) fn blocks(
+        &mut self,
+        offsets: &[u64],
+        mut each: impl FnMut(usize, Result<&[u8], String>),
+    ) {
+        let held = offsets
+            .partition_point(|offset| self.holds(FileId::Data, *offset, BLOCK as u64).is_ok());
         let range = |(offset, blocks)| Range { file: FileId::Data, offset, blocks };
         let ranges = neighbours_together(offsets[..held].iter().copied()).into_iter().map(range);
         let (mut next, mut alone, meter) = (0, Vec::new(), &mut self.meter);
-        let outcome = read_pieces(self.disk, &mut self.arena, IN_FLIGHT_MAX, ranges, |_, of, piece| {
-            let here = next..next + of.blocks as usize;
-            next = here.end;
-            match piece {
-                Ok(bytes) => here.zip(bytes.chunks(BLOCK)).for_each(|(n, block)| each(n, Ok(block))),
-                Err(_) => alone.extend(here),
-            }
-            meter.advance(of.blocks);
-            Ok(())
-        });
+        let outcome =
+            read_pieces(self.disk, &mut self.arena, IN_FLIGHT_MAX, ranges, |_, of, piece| {
+                let here = next..next + of.blocks as usize;
+                next = here.end;
+                match piece {
+                    Ok(bytes) => {
+                        here.zip(bytes.chunks(BLOCK)).for_each(|(n, block)| each(n, Ok(block)))
+                    }
+                    Err(_) => alone.extend(here),
+                }
+                meter.advance(of.blocks);
+                Ok(())
+            });
         let singles = alone.iter().map(|n| range((offsets[*n], 1)));
         let outcome = outcome.and_then(|()| {
             read_pieces(self.disk, &mut self.arena, IN_FLIGHT_MAX, singles, |index, _, piece| {

@@ -2,7 +2,8 @@
 //!
 //! Invariants
 //! 1. What is listed is bounded ([`DAMAGED_MAX`]); what is beyond that is counted.
-//! 2. Whatever mends a damage was tried: `src/ops/verify/store_damage_tests.rs` damages each structure and does what is said here.
+//! 2. Whatever mends a damage was tried: `src/ops/verify/store_damage_tests.rs` damages each
+//!    structure and does what is said here.
 //!
 //! It does *not* print, but for `Display`.
 
@@ -10,7 +11,8 @@ use crate::base::{BLOCK, PageId};
 use crate::io::FileId;
 use std::fmt;
 
-/// Damages that are listed; more are only counted, since a lost device would fill the memory with them.
+/// Damages that are listed; more are only counted, since a lost device would fill the memory with
+/// them.
 pub(super) const DAMAGED_MAX: usize = 1000;
 
 /// Bytes of a volume that can't be read.
@@ -23,13 +25,20 @@ pub struct VolumeBytes {
     pub offset: u64,
     /// How many bytes.
     pub length: u64,
-    /// Whether all of these bytes are affected. If not, pages of other virtual shards lie among them, which are not.
+    /// Whether all of these bytes are affected. If not, pages of other virtual shards lie among
+    /// them, which are not.
     pub all: bool,
 }
 
 impl VolumeBytes {
-    /// The pages `first` to `last`; `None` beyond what a volume of bytes can have: such ids are for users of the library.
-    pub(super) fn of(volume: String, first: PageId, last: PageId, all: bool) -> Option<VolumeBytes> {
+    /// The pages `first` to `last`; `None` beyond what a volume of bytes can have: such ids are for
+    /// users of the library.
+    pub(super) fn of(
+        volume: String,
+        first: PageId,
+        last: PageId,
+        all: bool,
+    ) -> Option<VolumeBytes> {
         let offset = first.get().checked_mul(BLOCK as u64)?;
         let end = last.get().checked_add(1)?.checked_mul(BLOCK as u64)?;
         Some(VolumeBytes { volume, offset, length: end.checked_sub(offset)?, all })
@@ -73,14 +82,19 @@ impl fmt::Display for Mend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Mend::Overwrite => {
-                "writing these bytes again, whole pages of 4096 at a time, or trimming them: then they read as zeros"
+                "writing these bytes again, whole pages of 4096 at a time, or trimming them: then \
+                 they read as zeros"
             }
-            Mend::Reopen => "opening the store and closing it cleanly (`corepage serve`, then SIGTERM)",
+            Mend::Reopen => {
+                "opening the store and closing it cleanly (`corepage serve`, then SIGTERM)"
+            }
             Mend::Rewrite => {
-                "nothing needs to be done at once; writing or trimming all that lies in this extent ends it"
+                "nothing needs to be done at once; writing or trimming all that lies in this \
+                 extent ends it"
             }
             Mend::CopyOut => {
-                "copying what can still be read into a new store, or restoring a backup of the whole directory"
+                "copying what can still be read into a new store, or restoring a backup of the \
+                 whole directory"
             }
             Mend::Restore => "restoring a backup of the whole directory",
         })
@@ -110,11 +124,16 @@ pub struct Damage {
 impl fmt::Display for Damage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Damage { structure, file, offset, what, affects, mend, .. } = self;
-        write!(f, "{structure} (byte {offset} of file {file}) {what}; affected: {affects}; mended by {mend}")
+        write!(
+            f,
+            "{structure} (byte {offset} of file {file}) {what}; affected: {affects}; mended by \
+             {mend}"
+        )
     }
 }
 
-/// What [`verify`](super::verify) found. `Display` sums it up in a few lines, without the list of damages.
+/// What [`verify`](super::verify) found. `Display` sums it up in a few lines, without the list of
+/// damages.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct VerifyReport {
@@ -124,7 +143,8 @@ pub struct VerifyReport {
     pub damaged_more: u64,
     /// What is not damage, and worth knowing.
     pub notes: Vec<String>,
-    /// The store was closed cleanly. If not, commits may be in the log that this did not read as pages.
+    /// The store was closed cleanly. If not, commits may be in the log that this did not read as
+    /// pages.
     pub clean: bool,
     /// Pages read and compared.
     pub pages: u64,
@@ -162,7 +182,11 @@ impl fmt::Display for VerifyReport {
             writeln!(f, "note: {note}")?;
         }
         let VerifyReport { pages, nodes, extents, groups, .. } = self;
-        write!(f, "read {pages} pages, {nodes} map nodes, {extents} extent summaries, {groups} log groups: ")?;
+        write!(
+            f,
+            "read {pages} pages, {nodes} map nodes, {extents} extent summaries, {groups} log \
+             groups: "
+        )?;
         match self.damaged_count() {
             0 => write!(f, "all whole"),
             1 => write!(f, "1 is damaged"),
@@ -177,6 +201,7 @@ impl fmt::Display for VerifyReport {
 pub struct VerifyProgress {
     /// Bytes read.
     pub bytes_done: u64,
-    /// Bytes that are to be read in all, as far as the superblock and the extent table say; 0 until they are read.
+    /// Bytes that are to be read in all, as far as the superblock and the extent table say; 0 until
+    /// they are read.
     pub bytes_total: u64,
 }

@@ -1,9 +1,9 @@
-//! Damage to every kind of structure on disk, through the public face and on real files: each is flipped, zeroed, set
-//! back to what an earlier close left there, or swapped with another of its kind. `Store` must serve right bytes or a
-//! clear error, and `verify` must name the place.
+//! Damage to every kind of structure on disk, through the public face and on real files: each is
+//! flipped, zeroed, set back to what an earlier close left there, or swapped with another of its
+//! kind. `Store` must serve right bytes or a clear error, and `verify` must name the place.
 //!
-//! If these fail, bit rot, a lost or a misdirected write reaches a user as wrong data. The same for *every* block, on
-//! the simulated disk: `src/ops/verify/damage_tests.rs`.
+//! If these fail, bit rot, a lost or a misdirected write reaches a user as wrong data. The same for
+//! *every* block, on the simulated disk: `src/ops/verify/damage_tests.rs`.
 //!
 //! The structures are found by a reader of its own (below), which knows the format document only.
 
@@ -12,7 +12,10 @@
 use crate::base::{BlockAddr, VShard};
 use crate::format::{extent, node, root, superblock::Superblock};
 use crate::io::FileId;
-use crate::{Change, Driver, Durability, Error, ErrorKind, Geometry, Mend, Options, PageId, Store, VerifyReport};
+use crate::{
+    Change, Driver, Durability, Error, ErrorKind, Geometry, Mend, Options, PageId, Store,
+    VerifyReport,
+};
 use futures_lite::future::block_on;
 use std::collections::BTreeMap;
 use std::fs;
@@ -38,14 +41,26 @@ type Files = BTreeMap<String, Vec<u8>>;
 type Spot = (String, u64, usize);
 
 fn options() -> Options {
-    let geometry = Geometry { extent_bytes: 64 << 10, segment_bytes: 1 << 20, segments_count: 4, vshards_count: 4 };
-    Options { geometry, memory_bytes: 16 << 20, shards: Some(SHARDS), driver: Driver::Portable, ..Options::default() }
+    let geometry = Geometry {
+        extent_bytes: 64 << 10,
+        segment_bytes: 1 << 20,
+        segments_count: 4,
+        vshards_count: 4,
+    };
+    Options {
+        geometry,
+        memory_bytes: 16 << 20,
+        shards: Some(SHARDS),
+        driver: Driver::Portable,
+        ..Options::default()
+    }
 }
 
 // --- the reference store ---
 
-/// A store that was filled, closed, changed and closed again; what it was at the first close; and what it holds. In memory: what
-/// a static keeps is never dropped, and a directory would be left behind.
+/// A store that was filled, closed, changed and closed again; what it was at the first close; and
+/// what it holds. In memory: what a static keeps is never dropped, and a directory would be left
+/// behind.
 struct Reference {
     now: Files,
     earlier: Files,
@@ -67,8 +82,8 @@ fn reference() -> &'static Reference {
             work(&store, &mut model, &mut random, 40).await?;
             store.close().await?;
             let earlier = contents(dir.path());
-            // Which places are used again depends on how the work falls into checkpoints, so there is more of it until
-            // each kind of structure lies somewhere where something else was.
+            // Which places are used again depends on how the work falls into checkpoints, so there
+            // is more of it until each kind of structure lies somewhere where something else was.
             let mut lives = 0;
             loop {
                 let store = Store::open(dir.path(), options()).await?;
@@ -77,12 +92,17 @@ fn reference() -> &'static Reference {
                 store.close().await?;
                 lives += 1;
                 let (now, spots) = (contents(dir.path()), spots(dir.path()));
-                let lacks = |all: &[Spot]| !all.iter().any(|spot| was_different(&now, &earlier, spot));
-                let lacking: Vec<_> = spots.iter().filter(|(_, all)| lacks(all)).map(|(kind, _)| kind).collect();
+                let lacks =
+                    |all: &[Spot]| !all.iter().any(|spot| was_different(&now, &earlier, spot));
+                let lacking: Vec<_> =
+                    spots.iter().filter(|(_, all)| lacks(all)).map(|(kind, _)| kind).collect();
                 if lacking.is_empty() {
                     return Ok::<_, Error>((now, earlier, spots));
                 }
-                assert!(lives < LIVES_MAX, "after {lives} lives nothing else was where these are: {lacking:?}");
+                assert!(
+                    lives < LIVES_MAX,
+                    "after {lives} lives nothing else was where these are: {lacking:?}"
+                );
             }
         })
         .expect("the reference store is made");
@@ -90,15 +110,21 @@ fn reference() -> &'static Reference {
     })
 }
 
-/// Commits of whole pages, patches and frees: all pages once, then some of them again and again, so that extents are
-/// left, compacted and filled once more.
-async fn work(store: &Store, model: &mut Model, random: &mut u64, rounds: u64) -> crate::Result<()> {
+/// Commits of whole pages, patches and frees: all pages once, then some of them again and again, so
+/// that extents are left, compacted and filled once more.
+async fn work(
+    store: &Store,
+    model: &mut Model,
+    random: &mut u64,
+    rounds: u64,
+) -> crate::Result<()> {
     let volumes = store.volumes().await?;
     for round in 0..rounds {
         for (v, volume) in volumes.iter().take(VOLUMES.len()).enumerate() {
             let mut changes = Vec::new();
             for i in 0..PAGES / 20 {
-                let page = if round < 20 { round * (PAGES / 20) + i } else { next(random) % (PAGES / 4) };
+                let page =
+                    if round < 20 { round * (PAGES / 20) + i } else { next(random) % (PAGES / 4) };
                 let page = if page % 97 == 5 { page << 30 } else { page };
                 let now = model.entry((v, page)).or_insert_with(|| vec![0; BLOCK]);
                 let change = match next(random) % 10 {
@@ -111,7 +137,9 @@ async fn work(store: &Store, model: &mut Model, random: &mut u64, rounds: u64) -
                 };
                 match &change {
                     Change::Free => now.fill(0),
-                    Change::Patch { offset, bytes } => now[*offset as usize..][..bytes.len()].copy_from_slice(bytes),
+                    Change::Patch { offset, bytes } => {
+                        now[*offset as usize..][..bytes.len()].copy_from_slice(bytes)
+                    }
                     Change::Put(bytes) => now.copy_from_slice(bytes),
                 }
                 changes.push((PageId::new(page), change));
@@ -138,12 +166,14 @@ fn copy() -> tempfile::TempDir {
     dir
 }
 
-/// Makes the store in `dir` the same as the reference store again, writing only what differs: fresh copies of whole files would
-/// all have to reach the device before the store can read past the page cache.
+/// Makes the store in `dir` the same as the reference store again, writing only what differs: fresh
+/// copies of whole files would all have to reach the device before the store can read past the page
+/// cache.
 fn restore(dir: &Path) {
     const CHUNK: usize = 64 << 10;
     for (name, right) in &reference().now {
-        let file = fs::OpenOptions::new().read(true).write(true).open(dir.join(name)).expect("a copy");
+        let file =
+            fs::OpenOptions::new().read(true).write(true).open(dir.join(name)).expect("a copy");
         file.set_len(right.len() as u64).expect("a length");
         let mut found = vec![0; CHUNK];
         for (i, right) in right.chunks(CHUNK).enumerate() {
@@ -158,21 +188,31 @@ fn restore(dir: &Path) {
 
 fn contents(dir: &Path) -> Files {
     let entries = fs::read_dir(dir).expect("the directory").map(|entry| entry.expect("an entry"));
-    entries.map(|e| (e.file_name().into_string().expect("a name"), fs::read(e.path()).expect("a file"))).collect()
+    entries
+        .map(|e| {
+            (e.file_name().into_string().expect("a name"), fs::read(e.path()).expect("a file"))
+        })
+        .collect()
 }
 
 // --- where the structures are ---
 
 fn read_at(dir: &Path, file: &str, offset: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
-    fs::File::open(dir.join(file)).and_then(|f| f.read_exact_at(&mut bytes, offset)).expect("a read in a store's file");
+    fs::File::open(dir.join(file))
+        .and_then(|f| f.read_exact_at(&mut bytes, offset))
+        .expect("a read in a store's file");
     bytes
 }
 
 fn newest(dir: &Path) -> Superblock {
     let copies = (0..4).filter_map(|copy| {
         let offset = Superblock::offset(copy);
-        Superblock::decode(copy, &read_at(dir, "meta", offset, crate::format::superblock::SUPERBLOCK_BYTES)).ok()
+        Superblock::decode(
+            copy,
+            &read_at(dir, "meta", offset, crate::format::superblock::SUPERBLOCK_BYTES),
+        )
+        .ok()
     });
     copies.max_by_key(|s| s.generation).expect("a superblock")
 }
@@ -183,11 +223,14 @@ fn spots(dir: &Path) -> BTreeMap<&'static str, Vec<Spot>> {
     assert!(superblock.clean);
     let geometry = &superblock.geometry;
     let mut spots: BTreeMap<&'static str, Vec<Spot>> = BTreeMap::new();
-    let mut add = |kind, file: &str, offset, len| spots.entry(kind).or_default().push((file.to_string(), offset, len));
+    let mut add = |kind, file: &str, offset, len| {
+        spots.entry(kind).or_default().push((file.to_string(), offset, len))
+    };
     (0..4).for_each(|copy| add("superblock copy", "meta", Superblock::offset(copy), 16384));
     let mut nodes = Vec::new();
     for (i, state) in superblock.vshards.iter().enumerate() {
-        let offset = root::offset(VShard::new(i as u16), state.root.generation, geometry.vshards_count);
+        let offset =
+            root::offset(VShard::new(i as u16), state.root.generation, geometry.vshards_count);
         add("root", "meta", offset, BLOCK);
         let (_, _, trees) = root::decode(&read_at(dir, "meta", offset, BLOCK)).expect("a root");
         nodes.extend(trees.iter().copied().enumerate().filter(|(_, child)| child.is_present()));
@@ -211,7 +254,8 @@ fn spots(dir: &Path) -> BTreeMap<&'static str, Vec<Spot>> {
         add("table block", "extents", offset, BLOCK);
         let bytes = read_at(dir, "extents", offset, BLOCK);
         let (rows, _) =
-            extent::decode_table(superblock.store_id, index, superblock.checkpoint, &bytes).expect("a table block");
+            extent::decode_table(superblock.store_id, index, superblock.checkpoint, &bytes)
+                .expect("a table block");
         for (i, row) in rows.iter().enumerate().filter(|(_, row)| row.state == 1) {
             let blocks = (geometry.extent_bytes / BLOCK as u64) as u32;
             let extent = crate::base::ExtentNo::new(index * extent::TABLE_ROWS + i as u32);
@@ -224,7 +268,8 @@ fn spots(dir: &Path) -> BTreeMap<&'static str, Vec<Spot>> {
     for (shard, log) in (0..).zip(&superblock.logs) {
         let end = log.end;
         let file = FileId::Log(crate::base::ShardId::new(shard), end.segment).to_string();
-        (0..u64::from(end.block)).for_each(|block| add("log block", &file, block * BLOCK as u64, BLOCK));
+        (0..u64::from(end.block))
+            .for_each(|block| add("log block", &file, block * BLOCK as u64, BLOCK));
     }
     spots
 }
@@ -268,7 +313,9 @@ fn damage(dir: &Path, spot: &Spot, other: &Spot, how: Damage) -> bool {
     match how {
         Damage::Flipped => after[len / 3] ^= 4,
         Damage::Zeroed => after.fill(0),
-        Damage::Stale => after = bytes_at(&reference().earlier, spot).expect("places were chosen so").to_vec(),
+        Damage::Stale => {
+            after = bytes_at(&reference().earlier, spot).expect("places were chosen so").to_vec()
+        }
         Damage::Swapped => {
             after = read_at(dir, &other.0, other.1, *len);
             write_at(dir, other, &before);
@@ -310,7 +357,11 @@ fn read_all(dir: &Path, what: &str) -> Left {
     let mut left = Left::Everything;
     for ((volume, page), bytes) in &reference().model {
         match block_on(volumes[*volume].read(PageId::new(*page))) {
-            Ok(found) => assert!(found[..] == bytes[..], "{what}: wrong bytes of page {page} of {}", VOLUMES[*volume]),
+            Ok(found) => assert!(
+                found[..] == bytes[..],
+                "{what}: wrong bytes of page {page} of {}",
+                VOLUMES[*volume]
+            ),
             Err(error) => {
                 names_place(&error);
                 left = Left::SomePages;
@@ -324,10 +375,14 @@ fn is_named(report: &VerifyReport, (file, offset, len): &Spot) -> bool {
     let inside = |at: u64| (*offset..offset + *len as u64).contains(&at);
     // A group is named at its beginning, which may lie before the block.
     let in_group = |at: u64| file.starts_with("log") && at <= *offset;
-    report.damaged.iter().any(|d| d.file.to_string() == *file && (inside(d.offset) || in_group(d.offset)))
+    report
+        .damaged
+        .iter()
+        .any(|d| d.file.to_string() == *file && (inside(d.offset) || in_group(d.offset)))
 }
 
-/// Does what `report` says mends the damage, where that is done with the store itself; then it must be whole.
+/// Does what `report` says mends the damage, where that is done with the store itself; then it must
+/// be whole.
 fn mends(dir: &Path, report: &VerifyReport, what: &str) {
     let all = |mends: &[Mend]| report.damaged.iter().all(|damage| mends.contains(&damage.mend));
     if !all(&[Mend::Reopen, Mend::Overwrite, Mend::Rewrite]) {
@@ -338,16 +393,31 @@ fn mends(dir: &Path, report: &VerifyReport, what: &str) {
         let store = Store::open(dir, options()).await?;
         let volumes = store.volumes().await?;
         for bytes in report.damaged.iter().filter_map(|damage| damage.bytes.as_ref()) {
-            let volume = volumes.iter().find(|v| v.name() == bytes.volume).expect("it is called by its name");
+            let volume = volumes
+                .iter()
+                .find(|v| v.name() == bytes.volume)
+                .expect("it is called by its name");
             let page = PageId::new(bytes.offset / BLOCK as u64);
-            assert_eq!((bytes.offset % BLOCK as u64, bytes.length, bytes.all), (0, BLOCK as u64, true), "{what}");
-            assert_eq!(volume.read(page).await.expect_err("it is damaged").kind(), ErrorKind::Corrupt, "{what}");
+            assert_eq!(
+                (bytes.offset % BLOCK as u64, bytes.length, bytes.all),
+                (0, BLOCK as u64, true),
+                "{what}"
+            );
+            assert_eq!(
+                volume.read(page).await.expect_err("it is damaged").kind(),
+                ErrorKind::Corrupt,
+                "{what}"
+            );
             volume.write(page, vec![7; BLOCK]).await?;
         }
         for (volume, page) in reference().model.keys().filter(|_| rewrite) {
             volumes[*volume].write_back(PageId::new(*page), vec![7; BLOCK]).await?;
         }
-        for name in volumes.iter().map(crate::Volume::name).filter(|name| rewrite && name.starts_with("not in")) {
+        for name in volumes
+            .iter()
+            .map(crate::Volume::name)
+            .filter(|name| rewrite && name.starts_with("not in"))
+        {
             store.delete_volume(name).await?;
         }
         store.wait_freed().await?;
@@ -363,13 +433,17 @@ fn mends(dir: &Path, report: &VerifyReport, what: &str) {
 
 /// Damages structures of one kind in all four ways. `tolerated`: what may be left of the store.
 fn damage_each(kind: &str, tolerated: &[Left]) {
-    let all = reference().spots.get(kind).unwrap_or_else(|| panic!("the reference store has no {kind}"));
+    let all =
+        reference().spots.get(kind).unwrap_or_else(|| panic!("the reference store has no {kind}"));
     assert!(all.len() >= 2, "the reference store has only {} of {kind}", all.len());
     let dir = copy();
     for how in [Damage::Flipped, Damage::Zeroed, Damage::Stale, Damage::Swapped] {
         // Not every place had something else in it at the first close.
         let mut places: Vec<usize> = (0..all.len())
-            .filter(|i| how != Damage::Stale || was_different(&reference().now, &reference().earlier, &all[*i]))
+            .filter(|i| {
+                how != Damage::Stale
+                    || was_different(&reference().now, &reference().earlier, &all[*i])
+            })
             .collect();
         places = places.iter().copied().step_by(places.len().div_ceil(SAMPLES).max(1)).collect();
         let mut done = 0;
@@ -381,7 +455,8 @@ fn damage_each(kind: &str, tolerated: &[Left]) {
             }
             let what = format!("{kind} at byte {} of {}, {how:?}", spot.1, spot.0);
             let report = crate::verify(dir.path()).expect("damage is in the report");
-            let named = is_named(&report, spot) || (how == Damage::Swapped && is_named(&report, other));
+            let named =
+                is_named(&report, spot) || (how == Damage::Swapped && is_named(&report, other));
             assert!(named, "{what}: not named: {report}\n{:?}", report.damaged);
             let left = read_all(dir.path(), &what);
             assert!(tolerated.contains(&left), "{what}: left was {left:?}");
@@ -407,8 +482,8 @@ fn an_undamaged_store_is_whole() {
     assert!(reference().spots["table block"].len() >= 2);
 }
 
-/// One copy of four is redundant: the store opens, and only `verify` speaks of it. Two that take each other's place
-/// are damage that can't come from a crash.
+/// One copy of four is redundant: the store opens, and only `verify` speaks of it. Two that take
+/// each other's place are damage that can't come from a crash.
 #[test]
 fn damaged_superblock_copies_are_named() {
     damage_each("superblock copy", &[Left::Everything, Left::Nothing]);
@@ -450,7 +525,8 @@ fn damaged_summaries_are_named() {
     damage_each("summary", &[Left::Everything]);
 }
 
-/// After a clean close the log is not needed, but a device that lost some of it is not to be trusted.
+/// After a clean close the log is not needed, but a device that lost some of it is not to be
+/// trusted.
 #[test]
 fn damaged_log_groups_are_named() {
     damage_each("log block", &[Left::Everything]);
@@ -463,13 +539,20 @@ fn damaged_log_groups_are_named() {
 fn a_store_of_another_version_is_refused_and_not_changed() {
     let dir = copy();
     for copy in 0..4 {
-        write_at(dir.path(), &("meta".into(), Superblock::offset(copy) + 8, 4), &4711u32.to_le_bytes());
+        write_at(
+            dir.path(),
+            &("meta".into(), Superblock::offset(copy) + 8, 4),
+            &4711u32.to_le_bytes(),
+        );
     }
     let before = contents(dir.path());
     let error = block_on(Store::open(dir.path(), options())).expect_err("another version");
     assert_eq!(error.kind(), ErrorKind::Unsupported);
     assert!(error.to_string().contains("version 4711"), "{error}");
-    assert_eq!(crate::verify(dir.path()).expect_err("another version").kind(), ErrorKind::Unsupported);
+    assert_eq!(
+        crate::verify(dir.path()).expect_err("another version").kind(),
+        ErrorKind::Unsupported
+    );
     assert!(contents(dir.path()) == before, "a refused store was changed");
 }
 
@@ -515,7 +598,10 @@ fn a_store_with_a_shortened_data_file_is_refused_and_not_changed() {
 #[test]
 fn verify_says_why_it_can_not_read() {
     let dir = tempfile::tempdir().expect("a directory");
-    assert_eq!(crate::verify(&dir.path().join("none")).expect_err("no store").kind(), ErrorKind::NotFound);
+    assert_eq!(
+        crate::verify(&dir.path().join("none")).expect_err("no store").kind(),
+        ErrorKind::NotFound
+    );
     let store = block_on(Store::open(dir.path(), options())).expect("a fresh store");
     assert_eq!(crate::verify(dir.path()).expect_err("it is open").kind(), ErrorKind::InUse);
     block_on(store.close()).expect("a clean close");

@@ -1,7 +1,9 @@
 //! The volume that a benchmark works on.
 //!
-//! 1. It is a volume of the benchmark's own, in a store that may have others; [`BenchVolume::clear`] deletes it.
-//! 2. A volume of that name from an earlier run is deleted if all its pages were written by a benchmark, and no other.
+//! 1. It is a volume of the benchmark's own, in a store that may have others;
+//!    [`BenchVolume::clear`] deletes it.
+//! 2. A volume of that name from an earlier run is deleted if all its pages were written by a
+//!    benchmark, and no other.
 //! 3. What each page must hold is in memory: version and patch that its writer was told are there.
 
 use super::page;
@@ -41,7 +43,8 @@ impl BenchVolume {
     /// Opens or makes the store, and a volume of `bytes` bytes in it.
     ///
     /// # Errors
-    /// `Invalid`: there is a volume of that name with somebody's data in it; it is left alone. And whatever the store says.
+    /// `Invalid`: there is a volume of that name with somebody's data in it; it is left alone. And
+    /// whatever the store says.
     pub fn make(dir: &Path, options: Options, bytes: u64, open: Opener) -> Result<BenchVolume> {
         let pages = bytes / page::PAGE as u64;
         let store = open(dir, options.clone())?;
@@ -54,7 +57,16 @@ impl BenchVolume {
         };
         let zeros = || (0..pages).map(|_| AtomicU64::new(0)).collect();
         let (versions, patches) = (zeros(), zeros());
-        Ok(BenchVolume { store, volume, pages, dir: dir.to_path_buf(), options, open, versions, patches })
+        Ok(BenchVolume {
+            store,
+            volume,
+            pages,
+            dir: dir.to_path_buf(),
+            options,
+            open,
+            versions,
+            patches,
+        })
     }
 
     /// Writes every page once. `progress` hears how many are, and can end it.
@@ -109,17 +121,21 @@ impl BenchVolume {
     pub fn verify(&mut self, mut progress: impl FnMut(u64) -> Result<()>) -> Result<()> {
         block_on(self.store.close())?;
         self.store = (self.open)(&self.dir, self.options.clone())?;
-        let missing = || Error::new(ErrorKind::Corrupt, "the benchmark's volume is not there any more");
+        let missing =
+            || Error::new(ErrorKind::Corrupt, "the benchmark's volume is not there any more");
         self.volume = block_on(self.store.volume(NAME))?.ok_or_else(missing)?;
         let bench = &*self;
         let mut scan = bench.volume.scan(PageId::new(0), PageId::new(u64::MAX));
         let mut seen = 0;
         while let Some((id, bytes)) = block_on(scan.next())? {
             let number = id.get();
-            let expected = (number < bench.pages).then(|| (bench.version(number), bench.patch(number)));
+            let expected =
+                (number < bench.pages).then(|| (bench.version(number), bench.patch(number)));
             let found = page::check(number, &bytes);
             if found.is_none() || found != expected {
-                let text = format!("page {number} holds {found:?} (version, patch), and must hold {expected:?}");
+                let text = format!(
+                    "page {number} holds {found:?} (version, patch), and must hold {expected:?}"
+                );
                 return Err(Error::new(ErrorKind::Corrupt, text));
             }
             seen += 1;
@@ -155,8 +171,9 @@ fn prepared(store: &Store, bytes: u64) -> Result<Volume> {
         while let Some((id, bytes)) = block_on(scan.next())? {
             if page::check(id.get(), &bytes).is_none() {
                 let text = format!(
-                    "the volume {NAME} has data in page {} that no benchmark wrote; it was left alone: run the benchmark \
-                     without --dir or in another directory, or delete the volume with `corepage volume delete {NAME}`",
+                    "the volume {NAME} has data in page {} that no benchmark wrote; it was left \
+                     alone: run the benchmark without --dir or in another directory, or delete \
+                     the volume with `corepage volume delete {NAME}`",
                     id.get()
                 );
                 return Err(Error::new(ErrorKind::Invalid, text));

@@ -4,7 +4,8 @@
 //! 0      8        64            192                 4096
 //! number version  patch area    pattern of both ...
 //! ```
-//! 1. From a page's number and version follows all that it holds, the patch area aside; from number and count all of that.
+//! 1. From a page's number and version follows all that it holds, the patch area aside; from number
+//!    and count all of that.
 
 /// Bytes of a page.
 pub const PAGE: usize = 4096;
@@ -38,8 +39,9 @@ fn head(bytes: &mut [u8], first: u64, second: u64) {
     bytes[8..HEAD].copy_from_slice(&second.to_le_bytes());
 }
 
-/// Whether these are the bytes of page `number`, in any version; which version and, if it was patched, which patch.
-/// It stands beside what is measured, so it takes no memory, and looks at eight bytes at a time.
+/// Whether these are the bytes of page `number`, in any version; which version and, if it was
+/// patched, which patch. It stands beside what is measured, so it takes no memory, and looks at
+/// eight bytes at a time.
 pub fn check(number: u64, page: &[u8]) -> Option<(u64, u64)> {
     let version = second(number, page).filter(|_| page.len() == PAGE)?;
     let own = word(number, version);
@@ -50,7 +52,8 @@ pub fn check(number: u64, page: &[u8]) -> Option<(u64, u64)> {
         let count = second(number, area)?;
         holds(&area[HEAD..], word(count, number)).then_some(count)?
     };
-    (holds(&page[HEAD..PATCH_AT], own) && holds(&page[PATCH_AT + PATCH..], own)).then_some((version, count))
+    (holds(&page[HEAD..PATCH_AT], own) && holds(&page[PATCH_AT + PATCH..], own))
+        .then_some((version, count))
 }
 
 /// The second of the two numbers at the front, if the first is `first`.
@@ -64,7 +67,8 @@ fn second(first: u64, bytes: &[u8]) -> Option<u64> {
 fn holds(bytes: &[u8], word: u64) -> bool {
     let (words, rest) = bytes.as_chunks::<8>();
     // No early end: that is faster where it holds.
-    words.iter().fold(0, |other, found| other | (u64::from_le_bytes(*found) ^ word)) == 0 && rest.is_empty()
+    words.iter().fold(0, |other, found| other | (u64::from_le_bytes(*found) ^ word)) == 0
+        && rest.is_empty()
 }
 
 #[cfg(test)]
@@ -79,7 +83,9 @@ mod tests {
         page[PATCH_AT..][..PATCH].copy_from_slice(&patch(7, 9));
         assert_eq!(check(7, &page), Some((3, 9)));
         assert_eq!(check(7, &page[..PAGE - 8]), None, "a short one");
-        for at in [0, 9, 16, PATCH_AT - 1, PATCH_AT, PATCH_AT + PATCH - 1, PATCH_AT + PATCH, PAGE - 1] {
+        for at in
+            [0, 9, 16, PATCH_AT - 1, PATCH_AT, PATCH_AT + PATCH - 1, PATCH_AT + PATCH, PAGE - 1]
+        {
             page[at] ^= 1;
             assert_eq!(check(7, &page), None, "a flipped bit at {at}");
             page[at] ^= 1;

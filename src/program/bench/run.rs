@@ -1,8 +1,10 @@
 //! One measurement.
 //!
-//! 1. At most `depth` operations are under way, spread evenly over tasks or threads; each works on pages of its own.
+//! 1. At most `depth` operations are under way, spread evenly over tasks or threads; each works on
+//!    pages of its own.
 //! 2. An operation counts if it ended within the time; the others are waited for.
-//! 3. The first error ends the run. `Busy` is none: such an operation is asked for again, and its time goes on.
+//! 3. The first error ends the run. `Busy` is none: such an operation is asked for again, and its
+//!    time goes on.
 
 use super::bench_volume::{BenchVolume, PAUSE, until_not_busy};
 use super::page;
@@ -81,7 +83,8 @@ struct ClientPages {
 
 impl ClientPages {
     fn draw(&mut self) -> u64 {
-        // Steele and Vigna, "Computationally easy, spectrally good multipliers", 2021: a linear congruential generator.
+        // Steele and Vigna, "Computationally easy, spectrally good multipliers", 2021: a linear
+        // congruential generator.
         self.state = self.state.wrapping_mul(0xd134_2543_de82_ef95).wrapping_add(1);
         let count = (self.pages.len() - self.first).div_ceil(self.step) as u64;
         let place = ((u128::from(self.state) * u128::from(count)) >> 64) as usize;
@@ -103,15 +106,24 @@ impl Run {
         for part in parts {
             all.add(part).expect("all have the same bounds");
         }
-        Ok(Outcome { operations: all.len(), seconds: begun.elapsed().min(self.time).as_secs_f64(), latency: all })
+        Ok(Outcome {
+            operations: all.len(),
+            seconds: begun.elapsed().min(self.time).as_secs_f64(),
+            latency: all,
+        })
     }
 
     /// The pages of each shard, or all in one.
     fn pages(&self, bench: &BenchVolume) -> Vec<Arc<Vec<u64>>> {
-        let shards = if self.call_site == CallSite::Shards { bench.store.shards_count() } else { 1 };
+        let shards =
+            if self.call_site == CallSite::Shards { bench.store.shards_count() } else { 1 };
         let mut all = vec![Vec::new(); shards];
         for number in 0..bench.pages {
-            let shard = if shards == 1 { 0 } else { bench.store.shard_of(&bench.volume, PageId::new(number)) };
+            let shard = if shards == 1 {
+                0
+            } else {
+                bench.store.shard_of(&bench.volume, PageId::new(number))
+            };
             all[shard].push(number);
         }
         all.into_iter().map(Arc::new).collect()
@@ -139,9 +151,12 @@ impl Run {
                 // A shard takes so many new tasks at a time, and more when it has begun those.
                 let begun = until_not_busy(|| {
                     let state = self.seed ^ (first as u64) << 32;
-                    let client_pages = ClientPages { pages: pages.clone(), first, step: count, state };
+                    let client_pages =
+                        ClientPages { pages: pages.clone(), first, step: count, state };
                     let (run, own) = (self.clone(), bench.clone());
-                    let make = move |handle| async move { run.or_stop(run.task(handle, own, client_pages, end).await) };
+                    let make = move |handle| async move {
+                        run.or_stop(run.task(handle, own, client_pages, end).await)
+                    };
                     std::future::ready(bench.store.on_shard(shard, make))
                 });
                 tasks.push(self.or_stop(begun));
@@ -162,15 +177,17 @@ impl Run {
         let (mut latency, mut now) = (histogram(), Instant::now());
         while self.goes_on(now, end) {
             let number = client_pages.draw();
-            let Some((begun, answered)) = self.one(&handle, &bench, number, end).await? else { break };
+            let Some((begun, answered)) = self.one(&handle, &bench, number, end).await? else {
+                break;
+            };
             now = answered;
             count(&mut latency, begun, now, end);
         }
         Ok(latency)
     }
 
-    /// One operation, asked for again as long as the store is busy: when it was asked for first, and when it was answered. `None`:
-    /// the time was over before.
+    /// One operation, asked for again as long as the store is busy: when it was asked for first,
+    /// and when it was answered. `None`: the time was over before.
     async fn one(
         &self,
         handle: &ShardHandle,
@@ -218,7 +235,10 @@ impl Run {
                     scope.spawn(move || self.or_stop(self.client(bench, thread, depth, pages, end)))
                 })
                 .collect();
-            clients.into_iter().map(|client| client.join().expect("a client does not panic")).collect()
+            clients
+                .into_iter()
+                .map(|client| client.join().expect("a client does not panic"))
+                .collect()
         })
     }
 
@@ -231,7 +251,8 @@ impl Run {
         pages: &Arc<Vec<u64>>,
         end: Instant,
     ) -> Result<Histogram<u64>> {
-        let (mut latency, mut queue, mut out) = (histogram(), Queue::new(&bench.store, depth)?, Vec::new());
+        let (mut latency, mut queue, mut out) =
+            (histogram(), Queue::new(&bench.store, depth)?, Vec::new());
         let first = |place: usize| thread + place * self.threads();
         let client_pages = |place: usize| ClientPages {
             pages: pages.clone(),
@@ -241,7 +262,10 @@ impl Run {
         };
         let mut places: Vec<(ClientPages, u64, Instant)> =
             (0..depth).map(|place| (client_pages(place), 0, Instant::now())).collect();
-        let submit = |queue: &mut Queue, place: usize, places: &mut Vec<(ClientPages, u64, Instant)>| -> Result<()> {
+        let submit = |queue: &mut Queue,
+                      place: usize,
+                      places: &mut Vec<(ClientPages, u64, Instant)>|
+         -> Result<()> {
             let number = places[place].0.draw();
             let op = self.op(bench, number);
             (places[place].1, places[place].2) = (number, Instant::now());
@@ -264,7 +288,9 @@ impl Run {
             for Completion { tag, result } in out.drain(..) {
                 let (_, number, begun) = places[tag as usize];
                 match result {
-                    Ok(Output::Pages(pages)) => pages.iter().try_for_each(|page| check(number, page))?,
+                    Ok(Output::Pages(pages)) => {
+                        pages.iter().try_for_each(|page| check(number, page))?
+                    }
                     Ok(_) => acknowledged(self.operation, bench, number),
                     Err(error) if error.kind() == ErrorKind::Busy => {
                         if self.goes_on(now, end) {
@@ -306,9 +332,10 @@ impl Run {
 fn next_change(operation: Operation, bench: &BenchVolume, number: u64) -> Change {
     match operation {
         Operation::Write => Change::Put(page::whole(number, bench.version(number) + 1).into()),
-        _ => {
-            Change::Patch { offset: page::PATCH_AT as u32, bytes: page::patch(number, bench.patch(number) + 1).into() }
-        }
+        _ => Change::Patch {
+            offset: page::PATCH_AT as u32,
+            bytes: page::patch(number, bench.patch(number) + 1).into(),
+        },
     }
 }
 
@@ -323,9 +350,10 @@ fn acknowledged(operation: Operation, bench: &BenchVolume, number: u64) {
 fn check(number: u64, bytes: &[u8]) -> Result<()> {
     match page::check(number, bytes) {
         Some(_) => Ok(()),
-        None => {
-            Err(Error::new(ErrorKind::Corrupt, format!("page {number} was read with bytes that nobody wrote there")))
-        }
+        None => Err(Error::new(
+            ErrorKind::Corrupt,
+            format!("page {number} was read with bytes that nobody wrote there"),
+        )),
     }
 }
 
@@ -335,7 +363,8 @@ fn count(latency: &mut Histogram<u64>, begun: Instant, now: Instant, end: Instan
     }
 }
 
-/// Deals `depth` operations to shards with so many pages each: evenly, and no more than a shard has pages.
+/// Deals `depth` operations to shards with so many pages each: evenly, and no more than a shard has
+/// pages.
 fn shares(depth: usize, pages: &[usize]) -> Vec<usize> {
     let mut counts = vec![0; pages.len()];
     let mut left = depth.min(pages.iter().sum());
@@ -366,10 +395,14 @@ mod tests {
         let pages: Arc<Vec<u64>> = Arc::new((0..10).collect());
         let mut owner = [None; 10];
         for first in 0..4 {
-            let mut client_pages = ClientPages { pages: pages.clone(), first, step: 4, state: first as u64 };
+            let mut client_pages =
+                ClientPages { pages: pages.clone(), first, step: 4, state: first as u64 };
             for _ in 0..200 {
                 let page = client_pages.draw() as usize;
-                assert!(owner[page].is_none_or(|owner| owner == first), "page {page} of two clients");
+                assert!(
+                    owner[page].is_none_or(|owner| owner == first),
+                    "page {page} of two clients"
+                );
                 owner[page] = Some(first);
             }
         }

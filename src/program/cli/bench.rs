@@ -3,11 +3,13 @@
 //! ```text
 //! prefill (every page written once) ─> warm ─> measure ─> close, open, verify every page ─> print ─> remove what was made
 //! ```
-//! 1. It works on a volume of its own, `corepage-bench`, and removes it, after an error or a signal too; without `--dir` in a
-//!    store of its own, which it removes. Only where pages hold what they must not does all of it stay, for a look.
+//! 1. It works on a volume of its own, `corepage-bench`, and removes it, after an error or a signal
+//!    too; without `--dir` in a store of its own, which it removes. Only where pages hold what they
+//!    must not does all of it stay, for a look.
 //! 2. Standard output holds results only; progress goes to stderr, and only to a terminal.
-//! 3. A result that could not be verified is no result: exit code 1. One that was is printed, whatever happens afterwards:
-//!    where the volume could not be removed that is a warning, and the exit code stays 0.
+//! 3. A result that could not be verified is no result: exit code 1. One that was is printed,
+//!    whatever happens afterwards: where the volume could not be removed that is a warning, and the
+//!    exit code stays 0.
 //! 4. SIGINT and SIGTERM end it cleanly; a second one at once.
 
 // How far it is goes by the clock.
@@ -56,8 +58,8 @@ enum From {
 pub struct Arguments {
     /// What to do
     workload: Workload,
-    /// Directory of a store to use, made if it does not exist [default: a temporary one here]. Its volumes are left alone;
-    /// its files keep the size that the benchmark's own volume needed
+    /// Directory of a store to use, made if it does not exist [default: a temporary one here]. Its
+    /// volumes are left alone; its files keep the size that the benchmark's own volume needed
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
     /// Size of the volume that is worked on
@@ -66,8 +68,8 @@ pub struct Arguments {
     /// Memory of the store: with less than the size, reads come from the device
     #[arg(long, value_name = "SIZE", value_parser = memory::parse_of_store, default_value = "64M")]
     memory: u64,
-    /// Of the data space, how much is to be live before it grows: what overwriting costs depends on it most. The output says how much
-    /// is live
+    /// Of the data space, how much is to be live before it grows: what overwriting costs depends on
+    /// it most. The output says how much is live
     #[arg(long, value_name = "PERCENT", default_value_t = Options::default().fill_percent,
         value_parser = clap::value_parser!(u32).range(30..=85))]
     fill_percent: u32,
@@ -110,14 +112,16 @@ impl Arguments {
         let needed = (self.depth() as u64 + u64::from(self.clients)) * 4096;
         if self.size < needed {
             return Err(Failure::usage(format_args!(
-                "--size: {} are too little for a depth of {}, each operation under way needs a page of its own: {} ({needed}) \
-                 are the least",
+                "--size: {} are too little for a depth of {}, each operation under way needs a \
+                 page of its own: {} ({needed}) are the least",
                 size::show(self.size),
                 self.depth(),
                 size::show(needed)
             )));
         }
-        memory::check_of_store(self.memory, &AvailableMemory::look())?.into_iter().for_each(output::warn);
+        memory::check_of_store(self.memory, &AvailableMemory::look())?
+            .into_iter()
+            .for_each(output::warn);
         Ok(())
     }
 
@@ -152,17 +156,23 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     if arguments.dir.is_none() {
         let made = tempfile::Builder::new().prefix("corepage-bench-").tempdir_in(".");
         let made = made.map_err(|error| {
-            Failure::new(format_args!("no directory for the store can be made here ({error}): name one with --dir"))
+            Failure::new(format_args!(
+                "no directory for the store can be made here ({error}): name one with --dir"
+            ))
         })?;
         dir = made.path().to_path_buf();
         own = Some(made);
     }
     let machine = Machine::look(&dir);
-    let options =
-        Options { memory_bytes: arguments.memory, fill_percent: arguments.fill_percent, ..Options::default() };
+    let options = Options {
+        memory_bytes: arguments.memory,
+        fill_percent: arguments.fill_percent,
+        ..Options::default()
+    };
     let again = interrupt.clone();
     let open = Box::new(move |dir: &Path, options| again.open(dir, options, false));
-    let made = BenchVolume::make(&dir, options, arguments.size, open).map_err(|error| interrupt.explains(error))?;
+    let made = BenchVolume::make(&dir, options, arguments.size, open)
+        .map_err(|error| interrupt.explains(error))?;
     let mut bench = Arc::new(made);
     let store = bench.store.report().to_string();
     let outcome = prefill_and_measure(arguments, &mut bench, &stop);
@@ -171,16 +181,21 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     {
         let dir = own.map_or(dir, tempfile::TempDir::keep);
         let dir = dir.display();
-        let text = format_args!("{error}; all of it is left in {dir} for a look: `corepage verify --dir {dir}`");
+        let text = format_args!(
+            "{error}; all of it is left in {dir} for a look: `corepage verify --dir {dir}`"
+        );
         return Err(Failure::new(text));
     }
-    let bench = Arc::into_inner(bench).ok_or_else(|| Failure::new("a task of the benchmark has not ended"))?;
+    let bench = Arc::into_inner(bench)
+        .ok_or_else(|| Failure::new("a task of the benchmark has not ended"))?;
     let printed = outcome
         .map_err(|error| interrupt.explains(error))
         .and_then(|points| print(arguments, &points, &machine, &store));
     if own.is_some() {
         // All of it goes with its directory.
-        bench.close().unwrap_or_else(|error| output::warn(format_args!("the store was not closed cleanly: {error}")));
+        bench.close().unwrap_or_else(|error| {
+            output::warn(format_args!("the store was not closed cleanly: {error}"))
+        });
     } else if let Err(error) = bench.clear(&stop) {
         output::warn(format_args!(
             "the volume {NAME} may be left in {}, the next benchmark removes it: {error}",
@@ -191,17 +206,25 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn print(arguments: &Arguments, points: &[Point], machine: &Machine, store: &str) -> Result<(), Failure> {
+fn print(
+    arguments: &Arguments,
+    points: &[Point],
+    machine: &Machine,
+    store: &str,
+) -> Result<(), Failure> {
     let text = match arguments.format {
         Format::Json => {
-            serde_json::to_string_pretty(&in_json(arguments, points, machine, store)).map_err(Failure::new)? + "\n"
+            serde_json::to_string_pretty(&in_json(arguments, points, machine, store))
+                .map_err(Failure::new)?
+                + "\n"
         }
         Format::Human => for_people(arguments, points, store),
     };
     output::print(&text)
 }
 
-/// From the first page written to the last one verified. `Corrupt`: some page holds what it must not.
+/// From the first page written to the last one verified. `Corrupt`: some page holds what it must
+/// not.
 fn prefill_and_measure(
     arguments: &Arguments,
     bench: &mut Arc<BenchVolume>,
@@ -219,7 +242,8 @@ fn prefill_and_measure(
     let bench = Arc::get_mut(bench).expect("all that was measured has ended");
     let mut opened = false;
     bench.verify(|done| {
-        // Closing and opening the store took its time, and says nothing about how fast pages are read.
+        // Closing and opening the store took its time, and says nothing about how fast pages are
+        // read.
         if !std::mem::replace(&mut opened, true) {
             bar.reset_eta();
         }
@@ -233,7 +257,8 @@ fn interrupted() -> Error {
     Error::new(ErrorKind::Closed, "interrupted; there is no result")
 }
 
-/// A bar that goes by the clock: what is measured takes the time that it was given. It goes when this goes.
+/// A bar that goes by the clock: what is measured takes the time that it was given. It goes when
+/// this goes.
 struct Timed {
     bar: ProgressBar,
     /// Without it the thread ends.
@@ -253,7 +278,9 @@ impl Timed {
         };
         // Only a terminal gets to see it: elsewhere, or without a thread, it stands still.
         let shown = !bar.is_hidden();
-        let thread = shown.then(|| std::thread::Builder::new().name("progress".into()).spawn(tick).ok()).flatten();
+        let thread = shown
+            .then(|| std::thread::Builder::new().name("progress".into()).spawn(tick).ok())
+            .flatten();
         Timed { bar, ends: Some(ends), thread }
     }
 }
@@ -266,7 +293,11 @@ impl Drop for Timed {
     }
 }
 
-fn measure(arguments: &Arguments, bench: &Arc<BenchVolume>, stop: &Arc<AtomicBool>) -> corepage::Result<Vec<Point>> {
+fn measure(
+    arguments: &Arguments,
+    bench: &Arc<BenchVolume>,
+    stop: &Arc<AtomicBool>,
+) -> corepage::Result<Vec<Point>> {
     let steps = arguments.steps();
     let time = Duration::from_secs(arguments.seconds);
     let warming = WARM_MAX.min(time / WARM_PART);
@@ -371,25 +402,34 @@ fn for_people(arguments: &Arguments, points: &[Point], store: &str) -> String {
     table.column_iter_mut().for_each(|column| {
         column.set_padding((0, 2));
     });
-    table.column_iter_mut().skip(1).for_each(|column| column.set_cell_alignment(CellAlignment::Right));
+    table
+        .column_iter_mut()
+        .skip(1)
+        .for_each(|column| column.set_cell_alignment(CellAlignment::Right));
     let from = match arguments.from {
         From::Shard => "tasks on the shards".to_owned(),
         From::Thread => format!("{} thread(s)", arguments.clients),
     };
     let place = match &arguments.dir {
-        Some(dir) => format!("in {} on a volume of its own, {NAME}, which is deleted again; ", dir.display()),
+        Some(dir) => {
+            format!("in {} on a volume of its own, {NAME}, which is deleted again; ", dir.display())
+        }
         None => String::new(),
     };
     // Of the last point: a sweep ends with writes.
     let written = points.last().filter(|point| point.operation != Operation::Read).map_or(
         String::new(),
         |Point { counted, .. }| {
-            let (amplification, live) = (counted.write_amplification(), 100.0 * counted.live_share());
-            format!("; {amplification:.2} bytes written a byte with {live:.0} % of the data space live")
+            let (amplification, live) =
+                (counted.write_amplification(), 100.0 * counted.live_share());
+            format!(
+                "; {amplification:.2} bytes written a byte with {live:.0} % of the data space live"
+            )
         },
     );
     format!(
-        "{}\n\n{place}from {from}; {} of pages, {} of memory{written}; all {} pages verified after a close and a new start\n{store}\n",
+        "{}\n\n{place}from {from}; {} of pages, {} of memory{written}; all {} pages verified \
+         after a close and a new start\n{store}\n",
         table.trim_fmt(),
         size::show(arguments.size),
         size::show(arguments.memory),

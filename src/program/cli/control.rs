@@ -1,7 +1,8 @@
 //! The other end of a server's control socket.
 //!
-//! 1. Nothing is waited for without a word: a server that is still opening its store, or that takes its time, is said to be so
-//!    on stderr; one that is stopped, or takes no connections, is an error that names its process.
+//! 1. Nothing is waited for without a word: a server that is still opening its store, or that takes
+//!    its time, is said to be so on stderr; one that is stopped, or takes no connections, is an
+//!    error that names its process.
 //! 2. That no server is there is told apart from all that can keep a command from reaching one.
 //!
 //! Does not know what is asked.
@@ -20,7 +21,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// How long a server may take to have room for one more connection: longer than a busy one ever takes.
+/// How long a server may take to have room for one more connection: longer than a busy one ever
+/// takes.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// How long an answer may take: longer than a server itself asks a busy store again.
 const ANSWER_LIMIT: Duration = Duration::from_secs(75);
@@ -48,25 +50,32 @@ impl Connection {
     /// # Errors
     /// A server may be there, and can't be reached.
     pub fn open(socket: &Path) -> Result<Option<Connection>, Failure> {
-        let refused = |error: io::Error| Failure::new(format_args!("the control socket {}: {error}", socket.display()));
+        let refused = |error: io::Error| {
+            Failure::new(format_args!("the control socket {}: {error}", socket.display()))
+        };
         let connected = match Reachable::new(socket) {
             Ok(reachable) => connect(reachable.path()),
             Err(error) => Err(error),
         };
         let stream = match connected {
             Ok(stream) => stream,
-            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+            Err(error)
+                if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) =>
+            {
                 return Ok(None);
             }
             // The directory is none: whoever opens the store there says that better.
             Err(error) if error.kind() == ErrorKind::NotADirectory => return Ok(None),
             Err(error) if error.kind() == ErrorKind::PermissionDenied => {
-                let text =
-                    format!("{error}; only the user that runs the server may ask it: use sudo -u USER, or be root");
+                let text = format!(
+                    "{error}; only the user that runs the server may ask it: use sudo -u USER, or \
+                     be root"
+                );
                 return Err(refused(io::Error::new(error.kind(), text)));
             }
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                let text = "the server takes no connections: it is stopped, or too many commands wait for it already";
+                let text = "the server takes no connections: it is stopped, or too many commands \
+                            wait for it already";
                 return Err(refused(io::Error::new(error.kind(), text)));
             }
             Err(error) => return Err(refused(error)),
@@ -117,8 +126,9 @@ impl Connection {
             written => written.map_err(gone)?,
         }
         let answer = self.line()?;
-        serde_json::from_slice(&answer)
-            .map_err(|_| Failure::new(format_args!("{} closed the connection: it has ended", self.server())))
+        serde_json::from_slice(&answer).map_err(|_| {
+            Failure::new(format_args!("{} closed the connection: it has ended", self.server()))
+        })
     }
 
     /// The next line from the server; shorter, if it has closed the connection.
@@ -134,11 +144,15 @@ impl Connection {
             match self.stream.read(&mut buffer) {
                 Ok(0) => return Ok(std::mem::take(&mut self.rest)),
                 Ok(count) => self.rest.extend_from_slice(&buffer[..count]),
-                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) =>
+                {
                     self.still_waiting(begun.elapsed(), &mut has_spoken)?;
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(Failure::new(format_args!("the server is gone: {error}"))),
+                Err(error) => {
+                    return Err(Failure::new(format_args!("the server is gone: {error}")));
+                }
             }
         }
     }
@@ -147,12 +161,16 @@ impl Connection {
     fn still_waiting(&self, waited: Duration, has_spoken: &mut bool) -> Result<(), Failure> {
         let unknown = "whether it was done is not known: see `corepage volume list`";
         if self.process.is_some_and(is_stopped) {
-            let text = format_args!("{} is stopped; `kill -CONT` lets it go on, {unknown}", self.server());
+            let text =
+                format_args!("{} is stopped; `kill -CONT` lets it go on, {unknown}", self.server());
             return Err(Failure::new(text));
         }
         if waited >= ANSWER_LIMIT {
             let seconds = waited.as_secs();
-            return Err(Failure::new(format_args!("{} has not answered for {seconds} s; {unknown}", self.server())));
+            return Err(Failure::new(format_args!(
+                "{} has not answered for {seconds} s; {unknown}",
+                self.server()
+            )));
         }
         if waited >= SILENCE && !std::mem::replace(has_spoken, true) {
             output::STDERR.say(&format!("waiting for {}\n", self.server()));
@@ -163,7 +181,12 @@ impl Connection {
 
 /// Connects to a socket, and waits for no longer than [`CONNECT_LIMIT`] for room in its queue.
 fn connect(path: &Path) -> io::Result<UnixStream> {
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
     sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(CONNECT_LIMIT))?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(socket.into())
@@ -192,7 +215,8 @@ mod tests {
     use super::*;
     use std::os::unix::net::UnixListener;
 
-    /// A server that has too many clients says so and closes, also before it was asked: "broken pipe" would help nobody.
+    /// A server that has too many clients says so and closes, also before it was asked: "broken
+    /// pipe" would help nobody.
     #[test]
     fn why_a_server_has_closed_the_connection_is_told() {
         let dir = tempfile::tempdir().unwrap();

@@ -1,10 +1,13 @@
-//! `corepage doctor`: what this machine gives, what is made of it, and which commands would make it better.
+//! `corepage doctor`: what this machine gives, what is made of it, and which commands would make it
+//! better.
 //!
-//! 1. Exit code 0: a store can run here, maybe slower than it could; 1: it can't, and the table says why.
+//! 1. Exit code 0: a store can run here, maybe slower than it could; 1: it can't, and the table
+//!    says why.
 //! 2. Changes nothing and leaves nothing behind; a store in the directory may be in use meanwhile.
 //! 3. The JSON's keys stay; new ones may come.
 //!
-//! Commands stand under the table, each on a line of its own however narrow the terminal is, so that they can be copied.
+//! Commands stand under the table, each on a line of its own however narrow the terminal is, so
+//! that they can be copied.
 
 use super::{Failure, Format, memory, output, size};
 use comfy_table::{ContentArrangement, LineStyle, Table, TableStyle};
@@ -32,7 +35,8 @@ pub struct Arguments {
     /// Directory of the store, or where it is to be; need not exist
     #[arg(long, value_name = "DIR", default_value = "./corepage-data")]
     dir: PathBuf,
-    /// Memory that a server is to take, for example 4G: whether it can be had [default: as of `serve`]
+    /// Memory that a server is to take, for example 4G: whether it can be had [default: as of
+    /// `serve`]
     #[arg(long, value_name = "SIZE", value_parser = memory::parse)]
     memory: Option<u64>,
     /// How to print it
@@ -60,7 +64,13 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         Format::Human => human(&machine, &driver, &findings, width()),
         Format::Json => {
             let corepage = env!("CARGO_PKG_VERSION");
-            let report = Report { corepage, can_run, driver: &driver, machine: &machine, findings: &findings };
+            let report = Report {
+                corepage,
+                can_run,
+                driver: &driver,
+                machine: &machine,
+                findings: &findings,
+            };
             serde_json::to_string_pretty(&report).map_err(Failure::new)? + "\n"
         }
     };
@@ -70,7 +80,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
 
 /// Whether a server gets its memory: what `serve` does with the same argument.
 fn memory(asked: Option<u64>, room: &AvailableMemory) -> Finding {
-    let known = |bytes: Option<u64>, what: &str| bytes.map(|bytes| format!("{}{what}", size::show(bytes)));
+    let known =
+        |bytes: Option<u64>, what: &str| bytes.map(|bytes| format!("{}{what}", size::show(bytes)));
     let here = [
         known(room.total_bytes, ""),
         known(room.available_bytes, " available"),
@@ -81,7 +92,9 @@ fn memory(asked: Option<u64>, room: &AvailableMemory) -> Finding {
     let here = if here.is_empty() { "unknown".to_owned() } else { here };
     let suggest = |what: &str| vec![Suggestion { what: what.to_owned(), command: None }];
     let (level, used, suggestions) = match memory::choose(asked, None, room) {
-        Ok((bytes, None)) => (Level::Good, format!("{} for a server", size::show(bytes)), Vec::new()),
+        Ok((bytes, None)) => {
+            (Level::Good, format!("{} for a server", size::show(bytes)), Vec::new())
+        }
         Ok((bytes, Some(warning))) => {
             let what = format!("less, or a machine with more: {warning}");
             (Level::Improvable, format!("{} for a server", size::show(bytes)), suggest(&what))
@@ -111,7 +124,11 @@ fn human(machine: &Machine, driver: &AutoDriver, findings: &[Finding], width: u1
         let _ = write!(out, " (not there yet; looked at {})", directory.looked_at.display());
     }
     out.push_str("\n\n");
-    out.push_str(&if width < WIDTH_TABLE_MIN { stacked(findings, width) } else { table(findings, width) });
+    out.push_str(&if width < WIDTH_TABLE_MIN {
+        stacked(findings, width)
+    } else {
+        table(findings, width)
+    });
     out.push_str(&commands(findings, width));
     let verdict = match findings.iter().map(|finding| finding.level).max() {
         Some(Level::Fatal) => "A store can't run here: see the lines marked ✗.".to_owned(),

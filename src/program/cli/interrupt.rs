@@ -1,12 +1,14 @@
-//! SIGTERM, SIGINT and SIGHUP, for commands that have something to end first; SIGXFSZ, which ends nothing.
+//! SIGTERM, SIGINT and SIGHUP, for commands that have something to end first; SIGXFSZ, which ends
+//! nothing.
 //!
 //! 1. The first is told to whoever waits, at any time since [`Interrupt::watch`]; none is lost.
-//! 2. SIGTERM and SIGHUP that come again change nothing: supervisors repeat them, and the end that is under way is the
-//!    cleanest there is. A second SIGINT, which a person sends, ends the process at once: crash safety is for that. What comes
-//!    within [`SAME_PRESS`] of the first is the same key press, sent on by a shell or a script in between.
+//! 2. SIGTERM and SIGHUP that come again change nothing: supervisors repeat them, and the end that
+//!    is under way is the cleanest there is. A second SIGINT, which a person sends, ends the
+//!    process at once: crash safety is for that. What comes within [`SAME_PRESS`] of the first is
+//!    the same key press, sent on by a shell or a script in between.
 //! 3. A SIGHUP that was ignored when the process started (`nohup`) stays ignored.
-//! 4. While a store is being opened, the first ends that: no sooner than the device has answered what it was asked, and no
-//!    later.
+//! 4. While a store is being opened, the first ends that: no sooner than the device has answered
+//!    what it was asked, and no later.
 //!
 //! Not here: what is to be done then.
 // When a signal came, as a person sends them, is real time.
@@ -58,10 +60,16 @@ impl Interrupt {
         let watch = move || {
             let mut pressed: Option<Instant> = None;
             for signal in signals.forever() {
-                if state.signal.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+                if state
+                    .signal
+                    .compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst)
+                    .is_ok()
+                {
                     state.came.notify(usize::MAX);
                 }
-                if signal == SIGINT && pressed.get_or_insert_with(Instant::now).elapsed() >= SAME_PRESS {
+                if signal == SIGINT
+                    && pressed.get_or_insert_with(Instant::now).elapsed() >= SAME_PRESS
+                {
                     end_now(SIGINT);
                 }
             }
@@ -100,7 +108,8 @@ impl Interrupt {
         let interrupted = async {
             let signal = self.wait().await;
             let context = format_args!(
-                "signal {signal} came while the store in {} was being opened; it is as after a crash: open it again",
+                "signal {signal} came while the store in {} was being opened; it is as after a \
+                 crash: open it again",
                 dir.display()
             );
             Err(Error::new(ErrorKind::Closed, context))
@@ -123,11 +132,11 @@ impl Interrupt {
     }
 }
 
-/// A write beyond the limit of file sizes (`ulimit -f`) fails with EFBIG, and is handled like any other failed write,
-/// instead of killing the process. For all commands, before a store is opened.
+/// A write beyond the limit of file sizes (`ulimit -f`) fails with EFBIG, and is handled like any
+/// other failed write, instead of killing the process. For all commands, before a store is opened.
 pub(super) fn survive_file_size_limit() {
-    // A handler instead of "ignored", which programs that are started from here would inherit. Where it can't be set,
-    // things are as they were.
+    // A handler instead of "ignored", which programs that are started from here would inherit.
+    // Where it can't be set, things are as they were.
     let _ = signal_hook::flag::register(SIGXFSZ, Arc::default());
 }
 
@@ -149,7 +158,8 @@ fn end_now(signal: i32) {
     signal_hook::low_level::exit(code_of(signal));
 }
 
-/// Ends the process by `signal`, once all that has a destructor is gone; the exit code for where it can't.
+/// Ends the process by `signal`, once all that has a destructor is gone; the exit code for where it
+/// can't.
 pub(super) fn die_of(signal: i32) -> ExitCode {
     if !is_first_process() {
         let _ = signal_hook::low_level::emulate_default_handler(signal);

@@ -1,11 +1,13 @@
 //! The log on stderr: which lines, how many of a kind, and what a panic leaves there.
 //!
-//! 1. `RUST_LOG` says which lines; a value that can't be meant is refused, not taken for the default: whoever set it would
-//!    look for lines that never come.
-//! 2. Lines of one kind (from one place in the code) are bounded: [`BURST`] at once, then one in [`PERIOD`], with the number
-//!    left out in front of the next one. What is asked for with `debug` and `trace` is not bounded.
+//! 1. `RUST_LOG` says which lines; a value that can't be meant is refused, not taken for the
+//!    default: whoever set it would look for lines that never come.
+//! 2. Lines of one kind (from one place in the code) are bounded: [`BURST`] at once, then one in
+//!    [`PERIOD`], with the number left out in front of the next one. What is asked for with `debug`
+//!    and `trace` is not bounded.
 //! 3. Nothing that happens to stderr ends or holds up a thread (see `output`).
-//! 4. A panic is one line that says which thread it was and where: it is a bug of the program, and a report needs that.
+//! 4. A panic is one line that says which thread it was and where: it is a bug of the program, and
+//!    a report needs that.
 //!
 //! It does not know what is logged.
 
@@ -40,7 +42,10 @@ const TARGETS: [&str; 2] = ["corepage", "glommio"];
 /// # Errors
 /// `RUST_LOG` is not a filter.
 pub fn start(level: &str) -> Result<(), Failure> {
-    let filter = filter(std::env::var_os("RUST_LOG").as_deref().map(|text| text.to_string_lossy()).as_deref(), level)?;
+    let filter = filter(
+        std::env::var_os("RUST_LOG").as_deref().map(|text| text.to_string_lossy()).as_deref(),
+        level,
+    )?;
     let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
     let ansi = std::io::stderr().is_terminal() && !set("NO_COLOR") && !dumb;
@@ -65,22 +70,31 @@ pub fn start(level: &str) -> Result<(), Failure> {
             _ => String::new(),
         };
         let name = thread.name().unwrap_or("without a name");
-        STDERR.say(&format!("error: a bug in corepage, please report it: thread {name}: {panic}{trace}\n"));
+        STDERR.say(&format!(
+            "error: a bug in corepage, please report it: thread {name}: {panic}{trace}\n"
+        ));
     }));
     Ok(())
 }
 
 /// The filter that `RUST_LOG` asks for.
 fn filter(text: Option<&str>, level: &str) -> Result<EnvFilter, Failure> {
-    let Some(text) = text.filter(|text| !text.trim().is_empty()) else { return Ok(EnvFilter::new(level)) };
+    let Some(text) = text.filter(|text| !text.trim().is_empty()) else {
+        return Ok(EnvFilter::new(level));
+    };
     let refused = |why: &dyn fmt::Display| {
         Failure::usage(format_args!(
             "RUST_LOG={text}: {why}; use error, warn, info, debug, trace or off, or corepage=debug"
         ))
     };
-    for word in text.split(',').map(str::trim).filter(|word| !word.contains(['=', '[']) && !word.is_empty()) {
-        // A word that is no level would be taken for the name of a part of some program, and nothing of ours be logged.
-        if word.parse::<LevelFilter>().is_err() && !TARGETS.iter().any(|target| word.starts_with(target)) {
+    for word in
+        text.split(',').map(str::trim).filter(|word| !word.contains(['=', '[']) && !word.is_empty())
+    {
+        // A word that is no level would be taken for the name of a part of some program, and
+        // nothing of ours be logged.
+        if word.parse::<LevelFilter>().is_err()
+            && !TARGETS.iter().any(|target| word.starts_with(target))
+        {
             return Err(refused(&format_args!("{word} is not a level")));
         }
     }
@@ -131,7 +145,10 @@ impl<F> Bounded<F> {
             return Some(0);
         }
         let mut kinds = self.kinds.lock().unwrap_or_else(PoisonError::into_inner);
-        kinds.entry(number(&event.metadata().callsite())).or_default().one_more(self.begun.elapsed())
+        kinds
+            .entry(number(&event.metadata().callsite()))
+            .or_default()
+            .one_more(self.begun.elapsed())
     }
 }
 
@@ -165,13 +182,15 @@ where
 mod tests {
     use super::*;
 
-    /// A process without descriptors logged ten lines a second until the disk with the log was full, too.
+    /// A process without descriptors logged ten lines a second until the disk with the log was
+    /// full, too.
     #[test]
     fn lines_of_a_kind_are_bounded_and_those_left_out_are_counted() {
         let mut kind = Kind::default();
         let written = |kind: &mut Kind, from: u64, seconds: u64| {
             // Ten a second.
-            let times = (0..seconds * 10).map(|tenth| Duration::from_millis((from * 1000) + tenth * 100));
+            let times =
+                (0..seconds * 10).map(|tenth| Duration::from_millis((from * 1000) + tenth * 100));
             times.filter_map(|now| kind.one_more(now)).collect::<Vec<_>>()
         };
         assert_eq!(written(&mut kind, 100, 1), [0; BURST as usize], "the first second: all");
@@ -186,7 +205,17 @@ mod tests {
     /// Whoever sets RUST_LOG to see what is wrong must not be left looking at the default.
     #[test]
     fn a_filter_that_cannot_be_meant_is_refused() {
-        for good in ["", " ", "warn", "INFO", "debug,glommio=off", "corepage::server=trace", "off", "corepage", "2"] {
+        for good in [
+            "",
+            " ",
+            "warn",
+            "INFO",
+            "debug,glommio=off",
+            "corepage::server=trace",
+            "off",
+            "corepage",
+            "2",
+        ] {
             assert!(filter(Some(good), "info").is_ok(), "{good}");
         }
         assert!(filter(None, "info").is_ok());

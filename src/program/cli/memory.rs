@@ -1,7 +1,9 @@
 //! How much memory a server takes: what was asked for, or what suits the machine.
 //!
-//! 1. What can't be had is refused before anything is made: the kernel would kill this process later, or another one.
-//! 2. Nobody has to give `--memory` for a server to start in a small container: the default is less where less can be had.
+//! 1. What can't be had is refused before anything is made: the kernel would kill this process
+//!    later, or another one.
+//! 2. Nobody has to give `--memory` for a server to start in a small container: the default is less
+//!    where less can be had.
 //! 3. Sizes in messages are in the units that people type.
 //!
 //! It does not know what the memory is for, nor how a server divides it.
@@ -17,15 +19,17 @@ pub const MIN: u64 = 16 * MIB;
 /// What a process takes besides: its code, threads and rings; as `serve --help` says.
 const PROCESS_BYTES: u64 = 16 * MIB;
 const SHARD_BYTES: u64 = 4 * MIB;
-/// The engine's least for each shard (`Options::memory_bytes`), of which a server gives it seven eighths of what it has, and
-/// all but 4 MiB of that if it has little.
+/// The engine's least for each shard (`Options::memory_bytes`), of which a server gives it seven
+/// eighths of what it has, and all but 4 MiB of that if it has little.
 const SHARD_MEMORY_MIN: u64 = 2 * MIB;
 const CONNECTIONS_BYTES_MIN: u64 = 4 * MIB;
 
 /// Bytes of an argument `--memory`.
 pub fn parse(text: &str) -> Result<u64, String> {
     match size::parse(text)? {
-        bytes if bytes < MIN => Err(format!("too little for a server: {} is the least", size::show(MIN))),
+        bytes if bytes < MIN => {
+            Err(format!("too little for a server: {} is the least", size::show(MIN)))
+        }
         bytes => Ok(bytes),
     }
 }
@@ -45,8 +49,13 @@ pub fn parse_of_store(text: &str) -> Result<u64, String> {
 /// # Errors
 /// It can't.
 pub fn check_of_store(bytes: u64, room: &AvailableMemory) -> Result<Option<String>, Failure> {
-    let said =
-        |text| format!("--memory: {}, and {} for the process: {text}", size::show(bytes), size::show(PROCESS_BYTES));
+    let said = |text| {
+        format!(
+            "--memory: {}, and {} for the process: {text}",
+            size::show(bytes),
+            size::show(PROCESS_BYTES)
+        )
+    };
     match room.judge(bytes.saturating_add(PROCESS_BYTES)) {
         Room::Enough => Ok(None),
         Room::Tight(text) => Ok(Some(said(text))),
@@ -103,35 +112,54 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     fn machine(available: u64, group: Option<u64>) -> AvailableMemory {
-        AvailableMemory { available_bytes: Some(available), group_limit_bytes: group, ..Default::default() }
+        AvailableMemory {
+            available_bytes: Some(available),
+            group_limit_bytes: group,
+            ..Default::default()
+        }
     }
 
-    /// More than there is ran until the kernel killed whatever it liked, or left a store of 390 MB behind.
+    /// More than there is ran until the kernel killed whatever it liked, or left a store of 390 MB
+    /// behind.
     #[test]
     fn what_cannot_be_had_is_refused_and_most_of_it_warned_of() {
         let chosen = |asked, room: &AvailableMemory| choose(Some(asked), Some(2), room);
         let room = machine(20 * GIB, None);
         assert_eq!(chosen(4 * GIB, &room).unwrap(), (4 * GIB, None));
         let (bytes, warning) = chosen(17 * GIB, &room).unwrap();
-        assert!(bytes == 17 * GIB && warning.is_some_and(|text| text.contains("80 %") && text.contains("20.0 GiB")));
-        for (asked, room) in
-            [(30 * GIB, room), (GIB, machine(20 * GIB, Some(512 * MIB))), (u64::MAX, machine(GIB, None))]
-        {
+        assert!(
+            bytes == 17 * GIB
+                && warning.is_some_and(|text| text.contains("80 %") && text.contains("20.0 GiB"))
+        );
+        for (asked, room) in [
+            (30 * GIB, room),
+            (GIB, machine(20 * GIB, Some(512 * MIB))),
+            (u64::MAX, machine(GIB, None)),
+        ] {
             let failure = chosen(asked, &room).expect_err("it can't be had");
             assert!(
-                failure.text.contains("--memory") && failure.text.contains("16.0 MiB are the least"),
+                failure.text.contains("--memory")
+                    && failure.text.contains("16.0 MiB are the least"),
                 "{}",
                 failure.text
             );
         }
-        assert_eq!(chosen(GIB, &AvailableMemory::default()).unwrap(), (GIB, None), "what is not known is no limit");
+        assert_eq!(
+            chosen(GIB, &AvailableMemory::default()).unwrap(),
+            (GIB, None),
+            "what is not known is no limit"
+        );
     }
 
-    /// A server that was given no memory was killed in a container of 256 MiB, as soon as it was used.
+    /// A server that was given no memory was killed in a container of 256 MiB, as soon as it was
+    /// used.
     #[test]
     fn the_default_suits_a_small_container() {
         assert_eq!(choose(None, Some(2), &machine(20 * GIB, None)).unwrap(), (DEFAULT, None));
-        assert_eq!(choose(None, Some(2), &machine(20 * GIB, Some(256 * MIB))).unwrap(), (128 * MIB, None));
+        assert_eq!(
+            choose(None, Some(2), &machine(20 * GIB, Some(256 * MIB))).unwrap(),
+            (128 * MIB, None)
+        );
         assert_eq!(choose(None, Some(1), &machine(20 * GIB, Some(64 * MIB))).unwrap().0, 32 * MIB);
         assert!(choose(None, Some(1), &machine(20 * GIB, Some(30 * MIB))).is_err());
     }
@@ -141,7 +169,12 @@ mod tests {
     fn the_least_is_said_in_the_unit_typed() {
         assert!(parse("8M").unwrap_err().contains("16.0 MiB"));
         assert_eq!(parse("16M"), Ok(16 * MIB));
-        let failure = choose(Some(16 * MIB), Some(16), &machine(GIB, None)).expect_err("two MiB each");
-        assert!(failure.text.contains("16 shards") && failure.text.contains("37.0 MiB"), "{}", failure.text);
+        let failure =
+            choose(Some(16 * MIB), Some(16), &machine(GIB, None)).expect_err("two MiB each");
+        assert!(
+            failure.text.contains("16 shards") && failure.text.contains("37.0 MiB"),
+            "{}",
+            failure.text
+        );
     }
 }

@@ -1,9 +1,10 @@
 //! The command line: arguments in, an exit code out.
 //!
-//! 1. Exit codes: 0 done, 1 failed, 2 wrong arguments. `verify` says 1 for a damaged store and 2 for one that could not be
-//!    checked, `doctor` 1 for a machine on which none can run. A command that a signal has ended before there was anything to
-//!    end cleanly dies of that signal.
-//! 2. What went wrong goes to stderr as one line `error: …` that says what to do; results go to stdout, logs to stderr.
+//! 1. Exit codes: 0 done, 1 failed, 2 wrong arguments. `verify` says 1 for a damaged store and 2
+//!    for one that could not be checked, `doctor` 1 for a machine on which none can run. A command
+//!    that a signal has ended before there was anything to end cleanly dies of that signal.
+//! 2. What went wrong goes to stderr as one line `error: …` that says what to do; results go to
+//!    stdout, logs to stderr.
 //! 3. Arguments are checked as a whole before anything is touched.
 //!
 //! Not here: what the commands do.
@@ -121,12 +122,15 @@ impl From<std::io::Error> for Failure {
 pub fn main() -> ExitCode {
     allocator::bound();
     interrupt::survive_file_size_limit();
-    match Arguments::try_parse().map_or_else(|said| usage(&said), |arguments| run(&arguments.command)) {
+    match Arguments::try_parse()
+        .map_or_else(|said| usage(&said), |arguments| run(&arguments.command))
+    {
         Ok(code) => code,
         Err(failure) => {
             output::STDERR.say(&format!("error: {}\n", failure.text));
             if let Some(signal) = failure.signal {
-                // All that has a destructor is gone. Whoever has sent it sees that it was this that ended the process.
+                // All that has a destructor is gone. Whoever has sent it sees that it was this that
+                // ended the process.
                 return interrupt::die_of(signal);
             }
             ExitCode::from(failure.code)

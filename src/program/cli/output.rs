@@ -1,9 +1,11 @@
 //! What the program prints: results to stdout, complaints and log lines to stderr.
 //!
-//! 1. A result that can't be written is a failure of the command: `> /dev/full` must not look like success. A reader that
-//!    has gone away (a closed pipe, as of `| head`) is none: it has what it wanted.
-//! 2. Nothing that is written to stderr can fail, panic or hold up its caller for longer than [`PATIENCE`]: a line that
-//!    stderr does not take is dropped and counted, and the next line that gets through says how many were.
+//! 1. A result that can't be written is a failure of the command: `> /dev/full` must not look like
+//!    success. A reader that has gone away (a closed pipe, as of `| head`) is none: it has what it
+//!    wanted.
+//! 2. Nothing that is written to stderr can fail, panic or hold up its caller for longer than
+//!    [`PATIENCE`]: a line that stderr does not take is dropped and counted, and the next line that
+//!    gets through says how many were.
 //!
 //! It does not know what is printed, nor which lines are too many (see `logging`).
 
@@ -14,9 +16,11 @@ use std::io::{self, Write};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-/// How long a line waits for a pipe or a terminal that is full. Once a line was dropped, the following ones don't wait.
+/// How long a line waits for a pipe or a terminal that is full. Once a line was dropped, the
+/// following ones don't wait.
 const PATIENCE: Duration = Duration::from_millis(100);
-/// What a pipe takes without blocking once `poll` says that it takes anything (`PIPE_BUF`, pipe(7)).
+/// What a pipe takes without blocking once `poll` says that it takes anything (`PIPE_BUF`,
+/// pipe(7)).
 const PIECE_BYTES: usize = 4096;
 
 /// The one way to stderr.
@@ -24,7 +28,8 @@ pub static STDERR: Lines = Lines { lost: Mutex::new(0) };
 
 /// Lines on their way to stderr.
 pub struct Lines {
-    /// Lines dropped since the last one that got through. Held while a line is written: no line is cut by another.
+    /// Lines dropped since the last one that got through. Held while a line is written: no line is
+    /// cut by another.
     lost: Mutex<u64>,
 }
 
@@ -39,7 +44,9 @@ impl Lines {
         let mut patience = PATIENCE;
         if *lost > 0 {
             patience = Duration::ZERO;
-            let note = format!("({lost} lines before this one were lost: nothing could be written to stderr)\n");
+            let note = format!(
+                "({lost} lines before this one were lost: nothing could be written to stderr)\n"
+            );
             if write_whole(&to, note.as_bytes(), patience) {
                 *lost = 0;
             }
@@ -106,7 +113,9 @@ pub fn written(result: io::Result<()>) -> Result<bool, Failure> {
     match result {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
-        Err(error) => Err(Failure::new(format_args!("the output could not be written to stdout: {error}"))),
+        Err(error) => {
+            Err(Failure::new(format_args!("the output could not be written to stdout: {error}")))
+        }
     }
 }
 
@@ -121,8 +130,8 @@ mod tests {
         Lines { lost: Mutex::new(0) }
     }
 
-    /// A server whose log reader stalls would stall with it, in whichever thread has something to say; and who reads the
-    /// log later must see that something is missing.
+    /// A server whose log reader stalls would stall with it, in whichever thread has something to
+    /// say; and who reads the log later must see that something is missing.
     #[test]
     fn a_full_pipe_drops_lines_and_the_next_one_says_how_many() {
         let (mut reader, writer) = io::pipe().unwrap();
@@ -142,11 +151,15 @@ mod tests {
         reader.read_to_string(&mut rest).unwrap();
         assert_eq!(
             rest,
-            format!("({lost} lines before this one were lost: nothing could be written to stderr)\nhere\n")
+            format!(
+                "({lost} lines before this one were lost: nothing could be written to \
+                 stderr)\nhere\n"
+            )
         );
     }
 
-    /// A log line is no reason to end a server (it was: the log library panics when stderr is gone).
+    /// A log line is no reason to end a server (it was: the log library panics when stderr is
+    /// gone).
     #[test]
     fn a_line_that_nobody_takes_is_dropped() {
         let (reader, writer) = io::pipe().unwrap();

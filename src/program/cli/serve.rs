@@ -4,12 +4,16 @@
 //! check arguments ─> plan listeners ─> control socket ─> open store ─> make volumes ─> bind ─> serve ─ signal, failure ─> stop ─> close
 //! ```
 //!
-//! 1. Up to the opened store a refused start leaves nothing behind; from there on the store is closed cleanly on every way out.
-//! 2. The line `listening on …` is printed, and the supervisor told, when clients can connect, and not before.
-//! 3. A signal while the store is being opened ends that as soon as the device has answered; the process dies of it.
-//! 4. SIGTERM, SIGINT and SIGHUP end it cleanly; which of them ends it at once when it comes again, `interrupt` says.
-//! 5. A store that takes no writes any more is no reason to stay: its supervisor starts the server again, and opening the store
-//!    again is what helps. Exit code 1, unless `--on-failure stay`.
+//! 1. Up to the opened store a refused start leaves nothing behind; from there on the store is
+//!    closed cleanly on every way out.
+//! 2. The line `listening on …` is printed, and the supervisor told, when clients can connect, and
+//!    not before.
+//! 3. A signal while the store is being opened ends that as soon as the device has answered; the
+//!    process dies of it.
+//! 4. SIGTERM, SIGINT and SIGHUP end it cleanly; which of them ends it at once when it comes again,
+//!    `interrupt` says.
+//! 5. A store that takes no writes any more is no reason to stay: its supervisor starts the server
+//!    again, and opening the store again is what helps. Exit code 1, unless `--on-failure stay`.
 
 use super::control::Connection;
 use super::interrupt::Interrupt;
@@ -36,7 +40,10 @@ const DEFAULT_VOLUME: (&str, u64) = ("disk", 1 << 30);
 fn driver_names() -> impl TypedValueParser<Value = Driver> {
     let name = |name: &'static str, help: &'static str| PossibleValue::new(name).help(help);
     let names = [
-        name("auto", "io_uring where it can be used, else portable; the report says which, and why"),
+        name(
+            "auto",
+            "io_uring where it can be used, else portable; the report says which, and why",
+        ),
         name("ring", "io_uring, or no start"),
         name("portable", "Plain system calls on threads"),
     ];
@@ -57,17 +64,20 @@ pub struct Arguments {
     /// Directory of the store; made if it does not exist
     #[arg(long, value_name = "DIR", default_value = "./corepage-data")]
     dir: PathBuf,
-    /// Serve only a store that is there, and never make one: for a directory on a disk that may not be mounted
+    /// Serve only a store that is there, and never make one: for a directory on a disk that may not
+    /// be mounted
     #[arg(long)]
     existing: bool,
-    /// Memory of the server, 16M or more, for example 512M or 4GiB: seven eighths for pages, page map and log, the rest for
-    /// what clients send and what is sent to them. The process takes up to 16 MiB more for its code and its threads, 4 MiB for
-    /// each shard, and for each 4 MiB of data 72 bytes in each shard and 72 bytes once. With io_uring the seven eighths are
-    /// taken at the start, else as they are used. More than can be had is refused
-    /// [default: 256M, or half of what the machine or its control group has left, if that is less]
+    /// Memory of the server, 16M or more, for example 512M or 4GiB: seven eighths for pages, page
+    /// map and log, the rest for what clients send and what is sent to them. The process takes up
+    /// to 16 MiB more for its code and its threads, 4 MiB for each shard, and for each 4 MiB of
+    /// data 72 bytes in each shard and 72 bytes once. With io_uring the seven eighths are taken at
+    /// the start, else as they are used. More than can be had is refused [default: 256M, or half of
+    /// what the machine or its control group has left, if that is less]
     #[arg(long, value_name = "SIZE", value_parser = memory::parse)]
     memory: Option<u64>,
-    /// Of the data space, how much is to be live before it grows, 30 to 85: lower takes more disk, and overwriting is faster
+    /// Of the data space, how much is to be live before it grows, 30 to 85: lower takes more disk,
+    /// and overwriting is faster
     #[arg(long, value_name = "PERCENT", default_value_t = Options::default().fill_percent,
         value_parser = clap::value_parser!(u32).range(30..=85))]
     fill_percent: u32,
@@ -77,7 +87,8 @@ pub struct Arguments {
     /// Cores to run on, one shard on each, for example 0,1 [default: all]
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     cores: Option<Vec<usize>>,
-    /// Shards, 1 to 64, if not one on each core; more than cores work, but don't poll. Each needs 2M of memory at least
+    /// Shards, 1 to 64, if not one on each core; more than cores work, but don't poll. Each needs
+    /// 2M of memory at least
     #[arg(long, value_name = "N")]
     shards: Option<u16>,
     /// Keep every core busy polling: the lowest latency, at the price of the cores
@@ -86,19 +97,21 @@ pub struct Arguments {
     /// Where to listen: unix:PATH or tcp:HOST:PORT of this machine (port 0: any); may be repeated
     #[arg(long, value_name = "ADDRESS", default_value = "tcp:127.0.0.1:10809")]
     nbd: Vec<Address>,
-    /// Connections at a time, 1 to 4096, each with two threads, 16 KiB or more of the memory and up to 64 KiB beside it. When all
-    /// are taken an eighth more is kept for other peers (machines; users, on a socket file) than those that took them
-    /// [default: 128; below 64M of memory one for each 512K]
+    /// Connections at a time, 1 to 4096, each with two threads, 16 KiB or more of the memory and up
+    /// to 64 KiB beside it. When all are taken an eighth more is kept for other peers (machines;
+    /// users, on a socket file) than those that took them [default: 128; below 64M of memory one
+    /// for each 512K]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(CONNECTIONS_LIMIT)))]
     connections: Option<u32>,
-    /// Listen on addresses that other machines can reach, too: without password or encryption, for anyone there
+    /// Listen on addresses that other machines can reach, too: without password or encryption, for
+    /// anyone there
     #[arg(long)]
     allow_remote: bool,
     /// A volume to make if it does not exist
     #[arg(long, value_name = "NAME", value_parser = size::parse_name, requires = "size")]
     volume: Option<String>,
-    /// Its size, 4K or more, for example 10G: a multiple of 4 KiB below 8 EiB; K, M, G, T (or KB, KiB ...) are powers of 1024. A
-    /// volume that exists keeps the size it has
+    /// Its size, 4K or more, for example 10G: a multiple of 4 KiB below 8 EiB; K, M, G, T (or KB,
+    /// KiB ...) are powers of 1024. A volume that exists keeps the size it has
     #[arg(long, value_name = "SIZE", value_parser = size::parse_volume, requires = "volume")]
     size: Option<u64>,
     /// What to do when a write or a flush of the log has failed, or a bug has stopped the store
@@ -118,8 +131,9 @@ impl Arguments {
             && !self.allow_remote
         {
             return Err(Failure::usage(format_args!(
-                "--nbd: {host} can be reached from other machines, and NBD here has neither password nor encryption: use \
-                 127.0.0.1 and a tunnel (ssh -L), or insist with --allow-remote"
+                "--nbd: {host} can be reached from other machines, and NBD here has neither \
+                 password nor encryption: use 127.0.0.1 and a tunnel (ssh -L), or insist with \
+                 --allow-remote"
             )));
         }
         let (bytes, warning) = memory::choose(self.memory, self.shards, &AvailableMemory::look())?;
@@ -147,7 +161,8 @@ impl Arguments {
         Division::with_connections(bytes, count).map_err(|needed| {
             let needed = size::show(needed);
             Failure::usage(format_args!(
-                "--connections {count} needs --memory of {needed} at least: they get an eighth of it"
+                "--connections {count} needs --memory of {needed} at least: they get an eighth of \
+                 it"
             ))
         })
     }
@@ -163,12 +178,18 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
             "the store in {dir} is in use: {server} serves it, stop that one first"
         )));
     }
-    let plans = arguments.nbd.iter().map(|a| a.plan(&arguments.dir)).collect::<Result<Vec<_>, _>>()?;
+    let plans =
+        arguments.nbd.iter().map(|a| a.plan(&arguments.dir)).collect::<Result<Vec<_>, _>>()?;
     descriptors::allow(division.connections_max);
-    // Before the store is open, so that no signal can end the process in between without closing it.
+    // Before the store is open, so that no signal can end the process in between without closing
+    // it.
     let interrupt = Interrupt::watch()?;
     supervisor::opening();
-    let made = if arguments.existing { Directories(Vec::new()) } else { Directories::make(&arguments.dir) };
+    let made = if arguments.existing {
+        Directories(Vec::new())
+    } else {
+        Directories::make(&arguments.dir)
+    };
     let control = control(&arguments.dir);
     let store = match interrupt.open(&arguments.dir, options, arguments.existing) {
         Ok(store) => store,
@@ -178,7 +199,9 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
             return Err(interrupt.explains(error));
         }
     };
-    let outcome = serve(arguments, division, plans, &store, control.as_ref(), || wait(arguments, &store, &interrupt));
+    let outcome = serve(arguments, division, plans, &store, control.as_ref(), || {
+        wait(arguments, &store, &interrupt)
+    });
     drop(control);
     let closed = block_on(store.close());
     outcome?;
@@ -189,7 +212,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
 
 /// Waits for a signal, or for the end of the store.
 fn wait(arguments: &Arguments, store: &Store, interrupt: &Interrupt) -> Result<(), Failure> {
-    let failed = block_on(or(async { Err(store.failed().await) }, async { Ok(interrupt.wait().await) }));
+    let failed =
+        block_on(or(async { Err(store.failed().await) }, async { Ok(interrupt.wait().await) }));
     if let Err(error) = failed {
         match arguments.on_failure {
             OnFailure::Exit => return Err(Failure::new(error)),
@@ -216,7 +240,8 @@ fn serve(
     let lines = listening(&listeners, &volumes);
     for host in arguments.remote_hosts() {
         output::warn(format_args!(
-            "anyone who reaches {host} can read, change and erase all volumes: no password, no encryption"
+            "anyone who reaches {host} can read, change and erase all volumes: no password, no \
+             encryption"
         ));
     }
     let memory = Arc::new(Memory::new(division));
@@ -235,8 +260,8 @@ fn serve(
     outcome
 }
 
-/// The control socket, which is there before the store is open: a command that comes meanwhile can be told so. A server
-/// without one serves all the same.
+/// The control socket, which is there before the store is open: a command that comes meanwhile can
+/// be told so. A server without one serves all the same.
 fn control(dir: &Path) -> Option<Control> {
     if !dir.is_dir() {
         // Opening the store says why.
@@ -252,11 +277,14 @@ fn control(dir: &Path) -> Option<Control> {
 struct Directories(Vec<PathBuf>);
 
 impl Directories {
-    /// Makes `dir` and what is missing above it; opening the store makes that durable, and says what is wrong if it can't.
+    /// Makes `dir` and what is missing above it; opening the store makes that durable, and says
+    /// what is wrong if it can't.
     fn make(dir: &Path) -> Directories {
-        let missing = dir.ancestors().take_while(|above| !above.as_os_str().is_empty() && !above.exists());
+        let missing =
+            dir.ancestors().take_while(|above| !above.as_os_str().is_empty() && !above.exists());
         let missing: Vec<PathBuf> = missing.map(Path::to_owned).collect();
-        let made = missing.into_iter().rev().take_while(|missing| std::fs::create_dir(missing).is_ok());
+        let made =
+            missing.into_iter().rev().take_while(|missing| std::fs::create_dir(missing).is_ok());
         Directories(made.collect())
     }
 
@@ -281,11 +309,13 @@ fn volumes(arguments: &Arguments, store: &Store) -> Result<Vec<Volume>, Failure>
             Ok(block_on(store.volumes())?)
         }
         Some(volume) => {
-            // Resized since its unit file was written: no reason to keep the service down, and no order to resize it.
+            // Resized since its unit file was written: no reason to keep the service down, and no
+            // order to resize it.
             if volume.bytes() != bytes {
                 let (has, said) = (size::show(volume.bytes()), size::show(bytes));
                 warn!(
-                    "the volume {name} has {has}, not {said} as --size says; it is left as it is (`corepage volume resize`)"
+                    "the volume {name} has {has}, not {said} as --size says; it is left as it is \
+                     (`corepage volume resize`)"
                 );
             }
             Ok(volumes)
@@ -295,13 +325,21 @@ fn volumes(arguments: &Arguments, store: &Store) -> Result<Vec<Volume>, Failure>
 
 /// One line for each listener.
 fn listening(listeners: &[Listener], volumes: &[Volume]) -> Vec<String> {
-    let names: Vec<_> = volumes.iter().map(|v| format!("{} {}", v.name(), size::show(v.bytes()))).collect();
+    let names: Vec<_> =
+        volumes.iter().map(|v| format!("{} {}", v.name(), size::show(v.bytes()))).collect();
     listeners.iter().map(|l| format!("listening on {l} (volumes: {})", names.join(", "))).collect()
 }
 
-/// Says what was found and where clients can connect. A stdout that takes nothing is no reason to stop serving.
+/// Says what was found and where clients can connect. A stdout that takes nothing is no reason to
+/// stop serving.
 fn report(dir: &Path, store: &Store, lines: &[String]) {
-    let text = format!("store {}: {}; {}\n{}\n", dir.display(), store.report(), store.recovery(), lines.join("\n"));
+    let text = format!(
+        "store {}: {}; {}\n{}\n",
+        dir.display(),
+        store.report(),
+        store.recovery(),
+        lines.join("\n")
+    );
     if let Err(failure) = output::print(&text) {
         warn!("{}; clients can connect all the same", failure.text);
     }

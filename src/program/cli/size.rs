@@ -1,9 +1,10 @@
 //! Sizes and names of volumes as people write them: `64M`, `1GiB`, `4096`.
 //!
-//! 1. K, M, G, T, P and E are powers of 1024, with or without `iB` or `B`: `10G`, `10GB` and `10GiB` are the same, as in the settings of
-//!    PostgreSQL. What is done with a size is therefore told in GiB, or to the byte.
-//! 2. The size of a volume is a multiple of 4,096 bytes below 2^63: clients keep sizes and offsets as signed 64-bit numbers.
-//!    What is refused comes with the next sizes that are right.
+//! 1. K, M, G, T, P and E are powers of 1024, with or without `iB` or `B`: `10G`, `10GB` and
+//!    `10GiB` are the same, as in the settings of PostgreSQL. What is done with a size is therefore
+//!    told in GiB, or to the byte.
+//! 2. The size of a volume is a multiple of 4,096 bytes below 2^63: clients keep sizes and offsets
+//!    as signed 64-bit numbers. What is refused comes with the next sizes that are right.
 //!
 //! Apart from volumes it does not judge whether a size makes sense.
 
@@ -25,7 +26,10 @@ pub fn parse(text: &str) -> Result<u64, String> {
         Err(Error::Empty) => "a size is missing",
         Err(_) => "this is not a size",
     };
-    Err(format!("{what}; write a number with a unit or without, like 64M, 1GiB or 4096 (1K = 1KB = 1KiB = 1024 bytes)"))
+    Err(format!(
+        "{what}; write a number with a unit or without, like 64M, 1GiB or 4096 (1K = 1KB = 1KiB = \
+         1024 bytes)"
+    ))
 }
 
 /// The size of a volume.
@@ -33,7 +37,8 @@ pub fn parse_volume(text: &str) -> Result<u64, String> {
     let bytes = parse(text)?;
     if bytes > VOLUME_BYTES_MAX {
         return Err(format!(
-            "{bytes} bytes are more than the most that clients can use: {VOLUME_BYTES_MAX} bytes (8 EiB - 4 KiB)"
+            "{bytes} bytes are more than the most that clients can use: {VOLUME_BYTES_MAX} bytes \
+             (8 EiB - 4 KiB)"
         ));
     }
     if bytes == 0 {
@@ -55,7 +60,9 @@ pub fn parse_name(text: &str) -> Result<String, String> {
     match text.len() {
         1..=NAME_BYTES_MAX => Ok(text.into()),
         0 => Err(format!("a volume needs a name, of {NAME_BYTES_MAX} bytes at most")),
-        bytes => Err(format!("a name of a volume has {NAME_BYTES_MAX} bytes at most, and this one has {bytes}")),
+        bytes => Err(format!(
+            "a name of a volume has {NAME_BYTES_MAX} bytes at most, and this one has {bytes}"
+        )),
     }
 }
 
@@ -63,7 +70,8 @@ pub fn parse_name(text: &str) -> Result<String, String> {
 mod tests {
     use super::*;
 
-    /// A volume 7 % smaller than the image that is to go in is found out only at the end of the copy.
+    /// A volume 7 % smaller than the image that is to go in is found out only at the end of the
+    /// copy.
     #[test]
     fn a_gigabyte_is_what_other_block_device_tools_call_one() {
         for text in ["1G", "1GiB", "1 GiB", "1g", "1GB", "1024M", "1073741824"] {
@@ -76,10 +84,15 @@ mod tests {
         assert!(parse("99999999999999999999").unwrap_err().contains("16 EiB or more"));
         assert_eq!(show(1 << 30), "1.0 GiB");
         assert_eq!(show(512), "512 bytes");
-        assert_eq!((show(3 << 50), show(VOLUME_BYTES_MAX)), ("3.0 PiB".into(), "8.0 EiB".into()), "not 8388608.0 TiB");
+        assert_eq!(
+            (show(3 << 50), show(VOLUME_BYTES_MAX)),
+            ("3.0 PiB".into(), "8.0 EiB".into()),
+            "not 8388608.0 TiB"
+        );
     }
 
-    /// Clients take a size from 2^63 on for a negative one; and a refusal that does not say what is right is a riddle.
+    /// Clients take a size from 2^63 on for a negative one; and a refusal that does not say what is
+    /// right is a riddle.
     #[test]
     fn sizes_of_volumes_are_refused_with_those_that_are_right() {
         assert_eq!(parse_volume("10G"), Ok(10 << 30));
@@ -96,11 +109,16 @@ mod tests {
         }
     }
 
-    /// A name that no volume can have must not be sent to a server, whose answer would be about its length in the protocol.
+    /// A name that no volume can have must not be sent to a server, whose answer would be about its
+    /// length in the protocol.
     #[test]
     fn names_that_no_volume_can_have_are_refused_in_words_about_names() {
         assert_eq!(parse_name(&"ü".repeat(127)), Ok("ü".repeat(127)));
-        assert!(parse_name(&"a".repeat(4096)).unwrap_err().contains("255 bytes at most, and this one has 4096"));
+        assert!(
+            parse_name(&"a".repeat(4096))
+                .unwrap_err()
+                .contains("255 bytes at most, and this one has 4096")
+        );
         assert!(parse_name("a\nb").unwrap_err().contains("control characters"));
         assert!(parse_name("").is_err());
     }

@@ -18,9 +18,11 @@ use std::time::Duration;
 /// Lines between two heads.
 const HEAD_EVERY: u64 = 20;
 
-/// Commits that are answered when they are durable stand apart from those that are buffered: a flush lies between them.
-const HEAD: &str = "  reads commits    dev read     dev write    hit    read us     buffered us    durable us   commits  check-  extents\n\
-                    \x20    /s      /s  MiB/s     /s  MiB/s     /s    %   P50    P99    P50    P99    P50    P99  /flush  points free/all\n";
+/// Commits that are answered when they are durable stand apart from those that are buffered: a
+/// flush lies between them.
+const HEAD: &str = "  reads commits    dev read     dev write    hit    read us     buffered us    durable us   \
+     commits  check-  extents\n\x20    /s      /s  MiB/s     /s  MiB/s     /s    %   P50    P99    \
+     P50    P99    P50    P99  /flush  points free/all\n";
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -46,7 +48,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let socket = arguments.connect.clone().unwrap_or_else(|| arguments.dir.join(SOCKET_NAME));
     let mut connection = Connection::open(&socket)?.ok_or_else(|| {
         Failure::new(format_args!(
-            "no server answers at {}; `corepage serve --dir DIR` makes a socket control.sock in DIR while it runs",
+            "no server answers at {}; `corepage serve --dir DIR` makes a socket control.sock in \
+             DIR while it runs",
             socket.display()
         ))
     })?;
@@ -74,7 +77,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
 fn lines(told: &Value) -> String {
     let seconds = told["seconds"].as_f64().unwrap_or(1.0).max(0.001);
     let shards = told["shards"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let each = shards.iter().enumerate().map(|(n, shard)| format!("{} s{n}\n", line(shard, seconds)));
+    let each =
+        shards.iter().enumerate().map(|(n, shard)| format!("{} s{n}\n", line(shard, seconds)));
     format!("{}\n{}", line(told, seconds), each.collect::<String>())
 }
 
@@ -97,7 +101,8 @@ fn line(told: &Value, seconds: f64) -> String {
         Some(_) => interval[what][percentile].to_string(),
     };
     format!(
-        "{:>7} {:>7} {:>6.1} {:>6} {:>6.1} {:>6} {:>4} {:>5} {:>6} {:>6} {:>6} {:>6} {:>6} {:>7} {:>7} {:>4}/{}",
+        "{:>7} {:>7} {:>6.1} {:>6} {:>6.1} {:>6} {:>4} {:>5} {:>6} {:>6} {:>6} {:>6} {:>6} {:>7} \
+         {:>7} {:>4}/{}",
         rate("page_reads"),
         rate("commits"),
         mib("device_bytes_read"),

@@ -1,9 +1,12 @@
-//! What a supervisor is told (sd_notify(3)): that the server is ready, what it does, and that it is about to end.
+//! What a supervisor is told (sd_notify(3)): that the server is ready, what it does, and that it is
+//! about to end.
 //!
-//! 1. Without a supervisor that asks for it (`NOTIFY_SOCKET`, as `Type=notify` sets it) nothing is done.
-//! 2. A supervisor that can't be told is no reason not to serve; it decides itself what to make of silence. It is waited for
-//!    no longer than [`PATIENCE`].
-//! 3. A message is never longer than what a supervisor takes: systemd ignores one that is, and with it `READY=1`.
+//! 1. Without a supervisor that asks for it (`NOTIFY_SOCKET`, as `Type=notify` sets it) nothing is
+//!    done.
+//! 2. A supervisor that can't be told is no reason not to serve; it decides itself what to make of
+//!    silence. It is waited for no longer than [`PATIENCE`].
+//! 3. A message is never longer than what a supervisor takes: systemd ignores one that is, and with
+//!    it `READY=1`.
 //!
 //! It does not read anything from a supervisor.
 
@@ -34,7 +37,9 @@ pub fn stopping() {
 }
 
 fn tell(state: &str) {
-    let Some(name) = std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()) else { return };
+    let Some(name) = std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()) else {
+        return;
+    };
     if let Err(error) = send(&name, shortened(state)) {
         tracing::warn!(%error, "the supervisor at NOTIFY_SOCKET can't be told");
     }
@@ -50,7 +55,12 @@ fn send(name: &OsStr, state: &str) -> Result<()> {
         [b'@', rest @ ..] => SocketAddrUnix::new_abstract_name(rest)?,
         path => SocketAddrUnix::new(path)?,
     };
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
     sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(PATIENCE))?;
     rustix::net::sendto(&socket, state.as_bytes(), SendFlags::NOSIGNAL, &address).map(drop)
 }
@@ -60,7 +70,8 @@ mod tests {
     use super::*;
     use std::os::unix::net::UnixDatagram;
 
-    /// A store with many volumes was served by a unit that its supervisor never took for started, and ended after a while.
+    /// A store with many volumes was served by a unit that its supervisor never took for started,
+    /// and ended after a while.
     #[test]
     fn a_message_is_never_longer_than_a_supervisor_takes() {
         assert_eq!(shortened("READY=1"), "READY=1");
@@ -68,7 +79,8 @@ mod tests {
         assert!(shortened(&long).len() <= BYTES_MAX && long.starts_with(shortened(&long)));
     }
 
-    /// When a machine starts, a supervisor hears from many at a time; one whose message is lost never gets ready.
+    /// When a machine starts, a supervisor hears from many at a time; one whose message is lost
+    /// never gets ready.
     #[test]
     #[allow(clippy::disallowed_methods, reason = "the sender is to come first")]
     fn a_supervisor_with_a_full_queue_is_waited_for() {

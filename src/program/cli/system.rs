@@ -1,4 +1,5 @@
-//! What only the C interface of the kernel tells: whether a signal is ignored, and which process is at the other end.
+//! What only the C interface of the kernel tells: whether a signal is ignored, and which process is
+//! at the other end.
 //!
 //! Invariants
 //! 1. Nothing is changed.
@@ -12,7 +13,8 @@ use std::os::fd::AsRawFd;
 /// Whether `signal` is ignored now.
 pub fn is_ignored(signal: i32) -> bool {
     let mut action = MaybeUninit::<libc::sigaction>::uninit();
-    // SAFETY: without a new action the call only writes the present one, whole, to a place that is large enough for it.
+    // SAFETY: without a new action the call only writes the present one, whole, to a place that is
+    // large enough for it.
     unsafe {
         libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) == 0
             && action.assume_init().sa_sigaction == libc::SIG_IGN
@@ -25,7 +27,8 @@ pub fn peer_process(socket: &impl AsRawFd) -> Option<i32> {
     let mut bytes = size_of::<libc::ucred>() as libc::socklen_t;
     let to = std::ptr::from_mut(&mut peer).cast();
     let (socket, level, name) = (socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERCRED);
-    // SAFETY: the kernel writes at most `bytes` bytes to `peer`, which has as many, and any of its bit patterns is a value.
+    // SAFETY: the kernel writes at most `bytes` bytes to `peer`, which has as many, and any of its
+    // bit patterns is a value.
     let result = unsafe { libc::getsockopt(socket, level, name, to, &raw mut bytes) };
     // A process of another container has the number 0 here.
     (result == 0 && peer.pid > 0).then_some(peer.pid)

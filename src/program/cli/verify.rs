@@ -1,8 +1,10 @@
 //! `corepage verify`: reads a closed store whole and names what is damaged.
 //!
-//! 1. Exit code 0: every byte the store refers to was read and is the one written; 1: something is damaged, and the list says what;
-//!    2: it could not be checked (no store there, in use, no right to read it), or the answer could not be written.
-//! 2. Standard output holds the result only; how far it is goes to stderr: a bar to a terminal, lines if they are asked for.
+//! 1. Exit code 0: every byte the store refers to was read and is the one written; 1: something is
+//!    damaged, and the list says what; 2: it could not be checked (no store there, in use, no right
+//!    to read it), or the answer could not be written.
+//! 2. Standard output holds the result only; how far it is goes to stderr: a bar to a terminal,
+//!    lines if they are asked for.
 //! 3. The JSON's keys stay; new ones may come.
 //!
 //! Changes nothing, and repairs nothing.
@@ -57,11 +59,15 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     };
     let printed = match arguments.format {
         Format::Human => output::print(&for_people(&report)),
-        Format::Json => output::print(&in_lines(&in_json(arguments, &report, bytes_read, begun.elapsed()))?),
+        Format::Json => {
+            output::print(&in_lines(&in_json(arguments, &report, bytes_read, begun.elapsed()))?)
+        }
     };
     if !report.is_whole() {
         let dir = arguments.dir.display();
-        let text = format!("the store {dir} is damaged: the list says what that affects and what mends it");
+        let text = format!(
+            "the store {dir} is damaged: the list says what that affects and what mends it"
+        );
         return Err(Failure::new(match printed {
             Ok(()) => text,
             Err(failure) => format!("{text}; and {}", failure.text),
@@ -152,8 +158,11 @@ impl Shown {
             let now = Instant::now();
             let seconds = now.duration_since(self.begun).as_secs_f64();
             let left = seconds * (total - done) as f64 / done.max(1) as f64;
-            let (read, all, rate) = (size::show(done), size::show(total), size::show((done as f64 / seconds) as u64));
-            output::STDERR.say(&format!("verifying: {read} of {all} read, {rate}/s, about {left:.0} s left\n"));
+            let (read, all, rate) =
+                (size::show(done), size::show(total), size::show((done as f64 / seconds) as u64));
+            output::STDERR.say(&format!(
+                "verifying: {read} of {all} read, {rate}/s, about {left:.0} s left\n"
+            ));
             self.next_line = now + LINE_EVERY;
         }
     }

@@ -1,11 +1,12 @@
 //! `corepage volume`: lists, makes, resizes and deletes volumes.
 //!
-//! 1. If a server has the store open, it is asked through its control socket; else the store is opened here, and closed cleanly.
-//!    Listing only reads: no file is made or written, whoever asks.
+//! 1. If a server has the store open, it is asked through its control socket; else the store is
+//!    opened here, and closed cleanly. Listing only reads: no file is made or written, whoever
+//!    asks.
 //! 2. What loses data needs `--yes`, or a yes at the terminal.
-//! 3. A volume is deleted, or smaller, once that is durable: this is said, whatever becomes of freeing its pages. A server
-//!    frees them in the background. In a store opened here they are waited for; SIGINT and SIGTERM end that, the next open
-//!    of the store goes on with it.
+//! 3. A volume is deleted, or smaller, once that is durable: this is said, whatever becomes of
+//!    freeing its pages. A server frees them in the background. In a store opened here they are
+//!    waited for; SIGINT and SIGTERM end that, the next open of the store goes on with it.
 
 use super::control::Connection;
 use super::interrupt::Interrupt;
@@ -36,7 +37,8 @@ enum Action {
         /// Its name: up to 255 bytes, no control characters
         #[arg(value_parser = size::parse_name)]
         name: String,
-        /// Its size, for example 10G: a multiple of 4 KiB below 8 EiB; K, M, G, T (or KB, KiB ...) are powers of 1024
+        /// Its size, for example 10G: a multiple of 4 KiB below 8 EiB; K, M, G, T (or KB, KiB ...)
+        /// are powers of 1024
         #[arg(value_parser = size::parse_volume)]
         size: u64,
     },
@@ -58,8 +60,9 @@ enum Action {
         #[arg(long)]
         yes: bool,
     },
-    /// Delete a volume with all that is in it. A server frees its pages in the background (`stat --format json` counts such
-    /// volumes); without one this waits for it, unless it is interrupted: then the next start goes on
+    /// Delete a volume with all that is in it. A server frees its pages in the background (`stat
+    /// --format json` counts such volumes); without one this waits for it, unless it is
+    /// interrupted: then the next start goes on
     Delete {
         /// Its name
         #[arg(value_parser = size::parse_name)]
@@ -82,7 +85,10 @@ impl Access {
             return Ok(Access::Server(connection));
         }
         if dir.exists() && !dir.is_dir() {
-            return Err(Failure::new(format_args!("{} is not a directory, so no store is in it", dir.display())));
+            return Err(Failure::new(format_args!(
+                "{} is not a directory, so no store is in it",
+                dir.display()
+            )));
         }
         if !dir.join("meta").exists() {
             return Err(Failure::new(format_args!(
@@ -95,7 +101,8 @@ impl Access {
         // With as many shards as it has: each more would get log files of its own.
         let shards = corepage::inspect(dir).ok().map(|found| found.shards);
         let options = Options { shards, ..Options::default() };
-        let store = interrupt.open(dir, options, true).map_err(|error| interrupt.explains(error))?;
+        let store =
+            interrupt.open(dir, options, true).map_err(|error| interrupt.explains(error))?;
         Ok(Access::Own(store, interrupt))
     }
 
@@ -108,7 +115,8 @@ impl Access {
 
     fn volumes(&mut self) -> Result<Vec<VolumeLine>, Failure> {
         let volumes = self.ask(&Request::Volumes)?;
-        serde_json::from_value(volumes).map_err(|error| Failure::new(format_args!("the server answers oddly: {error}")))
+        serde_json::from_value(volumes)
+            .map_err(|error| Failure::new(format_args!("the server answers oddly: {error}")))
     }
 
     /// Waits until what was deleted takes no space any more.
@@ -124,7 +132,9 @@ impl Access {
         };
         let interrupted = async {
             interrupt.wait().await;
-            Err(Failure::new("interrupted: the rest of its pages is freed when the store is opened next"))
+            Err(Failure::new(
+                "interrupted: the rest of its pages is freed when the store is opened next",
+            ))
         };
         block_on(or(freed, interrupted))
     }
@@ -165,11 +175,15 @@ fn look(dir: &Path) -> Result<Vec<VolumeLine>, Failure> {
     let found = corepage::inspect(dir)?;
     if !found.clean {
         output::warn(format_args!(
-            "the store was not closed cleanly: these are its volumes as of the last checkpoint; `corepage serve` finds what came after it"
+            "the store was not closed cleanly: these are its volumes as of the last checkpoint; \
+             `corepage serve` finds what came after it"
         ));
     }
-    let line =
-        |volume: corepage::VolumeSummary| VolumeLine { name: volume.name, bytes: volume.bytes, number: volume.number };
+    let line = |volume: corepage::VolumeSummary| VolumeLine {
+        name: volume.name,
+        bytes: volume.bytes,
+        number: volume.number,
+    };
     Ok(found.volumes.into_iter().map(line).collect())
 }
 
@@ -198,7 +212,11 @@ fn act(action: &Action, access: &mut Access) -> Result<(), Failure> {
             format!("created {name}, {} ({size} bytes)\n", size::show(*size))
         }
         Action::Resize { name, size, yes } => {
-            let before = access.volumes()?.into_iter().find(|volume| volume.name == *name).map(|volume| volume.bytes);
+            let before = access
+                .volumes()?
+                .into_iter()
+                .find(|volume| volume.name == *name)
+                .map(|volume| volume.bytes);
             if let Some(before) = before.filter(|before| before > size) {
                 let lost = size::show(before - size);
                 access.confirm(*yes, &format!("the last {lost} of {name} will be lost"))?;
@@ -233,7 +251,10 @@ fn list(volumes: &[VolumeLine], format: Format) -> Result<String, Failure> {
     table.column_iter_mut().for_each(|column| {
         column.set_padding((0, 2));
     });
-    table.column_iter_mut().skip(1).for_each(|column| column.set_cell_alignment(CellAlignment::Right));
+    table
+        .column_iter_mut()
+        .skip(1)
+        .for_each(|column| column.set_cell_alignment(CellAlignment::Right));
     Ok(table.trim_fmt() + "\n")
 }
 
@@ -243,7 +264,8 @@ fn read_answer() -> std::io::Result<String> {
     Ok(answer)
 }
 
-/// The answer, read on a thread of its own: only a key ends that read, and a signal must not wait for one.
+/// The answer, read on a thread of its own: only a key ends that read, and a signal must not wait
+/// for one.
 async fn typed() -> std::io::Result<String> {
     let cell = std::sync::Arc::new(async_lock::OnceCell::new());
     let own = cell.clone();

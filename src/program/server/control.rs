@@ -1,16 +1,20 @@
-//! The control socket of a running server: figures, and volumes made, resized and deleted while they are served.
+//! The control socket of a running server: figures, and volumes made, resized and deleted while
+//! they are served.
 //!
 //! ```text
 //! client ── one line of JSON ──> thread of the connection ──> store
 //!        <── one line of JSON ──
 //! ```
-//! 1. A request is one line of at most [`LINE_BYTES_MAX`] bytes, and gets one line: `{"ok": …}` or `{"error": …}`.
-//! 2. At most [`CONNECTIONS_MAX`] clients, each with a thread; one that has not sent a whole line within
-//!    [`PATIENCE`], or taken its answer, is cut off.
+//! 1. A request is one line of at most [`LINE_BYTES_MAX`] bytes, and gets one line: `{"ok": …}` or
+//!    `{"error": …}`.
+//! 2. At most [`CONNECTIONS_MAX`] clients, each with a thread; one that has not sent a whole line
+//!    within [`PATIENCE`], or taken its answer, is cut off.
 //! 3. Only the owner of the store can connect: the socket has mode 0600.
-//! 4. It is there before the store is open: until then each request is answered with how far opening has come.
-//! 5. A busy store is asked again for up to [`BUSY_LIMIT`]. What a stopping server is still asked for is not waited for:
-//!    changes of volumes that have begun go on in the store, or at its next open.
+//! 4. It is there before the store is open: until then each request is answered with how far
+//!    opening has come.
+//! 5. A busy store is asked again for up to [`BUSY_LIMIT`]. What a stopping server is still asked
+//!    for is not waited for: changes of volumes that have begun go on in the store, or at its next
+//!    open.
 //!
 //! It knows nothing of what the figures mean.
 
@@ -49,7 +53,8 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(tag = "ask", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
-    /// Counters since the store was opened, and since this connection asked last; of each shard, too, if that is wanted.
+    /// Counters since the store was opened, and since this connection asked last; of each shard,
+    /// too, if that is wanted.
     Stats {
         #[serde(default)]
         shards: bool,
@@ -115,8 +120,11 @@ async fn attempt(store: &Store, request: &Request) -> Result<Value, Error> {
     match request {
         Request::Stats { shards } => return stats(store, *shards, &mut None).await,
         Request::Volumes => {
-            let line =
-                |v: &corepage::Volume| VolumeLine { name: v.name().into(), bytes: v.bytes(), number: v.id().get() };
+            let line = |v: &corepage::Volume| VolumeLine {
+                name: v.name().into(),
+                bytes: v.bytes(),
+                number: v.id().get(),
+            };
             return Ok(json!(store.volumes().await?.iter().map(line).collect::<Vec<_>>()));
         }
         Request::Create { name, bytes } => store.create_volume(name, *bytes).await.map(drop)?,
@@ -145,14 +153,25 @@ struct Shared {
 }
 
 impl Control {
-    /// Takes requests from now on, and says that the store is being opened until it [is](Self::opened).
+    /// Takes requests from now on, and says that the store is being opened until it
+    /// [is](Self::opened).
     pub fn start(place: Place) -> io::Result<Control> {
         let place = Arc::new(place);
         let (store, count, stopping, sockets) = Default::default();
-        let shared = Arc::new(Shared { store, begun: Instant::now(), count, stopping, stops: Event::new(), sockets });
+        let shared = Arc::new(Shared {
+            store,
+            begun: Instant::now(),
+            count,
+            stopping,
+            stops: Event::new(),
+            sockets,
+        });
         let (own, at) = (shared.clone(), place.clone());
         let work = move || super::persistently("control clients", || accept(&at.listener, &own));
-        let thread = std::thread::Builder::new().name("control".into()).spawn(work).map_err(super::no_thread)?;
+        let thread = std::thread::Builder::new()
+            .name("control".into())
+            .spawn(work)
+            .map_err(super::no_thread)?;
         Ok(Control { shared, place, thread: Some(thread) })
     }
 
@@ -186,13 +205,17 @@ impl Shared {
 
 impl Shared {
     /// Waits for an answer of the store, but not longer than until the server stops.
-    fn unless_stopping(&self, work: impl Future<Output = Result<Value, Error>>) -> Result<Value, Error> {
+    fn unless_stopping(
+        &self,
+        work: impl Future<Output = Result<Value, Error>>,
+    ) -> Result<Value, Error> {
         let stops = async {
             let stops = self.stops.listen();
             if !self.stopping.load(Ordering::Acquire) {
                 stops.await;
             }
-            let text = "the server is stopping; whether this was done shows when the store is served again";
+            let text = "the server is stopping; whether this was done shows when the store is \
+                        served again";
             Err(Error::new(ErrorKind::Closed, text))
         };
         block_on(work.or(stops))
@@ -263,7 +286,9 @@ fn serve(socket: &Socket, shared: &Shared) -> io::Result<()> {
                     Request::Stats { shards } => {
                         (to_response(shared.unless_stopping(stats(store, shards, &mut last))), true)
                     }
-                    request => (to_response(shared.unless_stopping(retry_busy(store, &request))), true),
+                    request => {
+                        (to_response(shared.unless_stopping(retry_busy(store, &request))), true)
+                    }
                 },
             },
         };
@@ -278,9 +303,12 @@ fn serve(socket: &Socket, shared: &Shared) -> io::Result<()> {
 
 /// Tells a client that there are too many; one that does not take it is not waited for.
 fn refuse(socket: &Socket) {
-    let text =
-        format!("the server has {CONNECTIONS_MAX} control clients, which is the most; try again when one has ended");
-    let _ = Deadline::new(socket, REFUSAL_LIMIT).write_all(format!("{}\n", json!({ "error": text })).as_bytes());
+    let text = format!(
+        "the server has {CONNECTIONS_MAX} control clients, which is the most; try again when one \
+         has ended"
+    );
+    let _ = Deadline::new(socket, REFUSAL_LIMIT)
+        .write_all(format!("{}\n", json!({ "error": text })).as_bytes());
 }
 
 /// The next line, whole within `patience`; nothing at the end.
@@ -302,7 +330,11 @@ fn to_response(result: Result<Value, Error>) -> Value {
 type LastSample = (Instant, Vec<ShardStats>);
 
 /// Totals, and what was counted since the last time; the first time since the store was opened.
-async fn stats(store: &Store, by_shard: bool, last: &mut Option<LastSample>) -> Result<Value, Error> {
+async fn stats(
+    store: &Store,
+    by_shard: bool,
+    last: &mut Option<LastSample>,
+) -> Result<Value, Error> {
     let (now, shards) = (Instant::now(), store.shard_stats().await?);
     let before = last.take();
     let seconds = before.as_ref().map(|(then, _)| now.duration_since(*then).as_secs_f64());
@@ -312,7 +344,10 @@ async fn stats(store: &Store, by_shard: bool, last: &mut Option<LastSample>) -> 
     answer["volumes_freeing"] = json!(store.freeing_count());
     if by_shard {
         let none = ShardStats::default();
-        let each = shards.iter().enumerate().map(|(n, shard)| figures(shard, before.get(n).unwrap_or(&none)));
+        let each = shards
+            .iter()
+            .enumerate()
+            .map(|(n, shard)| figures(shard, before.get(n).unwrap_or(&none)));
         answer["shards"] = each.collect();
     }
     *last = Some((now, shards));
@@ -352,14 +387,19 @@ mod tests {
         });
         let socket = Socket::Unix(server);
         let mut lines = BufReader::new(Deadline::new(&socket, PATIENCE));
-        let refused = request(&mut lines, Duration::from_millis(100)).expect_err("it was waited for");
-        assert!(matches!(refused.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock), "{refused}");
+        let refused =
+            request(&mut lines, Duration::from_millis(100)).expect_err("it was waited for");
+        assert!(
+            matches!(refused.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock),
+            "{refused}"
+        );
         drop(lines);
         drop(socket);
         dripping.join().expect("it ends");
     }
 
-    /// A command that comes while the server opens its store must be able to tell that from a store that is in somebody's way.
+    /// A command that comes while the server opens its store must be able to tell that from a store
+    /// that is in somebody's way.
     #[test]
     fn a_store_that_is_being_opened_is_said_to_be_and_then_asked() {
         let dir = tempfile::tempdir().expect("a directory");
@@ -372,9 +412,11 @@ mod tests {
             lines.read_line(&mut line).expect("an answer");
             serde_json::from_str(&line).expect("JSON")
         };
-        let opening: Opening = serde_json::from_value(ask()["opening"].take()).expect("how far it has come");
+        let opening: Opening =
+            serde_json::from_value(ask()["opening"].take()).expect("how far it has come");
         assert!(opening.seconds >= 0.0 && opening.written_bytes.is_some());
-        let options = corepage::Options { memory_bytes: 8 << 20, shards: Some(1), ..Default::default() };
+        let options =
+            corepage::Options { memory_bytes: 8 << 20, shards: Some(1), ..Default::default() };
         let store = block_on(Store::open(dir.path().join("store"), options)).expect("a store");
         control.opened(store.clone());
         assert_eq!(ask()["ok"], json!([]));

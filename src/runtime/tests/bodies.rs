@@ -1,7 +1,7 @@
 //! Requests under way are bounded by the bytes that they carry, not by their number only.
 //!
-//! If these fail, callers that give up on a store whose device is slow fill the process's memory with what they have asked for, or a
-//! commit that is large waits for ever behind others.
+//! If these fail, callers that give up on a store whose device is slow fill the process's memory
+//! with what they have asked for, or a commit that is large waits for ever behind others.
 
 use super::*;
 use crate::base::{BLOCK, PageId, PageKey, VolumeId};
@@ -33,9 +33,16 @@ impl Held {
         let change = |page| {
             let body = Body(vec![7; BLOCK], self.clone());
             self.0.fetch_add(BLOCK as u64, Ordering::SeqCst);
-            (PageKey::new(VolumeId::new(1), PageId::new(page)), Change::Put(Bytes::from_owner(body)))
+            (
+                PageKey::new(VolumeId::new(1), PageId::new(page)),
+                Change::Put(Bytes::from_owner(body)),
+            )
         };
-        Request::Commit(Commit { reads: vec![], changes: (0..pages).map(change).collect(), durable: true })
+        Request::Commit(Commit {
+            reads: vec![],
+            changes: (0..pages).map(change).collect(),
+            durable: true,
+        })
     }
 
     fn bytes(&self) -> u64 {
@@ -50,7 +57,13 @@ fn with_little_memory(shards: u16, requests_max: usize, test: impl Fn(Runtime)) 
     for driver in drivers() {
         let dir = tempfile::tempdir().expect("a directory");
         let memory_bytes = u64::from(shards) * (2 << 20);
-        let options = Options { shards: Some(shards), driver, requests_max, memory_bytes, ..Options::default() };
+        let options = Options {
+            shards: Some(shards),
+            driver,
+            requests_max,
+            memory_bytes,
+            ..Options::default()
+        };
         test(start(&dir, options, toys).expect("toys open"));
     }
 }
@@ -71,17 +84,24 @@ fn stop(runtime: &Runtime, shard: ShardId) -> crossbeam::channel::Sender<()> {
 /// Until nothing is under way; a hang is what this would show.
 fn settle(runtime: &Runtime, held: &Held) {
     let shared = runtime.shared_for_tests();
-    let all =
-        || std::iter::once(&shared.request_permits).chain(shared.mailboxes.iter().map(|mailbox| &mailbox.byte_permits));
+    let all = || {
+        std::iter::once(&shared.request_permits)
+            .chain(shared.mailboxes.iter().map(|mailbox| &mailbox.byte_permits))
+    };
     let since = std::time::Instant::now();
     while all().any(|places| places.in_use() != (0, 0)) || held.bytes() != 0 {
         let under_way: Vec<_> = all().map(|places| places.in_use()).collect();
-        assert!(since.elapsed() < Duration::from_secs(60), "{under_way:?}, {} bytes held", held.bytes());
+        assert!(
+            since.elapsed() < Duration::from_secs(60),
+            "{under_way:?}, {} bytes held",
+            held.bytes()
+        );
         std::thread::sleep(Duration::from_millis(1));
     }
 }
 
-/// 4,096 requests of the largest size are many times the memory, and all were taken from callers that give up.
+/// 4,096 requests of the largest size are many times the memory, and all were taken from callers
+/// that give up.
 #[test]
 fn commits_of_callers_that_give_up_take_a_sixteenth_of_the_memory() {
     with_little_memory(2, 4096, |runtime| {
@@ -93,15 +113,23 @@ fn commits_of_callers_that_give_up_take_a_sixteenth_of_the_memory() {
             let taken = block_on(poll_once(&mut asked));
             drop((taken, asked));
             let most = SHARD_BYTES + 16 * (BLOCK as u64 + 64);
-            assert!(held.bytes() <= most, "{} bytes of requests that nobody waits for", held.bytes());
+            assert!(
+                held.bytes() <= most,
+                "{} bytes of requests that nobody waits for",
+                held.bytes()
+            );
         }
         assert!(held.bytes() >= SHARD_BYTES / 2, "the bound is used: {}", held.bytes());
         // Other shards have their own.
-        assert!(matches!(ask(&runtime, 1, held.commit(100)), Ok(Response::Committed(_))), "one shard holds up another");
+        assert!(
+            matches!(ask(&runtime, 1, held.commit(100)), Ok(Response::Committed(_))),
+            "one shard holds up another"
+        );
         // What carries nothing goes all the same, to this shard and to others.
         let reply = ask(&runtime, 1, Request::WaitDurable(Lsn::new(1)));
         assert!(matches!(reply, Ok(Response::Flushed(_))), "{reply:?}");
-        let mut light = Box::pin(runtime.submit_to(ShardId::new(0), Request::WaitDurable(Lsn::new(1))));
+        let mut light =
+            Box::pin(runtime.submit_to(ShardId::new(0), Request::WaitDurable(Lsn::new(1))));
         assert!(matches!(block_on(poll_once(&mut light)), Some(Ok(_))), "it needs a place only");
         drop(go);
         settle(&runtime, &held);
@@ -122,12 +150,20 @@ fn commits_that_tasks_give_up_take_a_sixteenth_of_the_memory() {
                 drop(local.call(theirs.commit(1 + n % 16)));
                 largest = largest.max(theirs.bytes());
             }
-            // Those that are waited for are answered, each, in their order; so is one that is larger than all that may be under way.
-            let calls: Vec<_> = (0..200).map(|n| local.call(theirs.commit(if n == 100 { 100 } else { 1 }))).collect();
-            assert!(matches!(local.call(Request::WaitDurable(Lsn::new(1))).await, Ok(Response::Flushed(_))));
+            // Those that are waited for are answered, each, in their order; so is one that is
+            // larger than all that may be under way.
+            let calls: Vec<_> = (0..200)
+                .map(|n| local.call(theirs.commit(if n == 100 { 100 } else { 1 })))
+                .collect();
+            assert!(matches!(
+                local.call(Request::WaitDurable(Lsn::new(1))).await,
+                Ok(Response::Flushed(_))
+            ));
             let mut lsns = Vec::new();
             for call in calls {
-                let Ok(Response::Committed(lsn)) = call.await else { panic!("a call is not answered") };
+                let Ok(Response::Committed(lsn)) = call.await else {
+                    panic!("a call is not answered")
+                };
                 lsns.push(lsn);
             }
             assert!(lsns.is_sorted());
@@ -170,7 +206,8 @@ fn the_end_of_a_shard_answers_what_was_kept_back() {
     });
 }
 
-/// A large commit goes when its turn has come, whatever small ones come after it; and one of any size goes.
+/// A large commit goes when its turn has come, whatever small ones come after it; and one of any
+/// size goes.
 #[test]
 fn a_commit_of_any_size_goes_in_its_turn() {
     with_little_memory(2, 64, |runtime| {
@@ -178,15 +215,23 @@ fn a_commit_of_any_size_goes_in_its_turn() {
         let go = stop(&runtime, ShardId::new(0));
         let submit = |pages| Box::pin(runtime.submit_to(ShardId::new(0), held.commit(pages)));
         let mut first = submit(1000);
-        assert!(matches!(block_on(poll_once(&mut first)), Some(Ok(_))), "nothing else is under way");
+        assert!(
+            matches!(block_on(poll_once(&mut first)), Some(Ok(_))),
+            "nothing else is under way"
+        );
         let mut waiting: Vec<_> = [1, 500, 1, 1].map(submit).into();
-        assert!(waiting.iter_mut().all(|one| block_on(poll_once(one)).is_none()), "too much is under way");
+        assert!(
+            waiting.iter_mut().all(|one| block_on(poll_once(one)).is_none()),
+            "too much is under way"
+        );
         // One that gives up is in nobody's way.
         drop(waiting.remove(0));
         drop(go);
         let mut lsns = Vec::new();
         for one in waiting {
-            let Ok(Response::Committed(lsn)) = block_on(async { one.await?.await }) else { panic!("not answered") };
+            let Ok(Response::Committed(lsn)) = block_on(async { one.await?.await }) else {
+                panic!("not answered")
+            };
             lsns.push(lsn);
         }
         assert!(lsns.is_sorted(), "first come, first served: {lsns:?}");
@@ -195,7 +240,8 @@ fn a_commit_of_any_size_goes_in_its_turn() {
     });
 }
 
-/// Lost wake-ups show as hangs: few places, few bytes, callers of both kinds, and some that give up in every state.
+/// Lost wake-ups show as hangs: few places, few bytes, callers of both kinds, and some that give up
+/// in every state.
 #[test]
 fn every_request_is_answered_however_places_and_bytes_run_out() {
     with_little_memory(2, 3, |runtime| {
@@ -211,7 +257,8 @@ fn every_request_is_answered_however_places_and_bytes_run_out() {
                             // 1 to 200 pages: up to more than there is room for.
                             _ => held.commit(1 + n * 37 % 200 * (n % 2)),
                         };
-                        let mut asked = Box::pin(runtime.submit_to(ShardId::new((n % 2) as u16), request));
+                        let mut asked =
+                            Box::pin(runtime.submit_to(ShardId::new((n % 2) as u16), request));
                         match n % 5 {
                             0 => drop(block_on(poll_once(&mut asked))),
                             _ => {

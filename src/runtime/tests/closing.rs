@@ -2,14 +2,20 @@
 
 use super::*;
 
-fn toys_that_close_slowly(disk: &mut dyn Disk, options: &Options, count: u16, now: Micros) -> Result<Bootstrap<Toy>> {
+fn toys_that_close_slowly(
+    disk: &mut dyn Disk,
+    options: &Options,
+    count: u16,
+    now: Micros,
+) -> Result<Bootstrap<Toy>> {
     let mut bootstrap = toys(disk, options, count, now)?;
     bootstrap.shards.iter_mut().for_each(|toy| toy.close_us = 100_000);
     Ok(bootstrap)
 }
 
-/// If this fails, a close takes as long as its callers like (22 to 42 s were seen): threads that get `Closed` and call again keep
-/// the shards busy with refusals, and from what is left to be written.
+/// If this fails, a close takes as long as its callers like (22 to 42 s were seen): threads that
+/// get `Closed` and call again keep the shards busy with refusals, and from what is left to be
+/// written.
 #[test]
 fn callers_who_try_again_take_no_time_from_a_store_that_is_closing() {
     for driver in drivers() {
@@ -26,7 +32,9 @@ fn callers_who_try_again_take_no_time_from_a_store_that_is_closing() {
                         bootstrap.wait();
                         while !ended.load(Ordering::SeqCst) {
                             let reply = ask(&runtime, 0, Request::WaitDurable(Lsn::new(1)));
-                            refused += u64::from(reply.is_err_and(|error| error.kind() == ErrorKind::Closed));
+                            refused += u64::from(
+                                reply.is_err_and(|error| error.kind() == ErrorKind::Closed),
+                            );
                         }
                         refused
                     })
@@ -40,7 +48,11 @@ fn callers_who_try_again_take_no_time_from_a_store_that_is_closing() {
             callers.into_iter().map(|caller| caller.join().expect("no caller panics")).sum::<u64>()
         });
         assert!(refused > 1, "{refused} calls came while the store was closing");
-        assert_eq!(TAKEN_WHILE_CLOSING.load(Ordering::SeqCst), 0, "of {refused}, so many reached the shard");
+        assert_eq!(
+            TAKEN_WHILE_CLOSING.load(Ordering::SeqCst),
+            0,
+            "of {refused}, so many reached the shard"
+        );
         block_on(runtime.ended());
     }
 }

@@ -1,21 +1,25 @@
 //! Fuzz target: logs that may hold anything.
 //!
-//! 1. A block that may be a group: what the decoder accepts is within its bounds, and is the same again when it is encoded
-//!    and decoded once more.
-//! 2. Logs of two shards made of arbitrary groups, some of them damaged: recovery finds the cut that a simple model finds,
-//!    keeps the groups up to it, or refuses where the model says that durable commits are missing.
+//! 1. A block that may be a group: what the decoder accepts is within its bounds, and is the same
+//!    again when it is encoded and decoded once more.
+//! 2. Logs of two shards made of arbitrary groups, some of them damaged: recovery finds the cut
+//!    that a simple model finds, keeps the groups up to it, or refuses where the model says that
+//!    durable commits are missing.
 
 use super::input::Input;
 use super::memory::{Image, MemoryDisk};
 use crate::base::checksum::crc32c;
 use crate::base::error::ErrorKind;
 use crate::base::options::Geometry;
-use crate::base::{BLOCK, BlockAddr, ExtentNo, Lsn, PageId, PageKey, SegmentNo, ShardId, ShardMap, ShardSet, VolumeId};
+use crate::base::{
+    BLOCK, BlockAddr, ExtentNo, Lsn, PageId, PageKey, SegmentNo, ShardId, ShardMap, ShardSet,
+    VolumeId,
+};
 use crate::engine::recovery::{self, Scan};
 use crate::format::LSN_END;
 use crate::format::group::{
-    Body, GroupHead, HEAD_BYTES, Head, LoggedChange, RUNS_MAX, RawChange, RawParts, RawRecord, Record, Role, Slot,
-    SlotState,
+    Body, GroupHead, HEAD_BYTES, Head, LoggedChange, RUNS_MAX, RawChange, RawParts, RawRecord,
+    Record, Role, Slot, SlotState,
 };
 use crate::format::node::Entry;
 use crate::format::superblock::{LogState, Superblock, VShardState};
@@ -42,8 +46,10 @@ thread_local! {
 
 /// Empty logs of two shards, and extents.
 static ZEROS: LazyLock<Arc<Image>> = LazyLock::new(|| {
-    let segments = (0..2).flat_map(|shard| (0..SEGMENTS).map(move |no| (ShardId::new(shard), SegmentNo::new(no))));
-    let logs = segments.map(|(shard, no)| (FileId::Log(shard, no), SEGMENT_BLOCKS as usize * BLOCK));
+    let segments = (0..2)
+        .flat_map(|shard| (0..SEGMENTS).map(move |no| (ShardId::new(shard), SegmentNo::new(no))));
+    let logs =
+        segments.map(|(shard, no)| (FileId::Log(shard, no), SEGMENT_BLOCKS as usize * BLOCK));
     let all = logs.chain([(FileId::Data, EXTENTS as usize * EXTENT_BYTES as usize)]);
     Arc::new(all.map(|(file, len)| (file, vec![0; len])).collect())
 });
@@ -66,7 +72,11 @@ fn block(input: &mut Input) {
     repair(&mut bytes, repairs, blocks);
     let here = (ShardId::new(0), SegmentNo::new(1), 2);
     let Some(head) = GroupHead::open(&bytes, SALT, EPOCH, here, SEGMENT_BLOCKS) else { return };
-    assert!(head.body_blocks >= 1 && head.body_blocks <= head.blocks && head.block + head.blocks <= SEGMENT_BLOCKS);
+    assert!(
+        head.body_blocks >= 1
+            && head.body_blocks <= head.blocks
+            && head.block + head.blocks <= SEGMENT_BLOCKS
+    );
     assert!(head.runs.len() <= RUNS_MAX);
     let mut sealed = [0; HEAD_BYTES];
     let mut again = head.clone();
@@ -78,7 +88,10 @@ fn block(input: &mut Input) {
     assert_eq!(body.slots.len(), head.slots_count as usize);
     for slot in &body.slots {
         let SlotState::Inline(at) = slot.state else { continue };
-        assert!((head.body_blocks..head.blocks).contains(&at), "an inline page outside of its group");
+        assert!(
+            (head.body_blocks..head.blocks).contains(&at),
+            "an inline page outside of its group"
+        );
     }
     let Some(records) = body.records() else { return };
     let mut encoded = Vec::new();
@@ -89,12 +102,14 @@ fn block(input: &mut Input) {
     let body_crc = crc32c(&copy[HEAD_BYTES..head.body_blocks as usize * BLOCK]);
     let body = Body::open(&GroupHead { body_crc, ..head }, &copy).expect("the same slots");
     let decoded = body.records().expect("what was encoded can be decoded");
-    let plain =
-        |records: &[Record]| format!("{:?}", records.iter().map(|r| (r.lsn, r.role, &r.changes)).collect::<Vec<_>>());
+    let plain = |records: &[Record]| {
+        format!("{:?}", records.iter().map(|r| (r.lsn, r.role, &r.changes)).collect::<Vec<_>>())
+    };
     assert_eq!(plain(&decoded), plain(&records));
 }
 
-/// Puts right what arbitrary bytes would hardly ever have: bit by bit the magic, the place, the sizes and the checksums.
+/// Puts right what arbitrary bytes would hardly ever have: bit by bit the magic, the place, the
+/// sizes and the checksums.
 fn repair(bytes: &mut [u8], which: u8, blocks: usize) {
     let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
     if which & 1 == 0 {
@@ -112,7 +127,8 @@ fn repair(bytes: &mut [u8], which: u8, blocks: usize) {
     }
     if which & 8 == 0 {
         let at = offset_of!(Head, body_blocks);
-        let claimed = u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes")) as usize;
+        let claimed =
+            u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes")) as usize;
         let end = claimed.saturating_mul(BLOCK).clamp(HEAD_BYTES, bytes.len());
         let body_crc = crc32c(&bytes[HEAD_BYTES..end]);
         bytes[offset_of!(Head, body_crc)..][..4].copy_from_slice(&body_crc.to_le_bytes());
@@ -141,7 +157,15 @@ fn encode(record: &Record, out: &mut Vec<u8>) {
         };
         assert!(kind != 2 || offset as usize + patch.len() <= BLOCK, "a patch beyond its page");
         let (volume, page) = (key.volume.get(), key.page.get().into());
-        let raw = RawChange { kind, volume, class: 0, reserved: 0, len: len.into(), offset: offset.into(), page };
+        let raw = RawChange {
+            kind,
+            volume,
+            class: 0,
+            reserved: 0,
+            len: len.into(),
+            offset: offset.into(),
+            page,
+        };
         out.extend_from_slice(raw.as_bytes());
         out.extend_from_slice(patch);
     }
@@ -172,7 +196,9 @@ struct Made {
 impl Made {
     /// The LSNs that it accounts for or has a part of, of each run the first and the last.
     fn lsns(&self) -> impl Iterator<Item = u64> {
-        let run = |&(first, count): &(Lsn, u64)| [first.get(), first.get().saturating_add(count.saturating_sub(1))];
+        let run = |&(first, count): &(Lsn, u64)| {
+            [first.get(), first.get().saturating_add(count.saturating_sub(1))]
+        };
         let records = self.records.iter().filter(|_| self.is_whole).map(|(lsn, _)| lsn.get());
         self.head.runs.iter().flat_map(run).chain(records)
     }
@@ -197,7 +223,8 @@ fn cut(input: &mut Input) {
         }
         made.extend(group(input, &mut disk, &mut used));
     }
-    let scan = |arena: &mut Arena| recovery::scan(&mut disk, arena, &superblock, ShardMap::new(2, 2));
+    let scan =
+        |arena: &mut Arena| recovery::scan(&mut disk, arena, &superblock, ShardMap::new(2, 2));
     let scanned = ARENA.with_borrow_mut(scan);
     match (expected(&superblock, &mut made), scanned) {
         (None, Err(error)) => {
@@ -239,7 +266,11 @@ fn superblock(input: &mut Input) -> Superblock {
 }
 
 /// Writes a group behind the others of its segment; `None` if there is no room.
-fn group(input: &mut Input, disk: &mut MemoryDisk, used: &mut [[u32; SEGMENTS as usize]; 2]) -> Option<Made> {
+fn group(
+    input: &mut Input,
+    disk: &mut MemoryDisk,
+    used: &mut [[u32; SEGMENTS as usize]; 2],
+) -> Option<Made> {
     let (shard, segment) = (input.below(2), input.below(SEGMENTS as usize));
     let used = &mut used[shard][segment];
     let (shard, segment) = (ShardId::new(shard as u16), SegmentNo::new(segment as u32));
@@ -279,10 +310,14 @@ fn group(input: &mut Input, disk: &mut MemoryDisk, used: &mut [[u32; SEGMENTS as
     for (number, bytes) in (u64::from(head.block)..).zip(body.chunks(BLOCK)) {
         disk.block_mut(FileId::Log(shard, segment), number)?.copy_from_slice(bytes);
     }
-    let runs_fit = head.runs.iter().all(|(first, count)| first.get().checked_add(*count).is_some_and(|e| e < LSN_END));
+    let runs_fit = head
+        .runs
+        .iter()
+        .all(|(first, count)| first.get().checked_add(*count).is_some_and(|e| e < LSN_END));
     let is_sane = runs_fit && head.watermark.get() < LSN_END;
     let is_found = is_sane && damage.is_none_or(|at| at >= HEAD_BYTES);
-    let is_whole = is_found && damage.is_none() && records.iter().all(|(lsn, _)| lsn.get() < LSN_END);
+    let is_whole =
+        is_found && damage.is_none() && records.iter().all(|(lsn, _)| lsn.get() < LSN_END);
     Some(Made { head, is_found, is_whole, is_placed, records })
 }
 
@@ -305,7 +340,10 @@ fn slots(input: &mut Input, head: &mut GroupHead) -> (Vec<Slot>, bool) {
             }
             _ => SlotState::Placed,
         };
-        let place = BlockAddr { extent: ExtentNo::new(u32::from(input.u8()) % 3), block: u32::from(input.u8()) % 20 };
+        let place = BlockAddr {
+            extent: ExtentNo::new(u32::from(input.u8()) % 3),
+            block: u32::from(input.u8()) % 20,
+        };
         let is_wrong = kind >= 128 && state == SlotState::Placed;
         let crc = crc32c(&[0; BLOCK]) ^ u32::from(is_wrong);
         let inside = place.offset(EXTENT_BYTES) + BLOCK as u64 <= u64::from(EXTENTS) * EXTENT_BYTES;
@@ -328,8 +366,12 @@ fn records(input: &mut Input, slots: usize, body: &mut Vec<u8>) -> Vec<(Lsn, Rol
         let changes = (0..input.below(3)).map(|_| {
             let key = PageKey::new(VolumeId::new(1), PageId::new(u64::from(input.u8()) << 6));
             match input.u8() {
-                kind if kind % 3 == 0 && slots > 0 => LoggedChange::Image(key, u32::from(kind) % slots as u32),
-                kind if kind % 3 == 1 => LoggedChange::Patch(key, u32::from(kind), &patch[..usize::from(kind) % 16]),
+                kind if kind % 3 == 0 && slots > 0 => {
+                    LoggedChange::Image(key, u32::from(kind) % slots as u32)
+                }
+                kind if kind % 3 == 1 => {
+                    LoggedChange::Patch(key, u32::from(kind), &patch[..usize::from(kind) % 16])
+                }
                 _ => LoggedChange::Free(key),
             }
         });
@@ -403,8 +445,12 @@ fn compare(superblock: &Superblock, made: &[Made], cut: u64, scan: &Scan) {
         let m = made.iter().find(|m| place(&m.head) == place(&group.head)).expect("it was made");
         assert_eq!(group.is_doubtful, m.last() > watermark);
     }
-    let commits = || whole().flat_map(|m| &m.records).filter(|(_, role)| !matches!(role, Role::Part(_)));
-    assert_eq!(scan.applied, commits().filter(|(lsn, _)| lsn.get() > redo && lsn.get() <= cut).count() as u64);
+    let commits =
+        || whole().flat_map(|m| &m.records).filter(|(_, role)| !matches!(role, Role::Part(_)));
+    assert_eq!(
+        scan.applied,
+        commits().filter(|(lsn, _)| lsn.get() > redo && lsn.get() <= cut).count() as u64
+    );
     assert_eq!(scan.dropped, commits().filter(|(lsn, _)| lsn.get() > cut).count() as u64);
     let seen = made.iter().filter(|m| m.is_found).map(Made::last);
     let highest = seen.fold(watermark.max(superblock.next_lsn.get().saturating_sub(1)), u64::max);

@@ -1,7 +1,8 @@
 //! A disk in memory over an image that many share: an execution costs what it writes.
 //!
 //! Invariants
-//! 1. Operations complete at once, in order; reads and writes outside of a file fail as a device's would.
+//! 1. Operations complete at once, in order; reads and writes outside of a file fail as a device's
+//!    would.
 //! 2. The image below is never changed.
 
 use crate::base::error::{Error, Result};
@@ -86,7 +87,8 @@ impl MemoryDisk {
             DiskOp::Flush { .. } => {}
             DiskOp::Allocate { file, from, to } => {
                 let (first, behind) = (*from / BLOCK as u64, *to / BLOCK as u64);
-                self.changed.retain(|(of, number), _| of != file || !(first..behind).contains(number));
+                self.changed
+                    .retain(|(of, number), _| of != file || !(first..behind).contains(number));
                 let below = self.image.get(file).map_or(0, |bytes| (bytes.len() / BLOCK) as u64);
                 for number in first..behind.min(below) {
                     self.changed.insert((*file, number), Box::new([0; BLOCK]));
@@ -104,7 +106,10 @@ impl MemoryDisk {
             return Ok(());
         }
         let end = std::io::Error::from(std::io::ErrorKind::UnexpectedEof);
-        Err(Error::io(format_args!("{bytes} bytes at byte {offset} of file {file}, which has {len}"), end))
+        Err(Error::io(
+            format_args!("{bytes} bytes at byte {offset} of file {file}, which has {len}"),
+            end,
+        ))
     }
 }
 

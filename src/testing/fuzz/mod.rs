@@ -1,12 +1,14 @@
 //! Fuzz targets of the library: any bytes in, a panic if what they lead to breaks a promise.
 //!
-//! [`log`]: a log that may hold anything is decoded and cut as a simple model says. [`open`]: a damaged store is opened;
-//! it refuses, or serves only what was written.
+//! [`log`]: a log that may hold anything is decoded and cut as a simple model says. [`open`]: a
+//! damaged store is opened; it refuses, or serves only what was written.
 //!
-//! Each target is one function. `scripts/fuzz` runs it under libFuzzer (`tests/fuzz/`); the tests here run the stored corpus and
-//! some thousands of mutations of it. The targets of the server are beside it: `server::nbd::fuzz`.
+//! Each target is one function. `scripts/fuzz` runs it under libFuzzer (`tests/fuzz/`); the tests
+//! here run the stored corpus and some thousands of mutations of it. The targets of the server are
+//! beside it: `server::nbd::fuzz`.
 //!
-//! It does *not* exist in a release: it is compiled for tests and under `--cfg fuzzing`, which cargo-fuzz sets.
+//! It does *not* exist in a release: it is compiled for tests and under `--cfg fuzzing`, which
+//! cargo-fuzz sets.
 
 #![allow(missing_docs)]
 

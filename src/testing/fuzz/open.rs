@@ -1,10 +1,11 @@
 //! Fuzz target: opening a damaged store.
 //!
-//! 1. Bytes changed, zeroed, cut off, lost or misdirected, checksums left as they are: what is read of the store is what was written,
-//!    or an error says where the damage is. A store that opens serves exactly the state at the cut that it reports, page by
-//!    page, or refuses the page.
-//! 2. The same with the checksums put right afterwards, so that nonsense gets past them: superblocks, roots, tables and logs are
-//!    read without a panic. Nothing more is promised against who can compute a checksum.
+//! 1. Bytes changed, zeroed, cut off, lost or misdirected, checksums left as they are: what is read
+//!    of the store is what was written, or an error says where the damage is. A store that opens
+//!    serves exactly the state at the cut that it reports, page by page, or refuses the page.
+//! 2. The same with the checksums put right afterwards, so that nonsense gets past them:
+//!    superblocks, roots, tables and logs are read without a panic. Nothing more is promised
+//!    against who can compute a checksum.
 //!
 //! A lost or a misdirected write counts alone: two of them can be an older state that is whole.
 
@@ -33,7 +34,8 @@ const SHARDS: u16 = 2;
 /// Pages of the model, in two volumes.
 const PAGES: u64 = 12;
 const COMMITS: u64 = 40;
-/// Where the checksums of all structures stand that have one: not touched where checksums are to hold.
+/// Where the checksums of all structures stand that have one: not touched where checksums are to
+/// hold.
 const SUMS: std::ops::Range<usize> = 8..16;
 
 type State = BTreeMap<PageKey, Vec<u8>>;
@@ -55,7 +57,8 @@ thread_local! {
     static ARENA: RefCell<Arena> = RefCell::new(Arena::new(512).expect("memory for reading"));
 }
 
-/// The target. One in 32 stores is opened for good, which takes fifty times as long as reading all that an open reads.
+/// The target. One in 32 stores is opened for good, which takes fifty times as long as reading all
+/// that an open reads.
 pub fn open(data: &[u8]) {
     run(data, crc32c(data).is_multiple_of(32));
 }
@@ -79,7 +82,12 @@ fn run(data: &[u8], is_full: bool) {
 }
 
 fn options() -> Options {
-    let geometry = Geometry { extent_bytes: 64 << 10, segment_bytes: 64 << 10, segments_count: 4, vshards_count: 4 };
+    let geometry = Geometry {
+        extent_bytes: 64 << 10,
+        segment_bytes: 64 << 10,
+        segments_count: 4,
+        vshards_count: 4,
+    };
     Options { geometry, memory_bytes: 4 << 20, ..Options::default() }
 }
 
@@ -122,8 +130,12 @@ impl Driver {
 }
 
 fn keys() -> Vec<PageKey> {
-    let key =
-        |i| PageKey::new(VolumeId::new(1 + (i % 2) as u8), PageId::new(if i == 7 { 1 << 40 } else { i << 9 | i }));
+    let key = |i| {
+        PageKey::new(
+            VolumeId::new(1 + (i % 2) as u8),
+            PageId::new(if i == 7 { 1 << 40 } else { i << 9 | i }),
+        )
+    };
     (0..PAGES).map(key).collect()
 }
 
@@ -134,9 +146,10 @@ fn changes(round: u64) -> Vec<(PageKey, Change)> {
         let word = recovery_mix(round * 8 + n);
         let change = match word % 6 {
             0 => Change::Free,
-            1 | 2 => {
-                Change::Patch { offset: (word >> 8 & 0xfff) as u32 % 4000, bytes: Bytes::from(vec![round as u8; 60]) }
-            }
+            1 | 2 => Change::Patch {
+                offset: (word >> 8 & 0xfff) as u32 % 4000,
+                bytes: Bytes::from(vec![round as u8; 60]),
+            },
             _ => Change::Put(word.to_le_bytes().repeat(BLOCK / 8).into()),
         };
         (keys[(word >> 32) as usize % keys.len()], change)
@@ -173,11 +186,13 @@ fn base(clean: bool) -> Base {
     let image = driver.disk.image();
     let mut spots = Vec::new();
     for (file, bytes) in &image {
-        let blocks = bytes.chunks(BLOCK).enumerate().filter(|(_, block)| block.iter().any(|b| *b != 0));
+        let blocks =
+            bytes.chunks(BLOCK).enumerate().filter(|(_, block)| block.iter().any(|b| *b != 0));
         spots.extend(blocks.map(|(number, _)| (*file, number as u64)));
     }
-    let found =
-        ARENA.with_borrow_mut(|arena| recovery::find_superblock(&mut driver.disk, arena)).expect("a superblock");
+    let found = ARENA
+        .with_borrow_mut(|arena| recovery::find_superblock(&mut driver.disk, arena))
+        .expect("a superblock");
     assert_eq!(found.superblock.clean, clean);
     Base { image: Arc::new(image), earlier, spots, superblock: found.superblock, commits }
 }
@@ -185,11 +200,15 @@ fn base(clean: bool) -> Base {
 /// The store after all commits up to `cut`; of an absent page zeros are read.
 fn state(base: &Base, cut: Lsn) -> State {
     let mut state: State = keys().into_iter().map(|key| (key, vec![0; BLOCK])).collect();
-    for (key, change) in base.commits.iter().filter(|(lsn, _)| *lsn <= cut).flat_map(|(_, changes)| changes) {
+    for (key, change) in
+        base.commits.iter().filter(|(lsn, _)| *lsn <= cut).flat_map(|(_, changes)| changes)
+    {
         let now = state.get_mut(key).expect("a page of the model");
         match change {
             Change::Free => now.fill(0),
-            Change::Patch { offset, bytes } => now[*offset as usize..][..bytes.len()].copy_from_slice(bytes),
+            Change::Patch { offset, bytes } => {
+                now[*offset as usize..][..bytes.len()].copy_from_slice(bytes)
+            }
             Change::Put(bytes) => now.copy_from_slice(bytes),
         }
     }
@@ -207,7 +226,8 @@ fn damage(disk: &mut MemoryDisk, base: &Base, is_sealed: bool, input: &mut Input
             disk.truncate(file, number);
             continue;
         }
-        let (other_file, other) = base.spots[if kind == 4 { input.below(base.spots.len()) } else { 0 }];
+        let (other_file, other) =
+            base.spots[if kind == 4 { input.below(base.spots.len()) } else { 0 }];
         let other: [u8; BLOCK] = *disk.block(other_file, other);
         let (offset, width) = match kind {
             0 | 1 => (input.below(BLOCK), 1),
@@ -232,7 +252,8 @@ fn damage(disk: &mut MemoryDisk, base: &Base, is_sealed: bool, input: &mut Input
             4 => *block = other,
             _ => {
                 let from = number as usize * BLOCK;
-                let before = base.earlier.get(&file).and_then(|bytes| bytes.get(from..from + BLOCK));
+                let before =
+                    base.earlier.get(&file).and_then(|bytes| bytes.get(from..from + BLOCK));
                 before.into_iter().for_each(|before| block.copy_from_slice(before));
             }
         }
@@ -241,25 +262,32 @@ fn damage(disk: &mut MemoryDisk, base: &Base, is_sealed: bool, input: &mut Input
         }
     }
     if is_sealed {
-        touched.iter().for_each(|(file, number)| reseal(disk, *file, *number, base.superblock.salt));
+        touched
+            .iter()
+            .for_each(|(file, number)| reseal(disk, *file, *number, base.superblock.salt));
         (0..SUPERBLOCK_COPIES).for_each(|copy| name_anew(disk, copy));
     }
 }
 
 /// Puts right the checksums by which a superblock names roots and table.
 fn name_anew(disk: &mut MemoryDisk, copy: u64) {
-    let blocks = (0..SUPERBLOCK_BYTES / BLOCK).map(|i| Superblock::offset(copy) / BLOCK as u64 + i as u64);
-    let mut bytes: Vec<u8> = blocks.clone().flat_map(|number| *disk.block(FileId::Meta, number)).collect();
+    let blocks =
+        (0..SUPERBLOCK_BYTES / BLOCK).map(|i| Superblock::offset(copy) / BLOCK as u64 + i as u64);
+    let mut bytes: Vec<u8> =
+        blocks.clone().flat_map(|number| *disk.block(FileId::Meta, number)).collect();
     let Ok(mut superblock) = Superblock::decode(copy, &bytes) else { return };
-    let sum = |file, offset: u64| crc_around(0, disk.block(file, offset / BLOCK as u64), SUMS.start);
+    let sum =
+        |file, offset: u64| crc_around(0, disk.block(file, offset / BLOCK as u64), SUMS.start);
     let vshards_count = superblock.geometry.vshards_count;
     for (i, state) in superblock.vshards.iter_mut().enumerate() {
         let vshard = crate::base::VShard::new(i as u16);
-        state.root.crc = sum(FileId::Meta, root::offset(vshard, state.root.generation, vshards_count));
+        state.root.crc =
+            sum(FileId::Meta, root::offset(vshard, state.root.generation, vshards_count));
     }
     // With more blocks than the file has it is refused anyway.
     let table_blocks = superblock.extents_count.div_ceil(extent::TABLE_ROWS).min(64);
-    let table = (0..table_blocks).map(|i| sum(FileId::Table, extent::table_offset(i, superblock.checkpoint)));
+    let table = (0..table_blocks)
+        .map(|i| sum(FileId::Table, extent::table_offset(i, superblock.checkpoint)));
     superblock.table_crc = extent::table_crc(table);
     superblock.encode(copy, &mut bytes);
     for (number, bytes) in blocks.zip(bytes.chunks(BLOCK)) {
@@ -280,7 +308,8 @@ fn reseal(disk: &mut MemoryDisk, file: FileId, number: u64, salt: u64) {
         FileId::Log(..) => return reseal_groups(disk, file, number, salt),
         FileId::Data => return,
     };
-    let mut bytes: Vec<u8> = (first..first + count).flat_map(|number| *disk.block(file, number)).collect();
+    let mut bytes: Vec<u8> =
+        (first..first + count).flat_map(|number| *disk.block(file, number)).collect();
     let sum = crc_around(0, &bytes, at);
     bytes[at..at + 4].copy_from_slice(&sum.to_le_bytes());
     if let Some(block) = disk.block_mut(file, first) {
@@ -293,11 +322,16 @@ fn reseal_groups(disk: &mut MemoryDisk, file: FileId, number: u64, salt: u64) {
     for first in 0..=number {
         let head = disk.block(file, first);
         let at = offset_of!(Head, body_blocks);
-        let blocks = u64::from(u32::from_le_bytes(head[at..at + 4].try_into().expect("four bytes")));
-        if !head.starts_with(b"CPGROUP\0") || !(1..=16).contains(&blocks) || first + blocks <= number {
+        let blocks =
+            u64::from(u32::from_le_bytes(head[at..at + 4].try_into().expect("four bytes")));
+        if !head.starts_with(b"CPGROUP\0")
+            || !(1..=16).contains(&blocks)
+            || first + blocks <= number
+        {
             continue;
         }
-        let body: Vec<u8> = (first..first + blocks).flat_map(|number| *disk.block(file, number)).collect();
+        let body: Vec<u8> =
+            (first..first + blocks).flat_map(|number| *disk.block(file, number)).collect();
         let body_crc = crc32c(&body[HEAD_BYTES..]);
         let Some(head) = disk.block_mut(file, first) else { return };
         head[offset_of!(Head, body_crc)..][..4].copy_from_slice(&body_crc.to_le_bytes());
@@ -309,7 +343,10 @@ fn reseal_groups(disk: &mut MemoryDisk, file: FileId, number: u64, salt: u64) {
 
 fn assert_names_the_place(error: &Error) {
     let text = error.to_string();
-    assert!([ErrorKind::Corrupt, ErrorKind::Unsupported, ErrorKind::Io].contains(&error.kind()), "{error:?}");
+    assert!(
+        [ErrorKind::Corrupt, ErrorKind::Unsupported, ErrorKind::Io].contains(&error.kind()),
+        "{error:?}"
+    );
     let places = ["byte", "block", "copy", "copies", "version", "log"];
     assert!(places.iter().any(|word| text.contains(word)), "no place in: {text}");
 }
@@ -327,7 +364,11 @@ fn load(disk: &mut MemoryDisk, base: &Base, is_sealed: bool) {
             let shard_map = ShardMap::new(superblock.geometry.vshards_count, 1);
             let scan = recovery::scan(disk, arena, &superblock, shard_map)?;
             let last = base.commits.last().expect("there are commits").0;
-            assert!(is_sealed || (superblock.watermark..=last).contains(&scan.state(&superblock)), "{}", scan.cut);
+            assert!(
+                is_sealed || (superblock.watermark..=last).contains(&scan.state(&superblock)),
+                "{}",
+                scan.cut
+            );
         }
         Ok(())
     });
@@ -342,15 +383,18 @@ fn check_loaded(base: &Base, loaded: &recovery::Loaded) {
     let superblock = &base.superblock;
     for (i, (children, version)) in loaded.roots.iter().enumerate() {
         let vshard = crate::base::VShard::new(i as u16);
-        let at = root::offset(vshard, version.generation, superblock.geometry.vshards_count) as usize;
-        let (head, crc, written) = root::decode(&meta[at..at + BLOCK]).expect("a root of the image");
+        let at =
+            root::offset(vshard, version.generation, superblock.geometry.vshards_count) as usize;
+        let (head, crc, written) =
+            root::decode(&meta[at..at + BLOCK]).expect("a root of the image");
         assert!(
             head.generation == version.generation && crc == version.crc && written == *children,
             "another root is taken"
         );
     }
     let at = extent::table_offset(0, superblock.checkpoint) as usize;
-    let rows = extent::decode_table(superblock.store_id, 0, superblock.checkpoint, &table[at..at + BLOCK]);
+    let rows =
+        extent::decode_table(superblock.store_id, 0, superblock.checkpoint, &table[at..at + BLOCK]);
     assert_eq!(rows.expect("the table of the image").0, loaded.table, "another table is taken");
 }
 
@@ -365,7 +409,11 @@ fn serve(disk: MemoryDisk, base: &Base) {
         return;
     }
     let last = base.commits.last().expect("there are commits").0;
-    assert!((base.superblock.watermark..=last).contains(&report.cut), "the state at {} is none", report.cut);
+    assert!(
+        (base.superblock.watermark..=last).contains(&report.cut),
+        "the state at {} is none",
+        report.cut
+    );
     for (key, bytes) in state(base, report.cut) {
         match driver.read(key) {
             Ok(found) => assert!(found == bytes, "wrong bytes of {key:?} at {}", report.cut),
@@ -375,7 +423,8 @@ fn serve(disk: MemoryDisk, base: &Base) {
     assert!(driver.disk.len(FileId::Meta).is_ok_and(|len| len.is_some()));
 }
 
-/// Nonsense that is to get past the checksums does: changed roots and tables are taken for what they say.
+/// Nonsense that is to get past the checksums does: changed roots and tables are taken for what
+/// they say.
 #[cfg(test)]
 #[test]
 fn sealed_nonsense_is_read() {
@@ -398,6 +447,9 @@ fn sealed_nonsense_is_read() {
         assert!(error.to_string().contains("another one than the superblock names"), "{error}");
         (0..SUPERBLOCK_COPIES).for_each(|copy| name_anew(&mut disk, copy));
         let loaded = load(&mut disk).expect("all sums are right");
-        assert!(std::panic::catch_unwind(|| check_loaded(base, &loaded)).is_err(), "the change is not seen");
+        assert!(
+            std::panic::catch_unwind(|| check_loaded(base, &loaded)).is_err(),
+            "the change is not seen"
+        );
     }
 }

@@ -1,8 +1,9 @@
 //! Planted bugs: each must be caught by the ordinary checks, or the checks prove nothing.
 //!
-//! A place in the engine or in the simulated disk asks [`planted`] at the moment at which the bug would do its
-//! damage, and misbehaves if the answer is yes. Bugs are planted per thread: recovery, too, can ask. The question counts,
-//! so that a test can tell "not caught" from "never reached". To add one: its line in the list, and one question in the code.
+//! A place in the engine or in the simulated disk asks [`planted`] at the moment at which the bug
+//! would do its damage, and misbehaves if the answer is yes. Bugs are planted per thread: recovery,
+//! too, can ask. The question counts, so that a test can tell "not caught" from "never reached". To
+//! add one: its line in the list, and one question in the code.
 //!
 //! It is compiled for tests and for the feature `sim` only, never into a release of the engine.
 
@@ -35,7 +36,8 @@ canaries! {
     PlaceReusedEarly,
     /// A log segment is recycled before a durable root covers the records in it.
     LogTrimmedEarly,
-    /// A shard recycles its log when its own roots are written: others, and the superblock, are not yet.
+    /// A shard recycles its log when its own roots are written: others, and the superblock, are not
+    /// yet.
     RecycledBeforeSuperblock,
     /// A segment by which the log has grown is used before a superblock that counts it is durable.
     SegmentUsedUncounted,
@@ -53,11 +55,13 @@ canaries! {
     VoteIgnored,
     /// A buffered commit over shards is acknowledged before all its parts are visible.
     AcknowledgedUnseen,
-    /// A reader of an absent page is not told of the commit that freed it: it can't wait until that is durable.
+    /// A reader of an absent page is not told of the commit that freed it: it can't wait until that
+    /// is durable.
     FreeUntold,
     /// A part is reported as durable when it is applied.
     PartDurableEarly,
-    /// The owner's bound rises when its own part is durable: the watermark passes parts that are not.
+    /// The owner's bound rises when its own part is durable: the watermark passes parts that are
+    /// not.
     PartsHoldNothingBack,
     /// FLUSH waits for what its own shard has drawn only.
     FlushForOwnShard,
@@ -69,7 +73,8 @@ canaries! {
     GapIgnored,
     /// Recovery takes a commit over shards for complete though a part is missing.
     PartIgnored,
-    /// Recovery takes a group for complete without looking at the pages written straight to their places.
+    /// Recovery takes a group for complete without looking at the pages written straight to their
+    /// places.
     PlacedUnchecked,
     /// A new epoch begins right above the LSNs found, not above those that may have been drawn.
     LsnsReused,
@@ -95,29 +100,36 @@ canaries! {
     PageSumIgnored,
     /// A map node is used whatever its checksum is.
     NodeSumIgnored,
-    /// A map node that was being read while the tree above it changed is taken all the same: it has no parent in memory.
+    /// A map node that was being read while the tree above it changed is taken all the same: it has
+    /// no parent in memory.
     OrphanInserted,
-    /// A root or a table of the right number is taken for the one that the superblock names, whatever its checksum is.
+    /// A root or a table of the right number is taken for the one that the superblock names,
+    /// whatever its checksum is.
     NamedSumIgnored,
     /// A gap at or below a recorded watermark is taken for the torn end of the log.
     DamageTakenForTail,
-    /// Recovery takes the first block that begins no group for the end of a segment: a later watermark behind it goes unseen.
+    /// Recovery takes the first block that begins no group for the end of a segment: a later
+    /// watermark behind it goes unseen.
     SegmentEndsAtGap,
     /// Recovery redoes what lies above the cut, too.
     CutIgnored,
-    /// Recovery goes on from what it has read before a flush has covered it: a dead process may not have flushed it.
+    /// Recovery goes on from what it has read before a flush has covered it: a dead process may not
+    /// have flushed it.
     ReadNotFlushed,
     /// A checkpoint in the middle of the redo waits for a page that the redo finds written already.
     RedoneUnsettled,
-    /// Opening waits for space for ever where there is none for the pages and map nodes of the recovery.
+    /// Opening waits for space for ever where there is none for the pages and map nodes of the
+    /// recovery.
     OpeningWaitsForSpace,
     /// The page table keeps an entry of every absent page that was ever asked for.
     AbsentKept,
     /// Recovery leaves out that pages were freed.
     FreeNotRedone,
-    /// Whoever finds no memory is not registered as waiting for it: nobody looks again when readers give some back.
+    /// Whoever finds no memory is not registered as waiting for it: nobody looks again when readers
+    /// give some back.
     MemoryWaiterForgotten,
-    /// The deadline of dirty pages stays in the past while their writes are at the limit: the shard spins.
+    /// The deadline of dirty pages stays in the past while their writes are at the limit: the shard
+    /// spins.
     DeadlineInThePast,
     /// The nodes of a virtual shard are captured only if there is a frame for each of them.
     CaptureAllAtOnce,
@@ -127,9 +139,11 @@ canaries! {
     RedoneAllAtOnce,
     /// A commit that could never find its memory waits for it.
     TooLargeAdmitted,
-    /// The node that was asked for last is read first: under pressure the first one who asked waits for ever.
+    /// The node that was asked for last is read first: under pressure the first one who asked waits
+    /// for ever.
     NodesLastInFirstOut,
-    /// A part of a commit over shards never goes in front of the commits of a shard, however long it has waited.
+    /// A part of a commit over shards never goes in front of the commits of a shard, however long
+    /// it has waited.
     VotesNeverFirst,
 }
 
@@ -150,7 +164,8 @@ pub fn plant(canary: Option<Canary>) {
     PLANTED.with(|planted| planted.set(canary));
 }
 
-/// Whether `which` is the bug that is planted; counts it as fired if so. Ask only where the bug changes something.
+/// Whether `which` is the bug that is planted; counts it as fired if so. Ask only where the bug
+/// changes something.
 pub fn planted(which: Canary) -> bool {
     let fires = which.is_planted();
     if fires {

@@ -1,4 +1,5 @@
-//! A store of one or more shards, each driven as by its real event loop: parked until something arrives for it.
+//! A store of one or more shards, each driven as by its real event loop: parked until something
+//! arrives for it.
 //!
 //! ```text
 //! request, message, completion ... arrive, each after a delay of its own
@@ -7,10 +8,12 @@
 //!    parked ----> turn: take what has arrived (or a part), Shard::turn, effects out ----> parked
 //! ```
 //! Invariants
-//! 1. A shard turns only if something has arrived for it, its deadline has come, or the watermark has reached what it
-//!    waits for; and once at the beginning. So a shard that waits for something that never happens hangs, and the run fails.
+//! 1. A shard turns only if something has arrived for it, its deadline has come, or the watermark
+//!    has reached what it waits for; and once at the beginning. So a shard that waits for something
+//!    that never happens hangs, and the run fails.
 //! 2. A turn is atomic; the seed says which shard turns next, and what it takes.
-//! 3. One disk serves all shards; a completion comes back to the shard that submitted the operation.
+//! 3. One disk serves all shards; a completion comes back to the shard that submitted the
+//!    operation.
 //! 4. Effects of a shard after the power was cut are dropped.
 //!
 //! It does *not* route requests or judge anything.
@@ -33,13 +36,14 @@ use crate::io::{Completion, Disk, OpId};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-/// Idle turns in a row after which the store counts as spinning, if they come faster than `IDLE_TURN_US` on average.
+/// Idle turns in a row after which the store counts as spinning, if they come faster than
+/// `IDLE_TURN_US` on average.
 const IDLE_TURNS_MAX: u64 = 1_000;
 const IDLE_TURN_US: Micros = 200;
 /// Messages under way between two shards beyond which the protocol counts as unbounded.
 const MESSAGES_MAX: usize = 8_192;
-/// Turns between two audits: at least `AUDIT_EACH`, and one for each `AUDITED_A_TURN` pages and map nodes, so that a large store
-/// does not spend all its time on audits.
+/// Turns between two audits: at least `AUDIT_EACH`, and one for each `AUDITED_A_TURN` pages and map
+/// nodes, so that a large store does not spend all its time on audits.
 const AUDIT_EACH: u64 = 32;
 const AUDITED_A_TURN: u64 = 4;
 /// Turns within which a store must be open; a few thousand are usual.
@@ -72,7 +76,8 @@ pub(super) struct Node {
     pub(super) completions: Vec<(Micros, Completion)>,
     /// When its last turn ends.
     free_at: Micros,
-    /// When it turns even if nothing arrives: at the beginning, and when the watermark has reached what it waits for.
+    /// When it turns even if nothing arrives: at the beginning, and when the watermark has reached
+    /// what it waits for.
     woken_at: Option<Micros>,
     /// A commit waited for memory after its last turn.
     pub(super) was_short: bool,
@@ -140,7 +145,8 @@ impl ClusterCounters {
 }
 
 impl Cluster {
-    /// Begins to open the store on `disk`, or to make it; [`step`](Self::step) until it [is open](Self::is_open).
+    /// Begins to open the store on `disk`, or to make it; [`step`](Self::step) until it [is
+    /// open](Self::is_open).
     ///
     /// # Errors
     /// Those of recovery.
@@ -152,7 +158,13 @@ impl Cluster {
         rng: &mut Rng,
     ) -> Result<(Cluster, Opened)> {
         let mut rng = rng.fork(3);
-        let opening = crate::engine::recovery::begin(&mut disk.clone(), options, shards, rng.draw(), disk.now())?;
+        let opening = crate::engine::recovery::begin(
+            &mut disk.clone(),
+            options,
+            shards,
+            rng.draw(),
+            disk.now(),
+        )?;
         let RecoveryReport { created, clean, cut, warnings, .. } = opening.report;
         let opened = Opened { created, clean, cut, warnings: warnings.len() };
         assert_eq!(opening.shards.len(), usize::from(shards), "as many shards as asked for");
@@ -170,7 +182,8 @@ impl Cluster {
         let nodes: Vec<Node> = shards.iter().map(node).collect();
         let cluster = Cluster {
             net: Net::new(nodes.len()),
-            // Not drawn from the stream that all else comes from: a run without held reads is as it was.
+            // Not drawn from the stream that all else comes from: a run without held reads is as it
+            // was.
             late: Late::new(holding, nodes.len(), rng.clone().fork(7)),
             progress: Progress::new(nodes.len()),
             shard_map: shards[0].shard_map(),
@@ -268,7 +281,11 @@ impl Cluster {
         let next = self.next_event_at();
         let kept = self.late.next_due(self.is_at_rest()).map(|at| at.max(self.disk.now()));
         // If nothing else will happen one of them is told at once.
-        if next.is_none() { kept.map(|_| self.disk.now()) } else { next.into_iter().chain(kept).min() }
+        if next.is_none() {
+            kept.map(|_| self.disk.now())
+        } else {
+            next.into_iter().chain(kept).min()
+        }
     }
 
     /// The time of the next event, delayed completions aside.
@@ -306,7 +323,8 @@ impl Cluster {
         self.net.reached(mark)
     }
 
-    /// Moves time on to the next event, and lets a shard turn if one has a reason to. `None`: nothing will happen.
+    /// Moves time on to the next event, and lets a shard turn if one has a reason to. `None`:
+    /// nothing will happen.
     ///
     /// # Errors
     /// What is wrong with the shards.
@@ -317,11 +335,14 @@ impl Cluster {
         self.reap();
         let now = self.disk.now();
         let at_rest = self.late.is_keeping() && self.is_at_rest();
-        for (shard, completion) in self.late.take_due(self.counters.turns, now, nothing_else, at_rest) {
+        for (shard, completion) in
+            self.late.take_due(self.counters.turns, now, nothing_else, at_rest)
+        {
             self.nodes[shard].completions.push((now, completion));
         }
-        let ready: Vec<usize> =
-            (0..self.nodes.len()).filter(|&index| self.turn_at(index).is_some_and(|at| at <= now)).collect();
+        let ready: Vec<usize> = (0..self.nodes.len())
+            .filter(|&index| self.turn_at(index).is_some_and(|at| at <= now))
+            .collect();
         if ready.is_empty() || self.disk.is_off() {
             return Ok(Some(Turn::default()));
         }
@@ -337,7 +358,9 @@ impl Cluster {
             let shard = (completion.id.0 >> SHARD_SHIFT) as usize;
             completion.id = OpId(completion.id.0 & ((1 << SHARD_SHIFT) - 1));
             let at = self.disk.now() + self.timing.completion_us(&mut self.rng);
-            let Some(completion) = self.late.keep(shard, completion, self.counters.turns) else { continue };
+            let Some(completion) = self.late.keep(shard, completion, self.counters.turns) else {
+                continue;
+            };
             self.nodes[shard].completions.push((at, completion));
         }
     }
@@ -386,11 +409,13 @@ impl Cluster {
         if TABLE_IS_BOUNDED {
             check_budget(&counts).map_err(|why| format!("{id:?} keeps too much: {why}"))?;
         }
-        self.audit_at = self.counters.turns + AUDIT_EACH.max((counts.pages + counts.nodes) / AUDITED_A_TURN);
+        self.audit_at =
+            self.counters.turns + AUDIT_EACH.max((counts.pages + counts.nodes) / AUDITED_A_TURN);
         Ok(())
     }
 
-    /// The shard parks after its turn; others are woken if the watermark has reached what they wait for.
+    /// The shard parks after its turn; others are woken if the watermark has reached what they wait
+    /// for.
     fn park(&mut self, index: usize, now: Micros, before: Lsn) -> std::result::Result<(), String> {
         let watermark = self.order.watermark();
         if watermark < before {
@@ -414,13 +439,21 @@ impl Cluster {
         self.counters.turns += 1;
         self.counters.switches += u64::from(last != index as u64);
         self.counters.trace = (mix(self.counters.trace ^ now) & !0xff) | index as u64;
-        (self.idle_turns, self.busy_at) = if busy { (0, now) } else { (self.idle_turns + 1, self.busy_at) };
+        (self.idle_turns, self.busy_at) =
+            if busy { (0, now) } else { (self.idle_turns + 1, self.busy_at) };
         if self.idle_turns > IDLE_TURNS_MAX && now < self.busy_at + self.idle_turns * IDLE_TURN_US {
             let (turns, since) = (self.idle_turns, self.busy_at);
-            return Err(format!("{turns} turns in which nothing happened, since {since}: {}", self.describe()));
+            return Err(format!(
+                "{turns} turns in which nothing happened, since {since}: {}",
+                self.describe()
+            ));
         }
         if self.net.most() > MESSAGES_MAX {
-            return Err(format!("{} messages under way between two shards: {}", self.net.most(), self.describe()));
+            return Err(format!(
+                "{} messages under way between two shards: {}",
+                self.net.most(),
+                self.describe()
+            ));
         }
         Ok(())
     }

@@ -1,7 +1,9 @@
-//! Damage to every sector of a store: flipped, zeroed, stale and swapped, one sector or the block around it.
+//! Damage to every sector of a store: flipped, zeroed, stale and swapped, one sector or the block
+//! around it.
 //!
-//! Of a store that was closed, everything that opening it and reading it touches must be missed when it is damaged. Of one that
-//! was not, everything is damaged that is there. `COREPAGE_STORES=n` does it to n stores.
+//! Of a store that was closed, everything that opening it and reading it touches must be missed
+//! when it is damaged. Of one that was not, everything is damaged that is there.
+//! `COREPAGE_STORES=n` does it to n stores.
 
 use super::disk::{Damage, Loss, SECTOR, SECTORS};
 use super::inject::{DamageCounters, Damaged};
@@ -33,7 +35,12 @@ fn sim(case: &Case) -> Outcome<SimRun> {
     profile.universe.truncate(60);
     // What an opening reads depends on the number of shards: it is the same in each.
     let shards = 1 + (case.seed % 2) as u16;
-    let plan = Plan { options: Some(options), profile: Some(profile), shards: shards..=shards, ..quiet(case.seed) };
+    let plan = Plan {
+        options: Some(options),
+        profile: Some(profile),
+        shards: shards..=shards,
+        ..quiet(case.seed)
+    };
     let mut sim = SimRun::new(plan);
     sim.begin()?;
     for _ in 0..500 {
@@ -46,7 +53,8 @@ fn sim(case: &Case) -> Outcome<SimRun> {
     Ok(sim)
 }
 
-/// What is damaged: of a closed store the blocks that are read, of another one those with anything in them.
+/// What is damaged: of a closed store the blocks that are read, of another one those with anything
+/// in them.
 fn targets(sim: &mut SimRun, case: &Case) -> Outcome<Vec<(FileId, u64)>> {
     let image = sim.disk.crash(Loss::Everything, &mut Rng::new(case.seed));
     if case.clean {
@@ -55,12 +63,15 @@ fn targets(sim: &mut SimRun, case: &Case) -> Outcome<Vec<(FileId, u64)>> {
         assert_eq!(found, Damaged::Harmless, "nothing is damaged yet");
         return Ok(image.take_reads().into_iter().collect());
     }
-    let blocks = |(file, len): (FileId, u64)| (0..len / BLOCK as u64).map(move |block| (file, block));
-    let is_used = |&(file, block): &(FileId, u64)| image.block(file, block).iter().any(|byte| *byte != 0);
+    let blocks =
+        |(file, len): (FileId, u64)| (0..len / BLOCK as u64).map(move |block| (file, block));
+    let is_used =
+        |&(file, block): &(FileId, u64)| image.block(file, block).iter().any(|byte| *byte != 0);
     Ok(image.files().into_iter().flat_map(blocks).filter(is_used).collect())
 }
 
-/// Copies of the superblock stand in for each other: one that is stale is as good as one that is not there.
+/// Copies of the superblock stand in for each other: one that is stale is as good as one that is
+/// not there.
 fn is_superblock(file: FileId, block: u64) -> bool {
     file == FileId::Meta && block < SUPERBLOCK_COPIES * (SUPERBLOCK_BYTES / BLOCK) as u64
 }
@@ -69,17 +80,23 @@ fn run(case: &Case) -> Outcome<RunStats> {
     let mut sim = sim(case)?;
     let targets = targets(&mut sim, case)?;
     let mut rng = Rng::new(mix(case.seed ^ case.part));
-    let mine = targets.iter().enumerate().filter(|(n, _)| *n as u64 % PARTS == case.part).map(|(_, target)| *target);
+    let mine = targets
+        .iter()
+        .enumerate()
+        .filter(|(n, _)| *n as u64 % PARTS == case.part)
+        .map(|(_, target)| *target);
     for (file, block) in mine {
         let first = block * SECTORS as u64;
         let places = (0..SECTORS as u64).map(|n| (first + n, 1)).chain([(first, SECTORS)]);
         for (at, count) in places {
             // A block that looks as if it belonged here, where there is one.
-            let others: Vec<u64> = targets.iter().filter(|t| t.0 == file && t.1 != block).map(|t| t.1).collect();
+            let others: Vec<u64> =
+                targets.iter().filter(|t| t.0 == file && t.1 != block).map(|t| t.1).collect();
             let other = if others.is_empty() { 0 } else { *rng.pick(&others) };
             let with = other * SECTORS as u64 + at - first;
             let bit = rng.below((count * BLOCK / SECTORS * 8) as u64) as usize;
-            for damage in [Damage::Flip { bit }, Damage::Zero, Damage::Stale, Damage::Swap { with }] {
+            for damage in [Damage::Flip { bit }, Damage::Zero, Damage::Stale, Damage::Swap { with }]
+            {
                 let image = sim.disk.crash(Loss::Everything, &mut Rng::new(case.seed));
                 if !image.damage(file, at, count, damage) {
                     continue;
@@ -102,8 +119,9 @@ pub(super) fn smallest() -> Outcome {
 }
 
 fn run_all(seeds: u64, clean: bool) -> DamageCounters {
-    let cases: Vec<Case> =
-        (1..=seeds).flat_map(|seed| (0..PARTS).map(move |part| Case { seed, part, clean })).collect();
+    let cases: Vec<Case> = (1..=seeds)
+        .flat_map(|seed| (0..PARTS).map(move |part| Case { seed, part, clean }))
+        .collect();
     let damage = run_cases(&cases, run).damage;
     println!("{seeds} stores, closed: {clean}: {damage:?}");
     damage
@@ -116,7 +134,8 @@ fn damage_to_any_sector_of_a_closed_store_is_noticed() {
     assert!(damage.refused > 20 && damage.named > 1000 && damage.cut == 0, "{damage:?}");
 }
 
-/// If this fails, a crash and a rotten sector together serve wrong data, or lose in silence what the log says was durable.
+/// If this fails, a crash and a rotten sector together serve wrong data, or lose in silence what
+/// the log says was durable.
 #[test]
 fn damage_to_any_sector_of_a_crashed_store_is_never_served() {
     let damage = run_all(number("COREPAGE_STORES").unwrap_or(1), false);
@@ -131,10 +150,11 @@ fn crash_checkpoint(sim: &mut SimRun, event: u64) -> Outcome<bool> {
     Ok(sim.disk.is_off())
 }
 
-/// A store that is crashed in a checkpoint and again in the recovery after it, each at some event, and of whose superblock one
-/// copy is lost then.
+/// A store that is crashed in a checkpoint and again in the recovery after it, each at some event,
+/// and of whose superblock one copy is lost then.
 fn one_copy_lost(checkpoint_event: u64) -> Outcome<u64> {
-    let plan = |seed| Plan { options: Some(super::small_tests::options()), shards: 1..=1, ..quiet(seed) };
+    let plan =
+        |seed| Plan { options: Some(super::small_tests::options()), shards: 1..=1, ..quiet(seed) };
     let (mut opened, mut recovery_event) = (0, 0);
     loop {
         recovery_event += 1;
@@ -181,10 +201,15 @@ fn any_one_copy_of_the_superblock_may_be_lost_at_any_time() {
     assert!(all > 1000, "{all} stores");
 }
 
-/// A store that was crashed at an event of a checkpoint and opened again, and of which then one of the writes of roots and table is lost:
-/// what was there before may be what the crashed checkpoint has written.
+/// A store that was crashed at an event of a checkpoint and opened again, and of which then one of
+/// the writes of roots and table is lost: what was there before may be what the crashed checkpoint
+/// has written.
 fn one_write_lost(seed: u64, event: u64) -> Outcome<Option<u64>> {
-    let mut sim = SimRun::new(Plan { options: Some(super::small_tests::options()), shards: 1..=2, ..quiet(seed) });
+    let mut sim = SimRun::new(Plan {
+        options: Some(super::small_tests::options()),
+        shards: 1..=2,
+        ..quiet(seed)
+    });
     sim.begin()?;
     for _ in 0..50 {
         sim.step()?;
@@ -206,11 +231,15 @@ fn one_write_lost(seed: u64, event: u64) -> Outcome<Option<u64>> {
             if !image.damage(file, block * SECTORS as u64, SECTORS, Damage::Stale) {
                 continue;
             }
-            let found = sim.open_damaged(image.clone()).map_err(|why| format!("{file} block {block}: {why}"))?;
+            let found = sim
+                .open_damaged(image.clone())
+                .map_err(|why| format!("{file} block {block}: {why}"))?;
             if image.take_reads().contains(&(file, block)) {
                 lost += 1;
                 if found != Damaged::Refused {
-                    return Err(format!("the last write of block {block} of {file} is lost: {found:?}"));
+                    return Err(format!(
+                        "the last write of block {block} of {file} is lost: {found:?}"
+                    ));
                 }
             }
         }
@@ -234,10 +263,13 @@ pub(super) fn all_lost() -> Outcome {
     every_write_lost(1).map(drop)
 }
 
-/// If this fails, a lost write brings back, in silence, what a checkpoint that was never completed has written.
+/// If this fails, a lost write brings back, in silence, what a checkpoint that was never completed
+/// has written.
 #[test]
 fn a_lost_write_does_not_bring_back_an_interrupted_checkpoint() {
-    let all: u64 = (1..=3).map(|seed| every_write_lost(seed).unwrap_or_else(|why| panic!("seed {seed}, {why}"))).sum();
+    let all: u64 = (1..=3)
+        .map(|seed| every_write_lost(seed).unwrap_or_else(|why| panic!("seed {seed}, {why}")))
+        .sum();
     println!("{all} lost writes of roots and of the table");
     assert!(all > 500, "{all} lost writes");
 }

@@ -1,8 +1,9 @@
 //! Every operation of a few reference workloads fails, in every way in which operations fail.
 //!
-//! After SQLite's I/O error loop (<https://sqlite.org/testing.html>, section 3.2): fail the first operation, run, check; fail the
-//! second, and so on, until a run goes through without meeting its error. `COREPAGE_ERRORS=all` tries each of the seven errors,
-//! once and for ever, at each operation, instead of one of them.
+//! After SQLite's I/O error loop (<https://sqlite.org/testing.html>, section 3.2): fail the first
+//! operation, run, check; fail the second, and so on, until a run goes through without meeting its
+//! error. `COREPAGE_ERRORS=all` tries each of the seven errors, once and for ever, at each
+//! operation, instead of one of them.
 
 use super::disk::{Area, ERRNOS, Fault, Loss};
 use super::inject::is_of_the_device;
@@ -14,7 +15,8 @@ use super::workload::{self, Profile};
 use crate::base::{PageId, PageKey, VolumeId};
 use crate::engine::{Change, Commit, Request};
 
-/// Operations that fail at once, at most, before a workload has come to its end: far more than any of them has.
+/// Operations that fail at once, at most, before a workload has come to its end: far more than any
+/// of them has.
 const INDEX_MAX: u64 = 5_000;
 
 /// When the error strikes.
@@ -45,13 +47,18 @@ fn key(n: u64) -> PageKey {
 
 const PAGES: u64 = 16;
 
-fn commit(reads: Vec<PageKey>, changes: Vec<(PageKey, Change)>, durable: bool, sim: &SimRun) -> Request {
+fn commit(
+    reads: Vec<PageKey>,
+    changes: Vec<(PageKey, Change)>,
+    durable: bool,
+    sim: &SimRun,
+) -> Request {
     let told = |key| (key, sim.oracle.model.at(key, sim.oracle.last()).told());
     Request::Commit(Commit { reads: reads.into_iter().map(told).collect(), changes, durable })
 }
 
-/// One after another: each kind of commit, of one shard and of several, flushes and checkpoints; then the store is closed, or it
-/// is left with requests under way.
+/// One after another: each kind of commit, of one shard and of several, flushes and checkpoints;
+/// then the store is closed, or it is left with requests under way.
 fn work(sim: &mut SimRun, rng: &mut Rng, when: When) -> Outcome {
     for n in 1..=if when == When::Life { 24 } else { 30 } {
         let put = |n: u64, tag| (key(n), Change::Put(page_bytes(key(n), tag)));
@@ -63,7 +70,12 @@ fn work(sim: &mut SimRun, rng: &mut Rng, when: When) -> Outcome {
                 let bytes = patch_bytes(n, 500);
                 commit(vec![], vec![(key(at), Change::Patch { offset: 40, bytes })], true, sim)
             }
-            4 => commit(vec![key(at), key(at + 5)], vec![put(at, n), put(at + 9, n + 1000)], true, sim),
+            4 => commit(
+                vec![key(at), key(at + 5)],
+                vec![put(at, n), put(at + 9, n + 1000)],
+                true,
+                sim,
+            ),
             5 => commit(vec![], vec![put(at, n)], false, sim),
             6 => commit(vec![], vec![(key(at), Change::Free), put(at + 4, n)], false, sim),
             7 => Request::Flush,
@@ -87,14 +99,23 @@ fn run(case: &Case) -> Outcome<(RunStats, u64)> {
     options.geometry.vshards_count = options.geometry.vshards_count.max(8);
     options.geometry.segment_bytes = 64 << 10;
     options.geometry.segments_count = 4;
-    let profile = Profile { universe: (0..PAGES * 3).map(key).collect(), ..Profile::random(&mut Rng::new(case.seed)) };
+    let profile = Profile {
+        universe: (0..PAGES * 3).map(key).collect(),
+        ..Profile::random(&mut Rng::new(case.seed))
+    };
     let mut sim = SimRun::new(Plan {
         options: Some(options),
         profile: Some(profile),
         shards: case.shards..=case.shards,
         ..quiet(case.seed)
     });
-    let fault = Fault { kind: None, area: Area::Any, after: case.after, forever: case.forever, errno: case.errno };
+    let fault = Fault {
+        kind: None,
+        area: Area::Any,
+        after: case.after,
+        forever: case.forever,
+        errno: case.errno,
+    };
     if case.when == When::Life {
         sim.disk.inject(fault.clone());
         sim.tolerate_errors(true);
@@ -156,7 +177,8 @@ fn operations(seed: u64, shards: u16, when: When) -> u64 {
 
 /// The runs in which planted bugs are looked for.
 pub(super) fn smallest() -> Outcome {
-    let case = |when, after, errno, forever| Case { seed: 1, shards: 2, when, after, errno, forever };
+    let case =
+        |when, after, errno, forever| Case { seed: 1, shards: 2, when, after, errno, forever };
     (0..60).try_for_each(|after| {
         run(&case(When::Recovery, after, ERRNOS[0], false))?;
         run(&case(When::Life, after * 2, ERRNOS[0], false))?;
@@ -164,20 +186,29 @@ pub(super) fn smallest() -> Outcome {
     })
 }
 
-/// If this fails, there is an operation whose failure costs data, or hangs, or is taken for success.
+/// If this fails, there is an operation whose failure costs data, or hangs, or is taken for
+/// success.
 #[test]
 fn every_operation_may_fail_in_every_way() {
     let all = std::env::var("COREPAGE_ERRORS").is_ok_and(|wish| wish == "all");
     let mut cases = Vec::new();
     for (seed, shards, when) in [1, 2, 3].into_iter().flat_map(|seed| {
-        [(1, When::Life), (2, When::Life), (2, When::Recovery)].map(move |(shards, when)| (seed, shards, when))
+        [(1, When::Life), (2, When::Life), (2, When::Recovery)]
+            .map(move |(shards, when)| (seed, shards, when))
     }) {
         let count = operations(seed, shards, when);
         println!("reference workload {seed} on {shards} shards, {when:?}: {count} operations");
         for after in 0..count {
             let ways = ERRNOS.into_iter().flat_map(|errno| [(errno, false), (errno, true)]);
             let ways = ways.enumerate().filter(|(n, _)| all || *n as u64 == after % 14);
-            cases.extend(ways.map(|(_, (errno, forever))| Case { seed, shards, when, after, errno, forever }));
+            cases.extend(ways.map(|(_, (errno, forever))| Case {
+                seed,
+                shards,
+                when,
+                after,
+                errno,
+                forever,
+            }));
         }
     }
     let fired = std::sync::atomic::AtomicU64::new(0);

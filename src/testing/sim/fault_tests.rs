@@ -36,7 +36,8 @@ fn steps(sim: &mut SimRun, count: u32) -> Outcome {
     (0..count).try_for_each(|_| sim.step())
 }
 
-/// One error of the device, at some time; then everything that the contract says about a store that has failed.
+/// One error of the device, at some time; then everything that the contract says about a store that
+/// has failed.
 fn fails_and_stops(seed: u64, fault: Fault) -> Outcome<u64> {
     let mut sim = SimRun::new(quiet(seed));
     sim.begin()?;
@@ -90,7 +91,8 @@ fn failed_log_write_or_flush_stops_acknowledgements() {
         for_seeds(40, |seed| {
             let after = Rng::new(seed).below(20);
             let fault = Fault { forever: seed % 2 == 0, ..Fault::once(kind, area, after) };
-            let found = fails_and_stops(seed, fault).map_err(|why| format!("{kind:?} {area:?}: {why}"))?;
+            let found =
+                fails_and_stops(seed, fault).map_err(|why| format!("{kind:?} {area:?}: {why}"))?;
             fired += found.min(1);
             unknown += found.saturating_sub(1);
             Ok(())
@@ -100,7 +102,8 @@ fn failed_log_write_or_flush_stops_acknowledgements() {
     }
 }
 
-/// A device that can't read a block must not make the store serve something else, or forget how to go on.
+/// A device that can't read a block must not make the store serve something else, or forget how to
+/// go on.
 #[test]
 fn a_read_error_is_an_error_and_never_wrong_data() {
     let mut fired = 0;
@@ -110,7 +113,8 @@ fn a_read_error_is_an_error_and_never_wrong_data() {
         steps(&mut sim, 300)?;
         sim.publish_to_map()?;
         sim.reopen(Loss::Process)?;
-        // The check after reopening has read everything: only a store that has just been opened reads again.
+        // The check after reopening has read everything: only a store that has just been opened
+        // reads again.
         let answer = sim.call(Request::Close)?;
         answer.map_err(|error| error.to_string())?;
         sim.reopen_unchecked(Loss::Nothing)?;
@@ -137,7 +141,8 @@ fn a_full_disk_refuses_commits_cleanly_and_goes_on_when_there_is_space() {
     for_seeds(10, |seed| {
         let options = workload::options(&mut Rng::new(seed));
         let extents = (20 + seed) * u64::from(super::tests::SHARDS_MAX);
-        let options = Options { data_bytes_max: extents * options.geometry.extent_bytes, ..options };
+        let options =
+            Options { data_bytes_max: extents * options.geometry.extent_bytes, ..options };
         let mut sim = SimRun::new(Plan { options: Some(options), ..quiet(seed) });
         sim.begin()?;
         let (mut written, mut refused) = (0, 0);
@@ -157,19 +162,23 @@ fn a_full_disk_refuses_commits_cleanly_and_goes_on_when_there_is_space() {
             return Err(format!("{written} pages written, {refused} refused: it never was full"));
         }
         for n in 0..written {
-            sim.call(Request::Read(smallvec::smallvec![key(n)]))?.map_err(|e| format!("a read fails: {e}"))?;
+            sim.call(Request::Read(smallvec::smallvec![key(n)]))?
+                .map_err(|e| format!("a read fails: {e}"))?;
         }
         for n in 0..written / 2 {
-            sim.call(commit(vec![(key(n), Change::Free)]))?.map_err(|e| format!("a free fails: {e}"))?;
+            sim.call(commit(vec![(key(n), Change::Free)]))?
+                .map_err(|e| format!("a free fails: {e}"))?;
         }
         for n in 0..written / 4 {
-            sim.call(put(n, n + 10_000))?.map_err(|e| format!("after frees page {n} is refused: {e}"))?;
+            sim.call(put(n, n + 10_000))?
+                .map_err(|e| format!("after frees page {n} is refused: {e}"))?;
         }
         sim.reopen(Loss::Everything)?;
         if sim.call(put(0, 1 << 30))?.is_err() {
             // Dealt out anew, one shard may have more than its share of the pages.
             for n in written / 2..written {
-                sim.call(commit(vec![(key(n), Change::Free)]))?.map_err(|e| format!("a free after reopening: {e}"))?;
+                sim.call(commit(vec![(key(n), Change::Free)]))?
+                    .map_err(|e| format!("a free after reopening: {e}"))?;
             }
             sim.call(Request::Checkpoint)?.map_err(|e| format!("after reopening: {e}"))?;
             sim.call(put(0, 1 << 30))?.map_err(|e| format!("after reopening and frees: {e}"))?;
@@ -186,7 +195,11 @@ fn a_file_system_without_space_is_a_full_store_until_there_is_space() {
         let tolerance = sim.oracle.tolerance();
         sim.oracle.tolerate(super::oracle::Tolerance { full: true, ..tolerance });
         sim.begin()?;
-        sim.disk.inject(Fault { forever: true, errno: ENOSPC, ..Fault::once(OpKind::Allocate, Area::Any, 1) });
+        sim.disk.inject(Fault {
+            forever: true,
+            errno: ENOSPC,
+            ..Fault::once(OpKind::Allocate, Area::Any, 1)
+        });
         let mut n = 0;
         let full = loop {
             n += 1;
@@ -207,7 +220,8 @@ fn a_file_system_without_space_is_a_full_store_until_there_is_space() {
     });
 }
 
-/// A full disk must end the opening of a store with an error, not leave its owner waiting; and lose nothing.
+/// A full disk must end the opening of a store with an error, not leave its owner waiting; and lose
+/// nothing.
 #[test]
 pub(super) fn a_full_disk_ends_an_opening_with_an_error() {
     let (mut refused, mut opened) = (0, 0);
@@ -217,18 +231,25 @@ pub(super) fn a_full_disk_ends_an_opening_with_an_error() {
         let geometry = &mut options.geometry;
         (geometry.extent_bytes, geometry.vshards_count) = (64 << 10, 8);
         (geometry.segment_bytes, geometry.segments_count) = (256 << 10, 6);
-        (options.inline_pages_max, options.memory_bytes, options.coalesce_window_us) = (16, 4 << 20, 10_000);
+        (options.inline_pages_max, options.memory_bytes, options.coalesce_window_us) =
+            (16, 4 << 20, 10_000);
         let profile = Profile { durable_percent: 100, in_flight: 16, ..Profile::random(&mut rng) };
         let plan = Plan { options: Some(options), profile: Some(profile), ..quiet(seed) };
         let mut sim = SimRun::new(plan);
         sim.begin()?;
         steps(&mut sim, 2_000)?;
         sim.crash(Loss::random(&mut rng))?;
-        sim.disk.inject(Fault { forever: true, errno: ENOSPC, ..Fault::once(OpKind::Allocate, Area::Any, 0) });
+        sim.disk.inject(Fault {
+            forever: true,
+            errno: ENOSPC,
+            ..Fault::once(OpKind::Allocate, Area::Any, 0)
+        });
         match sim.try_open()? {
             Ok(_) => opened += 1,
             Err(error) if error.kind() == ErrorKind::Full => refused += 1,
-            Err(error) => return Err(format!("a full disk is met with {:?}: {error}", error.kind())),
+            Err(error) => {
+                return Err(format!("a full disk is met with {:?}: {error}", error.kind()));
+            }
         }
         sim.disk.clear_faults();
         sim.reopen(Loss::Nothing)
@@ -248,7 +269,13 @@ pub(super) fn full_store(seed: u64) -> Plan {
     let blocks = extents * options.geometry.extent_bytes / BLOCK as u64;
     let universe = (0..blocks).map(|n| key((n % 8) * 512 + n / 8)).collect();
     let profile = Profile { universe, ..Profile::random(&mut rng) };
-    Plan { options: Some(options), profile: Some(profile), shards: 1..=shards, strain_percent: 0, ..plan(seed) }
+    Plan {
+        options: Some(options),
+        profile: Some(profile),
+        shards: 1..=shards,
+        strain_percent: 0,
+        ..plan(seed)
+    }
 }
 
 /// Random work with little space: the check is that of all runs.
@@ -256,7 +283,11 @@ pub(super) fn full_store(seed: u64) -> Plan {
 fn crashes_of_full_stores_lose_nothing() {
     let total = super::tests::run_all("crashes_of_full_stores_lose_nothing", 25, full_store);
     if super::tests::many_seeds() {
-        assert!(total.oracle.full > 100, "{} commits refused: it never was full", total.oracle.full);
+        assert!(
+            total.oracle.full > 100,
+            "{} commits refused: it never was full",
+            total.oracle.full
+        );
         assert!(total.oracle.spread_full > 10, "no commit over shards was refused as full");
     }
 }
@@ -286,7 +317,8 @@ fn overwriting_a_store_ten_times_does_not_grow_it() {
     });
 }
 
-/// The same under load, when a checkpoint is nearly always under way: dead space must not be paid for with new.
+/// The same under load, when a checkpoint is nearly always under way: dead space must not be paid
+/// for with new.
 #[test]
 fn sustained_overwrites_keep_most_of_the_space_live() {
     const PAGES: u64 = 1_500;
@@ -321,7 +353,10 @@ fn sustained_overwrites_keep_most_of_the_space_live() {
         let let_be = u64::from(shards) * log_bytes / BLOCK as u64;
         let reserved = u64::from(shards) * (8 + 8) * data_blocks;
         if (PAGES + reserved) * 100 < (blocks - let_be) * 60 {
-            return Err(format!("{PAGES} pages take {} extents, {blocks} blocks", stats.extents_total));
+            return Err(format!(
+                "{PAGES} pages take {} extents, {blocks} blocks",
+                stats.extents_total
+            ));
         }
         sim.reopen(Loss::Everything)
     });
@@ -374,7 +409,9 @@ fn crashes_do_not_leak_space() {
                 sizes.push((stats.extents_total, stats.extents_free, stats.blocks_live));
             }
         }
-        println!("seed {seed}: extents, free ones and live blocks after ten crashes each {sizes:?}");
+        println!(
+            "seed {seed}: extents, free ones and live blocks after ten crashes each {sizes:?}"
+        );
         // By the eighth any number of shards has been there, each with a reserve of its own.
         let (eighth, last) = (sizes[7], sizes[11]);
         if last.2 > PAGES + 60 || last.0 > eighth.0 + eighth.0 / 4 {

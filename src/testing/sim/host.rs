@@ -1,8 +1,9 @@
-//! One shard's driver in the simulator: hands over arrivals, all or a part, in an order that the seed says, and carries out the
-//! effects.
+//! One shard's driver in the simulator: hands over arrivals, all or a part, in an order that the
+//! seed says, and carries out the effects.
 //!
 //! Invariants
-//! 1. Arrivals of one kind are handed over in their order; the seed says which kinds and senders come first.
+//! 1. Arrivals of one kind are handed over in their order; the seed says which kinds and senders
+//!    come first.
 //! 2. After the power is off nothing more is carried out.
 //!
 //! It does *not* choose which shard turns, or when: see `cluster`.
@@ -90,7 +91,9 @@ impl Host<Shard> for NodeHost<'_> {
             }
             Effect::Reply(token, reply) => self.turn.replies.push((token, reply)),
             Effect::Send(to, _) if to == own || to.index() >= self.shards_count => {
-                return ControlFlow::Break(Stop::Wrong(format!("{own:?} sends a message to {to:?}")));
+                return ControlFlow::Break(Stop::Wrong(format!(
+                    "{own:?} sends a message to {to:?}"
+                )));
             }
             Effect::Send(to, message) => {
                 let at = self.now + self.timing.message_us(self.rng, self.index, to.index());

@@ -1,10 +1,12 @@
-//! Injects faults into ordinary runs: errors of the device in a life or an opening, and damage to the disk after a crash.
+//! Injects faults into ordinary runs: errors of the device in a life or an opening, and damage to
+//! the disk after a crash.
 //!
 //! Invariants
-//! 1. An error of the device may stop the store; it may never cost what was acknowledged, nor make an opening fail for another
-//!    reason than that error.
-//! 2. Damage is refused with an error that names it, unless it is in bytes that are not needed. Only damage above every watermark
-//!    that the logs still record may cost commits: it can't be told from the torn end of a log. No wrong byte is ever served.
+//! 1. An error of the device may stop the store; it may never cost what was acknowledged, nor make
+//!    an opening fail for another reason than that error.
+//! 2. Damage is refused with an error that names it, unless it is in bytes that are not needed.
+//!    Only damage above every watermark that the logs still record may cost commits: it can't be
+//!    told from the torn end of a log. No wrong byte is ever served.
 //!
 //! It does *not* say what an error or damage leaves on the disk; see `disk`.
 
@@ -65,15 +67,24 @@ pub(super) enum Damaged {
 pub(super) fn is_of_the_device(error: &Error) -> Outcome {
     match error.kind() {
         ErrorKind::Io | ErrorKind::Full | ErrorKind::Closed => Ok(()),
-        kind => Err(format!("opening met an error of the device and failed with {kind:?}: {error}")),
+        kind => {
+            Err(format!("opening met an error of the device and failed with {kind:?}: {error}"))
+        }
     }
 }
 
 impl SimRun {
     /// Plans an error of the device for this life, or for an opening.
     pub(super) fn plan_fault(&mut self, after_max: u64) {
-        let kinds = [None, Some(OpKind::Read), Some(OpKind::Write), Some(OpKind::Flush), Some(OpKind::Allocate)];
-        let areas = [Area::Any, Area::Any, Area::Log, Area::File(FileId::Data), Area::File(FileId::Meta)];
+        let kinds = [
+            None,
+            Some(OpKind::Read),
+            Some(OpKind::Write),
+            Some(OpKind::Flush),
+            Some(OpKind::Allocate),
+        ];
+        let areas =
+            [Area::Any, Area::Any, Area::Log, Area::File(FileId::Data), Area::File(FileId::Meta)];
         let fault = Fault {
             kind: *self.rng.pick(&kinds),
             area: *self.rng.pick(&areas),
@@ -93,7 +104,8 @@ impl SimRun {
         self.oracle.tolerate(Tolerance { io, full, ..tolerance });
     }
 
-    /// Runs a store that has stopped: every request gets an answer, and nothing more becomes durable.
+    /// Runs a store that has stopped: every request gets an answer, and nothing more becomes
+    /// durable.
     pub(super) fn after_failure(&mut self) -> Outcome {
         for _ in 0..AFTER_FAILURE {
             self.step()?;
@@ -101,9 +113,11 @@ impl SimRun {
         self.publish_to_map()
     }
 
-    /// Damages a random sector or block of the image that a power loss now leaves, and opens that image.
+    /// Damages a random sector or block of the image that a power loss now leaves, and opens that
+    /// image.
     pub(super) fn damage_something(&mut self, crashed: &SimDisk) -> Outcome {
-        let loss = *self.rng.pick(&[Loss::Everything, Loss::Nothing, Loss::Sectors(50), Loss::Prefixes]);
+        let loss =
+            *self.rng.pick(&[Loss::Everything, Loss::Nothing, Loss::Sectors(50), Loss::Prefixes]);
         let image = crashed.crash(loss, &mut self.rng);
         let (file, len) = *self.rng.pick(&image.files());
         let count = *self.rng.pick(&[1, SECTORS]);
@@ -120,13 +134,19 @@ impl SimRun {
             _ => Damage::Swap { with },
         };
         if image.damage(file, first, count, damage) {
-            let why = |why| format!("{damage:?} of {count} sectors of {file} from {first} on, after {loss:?}: {why}");
+            let why = |why| {
+                format!(
+                    "{damage:?} of {count} sectors of {file} from {first} on, after {loss:?}: \
+                     {why}"
+                )
+            };
             self.open_damaged(image).map_err(why)?;
         }
         Ok(())
     }
 
-    /// Opens a damaged disk and reads everything; the run goes on with its own disk. The store must be closed or dead.
+    /// Opens a damaged disk and reads everything; the run goes on with its own disk. The store must
+    /// be closed or dead.
     pub(super) fn open_damaged(&mut self, image: SimDisk) -> Outcome<Damaged> {
         let recorded = recorded_watermark(&mut image.clone());
         let disk = std::mem::replace(&mut self.disk, image);
@@ -152,7 +172,9 @@ impl SimRun {
         let cut = opened.cut;
         let is_cut = cut < self.oracle.durable();
         if is_cut && recorded.is_none_or(|recorded| recorded > cut) {
-            return Err(format!("cut at {cut:?} in silence, although a log says that {recorded:?} was durable"));
+            return Err(format!(
+                "cut at {cut:?} in silence, although a log says that {recorded:?} was durable"
+            ));
         }
         let mut named = false;
         let (keys, _) = self.pick_checked();
@@ -181,7 +203,8 @@ fn names_damage(error: &Error) -> Outcome {
     }
 }
 
-/// The highest watermark that the superblock and the heads in the logs record. Found in another way than by recovery, which is under test.
+/// The highest watermark that the superblock and the heads in the logs record. Found in another way
+/// than by recovery, which is under test.
 fn recorded_watermark(disk: &mut SimDisk) -> Option<Lsn> {
     let mut arena = Arena::new(512).ok()?;
     let superblock = find_superblock(disk, &mut arena).ok()?.superblock;
@@ -194,10 +217,20 @@ fn recorded_watermark(disk: &mut SimDisk) -> Option<Lsn> {
         let bytes = read_bytes(disk, &mut arena, file, 0, len as usize).ok()?;
         for (block, here) in (0..).zip(bytes.chunks(BLOCK)) {
             let blocks = (len / BLOCK as u64) as u32;
-            let head = GroupHead::open(here, superblock.salt, superblock.epoch, (shard, segment, block), blocks);
+            let head = GroupHead::open(
+                here,
+                superblock.salt,
+                superblock.epoch,
+                (shard, segment, block),
+                blocks,
+            );
             highest = head.map_or(highest, |head| highest.max(head.watermark));
         }
     }
     // Of the epoch that had just begun nothing was durable yet: the state is that before the gap.
-    Some(if highest < superblock.epoch_first_lsn { superblock.next_lsn.before().min(highest) } else { highest })
+    Some(if highest < superblock.epoch_first_lsn {
+        superblock.next_lsn.before().min(highest)
+    } else {
+        highest
+    })
 }

@@ -1,7 +1,8 @@
-//! Two transactions at a time, each reading what the other one writes, on different shards: at most one may commit.
+//! Two transactions at a time, each reading what the other one writes, on different shards: at most
+//! one may commit.
 //!
-//! The judge holds every commit of every run against its reads; here the interleavings that matter are made on
-//! purpose, and counted.
+//! The judge holds every commit of every run against its reads; here the interleavings that matter
+//! are made on purpose, and counted.
 
 use super::model::page_bytes;
 use super::rng::Rng;
@@ -87,7 +88,8 @@ impl SimRun {
     }
 }
 
-/// Each reads X and Y, and writes the one of them: both committing would be an order that no serial run gives.
+/// Each reads X and Y, and writes the one of them: both committing would be an order that no serial
+/// run gives.
 fn skew(seed: u64, duels: &mut Duels) -> Outcome {
     let mut sim = wide(seed);
     sim.begin()?;
@@ -96,7 +98,8 @@ fn skew(seed: u64, duels: &mut Duels) -> Outcome {
         let (x, y) = (key(0, n % 3), key(rng.within(1, 3), n % 3));
         let reads = sim.look(&[x, y])?;
         let durable = rng.one_in(2);
-        let crosswise = |write, tag| Commit { reads: reads.clone(), changes: vec![put(write, tag)], durable };
+        let crosswise =
+            |write, tag| Commit { reads: reads.clone(), changes: vec![put(write, tag)], durable };
         if sim.duel(crosswise(x, 2 * n + 1), crosswise(y, 2 * n + 2), duels)? == [true, true] {
             return Err(format!("write skew over {x:?} and {y:?}: both committed"));
         }
@@ -104,8 +107,8 @@ fn skew(seed: u64, duels: &mut Duels) -> Outcome {
     sim.reopen(super::disk::Loss::Everything)
 }
 
-/// The one reads a range of which nothing is there, over all shards, and writes a mark; the other reads the mark and
-/// writes into the range.
+/// The one reads a range of which nothing is there, over all shards, and writes a mark; the other
+/// reads the mark and writes into the range.
 fn phantom(seed: u64, duels: &mut Duels) -> Outcome {
     let mut sim = wide(seed);
     sim.begin()?;
@@ -124,7 +127,9 @@ fn phantom(seed: u64, duels: &mut Duels) -> Outcome {
         let insert = Commit { reads: marked, changes: vec![put(inserted, n)], durable };
         let (first, second) = if rng.one_in(2) { (scan, insert) } else { (insert, scan) };
         if sim.duel(first, second, duels)? == [true, true] {
-            return Err(format!("a phantom: {inserted:?} was inserted into a range read as absent, both committed"));
+            return Err(format!(
+                "a phantom: {inserted:?} was inserted into a range read as absent, both committed"
+            ));
         }
         let free = Commit { reads: Vec::new(), changes: vec![(inserted, Change::Free)], durable };
         sim.call(Request::Commit(free))?.map_err(|error| format!("a free fails: {error}"))?;
@@ -132,7 +137,8 @@ fn phantom(seed: u64, duels: &mut Duels) -> Outcome {
     sim.reopen(super::disk::Loss::Everything)
 }
 
-/// Both only write, the same pages: one after the other, without a conflict, and every shard in the same order.
+/// Both only write, the same pages: one after the other, without a conflict, and every shard in the
+/// same order.
 fn blind(seed: u64, duels: &mut Duels) -> Outcome {
     let mut sim = wide(seed);
     sim.begin()?;
@@ -151,7 +157,9 @@ fn blind(seed: u64, duels: &mut Duels) -> Outcome {
         }
         let seen = sim.look(&pages)?;
         if seen.iter().any(|(_, lsn)| *lsn != seen[0].1) {
-            return Err(format!("two commits of the same pages ended in different orders: {seen:?}"));
+            return Err(format!(
+                "two commits of the same pages ended in different orders: {seen:?}"
+            ));
         }
     }
     sim.reopen(super::disk::Loss::Everything)
@@ -166,12 +174,16 @@ fn all(seeds: u64, test: fn(u64, &mut Duels) -> Outcome) -> Duels {
     duels
 }
 
-/// If this fails, an invariant over two pages that every transaction keeps is broken by two of them together.
+/// If this fails, an invariant over two pages that every transaction keeps is broken by two of them
+/// together.
 #[test]
 fn write_skew_is_a_conflict() {
     let duels = all(40, skew);
     assert!(duels.one > 100 && duels.both == 0, "{duels:?}");
-    assert!(SHARDS_MAX == 1 || (duels.none > 10 && duels.held > 10), "holds were never met: {duels:?}");
+    assert!(
+        SHARDS_MAX == 1 || (duels.none > 10 && duels.held > 10),
+        "holds were never met: {duels:?}"
+    );
 }
 
 /// If this fails, "there is no such page" is no answer that one can act on.

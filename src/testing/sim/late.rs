@@ -1,11 +1,14 @@
-//! Reads that take long: their completions are kept back while the store goes on, and what they have outlasted is counted.
+//! Reads that take long: their completions are kept back while the store goes on, and what they
+//! have outlasted is counted.
 //!
 //! Invariants
-//! 1. A read that is kept back was carried out by the disk when it was due; only its end is told late, as by a device that
-//!    was busy elsewhere. So the bytes are old by then.
-//! 2. It is told after a drawn number of turns, or as soon as nothing else will happen, or after [`HELD_US_MAX`], while the
-//!    store can do nothing else even sooner: a request that waits for it alone waits for bounded time.
-//! 3. Chance comes from a stream of its own: a run without held reads is the same as if this file did not exist.
+//! 1. A read that is kept back was carried out by the disk when it was due; only its end is told
+//!    late, as by a device that was busy elsewhere. So the bytes are old by then.
+//! 2. It is told after a drawn number of turns, or as soon as nothing else will happen, or after
+//!    [`HELD_US_MAX`], while the store can do nothing else even sooner: a request that waits for it
+//!    alone waits for bounded time.
+//! 3. Chance comes from a stream of its own: a run without held reads is the same as if this file
+//!    did not exist.
 //!
 //! It does *not* check answers.
 
@@ -17,11 +20,12 @@ use crate::engine::observe::NodeLoad;
 use crate::io::{Completion, DiskOp, OpId};
 use std::collections::BTreeMap;
 
-/// How long a read is kept back at most: some dozens in a row must not use up the patience of a run.
+/// How long a read is kept back at most: some dozens in a row must not use up the patience of a
+/// run.
 const HELD_US_MAX: Micros = 1_000_000;
 
-/// For how long, while the store can do nothing but wait: where memory is short reads come one after another, and what they
-/// would outlast does not happen.
+/// For how long, while the store can do nothing but wait: where memory is short reads come one
+/// after another, and what they would outlast does not happen.
 const HELD_AT_REST_US_MAX: Micros = 20_000;
 
 /// Which reads are kept back, and for how long.
@@ -71,21 +75,39 @@ impl Late {
     /// Nothing is under way.
     pub fn new(holding: Holding, shards: usize, rng: Rng) -> Self {
         let blocks_read = vec![0; shards];
-        Late { holding, rng, under_way: BTreeMap::new(), kept: Vec::new(), blocks_read, rare: Rare::default() }
+        Late {
+            holding,
+            rng,
+            under_way: BTreeMap::new(),
+            kept: Vec::new(),
+            blocks_read,
+            rare: Rare::default(),
+        }
     }
 
     /// A shard has submitted an operation, in turn number `turn`.
-    pub fn submitted(&mut self, shard: &Shard, index: usize, id: OpId, op: &DiskOp, turn: u64, now: Micros) {
+    pub fn submitted(
+        &mut self,
+        shard: &Shard,
+        index: usize,
+        id: OpId,
+        op: &DiskOp,
+        turn: u64,
+        now: Micros,
+    ) {
         let load = shard.node_load(id);
         if load.is_none() && !shard.is_page_read(id) {
             return;
         }
         let Holding { pages_percent, nodes_percent, tops_percent, turns_max } = self.holding;
-        let percent = load.map_or(pages_percent, |load| if load.is_top { tops_percent } else { nodes_percent });
+        let percent = load
+            .map_or(pages_percent, |load| if load.is_top { tops_percent } else { nodes_percent });
         let is_held = percent > 0 && self.rng.chance(percent);
-        // Often for short: most of what can happen meanwhile is soon done. What a top is to outlast takes a checkpoint and more.
+        // Often for short: most of what can happen meanwhile is soon done. What a top is to outlast
+        // takes a checkpoint and more.
         let shifts = if load.is_some_and(|load| load.is_top) { 2 } else { 4 };
-        let until = is_held.then(|| turn + (self.rng.within(1, turns_max) >> self.rng.below(shifts)));
+        let until =
+            is_held.then(|| turn + (self.rng.within(1, turns_max) >> self.rng.below(shifts)));
         let begun = Begun {
             load,
             checkpoints: shard.checkpoints_ended(),
@@ -99,7 +121,9 @@ impl Late {
 
     /// The end of an operation: kept back, or given on.
     pub fn keep(&mut self, shard: usize, completion: Completion, turn: u64) -> Option<Completion> {
-        let Some(begun) = self.under_way.get(&(shard, completion.id.0)) else { return Some(completion) };
+        let Some(begun) = self.under_way.get(&(shard, completion.id.0)) else {
+            return Some(completion);
+        };
         match begun.until {
             Some(until) if until > turn => {
                 self.kept.push(Kept { shard, until, at: begun.at, completion });
@@ -110,7 +134,13 @@ impl Late {
     }
 
     /// The ends that are due, or, if nothing else will happen, the one that was kept first.
-    pub fn take_due(&mut self, turn: u64, now: Micros, nothing_else: bool, at_rest: bool) -> Vec<(usize, Completion)> {
+    pub fn take_due(
+        &mut self,
+        turn: u64,
+        now: Micros,
+        nothing_else: bool,
+        at_rest: bool,
+    ) -> Vec<(usize, Completion)> {
         let mut due = Vec::new();
         let held_max = if at_rest { HELD_AT_REST_US_MAX } else { HELD_US_MAX };
         let is_due = |kept: &Kept| kept.until <= turn || kept.at + held_max <= now;
@@ -142,7 +172,8 @@ impl Late {
         let after_checkpoint = shard.checkpoints_ended() > begun.checkpoints;
         let rare = &mut self.rare;
         rare.reads_outlasted_checkpoint += u64::from(after_checkpoint);
-        rare.reads_outlasted_memory += u64::from(self.blocks_read[index] - begun.blocks_read > shard.frames());
+        rare.reads_outlasted_memory +=
+            u64::from(self.blocks_read[index] - begun.blocks_read > shard.frames());
         let (Some(then), Some(now)) = (begun.load, shard.node_load(id)) else { return };
         let is_lost = !now.has_parent || !now.is_current;
         rare.reads_outlasted_growth += u64::from(now.levels > then.levels && then.levels > 0);

@@ -1,15 +1,18 @@
-//! The deterministic simulator: a whole store with its clients, its disk and its crashes, from one seed.
+//! The deterministic simulator: a whole store with its clients, its disk and its crashes, from one
+//! seed.
 //!
-//! Read in this order: [`rng`] (the random source), [`disk`] (a device that loses, tears and fails), [`net`], [`timing`], `host` and
-//! [`cluster`] (shards that exchange messages, each at its own speed), [`model`] and [`oracle`] (the promises that are checked),
-//! [`workload`] (requests of clients), [`run`] and `steps` (a whole run), `inject` (errors and damage), `strain` (large stores, slow
-//! reads, pinned pages), `late` (delayed completions), `watch` and `progress` (spinning, memory), [`rare`] (counts of rare events),
-//! [`shrink`] (makes a failing run smaller), [`canary`] (bugs that must be found).
+//! Read in this order: [`rng`] (the random source), [`disk`] (a device that loses, tears and
+//! fails), [`net`], [`timing`], `host` and [`cluster`] (shards that exchange messages, each at its
+//! own speed), [`model`] and [`oracle`] (the promises that are checked), [`workload`] (requests of
+//! clients), [`run`] and `steps` (a whole run), `inject` (errors and damage), `strain` (large
+//! stores, slow reads, pinned pages), `late` (delayed completions), `watch` and `progress`
+//! (spinning, memory), [`rare`] (counts of rare events), [`shrink`] (makes a failing run smaller),
+//! [`canary`] (bugs that must be found).
 //!
 //! Invariants
 //! 1. One thread, a virtual clock, one seed: the same plan gives the same trace, to the bit.
-//! 2. The shards are those of releases. The only lines in them for the simulator are the planted bugs and the list of drawn
-//!    LSNs.
+//! 2. The shards are those of releases. The only lines in them for the simulator are the planted
+//!    bugs and the list of drawn LSNs.
 //!
 //! It does *not* run in a release: it is compiled for tests and for the feature `sim`.
 

@@ -2,7 +2,8 @@
 //!
 //! Invariants
 //! 1. A page's versions are in the order of their LSNs; the first one stands for everything before.
-//! 2. Contents are unique: no two changes write the same bytes, so equal bytes mean the same version.
+//! 2. Contents are unique: no two changes write the same bytes, so equal bytes mean the same
+//!    version.
 //!
 //! It does *not* know requests, acknowledgements or crashes; see `oracle`.
 
@@ -41,7 +42,8 @@ fn fill(bytes: &mut Vec<u8>, tag: u64, len: usize) {
 
 /// What the bytes of a page say that they are.
 pub fn describe(bytes: &[u8]) -> String {
-    let word = |n: usize| u64::from_le_bytes(bytes[n * 8..n * 8 + 8].try_into().expect("eight bytes"));
+    let word =
+        |n: usize| u64::from_le_bytes(bytes[n * 8..n * 8 + 8].try_into().expect("eight bytes"));
     if bytes.iter().all(|&byte| byte == 0) {
         return "zeros".into();
     }
@@ -71,8 +73,8 @@ impl Version {
 }
 
 impl Version {
-    /// Whether a reader who found no page is told of the commit that freed it, so that he can wait for it; once that is durable
-    /// there is nothing to wait for.
+    /// Whether a reader who found no page is told of the commit that freed it, so that he can wait
+    /// for it; once that is durable there is nothing to wait for.
     pub fn tells(&self, page: &PageRef, watermark: Lsn) -> bool {
         page.lsn() == self.lsn || (page.lsn() == Lsn::ZERO && self.lsn <= watermark)
     }
@@ -87,7 +89,8 @@ pub struct Model {
 }
 
 impl Model {
-    /// All versions of a page that matter from `lsn` on: the one that was current then, and the later ones.
+    /// All versions of a page that matter from `lsn` on: the one that was current then, and the
+    /// later ones.
     pub fn since(&self, key: PageKey, lsn: Lsn) -> &[Version] {
         let Some(versions) = self.pages.get(&key) else { return std::slice::from_ref(&ABSENT) };
         let current = versions.partition_point(|version| version.lsn <= lsn).saturating_sub(1);
@@ -101,7 +104,10 @@ impl Model {
 
     /// How many pages there are in the newest state.
     pub fn pages_present(&self) -> usize {
-        self.pages.values().filter(|versions| versions.last().is_some_and(|version| version.page.is_some())).count()
+        self.pages
+            .values()
+            .filter(|versions| versions.last().is_some_and(|version| version.page.is_some()))
+            .count()
     }
 
     /// Applies the changes of a commit.
@@ -111,11 +117,13 @@ impl Model {
             let last = versions.last().expect("there is always a first version");
             let page = match change {
                 Change::Put(bytes) => Some(bytes.clone()),
-                // That changes nothing: it is absent since it was freed first, and whoever has read it so is right.
+                // That changes nothing: it is absent since it was freed first, and whoever has read
+                // it so is right.
                 Change::Free if last.page.is_none() => continue,
                 Change::Free => None,
                 Change::Patch { offset, bytes } => {
-                    let mut page = last.page.as_ref().map_or_else(|| vec![0; BLOCK], |page| page.to_vec());
+                    let mut page =
+                        last.page.as_ref().map_or_else(|| vec![0; BLOCK], |page| page.to_vec());
                     page[*offset as usize..*offset as usize + bytes.len()].copy_from_slice(bytes);
                     Some(page.into())
                 }
@@ -132,7 +140,8 @@ impl Model {
         for versions in self.pages.values_mut() {
             versions.truncate(versions.partition_point(|version| version.lsn <= cut));
             versions.drain(..versions.len() - 1);
-            // An absent page has no history any more: whoever read it as absent is right, whenever it was.
+            // An absent page has no history any more: whoever read it as absent is right, whenever
+            // it was.
             if versions[0].page.is_none() {
                 versions[0].lsn = Lsn::ZERO;
             }

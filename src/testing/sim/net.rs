@@ -1,8 +1,11 @@
-//! The queues between the shards of a run: first in, first out for each pair, each message after a delay of its own.
+//! The queues between the shards of a run: first in, first out for each pair, each message after a
+//! delay of its own.
 //!
 //! Invariants
-//! 1. Between two shards nothing is lost, doubled or overtaken; between different pairs anything goes.
-//! 2. A [`Mark`] is reached when everything is delivered that had been sent from one shard when it was made.
+//! 1. Between two shards nothing is lost, doubled or overtaken; between different pairs anything
+//!    goes.
+//! 2. A [`Mark`] is reached when everything is delivered that had been sent from one shard when it
+//!    was made.
 //!
 //! It does *not* look into messages or know shards.
 
@@ -32,7 +35,11 @@ impl<M> Net<M> {
     /// Queues between `shards` shards, all empty.
     pub fn new(shards: usize) -> Self {
         let queue = || Queue { under_way: VecDeque::new(), delivered: 0 };
-        Net { shards, queues: std::iter::repeat_with(queue).take(shards * shards).collect(), most: 0 }
+        Net {
+            shards,
+            queues: std::iter::repeat_with(queue).take(shards * shards).collect(),
+            most: 0,
+        }
     }
 
     /// Sends a message that arrives at `at`, or when the one before it does, if that is later.
@@ -45,7 +52,8 @@ impl<M> Net<M> {
 
     /// When the next message for `to` arrives.
     pub fn next_for(&self, to: usize) -> Option<Micros> {
-        let heads = (0..self.shards).filter_map(|from| self.queues[from * self.shards + to].under_way.front());
+        let heads = (0..self.shards)
+            .filter_map(|from| self.queues[from * self.shards + to].under_way.front());
         heads.map(|&(at, _)| at).min()
     }
 
@@ -93,7 +101,8 @@ impl<M> Net<M> {
 mod tests {
     use super::*;
 
-    /// A run in which messages overtake each other would condemn a protocol that may rely on their order.
+    /// A run in which messages overtake each other would condemn a protocol that may rely on their
+    /// order.
     #[test]
     fn messages_of_a_pair_keep_their_order_and_marks_wait_for_all_of_them() {
         let mut net = Net::new(2);
@@ -103,7 +112,10 @@ mod tests {
         net.send(0, 1, 60, 'c');
         net.send(1, 0, 5, 'd');
         assert_eq!((net.next_for(1), net.next_for(0)), (Some(50), Some(5)));
-        assert_eq!((net.arrived(0, 1, 49), net.arrived(0, 1, 50), net.arrived(0, 1, 60)), (0, 2, 3));
+        assert_eq!(
+            (net.arrived(0, 1, 49), net.arrived(0, 1, 50), net.arrived(0, 1, 60)),
+            (0, 2, 3)
+        );
         assert!(!net.reached(&mark));
         assert_eq!(net.take(0, 1), 'a');
         assert!(!net.reached(&mark));

@@ -23,10 +23,13 @@ fn lsn(n: u64) -> Lsn {
 }
 
 impl Court {
-    /// A judge who has seen P written by LSN 1 (durable) and by LSN 2 (buffered), with tags 1 and 2.
+    /// A judge who has seen P written by LSN 1 (durable) and by LSN 2 (buffered), with tags 1 and
+    /// 2.
     fn new() -> Self {
-        let tolerance = Tolerance { commit_bytes_max: 1 << 20, read_pages_max: 8, ..Tolerance::default() };
-        let mut court = Court { oracle: Oracle::new(tolerance), arena: Arena::new(64).unwrap(), token: 0 };
+        let tolerance =
+            Tolerance { commit_bytes_max: 1 << 20, read_pages_max: 8, ..Tolerance::default() };
+        let mut court =
+            Court { oracle: Oracle::new(tolerance), arena: Arena::new(64).unwrap(), token: 0 };
         for (n, durable) in [(1, true), (2, false)] {
             let token = court.put(n, Vec::new(), durable);
             court.oracle.on_drawn(token, lsn(n)).unwrap();
@@ -46,7 +49,9 @@ impl Court {
 
     fn ask(&mut self, request: Request) -> Token {
         let shard = match &request {
-            Request::Commit(commit) if !commit.changes.is_empty() => ShardMap::new(8, 2).shard_of(commit.changes[0].0),
+            Request::Commit(commit) if !commit.changes.is_empty() => {
+                ShardMap::new(8, 2).shard_of(commit.changes[0].0)
+            }
             _ => ShardId::new(0),
         };
         self.token += 1;
@@ -56,11 +61,13 @@ impl Court {
 
     /// A commit over both shards, drawn: owned by that of P, or of R if `other`.
     fn spread(&mut self, n: u64, other: bool) -> Token {
-        let mut changes = vec![(P, Change::Put(page_bytes(P, n))), (R, Change::Put(page_bytes(R, n)))];
+        let mut changes =
+            vec![(P, Change::Put(page_bytes(P, n))), (R, Change::Put(page_bytes(R, n)))];
         if other {
             changes.reverse();
         }
-        let token = self.ask(Request::Commit(Commit { reads: Vec::new(), changes, durable: false }));
+        let token =
+            self.ask(Request::Commit(Commit { reads: Vec::new(), changes, durable: false }));
         self.oracle.on_drawn(token, lsn(n)).unwrap();
         token
     }
@@ -112,7 +119,8 @@ fn a_state_that_is_no_prefix_is_condemned() {
 #[test]
 fn stale_foreign_and_mislabelled_reads_are_condemned() {
     let mut court = Court::new();
-    let pages = [court.page(2, 2), court.page(1, 1), court.page(2, 1), court.page(1, 2), court.page(2, 9)];
+    let pages =
+        [court.page(2, 2), court.page(1, 1), court.page(2, 1), court.page(1, 2), court.page(2, 9)];
     let right: Vec<bool> = pages.into_iter().map(|page| court.reads(page)).collect();
     assert_eq!(right, [true, false, false, false, false]);
     assert!(!court.reads(PageRef::new(None, Lsn::ZERO)), "a page that is there is not absent");
@@ -127,16 +135,21 @@ fn stale_foreign_and_mislabelled_reads_are_condemned() {
 #[test]
 fn a_free_that_is_not_durable_and_not_told_is_condemned() {
     let mut court = Court::new();
-    let free = court.ask(Request::Commit(Commit { changes: vec![(P, Change::Free)], ..Commit::default() }));
+    let free = court
+        .ask(Request::Commit(Commit { changes: vec![(P, Change::Free)], ..Commit::default() }));
     court.oracle.on_drawn(free, lsn(3)).unwrap();
     let absent = |at| PageRef::new(None, lsn(at));
     let right: Vec<bool> = [0, 2, 3, 4].into_iter().map(|at| court.reads(absent(at))).collect();
     assert_eq!(right, [false, false, true, false]);
     court.oracle.on_watermark(lsn(3), lsn(3)).unwrap();
     assert!(court.reads(absent(0)) && court.reads(absent(3)), "durable: nobody has to wait");
-    let again = court.ask(Request::Commit(Commit { changes: vec![(P, Change::Free)], ..Commit::default() }));
+    let again = court
+        .ask(Request::Commit(Commit { changes: vec![(P, Change::Free)], ..Commit::default() }));
     court.oracle.on_drawn(again, lsn(4)).unwrap();
-    assert!(court.reads(absent(0)) && !court.reads(absent(4)), "it was absent before, and nothing has changed");
+    assert!(
+        court.reads(absent(0)) && !court.reads(absent(4)),
+        "it was absent before, and nothing has changed"
+    );
 }
 
 /// Transactions on changed reads, and conflicts out of thin air.
@@ -153,7 +166,11 @@ fn wrong_commits_and_wrong_conflicts_are_condemned() {
     let reader = |reads| Request::Commit(Commit { reads, changes: Vec::new(), durable: true });
     let token = court.ask(reader(vec![(P, lsn(2))]));
     court.oracle.on_reply(token, &Ok(Response::Committed(lsn(2)))).unwrap();
-    assert_eq!(court.oracle.durable(), lsn(2), "the answer to a reader says that what it read is durable");
+    assert_eq!(
+        court.oracle.durable(),
+        lsn(2),
+        "the answer to a reader says that what it read is durable"
+    );
     let token = court.ask(reader(vec![(P, lsn(1))]));
     assert!(court.oracle.on_reply(token, &Ok(Response::Committed(lsn(1)))).is_err());
 }
@@ -165,7 +182,10 @@ fn lsns_that_are_not_new_are_condemned() {
     let token = court.put(3, Vec::new(), true);
     assert!(court.oracle.on_drawn(token, lsn(2)).is_err());
     court.oracle.on_drawn(token, lsn(3)).unwrap();
-    assert!(court.oracle.on_drawn(token, lsn(4)).is_err() && court.oracle.on_drawn(Token(99), lsn(5)).is_err());
+    assert!(
+        court.oracle.on_drawn(token, lsn(4)).is_err()
+            && court.oracle.on_drawn(Token(99), lsn(5)).is_err()
+    );
     court.oracle.on_crash();
     court.oracle.restart_at(lsn(1), lsn(1));
     let token = court.put(4, Vec::new(), true);
@@ -208,8 +228,8 @@ fn false_answers_are_condemned() {
     assert!(!court.recovers(2, lost) && BLOCK == 4096, "flushed, and gone");
 }
 
-/// A commit over several shards need not be seen before it is acknowledged; but at its owner, by those who have seen
-/// it already, and afterwards it must be.
+/// A commit over several shards need not be seen before it is acknowledged; but at its owner, by
+/// those who have seen it already, and afterwards it must be.
 #[test]
 fn what_is_seen_of_a_commit_over_shards_never_goes_back() {
     let mut court = Court::of_two();
@@ -247,7 +267,10 @@ fn conflicts_are_excused_only_by_holds_that_can_be_met() {
         durable: false,
     }));
     let reader = transact(&mut court, vec![(P, lsn(2))]);
-    assert!(court.oracle.on_reply(reader, &Err(no())).is_err(), "readers of one page do not exclude each other");
+    assert!(
+        court.oracle.on_reply(reader, &Err(no())).is_err(),
+        "readers of one page do not exclude each other"
+    );
     let writer = court.put(9, Vec::new(), false);
     assert!(court.oracle.on_reply(writer, &Err(no())).is_err(), "who only writes waits");
     let during = transact(&mut court, vec![(R, Lsn::ZERO)]);

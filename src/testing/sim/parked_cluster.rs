@@ -1,8 +1,9 @@
-//! Shards driven as by a parked thread, which turns them only when something has arrived or a deadline has come. For tests of what a
-//! shard waits for, and of what wakes it.
+//! Shards driven as by a parked thread, which turns them only when something has arrived or a
+//! deadline has come. For tests of what a shard waits for, and of what wakes it.
 //!
 //! Invariants
-//! 1. A shard that is never woken is an error, and so is one whose deadline is due for nothing twice in a row.
+//! 1. A shard that is never woken is an error, and so is one whose deadline is due for nothing
+//!    twice in a row.
 //! 2. Every eighth round audits all counters of the shards.
 //!
 //! It knows no crashes, and no chance but the disk's: see `run`.
@@ -19,8 +20,8 @@ use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Rounds without effect count as spinning if they are closer together than this, and more in a row than each shard needs to see that
-/// it has nothing to do.
+/// Rounds without effect count as spinning if they are closer together than this, and more in a row
+/// than each shard needs to see that it has nothing to do.
 const SPIN_US: Micros = 1_000;
 const IDLE_ROUNDS_MAX: usize = 2;
 /// Nothing takes longer, in virtual time, on a device that works.
@@ -42,9 +43,14 @@ pub(super) struct ParkedCluster {
 }
 
 impl ParkedCluster {
-    pub(super) fn open(disk: SimDisk, options: &Options, shards_count: u16) -> Outcome<ParkedCluster> {
-        let opening = crate::engine::recovery::begin(&mut disk.clone(), options, shards_count, 7, disk.now())
-            .map_err(|error| format!("opening: {error}"))?;
+    pub(super) fn open(
+        disk: SimDisk,
+        options: &Options,
+        shards_count: u16,
+    ) -> Outcome<ParkedCluster> {
+        let opening =
+            crate::engine::recovery::begin(&mut disk.clone(), options, shards_count, 7, disk.now())
+                .map_err(|error| format!("opening: {error}"))?;
         let all = LocalCluster::new(opening.shards);
         let (now, shard_map) = (disk.now(), all.shards[0].shard_map());
         let answers = BTreeMap::new();
@@ -77,18 +83,23 @@ impl ParkedCluster {
 
     pub(super) fn describe(&self) -> String {
         let shards = self.all.shards.iter();
-        shards.map(|shard| format!("\n  deadline {:?}: {}", shard.deadline(), shard.dump_state())).collect()
+        shards
+            .map(|shard| format!("\n  deadline {:?}: {}", shard.deadline(), shard.dump_state()))
+            .collect()
     }
 
     /// Advances time to the next event, and runs a round.
     pub(super) fn poll_once(&mut self) -> Outcome {
         let watermark = self.order.watermark();
         let shards = self.all.shards.iter();
-        let woken = shards.clone().any(|shard| shard.waits_for().is_some_and(|lsn| lsn <= watermark));
+        let woken =
+            shards.clone().any(|shard| shard.waits_for().is_some_and(|lsn| lsn <= watermark));
         let deadline = shards.filter_map(Shard::deadline).chain(self.disk.next_due()).min();
         let at = match self.busy || woken {
             true => self.now,
-            false => deadline.ok_or_else(|| format!("nobody wakes a shard: {}", self.describe()))?,
+            false => {
+                deadline.ok_or_else(|| format!("nobody wakes a shard: {}", self.describe()))?
+            }
         };
         self.now = at.max(self.now + 1);
         self.disk.advance_to(self.now);
@@ -147,7 +158,9 @@ impl ParkedCluster {
     /// Runs for some time.
     pub(super) fn pass(&mut self, us: Micros) -> Outcome {
         let end = self.now + us;
-        while self.now < end && (self.busy || self.disk.in_flight() > 0 || self.next_deadline().is_some()) {
+        while self.now < end
+            && (self.busy || self.disk.in_flight() > 0 || self.next_deadline().is_some())
+        {
             self.poll_once()?;
         }
         Ok(())
@@ -166,7 +179,8 @@ impl ParkedCluster {
 
     /// Writes the first `pages` pages, `each` in a commit; each page is full of its number.
     pub(super) fn fill(&mut self, pages: u64, each: usize) -> Outcome {
-        let first = |at: u64| (at..(at + each as u64).min(pages)).map(|n| (key(n), put(n))).collect();
+        let first =
+            |at: u64| (at..(at + each as u64).min(pages)).map(|n| (key(n), put(n))).collect();
         (0..pages).step_by(each).try_for_each(|at| self.commit(first(at), true))
     }
 
@@ -198,7 +212,12 @@ pub(super) fn patch(byte: u64) -> Change {
 }
 
 pub(super) fn options() -> Options {
-    let geometry = Geometry { extent_bytes: 256 << 10, segment_bytes: 2 << 20, segments_count: 8, vshards_count: 8 };
+    let geometry = Geometry {
+        extent_bytes: 256 << 10,
+        segment_bytes: 2 << 20,
+        segments_count: 8,
+        vshards_count: 8,
+    };
     Options { geometry, memory_bytes: 32 << 20, shards: Some(1), ..Options::default() }
 }
 

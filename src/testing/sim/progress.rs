@@ -1,25 +1,29 @@
-//! The oracles of liveness and of memory: a shard that turns for nothing, or keeps more than it may, is broken, though
-//! every answer be right.
+//! The oracles of liveness and of memory: a shard that turns for nothing, or keeps more than it
+//! may, is broken, though every answer be right.
 //!
 //! Invariants
-//! 1. A turn for which nothing has arrived, and which does nothing, must leave a deadline that is not due at once: else the
-//!    core spins.
-//! 2. A shard keeps no page in its table but those that have memory, or a change on its way, or are named by a request
-//!    under way: else its heap grows with what clients ask for.
-//! 3. A page, a request or a move waits for one map node at a time, and a page for one read: so who waits is bounded by what there
-//!    is of those; an operation under way has memory of the arena. The bytes of requests are held against their limit by the audit.
+//! 1. A turn for which nothing has arrived, and which does nothing, must leave a deadline that is
+//!    not due at once: else the core spins.
+//! 2. A shard keeps no page in its table but those that have memory, or a change on its way, or are
+//!    named by a request under way: else its heap grows with what clients ask for.
+//! 3. A page, a request or a move waits for one map node at a time, and a page for one read: so who
+//!    waits is bounded by what there is of those; an operation under way has memory of the arena.
+//!    The bytes of requests are held against their limit by the audit.
 //!
 //! It does *not* know what the shard waits for.
 
 use crate::engine::observe::Counts;
 
-/// Turns in a row without arrivals or effects, each due at once after the other, after which a shard counts as spinning.
-/// A checkpoint looks at 16 virtual shards a turn, of up to 512, of which many may have nothing to write; and of a read that
-/// finds no memory one page or map node is given up a turn, of up to 64 and their leaves, before there is an answer.
+/// Turns in a row without arrivals or effects, each due at once after the other, after which a
+/// shard counts as spinning. A checkpoint looks at 16 virtual shards a turn, of up to 512, of which
+/// many may have nothing to write; and of a read that finds no memory one page or map node is given
+/// up a turn, of up to 64 and their leaves, before there is an answer.
 const FOR_NOTHING_MAX: u32 = 200;
-/// Pages that the table may hold for what is under way and is no request: moves, reads ahead, the redo.
+/// Pages that the table may hold for what is under way and is no request: moves, reads ahead, the
+/// redo.
 const PAGES_SPARE: u64 = 256;
-/// Map nodes that compaction moves at a time, at most: those of the extents that are being compacted.
+/// Map nodes that compaction moves at a time, at most: those of the extents that are being
+/// compacted.
 const MOVES_SPARE: u64 = 4_096;
 
 /// The reason and the result of a turn.
@@ -56,7 +60,9 @@ impl Progress {
         let count = &mut self.for_nothing[shard];
         *count = if for_nothing && outcome.again_at_once { *count + 1 } else { 0 };
         if *count > FOR_NOTHING_MAX {
-            return Err(format!("shard {shard} spins: {count} turns for nothing, and the next is due at once"));
+            return Err(format!(
+                "shard {shard} spins: {count} turns for nothing, and the next is due at once"
+            ));
         }
         Ok(())
     }
@@ -77,7 +83,9 @@ pub fn check_budget(counts: &Counts) -> Result<(), String> {
         ("operations under way", counts.ops, frames),
     ];
     match bounds.into_iter().find(|(_, count, most)| count > most) {
-        Some((what, count, most)) => Err(format!("{count} {what}, of {frames} frames: more than {most}: {counts:?}")),
+        Some((what, count, most)) => {
+            Err(format!("{count} {what}, of {frames} frames: more than {most}: {counts:?}"))
+        }
         None => Ok(()),
     }
 }

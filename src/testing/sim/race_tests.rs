@@ -22,8 +22,8 @@ fn only(prepares: &[(PrepareRequest, u32)]) -> Vec<u32> {
     weights
 }
 
-/// Overwrites pages while compaction moves them, on a device that takes long for writes of many blocks, as moves are, and not for
-/// commits. Returns how many pages were moved.
+/// Overwrites pages while compaction moves them, on a device that takes long for writes of many
+/// blocks, as moves are, and not for commits. Returns how many pages were moved.
 pub(super) fn overtaken_moves(seed: u64) -> Outcome<u64> {
     const PAGES: u64 = 1_500;
     let mut rng = Rng::new(seed);
@@ -35,11 +35,18 @@ pub(super) fn overtaken_moves(seed: u64) -> Outcome<u64> {
     let mut options = workload::options(&mut rng);
     options.geometry.vshards_count = options.geometry.vshards_count.max(2);
     (options.fill_percent, options.inline_pages_max) = (70, 0);
-    // All pages are in memory: what moves is the oldest, and to be read first it would come and go one page at a time.
+    // All pages are in memory: what moves is the oldest, and to be read first it would come and go
+    // one page at a time.
     options.memory_bytes = 16 << 20;
-    let plan = Plan { options: Some(options), profile: Some(profile), shards: shards..=shards, ..quiet(seed) };
+    let plan = Plan {
+        options: Some(options),
+        profile: Some(profile),
+        shards: shards..=shards,
+        ..quiet(seed)
+    };
     let mut sim = SimRun::new(plan);
-    let latency = Latency { read: (5, 20), write: (1, 5), flush: (1, 5), block: 300, ..Latency::default() };
+    let latency =
+        Latency { read: (5, 20), write: (1, 5), flush: (1, 5), block: 300, ..Latency::default() };
     sim.disk.set_latency(Latency { stall_one_in: 1 << 40, ..latency });
     sim.begin()?;
     while sim.run_stats.requests < 10 * PAGES {
@@ -63,8 +70,8 @@ fn a_page_that_is_overwritten_while_it_moves_keeps_its_new_version() {
     }
 }
 
-/// Trees that grow while their only leaf is read: the new top is written and leaves memory before the leaf is there. Then pages of
-/// the leaf are changed. Returns how many nodes came too late.
+/// Trees that grow while their only leaf is read: the new top is written and leaves memory before
+/// the leaf is there. Then pages of the leaf are changed. Returns how many nodes came too late.
 pub(super) fn growth_under_reads(seed: u64) -> Outcome<u64> {
     const ROUNDS: u64 = 4;
     const OTHERS: u64 = 1_300;
@@ -73,14 +80,22 @@ pub(super) fn growth_under_reads(seed: u64) -> Outcome<u64> {
     let volumes = 2..=9u8;
     let others: Vec<PageKey> = (0..OTHERS).map(|n| page(1, n * 64)).collect();
     let mut profile = Profile::random(&mut rng);
-    profile.universe = volumes.clone().flat_map(|v| [0, 1, 100, 1 << 14].map(|id| page(v, id))).collect();
+    profile.universe =
+        volumes.clone().flat_map(|v| [0, 1, 100, 1 << 14].map(|id| page(v, id))).collect();
     profile.universe.extend(&others);
     let mut options = workload::options(&mut rng);
     (options.geometry.vshards_count, options.memory_bytes) = (1, 2 << 20);
     (options.data_bytes_max, options.coalesce_window_us) = (0, 1_000);
-    let plan = Plan { options: Some(options), profile: Some(profile), shards: 1..=1, ..quiet(seed) };
+    let plan =
+        Plan { options: Some(options), profile: Some(profile), shards: 1..=1, ..quiet(seed) };
     let mut sim = SimRun::new(plan);
-    let fast = Latency { read: (1, 5), write: (1, 5), flush: (1, 5), stall_one_in: 1 << 40, ..Latency::default() };
+    let fast = Latency {
+        read: (1, 5),
+        write: (1, 5),
+        flush: (1, 5),
+        stall_one_in: 1 << 40,
+        ..Latency::default()
+    };
     sim.disk.set_latency(fast);
     sim.begin()?;
     for keys in others.chunks(20) {
@@ -102,11 +117,13 @@ pub(super) fn growth_under_reads(seed: u64) -> Outcome<u64> {
             sim.pass()?;
         }
         sim.disk.set_latency(fast);
-        let high: Vec<PageKey> = volumes.clone().map(|v| page(v, *rng.pick(&[100, 1 << 14]))).collect();
+        let high: Vec<PageKey> =
+            volumes.clone().map(|v| page(v, *rng.pick(&[100, 1 << 14]))).collect();
         sim.put_all(&high)?;
         sim.call(Request::Checkpoint)?.map_err(|error| error.to_string())?;
         for key in &others {
-            sim.call(Request::Read([*key].into_iter().collect()))?.map_err(|error| error.to_string())?;
+            sim.call(Request::Read([*key].into_iter().collect()))?
+                .map_err(|error| error.to_string())?;
         }
         sim.publish_to_map()?;
         sim.put_all(&low)?;
@@ -115,7 +132,8 @@ pub(super) fn growth_under_reads(seed: u64) -> Outcome<u64> {
         sim.reopen(Loss::Everything)?;
         // The trees are empty again, and as low as can be.
         for key in low.into_iter().chain(high) {
-            let free = Commit { changes: vec![(key, Change::Free)], durable: true, ..Commit::default() };
+            let free =
+                Commit { changes: vec![(key, Change::Free)], durable: true, ..Commit::default() };
             sim.call(Request::Commit(free))?.map_err(|error| error.to_string())?;
         }
         sim.call(Request::Checkpoint)?.map_err(|error| error.to_string())?;
@@ -136,8 +154,8 @@ impl SimRun {
     }
 }
 
-/// A leaf that is taken for the top of its tree though the tree has grown overwrites the root: all that the tree above it names is
-/// lost, whether it was checkpointed or not.
+/// A leaf that is taken for the top of its tree though the tree has grown overwrites the root: all
+/// that the tree above it names is lost, whether it was checkpointed or not.
 #[test]
 fn a_tree_that_grows_while_its_top_is_read_keeps_all_its_pages() {
     for seed in 1..=3 {
@@ -147,8 +165,9 @@ fn a_tree_that_grows_while_its_top_is_read_keeps_all_its_pages() {
     }
 }
 
-/// Logs that are long beside memory and name many map nodes: shards of a recovery need checkpoints in the middle of their redo, each
-/// at another place in its own, and pages that were patched before are named as written in place by later groups.
+/// Logs that are long beside memory and name many map nodes: shards of a recovery need checkpoints
+/// in the middle of their redo, each at another place in its own, and pages that were patched
+/// before are named as written in place by later groups.
 pub(super) fn checkpoints_in_redo(seed: u64) -> Plan {
     let mut rng = Rng::new(seed);
     let mut options = workload::options(&mut rng);
@@ -158,17 +177,26 @@ pub(super) fn checkpoints_in_redo(seed: u64) -> Plan {
     let hot = (0..6).map(|n| key(n * 600));
     let lone = (1..150).map(|n| key(n << 18));
     let universe = hot.chain(lone).collect();
-    let weights = only(&[(PrepareRequest::Put, 20), (PrepareRequest::Patch, 20), (PrepareRequest::Read, 5)]);
+    let weights =
+        only(&[(PrepareRequest::Put, 20), (PrepareRequest::Patch, 20), (PrepareRequest::Read, 5)]);
     let hot_percent = *rng.pick(&[50, 80]);
-    let profile = Profile { universe, weights, hot_percent, in_flight: 16, ..Profile::random(&mut rng) };
-    let plan = Plan { shards: 2..=4, lives: 16, events_max: 2_000, strain_percent: 0, ..plan(seed) };
+    let profile =
+        Profile { universe, weights, hot_percent, in_flight: 16, ..Profile::random(&mut rng) };
+    let plan =
+        Plan { shards: 2..=4, lives: 16, events_max: 2_000, strain_percent: 0, ..plan(seed) };
     Plan { options: Some(options), profile: Some(profile), ..plan }
 }
 
-/// The same, and most recoveries are crashed into: what a checkpoint in the middle of one has recorded must hold afterwards, also of what
-/// a dead process had written and nobody had flushed.
+/// The same, and most recoveries are crashed into: what a checkpoint in the middle of one has
+/// recorded must hold afterwards, also of what a dead process had written and nobody had flushed.
 pub(super) fn crashes_in_redo(seed: u64) -> Plan {
-    Plan { recovery_crash_percent: 85, fault_percent: 0, damage_percent: 0, images: 9, ..checkpoints_in_redo(seed) }
+    Plan {
+        recovery_crash_percent: 85,
+        fault_percent: 0,
+        damage_percent: 0,
+        images: 9,
+        ..checkpoints_in_redo(seed)
+    }
 }
 
 /// A store that can't be opened after a crash is lost, however whole its bytes are.

@@ -2,11 +2,11 @@
 //!
 //! Invariants
 //! 1. The same seed gives the same numbers, on every machine and in every version of the toolchain.
-//! 2. A fork is independent of its parent: drawing more from the one never changes what the other gives, so that
-//!    a change in the disk's use of chance does not change the workload.
+//! 2. A fork is independent of its parent: drawing more from the one never changes what the other
+//!    gives, so that a change in the disk's use of chance does not change the workload.
 //!
-//! xoshiro256++ seeded by splitmix64 (Blackman and Vigna, "Scrambled linear pseudorandom number generators", 2021).
-//! It is not for secrets.
+//! xoshiro256++ seeded by splitmix64 (Blackman and Vigna, "Scrambled linear pseudorandom number
+//! generators", 2021). It is not for secrets.
 
 /// A stream of numbers.
 #[derive(Clone, Debug)]

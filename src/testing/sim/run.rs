@@ -1,12 +1,13 @@
 //! One store, its clients, its disk and its crashes, on one thread and by one seed.
 //!
-//! A run is a sequence of lives: open (crashing in it, maybe), hold every page against the model, work until the
-//! power fails or the store is closed, make what is left of the disk, and so on.
+//! A run is a sequence of lives: open (crashing in it, maybe), hold every page against the model,
+//! work until the power fails or the store is closed, make what is left of the disk, and so on.
 //!
 //! Invariants
 //! 1. Everything that happens follows from the plan; the same plan gives the same trace.
-//! 2. Without errors of the device every request is answered in bounded virtual time: if nothing is in flight and no
-//!    deadline is set while a request waits, the run fails, as it does if the shards turn without end.
+//! 2. Without errors of the device every request is answered in bounded virtual time: if nothing is
+//!    in flight and no deadline is set while a request waits, the run fails, as it does if the
+//!    shards turn without end.
 //! 3. The number of shards changes at each open.
 //!
 //! It does *not* check answers; see `oracle`.
@@ -19,7 +20,9 @@ use super::net::Mark;
 use super::oracle::{Oracle, Tolerance};
 pub use super::plan::{Failure, Plan, RunStats};
 use super::rng::{Rng, mix};
-use super::strain::{HeldPage, LARGE_EVENTS, LARGE_IMAGES, LARGE_LIVES, MEMORY_LEAST, Strain, Trees, chance_of};
+use super::strain::{
+    HeldPage, LARGE_EVENTS, LARGE_IMAGES, LARGE_LIVES, MEMORY_LEAST, Strain, Trees, chance_of,
+};
 use super::workload::{PrepareRequest, Profile, Workload};
 use crate::base::error::Result as StoreResult;
 use crate::base::metrics::ShardStats;
@@ -35,7 +38,8 @@ const RECOVERY_CRASHES_MAX: u32 = 3;
 /// Steps without an event of the disk, after which the run requests a checkpoint.
 const QUIET_STEPS_MAX: u32 = 10_000;
 
-/// A commit may take at least one in `COMMIT_SHARE_MIN` frames of a shard, whatever else is kept there.
+/// A commit may take at least one in `COMMIT_SHARE_MIN` frames of a shard, whatever else is kept
+/// there.
 const COMMIT_SHARE_MIN: u64 = 4;
 
 /// A run of one plan: the store, its clients, its disk and its crashes.
@@ -47,7 +51,8 @@ pub struct SimRun {
     pub(super) oracle: Oracle,
     pub(super) disk: SimDisk,
     pub(super) cluster: Option<Cluster>,
-    /// Answered commits over several shards, each with the messages that must arrive before no page is locked for it.
+    /// Answered commits over several shards, each with the messages that must arrive before no page
+    /// is locked for it.
     pub(super) lingering: Vec<(Token, Mark)>,
     /// The newest counters that each shard gave.
     pub(super) stats: BTreeMap<ShardId, ShardStats>,
@@ -90,7 +95,8 @@ pub fn run(plan: &Plan) -> std::result::Result<RunStats, Failure> {
         }
     };
     let why = why + &sim.strain.describe(&sim.options);
-    let failure = Failure { seed: plan.seed, life: sim.life, requests: sim.run_stats.requests, why };
+    let failure =
+        Failure { seed: plan.seed, life: sim.life, requests: sim.run_stats.requests, why };
     // What a panic left half done is not to be touched by destructors that assert.
     std::mem::forget(sim);
     Err(failure)
@@ -192,11 +198,13 @@ impl SimRun {
                     self.disk.clear_faults();
                     self.tolerate_errors(false);
                 }
-                let (cluster, mut opened) = opened?.map_err(|error| format!("recovery: {error}"))?;
+                let (cluster, mut opened) =
+                    opened?.map_err(|error| format!("recovery: {error}"))?;
                 // A recovery that was crashed into may have begun to use the store again.
                 opened.clean |= depth > 0;
                 self.disk.keep_power();
-                // Crashes come at any event of a recovery, mostly; some come to nothing, so that the end is reached.
+                // Crashes come at any event of a recovery, mostly; some come to nothing, so that
+                // the end is reached.
                 self.recovery_events = (self.disk.events() - at + 2).max(8);
                 self.begin_life(cluster);
                 self.count_recovery(opened);
@@ -213,17 +221,26 @@ impl SimRun {
     /// Opens what is on the disk with any number of shards.
     fn open_once(&mut self) -> Outcome<StoreResult<(Cluster, Opened)>> {
         let most = self.options.geometry.vshards_count as u16;
-        let (least, most) = (most.min(*self.plan.shards.start()), most.min(*self.plan.shards.end()));
+        let (least, most) =
+            (most.min(*self.plan.shards.start()), most.min(*self.plan.shards.end()));
         let any = self.rng.within(least.into(), most.into()) as u16;
         // More memory than one shard's is a store that is no larger than its memory, soon.
         let shards = if self.is_large() && self.chance.chance(60) { least } else { any };
         // Each shard needs memory of its own.
-        let options = Options { memory_bytes: self.options.memory_bytes * u64::from(shards), ..self.options.clone() };
-        let (mut cluster, opened) =
-            match Cluster::begin(&self.disk, &options, shards, self.strain.holding, &mut self.rng) {
-                Ok(begun) => begun,
-                Err(error) => return Ok(Err(error)),
-            };
+        let options = Options {
+            memory_bytes: self.options.memory_bytes * u64::from(shards),
+            ..self.options.clone()
+        };
+        let (mut cluster, opened) = match Cluster::begin(
+            &self.disk,
+            &options,
+            shards,
+            self.strain.holding,
+            &mut self.rng,
+        ) {
+            Ok(begun) => begun,
+            Err(error) => return Ok(Err(error)),
+        };
         Ok(cluster.finish_opening()?.map(|()| (cluster, opened)))
     }
 
@@ -256,17 +273,20 @@ impl SimRun {
         self.oracle.shard_map(cluster.shard_map());
         let tolerance = self.oracle.tolerance();
         // Ordinary stores are dense enough: their commits find room for their map nodes.
-        let commit_frames_max = if self.is_large() { cluster.frames_least() / COMMIT_SHARE_MIN } else { 0 };
+        let commit_frames_max =
+            if self.is_large() { cluster.frames_least() / COMMIT_SHARE_MIN } else { 0 };
         let commit_bytes_max = cluster.txn_bytes_max();
         self.oracle.tolerate(Tolerance { commit_bytes_max, commit_frames_max, ..tolerance });
         self.workload.begin_life(cluster.shard_map(), cluster.timing.idle, cluster.txn_bytes_max());
         self.cluster = Some(cluster);
     }
 
-    /// Recovers and checks what a crash at this moment would leave; the run itself goes on unchanged.
+    /// Recovers and checks what a crash at this moment would leave; the run itself goes on
+    /// unchanged.
     pub(super) fn peek(&mut self, loss: Loss) -> Outcome {
         let cluster = self.cluster.take().expect("the store is open");
-        let (lingering, stats) = (std::mem::take(&mut self.lingering), std::mem::take(&mut self.stats));
+        let (lingering, stats) =
+            (std::mem::take(&mut self.lingering), std::mem::take(&mut self.stats));
         let image = self.disk.crash(loss, &mut self.rng);
         let disk = std::mem::replace(&mut self.disk, image);
         self.run_stats.crashes += 1;
@@ -298,7 +318,9 @@ impl SimRun {
     }
 
     pub(super) fn check_disk(&self) -> Outcome {
-        self.disk.violation().map_or(Ok(()), |violation| Err(format!("breach of the disk seam: {violation}")))
+        self.disk
+            .violation()
+            .map_or(Ok(()), |violation| Err(format!("breach of the disk seam: {violation}")))
     }
 
     /// Works until the power fails or the store is closed.
@@ -331,12 +353,16 @@ impl SimRun {
         Ok(())
     }
 
-    /// Some steps, until the disk is used. A store that does not use it (it may refuse everything as full) is asked for a checkpoint.
+    /// Some steps, until the disk is used. A store that does not use it (it may refuse everything
+    /// as full) is asked for a checkpoint.
     fn busy_steps(&mut self) -> Outcome {
         let before = self.disk.events();
         for _ in 0..QUIET_STEPS_MAX {
             self.step()?;
-            if self.disk.events() > before || self.disk.is_off() || self.cluster().failure().is_some() {
+            if self.disk.events() > before
+                || self.disk.is_off()
+                || self.cluster().failure().is_some()
+            {
                 return Ok(());
             }
         }
@@ -365,7 +391,10 @@ impl SimRun {
             }
             self.pass()?;
         }
-        Err(format!("Close was answered, and not all shards are closed: {}", self.cluster().describe()))
+        Err(format!(
+            "Close was answered, and not all shards are closed: {}",
+            self.cluster().describe()
+        ))
     }
 
     /// Makes images of the disk after the crash, several if planned, and goes on with the last.
@@ -379,7 +408,8 @@ impl SimRun {
         if self.rng.chance(self.plan.damage_percent) {
             self.damage_something(&crashed)?;
         }
-        let images = if self.is_large() { self.plan.images.min(LARGE_IMAGES) } else { self.plan.images };
+        let images =
+            if self.is_large() { self.plan.images.min(LARGE_IMAGES) } else { self.plan.images };
         for n in 0..images {
             let loss = Loss::random(&mut self.rng);
             let abandons = loss == Loss::Process && self.oracle.outstanding() > 0;
@@ -437,9 +467,12 @@ impl SimRun {
             let mut told = self.allocated_now(volume, ranges_max)?;
             // Some tests write pages that are not of the workload.
             told.retain(|page| universe.contains(&PageKey::new(volume, *page)));
-            let read: Vec<PageId> = there.iter().filter(|key| key.volume == volume).map(|key| key.page).collect();
+            let read: Vec<PageId> =
+                there.iter().filter(|key| key.volume == volume).map(|key| key.page).collect();
             if told != read {
-                return Err(format!("{volume:?} is said to have {told:?}, but reads find {read:?}"));
+                return Err(format!(
+                    "{volume:?} is said to have {told:?}, but reads find {read:?}"
+                ));
             }
         }
         Ok(opened.cut)

@@ -1,8 +1,10 @@
-//! Makes a failing run smaller: fewer lives, pages, shards and kinds of requests, until nothing can go without its passing.
+//! Makes a failing run smaller: fewer lives, pages, shards and kinds of requests, until nothing can
+//! go without its passing.
 //!
 //! Invariants
-//! 1. Each step is kept only if some run of the smaller plan fails; with a smaller plan chance falls otherwise, so a few seeds are
-//!    tried. It need not be the same failure: a smaller one is as welcome.
+//! 1. Each step is kept only if some run of the smaller plan fails; with a smaller plan chance
+//!    falls otherwise, so a few seeds are tried. It need not be the same failure: a smaller one is
+//!    as welcome.
 //! 2. A plan as text and back is the same plan: what is printed is what is repeated.
 
 use super::plan::{Failure, Plan};
@@ -26,21 +28,43 @@ const SEEDS: u64 = 12;
 impl Plan {
     /// The plan in words, for [`Plan::read`]; without its seed, canary, options and profile.
     pub fn describe(&self) -> String {
-        let Plan { lives, images, events_max, recovery_crash_percent, fault_percent, damage_percent, .. } = self;
+        let Plan {
+            lives,
+            images,
+            events_max,
+            recovery_crash_percent,
+            fault_percent,
+            damage_percent,
+            ..
+        } = self;
         let Plan { strain_percent, smaller, .. } = self;
         let (least, most) = (self.shards.start(), self.shards.end());
         let Smaller { pages, in_flight, without } = smaller;
         format!(
-            "{lives} {images} {events_max} {recovery_crash_percent} {fault_percent} {damage_percent} {least} {most} {pages} \
-             {in_flight} {without} {strain_percent}"
+            "{lives} {images} {events_max} {recovery_crash_percent} {fault_percent} \
+             {damage_percent} {least} {most} {pages} {in_flight} {without} {strain_percent}"
         )
     }
 
-    /// This plan made as small as `text` says, which [`Plan::describe`] has written; `None` if it is not of that form.
+    /// This plan made as small as `text` says, which [`Plan::describe`] has written; `None` if it
+    /// is not of that form.
     pub fn read(self, text: &str) -> Option<Plan> {
-        let numbers: Vec<u64> = text.split_whitespace().map(|word| word.parse().ok()).collect::<Option<_>>()?;
-        let &[lives, images, events, recovery, faults, damage, least, most, pages, in_flight, without, strain] =
-            &numbers[..]
+        let numbers: Vec<u64> =
+            text.split_whitespace().map(|word| word.parse().ok()).collect::<Option<_>>()?;
+        let &[
+            lives,
+            images,
+            events,
+            recovery,
+            faults,
+            damage,
+            least,
+            most,
+            pages,
+            in_flight,
+            without,
+            strain,
+        ] = &numbers[..]
         else {
             return None;
         };
@@ -53,7 +77,11 @@ impl Plan {
             damage_percent: damage,
             strain_percent: strain,
             shards: least as u16..=most as u16,
-            smaller: Smaller { pages: pages as usize, in_flight: in_flight as usize, without: without as u32 },
+            smaller: Smaller {
+                pages: pages as usize,
+                in_flight: in_flight as usize,
+                without: without as u32,
+            },
             ..self
         })
     }
@@ -68,7 +96,12 @@ impl Plan {
         };
         let Plan { lives, images, events_max, smaller, .. } = *self;
         let (least, most) = (*self.shards.start(), *self.shards.end());
-        propose(Plan { recovery_crash_percent: 0, fault_percent: 0, damage_percent: 0, ..self.clone() });
+        propose(Plan {
+            recovery_crash_percent: 0,
+            fault_percent: 0,
+            damage_percent: 0,
+            ..self.clone()
+        });
         propose(Plan { recovery_crash_percent: 0, ..self.clone() });
         propose(Plan { fault_percent: 0, ..self.clone() });
         propose(Plan { damage_percent: 0, ..self.clone() });

@@ -1,7 +1,9 @@
-//! All small workloads: every sequence of a few operations on two pages, of one shard and of two, crashed at every point.
+//! All small workloads: every sequence of a few operations on two pages, of one shard and of two,
+//! crashed at every point.
 //!
-//! Random work finds what happens often; what needs three certain operations in a certain order is found by trying all.
-//! `COREPAGE_OPERATIONS=n` sets how many operations a sequence has at most: 2 in every test run, 4 takes half an hour.
+//! Random work finds what happens often; what needs three certain operations in a certain order is
+//! found by trying all. `COREPAGE_OPERATIONS=n` sets how many operations a sequence has at most: 2
+//! in every test run, 4 takes half an hour.
 
 use super::disk::Loss;
 use super::model::{page_bytes, patch_bytes};
@@ -31,8 +33,16 @@ enum Op {
     Checkpoint,
 }
 
-const OPS: [Op; 8] =
-    [Op::PutHere, Op::PutThere, Op::PatchHere, Op::BufferHere, Op::Both, Op::FreeBoth, Op::Flush, Op::Checkpoint];
+const OPS: [Op; 8] = [
+    Op::PutHere,
+    Op::PutThere,
+    Op::PatchHere,
+    Op::BufferHere,
+    Op::Both,
+    Op::FreeBoth,
+    Op::Flush,
+    Op::Checkpoint,
+];
 
 /// A sequence, on so many shards; all asked for at once or one after another.
 #[derive(Clone, Debug)]
@@ -48,7 +58,8 @@ impl Case {
         let mut sequences: Vec<Vec<Op>> = vec![Vec::new()];
         let mut cases = Vec::new();
         for _ in 0..most {
-            sequences = sequences.iter().flat_map(|ops| OPS.map(|op| [&ops[..], &[op]].concat())).collect();
+            sequences =
+                sequences.iter().flat_map(|ops| OPS.map(|op| [&ops[..], &[op]].concat())).collect();
             for (ops, shards) in sequences.iter().flat_map(|ops| [(ops, 1), (ops, 2)]) {
                 cases.push(Case { ops: ops.clone(), shards, at_once: false });
                 if ops.len() > 1 {
@@ -67,7 +78,12 @@ impl Case {
 
 /// The smallest store, so that a state is recovered quickly.
 pub(super) fn options() -> Options {
-    let geometry = Geometry { extent_bytes: 64 << 10, segment_bytes: 64 << 10, segments_count: 4, vshards_count: 4 };
+    let geometry = Geometry {
+        extent_bytes: 64 << 10,
+        segment_bytes: 64 << 10,
+        segments_count: 4,
+        vshards_count: 4,
+    };
     Options {
         geometry,
         memory_bytes: 2 << 20,
@@ -82,7 +98,9 @@ pub(super) fn options() -> Options {
 fn key(shard: u16) -> PageKey {
     let shard_map = ShardMap::new(options().geometry.vshards_count, 2);
     let keys = (0..).map(|n| PageKey::new(VolumeId::new(1), PageId::new(n * 512)));
-    keys.into_iter().find(|key| shard_map.shard_of(*key) == ShardId::new(shard)).expect("each shard has pages")
+    keys.into_iter()
+        .find(|key| shard_map.shard_of(*key) == ShardId::new(shard))
+        .expect("each shard has pages")
 }
 
 fn request(op: Op, n: u64, sim: &SimRun) -> Request {
@@ -102,7 +120,8 @@ fn request(op: Op, n: u64, sim: &SimRun) -> Request {
     Request::Commit(Commit { reads, changes, durable: op != Op::BufferHere })
 }
 
-/// Goes on until everything is answered and the disk is at rest for now; looks at what a crash would leave at each step.
+/// Goes on until everything is answered and the disk is at rest for now; looks at what a crash
+/// would leave at each step.
 fn publish_to_map(sim: &mut SimRun, rng: &mut Rng) -> Outcome {
     let mut seen = sim.disk.events();
     while sim.oracle.outstanding() > 0 {
@@ -149,8 +168,8 @@ fn every_small_workload_survives_a_crash_at_every_point() {
     let cases = Case::all(most);
     let total = run_cases(&cases, run);
     println!(
-        "{} workloads of up to {most} operations: {} crash states, {} crashes in recovery, {} of them in a second and {} in \
-         a third one",
+        "{} workloads of up to {most} operations: {} crash states, {} crashes in recovery, {} of \
+         them in a second and {} in a third one",
         cases.len(),
         total.crashes,
         total.crashes_in_recovery,

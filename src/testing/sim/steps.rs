@@ -1,8 +1,10 @@
 //! The steps of a run: it sends requests, advances time, and passes answers to the oracle.
 //!
 //! Invariants
-//! 1. After a turn the oracle gets the drawn LSNs first, then the watermark, and only then the answers.
-//! 2. A request goes to one shard, as the handles of the store route it: reads are split, and all shards are asked for counters.
+//! 1. After a turn the oracle gets the drawn LSNs first, then the watermark, and only then the
+//!    answers.
+//! 2. A request goes to one shard, as the handles of the store route it: reads are split, and all
+//!    shards are asked for counters.
 //! 3. Time moves only to the next event, or over a pause without requests.
 
 use super::cluster::{Cluster, Turn};
@@ -16,7 +18,8 @@ use crate::engine::{Commit, PageRange, PageRef, Request, Response, Token};
 use smallvec::SmallVec;
 use std::collections::BTreeMap;
 
-/// With fewer pinned pages than one in `HELD_MANY` frames of a shard, no request may be refused for them.
+/// With fewer pinned pages than one in `HELD_MANY` frames of a shard, no request may be refused for
+/// them.
 const HELD_MANY: u64 = 20;
 /// How long a request may take without errors of the device, if no shard is slow.
 const PATIENCE_US: Micros = 60_000_000;
@@ -55,7 +58,8 @@ impl SimRun {
         self.cluster.as_mut().expect("the store is open")
     }
 
-    /// Sends a request to the shard, or the shards, that it concerns; returns the token of the last part.
+    /// Sends a request to the shard, or the shards, that it concerns; returns the token of the last
+    /// part.
     pub(super) fn ask(&mut self, request: Request) -> Token {
         let shard_map = self.cluster().shard_map();
         match request {
@@ -87,7 +91,11 @@ impl SimRun {
         let home = match request {
             Request::Checkpoint | Request::Close => return ShardId::new(0),
             Request::Commit(Commit { reads, changes, .. }) => {
-                let first = changes.iter().map(|&(key, _)| key).chain(reads.iter().map(|&(key, _)| key)).next();
+                let first = changes
+                    .iter()
+                    .map(|&(key, _)| key)
+                    .chain(reads.iter().map(|&(key, _)| key))
+                    .next();
                 first.map(|key| shard_map.shard_of(key)).filter(|_| !self.rng.chance(stray))
             }
             _ => None,
@@ -115,7 +123,9 @@ impl SimRun {
         let Some(turn) = turn else {
             return match self.oracle.outstanding() {
                 0 => Ok(()),
-                _ => Err(format!("nothing is in flight and no deadline is set: {}", self.waiting())),
+                _ => {
+                    Err(format!("nothing is in flight and no deadline is set: {}", self.waiting()))
+                }
             };
         };
         let patience = PATIENCE_US * self.cluster().timing.patience();
@@ -162,7 +172,8 @@ impl SimRun {
         let asked_for = self.oracle.keys_of(token);
         self.oracle.on_reply(token, &reply)?;
         let kind = reply.as_ref().err().map_or(0, |error| error.kind() as u64 + 1);
-        self.run_stats.trace = mix(self.run_stats.trace ^ token.0 ^ (kind << 32) ^ (self.disk.now() << 40));
+        self.run_stats.trace =
+            mix(self.run_stats.trace ^ token.0 ^ (kind << 32) ^ (self.disk.now() << 40));
         if let Ok(Response::Stats(stats)) = &reply {
             self.stats.insert(shard, stats.as_ref().clone());
         }
@@ -218,7 +229,8 @@ impl SimRun {
         Ok(())
     }
 
-    /// Sends a request that is not split, and waits for the answer, which the oracle checks like all others.
+    /// Sends a request that is not split, and waits for the answer, which the oracle checks like
+    /// all others.
     pub(super) fn call(&mut self, request: Request) -> Outcome<StoreResult<Response>> {
         let token = self.ask(request);
         self.watch(token);
@@ -277,7 +289,8 @@ impl SimRun {
         for (_, keys) in by_shard(self.cluster().shard_map(), keys) {
             for keys in keys.chunks(self.options.vectored_pages_max) {
                 let pages = self.try_read_now(keys)?;
-                let pages = pages.map_err(|error| format!("reading {keys:?}: {:?}: {error}", error.kind()))?;
+                let pages = pages
+                    .map_err(|error| format!("reading {keys:?}: {:?}: {error}", error.kind()))?;
                 all.extend(keys.iter().copied().zip(pages));
             }
         }
@@ -285,7 +298,10 @@ impl SimRun {
     }
 
     /// Reads pages of one shard in the same way; an error of the store is an answer.
-    pub(super) fn try_read_now(&mut self, keys: &[PageKey]) -> Outcome<StoreResult<SmallVec<[PageRef; 1]>>> {
+    pub(super) fn try_read_now(
+        &mut self,
+        keys: &[PageKey],
+    ) -> Outcome<StoreResult<SmallVec<[PageRef; 1]>>> {
         let shard = self.cluster().shard_map().shard_of(keys[0]);
         let request = Request::Read(keys.iter().copied().collect());
         match self.ask_now(shard, request).map_err(|why| format!("reading {keys:?}: {why}"))? {
@@ -295,17 +311,27 @@ impl SimRun {
         }
     }
 
-    /// The pages of a volume that exist, from all shards, in order; scanned in parts of about `ranges_max` ranges.
-    pub(super) fn allocated_now(&mut self, volume: VolumeId, ranges_max: usize) -> Outcome<Vec<PageId>> {
+    /// The pages of a volume that exist, from all shards, in order; scanned in parts of about
+    /// `ranges_max` ranges.
+    pub(super) fn allocated_now(
+        &mut self,
+        volume: VolumeId,
+        ranges_max: usize,
+    ) -> Outcome<Vec<PageId>> {
         let mut all = Vec::new();
         for shard in self.cluster().shard_map().shards() {
             let mut next = Some(PageId::new(0));
             while let Some(first) = next {
                 let asked = PageRange { volume, first, last: PageId::new(u64::MAX), ranges_max };
                 let request = Request::Allocated(asked);
-                match self.ask_now(shard, request).map_err(|why| format!("asking for what is allocated: {why}"))? {
+                match self
+                    .ask_now(shard, request)
+                    .map_err(|why| format!("asking for what is allocated: {why}"))?
+                {
                     Ok(Response::Allocated { ranges, next: then, .. }) => {
-                        all.extend(ranges.iter().flat_map(|(a, b)| a.get()..=b.get()).map(PageId::new));
+                        all.extend(
+                            ranges.iter().flat_map(|(a, b)| a.get()..=b.get()).map(PageId::new),
+                        );
                         next = then;
                     }
                     other => return Err(format!("asking for what is allocated: {other:?}")),
@@ -323,7 +349,8 @@ impl SimRun {
         let cluster = self.cluster.as_mut().expect("the store is open");
         cluster.request(shard, token, request);
         for _ in 0..100_000 {
-            let turn = cluster.step()?.ok_or_else(|| format!("it hangs: {}", cluster.describe()))?;
+            let turn =
+                cluster.step()?.ok_or_else(|| format!("it hangs: {}", cluster.describe()))?;
             if let Some(violation) = cluster.violation() {
                 return Err(violation);
             }

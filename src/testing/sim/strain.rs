@@ -1,9 +1,12 @@
-//! Strain on a store: far more pages than memory, deep trees, slow reads, pinned pages, clients that go away.
+//! Strain on a store: far more pages than memory, deep trees, slow reads, pinned pages, clients
+//! that go away.
 //!
 //! Invariants
-//! 1. It has a random source of its own, so that a seed without strain is the run that it always was.
-//! 2. A large store is filled before anything is judged by crashes; afterwards each crash is held against the pages
-//!    that were changed and a sample of the others, and against all of them now and then.
+//! 1. It has a random source of its own, so that a seed without strain is the run that it always
+//!    was.
+//! 2. A large store is filled before anything is judged by crashes; afterwards each crash is held
+//!    against the pages that were changed and a sample of the others, and against all of them now
+//!    and then.
 //! 3. Pages that clients have pinned are unpinned some time, and are then as they were.
 //!
 //! It does *not* know faults of the device; see `inject`.
@@ -23,7 +26,8 @@ use std::collections::BTreeSet;
 
 /// The smallest memory of a shard that is legal.
 pub(super) const MEMORY_LEAST: u64 = 2 << 20;
-/// As many lives of a small store make one of a large one, which is so many times as long: memory must be turned over.
+/// As many lives of a small store make one of a large one, which is so many times as long: memory
+/// must be turned over.
 pub(super) const LARGE_LIVES: u32 = 5;
 pub(super) const LARGE_EVENTS: u64 = 20;
 /// Images of each crash of a large store that are recovered, at most.
@@ -52,9 +56,11 @@ pub enum Layout {
     Mixed,
     /// Side by side, with memory for most of them, and written in floods to a slow device.
     Roomy,
-    /// Many small trees that grow while their tops are read late, and pages enough to turn memory over meanwhile.
+    /// Many small trees that grow while their tops are read late, and pages enough to turn memory
+    /// over meanwhile.
     Growing,
-    /// Each in a leaf of its own, changed everywhere while clients hold as much as they can: checkpoints find no memory.
+    /// Each in a leaf of its own, changed everywhere while clients hold as much as they can:
+    /// checkpoints find no memory.
     Pinned,
 }
 
@@ -67,7 +73,8 @@ pub struct Strain {
     pub holding: Holding,
     /// One in `.0` reads takes `.1` times as long; 0: none.
     pub slow_reads: (u64, u64),
-    /// Of a hundred frames, how many clients hold on to at most, besides the few that they always do.
+    /// Of a hundred frames, how many clients hold on to at most, besides the few that they always
+    /// do.
     pub pins_percent: u64,
     /// The percentage of answers that no client takes.
     pub drop_percent: u64,
@@ -93,7 +100,8 @@ impl HeldPage {
     }
 }
 
-/// The small trees of a large store: each of a virtual shard and a volume of its own, from low to high.
+/// The small trees of a large store: each of a virtual shard and a volume of its own, from low to
+/// high.
 pub type Trees = Vec<Vec<PageKey>>;
 
 impl Strain {
@@ -110,10 +118,18 @@ impl Strain {
             return Strain::made_for_something(chance);
         }
         let large = (is_free && chance.chance(65)).then(|| {
-            let layouts = [Layout::Lone, Layout::Lone, Layout::Mixed, Layout::Dense, Layout::Dense, Layout::Roomy];
+            let layouts = [
+                Layout::Lone,
+                Layout::Lone,
+                Layout::Mixed,
+                Layout::Dense,
+                Layout::Dense,
+                Layout::Roomy,
+            ];
             let layout = *chance.pick(&layouts);
             match layout {
-                // A hundred times the least memory of a shard: rarely, since all of it takes long to look at.
+                // A hundred times the least memory of a shard: rarely, since all of it takes long
+                // to look at.
                 Layout::Dense if chance.chance(3) => (layout, chance.within(20_000, 64_000)),
                 // Ten times, and more.
                 Layout::Dense if chance.chance(80) => (layout, chance.within(6_600, 9_000)),
@@ -127,11 +143,16 @@ impl Strain {
     fn made_for_something(chance: &mut Rng) -> Strain {
         let strain = Strain::small(chance);
         if chance.one_in(2) {
-            let holding = Holding { pages_percent: 1, nodes_percent: 2, tops_percent: 90, turns_max: 8_000 };
+            let holding =
+                Holding { pages_percent: 1, nodes_percent: 2, tops_percent: 90, turns_max: 8_000 };
             let large = Some((Layout::Growing, chance.within(600, 1_200)));
             return Strain { large, holding, slow_reads: (0, 1), pins_percent: 0, ..strain };
         }
-        Strain { large: Some((Layout::Pinned, chance.within(1_000, 2_500))), pins_percent: 100, ..strain }
+        Strain {
+            large: Some((Layout::Pinned, chance.within(1_000, 2_500))),
+            pins_percent: 100,
+            ..strain
+        }
     }
 
     /// Some strain on a store of any size.
@@ -163,8 +184,8 @@ impl Strain {
         }
         let (memory, vshards) = (options.memory_bytes >> 20, options.geometry.vshards_count);
         format!(
-            "\nstrained: large {large:?}, {memory} MiB a shard, {vshards} virtual shards, {pins_percent} % held, slow reads \
-             {slow_reads:?}, {holding:?}"
+            "\nstrained: large {large:?}, {memory} MiB a shard, {vshards} virtual shards, \
+             {pins_percent} % held, slow reads {slow_reads:?}, {holding:?}"
         )
     }
 
@@ -186,7 +207,12 @@ impl Strain {
     }
 
     /// The profile of a run under this strain, and the small trees in it.
-    pub fn profile(&self, profile: Profile, vshards_count: u32, chance: &mut Rng) -> (Profile, Trees) {
+    pub fn profile(
+        &self,
+        profile: Profile,
+        vshards_count: u32,
+        chance: &mut Rng,
+    ) -> (Profile, Trees) {
         let Some((layout, pages)) = self.large else { return (profile, Trees::new()) };
         let (universe, trees) = universe(layout, pages, vshards_count, chance);
         let profile = Profile {
@@ -211,7 +237,12 @@ impl Strain {
 }
 
 /// The pages of a large store, and the small trees among them.
-fn universe(layout: Layout, count: u64, vshards_count: u32, chance: &mut Rng) -> (Vec<PageKey>, Trees) {
+fn universe(
+    layout: Layout,
+    count: u64,
+    vshards_count: u32,
+    chance: &mut Rng,
+) -> (Vec<PageKey>, Trees) {
     let key = |volume, id| PageKey::new(VolumeId::new(volume), PageId::new(id));
     let shift = *chance.pick(&[6, 9, 14, 20]);
     let mut pages: BTreeSet<PageKey> = BTreeSet::new();
@@ -232,7 +263,9 @@ fn universe(layout: Layout, count: u64, vshards_count: u32, chance: &mut Rng) ->
     }
     let tree = |volume: u64, chance: &mut Rng| {
         let vshard = VShard::new(chance.below(vshards_count.into()) as u16);
-        let place = |page_index| PageKey::from_place(VolumeId::new(volume as u8), vshard, page_index, vshards_count);
+        let place = |page_index| {
+            PageKey::from_place(VolumeId::new(volume as u8), vshard, page_index, vshards_count)
+        };
         TREE_PAGES.map(|page_index| place(page_index + chance.below(8))).to_vec()
     };
     let trees_count = if layout == Layout::Growing { TREES_MAX } else { chance.within(30, 150) };
@@ -247,14 +280,21 @@ impl SimRun {
         self.strain.large.is_some()
     }
 
-    /// On a slow device a checkpoint may take longer than a commit over shards waits for log room: then it is tried again, as its error
-    /// says.
+    /// On a slow device a checkpoint may take longer than a commit over shards waits for log room:
+    /// then it is tried again, as its error says.
     fn fill_with(&mut self, keys: &[PageKey]) -> Outcome {
         for _ in 0..FILL_TRIES {
-            let changes = keys.iter().map(|key| (*key, Change::Put(page_bytes(*key, FILL_TAG)))).collect();
-            match self.call(Request::Commit(Commit { reads: Vec::new(), changes, durable: false }))? {
+            let changes =
+                keys.iter().map(|key| (*key, Change::Put(page_bytes(*key, FILL_TAG)))).collect();
+            match self.call(Request::Commit(Commit {
+                reads: Vec::new(),
+                changes,
+                durable: false,
+            }))? {
                 Err(error) if error.kind() == ErrorKind::Busy => {}
-                answer => return answer.map(drop).map_err(|error| format!("filling the store: {error}")),
+                answer => {
+                    return answer.map(drop).map_err(|error| format!("filling the store: {error}"));
+                }
             }
         }
         Err(format!("filling the store: busy {FILL_TRIES} times, with {} pages", keys.len()))
@@ -312,11 +352,13 @@ impl SimRun {
 
     /// A small tree grows, often while its lowest page is being read; a high one is freed again.
     fn climb(&mut self) {
-        // The one that was left alone for the longest: it has left memory, mostly, and its top must be read.
+        // The one that was left alone for the longest: it has left memory, mostly, and its top must
+        // be read.
         self.trees.rotate_left(1);
         let tree = self.trees[0].clone();
         let last = self.oracle.last();
-        let there = tree.iter().take_while(|key| self.oracle.model.at(**key, last).page.is_some()).count();
+        let there =
+            tree.iter().take_while(|key| self.oracle.model.at(**key, last).page.is_some()).count();
         let touched = tree.iter().all(|key| self.workload.is_touched(key));
         if !touched {
             return;
@@ -349,9 +391,11 @@ impl SimRun {
     fn sweep(&mut self) {
         let most = self.options.vectored_pages_max as u64;
         for _ in 0..self.chance.within(1, 3) {
-            let keys: BTreeSet<PageKey> = (0..most).filter_map(|_| touched(&self.workload, &mut self.chance)).collect();
+            let keys: BTreeSet<PageKey> =
+                (0..most).filter_map(|_| touched(&self.workload, &mut self.chance)).collect();
             let last = self.oracle.last();
-            let absent = keys.iter().filter(|key| self.oracle.model.at(**key, last).page.is_none()).count();
+            let absent =
+                keys.iter().filter(|key| self.oracle.model.at(**key, last).page.is_none()).count();
             self.run_stats.rare.absent_reads += absent as u64;
             if !keys.is_empty() {
                 self.ask(Request::Read(keys.into_iter().collect()));
@@ -363,7 +407,8 @@ impl SimRun {
     fn free_many(&mut self) {
         let most = self.workload.commit_pages_max() * 8;
         let count = self.chance.within(1, most);
-        let keys: BTreeSet<PageKey> = (0..count).filter_map(|_| touched(&self.workload, &mut self.chance)).collect();
+        let keys: BTreeSet<PageKey> =
+            (0..count).filter_map(|_| touched(&self.workload, &mut self.chance)).collect();
         if !keys.is_empty() {
             self.commit(keys.into_iter().map(|key| (key, Change::Free)).collect());
         }
@@ -373,8 +418,10 @@ impl SimRun {
     fn flood(&mut self) {
         let most = self.workload.commit_pages_max();
         for _ in 0..self.chance.within(8, 40) {
-            let keys: BTreeSet<PageKey> = (0..most).filter_map(|_| touched(&self.workload, &mut self.chance)).collect();
-            let changes: Vec<_> = keys.into_iter().map(|key| (key, self.workload.put_to(key))).collect();
+            let keys: BTreeSet<PageKey> =
+                (0..most).filter_map(|_| touched(&self.workload, &mut self.chance)).collect();
+            let changes: Vec<_> =
+                keys.into_iter().map(|key| (key, self.workload.put_to(key))).collect();
             if !changes.is_empty() {
                 self.ask(Request::Commit(Commit { reads: Vec::new(), changes, durable: false }));
             }
@@ -406,7 +453,8 @@ impl SimRun {
         self.held.push(HeldPage { bytes: page.to_vec().into(), page, checkpoints });
     }
 
-    /// Clients under strain hold on to what they read until they have as much as they may; then they give it back, bit by bit.
+    /// Clients under strain hold on to what they read until they have as much as they may; then
+    /// they give it back, bit by bit.
     pub(super) fn hold_on(&mut self, page: PageRef) {
         let most = self.cluster().frames() * self.strain.pins_percent / 100;
         if !self.giving_back && (self.held.len() as u64) < most && !page.is_absent() {
@@ -436,7 +484,8 @@ impl SimRun {
         let checkpoints = self.cluster.as_ref().map_or(0, |cluster| cluster.checkpoints_ended());
         for held in self.held.drain(..count.min(self.held.len())) {
             held.check()?;
-            self.run_stats.rare.pins_outlasted_checkpoint += u64::from(checkpoints > held.checkpoints);
+            self.run_stats.rare.pins_outlasted_checkpoint +=
+                u64::from(checkpoints > held.checkpoints);
         }
         Ok(())
     }

@@ -1,8 +1,11 @@
-//! The delays of one life: how long turns, messages and wake-ups take, which shard is slow, and which gets no requests.
+//! The delays of one life: how long turns, messages and wake-ups take, which shard is slow, and
+//! which gets no requests.
 //!
 //! Invariants
-//! 1. Some lives have no delays at all, so that many things happen at one moment and chance alone picks the order.
-//! 2. At most one shard is slow and at most one is idle; shard 0 leads checkpoints and closes, so it is never idle.
+//! 1. Some lives have no delays at all, so that many things happen at one moment and chance alone
+//!    picks the order.
+//! 2. At most one shard is slow and at most one is idle; shard 0 leads checkpoints and closes, so
+//!    it is never idle.
 //!
 //! It does *not* drive anything.
 
@@ -59,7 +62,8 @@ impl Timing {
             wake: upto(rng, 10),
             part_percent: *rng.pick(&[0, 20, 60]),
             slow: (several && rng.one_in(3)).then(|| Slow::random(rng, shards)),
-            idle: (several && rng.one_in(4)).then(|| ShardId::new(rng.within(1, u64::from(shards) - 1) as u16)),
+            idle: (several && rng.one_in(4))
+                .then(|| ShardId::new(rng.within(1, u64::from(shards) - 1) as u16)),
             stray_percent: if several { *rng.pick(&[0, 0, 20, 100]) } else { 0 },
         }
     }

@@ -1,6 +1,7 @@
 //! Who waits for memory, log, space or the device, and who wakes it.
 //!
-//! A shard that nobody wakes hangs, and one whose deadline is due for nothing spins: both fail the test at once (see `parked_cluster`).
+//! A shard that nobody wakes hangs, and one whose deadline is due for nothing spins: both fail the
+//! test at once (see `parked_cluster`).
 
 use super::disk::{Area, Fault, Latency, Loss, OpKind, SimDisk};
 use super::parked_cluster::*;
@@ -39,7 +40,8 @@ pub(super) fn all() -> Outcome {
     fairness_tests::goes_through_beside_a_stream()
 }
 
-/// If this fails, a core runs at full speed for as long as the device is busy with the pages that it has been given.
+/// If this fails, a core runs at full speed for as long as the device is busy with the pages that
+/// it has been given.
 #[test]
 fn a_shard_rests_while_its_page_writes_are_at_their_limit() {
     must(rests_at_the_limit());
@@ -62,7 +64,8 @@ fn rests_at_the_limit() -> Outcome {
     if laps > 2_000 { Err(format!("{laps} laps in 5 s")) } else { Ok(()) }
 }
 
-/// If this fails, deleting a volume whose pages are in memory ends with "no memory", though nobody holds a page.
+/// If this fails, deleting a volume whose pages are in memory ends with "no memory", though nobody
+/// holds a page.
 #[test]
 fn pages_in_memory_are_freed_by_many_commits_at_a_time() {
     must(frees_what_is_in_memory());
@@ -100,8 +103,8 @@ fn pin_all(cluster: &mut ParkedCluster, pages: u64) -> Outcome<Vec<PageRef>> {
     Err(format!("all {pages} pages fit into memory"))
 }
 
-/// If this fails, a commit that waits for memory hangs although readers have dropped their pages, or it is refused at once, or never,
-/// or told the wrong reason.
+/// If this fails, a commit that waits for memory hangs although readers have dropped their pages,
+/// or it is refused at once, or never, or told the wrong reason.
 #[test]
 fn memory_that_readers_have_pinned_is_waited_for_and_then_busy() {
     must(waits_for_readers());
@@ -115,8 +118,15 @@ fn waits_for_readers() -> Outcome {
     cluster.checkpoint()?;
     let pinned = pin_all(&mut cluster, PAGES)?;
     cluster.now += 1_000_000;
-    let commit = |n| Request::Commit(Commit { reads: Vec::new(), changes: vec![(key(n), put(7))], durable: true });
-    let (begun, asked) = (cluster.now, [cluster.ask(commit(1)), cluster.ask(commit(2)), cluster.ask(commit(3))]);
+    let commit = |n| {
+        Request::Commit(Commit {
+            reads: Vec::new(),
+            changes: vec![(key(n), put(7))],
+            durable: true,
+        })
+    };
+    let (begun, asked) =
+        (cluster.now, [cluster.ask(commit(1)), cluster.ask(commit(2)), cluster.ask(commit(3))]);
     for token in asked {
         let Err(error) = cluster.answer(token)? else { return Err("there was memory".into()) };
         let waited = cluster.now - begun;
@@ -137,10 +147,14 @@ fn waits_for_readers() -> Outcome {
     }
     // Nobody tells the shard.
     drop(pinned);
-    cluster.answer(token)?.map(drop).map_err(|error| format!("after the pages were dropped: {error}"))
+    cluster
+        .answer(token)?
+        .map(drop)
+        .map_err(|error| format!("after the pages were dropped: {error}"))
 }
 
-/// If this fails, a reader hangs for ever after a failed write, in a store that still serves reads: nobody looks for memory any more.
+/// If this fails, a reader hangs for ever after a failed write, in a store that still serves reads:
+/// nobody looks for memory any more.
 #[test]
 fn reads_that_wait_for_memory_are_woken_after_a_failure() {
     must(reads_after_a_failure());
@@ -177,11 +191,15 @@ fn reads_after_a_failure() -> Outcome {
     let waiting = waiting.ok_or("no read waits")?;
     // Nobody tells the shard.
     drop(held);
-    cluster.answer(waiting)?.map(drop).map_err(|error| format!("after the pages were dropped: {error}"))
+    cluster
+        .answer(waiting)?
+        .map(drop)
+        .map_err(|error| format!("after the pages were dropped: {error}"))
 }
 
-/// If this fails, a request that can't get its memory beside readers takes what others have just read, again and again: they read it
-/// from the device each time, at full speed and for nothing, and two of these keep each other from ever going on.
+/// If this fails, a request that can't get its memory beside readers takes what others have just
+/// read, again and again: they read it from the device each time, at full speed and for nothing,
+/// and two of these keep each other from ever going on.
 #[test]
 fn a_search_for_memory_that_must_fail_takes_nothing_from_others() {
     must(fails_and_takes_nothing());
@@ -213,7 +231,8 @@ fn fails_and_takes_nothing() -> Outcome {
     let answer = cluster.answer(waiting)?;
     if read > 1 {
         return Err(format!(
-            "20 reads of one page beside a commit in want of memory read {read} blocks from the device"
+            "20 reads of one page beside a commit in want of memory read {read} blocks from the \
+             device"
         ));
     }
     match answer {
@@ -222,8 +241,8 @@ fn fails_and_takes_nothing() -> Outcome {
     }
 }
 
-/// If this fails, a client that writes gets no answer for as long as others read from a slow device: each frame that becomes free goes
-/// to a read, of which one is always under way.
+/// If this fails, a client that writes gets no answer for as long as others read from a slow
+/// device: each frame that becomes free goes to a read, of which one is always under way.
 #[test]
 fn a_commit_is_answered_while_reads_take_all_the_memory_there_is() {
     must(answers_beside_reads());
@@ -250,23 +269,34 @@ fn answers_beside_reads() -> Outcome {
     let mut reads = 0;
     while !cluster.answers.contains_key(&asked) {
         cluster.poll_once()?;
-        let answered: Vec<Token> = cluster.answers.keys().copied().filter(|token| *token != asked).collect();
+        let answered: Vec<Token> =
+            cluster.answers.keys().copied().filter(|token| *token != asked).collect();
         for token in answered {
-            cluster.answers.remove(&token).expect("just seen").map_err(|error| format!("a read: {error}"))?;
+            cluster
+                .answers
+                .remove(&token)
+                .expect("just seen")
+                .map_err(|error| format!("a read: {error}"))?;
             ask(&mut cluster);
             reads += 1;
         }
         if cluster.now - begun > 15_000_000 {
-            return Err(format!("{reads} reads are answered in 15 s, and no commit: {}", cluster.describe()));
+            return Err(format!(
+                "{reads} reads are answered in 15 s, and no commit: {}",
+                cluster.describe()
+            ));
         }
     }
     match cluster.answer(asked)? {
-        Err(error) if error.kind() != ErrorKind::Busy => Err(format!("a commit beside {reads} reads: {error}")),
+        Err(error) if error.kind() != ErrorKind::Busy => {
+            Err(format!("a commit beside {reads} reads: {error}"))
+        }
         _ => Ok(()),
     }
 }
 
-/// If this fails, a read that needs a map node waits for ever while memory is short and others keep asking.
+/// If this fails, a read that needs a map node waits for ever while memory is short and others keep
+/// asking.
 #[test]
 fn who_asked_first_for_a_map_node_is_served_first() {
     must(first_come_first_served());
@@ -298,7 +328,11 @@ fn first_come_first_served() -> Outcome {
         cluster.poll_once()?;
         let answered: Vec<Token> = cluster.answers.keys().copied().collect();
         for token in answered {
-            cluster.answers.remove(&token).expect("just seen").map_err(|error| format!("a read: {error}"))?;
+            cluster
+                .answers
+                .remove(&token)
+                .expect("just seen")
+                .map_err(|error| format!("a read: {error}"))?;
             let position = asked.iter().position(|asked| *asked == token).expect("asked");
             asked.remove(position);
             asked.push_back(ask(&mut cluster));
@@ -314,7 +348,12 @@ fn first_come_first_served() -> Outcome {
 /// The store with the least memory that is allowed.
 fn smallest(shards_count: u16, vshards_count: u32) -> Options {
     let geometry = Geometry { vshards_count, ..options().geometry };
-    Options { geometry, memory_bytes: (2 << 20) * u64::from(shards_count), log_writes_max: 8, ..options() }
+    Options {
+        geometry,
+        memory_bytes: (2 << 20) * u64::from(shards_count),
+        log_writes_max: 8,
+        ..options()
+    }
 }
 
 fn check(cluster: &mut ParkedCluster, model: &Model) -> Outcome {
@@ -333,11 +372,18 @@ fn commit_or_too_large(
     model: &mut Model,
     changes: Vec<(PageKey, Change)>,
 ) -> Outcome<bool> {
-    let request = Request::Commit(Commit { reads: Vec::new(), changes: changes.clone(), durable: true });
+    let request =
+        Request::Commit(Commit { reads: Vec::new(), changes: changes.clone(), durable: true });
     match cluster.call(request)? {
         Ok(_) => {}
         Err(error) if error.kind() == ErrorKind::TooLarge => return Ok(false),
-        Err(error) => return Err(format!("a commit of {} changes: {error}: {}", changes.len(), cluster.describe())),
+        Err(error) => {
+            return Err(format!(
+                "a commit of {} changes: {error}: {}",
+                changes.len(),
+                cluster.describe()
+            ));
+        }
     }
     for (key, change) in changes {
         match change {
@@ -349,12 +395,13 @@ fn commit_or_too_large(
     Ok(true)
 }
 
-/// If this fails, a store hangs after a commit that it has taken, or can't be opened again: lone pages make the map large, and one
-/// virtual shard may hold all of it.
+/// If this fails, a store hangs after a commit that it has taken, or can't be opened again: lone
+/// pages make the map large, and one virtual shard may hold all of it.
 #[test]
 fn every_commit_that_is_taken_is_followed_by_a_checkpoint_in_the_smallest_memory() {
     for (shards, vshards) in [(1, 1), (1, 512), (2, 8), (4, 512)] {
-        ends_in_the_smallest_memory(shards, vshards).unwrap_or_else(|why| panic!("{shards} of {vshards}: {why}"));
+        ends_in_the_smallest_memory(shards, vshards)
+            .unwrap_or_else(|why| panic!("{shards} of {vshards}: {why}"));
     }
 }
 
@@ -363,7 +410,8 @@ fn ends_in_the_smallest_memory(shards: u16, vshards: u32) -> Outcome {
     let mut cluster = ParkedCluster::open(SimDisk::new(5), &options, shards)?;
     let pages = cluster.all.shards[0].txn_bytes_max() / BLOCK as u64;
     let (mut model, mut taken, mut refused) = (Model::new(), 0, 0);
-    let whole = |byte: u64| Change::Patch { offset: 0, bytes: Bytes::from(vec![byte as u8; BLOCK]) };
+    let whole =
+        |byte: u64| Change::Patch { offset: 0, bytes: Bytes::from(vec![byte as u8; BLOCK]) };
     for (round, shift) in (1..).zip([9u32, 12, 18, 26, 40, 57]) {
         let lone = |n: u64| key(((n + 1) << shift) | (5 * round));
         let mut commits = vec![
@@ -372,8 +420,11 @@ fn ends_in_the_smallest_memory(shards: u16, vshards: u32) -> Outcome {
             (0..pages).map(|n| (key(n + 64 * round), put(n))).collect(),
         ];
         // The most frees that a commit may have, of pages that there are as far as they go.
-        let there: Vec<PageKey> = model.keys().copied().step_by(2).chain((0..pages * 8).map(lone)).collect();
-        commits.push(there.into_iter().take(pages as usize * 8).map(|key| (key, Change::Free)).collect());
+        let there: Vec<PageKey> =
+            model.keys().copied().step_by(2).chain((0..pages * 8).map(lone)).collect();
+        commits.push(
+            there.into_iter().take(pages as usize * 8).map(|key| (key, Change::Free)).collect(),
+        );
         for changes in commits {
             match commit_or_too_large(&mut cluster, &mut model, changes)? {
                 true => taken += 1,
@@ -390,7 +441,10 @@ fn ends_in_the_smallest_memory(shards: u16, vshards: u32) -> Outcome {
             }
         }
     }
-    println!("{shards} shards of {vshards}: {taken} commits of the largest size taken, {refused} refused");
+    println!(
+        "{shards} shards of {vshards}: {taken} commits of the largest size taken, {refused} \
+         refused"
+    );
     if taken < 12 || (vshards == 1 && refused == 0) {
         return Err(format!("{taken} commits were taken, {refused} refused"));
     }
@@ -404,7 +458,8 @@ fn ends_in_the_smallest_memory(shards: u16, vshards: u32) -> Outcome {
     check(&mut cluster, &model)
 }
 
-/// If this fails, the checkpoints of a store with many extents never end while readers hold most of its memory, and its log fills up.
+/// If this fails, the checkpoints of a store with many extents never end while readers hold most of
+/// its memory, and its log fills up.
 #[test]
 fn the_extent_table_of_a_large_store_is_written_in_little_memory() {
     must(writes_the_table_in_parts());
@@ -429,7 +484,8 @@ fn writes_the_table_in_parts() -> Outcome {
 #[test]
 fn what_was_logged_with_much_memory_is_redone_with_the_least() {
     for (shards, vshards) in [(1, 1), (1, 512), (2, 8), (4, 512)] {
-        redoes_in_parts(shards, vshards).unwrap_or_else(|why| panic!("{shards} of {vshards}: {why}"));
+        redoes_in_parts(shards, vshards)
+            .unwrap_or_else(|why| panic!("{shards} of {vshards}: {why}"));
     }
 }
 
@@ -440,7 +496,8 @@ fn redoes_in_parts(shards: u16, vshards: u32) -> Outcome {
         let mut cluster = ParkedCluster::open(SimDisk::new(7), &large, 1)?;
         let pages = cluster.all.shards[0].txn_bytes_max() / BLOCK as u64;
         let mut model = Model::new();
-        let whole = |byte: u64| Change::Patch { offset: 0, bytes: Bytes::from(vec![byte as u8; BLOCK]) };
+        let whole =
+            |byte: u64| Change::Patch { offset: 0, bytes: Bytes::from(vec![byte as u8; BLOCK]) };
         for (round, shift) in (1..).zip([9u32, 18, 30]) {
             let lone = |n: u64| key(((n + 1) << shift) | (5 * round));
             for changes in [

@@ -1,4 +1,5 @@
-//! Observes a cluster from outside: whether its shards spin, what they wait for, how often rare events happen.
+//! Observes a cluster from outside: whether its shards spin, what they wait for, how often rare
+//! events happen.
 //!
 //! It does *not* drive anything, and knows no clients.
 
@@ -40,7 +41,12 @@ impl Cluster {
     }
 
     /// Whether the shard has turned for nothing, and what it waits for.
-    pub(super) fn watch(&mut self, index: usize, now: Micros, step: Activity) -> std::result::Result<(), String> {
+    pub(super) fn watch(
+        &mut self,
+        index: usize,
+        now: Micros,
+        step: Activity,
+    ) -> std::result::Result<(), String> {
         let watermark = self.order.watermark();
         let (node, shard) = (&mut self.nodes[index], &self.shards[index]);
         let by_deadline = shard.deadline().is_some_and(|at| at <= now + 1);
@@ -58,10 +64,15 @@ impl Cluster {
         }
         self.late.rare.segments_added += shard.log_segments() - node.log_segments;
         node.log_segments = shard.log_segments();
-        let spins = self
-            .progress
-            .turned(index, TurnOutcome { delivered: step.delivered, emitted: step.emitted, again_at_once });
-        if SPIN_IS_AN_ERROR { spins.map_err(|why| format!("{why}: {}", self.describe())) } else { Ok(()) }
+        let spins = self.progress.turned(
+            index,
+            TurnOutcome { delivered: step.delivered, emitted: step.emitted, again_at_once },
+        );
+        if SPIN_IS_AN_ERROR {
+            spins.map_err(|why| format!("{why}: {}", self.describe()))
+        } else {
+            Ok(())
+        }
     }
 
     /// Describes what each shard waits for.
@@ -74,8 +85,8 @@ impl Cluster {
         );
         for (index, (node, shard)) in self.nodes.iter().zip(&self.shards).enumerate() {
             text += &format!(
-                "\n  s{index}: {} requests and {} completions not taken, accepting {}, waits for {:?}, deadline {:?}, \
-                 next turn at {:?}; {}",
+                "\n  s{index}: {} requests and {} completions not taken, accepting {}, waits for \
+                 {:?}, deadline {:?}, next turn at {:?}; {}",
                 node.requests.len(),
                 node.completions.len(),
                 shard.accepting(),

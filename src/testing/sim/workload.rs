@@ -1,8 +1,9 @@
 //! What the clients of a run ask for: swarm-style, with another mix for every seed.
 //!
 //! Invariants
-//! 1. A seed draws its universe, its weights and its options once; many seeds leave whole kinds of requests out,
-//!    because some bugs show only where the others don't disturb (Groce et al., "Swarm Testing", 2012).
+//! 1. A seed draws its universe, its weights and its options once; many seeds leave whole kinds of
+//!    requests out, because some bugs show only where the others don't disturb (Groce et al.,
+//!    "Swarm Testing", 2012).
 //! 2. Every request is made from the model and the seed only, so that a run can be repeated.
 //!
 //! It does *not* submit anything or know time.
@@ -233,7 +234,16 @@ impl Workload {
     /// The workload of a profile.
     pub fn new(profile: Profile, options: Options, rng: Rng) -> Self {
         let (shard_map, txn_bytes_max) = (ShardMap::new(1, 1), BLOCK as u64);
-        Workload { profile, options, rng, tag: 0, shard_map, idle: None, txn_bytes_max, told: BTreeMap::new() }
+        Workload {
+            profile,
+            options,
+            rng,
+            tag: 0,
+            shard_map,
+            idle: None,
+            txn_bytes_max,
+            told: BTreeMap::new(),
+        }
     }
 
     /// The store is open, dealt out in this way; nobody is to touch the pages of `idle`.
@@ -300,12 +310,15 @@ impl Workload {
 
     fn key(&mut self) -> PageKey {
         let hot = self.rng.chance(self.profile.hot_percent);
-        let among = if hot { 6.min(self.profile.universe.len()) } else { self.profile.universe.len() };
+        let among =
+            if hot { 6.min(self.profile.universe.len()) } else { self.profile.universe.len() };
         let start = self.rng.below(among as u64) as usize;
         // The next one, if it belongs to the idle shard.
         let universe = &self.profile.universe;
         let all = universe[start..].iter().chain(&universe[..start]);
-        *all.into_iter().find(|key| self.is_touched(key)).expect("not all pages belong to the idle shard")
+        *all.into_iter()
+            .find(|key| self.is_touched(key))
+            .expect("not all pages belong to the idle shard")
     }
 
     /// Whether the page is not the idle shard's.
@@ -410,6 +423,10 @@ impl Workload {
             _ => Change::Patch { offset: BLOCK as u32 - 3, bytes: patch_bytes(2, 4) },
         };
         let good = (key, self.put_to(key));
-        Request::Commit(Commit { reads: Vec::new(), changes: vec![good, (key, change)], durable: true })
+        Request::Commit(Commit {
+            reads: Vec::new(),
+            changes: vec![good, (key, change)],
+            durable: true,
+        })
     }
 }

@@ -1,4 +1,5 @@
-//! `server::nbd::fuzz::transmission` under libFuzzer. The server belongs to the program, so it is compiled in here.
+//! `server::nbd::fuzz::transmission` under libFuzzer. The server belongs to the program, so it is
+//! compiled in here.
 #![no_main]
 #![allow(dead_code, unused_imports, clippy::disallowed_methods)]
 

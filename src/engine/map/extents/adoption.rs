@@ -1,9 +1,10 @@
-//! What comes to extents from elsewhere: places that log records name, and what the maps of other shards begin and cease
-//! to name here.
+//! What comes to extents from elsewhere: places that log records name, and what the maps of other
+//! shards begin and cease to name here.
 //!
 //! Invariants
-//! 1. An extent that log records name is kept apart (`Adopting`) from before recovery writes anything until every shard has
-//!    captured what it has redone: nothing is put into it, and it is not given out again.
+//! 1. An extent that log records name is kept apart (`Adopting`) from before recovery writes
+//!    anything until every shard has captured what it has redone: nothing is put into it, and it is
+//!    not given out again.
 //! 2. Whatever is adopted is listed by a summary before a table row counts it.
 
 use super::{ExtentState, Extents};
@@ -12,8 +13,9 @@ use crate::engine::map::foreign::ForeignChanges;
 use crate::format::extent::{Item, ItemKind};
 
 impl Extents {
-    /// An extent that log records name, before recovery writes anything: nothing is put into it any more. If it was
-    /// in use, returns where its summary is (and its checksum): the caller reads it and brings the items.
+    /// An extent that log records name, before recovery writes anything: nothing is put into it any
+    /// more. If it was in use, returns where its summary is (and its checksum): the caller reads it
+    /// and brings the items.
     pub(crate) fn reserve_named(&mut self, no: ExtentNo) -> Option<(BlockAddr, u32)> {
         let at = self.summary_place(no);
         let extent = &mut self.extents[no.index()];

@@ -1,7 +1,8 @@
 //! What has died in extents, and what a checkpoint would make of it.
 //!
 //! Invariants
-//! 1. A place is dead from when the map in memory leaves it until a checkpoint retires it: counted once, at its home.
+//! 1. A place is dead from when the map in memory leaves it until a checkpoint retires it: counted
+//!    once, at its home.
 //!
 //! It decides nothing: the shard does.
 
@@ -35,8 +36,11 @@ impl Extents {
     /// The one that has drifted.
     #[cfg(any(test, feature = "sim"))]
     pub(crate) fn audit(&self) -> Result<(), String> {
-        let sum = |count: fn(&Extent) -> u32| self.extents.iter().map(|extent| u64::from(count(extent))).sum::<u64>();
-        let in_state = |wanted| self.extents.iter().filter(|extent| extent.state == wanted).count() as u64;
+        let sum = |count: fn(&Extent) -> u32| {
+            self.extents.iter().map(|extent| u64::from(count(extent))).sum::<u64>()
+        };
+        let in_state =
+            |wanted| self.extents.iter().filter(|extent| extent.state == wanted).count() as u64;
         for (what, kept, counted) in [
             ("live blocks", self.live_blocks, sum(|extent| extent.live)),
             ("dead blocks", self.dead_blocks as u64, sum(|extent| extent.dead)),

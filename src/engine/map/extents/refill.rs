@@ -1,21 +1,27 @@
-//! Extents that an earlier life of the store has filled in part: they are filled on. Without this each life would begin new ones
-//! and leave them nearly empty, so that a store that is killed again and again would grow.
+//! Extents that an earlier life of the store has filled in part: they are filled on. Without this
+//! each life would begin new ones and leave them nearly empty, so that a store that is killed again
+//! and again would grow.
 //!
 //! Invariants
-//! 1. Nothing durable names a block behind those that the summary lists: roots name what a summary lists, and an extent
-//!    that a log record to be redone names is `Adopting`, not `Closed`. So these blocks are free.
-//! 2. At most one extent of each stream is filled on; it is `Open` like one that this life has begun.
+//! 1. Nothing durable names a block behind those that the summary lists: roots name what a summary
+//!    lists, and an extent that a log record to be redone names is `Adopting`, not `Closed`. So
+//!    these blocks are free.
+//! 2. At most one extent of each stream is filled on; it is `Open` like one that this life has
+//!    begun.
 
 use super::{ExtentState, Extents, Stream};
 use crate::base::{BlockAddr, ExtentNo};
 use crate::format::extent::{Item, ItemKind};
 
 impl Extents {
-    /// Extents that may have been open when the store was last in use, at most `count`: those of which the least is named,
-    /// since a table does not say how far an extent is filled. Each with the place and the checksum of its summary.
+    /// Extents that may have been open when the store was last in use, at most `count`: those of
+    /// which the least is named, since a table does not say how far an extent is filled. Each with
+    /// the place and the checksum of its summary.
     pub(crate) fn maybe_unfilled(&self, count: usize) -> Vec<(ExtentNo, BlockAddr, u32)> {
         let mut least: Vec<(u32, u32)> = Vec::with_capacity(count + 1);
-        for (no, extent) in (0..).zip(&self.extents).filter(|(_, extent)| extent.state == ExtentState::Closed) {
+        for (no, extent) in
+            (0..).zip(&self.extents).filter(|(_, extent)| extent.state == ExtentState::Closed)
+        {
             if least.len() < count || least.last().is_some_and(|(live, _)| extent.live < *live) {
                 let at = least.partition_point(|(live, _)| *live <= extent.live);
                 least.insert(at, (extent.live, no));
@@ -29,7 +35,8 @@ impl Extents {
         least.into_iter().map(summary).collect()
     }
 
-    /// Goes on to fill `no`, whose summary lists `items`, if there is room behind them and no other extent is open for such items.
+    /// Goes on to fill `no`, whose summary lists `items`, if there is room behind them and no other
+    /// extent is open for such items.
     pub(crate) fn refill(&mut self, no: ExtentNo, items: Vec<Item>) {
         let Some(last) = items.iter().max_by_key(|item| item.block) else { return };
         let stream = match last.what {
@@ -40,7 +47,11 @@ impl Extents {
         if next_block >= self.data_blocks() || self.open[stream as usize].is_some() {
             return;
         }
-        assert_eq!(self.extents[no.index()].state, ExtentState::Closed, "{no:?} is named by the log, or open");
+        assert_eq!(
+            self.extents[no.index()].state,
+            ExtentState::Closed,
+            "{no:?} is named by the log, or open"
+        );
         self.open[stream as usize] = Some(no);
         self.edit(no, |extent| {
             extent.state = ExtentState::Open;

@@ -1,8 +1,9 @@
 //! Which extents compaction should empty next, and which it can't empty.
 //!
 //! Invariants
-//! 1. An extent in which something could not be read is no victim: what is unreadable can't be moved, so the extent would not
-//!    become free. It is passed over until all that was unreadable there has died, or, if its summary was, until it is free.
+//! 1. An extent in which something could not be read is no victim: what is unreadable can't be
+//!    moved, so the extent would not become free. It is passed over until all that was unreadable
+//!    there has died, or, if its summary was, until it is free.
 //! 2. What is remembered is bounded: [`BLOCKS_MAX`] blocks of each extent.
 //!
 //! It reads nothing and moves nothing: the shard does.
@@ -12,7 +13,8 @@ use crate::base::{BlockAddr, ExtentNo};
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, BinaryHeap};
 
-/// Unreadable blocks that are remembered of an extent; with more, it is passed over until it is free.
+/// Unreadable blocks that are remembered of an extent; with more, it is passed over until it is
+/// free.
 const BLOCKS_MAX: usize = 8;
 
 /// What could not be read in an extent.
@@ -56,10 +58,11 @@ impl Unreadable {
 }
 
 impl Extents {
-    /// What the map names at `place` can't be read: the extent is no victim until it has died. Returns whether this is the first
-    /// thing found there.
+    /// What the map names at `place` can't be read: the extent is no victim until it has died.
+    /// Returns whether this is the first thing found there.
     pub(crate) fn pass_over(&mut self, place: BlockAddr) -> bool {
-        // Overwritten or freed while it was read, and the last of its extent: nothing is left to be passed over.
+        // Overwritten or freed while it was read, and the last of its extent: nothing is left to be
+        // passed over.
         self.is_named(place.extent) && self.unreadable.add(place)
     }
 
@@ -78,23 +81,31 @@ impl Extents {
         extent.live > extent.dead
     }
 
-    /// Blocks that compaction would have to move out of extent `no`, if it is closed, has some, their share is at most
-    /// `share_max` (of 1,000), and all can be read as far as is known.
+    /// Blocks that compaction would have to move out of extent `no`, if it is closed, has some,
+    /// their share is at most `share_max` (of 1,000), and all can be read as far as is known.
     pub(crate) fn to_move(&self, no: ExtentNo, share_max: u32) -> Option<u32> {
         let limit = self.data_blocks() * share_max / 1000;
         let e: &Extent = &self.extents[no.index()];
         let named = e.live - e.dead;
-        let is_victim = e.state == ExtentState::Closed && e.assigned == 0 && (1..=limit).contains(&named);
+        let is_victim =
+            e.state == ExtentState::Closed && e.assigned == 0 && (1..=limit).contains(&named);
         (is_victim && !self.unreadable.0.contains_key(&no)).then_some(named)
     }
 
-    /// Up to `count` extents with the least to move, the very least last. It looks at every extent, so ask for several at a time.
-    pub(crate) fn emptiest(&self, share_max: u32, count: usize, except: impl Fn(ExtentNo) -> bool) -> Vec<ExtentNo> {
+    /// Up to `count` extents with the least to move, the very least last. It looks at every extent,
+    /// so ask for several at a time.
+    pub(crate) fn emptiest(
+        &self,
+        share_max: u32,
+        count: usize,
+        except: impl Fn(ExtentNo) -> bool,
+    ) -> Vec<ExtentNo> {
         // The fullest of those found so far on top.
         let mut found: BinaryHeap<(u32, ExtentNo)> = BinaryHeap::with_capacity(count + 1);
         for no in (0..self.extents.len() as u32).map(ExtentNo::new) {
             let Some(named) = self.to_move(no, share_max) else { continue };
-            let is_better = found.len() < count || found.peek().is_some_and(|fullest| (named, no) < *fullest);
+            let is_better =
+                found.len() < count || found.peek().is_some_and(|fullest| (named, no) < *fullest);
             if is_better && !except(no) {
                 found.push((named, no));
                 if found.len() > count {

@@ -9,16 +9,28 @@ impl Map {
     /// # Errors
     /// The count that has drifted.
     pub(crate) fn audit(&self) -> Result<(), String> {
-        let dirty: usize = (0..self.roots.len()).map(|i| self.dirty_in(VShard::new(i as u16))).sum();
+        let dirty: usize =
+            (0..self.roots.len()).map(|i| self.dirty_in(VShard::new(i as u16))).sum();
         if dirty != self.dirty_count {
-            return Err(format!("{} dirty nodes by what is kept, {dirty} counted", self.dirty_count));
+            return Err(format!(
+                "{} dirty nodes by what is kept, {dirty} counted",
+                self.dirty_count
+            ));
         }
         let mut children_of: BTreeMap<NodeKey, u16> = BTreeMap::new();
-        let nodes =
-            || self.nodes.iter().enumerate().filter_map(|(no, node)| Some((NodeIdx(no as u32), node.as_ref()?)));
+        let nodes = || {
+            self.nodes
+                .iter()
+                .enumerate()
+                .filter_map(|(no, node)| Some((NodeIdx(no as u32), node.as_ref()?)))
+        };
         nodes().for_each(|(_, node)| *children_of.entry(parent_of(node.key)).or_default() += 1);
         if self.index.len() != nodes().count() {
-            return Err(format!("{} nodes in the index, {} in memory", self.index.len(), nodes().count()));
+            return Err(format!(
+                "{} nodes in the index, {} in memory",
+                self.index.len(),
+                nodes().count()
+            ));
         }
         let awaited = || nodes().filter(|(_, node)| node.pins > 0 && node.key.level == 0);
         let awaited_dirty = awaited().filter(|(_, node)| node.dirty).count() as u64;
@@ -27,7 +39,8 @@ impl Map {
         let counted = [awaited().count() as u64, awaited_dirty, interior];
         if kept != counted {
             return Err(format!(
-                "leaves to be changed, dirty ones, and nodes above leaves: {kept:?} kept, {counted:?} counted"
+                "leaves to be changed, dirty ones, and nodes above leaves: {kept:?} kept, \
+                 {counted:?} counted"
             ));
         }
         for (idx, node) in nodes() {
@@ -45,11 +58,19 @@ impl Map {
             }
             // Where it was last written: else it would be read from there once it has left memory.
             if node.place.is_some() && node.place != self.named(key).map(|child| child.place()) {
-                return Err(format!("{key:?} is at {:?}, and what names it says something else", node.place));
+                return Err(format!(
+                    "{key:?} is at {:?}, and what names it says something else",
+                    node.place
+                ));
             }
-            let is_listed = self.roots[key.vshard.index()].dirty_nodes.contains(&(key.level, key.volume, key.prefix));
+            let is_listed = self.roots[key.vshard.index()]
+                .dirty_nodes
+                .contains(&(key.level, key.volume, key.prefix));
             if node.dirty != is_listed {
-                return Err(format!("{key:?} is dirty: {}, listed as dirty: {is_listed}", node.dirty));
+                return Err(format!(
+                    "{key:?} is dirty: {}, listed as dirty: {is_listed}",
+                    node.dirty
+                ));
             }
         }
         Ok(())

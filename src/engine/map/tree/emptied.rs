@@ -1,14 +1,16 @@
-//! Trees of which every page was freed: they leave nothing behind, whatever happens to be in memory below them.
+//! Trees of which every page was freed: they leave nothing behind, whatever happens to be in memory
+//! below them.
 //!
-//! A commit that frees a page which is absent, or that comes to nothing, makes nodes in memory on the path to it. They are clean and
-//! empty, nothing on the device stands for them, and they say nothing about the tree: a node above them is as empty as without.
+//! A commit that frees a page which is absent, or that comes to nothing, makes nodes in memory on
+//! the path to it. They are clean and empty, nothing on the device stands for them, and they say
+//! nothing about the tree: a node above them is as empty as without.
 
 use super::{Map, NODE_BITS, NodeIdx};
 use crate::format::extent::NodeKey;
 
 impl Map {
-    /// Whether a node names nothing and nobody needs it; nodes below it that were never written, hold nothing and are not
-    /// pinned leave memory.
+    /// Whether a node names nothing and nobody needs it; nodes below it that were never written,
+    /// hold nothing and are not pinned leave memory.
     pub(super) fn is_empty(&mut self, idx: NodeIdx) -> bool {
         let node = self.node(idx);
         if node.pins > 0 || node.is_written || node.frame.iter().any(|byte| *byte != 0) {
@@ -19,7 +21,8 @@ impl Map {
             if self.node(idx).children == 0 {
                 return true;
             }
-            let below = NodeKey { level: key.level - 1, prefix: key.prefix << NODE_BITS | slot, ..key };
+            let below =
+                NodeKey { level: key.level - 1, prefix: key.prefix << NODE_BITS | slot, ..key };
             let Some(child) = self.find(below) else { continue };
             let node = self.node(child);
             if node.dirty || node.place.is_some() || !self.is_empty(child) {

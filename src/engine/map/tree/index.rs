@@ -1,8 +1,8 @@
 //! Which nodes are in memory: found by key.
 //!
 //! Invariants
-//! 1. The index holds exactly the nodes of the table, each once. It has their numbers only, and compares keys in the table: so it takes a
-//!    fifth of what keys in it would.
+//! 1. The index holds exactly the nodes of the table, each once. It has their numbers only, and
+//!    compares keys in the table: so it takes a fifth of what keys in it would.
 //!
 //! It doesn't know why a node is in memory, or for how long.
 
@@ -21,8 +21,9 @@ impl Map {
     pub(super) fn enter(&mut self, key: NodeKey, idx: NodeIdx) {
         assert!(self.find(key).is_none(), "{key:?} is in memory once");
         let (nodes, hasher) = (&self.nodes, &self.hasher);
-        let hash_of =
-            |idx: &NodeIdx| hasher.hash_one(nodes[idx.0 as usize].as_ref().expect("a node in the index exists").key);
+        let hash_of = |idx: &NodeIdx| {
+            hasher.hash_one(nodes[idx.0 as usize].as_ref().expect("a node in the index exists").key)
+        };
         self.index.insert_unique(hasher.hash_one(key), idx, hash_of);
     }
 
@@ -32,8 +33,8 @@ impl Map {
         entry.expect("a node in memory is in the index").remove();
     }
 
-    /// With room for so many nodes from the start, so that no table grows while the cache fills, with two of them in memory for a
-    /// while; what is not used yet takes no memory.
+    /// With room for so many nodes from the start, so that no table grows while the cache fills,
+    /// with two of them in memory for a while; what is not used yet takes no memory.
     pub(crate) fn with_capacity(mut self, nodes: u32) -> Self {
         self.nodes.reserve_exact(nodes as usize);
         self.noted.reserve_exact(nodes as usize);

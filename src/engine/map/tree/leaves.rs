@@ -1,8 +1,10 @@
 //! The leaves of a volume in order: which come next, and which pages they name.
 //!
 //! Invariants
-//! 1. What has no node is passed over without looking at it; nodes on the way must be in memory, one after another.
-//! 2. A node that no checkpoint has written yet is found too: its parent does not name it, but the index does.
+//! 1. What has no node is passed over without looking at it; nodes on the way must be in memory,
+//!    one after another.
+//! 2. A node that no checkpoint has written yet is found too: its parent does not name it, but the
+//!    index does.
 //!
 //! It knows nothing of pages whose newest version is not in the map.
 
@@ -23,7 +25,13 @@ pub(crate) enum NextLeaf {
 
 impl Map {
     /// The first leaf of a volume in which a page with a dense number of `from..=last` may be.
-    pub(crate) fn next_leaf(&mut self, vshard: VShard, volume: VolumeId, mut from: u64, last: u64) -> NextLeaf {
+    pub(crate) fn next_leaf(
+        &mut self,
+        vshard: VShard,
+        volume: VolumeId,
+        mut from: u64,
+        last: u64,
+    ) -> NextLeaf {
         let top = self.top(vshard, volume);
         let mut level = top.level;
         let mut child = top;
@@ -34,11 +42,16 @@ impl Map {
             if level == 0 {
                 return NextLeaf::Leaf(from);
             }
-            let below = |slot: usize| NodeKey { level: level - 1, prefix: at.prefix << NODE_BITS | slot as u64, ..at };
+            let below = |slot: usize| NodeKey {
+                level: level - 1,
+                prefix: at.prefix << NODE_BITS | slot as u64,
+                ..at
+            };
             let node = self.node(idx);
             let first = slot_in(from, level);
-            let found =
-                (first..1 << NODE_BITS).map(|slot| (slot, node::child(&node.frame, slot))).find(|(slot, child)| {
+            let found = (first..1 << NODE_BITS)
+                .map(|slot| (slot, node::child(&node.frame, slot)))
+                .find(|(slot, child)| {
                     // A leaf that no checkpoint has written yet is known to the index only.
                     child.is_present() || (node.children > 0 && self.find(below(*slot)).is_some())
                 });
@@ -50,7 +63,9 @@ impl Map {
             } else {
                 // Behind this node, from the top.
                 let shift = LEAF_BITS + NODE_BITS * u32::from(level);
-                let Some(next) = (at.prefix + 1).checked_shl(shift).filter(|next| next >> shift == at.prefix + 1)
+                let Some(next) = (at.prefix + 1)
+                    .checked_shl(shift)
+                    .filter(|next| next >> shift == at.prefix + 1)
                 else {
                     return NextLeaf::None;
                 };
@@ -60,10 +75,21 @@ impl Map {
         NextLeaf::None
     }
 
-    /// Which pages of the leaf of `page_index` the map names, by bits; `None`: the leaf is not in memory.
-    pub(crate) fn leaf_bits(&self, vshard: VShard, volume: VolumeId, page_index: u64) -> Option<u64> {
+    /// Which pages of the leaf of `page_index` the map names, by bits; `None`: the leaf is not in
+    /// memory.
+    pub(crate) fn leaf_bits(
+        &self,
+        vshard: VShard,
+        volume: VolumeId,
+        page_index: u64,
+    ) -> Option<u64> {
         let idx = self.find(NodeKey { vshard, volume, level: 0, prefix: prefix(page_index, 0) })?;
         let frame = &self.node(idx).frame;
-        Some((0..1 << LEAF_BITS).filter(|slot| node::entry(frame, *slot).is_present()).map(|slot| 1 << slot).sum())
+        Some(
+            (0..1 << LEAF_BITS)
+                .filter(|slot| node::entry(frame, *slot).is_present())
+                .map(|slot| 1 << slot)
+                .sum(),
+        )
     }
 }

@@ -1,8 +1,10 @@
-//! What changes need of the map: the nodes from their leaves to the top, before there is a pin on any.
+//! What changes need of the map: the nodes from their leaves to the top, before there is a pin on
+//! any.
 //!
 //! Invariants
 //! 1. Nothing is read, created or marked: these are questions.
-//! 2. The quick answers count a node once for each page below it, so they are upper bounds; [`Map::nodes_for`] counts each once.
+//! 2. The quick answers count a node once for each page below it, so they are upper bounds;
+//!    [`Map::nodes_for`] counts each once.
 
 use super::{Map, prefix};
 use crate::base::PageKey;
@@ -20,20 +22,27 @@ impl Map {
         u64::from(top) + 1
     }
 
-    /// Nodes that [`pin`](Self::pin) would have to create for `key`: frames that the arena must have.
+    /// Nodes that [`pin`](Self::pin) would have to create for `key`: frames that the arena must
+    /// have.
     pub(crate) fn missing_nodes(&self, key: PageKey) -> u32 {
         let (vshard, page_index) = self.position(key);
         let mut top = self.top(vshard, key.volume).level;
         while prefix(page_index, top) != 0 {
             top += 1;
         }
-        let at = |level| NodeKey { vshard, volume: key.volume, level, prefix: prefix(page_index, level) };
+        let at = |level| NodeKey {
+            vshard,
+            volume: key.volume,
+            level,
+            prefix: prefix(page_index, level),
+        };
         let path = (0..=top).take_while(|level| self.find(at(*level)).is_none()).count() as u32;
         // A tree that grows gets its new tops above the old one too.
         path + u32::from(top - self.top(vshard, key.volume).level)
     }
 
-    /// Nodes that must be in memory at the same time so that all of `keys` can be changed, and how many of them are not there.
+    /// Nodes that must be in memory at the same time so that all of `keys` can be changed, and how
+    /// many of them are not there.
     pub(crate) fn nodes_for(&self, keys: impl Iterator<Item = PageKey>) -> (u32, u32) {
         let mut nodes: HashSet<NodeKey, foldhash::fast::FixedState> = HashSet::default();
         for key in keys {

@@ -1,8 +1,11 @@
-//! What keeps nodes in memory: pages that will change a leaf, reads of a node's children, and the node's own write.
+//! What keeps nodes in memory: pages that will change a leaf, reads of a node's children, and the
+//! node's own write.
 //!
 //! Invariants
-//! 1. A leaf is pinned by the pages that will change it, and by nothing else; so pinned leaves are those that will be dirty.
-//! 2. Of these it is counted how many there are, since each will take a place in the data space, and with it the nodes above it.
+//! 1. A leaf is pinned by the pages that will change it, and by nothing else; so pinned leaves are
+//!    those that will be dirty.
+//! 2. Of these it is counted how many there are, since each will take a place in the data space,
+//!    and with it the nodes above it.
 //!
 //! It does *not* know which pages these are, or when they come.
 
@@ -15,28 +18,35 @@ use crate::memory::Arena;
 const LEVELS_ABOVE: u64 = 8;
 
 impl Map {
-    /// Pins the parent of a node that is about to be read, so that it is still there when the node arrives.
-    /// `None`: the root block names the node. That is no pin: the tree may have another top when the node arrives.
+    /// Pins the parent of a node that is about to be read, so that it is still there when the node
+    /// arrives. `None`: the root block names the node. That is no pin: the tree may have another
+    /// top when the node arrives.
     pub(crate) fn pin_parent(&mut self, key: NodeKey) -> Option<NodeIdx> {
         let parent = self.find(parent_of(key))?;
         self.node_mut(parent).pins += 1;
         Some(parent)
     }
 
-    /// Pins the lowest node in memory of those above the entry of `key`, and so all that are above it: while the leaf is made.
+    /// Pins the lowest node in memory of those above the entry of `key`, and so all that are above
+    /// it: while the leaf is made.
     pub(crate) fn pin_deepest(&mut self, key: PageKey) -> Option<NodeIdx> {
         let (vshard, page_index) = self.position(key);
         let top = self.top(vshard, key.volume);
         let levels = if top.is_present() { 0..=top.level } else { return None };
-        let at = |level| NodeKey { vshard, volume: key.volume, level, prefix: prefix(page_index, level) };
+        let at = |level| NodeKey {
+            vshard,
+            volume: key.volume,
+            level,
+            prefix: prefix(page_index, level),
+        };
         let node = levels.into_iter().find_map(|level| self.find(at(level)))?;
         assert!(self.node(node).key.level > 0, "a leaf that is there is pinned as such");
         self.node_mut(node).pins += 1;
         Some(node)
     }
 
-    /// Makes the leaf of `key` exist in memory and pins it. All nodes on the path that exist on disk must be in
-    /// memory (a lookup just found the entry or its absence).
+    /// Makes the leaf of `key` exist in memory and pins it. All nodes on the path that exist on
+    /// disk must be in memory (a lookup just found the entry or its absence).
     pub(crate) fn pin(&mut self, key: PageKey, arena: &mut Arena) -> NodeIdx {
         let (vshard, page_index) = self.position(key);
         let leaf = NodeKey { vshard, volume: key.volume, level: 0, prefix: prefix(page_index, 0) };
@@ -47,9 +57,13 @@ impl Map {
         self.grow(vshard, key.volume, page_index, arena);
         let top = self.top(vshard, key.volume).level;
         for level in (0..=top).rev() {
-            let at = NodeKey { vshard, volume: key.volume, level, prefix: prefix(page_index, level) };
+            let at =
+                NodeKey { vshard, volume: key.volume, level, prefix: prefix(page_index, level) };
             if self.find(at).is_none() {
-                assert!(self.named(at).is_none(), "{at:?} is on the device: an empty one must not take its place");
+                assert!(
+                    self.named(at).is_none(),
+                    "{at:?} is on the device: an empty one must not take its place"
+                );
                 self.insert(at, None, zeroed(arena));
             }
         }
@@ -92,13 +106,15 @@ impl Map {
         self.note_idle(idx);
     }
 
-    /// Whether the node is on its way to the device by a checkpoint: until then it must not be changed.
+    /// Whether the node is on its way to the device by a checkpoint: until then it must not be
+    /// changed.
     pub(crate) fn is_being_written(&self, idx: NodeIdx) -> bool {
         self.node(idx).frame.pins() > 0
     }
 
-    /// Nodes that pages on their way into the map will make dirty, at most, and those above them. A leaf that is dirty is among them while
-    /// a checkpoint is under way, which may write it before the page comes.
+    /// Nodes that pages on their way into the map will make dirty, at most, and those above them. A
+    /// leaf that is dirty is among them while a checkpoint is under way, which may write it before
+    /// the page comes.
     pub(crate) fn awaited_count(&self, in_checkpoint: bool) -> u64 {
         let leaves = if in_checkpoint { self.awaited } else { self.awaited - self.awaited_dirty };
         leaves + (leaves * LEVELS_ABOVE).min(self.interior)

@@ -1,9 +1,12 @@
-//! Which nodes may leave memory: what the eviction policy asks of the map, and what the map tells it.
+//! Which nodes may leave memory: what the eviction policy asks of the map, and what the map tells
+//! it.
 //!
 //! Invariants
-//! 1. A node that is clean, not pinned and without children in memory can go; so a parent goes only after its children.
-//! 2. Whatever makes a node such leaves it in `idle` unless the policy lists it already; the policy takes it from there
-//!    before it searches. A node stands in `idle` at most once, so it is no longer than the table of nodes.
+//! 1. A node that is clean, not pinned and without children in memory can go; so a parent goes only
+//!    after its children.
+//! 2. Whatever makes a node such leaves it in `idle` unless the policy lists it already; the policy
+//!    takes it from there before it searches. A node stands in `idle` at most once, so it is no
+//!    longer than the table of nodes.
 
 use super::{Map, Node, NodeIdx, parent_of};
 use crate::memory::{Eviction, NODES_COUNTED, Owner, Residency, Standing};
@@ -25,7 +28,10 @@ impl Map {
     /// A reference to the node has ended, or it is new: if it can go, the policy is to hear of it.
     pub(super) fn note_idle(&mut self, idx: NodeIdx) {
         let Some(node) = self.nodes[idx.0 as usize].as_ref() else { return };
-        if node.can_go() && !node.residency.is_listed() && !std::mem::replace(&mut self.noted[idx.0 as usize], true) {
+        if node.can_go()
+            && !node.residency.is_listed()
+            && !std::mem::replace(&mut self.noted[idx.0 as usize], true)
+        {
             self.idle.push(idx);
         }
     }
@@ -54,9 +60,11 @@ impl Map {
         }
     }
 
-    /// How many nodes more could go if `nodes`, which can go, went: those above them that nothing else keeps in memory.
+    /// How many nodes more could go if `nodes`, which can go, went: those above them that nothing
+    /// else keeps in memory.
     pub(crate) fn idle_above(&self, nodes: &[u32]) -> u32 {
-        let mut gone: SmallVec<[NodeIdx; NODES_COUNTED]> = nodes.iter().map(|no| NodeIdx(*no)).collect();
+        let mut gone: SmallVec<[NodeIdx; NODES_COUNTED]> =
+            nodes.iter().map(|no| NodeIdx(*no)).collect();
         // Parents, each with the children that would be gone.
         let mut parents: SmallVec<[(NodeIdx, u16); NODES_COUNTED]> = SmallVec::new();
         let mut idle = 0;
@@ -97,7 +105,10 @@ impl Map {
             let owner = policy.owner_of(node.frame.block());
             let is_listed = node.residency.is_listed() && owner == Some(Owner::Node(no as u32));
             if node.can_go() && !is_listed && !self.noted[no] {
-                return Err(format!("{:?} could go, and the eviction policy does not list it: {owner:?}", node.key));
+                return Err(format!(
+                    "{:?} could go, and the eviction policy does not list it: {owner:?}",
+                    node.key
+                ));
             }
         }
         Ok(())
@@ -106,7 +117,9 @@ impl Map {
     /// The nodes that can go now.
     #[cfg(test)]
     pub(crate) fn idle(&self) -> Vec<u32> {
-        let can_go = |(no, node): (usize, &Option<Node>)| node.as_ref().is_some_and(Node::can_go).then_some(no as u32);
+        let can_go = |(no, node): (usize, &Option<Node>)| {
+            node.as_ref().is_some_and(Node::can_go).then_some(no as u32)
+        };
         self.nodes.iter().enumerate().filter_map(can_go).collect()
     }
 

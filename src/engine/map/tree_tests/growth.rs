@@ -2,14 +2,15 @@
 
 use super::*;
 
-/// If this fails, a node that was read while its tree grew is taken for the top of it: the next change overwrites the root, and
-/// all that the tree above it names is lost, checkpointed or not.
+/// If this fails, a node that was read while its tree grew is taken for the top of it: the next
+/// change overwrites the root, and all that the tree above it names is lost, checkpointed or not.
 #[test]
 fn a_node_that_arrives_late_is_part_of_its_tree_or_dropped() {
     let cases = if cfg!(miri) { 2 } else { 384 };
     let config = ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() };
     let mut runner = proptest::test_runner::TestRunner::new(config);
-    let steps = proptest::collection::vec((0u8..20, any::<u16>()), 0..if cfg!(miri) { 30 } else { 300 });
+    let steps =
+        proptest::collection::vec((0u8..20, any::<u16>()), 0..if cfg!(miri) { 30 } else { 300 });
     let overtaken = std::cell::Cell::new(0);
     let result = runner.run(&steps, |steps| {
         let mut store = Store::new();
@@ -22,7 +23,8 @@ fn a_node_that_arrives_late_is_part_of_its_tree_or_dropped() {
         (0..24).for_each(|pick| store.check(growing(pick)));
         store.check_leaks();
         // Of what is freed nothing is left, whether or not it was there.
-        let (there, absent): (Vec<_>, Vec<_>) = (0..24).map(growing).partition(|key| store.model.contains_key(key));
+        let (there, absent): (Vec<_>, Vec<_>) =
+            (0..24).map(growing).partition(|key| store.model.contains_key(key));
         there.into_iter().for_each(|key| store.set(key, false));
         absent.into_iter().for_each(|key| store.come_to_nothing(key));
         store.check_leaks();
@@ -32,10 +34,15 @@ fn a_node_that_arrives_late_is_part_of_its_tree_or_dropped() {
     });
     result.unwrap_or_else(|failure| panic!("{failure}"));
     println!("{} nodes were overtaken", overtaken.get());
-    assert!(cfg!(miri) || overtaken.get() >= 50, "{} nodes were overtaken: it tests nothing", overtaken.get());
+    assert!(
+        cfg!(miri) || overtaken.get() >= 50,
+        "{} nodes were overtaken: it tests nothing",
+        overtaken.get()
+    );
 }
 
-/// If this fails, a volume that was trimmed, holes and all, keeps nodes of its trees until it is written to again.
+/// If this fails, a volume that was trimmed, holes and all, keeps nodes of its trees until it is
+/// written to again.
 #[test]
 fn an_emptied_tree_leaves_nothing_whatever_is_in_memory() {
     let mut store = Store::new();
@@ -52,11 +59,15 @@ fn an_emptied_tree_leaves_nothing_whatever_is_in_memory() {
     store.map.unpin(waits);
     store.set(growing(0), false);
     store.capture(vshard);
-    assert!(store.nodes.is_empty() && store.map.in_memory() == (0, 0), "{:?}", store.map.in_memory());
+    assert!(
+        store.nodes.is_empty() && store.map.in_memory() == (0, 0),
+        "{:?}",
+        store.map.in_memory()
+    );
 }
 
-/// The same in the shortest way: the only leaf of a tree is being read, the tree grows, a checkpoint writes the new top, and
-/// memory is needed.
+/// The same in the shortest way: the only leaf of a tree is being read, the tree grows, a
+/// checkpoint writes the new top, and memory is needed.
 #[test]
 fn a_top_that_is_read_while_its_tree_grows_is_dropped() {
     let mut store = Store::new();

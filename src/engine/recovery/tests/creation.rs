@@ -4,7 +4,8 @@ use super::*;
 use crate::base::SegmentNo;
 use crate::io::Completion;
 
-/// Copies the files of `from` without those in `missing`, and with those in `emptied` cut to a block of zeros.
+/// Copies the files of `from` without those in `missing`, and with those in `emptied` cut to a
+/// block of zeros.
 pub(super) fn copy_of(from: &mut SimDisk, missing: &[FileId], emptied: &[FileId]) -> SimDisk {
     let mut to = SimDisk::new(9);
     let mut arena = Arena::new(READ_BLOCKS).expect("memory");
@@ -17,7 +18,8 @@ pub(super) fn copy_of(from: &mut SimDisk, missing: &[FileId], emptied: &[FileId]
         for offset in (0..len).step_by(BLOCK).filter(|_| !emptied.contains(&file)) {
             let bytes = read_bytes(from, &mut arena, file, offset, BLOCK).expect("it is read");
             if bytes.iter().any(|byte| *byte != 0) {
-                create::write_bytes(&mut to, &mut arena, file, offset, &bytes).expect("it is written");
+                create::write_bytes(&mut to, &mut arena, file, offset, &bytes)
+                    .expect("it is written");
             }
         }
     }
@@ -27,11 +29,14 @@ pub(super) fn copy_of(from: &mut SimDisk, missing: &[FileId], emptied: &[FileId]
 /// All bytes of all files.
 fn image(disk: &SimDisk) -> Vec<(FileId, Vec<Vec<u8>>)> {
     let files = SimDisk::files(disk).into_iter();
-    files.map(|(file, len)| (file, (0..len / BLOCK as u64).map(|i| disk.block(file, i)).collect())).collect()
+    files
+        .map(|(file, len)| (file, (0..len / BLOCK as u64).map(|i| disk.block(file, i)).collect()))
+        .collect()
 }
 
-/// If this fails, `serve` on a directory in which some files of a store are empty or missing (a bad copy, a file system that was
-/// repaired) makes a new, empty store over the data that is still there.
+/// If this fails, `serve` on a directory in which some files of a store are empty or missing (a bad
+/// copy, a file system that was repaired) makes a new, empty store over the data that is still
+/// there.
 #[test]
 fn nothing_is_created_over_what_is_left_of_a_store() {
     let (mut d, _) = Driver::open(SimDisk::new(1));
@@ -51,18 +56,26 @@ fn nothing_is_created_over_what_is_left_of_a_store() {
         all.iter().copied().filter(|file| set >> bit(file) & 1 == 1).collect::<Vec<_>>()
     };
     let mut tried = 0;
-    for (missing, emptied) in (0..32).flat_map(|missing| (0..32).map(move |emptied| (missing, emptied))) {
-        // Without its superblock. A directory without the first segment is refused by its names already, and with neither data, table nor
-        // other segments nothing is left.
+    for (missing, emptied) in
+        (0..32).flat_map(|missing| (0..32).map(move |emptied| (missing, emptied)))
+    {
+        // Without its superblock. A directory without the first segment is refused by its names
+        // already, and with neither data, table nor other segments nothing is left.
         let left = !missing & 0b10110;
-        if missing & emptied != 0 || (missing | emptied) & 1 == 0 || missing & 0b1000 != 0 || left == 0 {
+        if missing & emptied != 0
+            || (missing | emptied) & 1 == 0
+            || missing & 0b1000 != 0
+            || left == 0
+        {
             continue;
         }
         tried += 1;
         let mut disk = copy_of(&mut d.disk, &kinds(missing), &kinds(emptied));
         let before = image(&disk);
         let what = format!("missing {:?}, empty {:?}", kinds(missing), kinds(emptied));
-        let Err(error) = begin(&mut disk, &options(), 1, 7, 0) else { panic!("a store was made: {what}") };
+        let Err(error) = begin(&mut disk, &options(), 1, 7, 0) else {
+            panic!("a store was made: {what}")
+        };
         assert_eq!(error.kind(), crate::ErrorKind::Corrupt, "{what}: {error}");
         assert!(error.to_string().contains("nothing was changed"), "{error}");
         assert!(stored_geometry(&mut disk).is_err(), "{what}");
@@ -71,7 +84,8 @@ fn nothing_is_created_over_what_is_left_of_a_store() {
     assert!(tried > 30, "{tried}");
 }
 
-/// If this fails, a store whose creation was cut short by a crash can't be made in that directory any more.
+/// If this fails, a store whose creation was cut short by a crash can't be made in that directory
+/// any more.
 #[test]
 fn a_creation_that_a_crash_has_cut_short_begins_anew() {
     let mut rng = Rng::new(5);

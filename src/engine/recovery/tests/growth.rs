@@ -1,4 +1,5 @@
-//! Logs that get longer: when they do, what a crash or a full disk makes of it, and what is taken for damage.
+//! Logs that get longer: when they do, what a crash or a full disk makes of it, and what is taken
+//! for damage.
 
 use super::*;
 use crate::base::SegmentNo;
@@ -36,7 +37,8 @@ impl Model {
     /// One more commit, small enough to be written into the log whole.
     fn write(&mut self, d: &mut Driver) -> Result<()> {
         self.commits += 1;
-        // By chance: shards that take turns would have each of their checkpoints begun by the same one.
+        // By chance: shards that take turns would have each of their checkpoints begun by the same
+        // one.
         let (set, byte) = (self.rng.below(SETS), self.commits as u8);
         let changes = pages(set).map(|key| (key, put(byte))).collect();
         match d.ask(Request::Commit(Commit { reads: vec![], changes, durable: true })) {
@@ -70,9 +72,15 @@ impl Model {
         for set in 0..SETS {
             let found: Vec<Vec<u8>> = pages(set).map(|key| d.read(key)).collect();
             let byte = found[0][0];
-            assert!(found.iter().all(|page| page.iter().all(|b| *b == byte)), "{what}: set {set} is torn");
+            assert!(
+                found.iter().all(|page| page.iter().all(|b| *b == byte)),
+                "{what}: set {set} is torn"
+            );
             let expected = self.written.get(&set).copied().unwrap_or(0);
-            assert!(byte == expected || in_doubt == Some((set, byte)), "{what}: set {set} is {byte}, not {expected}");
+            assert!(
+                byte == expected || in_doubt == Some((set, byte)),
+                "{what}: set {set} is {byte}, not {expected}"
+            );
             self.written.insert(set, byte);
         }
     }
@@ -98,15 +106,20 @@ fn counted(disk: &SimDisk) -> Vec<u32> {
 
 /// Files that the log of a shard has.
 fn files(disk: &SimDisk, shard: u16) -> usize {
-    disk.files().iter().filter(|(file, _)| matches!(file, FileId::Log(of, _) if of.get() == shard)).count()
+    disk.files()
+        .iter()
+        .filter(|(file, _)| matches!(file, FileId::Log(of, _) if of.get() == shard))
+        .count()
 }
 
-/// Makes all superblock copies count so many segments of each log; zero, as stores had it from before logs grew.
+/// Makes all superblock copies count so many segments of each log; zero, as stores had it from
+/// before logs grew.
 fn recount(disk: &mut SimDisk, segments: u32) {
     let mut arena = Arena::new(READ_BLOCKS).expect("memory");
     for copy in 0..4 {
         let first = Superblock::offset(copy) / BLOCK as u64;
-        let mut bytes: Vec<u8> = (first..first + 4).flat_map(|block| disk.block(FileId::Meta, block)).collect();
+        let mut bytes: Vec<u8> =
+            (first..first + 4).flat_map(|block| disk.block(FileId::Meta, block)).collect();
         let Ok(superblock) = Superblock::decode(copy, &bytes) else { continue };
         for log in 0..superblock.logs.len() {
             let at = 256 + 32 * log + 28;
@@ -114,9 +127,11 @@ fn recount(disk: &mut SimDisk, segments: u32) {
         }
         let crc = crc_around(0, &bytes, 12);
         bytes[12..16].copy_from_slice(&crc.to_le_bytes());
-        create::write_bytes(disk, &mut arena, FileId::Meta, Superblock::offset(copy), &bytes).expect("it is written");
+        create::write_bytes(disk, &mut arena, FileId::Meta, Superblock::offset(copy), &bytes)
+            .expect("it is written");
     }
-    execute(disk, DiskOp::Flush { files: smallvec::smallvec![FileId::Meta] }).expect("it is flushed");
+    execute(disk, DiskOp::Flush { files: smallvec::smallvec![FileId::Meta] })
+        .expect("it is flushed");
 }
 
 /// The error with which a store is not opened, and nothing of it changed.
@@ -124,8 +139,9 @@ fn refusal(disk: &mut SimDisk, shards: u16) -> Error {
     begin(disk, &options(), shards, 7, 0).map(drop).expect_err("it is not opened")
 }
 
-/// If this fails, a new store takes gigabytes before anything is in it, or one that is used has a checkpoint for every few megabytes for
-/// ever; or the room that a log has taken is asked for again at each opening.
+/// If this fails, a new store takes gigabytes before anything is in it, or one that is used has a
+/// checkpoint for every few megabytes for ever; or the room that a log has taken is asked for again
+/// at each opening.
 #[test]
 fn a_log_gets_longer_when_it_is_used() {
     let (mut d, _) = Driver::open_shards(SimDisk::new(1), &options(), 2);
@@ -147,7 +163,10 @@ fn a_log_gets_longer_when_it_is_used() {
     // A shard that comes in begins small, one that goes takes its log with it.
     for (shards, expected) in [(1, vec![4]), (2, vec![4, 2])] {
         d = Driver::open_shards(crash(&d, Loss::Everything, 2), &options(), shards).0;
-        assert_eq!((segments(&d), counted(&d.disk)), (expected.iter().map(|n| u64::from(*n)).collect(), expected));
+        assert_eq!(
+            (segments(&d), counted(&d.disk)),
+            (expected.iter().map(|n| u64::from(*n)).collect(), expected)
+        );
         model.check(&mut d, "with another number of shards");
         model.fill(&mut d, 3);
     }
@@ -157,8 +176,8 @@ fn a_log_gets_longer_when_it_is_used() {
     model.check(&mut d, "at the end");
 }
 
-/// Cuts the power after so many events of a store whose logs get longer; whether a file was there that no superblock counted, or `None`
-/// if there were fewer events.
+/// Cuts the power after so many events of a store whose logs get longer; whether a file was there
+/// that no superblock counted, or `None` if there were fewer events.
 fn cut_power(events: u64) -> Option<bool> {
     let (mut d, _) = Driver::open_shards(SimDisk::new(events), &options(), 2);
     let mut model = Model::new();
@@ -170,7 +189,8 @@ fn cut_power(events: u64) -> Option<bool> {
     let what = format!("cut after {events} events");
     let loss = Loss::random(&mut Rng::new(events));
     let disk = crash(&d, loss, events);
-    let uncounted = (0..2).any(|shard| files(&disk, shard) > counted(&disk)[usize::from(shard)] as usize);
+    let uncounted =
+        (0..2).any(|shard| files(&disk, shard) > counted(&disk)[usize::from(shard)] as usize);
     let (mut d, _) = Driver::open_shards(disk, &options(), 2);
     model.check(&mut d, &what);
     // It goes on growing where it was cut short.
@@ -189,23 +209,32 @@ fn cut_power_at(events: impl Iterator<Item = u64>) -> (u64, u64) {
     (cuts, uncounted)
 }
 
-/// If this fails, a crash while a log gets longer costs what was acknowledged, or the store can't be opened any more.
+/// If this fails, a crash while a log gets longer costs what was acknowledged, or the store can't
+/// be opened any more.
 #[test]
 fn a_crash_at_any_event_of_a_growth_loses_nothing() {
     let (cuts, uncounted) = cut_power_at((1..).step_by(3));
     println!("{cuts} crashes, {uncounted} with files that no superblock counted");
-    assert!(cuts > 150 && uncounted > 10, "{cuts} crashes, {uncounted} with files that no superblock counted");
+    assert!(
+        cuts > 150 && uncounted > 10,
+        "{cuts} crashes, {uncounted} with files that no superblock counted"
+    );
 }
 
-/// If this fails, a store on a full disk stops, or loses what it acknowledges, because its log could not get longer; or it asks the file
-/// system again and again.
+/// If this fails, a store on a full disk stops, or loses what it acknowledges, because its log
+/// could not get longer; or it asks the file system again and again.
 #[test]
 fn a_log_that_can_not_get_longer_stays_as_it_is() {
     let (mut d, _) = Driver::open_shards(SimDisk::new(1), &options(), 1);
     let mut model = Model::new();
-    d.disk.inject(Fault { forever: true, errno: ENOSPC, ..Fault::once(OpKind::Allocate, Area::Log, 0) });
+    d.disk.inject(Fault {
+        forever: true,
+        errno: ENOSPC,
+        ..Fault::once(OpKind::Allocate, Area::Log, 0)
+    });
     model.fill(&mut d, COMMITS_ENOUGH);
-    let (tries, checkpoints) = (d.disk.counters().faults_allocate, d.all.shards[0].checkpoints_ended());
+    let (tries, checkpoints) =
+        (d.disk.counters().faults_allocate, d.all.shards[0].checkpoints_ended());
     assert!(tries > 1 && tries <= checkpoints, "{tries} tries in {checkpoints} checkpoints");
     assert_eq!((segments(&d), counted(&d.disk)), (vec![2], vec![2]));
     let (mut d, _) = Driver::open_shards(crash(&d, Loss::Everything, 1), &options(), 1);
@@ -214,13 +243,18 @@ fn a_log_that_can_not_get_longer_stays_as_it_is() {
     model.fill_until(&mut d, &[4], "with room again");
 }
 
-/// The log of one shard can't get longer, or by one segment only: that of the other does, and nothing is lost.
+/// The log of one shard can't get longer, or by one segment only: that of the other does, and
+/// nothing is lost.
 fn one_of_two_fails() {
     for (no, expected) in [(2, 2), (3, 3)] {
         let (mut d, _) = Driver::open_shards(SimDisk::new(1), &options(), 2);
         let mut model = Model::new();
         let area = Area::File(FileId::Log(ShardId::new(1), SegmentNo::new(no)));
-        d.disk.inject(Fault { forever: true, errno: ENOSPC, ..Fault::once(OpKind::Allocate, area, 0) });
+        d.disk.inject(Fault {
+            forever: true,
+            errno: ENOSPC,
+            ..Fault::once(OpKind::Allocate, area, 0)
+        });
         model.fill_until(&mut d, &[4, expected], "one is cut short");
         model.fill(&mut d, COMMITS_ENOUGH);
         assert_eq!((segments(&d), counted(&d.disk)), (vec![4, expected], vec![4, expected as u32]));
@@ -229,13 +263,15 @@ fn one_of_two_fails() {
     }
 }
 
-/// If this fails, one shard's full disk holds up all others, or the superblock counts a file that is not there.
+/// If this fails, one shard's full disk holds up all others, or the superblock counts a file that
+/// is not there.
 #[test]
 fn each_log_gets_as_long_as_it_can() {
     one_of_two_fails();
 }
 
-/// If this fails, a store that was made before logs grew can't be opened, or what its log holds is lost.
+/// If this fails, a store that was made before logs grew can't be opened, or what its log holds is
+/// lost.
 #[test]
 fn a_store_from_before_logs_grew_has_all_its_segments() {
     let (mut d, _) = Driver::open_shards(SimDisk::new(1), &options(), 2);
@@ -262,9 +298,15 @@ fn a_log_that_is_not_as_long_as_the_superblock_says_is_refused() {
     let last = FileId::Log(ShardId::LEADER, SegmentNo::new(3));
     let mut disk = crash(&d, Loss::Everything, 1);
     let missing = refusal(&mut creation::copy_of(&mut disk, &[last], &[]), 1);
-    assert!(missing.kind() == ErrorKind::NotFound && missing.to_string().contains("backup"), "{missing}");
+    assert!(
+        missing.kind() == ErrorKind::NotFound && missing.to_string().contains("backup"),
+        "{missing}"
+    );
     let short = refusal(&mut creation::copy_of(&mut disk, &[], &[last]), 1);
-    assert!(short.kind() == ErrorKind::Corrupt && short.to_string().contains("log-000-0003"), "{short}");
+    assert!(
+        short.kind() == ErrorKind::Corrupt && short.to_string().contains("log-000-0003"),
+        "{short}"
+    );
     // More than a log has: the values make no sense.
     for nonsense in [1, 5, u32::MAX] {
         let mut disk = crash(&d, Loss::Everything, 1);
@@ -275,7 +317,10 @@ fn a_log_that_is_not_as_long_as_the_superblock_says_is_refused() {
     let mut disk = crash(&d, Loss::Everything, 1);
     recount(&mut disk, 2);
     let lost = refusal(&mut disk, 1);
-    assert!(lost.kind() == ErrorKind::Corrupt && lost.to_string().contains("superblock write was lost"), "{lost}");
+    assert!(
+        lost.kind() == ErrorKind::Corrupt && lost.to_string().contains("superblock write was lost"),
+        "{lost}"
+    );
 }
 
 /// The runs in which planted bugs are looked for.

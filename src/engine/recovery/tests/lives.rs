@@ -12,7 +12,8 @@ enum End {
 /// How the life with this number ends.
 type EndOf = fn(usize) -> End;
 
-/// The lengths of the data file at the end of each life, in extents. `pages`: of the one commit of a life.
+/// The lengths of the data file at the end of each life, in extents. `pages`: of the one commit of
+/// a life.
 fn lives(count: usize, shards_count: u16, pages: u64, end: EndOf) -> Vec<u64> {
     let mut rng = Rng::new(u64::from(shards_count) * pages);
     let (mut disk, mut lens) = (SimDisk::new(1), Vec::new());
@@ -20,26 +21,35 @@ fn lives(count: usize, shards_count: u16, pages: u64, end: EndOf) -> Vec<u64> {
     for life in 0..count {
         let (mut d, _) = Driver::open_shards(disk, &options(), shards_count);
         let first = rng.below(40);
-        let changes = || (first..first + pages).map(|page| (key(page << 7), put(life as u8))).collect();
+        let changes =
+            || (first..first + pages).map(|page| (key(page << 7), put(life as u8))).collect();
         model.extend((first..first + pages).map(|page| (page, life as u8)));
         // A commit over shards does not wait for space that is being made: it is to be tried again.
-        let mut tries =
-            (0..100).map(|_| d.ask(Request::Commit(Commit { reads: vec![], changes: changes(), durable: true })));
-        let done = tries.find(|outcome| !matches!(outcome, Err(error) if error.kind() == crate::ErrorKind::Busy));
+        let mut tries = (0..100).map(|_| {
+            d.ask(Request::Commit(Commit { reads: vec![], changes: changes(), durable: true }))
+        });
+        let done = tries.find(
+            |outcome| !matches!(outcome, Err(error) if error.kind() == crate::ErrorKind::Busy),
+        );
         assert!(matches!(done, Some(Ok(Response::Committed(_)))), "life {life}: {done:?}");
         if end(life) == End::Close {
             assert!(matches!(d.ask(Request::Close), Ok(Response::Closed)));
         }
         disk = d.disk.crash(Loss::Process, &mut rng);
-        lens.push(disk.len(FileId::Data).expect("it is there").unwrap_or(0) / options().geometry.extent_bytes);
+        lens.push(
+            disk.len(FileId::Data).expect("it is there").unwrap_or(0)
+                / options().geometry.extent_bytes,
+        );
     }
     let (mut d, _) = Driver::open_shards(disk, &options(), shards_count);
-    model.into_iter().for_each(|(page, byte)| assert_eq!(d.read(key(page << 7)), vec![byte; BLOCK], "page {page}"));
+    model.into_iter().for_each(|(page, byte)| {
+        assert_eq!(d.read(key(page << 7)), vec![byte; BLOCK], "page {page}")
+    });
     lens
 }
 
-/// If this fails, a store that is killed or closed again and again soon after it was opened grows until the disk is full, although it
-/// holds the same few pages all the time.
+/// If this fails, a store that is killed or closed again and again soon after it was opened grows
+/// until the disk is full, although it holds the same few pages all the time.
 #[test]
 fn short_lives_give_back_what_they_took() {
     let closes: [(&str, EndOf); 3] = [
@@ -51,10 +61,15 @@ fn short_lives_give_back_what_they_took() {
         for (shards_count, pages) in [(1, 1), (2, 1), (1, 8), (2, 8)] {
             let lens = lives(200, shards_count, pages, end);
             println!("{how}, {shards_count} shards, {pages} pages a life: extents {lens:?}");
-            // Each shard may have nine extents for dead blocks, as many as the log has, and its share, with eight in reserve, may
-            // fill seven tenths of the rest; what is added at a time comes on top.
+            // Each shard may have nine extents for dead blocks, as many as the log has, and its
+            // share, with eight in reserve, may fill seven tenths of the rest; what is added at a
+            // time comes on top.
             let most = 40 * u64::from(shards_count);
-            assert!(lens[199] <= most, "{how}, {shards_count} shards, {pages} pages a life: {} extents", lens[199]);
+            assert!(
+                lens[199] <= most,
+                "{how}, {shards_count} shards, {pages} pages a life: {} extents",
+                lens[199]
+            );
         }
     }
 }

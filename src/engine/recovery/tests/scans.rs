@@ -1,4 +1,5 @@
-//! What an opening sees of damage to the logs: all that is left of them is looked at before a gap is taken for their end.
+//! What an opening sees of damage to the logs: all that is left of them is looked at before a gap
+//! is taken for their end.
 
 use super::*;
 use crate::base::error::ErrorKind;
@@ -8,11 +9,13 @@ use crate::testing::sim::disk::{Damage, SECTOR, SECTORS};
 
 /// Segments of a few groups, so that logs go round in them.
 fn short_segments() -> Options {
-    let geometry = crate::Geometry { segment_bytes: 64 << 10, segments_count: 6, ..options().geometry };
+    let geometry =
+        crate::Geometry { segment_bytes: 64 << 10, segments_count: 6, ..options().geometry };
     Options { geometry, ..options() }
 }
 
-/// A disk as a crash has left it: the store has logged for a while, with checkpoints between, and some commits were under way.
+/// A disk as a crash has left it: the store has logged for a while, with checkpoints between, and
+/// some commits were under way.
 fn crashed(seed: u64) -> SimDisk {
     let mut rng = Rng::new(seed);
     let shards_count = 1 + (seed % 2) as u16;
@@ -40,7 +43,13 @@ fn crashed(seed: u64) -> SimDisk {
 }
 
 /// Damages blocks of one log file, all in one way.
-fn damage_blocks(disk: &SimDisk, file: FileId, blocks: std::ops::Range<u64>, sectors: usize, rng: &mut Rng) {
+fn damage_blocks(
+    disk: &SimDisk,
+    file: FileId,
+    blocks: std::ops::Range<u64>,
+    sectors: usize,
+    rng: &mut Rng,
+) {
     let kind = rng.below(4);
     for block in blocks.clone() {
         let how = match kind {
@@ -53,13 +62,15 @@ fn damage_blocks(disk: &SimDisk, file: FileId, blocks: std::ops::Range<u64>, sec
     }
 }
 
-/// Damages the logs somehow: a sector, a block or many blocks of one file, its beginning more often than the rest; or whole files and the beginnings of all others, which
-/// leaves groups that nothing leads to.
+/// Damages the logs somehow: a sector, a block or many blocks of one file, its beginning more often
+/// than the rest; or whole files and the beginnings of all others, which leaves groups that nothing
+/// leads to.
 fn damage(disk: &SimDisk, rng: &mut Rng) -> String {
     let logs: Vec<(FileId, u64)> =
         disk.files().into_iter().filter(|(file, _)| matches!(file, FileId::Log(..))).collect();
     if rng.one_in(3) {
-        let wiped: Vec<FileId> = logs.iter().map(|(file, _)| *file).filter(|_| rng.one_in(3)).collect();
+        let wiped: Vec<FileId> =
+            logs.iter().map(|(file, _)| *file).filter(|_| rng.one_in(3)).collect();
         for (file, len) in &logs {
             let blocks = len / BLOCK as u64;
             let end = if wiped.contains(file) { blocks } else { rng.within(1, 4).min(blocks) };
@@ -76,7 +87,8 @@ fn damage(disk: &SimDisk, rng: &mut Rng) -> String {
     format!("{count} blocks of {file} from {first} on, {sectors} sectors of each")
 }
 
-/// The highest watermark that is still recorded anywhere in the store: each block of each log is looked at by itself.
+/// The highest watermark that is still recorded anywhere in the store: each block of each log is
+/// looked at by itself.
 fn recorded_watermark(disk: &SimDisk, superblock: &Superblock) -> Lsn {
     let segment_blocks = (superblock.geometry.segment_bytes / BLOCK as u64) as u32;
     let mut watermark = superblock.watermark;
@@ -84,7 +96,8 @@ fn recorded_watermark(disk: &SimDisk, superblock: &Superblock) -> Lsn {
         let FileId::Log(shard, segment) = file else { continue };
         for block in 0..len / BLOCK as u64 {
             let (here, position) = (disk.block(file, block), (shard, segment, block as u32));
-            let head = GroupHead::open(&here, superblock.salt, superblock.epoch, position, segment_blocks);
+            let head =
+                GroupHead::open(&here, superblock.salt, superblock.epoch, position, segment_blocks);
             watermark = head.map_or(watermark, |head| watermark.max(head.watermark));
         }
     }
@@ -103,7 +116,8 @@ struct Tally {
 fn examine(seed: u64, damages: u64, tally: &mut Tally) -> std::result::Result<(), String> {
     let (disk, mut rng) = (crashed(seed), Rng::new(seed));
     let mut arena = Arena::new(READ_BLOCKS).expect("memory");
-    let superblock = find_superblock(&mut disk.clone(), &mut arena).expect("a superblock").superblock;
+    let superblock =
+        find_superblock(&mut disk.clone(), &mut arena).expect("a superblock").superblock;
     let shard_map = ShardMap::new(superblock.geometry.vshards_count, superblock.logs.len() as u16);
     tally.stores += 1;
     for round in 0..=damages {
@@ -120,7 +134,8 @@ fn examine(seed: u64, damages: u64, tally: &mut Tally) -> std::result::Result<()
             other => {
                 let got = other.map(|scan| (scan.cut, scan.highest));
                 return Err(format!(
-                    "seed {seed}, damaged: {what}: {recorded} is recorded as durable, and it is {got:?}"
+                    "seed {seed}, damaged: {what}: {recorded} is recorded as durable, and it is \
+                     {got:?}"
                 ));
             }
         }
@@ -128,7 +143,10 @@ fn examine(seed: u64, damages: u64, tally: &mut Tally) -> std::result::Result<()
     Ok(())
 }
 
-fn examine_all(seeds: std::ops::RangeInclusive<u64>, damages: u64) -> std::result::Result<Tally, String> {
+fn examine_all(
+    seeds: std::ops::RangeInclusive<u64>,
+    damages: u64,
+) -> std::result::Result<Tally, String> {
     let mut tally = Tally::default();
     seeds.into_iter().try_for_each(|seed| examine(seed, damages, &mut tally))?;
     Ok(tally)
@@ -139,11 +157,12 @@ pub(crate) fn examined() -> std::result::Result<(), String> {
     examine_all(1..=20, 40).map(drop)
 }
 
-/// If this fails, a store that is opened after a crash and damage to its log loses durable commits without a word, though a block that was
-/// left records that they were durable (contract 5).
+/// If this fails, a store that is opened after a crash and damage to its log loses durable commits
+/// without a word, though a block that was left records that they were durable (contract 5).
 #[test]
 fn a_gap_is_the_end_of_a_log_only_after_every_block_was_examined() {
-    let seeds = std::env::var("COREPAGE_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(150);
+    let seeds =
+        std::env::var("COREPAGE_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(150);
     let tally = examine_all(1..=seeds, 40).unwrap_or_else(|why| panic!("{why}"));
     println!("{tally:?}");
     assert!(tally.telling * 4 > tally.damaged && tally.refused * 10 > tally.damaged, "{tally:?}");

@@ -1,7 +1,8 @@
-//! Reads that take so long that the store goes on without them: commits, checkpoints and evictions come in between.
+//! Reads that take so long that the store goes on without them: commits, checkpoints and evictions
+//! come in between.
 //!
-//! If these fail, a page that was acknowledged as durable, and checkpointed, is gone; or `verify` is silent about it; or somebody
-//! who reads a page as freed can't wait until that is durable.
+//! If these fail, a page that was acknowledged as durable, and checkpointed, is gone; or `verify`
+//! is silent about it; or somebody who reads a page as freed can't wait until that is durable.
 
 use super::*;
 use crate::engine::PageRange;
@@ -56,9 +57,10 @@ impl Driver {
     }
 }
 
-/// A request needs the only leaf of a tree, which is read slowly. A commit to another leaf gives the tree a new top, a checkpoint
-/// writes that, readers of other pages need the memory; then the leaf arrives, and a page in it is changed. Returns the closed
-/// store, and how many nodes were overtaken.
+/// A request needs the only leaf of a tree, which is read slowly. A commit to another leaf gives
+/// the tree a new top, a checkpoint writes that, readers of other pages need the memory; then the
+/// leaf arrives, and a page in it is changed. Returns the closed store, and how many nodes were
+/// overtaken.
 fn grow_under(request: Request) -> (SimDisk, u64) {
     let (mut d, _) = Driver::open_with(SimDisk::new(1), &one_tree());
     d.commit(vec![(key(0), put(1))]);
@@ -90,7 +92,11 @@ fn requests() -> [Request; 3] {
     let (first, last) = (PageId::new(0), PageId::new(50));
     [
         Request::Read(smallvec::smallvec![key(0)]),
-        Request::Commit(Commit { changes: vec![(key(1), put(7))], durable: true, ..Commit::default() }),
+        Request::Commit(Commit {
+            changes: vec![(key(1), put(7))],
+            durable: true,
+            ..Commit::default()
+        }),
         Request::Allocated(PageRange { volume: key(0).volume, first, last, ranges_max: 10 }),
     ]
 }
@@ -123,14 +129,17 @@ fn verify_names_the_page_that_no_root_reaches() {
         let named = |page: &str| report.damaged.iter().filter(|d| d.affects.contains(page)).count();
         assert_eq!(named("p100 of volume number 1"), 1, "the page that is gone is named once");
         assert_eq!(named(" of volume number 2"), 0, "pages that are there are not named");
-        assert!(named("p0 of volume number 1") == 0 && named("p1 of") == 0, "nor is a page that was overwritten");
+        assert!(
+            named("p0 of volume number 1") == 0 && named("p1 of") == 0,
+            "nor is a page that was overwritten"
+        );
         let (mut d, _) = Driver::open_with(disk, &one_tree());
         assert_eq!(d.read(key(100))[0], 0, "it is gone");
     }
 }
 
-/// A page that is read as absent names the commit that freed it as long as that is not durable: its reader can wait for it. A
-/// transaction that has read it is valid all the same.
+/// A page that is read as absent names the commit that freed it as long as that is not durable: its
+/// reader can wait for it. A transaction that has read it is valid all the same.
 #[test]
 fn a_free_that_is_not_durable_is_told_to_readers() {
     let (mut d, _) = Driver::open(SimDisk::new(1));
@@ -161,6 +170,13 @@ fn a_free_that_is_not_durable_is_told_to_readers() {
     assert!(token == wait && matches!(answer, Ok(Response::Durable)), "{answer:?}");
     let reads = vec![(key(1), Lsn::ZERO), (key(7), Lsn::ZERO)];
     let transaction = Commit { reads, changes: vec![(key(2), put(9))], durable: true };
-    assert!(matches!(d.ask(Request::Commit(transaction)), Ok(Response::Committed(_))), "it read what is there");
-    assert_eq!((read(&mut d), walk(&mut d)), ((Lsn::ZERO, Lsn::ZERO, Lsn::ZERO), (2, Lsn::ZERO)), "durable");
+    assert!(
+        matches!(d.ask(Request::Commit(transaction)), Ok(Response::Committed(_))),
+        "it read what is there"
+    );
+    assert_eq!(
+        (read(&mut d), walk(&mut d)),
+        ((Lsn::ZERO, Lsn::ZERO, Lsn::ZERO), (2, Lsn::ZERO)),
+        "durable"
+    );
 }

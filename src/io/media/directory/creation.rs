@@ -1,8 +1,8 @@
 //! Files that are made: their owner and mode, and their removal if the creation of the store fails.
 //!
 //! Invariants
-//! 1. Only a store whose first file this opening has made and locked is ever removed: nobody was given it, so it holds nothing. A
-//!    file that has taken the place of one of its own stays.
+//! 1. Only a store whose first file this opening has made and locked is ever removed: nobody was
+//!    given it, so it holds nothing. A file that has taken the place of one of its own stays.
 //! 2. Its first file goes last: without that the others are no store's.
 
 use super::{Directory, FIRST};
@@ -15,8 +15,8 @@ use std::sync::PoisonError;
 const PERMISSIONS: u32 = 0o777;
 
 impl Directory {
-    /// Gives a file that was made the owner and mode of those that are there, or the owner of the directory: a store that an
-    /// administrator has opened once stays its user's.
+    /// Gives a file that was made the owner and mode of those that are there, or the owner of the
+    /// directory: a store that an administrator has opened once stays its user's.
     pub(super) fn give_to_owner_of_the_others(&self, made: impl std::os::fd::AsFd) {
         let first = self.files().values().find_map(|file| file.metadata().ok());
         let like = first.map(|meta| (meta.uid(), meta.gid(), Some(meta.mode() & PERMISSIONS)));
@@ -29,13 +29,15 @@ impl Directory {
         if let Some(mode) = mode {
             let _ = rustix::fs::fchmod(&made, Mode::from_raw_mode(mode));
         }
-        // Only root may give files away. Any other user has made them as itself, like those that are there.
+        // Only root may give files away. Any other user has made them as itself, like those that
+        // are there.
         if rustix::process::geteuid().is_root() {
             let _ = rustix::fs::fchown(&made, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
         }
     }
 
-    /// Removes the files of a creation that has failed, if all of them were made since the directory was opened.
+    /// Removes the files of a creation that has failed, if all of them were made since the
+    /// directory was opened.
     pub(super) fn remove_what_was_made(&self) {
         let made = std::mem::take(&mut *self.made.lock().unwrap_or_else(PoisonError::into_inner));
         if made.first() != Some(&FIRST) {
@@ -47,12 +49,16 @@ impl Directory {
                 continue;
             }
             if let Err(e) = rustix::fs::unlinkat(&self.handle, name.as_str(), AtFlags::empty()) {
-                tracing::warn!("{} of a store that could not be made is left: {e}", self.path.join(name).display());
+                tracing::warn!(
+                    "{} of a store that could not be made is left: {e}",
+                    self.path.join(name).display()
+                );
             }
         }
     }
 
-    /// Whether the file of this name is still the one that is open here, and not one that has been put in its place.
+    /// Whether the file of this name is still the one that is open here, and not one that has been
+    /// put in its place.
     fn is_ours(&self, id: FileId, name: &str) -> bool {
         let named = rustix::fs::statat(&self.handle, name, AtFlags::SYMLINK_NOFOLLOW);
         let open = self.files().get(&id).and_then(|open| rustix::fs::fstat(open).ok());
@@ -73,12 +79,13 @@ mod tests {
     }
 
     fn make(files: &Arc<Files>, file: FileId) -> crate::Result<()> {
-        let mut disk = PortableDisk::with_files(files.clone(), &PortableOptions { workers_count: 1 })?;
+        let mut disk =
+            PortableDisk::with_files(files.clone(), &PortableOptions { workers_count: 1 })?;
         execute(&mut disk, DiskOp::Allocate { file, from: 0, to: 4096 }).map(drop)
     }
 
-    /// If this fails, of two commands that make a store in the same place at once the slower one makes its own over the other's, and
-    /// what that one has acknowledged is gone.
+    /// If this fails, of two commands that make a store in the same place at once the slower one
+    /// makes its own over the other's, and what that one has acknowledged is gone.
     #[test]
     fn a_store_that_was_made_meanwhile_is_not_written_over() {
         let dir = tempfile::tempdir().expect("a directory");
@@ -87,15 +94,19 @@ mod tests {
         std::fs::write(dir.path().join(FIRST.to_string()), [7; 4096]).expect("it is written");
         drop(faster);
         let error = make(&slower, FIRST).expect_err("there is one");
-        assert!(error.kind() == ErrorKind::InUse && error.to_string().contains("another process has made"), "{error}");
+        assert!(
+            error.kind() == ErrorKind::InUse
+                && error.to_string().contains("another process has made"),
+            "{error}"
+        );
         slower.remove_creation();
         drop(slower);
         let left = std::fs::read(dir.path().join(FIRST.to_string())).expect("it is there");
         assert!(left == [7; 4096], "it was written over");
     }
 
-    /// If this fails, a process whose creation fails takes away the store that another one has made after an operator has removed the
-    /// files of the first.
+    /// If this fails, a process whose creation fails takes away the store that another one has made
+    /// after an operator has removed the files of the first.
     #[test]
     fn a_failed_creation_removes_no_file_that_has_taken_the_place_of_its_own() {
         let dir = tempfile::tempdir().expect("a directory");
@@ -110,7 +121,8 @@ mod tests {
         assert!(!dir.path().join("meta").exists(), "its own are removed");
     }
 
-    /// If this fails, a process that waited for the lock of another that was making a store reports files as missing.
+    /// If this fails, a process that waited for the lock of another that was making a store reports
+    /// files as missing.
     #[test]
     #[allow(clippy::disallowed_methods, reason = "so that the listing comes first")]
     fn files_that_come_while_a_lock_is_waited_for_are_found() {

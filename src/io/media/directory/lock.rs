@@ -1,8 +1,10 @@
 //! The lock on a store's files, and which process holds it if it can't be taken.
 //!
 //! Invariants
-//! 1. A lock that a dying process still holds is waited for, for [`DYING_MAX`] at most; then opening is refused.
-//! 2. The directories that this process has open are recorded, so that a second opening is not told to look for another process.
+//! 1. A lock that a dying process still holds is waited for, for [`DYING_MAX`] at most; then
+//!    opening is refused.
+//! 2. The directories that this process has open are recorded, so that a second opening is not told
+//!    to look for another process.
 //!
 //! It does *not* unlock: the directory does, when it is dropped.
 
@@ -21,8 +23,9 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// How long the lock of a dying process is waited for. A killed process that drove a ring can be waited for by its
-/// parent before the kernel has taken the ring, and with it the locked descriptors, down.
+/// How long the lock of a dying process is waited for. A killed process that drove a ring can be
+/// waited for by its parent before the kernel has taken the ring, and with it the locked
+/// descriptors, down.
 const DYING_MAX: Duration = Duration::from_secs(2);
 const DYING_STEP: Duration = Duration::from_millis(5);
 
@@ -86,7 +89,8 @@ impl Directory {
             Err(e) => Err(self.error(id, "locking", e.into())),
         }?;
         match file.metadata() {
-            // Its store was removed while the lock was waited for: what is written to it would be nowhere.
+            // Its store was removed while the lock was waited for: what is written to it would be
+            // nowhere.
             Ok(meta) if meta.nlink() == 0 => Err(Error::new(
                 ErrorKind::InUse,
                 format_args!(
@@ -107,23 +111,29 @@ fn in_use(handle: &File, path: &Path, id: FileId) -> Error {
         true => Error::new(
             ErrorKind::InUse,
             format_args!(
-                "the store in {path} is open in this process already: use a clone of that handle, or close it first"
+                "the store in {path} is open in this process already: use a clone of that handle, \
+                 or close it first"
             ),
         ),
         false => Error::new(
             ErrorKind::InUse,
             format_args!(
-                "the store in {path} is open in another process (`fuser -v {path}/{id}` names it): close that one first"
+                "the store in {path} is open in another process (`fuser -v {path}/{id}` names \
+                 it): close that one first"
             ),
         ),
     }
 }
 
-/// The error for files that another process has made in `path` where there were none when it was opened.
+/// The error for files that another process has made in `path` where there were none when it was
+/// opened.
 pub(super) fn made_meanwhile(path: &Path) -> Error {
     Error::new(
         ErrorKind::InUse,
-        format_args!("another process has made a store in {} meanwhile: open that one", path.display()),
+        format_args!(
+            "another process has made a store in {} meanwhile: open that one",
+            path.display()
+        ),
     )
 }
 
@@ -134,7 +144,9 @@ fn wait_for_lock(file: &File, how: FlockOperation, cancel: &Cancel) -> rustix::i
     loop {
         match rustix::fs::flock(file, how) {
             Err(Errno::INTR) => {}
-            Err(Errno::WOULDBLOCK) if waited < DYING_MAX && !cancel.is_cancelled() => std::thread::sleep(DYING_STEP),
+            Err(Errno::WOULDBLOCK) if waited < DYING_MAX && !cancel.is_cancelled() => {
+                std::thread::sleep(DYING_STEP)
+            }
             other => return other,
         }
         waited += DYING_STEP;

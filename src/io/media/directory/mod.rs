@@ -1,13 +1,15 @@
 //! A directory as the medium: each file of the store is an ordinary file in it.
 //!
 //! Invariants
-//! 1. A descriptor is locked before anything is read from it or written to it: exclusively for writing, shared for reading only.
-//!    The lock is on the open file itself, so writes of a dying process that are still in flight hold it.
+//! 1. A descriptor is locked before anything is read from it or written to it: exclusively for
+//!    writing, shared for reading only. The lock is on the open file itself, so writes of a dying
+//!    process that are still in flight hold it.
 //! 2. Direct I/O is used only where a real block was transferred with it.
-//! 3. Descriptors are unlocked when the medium is dropped: explicitly, since a forked child may keep a copy of them for long; and
-//!    never by such a child, whose copies share the same lock.
+//! 3. Descriptors are unlocked when the medium is dropped: explicitly, since a forked child may
+//!    keep a copy of them for long; and never by such a child, whose copies share the same lock.
 //!
-//! Names, locks, creation and growth are in files of their own. It does *not* transfer anything but what a probe takes.
+//! Names, locks, creation and growth are in files of their own. It does *not* transfer anything but
+//! what a probe takes.
 
 mod creation;
 mod growth;
@@ -16,7 +18,9 @@ mod names;
 mod path;
 
 use super::device::{DeviceTraits, free_bytes};
-use super::probe_direct_io::{DirectIo, not_made, scratch, set_direct, try_direct, try_direct_read};
+use super::probe_direct_io::{
+    DirectIo, not_made, scratch, set_direct, try_direct, try_direct_read,
+};
 use super::{Access, Creation, Location, Media, MediaOptions, PageCache, Room};
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::{SegmentNo, ShardId};
@@ -62,26 +66,30 @@ pub(in crate::io) struct Directory {
 enum Opening {
     /// The file exists.
     Existing,
-    /// The file is made, and must not exist: one that has come since the directory was opened belongs to another process,
-    /// whose store must not be overwritten.
+    /// The file is made, and must not exist: one that has come since the directory was opened
+    /// belongs to another process, whose store must not be overwritten.
     New,
 }
 
 impl Directory {
-    /// Opens the directory `path` and locks all files of a store that are in it. With [`Access::ReadWrite`] and
-    /// [`Creation::Allowed`] a missing directory is made; with [`Access::ReadOnly`] nothing is created or changed, ever.
+    /// Opens the directory `path` and locks all files of a store that are in it. With
+    /// [`Access::ReadWrite`] and [`Creation::Allowed`] a missing directory is made; with
+    /// [`Access::ReadOnly`] nothing is created or changed, ever.
     ///
     /// # Errors
-    /// `InUse` if another process has the store open, `NotFound` if there is nothing to open, `Invalid` if the directory
-    /// holds files that are no store's but have the names of its files, `Io` for the rest.
+    /// `InUse` if another process has the store open, `NotFound` if there is nothing to open,
+    /// `Invalid` if the directory holds files that are no store's but have the names of its files,
+    /// `Io` for the rest.
     pub(in crate::io) fn open(path: &Path, options: &MediaOptions) -> Result<Directory> {
-        let creation = if options.access == Access::ReadOnly { Creation::Refused } else { options.creation };
+        let creation =
+            if options.access == Access::ReadOnly { Creation::Refused } else { options.creation };
         if creation == Creation::Allowed {
             path::make_directory(path)?;
         }
         let handle = File::open(path).map_err(|e| match e.kind() {
             std::io::ErrorKind::NotFound => {
-                Error::io(format_args!("there is no store in {}", path.display()), e).with_kind(ErrorKind::NotFound)
+                Error::io(format_args!("there is no store in {}", path.display()), e)
+                    .with_kind(ErrorKind::NotFound)
             }
             _ => Error::io(format_args!("opening the directory {}", path.display()), e),
         })?;
@@ -111,7 +119,8 @@ impl Directory {
         if directory.direct {
             // On the descriptors that hold the locks, so that there is no moment without one.
             for (id, file) in directory.files().iter() {
-                set_direct(file).map_err(|e| directory.error(*id, "setting direct I/O on", e.into()))?;
+                set_direct(file)
+                    .map_err(|e| directory.error(*id, "setting direct I/O on", e.into()))?;
             }
         }
         directory.cancel.check()?;
@@ -132,8 +141,8 @@ impl Directory {
         own.is_some() && self.files().values().all(|file| device(file) == own)
     }
 
-    /// Opens and locks the files that are there, until a listing finds no more of them: the process whose lock was waited for
-    /// may have made some meanwhile.
+    /// Opens and locks the files that are there, until a listing finds no more of them: the process
+    /// whose lock was waited for may have made some meanwhile.
     fn open_all(&self, creation: Creation) -> Result<()> {
         loop {
             let mut ids = names::store_files(&self.path)?;
@@ -160,22 +169,28 @@ impl Directory {
             flags |= OFlags::CREATE | OFlags::EXCL;
         }
         let name = id.to_string();
-        let opened =
-            retry_transient(|| rustix::fs::openat(&self.handle, name.as_str(), flags, Mode::from_raw_mode(0o600)));
+        let opened = retry_transient(|| {
+            rustix::fs::openat(&self.handle, name.as_str(), flags, Mode::from_raw_mode(0o600))
+        });
         if opening == Opening::New && matches!(opened, Err(Errno::EXIST)) {
             return Err(lock::made_meanwhile(&self.path));
         }
-        let opened =
-            opened.map_err(|e| not_made(format_args!("opening {}", self.path.join(&name).display()), "", e.into()))?;
+        let opened = opened.map_err(|e| {
+            not_made(format_args!("opening {}", self.path.join(&name).display()), "", e.into())
+        })?;
         let opened = File::from(opened);
         let kind = opened.metadata().map_err(|e| self.error(id, "looking at", e))?.file_type();
         if !kind.is_file() {
             let path = self.path.join(&name);
-            return Err(Error::invalid(format_args!("{} is not an ordinary file: move it away", path.display())));
+            return Err(Error::invalid(format_args!(
+                "{} is not an ordinary file: move it away",
+                path.display()
+            )));
         }
         self.lock(&opened, id)?;
         if opening == Opening::New {
-            // Not before it is locked: another process may have been faster, and have a store in it.
+            // Not before it is locked: another process may have been faster, and have a store in
+            // it.
             self.made.lock().unwrap_or_else(PoisonError::into_inner).push(id);
             self.give_to_owner_of_the_others(&opened);
         }
@@ -184,8 +199,8 @@ impl Directory {
         Ok(opened)
     }
 
-    /// Whether direct I/O works: by a write and a read of a scratch file without a name, or, if nothing may be written or there is
-    /// no room, by a read of a file of the store.
+    /// Whether direct I/O works: by a write and a read of a scratch file without a name, or, if
+    /// nothing may be written or there is no room, by a read of a file of the store.
     fn probe(&self) -> Result<DirectIo> {
         let sample = self.files().values().next().cloned();
         if self.access == Access::ReadOnly {
@@ -195,7 +210,9 @@ impl Directory {
         }
         match (try_direct(&self.handle, &self.path), sample) {
             // A full disk has no room for a scratch file; the store that is there needs none.
-            (Err(error), Some(file)) if error.kind() == ErrorKind::Full => Ok(try_direct_read(&file)),
+            (Err(error), Some(file)) if error.kind() == ErrorKind::Full => {
+                Ok(try_direct_read(&file))
+            }
             (tried, _) => tried,
         }
     }
@@ -226,7 +243,8 @@ impl Media for Directory {
     fn scratch(&self) -> Result<Location> {
         let file = scratch(&self.handle, &self.path)?;
         if self.direct {
-            let doing = format_args!("setting direct I/O on a scratch file in {}", self.path.display());
+            let doing =
+                format_args!("setting direct I/O on a scratch file in {}", self.path.display());
             set_direct(&file).map_err(|e| Error::io(doing, e.into()))?;
         }
         Ok(Location::whole(Arc::new(file)))

@@ -2,8 +2,9 @@
 //!
 //! Invariants
 //! 1. A role has one name, and only that very name stands for it.
-//! 2. A directory without the first log segment holds no store, for creation begins with that file. If it has other files with
-//!    a store's names, they belong to something else, and opening refuses.
+//! 2. A directory without the first log segment holds no store, for creation begins with that file.
+//!    If it has other files with a store's names, they belong to something else, and opening
+//!    refuses.
 
 use super::FIRST;
 use crate::base::error::{Error, Result};
@@ -43,8 +44,8 @@ fn parse_name(name: &str) -> Option<FileId> {
 pub(super) fn refuse_foreign(path: &Path, ids: &[FileId], creation: Creation) -> Result<()> {
     match ids.iter().find(|id| **id != FIRST) {
         Some(foreign) if !ids.contains(&FIRST) => Err(Error::invalid(format_args!(
-            "{} has a file `{foreign}` but no `{FIRST}`, so it is not a store, or only a part of one: use another \
-             directory, or bring the missing files back",
+            "{} has a file `{foreign}` but no `{FIRST}`, so it is not a store, or only a part of \
+             one: use another directory, or bring the missing files back",
             path.display()
         ))),
         _ if ids.is_empty() && creation == Creation::Refused => Err(no_store(path)),

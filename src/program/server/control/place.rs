@@ -1,8 +1,9 @@
 //! Where the control socket is: beside the store, however long the path of that is.
 //!
-//! 1. A socket's address has room for about a hundred bytes. A longer path is reached through an open directory
-//!    (`/proc/self/fd/N`), by servers and by clients alike.
-//! 2. Two servers that start at the same moment don't take each other's socket away: who binds holds the directory's lock.
+//! 1. A socket's address has room for about a hundred bytes. A longer path is reached through an
+//!    open directory (`/proc/self/fd/N`), by servers and by clients alike.
+//! 2. Two servers that start at the same moment don't take each other's socket away: who binds
+//!    holds the directory's lock.
 //!
 //! It does not know what is said on the socket.
 
@@ -19,7 +20,8 @@ use std::time::Duration;
 
 /// The socket's name in the directory of the store.
 pub const SOCKET_NAME: &str = "control.sock";
-/// What a listener appends to a name while it makes the socket: a dot and the number of the process.
+/// What a listener appends to a name while it makes the socket: a dot and the number of the
+/// process.
 const SUFFIX: &str = ".4194304";
 /// How long another server that makes its socket is waited for, and in which steps.
 const LOCK_WAITS: u32 = 200;
@@ -40,13 +42,18 @@ impl Reachable {
             return Ok(Reachable { path: socket.to_owned(), _directory: None });
         }
         let name = socket.file_name().ok_or(io::ErrorKind::InvalidInput)?;
-        let parent = socket.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let parent = socket
+            .parent()
+            .filter(|parent| !parent.as_os_str().is_empty())
+            .unwrap_or(Path::new("."));
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::open(parent, flags, Mode::empty())?;
         let through = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()));
         if !through.exists() {
-            let text =
-                format!("the path {} is too long for a socket, and there is no /proc to shorten it", socket.display());
+            let text = format!(
+                "the path {} is too long for a socket, and there is no /proc to shorten it",
+                socket.display()
+            );
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
         Ok(Reachable { path: through.join(name), _directory: Some(directory) })
@@ -75,13 +82,16 @@ impl Place {
     }
 }
 
-/// The lock of a directory: held until the descriptor is closed. A file system without locks has none to give.
+/// The lock of a directory: held until the descriptor is closed. A file system without locks has
+/// none to give.
 fn lock(dir: &Path) -> io::Result<Option<OwnedFd>> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let directory = rustix::fs::open(dir, flags, Mode::empty())?;
     for _ in 0..LOCK_WAITS {
         match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
-            Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => std::thread::sleep(LOCK_STEP),
+            Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => {
+                std::thread::sleep(LOCK_STEP)
+            }
             Ok(()) => return Ok(Some(directory)),
             Err(_) => return Ok(None),
         }
@@ -97,7 +107,8 @@ mod tests {
     use super::*;
     use std::os::unix::net::UnixStream;
 
-    /// In a deep directory there was no control socket, and commands told their user to close another process.
+    /// In a deep directory there was no control socket, and commands told their user to close
+    /// another process.
     #[test]
     fn a_socket_is_made_and_reached_in_a_directory_with_a_long_path() {
         let dir = tempfile::tempdir().unwrap();

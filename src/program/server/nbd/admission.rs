@@ -1,12 +1,14 @@
-//! Who may connect: how many connections there are, and how they are shared between peers. Pure counting, no I/O.
+//! Who may connect: how many connections there are, and how they are shared between peers. Pure
+//! counting, no I/O.
 //!
 //! ```text
 //!   0 ─────────────────────────────── connections_max ──── connections_max + reserve
 //!   first come, first served, by any peer              │ for peers that have fewer than are left
 //! ```
 //! 1. There are never more than `connections_max` and the reserve, an eighth of it.
-//! 2. One peer can have all `connections_max` as long as nobody else asks. It never gets into the reserve then: however
-//!    many it has, others still get in. Of the reserve no peer takes more than it leaves, so the next one finds some, too.
+//! 2. One peer can have all `connections_max` as long as nobody else asks. It never gets into the
+//!    reserve then: however many it has, others still get in. Of the reserve no peer takes more
+//!    than it leaves, so the next one finds some, too.
 //!
 //! It does not close connections, and knows nothing of what they do.
 
@@ -99,8 +101,15 @@ impl Admission {
     }
 
     fn assert_state(&self) {
-        assert!(self.open <= self.connections_max + reserve(self.connections_max), "more connections than may be");
-        debug_assert_eq!(self.open, self.by_peer.values().sum::<usize>(), "a connection of no peer");
+        assert!(
+            self.open <= self.connections_max + reserve(self.connections_max),
+            "more connections than may be"
+        );
+        debug_assert_eq!(
+            self.open,
+            self.by_peer.values().sum::<usize>(),
+            "a connection of no peer"
+        );
     }
 }
 
@@ -112,21 +121,27 @@ mod tests {
         Peer::machine(IpAddr::from([10, 0, 0, last]))
     }
 
-    /// One client that opens connections without end, and never closes any, must not lock out everybody else.
+    /// One client that opens connections without end, and never closes any, must not lock out
+    /// everybody else.
     #[test]
     fn a_peer_that_takes_all_it_can_leaves_some_for_each_of_the_others() {
         let mut admission = Admission::new(64);
-        let mut take_all = |peer: Peer| (0..1000).take_while(|_| admission.enter(peer).is_ok()).count();
+        let mut take_all =
+            |peer: Peer| (0..1000).take_while(|_| admission.enter(peer).is_ok()).count();
         assert_eq!(take_all(machine(1)), 64, "alone it has all of them");
         let others: Vec<usize> = (2..=5).map(|last| take_all(machine(last))).collect();
         assert_eq!(others, [4, 2, 1, 1], "each takes no more of the reserve than it leaves");
         assert_eq!(take_all(machine(6)), 0, "there are bounds");
         admission.leave(machine(1));
-        assert!(admission.enter(machine(6)).is_ok(), "what is given back goes to whoever has fewest");
+        assert!(
+            admission.enter(machine(6)).is_ok(),
+            "what is given back goes to whoever has fewest"
+        );
         assert_eq!(admission.enter(machine(1)), Err(Refused { open: 72, of_peer: 63 }));
     }
 
-    /// A machine that has 2^64 addresses is one peer all the same, and an IPv4 client of a dual-stack socket is the one it is.
+    /// A machine that has 2^64 addresses is one peer all the same, and an IPv4 client of a
+    /// dual-stack socket is the one it is.
     #[test]
     fn a_machine_is_one_peer_whichever_of_its_addresses_it_uses() {
         let peer = |text: &str| Peer::machine(text.parse().unwrap());

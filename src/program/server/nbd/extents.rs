@@ -1,6 +1,7 @@
 //! Ranges of pages as extents of bytes: pure planning, no I/O.
 //!
-//! 1. Extents follow each other from the first byte asked for, none is empty, and neighbours differ in kind.
+//! 1. Extents follow each other from the first byte asked for, none is empty, and neighbours differ
+//!    in kind.
 //! 2. There are never more than asked for, and they never end behind the range.
 
 use super::proto::Extent;
@@ -69,13 +70,22 @@ mod tests {
     fn extents_follow_each_other_within_the_range_and_the_count() {
         assert_eq!(made((0, 8192), 9, &[(1, false), (2, true)]), [(4096, false), (4096, true)]);
         // Neighbours of a kind are one, wherever the looks ended.
-        assert_eq!(made((100, 9000), 9, &[(0, true), (1, false), (2, false), (9, false)]), [(8900, false)]);
-        assert_eq!(made((4000, 4100), 9, &[(0, true), (1, true), (2, false)]), [(96, true), (4, false)]);
+        assert_eq!(
+            made((100, 9000), 9, &[(0, true), (1, false), (2, false), (9, false)]),
+            [(8900, false)]
+        );
+        assert_eq!(
+            made((4000, 4100), 9, &[(0, true), (1, true), (2, false)]),
+            [(96, true), (4, false)]
+        );
         assert_eq!(
             made((0, 1 << 20), 2, &[(1, true), (2, false), (3, true), (4, false)]),
             [(4096, true), (4096, false)]
         );
-        assert_eq!(made((0, 1 << 20), 1, &[(1, true), (2, true), (3, false), (9, true)]), [(8192, true)]);
+        assert_eq!(
+            made((0, 1 << 20), 1, &[(1, true), (2, true), (3, false), (9, true)]),
+            [(8192, true)]
+        );
         assert_eq!(made((u64::MAX - 10, u64::MAX), 1, &[(u64::MAX, false)]), [(10, false)]);
     }
 }

@@ -1,12 +1,15 @@
-//! Fuzz targets of the server: what a client may say, byte by byte, and whether the server keeps to the protocol.
+//! Fuzz targets of the server: what a client may say, byte by byte, and whether the server keeps to
+//! the protocol.
 //!
-//! 1. [`handshake`]: each option is answered in its turn, by as many replies as the specification allows, and nothing is
-//!    sent but replies. What the server does is what a reader of its own of the same bytes expects.
-//! 2. [`transmission`]: each request whose payload came is answered exactly once, by what is allowed for it, with the
-//!    bytes that a model holds; the server reads nothing twice and stops where the client broke the protocol.
+//! 1. [`handshake`]: each option is answered in its turn, by as many replies as the specification
+//!    allows, and nothing is sent but replies. What the server does is what a reader of its own of
+//!    the same bytes expects.
+//! 2. [`transmission`]: each request whose payload came is answered exactly once, by what is
+//!    allowed for it, with the bytes that a model holds; the server reads nothing twice and stops
+//!    where the client broke the protocol.
 //!
-//! The numbers of the specification are repeated here on purpose. `scripts/fuzz` runs the targets under libFuzzer; the
-//! tests here run the stored corpus and some thousands of mutations of it.
+//! The numbers of the specification are repeated here on purpose. `scripts/fuzz` runs the targets
+//! under libFuzzer; the tests here run the stored corpus and some thousands of mutations of it.
 //!
 //! It does *not* exist in a release: it is compiled for tests and under `--cfg fuzzing`.
 
@@ -86,8 +89,16 @@ impl Export for Memory {
         Ok(())
     }
 
-    async fn allocation(&self, offset: u64, length: u32, extents_max: usize) -> Result<Vec<Extent>, Fault> {
-        assert!(offset + u64::from(length) <= SIZE as u64 && length > 0, "a range beyond the export got through");
+    async fn allocation(
+        &self,
+        offset: u64,
+        length: u32,
+        extents_max: usize,
+    ) -> Result<Vec<Extent>, Fault> {
+        assert!(
+            offset + u64::from(length) <= SIZE as u64 && length > 0,
+            "a range beyond the export got through"
+        );
         let stored = Extent { bytes: length.div_ceil(2), is_hole: false };
         let hole = Extent { bytes: length - stored.bytes, is_hole: true };
         Ok([stored, hole].into_iter().filter(|extent| extent.bytes > 0).take(extents_max).collect())

@@ -1,11 +1,12 @@
 //! The gate in front of a connection's work: how many requests are in flight, and with what memory.
 //!
-//! 1. At most `requests_max` requests are in flight. Each holds what [`Memory`] has given for it, or the connection's own
-//!    bytes, which one request at a time can have.
-//! 2. A reply never waits for other connections, and a payload not for those that don't let go of their memory: with nothing of
-//!    the shared memory and its own bytes taken, it waits for the request of this connection that has them.
-//! 3. A [`Pass`] gives back what it took when it is dropped, whatever became of the request, and earlier where the memory
-//!    is not needed any more.
+//! 1. At most `requests_max` requests are in flight. Each holds what [`Memory`] has given for it,
+//!    or the connection's own bytes, which one request at a time can have.
+//! 2. A reply never waits for other connections, and a payload not for those that don't let go of
+//!    their memory: with nothing of the shared memory and its own bytes taken, it waits for the
+//!    request of this connection that has them.
+//! 3. A [`Pass`] gives back what it took when it is dropped, whatever became of the request, and
+//!    earlier where the memory is not needed any more.
 
 use super::memory::{Memory, REQUEST_BYTES, payload_charge};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -66,7 +67,8 @@ impl Gate {
     /// Waits until one more request may be in flight.
     pub fn enter(&self) -> Pass<'_> {
         let full = |state: &mut State| state.requests >= self.requests_max.max(1);
-        let mut state = self.changed.wait_while(self.lock(), full).unwrap_or_else(PoisonError::into_inner);
+        let mut state =
+            self.changed.wait_while(self.lock(), full).unwrap_or_else(PoisonError::into_inner);
         state.requests += 1;
         Pass { gate: self, held: Held::Nothing }
     }
@@ -112,8 +114,9 @@ impl Pass<'_> {
         self.gate.lock().writes += 1;
     }
 
-    /// Takes memory for a payload of `bytes`, or for a part of it; for how much: as much as the connection's own bytes allow if
-    /// others keep the shared memory and don't let go of it. A part of a payload that `has_waited` for that does not again.
+    /// Takes memory for a payload of `bytes`, or for a part of it; for how much: as much as the
+    /// connection's own bytes allow if others keep the shared memory and don't let go of it. A part
+    /// of a payload that `has_waited` for that does not again.
     pub fn take_payload(&mut self, bytes: usize, has_waited: bool) -> usize {
         self.give_back();
         let gate = self.gate;
@@ -129,7 +132,9 @@ impl Pass<'_> {
                 self.held = Held::Own;
                 return bytes.min(gate.memory.own_payload_bytes_max());
             }
-            drop(gate.changed.wait_timeout(state, OWN_LOOK).unwrap_or_else(PoisonError::into_inner));
+            drop(
+                gate.changed.wait_timeout(state, OWN_LOOK).unwrap_or_else(PoisonError::into_inner),
+            );
         }
     }
 
@@ -175,7 +180,8 @@ mod tests {
     use super::super::memory::Division;
     use super::*;
 
-    /// Without this bound a client that never reads its replies makes the server's memory grow without limit.
+    /// Without this bound a client that never reads its replies makes the server's memory grow
+    /// without limit.
     #[test]
     fn requests_and_bytes_in_flight_stay_within_the_limits() {
         let memory = Arc::new(Memory::new(Division::of(16 << 20)));
@@ -200,7 +206,10 @@ mod tests {
                 break;
             }
         }
-        assert!(memory.taken() <= memory.division().replies_bytes / 2, "one connection has more than it leaves");
+        assert!(
+            memory.taken() <= memory.division().replies_bytes / 2,
+            "one connection has more than it leaves"
+        );
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| gate.enter().take_reply(1));
             std::thread::sleep(std::time::Duration::from_millis(20));

@@ -9,8 +9,9 @@
 //!
 //! 1. An option's data is always read whole before its answer, so the stream stays in step.
 //! 2. A metadata context is chosen for one export: whoever then takes another has none.
-//! 3. What is sent and answered is bounded in all (`bytes_max`), one option by [`proto::OPTION_BYTES_MAX`]; the number of options
-//!    is not, since a client that looks at every export needs some for each. Time is bounded by the stream given.
+//! 3. What is sent and answered is bounded in all (`bytes_max`), one option by
+//!    [`proto::OPTION_BYTES_MAX`]; the number of options is not, since a client that looks at every
+//!    export needs some for each. Time is bounded by the stream given.
 //!
 //! Does not touch the data of any export.
 
@@ -40,7 +41,14 @@ pub fn handshake<S: Read + Write, X: Exports>(
         return Err(proto::broken("unknown client flags"));
     }
     let zeroes = flags & proto::CLIENT_NO_ZEROES == 0;
-    let mut talk = Talk { stream, exports, bytes_left: bytes_max, zeroes, structured: false, allocation_of: None };
+    let mut talk = Talk {
+        stream,
+        exports,
+        bytes_left: bytes_max,
+        zeroes,
+        structured: false,
+        allocation_of: None,
+    };
     loop {
         if let Some(outcome) = talk.option()? {
             return Ok(outcome);
@@ -78,7 +86,9 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
             option::GO | option::INFO => return self.info(option, &data),
             option::LIST => self.list(&data)?,
             option::STRUCTURED_REPLY => self.structured_reply(&data)?,
-            option::LIST_META_CONTEXT | option::SET_META_CONTEXT => self.meta_context(option, &data)?,
+            option::LIST_META_CONTEXT | option::SET_META_CONTEXT => {
+                self.meta_context(option, &data)?
+            }
             option::ABORT => {
                 // The client may be gone without waiting for this; that is its right.
                 let _ = self.answer(option, reply::ACK, &[]);
@@ -103,7 +113,10 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
     }
 
     fn agreed(&self, name: &str) -> Agreed {
-        Agreed { structured: self.structured, allocation: self.allocation_of.as_deref() == Some(name) }
+        Agreed {
+            structured: self.structured,
+            allocation: self.allocation_of.as_deref() == Some(name),
+        }
     }
 
     fn export_name(&mut self, data: &[u8]) -> io::Result<Outcome<X::Export>> {
@@ -112,7 +125,11 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
         let Ok(Some((name, export))) = self.exports.find(name) else {
             return Err(proto::broken("EXPORT_NAME of an unknown export"));
         };
-        self.stream.write_all(&proto::export_name_reply(export.bytes(), self.structured, self.zeroes))?;
+        self.stream.write_all(&proto::export_name_reply(
+            export.bytes(),
+            self.structured,
+            self.zeroes,
+        ))?;
         let agreed = self.agreed(&name);
         Ok(Outcome::Chosen(name, export, agreed))
     }
@@ -156,7 +173,8 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
         self.answer(option::STRUCTURED_REPLY, kind, text)
     }
 
-    /// Lists contexts, or sets those for BLOCK_STATUS; what was set before is gone, whatever becomes of it.
+    /// Lists contexts, or sets those for BLOCK_STATUS; what was set before is gone, whatever
+    /// becomes of it.
     fn meta_context(&mut self, option: u32, data: &[u8]) -> io::Result<()> {
         let set = option == option::SET_META_CONTEXT;
         if set {

@@ -17,7 +17,8 @@ impl Holes {
         }
     }
 
-    /// The first `length` bytes as pieces, and whether each is a hole of `bytes_min` bytes at least; shorter ones count as data.
+    /// The first `length` bytes as pieces, and whether each is a hole of `bytes_min` bytes at
+    /// least; shorter ones count as data.
     pub fn pieces(&self, length: usize, bytes_min: usize) -> Vec<(Range<usize>, bool)> {
         let mut pieces = Vec::with_capacity(2 * self.0.len() + 1);
         let mut at = 0;
@@ -53,6 +54,9 @@ mod tests {
             pieces(&[10..20, 20..30, 90..100]),
             [(0..10, false), (10..30, true), (30..90, false), (90..100, true)]
         );
-        assert_eq!(pieces(&[0..9, 20..30, 95..100]), [(0..20, false), (20..30, true), (30..100, false)]);
+        assert_eq!(
+            pieces(&[0..9, 20..30, 95..100]),
+            [(0..20, false), (20..30, true), (30..100, false)]
+        );
     }
 }

@@ -4,12 +4,14 @@
 //! Address ── plan: look, don't touch ──> Plan ── bind ──> Listener
 //! ```
 //!
-//! 1. [`Address::plan`] changes nothing in the file system, so that a start that is refused later leaves nothing behind.
-//! 2. A Unix socket is bound under a name of its own, made 0600, and only then renamed to its place: nobody else can
-//!    connect at any time, and a stale socket is replaced in one step. Only a socket that refuses connections is stale.
+//! 1. [`Address::plan`] changes nothing in the file system, so that a start that is refused later
+//!    leaves nothing behind.
+//! 2. A Unix socket is bound under a name of its own, made 0600, and only then renamed to its
+//!    place: nobody else can connect at any time, and a stale socket is replaced in one step. Only
+//!    a socket that refuses connections is stale.
 //! 3. The socket file is removed at the end, if it is still ours.
-//! 4. An address that other machines can reach is told apart ([`Address::remote`]): there is neither encryption nor a
-//!    password here, so whoever takes one must have been told to.
+//! 4. An address that other machines can reach is told apart ([`Address::remote`]): there is
+//!    neither encryption nor a password here, so whoever takes one must have been told to.
 
 use super::socket::Socket;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
@@ -28,8 +30,9 @@ use std::time::Duration;
 /// Clients that may wait to be accepted.
 const BACKLOG: i32 = 1024;
 
-/// When a silent TCP client is asked whether it is there, how often, and how many times before it is taken for gone: after three
-/// minutes. Its kernel answers, so a paused or idle client is not cut off.
+/// When a silent TCP client is asked whether it is there, how often, and how many times before it
+/// is taken for gone: after three minutes. Its kernel answers, so a paused or idle client is not
+/// cut off.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
 const KEEPALIVE_PROBES: u32 = 6;
@@ -76,7 +79,8 @@ impl FromStr for Address {
 fn parse_tcp(text: &str) -> Result<SocketAddr, String> {
     let local = text.strip_prefix("localhost:").and_then(|port| port.parse().ok());
     let local = local.map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
-    let what = "HOST must be an IP address (127.0.0.1, [::1]) or localhost, PORT a number up to 65535";
+    let what =
+        "HOST must be an IP address (127.0.0.1, [::1]) or localhost, PORT a number up to 65535";
     local.map_or_else(|| text.parse().map_err(|_| what.into()), Ok)
 }
 
@@ -93,12 +97,15 @@ impl Address {
     /// The address, if it can be reached from other machines.
     pub fn remote(&self) -> Option<IpAddr> {
         match self {
-            Address::Tcp(address) if !address.ip().to_canonical().is_loopback() => Some(address.ip()),
+            Address::Tcp(address) if !address.ip().to_canonical().is_loopback() => {
+                Some(address.ip())
+            }
             Address::Tcp(_) | Address::Unix(_) => None,
         }
     }
 
-    /// Checks that nobody is there, without changing anything. The directory `made_later` need not exist yet.
+    /// Checks that nobody is there, without changing anything. The directory `made_later` need not
+    /// exist yet.
     pub fn plan(&self, made_later: &Path) -> io::Result<Plan> {
         match self {
             Address::Unix(path) => {
@@ -129,14 +136,21 @@ fn check_parent(path: &Path, made_later: &Path) -> io::Result<()> {
     if parent == made_later && !parent.exists() {
         return Ok(());
     }
-    let hint = format!("can't make the socket unix:{}; its directory must exist and be writable", path.display());
-    rustix::fs::access(parent, rustix::fs::Access::WRITE_OK).map_err(io::Error::from).map_err(failed(hint))
+    let hint = format!(
+        "can't make the socket unix:{}; its directory must exist and be writable",
+        path.display()
+    );
+    rustix::fs::access(parent, rustix::fs::Access::WRITE_OK)
+        .map_err(io::Error::from)
+        .map_err(failed(hint))
 }
 
 fn check_unix(path: &Path) -> io::Result<()> {
     let shown = path.display();
     if SocketAddrUnix::new(bind_name(path)).is_err() {
-        let text = format!("the path unix:{shown} is too long for a socket (about 95 bytes): use a shorter one");
+        let text = format!(
+            "the path unix:{shown} is too long for a socket (about 95 bytes): use a shorter one"
+        );
         return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     }
     match fs::symlink_metadata(path) {
@@ -152,7 +166,9 @@ fn check_unix(path: &Path) -> io::Result<()> {
     match UnixStream::connect(path) {
         Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
         Err(e) => Err(failed(format!("can't tell whether a server listens on unix:{shown}"))(e)),
-        Ok(_) => Err(taken(format!("a server listens on unix:{shown}: stop it, or choose another path with --nbd"))),
+        Ok(_) => Err(taken(format!(
+            "a server listens on unix:{shown}: stop it, or choose another path with --nbd"
+        ))),
     }
 }
 
@@ -173,11 +189,17 @@ fn bind_unix(path: PathBuf) -> io::Result<Listener> {
     // Again: it may have come to life since the plan was made.
     check_unix(&path)?;
     let name = bind_name(&path);
-    // Left by a process with our number that was killed between the steps below; no living one has it.
+    // Left by a process with our number that was killed between the steps below; no living one has
+    // it.
     if fs::symlink_metadata(&name).is_ok_and(|meta| meta.file_type().is_socket()) {
         fs::remove_file(&name)?;
     }
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
     rustix::net::bind(&socket, &SocketAddrUnix::new(&name)?)?;
     let finish = || -> io::Result<u64> {
         // Nobody can connect before `listen`.
@@ -197,7 +219,8 @@ fn bind_unix(path: PathBuf) -> io::Result<Listener> {
 fn prepare(stream: &TcpStream) -> io::Result<()> {
     // Replies are whole: waiting for more of them would only cost time.
     stream.set_nodelay(true)?;
-    // A client whose machine is gone must not keep its place: by default it would for more than two hours.
+    // A client whose machine is gone must not keep its place: by default it would for more than two
+    // hours.
     sockopt::set_socket_keepalive(stream, true)?;
     sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
     sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL)?;
@@ -212,7 +235,8 @@ impl Listener {
             Listener::Unix(listener, ..) => Ok(Socket::Unix(listener.accept()?.0)),
             Listener::Tcp(listener) => {
                 let stream = listener.accept()?.0;
-                // A client that is gone already is found out when it is read from: it is no failure of the listener.
+                // A client that is gone already is found out when it is read from: it is no failure
+                // of the listener.
                 let _ = prepare(&stream);
                 Ok(Socket::Tcp(stream))
             }
@@ -229,8 +253,9 @@ impl Listener {
     }
 }
 
-/// Writes `path` as the value of a query parameter of a URI (RFC 3986): all but letters, digits and `-._~/` percent-encoded,
-/// byte by byte. A relative path is made absolute, since clients run in other directories.
+/// Writes `path` as the value of a query parameter of a URI (RFC 3986): all but letters, digits and
+/// `-._~/` percent-encoded, byte by byte. A relative path is made absolute, since clients run in
+/// other directories.
 fn write_path(f: &mut fmt::Formatter<'_>, path: &Path) -> fmt::Result {
     let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     for byte in path.as_os_str().as_bytes() {
@@ -283,19 +308,36 @@ mod tests {
     fn addresses_that_other_machines_reach_are_told_apart() {
         assert_eq!(parse("tcp:127.0.0.1:0"), Ok(Address::Tcp(([127, 0, 0, 1], 0).into())));
         assert_eq!(parse("tcp:localhost:10809"), Ok(Address::Tcp(([127, 0, 0, 1], 10809).into())));
-        for here in ["tcp:127.0.0.1:0", "tcp:127.1.2.3:1", "tcp:[::1]:7", "tcp:[::ffff:127.0.0.1]:7", "unix:/tmp/x"] {
+        for here in [
+            "tcp:127.0.0.1:0",
+            "tcp:127.1.2.3:1",
+            "tcp:[::1]:7",
+            "tcp:[::ffff:127.0.0.1]:7",
+            "unix:/tmp/x",
+        ] {
             assert_eq!(parse(here).unwrap().remote(), None, "{here}");
         }
-        for open in ["tcp:0.0.0.0:10809", "tcp:[::]:1", "tcp:192.168.1.1:1", "tcp:[::ffff:0.0.0.0]:7"] {
+        for open in
+            ["tcp:0.0.0.0:10809", "tcp:[::]:1", "tcp:192.168.1.1:1", "tcp:[::ffff:0.0.0.0]:7"]
+        {
             assert!(parse(open).unwrap().remote().is_some(), "{open}");
         }
-        for bad in ["", "unix:", "tcp:", "udp:127.0.0.1:1", "/tmp/x", "tcp:127.0.0.1:65536", "tcp:example.org:1"] {
+        for bad in [
+            "",
+            "unix:",
+            "tcp:",
+            "udp:127.0.0.1:1",
+            "/tmp/x",
+            "tcp:127.0.0.1:65536",
+            "tcp:example.org:1",
+        ] {
             assert!(parse(bad).is_err(), "{bad}");
         }
         assert!(parse("tcp:127.0.0.1").is_err());
     }
 
-    /// A crashed server must not keep the next one from starting, and a running one must not lose its clients.
+    /// A crashed server must not keep the next one from starting, and a running one must not lose
+    /// its clients.
     #[test]
     fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
         let dir = tempfile::tempdir().unwrap();
@@ -313,7 +355,8 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"mine");
     }
 
-    /// A URI that its reader can't use is worse than none: clients refuse raw spaces, and take `&` and `#` for the end of the path.
+    /// A URI that its reader can't use is worse than none: clients refuse raw spaces, and take `&`
+    /// and `#` for the end of the path.
     #[test]
     fn a_uri_names_any_socket_path_in_a_form_that_clients_take() {
         let dir = tempfile::tempdir().unwrap();
@@ -329,6 +372,10 @@ mod tests {
             }
         }
         let here = std::env::current_dir().unwrap();
-        assert_eq!(Shown.to_string(), format!("{}/nbd.sock", here.display()), "clients run in other directories");
+        assert_eq!(
+            Shown.to_string(),
+            format!("{}/nbd.sock", here.display()),
+            "clients run in other directories"
+        );
     }
 }

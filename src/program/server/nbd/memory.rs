@@ -6,18 +6,20 @@
 //!                                 ├─ replies: shared; nobody takes more than he leaves
 //!                                 └─ writes:  shared; work first, then payloads, each in the order of asking
 //! ```
-//! 1. Payloads, replies that wait for their client, and what requests need while they are worked on are counted before they
-//!    are allocated. What is taken never passes the budget.
-//! 2. Memory for replies may be held for as long as a client does not read. So it is never waited for: a connection that gets
-//!    none of it answers in pieces of `own_bytes`, which no other connection can take.
-//! 3. Memory for writes and other work is waited for in order. It comes back: the store ends what was begun, and while others
-//!    wait a client is cut off that takes too long for a payload, or takes no replies while writes of its own, which are worked
-//!    on by the same thread, wait for that. That takes half a minute, and a crowd of such clients would be cut off one after
-//!    the other: so a payload does not wait once there has been too little for [`STUCK`]. It is taken in pieces of `own_bytes` then.
-//!    Work, which is never in pieces, goes before payloads.
+//! 1. Payloads, replies that wait for their client, and what requests need while they are worked on
+//!    are counted before they are allocated. What is taken never passes the budget.
+//! 2. Memory for replies may be held for as long as a client does not read. So it is never waited
+//!    for: a connection that gets none of it answers in pieces of `own_bytes`, which no other
+//!    connection can take.
+//! 3. Memory for writes and other work is waited for in order. It comes back: the store ends what
+//!    was begun, and while others wait a client is cut off that takes too long for a payload, or
+//!    takes no replies while writes of its own, which are worked on by the same thread, wait for
+//!    that. That takes half a minute, and a crowd of such clients would be cut off one after the
+//!    other: so a payload does not wait once there has been too little for [`STUCK`]. It is taken
+//!    in pieces of `own_bytes` then. Work, which is never in pieces, goes before payloads.
 //!
-//! The threads' stacks, the program itself and what the allocator keeps are not in the budget, but in the constant that
-//! `serve --help` names.
+//! The threads' stacks, the program itself and what the allocator keeps are not in the budget, but
+//! in the constant that `serve --help` names.
 
 use super::admission::reserve;
 use std::collections::VecDeque;
@@ -27,19 +29,21 @@ use std::time::{Duration, Instant};
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 
-/// The part of the memory that connections get, and its bounds: below the lower one requests would be served page by page,
-/// and above the upper one more of it speeds nothing up.
+/// The part of the memory that connections get, and its bounds: below the lower one requests would
+/// be served page by page, and above the upper one more of it speeds nothing up.
 const CONNECTIONS_SHARE: u64 = 8;
 const CONNECTIONS_BYTES_MIN: u64 = 4 * MIB;
 const CONNECTIONS_BYTES_MAX: u64 = 256 * MIB;
-/// If nothing else is asked for: one connection for so much memory, and no more than `CONNECTIONS_DEFAULT`.
+/// If nothing else is asked for: one connection for so much memory, and no more than
+/// `CONNECTIONS_DEFAULT`.
 const BYTES_PER_CONNECTION: u64 = 512 * KIB;
 const CONNECTIONS_DEFAULT: u64 = 128;
 /// More can't be asked for: each has two threads.
 pub const CONNECTIONS_LIMIT: u32 = 4096;
 /// What there is at least of each shared pool.
 const POOL_BYTES_MIN: u64 = MIB;
-/// Buffers of one connection: headers come in bunches of up to 64 KiB; larger pieces of a reply make it no faster.
+/// Buffers of one connection: headers come in bunches of up to 64 KiB; larger pieces of a reply
+/// make it no faster.
 const INPUT_BYTES: (u64, u64) = (8 * KIB, 64 * KIB);
 const OWN_BYTES: (u64, u64) = (8 * KIB, 1024 * KIB);
 /// What every request that carries data takes besides: its task, lists of pages.
@@ -47,11 +51,13 @@ pub const REQUEST_BYTES: usize = 2 << 10;
 /// Changes, spans and page ids beside the payload of a write: 256 bytes a page.
 const LISTS_SHARE: usize = 16;
 const PAGE: usize = 4096;
-/// Of the memory for writes, what payloads leave to work: as much as one of the largest takes, if that is no more than an eighth.
+/// Of the memory for writes, what payloads leave to work: as much as one of the largest takes, if
+/// that is no more than an eighth.
 const KEPT_FOR_WORK_SHARE: usize = 8;
 const KEPT_FOR_WORK_MAX: usize = MIB as usize;
-/// When there has been too little memory for so long, or it has waited for so long, a payload does not wait for it: longer than
-/// a busy store takes for a commit, and short for whoever waits for a write.
+/// When there has been too little memory for so long, or it has waited for so long, a payload does
+/// not wait for it: longer than a busy store takes for a commit, and short for whoever waits for a
+/// write.
 const STUCK: Duration = Duration::from_secs(1);
 /// How long it counts as waited for after somebody has given up.
 const WANTED: Duration = Duration::from_secs(60);
@@ -83,7 +89,8 @@ impl Division {
     /// Divides it for `connections`, [`CONNECTIONS_LIMIT`] at most; or how much memory they need.
     pub fn with_connections(memory_bytes: u64, connections: u32) -> Result<Division, u64> {
         let places = places(u64::from(connections.min(CONNECTIONS_LIMIT)));
-        let needed = (places * (INPUT_BYTES.0 + OWN_BYTES.0) + 2 * POOL_BYTES_MIN).div_ceil(MIB) * MIB;
+        let needed =
+            (places * (INPUT_BYTES.0 + OWN_BYTES.0) + 2 * POOL_BYTES_MIN).div_ceil(MIB) * MIB;
         if Division::share(memory_bytes) < needed {
             return Err(needed * CONNECTIONS_SHARE);
         }
@@ -141,7 +148,8 @@ struct State {
     next: u64,
     work: VecDeque<u64>,
     payloads: VecDeque<u64>,
-    /// Since when there has been too little for somebody, and the least of what was asked for in vain.
+    /// Since when there has been too little for somebody, and the least of what was asked for in
+    /// vain.
     starved: Option<(Instant, usize)>,
     /// When somebody gave up waiting.
     gave_up: Option<Instant>,
@@ -189,7 +197,8 @@ impl Memory {
         &self.division
     }
 
-    /// What payloads never take of the memory for writes: clients that stop within theirs must not hold up work.
+    /// What payloads never take of the memory for writes: clients that stop within theirs must not
+    /// hold up work.
     fn kept_for_work(&self) -> usize {
         (self.division.writes_bytes / KEPT_FOR_WORK_SHARE).min(KEPT_FOR_WORK_MAX)
     }
@@ -203,7 +212,8 @@ impl Memory {
 
     /// The largest payload for which a connection's own bytes do: whole pages.
     pub fn own_payload_bytes_max(&self) -> usize {
-        let bytes = self.division.own_bytes.saturating_sub(REQUEST_BYTES) / (LISTS_SHARE + 1) * LISTS_SHARE;
+        let bytes =
+            self.division.own_bytes.saturating_sub(REQUEST_BYTES) / (LISTS_SHARE + 1) * LISTS_SHARE;
         (bytes / PAGE * PAGE).max(PAGE)
     }
 
@@ -212,8 +222,9 @@ impl Memory {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Memory for a reply of a connection that holds `held` bytes of it: `wanted`, or less, but not less than `least`; never
-    /// more than what is left free afterwards, so that the next connection finds some, however many stalled ones there are.
+    /// Memory for a reply of a connection that holds `held` bytes of it: `wanted`, or less, but not
+    /// less than `least`; never more than what is left free afterwards, so that the next connection
+    /// finds some, however many stalled ones there are.
     pub fn take_reply(&self, held: usize, wanted: usize, least: usize) -> Option<usize> {
         let mut state = self.lock();
         let given = (state.replies_free.saturating_sub(held) / 2).min(wanted);
@@ -228,7 +239,10 @@ impl Memory {
     pub fn give_reply(&self, bytes: usize) {
         let mut state = self.lock();
         state.replies_free += bytes;
-        assert!(state.replies_free <= self.division.replies_bytes, "more memory was given back than taken");
+        assert!(
+            state.replies_free <= self.division.replies_bytes,
+            "more memory was given back than taken"
+        );
     }
 
     /// Waits for memory for work, in order; how much was taken: no more than there is.
@@ -244,8 +258,8 @@ impl Memory {
         bytes
     }
 
-    /// Waits for memory for a payload, in order; how much was taken: no more than there is. `None` if that takes too long, or if
-    /// there is none and this one `has_waited` before.
+    /// Waits for memory for a payload, in order; how much was taken: no more than there is. `None`
+    /// if that takes too long, or if there is none and this one `has_waited` before.
     pub fn take_payload(&self, bytes: usize, has_waited: bool) -> Option<usize> {
         let kept = self.kept_for_work();
         let bytes = bytes.min(self.division.writes_bytes - kept);
@@ -262,7 +276,8 @@ impl Memory {
             }
             let now = Instant::now();
             let begun = *begun.get_or_insert(now);
-            // Those who come later don't wait all over again for what others have waited for in vain.
+            // Those who come later don't wait all over again for what others have waited for in
+            // vain.
             let since = state.starved.map_or(begun, |(since, _)| since.min(begun));
             let patience = self.stuck.saturating_sub(now.saturating_duration_since(since));
             if patience.is_zero() || has_waited {
@@ -272,7 +287,11 @@ impl Memory {
                 self.changed.notify_all();
                 return None;
             }
-            state = self.changed.wait_timeout(state, patience).unwrap_or_else(PoisonError::into_inner).0;
+            state = self
+                .changed
+                .wait_timeout(state, patience)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
     }
 
@@ -289,7 +308,10 @@ impl Memory {
         if state.starved.is_some_and(|(_, least)| state.writes_free >= least) {
             state.starved = None;
         }
-        assert!(state.writes_free <= self.division.writes_bytes, "more memory was given back than taken");
+        assert!(
+            state.writes_free <= self.division.writes_bytes,
+            "more memory was given back than taken"
+        );
         drop(state);
         self.changed.notify_all();
     }
@@ -305,7 +327,9 @@ impl Memory {
     #[cfg(any(test, fuzzing))]
     pub fn taken(&self) -> usize {
         let state = self.lock();
-        self.division.replies_bytes + self.division.writes_bytes - state.replies_free - state.writes_free
+        self.division.replies_bytes + self.division.writes_bytes
+            - state.replies_free
+            - state.writes_free
     }
 }
 
@@ -329,14 +353,23 @@ mod tests {
         assert_eq!(Division::of(64 * MIB).connections_max, 128);
     }
 
-    /// Connections that were asked for must each have their buffers; where the memory does not do, what would is said.
+    /// Connections that were asked for must each have their buffers; where the memory does not do,
+    /// what would is said.
     #[test]
     fn any_number_of_connections_fits_into_the_memory_or_the_memory_that_it_needs_is_told() {
         for count in [1, 7, 128, 1024, CONNECTIONS_LIMIT] {
-            let needed = Division::with_connections(16 * MIB, count).map_or_else(|needed| needed, |_| 16 * MIB);
-            assert!(Division::with_connections(needed - 8 * MIB, count).is_err() || needed <= 32 * MIB, "{count}");
-            let division = Division::with_connections(needed, count).expect("as much as was asked for");
-            let (pool, sum) = (division.replies_bytes.min(division.writes_bytes), division.connections_bytes() as u64);
+            let needed = Division::with_connections(16 * MIB, count)
+                .map_or_else(|needed| needed, |_| 16 * MIB);
+            assert!(
+                Division::with_connections(needed - 8 * MIB, count).is_err() || needed <= 32 * MIB,
+                "{count}"
+            );
+            let division =
+                Division::with_connections(needed, count).expect("as much as was asked for");
+            let (pool, sum) = (
+                division.replies_bytes.min(division.writes_bytes),
+                division.connections_bytes() as u64,
+            );
             assert_eq!(division.connections_max, count as usize);
             assert!(pool >= MIB as usize, "{count}: {division:?}");
             assert!(division.engine_bytes + sum <= needed, "{count}: {division:?}");
@@ -345,8 +378,9 @@ mod tests {
         assert!(Division::with_connections(256 * MIB, 1024).is_ok(), "at the default memory");
     }
 
-    /// A handle may pin a quarter of the memory, and a read that finds no pins left waits behind all that find some. If this fails,
-    /// a client that asks for CACHE all the time may wait for ever for what it reads beside.
+    /// A handle may pin a quarter of the memory, and a read that finds no pins left waits behind
+    /// all that find some. If this fails, a client that asks for CACHE all the time may wait for
+    /// ever for what it reads beside.
     #[test]
     fn what_a_connection_has_under_way_pins_less_than_it_may() {
         for mib in [16, 17, 24, 33, 64, 100, 256, 1000, 4096, 1 << 16] {
@@ -354,14 +388,19 @@ mod tests {
             let may_pin = division.engine_bytes as usize / (PAGE + 512) / 4;
             let requests = super::super::Limits::default().requests_max;
             let caching = requests.min(division.writes_bytes / WORK_BYTES);
-            // A connection has no more of the memory for replies than it leaves free; its reads may begin and end within pages.
+            // A connection has no more of the memory for replies than it leaves free; its reads may
+            // begin and end within pages.
             let reads = (division.replies_bytes / 2 + division.own_bytes) / PAGE + 2 * requests;
             let pins = caching * super::super::volume::CACHE_PAGES + reads;
-            assert!(pins <= may_pin, "{mib} MiB: {caching} CACHEs and reads of {reads} pages pin {pins} of {may_pin}");
+            assert!(
+                pins <= may_pin,
+                "{mib} MiB: {caching} CACHEs and reads of {reads} pages pin {pins} of {may_pin}"
+            );
         }
     }
 
-    /// One client that never reads must not leave the others with nothing, nor must a hundred of them.
+    /// One client that never reads must not leave the others with nothing, nor must a hundred of
+    /// them.
     #[test]
     fn however_many_hold_memory_for_replies_the_next_one_gets_some_or_has_its_own() {
         let memory = Memory::new(Division::of(64 * MIB));
@@ -376,11 +415,15 @@ mod tests {
         assert!(given.len() >= 8, "{given:?}");
         given.into_iter().for_each(|bytes| memory.give_reply(bytes));
         assert_eq!(memory.taken(), 0);
-        assert_eq!(memory.take_reply(0, 4096, 1 << 20), Some(4096), "small ones get what they want");
+        assert_eq!(
+            memory.take_reply(0, 4096, 1 << 20),
+            Some(4096),
+            "small ones get what they want"
+        );
     }
 
-    /// Clients that stop within a payload keep its memory until they are cut off: nobody else is to wait for that, nor for those that
-    /// queue up behind them and may do the same.
+    /// Clients that stop within a payload keep its memory until they are cut off: nobody else is to
+    /// wait for that, nor for those that queue up behind them and may do the same.
     #[test]
     fn a_payload_is_not_waited_for_when_nothing_moves_and_work_goes_before_payloads() {
         let mut memory = Memory::new(Division::of(16 * MIB));
@@ -419,7 +462,8 @@ mod tests {
         assert!(own >= PAGE && payload_charge(own) <= memory.division().own_bytes);
     }
 
-    /// If a large write could be overtaken for ever by small ones, a file system's would time out under load.
+    /// If a large write could be overtaken for ever by small ones, a file system's would time out
+    /// under load.
     #[test]
     fn memory_for_writes_is_given_in_the_order_of_asking() {
         let memory = Memory::new(Division::of(16 * MIB));

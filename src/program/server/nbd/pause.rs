@@ -1,13 +1,17 @@
-//! Waiting for a busy store: without holding up other requests, and for as long as somebody waits for the answer.
+//! Waiting for a busy store: without holding up other requests, and for as long as somebody waits
+//! for the answer.
 //!
 //! ```text
 //! reply thread: block_on(work of the connection) ── parks until something wakes it, or the next pause is over
 //!                     └─ request: Busy ── pause 1 ms … 50 ms ── again, while the connection lives
 //! ```
-//! 1. A pause on a connection's reply thread takes only the request's own time. On any other thread it takes the thread's.
-//! 2. `Busy` and `Conflict` are no failures: they are waited for while the connection lives, and [`LAST_TRIES`] longer. Who
-//!    would hear of them puts a file system into read-only mode. Where there is no connection, [`ALONE`] is the limit.
-//! 3. Nothing is tried for a client that is gone: a late write would land on what it has written over its next connection.
+//! 1. A pause on a connection's reply thread takes only the request's own time. On any other thread
+//!    it takes the thread's.
+//! 2. `Busy` and `Conflict` are no failures: they are waited for while the connection lives, and
+//!    [`LAST_TRIES`] longer. Who would hear of them puts a file system into read-only mode. Where
+//!    there is no connection, [`ALONE`] is the limit.
+//! 3. Nothing is tried for a client that is gone: a late write would land on what it has written
+//!    over its next connection.
 //! 4. That requests wait is said at most once in [`WARNING_PAUSE`].
 
 use super::proto::{Errno, Fault};
@@ -81,7 +85,8 @@ pub fn block_on<T>(client: impl Fn() -> Client + 'static, work: impl Future<Outp
             return value;
         }
         let next = HERE.with_borrow(|here| {
-            here.as_ref().and_then(|timers| timers.sleeping.first_key_value().map(|((end, _), _)| *end))
+            here.as_ref()
+                .and_then(|timers| timers.sleeping.first_key_value().map(|((end, _), _)| *end))
         });
         match next {
             Some(end) => drop(parker.park_deadline(end)),
@@ -166,12 +171,15 @@ impl Wait {
         match client() {
             None => now - self.begun >= ALONE,
             Some(Client::Waits) => false,
-            Some(Client::Ends | Client::IsGone) => now - *self.ended.get_or_insert(now) >= LAST_TRIES,
+            Some(Client::Ends | Client::IsGone) => {
+                now - *self.ended.get_or_insert(now) >= LAST_TRIES
+            }
         }
     }
 }
 
-/// Tries, unless the client is gone, and again while the store is busy. `fault` makes the client's view of any other error.
+/// Tries, unless the client is gone, and again while the store is busy. `fault` makes the client's
+/// view of any other error.
 pub async fn retry_busy<T, F: Future<Output = Result<T, Error>>>(
     mut attempt: impl FnMut() -> F,
     fault: impl Fn(Error) -> Fault,
@@ -189,7 +197,10 @@ pub async fn retry_busy<T, F: Future<Output = Result<T, Error>>>(
         let now = Instant::now();
         let wait = wait.get_or_insert(Wait { begun: now, pause: PAUSE_MIN, ended: None });
         if wait.is_over(now) {
-            return Err(Fault::new(Errno::Shutdown, format!("the connection ends, and the store is busy: {error}")));
+            return Err(Fault::new(
+                Errno::Shutdown,
+                format!("the connection ends, and the store is busy: {error}"),
+            ));
         }
         warn_of(&error, now - wait.begun, now);
         let end = now + wait.pause;
@@ -230,7 +241,8 @@ mod tests {
         let executor = async_executor::LocalExecutor::new();
         let waits = async {
             let attempt = || async {
-                // Busy until the other has had many turns: if it never has one, this test does not end.
+                // Busy until the other has had many turns: if it never has one, this test does not
+                // end.
                 tries.fetch_add(1, Ordering::Relaxed);
                 if others.load(Ordering::Relaxed) < 1000 { Err(busy()) } else { Ok(7) }
             };
@@ -243,12 +255,14 @@ mod tests {
             }
         };
         let tasks = (executor.spawn(waits), executor.spawn(other));
-        let result = block_on(|| Client::Waits, executor.run(futures_lite::future::zip(tasks.0, tasks.1)));
+        let result =
+            block_on(|| Client::Waits, executor.run(futures_lite::future::zip(tasks.0, tasks.1)));
         assert!(matches!(result.0, Ok(7)), "{:?}", result.0);
         assert!(tries.load(Ordering::Relaxed) < 500, "it does not pause");
     }
 
-    /// A connection whose client has gone must end, and a server stop, though the store never is less busy.
+    /// A connection whose client has gone must end, and a server stop, though the store never is
+    /// less busy.
     #[test]
     fn nobody_waits_for_an_answer_that_nobody_waits_for() {
         let ended = Arc::new(AtomicBool::new(false));
@@ -266,12 +280,15 @@ mod tests {
         assert!(matches!(result, Err(Fault { errno: Errno::Io, .. })), "{result:?}");
     }
 
-    /// The client may have written the same bytes over its next connection: what is tried later than that undoes it.
+    /// The client may have written the same bytes over its next connection: what is tried later
+    /// than that undoes it.
     #[test]
     fn nothing_is_tried_again_for_a_client_that_is_gone() {
         let (tries, gone_after) = (Arc::new(AtomicU32::new(0)), 3);
         let own = tries.clone();
-        let client = move || if own.load(Ordering::Relaxed) < gone_after { Client::Waits } else { Client::IsGone };
+        let client = move || {
+            if own.load(Ordering::Relaxed) < gone_after { Client::Waits } else { Client::IsGone }
+        };
         let attempt = || {
             tries.fetch_add(1, Ordering::Relaxed);
             async { Err::<(), _>(busy()) }

@@ -1,23 +1,25 @@
 //! Every NBD number and every byte layout, and nothing else: bytes in, checked types out.
 //!
-//! Source: `doc/proto.md` of the repository NetworkBlockDevice/nbd. All numbers on the wire are big endian.
+//! Source: `doc/proto.md` of the repository NetworkBlockDevice/nbd. All numbers on the wire are big
+//! endian.
 //!
-//! 1. Parsing takes bytes of known length and never panics: what does not fit is an error of the caller's choice.
+//! 1. Parsing takes bytes of known length and never panics: what does not fit is an error of the
+//!    caller's choice.
 //!
-//! Numbers are here, layouts below: of the handshake in `options`, of the transmission in `requests` and `replies`. Does no
-//! I/O and decides nothing about exports.
+//! Numbers are here, layouts below: of the handshake in `options`, of the transmission in
+//! `requests` and `replies`. Does no I/O and decides nothing about exports.
 
 mod options;
 mod replies;
 mod requests;
 
 pub use options::{
-    InfoRequest, MetaRequest, export_name_reply, greeting, info_block_size, info_export, info_name, list_entry,
-    meta_context, option_reply, parse_name, parse_option,
+    InfoRequest, MetaRequest, export_name_reply, greeting, info_block_size, info_export, info_name,
+    list_entry, meta_context, option_reply, parse_name, parse_option,
 };
 pub use replies::{
-    DATA_CHUNK_HEAD_BYTES, SIMPLE_REPLY_BYTES, data_chunk_head, empty_chunk, error_chunk, hole_chunk, simple_reply,
-    status_chunk,
+    DATA_CHUNK_HEAD_BYTES, SIMPLE_REPLY_BYTES, data_chunk_head, empty_chunk, error_chunk,
+    hole_chunk, simple_reply, status_chunk,
 };
 pub use requests::{Command, REQUEST_BYTES, Request};
 
@@ -37,7 +39,8 @@ pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 /// Start of every chunk of a structured reply.
 pub const CHUNK_MAGIC: u32 = 0x668e_33ef;
 
-/// Handshake flags of the server: fixed newstyle, and the 124 zeros after EXPORT_NAME may be left out.
+/// Handshake flags of the server: fixed newstyle, and the 124 zeros after EXPORT_NAME may be left
+/// out.
 pub const SERVER_FLAGS: u16 = 1 | 1 << 1;
 /// Client flag: the client knows fixed newstyle.
 pub const CLIENT_FIXED_NEWSTYLE: u32 = 1;
@@ -119,9 +122,9 @@ pub const ALLOCATION_ID: u32 = 1;
 /// Status of an extent in it: not stored, and reads as zeros.
 pub const STATUS_HOLE: u32 = 1 | 1 << 1;
 
-/// Transmission flags of every export: flags are valid, FLUSH, FUA, TRIM, WRITE_ZEROES, several connections
-/// (a flush of the store covers the acknowledged writes of all of them), CACHE, and fast zeroing. With structured replies
-/// also reads in one piece.
+/// Transmission flags of every export: flags are valid, FLUSH, FUA, TRIM, WRITE_ZEROES, several
+/// connections (a flush of the store covers the acknowledged writes of all of them), CACHE, and
+/// fast zeroing. With structured replies also reads in one piece.
 pub fn export_flags(structured: bool) -> u16 {
     let always = 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 10 | 1 << 11;
     if structured { always | 1 << 7 } else { always }
@@ -154,13 +157,15 @@ pub mod flag {
 pub const BLOCK_MIN_BYTES: u32 = 1;
 /// What clients should use: a page.
 pub const BLOCK_PREFERRED_BYTES: u32 = 4096;
-/// Largest READ or WRITE that is announced: what clients may assume without asking, so less would break them. Larger ones are
-/// served like any other, in parts, but for a READ that must be answered by one chunk.
+/// Largest READ or WRITE that is announced: what clients may assume without asking, so less would
+/// break them. Larger ones are served like any other, in parts, but for a READ that must be
+/// answered by one chunk.
 pub const PAYLOAD_BYTES_MAX: u32 = 32 << 20;
 /// Longest string of the protocol.
 pub const STRING_BYTES_MAX: usize = 4096;
-/// Longest option that is read at all: room for the longest name, and any list of facts (2 bytes each) or of metadata contexts
-/// that makes sense. In a handshake it is all that a connection holds; `serve --help` counts it.
+/// Longest option that is read at all: room for the longest name, and any list of facts (2 bytes
+/// each) or of metadata contexts that makes sense. In a handshake it is all that a connection
+/// holds; `serve --help` counts it.
 pub const OPTION_BYTES_MAX: u32 = 64 << 10;
 
 /// Errors of the transmission phase, with their numbers on the wire.

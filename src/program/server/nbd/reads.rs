@@ -1,9 +1,10 @@
 //! Answers to reads: whole where there is memory for that, else piece by piece.
 //!
 //! 1. A read whose data has memory is answered as a whole, in the order in which reads end.
-//! 2. A larger one is answered in pieces as large as the memory that it has, each read when the one before it is written. In
-//!    chunks (structured replies) other replies may come between. A reply that must be in one piece has the socket to
-//!    itself: with a failure behind its head, which can't be told any more, the connection ends, as the protocol asks for.
+//! 2. A larger one is answered in pieces as large as the memory that it has, each read when the one
+//!    before it is written. In chunks (structured replies) other replies may come between. A reply
+//!    that must be in one piece has the socket to itself: with a failure behind its head, which
+//!    can't be told any more, the connection ends, as the protocol asks for.
 //!
 //! Does not know what is behind an [`Export`].
 
@@ -34,7 +35,13 @@ impl<E: Export> Connection<'_, E> {
     fn head(&self, request: &Request) -> Vec<u8> {
         match self.agreed.structured {
             false => proto::simple_reply(request.cookie, Ok(())).to_vec(),
-            true => proto::data_chunk_head(request.cookie, true, request.offset, request.length as usize).to_vec(),
+            true => proto::data_chunk_head(
+                request.cookie,
+                true,
+                request.offset,
+                request.length as usize,
+            )
+            .to_vec(),
         }
     }
 
@@ -44,7 +51,8 @@ impl<E: Export> Connection<'_, E> {
         if length == 0 && self.agreed.structured {
             return Ok(proto::empty_chunk(request.cookie));
         }
-        let head_bytes = if self.agreed.structured { DATA_CHUNK_HEAD_BYTES } else { SIMPLE_REPLY_BYTES };
+        let head_bytes =
+            if self.agreed.structured { DATA_CHUNK_HEAD_BYTES } else { SIMPLE_REPLY_BYTES };
         let mut out = vec![0; head_bytes + length];
         let mut holes = Holes::default();
         if length > 0 {
@@ -59,7 +67,8 @@ impl<E: Export> Connection<'_, E> {
         Ok(out)
     }
 
-    /// Answers a read in pieces. An error is for the client: nothing was written yet, or whole chunks.
+    /// Answers a read in pieces. An error is for the client: nothing was written yet, or whole
+    /// chunks.
     pub(super) async fn stream(&self, request: &Request, pass: &Pass<'_>) -> Result<(), Fault> {
         let is_in_one = self.is_in_one(request);
         let mut turn = if is_in_one { Some(self.turn.lock().await) } else { None };
@@ -110,7 +119,8 @@ fn piece(offset: u64, end: u64, room: usize) -> usize {
     if offset + most < end && behind > offset { (behind - offset) as usize } else { most as usize }
 }
 
-/// Makes chunks of what was read at `offset`, in place: `out` is room for one head, and the data. How many bytes they are.
+/// Makes chunks of what was read at `offset`, in place: `out` is room for one head, and the data.
+/// How many bytes they are.
 fn in_chunks(out: &mut [u8], cookie: u64, offset: u64, is_last: bool, holes: &Holes) -> usize {
     let data_bytes = out.len() - DATA_CHUNK_HEAD_BYTES;
     let (mut to, mut pieces) = (0, holes.pieces(data_bytes, LONE_HOLE_BYTES_MIN));
@@ -124,10 +134,14 @@ fn in_chunks(out: &mut [u8], cookie: u64, offset: u64, is_last: bool, holes: &Ho
             out[to..to + chunk.len()].copy_from_slice(&chunk);
             to += chunk.len();
         } else {
-            // Never over what is still to be moved: a hole in front of it has left room for its own chunk and this head.
+            // Never over what is still to be moved: a hole in front of it has left room for its own
+            // chunk and this head.
             assert!(to <= start, "a chunk over data that was not told yet");
             let head = proto::data_chunk_head(cookie, done, offset, end - start);
-            out.copy_within(DATA_CHUNK_HEAD_BYTES + start..DATA_CHUNK_HEAD_BYTES + end, to + head.len());
+            out.copy_within(
+                DATA_CHUNK_HEAD_BYTES + start..DATA_CHUNK_HEAD_BYTES + end,
+                to + head.len(),
+            );
             out[to..to + head.len()].copy_from_slice(&head);
             to += head.len() + end - start;
         }
@@ -142,15 +156,22 @@ mod tests {
     /// A piece that never ends, or of no bytes, is a client that waits for ever.
     #[test]
     fn pieces_of_a_read_cover_it_and_end_with_pages() {
-        for (offset, length, room) in
-            [(0, 100_000, 6144), (5, 50_000, 6144), (4095, 8194, 4096), (7, 10, 4096), (4090, 4096, 9)]
-        {
+        for (offset, length, room) in [
+            (0, 100_000, 6144),
+            (5, 50_000, 6144),
+            (4095, 8194, 4096),
+            (7, 10, 4096),
+            (4090, 4096, 9),
+        ] {
             let (mut at, end) = (offset, offset + length);
             while at < end {
                 let piece = piece(at, end, room);
                 assert!(0 < piece && piece <= room);
                 at += piece as u64;
-                assert!(at == end || at.is_multiple_of(PAGE as u64) || room < PAGE, "a piece ends at {at}");
+                assert!(
+                    at == end || at.is_multiple_of(PAGE as u64) || room < PAGE,
+                    "a piece ends at {at}"
+                );
             }
             assert_eq!(at, end);
         }
@@ -166,7 +187,8 @@ mod tests {
         };
         for _ in 0..500 {
             let length = 1 + below(600);
-            let (mut data, mut holes, mut at) = (vec![0; length], Holes::default(), below(3) * below(100));
+            let (mut data, mut holes, mut at) =
+                (vec![0; length], Holes::default(), below(3) * below(100));
             data.iter_mut().for_each(|byte| *byte = 1 + below(255) as u8);
             while at < length {
                 let end = (at + 1 + below(200)).min(length);
@@ -184,7 +206,10 @@ mod tests {
                 assert_eq!(offset, 1000 + told.len() as u64);
                 match kind {
                     1 => told.extend_from_slice(&rest[28..20 + size]),
-                    _ => told.resize(told.len() + u32::from_be_bytes(rest[28..32].try_into().unwrap()) as usize, 0),
+                    _ => told.resize(
+                        told.len() + u32::from_be_bytes(rest[28..32].try_into().unwrap()) as usize,
+                        0,
+                    ),
                 }
                 assert_eq!(rest[5] == 1, told.len() == length, "the end is told at the end");
                 rest = &rest[20 + size..];

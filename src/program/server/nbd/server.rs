@@ -1,8 +1,9 @@
 //! Connections and their end: accepts, counts, stops.
 //!
 //! 1. A connection is in the table from before its threads start until after they have ended.
-//! 2. [`Server::stop`]: no new connections, no new requests (`ESHUTDOWN`), what is in flight is answered; a client that
-//!    does not take its replies is cut off after the grace time. When it returns true, nobody uses the exports any more.
+//! 2. [`Server::stop`]: no new connections, no new requests (`ESHUTDOWN`), what is in flight is
+//!    answered; a client that does not take its replies is cut off after the grace time. When it
+//!    returns true, nobody uses the exports any more.
 //!
 //! Does not close the store.
 
@@ -48,7 +49,12 @@ struct Connections {
 
 impl<X: Exports> Server<X> {
     /// Starts a thread per listener.
-    pub fn start(listeners: Vec<Listener>, exports: X, limits: Limits, memory: Arc<Memory>) -> io::Result<Self> {
+    pub fn start(
+        listeners: Vec<Listener>,
+        exports: X,
+        limits: Limits,
+        memory: Arc<Memory>,
+    ) -> io::Result<Self> {
         let admission = Admission::new(memory.division().connections_max);
         let shared = Arc::new(Shared {
             exports,
@@ -62,7 +68,9 @@ impl<X: Exports> Server<X> {
         for listener in listeners {
             let (listener, shared) = (Arc::new(listener), server.shared.clone());
             let own = listener.clone();
-            let work = move || crate::program::server::persistently("NBD clients", || accept(&own, &shared));
+            let work = move || {
+                crate::program::server::persistently("NBD clients", || accept(&own, &shared))
+            };
             let thread = std::thread::Builder::new()
                 .name("nbd-accept".into())
                 .spawn(work)
@@ -77,7 +85,8 @@ impl<X: Exports> Server<X> {
         &self.shared.exports
     }
 
-    /// Ends it, see the head of this file. False if requests still wait for the store after a long time.
+    /// Ends it, see the head of this file. False if requests still wait for the store after a long
+    /// time.
     pub fn stop(mut self) -> bool {
         self.shared.stopping.store(true, Ordering::Release);
         for (listener, thread) in self.acceptors.drain(..) {
@@ -145,7 +154,8 @@ impl<X: Exports> Shared<X> {
     }
 
     fn connection(&self, id: u64, socket: &Socket) -> io::Result<()> {
-        let mut stream = Deadline::with_pause(socket, self.limits.handshake, self.limits.handshake_pause);
+        let mut stream =
+            Deadline::with_pause(socket, self.limits.handshake, self.limits.handshake_pause);
         let outcome = handshake(&mut stream, &self.exports, self.limits.handshake_bytes_max)?;
         let Outcome::Chosen(name, export, agreed) = outcome else { return Ok(()) };
         stream.lift()?;

@@ -1,7 +1,8 @@
 //! A stream socket of either family behind one face.
 //!
 //! 1. Reads and writes go through `&Socket`, so that one thread can read while another writes.
-//! 2. [`Socket::shut`] can be called from any thread and wakes whoever is blocked in a read or a write.
+//! 2. [`Socket::shut`] can be called from any thread and wakes whoever is blocked in a read or a
+//!    write.
 
 use super::admission::Peer;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -39,8 +40,12 @@ impl Socket {
     /// Who is at the other end.
     pub fn peer(&self) -> Peer {
         match self {
-            Socket::Tcp(stream) => stream.peer_addr().map_or(Peer::Unknown, |address| Peer::machine(address.ip())),
-            Socket::Unix(stream) => socket_peercred(stream).map_or(Peer::Unknown, |peer| Peer::User(peer.uid.as_raw())),
+            Socket::Tcp(stream) => {
+                stream.peer_addr().map_or(Peer::Unknown, |address| Peer::machine(address.ip()))
+            }
+            Socket::Unix(stream) => {
+                socket_peercred(stream).map_or(Peer::Unknown, |peer| Peer::User(peer.uid.as_raw()))
+            }
             #[cfg(any(test, fuzzing))]
             Socket::Canned(_) => Peer::Unknown,
         }
@@ -56,8 +61,8 @@ impl Socket {
         self.has_event(PollFlags::RDHUP)
     }
 
-    /// Whether nothing that is sent can arrive any more. Of a TCP client that has closed its side in order this is known only
-    /// once something was sent to it.
+    /// Whether nothing that is sent can arrive any more. Of a TCP client that has closed its side
+    /// in order this is known only once something was sent to it.
     pub fn is_dead(&self) -> bool {
         self.has_event(PollFlags::empty())
     }
@@ -116,7 +121,8 @@ mod canned {
     use std::sync::{Mutex, MutexGuard, PoisonError};
     use std::time::Duration;
 
-    /// It says its bytes in pieces, hangs up after them, and takes answers up to a limit; then it is gone.
+    /// It says its bytes in pieces, hangs up after them, and takes answers up to a limit; then it
+    /// is gone.
     #[derive(Debug)]
     pub struct Canned(Mutex<State>);
 
@@ -133,7 +139,14 @@ mod canned {
     impl Canned {
         /// Says `said` in pieces of `piece` bytes at most, and takes `room` bytes.
         pub fn new(said: Vec<u8>, piece: usize, room: usize) -> Self {
-            Canned(Mutex::new(State { said, at: 0, piece, answered: Vec::new(), room, is_shut: false }))
+            Canned(Mutex::new(State {
+                said,
+                at: 0,
+                piece,
+                answered: Vec::new(),
+                room,
+                is_shut: false,
+            }))
         }
 
         /// What it was answered.
@@ -197,8 +210,8 @@ mod canned {
     }
 }
 
-/// A socket whose reads and writes all together end at one time: a timeout per read would let a client that sends
-/// a byte now and then stay for ever.
+/// A socket whose reads and writes all together end at one time: a timeout per read would let a
+/// client that sends a byte now and then stay for ever.
 pub struct Deadline<'a> {
     socket: &'a Socket,
     end: Instant,

@@ -1,6 +1,7 @@
 //! Byte ranges as pages: pure planning, no I/O.
 //!
-//! 1. The spans of a range cover each of its bytes exactly once, in order; only the first and the last can be partial.
+//! 1. The spans of a range cover each of its bytes exactly once, in order; only the first and the
+//!    last can be partial.
 //! 2. A batch of spans never passes its bounds, and is never empty.
 
 use std::iter::Peekable;
@@ -45,8 +46,8 @@ pub fn spans(offset: u64, length: u64) -> impl Iterator<Item = Span> {
     })
 }
 
-/// Takes spans off `from` for one commit: at most `count_max` of them, and at most `bytes_max` of what `cost` says,
-/// but always one.
+/// Takes spans off `from` for one commit: at most `count_max` of them, and at most `bytes_max` of
+/// what `cost` says, but always one.
 pub fn batch<I: Iterator<Item = Span>>(
     from: &mut Peekable<I>,
     count_max: usize,
@@ -55,8 +56,8 @@ pub fn batch<I: Iterator<Item = Span>>(
 ) -> Vec<Span> {
     let mut batch = Vec::new();
     let mut bytes = 0;
-    while let Some(span) =
-        from.next_if(|s| batch.is_empty() || (batch.len() < count_max && bytes + cost(s) <= bytes_max))
+    while let Some(span) = from
+        .next_if(|s| batch.is_empty() || (batch.len() < count_max && bytes + cost(s) <= bytes_max))
     {
         bytes += cost(&span);
         batch.push(span);
@@ -83,7 +84,8 @@ mod tests {
         assert_eq!(all(u64::MAX - 1, 1), [(u64::MAX / 4096, 4094, 1)]);
     }
 
-    /// A commit beyond the limits would be refused by the store, and with it a request that is in order.
+    /// A commit beyond the limits would be refused by the store, and with it a request that is in
+    /// order.
     #[test]
     fn batches_keep_their_bounds_and_lose_nothing() {
         let mut rest = spans(10, 10 * 4096).peekable();
@@ -95,6 +97,10 @@ mod tests {
             seen.extend(batch);
         }
         assert_eq!(seen, spans(10, 10 * 4096).collect::<Vec<_>>());
-        assert_eq!(batch(&mut spans(0, 4096).peekable(), 1, 1, |_| 99).len(), 1, "one span always goes");
+        assert_eq!(
+            batch(&mut spans(0, 4096).peekable(), 1, 1, |_| 99).len(),
+            1,
+            "one span always goes"
+        );
     }
 }

@@ -1,7 +1,7 @@
 //! Exports over a real store: what is told about a volume is true, also while it changes its size.
 //!
-//! If these fail, clients lose data that they were told is a hole, copy holes as data, or bring back what was cut off.
-//! The protocol without a store: `tests.rs`.
+//! If these fail, clients lose data that they were told is a hole, copy holes as data, or bring
+//! back what was cut off. The protocol without a store: `tests.rs`.
 
 use super::holes::Holes;
 use super::memory::{Division, Memory};
@@ -30,7 +30,12 @@ fn export(exports: &StoreExports) -> <StoreExports as Exports>::Export {
 }
 
 /// Length and kind of all extents of a range, asked for as a client does.
-fn extents<E: Export>(export: &E, offset: u64, length: u64, extents_max: usize) -> Vec<(u64, bool)> {
+fn extents<E: Export>(
+    export: &E,
+    offset: u64,
+    length: u64,
+    extents_max: usize,
+) -> Vec<(u64, bool)> {
     let mut all: Vec<(u64, bool)> = Vec::new();
     let mut at = offset;
     while at < offset + length {
@@ -40,7 +45,9 @@ fn extents<E: Export>(export: &E, offset: u64, length: u64, extents_max: usize) 
         for extent in some {
             at += u64::from(extent.bytes);
             match all.last_mut() {
-                Some((bytes, is_hole)) if *is_hole == extent.is_hole => *bytes += u64::from(extent.bytes),
+                Some((bytes, is_hole)) if *is_hole == extent.is_hole => {
+                    *bytes += u64::from(extent.bytes)
+                }
                 _ => all.push((u64::from(extent.bytes), extent.is_hole)),
             }
         }
@@ -74,7 +81,10 @@ fn extents_tell_what_is_stored_to_the_page() {
     assert_eq!(extents(&disk, page(5) + 7, page(1), 9), [(page(1) - 7, false), (7, true)]);
     block_on(disk.zero(page(1), page(4), true, false)).unwrap();
     block_on(disk.zero(page(2), page(1), false, false)).unwrap();
-    assert_eq!(extents(&disk, 0, page(6), 9), [(page(2), true), (page(1), false), (page(2), true), (page(1), false)]);
+    assert_eq!(
+        extents(&disk, 0, page(6), 9),
+        [(page(2), true), (page(1), false), (page(2), true), (page(1), false)]
+    );
     block_on(store.close()).unwrap();
 }
 
@@ -91,13 +101,20 @@ fn holes_of_a_read_are_the_pages_that_are_not_stored() {
     let told = holes.pieces(end, 1);
     let at = |page: usize| page * PAGE - 10;
     // Page 4 is stored, full of zeros.
-    let pieces = [(0..at(2), true), (at(2)..at(3), false), (at(3)..at(4), true), (at(4)..at(5), false)];
+    let pieces =
+        [(0..at(2), true), (at(2)..at(3), false), (at(3)..at(4), true), (at(4)..at(5), false)];
     assert_eq!(told, [&pieces[..], &[(at(5)..end, true)]].concat());
-    assert!(bytes.iter().enumerate().all(|(n, byte)| *byte == 7 * u8::from((at(2)..at(3)).contains(&n))));
+    assert!(
+        bytes
+            .iter()
+            .enumerate()
+            .all(|(n, byte)| *byte == 7 * u8::from((at(2)..at(3)).contains(&n)))
+    );
     block_on(store.close()).unwrap();
 }
 
-/// A trim of a terabyte must take the time of what is in it, and not a byte more than it was asked for.
+/// A trim of a terabyte must take the time of what is in it, and not a byte more than it was asked
+/// for.
 #[test]
 fn huge_holes_are_made_to_the_byte() {
     let (_dir, store, exports) = opened();
@@ -105,7 +122,8 @@ fn huge_holes_are_made_to_the_byte() {
     let end = 1024 * GIB;
     let (first, last) = (5_000, end - 3_000);
     for at in [0, 4096, 8192, 300 * GIB + 1, end - 12_288, end - 8192] {
-        block_on(disk.write(at, Bytes::from(vec![9; 8192.min((end - at) as usize)]), false)).unwrap();
+        block_on(disk.write(at, Bytes::from(vec![9; 8192.min((end - at) as usize)]), false))
+            .unwrap();
     }
     block_on(disk.zero(first, last - first, true, true)).unwrap();
     let read = |at: u64, length: usize| {
@@ -119,7 +137,8 @@ fn huge_holes_are_made_to_the_byte() {
     block_on(store.close()).unwrap();
 }
 
-/// A volume changes its size under its clients: old ones must not write behind its end, new ones must see all of it.
+/// A volume changes its size under its clients: old ones must not write behind its end, new ones
+/// must see all of it.
 #[test]
 fn new_connections_see_the_new_size_and_old_ones_stay_inside_both() {
     let (_dir, store, exports) = opened();
@@ -138,7 +157,10 @@ fn new_connections_see_the_new_size_and_old_ones_stay_inside_both() {
     assert_eq!(old.bytes_now(), 0);
     assert!(exports.find("").unwrap().is_none());
     let refused = block_on(old.write(0, Bytes::from_static(b"x"), false));
-    assert!(old.is_deleted() && matches!(refused, Err(Fault { errno: Errno::Shutdown, .. })), "{refused:?}");
+    assert!(
+        old.is_deleted() && matches!(refused, Err(Fault { errno: Errno::Shutdown, .. })),
+        "{refused:?}"
+    );
     block_on(store.close()).unwrap();
 }
 

@@ -1,7 +1,9 @@
-//! The protocol against an export in memory, with the faults that a real store does not show on demand: a client that
-//! sends rubbish, one that never reads, an export that stalls, fails or panics.
+//! The protocol against an export in memory, with the faults that a real store does not show on
+//! demand: a client that sends rubbish, one that never reads, an export that stalls, fails or
+//! panics.
 //!
-//! If these fail, one client can hang or end what others are doing. Requests against a real store: `tests/fast/nbd_protocol.rs`.
+//! If these fail, one client can hang or end what others are doing. Requests against a real store:
+//! `tests/fast/nbd_protocol.rs`.
 
 mod handshake;
 mod listener;
@@ -26,8 +28,9 @@ use std::time::{Duration, Instant};
 
 const SIZE: u64 = 64 << 20;
 
-/// An export in memory; `stall` holds its flushes back, `fault` makes its next writes fail, `shrunk` takes bytes off
-/// its end. While it is `busy` its writes are tried again, as those of a store are; reads from `unreadable` on fail.
+/// An export in memory; `stall` holds its flushes back, `fault` makes its next writes fail,
+/// `shrunk` takes bytes off its end. While it is `busy` its writes are tried again, as those of a
+/// store are; reads from `unreadable` on fail.
 #[derive(Clone, Default)]
 struct Memory {
     data: Arc<Mutex<Vec<u8>>>,
@@ -105,7 +108,12 @@ impl Export for Memory {
         Ok(())
     }
     /// The first 1,000 bytes asked for are stored, the rest is a hole.
-    async fn allocation(&self, _offset: u64, length: u32, extents_max: usize) -> Result<Vec<Extent>, Fault> {
+    async fn allocation(
+        &self,
+        _offset: u64,
+        length: u32,
+        extents_max: usize,
+    ) -> Result<Vec<Extent>, Fault> {
         let stored = Extent { bytes: length.min(1000), is_hole: false };
         let hole = Extent { bytes: length - stored.bytes, is_hole: true };
         Ok([stored, hole].into_iter().filter(|e| e.bytes > 0).take(extents_max).collect())
@@ -145,11 +153,16 @@ impl Write for Canned {
 const TALK_BYTES_MAX: usize = 200_000;
 
 fn option_bytes(number: u32, data: &[u8]) -> Vec<u8> {
-    let head = [&proto::OPTION_MAGIC.to_be_bytes()[..], &number.to_be_bytes(), &(data.len() as u32).to_be_bytes()];
+    let head = [
+        &proto::OPTION_MAGIC.to_be_bytes()[..],
+        &number.to_be_bytes(),
+        &(data.len() as u32).to_be_bytes(),
+    ];
     [&head.concat()[..], data].concat()
 }
 
-/// Runs a handshake over what a client says after the greeting; the outcome, and the answer without the greeting.
+/// Runs a handshake over what a client says after the greeting; the outcome, and the answer without
+/// the greeting.
 fn talk(said: &[Vec<u8>]) -> (io::Result<Outcome<Memory>>, Vec<u8>) {
     let mut stream = Canned(Cursor::new(said.concat()), Vec::new());
     let outcome = handshake(&mut stream, &Memory::default(), TALK_BYTES_MAX);
@@ -170,7 +183,10 @@ fn flagged(flags: u16, command: u16, cookie: u64, offset: u64, length: u32) -> V
 }
 
 /// A connection in transmission, and what became of its server side.
-fn connect(export: &Memory, stopping: Arc<AtomicBool>) -> (UnixStream, std::thread::JoinHandle<io::Result<()>>) {
+fn connect(
+    export: &Memory,
+    stopping: Arc<AtomicBool>,
+) -> (UnixStream, std::thread::JoinHandle<io::Result<()>>) {
     connect_as(export, Agreed::default(), stopping)
 }
 
@@ -190,7 +206,8 @@ fn usual() -> Arc<Budget> {
 /// So little memory that nearly nothing can be done as a whole.
 fn little() -> Arc<Budget> {
     let (replies_bytes, writes_bytes) = (10 << 10, 40 << 10);
-    let division = Division { own_bytes: 8 << 10, replies_bytes, writes_bytes, ..Division::of(16 << 20) };
+    let division =
+        Division { own_bytes: 8 << 10, replies_bytes, writes_bytes, ..Division::of(16 << 20) };
     Arc::new(Budget::new(division))
 }
 
@@ -219,7 +236,10 @@ fn next_reply(client: &mut UnixStream) -> (u64, u32) {
     let mut bytes = [0; 16];
     client.read_exact(&mut bytes).unwrap();
     assert_eq!(bytes[..4], proto::SIMPLE_REPLY_MAGIC.to_be_bytes());
-    (u64::from_be_bytes(bytes[8..].try_into().unwrap()), u32::from_be_bytes(bytes[4..8].try_into().unwrap()))
+    (
+        u64::from_be_bytes(bytes[8..].try_into().unwrap()),
+        u32::from_be_bytes(bytes[4..8].try_into().unwrap()),
+    )
 }
 
 fn never() -> Arc<AtomicBool> {
@@ -244,7 +264,10 @@ fn listening(limits: Limits) -> (tempfile::TempDir, std::path::PathBuf, Server<M
     listening_with(limits, usual())
 }
 
-fn listening_with(limits: Limits, budget: Arc<Budget>) -> (tempfile::TempDir, std::path::PathBuf, Server<Memory>) {
+fn listening_with(
+    limits: Limits,
+    budget: Arc<Budget>,
+) -> (tempfile::TempDir, std::path::PathBuf, Server<Memory>) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     let listener = Address::Unix(path.clone()).plan(dir.path()).unwrap().bind().unwrap();

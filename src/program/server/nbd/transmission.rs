@@ -6,18 +6,21 @@
 //!                 └──────── next                  reply thread: export; all replies that are ready in one write
 //! ```
 //!
-//! 1. Only the reply thread writes to the socket, so replies never mix. It writes before it waits: no reply waits for another.
-//! 2. A payload is read whole before the next header, also for a request that is refused; where that is not possible
-//!    the connection ends.
-//! 3. When [`serve`] returns, no request of this connection is under way any more: each was answered, or its client is gone.
-//!    Once a client is known to be gone, nothing that it asked for is begun: the device works for those who are there, and no
-//!    late write lands on what the client has written over a new connection.
-//! 4. A request has its memory before it is begun (see [`Memory`]), so not reading from the socket is what holds a client back.
-//!    One that is larger than what can be had is served in parts: a read as `reads` says; a write by commits in order of
-//!    offset, each as large as a commit can be, of which only the last asks for durability.
+//! 1. Only the reply thread writes to the socket, so replies never mix. It writes before it waits:
+//!    no reply waits for another.
+//! 2. A payload is read whole before the next header, also for a request that is refused; where
+//!    that is not possible the connection ends.
+//! 3. When [`serve`] returns, no request of this connection is under way any more: each was
+//!    answered, or its client is gone. Once a client is known to be gone, nothing that it asked for
+//!    is begun: the device works for those who are there, and no late write lands on what the
+//!    client has written over a new connection.
+//! 4. A request has its memory before it is begun (see [`Memory`]), so not reading from the socket
+//!    is what holds a client back. One that is larger than what can be had is served in parts: a
+//!    read as `reads` says; a write by commits in order of offset, each as large as a commit can
+//!    be, of which only the last asks for durability.
 //!
-//! Reads and failures are answered in chunks if that was agreed on; everything else by simple replies, which are shorter.
-//! Does not know what is behind an [`Export`].
+//! Reads and failures are answered in chunks if that was agreed on; everything else by simple
+//! replies, which are shorter. Does not know what is behind an [`Export`].
 
 use super::gate::{Gate, Pass};
 use super::memory::Memory;
@@ -39,13 +42,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tracing::debug;
 
-/// Extents of one answer: 64 KiB of it, and enough for 16 MiB of a volume in which every other page is stored.
+/// Extents of one answer: 64 KiB of it, and enough for 16 MiB of a volume in which every other page
+/// is stored.
 const EXTENTS_MAX: usize = 8192;
 /// Memory of one: as it is found, and in the answer.
 const EXTENT_BYTES: usize = 16;
 
-/// Memory of a request that frees, zeroes or caches: lists of pages of one commit, or, where a large hole is made by many commits,
-/// of all that are under way.
+/// Memory of a request that frees, zeroes or caches: lists of pages of one commit, or, where a
+/// large hole is made by many commits, of all that are under way.
 pub const WORK_BYTES: usize = 128 << 10;
 const LARGE_WORK_BYTES: usize = 1 << 20;
 const LARGE_WORK_FROM: u32 = 2 << 20;
@@ -68,7 +72,8 @@ pub(super) struct Connection<'a, E> {
     ended: Arc<AtomicBool>,
     /// The client is gone: what it asked before needs no work any more.
     gone: Arc<AtomicBool>,
-    /// The client has said goodbye: the protocol wants the changes that it asked for before done, though it may wait for nothing.
+    /// The client has said goodbye: the protocol wants the changes that it asked for before done,
+    /// though it may wait for nothing.
     said_goodbye: Arc<AtomicBool>,
     /// A request panicked.
     failed: AtomicBool,
@@ -102,7 +107,8 @@ pub fn serve<E: Export>(
         ready: Mutex::default(),
         turn: async_lock::Mutex::new(()),
     };
-    // So that a client is noticed which stops in the middle of a payload, or takes no replies while its writes wait for that.
+    // So that a client is noticed which stops in the middle of a payload, or takes no replies while
+    // its writes wait for that.
     socket.set_read_timeout(Some(limits.payload_stall))?;
     socket.set_write_timeout(Some(limits.payload_stall))?;
     let (executor, done) = (Executor::new(), Event::new());
@@ -110,23 +116,27 @@ pub fn serve<E: Export>(
     let (ended, stops) = (connection.ended.clone(), stopping.clone());
     let (gone, said_goodbye) = (connection.gone.clone(), connection.said_goodbye.clone());
     let client = move || match ended.load(Ordering::Acquire) || stops.load(Ordering::Acquire) {
-        _ if gone.load(Ordering::Acquire) && !said_goodbye.load(Ordering::Acquire) => Client::IsGone,
+        _ if gone.load(Ordering::Acquire) && !said_goodbye.load(Ordering::Acquire) => {
+            Client::IsGone
+        }
         true => Client::Ends,
         false => Client::Waits,
     };
     std::thread::scope(|scope| {
-        let replies = std::thread::Builder::new().name("nbd-reply".into()).spawn_scoped(scope, || {
-            let work = async {
-                loop {
-                    while executor.try_tick() {}
-                    connection.write_ready();
-                    executor.tick().await;
-                }
-            };
-            pause::block_on(client, work.or(finished));
-        })?;
+        let replies =
+            std::thread::Builder::new().name("nbd-reply".into()).spawn_scoped(scope, || {
+                let work = async {
+                    loop {
+                        while executor.try_tick() {}
+                        connection.write_ready();
+                        executor.tick().await;
+                    }
+                };
+                pause::block_on(client, work.or(finished));
+            })?;
         let outcome = connection.requests(&executor);
-        // Without a goodbye the client may still wait for replies (a half-closed socket), or be gone.
+        // Without a goodbye the client may still wait for replies (a half-closed socket), or be
+        // gone.
         if !connection.said_goodbye.load(Ordering::Acquire) && socket.is_dead() {
             connection.gone.store(true, Ordering::Release);
         }
@@ -142,7 +152,8 @@ fn unforeseen() -> io::Error {
     io::Error::other("a request failed in an unforeseen way")
 }
 
-/// Ends the connection if its request panics: that one gets no reply, so its client would wait for ever.
+/// Ends the connection if its request panics: that one gets no reply, so its client would wait for
+/// ever.
 struct EndOnPanic<'a> {
     socket: &'a Socket,
     failed: &'a AtomicBool,
@@ -160,7 +171,8 @@ impl Drop for EndOnPanic<'_> {
 impl<'a, E: Export> Connection<'a, E> {
     /// Reads requests and starts their tasks until the connection ends.
     fn requests<'e>(&'e self, executor: &Executor<'e>) -> io::Result<()> {
-        let mut reader = BufReader::with_capacity(self.gate.memory().division().input_bytes, self.socket);
+        let mut reader =
+            BufReader::with_capacity(self.gate.memory().division().input_bytes, self.socket);
         loop {
             let mut header = [0; proto::REQUEST_BYTES];
             match self.fill(&mut reader, &mut header, || true) {
@@ -177,15 +189,23 @@ impl<'a, E: Export> Connection<'a, E> {
             let mut pass = self.gate.enter();
             let mut payload = Bytes::new();
             if request.command == Command::Write {
-                match self.payload(&mut reader, &mut request, outcome.is_ok(), &mut pass, executor)? {
+                match self.payload(
+                    &mut reader,
+                    &mut request,
+                    outcome.is_ok(),
+                    &mut pass,
+                    executor,
+                )? {
                     Ok(last) => payload = last,
                     Err(fault) => outcome = outcome.and(Err(fault)),
                 }
             } else if outcome.is_ok() {
                 self.take_memory(&request, &mut pass);
             }
-            // A panic ends the connection, but the reply thread goes on: others under way must come to their end.
-            let answer = AssertUnwindSafe(self.answer(request, outcome, payload, pass)).catch_unwind();
+            // A panic ends the connection, but the reply thread goes on: others under way must come
+            // to their end.
+            let answer =
+                AssertUnwindSafe(self.answer(request, outcome, payload, pass)).catch_unwind();
             executor.spawn(answer).detach();
             if stopping || self.gone.load(Ordering::Acquire) {
                 return Ok(());
@@ -208,15 +228,22 @@ impl<'a, E: Export> Connection<'a, E> {
         }
     }
 
-    /// Reads all of `bytes`; between two parts, and after a pause of the client, `goes_on` says whether it is waited for.
-    fn fill(&self, reader: &mut impl Read, bytes: &mut [u8], goes_on: impl Fn() -> bool) -> io::Result<()> {
+    /// Reads all of `bytes`; between two parts, and after a pause of the client, `goes_on` says
+    /// whether it is waited for.
+    fn fill(
+        &self,
+        reader: &mut impl Read,
+        bytes: &mut [u8],
+        goes_on: impl Fn() -> bool,
+    ) -> io::Result<()> {
         let mut at = 0;
         while at < bytes.len() {
             match reader.read(&mut bytes[at..]) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(count) => at += count,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {}
+                Err(e)
+                    if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {}
                 Err(e) => return Err(e),
             }
             if at < bytes.len() && !goes_on() {
@@ -230,8 +257,9 @@ impl<'a, E: Export> Connection<'a, E> {
         Ok(())
     }
 
-    /// Reads the payload of a write. What is larger than a commit is written here but for its last part, to which the request is
-    /// shortened. Where it is refused, or a part fails, the payload is read and forgotten.
+    /// Reads the payload of a write. What is larger than a commit is written here but for its last
+    /// part, to which the request is shortened. Where it is refused, or a part fails, the payload
+    /// is read and forgotten.
     fn payload<'e>(
         &'e self,
         reader: &mut impl Read,
@@ -243,8 +271,10 @@ impl<'a, E: Export> Connection<'a, E> {
         let (mut left, mut fault, mut has_waited) = (request.payload_bytes() as usize, None, false);
         let most = self.export.write_bytes_max().min(self.gate.memory().payload_bytes_max());
         while is_wanted && fault.is_none() {
-            // Parts end where pages end, and the first one is no larger for beginning within a page.
-            let begins = (request.offset % most.min(proto::BLOCK_PREFERRED_BYTES as usize) as u64) as usize;
+            // Parts end where pages end, and the first one is no larger for beginning within a
+            // page.
+            let begins =
+                (request.offset % most.min(proto::BLOCK_PREFERRED_BYTES as usize) as u64) as usize;
             let wanted = left.min(most - begins);
             let given = pass.take_payload(wanted, has_waited);
             has_waited |= given < wanted;
@@ -253,7 +283,9 @@ impl<'a, E: Export> Connection<'a, E> {
             // calloc'ed: memory is taken only as the payload arrives.
             let mut part = vec![0; length];
             let begun = Instant::now();
-            let goes_on = || begun.elapsed() < self.limits.payload_stall || !self.gate.memory().is_waited_for();
+            let goes_on = || {
+                begun.elapsed() < self.limits.payload_stall || !self.gate.memory().is_waited_for()
+            };
             self.fill(reader, &mut part, goes_on)?;
             if is_last {
                 return Ok(Ok(part.into()));
@@ -274,10 +306,16 @@ impl<'a, E: Export> Connection<'a, E> {
     }
 
     /// Writes a part of a payload on the reply thread, and waits for it.
-    fn write_part<'e>(&'e self, offset: u64, part: Bytes, executor: &Executor<'e>) -> io::Result<Result<(), Fault>> {
+    fn write_part<'e>(
+        &'e self,
+        offset: u64,
+        part: Bytes,
+        executor: &Executor<'e>,
+    ) -> io::Result<Result<(), Fault>> {
         let (sender, written) = sync_channel(1);
         let write = async move {
-            let write = AssertUnwindSafe(self.export.write(offset, part, false)).catch_unwind().await;
+            let write =
+                AssertUnwindSafe(self.export.write(offset, part, false)).catch_unwind().await;
             let _ = sender.send(write);
         };
         executor.spawn(write).detach();
@@ -305,7 +343,13 @@ impl<'a, E: Export> Connection<'a, E> {
     }
 
     /// Does what a request asks, and hands its reply to be written.
-    async fn answer(&self, request: Request, outcome: Result<(), Fault>, payload: Bytes, mut pass: Pass<'a>) {
+    async fn answer(
+        &self,
+        request: Request,
+        outcome: Result<(), Fault>,
+        payload: Bytes,
+        mut pass: Pass<'a>,
+    ) {
         let _guard = EndOnPanic { socket: self.socket, failed: &self.failed };
         let is_wanted = request.command.is_change() && self.said_goodbye.load(Ordering::Acquire);
         if self.is_gone() && !is_wanted {
@@ -346,7 +390,12 @@ impl<'a, E: Export> Connection<'a, E> {
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn perform(&self, command: Command, request: &Request, payload: Bytes) -> Result<(), Fault> {
+    async fn perform(
+        &self,
+        command: Command,
+        request: &Request,
+        payload: Bytes,
+    ) -> Result<(), Fault> {
         let (offset, length, fua) = (request.offset, u64::from(request.length), request.fua());
         if length == 0 && command != Command::Flush {
             return Ok(());
@@ -359,7 +408,10 @@ impl<'a, E: Export> Connection<'a, E> {
             Command::WriteZeroes => {
                 let hole = request.flags & flag::NO_HOLE == 0;
                 if !hole && request.flags & flag::FAST_ZERO != 0 {
-                    return Err(Fault::new(Errno::NotSupported, "without a hole each page is written: not fast"));
+                    return Err(Fault::new(
+                        Errno::NotSupported,
+                        "without a hole each page is written: not fast",
+                    ));
                 }
                 self.export.zero(offset, length, hole, fua).await
             }
@@ -379,12 +431,13 @@ impl<'a, E: Export> Connection<'a, E> {
         Ok(proto::status_chunk(request.cookie, &extents))
     }
 
-    /// Writes all replies that are ready, unless one is being written in pieces. Blocks the reply thread while the client does
-    /// not read, which is this connection's trouble only.
+    /// Writes all replies that are ready, unless one is being written in pieces. Blocks the reply
+    /// thread while the client does not read, which is this connection's trouble only.
     pub(super) fn write_ready(&self) {
         let Some(_turn) = self.turn.try_lock() else { return };
         let ready = std::mem::take(&mut *self.ready());
-        let mut slices: Vec<IoSlice<'_>> = ready.iter().map(|(reply, _)| IoSlice::new(reply)).collect();
+        let mut slices: Vec<IoSlice<'_>> =
+            ready.iter().map(|(reply, _)| IoSlice::new(reply)).collect();
         self.write(&mut slices);
     }
 

@@ -1,13 +1,16 @@
 //! An export over a volume: page id = offset / 4096.
 //!
-//! 1. A write within the commit limit is one atomic commit, whatever its alignment: whole pages are put, edges patched.
-//! 2. A longer one is several commits in order of offset. Only the last asks for durability: commits become durable in
-//!    their order, so it covers the ones before it.
-//! 3. Holes of more than [`FREE_AT_ONCE`] pages are made by the store, in many commits; partial pages at their edges are
-//!    patched before. What was not stored costs next to nothing.
-//! 4. `Busy` is waited for while the connection lives (see `pause`); every other failure is told the client at once.
+//! 1. A write within the commit limit is one atomic commit, whatever its alignment: whole pages are
+//!    put, edges patched.
+//! 2. A longer one is several commits in order of offset. Only the last asks for durability:
+//!    commits become durable in their order, so it covers the ones before it.
+//! 3. Holes of more than [`FREE_AT_ONCE`] pages are made by the store, in many commits; partial
+//!    pages at their edges are patched before. What was not stored costs next to nothing.
+//! 4. `Busy` is waited for while the connection lives (see `pause`); every other failure is told
+//!    the client at once.
 //!
-//! A flush here is the store's flush: it covers the acknowledged writes of all connections and volumes.
+//! A flush here is the store's flush: it covers the acknowledged writes of all connections and
+//! volumes.
 
 use super::extents::Extents;
 use super::holes::Holes;
@@ -20,15 +23,18 @@ use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tracing::warn;
 
-/// Pages of a read at a time: each is pinned while it is copied, so this bounds the pins of a large request.
+/// Pages of a read at a time: each is pinned while it is copied, so this bounds the pins of a large
+/// request.
 const READ_PAGES: usize = 256;
-/// Pages that one CACHE brings into memory at a time: all of a connection's CACHEs together leave its reads pins enough.
+/// Pages that one CACHE brings into memory at a time: all of a connection's CACHEs together leave
+/// its reads pins enough.
 pub const CACHE_PAGES: usize = 32;
 /// Changes of a commit: 4,096 freed pages are 16 MiB of the volume.
 const CHANGES_MAX: usize = 4096;
 /// Whole pages up to which a hole is made by one commit: 2 MiB.
 const FREE_AT_ONCE: u64 = 512;
-/// Ranges asked of the store at a time, and how often for one extent: a look covers up to 32 MiB a shard.
+/// Ranges asked of the store at a time, and how often for one extent: a look covers up to 32 MiB a
+/// shard.
 const RANGES: usize = 64;
 const LOOKS: usize = 64;
 /// What the store counts for a freed page; for any other change it counts a page.
@@ -55,7 +61,8 @@ pub struct VolumeExport {
 impl StoreExports {
     /// The volumes of `store`; commits are no larger than `memory` can take whole.
     pub fn new(store: Store, memory: &Memory) -> Self {
-        let commit_bytes_max = (store.txn_bytes_max() / PAGE * PAGE).min(memory.payload_bytes_max() as u64).max(PAGE);
+        let commit_bytes_max =
+            (store.txn_bytes_max() / PAGE * PAGE).min(memory.payload_bytes_max() as u64).max(PAGE);
         StoreExports { store, commit_bytes_max }
     }
 }
@@ -77,7 +84,10 @@ impl Exports for StoreExports {
         let index = volumes.iter().position(|v| wanted.is_empty() || v.name() == wanted);
         let Some(volume) = index.map(|i| volumes.swap_remove(i)) else { return Ok(None) };
         let commit_bytes_max = self.commit_bytes_max;
-        Ok(Some((volume.name().to_owned(), VolumeExport { store, bytes: volume.bytes(), volume, commit_bytes_max })))
+        Ok(Some((
+            volume.name().to_owned(),
+            VolumeExport { store, bytes: volume.bytes(), volume, commit_bytes_max },
+        )))
     }
 }
 
@@ -86,13 +96,22 @@ impl VolumeExport {
         let change = |span: &Span| match (span.is_whole(), hole) {
             (true, true) => Change::Free,
             (true, false) => Change::Put(Bytes::from_static(&ZEROS)),
-            (false, _) => Change::Patch { offset: span.start, bytes: Bytes::from_static(&ZEROS[span.in_page()]) },
+            (false, _) => Change::Patch {
+                offset: span.start,
+                bytes: Bytes::from_static(&ZEROS[span.in_page()]),
+            },
         };
         self.commit_all(range, fua, change).await
     }
 
-    /// Commits all of `range`, batch after batch, with the changes that `change` makes of its spans.
-    async fn commit_all(&self, range: (u64, u64), fua: bool, change: impl Fn(&Span) -> Change) -> Result<(), Fault> {
+    /// Commits all of `range`, batch after batch, with the changes that `change` makes of its
+    /// spans.
+    async fn commit_all(
+        &self,
+        range: (u64, u64),
+        fua: bool,
+        change: impl Fn(&Span) -> Change,
+    ) -> Result<(), Fault> {
         let cost = |s: &Span| match change(s) {
             Change::Free => FREE_BYTES,
             Change::Put(_) | Change::Patch { .. } => PAGE,
@@ -153,7 +172,11 @@ impl Export for VolumeExport {
         let change = |span: &Span| {
             let at = (span.page * PAGE + u64::from(span.start) - offset) as usize;
             let bytes = data.slice(at..at + span.length as usize);
-            if span.is_whole() { Change::Put(bytes) } else { Change::Patch { offset: span.start, bytes } }
+            if span.is_whole() {
+                Change::Put(bytes)
+            } else {
+                Change::Patch { offset: span.start, bytes }
+            }
         };
         self.commit_all((offset, data.len() as u64), fua, change).await
     }
@@ -175,7 +198,8 @@ impl Export for VolumeExport {
         retry_busy(|| self.store.flush()).await.map(drop)
     }
 
-    /// Reads into the pool, up to as much as one READ may ask for: a longer range would push itself out again.
+    /// Reads into the pool, up to as much as one READ may ask for: a longer range would push itself
+    /// out again.
     async fn cache(&self, offset: u64, length: u64) -> Result<(), Fault> {
         let mut rest = spans(offset, length.min(u64::from(PAYLOAD_BYTES_MAX))).peekable();
         while rest.peek().is_some() {
@@ -186,7 +210,12 @@ impl Export for VolumeExport {
         Ok(())
     }
 
-    async fn allocation(&self, offset: u64, length: u32, extents_max: usize) -> Result<Vec<Extent>, Fault> {
+    async fn allocation(
+        &self,
+        offset: u64,
+        length: u32,
+        extents_max: usize,
+    ) -> Result<Vec<Extent>, Fault> {
         let last = PageId::new((offset + u64::from(length) - 1) / PAGE);
         let mut extents = Extents::new(offset, offset + u64::from(length), extents_max);
         let mut next = Some(PageId::new(offset / PAGE));
@@ -205,15 +234,18 @@ impl Export for VolumeExport {
 }
 
 /// Tries again while the store is busy.
-async fn retry_busy<T, F: Future<Output = Result<T, Error>>>(attempt: impl FnMut() -> F) -> Result<T, Fault> {
+async fn retry_busy<T, F: Future<Output = Result<T, Error>>>(
+    attempt: impl FnMut() -> F,
+) -> Result<T, Fault> {
     pause::retry_busy(attempt, fault).await
 }
 
 /// Failures so far, over all connections.
 static FAILURES: AtomicU64 = AtomicU64::new(0);
 
-/// The client's view of an error. Where it is of no fault of the client's it is logged, for the 1st, 2nd, 4th, 8th …
-/// failure only: clients of a failed store try again and again, and must not fill a disk with log.
+/// The client's view of an error. Where it is of no fault of the client's it is logged, for the
+/// 1st, 2nd, 4th, 8th … failure only: clients of a failed store try again and again, and must not
+/// fill a disk with log.
 fn fault(error: Error) -> Fault {
     let errno = match error.kind() {
         ErrorKind::Full => Errno::NoSpace,

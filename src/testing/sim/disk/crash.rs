@@ -1,11 +1,12 @@
 //! Power loss and process death: the images of the disk that can be left behind.
 //!
 //! Invariants
-//! 1. What was durable is kept. Every other sector is kept or dropped as the kind of loss says, independently of
-//!    the order in which it was written; among versions of one sector, the newest that is kept wins.
+//! 1. What was durable is kept. Every other sector is kept or dropped as the kind of loss says,
+//!    independently of the order in which it was written; among versions of one sector, the newest
+//!    that is kept wins.
 //! 2. Operations in flight may have got through whole, in part or not at all.
-//! 3. After the death of a process what it had written stays visible and volatile: its successor reads it, and
-//!    may lose it still.
+//! 3. After the death of a process what it had written stays visible and volatile: its successor
+//!    reads it, and may lose it still.
 //! 4. Making an image leaves the disk that crashed as it is, so that many can be made of one crash.
 
 use super::device::{Landing, State};
@@ -32,7 +33,8 @@ pub enum Loss {
     Prefixes,
     /// Of each file all is kept or all is lost.
     Files,
-    /// The process dies, the machine goes on: all is kept and stays volatile, operations in flight land or not.
+    /// The process dies, the machine goes on: all is kept and stays volatile, operations in flight
+    /// land or not.
     Process,
 }
 
@@ -72,11 +74,15 @@ impl Fate {
         match self.loss {
             Loss::Everything => false,
             Loss::Nothing | Loss::Process => true,
-            Loss::Sectors(percent) => self.roll([version.op, (file << 48) + block, sector as u64]) % 100 < percent,
+            Loss::Sectors(percent) => {
+                self.roll([version.op, (file << 48) + block, sector as u64]) % 100 < percent
+            }
             Loss::Writes(percent) => self.roll([version.op, 0, 0]) % 100 < percent,
             Loss::Prefixes => {
-                // Mostly short of the end, often whole: the length is not known here, so draw up to 64 blocks.
-                let reach = self.roll([version.op, 0, 0]) % (1 << (3 + self.roll([version.op, 1, 0]) % 7));
+                // Mostly short of the end, often whole: the length is not known here, so draw up to
+                // 64 blocks.
+                let reach =
+                    self.roll([version.op, 0, 0]) % (1 << (3 + self.roll([version.op, 1, 0]) % 7));
                 u64::from(version.index) * SECTORS as u64 + (sector as u64) < reach
             }
             Loss::Files => self.roll([file, 0, 0]).is_multiple_of(2),
@@ -97,7 +103,8 @@ impl SimDisk {
         let mut counters = DiskCounters { crashes: 1, ..Default::default() };
         let mut done = state.done;
         for operation in &landing {
-            // Which of several operations in flight got through last is open: they are in random order already.
+            // Which of several operations in flight got through last is open: they are in random
+            // order already.
             done += 1;
             land(&mut files, operation, loss, done, rng, &mut counters, &state);
         }
@@ -144,14 +151,21 @@ fn land(
             let sectors = blocks.len() * SECTORS;
             // After the death of a process the kernel finishes the write, or had not taken it yet.
             let part = rng.below(sectors as u64 + 1) as usize;
-            let reach = if loss == Loss::Process { *rng.pick(&[0, sectors, part]) } else { sectors };
+            let reach =
+                if loss == Loss::Process { *rng.pick(&[0, sectors, part]) } else { sectors };
             let Some(content) = files.get_mut(file) else { return };
             for (index, block) in blocks.iter().enumerate().take(reach.div_ceil(SECTORS)) {
                 let Some(old) = content.block(first + index as u64) else { return };
                 let cut = ((reach - index * SECTORS) * SECTOR).min(BLOCK);
                 let mut bytes = **old.visible();
                 bytes[..cut].copy_from_slice(&block[..cut]);
-                let version = Version { op: *number, index: index as u32, done, doomed: false, bytes: Rc::new(bytes) };
+                let version = Version {
+                    op: *number,
+                    index: index as u32,
+                    done,
+                    doomed: false,
+                    bytes: Rc::new(bytes),
+                };
                 content.write(first + index as u64, version);
             }
         }
@@ -174,7 +188,13 @@ fn publish_to_map(files: &mut BTreeMap<FileId, SimFile>, fate: &Fate, counters: 
     }
 }
 
-fn settle_block(state: &mut BlockState, fate: &Fate, file: u64, block: u64, blocks_by_op: &mut BlocksByOp) {
+fn settle_block(
+    state: &mut BlockState,
+    fate: &Fate,
+    file: u64,
+    block: u64,
+    blocks_by_op: &mut BlocksByOp,
+) {
     let volatile = std::mem::take(&mut state.volatile);
     let mut bytes = *state.durable;
     for sector in 0..SECTORS {

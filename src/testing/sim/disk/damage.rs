@@ -1,8 +1,10 @@
 //! Damage to what is durable: what bit rot, lost and misdirected writes leave behind.
 //!
 //! Invariants
-//! 1. Damage is done to settled disks only (nothing volatile, nothing in flight), so that it is what is read.
-//! 2. It says whether it changed anything: damage that changes nothing can't be detected and proves nothing.
+//! 1. Damage is done to settled disks only (nothing volatile, nothing in flight), so that it is
+//!    what is read.
+//! 2. It says whether it changed anything: damage that changes nothing can't be detected and proves
+//!    nothing.
 
 use super::SimDisk;
 use super::file::{SECTOR, SECTORS, SimFile};
@@ -30,10 +32,12 @@ pub enum Damage {
 }
 
 impl SimDisk {
-    /// Damages `count` sectors of a file from `first` on, all of one block; `false` if that left them as they were.
+    /// Damages `count` sectors of a file from `first` on, all of one block; `false` if that left
+    /// them as they were.
     ///
     /// # Panics
-    /// If there are no such sectors, they are of several blocks, or anything is volatile or in flight.
+    /// If there are no such sectors, they are of several blocks, or anything is volatile or in
+    /// flight.
     pub fn damage(&self, file: FileId, first: u64, count: usize, damage: Damage) -> bool {
         let mut state = self.0.borrow_mut();
         assert!(state.flying.is_empty(), "damage while operations are in flight");
@@ -50,7 +54,10 @@ impl SimDisk {
             Damage::Stale => {
                 let (block, range) = place(first, count);
                 let block = content.block(block).expect("the block exists");
-                block.previous.as_ref().map_or_else(|| before.clone(), |previous| previous[range].to_vec())
+                block
+                    .previous
+                    .as_ref()
+                    .map_or_else(|| before.clone(), |previous| previous[range].to_vec())
             }
             Damage::Swap { with } => {
                 let other = read(content, with, count);

@@ -1,10 +1,13 @@
-//! What the simulated device does with an operation: checks it, lets it take its time, carries it out or fails.
+//! What the simulated device does with an operation: checks it, lets it take its time, carries it
+//! out or fails.
 //!
 //! Invariants
-//! 1. A completion is the only moment at which contents change: a write becomes visible whole, and what a flush
-//!    covers becomes durable.
-//! 2. A failed write leaves any part behind, a failed flush makes any part durable and dooms the rest.
-//! 3. Once the power is off, nothing changes; what was in flight is kept aside for the crash images.
+//! 1. A completion is the only moment at which contents change: a write becomes visible whole, and
+//!    what a flush covers becomes durable.
+//! 2. A failed write leaves any part behind, a failed flush makes any part durable and dooms the
+//!    rest.
+//! 3. Once the power is off, nothing changes; what was in flight is kept aside for the crash
+//!    images.
 //!
 //! It does *not* make crash images.
 
@@ -37,7 +40,8 @@ pub(super) struct State {
     pub(super) power_off_at: Option<u64>,
     pub(super) is_off: bool,
     pub(super) faults: Vec<Fault>,
-    /// Files of which a flush has failed: it is told to all who flush them afterwards, as the seam promises.
+    /// Files of which a flush has failed: it is told to all who flush them afterwards, as the seam
+    /// promises.
     pub(super) unflushable: BTreeMap<FileId, i32>,
     pub(super) counters: DiskCounters,
     pub(super) violation: Option<String>,
@@ -80,7 +84,14 @@ impl State {
             DiskOp::Write { from, .. } => copy_blocks(from.iter().map(|slice| slice.bytes())),
             _ => Vec::new(),
         };
-        let flying = Flying { id, due: self.due(&op, factor), number: self.number, covers: self.done, blocks, op };
+        let flying = Flying {
+            id,
+            due: self.due(&op, factor),
+            number: self.number,
+            covers: self.done,
+            blocks,
+            op,
+        };
         self.note(&flying, 1);
         self.count_overlaps(&flying);
         self.flying.push(flying);
@@ -103,7 +114,9 @@ impl State {
                 return if whole { Ok(()) } else { breach("not whole blocks") };
             }
             DiskOp::Read { file, offset, into } => (file, *offset, into.len(), offset + op.bytes()),
-            DiskOp::Write { file, offset, from } => (file, *offset, from.len(), offset + op.bytes()),
+            DiskOp::Write { file, offset, from } => {
+                (file, *offset, from.len(), offset + op.bytes())
+            }
         };
         if entries == 0 || entries > 256 || offset == end {
             return breach("an empty list or one of more than 256 entries");
@@ -141,7 +154,8 @@ impl State {
 
     pub(super) fn reap(&mut self, out: &mut Vec<Completion>) {
         while !self.is_off {
-            let next = (0..self.flying.len()).min_by_key(|&i| (self.flying[i].due, self.flying[i].number));
+            let next =
+                (0..self.flying.len()).min_by_key(|&i| (self.flying[i].due, self.flying[i].number));
             let Some(index) = next.filter(|&i| self.flying[i].due <= self.now) else { return };
             let flying = self.flying.swap_remove(index);
             out.push(self.complete(flying));
@@ -167,7 +181,9 @@ impl State {
                 self.fail(&flying);
                 Err(fault::error_of(&flying.op, errno))
             }
-            None if self.violation.is_some() => Err(Error::invalid("a rule of the disk seam was broken")),
+            None if self.violation.is_some() => {
+                Err(Error::invalid("a rule of the disk seam was broken"))
+            }
             None => {
                 self.counters.count_done(kind);
                 self.carry_out(&mut flying);
@@ -199,9 +215,12 @@ impl State {
                 }
             }
             DiskOp::Write { file, offset, from } => {
-                let same = from.iter().flat_map(|slice| slice.bytes().chunks(BLOCK)).zip(&flying.blocks);
+                let same =
+                    from.iter().flat_map(|slice| slice.bytes().chunks(BLOCK)).zip(&flying.blocks);
                 if same.clone().any(|(now, then)| now != &then[..]) {
-                    let breach = format!("write {file} {offset}: the buffer was changed while it was in flight");
+                    let breach = format!(
+                        "write {file} {offset}: the buffer was changed while it was in flight"
+                    );
                     self.violation.get_or_insert(breach);
                 }
                 let (file, first) = (*file, *offset / BLOCK as u64);
@@ -229,12 +248,14 @@ impl State {
         }
     }
 
-    /// What a failed operation leaves behind: of a write any part, of a flush too, and of an allocation.
+    /// What a failed operation leaves behind: of a write any part, of a flush too, and of an
+    /// allocation.
     fn fail(&mut self, flying: &Flying) {
         match &flying.op {
             DiskOp::Read { .. } => {}
             DiskOp::Write { file, offset, .. } => {
-                let reached = self.rng.below(flying.blocks.len() as u64 * SECTORS as u64 + 1) as usize;
+                let reached =
+                    self.rng.below(flying.blocks.len() as u64 * SECTORS as u64 + 1) as usize;
                 self.land(*file, *offset / BLOCK as u64, flying.number, &flying.blocks, reached);
             }
             DiskOp::Flush { files } => {
@@ -269,7 +290,10 @@ impl State {
                 bytes[..cut].copy_from_slice(&block[..cut]);
                 Rc::new(bytes)
             };
-            content.write(number, Version { op, index: index as u32, done: self.done, doomed: false, bytes });
+            content.write(
+                number,
+                Version { op, index: index as u32, done: self.done, doomed: false, bytes },
+            );
         }
     }
 
@@ -295,9 +319,11 @@ impl State {
                 first: *offset / BLOCK as u64,
                 blocks: flying.blocks.clone(),
             }),
-            DiskOp::Allocate { file, from, to } => {
-                Some(Landing::Allocate { file: *file, from: *from / BLOCK as u64, to: *to / BLOCK as u64 })
-            }
+            DiskOp::Allocate { file, from, to } => Some(Landing::Allocate {
+                file: *file,
+                from: *from / BLOCK as u64,
+                to: *to / BLOCK as u64,
+            }),
             _ => None,
         });
         landing.collect()
@@ -312,8 +338,10 @@ impl State {
         };
         let Some((file, from, to)) = range(&new.op) else { return };
         let writes = |op: &DiskOp| matches!(op, DiskOp::Write { .. });
-        let overlapping =
-            self.flying.iter().filter(|old| range(&old.op).is_some_and(|(f, a, b)| f == file && a < to && from < b));
+        let overlapping = self
+            .flying
+            .iter()
+            .filter(|old| range(&old.op).is_some_and(|(f, a, b)| f == file && a < to && from < b));
         for old in overlapping {
             match (writes(&old.op), writes(&new.op)) {
                 (true, true) => self.counters.overlaps += 1,
@@ -325,7 +353,9 @@ impl State {
 
     fn note(&mut self, flying: &Flying, what: u64) {
         let (file, at) = match &flying.op {
-            DiskOp::Read { file, offset, .. } | DiskOp::Write { file, offset, .. } => (Some(*file), *offset),
+            DiskOp::Read { file, offset, .. } | DiskOp::Write { file, offset, .. } => {
+                (Some(*file), *offset)
+            }
             DiskOp::Allocate { file, from, .. } => (Some(*file), *from),
             DiskOp::Flush { files } => (files.first().copied(), files.len() as u64),
         };
@@ -333,11 +363,16 @@ impl State {
             None | Some(FileId::Meta) => 1,
             Some(FileId::Table) => 2,
             Some(FileId::Data) => 3,
-            Some(FileId::Log(shard, segment)) => (u64::from(shard.get()) << 32) + u64::from(segment.get()) + 4,
+            Some(FileId::Log(shard, segment)) => {
+                (u64::from(shard.get()) << 32) + u64::from(segment.get()) + 4
+            }
         };
         let mut sum = flying.blocks.len() as u64;
         if what == 1 {
-            sum = flying.blocks.iter().fold(sum, |sum, block| mix(sum ^ u64::from(crc32c::crc32c(&block[..]))));
+            sum = flying
+                .blocks
+                .iter()
+                .fold(sum, |sum, block| mix(sum ^ u64::from(crc32c::crc32c(&block[..]))));
         }
         let kind = OpKind::of(&flying.op) as u64;
         for part in [what, kind, file, at, flying.op.bytes(), flying.id.0, self.now, sum] {

@@ -1,4 +1,5 @@
-//! Errors by plan: which operation fails, how, and how often; and counters of everything that happened.
+//! Errors by plan: which operation fails, how, and how often; and counters of everything that
+//! happened.
 //!
 //! Invariants
 //! 1. A fault that never fires is counted as zero: a test that injects one asserts that it fired.
@@ -54,8 +55,8 @@ pub const EIO: i32 = 5;
 pub const ENOSPC: i32 = 28;
 /// No error number of a system: the transfer came to its end too early, and there is no more.
 pub const SHORT: i32 = 0;
-/// How operations can fail: `EIO`, `ENODATA` (a medium error of NVMe), `ENOSPC`, `EAGAIN`, `ECANCELED`, `EOPNOTSUPP`, and too
-/// short a transfer.
+/// How operations can fail: `EIO`, `ENODATA` (a medium error of NVMe), `ENOSPC`, `EAGAIN`,
+/// `ECANCELED`, `EOPNOTSUPP`, and too short a transfer.
 pub const ERRNOS: [i32; 7] = [EIO, 61, ENOSPC, 11, 125, 95, SHORT];
 
 /// The error that the driver makes of an error number.
@@ -67,7 +68,11 @@ pub(super) fn error_of(op: &DiskOp, errno: i32) -> StoreError {
         _ => std::io::Error::from_raw_os_error(errno),
     };
     let error = StoreError::io(format_args!("{op:?}"), source);
-    if (errno, kind) == (ENOSPC, OpKind::Allocate) { error.with_kind(crate::ErrorKind::Full) } else { error }
+    if (errno, kind) == (ENOSPC, OpKind::Allocate) {
+        error.with_kind(crate::ErrorKind::Full)
+    } else {
+        error
+    }
 }
 
 /// What the disk did, and what the crashes did to it.
@@ -103,7 +108,8 @@ pub struct DiskCounters {
     pub allocations_in_flight: u64,
     /// Pairs of a read or write with a write of the same block, both in flight.
     pub overlaps: u64,
-    /// Reads and writes of one place at a time: what a slow read was to find is gone, and the place in use again.
+    /// Reads and writes of one place at a time: what a slow read was to find is gone, and the place
+    /// in use again.
     pub reads_overwritten: u64,
 }
 
@@ -173,7 +179,9 @@ impl Area {
             Area::File(wanted) => file == wanted,
         };
         match op {
-            DiskOp::Read { file, .. } | DiskOp::Write { file, .. } | DiskOp::Allocate { file, .. } => one(*file),
+            DiskOp::Read { file, .. }
+            | DiskOp::Write { file, .. }
+            | DiskOp::Allocate { file, .. } => one(*file),
             DiskOp::Flush { files } => files.iter().any(|&file| one(file)),
         }
     }

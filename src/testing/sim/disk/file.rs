@@ -1,11 +1,14 @@
-//! A file of the simulated disk: what is durable, what is in the volatile cache on top of it, and what is visible.
+//! A file of the simulated disk: what is durable, what is in the volatile cache on top of it, and
+//! what is visible.
 //!
 //! Invariants
-//! 1. What a read gives is the newest version of a block; what is durable is `durable`; all versions between them
-//!    are in `volatile`, oldest first. So a power loss can leave, for each 512-byte sector, any of them.
-//! 2. A doomed version (of a flush that failed) never becomes durable by a later flush: the system call that
-//!    succeeds after one that failed proves nothing.
-//! 3. Contents are shared, never changed in place: an image of a disk costs one reference count a block.
+//! 1. What a read gives is the newest version of a block; what is durable is `durable`; all
+//!    versions between them are in `volatile`, oldest first. So a power loss can leave, for each
+//!    512-byte sector, any of them.
+//! 2. A doomed version (of a flush that failed) never becomes durable by a later flush: the system
+//!    call that succeeds after one that failed proves nothing.
+//! 3. Contents are shared, never changed in place: an image of a disk costs one reference count a
+//!    block.
 //!
 //! It does *not* know time, operations in flight or chance.
 
@@ -26,7 +29,8 @@ pub type Block = Rc<[u8; BLOCK]>;
 pub struct Version {
     /// The operation, by its number.
     pub op: u64,
-    /// Which block of the operation this is; the order of transfer, for writes that got only so far.
+    /// Which block of the operation this is; the order of transfer, for writes that got only so
+    /// far.
     pub index: u32,
     /// When the operation completed; flushes cover what completed before they were submitted.
     pub done: u64,
@@ -131,7 +135,8 @@ impl SimFile {
         }
     }
 
-    /// The numbers of the blocks with volatile versions, which are forgotten: the caller settles them.
+    /// The numbers of the blocks with volatile versions, which are forgotten: the caller settles
+    /// them.
     pub fn take_dirty(&mut self) -> BTreeSet<u32> {
         std::mem::take(&mut self.dirty)
     }

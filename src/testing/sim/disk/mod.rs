@@ -1,15 +1,19 @@
 //! The simulated disk: the seam's third driver, on one thread, with a virtual clock and by seed.
 //!
 //! Invariants
-//! 1. The same seed and the same calls give the same completions at the same times, in the same order.
-//! 2. A write becomes visible when it completes and durable only by a flush that was *submitted* after that. At a
-//!    power loss each sector of what is not durable is kept or dropped ([`crash`]).
-//! 3. What is written is copied at submission and compared at completion: a buffer that changed in between is a
-//!    violation of the seam, as is a transfer outside of what was allocated. Violations end the run.
-//! 4. After the power is cut nothing changes any more and every operation fails, so that a crash can be injected
-//!    into code that holds the disk as `&mut dyn Disk`, recovery above all.
-//! 5. After a flush of a file has failed every later one of that file fails, whoever asks: what one shard's flush has
-//!    lost may be another shard's, for whom a flush that succeeds would prove nothing.
+//! 1. The same seed and the same calls give the same completions at the same times, in the same
+//!    order.
+//! 2. A write becomes visible when it completes and durable only by a flush that was *submitted*
+//!    after that. At a power loss each sector of what is not durable is kept or dropped
+//!    ([`crash`]).
+//! 3. What is written is copied at submission and compared at completion: a buffer that changed in
+//!    between is a violation of the seam, as is a transfer outside of what was allocated.
+//!    Violations end the run.
+//! 4. After the power is cut nothing changes any more and every operation fails, so that a crash
+//!    can be injected into code that holds the disk as `&mut dyn Disk`, recovery above all.
+//! 5. After a flush of a file has failed every later one of that file fails, whoever asks: what one
+//!    shard's flush has lost may be another shard's, for whom a flush that succeeds would prove
+//!    nothing.
 //!
 //! It does *not* know what the bytes mean, and is not told which of them matter.
 
@@ -59,7 +63,14 @@ pub struct Latency {
 
 impl Default for Latency {
     fn default() -> Self {
-        Latency { read: (5, 150), write: (10, 300), flush: (30, 1500), block: 0, stall_one_in: 500, slow_reads: (0, 1) }
+        Latency {
+            read: (5, 150),
+            write: (10, 300),
+            flush: (30, 1500),
+            block: 0,
+            stall_one_in: 500,
+            slow_reads: (0, 1),
+        }
     }
 }
 
@@ -211,7 +222,9 @@ impl Disk for SimDisk {
             (Some(due), None) => due,
             (None, Some(timeout)) => state.now + timeout,
             (None, None) if state.is_off => return,
-            (None, None) => panic!("a wait without end: no operation is in flight and no time is given"),
+            (None, None) => {
+                panic!("a wait without end: no operation is in flight and no time is given")
+            }
         };
         state.now = state.now.max(until);
     }

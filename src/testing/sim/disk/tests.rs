@@ -1,4 +1,5 @@
-//! Promises of the simulated disk: if one is broken, the simulator proves less than it says, silently.
+//! Promises of the simulated disk: if one is broken, the simulator proves less than it says,
+//! silently.
 
 use super::*;
 use crate::io::{IoSlice, execute};
@@ -12,9 +13,15 @@ struct DiskFixture {
 
 impl DiskFixture {
     fn new(seed: u64, blocks: u64) -> Self {
-        let mut fixture =
-            DiskFixture { arena: Rc::new(RefCell::new(Arena::new(64).unwrap())), disk: SimDisk::new(seed) };
-        execute(&mut fixture.disk, DiskOp::Allocate { file: FileId::Data, from: 0, to: blocks * 4096 }).unwrap();
+        let mut fixture = DiskFixture {
+            arena: Rc::new(RefCell::new(Arena::new(64).unwrap())),
+            disk: SimDisk::new(seed),
+        };
+        execute(
+            &mut fixture.disk,
+            DiskOp::Allocate { file: FileId::Data, from: 0, to: blocks * 4096 },
+        )
+        .unwrap();
         fixture
     }
 
@@ -40,7 +47,12 @@ impl DiskFixture {
 
     fn read(&mut self, block: u64) -> Vec<u8> {
         let into = smallvec![self.frame(0xee)];
-        match execute(&mut self.disk, DiskOp::Read { file: FileId::Data, offset: block * 4096, into }).unwrap() {
+        match execute(
+            &mut self.disk,
+            DiskOp::Read { file: FileId::Data, offset: block * 4096, into },
+        )
+        .unwrap()
+        {
             DiskOp::Read { into, .. } => into[0].to_vec(),
             other => panic!("{other:?} came back for a read"),
         }
@@ -67,14 +79,20 @@ fn what_was_not_flushed_can_be_lost_and_what_was_flushed_can_not() {
         let mut rng = Rng::new(seed);
         let mut after = fixture.crashed(Loss::random(&mut rng), seed);
         assert_eq!(after.read(0), [1; 4096]);
-        assert!(after.read(1).chunks(SECTOR).all(|sector| sector == [2; SECTOR] || sector == [3; SECTOR]));
+        assert!(
+            after
+                .read(1)
+                .chunks(SECTOR)
+                .all(|sector| sector == [2; SECTOR] || sector == [3; SECTOR])
+        );
     }
     assert_eq!(fixture.crashed(Loss::Everything, 1).read(1), [2; 4096]);
     assert_eq!(fixture.crashed(Loss::Nothing, 1).read(1), [3; 4096]);
     assert_eq!(fixture.read(1), [3; 4096], "the disk that crashed stays as it is");
 }
 
-/// Groups are flushed while the next one is being written: covering that too would hide a lost acknowledgement.
+/// Groups are flushed while the next one is being written: covering that too would hide a lost
+/// acknowledgement.
 #[test]
 fn a_flush_covers_what_completed_before_it_was_submitted_and_nothing_else() {
     let mut fixture = DiskFixture::new(2, 4);
@@ -134,11 +152,16 @@ fn operations_in_flight_at_a_crash_get_through_whole_in_part_or_not_at_all() {
         sectors[image.chunks(SECTOR).filter(|sector| sector == &[7; SECTOR]).count()] += 1;
         lengths.insert(after.disk.len(FileId::Table).unwrap());
     }
-    assert!(sectors[0] > 0 && sectors[2 * SECTORS] > 0 && sectors[1..2 * SECTORS].iter().sum::<u32>() > 0);
+    assert!(
+        sectors[0] > 0
+            && sectors[2 * SECTORS] > 0
+            && sectors[1..2 * SECTORS].iter().sum::<u32>() > 0
+    );
     assert_eq!(lengths.into_iter().collect::<Vec<_>>(), [None, Some(0), Some(4096), Some(8192)]);
 }
 
-/// The successor of a dead process reads what its predecessor did not flush, and a power loss can still take it.
+/// The successor of a dead process reads what its predecessor did not flush, and a power loss can
+/// still take it.
 #[test]
 fn after_the_death_of_a_process_its_writes_are_visible_and_still_volatile() {
     let mut fixture = DiskFixture::new(5, 2);
@@ -150,8 +173,8 @@ fn after_the_death_of_a_process_its_writes_are_visible_and_still_volatile() {
     assert_eq!(successor.crashed(Loss::Everything, 1).read(0), [1; 4096]);
 }
 
-/// Retrying a failed flush and calling it good is the classic way to lose acknowledged data; another shard's flush of the
-/// same file is such a retry.
+/// Retrying a failed flush and calling it good is the classic way to lose acknowledged data;
+/// another shard's flush of the same file is such a retry.
 #[test]
 fn flushes_after_a_failed_one_fail_and_make_nothing_of_it_durable() {
     let mut lost = 0;
@@ -160,7 +183,11 @@ fn flushes_after_a_failed_one_fail_and_make_nothing_of_it_durable() {
         fixture.disk.inject(Fault::once(OpKind::Flush, Area::Any, 0));
         fixture.write(0, &[1]);
         assert_eq!(fixture.flush().unwrap_err().kind(), crate::ErrorKind::Io);
-        assert_eq!(fixture.flush().unwrap_err().kind(), crate::ErrorKind::Io, "whoever asks next is told, too");
+        assert_eq!(
+            fixture.flush().unwrap_err().kind(),
+            crate::ErrorKind::Io,
+            "whoever asks next is told, too"
+        );
         assert_eq!(fixture.read(0), [1; 4096], "it is still visible");
         lost += u32::from(fixture.crashed(Loss::Nothing, 1).read(0) == [0; 4096]);
         assert_eq!(fixture.disk.counters().faults_flush, 2);
@@ -177,7 +204,11 @@ fn after_the_power_is_cut_every_operation_fails_and_nothing_changes() {
     fixture.disk.cut_power_after(1);
     let op = fixture.write_op(0, &[9]);
     assert!(execute(&mut fixture.disk, op).is_err(), "cut between submission and completion");
-    assert!(fixture.flush().is_err() && fixture.disk.len(FileId::Data).is_err() && fixture.disk.is_off());
+    assert!(
+        fixture.flush().is_err()
+            && fixture.disk.len(FileId::Data).is_err()
+            && fixture.disk.is_off()
+    );
     assert_eq!(fixture.crashed(Loss::Everything, 1).read(0), [1; 4096]);
     assert_eq!(fixture.crashed(Loss::Nothing, 1).read(0), [9; 4096]);
 }

@@ -1,15 +1,17 @@
 //! The judge: holds everything that a shard does and answers against the contract.
 //!
 //! Invariants
-//! 1. A commit counts from the moment at which its LSN is allocated; what was read by it must be current then.
-//! 2. `durable` is the highest LSN of which any answer said that it is durable. No crash may take it away.
-//!    The watermark is such an answer to everybody who looks at it.
+//! 1. A commit counts from the moment at which its LSN is allocated; what was read by it must be
+//!    current then.
+//! 2. `durable` is the highest LSN of which any answer said that it is durable. No crash may take
+//!    it away. The watermark is such an answer to everybody who looks at it.
 //! 3. LSNs drawn only ever rise, over all lives of the store.
-//! 4. What a commit over several shards changed may be read as before until it is acknowledged, but not at its
-//!    owner; what it holds excuses conflicts (`visibility`). Transactions are exact: what they read is current at the allocation of its LSN.
+//! 4. What a commit over several shards changed may be read as before until it is acknowledged, but
+//!    not at its owner; what it holds excuses conflicts (`visibility`). Transactions are exact:
+//!    what they read is current at the allocation of its LSN.
 //!
-//! A judge that can't condemn is worth nothing: `oracle_tests` shows it every lie it is there for, and the canaries
-//! show that the lies are found in whole runs.
+//! A judge that can't condemn is worth nothing: `oracle_tests` shows it every lie it is there for,
+//! and the canaries show that the lies are found in whole runs.
 //!
 //! It does *not* drive anything.
 
@@ -168,7 +170,10 @@ impl Oracle {
     fn oldest_visible(&self, key: PageKey) -> &Version {
         let versions = self.model.since(key, Lsn::ZERO);
         let shard = self.shard_map.shard_of(key);
-        let unseen = versions[1..].iter().rev().take_while(|v| self.visibility.may_be_unseen(v.lsn, key, shard));
+        let unseen = versions[1..]
+            .iter()
+            .rev()
+            .take_while(|v| self.visibility.may_be_unseen(v.lsn, key, shard));
         &versions[versions.len() - 1 - unseen.count()]
     }
 
@@ -187,7 +192,8 @@ impl Oracle {
     /// Nothing can be held any more for this commit over several shards, which is answered.
     pub fn on_let_go(&mut self, token: Token) {
         self.moment += 1;
-        let oldest = self.pending.values().map(|pending| pending.moment).min().unwrap_or(self.moment);
+        let oldest =
+            self.pending.values().map(|pending| pending.moment).min().unwrap_or(self.moment);
         self.visibility.let_go(token, self.moment, oldest);
     }
 
@@ -199,7 +205,10 @@ impl Oracle {
     /// A request got its LSN.
     pub fn on_drawn(&mut self, token: Token, lsn: Lsn) -> Verdict {
         if lsn <= self.ever {
-            return Err(format!("{token:?} drew {lsn:?}, and {:?} had been used before", self.ever));
+            return Err(format!(
+                "{token:?} drew {lsn:?}, and {:?} had been used before",
+                self.ever
+            ));
         }
         let last = std::mem::replace(&mut self.last, lsn);
         self.ever = lsn;
@@ -207,7 +216,10 @@ impl Oracle {
             return Err(format!("{token:?} drew {lsn:?} without being under way"));
         };
         if pending.what.must_fail(&self.tolerance) {
-            return Err(format!("{token:?} drew {lsn:?}, and had to be refused: {}", pending.what.describe()));
+            return Err(format!(
+                "{token:?} drew {lsn:?}, and had to be refused: {}",
+                pending.what.describe()
+            ));
         }
         if let Some(before) = pending.drawn.replace(lsn) {
             return Err(format!("{token:?} drew {before:?} and then {lsn:?}"));
@@ -219,7 +231,10 @@ impl Oracle {
             let version = self.model.at(key, last);
             let now = version.told();
             if now != read {
-                return Err(format!("{token:?} committed as {lsn:?}; it read {key:?} at {read:?}, at {now:?} by then"));
+                return Err(format!(
+                    "{token:?} committed as {lsn:?}; it read {key:?} at {read:?}, at {now:?} by \
+                     then"
+                ));
             }
             self.visibility.gave(key, version.lsn);
         }
@@ -236,7 +251,9 @@ impl Oracle {
     /// The pages that a read under way asked for.
     pub fn keys_of(&self, token: Token) -> Vec<PageKey> {
         match self.pending.get(&token) {
-            Some(PendingRequest { what: Kind::Read(keys), .. }) => keys.iter().map(|&(key, _)| key).collect(),
+            Some(PendingRequest { what: Kind::Read(keys), .. }) => {
+                keys.iter().map(|&(key, _)| key).collect()
+            }
             _ => Vec::new(),
         }
     }
@@ -244,7 +261,9 @@ impl Oracle {
     /// A request is answered.
     pub fn on_reply(&mut self, token: Token, reply: &StoreResult<Response>) -> Verdict {
         let Some(pending) = self.pending.remove(&token) else {
-            return Err(format!("a second answer, or one that nobody waits for: {token:?} {reply:?}"));
+            return Err(format!(
+                "a second answer, or one that nobody waits for: {token:?} {reply:?}"
+            ));
         };
         self.moment += 1;
         self.count_overtaken(&pending);
@@ -262,7 +281,9 @@ impl Oracle {
                     return Err(format!("{} pages for {} keys", pages.len(), keys.len()));
                 }
                 let all = keys.iter().zip(pages);
-                all.into_iter().try_for_each(|(&(key, oldest), page)| self.judge_page(key, page, oldest, pending.seen))
+                all.into_iter().try_for_each(|(&(key, oldest), page)| {
+                    self.judge_page(key, page, oldest, pending.seen)
+                })
             }
             (Kind::Commit(commit), Response::Committed(lsn)) if commit.changes.is_empty() => {
                 self.judge_reader(pending, commit, *lsn)
@@ -281,12 +302,12 @@ impl Oracle {
                 }
                 Ok(())
             }
-            (Kind::Flush, Response::Flushed(lsn)) if *lsn < pending.ordered => {
-                Err(format!("flushed up to {lsn:?}, although {:?} had been acknowledged before", pending.ordered))
-            }
-            (Kind::Flush, Response::Flushed(lsn)) | (Kind::Checkpoint, Response::Checkpointed(lsn)) => {
-                self.says_durable(*lsn)
-            }
+            (Kind::Flush, Response::Flushed(lsn)) if *lsn < pending.ordered => Err(format!(
+                "flushed up to {lsn:?}, although {:?} had been acknowledged before",
+                pending.ordered
+            )),
+            (Kind::Flush, Response::Flushed(lsn))
+            | (Kind::Checkpoint, Response::Checkpointed(lsn)) => self.says_durable(*lsn),
             (Kind::WaitDurable(lsn), Response::Durable) => self.says_durable(*lsn),
             (Kind::Stats, Response::Stats(stats)) => self.says_durable(Lsn::new(stats.durable_lsn)),
             (Kind::Close, Response::Closed) => {
@@ -304,29 +325,39 @@ impl Oracle {
         Ok(())
     }
 
-    /// An answer said that everything up to `lsn` is durable. What counts is the last commit up to there: an epoch
-    /// begins far above the last one.
+    /// An answer said that everything up to `lsn` is durable. What counts is the last commit up to
+    /// there: an epoch begins far above the last one.
     fn promise(&mut self, lsn: Lsn, who: &'static str) {
         let commits = self.drawn.partition_point(|&(drawn, _)| drawn <= lsn);
-        let Some(&(lsn, _)) = commits.checked_sub(1).and_then(|last| self.drawn.get(last)) else { return };
+        let Some(&(lsn, _)) = commits.checked_sub(1).and_then(|last| self.drawn.get(last)) else {
+            return;
+        };
         if lsn > self.durable {
             (self.durable, self.promise) = (lsn, who);
         }
     }
 
     fn judge_reader(&mut self, pending: &PendingRequest, commit: &Commit, lsn: Lsn) -> Verdict {
-        // That a page was freed is something that was read, too; of an earlier life that is not known here.
+        // That a page was freed is something that was read, too; of an earlier life that is not
+        // known here.
         let told = commit.reads.iter().map(|&(_, read)| read).max().unwrap_or(Lsn::ZERO);
         let newest = commit.reads.iter().map(|&(key, _)| self.model.at(key, self.last).lsn).max();
         if lsn < told || lsn > newest.unwrap_or(Lsn::ZERO).max(told).max(self.began) {
-            return Err(format!("answered with {lsn:?}; it was told {told:?}, the newest is {newest:?}"));
+            return Err(format!(
+                "answered with {lsn:?}; it was told {told:?}, the newest is {newest:?}"
+            ));
         }
         let all = commit.reads.iter().flat_map(|&(key, _)| self.model.since(key, pending.seen));
         let mut moments: Vec<Lsn> = all.map(|version| version.lsn.max(pending.seen)).collect();
         moments.push(pending.seen);
-        let right = |&moment: &Lsn| commit.reads.iter().all(|&(key, read)| self.model.at(key, moment).told() == read);
+        let right = |&moment: &Lsn| {
+            commit.reads.iter().all(|&(key, read)| self.model.at(key, moment).told() == read)
+        };
         if !moments.iter().any(right) {
-            return Err(format!("its reads {:?} were never all current while it was under way", commit.reads));
+            return Err(format!(
+                "its reads {:?} were never all current while it was under way",
+                commit.reads
+            ));
         }
         self.counters.commits_reading += 1;
         if commit.durable {
@@ -335,13 +366,17 @@ impl Oracle {
         Ok(())
     }
 
-    /// Whether a page is one that may be read by a request for which the version of `oldest` was the oldest one
-    /// possible, and `seen` the newest LSN.
+    /// Whether a page is one that may be read by a request for which the version of `oldest` was
+    /// the oldest one possible, and `seen` the newest LSN.
     fn judge_page(&mut self, key: PageKey, page: &PageRef, oldest: Lsn, seen: Lsn) -> Verdict {
         let possible = self.model.since(key, oldest);
         let right = possible.iter().find(|version| match &version.page {
             Some(bytes) => !page.is_absent() && page.lsn() == version.lsn && bytes[..] == page[..],
-            None => page.is_absent() && version.tells(page, self.watermark) && page.iter().all(|&byte| byte == 0),
+            None => {
+                page.is_absent()
+                    && version.tells(page, self.watermark)
+                    && page.iter().all(|&byte| byte == 0)
+            }
         });
         if let Some(version) = right {
             self.counters.pages_read += 1;
@@ -355,14 +390,20 @@ impl Oracle {
             page.lsn(),
             if page.is_absent() { " (absent)" } else { "" },
             self.model.whose(page),
-            possible.last().and_then(|v| v.page.as_deref()).map_or_else(|| "absent".into(), super::model::describe),
+            possible
+                .last()
+                .and_then(|v| v.page.as_deref())
+                .map_or_else(|| "absent".into(), super::model::describe),
         ))
     }
 
     fn judge_error(&mut self, token: Token, pending: &PendingRequest, error: &Error) -> Verdict {
         let kind = error.kind();
         if pending.drawn.is_some() && kind != ErrorKind::OutcomeUnknown {
-            return Err(format!("it drew {:?} and was refused with {kind:?}: {error}", pending.drawn));
+            return Err(format!(
+                "it drew {:?} and was refused with {kind:?}: {error}",
+                pending.drawn
+            ));
         }
         let Tolerance { io, full, read_pages_max, .. } = self.tolerance;
         let counters = &mut self.counters;
@@ -370,15 +411,23 @@ impl Oracle {
             ErrorKind::Conflict => {
                 let changed = self.model.justifies_conflict(pending);
                 counters.conflicts_held += u64::from(!changed);
-                (&mut counters.conflicts, changed || self.visibility.justifies_conflict(token, pending))
+                (
+                    &mut counters.conflicts,
+                    changed || self.visibility.justifies_conflict(token, pending),
+                )
             }
             ErrorKind::Busy => (&mut counters.busy, true),
             ErrorKind::Full => {
                 counters.spread_full += u64::from(pending.spread);
-                (&mut counters.full, full && matches!(pending.what, Kind::Commit(_) | Kind::Checkpoint))
+                (
+                    &mut counters.full,
+                    full && matches!(pending.what, Kind::Commit(_) | Kind::Checkpoint),
+                )
             }
             ErrorKind::Invalid => (&mut counters.invalid, pending.what.is_wrong(read_pages_max)),
-            ErrorKind::TooLarge => (&mut counters.invalid, pending.what.may_be_too_large(&self.tolerance)),
+            ErrorKind::TooLarge => {
+                (&mut counters.invalid, pending.what.may_be_too_large(&self.tolerance))
+            }
             ErrorKind::Closed => (&mut counters.stopped, io || self.closing),
             ErrorKind::Io => (&mut counters.stopped, io),
             ErrorKind::OutcomeUnknown => (&mut counters.unknown, io),
@@ -390,19 +439,29 @@ impl Oracle {
 
     /// The power is lost, the process is dead, or a closed store is about to be opened again.
     pub fn on_crash(&mut self) {
-        for pending in self.pending.values().filter(|a| a.drawn.is_some_and(|lsn| lsn > self.durable)) {
+        for pending in
+            self.pending.values().filter(|a| a.drawn.is_some_and(|lsn| lsn > self.durable))
+        {
             self.counters.in_doubt += 1;
             self.counters.spread_in_doubt += u64::from(pending.spread);
         }
     }
 
-    /// Holds what recovery says against what it had to find; returns the cut that `pages`, all that there are, show.
+    /// Holds what recovery says against what it had to find; returns the cut that `pages`, all that
+    /// there are, show.
     ///
-    /// It is the one reported, which is a commit that was drawn, or the state with which the life began.
-    pub fn judge_state(&self, cut: Lsn, clean: bool, pages: &[(PageKey, PageRef)]) -> Result<Lsn, String> {
+    /// It is the one reported, which is a commit that was drawn, or the state with which the life
+    /// began.
+    pub fn judge_state(
+        &self,
+        cut: Lsn,
+        clean: bool,
+        pages: &[(PageKey, PageRef)],
+    ) -> Result<Lsn, String> {
         if cut < self.durable {
             return Err(format!(
-                "cut at {cut:?}, although everything up to {:?} was said to be durable, by {}; drawn since {:?}: {:?}",
+                "cut at {cut:?}, although everything up to {:?} was said to be durable, by {}; \
+                 drawn since {:?}: {:?}",
                 self.durable,
                 self.promise,
                 self.began,
@@ -412,9 +471,13 @@ impl Oracle {
         if self.closed && !clean {
             return Err("the store was closed cleanly and recovery says that it was not".into());
         }
-        let judge = |cut| pages.iter().try_for_each(|(key, page)| self.judge_recovered(*key, cut, page));
+        let judge =
+            |cut| pages.iter().try_for_each(|(key, page)| self.judge_recovered(*key, cut, page));
         if cut > self.last.max(self.newest) {
-            return Err(format!("cut at {cut:?}, although nothing above {:?} was drawn", self.newest));
+            return Err(format!(
+                "cut at {cut:?}, although nothing above {:?} was drawn",
+                self.newest
+            ));
         }
         judge(cut).map(|()| cut)
     }
@@ -430,8 +493,8 @@ impl Oracle {
             return Ok(());
         }
         Err(format!(
-            "after recovery with cut {cut:?} (durable {:?}, last {:?}): {key:?} came at {:?} as {}, expected at {:?} as {}, \
-             {}; its history: {:?}",
+            "after recovery with cut {cut:?} (durable {:?}, last {:?}): {key:?} came at {:?} as \
+             {}, expected at {:?} as {}, {}; its history: {:?}",
             self.durable,
             self.last,
             page.lsn(),
@@ -445,14 +508,22 @@ impl Oracle {
 
     /// The changes of a page in this life, for messages.
     fn history(&self, key: PageKey) -> Vec<(Lsn, String)> {
-        let all = self.drawn.iter().flat_map(|(lsn, changes)| changes.iter().map(move |change| (*lsn, change)));
+        let all = self
+            .drawn
+            .iter()
+            .flat_map(|(lsn, changes)| changes.iter().map(move |change| (*lsn, change)));
         let of_page = all.filter(|(_, change)| change.0 == key);
         of_page.map(|(lsn, change)| (lsn, super::workload::describe_change(change))).collect()
     }
 
-    /// The store goes on from the state at `cut`; recovery reported `reported`, which is that or higher.
+    /// The store goes on from the state at `cut`; recovery reported `reported`, which is that or
+    /// higher.
     pub fn restart_at(&mut self, cut: Lsn, reported: Lsn) {
-        for pending in self.pending.values().filter(|a| a.drawn.is_some_and(|lsn| lsn > self.durable && lsn <= cut)) {
+        for pending in self
+            .pending
+            .values()
+            .filter(|a| a.drawn.is_some_and(|lsn| lsn > self.durable && lsn <= cut))
+        {
             self.counters.in_doubt_kept += 1;
             self.counters.spread_kept += u64::from(pending.spread);
         }
@@ -461,7 +532,8 @@ impl Oracle {
         self.watermark = Lsn::ZERO;
         self.model.restart_at(cut);
         self.drawn.clear();
-        (self.began, self.last, self.newest, self.durable, self.ordered) = (cut, cut, cut, cut, cut);
+        (self.began, self.last, self.newest, self.durable, self.ordered) =
+            (cut, cut, cut, cut, cut);
         self.ever = self.ever.max(reported);
         (self.closing, self.closed) = (false, false);
     }
@@ -472,7 +544,9 @@ fn difference(page: &[u8], expected: Option<&[u8]>) -> String {
     let Some(expected) = expected else { return "which is absent".into() };
     let differs: Vec<usize> = (0..BLOCK).filter(|&i| page[i] != expected[i]).collect();
     match (differs.first(), differs.last()) {
-        (Some(first), Some(last)) => format!("{} bytes differ, from {first} to {last}", differs.len()),
+        (Some(first), Some(last)) => {
+            format!("{} bytes differ, from {first} to {last}", differs.len())
+        }
         _ => "all bytes are the same".into(),
     }
 }
@@ -481,7 +555,8 @@ impl Model {
     fn justifies_conflict(&self, pending: &PendingRequest) -> bool {
         let Kind::Commit(commit) = &pending.what else { return false };
         commit.reads.iter().any(|&(key, read)| {
-            self.since(key, pending.seen).iter().any(|v| v.told() != read) || self.since(key, read).len() > 1
+            self.since(key, pending.seen).iter().any(|v| v.told() != read)
+                || self.since(key, read).len() > 1
         })
     }
 }

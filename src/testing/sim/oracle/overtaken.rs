@@ -1,8 +1,9 @@
 //! Who waits for how long, who was served before whom, and what this life has changed.
 //!
-//! How many have overtaken a request is counted and not judged: whoever asks for pages that are in memory rightly passes all who wait
-//! for the device, any number of times. What is judged is the time that a request waits (see `steps`): a queue that is not first in,
-//! first out lets somebody wait without end, and that is found.
+//! How many have overtaken a request is counted and not judged: whoever asks for pages that are in
+//! memory rightly passes all who wait for the device, any number of times. What is judged is the
+//! time that a request waits (see `steps`): a queue that is not first in, first out lets somebody
+//! wait without end, and that is found.
 //!
 //! It does *not* know why a request waits.
 
@@ -30,9 +31,13 @@ impl Oracle {
 
     /// Others of its kind have waited for longer.
     pub(super) fn count_overtaken(&mut self, answered: &PendingRequest) {
-        let is_before = |pending: &PendingRequest| pending.shard == answered.shard && pending.moment < answered.moment;
-        for pending in
-            self.pending.values_mut().filter(|pending| is_before(pending) && pending.what.is_like(&answered.what))
+        let is_before = |pending: &PendingRequest| {
+            pending.shard == answered.shard && pending.moment < answered.moment
+        };
+        for pending in self
+            .pending
+            .values_mut()
+            .filter(|pending| is_before(pending) && pending.what.is_like(&answered.what))
         {
             pending.overtaken += 1;
             self.counters.overtaken_most = self.counters.overtaken_most.max(pending.overtaken);

@@ -46,9 +46,11 @@ impl Kind {
     pub fn of(request: &Request, oldest: impl Fn(PageKey) -> Lsn) -> Self {
         match request {
             Request::Read(keys) => Kind::Read(keys.iter().map(|&key| (key, oldest(key))).collect()),
-            Request::Commit(Commit { reads, changes, durable }) => {
-                Kind::Commit(Commit { reads: reads.clone(), changes: changes.clone(), durable: *durable })
-            }
+            Request::Commit(Commit { reads, changes, durable }) => Kind::Commit(Commit {
+                reads: reads.clone(),
+                changes: changes.clone(),
+                durable: *durable,
+            }),
             Request::Flush => Kind::Flush,
             Request::WaitDurable(lsn) => Kind::WaitDurable(*lsn),
             Request::Checkpoint => Kind::Checkpoint,
@@ -69,10 +71,13 @@ impl Kind {
         commit.changes.iter().map(|(_, change)| workload::change_bytes(change)).sum()
     }
 
-    /// Whether it may be refused as too large: by its bytes, or since there could be more map nodes above its pages than memory holds.
+    /// Whether it may be refused as too large: by its bytes, or since there could be more map nodes
+    /// above its pages than memory holds.
     pub fn may_be_too_large(&self, tolerance: &Tolerance) -> bool {
         let Kind::Commit(commit) = self else { return false };
-        let pages = commit.changes.iter().filter(|(_, change)| !matches!(change, Change::Free)).count() as u64;
+        let pages =
+            commit.changes.iter().filter(|(_, change)| !matches!(change, Change::Free)).count()
+                as u64;
         let frames = commit.changes.len() as u64 * PATH_NODES_MAX + pages;
         self.bytes() > tolerance.commit_bytes_max
             || (tolerance.commit_frames_max > 0 && frames > tolerance.commit_frames_max)
@@ -89,7 +94,9 @@ impl Kind {
             Kind::Read(keys) => keys.is_empty() || keys.len() > read_pages_max,
             Kind::Commit(commit) => commit.changes.iter().any(|(_, change)| match change {
                 Change::Put(bytes) => bytes.len() != BLOCK,
-                Change::Patch { offset, bytes } => bytes.is_empty() || *offset as usize + bytes.len() > BLOCK,
+                Change::Patch { offset, bytes } => {
+                    bytes.is_empty() || *offset as usize + bytes.len() > BLOCK
+                }
                 Change::Free => false,
             }),
             _ => false,

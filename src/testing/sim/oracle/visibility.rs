@@ -1,11 +1,12 @@
-//! Commits over several shards, as the oracle sees them: which versions readers need not see yet, and which pages may be locked.
+//! Commits over several shards, as the oracle sees them: which versions readers need not see yet,
+//! and which pages may be locked.
 //!
 //! Invariants
-//! 1. Between its draw and its answer such a commit may be unseen at every shard but its owner; once a reader has
-//!    been given a version, none is given an older one.
-//! 2. It may hold its pages from the moment at which it is asked until all is delivered that its owner had sent when
-//!    it answered. Only then, and only against others that touch a page that it writes, or write one that it
-//!    reads, is a hold an excuse for a conflict.
+//! 1. Between its draw and its answer such a commit may be unseen at every shard but its owner;
+//!    once a reader has been given a version, none is given an older one.
+//! 2. It may hold its pages from the moment at which it is asked until all is delivered that its
+//!    owner had sent when it answered. Only then, and only against others that touch a page that it
+//!    writes, or write one that it reads, is a hold an excuse for a conflict.
 //!
 //! It does *not* know which pages are really locked: this is an upper bound.
 
@@ -45,14 +46,19 @@ impl Hold {
 
     fn excludes(&self, commit: &Commit) -> bool {
         let read = commit.reads.iter().any(|(key, _)| self.writes.contains(key));
-        read || commit.changes.iter().any(|(key, _)| self.writes.contains(key) || self.reads.contains(key))
+        read || commit
+            .changes
+            .iter()
+            .any(|(key, _)| self.writes.contains(key) || self.reads.contains(key))
     }
 }
 
 /// Whether a commit that goes to `owner` has to do with another shard.
 pub(super) fn is_spread(shard_map: ShardMap, owner: ShardId, commit: &Commit) -> bool {
     let reads = commit.reads.iter().map(|&(key, _)| key);
-    reads.chain(commit.changes.iter().map(|&(key, _)| key)).any(|key| shard_map.shard_of(key) != owner)
+    reads
+        .chain(commit.changes.iter().map(|&(key, _)| key))
+        .any(|key| shard_map.shard_of(key) != owner)
 }
 
 impl Visibility {
@@ -73,7 +79,8 @@ impl Visibility {
         self.unseen.remove(&lsn);
     }
 
-    /// Nothing can be held for it any more; `oldest` is the event at which the oldest request under way was asked.
+    /// Nothing can be held for it any more; `oldest` is the event at which the oldest request under
+    /// way was asked.
     pub fn let_go(&mut self, token: Token, now: u64, oldest: u64) {
         if let Some(hold) = self.holding.remove(&token) {
             self.ended.push(Hold { until: now, ..hold });
@@ -83,10 +90,14 @@ impl Visibility {
         }
     }
 
-    /// Whether a commit asked for at event `since` may have met a page held for another one, which excludes it.
+    /// Whether a commit asked for at event `since` may have met a page held for another one, which
+    /// excludes it.
     pub fn may_have_met(&self, token: Token, commit: &Commit, since: u64) -> bool {
-        let holding = self.holding.iter().filter(|&(&other, _)| other != token).map(|(_, hold)| hold);
-        holding.chain(self.ended.iter().filter(|hold| hold.until >= since)).any(|hold| hold.excludes(commit))
+        let holding =
+            self.holding.iter().filter(|&(&other, _)| other != token).map(|(_, hold)| hold);
+        holding
+            .chain(self.ended.iter().filter(|hold| hold.until >= since))
+            .any(|hold| hold.excludes(commit))
     }
 
     /// Whether the version that `lsn` made of `key`, at `shard`, need not be seen yet.

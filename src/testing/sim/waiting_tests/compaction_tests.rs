@@ -7,11 +7,13 @@ use std::collections::VecDeque;
 const PAGES: u64 = 1_500;
 /// A read of the device.
 const READ_US: Micros = 10_000;
-/// Commits, each of one page, and what they take at most: 75 s. With nodes read one after the other it was 461 s.
+/// Commits, each of one page, and what they take at most: 75 s. With nodes read one after the other
+/// it was 461 s.
 const COMMITS: u64 = 6_000;
 const BOUND_US: Micros = 150_000_000;
 
-/// If this fails, writers of a volume of pages far apart wait until its map nodes have been read one after the other.
+/// If this fails, writers of a volume of pages far apart wait until its map nodes have been read
+/// one after the other.
 #[test]
 fn map_nodes_that_compaction_moves_are_read_side_by_side() {
     must(reads_side_by_side());
@@ -30,7 +32,11 @@ pub(super) fn reads_side_by_side() -> Outcome {
     let mut rng = Rng::new(3);
     let begun = cluster.now;
     for n in 0..COMMITS {
-        let commit = Commit { reads: Vec::new(), changes: vec![(lone(rng.below(PAGES)), put(n))], durable: false };
+        let commit = Commit {
+            reads: Vec::new(),
+            changes: vec![(lone(rng.below(PAGES)), put(n))],
+            durable: false,
+        };
         asked.push_back(cluster.ask(Request::Commit(commit)));
         if asked.len() >= 32 {
             cluster.answer(asked.pop_front().expect("some"))?.map_err(|error| error.to_string())?;
@@ -38,5 +44,9 @@ pub(super) fn reads_side_by_side() -> Outcome {
     }
     let took = cluster.now - begun;
     println!("{COMMITS} commits in {} s", took / 1_000_000);
-    if took > BOUND_US { Err(format!("{COMMITS} commits took {} s", took / 1_000_000)) } else { Ok(()) }
+    if took > BOUND_US {
+        Err(format!("{COMMITS} commits took {} s", took / 1_000_000))
+    } else {
+        Ok(())
+    }
 }

@@ -5,11 +5,12 @@ use std::collections::VecDeque;
 
 /// Commits of one shard that are always under way.
 const STREAM: usize = 24;
-/// A commit over shards has gone through by then. Without a place in the queue it gets `Busy` after 10 s.
+/// A commit over shards has gone through by then. Without a place in the queue it gets `Busy` after
+/// 10 s.
 const BOUND_US: Micros = 2_000_000;
 
-/// If this fails, a transaction over several shards is refused as `Busy` for as long as others keep one of its shards busy, however
-/// long its caller tries.
+/// If this fails, a transaction over several shards is refused as `Busy` for as long as others keep
+/// one of its shards busy, however long its caller tries.
 #[test]
 fn a_commit_over_shards_gets_its_turn_beside_an_endless_stream_of_others() {
     must(goes_through_beside_a_stream());
@@ -40,13 +41,19 @@ impl Stream {
             let pages = &self.pages[self.next % self.pages.len()];
             let at = self.next / self.pages.len() * 4;
             let changes = (at..at + 4).map(|n| (pages[n % pages.len()], put(n as u64))).collect();
-            self.asked.push_back(cluster.ask(Request::Commit(Commit { reads: Vec::new(), changes, durable: false })));
+            self.asked.push_back(cluster.ask(Request::Commit(Commit {
+                reads: Vec::new(),
+                changes,
+                durable: false,
+            })));
             self.next += 1;
         }
         cluster.poll_once()?;
         for token in std::mem::take(&mut self.asked) {
             match cluster.answers.remove(&token) {
-                Some(answer) => _ = answer.map_err(|error| format!("a commit of one shard: {error}"))?,
+                Some(answer) => {
+                    _ = answer.map_err(|error| format!("a commit of one shard: {error}"))?
+                }
                 None => self.asked.push_back(token),
             }
         }
@@ -55,12 +62,17 @@ impl Stream {
 }
 
 /// Pages of one shard, from a page on.
-fn own_pages(cluster: &ParkedCluster, shard: u16, from: u64) -> impl Iterator<Item = PageKey> + use<> {
+fn own_pages(
+    cluster: &ParkedCluster,
+    shard: u16,
+    from: u64,
+) -> impl Iterator<Item = PageKey> + use<> {
     let shard_map = cluster.shard_map;
     (from..).map(key).filter(move |key| shard_map.shard_of(*key) == ShardId::new(shard))
 }
 
-/// A cluster of two shards with little memory and a slow device, and the commits over shards: `most` pages at one, and one at the other.
+/// A cluster of two shards with little memory and a slow device, and the commits over shards:
+/// `most` pages at one, and one at the other.
 fn rig_of_two() -> Outcome<ParkedCluster> {
     let cluster = ParkedCluster::open(SimDisk::new(11), &smallest(2, 8), 2)?;
     cluster.disk.set_latency(Latency { write: (20_000, 30_000), ..Latency::default() });
@@ -97,7 +109,10 @@ pub(super) fn goes_through_beside_a_stream() -> Outcome {
             return Err(format!("a commit of {pages} pages beside a stream: {error}"));
         }
         if waited > BOUND_US {
-            return Err(format!("a commit of {pages} pages has waited {waited} us: {}", cluster.describe()));
+            return Err(format!(
+                "a commit of {pages} pages has waited {waited} us: {}",
+                cluster.describe()
+            ));
         }
     }
     Ok(())
@@ -112,22 +127,34 @@ fn compete_for_two_shards() -> Outcome {
     while cluster.now < end {
         while asked.len() < 4 {
             round += 1;
-            let request =
-                over_two(&cluster, (round % 2) as u16, most / (1 + round as usize % 3), 10_000 + 2_000 * (round % 8));
+            let request = over_two(
+                &cluster,
+                (round % 2) as u16,
+                most / (1 + round as usize % 3),
+                10_000 + 2_000 * (round % 8),
+            );
             asked.insert(cluster.ask(request), cluster.now);
         }
         stream.lap(&mut cluster)?;
         for (token, begun) in asked.clone() {
             let Some(answer) = cluster.answers.remove(&token) else { continue };
-            answer.map_err(|error| format!("a commit over shards, after {} us: {error}", cluster.now - begun))?;
+            answer.map_err(|error| {
+                format!("a commit over shards, after {} us: {error}", cluster.now - begun)
+            })?;
             asked.remove(&token);
             longest = longest.max(cluster.now - begun);
             ended += 1;
         }
     }
-    println!("{ended} commits over shards beside {} of one, the longest took {longest} us", stream.next);
+    println!(
+        "{ended} commits over shards beside {} of one, the longest took {longest} us",
+        stream.next
+    );
     if ended < 20 || longest > 3 * BOUND_US {
-        return Err(format!("{ended} commits over shards, the longest took {longest} us: {}", cluster.describe()));
+        return Err(format!(
+            "{ended} commits over shards, the longest took {longest} us: {}",
+            cluster.describe()
+        ));
     }
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! Commits whose pages are far apart and new: of their paths through the map there is no leaf that could be pinned.
+//! Commits whose pages are far apart and new: of their paths through the map there is no leaf that
+//! could be pinned.
 
 use super::*;
 use crate::base::{PageId, VolumeId};
@@ -6,8 +7,8 @@ use crate::base::{PageId, VolumeId};
 /// Pages that readers hold.
 const PAGES: u64 = 400;
 
-/// If this fails, a commit to new pages of a sparse volume gets neither done nor refused while readers hold most of the memory: it reads
-/// the way to one page, and so loses the way to another.
+/// If this fails, a commit to new pages of a sparse volume gets neither done nor refused while
+/// readers hold most of the memory: it reads the way to one page, and so loses the way to another.
 #[test]
 fn commits_to_new_pages_far_apart_are_answered_beside_readers() {
     must(answered_beside_readers());
@@ -15,7 +16,9 @@ fn commits_to_new_pages_far_apart_are_answered_beside_readers() {
 
 pub(super) fn answered_beside_readers() -> Outcome {
     let options = tiny();
-    let far = |volume: u8, offset: u64| PageKey::new(VolumeId::new(volume), PageId::new((1 << 50) + offset));
+    let far = |volume: u8, offset: u64| {
+        PageKey::new(VolumeId::new(volume), PageId::new((1 << 50) + offset))
+    };
     let mut cluster = ParkedCluster::open(SimDisk::new(9), &options, 1)?;
     cluster.fill(PAGES, 20)?;
     for volume in 2..8 {
@@ -30,18 +33,26 @@ pub(super) fn answered_beside_readers() -> Outcome {
         let mut pinned = pin_all(&mut cluster, PAGES)?;
         pinned.truncate(pinned.len().saturating_sub(left));
         let changes = (2..8).map(|volume| (far(volume, (left as u64) << 24), put(2))).collect();
-        match cluster.call(Request::Commit(Commit { reads: Vec::new(), changes, durable: false }))? {
+        match cluster.call(Request::Commit(Commit {
+            reads: Vec::new(),
+            changes,
+            durable: false,
+        }))? {
             Ok(_) => done += 1,
             Err(error) if error.kind() == ErrorKind::Busy => refused += 1,
             Err(error) => return Err(format!("a commit beside {left} free pages: {error}")),
         }
     }
     println!("{done} commits done, {refused} refused");
-    if done > 0 && refused > 0 { Ok(()) } else { Err(format!("{done} commits done, {refused} refused")) }
+    if done > 0 && refused > 0 {
+        Ok(())
+    } else {
+        Err(format!("{done} commits done, {refused} refused"))
+    }
 }
 
-/// If this fails, a read of many pages is refused a page at a time, a second for each, beside readers that hold the memory; until then it
-/// keeps the pages that it has got from all others.
+/// If this fails, a read of many pages is refused a page at a time, a second for each, beside
+/// readers that hold the memory; until then it keeps the pages that it has got from all others.
 #[test]
 fn a_read_of_many_pages_is_refused_as_a_whole() {
     must(refused_as_a_whole());
@@ -62,7 +73,9 @@ fn refused_as_a_whole() -> Outcome {
     let begun = cluster.now;
     match cluster.call(Request::Read((0..FAR).map(far).collect()))? {
         Err(error) if error.kind() == ErrorKind::Busy => {}
-        other => return Err(format!("a read of {FAR} pages beside {} pinned: {other:?}", pinned.len())),
+        other => {
+            return Err(format!("a read of {FAR} pages beside {} pinned: {other:?}", pinned.len()));
+        }
     }
     let waited = cluster.now - begun;
     println!("refused after {waited} us");

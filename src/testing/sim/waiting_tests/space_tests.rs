@@ -1,4 +1,5 @@
-//! What commits leave for map nodes: space for those that they will change, in a store that is full, and memory for those that they make.
+//! What commits leave for map nodes: space for those that they will change, in a store that is
+//! full, and memory for those that they make.
 
 use super::*;
 
@@ -11,8 +12,8 @@ fn lone(n: u64) -> PageKey {
     key(n * 64)
 }
 
-/// If this fails, a store on a full device stops in a checkpoint, and does not open again: commits have been given the space that the
-/// map nodes of their pages need.
+/// If this fails, a store on a full device stops in a checkpoint, and does not open again: commits
+/// have been given the space that the map nodes of their pages need.
 #[test]
 fn commits_leave_space_for_the_map_nodes_that_they_will_dirty() {
     // Half full: all of them are carried out. And so full that some may be refused.
@@ -42,15 +43,22 @@ fn leaves_space_for_nodes(fill_percent: u32, may_be_full: bool) -> Outcome {
             stall_one_in: u64::MAX,
             ..Latency::default()
         });
-        let commit = |n| Commit { reads: Vec::new(), changes: vec![(lone(n), put(round))], durable: false };
-        let asked: Vec<Token> = (0..PAGES).map(|n| cluster.ask(Request::Commit(commit(n)))).collect();
+        let commit =
+            |n| Commit { reads: Vec::new(), changes: vec![(lone(n), put(round))], durable: false };
+        let asked: Vec<Token> =
+            (0..PAGES).map(|n| cluster.ask(Request::Commit(commit(n)))).collect();
         cluster.pass(1_000_000)?;
         cluster.disk.set_latency(Latency::default());
         for (n, token) in asked.into_iter().enumerate() {
             match cluster.answer(token)? {
                 Ok(_) => last[n] = round,
                 Err(error) if may_be_full && error.kind() == ErrorKind::Full => {}
-                Err(error) => return Err(format!("round {round}, page {n}: {error}: {}", cluster.describe())),
+                Err(error) => {
+                    return Err(format!(
+                        "round {round}, page {n}: {error}: {}",
+                        cluster.describe()
+                    ));
+                }
             }
         }
         cluster.checkpoint()?;
@@ -63,8 +71,9 @@ fn leaves_space_for_nodes(fill_percent: u32, may_be_full: bool) -> Outcome {
     check(&mut cluster, &model)
 }
 
-/// If this fails, a shard panics for want of a frame: its search for memory takes map nodes that are nowhere on the device, made by a
-/// commit that came to nothing, and the commit that has just counted them as there makes them anew.
+/// If this fails, a shard panics for want of a frame: its search for memory takes map nodes that
+/// are nowhere on the device, made by a commit that came to nothing, and the commit that has just
+/// counted them as there makes them anew.
 #[test]
 fn frames_suffice_for_nodes_that_the_search_for_them_takes() {
     must(counts_nodes_anew());
@@ -86,7 +95,8 @@ pub(super) fn counts_nodes_anew() -> Outcome {
         let lsn = cluster.read(key(0))?.map_err(|error| error.to_string())?.lsn();
         let first = Commit { reads: vec![], changes: vec![(key(0), patch(round))], durable: true };
         let second = Commit { reads: vec![(key(0), lsn)], changes: changes(), durable: true };
-        let (first, second) = (cluster.ask(Request::Commit(first)), cluster.ask(Request::Commit(second)));
+        let (first, second) =
+            (cluster.ask(Request::Commit(first)), cluster.ask(Request::Commit(second)));
         cluster.answer(first)?.map_err(|error| error.to_string())?;
         if cluster.answer(second)?.is_ok() {
             return Err("there was no conflict".into());

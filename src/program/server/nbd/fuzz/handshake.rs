@@ -57,16 +57,29 @@ pub fn handshake(data: &[u8]) {
         Ok(Outcome::Aborted) => End::Aborted,
         Err(_) => End::Broken,
     };
-    let mut model = Model { said: Parts(said), answered: Parts(&stream.answered), structured: false, allocation: None };
+    let mut model = Model {
+        said: Parts(said),
+        answered: Parts(&stream.answered),
+        structured: false,
+        allocation: None,
+    };
     assert_eq!(model.answered.take(18), Some(&b"NBDMAGICIHAVEOPT\0\x03"[..]));
     let expected = model.run();
     assert_eq!(ended, expected);
     assert_eq!(model.answered.0, b"", "more was sent than was asked for");
     if ended != End::Broken {
-        assert_eq!(stream.said, model.said.0, "bytes of the next phase were read, or some of this one left");
+        assert_eq!(
+            stream.said, model.said.0,
+            "bytes of the next phase were read, or some of this one left"
+        );
     }
-    // The longest answer to an option, of 16 bytes at least: a text, three facts about an export, or a list of two.
-    assert!(stream.answered.len() <= 200 + said.len() / 16 * 400, "{} bytes of answers", stream.answered.len());
+    // The longest answer to an option, of 16 bytes at least: a text, three facts about an export,
+    // or a list of two.
+    assert!(
+        stream.answered.len() <= 200 + said.len() / 16 * 400,
+        "{} bytes of answers",
+        stream.answered.len()
+    );
 }
 
 /// Reads both sides by the specification.
@@ -110,7 +123,10 @@ impl Model<'_> {
             3 if data.is_empty() => {
                 for name in ["disk", "other"] {
                     let text = self.reply(3, 2);
-                    assert_eq!(text, [&(name.len() as u32).to_be_bytes()[..], name.as_bytes()].concat());
+                    assert_eq!(
+                        text,
+                        [&(name.len() as u32).to_be_bytes()[..], name.as_bytes()].concat()
+                    );
                 }
                 self.reply(3, ACK);
             }
@@ -129,7 +145,11 @@ impl Model<'_> {
     /// Takes one reply, which must be of this kind; its data.
     fn reply(&mut self, option: u64, kind: u64) -> Vec<u8> {
         let found = [8, 4, 4].map(|bytes| self.answered.number(bytes));
-        assert_eq!(found, [Some(0x0003_e889_0455_65a9), Some(option), Some(kind)], "the reply to option {option}");
+        assert_eq!(
+            found,
+            [Some(0x0003_e889_0455_65a9), Some(option), Some(kind)],
+            "the reply to option {option}"
+        );
         let length = self.answered.number(4).expect("a length") as usize;
         let data = self.answered.take(length).expect("as many bytes as the length says").to_vec();
         assert!(data.len() <= 4096, "a string longer than the specification allows");
@@ -145,7 +165,8 @@ impl Model<'_> {
     }
 
     fn flags(&self) -> u64 {
-        // HAS_FLAGS, FLUSH, FUA, TRIM, WRITE_ZEROES, CAN_MULTI_CONN, CACHE, FAST_ZERO; DF with structured replies.
+        // HAS_FLAGS, FLUSH, FUA, TRIM, WRITE_ZEROES, CAN_MULTI_CONN, CACHE, FAST_ZERO; DF with
+        // structured replies.
         0b1101_0110_1101 | u64::from(self.structured) << 7
     }
 

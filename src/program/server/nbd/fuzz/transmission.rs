@@ -1,8 +1,9 @@
 //! Fuzz target: a client's half of a transmission, held against a model of the export.
 //!
-//! 1. Cookies are numbered anew before the server sees them, so that each reply can be matched with its request.
-//! 2. Requests are run one at a time by the reply thread: the order of the replies is the order in which the model does
-//!    the same.
+//! 1. Cookies are numbered anew before the server sees them, so that each reply can be matched with
+//!    its request.
+//! 2. Requests are run one at a time by the reply thread: the order of the replies is the order in
+//!    which the model does the same.
 
 use super::super::memory::{Division, Memory as Budget};
 use super::super::proto::Agreed;
@@ -57,21 +58,37 @@ pub fn transmission(data: &[u8]) {
     if is_stopping {
         asked.truncate(1);
     }
-    // A client that stops reading: the server must end, and what it sent until then is still in step.
+    // A client that stops reading: the server must end, and what it sent until then is still in
+    // step.
     let room = if mode & 0x60 == 0x60 { usize::from(cut) * 64 } else { usize::MAX };
     let socket = Socket::Canned(Canned::new(said, usize::from(mode >> 5) * 13 + 1, room));
     let export = Memory::new();
     let mut model = export.0.lock().unwrap().clone();
-    // With little memory replies come in pieces and payloads are taken in parts, others between them: one at a time, then, so
-    // that the model knows the order. Else all is done as a whole, three at a time.
+    // With little memory replies come in pieces and payloads are taken in parts, others between
+    // them: one at a time, then, so that the model knows the order. Else all is done as a whole,
+    // three at a time.
     let is_little = cut & 1 == 1;
     let (own_bytes, writes_bytes, requests_max) =
         if is_little { (6 << 10, 8 << 10, 1) } else { (SIZE + 2048, 64 << 10, 3) };
     let replies_bytes = if is_little { 0 } else { 16 << 10 };
-    let division =
-        Division { engine_bytes: 0, connections_max: 1, input_bytes: 64, own_bytes, replies_bytes, writes_bytes };
-    let (limits, budget) = (Limits { requests_max, ..Limits::default() }, Arc::new(Budget::new(division)));
-    let outcome = server::serve(&socket, &export, agreed, &limits, &budget, &Arc::new(AtomicBool::new(is_stopping)));
+    let division = Division {
+        engine_bytes: 0,
+        connections_max: 1,
+        input_bytes: 64,
+        own_bytes,
+        replies_bytes,
+        writes_bytes,
+    };
+    let (limits, budget) =
+        (Limits { requests_max, ..Limits::default() }, Arc::new(Budget::new(division)));
+    let outcome = server::serve(
+        &socket,
+        &export,
+        agreed,
+        &limits,
+        &budget,
+        &Arc::new(AtomicBool::new(is_stopping)),
+    );
     assert_eq!(budget.taken(), 0, "memory was not given back");
     let Socket::Canned(canned) = &socket else { unreachable!("it was made so") };
     let answered = canned.answered();
@@ -113,7 +130,9 @@ fn requests(said: &mut [u8]) -> (Vec<Asked>, End) {
             return (asked, End::Clean);
         }
         let payload_len = if command == WRITE { length } else { 0 };
-        let Some(payload) = said.get(at..at + payload_len as usize) else { return (asked, End::Broken) };
+        let Some(payload) = said.get(at..at + payload_len as usize) else {
+            return (asked, End::Broken);
+        };
         at += payload.len();
         asked.push(Asked { flags, command, offset, length, payload: payload.to_vec() });
     }
@@ -134,11 +153,15 @@ fn error_of(asked: &Asked, agreed: Agreed) -> u64 {
     if !is_invalid && asked.command == READ && asked.flags & df != 0 && asked.length > PAYLOAD_MAX {
         return EOVERFLOW;
     }
-    let Some(end) = asked.offset.checked_add(asked.length).filter(|_| !is_invalid) else { return EINVAL };
+    let Some(end) = asked.offset.checked_add(asked.length).filter(|_| !is_invalid) else {
+        return EINVAL;
+    };
     if end > SIZE as u64 {
         return if matches!(asked.command, WRITE | ZEROES) { ENOSPC } else { EINVAL };
     }
-    let is_slow = asked.command == ZEROES && asked.length > 0 && asked.flags & (no_hole | fast) == no_hole | fast;
+    let is_slow = asked.command == ZEROES
+        && asked.length > 0
+        && asked.flags & (no_hole | fast) == no_hole | fast;
     if is_slow { ENOTSUP } else { 0 }
 }
 
@@ -156,7 +179,9 @@ fn reply(
         let asked = waiting.remove(&cookie).expect("a reply to a request that waits for one");
         let expected = if is_stopping { ESHUTDOWN } else { error_of(&asked, agreed) };
         assert_eq!(error, expected, "command {} flags {}", asked.command, asked.flags);
-        assert!(!agreed.structured || (error == 0 && asked.command != READ && asked.command != STATUS));
+        assert!(
+            !agreed.structured || (error == 0 && asked.command != READ && asked.command != STATUS)
+        );
         if error == 0 && asked.command == READ {
             let data = parts.take(asked.length as usize)?;
             assert!(*data == model[asked.offset as usize..][..data.len()], "wrong bytes");
@@ -166,7 +191,10 @@ fn reply(
         }
         return Some(());
     }
-    assert!(magic == 0x668e_33ef && agreed.structured, "neither a reply nor a chunk that was agreed on");
+    assert!(
+        magic == 0x668e_33ef && agreed.structured,
+        "neither a reply nor a chunk that was agreed on"
+    );
     chunks(parts, agreed, is_stopping, waiting, model)
 }
 
@@ -189,9 +217,13 @@ fn chunks(
 ) -> Option<()> {
     let (mut told, mut count, mut of) = (0, 0, None);
     loop {
-        let (flags, kind, cookie, length) = (parts.number(2)?, parts.number(2)?, parts.number(8)?, parts.number(4)?);
+        let (flags, kind, cookie, length) =
+            (parts.number(2)?, parts.number(2)?, parts.number(8)?, parts.number(4)?);
         let mut data = Parts(parts.take(length as usize)?);
-        assert!(flags <= 1 && *of.get_or_insert(cookie) == cookie, "chunks of two replies are mixed");
+        assert!(
+            flags <= 1 && *of.get_or_insert(cookie) == cookie,
+            "chunks of two replies are mixed"
+        );
         let asked = waiting.get(&cookie).expect("a reply to a request that waits for one");
         let expected = if is_stopping { ESHUTDOWN } else { error_of(asked, agreed) };
         count += 1;
@@ -202,10 +234,17 @@ fn chunks(
             }
             1 | 2 => {
                 assert!(asked.command == READ && expected == 0);
-                assert_eq!(data.number(8)?, asked.offset + told, "a gap, or bytes that are told twice");
+                assert_eq!(
+                    data.number(8)?,
+                    asked.offset + told,
+                    "a gap, or bytes that are told twice"
+                );
                 let range = (asked.offset + told) as usize..;
-                let bytes =
-                    if kind == 1 { data.take(data.0.len())?.to_vec() } else { vec![0; data.number(4)? as usize] };
+                let bytes = if kind == 1 {
+                    data.take(data.0.len())?.to_vec()
+                } else {
+                    vec![0; data.number(4)? as usize]
+                };
                 assert!(!bytes.is_empty() && model[range][..bytes.len()] == bytes, "wrong bytes");
                 told += bytes.len() as u64;
             }
@@ -214,13 +253,22 @@ fn chunks(
                 let mut bytes = 0;
                 while !data.0.is_empty() {
                     let (extent, _) = (data.number(4)?, data.number(4)?);
-                    assert!(extent > 0 && (asked.flags & 8 == 0 || bytes == 0), "more extents than asked for");
+                    assert!(
+                        extent > 0 && (asked.flags & 8 == 0 || bytes == 0),
+                        "more extents than asked for"
+                    );
                     bytes += extent;
                 }
                 assert!((1..=asked.length).contains(&bytes), "extents beyond the range");
             }
             0x8001 => {
-                assert_eq!(data.number(4)?, expected, "command {} flags {}", asked.command, asked.flags);
+                assert_eq!(
+                    data.number(4)?,
+                    expected,
+                    "command {} flags {}",
+                    asked.command,
+                    asked.flags
+                );
                 let text = data.number(2)? as usize;
                 assert!(expected != 0 && std::str::from_utf8(data.take(text)?).is_ok());
             }

@@ -1,10 +1,12 @@
 //! Byte layouts of the handshake: greeting, options, their replies.
 //!
-//! 1. Counts and lengths in an option are checked against its data before anything is taken from it.
+//! 1. Counts and lengths in an option are checked against its data before anything is taken from
+//!    it.
 
 use super::{
-    ALLOCATION, BLOCK_MIN_BYTES, BLOCK_PREFERRED_BYTES, Fields, GREETING_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC,
-    PAYLOAD_BYTES_MAX, SERVER_FLAGS, STRING_BYTES_MAX, broken, export_flags, info,
+    ALLOCATION, BLOCK_MIN_BYTES, BLOCK_PREFERRED_BYTES, Fields, GREETING_MAGIC, OPTION_MAGIC,
+    OPTION_REPLY_MAGIC, PAYLOAD_BYTES_MAX, SERVER_FLAGS, STRING_BYTES_MAX, broken, export_flags,
+    info,
 };
 use std::io;
 
@@ -61,8 +63,9 @@ pub struct MetaRequest {
 }
 
 impl MetaRequest {
-    /// Parses the data; `None` if lengths don't add up, or a string is too long or no UTF-8. No list is made of the queries: of
-    /// the shortest ones it would be eight times as long as the data, for each client.
+    /// Parses the data; `None` if lengths don't add up, or a string is too long or no UTF-8. No
+    /// list is made of the queries: of the shortest ones it would be eight times as long as the
+    /// data, for each client.
     pub fn parse(data: &[u8]) -> Option<MetaRequest> {
         let mut from = Fields(data);
         let name = parse_string(&mut from)?.to_owned();

@@ -1,7 +1,8 @@
 //! Byte layouts of replies: simple ones, and chunks of structured ones.
 
 use super::{
-    ALLOCATION_ID, CHUNK_MAGIC, Errno, Extent, Fault, SIMPLE_REPLY_MAGIC, STATUS_HOLE, STRING_BYTES_MAX, chunk,
+    ALLOCATION_ID, CHUNK_MAGIC, Errno, Extent, Fault, SIMPLE_REPLY_MAGIC, STATUS_HOLE,
+    STRING_BYTES_MAX, chunk,
 };
 
 /// Bytes of a simple reply's header.
@@ -33,7 +34,12 @@ fn chunk_head(cookie: u64, done: bool, kind: u16, length: usize) -> [u8; CHUNK_H
 }
 
 /// What stands in front of `length` bytes that were read at `offset`.
-pub fn data_chunk_head(cookie: u64, done: bool, offset: u64, length: usize) -> [u8; DATA_CHUNK_HEAD_BYTES] {
+pub fn data_chunk_head(
+    cookie: u64,
+    done: bool,
+    offset: u64,
+    length: usize,
+) -> [u8; DATA_CHUNK_HEAD_BYTES] {
     let mut out = [0; DATA_CHUNK_HEAD_BYTES];
     out[..CHUNK_HEAD_BYTES].copy_from_slice(&chunk_head(cookie, done, chunk::DATA, 8 + length));
     out[CHUNK_HEAD_BYTES..].copy_from_slice(&offset.to_be_bytes());

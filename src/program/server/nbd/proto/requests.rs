@@ -75,7 +75,13 @@ impl Request {
             7 => Command::BlockStatus,
             _ => Command::Unknown,
         };
-        Some(Request { flags, command, cookie: from.u64()?, offset: from.u64()?, length: from.u32()? })
+        Some(Request {
+            flags,
+            command,
+            cookie: from.u64()?,
+            offset: from.u64()?,
+            length: from.u32()?,
+        })
     }
 
     /// The byte after the last one, unless that can't be a number.
@@ -99,14 +105,20 @@ impl Request {
         let (offset, length) = (self.offset, self.length);
         let Some(end) = self.end() else {
             // Nonsense rather than a full disk.
-            return Err(Fault::new(Errno::Invalid, format!("{length} bytes at {offset} wrap around")));
+            return Err(Fault::new(
+                Errno::Invalid,
+                format!("{length} bytes at {offset} wrap around"),
+            ));
         };
         let errno = match self.command {
             Command::Write | Command::WriteZeroes => Errno::NoSpace,
             _ => Errno::Invalid,
         };
         if end > bytes {
-            return Err(Fault::new(errno, format!("{length} bytes at {offset} end behind the last of {bytes}")));
+            return Err(Fault::new(
+                errno,
+                format!("{length} bytes at {offset} end behind the last of {bytes}"),
+            ));
         }
         Ok(())
     }
@@ -121,7 +133,9 @@ impl Request {
         };
         match self.command {
             Command::Unknown => invalid("unknown command"),
-            Command::BlockStatus if !agreed.allocation => invalid("no metadata context was negotiated"),
+            Command::BlockStatus if !agreed.allocation => {
+                invalid("no metadata context was negotiated")
+            }
             _ if self.flags & !known != 0 => invalid("unknown flags for this command"),
             Command::Read if self.length > PAYLOAD_BYTES_MAX && self.flags & flag::DF != 0 => {
                 Err(Fault::new(Errno::Overflow, "more than 32 MiB can't be answered by one chunk"))

@@ -2,11 +2,13 @@
 
 use super::*;
 
-/// A client that sends a byte now and then would stay for ever, and a hundred of them lock everybody else out.
+/// A client that sends a byte now and then would stay for ever, and a hundred of them lock
+/// everybody else out.
 #[test]
 fn a_handshake_ends_in_time_however_it_is_drawn_out() {
     let limit = Duration::from_millis(300);
-    let (_dir, path, server) = listening(Limits { handshake: limit, handshake_pause: limit, ..Limits::default() });
+    let (_dir, path, server) =
+        listening(Limits { handshake: limit, handshake_pause: limit, ..Limits::default() });
     let mut good = chosen(&path).unwrap();
     let mut slow = UnixStream::connect(&path).unwrap();
     slow.write_all(&FLAGS).unwrap();
@@ -33,7 +35,8 @@ fn a_handshake_ends_in_time_however_it_is_drawn_out() {
     assert!(server.stop());
 }
 
-/// Each connection takes two threads and memory: without a bound, connecting is all that an attack needs.
+/// Each connection takes two threads and memory: without a bound, connecting is all that an attack
+/// needs.
 #[test]
 fn connections_beyond_the_limit_are_closed_and_the_others_served() {
     let (_dir, path, server) = listening_with(

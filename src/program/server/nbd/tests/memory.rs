@@ -12,14 +12,25 @@ fn read_simple(client: &mut UnixStream, cookie: u64, length: usize) -> Vec<u8> {
 }
 
 /// The data of a reply in chunks, and how many they were.
-fn read_chunks(client: &mut UnixStream, cookie: u64, offset: u64, length: usize) -> (Vec<u8>, usize) {
+fn read_chunks(
+    client: &mut UnixStream,
+    cookie: u64,
+    offset: u64,
+    length: usize,
+) -> (Vec<u8>, usize) {
     let (mut data, mut count) = (Vec::new(), 0);
     loop {
         let (flags, kind, answered, chunk) = next_chunk(client);
-        assert_eq!((answered, &chunk[..8]), (cookie, &(offset + data.len() as u64).to_be_bytes()[..]));
+        assert_eq!(
+            (answered, &chunk[..8]),
+            (cookie, &(offset + data.len() as u64).to_be_bytes()[..])
+        );
         match kind {
             1 => data.extend_from_slice(&chunk[8..]),
-            2 => data.resize(data.len() + u32::from_be_bytes(chunk[8..12].try_into().unwrap()) as usize, 0),
+            2 => data.resize(
+                data.len() + u32::from_be_bytes(chunk[8..12].try_into().unwrap()) as usize,
+                0,
+            ),
             other => panic!("chunk of type {other}"),
         }
         count += 1;
@@ -40,15 +51,18 @@ fn filled() -> Memory {
     export
 }
 
-/// A client may ask for 32 MiB at a time however little memory there is; what it gets must be right to the byte, and others of
-/// its requests must not be lost in between.
+/// A client may ask for 32 MiB at a time however little memory there is; what it gets must be right
+/// to the byte, and others of its requests must not be lost in between.
 #[test]
 fn reads_larger_than_the_memory_are_answered_in_pieces() {
     let (export, budget) = (filled(), little());
     let (offset, length) = (1000u64, 4 << 20);
     let whole = export.data.lock().unwrap()[offset as usize..][..length].to_vec();
-    let ask = [request(0, 1, offset, length as u32), request(3, 2, 0, 0), request(0, 3, offset, 5000)].concat();
-    let (mut client, server) = connect_with(&export, Agreed::default(), never(), Limits::default(), &budget);
+    let ask =
+        [request(0, 1, offset, length as u32), request(3, 2, 0, 0), request(0, 3, offset, 5000)]
+            .concat();
+    let (mut client, server) =
+        connect_with(&export, Agreed::default(), never(), Limits::default(), &budget);
     client.write_all(&ask).unwrap();
     let (mut flushed, mut read, mut small) = (0, 0, 0);
     for _ in 0..3 {
@@ -84,7 +98,8 @@ fn reads_larger_than_the_memory_are_answered_in_pieces() {
     client.write_all(&request(0, 6, (8 << 20) - 8192, 65_536)).unwrap();
     let (data, _) = read_chunks(&mut client, 6, (8 << 20) - 8192, 65_536);
     assert!(
-        data[..8192] == export.data.lock().unwrap()[(8 << 20) - 8192..8 << 20] && data[8192..] == [0; 65_536 - 8192]
+        data[..8192] == export.data.lock().unwrap()[(8 << 20) - 8192..8 << 20]
+            && data[8192..] == [0; 65_536 - 8192]
     );
     drop(client);
     server.join().unwrap().unwrap();
@@ -113,23 +128,30 @@ fn a_failure_in_the_middle_of_a_large_read_is_told_or_ends_the_connection() {
     assert_eq!(next_reply(&mut client), (2, 0), "the connection goes on");
     drop(client);
     server.join().unwrap().unwrap();
-    let (mut client, server) = connect_with(&export, Agreed::default(), never(), Limits::default(), &budget);
+    let (mut client, server) =
+        connect_with(&export, Agreed::default(), never(), Limits::default(), &budget);
     client.write_all(&request(0, 1, 1 << 20, 2 << 20)).unwrap();
     assert_eq!(next_reply(&mut client), (1, Errno::Io as u32), "nothing was sent yet");
     client.write_all(&request(0, 2, 0, 2 << 20)).unwrap();
     assert_eq!(next_reply(&mut client), (2, 0));
     let mut data = Vec::new();
     let _ = client.read_to_end(&mut data);
-    assert!(data.len() <= 1 << 20 && data == export.data.lock().unwrap()[..data.len()], "{} bytes", data.len());
+    assert!(
+        data.len() <= 1 << 20 && data == export.data.lock().unwrap()[..data.len()],
+        "{} bytes",
+        data.len()
+    );
     let _ = server.join().unwrap();
     assert_eq!(budget.taken(), 0);
 }
 
-/// A write of 32 MiB must be possible with any memory, and one that fails on its way must not be called good.
+/// A write of 32 MiB must be possible with any memory, and one that fails on its way must not be
+/// called good.
 #[test]
 fn writes_larger_than_the_memory_are_taken_in_parts() {
     let (export, budget) = (Memory::new(), little());
-    let (mut client, server) = connect_with(&export, Agreed::default(), never(), Limits::default(), &budget);
+    let (mut client, server) =
+        connect_with(&export, Agreed::default(), never(), Limits::default(), &budget);
     let data: Vec<u8> = (0..3_000_000u32).map(|n| (n >> 8) as u8 ^ n as u8).collect();
     client.write_all(&[&request(1, 1, 4095, data.len() as u32)[..], &data].concat()).unwrap();
     assert_eq!(next_reply(&mut client), (1, 0));
@@ -140,13 +162,16 @@ fn writes_larger_than_the_memory_are_taken_in_parts() {
     client.write_all(&request(3, 3, 0, 0)).unwrap();
     assert_eq!(next_reply(&mut client), (3, 0), "the stream is in step");
     export.fault.store(1, Ordering::Relaxed);
-    client.write_all(&[&request(1, 4, 0, data.len() as u32)[..], &data[..100_000]].concat()).unwrap();
+    client
+        .write_all(&[&request(1, 4, 0, data.len() as u32)[..], &data[..100_000]].concat())
+        .unwrap();
     let _ = client.read_to_end(&mut Vec::new());
     assert!(server.join().unwrap().is_err(), "a part has panicked");
     assert_eq!(budget.taken(), 0);
 }
 
-/// Clients that ask and don't read take what they can get; one that behaves must not feel it, and the server must not grow.
+/// Clients that ask and don't read take what they can get; one that behaves must not feel it, and
+/// the server must not grow.
 #[test]
 fn a_crowd_of_stalled_readers_holds_no_more_than_its_share_and_others_are_served() {
     let budget = Arc::new(Budget::new(Division::of(16 << 20)));
@@ -175,15 +200,18 @@ fn a_crowd_of_stalled_readers_holds_no_more_than_its_share_and_others_are_served
     assert_eq!(budget.taken(), 0, "memory is lost with each client that goes");
 }
 
-/// One client that stops in the middle of a payload must not keep all others from writing; and while nobody needs its memory
-/// it is left alone, since it may be a virtual machine that is paused.
+/// One client that stops in the middle of a payload must not keep all others from writing; and
+/// while nobody needs its memory it is left alone, since it may be a virtual machine that is
+/// paused.
 #[test]
 fn a_client_that_stops_within_a_payload_is_cut_off_once_others_wait_for_its_memory() {
     let (export, budget) = (Memory::new(), little());
     let limits = Limits { payload_stall: Duration::from_millis(50), ..Limits::default() };
     let (mut stalled, first) = connect_with(&export, Agreed::default(), never(), limits, &budget);
     let payload = vec![1; 24 << 10];
-    stalled.write_all(&[&request(1, 1, 0, payload.len() as u32)[..], &payload[..100]].concat()).unwrap();
+    stalled
+        .write_all(&[&request(1, 1, 0, payload.len() as u32)[..], &payload[..100]].concat())
+        .unwrap();
     std::thread::sleep(Duration::from_millis(300));
     assert!(!first.is_finished(), "it was cut off though nobody waits");
     let (mut other, second) = connect_with(&export, Agreed::default(), never(), limits, &budget);
@@ -196,7 +224,8 @@ fn a_client_that_stops_within_a_payload_is_cut_off_once_others_wait_for_its_memo
     assert_eq!(budget.taken(), 0);
 }
 
-/// Writes of a client that reads no replies are stuck behind them: they must not keep the memory that others' writes need.
+/// Writes of a client that reads no replies are stuck behind them: they must not keep the memory
+/// that others' writes need.
 #[test]
 fn a_client_that_reads_nothing_is_cut_off_once_others_wait_for_the_memory_of_its_writes() {
     let (export, budget) = (Memory::new(), little());
@@ -204,7 +233,8 @@ fn a_client_that_reads_nothing_is_cut_off_once_others_wait_for_the_memory_of_its
     let (mut stalled, first) = connect_with(&export, Agreed::default(), never(), limits, &budget);
     let payload = vec![1; 24 << 10];
     stalled.write_all(&request(0, 1, 0, 32 << 20)).unwrap();
-    // Until no more of the answer comes: then the socket is full, and whatever it asks for next is stuck.
+    // Until no more of the answer comes: then the socket is full, and whatever it asks for next is
+    // stuck.
     let (mut before, mut same) = (0, 0);
     while same < 30 {
         std::thread::sleep(Duration::from_millis(10));
@@ -227,17 +257,19 @@ fn a_client_that_reads_nothing_is_cut_off_once_others_wait_for_the_memory_of_its
     assert_eq!(budget.taken(), 0);
 }
 
-/// A crowd that asks for much and goes away must not keep the device busy for those who stay. And a late write of a client that is
-/// gone could land on what it has written over its next connection.
+/// A crowd that asks for much and goes away must not keep the device busy for those who stay. And a
+/// late write of a client that is gone could land on what it has written over its next connection.
 #[test]
 fn what_a_client_asked_for_is_not_begun_once_it_is_gone() {
     let export = Memory::new();
     let budget = Arc::new(Budget::new(Division::of(2 << 30)));
-    let (mut client, server) = connect_with(&export, Agreed::default(), never(), Limits::default(), &budget);
+    let (mut client, server) =
+        connect_with(&export, Agreed::default(), never(), Limits::default(), &budget);
     let mut asked: Vec<u8> = (0..32).flat_map(|n| request(0, n, 0, 1 << 20)).collect();
     (0..4).for_each(|n| asked.extend([&request(1, 32 + n, 0, 3)[..], b"xyz"].concat()));
     client.write_all(&asked).unwrap();
-    // All have their memory, and wait until the first reply is taken, which does not fit into the socket.
+    // All have their memory, and wait until the first reply is taken, which does not fit into the
+    // socket.
     let expected = 32 * ((1 << 20) + REQUEST_BYTES) + 4 * payload_charge(3);
     while budget.taken() < expected {
         std::thread::yield_now();
@@ -246,32 +278,45 @@ fn what_a_client_asked_for_is_not_begun_once_it_is_gone() {
     let _ = server.join().unwrap();
     let reads = export.reads.load(Ordering::Relaxed);
     assert!(reads <= 2, "{reads} of 32 reads were done for a client that is gone");
-    assert_eq!(export.data.lock().unwrap()[..3], [0; 3], "a write of a client that is gone was done");
+    assert_eq!(
+        export.data.lock().unwrap()[..3],
+        [0; 3],
+        "a write of a client that is gone was done"
+    );
     assert_eq!(budget.taken(), 0);
 }
 
-/// Clients that stop within a payload, by malice or because their machine is gone, kept the memory of all writes: nobody wrote for
-/// half a minute, and with each further such client for half a minute more.
+/// Clients that stop within a payload, by malice or because their machine is gone, kept the memory
+/// of all writes: nobody wrote for half a minute, and with each further such client for half a
+/// minute more.
 #[test]
 fn a_crowd_that_stops_within_its_payloads_keeps_nobody_from_writing() {
     let (export, budget) = (Memory::new(), little());
     let stalled: Vec<_> = (0..4)
         .map(|_| {
-            let connection = connect_with(&export, Agreed::default(), never(), Limits::default(), &budget);
+            let connection =
+                connect_with(&export, Agreed::default(), never(), Limits::default(), &budget);
             let payload = [1; 100];
-            (&connection.0).write_all(&[&request(1, 1, 1 << 20, 24 << 10)[..], &payload].concat()).unwrap();
+            (&connection.0)
+                .write_all(&[&request(1, 1, 1 << 20, 24 << 10)[..], &payload].concat())
+                .unwrap();
             connection
         })
         .collect();
     while budget.taken() < 24 << 10 {
         std::thread::yield_now();
     }
-    let (mut good, server) = connect_with(&export, Agreed::default(), never(), Limits::default(), &budget);
+    let (mut good, server) =
+        connect_with(&export, Agreed::default(), never(), Limits::default(), &budget);
     let data: Vec<u8> = (0..100_000u32).map(|n| (n >> 8) as u8 ^ n as u8).collect();
     for round in 1..=20 {
-        good.write_all(&[&request(1, round, 4095 + round, data.len() as u32)[..], &data].concat()).unwrap();
+        good.write_all(&[&request(1, round, 4095 + round, data.len() as u32)[..], &data].concat())
+            .unwrap();
         assert_eq!(next_reply(&mut good), (round, 0));
-        assert!(export.data.lock().unwrap()[4095 + round as usize..][..data.len()] == data[..], "round {round}");
+        assert!(
+            export.data.lock().unwrap()[4095 + round as usize..][..data.len()] == data[..],
+            "round {round}"
+        );
     }
     assert!(stalled.iter().all(|(_, thread)| !thread.is_finished()), "they may only be slow");
     drop(good);
@@ -285,13 +330,16 @@ fn a_crowd_that_stops_within_its_payloads_keeps_nobody_from_writing() {
 
 // --- a busy store ---
 
-/// A file system on a block device that says EIO is read-only from then on: being busy for longer than some limit is no error.
+/// A file system on a block device that says EIO is read-only from then on: being busy for longer
+/// than some limit is no error.
 #[test]
 fn a_busy_store_is_waited_for_and_other_requests_are_served_meanwhile() {
     let export = Memory::new();
     export.busy.store(true, Ordering::Relaxed);
     let (mut client, server) = connect(&export, never());
-    client.write_all(&[&request(1, 1, 0, 3)[..], b"abc", &request(0, 2, 0, 4096)].concat()).unwrap();
+    client
+        .write_all(&[&request(1, 1, 0, 3)[..], b"abc", &request(0, 2, 0, 4096)].concat())
+        .unwrap();
     assert_eq!(read_simple(&mut client, 2, 4096), [0; 4096], "a read need not wait");
     // It was five seconds that a request was given.
     std::thread::sleep(Duration::from_millis(5500));
@@ -305,8 +353,8 @@ fn a_busy_store_is_waited_for_and_other_requests_are_served_meanwhile() {
     server.join().unwrap().unwrap();
 }
 
-/// A write that waits for a busy store has not landed yet: after its client is gone it must not land on what that has written
-/// over its next connection.
+/// A write that waits for a busy store has not landed yet: after its client is gone it must not
+/// land on what that has written over its next connection.
 #[test]
 fn a_write_that_waits_does_not_land_once_its_client_is_gone() {
     let export = Memory::new();
@@ -317,7 +365,8 @@ fn a_write_that_waits_does_not_land_once_its_client_is_gone() {
         std::thread::yield_now();
     }
     drop(client);
-    // Until the server has noticed; less than it goes on trying for a client that has only ended its sending.
+    // Until the server has noticed; less than it goes on trying for a client that has only ended
+    // its sending.
     let end = Instant::now() + Duration::from_millis(900);
     while !server.is_finished() && Instant::now() < end {
         std::thread::sleep(Duration::from_millis(1));
@@ -327,7 +376,8 @@ fn a_write_that_waits_does_not_land_once_its_client_is_gone() {
     assert_eq!(export.data.lock().unwrap()[..3], [0; 3], "it has landed");
 }
 
-/// Else a server whose client has gone, or that is asked to stop, waits for a store that is busy for ever.
+/// Else a server whose client has gone, or that is asked to stop, waits for a store that is busy
+/// for ever.
 #[test]
 fn a_connection_ends_though_the_store_stays_busy() {
     let export = Memory::new();
@@ -336,7 +386,8 @@ fn a_connection_ends_though_the_store_stays_busy() {
     for length in [3, 5 << 20] {
         let (mut client, server) = connect(&export, never());
         client.set_write_timeout(Some(Duration::from_millis(200))).unwrap();
-        let _ = client.write_all(&[&request(1, 1, 0, length)[..], &vec![1; length as usize]].concat());
+        let _ =
+            client.write_all(&[&request(1, 1, 0, length)[..], &vec![1; length as usize]].concat());
         drop(client);
         let _ = server.join().unwrap();
     }

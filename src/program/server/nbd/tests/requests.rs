@@ -67,7 +67,8 @@ fn a_client_that_never_reads_is_held_back() {
     assert!(server.join().unwrap().is_ok() || !export.data.lock().unwrap().is_empty());
 }
 
-/// A client takes each byte from where its chunk says; a wrong offset is wrong data, and a missing end a hang.
+/// A client takes each byte from where its chunk says; a wrong offset is wrong data, and a missing
+/// end a hang.
 #[test]
 fn a_structured_read_is_data_and_holes_and_one_end() {
     let export = Memory::new();
@@ -88,9 +89,15 @@ fn a_structured_read_is_data_and_holes_and_one_end() {
     client.write_all(&flagged(1 << 2, 0, 10, 0, 8192)).unwrap();
     let (flags, kind, cookie, whole) = next_chunk(&mut client);
     assert_eq!((flags, kind, cookie, whole.len()), (1, 1, 10, 8 + 8192));
-    assert_eq!((&whole[..8], &whole[8..12], &whole[8 + 4096..][..4]), (&[0; 8][..], &[0; 4][..], &[7; 4][..]));
+    assert_eq!(
+        (&whole[..8], &whole[8..12], &whole[8 + 4096..][..4]),
+        (&[0; 8][..], &[0; 4][..], &[7; 4][..])
+    );
     client.write_all(&request(0, 11, 5998, 4)).unwrap();
-    assert_eq!(next_chunk(&mut client), (1, 1, 11, [&5998u64.to_be_bytes()[..], &[7, 7, 0, 0]].concat()));
+    assert_eq!(
+        next_chunk(&mut client),
+        (1, 1, 11, [&5998u64.to_be_bytes()[..], &[7, 7, 0, 0]].concat())
+    );
     client.write_all(&request(0, 12, 77, 0)).unwrap();
     assert_eq!(next_chunk(&mut client), (1, 0, 12, vec![]));
     // What is no read keeps its short reply.
@@ -109,9 +116,16 @@ fn failures_come_with_number_and_text() {
     let mut fails = |said: &[u8], cookie: u64, errno: u32, text: &str| {
         client.write_all(said).unwrap();
         let (flags, kind, answered, data) = next_chunk(&mut client);
-        assert_eq!((flags, kind, answered, &data[..4]), (1, 0x8001, cookie, &errno.to_be_bytes()[..]));
+        assert_eq!(
+            (flags, kind, answered, &data[..4]),
+            (1, 0x8001, cookie, &errno.to_be_bytes()[..])
+        );
         assert_eq!(u16::from_be_bytes([data[4], data[5]]) as usize, data.len() - 6);
-        assert!(String::from_utf8_lossy(&data[6..]).contains(text), "{:?}", String::from_utf8_lossy(&data[6..]));
+        assert!(
+            String::from_utf8_lossy(&data[6..]).contains(text),
+            "{:?}",
+            String::from_utf8_lossy(&data[6..])
+        );
     };
     fails(&[request(1, 1, 0, 3), b"xyz".to_vec()].concat(), 1, 28, "planted: full");
     fails(&request(0, 2, SIZE - 1, 2), 2, 22, "67108864");
@@ -131,14 +145,17 @@ fn block_status_tells_extents_to_those_who_agreed_on_it_only() {
     let (mut client, server) = connect_as(&export, BOTH, never());
     client.write_all(&[request(7, 1, 5, 3000), flagged(1 << 3, 7, 2, 5, 3000)].concat()).unwrap();
     let extents = |list: &[(u32, u32)]| {
-        let extents = list.iter().flat_map(|(bytes, status)| [bytes.to_be_bytes(), status.to_be_bytes()].concat());
+        let extents = list
+            .iter()
+            .flat_map(|(bytes, status)| [bytes.to_be_bytes(), status.to_be_bytes()].concat());
         [0, 0, 0, 1].into_iter().chain(extents).collect::<Vec<u8>>()
     };
     assert_eq!(next_chunk(&mut client), (1, 5, 1, extents(&[(1000, 0), (2000, 3)])));
     assert_eq!(next_chunk(&mut client), (1, 5, 2, extents(&[(1000, 0)])));
     drop(client);
     server.join().unwrap().unwrap();
-    let (mut client, server) = connect_as(&export, Agreed { structured: true, allocation: false }, never());
+    let (mut client, server) =
+        connect_as(&export, Agreed { structured: true, allocation: false }, never());
     client.write_all(&request(7, 3, 0, 4096)).unwrap();
     let (flags, kind, cookie, data) = next_chunk(&mut client);
     assert_eq!((flags, kind, cookie, &data[..4]), (1, 0x8001, 3, &[0, 0, 0, 22][..]));
@@ -148,7 +165,11 @@ fn block_status_tells_extents_to_those_who_agreed_on_it_only() {
     client.write_all(&[request(7, 4, 0, 4096), flagged(1 << 2, 0, 5, 0, 1)].concat()).unwrap();
     let mut refused = [next_reply(&mut client), next_reply(&mut client)];
     refused.sort_unstable();
-    assert_eq!(refused, [(4, 22), (5, 22)], "without structured replies: BLOCK_STATUS, and the flag DF");
+    assert_eq!(
+        refused,
+        [(4, 22), (5, 22)],
+        "without structured replies: BLOCK_STATUS, and the flag DF"
+    );
     drop(client);
     server.join().unwrap().unwrap();
 }
@@ -171,7 +192,8 @@ fn a_client_of_an_export_that_shrank_can_not_go_beyond_its_end() {
     server.join().unwrap().unwrap();
 }
 
-/// A client that finds nothing to ask about is no client that asks wrongly: all other requests for no bytes succeed.
+/// A client that finds nothing to ask about is no client that asks wrongly: all other requests for
+/// no bytes succeed.
 #[test]
 fn the_status_of_no_bytes_is_no_error() {
     let (mut client, server) = connect_as(&Memory::new(), BOTH, never());
@@ -182,8 +204,8 @@ fn the_status_of_no_bytes_is_no_error() {
     server.join().unwrap().unwrap();
 }
 
-/// Clients that don't ask for block sizes send what they like: kernels have sent 33 MB. A read of it failed, and a write ended
-/// the connection.
+/// Clients that don't ask for block sizes send what they like: kernels have sent 33 MB. A read of
+/// it failed, and a write ended the connection.
 #[test]
 fn requests_larger_than_announced_are_served_in_both_directions() {
     let (export, length) = (Memory::new(), 40usize << 20);
@@ -197,7 +219,10 @@ fn requests_larger_than_announced_are_served_in_both_directions() {
             let mut told = 0;
             while told < length {
                 let (_, kind, cookie, chunk) = next_chunk(&mut client);
-                assert_eq!((kind, cookie, &chunk[..8]), (1, 2, &(7 + told as u64).to_be_bytes()[..]));
+                assert_eq!(
+                    (kind, cookie, &chunk[..8]),
+                    (1, 2, &(7 + told as u64).to_be_bytes()[..])
+                );
                 assert!(chunk[8..] == data[told..][..chunk.len() - 8]);
                 told += chunk.len() - 8;
             }
@@ -208,7 +233,11 @@ fn requests_larger_than_announced_are_served_in_both_directions() {
             assert!(read == data);
         }
         // What can't be served is refused, and the stream stays in step.
-        client.write_all(&[&request(1, 3, SIZE, length as u32)[..], &data, &request(3, 4, 0, 0)].concat()).unwrap();
+        client
+            .write_all(
+                &[&request(1, 3, SIZE, length as u32)[..], &data, &request(3, 4, 0, 0)].concat(),
+            )
+            .unwrap();
         if agreed.structured {
             assert_eq!(next_chunk(&mut client).3[..4], 28u32.to_be_bytes());
         } else {
