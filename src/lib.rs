@@ -73,6 +73,7 @@ pub mod testing;
 
 pub use api::{Allocated, Durability, PageView, Scan, ShardHandle, ShardTxn, Store, Txn, Volume};
 pub use api::{blocking, queue};
+pub use base::checksum::crc32c;
 pub use base::error::{Error, ErrorKind, Result};
 pub use base::metrics::{Latency, ShardStats};
 pub use base::options::{Driver, Geometry, Options};

@@ -56,7 +56,12 @@ fn exit_codes_tell_whole_damaged_and_unchecked_apart() {
     let dir = scratch("verify-codes");
     let (store, none) = (dir.path().join("store"), dir.path().join("none"));
     let server = served(&store);
-    for (what, path) in [("in use", &store), ("not there", &none)] {
+    let file = dir.path().join("file");
+    fs::write(&file, "a file").expect("a file");
+    let said = verify(&file, &[]);
+    let said = String::from_utf8_lossy(&said.stderr).into_owned();
+    assert!(said.contains("file is not a directory, so no store is in it"), "{said}");
+    for (what, path) in [("in use", &store), ("not there", &none), ("a file", &file)] {
         let output = verify(path, &["--format", "json"]);
         assert_eq!(output.status.code(), Some(2), "{what}");
         let told = json(&output);

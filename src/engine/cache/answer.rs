@@ -15,22 +15,28 @@ use smallvec::SmallVec;
 
 impl Shard {
     /// These pages, if all are in memory, or absent by what is in memory of the map: then the read
-    /// is no request that waits, and makes no work.
+    /// is no request that waits, and makes no work. Else the request for them is to be begun: what
+    /// the map said of a page stands in the table then.
     pub(in crate::engine) fn cached(&mut self, keys: &[PageKey]) -> Option<SmallVec<[PageRef; 1]>> {
         let watermark = self.ctx.order.watermark();
-        let table = &mut self.cache.table;
         // `None`: absent, by the map.
         let mut found: SmallVec<[Option<usize>; 2]> = SmallVec::new();
         for key in keys {
-            match table.find(*key) {
-                Some(idx) if table.pages[idx].has(true) => found.push(Some(idx)),
+            match self.cache.table.find(*key) {
+                Some(idx) if self.cache.table.pages[idx].has(true) => found.push(Some(idx)),
                 Some(_) => return None,
                 None => match self.map.lookup(*key) {
                     Lookup::Found(None) => found.push(None),
-                    Lookup::Found(Some(_)) | Lookup::Load(..) => return None,
+                    Lookup::Found(entry) => {
+                        let idx = self.cache.table.entry(*key);
+                        self.resolve(idx, entry);
+                        return None;
+                    }
+                    Lookup::Load(..) => return None,
                 },
             }
         }
+        let table = &mut self.cache.table;
         let mut read = |idx: &Option<usize>| {
             let Some(idx) = idx else { return PageRef::new(None, Lsn::ZERO) };
             let page = &mut table.pages[*idx];

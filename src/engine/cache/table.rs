@@ -355,7 +355,8 @@ impl Shard {
         self.wake_waiters(idx);
     }
 
-    fn resolve(&mut self, idx: usize, entry: Option<Entry>) {
+    /// The map names `entry` for the page, or none.
+    pub(in crate::engine) fn resolve(&mut self, idx: usize, entry: Option<Entry>) {
         let page = &mut self.cache.table.pages[idx];
         page.resolved = true;
         page.absent = entry.is_none();

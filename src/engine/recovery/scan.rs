@@ -23,7 +23,7 @@
 
 use super::read::{Range, read_ranges};
 use super::segment::{Found, SegmentSearch};
-use crate::base::error::{Error, ErrorKind, Result};
+use crate::base::error::{Error, Result};
 use crate::base::{BLOCK, BlockAddr, Lsn, SegmentNo, ShardId, ShardMap, ShardSet};
 use crate::engine::codec::Expected;
 use crate::format::group::{GroupHead, Role};
@@ -118,10 +118,10 @@ impl Reader<'_> {
                     )));
                 }
                 None => {
-                    let what = format_args!(
-                        "the file {file} is missing: bring the store back from a backup"
-                    );
-                    return Err(Error::new(ErrorKind::NotFound, what));
+                    return Err(Error::corrupt(format_args!(
+                        "the file {file} is missing. Nothing was changed; bring it back from a \
+                         backup"
+                    )));
                 }
             }
         }

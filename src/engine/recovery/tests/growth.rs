@@ -299,7 +299,7 @@ fn a_log_that_is_not_as_long_as_the_superblock_says_is_refused() {
     let mut disk = crash(&d, Loss::Everything, 1);
     let missing = refusal(&mut creation::copy_of(&mut disk, &[last], &[]), 1);
     assert!(
-        missing.kind() == ErrorKind::NotFound && missing.to_string().contains("backup"),
+        missing.kind() == ErrorKind::Corrupt && missing.to_string().contains("backup"),
         "{missing}"
     );
     let short = refusal(&mut creation::copy_of(&mut disk, &[], &[last]), 1);

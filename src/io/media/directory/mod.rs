@@ -86,6 +86,11 @@ impl Directory {
         if creation == Creation::Allowed {
             path::make_directory(path)?;
         }
+        if path.exists() && !path.is_dir() {
+            let context =
+                format_args!("{} is not a directory, so no store is in it", path.display());
+            return Err(Error::new(ErrorKind::NotFound, context));
+        }
         let handle = File::open(path).map_err(|e| match e.kind() {
             std::io::ErrorKind::NotFound => {
                 Error::io(format_args!("there is no store in {}", path.display()), e)
