@@ -61,7 +61,6 @@ mod api;
 mod base;
 mod engine;
 mod format;
-#[allow(dead_code, unused_imports, reason = "some of it serves tests only")]
 mod io;
 mod memory;
 mod mesh;

@@ -213,6 +213,7 @@ impl Files {
     }
 
     /// How writes become durable.
+    #[cfg(test)]
     pub fn flush_method(&self) -> FlushMethod {
         self.method
     }

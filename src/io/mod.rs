@@ -36,10 +36,14 @@ pub(crate) use cancellable::CancellableDisk;
 pub(crate) use directory_probe::DirectoryProbe;
 pub(crate) use driver::disk_over;
 pub use files::{FileOptions, Files};
-pub use flush::{FlushChoice, FlushMethod, choose};
+#[cfg(test)]
+pub use flush::FlushChoice;
+pub use flush::FlushMethod;
 pub(crate) use kernel::check as check_kernel;
 pub(crate) use media::DirectIo;
-pub use media::{Access, BlockDevice, Creation, DeviceTraits, PageCache};
+#[cfg(test)]
+pub use media::PageCache;
+pub use media::{Access, BlockDevice, Creation};
 pub(crate) use opener::Opener;
 pub use report::{DiskReport, Polling};
 pub use threads::{PortableDisk, PortableOptions};

@@ -44,7 +44,7 @@ fn loom_a_commit_that_a_draw_held_back_wakes_its_shard() {
         let (theirs, drawing) = (parking.clone(), order.clone());
         let drawer = thread::spawn(move || {
             let seen = drawing.watermark();
-            let lsn = drawing.draw(ShardId::new(1), 1);
+            let lsn = drawing.allocate_lsns(ShardId::new(1), 1);
             let watermark = drawing.watermark();
             if watermark > seen {
                 unpark_for_level([&*theirs].into_iter(), watermark.get());

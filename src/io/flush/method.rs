@@ -34,6 +34,10 @@ impl fmt::Display for FlushMethod {
 }
 
 /// The user's choice.
+#[cfg_attr(
+    not(test),
+    allow(dead_code, reason = "callers of the library take what suits the device")
+)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FlushChoice {
     /// The method that suits the file system and the device.

@@ -63,6 +63,10 @@ pub enum Creation {
 }
 
 /// Whether transfers bypass the page cache.
+#[cfg_attr(
+    not(test),
+    allow(dead_code, reason = "callers of the library take what suits the device")
+)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PageCache {
     /// They bypass it wherever the file system really can.
