@@ -201,7 +201,11 @@ impl Table {
     /// The page's index, for somebody who reads or changes it; a new one is unresolved.
     pub fn get(&mut self, key: PageKey) -> usize {
         if let Some(idx) = self.find(key) {
-            self.pages[idx].residency.used();
+            let page = &mut self.pages[idx];
+            // The use that brings it into memory does not count.
+            if page.frame.is_some() || page.holds > 0 {
+                page.residency.used();
+            }
             return idx;
         }
         self.entry(key)

@@ -18,7 +18,7 @@ use std::collections::VecDeque;
 
 /// Reads in flight, and pieces read ahead of their turn: enough to keep a fast device busy with
 /// pieces of this size.
-const IN_FLIGHT_MAX: usize = 16;
+pub(super) const IN_FLIGHT_MAX: usize = 16;
 
 /// Blocks of the largest piece, a power of two: 256 KiB is near the best throughput of most
 /// devices, and below the 512 KiB above which the kernel hands an operation to its worker threads.

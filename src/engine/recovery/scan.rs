@@ -21,7 +21,7 @@
 //! 7. The logs are read with many reads in flight, and memory is bounded by these, the largest
 //!    group, and a small part of what is to be redone (see `read` and `segment`).
 
-use super::read::{Range, read_ranges};
+use super::read::{IN_FLIGHT_MAX, Range, read_pieces, read_ranges};
 use super::segment::{Found, SegmentSearch};
 use crate::base::error::{Error, Result};
 use crate::base::{BLOCK, BlockAddr, Lsn, SegmentNo, ShardId, ShardMap, ShardSet};
@@ -150,10 +150,25 @@ impl Reader<'_> {
         };
         let mut found = Vec::new();
         let mut search: Option<(usize, SegmentSearch<'_>)> = None;
-        read_ranges(self.disk, self.arena, segments.iter().map(range), |index, bytes| {
+        let mut passed_over = None;
+        let ranges = segments.iter().map(range);
+        read_pieces(self.disk, self.arena, IN_FLIGHT_MAX, ranges, |index, _, piece| {
+            let (shard, segment, _) = segments[index];
+            let is_counted = segment.get() < superblock.logs[shard.index()].segments_made;
+            let bytes = match piece {
+                _ if passed_over == Some(index) => return Ok(()),
+                Ok(bytes) => bytes,
+                Err(error) if !is_counted => {
+                    // Nothing in it is needed.
+                    let file = FileId::Log(shard, segment);
+                    tracing::warn!(%error, %file, "a log file that is not in use can't be read");
+                    passed_over = Some(index);
+                    return Ok(());
+                }
+                Err(error) => return Err(error),
+            };
             // Ranges come one after another: one search at a time.
             if search.as_ref().is_none_or(|(of, _)| *of != index) {
-                let (shard, segment, _) = segments[index];
                 search = Some((index, SegmentSearch::new(superblock, shard_map, (shard, segment))));
             }
             if let Some((_, search)) = &mut search {

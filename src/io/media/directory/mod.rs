@@ -194,8 +194,12 @@ impl Directory {
         }
         self.lock(&opened, id)?;
         if opening == Opening::New {
-            // Not before it is locked: another process may have been faster, and have a store in
-            // it.
+            // Not before it is locked, and only if nobody was faster with the lock, and has a store
+            // in it: its maker gives a file its length before anything else.
+            let bytes = opened.metadata().map_err(|e| self.error(id, "looking at", e))?.len();
+            if bytes > 0 {
+                return Err(lock::made_meanwhile(&self.path));
+            }
             self.made.lock().unwrap_or_else(PoisonError::into_inner).push(id);
             self.give_to_owner_of_the_others(&opened);
         }

@@ -330,6 +330,9 @@ impl<'a, E: Export> Connection<'a, E> {
                     if self.socket.has_hung_up() {
                         self.ended.store(true, Ordering::Release);
                     }
+                    if self.socket.is_dead() {
+                        self.gone.store(true, Ordering::Release);
+                    }
                 }
             }
         }
