@@ -64,13 +64,26 @@ impl Gate {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until one more request may be in flight.
-    pub fn enter(&self) -> Pass<'_> {
+    /// Waits until one more request may be in flight; meanwhile `look` is called after each
+    /// `pause`.
+    pub fn enter_looking(&self, pause: Duration, look: impl Fn()) -> Pass<'_> {
         let full = |state: &mut State| state.requests >= self.requests_max.max(1);
-        let mut state =
-            self.changed.wait_while(self.lock(), full).unwrap_or_else(PoisonError::into_inner);
-        state.requests += 1;
-        Pass { gate: self, held: Held::Nothing }
+        loop {
+            let waited = self.changed.wait_timeout_while(self.lock(), pause, full);
+            let (mut state, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+            if !timeout.timed_out() {
+                state.requests += 1;
+                return Pass { gate: self, held: Held::Nothing };
+            }
+            drop(state);
+            look();
+        }
+    }
+
+    /// Waits until one more request may be in flight.
+    #[cfg(test)]
+    pub fn enter(&self) -> Pass<'_> {
+        self.enter_looking(Duration::from_secs(1), || ())
     }
 
     /// Whether this connection holds memory for writes that others wait for.

@@ -186,7 +186,7 @@ impl<'a, E: Export> Connection<'a, E> {
             }
             let stopping = self.stopping.load(Ordering::Acquire);
             let mut outcome = if stopping { Err(stopped()) } else { self.check(&request) };
-            let mut pass = self.gate.enter();
+            let mut pass = self.gate.enter_looking(LOOK_PAUSE, || self.look());
             let mut payload = Bytes::new();
             if request.command == Command::Write {
                 match self.payload(
@@ -305,6 +305,16 @@ impl<'a, E: Export> Connection<'a, E> {
         Ok(fault.map_or(Ok(Bytes::new()), Err))
     }
 
+    /// Looks whether the client is still there, where nothing is read from it meanwhile.
+    fn look(&self) {
+        if self.socket.has_hung_up() {
+            self.ended.store(true, Ordering::Release);
+        }
+        if self.socket.is_dead() {
+            self.gone.store(true, Ordering::Release);
+        }
+    }
+
     /// Writes a part of a payload on the reply thread, and waits for it.
     fn write_part<'e>(
         &'e self,
@@ -327,12 +337,7 @@ impl<'a, E: Export> Connection<'a, E> {
                     return Err(unforeseen());
                 }
                 Err(RecvTimeoutError::Timeout) => {
-                    if self.socket.has_hung_up() {
-                        self.ended.store(true, Ordering::Release);
-                    }
-                    if self.socket.is_dead() {
-                        self.gone.store(true, Ordering::Release);
-                    }
+                    self.look();
                 }
             }
         }

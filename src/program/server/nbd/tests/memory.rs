@@ -376,6 +376,29 @@ fn a_write_that_waits_does_not_land_once_its_client_is_gone() {
     assert_eq!(export.data.lock().unwrap()[..3], [0; 3], "it has landed");
 }
 
+/// The same where the connection has so many requests in flight that nothing more is read from it.
+#[test]
+fn writes_that_fill_a_connection_do_not_land_once_their_client_is_gone() {
+    let export = Memory::new();
+    export.busy.store(true, Ordering::Relaxed);
+    let (mut client, server) = connect(&export, never());
+    let count = 2 + crate::program::server::nbd::Limits::default().requests_max as u64;
+    for cookie in 0..count {
+        client.write_all(&[&request(1, cookie, 0, 3)[..], b"abc"].concat()).unwrap();
+    }
+    while export.tries.load(Ordering::Relaxed) < 200 {
+        std::thread::yield_now();
+    }
+    drop(client);
+    let end = Instant::now() + Duration::from_secs(10);
+    while !server.is_finished() && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    export.busy.store(false, Ordering::Relaxed);
+    let _ = server.join().unwrap();
+    assert_eq!(export.data.lock().unwrap()[..3], [0; 3], "they have landed");
+}
+
 /// Else a server whose client has gone, or that is asked to stop, waits for a store that is busy
 /// for ever.
 #[test]
