@@ -58,14 +58,14 @@ macro_rules! planted {
 }
 
 mod api;
-mod base;
+mod runtime;
+mod mesh;
 mod engine;
 mod format;
 mod io;
 mod memory;
-mod mesh;
+mod base;
 mod ops;
-mod runtime;
 #[cfg(any(test, fuzzing, feature = "sim"))]
 #[doc(hidden)]
 pub mod testing;

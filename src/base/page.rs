@@ -94,13 +94,18 @@ impl PageKey {
     }
 
     /// The inverse of [`place_in`](Self::place_in).
-    pub fn from_place(volume: VolumeId, vshard: VShard, dense: u64, vshards_count: u32) -> Self {
+    pub fn from_place(
+        volume: VolumeId,
+        vshard: VShard,
+        page_index: u64,
+        vshards_count: u32,
+    ) -> Self {
         let bits = vshards_count.trailing_zeros();
-        let high = dense >> RUN_BITS;
+        let high = page_index >> RUN_BITS;
         let low = u64::from(vshard.0).wrapping_sub(Self::turn(volume, high))
             & (u64::from(vshards_count) - 1);
         let run = (high << bits) | low;
-        PageKey::new(volume, PageId((run << RUN_BITS) | (dense & (RUN_PAGES - 1))))
+        PageKey::new(volume, PageId((run << RUN_BITS) | (page_index & (RUN_PAGES - 1))))
     }
 
     /// The dense number in `vshard` of the first of its pages of `volume` with this id or a higher
@@ -206,9 +211,9 @@ mod tests {
             raw in any::<u64>(), volume in 0u8..248, bits in 0u32..10,
         ) {
             let key = PageKey::new(VolumeId::new(volume), PageId::new(raw));
-            let (vshard, dense) = key.place_in(1 << bits);
+            let (vshard, page_index) = key.place_in(1 << bits);
             prop_assert!(u32::from(vshard.get()) < 1 << bits);
-            prop_assert_eq!(PageKey::from_place(key.volume, vshard, dense, 1 << bits), key);
+            prop_assert_eq!(PageKey::from_place(key.volume, vshard, page_index, 1 << bits), key);
         }
 
         #[test]
@@ -218,10 +223,10 @@ mod tests {
             let (page, volume, count) = (PageId::new(raw), VolumeId::new(volume), 1u32 << bits);
             let vshard = VShard::new(other % count as u16);
             let found = PageKey::first_in(volume, page, vshard, count);
-            let id = |dense| PageKey::from_place(volume, vshard, dense, count).page;
-            if let Some(dense) = found {
-                prop_assert!(id(dense) >= page);
-                prop_assert_eq!(PageKey::new(volume, id(dense)).place_in(count), (vshard, dense));
+            let id = |page_index| PageKey::from_place(volume, vshard, page_index, count).page;
+            if let Some(page_index) = found {
+                prop_assert!(id(page_index) >= page);
+                prop_assert_eq!(PageKey::new(volume, id(page_index)).place_in(count), (vshard, page_index));
             }
             let before = found.unwrap_or((u64::MAX >> bits) | (RUN_PAGES - 1));
             let before = if found.is_some() { before.checked_sub(1) } else { Some(before) };

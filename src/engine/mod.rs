@@ -2,8 +2,8 @@
 //! effects out.
 //!
 //! ```text
-//! request --> pages (resolve, load) --> commits (validate, admit, draw, apply) --> open group
-//!      \--> cross (ask all shards, draw) <--messages--> part (hold, vote, apply) ------^   |close
+//! request --> cache (resolve, load) --> commits (validate, admit, LSN, apply) ----> open group
+//!      \--> coordinator (prepare, LSN) <--messages--> participant (lock, vote, apply) -^   |close
 //!       reply <-- watermark <-- flush <-- log write, pages straight to their places <--+
 //!   dirty pages --> write-back (window, sorted, merged) --> places --> page map --> checkpoint --> superblock
 //! ```
@@ -30,21 +30,21 @@ mod setup;
 mod state_machine;
 
 // The way of a write.
+mod txn;
+mod cache;
 mod blocked;
 mod budget;
-mod cache;
-mod checkpoint;
-pub(crate) mod codec;
-mod group_commit;
-pub(crate) mod log;
-pub(crate) mod map;
 pub(crate) mod order;
+mod watermark;
+pub(crate) mod log;
+mod group_commit;
+pub(crate) mod codec;
+mod writeback;
+pub(crate) mod map;
+mod space;
+mod checkpoint;
 pub(crate) mod recovery;
 mod redo;
-mod space;
-mod txn;
-mod watermark;
-mod writeback;
 
 // For tests and for messages about runs that hang.
 #[cfg(any(test, feature = "sim"))]

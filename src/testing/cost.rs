@@ -19,18 +19,16 @@
 //! `corepage bench` does. It is compiled for tests and under `--cfg fuzzing`, in which the engine
 //! has none of the simulator's questions.
 
-use crate::base::error::{Error, Result};
+mod counting;
+
 use crate::base::options::Options;
-use crate::base::{BLOCK, Lsn, Micros, PageId, PageKey, ShardId, ShardMap, VolumeId};
+use crate::base::{BLOCK, Micros, PageId, PageKey, ShardId, ShardMap, VolumeId};
 use crate::engine::recovery;
-use crate::engine::{
-    Change, Commit, Effect, Message, Request, Response, Shard, StateMachine, Token,
-};
-use crate::io::{Completion, Disk, DiskOp, FileId, OpId};
-use crate::memory::Mapping;
+use crate::engine::{Change, Commit, Request, Response, StateMachine, Token};
 use crate::testing::fuzz::memory::MemoryDisk;
 use crate::testing::local_cluster::LocalCluster;
 use bytes::Bytes;
+use counting::{CountedShard, CountingDisk};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -132,125 +130,10 @@ pub struct Done {
 /// `None`: there is no such.
 pub fn run(name: &str, count: u64) -> Option<Done> {
     let operation = *OPERATIONS.iter().find(|operation| operation.name == name)?;
-    Some(Rig::new(operation).measure(count))
+    Some(ClusterBench::new(operation).measure(count))
 }
 
-/// Everything that shards do while counting is on. Never inlined, so that an outside counter finds
-/// it.
-#[inline(never)]
-fn counted<R>(work: impl FnOnce() -> R) -> R {
-    work()
-}
-
-/// A shard all of whose work is [`counted`] while counting is on.
-struct CountedShard {
-    shard: Shard,
-    is_counting: bool,
-}
-
-impl CountedShard {
-    fn work<R>(&mut self, work: impl FnOnce(&mut Shard) -> R) -> R {
-        let shard = &mut self.shard;
-        match self.is_counting {
-            true => counted(|| work(shard)),
-            false => work(shard),
-        }
-    }
-}
-
-impl StateMachine for CountedShard {
-    type Message = Message;
-
-    fn request(&mut self, token: Token, request: Request) {
-        self.work(|shard| shard.request(token, request));
-    }
-
-    fn message(&mut self, from: ShardId, message: Message) {
-        self.work(|shard| shard.message(from, message));
-    }
-
-    fn complete(&mut self, completion: Completion) {
-        self.work(|shard| shard.complete(completion));
-    }
-
-    fn turn(&mut self, now: Micros) {
-        self.work(|shard| shard.turn(now));
-    }
-
-    fn next_effect(&mut self) -> Option<Effect> {
-        self.work(Shard::next_effect)
-    }
-
-    fn deadline(&self) -> Option<Micros> {
-        self.shard.deadline()
-    }
-
-    fn accepting(&self) -> bool {
-        self.shard.accepting()
-    }
-
-    fn is_open(&self) -> bool {
-        self.shard.is_open()
-    }
-
-    fn is_closed(&self) -> bool {
-        self.shard.is_closed()
-    }
-
-    fn ops_under_way(&self) -> usize {
-        self.shard.ops_under_way()
-    }
-
-    fn waits_for(&self) -> Option<Lsn> {
-        self.shard.waits_for()
-    }
-
-    fn failure(&self) -> Option<Error> {
-        self.shard.failure()
-    }
-
-    fn mapping(&self) -> Option<Mapping> {
-        Some(self.shard.mapping())
-    }
-}
-
-/// A disk that counts what goes to it.
-struct CountingDisk {
-    disk: MemoryDisk,
-    reads: u64,
-    bytes_written: u64,
-}
-
-impl Disk for CountingDisk {
-    fn submit(&mut self, id: OpId, op: DiskOp) {
-        match &op {
-            DiskOp::Read { .. } => self.reads += 1,
-            DiskOp::Write { from, .. } => {
-                self.bytes_written += from.iter().map(|slice| u64::from(slice.len)).sum::<u64>();
-            }
-            DiskOp::Flush { .. } | DiskOp::Allocate { .. } => {}
-        }
-        self.disk.submit(id, op);
-    }
-
-    fn reap(&mut self, out: &mut Vec<Completion>) {
-        self.disk.reap(out);
-    }
-
-    fn wait(&mut self, timeout_us: Option<Micros>) {
-        self.disk.wait(timeout_us);
-    }
-
-    fn len(&mut self, file: FileId) -> Result<Option<u64>> {
-        self.disk.len(file)
-    }
-
-    fn files(&mut self) -> Result<Vec<FileId>> {
-        self.disk.files()
-    }
-}
-
-struct Rig {
+struct ClusterBench {
     operation: Operation,
     disk: CountingDisk,
     cluster: LocalCluster<CountedShard>,
@@ -266,8 +149,8 @@ struct Rig {
     contending: Vec<Token>,
 }
 
-impl Rig {
-    fn new(operation: Operation) -> Rig {
+impl ClusterBench {
+    fn new(operation: Operation) -> ClusterBench {
         let options =
             Options { memory_bytes: MEMORY * u64::from(operation.shards), ..Options::default() };
         let mut disk =
@@ -285,7 +168,7 @@ impl Rig {
         };
         let shards =
             opening.shards.into_iter().map(|shard| CountedShard { shard, is_counting: false });
-        let mut rig = Rig {
+        let mut rig = ClusterBench {
             operation,
             disk,
             cluster: LocalCluster::new(shards.collect()),
@@ -460,7 +343,7 @@ impl Rig {
         tokens.iter().map(|token| self.answers.remove(token).expect("it was answered")).collect()
     }
 
-    fn laps_until(&mut self, is_over: impl Fn(&Rig) -> bool) {
+    fn laps_until(&mut self, is_over: impl Fn(&ClusterBench) -> bool) {
         for _ in 0..LAPS_MAX {
             self.lap();
             if is_over(self) {

@@ -33,7 +33,8 @@ mod dead;
 mod refill;
 mod victims;
 
-use super::foreign::Foreign;
+mod checkpoint;
+use super::remote_refs::RemoteRefs;
 use crate::base::{BLOCK, BlockAddr, ExtentNo, VShard};
 use crate::format::extent::{
     Item, ItemKind, TableRow, data_blocks, encode_summary, summary_at, summary_blocks,
@@ -58,7 +59,7 @@ const STREAMS: usize = 3;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum ExtentState {
     /// Another shard is its home.
-    Foreign,
+    OfAnotherShard,
     /// Nothing in it is needed.
     Free,
     /// Being filled.
@@ -102,7 +103,7 @@ const _: () =
     assert!(FREE_BYTES + size_of::<(ExtentNo, TableRow)>() + size_of::<TableRow>() <= EXTENT_BYTES);
 
 const FREE: Extent = Extent::empty(ExtentState::Free);
-const FOREIGN: Extent = Extent::empty(ExtentState::Foreign);
+const OF_ANOTHER_SHARD: Extent = Extent::empty(ExtentState::OfAnotherShard);
 
 impl Extent {
     const fn empty(state: ExtentState) -> Extent {
@@ -159,7 +160,7 @@ pub(crate) struct Extents {
     extents: Vec<Extent>,
     /// Those at home here.
     mine_count: u32,
-    foreign: Foreign,
+    remote_refs: RemoteRefs,
     /// Places here that other shards are about to leave.
     expected: usize,
     free: BTreeSet<u32>,
@@ -197,7 +198,7 @@ impl Extents {
             extent_blocks,
             extents: Vec::new(),
             mine_count: 0,
-            foreign: Foreign::new(vshards_count),
+            remote_refs: RemoteRefs::new(vshards_count),
             expected: 0,
             free: BTreeSet::new(),
             open: [None; STREAMS],
@@ -233,7 +234,7 @@ impl Extents {
     /// There are `count` extents at least; new ones are not at home here before they are
     /// [granted](Self::grant).
     pub(crate) fn cover(&mut self, count: u32) {
-        self.extents.resize(self.extents.len().max(count as usize), FOREIGN);
+        self.extents.resize(self.extents.len().max(count as usize), OF_ANOTHER_SHARD);
     }
 
     /// Free extents that are at home here from now on.
@@ -241,7 +242,7 @@ impl Extents {
         for no in extents {
             self.cover(no.get() + 1);
             let extent = &mut self.extents[no.index()];
-            assert_eq!(extent.state, ExtentState::Foreign, "{no:?} is granted once");
+            assert_eq!(extent.state, ExtentState::OfAnotherShard, "{no:?} is granted once");
             *extent = FREE;
             self.free.insert(no.get());
             self.mine_count += 1;
@@ -253,7 +254,7 @@ impl Extents {
         let given: Vec<u32> = self.free.iter().rev().take(count).copied().collect();
         for no in &given {
             self.free.remove(no);
-            self.extents[*no as usize] = FOREIGN;
+            self.extents[*no as usize] = OF_ANOTHER_SHARD;
             self.mine_count -= 1;
         }
         given.into_iter().map(ExtentNo::new).collect()
@@ -266,7 +267,9 @@ impl Extents {
 
     /// Whether `no` is at home here.
     pub(crate) fn is_mine(&self, no: ExtentNo) -> bool {
-        self.extents.get(no.index()).is_some_and(|extent| extent.state != ExtentState::Foreign)
+        self.extents
+            .get(no.index())
+            .is_some_and(|extent| extent.state != ExtentState::OfAnotherShard)
     }
 
     /// Blocks for data in an extent.
@@ -400,7 +403,7 @@ impl Extents {
     /// The map of `vshard` does not name `place` any more.
     pub(crate) fn free_later(&mut self, vshard: VShard, place: BlockAddr) {
         if !self.is_mine(place.extent) {
-            self.foreign.leave(vshard, place);
+            self.remote_refs.leave(vshard, place);
             return;
         }
         self.dies(place);
@@ -415,92 +418,6 @@ impl Extents {
         self.spent += u32::from(extent.is_spent());
     }
 
-    /// A checkpoint begins: everything left so far will be retired by it.
-    pub(crate) fn begin_checkpoint(&mut self) {
-        assert!(self.retiring.is_empty(), "one checkpoint at a time");
-        self.foreign.begin_checkpoint();
-        self.expected = 0;
-        self.retiring = std::mem::take(&mut self.left_captured);
-        for i in 0..self.per_vshard.len() {
-            let left = std::mem::take(&mut self.per_vshard[i].left);
-            for place in &left {
-                self.extents[place.extent.index()].excluded += 1;
-            }
-            self.retiring.extend(left);
-        }
-    }
-
-    /// The tree of `vshard` was captured: `nodes` are the places of nodes that the new root names,
-    /// `retired` those that it left.
-    pub(crate) fn captured(
-        &mut self,
-        vshard: VShard,
-        nodes: impl Iterator<Item = BlockAddr>,
-        retired: Vec<BlockAddr>,
-    ) {
-        for place in nodes {
-            self.edit(place.extent, |extent| {
-                extent.assigned -= 1;
-                extent.live += 1;
-            });
-            self.live_blocks += 1;
-        }
-        self.foreign.captured(vshard);
-        let (retired, foreign): (Vec<BlockAddr>, Vec<BlockAddr>) =
-            retired.into_iter().partition(|p| self.is_mine(p.extent));
-        foreign.into_iter().for_each(|place| self.foreign.retire(place));
-        retired.iter().for_each(|place| self.dies(*place));
-        let mine = &mut self.per_vshard[vshard.index()];
-        for extent in mine.fresh.drain(..) {
-            self.extents[extent.index()].excluded -= 1;
-        }
-        let left = std::mem::take(&mut mine.left);
-        for place in left.iter().chain(&retired) {
-            self.extents[place.extent.index()].excluded += 1;
-        }
-        self.left_captured.extend(left);
-        self.retiring.extend(retired);
-    }
-
-    /// What the table says of the extents at home here: those with something that the new roots
-    /// name.
-    pub(crate) fn rows(&self) -> Vec<(ExtentNo, TableRow)> {
-        let row = |(i, e): (usize, &Extent)| {
-            let live = e.live - e.excluded;
-            if live == 0 {
-                return None;
-            }
-            assert!(e.state != ExtentState::Free, "what a root names has a summary");
-            let row = TableRow {
-                state: 1,
-                live: (live as u16).into(),
-                summary_crc: e.summary_crc.into(),
-                summary_slot: e.summary_slot,
-                ..TableRow::default()
-            };
-            Some((ExtentNo::new(i as u32), row))
-        };
-        self.extents.iter().enumerate().filter_map(row).collect()
-    }
-
-    /// The checkpoint's superblock is durable: what it retired is free. Returns the number of
-    /// blocks.
-    pub(crate) fn end_checkpoint(&mut self) -> u64 {
-        self.interval += 1;
-        let retiring = std::mem::take(&mut self.retiring);
-        self.dead_blocks -= retiring.len();
-        for place in &retiring {
-            self.edit(place.extent, |extent| {
-                extent.live -= 1;
-                extent.excluded -= 1;
-                extent.dead -= 1;
-            });
-            self.live_blocks -= 1;
-            self.free_if_empty(place.extent);
-        }
-        retiring.len() as u64
-    }
-
     /// For the planted bug that reuses places too early: whether `place` could be taken once more.
     #[cfg(any(test, feature = "sim"))]
     pub(crate) fn hand_out_again(&mut self, place: BlockAddr) -> bool {
@@ -508,14 +425,5 @@ impl Extents {
         let taken = extent.state != ExtentState::Free;
         extent.assigned += u32::from(taken);
         taken
-    }
-
-    fn free_if_empty(&mut self, no: ExtentNo) {
-        let extent = &mut self.extents[no.index()];
-        if extent.state == ExtentState::Closed && extent.live == 0 && extent.assigned == 0 {
-            *extent = FREE;
-            self.free.insert(no.get());
-            self.unreadable.freed(no);
-        }
     }
 }

@@ -4,7 +4,7 @@
 mod extents;
 #[cfg(test)]
 mod extents_tests;
-mod foreign;
+mod remote_refs;
 mod tree;
 #[cfg(test)]
 mod tree_tests;

@@ -194,7 +194,7 @@ impl Shard {
 
     /// Where the extent was at home when the store was opened; it is still, if it is not at home
     /// here.
-    pub(in crate::engine) fn first_home(&self, no: ExtentNo) -> ShardId {
+    pub(in crate::engine) fn first_owner(&self, no: ExtentNo) -> ShardId {
         ShardId::new((no.get() % u32::from(self.ctx.shard_map.shards_count())) as u16)
     }
 }

@@ -74,9 +74,9 @@ pub(super) fn inspect_disk(disk: &mut dyn Disk) -> Result<StoreSummary> {
     let mut volumes = Vec::new();
     for number in 1..VOLUMES_MAX as u8 {
         let key = PageKey::new(VolumeId::CATALOG, PageId::new(number.into()));
-        let (vshard, dense) = key.place_in(superblock.geometry.vshards_count);
+        let (vshard, page_index) = key.place_in(superblock.geometry.vshards_count);
         let top = roots[vshard.index()].0[usize::from(VolumeId::CATALOG.get())];
-        let Some(entry) = entry(disk, &mut arena, &superblock, top, dense)? else { continue };
+        let Some(entry) = entry(disk, &mut arena, &superblock, top, page_index)? else { continue };
         let offset = entry.place().offset(superblock.geometry.extent_bytes);
         let page = read_bytes(disk, &mut arena, FileId::Data, offset, BLOCK)?;
         codec::open(&entry, &page).map_err(|_| wrong_checksum(offset))?;
@@ -97,10 +97,10 @@ fn entry(
     arena: &mut Arena,
     superblock: &Superblock,
     top: Child,
-    dense: u64,
+    page_index: u64,
 ) -> Result<Option<Entry>> {
     let covered = |level: u8| LEAF_BITS + NODE_BITS * u32::from(level);
-    if !top.is_present() || dense.checked_shr(covered(top.level)).unwrap_or(0) != 0 {
+    if !top.is_present() || page_index.checked_shr(covered(top.level)).unwrap_or(0) != 0 {
         return Ok(None);
     }
     let mut at = top;
@@ -116,11 +116,11 @@ fn entry(
         }
         let bytes = block(disk, arena, superblock, at.place(), at.crc.get())?;
         if level == 0 {
-            let entry = node::entry(&bytes, dense as usize & ((1 << LEAF_BITS) - 1));
+            let entry = node::entry(&bytes, page_index as usize & ((1 << LEAF_BITS) - 1));
             return Ok(entry.is_present().then_some(entry));
         }
-        let slot =
-            dense.checked_shr(covered(level - 1)).unwrap_or(0) as usize & ((1 << NODE_BITS) - 1);
+        let slot = page_index.checked_shr(covered(level - 1)).unwrap_or(0) as usize
+            & ((1 << NODE_BITS) - 1);
         at = node::child(&bytes, slot);
     }
     Ok(None)

@@ -77,11 +77,11 @@ impl Verifier<'_> {
 
     /// The version of a page that the map names.
     fn mapped_lsn(&mut self, finder: &mut Finder<'_>, key: PageKey) -> Option<Lsn> {
-        let (vshard, dense) = key.place_in(finder.superblock.geometry.vshards_count);
+        let (vshard, page_index) = key.place_in(finder.superblock.geometry.vshards_count);
         let trees = finder.roots.get(vshard.index())?.as_ref()?;
         let mut child =
             *trees.get(usize::from(key.volume.get())).filter(|top| top.level <= LEVEL_MAX)?;
-        let shifted = |bits: u32| dense.checked_shr(bits).unwrap_or(0);
+        let shifted = |bits: u32| page_index.checked_shr(bits).unwrap_or(0);
         let mut level = child.level;
         if shifted(6 + 8 * u32::from(level)) != 0 {
             return None;
@@ -100,7 +100,7 @@ impl Verifier<'_> {
             }
             let (_, bytes) = known.as_ref()?;
             if level == 0 {
-                return Some(node::entry(bytes, (dense % 64) as usize))
+                return Some(node::entry(bytes, (page_index % 64) as usize))
                     .filter(Entry::is_present)
                     .map(|e| e.lsn());
             }

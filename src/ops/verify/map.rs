@@ -72,7 +72,7 @@ impl Walk<'_> {
         // Above the largest key, ids would wrap: the last run of ids is then as good a bound.
         let key_bits = 64 - vshards.trailing_zeros();
         let last = last.min(1u64.checked_shl(key_bits).map_or(u64::MAX, |size| size - 1));
-        let id = |dense| PageKey::from_place(key.volume, key.vshard, dense, vshards).page;
+        let id = |page_index| PageKey::from_place(key.volume, key.vshard, page_index, vshards).page;
         (id(first), id(last))
     }
 

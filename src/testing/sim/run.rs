@@ -12,6 +12,8 @@
 //!
 //! It does *not* check answers; see `oracle`.
 
+mod tally;
+
 use super::canary::plant;
 use super::cluster::{Cluster, Opened};
 use super::disk::{Latency, Loss, SimDisk};
@@ -20,14 +22,12 @@ use super::net::Mark;
 use super::oracle::{Oracle, Tolerance};
 pub use super::plan::{Failure, Plan, RunStats};
 use super::rng::{Rng, mix};
-use super::strain::{
-    HeldPage, LARGE_EVENTS, LARGE_IMAGES, LARGE_LIVES, MEMORY_LEAST, Strain, Trees, chance_of,
-};
+use super::strain::{HeldPage, LARGE_EVENTS, LARGE_IMAGES, LARGE_LIVES, Strain, Trees, chance_of};
 use super::workload::{PrepareRequest, Profile, Workload};
 use crate::base::error::Result as StoreResult;
 use crate::base::metrics::ShardStats;
 use crate::base::options::Options;
-use crate::base::{BLOCK, Lsn, PageId, PageKey, ShardId, VolumeId};
+use crate::base::{Lsn, PageId, PageKey, ShardId, VolumeId};
 use crate::engine::{Request, Response, Token};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -476,30 +476,5 @@ impl SimRun {
             }
         }
         Ok(opened.cut)
-    }
-
-    fn count_life(&mut self) {
-        let shards = u64::from(self.cluster().shard_map().shards_count());
-        let frames = self.cluster().frames();
-        let pages = self.oracle.model.pages_present() as u64;
-        let rare = &mut self.run_stats.rare;
-        rare.lives_of_ten_memories += u64::from(pages >= 10 * frames);
-        rare.lives_of_hundred_memories += u64::from(pages >= 100 * frames);
-        rare.lives_of_thousand_memories += u64::from(pages >= 1_000 * frames);
-        rare.lives_in_least_memory += u64::from(frames * BLOCK as u64 == MEMORY_LEAST * shards);
-    }
-
-    fn count_recovery(&mut self, opened: Opened) {
-        let is_small = self.options.memory_bytes == MEMORY_LEAST;
-        let counts = self.is_large() && is_small && !opened.clean && !opened.created;
-        self.run_stats.rare.recoveries_in_least_memory += u64::from(counts);
-    }
-
-    fn sum_up(mut self) -> RunStats {
-        self.end_life();
-        self.replace_disk(self.disk.clone());
-        self.run_stats.oracle = self.oracle.counters();
-        self.run_stats.virtual_us = self.disk.now();
-        self.run_stats
     }
 }

@@ -11,6 +11,7 @@
 //!
 //! It does *not* know faults of the device; see `inject`.
 
+mod held_pages;
 use super::disk::Latency;
 use super::late::Holding;
 use super::model::page_bytes;
@@ -445,67 +446,6 @@ impl SimRun {
         keys.extend((0..SAMPLE).map(|_| *self.chance.pick(universe)));
         keys.extend(self.trees.iter().filter(|_| self.chance.one_in(4)).flatten());
         (keys.into_iter().collect(), false)
-    }
-
-    /// A client keeps a page that it has read, for a while.
-    pub(super) fn hold(&mut self, page: PageRef) {
-        let checkpoints = self.cluster().checkpoints_ended();
-        self.held.push(HeldPage { bytes: page.to_vec().into(), page, checkpoints });
-    }
-
-    /// Clients under strain hold on to what they read until they have as much as they may; then
-    /// they give it back, bit by bit.
-    pub(super) fn hold_on(&mut self, page: PageRef) {
-        let most = self.cluster().frames() * self.strain.pins_percent / 100;
-        if !self.giving_back && (self.held.len() as u64) < most && !page.is_absent() {
-            self.hold(page);
-        }
-        if self.held.len() as u64 >= most && self.chance.one_in(50) {
-            self.giving_back = true;
-        }
-    }
-
-    /// After an answer: some of what is to be given back is.
-    pub(super) fn give_some_back(&mut self) -> Outcome {
-        if self.strain.pins_percent == 0 {
-            return Ok(());
-        }
-        self.giving_back |= self.chance.one_in(400);
-        if self.giving_back {
-            let count = self.chance.within(1, 16) as usize;
-            self.let_go(count)?;
-            self.giving_back = !self.held.is_empty();
-        }
-        Ok(())
-    }
-
-    /// Gives back pages that were held, which must be as they were.
-    pub(super) fn let_go(&mut self, count: usize) -> Outcome {
-        let checkpoints = self.cluster.as_ref().map_or(0, |cluster| cluster.checkpoints_ended());
-        for held in self.held.drain(..count.min(self.held.len())) {
-            held.check()?;
-            self.run_stats.rare.pins_outlasted_checkpoint +=
-                u64::from(checkpoints > held.checkpoints);
-        }
-        Ok(())
-    }
-
-    /// The store ends, and clients may hold on to pages of it all the same.
-    pub(super) fn let_go_at_end(&mut self) -> Outcome {
-        if self.chance.chance(self.strain.keep_percent) {
-            self.outlived.append(&mut self.held);
-        }
-        self.giving_back = false;
-        self.let_go(usize::MAX)
-    }
-
-    /// Another store is open: pages of the one before are given back.
-    pub(super) fn let_go_outlived(&mut self) -> Outcome {
-        for held in std::mem::take(&mut self.outlived) {
-            held.check()?;
-            self.run_stats.rare.pins_outlasted_store += 1;
-        }
-        Ok(())
     }
 }
 

@@ -9,7 +9,7 @@
 
 use super::{ExtentState, Extents};
 use crate::base::{BlockAddr, ExtentNo, VShard};
-use crate::engine::map::foreign::ForeignChanges;
+use crate::engine::map::remote_refs::ForeignChanges;
 use crate::format::extent::{Item, ItemKind};
 
 impl Extents {
@@ -20,7 +20,7 @@ impl Extents {
         let at = self.summary_place(no);
         let extent = &mut self.extents[no.index()];
         let was = extent.state;
-        if matches!(was, ExtentState::Adopting | ExtentState::Foreign) {
+        if matches!(was, ExtentState::Adopting | ExtentState::OfAnotherShard) {
             return None;
         }
         self.free.remove(&no.get());
@@ -57,7 +57,7 @@ impl Extents {
     /// During recovery: the map of `vshard` names from now on a place that a log record names.
     pub(crate) fn adopt(&mut self, vshard: VShard, place: BlockAddr, what: ItemKind) {
         if !self.is_mine(place.extent) {
-            self.foreign.name(vshard, place, what);
+            self.remote_refs.name(vshard, place, what);
             return;
         }
         self.list(place, what);
@@ -95,7 +95,7 @@ impl Extents {
 
     /// What the capture of this shard means for the extents of others; called when all is captured.
     pub(crate) fn hand_over(&mut self) -> ForeignChanges {
-        self.foreign.hand_over()
+        self.remote_refs.hand_over()
     }
 
     /// Another shard is about to leave a place here.

@@ -49,7 +49,7 @@ impl Extents {
             (
                 "extents at home here",
                 self.mine_count.into(),
-                self.extents.len() as u64 - in_state(ExtentState::Foreign),
+                self.extents.len() as u64 - in_state(ExtentState::OfAnotherShard),
             ),
         ] {
             if kept != counted {

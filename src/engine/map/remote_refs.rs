@@ -32,14 +32,14 @@ pub(crate) struct ForeignChanges {
 }
 
 /// The collection.
-pub(super) struct Foreign {
+pub(super) struct RemoteRefs {
     per_vshard: Vec<PerVShard>,
     changes: ForeignChanges,
 }
 
-impl Foreign {
+impl RemoteRefs {
     pub(super) fn new(vshards_count: u32) -> Self {
-        Foreign {
+        RemoteRefs {
             per_vshard: (0..vshards_count).map(|_| PerVShard::default()).collect(),
             changes: ForeignChanges::default(),
         }
