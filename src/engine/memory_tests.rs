@@ -169,6 +169,25 @@ fn pages_in_use_stay_in_memory_when_a_large_volume_is_read_at_random() {
     bench.shard().audit().expect("counts are kept");
 }
 
+/// If this fails, pages that are read once, one after another, count as pages in use: reading a
+/// large volume twice drives out what is read all the time.
+#[test]
+fn the_read_that_brings_a_page_into_memory_is_no_use_of_it() {
+    let mut bench = Bench::open(&options());
+    bench.commit(vec![], vec![(1, put(1)), (2, put(2))]);
+    bench.ask(Request::Checkpoint);
+    let table = &mut bench.all.shards[0].cache.table;
+    let idx = table.find(key(1)).expect("it was written");
+    assert!(table.pages[idx].is_unreferenced(), "it is clean");
+    table.evict(idx);
+    for (read, uses) in [(1, 0), (2, 1), (3, 2)] {
+        assert_eq!(bench.read([1]), [1]);
+        let table = &bench.shard().cache.table;
+        let page = &table.pages[table.find(key(1)).expect("it was read")];
+        assert_eq!(page.residency.uses(), uses, "after {read} reads");
+    }
+}
+
 /// If this fails, a store gets slower the more memory it has: each frame cost two sweeps of all
 /// pages and nodes, 112,000 pages a second became 141.
 #[test]

@@ -80,6 +80,11 @@ impl Residency {
         self.is_listed
     }
 
+    #[cfg(test)]
+    pub(crate) fn uses(&self) -> u8 {
+        self.uses
+    }
+
     /// Its frame is another one, or gone.
     pub(crate) fn frame_changed(&mut self) {
         self.is_listed = false;

@@ -323,6 +323,28 @@ fn a_log_that_is_not_as_long_as_the_superblock_says_is_refused() {
     );
 }
 
+/// If this fails, one bad block in a file that holds nothing keeps a store from being opened.
+#[test]
+fn a_log_file_that_is_not_in_use_and_can_not_be_read_keeps_no_store_closed() {
+    let (mut d, _) = Driver::open_shards(SimDisk::new(1), &options(), 1);
+    let mut model = Model::new();
+    model.fill(&mut d, 5);
+    let mut disk = crash(&d, Loss::Everything, 1);
+    // What a growth before the crash has left.
+    let file = FileId::Log(ShardId::LEADER, SegmentNo::new(2));
+    execute(&mut disk, DiskOp::Allocate { file, from: 0, to: options().geometry.segment_bytes })
+        .expect("there is room");
+    disk.inject(Fault::once(OpKind::Read, Area::File(file), 0));
+    let (mut d, _) = Driver::open_shards(disk, &options(), 1);
+    assert_eq!(d.disk.counters().faults_read, 1);
+    model.check(&mut d, "beside a file that can't be read");
+    // In a file that is in use it is another matter.
+    let mut disk = crash(&d, Loss::Everything, 1);
+    let used = FileId::Log(ShardId::LEADER, SegmentNo::new(0));
+    disk.inject(Fault::once(OpKind::Read, Area::File(used), 0));
+    assert_eq!(refusal(&mut disk, 1).kind(), ErrorKind::Io);
+}
+
 /// The runs in which planted bugs are looked for.
 pub(crate) fn planted_bugs() {
     one_of_two_fails();
