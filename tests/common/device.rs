@@ -10,7 +10,7 @@
 //!    let go.
 //! 4. File system, loop device and FUSE mount go when it is dropped, also when the test fails.
 
-use super::surroundings::{Mounted, is_root, loop_device, tool};
+use super::surroundings::{Mounted, is_root, loop_device, make_file_system, tool};
 use super::{has_fuse, has_tool, scratch};
 use fuser::{
     BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
@@ -289,7 +289,7 @@ impl Device {
         // particular.
         device.looped =
             Some(loop_device(&["--find", "--show", "--direct-io=on"], &served.join("disk")));
-        super::run(tool(&format!("mkfs.{kind}")).args(quick(kind)).arg(device.block_device()));
+        make_file_system(kind, quick(kind), device.block_device());
         device.mount();
         Some(device)
     }

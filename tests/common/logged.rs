@@ -3,7 +3,7 @@
 //! way: it mixes concurrent writes up.)
 
 use super::device::quick;
-use super::surroundings::{Mounted, is_root, loop_device, tool};
+use super::surroundings::{Mounted, is_root, loop_device, make_file_system, tool};
 use super::{has_fuse, has_tool, scratch};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -76,7 +76,7 @@ impl Logged {
         it.fuse = Some(fuse.stdin(Stdio::null()).spawn().expect("nbdfuse starts"));
         appears(&served.join("disk"));
         let looped = loop_device(&["--find", "--show", "--direct-io=on"], &served.join("disk"));
-        super::run(tool(&format!("mkfs.{kind}")).args(quick(kind)).arg(&looped));
+        make_file_system(kind, quick(kind), Path::new(&looped));
         it.mounted = Some(Mounted::device(kind, Path::new(&looped)));
         it.looped = Some(looped);
         Some(it)

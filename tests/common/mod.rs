@@ -16,9 +16,11 @@ pub mod nbd;
 pub mod recording;
 pub mod replay;
 pub mod role;
+pub mod scratch;
 pub mod surroundings;
 pub mod workload;
 
+pub use scratch::scratch;
 use std::hash::Hasher;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -30,16 +32,6 @@ use std::time::{Duration, Instant};
 const START_LIMIT: Duration = Duration::from_secs(120);
 /// How long a clean stop may take.
 const STOP_LIMIT: Duration = Duration::from_secs(120);
-
-/// A directory for one test, on the disk that the build uses, removed at the end. COREPAGE_TEST_DIR
-/// puts it elsewhere, on another file system say, and keeps it.
-pub fn scratch(name: &str) -> tempfile::TempDir {
-    let elsewhere = std::env::var_os("COREPAGE_TEST_DIR");
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(name).disable_cleanup(elsewhere.is_some());
-    let parent = elsewhere.unwrap_or_else(|| env!("CARGO_TARGET_TMPDIR").into());
-    builder.tempdir_in(parent).expect("a directory for the test")
-}
 
 /// `corepage` with `arguments`, with little to say on stderr.
 pub fn corepage(arguments: &[&str]) -> Command {

@@ -144,13 +144,19 @@ impl Role {
         run: Run,
         stamp: impl Fn() -> u64 + Send + 'static,
     ) -> Role {
+        Role::listen(Role::command(role, dir, run), stamp)
+    }
+
+    /// What starts the test `child` of the caller's module in a role, for [`listen`](Self::listen).
+    #[track_caller]
+    pub fn command(role: &str, dir: &Path, run: Run) -> Command {
         let mut command = Command::new(std::env::current_exe().expect("this program"));
         let module =
             Path::new(std::panic::Location::caller().file()).file_stem().expect("a file of tests");
         let child = format!("{}::child", module.display());
         command.args(["--exact", &child, "--nocapture"]).env(ROLE, role).env(STORE, dir);
         command.env(RUN, format!("{} {}", if run.ring { "ring" } else { "portable" }, run.shards));
-        Role::listen(command, stamp)
+        command
     }
 
     /// Starts a process that says what the child says.

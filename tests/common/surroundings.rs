@@ -9,6 +9,7 @@
 //!    set.
 #![allow(unsafe_code)]
 
+use super::scratch::{loop_devices, mounts};
 use super::{has_tool, run, scratch, skip};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::thread::CapabilitySet;
@@ -166,7 +167,7 @@ impl Mounted {
         std::fs::File::create(&image)
             .and_then(|file| file.set_len(IMAGE_BYTES))
             .expect("an image file");
-        run(tool(&mkfs).arg("-q").arg(&image));
+        make_file_system(kind, &["-q"], &image);
         // The loop device is let go when the file system is unmounted.
         Some(Mounted::mount(scratch, &["-o", options, "-t", kind], &image))
     }
@@ -198,7 +199,7 @@ impl Mounted {
         std::fs::File::create(&image)
             .and_then(|file| file.set_len(IMAGE_BYTES))
             .expect("an image file");
-        run(tool(&mkfs).arg("-q").arg(&image));
+        make_file_system(kind, &["-q"], &image);
         Some(Mounted::mount(scratch(kind), &["-o", "loop", "-t", kind], &image))
     }
 
@@ -252,6 +253,29 @@ impl Drop for Mounted {
         }
         assert!(unmounts(&["--lazy"]), "{} can't be unmounted", self.point.display());
     }
+}
+
+/// Runs mkfs.KIND with these options on a file or device.
+///
+/// mkfs.btrfs asks for the file of every mounted loop device of the machine, and gives up if one
+/// can't be found: the FUSE server below it has died, say, with a killed run of another checkout.
+/// It does not see such mounts here.
+pub fn make_file_system(kind: &str, options: &[&str], on: &Path) {
+    let mkfs = format!("mkfs.{kind}");
+    let devices = loop_devices();
+    let is_dead = |source: &Path| {
+        devices.iter().any(|(device, file)| device == source && file.metadata().is_err())
+    };
+    let dead = mounts().into_iter().filter(|mount| is_dead(&mount.source)).map(|mount| mount.point);
+    let dead: Vec<PathBuf> = dead.collect();
+    if dead.is_empty() {
+        return run(tool(&mkfs).args(options).arg(on));
+    }
+    // In a namespace of its own, so that they stay mounted for everybody else.
+    let hide = r#"until [ "$1" = -- ]; do umount --lazy "$1"; shift; done; shift; exec "$@""#;
+    let mut command = tool("unshare");
+    command.args(["--mount", "--propagation", "private", "sh", "-c", hide, "sh"]).args(dead);
+    run(command.args(["--", &mkfs]).args(options).arg(on));
 }
 
 /// A tool that may be in a folder that is not in everybody's PATH.

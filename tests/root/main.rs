@@ -9,6 +9,7 @@ mod crash_replay;
 mod failing_device;
 mod kill_loop;
 mod kill_shards;
+mod leftovers;
 mod nvme_guest;
 mod resources;
 mod surroundings;
