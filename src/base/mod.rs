@@ -6,6 +6,7 @@
 
 pub mod checksum;
 pub(crate) mod error;
+mod index;
 mod lsn;
 pub mod metrics;
 pub(crate) mod options;
@@ -15,6 +16,9 @@ mod shard_map;
 mod shard_set;
 pub(crate) mod sync;
 
+pub(crate) use index::{
+    CaptureIdx, ImageIdx, IndexedSlab, NodeIdx, NodeMoveIdx, OpIdx, PageIdx, RequestIdx,
+};
 pub use lsn::Lsn;
 pub use page::{PageId, PageKey, RUN_PAGES, ShardId, VShard, VolumeId};
 pub use place::{BlockAddr, ExtentNo, SegmentNo};

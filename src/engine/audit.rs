@@ -6,7 +6,7 @@
 use super::requests::PendingKind;
 use super::txn::participant::Reserved;
 use super::{OpKind, Shard};
-use crate::base::Lsn;
+use crate::base::{Lsn, PageIdx};
 use crate::memory::Owner;
 use std::collections::BTreeMap;
 use std::fmt::{Debug, Display};
@@ -57,7 +57,7 @@ impl Shard {
         let targets = pages().filter(|page| page.checkpoint_target != Lsn::ZERO).count();
         same("pages that the checkpoint waits for", self.checkpoint.pages_left, targets as u64)?;
 
-        let mut on_their_way: BTreeMap<usize, usize> = BTreeMap::new();
+        let mut on_their_way: BTreeMap<PageIdx, usize> = BTreeMap::new();
         let captured = self.writeback.captures.iter().map(|(_, capture)| capture.page);
         captured
             .chain(self.compaction.moves.iter().copied())
@@ -65,7 +65,7 @@ impl Shard {
         for (idx, page) in self.cache.table.pages.iter() {
             let count = on_their_way.get(&idx).copied().unwrap_or(0);
             same(format_args!("captures of {:?}", page.key), page.captures as usize, count)?;
-            let slot = page.slot.map(|no| &self.log.open.slots[no]);
+            let slot = page.slot.map(|no| &self.log.open.slots[no.index()]);
             same(
                 format_args!("the slot of {:?}", page.key),
                 slot.is_none_or(|slot| slot.key == page.key && !slot.dead),
@@ -110,7 +110,7 @@ impl Shard {
                 ));
             };
             let owner = self.cache.eviction.owner_of(frame.block());
-            let is_listed = page.residency.is_listed() && owner == Some(Owner::Page(idx as u32));
+            let is_listed = page.residency.is_listed() && owner == Some(Owner::Page(idx));
             same(
                 format_args!("{:?} is listed for eviction ({owner:?})", page.key),
                 is_listed,

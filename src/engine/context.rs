@@ -15,11 +15,10 @@ use crate::base::Lsn;
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::metrics::ShardStats;
 use crate::base::options::Limits;
-use crate::base::{Micros, ShardId, ShardMap};
+use crate::base::{IndexedSlab, Micros, OpIdx, ShardId, ShardMap};
 use crate::engine::order::GlobalOrder;
 use crate::io::{DiskOp, OpId};
 use crate::memory::Arena;
-use slab::Slab;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -36,7 +35,7 @@ pub(super) struct Context {
     /// Which steps wait, and for what.
     pub blocked: Blocked,
     /// Operations under way.
-    pub ops: Slab<OpKind>,
+    pub ops: IndexedSlab<OpIdx, OpKind>,
     pub effects: VecDeque<Effect>,
     /// Messages to this shard itself.
     pub loopback: VecDeque<Message>,
@@ -70,7 +69,7 @@ impl Context {
             arena,
             stats: ShardStats::default(),
             blocked: Blocked::default(),
-            ops: Slab::new(),
+            ops: IndexedSlab::default(),
             effects: VecDeque::new(),
             loopback: VecDeque::new(),
             work_pending: true,
@@ -95,7 +94,7 @@ impl Context {
     /// Starts an operation of the device.
     pub fn submit(&mut self, kind: OpKind, op: DiskOp) {
         let id = self.ops.insert(kind);
-        self.effects.push_back(Effect::Submit(OpId(id as u64), op));
+        self.effects.push_back(Effect::Submit(OpId(id.index() as u64), op));
     }
 
     /// Answers a request.

@@ -13,7 +13,7 @@
 use super::writeback::Capture;
 use super::{OpKind, Shard};
 use crate::base::error::Error;
-use crate::base::{BLOCK, BlockAddr, Lsn};
+use crate::base::{BLOCK, BlockAddr, ImageIdx, Lsn};
 use crate::engine::codec::{self, Sealed};
 use crate::engine::log::{FlushSet, GroupState, InFlight, OpenSlot};
 use crate::engine::map::Stream;
@@ -27,7 +27,7 @@ use smallvec::SmallVec;
 
 /// A page image of the group being closed.
 struct Image {
-    slot: usize,
+    slot: ImageIdx,
     sealed: Sealed,
     /// The page's newest version is this image.
     is_current: bool,
@@ -122,10 +122,11 @@ impl Shard {
     fn take_images(&mut self, open: &mut [OpenSlot]) -> Vec<Image> {
         let mut images = Vec::with_capacity(open.len());
         for (i, slot) in open.iter_mut().enumerate().filter(|(_, slot)| !slot.dead) {
+            let at = ImageIdx::new(i);
             let idx =
                 self.cache.table.find(slot.key).expect("a page with a slot stays in the table");
             let page = &mut self.cache.table.pages[idx];
-            let is_current = page.slot == Some(i);
+            let is_current = page.slot == Some(at);
             if is_current {
                 page.slot = None;
             }
@@ -135,16 +136,16 @@ impl Shard {
                 .or_else(|| page.frame.as_ref().map(|f| f.pin()))
                 .expect("a live slot has an image");
             self.ctx.stats.checksums += 1;
-            images.push(Image { slot: i, sealed: codec::seal(frame), is_current, place: None });
+            images.push(Image { slot: at, sealed: codec::seal(frame), is_current, place: None });
         }
         images
     }
 
     /// Gives the images their final places, neighbours next to each other.
     fn place_images(&mut self, open: &[OpenSlot], images: &mut [Image]) {
-        images.sort_by_key(|image| (open[image.slot].key, open[image.slot].lsn));
+        images.sort_by_key(|image| (open[image.slot.index()].key, open[image.slot.index()].lsn));
         for image in images.iter_mut() {
-            let slot = &open[image.slot];
+            let slot = &open[image.slot.index()];
             let what = ItemKind::Page(slot.key, slot.lsn);
             let place = self.alloc_place(Stream::Data, what, image.sealed.blocks());
             image.place = Some(place.expect("admission reserved a block for each slot"));
@@ -160,8 +161,9 @@ impl Shard {
         let mut slots: Vec<Slot> = open.iter().map(dead).collect();
         for (i, image) in images.iter().enumerate() {
             let place = image.place.unwrap_or_default();
-            slots[image.slot].entry = image.sealed.entry(place, open[image.slot].lsn);
-            slots[image.slot].state = match image.place {
+            slots[image.slot.index()].entry =
+                image.sealed.entry(place, open[image.slot.index()].lsn);
+            slots[image.slot.index()].state = match image.place {
                 Some(_) => SlotState::Placed,
                 None => SlotState::Inline(body_blocks + i as u32),
             };
@@ -179,11 +181,11 @@ impl Shard {
     ) -> u32 {
         let mut blocks = Vec::with_capacity(images.len());
         for image in images {
-            let entry = slots[image.slot].entry;
+            let entry = slots[image.slot.index()].entry;
             let idx = self
                 .cache
                 .table
-                .find(open[image.slot].key)
+                .find(open[image.slot.index()].key)
                 .expect("a page with a slot stays in the table");
             let page = &mut self.cache.table.pages[idx];
             page.captures += 1;

@@ -8,6 +8,7 @@
 //! It does *not* exist in a release build, and judges nothing.
 
 use super::{OpKind, Shard};
+use crate::base::OpIdx;
 use crate::format::extent::NodeKey;
 use crate::io::OpId;
 
@@ -58,12 +59,14 @@ pub(crate) struct Counts {
 impl Shard {
     /// Whether operation `id` reads pages, for whoever asked for them.
     pub(crate) fn is_page_read(&self, id: OpId) -> bool {
-        matches!(self.ctx.ops.get(id.0 as usize), Some(OpKind::PageRead(_)))
+        matches!(self.ctx.ops.get(OpIdx::new(id.0 as usize)), Some(OpKind::PageRead(_)))
     }
 
     /// The read of a map node that operation `id` is, if it is one.
     pub(crate) fn node_load(&self, id: OpId) -> Option<NodeLoad> {
-        let Some(OpKind::NodeRead(wanted)) = self.ctx.ops.get(id.0 as usize) else { return None };
+        let Some(OpKind::NodeRead(wanted)) = self.ctx.ops.get(OpIdx::new(id.0 as usize)) else {
+            return None;
+        };
         let (key, place) = (wanted.key, wanted.child.place());
         let top = self.map.root(key.vshard).children[usize::from(key.volume.get())];
         let is_top = top.is_present() && top.level == key.level;

@@ -23,7 +23,7 @@ use super::message::Message;
 use super::requests::PendingKind;
 use super::{Lack, OpKind, Shard, Step};
 use crate::base::error::Error;
-use crate::base::{BLOCK, Lsn, PageKey, ShardId};
+use crate::base::{BLOCK, Lsn, PageIdx, PageKey, RequestIdx, ShardId};
 use crate::format::extent::ItemKind;
 use crate::format::group::{Body, GroupHead, LoggedChange, SlotState};
 use crate::format::node::Entry;
@@ -242,7 +242,7 @@ impl Shard {
     }
 
     /// Goes on with the batch at the front of the queue. False: it has to wait there.
-    pub(super) fn run_redo(&mut self, waiter: usize) -> bool {
+    pub(super) fn run_redo(&mut self, waiter: RequestIdx) -> bool {
         if let Some(error) =
             self.requests.pending[waiter].error.take().or_else(|| self.ctx.failed.clone())
         {
@@ -290,7 +290,7 @@ impl Shard {
         true
     }
 
-    fn redo_change(&mut self, idx: usize, change: RedoChange) {
+    fn redo_change(&mut self, idx: PageIdx, change: RedoChange) {
         let page = &mut self.cache.table.pages[idx];
         if page.lsn >= change.lsn {
             return;
@@ -316,7 +316,7 @@ impl Shard {
         self.changed(idx, change.lsn);
     }
 
-    fn redo_placed(&mut self, idx: usize, lsn: Lsn, entry: Entry) {
+    fn redo_placed(&mut self, idx: PageIdx, lsn: Lsn, entry: Entry) {
         self.cache.table.set_frame(idx, None);
         self.set_absent(idx, false);
         let page = &mut self.cache.table.pages[idx];

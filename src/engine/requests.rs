@@ -20,8 +20,7 @@ use super::redo::RedoChange;
 use super::txn::participant::Part;
 use super::{Change, Shard};
 use crate::base::error::{Error, ErrorKind};
-use crate::base::{BlockAddr, Lsn, PageKey, ShardId};
-use slab::Slab;
+use crate::base::{BlockAddr, IndexedSlab, Lsn, PageIdx, PageKey, RequestIdx, ShardId};
 use smallvec::SmallVec;
 use std::cmp::Ordering;
 use std::collections::VecDeque;
@@ -31,7 +30,7 @@ pub(super) struct Pending {
     pub token: Option<Token>,
     pub kind: PendingKind,
     /// Pages, in the order of the request: those read, then those changed.
-    pub pages: SmallVec<[usize; 2]>,
+    pub pages: SmallVec<[PageIdx; 2]>,
     missing: u32,
     /// Its place among those who ask for map nodes.
     pub asked: u64,
@@ -103,13 +102,13 @@ pub(super) fn outcome_unknown(lsn: Lsn, cause: &Error) -> Error {
 
 /// Requests under way in this shard, and those whose pages are all there.
 pub(super) struct Requests {
-    pub pending: Slab<Pending>,
+    pub pending: IndexedSlab<RequestIdx, Pending>,
     /// Commits whose pages are all there, in the order in which they became so.
-    pub ready: VecDeque<usize>,
+    pub ready: VecDeque<RequestIdx>,
     /// Parts of commits over shards whose pages are all there.
-    pub ready_parts: VecDeque<usize>,
+    pub ready_parts: VecDeque<RequestIdx>,
     /// Other requests whose pages are all there.
-    pub finished: VecDeque<usize>,
+    pub finished: VecDeque<RequestIdx>,
     /// What requests keep from others.
     pub held: Held,
 }
@@ -117,7 +116,7 @@ pub(super) struct Requests {
 impl Requests {
     pub fn new(held: Held) -> Self {
         Requests {
-            pending: Slab::new(),
+            pending: IndexedSlab::default(),
             ready: VecDeque::new(),
             ready_parts: VecDeque::new(),
             finished: VecDeque::new(),
@@ -176,7 +175,7 @@ impl Shard {
         self.ctx.work_pending = true;
         match request {
             Request::Read(keys) => {
-                let pages: SmallVec<[usize; 2]> =
+                let pages: SmallVec<[PageIdx; 2]> =
                     keys.iter().map(|key| self.cache.table.get(*key)).collect();
                 let stored = |page: &Page| page.has(true) && !page.absent;
                 let hits = pages.iter().filter(|idx| stored(&self.cache.table.pages[**idx])).count()
@@ -231,8 +230,8 @@ impl Shard {
         &mut self,
         reads: &[(PageKey, Lsn)],
         changes: &[(PageKey, Change)],
-    ) -> SmallVec<[usize; 2]> {
-        let mut pages: SmallVec<[usize; 2]> =
+    ) -> SmallVec<[PageIdx; 2]> {
+        let mut pages: SmallVec<[PageIdx; 2]> =
             reads.iter().map(|(key, _)| self.cache.table.entry(*key)).collect();
         pages.extend(changes.iter().map(|(key, _)| self.cache.table.get(*key)));
         pages
@@ -244,9 +243,9 @@ impl Shard {
         &mut self,
         token: Option<Token>,
         kind: PendingKind,
-        pages: SmallVec<[usize; 2]>,
+        pages: SmallVec<[PageIdx; 2]>,
         data: impl Fn(usize) -> bool,
-    ) -> usize {
+    ) -> RequestIdx {
         let weight = request_weight(&kind, pages.len());
         self.requests.held.request_bytes += weight;
         let (mut with_data, mut bits): (SmallVec<[u64; 1]>, u64) = (SmallVec::new(), 0);
@@ -289,7 +288,7 @@ impl Shard {
     }
 
     /// As `want`, but counts before it asks: the answer may come at once.
-    fn want_quiet(&mut self, idx: usize, data: bool, waiter: usize) -> bool {
+    fn want_quiet(&mut self, idx: PageIdx, data: bool, waiter: RequestIdx) -> bool {
         self.requests.pending[waiter].missing += 1;
         let has = self.want(idx, data, waiter);
         self.requests.pending[waiter].missing -= 1;
@@ -297,7 +296,7 @@ impl Shard {
     }
 
     /// One thing that the request waited for is there, or has failed.
-    pub(super) fn need_met(&mut self, waiter: usize, error: Option<Error>) {
+    pub(super) fn need_met(&mut self, waiter: RequestIdx, error: Option<Error>) {
         let pending = &mut self.requests.pending[waiter];
         if error.is_some() {
             pending.error = error;
@@ -319,13 +318,13 @@ impl Shard {
     }
 
     /// A ready request must wait for one more thing.
-    pub(super) fn need_more(&mut self, waiter: usize) {
+    pub(super) fn need_more(&mut self, waiter: RequestIdx) {
         self.requests.pending[waiter].missing += 1;
     }
 
     /// Ends a request: its pages may go, and those without memory are gone from the table
     /// afterwards.
-    pub(super) fn release(&mut self, waiter: usize) -> Pending {
+    pub(super) fn release(&mut self, waiter: RequestIdx) -> Pending {
         let pending = self.requests.pending.remove(waiter);
         self.requests.held.request_bytes -= pending.weight;
         self.requests.held.moves -= usize::from(matches!(pending.kind, PendingKind::Move(..)));

@@ -19,7 +19,7 @@ use super::writeback::WriteBack;
 use super::{Effect, Message, space};
 use crate::base::error::{Error, ErrorKind};
 use crate::base::metrics::ShardStats;
-use crate::base::{ExtentNo, Lsn, Micros, ShardId, ShardMap};
+use crate::base::{CaptureIdx, ExtentNo, Lsn, Micros, OpIdx, ShardId, ShardMap};
 use crate::io::{Completion, DiskOp};
 
 /// What an operation under way is for.
@@ -30,11 +30,11 @@ pub(super) enum OpKind {
     /// The log write of a group.
     GroupLog(u64),
     /// Pages of a group, straight to their places.
-    GroupData(u64, Vec<usize>),
+    GroupData(u64, Vec<CaptureIdx>),
     /// The flush of some groups.
     GroupFlush(FlushSet),
     /// Dirty pages to their places.
-    PageWrite(Vec<usize>),
+    PageWrite(Vec<CaptureIdx>),
     SummaryWrite(ExtentNo),
     SummaryRead(ExtentNo),
     /// A step of the checkpoint.
@@ -184,7 +184,7 @@ impl Shard {
     /// Brings the end of an operation.
     pub fn complete(&mut self, completion: Completion) {
         self.ctx.work_pending = true;
-        let kind = self.ctx.ops.remove(completion.id.0 as usize);
+        let kind = self.ctx.ops.remove(OpIdx::new(completion.id.0 as usize));
         match kind {
             OpKind::PageRead(reads) => self.pages_read(reads, completion),
             OpKind::NodeRead(wanted) => self.node_read(wanted, completion),

@@ -23,7 +23,7 @@
 //! Something read once leaves before something that was used again, however much is read once (a
 //! scan). It does *not* know what is in a frame, free memory itself, or wait.
 
-use crate::base::Micros;
+use crate::base::{Micros, NodeIdx, PageIdx};
 use smallvec::SmallVec;
 
 /// Uses are counted up to this.
@@ -51,9 +51,9 @@ const NONE: u32 = u32::MAX;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Owner {
     /// A page, by its index in the page table.
-    Page(u32),
+    Page(PageIdx),
     /// A map node, by its index in the map.
-    Node(u32),
+    Node(NodeIdx),
 }
 
 /// The state that an owner keeps for the policy.
@@ -165,7 +165,8 @@ pub(crate) struct EvictionCounts {
 impl Eviction {
     /// For an arena of `blocks` blocks.
     pub(crate) fn new(blocks: u32) -> Self {
-        let entry = Entry { next: NONE, prev: NONE, owner: Owner::Page(NONE), list: UNLISTED };
+        let entry =
+            Entry { next: NONE, prev: NONE, owner: Owner::Page(PageIdx::new(0)), list: UNLISTED };
         Eviction {
             entries: vec![entry; blocks as usize].into(),
             lists: [List { head: NONE, tail: NONE, len: 0 }; 3],
@@ -303,7 +304,7 @@ impl Eviction {
         &mut self,
         residents: &mut impl Residents,
         wanted: u32,
-        nodes: &mut SmallVec<[u32; NODES_COUNTED]>,
+        nodes: &mut SmallVec<[NodeIdx; NODES_COUNTED]>,
     ) -> u32 {
         let mut idle = 0;
         for list in [PROBATION, MAIN] {

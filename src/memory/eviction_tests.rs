@@ -36,7 +36,8 @@ fn hash(what: u64) -> u64 {
 
 fn number(owner: Owner) -> u32 {
     match owner {
-        Owner::Page(block) | Owner::Node(block) => block,
+        Owner::Page(idx) => idx.index() as u32,
+        Owner::Node(idx) => idx.index() as u32,
     }
 }
 
@@ -80,7 +81,12 @@ impl Cache {
         let Some(block) = self.take() else { return false };
         let mut item =
             Item { what, residency: Residency::default(), referenced: false, pinned: false };
-        self.policy.list(block, Owner::Page(block), &mut item.residency, hash(what));
+        self.policy.list(
+            block,
+            Owner::Page(PageIdx::new(block as usize)),
+            &mut item.residency,
+            hash(what),
+        );
         self.slots.at.insert(what, block);
         self.slots.held.insert(block, item);
         false
@@ -156,7 +162,12 @@ fn an_eviction_costs_a_bounded_number_of_looks() {
             item.pinned = step % 16 == 1;
             if !item.referenced && !item.residency.is_listed() {
                 let (hash, mut residency) = (hash(item.what), item.residency);
-                cache.policy.list(block, Owner::Page(block), &mut residency, hash);
+                cache.policy.list(
+                    block,
+                    Owner::Page(PageIdx::new(block as usize)),
+                    &mut residency,
+                    hash,
+                );
                 cache.slots.held.get_mut(&block).expect("it is there").residency = residency;
             }
         }
@@ -284,7 +295,7 @@ proptest! {
                     item.referenced = false;
                     if !item.residency.is_listed() {
                         let (hash, mut residency) = (hash(item.what), item.residency);
-                        cache.policy.list(block, Owner::Page(block), &mut residency, hash);
+                        cache.policy.list(block, Owner::Page(PageIdx::new(block as usize)), &mut residency, hash);
                         cache.slots.held.get_mut(&block).unwrap().residency = residency;
                     }
                 }

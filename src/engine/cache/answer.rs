@@ -5,7 +5,7 @@
 //!    that waits, and makes no work for a turn.
 //! 2. A reader gets the newest version, durable or not, with the LSN that tells it which.
 
-use crate::base::{BLOCK, Lsn, PageKey, VolumeId};
+use crate::base::{BLOCK, Lsn, PageIdx, PageKey, RequestIdx, VolumeId};
 use crate::engine::cache::table::Page;
 use crate::engine::map::Lookup;
 use crate::engine::requests::PendingKind;
@@ -20,7 +20,7 @@ impl Shard {
     pub(in crate::engine) fn cached(&mut self, keys: &[PageKey]) -> Option<SmallVec<[PageRef; 1]>> {
         let watermark = self.ctx.order.watermark();
         // `None`: absent, by the map.
-        let mut found: SmallVec<[Option<usize>; 2]> = SmallVec::new();
+        let mut found: SmallVec<[Option<PageIdx>; 2]> = SmallVec::new();
         for key in keys {
             match self.cache.table.find(*key) {
                 Some(idx) if self.cache.table.pages[idx].has(true) => found.push(Some(idx)),
@@ -37,7 +37,7 @@ impl Shard {
             }
         }
         let table = &mut self.cache.table;
-        let mut read = |idx: &Option<usize>| {
+        let mut read = |idx: &Option<PageIdx>| {
             let Some(idx) = idx else { return PageRef::new(None, Lsn::ZERO) };
             let page = &mut table.pages[*idx];
             page.residency.used();
@@ -64,7 +64,7 @@ impl Shard {
         stats.bytes_read += count * BLOCK as u64;
     }
 
-    pub(in crate::engine) fn finish_read(&mut self, waiter: usize) {
+    pub(in crate::engine) fn finish_read(&mut self, waiter: RequestIdx) {
         // Before the release: the table keeps no entry of an absent page for which nobody asks.
         let watermark = self.ctx.order.watermark();
         let pages = self.requests.pending[waiter]
@@ -93,7 +93,7 @@ impl Shard {
         match kind {
             OpKind::NodeRead(_) => self.ctx.stats.node_reads += 1,
             OpKind::PageRead(reads) => {
-                let is_caller = |waiter: usize| {
+                let is_caller = |waiter: RequestIdx| {
                     !matches!(self.requests.pending[waiter].kind, PendingKind::Move(..))
                 };
                 let is_awaited = |page: &Page| !page.is_catalog() && page.waiters().any(is_caller);

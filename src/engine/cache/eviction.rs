@@ -8,6 +8,7 @@
 //! 2. A search for more frames than can be freed frees nothing, and costs little when it is
 //!    repeated.
 
+use crate::base::PageIdx;
 use crate::engine::cache::table::Table;
 use crate::engine::map::Map;
 use crate::engine::{Shard, Step};
@@ -31,21 +32,21 @@ struct InMemory<'a> {
 impl Residents for InMemory<'_> {
     fn standing(&self, owner: Owner, block: u32) -> Standing {
         match owner {
-            Owner::Page(idx) => self.table.standing(idx as usize, block),
+            Owner::Page(idx) => self.table.standing(idx, block),
             Owner::Node(no) => self.map.standing(no, block),
         }
     }
 
     fn residency(&mut self, owner: Owner) -> &mut Residency {
         match owner {
-            Owner::Page(idx) => &mut self.table.pages[idx as usize].residency,
+            Owner::Page(idx) => &mut self.table.pages[idx].residency,
             Owner::Node(no) => self.map.residency(no),
         }
     }
 
     fn evict(&mut self, owner: Owner) -> u64 {
         match owner {
-            Owner::Page(idx) => self.table.evict(idx as usize),
+            Owner::Page(idx) => self.table.evict(idx),
             Owner::Node(no) => self.map.evict(no),
         }
     }
@@ -119,7 +120,7 @@ impl Shard {
     /// needs no entry once nothing refers to it, since the map says the same of it: a store whose
     /// clients ask for absent pages would grow without end. With memory it may go from now on. The
     /// index may be another page's afterwards.
-    pub(in crate::engine) fn reference_ended(&mut self, idx: usize) {
+    pub(in crate::engine) fn reference_ended(&mut self, idx: PageIdx) {
         let page = &mut self.cache.table.pages[idx];
         let Some(frame) = &page.frame else {
             if page.is_unreferenced() && !planted!(AbsentKept) {
@@ -140,7 +141,7 @@ impl Shard {
         let hash = self.cache.table.hash(key);
         self.cache.eviction.list(
             block,
-            Owner::Page(idx as u32),
+            Owner::Page(idx),
             &mut self.cache.table.pages[idx].residency,
             hash,
         );

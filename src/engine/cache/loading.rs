@@ -13,10 +13,9 @@
 //!    entry is still the page's: a page changed meanwhile ignores a late read.
 //! 4. A block that can't be read costs no other page: what was read together is read apart then.
 
-use crate::base::BlockAddr;
 use crate::base::error::Error;
+use crate::base::{BlockAddr, NodeIdx, NodeMoveIdx, PageIdx, RequestIdx};
 use crate::engine::codec;
-use crate::engine::map::NodeIdx;
 use crate::engine::writeback::plan;
 use crate::engine::{OpKind, Shard, Step};
 use crate::format::extent::NodeKey;
@@ -38,7 +37,7 @@ pub(in crate::engine) struct Wanted {
     pub nodes: BTreeMap<u64, NodeWanted>,
     /// The age that was given last.
     asked_last: u64,
-    pub pages: Vec<usize>,
+    pub pages: Vec<PageIdx>,
     /// Page reads were left without a frame: they come before nodes the next time.
     pages_first: bool,
 }
@@ -46,10 +45,10 @@ pub(in crate::engine) struct Wanted {
 /// Who waits for a node.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(in crate::engine) enum NodeWaiter {
-    Page(usize),
-    Request(usize),
+    Page(PageIdx),
+    Request(RequestIdx),
     /// A node that compaction moves, by its number in `Moves`.
-    Move(usize),
+    Move(NodeMoveIdx),
 }
 
 /// Those who wait for a node.
@@ -70,7 +69,7 @@ pub(in crate::engine) struct NodeWanted {
 
 /// One page of a read under way.
 pub(in crate::engine) struct PageRead {
-    pub page: usize,
+    pub page: PageIdx,
     pub entry: Entry,
 }
 
@@ -248,7 +247,7 @@ impl Shard {
         self.give_up_what_nobody_needs(error);
     }
 
-    fn give_page_up(&mut self, idx: usize, error: &Error) {
+    fn give_page_up(&mut self, idx: PageIdx, error: &Error) {
         self.cache.table.pages[idx].loading = false;
         self.fail_waiters(idx, error);
         self.reference_ended(idx);
@@ -268,7 +267,7 @@ impl Shard {
         let pages = std::mem::take(&mut self.cache.wanted.pages);
         let (needed, unneeded) = pages.into_iter().partition(|idx| self.is_page_needed(*idx));
         self.cache.wanted.pages = needed;
-        let unneeded: Vec<usize> = unneeded;
+        let unneeded: Vec<PageIdx> = unneeded;
         unneeded.into_iter().for_each(|idx| self.give_page_up(idx, error));
     }
 
@@ -281,7 +280,7 @@ impl Shard {
         })
     }
 
-    fn is_page_needed(&self, idx: usize) -> bool {
+    fn is_page_needed(&self, idx: PageIdx) -> bool {
         self.cache.table.pages[idx]
             .waiters()
             .any(|waiter| self.requests.pending[waiter].error.is_none())
@@ -340,7 +339,7 @@ impl Shard {
         }
     }
 
-    fn check_page(&mut self, idx: usize, entry: &Entry, bytes: &[u8]) -> Result<(), Error> {
+    fn check_page(&mut self, idx: PageIdx, entry: &Entry, bytes: &[u8]) -> Result<(), Error> {
         self.ctx.stats.checksums += 1;
         let key = self.cache.table.pages[idx].key;
         match codec::open(entry, bytes) {

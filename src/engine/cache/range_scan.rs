@@ -12,7 +12,7 @@
 //!
 //! It reads map nodes, never pages.
 
-use crate::base::{Lsn, PageId, PageKey, VShard, VolumeId};
+use crate::base::{Lsn, PageId, PageKey, RequestIdx, VShard, VolumeId};
 use crate::engine::map::{LEAF_PAGES, NextLeaf};
 use crate::engine::requests::PendingKind;
 use crate::engine::{NodeWaiter, Response, Shard};
@@ -81,7 +81,7 @@ impl Shard {
     }
 
     /// Goes on with the walk of a pending request, until it ends or a node must be read.
-    pub(in crate::engine) fn walk(&mut self, waiter: usize) {
+    pub(in crate::engine) fn walk(&mut self, waiter: RequestIdx) {
         // Taken out, since a step needs the shard.
         let kind = std::mem::replace(&mut self.requests.pending[waiter].kind, PendingKind::Read(0));
         let PendingKind::Walk(mut walk) = kind else { unreachable!("only walks come here") };
@@ -105,7 +105,7 @@ impl Shard {
         );
     }
 
-    fn walk_step(&mut self, walk: &mut Walk, waiter: usize) -> Step {
+    fn walk_step(&mut self, walk: &mut Walk, waiter: RequestIdx) -> Step {
         let PageRange { volume, last, ranges_max, .. } = walk.asked;
         if let Some((vshard, from)) = walk.seeks.last().copied() {
             return self.seek_leaf(walk, vshard, from, waiter);
@@ -146,7 +146,13 @@ impl Shard {
     }
 
     /// Finds the next leaf of a virtual shard with a page that is asked for.
-    fn seek_leaf(&mut self, walk: &mut Walk, vshard: VShard, from: u64, waiter: usize) -> Step {
+    fn seek_leaf(
+        &mut self,
+        walk: &mut Walk,
+        vshard: VShard,
+        from: u64,
+        waiter: RequestIdx,
+    ) -> Step {
         let (volume, vshards_count) = (walk.asked.volume, self.ctx.limits.geometry.vshards_count);
         let behind = walk.asked.last.get().checked_add(1).map(PageId::new);
         let end =

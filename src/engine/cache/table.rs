@@ -16,14 +16,13 @@
 //!    patches.
 
 use crate::base::error::Error;
-use crate::base::{Lsn, PageKey, VolumeId};
-use crate::engine::map::{Lookup, NodeIdx};
+use crate::base::{ImageIdx, IndexedSlab, Lsn, NodeIdx, PageIdx, PageKey, RequestIdx, VolumeId};
+use crate::engine::map::Lookup;
 use crate::engine::txn::page_locks::PageLock;
 use crate::engine::{NodeWaiter, PageRef, Shard};
 use crate::format::node::Entry;
 use crate::memory::{Frame, Residency, Standing};
 use hashbrown::HashTable;
-use slab::Slab;
 use smallvec::SmallVec;
 use std::hash::BuildHasher;
 
@@ -49,7 +48,7 @@ pub(in crate::engine) struct Page {
     /// Versions on their way to their places.
     pub captures: u32,
     /// Its slot in the open group.
-    pub slot: Option<usize>,
+    pub slot: Option<ImageIdx>,
     /// First change that no capture holds yet.
     pub dirty_from: Option<Lsn>,
     /// It stands in the queue of the coalescer.
@@ -63,7 +62,7 @@ pub(in crate::engine) struct Page {
     pub residency: Residency,
     /// When a node was asked for first to resolve it, as a number that grows; zero: not yet.
     pub asked: u64,
-    waiters: SmallVec<[(usize, bool); 1]>,
+    waiters: SmallVec<[(RequestIdx, bool); 1]>,
 }
 
 impl Page {
@@ -127,7 +126,7 @@ impl Page {
     }
 
     /// The requests that wait for it.
-    pub fn waiters(&self) -> impl Iterator<Item = usize> {
+    pub fn waiters(&self) -> impl Iterator<Item = RequestIdx> {
         self.waiters.iter().map(|(waiter, _)| *waiter)
     }
 
@@ -172,10 +171,10 @@ pub(in crate::engine) struct Resident {
 
 /// The table.
 pub(in crate::engine) struct Table {
-    pub pages: Slab<Page>,
+    pub pages: IndexedSlab<PageIdx, Page>,
     resident: Resident,
     /// The pages by key: their indices only, since the keys stand in the pages.
-    index: HashTable<u32>,
+    index: HashTable<PageIdx>,
     hasher: foldhash::fast::FixedState,
 }
 
@@ -185,7 +184,7 @@ impl Table {
     /// yet takes no memory.
     pub fn new(frames: u32, seed: u64) -> Self {
         Table {
-            pages: Slab::with_capacity(frames as usize),
+            pages: IndexedSlab::with_capacity(frames as usize),
             resident: Resident::default(),
             index: HashTable::with_capacity(frames as usize),
             hasher: foldhash::fast::FixedState::with_seed(seed),
@@ -193,13 +192,13 @@ impl Table {
     }
 
     /// The page's index, if the table has it.
-    pub fn find(&self, key: PageKey) -> Option<usize> {
-        let is_it = |idx: &u32| self.pages[*idx as usize].key == key;
-        self.index.find(self.hasher.hash_one(key), is_it).map(|idx| *idx as usize)
+    pub fn find(&self, key: PageKey) -> Option<PageIdx> {
+        let is_it = |idx: &PageIdx| self.pages[*idx].key == key;
+        self.index.find(self.hasher.hash_one(key), is_it).copied()
     }
 
     /// The page's index, for somebody who reads or changes it; a new one is unresolved.
-    pub fn get(&mut self, key: PageKey) -> usize {
+    pub fn get(&mut self, key: PageKey) -> PageIdx {
         if let Some(idx) = self.find(key) {
             let page = &mut self.pages[idx];
             // The use that brings it into memory does not count.
@@ -212,7 +211,7 @@ impl Table {
     }
 
     /// The same for what is no use of its own: a look at its version, a move, a redo.
-    pub fn entry(&mut self, key: PageKey) -> usize {
+    pub fn entry(&mut self, key: PageKey) -> PageIdx {
         if let Some(idx) = self.find(key) {
             return idx;
         }
@@ -239,23 +238,22 @@ impl Table {
             asked: 0,
             waiters: SmallVec::new(),
         });
-        let no = u32::try_from(idx).expect("the table has fewer pages than block numbers");
         let (pages, hasher) = (&self.pages, &self.hasher);
-        let hash_of = |idx: &u32| hasher.hash_one(pages[*idx as usize].key);
-        self.index.insert_unique(hasher.hash_one(key), no, hash_of);
+        let hash_of = |idx: &PageIdx| hasher.hash_one(pages[*idx].key);
+        self.index.insert_unique(hasher.hash_one(key), idx, hash_of);
         idx
     }
 
-    pub fn remove(&mut self, idx: usize) {
+    pub fn remove(&mut self, idx: PageIdx) {
         let page = self.pages.remove(idx);
         assert_eq!(page.data_holds, 0, "{:?} is removed while a request needs its bytes", page.key);
         self.resident.pages -= u32::from(page.frame.is_some());
-        let entry = self.index.find_entry(self.hasher.hash_one(page.key), |at| *at as usize == idx);
+        let entry = self.index.find_entry(self.hasher.hash_one(page.key), |at| *at == idx);
         entry.expect("a page in the table is in its index").remove();
     }
 
     /// The page has other bytes now, or none.
-    pub fn set_frame(&mut self, idx: usize, frame: Option<Frame>) {
+    pub fn set_frame(&mut self, idx: PageIdx, frame: Option<Frame>) {
         let page = &mut self.pages[idx];
         let (before, after) = (u32::from(page.frame.is_some()), u32::from(frame.is_some()));
         self.resident.pages = self.resident.pages - before + after;
@@ -267,14 +265,14 @@ impl Table {
     }
 
     /// One more request needs the page's bytes.
-    pub fn hold_bytes(&mut self, idx: usize) {
+    pub fn hold_bytes(&mut self, idx: PageIdx) {
         let page = &mut self.pages[idx];
         page.data_holds += 1;
         self.resident.held += u32::from(page.data_holds == 1 && page.frame.is_some());
     }
 
     /// A request needs them no more.
-    pub fn let_bytes_go(&mut self, idx: usize) {
+    pub fn let_bytes_go(&mut self, idx: PageIdx) {
         let page = &mut self.pages[idx];
         page.data_holds -= 1;
         self.resident.held -= u32::from(page.data_holds == 0 && page.frame.is_some());
@@ -298,7 +296,7 @@ impl Table {
     }
 
     /// How page `idx` stands, if `block` holds its bytes.
-    pub fn standing(&self, idx: usize, block: u32) -> Standing {
+    pub fn standing(&self, idx: PageIdx, block: u32) -> Standing {
         let Some(page) = self.pages.get(idx) else { return Standing::Gone };
         match &page.frame {
             Some(frame) if frame.block() == block => {
@@ -314,7 +312,7 @@ impl Table {
 
     /// Drops a page with its memory, or, of one that requests hold, its memory only; returns the
     /// hash of its key.
-    pub fn evict(&mut self, idx: usize) -> u64 {
+    pub fn evict(&mut self, idx: PageIdx) -> u64 {
         let page = &self.pages[idx];
         let key = page.key;
         if page.is_unreferenced() {
@@ -329,7 +327,7 @@ impl Table {
 impl Shard {
     /// Registers that pending request `waiter` needs page `idx` (resolved; with its data if
     /// `data`). Returns true if it has it already; else the waiter is told later.
-    pub(in crate::engine) fn want(&mut self, idx: usize, data: bool, waiter: usize) -> bool {
+    pub(in crate::engine) fn want(&mut self, idx: PageIdx, data: bool, waiter: RequestIdx) -> bool {
         if self.cache.table.pages[idx].has(data) {
             return true;
         }
@@ -339,7 +337,7 @@ impl Shard {
     }
 
     /// Takes the next step for a page that somebody waits for.
-    pub(in crate::engine) fn advance_page(&mut self, idx: usize) {
+    pub(in crate::engine) fn advance_page(&mut self, idx: PageIdx) {
         let page = &self.cache.table.pages[idx];
         if !page.resolved && !page.resolving {
             match self.map.lookup(page.key) {
@@ -360,7 +358,7 @@ impl Shard {
     }
 
     /// The map names `entry` for the page, or none.
-    pub(in crate::engine) fn resolve(&mut self, idx: usize, entry: Option<Entry>) {
+    pub(in crate::engine) fn resolve(&mut self, idx: PageIdx, entry: Option<Entry>) {
         let page = &mut self.cache.table.pages[idx];
         page.resolved = true;
         page.absent = entry.is_none();
@@ -371,12 +369,12 @@ impl Shard {
     }
 
     /// Tells those whose need is met.
-    pub(in crate::engine) fn wake_waiters(&mut self, idx: usize) {
+    pub(in crate::engine) fn wake_waiters(&mut self, idx: PageIdx) {
         let page = &mut self.cache.table.pages[idx];
         if page.waiters.is_empty() {
             return;
         }
-        let mut met: SmallVec<[usize; 4]> = SmallVec::new();
+        let mut met: SmallVec<[RequestIdx; 4]> = SmallVec::new();
         let (resolved, all) = (page.has(false), page.has(true));
         page.waiters.retain(|(waiter, data)| {
             let has = if *data { all } else { resolved };
@@ -390,7 +388,7 @@ impl Shard {
         }
     }
 
-    pub(in crate::engine) fn fail_waiters(&mut self, idx: usize, error: &Error) {
+    pub(in crate::engine) fn fail_waiters(&mut self, idx: PageIdx, error: &Error) {
         for (waiter, _) in std::mem::take(&mut self.cache.table.pages[idx].waiters) {
             self.need_met(waiter, Some(error.clone()));
         }

@@ -29,8 +29,7 @@ mod log_growth;
 
 mod capture;
 use crate::base::error::Error;
-use crate::base::{Lsn, ShardId, VShard};
-use crate::engine::map::NodeIdx;
+use crate::base::{CaptureIdx, Lsn, NodeIdx, PageIdx, ShardId, VShard};
 use crate::engine::message::{Begin, Contribution, Message};
 use crate::engine::{OpKind, Response, Shard, Token};
 use crate::format::superblock::Superblock;
@@ -85,7 +84,7 @@ pub(in crate::engine) struct Checkpoint {
     /// Virtual shards with a new root, and its block.
     roots: Vec<(VShard, Frame)>,
     /// Written captures whose map leaf is being written.
-    pub(in crate::engine) behind_nodes: Vec<usize>,
+    pub(in crate::engine) behind_nodes: Vec<CaptureIdx>,
     /// Shards that have handed over what their capture means here.
     handovers: u16,
     pub(in crate::engine) waiters: Vec<Token>,
@@ -263,7 +262,7 @@ impl Shard {
         self.checkpoint.pages_left = 0;
         let slots = self.log.open.slots.iter().filter_map(|slot| self.cache.table.find(slot.key));
         let captured = self.writeback.captures.iter().map(|(_, capture)| capture.page);
-        let behind: Vec<usize> =
+        let behind: Vec<PageIdx> =
             self.writeback.dirty.iter().copied().chain(slots).chain(captured).collect();
         for idx in behind {
             let page = &mut self.cache.table.pages[idx];
@@ -276,7 +275,7 @@ impl Shard {
     }
 
     /// A version of the page is in the map.
-    pub(in crate::engine) fn page_published(&mut self, idx: usize) {
+    pub(in crate::engine) fn page_published(&mut self, idx: PageIdx) {
         let page = &mut self.cache.table.pages[idx];
         if page.checkpoint_target != Lsn::ZERO && page.mapped_lsn >= page.checkpoint_target {
             page.checkpoint_target = Lsn::ZERO;

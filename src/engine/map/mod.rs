@@ -12,4 +12,4 @@ mod tree_tests;
 pub(crate) use extents::{Extents, Stream};
 #[cfg(test)]
 pub(crate) use tree::NODE_BYTES;
-pub(crate) use tree::{LEAF_PAGES, Lookup, Map, NextLeaf, NodeIdx};
+pub(crate) use tree::{LEAF_PAGES, Lookup, Map, NextLeaf};

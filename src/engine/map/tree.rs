@@ -30,7 +30,7 @@ mod residency;
 pub(crate) use leaves::NextLeaf;
 
 use crate::base::checksum::crc32c;
-use crate::base::{BLOCK, BlockAddr, Lsn, PageKey, VShard, VolumeId};
+use crate::base::{BLOCK, BlockAddr, Lsn, NodeIdx, PageKey, VShard, VolumeId};
 use crate::format::extent::NodeKey;
 use crate::format::node::{self, Child, Entry};
 use crate::format::put;
@@ -46,9 +46,6 @@ const LEAF_BITS: u32 = 6;
 const NODE_BITS: u32 = 8;
 
 /// A node in memory.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub(crate) struct NodeIdx(u32);
-
 struct Node {
     key: NodeKey,
     frame: Frame,
@@ -108,7 +105,7 @@ pub(crate) struct Map {
     vshards_count: u32,
     roots: Vec<Root>,
     nodes: Vec<Option<Node>>,
-    vacant: Vec<u32>,
+    vacant: Vec<NodeIdx>,
     index: HashTable<NodeIdx>,
     hasher: foldhash::fast::FixedState,
     dirty_count: usize,
@@ -193,11 +190,11 @@ impl Map {
     }
 
     fn node(&self, idx: NodeIdx) -> &Node {
-        self.nodes[idx.0 as usize].as_ref().expect("a node in the index exists")
+        self.nodes[idx.index()].as_ref().expect("a node in the index exists")
     }
 
     fn node_mut(&mut self, idx: NodeIdx) -> &mut Node {
-        self.nodes[idx.0 as usize].as_mut().expect("a node in the index exists")
+        self.nodes[idx.index()].as_mut().expect("a node in the index exists")
     }
 
     fn top(&self, vshard: VShard, volume: VolumeId) -> Child {
@@ -285,14 +282,14 @@ impl Map {
             residency: Residency::default(),
         };
         let idx = match self.vacant.pop() {
-            Some(i) => NodeIdx(i),
+            Some(idx) => idx,
             None => {
                 self.nodes.push(None);
                 self.noted.push(false);
-                NodeIdx(self.nodes.len() as u32 - 1)
+                NodeIdx::new(self.nodes.len() - 1)
             }
         };
-        self.nodes[idx.0 as usize] = Some(node);
+        self.nodes[idx.index()] = Some(node);
         self.enter(key, idx);
         self.interior += u64::from(key.level > 0);
         if let Some(parent) = parent {
@@ -303,10 +300,10 @@ impl Map {
     }
 
     fn remove(&mut self, idx: NodeIdx) -> Node {
-        let node = self.nodes[idx.0 as usize].take().expect("a node in the index exists");
+        let node = self.nodes[idx.index()].take().expect("a node in the index exists");
         let is_needed = node.pins > 0 || node.is_written || node.children > 0 || node.dirty;
         assert!(!is_needed, "{:?} is needed in memory", node.key);
-        self.vacant.push(idx.0);
+        self.vacant.push(idx);
         self.left(node.key, idx);
         self.interior -= u64::from(node.key.level > 0);
         if let Some(parent) = self.find(parent_of(node.key)) {

@@ -4,9 +4,9 @@
 //! If this fails, a page is lost, an old version comes back, or a scan misses a page; or places
 //! leak.
 
-use super::{LEAF_PAGES, Lookup, Map, NextLeaf, NodeIdx};
+use super::{LEAF_PAGES, Lookup, Map, NextLeaf};
 use crate::base::checksum::crc32c;
-use crate::base::{BLOCK, BlockAddr, ExtentNo, Lsn, PageId, PageKey, VShard, VolumeId};
+use crate::base::{BLOCK, BlockAddr, ExtentNo, Lsn, NodeIdx, PageId, PageKey, VShard, VolumeId};
 use crate::format::extent::NodeKey;
 use crate::format::node::{Child, Entry};
 use crate::format::root::VOLUMES_MAX;

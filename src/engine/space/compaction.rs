@@ -20,14 +20,15 @@
 //!    operator is told once.
 
 use crate::base::error::{Error, ErrorKind};
-use crate::base::{BLOCK, BlockAddr, ExtentNo, ShardId};
+use crate::base::{
+    BLOCK, BlockAddr, ExtentNo, IndexedSlab, NodeMoveIdx, PageIdx, RequestIdx, ShardId,
+};
 use crate::engine::map::Lookup;
 use crate::engine::message::Message;
 use crate::engine::requests::PendingKind;
 use crate::engine::{NodeWaiter, OpKind, Shard, Step};
 use crate::format::extent::{Item, ItemKind, NodeKey, decode_summary};
 use crate::io::{Completion, DiskOp, FileId};
-use slab::Slab;
 use smallvec::SmallVec;
 use std::collections::VecDeque;
 
@@ -72,7 +73,7 @@ struct Emptying {
 pub(in crate::engine) struct Compaction {
     pub compactor: Compactor,
     /// Pages to be moved: clean, in memory, their leaf pinned.
-    pub moves: Vec<usize>,
+    pub moves: Vec<PageIdx>,
     pub asked: Moves,
 }
 
@@ -119,7 +120,7 @@ impl Compactor {
 pub(in crate::engine) struct Moves {
     asked: VecDeque<Asked>,
     /// Map nodes that wait for a read of themselves, or of a node above; counted in `Held::moves`.
-    reading: Slab<Asked>,
+    reading: IndexedSlab<NodeMoveIdx, Asked>,
 }
 
 /// Something to be moved out of `place`.
@@ -140,7 +141,7 @@ impl Moves {
     }
 
     /// The age of one that waits for a node (see `Wanted`).
-    pub(in crate::engine) fn age(&mut self, no: usize) -> &mut u64 {
+    pub(in crate::engine) fn age(&mut self, no: NodeMoveIdx) -> &mut u64 {
         &mut self.reading[no].age
     }
 }
@@ -420,7 +421,7 @@ impl Shard {
     }
 
     /// A node that was wanted for a move is there, or will not come.
-    pub(in crate::engine) fn node_move_read(&mut self, no: usize, error: Option<Error>) {
+    pub(in crate::engine) fn node_move_read(&mut self, no: NodeMoveIdx, error: Option<Error>) {
         self.ctx.work_pending = true;
         self.requests.held.moves -= 1;
         let asked = self.compaction.asked.reading.remove(no);
@@ -431,7 +432,12 @@ impl Shard {
     }
 
     /// A page that may have to move is resolved, or loaded.
-    pub(in crate::engine) fn move_ready(&mut self, waiter: usize, from: BlockAddr, home: ShardId) {
+    pub(in crate::engine) fn move_ready(
+        &mut self,
+        waiter: RequestIdx,
+        from: BlockAddr,
+        home: ShardId,
+    ) {
         let idx = self.requests.pending[waiter].pages[0];
         let page = &self.cache.table.pages[idx];
         let named = page.resolved
@@ -461,7 +467,7 @@ impl Shard {
 
     /// Pins the map leaf of a clean page; if it has left memory meanwhile, asks for it and returns
     /// false.
-    fn pin_for_move(&mut self, idx: usize, waiter: usize) -> bool {
+    fn pin_for_move(&mut self, idx: PageIdx, waiter: RequestIdx) -> bool {
         let key = self.cache.table.pages[idx].key;
         if self.cache.table.pages[idx].leaf.is_some() {
             return true;

@@ -9,7 +9,7 @@
 //! 3. What parts of commits over shards have reserved is left alone.
 
 use crate::base::error::{Error, ErrorKind};
-use crate::base::{BLOCK, Lsn, PageKey, VolumeId};
+use crate::base::{BLOCK, Lsn, PageIdx, PageKey, RequestIdx, VolumeId};
 use crate::engine::map::{Lookup, Map};
 use crate::engine::txn::local::LSN_AHEAD_MAX;
 use crate::engine::txn::participant::Reserved;
@@ -111,7 +111,12 @@ impl Need {
 }
 
 impl Shard {
-    pub(in crate::engine) fn admit(&mut self, waiter: usize, need: Need, first: bool) -> Admission {
+    pub(in crate::engine) fn admit(
+        &mut self,
+        waiter: RequestIdx,
+        need: Need,
+        first: bool,
+    ) -> Admission {
         let body = self.log.open.body_blocks_with(need.record_bytes, need.slots);
         let group_is_new = self.log.open.is_empty() && first;
         let too_long = body > self.ctx.limits.group_blocks && !group_is_new;
@@ -142,7 +147,7 @@ impl Shard {
 
     /// Whether a part of a commit over shards may be voted for: what it needs must be there
     /// whenever it is decided, in this group or a later one.
-    pub(in crate::engine) fn admit_part(&mut self, waiter: usize, need: &Need) -> Admission {
+    pub(in crate::engine) fn admit_part(&mut self, waiter: RequestIdx, need: &Need) -> Admission {
         let (body, slots) = match self.log.open.is_empty() {
             true => (0, 0),
             false => (self.log.open.body_blocks_with(0, 0), self.log.open.slots.len()),
@@ -248,7 +253,7 @@ impl Shard {
     }
 
     /// Frames for the new versions, and the map leaves in memory, pinned.
-    fn admit_memory(&mut self, waiter: usize, frames: u32, step: Step) -> Admission {
+    fn admit_memory(&mut self, waiter: RequestIdx, frames: u32, step: Step) -> Admission {
         let changed = self.pages_to_pin(waiter);
         let pinned = self.pin_leaves_in_memory(&changed);
         // Before frames are looked for, which might take what is above a leaf that is still to be
@@ -269,7 +274,7 @@ impl Shard {
                 Lookup::Found(_) => {}
             }
         }
-        let missing = |idx: &usize| self.map.missing_nodes(self.cache.table.pages[*idx].key);
+        let missing = |idx: &PageIdx| self.map.missing_nodes(self.cache.table.pages[*idx].key);
         let nodes: u32 = changed.iter().map(missing).sum();
         if !self.ensure_frames(frames + nodes + FRAMES_RESERVE, step) {
             let (all, missing) =
@@ -321,7 +326,7 @@ impl Shard {
 
     /// Whether this commit keeps the leaves that it has while it waits for others: it has lost them
     /// often enough.
-    fn keeps_leaves(&self, waiter: usize, step: Step) -> bool {
+    fn keeps_leaves(&self, waiter: RequestIdx, step: Step) -> bool {
         step == Step::Redo
             || (step == Step::Commit && self.requests.pending[waiter].yields >= YIELDS_MAX)
     }
@@ -329,7 +334,7 @@ impl Shard {
     /// Makes and pins the leaf of a page that has none yet; false: there are no frames for it.
     /// Whoever reads the paths of several pages would else lose one, of which nothing can be
     /// pinned, for the next one, and so on without end.
-    fn keep_leaf(&mut self, idx: usize, step: Step) -> bool {
+    fn keep_leaf(&mut self, idx: PageIdx, step: Step) -> bool {
         let key = self.cache.table.pages[idx].key;
         // Another page of the commit may have made it.
         if let Some(leaf) = self.map.pin_if_resident(key) {
@@ -349,7 +354,7 @@ impl Shard {
     /// Pins the leaves that are there already: the search for frames would take the very leaf that
     /// has just been read for this commit, which would wait for it again, and so on without end.
     /// Whose they are.
-    fn pin_leaves_in_memory(&mut self, changed: &[usize]) -> SmallVec<[usize; 4]> {
+    fn pin_leaves_in_memory(&mut self, changed: &[PageIdx]) -> SmallVec<[PageIdx; 4]> {
         let mut pinned = SmallVec::new();
         for idx in changed.iter().copied() {
             let page = &mut self.cache.table.pages[idx];
@@ -361,7 +366,7 @@ impl Shard {
         pinned
     }
 
-    fn unpin_leaves(&mut self, pages: &[usize]) {
+    fn unpin_leaves(&mut self, pages: &[PageIdx]) {
         for idx in pages {
             if let Some(leaf) = self.cache.table.pages[*idx].leaf.take() {
                 self.map.unpin(leaf);
@@ -371,7 +376,7 @@ impl Shard {
 
     /// Changed pages whose leaf is to be pinned. To free a page that is absent changes nothing,
     /// unless an earlier commit of the turn writes it: then its leaf is pinned.
-    fn pages_to_pin(&self, waiter: usize) -> SmallVec<[usize; 4]> {
+    fn pages_to_pin(&self, waiter: RequestIdx) -> SmallVec<[PageIdx; 4]> {
         let mut changed = self.changed_pages(waiter);
         if let Some(commit) = self.requests.pending[waiter].commit() {
             let mut changes = commit.changes.iter();
@@ -389,8 +394,8 @@ impl Shard {
     /// now.
     fn wait_for_leaf(
         &mut self,
-        waiter: usize,
-        changed: &[usize],
+        waiter: RequestIdx,
+        changed: &[PageIdx],
         step: Step,
         (node, child): (NodeKey, Child),
     ) -> Admission {
@@ -416,7 +421,7 @@ impl Shard {
 
     /// Why a commit with this many map nodes can never be carried out, if so: its pages and nodes
     /// must be in memory at once, whatever else is under way.
-    fn too_large(&self, waiter: usize, nodes: u32) -> Option<Error> {
+    fn too_large(&self, waiter: RequestIdx, nodes: u32) -> Option<Error> {
         let commit = self.requests.pending[waiter].commit()?;
         let pages =
             commit.changes.iter().filter(|(_, change)| !matches!(change, Change::Free)).count()
@@ -438,7 +443,7 @@ impl Shard {
     }
 
     /// Room in memory for a redo of `frames` pages, as for a commit.
-    pub(in crate::engine) fn admit_redo(&mut self, waiter: usize, frames: u32) -> bool {
+    pub(in crate::engine) fn admit_redo(&mut self, waiter: RequestIdx, frames: u32) -> bool {
         if !self.dirty_fits(u64::from(frames), false) {
             self.ctx.blocked.register(Step::Redo, Lack::WriteBack);
             return false;

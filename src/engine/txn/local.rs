@@ -11,7 +11,7 @@
 //!    not.
 
 use crate::base::error::{Error, Result};
-use crate::base::{BLOCK, Lsn, PageKey};
+use crate::base::{BLOCK, ImageIdx, Lsn, PageIdx, PageKey, RequestIdx};
 use crate::engine::log::OpenSlot;
 use crate::engine::requests::PendingKind;
 use crate::engine::txn::admission::{Admission, Need};
@@ -28,7 +28,7 @@ pub(crate) const LSN_AHEAD_MAX: u64 = 1 << 24;
 impl Shard {
     /// Executes the commits whose pages are there, as far as there is room.
     pub(in crate::engine) fn run_commits(&mut self) {
-        let mut batch: SmallVec<[usize; 32]> = SmallVec::new();
+        let mut batch: SmallVec<[RequestIdx; 32]> = SmallVec::new();
         let mut need = Need::default();
         self.space.stalled = false;
         while let Some(waiter) = self.requests.ready.front().copied() {
@@ -89,13 +89,13 @@ impl Shard {
 
     /// Why a commit, or a part of one, fails whatever else may be: a page can't be read, the store
     /// has stopped, or something that it read has changed.
-    fn refusal(&self, waiter: usize) -> Option<Error> {
+    fn refusal(&self, waiter: RequestIdx) -> Option<Error> {
         let failure = self.requests.pending[waiter].error.as_ref().or(self.ctx.failed.as_ref());
         failure.cloned().or_else(|| self.validate(waiter).err())
     }
 
     /// Whether every page that the commit read is still as it was read.
-    pub(in crate::engine) fn validate(&self, waiter: usize) -> Result<()> {
+    pub(in crate::engine) fn validate(&self, waiter: RequestIdx) -> Result<()> {
         let pending = &self.requests.pending[waiter];
         let Some(commit) = pending.commit() else { return Ok(()) };
         for ((key, lsn), idx) in commit.reads.iter().zip(&pending.pages) {
@@ -107,13 +107,13 @@ impl Shard {
         Ok(())
     }
 
-    pub(in crate::engine) fn changed_pages(&self, waiter: usize) -> SmallVec<[usize; 4]> {
+    pub(in crate::engine) fn changed_pages(&self, waiter: RequestIdx) -> SmallVec<[PageIdx; 4]> {
         let pending = &self.requests.pending[waiter];
         pending.pages[pending.reads_count()..].iter().copied().collect()
     }
 
     /// Draws the LSNs of a turn's commits and carries them out.
-    fn execute(&mut self, batch: &[usize]) {
+    fn execute(&mut self, batch: &[RequestIdx]) {
         if batch.is_empty() {
             return;
         }
@@ -133,7 +133,7 @@ impl Shard {
 
     /// The newest change of any page that the commit read, a `Free` included: its reply waits until
     /// that is durable.
-    pub(in crate::engine) fn read_lsn(&self, waiter: usize) -> Lsn {
+    pub(in crate::engine) fn read_lsn(&self, waiter: RequestIdx) -> Lsn {
         let pending = &self.requests.pending[waiter];
         let read = pending.pages[..pending.reads_count()]
             .iter()
@@ -143,7 +143,7 @@ impl Shard {
 
     pub(in crate::engine) fn finish_commit(
         &mut self,
-        waiter: usize,
+        waiter: RequestIdx,
         result: Result<Option<Lsn>>,
         read_lsn: Lsn,
     ) {
@@ -169,7 +169,7 @@ impl Shard {
     }
 
     /// Carries a commit out and writes its record into the open group.
-    pub(in crate::engine) fn apply(&mut self, waiter: usize, lsn: Lsn, role: Role) {
+    pub(in crate::engine) fn apply(&mut self, waiter: RequestIdx, lsn: Lsn, role: Role) {
         let pages = self.changed_pages(waiter);
         let changes = match &mut self.requests.pending[waiter].kind {
             PendingKind::Commit(commit) => &mut commit.changes,
@@ -190,7 +190,7 @@ impl Shard {
         self.log.open.end_record(role, lsn);
     }
 
-    fn apply_put(&mut self, idx: usize, key: PageKey, bytes: &Bytes, lsn: Lsn) {
+    fn apply_put(&mut self, idx: PageIdx, key: PageKey, bytes: &Bytes, lsn: Lsn) {
         self.ctx.stats.page_writes += 1;
         self.ctx.stats.bytes_written += bytes.len() as u64;
         self.seal_older_slot(idx);
@@ -202,12 +202,12 @@ impl Shard {
             }
             None => self.new_slot(idx, key, lsn),
         };
-        self.log.open.slots[slot].lsn = lsn;
-        self.log.open.change(1, key, slot as u32, 0, &[]);
+        self.log.open.slots[slot.index()].lsn = lsn;
+        self.log.open.change(1, key, slot.index() as u32, 0, &[]);
         self.changed(idx, lsn);
     }
 
-    fn apply_patch(&mut self, idx: usize, key: PageKey, offset: u32, bytes: &Bytes, lsn: Lsn) {
+    fn apply_patch(&mut self, idx: PageIdx, key: PageKey, offset: u32, bytes: &Bytes, lsn: Lsn) {
         self.ctx.stats.patches += 1;
         self.ctx.stats.bytes_written += bytes.len() as u64;
         self.seal_older_slot(idx);
@@ -215,15 +215,15 @@ impl Shard {
         match self.cache.table.pages[idx].slot {
             // The page's image goes with this group: it holds the patch.
             Some(slot) => {
-                self.log.open.slots[slot].lsn = lsn;
-                self.log.open.change(1, key, slot as u32, 0, &[]);
+                self.log.open.slots[slot.index()].lsn = lsn;
+                self.log.open.change(1, key, slot.index() as u32, 0, &[]);
             }
             None => self.log.open.change(2, key, bytes.len() as u32, offset, bytes),
         }
         self.changed(idx, lsn);
     }
 
-    fn apply_free(&mut self, idx: usize, key: PageKey, lsn: Lsn) {
+    fn apply_free(&mut self, idx: PageIdx, key: PageKey, lsn: Lsn) {
         self.ctx.stats.frees += 1;
         if self.cache.table.pages[idx].absent {
             return;
@@ -232,34 +232,34 @@ impl Shard {
         self.cache.table.set_frame(idx, None);
         self.set_absent(idx, true);
         if let Some(slot) = self.cache.table.pages[idx].slot.take() {
-            self.log.open.slots[slot].dead = true;
+            self.log.open.slots[slot.index()].dead = true;
             self.writeback.reserved_blocks -= 1;
         }
         self.log.open.change(3, key, 0, 0, &[]);
         self.changed(idx, lsn);
     }
 
-    fn new_slot(&mut self, idx: usize, key: PageKey, lsn: Lsn) -> usize {
+    fn new_slot(&mut self, idx: PageIdx, key: PageKey, lsn: Lsn) -> ImageIdx {
         let span = self.log.open.span();
         self.log.open.slots.push(OpenSlot { key, lsn, span, sealed: None, dead: false });
         self.writeback.reserved_blocks += 1;
-        let slot = self.log.open.slots.len() - 1;
+        let slot = ImageIdx::new(self.log.open.slots.len() - 1);
         self.cache.table.pages[idx].slot = Some(slot);
         slot
     }
 
     /// A slot of an earlier era keeps the image as it was: a cut may fall between the two.
-    fn seal_older_slot(&mut self, idx: usize) {
+    fn seal_older_slot(&mut self, idx: PageIdx) {
         let page = &mut self.cache.table.pages[idx];
         let Some(slot) = page.slot else { return };
-        if self.log.open.slots[slot].span != self.log.open.span() {
-            self.log.open.slots[slot].sealed = page.frame.as_ref().map(|f| f.pin());
+        if self.log.open.slots[slot.index()].span != self.log.open.span() {
+            self.log.open.slots[slot.index()].sealed = page.frame.as_ref().map(|f| f.pin());
             page.slot = None;
         }
     }
 
     /// Writes `bytes` at `offset` of the page, into a new frame if somebody looks at the old one.
-    pub(in crate::engine) fn set_content(&mut self, idx: usize, offset: usize, bytes: &[u8]) {
+    pub(in crate::engine) fn set_content(&mut self, idx: PageIdx, offset: usize, bytes: &[u8]) {
         let whole = bytes.len() == BLOCK;
         let page = &mut self.cache.table.pages[idx];
         let range = offset..offset + bytes.len();
@@ -280,7 +280,7 @@ impl Shard {
     }
 
     /// Whether the page holds nothing, and so will take no block.
-    pub(in crate::engine) fn set_absent(&mut self, idx: usize, absent: bool) {
+    pub(in crate::engine) fn set_absent(&mut self, idx: PageIdx, absent: bool) {
         let page = &mut self.cache.table.pages[idx];
         if page.dirty_from.is_some() {
             self.space.freed_pages += u64::from(absent);
@@ -290,7 +290,7 @@ impl Shard {
     }
 
     /// The page has a new version: it must get to its place, and those who wait for it have it.
-    pub(in crate::engine) fn changed(&mut self, idx: usize, lsn: Lsn) {
+    pub(in crate::engine) fn changed(&mut self, idx: PageIdx, lsn: Lsn) {
         let page = &mut self.cache.table.pages[idx];
         page.lsn = lsn;
         if page.dirty_from.is_none() {

@@ -9,6 +9,7 @@
 //! 3. While a page is held, no LSN but the holder's is drawn for it. The holder's LSN is allocated
 //!    after the vote, so it is above every version of the page.
 
+use crate::base::{PageIdx, RequestIdx};
 use crate::engine::Shard;
 use smallvec::SmallVec;
 
@@ -18,7 +19,7 @@ pub(in crate::engine) struct PageLock {
     shared: u32,
     exclusive: bool,
     /// Commits of this shard that wait for it.
-    waiters: SmallVec<[usize; 1]>,
+    waiters: SmallVec<[RequestIdx; 1]>,
 }
 
 impl PageLock {
@@ -30,7 +31,7 @@ impl PageLock {
 
 impl Shard {
     /// A page of the commit that is held in a way that the commit can't go on: index in the table.
-    pub(in crate::engine) fn locked_page(&self, waiter: usize) -> Option<usize> {
+    pub(in crate::engine) fn locked_page(&self, waiter: RequestIdx) -> Option<PageIdx> {
         if self.participant.parts.is_empty() {
             // Only parts hold pages: in a store of one shard nobody does.
             return None;
@@ -38,22 +39,22 @@ impl Shard {
         let pending = &self.requests.pending[waiter];
         let reads = pending.reads_count();
         let held =
-            |(i, idx): (usize, &usize)| !self.cache.table.pages[*idx].hold.allows(i >= reads);
+            |(i, idx): (usize, &PageIdx)| !self.cache.table.pages[*idx].hold.allows(i >= reads);
         pending.pages.iter().enumerate().find(|(i, idx)| held((*i, idx))).map(|(_, idx)| *idx)
     }
 
     /// A commit of this shard waits until the page is not held any more.
-    pub(in crate::engine) fn wait_for_page_lock(&mut self, waiter: usize, idx: usize) {
+    pub(in crate::engine) fn wait_for_page_lock(&mut self, waiter: RequestIdx, idx: PageIdx) {
         self.need_more(waiter);
         self.cache.table.pages[idx].hold.waiters.push(waiter);
         self.ctx.stats.held_back += 1;
     }
 
     /// Pages of a part and whether each is changed; each page once.
-    fn lock_set(&self, waiter: usize) -> SmallVec<[(usize, bool); 4]> {
+    fn lock_set(&self, waiter: RequestIdx) -> SmallVec<[(PageIdx, bool); 4]> {
         let pending = &self.requests.pending[waiter];
         let reads = pending.reads_count();
-        let mut set: SmallVec<[(usize, bool); 4]> =
+        let mut set: SmallVec<[(PageIdx, bool); 4]> =
             pending.pages.iter().enumerate().map(|(i, idx)| (*idx, i >= reads)).collect();
         // The change counts where a page is read and changed.
         set.sort_by_key(|(idx, change)| (*idx, !change));
@@ -65,7 +66,7 @@ impl Shard {
     }
 
     /// Holds the pages of a part.
-    pub(in crate::engine) fn hold_pages(&mut self, waiter: usize) {
+    pub(in crate::engine) fn hold_pages(&mut self, waiter: RequestIdx) {
         for (idx, change) in self.lock_set(waiter) {
             let hold = &mut self.cache.table.pages[idx].hold;
             assert!(hold.allows(change), "a held page means another vote");
@@ -77,7 +78,7 @@ impl Shard {
     }
 
     /// Lets the pages of a part go; those that waited for them go on.
-    pub(in crate::engine) fn let_pages_go(&mut self, waiter: usize) {
+    pub(in crate::engine) fn let_pages_go(&mut self, waiter: RequestIdx) {
         for (idx, change) in self.lock_set(waiter) {
             let hold = &mut self.cache.table.pages[idx].hold;
             match change {

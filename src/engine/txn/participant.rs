@@ -14,7 +14,7 @@
 //!    and right after it.
 
 use crate::base::error::{Error, ErrorKind};
-use crate::base::{Lsn, Micros, ShardId, ShardSet};
+use crate::base::{Lsn, Micros, RequestIdx, ShardId, ShardSet};
 use crate::engine::log::PartRef;
 use crate::engine::message::{Decision, Message, PrepareRequest, Vote};
 use crate::engine::requests::PendingKind;
@@ -73,7 +73,7 @@ impl Reserved {
 }
 
 /// The parts that this shard has, by commit: their places in the table of requests.
-pub(in crate::engine) type Parts = HashMap<PartRef, usize, foldhash::fast::FixedState>;
+pub(in crate::engine) type Parts = HashMap<PartRef, RequestIdx, foldhash::fast::FixedState>;
 
 /// Parts of commits over shards, voted for and not decided yet.
 pub(in crate::engine) struct Participant {
@@ -144,7 +144,7 @@ impl Shard {
     }
 
     /// The vote; `None` if a map node must be read first.
-    fn judge_part(&mut self, waiter: usize) -> Option<Vote> {
+    fn judge_part(&mut self, waiter: RequestIdx) -> Option<Vote> {
         let pending = &self.requests.pending[waiter];
         if let Some(error) = pending.error.clone().or_else(|| self.ctx.failed.clone()) {
             return Some(Vote::No(error));
@@ -221,7 +221,7 @@ impl Shard {
         self.end_part(waiter);
     }
 
-    fn apply_part(&mut self, waiter: usize, of: PartRef, lsn: Lsn, role: Role, urgent: bool) {
+    fn apply_part(&mut self, waiter: RequestIdx, of: PartRef, lsn: Lsn, role: Role, urgent: bool) {
         self.unreserve(waiter);
         self.log.open.end_era();
         self.apply(waiter, lsn, role);
@@ -230,7 +230,7 @@ impl Shard {
         self.log.open.urgent |= urgent || lsn <= self.watermark.flush_requested_upto;
     }
 
-    fn unreserve(&mut self, waiter: usize) {
+    fn unreserve(&mut self, waiter: RequestIdx) {
         if let PendingKind::Part(part) = &mut self.requests.pending[waiter].kind
             && let Some(reserved) = part.reserved.take()
         {
@@ -238,7 +238,7 @@ impl Shard {
         }
     }
 
-    fn end_part(&mut self, waiter: usize) {
+    fn end_part(&mut self, waiter: RequestIdx) {
         self.unreserve(waiter);
         self.let_pages_go(waiter);
         self.release(waiter);
@@ -246,7 +246,7 @@ impl Shard {
 
     /// The store has stopped: nothing that was voted for will be decided here.
     pub(in crate::engine) fn drop_parts(&mut self) {
-        let mut all: Vec<(PartRef, usize)> = self.participant.parts.drain().collect();
+        let mut all: Vec<(PartRef, RequestIdx)> = self.participant.parts.drain().collect();
         all.sort();
         for (_, waiter) in all {
             self.end_part(waiter);

@@ -21,7 +21,7 @@
 //!
 //! It does not order commits of one shard: they stay first in, first out.
 
-use crate::base::{Micros, ShardId};
+use crate::base::{Micros, RequestIdx, ShardId};
 use crate::engine::log::PartRef;
 use crate::engine::message::Vote;
 use crate::engine::requests::PendingKind;
@@ -108,7 +108,7 @@ impl Shard {
     }
 
     /// The age of the part of a request.
-    pub(in crate::engine) fn age_of(&self, waiter: usize) -> Age {
+    pub(in crate::engine) fn age_of(&self, waiter: RequestIdx) -> Age {
         match &self.requests.pending[waiter].kind {
             PendingKind::Part(part) => age(part.of, part.since),
             _ => unreachable!("only parts"),

@@ -14,20 +14,19 @@
 
 pub(crate) mod plan;
 
-use crate::base::{BlockAddr, Lsn, Micros};
+use crate::base::{BlockAddr, CaptureIdx, IndexedSlab, Lsn, Micros, PageIdx};
 use crate::engine::codec::{self, Sealed};
 use crate::engine::map::Stream;
 use crate::engine::{Lack, OpKind, Shard, Step};
 use crate::format::extent::ItemKind;
 use crate::format::node::Entry;
 use crate::io::{DiskOp, FileId, IoSlice};
-use slab::Slab;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 /// A version of a page on its way into the map. No entry: the page was freed.
 pub(in crate::engine) struct Capture {
-    pub page: usize,
+    pub page: PageIdx,
     pub lsn: Lsn,
     pub entry: Option<Entry>,
     pub moved_from: Option<BlockAddr>,
@@ -35,7 +34,7 @@ pub(in crate::engine) struct Capture {
 
 /// A written capture that waits for the watermark: lowest LSN first.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
-pub(in crate::engine) struct AwaitingWatermark(Reverse<(Lsn, usize)>);
+pub(in crate::engine) struct AwaitingWatermark(Reverse<(Lsn, CaptureIdx)>);
 
 impl AwaitingWatermark {
     pub fn lsn(&self) -> Lsn {
@@ -47,9 +46,9 @@ impl AwaitingWatermark {
 #[derive(Default)]
 pub(in crate::engine) struct WriteBack {
     /// Dirty pages in the order in which they became so.
-    pub dirty: Vec<usize>,
+    pub dirty: Vec<PageIdx>,
     pub dirty_since: Micros,
-    pub captures: Slab<Capture>,
+    pub captures: IndexedSlab<CaptureIdx, Capture>,
     /// Written captures that wait for the watermark.
     pub awaiting_watermark: BinaryHeap<AwaitingWatermark>,
     /// Pages being written.
@@ -123,7 +122,7 @@ impl Shard {
         !self.writeback.dirty.is_empty() && self.watermark.dirty_stuck.is_none() && has_room
     }
 
-    fn capture_pages(&mut self, mut take: Vec<usize>) {
+    fn capture_pages(&mut self, mut take: Vec<PageIdx>) {
         take.sort_by_key(|idx| self.cache.table.pages[*idx].key);
         let mut blocks = Vec::with_capacity(take.len());
         let mut found_none = false;
@@ -169,7 +168,7 @@ impl Shard {
     }
 
     /// The page's newest version is captured: it is dirty no more.
-    fn captured(&mut self, idx: usize) {
+    fn captured(&mut self, idx: PageIdx) {
         let page = &mut self.cache.table.pages[idx];
         page.dirty_from = None;
         page.captures += 1;
@@ -179,7 +178,7 @@ impl Shard {
     }
 
     /// The stored form of a page that is in memory.
-    fn seal_page(&mut self, idx: usize) -> Sealed {
+    fn seal_page(&mut self, idx: PageIdx) -> Sealed {
         let frame = &self.cache.table.pages[idx].frame;
         self.ctx.stats.checksums += 1;
         codec::seal(
@@ -189,11 +188,11 @@ impl Shard {
 
     fn capture(
         &mut self,
-        idx: usize,
+        idx: PageIdx,
         sealed: Sealed,
         place: BlockAddr,
         moved_from: Option<BlockAddr>,
-    ) -> (usize, IoSlice) {
+    ) -> (CaptureIdx, IoSlice) {
         let page = &self.cache.table.pages[idx];
         let entry = sealed.entry(place, page.lsn);
         let capture = self.writeback.captures.insert(Capture {
@@ -205,7 +204,7 @@ impl Shard {
         (capture, IoSlice::whole(sealed.into_bytes()))
     }
 
-    fn write_captures(&mut self, blocks: Vec<(BlockAddr, (usize, IoSlice))>) {
+    fn write_captures(&mut self, blocks: Vec<(BlockAddr, (CaptureIdx, IoSlice))>) {
         self.writeback.page_writes += blocks.len();
         self.ctx.stats.pages_written += blocks.len() as u64;
         for run in plan::runs(blocks, self.ctx.limits.vectored_pages_max) {
@@ -246,13 +245,13 @@ impl Shard {
     }
 
     /// Writes of captures have completed.
-    pub(in crate::engine) fn captures_written(&mut self, captures: Vec<usize>) {
+    pub(in crate::engine) fn captures_written(&mut self, captures: Vec<CaptureIdx>) {
         for capture in captures {
             self.capture_written(capture);
         }
     }
 
-    fn capture_written(&mut self, capture: usize) {
+    fn capture_written(&mut self, capture: CaptureIdx) {
         self.watermark.dirty_stuck = None;
         let lsn = self.writeback.captures[capture].lsn;
         if lsn <= self.ctx.order.watermark() || planted!(MappedTooSoon) {
@@ -285,7 +284,7 @@ impl Shard {
 
     /// Puts a version into the map, unless its leaf is on its way to the device: then when that
     /// write has ended.
-    fn publish_or_wait(&mut self, capture: usize) {
+    fn publish_or_wait(&mut self, capture: CaptureIdx) {
         let leaf = self.cache.table.pages[self.writeback.captures[capture].page].leaf;
         if leaf.is_some_and(|leaf| self.map.is_being_written(leaf)) {
             self.ctx.stats.settles_delayed += 1;
@@ -295,7 +294,7 @@ impl Shard {
         }
     }
 
-    fn publish_to_map(&mut self, capture: usize) {
+    fn publish_to_map(&mut self, capture: CaptureIdx) {
         let Capture { page: idx, lsn, entry, moved_from } = self.writeback.captures.remove(capture);
         let page = &mut self.cache.table.pages[idx];
         page.captures -= 1;
@@ -338,7 +337,7 @@ impl Shard {
 
     /// One thing less refers to the page. Without anything on its way it needs its map leaf no
     /// more, and without memory no entry in the table: the index may be another page's afterwards.
-    pub(in crate::engine) fn unpin_if_clean(&mut self, idx: usize) {
+    pub(in crate::engine) fn unpin_if_clean(&mut self, idx: PageIdx) {
         let page = &mut self.cache.table.pages[idx];
         let clean = page.holds == 0
             && page.captures == 0

@@ -15,7 +15,8 @@
 //! 3. Looking up again ends: a node is dropped only after its tree has grown, and a tree grows
 //!    eight times at most.
 
-use super::{Map, NodeIdx, parent_of, slot_of};
+use super::{Map, parent_of, slot_of};
+use crate::base::NodeIdx;
 use crate::format::extent::NodeKey;
 use crate::format::node::{self, Child};
 use crate::memory::Frame;

@@ -1,7 +1,7 @@
 //! The map's counts, counted anew: for tests.
 
-use super::{Map, NodeIdx, parent_of};
-use crate::base::VShard;
+use super::{Map, parent_of};
+use crate::base::{NodeIdx, VShard};
 use crate::format::extent::NodeKey;
 use std::collections::BTreeMap;
 
@@ -22,7 +22,7 @@ impl Map {
             self.nodes
                 .iter()
                 .enumerate()
-                .filter_map(|(no, node)| Some((NodeIdx(no as u32), node.as_ref()?)))
+                .filter_map(|(no, node)| Some((NodeIdx::new(no), node.as_ref()?)))
         };
         nodes().for_each(|(_, node)| *children_of.entry(parent_of(node.key)).or_default() += 1);
         if self.index.len() != nodes().count() {

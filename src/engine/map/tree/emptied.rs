@@ -5,7 +5,8 @@
 //! the path to it. They are clean and empty, nothing on the device stands for them, and they say
 //! nothing about the tree: a node above them is as empty as without.
 
-use super::{Map, NODE_BITS, NodeIdx};
+use super::{Map, NODE_BITS};
+use crate::base::NodeIdx;
 use crate::format::extent::NodeKey;
 
 impl Map {

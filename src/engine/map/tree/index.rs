@@ -6,7 +6,8 @@
 //!
 //! It doesn't know why a node is in memory, or for how long.
 
-use super::{Map, NodeIdx};
+use super::Map;
+use crate::base::NodeIdx;
 use crate::format::extent::NodeKey;
 use hashbrown::HashTable;
 use std::hash::BuildHasher;
@@ -22,7 +23,7 @@ impl Map {
         assert!(self.find(key).is_none(), "{key:?} is in memory once");
         let (nodes, hasher) = (&self.nodes, &self.hasher);
         let hash_of = |idx: &NodeIdx| {
-            hasher.hash_one(nodes[idx.0 as usize].as_ref().expect("a node in the index exists").key)
+            hasher.hash_one(nodes[idx.index()].as_ref().expect("a node in the index exists").key)
         };
         self.index.insert_unique(hasher.hash_one(key), idx, hash_of);
     }

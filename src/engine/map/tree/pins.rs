@@ -9,8 +9,8 @@
 //!
 //! It does *not* know which pages these are, or when they come.
 
-use super::{Map, NodeIdx, parent_of, prefix, zeroed};
-use crate::base::PageKey;
+use super::{Map, parent_of, prefix, zeroed};
+use crate::base::{NodeIdx, PageKey};
 use crate::format::extent::NodeKey;
 use crate::memory::Arena;
 

@@ -8,7 +8,8 @@
 //!    takes it from there before it searches. A node stands in `idle` at most once, so it is no
 //!    longer than the table of nodes.
 
-use super::{Map, Node, NodeIdx, parent_of};
+use super::{Map, Node, parent_of};
+use crate::base::NodeIdx;
 use crate::memory::{Eviction, NODES_COUNTED, Owner, Residency, Standing};
 use smallvec::SmallVec;
 use std::hash::BuildHasher;
@@ -27,10 +28,10 @@ impl Node {
 impl Map {
     /// A reference to the node has ended, or it is new: if it can go, the policy is to hear of it.
     pub(super) fn note_idle(&mut self, idx: NodeIdx) {
-        let Some(node) = self.nodes[idx.0 as usize].as_ref() else { return };
+        let Some(node) = self.nodes[idx.index()].as_ref() else { return };
         if node.can_go()
             && !node.residency.is_listed()
-            && !std::mem::replace(&mut self.noted[idx.0 as usize], true)
+            && !std::mem::replace(&mut self.noted[idx.index()], true)
         {
             self.idle.push(idx);
         }
@@ -39,18 +40,18 @@ impl Map {
     /// Lists with the policy the nodes that have become idle since.
     pub(crate) fn list_idle(&mut self, policy: &mut Eviction) {
         while let Some(idx) = self.idle.pop() {
-            self.noted[idx.0 as usize] = false;
-            let Some(node) = self.nodes[idx.0 as usize].as_mut() else { continue };
+            self.noted[idx.index()] = false;
+            let Some(node) = self.nodes[idx.index()].as_mut() else { continue };
             if node.can_go() && !node.residency.is_listed() {
                 let hash = self.hasher.hash_one(node.key);
-                policy.list(node.frame.block(), Owner::Node(idx.0), &mut node.residency, hash);
+                policy.list(node.frame.block(), Owner::Node(idx), &mut node.residency, hash);
             }
         }
     }
 
-    /// How node `no` stands, if `block` holds it.
-    pub(crate) fn standing(&self, no: u32, block: u32) -> Standing {
-        match self.nodes.get(no as usize) {
+    /// How node `idx` stands, if `block` holds it.
+    pub(crate) fn standing(&self, idx: NodeIdx, block: u32) -> Standing {
+        match self.nodes.get(idx.index()) {
             Some(Some(node)) if node.frame.block() == block => match node.can_go() {
                 false => Standing::Referenced,
                 true if node.frame.pins() > 0 => Standing::Pinned,
@@ -62,9 +63,8 @@ impl Map {
 
     /// How many nodes more could go if `nodes`, which can go, went: those above them that nothing
     /// else keeps in memory.
-    pub(crate) fn idle_above(&self, nodes: &[u32]) -> u32 {
-        let mut gone: SmallVec<[NodeIdx; NODES_COUNTED]> =
-            nodes.iter().map(|no| NodeIdx(*no)).collect();
+    pub(crate) fn idle_above(&self, nodes: &[NodeIdx]) -> u32 {
+        let mut gone: SmallVec<[NodeIdx; NODES_COUNTED]> = nodes.iter().copied().collect();
         // Parents, each with the children that would be gone.
         let mut parents: SmallVec<[(NodeIdx, u16); NODES_COUNTED]> = SmallVec::new();
         let mut idle = 0;
@@ -84,14 +84,14 @@ impl Map {
         idle
     }
 
-    /// What node `no` keeps for the policy.
-    pub(crate) fn residency(&mut self, no: u32) -> &mut Residency {
-        &mut self.node_mut(NodeIdx(no)).residency
+    /// What node `idx` keeps for the policy.
+    pub(crate) fn residency(&mut self, idx: NodeIdx) -> &mut Residency {
+        &mut self.node_mut(idx).residency
     }
 
-    /// Drops node `no`, which can go; returns a hash of its key.
-    pub(crate) fn evict(&mut self, no: u32) -> u64 {
-        let node = self.remove(NodeIdx(no));
+    /// Drops node `idx`, which can go; returns a hash of its key.
+    pub(crate) fn evict(&mut self, idx: NodeIdx) -> u64 {
+        let node = self.remove(idx);
         assert!(node.can_go(), "{:?} was evicted while something needed it", node.key);
         self.hasher.hash_one(node.key)
     }
@@ -103,7 +103,8 @@ impl Map {
         for (no, node) in self.nodes.iter().enumerate() {
             let Some(node) = node else { continue };
             let owner = policy.owner_of(node.frame.block());
-            let is_listed = node.residency.is_listed() && owner == Some(Owner::Node(no as u32));
+            let is_listed =
+                node.residency.is_listed() && owner == Some(Owner::Node(NodeIdx::new(no)));
             if node.can_go() && !is_listed && !self.noted[no] {
                 return Err(format!(
                     "{:?} could go, and the eviction policy does not list it: {owner:?}",
@@ -116,9 +117,9 @@ impl Map {
 
     /// The nodes that can go now.
     #[cfg(test)]
-    pub(crate) fn idle(&self) -> Vec<u32> {
+    pub(crate) fn idle(&self) -> Vec<NodeIdx> {
         let can_go = |(no, node): (usize, &Option<Node>)| {
-            node.as_ref().is_some_and(Node::can_go).then_some(no as u32)
+            node.as_ref().is_some_and(Node::can_go).then_some(NodeIdx::new(no))
         };
         self.nodes.iter().enumerate().filter_map(can_go).collect()
     }
@@ -127,6 +128,6 @@ impl Map {
     #[cfg(test)]
     pub(crate) fn evict_one(&mut self) -> bool {
         let no = self.nodes.iter().position(|node| node.as_ref().is_some_and(Node::can_go));
-        no.inspect(|no| _ = self.evict(*no as u32)).is_some()
+        no.inspect(|no| _ = self.evict(NodeIdx::new(*no))).is_some()
     }
 }
