@@ -59,7 +59,7 @@ const LAYERS: &[&[(&str, &[&str])]] = &[
         ("engine/codec", &[]),
         ("engine/writeback/plan", &[]),
         ("engine/order", &[]),
-        ("engine/log", &["engine/order"]),
+        ("engine/log", &["engine/order", "engine/codec"]),
     ],
     &[("engine", &[])],
     &[("engine/recovery", &[])],
@@ -88,10 +88,6 @@ const CIRCLES: &[(&[&str], &str)] = &[
     (&["api/catalog", "api/volume"], "to go: one access trait for all handles"),
     (&["api/on_shard", "api/txn"], "to go: one access trait for all handles"),
     (&["engine/"], "to go: the shard's components are being told apart"),
-    (
-        &["engine/recovery/scan", "engine/recovery/segment"],
-        "to go: what recovery and verification share",
-    ),
     (
         &["program/server/nbd/reads", "program/server/nbd/transmission"],
         "to go: the state of a connection in a file of its own",

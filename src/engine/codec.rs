@@ -14,6 +14,7 @@ use crate::base::checksum::crc32c;
 use crate::base::{BLOCK, BlockAddr, Lsn};
 use crate::format::node::Entry;
 use crate::memory::FrameRef;
+use std::fmt;
 
 /// A page as it is stored.
 pub(crate) struct Sealed {
@@ -51,6 +52,15 @@ pub(crate) enum Refusal {
     Unknown,
     /// The bytes are not those that were sealed.
     Damaged,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Refusal::Unknown => "has a form that this version does not know",
+            Refusal::Damaged => "does not have the bytes that were written",
+        })
+    }
 }
 
 /// What the bytes of an entry must be: little, for lists of many pages.

@@ -19,13 +19,14 @@
 //! 5. Nothing is served meanwhile, and nothing that is durable is overwritten: a crash here only
 //!    means to begin anew.
 
+use super::log::StoredGroup;
 use super::message::Message;
 use super::requests::PendingKind;
 use super::{Lack, OpKind, Shard, Step};
 use crate::base::error::Error;
 use crate::base::{BLOCK, Lsn, PageIdx, PageKey, RequestIdx, ShardId};
 use crate::format::extent::ItemKind;
-use crate::format::group::{Body, GroupHead, LoggedChange, SlotState};
+use crate::format::group::{GroupHead, LoggedChange, SlotState};
 use crate::format::node::Entry;
 use crate::io::{Completion, DiskOp, FileId};
 use bytes::Bytes;
@@ -350,9 +351,10 @@ fn decode(
     wanted: impl Fn(Lsn) -> bool,
     mine: impl Fn(PageKey) -> bool,
 ) -> Option<Vec<Redone>> {
-    let body = Body::open(head, bytes)?;
+    let group = StoredGroup::open(head, bytes).ok()?;
+    group.placed().ok()?;
     let mut commits = Vec::new();
-    for record in body.records()?.into_iter().filter(|record| wanted(record.lsn)) {
+    for record in group.records.into_iter().filter(|record| wanted(record.lsn)) {
         let mut changes = Changes::default();
         for change in record.changes {
             let (key, lsn, kind) = match change {
@@ -362,7 +364,7 @@ fn decode(
                 }
                 LoggedChange::Free(key) => (key, record.lsn, RedoKind::Free),
                 LoggedChange::Image(_, slot) => {
-                    let slot = body.slots.get(slot as usize)?;
+                    let slot = group.slots.get(slot as usize)?;
                     let kind = match slot.state {
                         // Freed again within the same era: the Free follows.
                         SlotState::Dead => continue,

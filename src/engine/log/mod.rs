@@ -19,8 +19,10 @@
 
 mod growth;
 mod open;
+mod stored;
 
 pub(crate) use open::{Chunks, OpenGroup, OpenSlot, PartRef};
+pub(crate) use stored::{StoredGroup, head_at};
 
 use crate::base::{Lsn, SegmentNo};
 use crate::format::superblock::{LogEnd, LogState};

@@ -14,6 +14,7 @@
 
 use super::mix;
 use super::read::{Range, read_bytes, read_ranges};
+use super::superblock::Copies;
 use crate::base::error::{Error, Result};
 use crate::base::options::{Geometry, Limits};
 use crate::base::{BLOCK, Lsn, SegmentNo, ShardId, VShard};
@@ -22,8 +23,7 @@ use crate::format::fresh::{self, SEGMENTS_FIRST};
 use crate::format::node::Child;
 use crate::format::root::{self, RootHead, VOLUMES_MAX};
 use crate::format::superblock::{
-    CREATION_MARK, LogState, Refusal, RootVersion, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock,
-    VShardState,
+    CREATION_MARK, LogState, RootVersion, SUPERBLOCK_BYTES, Superblock, VShardState,
 };
 use crate::io::{Disk, DiskOp, FileId, IoSlice, execute};
 use crate::memory::Arena;
@@ -54,22 +54,13 @@ fn marked_copy() -> u64 {
 /// Looks whether there is a store. Nothing is changed.
 pub(super) fn look(disk: &mut dyn Disk, arena: &mut Arena) -> Result<Found> {
     let files = disk.files()?;
-    let mut unreadable = None;
-    for copy in 0..SUPERBLOCK_COPIES {
-        match read_up_to(disk, arena, FileId::Meta, Superblock::offset(copy), SUPERBLOCK_BYTES) {
-            Ok(bytes)
-                if matches!(Superblock::decode(copy, &bytes), Ok(_) | Err(Refusal::Version(_))) =>
-            {
-                return Ok(Found::Store);
-            }
-            Ok(_) => {}
-            // Another copy may be whole.
-            Err(error) => unreadable = Some(error),
-        }
+    let copies = Copies::read(disk, arena)?;
+    if copies.has_superblock() {
+        return Ok(Found::Store);
     }
-    // What can't be read may be a store's.
-    if let Some(error) = unreadable {
-        return Err(error);
+    // A copy that can't be read may be a store's.
+    if let Some(error) = copies.read_error() {
+        return Err(error.clone());
     }
     // The first group of a log is written to the first block of its first segment.
     for file in files.iter().filter(|file| matches!(file, FileId::Log(..))) {

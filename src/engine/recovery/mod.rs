@@ -24,12 +24,14 @@ mod load;
 mod read;
 mod scan;
 mod segment;
+mod superblock;
 
 use create::Found;
 pub(crate) use create::{EXTENTS_MIN, creation_is_unfinished};
-pub(crate) use load::{FoundSuperblock, Loaded, find_superblock, load};
+pub(crate) use load::{Loaded, load};
 pub(crate) use read::{Range, read_bytes, read_pieces};
 pub(crate) use scan::{Scan, neighbours_together, scan};
+pub(crate) use superblock::{Copies, CopyState, FoundSuperblock, find_superblock};
 
 use crate::base::error::{Error, Result};
 use crate::base::options::{Geometry, Limits, Options};

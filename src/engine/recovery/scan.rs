@@ -87,12 +87,6 @@ impl Scan {
     }
 }
 
-/// The LSN up to which the roots reflect every record.
-pub(super) fn redo_lsn(superblock: &Superblock) -> Lsn {
-    let redo_of = superblock.vshards.iter().map(|v| v.redo_lsn);
-    redo_of.min().unwrap_or(Lsn::ZERO).max(superblock.epoch_first_lsn.before())
-}
-
 /// The disk and what the logs are read with.
 struct Reader<'a> {
     disk: &'a mut dyn Disk,
@@ -194,7 +188,7 @@ impl Reader<'_> {
                 superblock.generation
             )));
         }
-        let redo = redo_lsn(superblock);
+        let redo = superblock.redo_lsn();
         let watermark = found.iter().map(|f| f.head.watermark).fold(superblock.watermark, Lsn::max);
         if let Some(f) = found.iter().find(|f| f.head.superblock_generation > superblock.generation)
         {

@@ -11,10 +11,10 @@
 //!
 //! It does *not* read, and does not judge what is missing; see `scan`.
 
-use super::scan::redo_lsn;
 use crate::base::{BLOCK, BlockAddr, Lsn, SegmentNo, ShardId, ShardMap, ShardSet};
-use crate::engine::codec::{self, Expected};
-use crate::format::group::{Body, GroupHead, LoggedChange, Role, Slot, SlotState};
+use crate::engine::codec::Expected;
+use crate::engine::log::{StoredGroup, head_at};
+use crate::format::group::{GroupHead, LoggedChange, Role};
 use crate::format::superblock::Superblock;
 
 /// A group whose head is right.
@@ -58,9 +58,8 @@ impl Found {
     /// The group that `here` begins with; `here` has all blocks that the head claims.
     fn open(head: GroupHead, here: &[u8], shard_map: ShardMap) -> Self {
         let mut found = Found::new(head);
-        let Some(body) = Body::open(&found.head, here) else { return found };
-        let Some(records) = body.records() else { return found };
-        for record in &records {
+        let Ok(group) = StoredGroup::open(&found.head, here) else { return found };
+        for record in &group.records {
             found.first_lsn = found.first_lsn.min(record.lsn);
             found.last_lsn = found.last_lsn.max(record.lsn);
             if !matches!(record.role, Role::Part(_)) {
@@ -79,13 +78,9 @@ impl Found {
                 found.concerns.insert(shard_map.shard_of(*key));
             }
         }
-        let placed = body.slots.iter().filter(|slot| slot.state == SlotState::Placed);
-        let expected =
-            placed.map(|slot| Some((slot.entry.place(), Expected::of(&slot.entry).ok()?)));
-        let expected: Option<Vec<_>> = expected.collect();
-        found.whole =
-            expected.is_some() && body.slots.iter().all(|slot| inline_matches(slot, here));
-        found.placed = expected.unwrap_or_default();
+        let placed = group.placed();
+        found.whole = placed.is_ok();
+        found.placed = placed.unwrap_or_default();
         found
     }
 
@@ -104,12 +99,6 @@ impl Found {
     }
 }
 
-fn inline_matches(slot: &Slot, group: &[u8]) -> bool {
-    let SlotState::Inline(block) = slot.state else { return true };
-    let at = block as usize * BLOCK;
-    group.get(at..at + BLOCK).is_some_and(|stored| codec::open(&slot.entry, stored).is_ok())
-}
-
 /// The search through one segment.
 pub(super) struct SegmentSearch<'a> {
     superblock: &'a Superblock,
@@ -119,8 +108,6 @@ pub(super) struct SegmentSearch<'a> {
     shard_map: ShardMap,
     shard: ShardId,
     segment: SegmentNo,
-    /// Blocks of a segment.
-    blocks: u32,
     /// The block that is looked at next.
     at: u32,
     /// The bytes from there on that have come: the beginning of a group whose end has not.
@@ -133,18 +120,8 @@ impl<'a> SegmentSearch<'a> {
         shard_map: ShardMap,
         (shard, segment): (ShardId, SegmentNo),
     ) -> Self {
-        let blocks = (superblock.geometry.segment_bytes / BLOCK as u64) as u32;
-        let redo = redo_lsn(superblock).min(superblock.watermark);
-        SegmentSearch {
-            superblock,
-            redo,
-            shard_map,
-            shard,
-            segment,
-            blocks,
-            at: 0,
-            held: Vec::new(),
-        }
+        let redo = superblock.redo_lsn().min(superblock.watermark);
+        SegmentSearch { superblock, redo, shard_map, shard, segment, at: 0, held: Vec::new() }
     }
 
     /// Takes the next whole blocks of the segment.
@@ -166,11 +143,9 @@ impl<'a> SegmentSearch<'a> {
     fn search(&mut self, bytes: &[u8], found: &mut Vec<Found>) -> usize {
         let mut done = 0;
         while let Some(here) = bytes.get(done..).filter(|here| !here.is_empty()) {
-            let (salt, epoch) = (self.superblock.salt, self.superblock.epoch);
             let mut blocks = 1;
-            if let Some(head) =
-                GroupHead::open(here, salt, epoch, (self.shard, self.segment, self.at), self.blocks)
-            {
+            let position = (self.shard, self.segment, self.at);
+            if let Some(head) = head_at(self.superblock, position, here) {
                 if head.blocks as usize * BLOCK > here.len() {
                     break;
                 }

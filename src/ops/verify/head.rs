@@ -5,23 +5,16 @@ use super::read::Bytes;
 use super::{Mend, Verifier};
 use crate::base::error::{ErrorKind, Result};
 use crate::base::{BLOCK, VShard};
-use crate::engine::recovery::find_superblock;
+use crate::engine::recovery::{Copies, CopyState};
 use crate::format::extent::{TABLE_ROWS, TableRow, decode_table, table_crc, table_offset};
 use crate::format::root;
-use crate::format::superblock::{Refusal, SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock};
+use crate::format::superblock::{SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock};
 use crate::io::FileId;
-
-/// What is wrong with a copy of the superblock.
-struct CopyDamage {
-    what: String,
-    /// It is none, or not whole: a crash while it was written leaves that, and so does a device.
-    is_unreadable: bool,
-}
 
 /// Whether this copy may have been in the making when the store was last in use: after a crash the
 /// second one of the newest generation, or the first of the next. A creation, and the first
 /// opening, write all of them, and say nothing about their end.
-fn may_be_torn(newest: &Superblock, copy: u64) -> bool {
+fn may_have_been_in_the_making(newest: &Superblock, copy: u64) -> bool {
     let crashed = copy == Superblock::copies_of(newest.generation)[1]
         || copy == Superblock::copies_of(newest.generation + 1)[0];
     newest.generation == 1 || (!newest.clean && crashed)
@@ -30,7 +23,9 @@ fn may_be_torn(newest: &Superblock, copy: u64) -> bool {
 impl Verifier<'_> {
     /// Checks all copies; returns the superblock with which the store would be opened.
     pub(super) fn superblock(&mut self) -> Result<Option<Superblock>> {
-        let newest = match find_superblock(self.disk, &mut self.arena) {
+        let copies = Copies::read(self.disk, &mut self.arena)?;
+        self.meter.advance(SUPERBLOCK_COPIES * (SUPERBLOCK_BYTES / BLOCK) as u64);
+        let newest = match copies.choose(self.disk) {
             Ok(found) => Some(found.superblock),
             Err(error) if error.kind() == ErrorKind::Corrupt => {
                 let affects = "the whole store: it can't be opened";
@@ -43,14 +38,13 @@ impl Verifier<'_> {
             Some(_) => (Mend::Reopen, "this copy only, while another of its generation is whole"),
             None => (Mend::Restore, "the whole store: it can't be opened"),
         };
-        let found = (0..SUPERBLOCK_COPIES)
-            .filter_map(|copy| Some((copy, self.copy_damage(copy, newest.as_ref())?)));
-        let found: Vec<(u64, CopyDamage)> = found.collect();
-        let unreadable = found.iter().filter(|(_, damage)| damage.is_unreadable).count();
-        for (copy, CopyDamage { what, is_unreadable }) in found {
-            if is_unreadable
-                && unreadable == 1
-                && newest.as_ref().is_some_and(|newest| may_be_torn(newest, copy))
+        let wrong = |(copy, state)| Some((copy, state, copy_damage(copy, state, newest.as_ref())?));
+        let found: Vec<(u64, &CopyState, String)> = copies.states().filter_map(wrong).collect();
+        let torn = found.iter().filter(|(_, state, _)| state.may_be_torn()).count();
+        for (copy, state, what) in found {
+            if state.may_be_torn()
+                && torn == 1
+                && newest.as_ref().is_some_and(|newest| may_have_been_in_the_making(newest, copy))
             {
                 let note = "as a crash leaves the one that was being written; the next opening \
                             writes it anew";
@@ -63,62 +57,10 @@ impl Verifier<'_> {
         Ok(newest)
     }
 
-    fn copy_damage(&mut self, copy: u64, newest: Option<&Superblock>) -> Option<CopyDamage> {
-        let unreadable = |what: String| Some(CopyDamage { what, is_unreadable: true });
-        let another = |what: String| Some(CopyDamage { what, is_unreadable: false });
-        let bytes = match self.read(FileId::Meta, Superblock::offset(copy), SUPERBLOCK_BYTES) {
-            Ok(bytes) => bytes,
-            // Not what a crash leaves.
-            Err(why) => return another(why),
-        };
-        let found = match Superblock::decode(copy, &bytes) {
-            Ok(found) => found,
-            // A store that was never opened after its creation has written one pair only.
-            Err(_)
-                if newest.is_some_and(|n| n.generation == 1)
-                    && copy < 2
-                    && bytes.iter().all(|b| *b == 0) =>
-            {
-                return None;
-            }
-            Err(Refusal::Magic) => return unreadable("is not a superblock".into()),
-            Err(Refusal::Version(version)) => {
-                return another(format!("claims to be of format version {version}"));
-            }
-            Err(Refusal::Sum) => return unreadable("has a wrong checksum".into()),
-            Err(Refusal::Values) => {
-                return another(
-                    "is another copy, or contradicts itself: a write went astray".into(),
-                );
-            }
-        };
-        let newest = newest?;
-        let own_pair = Superblock::copies_of(newest.generation).contains(&copy);
-        let expected = newest.generation - u64::from(!own_pair);
-        // A crash between the writes of a pair leaves the second copy two generations behind. An
-        // opening writes the newest generation over what it can't read, as it does with the pair
-        // that a creation leaves empty: then it is one.
-        let in_step = found.generation == expected
-            || found.generation == newest.generation
-            || (!newest.clean && (1..=2).any(|behind| found.generation + behind == expected));
-        if !in_step {
-            let what = format!(
-                "has generation {}, and {expected} was written here: a write was lost",
-                found.generation
-            );
-            return another(what);
-        }
-        let differs = found.generation == newest.generation && found != *newest;
-        differs.then(|| another("differs from the other copy of its generation".into())).flatten()
-    }
-
     /// Reads the root of every virtual shard.
     pub(super) fn roots(&mut self, superblock: &Superblock) -> Vec<Trees> {
-        let count = superblock.geometry.vshards_count;
-        let vshards = (0..count as u16).map(VShard::new);
-        let at = |vshard: VShard| {
-            root::offset(vshard, superblock.vshards[vshard.index()].root.generation, count)
-        };
+        let vshards = (0..superblock.geometry.vshards_count as u16).map(VShard::new);
+        let at = |vshard: VShard| superblock.root_offset(vshard);
         let places: Vec<(u64, usize)> = vshards.clone().map(|vshard| (at(vshard), BLOCK)).collect();
         let read = self.read_many(FileId::Meta, &places);
         vshards
@@ -213,4 +155,32 @@ impl Verifier<'_> {
         extents.truncate(count as usize);
         extents
     }
+}
+
+/// What is wrong with a copy next to the superblock that counts; more than recovery asks, which
+/// uses a store as long as it is safe.
+fn copy_damage(copy: u64, state: &CopyState, newest: Option<&Superblock>) -> Option<String> {
+    let found = match state {
+        CopyState::Whole(found) => found,
+        // A store that was never opened after its creation has written one pair only.
+        CopyState::Zeros if newest.is_some_and(|n| n.generation == 1) && copy < 2 => return None,
+        _ => return Some(state.to_string()),
+    };
+    let newest = newest?;
+    let own_pair = Superblock::copies_of(newest.generation).contains(&copy);
+    let expected = newest.generation - u64::from(!own_pair);
+    // A crash between the writes of a pair leaves the second copy two generations behind. An
+    // opening writes the newest generation over what it can't read, as it does with the pair that a
+    // creation leaves empty: then it is one.
+    let in_step = found.generation == expected
+        || found.generation == newest.generation
+        || (!newest.clean && (1..=2).any(|behind| found.generation + behind == expected));
+    if !in_step {
+        return Some(format!(
+            "has generation {}, and {expected} was written here: a write was lost",
+            found.generation
+        ));
+    }
+    let differs = found.generation == newest.generation && found != newest;
+    differs.then(|| "differs from the other copy of its generation".into())
 }

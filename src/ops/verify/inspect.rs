@@ -79,9 +79,12 @@ pub(super) fn inspect_disk(disk: &mut dyn Disk) -> Result<StoreSummary> {
         let Some(entry) = entry(disk, &mut arena, &superblock, top, page_index)? else { continue };
         let offset = entry.place().offset(superblock.geometry.extent_bytes);
         let page = read_bytes(disk, &mut arena, FileId::Data, offset, BLOCK)?;
-        codec::open(&entry, &page).map_err(|_| wrong_checksum(offset))?;
-        let volume = catalog::decode(&page).map_err(|what| {
-            Error::corrupt(format_args!("the record of volume {number} in the catalog {what}"))
+        let record = codec::open(&entry, &page).map_err(|refusal| refusal.to_string());
+        let volume = record.and_then(|record| catalog::decode(record).map_err(str::to_string));
+        let volume = volume.map_err(|what| {
+            Error::corrupt(format_args!(
+                "the record of volume {number} in the catalog (byte {offset} of file data) {what}"
+            ))
         })?;
         if !volume.name.is_empty() {
             volumes.push(VolumeSummary { number, name: volume.name, bytes: volume.bytes });
@@ -137,11 +140,9 @@ fn block(
     let offset = place.offset(superblock.geometry.extent_bytes);
     let bytes = read_bytes(disk, arena, FileId::Data, offset, BLOCK)?;
     if crc32c(&bytes) != crc {
-        return Err(wrong_checksum(offset));
+        return Err(Error::corrupt(format_args!(
+            "the map node at byte {offset} of file data has a wrong checksum"
+        )));
     }
     Ok(bytes)
-}
-
-fn wrong_checksum(offset: u64) -> Error {
-    Error::corrupt(format_args!("the block at byte {offset} of file data has a wrong checksum"))
 }

@@ -4,9 +4,9 @@
 use super::{Mend, Verifier};
 use crate::base::error::ErrorKind;
 use crate::base::{BLOCK, ShardId, ShardMap};
-use crate::engine::codec;
+use crate::engine::log::{StoredGroup, head_at};
 use crate::engine::recovery::scan;
-use crate::format::group::{Body, GroupHead, SlotState};
+use crate::format::group::GroupHead;
 use crate::format::superblock::{LogEnd, Superblock};
 use crate::io::FileId;
 
@@ -100,25 +100,16 @@ fn group(
     (shard, end, block): (ShardId, LogEnd, u32),
     here: &[u8],
     before: Option<&GroupHead>,
-) -> Result<GroupHead, &'static str> {
-    let segment_blocks = (superblock.geometry.segment_bytes / BLOCK as u64) as u32;
-    let position = (shard, end.segment, block);
-    let head = GroupHead::open(here, superblock.salt, superblock.epoch, position, segment_blocks)
+) -> Result<GroupHead, String> {
+    let head = head_at(superblock, (shard, end.segment, block), here)
         .ok_or("is missing: no group of this place and epoch begins there")?;
     if head.generation != end.generation {
-        return Err("is left from an earlier use of the segment: a write was lost");
+        return Err("is left from an earlier use of the segment: a write was lost".into());
     }
     if before.is_some_and(|b| b.number + 1 != head.number || b.head_crc != head.prev_crc) {
-        return Err("does not follow the group before it");
+        return Err("does not follow the group before it".into());
     }
-    let body = Body::open(&head, here).ok_or("has a wrong checksum")?;
-    body.records().ok_or("contradicts itself")?;
-    for slot in &body.slots {
-        let SlotState::Inline(block) = slot.state else { continue };
-        let at = block as usize * BLOCK;
-        if here.get(at..at + BLOCK).is_none_or(|stored| codec::open(&slot.entry, stored).is_err()) {
-            return Err("holds a page image with a wrong checksum");
-        }
-    }
+    let group = StoredGroup::open(&head, here);
+    group.and_then(|group| group.placed()).map_err(|what| what.to_string())?;
     Ok(head)
 }

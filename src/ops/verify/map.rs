@@ -214,16 +214,14 @@ impl Verifier<'_> {
         pages.sort_unstable_by_key(|named| named.place);
         let offsets: Vec<u64> = pages.iter().map(|named| walk.offset(named.place)).collect();
         let (mut damaged, mut records, mut whole) = (Vec::new(), Vec::new(), 0);
-        self.blocks(&offsets, |n, bytes| match bytes {
-            Ok(bytes) if pages[n].expected.open(bytes).is_err() => {
-                damaged.push((n, "does not have the bytes that were written".to_string()));
-            }
-            Ok(bytes) => {
+        self.blocks(&offsets, |n, bytes| match bytes.map(|bytes| pages[n].expected.open(bytes)) {
+            Ok(Ok(page)) => {
                 whole += 1;
                 if pages[n].page.volume == VolumeId::CATALOG {
-                    records.push((n, catalog::decode(bytes)));
+                    records.push((n, catalog::decode(page)));
                 }
             }
+            Ok(Err(refusal)) => damaged.push((n, refusal.to_string())),
             Err(what) => damaged.push((n, what)),
         });
         for (n, record) in records {
@@ -279,10 +277,10 @@ fn checked(bytes: Vec<u8>, child: Child) -> Result<Vec<u8>, String> {
 }
 
 /// What the bytes of the page must be, if its entry can be true.
-fn expected(entry: &Entry, next_lsn: Lsn) -> Result<Expected, &'static str> {
-    let expected = Expected::of(entry).map_err(|_| "has a form that this version does not know")?;
+fn expected(entry: &Entry, next_lsn: Lsn) -> Result<Expected, String> {
+    let expected = Expected::of(entry).map_err(|refusal| refusal.to_string())?;
     match entry.lsn() < next_lsn {
         true => Ok(expected),
-        false => Err("is said to be newer than the store"),
+        false => Err("is said to be newer than the store".into()),
     }
 }
