@@ -47,6 +47,12 @@ pub fn offset(vshard: VShard, generation: u64, vshards_count: u32) -> u64 {
     SUPERBLOCK_COPIES * SUPERBLOCK_BYTES as u64 + slot * BLOCK as u64
 }
 
+/// The byte offset in the meta file of the root of `vshard` that counts.
+pub fn named_offset(superblock: &Superblock, vshard: VShard) -> u64 {
+    let generation = superblock.vshards[vshard.index()].root.generation;
+    offset(vshard, generation, superblock.geometry.vshards_count)
+}
+
 /// Bytes of the meta file.
 pub fn meta_bytes(vshards_count: u32) -> u64 {
     offset(VShard::new(0), 0, vshards_count) + 2 * u64::from(vshards_count) * BLOCK as u64

@@ -7,7 +7,7 @@
 
 use super::{FORMAT_VERSION, LSN_END, Plain, crc_around, get, put};
 use crate::base::options::Geometry;
-use crate::base::{Lsn, SegmentNo, ShardId, VShard};
+use crate::base::{Lsn, SegmentNo, ShardId};
 use std::mem::offset_of;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -249,12 +249,6 @@ impl Superblock {
     pub fn redo_lsn(&self) -> Lsn {
         let redo_of = self.vshards.iter().map(|vshard| vshard.redo_lsn);
         redo_of.min().unwrap_or(Lsn::ZERO).max(self.epoch_first_lsn.before())
-    }
-
-    /// The byte offset in the meta file of the root of `vshard` that counts.
-    pub fn root_offset(&self, vshard: VShard) -> u64 {
-        let generation = self.vshards[vshard.index()].root.generation;
-        super::root::offset(vshard, generation, self.geometry.vshards_count)
     }
 
     /// The byte offset in the meta file of copy `copy`.

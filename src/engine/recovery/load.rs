@@ -28,7 +28,8 @@ pub(crate) fn load(
     let (store_id, checkpoint) = (superblock.store_id, superblock.checkpoint);
     let block = |file, offset| Range { file, offset, blocks: 1 };
     let vshards = (0..superblock.geometry.vshards_count as u16).map(VShard::new);
-    let root_ranges = vshards.map(|vshard| block(FileId::Meta, superblock.root_offset(vshard)));
+    let root_ranges =
+        vshards.map(|vshard| block(FileId::Meta, root::named_offset(superblock, vshard)));
     let mut roots = Vec::with_capacity(superblock.geometry.vshards_count as usize);
     read_ranges(disk, arena, root_ranges, |i, bytes| {
         roots.push(root(superblock, VShard::new(i as u16), bytes)?);
@@ -67,7 +68,7 @@ fn root(
     bytes: &[u8],
 ) -> Result<(Box<[Child; VOLUMES_MAX]>, RootVersion)> {
     let (_, children) = root::decode_named(superblock, vshard, bytes).map_err(|what| {
-        let (number, offset) = (vshard.get(), superblock.root_offset(vshard));
+        let (number, offset) = (vshard.get(), root::named_offset(superblock, vshard));
         Error::corrupt(format_args!(
             "the root of virtual shard {number} (byte {offset} of the meta file) {what}"
         ))

@@ -60,7 +60,7 @@ impl Verifier<'_> {
     /// Reads the root of every virtual shard.
     pub(super) fn roots(&mut self, superblock: &Superblock) -> Vec<Trees> {
         let vshards = (0..superblock.geometry.vshards_count as u16).map(VShard::new);
-        let at = |vshard: VShard| superblock.root_offset(vshard);
+        let at = |vshard: VShard| root::named_offset(superblock, vshard);
         let places: Vec<(u64, usize)> = vshards.clone().map(|vshard| (at(vshard), BLOCK)).collect();
         let read = self.read_many(FileId::Meta, &places);
         vshards
