@@ -100,7 +100,7 @@ impl Shard {
         } else {
             self.write_images(position.number, &slots, &open, images)
         };
-        self.log.in_flight.push_back(InFlight {
+        self.log.submitted(InFlight {
             number: position.number,
             first_lsn,
             parts: finished.parts,
@@ -237,14 +237,12 @@ impl Shard {
         if set.data && !planted!(DataNotFlushed) {
             files.push(FileId::Data);
         }
-        self.log.flushing = true;
         self.ctx.stats.log_flushes += 1;
         self.submit(OpKind::GroupFlush(set), DiskOp::Flush { files });
     }
 
     /// A flush has ended: what it covered is durable, or nothing is acknowledged any more.
     pub(super) fn group_flushed(&mut self, set: FlushSet, result: Result<(), Error>) {
-        self.log.flushing = false;
         if let Err(error) = result
             && !planted!(FlushErrorForgotten)
         {
@@ -254,8 +252,7 @@ impl Shard {
         if self.ctx.failed.is_some() {
             return;
         }
-        let (chunks, parts) = self.log.flushed(&set.numbers);
-        self.log.open.restock(chunks);
+        let parts = self.log.flushed(&set.numbers);
         self.parts_durable(parts);
         self.publish_low_water();
         self.ctx.work_pending = true;

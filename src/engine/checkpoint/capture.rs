@@ -27,7 +27,7 @@ impl Shard {
             }
             next += 1;
         }
-        self.checkpoint.phase = Phase::Capture { next };
+        self.checkpoint.enter(Phase::Capture { next });
         next
     }
 
@@ -55,7 +55,7 @@ impl Shard {
             return;
         }
         self.ctx.work_pending = true;
-        self.checkpoint.phase = Phase::Capture { next: next + 1 };
+        self.checkpoint.enter(Phase::Capture { next: next + 1 });
         let mut retired = Vec::new();
         let (extents, summaries) = (&mut self.space.extents, &mut self.space.summaries);
         let alloc = |key| {
@@ -98,6 +98,7 @@ impl Shard {
 
     /// All is captured: the others learn what it means for their extents.
     pub(super) fn hand_over(&mut self) {
+        self.checkpoint.assert_state();
         let changes = self.space.extents.hand_over();
         let mut out: Vec<Handover> =
             self.ctx.shard_map.shards().map(|_| Handover::default()).collect();
@@ -111,7 +112,7 @@ impl Shard {
         for place in changes.left {
             out[home(place)].left.push(place);
         }
-        self.checkpoint.phase = Phase::Handover;
+        self.checkpoint.enter(Phase::Handover);
         for (shard, handover) in self.ctx.shard_map.shards().zip(out) {
             if shard != self.ctx.id {
                 self.ctx.send(shard, Message::Captured(Box::new(handover)));
@@ -123,6 +124,9 @@ impl Shard {
     /// Another shard has captured its trees.
     pub(in crate::engine) fn handed_over(&mut self, handover: Handover) {
         self.checkpoint.handovers += 1;
+        let (handovers, shards) = (self.checkpoint.handovers, self.ctx.shard_map.shards_count());
+        assert!(handovers < shards, "{handovers} other shards have handed over, of {shards}");
+        self.checkpoint.assert_state();
         self.space.extents.take_over(handover.named, handover.retired, handover.left);
         self.ctx.work_pending = true;
     }
@@ -137,7 +141,7 @@ impl Shard {
         self.space.summaries.extend(self.space.extents.unsummarized());
         self.space.summaries.sort();
         self.space.summaries.dedup();
-        self.checkpoint.phase = Phase::Summaries;
+        self.checkpoint.enter(Phase::Summaries);
         self.ctx.work_pending = true;
     }
 

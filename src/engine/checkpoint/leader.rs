@@ -40,6 +40,20 @@ enum Phase {
     },
 }
 
+impl Phase {
+    /// Whether `next` may come after this one.
+    fn leads_to(self, next: Phase) -> bool {
+        use Phase::*;
+        match (self, next) {
+            (Idle, Beginning) | (Beginning, Running) | (Running, Table) | (Table, Flush) => true,
+            (Flush, Super { copy: 0 }) | (SuperFlush { copy: 0 }, Super { copy: 1 }) => true,
+            (Super { copy: written }, SuperFlush { copy }) => written == copy,
+            (SuperFlush { copy: 1 }, Idle) => true,
+            _ => false,
+        }
+    }
+}
+
 /// The extent table on its way to the device.
 #[derive(Default, Debug)]
 struct TableParts {
@@ -82,6 +96,45 @@ impl Leader {
     ) -> Self {
         Leader { new_epoch, superblock_frames, ..Leader::default() }
     }
+
+    /// Panics if what is known of the checkpoint contradicts its phase: a superblock would be
+    /// written that names less than all shards' roots, or the checkpoint would never end.
+    fn assert_state(&self) {
+        let (phase, left) = (self.phase, self.left);
+        assert!(
+            self.begin.is_some() == (phase != Phase::Idle),
+            "{:?} was begun, and the leader is {phase:?}",
+            self.begin
+        );
+        assert!(
+            (left > 0) == matches!(phase, Phase::Beginning | Phase::Running),
+            "{left} shards are waited for while the leader is {phase:?}"
+        );
+        let missing = self.by_shard.iter().filter(|shard| shard.is_none()).count();
+        let expected = if phase == Phase::Running { usize::from(left) } else { 0 };
+        assert!(
+            missing == expected,
+            "{missing} contributions are missing while the leader is {phase:?}, {left} left"
+        );
+        let has_next =
+            matches!(phase, Phase::Flush | Phase::Super { .. } | Phase::SuperFlush { .. });
+        assert!(
+            self.next.is_some() == has_next,
+            "a superblock is there: {}, while the leader is {phase:?}",
+            self.next.is_some()
+        );
+        assert!(
+            self.table.is_none() || phase == Phase::Table,
+            "the extent table is being written while the leader is {phase:?}"
+        );
+    }
+
+    /// The next phase; what it needs is there, and what it must not find is gone.
+    fn enter(&mut self, phase: Phase) {
+        assert!(self.phase.leads_to(phase), "{phase:?} does not follow {:?}", self.phase);
+        self.phase = phase;
+        self.assert_state();
+    }
 }
 
 impl Shard {
@@ -104,12 +157,16 @@ impl Shard {
     /// A shard has redone its part of the log.
     pub(in crate::engine) fn shard_redone(&mut self) {
         self.leader.redone += 1;
+        let (redone, all) = (self.leader.redone, self.ctx.shard_map.shards_count());
+        assert!(redone <= all, "{redone} of {all} shards have redone their logs");
         self.ctx.work_pending = true;
     }
 
     /// A shard has no request under way any more.
     pub(in crate::engine) fn shard_quiet(&mut self) {
         self.leader.quiet += 1;
+        let (quiet, all) = (self.leader.quiet, self.ctx.shard_map.shards_count());
+        assert!(quiet <= all, "{quiet} of {all} shards are quiet");
         self.ctx.work_pending = true;
     }
 
@@ -135,12 +192,13 @@ impl Shard {
         if self.leader.closing {
             return;
         }
+        self.leader.assert_state();
         self.leader.closing = clean;
         self.leader.wanted = false;
-        self.leader.phase = Phase::Beginning;
         self.leader.left = all;
         let begin = Begin { new_epoch, clean };
         self.leader.begin = Some(begin);
+        self.leader.enter(Phase::Beginning);
         self.tell_all(|| Message::Begin(begin));
         self.ctx.work_pending = true;
     }
@@ -154,6 +212,7 @@ impl Shard {
 
     /// A shard has begun the checkpoint.
     pub(in crate::engine) fn shard_began(&mut self) {
+        self.leader.assert_state();
         assert_eq!(self.leader.phase, Phase::Beginning, "shards begin what the leader began");
         self.leader.left -= 1;
         if self.leader.left > 0 {
@@ -170,27 +229,32 @@ impl Shard {
                 .map_or(self.ctx.order.next().before(), |recovering| recovering.redo),
         };
         self.leader.redo = redo;
-        self.leader.phase = Phase::Running;
         self.leader.left = self.ctx.shard_map.shards_count();
         self.leader.by_shard = self.ctx.shard_map.shards().map(|_| None).collect();
+        self.leader.enter(Phase::Running);
         self.tell_all(|| Message::Redo(redo));
     }
 
     /// A shard has written its part.
     pub(in crate::engine) fn shard_ready(&mut self, from: ShardId, contribution: Contribution) {
+        self.leader.assert_state();
         assert_eq!(self.leader.phase, Phase::Running, "a contribution belongs to a checkpoint");
-        self.leader.by_shard[from.index()] = Some(contribution);
+        let before = self.leader.by_shard[from.index()].replace(contribution);
+        assert!(before.is_none(), "{from:?} is ready twice in one checkpoint");
         self.leader.left -= 1;
         if self.leader.left == 0 {
             self.leader.contributions =
                 std::mem::take(&mut self.leader.by_shard).into_iter().flatten().collect();
-            self.leader.phase = Phase::Table;
+            let (count, all) = (self.leader.contributions.len(), self.ctx.shard_map.shards_count());
+            assert!(count == usize::from(all), "{count} of {all} shards are ready");
+            self.leader.enter(Phase::Table);
             self.ctx.work_pending = true;
         }
     }
 
     /// All parts are written: the extent table of all, a few blocks at a time.
     fn write_table(&mut self) {
+        self.leader.assert_state();
         let mut table = match self.leader.table.take() {
             Some(table) => table,
             None => TableParts { rows: self.contributed_rows(), sums: Vec::new() },
@@ -228,12 +292,13 @@ impl Shard {
         }
         self.leader.next =
             Some(self.next_superblock(table.rows.len() as u32, table_crc(table.sums)));
-        self.leader.phase = Phase::Flush;
+        self.leader.enter(Phase::Flush);
     }
 
     fn contributed_rows(&self) -> Vec<TableRow> {
         let mut rows = vec![TableRow::default(); self.space.extents.count() as usize];
         for (no, row) in self.leader.contributions.iter().flat_map(|c| &c.rows) {
+            assert!(rows[no.index()] == TableRow::default(), "{no:?} is two shards' own");
             rows[no.index()] = *row;
         }
         rows
@@ -286,6 +351,7 @@ impl Shard {
 
     /// All operations of a step of the leader have ended.
     pub(in crate::engine) fn leader_step_done(&mut self, op: DiskOp) {
+        self.leader.assert_state();
         match self.leader.phase {
             Phase::Flush => match op {
                 DiskOp::Flush { .. } => self.write_superblock(0),
@@ -296,7 +362,7 @@ impl Shard {
                 }
             },
             Phase::Super { copy } => {
-                self.leader.phase = Phase::SuperFlush { copy };
+                self.leader.enter(Phase::SuperFlush { copy });
                 self.checkpoint_op(DiskOp::Flush { files: smallvec::smallvec![FileId::Meta] });
             }
             Phase::SuperFlush { copy: 0 } => self.write_superblock(1),
@@ -316,7 +382,7 @@ impl Shard {
             from.push(IoSlice::whole(frame.pin()));
         }
         self.ctx.stats.checksums += 1;
-        self.leader.phase = Phase::Super { copy };
+        self.leader.enter(Phase::Super { copy });
         self.checkpoint_op(DiskOp::Write {
             file: FileId::Meta,
             offset: Superblock::offset(number),
@@ -326,11 +392,11 @@ impl Shard {
 
     fn superblock_durable(&mut self) {
         let Some(next) = self.leader.next.take() else { return };
-        self.leader.phase = Phase::Idle;
         self.leader.contributions.clear();
         if self.leader.begin.take().is_some_and(|begin| begin.new_epoch.is_some()) {
             self.leader.new_epoch = None;
         }
+        self.leader.enter(Phase::Idle);
         self.tell_all(|| Message::Done(Box::new(next.clone())));
         self.ctx.work_pending = true;
     }

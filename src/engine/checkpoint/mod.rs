@@ -54,6 +54,22 @@ enum Phase {
     Waiting,
 }
 
+impl Phase {
+    /// Whether `next` may come after this one. A virtual shard that has nothing to write is passed
+    /// by.
+    fn leads_to(self, next: Phase) -> bool {
+        use Phase::*;
+        match (self, next) {
+            (Capture { next: before }, Capture { next: after }) => before <= after,
+            (Idle, Told) | (Told, Begun) | (Begun, Watermark) | (Watermark, Pages) => true,
+            (Pages, Capture { next }) => next == 0,
+            (Capture { .. }, Handover) | (Handover, Summaries) => true,
+            (Summaries, Waiting) | (Waiting, Idle) => true,
+            _ => false,
+        }
+    }
+}
+
 /// A new epoch that the checkpoint's superblock begins (the one that ends a recovery).
 #[derive(Clone, Copy, Debug)]
 pub struct NewEpoch {
@@ -130,6 +146,50 @@ impl Checkpoint {
         }
     }
 
+    /// Panics if what is known of the checkpoint contradicts its phase: the superblock would name
+    /// what is not written, or the checkpoint would never end.
+    fn assert_state(&self) {
+        let (phase, ops, pages_left) = (self.phase, self.ops, self.pages_left);
+        assert!(
+            self.begin.is_some() == (phase != Phase::Idle),
+            "the leader has begun {:?}, and the checkpoint is {phase:?}",
+            self.begin
+        );
+        assert!(
+            ops == 0 || matches!(phase, Phase::Capture { .. } | Phase::Waiting),
+            "{ops} operations of a checkpoint are under way while it is {phase:?}"
+        );
+        assert!(
+            pages_left == 0 || phase == Phase::Pages,
+            "{pages_left} pages are waited for while the checkpoint is {phase:?}"
+        );
+        let (nodes, roots) = (self.nodes.len(), self.roots.len());
+        assert!(
+            (nodes == 0 && roots == 0) || matches!(phase, Phase::Capture { .. }),
+            "{nodes} nodes and {roots} roots are being written while the checkpoint is {phase:?}"
+        );
+        let may_have_handovers = matches!(
+            phase,
+            Phase::Begun
+                | Phase::Watermark
+                | Phase::Pages
+                | Phase::Capture { .. }
+                | Phase::Handover
+        );
+        assert!(
+            self.handovers == 0 || may_have_handovers,
+            "{} shards have handed over while the checkpoint is {phase:?}",
+            self.handovers
+        );
+    }
+
+    /// The next phase; what it needs is there, and what it must not find is gone.
+    fn enter(&mut self, phase: Phase) {
+        assert!(self.phase.leads_to(phase), "{phase:?} does not follow {:?}", self.phase);
+        self.phase = phase;
+        self.assert_state();
+    }
+
     pub(in crate::engine) fn is_active(&self) -> bool {
         self.phase != Phase::Idle
     }
@@ -184,7 +244,7 @@ impl Shard {
                 self.count_pages();
             }
             Phase::Pages if self.checkpoint.pages_left == 0 => {
-                self.checkpoint.phase = Phase::Capture { next: 0 };
+                self.checkpoint.enter(Phase::Capture { next: 0 });
                 self.ctx.work_pending = true;
             }
             Phase::Capture { next } => self.capture_vshard(next),
@@ -213,10 +273,11 @@ impl Shard {
 
     /// The leader begins a checkpoint.
     pub(in crate::engine) fn begin_checkpoint(&mut self, begin: Begin) {
+        self.checkpoint.assert_state();
         assert_eq!(self.checkpoint.phase, Phase::Idle, "one checkpoint at a time");
         let c = &mut self.checkpoint;
         (c.wanted, c.asked, c.begin) = (false, false, Some(begin));
-        c.phase = Phase::Told;
+        c.enter(Phase::Told);
         c.waiters = std::mem::take(&mut c.next_waiters);
         self.ctx.work_pending = true;
     }
@@ -243,22 +304,29 @@ impl Shard {
         }
         self.space.extents.begin_checkpoint();
         self.trim_log_early();
-        self.checkpoint.phase = Phase::Begun;
+        self.checkpoint.enter(Phase::Begun);
         self.ctx.send(ShardId::LEADER, Message::Began);
         self.ctx.work_pending = true;
     }
 
     /// Every shard has begun: this is what the roots must reflect.
     pub(in crate::engine) fn redo_lsn_chosen(&mut self, redo: Lsn) {
+        self.checkpoint.assert_state();
         assert_eq!(self.checkpoint.phase, Phase::Begun, "the LSN comes when all have begun");
+        assert!(
+            redo >= self.checkpoint.redo,
+            "the roots reflect all up to {:?}, and are to reflect what is up to {redo:?}",
+            self.checkpoint.redo
+        );
         self.checkpoint.redo = redo;
-        self.checkpoint.phase = Phase::Watermark;
+        self.checkpoint.enter(Phase::Watermark);
         self.ctx.work_pending = true;
     }
 
     /// All that the roots must reflect is applied: which pages are not in the map yet?
     fn count_pages(&mut self) {
-        self.checkpoint.phase = Phase::Pages;
+        self.checkpoint.assert_state();
+        self.checkpoint.enter(Phase::Pages);
         self.checkpoint.pages_left = 0;
         let slots = self.log.open.slots.iter().filter_map(|slot| self.cache.table.find(slot.key));
         let captured = self.writeback.captures.iter().map(|(_, capture)| capture.page);
@@ -278,6 +346,8 @@ impl Shard {
     pub(in crate::engine) fn page_published(&mut self, idx: PageIdx) {
         let page = &mut self.cache.table.pages[idx];
         if page.checkpoint_target != Lsn::ZERO && page.mapped_lsn >= page.checkpoint_target {
+            let left = self.checkpoint.pages_left;
+            assert!(left > 0, "{:?} is waited for, of {left} pages", page.key);
             page.checkpoint_target = Lsn::ZERO;
             self.checkpoint.pages_left -= 1;
         }
@@ -285,11 +355,14 @@ impl Shard {
 
     pub(in crate::engine) fn checkpoint_op(&mut self, op: DiskOp) {
         self.checkpoint.ops += 1;
+        self.checkpoint.assert_state();
         self.submit(OpKind::Checkpoint, op);
     }
 
     /// One of the checkpoint's operations has ended.
     pub(in crate::engine) fn checkpoint_step_done(&mut self, completion: Completion) {
+        self.checkpoint.assert_state();
+        assert!(self.checkpoint.ops > 0, "an operation of a checkpoint has ended, of none");
         self.checkpoint.ops -= 1;
         if let Err(error) = completion.result {
             self.fail(error);
@@ -298,6 +371,7 @@ impl Shard {
             return;
         }
         self.ctx.work_pending = true;
+        self.checkpoint.assert_state();
         if self.checkpoint.phase == Phase::Waiting {
             self.leader_step_done(completion.op);
         }
@@ -314,7 +388,7 @@ impl Shard {
             roots: mine.map(|vshard| (vshard, self.map.root(vshard).version)).collect(),
             log: self.log.state(clean),
         };
-        self.checkpoint.phase = Phase::Waiting;
+        self.checkpoint.enter(Phase::Waiting);
         if planted!(RecycledBeforeSuperblock) {
             self.log.recycle(self.checkpoint.redo);
         }
@@ -328,9 +402,17 @@ impl Shard {
             Phase::Waiting,
             "the superblock follows the last contribution"
         );
+        self.checkpoint.assert_state();
+        assert_eq!(self.checkpoint.ops, 0, "the superblock was written last");
+        let before = self.checkpoint.superblock.checkpoint;
+        assert!(
+            superblock.checkpoint == before + 1,
+            "checkpoint {} follows {before}",
+            superblock.checkpoint
+        );
         let begin = self.checkpoint.begin.take().expect("it has begun");
         let redo = self.checkpoint.redo;
-        self.checkpoint.phase = Phase::Idle;
+        self.checkpoint.enter(Phase::Idle);
         self.checkpoint.superblock = superblock;
         self.ctx.stats.checkpoints += 1;
         self.log.recycle(redo);

@@ -58,6 +58,23 @@ pub(crate) struct InFlight {
     pub chunks: Vec<Frame>,
 }
 
+impl InFlight {
+    /// Panics if what is known of the group contradicts itself: it would be acknowledged too soon,
+    /// or never.
+    fn assert_state(&self) {
+        let number = self.number;
+        assert!(
+            self.state != GroupState::Writing(0),
+            "group {number} waits for a write, and none is under way"
+        );
+        assert!(
+            self.first_lsn != Lsn::MAX || !self.parts.is_empty(),
+            "group {number} holds neither an LSN of this shard nor a part of another's commit"
+        );
+        assert!(!self.chunks.is_empty(), "group {number} has no buffer, and is {:?}", self.state);
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Segment {
     Free,
@@ -96,7 +113,7 @@ pub(crate) struct Log {
     pub open: OpenGroup,
     /// Groups on their way, oldest first.
     pub in_flight: VecDeque<InFlight>,
-    /// A flush is under way.
+    /// A flush is under way, or has failed: then no other is begun.
     pub flushing: bool,
 }
 
@@ -138,8 +155,57 @@ impl Log {
         blocks <= rest || (blocks <= self.segment_blocks && self.segments.contains(&Segment::Free))
     }
 
+    /// Panics if groups, segments and buffers contradict each other: a group that is not durable
+    /// would be overwritten or acknowledged, or the log would run out of buffers some day.
+    fn assert_state(&self) {
+        let (first, last) = (self.in_flight.front(), self.in_flight.back());
+        if let (Some(first), Some(last)) = (first, last) {
+            let count = self.in_flight.len() as u64;
+            assert!(
+                last.number == self.next_number - 1 && first.number + count == self.next_number,
+                "groups {} to {} are {count} in flight, and the next one is {}",
+                first.number,
+                last.number,
+                self.next_number
+            );
+            assert!(
+                first.state != GroupState::Durable,
+                "group {} is durable, and was not handed on",
+                first.number
+            );
+        }
+        let chunks: usize = self.in_flight.iter().map(|group| group.chunks.len()).sum();
+        self.open.assert_chunks(chunks);
+        for group in &self.in_flight {
+            group.assert_state();
+            let segment = self.segments[group.segment.index()];
+            assert!(
+                segment != Segment::Free,
+                "group {} is {:?} in {:?}, which is free",
+                group.number,
+                group.state,
+                group.segment
+            );
+            assert!(
+                self.flushing || group.state != GroupState::Flushing,
+                "group {} waits for a flush, and none is under way",
+                group.number
+            );
+        }
+        if let Some(active) = self.active {
+            let state = self.segments[active.no.index()];
+            assert!(
+                state == Segment::Active && active.block <= self.segment_blocks,
+                "{active:?} is {state:?}, and a segment has {} blocks",
+                self.segment_blocks
+            );
+        }
+    }
+
     /// Takes the place for the next group. There must be [room](Self::has_room).
     pub(crate) fn place(&mut self, blocks: u32, last_lsn: Lsn) -> Position {
+        self.assert_state();
+        assert!(blocks > 0, "a group of no blocks, up to {last_lsn:?}");
         if self.active.is_none_or(|a| self.segment_blocks - a.block < blocks) {
             self.begin_segment();
         }
@@ -182,13 +248,27 @@ impl Log {
         self.prev_crc = head_crc;
     }
 
+    /// The writes of a group that was given its [place](Self::place) are on their way.
+    pub(crate) fn submitted(&mut self, group: InFlight) {
+        assert!(
+            matches!(group.state, GroupState::Writing(_)),
+            "group {} was just submitted, and is {:?}",
+            group.number,
+            group.state
+        );
+        self.in_flight.push_back(group);
+        self.assert_state();
+    }
+
     /// A durable superblock says that the roots reflect everything up to `redo`.
     pub(crate) fn recycle(&mut self, redo: Lsn) {
+        self.assert_state();
         for segment in &mut self.segments {
             if matches!(segment, Segment::Sealed { max_lsn } if *max_lsn <= redo) {
                 *segment = Segment::Free;
             }
         }
+        self.assert_state();
     }
 
     /// Group `number` had one of its writes completed.
@@ -204,11 +284,13 @@ impl Log {
                 other => panic!("group {number} had no write under way: {other:?}"),
             };
         }
+        self.assert_state();
     }
 
     /// A flush is about to be submitted: the groups that it covers. Returns their numbers and the
     /// segments.
     pub(crate) fn begin_flush(&mut self) -> Option<FlushSet> {
+        assert!(!self.flushing, "one flush of the log at a time");
         let mut set = FlushSet::default();
         for group in self.in_flight.iter_mut().filter(|g| g.state == GroupState::Written) {
             group.state = GroupState::Flushing;
@@ -218,22 +300,28 @@ impl Log {
                 set.segments.push(group.segment);
             }
         }
-        (!set.numbers.is_empty()).then_some(set)
+        self.flushing = !set.numbers.is_empty();
+        self.assert_state();
+        self.flushing.then_some(set)
     }
 
-    /// A flush that covered `numbers` succeeded. Returns what is in the groups that became durable
-    /// in order.
-    pub(crate) fn flushed(&mut self, numbers: &[u64]) -> (Vec<Frame>, Vec<PartRef>) {
+    /// A flush that covered `numbers` succeeded. Returns the parts of commits over shards in the
+    /// groups that became durable in order.
+    pub(crate) fn flushed(&mut self, numbers: &[u64]) -> Vec<PartRef> {
+        self.assert_state();
+        assert!(self.flushing, "a flush of groups {numbers:?} has ended that was not submitted");
+        self.flushing = false;
         for group in self.in_flight.iter_mut().filter(|g| numbers.contains(&g.number)) {
             group.state = GroupState::Durable;
         }
-        let (mut chunks, mut parts) = (Vec::new(), Vec::new());
+        let mut parts = Vec::new();
         while self.in_flight.front().is_some_and(|group| group.state == GroupState::Durable) {
             let Some(group) = self.in_flight.pop_front() else { break };
-            chunks.extend(group.chunks);
+            self.open.restock(group.chunks);
             parts.extend(group.parts);
         }
-        (chunks, parts)
+        self.assert_state();
+        parts
     }
 
     /// The lowest LSN that this shard has drawn and that is not durable in this log.

@@ -21,12 +21,16 @@ use zerocopy::IntoBytes;
 pub(crate) struct Chunks {
     stock: Vec<Frame>,
     bytes: usize,
+    /// In stock, in the open group and in flight.
+    count: usize,
 }
 
 impl Chunks {
     /// These buffers, each of `bytes`.
     pub(crate) fn new(stock: Vec<Frame>, bytes: usize) -> Self {
-        Chunks { stock, bytes }
+        let count = stock.len();
+        assert!(count > 0 && bytes > 0, "{count} buffers of {bytes} bytes: no group can be made");
+        Chunks { stock, bytes, count }
     }
 
     fn take(&mut self) -> Frame {
@@ -101,6 +105,51 @@ impl OpenGroup {
         }
     }
 
+    /// Panics if what is known of the group contradicts itself: its head would say so to recovery.
+    fn assert_state(&self) {
+        assert!(
+            HEAD_BYTES <= self.len && self.record_at <= self.len,
+            "a record at {} of {} bytes",
+            self.record_at,
+            self.len
+        );
+        assert!(
+            self.len <= self.filled.len() * self.chunks.bytes || self.len == HEAD_BYTES,
+            "{} bytes in {} buffers of {}",
+            self.len,
+            self.filled.len(),
+            self.chunks.bytes
+        );
+        match self.runs.last() {
+            Some((first, count)) => assert!(
+                *count > 0 && first.plus(*count - 1) <= self.last_lsn,
+                "{count} LSNs from {first:?} on, and the last one is {:?}",
+                self.last_lsn
+            ),
+            None => assert!(
+                self.commits_count == 0,
+                "{} commits, and no LSN was drawn for them",
+                self.commits_count
+            ),
+        }
+        assert!(
+            !self.is_empty() || (self.slots.is_empty() && self.parts.is_empty()),
+            "{} images and {} parts in a group without a record",
+            self.slots.len(),
+            self.parts.len()
+        );
+    }
+
+    /// Panics if buffers are lost, or are in two places: `in_flight` are those of closed groups.
+    pub(super) fn assert_chunks(&self, in_flight: usize) {
+        let (stock, filled) = (self.chunks.stock.len(), self.filled.len());
+        assert!(
+            stock + filled + in_flight == self.chunks.count,
+            "{stock} buffers in stock, {filled} filled and {in_flight} in flight, of {}",
+            self.chunks.count
+        );
+    }
+
     /// Nothing was drawn for it, and no part is in it.
     pub(crate) fn is_empty(&self) -> bool {
         self.runs.is_empty() && self.len == HEAD_BYTES
@@ -145,6 +194,11 @@ impl OpenGroup {
 
     /// Accounts for `count` LSNs from `first`.
     pub(crate) fn add_run(&mut self, first: Lsn, count: u64, now: Micros) {
+        assert!(
+            count > 0 && self.runs.last().is_none_or(|(last, count)| last.plus(*count) <= first),
+            "{count} LSNs from {first:?} on come after {:?}",
+            self.runs
+        );
         self.begin_at(now);
         match self.runs.last_mut() {
             Some((last_first, last_count)) if last_first.plus(*last_count) == first => {
@@ -156,7 +210,12 @@ impl OpenGroup {
             }
         }
         self.last_lsn = self.last_lsn.max(first.plus(count - 1));
-        assert!(self.runs.len() <= RUNS_MAX, "admission left a run free");
+        assert!(
+            self.runs.len() <= RUNS_MAX,
+            "admission left a run free: there are {} of {RUNS_MAX}",
+            self.runs.len()
+        );
+        self.assert_state();
     }
 
     fn begin_at(&mut self, now: Micros) {
@@ -204,6 +263,7 @@ impl OpenGroup {
         };
         self.overwrite(self.record_at, raw.as_bytes());
         self.commits_count += u32::from(!matches!(role, Role::Part(_)));
+        self.assert_state();
     }
 
     fn append(&mut self, bytes: &[u8]) {
@@ -236,6 +296,8 @@ impl OpenGroup {
         head: &mut GroupHead,
         salt: u64,
     ) -> Finished {
+        self.assert_state();
+        assert!(!self.is_empty(), "a group with nothing in it is closed");
         head.records_bytes = (self.len - HEAD_BYTES) as u32;
         head.slots_count = slots.len() as u32;
         head.commits_count = self.commits_count;
@@ -258,11 +320,14 @@ impl OpenGroup {
         self.span = 0;
         self.slots.clear();
         self.urgent = false;
-        Finished {
+        let finished = Finished {
             chunks: std::mem::take(&mut self.filled),
             parts: std::mem::take(&mut self.parts),
             body_len,
-        }
+        };
+        self.record_at = 0;
+        self.assert_state();
+        finished
     }
 
     fn body_sum(&self, body_len: usize) -> u32 {
@@ -276,7 +341,7 @@ impl OpenGroup {
     }
 
     /// Buffers of groups that are durable come back.
-    pub(crate) fn restock(&mut self, chunks: Vec<Frame>) {
+    pub(super) fn restock(&mut self, chunks: Vec<Frame>) {
         self.chunks.stock.extend(chunks);
     }
 }
