@@ -31,7 +31,7 @@
 //!
 //! | Folder | Holds |
 //! |---|---|
-//! | `api` | [`Store`], [`Volume`], [`Txn`]: what callers hold |
+//! | `api` | [`Store`], [`Volume`], [`Txn`], [`Scan`]: what callers hold, over one [`Access`] |
 //! | `runtime` | the pinned threads that drive shards; `mesh`: the channels between them |
 //! | `engine` | one shard as a state machine: pages, commits, `log`, `coalesce`, `map`, checkpoints, `recovery` |
 //! | `format` | every byte on disk |
@@ -70,7 +70,8 @@ mod ops;
 #[doc(hidden)]
 pub mod testing;
 
-pub use api::{Allocated, Durability, PageView, Scan, ShardHandle, ShardTxn, Store, Txn, Volume};
+pub use api::{Access, AnyThread, OnShard, ShardHandle, ShardTxn};
+pub use api::{Allocated, Durability, PageView, Scan, Store, Txn, Volume};
 pub use api::{blocking, queue};
 pub use base::checksum::crc32c;
 pub use base::error::{Error, ErrorKind, Result};

@@ -85,8 +85,6 @@ const EXCEPTIONS: &[(&str, &str, &str)] = &[(
 /// within one row, a row that ends in `/` stands for a folder. No row may be added, and one without
 /// a circle goes.
 const CIRCLES: &[(&[&str], &str)] = &[
-    (&["api/catalog", "api/volume"], "to go: one access trait for all handles"),
-    (&["api/on_shard", "api/txn"], "to go: one access trait for all handles"),
     (&["engine/"], "to go: the shard's components are being told apart"),
     (
         &["program/server/nbd/reads", "program/server/nbd/transmission"],

@@ -8,7 +8,7 @@ use crate::PAGE;
 use crate::reference::{processor_time, sample};
 use crate::report::Sample;
 use bytes::Bytes;
-use corepage::{Change, PageId, ShardHandle, Store, Volume};
+use corepage::{Change, Durability, OnShard, PageId, ShardHandle, Store, Volume};
 use futures_lite::future::block_on;
 use std::ops::Range;
 use std::sync::Arc;
@@ -93,7 +93,8 @@ pub struct Run {
 
 struct Client {
     bench: BenchVolume,
-    handle: Option<ShardHandle>,
+    /// The volume, for clients on a shard.
+    on_shard: Option<Volume<OnShard>>,
     pages: Arc<[u64]>,
     own: Range<u64>,
     chance: Chance,
@@ -121,8 +122,8 @@ impl Client {
         let (volume, page_id) = (&self.bench.volume, PageId::new(id));
         let change = match self.run.operation {
             Operation::Read => {
-                let page = match &self.handle {
-                    Some(handle) => handle.read(volume, page_id).await,
+                let page = match &self.on_shard {
+                    Some(volume) => volume.read(page_id).await,
                     None => volume.read(page_id).await,
                 };
                 let page = page.expect("a page is read");
@@ -135,8 +136,10 @@ impl Client {
             }
             Operation::Put => Change::Put(page(id, tag)),
         };
-        let committed = match (&self.handle, change) {
-            (Some(handle), change) => handle.commit(volume, vec![(page_id, change)]).await,
+        let committed = match (&self.on_shard, change) {
+            (Some(volume), change) => {
+                volume.apply(vec![(page_id, change)], Durability::Durable).await
+            }
             (None, Change::Patch { offset, bytes }) => volume.patch(page_id, offset, bytes).await,
             (None, Change::Put(bytes)) => volume.write(page_id, bytes).await,
             (None, Change::Free) => unreachable!("nobody frees"),
@@ -191,7 +194,7 @@ impl BenchVolume {
         };
         let client = |n: u64| Client {
             bench: self.clone(),
-            handle: handle.cloned(),
+            on_shard: handle.map(|handle| self.volume.on(handle).expect("it is of this store")),
             pages: pages.clone(),
             own: own(n),
             chance: Chance(

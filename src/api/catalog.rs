@@ -16,7 +16,9 @@
 //! 4. The number of a deleted volume is given again only after the store was opened anew: handles
 //!    of the old one may be about.
 
-use super::{READ_PAGES, Store, Volume};
+use super::freeing::{Cursor, page_behind};
+use super::volume::VolumeState;
+use super::{Access, READ_PAGES, Store, Volume};
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::{BLOCK, Lsn, PageId, PageKey, VolumeId};
 use crate::engine::{Change, Commit};
@@ -24,61 +26,7 @@ use crate::format::catalog;
 use crate::format::root::VOLUMES_MAX;
 use bytes::Bytes;
 use std::future::Future;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-
-/// What all handles to a volume share.
-#[derive(Debug, Default)]
-pub(super) struct Shared {
-    bytes: AtomicU64,
-    deleted: AtomicBool,
-    /// The version of the record that `bytes` is of.
-    lsn: Mutex<Lsn>,
-}
-
-impl Shared {
-    pub(super) fn bytes(&self) -> u64 {
-        self.bytes.load(Ordering::Acquire)
-    }
-
-    pub(super) fn is_deleted(&self) -> bool {
-        self.deleted.load(Ordering::Acquire)
-    }
-
-    /// The record of version `lsn` says so; a newer one may have been heard of.
-    fn learn(&self, lsn: Lsn, volume: &catalog::Volume) {
-        let mut known = self.lsn.lock().unwrap_or_else(PoisonError::into_inner);
-        if lsn >= *known {
-            *known = lsn;
-            self.bytes.store(volume.bytes, Ordering::Release);
-            self.deleted.store(volume.name.is_empty(), Ordering::Release);
-        }
-    }
-}
-
-/// How far the pages behind a volume's end are freed: all from its end, which was at `from_bytes`,
-/// up to `next`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Cursor {
-    from_bytes: u64,
-    next: PageId,
-}
-
-impl Cursor {
-    /// The page to go on with if the volume ends at `bytes` now: never one of its own, and none is
-    /// passed over.
-    fn go_on(cursor: Option<Cursor>, bytes: u64) -> PageId {
-        let end = page_behind(bytes);
-        cursor
-            .filter(|cursor| cursor.from_bytes <= bytes)
-            .map_or(end, |cursor| cursor.next.max(end))
-    }
-}
-
-/// The first page that has none of the first `bytes` bytes.
-fn page_behind(bytes: u64) -> PageId {
-    PageId::new(bytes.div_ceil(BLOCK as u64))
-}
+use std::sync::Arc;
 
 /// A record as it was read.
 struct Record {
@@ -131,14 +79,14 @@ macro_rules! until_no_conflict {
     };
 }
 
-impl Store {
+impl<A: Access> Store<A> {
     /// Creates volume `name` of `bytes` bytes; durable on return. All its pages read as zeros.
     ///
     /// # Errors
     /// `AlreadyExists`: the name is taken. `Invalid`: it is empty, longer than 255 bytes or has
     /// control characters, the size is no multiple of 4,096 below 2^63, or there are 247 volumes
     /// already; those deleted since the store was opened count. `Full`: no space.
-    pub async fn create_volume(&self, name: &str, bytes: u64) -> Result<Volume> {
+    pub async fn create_volume(&self, name: &str, bytes: u64) -> Result<Volume<A>> {
         if name.is_empty()
             || name.len() > catalog::NAME_BYTES_MAX
             || name.chars().any(char::is_control)
@@ -151,7 +99,7 @@ impl Store {
         until_no_conflict!(self.try_create(name, bytes))
     }
 
-    async fn try_create(&self, name: &str, bytes: u64) -> Result<Volume> {
+    async fn try_create(&self, name: &str, bytes: u64) -> Result<Volume<A>> {
         let records = self.records().await?;
         if records.iter().any(|record| record.is_named(name)) {
             let text = format_args!("a volume named {name} exists already");
@@ -172,12 +120,12 @@ impl Store {
     }
 
     /// The volume `name`, if there is one.
-    pub async fn volume(&self, name: &str) -> Result<Option<Volume>> {
+    pub async fn volume(&self, name: &str) -> Result<Option<Volume<A>>> {
         Ok(self.volumes().await?.into_iter().find(|volume| volume.name() == name))
     }
 
     /// All volumes, by number.
-    pub async fn volumes(&self) -> Result<Vec<Volume>> {
+    pub async fn volumes(&self) -> Result<Vec<Volume<A>>> {
         let records = self.records().await?.into_iter();
         let found = records.filter_map(|record| Some((record.id(), record.lsn, record.volume?)));
         let named = found.filter(|(_, _, volume)| !volume.name.is_empty());
@@ -195,7 +143,7 @@ impl Store {
     /// old end that were not freed yet are freed first.
     pub async fn resize_volume(&self, name: &str, bytes: u64) -> Result<()> {
         check_size(bytes)?;
-        let (store, name) = (self.same_handle(), name.to_string());
+        let (store, name) = (self.from_any_thread(), name.to_string());
         self.detached(async move || until_no_conflict!(store.try_resize(&name, bytes))).await
     }
 
@@ -224,7 +172,7 @@ impl Store {
     /// # Errors
     /// `NotFound`: no such volume. `Full`, `Busy`: nothing was done.
     pub async fn delete_volume(&self, name: &str) -> Result<()> {
-        let (store, name) = (self.same_handle(), name.to_string());
+        let (store, name) = (self.from_any_thread(), name.to_string());
         self.detached(async move || until_no_conflict!(store.try_delete(&name))).await
     }
 
@@ -254,6 +202,12 @@ impl Store {
 
     fn free_in_background(&self, key: PageKey, frees_number: bool) {
         self.inner.freeing.add(self.own_handle(), key, frees_number);
+    }
+
+    /// The same store, for work that outlives the call.
+    fn from_any_thread(&self) -> Store {
+        let (inner, pins) = (self.inner.clone(), self.pins.clone());
+        Store { access: self.access.from_any_thread(), inner, pins }
     }
 
     /// Runs one change of volumes after another, each to its end.
@@ -311,7 +265,7 @@ impl Store {
         }
         let first = Cursor::go_on(cursor, volume.bytes);
         if let Some(next) = self.free_some(id, first, PageId::new(u64::MAX)).await? {
-            return Ok(Some(Cursor { from_bytes: volume.bytes, next }));
+            return Ok(Some(Cursor::new(volume.bytes, next)));
         }
         self.flush().await?;
         if volume.name.is_empty() && !frees_number {
@@ -374,13 +328,13 @@ impl Store {
         self.commit(Commit { reads, changes: vec![(key, change)], durable: true }).await
     }
 
-    fn handle(&self, id: VolumeId, lsn: Lsn, volume: &catalog::Volume) -> Volume {
+    fn handle(&self, id: VolumeId, lsn: Lsn, volume: &catalog::Volume) -> Volume<A> {
         let shared = self.shared(id);
         shared.learn(lsn, volume);
         Volume::new(self.same_handle(), id, &volume.name, shared)
     }
 
-    fn shared(&self, id: VolumeId) -> Arc<Shared> {
+    fn shared(&self, id: VolumeId) -> Arc<VolumeState> {
         self.inner.volumes[usize::from(id.get())].clone()
     }
 }
@@ -395,21 +349,6 @@ mod tests {
     use super::*;
     use crate::base::options::Options;
     use futures_lite::future::block_on;
-
-    /// Going on at the wrong page frees what a volume has gained again, or leaves what it has lost.
-    #[test]
-    fn freeing_goes_on_behind_the_end_of_the_volume_as_it_is_now() {
-        let cursor = |from: u64, next| {
-            Some(Cursor { from_bytes: from * BLOCK as u64, next: PageId::new(next) })
-        };
-        let first = |cursor, pages: u64| Cursor::go_on(cursor, pages * BLOCK as u64).get();
-        assert_eq!(first(None, 10), 10);
-        assert_eq!(first(cursor(10, 50), 10), 50, "where it stopped");
-        assert_eq!(first(cursor(10, 50), 80), 80, "it has grown beyond that");
-        assert_eq!(first(cursor(10, 50), 20), 50, "it has grown less far");
-        assert_eq!(first(cursor(10, 50), 5), 5, "it has shrunk again");
-        assert_eq!(Cursor::go_on(None, 4097).get(), 2, "a page that is its own in part stays");
-    }
 
     /// Clients take a size from 2^63 on for a negative number: such a volume could be made, and not
     /// be used.

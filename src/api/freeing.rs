@@ -17,10 +17,9 @@
 //! Does not know which pages a record stands for: `catalog` does.
 
 use super::Store;
-use super::catalog::Cursor;
 use super::wait::{block_on, first_of};
-use crate::base::PageKey;
 use crate::base::error::{Error, ErrorKind, Result};
+use crate::base::{BLOCK, PageId, PageKey};
 use crate::io::Opener;
 use event_listener::{Event, Listener};
 use std::collections::BTreeMap;
@@ -34,6 +33,34 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// Pauses between two warnings about the same job: about a minute and a half apart once pauses have
 /// grown.
 const PAUSES_PER_WARNING: u32 = 100;
+
+/// How far the pages behind a volume's end are freed: all from its end, which was at `from_bytes`,
+/// up to `next`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Cursor {
+    from_bytes: u64,
+    next: PageId,
+}
+
+impl Cursor {
+    pub(super) fn new(from_bytes: u64, next: PageId) -> Cursor {
+        Cursor { from_bytes, next }
+    }
+
+    /// The page to go on with if the volume ends at `bytes` now: never one of its own, and none is
+    /// passed over.
+    pub(super) fn go_on(cursor: Option<Cursor>, bytes: u64) -> PageId {
+        let end = page_behind(bytes);
+        cursor
+            .filter(|cursor| cursor.from_bytes <= bytes)
+            .map_or(end, |cursor| cursor.next.max(end))
+    }
+}
+
+/// The first page that has none of the first `bytes` bytes.
+pub(super) fn page_behind(bytes: u64) -> PageId {
+    PageId::new(bytes.div_ceil(BLOCK as u64))
+}
 
 /// A record whose pages are to be freed.
 #[derive(Clone, Copy)]
@@ -269,5 +296,25 @@ impl Drop for Running<'_> {
         }
         drop(state);
         self.0.changed.notify(usize::MAX);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Going on at the wrong page frees what a volume has gained again, or leaves what it has lost.
+    #[test]
+    fn freeing_goes_on_behind_the_end_of_the_volume_as_it_is_now() {
+        let cursor = |from: u64, next| {
+            Some(Cursor { from_bytes: from * BLOCK as u64, next: PageId::new(next) })
+        };
+        let first = |cursor, pages: u64| Cursor::go_on(cursor, pages * BLOCK as u64).get();
+        assert_eq!(first(None, 10), 10);
+        assert_eq!(first(cursor(10, 50), 10), 50, "where it stopped");
+        assert_eq!(first(cursor(10, 50), 80), 80, "it has grown beyond that");
+        assert_eq!(first(cursor(10, 50), 20), 50, "it has grown less far");
+        assert_eq!(first(cursor(10, 50), 5), 5, "it has shrunk again");
+        assert_eq!(Cursor::go_on(None, 4097).get(), 2, "a page that is its own in part stays");
     }
 }

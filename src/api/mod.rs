@@ -5,9 +5,12 @@
 //!    clone, and any number of them, on any thread and runtime, see the same store.
 //! 2. A future that is dropped before its first poll did nothing; one dropped later undoes nothing
 //!    that was submitted.
-//! 3. Volumes are named in the catalog (volume 0) by ordinary transactions: creation is as atomic
+//! 3. Each call is written once, over [`Access`]: for any thread and for tasks on a shard; and
+//!    whatever can be awaited can be waited for ([`blocking`]) and queued ([`queue`]).
+//! 4. Volumes are named in the catalog (volume 0) by ordinary transactions: creation is as atomic
 //!    and durable as any commit.
 
+mod access;
 pub mod blocking;
 mod catalog;
 mod exclusive;
@@ -21,6 +24,7 @@ mod txn;
 mod volume;
 mod wait;
 
+pub use access::{Access, AnyThread, OnShard};
 use freeing::{Freeing, Handles};
 pub use on_shard::ShardHandle;
 pub use scan::Scan;
@@ -28,15 +32,15 @@ pub use space::Allocated;
 pub use txn::{PageView, ShardTxn, Txn};
 pub use volume::{Durability, Volume};
 
-use crate::base::Lsn;
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::metrics::ShardStats;
 use crate::base::options::{Options, frames_in};
+use crate::base::{Lsn, ShardId};
 use crate::engine::recovery::RecoveryReport;
 use crate::engine::{Commit, PageRef, PinQuota, Request, Response};
 use crate::format::root::VOLUMES_MAX;
 use crate::io::DiskReport;
-use crate::runtime::{OpenMode, Runtime, RuntimeReport};
+use crate::runtime::{OpenMode, RuntimeHandle, RuntimeReport};
 use smallvec::SmallVec;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -57,38 +61,42 @@ const PINS_SHARE: u64 = 4;
 ///
 /// Volumes, transactions and scans belong to the handle that they were made from: it may hold pins
 /// of a quarter of the memory, a clone of it as many of its own.
-pub struct Store {
-    /// What a caller's handle has, and the engine's own have not. Before `inner`: it goes first.
-    handles: Option<Arc<Handles>>,
+///
+/// `A` says from where it is used: from any thread, or in a task on a shard ([`ShardHandle`]).
+/// [`open`](Store::open), [`open_existing`](Store::open_existing) and [`close`](Store::close) are
+/// for any thread; all else is offered by both.
+pub struct Store<A: Access = AnyThread> {
+    access: A,
     inner: Arc<Inner>,
     pins: Arc<PinQuota>,
 }
 
+/// What all handles share. It does not keep the store open: [`AnyThread`] does.
 struct Inner {
-    runtime: Runtime,
+    runtime: Arc<RuntimeHandle>,
     read_pages: usize,
     closing: Mutex<bool>,
     /// What all handles to each volume share.
-    volumes: Box<[Arc<catalog::Shared>]>,
+    volumes: Box<[Arc<volume::VolumeState>]>,
     /// Held while a volume is made smaller, larger or deleted, and while some of its pages are
     /// freed.
     resizing: Arc<exclusive::Exclusive>,
     freeing: Arc<Freeing>,
 }
 
-impl Clone for Store {
+impl<A: Access> Clone for Store<A> {
     fn clone(&self) -> Self {
-        Store {
-            handles: self.handles.clone(),
-            inner: self.inner.clone(),
-            pins: self.pins.another(),
-        }
+        Store { access: self.access.clone(), inner: self.inner.clone(), pins: self.pins.another() }
     }
 }
 
-impl std::fmt::Debug for Store {
+impl<A: Access> std::fmt::Debug for Store<A> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Store").field("recovery", &self.inner.runtime.recovery).finish()
+        let mut text = f.debug_struct("Store");
+        if let Some(shard) = self.access.shard() {
+            text.field("shard", &shard);
+        }
+        text.field("recovery", &self.inner.runtime.recovery).finish()
     }
 }
 
@@ -126,9 +134,10 @@ impl Store {
         let volumes = (0..VOLUMES_MAX).map(|_| Arc::default()).collect();
         let (closing, resizing) = Default::default();
         let freeing = Arc::<Freeing>::default();
-        let handles = Some(Arc::new(Handles(freeing.clone())));
-        let inner = Arc::new(Inner { runtime, read_pages, closing, volumes, resizing, freeing });
-        let store = Store { handles, inner, pins };
+        let handle = runtime.handle().clone();
+        let access = AnyThread::keeps_open(runtime, Handles(freeing.clone()));
+        let inner = Inner { runtime: handle, read_pages, closing, volumes, resizing, freeing };
+        let store = Store { access, inner: Arc::new(inner), pins };
         if let Err(error) = store.begin_finishing().await {
             // Volumes whose records can be read are of use all the same.
             tracing::warn!(%error, "whether a volume was left half deleted is not known");
@@ -136,6 +145,32 @@ impl Store {
         Ok(store)
     }
 
+    /// Finishes what is under way, makes everything durable and records the end of the log, so that
+    /// the next open has nothing to recover. All other handles get `Closed` from then on.
+    ///
+    /// # Errors
+    /// `Closed`: it is closed already, or has stopped after a failed write; then nothing more could
+    /// be done.
+    pub async fn close(&self) -> Result<()> {
+        let first = !std::mem::replace(
+            &mut *self.inner.closing.lock().unwrap_or_else(PoisonError::into_inner),
+            true,
+        );
+        if !first {
+            return Err(Error::new(ErrorKind::Closed, "the store is closed; open it again"));
+        }
+        let result = self.inner.runtime.close().await;
+        if result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Busy) {
+            // It did not get through: the store is open, and the next call may close it.
+            *self.inner.closing.lock().unwrap_or_else(PoisonError::into_inner) = false;
+            return result;
+        }
+        self.inner.runtime.ended().await;
+        result
+    }
+}
+
+impl<A: Access> Store<A> {
     /// What opening found and did.
     pub fn recovery(&self) -> &RecoveryReport {
         &self.inner.runtime.recovery
@@ -159,26 +194,38 @@ impl Store {
         &self.inner.runtime.report
     }
 
-    /// The same handle once more.
-    fn same_handle(&self) -> Store {
-        Store { handles: self.handles.clone(), inner: self.inner.clone(), pins: self.pins.clone() }
+    /// A clone that shares this handle's pin quota.
+    fn same_handle(&self) -> Self {
+        let (access, inner, pins) = (self.access.clone(), self.inner.clone(), self.pins.clone());
+        Store { access, inner, pins }
     }
 
     /// A handle for the engine's own work, which does not count as one of a caller.
     fn own_handle(&self) -> Store {
-        Store { handles: None, inner: self.inner.clone(), pins: self.pins.another() }
+        let (inner, pins) = (self.inner.clone(), self.pins.another());
+        Store { access: AnyThread::of_engine(), inner, pins }
     }
 
-    pub(crate) async fn ask(&self, request: Request) -> Result<Response> {
-        self.inner.runtime.submit(request).await?.await
+    /// Submits a request to the shard that it belongs to.
+    async fn submit(&self, request: Request) -> Result<A::Reply> {
+        self.access.submit(&self.inner.runtime, None, request).await
     }
 
-    pub(crate) async fn commit(&self, commit: Commit) -> Result<Lsn> {
+    /// Submits a request to a shard.
+    async fn submit_to(&self, shard: ShardId, request: Request) -> Result<A::Reply> {
+        self.access.submit(&self.inner.runtime, Some(shard), request).await
+    }
+
+    async fn ask(&self, request: Request) -> Result<Response> {
+        self.submit(request).await?.await
+    }
+
+    async fn commit(&self, commit: Commit) -> Result<Lsn> {
         committed(self.ask(Request::Commit(commit)).await?)
     }
 
     /// Begins a transaction.
-    pub fn begin(&self) -> Txn {
+    pub fn begin(&self) -> Txn<A> {
         Txn::new(self.same_handle())
     }
 
@@ -249,36 +296,12 @@ impl Store {
     pub async fn shard_stats(&self) -> Result<Vec<ShardStats>> {
         let mut all = Vec::new();
         for shard in self.inner.runtime.shard_map().shards() {
-            match self.inner.runtime.submit_to(shard, Request::Stats).await?.await? {
+            match self.submit_to(shard, Request::Stats).await?.await? {
                 Response::Stats(stats) => all.push(*stats),
                 other => return Err(unexpected(&other)),
             }
         }
         Ok(all)
-    }
-
-    /// Finishes what is under way, makes everything durable and records the end of the log, so that
-    /// the next open has nothing to recover. All other handles get `Closed` from then on.
-    ///
-    /// # Errors
-    /// `Closed`: it is closed already, or has stopped after a failed write; then nothing more could
-    /// be done.
-    pub async fn close(&self) -> Result<()> {
-        let first = !std::mem::replace(
-            &mut *self.inner.closing.lock().unwrap_or_else(PoisonError::into_inner),
-            true,
-        );
-        if !first {
-            return Err(Error::new(ErrorKind::Closed, "the store is closed; open it again"));
-        }
-        let result = self.inner.runtime.close().await;
-        if result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Busy) {
-            // It did not get through: the store is open, and the next call may close it.
-            *self.inner.closing.lock().unwrap_or_else(PoisonError::into_inner) = false;
-            return result;
-        }
-        self.inner.runtime.ended().await;
-        result
     }
 }
 
@@ -297,8 +320,5 @@ fn pages(response: Response) -> Result<SmallVec<[PageRef; 1]>> {
 }
 
 fn unexpected(response: &Response) -> Error {
-    Error::new(
-        ErrorKind::Closed,
-        format_args!("the shard gave another answer than was asked for: {response:?}"),
-    )
+    Error::internal(format_args!("a shard answered another request than was made: {response:?}"))
 }

@@ -1,15 +1,15 @@
 //! The store for callers with an event loop of their own: operations are submitted in batches, and
-//! their completions waited for, at least so many at a time.
+//! their completions waited for, at least a given number at a time.
 //!
 //! ```
 //! use corepage::queue::{Op, Output, Queue};
-//! use corepage::{Options, PageId, blocking::Store};
+//! use corepage::{Options, PageId, Store, blocking::Wait};
 //!
 //! # fn main() -> corepage::Result<()> {
 //! # let dir = tempfile::tempdir().expect("a directory for the example");
-//! # let store = Store::open(dir.path(), Options::default())?;
-//! # let disk = store.create_volume("disk", 64 << 20)?.asynchronous().clone();
-//! let mut queue = Queue::new(store.asynchronous(), 128)?;
+//! # let store = Store::open(dir.path(), Options::default()).wait()?;
+//! # let disk = store.create_volume("disk", 64 << 20).wait()?;
+//! let mut queue = Queue::new(128)?;
 //! let writes = (0..64).map(|n| (n, Op::write(&disk, PageId::new(n), vec![n as u8; 4096])));
 //! assert_eq!(queue.submit_batch(writes), 64);
 //!
@@ -21,7 +21,16 @@
 //!     let Output::Committed(lsn) = completion.result? else { panic!("a write commits") };
 //!     println!("write {} is durable at LSN {lsn}", completion.tag);
 //! }
-//! # store.close() }
+//!
+//! // Any call can be queued: here one that says what is allocated.
+//! let mut queue = Queue::for_calls(1)?;
+//! # let last = PageId::new(u64::MAX);
+//! let (volume, first) = (disk.clone(), PageId::new(0));
+//! queue.submit_call(7, async move { volume.allocated(first, last, 10).await })?;
+//! let mut done = Vec::new();
+//! queue.wait(1, None, &mut done)?;
+//! assert_eq!(done.remove(0).result?.ranges, [(first, PageId::new(63))]);
+//! # store.close().wait() }
 //! ```
 //!
 //! Invariants
@@ -53,15 +62,15 @@ use std::time::{Duration, Instant};
 /// The most operations of one queue.
 const DEPTH_MAX: usize = 1 << 16;
 
-/// What is to be done.
+/// An operation that callers ask for often; [`Queue::submit_call`] takes all others.
 #[derive(Clone, Debug)]
 pub enum Op {
     /// Pages of a volume, in the order given.
     Read(Volume, Vec<PageId>),
     /// One atomic commit of changes of a volume's pages, in order.
     Commit(Volume, Vec<(PageId, Change)>, Durability),
-    /// Everything acknowledged before is to be durable.
-    Flush,
+    /// Makes durable what the store has acknowledged before.
+    Flush(Store),
 }
 
 impl Op {
@@ -80,40 +89,66 @@ impl Op {
     pub fn write_back(volume: &Volume, page: PageId, bytes: impl Into<Bytes>) -> Op {
         Op::Commit(volume.clone(), vec![(page, Change::Put(bytes.into()))], Durability::Buffered)
     }
+
+    /// Writes `bytes` at byte `offset` of a page, durable when it completes.
+    pub fn patch(volume: &Volume, page: PageId, offset: u32, bytes: impl Into<Bytes>) -> Op {
+        let change = Change::Patch { offset, bytes: bytes.into() };
+        Op::Commit(volume.clone(), vec![(page, change)], Durability::Durable)
+    }
+
+    /// Frees a page, durable when it completes.
+    pub fn free(volume: &Volume, page: PageId) -> Op {
+        Op::Commit(volume.clone(), vec![(page, Change::Free)], Durability::Durable)
+    }
+
+    /// Makes durable what the store has acknowledged before.
+    pub fn flush(store: &Store) -> Op {
+        Op::Flush(store.same_handle())
+    }
+
+    async fn call(self) -> Result<Output> {
+        match self {
+            Op::Read(volume, pages) => volume.read_many(&pages).await.map(Output::Pages),
+            Op::Commit(volume, changes, durability) => {
+                volume.apply(changes, durability).await.map(Output::Committed)
+            }
+            Op::Flush(store) => store.flush().await.map(Output::Flushed),
+        }
+    }
 }
 
-/// What an operation gave.
+/// The answer to an [`Op`].
 #[derive(Clone, Debug)]
 pub enum Output {
     /// The pages read, in the order asked.
     Pages(Vec<PageRef>),
     /// The commit's LSN.
     Committed(Lsn),
-    /// Up to which LSN everything is durable.
+    /// The LSN up to which everything is durable.
     Flushed(Lsn),
 }
 
 /// An operation that has ended.
 #[derive(Clone, Debug)]
-pub struct Completion {
+pub struct Completion<T = Output> {
     /// The caller's name for the operation.
     pub tag: u64,
-    /// What came of it; errors as of [`Volume::read_many`], [`Volume::apply`] and [`Store::flush`].
-    pub result: Result<Output>,
+    /// Its answer, or its error: for an [`Op`] as of [`Volume::read_many`], [`Volume::apply`] and
+    /// [`Store::flush`].
+    pub result: Result<T>,
 }
 
-/// Operations under way for one caller.
-pub struct Queue {
-    store: Store,
+/// Operations under way for one caller, on volumes of any stores.
+pub struct Queue<T = Output> {
     depth: usize,
-    under_way: Slab<UnderWay>,
+    under_way: Slab<UnderWay<T>>,
     signal: Arc<Signal>,
-    done: VecDeque<Completion>,
+    done: VecDeque<Completion<T>>,
 }
 
-struct UnderWay {
+struct UnderWay<T> {
     tag: u64,
-    future: Pin<Box<dyn Future<Output = Result<Output>> + Send>>,
+    future: Pin<Box<dyn Future<Output = Result<T>> + Send>>,
     waker: Waker,
 }
 
@@ -179,31 +214,12 @@ impl Wake for Ready {
 }
 
 impl Queue {
-    /// A queue of `depth` operations at most, of 65,536 at the most.
+    /// A queue for [`Op`]s, of which at most `depth`, from 1 to 65,536, are in flight.
     ///
     /// # Errors
-    /// `Invalid`: the depth. `Io`: there is no descriptor to be had.
-    pub fn new(store: &Store, depth: usize) -> Result<Queue> {
-        if !(1..=DEPTH_MAX).contains(&depth) {
-            return Err(Error::invalid(format_args!(
-                "a queue of depth {depth}: it must be from 1 to {DEPTH_MAX}"
-            )));
-        }
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|error| Error::io("making an event descriptor for a queue", error.into()))?;
-        let signal = Arc::new(Signal { ready: SegQueue::new(), event, raised: Raised::default() });
-        Ok(Queue {
-            store: store.same_handle(),
-            depth,
-            under_way: Slab::new(),
-            signal,
-            done: VecDeque::new(),
-        })
-    }
-
-    /// Operations taken whose completions were not handed out.
-    pub fn in_flight(&self) -> usize {
-        self.under_way.len() + self.done.len()
+    /// `Invalid`: the depth. `Io`: no event descriptor could be made.
+    pub fn new(depth: usize) -> Result<Queue> {
+        Queue::for_calls(depth)
     }
 
     /// Takes an operation; it is on its way when this returns. `tag` comes back with its
@@ -212,6 +228,49 @@ impl Queue {
     /// # Errors
     /// `Busy`: `depth` operations are in flight; nothing was done.
     pub fn submit(&mut self, tag: u64, op: Op) -> Result<()> {
+        self.submit_call(tag, op.call())
+    }
+
+    /// Takes operations as long as there is room; returns how many were taken.
+    pub fn submit_batch(&mut self, ops: impl IntoIterator<Item = (u64, Op)>) -> usize {
+        let room = self.depth - self.in_flight();
+        ops.into_iter().take(room).map_while(|(tag, op)| self.submit(tag, op).ok()).count()
+    }
+}
+
+impl<T> Queue<T> {
+    /// A queue for calls whose answer is a `T`, of which at most `depth`, from 1 to 65,536, are in
+    /// flight.
+    ///
+    /// # Errors
+    /// As [`Queue::new`].
+    pub fn for_calls(depth: usize) -> Result<Queue<T>> {
+        if !(1..=DEPTH_MAX).contains(&depth) {
+            return Err(Error::invalid(format_args!(
+                "a queue of depth {depth}: it must be from 1 to {DEPTH_MAX}"
+            )));
+        }
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|error| Error::io("making an event descriptor for a queue", error.into()))?;
+        let signal = Arc::new(Signal { ready: SegQueue::new(), event, raised: Raised::default() });
+        Ok(Queue { depth, under_way: Slab::new(), signal, done: VecDeque::new() })
+    }
+
+    /// Operations taken whose completions were not handed out.
+    pub fn in_flight(&self) -> usize {
+        self.under_way.len() + self.done.len()
+    }
+
+    /// Takes any call of the library, or several of them in one future; it is polled at once, so a
+    /// single call is on its way when this returns. `tag` comes back with its completion.
+    ///
+    /// # Errors
+    /// `Busy`: `depth` operations are in flight; nothing was done.
+    pub fn submit_call(
+        &mut self,
+        tag: u64,
+        call: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<()> {
         if self.in_flight() >= self.depth {
             return Err(Error::new(
                 ErrorKind::Busy,
@@ -221,11 +280,10 @@ impl Queue {
                 ),
             ));
         }
-        let future = start(&self.store, op);
         let entry = self.under_way.vacant_entry();
         let key = entry.key();
         let waker = Waker::from(Arc::new(Ready { signal: self.signal.clone(), key }));
-        entry.insert(UnderWay { tag, future, waker });
+        entry.insert(UnderWay { tag, future: Box::pin(call), waker });
         self.poll_one(key);
         if !self.done.is_empty() {
             self.signal.raise();
@@ -233,15 +291,9 @@ impl Queue {
         Ok(())
     }
 
-    /// Takes operations as long as there is room; how many were taken.
-    pub fn submit_batch(&mut self, ops: impl IntoIterator<Item = (u64, Op)>) -> usize {
-        let room = self.depth - self.in_flight();
-        ops.into_iter().take(room).map_while(|(tag, op)| self.submit(tag, op).ok()).count()
-    }
-
     /// Waits until at least `min` completions are there, or all that are in flight, or `timeout` is
-    /// over, and hands all that are there out, at the end of `into`; how many. With `min` 0 it does
-    /// not wait.
+    /// over. Appends all that are there to `into`, and returns how many. With `min` 0 it does not
+    /// wait.
     ///
     /// # Errors
     /// `Invalid`: it would wait on a thread that drives a shard. `Io`: waiting failed.
@@ -249,7 +301,7 @@ impl Queue {
         &mut self,
         min: usize,
         timeout: Option<Duration>,
-        into: &mut Vec<Completion>,
+        into: &mut Vec<Completion<T>>,
     ) -> Result<usize> {
         if min > 0 && runtime::is_shard_thread() {
             return Err(Error::invalid(
@@ -296,22 +348,7 @@ impl Queue {
     }
 }
 
-fn start(store: &Store, op: Op) -> Pin<Box<dyn Future<Output = Result<Output>> + Send>> {
-    match op {
-        Op::Read(volume, pages) => {
-            Box::pin(async move { volume.read_many(&pages).await.map(Output::Pages) })
-        }
-        Op::Commit(volume, changes, durability) => {
-            Box::pin(async move { volume.apply(changes, durability).await.map(Output::Committed) })
-        }
-        Op::Flush => {
-            let store = store.same_handle();
-            Box::pin(async move { store.flush().await.map(Output::Flushed) })
-        }
-    }
-}
-
-impl AsFd for Queue {
+impl<T> AsFd for Queue<T> {
     /// Readable when [`wait`](Queue::wait) may hand something out: for the caller's own `epoll` or
     /// `poll`.
     fn as_fd(&self) -> BorrowedFd<'_> {

@@ -5,43 +5,48 @@
 //! 2. Pages count against the pins of the handle from before they are asked for until their last
 //!    reference is gone.
 
-use super::{Store, pages};
+use super::access::Submit;
+use super::{Access, Store, pages};
 use crate::base::PageKey;
 use crate::base::error::{Error, Result};
 use crate::engine::{PageRef, PinQuota, PinReservation, Request};
-use crate::runtime::Reply;
 use smallvec::SmallVec;
 
 /// A read under way.
-pub(super) struct Reads {
+pub(super) struct Reads<A: Access> {
     /// The parts whose pages have not come.
-    parts: SmallVec<[Part; 1]>,
+    parts: SmallVec<[Part<A>; 1]>,
     found: Vec<Option<PageRef>>,
     pins: PinReservation,
 }
 
 /// Which of the pages asked for, and the reply that brings them.
-type Part = (SmallVec<[usize; 1]>, Reply);
+type Part<A> = (SmallVec<[usize; 1]>, <A as Submit>::Reply);
 
-impl Store {
+impl<A: Access> Store<A> {
+    /// Reads one page: without a list, and in a task on the page's shard without an allocation.
+    pub(super) async fn read_one(&self, key: PageKey) -> Result<PageRef> {
+        let mut pins = PinQuota::take(&self.pins, 1)?;
+        let read = self.ask(Request::Read(SmallVec::from_buf([key]))).await?;
+        let page = pages(read)?.pop().ok_or_else(|| Error::internal("a read gave no page"))?;
+        Ok(page.counted(&mut pins))
+    }
+
     pub(super) async fn read(&self, keys: &[PageKey]) -> Result<Vec<PageRef>> {
         self.begin_read(keys).await?.finish().await
     }
 
     /// Asks for pages; once this returns, all parts are on their way.
-    pub(super) async fn begin_read(&self, keys: &[PageKey]) -> Result<Reads> {
+    pub(super) async fn begin_read(&self, keys: &[PageKey]) -> Result<Reads<A>> {
         let pins = PinQuota::take(&self.pins, keys.len())?;
-        let (most, runtime) = (self.inner.read_pages, &self.inner.runtime);
-        let shard_map = runtime.shard_map();
+        let (most, shard_map) = (self.inner.read_pages, self.inner.runtime.shard_map());
         let found = keys.iter().map(|_| None).collect();
         let mut parts = SmallVec::new();
         if keys.len() <= most
             && keys.iter().all(|key| shard_map.shard_of(*key) == shard_map.shard_of(keys[0]))
         {
-            parts.push((
-                (0..keys.len()).collect(),
-                runtime.submit(Request::Read(keys.into())).await?,
-            ));
+            let reply = self.submit(Request::Read(keys.into())).await?;
+            parts.push(((0..keys.len()).collect(), reply));
             return Ok(Reads { parts, found, pins });
         }
         let mut by_shard: Vec<Vec<usize>> = shard_map.shards().map(|_| Vec::new()).collect();
@@ -50,13 +55,13 @@ impl Store {
         }
         for part in by_shard.iter().flat_map(|part| part.chunks(most)) {
             let request = Request::Read(part.iter().map(|i| keys[*i]).collect());
-            parts.push((part.into(), runtime.submit(request).await?));
+            parts.push((part.into(), self.submit(request).await?));
         }
         Ok(Reads { parts, found, pins })
     }
 }
 
-impl Reads {
+impl<A: Access> Reads<A> {
     /// Waits for all pages. If it is dropped and called again it goes on where it was.
     ///
     /// # Errors

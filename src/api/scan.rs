@@ -11,7 +11,7 @@
 
 use super::read::Reads;
 use super::space::Look;
-use super::{Allocated, Store, Volume};
+use super::{Access, Allocated, AnyThread, Store, Volume};
 use crate::base::error::{ErrorKind, Result};
 use crate::base::{Lsn, PageId, PageKey};
 use crate::engine::PageRef;
@@ -26,36 +26,36 @@ const RANGES: usize = 256;
 
 /// Pages of a volume in order; see [`Volume::scan`].
 #[must_use = "a scan does nothing until it is asked for pages"]
-pub struct Scan {
-    volume: Volume,
+pub struct Scan<A: Access = AnyThread> {
+    volume: Volume<A>,
     last: PageId,
     /// Where the map is to be looked at next.
     next: Option<PageId>,
     /// A look at it, under way.
-    look: Option<Look>,
+    look: Option<Look<A>>,
     /// Known to be allocated, and not asked for yet.
     ranges: VecDeque<(PageId, PageId)>,
     /// The next batch, not asked for yet.
     ids: Vec<PageId>,
-    batches: VecDeque<(Vec<PageId>, Reads)>,
+    batches: VecDeque<(Vec<PageId>, Reads<A>)>,
     /// Of the batch that is being handed out.
     pages: VecDeque<(PageId, PageRef)>,
     lsn: Lsn,
 }
 
-impl Volume {
+impl<A: Access> Volume<A> {
     /// Reads the allocated pages from `first` to `last` in order, ahead of what is taken. It is no
     /// snapshot: each page is the newest version at the moment at which it was read, up to 512
     /// pages before it is handed out; durable or not ([`Scan::lsn`] tells which, of pages that are
     /// missing too).
-    pub fn scan(&self, first: PageId, last: PageId) -> Scan {
+    pub fn scan(&self, first: PageId, last: PageId) -> Scan<A> {
         let next = (first <= last).then_some(first);
-        let (look, ranges, ids, batches, pages, lsn) = Default::default();
-        Scan { volume: self.clone(), last, next, look, ranges, ids, batches, pages, lsn }
+        let (ranges, ids, batches, pages, lsn) = Default::default();
+        Scan { volume: self.clone(), last, next, look: None, ranges, ids, batches, pages, lsn }
     }
 }
 
-impl Scan {
+impl<A: Access> Scan<A> {
     /// The next page, or `None` at the end. After an error the scan goes on behind what failed.
     /// Dropping the future loses no page.
     ///
@@ -114,7 +114,7 @@ impl Scan {
         Ok(())
     }
 
-    fn store(&self) -> &Store {
+    fn store(&self) -> &Store<A> {
         self.volume.store()
     }
 

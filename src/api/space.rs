@@ -6,11 +6,10 @@
 //! 2. Each commit frees pages of one run, so of one shard; a bounded number of them is under way,
 //!    fewer when the store is busy. One that the store finds too large is divided.
 
-use super::{Store, Volume, committed, unexpected};
+use super::{Access, Store, Volume, committed, unexpected};
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::{Lsn, PageId, PageKey, RUN_PAGES, VolumeId};
 use crate::engine::{Change, Commit, PageRange, Request, Response};
-use crate::runtime::Reply;
 use smallvec::SmallVec;
 use std::collections::VecDeque;
 use std::ops::RangeInclusive;
@@ -35,15 +34,14 @@ pub struct Allocated {
 }
 
 /// A look at what is allocated, under way.
-#[derive(Default)]
-pub(super) struct Look {
-    replies: Vec<Reply>,
+pub(super) struct Look<A: Access> {
+    replies: Vec<A::Reply>,
     ranges: Vec<(PageId, PageId)>,
     next: Option<PageId>,
     lsn: Lsn,
 }
 
-impl Look {
+impl<A: Access> Look<A> {
     /// Waits for all shards. If it is dropped and called again it goes on where it was.
     pub(super) async fn wait(&mut self) -> Result<()> {
         while let Some(reply) = self.replies.last_mut() {
@@ -68,7 +66,7 @@ impl Look {
     }
 }
 
-impl Volume {
+impl<A: Access> Volume<A> {
     /// The pages from `first` to `last` that were written and not freed, as ranges: about
     /// `ranges_max` of them, or less where much is looked at; [`Allocated::next`] says where to go
     /// on. Each page counts as a reader would have found it at one moment during the call, durable
@@ -100,7 +98,7 @@ impl Volume {
     }
 }
 
-impl Store {
+impl<A: Access> Store<A> {
     async fn allocated_in(
         &self,
         volume: VolumeId,
@@ -120,13 +118,13 @@ impl Store {
         first: PageId,
         last: PageId,
         ranges_max: usize,
-    ) -> Result<Look> {
-        let mut look = Look::default();
+    ) -> Result<Look<A>> {
+        let (ranges, next, lsn) = Default::default();
+        let mut look = Look { replies: Vec::new(), ranges, next, lsn };
         if first <= last {
             let asked = PageRange { volume, first, last, ranges_max: ranges_max.max(1) };
             for shard in self.inner.runtime.shard_map().shards() {
-                look.replies
-                    .push(self.inner.runtime.submit_to(shard, Request::Allocated(asked)).await?);
+                look.replies.push(self.submit_to(shard, Request::Allocated(asked)).await?);
             }
         }
         Ok(look)
@@ -158,12 +156,12 @@ impl Store {
         let most = (self.txn_bytes_max() / FREE_BYTES).max(1);
         let mut parts =
             Parts { waiting: by_run(&ranges, most).into(), width: COMMITS, failed: None };
-        let mut under_way: VecDeque<(Part, Reply)> = VecDeque::new();
+        let mut under_way: VecDeque<(Part, A::Reply)> = VecDeque::new();
         loop {
             while under_way.len() < parts.width
                 && let Some(part) = parts.waiting.pop_front()
             {
-                match self.inner.runtime.submit(Request::Commit(frees(volume, &part))).await {
+                match self.submit(Request::Commit(frees(volume, &part))).await {
                     Ok(reply) => under_way.push_back((part, reply)),
                     Err(error) => parts.refused(part, error, under_way.is_empty()),
                 }

@@ -5,14 +5,13 @@
 //! 2. It sees its own changes.
 //! 3. Nothing leaves it before `commit`; dropping it before costs nothing.
 
-use super::{ShardHandle, Store, Volume};
+use super::{Access, AnyThread, OnShard, Store, Volume};
 use crate::base::error::{Error, Result};
 use crate::base::{BLOCK, Lsn, PageId, PageKey};
 use crate::engine::{Change, Commit, PageRef};
 use bytes::Bytes;
 use hashbrown::HashMap;
 use std::ops::Deref;
-use std::sync::Arc;
 
 /// A page as a transaction sees it: 4,096 bytes.
 #[derive(Clone, Debug)]
@@ -102,14 +101,20 @@ impl Work {
 }
 
 /// A transaction over any pages of any volumes of one store.
+///
+/// In a task on a shard ([`ShardTxn`]) pages of that shard are read without a hop. Volumes may be
+/// of any handle of the store.
 #[must_use = "a transaction does nothing until it is committed"]
-pub struct Txn {
-    store: Store,
+pub struct Txn<A: Access = AnyThread> {
+    store: Store<A>,
     work: Work,
 }
 
-impl Txn {
-    pub(super) fn new(store: Store) -> Self {
+/// A transaction of a task on a shard, from [`ShardHandle::begin`](Store::begin).
+pub type ShardTxn = Txn<OnShard>;
+
+impl<A: Access> Txn<A> {
+    pub(super) fn new(store: Store<A>) -> Self {
         Txn { store, work: Work::default() }
     }
 
@@ -117,22 +122,46 @@ impl Txn {
     ///
     /// # Errors
     /// As [`Volume::read`]; `Invalid` if the volume belongs to another store.
-    pub async fn read(&mut self, volume: &Volume, page: PageId) -> Result<PageView> {
+    pub async fn read<V: Access>(&mut self, volume: &Volume<V>, page: PageId) -> Result<PageView> {
         let key = self.key(volume, page)?;
         if self.work.must_read(key) {
-            let page = self.store.read(&[key]).await?.pop();
-            self.work
-                .reads
-                .insert(key, page.ok_or_else(|| Error::internal("a read gave no page"))?);
+            let page = self.store.read_one(key).await?;
+            self.work.reads.insert(key, page);
         }
         Ok(self.work.view(key))
+    }
+
+    /// Several pages as this transaction sees them, in the order asked; those that it has not read
+    /// yet are read at the same time.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), of the first page that fails.
+    pub async fn read_many<V: Access>(
+        &mut self,
+        volume: &Volume<V>,
+        pages: &[PageId],
+    ) -> Result<Vec<PageView>> {
+        volume.check_of(&self.store)?;
+        let keys: Vec<PageKey> = pages.iter().map(|page| volume.key(*page)).collect();
+        let mut missing: Vec<PageKey> =
+            keys.iter().copied().filter(|key| self.work.must_read(*key)).collect();
+        missing.sort_unstable();
+        missing.dedup();
+        let read = self.store.read(&missing).await?;
+        self.work.reads.extend(missing.into_iter().zip(read));
+        Ok(keys.into_iter().map(|key| self.work.view(key)).collect())
     }
 
     /// Replaces a page: exactly 4,096 bytes.
     ///
     /// # Errors
     /// `Invalid`: another length, or a volume of another store.
-    pub fn write(&mut self, volume: &Volume, page: PageId, bytes: impl Into<Bytes>) -> Result<()> {
+    pub fn write<V: Access>(
+        &mut self,
+        volume: &Volume<V>,
+        page: PageId,
+        bytes: impl Into<Bytes>,
+    ) -> Result<()> {
         self.change(volume, page, Change::Put(bytes.into()))
     }
 
@@ -140,9 +169,9 @@ impl Txn {
     ///
     /// # Errors
     /// `Invalid`: no bytes, they do not fit into the page, or a volume of another store.
-    pub fn patch(
+    pub fn patch<V: Access>(
         &mut self,
-        volume: &Volume,
+        volume: &Volume<V>,
         page: PageId,
         offset: u32,
         bytes: impl Into<Bytes>,
@@ -154,7 +183,7 @@ impl Txn {
     ///
     /// # Errors
     /// `Invalid`: a volume of another store.
-    pub fn free(&mut self, volume: &Volume, page: PageId) -> Result<()> {
+    pub fn free<V: Access>(&mut self, volume: &Volume<V>, page: PageId) -> Result<()> {
         self.change(volume, page, Change::Free)
     }
 
@@ -162,12 +191,17 @@ impl Txn {
     ///
     /// # Errors
     /// As [`write`](Self::write), [`patch`](Self::patch) and [`free`](Self::free).
-    pub fn change(&mut self, volume: &Volume, page: PageId, change: Change) -> Result<()> {
+    pub fn change<V: Access>(
+        &mut self,
+        volume: &Volume<V>,
+        page: PageId,
+        change: Change,
+    ) -> Result<()> {
         self.work.change(self.key(volume, page)?, change)
     }
 
-    fn key(&self, volume: &Volume, page: PageId) -> Result<PageKey> {
-        volume.check_of(&Arc::downgrade(&self.store.inner))?;
+    fn key<V: Access>(&self, volume: &Volume<V>, page: PageId) -> Result<PageKey> {
+        volume.check_of(&self.store)?;
         Ok(volume.key(page))
     }
 
@@ -179,49 +213,6 @@ impl Txn {
     /// done. `OutcomeUnknown`: the device failed while the commit was on its way; reopen and look.
     pub async fn commit(self) -> Result<Lsn> {
         self.store.commit(self.work.into_commit()).await
-    }
-}
-
-/// A transaction of a task on a shard: as [`Txn`], without a hop. What it reads must be the
-/// shard's; what it changes may be of any shard.
-#[must_use = "a transaction does nothing until it is committed"]
-pub struct ShardTxn {
-    handle: ShardHandle,
-    work: Work,
-}
-
-impl ShardTxn {
-    pub(super) fn new(handle: ShardHandle) -> Self {
-        ShardTxn { handle, work: Work::default() }
-    }
-
-    /// As [`Txn::read`], of a page of the shard.
-    ///
-    /// # Errors
-    /// As [`ShardHandle::read`].
-    pub async fn read(&mut self, volume: &Volume, page: PageId) -> Result<PageView> {
-        let key = self.handle.key(volume, page)?;
-        if self.work.must_read(key) {
-            let page = self.handle.read(volume, page).await?;
-            self.work.reads.insert(key, page);
-        }
-        Ok(self.work.view(key))
-    }
-
-    /// Any change of any page.
-    ///
-    /// # Errors
-    /// As [`Txn::change`].
-    pub fn change(&mut self, volume: &Volume, page: PageId, change: Change) -> Result<()> {
-        self.work.change(self.handle.key(volume, page)?, change)
-    }
-
-    /// As [`Txn::commit`].
-    ///
-    /// # Errors
-    /// As [`Txn::commit`].
-    pub async fn commit(self) -> Result<Lsn> {
-        self.handle.commit_work(self.work.into_commit()).await
     }
 }
 

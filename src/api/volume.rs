@@ -1,12 +1,13 @@
 //! A volume: a sparse space of pages with a name.
 
-use super::catalog::Shared;
-use super::{Inner, Store};
+use super::{Access, AnyThread, Store};
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::{Lsn, PageId, PageKey, VolumeId};
 use crate::engine::{Change, Commit, PageRef};
+use crate::format::catalog;
 use bytes::Bytes;
-use std::sync::{Arc, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// When a commit is acknowledged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,30 +18,76 @@ pub enum Durability {
     Buffered,
 }
 
-/// A handle to one volume. Pages are 4,096 bytes; those never written, or freed, read as zeros.
-#[derive(Debug)]
-pub struct Volume {
-    store: Store,
-    id: VolumeId,
-    name: Arc<str>,
-    shared: Arc<Shared>,
+/// What all handles to a volume share.
+#[derive(Debug, Default)]
+pub(super) struct VolumeState {
+    bytes: AtomicU64,
+    deleted: AtomicBool,
+    /// The version of the record that `bytes` is of.
+    lsn: Mutex<Lsn>,
 }
 
-impl Clone for Volume {
+impl VolumeState {
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Acquire)
+    }
+
+    pub(super) fn is_deleted(&self) -> bool {
+        self.deleted.load(Ordering::Acquire)
+    }
+
+    /// The record of version `lsn` says so; a newer one may have been heard of.
+    pub(super) fn learn(&self, lsn: Lsn, volume: &catalog::Volume) {
+        let mut known = self.lsn.lock().unwrap_or_else(PoisonError::into_inner);
+        if lsn >= *known {
+            *known = lsn;
+            self.bytes.store(volume.bytes, Ordering::Release);
+            self.deleted.store(volume.name.is_empty(), Ordering::Release);
+        }
+    }
+}
+
+/// A handle to one volume. Pages are 4,096 bytes; those never written, or freed, read as zeros.
+pub struct Volume<A: Access = AnyThread> {
+    store: Store<A>,
+    id: VolumeId,
+    name: Arc<str>,
+    shared: Arc<VolumeState>,
+}
+
+impl<A: Access> Clone for Volume<A> {
     fn clone(&self) -> Self {
         let (id, name, shared) = (self.id, self.name.clone(), self.shared.clone());
         Volume { store: self.store.same_handle(), id, name, shared }
     }
 }
 
-impl Volume {
-    pub(super) fn new(store: Store, id: VolumeId, name: &str, shared: Arc<Shared>) -> Self {
+impl<A: Access> std::fmt::Debug for Volume<A> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (id, name) = (self.id, &self.name);
+        f.debug_struct("Volume").field("id", &id).field("name", name).finish_non_exhaustive()
+    }
+}
+
+impl<A: Access> Volume<A> {
+    pub(super) fn new(store: Store<A>, id: VolumeId, name: &str, shared: Arc<VolumeState>) -> Self {
         Volume { store, id, name: name.into(), shared }
     }
 
+    /// The same volume through another handle of its store: one with pins of its own, or the handle
+    /// of a shard, so that a task there has no hop to the pages of its shard.
+    ///
+    /// # Errors
+    /// `Invalid`: the handle is of another store. `NotFound`: the volume was deleted.
+    pub fn on<B: Access>(&self, store: &Store<B>) -> Result<Volume<B>> {
+        self.check_of(store)?;
+        let (id, name, shared) = (self.id, self.name.clone(), self.shared.clone());
+        Ok(Volume { store: store.same_handle(), id, name, shared })
+    }
+
     /// Whether it is still there, and of this store.
-    pub(super) fn check_of(&self, store: &Weak<Inner>) -> Result<()> {
-        if !std::ptr::eq(store.as_ptr(), Arc::as_ptr(&self.store.inner)) {
+    pub(super) fn check_of<B: Access>(&self, store: &Store<B>) -> Result<()> {
+        if !Arc::ptr_eq(&store.inner, &self.store.inner) {
             return Err(Error::invalid(format_args!(
                 "volume {} belongs to another store",
                 self.name
@@ -77,7 +124,7 @@ impl Volume {
     }
 
     /// The store it belongs to.
-    pub fn store(&self) -> &Store {
+    pub fn store(&self) -> &Store<A> {
         &self.store
     }
 
@@ -94,8 +141,7 @@ impl Volume {
     /// the volume was deleted. `Closed`.
     pub async fn read(&self, page: PageId) -> Result<PageRef> {
         self.check()?;
-        let pages = self.store.read(&[self.key(page)]).await?;
-        pages.into_iter().next().ok_or_else(|| Error::internal("a read gave no page"))
+        self.store.read_one(self.key(page)).await
     }
 
     /// Several pages, in the order asked: neighbours on the device are read together. Each is the

@@ -183,7 +183,7 @@ fn the_last_handle_may_go_on_a_shard_that_flushes_for_others() {
         let runtime = Arc::new(start());
         let ((leads, led), (joins, joined), (ends_it, ended)) =
             (bounded(1), bounded(1), bounded(1));
-        let other = runtime.spawn_on(ShardId::new(1), move |local| async move {
+        let other = runtime.handle().spawn_on(ShardId::new(1), move |local| async move {
             led.recv().expect("the other task lives");
             let flush = local.call(Request::Flush);
             next_lap().await;
@@ -191,7 +191,7 @@ fn the_last_handle_may_go_on_a_shard_that_flushes_for_others() {
             drop(flush);
         });
         let last = runtime.clone();
-        let task = runtime.spawn_on(ShardId::new(0), move |local| async move {
+        let task = runtime.handle().spawn_on(ShardId::new(0), move |local| async move {
             let mut flush = Box::pin(local.call(Request::Flush));
             assert!(poll_once(&mut flush).await.is_none());
             next_lap().await;
@@ -221,7 +221,7 @@ fn shards_of_two_stores_may_drop_each_others_last_handles_at_a_time() {
         let (done, ended) = bounded(2);
         let drops = |on: &Arc<Runtime>, last: &Arc<Runtime>| {
             let (last, both, done): (_, _, Sender<()>) = (last.clone(), both.clone(), done.clone());
-            let task = on.spawn_on(ShardId::new(0), move |_| async move {
+            let task = on.handle().spawn_on(ShardId::new(0), move |_| async move {
                 while Arc::strong_count(&last) > 1 {
                     yield_now().await;
                 }
@@ -255,8 +255,8 @@ fn the_last_handle_may_go_wherever_callers_code_runs_on_a_shard() {
     each_driver(|start| {
         let (sender, ended) = bounded(4);
         let runtime = Arc::new(start());
-        let reply =
-            block_on(runtime.submit_to(ShardId::new(1), Request::Flush)).expect("there is a place");
+        let reply = block_on(runtime.handle().submit_to(ShardId::new(1), Request::Flush))
+            .expect("there is a place");
         let waker = Arc::new(Holds(runtime.clone(), sender.clone())).into();
         let mut reply = Box::pin(reply);
         let done = reply.as_mut().poll(&mut std::task::Context::from_waker(&waker)).is_ready();
@@ -268,15 +268,16 @@ fn the_last_handle_may_go_wherever_callers_code_runs_on_a_shard() {
 
         let runtime = Arc::new(start());
         let holds = Holds(runtime.clone(), sender.clone());
-        let task = runtime.spawn_on(ShardId::new(1), |_| async move {
+        let task = runtime.handle().spawn_on(ShardId::new(1), |_| async move {
             std::future::pending::<()>().await;
             drop(holds);
         });
         // All shards end when one has, and their tasks with them.
-        let closed =
-            block_on(async { runtime.submit_to(ShardId::new(0), Request::Close).await?.await });
+        let closed = block_on(async {
+            runtime.handle().submit_to(ShardId::new(0), Request::Close).await?.await
+        });
         assert!(matches!(closed, Ok(Response::Closed)), "{closed:?}");
-        runtime.shared_for_tests().abandon();
+        runtime.handle().shared_for_tests().abandon();
         drop((task, runtime));
         ends(&ended, "a task that ends with its shard");
     });

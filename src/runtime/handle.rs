@@ -1,4 +1,4 @@
-//! The running store, as its handles see it: where requests go, and that each is answered.
+//! The running store: its threads, and the handle by which requests reach them and are answered.
 
 use super::reply::Reply;
 use super::report::RuntimeReport;
@@ -15,10 +15,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
-/// The threads that drive the shards of one store.
+/// The threads that drive the shards of one store. Dropping it ends them.
 pub(crate) struct Runtime {
-    shared: Arc<RuntimeShared>,
+    handle: Arc<RuntimeHandle>,
     threads: Vec<JoinHandle<()>>,
+}
+
+/// How requests reach the shards of one store. It keeps no thread running: once they have ended,
+/// requests are refused.
+pub(crate) struct RuntimeHandle {
+    shared: Arc<RuntimeShared>,
     shard_map: ShardMap,
     order: Arc<GlobalOrder>,
     /// For requests that any shard can answer.
@@ -41,18 +47,24 @@ impl Runtime {
         report: RuntimeReport,
         txn_bytes_max: u64,
     ) -> Runtime {
-        Runtime {
-            shared,
-            threads,
-            shard_map,
-            order,
-            next: AtomicUsize::new(0),
-            recovery,
-            report,
-            txn_bytes_max,
-        }
+        let next = AtomicUsize::new(0);
+        let handle =
+            RuntimeHandle { shared, shard_map, order, next, recovery, report, txn_bytes_max };
+        Runtime { handle: Arc::new(handle), threads }
     }
 
+    /// The report, while the store is being opened.
+    pub(super) fn report_mut(&mut self) -> &mut RuntimeReport {
+        &mut Arc::get_mut(&mut self.handle).expect("no handle has been given out").report
+    }
+
+    /// The handle for requests.
+    pub(crate) fn handle(&self) -> &Arc<RuntimeHandle> {
+        &self.handle
+    }
+}
+
+impl RuntimeHandle {
     /// Which shard owns which pages.
     pub(crate) fn shard_map(&self) -> ShardMap {
         self.shard_map
@@ -63,21 +75,13 @@ impl Runtime {
         self.order.watermark()
     }
 
-    /// Submits a request to the shard that it belongs to; once this returns, dropping the reply
-    /// does not undo it.
+    /// The shard that a request belongs to.
     ///
     /// The pages of a read belong to one shard; a commit goes to the shard of its first changed
     /// page, or of the first that it read; what any shard can answer goes to each in turn.
-    /// [`Request::Stats`] and [`Request::Allocated`] are for [`submit_to`](Self::submit_to), or
-    /// they are the first shard's.
-    pub(crate) async fn submit(&self, request: Request) -> Result<Reply> {
-        let shard = self.shard_for(&request);
-        self.submit_to(shard, request).await
-    }
-
-    /// The shard that a request belongs to.
+    /// [`Request::Stats`] and [`Request::Allocated`] are of each shard: here they are the first
+    /// one's.
     pub(crate) fn shard_for(&self, request: &Request) -> ShardId {
-        let first = ShardId::new(0);
         let key = match request {
             Request::Read(keys) => {
                 debug_assert!(
@@ -99,7 +103,7 @@ impl Runtime {
             }
             Request::Checkpoint | Request::Allocated(_) | Request::Stats | Request::Close => None,
         };
-        key.map_or(first, |key| self.shard_map.shard_of(*key))
+        key.map_or(ShardId::LEADER, |key| self.shard_map.shard_of(*key))
     }
 
     /// Submits a request to a shard; once this returns, dropping the reply does not undo it.
@@ -175,7 +179,7 @@ impl Runtime {
     /// Closes the store cleanly. Requests that come later are refused at once, unless the shards
     /// have been too busy to be told.
     pub(crate) async fn close(&self) -> Result<()> {
-        let reply = self.submit(Request::Close).await?;
+        let reply = self.submit_to(ShardId::LEADER, Request::Close).await?;
         self.shared.begin_closing();
         let result = reply.await.map(drop);
         if result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Busy) {
@@ -203,10 +207,11 @@ impl Drop for Runtime {
     ///
     /// A forked child has no threads to end, and must leave alone what belongs to its parent.
     fn drop(&mut self) {
-        if self.shared.is_forked() {
+        let shared = &self.handle.shared;
+        if shared.is_forked() {
             return std::mem::forget(std::mem::take(&mut self.threads));
         }
-        self.shared.abandon();
+        shared.abandon();
         if is_shard_thread() {
             return;
         }

@@ -35,12 +35,13 @@ fn with_page(driver: Driver, poll: bool, figure: impl Fn(&Runtime, ShardId)) {
         changes: vec![(key(), Change::Put(vec![7; 4096].into()))],
         durable: true,
     };
-    block_on(async { runtime.submit(Request::Commit(commit)).await?.await })
+    let shard = runtime.handle().shard_map().shard_of(key());
+    block_on(async { runtime.handle().submit_to(shard, Request::Commit(commit)).await?.await })
         .expect("it is durable");
-    let shard = runtime.shard_map().shard_of(key());
     figure(&runtime, shard);
-    block_on(async { runtime.submit(Request::Close).await?.await }).expect("it closes");
-    block_on(runtime.ended());
+    block_on(async { runtime.handle().submit_to(ShardId::LEADER, Request::Close).await?.await })
+        .expect("it closes");
+    block_on(runtime.handle().ended());
 }
 
 fn spin_on<T>(future: impl Future<Output = T>) -> T {
@@ -69,11 +70,11 @@ fn figures_of_a_cached_read_from_a_foreign_thread() {
             ("shard parked, caller polls", false, true, Duration::from_millis(1), 1000),
             ("shard parked, caller parks", false, false, Duration::from_millis(1), 1000),
         ] {
-            with_page(driver, poll, |runtime, _| {
+            with_page(driver, poll, |runtime, shard| {
                 let times = (0..count).map(|_| {
                     std::thread::sleep(pause);
                     let start = Instant::now();
-                    let asked = async { runtime.submit(read()).await?.await };
+                    let asked = async { runtime.handle().submit_to(shard, read()).await?.await };
                     let reply = if spins { spin_on(asked) } else { block_on(asked) };
                     let time = start.elapsed();
                     assert!(matches!(reply, Ok(Response::Pages(pages)) if pages[0][0] == 7));
@@ -92,7 +93,7 @@ fn figures_of_a_cached_read_from_a_task_on_the_shard() {
         for depth in [1usize, 16, 64] {
             with_page(driver, false, |runtime, shard| {
                 let calls = 2_000_000;
-                let task = runtime.spawn_on(shard, move |local| async move {
+                let task = runtime.handle().spawn_on(shard, move |local| async move {
                     let start = Instant::now();
                     for _ in 0..calls / depth {
                         let replies: smallvec::SmallVec<[_; 64]> = (0..depth).map(|_| local.call(read())).collect();

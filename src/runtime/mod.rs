@@ -35,12 +35,12 @@ mod shared;
 mod start;
 mod task_context;
 
-pub(crate) use handle::Runtime;
+pub(crate) use handle::{Runtime, RuntimeHandle};
 pub(crate) use reply::Reply;
 pub use report::RuntimeReport;
 pub(crate) use shard_thread::is_shard_thread;
 pub(crate) use start::{OpenMode, start};
-pub(crate) use task_context::TaskContext;
+pub(crate) use task_context::{LocalReply, TaskContext};
 
 #[cfg(all(test, not(corepage_loom)))]
 mod end_tests;

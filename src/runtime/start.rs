@@ -222,7 +222,7 @@ fn open_on_threads<M: StateMachine>(
         opening,
     ) {
         Ok(mut runtime) => {
-            runtime.report.disk.fallback = why;
+            runtime.report_mut().disk.fallback = why;
             Ok(runtime)
         }
         Err(StartError::DriverUnavailable(error) | StartError::Failed(error)) => Err(error),

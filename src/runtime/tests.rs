@@ -239,13 +239,14 @@ fn with_toys(shards: u16, requests_max: usize, test: impl Fn(Runtime)) {
 }
 
 fn ask(runtime: &Runtime, shard: u16, request: Request) -> Result<Response> {
-    block_on(async { runtime.submit_to(ShardId::new(shard), request).await?.await })
+    block_on(async { runtime.handle().submit_to(ShardId::new(shard), request).await?.await })
 }
 
 /// Answers all held flushes, by tasks on the shards, which need no place.
 fn answer_held(runtime: &Runtime) {
-    for shard in runtime.shard_map().shards() {
+    for shard in runtime.handle().shard_map().shards() {
         let task = runtime
+            .handle()
             .spawn_on(shard, |local| async move { local.call(Request::Checkpoint).await.is_ok() });
         assert!(block_on(task.expect("it starts")).expect("it ends"));
     }
@@ -253,7 +254,7 @@ fn answer_held(runtime: &Runtime) {
 
 fn close(runtime: &Runtime) {
     assert!(matches!(ask(runtime, 0, Request::Close), Ok(Response::Closed)));
-    block_on(runtime.ended());
+    block_on(runtime.handle().ended());
 }
 
 /// Lost wake-ups show as hangs, rarely: so many threads, few places, messages both ways, and pauses
@@ -279,7 +280,7 @@ fn every_request_of_many_threads_to_many_shards_is_answered() {
                 }
             });
             close(&runtime);
-            assert_eq!(runtime.shared_for_tests().request_permits.in_use(), (0, 0));
+            assert_eq!(runtime.handle().shared_for_tests().request_permits.in_use(), (0, 0));
         });
     }
 }
@@ -313,7 +314,7 @@ fn commits_are_answered_when_the_watermark_rises_elsewhere() {
 #[test]
 fn callers_beyond_the_places_wait_and_then_get_busy() {
     with_toys(2, 4, |runtime| {
-        let flush = |shard| runtime.submit_to(ShardId::new(shard), Request::Flush);
+        let flush = |shard| runtime.handle().submit_to(ShardId::new(shard), Request::Flush);
         let taken: Vec<_> =
             (0..4).map(|i| block_on(flush(i % 2)).expect("there is a place")).collect();
         let mut waiting: Vec<_> = (0..16).map(|i| Box::pin(flush(i % 2))).collect();
@@ -346,7 +347,8 @@ fn a_panic_of_one_shard_answers_everybody_on_all_shards() {
     with_toys(3, 6, |runtime| {
         let held: Vec<_> = (0..3)
             .map(|shard| {
-                block_on(runtime.submit_to(ShardId::new(shard), Request::Flush)).expect("a place")
+                block_on(runtime.handle().submit_to(ShardId::new(shard), Request::Flush))
+                    .expect("a place")
             })
             .collect();
         let panicked = ask(&runtime, 1, Request::Stats).expect_err("the shard has panicked");
@@ -358,8 +360,10 @@ fn a_panic_of_one_shard_answers_everybody_on_all_shards() {
         }
         // Whoever holds the store for others can end it: a server that looks healthy and answers
         // nothing is of no use.
-        assert!(block_on(runtime.failed()).to_string().contains("panicked, which is a bug"));
-        block_on(runtime.ended());
+        assert!(
+            block_on(runtime.handle().failed()).to_string().contains("panicked, which is a bug")
+        );
+        block_on(runtime.handle().ended());
         for shard in 0..3 {
             assert_eq!(
                 ask(&runtime, shard, Request::Flush).expect_err("it is closed").kind(),
@@ -367,7 +371,7 @@ fn a_panic_of_one_shard_answers_everybody_on_all_shards() {
             );
         }
         assert_eq!(
-            runtime.shared_for_tests().request_permits.in_use(),
+            runtime.handle().shared_for_tests().request_permits.in_use(),
             (0, 0),
             "every place is free again"
         );
@@ -380,7 +384,7 @@ fn dropped_replies_leak_nothing() {
     with_toys(2, 16, |runtime| {
         for i in 0..500u64 {
             let request = Request::WaitDurable(Lsn::new(i));
-            let reply = block_on(runtime.submit_to(ShardId::new((i % 2) as u16), request))
+            let reply = block_on(runtime.handle().submit_to(ShardId::new((i % 2) as u16), request))
                 .expect("a place");
             if i % 3 == 0 {
                 std::thread::yield_now();
@@ -388,7 +392,7 @@ fn dropped_replies_leak_nothing() {
             drop(reply);
         }
         close(&runtime);
-        assert_eq!(runtime.shared_for_tests().request_permits.in_use(), (0, 0));
+        assert_eq!(runtime.handle().shared_for_tests().request_permits.in_use(), (0, 0));
     });
 }
 
@@ -413,7 +417,7 @@ fn if_one_shard_cannot_be_opened_all_end_and_the_error_says_why() {
 fn tasks_run_on_their_shard_and_are_woken_from_anywhere() {
     with_toys(2, 64, |runtime| {
         let (send, receive) = async_channel();
-        let task = runtime.spawn_on(ShardId::new(1), move |local| async move {
+        let task = runtime.handle().spawn_on(ShardId::new(1), move |local| async move {
             assert_eq!(local.shard(), ShardId::new(1));
             let name = std::thread::current().name().map(str::to_owned);
             assert_eq!(name.as_deref(), Some("corepage-s1"));
@@ -442,7 +446,8 @@ fn tasks_run_on_their_shard_and_are_woken_from_anywhere() {
 #[test]
 fn a_task_that_panics_ends_alone() {
     with_toys(1, 64, |runtime| {
-        let task = runtime.spawn_on(ShardId::new(0), |_| async { panic!("planted by a test") });
+        let task =
+            runtime.handle().spawn_on(ShardId::new(0), |_| async { panic!("planted by a test") });
         let task = task.expect("it starts");
         let joined = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| block_on(task)));
         assert!(joined.is_err(), "the panic goes on where the task is awaited");
@@ -466,7 +471,7 @@ fn the_end_of_a_shard_ends_its_tasks_on_their_thread() {
     with_toys(2, 64, |runtime| {
         let (send, dropped) = crossbeam::channel::unbounded();
         let (tell, started) = crossbeam::channel::bounded(1);
-        let endless = runtime.spawn_on(ShardId::new(1), move |local| async move {
+        let endless = runtime.handle().spawn_on(ShardId::new(1), move |local| async move {
             let _held = DroppedAt(send);
             tell.send(()).expect("it is waited for");
             let held = local.call(Request::Flush);
@@ -487,7 +492,7 @@ fn the_end_of_a_shard_ends_its_tasks_on_their_thread() {
 #[test]
 fn local_calls_are_bounded() {
     with_toys(1, 8, |runtime| {
-        let task = runtime.spawn_on(ShardId::new(0), |local| async move {
+        let task = runtime.handle().spawn_on(ShardId::new(0), |local| async move {
             let mut held: Vec<_> = (0..8).map(|_| local.call(Request::Flush)).collect();
             assert_eq!(
                 local.call(Request::Flush).await.expect_err("it is one too many").kind(),
@@ -503,7 +508,7 @@ fn local_calls_are_bounded() {
         });
         assert_eq!(block_on(task.expect("it starts")).expect("it ends"), 4);
         assert!(matches!(ask(&runtime, 0, Request::Checkpoint), Ok(Response::Checkpointed(_))));
-        let task = runtime.spawn_on(ShardId::new(0), |local| async move {
+        let task = runtime.handle().spawn_on(ShardId::new(0), |local| async move {
             local.call(Request::WaitDurable(Lsn::new(1))).await.is_ok()
         });
         assert!(block_on(task.expect("it starts")).expect("it ends"), "there is room again");
@@ -516,7 +521,7 @@ fn local_calls_are_bounded() {
 #[test]
 fn tasks_beyond_the_bound_are_refused_as_busy() {
     with_toys(1, 8, |runtime| {
-        let task = runtime.spawn_on(ShardId::new(0), |local| async move {
+        let task = runtime.handle().spawn_on(ShardId::new(0), |local| async move {
             let held: Vec<_> =
                 (1..TASKS_MAX).map(|_| local.spawn(std::future::pending::<()>())).collect();
             let refused = local.spawn(async {}).await.expect_err("it is one too many").kind();

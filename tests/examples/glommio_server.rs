@@ -8,13 +8,13 @@
 //! ```
 //! `add KEY N` answers `ok LSN SUM` once it is durable, `get KEY` answers `is SUM`. A connection
 //! goes to the shard that owns the key of its first request. There requests for keys of this shard
-//! never leave the thread; those for other keys take a hop.
+//! never leave the thread; those for other keys take a hop, which the code need not know of.
 //!
 //! Sockets are plain non-blocking ones of `async-io`, whose own thread says when one is ready: a
 //! shard's thread waits in the shard's ring, not in an executor's.
 
 use async_io::Async;
-use corepage::{Change, ErrorKind, Lsn, Options, PageId, ShardHandle, Store, Volume};
+use corepage::{ErrorKind, OnShard, Options, PageId, ShardHandle, Store, Volume};
 use futures_lite::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, io::BufReader};
 use glommio::LocalExecutor;
 use std::error::Error;
@@ -59,11 +59,11 @@ async fn place(client: Async<UnixStream>, store: Store, pages: Volume) -> std::i
     let mut lines = BufReader::new(client);
     let Some(first) = next_line(&mut lines).await? else { return Ok(()) };
     let shard = key_of(&first).map_or(0, |key| store.shard_of(&pages, key));
-    let own = store.clone();
-    let task = own.on_shard(shard, move |handle| async move {
+    let task = store.on_shard(shard, move |handle| async move {
+        let pages = pages.on(&handle).map_err(std::io::Error::other)?;
         let mut line = Some(first);
         while let Some(request) = line {
-            let answer = answer(&request, &handle, &store, &pages).await;
+            let answer = answer(&request, &handle, &pages).await;
             lines.get_mut().write_all(format!("{answer}\n").as_bytes()).await?;
             line = next_line(&mut lines).await?;
         }
@@ -84,29 +84,16 @@ fn key_of(line: &str) -> Option<PageId> {
     line.split(' ').nth(1)?.parse().ok().map(PageId::new)
 }
 
-async fn answer(line: &str, handle: &ShardHandle, store: &Store, pages: &Volume) -> String {
+async fn answer(line: &str, handle: &ShardHandle, pages: &Volume<OnShard>) -> String {
     let number = line.split(' ').nth(2).map(str::parse::<i64>);
     let result = match (line.split(' ').next(), key_of(line), number) {
-        (Some("add"), Some(key), Some(Ok(n))) => add(key, n, handle, store, pages).await,
+        (Some("add"), Some(key), Some(Ok(n))) => add(key, n, handle, pages).await,
         (Some("get"), Some(key), None) => {
-            read(key, handle, store, pages).await.map(|sum| format!("is {sum}"))
+            pages.read(key).await.map(|page| format!("is {}", self::number(&page)))
         }
         _ => Ok("error use: add KEY N, or get KEY".into()),
     };
     result.unwrap_or_else(|error| format!("error {error}"))
-}
-
-async fn read(
-    key: PageId,
-    handle: &ShardHandle,
-    store: &Store,
-    pages: &Volume,
-) -> corepage::Result<i64> {
-    let page = match store.shard_of(pages, key) == handle.shard() {
-        true => handle.read(pages, key).await?,
-        false => pages.read(key).await?,
-    };
-    Ok(number(&page))
 }
 
 /// A transaction: others may add to the same sum meanwhile.
@@ -114,45 +101,17 @@ async fn add(
     key: PageId,
     n: i64,
     handle: &ShardHandle,
-    store: &Store,
-    pages: &Volume,
+    pages: &Volume<OnShard>,
 ) -> corepage::Result<String> {
-    let here = store.shard_of(pages, key) == handle.shard();
     loop {
-        let (sum, result) = if here {
-            add_here(key, n, handle, pages).await?
-        } else {
-            add_there(key, n, store, pages).await?
-        };
-        match result {
+        let mut txn = handle.begin();
+        let sum = number(&txn.read(pages, key).await?).wrapping_add(n);
+        txn.patch(pages, key, 0, sum.to_le_bytes().to_vec())?;
+        match txn.commit().await {
             Err(error) if error.kind() == ErrorKind::Conflict => {}
             other => return other.map(|lsn| format!("ok {lsn} {sum}")),
         }
     }
-}
-
-async fn add_here(
-    key: PageId,
-    n: i64,
-    handle: &ShardHandle,
-    pages: &Volume,
-) -> corepage::Result<(i64, corepage::Result<Lsn>)> {
-    let mut txn = handle.begin();
-    let sum = number(&txn.read(pages, key).await?).wrapping_add(n);
-    txn.change(pages, key, Change::Patch { offset: 0, bytes: sum.to_le_bytes().to_vec().into() })?;
-    Ok((sum, txn.commit().await))
-}
-
-async fn add_there(
-    key: PageId,
-    n: i64,
-    store: &Store,
-    pages: &Volume,
-) -> corepage::Result<(i64, corepage::Result<Lsn>)> {
-    let mut txn = store.begin();
-    let sum = number(&txn.read(pages, key).await?).wrapping_add(n);
-    txn.patch(pages, key, 0, sum.to_le_bytes().to_vec())?;
-    Ok((sum, txn.commit().await))
 }
 
 fn number(page: &[u8]) -> i64 {

@@ -10,8 +10,8 @@
 // A program takes real time.
 #![allow(clippy::disallowed_methods)]
 
-use corepage::blocking::{Store, Volume};
-use corepage::{ErrorKind, Options, PageId, Result};
+use corepage::blocking::Wait;
+use corepage::{ErrorKind, Options, PageId, Result, Store, Volume};
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -34,10 +34,10 @@ fn main() -> Result<()> {
     let dir = arguments.next().expect("usage: threads DIR [SECONDS]");
     let seconds =
         arguments.next().map_or(1, |seconds| seconds.parse().expect("SECONDS is a number"));
-    let store = Store::open(dir, Options::default())?;
-    let bank = match store.volume("bank")? {
+    let store = Store::open(dir, Options::default()).wait()?;
+    let bank = match store.volume("bank").wait()? {
         Some(bank) => bank,
-        None => store.create_volume("bank", 1 << 30)?,
+        None => store.create_volume("bank", 1 << 30).wait()?,
     };
     check(&bank)?;
     let stop = AtomicBool::new(false);
@@ -51,12 +51,12 @@ fn main() -> Result<()> {
         work.into_iter().try_for_each(|thread| thread.join().expect("no panic"))
     })?;
     check(&bank)?;
-    store.close()
+    store.close().wait()
 }
 
 /// No money is made or lost.
 fn check(bank: &Volume) -> Result<()> {
-    let pages = bank.read_many(&(0..ACCOUNTS).map(account).collect::<Vec<_>>())?;
+    let pages = bank.read_many(&(0..ACCOUNTS).map(account).collect::<Vec<_>>()).wait()?;
     let sum: i64 = pages.iter().map(|page| number(page)).sum();
     assert_eq!(sum, 0, "the accounts do not add up");
     println!("{ACCOUNTS} accounts add up");
@@ -74,10 +74,10 @@ fn transfers(store: &Store, bank: &Volume, thread: u64, stop: &AtomicBool) -> Re
         let lsn = loop {
             let mut txn = store.begin();
             for (account_no, change) in [(from, -amount), (to, amount)] {
-                let balance = number(&txn.read(bank, account(account_no))?);
+                let balance = number(&txn.read(bank, account(account_no)).wait()?);
                 txn.patch(bank, account(account_no), 0, (balance + change).to_le_bytes().to_vec())?;
             }
-            match txn.commit() {
+            match txn.commit().wait() {
                 Ok(lsn) => break lsn,
                 // Somebody else was at one of the accounts.
                 Err(error) if error.kind() == ErrorKind::Conflict => {}

@@ -9,8 +9,8 @@
 
 use crate::common;
 use common::{Served, corepage, scratch};
-use corepage::blocking::Store;
-use corepage::{Options, PageId};
+use corepage::blocking::Wait;
+use corepage::{Options, PageId, Store};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::io::Read;
@@ -22,27 +22,34 @@ use std::time::Duration;
 const NAME: &str = "corepage-bench";
 
 fn open(dir: &Path) -> Store {
-    Store::open(dir, Options { memory_bytes: 32 << 20, ..Options::default() }).expect("it opens")
+    Store::open(dir, Options { memory_bytes: 32 << 20, ..Options::default() })
+        .wait()
+        .expect("it opens")
 }
 
 /// A closed store with a page in a volume of that name.
 fn store_with(dir: &Path, name: &str) {
     let store = open(dir);
-    let volume = store.create_volume(name, 1 << 20).expect("there is room");
-    volume.write(PageId::new(3), vec![7; 4096]).expect("it is written");
-    store.close().expect("it closes");
+    let volume = store.create_volume(name, 1 << 20).wait().expect("there is room");
+    volume.write(PageId::new(3), vec![7; 4096]).wait().expect("it is written");
+    store.close().wait().expect("it closes");
 }
 
 /// That page, and no volume of a benchmark.
 #[track_caller]
 fn only_mine_is_there(dir: &Path) {
     let store = open(dir);
-    let names: Vec<_> =
-        store.volumes().expect("they are listed").iter().map(|v| v.name().to_owned()).collect();
+    let names: Vec<_> = store
+        .volumes()
+        .wait()
+        .expect("they are listed")
+        .iter()
+        .map(|v| v.name().to_owned())
+        .collect();
     assert_eq!(names, ["mine"]);
-    let mine = store.volume("mine").expect("the catalog is read").expect("it is there");
-    assert_eq!(mine.read(PageId::new(3)).expect("it is read")[..], [7; 4096]);
-    store.close().expect("it closes");
+    let mine = store.volume("mine").wait().expect("the catalog is read").expect("it is there");
+    assert_eq!(mine.read(PageId::new(3)).wait().expect("it is read")[..], [7; 4096]);
+    store.close().wait().expect("it closes");
 }
 
 fn arguments<'a>(dir: &'a Path, seconds: &'a str) -> Vec<&'a str> {
@@ -97,12 +104,12 @@ fn a_volume_of_the_same_name_with_data_of_somebody_is_left_alone() {
     );
     assert!(output.stdout.is_empty());
     let store = open(dir.path());
-    let volume = store.volume(NAME).expect("the catalog is read").expect("it was deleted");
+    let volume = store.volume(NAME).wait().expect("the catalog is read").expect("it was deleted");
     assert!(
         volume.bytes() == 1 << 20
-            && volume.read(PageId::new(3)).expect("it is read")[..] == [7; 4096]
+            && volume.read(PageId::new(3)).wait().expect("it is read")[..] == [7; 4096]
     );
-    store.close().expect("it closes");
+    store.close().wait().expect("it closes");
 }
 
 #[test]
@@ -130,10 +137,10 @@ fn what_a_killed_bench_left_is_no_hindrance_for_the_next_one() {
     child.wait().expect("it is ours");
     let store = open(dir.path());
     assert!(
-        store.volume(NAME).expect("the catalog is read").is_some(),
+        store.volume(NAME).wait().expect("the catalog is read").is_some(),
         "it was killed too early to leave anything"
     );
-    store.close().expect("it closes");
+    store.close().wait().expect("it closes");
     let output = bench(dir.path());
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let told: Value = serde_json::from_slice(&output.stdout).expect("JSON alone");
@@ -195,12 +202,13 @@ fn bench_measures_verifies_and_leaves_nothing_behind() {
     let store = open(&dir.path().join("mine"));
     let there: Vec<_> = store
         .volumes()
+        .wait()
         .expect("they are listed")
         .iter()
         .map(|v| (v.name().to_owned(), v.bytes()))
         .collect();
     assert_eq!(there, [("disk".into(), 1 << 30)]);
-    store.close().expect("it closes");
+    store.close().wait().expect("it closes");
     let served = Served::start(&dir.path().join("mine"));
     assert_eq!(served.client().read(0, 4), b"mine");
     let output = bench_at(dir.path(), &[&["write", "--dir", "mine"], &small[..]].concat());
@@ -270,8 +278,8 @@ fn a_result_is_printed_though_the_memory_is_full_when_its_volume_is_deleted() {
         );
     }
     let store = open(&dir.path().join("mine"));
-    assert_eq!(store.volumes().expect("they are listed").len(), 0);
-    store.close().expect("it closes");
+    assert_eq!(store.volumes().wait().expect("they are listed").len(), 0);
+    store.close().wait().expect("it closes");
 }
 
 /// Beside the others, since it takes a second for each of its depths.

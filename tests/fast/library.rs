@@ -4,8 +4,9 @@
 // Real time passes.
 #![allow(clippy::disallowed_methods)]
 
+use corepage::blocking::Wait;
 use corepage::queue::{Completion, Op, Output, Queue};
-use corepage::{Change, Durability, ErrorKind, Options, PageId, Result, Store, Volume, blocking};
+use corepage::{Change, Durability, ErrorKind, Options, PageId, Result, Store, Volume};
 use futures_lite::future::{block_on, poll_once};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::future::Future;
@@ -86,21 +87,19 @@ fn every_operation_works_from_every_runtime() {
 #[test]
 fn blocking_calls_work_on_threads_and_are_refused_where_they_would_wait_for_themselves() {
     let (_dir, store, volume) = open(options());
-    let (plain, disk) =
-        (blocking::Store::from(store.clone()), blocking::Volume::from(volume.clone()));
     std::thread::scope(|scope| {
         for thread in 0..4u64 {
-            let (plain, disk) = (plain.clone(), disk.clone());
+            let (store, disk) = (store.clone(), volume.clone());
             scope.spawn(move || {
                 for n in 0..50 {
                     loop {
-                        let mut txn = plain.begin();
+                        let mut txn = store.begin();
                         let count = u64::from_le_bytes(
-                            txn.read(&disk, id(0)).unwrap()[..8].try_into().unwrap(),
+                            txn.read(&disk, id(0)).wait().unwrap()[..8].try_into().unwrap(),
                         );
                         txn.patch(&disk, id(0), 0, (count + 1).to_le_bytes().to_vec()).unwrap();
                         txn.write(&disk, id(1 + thread * 600 + n), page(n as u8)).unwrap();
-                        match txn.commit() {
+                        match txn.commit().wait() {
                             Err(error) if error.kind() == ErrorKind::Conflict => {}
                             other => {
                                 other.unwrap();
@@ -112,16 +111,18 @@ fn blocking_calls_work_on_threads_and_are_refused_where_they_would_wait_for_them
             });
         }
     });
-    assert_eq!(disk.read(id(0)).unwrap()[..8], 200u64.to_le_bytes());
-    let scanned: Result<Vec<_>> = disk.scan(id(1), id(u64::MAX)).collect();
+    assert_eq!(volume.read(id(0)).wait().unwrap()[..8], 200u64.to_le_bytes());
+    let scanned: Result<Vec<_>> = volume.scan(id(1), id(u64::MAX)).blocking().collect();
     assert_eq!(scanned.unwrap().len(), 200);
-    let refused = store.on_shard(0, move |_| async move { disk.read(id(0)).map(drop) }).unwrap();
+    let disk = volume.clone();
+    let refused =
+        store.on_shard(0, move |_| async move { disk.read(id(0)).wait().map(drop) }).unwrap();
     let refused = block_on(refused).unwrap().unwrap_err();
     assert!(
-        refused.kind() == ErrorKind::Invalid && refused.to_string().contains("asynchronous"),
+        refused.kind() == ErrorKind::Invalid && refused.to_string().contains("await the call"),
         "{refused}"
     );
-    plain.close().unwrap();
+    store.close().wait().unwrap();
 }
 
 /// Whoever finds that a page was freed can wait until that is durable, however he found it: else a
@@ -137,7 +138,7 @@ fn readers_of_freed_pages_can_wait_until_the_free_is_durable() {
         block_on(store.wait_durable(seen)).unwrap();
         assert!(store.durable_lsn() >= freed, "{seen} was waited for, and {freed} is not durable");
     };
-    let mut queue = Queue::new(&store, 1).unwrap();
+    let mut queue = Queue::new(1).unwrap();
     for n in (0..60).map(|n| n * 600) {
         let freed = free(n);
         let read = block_on(disk.read(id(n))).unwrap();
@@ -159,7 +160,7 @@ fn readers_of_freed_pages_can_wait_until_the_free_is_durable() {
         waits(pages[0].lsn(), freed);
         let (shard, freed, at) = (store.shard_of(&disk, id(n)), free(n), disk.clone());
         let task = store.on_shard(shard, move |handle| async move {
-            let seen = handle.read(&at, id(n)).await?.lsn();
+            let seen = at.on(&handle)?.read(id(n)).await?.lsn();
             handle.wait_durable(seen).await
         });
         block_on(task.unwrap()).unwrap().unwrap();
@@ -182,8 +183,8 @@ fn readable(queue: &Queue, ms: i64) -> bool {
 #[test]
 fn a_queue_gives_each_operation_one_completion_and_its_descriptor_says_when() {
     let (_dir, store, disk) = open(options());
-    assert!(Queue::new(&store, 0).is_err());
-    let mut queue = Queue::new(&store, 100).unwrap();
+    assert!(Queue::new(0).is_err());
+    let mut queue = Queue::new(100).unwrap();
     let mut done: Vec<Completion> = Vec::new();
     assert!(!readable(&queue, 0), "nothing was asked");
     assert_eq!(
@@ -194,7 +195,7 @@ fn a_queue_gives_each_operation_one_completion_and_its_descriptor_says_when() {
     for round in 0..50u64 {
         let ops = (0..150).map(|n| (n, Op::write(&disk, id(n * 100), page(round as u8))));
         assert_eq!(queue.submit_batch(ops), 100, "the depth");
-        let busy = queue.submit(1, Op::Flush).unwrap_err();
+        let busy = queue.submit(1, Op::flush(&store)).unwrap_err();
         assert_eq!(busy.kind(), ErrorKind::Busy, "{busy}");
         while queue.in_flight() > 0 {
             let (before, min) = (done.len(), 1 + round as usize % 40);
@@ -225,7 +226,7 @@ fn a_queue_gives_each_operation_one_completion_and_its_descriptor_says_when() {
         assert_eq!(tags, (0..100).collect::<Vec<_>>());
     }
     let ops = [
-        Op::Flush,
+        Op::flush(&store),
         Op::read(&disk, id(300)),
         Op::write(&disk, id(1), vec![1; 7]),
         Op::write_back(&disk, id(2), page(2)),

@@ -9,6 +9,7 @@
 use crate::common;
 use common::surroundings::{Without, is_root, start_without};
 use common::{Served, corepage, scratch, snapshot};
+use corepage::blocking::Wait;
 use corepage::{ErrorKind, Options, Store};
 use futures_lite::future::block_on;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -35,8 +36,7 @@ fn a_store_that_has_to_exist_is_never_made() {
     for path in [&missing, &empty] {
         let error = block_on(Store::open_existing(path, options())).expect_err("there is no store");
         assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
-        let error = corepage::blocking::Store::open_existing(path, options())
-            .expect_err("there is no store");
+        let error = Store::open_existing(path, options()).wait().expect_err("there is no store");
         assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
         let output = run(path, &["serve", "--existing", "--nbd", "tcp:127.0.0.1:0"]);
         assert_eq!(output.status.code(), Some(1), "{output:?}");

@@ -6,8 +6,8 @@
 
 use crate::common;
 use common::{Served, corepage, scratch};
-use corepage::blocking::{Store, Volume};
-use corepage::{Options, PageId};
+use corepage::blocking::Wait;
+use corepage::{Options, PageId, Store, Volume};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -254,37 +254,40 @@ fn a_volume_whose_pages_fill_the_memory_is_deleted_and_its_space_comes_back_whil
     while freeing(dir.path()) > 0 {}
     assert!(served.stop().success());
     let store = Store::open(dir.path(), Options { memory_bytes: 64 << 20, ..Options::default() })
+        .wait()
         .expect("it opens");
-    store.checkpoint().expect("it is alive");
-    let live = store.stats().expect("it is alive").blocks_live;
+    store.checkpoint().wait().expect("it is alive");
+    let live = store.stats().wait().expect("it is alive").blocks_live;
     assert!(live < 2000, "{live} blocks are live in a store without pages");
-    store.close().expect("it closes");
+    store.close().wait().expect("it closes");
 }
 
 /// A store of 60,000 pages in a volume `big`, closed.
 fn store_with_a_large_volume(dir: &Path) {
     let store = Store::open(dir, Options { memory_bytes: 64 << 20, ..Options::default() })
+        .wait()
         .expect("it opens");
-    let volume = store.create_volume("big", 1 << 30).expect("there is room");
+    let volume = store.create_volume("big", 1 << 30).wait().expect("there is room");
     for first in (0..60_000).step_by(1000) {
         let page = |n| (PageId::new(n), corepage::Change::Put(vec![7; 4096].into()));
         for part in (first..first + 1000).collect::<Vec<u64>>().chunks(100) {
             let changes = part.iter().copied().map(page).collect();
-            volume.apply(changes, corepage::Durability::Buffered).expect("there is room");
+            volume.apply(changes, corepage::Durability::Buffered).wait().expect("there is room");
         }
     }
-    store.close().expect("it closes");
+    store.close().wait().expect("it closes");
 }
 
 fn is_empty_after_the_next_open(dir: &Path) {
     let store = Store::open(dir, Options { memory_bytes: 64 << 20, ..Options::default() })
+        .wait()
         .expect("it opens");
-    store.wait_freed().expect("pages can be freed");
-    store.checkpoint().expect("it is alive");
-    store.checkpoint().expect("it is alive");
-    let live = store.stats().expect("it is alive").blocks_live;
+    store.wait_freed().wait().expect("pages can be freed");
+    store.checkpoint().wait().expect("it is alive");
+    store.checkpoint().wait().expect("it is alive");
+    let live = store.stats().wait().expect("it is alive").blocks_live;
     assert!(live < 2000, "{live} blocks are live in a store without pages");
-    store.close().expect("it closes");
+    store.close().wait().expect("it closes");
 }
 
 /// Ctrl-C must not be the choice between waiting for minutes and a crash.
@@ -322,11 +325,12 @@ fn a_server_stops_while_a_large_volume_is_being_freed_and_the_next_start_goes_on
     assert_eq!(done(dir.path(), &["volume", "delete", "big", "--yes"]), "deleted big\n");
     assert!(served.stop().success());
     let store = Store::open(dir.path(), Options { memory_bytes: 64 << 20, ..Options::default() })
+        .wait()
         .expect("it opens");
     assert!(store.recovery().clean, "it was not closed cleanly");
-    let live = store.stats().expect("it is alive").blocks_live;
+    let live = store.stats().wait().expect("it is alive").blocks_live;
     assert!(live > 10_000, "{live} blocks are live: the server stopped only when all was freed");
-    store.close().expect("it closes, too");
+    store.close().wait().expect("it closes, too");
     is_empty_after_the_next_open(dir.path());
 }
 
@@ -339,13 +343,16 @@ fn a_kill_while_a_volume_is_cut_leaves_it_whole_or_cut() {
     let dir = scratch("cut");
     let open = || {
         Store::open(dir.path(), Options { memory_bytes: 64 << 20, ..Options::default() })
+            .wait()
             .expect("it opens")
     };
     let pages = |volume: &Volume| {
         let (mut all, mut next) = (0, Some(PageId::new(0)));
         while let Some(first) = next {
-            let part =
-                volume.allocated(first, PageId::new(u64::MAX), 1000).expect("the map is read");
+            let part = volume
+                .allocated(first, PageId::new(u64::MAX), 1000)
+                .wait()
+                .expect("the map is read");
             all +=
                 part.ranges.iter().map(|(first, last)| last.get() - first.get() + 1).sum::<u64>();
             next = part.next;
@@ -356,15 +363,18 @@ fn a_kill_while_a_volume_is_cut_leaves_it_whole_or_cut() {
     for round in 0..10u64 {
         let deletes = round % 2 == 0;
         let store = open();
-        let volume = match store.volume("v").expect("the catalog is read") {
+        let volume = match store.volume("v").wait().expect("the catalog is read") {
             Some(volume) => volume,
-            None => store.create_volume("v", PAGES * 4096).expect("there is room"),
+            None => store.create_volume("v", PAGES * 4096).wait().expect("there is room"),
         };
         for n in 0..PAGES {
-            volume.write_back(PageId::new(n), vec![1 + round as u8; 4096]).expect("there is room");
+            volume
+                .write_back(PageId::new(n), vec![1 + round as u8; 4096])
+                .wait()
+                .expect("there is room");
         }
-        let id = volume.asynchronous().id();
-        store.close().expect("it closes");
+        let id = volume.id();
+        store.close().wait().expect("it closes");
         drop((store, volume));
         let size = (KEPT * 4096).to_string();
         let arguments = if deletes {
@@ -386,7 +396,7 @@ fn a_kill_while_a_volume_is_cut_leaves_it_whole_or_cut() {
             assert!(served.stop().success());
         }
         let store = open();
-        match store.volume("v").expect("the catalog is read") {
+        match store.volume("v").wait().expect("the catalog is read") {
             Some(volume) if volume.bytes() == PAGES * 4096 => {
                 assert_eq!(pages(&volume), PAGES, "round {round}: whole, but for some pages");
                 whole += 1;
@@ -398,7 +408,7 @@ fn a_kill_while_a_volume_is_cut_leaves_it_whole_or_cut() {
                     "round {round}: {} bytes",
                     volume.bytes()
                 );
-                store.resize_volume("v", PAGES * 4096).expect("it grows");
+                store.resize_volume("v", PAGES * 4096).wait().expect("it grows");
                 assert_eq!(pages(&volume), KEPT, "round {round}: pages have come back");
                 cut += 1;
             }
@@ -408,8 +418,8 @@ fn a_kill_while_a_volume_is_cut_leaves_it_whole_or_cut() {
                 let mut made = 0;
                 while store
                     .create_volume(&format!("n{made}"), 4096)
+                    .wait()
                     .expect("there is a number")
-                    .asynchronous()
                     .id()
                     != id
                 {
@@ -420,24 +430,25 @@ fn a_kill_while_a_volume_is_cut_leaves_it_whole_or_cut() {
                 for n in 0..=made {
                     let volume = store
                         .volume(&format!("n{n}"))
+                        .wait()
                         .expect("the catalog is read")
                         .expect("it was made");
                     assert_eq!(pages(&volume), 0, "round {round}: pages of another volume");
-                    store.delete_volume(volume.name()).expect("it goes");
+                    store.delete_volume(volume.name()).wait().expect("it goes");
                 }
                 cut += 1;
             }
         }
-        if let Some(volume) = store.volume("v").expect("the catalog is read") {
+        if let Some(volume) = store.volume("v").wait().expect("the catalog is read") {
             for n in (0..KEPT).step_by(97) {
                 assert_eq!(
-                    volume.read(PageId::new(n)).expect("it is there")[..],
+                    volume.read(PageId::new(n)).wait().expect("it is there")[..],
                     [1 + round as u8; 4096],
                     "page {n}"
                 );
             }
         }
-        store.close().expect("it closes");
+        store.close().wait().expect("it closes");
     }
     assert!(cut >= 2, "{cut} cut, {whole} whole");
     eprintln!("{cut} cut, {whole} whole; {halfway} shortened ones were found half-way");
@@ -511,15 +522,15 @@ fn a_volume_that_is_not_there_is_not_asked_to_be_deleted() {
 fn counters_of_the_device_and_of_checksums_add_up() {
     let dir = scratch("counters");
     let options = || Options { shards: Some(2), memory_bytes: 32 << 20, ..Options::default() };
-    let store = Store::open(dir.path(), options()).expect("it opens");
-    let volume = store.create_volume("v", 1 << 30).expect("there is room");
-    let before = store.stats().expect("it is open");
+    let store = Store::open(dir.path(), options()).wait().expect("it opens");
+    let volume = store.create_volume("v", 1 << 30).wait().expect("there is room");
+    let before = store.stats().wait().expect("it is open");
     for n in 0..500 {
-        volume.write_back(PageId::new(n), vec![n as u8; 4096]).expect("there is room");
+        volume.write_back(PageId::new(n), vec![n as u8; 4096]).wait().expect("there is room");
     }
-    store.flush().expect("it is durable");
-    store.checkpoint().expect("all is in its place");
-    let now = store.stats().expect("it is open").since(&before);
+    store.flush().wait().expect("it is durable");
+    store.checkpoint().wait().expect("all is in its place");
+    let now = store.stats().wait().expect("it is open").since(&before);
     assert!(now.pages_written >= 500 && now.coalesced_writes > 0, "{now:?}");
     assert_eq!(now.coalesced_writes, now.pages_written - now.page_write_ops);
     assert!(now.log_groups > 0 && now.nodes_written > 0);
@@ -538,5 +549,5 @@ fn counters_of_the_device_and_of_checksums_add_up() {
         "{now:?}"
     );
     assert!(now.submissions > 0 && now.hit_ratio() <= 1.0);
-    store.close().expect("it closes");
+    store.close().wait().expect("it closes");
 }

@@ -71,7 +71,7 @@ impl BenchVolume {
 
     /// Writes every page once. `progress` hears how many are, and can end it.
     pub fn prefill(&self, mut progress: impl FnMut(u64) -> Result<()>) -> Result<()> {
-        let mut queue = Queue::new(&self.store, SOWN_AT_A_TIME)?;
+        let mut queue = Queue::new(SOWN_AT_A_TIME)?;
         let (mut next, mut done, mut out, mut again) = (0, 0, Vec::new(), Vec::new());
         let op = |n| (n, Op::write_back(&self.volume, PageId::new(n), page::whole(n, 0)));
         while done < self.pages {

@@ -9,7 +9,9 @@
 use super::bench_volume::{BenchVolume, PAUSE, until_not_busy};
 use super::page;
 use corepage::queue::{Completion, Op, Output, Queue};
-use corepage::{Change, Durability, Error, ErrorKind, PageId, Result, ShardHandle};
+use corepage::{
+    Change, Durability, Error, ErrorKind, OnShard, PageId, Result, ShardHandle, Volume,
+};
 use futures_lite::future::{block_on, yield_now};
 use hdrhistogram::Histogram;
 use std::sync::Arc;
@@ -174,10 +176,12 @@ impl Run {
         mut client_pages: ClientPages,
         end: Instant,
     ) -> Result<Histogram<u64>> {
+        // Requests of the task's own shard take no hop then.
+        let volume = bench.volume.on(&handle)?;
         let (mut latency, mut now) = (histogram(), Instant::now());
         while self.goes_on(now, end) {
             let number = client_pages.draw();
-            let Some((begun, answered)) = self.one(&handle, &bench, number, end).await? else {
+            let Some((begun, answered)) = self.one(&volume, &bench, number, end).await? else {
                 break;
             };
             now = answered;
@@ -190,7 +194,7 @@ impl Run {
     /// and when it was answered. `None`: the time was over before.
     async fn one(
         &self,
-        handle: &ShardHandle,
+        volume: &Volume<OnShard>,
         bench: &BenchVolume,
         number: u64,
         end: Instant,
@@ -202,8 +206,8 @@ impl Run {
                 .then(|| vec![(PageId::new(number), next_change(self.operation, bench, number))]);
             let begun = *first.get_or_insert_with(Instant::now);
             let result = match changes {
-                None => handle.read(&bench.volume, PageId::new(number)).await.map(Some),
-                Some(changes) => handle.commit(&bench.volume, changes).await.map(|_| None),
+                None => volume.read(PageId::new(number)).await.map(Some),
+                Some(changes) => volume.apply(changes, Durability::Durable).await.map(|_| None),
             };
             let now = Instant::now();
             match result {
@@ -251,8 +255,7 @@ impl Run {
         pages: &Arc<Vec<u64>>,
         end: Instant,
     ) -> Result<Histogram<u64>> {
-        let (mut latency, mut queue, mut out) =
-            (histogram(), Queue::new(&bench.store, depth)?, Vec::new());
+        let (mut latency, mut queue, mut out) = (histogram(), Queue::new(depth)?, Vec::new());
         let first = |place: usize| thread + place * self.threads();
         let client_pages = |place: usize| ClientPages {
             pages: pages.clone(),

@@ -72,7 +72,7 @@ fn with_little_memory(shards: u16, requests_max: usize, test: impl Fn(Runtime)) 
 fn stop(runtime: &Runtime, shard: ShardId) -> crossbeam::channel::Sender<()> {
     let (go, wait) = crossbeam::channel::bounded::<()>(0);
     let (tell, stopped) = crossbeam::channel::bounded(1);
-    let task = runtime.spawn_on(shard, move |_| async move {
+    let task = runtime.handle().spawn_on(shard, move |_| async move {
         tell.send(()).expect("it is waited for");
         let _ = wait.recv();
     });
@@ -83,7 +83,7 @@ fn stop(runtime: &Runtime, shard: ShardId) -> crossbeam::channel::Sender<()> {
 
 /// Until nothing is under way; a hang is what this would show.
 fn settle(runtime: &Runtime, held: &Held) {
-    let shared = runtime.shared_for_tests();
+    let shared = runtime.handle().shared_for_tests();
     let all = || {
         std::iter::once(&shared.request_permits)
             .chain(shared.mailboxes.iter().map(|mailbox| &mailbox.byte_permits))
@@ -109,7 +109,8 @@ fn commits_of_callers_that_give_up_take_a_sixteenth_of_the_memory() {
         let go = stop(&runtime, ShardId::new(0));
         for n in 0..2000 {
             let pages = 1 + n % 16;
-            let mut asked = Box::pin(runtime.submit_to(ShardId::new(0), held.commit(pages)));
+            let mut asked =
+                Box::pin(runtime.handle().submit_to(ShardId::new(0), held.commit(pages)));
             let taken = block_on(poll_once(&mut asked));
             drop((taken, asked));
             let most = SHARD_BYTES + 16 * (BLOCK as u64 + 64);
@@ -128,8 +129,9 @@ fn commits_of_callers_that_give_up_take_a_sixteenth_of_the_memory() {
         // What carries nothing goes all the same, to this shard and to others.
         let reply = ask(&runtime, 1, Request::WaitDurable(Lsn::new(1)));
         assert!(matches!(reply, Ok(Response::Flushed(_))), "{reply:?}");
-        let mut light =
-            Box::pin(runtime.submit_to(ShardId::new(0), Request::WaitDurable(Lsn::new(1))));
+        let mut light = Box::pin(
+            runtime.handle().submit_to(ShardId::new(0), Request::WaitDurable(Lsn::new(1))),
+        );
         assert!(matches!(block_on(poll_once(&mut light)), Some(Ok(_))), "it needs a place only");
         drop(go);
         settle(&runtime, &held);
@@ -144,7 +146,7 @@ fn commits_that_tasks_give_up_take_a_sixteenth_of_the_memory() {
     with_little_memory(1, 4096, |runtime| {
         let held = Held::default();
         let theirs = held.clone();
-        let task = runtime.spawn_on(ShardId::new(0), move |local| async move {
+        let task = runtime.handle().spawn_on(ShardId::new(0), move |local| async move {
             let mut largest = 0;
             for n in 0..2000 {
                 drop(local.call(theirs.commit(1 + n % 16)));
@@ -183,7 +185,7 @@ fn the_end_of_a_shard_answers_what_was_kept_back() {
     with_little_memory(1, 64, |runtime| {
         let (held, (tell, told)) = (Held::default(), crossbeam::channel::bounded(1));
         let (theirs, go) = (held.clone(), tell.clone());
-        let task = runtime.spawn_on(ShardId::new(0), move |local| async move {
+        let task = runtime.handle().spawn_on(ShardId::new(0), move |local| async move {
             let calls: Vec<_> = (0..8).map(|_| local.call(theirs.commit(100))).collect();
             go.send(Vec::new()).expect("it is waited for");
             let mut kinds = Vec::new();
@@ -200,7 +202,7 @@ fn the_end_of_a_shard_answers_what_was_kept_back() {
             let known = [Ok(()), Err(ErrorKind::OutcomeUnknown), Err(ErrorKind::Closed)];
             assert!(known.contains(&kind), "{kind:?}");
         }
-        block_on(runtime.ended());
+        block_on(runtime.handle().ended());
         drop(runtime);
         assert_eq!(held.bytes(), 0, "nothing is kept of what was not bootstrap");
     });
@@ -213,7 +215,8 @@ fn a_commit_of_any_size_goes_in_its_turn() {
     with_little_memory(2, 64, |runtime| {
         let held = Held::default();
         let go = stop(&runtime, ShardId::new(0));
-        let submit = |pages| Box::pin(runtime.submit_to(ShardId::new(0), held.commit(pages)));
+        let submit =
+            |pages| Box::pin(runtime.handle().submit_to(ShardId::new(0), held.commit(pages)));
         let mut first = submit(1000);
         assert!(
             matches!(block_on(poll_once(&mut first)), Some(Ok(_))),
@@ -257,8 +260,9 @@ fn every_request_is_answered_however_places_and_bytes_run_out() {
                             // 1 to 200 pages: up to more than there is room for.
                             _ => held.commit(1 + n * 37 % 200 * (n % 2)),
                         };
-                        let mut asked =
-                            Box::pin(runtime.submit_to(ShardId::new((n % 2) as u16), request));
+                        let mut asked = Box::pin(
+                            runtime.handle().submit_to(ShardId::new((n % 2) as u16), request),
+                        );
                         match n % 5 {
                             0 => drop(block_on(poll_once(&mut asked))),
                             _ => {

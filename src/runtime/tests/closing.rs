@@ -40,7 +40,7 @@ fn callers_who_try_again_take_no_time_from_a_store_that_is_closing() {
                     })
                 })
                 .collect();
-            let mut closing = Box::pin(runtime.close());
+            let mut closing = Box::pin(runtime.handle().close());
             assert!(block_on(poll_once(&mut closing)).is_none(), "it takes a while");
             bootstrap.wait();
             block_on(closing).expect("it closes");
@@ -53,6 +53,6 @@ fn callers_who_try_again_take_no_time_from_a_store_that_is_closing() {
             0,
             "of {refused}, so many reached the shard"
         );
-        block_on(runtime.ended());
+        block_on(runtime.handle().ended());
     }
 }
