@@ -6,7 +6,7 @@
 //!   Store, Volume, Txn, Scan <A>  --submit--> AnyThread: inbox of the shard -----------> shard
 //!                                 --submit--> OnShard:   its own shard, without a hop -> shard
 //!                                                        others: as AnyThread
-//!   what a call returns: a future, in every runtime; `blocking::Wait` waits for it on a plain thread
+//!   a call returns a future, for every runtime; `blocking::Wait` waits for it on a plain thread
 //! ```
 //! Invariants
 //! 1. An access decides on which way a request goes to a shard, and nothing else: no error, limit
