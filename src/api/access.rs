@@ -71,7 +71,7 @@ pub(crate) trait Submit: Clone + 'static {
     fn shard(&self) -> Option<ShardId>;
 
     /// The same store from any thread, kept open only as far as this one keeps it open.
-    fn from_any_thread(&self) -> AnyThread;
+    fn any_thread(&self) -> AnyThread;
 }
 
 /// A store used from any thread and any runtime.
@@ -115,7 +115,7 @@ impl Submit for AnyThread {
         None
     }
 
-    fn from_any_thread(&self) -> AnyThread {
+    fn any_thread(&self) -> AnyThread {
         self.clone()
     }
 }
@@ -162,7 +162,7 @@ impl Submit for OnShard {
         Some(self.0.shard())
     }
 
-    fn from_any_thread(&self) -> AnyThread {
+    fn any_thread(&self) -> AnyThread {
         AnyThread::of_engine()
     }
 }

@@ -15,7 +15,7 @@
 //! txn.write(&disk, PageId::new(8), vec![first + 1; 4096])?;
 //! txn.commit().wait()?;
 //! for page in disk.scan(PageId::new(0), PageId::new(u64::MAX)).blocking() {
-//!     println!("{}", page?.0);
+//!     println!("{:?}", page?.0);
 //! }
 //! store.close().wait()
 //! # }

@@ -143,7 +143,7 @@ impl<A: Access> Store<A> {
     /// old end that were not freed yet are freed first.
     pub async fn resize_volume(&self, name: &str, bytes: u64) -> Result<()> {
         check_size(bytes)?;
-        let (store, name) = (self.from_any_thread(), name.to_string());
+        let (store, name) = (self.any_thread(), name.to_string());
         self.detached(async move || until_no_conflict!(store.try_resize(&name, bytes))).await
     }
 
@@ -172,7 +172,7 @@ impl<A: Access> Store<A> {
     /// # Errors
     /// `NotFound`: no such volume. `Full`, `Busy`: nothing was done.
     pub async fn delete_volume(&self, name: &str) -> Result<()> {
-        let (store, name) = (self.from_any_thread(), name.to_string());
+        let (store, name) = (self.any_thread(), name.to_string());
         self.detached(async move || until_no_conflict!(store.try_delete(&name))).await
     }
 
@@ -205,9 +205,9 @@ impl<A: Access> Store<A> {
     }
 
     /// The same store, for work that outlives the call.
-    fn from_any_thread(&self) -> Store {
+    fn any_thread(&self) -> Store {
         let (inner, pins) = (self.inner.clone(), self.pins.clone());
-        Store { access: self.access.from_any_thread(), inner, pins }
+        Store { access: self.access.any_thread(), inner, pins }
     }
 
     /// Runs one change of volumes after another, each to its end.
