@@ -28,12 +28,12 @@ impl Shard {
                 self.checkpoint.behind_nodes.len()
             ));
         }
-        let slots = self.log.open.slots.iter().filter(|slot| !slot.dead).count();
+        let images = self.log.open.images.iter().filter(|image| !image.is_freed).count();
         let dirty = pages().filter(|page| page.dirty_from.is_some()).count();
         same(
-            "blocks reserved for dirty pages and slots",
+            "blocks reserved for dirty pages and images",
             self.writeback.reserved_blocks as usize,
-            dirty + slots,
+            dirty + images,
         )?;
         let freed = pages().filter(|page| page.dirty_from.is_some() && page.absent).count();
         same("dirty pages that are freed", self.space.freed_pages as usize, freed)?;
@@ -65,10 +65,10 @@ impl Shard {
         for (idx, page) in self.cache.table.pages.iter() {
             let count = on_their_way.get(&idx).copied().unwrap_or(0);
             same(format_args!("captures of {:?}", page.key), page.captures as usize, count)?;
-            let slot = page.slot.map(|no| &self.log.open.slots[no.index()]);
+            let image = page.image.map(|no| &self.log.open.images[no.index()]);
             same(
-                format_args!("the slot of {:?}", page.key),
-                slot.is_none_or(|slot| slot.key == page.key && !slot.dead),
+                format_args!("the image of {:?}", page.key),
+                image.is_none_or(|image| image.key == page.key && !image.is_freed),
                 true,
             )?;
         }

@@ -31,7 +31,7 @@ impl Shard {
             self.requests.finished.len(),
             self.ctx.ops.len(),
             self.watermark.replies.len(),
-            self.log.open.slots.len(),
+            self.log.open.images.len(),
             self.log.open.urgent,
             self.log.in_flight.len(),
             self.log.flushing,

@@ -15,19 +15,19 @@ use super::{OpKind, Shard};
 use crate::base::error::Error;
 use crate::base::{BLOCK, BlockAddr, ImageIdx, Lsn};
 use crate::engine::codec::{self, Sealed};
-use crate::engine::log::{FlushSet, GroupState, InFlight, OpenSlot};
+use crate::engine::log::{FlushSet, GroupState, InFlight, OpenImage};
 use crate::engine::map::Stream;
 use crate::engine::writeback::plan;
 use crate::format::extent::ItemKind;
-use crate::format::group::{GroupHead, Slot, SlotState};
+use crate::format::group::{GroupHead, ImageState, PageImage};
 use crate::format::node::Entry;
 use crate::io::{DiskOp, FileId, IoSlice};
 use crate::memory::Frame;
 use smallvec::SmallVec;
 
-/// A page image of the group being closed.
-struct Image {
-    slot: ImageIdx,
+/// A page image of the group that is being closed, as it is written.
+struct SealedImage {
+    no: ImageIdx,
     sealed: Sealed,
     /// The page's newest version is this image.
     is_current: bool,
@@ -52,7 +52,7 @@ impl Shard {
             return false;
         }
         open.urgent
-            || open.slots.len() >= self.ctx.limits.coalesce_batch_pages
+            || open.images.len() >= self.ctx.limits.coalesce_batch_pages
             || open.body_blocks_with(0, 0) > self.ctx.limits.group_blocks / 2
             || self.ctx.now >= open.opened_at + self.ctx.limits.coalesce_window_us
             || self.life.closing.is_some()
@@ -62,15 +62,15 @@ impl Shard {
     fn close_group(&mut self) {
         self.watermark.dirty_stuck = None;
         let body_blocks = self.log.open.body_blocks_with(0, 0);
-        let mut open = std::mem::take(&mut self.log.open.slots);
-        let mut images = self.take_images(&mut open);
-        let inline = images.len() <= self.ctx.limits.inline_pages_max;
-        self.writeback.reserved_blocks -= images.len() as u64;
+        let mut open = std::mem::take(&mut self.log.open.images);
+        let mut sealed_images = self.take_images(&mut open);
+        let inline = sealed_images.len() <= self.ctx.limits.inline_pages_max;
+        self.writeback.reserved_blocks -= sealed_images.len() as u64;
         if !inline {
-            self.place_images(&open, &mut images);
+            self.place_images(&open, &mut sealed_images);
         }
-        let slots = self.describe(&open, &images, body_blocks);
-        let inline_blocks = if inline { images.len() as u32 } else { 0 };
+        let images = self.describe(&open, &sealed_images, body_blocks);
+        let inline_blocks = if inline { sealed_images.len() as u32 } else { 0 };
         let (first_lsn, last_lsn) =
             (self.log.open.first_lsn().unwrap_or(Lsn::MAX), self.log.open.last_lsn());
         let position = self.log.place(body_blocks + inline_blocks, last_lsn);
@@ -89,16 +89,22 @@ impl Shard {
             // Counts, checksums and runs come with its end.
             ..GroupHead::default()
         };
-        let finished =
-            self.log.open.finish(&slots, inline_blocks, &mut head, self.checkpoint.superblock.salt);
+        let finished = self.log.open.finish(
+            &images,
+            inline_blocks,
+            &mut head,
+            self.checkpoint.superblock.salt,
+        );
         assert_eq!(head.body_blocks, body_blocks, "the size was foreseen");
         self.log.sealed(head.head_crc);
         let mut from = body_slices(&finished.chunks, finished.body_len);
         let data_writes = if inline {
-            from.extend(images.into_iter().map(|image| IoSlice::whole(image.sealed.into_bytes())));
+            from.extend(
+                sealed_images.into_iter().map(|image| IoSlice::whole(image.sealed.into_bytes())),
+            );
             0
         } else {
-            self.write_images(position.number, &slots, &open, images)
+            self.write_images(position.number, &images, &open, sealed_images)
         };
         self.log.submitted(InFlight {
             number: position.number,
@@ -118,75 +124,87 @@ impl Shard {
         self.ctx.work_pending = true;
     }
 
-    /// Fixes the images of all live slots; the pages leave the open group.
-    fn take_images(&mut self, open: &mut [OpenSlot]) -> Vec<Image> {
-        let mut images = Vec::with_capacity(open.len());
-        for (i, slot) in open.iter_mut().enumerate().filter(|(_, slot)| !slot.dead) {
+    /// Seals the images that are written; their pages leave the open group.
+    fn take_images(&mut self, open: &mut [OpenImage]) -> Vec<SealedImage> {
+        let mut sealed_images = Vec::with_capacity(open.len());
+        for (i, image) in open.iter_mut().enumerate().filter(|(_, image)| !image.is_freed) {
             let at = ImageIdx::new(i);
-            let idx =
-                self.cache.table.find(slot.key).expect("a page with a slot stays in the table");
+            let idx = self
+                .cache
+                .table
+                .find(image.key)
+                .expect("a page with an image in the group stays in the table");
             let page = &mut self.cache.table.pages[idx];
-            let is_current = page.slot == Some(at);
+            let is_current = page.image == Some(at);
             if is_current {
-                page.slot = None;
+                page.image = None;
             }
-            let frame = slot
+            let frame = image
                 .sealed
                 .take()
                 .or_else(|| page.frame.as_ref().map(|f| f.pin()))
-                .expect("a live slot has an image");
+                .expect("an image that is written has content");
             self.ctx.stats.checksums += 1;
-            images.push(Image { slot: at, sealed: codec::seal(frame), is_current, place: None });
+            sealed_images.push(SealedImage {
+                no: at,
+                sealed: codec::seal(frame),
+                is_current,
+                place: None,
+            });
+        }
+        sealed_images
+    }
+
+    /// Gives the images their final addresses, neighbours next to each other.
+    fn place_images(&mut self, open: &[OpenImage], sealed_images: &mut [SealedImage]) {
+        sealed_images.sort_by_key(|image| (open[image.no.index()].key, open[image.no.index()].lsn));
+        for image in sealed_images.iter_mut() {
+            let OpenImage { key, lsn, .. } = open[image.no.index()];
+            let what = ItemKind::Page(key, lsn);
+            let place = self.alloc_place(Stream::Data, what, image.sealed.blocks());
+            image.place = Some(place.expect("admission reserved a block for each image"));
+        }
+    }
+
+    fn describe(
+        &self,
+        open: &[OpenImage],
+        sealed_images: &[SealedImage],
+        body_blocks: u32,
+    ) -> Vec<PageImage> {
+        let not_written = |image: &OpenImage| PageImage {
+            key: image.key,
+            state: ImageState::NotWritten,
+            entry: Entry::default(),
+        };
+        let mut images: Vec<PageImage> = open.iter().map(not_written).collect();
+        for (i, image) in sealed_images.iter().enumerate() {
+            let place = image.place.unwrap_or_default();
+            images[image.no.index()].entry = image.sealed.entry(place, open[image.no.index()].lsn);
+            images[image.no.index()].state = match image.place {
+                Some(_) => ImageState::Placed,
+                None => ImageState::Inline(body_blocks + i as u32),
+            };
         }
         images
     }
 
-    /// Gives the images their final places, neighbours next to each other.
-    fn place_images(&mut self, open: &[OpenSlot], images: &mut [Image]) {
-        images.sort_by_key(|image| (open[image.slot.index()].key, open[image.slot.index()].lsn));
-        for image in images.iter_mut() {
-            let slot = &open[image.slot.index()];
-            let what = ItemKind::Page(slot.key, slot.lsn);
-            let place = self.alloc_place(Stream::Data, what, image.sealed.blocks());
-            image.place = Some(place.expect("admission reserved a block for each slot"));
-        }
-    }
-
-    fn describe(&self, open: &[OpenSlot], images: &[Image], body_blocks: u32) -> Vec<Slot> {
-        let dead = |slot: &OpenSlot| Slot {
-            key: slot.key,
-            state: SlotState::Dead,
-            entry: Entry::default(),
-        };
-        let mut slots: Vec<Slot> = open.iter().map(dead).collect();
-        for (i, image) in images.iter().enumerate() {
-            let place = image.place.unwrap_or_default();
-            slots[image.slot.index()].entry =
-                image.sealed.entry(place, open[image.slot.index()].lsn);
-            slots[image.slot.index()].state = match image.place {
-                Some(_) => SlotState::Placed,
-                None => SlotState::Inline(body_blocks + i as u32),
-            };
-        }
-        slots
-    }
-
-    /// Writes images straight to their places; returns the number of writes.
+    /// Writes images straight to their final addresses; returns the number of writes.
     fn write_images(
         &mut self,
         group: u64,
-        slots: &[Slot],
-        open: &[OpenSlot],
-        images: Vec<Image>,
+        images: &[PageImage],
+        open: &[OpenImage],
+        sealed_images: Vec<SealedImage>,
     ) -> u32 {
-        let mut blocks = Vec::with_capacity(images.len());
-        for image in images {
-            let entry = slots[image.slot.index()].entry;
+        let mut blocks = Vec::with_capacity(sealed_images.len());
+        for image in sealed_images {
+            let entry = images[image.no.index()].entry;
             let idx = self
                 .cache
                 .table
-                .find(open[image.slot.index()].key)
-                .expect("a page with a slot stays in the table");
+                .find(open[image.no.index()].key)
+                .expect("a page with an image in the group stays in the table");
             let page = &mut self.cache.table.pages[idx];
             page.captures += 1;
             if image.is_current && page.dirty_from.take().is_some() {

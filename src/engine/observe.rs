@@ -126,7 +126,7 @@ impl Shard {
         let needed = pages().filter(|page| {
             page.frame.is_some()
                 || page.captures > 0
-                || page.slot.is_some()
+                || page.image.is_some()
                 || page.dirty_from.is_some()
                 || page.queued
         });

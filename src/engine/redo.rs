@@ -26,7 +26,7 @@ use super::{Lack, OpKind, Shard, Step};
 use crate::base::error::Error;
 use crate::base::{BLOCK, Lsn, PageIdx, PageKey, RequestIdx, ShardId};
 use crate::format::extent::ItemKind;
-use crate::format::group::{GroupHead, LoggedChange, SlotState};
+use crate::format::group::{GroupHead, ImageState, LoggedChange};
 use crate::format::node::Entry;
 use crate::io::{Completion, DiskOp, FileId};
 use bytes::Bytes;
@@ -363,18 +363,18 @@ fn decode(
                     (key, record.lsn, RedoKind::Patches { over_zeros: false, patches })
                 }
                 LoggedChange::Free(key) => (key, record.lsn, RedoKind::Free),
-                LoggedChange::Image(_, slot) => {
-                    let slot = group.slots.get(slot as usize)?;
-                    let kind = match slot.state {
+                LoggedChange::Image(_, image) => {
+                    let image = group.images.get(image as usize)?;
+                    let kind = match image.state {
                         // Freed again within the same era: the Free follows.
-                        SlotState::Dead => continue,
-                        SlotState::Placed => RedoKind::Placed(slot.entry),
-                        SlotState::Inline(block) => {
+                        ImageState::NotWritten => continue,
+                        ImageState::Placed => RedoKind::Placed(image.entry),
+                        ImageState::Inline(block) => {
                             let at = block as usize * BLOCK;
                             RedoKind::Image(bytes.slice(at..at + BLOCK))
                         }
                     };
-                    (slot.key, slot.entry.lsn(), kind)
+                    (image.key, image.entry.lsn(), kind)
                 }
             };
             if mine(key) {

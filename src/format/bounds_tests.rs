@@ -5,7 +5,7 @@
 //! it. Found while the fuzz target `log` was written.
 
 use super::LSN_END;
-use super::group::{Body, GroupHead, HEAD_BYTES, RUNS_MAX, RawChange, RawRecord, RawSlot, Role};
+use super::group::{Body, GroupHead, HEAD_BYTES, RUNS_MAX, RawChange, RawImage, RawRecord, Role};
 use super::superblock::{
     LogState, Refusal, SEGMENTS_MIN, SUPERBLOCK_BYTES, Superblock, VShardState,
 };
@@ -71,7 +71,7 @@ fn a_group_that_does_not_fit_is_none() {
         at(17),
         GroupHead { records_bytes: (BLOCK - HEAD_BYTES + 1) as u32, ..head() },
         GroupHead { records_bytes: u32::MAX, ..head() },
-        GroupHead { slots_count: (BLOCK / size_of::<RawSlot>()) as u32, ..head() },
+        GroupHead { images_count: (BLOCK / size_of::<RawImage>()) as u32, ..head() },
         GroupHead { runs: vec![(Lsn::new(1), 1); RUNS_MAX + 1], ..head() },
     ];
     for head in wrong {
@@ -106,11 +106,11 @@ fn a_group_of_elsewhere_is_none() {
     }
 }
 
-/// A page of a slot that is not there.
+/// A change that names an image which is not there.
 #[test]
-fn a_change_without_its_slot_is_none() {
-    let slot = size_of::<RawSlot>();
-    for (slots, named, is_record) in
+fn a_change_without_its_image_is_none() {
+    let image = size_of::<RawImage>();
+    for (images, named, is_record) in
         [(1, 0, true), (1, 1, false), (0, 0, false), (2, 1, true), (2, u32::MAX, false)]
     {
         let record_bytes = size_of::<RawRecord>() + size_of::<RawChange>();
@@ -131,16 +131,16 @@ fn a_change_without_its_slot_is_none() {
             page: 0.into(),
         };
         let mut body = vec![0; BLOCK];
-        let content = [record.as_bytes(), change.as_bytes(), &vec![0; slots * slot]].concat();
+        let content = [record.as_bytes(), change.as_bytes(), &vec![0; images * image]].concat();
         body[HEAD_BYTES..HEAD_BYTES + content.len()].copy_from_slice(&content);
         let head = GroupHead {
             records_bytes: record_bytes as u32,
-            slots_count: slots as u32,
+            images_count: images as u32,
             body_crc: crc32c(&body[HEAD_BYTES..]),
             ..head()
         };
         let body = Body::open(&head, &body).expect("a body");
-        assert_eq!(body.records().is_some(), is_record, "slot {named} of {slots}");
+        assert_eq!(body.records().is_some(), is_record, "image {named} of {images}");
     }
 }
 

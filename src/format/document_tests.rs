@@ -47,11 +47,11 @@ fn compiled() -> Vec<Layout> {
         node::Child { place, crc, level, present, reserved }
         catalog::VolumeRecord { magic, crc, name_len, reserved, bytes, name }
         group::RawRun { first, count }
-        group::Head { magic, head_crc, body_crc, epoch, generation, number, prev_crc, shard, runs_count, segment, block, body_blocks, blocks, records_bytes, slots_count, commits_count, key_id, reserved, watermark, superblock_generation, runs, nonce, tag, reserved2 }
+        group::Head { magic, head_crc, body_crc, epoch, generation, number, prev_crc, shard, runs_count, segment, block, body_blocks, blocks, records_bytes, images_count, commits_count, key_id, reserved, watermark, superblock_generation, runs, nonce, tag, reserved2 }
         group::RawRecord { lsn, bytes, changes_count, kind, reserved }
         group::RawParts { shards }
         group::RawChange { kind, volume, class, reserved, len, offset, page }
-        group::RawSlot { page, volume, state, reserved, block, entry }
+        group::RawImage { page, volume, state, reserved, block, entry }
     }
 }
 

@@ -1,14 +1,14 @@
 //! A log group: the unit in which the log is written, and found again whole or not at all.
 //!
 //! ```text
-//! | head 256 B | records ... | slots ... | zeros | inline page | inline page | ...
-//! |<------------------ body blocks ------------->|<---- one block each ------->|
+//! | head 256 B | records ... | images ... | zeros | inline page | inline page | ...
+//! |<------------------ body blocks -------------->|<---- one block each ------->|
 //! ```
 //! The head is sealed by `head_crc`, seeded with the epoch's salt and covering the group's own
 //! position, so that neither recycled bytes, nor user data that happens to be a copy of a log, can
-//! pass for a group. `body_crc` covers the rest of the body blocks, padding included. A slot names
-//! the image of one page: inline in this group, or at its final place in an extent; its checksum is
-//! in the slot.
+//! pass for a group. `body_crc` covers the rest of the body blocks, padding included. An image stands
+//! for one whole page: its bytes are inline in this group, or at their final address in an extent,
+//! and its entry has their checksum.
 
 use super::node::Entry;
 use super::{LSN_END, crc_around, get};
@@ -67,8 +67,8 @@ pub struct Head {
     pub blocks: U32,
     /// Bytes of records after the head.
     pub records_bytes: U32,
-    /// Slots after the records.
-    pub slots_count: U32,
+    /// Page images after the records.
+    pub images_count: U32,
     /// Commits recorded.
     pub commits_count: U32,
     /// With which key the body is encrypted: 0 = not.
@@ -122,7 +122,7 @@ pub struct RawParts {
 #[repr(C)]
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 pub struct RawChange {
-    /// 1 = the page is as in a slot, 2 = patch, 3 = free.
+    /// 1 = the page is as in an image of the group, 2 = patch, 3 = free.
     pub kind: u8,
     /// The volume.
     pub volume: u8,
@@ -130,7 +130,7 @@ pub struct RawChange {
     pub class: u8,
     /// Zero.
     pub reserved: u8,
-    /// Slot number, or bytes of the patch.
+    /// Number of the image, or bytes of the patch.
     pub len: U32,
     /// First byte of the patch.
     pub offset: U32,
@@ -138,10 +138,10 @@ pub struct RawChange {
     pub page: U64,
 }
 
-/// The image of one page.
+/// A page image.
 #[repr(C)]
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-pub struct RawSlot {
+pub struct RawImage {
     /// The page.
     pub page: U64,
     /// The volume.
@@ -158,7 +158,7 @@ pub struct RawSlot {
 
 const _: () = assert!(HEAD_BYTES == 256 && size_of::<RawRecord>() == 24);
 const _: () = assert!(
-    size_of::<RawChange>() == 20 && size_of::<RawSlot>() == 80 && size_of::<RawParts>() == 8
+    size_of::<RawChange>() == 20 && size_of::<RawImage>() == 80 && size_of::<RawParts>() == 8
 );
 
 /// A sealed head in memory.
@@ -188,8 +188,8 @@ pub struct GroupHead {
     pub blocks: u32,
     /// Bytes of records.
     pub records_bytes: u32,
-    /// Slots.
-    pub slots_count: u32,
+    /// Page images.
+    pub images_count: u32,
     /// Commits.
     pub commits_count: u32,
     /// Durable up to here at submission.
@@ -226,7 +226,7 @@ impl GroupHead {
             body_blocks: self.body_blocks.into(),
             blocks: self.blocks.into(),
             records_bytes: self.records_bytes.into(),
-            slots_count: self.slots_count.into(),
+            images_count: self.images_count.into(),
             commits_count: self.commits_count.into(),
             key_id: 0.into(),
             reserved: 0.into(),
@@ -263,7 +263,7 @@ impl GroupHead {
         let fits = body >= 1 && body <= all && all <= segment_blocks - block.min(segment_blocks);
         let needed = HEAD_BYTES as u64
             + u64::from(raw.records_bytes.get())
-            + u64::from(raw.slots_count.get()) * size_of::<RawSlot>() as u64;
+            + u64::from(raw.images_count.get()) * size_of::<RawImage>() as u64;
         let runs_count = usize::from(raw.runs_count.get());
         if !here || !fits || runs_count > RUNS_MAX || needed > u64::from(body) * BLOCK as u64 {
             return None;
@@ -286,7 +286,7 @@ impl GroupHead {
             body_blocks: body,
             blocks: all,
             records_bytes: raw.records_bytes.get(),
-            slots_count: raw.slots_count.get(),
+            images_count: raw.images_count.get(),
             commits_count: raw.commits_count.get(),
             watermark: Lsn::new(raw.watermark.get()),
             superblock_generation: raw.superblock_generation.get(),
@@ -301,7 +301,7 @@ impl GroupHead {
 /// One change of a decoded record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LoggedChange<'a> {
-    /// The page is as in this slot.
+    /// The page is as in this image.
     Image(PageKey, u32),
     /// Bytes from an offset.
     Patch(PageKey, u32, &'a [u8]),
@@ -309,37 +309,37 @@ pub enum LoggedChange<'a> {
     Free(PageKey),
 }
 
-/// Where a page's image is.
+/// Where the bytes of an image are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SlotState {
-    /// Not written.
-    Dead,
+pub enum ImageState {
+    /// Nowhere: the page was freed again in the same era.
+    NotWritten,
     /// In the group, at this block of it.
     Inline(u32),
     /// At the place that the entry names.
     Placed,
 }
 
-/// A decoded slot.
+/// A decoded page image.
 #[derive(Clone, Copy)]
-pub struct Slot {
+pub struct PageImage {
     /// The page.
     pub key: PageKey,
-    /// Where its image is.
-    pub state: SlotState,
+    /// Where its bytes are.
+    pub state: ImageState,
     /// Version and checksum; place and all if placed.
     pub entry: Entry,
 }
 
-impl Slot {
+impl PageImage {
     /// The form on disk.
-    pub fn encode(&self) -> RawSlot {
+    pub fn encode(&self) -> RawImage {
         let (state, block) = match self.state {
-            SlotState::Dead => (0, 0),
-            SlotState::Inline(block) => (1, block),
-            SlotState::Placed => (2, 0),
+            ImageState::NotWritten => (0, 0),
+            ImageState::Inline(block) => (1, block),
+            ImageState::Placed => (2, 0),
         };
-        RawSlot {
+        RawImage {
             page: self.key.page.get().into(),
             volume: self.key.volume.get(),
             state,
@@ -353,8 +353,8 @@ impl Slot {
 /// The checked body of a group.
 pub struct Body<'a> {
     records: &'a [u8],
-    /// The slots.
-    pub slots: Vec<Slot>,
+    /// The page images.
+    pub images: Vec<PageImage>,
 }
 
 /// What a record is of its commit.
@@ -406,21 +406,21 @@ impl<'a> Body<'a> {
             return None;
         }
         let records_end = HEAD_BYTES + head.records_bytes as usize;
-        let mut slots = Vec::new();
-        for i in 0..head.slots_count as usize {
-            let raw: &RawSlot = get(body, records_end + i * size_of::<RawSlot>())?;
+        let mut images = Vec::new();
+        for i in 0..head.images_count as usize {
+            let raw: &RawImage = get(body, records_end + i * size_of::<RawImage>())?;
             let state = match raw.state {
-                0 => SlotState::Dead,
+                0 => ImageState::NotWritten,
                 1 if (head.body_blocks..head.blocks).contains(&raw.block.get()) => {
-                    SlotState::Inline(raw.block.get())
+                    ImageState::Inline(raw.block.get())
                 }
-                2 => SlotState::Placed,
+                2 => ImageState::Placed,
                 _ => return None,
             };
             let key = PageKey::new(VolumeId::new(raw.volume), raw.page.get().into());
-            slots.push(Slot { key, state, entry: raw.entry });
+            images.push(PageImage { key, state, entry: raw.entry });
         }
-        Some(Body { records: &body[HEAD_BYTES..records_end], slots })
+        Some(Body { records: &body[HEAD_BYTES..records_end], images })
     }
 
     /// The commits, in order. `None` if a record contradicts itself.
@@ -466,7 +466,7 @@ impl<'a> Body<'a> {
         *at += size_of::<RawChange>();
         let key = PageKey::new(VolumeId::new(raw.volume), raw.page.get().into());
         match raw.kind {
-            1 if (raw.len.get() as usize) < self.slots.len() => {
+            1 if (raw.len.get() as usize) < self.images.len() => {
                 Some(LoggedChange::Image(key, raw.len.get()))
             }
             2 => {

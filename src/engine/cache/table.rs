@@ -8,7 +8,7 @@
 //! Invariants
 //! 1. `lsn` is the version of the content that the next reader gets; `mapped_lsn` is the version
 //!    that the map names. They differ only while a change is on its way to its place.
-//! 2. A page leaves the table only when nothing refers to it: no request, no capture, no slot, not
+//! 2. A page leaves the table only when nothing refers to it: no request, no capture, no image, not
 //!    dirty, no pin.
 //! 3. A page with a change on its way has its map leaf pinned, so that the map can be changed
 //!    without a read.
@@ -47,8 +47,8 @@ pub(in crate::engine) struct Page {
     pub data_holds: u32,
     /// Versions on their way to their places.
     pub captures: u32,
-    /// Its slot in the open group.
-    pub slot: Option<ImageIdx>,
+    /// Its image in the open group.
+    pub image: Option<ImageIdx>,
     /// First change that no capture holds yet.
     pub dirty_from: Option<Lsn>,
     /// It stands in the queue of the coalescer.
@@ -95,7 +95,7 @@ impl Page {
                 "{key:?} is dirty, and its bytes are gone"
             );
         }
-        let is_on_its_way = self.dirty_from.is_some() || self.slot.is_some() || self.captures > 0;
+        let is_on_its_way = self.dirty_from.is_some() || self.image.is_some() || self.captures > 0;
         assert!(
             !is_on_its_way || self.leaf.is_some(),
             "{key:?} has a change on its way, and no leaf pinned"
@@ -139,7 +139,7 @@ impl Page {
     pub fn is_unreferenced(&self) -> bool {
         self.holds == 0
             && self.captures == 0
-            && self.slot.is_none()
+            && self.image.is_none()
             && self.dirty_from.is_none()
             && !self.queued
             && !self.resolving
@@ -151,7 +151,7 @@ impl Page {
     /// Whether its bytes may leave memory though requests hold it: none of them needs the bytes,
     /// and the map names them.
     fn has_spare_bytes(&self) -> bool {
-        let is_clean = self.captures == 0 && self.slot.is_none() && self.dirty_from.is_none();
+        let is_clean = self.captures == 0 && self.image.is_none() && self.dirty_from.is_none();
         self.holds > 0 && self.data_holds == 0 && is_clean
     }
 }
@@ -228,7 +228,7 @@ impl Table {
             holds: 0,
             data_holds: 0,
             captures: 0,
-            slot: None,
+            image: None,
             dirty_from: None,
             queued: false,
             leaf: None,

@@ -328,10 +328,11 @@ impl Shard {
         self.checkpoint.assert_state();
         self.checkpoint.enter(Phase::Pages);
         self.checkpoint.pages_left = 0;
-        let slots = self.log.open.slots.iter().filter_map(|slot| self.cache.table.find(slot.key));
+        let images =
+            self.log.open.images.iter().filter_map(|image| self.cache.table.find(image.key));
         let captured = self.writeback.captures.iter().map(|(_, capture)| capture.page);
         let behind: Vec<PageIdx> =
-            self.writeback.dirty.iter().copied().chain(slots).chain(captured).collect();
+            self.writeback.dirty.iter().copied().chain(images).chain(captured).collect();
         for idx in behind {
             let page = &mut self.cache.table.pages[idx];
             if page.lsn > page.mapped_lsn && page.checkpoint_target == Lsn::ZERO {

@@ -21,7 +21,7 @@ mod growth;
 mod open;
 mod stored;
 
-pub(crate) use open::{Chunks, OpenGroup, OpenSlot, PartRef};
+pub(crate) use open::{Chunks, OpenGroup, OpenImage, PartRef};
 pub(crate) use stored::{StoredGroup, head_at};
 
 use crate::base::{Lsn, SegmentNo};

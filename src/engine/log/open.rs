@@ -4,7 +4,7 @@
 //! 1. Records of one page stand in LSN order. All LSNs that this shard drew for the group are in
 //!    its runs, used or not; a part of another shard's commit is recorded, and its owner accounts
 //!    for the LSN.
-//! 2. A slot stands for one page within one *era*: further changes of the page in the same era are
+//! 2. An image stands for one page within one *era*: further changes of the page in the same era are
 //!    absorbed by it. An era ends with a run, and before and after each commit over shards: a cut
 //!    can fall between two eras, never within one, so no state that a crash can ask for is lost.
 //! 3. Nothing here is written to a device before [`OpenGroup::finish`] has sealed it.
@@ -12,7 +12,7 @@
 use crate::base::checksum::crc32c_append;
 use crate::base::{BLOCK, Lsn, Micros, PageKey, ShardId};
 use crate::format::group::{
-    GroupHead, HEAD_BYTES, RUNS_MAX, RawChange, RawParts, RawRecord, RawSlot, Role, Slot,
+    GroupHead, HEAD_BYTES, PageImage, RUNS_MAX, RawChange, RawImage, RawParts, RawRecord, Role,
 };
 use crate::memory::{Frame, FrameRef};
 use zerocopy::IntoBytes;
@@ -38,17 +38,17 @@ impl Chunks {
     }
 }
 
-/// A page whose image goes with the group.
-pub(crate) struct OpenSlot {
+/// The image of a page that goes with the group.
+pub(crate) struct OpenImage {
     pub key: PageKey,
     /// Of the newest change that the image holds.
     pub lsn: Lsn,
     /// In which era.
     pub span: u32,
-    /// The image, if the page was changed again in a later era.
+    /// Its bytes, if the page was changed again in a later era.
     pub sealed: Option<FrameRef>,
     /// Freed again in the same era: nothing is written.
-    pub dead: bool,
+    pub is_freed: bool,
 }
 
 /// The open group.
@@ -63,7 +63,7 @@ pub(crate) struct OpenGroup {
     last_lsn: Lsn,
     commits_count: u32,
     /// Page images.
-    pub slots: Vec<OpenSlot>,
+    pub images: Vec<OpenImage>,
     /// When the first thing came into it.
     pub opened_at: Micros,
     /// Somebody waits for its durability.
@@ -98,7 +98,7 @@ impl OpenGroup {
             span: 0,
             last_lsn: Lsn::ZERO,
             commits_count: 0,
-            slots: Vec::new(),
+            images: Vec::new(),
             opened_at: 0,
             urgent: false,
             parts: Vec::new(),
@@ -179,9 +179,9 @@ impl OpenGroup {
         self.runs.len() == RUNS_MAX
     }
 
-    /// Body blocks if `bytes` of records and `slots` slots came on top.
-    pub(crate) fn body_blocks_with(&self, bytes: usize, slots: usize) -> u32 {
-        (self.len + bytes + (self.slots.len() + slots) * size_of::<RawSlot>()).div_ceil(BLOCK)
+    /// Body blocks if `bytes` of records and `images` images came on top.
+    pub(crate) fn body_blocks_with(&self, bytes: usize, images: usize) -> u32 {
+        (self.len + bytes + (self.images.len() + images) * size_of::<RawImage>()).div_ceil(BLOCK)
             as u32
     }
 
@@ -287,11 +287,11 @@ impl OpenGroup {
         }
     }
 
-    /// Completes `head` (counts, checksums, runs), writes the slots, pads and seals; the group is
+    /// Completes `head` (counts, checksums, runs), writes the images, pads and seals; the group is
     /// empty afterwards.
     pub(crate) fn finish(
         &mut self,
-        slots: &[Slot],
+        images: &[PageImage],
         inline_blocks: u32,
         head: &mut GroupHead,
         salt: u64,
@@ -299,11 +299,11 @@ impl OpenGroup {
         self.assert_state();
         assert!(!self.is_empty(), "a group with nothing in it is closed");
         head.records_bytes = (self.len - HEAD_BYTES) as u32;
-        head.slots_count = slots.len() as u32;
+        head.images_count = images.len() as u32;
         head.commits_count = self.commits_count;
         head.runs = std::mem::take(&mut self.runs);
-        for slot in slots {
-            self.append(slot.encode().as_bytes());
+        for image in images {
+            self.append(image.encode().as_bytes());
         }
         let padding = self.len.next_multiple_of(BLOCK) - self.len;
         self.append(&[0; BLOCK][..padding]);
@@ -318,7 +318,7 @@ impl OpenGroup {
         self.commits_count = 0;
         self.last_lsn = Lsn::ZERO;
         self.span = 0;
-        self.slots.clear();
+        self.images.clear();
         self.urgent = false;
         let finished = Finished {
             chunks: std::mem::take(&mut self.filled),

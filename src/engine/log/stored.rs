@@ -15,7 +15,7 @@
 
 use crate::base::{BLOCK, BlockAddr, SegmentNo, ShardId};
 use crate::engine::codec::{self, Expected};
-use crate::format::group::{Body, GroupHead, Record, Slot, SlotState};
+use crate::format::group::{Body, GroupHead, ImageState, PageImage, Record};
 use crate::format::superblock::Superblock;
 use std::fmt;
 
@@ -56,7 +56,7 @@ pub(crate) struct StoredGroup<'a> {
     /// The commits, in order.
     pub records: Vec<Record<'a>>,
     /// The page images.
-    pub slots: Vec<Slot>,
+    pub images: Vec<PageImage>,
     bytes: &'a [u8],
 }
 
@@ -68,7 +68,7 @@ impl<'a> StoredGroup<'a> {
     pub(crate) fn open(head: &GroupHead, bytes: &'a [u8]) -> Result<Self, NotWhole> {
         let body = Body::open(head, bytes).ok_or(NotWhole::Body)?;
         let records = body.records().ok_or(NotWhole::Records)?;
-        Ok(StoredGroup { records, slots: body.slots, bytes })
+        Ok(StoredGroup { records, images: body.images, bytes })
     }
 
     /// Checks the page images in the group; returns those that it has put into extents, and what
@@ -78,15 +78,15 @@ impl<'a> StoredGroup<'a> {
     /// [`NotWhole::Image`].
     pub(crate) fn placed(&self) -> Result<Vec<(BlockAddr, Expected)>, NotWhole> {
         let mut placed = Vec::new();
-        for Slot { state, entry, .. } in &self.slots {
+        for PageImage { state, entry, .. } in &self.images {
             match state {
-                SlotState::Dead => {}
-                SlotState::Inline(block) => {
+                ImageState::NotWritten => {}
+                ImageState::Inline(block) => {
                     let at = *block as usize * BLOCK;
                     let stored = self.bytes.get(at..at + BLOCK).unwrap_or_default();
                     codec::open(entry, stored).map_err(NotWhole::Image)?;
                 }
-                SlotState::Placed => {
+                ImageState::Placed => {
                     let expected = Expected::of(entry).map_err(NotWhole::Image)?;
                     placed.push((entry.place(), expected));
                 }

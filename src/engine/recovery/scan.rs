@@ -35,7 +35,7 @@ use hashbrown::HashSet;
 /// A whole group.
 pub(crate) struct ScannedGroup {
     pub head: GroupHead,
-    /// Places that its slots name.
+    /// Addresses of the pages that it has put into extents.
     pub places: Vec<BlockAddr>,
     /// It lies above every recorded watermark: nobody knows whether a flush has covered it.
     pub is_doubtful: bool,

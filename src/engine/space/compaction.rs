@@ -444,7 +444,7 @@ impl Shard {
             && page.entry.is_some_and(|e| e.place() == from)
             && page.lsn == page.mapped_lsn;
         let busy =
-            page.absent || page.captures > 0 || page.dirty_from.is_some() || page.slot.is_some();
+            page.absent || page.captures > 0 || page.dirty_from.is_some() || page.image.is_some();
         let failed = self.requests.pending[waiter].error.clone();
         if failed.is_none() && named && !busy && self.ctx.failed.is_none() {
             if page.frame.is_none() {

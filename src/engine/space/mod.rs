@@ -1,7 +1,7 @@
 //! Data space: admission, growth, and when to reclaim.
 //!
 //! Invariants
-//! 1. Every dirty page and every slot has a block reserved; map nodes and compaction have a reserve
+//! 1. Every dirty page and every image has a block reserved; map nodes and compaction have a reserve
 //!    of their own.
 //! 2. `Full` only when nothing can give space any more: no growth, no checkpoint that would free
 //!    places, nothing to compact. Until then a commit waits.

@@ -15,7 +15,7 @@ use crate::engine::txn::local::LSN_AHEAD_MAX;
 use crate::engine::txn::participant::Reserved;
 use crate::engine::{Change, Commit, Lack, NodeWaiter, Shard, Step};
 use crate::format::extent::NodeKey;
-use crate::format::group::{HEAD_BYTES, RawChange, RawParts, RawRecord, RawSlot};
+use crate::format::group::{HEAD_BYTES, RawChange, RawImage, RawParts, RawRecord};
 use crate::format::node::{Child, LEAF_ENTRIES};
 use smallvec::SmallVec;
 
@@ -44,8 +44,8 @@ const SPACE_WANTED_US: crate::base::Micros = 100_000;
 pub(in crate::engine) struct Need {
     /// Bytes of records.
     record_bytes: usize,
-    /// Whole pages, each a slot.
-    slots: usize,
+    /// Whole pages: an image each.
+    images: usize,
     /// Frames for new versions.
     pub frames: u32,
     /// Changes: each may dirty a page.
@@ -80,7 +80,7 @@ impl Need {
             }
             need.record_bytes += size_of::<RawChange>();
             match change {
-                Change::Put(_) => need.slots += 1,
+                Change::Put(_) => need.images += 1,
                 Change::Patch { bytes, .. } => need.record_bytes += bytes.len(),
                 Change::Free => continue,
             }
@@ -92,7 +92,7 @@ impl Need {
         need
     }
 
-    /// Blocks of data space that it may take: each page written one as a slot and another later,
+    /// Blocks of data space that it may take: each page written one as an image and another later,
     /// and its map nodes on top. A freed page takes none.
     pub(in crate::engine) fn blocks(&self) -> u64 {
         2 * u64::from(self.frames) + self.nodes
@@ -101,7 +101,7 @@ impl Need {
     pub(in crate::engine) fn plus(self, other: Need) -> Need {
         Need {
             record_bytes: self.record_bytes + other.record_bytes,
-            slots: self.slots + other.slots,
+            images: self.images + other.images,
             frames: self.frames + other.frames,
             changes: self.changes + other.changes,
             nodes: self.nodes + other.nodes,
@@ -117,10 +117,10 @@ impl Shard {
         need: Need,
         first: bool,
     ) -> Admission {
-        let body = self.log.open.body_blocks_with(need.record_bytes, need.slots);
+        let body = self.log.open.body_blocks_with(need.record_bytes, need.images);
         let group_is_new = self.log.open.is_empty() && first;
         let too_long = body > self.ctx.limits.group_blocks && !group_is_new;
-        let blocks = body + self.inline_blocks(self.log.open.slots.len() + need.slots);
+        let blocks = body + self.inline_blocks(self.log.open.images.len() + need.images);
         if self.lsns_are_far_ahead(Step::Commit) || self.log.open.runs_full() || too_long {
             self.log.open.urgent |= !self.log.open.is_empty();
             self.ctx.blocked.register(Step::Commit, Lack::LogRoom);
@@ -148,12 +148,12 @@ impl Shard {
     /// Whether a part of a commit over shards may be voted for: what it needs must be there
     /// whenever it is decided, in this group or a later one.
     pub(in crate::engine) fn admit_part(&mut self, waiter: RequestIdx, need: &Need) -> Admission {
-        let (body, slots) = match self.log.open.is_empty() {
+        let (body, images) = match self.log.open.is_empty() {
             true => (0, 0),
-            false => (self.log.open.body_blocks_with(0, 0), self.log.open.slots.len()),
+            false => (self.log.open.body_blocks_with(0, 0), self.log.open.images.len()),
         };
         let more = self.reservation(need);
-        if !self.log_fits(body + self.inline_blocks(slots), body, Some(more)) {
+        if !self.log_fits(body + self.inline_blocks(images), body, Some(more)) {
             return Admission::Stalled;
         }
         let alone = self.participant.reserved.count == 0;
@@ -173,21 +173,21 @@ impl Shard {
 
     /// What a part keeps from others until it is decided.
     pub(in crate::engine) fn reservation(&self, need: &Need) -> Reserved {
-        let body = (HEAD_BYTES + need.record_bytes + need.slots * size_of::<RawSlot>())
+        let body = (HEAD_BYTES + need.record_bytes + need.images * size_of::<RawImage>())
             .div_ceil(BLOCK) as u32;
         Reserved {
             count: 1,
-            log_blocks: body + self.inline_blocks(need.slots),
+            log_blocks: body + self.inline_blocks(need.images),
             frames: need.frames,
             changes: need.changes,
             space_blocks: need.blocks(),
         }
     }
 
-    /// Blocks of inline pages that a group with `slots` slots has at most. No more than its pages:
+    /// Blocks of inline pages that a group with `images` images has at most. No more than its pages:
     /// `inline_pages_max` alone may be more than a small segment holds.
-    fn inline_blocks(&self, slots: usize) -> u32 {
-        self.ctx.limits.inline_pages_max.min(slots) as u32
+    fn inline_blocks(&self, images: usize) -> u32 {
+        self.ctx.limits.inline_pages_max.min(images) as u32
     }
 
     /// Whether so much is drawn above the watermark that `step` has to wait for it.

@@ -12,7 +12,7 @@
 
 use crate::base::error::{Error, Result};
 use crate::base::{BLOCK, ImageIdx, Lsn, PageIdx, PageKey, RequestIdx};
-use crate::engine::log::OpenSlot;
+use crate::engine::log::OpenImage;
 use crate::engine::requests::PendingKind;
 use crate::engine::txn::admission::{Admission, Need};
 use crate::engine::{Change, Lack, Response, Shard, Step};
@@ -193,30 +193,30 @@ impl Shard {
     fn apply_put(&mut self, idx: PageIdx, key: PageKey, bytes: &Bytes, lsn: Lsn) {
         self.ctx.stats.page_writes += 1;
         self.ctx.stats.bytes_written += bytes.len() as u64;
-        self.seal_older_slot(idx);
+        self.seal_older_image(idx);
         self.set_content(idx, 0, bytes);
-        let slot = match self.cache.table.pages[idx].slot {
-            Some(slot) => {
+        let image = match self.cache.table.pages[idx].image {
+            Some(image) => {
                 self.ctx.stats.absorbed_writes += 1;
-                slot
+                image
             }
-            None => self.new_slot(idx, key, lsn),
+            None => self.new_image(idx, key, lsn),
         };
-        self.log.open.slots[slot.index()].lsn = lsn;
-        self.log.open.change(1, key, slot.index() as u32, 0, &[]);
+        self.log.open.images[image.index()].lsn = lsn;
+        self.log.open.change(1, key, image.index() as u32, 0, &[]);
         self.changed(idx, lsn);
     }
 
     fn apply_patch(&mut self, idx: PageIdx, key: PageKey, offset: u32, bytes: &Bytes, lsn: Lsn) {
         self.ctx.stats.patches += 1;
         self.ctx.stats.bytes_written += bytes.len() as u64;
-        self.seal_older_slot(idx);
+        self.seal_older_image(idx);
         self.set_content(idx, offset as usize, bytes);
-        match self.cache.table.pages[idx].slot {
+        match self.cache.table.pages[idx].image {
             // The page's image goes with this group: it holds the patch.
-            Some(slot) => {
-                self.log.open.slots[slot.index()].lsn = lsn;
-                self.log.open.change(1, key, slot.index() as u32, 0, &[]);
+            Some(image) => {
+                self.log.open.images[image.index()].lsn = lsn;
+                self.log.open.change(1, key, image.index() as u32, 0, &[]);
             }
             None => self.log.open.change(2, key, bytes.len() as u32, offset, bytes),
         }
@@ -228,33 +228,33 @@ impl Shard {
         if self.cache.table.pages[idx].absent {
             return;
         }
-        self.seal_older_slot(idx);
+        self.seal_older_image(idx);
         self.cache.table.set_frame(idx, None);
         self.set_absent(idx, true);
-        if let Some(slot) = self.cache.table.pages[idx].slot.take() {
-            self.log.open.slots[slot.index()].dead = true;
+        if let Some(image) = self.cache.table.pages[idx].image.take() {
+            self.log.open.images[image.index()].is_freed = true;
             self.writeback.reserved_blocks -= 1;
         }
         self.log.open.change(3, key, 0, 0, &[]);
         self.changed(idx, lsn);
     }
 
-    fn new_slot(&mut self, idx: PageIdx, key: PageKey, lsn: Lsn) -> ImageIdx {
+    fn new_image(&mut self, idx: PageIdx, key: PageKey, lsn: Lsn) -> ImageIdx {
         let span = self.log.open.span();
-        self.log.open.slots.push(OpenSlot { key, lsn, span, sealed: None, dead: false });
+        self.log.open.images.push(OpenImage { key, lsn, span, sealed: None, is_freed: false });
         self.writeback.reserved_blocks += 1;
-        let slot = ImageIdx::new(self.log.open.slots.len() - 1);
-        self.cache.table.pages[idx].slot = Some(slot);
-        slot
+        let image = ImageIdx::new(self.log.open.images.len() - 1);
+        self.cache.table.pages[idx].image = Some(image);
+        image
     }
 
-    /// A slot of an earlier era keeps the image as it was: a cut may fall between the two.
-    fn seal_older_slot(&mut self, idx: PageIdx) {
+    /// An image of an earlier era stays as it was: a cut may fall between the two.
+    fn seal_older_image(&mut self, idx: PageIdx) {
         let page = &mut self.cache.table.pages[idx];
-        let Some(slot) = page.slot else { return };
-        if self.log.open.slots[slot.index()].span != self.log.open.span() {
-            self.log.open.slots[slot.index()].sealed = page.frame.as_ref().map(|f| f.pin());
-            page.slot = None;
+        let Some(image) = page.image else { return };
+        if self.log.open.images[image.index()].span != self.log.open.span() {
+            self.log.open.images[image.index()].sealed = page.frame.as_ref().map(|f| f.pin());
+            page.image = None;
         }
     }
 
@@ -298,7 +298,7 @@ impl Shard {
             self.writeback.reserved_blocks += 1;
             self.space.freed_pages += u64::from(page.absent);
         } else {
-            self.ctx.stats.absorbed_writes += u64::from(page.slot.is_none());
+            self.ctx.stats.absorbed_writes += u64::from(page.image.is_none());
         }
         if !page.queued {
             page.queued = true;

@@ -53,7 +53,7 @@ pub(in crate::engine) struct WriteBack {
     pub awaiting_watermark: BinaryHeap<AwaitingWatermark>,
     /// Pages being written.
     pub page_writes: usize,
-    /// Blocks that dirty pages and slots will need.
+    /// Blocks that dirty pages and images will need.
     pub reserved_blocks: u64,
 }
 
@@ -94,7 +94,7 @@ impl Shard {
                 page.queued = false;
                 self.ctx.stats.absorbed_writes += 1;
                 self.unpin_if_clean(idx);
-            } else if page.slot.is_some()
+            } else if page.image.is_some()
                 || page.captures > 0
                 || (page.lsn > watermark && !pressed)
                 || take.len() >= room
@@ -342,7 +342,7 @@ impl Shard {
         let clean = page.holds == 0
             && page.captures == 0
             && page.dirty_from.is_none()
-            && page.slot.is_none();
+            && page.image.is_none();
         if clean && let Some(leaf) = page.leaf.take() {
             self.map.unpin(leaf);
         }

@@ -18,8 +18,8 @@ use crate::base::{
 use crate::engine::recovery::{self, Scan};
 use crate::format::LSN_END;
 use crate::format::group::{
-    Body, GroupHead, HEAD_BYTES, Head, LoggedChange, RUNS_MAX, RawChange, RawParts, RawRecord,
-    Record, Role, Slot, SlotState,
+    Body, GroupHead, HEAD_BYTES, Head, ImageState, LoggedChange, PageImage, RUNS_MAX, RawChange,
+    RawParts, RawRecord, Record, Role,
 };
 use crate::format::node::Entry;
 use crate::format::superblock::{LogState, Superblock, VShardState};
@@ -85,9 +85,9 @@ fn block(input: &mut Input) {
     assert_eq!(GroupHead { head_crc: again.head_crc, ..head.clone() }, again);
     let Some(body) = Body::open(&head, &bytes) else { return };
     assert_eq!(crc32c(&bytes[HEAD_BYTES..head.body_blocks as usize * BLOCK]), head.body_crc);
-    assert_eq!(body.slots.len(), head.slots_count as usize);
-    for slot in &body.slots {
-        let SlotState::Inline(at) = slot.state else { continue };
+    assert_eq!(body.images.len(), head.images_count as usize);
+    for image in &body.images {
+        let ImageState::Inline(at) = image.state else { continue };
         assert!(
             (head.body_blocks..head.blocks).contains(&at),
             "an inline page outside of its group"
@@ -100,7 +100,7 @@ fn block(input: &mut Input) {
     let mut copy = bytes.clone();
     copy[HEAD_BYTES..HEAD_BYTES + encoded.len()].copy_from_slice(&encoded);
     let body_crc = crc32c(&copy[HEAD_BYTES..head.body_blocks as usize * BLOCK]);
-    let body = Body::open(&GroupHead { body_crc, ..head }, &copy).expect("the same slots");
+    let body = Body::open(&GroupHead { body_crc, ..head }, &copy).expect("the same images");
     let decoded = body.records().expect("what was encoded can be decoded");
     let plain = |records: &[Record]| {
         format!("{:?}", records.iter().map(|r| (r.lsn, r.role, &r.changes)).collect::<Vec<_>>())
@@ -151,7 +151,7 @@ fn encode(record: &Record, out: &mut Vec<u8>) {
     }
     for change in &record.changes {
         let (kind, key, len, offset, patch): (u8, PageKey, u32, u32, &[u8]) = match *change {
-            LoggedChange::Image(key, slot) => (1, key, slot, 0, &[]),
+            LoggedChange::Image(key, image) => (1, key, image, 0, &[]),
             LoggedChange::Patch(key, offset, bytes) => (2, key, bytes.len() as u32, offset, bytes),
             LoggedChange::Free(key) => (3, key, 0, 0, &[]),
         };
@@ -287,11 +287,11 @@ fn group(
         ..GroupHead::default()
     };
     head.runs = (0..input.below(4)).map(|_| (Lsn::new(input.number()), input.number())).collect();
-    let (slots, is_placed) = slots(input, &mut head);
+    let (images, is_placed) = images(input, &mut head);
     let mut body = vec![0; HEAD_BYTES];
-    let records = records(input, slots.len(), &mut body);
+    let records = records(input, images.len(), &mut body);
     head.records_bytes = (body.len() - HEAD_BYTES) as u32;
-    slots.iter().for_each(|slot| body.extend_from_slice(slot.encode().as_bytes()));
+    images.iter().for_each(|image| body.extend_from_slice(image.encode().as_bytes()));
     if body.len() > BLOCK {
         return None;
     }
@@ -321,39 +321,39 @@ fn group(
     Some(Made { head, is_found, is_whole, is_placed, records })
 }
 
-/// Up to two slots, and whether the pages that they put to their places are there.
-fn slots(input: &mut Input, head: &mut GroupHead) -> (Vec<Slot>, bool) {
+/// Up to two images, and whether the pages that they put to their places are there.
+fn images(input: &mut Input, head: &mut GroupHead) -> (Vec<PageImage>, bool) {
     let count = input.below(3);
-    let (mut slots, mut is_placed) = (Vec::new(), true);
+    let (mut images, mut is_placed) = (Vec::new(), true);
     let kinds: Vec<u8> = (0..count).map(|_| input.u8()).collect();
     let inline = kinds.iter().filter(|kind| *kind % 3 == 1).count() as u32;
     head.blocks = 1 + inline;
-    head.slots_count = count as u32;
+    head.images_count = count as u32;
     let mut next = 1;
     for kind in kinds {
         let key = PageKey::new(VolumeId::new(1), PageId::new(input.u8().into()));
         let state = match kind % 3 {
-            0 => SlotState::Dead,
+            0 => ImageState::NotWritten,
             1 => {
                 next += 1;
-                SlotState::Inline(next - 1)
+                ImageState::Inline(next - 1)
             }
-            _ => SlotState::Placed,
+            _ => ImageState::Placed,
         };
         let place = BlockAddr {
             extent: ExtentNo::new(u32::from(input.u8()) % 3),
             block: u32::from(input.u8()) % 20,
         };
-        let is_wrong = kind >= 128 && state == SlotState::Placed;
+        let is_wrong = kind >= 128 && state == ImageState::Placed;
         let crc = crc32c(&[0; BLOCK]) ^ u32::from(is_wrong);
         let inside = place.offset(EXTENT_BYTES) + BLOCK as u64 <= u64::from(EXTENTS) * EXTENT_BYTES;
-        is_placed &= state != SlotState::Placed || (inside && !is_wrong);
-        slots.push(Slot { key, state, entry: Entry::plain(place, Lsn::new(1), crc) });
+        is_placed &= state != ImageState::Placed || (inside && !is_wrong);
+        images.push(PageImage { key, state, entry: Entry::plain(place, Lsn::new(1), crc) });
     }
-    (slots, is_placed)
+    (images, is_placed)
 }
 
-fn records(input: &mut Input, slots: usize, body: &mut Vec<u8>) -> Vec<(Lsn, Role)> {
+fn records(input: &mut Input, images: usize, body: &mut Vec<u8>) -> Vec<(Lsn, Role)> {
     let mut records = Vec::new();
     for _ in 0..input.below(4) {
         let lsn = Lsn::new(input.number());
@@ -366,8 +366,8 @@ fn records(input: &mut Input, slots: usize, body: &mut Vec<u8>) -> Vec<(Lsn, Rol
         let changes = (0..input.below(3)).map(|_| {
             let key = PageKey::new(VolumeId::new(1), PageId::new(u64::from(input.u8()) << 6));
             match input.u8() {
-                kind if kind % 3 == 0 && slots > 0 => {
-                    LoggedChange::Image(key, u32::from(kind) % slots as u32)
+                kind if kind % 3 == 0 && images > 0 => {
+                    LoggedChange::Image(key, u32::from(kind) % images as u32)
                 }
                 kind if kind % 3 == 1 => {
                     LoggedChange::Patch(key, u32::from(kind), &patch[..usize::from(kind) % 16])
