@@ -17,7 +17,7 @@ impl Shard {
     /// What it waits for, for the message about a run that hangs.
     pub fn dump_state(&self) -> String {
         format!(
-            "{:?} with {} left and {} coming, {} pending, {} ready, {} finished, {} ops, {} \
+            "{:?} with {} pending free and {} coming, {} pending, {} ready, {} finished, {} ops, {} \
              waiting for durability, open group of {} urgent {}, {} groups in flight, flushing \
              {}, {} dirty, {} captures, {} page writes, {} blocks reserved, {} dirty nodes, \
              checkpoint {:?}, {} extents being compacted, {} moves, growing {}, stalled for space \
@@ -78,7 +78,7 @@ impl std::fmt::Debug for Shard {
             .field("memory", &self.memory())
             .field("checkpoint", &self.checkpoint)
             .field("space", &self.space.extents.space())
-            .field("left", &self.space.extents.pending_free_count())
+            .field("pending_free", &self.space.extents.pending_free_count())
             .field("compacting", &self.compaction.compactor.count())
             .field("growing", &self.space.growing)
             .field("failed", &self.ctx.failed)

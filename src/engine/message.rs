@@ -12,7 +12,7 @@
 //!             all --Ready--> leader (table, flush, superblock) --Done--> all
 //! opening     all --Redone--> leader, then a checkpoint        closing  leader --Quiesce--> all --Quiet--> leader
 //! space       any --WantSpace--> leader --Granted | Denied--> any --Spare--> others --Granted--> any
-//! compaction  home of the extent --Move--> shard of the page --Moved--> home
+//! compaction  owner of the extent --Move--> shard of the page --Moved--> owner
 //! ```
 
 use super::checkpoint::NewEpoch;
@@ -133,13 +133,13 @@ pub struct Handover {
     /// Places that the new roots do not name, free with this checkpoint.
     pub retired: Vec<BlockAddr>,
     /// Places that the new roots do not name, free with the next checkpoint.
-    pub left: Vec<BlockAddr>,
+    pub pending_free: Vec<BlockAddr>,
 }
 
 /// A shard's part of table and superblock.
 #[derive(Debug)]
 pub struct Contribution {
-    /// Rows of the extents that it is the home of.
+    /// Rows of the extents that it owns.
     pub rows: Vec<(ExtentNo, TableRow)>,
     /// Its roots.
     pub roots: Vec<(VShard, RootVersion)>,

@@ -251,7 +251,7 @@ fn cost_of(gib: u64, fill_percent: u32, scale: u64) -> Cost {
 /// large the volume is.
 #[test]
 fn overwriting_costs_as_much_in_a_large_volume_as_in_a_small_one() {
-    // Each so that about half of the space is live: a small store lets dead space be as its log is
+    // Each so that about half of the space is live: a small store lets garbage be as its log is
     // large beside it.
     let small = cost_of(1, 66, 32);
     let large = cost_of(8, 54, 32);
@@ -261,8 +261,8 @@ fn overwriting_costs_as_much_in_a_large_volume_as_in_a_small_one() {
     assert!((small.total - large.total).abs() <= 0.3, "1 GiB: {small:.2?}, 8 GiB: {large:.2?}");
 }
 
-/// What can't be read can't be moved. It is read once, and its extent is left alone until it has
-/// died: other extents are chosen.
+/// What can't be read can't be moved. It is read once, and its extent is passed over until it is
+/// garbage: other extents are chosen.
 #[test]
 fn a_damaged_page_is_passed_over_once() {
     let options = scaled(64, 512 << 20);

@@ -330,7 +330,7 @@ impl Shard {
         }
         let leaf = page.leaf.expect("admission pinned the leaf");
         let (vshard, _) = self.map.position(key);
-        self.space.extents.adopt(vshard, place, ItemKind::Page(key, lsn));
+        self.space.extents.register_from_log(vshard, place, ItemKind::Page(key, lsn));
         if let Some(old) = self.map.set(leaf, key, Some(entry)) {
             self.space.extents.free_later(vshard, old.place());
         }

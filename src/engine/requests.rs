@@ -343,7 +343,7 @@ impl Shard {
     pub(super) fn finish_ready(&mut self) {
         while let Some(waiter) = self.requests.finished.pop_front() {
             match self.requests.pending[waiter].kind {
-                PendingKind::Move(from, home) => self.move_ready(waiter, from, home),
+                PendingKind::Move(from, owner) => self.move_ready(waiter, from, owner),
                 PendingKind::Walk(_) => self.walk(waiter),
                 _ => self.finish_read(waiter),
             }

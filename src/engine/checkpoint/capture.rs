@@ -102,15 +102,15 @@ impl Shard {
         let changes = self.space.extents.hand_over();
         let mut out: Vec<Handover> =
             self.ctx.shard_map.shards().map(|_| Handover::default()).collect();
-        let home = |place: crate::base::BlockAddr| self.first_owner(place.extent).index();
+        let owner = |place: crate::base::BlockAddr| self.first_owner(place.extent).index();
         for (place, what) in changes.named {
-            out[home(place)].named.push((place, what));
+            out[owner(place)].named.push((place, what));
         }
         for place in changes.retired {
-            out[home(place)].retired.push(place);
+            out[owner(place)].retired.push(place);
         }
-        for place in changes.left {
-            out[home(place)].left.push(place);
+        for place in changes.pending_free {
+            out[owner(place)].pending_free.push(place);
         }
         self.checkpoint.enter(Phase::Handover);
         for (shard, handover) in self.ctx.shard_map.shards().zip(out) {
@@ -127,7 +127,7 @@ impl Shard {
         let (handovers, shards) = (self.checkpoint.handovers, self.ctx.shard_map.shards_count());
         assert!(handovers < shards, "{handovers} other shards have handed over, of {shards}");
         self.checkpoint.assert_state();
-        self.space.extents.take_over(handover.named, handover.retired, handover.left);
+        self.space.extents.take_over(handover.named, handover.retired, handover.pending_free);
         self.ctx.work_pending = true;
     }
 
@@ -136,7 +136,7 @@ impl Shard {
         if self.checkpoint.begin.is_some_and(|begin| begin.new_epoch.is_some()) {
             // Nothing more comes out of the log: what recovery kept apart is an extent like any
             // other.
-            self.space.extents.end_adoption();
+            self.space.extents.end_redo();
         }
         self.space.summaries.extend(self.space.extents.unsummarized());
         self.space.summaries.sort();

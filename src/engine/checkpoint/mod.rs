@@ -13,7 +13,7 @@
 //!    belongs once the watermark has reached it, since a commit over shards holds the watermark
 //!    back until each part is durable; so the new roots reflect every record up to it, and name
 //!    nothing that is not durable. They may reflect later ones: page LSNs guard the redo.
-//! 2. What is retired was left before the redo LSN was chosen, so the redo LSN has passed its
+//! 2. What is retired was given up before the redo LSN was chosen, so the redo LSN has passed its
 //!    successor.
 //! 3. Commits go on all the while. A virtual shard is fixed at one moment, each at its own.
 //! 4. Until the first superblock copy is durable, the roots, the table and the log of the
@@ -107,7 +107,7 @@ pub(in crate::engine) struct Checkpoint {
     pub(in crate::engine) next_waiters: Vec<Token>,
 }
 
-/// Places that were left and wait for a checkpoint, for each frame of memory. With what is
+/// Blocks that wait for a checkpoint to retire them, for each frame of memory. With what is
 /// remembered of their successors each takes 16 bytes of the heap: a 32nd of the memory at most.
 const LEFT_PER_FRAME_MAX: usize = 8;
 /// Writes of nodes and roots under way, before another virtual shard is captured.
@@ -262,7 +262,7 @@ impl Shard {
         }
     }
 
-    /// Whether the log or the list of places that were left has become long enough, or enough nodes
+    /// Whether the log or the list of blocks to be retired has become long enough, or enough nodes
     /// are dirty. Checkpoints for the sake of space are asked for [there](Self::advance_space).
     fn checkpoint_is_due(&self) -> bool {
         let left_max = self.ctx.limits.memory_blocks as usize * LEFT_PER_FRAME_MAX;

@@ -1,39 +1,39 @@
-//! Extents: who may be filled, what is live in them, and when a place is free again.
+//! Extents: which shard may fill them, what is live in them, and when a block is free again.
 //!
 //! ```text
 //! Free --open--> Open(stream) --full-----------> Closing --summary written--> Closed --nothing live--> Free
-//! Free, Closed --named by the log--> Adopting --end of redo--> Closing, Closed
-//! Closed --opening: not full--> Open(stream)
+//! Free, Closed --named by the log--> NamedByLog --end of redo--> Closing, Closed
+//! Closed --the store is opened, and it is not full--> Open(stream)
 //! ```
 //! Invariants
-//! 1. Places are handed out front to back within an extent, once; an extent is filled again only
+//! 1. Blocks are handed out front to back within an extent, once; an extent is filled again only
 //!    after `Free`. An opening goes on with one that is not full, behind what its summary lists.
-//! 2. `live` = places of the extent that the map in memory names, or that an older durable root or
-//!    a log record may still name. `assigned` = places handed out and not yet named. An extent is
-//!    free only when both are zero.
-//! 3. `excluded` = the part of `live` that the roots of the checkpoint under way do *not* name:
-//!    named since the capture of their virtual shard (`fresh`), or left before it. So `live -
-//!    excluded` is exactly what the new roots name, and that is what the table says.
-//! 4. A place that the map left goes to its virtual shard's `left` list; the next checkpoint
-//!    *retires* it, and it stops being live when that checkpoint's superblock is durable: by then
-//!    no root names it, and no log record that recovery would read. Until then it counts in `dead`:
-//!    `live - dead` is what the map in memory names, and an extent in which that is zero is
-//!    *spent*: the next checkpoint frees it.
+//! 2. `live` counts the blocks that the map in memory names, or that an older durable root or a log
+//!    record may still name. `unpublished` counts those that were handed out and that the map does
+//!    not name yet. An extent is free only when both are zero.
+//! 3. `not_in_new_root` is the part of `live` that the roots of the checkpoint under way do *not*
+//!    name: blocks named after their virtual shard was captured (`named_since_capture`), or given
+//!    up by the map before it was. So `live - not_in_new_root` is exactly what the new roots name,
+//!    and that is what the table says.
+//! 4. A block that the map gives up goes to its virtual shard's `pending_free` list. The next
+//!    checkpoint *retires* it, and it stops being live when that checkpoint's superblock is
+//!    durable: by then no root names it, and no log record that recovery would read. Until then it
+//!    counts as `garbage`: `live - garbage` is what the map in memory names, and an extent in which
+//!    that is zero is *reclaimable*: the next checkpoint frees it.
 //! 5. Whatever a durable root names lies in an extent whose durable table row names a summary that
 //!    lists it: each checkpoint writes the summaries of the extents still open, each time into the
 //!    other of two areas. An extent gets at most one summary between two checkpoints.
-//!
-//! 6. Each extent has one shard as its home, which fills it, counts in it and frees it. A free one
-//!    can change its home.
+//! 6. Each extent has one owner: the shard that fills it, counts in it and frees it. A free extent
+//!    can change its owner.
 //!
 //! It plans; the shard writes.
 
-mod adoption;
-mod dead;
+mod checkpoint;
+mod from_log;
+mod garbage;
 mod refill;
 mod victims;
 
-mod checkpoint;
 use super::remote_refs::RemoteRefs;
 use crate::base::{BLOCK, BlockAddr, ExtentNo, VShard};
 use crate::format::extent::{
@@ -58,15 +58,15 @@ const STREAMS: usize = 3;
 /// State of an extent.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum ExtentState {
-    /// Another shard is its home.
+    /// Another shard owns it.
     OfAnotherShard,
     /// Nothing in it is needed.
     Free,
     /// Being filled.
     Open,
-    /// Named by log records that recovery redoes: nothing is put into it, but items of the log may
-    /// be adopted.
-    Adopting,
+    /// Named by log records that recovery redoes: no block of it is handed out, but redo may
+    /// register blocks that the log names.
+    NamedByLog,
     /// Full, or given up by recovery; its last summary is not written yet.
     Closing,
     /// Filled, with a summary.
@@ -77,26 +77,27 @@ pub(crate) enum ExtentState {
 struct Extent {
     state: ExtentState,
     live: u32,
-    assigned: u32,
-    excluded: u32,
-    dead: u32,
+    unpublished: u32,
+    not_in_new_root: u32,
+    garbage: u32,
     summary_crc: u32,
     summary_slot: u8,
     /// Items in the summary as last encoded.
     summarized: usize,
     /// The last summary is encoded: there will be no other.
     is_final: bool,
-    /// Between which checkpoints its summary was last encoded.
+    /// The interval between two checkpoints in which its summary was last encoded.
     summarized_in: u64,
     next_block: u32,
     items: Vec<Item>,
 }
 
-/// What every shard keeps for each extent of the data space. All together keep as much again: its
-/// number among the free ones at its home, and while a checkpoint is written its row, as its home
-/// tells the leader and in the table. `Options::memory_bytes` says so.
+/// What every shard keeps for each extent of the data space. All shards together keep as much
+/// again: the extent's number in its owner's set of free ones, and, while a checkpoint is written,
+/// its row, once as the owner sends it to the leader and once in the table. `Options::memory_bytes`
+/// says so.
 const EXTENT_BYTES: usize = 72;
-/// A number in a set of them, measured: 10 to 13 bytes.
+/// A number in the set of free extents; measured: 10 to 13 bytes.
 const FREE_BYTES: usize = 16;
 const _: () = assert!(size_of::<Extent>() == EXTENT_BYTES);
 const _: () =
@@ -110,9 +111,9 @@ impl Extent {
         Extent {
             state,
             live: 0,
-            assigned: 0,
-            excluded: 0,
-            dead: 0,
+            unpublished: 0,
+            not_in_new_root: 0,
+            garbage: 0,
             summary_crc: 0,
             summary_slot: 0,
             summarized: 0,
@@ -123,27 +124,27 @@ impl Extent {
         }
     }
 
-    /// Nothing in it is named any more, and it will be free when what died in it is retired.
-    fn is_spent(&self) -> bool {
+    /// Whether the map names nothing in it any more: it is free once its garbage is retired.
+    fn is_reclaimable(&self) -> bool {
         self.state == ExtentState::Closed
-            && self.assigned == 0
+            && self.unpublished == 0
             && self.live > 0
-            && self.live == self.dead
+            && self.live == self.garbage
     }
 }
 
 #[derive(Default)]
 struct PerVShard {
-    /// Places named since the last capture.
-    fresh: Vec<ExtentNo>,
-    /// Places that the map left since the last capture.
-    left: Vec<BlockAddr>,
+    /// The extents of blocks that the map has named since the last capture.
+    named_since_capture: Vec<ExtentNo>,
+    /// Blocks that the map has given up since the last capture.
+    pending_free: Vec<BlockAddr>,
 }
 
-/// Sizes and sums for reports and for deciding.
+/// Sizes and totals, for reports and for decisions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Space {
-    /// Extents in all.
+    /// Extents that this shard owns.
     pub total: u32,
     /// Free ones.
     pub free: u32,
@@ -153,38 +154,38 @@ pub(crate) struct Space {
     pub data_blocks: u32,
 }
 
-/// All extents, and of those that have one shard as their home what is in them.
+/// All extents, and what is in those that this shard owns.
 pub(crate) struct Extents {
     store_id: [u8; 16],
     extent_blocks: u32,
     extents: Vec<Extent>,
-    /// Those at home here.
-    mine_count: u32,
+    /// Extents that this shard owns.
+    owned_count: u32,
     remote_refs: RemoteRefs,
-    /// Places here that other shards are about to leave.
+    /// Blocks here that other shards are about to give up.
     expected: usize,
     free: BTreeSet<u32>,
     open: [Option<ExtentNo>; STREAMS],
     per_vshard: Vec<PerVShard>,
-    /// Left before the capture of their virtual shard, after the checkpoint had begun: retired by
-    /// the next one.
-    left_captured: Vec<BlockAddr>,
+    /// Given up after the checkpoint had begun and before their virtual shard was captured: the
+    /// next checkpoint retires them.
+    pending_free_captured: Vec<BlockAddr>,
     retiring: Vec<BlockAddr>,
     live_blocks: u64,
-    /// Blocks left by the map and not retired yet, here.
-    dead_blocks: usize,
-    /// Blocks that died since the store was opened.
+    /// Blocks here that the map has given up and no checkpoint has retired yet.
+    garbage_blocks: usize,
+    /// Blocks that have become garbage since the store was opened.
     died: u64,
     /// Extents that the next checkpoint frees.
-    spent: u32,
+    reclaimable: u32,
     /// Grows with each checkpoint that ends.
     interval: u64,
     unreadable: Unreadable,
 }
 
 impl Extents {
-    /// The extents as a table says; `count` may be more than it has rows: the rest is free.
-    /// `is_mine`: which are at home here.
+    /// The extents that a table describes; `count` may exceed its rows: the rest is free. `is_mine`
+    /// says which of them this shard owns.
     pub(crate) fn new(
         store_id: [u8; 16],
         extent_blocks: u32,
@@ -197,18 +198,18 @@ impl Extents {
             store_id,
             extent_blocks,
             extents: Vec::new(),
-            mine_count: 0,
+            owned_count: 0,
             remote_refs: RemoteRefs::new(vshards_count),
             expected: 0,
             free: BTreeSet::new(),
             open: [None; STREAMS],
             per_vshard: (0..vshards_count).map(|_| PerVShard::default()).collect(),
-            left_captured: Vec::new(),
+            pending_free_captured: Vec::new(),
             retiring: Vec::new(),
             live_blocks: 0,
-            dead_blocks: 0,
+            garbage_blocks: 0,
             died: 0,
-            spent: 0,
+            reclaimable: 0,
             interval: 1,
             unreadable: Unreadable::default(),
         };
@@ -231,13 +232,13 @@ impl Extents {
         this
     }
 
-    /// There are `count` extents at least; new ones are not at home here before they are
+    /// Makes sure that `count` extents are known. New ones belong to other shards until they are
     /// [granted](Self::grant).
     pub(crate) fn cover(&mut self, count: u32) {
         self.extents.resize(self.extents.len().max(count as usize), OF_ANOTHER_SHARD);
     }
 
-    /// Free extents that are at home here from now on.
+    /// Takes free extents over: this shard owns them from now on.
     pub(crate) fn grant(&mut self, extents: impl IntoIterator<Item = ExtentNo>) {
         for no in extents {
             self.cover(no.get() + 1);
@@ -245,7 +246,7 @@ impl Extents {
             assert_eq!(extent.state, ExtentState::OfAnotherShard, "{no:?} is granted once");
             *extent = FREE;
             self.free.insert(no.get());
-            self.mine_count += 1;
+            self.owned_count += 1;
         }
     }
 
@@ -255,17 +256,17 @@ impl Extents {
         for no in &given {
             self.free.remove(no);
             self.extents[*no as usize] = OF_ANOTHER_SHARD;
-            self.mine_count -= 1;
+            self.owned_count -= 1;
         }
         given.into_iter().map(ExtentNo::new).collect()
     }
 
-    /// Extents of all homes that are known here.
+    /// Extents of all owners that are known here.
     pub(crate) fn count(&self) -> u32 {
         self.extents.len() as u32
     }
 
-    /// Whether `no` is at home here.
+    /// Whether this shard owns `no`.
     pub(crate) fn is_mine(&self, no: ExtentNo) -> bool {
         self.extents
             .get(no.index())
@@ -277,10 +278,10 @@ impl Extents {
         data_blocks(self.extent_blocks)
     }
 
-    /// Sums.
+    /// The totals.
     pub(crate) fn space(&self) -> Space {
         Space {
-            total: self.mine_count,
+            total: self.owned_count,
             free: self.free.len() as u32,
             live_blocks: self.live_blocks,
             data_blocks: self.data_blocks(),
@@ -307,13 +308,13 @@ impl Extents {
         match extent.state {
             _ if extent.summarized_in == self.interval => false,
             ExtentState::Closing => !extent.is_final,
-            ExtentState::Open | ExtentState::Adopting => extent.items.len() > extent.summarized,
+            ExtentState::Open | ExtentState::NamedByLog => extent.items.len() > extent.summarized,
             _ => false,
         }
     }
 
-    /// A place for one block, and the extent that this filled up, if any: its summary is to be
-    /// written. `None`: no extent is free.
+    /// Hands out one block; also returns the extent that this filled up, if any: its summary must
+    /// be written. `None`: no extent is free.
     pub(crate) fn alloc(
         &mut self,
         stream: Stream,
@@ -330,7 +331,7 @@ impl Extents {
         let extent = &mut self.extents[no.index()];
         let block = extent.next_block;
         extent.next_block += 1;
-        extent.assigned += 1;
+        extent.unpublished += 1;
         extent.items.push(Item { block, what });
         let full = extent.next_block == data_blocks;
         if full {
@@ -365,7 +366,7 @@ impl Extents {
         }
     }
 
-    /// Where the summary of `no` is.
+    /// The address of the summary of `no`.
     pub(crate) fn summary_place(&self, no: ExtentNo) -> BlockAddr {
         BlockAddr {
             extent: no,
@@ -383,47 +384,51 @@ impl Extents {
         summary_blocks(self.extent_blocks)
     }
 
-    /// Sum of the summary of a closed extent.
+    /// The checksum of the summary of a closed extent.
     pub(crate) fn summary_crc(&self, no: ExtentNo) -> u32 {
         self.extents[no.index()].summary_crc
     }
 
-    /// The map of `vshard` names `place` from now on.
+    /// The map of `vshard` names `place` from now on, which was handed out before.
     pub(crate) fn name_page(&mut self, vshard: VShard, place: BlockAddr) {
-        assert!(self.extents[place.extent.index()].assigned > 0, "{place:?} was never handed out");
+        assert!(
+            self.extents[place.extent.index()].unpublished > 0,
+            "{place:?} was never handed out"
+        );
         self.edit(place.extent, |extent| {
-            extent.assigned -= 1;
+            extent.unpublished -= 1;
             extent.live += 1;
-            extent.excluded += 1;
+            extent.not_in_new_root += 1;
         });
         self.live_blocks += 1;
-        self.per_vshard[vshard.index()].fresh.push(place.extent);
+        self.per_vshard[vshard.index()].named_since_capture.push(place.extent);
     }
 
-    /// The map of `vshard` does not name `place` any more.
+    /// The map of `vshard` does not name `place` any more: it is free once a checkpoint has retired
+    /// it.
     pub(crate) fn free_later(&mut self, vshard: VShard, place: BlockAddr) {
         if !self.is_mine(place.extent) {
             self.remote_refs.leave(vshard, place);
             return;
         }
-        self.dies(place);
-        self.per_vshard[vshard.index()].left.push(place);
+        self.becomes_garbage(place);
+        self.per_vshard[vshard.index()].pending_free.push(place);
     }
 
-    /// Changes the counts of an extent, and keeps the number of spent ones true.
+    /// Changes an extent, and keeps the number of reclaimable ones up to date.
     fn edit(&mut self, no: ExtentNo, change: impl FnOnce(&mut Extent)) {
         let extent = &mut self.extents[no.index()];
-        self.spent -= u32::from(extent.is_spent());
+        self.reclaimable -= u32::from(extent.is_reclaimable());
         change(extent);
-        self.spent += u32::from(extent.is_spent());
+        self.reclaimable += u32::from(extent.is_reclaimable());
     }
 
-    /// For the planted bug that reuses places too early: whether `place` could be taken once more.
+    /// For the planted bug that reuses blocks too early: whether `place` could be taken once more.
     #[cfg(any(test, feature = "sim"))]
     pub(crate) fn hand_out_again(&mut self, place: BlockAddr) -> bool {
         let extent = &mut self.extents[place.extent.index()];
         let taken = extent.state != ExtentState::Free;
-        extent.assigned += u32::from(taken);
+        extent.unpublished += u32::from(taken);
         taken
     }
 }

@@ -33,11 +33,11 @@ struct Model {
     /// Of those the nodes, which only a capture names or leaves.
     nodes: [Places; VSHARDS as usize],
     /// Handed out for nodes that the next capture names.
-    assigned: [Places; VSHARDS as usize],
+    unpublished: [Places; VSHARDS as usize],
     /// What the durable roots name.
     durable: [Places; VSHARDS as usize],
     /// Left since, for the next checkpoint to retire.
-    left: Vec<BlockAddr>,
+    pending_free: Vec<BlockAddr>,
     died: u64,
     checkpoint: Option<Checkpoint>,
     /// What each place holds, for the summaries.
@@ -58,9 +58,9 @@ impl Model {
             extents: Extents::new(STORE, EXTENT_BLOCKS, VSHARDS.into(), &[], EXTENTS, |_| true),
             now: Default::default(),
             nodes: Default::default(),
-            assigned: Default::default(),
+            unpublished: Default::default(),
             durable: Default::default(),
-            left: Vec::new(),
+            pending_free: Vec::new(),
             died: 0,
             checkpoint: None,
             items: BTreeMap::new(),
@@ -75,7 +75,7 @@ impl Model {
     /// Places whose bytes somebody may still read.
     fn protected(&self) -> impl Iterator<Item = &BlockAddr> {
         let captured = self.checkpoint.iter().flat_map(|c| c.captured.values());
-        self.now.iter().chain(&self.durable).chain(&self.assigned).chain(captured).flatten()
+        self.now.iter().chain(&self.durable).chain(&self.unpublished).chain(captured).flatten()
     }
 
     fn write(&mut self, stream: Stream, vshard: u16) {
@@ -105,7 +105,7 @@ impl Model {
         assert_eq!(filled, (*handed == self.extents.data_blocks()).then_some(place.extent));
         self.items.insert(place, what);
         match stream {
-            Stream::Map => _ = self.assigned[usize::from(vshard)].insert(place),
+            Stream::Map => _ = self.unpublished[usize::from(vshard)].insert(place),
             Stream::Data | Stream::Moved => {
                 self.extents.name_page(VShard::new(vshard), place);
                 self.now[usize::from(vshard)].insert(place);
@@ -125,7 +125,7 @@ impl Model {
         let Some(place) = pages.get(pick % pages.len().max(1)).copied() else { return };
         mine.remove(&place);
         self.extents.free_later(VShard::new(vshard), place);
-        self.left.push(place);
+        self.pending_free.push(place);
         self.died += 1;
     }
 
@@ -159,7 +159,7 @@ impl Model {
     /// The new root of a virtual shard names the new nodes, and some of the older ones no more.
     fn capture(&mut self, vshard: u16) {
         let i = usize::from(vshard);
-        let named = std::mem::take(&mut self.assigned[i]);
+        let named = std::mem::take(&mut self.unpublished[i]);
         let retired: Vec<_> = self.nodes[i].iter().copied().take(named.len()).collect();
         for place in &retired {
             self.now[i].remove(place);
@@ -178,7 +178,7 @@ impl Model {
     fn advance(&mut self, pick: u16) {
         let Some(checkpoint) = &self.checkpoint else {
             self.extents.begin_checkpoint();
-            let retiring = std::mem::take(&mut self.left);
+            let retiring = std::mem::take(&mut self.pending_free);
             self.checkpoint = Some(Checkpoint { retiring, ..Checkpoint::default() });
             return;
         };
@@ -244,13 +244,14 @@ impl Model {
             by_extent
         };
         let retiring = self.checkpoint.iter().flat_map(|checkpoint| &checkpoint.retiring);
-        let dead = of(&mut self.left.iter().chain(retiring));
+        let garbage = of(&mut self.pending_free.iter().chain(retiring));
         let named = of(&mut self.now.iter().flatten());
-        let assigned = of(&mut self.assigned.iter().flatten());
-        let dead_count: u32 = dead.values().sum();
+        let unpublished = of(&mut self.unpublished.iter().flatten());
+        let garbage_count: u32 = garbage.values().sum();
         let space = self.extents.space();
-        assert_eq!(space.live_blocks, u64::from(named.values().sum::<u32>() + dead_count));
-        let in_use: BTreeSet<_> = dead.keys().chain(named.keys()).chain(assigned.keys()).collect();
+        assert_eq!(space.live_blocks, u64::from(named.values().sum::<u32>() + garbage_count));
+        let in_use: BTreeSet<_> =
+            garbage.keys().chain(named.keys()).chain(unpublished.keys()).collect();
         assert!(space.free as usize + in_use.len() <= space.total as usize);
         assert!(
             space.free as usize + in_use.len() + 3 >= space.total as usize,
@@ -258,12 +259,17 @@ impl Model {
         );
         assert_eq!(
             (self.extents.pending_free_count(), self.extents.died()),
-            (dead_count as usize, self.died)
+            (garbage_count as usize, self.died)
         );
-        let settled = self.closed.iter().filter(|no| !assigned.contains_key(no));
-        let spent =
-            settled.clone().filter(|no| dead.contains_key(no) && !named.contains_key(no)).count();
-        assert_eq!(self.extents.coming(), spent as u64 * u64::from(self.extents.data_blocks()));
+        let settled = self.closed.iter().filter(|no| !unpublished.contains_key(no));
+        let reclaimable = settled
+            .clone()
+            .filter(|no| garbage.contains_key(no) && !named.contains_key(no))
+            .count();
+        assert_eq!(
+            self.extents.coming(),
+            reclaimable as u64 * u64::from(self.extents.data_blocks())
+        );
         for (share_max, except) in [(1000, None), (500, None), (1000, self.closed.first())] {
             let limit = self.extents.data_blocks() * share_max / 1000;
             let candidates = settled.clone().filter(|no| Some(*no) != except);

@@ -1,15 +1,16 @@
-//! Places in extents of other shards: what this shard's roots begin and cease to name there.
+//! References into extents of other shards: which blocks there this shard's roots begin and cease
+//! to name.
 //!
-//! A changed number of shards deals pages and extents out anew, so a shard's map may name places in
-//! extents that are another's. New places are always a shard's own: these only become fewer, but
-//! for the pages of a log that is redone.
+//! When the number of shards changes, pages and extents get new owners, so a shard's map may name
+//! blocks in extents that another shard owns. A shard hands out blocks of its own extents only:
+//! such references only become fewer, except for the pages of a log that is redone.
 //!
 //! Invariants
 //! 1. What is collected here is handed over once, with the capture of a checkpoint, before any
-//!    table of that checkpoint is written. So the home's live counts are exactly what the new roots
-//!    name.
-//! 2. `retired` were left before the checkpoint began, so before its redo LSN was chosen; `left`
-//!    since.
+//!    table of that checkpoint is written. So the owner's live counts are exactly what the new
+//!    roots name.
+//! 2. What is in `retired` was given up before the checkpoint began, so before its redo LSN was
+//!    chosen; what is in `pending_free`, since.
 
 use crate::base::{BlockAddr, VShard};
 use crate::format::extent::ItemKind;
@@ -17,31 +18,31 @@ use crate::format::extent::ItemKind;
 #[derive(Default)]
 struct PerVShard {
     named: Vec<(BlockAddr, ItemKind)>,
-    left: Vec<BlockAddr>,
+    pending_free: Vec<BlockAddr>,
 }
 
-/// What a handover says, not yet divided by the homes of the extents.
+/// The content of a handover, not yet divided by the owners of the extents.
 #[derive(Default)]
-pub(crate) struct ForeignChanges {
+pub(crate) struct RemoteChanges {
     /// Named by the new roots, and not by the old ones.
     pub named: Vec<(BlockAddr, ItemKind)>,
-    /// Left before the checkpoint began.
+    /// Given up before the checkpoint began.
     pub retired: Vec<BlockAddr>,
-    /// Left since.
-    pub left: Vec<BlockAddr>,
+    /// Given up since.
+    pub pending_free: Vec<BlockAddr>,
 }
 
 /// The collection.
 pub(super) struct RemoteRefs {
     per_vshard: Vec<PerVShard>,
-    changes: ForeignChanges,
+    changes: RemoteChanges,
 }
 
 impl RemoteRefs {
     pub(super) fn new(vshards_count: u32) -> Self {
         RemoteRefs {
             per_vshard: (0..vshards_count).map(|_| PerVShard::default()).collect(),
-            changes: ForeignChanges::default(),
+            changes: RemoteChanges::default(),
         }
     }
 
@@ -50,27 +51,27 @@ impl RemoteRefs {
     }
 
     pub(super) fn leave(&mut self, vshard: VShard, place: BlockAddr) {
-        self.per_vshard[vshard.index()].left.push(place);
+        self.per_vshard[vshard.index()].pending_free.push(place);
     }
 
-    /// A map node in a foreign extent was written elsewhere: the new root does not name it.
+    /// A map node in another shard's extent was written elsewhere: the new root does not name it.
     pub(super) fn retire(&mut self, place: BlockAddr) {
         self.changes.retired.push(place);
     }
 
     pub(super) fn begin_checkpoint(&mut self) {
         for vshard in &mut self.per_vshard {
-            self.changes.retired.append(&mut vshard.left);
+            self.changes.retired.append(&mut vshard.pending_free);
         }
     }
 
     pub(super) fn captured(&mut self, vshard: VShard) {
         let mine = &mut self.per_vshard[vshard.index()];
         self.changes.named.append(&mut mine.named);
-        self.changes.left.append(&mut mine.left);
+        self.changes.pending_free.append(&mut mine.pending_free);
     }
 
-    pub(super) fn hand_over(&mut self) -> ForeignChanges {
+    pub(super) fn hand_over(&mut self) -> RemoteChanges {
         std::mem::take(&mut self.changes)
     }
 }

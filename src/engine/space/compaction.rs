@@ -2,21 +2,22 @@
 //! moves elsewhere.
 //!
 //! ```text
-//! home of the extent: summary read --> each item to the shard whose map would name it --Move--> ... --Moved--> next
+//! owner of the extent: summary read --> each item to the shard whose map would name it --Move--> ... --Moved--> next
 //! that shard: named here? no: Moved at once; else page: loaded, captured for a new place; node: marked dirty
 //! ```
 //! Invariants
-//! 1. An item moves only if the map names this very place; everything else in the extent is dead
+//! 1. An item moves only if the map names this very place; everything else in the extent is garbage
 //!    already.
-//! 2. A moved page keeps its version; its old place is given back as any place that the map left.
+//! 2. A moved page keeps its version; its old block is given back as any block that the map gives
+//!    up.
 //! 3. A map node moves by being marked dirty: the next checkpoint writes it elsewhere.
 //! 4. It stops for a checkpoint when many nodes are dirty: they can't leave memory before.
-//! 5. Few extents at a time at each home, and a bounded number of items: commits and reads go on.
+//! 5. Few extents at a time at each owner, and a bounded number of items: commits and reads go on.
 //! 6. It goes on beside checkpoints: what it moves is to them as what commits change.
 //! 7. It takes no place that is owed to a commit or a dirty node: rather, an item stays where it
 //!    is.
 //! 8. Map nodes that have to be read first are read side by side, and hold up nothing behind them.
-//! 9. What can't be read is read once: its extent is passed over until it has died, and the
+//! 9. What can't be read is read once: its extent is passed over until it is garbage, and the
 //!    operator is told once.
 
 use crate::base::error::{Error, ErrorKind};
@@ -55,7 +56,7 @@ pub(in crate::engine) struct Compactor {
     chosen: Vec<ExtentNo>,
     /// Since the last checkpoint.
     begun: hashbrown::HashSet<ExtentNo, foldhash::fast::FixedState>,
-    /// Until so many blocks have died there is nothing to find.
+    /// Skip victim selection until [`Extents::died`] reaches this.
     rests_until: u64,
 }
 
@@ -115,7 +116,7 @@ impl Compactor {
     }
 }
 
-/// What homes have asked this shard to move.
+/// What owners of extents have asked this shard to move.
 #[derive(Default)]
 pub(in crate::engine) struct Moves {
     asked: VecDeque<Asked>,
@@ -126,7 +127,7 @@ pub(in crate::engine) struct Moves {
 /// Something to be moved out of `place`.
 #[derive(Clone, Copy)]
 struct Asked {
-    home: ShardId,
+    owner: ShardId,
     what: ItemKind,
     place: BlockAddr,
     /// Its age among reads of nodes, once it has waited for one; 0: it has not.
@@ -311,7 +312,7 @@ impl Shard {
         self.compaction.compactor.prepares &= asked < moves_max;
     }
 
-    /// An item has been dealt with.
+    /// An item has been moved, or need not be.
     pub(in crate::engine) fn moved(
         &mut self,
         from: ShardId,
@@ -342,19 +343,19 @@ impl Shard {
                     );
                 }
             }
-            None if from != self.ctx.id => self.space.extents.expect_left(),
+            None if from != self.ctx.id => self.space.extents.expect_pending_free(),
             None => {}
         }
     }
 
-    /// The home of an extent asks for something to be moved out of it.
+    /// The owner of an extent asks for something to be moved out of it.
     pub(in crate::engine) fn move_asked(
         &mut self,
-        home: ShardId,
+        owner: ShardId,
         what: ItemKind,
         place: BlockAddr,
     ) {
-        self.compaction.asked.asked.push_back(Asked { home, what, place, age: 0 });
+        self.compaction.asked.asked.push_back(Asked { owner, what, place, age: 0 });
     }
 
     /// Moves what was asked for.
@@ -362,19 +363,19 @@ impl Shard {
         while self.ctx.failed.is_none()
             && let Some(asked) = self.compaction.asked.asked.front().copied()
         {
-            let Asked { home, what, place, .. } = asked;
+            let Asked { owner, what, place, .. } = asked;
             if self.dirty_nodes_are_many() {
                 // Every node that moves is dirty until a checkpoint has written it.
                 self.need_checkpoint();
                 return;
             }
             if self.requests.held.moves >= self.moves_max() {
-                // Many homes may ask at a time. One that ends brings a turn.
+                // Many owners may ask at a time. A move that ends brings a turn.
                 return;
             }
             self.compaction.asked.asked.pop_front();
             if !self.may_move(0) {
-                self.ctx.send(home, Message::Moved(place, None));
+                self.ctx.send(owner, Message::Moved(place, None));
                 continue;
             }
             match what {
@@ -382,13 +383,13 @@ impl Shard {
                     // Versions that the table knows to be superseded need no read.
                     let known = self.cache.table.find(key).map(|idx| &self.cache.table.pages[idx]);
                     if known.is_some_and(|page| page.resolved && page.mapped_lsn != lsn) {
-                        self.ctx.send(home, Message::Moved(place, None));
+                        self.ctx.send(owner, Message::Moved(place, None));
                     } else {
                         let idx = self.cache.table.entry(key);
                         self.requests.held.moves += 1;
                         self.begin(
                             None,
-                            PendingKind::Move(place, home),
+                            PendingKind::Move(place, owner),
                             smallvec::smallvec![idx],
                             |_| false,
                         );
@@ -402,7 +403,7 @@ impl Shard {
     /// Marks a node dirty if the map names it where it was found; if that takes a read, again once
     /// it has ended.
     fn move_node(&mut self, asked: Asked, key: NodeKey) {
-        let Asked { home, place, .. } = asked;
+        let Asked { owner, place, .. } = asked;
         let (wanted, child) = match self.map.find_node(key) {
             Ok(Some(child)) if child.place() == place && self.map.resident(key).is_none() => {
                 (key, child)
@@ -412,7 +413,7 @@ impl Shard {
                 if child.is_some_and(|child| child.place() == place) {
                     self.map.touch(key);
                 }
-                return self.ctx.send(home, Message::Moved(place, None));
+                return self.ctx.send(owner, Message::Moved(place, None));
             }
         };
         self.requests.held.moves += 1;
@@ -426,7 +427,7 @@ impl Shard {
         self.requests.held.moves -= 1;
         let asked = self.compaction.asked.reading.remove(no);
         match error {
-            Some(_) => self.ctx.send(asked.home, Message::Moved(asked.place, error)),
+            Some(_) => self.ctx.send(asked.owner, Message::Moved(asked.place, error)),
             None => self.compaction.asked.asked.push_front(asked),
         }
     }
@@ -436,7 +437,7 @@ impl Shard {
         &mut self,
         waiter: RequestIdx,
         from: BlockAddr,
-        home: ShardId,
+        owner: ShardId,
     ) {
         let idx = self.requests.pending[waiter].pages[0];
         let page = &self.cache.table.pages[idx];
@@ -461,7 +462,7 @@ impl Shard {
             self.compaction.moves.push(idx);
         }
         self.release(waiter);
-        self.ctx.send(home, Message::Moved(from, failed));
+        self.ctx.send(owner, Message::Moved(from, failed));
         self.ctx.work_pending = true;
     }
 

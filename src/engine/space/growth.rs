@@ -192,7 +192,7 @@ impl Shard {
         self.ctx.send(to, Message::Granted(given));
     }
 
-    /// Where the extent was at home when the store was opened; it is still, if it is not at home
+    /// The shard that owned the extent when the store was opened; it still does, unless it is owned
     /// here.
     pub(in crate::engine) fn first_owner(&self, no: ExtentNo) -> ShardId {
         ShardId::new((no.get() % u32::from(self.ctx.shard_map.shards_count())) as u16)

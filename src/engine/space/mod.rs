@@ -1,16 +1,16 @@
 //! Data space: admission, growth, and when to reclaim.
 //!
 //! Invariants
-//! 1. Every dirty page and every image has a block reserved; map nodes and compaction have a reserve
-//!    of their own.
+//! 1. Every dirty page and every image has a block reserved; map nodes and compaction have a
+//!    reserve of their own.
 //! 2. `Full` only when nothing can give space any more: no growth, no checkpoint that would free
 //!    places, nothing to compact. Until then a commit waits.
 //! 3. The space grows only while more of it than `Options::fill_percent` is live, the size of the
 //!    log aside; else it is reclaimed.
-//! 4. Compaction keeps free and spent extents together at a share of the space that is not live
-//!    ([`TARGET_FREE_PART`]), and runs beside checkpoints. A checkpoint is asked for when most of
-//!    these are spent, or when commits wait and compaction can't go on without one. All of this
-//!    scales with the store, so a checkpoint, which writes nearly every leaf of the map under
+//! 4. Compaction keeps free and reclaimable extents together at a share of the space that is not
+//!    live ([`TARGET_FREE_PART`]), and runs beside checkpoints. A checkpoint is asked for when most
+//!    of these are reclaimable, or when commits wait and compaction can't go on without one. All of
+//!    this scales with the store, so a checkpoint, which writes nearly every leaf of the map under
 //!    random overwrites, is paid for by as many pages in a large store as in a small one. See
 //!    decision 17.
 //! 5. The leader makes the file longer, for whoever asks; if it can't, the others give of what they
@@ -42,14 +42,14 @@ const FREES_RESERVE_EXTENTS: u64 = 3;
 /// Extents beyond `data_bytes_max` that the engine may take for itself, to finish a recovery or a
 /// checkpoint.
 const OVERCOMMIT_EXTENTS: u32 = 64;
-/// This part of the blocks that are not live is kept free or spent, beyond the reserve. More makes
-/// checkpoints rarer, and extents fuller when they are compacted; from a third to an eighth the sum
-/// of both costs hardly changes.
+/// This part of the blocks that are not live is kept free or reclaimable, beyond the reserve. More
+/// makes checkpoints rarer, and extents fuller when they are compacted; from a third to an eighth
+/// the sum of both costs hardly changes.
 const TARGET_FREE_PART: u64 = 5;
 /// At least so many extents, whatever is live.
 const TARGET_FREE_EXTENTS_MIN: u64 = 4;
-/// When free extents are down to this part of what is kept ahead, a checkpoint turns spent ones
-/// into free ones. Writes go on meanwhile: they take what is left.
+/// When free extents are down to this part of what is kept ahead, a checkpoint turns reclaimable
+/// ones into free ones. Writes go on meanwhile: they take what is left.
 const LOW_PART: u64 = 5;
 /// What checkpoints in a row without a gain may come to, while a commit waits for space, before
 /// there is none to be had: one that found nothing to compact counts [`BARREN_IDLE`] times.
@@ -253,7 +253,7 @@ impl Shard {
         }
     }
 
-    /// Blocks that would be free if nothing dead were left anywhere: reclaiming can't make more.
+    /// Blocks that would be free without any garbage: reclaiming can't make more.
     fn spare_blocks(&self) -> u64 {
         let space = self.space.extents.space();
         (u64::from(space.total) * u64::from(space.data_blocks)).saturating_sub(self.named_blocks())
@@ -309,9 +309,9 @@ impl Shard {
         moving || self.grow(0)
     }
 
-    /// Whether most of the space is live, so that reclaiming would give little. As many dead blocks
-    /// as the log may have are let be: a store that is small beside its log would else be compacted
-    /// without end.
+    /// Whether most of the space is live, so that reclaiming would give little. As many blocks of
+    /// garbage as the log may have are let be: a store that is small beside its log would else be
+    /// compacted without end.
     fn wants_growth(&self) -> bool {
         let (space, geometry) = (self.space.extents.space(), &self.ctx.limits.geometry);
         let reserve = RESERVE_EXTENTS * u64::from(space.data_blocks);
@@ -351,15 +351,15 @@ impl Shard {
         let stalled = self.space.stalled || self.ctx.now < self.space.wanted_until;
         let low = target_free_blocks / LOW_PART;
         // Dirty nodes leave their places with the next checkpoint.
-        let left = self.space.extents.pending_free_count() + self.map.dirty_count();
-        if (free < low && coming >= low) || (stalled && !moving && left > 0) {
+        let pending = self.space.extents.pending_free_count() + self.map.dirty_count();
+        if (free < low && coming >= low) || (stalled && !moving && pending > 0) {
             self.need_checkpoint();
         }
     }
 
     /// While the store is opened there is to be as much space as its redo needs, and no more: a
     /// store that is killed again and again would else grow with each life. Opening has an end: if
-    /// the space can't grow, places that redo has left are retired, and nothing is moved.
+    /// the space can't grow, blocks that redo has given up are retired, and nothing is moved.
     fn space_for_opening(&mut self) {
         let reserve = FREES_RESERVE_EXTENTS * u64::from(self.space.extents.data_blocks());
         if self.redo.recovering.is_none() || self.free_blocks() >= self.owed_now() + reserve {

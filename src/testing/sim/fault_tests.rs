@@ -317,7 +317,7 @@ fn overwriting_a_store_ten_times_does_not_grow_it() {
     });
 }
 
-/// The same under load, when a checkpoint is nearly always under way: dead space must not be paid
+/// The same under load, when a checkpoint is nearly always under way: garbage must not be paid
 /// for with new.
 #[test]
 fn sustained_overwrites_keep_most_of_the_space_live() {

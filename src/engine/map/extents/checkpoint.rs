@@ -1,28 +1,28 @@
-//! Extents in the course of a checkpoint: what is retired, what the new roots name, and what is
-//! free at its end.
+//! Extents during a checkpoint: which blocks it retires, what the new roots name, and what is free
+//! when it ends.
 
 use super::{Extent, ExtentState, Extents, FREE};
 use crate::base::{BlockAddr, ExtentNo, VShard};
 use crate::format::extent::TableRow;
 
 impl Extents {
-    /// A checkpoint begins: everything left so far will be retired by it.
+    /// Begins a checkpoint: it will retire everything that the map has given up so far.
     pub(crate) fn begin_checkpoint(&mut self) {
         assert!(self.retiring.is_empty(), "one checkpoint at a time");
         self.remote_refs.begin_checkpoint();
         self.expected = 0;
-        self.retiring = std::mem::take(&mut self.left_captured);
+        self.retiring = std::mem::take(&mut self.pending_free_captured);
         for i in 0..self.per_vshard.len() {
-            let left = std::mem::take(&mut self.per_vshard[i].left);
-            for place in &left {
-                self.extents[place.extent.index()].excluded += 1;
+            let pending_free = std::mem::take(&mut self.per_vshard[i].pending_free);
+            for place in &pending_free {
+                self.extents[place.extent.index()].not_in_new_root += 1;
             }
-            self.retiring.extend(left);
+            self.retiring.extend(pending_free);
         }
     }
 
-    /// The tree of `vshard` was captured: `nodes` are the places of nodes that the new root names,
-    /// `retired` those that it left.
+    /// The tree of `vshard` was captured: `nodes` are the addresses of nodes that the new root
+    /// names, `retired` those that it gave up.
     pub(crate) fn captured(
         &mut self,
         vshard: VShard,
@@ -31,7 +31,7 @@ impl Extents {
     ) {
         for place in nodes {
             self.edit(place.extent, |extent| {
-                extent.assigned -= 1;
+                extent.unpublished -= 1;
                 extent.live += 1;
             });
             self.live_blocks += 1;
@@ -40,24 +40,24 @@ impl Extents {
         let (retired, remote_refs): (Vec<BlockAddr>, Vec<BlockAddr>) =
             retired.into_iter().partition(|p| self.is_mine(p.extent));
         remote_refs.into_iter().for_each(|place| self.remote_refs.retire(place));
-        retired.iter().for_each(|place| self.dies(*place));
+        retired.iter().for_each(|place| self.becomes_garbage(*place));
         let mine = &mut self.per_vshard[vshard.index()];
-        for extent in mine.fresh.drain(..) {
-            self.extents[extent.index()].excluded -= 1;
+        for extent in mine.named_since_capture.drain(..) {
+            self.extents[extent.index()].not_in_new_root -= 1;
         }
-        let left = std::mem::take(&mut mine.left);
-        for place in left.iter().chain(&retired) {
-            self.extents[place.extent.index()].excluded += 1;
+        let pending_free = std::mem::take(&mut mine.pending_free);
+        for place in pending_free.iter().chain(&retired) {
+            self.extents[place.extent.index()].not_in_new_root += 1;
         }
-        self.left_captured.extend(left);
+        self.pending_free_captured.extend(pending_free);
         self.retiring.extend(retired);
     }
 
-    /// What the table says of the extents at home here: those with something that the new roots
-    /// name.
+    /// The table's rows for the extents that this shard owns and of which the new roots name
+    /// something.
     pub(crate) fn rows(&self) -> Vec<(ExtentNo, TableRow)> {
         let row = |(i, e): (usize, &Extent)| {
-            let live = e.live - e.excluded;
+            let live = e.live - e.not_in_new_root;
             if live == 0 {
                 return None;
             }
@@ -74,17 +74,17 @@ impl Extents {
         self.extents.iter().enumerate().filter_map(row).collect()
     }
 
-    /// The checkpoint's superblock is durable: what it retired is free. Returns the number of
-    /// blocks.
+    /// Ends a checkpoint whose superblock is durable: what it retired is free. Returns how many
+    /// blocks that are.
     pub(crate) fn end_checkpoint(&mut self) -> u64 {
         self.interval += 1;
         let retiring = std::mem::take(&mut self.retiring);
-        self.dead_blocks -= retiring.len();
+        self.garbage_blocks -= retiring.len();
         for place in &retiring {
             self.edit(place.extent, |extent| {
                 extent.live -= 1;
-                extent.excluded -= 1;
-                extent.dead -= 1;
+                extent.not_in_new_root -= 1;
+                extent.garbage -= 1;
             });
             self.live_blocks -= 1;
             self.free_if_empty(place.extent);
@@ -94,7 +94,7 @@ impl Extents {
 
     pub(super) fn free_if_empty(&mut self, no: ExtentNo) {
         let extent = &mut self.extents[no.index()];
-        if extent.state == ExtentState::Closed && extent.live == 0 && extent.assigned == 0 {
+        if extent.state == ExtentState::Closed && extent.live == 0 && extent.unpublished == 0 {
             *extent = FREE;
             self.free.insert(no.get());
             self.unreadable.freed(no);

@@ -1,10 +1,10 @@
-//! Extents that an earlier life of the store has filled in part: they are filled on. Without this
-//! each life would begin new ones and leave them nearly empty, so that a store that is killed again
-//! and again would grow.
+//! Goes on filling extents that an earlier life of the store has filled in part. Otherwise each
+//! life would begin new ones and leave them nearly empty, and a store that is killed again and
+//! again would grow.
 //!
 //! Invariants
 //! 1. Nothing durable names a block behind those that the summary lists: roots name what a summary
-//!    lists, and an extent that a log record to be redone names is `Adopting`, not `Closed`. So
+//!    lists, and an extent that a log record to be redone names is `NamedByLog`, not `Closed`. So
 //!    these blocks are free.
 //! 2. At most one extent of each stream is filled on; it is `Open` like one that this life has
 //!    begun.
@@ -14,9 +14,9 @@ use crate::base::{BlockAddr, ExtentNo};
 use crate::format::extent::{Item, ItemKind};
 
 impl Extents {
-    /// Extents that may have been open when the store was last in use, at most `count`: those of
-    /// which the least is named, since a table does not say how far an extent is filled. Each with
-    /// the place and the checksum of its summary.
+    /// Up to `count` extents that may have been open when the store was last in use: those with the
+    /// fewest live blocks, since a table does not say how far an extent is filled. Each comes with
+    /// the address and the checksum of its summary.
     pub(crate) fn maybe_unfilled(&self, count: usize) -> Vec<(ExtentNo, BlockAddr, u32)> {
         let mut least: Vec<(u32, u32)> = Vec::with_capacity(count + 1);
         for (no, extent) in

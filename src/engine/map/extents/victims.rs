@@ -1,10 +1,10 @@
-//! Which extents compaction should empty next, and which it can't empty.
+//! Chooses the extents that compaction empties next, and remembers those that it can't empty.
 //!
 //! Invariants
 //! 1. An extent in which something could not be read is no victim: what is unreadable can't be
-//!    moved, so the extent would not become free. It is passed over until all that was unreadable
-//!    there has died, or, if its summary was, until it is free.
-//! 2. What is remembered is bounded: [`BLOCKS_MAX`] blocks of each extent.
+//!    moved, so the extent would not become free. It is passed over until every unreadable block in
+//!    it has become garbage, or, if its summary is unreadable, until it is free.
+//! 2. The memory for this is bounded: [`BLOCKS_MAX`] blocks of each extent.
 //!
 //! It reads nothing and moves nothing: the shard does.
 
@@ -51,22 +51,23 @@ impl Unreadable {
         }
     }
 
-    /// Nothing is left in the extent.
+    /// The extent is free.
     pub(super) fn freed(&mut self, no: ExtentNo) {
         self.0.remove(&no);
     }
 }
 
 impl Extents {
-    /// What the map names at `place` can't be read: the extent is no victim until it has died.
-    /// Returns whether this is the first thing found there.
+    /// What the map names at `place` can't be read: the extent is no victim until that block has
+    /// become garbage. Returns whether it is the first unreadable thing found in the extent.
     pub(crate) fn pass_over(&mut self, place: BlockAddr) -> bool {
-        // Overwritten or freed while it was read, and the last of its extent: nothing is left to be
-        // passed over.
+        // It may have been overwritten or freed while it was read, as the last block of its extent:
+        // then there is nothing to pass over.
         self.is_named(place.extent) && self.unreadable.add(place)
     }
 
-    /// The summary of `no` can't be read. Returns whether this is the first thing found there.
+    /// The summary of `no` can't be read. Returns whether it is the first unreadable thing found in
+    /// the extent.
     pub(crate) fn pass_over_extent(&mut self, no: ExtentNo) -> bool {
         self.is_named(no) && self.unreadable.0.insert(no, Damage::Extent).is_none()
     }
@@ -78,29 +79,29 @@ impl Extents {
 
     fn is_named(&self, no: ExtentNo) -> bool {
         let extent = &self.extents[no.index()];
-        extent.live > extent.dead
+        extent.live > extent.garbage
     }
 
-    /// Blocks that compaction would have to move out of extent `no`, if it is closed, has some,
-    /// their share is at most `share_max` (of 1,000), and all can be read as far as is known.
+    /// Blocks that compaction would have to move out of extent `no`; `None` if it is not closed,
+    /// has none, has a larger share of them than `share_max` (of 1,000), or holds unreadable ones.
     pub(crate) fn to_move(&self, no: ExtentNo, share_max: u32) -> Option<u32> {
         let limit = self.data_blocks() * share_max / 1000;
         let e: &Extent = &self.extents[no.index()];
-        let named = e.live - e.dead;
+        let named = e.live - e.garbage;
         let is_victim =
-            e.state == ExtentState::Closed && e.assigned == 0 && (1..=limit).contains(&named);
+            e.state == ExtentState::Closed && e.unpublished == 0 && (1..=limit).contains(&named);
         (is_victim && !self.unreadable.0.contains_key(&no)).then_some(named)
     }
 
-    /// Up to `count` extents with the least to move, the very least last. It looks at every extent,
-    /// so ask for several at a time.
+    /// Up to `count` extents with the fewest blocks to move, the emptiest last. It looks at every
+    /// extent, so ask for several at a time.
     pub(crate) fn emptiest(
         &self,
         share_max: u32,
         count: usize,
         except: impl Fn(ExtentNo) -> bool,
     ) -> Vec<ExtentNo> {
-        // The fullest of those found so far on top.
+        // The fullest of those found so far is on top.
         let mut found: BinaryHeap<(u32, ExtentNo)> = BinaryHeap::with_capacity(count + 1);
         for no in (0..self.extents.len() as u32).map(ExtentNo::new) {
             let Some(named) = self.to_move(no, share_max) else { continue };
