@@ -366,7 +366,7 @@ fn decode(
                 LoggedChange::Image(_, image) => {
                     let image = group.images.get(image as usize)?;
                     let kind = match image.state {
-                        // Freed again within the same era: the Free follows.
+                        // Freed again within the same span: the Free follows.
                         ImageState::NotWritten => continue,
                         ImageState::Placed => RedoKind::Placed(image.entry),
                         ImageState::Inline(block) => {

@@ -312,7 +312,7 @@ pub enum LoggedChange<'a> {
 /// Where the bytes of an image are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ImageState {
-    /// Nowhere: the page was freed again in the same era.
+    /// Nowhere: the page was freed again in the same atomic span.
     NotWritten,
     /// In the group, at this block of it.
     Inline(u32),

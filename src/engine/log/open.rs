@@ -4,9 +4,10 @@
 //! 1. Records of one page stand in LSN order. All LSNs that this shard drew for the group are in
 //!    its runs, used or not; a part of another shard's commit is recorded, and its owner accounts
 //!    for the LSN.
-//! 2. An image stands for one page within one *era*: further changes of the page in the same era are
-//!    absorbed by it. An era ends with a run, and before and after each commit over shards: a cut
-//!    can fall between two eras, never within one, so no state that a crash can ask for is lost.
+//! 2. An image stands for one page within one *atomic span*: further changes of the page in the same
+//!    span are absorbed by it. A span ends with a run, and before and after each commit over shards:
+//!    the end of a recovered log can lie between two spans, never within one, so no state that a
+//!    crash can ask for is lost.
 //! 3. Nothing here is written to a device before [`OpenGroup::finish`] has sealed it.
 
 use crate::base::checksum::crc32c_append;
@@ -43,11 +44,11 @@ pub(crate) struct OpenImage {
     pub key: PageKey,
     /// Of the newest change that the image holds.
     pub lsn: Lsn,
-    /// In which era.
+    /// The atomic span it belongs to.
     pub span: u32,
-    /// Its bytes, if the page was changed again in a later era.
+    /// Its bytes, if the page was changed again in a later span.
     pub sealed: Option<FrameRef>,
-    /// Freed again in the same era: nothing is written.
+    /// The page was freed again in the same span: nothing is written.
     pub is_freed: bool,
 }
 
@@ -164,12 +165,12 @@ impl OpenGroup {
         self.last_lsn
     }
 
-    /// The era that is being filled.
+    /// The atomic span that is being filled.
     pub(crate) fn span(&self) -> u32 {
         self.span
     }
 
-    /// A cut may fall here.
+    /// Begins a new atomic span: a recovered log may end here.
     pub(crate) fn end_era(&mut self) {
         self.span += 1;
     }

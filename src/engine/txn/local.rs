@@ -248,7 +248,7 @@ impl Shard {
         image
     }
 
-    /// An image of an earlier era stays as it was: a cut may fall between the two.
+    /// Keeps an image of an earlier span as it was: a recovered log may end between the two.
     fn seal_older_image(&mut self, idx: PageIdx) {
         let page = &mut self.cache.table.pages[idx];
         let Some(image) = page.image else { return };

@@ -10,7 +10,7 @@
 //!    two commits can't wait for each other.
 //! 2. After a `Yes` nothing but the device can fail: log room, buffers, frames, space and the map
 //!    leaves are reserved.
-//! 3. The record of a part, and an owner's, stands alone in its era: a cut can fall right before
+//! 3. The record of a part, and an owner's, stands alone in its atomic span: a recovered log can end right before
 //!    and right after it.
 
 use crate::base::error::{Error, ErrorKind};
