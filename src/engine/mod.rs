@@ -26,7 +26,7 @@ mod event;
 mod life;
 mod message;
 mod requests;
-mod setup;
+mod build;
 mod state_machine;
 
 // The way of a write.
@@ -59,13 +59,13 @@ pub(crate) mod observe;
 mod overwrite_tests;
 
 pub(crate) use budget::request_bytes;
+pub(crate) use build::ShardParts;
 pub use cache::PageRange;
 pub(crate) use cache::{PinQuota, PinReservation};
 pub(crate) use checkpoint::NewEpoch;
 pub use event::{Change, Commit, PageRef, Request, Response, Token};
 pub use message::Message;
 pub(crate) use redo::Recovering;
-pub(crate) use setup::Setup;
 pub use shard::Shard;
 #[cfg(any(test, feature = "sim"))]
 pub(crate) use state_machine::Activity;

@@ -146,7 +146,7 @@ pub struct RawImage {
     pub page: U64,
     /// The volume.
     pub volume: u8,
-    /// 0 = not written (freed again in the same run), 1 = inline, 2 = at its final place.
+    /// 0 = not written (freed again in the same span), 1 = inline, 2 = at its final place.
     pub state: u8,
     /// Zero.
     pub reserved: U16,

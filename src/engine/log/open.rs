@@ -171,7 +171,7 @@ impl OpenGroup {
     }
 
     /// Begins a new atomic span: a recovered log may end here.
-    pub(crate) fn end_era(&mut self) {
+    pub(crate) fn end_span(&mut self) {
         self.span += 1;
     }
 
@@ -207,7 +207,7 @@ impl OpenGroup {
             }
             _ => {
                 self.runs.push((first, count));
-                self.end_era();
+                self.end_span();
             }
         }
         self.last_lsn = self.last_lsn.max(first.plus(count - 1));

@@ -39,7 +39,7 @@ use crate::base::{BLOCK, BlockAddr, ExtentNo, Lsn, Micros, ShardId, ShardMap};
 use crate::engine::log::{Chunks, Log};
 use crate::engine::map::{Extents, Map};
 use crate::engine::order::GlobalOrder;
-use crate::engine::{LSN_AHEAD_MAX, NewEpoch, Recovering, Setup, Shard};
+use crate::engine::{LSN_AHEAD_MAX, NewEpoch, Recovering, Shard, ShardParts};
 use crate::format::extent::decode_summary;
 use crate::format::fresh::SEGMENTS_FIRST;
 use crate::format::superblock::{SUPERBLOCK_BYTES, Superblock};
@@ -275,7 +275,7 @@ impl Whole {
                 groups.map(|group| group.head.clone()).collect(),
             )
         });
-        Ok(Shard::new(Setup {
+        Ok(Shard::new(ShardParts {
             id,
             shard_map: self.shard_map,
             limits: self.limits.clone(),

@@ -10,8 +10,8 @@
 //!    two commits can't wait for each other.
 //! 2. After a `Yes` nothing but the device can fail: log room, buffers, frames, space and the map
 //!    leaves are reserved.
-//! 3. The record of a part, and an owner's, stands alone in its atomic span: a recovered log can end right before
-//!    and right after it.
+//! 3. The record of a part, and an owner's, stands alone in its atomic span: a recovered log can
+//!    end right before and right after it.
 
 use crate::base::error::{Error, ErrorKind};
 use crate::base::{Lsn, Micros, RequestIdx, ShardId, ShardSet};
@@ -223,9 +223,9 @@ impl Shard {
 
     fn apply_part(&mut self, waiter: RequestIdx, of: PartRef, lsn: Lsn, role: Role, urgent: bool) {
         self.unreserve(waiter);
-        self.log.open.end_era();
+        self.log.open.end_span();
         self.apply(waiter, lsn, role);
-        self.log.open.end_era();
+        self.log.open.end_span();
         self.log.open.parts.push(of);
         self.log.open.urgent |= urgent || lsn <= self.watermark.flush_requested_upto;
     }

@@ -1,4 +1,4 @@
-//! A shard as recovery makes it: with what was found, and nothing under way.
+//! Builds a shard from what recovery has found, with nothing under way.
 
 use super::Shard;
 use super::blocked::Held;
@@ -24,8 +24,8 @@ use crate::format::superblock::Superblock;
 use crate::memory::{Arena, Frame};
 use std::sync::Arc;
 
-/// What a shard is made of, as found by recovery.
-pub(crate) struct Setup {
+/// Everything that a shard is built from, as recovery has found it.
+pub(crate) struct ShardParts {
     pub id: ShardId,
     pub shard_map: ShardMap,
     pub limits: Limits,
@@ -36,18 +36,18 @@ pub(crate) struct Setup {
     pub log: Log,
     pub superblock: Superblock,
     pub superblock_frames: Vec<Frame>,
-    /// What is to be redone; `None` after a clean close.
+    /// What the shard redoes first; `None` after a clean close.
     pub recovering: Option<Recovering>,
     /// The commit up to which the store was recovered.
     pub cut: Lsn,
-    /// The epoch to be begun, for the leader.
+    /// For the leader: the epoch that the opening begins.
     pub new_epoch: Option<NewEpoch>,
     pub seed: u64,
     pub now: Micros,
 }
 
 impl Shard {
-    pub(crate) fn new(mut parts: Setup) -> Self {
+    pub(crate) fn new(mut parts: ShardParts) -> Self {
         let hasher = || foldhash::fast::FixedState::with_seed(parts.seed);
         let held = Held::at_first(&mut parts.arena);
         let memory_blocks = parts.limits.memory_blocks;
