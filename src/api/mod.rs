@@ -102,7 +102,7 @@ impl<A: Access> std::fmt::Debug for Store<A> {
 
 impl Store {
     /// Opens the store in directory `dir`, or creates one there if it holds none. After a crash
-    /// this recovers: on return the store holds exactly the commits up to [`RecoveryReport::cut`],
+    /// this recovers: on return the store holds exactly the commits up to [`RecoveryReport::recovered_lsn`],
     /// all acknowledged ones among them.
     ///
     /// Dropping the future gives opening up, also in the middle of a long recovery, and leaves the

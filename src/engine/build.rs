@@ -39,7 +39,7 @@ pub(crate) struct ShardParts {
     /// What the shard redoes first; `None` after a clean close.
     pub recovering: Option<Recovering>,
     /// The commit up to which the store was recovered.
-    pub cut: Lsn,
+    pub recovered_lsn: Lsn,
     /// For the leader: the epoch that the opening begins.
     pub new_epoch: Option<NewEpoch>,
     pub seed: u64,
@@ -64,7 +64,11 @@ impl Shard {
             compaction: Compaction::new(hasher()),
             checkpoint: Checkpoint::new(parts.superblock),
             leader: Leader::new(parts.new_epoch, parts.superblock_frames),
-            redo: Redo { recovering: parts.recovering, redone: false, cut: parts.cut },
+            redo: Redo {
+                recovering: parts.recovering,
+                redone: false,
+                recovered_lsn: parts.recovered_lsn,
+            },
             life: Life::new(),
             ctx: Context::new(
                 parts.id,

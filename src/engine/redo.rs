@@ -6,8 +6,9 @@
 //! ```
 //! Invariants
 //! 1. All records of a page stand in one log, in LSN order: an epoch has one deal. So the logs need
-//!    no merging here; what needed all of them, the cut, is known before. All that a commit did to
-//!    a page is one change: a second one with the same LSN would be skipped by rule 2.
+//!    no merging here; what needed all of them, the recovered LSN, is known before. All that a
+//!    commit did to a page is one change: a second one with the same LSN would be skipped by rule
+//!    2.
 //! 2. A change at or below the page's version is skipped: the root reflects it already.
 //! 3. If memory or space run short meanwhile, a checkpoint may come in between. It belongs to the
 //!    old epoch and keeps the old redo LSN: a recovery after a crash begins anew, and skips what is
@@ -91,7 +92,7 @@ pub(super) struct Redo {
     pub recovering: Option<Recovering>,
     pub redone: bool,
     /// The commit up to which the store was recovered.
-    pub cut: Lsn,
+    pub recovered_lsn: Lsn,
 }
 
 /// What is to be redone, and how far that has come.
@@ -99,7 +100,7 @@ pub(crate) struct Recovering {
     /// The roots reflect everything up to here.
     pub redo: Lsn,
     /// The state to be restored; everything up to here is durable.
-    pub cut: Lsn,
+    pub recovered_lsn: Lsn,
     /// Groups that concern the shard, each log in its order.
     pub groups: VecDeque<GroupHead>,
     load: Option<Load>,
@@ -107,8 +108,8 @@ pub(crate) struct Recovering {
 }
 
 impl Recovering {
-    pub(crate) fn new(redo: Lsn, cut: Lsn, groups: VecDeque<GroupHead>) -> Self {
-        Recovering { redo, cut, groups, load: None, commits: VecDeque::new() }
+    pub(crate) fn new(redo: Lsn, recovered_lsn: Lsn, groups: VecDeque<GroupHead>) -> Self {
+        Recovering { redo, recovered_lsn, groups, load: None, commits: VecDeque::new() }
     }
 }
 
@@ -200,12 +201,12 @@ impl Shard {
     fn group_loaded(&mut self) {
         let Some(recovering) = &mut self.redo.recovering else { return };
         let Some(Load { head, bytes, .. }) = recovering.load.take() else { return };
-        let (redo, cut, shard_map, id) =
-            (recovering.redo, recovering.cut, self.ctx.shard_map, self.ctx.id);
+        let (redo, recovered_lsn, shard_map, id) =
+            (recovering.redo, recovering.recovered_lsn, self.ctx.shard_map, self.ctx.id);
         let commits = decode(
             &head,
             &Bytes::from(bytes),
-            |lsn| lsn > redo && (lsn <= cut || planted!(CutIgnored)),
+            |lsn| lsn > redo && (lsn <= recovered_lsn || planted!(CutIgnored)),
             |key| shard_map.shard_of(key) == id,
         );
         match commits {

@@ -206,7 +206,7 @@ impl Shard {
                 // Before the first commit of an epoch that is the last one of the state that was
                 // found.
                 let said = if upto < self.checkpoint.superblock.epoch_first_lsn {
-                    self.redo.cut
+                    self.redo.recovered_lsn
                 } else {
                     upto
                 };

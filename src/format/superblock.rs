@@ -59,8 +59,8 @@ pub struct Head {
     pub checkpoint: U64,
     /// All commits up to here were durable when this was written.
     pub watermark: U64,
-    /// After recovery, until a checkpoint has something of the epoch: the LSN after the cut. Then:
-    /// no LSN from here on was drawn when the last step of the checkpoint began.
+    /// After recovery, until a checkpoint has something of the epoch: the LSN after the recovered
+    /// one. Then: no LSN from here on was drawn when the last step of the checkpoint began.
     pub next_lsn: U64,
     /// Bytes of an extent.
     pub extent_bytes: U64,

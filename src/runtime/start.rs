@@ -426,7 +426,7 @@ impl<'a> ThreadLauncher<'a> {
             clean = recovery.clean,
             groups = recovery.groups_scanned,
             torn = recovery.groups_torn,
-            cut = recovery.cut.get(),
+            recovered_lsn = recovery.recovered_lsn.get(),
             applied = recovery.commits_applied,
             dropped = recovery.commits_dropped,
             epoch = recovery.epoch,

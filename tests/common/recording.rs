@@ -132,7 +132,7 @@ async fn read(dir: &Path, run: Run) -> corepage::Result<(Vec<Cell>, u64)> {
     let pages = volume.read_many(&ids).await?;
     let found =
         pages.iter().map(|page| Cell { lsn: page.lsn().get(), bytes: page.to_vec() }).collect();
-    let cut = store.recovery().cut.get();
+    let cut = store.recovery().recovered_lsn.get();
     store.close().await?;
     Ok((found, cut))
 }

@@ -309,7 +309,7 @@ fn a_flush_covers_what_was_acknowledged_on_any_shard() {
         drop((store, volume));
         let store = open(dir.path(), Run { shards: 1, ..run });
         let volume = block_on(store.volume("vol")).expect("the catalog").expect("the volume");
-        assert!(store.recovery().cut >= last && !store.recovery().clean);
+        assert!(store.recovery().recovered_lsn >= last && !store.recovery().clean);
         for (n, first) in pages.iter().enumerate() {
             for i in 80..100 {
                 let expected = (n as u64 * 50 + i) as u8;

@@ -35,7 +35,7 @@ fn child() {
     let dump: Vec<u8> =
         pages.iter().flat_map(|p| [&p.lsn().get().to_le_bytes(), &p[..]].concat()).collect();
     std::fs::write(dir.join("dump"), dump).expect("the dump is written");
-    say(format_args!("\ncut {}", store.recovery().cut));
+    say(format_args!("\ncut {}", store.recovery().recovered_lsn));
     if role == "close" {
         block_on(store.close()).expect("the store closes");
     }

@@ -322,10 +322,10 @@ impl Shard {
                 .redo
                 .recovering
                 .as_ref()
-                .map_or(self.ctx.order.watermark(), |recovering| recovering.cut),
+                .map_or(self.ctx.order.watermark(), |recovering| recovering.recovered_lsn),
             next_lsn: match begin.new_epoch {
-                _ if self.redo.recovering.is_some() => self.redo.cut.plus(1),
-                Some(_) => self.redo.cut.plus(1),
+                _ if self.redo.recovering.is_some() => self.redo.recovered_lsn.plus(1),
+                Some(_) => self.redo.recovered_lsn.plus(1),
                 // The roots hold nothing of this epoch: the last commit is still the one before the
                 // gap.
                 None if leader.redo < old.epoch_first_lsn => old.next_lsn,

@@ -1,10 +1,10 @@
-//! Opening a store: create it, or find the state that the last crash left, bring it up to its cut,
-//! and only then take requests.
+//! Opens a store: creates it, or finds the state that the last crash left, restores all commits up
+//! to the end of the log, and only then takes requests.
 //!
 //! ```text
 //! superblock --> roots, extent table --clean------------------------+
 //!                        |not clean                                  v
-//!      scan all logs --> cut --> flush what was read --> deal out: one shard for each core
+//!      scan all logs --> end of the log --> flush what was read --> new shard map: a shard for each core
 //!                                                                    |
 //!                 each shard redoes its part, all at once, then one checkpoint begins the new epoch
 //! ```
@@ -14,10 +14,10 @@
 //! Invariants
 //! 1. Until the last step nothing that is durable and needed is overwritten: a crash in a recovery
 //!    only means that the next one begins anew, from the same bytes.
-//! 2. One superblock write makes the new roots, the cut and the new epoch true together; so exactly
-//!    one epoch ever has records in the logs.
+//! 2. One superblock write makes the new roots, the recovered LSN and the new epoch true together;
+//!    so exactly one epoch ever has records in the logs.
 //! 3. LSNs of the new epoch lie above every LSN that can have been drawn before.
-//! 4. Damage at or below the highest recorded watermark is an error, never a cut.
+//! 4. Damage at or below the highest recorded watermark is an error, never the end of the log.
 
 mod create;
 mod load;
@@ -61,10 +61,10 @@ pub struct RecoveryReport {
     /// Log groups found torn, as a crash leaves them.
     pub groups_torn: u64,
     /// The store holds exactly the commits up to here.
-    pub cut: Lsn,
+    pub recovered_lsn: Lsn,
     /// Commits redone.
     pub commits_applied: u64,
-    /// Commits found in the log above the cut, and dropped.
+    /// Commits found in the log above that LSN, and dropped.
     pub commits_dropped: u64,
     /// The epoch that begins.
     pub epoch: u64,
@@ -79,13 +79,17 @@ impl std::fmt::Display for RecoveryReport {
             return write!(f, "created, epoch {}", self.epoch);
         }
         if self.clean {
-            return write!(f, "closed cleanly at LSN {}, epoch {} begins", self.cut, self.epoch);
+            return write!(
+                f,
+                "closed cleanly at LSN {}, epoch {} begins",
+                self.recovered_lsn, self.epoch
+            );
         }
         write!(
             f,
             "recovered to LSN {}: {} log groups scanned, {} torn; {} commits applied, {} dropped; \
              epoch {} begins",
-            self.cut,
+            self.recovered_lsn,
             self.groups_scanned,
             self.groups_torn,
             self.commits_applied,
@@ -116,7 +120,7 @@ pub(crate) fn stored_geometry(disk: &mut dyn Disk) -> Result<Option<Geometry>> {
     Ok(Some(find_superblock(disk, &mut arena)?.superblock.geometry))
 }
 
-/// Finds out what is on `disk`, or creates a store there, and deals it out to `shards_count`
+/// Finds out what is on `disk`, or creates a store there, and makes `shards_count`
 /// shards. No other operation may be under way on `disk`; on return none is. `seed` is where all
 /// randomness comes from.
 pub(crate) fn begin(
@@ -149,7 +153,7 @@ pub(crate) fn begin(
     };
     report.groups_scanned = scan.groups.len() as u64;
     report.groups_torn = scan.torn;
-    report.cut = scan.state(&superblock);
+    report.recovered_lsn = scan.state(&superblock);
     report.commits_applied = scan.applied;
     report.commits_dropped = scan.dropped;
     // What follows overwrites what the generation before needs: the only copy of this one must not
@@ -271,7 +275,7 @@ impl Whole {
         let recovering = (!self.superblock.clean).then(|| {
             Recovering::new(
                 self.scan.redo,
-                self.scan.cut,
+                self.scan.recovered_lsn,
                 groups.map(|group| group.head.clone()).collect(),
             )
         });
@@ -287,7 +291,7 @@ impl Whole {
             superblock: self.superblock.clone(),
             superblock_frames,
             recovering,
-            cut: report.cut,
+            recovered_lsn: report.recovered_lsn,
             new_epoch: (id == ShardId::LEADER).then_some(self.new_epoch),
             seed,
             now: self.now,
@@ -392,8 +396,8 @@ fn log_chunks(arena: &mut Arena, limits: &Limits) -> Result<Chunks> {
 /// Writes doubtful groups, and the pages that they have put to their places, once more. If a flush
 /// of the dead process has failed, the kernel may show what it will never write (it marks such
 /// pages clean), and a flush of ours would say that all is well. The redo writes what the groups
-/// hold anew, but a checkpoint in the middle of it records the cut, and the groups must last beyond
-/// it.
+/// hold anew, but a checkpoint in the middle of it records the recovered LSN, and the groups must
+/// last beyond it.
 fn rewrite_doubtful(
     disk: &mut dyn Disk,
     arena: &mut Arena,

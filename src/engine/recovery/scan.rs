@@ -1,4 +1,4 @@
-//! Reading the logs to their ends, and finding the cut: the LSN up to which the store is recovered.
+//! Reads the logs and finds where they end: the LSN up to which the store is recovered.
 //!
 //! Invariants
 //! 1. A group counts only whole: head, body, inline pages, and, above the highest recorded
@@ -6,18 +6,18 @@
 //!    not match its checksum is damage, found when it is read.
 //! 2. The search goes on behind a torn group, block by block: with several writes in flight a whole
 //!    group may stand behind it, and its head may record a watermark that makes the gap damage.
-//! 3. The cut is the last LSN before the first one, above what the roots reflect, that no whole
-//!    group of any log accounts for, or whose commit is not complete: a commit over shards needs
-//!    the part of each shard that its owner names. A cut below the highest recorded watermark is
-//!    damage, and refused.
+//! 3. The recovered LSN is the last one before the first one, above what the roots reflect, that no
+//!    whole group of any log accounts for, or whose commit is not complete: a commit over shards
+//!    needs the part of each shard that its owner names. If it lies below the highest recorded
+//!    watermark, that is damage, and refused.
 //! 4. Bytes left from earlier uses of a segment pass only if they are groups of this epoch at this
 //!    very position; those are older than the redo LSN and ignored.
 //! 5. A log has the segments that the superblock counts. A file of a later one is what a growth
 //!    that was cut short has left, and holds no group of this epoch: if it does, the superblock
 //!    that counts it was lost.
-//! 6. Every block of every log is examined before anything is cut or refused. Any block may hold a
-//!    later watermark: whatever would say that a segment was not begun can be lost with the groups
-//!    before it.
+//! 6. Every block of every log is examined before anything is dropped or refused. Any block may
+//!    hold a later watermark: whatever would say that a segment was not begun can be lost with the
+//!    groups before it.
 //! 7. The logs are read with many reads in flight, and memory is bounded by these, the largest
 //!    group, and a small part of what is to be redone (see `read` and `segment`).
 
@@ -45,8 +45,8 @@ pub(crate) struct ScannedGroup {
 
 /// What the logs hold.
 pub(crate) struct Scan {
-    /// Whole groups with something above the redo LSN and at or below the cut, each log in its
-    /// order.
+    /// Whole groups with something above the redo LSN and at or below the recovered one, each log
+    /// in its order.
     pub groups: Vec<ScannedGroup>,
     /// Groups with a valid head that are not whole.
     pub torn: u64,
@@ -54,12 +54,12 @@ pub(crate) struct Scan {
     pub redo: Lsn,
     /// The state to be restored. If nothing of the epoch is left it lies right before the epoch's
     /// first LSN.
-    pub cut: Lsn,
+    pub recovered_lsn: Lsn,
     /// The highest LSN seen anywhere.
     pub highest: Lsn,
-    /// Commits above the redo LSN, up to the cut.
+    /// Commits above the redo LSN, up to the recovered one.
     pub applied: u64,
-    /// Commits in whole groups above the cut.
+    /// Commits in whole groups above the recovered LSN.
     pub dropped: u64,
     /// Extents up to the highest one that a kept group names.
     pub extents_named: u32,
@@ -68,13 +68,13 @@ pub(crate) struct Scan {
 impl Scan {
     /// For a store that was closed cleanly.
     pub(crate) fn nothing(superblock: &Superblock) -> Self {
-        let cut = superblock.next_lsn.before();
+        let recovered_lsn = superblock.next_lsn.before();
         Scan {
             groups: Vec::new(),
             torn: 0,
-            redo: cut,
-            cut,
-            highest: cut,
+            redo: recovered_lsn,
+            recovered_lsn,
+            highest: recovered_lsn,
             applied: 0,
             dropped: 0,
             extents_named: 0,
@@ -83,7 +83,11 @@ impl Scan {
 
     /// The last commit of the state to be restored: the epoch begins above LSNs that were dropped.
     pub(crate) fn state(&self, superblock: &Superblock) -> Lsn {
-        if self.cut < superblock.epoch_first_lsn { superblock.next_lsn.before() } else { self.cut }
+        if self.recovered_lsn < superblock.epoch_first_lsn {
+            superblock.next_lsn.before()
+        } else {
+            self.recovered_lsn
+        }
     }
 }
 
@@ -199,13 +203,13 @@ impl Reader<'_> {
             )));
         }
         self.check_placed(&mut found, watermark)?;
-        let cut = find_cut(&found, redo);
-        if cut < watermark && !planted!(DamageTakenForTail) {
-            return Err(missing(&found, cut, watermark));
+        let recovered_lsn = find_recovered_lsn(&found, redo);
+        if recovered_lsn < watermark && !planted!(DamageTakenForTail) {
+            return Err(missing(&found, recovered_lsn, watermark));
         }
         let lasts = found.iter().map(|f| f.last_lsn);
         let highest = lasts.fold(watermark.max(superblock.next_lsn.before()), Lsn::max);
-        Ok(Scan { highest, ..keep(found, redo, cut, watermark) })
+        Ok(Scan { highest, ..keep(found, redo, recovered_lsn, watermark) })
     }
 
     /// Groups above the watermark of which a page is not at its place are not whole.
@@ -262,15 +266,23 @@ pub(crate) fn scan(
     reader.judge(found)
 }
 
-fn keep(found: Vec<Found>, redo: Lsn, cut: Lsn, watermark: Lsn) -> Scan {
+fn keep(found: Vec<Found>, redo: Lsn, recovered_lsn: Lsn, watermark: Lsn) -> Scan {
     let torn = found.iter().filter(|f| !f.whole).count() as u64;
     let (groups, extents_named) = (Vec::new(), 0);
-    let mut scan =
-        Scan { groups, torn, redo, cut, highest: cut, applied: 0, dropped: 0, extents_named };
+    let mut scan = Scan {
+        groups,
+        torn,
+        redo,
+        recovered_lsn,
+        highest: recovered_lsn,
+        applied: 0,
+        dropped: 0,
+        extents_named,
+    };
     for f in found.into_iter().filter(|f| f.whole && f.last_lsn > redo) {
-        scan.applied += f.commits_within(redo, cut);
-        scan.dropped += f.commits_within(cut, Lsn::MAX);
-        if f.first_lsn > cut {
+        scan.applied += f.commits_within(redo, recovered_lsn);
+        scan.dropped += f.commits_within(recovered_lsn, Lsn::MAX);
+        if f.first_lsn > recovered_lsn {
             continue;
         }
         let places: Vec<BlockAddr> = f.placed.iter().map(|(place, _)| *place).collect();
@@ -282,16 +294,17 @@ fn keep(found: Vec<Found>, redo: Lsn, cut: Lsn, watermark: Lsn) -> Scan {
     scan
 }
 
-fn find_cut(found: &[Found], redo: Lsn) -> Lsn {
+fn find_recovered_lsn(found: &[Found], redo: Lsn) -> Lsn {
     let whole = || found.iter().filter(|f| f.whole);
     let mut runs: Vec<(Lsn, u64)> = whole().flat_map(|f| f.head.runs.clone()).collect();
     runs.sort();
-    let mut cut = redo;
+    let mut recovered_lsn = redo;
     for (first, count) in runs {
-        if first > cut.plus(1) && !planted!(GapIgnored) {
+        if first > recovered_lsn.plus(1) && !planted!(GapIgnored) {
             break;
         }
-        cut = cut.max(Lsn::new(first.get().saturating_add(count).saturating_sub(1)));
+        recovered_lsn =
+            recovered_lsn.max(Lsn::new(first.get().saturating_add(count).saturating_sub(1)));
     }
     let records = || whole().flat_map(|f| f.parts.iter().map(move |record| (f.head.shard, record)));
     let of_part = |(shard, (lsn, role)): (ShardId, &(Lsn, Role))| {
@@ -306,16 +319,15 @@ fn find_cut(found: &[Found], redo: Lsn) -> Lsn {
     let incomplete = records()
         .map(|(_, record)| record)
         .filter(|record| record.0 > redo && lacks_a_part(record) && !planted!(PartIgnored));
-    incomplete.map(|(lsn, _)| lsn.before()).fold(cut, Lsn::min)
+    incomplete.map(|(lsn, _)| lsn.before()).fold(recovered_lsn, Lsn::min)
 }
 
-fn missing(found: &[Found], cut: Lsn, watermark: Lsn) -> Error {
+fn missing(found: &[Found], recovered_lsn: Lsn, watermark: Lsn) -> Error {
     let covers = |f: &&Found| {
         !f.whole
-            && f.head
-                .runs
-                .iter()
-                .any(|(first, count)| (first.get()..first.get() + count).contains(&(cut.get() + 1)))
+            && f.head.runs.iter().any(|(first, count)| {
+                (first.get()..first.get() + count).contains(&(recovered_lsn.get() + 1))
+            })
     };
     let place = match found.iter().find(covers) {
         Some(f) => format!(
@@ -328,6 +340,6 @@ fn missing(found: &[Found], cut: Lsn, watermark: Lsn) -> Error {
     Error::corrupt(format_args!(
         "commit {} was durable (everything up to {watermark} was), but it is gone: {place}; the \
          log is damaged in the middle. Nothing was changed; restore the log from a backup",
-        cut.get() + 1
+        recovered_lsn.get() + 1
     ))
 }

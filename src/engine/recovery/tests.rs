@@ -365,7 +365,7 @@ fn pages_that_a_failed_flush_has_lost_are_written_again() {
     assert!(shown_new > 0 && doomed > 0, "{shown_new} {doomed}");
 }
 
-/// Opens the store as far as to a checkpoint in the middle of the redo; returns the cut.
+/// Opens the store as far as to a checkpoint in the middle of the redo; returns the recovered LSN.
 fn checkpoint_before_the_last(disk: &mut SimDisk) -> Lsn {
     let opening = begin(disk, &options(), 1, 7, 0).expect("the store can be opened");
     let mut all = LocalCluster::new(opening.shards);
@@ -378,7 +378,7 @@ fn checkpoint_before_the_last(disk: &mut SimDisk) -> Lsn {
         disk.advance_to(now);
         assert!(all.shards[0].failure().is_none(), "the checkpoint ends");
     }
-    opening.report.cut
+    opening.report.recovered_lsn
 }
 
 /// A process dies with commits in its logs that no flush has covered; the next one reads them, and
@@ -400,13 +400,18 @@ pub(crate) fn what_a_recovery_records_as_durable_survives_a_power_cut() {
         // Somewhere between the first log write and the end of its flush.
         (0..seed % 12).for_each(|_| d.step());
         let mut disk = d.disk.crash(Loss::Process, &mut Rng::new(seed));
-        let cut = checkpoint_before_the_last(&mut disk);
+        let recovered_lsn = checkpoint_before_the_last(&mut disk);
         let lost = d.disk.crash(Loss::Everything, &mut Rng::new(seed));
         unflushed += u32::from(
-            begin(&mut lost.clone(), &options(), 1, 7, 0).expect("it opens").report.cut < cut,
+            begin(&mut lost.clone(), &options(), 1, 7, 0).expect("it opens").report.recovered_lsn
+                < recovered_lsn,
         );
         let (_, report) = Driver::open(disk.crash(Loss::Everything, &mut Rng::new(seed)));
-        assert!(report.cut >= cut, "seed {seed}: {cut:?} was recorded, {:?} is left", report.cut);
+        assert!(
+            report.recovered_lsn >= recovered_lsn,
+            "seed {seed}: {recovered_lsn:?} was recorded, {:?} is left",
+            report.recovered_lsn
+        );
     }
     assert!(unflushed > 0, "all that was read had been flushed");
 }
@@ -425,15 +430,17 @@ fn what_a_failed_flush_has_lost_of_the_log_is_written_again() {
         assert!(d.ask(Request::Commit(commit)).is_err(), "its flush has failed");
         let lost = d.disk.crash(Loss::Everything, &mut Rng::new(seed));
         let mut disk = d.disk.crash(Loss::Process, &mut Rng::new(seed));
-        let cut = checkpoint_before_the_last(&mut disk);
+        let recovered_lsn = checkpoint_before_the_last(&mut disk);
         doomed += u32::from(
-            begin(&mut lost.clone(), &options(), 1, 7, 0).expect("it opens").report.cut < cut,
+            begin(&mut lost.clone(), &options(), 1, 7, 0).expect("it opens").report.recovered_lsn
+                < recovered_lsn,
         );
         let mut after = disk.crash(Loss::Everything, &mut Rng::new(seed));
-        let found = begin(&mut after, &options(), 1, 7, 0).map(|opening| opening.report.cut);
+        let found =
+            begin(&mut after, &options(), 1, 7, 0).map(|opening| opening.report.recovered_lsn);
         assert!(
-            found.as_ref().is_ok_and(|found| *found >= cut),
-            "seed {seed}: {cut:?} was recorded, now {found:?}"
+            found.as_ref().is_ok_and(|found| *found >= recovered_lsn),
+            "seed {seed}: {recovered_lsn:?} was recorded, now {found:?}"
         );
     }
     assert!(doomed > 0, "nothing was lost");

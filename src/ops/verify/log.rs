@@ -35,11 +35,12 @@ impl Verifier<'_> {
             ShardMap::new(superblock.geometry.vshards_count, superblock.logs.len() as u16);
         match scan(self.disk, &mut self.arena, superblock, shard_map) {
             Ok(found) => {
-                let (groups, torn, cut) = (found.groups.len(), found.torn, found.state(superblock));
+                let (groups, torn, recovered_lsn) =
+                    (found.groups.len(), found.torn, found.state(superblock));
                 self.report.groups += groups as u64;
                 self.meter.advance(blocks_to_read(superblock));
                 let note = format!(
-                    "the log holds {groups} groups to be replayed, up to commit {cut}; {torn} are \
+                    "the log holds {groups} groups to be replayed, up to commit {recovered_lsn}; {torn} are \
                      torn"
                 );
                 self.report.notes.push(note);

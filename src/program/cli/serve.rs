@@ -300,7 +300,7 @@ fn volumes(arguments: &Arguments, store: &Store) -> Result<Vec<Volume>, Failure>
     let (name, bytes) = match (&arguments.volume, arguments.size) {
         (Some(name), Some(bytes)) => (name.as_str(), bytes),
         // Not where all were deleted.
-        _ if volumes.is_empty() && store.recovery().cut.get() == 0 => DEFAULT_VOLUME,
+        _ if volumes.is_empty() && store.recovery().recovered_lsn.get() == 0 => DEFAULT_VOLUME,
         _ => return Ok(volumes),
     };
     match volumes.iter().find(|v| v.name() == name) {

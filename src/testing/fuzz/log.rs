@@ -231,9 +231,11 @@ fn cut(input: &mut Input) {
             assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
             assert!(error.to_string().contains("restore"), "{error}");
         }
-        (Some(cut), Ok(scan)) => compare(&superblock, &made, cut, &scan),
-        (None, Ok(scan)) => panic!("durable commits are missing, but the cut is {}", scan.cut),
-        (Some(cut), Err(error)) => panic!("all up to {cut} is there: {error}"),
+        (Some(recovered_lsn), Ok(scan)) => compare(&superblock, &made, recovered_lsn, &scan),
+        (None, Ok(scan)) => {
+            panic!("durable commits are missing, but the log ends at {}", scan.recovered_lsn)
+        }
+        (Some(recovered_lsn), Err(error)) => panic!("all up to {recovered_lsn} is there: {error}"),
     }
 }
 
@@ -405,15 +407,17 @@ fn expected(superblock: &Superblock, made: &mut [Made]) -> Option<u64> {
     }
     let whole = || made.iter().filter(|m| m.is_whole);
     let redo = redo(superblock);
-    let mut cut = redo;
+    let mut recovered_lsn = redo;
     // One step at a time over whichever run has the next LSN.
     while let Some(end) = whole()
         .flat_map(|m| &m.head.runs)
-        .filter(|(first, count)| first.get() <= cut + 1 && first.get() + count > cut + 1)
+        .filter(|(first, count)| {
+            first.get() <= recovered_lsn + 1 && first.get() + count > recovered_lsn + 1
+        })
         .map(|(first, count)| first.get() + count - 1)
         .next()
     {
-        cut = end;
+        recovered_lsn = end;
     }
     let parts: BTreeSet<(u64, u16)> = whole()
         .flat_map(|m| m.records.iter().map(|record| (m.head.shard.get(), record)))
@@ -423,21 +427,22 @@ fn expected(superblock: &Superblock, made: &mut [Made]) -> Option<u64> {
     for (lsn, role) in whole().flat_map(|m| &m.records).filter(|(lsn, _)| lsn.get() > redo) {
         let Role::Owner(others) = role else { continue };
         if others.iter().any(|shard| !parts.contains(&(lsn.get(), shard.get()))) {
-            cut = cut.min(lsn.get() - 1);
+            recovered_lsn = recovered_lsn.min(lsn.get() - 1);
         }
     }
-    (cut >= watermark).then_some(cut)
+    (recovered_lsn >= watermark).then_some(recovered_lsn)
 }
 
-fn compare(superblock: &Superblock, made: &[Made], cut: u64, scan: &Scan) {
-    assert_eq!(scan.cut.get(), cut, "the cut");
+fn compare(superblock: &Superblock, made: &[Made], recovered_lsn: u64, scan: &Scan) {
+    assert_eq!(scan.recovered_lsn.get(), recovered_lsn, "the end of the log");
     let redo = redo(superblock);
     assert_eq!(scan.redo.get(), redo, "what the roots reflect");
     let torn = made.iter().filter(|m| m.is_found && !m.is_whole).count() as u64;
     assert_eq!(scan.torn, torn, "torn groups");
     let whole = || made.iter().filter(|m| m.is_whole && m.last() > redo);
     let place = |head: &GroupHead| (head.shard, head.segment, head.block, head.number);
-    let kept: BTreeSet<_> = whole().filter(|m| m.first() <= cut).map(|m| place(&m.head)).collect();
+    let kept: BTreeSet<_> =
+        whole().filter(|m| m.first() <= recovered_lsn).map(|m| place(&m.head)).collect();
     let found: BTreeSet<_> = scan.groups.iter().map(|group| place(&group.head)).collect();
     assert_eq!(found, kept, "groups to be redone");
     let watermark = watermark(superblock, made);
@@ -449,9 +454,9 @@ fn compare(superblock: &Superblock, made: &[Made], cut: u64, scan: &Scan) {
         || whole().flat_map(|m| &m.records).filter(|(_, role)| !matches!(role, Role::Part(_)));
     assert_eq!(
         scan.applied,
-        commits().filter(|(lsn, _)| lsn.get() > redo && lsn.get() <= cut).count() as u64
+        commits().filter(|(lsn, _)| lsn.get() > redo && lsn.get() <= recovered_lsn).count() as u64
     );
-    assert_eq!(scan.dropped, commits().filter(|(lsn, _)| lsn.get() > cut).count() as u64);
+    assert_eq!(scan.dropped, commits().filter(|(lsn, _)| lsn.get() > recovered_lsn).count() as u64);
     let seen = made.iter().filter(|m| m.is_found).map(Made::last);
     let highest = seen.fold(watermark.max(superblock.next_lsn.get().saturating_sub(1)), u64::max);
     assert!(scan.highest.get() >= highest, "LSNs seen are used again");

@@ -197,11 +197,14 @@ fn base(clean: bool) -> Base {
     Base { image: Arc::new(image), earlier, spots, superblock: found.superblock, commits }
 }
 
-/// The store after all commits up to `cut`; of an absent page zeros are read.
-fn state(base: &Base, cut: Lsn) -> State {
+/// The store after all commits up to `recovered_lsn`; of an absent page zeros are read.
+fn state(base: &Base, recovered_lsn: Lsn) -> State {
     let mut state: State = keys().into_iter().map(|key| (key, vec![0; BLOCK])).collect();
-    for (key, change) in
-        base.commits.iter().filter(|(lsn, _)| *lsn <= cut).flat_map(|(_, changes)| changes)
+    for (key, change) in base
+        .commits
+        .iter()
+        .filter(|(lsn, _)| *lsn <= recovered_lsn)
+        .flat_map(|(_, changes)| changes)
     {
         let now = state.get_mut(key).expect("a page of the model");
         match change {
@@ -367,7 +370,7 @@ fn load(disk: &mut MemoryDisk, base: &Base, is_sealed: bool) {
             assert!(
                 is_sealed || (superblock.watermark..=last).contains(&scan.state(&superblock)),
                 "{}",
-                scan.cut
+                scan.recovered_lsn
             );
         }
         Ok(())
@@ -410,13 +413,15 @@ fn serve(disk: MemoryDisk, base: &Base) {
     }
     let last = base.commits.last().expect("there are commits").0;
     assert!(
-        (base.superblock.watermark..=last).contains(&report.cut),
+        (base.superblock.watermark..=last).contains(&report.recovered_lsn),
         "the state at {} is none",
-        report.cut
+        report.recovered_lsn
     );
-    for (key, bytes) in state(base, report.cut) {
+    for (key, bytes) in state(base, report.recovered_lsn) {
         match driver.read(key) {
-            Ok(found) => assert!(found == bytes, "wrong bytes of {key:?} at {}", report.cut),
+            Ok(found) => {
+                assert!(found == bytes, "wrong bytes of {key:?} at {}", report.recovered_lsn)
+            }
             Err(error) => assert_names_the_place(&error),
         }
     }

@@ -95,7 +95,7 @@ pub struct Opened {
     /// It had been closed cleanly.
     pub clean: bool,
     /// The last LSN of the recovered state.
-    pub cut: Lsn,
+    pub recovered_lsn: Lsn,
     /// Copies of the superblock that could not be used.
     pub warnings: usize,
 }
@@ -165,8 +165,8 @@ impl Cluster {
             rng.draw(),
             disk.now(),
         )?;
-        let RecoveryReport { created, clean, cut, warnings, .. } = opening.report;
-        let opened = Opened { created, clean, cut, warnings: warnings.len() };
+        let RecoveryReport { created, clean, recovered_lsn, warnings, .. } = opening.report;
+        let opened = Opened { created, clean, recovered_lsn, warnings: warnings.len() };
         assert_eq!(opening.shards.len(), usize::from(shards), "as many shards as asked for");
         let now = Some(disk.now());
         let node = |shard: &Shard| Node {

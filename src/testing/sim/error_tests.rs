@@ -134,7 +134,7 @@ fn run(case: &Case) -> Outcome<(RunStats, u64)> {
             Ok(opened) => {
                 read_all(&mut sim)?;
                 // It was open: what it showed may not be lost again.
-                sim.oracle.restart_at(opened.cut, opened.cut);
+                sim.oracle.restart_at(opened.recovered_lsn, opened.recovered_lsn);
             }
             Err(error) => is_of_the_device(&error)?,
         }
@@ -143,8 +143,8 @@ fn run(case: &Case) -> Outcome<(RunStats, u64)> {
     }
     sim.tolerate_errors(false);
     let opened = sim.open()?;
-    let cut = sim.check(opened)?;
-    sim.oracle.restart_at(cut, opened.cut);
+    let recovered_lsn = sim.check(opened)?;
+    sim.oracle.restart_at(recovered_lsn, opened.recovered_lsn);
     let put = commit(vec![], vec![(key(1), Change::Put(page_bytes(key(1), 9999)))], true, &sim);
     sim.call(put)?.map_err(|error| format!("with a device that is well again: {error}"))?;
     sim.reopen(Loss::random(&mut rng))?;

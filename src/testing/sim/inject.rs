@@ -169,7 +169,7 @@ impl SimRun {
     }
 
     fn read_damaged(&mut self, opened: Opened, recorded: Option<Lsn>) -> Outcome<Damaged> {
-        let cut = opened.cut;
+        let cut = opened.recovered_lsn;
         let is_cut = cut < self.oracle.durable();
         if is_cut && recorded.is_none_or(|recorded| recorded > cut) {
             return Err(format!(

@@ -135,10 +135,11 @@ impl Model {
         }
     }
 
-    /// Forgets everything above `cut`, and what was before the newest version at or below it.
-    pub fn restart_at(&mut self, cut: Lsn) {
+    /// Forgets everything above `recovered_lsn`, and what was before the newest version at or below
+    /// it.
+    pub fn restart_at(&mut self, recovered_lsn: Lsn) {
         for versions in self.pages.values_mut() {
-            versions.truncate(versions.partition_point(|version| version.lsn <= cut));
+            versions.truncate(versions.partition_point(|version| version.lsn <= recovered_lsn));
             versions.drain(..versions.len() - 1);
             // An absent page has no history any more: whoever read it as absent is right, whenever
             // it was.

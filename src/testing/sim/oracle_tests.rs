@@ -93,8 +93,8 @@ impl Court {
         self.oracle.on_reply(token, &Ok(Response::Pages(smallvec![page]))).is_ok()
     }
 
-    fn recovers(&mut self, cut: u64, page: PageRef) -> bool {
-        self.oracle.judge_state(lsn(cut), false, &[(P, page)]).is_ok()
+    fn recovers(&mut self, recovered_lsn: u64, page: PageRef) -> bool {
+        self.oracle.judge_state(lsn(recovered_lsn), false, &[(P, page)]).is_ok()
     }
 }
 
@@ -112,7 +112,7 @@ fn a_state_that_is_no_prefix_is_condemned() {
     assert!(!court.recovers(1, new), "a commit above the cut is there");
     assert!(!court.recovers(2, mixed), "old bytes under a new LSN");
     assert!(!court.recovers(0, PageRef::new(None, Lsn::ZERO)), "an acknowledged commit is gone");
-    assert!(!court.recovers(99, old), "a cut above everything that was drawn");
+    assert!(!court.recovers(99, old), "recovered beyond everything that was drawn");
 }
 
 /// Plain reads may be of any version since they were asked for, and of no other.

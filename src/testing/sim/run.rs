@@ -166,8 +166,8 @@ impl SimRun {
     /// Opens the store for the first time.
     pub(super) fn begin(&mut self) -> Outcome {
         let opened = self.open()?;
-        if opened.cut > self.oracle.last() {
-            return Err(format!("a new store begins at {:?}", opened.cut));
+        if opened.recovered_lsn > self.oracle.last() {
+            return Err(format!("a new store begins at {:?}", opened.recovered_lsn));
         }
         Ok(())
     }
@@ -418,11 +418,12 @@ impl SimRun {
             self.replace_disk(image);
             self.run_stats.crashes += u64::from(was_off);
             let opened = self.open().map_err(|why| format!("after {loss:?}: {why}"))?;
-            let cut = self.check(opened).map_err(|why| format!("after {loss:?}: {why}"))?;
+            let recovered_lsn =
+                self.check(opened).map_err(|why| format!("after {loss:?}: {why}"))?;
             if n + 1 < images {
                 self.end_life();
             } else {
-                self.oracle.restart_at(cut, opened.cut);
+                self.oracle.restart_at(recovered_lsn, opened.recovered_lsn);
                 self.workload.on_restart();
             }
         }
@@ -433,8 +434,8 @@ impl SimRun {
     pub(super) fn reopen(&mut self, loss: Loss) -> Outcome {
         self.crash(loss)?;
         let opened = self.open()?;
-        let cut = self.check(opened)?;
-        self.oracle.restart_at(cut, opened.cut);
+        let recovered_lsn = self.check(opened)?;
+        self.oracle.restart_at(recovered_lsn, opened.recovered_lsn);
         self.workload.on_restart();
         Ok(())
     }
@@ -443,19 +444,19 @@ impl SimRun {
     pub(super) fn reopen_unchecked(&mut self, loss: Loss) -> Outcome {
         self.crash(loss)?;
         let opened = self.open()?;
-        self.oracle.restart_at(opened.cut, opened.cut);
+        self.oracle.restart_at(opened.recovered_lsn, opened.recovered_lsn);
         self.workload.on_restart();
         Ok(())
     }
 
-    /// Checks the whole state against the model; returns the cut that it shows.
+    /// Checks the whole state against the model; returns the LSN that it shows.
     pub(super) fn check(&mut self, opened: Opened) -> Outcome<Lsn> {
         let (looked_at, all) = self.pick_checked();
         let mut there = BTreeSet::new();
         // Not all at once: there may be less memory than pages.
         for keys in looked_at.chunks(100) {
             let pages = self.read_now(keys)?;
-            self.oracle.judge_state(opened.cut, opened.clean, &pages)?;
+            self.oracle.judge_state(opened.recovered_lsn, opened.clean, &pages)?;
             there.extend(pages.iter().filter(|(_, page)| !page.is_absent()).map(|(key, _)| *key));
         }
         let universe: BTreeSet<PageKey> = looked_at.iter().copied().collect();
@@ -475,6 +476,6 @@ impl SimRun {
                 ));
             }
         }
-        Ok(opened.cut)
+        Ok(opened.recovered_lsn)
     }
 }

@@ -129,10 +129,10 @@ fn examine(seed: u64, damages: u64, tally: &mut Tally) -> std::result::Result<()
         tally.telling += u64::from(round > 0 && recorded > superblock.watermark);
         tally.refused += u64::from(scanned.is_err());
         match scanned {
-            Ok(scan) if scan.cut >= recorded && scan.highest >= scan.cut => {}
+            Ok(scan) if scan.recovered_lsn >= recorded && scan.highest >= scan.recovered_lsn => {}
             Err(error) if round > 0 && error.kind() == ErrorKind::Corrupt => {}
             other => {
-                let got = other.map(|scan| (scan.cut, scan.highest));
+                let got = other.map(|scan| (scan.recovered_lsn, scan.highest));
                 return Err(format!(
                     "seed {seed}, damaged: {what}: {recorded} is recorded as durable, and it is \
                      {got:?}"

@@ -55,7 +55,7 @@ pub struct Oracle {
     pub model: Model,
     tolerance: Tolerance,
     shard_map: ShardMap,
-    /// The cut with which this life began.
+    /// The LSN with which this life began.
     began: Lsn,
     last: Lsn,
     /// The newest LSN that was drawn, void ones too.
@@ -285,13 +285,13 @@ impl Oracle {
         }
     }
 
-    /// The store goes on from the state at `cut`; recovery reported `reported`, which is that or
-    /// higher.
-    pub fn restart_at(&mut self, cut: Lsn, reported: Lsn) {
+    /// The store goes on from the state at `recovered_lsn`; recovery reported `reported`, which is
+    /// that or higher.
+    pub fn restart_at(&mut self, recovered_lsn: Lsn, reported: Lsn) {
         for pending in self
             .pending
             .values()
-            .filter(|a| a.drawn.is_some_and(|lsn| lsn > self.durable && lsn <= cut))
+            .filter(|a| a.drawn.is_some_and(|lsn| lsn > self.durable && lsn <= recovered_lsn))
         {
             self.counters.in_doubt_kept += 1;
             self.counters.spread_kept += u64::from(pending.spread);
@@ -299,10 +299,10 @@ impl Oracle {
         self.pending.clear();
         self.visibility = Visibility::default();
         self.watermark = Lsn::ZERO;
-        self.model.restart_at(cut);
+        self.model.restart_at(recovered_lsn);
         self.drawn.clear();
         (self.began, self.last, self.newest, self.durable, self.ordered) =
-            (cut, cut, cut, cut, cut);
+            (recovered_lsn, recovered_lsn, recovered_lsn, recovered_lsn, recovered_lsn);
         self.ever = self.ever.max(reported);
         (self.closing, self.closed) = (false, false);
     }

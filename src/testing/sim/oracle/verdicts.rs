@@ -186,20 +186,20 @@ impl Oracle {
         if allowed { Ok(()) } else { Err(format!("{kind:?} for no reason: {error}")) }
     }
 
-    /// Holds what recovery says against what it had to find; returns the cut that `pages`, all that
+    /// Holds what recovery says against what it had to find; returns the LSN that `pages`, all that
     /// there are, show.
     ///
     /// It is the one reported, which is a commit that was drawn, or the state with which the life
     /// began.
     pub fn judge_state(
         &self,
-        cut: Lsn,
+        recovered_lsn: Lsn,
         clean: bool,
         pages: &[(PageKey, PageRef)],
     ) -> Result<Lsn, String> {
-        if cut < self.durable {
+        if recovered_lsn < self.durable {
             return Err(format!(
-                "cut at {cut:?}, although everything up to {:?} was said to be durable, by {}; \
+                "recovered to {recovered_lsn:?}, although everything up to {:?} was said to be durable, by {}; \
                  drawn since {:?}: {:?}",
                 self.durable,
                 self.promise,
@@ -210,20 +210,21 @@ impl Oracle {
         if self.closed && !clean {
             return Err("the store was closed cleanly and recovery says that it was not".into());
         }
-        let judge =
-            |cut| pages.iter().try_for_each(|(key, page)| self.judge_recovered(*key, cut, page));
-        if cut > self.last.max(self.newest) {
+        let judge = |recovered_lsn| {
+            pages.iter().try_for_each(|(key, page)| self.judge_recovered(*key, recovered_lsn, page))
+        };
+        if recovered_lsn > self.last.max(self.newest) {
             return Err(format!(
-                "cut at {cut:?}, although nothing above {:?} was drawn",
+                "recovered to {recovered_lsn:?}, although nothing above {:?} was drawn",
                 self.newest
             ));
         }
-        judge(cut).map(|()| cut)
+        judge(recovered_lsn).map(|()| recovered_lsn)
     }
 
-    /// Holds a page, read after recovery, against the model at the cut.
-    pub fn judge_recovered(&self, key: PageKey, cut: Lsn, page: &PageRef) -> Verdict {
-        let version = self.model.at(key, cut);
+    /// Holds a page, read after recovery, against the model at the recovered LSN.
+    pub fn judge_recovered(&self, key: PageKey, recovered_lsn: Lsn, page: &PageRef) -> Verdict {
+        let version = self.model.at(key, recovered_lsn);
         let right = match &version.page {
             Some(bytes) => page.lsn() == version.lsn && bytes[..] == page[..],
             None => page.is_absent() && page.lsn() == Lsn::ZERO,
@@ -232,7 +233,7 @@ impl Oracle {
             return Ok(());
         }
         Err(format!(
-            "after recovery with cut {cut:?} (durable {:?}, last {:?}): {key:?} came at {:?} as \
+            "after recovery to {recovered_lsn:?} (durable {:?}, last {:?}): {key:?} came at {:?} as \
              {}, expected at {:?} as {}, {}; its history: {:?}",
             self.durable,
             self.last,
