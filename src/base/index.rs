@@ -70,7 +70,7 @@ index_type! {
     /// A request under way in a shard.
     RequestIdx("request ");
     /// A version of a page on its way into the map.
-    CaptureIdx("capture ");
+    PageVersionIdx("version ");
     /// A page image of the open group.
     ImageIdx("image ");
     /// An operation of the device under way.

@@ -17,7 +17,7 @@ mod shard_set;
 pub(crate) mod sync;
 
 pub(crate) use index::{
-    CaptureIdx, ImageIdx, IndexedSlab, NodeIdx, NodeMoveIdx, OpIdx, PageIdx, RequestIdx,
+    ImageIdx, IndexedSlab, NodeIdx, NodeMoveIdx, OpIdx, PageIdx, PageVersionIdx, RequestIdx,
 };
 pub use lsn::Lsn;
 pub use page::{PageId, PageKey, RUN_PAGES, ShardId, VShard, VolumeId};

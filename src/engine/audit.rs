@@ -56,24 +56,9 @@ impl Shard {
         self.audit_budget()?;
         let targets = pages().filter(|page| page.checkpoint_target != Lsn::ZERO).count();
         same("pages that the checkpoint waits for", self.checkpoint.pages_left, targets as u64)?;
-
-        let mut on_their_way: BTreeMap<PageIdx, usize> = BTreeMap::new();
-        let captured = self.writeback.captures.iter().map(|(_, capture)| capture.page);
-        captured
-            .chain(self.compaction.moves.iter().copied())
-            .for_each(|idx| *on_their_way.entry(idx).or_default() += 1);
-        for (idx, page) in self.cache.table.pages.iter() {
-            let count = on_their_way.get(&idx).copied().unwrap_or(0);
-            same(format_args!("captures of {:?}", page.key), page.captures as usize, count)?;
-            let image = page.image.map(|no| &self.log.open.images[no.index()]);
-            same(
-                format_args!("the image of {:?}", page.key),
-                image.is_none_or(|image| image.key == page.key && !image.is_freed),
-                true,
-            )?;
-        }
+        self.audit_pages()?;
         let writes = self.ctx.ops.iter().map(|(_, op)| match op {
-            OpKind::PageWrite(captures) => captures.len(),
+            OpKind::PageWrite(versions) => versions.len(),
             _ => 0,
         });
         same("pages being written", self.writeback.page_writes, writes.sum())?;
@@ -96,6 +81,30 @@ impl Shard {
         });
         let reserved = parts.fold(Reserved::default(), Reserved::plus);
         same("what is reserved for parts", self.participant.reserved, reserved)
+    }
+
+    /// Whether each page counts its versions on their way, and its image is its own.
+    fn audit_pages(&self) -> Result<(), String> {
+        let mut on_their_way: BTreeMap<PageIdx, usize> = BTreeMap::new();
+        let under_way = self.writeback.versions.iter().map(|(_, version)| version.page);
+        under_way
+            .chain(self.compaction.moves.iter().copied())
+            .for_each(|idx| *on_their_way.entry(idx).or_default() += 1);
+        for (idx, page) in self.cache.table.pages.iter() {
+            let count = on_their_way.get(&idx).copied().unwrap_or(0);
+            same(
+                format_args!("versions of {:?} on their way", page.key),
+                page.versions as usize,
+                count,
+            )?;
+            let image = page.image.map(|no| &self.log.open.images[no.index()]);
+            same(
+                format_args!("the image of {:?}", page.key),
+                image.is_none_or(|image| image.key == page.key && !image.is_freed),
+                true,
+            )?;
+        }
+        Ok(())
     }
 
     /// Whether all that could leave memory is known to the eviction policy, and nothing is kept for

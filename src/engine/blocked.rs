@@ -247,7 +247,7 @@ impl Shard {
         let Some(longest) = longest else { return };
         let at_rest = self.ctx.ops.is_empty()
             && self.writeback.dirty.is_empty()
-            && self.writeback.captures.is_empty();
+            && self.writeback.versions.is_empty();
         let is_long = at_rest
             || longest >= SHORTAGE_US
             || REFUSED.into_iter().any(|step| self.is_met_still(step));
@@ -422,7 +422,7 @@ impl Shard {
             OpKind::Checkpoint | OpKind::RedoRead(_) => self.ctx.limits.vectored_pages_max as u32,
             // Images of versions that have been replaced since, at most.
             OpKind::GroupLog(_) => self.ctx.limits.inline_pages_max as u32,
-            OpKind::GroupData(_, captures) | OpKind::PageWrite(captures) => captures.len() as u32,
+            OpKind::GroupData(_, versions) | OpKind::PageWrite(versions) => versions.len() as u32,
             OpKind::GroupFlush(_) | OpKind::Grow(_) | OpKind::LogSegment => 0,
         };
         self.ctx.ops.iter().map(|(_, op)| of(op)).sum()

@@ -103,7 +103,7 @@ impl Shard {
             ));
         }
         let awaiting_watermark =
-            self.writeback.captures.iter().filter(|(_, capture)| capture.entry.is_none()).count()
+            self.writeback.versions.iter().filter(|(_, version)| version.entry.is_none()).count()
                 as u64;
         if self.requests.held.frees_unpublished != awaiting_watermark {
             return Err(format!(

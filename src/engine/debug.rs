@@ -19,7 +19,7 @@ impl Shard {
         format!(
             "{:?} with {} pending free and {} coming, {} pending, {} ready, {} finished, {} ops, {} \
              waiting for durability, open group of {} urgent {}, {} groups in flight, flushing \
-             {}, {} dirty, {} captures, {} page writes, {} blocks reserved, {} dirty nodes, \
+             {}, {} dirty, {} versions on their way, {} page writes, {} blocks reserved, {} dirty nodes, \
              checkpoint {:?}, {} extents being compacted, {} moves, growing {}, stalled for space \
              {}, {} segments free, {} frames ({}), {:?}, next {} watermark {}, failed {:?}, \
              closing {}",
@@ -36,7 +36,7 @@ impl Shard {
             self.log.in_flight.len(),
             self.log.flushing,
             self.writeback.dirty.len(),
-            self.writeback.captures.len(),
+            self.writeback.versions.len(),
             self.writeback.page_writes,
             self.writeback.reserved_blocks,
             self.map.dirty_count(),
@@ -72,7 +72,7 @@ impl std::fmt::Debug for Shard {
             .field("free_segments", &self.log.free_segments())
             .field("flushing", &self.log.flushing)
             .field("dirty", &self.writeback.dirty.len())
-            .field("captures", &self.writeback.captures.len())
+            .field("versions", &self.writeback.versions.len())
             .field("reserved_blocks", &self.writeback.reserved_blocks)
             .field("dirty_nodes", &self.map.dirty_count())
             .field("memory", &self.memory())

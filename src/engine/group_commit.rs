@@ -10,7 +10,7 @@
 //! 3. A flush is submitted after the completion of every write that it is to cover.
 //! 4. The bound is raised only after a flush has succeeded.
 
-use super::writeback::Capture;
+use super::writeback::PageVersion;
 use super::{OpKind, Shard};
 use crate::base::error::Error;
 use crate::base::{BLOCK, BlockAddr, ImageIdx, Lsn};
@@ -206,18 +206,18 @@ impl Shard {
                 .find(open[image.no.index()].key)
                 .expect("a page with an image in the group stays in the table");
             let page = &mut self.cache.table.pages[idx];
-            page.captures += 1;
+            page.versions += 1;
             if image.is_current && page.dirty_from.take().is_some() {
                 self.writeback.reserved_blocks -= 1;
                 self.space.freed_pages -= u64::from(page.absent);
             }
-            let capture = self.writeback.captures.insert(Capture {
+            let version = self.writeback.versions.insert(PageVersion {
                 page: idx,
                 lsn: entry.lsn(),
                 entry: Some(entry),
                 moved_from: None,
             });
-            blocks.push((entry.place(), (capture, image.sealed.into_bytes())));
+            blocks.push((entry.place(), (version, image.sealed.into_bytes())));
         }
         self.ctx.stats.pages_written += blocks.len() as u64;
         let runs = plan::runs(blocks, self.ctx.limits.vectored_pages_max);
@@ -225,11 +225,11 @@ impl Shard {
         for run in runs {
             self.ctx.stats.page_write_ops += 1;
             self.ctx.stats.coalesced_writes += run.items.len() as u64 - 1;
-            let (captures, frames): (Vec<_>, Vec<_>) = run.items.into_iter().unzip();
+            let (versions, frames): (Vec<_>, Vec<_>) = run.items.into_iter().unzip();
             let from = frames.into_iter().map(IoSlice::whole).collect();
             let offset = run.place.offset(self.ctx.limits.geometry.extent_bytes);
             self.submit(
-                OpKind::GroupData(group, captures),
+                OpKind::GroupData(group, versions),
                 DiskOp::Write { file: FileId::Data, offset, from },
             );
         }

@@ -344,9 +344,9 @@ fn a_failure_ends_what_waits_for_a_part_in_front() {
 /// top, an eighth of it.
 #[test]
 fn memory_is_frames_with_all_their_tables() {
-    let capture =
-        size_of::<super::writeback::Capture>() + size_of::<super::writeback::AwaitingWatermark>();
-    let pages = super::cache::table::ENTRY_BYTES + (super::cache::table::ENTRY_BYTES + capture) / 4;
+    let version = size_of::<super::writeback::PageVersion>()
+        + size_of::<super::writeback::AwaitingWatermark>();
+    let pages = super::cache::table::ENTRY_BYTES + (super::cache::table::ENTRY_BYTES + version) / 4;
     let sum = pages
         + crate::engine::map::NODE_BYTES
         + crate::memory::ARENA_BLOCK_BYTES

@@ -53,7 +53,7 @@ pub(crate) struct Counts {
     /// Operations under way.
     pub(crate) ops: u64,
     /// Versions on their way to their places.
-    pub(crate) captures: u64,
+    pub(crate) versions: u64,
 }
 
 impl Shard {
@@ -125,7 +125,7 @@ impl Shard {
         let pages = || self.cache.table.pages.iter().map(|(_, page)| page);
         let needed = pages().filter(|page| {
             page.frame.is_some()
-                || page.captures > 0
+                || page.versions > 0
                 || page.image.is_some()
                 || page.dirty_from.is_some()
                 || page.queued
@@ -154,7 +154,7 @@ impl Shard {
                 .sum(),
             reads_wanted: self.cache.wanted.pages.len() as u64,
             ops: self.ctx.ops.len() as u64,
-            captures: self.writeback.captures.len() as u64,
+            versions: self.writeback.versions.len() as u64,
         }
     }
 }

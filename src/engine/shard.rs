@@ -19,7 +19,7 @@ use super::writeback::WriteBack;
 use super::{Effect, Message, space};
 use crate::base::error::{Error, ErrorKind};
 use crate::base::metrics::ShardStats;
-use crate::base::{CaptureIdx, ExtentNo, Lsn, Micros, OpIdx, ShardId, ShardMap};
+use crate::base::{ExtentNo, Lsn, Micros, OpIdx, PageVersionIdx, ShardId, ShardMap};
 use crate::io::{Completion, DiskOp};
 
 /// What an operation under way is for.
@@ -30,11 +30,11 @@ pub(super) enum OpKind {
     /// The log write of a group.
     GroupLog(u64),
     /// Pages of a group, straight to their places.
-    GroupData(u64, Vec<CaptureIdx>),
+    GroupData(u64, Vec<PageVersionIdx>),
     /// The flush of some groups.
     GroupFlush(FlushSet),
     /// Dirty pages to their places.
-    PageWrite(Vec<CaptureIdx>),
+    PageWrite(Vec<PageVersionIdx>),
     SummaryWrite(ExtentNo),
     SummaryRead(ExtentNo),
     /// A step of the checkpoint.
@@ -189,18 +189,18 @@ impl Shard {
             OpKind::PageRead(reads) => self.pages_read(reads, completion),
             OpKind::NodeRead(wanted) => self.node_read(wanted, completion),
             OpKind::GroupLog(number) => self.group_written(number, completion.result),
-            OpKind::GroupData(number, captures) => {
+            OpKind::GroupData(number, versions) => {
                 let ok = completion.result.is_ok();
                 self.group_written(number, completion.result);
                 if ok {
-                    self.captures_written(captures);
+                    self.versions_written(versions);
                 }
             }
             OpKind::GroupFlush(set) => self.group_flushed(set, completion.result),
-            OpKind::PageWrite(captures) => {
-                self.writeback.page_writes -= captures.len();
+            OpKind::PageWrite(versions) => {
+                self.writeback.page_writes -= versions.len();
                 match completion.result {
-                    Ok(()) => self.captures_written(captures),
+                    Ok(()) => self.versions_written(versions),
                     Err(error) => self.fail(error),
                 }
             }

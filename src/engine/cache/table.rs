@@ -8,7 +8,7 @@
 //! Invariants
 //! 1. `lsn` is the version of the content that the next reader gets; `mapped_lsn` is the version
 //!    that the map names. They differ only while a change is on its way to its place.
-//! 2. A page leaves the table only when nothing refers to it: no request, no capture, no image, not
+//! 2. A page leaves the table only when nothing refers to it: no request, no version on its way, no image, not
 //!    dirty, no pin.
 //! 3. A page with a change on its way has its map leaf pinned, so that the map can be changed
 //!    without a read.
@@ -46,10 +46,10 @@ pub(in crate::engine) struct Page {
     /// Those of them that need its bytes too.
     pub data_holds: u32,
     /// Versions on their way to their places.
-    pub captures: u32,
+    pub versions: u32,
     /// Its image in the open group.
     pub image: Option<ImageIdx>,
-    /// First change that no capture holds yet.
+    /// First change that no [`PageVersion`](crate::engine::writeback::PageVersion) holds yet.
     pub dirty_from: Option<Lsn>,
     /// It stands in the queue of the coalescer.
     pub queued: bool,
@@ -95,7 +95,7 @@ impl Page {
                 "{key:?} is dirty, and its bytes are gone"
             );
         }
-        let is_on_its_way = self.dirty_from.is_some() || self.image.is_some() || self.captures > 0;
+        let is_on_its_way = self.dirty_from.is_some() || self.image.is_some() || self.versions > 0;
         assert!(
             !is_on_its_way || self.leaf.is_some(),
             "{key:?} has a change on its way, and no leaf pinned"
@@ -138,7 +138,7 @@ impl Page {
     /// Whether nothing in the shard refers to it; readers may still hold its bytes.
     pub fn is_unreferenced(&self) -> bool {
         self.holds == 0
-            && self.captures == 0
+            && self.versions == 0
             && self.image.is_none()
             && self.dirty_from.is_none()
             && !self.queued
@@ -151,7 +151,7 @@ impl Page {
     /// Whether its bytes may leave memory though requests hold it: none of them needs the bytes,
     /// and the map names them.
     fn has_spare_bytes(&self) -> bool {
-        let is_clean = self.captures == 0 && self.image.is_none() && self.dirty_from.is_none();
+        let is_clean = self.versions == 0 && self.image.is_none() && self.dirty_from.is_none();
         self.holds > 0 && self.data_holds == 0 && is_clean
     }
 }
@@ -227,7 +227,7 @@ impl Table {
             loading: false,
             holds: 0,
             data_holds: 0,
-            captures: 0,
+            versions: 0,
             image: None,
             dirty_from: None,
             queued: false,

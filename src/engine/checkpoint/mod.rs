@@ -29,7 +29,7 @@ mod log_growth;
 
 mod capture;
 use crate::base::error::Error;
-use crate::base::{CaptureIdx, Lsn, NodeIdx, PageIdx, ShardId, VShard};
+use crate::base::{Lsn, NodeIdx, PageIdx, PageVersionIdx, ShardId, VShard};
 use crate::engine::message::{Begin, Contribution, Message};
 use crate::engine::{OpKind, Response, Shard, Token};
 use crate::format::superblock::Superblock;
@@ -100,7 +100,7 @@ pub(in crate::engine) struct Checkpoint {
     /// Virtual shards with a new root, and its block.
     roots: Vec<(VShard, Frame)>,
     /// Written captures whose map leaf is being written.
-    pub(in crate::engine) behind_nodes: Vec<CaptureIdx>,
+    pub(in crate::engine) behind_nodes: Vec<PageVersionIdx>,
     /// Shards that have handed over what their capture means here.
     handovers: u16,
     pub(in crate::engine) waiters: Vec<Token>,
@@ -330,9 +330,9 @@ impl Shard {
         self.checkpoint.pages_left = 0;
         let images =
             self.log.open.images.iter().filter_map(|image| self.cache.table.find(image.key));
-        let captured = self.writeback.captures.iter().map(|(_, capture)| capture.page);
+        let flushed = self.writeback.versions.iter().map(|(_, version)| version.page);
         let behind: Vec<PageIdx> =
-            self.writeback.dirty.iter().copied().chain(images).chain(captured).collect();
+            self.writeback.dirty.iter().copied().chain(images).chain(flushed).collect();
         for idx in behind {
             let page = &mut self.cache.table.pages[idx];
             if page.lsn > page.mapped_lsn && page.checkpoint_target == Lsn::ZERO {

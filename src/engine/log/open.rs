@@ -134,9 +134,9 @@ impl OpenGroup {
             ),
         }
         assert!(
-            !self.is_empty() || (self.slots.is_empty() && self.parts.is_empty()),
+            !self.is_empty() || (self.images.is_empty() && self.parts.is_empty()),
             "{} images and {} parts in a group without a record",
-            self.slots.len(),
+            self.images.len(),
             self.parts.len()
         );
     }

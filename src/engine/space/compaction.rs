@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! owner of the extent: summary read --> each item to the shard whose map would name it --Move--> ... --Moved--> next
-//! that shard: named here? no: Moved at once; else page: loaded, captured for a new place; node: marked dirty
+//! that shard: named here? no: Moved at once; else page: loaded, flushed to a new block; node: marked dirty
 //! ```
 //! Invariants
 //! 1. An item moves only if the map names this very place; everything else in the extent is garbage
@@ -445,7 +445,7 @@ impl Shard {
             && page.entry.is_some_and(|e| e.place() == from)
             && page.lsn == page.mapped_lsn;
         let busy =
-            page.absent || page.captures > 0 || page.dirty_from.is_some() || page.image.is_some();
+            page.absent || page.versions > 0 || page.dirty_from.is_some() || page.image.is_some();
         let failed = self.requests.pending[waiter].error.clone();
         if failed.is_none() && named && !busy && self.ctx.failed.is_none() {
             if page.frame.is_none() {
@@ -458,7 +458,7 @@ impl Shard {
             if !self.pin_for_move(idx, waiter) {
                 return;
             }
-            self.cache.table.pages[idx].captures += 1;
+            self.cache.table.pages[idx].versions += 1;
             self.compaction.moves.push(idx);
         }
         self.release(waiter);

@@ -283,7 +283,7 @@ impl Shard {
         }
         // What is on its way may yet leave places: pages that were freed, above all.
         let awaiting_watermark =
-            self.writeback.reserved_blocks + self.writeback.captures.len() as u64;
+            self.writeback.reserved_blocks + self.writeback.versions.len() as u64;
         if self.spare_blocks() + awaiting_watermark + self.owed_blocks() < wanted {
             return self.grow(0);
         }

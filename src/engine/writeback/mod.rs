@@ -1,20 +1,19 @@
-//! The coalescer's effects: dirty pages go to new places, and the map follows when they are
-//! durable.
+//! Writes dirty pages to new blocks, and makes the map name them once they are durable.
 //!
 //! ```text
-//! Dirty --window, batch, pressure, checkpoint--> Captured --written--> waits for the watermark --> in the map
+//! Dirty --window, batch, pressure, checkpoint--> PageVersion --written--> waits for the watermark --> in the map
 //! ```
 //! Invariants
-//! 1. A capture fixes one version of a page: its frame is pinned until it is written; later changes
-//!    go elsewhere.
+//! 1. A [`PageVersion`] is fixed: its frame is pinned until it is written, and later changes go to a
+//!    copy.
 //! 2. The map gets a version only when it is written *and* at or below the watermark.
-//! 3. A capture that comes late (the map names a newer version already) gives its place back like
-//!    any other: a log record may name it.
+//! 3. A version that comes late (the map names a newer one already) gives its block back like any
+//!    other: a log record may name it.
 //! 4. A move changes the map only if the map still names the place that it moved from.
 
 pub(crate) mod plan;
 
-use crate::base::{BlockAddr, CaptureIdx, IndexedSlab, Lsn, Micros, PageIdx};
+use crate::base::{BlockAddr, IndexedSlab, Lsn, Micros, PageIdx, PageVersionIdx};
 use crate::engine::codec::{self, Sealed};
 use crate::engine::map::Stream;
 use crate::engine::{Lack, OpKind, Shard, Step};
@@ -25,16 +24,16 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 /// A version of a page on its way into the map. No entry: the page was freed.
-pub(in crate::engine) struct Capture {
+pub(in crate::engine) struct PageVersion {
     pub page: PageIdx,
     pub lsn: Lsn,
     pub entry: Option<Entry>,
     pub moved_from: Option<BlockAddr>,
 }
 
-/// A written capture that waits for the watermark: lowest LSN first.
+/// A written version that waits for the watermark: lowest LSN first.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
-pub(in crate::engine) struct AwaitingWatermark(Reverse<(Lsn, CaptureIdx)>);
+pub(in crate::engine) struct AwaitingWatermark(Reverse<(Lsn, PageVersionIdx)>);
 
 impl AwaitingWatermark {
     pub fn lsn(&self) -> Lsn {
@@ -48,8 +47,8 @@ pub(in crate::engine) struct WriteBack {
     /// Dirty pages in the order in which they became so.
     pub dirty: Vec<PageIdx>,
     pub dirty_since: Micros,
-    pub captures: IndexedSlab<CaptureIdx, Capture>,
-    /// Written captures that wait for the watermark.
+    pub versions: IndexedSlab<PageVersionIdx, PageVersion>,
+    /// Written versions that wait for the watermark.
     pub awaiting_watermark: BinaryHeap<AwaitingWatermark>,
     /// Pages being written.
     pub page_writes: usize,
@@ -95,7 +94,7 @@ impl Shard {
                 self.ctx.stats.absorbed_writes += 1;
                 self.unpin_if_clean(idx);
             } else if page.image.is_some()
-                || page.captures > 0
+                || page.versions > 0
                 || (page.lsn > watermark && !pressed)
                 || take.len() >= room
             {
@@ -130,15 +129,15 @@ impl Shard {
             let page = &self.cache.table.pages[idx];
             let (key, lsn) = (page.key, page.lsn);
             if page.absent {
-                self.captured(idx);
-                let capture = self.writeback.captures.insert(Capture {
+                self.begin_flush(idx);
+                let version = self.writeback.versions.insert(PageVersion {
                     page: idx,
                     lsn,
                     entry: None,
                     moved_from: None,
                 });
                 self.requests.held.frees_unpublished += 1;
-                self.capture_written(capture);
+                self.version_written(version);
                 continue;
             }
             let sealed = self.seal_page(idx);
@@ -151,11 +150,11 @@ impl Shard {
                 found_none = true;
                 continue;
             };
-            self.captured(idx);
-            let (capture, slice) = self.capture(idx, sealed, place, None);
-            blocks.push((place, (capture, slice)));
+            self.begin_flush(idx);
+            let (version, slice) = self.flush_page(idx, sealed, place, None);
+            blocks.push((place, (version, slice)));
         }
-        self.write_captures(blocks);
+        self.write_versions(blocks);
         if found_none {
             self.ctx.blocked.register(Step::WriteBack, Lack::Space);
             self.writeback.dirty_since = self.ctx.now + SPACE_RETRY_US;
@@ -167,11 +166,11 @@ impl Shard {
         }
     }
 
-    /// The page's newest version is captured: it is dirty no more.
-    fn captured(&mut self, idx: PageIdx) {
+    /// The page's newest version is on its way: it is dirty no more.
+    fn begin_flush(&mut self, idx: PageIdx) {
         let page = &mut self.cache.table.pages[idx];
         page.dirty_from = None;
-        page.captures += 1;
+        page.versions += 1;
         self.writeback.reserved_blocks -= 1;
         self.space.freed_pages -= u64::from(page.absent);
         page.assert_state();
@@ -186,34 +185,34 @@ impl Shard {
         )
     }
 
-    fn capture(
+    fn flush_page(
         &mut self,
         idx: PageIdx,
         sealed: Sealed,
         place: BlockAddr,
         moved_from: Option<BlockAddr>,
-    ) -> (CaptureIdx, IoSlice) {
+    ) -> (PageVersionIdx, IoSlice) {
         let page = &self.cache.table.pages[idx];
         let entry = sealed.entry(place, page.lsn);
-        let capture = self.writeback.captures.insert(Capture {
+        let version = self.writeback.versions.insert(PageVersion {
             page: idx,
             lsn: page.lsn,
             entry: Some(entry),
             moved_from,
         });
-        (capture, IoSlice::whole(sealed.into_bytes()))
+        (version, IoSlice::whole(sealed.into_bytes()))
     }
 
-    fn write_captures(&mut self, blocks: Vec<(BlockAddr, (CaptureIdx, IoSlice))>) {
+    fn write_versions(&mut self, blocks: Vec<(BlockAddr, (PageVersionIdx, IoSlice))>) {
         self.writeback.page_writes += blocks.len();
         self.ctx.stats.pages_written += blocks.len() as u64;
         for run in plan::runs(blocks, self.ctx.limits.vectored_pages_max) {
             self.ctx.stats.page_write_ops += 1;
             self.ctx.stats.coalesced_writes += run.items.len() as u64 - 1;
-            let (captures, slices): (Vec<_>, Vec<_>) = run.items.into_iter().unzip();
+            let (versions, slices): (Vec<_>, Vec<_>) = run.items.into_iter().unzip();
             let offset = run.place.offset(self.ctx.limits.geometry.extent_bytes);
             let op = DiskOp::Write { file: FileId::Data, offset, from: slices.into() };
-            self.submit(OpKind::PageWrite(captures), op);
+            self.submit(OpKind::PageWrite(versions), op);
         }
     }
 
@@ -233,33 +232,33 @@ impl Shard {
                 Some((from, sealed, place))
             });
             let Some((from, sealed, place)) = to else {
-                self.cache.table.pages[idx].captures -= 1;
+                self.cache.table.pages[idx].versions -= 1;
                 self.unpin_if_clean(idx);
                 continue;
             };
-            let (capture, slice) = self.capture(idx, sealed, place, Some(from));
-            blocks.push((place, (capture, slice)));
+            let (version, slice) = self.flush_page(idx, sealed, place, Some(from));
+            blocks.push((place, (version, slice)));
             self.ctx.stats.pages_moved += 1;
         }
-        self.write_captures(blocks);
+        self.write_versions(blocks);
     }
 
-    /// Writes of captures have completed.
-    pub(in crate::engine) fn captures_written(&mut self, captures: Vec<CaptureIdx>) {
-        for capture in captures {
-            self.capture_written(capture);
+    /// Writes of these versions have completed.
+    pub(in crate::engine) fn versions_written(&mut self, versions: Vec<PageVersionIdx>) {
+        for version in versions {
+            self.version_written(version);
         }
     }
 
-    fn capture_written(&mut self, capture: CaptureIdx) {
+    fn version_written(&mut self, version: PageVersionIdx) {
         self.watermark.dirty_stuck = None;
-        let lsn = self.writeback.captures[capture].lsn;
+        let lsn = self.writeback.versions[version].lsn;
         if lsn <= self.ctx.order.watermark() || planted!(MappedTooSoon) {
-            self.publish_or_wait(capture);
+            self.publish_or_wait(version);
         } else {
             self.log.open.urgent |= !self.log.open.is_empty();
             self.watermark.wanted = self.watermark.wanted.max(lsn);
-            self.writeback.awaiting_watermark.push(AwaitingWatermark(Reverse((lsn, capture))));
+            self.writeback.awaiting_watermark.push(AwaitingWatermark(Reverse((lsn, version))));
         }
     }
 
@@ -267,37 +266,38 @@ impl Shard {
     pub(in crate::engine) fn publish_durable(&mut self) {
         let watermark = self.ctx.order.watermark();
         while self.writeback.awaiting_watermark.peek().is_some_and(|u| u.lsn() <= watermark) {
-            if let Some(AwaitingWatermark(Reverse((_, capture)))) =
+            if let Some(AwaitingWatermark(Reverse((_, version)))) =
                 self.writeback.awaiting_watermark.pop()
             {
-                self.publish_or_wait(capture);
+                self.publish_or_wait(version);
             }
         }
     }
 
     /// Node writes may have ended: what waited for them goes into the map.
     pub(in crate::engine) fn publish_behind_nodes(&mut self) {
-        for capture in std::mem::take(&mut self.checkpoint.behind_nodes) {
-            self.publish_or_wait(capture);
+        for version in std::mem::take(&mut self.checkpoint.behind_nodes) {
+            self.publish_or_wait(version);
         }
     }
 
     /// Puts a version into the map, unless its leaf is on its way to the device: then when that
     /// write has ended.
-    fn publish_or_wait(&mut self, capture: CaptureIdx) {
-        let leaf = self.cache.table.pages[self.writeback.captures[capture].page].leaf;
+    fn publish_or_wait(&mut self, version: PageVersionIdx) {
+        let leaf = self.cache.table.pages[self.writeback.versions[version].page].leaf;
         if leaf.is_some_and(|leaf| self.map.is_being_written(leaf)) {
             self.ctx.stats.settles_delayed += 1;
-            self.checkpoint.behind_nodes.push(capture);
+            self.checkpoint.behind_nodes.push(version);
         } else {
-            self.publish_to_map(capture);
+            self.publish_to_map(version);
         }
     }
 
-    fn publish_to_map(&mut self, capture: CaptureIdx) {
-        let Capture { page: idx, lsn, entry, moved_from } = self.writeback.captures.remove(capture);
+    fn publish_to_map(&mut self, version: PageVersionIdx) {
+        let PageVersion { page: idx, lsn, entry, moved_from } =
+            self.writeback.versions.remove(version);
         let page = &mut self.cache.table.pages[idx];
-        page.captures -= 1;
+        page.versions -= 1;
         let key = page.key;
         let (vshard, _) = self.map.position(key);
         let applies = match moved_from {
@@ -312,7 +312,7 @@ impl Shard {
             None => self.requests.held.frees_unpublished -= 1,
         }
         if applies {
-            let leaf = page.leaf.expect("a page with a capture has its leaf pinned");
+            let leaf = page.leaf.expect("a page with a version on its way has its leaf pinned");
             page.entry = entry;
             page.mapped_lsn = lsn;
             if let Some(old) = self.map.set(leaf, key, entry) {
@@ -340,7 +340,7 @@ impl Shard {
     pub(in crate::engine) fn unpin_if_clean(&mut self, idx: PageIdx) {
         let page = &mut self.cache.table.pages[idx];
         let clean = page.holds == 0
-            && page.captures == 0
+            && page.versions == 0
             && page.dirty_from.is_none()
             && page.image.is_none();
         if clean && let Some(leaf) = page.leaf.take() {

@@ -73,9 +73,9 @@ impl Progress {
 /// # Errors
 /// What it keeps too much of.
 pub fn check_budget(counts: &Counts) -> Result<(), String> {
-    let Counts { frames, pages, requests, requests_pages, captures, .. } = *counts;
+    let Counts { frames, pages, requests, requests_pages, versions, .. } = *counts;
     let bounds = [
-        ("pages in the table", pages, frames + requests_pages + captures + PAGES_SPARE),
+        ("pages in the table", pages, frames + requests_pages + versions + PAGES_SPARE),
         ("map nodes in memory", counts.nodes, frames),
         ("map nodes waited for", counts.node_waits, counts.node_waiters),
         ("waiting for map nodes", counts.node_waiters, pages + requests + MOVES_SPARE),
