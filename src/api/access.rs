@@ -56,16 +56,17 @@ pub trait Access: Submit {}
 /// How a request is submitted, and its reply awaited: all that differs between handles.
 pub(crate) trait Submit: Clone + 'static {
     /// The reply to come. Dropping it does not undo the request.
-    type Reply: Future<Output = Result<Response>> + Unpin;
+    type Reply: Future<Output = Result<Response>> + Unpin + From<Reply>;
 
-    /// Submits a request to `shard`, or to the one that it belongs to. Once this returns, dropping
-    /// the reply does not undo it.
+    /// Submits a request to `shard`, or to the one that it belongs to, if that takes no hop; else
+    /// gives it back with the shard to which it has to go. No future, since this is on the path of
+    /// every cached read.
     fn submit(
         &self,
         runtime: &RuntimeHandle,
         shard: Option<ShardId>,
         request: Request,
-    ) -> impl Future<Output = Result<Self::Reply>>;
+    ) -> std::result::Result<Self::Reply, (ShardId, Request)>;
 
     /// The shard on whose thread it is.
     fn shard(&self) -> Option<ShardId>;
@@ -101,14 +102,13 @@ impl Access for AnyThread {}
 impl Submit for AnyThread {
     type Reply = Reply;
 
-    async fn submit(
+    fn submit(
         &self,
         runtime: &RuntimeHandle,
         shard: Option<ShardId>,
         request: Request,
-    ) -> Result<Reply> {
-        let shard = shard.unwrap_or_else(|| runtime.shard_for(&request));
-        runtime.submit_to(shard, request).await
+    ) -> std::result::Result<Reply, (ShardId, Request)> {
+        Err((shard.unwrap_or_else(|| runtime.shard_for(&request)), request))
     }
 
     fn shard(&self) -> Option<ShardId> {
@@ -140,12 +140,12 @@ impl Access for OnShard {}
 impl Submit for OnShard {
     type Reply = ShardReply;
 
-    async fn submit(
+    fn submit(
         &self,
         runtime: &RuntimeHandle,
         shard: Option<ShardId>,
         request: Request,
-    ) -> Result<ShardReply> {
+    ) -> std::result::Result<ShardReply, (ShardId, Request)> {
         let shard = match (shard, &request) {
             (Some(shard), _) => shard,
             // Any shard can lead a commit, whichever pages it changes.
@@ -153,9 +153,10 @@ impl Submit for OnShard {
             (None, request) => runtime.shard_for(request),
         };
         if shard == self.0.shard() {
-            return Ok(ShardReply::Here(self.0.call(request)));
+            Ok(ShardReply::Here(self.0.call(request)))
+        } else {
+            Err((shard, request))
         }
-        Ok(ShardReply::Elsewhere(runtime.submit_to(shard, request).await?))
     }
 
     fn shard(&self) -> Option<ShardId> {
@@ -171,6 +172,12 @@ impl Submit for OnShard {
 pub(crate) enum ShardReply {
     Here(LocalReply),
     Elsewhere(Reply),
+}
+
+impl From<Reply> for ShardReply {
+    fn from(reply: Reply) -> ShardReply {
+        ShardReply::Elsewhere(reply)
+    }
 }
 
 impl Future for ShardReply {

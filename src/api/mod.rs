@@ -206,18 +206,24 @@ impl<A: Access> Store<A> {
         Store { access: AnyThread::of_engine(), inner, pins }
     }
 
-    /// Submits a request to the shard that it belongs to.
-    async fn submit(&self, request: Request) -> Result<A::Reply> {
-        self.access.submit(&self.inner.runtime, None, request).await
+    /// Submits a request to a shard, or to the one that it belongs to. Once this returns, dropping
+    /// the reply does not undo it.
+    async fn submit(&self, shard: Option<ShardId>, request: Request) -> Result<A::Reply> {
+        match self.access.submit(&self.inner.runtime, shard, request) {
+            Ok(reply) => Ok(reply),
+            Err((shard, request)) => {
+                self.inner.runtime.submit_to(shard, request).await.map(A::Reply::from)
+            }
+        }
     }
 
-    /// Submits a request to a shard.
-    async fn submit_to(&self, shard: ShardId, request: Request) -> Result<A::Reply> {
-        self.access.submit(&self.inner.runtime, Some(shard), request).await
-    }
-
+    /// Submits a request to the shard that it belongs to, and awaits its reply. In a task on that
+    /// shard nothing is awaited but the reply.
     async fn ask(&self, request: Request) -> Result<Response> {
-        self.submit(request).await?.await
+        match self.access.submit(&self.inner.runtime, None, request) {
+            Ok(reply) => reply.await,
+            Err((shard, request)) => self.inner.runtime.submit_to(shard, request).await?.await,
+        }
     }
 
     async fn commit(&self, commit: Commit) -> Result<Lsn> {
@@ -296,7 +302,7 @@ impl<A: Access> Store<A> {
     pub async fn shard_stats(&self) -> Result<Vec<ShardStats>> {
         let mut all = Vec::new();
         for shard in self.inner.runtime.shard_map().shards() {
-            match self.submit_to(shard, Request::Stats).await?.await? {
+            match self.submit(Some(shard), Request::Stats).await?.await? {
                 Response::Stats(stats) => all.push(*stats),
                 other => return Err(unexpected(&other)),
             }

@@ -45,7 +45,7 @@ impl<A: Access> Store<A> {
         if keys.len() <= most
             && keys.iter().all(|key| shard_map.shard_of(*key) == shard_map.shard_of(keys[0]))
         {
-            let reply = self.submit(Request::Read(keys.into())).await?;
+            let reply = self.submit(None, Request::Read(keys.into())).await?;
             parts.push(((0..keys.len()).collect(), reply));
             return Ok(Reads { parts, found, pins });
         }
@@ -55,7 +55,7 @@ impl<A: Access> Store<A> {
         }
         for part in by_shard.iter().flat_map(|part| part.chunks(most)) {
             let request = Request::Read(part.iter().map(|i| keys[*i]).collect());
-            parts.push((part.into(), self.submit(request).await?));
+            parts.push((part.into(), self.submit(None, request).await?));
         }
         Ok(Reads { parts, found, pins })
     }

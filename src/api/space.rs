@@ -124,7 +124,7 @@ impl<A: Access> Store<A> {
         if first <= last {
             let asked = PageRange { volume, first, last, ranges_max: ranges_max.max(1) };
             for shard in self.inner.runtime.shard_map().shards() {
-                look.replies.push(self.submit_to(shard, Request::Allocated(asked)).await?);
+                look.replies.push(self.submit(Some(shard), Request::Allocated(asked)).await?);
             }
         }
         Ok(look)
@@ -161,7 +161,7 @@ impl<A: Access> Store<A> {
             while under_way.len() < parts.width
                 && let Some(part) = parts.waiting.pop_front()
             {
-                match self.submit(Request::Commit(frees(volume, &part))).await {
+                match self.submit(None, Request::Commit(frees(volume, &part))).await {
                     Ok(reply) => under_way.push_back((part, reply)),
                     Err(error) => parts.refused(part, error, under_way.is_empty()),
                 }
