@@ -102,6 +102,7 @@ impl Access for AnyThread {}
 impl Submit for AnyThread {
     type Reply = Reply;
 
+    #[inline]
     fn submit(
         &self,
         runtime: &RuntimeHandle,
@@ -140,6 +141,7 @@ impl Access for OnShard {}
 impl Submit for OnShard {
     type Reply = ShardReply;
 
+    #[inline]
     fn submit(
         &self,
         runtime: &RuntimeHandle,
@@ -183,6 +185,7 @@ impl From<Reply> for ShardReply {
 impl Future for ShardReply {
     type Output = Result<Response>;
 
+    #[inline]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
         match &mut *self {
             ShardReply::Here(reply) => Pin::new(reply).poll(cx),

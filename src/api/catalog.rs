@@ -119,12 +119,18 @@ impl<A: Access> Store<A> {
         Ok(self.handle(records[free].id(), lsn, &volume))
     }
 
-    /// The volume `name`, if there is one.
+    /// Finds the volume `name`; `None` if there is none.
+    ///
+    /// # Errors
+    /// As [`Volume::read`], of the records of the volumes.
     pub async fn volume(&self, name: &str) -> Result<Option<Volume<A>>> {
         Ok(self.volumes().await?.into_iter().find(|volume| volume.name() == name))
     }
 
-    /// All volumes, by number.
+    /// All volumes, in the order of their numbers.
+    ///
+    /// # Errors
+    /// As [`volume`](Self::volume).
     pub async fn volumes(&self) -> Result<Vec<Volume<A>>> {
         let records = self.records().await?.into_iter();
         let found = records.filter_map(|record| Some((record.id(), record.lsn, record.volume?)));
@@ -185,17 +191,18 @@ impl<A: Access> Store<A> {
         Ok(())
     }
 
-    /// Returns when the pages of all volumes that were deleted or made smaller are freed. What was
-    /// freed takes no space after the next checkpoint.
+    /// Waits until the pages of all volumes that were deleted or made smaller are freed. They take no
+    /// space after the next checkpoint.
     ///
     /// # Errors
-    /// `Corrupt`, `Io`: of the page map; pages are left to the next open. `Closed`: likewise.
+    /// `Corrupt`, `Io`: a part of the page map can't be read. `Closed`. In each case the next open
+    /// frees the rest.
     pub async fn wait_freed(&self) -> Result<()> {
         self.inner.freeing.wait().await
     }
 
-    /// How many volumes were deleted or made smaller and have pages left that are being freed in
-    /// the background.
+    /// The number of volumes that were deleted or made smaller, and whose pages are still being freed
+    /// in the background.
     pub fn freeing_count(&self) -> usize {
         self.inner.freeing.count()
     }

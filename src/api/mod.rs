@@ -51,20 +51,20 @@ const READ_PAGES: usize = 64;
 /// The part of the memory that one handle can pin.
 const PINS_SHARE: u64 = 4;
 
-/// An open store. Clones are handles to the same one; it ends without a clean close (as in a crash:
-/// nothing acknowledged as durable is lost) when the last handle is dropped, and cleanly by
-/// [`close`](Store::close).
+/// An open store. Clones are handles to the same store. [`close`](Store::close) ends it cleanly. If
+/// the last handle is dropped instead, it ends as in a crash: nothing that was acknowledged as
+/// durable is lost, and the next open recovers.
 ///
-/// Dropping the last handle waits for what is at the device, and until the store can be opened
-/// again. On a shard's own thread, in a task or a waker there, it waits for nothing: the store ends
-/// by itself, and opening it waits for that.
+/// Dropping the last handle blocks until the device has finished what it was given, so that the
+/// store can be opened again at once. On a shard's own thread, in a task or a waker there, it does
+/// not block: the store ends a little later, and opening it waits for that.
 ///
-/// Volumes, transactions and scans belong to the handle that they were made from: it may hold pins
-/// of a quarter of the memory, a clone of it as many of its own.
+/// Volumes, transactions and scans share the pin quota of the handle that they were made from: the
+/// pages that they hold can take a quarter of the memory. A clone has a quota of its own.
 ///
-/// `A` says from where it is used: from any thread, or in a task on a shard ([`ShardHandle`]).
+/// `A` says where the handle is used: on any thread, or in a task on a shard ([`ShardHandle`]).
 /// [`open`](Store::open), [`open_existing`](Store::open_existing) and [`close`](Store::close) are
-/// for any thread; all else is offered by both.
+/// for any thread; everything else is offered by both.
 pub struct Store<A: Access = AnyThread> {
     access: A,
     inner: Arc<Inner>,
@@ -102,11 +102,12 @@ impl<A: Access> std::fmt::Debug for Store<A> {
 
 impl Store {
     /// Opens the store in directory `dir`, or creates one there if it holds none. After a crash
-    /// this recovers: on return the store holds exactly the commits up to [`RecoveryReport::recovered_lsn`],
-    /// all acknowledged ones among them.
+    /// this recovers: on return the store holds exactly the commits up to
+    /// [`RecoveryReport::recovered_lsn`], among them all that were acknowledged as durable.
     ///
-    /// Dropping the future gives opening up, also in the middle of a long recovery, and leaves the
-    /// store as after a crash. It waits, as dropping a store does, for what is at the device.
+    /// Dropping the future cancels the opening, even in the middle of a long recovery, and leaves
+    /// the store as after a crash. Like dropping a store, that blocks until the device has finished
+    /// what it was given.
     ///
     /// # Errors
     /// `InUse`: another process, or another handle of this one, has it open. `Unsupported`: another
@@ -116,9 +117,9 @@ impl Store {
         Store::open_wanted(dir.as_ref(), options, OpenMode::CreateIfMissing).await
     }
 
-    /// Opens the store in directory `dir` as [`open`](Self::open) does, and never creates one: for
-    /// a directory whose file system may not be mounted yet, where a new, empty store in its place
-    /// would hide the one that is meant.
+    /// Opens the store in directory `dir` as [`open`](Self::open) does, but never creates one. Use
+    /// it where the file system of `dir` may not be mounted yet: a new, empty store would hide the
+    /// real one.
     ///
     /// # Errors
     /// `NotFound`: there is no store, or one whose creation was cut short. And as
@@ -149,8 +150,9 @@ impl Store {
     /// the next open has nothing to recover. All other handles get `Closed` from then on.
     ///
     /// # Errors
-    /// `Closed`: it is closed already, or has stopped after a failed write; then nothing more could
-    /// be done.
+    /// `Closed`: it is closed already, or has stopped after a failed write; then nothing more can
+    /// be done. `Busy`: the shards were too busy to close; the store is open, and can be closed
+    /// later.
     pub async fn close(&self) -> Result<()> {
         let first = !std::mem::replace(
             &mut *self.inner.closing.lock().unwrap_or_else(PoisonError::into_inner),
@@ -171,25 +173,25 @@ impl Store {
 }
 
 impl<A: Access> Store<A> {
-    /// What opening found and did.
+    /// What the opening found and did.
     pub fn recovery(&self) -> &RecoveryReport {
         &self.inner.runtime.recovery
     }
 
-    /// The most that one commit may count: 4 KiB for each page written or patched, 512 bytes for
-    /// each page freed. It is `Options::txn_bytes_max`, or less where the memory or the log
-    /// segments ask for it.
+    /// The most bytes that one commit may count: 4 KiB for each page written or patched, 512 bytes
+    /// for each page freed. It is `Options::txn_bytes_max`, or less where the memory or the log
+    /// segments are too small for that.
     pub fn txn_bytes_max(&self) -> u64 {
         self.inner.runtime.txn_bytes_max
     }
 
-    /// What the machine really gives: driver and why not another, direct I/O, file system, flush
-    /// method.
+    /// What the disk was found to offer when the store was opened: the driver, and why it is not a
+    /// better one; direct I/O, file system, flush method.
     pub fn disk_report(&self) -> &DiskReport {
         &self.inner.runtime.report.disk
     }
 
-    /// How the store is driven: driver, shards and cores, and what the disk is like.
+    /// How the store runs: driver, shards, cores, and the [disk's report](Self::disk_report).
     pub fn report(&self) -> &RuntimeReport {
         &self.inner.runtime.report
     }
@@ -230,13 +232,13 @@ impl<A: Access> Store<A> {
         committed(self.ask(Request::Commit(commit)).await?)
     }
 
-    /// Begins a transaction.
+    /// Begins a transaction. It holds nothing until it has read a page.
     pub fn begin(&self) -> Txn<A> {
         Txn::new(self.same_handle())
     }
 
-    /// Returns when everything acknowledged before the call, on any handle, is durable; up to which
-    /// LSN that is.
+    /// Makes durable everything that was acknowledged before the call, through any handle. Returns
+    /// the LSN up to which everything is durable.
     ///
     /// # Errors
     /// `Closed`: the store is closed or has stopped after a failed write; what was buffered may be
@@ -248,7 +250,7 @@ impl<A: Access> Store<A> {
         }
     }
 
-    /// Returns when the commit `lsn`, and all before it, are durable.
+    /// Waits until the commit `lsn`, and all before it, are durable; flushes what is buffered.
     ///
     /// # Errors
     /// `Invalid`: no commit has that LSN yet. `Closed` as for [`flush`](Self::flush).
@@ -256,13 +258,16 @@ impl<A: Access> Store<A> {
         self.ask(Request::WaitDurable(lsn)).await.map(drop)
     }
 
-    /// Everything up to here is durable now: every commit with this LSN or a lower one.
+    /// The LSN up to which everything is durable now: every commit with this LSN or a lower one.
     pub fn durable_lsn(&self) -> Lsn {
         self.inner.runtime.watermark()
     }
 
-    /// Writes all dirty pages and a new page map: a crash afterwards has no log to replay up to the
-    /// LSN returned.
+    /// Writes all dirty pages and a new page map, durable on return. Recovery after a crash need
+    /// not replay the log up to the LSN returned.
+    ///
+    /// # Errors
+    /// `Closed` as for [`flush`](Self::flush).
     pub async fn checkpoint(&self) -> Result<Lsn> {
         match self.ask(Request::Checkpoint).await? {
             Response::Checkpointed(lsn) => Ok(lsn),
@@ -270,17 +275,20 @@ impl<A: Access> Store<A> {
         }
     }
 
-    /// Waits until the store takes no writes any more although nobody has closed it: a write or a
-    /// flush of the log has failed, or a thread of the engine has panicked. The error says why.
-    /// Reads may go on; only reopening the store helps.
+    /// Waits until the store stops taking writes although nobody has closed it, and returns why: a
+    /// write or a flush of the log has failed, or (`Internal`) a thread of the engine has panicked.
+    /// Reads may go on; to write, reopen the store.
     ///
-    /// It never returns while all is well, nor once the store was closed: wait for it beside
-    /// something else.
+    /// It never returns while all is well, nor once the store was closed: await it beside something
+    /// else.
     pub async fn failed(&self) -> Error {
         self.inner.runtime.failed().await
     }
 
-    /// Counters since the store was opened, of all shards together.
+    /// Counters since the store was opened, added up over all shards.
+    ///
+    /// # Errors
+    /// `Closed`.
     pub async fn stats(&self) -> Result<ShardStats> {
         let mut total = ShardStats::default();
         for stats in self.shard_stats().await? {
@@ -289,8 +297,8 @@ impl<A: Access> Store<A> {
         Ok(total)
     }
 
-    /// Operations (reads, commits, flushes) answered in a second, over the last `period` of full
-    /// seconds: at least one, at most 60, and no longer than the store has been open.
+    /// Operations (reads, commits, flushes) answered per second, averaged over the full seconds of
+    /// the last `period`: at least one, at most 60, and no longer than the store has been open.
     ///
     /// # Errors
     /// `Closed`.
@@ -298,7 +306,10 @@ impl<A: Access> Store<A> {
         Ok(self.stats().await?.iops(period))
     }
 
-    /// Counters since the store was opened, of each shard.
+    /// Counters since the store was opened, of each shard in the order of their numbers.
+    ///
+    /// # Errors
+    /// `Closed`.
     pub async fn shard_stats(&self) -> Result<Vec<ShardStats>> {
         let mut all = Vec::new();
         for shard in self.inner.runtime.shard_map().shards() {
@@ -311,6 +322,7 @@ impl<A: Access> Store<A> {
     }
 }
 
+#[inline]
 fn committed(response: Response) -> Result<Lsn> {
     match response {
         Response::Committed(lsn) => Ok(lsn),
@@ -318,6 +330,7 @@ fn committed(response: Response) -> Result<Lsn> {
     }
 }
 
+#[inline]
 fn pages(response: Response) -> Result<SmallVec<[PageRef; 1]>> {
     match response {
         Response::Pages(pages) => Ok(pages),
@@ -327,4 +340,37 @@ fn pages(response: Response) -> Result<SmallVec<[PageRef; 1]>> {
 
 fn unexpected(response: &Response) -> Error {
     Error::internal(format_args!("a shard answered another request than was made: {response:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::blocking::Wait;
+    use super::*;
+    use crate::base::{PageId, PageKey, VolumeId};
+
+    /// Told as a wrong argument or a closed store, a bug of the engine sends its users to look for
+    /// the fault in their own code.
+    #[test]
+    fn requests_and_answers_that_only_the_engine_can_get_wrong_are_internal_errors() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let options = Options { shards: Some(2), memory_bytes: 16 << 20, ..Options::default() };
+        let store = Store::open(dir.path(), options.clone()).wait().expect("it opens");
+        let map = store.inner.runtime.shard_map();
+        let keys =
+            |count| (0..count).map(|n| PageKey::new(VolumeId::new(1), PageId::new(n))).collect();
+        let read = Request::Read(keys(1));
+        let owner = store.inner.runtime.shard_for(&read);
+        let other = map.shards().find(|shard| *shard != owner).expect("there are two");
+        let many = Request::Read(keys(options.vectored_pages_max as u64 + 1));
+        for (shard, request) in
+            [(other, read), (ShardId::new(1), Request::Checkpoint), (owner, many)]
+        {
+            let reply = async { store.submit(Some(shard), request).await?.await };
+            let error = reply.wait().expect_err("no shard can do that");
+            assert_eq!(error.kind(), ErrorKind::Internal, "{error}");
+            assert!(error.to_string().contains("please report it"), "{error}");
+        }
+        assert_eq!(unexpected(&Response::Closed).kind(), ErrorKind::Internal);
+        store.close().wait().expect("it closes");
+    }
 }

@@ -41,18 +41,19 @@ impl Store<OnShard> {
 }
 
 impl<A: Access> Store<A> {
-    /// How many shards there are.
+    /// The number of shards. They are numbered from 0.
     pub fn shards_count(&self) -> usize {
         self.inner.runtime.shard_map().shards_count().into()
     }
 
-    /// The shard to which a page belongs while the store is open.
+    /// The number of the shard that a page belongs to, for as long as the store is open.
     pub fn shard_of<V: Access>(&self, volume: &Volume<V>, page: PageId) -> usize {
         self.inner.runtime.shard_map().shard_of(volume.key(page)).index()
     }
 
-    /// Runs the future that `make` makes as a task on the thread of shard `shard`. It runs on if
-    /// the result is dropped, and must not block: the shard waits meanwhile.
+    /// Runs the future that `make` returns as a task on the thread of shard `shard`. The task goes
+    /// on if the result is dropped. It must not block its thread: the shard could do nothing
+    /// meanwhile.
     ///
     /// # Errors
     /// `Invalid`: there is no such shard. `Busy`: too many tasks are on their way there. `Closed`:

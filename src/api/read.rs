@@ -27,7 +27,12 @@ impl<A: Access> Store<A> {
     /// Reads one page: without a list, and in a task on the page's shard without an allocation.
     pub(super) async fn read_one(&self, key: PageKey) -> Result<PageRef> {
         let mut pins = PinQuota::take(&self.pins, 1)?;
-        let read = self.ask(Request::Read(SmallVec::from_buf([key]))).await?;
+        // As `ask`, without another future around the reply.
+        let (runtime, request) = (&self.inner.runtime, Request::Read(SmallVec::from_buf([key])));
+        let read = match self.access.submit(runtime, None, request) {
+            Ok(reply) => reply.await?,
+            Err((shard, request)) => runtime.submit_to(shard, request).await?.await?,
+        };
         let page = pages(read)?.pop().ok_or_else(|| Error::internal("a read gave no page"))?;
         Ok(page.counted(&mut pins))
     }

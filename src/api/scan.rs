@@ -24,7 +24,7 @@ const AHEAD: usize = 8;
 /// Ranges asked for at a time.
 const RANGES: usize = 256;
 
-/// Pages of a volume in order; see [`Volume::scan`].
+/// Reads the pages of a volume in order; made by [`Volume::scan`].
 #[must_use = "a scan does nothing until it is asked for pages"]
 pub struct Scan<A: Access = AnyThread> {
     volume: Volume<A>,
@@ -56,8 +56,8 @@ impl<A: Access> Volume<A> {
 }
 
 impl<A: Access> Scan<A> {
-    /// The next page, or `None` at the end. After an error the scan goes on behind what failed.
-    /// Dropping the future loses no page.
+    /// Returns the next page, or `None` at the end. After an error the scan goes on behind the
+    /// pages that could not be read. Dropping the future loses no page.
     ///
     /// # Errors
     /// As [`Volume::read`] and [`Volume::allocated`].
@@ -77,9 +77,9 @@ impl<A: Access> Scan<A> {
         }
     }
 
-    /// When everything up to here is durable, so is all that the scan has handed out, and that
-    /// pages are missing because they were freed: [`Store::wait_durable`] waits for it. It grows as
-    /// the scan goes on.
+    /// The LSN up to which the store must be durable for what the scan has returned to be durable,
+    /// and for the frees of pages that it has passed over: [`Store::wait_durable`] waits for it. It
+    /// grows as the scan goes on.
     pub fn lsn(&self) -> Lsn {
         self.lsn
     }

@@ -21,15 +21,15 @@ const COMMITS: usize = 32;
 /// What the store counts for a freed page against `txn_bytes_max`.
 const FREE_BYTES: u64 = 512;
 
-/// Some of the pages of a volume that there are.
+/// Ranges of the pages that are stored in a volume, from [`Volume::allocated`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Allocated {
-    /// First and last pages of ranges, in order; between two of them nothing was found.
+    /// The first and the last page of each range, in order. No page between two ranges is stored.
     pub ranges: Vec<(PageId, PageId)>,
-    /// Where to go on; `None`: these are all that were asked for.
+    /// The page to go on with; `None` if these are all ranges that were asked for.
     pub next: Option<PageId>,
-    /// When everything up to here is durable, so is what was found: pages that were written, and
-    /// pages that are missing because they were freed. Zero: all of it is durable.
+    /// The LSN up to which the store must be durable for this answer to be durable: for the writes
+    /// of the pages found, and for the frees of those that are missing. Zero if it is already.
     pub lsn: Lsn,
 }
 

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use hashbrown::HashMap;
 use std::ops::Deref;
 
-/// A page as a transaction sees it: 4,096 bytes.
+/// A page as a transaction sees it. Dereferences to its 4,096 bytes.
 #[derive(Clone, Debug)]
 pub enum PageView {
     /// As in the store, without a copy.
@@ -118,7 +118,7 @@ impl<A: Access> Txn<A> {
         Txn { store, work: Work::default() }
     }
 
-    /// The page as this transaction sees it. It pins the page until the transaction ends.
+    /// Reads a page as this transaction sees it. The page is pinned until the transaction ends.
     ///
     /// # Errors
     /// As [`Volume::read`]; `Invalid` if the volume belongs to another store.
@@ -131,8 +131,8 @@ impl<A: Access> Txn<A> {
         Ok(self.work.view(key))
     }
 
-    /// Several pages as this transaction sees them, in the order asked; those that it has not read
-    /// yet are read at the same time.
+    /// Reads several pages as this transaction sees them and returns them in the order asked. Those
+    /// that it has not read yet are read at the same time, and pinned until the transaction ends.
     ///
     /// # Errors
     /// As [`read`](Self::read), of the first page that fails.
@@ -152,7 +152,7 @@ impl<A: Access> Txn<A> {
         Ok(keys.into_iter().map(|key| self.work.view(key)).collect())
     }
 
-    /// Replaces a page: exactly 4,096 bytes.
+    /// Replaces a page by exactly 4,096 bytes, when the transaction commits.
     ///
     /// # Errors
     /// `Invalid`: another length, or a volume of another store.
@@ -165,7 +165,7 @@ impl<A: Access> Txn<A> {
         self.change(volume, page, Change::Put(bytes.into()))
     }
 
-    /// Replaces bytes of a page.
+    /// Replaces the bytes of a page from byte `offset` on, when the transaction commits.
     ///
     /// # Errors
     /// `Invalid`: no bytes, they do not fit into the page, or a volume of another store.
@@ -179,7 +179,7 @@ impl<A: Access> Txn<A> {
         self.change(volume, page, Change::Patch { offset, bytes: bytes.into() })
     }
 
-    /// Frees a page.
+    /// Frees a page, when the transaction commits.
     ///
     /// # Errors
     /// `Invalid`: a volume of another store.
@@ -187,7 +187,7 @@ impl<A: Access> Txn<A> {
         self.change(volume, page, Change::Free)
     }
 
-    /// Any change of a page.
+    /// Makes any change of a page, when the transaction commits.
     ///
     /// # Errors
     /// As [`write`](Self::write), [`patch`](Self::patch) and [`free`](Self::free).
@@ -205,12 +205,14 @@ impl<A: Access> Txn<A> {
         Ok(volume.key(page))
     }
 
-    /// Commits: all changes or none, if nothing that was read has changed since. Durable on return,
-    /// as is everything that was read.
+    /// Commits all changes or none, if nothing that was read has changed since. On return the
+    /// commit is durable, and so is everything that was read. Returns the commit's LSN; without
+    /// changes the highest LSN that was read.
     ///
     /// # Errors
-    /// `Conflict`: something read has changed; begin anew. `TooLarge`, `Full`, `Busy`: nothing was
-    /// done. `OutcomeUnknown`: the device failed while the commit was on its way; reopen and look.
+    /// `Conflict`: something that was read has changed; begin a new transaction. `TooLarge`,
+    /// `Full`, `Busy`: nothing was done. `OutcomeUnknown`: the device failed while the commit was
+    /// on its way; reopen and look.
     pub async fn commit(self) -> Result<Lsn> {
         self.store.commit(self.work.into_commit()).await
     }

@@ -14,7 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub enum Durability {
     /// When it is durable, and everything before it.
     Durable,
-    /// As soon as it is ordered and visible to all; durable after a later flush, at the latest.
+    /// As soon as it has its LSN and everybody sees it; it is durable after a later flush at the
+    /// latest.
     Buffered,
 }
 
@@ -47,7 +48,8 @@ impl VolumeState {
     }
 }
 
-/// A handle to one volume. Pages are 4,096 bytes; those never written, or freed, read as zeros.
+/// A handle to one volume: a sparse array of pages of 4,096 bytes, addressed by [`PageId`]. Pages
+/// that were never written, or were freed, read as zeros.
 pub struct Volume<A: Access = AnyThread> {
     store: Store<A>,
     id: VolumeId,
@@ -74,8 +76,8 @@ impl<A: Access> Volume<A> {
         Volume { store, id, name: name.into(), shared }
     }
 
-    /// The same volume through another handle of its store: one with pins of its own, or the handle
-    /// of a shard, so that a task there has no hop to the pages of its shard.
+    /// The same volume through another handle of its store: a clone with a pin quota of its own, or
+    /// the handle of a shard, whose task then reaches the pages of its shard without a hop.
     ///
     /// # Errors
     /// `Invalid`: the handle is of another store. `NotFound`: the volume was deleted.
@@ -117,8 +119,8 @@ impl<A: Access> Volume<A> {
         &self.name
     }
 
-    /// Its size now, as exported to clients; 0 once it is deleted. The library lets any page id be
-    /// used.
+    /// Its size in bytes, as clients of the NBD server see it; 0 once it is deleted. The library
+    /// does not enforce it: any page id can be used.
     pub fn bytes(&self) -> u64 {
         self.shared.bytes()
     }
@@ -132,20 +134,21 @@ impl<A: Access> Volume<A> {
         PageKey::new(self.id, page)
     }
 
-    /// The newest version of a page, durable or not ([`PageRef::lsn`] tells which, of a page that
-    /// was freed too).
+    /// Reads the newest version of a page, which may not be durable yet: [`PageRef::lsn`] is the
+    /// LSN to wait for, also if the page was freed.
     ///
     /// # Errors
     /// `Corrupt`: the bytes on the device are not those that were written. `Io`: they can't be
-    /// read. `Busy`: no memory is free, or this handle holds as many pages as it may. `NotFound`:
-    /// the volume was deleted. `Closed`.
+    /// read. `Busy`: no memory is free, or the handle's pin quota is used up. `NotFound`: the
+    /// volume was deleted. `Closed`.
     pub async fn read(&self, page: PageId) -> Result<PageRef> {
         self.check()?;
         self.store.read_one(self.key(page)).await
     }
 
-    /// Several pages, in the order asked: neighbours on the device are read together. Each is the
-    /// newest version of its own moment: use a transaction to read several pages of one state.
+    /// Reads several pages and returns them in the order asked. Neighbours on the device are read
+    /// together. Each page is the newest version at a moment of its own: to read several pages of
+    /// one state, use a transaction.
     ///
     /// # Errors
     /// As [`read`](Self::read), of the first page that fails.
@@ -155,7 +158,7 @@ impl<A: Access> Volume<A> {
         self.store.read(&keys).await
     }
 
-    /// Writes a whole page of 4,096 bytes; durable on return.
+    /// Writes a whole page of 4,096 bytes; durable on return. Returns the commit's LSN.
     ///
     /// # Errors
     /// `Invalid`: another length. `Full`: no space; nothing was done. `OutcomeUnknown`: the device
@@ -164,8 +167,9 @@ impl<A: Access> Volume<A> {
         self.apply(vec![(page, Change::Put(bytes.into()))], Durability::Durable).await
     }
 
-    /// Writes a whole page; ordered and visible on return, durable after a later [`Store::flush`].
-    /// Repeated writes of a page within the window are absorbed.
+    /// Writes a whole page of 4,096 bytes. On return it has its LSN and everybody sees it; it is
+    /// durable after a later [`Store::flush`]. Of repeated writes of a page within
+    /// `Options::coalesce_window_us` only the last reaches the data file.
     ///
     /// # Errors
     /// As [`write`](Self::write).
@@ -192,7 +196,7 @@ impl<A: Access> Volume<A> {
             .await
     }
 
-    /// Frees a page: it reads as zeros and takes no space any more; durable on return.
+    /// Frees a page, so that it reads as zeros and takes no space; durable on return.
     ///
     /// # Errors
     /// As [`write`](Self::write).
@@ -200,7 +204,7 @@ impl<A: Access> Volume<A> {
         self.apply(vec![(page, Change::Free)], Durability::Durable).await
     }
 
-    /// Any changes of pages of this volume as one commit, in order: all or none.
+    /// Applies changes of pages of this volume in order, as one commit: all or none.
     ///
     /// # Errors
     /// As [`write_many`](Self::write_many) and [`patch`](Self::patch).

@@ -10,33 +10,35 @@ use std::fmt;
 pub enum ErrorKind {
     /// Retry the whole transaction: a page it read has changed since. Nothing was done.
     Conflict,
-    /// Retry later: a queue, the pins or the memory are used up for now. Nothing was done.
+    /// Retry later: a queue is full, or the pin quota or the memory is used up for now. Nothing was
+    /// done.
     Busy,
     /// Fix the call: an argument is wrong. Nothing was done.
     Invalid,
     /// Fix the call: the commit is larger than `txn_bytes_max`. Nothing was done.
     TooLarge,
-    /// Fix the surroundings: no space is left. Nothing was done; reads, frees and, once there is
-    /// space, writes go on.
+    /// Make space: the file system, its quota or the limit of the data space is full. Nothing was
+    /// done; reads and frees go on, and writes do once there is space.
     Full,
-    /// Fix the call or the surroundings: no such volume, directory or store.
+    /// Fix the call or the path: there is no such volume, directory or store.
     NotFound,
-    /// Fix the call: a volume of this name is there already. Nothing was done.
+    /// Fix the call: there is a volume of this name already. Nothing was done.
     AlreadyExists,
-    /// Fix the surroundings: another process has the store open.
+    /// Close the store elsewhere: another process, or another handle of this one, has it open.
     InUse,
-    /// Fix the surroundings: this version can't read the store, or this machine lacks something.
+    /// Use another version or machine: this version can't read the store, or this machine lacks
+    /// what the options ask for.
     Unsupported,
-    /// Stop: bytes on the device are not those that were written. They were not served.
+    /// Stop: bytes on the device are not those that were written. They were not returned.
     Corrupt,
-    /// Stop: the device or the file system failed. Reads may go on; writes need the store reopened.
+    /// Stop: the device or the file system failed. Reads may go on; to write, reopen the store.
     Io,
-    /// Stop and reopen: the commit was submitted, and whether it will be found after reopening is
-    /// not known.
+    /// Reopen the store and look: the commit was submitted, but it is not known whether it is
+    /// durable.
     OutcomeUnknown,
-    /// The store is closed, or stopped after a failed log write; reopen it.
+    /// Reopen the store: it is closed, or has stopped after a failed log write.
     Closed,
-    /// Report it: a bug of the engine, which says nothing of the data. Reopen the store.
+    /// Report it and reopen the store: a bug of the engine. It does not mean that data is damaged.
     Internal,
 }
 
@@ -86,8 +88,8 @@ impl Error {
         Error { kind, context: context.to_string().into(), source: None }
     }
 
-    /// The same with an operating system's error as its source, which `context` need not repeat;
-    /// nor what to do about the commonest ones.
+    /// An error of kind `Io` whose source is an error of the operating system. Its text, and what
+    /// to do about the common ones, are added to `context`.
     pub fn io(context: impl fmt::Display, source: std::io::Error) -> Self {
         let context = format!("{context}: {source}{}", advice(&source)).into();
         Error { kind: ErrorKind::Io, context, source: Some(std::sync::Arc::new(source)) }
@@ -101,7 +103,7 @@ impl Error {
         Error { kind: ErrorKind::Io, context, source: Some(std::sync::Arc::new(source)) }
     }
 
-    /// What to do about it.
+    /// The kind, which says what to do about the error.
     pub fn kind(&self) -> ErrorKind {
         self.kind
     }

@@ -13,7 +13,7 @@ impl Lsn {
     /// After every commit: the bound of a shard that holds nothing back.
     pub const MAX: Lsn = Lsn(u64::MAX);
 
-    /// The number as stored on disk.
+    /// The LSN with this number, as stored on disk.
     pub const fn new(raw: u64) -> Self {
         Lsn(raw)
     }

@@ -7,7 +7,7 @@ use crate::base::{BLOCK, Micros, ShardSet};
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
 
-/// What is fixed when a store is created and kept in its superblock.
+/// Sizes that are chosen when a store is created, and can't be changed later.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Geometry {
     /// Bytes of an extent, the unit of data space: a power of two, 64 KiB to 8 MiB.
@@ -17,7 +17,7 @@ pub struct Geometry {
     /// Log segments of each shard, at least 4. Together they bound the log that recovery may have
     /// to read.
     pub segments_count: u32,
-    /// Virtual shards: a power of two, up to 512. The most cores that a store can ever use.
+    /// Virtual shards: a power of two, up to 512. A store can't use more cores than that.
     pub vshards_count: u32,
 }
 
@@ -79,7 +79,7 @@ impl std::str::FromStr for Driver {
 /// How to open a store. The defaults suit a server that has the machine for itself.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Used when the store does not exist yet; an existing store keeps its own.
+    /// The geometry of a store that does not exist yet; an existing store keeps its own.
     pub geometry: Geometry,
     /// Bytes of memory (default 256 MiB): for pages, map nodes and log buffers, and for the tables
     /// that say what is where in it, an eighth on top of each 4 KiB. It is divided among the
@@ -95,28 +95,29 @@ pub struct Options {
     /// group of the log, as it was written, and what is decoded of it, in each shard: 1 MiB, or the
     /// largest commit that the log holds.
     pub memory_bytes: u64,
-    /// How long dirty pages gather before they are written (1 to 10 ms, default 5 ms). Never in
-    /// front of an acknowledgement of a durable commit.
+    /// How long dirty pages are collected before they are written, in microseconds (1,000 to
+    /// 10,000, default 5,000). A durable commit is never delayed by it.
     pub coalesce_window_us: Micros,
-    /// Dirty pages that start a write at once (1 to 64, default 64).
+    /// The number of dirty pages with which a write starts before that time is over (1 to 64,
+    /// default 64).
     pub coalesce_batch_pages: usize,
-    /// Most pages of one vectored read or write (1 to 64, default 64).
+    /// The most pages of one vectored read or write at the device (1 to 64, default 64).
     pub vectored_pages_max: usize,
-    /// Log writes in flight (1 to 8, default 4).
+    /// The most log writes that a shard has in flight (1 to 8, default 4).
     pub log_writes_max: usize,
-    /// Whole pages of one log group up to which they are written into the log, and again to their
-    /// place later. Above it they are written once, straight to their place. 0: always once.
+    /// Up to this many whole pages of a log group are written into the log, and to their place
+    /// later (default 4). With more they are written once, straight to their place. 0: always once.
     pub inline_pages_max: usize,
-    /// The most that one commit may count (default 4 MiB): 4 KiB for each page written or patched,
-    /// 512 bytes for each page freed. Little memory or short log segments lower it;
+    /// The most bytes that one commit may count (default 4 MiB): 4 KiB for each page written or
+    /// patched, 512 bytes for each page freed. Little memory or short log segments lower it;
     /// `Store::txn_bytes_max` says what holds.
     pub txn_bytes_max: u64,
-    /// Most bytes of data space; 0: as much as the file system gives.
+    /// The most bytes of the data file; 0 (the default): as much as the file system has.
     pub data_bytes_max: u64,
-    /// Of a hundred blocks of data space, how many are to be live before the space grows; below
-    /// that, dead blocks are reclaimed by moving what lives among them (30 to 85, default 70). Dead
-    /// blocks up to the size that the log can have are let be on top. Lower: more disk for the same
-    /// pages, and sustained overwriting is faster, since less is moved.
+    /// The percentage of the data space that must be live before the space grows (30 to 85, default
+    /// 70). Below it, dead blocks are reclaimed by moving the live ones around them; dead blocks up
+    /// to the size that the log can have are left alone. A lower value takes more disk for the same
+    /// pages, and makes sustained overwriting faster, since less is moved.
     pub fill_percent: u32,
     /// Requests under way at a time, over all handles (default 4,096), if `memory_bytes` allows for
     /// what they carry; more wait, and then get `Busy`.
@@ -128,13 +129,12 @@ pub struct Options {
     /// shards, the memory allows, at 2 MiB each, and `data_bytes_max`, at 12 extents each). More
     /// shards than cores work, but don't poll.
     pub shards: Option<u16>,
-    /// Poll without end instead of waiting when nothing happens: lower latency for a whole core per
-    /// shard.
+    /// Never wait when there is nothing to do, but poll: lower latency, for a whole core per shard.
     pub poll: bool,
     /// What moves bytes between memory and device.
     pub driver: Driver,
-    /// Entries of each shard's io_uring (a power of two, 16 to 4,096, default 256): transfers that
-    /// a shard has at the device at a time.
+    /// Entries of each shard's io_uring (a power of two, 16 to 4,096, default 256): the most
+    /// transfers that a shard has at the device at a time.
     pub ring_entries: u32,
 }
 

@@ -16,7 +16,7 @@ pub const RUN_PAGES: u64 = 1 << RUN_BITS;
 const RUN_BITS: u32 = 9;
 
 /// A page's id within its volume: any 64-bit number, chosen by the caller. Ids that lie close
-/// together make a small page map; each lone id costs a path of map nodes.
+/// together keep the page map small; an id far from all others costs several map nodes of 4 KiB.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct PageId(u64);
 

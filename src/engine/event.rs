@@ -50,16 +50,16 @@ pub struct Commit {
 /// A change of one page.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// The whole page: exactly 4 KiB.
+    /// Replaces the whole page by exactly 4,096 bytes.
     Put(Bytes),
-    /// Some bytes of a page, at least one, within its 4 KiB; an absent page counts as zeros.
+    /// Replaces some bytes of the page, at least one. An absent page counts as zeros.
     Patch {
-        /// First byte.
+        /// The first byte to replace, from 0 to 4,095.
         offset: u32,
-        /// The new bytes.
+        /// The new bytes; they end within the page.
         bytes: Bytes,
     },
-    /// The page is absent from now on.
+    /// Frees the page: it is absent from now on, and reads as zeros.
     Free,
 }
 
@@ -93,11 +93,12 @@ pub enum Response {
     Closed,
 }
 
-/// A page as it was when read: pinned and immutable, without a copy. Dereferences to its 4,096
-/// bytes.
+/// A page as it was when it was read, without a copy. Dereferences to its 4,096 bytes, which never
+/// change.
 ///
-/// A pin keeps memory from being reused: hold it briefly. A handle can hold pins of a quarter of
-/// the memory; then reads get `Busy`. It stays valid after the store is closed.
+/// It pins the page: its memory is not reused until the last clone is dropped, so hold it briefly.
+/// Once the pins of a handle take a quarter of the memory, its reads get `Busy`. A page stays valid
+/// after the store is closed.
 #[derive(Clone, Debug)]
 pub struct PageRef {
     frame: Option<FrameRef>,
@@ -113,9 +114,9 @@ impl PageRef {
         PageRef { frame, lsn, pin: None }
     }
 
-    /// The LSN of the commit that wrote this version. It may not be durable yet:
-    /// `Store::wait_durable` waits for it. Of an absent page the LSN of the commit that freed it,
-    /// as long as that may not be durable; then zero.
+    /// The LSN of the commit that wrote this version, which may not be durable yet:
+    /// `Store::wait_durable` waits for it. For an absent page it is the LSN of the commit that
+    /// freed the page while that commit may not be durable, and zero afterwards.
     pub fn lsn(&self) -> Lsn {
         self.lsn
     }
@@ -126,7 +127,7 @@ impl PageRef {
         if self.is_absent() { Lsn::ZERO } else { self.lsn }
     }
 
-    /// Whether the page was never written, or freed; it reads as zeros then.
+    /// Whether the page was never written, or was freed. Its bytes are zeros then.
     pub fn is_absent(&self) -> bool {
         self.frame.is_none()
     }

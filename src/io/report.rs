@@ -5,16 +5,16 @@
 use super::flush::FlushMethod;
 use std::fmt;
 
-/// Whether completions are polled for at the device.
+/// Whether the driver polls the device for completions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Polling {
-    /// They are.
+    /// It polls.
     On,
-    /// They are not, for this reason.
+    /// It does not poll, for this reason.
     Off(String),
 }
 
-/// What was found when a disk was opened.
+/// What a disk offers, as found when it was opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskReport {
     /// The driver: `io_uring` or `portable`.
@@ -25,15 +25,16 @@ pub struct DiskReport {
     pub direct: bool,
     /// How writes become durable.
     pub flush: FlushMethod,
-    /// Operations that may be at the device at a time.
+    /// The most operations that are given to the device at a time.
     pub depth: usize,
     /// Entries of the ring; 0 without one.
     pub ring_entries: u32,
-    /// Bytes of memory registered with the kernel, which need no look-up for each transfer.
+    /// Bytes of memory registered with the kernel, which then need not be looked up for each
+    /// transfer.
     pub fixed_bytes: u64,
     /// Bytes of memory that were offered for registration.
     pub offered_bytes: u64,
-    /// Whether completions are polled for.
+    /// Whether the driver polls for completions.
     pub polling: Polling,
     /// Why the preferred driver is not used.
     pub fallback: Option<String>,

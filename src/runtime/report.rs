@@ -3,21 +3,20 @@
 use crate::io::DiskReport;
 use std::fmt;
 
-/// How a store is being driven.
+/// How a store runs.
 #[derive(Clone, Debug)]
 pub struct RuntimeReport {
     /// `io_uring` or `portable`.
     pub driver: &'static str,
-    /// For each shard the core that its thread is pinned to.
+    /// For each shard the core that its thread is pinned to; `None` if it is not pinned.
     pub pins: Vec<Option<usize>>,
-    /// Thousandths of a processor that control groups allow, if that is less than the cores that
-    /// could be used: what no number of shards gets beyond.
+    /// The processor time that control groups allow, in thousandths of a processor, if that is less
+    /// than the cores that could be used. More shards don't get more.
     pub quota_millis: Option<u64>,
-    /// How long a shard polls after the last thing that happened, in microseconds; `None`: for
-    /// ever.
+    /// How long a shard polls after its last work before it waits, in microseconds; `None`: it
+    /// never waits.
     pub poll_us: Option<u64>,
-    /// What the disk of the first shard is like, and why it is not the ring; those of the others
-    /// are the same.
+    /// The report of the first shard's disk; those of the other shards are the same.
     pub disk: DiskReport,
 }
 

@@ -21,7 +21,7 @@ use super::clock::Clock;
 use super::event_loop::{EventLoop, EventLoopParts, PollOutcome, PollPolicy};
 use super::shared::RuntimeShared;
 use crate::base::ShardId;
-use crate::base::error::{Error, ErrorKind, Result};
+use crate::base::error::{Error, Result};
 use crate::engine::StateMachine;
 use crate::engine::order::GlobalOrder;
 use crate::io::{CancellableDisk, Disk, DiskReport, DiskWaker, Files};
@@ -183,10 +183,7 @@ pub(super) fn thread_main<M: StateMachine>(
 }
 
 fn stopped_by_a_bug() -> Error {
-    Error::new(
-        ErrorKind::Closed,
-        "the thread of a shard panicked, which is a bug of corepage; reopen the store to recover",
-    )
+    Error::internal("the thread of a shard panicked; reopen the store to recover")
 }
 
 fn panicked() -> Error {

@@ -453,9 +453,8 @@ fn recv_status<M>(
         Ok(StartupStatus::Refused(error)) => Err(StartError::DriverUnavailable(error)),
         Ok(StartupStatus::Failed(error)) => Err(StartError::Failed(error)),
         Ok(status) => Ok(status),
-        Err(_) => Err(StartError::Failed(Error::new(
-            ErrorKind::Closed,
-            "the shards' threads ended while they opened the store",
+        Err(_) => Err(StartError::Failed(Error::internal(
+            "the shards' threads ended while they opened the store, and did not say why",
         ))),
     }
 }

@@ -11,7 +11,8 @@ const MOST_US: u64 = 60_000_000;
 const SPLIT: u64 = 64;
 const BUCKETS: usize = bucket_of(MOST_US) + 1;
 
-/// How long operations took, in microseconds; values are right to 1 %, and at least 1.
+/// A histogram of how long operations took, in microseconds. Values are rounded by up to 1 %; the
+/// least is 1.
 #[derive(Clone, Default)]
 pub struct Latency(Option<Box<Counts>>);
 
@@ -49,13 +50,13 @@ impl Latency {
         counts.buckets[bucket_of(us.clamp(1, MOST_US))] += 1;
     }
 
-    /// Operations counted.
+    /// The number of operations counted.
     pub fn count(&self) -> u64 {
         self.0.as_ref().map_or(0, |counts| counts.total)
     }
 
-    /// Microseconds that `percent` of the operations did not exceed, 50 for the median; 0 if there
-    /// are none.
+    /// The microseconds that `percent` of the operations did not exceed: 50 gives the median. 0 if
+    /// no operation was counted.
     pub fn percentile(&self, percent: f64) -> u64 {
         let wanted =
             (self.count() as f64 * percent.clamp(0.0, 100.0) / 100.0).ceil().max(1.0) as u64;

@@ -195,19 +195,20 @@ stats! {
 }
 
 impl ShardStats {
-    /// Operations answered in a second, over the last `period` of full seconds: at least one, at
-    /// most 60.
+    /// Operations answered per second, averaged over the full seconds of the last `period`: at
+    /// least one, at most 60.
     pub fn iops(&self, period: Duration) -> f64 {
         self.recent.rate(period.as_secs())
     }
 
-    /// Commits for each flush of the log; 0 before the first.
+    /// Commits per flush of the log; 0 before the first flush.
     pub fn commits_per_flush(&self) -> f64 {
         ratio(self.commits, self.log_flushes)
     }
 
-    /// Bytes written to the device for each byte that callers wrote; 0 before the first. Over an
-    /// [interval](Self::since) that saw a checkpoint or two it says what overwriting costs.
+    /// Bytes written to the device per byte that callers wrote; 0 before the first. Take it over an
+    /// [interval](Self::since) that includes a checkpoint or two: it then says what overwriting
+    /// costs.
     pub fn write_amplification(&self) -> f64 {
         ratio(self.device_bytes_written, self.bytes_written)
     }

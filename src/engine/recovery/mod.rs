@@ -49,24 +49,24 @@ use read::read_ranges;
 use scan::ScannedGroup;
 use std::sync::Arc;
 
-/// What opening a store found and did.
+/// What the opening of a store found and did.
 #[derive(Clone, Debug, Default)]
 pub struct RecoveryReport {
-    /// The store did not exist.
+    /// The store did not exist and was created.
     pub created: bool,
-    /// It had been closed cleanly (or was just created): nothing had to be recovered.
+    /// The store had been closed cleanly, or was just created: nothing had to be recovered.
     pub clean: bool,
     /// Log groups found whole that hold something to be redone.
     pub groups_scanned: u64,
     /// Log groups found torn, as a crash leaves them.
     pub groups_torn: u64,
-    /// The store holds exactly the commits up to here.
+    /// The last LSN recovered: the store holds exactly the commits up to this one.
     pub recovered_lsn: Lsn,
     /// Commits redone.
     pub commits_applied: u64,
     /// Commits found in the log above that LSN, and dropped.
     pub commits_dropped: u64,
-    /// The epoch that begins.
+    /// The number of the epoch that begins with this opening.
     pub epoch: u64,
     /// Superblock copies that could not be used, and extents that can't be filled on, each with the
     /// reason.

@@ -66,19 +66,19 @@ impl Shard {
             Request::Read(keys)
                 if keys.iter().any(|key| self.ctx.shard_map.shard_of(*key) != self.ctx.id) =>
             {
-                Err(Error::invalid(format_args!(
+                Err(Error::internal(format_args!(
                     "a read of pages of another shard came to shard {}",
                     self.ctx.id.get()
                 )))
             }
             Request::Checkpoint | Request::Close if self.ctx.id != ShardId::LEADER => {
-                Err(Error::invalid(format_args!(
+                Err(Error::internal(format_args!(
                     "only shard 0 takes checkpoints and closes, not {}",
                     self.ctx.id.get()
                 )))
             }
             Request::Read(keys) if keys.len() > self.ctx.limits.vectored_pages_max => {
-                Err(Error::invalid(format_args!(
+                Err(Error::internal(format_args!(
                     "{} pages in one read: at most {} (vectored_pages_max)",
                     keys.len(),
                     self.ctx.limits.vectored_pages_max

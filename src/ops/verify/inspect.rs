@@ -32,7 +32,7 @@ const ARENA_BLOCKS: u32 = 256;
 const LEAF_BITS: u32 = 6;
 const NODE_BITS: u32 = 8;
 
-/// What a store that nobody has open holds.
+/// What a closed store holds.
 #[derive(Clone, Debug)]
 pub struct StoreSummary {
     /// It was closed cleanly: what follows is all. Otherwise it is as of the last checkpoint, and
@@ -55,8 +55,8 @@ pub struct VolumeSummary {
     pub bytes: u64,
 }
 
-/// Says what the store in `dir` is, by reading only. Several may look at a time; nobody can open
-/// the store meanwhile.
+/// Reads the superblock and the catalog of the closed store in `dir`, and changes nothing. Several
+/// processes may do so at a time; none can open the store meanwhile.
 ///
 /// # Errors
 /// `NotFound`: there is no store. `InUse`: a process has it open. `Corrupt`, `Unsupported`, `Io`:

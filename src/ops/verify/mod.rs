@@ -45,8 +45,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
-/// Reads the closed store in `dir` whole and names what is damaged. Changes nothing. Several may
-/// read a store at a time; nobody can open it meanwhile.
+/// Reads the closed store in `dir` completely and names what is damaged. It changes nothing.
+/// Several processes may read a store at a time; none can open it meanwhile.
 ///
 /// # Errors
 /// `NotFound` if there is no store, `InUse` if a process has it open, `Unsupported` for another
@@ -55,7 +55,7 @@ pub fn verify(dir: &Path) -> Result<VerifyReport> {
     verify_with(dir, |_| ())
 }
 
-/// The same; `progress` hears, after each read, how far it is.
+/// As [`verify`], and calls `progress` after each read.
 ///
 /// # Errors
 /// As [`verify`].
