@@ -78,7 +78,7 @@ impl Shard {
                 )))
             }
             Request::Read(keys) if keys.len() > self.ctx.limits.vectored_pages_max => {
-                Err(Error::internal(format_args!(
+                Err(Error::invalid(format_args!(
                     "{} pages in one read: at most {} (vectored_pages_max)",
                     keys.len(),
                     self.ctx.limits.vectored_pages_max
