@@ -6,6 +6,8 @@
 //!
 //! If these fail, nothing breaks for users today; the next reader pays.
 
+#[path = "tidy/calls.rs"]
+mod calls;
 #[path = "tidy/imports.rs"]
 mod imports;
 
@@ -85,7 +87,6 @@ const EXCEPTIONS: &[(&str, &str, &str)] = &[(
 /// within one row, a row that ends in `/` stands for a folder. No row may be added, and one without
 /// a circle goes.
 const CIRCLES: &[(&[&str], &str)] = &[
-    (&["engine/"], "to go: the shard's components are being told apart"),
     (
         &["program/server/nbd/reads", "program/server/nbd/transmission"],
         "to go: the state of a connection in a file of its own",
@@ -655,6 +656,33 @@ fn no_files_need_each_other_in_a_circle() {
     assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
 }
 
+/// If this fails, two components of the engine call each other, and neither can be understood or
+/// tested alone.
+#[test]
+fn components_of_the_engine_call_only_those_below_them() {
+    let engine: Vec<(String, String)> = sources()
+        .into_iter()
+        .filter(|(name, _)| name.starts_with("src/engine/") && !is_test_file(name))
+        .map(|(name, text)| (name, code_only(before_tests(&text))))
+        .collect();
+    let complaints = calls::upward(&engine);
+    assert!(complaints.is_empty(), "{}", complaints.join("\n"));
+    for component in calls::ORDER {
+        let is_there = |(name, _): &(String, String)| {
+            let path = name.trim_start_matches("src/engine/");
+            path.starts_with(&format!("{component}/")) || path == format!("{component}.rs")
+        };
+        assert!(engine.iter().any(is_there), "{component} stands in ORDER and is gone");
+    }
+    let code = |file: &str| {
+        engine.iter().find(|(name, _)| name == file).map(|(_, code)| code.as_str()).expect(file)
+    };
+    let fields = calls::fields_of_shard(code("src/engine/mod.rs"));
+    assert!((1..=calls::FIELDS_MAX).contains(&fields), "Shard has {fields} fields");
+    let lines = code("src/engine/shard.rs").lines().count();
+    assert!(lines <= 400, "shard.rs only wires the components, and has {lines} lines");
+}
+
 #[test]
 fn the_tables_name_only_what_exists() {
     let complaints = rows_without_files(|path| root().join(path).exists());
@@ -726,6 +754,16 @@ fn can_fail(rule: impl Fn(&str, &str) -> Vec<String>, name: &str, bad: &str, goo
 
 #[test]
 fn planted_texts_are_found() {
+    let planted = |cache: &str| {
+        let shard = "\nimpl Shard {\n    fn turn(&mut self) { self.load(); }\n}\n";
+        calls::upward(&[
+            ("src/engine/shard.rs".to_owned(), shard.to_owned()),
+            ("src/engine/cache/loading.rs".to_owned(), format!("\nimpl Shard {{\n{cache}}}\n")),
+        ])
+    };
+    assert_eq!(planted("    fn load(&mut self) { self.ctx.now; self.load() }\n").len(), 0);
+    assert_eq!(planted("    fn load(&mut self) { self.turn() }\n").len(), 1);
+    assert_eq!(planted("    fn load(&mut self) { self\n.checkpoint.begin() }\n").len(), 1);
     let name = "src/engine/map/x.rs";
     can_fail(head_comment, name, "use std::fmt;\n", "//! The map of places.\n");
     let line = "let a = 1;\n";

@@ -3,8 +3,11 @@
 //! If one drifts nothing is lost, and nothing is noticed: admission refuses too early or too late
 //! from then on, and some day the store hangs. So the simulator asks in the middle of its runs.
 
+use super::blocked::{LACKS, Lack};
+use super::budget::request_weight;
+use super::dispatch::FREE_BYTES;
 use super::requests::PendingKind;
-use super::txn::participant::Reserved;
+use super::reservations::Reserved;
 use super::{OpKind, Shard};
 use crate::base::{Lsn, PageIdx};
 use crate::memory::Owner;
@@ -22,17 +25,17 @@ impl Shard {
         self.map.audit()?;
         self.space.extents.audit()?;
         let pages = || self.cache.table.pages.iter().map(|(_, page)| page);
-        if !self.checkpoint.behind_nodes.is_empty() && self.ctx.ops.is_empty() {
+        if !self.writeback.behind_nodes.is_empty() && self.ctx.ops.is_empty() {
             return Err(format!(
                 "{} versions wait for a node write, and none is under way",
-                self.checkpoint.behind_nodes.len()
+                self.writeback.behind_nodes.len()
             ));
         }
         let images = self.log.open.images.iter().filter(|image| !image.is_freed).count();
         let dirty = pages().filter(|page| page.dirty_from.is_some()).count();
         same(
             "blocks reserved for dirty pages and images",
-            self.writeback.reserved_blocks as usize,
+            self.reservations.dirty_blocks as usize,
             dirty + images,
         )?;
         let freed = pages().filter(|page| page.dirty_from.is_some() && page.absent).count();
@@ -54,15 +57,19 @@ impl Shard {
             self.cache.table.count_resident(),
         )?;
         self.audit_budget()?;
+        same(
+            "versions on their way into the map",
+            self.reservations.unpublished as usize,
+            self.writeback.versions.len(),
+        )?;
         let targets = pages().filter(|page| page.checkpoint_target != Lsn::ZERO).count();
-        same("pages that the checkpoint waits for", self.checkpoint.pages_left, targets as u64)?;
-        self.audit_pages()?;
-        let writes = self.ctx.ops.iter().map(|(_, op)| match op {
-            OpKind::PageWrite(versions) => versions.len(),
-            _ => 0,
-        });
-        same("pages being written", self.writeback.page_writes, writes.sum())?;
+        same(
+            "pages that the checkpoint waits for",
+            self.writeback.checkpoint_versions,
+            targets as u64,
+        )?;
 
+        self.audit_versions()?;
         let moves = self
             .requests
             .pending
@@ -71,8 +78,8 @@ impl Shard {
             .count();
         same(
             "moves on their way",
-            self.requests.held.moves,
-            moves + self.compaction.asked.reading(),
+            self.reservations.moves,
+            moves + self.space.compaction.asked.reading(),
         )?;
 
         let parts = self.requests.pending.iter().filter_map(|(_, pending)| match &pending.kind {
@@ -80,23 +87,19 @@ impl Shard {
             _ => None,
         });
         let reserved = parts.fold(Reserved::default(), Reserved::plus);
-        same("what is reserved for parts", self.participant.reserved, reserved)
+        same("what is reserved for parts", self.reservations.parts, reserved)
     }
 
-    /// Whether each page counts its versions on their way, and its image is its own.
-    fn audit_pages(&self) -> Result<(), String> {
+    /// Whether every version that is on its way from the table into the map is known to both ends.
+    fn audit_versions(&self) -> Result<(), String> {
         let mut on_their_way: BTreeMap<PageIdx, usize> = BTreeMap::new();
-        let under_way = self.writeback.versions.iter().map(|(_, version)| version.page);
-        under_way
-            .chain(self.compaction.moves.iter().copied())
+        let captured = self.writeback.versions.iter().map(|(_, version)| version.page);
+        captured
+            .chain(self.space.compaction.moves.iter().copied())
             .for_each(|idx| *on_their_way.entry(idx).or_default() += 1);
         for (idx, page) in self.cache.table.pages.iter() {
             let count = on_their_way.get(&idx).copied().unwrap_or(0);
-            same(
-                format_args!("versions of {:?} on their way", page.key),
-                page.versions as usize,
-                count,
-            )?;
+            same(format_args!("versions of {:?}", page.key), page.versions as usize, count)?;
             let image = page.image.map(|no| &self.log.open.images[no.index()]);
             same(
                 format_args!("the image of {:?}", page.key),
@@ -104,6 +107,11 @@ impl Shard {
                 true,
             )?;
         }
+        let writes = self.ctx.ops.iter().map(|(_, op)| match op {
+            OpKind::PageWrite(versions) => versions.len(),
+            _ => 0,
+        });
+        same("pages being written", self.writeback.page_writes, writes.sum())?;
         Ok(())
     }
 
@@ -127,6 +135,83 @@ impl Shard {
             )?;
         }
         self.map.audit_listed(&self.cache.eviction)
+    }
+
+    /// # Errors
+    /// Somebody who waits without anybody who would wake it.
+    fn audit_blocked(&self) -> Result<(), String> {
+        if self.ctx.blocked.refusals() > 0 && !self.ctx.blocked.lacks_memory() {
+            return Err(format!(
+                "{} requests for frames failed, and nobody is registered",
+                self.ctx.blocked.refusals()
+            ));
+        }
+        // What parts of commits over shards have reserved is given back when the decision arrives,
+        // by message.
+        let under_way = !self.ctx.ops.is_empty()
+            || self.ctx.checkpoint.is_wanted_or_active()
+            || self.reservations.parts != Reserved::default();
+        for lack in LACKS {
+            let is_woken = match lack {
+                Lack::Memory | Lack::Turn => self.next_due().is_some(),
+                Lack::LogRoom | Lack::WriteBack => {
+                    under_way || self.next_due().is_some() || self.waits_for().is_some()
+                }
+                Lack::Space => {
+                    let reclaims =
+                        self.space.growing || self.space.compaction.compactor.count() > 0;
+                    under_way || reclaims || self.next_due().is_some()
+                }
+                Lack::Watermark => self.waits_for().is_some(),
+            };
+            if self.ctx.blocked.is_lacked(lack) && !is_woken {
+                return Err(format!(
+                    "nobody wakes those who wait for {lack:?}: {:?}",
+                    self.ctx.blocked
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// A count that has drifted, or a structure beyond its bound.
+    fn audit_budget(&self) -> Result<(), String> {
+        let pending: u64 =
+            self.requests.pending.iter().map(|(_, p)| request_weight(&p.kind, p.pages.len())).sum();
+        let cross: u64 = self.coordinator.commits.values().map(|cross| cross.weight).sum();
+        if self.reservations.request_bytes != pending + cross {
+            let kept = self.reservations.request_bytes;
+            return Err(format!(
+                "bytes of requests: {kept} by what is kept, {pending} + {cross} counted"
+            ));
+        }
+        let awaiting_watermark =
+            self.writeback.versions.iter().filter(|(_, version)| version.entry.is_none()).count()
+                as u64;
+        if self.reservations.frees_unpublished != awaiting_watermark {
+            return Err(format!(
+                "frees on their way: {} by what is kept, {awaiting_watermark} counted",
+                self.reservations.frees_unpublished
+            ));
+        }
+        let blocks = u64::from(self.ctx.limits.memory_blocks);
+        let pages = || self.cache.table.pages.iter().map(|(_, page)| page);
+        let freed = pages()
+            .filter(|page| page.frame.is_none() && page.holds == 0 && page.leaf.is_some())
+            .count() as u64;
+        // A commit goes alone if it must, and so does a part.
+        let most = blocks / 4 + 2 * self.ctx.limits.txn_bytes_max / FREE_BYTES;
+        if freed > most {
+            return Err(format!(
+                "{freed} freed pages on their way into the map for {blocks} frames, at most {most}"
+            ));
+        }
+        let nodes = u64::from(self.map.nodes_count());
+        if nodes > blocks {
+            return Err(format!("{nodes} map nodes for {blocks} frames"));
+        }
+        Ok(())
     }
 }
 

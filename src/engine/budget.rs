@@ -5,7 +5,7 @@
 //! caller --accepting?--> request: weight added --> pages, parts on other shards, log --> reply: weight taken off
 //! ```
 //! Invariants
-//! 1. `Held::request_bytes` is the sum of the weights of the requests that callers have brought to
+//! 1. `Reservations::request_bytes` is the sum of the weights of the requests that callers have brought to
 //!    this shard, commits over shards included. The audit counts it anew.
 //! 2. While it is at its limit no request is taken from a caller. A shard without requests takes
 //!    one of any size, so the limit is passed by one request at most, and even the largest legal
@@ -21,10 +21,8 @@
 //! own), or what a shard keeps for each extent.
 
 use super::cache::table::ENTRY_BYTES;
-#[cfg(any(test, feature = "sim"))]
-use super::requests::FREE_BYTES;
 use super::requests::{Pending, PendingKind};
-use super::{Change, Commit, Request, Shard, Token};
+use super::{Change, Commit, Request, Token};
 use crate::base::PageKey;
 
 /// What every request takes: its entry here, its place in the inbox, its reply, and places in
@@ -63,9 +61,9 @@ pub(crate) fn request_bytes(request: &Request) -> u64 {
 pub(super) fn request_weight(kind: &PendingKind, pages: usize) -> u64 {
     let own = match kind {
         PendingKind::Read(_) => 0,
-        PendingKind::Walk(_) => WALK_BYTES,
+        PendingKind::Walk => WALK_BYTES,
         PendingKind::Commit(commit) => lists_bytes(commit) + bodies_bytes(commit),
-        PendingKind::Part(_) | PendingKind::Redo(_) | PendingKind::Move(..) => return 0,
+        PendingKind::Part(_) | PendingKind::Redo | PendingKind::Move(..) => return 0,
     };
     REQUEST_BYTES + pages as u64 * PAGE_BYTES + own
 }
@@ -78,55 +76,4 @@ pub(super) fn coordinated_bytes(commit: &Commit, shards: usize) -> u64 {
         + pages * PAGE_BYTES
         + 2 * lists_bytes(commit)
         + bodies_bytes(commit)
-}
-
-impl Shard {
-    /// Whether more requests may be brought; false is back-pressure.
-    pub fn accepting(&self) -> bool {
-        self.requests.pending.len() + self.coordinator.commits.len() < self.ctx.limits.requests_max
-            && self.requests.held.request_bytes < self.ctx.limits.request_bytes_max
-            && self.holds_little()
-            && !self.callers_are_behind()
-    }
-
-    /// # Errors
-    /// A count that has drifted, or a structure beyond its bound.
-    #[cfg(any(test, feature = "sim"))]
-    pub(super) fn audit_budget(&self) -> Result<(), String> {
-        let pending: u64 =
-            self.requests.pending.iter().map(|(_, p)| request_weight(&p.kind, p.pages.len())).sum();
-        let cross: u64 = self.coordinator.commits.values().map(|cross| cross.weight).sum();
-        if self.requests.held.request_bytes != pending + cross {
-            let kept = self.requests.held.request_bytes;
-            return Err(format!(
-                "bytes of requests: {kept} by what is kept, {pending} + {cross} counted"
-            ));
-        }
-        let awaiting_watermark =
-            self.writeback.versions.iter().filter(|(_, version)| version.entry.is_none()).count()
-                as u64;
-        if self.requests.held.frees_unpublished != awaiting_watermark {
-            return Err(format!(
-                "frees on their way: {} by what is kept, {awaiting_watermark} counted",
-                self.requests.held.frees_unpublished
-            ));
-        }
-        let blocks = u64::from(self.ctx.limits.memory_blocks);
-        let pages = || self.cache.table.pages.iter().map(|(_, page)| page);
-        let freed = pages()
-            .filter(|page| page.frame.is_none() && page.holds == 0 && page.leaf.is_some())
-            .count() as u64;
-        // A commit goes alone if it must, and so does a part.
-        let most = blocks / 4 + 2 * self.ctx.limits.txn_bytes_max / FREE_BYTES;
-        if freed > most {
-            return Err(format!(
-                "{freed} freed pages on their way into the map for {blocks} frames, at most {most}"
-            ));
-        }
-        let nodes = u64::from(self.map.nodes_count());
-        if nodes > blocks {
-            return Err(format!("{nodes} map nodes for {blocks} frames"));
-        }
-        Ok(())
-    }
 }

@@ -1,14 +1,15 @@
 //! Builds a shard from what recovery has found, with nothing under way.
 
 use super::Shard;
-use super::blocked::Held;
 use super::cache::PageCache;
+use super::checkpoint::Checkpoint;
 use super::checkpoint::leader::Leader;
-use super::checkpoint::{Checkpoint, NewEpoch};
 use super::context::Context;
 use super::life::Life;
+use super::message::NewEpoch;
 use super::redo::{Recovering, Redo};
 use super::requests::Requests;
+use super::reservations::Reservations;
 use super::space::Space;
 use super::space::compaction::Compaction;
 use super::txn::coordinator::Coordinator;
@@ -49,27 +50,22 @@ pub(crate) struct ShardParts {
 impl Shard {
     pub(crate) fn new(mut parts: ShardParts) -> Self {
         let hasher = || foldhash::fast::FixedState::with_seed(parts.seed);
-        let held = Held::at_first(&mut parts.arena);
+        let reservations = Reservations::new(&mut parts.arena, parts.extents.summary_blocks());
         let memory_blocks = parts.limits.memory_blocks;
         Shard {
             cache: PageCache::new(parts.arena.blocks(), memory_blocks, parts.seed),
             map: parts.map.with_capacity(memory_blocks),
-            space: Space::new(parts.extents),
+            space: Space::new(parts.extents, Compaction::new(hasher())),
             log: parts.log,
-            requests: Requests::new(held),
+            requests: Requests::new(),
+            reservations,
             coordinator: Coordinator::new(),
             participant: Participant::new(hasher()),
             watermark: WatermarkWaiters::new(&parts.order, parts.shard_map),
             writeback: WriteBack::default(),
-            compaction: Compaction::new(hasher()),
-            checkpoint: Checkpoint::new(parts.superblock),
-            leader: Leader::new(parts.new_epoch, parts.superblock_frames),
-            redo: Redo {
-                recovering: parts.recovering,
-                redone: false,
-                recovered_lsn: parts.recovered_lsn,
-            },
-            life: Life::new(),
+            checkpoint: Checkpoint::new(Leader::new(parts.new_epoch, parts.superblock_frames)),
+            life: Life::new(parts.recovering.is_some()),
+            redo: Redo::new(parts.recovering, parts.recovered_lsn),
             ctx: Context::new(
                 parts.id,
                 parts.shard_map,
@@ -77,6 +73,7 @@ impl Shard {
                 parts.order,
                 parts.now,
                 parts.arena,
+                parts.superblock,
             ),
         }
     }

@@ -17,10 +17,31 @@ use crate::base::metrics::ShardStats;
 use crate::base::options::Limits;
 use crate::base::{IndexedSlab, Micros, OpIdx, ShardId, ShardMap};
 use crate::engine::order::GlobalOrder;
+use crate::format::superblock::Superblock;
 use crate::io::{DiskOp, OpId};
 use crate::memory::Arena;
 use std::collections::VecDeque;
 use std::sync::Arc;
+
+/// What components other than the checkpoint itself ask of it, or act upon. Only
+/// [`Context::need_checkpoint`] and the checkpoint write it.
+#[derive(Clone, Copy, Default, Debug)]
+pub(super) struct CheckpointStatus {
+    /// One is to begin, once the one under way has ended.
+    pub wanted: bool,
+    /// One is under way.
+    pub active: bool,
+    /// Dirty pages must go to their places now.
+    pub wants_pages: bool,
+    /// What is open must become durable now.
+    pub wants_groups: bool,
+}
+
+impl CheckpointStatus {
+    pub fn is_wanted_or_active(self) -> bool {
+        self.wanted || self.active
+    }
+}
 
 /// The surroundings of a shard's components.
 pub(super) struct Context {
@@ -46,6 +67,12 @@ pub(super) struct Context {
     pub due: Option<Micros>,
     /// Why this shard has stopped writing.
     pub failed: Option<Error>,
+    /// What made it stop, until whoever waits has been told (see `failure`).
+    pub failure_cause: Option<Error>,
+    /// The newest superblock that is durable. Only the end of a checkpoint replaces it.
+    pub superblock: Superblock,
+    /// What other components may ask of checkpoints, and know of the one under way.
+    pub checkpoint: CheckpointStatus,
     /// Which request got which LSN.
     #[cfg(any(test, feature = "sim"))]
     pub drawn: Vec<(Token, Lsn)>,
@@ -59,6 +86,7 @@ impl Context {
         order: Arc<GlobalOrder>,
         now: Micros,
         arena: Arena,
+        superblock: Superblock,
     ) -> Self {
         Context {
             id,
@@ -75,6 +103,9 @@ impl Context {
             work_pending: true,
             due: None,
             failed: None,
+            failure_cause: None,
+            superblock,
+            checkpoint: CheckpointStatus::default(),
             #[cfg(any(test, feature = "sim"))]
             drawn: Vec::new(),
         }
@@ -95,6 +126,42 @@ impl Context {
     pub fn submit(&mut self, kind: OpKind, op: DiskOp) {
         let id = self.ops.insert(kind);
         self.effects.push_back(Effect::Submit(OpId(id.index() as u64), op));
+    }
+
+    /// A checkpoint is to begin, once the one under way has ended.
+    pub fn need_checkpoint(&mut self) {
+        if !self.checkpoint.wanted {
+            self.checkpoint.wanted = true;
+            self.work_pending = true;
+        }
+    }
+
+    /// A write or a flush failed: nothing is acknowledged from now on, by any shard.
+    pub fn fail(&mut self, error: Error) {
+        if self.failed.is_some() {
+            return;
+        }
+        tracing::error!(shard = self.id.get(), %error, "the store stops writing; reopen it");
+        for shard in self.shard_map.others(self.id) {
+            self.send(shard, Message::Failed(error.clone()));
+        }
+        self.stop(error);
+    }
+
+    /// This or another shard has failed.
+    pub fn stop(&mut self, error: Error) {
+        if self.failed.is_some() {
+            return;
+        }
+        let stopped = Error::new(
+            ErrorKind::Closed,
+            format_args!(
+                "the store has stopped writing after a failure ({error}); reopen it to recover"
+            ),
+        );
+        self.failed = Some(stopped);
+        self.failure_cause = Some(error);
+        self.work_pending = true;
     }
 
     /// Answers a request.

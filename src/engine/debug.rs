@@ -30,7 +30,7 @@ impl Shard {
             self.requests.ready.len(),
             self.requests.finished.len(),
             self.ctx.ops.len(),
-            self.watermark.replies.len(),
+            self.watermark.replies_count(),
             self.log.open.images.len(),
             self.log.open.urgent,
             self.log.in_flight.len(),
@@ -38,11 +38,11 @@ impl Shard {
             self.writeback.dirty.len(),
             self.writeback.versions.len(),
             self.writeback.page_writes,
-            self.writeback.reserved_blocks,
+            self.reservations.dirty_blocks,
             self.map.dirty_count(),
             self.checkpoint,
-            self.compaction.compactor.count(),
-            self.compaction.moves.len(),
+            self.space.compaction.compactor.count(),
+            self.space.compaction.moves.len(),
             self.space.growing,
             self.space.stalled,
             self.log.free_segments(),
@@ -65,7 +65,7 @@ impl std::fmt::Debug for Shard {
             .field("watermark", &self.ctx.order.watermark())
             .field("pending", &self.requests.pending.len())
             .field("ready", &self.requests.ready.len())
-            .field("waiting", &self.watermark.replies.len())
+            .field("waiting", &self.watermark.replies_count())
             .field("ops", &self.ctx.ops.len())
             .field("groups_in_flight", &self.log.in_flight.len())
             .field("open_group", &self.log.open.first_lsn())
@@ -73,13 +73,13 @@ impl std::fmt::Debug for Shard {
             .field("flushing", &self.log.flushing)
             .field("dirty", &self.writeback.dirty.len())
             .field("versions", &self.writeback.versions.len())
-            .field("reserved_blocks", &self.writeback.reserved_blocks)
+            .field("reserved_blocks", &self.reservations.dirty_blocks)
             .field("dirty_nodes", &self.map.dirty_count())
             .field("memory", &self.memory())
             .field("checkpoint", &self.checkpoint)
             .field("space", &self.space.extents.space())
             .field("pending_free", &self.space.extents.pending_free_count())
-            .field("compacting", &self.compaction.compactor.count())
+            .field("compacting", &self.space.compaction.compactor.count())
             .field("growing", &self.space.growing)
             .field("failed", &self.ctx.failed)
             .finish()

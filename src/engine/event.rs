@@ -1,8 +1,7 @@
 //! Requests, and the answers to them.
 
-use super::PageRange;
-use super::cache::pins::Pin;
-use crate::base::{BLOCK, Lsn, PageId, PageKey};
+use super::pins::{Pin, PinReservation};
+use crate::base::{BLOCK, Lsn, PageId, PageKey, VolumeId};
 use crate::memory::FrameRef;
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -34,6 +33,19 @@ pub enum Request {
     /// Finishes what is under way, makes a checkpoint and records the end of the log. Later
     /// requests get `Closed`.
     Close,
+}
+
+/// A request for the pages of a volume that there are.
+#[derive(Debug, Clone, Copy)]
+pub struct PageRange {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The first page that is asked for.
+    pub first: PageId,
+    /// The last one.
+    pub last: PageId,
+    /// About how many ranges are wanted at most.
+    pub ranges_max: usize,
 }
 
 /// One atomic commit: all of `changes`, in order, if no page of `reads` has changed since.
@@ -104,7 +116,7 @@ pub struct PageRef {
     frame: Option<FrameRef>,
     lsn: Lsn,
     /// Of the handle that read it.
-    pub(super) pin: Option<Pin>,
+    pin: Option<Pin>,
 }
 
 static ZEROS: [u8; BLOCK] = [0; BLOCK];
@@ -125,6 +137,14 @@ impl PageRef {
     /// and freed again meanwhile is as absent as before.
     pub(crate) fn version(&self) -> Lsn {
         if self.is_absent() { Lsn::ZERO } else { self.lsn }
+    }
+
+    /// The same page, as one of a share; a page without memory takes nothing.
+    pub(crate) fn counted(mut self, share: &mut PinReservation) -> PageRef {
+        if !self.is_absent() {
+            self.pin = share.one();
+        }
+        self
     }
 
     /// Whether the page was never written, or was freed. Its bytes are zeros then.

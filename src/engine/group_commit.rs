@@ -15,7 +15,7 @@ use super::{OpKind, Shard};
 use crate::base::error::Error;
 use crate::base::{BLOCK, BlockAddr, ImageIdx, Lsn};
 use crate::engine::codec::{self, Sealed};
-use crate::engine::log::{FlushSet, GroupState, InFlight, OpenImage};
+use crate::engine::log::{FlushSet, GroupState, InFlight, OpenImage, PartRef};
 use crate::engine::map::Stream;
 use crate::engine::writeback::plan;
 use crate::format::extent::ItemKind;
@@ -56,16 +56,16 @@ impl Shard {
             || open.body_blocks_with(0, 0) > self.ctx.limits.group_blocks / 2
             || self.ctx.now >= open.opened_at + self.ctx.limits.coalesce_window_us
             || self.life.closing.is_some()
-            || self.checkpoint.wants_groups()
+            || self.ctx.checkpoint.wants_groups
     }
 
     fn close_group(&mut self) {
-        self.watermark.dirty_stuck = None;
+        self.writeback.stuck_until = None;
         let body_blocks = self.log.open.body_blocks_with(0, 0);
         let mut open = std::mem::take(&mut self.log.open.images);
         let mut sealed_images = self.take_images(&mut open);
         let inline = sealed_images.len() <= self.ctx.limits.inline_pages_max;
-        self.writeback.reserved_blocks -= sealed_images.len() as u64;
+        self.reservations.dirty_blocks -= sealed_images.len() as u64;
         if !inline {
             self.place_images(&open, &mut sealed_images);
         }
@@ -75,7 +75,7 @@ impl Shard {
             (self.log.open.first_lsn().unwrap_or(Lsn::MAX), self.log.open.last_lsn());
         let position = self.log.place(body_blocks + inline_blocks, last_lsn);
         let mut head = GroupHead {
-            epoch: self.checkpoint.superblock.epoch,
+            epoch: self.ctx.superblock.epoch,
             shard: self.ctx.id,
             segment: position.segment,
             block: position.block,
@@ -85,16 +85,12 @@ impl Shard {
             body_blocks,
             blocks: body_blocks + inline_blocks,
             watermark: self.ctx.order.watermark(),
-            superblock_generation: self.checkpoint.superblock.generation,
+            superblock_generation: self.ctx.superblock.generation,
             // Counts, checksums and runs come with its end.
             ..GroupHead::default()
         };
-        let finished = self.log.open.finish(
-            &images,
-            inline_blocks,
-            &mut head,
-            self.checkpoint.superblock.salt,
-        );
+        let finished =
+            self.log.open.finish(&images, inline_blocks, &mut head, self.ctx.superblock.salt);
         assert_eq!(head.body_blocks, body_blocks, "the size was foreseen");
         self.log.sealed(head.head_crc);
         let mut from = body_slices(&finished.chunks, finished.body_len);
@@ -120,7 +116,7 @@ impl Shard {
         self.ctx.stats.log_bytes += from.iter().map(|s| u64::from(s.len)).sum::<u64>();
         let offset = u64::from(position.block) * BLOCK as u64;
         let file = FileId::Log(self.ctx.id, position.segment);
-        self.submit(OpKind::GroupLog(position.number), DiskOp::Write { file, offset, from });
+        self.ctx.submit(OpKind::GroupLog(position.number), DiskOp::Write { file, offset, from });
         self.ctx.work_pending = true;
     }
 
@@ -208,10 +204,10 @@ impl Shard {
             let page = &mut self.cache.table.pages[idx];
             page.versions += 1;
             if image.is_current && page.dirty_from.take().is_some() {
-                self.writeback.reserved_blocks -= 1;
+                self.reservations.dirty_blocks -= 1;
                 self.space.freed_pages -= u64::from(page.absent);
             }
-            let version = self.writeback.versions.insert(PageVersion {
+            let version = self.add_version(PageVersion {
                 page: idx,
                 lsn: entry.lsn(),
                 entry: Some(entry),
@@ -228,7 +224,7 @@ impl Shard {
             let (versions, frames): (Vec<_>, Vec<_>) = run.items.into_iter().unzip();
             let from = frames.into_iter().map(IoSlice::whole).collect();
             let offset = run.place.offset(self.ctx.limits.geometry.extent_bytes);
-            self.submit(
+            self.ctx.submit(
                 OpKind::GroupData(group, versions),
                 DiskOp::Write { file: FileId::Data, offset, from },
             );
@@ -241,7 +237,7 @@ impl Shard {
         match result {
             Ok(()) => self.log.write_completed(number),
             Err(_) if planted!(WriteErrorForgotten) => self.log.write_completed(number),
-            Err(error) => self.fail(error),
+            Err(error) => self.ctx.fail(error),
         }
     }
 
@@ -256,24 +252,29 @@ impl Shard {
             files.push(FileId::Data);
         }
         self.ctx.stats.log_flushes += 1;
-        self.submit(OpKind::GroupFlush(set), DiskOp::Flush { files });
+        self.ctx.submit(OpKind::GroupFlush(set), DiskOp::Flush { files });
     }
 
-    /// A flush has ended: what it covered is durable, or nothing is acknowledged any more.
-    pub(super) fn group_flushed(&mut self, set: FlushSet, result: Result<(), Error>) {
+    /// A flush has ended: what it covered is durable, or nothing is acknowledged any more. Returns
+    /// the parts of commits over shards that are durable here now.
+    pub(super) fn group_flushed(
+        &mut self,
+        set: FlushSet,
+        result: Result<(), Error>,
+    ) -> Vec<PartRef> {
         if let Err(error) = result
             && !planted!(FlushErrorForgotten)
         {
-            self.fail(error);
-            return;
+            self.ctx.fail(error);
+            return Vec::new();
         }
         if self.ctx.failed.is_some() {
-            return;
+            return Vec::new();
         }
         let parts = self.log.flushed(&set.numbers);
-        self.parts_durable(parts);
-        self.publish_low_water();
+        self.watermark.publish(&mut self.ctx, self.log.bound());
         self.ctx.work_pending = true;
+        parts
     }
 }
 

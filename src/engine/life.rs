@@ -7,6 +7,8 @@ use crate::base::error::Error;
 pub(super) struct Life {
     /// No requests yet.
     pub opening: bool,
+    /// The log has not been redone yet, or no new epoch has begun since.
+    pub redoing: bool,
     /// The first failure, while opening.
     pub open_error: Option<Error>,
     /// The store closes; at the leader with whom to answer.
@@ -17,7 +19,14 @@ pub(super) struct Life {
 }
 
 impl Life {
-    pub fn new() -> Self {
-        Life { opening: true, open_error: None, closing: None, quiet: false, closed: false }
+    pub fn new(redoing: bool) -> Self {
+        Life {
+            opening: true,
+            redoing,
+            open_error: None,
+            closing: None,
+            quiet: false,
+            closed: false,
+        }
     }
 }

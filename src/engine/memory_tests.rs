@@ -223,7 +223,7 @@ fn fill_with_requests(bench: &mut Bench, most: u64, request: impl Fn(u64) -> Req
             bench.all.shards[shard].audit().expect("counts are kept");
         }
         let held: Vec<u64> =
-            bench.all.shards.iter().map(|shard| shard.requests.held.request_bytes).collect();
+            bench.all.shards.iter().map(|shard| shard.reservations.request_bytes).collect();
         assert!(taken <= most, "{held:?} bytes are held, and more is taken after {taken} requests");
         if taken == before {
             return taken;
@@ -235,7 +235,7 @@ fn fill_with_requests(bench: &mut Bench, most: u64, request: impl Fn(u64) -> Req
 fn answer_all(bench: &mut Bench, count: u64) {
     for _ in 0..1_000_000 {
         if bench.all.replies.len() as u64 == count
-            && bench.all.shards.iter().all(|shard| shard.requests.held.request_bytes == 0)
+            && bench.all.shards.iter().all(|shard| shard.reservations.request_bytes == 0)
         {
             break;
         }
@@ -255,7 +255,7 @@ fn answer_all(bench: &mut Bench, count: u64) {
         .drain(..)
         .for_each(|(token, reply)| assert!(reply.is_ok(), "{token:?}: {reply:?}"));
     for shard in &bench.all.shards {
-        assert_eq!((shard.requests.held.request_bytes, shard.accepting()), (0, true));
+        assert_eq!((shard.reservations.request_bytes, shard.accepting()), (0, true));
         shard.audit().expect("counts are kept");
     }
 }
@@ -272,19 +272,16 @@ fn requests_under_way_are_bounded_by_what_they_take() {
         Request::Commit(Commit { reads: reads(n), changes: vec![], durable: true })
     });
     assert!(
-        bench.shard().requests.held.request_bytes < 2 * limit,
+        bench.shard().reservations.request_bytes < 2 * limit,
         "{} of {limit} bytes",
-        bench.shard().requests.held.request_bytes
+        bench.shard().reservations.request_bytes
     );
     answer_all(&mut bench, taken);
     let taken = fill_with_requests(&mut bench, 100, |n| {
         let changes = (0..8).map(|i| (key((n * 8 + i) << 10), put(n as u8))).collect();
         Request::Commit(Commit { reads: vec![], changes, durable: true })
     });
-    assert!(
-        taken >= 4 && bench.shard().requests.held.request_bytes < 2 * limit,
-        "{taken} requests"
-    );
+    assert!(taken >= 4 && bench.shard().reservations.request_bytes < 2 * limit, "{taken} requests");
     answer_all(&mut bench, taken);
 }
 
@@ -319,7 +316,7 @@ fn the_largest_commits_over_shards_are_taken_at_their_owners_cost() {
     }
     let (owner, other) = (&bench.all.shards[0], &bench.all.shards[1]);
     assert!(!owner.accepting(), "it has taken what it may");
-    assert_eq!((other.requests.held.request_bytes, other.accepting()), (0, true));
+    assert_eq!((other.reservations.request_bytes, other.accepting()), (0, true));
     answer_all(&mut bench, 1);
 }
 
@@ -336,7 +333,8 @@ fn a_failure_ends_what_waits_for_a_part_in_front() {
         !shard.accepting() && shard.next_due().is_some(),
         "callers wait for the part, and somebody looks again"
     );
-    shard.stop(crate::base::error::Error::invalid("a write failed"));
+    shard.ctx.stop(crate::base::error::Error::invalid("a write failed"));
+    shard.tell_failure();
     assert!(shard.accepting(), "reads go on");
 }
 

@@ -15,9 +15,7 @@
 //! compaction  owner of the extent --Move--> shard of the page --Moved--> owner
 //! ```
 
-use super::checkpoint::NewEpoch;
 use super::event::Change;
-use super::space::Urgency;
 use crate::base::error::Error;
 use crate::base::{BlockAddr, ExtentNo, Lsn, Micros, PageKey, VShard};
 use crate::format::extent::{ItemKind, TableRow};
@@ -114,6 +112,26 @@ pub enum Decision {
     },
     /// Nothing is done.
     Abort,
+}
+
+/// A new epoch that the checkpoint's superblock begins (the one that ends a recovery).
+#[derive(Clone, Copy, Debug)]
+pub struct NewEpoch {
+    /// Its number.
+    pub epoch: u64,
+    /// The seed of its group checksums.
+    pub salt: u64,
+    /// The first LSN that it may use.
+    pub first_lsn: Lsn,
+}
+
+/// How much a request for space matters.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Urgency {
+    /// The limit may be exceeded by this many extents.
+    Overcommit(u32),
+    /// Nothing goes on without it.
+    Stuck,
 }
 
 /// The beginning of a checkpoint.

@@ -20,19 +20,24 @@
 
 mod shard;
 
-// What comes in and goes out, and what is under way.
+// What comes in and goes out, what all components share, and what is under way.
 mod context;
 mod event;
+mod pins;
 mod life;
 mod message;
+mod op_kind;
 mod requests;
+mod reservations;
+mod blocked;
+mod dispatch;
 mod build;
 mod state_machine;
 
 // The way of a write.
 mod txn;
 mod cache;
-mod blocked;
+mod shortage;
 mod budget;
 pub(crate) mod order;
 mod watermark;
@@ -60,19 +65,51 @@ mod overwrite_tests;
 
 pub(crate) use budget::request_bytes;
 pub(crate) use build::ShardParts;
-pub use cache::PageRange;
-pub(crate) use cache::{PinQuota, PinReservation};
-pub(crate) use checkpoint::NewEpoch;
-pub use event::{Change, Commit, PageRef, Request, Response, Token};
+pub use event::{Change, Commit, PageRange, PageRef, Request, Response, Token};
 pub use message::Message;
+pub(crate) use message::NewEpoch;
+pub(crate) use order::LSN_AHEAD_MAX;
+pub(crate) use pins::{PinQuota, PinReservation};
 pub(crate) use redo::Recovering;
-pub use shard::Shard;
 #[cfg(any(test, feature = "sim"))]
 pub(crate) use state_machine::Activity;
 pub use state_machine::Effect;
 pub(crate) use state_machine::{Host, StateMachine, step};
-pub(crate) use txn::LSN_AHEAD_MAX;
 
 use blocked::{Lack, Step};
 use cache::NodeWaiter;
-use shard::OpKind;
+use op_kind::OpKind;
+
+use crate::engine::cache::PageCache;
+use crate::engine::checkpoint::Checkpoint;
+use crate::engine::context::Context;
+use crate::engine::life::Life;
+use crate::engine::log::Log;
+use crate::engine::map::Map;
+use crate::engine::redo::Redo;
+use crate::engine::requests::Requests;
+use crate::engine::reservations::Reservations;
+use crate::engine::space::Space;
+use crate::engine::txn::coordinator::Coordinator;
+use crate::engine::txn::participant::Participant;
+use crate::engine::watermark::WatermarkWaiters;
+use crate::engine::writeback::WriteBack;
+
+/// One shard: its components, which [`turn`](Shard::turn) advances. Their order, the lowest first, is
+/// that of who may call whom; `tests/tidy/calls.rs` holds it.
+pub struct Shard {
+    life: Life,
+    ctx: Context,
+    map: Map,
+    log: Log,
+    reservations: Reservations,
+    requests: Requests,
+    watermark: WatermarkWaiters,
+    cache: PageCache,
+    space: Space,
+    writeback: WriteBack,
+    coordinator: Coordinator,
+    participant: Participant,
+    redo: Redo,
+    checkpoint: Checkpoint,
+}

@@ -92,7 +92,9 @@ impl Shard {
 
     /// Commits, and parts of them, whose pages are all there and that have not been carried out.
     pub(crate) fn commits_ready(&self) -> usize {
-        self.requests.ready.len() + self.requests.ready_parts.len()
+        self.requests.ready.len()
+            + self.requests.ready_parts.len()
+            + usize::from(self.requests.ready_redo.is_some())
     }
 
     /// Whether a checkpoint waits for memory.
@@ -144,7 +146,7 @@ impl Shard {
                 .map(|(_, pending)| pending.pages.len() as u64)
                 .sum(),
             cross: self.coordinator.commits.len() as u64,
-            waiting: self.watermark.replies.len() as u64,
+            waiting: self.watermark.replies_count() as u64,
             node_waits: self.cache.node_waiters.len() as u64,
             node_waiters: self
                 .cache

@@ -25,7 +25,7 @@ use super::message::Message;
 use super::requests::PendingKind;
 use super::{Lack, OpKind, Shard, Step};
 use crate::base::error::Error;
-use crate::base::{BLOCK, Lsn, PageIdx, PageKey, RequestIdx, ShardId};
+use crate::base::{BLOCK, Lsn, PageIdx, PageKey, ShardId};
 use crate::format::extent::ItemKind;
 use crate::format::group::{GroupHead, ImageState, LoggedChange};
 use crate::format::node::Entry;
@@ -91,8 +91,16 @@ pub(super) struct Redo {
     /// Until the log is redone.
     pub recovering: Option<Recovering>,
     pub redone: bool,
+    /// The changes that are being redone, the last first: their request is pending.
+    batch: Vec<RedoChange>,
     /// The commit up to which the store was recovered.
     pub recovered_lsn: Lsn,
+}
+
+impl Redo {
+    pub(super) fn new(recovering: Option<Recovering>, recovered_lsn: Lsn) -> Self {
+        Redo { recovering, redone: false, batch: Vec::new(), recovered_lsn }
+    }
 }
 
 /// What is to be redone, and how far that has come.
@@ -170,7 +178,7 @@ impl Shard {
             let into = (0..blocks)
                 .map(|_| self.ctx.arena.alloc(0).expect("frames were ensured"))
                 .collect();
-            self.submit(
+            self.ctx.submit(
                 OpKind::RedoRead(at),
                 DiskOp::Read { file, offset: ((first + at) * BLOCK) as u64, into },
             );
@@ -184,7 +192,7 @@ impl Shard {
             unreachable!("a read completes as a read")
         };
         if let Err(error) = completion.result {
-            return self.fail(error);
+            return self.ctx.fail(error);
         }
         let Some(load) = self.redo.recovering.as_mut().and_then(|r| r.load.as_mut()) else {
             return;
@@ -217,7 +225,7 @@ impl Shard {
                     "{file}: the group at block {} changed while it was read",
                     head.block
                 );
-                self.fail(Error::corrupt(context));
+                self.ctx.fail(Error::corrupt(context));
             }
         }
     }
@@ -240,56 +248,52 @@ impl Shard {
         let pages = changes.iter().map(|c| self.cache.table.entry(c.key)).collect();
         let data: Vec<bool> = changes.iter().map(|c| c.kind.needs_data()).collect();
         changes.reverse();
-        self.begin(None, PendingKind::Redo(changes), pages, |i| data[i]);
+        assert!(self.redo.batch.is_empty(), "one batch is redone at a time");
+        self.redo.batch = changes;
+        self.begin(None, PendingKind::Redo, pages, |i| data[i]);
     }
 
-    /// Goes on with the batch at the front of the queue. False: it has to wait there.
-    pub(super) fn run_redo(&mut self, waiter: RequestIdx) -> bool {
+    /// Goes on with the batch, as far as there is room and what it needs is in memory.
+    pub(super) fn run_redo(&mut self) {
+        let Some(waiter) = self.requests.ready_redo else { return };
         if let Some(error) =
             self.requests.pending[waiter].error.take().or_else(|| self.ctx.failed.clone())
         {
-            self.requests.ready.pop_front();
+            self.requests.ready_redo = None;
             self.release(waiter);
-            self.fail(error);
-            return true;
+            self.ctx.fail(error);
+            return;
         }
-        let PendingKind::Redo(changes) = &self.requests.pending[waiter].kind else {
-            unreachable!("only redo")
-        };
-        let frames = changes.len() as u32;
+        let frames = self.redo.batch.len() as u32;
         if !self.admit_redo(waiter, frames) {
-            return self.requests.ready.front() != Some(&waiter);
+            return;
         }
         loop {
-            let PendingKind::Redo(changes) = &mut self.requests.pending[waiter].kind else {
-                unreachable!("only redo")
-            };
-            let Some(change) = changes.pop() else { break };
+            let Some(change) = self.redo.batch.pop() else { break };
             let idx = self.cache.table.entry(change.key);
             let page = &self.cache.table.pages[idx];
             let needs_data = change.kind.needs_data() && page.lsn < change.lsn;
             let is_placed = matches!(change.kind, RedoKind::Placed(_)) && page.lsn < change.lsn;
             if is_placed && page.leaf.is_some_and(|leaf| self.map.is_being_written(leaf)) {
                 // A checkpoint writes the leaf: its completion brings a turn.
-                changes.push(change);
+                self.redo.batch.push(change);
                 self.ctx.blocked.register(Step::Redo, Lack::WriteBack);
-                return false;
+                return;
             }
             if needs_data && !page.absent && page.frame.is_none() {
-                changes.push(change);
-                self.requests.ready.pop_front();
-                self.need_more(waiter);
+                self.redo.batch.push(change);
+                self.requests.ready_redo = None;
+                self.requests.need_more(waiter);
                 if self.want(idx, true, waiter) {
-                    self.need_met(waiter, None);
+                    self.requests.need_met(waiter, None, &mut self.ctx);
                 }
-                return true;
+                return;
             }
             self.redo_change(idx, change);
         }
-        self.requests.ready.pop_front();
+        self.requests.ready_redo = None;
         self.release(waiter);
         self.ctx.work_pending = true;
-        true
     }
 
     fn redo_change(&mut self, idx: PageIdx, change: RedoChange) {
@@ -327,7 +331,7 @@ impl Shard {
         page.mapped_lsn = lsn;
         page.entry = Some(entry);
         if page.dirty_from.take().is_some() {
-            self.writeback.reserved_blocks -= 1;
+            self.reservations.dirty_blocks -= 1;
         }
         let leaf = page.leaf.expect("admission pinned the leaf");
         let (vshard, _) = self.map.position(key);

@@ -1,51 +1,10 @@
 //! One shard: events in, effects out. It owns its components and says in which order they go on.
 
 use super::blocked::MEMORY_RETRY_US;
-use super::cache::{NodeWanted, PageCache, PageRead};
-use super::checkpoint::Checkpoint;
-use super::checkpoint::leader::Leader;
-use super::context::Context;
-use super::life::Life;
-use super::log::{FlushSet, Log};
-use super::map::Map;
-use super::redo::Redo;
-use super::requests::Requests;
-use super::space::compaction::Compaction;
-use super::space::{Growth, Space};
-use super::txn::coordinator::Coordinator;
-use super::txn::participant::Participant;
-use super::watermark::WatermarkWaiters;
-use super::writeback::WriteBack;
-use super::{Effect, Message, space};
-use crate::base::error::{Error, ErrorKind};
-use crate::base::metrics::ShardStats;
-use crate::base::{ExtentNo, Lsn, Micros, OpIdx, PageVersionIdx, ShardId, ShardMap};
-use crate::io::{Completion, DiskOp};
-
-/// What an operation under way is for.
-pub(super) enum OpKind {
-    /// Pages, and `None` for what lies between them.
-    PageRead(Vec<Option<PageRead>>),
-    NodeRead(NodeWanted),
-    /// The log write of a group.
-    GroupLog(u64),
-    /// Pages of a group, straight to their places.
-    GroupData(u64, Vec<PageVersionIdx>),
-    /// The flush of some groups.
-    GroupFlush(FlushSet),
-    /// Dirty pages to their places.
-    PageWrite(Vec<PageVersionIdx>),
-    SummaryWrite(ExtentNo),
-    SummaryRead(ExtentNo),
-    /// A step of the checkpoint.
-    Checkpoint,
-    /// More data space.
-    Grow(Growth),
-    /// A segment by which the log gets longer.
-    LogSegment,
-    /// Some blocks of a log group that is redone, from this one on.
-    RedoRead(usize),
-}
+use super::{Effect, Message, OpKind, Shard, space};
+use crate::base::error::Error;
+use crate::base::{Lsn, Micros, OpIdx, ShardId, ShardMap};
+use crate::io::Completion;
 
 /// Laps of a turn at most: what is left then is gone on with in the next turn, which is due at
 /// once.
@@ -56,7 +15,7 @@ type TurnStep = fn(&mut Shard);
 
 /// The steps of a lap in their order, and why they stand there. Each finds its own work; one that
 /// makes work for a step before it sets `Context::work_pending`, and another lap follows.
-const STEPS: [(TurnStep, &str); 17] = [
+const STEPS: [(TurnStep, &str); 18] = [
     (
         Shard::deliver_to_self,
         "messages to itself are what other shards' messages are, and come before requests",
@@ -68,6 +27,11 @@ const STEPS: [(TurnStep, &str); 17] = [
          lap",
     ),
     (Shard::run_commits, "draws LSNs and fills the open group"),
+    (
+        Shard::run_redo,
+        "before write-back: without room it presses for pages to be written, and that would be due \
+         again and again",
+    ),
     (Shard::retry_coordinated, "asks again, also those that the commits above were in the way of"),
     (Shard::decide, "after the commits, so that one group takes both"),
     (Shard::advance_groups, "closes the group with all that was drawn above"),
@@ -77,7 +41,7 @@ const STEPS: [(TurnStep, &str); 17] = [
     ),
     (Shard::advance_leader, "the leader's step makes messages for the checkpoint below"),
     (Shard::advance_checkpoint, "sees the pages and groups of this lap"),
-    (Shard::advance_redo, "while a store opens: commits of the log, for the next lap"),
+    (Shard::advance_redo, "while a store opens: reads the log, for the next lap"),
     (Shard::advance_space, "knows what the steps above want"),
     (Shard::advance_compaction, "chooses extents with what is free now"),
     (Shard::advance_moves, "what compaction asks for, here and elsewhere"),
@@ -85,25 +49,6 @@ const STEPS: [(TurnStep, &str); 17] = [
     (Shard::submit_reads, "last of what takes memory: writes give it back, reads only take it"),
     (Shard::advance_close, "nothing is under way any more, or it is not the time to close"),
 ];
-
-/// One shard. See the module's documentation.
-pub struct Shard {
-    pub(super) ctx: Context,
-    pub(super) cache: PageCache,
-    pub(super) map: Map,
-    pub(super) space: Space,
-    pub(super) log: Log,
-    pub(super) requests: Requests,
-    pub(super) coordinator: Coordinator,
-    pub(super) participant: Participant,
-    pub(super) watermark: WatermarkWaiters,
-    pub(super) writeback: WriteBack,
-    pub(super) compaction: Compaction,
-    pub(super) checkpoint: Checkpoint,
-    pub(super) leader: Leader,
-    pub(super) redo: Redo,
-    pub(super) life: Life,
-}
 
 impl Shard {
     /// Advances everything as far as it goes without a completion; afterwards drain
@@ -122,13 +67,23 @@ impl Shard {
             for (step, _) in STEPS {
                 step(self);
             }
+            self.tell_failure();
+            self.note_watermark();
             if !self.ctx.work_pending {
                 break;
             }
         }
         self.relieve_memory();
-        self.request_flush_of_others();
+        self.watermark.request_flushes(&mut self.ctx);
         self.ctx.due = self.next_due();
+    }
+
+    /// The watermark may have advanced, by this shard or another.
+    fn note_watermark(&mut self) {
+        if self.watermark.has_advanced(&mut self.ctx) {
+            self.publish_durable();
+            self.ctx.work_pending = true;
+        }
     }
 
     pub(super) fn deliver_to_self(&mut self) {
@@ -196,19 +151,22 @@ impl Shard {
                     self.versions_written(versions);
                 }
             }
-            OpKind::GroupFlush(set) => self.group_flushed(set, completion.result),
+            OpKind::GroupFlush(set) => {
+                let parts = self.group_flushed(set, completion.result);
+                self.parts_durable(parts);
+            }
             OpKind::PageWrite(versions) => {
                 self.writeback.page_writes -= versions.len();
                 match completion.result {
                     Ok(()) => self.versions_written(versions),
-                    Err(error) => self.fail(error),
+                    Err(error) => self.ctx.fail(error),
                 }
             }
             OpKind::SummaryWrite(extent) => {
                 self.space.summaries_under_way -= 1;
                 match completion.result {
                     Ok(()) => self.space.extents.summary_written(extent),
-                    Err(error) => self.fail(error),
+                    Err(error) => self.ctx.fail(error),
                 }
             }
             OpKind::SummaryRead(extent) => self.summary_read(extent, completion),
@@ -217,6 +175,7 @@ impl Shard {
             OpKind::LogSegment => self.segment_made(completion.result),
             OpKind::RedoRead(at) => self.redo_read(at, completion),
         }
+        self.tell_failure();
     }
 
     /// Which shard owns which page.
@@ -233,8 +192,10 @@ impl Shard {
             Message::Decide(txn, decision) => self.decided(from, txn, decision),
             Message::Applied(txn) => self.part_applied(txn),
             Message::Durable(txn) => self.part_durable(txn),
-            Message::RequestFlush(upto) => self.flush_requested(upto),
-            Message::Failed(error) => self.stop(error),
+            Message::RequestFlush(upto) => {
+                self.watermark.flush_requested(&mut self.ctx, &mut self.log, upto)
+            }
+            Message::Failed(error) => self.ctx.stop(error),
             Message::WantCheckpoint => self.checkpoint_wanted(),
             Message::Begin(begin) => self.begin_checkpoint(begin),
             Message::Began => self.shard_began(),
@@ -252,6 +213,7 @@ impl Shard {
             Message::Move(what, place) => self.move_asked(from, what, place),
             Message::Moved(place, error) => self.moved(from, place, error),
         }
+        self.tell_failure();
     }
 
     /// Whether opening is over: requests may come. Until then it only needs turns, completions and
@@ -268,17 +230,12 @@ impl Shard {
             .awaiting_watermark
             .peek()
             .map(|awaiting_watermark| awaiting_watermark.lsn());
-        let reply = self
-            .watermark
-            .replies
-            .peek()
-            .map(|waiting| waiting.lsn())
-            .filter(|_| !planted!(NobodyWoken));
+        let reply = self.watermark.next_reply().filter(|_| !planted!(NobodyWoken));
         // A shard that has stopped writes nothing more: for those it would be woken again and
         // again.
         let writes = [
             self.checkpoint.waits_for(),
-            self.watermark.dirty_stuck,
+            self.writeback.stuck_until,
             self.ctx.blocked.awaited_lsn(),
         ]
         .map(|lsn| lsn.filter(|_| self.ctx.failed.is_none()));
@@ -290,23 +247,14 @@ impl Shard {
         self.ctx.limits.txn_bytes_max
     }
 
-    /// What is in memory, in words.
-    pub(super) fn memory(&self) -> String {
-        let (resident, pages) = (self.cache.table.resident(), self.cache.table.pages.len());
-        let (in_readers_hands, counts) =
-            (self.cache.eviction.pinned(), self.cache.eviction.counts());
-        let (nodes, dirty) = (self.map.nodes_count(), self.map.dirty_count());
-        format!(
-            "{} of {pages} pages with their bytes, {} of them needed by requests, \
-             {in_readers_hands} pinned by readers when last seen, {nodes} nodes, {dirty} of them \
-             dirty, {counts:?}",
-            resident.pages, resident.held
-        )
-    }
-
     /// Why it stopped, if it did.
     pub(crate) fn failure(&self) -> Option<Error> {
         self.life.open_error.clone().or_else(|| self.ctx.failed.clone())
+    }
+
+    /// The memory that its operations read into and write from.
+    pub(crate) fn mapping(&self) -> crate::memory::Mapping {
+        self.ctx.arena.mapping()
     }
 
     /// Operations under way.
@@ -314,54 +262,20 @@ impl Shard {
         self.ctx.ops.len()
     }
 
-    pub(super) fn submit(&mut self, kind: OpKind, op: DiskOp) {
-        self.count_read(&kind);
-        self.ctx.submit(kind, op);
-    }
-
-    /// A write or a flush failed: nothing is acknowledged from now on, by any shard.
-    pub(super) fn fail(&mut self, error: Error) {
-        if self.ctx.failed.is_some() {
-            return;
-        }
-        tracing::error!(shard = self.ctx.id.get(), %error, "the store stops writing; reopen it");
-        for shard in self.ctx.shard_map.others(self.ctx.id) {
-            self.ctx.send(shard, Message::Failed(error.clone()));
-        }
-        self.stop(error);
-    }
-
-    /// This or another shard has failed.
-    pub(super) fn stop(&mut self, error: Error) {
-        if self.ctx.failed.is_some() {
-            return;
-        }
-        let stopped = Error::new(
-            ErrorKind::Closed,
-            format_args!(
-                "the store has stopped writing after a failure ({error}); reopen it to recover"
-            ),
-        );
-        self.ctx.failed = Some(stopped);
+    /// Tells everybody who waits that the store has stopped, once: nothing that they wait for will
+    /// come.
+    pub(super) fn tell_failure(&mut self) {
+        let Some(cause) = self.ctx.failure_cause.take() else { return };
         // No part is voted for any more, and reads go on.
-        self.ctx.blocked.in_front = None;
+        self.participant.in_front = None;
         if self.life.opening {
-            self.life.open_error.get_or_insert_with(|| error.clone());
+            self.life.open_error.get_or_insert_with(|| cause.clone());
         }
-        self.fail_writers(&error);
-    }
-
-    /// Counters, as of now.
-    pub(super) fn counters(&mut self) -> ShardStats {
-        let space = self.space.extents.space();
-        self.ctx.stats.extents_total = space.total.into();
-        self.ctx.stats.extents_free = space.free.into();
-        self.ctx.stats.blocks_total = u64::from(space.total) * u64::from(space.data_blocks);
-        self.ctx.stats.blocks_live = space.live_blocks;
-        self.ctx.stats.blocks_dead = self.space.extents.pending_free_count() as u64;
-        self.ctx.stats.extents_passed_over = self.space.extents.passed_over();
-        self.ctx.stats.last_lsn = self.ctx.order.next().before().get();
-        self.ctx.stats.durable_lsn = self.ctx.order.watermark().get();
-        self.ctx.stats.clone()
+        let stopped = self.ctx.failed.clone().expect("there is a cause");
+        self.watermark.fail_replies(&mut self.ctx, &cause, &stopped);
+        self.fail_coordinated(&cause, &stopped);
+        self.drop_parts();
+        self.fail_checkpoint(&stopped);
+        self.ctx.work_pending = true;
     }
 }

@@ -6,28 +6,31 @@
 //! 2. Whoever waits for an LSN nudges the shards that hold it back: their window must not delay an
 //!    acknowledgement.
 
-use super::Shard;
+use super::context::Context;
+use super::event::{Response, Token};
+use super::log::Log;
 use super::message::Message;
-use super::requests::Waiting;
+use crate::base::error::{Error, ErrorKind};
 use crate::base::{Lsn, ShardId, ShardMap};
 use crate::engine::order::GlobalOrder;
-use std::collections::BinaryHeap;
+use std::cmp::Ordering;
+use std::collections::{BTreeSet, BinaryHeap};
 
 /// What is waited for, here and elsewhere.
 pub(super) struct WatermarkWaiters {
     /// The highest LSN for whose durability somebody here waits.
-    pub wanted: Lsn,
+    wanted: Lsn,
     /// What each shard has been told of it.
     flush_requested: Vec<Lsn>,
     /// The highest LSN for which another shard waits.
-    pub flush_requested_upto: Lsn,
+    flush_requested_upto: Lsn,
     /// The watermark as last seen.
     seen: Lsn,
-    /// No dirty page can be written before something happens here, or the watermark reaches this.
-    pub dirty_stuck: Option<Lsn>,
+    /// LSNs of commits over shards that this shard owns and of which some part is not durable.
+    parts_undurable: BTreeSet<Lsn>,
     /// Replies that wait for the watermark.
-    pub replies: BinaryHeap<Waiting>,
-    pub replies_seq: u64,
+    replies: BinaryHeap<Waiting>,
+    replies_seq: u64,
 }
 
 impl WatermarkWaiters {
@@ -38,79 +41,182 @@ impl WatermarkWaiters {
             flush_requested,
             flush_requested_upto: Lsn::ZERO,
             seen: order.watermark(),
-            dirty_stuck: None,
+            parts_undurable: BTreeSet::new(),
             replies: BinaryHeap::new(),
             replies_seq: 0,
         }
     }
-}
 
-impl Shard {
-    /// The watermark may have advanced, by this shard or another.
-    pub(super) fn note_watermark(&mut self) {
-        let watermark = self.ctx.order.watermark();
-        if watermark > self.watermark.seen {
-            self.watermark.seen = watermark;
-            self.watermark.dirty_stuck = None;
-            self.acknowledge();
-            self.publish_durable();
-            self.ctx.work_pending = true;
+    /// Whether the watermark has advanced, by this shard or another, since it was looked at last.
+    /// Replies that waited for it leave.
+    pub fn has_advanced(&mut self, ctx: &mut Context) -> bool {
+        let watermark = ctx.order.watermark();
+        if watermark <= self.seen {
+            return false;
+        }
+        self.seen = watermark;
+        while self.replies.peek().is_some_and(|waiting| waiting.lsn <= watermark) {
+            if let Some(waiting) = self.replies.pop() {
+                ctx.reply(waiting.token, Ok(waiting.response));
+            }
+        }
+        true
+    }
+
+    /// Replies now or when `lsn` is durable.
+    pub fn reply_when_durable(
+        &mut self,
+        ctx: &mut Context,
+        log: &mut Log,
+        lsn: Lsn,
+        token: Token,
+        response: Response,
+        outcome: Outcome,
+    ) {
+        if lsn <= ctx.order.watermark() {
+            ctx.reply(token, Ok(response));
+            return;
+        }
+        log.open.urgent = true;
+        self.want(lsn);
+        ctx.work_pending = true;
+        self.replies_seq += 1;
+        self.replies.push(Waiting { lsn, seq: self.replies_seq, token, response, outcome });
+    }
+
+    /// Ends everything that waits for durability: it will not come any more.
+    pub fn fail_replies(&mut self, ctx: &mut Context, cause: &Error, stopped: &Error) {
+        for waiting in std::mem::take(&mut self.replies) {
+            let error = match waiting.outcome {
+                Outcome::Unknown => outcome_unknown(waiting.lsn, cause),
+                Outcome::Known => stopped.clone(),
+            };
+            ctx.reply(waiting.token, Err(error));
         }
     }
 
-    /// Publishes what this shard still holds back.
-    pub(super) fn publish_low_water(&mut self) {
-        let parts = self.coordinator.undurable.first().filter(|_| !planted!(PartsHoldNothingBack));
-        let mut bound = self.log.bound().min(parts.copied().unwrap_or(Lsn::MAX));
+    /// Somebody here waits until `lsn` is durable.
+    pub fn want(&mut self, lsn: Lsn) {
+        self.wanted = self.wanted.max(lsn);
+    }
+
+    /// The lowest LSN that a reply waits for.
+    pub fn next_reply(&self) -> Option<Lsn> {
+        self.replies.peek().map(|waiting| waiting.lsn)
+    }
+
+    /// Replies that wait.
+    pub fn replies_count(&self) -> usize {
+        self.replies.len()
+    }
+
+    /// Whether another shard waits for `lsn`.
+    pub fn is_requested(&self, lsn: Lsn) -> bool {
+        lsn <= self.flush_requested_upto
+    }
+
+    /// A commit over shards that this shard owns holds the watermark back until
+    /// [`parts_durable`](Self::parts_durable).
+    pub fn hold_back(&mut self, lsn: Lsn) {
+        self.parts_undurable.insert(lsn);
+    }
+
+    /// Every part of the commit is durable where it belongs.
+    pub fn parts_durable(&mut self, lsn: Lsn) {
+        assert!(self.parts_undurable.remove(&lsn), "{lsn} was not held back");
+    }
+
+    /// Publishes what this shard still holds back; its log holds back `log_bound`.
+    pub fn publish(&self, ctx: &mut Context, log_bound: Lsn) {
+        let parts = self.parts_undurable.first().filter(|_| !planted!(PartsHoldNothingBack));
+        let mut bound = log_bound.min(parts.copied().unwrap_or(Lsn::MAX));
         if bound == Lsn::MAX && planted!(IdleHoldsBack) {
-            bound = self.ctx.order.next();
+            bound = ctx.order.next();
         }
-        self.ctx.order.publish(self.ctx.id, bound);
-        self.ctx.order.refresh();
-        self.note_watermark();
+        ctx.order.publish(ctx.id, bound);
+        ctx.order.refresh();
     }
 
     /// Shards that hold back what somebody here waits for are told: their window must not delay it.
-    pub(super) fn request_flush_of_others(&mut self) {
-        let wanted = self.watermark.wanted;
-        if wanted <= self.ctx.order.watermark() || self.ctx.failed.is_some() {
+    pub fn request_flushes(&mut self, ctx: &mut Context) {
+        let wanted = self.wanted;
+        if wanted <= ctx.order.watermark() || ctx.failed.is_some() {
             return;
         }
-        for shard in self.ctx.shard_map.shards() {
-            if shard != self.ctx.id && self.ctx.order.bound(shard) <= wanted {
-                self.request_flush(shard, wanted);
+        for shard in ctx.shard_map.shards() {
+            if shard != ctx.id && ctx.order.bound(shard) <= wanted {
+                self.request_flush(ctx, shard, wanted);
             }
         }
-        self.pass_flush_request_on(wanted);
+        self.pass_flush_request_on(ctx, wanted);
     }
 
-    fn request_flush(&mut self, shard: ShardId, upto: Lsn) {
-        if self.watermark.flush_requested[shard.index()] < upto {
-            self.watermark.flush_requested[shard.index()] = upto;
-            self.ctx.send(shard, Message::RequestFlush(upto));
+    fn request_flush(&mut self, ctx: &mut Context, shard: ShardId, upto: Lsn) {
+        if self.flush_requested[shard.index()] < upto {
+            self.flush_requested[shard.index()] = upto;
+            ctx.send(shard, Message::RequestFlush(upto));
         }
     }
 
     /// Parts elsewhere of commits that this shard owns hold it back, too.
-    fn pass_flush_request_on(&mut self, upto: Lsn) {
-        if self.coordinator.undurable.first().is_some_and(|lsn| *lsn <= upto) {
-            self.ctx
-                .shard_map
-                .others(self.ctx.id)
-                .for_each(|shard| self.request_flush(shard, upto));
+    fn pass_flush_request_on(&mut self, ctx: &mut Context, upto: Lsn) {
+        if self.parts_undurable.first().is_some_and(|lsn| *lsn <= upto) {
+            for shard in ctx.shard_map.others(ctx.id) {
+                self.request_flush(ctx, shard, upto);
+            }
         }
     }
 
-    pub(super) fn flush_requested(&mut self, upto: Lsn) {
-        self.watermark.flush_requested_upto = self.watermark.flush_requested_upto.max(upto);
-        let holds_back = self.log.open.first_lsn().is_some_and(|lsn| lsn <= upto)
-            || !self.log.open.parts.is_empty();
-        self.log.open.urgent |= holds_back;
-        self.pass_flush_request_on(upto);
+    /// Another shard waits for everything up to `upto`.
+    pub fn flush_requested(&mut self, ctx: &mut Context, log: &mut Log, upto: Lsn) {
+        self.flush_requested_upto = self.flush_requested_upto.max(upto);
+        let holds_back =
+            log.open.first_lsn().is_some_and(|lsn| lsn <= upto) || !log.open.parts.is_empty();
+        log.open.urgent |= holds_back;
+        self.pass_flush_request_on(ctx, upto);
     }
+}
 
-    /// The memory that its operations read into and write from.
-    pub(crate) fn mapping(&self) -> crate::memory::Mapping {
-        self.ctx.arena.mapping()
+/// What a caller may conclude if the store stops before it is answered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Outcome {
+    /// Nothing depends on the answer: it read, or waited.
+    Known,
+    /// A commit that has its LSN: nobody knows whether recovery will find it.
+    Unknown,
+}
+
+/// A reply that waits until everything up to `lsn` is durable.
+struct Waiting {
+    lsn: Lsn,
+    seq: u64,
+    token: Token,
+    response: Response,
+    outcome: Outcome,
+}
+
+impl PartialEq for Waiting {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
     }
+}
+impl Eq for Waiting {}
+impl PartialOrd for Waiting {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Waiting {
+    /// The lowest LSN is the greatest: the heap gives it first.
+    fn cmp(&self, other: &Self) -> Ordering {
+        (other.lsn, other.seq).cmp(&(self.lsn, self.seq))
+    }
+}
+
+/// The error for a commit that was on its way when the store stopped.
+pub(super) fn outcome_unknown(lsn: Lsn, cause: &Error) -> Error {
+    let context = format_args!(
+        "whether commit {lsn} will be found is not known: {cause}; reopen the store and look"
+    );
+    Error::new(ErrorKind::OutcomeUnknown, context)
 }

@@ -8,8 +8,8 @@
 use crate::base::{BLOCK, Lsn, PageIdx, PageKey, RequestIdx, VolumeId};
 use crate::engine::cache::table::Page;
 use crate::engine::map::Lookup;
+use crate::engine::op_kind::PageRead;
 use crate::engine::requests::PendingKind;
-use crate::engine::shard::OpKind;
 use crate::engine::{PageRef, Response, Shard};
 use smallvec::SmallVec;
 
@@ -88,22 +88,14 @@ impl Shard {
         self.ctx.reply(token, Ok(Response::Pages(pages)));
     }
 
-    /// A read goes to the device: for whom?
-    pub(in crate::engine) fn count_read(&mut self, kind: &OpKind) {
-        match kind {
-            OpKind::NodeRead(_) => self.ctx.stats.node_reads += 1,
-            OpKind::PageRead(reads) => {
-                let is_caller = |waiter: RequestIdx| {
-                    !matches!(self.requests.pending[waiter].kind, PendingKind::Move(..))
-                };
-                let is_awaited = |page: &Page| !page.is_catalog() && page.waiters().any(is_caller);
-                let awaited = reads
-                    .iter()
-                    .flatten()
-                    .any(|read| is_awaited(&self.cache.table.pages[read.page]));
-                self.ctx.stats.caller_reads += u64::from(awaited);
-            }
-            _ => {}
-        }
+    /// Counts a read of pages that goes to the device, if a caller waits for one of them.
+    pub(super) fn count_page_read(&mut self, reads: &[Option<PageRead>]) {
+        let is_caller = |waiter: RequestIdx| {
+            !matches!(self.requests.pending[waiter].kind, PendingKind::Move(..))
+        };
+        let is_awaited = |page: &Page| !page.is_catalog() && page.waiters().any(is_caller);
+        let awaited =
+            reads.iter().flatten().any(|read| is_awaited(&self.cache.table.pages[read.page]));
+        self.ctx.stats.caller_reads += u64::from(awaited);
     }
 }

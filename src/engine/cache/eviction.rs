@@ -20,9 +20,6 @@ use smallvec::SmallVec;
 /// ended.
 const PINNED_LOOKS_MAX: u32 = 4096;
 
-/// Frames that are left to checkpoints at least: some roots, or blocks of the extent table.
-const CHECKPOINT_FRAMES_MIN: u32 = 8;
-
 /// Those who have memory.
 struct InMemory<'a> {
     table: &'a mut Table,
@@ -57,8 +54,8 @@ impl Shard {
     /// have reserved and, unless `step` is a checkpoint's, those that a checkpoint needs. If it
     /// can't, `step` is registered as blocked.
     pub(in crate::engine) fn ensure_frames(&mut self, frames: u32, step: Step) -> bool {
-        let kept = if step.is_of_checkpoint() { 0 } else { self.checkpoint_frames() };
-        let frames = frames + self.participant.reserved.frames + kept;
+        let kept = if step.is_of_checkpoint() { 0 } else { self.reservations.checkpoint_frames };
+        let frames = frames + self.reservations.parts.frames + kept;
         let found = self.find_frames(frames);
         match found {
             true => self.ctx.blocked.grant_frames(step),
@@ -96,12 +93,6 @@ impl Shard {
         let mut in_memory = InMemory { table: &mut self.cache.table, map: &mut self.map };
         let idle = self.cache.eviction.count_idle(&mut in_memory, missing, &mut nodes);
         idle >= missing || idle + self.map.idle_above(&nodes) >= missing
-    }
-
-    /// Frames that are left to checkpoints. What they write goes out in parts of this size at
-    /// least, and comes back: so one ends even while readers have pinned all the rest.
-    pub(in crate::engine) fn checkpoint_frames(&self) -> u32 {
-        self.space.extents.summary_blocks().max(CHECKPOINT_FRAMES_MIN)
     }
 
     fn evict_one(&mut self) -> bool {
@@ -145,5 +136,35 @@ impl Shard {
             &mut self.cache.table.pages[idx].residency,
             hash,
         );
+    }
+}
+
+impl Shard {
+    /// One thing less refers to the page. Without anything on its way it needs its map leaf no
+    /// more, and without memory no entry in the table: the index may be another page's afterwards.
+    pub(in crate::engine) fn unpin_if_clean(&mut self, idx: PageIdx) {
+        let page = &mut self.cache.table.pages[idx];
+        let clean = page.holds == 0
+            && page.versions == 0
+            && page.dirty_from.is_none()
+            && page.image.is_none();
+        if clean && let Some(leaf) = page.leaf.take() {
+            self.map.unpin(leaf);
+        }
+        self.reference_ended(idx);
+    }
+
+    /// What is in memory, in words.
+    pub(in crate::engine) fn memory(&self) -> String {
+        let (resident, pages) = (self.cache.table.resident(), self.cache.table.pages.len());
+        let (in_readers_hands, counts) =
+            (self.cache.eviction.pinned(), self.cache.eviction.counts());
+        let (nodes, dirty) = (self.map.nodes_count(), self.map.dirty_count());
+        format!(
+            "{} of {pages} pages with their bytes, {} of them needed by requests, \
+             {in_readers_hands} pinned by readers when last seen, {nodes} nodes, {dirty} of them \
+             dirty, {counts:?}",
+            resident.pages, resident.held
+        )
     }
 }

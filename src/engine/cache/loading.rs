@@ -14,8 +14,9 @@
 //! 4. A block that can't be read costs no other page: what was read together is read apart then.
 
 use crate::base::error::Error;
-use crate::base::{BlockAddr, NodeIdx, NodeMoveIdx, PageIdx, RequestIdx};
+use crate::base::{BlockAddr, NodeMoveIdx, PageIdx, RequestIdx};
 use crate::engine::codec;
+use crate::engine::op_kind::{NodeWanted, PageRead};
 use crate::engine::writeback::plan;
 use crate::engine::{OpKind, Shard, Step};
 use crate::format::extent::NodeKey;
@@ -42,13 +43,21 @@ pub(in crate::engine) struct Wanted {
     pages_first: bool,
 }
 
+impl Wanted {
+    /// The age of one that asks now for the first time.
+    pub fn next_age(&mut self) -> u64 {
+        self.asked_last += 1;
+        self.asked_last
+    }
+}
+
 /// Who waits for a node.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(in crate::engine) enum NodeWaiter {
     Page(PageIdx),
     Request(RequestIdx),
     /// A node that compaction moves, by its number in `Moves`.
-    Move(NodeMoveIdx),
+    Move(NodeMoveIdx, u64),
 }
 
 /// Those who wait for a node.
@@ -59,20 +68,6 @@ pub(in crate::engine) struct NodeWaiters {
     pub list: Vec<NodeWaiter>,
 }
 
-/// A node that is to be read.
-pub(in crate::engine) struct NodeWanted {
-    pub key: NodeKey,
-    pub child: Child,
-    /// Pinned while it is read: a node is in memory only while its parent is.
-    parent: Option<NodeIdx>,
-}
-
-/// One page of a read under way.
-pub(in crate::engine) struct PageRead {
-    pub page: PageIdx,
-    pub entry: Entry,
-}
-
 impl Shard {
     /// Asks for a node to be read, or joins those who wait for it. Whoever goes on from the node
     /// above keeps its turn.
@@ -80,11 +75,10 @@ impl Shard {
         let asked = match waiter {
             NodeWaiter::Page(idx) => &mut self.cache.table.pages[idx].asked,
             NodeWaiter::Request(waiter) => &mut self.requests.pending[waiter].asked,
-            NodeWaiter::Move(no) => self.compaction.asked.age(no),
+            NodeWaiter::Move(_, asked) => &mut { asked },
         };
         if *asked == 0 {
-            self.cache.wanted.asked_last += 1;
-            *asked = self.cache.wanted.asked_last;
+            *asked = self.cache.wanted.next_age();
         }
         let asked = if planted!(NodesLastInFirstOut) {
             u64::MAX - self.cache.wanted.asked_last
@@ -151,7 +145,8 @@ impl Shard {
             let offset = child.place().offset(self.ctx.limits.geometry.extent_bytes);
             let into = std::iter::once(frame).collect();
             let wanted = NodeWanted { parent, ..wanted };
-            self.submit(
+            self.ctx.stats.node_reads += 1;
+            self.ctx.submit(
                 OpKind::NodeRead(wanted),
                 DiskOp::Read { file: FileId::Data, offset, into },
             );
@@ -192,7 +187,9 @@ impl Shard {
     fn submit_read(&mut self, run: plan::Run<Option<(PageRead, Frame)>>) {
         let gaps = run.items.iter().filter(|item| item.is_none()).count() as u32;
         let bridges = gaps == 0
-            || self.find_frames(gaps + self.participant.reserved.frames + self.checkpoint_frames());
+            || self.find_frames(
+                gaps + self.reservations.parts.frames + self.reservations.checkpoint_frames,
+            );
         let (mut reads, mut into, mut first) = (Vec::new(), SmallVec::new(), run.place);
         for (block, item) in (run.place.block..).zip(run.items) {
             match item {
@@ -225,7 +222,9 @@ impl Shard {
     ) {
         if !reads.is_empty() {
             let offset = first.offset(self.ctx.limits.geometry.extent_bytes);
-            self.submit(OpKind::PageRead(reads), DiskOp::Read { file: FileId::Data, offset, into });
+            self.count_page_read(&reads);
+            self.ctx
+                .submit(OpKind::PageRead(reads), DiskOp::Read { file: FileId::Data, offset, into });
         }
     }
 
@@ -276,7 +275,7 @@ impl Shard {
         waiters.iter().any(|waiter| match *waiter {
             NodeWaiter::Page(idx) => self.is_page_needed(idx),
             NodeWaiter::Request(waiter) => self.requests.pending[waiter].error.is_none(),
-            NodeWaiter::Move(_) => true,
+            NodeWaiter::Move(..) => true,
         })
     }
 
@@ -395,8 +394,13 @@ impl Shard {
                     }
                     self.reference_ended(idx);
                 }
-                NodeWaiter::Request(waiter) => self.need_met(waiter, result.clone().err()),
-                NodeWaiter::Move(no) => self.node_move_read(no, result.clone().err()),
+                NodeWaiter::Request(waiter) => {
+                    self.requests.need_met(waiter, result.clone().err(), &mut self.ctx)
+                }
+                NodeWaiter::Move(no, _) => {
+                    self.cache.moves_ended.push((no, result.clone().err()));
+                    self.ctx.work_pending = true;
+                }
             }
         }
     }

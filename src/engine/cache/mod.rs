@@ -2,16 +2,18 @@
 
 mod answer;
 pub(in crate::engine) mod eviction;
+mod holds;
+pub(in crate::engine) mod page_lock;
 pub(in crate::engine) mod loading;
-pub(in crate::engine) mod pins;
 pub(in crate::engine) mod range_scan;
 pub(in crate::engine) mod table;
 
-pub(in crate::engine) use loading::{NodeWaiter, NodeWanted, PageRead};
-pub(crate) use pins::{PinQuota, PinReservation};
-pub use range_scan::PageRange;
+pub(in crate::engine) use loading::NodeWaiter;
 
+use crate::base::error::Error;
+use crate::base::{NodeMoveIdx, RequestIdx};
 use crate::engine::cache::loading::{NodeWaiters, Wanted};
+use crate::engine::cache::range_scan::Walk;
 use crate::engine::cache::table::Table;
 use crate::format::extent::NodeKey;
 use crate::memory::Eviction;
@@ -23,6 +25,10 @@ pub(in crate::engine) struct PageCache {
     pub eviction: Eviction,
     pub node_waiters: HashMap<NodeKey, NodeWaiters, foldhash::fast::FixedState>,
     pub wanted: Wanted,
+    /// Range scans under way, by their requests.
+    pub walks: HashMap<RequestIdx, Box<Walk>, foldhash::fast::FixedState>,
+    /// Nodes that compaction waited for, by its numbers: they are there, or will not come.
+    pub moves_ended: Vec<(NodeMoveIdx, Option<Error>)>,
 }
 
 impl PageCache {
@@ -33,6 +39,8 @@ impl PageCache {
             eviction: Eviction::new(frames),
             node_waiters: HashMap::with_hasher(foldhash::fast::FixedState::with_seed(seed)),
             wanted: Wanted::default(),
+            walks: HashMap::with_hasher(foldhash::fast::FixedState::with_seed(seed)),
+            moves_ended: Vec::new(),
         }
     }
 }

@@ -12,29 +12,17 @@
 //!
 //! It reads map nodes, never pages.
 
-use crate::base::{Lsn, PageId, PageKey, RequestIdx, VShard, VolumeId};
+use crate::base::{Lsn, PageId, PageKey, RequestIdx, VShard};
 use crate::engine::map::{LEAF_PAGES, NextLeaf};
 use crate::engine::requests::PendingKind;
-use crate::engine::{NodeWaiter, Response, Shard};
+use crate::engine::{NodeWaiter, PageRange, Response, Shard, Token};
+use smallvec::SmallVec;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 /// Leaves that one request visits: 8,192 pages, each of which is looked up; all of it may be within
 /// one turn.
 const LEAVES_MAX: u32 = 128;
-
-/// A request for the pages of a volume that there are.
-#[derive(Debug, Clone, Copy)]
-pub struct PageRange {
-    /// The volume.
-    pub volume: VolumeId,
-    /// The first page that is asked for.
-    pub first: PageId,
-    /// The last one.
-    pub last: PageId,
-    /// About how many ranges are wanted at most.
-    pub ranges_max: usize,
-}
 
 /// Where a request stands.
 pub(in crate::engine) struct Walk {
@@ -60,7 +48,7 @@ enum Step {
 
 impl Shard {
     /// Begins a walk for a request.
-    pub(in crate::engine) fn begin_walk(&mut self, asked: PageRange) -> Box<Walk> {
+    pub(in crate::engine) fn begin_walk(&mut self, token: Token, asked: PageRange) {
         let first = |v| {
             PageKey::first_in(asked.volume, asked.first, v, self.ctx.limits.geometry.vshards_count)
         };
@@ -70,21 +58,22 @@ impl Shard {
             .owned_by(self.ctx.id)
             .filter_map(|vshard| Some((vshard, first(vshard)?)))
             .collect();
-        Box::new(Walk {
+        let walk = Box::new(Walk {
             asked,
             found: Vec::new(),
             leaves: BinaryHeap::new(),
             seeks,
             leaves_left: LEAVES_MAX,
             lsn: Lsn::ZERO,
-        })
+        });
+        let waiter = self.begin(Some(token), PendingKind::Walk, SmallVec::new(), |_| false);
+        self.cache.walks.insert(waiter, walk);
     }
 
     /// Goes on with the walk of a pending request, until it ends or a node must be read.
     pub(in crate::engine) fn walk(&mut self, waiter: RequestIdx) {
         // Taken out, since a step needs the shard.
-        let kind = std::mem::replace(&mut self.requests.pending[waiter].kind, PendingKind::Read(0));
-        let PendingKind::Walk(mut walk) = kind else { unreachable!("only walks come here") };
+        let mut walk = self.cache.walks.remove(&waiter).expect("a walk has its place");
         let result = loop {
             if let Some(error) = self.requests.pending[waiter].error.take() {
                 break Err(error);
@@ -93,7 +82,7 @@ impl Shard {
                 Step::On => {}
                 Step::Done(next) => break Ok(next),
                 Step::Waits => {
-                    self.requests.pending[waiter].kind = PendingKind::Walk(walk);
+                    self.cache.walks.insert(waiter, walk);
                     return;
                 }
             }
@@ -163,7 +152,7 @@ impl Shard {
         };
         match next {
             NextLeaf::Load(node, child) => {
-                self.need_more(waiter);
+                self.requests.need_more(waiter);
                 self.want_node(node, child, NodeWaiter::Request(waiter));
                 return Step::Waits;
             }

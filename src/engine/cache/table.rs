@@ -17,8 +17,8 @@
 
 use crate::base::error::Error;
 use crate::base::{ImageIdx, IndexedSlab, Lsn, NodeIdx, PageIdx, PageKey, RequestIdx, VolumeId};
+use crate::engine::cache::page_lock::PageLock;
 use crate::engine::map::Lookup;
-use crate::engine::txn::page_locks::PageLock;
 use crate::engine::{NodeWaiter, PageRef, Shard};
 use crate::format::node::Entry;
 use crate::memory::{Frame, Residency, Standing};
@@ -384,13 +384,13 @@ impl Shard {
             !has
         });
         for waiter in met {
-            self.need_met(waiter, None);
+            self.requests.need_met(waiter, None, &mut self.ctx);
         }
     }
 
     pub(in crate::engine) fn fail_waiters(&mut self, idx: PageIdx, error: &Error) {
         for (waiter, _) in std::mem::take(&mut self.cache.table.pages[idx].waiters) {
-            self.need_met(waiter, Some(error.clone()));
+            self.requests.need_met(waiter, Some(error.clone()), &mut self.ctx);
         }
     }
 }

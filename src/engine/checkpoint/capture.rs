@@ -27,7 +27,7 @@ impl Shard {
             }
             next += 1;
         }
-        self.checkpoint.enter(Phase::Capture { next });
+        self.enter_phase(Phase::Capture { next });
         next
     }
 
@@ -55,7 +55,7 @@ impl Shard {
             return;
         }
         self.ctx.work_pending = true;
-        self.checkpoint.enter(Phase::Capture { next: next + 1 });
+        self.enter_phase(Phase::Capture { next: next + 1 });
         let mut retired = Vec::new();
         let (extents, summaries) = (&mut self.space.extents, &mut self.space.summaries);
         let alloc = |key| {
@@ -73,10 +73,10 @@ impl Shard {
         self.ctx.stats.checksums += writes.len() as u64 + 1;
         let mut frame = self.ctx.arena.alloc(0).expect("a frame was ensured");
         let out = frame.try_mut().expect("a new frame has no pins");
-        let number = self.checkpoint.superblock.checkpoint + 1;
+        let number = self.ctx.superblock.checkpoint + 1;
         self.map.encode_root(
             vshard,
-            self.checkpoint.superblock.store_id,
+            self.ctx.superblock.store_id,
             self.checkpoint.redo,
             number,
             out,
@@ -112,7 +112,7 @@ impl Shard {
         for place in changes.pending_free {
             out[owner(place)].pending_free.push(place);
         }
-        self.checkpoint.enter(Phase::Handover);
+        self.enter_phase(Phase::Handover);
         for (shard, handover) in self.ctx.shard_map.shards().zip(out) {
             if shard != self.ctx.id {
                 self.ctx.send(shard, Message::Captured(Box::new(handover)));
@@ -141,7 +141,7 @@ impl Shard {
         self.space.summaries.extend(self.space.extents.unsummarized());
         self.space.summaries.sort();
         self.space.summaries.dedup();
-        self.checkpoint.enter(Phase::Summaries);
+        self.enter_phase(Phase::Summaries);
         self.ctx.work_pending = true;
     }
 

@@ -15,8 +15,7 @@
 //!    none.
 
 use crate::base::{BLOCK, Lsn, ShardId};
-use crate::engine::checkpoint::NewEpoch;
-use crate::engine::message::{Begin, Contribution, Message};
+use crate::engine::message::{Begin, Contribution, Message, NewEpoch};
 use crate::engine::{Response, Shard, Step, Token};
 use crate::format::extent::{TABLE_ROWS, TableRow, encode_table, table_crc, table_offset};
 use crate::format::superblock::{SUPERBLOCK_BYTES, Superblock, VShardState};
@@ -145,27 +144,27 @@ impl Shard {
     /// A caller asks for a checkpoint that covers everything up to now.
     pub(in crate::engine) fn request_checkpoint(&mut self, token: Token) {
         self.checkpoint.next_waiters.push(token);
-        self.need_checkpoint();
+        self.ctx.need_checkpoint();
     }
 
     /// Some shard wants a checkpoint.
     pub(in crate::engine) fn checkpoint_wanted(&mut self) {
-        self.leader.wanted = true;
+        self.checkpoint.leader.wanted = true;
         self.ctx.work_pending = true;
     }
 
     /// A shard has redone its part of the log.
     pub(in crate::engine) fn shard_redone(&mut self) {
-        self.leader.redone += 1;
-        let (redone, all) = (self.leader.redone, self.ctx.shard_map.shards_count());
+        self.checkpoint.leader.redone += 1;
+        let (redone, all) = (self.checkpoint.leader.redone, self.ctx.shard_map.shards_count());
         assert!(redone <= all, "{redone} of {all} shards have redone their logs");
         self.ctx.work_pending = true;
     }
 
     /// A shard has no request under way any more.
     pub(in crate::engine) fn shard_quiet(&mut self) {
-        self.leader.quiet += 1;
-        let (quiet, all) = (self.leader.quiet, self.ctx.shard_map.shards_count());
+        self.checkpoint.leader.quiet += 1;
+        let (quiet, all) = (self.checkpoint.leader.quiet, self.ctx.shard_map.shards_count());
         assert!(quiet <= all, "{quiet} of {all} shards are quiet");
         self.ctx.work_pending = true;
     }
@@ -174,7 +173,7 @@ impl Shard {
         if !self.leads() || self.ctx.failed.is_some() {
             return;
         }
-        match self.leader.phase {
+        match self.checkpoint.leader.phase {
             Phase::Idle => self.begin_if_wanted(),
             Phase::Table => self.write_table(),
             _ => {}
@@ -183,22 +182,23 @@ impl Shard {
 
     fn begin_if_wanted(&mut self) {
         let all = self.ctx.shard_map.shards_count();
-        let new_epoch = self.leader.new_epoch.filter(|_| self.leader.redone == all);
-        let clean = self.leader.quiet == all && !self.leader.closing;
-        if new_epoch.is_none() && !clean && !self.leader.wanted {
+        let new_epoch =
+            self.checkpoint.leader.new_epoch.filter(|_| self.checkpoint.leader.redone == all);
+        let clean = self.checkpoint.leader.quiet == all && !self.checkpoint.leader.closing;
+        if new_epoch.is_none() && !clean && !self.checkpoint.leader.wanted {
             return;
         }
         // Before the last checkpoint no other is needed: it covers all.
-        if self.leader.closing {
+        if self.checkpoint.leader.closing {
             return;
         }
-        self.leader.assert_state();
-        self.leader.closing = clean;
-        self.leader.wanted = false;
-        self.leader.left = all;
+        self.checkpoint.leader.assert_state();
+        self.checkpoint.leader.closing = clean;
+        self.checkpoint.leader.wanted = false;
+        self.checkpoint.leader.left = all;
         let begin = Begin { new_epoch, clean };
-        self.leader.begin = Some(begin);
-        self.leader.enter(Phase::Beginning);
+        self.checkpoint.leader.begin = Some(begin);
+        self.checkpoint.leader.enter(Phase::Beginning);
         self.tell_all(|| Message::Begin(begin));
         self.ctx.work_pending = true;
     }
@@ -212,15 +212,19 @@ impl Shard {
 
     /// A shard has begun the checkpoint.
     pub(in crate::engine) fn shard_began(&mut self) {
-        self.leader.assert_state();
-        assert_eq!(self.leader.phase, Phase::Beginning, "shards begin what the leader began");
-        self.leader.left -= 1;
-        if self.leader.left > 0 {
+        self.checkpoint.leader.assert_state();
+        assert_eq!(
+            self.checkpoint.leader.phase,
+            Phase::Beginning,
+            "shards begin what the leader began"
+        );
+        self.checkpoint.leader.left -= 1;
+        if self.checkpoint.leader.left > 0 {
             return;
         }
         // Redo starts over from the old roots if it is cut short: page LSNs guard what is done
         // twice.
-        let redo = match self.leader.begin {
+        let redo = match self.checkpoint.leader.begin {
             Some(Begin { new_epoch: Some(epoch), .. }) => epoch.first_lsn.before(),
             _ => self
                 .redo
@@ -228,39 +232,47 @@ impl Shard {
                 .as_ref()
                 .map_or(self.ctx.order.next().before(), |recovering| recovering.redo),
         };
-        self.leader.redo = redo;
-        self.leader.left = self.ctx.shard_map.shards_count();
-        self.leader.by_shard = self.ctx.shard_map.shards().map(|_| None).collect();
-        self.leader.enter(Phase::Running);
+        self.checkpoint.leader.redo = redo;
+        self.checkpoint.leader.left = self.ctx.shard_map.shards_count();
+        self.checkpoint.leader.by_shard = self.ctx.shard_map.shards().map(|_| None).collect();
+        self.checkpoint.leader.enter(Phase::Running);
         self.tell_all(|| Message::Redo(redo));
     }
 
     /// A shard has written its part.
     pub(in crate::engine) fn shard_ready(&mut self, from: ShardId, contribution: Contribution) {
-        self.leader.assert_state();
-        assert_eq!(self.leader.phase, Phase::Running, "a contribution belongs to a checkpoint");
-        let before = self.leader.by_shard[from.index()].replace(contribution);
+        self.checkpoint.leader.assert_state();
+        assert_eq!(
+            self.checkpoint.leader.phase,
+            Phase::Running,
+            "a contribution belongs to a checkpoint"
+        );
+        let before = self.checkpoint.leader.by_shard[from.index()].replace(contribution);
         assert!(before.is_none(), "{from:?} is ready twice in one checkpoint");
-        self.leader.left -= 1;
-        if self.leader.left == 0 {
-            self.leader.contributions =
-                std::mem::take(&mut self.leader.by_shard).into_iter().flatten().collect();
-            let (count, all) = (self.leader.contributions.len(), self.ctx.shard_map.shards_count());
+        self.checkpoint.leader.left -= 1;
+        if self.checkpoint.leader.left == 0 {
+            self.checkpoint.leader.contributions =
+                std::mem::take(&mut self.checkpoint.leader.by_shard)
+                    .into_iter()
+                    .flatten()
+                    .collect();
+            let (count, all) =
+                (self.checkpoint.leader.contributions.len(), self.ctx.shard_map.shards_count());
             assert!(count == usize::from(all), "{count} of {all} shards are ready");
-            self.leader.enter(Phase::Table);
+            self.checkpoint.leader.enter(Phase::Table);
             self.ctx.work_pending = true;
         }
     }
 
     /// All parts are written: the extent table of all, a few blocks at a time.
     fn write_table(&mut self) {
-        self.leader.assert_state();
-        let mut table = match self.leader.table.take() {
+        self.checkpoint.leader.assert_state();
+        let mut table = match self.checkpoint.leader.table.take() {
             Some(table) => table,
             None => TableParts { rows: self.contributed_rows(), sums: Vec::new() },
         };
         let blocks = table.rows.len().div_ceil(TABLE_ROWS as usize);
-        let number = self.checkpoint.superblock.checkpoint + 1;
+        let number = self.ctx.superblock.checkpoint + 1;
         while table.sums.len() < blocks {
             let first = table.sums.len();
             let most = if planted!(TableAllAtOnce) { blocks } else { TABLE_BLOCKS_AT_A_TIME };
@@ -275,7 +287,7 @@ impl Shard {
                 let mut frame = self.ctx.arena.alloc(0).expect("frames were ensured");
                 let out = frame.try_mut().expect("a new frame has no pins");
                 table.sums.push(encode_table(
-                    self.checkpoint.superblock.store_id,
+                    self.ctx.superblock.store_id,
                     index as u32,
                     number,
                     rows,
@@ -287,17 +299,17 @@ impl Shard {
             self.submit_blocks(writes);
         }
         if table.sums.len() < blocks {
-            self.leader.table = Some(table);
+            self.checkpoint.leader.table = Some(table);
             return;
         }
-        self.leader.next =
+        self.checkpoint.leader.next =
             Some(self.next_superblock(table.rows.len() as u32, table_crc(table.sums)));
-        self.leader.enter(Phase::Flush);
+        self.checkpoint.leader.enter(Phase::Flush);
     }
 
     fn contributed_rows(&self) -> Vec<TableRow> {
         let mut rows = vec![TableRow::default(); self.space.extents.count() as usize];
-        for (no, row) in self.leader.contributions.iter().flat_map(|c| &c.rows) {
+        for (no, row) in self.checkpoint.leader.contributions.iter().flat_map(|c| &c.rows) {
             assert!(rows[no.index()] == TableRow::default(), "{no:?} is two shards' own");
             rows[no.index()] = *row;
         }
@@ -305,8 +317,8 @@ impl Shard {
     }
 
     fn next_superblock(&self, extents_count: u32, table_crc: u32) -> Superblock {
-        let old = &self.checkpoint.superblock;
-        let leader = &self.leader;
+        let old = &self.ctx.superblock;
+        let leader = &self.checkpoint.leader;
         let begin = leader.begin.expect("it has begun");
         let mut vshards =
             vec![VShardState::default(); self.ctx.limits.geometry.vshards_count as usize];
@@ -351,8 +363,8 @@ impl Shard {
 
     /// All operations of a step of the leader have ended.
     pub(in crate::engine) fn leader_step_done(&mut self, op: DiskOp) {
-        self.leader.assert_state();
-        match self.leader.phase {
+        self.checkpoint.leader.assert_state();
+        match self.checkpoint.leader.phase {
             Phase::Flush => match op {
                 DiskOp::Flush { .. } => self.write_superblock(0),
                 _ if planted!(RootsNotFlushed) => self.write_superblock(0),
@@ -362,7 +374,7 @@ impl Shard {
                 }
             },
             Phase::Super { copy } => {
-                self.leader.enter(Phase::SuperFlush { copy });
+                self.checkpoint.leader.enter(Phase::SuperFlush { copy });
                 self.checkpoint_op(DiskOp::Flush { files: smallvec::smallvec![FileId::Meta] });
             }
             Phase::SuperFlush { copy: 0 } => self.write_superblock(1),
@@ -372,17 +384,18 @@ impl Shard {
     }
 
     fn write_superblock(&mut self, copy: usize) {
-        let Some(next) = &self.leader.next else { return };
+        let Some(next) = &self.checkpoint.leader.next else { return };
         let number = Superblock::copies_of(next.generation)[copy];
         let mut bytes = vec![0; SUPERBLOCK_BYTES];
         next.encode(number, &mut bytes);
         let mut from = SmallVec::new();
-        for (block, frame) in bytes.chunks(BLOCK).zip(&mut self.leader.superblock_frames) {
+        for (block, frame) in bytes.chunks(BLOCK).zip(&mut self.checkpoint.leader.superblock_frames)
+        {
             frame.try_mut().expect("the superblock before is written").copy_from_slice(block);
             from.push(IoSlice::whole(frame.pin()));
         }
         self.ctx.stats.checksums += 1;
-        self.leader.enter(Phase::Super { copy });
+        self.checkpoint.leader.enter(Phase::Super { copy });
         self.checkpoint_op(DiskOp::Write {
             file: FileId::Meta,
             offset: Superblock::offset(number),
@@ -391,12 +404,12 @@ impl Shard {
     }
 
     fn superblock_durable(&mut self) {
-        let Some(next) = self.leader.next.take() else { return };
-        self.leader.contributions.clear();
-        if self.leader.begin.take().is_some_and(|begin| begin.new_epoch.is_some()) {
-            self.leader.new_epoch = None;
+        let Some(next) = self.checkpoint.leader.next.take() else { return };
+        self.checkpoint.leader.contributions.clear();
+        if self.checkpoint.leader.begin.take().is_some_and(|begin| begin.new_epoch.is_some()) {
+            self.checkpoint.leader.new_epoch = None;
         }
-        self.leader.enter(Phase::Idle);
+        self.checkpoint.leader.enter(Phase::Idle);
         self.tell_all(|| Message::Done(Box::new(next.clone())));
         self.ctx.work_pending = true;
     }
@@ -430,8 +443,8 @@ impl Shard {
         }
         let busy = self.requests.pending.iter().any(|(_, pending)| pending.is_own())
             || !self.coordinator.commits.is_empty()
-            || self.compaction.compactor.count() > 0
-            || !self.compaction.moves.is_empty();
+            || self.space.compaction.compactor.count() > 0
+            || !self.space.compaction.moves.is_empty();
         if !busy && !self.life.quiet {
             self.life.quiet = true;
             self.ctx.send(ShardId::LEADER, Message::Quiet);

@@ -56,8 +56,7 @@ impl Shard {
         if self.redo.recovering.is_some() {
             return;
         }
-        let made =
-            self.checkpoint.superblock.logs.get(self.ctx.id.index()).map(|log| log.segments_made);
+        let made = self.ctx.superblock.logs.get(self.ctx.id.index()).map(|log| log.segments_made);
         self.log.use_segments(made.expect("each shard has a log"));
     }
 }

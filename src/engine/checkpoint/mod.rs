@@ -28,9 +28,12 @@ pub(in crate::engine) mod leader;
 mod log_growth;
 
 mod capture;
+
+use self::leader::Leader;
 use crate::base::error::Error;
-use crate::base::{Lsn, NodeIdx, PageIdx, PageVersionIdx, ShardId, VShard};
+use crate::base::{Lsn, NodeIdx, PageIdx, ShardId, VShard};
 use crate::engine::message::{Begin, Contribution, Message};
+use crate::engine::reservations::dirty_nodes_are_many;
 use crate::engine::{OpKind, Response, Shard, Token};
 use crate::format::superblock::Superblock;
 use crate::io::{Completion, DiskOp};
@@ -70,41 +73,25 @@ impl Phase {
     }
 }
 
-/// A new epoch that the checkpoint's superblock begins (the one that ends a recovery).
-#[derive(Clone, Copy, Debug)]
-pub struct NewEpoch {
-    /// Its number.
-    pub epoch: u64,
-    /// The seed of its group checksums.
-    pub salt: u64,
-    /// The first LSN that it may use.
-    pub first_lsn: Lsn,
-}
-
 /// The checkpoint under way, and who waits for one.
 pub(in crate::engine) struct Checkpoint {
-    /// The newest one that is durable.
-    pub(in crate::engine) superblock: Superblock,
     phase: Phase,
-    wanted: bool,
     /// The leader has been asked for it.
     asked: bool,
     begin: Option<Begin>,
     redo: Lsn,
-    /// Pages whose version at the beginning is not in the map yet.
-    pub(in crate::engine) pages_left: u64,
     /// Operations of this phase under way.
     ops: u32,
     /// Nodes whose writes are under way.
     nodes: Vec<NodeIdx>,
     /// Virtual shards with a new root, and its block.
     roots: Vec<(VShard, Frame)>,
-    /// Written captures whose map leaf is being written.
-    pub(in crate::engine) behind_nodes: Vec<PageVersionIdx>,
     /// Shards that have handed over what their capture means here.
     handovers: u16,
     pub(in crate::engine) waiters: Vec<Token>,
     pub(in crate::engine) next_waiters: Vec<Token>,
+    /// What shard 0 does for all.
+    pub(in crate::engine) leader: Leader,
 }
 
 /// Blocks that wait for a checkpoint to retire them, for each frame of memory. With what is
@@ -119,37 +106,33 @@ impl std::fmt::Debug for Checkpoint {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "{:?} redo {:?} pages left {} ops {}",
-            self.phase, self.redo, self.pages_left, self.ops
-        )?;
-        write!(f, " handovers {} wanted {} asked {}", self.handovers, self.wanted, self.asked)
+            "{:?} redo {:?} ops {} handovers {} asked {}",
+            self.phase, self.redo, self.ops, self.handovers, self.asked
+        )
     }
 }
 
 impl Checkpoint {
-    pub(in crate::engine) fn new(superblock: Superblock) -> Self {
+    pub(in crate::engine) fn new(leader: Leader) -> Self {
         Checkpoint {
-            superblock,
             phase: Phase::default(),
-            wanted: false,
             asked: false,
             begin: None,
             redo: Lsn::default(),
-            pages_left: 0,
             ops: 0,
             nodes: Vec::new(),
             roots: Vec::new(),
-            behind_nodes: Vec::new(),
             handovers: 0,
             waiters: Vec::new(),
             next_waiters: Vec::new(),
+            leader,
         }
     }
 
     /// Panics if what is known of the checkpoint contradicts its phase: the superblock would name
     /// what is not written, or the checkpoint would never end.
     fn assert_state(&self) {
-        let (phase, ops, pages_left) = (self.phase, self.ops, self.pages_left);
+        let (phase, ops) = (self.phase, self.ops);
         assert!(
             self.begin.is_some() == (phase != Phase::Idle),
             "the leader has begun {:?}, and the checkpoint is {phase:?}",
@@ -158,10 +141,6 @@ impl Checkpoint {
         assert!(
             ops == 0 || matches!(phase, Phase::Capture { .. } | Phase::Waiting),
             "{ops} operations of a checkpoint are under way while it is {phase:?}"
-        );
-        assert!(
-            pages_left == 0 || phase == Phase::Pages,
-            "{pages_left} pages are waited for while the checkpoint is {phase:?}"
         );
         let (nodes, roots) = (self.nodes.len(), self.roots.len());
         assert!(
@@ -190,20 +169,6 @@ impl Checkpoint {
         self.assert_state();
     }
 
-    pub(in crate::engine) fn is_active(&self) -> bool {
-        self.phase != Phase::Idle
-    }
-
-    /// Dirty pages must go to their places now.
-    pub(in crate::engine) fn wants_pages(&self) -> bool {
-        self.phase == Phase::Pages
-    }
-
-    /// What is open must become durable now.
-    pub(in crate::engine) fn wants_groups(&self) -> bool {
-        !matches!(self.phase, Phase::Idle | Phase::Told)
-    }
-
     /// The LSN that the watermark must reach.
     pub(in crate::engine) fn waits_for(&self) -> Option<Lsn> {
         (self.phase == Phase::Watermark).then_some(self.redo)
@@ -211,17 +176,17 @@ impl Checkpoint {
 }
 
 impl Shard {
-    /// A checkpoint is to begin, once the one under way has ended.
-    pub(in crate::engine) fn need_checkpoint(&mut self) {
-        if !self.checkpoint.wanted {
-            self.checkpoint.wanted = true;
-            self.ctx.work_pending = true;
-        }
-    }
-
-    /// Whether a checkpoint is wanted or under way.
-    pub(crate) fn checkpoint_under_way(&self) -> bool {
-        self.checkpoint.wanted || self.checkpoint.is_active()
+    /// All changes of the phase come through here: other components know of it by its status.
+    fn enter_phase(&mut self, phase: Phase) {
+        let versions = self.writeback.checkpoint_versions;
+        assert!(
+            versions == 0 || phase == Phase::Pages,
+            "{versions} pages are waited for while the checkpoint is {phase:?}"
+        );
+        self.checkpoint.enter(phase);
+        self.ctx.checkpoint.active = phase != Phase::Idle;
+        self.ctx.checkpoint.wants_pages = phase == Phase::Pages;
+        self.ctx.checkpoint.wants_groups = !matches!(phase, Phase::Idle | Phase::Told);
     }
 
     pub(in crate::engine) fn advance_checkpoint(&mut self) {
@@ -230,7 +195,7 @@ impl Shard {
         }
         match self.checkpoint.phase {
             Phase::Idle
-                if (self.checkpoint.wanted || self.checkpoint_is_due())
+                if (self.ctx.checkpoint.wanted || self.checkpoint_is_due())
                     && !self.checkpoint.asked =>
             {
                 self.checkpoint.asked = true;
@@ -243,8 +208,8 @@ impl Shard {
             {
                 self.count_pages();
             }
-            Phase::Pages if self.checkpoint.pages_left == 0 => {
-                self.checkpoint.enter(Phase::Capture { next: 0 });
+            Phase::Pages if self.writeback.checkpoint_versions == 0 => {
+                self.enter_phase(Phase::Capture { next: 0 });
                 self.ctx.work_pending = true;
             }
             Phase::Capture { next } => self.capture_vshard(next),
@@ -266,8 +231,8 @@ impl Shard {
     /// are dirty. Checkpoints for the sake of space are asked for [there](Self::advance_space).
     fn checkpoint_is_due(&self) -> bool {
         let left_max = self.ctx.limits.memory_blocks as usize * LEFT_PER_FRAME_MAX;
-        let memory_is_used =
-            self.space.extents.pending_free_count() > left_max || self.dirty_nodes_are_many();
+        let memory_is_used = self.space.extents.pending_free_count() > left_max
+            || dirty_nodes_are_many(&self.map, &self.ctx.limits);
         self.log.is_long() || (!self.life.opening && memory_is_used)
     }
 
@@ -275,10 +240,11 @@ impl Shard {
     pub(in crate::engine) fn begin_checkpoint(&mut self, begin: Begin) {
         self.checkpoint.assert_state();
         assert_eq!(self.checkpoint.phase, Phase::Idle, "one checkpoint at a time");
+        self.ctx.checkpoint.wanted = false;
         let c = &mut self.checkpoint;
-        (c.wanted, c.asked, c.begin) = (false, false, Some(begin));
-        c.enter(Phase::Told);
+        (c.asked, c.begin) = (false, Some(begin));
         c.waiters = std::mem::take(&mut c.next_waiters);
+        self.enter_phase(Phase::Told);
         self.ctx.work_pending = true;
     }
 
@@ -301,10 +267,11 @@ impl Shard {
         }
         if begin.new_epoch.is_some() {
             self.redo.recovering = None;
+            self.life.redoing = false;
         }
         self.space.extents.begin_checkpoint();
         self.trim_log_early();
-        self.checkpoint.enter(Phase::Begun);
+        self.enter_phase(Phase::Begun);
         self.ctx.send(ShardId::LEADER, Message::Began);
         self.ctx.work_pending = true;
     }
@@ -319,15 +286,15 @@ impl Shard {
             self.checkpoint.redo
         );
         self.checkpoint.redo = redo;
-        self.checkpoint.enter(Phase::Watermark);
+        self.enter_phase(Phase::Watermark);
         self.ctx.work_pending = true;
     }
 
     /// All that the roots must reflect is applied: which pages are not in the map yet?
     fn count_pages(&mut self) {
         self.checkpoint.assert_state();
-        self.checkpoint.enter(Phase::Pages);
-        self.checkpoint.pages_left = 0;
+        self.enter_phase(Phase::Pages);
+        self.writeback.checkpoint_versions = 0;
         let images =
             self.log.open.images.iter().filter_map(|image| self.cache.table.find(image.key));
         let flushed = self.writeback.versions.iter().map(|(_, version)| version.page);
@@ -337,27 +304,16 @@ impl Shard {
             let page = &mut self.cache.table.pages[idx];
             if page.lsn > page.mapped_lsn && page.checkpoint_target == Lsn::ZERO {
                 page.checkpoint_target = page.lsn;
-                self.checkpoint.pages_left += 1;
+                self.writeback.checkpoint_versions += 1;
             }
         }
         self.ctx.work_pending = true;
     }
 
-    /// A version of the page is in the map.
-    pub(in crate::engine) fn page_published(&mut self, idx: PageIdx) {
-        let page = &mut self.cache.table.pages[idx];
-        if page.checkpoint_target != Lsn::ZERO && page.mapped_lsn >= page.checkpoint_target {
-            let left = self.checkpoint.pages_left;
-            assert!(left > 0, "{:?} is waited for, of {left} pages", page.key);
-            page.checkpoint_target = Lsn::ZERO;
-            self.checkpoint.pages_left -= 1;
-        }
-    }
-
     pub(in crate::engine) fn checkpoint_op(&mut self, op: DiskOp) {
         self.checkpoint.ops += 1;
         self.checkpoint.assert_state();
-        self.submit(OpKind::Checkpoint, op);
+        self.ctx.submit(OpKind::Checkpoint, op);
     }
 
     /// One of the checkpoint's operations has ended.
@@ -366,7 +322,7 @@ impl Shard {
         assert!(self.checkpoint.ops > 0, "an operation of a checkpoint has ended, of none");
         self.checkpoint.ops -= 1;
         if let Err(error) = completion.result {
-            self.fail(error);
+            self.ctx.fail(error);
         }
         if self.ctx.failed.is_some() || self.checkpoint.ops > 0 {
             return;
@@ -389,7 +345,7 @@ impl Shard {
             roots: mine.map(|vshard| (vshard, self.map.root(vshard).version)).collect(),
             log: self.log.state(clean),
         };
-        self.checkpoint.enter(Phase::Waiting);
+        self.enter_phase(Phase::Waiting);
         if planted!(RecycledBeforeSuperblock) {
             self.log.recycle(self.checkpoint.redo);
         }
@@ -405,7 +361,7 @@ impl Shard {
         );
         self.checkpoint.assert_state();
         assert_eq!(self.checkpoint.ops, 0, "the superblock was written last");
-        let before = self.checkpoint.superblock.checkpoint;
+        let before = self.ctx.superblock.checkpoint;
         assert!(
             superblock.checkpoint == before + 1,
             "checkpoint {} follows {before}",
@@ -413,14 +369,14 @@ impl Shard {
         );
         let begin = self.checkpoint.begin.take().expect("it has begun");
         let redo = self.checkpoint.redo;
-        self.checkpoint.enter(Phase::Idle);
-        self.checkpoint.superblock = superblock;
+        self.enter_phase(Phase::Idle);
+        self.ctx.superblock = superblock;
         self.ctx.stats.checkpoints += 1;
         self.log.recycle(redo);
         self.use_new_segments();
         let freed = self.space.extents.end_checkpoint();
         self.space.summaries.extend(self.space.extents.filled());
-        let compacts = self.compaction.compactor.look_again();
+        let compacts = self.space.compaction.compactor.look_again();
         self.note_reclaimed(compacts);
         tracing::debug!(shard = self.ctx.id.get(), %redo, freed_blocks = freed, "checkpoint");
         for token in std::mem::take(&mut self.checkpoint.waiters) {
@@ -432,7 +388,7 @@ impl Shard {
         if begin.clean {
             self.end_close(Ok(()));
         } else if !self.checkpoint.next_waiters.is_empty() {
-            self.checkpoint.wanted = true;
+            self.ctx.checkpoint.wanted = true;
         }
         self.ctx.work_pending = true;
     }

@@ -16,6 +16,11 @@ use crate::base::sync::{AtomicU64, Ordering};
 use crate::base::{Lsn, ShardId};
 use crossbeam::utils::CachePadded;
 
+/// LSNs above the watermark at most. A new epoch begins this far above everything found, so that an
+/// LSN which was drawn, and perhaps told to somebody, but never reached a device, is not drawn
+/// again.
+pub(crate) const LSN_AHEAD_MAX: u64 = 1 << 24;
+
 /// Sequencer, bounds and watermark of one open store.
 #[derive(Debug)]
 pub struct GlobalOrder {

@@ -27,6 +27,7 @@ use crate::base::{
 use crate::engine::map::Lookup;
 use crate::engine::message::Message;
 use crate::engine::requests::PendingKind;
+use crate::engine::reservations::dirty_nodes_are_many;
 use crate::engine::{NodeWaiter, OpKind, Shard, Step};
 use crate::format::extent::{Item, ItemKind, NodeKey, decode_summary};
 use crate::io::{Completion, DiskOp, FileId};
@@ -120,7 +121,7 @@ impl Compactor {
 #[derive(Default)]
 pub(in crate::engine) struct Moves {
     asked: VecDeque<Asked>,
-    /// Map nodes that wait for a read of themselves, or of a node above; counted in `Held::moves`.
+    /// Map nodes that wait for a read of themselves, or of a node above; counted in `Reservations::moves`.
     reading: IndexedSlab<NodeMoveIdx, Asked>,
 }
 
@@ -140,24 +141,19 @@ impl Moves {
     pub(in crate::engine) fn reading(&self) -> usize {
         self.reading.len()
     }
-
-    /// The age of one that waits for a node (see `Wanted`).
-    pub(in crate::engine) fn age(&mut self, no: NodeMoveIdx) -> &mut u64 {
-        &mut self.reading[no].age
-    }
 }
 
 impl Shard {
     /// Begins with the emptiest extent, if there is one worth it; false if none is being emptied.
     pub(in crate::engine) fn begin_compaction(&mut self) -> bool {
         self.begin_one_more();
-        self.compaction.compactor.count() > 0
+        self.space.compaction.compactor.count() > 0
     }
 
     /// Whether one more is being emptied.
     pub(in crate::engine) fn begin_one_more(&mut self) -> bool {
-        let count = self.compaction.compactor.count();
-        let rests = self.space.extents.died() < self.compaction.compactor.rests_until;
+        let count = self.space.compaction.compactor.count();
+        let rests = self.space.extents.died() < self.space.compaction.compactor.rests_until;
         // Each may fill as much again before it is free itself.
         let may_move = self.may_move(1 + count as u64);
         if count >= EXTENTS_MAX
@@ -173,28 +169,29 @@ impl Shard {
         let Some(extent) = self.next_victim() else { return false };
         let blocks = self.space.extents.summary_bytes() / BLOCK;
         if !self.ensure_frames(blocks as u32, Step::Compaction) {
-            self.compaction.compactor.chosen.push(extent);
+            self.space.compaction.compactor.chosen.push(extent);
             return false;
         }
         let into =
             (0..blocks).map(|_| self.ctx.arena.alloc(0).expect("frames were ensured")).collect();
         let place = self.space.extents.summary_place(extent);
-        self.compaction.compactor.begun.insert(extent);
-        self.compaction.compactor.under_way.push(Emptying {
+        self.space.compaction.compactor.begun.insert(extent);
+        self.space.compaction.compactor.under_way.push(Emptying {
             extent,
             items: None,
             next: 0,
             asked: 0,
         });
         let offset = place.offset(self.ctx.limits.geometry.extent_bytes);
-        self.submit(OpKind::SummaryRead(extent), DiskOp::Read { file: FileId::Data, offset, into });
+        self.ctx
+            .submit(OpKind::SummaryRead(extent), DiskOp::Read { file: FileId::Data, offset, into });
         true
     }
 
     /// The next extent to be emptied.
     fn next_victim(&mut self) -> Option<ExtentNo> {
         let Compactor { begun, under_way, chosen, rests_until, .. } =
-            &mut self.compaction.compactor;
+            &mut self.space.compaction.compactor;
         let known = |no| begun.contains(&no) || under_way.iter().any(|c| c.extent == no);
         while let Some(no) = chosen.pop() {
             if self.space.extents.to_move(no, SHARE_MAX).is_some() && !known(no) {
@@ -227,13 +224,11 @@ impl Shard {
         let crc = self.space.extents.summary_crc(extent);
         self.ctx.stats.checksums += 1;
         let items = completion.result.and_then(|()| {
-            decode_summary(self.checkpoint.superblock.store_id, extent, crc, &bytes).map_err(
-                |what| {
-                    Error::corrupt(format_args!("the summary of extent {} {what}", extent.get()))
-                },
-            )
+            decode_summary(self.ctx.superblock.store_id, extent, crc, &bytes).map_err(|what| {
+                Error::corrupt(format_args!("the summary of extent {} {what}", extent.get()))
+            })
         });
-        match (items, self.compaction.compactor.of(extent)) {
+        match (items, self.space.compaction.compactor.of(extent)) {
             (Ok(items), Some(compaction)) => compaction.items = Some(items),
             (Err(error), Some(_)) => {
                 self.give_compaction_up(extent);
@@ -253,7 +248,7 @@ impl Shard {
     /// The extent can't be emptied now: it stays as it is, and is not tried again before the next
     /// checkpoint.
     fn give_compaction_up(&mut self, extent: ExtentNo) {
-        if let Some(compaction) = self.compaction.compactor.of(extent) {
+        if let Some(compaction) = self.space.compaction.compactor.of(extent) {
             compaction.items = Some(Vec::new());
             compaction.next = 0;
         }
@@ -267,15 +262,16 @@ impl Shard {
     /// Moves on through the items.
     pub(in crate::engine) fn advance_compaction(&mut self) {
         if self.ctx.failed.is_some() {
-            self.compaction.compactor.under_way.clear();
+            self.space.compaction.compactor.under_way.clear();
         }
         let moves_max = self.moves_max();
-        let mut asked: usize = self.compaction.compactor.under_way.iter().map(|c| c.asked).sum();
-        self.compaction.compactor.prepares |= asked <= moves_max / 2;
+        let mut asked: usize =
+            self.space.compaction.compactor.under_way.iter().map(|c| c.asked).sum();
+        self.space.compaction.compactor.prepares |= asked <= moves_max / 2;
         let mut i = 0;
-        while i < self.compaction.compactor.under_way.len() {
+        while i < self.space.compaction.compactor.under_way.len() {
             let Emptying { extent, items, next, asked: of_this } =
-                &mut self.compaction.compactor.under_way[i];
+                &mut self.space.compaction.compactor.under_way[i];
             let Some(items) = items else {
                 i += 1;
                 continue;
@@ -283,7 +279,7 @@ impl Shard {
             if self.life.closing.is_some() {
                 items.truncate(*next);
             }
-            let room = if self.compaction.compactor.prepares {
+            let room = if self.space.compaction.compactor.prepares {
                 moves_max.saturating_sub(asked)
             } else {
                 0
@@ -302,14 +298,14 @@ impl Shard {
                     .send(shard, Message::Move(item.what, BlockAddr { extent, block: item.block }));
             }
             if done {
-                self.compaction.compactor.under_way.remove(i);
+                self.space.compaction.compactor.under_way.remove(i);
                 self.ctx.stats.extents_compacted += 1;
                 self.ctx.work_pending = true;
             } else {
                 i += 1;
             }
         }
-        self.compaction.compactor.prepares &= asked < moves_max;
+        self.space.compaction.compactor.prepares &= asked < moves_max;
     }
 
     /// An item has been moved, or need not be.
@@ -320,7 +316,7 @@ impl Shard {
         error: Option<Error>,
     ) {
         let mut what = None;
-        if let Some(c) = self.compaction.compactor.of(place.extent) {
+        if let Some(c) = self.space.compaction.compactor.of(place.extent) {
             c.asked -= 1;
             what = c
                 .items
@@ -355,25 +351,28 @@ impl Shard {
         what: ItemKind,
         place: BlockAddr,
     ) {
-        self.compaction.asked.asked.push_back(Asked { owner, what, place, age: 0 });
+        self.space.compaction.asked.asked.push_back(Asked { owner, what, place, age: 0 });
     }
 
     /// Moves what was asked for.
     pub(in crate::engine) fn advance_moves(&mut self) {
+        for (no, error) in std::mem::take(&mut self.cache.moves_ended) {
+            self.node_move_read(no, error);
+        }
         while self.ctx.failed.is_none()
-            && let Some(asked) = self.compaction.asked.asked.front().copied()
+            && let Some(asked) = self.space.compaction.asked.asked.front().copied()
         {
             let Asked { owner, what, place, .. } = asked;
-            if self.dirty_nodes_are_many() {
+            if dirty_nodes_are_many(&self.map, &self.ctx.limits) {
                 // Every node that moves is dirty until a checkpoint has written it.
-                self.need_checkpoint();
+                self.ctx.need_checkpoint();
                 return;
             }
-            if self.requests.held.moves >= self.moves_max() {
+            if self.reservations.moves >= self.moves_max() {
                 // Many owners may ask at a time. A move that ends brings a turn.
                 return;
             }
-            self.compaction.asked.asked.pop_front();
+            self.space.compaction.asked.asked.pop_front();
             if !self.may_move(0) {
                 self.ctx.send(owner, Message::Moved(place, None));
                 continue;
@@ -386,7 +385,7 @@ impl Shard {
                         self.ctx.send(owner, Message::Moved(place, None));
                     } else {
                         let idx = self.cache.table.entry(key);
-                        self.requests.held.moves += 1;
+                        self.reservations.moves += 1;
                         self.begin(
                             None,
                             PendingKind::Move(place, owner),
@@ -416,19 +415,23 @@ impl Shard {
                 return self.ctx.send(owner, Message::Moved(place, None));
             }
         };
-        self.requests.held.moves += 1;
-        let no = self.compaction.asked.reading.insert(asked);
-        self.want_node(wanted, child, NodeWaiter::Move(no));
+        self.reservations.moves += 1;
+        let age = match asked.age {
+            0 => self.cache.wanted.next_age(),
+            age => age,
+        };
+        let no = self.space.compaction.asked.reading.insert(Asked { age, ..asked });
+        self.want_node(wanted, child, NodeWaiter::Move(no, age));
     }
 
     /// A node that was wanted for a move is there, or will not come.
-    pub(in crate::engine) fn node_move_read(&mut self, no: NodeMoveIdx, error: Option<Error>) {
+    fn node_move_read(&mut self, no: NodeMoveIdx, error: Option<Error>) {
         self.ctx.work_pending = true;
-        self.requests.held.moves -= 1;
-        let asked = self.compaction.asked.reading.remove(no);
+        self.reservations.moves -= 1;
+        let asked = self.space.compaction.asked.reading.remove(no);
         match error {
             Some(_) => self.ctx.send(asked.owner, Message::Moved(asked.place, error)),
-            None => self.compaction.asked.asked.push_front(asked),
+            None => self.space.compaction.asked.asked.push_front(asked),
         }
     }
 
@@ -449,9 +452,9 @@ impl Shard {
         let failed = self.requests.pending[waiter].error.clone();
         if failed.is_none() && named && !busy && self.ctx.failed.is_none() {
             if page.frame.is_none() {
-                self.need_more(waiter);
+                self.requests.need_more(waiter);
                 if self.want(idx, true, waiter) {
-                    self.need_met(waiter, None);
+                    self.requests.need_met(waiter, None, &mut self.ctx);
                 }
                 return;
             }
@@ -459,7 +462,7 @@ impl Shard {
                 return;
             }
             self.cache.table.pages[idx].versions += 1;
-            self.compaction.moves.push(idx);
+            self.space.compaction.moves.push(idx);
         }
         self.release(waiter);
         self.ctx.send(owner, Message::Moved(from, failed));
@@ -474,7 +477,7 @@ impl Shard {
             return true;
         }
         if let Lookup::Load(node, child) = self.map.lookup(key) {
-            self.need_more(waiter);
+            self.requests.need_more(waiter);
             self.want_node(node, child, NodeWaiter::Request(waiter));
             return false;
         }

@@ -9,30 +9,13 @@
 use crate::base::error::Result;
 use crate::base::{ExtentNo, Micros, ShardId};
 use crate::engine::Shard;
-use crate::engine::message::Message;
-use crate::engine::shard::OpKind;
+use crate::engine::message::{Message, Urgency};
+use crate::engine::op_kind::{Growth, OpKind};
 use crate::format::extent::{TABLE_ROWS, table_offset};
 use crate::io::{DiskOp, FileId};
 
-/// How much a request for space matters.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub enum Urgency {
-    /// The limit may be exceeded by this many extents.
-    Overcommit(u32),
-    /// Nothing goes on without it.
-    Stuck,
-}
-
 /// After a failed growth the next is tried this much later.
 pub(in crate::engine) const GROW_RETRY_US: Micros = 1_000_000;
-
-/// A growth under way: first the table, then the data.
-#[derive(Clone, Copy)]
-pub(in crate::engine) struct Growth {
-    of: ShardId,
-    to: u32,
-    table_done: bool,
-}
 
 /// Who was asked for more space.
 #[derive(Clone, Copy, Default)]
@@ -95,7 +78,7 @@ impl Shard {
             if table(to) > table(count) {
                 let op =
                     DiskOp::Allocate { file: FileId::Table, from: table(count), to: table(to) };
-                self.submit(OpKind::Grow(growth), op);
+                self.ctx.submit(OpKind::Grow(growth), op);
             } else {
                 self.grow_data(growth);
             }
@@ -106,7 +89,7 @@ impl Shard {
         let bytes = |extents: u32| u64::from(extents) * self.ctx.limits.geometry.extent_bytes;
         let (from, to) = (bytes(self.space.extents.count()), bytes(growth.to));
         let growth = Growth { table_done: true, ..growth };
-        self.submit(OpKind::Grow(growth), DiskOp::Allocate { file: FileId::Data, from, to });
+        self.ctx.submit(OpKind::Grow(growth), DiskOp::Allocate { file: FileId::Data, from, to });
     }
 
     /// A step of the growth has ended.
@@ -166,10 +149,7 @@ impl Shard {
     fn end_growth(&mut self, got: bool, urgency: Urgency) {
         self.space.asked = SpaceAsked::Nobody;
         self.space.growing = false;
-        if got {
-            // Dirty pages that found no place try again.
-            self.writeback.dirty_since = 0;
-        }
+        self.space.granted |= got;
         self.space.failed = (!got).then_some((self.ctx.now, urgency));
     }
 

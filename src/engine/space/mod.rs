@@ -21,13 +21,15 @@ mod growth;
 
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::{BLOCK, BlockAddr, ExtentNo, Micros, ShardId};
+use crate::engine::OpKind;
 use crate::engine::map::{Extents, Stream};
-use crate::engine::shard::OpKind;
-use crate::engine::txn::admission::Need;
+use crate::engine::message::Urgency;
+use crate::engine::reservations::Need;
+use crate::engine::space::compaction::Compaction;
 use crate::engine::{Lack, Shard, Step};
 use crate::format::extent::ItemKind;
 use crate::io::{DiskOp, FileId, IoSlice};
-pub(in crate::engine) use growth::{GROW_RETRY_US, Growth, SpaceAsked, Urgency};
+pub(in crate::engine) use growth::{GROW_RETRY_US, SpaceAsked};
 use std::collections::VecDeque;
 
 /// Extents that commits leave to map nodes, checkpoints and compaction, at least.
@@ -68,6 +70,8 @@ pub(in crate::engine) struct Space {
     pub freed_pages: u64,
     /// More is asked for.
     pub growing: bool,
+    /// More has been granted: dirty pages that found no place may try again.
+    pub granted: bool,
     pub asked: SpaceAsked,
     /// Requests that wait for the leader, and by how many extents each may exceed the limit.
     pub requests: VecDeque<(ShardId, u32)>,
@@ -81,10 +85,12 @@ pub(in crate::engine) struct Space {
     /// A part found none a moment ago: until then it is being made.
     pub wanted_until: Micros,
     pub reclaiming: Reclaiming,
+    /// Extents being emptied here, and what is moved for others.
+    pub compaction: Compaction,
 }
 
 impl Space {
-    pub fn new(extents: Extents) -> Self {
+    pub fn new(extents: Extents, compaction: Compaction) -> Self {
         Space {
             extents,
             summaries: Vec::new(),
@@ -93,6 +99,7 @@ impl Space {
             reused_early: Vec::new(),
             freed_pages: 0,
             growing: false,
+            granted: false,
             asked: SpaceAsked::default(),
             requests: VecDeque::new(),
             growth_under_way: false,
@@ -101,6 +108,7 @@ impl Space {
             stalled: false,
             wanted_until: 0,
             reclaiming: Reclaiming::default(),
+            compaction,
         }
     }
 }
@@ -150,14 +158,14 @@ impl Shard {
     }
 
     fn awaited_nodes(&self) -> u64 {
-        self.map.awaited_count(self.checkpoint.is_active())
+        self.map.awaited_count(self.ctx.checkpoint.active)
     }
 
     /// The same without what will be dirty by and by: the file is not made longer for its sake,
     /// since it comes and goes.
     fn owed_now(&self) -> u64 {
-        let pages = self.writeback.reserved_blocks - self.space.freed_pages;
-        pages + self.participant.reserved.space_blocks + self.map.dirty_count() as u64
+        let pages = self.reservations.dirty_blocks - self.space.freed_pages;
+        pages + self.reservations.parts.space_blocks + self.map.dirty_count() as u64
     }
 
     /// Whether a commit's pages and map nodes will find space. `Ok(false)`: not yet.
@@ -249,7 +257,7 @@ impl Shard {
                 "no space is left for {what}, and the data space can't grow: make room in the \
                  file system, then open the store again"
             );
-            self.fail(Error::new(ErrorKind::Full, context));
+            self.ctx.fail(Error::new(ErrorKind::Full, context));
         }
     }
 
@@ -282,13 +290,12 @@ impl Shard {
             return self.grow(0);
         }
         // What is on its way may yet leave places: pages that were freed, above all.
-        let awaiting_watermark =
-            self.writeback.reserved_blocks + self.writeback.versions.len() as u64;
+        let awaiting_watermark = self.reservations.dirty_blocks + self.reservations.unpublished;
         if self.spare_blocks() + awaiting_watermark + self.owed_blocks() < wanted {
             return self.grow(0);
         }
-        let moving = self.begin_compaction() || !self.compaction.moves.is_empty();
-        if self.checkpoint_under_way() {
+        let moving = self.begin_compaction() || !self.space.compaction.moves.is_empty();
+        if self.ctx.checkpoint.is_wanted_or_active() {
             return true;
         }
         if moving && self.space.extents.coming() < self.reserve_blocks() / 2 {
@@ -298,12 +305,12 @@ impl Shard {
         }
         let is_awaited = self.awaited_nodes() > 0 || self.map.dirty_count() > 0;
         let is_dirty =
-            self.writeback.reserved_blocks > 0 || self.writeback.page_writes > 0 || is_awaited;
+            self.reservations.dirty_blocks > 0 || self.reservations.unpublished > 0 || is_awaited;
         if self.space.extents.coming() > 0
             || (!moving && (self.space.extents.pending_free_count() > 0 || is_dirty))
         {
             // What is dirty leaves places when it is written.
-            self.need_checkpoint();
+            self.ctx.need_checkpoint();
             return true;
         }
         moving || self.grow(0)
@@ -341,11 +348,12 @@ impl Shard {
             return;
         }
         let coming = self.space.extents.coming();
-        while free + coming + self.compaction.compactor.count() as u64 * extent < target_free_blocks
+        while free + coming + self.space.compaction.compactor.count() as u64 * extent
+            < target_free_blocks
             && self.begin_one_more()
         {}
-        let moving = self.compaction.compactor.count() > 0;
-        if self.checkpoint_under_way() {
+        let moving = self.space.compaction.compactor.count() > 0;
+        if self.ctx.checkpoint.is_wanted_or_active() {
             return;
         }
         let stalled = self.space.stalled || self.ctx.now < self.space.wanted_until;
@@ -353,7 +361,7 @@ impl Shard {
         // Dirty nodes leave their places with the next checkpoint.
         let pending = self.space.extents.pending_free_count() + self.map.dirty_count();
         if (free < low && coming >= low) || (stalled && !moving && pending > 0) {
-            self.need_checkpoint();
+            self.ctx.need_checkpoint();
         }
     }
 
@@ -362,11 +370,11 @@ impl Shard {
     /// the space can't grow, blocks that redo has given up are retired, and nothing is moved.
     fn space_for_opening(&mut self) {
         let reserve = FREES_RESERVE_EXTENTS * u64::from(self.space.extents.data_blocks());
-        if self.redo.recovering.is_none() || self.free_blocks() >= self.owed_now() + reserve {
+        if !self.life.redoing || self.free_blocks() >= self.owed_now() + reserve {
             return;
         }
         if !self.grow(OVERCOMMIT_EXTENTS) && self.space.extents.pending_free_count() > 0 {
-            self.need_checkpoint();
+            self.ctx.need_checkpoint();
         }
     }
 
@@ -395,7 +403,7 @@ impl Shard {
             self.space.summaries_under_way += 1;
             self.ctx.stats.checksums += 1;
             let offset = place.offset(self.ctx.limits.geometry.extent_bytes);
-            self.submit(
+            self.ctx.submit(
                 OpKind::SummaryWrite(no),
                 DiskOp::Write { file: FileId::Data, offset, from },
             );

@@ -9,26 +9,19 @@
 //! 3. What parts of commits over shards have reserved is left alone.
 
 use crate::base::error::{Error, ErrorKind};
-use crate::base::{BLOCK, Lsn, PageIdx, PageKey, RequestIdx, VolumeId};
-use crate::engine::map::{Lookup, Map};
-use crate::engine::txn::local::LSN_AHEAD_MAX;
-use crate::engine::txn::participant::Reserved;
-use crate::engine::{Change, Commit, Lack, NodeWaiter, Shard, Step};
+use crate::base::{BLOCK, Lsn, PageIdx, PageKey, RequestIdx};
+use crate::engine::map::Lookup;
+use crate::engine::order::LSN_AHEAD_MAX;
+use crate::engine::reservations::Reserved;
+use crate::engine::reservations::{Need, dirty_nodes_fill_memory};
+use crate::engine::{Change, Lack, NodeWaiter, Shard, Step};
 use crate::format::extent::NodeKey;
-use crate::format::group::{HEAD_BYTES, RawChange, RawImage, RawParts, RawRecord};
-use crate::format::node::{Child, LEAF_ENTRIES};
+use crate::format::group::{HEAD_BYTES, RawImage};
+use crate::format::node::Child;
 use smallvec::SmallVec;
 
 /// Frames left alone by commits, for reads, map nodes and checkpoints.
 const FRAMES_RESERVE: u32 = 16;
-
-/// Of 32 parts of the frames, how many dirty map nodes may take (a third of the memory, tables
-/// included), and with how many a checkpoint is asked for. Under random overwrites every leaf is
-/// dirty before long: a 64th of what is overwritten. Where they all find room here a checkpoint is
-/// for the sake of space or of the log, and pays for many pages; where they don't, nearly every
-/// page written costs a leaf.
-const DIRTY_NODES_MAX: u64 = 12;
-const DIRTY_NODES_MANY: u64 = 10;
 
 /// A commit may need this part of the memory. Others under way hold a quarter, and readers are told
 /// `Busy` before they hold the rest.
@@ -39,24 +32,6 @@ const YIELDS_MAX: u8 = 3;
 /// For how long a part that found no space keeps space being made.
 const SPACE_WANTED_US: crate::base::Micros = 100_000;
 
-/// What commits need.
-#[derive(Clone, Copy, Default)]
-pub(in crate::engine) struct Need {
-    /// Bytes of records.
-    record_bytes: usize,
-    /// Whole pages: an image each.
-    images: usize,
-    /// Frames for new versions.
-    pub frames: u32,
-    /// Changes: each may dirty a page.
-    pub changes: u64,
-    /// Map nodes that they may dirty.
-    pub nodes: u64,
-    /// It makes room: only frees, or a change of the catalog, of which a deletion is one. It may
-    /// use a reserve.
-    pub makes_room: bool,
-}
-
 /// Whether a commit may go on.
 pub(in crate::engine) enum Admission {
     Yes,
@@ -65,49 +40,6 @@ pub(in crate::engine) enum Admission {
     /// It waits for a map node.
     Waiting,
     No(Error),
-}
-
-impl Need {
-    pub(in crate::engine) fn of(commit: &Commit, map: &Map) -> Need {
-        let record_bytes = size_of::<RawRecord>() + size_of::<RawParts>();
-        let mut need = Need { record_bytes, makes_room: true, ..Need::default() };
-        let mut last = None;
-        for (key, change) in &commit.changes {
-            // Pages of one leaf share its path.
-            let leaf = (key.volume, key.page.get() / LEAF_ENTRIES as u64);
-            if last.replace(leaf) != Some(leaf) {
-                need.nodes += map.path_len(*key);
-            }
-            need.record_bytes += size_of::<RawChange>();
-            match change {
-                Change::Put(_) => need.images += 1,
-                Change::Patch { bytes, .. } => need.record_bytes += bytes.len(),
-                Change::Free => continue,
-            }
-            need.frames += 1;
-            // The catalog has 255 pages, so these can't use the reserve up.
-            need.makes_room &= key.volume == VolumeId::CATALOG;
-        }
-        need.changes = commit.changes.len() as u64;
-        need
-    }
-
-    /// Blocks of data space that it may take: each page written one as an image and another later,
-    /// and its map nodes on top. A freed page takes none.
-    pub(in crate::engine) fn blocks(&self) -> u64 {
-        2 * u64::from(self.frames) + self.nodes
-    }
-
-    pub(in crate::engine) fn plus(self, other: Need) -> Need {
-        Need {
-            record_bytes: self.record_bytes + other.record_bytes,
-            images: self.images + other.images,
-            frames: self.frames + other.frames,
-            changes: self.changes + other.changes,
-            nodes: self.nodes + other.nodes,
-            makes_room: other.makes_room,
-        }
-    }
 }
 
 impl Shard {
@@ -156,7 +88,7 @@ impl Shard {
         if !self.log_fits(body + self.inline_blocks(images), body, Some(more)) {
             return Admission::Stalled;
         }
-        let alone = self.participant.reserved.count == 0;
+        let alone = self.reservations.parts.count == 0;
         if !self.dirty_fits(need.changes, alone) {
             return Admission::Stalled;
         }
@@ -197,7 +129,7 @@ impl Shard {
             return false;
         }
         // Shards that hold it back are nudged.
-        self.watermark.wanted = self.watermark.wanted.max(lowest);
+        self.watermark.want(lowest);
         self.ctx.blocked.wait_for_watermark(step, lowest);
         true
     }
@@ -207,7 +139,7 @@ impl Shard {
     /// the rest of the segment, or in a free one, for the sum, there is room however it is divided
     /// into groups.
     fn log_fits(&mut self, blocks: u32, body: u32, more: Option<Reserved>) -> bool {
-        let reserved = self.participant.reserved.plus(more.unwrap_or_default());
+        let reserved = self.reservations.parts.plus(more.unwrap_or_default());
         // Each group that closes may leave the end of a buffer unused.
         let closes = reserved.count.min(self.ctx.limits.log_writes_max);
         if self.log.has_room(blocks + reserved.log_blocks)
@@ -217,20 +149,20 @@ impl Shard {
         }
         self.log.open.urgent |= !self.log.open.is_empty();
         if self.log.free_segments() == 0 {
-            self.need_checkpoint();
+            self.ctx.need_checkpoint();
         }
         false
     }
 
     /// Whether memory holds what would be dirty then: pages in a quarter of it, freed ones on their
-    /// way into the map among them, and map nodes in [`DIRTY_NODES_MAX`]. One commit goes alone if
+    /// way into the map among them, and map nodes in their part of it. One commit goes alone if
     /// it must. If not, what is dirty is written.
     fn dirty_fits(&mut self, changes: u64, first: bool) -> bool {
         let memory = u64::from(self.ctx.limits.memory_blocks);
-        let dirty = self.writeback.reserved_blocks + self.requests.held.frees_unpublished;
+        let dirty = self.reservations.dirty_blocks + self.reservations.frees_unpublished;
         let alone = first && dirty == 0;
-        let pages_fit = alone || dirty + self.participant.reserved.changes + changes <= memory / 4;
-        let nodes_fit = self.map.dirty_count() as u64 <= memory * DIRTY_NODES_MAX / 32;
+        let pages_fit = alone || dirty + self.reservations.parts.changes + changes <= memory / 4;
+        let nodes_fit = !dirty_nodes_fill_memory(&self.map, &self.ctx.limits);
         if !pages_fit || !nodes_fit {
             self.start_reclaim();
         }
@@ -242,14 +174,8 @@ impl Shard {
         self.log.open.urgent |= !self.log.open.is_empty();
         self.writeback.dirty_since = 0;
         if self.map.dirty_count() as u32 > self.ctx.limits.memory_blocks / 32 {
-            self.need_checkpoint();
+            self.ctx.need_checkpoint();
         }
-    }
-
-    /// So many that only a checkpoint should come now, and no more of them.
-    pub(in crate::engine) fn dirty_nodes_are_many(&self) -> bool {
-        self.map.dirty_count() as u64
-            > u64::from(self.ctx.limits.memory_blocks) * DIRTY_NODES_MANY / 32
     }
 
     /// Frames for the new versions, and the map leaves in memory, pinned.
@@ -320,7 +246,7 @@ impl Shard {
     /// for frames may have taken nodes that an earlier commit made for nothing: no device has them,
     /// and they were counted as there. The next try counts them.
     fn nodes_are_counted(&mut self, key: PageKey, frames: u32) -> bool {
-        let kept = self.participant.reserved.frames + self.checkpoint_frames();
+        let kept = self.reservations.parts.frames + self.reservations.checkpoint_frames;
         self.ctx.arena.free_blocks() >= frames + self.map.missing_nodes(key) + kept
     }
 
@@ -414,7 +340,7 @@ impl Shard {
         let pending = &mut self.requests.pending[waiter];
         pending.yields = pending.yields.saturating_add(1);
         pending.stays = stays && step == Step::Commit;
-        self.need_more(waiter);
+        self.requests.need_more(waiter);
         self.want_node(node, child, NodeWaiter::Request(waiter));
         Admission::Waiting
     }
@@ -426,7 +352,8 @@ impl Shard {
         let pages =
             commit.changes.iter().filter(|(_, change)| !matches!(change, Change::Free)).count()
                 as u32;
-        let most = (self.frames_usable() - self.checkpoint_frames()) / COMMIT_SHARE;
+        let most = (self.reservations.usable_frames() - self.reservations.checkpoint_frames)
+            / COMMIT_SHARE;
         if pages + nodes <= most || planted!(TooLargeAdmitted) {
             return None;
         }
@@ -451,7 +378,7 @@ impl Shard {
         match self.admit_memory(waiter, frames, Step::Redo) {
             Admission::Yes => true,
             Admission::Waiting => {
-                self.requests.ready.pop_front();
+                self.requests.ready_redo = None;
                 false
             }
             _ => false,

@@ -18,14 +18,14 @@ use crate::base::error::{Error, ErrorKind};
 use crate::base::{Lsn, Micros, ShardId, ShardSet};
 use crate::engine::budget::coordinated_bytes;
 use crate::engine::message::{Decision, Message, PrepareRequest, Vote};
+use crate::engine::txn::precedence;
+use crate::engine::watermark::Outcome;
 use crate::engine::{Commit, Lack, Response, Shard, Step, Token};
 use smallvec::SmallVec;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
 /// For how long a commit is asked for again, before it gets `Busy`.
 const ASK_FOR_US: Micros = 10_000_000;
-/// Before it is asked for again: the first time, and at most.
-pub(in crate::engine) const RETRY_US: (Micros, Micros) = (100, 5_000);
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum State {
@@ -39,7 +39,7 @@ enum State {
 pub(in crate::engine) struct CoordinatedCommit {
     token: Token,
     durable: bool,
-    /// Its part of `Held::request_bytes`.
+    /// Its part of `Reservations::request_bytes`.
     pub weight: u64,
     /// What each shard is asked.
     prepares: SmallVec<[(ShardId, PrepareRequest); 2]>,
@@ -108,8 +108,6 @@ pub(in crate::engine) struct Coordinator {
     pub waiting: Vec<u64>,
     /// Those for which all votes are in.
     pub decidable: VecDeque<u64>,
-    /// LSNs drawn for those of which some part is not durable.
-    pub undurable: BTreeSet<Lsn>,
 }
 
 impl Coordinator {
@@ -119,7 +117,6 @@ impl Coordinator {
             next_txn: 1,
             waiting: Vec::new(),
             decidable: VecDeque::new(),
-            undurable: BTreeSet::new(),
         }
     }
 }
@@ -187,14 +184,14 @@ impl Shard {
             attempts: 0,
             refused_first_at: None,
         };
-        self.requests.held.request_bytes += weight;
+        self.reservations.request_bytes += weight;
         self.coordinator.commits.insert(txn, cross);
         self.ask(txn);
     }
 
     fn remove_coordinated(&mut self, txn: u64) {
         if let Some(cross) = self.coordinator.commits.remove(&txn) {
-            self.requests.held.request_bytes -= cross.weight;
+            self.reservations.request_bytes -= cross.weight;
         }
     }
 
@@ -275,7 +272,8 @@ impl Shard {
                 let turn = (u64::from(self.ctx.id.get()).wrapping_mul(7)
                     ^ txn.wrapping_mul(0x9e37_79b9))
                     % slots;
-                let until = self.ctx.now + (RETRY_US.0 * (1 + turn)).min(RETRY_US.1);
+                let until = self.ctx.now
+                    + (precedence::RETRY_US.0 * (1 + turn)).min(precedence::RETRY_US.1);
                 cross.state = State::Waiting { until };
                 cross.assert_state();
                 self.coordinator.waiting.push(txn);
@@ -339,7 +337,14 @@ impl Shard {
                     let (token, read) = (cross.token, cross.read_lsn);
                     self.abort_participants(txn);
                     self.remove_coordinated(txn);
-                    self.reply_when_durable(read, token, Response::Committed(read), false);
+                    self.watermark.reply_when_durable(
+                        &mut self.ctx,
+                        &mut self.log,
+                        read,
+                        token,
+                        Response::Committed(read),
+                        Outcome::Known,
+                    );
                     self.ctx.work_pending = true;
                 }
                 _ => self.coordinator.decidable.push_back(txn),
@@ -367,7 +372,7 @@ impl Shard {
             (cross.token, cross.durable, std::mem::take(&mut cross.yes), cross.read_lsn);
         // What was asked is not needed any more: the parts have it.
         cross.prepares.clear();
-        self.coordinator.undurable.insert(lsn);
+        self.watermark.hold_back(lsn);
         self.ctx.stats.commits_cross += 1;
         #[cfg(any(test, feature = "sim"))]
         self.ctx.drawn.push((token, lsn));
@@ -381,9 +386,23 @@ impl Shard {
             self.ctx.send(shard, Message::Decide(txn, decision));
         }
         if durable {
-            self.reply_when_durable(lsn.max(read), token, Response::Committed(lsn), true);
+            self.watermark.reply_when_durable(
+                &mut self.ctx,
+                &mut self.log,
+                lsn.max(read),
+                token,
+                Response::Committed(lsn),
+                Outcome::Unknown,
+            );
         } else if writers.is_empty() || self.acknowledges_unseen(txn) {
-            self.reply_when_durable(read, token, Response::Committed(lsn), true);
+            self.watermark.reply_when_durable(
+                &mut self.ctx,
+                &mut self.log,
+                read,
+                token,
+                Response::Committed(lsn),
+                Outcome::Unknown,
+            );
         }
     }
 
@@ -404,7 +423,14 @@ impl Shard {
         cross.assert_state();
         if cross.applied_left == 0 && !cross.durable {
             let (token, lsn, read) = (cross.token, cross.lsn, cross.read_lsn);
-            self.reply_when_durable(read, token, Response::Committed(lsn), true);
+            self.watermark.reply_when_durable(
+                &mut self.ctx,
+                &mut self.log,
+                read,
+                token,
+                Response::Committed(lsn),
+                Outcome::Unknown,
+            );
         }
     }
 
@@ -416,8 +442,8 @@ impl Shard {
         if cross.parts_left == 0 {
             let lsn = cross.lsn;
             self.remove_coordinated(txn);
-            self.coordinator.undurable.remove(&lsn);
-            self.publish_low_water();
+            self.watermark.parts_durable(lsn);
+            self.watermark.publish(&mut self.ctx, self.log.bound());
         }
     }
 
@@ -426,11 +452,11 @@ impl Shard {
         self.coordinator.decidable.clear();
         self.coordinator.waiting.clear();
         for (_, cross) in std::mem::take(&mut self.coordinator.commits) {
-            self.requests.held.request_bytes -= cross.weight;
+            self.reservations.request_bytes -= cross.weight;
             match cross.state {
                 // A durable one waits with all others for the watermark, and is told there.
                 State::Drawn if !cross.durable && cross.applied_left > 0 => {
-                    let error = crate::engine::requests::outcome_unknown(cross.lsn, cause);
+                    let error = crate::engine::watermark::outcome_unknown(cross.lsn, cause);
                     self.ctx.reply(cross.token, Err(error));
                 }
                 State::Drawn => {}

@@ -14,16 +14,13 @@ use crate::base::error::{Error, Result};
 use crate::base::{BLOCK, ImageIdx, Lsn, PageIdx, PageKey, RequestIdx};
 use crate::engine::log::OpenImage;
 use crate::engine::requests::PendingKind;
-use crate::engine::txn::admission::{Admission, Need};
+use crate::engine::reservations::Need;
+use crate::engine::txn::admission::Admission;
+use crate::engine::watermark::Outcome;
 use crate::engine::{Change, Lack, Response, Shard, Step};
 use crate::format::group::Role;
 use bytes::Bytes;
 use smallvec::SmallVec;
-
-/// LSNs above the watermark at most. A new epoch begins this far above everything found, so that an
-/// LSN which was drawn, and perhaps told to somebody, but never reached a device, is not drawn
-/// again.
-pub(crate) const LSN_AHEAD_MAX: u64 = 1 << 24;
 
 impl Shard {
     /// Executes the commits whose pages are there, as far as there is room.
@@ -36,12 +33,6 @@ impl Shard {
                 break;
             }
             self.requests.pending[waiter].stays = false;
-            if matches!(self.requests.pending[waiter].kind, PendingKind::Redo(_)) {
-                if !batch.is_empty() || !self.run_redo(waiter) {
-                    break;
-                }
-                continue;
-            }
             if let Some(error) = self.refusal(waiter) {
                 self.requests.ready.pop_front();
                 self.finish_commit(waiter, Err(error), Lsn::ZERO);
@@ -156,15 +147,32 @@ impl Shard {
         }
         match result {
             Err(error) => self.ctx.reply(token, Err(error)),
-            Ok(None) => {
-                self.reply_when_durable(read_lsn, token, Response::Committed(read_lsn), false)
-            }
+            Ok(None) => self.watermark.reply_when_durable(
+                &mut self.ctx,
+                &mut self.log,
+                read_lsn,
+                token,
+                Response::Committed(read_lsn),
+                Outcome::Known,
+            ),
             Ok(Some(lsn)) if commit.durable && !planted!(AcknowledgedEarly) => {
-                self.reply_when_durable(lsn, token, Response::Committed(lsn), true);
+                self.watermark.reply_when_durable(
+                    &mut self.ctx,
+                    &mut self.log,
+                    lsn,
+                    token,
+                    Response::Committed(lsn),
+                    Outcome::Unknown,
+                );
             }
-            Ok(Some(lsn)) => {
-                self.reply_when_durable(read_lsn, token, Response::Committed(lsn), true)
-            }
+            Ok(Some(lsn)) => self.watermark.reply_when_durable(
+                &mut self.ctx,
+                &mut self.log,
+                read_lsn,
+                token,
+                Response::Committed(lsn),
+                Outcome::Unknown,
+            ),
         }
     }
 
@@ -233,7 +241,7 @@ impl Shard {
         self.set_absent(idx, true);
         if let Some(image) = self.cache.table.pages[idx].image.take() {
             self.log.open.images[image.index()].is_freed = true;
-            self.writeback.reserved_blocks -= 1;
+            self.reservations.dirty_blocks -= 1;
         }
         self.log.open.change(3, key, 0, 0, &[]);
         self.changed(idx, lsn);
@@ -242,7 +250,7 @@ impl Shard {
     fn new_image(&mut self, idx: PageIdx, key: PageKey, lsn: Lsn) -> ImageIdx {
         let span = self.log.open.span();
         self.log.open.images.push(OpenImage { key, lsn, span, sealed: None, is_freed: false });
-        self.writeback.reserved_blocks += 1;
+        self.reservations.dirty_blocks += 1;
         let image = ImageIdx::new(self.log.open.images.len() - 1);
         self.cache.table.pages[idx].image = Some(image);
         image
@@ -295,7 +303,7 @@ impl Shard {
         page.lsn = lsn;
         if page.dirty_from.is_none() {
             page.dirty_from = Some(lsn);
-            self.writeback.reserved_blocks += 1;
+            self.reservations.dirty_blocks += 1;
             self.space.freed_pages += u64::from(page.absent);
         } else {
             self.ctx.stats.absorbed_writes += u64::from(page.image.is_none());

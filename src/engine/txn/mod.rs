@@ -7,5 +7,3 @@ pub(in crate::engine) mod local;
 pub(in crate::engine) mod page_locks;
 pub(in crate::engine) mod participant;
 pub(in crate::engine) mod precedence;
-
-pub(crate) use local::LSN_AHEAD_MAX;

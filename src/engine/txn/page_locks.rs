@@ -13,22 +13,6 @@ use crate::base::{PageIdx, RequestIdx};
 use crate::engine::Shard;
 use smallvec::SmallVec;
 
-/// Who holds a page.
-#[derive(Default)]
-pub(in crate::engine) struct PageLock {
-    shared: u32,
-    exclusive: bool,
-    /// Commits of this shard that wait for it.
-    waiters: SmallVec<[RequestIdx; 1]>,
-}
-
-impl PageLock {
-    /// Whether somebody may read (`false`) or change (`true`) the page.
-    pub fn allows(&self, change: bool) -> bool {
-        !self.exclusive && (self.shared == 0 || !change)
-    }
-}
-
 impl Shard {
     /// A page of the commit that is held in a way that the commit can't go on: index in the table.
     pub(in crate::engine) fn locked_page(&self, waiter: RequestIdx) -> Option<PageIdx> {
@@ -45,8 +29,8 @@ impl Shard {
 
     /// A commit of this shard waits until the page is not held any more.
     pub(in crate::engine) fn wait_for_page_lock(&mut self, waiter: RequestIdx, idx: PageIdx) {
-        self.need_more(waiter);
-        self.cache.table.pages[idx].hold.waiters.push(waiter);
+        self.requests.need_more(waiter);
+        self.cache.table.pages[idx].hold.wait(waiter);
         self.ctx.stats.held_back += 1;
     }
 
@@ -69,11 +53,7 @@ impl Shard {
     pub(in crate::engine) fn hold_pages(&mut self, waiter: RequestIdx) {
         for (idx, change) in self.lock_set(waiter) {
             let hold = &mut self.cache.table.pages[idx].hold;
-            assert!(hold.allows(change), "a held page means another vote");
-            match change {
-                true => hold.exclusive = true,
-                false => hold.shared += 1,
-            }
+            hold.take(change);
         }
     }
 
@@ -81,12 +61,8 @@ impl Shard {
     pub(in crate::engine) fn let_pages_go(&mut self, waiter: RequestIdx) {
         for (idx, change) in self.lock_set(waiter) {
             let hold = &mut self.cache.table.pages[idx].hold;
-            match change {
-                true => hold.exclusive = false,
-                false => hold.shared -= 1,
-            }
-            for waiter in std::mem::take(&mut hold.waiters) {
-                self.need_met(waiter, None);
+            for waiter in hold.give_back(change) {
+                self.requests.need_met(waiter, None, &mut self.ctx);
             }
         }
     }

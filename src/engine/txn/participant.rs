@@ -14,63 +14,16 @@
 //!    end right before and right after it.
 
 use crate::base::error::{Error, ErrorKind};
-use crate::base::{Lsn, Micros, RequestIdx, ShardId, ShardSet};
+use crate::base::{Lsn, RequestIdx, ShardId, ShardSet};
 use crate::engine::log::PartRef;
 use crate::engine::message::{Decision, Message, PrepareRequest, Vote};
-use crate::engine::requests::PendingKind;
-use crate::engine::txn::admission::{Admission, Need};
+use crate::engine::requests::{Part, PendingKind};
+use crate::engine::reservations::Need;
+use crate::engine::txn::admission::Admission;
 use crate::engine::txn::precedence;
 use crate::engine::{Commit, Shard};
 use crate::format::group::Role;
 use hashbrown::HashMap;
-
-/// A part in the table of requests.
-pub(in crate::engine) struct Part {
-    pub of: PartRef,
-    pub commit: Commit,
-    owner_logs: bool,
-    /// When the commit was asked for first.
-    pub since: Micros,
-    /// What a `Yes` has reserved.
-    pub(in crate::engine) reserved: Option<Reserved>,
-}
-
-/// What parts with a `Yes` may still need.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub(in crate::engine) struct Reserved {
-    /// Parts.
-    pub count: usize,
-    /// Blocks of log, each part in a group of its own.
-    pub log_blocks: u32,
-    /// Frames for new versions.
-    pub frames: u32,
-    /// Pages that become dirty.
-    pub changes: u64,
-    /// Blocks of data space, map nodes included.
-    pub space_blocks: u64,
-}
-
-impl Reserved {
-    pub(in crate::engine) fn plus(self, other: Reserved) -> Reserved {
-        Reserved {
-            count: self.count + other.count,
-            log_blocks: self.log_blocks + other.log_blocks,
-            frames: self.frames + other.frames,
-            changes: self.changes + other.changes,
-            space_blocks: self.space_blocks + other.space_blocks,
-        }
-    }
-
-    fn minus(self, other: Reserved) -> Reserved {
-        Reserved {
-            count: self.count - other.count,
-            log_blocks: self.log_blocks - other.log_blocks,
-            frames: self.frames - other.frames,
-            changes: self.changes - other.changes,
-            space_blocks: self.space_blocks - other.space_blocks,
-        }
-    }
-}
 
 /// The parts that this shard has, by commit: their places in the table of requests.
 pub(in crate::engine) type Parts = HashMap<PartRef, RequestIdx, foldhash::fast::FixedState>;
@@ -78,13 +31,13 @@ pub(in crate::engine) type Parts = HashMap<PartRef, RequestIdx, foldhash::fast::
 /// Parts of commits over shards, voted for and not decided yet.
 pub(in crate::engine) struct Participant {
     pub parts: Parts,
-    /// What they have reserved.
-    pub reserved: Reserved,
+    /// The part of a commit over shards that others let go first (see `precedence`).
+    pub in_front: Option<precedence::InFront>,
 }
 
 impl Participant {
     pub fn new(hasher: foldhash::fast::FixedState) -> Self {
-        Participant { parts: HashMap::with_hasher(hasher), reserved: Reserved::default() }
+        Participant { parts: HashMap::with_hasher(hasher), in_front: None }
     }
 }
 
@@ -98,7 +51,7 @@ impl Shard {
         }
         let age = precedence::age(of, ask.since);
         let behind = self.is_behind(age);
-        if behind || !self.holds_little_for_parts() {
+        if behind || !self.reservations.holds_little_for_parts() {
             // To wait here could be to wait for a hold that this very commit has elsewhere.
             self.note_vote(age, &Vote::Busy, !behind);
             self.ctx.send(owner, Message::Vote(txn, Vote::Busy));
@@ -173,7 +126,7 @@ impl Shard {
             Admission::No(error) => return Some(Vote::No(error)),
         }
         let reserved = self.reservation(&need);
-        self.participant.reserved = self.participant.reserved.plus(reserved);
+        self.reservations.parts = self.reservations.parts.plus(reserved);
         if let PendingKind::Part(part) = &mut self.requests.pending[waiter].kind {
             part.reserved = Some(reserved);
         }
@@ -227,14 +180,14 @@ impl Shard {
         self.apply(waiter, lsn, role);
         self.log.open.end_span();
         self.log.open.parts.push(of);
-        self.log.open.urgent |= urgent || lsn <= self.watermark.flush_requested_upto;
+        self.log.open.urgent |= urgent || self.watermark.is_requested(lsn);
     }
 
     fn unreserve(&mut self, waiter: RequestIdx) {
         if let PendingKind::Part(part) = &mut self.requests.pending[waiter].kind
             && let Some(reserved) = part.reserved.take()
         {
-            self.participant.reserved = self.participant.reserved.minus(reserved);
+            self.reservations.parts = self.reservations.parts.minus(reserved);
         }
     }
 

@@ -25,16 +25,17 @@ use crate::base::{Micros, RequestIdx, ShardId};
 use crate::engine::log::PartRef;
 use crate::engine::message::Vote;
 use crate::engine::requests::PendingKind;
-use crate::engine::txn::coordinator;
 use crate::engine::{Lack, Shard, Step};
 
+/// Before a commit that was refused is asked for again: the first time, and at most.
+pub(in crate::engine) const RETRY_US: (Micros, Micros) = (100, 5_000);
 /// From when on a commit that is asked for again goes in front. Shorter waits are common when a
 /// device is busy, and end by themselves; to stop the others for each of them would cost
 /// throughput.
 const PATIENCE_US: Micros = 100_000;
 /// For how long a part stays in front without being asked for: an owner asks again sooner, even
 /// when it is slow to turn.
-const IN_FRONT_US: Micros = 8 * coordinator::RETRY_US.1;
+const IN_FRONT_US: Micros = 8 * RETRY_US.1;
 
 /// When a commit was asked for first, at its owner, and which it is: the order in which commits
 /// over shards go.
@@ -61,8 +62,7 @@ impl Shard {
     }
 
     fn front(&self) -> Option<&InFront> {
-        self.ctx
-            .blocked
+        self.participant
             .in_front
             .as_ref()
             .filter(|front| self.ctx.now < front.until && !planted!(VotesNeverFirst))
@@ -86,15 +86,15 @@ impl Shard {
             Vote::Busy | Vote::Conflict => {
                 let old_enough = self.ctx.now >= age.0 + PATIENCE_US;
                 if old_enough && self.front().is_none_or(|front| age <= front.age) {
-                    self.ctx.blocked.in_front =
+                    self.participant.in_front =
                         Some(InFront { age, until: self.ctx.now + IN_FRONT_US, for_holds });
                 }
             }
             // Others may go on, in the next lap.
             Vote::Yes(_) | Vote::No(_)
-                if self.ctx.blocked.in_front.as_ref().is_some_and(|front| front.age == age) =>
+                if self.participant.in_front.as_ref().is_some_and(|front| front.age == age) =>
             {
-                self.ctx.blocked.in_front = None;
+                self.participant.in_front = None;
                 self.ctx.work_pending = true;
             }
             Vote::Yes(_) | Vote::No(_) => {}

@@ -52,8 +52,12 @@ pub(in crate::engine) struct WriteBack {
     pub awaiting_watermark: BinaryHeap<AwaitingWatermark>,
     /// Pages being written.
     pub page_writes: usize,
-    /// Blocks that dirty pages and images will need.
-    pub reserved_blocks: u64,
+    /// No dirty page can be written before something happens here, or the watermark reaches this.
+    pub stuck_until: Option<Lsn>,
+    /// Written versions whose map leaf is being written.
+    pub behind_nodes: Vec<PageVersionIdx>,
+    /// Pages whose version at the beginning of the checkpoint under way is not in the map yet.
+    pub checkpoint_versions: u64,
 }
 
 /// Pages in flight to their places at most: enough for the queue of a fast device, few enough to
@@ -69,11 +73,14 @@ impl Shard {
             return;
         }
         self.write_moves();
-        let pressed = self.checkpoint.wants_pages() || self.life.closing.is_some();
+        if std::mem::take(&mut self.space.granted) {
+            self.writeback.dirty_since = 0;
+        }
+        let pressed = self.ctx.checkpoint.wants_pages || self.life.closing.is_some();
         let due = self.writeback.dirty.len() >= self.ctx.limits.coalesce_batch_pages
             || self.ctx.now
                 >= self.writeback.dirty_since.saturating_add(self.ctx.limits.coalesce_window_us);
-        let stuck = self.watermark.dirty_stuck.is_some() && !pressed;
+        let stuck = self.writeback.stuck_until.is_some() && !pressed;
         if self.writeback.dirty.is_empty()
             || !(due || pressed)
             || stuck
@@ -107,7 +114,7 @@ impl Shard {
                 take.push(idx);
             }
         }
-        self.watermark.dirty_stuck = (take.is_empty() && !later.is_empty()).then_some(stuck_at);
+        self.writeback.stuck_until = (take.is_empty() && !later.is_empty()).then_some(stuck_at);
         self.writeback.dirty = later;
         self.writeback.dirty_since = self.ctx.now;
         self.capture_pages(take);
@@ -118,7 +125,7 @@ impl Shard {
     /// the watermark, brings a turn.
     pub(in crate::engine) fn may_write_back(&self) -> bool {
         let has_room = self.writeback.page_writes < PAGE_WRITES_MAX || planted!(DeadlineInThePast);
-        !self.writeback.dirty.is_empty() && self.watermark.dirty_stuck.is_none() && has_room
+        !self.writeback.dirty.is_empty() && self.writeback.stuck_until.is_none() && has_room
     }
 
     fn capture_pages(&mut self, mut take: Vec<PageIdx>) {
@@ -130,13 +137,9 @@ impl Shard {
             let (key, lsn) = (page.key, page.lsn);
             if page.absent {
                 self.begin_flush(idx);
-                let version = self.writeback.versions.insert(PageVersion {
-                    page: idx,
-                    lsn,
-                    entry: None,
-                    moved_from: None,
-                });
-                self.requests.held.frees_unpublished += 1;
+                let version =
+                    self.add_version(PageVersion { page: idx, lsn, entry: None, moved_from: None });
+                self.reservations.frees_unpublished += 1;
                 self.version_written(version);
                 continue;
             }
@@ -161,7 +164,7 @@ impl Shard {
         }
         // Commits have reserved a block for each page; a redo reserves none, and the checkpoint
         // that ends it waits for its pages.
-        if found_none && self.life.opening && self.checkpoint.wants_pages() {
+        if found_none && self.life.opening && self.ctx.checkpoint.wants_pages {
             self.must_grow("the pages of the recovery");
         }
     }
@@ -171,7 +174,7 @@ impl Shard {
         let page = &mut self.cache.table.pages[idx];
         page.dirty_from = None;
         page.versions += 1;
-        self.writeback.reserved_blocks -= 1;
+        self.reservations.dirty_blocks -= 1;
         self.space.freed_pages -= u64::from(page.absent);
         page.assert_state();
     }
@@ -194,13 +197,19 @@ impl Shard {
     ) -> (PageVersionIdx, IoSlice) {
         let page = &self.cache.table.pages[idx];
         let entry = sealed.entry(place, page.lsn);
-        let version = self.writeback.versions.insert(PageVersion {
+        let version = self.add_version(PageVersion {
             page: idx,
             lsn: page.lsn,
             entry: Some(entry),
             moved_from,
         });
         (version, IoSlice::whole(sealed.into_bytes()))
+    }
+
+    /// A version of a page is on its way into the map.
+    pub(in crate::engine) fn add_version(&mut self, version: PageVersion) -> PageVersionIdx {
+        self.reservations.unpublished += 1;
+        self.writeback.versions.insert(version)
     }
 
     fn write_versions(&mut self, blocks: Vec<(BlockAddr, (PageVersionIdx, IoSlice))>) {
@@ -212,14 +221,14 @@ impl Shard {
             let (versions, slices): (Vec<_>, Vec<_>) = run.items.into_iter().unzip();
             let offset = run.place.offset(self.ctx.limits.geometry.extent_bytes);
             let op = DiskOp::Write { file: FileId::Data, offset, from: slices.into() };
-            self.submit(OpKind::PageWrite(versions), op);
+            self.ctx.submit(OpKind::PageWrite(versions), op);
         }
     }
 
     /// Pages that compaction moves: clean, in memory, their leaf pinned.
     fn write_moves(&mut self) {
         let mut blocks = Vec::new();
-        for idx in std::mem::take(&mut self.compaction.moves) {
+        for idx in std::mem::take(&mut self.space.compaction.moves) {
             let page = &self.cache.table.pages[idx];
             let (key, lsn) = (page.key, page.lsn);
             // Changed since: its new version leaves the old place anyway. Without space it stays.
@@ -251,19 +260,20 @@ impl Shard {
     }
 
     fn version_written(&mut self, version: PageVersionIdx) {
-        self.watermark.dirty_stuck = None;
+        self.writeback.stuck_until = None;
         let lsn = self.writeback.versions[version].lsn;
         if lsn <= self.ctx.order.watermark() || planted!(MappedTooSoon) {
             self.publish_or_wait(version);
         } else {
             self.log.open.urgent |= !self.log.open.is_empty();
-            self.watermark.wanted = self.watermark.wanted.max(lsn);
+            self.watermark.want(lsn);
             self.writeback.awaiting_watermark.push(AwaitingWatermark(Reverse((lsn, version))));
         }
     }
 
     /// The watermark has advanced: what is written and durable goes into the map.
     pub(in crate::engine) fn publish_durable(&mut self) {
+        self.writeback.stuck_until = None;
         let watermark = self.ctx.order.watermark();
         while self.writeback.awaiting_watermark.peek().is_some_and(|u| u.lsn() <= watermark) {
             if let Some(AwaitingWatermark(Reverse((_, version)))) =
@@ -276,7 +286,7 @@ impl Shard {
 
     /// Node writes may have ended: what waited for them goes into the map.
     pub(in crate::engine) fn publish_behind_nodes(&mut self) {
-        for version in std::mem::take(&mut self.checkpoint.behind_nodes) {
+        for version in std::mem::take(&mut self.writeback.behind_nodes) {
             self.publish_or_wait(version);
         }
     }
@@ -287,7 +297,7 @@ impl Shard {
         let leaf = self.cache.table.pages[self.writeback.versions[version].page].leaf;
         if leaf.is_some_and(|leaf| self.map.is_being_written(leaf)) {
             self.ctx.stats.settles_delayed += 1;
-            self.checkpoint.behind_nodes.push(version);
+            self.writeback.behind_nodes.push(version);
         } else {
             self.publish_to_map(version);
         }
@@ -296,6 +306,7 @@ impl Shard {
     fn publish_to_map(&mut self, version: PageVersionIdx) {
         let PageVersion { page: idx, lsn, entry, moved_from } =
             self.writeback.versions.remove(version);
+        self.reservations.unpublished -= 1;
         let page = &mut self.cache.table.pages[idx];
         page.versions -= 1;
         let key = page.key;
@@ -309,7 +320,7 @@ impl Shard {
         };
         match entry {
             Some(entry) => self.space.extents.name_page(vshard, entry.place()),
-            None => self.requests.held.frees_unpublished -= 1,
+            None => self.reservations.frees_unpublished -= 1,
         }
         if applies {
             let leaf = page.leaf.expect("a page with a version on its way has its leaf pinned");
@@ -335,17 +346,14 @@ impl Shard {
         }
     }
 
-    /// One thing less refers to the page. Without anything on its way it needs its map leaf no
-    /// more, and without memory no entry in the table: the index may be another page's afterwards.
-    pub(in crate::engine) fn unpin_if_clean(&mut self, idx: PageIdx) {
+    /// A version of the page is in the map.
+    pub(in crate::engine) fn page_published(&mut self, idx: PageIdx) {
         let page = &mut self.cache.table.pages[idx];
-        let clean = page.holds == 0
-            && page.versions == 0
-            && page.dirty_from.is_none()
-            && page.image.is_none();
-        if clean && let Some(leaf) = page.leaf.take() {
-            self.map.unpin(leaf);
+        if page.checkpoint_target != Lsn::ZERO && page.mapped_lsn >= page.checkpoint_target {
+            let left = self.writeback.checkpoint_versions;
+            assert!(left > 0, "{:?} is waited for, of {left} pages", page.key);
+            page.checkpoint_target = Lsn::ZERO;
+            self.writeback.checkpoint_versions -= 1;
         }
-        self.reference_ended(idx);
     }
 }

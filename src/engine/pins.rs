@@ -5,7 +5,6 @@
 //! 2. A clone of a page counts as a page, but is never refused.
 
 use crate::base::error::{Error, ErrorKind, Result};
-use crate::engine::PageRef;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -55,7 +54,7 @@ pub(crate) struct PinReservation {
 }
 
 impl PinReservation {
-    fn one(&mut self) -> Option<Pin> {
+    pub(super) fn one(&mut self) -> Option<Pin> {
         self.count = self.count.checked_sub(1)?;
         Some(Pin(self.pins.clone()))
     }
@@ -69,7 +68,7 @@ impl Drop for PinReservation {
 
 /// One pinned page.
 #[derive(Debug)]
-pub(in crate::engine) struct Pin(Arc<PinQuota>);
+pub(super) struct Pin(Arc<PinQuota>);
 
 impl Clone for Pin {
     fn clone(&self) -> Self {
@@ -81,16 +80,6 @@ impl Clone for Pin {
 impl Drop for Pin {
     fn drop(&mut self) {
         self.0.held.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-impl PageRef {
-    /// The same page, as one of a share; a page without memory takes nothing.
-    pub(crate) fn counted(mut self, share: &mut PinReservation) -> PageRef {
-        if !self.is_absent() {
-            self.pin = share.one();
-        }
-        self
     }
 }
 

@@ -1,0 +1,84 @@
+//! What a request holds in the table while it is under way: its pages, and the bytes of those that it
+//! needs.
+//!
+//! Invariants
+//! 1. Each page of a pending request is held once for each time that the request names it, from
+//!    [`Shard::begin`] to [`Shard::release`].
+//! 2. A page that is held stays in the table; one that is held with its bytes stays in memory.
+
+use crate::base::{Lsn, PageIdx, PageKey, RequestIdx};
+use crate::engine::budget::request_weight;
+use crate::engine::requests::{Pending, PendingKind};
+use crate::engine::{Change, Shard, Token};
+use smallvec::SmallVec;
+
+impl Shard {
+    /// The pages of a commit: those read, then those changed. To have read one was the use, not to
+    /// say so.
+    pub(in crate::engine) fn pages_of(
+        &mut self,
+        reads: &[(PageKey, Lsn)],
+        changes: &[(PageKey, Change)],
+    ) -> SmallVec<[PageIdx; 2]> {
+        let mut pages: SmallVec<[PageIdx; 2]> =
+            reads.iter().map(|(key, _)| self.cache.table.entry(*key)).collect();
+        pages.extend(changes.iter().map(|(key, _)| self.cache.table.get(*key)));
+        pages
+    }
+
+    /// Registers a request and asks for its pages; `data(i)` says whether page `i` is needed with
+    /// its bytes.
+    pub(in crate::engine) fn begin(
+        &mut self,
+        token: Option<Token>,
+        kind: PendingKind,
+        pages: SmallVec<[PageIdx; 2]>,
+        data: impl Fn(usize) -> bool,
+    ) -> RequestIdx {
+        let weight = request_weight(&kind, pages.len());
+        self.reservations.request_bytes += weight;
+        let (mut with_data, mut bits): (SmallVec<[u64; 1]>, u64) = (SmallVec::new(), 0);
+        for (i, idx) in pages.iter().enumerate() {
+            if i > 0 && i % 64 == 0 {
+                with_data.push(std::mem::take(&mut bits));
+            }
+            self.cache.table.pages[*idx].holds += 1;
+            if data(i) {
+                bits |= 1 << (i % 64);
+                self.cache.table.hold_bytes(*idx);
+                self.reservations.held_pages += 1;
+            }
+        }
+        with_data.push(bits);
+        let count = pages.len();
+        let waiter = self.requests.begin(token, kind, pages, with_data, weight);
+        for i in 0..count {
+            let idx = self.requests.pending[waiter].pages[i];
+            // Counted before it is asked for: the answer may come at once.
+            self.requests.need_more(waiter);
+            if self.want(idx, data(i), waiter) {
+                self.requests.need_met(waiter, None, &mut self.ctx);
+            }
+        }
+        // The one that stood for "not all asked yet".
+        self.requests.need_met(waiter, None, &mut self.ctx);
+        waiter
+    }
+
+    /// Ends a request: its pages may go, and those without memory are gone from the table
+    /// afterwards.
+    pub(in crate::engine) fn release(&mut self, waiter: RequestIdx) -> Pending {
+        let pending = self.requests.pending.remove(waiter);
+        self.reservations.request_bytes -= pending.weight;
+        self.reservations.moves -= usize::from(matches!(pending.kind, PendingKind::Move(..)));
+        for (i, idx) in pending.pages.iter().enumerate() {
+            self.cache.table.pages[*idx].holds -= 1;
+            if pending.needs_data(i) {
+                self.cache.table.let_bytes_go(*idx);
+                self.reservations.held_pages -= 1;
+            }
+            self.unpin_if_clean(*idx);
+        }
+        pending
+    }
+}

@@ -1,0 +1,199 @@
+//! Who has the memory that others wait for: at the end of a turn in which somebody found none, what
+//! keeps it is brought to give it back, or the first in the queue is refused.
+//!
+//! Invariants
+//! 1. Nobody is refused while something under way will give memory back, unless what readers have
+//!    pinned is the cause.
+//! 2. One refusal at a time in each queue: who comes next looks again.
+//!
+//! It does not find frames (`cache::eviction` does), nor decide who goes first.
+
+use super::blocked::{
+    Lack, MEMORY_RETRY_US, MEMORY_WAIT_MAX_US, PATH_NODES, REFUSED, SHORTAGE_US, Step,
+};
+use super::reservations::HELD_PAGES_SHARE;
+use super::{OpKind, Shard};
+use crate::base::Lsn;
+use crate::base::error::{Error, ErrorKind};
+
+impl Shard {
+    /// At the end of a turn in which somebody found no memory: what keeps it is brought to give it
+    /// back, or the first in the queue is refused.
+    pub(super) fn relieve_memory(&mut self) {
+        if !self.ctx.blocked.lacks_memory() {
+            return;
+        }
+        let now = self.ctx.now;
+        let waited = |step| self.ctx.blocked.waited(step, now);
+        let longest =
+            [Step::Commit, Step::Vote, Step::NodeRead, Step::PageRead, Step::Redo, Step::RedoRead]
+                .into_iter()
+                .filter_map(waited)
+                .max();
+        let Some(longest) = longest else { return };
+        let at_rest = self.ctx.ops.is_empty()
+            && self.writeback.dirty.is_empty()
+            && self.writeback.versions.is_empty();
+        let is_long = at_rest
+            || longest >= SHORTAGE_US
+            || REFUSED.into_iter().any(|step| self.is_met_still(step));
+        if is_long
+            && self.ctx.failed.is_none()
+            && self.map.dirty_count() > 0
+            && !self.ctx.checkpoint.is_wanted_or_active()
+        {
+            // A dirty node stays in memory until a checkpoint has written it.
+            self.ctx.need_checkpoint();
+        }
+        if REFUSED.into_iter().any(|step| self.ctx.blocked.is_to_be_judged(step, now)) {
+            self.refuse_for_memory();
+        }
+    }
+
+    /// Whether `step` is blocked by memory, and has been again and again for as long as a request
+    /// waits at most.
+    fn is_met_still(&self, step: Step) -> bool {
+        self.ctx.blocked.is_blocked(step, Lack::Memory)
+            && self.ctx.blocked.is_pressed(step, self.ctx.now)
+    }
+
+    /// Refuses the first in each queue that has waited long enough, if what readers have pinned is
+    /// the cause, or far too long.
+    fn refuse_for_memory(&mut self) {
+        if self.ctx.now < self.ctx.blocked.judged_at + MEMORY_RETRY_US {
+            return;
+        }
+        self.ctx.blocked.judged_at = self.ctx.now;
+        self.look_at_pinned();
+        let pinned = self.pinned_by_readers();
+        // What commits that wait have pinned of the map comes back only with their answers. Where
+        // readers have little of the memory, others are the cause.
+        let readers_have_much =
+            pinned >= self.reservations.usable_frames() / HELD_PAGES_SHARE as u32;
+        let kept = if readers_have_much && !self.gives_memory_back() {
+            self.map.awaited_count(false) as u32
+        } else {
+            0
+        };
+        let others = self.cache.table.resident().held + PATH_NODES + kept;
+        for step in REFUSED {
+            let waited = self
+                .ctx
+                .blocked
+                .waited(step, self.ctx.now)
+                .filter(|_| self.ctx.blocked.is_to_be_judged(step, self.ctx.now));
+            let Some(waited) = waited else { continue };
+            let frames = self.ctx.blocked.missed_frames(step);
+            // Whether it would be refused even if all else had been given back.
+            let by_pins =
+                pinned > 0 && pinned + frames + others > self.reservations.usable_frames();
+            // Whoever comes next has waited behind the one that was refused: not as long again for
+            // each, if nothing is under way.
+            let is_stuck =
+                self.ctx.ops.is_empty() && self.ctx.blocked.is_pressed(step, self.ctx.now);
+            let patience = if is_stuck { SHORTAGE_US } else { MEMORY_WAIT_MAX_US };
+            if !by_pins && (waited < patience || self.gives_memory_back()) {
+                continue;
+            }
+            let error = match &self.ctx.failed {
+                // What is dirty stays so: to try again would not help.
+                Some(failed) if !by_pins => failed.clone(),
+                _ => self.no_memory(frames, pinned, by_pins),
+            };
+            match step {
+                Step::NodeRead => self.refuse_node_read(&error),
+                Step::PageRead => self.refuse_page_read(&error),
+                Step::Redo => self.refuse_redo(error),
+                _ => self.refuse_commit(error),
+            }
+            if by_pins {
+                // The next one may be refused at once: it has waited as long.
+                self.ctx.blocked.judged_at = 0;
+            }
+            self.ctx.work_pending = true;
+        }
+    }
+
+    /// Whether something under way ends with more memory than there was: a write makes what it
+    /// writes clean. Reads only take memory, and where it is short there is always one under way:
+    /// whoever waited until there is none would wait without end.
+    fn gives_memory_back(&self) -> bool {
+        let is_read = |op: &OpKind| matches!(op, OpKind::PageRead(_) | OpKind::NodeRead(_));
+        let writes = self.ctx.failed.is_none() && self.ctx.checkpoint.is_wanted_or_active();
+        writes || !self.ctx.ops.iter().all(|(_, op)| is_read(op))
+    }
+
+    fn no_memory(&self, frames: u32, pinned: u32, by_pins: bool) -> Error {
+        let usable = self.reservations.usable_frames();
+        if by_pins {
+            return Error::new(
+                ErrorKind::Busy,
+                format_args!(
+                    "no memory is left in shard {}: readers have pinned {pinned} of its {usable} \
+                     pages, and {frames} must be free; drop PageRefs, or open with more \
+                     memory_bytes",
+                    self.ctx.id.get()
+                ),
+            );
+        }
+        Error::new(
+            ErrorKind::Busy,
+            format_args!(
+                "no memory for {} s in shard {}: {frames} of {usable} pages must be free, readers \
+                 have pinned {pinned} ({}); try again, with fewer requests at a time, or open \
+                 with more memory_bytes",
+                MEMORY_WAIT_MAX_US / 1_000_000,
+                self.ctx.id.get(),
+                self.memory()
+            ),
+        )
+    }
+
+    /// Frames that nobody but readers can give back: pages that the search for memory has found
+    /// pinned, none of them let go of when it looked again, and frames that are nowhere in the
+    /// shard any more. What is being written from or read into is left out as far as that is known.
+    /// It looks at no page: a shard of much memory that is starved would do nothing else.
+    fn pinned_by_readers(&mut self) -> u32 {
+        let pinned =
+            if self.cache.eviction.saw_all_pinned() { self.cache.eviction.pinned() } else { 0 };
+        let accounted = self.reservations.fixed_frames
+            + self.cache.table.resident().pages
+            + self.map.nodes_count()
+            + self.frames_in_ops();
+        pinned + (self.ctx.arena.blocks() - self.ctx.arena.free_blocks()).saturating_sub(accounted)
+    }
+
+    /// Frames of operations under way that are neither in the table nor in the map.
+    fn frames_in_ops(&self) -> u32 {
+        let summary = self.space.extents.summary_blocks();
+        let of = |op: &OpKind| match op {
+            OpKind::PageRead(reads) => reads.len() as u32,
+            OpKind::NodeRead(_) => 1,
+            OpKind::SummaryWrite(_) | OpKind::SummaryRead(_) => summary,
+            OpKind::Checkpoint | OpKind::RedoRead(_) => self.ctx.limits.vectored_pages_max as u32,
+            // Images of versions that have been replaced since, at most.
+            OpKind::GroupLog(_) => self.ctx.limits.inline_pages_max as u32,
+            OpKind::GroupData(_, versions) | OpKind::PageWrite(versions) => versions.len() as u32,
+            OpKind::GroupFlush(_) | OpKind::Grow(_) | OpKind::LogSegment => 0,
+        };
+        self.ctx.ops.iter().map(|(_, op)| of(op)).sum()
+    }
+
+    /// Refuses the commit that is first in the queue.
+    fn refuse_commit(&mut self, error: Error) {
+        // One that waits for a node is told by that.
+        let first = self.requests.ready.front().copied();
+        let Some(waiter) = first.filter(|first| !self.requests.pending[*first].is_waiting()) else {
+            return;
+        };
+        self.requests.ready.pop_front();
+        self.finish_commit(waiter, Err(error), Lsn::ZERO);
+    }
+
+    /// Gives the recovery up.
+    fn refuse_redo(&mut self, error: Error) {
+        let Some(waiter) = self.requests.ready_redo.take() else { return };
+        self.release(waiter);
+        self.ctx.fail(error);
+    }
+}
