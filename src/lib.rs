@@ -66,7 +66,7 @@ mod io;
 mod memory;
 mod base;
 mod ops;
-#[cfg(any(test, fuzzing, feature = "sim"))]
+#[cfg(any(test, fuzzing, feature = "sim", feature = "testing"))]
 #[doc(hidden)]
 pub mod testing;
 

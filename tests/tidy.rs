@@ -8,6 +8,8 @@
 
 #[path = "tidy/calls.rs"]
 mod calls;
+#[path = "tidy/habits.rs"]
+mod habits;
 #[path = "tidy/imports.rs"]
 mod imports;
 
@@ -51,6 +53,9 @@ const LAYERS: &[&[(&str, &[&str])]] = &[
     &[("base", &[]), ("base/sync", &[])],
     &[("base/error", &[])],
     &[("mesh", &[])],
+    &[("base/mix", &[])],
+    &[("testing/pattern", &[]), ("testing/random", &[])],
+    &[("testing/replay", &[])],
     &[("base/options", &[]), ("base/checksum", &[]), ("base/metrics", &[])],
     &[("format", &[])],
     &[("memory", &[])],

@@ -1,24 +1,20 @@
 //! Clients of the engine, each one operation after another, and the check of what they have left.
 //!
-//! A page holds, at the start of each of its sectors, its number and the tag of the write that it
-//! is from, so that another page, an old one and a torn one show. `Newest` says for each page which
-//! tag was acknowledged last; a client has pages of its own.
+//! A page says which it is, and the tag of the write that it is from (`corepage::testing::pattern`).
+//! `newest` says for each page which tag was acknowledged last; a client has pages of its own.
 
 use crate::PAGE;
 use crate::reference::{processor_time, sample};
 use crate::report::Sample;
 use bytes::Bytes;
+use corepage::testing::pattern::{self, Label};
+use corepage::testing::random::Rng;
 use corepage::{Change, Durability, OnShard, PageId, ShardHandle, Store, Volume};
 use futures_lite::future::block_on;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-
-/// Bytes of a sector, in which a write is never torn.
-const SECTOR: usize = 512;
-/// Bytes of a small commit.
-const PATCH: usize = 128;
 
 /// The operation that clients repeat.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -40,30 +36,12 @@ pub enum CallSite {
     Threads(u64),
 }
 
-/// SplitMix64.
-pub struct Chance(pub u64);
-
-impl Chance {
-    /// A number below `n`.
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % n
-    }
-}
-
-fn stamp(sector: &mut [u8], id: u64, tag: u64) {
-    sector[..8].copy_from_slice(&id.to_le_bytes());
-    sector[8..16].copy_from_slice(&tag.to_le_bytes());
-}
+/// Who the pages are labelled with.
+const OWNER: u64 = u64::from_le_bytes(*b"bench\0\0\0");
 
 /// A page's bytes.
 fn page(id: u64, tag: u64) -> Bytes {
-    let mut bytes = vec![0x5a; PAGE];
-    bytes.chunks_mut(SECTOR).for_each(|sector| stamp(sector, id, tag));
-    bytes.into()
+    pattern::page(Label { owner: OWNER, number: id, version: tag }).into()
 }
 
 /// A volume with clients.
@@ -97,7 +75,7 @@ struct Client {
     on_shard: Option<Volume<OnShard>>,
     pages: Arc<[u64]>,
     own: Range<u64>,
-    chance: Chance,
+    rng: Rng,
     run: Run,
 }
 
@@ -107,7 +85,7 @@ impl Client {
         let mut begun = Instant::now();
         let mut tag = self.run.round << 32;
         while begun < until {
-            let at = self.own.start + self.chance.below(self.own.end - self.own.start);
+            let at = self.own.start + self.rng.below(self.own.end - self.own.start);
             let id = self.pages[at as usize];
             tag += 1;
             self.once(id, tag).await;
@@ -127,12 +105,12 @@ impl Client {
                     None => volume.read(page_id).await,
                 };
                 let page = page.expect("a page is read");
-                return assert_eq!(page[..8], id.to_le_bytes(), "another page was served");
+                let number = Label::of(&page).map(|label| label.number);
+                return assert_eq!(number, Some(id), "another page was served");
             }
             Operation::Patch => {
-                let mut bytes = [0x5a; PATCH];
-                stamp(&mut bytes, id, tag);
-                Change::Patch { offset: 0, bytes: Bytes::copy_from_slice(&bytes) }
+                let bytes = pattern::patch(id, tag).into();
+                Change::Patch { offset: pattern::PATCH_AT as u32, bytes }
             }
             Operation::Put => Change::Put(page(id, tag)),
         };
@@ -197,9 +175,7 @@ impl BenchVolume {
             on_shard: handle.map(|handle| self.volume.on(handle).expect("it is of this store")),
             pages: pages.clone(),
             own: own(n),
-            chance: Chance(
-                run.round << 32 | n << 8 | handle.map_or(0, |handle| handle.shard() as u64),
-            ),
+            rng: Rng::of(&[run.round, n, handle.map_or(0, |handle| handle.shard() as u64)]),
             run,
         };
         (0..count).map(client).collect()
@@ -278,19 +254,9 @@ impl BenchVolume {
             let pages = block_on(self.volume.read_many(ids)).expect("pages are read");
             for (id, page) in ids.iter().map(|id| id.get()).zip(pages) {
                 let newest = self.newest[id as usize].load(Ordering::Relaxed);
-                for (n, sector) in page.chunks(SECTOR).enumerate() {
-                    let tag = if whole || n == 0 { newest } else { 0 };
-                    assert_eq!(
-                        sector[..8],
-                        id.to_le_bytes(),
-                        "page {id}, sector {n}: of another page"
-                    );
-                    assert_eq!(
-                        sector[8..16],
-                        tag.to_le_bytes(),
-                        "page {id}, sector {n}: not what was acknowledged last"
-                    );
-                }
+                let wanted = if whole { (newest, 0) } else { (0, newest) };
+                let found = pattern::check(OWNER, id, &page);
+                assert_eq!(found, Some(wanted), "page {id} (version, patch)");
             }
         }
     }

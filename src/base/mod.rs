@@ -9,6 +9,7 @@ pub(crate) mod error;
 mod index;
 mod lsn;
 pub mod metrics;
+pub mod mix;
 pub(crate) mod options;
 mod page;
 mod place;

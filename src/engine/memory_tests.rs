@@ -7,6 +7,7 @@ use crate::base::{BLOCK, Micros, PageId, PageKey, ShardId, VShard, VolumeId};
 use crate::format::extent::NodeKey;
 use crate::format::node::Child;
 use crate::testing::local_cluster::LocalCluster;
+use crate::testing::random::Rng;
 use crate::testing::sim::disk::SimDisk;
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -108,17 +109,6 @@ fn absent_pages_take_no_memory() {
     assert_eq!(bench.read([0]), [7]);
 }
 
-/// A small generator: what is read at random is the same in each run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 =
-            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % end
-    }
-}
-
 /// Pages with a leaf each, three for every frame: neither they nor the map fit into memory.
 fn fill_far(bench: &mut Bench) -> u64 {
     let pages = 3 * u64::from(bench.shard().ctx.limits.memory_blocks);
@@ -146,7 +136,7 @@ fn hot_hits(bench: &mut Bench, hot: u64) -> u64 {
 fn pages_in_use_stay_in_memory_when_a_large_volume_is_read_at_random() {
     let mut bench = Bench::open(&options());
     let pages = fill_far(&mut bench);
-    let (hot, mut random) = (12, Random(3));
+    let (hot, mut random) = (12, Rng::new(3));
     assert!(hot_hits(&mut bench, hot) >= 19 * hot);
     for _ in 0..64 * u64::from(bench.shard().ctx.limits.memory_blocks) / 4 {
         let n = random.below(pages);
@@ -194,7 +184,7 @@ fn the_read_that_brings_a_page_into_memory_is_no_use_of_it() {
 fn a_frame_is_had_for_a_few_looks_however_full_memory_is() {
     let mut bench = Bench::open(&options());
     let pages = fill_far(&mut bench);
-    let mut random = Random(5);
+    let mut random = Rng::new(5);
     for i in 0..10_000u64 {
         let n = random.below(pages);
         bench.read([n * 64]);

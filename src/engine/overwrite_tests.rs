@@ -15,7 +15,7 @@ use crate::base::{BLOCK, Micros, PageId, PageKey, ShardMap, VolumeId};
 use crate::engine::map::Lookup;
 use crate::io::{Completion, Disk, DiskOp, FileId, OpId};
 use crate::testing::local_cluster::LocalCluster;
-use crate::testing::sim::rng::Rng;
+use crate::testing::random::Rng;
 use bytes::Bytes;
 use std::collections::BTreeMap;
 

@@ -10,6 +10,7 @@ use super::uring::{UringDisk, UringOptions};
 use super::*;
 use crate::base::options::Driver;
 use crate::memory::Arena;
+use crate::testing::random::Rng;
 use smallvec::smallvec;
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
@@ -33,18 +34,8 @@ fn make(files: &Arc<Files>, driver: Driver) -> Box<dyn DriverDisk> {
     }
 }
 
-/// A cheap sequence of pseudo-random numbers.
-struct Sequence(u64);
-
-impl Sequence {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (self.0 >> 33) % n
-    }
-}
-
 /// Keeps `depth` reads under way for a round: how many were done.
-fn reads(disk: &mut dyn Disk, arena: &mut Arena, depth: usize, sequence: &mut Sequence) -> f64 {
+fn reads(disk: &mut dyn Disk, arena: &mut Arena, depth: usize, rng: &mut Rng) -> f64 {
     let mut done = Vec::new();
     let mut spare: Vec<_> = (0..depth).map(|_| arena.alloc(0).unwrap()).collect();
     let (mut count, mut flying) = (0u64, 0);
@@ -53,7 +44,7 @@ fn reads(disk: &mut dyn Disk, arena: &mut Arena, depth: usize, sequence: &mut Se
         while start.elapsed() < ROUND
             && let Some(frame) = spare.pop()
         {
-            let offset = sequence.below(FILE_BYTES / 4096) * 4096;
+            let offset = rng.below(FILE_BYTES / 4096) * 4096;
             disk.submit(OpId(0), DiskOp::Read { file: log(0), offset, into: smallvec![frame] });
             flying += 1;
         }
@@ -127,7 +118,7 @@ fn ring_against_portable() {
 fn compare_drivers(page_cache: PageCache) {
     let (_dir, files) = store(page_cache);
     let mut arena = Arena::new(4096).unwrap();
-    let mut sequence = Sequence(1);
+    let mut rng = Rng::new(1);
     let drivers = [Driver::Ring, Driver::Portable];
     let mut disks = drivers.map(|driver| make(&files, driver));
     disks.iter_mut().for_each(|disk| disk.register(arena.mapping()));
@@ -137,7 +128,7 @@ fn compare_drivers(page_cache: PageCache) {
         for _ in 0..ROUNDS {
             for (i, disk) in disks.iter_mut().enumerate() {
                 let before = processor_us();
-                let rate = reads(disk.as_mut(), &mut arena, depth, &mut sequence);
+                let rate = reads(disk.as_mut(), &mut arena, depth, &mut rng);
                 costs[i].push((processor_us() - before) / (rate * ROUND.as_secs_f64()));
                 rates[i].push(rate / 1000.0);
             }

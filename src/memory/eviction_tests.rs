@@ -1,6 +1,7 @@
 //! The policy on a made-up memory: what goes, what stays, and what a search costs.
 
 use super::*;
+use crate::testing::random::Rng;
 use proptest::prelude::*;
 use smallvec::SmallVec;
 use std::collections::BTreeMap;
@@ -146,12 +147,8 @@ fn a_new_working_set_takes_over() {
 fn an_eviction_costs_a_bounded_number_of_looks() {
     let blocks = 4096;
     let mut cache = Cache::new(blocks);
-    let mut state = 1u64;
-    let mut random = |below: u64| {
-        state =
-            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) % below
-    };
+    let mut rng = Rng::new(1);
+    let mut random = |below: u64| rng.below(below);
     for step in 0..60_000u64 {
         // Everything is used again and again, so that all of it has uses to lose; some is
         // referenced for a while.

@@ -21,13 +21,14 @@
 
 mod counting;
 
+use crate::base::mix::mix;
 use crate::base::options::Options;
 use crate::base::{BLOCK, Micros, PageId, PageKey, ShardId, ShardMap, VolumeId};
 use crate::engine::recovery;
 use crate::engine::{Change, Commit, Request, Response, StateMachine, Token};
 use crate::testing::fuzz::memory::MemoryDisk;
 use crate::testing::local_cluster::LocalCluster;
-use bytes::Bytes;
+use crate::testing::pattern::{self, Label};
 use counting::{CountedShard, CountingDisk};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -275,8 +276,11 @@ impl ClusterBench {
             Work::Patch => {
                 let patch = |_| {
                     let key = self.next_page(0);
-                    let bytes = Bytes::from(self.step.to_le_bytes().repeat(16));
-                    commit(vec![(key, Change::Patch { offset: 64, bytes })], true)
+                    let bytes = pattern::patch(key.page.get(), self.step).into();
+                    commit(
+                        vec![(key, Change::Patch { offset: pattern::PATCH_AT as u32, bytes })],
+                        true,
+                    )
                 };
                 let requests = (0..batch).map(patch).collect();
                 self.ask(ShardId::LEADER, requests);
@@ -296,11 +300,8 @@ impl ClusterBench {
         let answers = self.ask(ShardId::LEADER, keys.iter().map(|key| read(*key)).collect());
         for (key, answer) in keys.iter().zip(answers) {
             let Response::Pages(pages) = answer else { panic!("{answer:?}") };
-            assert_eq!(
-                pages[0][..8],
-                key.page.get().to_le_bytes(),
-                "another page than was asked for"
-            );
+            let number = Label::of(&pages[0]).map(|label| label.number);
+            assert_eq!(number, Some(key.page.get()), "another page than was asked for");
         }
     }
 
@@ -374,22 +375,13 @@ fn read(key: PageKey) -> Request {
 }
 
 fn put(key: PageKey, step: u64) -> Change {
-    let mut bytes = vec![0x5a; BLOCK];
-    bytes[..8].copy_from_slice(&key.page.get().to_le_bytes());
-    bytes[8..16].copy_from_slice(&step.to_le_bytes());
-    Change::Put(bytes.into())
+    let owner = key.volume.get().into();
+    let label = Label { owner, number: key.page.get(), version: step };
+    Change::Put(pattern::page(label).into())
 }
 
 fn commit(changes: Vec<(PageKey, Change)>, durable: bool) -> Request {
     Request::Commit(Commit { reads: Vec::new(), changes, durable })
-}
-
-/// SplitMix64's finisher.
-fn mix(x: u64) -> u64 {
-    let z = x.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 #[cfg(test)]

@@ -1,5 +1,10 @@
-//! What the engine is tested with: the simulator, fuzz targets, counts of instructions. Not in a
-//! release build.
+//! What the engine is tested with: the simulator, fuzz targets, counts of instructions; and what all
+//! tests and benchmarks share, which is the one random source and the one pattern of pages.
+//!
+//! A release of the library has none of it; one with the program has [`random`] and [`pattern`], for
+//! `corepage bench`.
+
+#![allow(missing_docs, reason = "nothing of it is for users of the library")]
 
 #[cfg(any(test, fuzzing))]
 pub mod cost;
@@ -7,6 +12,10 @@ pub mod cost;
 pub mod fuzz;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod local_cluster;
+pub mod pattern;
+pub mod random;
+#[cfg(any(test, feature = "testing"))]
+pub mod replay;
 #[cfg(any(test, feature = "sim"))]
 #[cfg_attr(not(test), allow(dead_code, reason = "some of it serves the unit tests only"))]
 pub mod sim;

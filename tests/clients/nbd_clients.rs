@@ -8,7 +8,7 @@
 #![allow(clippy::disallowed_methods)]
 
 use crate::common;
-use common::{Chance, Served, has_fuse, has_tool, run, scratch, skip};
+use common::{Rng, Served, has_fuse, has_tool, run, scratch, skip};
 use futures_lite::future::block_on;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
@@ -90,13 +90,13 @@ fn fio_finds_what_it_wrote_at_every_depth_and_after_a_kill() {
 /// An image with data, holes, and zeros that are data, which no page boundary divides.
 fn image(path: &Path, bytes: u64) {
     let mut file = File::create(path).expect("an image");
-    let mut chance = Chance::of(&[3]);
+    let mut rng = Rng::of(&[3]);
     let mut at = 5 * MIB + 700;
     while at < bytes - 3 * MIB {
-        let length = 1 + chance.below(MIB);
+        let length = 1 + rng.below(MIB);
         file.seek(SeekFrom::Start(at)).expect("it can be long");
-        file.write_all(&chance.bytes(length as usize)).expect("room for an image");
-        at += length + chance.below(4 * MIB);
+        file.write_all(&rng.bytes(length as usize)).expect("room for an image");
+        at += length + rng.below(4 * MIB);
     }
     file.set_len(bytes).expect("it can be long");
 }
@@ -363,7 +363,7 @@ fn a_file_over_nbdfuse_holds_what_was_written_to_it() {
     let dir = scratch("nbdfuse");
     let (store, at) = (dir.path().join("store"), dir.path().join("mount"));
     fs::create_dir(&at).expect("a place to mount at");
-    let mut chance = Chance::of(&[11]);
+    let mut rng = Rng::of(&[11]);
     let mut model = vec![0; 8 * MIB as usize];
     for life in 0..2 {
         let served = serve(&store, "8M");
@@ -375,12 +375,12 @@ fn a_file_over_nbdfuse_holds_what_was_written_to_it() {
         file.read_exact_at(&mut all, 0).expect("it can be read");
         assert!(all == model, "life {life} begins with other bytes");
         for step in 0..2000 {
-            let longest = [8, 5000, 200_000][chance.below(3) as usize];
-            let length = 1 + chance.below(longest) as usize;
-            let offset = chance.below((model.len() - length) as u64) as usize;
-            match chance.below(20) {
+            let longest = [8, 5000, 200_000][rng.below(3) as usize];
+            let length = 1 + rng.below(longest) as usize;
+            let offset = rng.below((model.len() - length) as u64) as usize;
+            match rng.below(20) {
                 0..9 => {
-                    let bytes = chance.bytes(length);
+                    let bytes = rng.bytes(length);
                     file.write_all_at(&bytes, offset as u64).expect("it can be written");
                     model[offset..][..length].copy_from_slice(&bytes);
                 }

@@ -9,7 +9,7 @@
 //! saw to what was there before. Groups of cells that are written blindly, all at a time, carry a
 //! sequence number instead.
 
-use super::Chance;
+use super::Rng;
 use corepage::{Change, PageId};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -32,9 +32,9 @@ pub fn group_cells(group: u64) -> impl Iterator<Item = u64> {
 
 /// What the writer `id` does to a cell; its first eight bytes are always the id.
 pub fn change(id: u64, cell: u64) -> Change {
-    let mut chance = Chance::of(&[id, cell]);
-    let whole = chance.below(3) == 0;
-    let mut bytes = chance.bytes(if whole { PAGE } else { 100 });
+    let mut rng = Rng::of(&[id, cell]);
+    let whole = rng.below(3) == 0;
+    let mut bytes = rng.bytes(if whole { PAGE } else { 100 });
     bytes[..8].copy_from_slice(&id.to_le_bytes());
     if whole { Change::Put(bytes.into()) } else { Change::Patch { offset: 0, bytes: bytes.into() } }
 }

@@ -1,5 +1,5 @@
 //! What the tests with real processes share: a server to start, kill and stop, tools to look for,
-//! chance from a seed.
+//! rng from a seed.
 //!
 //! 1. No process outlives its guard: [`Served`] kills by id when it is dropped.
 //! 2. A missing tool is said loudly, and is a failure where COREPAGE_REQUIRE_TOOLS=1 is set (as
@@ -20,6 +20,7 @@ pub mod scratch;
 pub mod surroundings;
 pub mod workload;
 
+pub use corepage::testing::random::Rng;
 pub use scratch::scratch;
 use std::hash::Hasher;
 use std::io::{BufRead, BufReader, Write};
@@ -222,59 +223,16 @@ impl Drop for Served {
     }
 }
 
-/// Chance that can be repeated (SplitMix64, Steele, Lea and Flood, 2014).
-#[derive(Clone, Debug)]
-pub struct Chance(u64);
-
-impl Chance {
-    pub fn new(seed: u64) -> Self {
-        Chance(seed)
-    }
-
-    /// Another sequence for each list of numbers.
-    pub fn of(numbers: &[u64]) -> Self {
-        let mut chance = Chance(0);
-        for number in numbers {
-            chance.0 = chance.next() ^ number;
-        }
-        chance
-    }
-
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `bound`.
-    pub fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
-    }
-
-    pub fn fill(&mut self, bytes: &mut [u8]) {
-        for chunk in bytes.chunks_mut(8) {
-            chunk.copy_from_slice(&self.next().to_le_bytes()[..chunk.len()]);
-        }
-    }
-
-    pub fn bytes(&mut self, count: usize) -> Vec<u8> {
-        let mut bytes = vec![0; count];
-        self.fill(&mut bytes);
-        bytes
-    }
-}
-
 /// How many kills a kill loop makes: 20, or what COREPAGE_KILLS says.
 pub fn kills_count() -> u64 {
     std::env::var("COREPAGE_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(20)
 }
 
-/// A seed of chance: `usual`, or another with COREPAGE_SEED, for a long run that is not to repeat
+/// A seed: `usual`, or another with COREPAGE_SEED, for a long run that is not to repeat
 /// the short one.
 pub fn seed(usual: u64) -> u64 {
     let other = std::env::var("COREPAGE_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(0);
-    Chance::of(&[other]).next().wrapping_mul(u64::from(other != 0)) ^ usual
+    Rng::of(&[other]).draw().wrapping_mul(u64::from(other != 0)) ^ usual
 }
 
 /// Says now and then how far a long kill loop is.

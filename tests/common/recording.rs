@@ -1,7 +1,7 @@
 //! One life of a store on a logged disk, and what is there of it when the power goes at points of
 //! the log.
 
-use super::Chance;
+use super::Rng;
 use super::history::{ALL_CELLS, Cell, PAGE, Said, check_known, place};
 use super::replay::{Log, Rebuilt, SECTOR, Subset};
 use super::role::Run;
@@ -60,9 +60,9 @@ impl Recording {
     }
 
     /// Points in order: between flushes, and just before and after one.
-    fn points(&self, count: u64, chance: &mut Chance) -> Vec<usize> {
+    fn points(&self, count: u64, rng: &mut Rng) -> Vec<usize> {
         let ready = self.ready.min(self.end());
-        let mut any = || ready + chance.below((self.end() - ready) as u64 + 1) as usize;
+        let mut any = || ready + rng.below((self.end() - ready) as u64 + 1) as usize;
         let mut points: Vec<usize> = (0..count).map(|_| any()).collect();
         for (n, point) in points.iter_mut().enumerate().filter(|(n, _)| n % 2 == 0) {
             let flush = self.disk.log.entries[*point..].iter().position(|entry| entry.flushes());
@@ -89,13 +89,13 @@ impl Recording {
         check_known(&base, &self.all, known, &found, cut).map(|tally| tally.there)
     }
 
-    pub fn replay(&mut self, states: u64, step: u64, chance: &mut Chance) -> Tally {
+    pub fn replay(&mut self, states: u64, step: u64, rng: &mut Rng) -> Tally {
         let mut tally = Tally::default();
-        for (n, end) in self.points(states, chance).into_iter().enumerate() {
+        for (n, end) in self.points(states, rng).into_iter().enumerate() {
             // ext4 can't always be mounted after a torn block of its own.
             let piece = if self.kind == "xfs" { SECTOR } else { 4096 };
-            let subset = Subset::by(chance, piece);
-            let (image, unflushed) = self.disk.at(end, subset, chance);
+            let subset = Subset::by(rng, piece);
+            let (image, unflushed) = self.disk.at(end, subset, rng);
             let known = self.known(end);
             let run = Run::of_step(step + n as u64);
             match self.examine(&image, &known, run) {

@@ -6,7 +6,7 @@
 //! 2. Of the rest there is any subset, in some images with writes that are there in part.
 //! 3. An image costs little: it is a reflinked copy of one that only ever goes forward.
 
-use super::Chance;
+use super::Rng;
 use super::surroundings::Mounted;
 use std::fs::File;
 use std::io;
@@ -111,15 +111,15 @@ impl Log {
 pub enum Subset {
     Nothing,
     All,
-    /// Each write by chance.
+    /// Each write by rng.
     Some,
-    /// Each piece of so many bytes of each write by chance.
+    /// Each piece of so many bytes of each write by rng.
     Torn(u64),
 }
 
 impl Subset {
     /// `piece`: the smallest that the file system bears to be torn.
-    pub fn by(chance: &mut Chance, piece: u64) -> Subset {
+    pub fn by(rng: &mut Rng, piece: u64) -> Subset {
         [
             Subset::Nothing,
             Subset::All,
@@ -127,7 +127,7 @@ impl Subset {
             Subset::Some,
             Subset::Torn(4096),
             Subset::Torn(piece),
-        ][chance.below(6) as usize]
+        ][rng.below(6) as usize]
     }
 }
 
@@ -156,7 +156,7 @@ impl Rebuilt {
 
     /// The disk as it may be if the power goes when the log had `end` entries; `end` never goes
     /// back. How many writes were not flushed.
-    pub fn at(&mut self, end: usize, subset: Subset, chance: &mut Chance) -> (PathBuf, usize) {
+    pub fn at(&mut self, end: usize, subset: Subset, rng: &mut Rng) -> (PathBuf, usize) {
         let flushed = self.log.flushed(end);
         assert!(flushed >= self.applied, "back in time");
         for entry in &self.log.entries[self.applied..flushed] {
@@ -174,7 +174,7 @@ impl Rebuilt {
                 Subset::Some => (u64::MAX >> 1, None),
                 Subset::Torn(piece) => (piece, None),
             };
-            let keep = || all.unwrap_or_else(|| chance.below(2) == 0);
+            let keep = || all.unwrap_or_else(|| rng.below(2) == 0);
             self.log.apply(entry, &image, piece, keep).expect("the image can be written");
         }
         (path, end - flushed)
@@ -182,10 +182,10 @@ impl Rebuilt {
 
     /// A disk that lies about its flushes: as it was at the last point, and of all after it up to
     /// `end` a half.
-    pub fn of_a_liar(&mut self, end: usize, chance: &mut Chance) -> PathBuf {
+    pub fn of_a_liar(&mut self, end: usize, rng: &mut Rng) -> PathBuf {
         let (path, image) = self.copy();
         for entry in &self.log.entries[self.applied..end] {
-            if chance.below(2) == 0 {
+            if rng.below(2) == 0 {
                 self.log
                     .apply(entry, &image, u64::MAX >> 1, || true)
                     .expect("the image can be written");

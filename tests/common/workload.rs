@@ -1,7 +1,7 @@
 //! The work that is cut off by a crash: transactions, blind commits and flushes of several threads,
 //! each announced and acknowledged on stdout, for the oracle in `tests/common/history.rs`.
 
-use super::Chance;
+use super::Rng;
 use super::history::{ALL_CELLS, CELLS, GROUPS, change, group_cells, place, writer_of};
 use super::role::{Run, say};
 use corepage::{Durability, ErrorKind, Store, Volume};
@@ -56,15 +56,11 @@ pub fn work(store: &Store, volume: &Volume, round: u64, early: bool) {
 
 /// Reads some cells, some of which it writes, and says so before it commits.
 async fn transaction(store: &Store, volume: &Volume, id: u64) -> Option<u64> {
-    let mut chance = Chance::of(&[id]);
+    let mut rng = Rng::of(&[id]);
     let mut cells = BTreeSet::new();
-    let count = 2 + chance.below(5);
+    let count = 2 + rng.below(5);
     while (cells.len() as u64) < count {
-        cells.insert(if chance.below(4) == 0 {
-            chance.below(HOT)
-        } else {
-            chance.below(ALL_CELLS)
-        });
+        cells.insert(if rng.below(4) == 0 { rng.below(HOT) } else { rng.below(ALL_CELLS) });
     }
     let mut txn = store.begin();
     let (mut seen, mut shards) = (String::new(), BTreeSet::new());
@@ -76,7 +72,7 @@ async fn transaction(store: &Store, volume: &Volume, id: u64) -> Option<u64> {
             Err(e) => panic!("{e}"),
         };
         let corepage::PageView::Stored(stored) = &page else { panic!("it is not changed yet") };
-        let writes = cell < CELLS && (!changed || chance.below(3) > 0);
+        let writes = cell < CELLS && (!changed || rng.below(3) > 0);
         seen += &format!(" {cell}:{}:{}:{}", u8::from(writes), writer_of(&page), stored.lsn());
         shards.insert(store.shard_of(volume, place(cell)));
         if writes {
@@ -107,7 +103,7 @@ fn blind(volume: &Volume, group: u64, newest: &AtomicU64, early: bool) {
     let mut seq = writer_of(&block_on(volume.read(place(first))).expect("the cell can be read"));
     loop {
         seq += 1;
-        let durable = Chance::of(&[group, seq, 1]).below(4) == 0;
+        let durable = Rng::of(&[group, seq, 1]).below(4) == 0;
         let durability = if durable { Durability::Durable } else { Durability::Buffered };
         let lsn = loop {
             let changes = group_cells(group).map(|cell| (place(cell), change(seq, cell))).collect();

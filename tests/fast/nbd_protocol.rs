@@ -9,7 +9,7 @@
 use crate::common;
 use common::nbd::*;
 use common::role::Run;
-use common::{Chance, Served, has_tool, scratch};
+use common::{Rng, Served, has_tool, scratch};
 
 const GIB: u64 = 1 << 30;
 const UNKNOWN: u32 = 0x8000_0006;
@@ -123,11 +123,11 @@ fn bad_input_ends_its_own_connection_only() {
     let mut half = served.client();
     half.request(0, WRITE, 0, 1 << 20, &[1; 1000]);
     drop(half);
-    let mut chance = Chance::new(7);
+    let mut rng = Rng::new(7);
     for round in 0..50 {
         let mut client = if round % 2 == 0 { Client::connect(&address) } else { served.client() };
-        let count = chance.below(300) as usize;
-        let _ = client.try_send(&chance.bytes(count));
+        let count = rng.below(300) as usize;
+        let _ = client.try_send(&rng.bytes(count));
     }
     // Deaf clients: much asked, nothing read.
     let mut deaf: Vec<_> = (0..4).map(|_| served.client()).collect();
@@ -168,25 +168,25 @@ fn ranges_are_checked_without_wrapping_and_flags_are_known() {
 /// What the volume should hold, kept beside it.
 struct Model {
     bytes: Vec<u8>,
-    chance: Chance,
+    rng: Rng,
 }
 
 impl Model {
     fn range(&mut self) -> (usize, usize) {
-        let longest = [16, 5_000, 70_000, 900_000][self.chance.below(4) as usize];
-        let length = 1 + self.chance.below(longest) as usize;
-        let at = self.chance.below((self.bytes.len() - length) as u64) as usize;
+        let longest = [16, 5_000, 70_000, 900_000][self.rng.below(4) as usize];
+        let length = 1 + self.rng.below(longest) as usize;
+        let at = self.rng.below((self.bytes.len() - length) as u64) as usize;
         // Half of them begin on a page.
-        if self.chance.below(2) == 0 { (at & !4095, length) } else { (at, length) }
+        if self.rng.below(2) == 0 { (at & !4095, length) } else { (at, length) }
     }
 
     /// One random request, done to both.
     fn step(&mut self, client: &mut Client) {
         let (at, length) = self.range();
-        let flags = if self.chance.below(8) == 0 { FUA } else { 0 };
-        match self.chance.below(10) {
+        let flags = if self.rng.below(8) == 0 { FUA } else { 0 };
+        match self.rng.below(10) {
             0..5 => {
-                let data = self.chance.bytes(length);
+                let data = self.rng.bytes(length);
                 self.bytes[at..at + length].copy_from_slice(&data);
                 client.write(flags, at as u64, &data);
             }
@@ -196,7 +196,7 @@ impl Model {
             }
             6 => {
                 self.bytes[at..at + length].fill(0);
-                let how = [0, NO_HOLE, FAST_ZERO][self.chance.below(3) as usize];
+                let how = [0, NO_HOLE, FAST_ZERO][self.rng.below(3) as usize];
                 assert_eq!(
                     client.call(flags | how, WRITE_ZEROES, at as u64, length as u32, &[]),
                     0
@@ -217,7 +217,7 @@ fn unaligned_requests_do_to_a_volume_what_they_do_to_an_array() {
     let dir = scratch("model");
     let served = Served::start(dir.path());
     let seed = 20;
-    let mut model = Model { bytes: vec![0; 4 << 20], chance: Chance::new(seed) };
+    let mut model = Model { bytes: vec![0; 4 << 20], rng: Rng::new(seed) };
     let mut client = served.client();
     (0..600).for_each(|_| model.step(&mut client));
     client.flush();
@@ -234,7 +234,7 @@ fn requests_of_32_mib_and_trims_of_the_whole_volume_are_served() {
     let dir = scratch("large");
     let served = Served::start(dir.path());
     let mut client = served.client();
-    let data = Chance::new(3).bytes(32 << 20);
+    let data = Rng::new(3).bytes(32 << 20);
     client.write(FUA, 1, &data);
     assert!(client.read(1, 32 << 20) == data);
     assert_eq!(client.call(0, WRITE_ZEROES, 4097, 16 << 20, &[]), 0);
@@ -250,7 +250,7 @@ fn many_requests_in_flight_are_each_answered_once() {
     let dir = scratch("flight");
     let served = Served::start(dir.path());
     let mut client = served.client();
-    let page = |n: u64| Chance::new(n).bytes(4096);
+    let page = |n: u64| Rng::new(n).bytes(4096);
     let mut open: std::collections::HashSet<u64> =
         (0..200).map(|n| client.request(0, WRITE, n * 4096, 4096, &page(n))).collect();
     while !open.is_empty() {
@@ -265,8 +265,7 @@ fn what_was_written_with_fua_survives_a_kill() {
     let dir = scratch("fua");
     let served = Served::start(dir.path());
     let mut client = served.client();
-    let pieces: Vec<_> =
-        (0..20u64).map(|n| (n * 50_000 + n, Chance::new(n).bytes(9_000))).collect();
+    let pieces: Vec<_> = (0..20u64).map(|n| (n * 50_000 + n, Rng::new(n).bytes(9_000))).collect();
     pieces.iter().for_each(|(at, data)| client.write(FUA, *at, data));
     served.kill();
     let served = Served::start(dir.path());
@@ -282,14 +281,14 @@ fn a_flush_covers_acknowledged_writes_of_all_connections() {
     let served = Served::start(dir.path());
     let mut writers: Vec<_> = (0..4).map(|_| served.client()).collect();
     for (n, writer) in (0u64..).zip(&mut writers) {
-        writer.write(0, n * 1_000_003, &Chance::new(n).bytes(20_000));
+        writer.write(0, n * 1_000_003, &Rng::new(n).bytes(20_000));
     }
     served.client().flush();
     served.kill();
     let served = Served::start(dir.path());
     let mut client = served.client();
     (0..4u64).for_each(|n| {
-        assert!(client.read(n * 1_000_003, 20_000) == Chance::new(n).bytes(20_000), "writer {n}")
+        assert!(client.read(n * 1_000_003, 20_000) == Rng::new(n).bytes(20_000), "writer {n}")
     });
 }
 
@@ -312,7 +311,7 @@ fn several_connections_are_announced_and_a_flush_on_one_covers_the_other_on_all_
         }
         // 2 MiB apart: each the next shard's.
         let pieces: Vec<_> =
-            (0..8u64).map(|n| (n * (2 << 20) + n * 4_097, Chance::new(n).bytes(9_000))).collect();
+            (0..8u64).map(|n| (n * (2 << 20) + n * 4_097, Rng::new(n).bytes(9_000))).collect();
         pieces.iter().for_each(|(at, data)| writer.write(0, *at, data));
         flusher.flush();
         served.kill();

@@ -9,7 +9,7 @@
 
 use crate::common;
 use common::nbd::*;
-use common::{Chance, Served, scratch};
+use common::{Rng, Served, scratch};
 use std::time::Duration;
 
 const PAGE: u64 = 4096;
@@ -94,15 +94,15 @@ fn block_status_follows_writes_and_trims() {
     let dir = scratch("status");
     let served = serve(dir.path(), "64M");
     let mut client = Client::structured(&served.address(), "vol");
-    let (pages, mut chance) = ((64 << 20) / PAGE, Chance::of(&[5]));
+    let (pages, mut rng) = ((64 << 20) / PAGE, Rng::of(&[5]));
     let mut there = vec![false; pages as usize];
     assert_eq!(status_of(&mut client, 0, 64 << 20), [(64 << 20, true)]);
     for round in 0..60 {
-        let first = chance.below(pages);
-        let count = 1 + chance.below(if round % 3 == 0 { 2000 } else { 9 }).min(pages - first - 1);
+        let first = rng.below(pages);
+        let count = 1 + rng.below(if round % 3 == 0 { 2000 } else { 9 }).min(pages - first - 1);
         let (offset, bytes, part) =
             (first * PAGE, count * PAGE, &mut there[first as usize..(first + count) as usize]);
-        match chance.below(4) {
+        match rng.below(4) {
             0 => assert_eq!(client.call(0, TRIM, offset, bytes as u32, &[]), 0),
             1 => assert_eq!(client.call(FUA, WRITE_ZEROES, offset, bytes as u32, &[]), 0),
             2 if count < 200 => {
@@ -244,7 +244,7 @@ fn hostile_clients_hurt_only_themselves() {
     let address = served.address();
     let mut good = Client::structured(&address, "vol");
     let mut model = vec![0u8; 1 << 20];
-    let mut chance = Chance::of(&[77]);
+    let mut rng = Rng::of(&[77]);
     let mut silent = Vec::new();
     for round in 0..150u64 {
         let mut bad =
@@ -252,13 +252,13 @@ fn hostile_clients_hurt_only_themselves() {
         match round % 10 {
             // Rubbish, in place of flags or options.
             0 | 1 => {
-                let length = 1 + chance.below(3000) as usize;
-                let _ = bad.try_send(&chance.bytes(length));
+                let length = 1 + rng.below(3000) as usize;
+                let _ = bad.try_send(&rng.bytes(length));
             }
             // A known option with rubbish in it.
             3 | 5 => {
-                let (number, length) = (chance.below(12) as u32, chance.below(500) as usize);
-                bad.option(number, &chance.bytes(length));
+                let (number, length) = (rng.below(12) as u32, rng.below(500) as usize);
+                bad.option(number, &rng.bytes(length));
             }
             // An option that is said to have much more data than comes.
             7 => {
@@ -270,14 +270,12 @@ fn hostile_clients_hurt_only_themselves() {
             // In transmission: rubbish, lengths that wrap, half a header, half a payload.
             _ => {
                 let mut bad = Client::structured(&address, "vol");
-                let bytes = match chance.below(5) {
-                    0 => chance.bytes(28),
+                let bytes = match rng.below(5) {
+                    0 => rng.bytes(28),
                     1 => request_bytes(0, WRITE, 1, u64::MAX - 5, 100),
                     2 => request_bytes(0, WRITE, 1, 0, u32::MAX),
                     3 => [request_bytes(0, WRITE, 1, 0, 4096), vec![0; 50]].concat(),
-                    _ => {
-                        request_bytes(0, READ, 1, 0, 32 << 20)[..chance.below(28) as usize].to_vec()
-                    }
+                    _ => request_bytes(0, READ, 1, 0, 32 << 20)[..rng.below(28) as usize].to_vec(),
                 };
                 let _ = bad.try_send(&bytes);
                 // And requests whose replies nobody takes.
@@ -291,9 +289,9 @@ fn hostile_clients_hurt_only_themselves() {
         if silent.len() < 20 && round % 7 == 0 {
             silent.push(bad);
         }
-        let (at, length) = (chance.below(1 << 20), 1 + chance.below(9000));
+        let (at, length) = (rng.below(1 << 20), 1 + rng.below(9000));
         let length = length.min((1 << 20) - at) as usize;
-        let data = chance.bytes(length);
+        let data = rng.bytes(length);
         good.write(0, at, &data);
         model[at as usize..][..length].copy_from_slice(&data);
         assert_eq!(good.read_chunks(0, at, length as u32).0, data, "round {round}");

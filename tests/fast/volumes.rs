@@ -3,6 +3,7 @@
 // Real time passes.
 #![allow(clippy::disallowed_methods)]
 
+use crate::common::Rng;
 use bytes::Bytes;
 use corepage::{ErrorKind, Options, PageId, Store, Volume};
 use futures_lite::future::block_on;
@@ -43,22 +44,17 @@ fn scanned(volume: &Volume) -> Vec<(u64, u64)> {
     all
 }
 
-/// A small linear congruential generator is random enough for page ids, and the same every time.
-struct Dice(u64);
+/// Where pages are.
+struct Places(Rng);
 
-impl Dice {
-    fn throw(&mut self, below: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (self.0 >> 33) % below
-    }
-
+impl Places {
     /// Dense, sparse and lone ids, the last one too.
-    fn id(&mut self) -> u64 {
-        match self.throw(10) {
-            0..=5 => self.throw(4000),
-            6 | 7 => (1 << 20) + self.throw(100_000),
-            8 => self.throw(64) << 50 | self.throw(3),
-            _ => u64::MAX - self.throw(3),
+    fn draw(&mut self) -> u64 {
+        match self.0.below(10) {
+            0..=5 => self.0.below(4000),
+            6 | 7 => (1 << 20) + self.0.below(100_000),
+            8 => self.0.below(64) << 50 | self.0.below(3),
+            _ => u64::MAX - self.0.below(3),
         }
     }
 }
@@ -69,12 +65,12 @@ fn what_is_allocated_and_scanned_is_what_was_written_dirty_or_not_also_after_a_r
     let mut store = block_on(Store::open(dir.path(), options())).unwrap();
     block_on(store.create_volume("other", 1 << 20)).unwrap();
     block_on(store.create_volume("v", 1 << 30)).unwrap();
-    let (mut model, mut dice) = (BTreeMap::new(), Dice(1));
+    let (mut model, mut places) = (BTreeMap::new(), Places(Rng::new(1)));
     for round in 0..12 {
         let volume = block_on(store.volume("v")).unwrap().unwrap();
         for n in 0..300 {
-            let at = dice.id();
-            if dice.throw(4) == 0 {
+            let at = places.draw();
+            if places.0.below(4) == 0 {
                 block_on(volume.free(id(at))).unwrap();
                 model.remove(&at);
             } else {
@@ -83,7 +79,11 @@ fn what_is_allocated_and_scanned_is_what_was_written_dirty_or_not_also_after_a_r
             }
         }
         let ids: Vec<u64> = model.keys().copied().collect();
-        assert_eq!(allocated(&volume, 1 + dice.throw(40) as usize), ids, "round {round}, dirty");
+        assert_eq!(
+            allocated(&volume, 1 + places.0.below(40) as usize),
+            ids,
+            "round {round}, dirty"
+        );
         match round % 3 {
             0 => drop(block_on(store.checkpoint()).unwrap()),
             1 => {
@@ -218,18 +218,18 @@ fn pages_of_a_volume_that_shrinks_and_grows_again_are_never_freed_behind_its_bac
     let dir = tempfile::tempdir().unwrap();
     let store = block_on(Store::open(dir.path(), options())).unwrap();
     let volume = block_on(store.create_volume("v", 8192 * 4096)).unwrap();
-    let (mut model, mut dice, mut end, mut overlaps) = (BTreeMap::new(), Dice(5), 8192, 0);
+    let (mut model, mut rng, mut end, mut overlaps) = (BTreeMap::new(), Rng::new(5), 8192, 0);
     for round in 0..40 {
         for n in 0..400 {
-            let at = dice.throw(end);
+            let at = rng.below(end);
             block_on(volume.write_back(id(at), page(round << 32 | n))).unwrap();
             model.insert(at, round << 32 | n);
         }
-        let smaller = 1 + dice.throw(end);
+        let smaller = 1 + rng.below(end);
         block_on(store.resize_volume("v", smaller * 4096)).unwrap();
         model.retain(|at, _| *at < smaller);
         overlaps += u32::from(store.freeing_count() > 0);
-        end = smaller + 1 + dice.throw(8192);
+        end = smaller + 1 + rng.below(8192);
         block_on(store.resize_volume("v", end * 4096)).unwrap();
     }
     assert!(

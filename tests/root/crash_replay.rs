@@ -16,7 +16,7 @@ use common::recording::{Recording, Tally};
 use common::replay::{Log, SECTOR, Subset};
 use common::role::{Role, Run, Task, say};
 use common::workload::{open, work};
-use common::{Chance, scratch, seed};
+use common::{Rng, scratch, seed};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
@@ -53,13 +53,13 @@ fn record(kind: &'static str, run: Run, ms: u64) -> Option<Recording> {
 /// A recording for each 100 states, each with another driver and number of shards.
 fn replay_on(kind: &'static str) {
     let (mut left, mut step, mut sum) = (states_count(), 0, Tally::default());
-    let mut chance = Chance::new(seed(9));
+    let mut rng = Rng::new(seed(9));
     while left > 0 {
         let states = left.min(100);
         let Some(mut recording) = record(kind, Run::of_step(step), 300 + 8 * states) else {
             return;
         };
-        let tally = recording.replay(states, step, &mut chance);
+        let tally = recording.replay(states, step, &mut rng);
         let (known, flushes) =
             (&recording.all, recording.disk.log.entries.iter().filter(|e| e.flushes()).count());
         println!(
@@ -89,17 +89,17 @@ fn what_was_acknowledged_outlives_the_power_on_xfs() {
 #[test]
 fn a_disk_that_lies_and_an_acknowledgement_that_comes_too_early_are_found() {
     let Some(mut recording) = record("ext4", Run::of_step(0), 500) else { return };
-    let (ready, end, mut chance) = (recording.ready, recording.end(), Chance::new(seed(5)));
-    let (image, _) = recording.disk.at(ready, Subset::All, &mut chance);
+    let (ready, end, mut rng) = (recording.ready, recording.end(), Rng::new(seed(5)));
+    let (image, _) = recording.disk.at(ready, Subset::All, &mut rng);
     let run = Run::of_step(1);
     recording.examine(&image, &recording.known(ready), run).expect("nothing is wrong yet");
     std::fs::remove_file(&image).expect("the image goes");
-    let (image, _) = recording.disk.at(ready, Subset::All, &mut chance);
+    let (image, _) = recording.disk.at(ready, Subset::All, &mut rng);
     let early = recording.examine(&image, &recording.known(end), run);
     println!("early: {early:?}");
     assert!(early.is_err_and(|e| e.contains("durable")), "an early acknowledgement is not found");
     std::fs::remove_file(&image).expect("the image goes");
-    let image = recording.disk.of_a_liar(end, &mut chance);
+    let image = recording.disk.of_a_liar(end, &mut rng);
     let lied = recording.examine(&image, &recording.known(end), run);
     println!("lied: {lied:?}");
     assert!(lied.is_err(), "lost flushes are not found");

@@ -17,7 +17,7 @@
 use crate::common;
 use common::device::{Device, Fault, MARK, Marks, OF_STORE, Op};
 use common::role::{Run, ring_works};
-use common::{Chance, corepage, seed};
+use common::{Rng, corepage, seed};
 use corepage::{Change, Durability, Error, ErrorKind, Geometry, Options, PageId, Store, Volume};
 use futures_lite::future::{block_on, or};
 use std::collections::BTreeMap;
@@ -446,11 +446,11 @@ fn long(kind: &str, ring: bool, count: u64) {
             !rig.fails_at_recovery(&format!("{op:?} {n}"), Fault { times, ..once(op, *n) })
         });
     }
-    let mut chance = Chance::new(seed(6));
+    let mut rng = Rng::new(seed(6));
     for n in 0..count {
-        let op = if chance.below(2) == 0 { Op::Flush } else { Op::Write };
-        let after = chance.below(150);
-        let fault = if chance.below(4) == 0 { dead(op, after) } else { once(op, after) };
+        let op = if rng.below(2) == 0 { Op::Flush } else { Op::Write };
+        let after = rng.below(150);
+        let fault = if rng.below(4) == 0 { dead(op, after) } else { once(op, after) };
         rig.fails_at_work(&format!("{n}: {fault:?}"), fault);
     }
     rig.end();

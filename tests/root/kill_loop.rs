@@ -17,7 +17,7 @@ use crate::common;
 use bytes::Bytes;
 use common::device::Device;
 use common::role::{Role, Run, Task, say};
-use common::{Chance, Served, kills_count, nbd, progress, scratch, seed};
+use common::{Rng, Served, kills_count, nbd, progress, scratch, seed};
 use corepage::{Change, Durability, ErrorKind, Lsn, PageId, Store, Volume};
 use futures_lite::future::block_on;
 use std::collections::{BTreeMap, HashSet};
@@ -41,20 +41,20 @@ fn place(page: u64) -> PageId {
 
 /// What transaction `seq` of a region does, sequence page included.
 fn changes(region: u64, seq: u64) -> Vec<(u64, Change)> {
-    let mut chance = Chance::of(&[region, seq]);
-    let count = if chance.below(20) == 0 { 150 } else { 1 + chance.below(12) };
+    let mut rng = Rng::of(&[region, seq]);
+    let count = if rng.below(20) == 0 { 150 } else { 1 + rng.below(12) };
     let base = region * REGION_PAGES;
     let mut first = vec![0; PAGE];
     first[..8].copy_from_slice(&seq.to_le_bytes());
     let mut all = vec![(base, Change::Put(first.into()))];
     for _ in 0..count {
-        let page = base + 1 + chance.below(REGION_PAGES - 1);
-        let change = match chance.below(10) {
-            0..6 => Change::Put(chance.bytes(PAGE).into()),
+        let page = base + 1 + rng.below(REGION_PAGES - 1);
+        let change = match rng.below(10) {
+            0..6 => Change::Put(rng.bytes(PAGE).into()),
             6..9 => {
-                let offset = chance.below(PAGE as u64 - 1);
-                let length = 1 + chance.below((PAGE as u64 - offset).min(300));
-                Change::Patch { offset: offset as u32, bytes: chance.bytes(length as usize).into() }
+                let offset = rng.below(PAGE as u64 - 1);
+                let length = 1 + rng.below((PAGE as u64 - offset).min(300));
+                Change::Patch { offset: offset as u32, bytes: rng.bytes(length as usize).into() }
             }
             _ => Change::Free,
         };
@@ -190,7 +190,7 @@ fn blind(volume: &Volume, region: u64) {
     let mut seq = sequence(&block_on(volume.read(first)).expect("the sequence page can be read"));
     loop {
         seq += 1;
-        let durable = Chance::of(&[region, seq, 1]).below(4) == 0;
+        let durable = Rng::of(&[region, seq, 1]).below(4) == 0;
         let durability = if durable { Durability::Durable } else { Durability::Buffered };
         let lsn = apply(volume, &changes(region, seq), durability);
         Ack { region, seq, lsn: lsn.get(), durable }.say();
@@ -264,14 +264,14 @@ fn acks_of(lines: &[String]) -> Vec<Ack> {
 fn a_killed_writer_leaves_a_prefix_of_whole_transactions_with_all_that_was_acknowledged() {
     let dir = scratch("kill");
     let mut judge = Judge::new();
-    let mut chance = Chance::new(seed(2));
+    let mut rng = Rng::new(seed(2));
     for round in 0..kills_count() {
         let writer = Role::start("write", dir.path(), Run::of_step(2 * round));
         // One time in four the clock runs from the start, so that the kill meets the recovery.
-        if chance.below(4) > 0 {
+        if rng.below(4) > 0 {
             writer.wait();
         }
-        std::thread::sleep(Duration::from_millis(5 + chance.below(496)));
+        std::thread::sleep(Duration::from_millis(5 + rng.below(496)));
         let acks = acks_of(&writer.kill());
         // Now closed cleanly, now killed again: recoveries must also follow one another.
         let reader = Role::start(
@@ -360,14 +360,14 @@ struct Sender {
 
 /// Request `seq` of the connection: command, flags, offset in its slice, length, payload.
 fn nbd_request(base: u64, seq: u64) -> (u16, u16, u64, u32, Bytes) {
-    let mut chance = Chance::of(&[base, seq, 2]);
-    let length = 1 + chance.below([100, 9_000, 70_000, 1 << 20][chance.clone().below(4) as usize]);
-    let offset = chance.below(SLICE - length);
-    let flags = if chance.below(3) == 0 { nbd::FUA } else { 0 };
-    match chance.below(8) {
+    let mut rng = Rng::of(&[base, seq, 2]);
+    let length = 1 + rng.below([100, 9_000, 70_000, 1 << 20][rng.clone().below(4) as usize]);
+    let offset = rng.below(SLICE - length);
+    let flags = if rng.below(3) == 0 { nbd::FUA } else { 0 };
+    match rng.below(8) {
         0 => (nbd::TRIM, flags, offset, length as u32, Bytes::new()),
         1 => (nbd::WRITE_ZEROES, flags, offset, length as u32, Bytes::new()),
-        _ => (nbd::WRITE, flags, offset, length as u32, chance.bytes(length as usize).into()),
+        _ => (nbd::WRITE, flags, offset, length as u32, rng.bytes(length as usize).into()),
     }
 }
 
@@ -414,7 +414,7 @@ impl Sender {
 #[test]
 fn a_killed_server_leaves_each_connections_requests_whole_and_in_order() {
     let dir = scratch("kill-nbd");
-    let mut chance = Chance::new(seed(3));
+    let mut rng = Rng::new(seed(3));
     let senders: Vec<_> = (0..3u64)
         .map(|n| Sender {
             base: n * 64 * SLICE + n * 777,
@@ -440,7 +440,7 @@ fn a_killed_server_leaves_each_connections_requests_whole_and_in_order() {
                 std::thread::spawn(move || sender.lock().expect("no sender failed").work(client))
             })
             .collect();
-        std::thread::sleep(Duration::from_millis(5 + chance.below(496)));
+        std::thread::sleep(Duration::from_millis(5 + rng.below(496)));
         served.kill();
         for (n, thread) in threads.into_iter().enumerate() {
             durable

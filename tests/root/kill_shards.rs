@@ -14,7 +14,7 @@ use crate::common;
 use common::history::{ALL_CELLS, CELLS, Cell, PAGE, Said, Tally, check, parse_dump, place};
 use common::role::{Role, Run, Task, say};
 use common::workload::{open, work};
-use common::{Chance, kills_count, progress, scratch, seed};
+use common::{Rng, kills_count, progress, scratch, seed};
 use futures_lite::future::block_on;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -163,11 +163,11 @@ impl Loop {
 #[test]
 fn commits_over_shards_come_back_whole_in_order_and_as_they_saw_each_other() {
     let mut it = Loop::new("kill-shards");
-    let (mut chance, mut planted) = (Chance::new(seed(4)), 0);
+    let (mut rng, mut planted) = (Rng::new(seed(4)), 0);
     for round in 0..kills_count() {
         // One time in four the clock runs from the start, so that the kill meets the recovery.
-        let at_once = chance.below(4) == 0;
-        let said = it.kill_writer("write", at_once, 5 + chance.below(496));
+        let at_once = rng.below(4) == 0;
+        let said = it.kill_writer("write", at_once, 5 + rng.below(496));
         let (found, cut) = it.read();
         if planted < 500 {
             planted += checker_must_find(&it.base, &said, &found, cut);
@@ -192,11 +192,11 @@ fn commits_over_shards_come_back_whole_in_order_and_as_they_saw_each_other() {
 #[test]
 fn an_acknowledgement_before_its_time_is_found() {
     let mut it = Loop::new("kill-early");
-    let mut chance = Chance::new(5);
-    // Buffered commits called durable: each kill has a good chance to meet one that is not there
+    let mut rng = Rng::new(5);
+    // Buffered commits called durable: each kill has a good rng to meet one that is not there
     // yet.
     for _ in 0..200 {
-        let said = it.kill_writer("write-early", false, 30 + chance.below(50));
+        let said = it.kill_writer("write-early", false, 30 + rng.below(50));
         let (found, cut) = it.read();
         if let Err(why) = it.check(&said, found, cut) {
             println!("found at kill {}: {why}", it.round + 1);

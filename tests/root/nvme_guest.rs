@@ -14,7 +14,7 @@ use common::recording::{Recording, Tally};
 use common::replay::Subset;
 use common::role::{Run, Task, say};
 use common::workload::{open, work};
-use common::{Chance, seed};
+use common::{Rng, seed};
 use corepage::{Durability, Store, Volume};
 use futures_lite::future::block_on;
 use std::io::{BufRead, BufReader, Write};
@@ -110,7 +110,7 @@ fn power_is_cut(machine: Machine, polls: &str, seed_: u64) {
     else {
         return;
     };
-    let tally: Tally = recording.replay(cuts_count(), seed_, &mut Chance::new(seed(seed_)));
+    let tally: Tally = recording.replay(cuts_count(), seed_, &mut Rng::new(seed(seed_)));
     let flushes = recording.disk.log.entries.iter().filter(|entry| entry.flushes()).count();
     println!("{machine:?}: {tally:?}; {} entries, {flushes} flushes", recording.end());
     assert!(tally.states == cuts_count() && tally.required > 0, "{tally:?}");
@@ -171,7 +171,7 @@ fn a_controller_that_ignores_fua_is_found() {
     let (log, before) = (dir.path().join("log"), dir.path().join("before"));
     let Some(mut recording) = Recording::new("ext4", &log, &before, lines) else { return };
     let end = recording.end();
-    let (image, _) = recording.disk.at(end, Subset::Nothing, &mut Chance::new(seed(6)));
+    let (image, _) = recording.disk.at(end, Subset::Nothing, &mut Rng::new(seed(6)));
     let found = recording.examine(&image, &recording.known(end), Run::of_step(1));
     println!("{machine:?}: {found:?}");
     assert!(found.is_err(), "nothing is lost: does the controller act on FUA now?");
@@ -247,8 +247,8 @@ fn device_fails(iotype: &str) {
     assert!(kernels.contains("error, dev nvme0n1"), "the fault did not fire: {kernels}");
     let (log, before) = (dir.path().join("log"), dir.path().join("before"));
     let Some(mut recording) = Recording::new("ext4", &log, &before, lines) else { return };
-    let (end, mut chance) = (recording.end(), Chance::new(seed(7)));
-    let (image, _) = recording.disk.at(end, Subset::Nothing, &mut chance);
+    let (end, mut rng) = (recording.end(), Rng::new(seed(7)));
+    let (image, _) = recording.disk.at(end, Subset::Nothing, &mut rng);
     let known = recording.known(end);
     let there =
         recording.examine(&image, &known, Run::of_step(2)).expect("what was acknowledged is there");

@@ -14,7 +14,7 @@ use crate::common;
 use common::device::{Device, OF_STORE};
 use common::role::{Run, ring_works};
 use common::surroundings::{Mounted, Without, start_without, tool};
-use common::{Chance, Served, corepage, has_tool, nbd, scratch};
+use common::{Rng, Served, corepage, has_tool, nbd, scratch};
 use corepage::{Driver, Error, ErrorKind, Geometry, Options, PageId, Store, Volume};
 use futures_lite::future::{block_on, or};
 use std::collections::BTreeMap;
@@ -595,7 +595,7 @@ fn a_recovery_that_a_signal_ends_on_a_slow_device_loses_nothing() {
         let arguments = [&arguments[..], &["--memory", "16M"]].concat();
         let served = Served::start_with(&dir, &arguments);
         let mut client = served.client();
-        let data = Chance::new(7).bytes(300 * PAGE);
+        let data = Rng::new(7).bytes(300 * PAGE);
         (0..300).for_each(|n| client.write(nbd::FUA, (n * PAGE) as u64, &data[n * PAGE..][..PAGE]));
         drop(client);
         served.kill();

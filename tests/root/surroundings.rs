@@ -11,7 +11,7 @@
 
 use crate::common;
 use common::surroundings::{Mounted, NO_RING, OLD_KERNEL, Without, is_root, start_without, tool};
-use common::{Chance, Served, corepage, has_tool, nbd, scratch};
+use common::{Rng, Served, corepage, has_tool, nbd, scratch};
 use corepage::{Options, PageId, Store};
 use futures_lite::future::block_on;
 use rustix::process::Pid;
@@ -123,7 +123,7 @@ fn the_server_keeps_it(without: &[Without], dir: &Path, expected: &Expected) {
     let served = start();
     check(&served);
     let mut client = served.client();
-    let data = Chance::new(4).bytes(PAGES as usize * PAGE);
+    let data = Rng::new(4).bytes(PAGES as usize * PAGE);
     for (n, chunk) in data.chunks(PAGE * 7).enumerate() {
         let flags = if n % 3 == 0 { nbd::FUA } else { 0 };
         client.write(flags, (n * 7 * PAGE) as u64, chunk);
@@ -152,7 +152,7 @@ fn child() {
     if role == "write" {
         let volume = block_on(store.create_volume("v", 64 << 20)).expect("a volume is made");
         for n in 0..PAGES {
-            let whole = Chance::of(&[n]).bytes(PAGE);
+            let whole = Rng::of(&[n]).bytes(PAGE);
             if n % 2 == 0 {
                 block_on(volume.write(PageId::new(n), whole)).expect("a durable write");
             } else {
@@ -172,7 +172,7 @@ fn child() {
         .expect("volumes can be looked up")
         .expect("the volume is there");
     for n in 0..PAGES {
-        let mut wanted = Chance::of(&[n]).bytes(PAGE);
+        let mut wanted = Rng::of(&[n]).bytes(PAGE);
         if n % 3 == 0 {
             wanted[100..107].copy_from_slice(b"patched");
         }

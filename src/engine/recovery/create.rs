@@ -12,10 +12,10 @@
 //! 3. The mark lies where the last copy of the first superblock is written: no finished store has
 //!    it.
 
-use super::mix;
 use super::read::{Range, read_bytes, read_ranges};
 use super::superblock::Copies;
 use crate::base::error::{Error, Result};
+use crate::base::mix::mix;
 use crate::base::options::{Geometry, Limits};
 use crate::base::{BLOCK, Lsn, SegmentNo, ShardId, VShard};
 use crate::format::extent::{TABLE_ROWS, encode_table, table_crc, table_offset};

@@ -26,6 +26,7 @@ mod scan;
 mod segment;
 mod superblock;
 
+use crate::base::mix::mix;
 use create::Found;
 pub(crate) use create::{EXTENTS_MIN, creation_is_unfinished};
 pub(crate) use load::{Loaded, load};
@@ -432,14 +433,6 @@ fn flush_all(disk: &mut dyn Disk, superblock: &Superblock) -> Result<()> {
     let logs = superblock.segments().map(|(shard, no)| FileId::Log(shard, no));
     let files = logs.chain([FileId::Data, FileId::Meta, FileId::Table]).collect();
     execute(disk, DiskOp::Flush { files }).map(drop)
-}
-
-/// SplitMix64's finisher: spreads one random seed over several uses.
-fn mix(seed: u64) -> u64 {
-    let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 #[cfg(test)]

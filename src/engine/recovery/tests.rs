@@ -10,8 +10,8 @@ use super::*;
 use crate::base::{PageId, PageKey, VolumeId};
 use crate::engine::{Change, Commit, Request, Response, Token};
 use crate::testing::local_cluster::LocalCluster;
+use crate::testing::random::Rng;
 use crate::testing::sim::disk::{Area, Damage, Fault, Loss, OpKind, SECTORS, SimDisk};
-use crate::testing::sim::rng::Rng;
 use bytes::Bytes;
 
 mod slow_reads;

@@ -20,8 +20,8 @@ use crate::format::{put, root};
 use crate::io::{DiskOp, FileId, IoSlice, execute};
 use crate::memory::Arena;
 use crate::testing::local_cluster::LocalCluster;
+use crate::testing::random::Rng;
 use crate::testing::sim::disk::{Damage, Latency, Loss, SECTORS, SimDisk};
-use crate::testing::sim::rng::Rng;
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet};
 

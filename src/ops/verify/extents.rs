@@ -1,7 +1,7 @@
 //! Extents: what the map names in each, against its summary and its live count.
 
 use super::lost::Finder;
-use super::named::{IN_USE, Named, Trees, mix};
+use super::named::{IN_USE, Named, Trees, hash};
 use super::read::Bytes;
 use super::{Mend, Verifier};
 use crate::base::{BLOCK, BlockAddr, ExtentNo};
@@ -111,10 +111,10 @@ impl Verifier<'_> {
                 .map_err(str::to_string)
         });
         let listed = |items: &[Item]| {
-            items.iter().filter(|i| named.has(i.block)).fold(0, |sum, i| sum ^ mix(*i))
+            items.iter().filter(|i| named.has(i.block)).fold(0, |sum, i| sum ^ hash(*i))
         };
         let what = match decoded {
-            Ok(items) if self.map_is_whole && listed(&items) != named.mix => {
+            Ok(items) if self.map_is_whole && listed(&items) != named.hash => {
                 "does not list what the map names in this extent".into()
             }
             Ok(items) => {
@@ -166,10 +166,10 @@ mod tests {
 
     /// The comparison with the summary must notice any one field that differs.
     #[test]
-    fn items_that_differ_in_one_field_differ_when_mixed() {
+    fn items_that_differ_in_one_field_differ_when_hashed() {
         let all = [page(1, 2, 3), page(2, 2, 3), page(1, 3, 3), page(1, 2, 4)];
         for (i, a) in all.iter().enumerate() {
-            assert!(all[i + 1..].iter().all(|b| mix(*a) != mix(*b)));
+            assert!(all[i + 1..].iter().all(|b| hash(*a) != hash(*b)));
         }
     }
 }

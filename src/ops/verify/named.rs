@@ -3,6 +3,7 @@
 //!
 //! It does *not* read anything.
 
+use crate::base::mix::mix;
 use crate::format::extent::{Item, ItemKind, TableRow, summary_blocks};
 use crate::format::node::Child;
 use crate::format::root::VOLUMES_MAX;
@@ -24,12 +25,12 @@ pub(super) struct Named {
     /// One bit for each block.
     blocks: Vec<u64>,
     /// The items named, mixed into one number that does not depend on their order.
-    pub(super) mix: u64,
+    pub(super) hash: u64,
 }
 
 impl Named {
     pub(super) fn new(row: Option<TableRow>, extent_blocks: u32) -> Self {
-        Named { row, blocks: vec![0; extent_blocks.div_ceil(64) as usize], mix: 0 }
+        Named { row, blocks: vec![0; extent_blocks.div_ceil(64) as usize], hash: 0 }
     }
 
     /// Blocks that are to be read if the table is right: what is live, and the summary.
@@ -57,12 +58,12 @@ impl Named {
             return Err("is said to lie where something else lies");
         }
         self.blocks[item.block as usize / 64] |= 1 << (item.block % 64);
-        self.mix ^= mix(item);
+        self.hash ^= hash(item);
         Ok(())
     }
 }
 
-pub(super) fn mix(item: Item) -> u64 {
+pub(super) fn hash(item: Item) -> u64 {
     let (a, b, c) = match item.what {
         ItemKind::Page(key, lsn) => (key.page.get(), lsn.get(), u64::from(key.volume.get()) << 8),
         ItemKind::Node(key) => {
@@ -70,9 +71,5 @@ pub(super) fn mix(item: Item) -> u64 {
             (key.prefix, u64::MAX, levels | u64::from(key.volume.get()) << 8 | 1)
         }
     };
-    [a, b, c, u64::from(item.block)].iter().fold(0, |sum, word| {
-        let z = (sum ^ word).wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z ^ (z >> 27)
-    })
+    [a, b, c, u64::from(item.block)].iter().fold(0, |sum, word| mix(sum ^ word))
 }

@@ -12,6 +12,8 @@
 use crate::base::{BlockAddr, VShard};
 use crate::format::{extent, node, root, superblock::Superblock};
 use crate::io::FileId;
+use crate::testing::pattern;
+use crate::testing::random::Rng;
 use crate::{
     Change, Driver, Durability, Error, ErrorKind, Geometry, Mend, Options, PageId, Store,
     VerifyReport,
@@ -73,13 +75,13 @@ fn reference() -> &'static Reference {
     REFERENCE.get_or_init(|| {
         let dir = tempfile::tempdir().expect("a directory for the store");
         let mut model = Model::new();
-        let mut random = 1u64;
+        let mut rng = Rng::new(1);
         let (now, earlier, spots) = block_on(async {
             let store = Store::open(dir.path(), options()).await?;
             for name in VOLUMES {
                 store.create_volume(name, 1 << 50).await?;
             }
-            work(&store, &mut model, &mut random, 40).await?;
+            work(&store, &mut model, &mut rng, 40).await?;
             store.close().await?;
             let earlier = contents(dir.path());
             // Which places are used again depends on how the work falls into checkpoints, so there
@@ -88,7 +90,7 @@ fn reference() -> &'static Reference {
             loop {
                 let store = Store::open(dir.path(), options()).await?;
                 store.create_volume(&format!("not in the model {lives}"), 1 << 20).await?;
-                work(&store, &mut model, &mut random, 90).await?;
+                work(&store, &mut model, &mut rng, 90).await?;
                 store.close().await?;
                 lives += 1;
                 let (now, spots) = (contents(dir.path()), spots(dir.path()));
@@ -112,28 +114,22 @@ fn reference() -> &'static Reference {
 
 /// Commits of whole pages, patches and frees: all pages once, then some of them again and again, so
 /// that extents are left, compacted and filled once more.
-async fn work(
-    store: &Store,
-    model: &mut Model,
-    random: &mut u64,
-    rounds: u64,
-) -> crate::Result<()> {
+async fn work(store: &Store, model: &mut Model, rng: &mut Rng, rounds: u64) -> crate::Result<()> {
     let volumes = store.volumes().await?;
     for round in 0..rounds {
         for (v, volume) in volumes.iter().take(VOLUMES.len()).enumerate() {
             let mut changes = Vec::new();
             for i in 0..PAGES / 20 {
-                let page =
-                    if round < 20 { round * (PAGES / 20) + i } else { next(random) % (PAGES / 4) };
+                let page = if round < 20 { round * (PAGES / 20) + i } else { rng.below(PAGES / 4) };
                 let page = if page % 97 == 5 { page << 30 } else { page };
                 let now = model.entry((v, page)).or_insert_with(|| vec![0; BLOCK]);
-                let change = match next(random) % 10 {
+                let change = match rng.below(10) {
                     0 => Change::Free,
                     1 | 2 => {
-                        let offset = (next(random) % 4000) as u32;
+                        let offset = rng.below(4000) as u32;
                         Change::Patch { offset, bytes: vec![round as u8 + 1; 90].into() }
                     }
-                    _ => Change::Put(next(random).to_le_bytes().repeat(BLOCK / 8).into()),
+                    _ => Change::Put(pattern::words(rng.draw(), BLOCK).into()),
                 };
                 match &change {
                     Change::Free => now.fill(0),
@@ -148,13 +144,6 @@ async fn work(
         }
     }
     Ok(())
-}
-
-fn next(random: &mut u64) -> u64 {
-    *random ^= *random << 13;
-    *random ^= *random >> 7;
-    *random ^= *random << 17;
-    *random
 }
 
 /// The reference store in a directory of its own.

@@ -6,8 +6,8 @@
 //!    benchmark, and no other.
 //! 3. What each page must hold is in memory: version and patch that its writer was told are there.
 
-use super::page;
 use corepage::queue::{Op, Queue};
+use corepage::testing::pattern::{self, Label, PAGE};
 use corepage::{Error, ErrorKind, Options, PageId, Result, Store, Volume};
 use futures_lite::future::block_on;
 use std::path::{Path, PathBuf};
@@ -22,6 +22,20 @@ pub(super) const PAUSE: Duration = Duration::from_millis(5);
 const TRIES: usize = 12_000;
 /// The volume's name.
 pub const NAME: &str = "corepage-bench";
+
+/// Who the pages are labelled with.
+const OWNER: u64 = u64::from_le_bytes(*b"bench\0\0\0");
+
+/// Version `version` of page `number`, never patched.
+pub(super) fn page(number: u64, version: u64) -> Vec<u8> {
+    pattern::page(Label { owner: OWNER, number, version })
+}
+
+/// Whether these are the bytes of page `number`, in any version: which version and, if it was
+/// patched, which patch.
+pub(super) fn check(number: u64, bytes: &[u8]) -> Option<(u64, u64)> {
+    pattern::check(OWNER, number, bytes)
+}
 
 /// How the store is opened: the command that runs the benchmark can be interrupted meanwhile.
 pub type Opener = Box<dyn Fn(&Path, Options) -> Result<Store> + Send + Sync>;
@@ -46,9 +60,9 @@ impl BenchVolume {
     /// `Invalid`: there is a volume of that name with somebody's data in it; it is left alone. And
     /// whatever the store says.
     pub fn make(dir: &Path, options: Options, bytes: u64, open: Opener) -> Result<BenchVolume> {
-        let pages = bytes / page::PAGE as u64;
+        let pages = bytes / PAGE as u64;
         let store = open(dir, options.clone())?;
-        let volume = match prepared(&store, pages * page::PAGE as u64) {
+        let volume = match prepared(&store, pages * PAGE as u64) {
             Ok(volume) => volume,
             Err(error) => {
                 block_on(store.close())?;
@@ -73,7 +87,7 @@ impl BenchVolume {
     pub fn prefill(&self, mut progress: impl FnMut(u64) -> Result<()>) -> Result<()> {
         let mut queue = Queue::new(SOWN_AT_A_TIME)?;
         let (mut next, mut done, mut out, mut again) = (0, 0, Vec::new(), Vec::new());
-        let op = |n| (n, Op::write_back(&self.volume, PageId::new(n), page::whole(n, 0)));
+        let op = |n| (n, Op::write_back(&self.volume, PageId::new(n), page(n, 0)));
         while done < self.pages {
             next += queue.submit_batch((next..self.pages).map(op)) as u64;
             queue.wait(1, None, &mut out)?;
@@ -131,7 +145,7 @@ impl BenchVolume {
             let number = id.get();
             let expected =
                 (number < bench.pages).then(|| (bench.version(number), bench.patch(number)));
-            let found = page::check(number, &bytes);
+            let found = check(number, &bytes);
             if found.is_none() || found != expected {
                 let text = format!(
                     "page {number} holds {found:?} (version, patch), and must hold {expected:?}"
@@ -169,7 +183,7 @@ fn prepared(store: &Store, bytes: u64) -> Result<Volume> {
         // A benchmark that was killed has left it, or it is somebody's.
         let mut scan = old.scan(PageId::new(0), PageId::new(u64::MAX));
         while let Some((id, bytes)) = block_on(scan.next())? {
-            if page::check(id.get(), &bytes).is_none() {
+            if check(id.get(), &bytes).is_none() {
                 let text = format!(
                     "the volume {NAME} has data in page {} that no benchmark wrote; it was left \
                      alone: run the benchmark without --dir or in another directory, or delete \

@@ -17,7 +17,6 @@
 #![allow(clippy::disallowed_methods)]
 
 mod bench_volume;
-mod page;
 mod run;
 
 pub use bench_volume::{BenchVolume, NAME};

@@ -6,9 +6,11 @@
 //! 3. The first error ends the run. `Busy` is none: such an operation is asked for again, and its
 //!    time goes on.
 
+use super::bench_volume;
 use super::bench_volume::{BenchVolume, PAUSE, until_not_busy};
-use super::page;
 use corepage::queue::{Completion, Op, Output, Queue};
+use corepage::testing::pattern;
+use corepage::testing::random::Rng;
 use corepage::{
     Change, Durability, Error, ErrorKind, OnShard, PageId, Result, ShardHandle, Volume,
 };
@@ -80,16 +82,13 @@ struct ClientPages {
     pages: Arc<Vec<u64>>,
     first: usize,
     step: usize,
-    state: u64,
+    rng: Rng,
 }
 
 impl ClientPages {
     fn draw(&mut self) -> u64 {
-        // Steele and Vigna, "Computationally easy, spectrally good multipliers", 2021: a linear
-        // congruential generator.
-        self.state = self.state.wrapping_mul(0xd134_2543_de82_ef95).wrapping_add(1);
         let count = (self.pages.len() - self.first).div_ceil(self.step) as u64;
-        let place = ((u128::from(self.state) * u128::from(count)) >> 64) as usize;
+        let place = self.rng.below(count) as usize;
         self.pages[self.first + place * self.step]
     }
 }
@@ -152,9 +151,9 @@ impl Run {
             for first in 0..count {
                 // A shard takes so many new tasks at a time, and more when it has begun those.
                 let begun = until_not_busy(|| {
-                    let state = self.seed ^ (first as u64) << 32;
+                    let rng = Rng::of(&[self.seed, first as u64]);
                     let client_pages =
-                        ClientPages { pages: pages.clone(), first, step: count, state };
+                        ClientPages { pages: pages.clone(), first, step: count, rng };
                     let (run, own) = (self.clone(), bench.clone());
                     let make = move |handle| async move {
                         run.or_stop(run.task(handle, own, client_pages, end).await)
@@ -261,7 +260,7 @@ impl Run {
             pages: pages.clone(),
             first: first(place),
             step: self.depth.next_multiple_of(self.threads()),
-            state: self.seed ^ (first(place) as u64) << 32,
+            rng: Rng::of(&[self.seed, first(place) as u64]),
         };
         let mut places: Vec<(ClientPages, u64, Instant)> =
             (0..depth).map(|place| (client_pages(place), 0, Instant::now())).collect();
@@ -334,10 +333,12 @@ impl Run {
 
 fn next_change(operation: Operation, bench: &BenchVolume, number: u64) -> Change {
     match operation {
-        Operation::Write => Change::Put(page::whole(number, bench.version(number) + 1).into()),
+        Operation::Write => {
+            Change::Put(bench_volume::page(number, bench.version(number) + 1).into())
+        }
         _ => Change::Patch {
-            offset: page::PATCH_AT as u32,
-            bytes: page::patch(number, bench.patch(number) + 1).into(),
+            offset: pattern::PATCH_AT as u32,
+            bytes: pattern::patch(number, bench.patch(number) + 1).into(),
         },
     }
 }
@@ -351,7 +352,7 @@ fn acknowledged(operation: Operation, bench: &BenchVolume, number: u64) {
 }
 
 fn check(number: u64, bytes: &[u8]) -> Result<()> {
-    match page::check(number, bytes) {
+    match bench_volume::check(number, bytes) {
         Some(_) => Ok(()),
         None => Err(Error::new(
             ErrorKind::Corrupt,
@@ -399,7 +400,7 @@ mod tests {
         let mut owner = [None; 10];
         for first in 0..4 {
             let mut client_pages =
-                ClientPages { pages: pages.clone(), first, step: 4, state: first as u64 };
+                ClientPages { pages: pages.clone(), first, step: 4, rng: Rng::new(first as u64) };
             for _ in 0..200 {
                 let page = client_pages.draw() as usize;
                 assert!(

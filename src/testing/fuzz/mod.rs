@@ -18,12 +18,9 @@ pub(crate) mod memory;
 pub mod open;
 
 #[cfg(test)]
-#[path = "../../../tests/fuzz/replay.rs"]
-mod replay;
-
-#[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::replay;
     use crate::testing::sim::canary::{self, Canary};
 
     #[test]

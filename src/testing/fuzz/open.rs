@@ -14,6 +14,7 @@ use super::log::seal;
 use super::memory::{Image, MemoryDisk};
 use crate::base::checksum::crc32c;
 use crate::base::error::{Error, ErrorKind, Result};
+use crate::base::mix::mix;
 use crate::base::options::{Geometry, Options};
 use crate::base::{BLOCK, Lsn, PageId, PageKey, ShardId, ShardMap, VolumeId};
 use crate::engine::recovery;
@@ -24,6 +25,7 @@ use crate::format::{crc_around, extent, root};
 use crate::io::{Disk, FileId};
 use crate::memory::Arena;
 use crate::testing::local_cluster::LocalCluster;
+use crate::testing::pattern;
 use bytes::Bytes;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -143,25 +145,18 @@ fn keys() -> Vec<PageKey> {
 fn changes(round: u64) -> Vec<(PageKey, Change)> {
     let keys = keys();
     let one = |n: u64| {
-        let word = recovery_mix(round * 8 + n);
+        let word = mix(round * 8 + n);
         let change = match word % 6 {
             0 => Change::Free,
             1 | 2 => Change::Patch {
                 offset: (word >> 8 & 0xfff) as u32 % 4000,
                 bytes: Bytes::from(vec![round as u8; 60]),
             },
-            _ => Change::Put(word.to_le_bytes().repeat(BLOCK / 8).into()),
+            _ => Change::Put(pattern::words(word, BLOCK).into()),
         };
         (keys[(word >> 32) as usize % keys.len()], change)
     };
     (0..1 + round % 3).map(one).collect()
-}
-
-/// SplitMix64's finisher.
-fn recovery_mix(x: u64) -> u64 {
-    let z = x.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(1);
-    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z ^ (z >> 31)
 }
 
 fn base(clean: bool) -> Base {

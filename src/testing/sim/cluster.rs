@@ -23,16 +23,17 @@ use super::host::{NodeHost, SHARD_SHIFT, Stop};
 use super::late::{Holding, Late};
 use super::net::{Mark, Net};
 use super::progress::{Progress, check_budget};
-use super::rng::{Rng, mix};
 use super::timing::Timing;
 use super::watch::TABLE_IS_BOUNDED;
 use crate::base::error::{Error, Result};
+use crate::base::mix::mix;
 use crate::base::options::Options;
 use crate::base::{Lsn, Micros, ShardId, ShardMap};
 use crate::engine::order::GlobalOrder;
 use crate::engine::recovery::RecoveryReport;
 use crate::engine::{Message, Request, Response, Shard, Token, step};
 use crate::io::{Completion, Disk, OpId};
+use crate::testing::random::Rng;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 

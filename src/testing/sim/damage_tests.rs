@@ -7,14 +7,15 @@
 
 use super::disk::{Damage, Loss, SECTOR, SECTORS};
 use super::inject::{DamageCounters, Damaged};
-use super::rng::{Rng, mix};
 use super::run::{Outcome, Plan, RunStats, SimRun};
 use super::tests::{number, quiet, run_cases};
 use super::workload::{self, Profile};
 use crate::base::BLOCK;
+use crate::base::mix::mix;
 use crate::engine::Request;
 use crate::format::superblock::{SUPERBLOCK_BYTES, SUPERBLOCK_COPIES};
 use crate::io::FileId;
+use crate::testing::random::Rng;
 
 /// A store, and which part of its sectors is to be damaged.
 #[derive(Clone, Copy, Debug)]

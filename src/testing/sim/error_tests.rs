@@ -8,12 +8,13 @@
 use super::disk::{Area, ERRNOS, Fault, Loss};
 use super::inject::is_of_the_device;
 use super::model::{page_bytes, patch_bytes};
-use super::rng::{Rng, mix};
 use super::run::{Outcome, Plan, RunStats, SimRun};
 use super::tests::{quiet, run_cases};
 use super::workload::{self, Profile};
+use crate::base::mix::mix;
 use crate::base::{PageId, PageKey, VolumeId};
 use crate::engine::{Change, Commit, Request};
+use crate::testing::random::Rng;
 
 /// Operations that fail at once, at most, before a workload has come to its end: far more than any
 /// of them has.

@@ -2,7 +2,6 @@
 
 use super::disk::{Area, ENOSPC, Fault, Loss, OpKind};
 use super::model::page_bytes;
-use super::rng::Rng;
 use super::run::{Outcome, Plan, SimRun};
 use super::tests::{plan, quiet};
 use super::workload::{self, Profile};
@@ -12,6 +11,7 @@ use crate::base::{BLOCK, PageId, PageKey, VolumeId};
 use crate::engine::{Change, Commit, Request};
 use crate::format::extent::data_blocks;
 use crate::io::FileId;
+use crate::testing::random::Rng;
 
 fn commit(changes: Vec<(PageKey, Change)>) -> Request {
     Request::Commit(Commit { reads: Vec::new(), changes, durable: true })

@@ -12,11 +12,11 @@ use super::cluster::{Node, Turn};
 use super::disk::SimDisk;
 use super::late::Late;
 use super::net::Net;
-use super::rng::Rng;
 use super::timing::Timing;
 use crate::base::{Micros, ShardId};
 use crate::engine::{Effect, Host, Message, Shard};
 use crate::io::OpId;
+use crate::testing::random::Rng;
 use std::ops::ControlFlow;
 
 /// Which bits of an operation's number at the disk say whose it is.

@@ -5,7 +5,6 @@
 //! are made on purpose, and counted.
 
 use super::model::page_bytes;
-use super::rng::Rng;
 use super::run::{Outcome, Plan, SimRun};
 use super::tests::{SHARDS_MAX, quiet};
 use super::workload;
@@ -13,6 +12,7 @@ use crate::base::error::ErrorKind;
 use crate::base::options::Options;
 use crate::base::{Lsn, PageId, PageKey, VolumeId};
 use crate::engine::{Change, Commit, Request, Response};
+use crate::testing::random::Rng;
 
 /// How the pairs ended.
 #[derive(Clone, Copy, Debug, Default)]

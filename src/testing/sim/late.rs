@@ -13,11 +13,11 @@
 //! It does *not* check answers.
 
 use super::rare::Rare;
-use super::rng::Rng;
 use crate::base::{BLOCK, Micros};
 use crate::engine::Shard;
 use crate::engine::observe::NodeLoad;
 use crate::io::{Completion, DiskOp, OpId};
+use crate::testing::random::Rng;
 use std::collections::BTreeMap;
 
 /// How long a read is kept back at most: some dozens in a row must not use up the patience of a

@@ -1,7 +1,7 @@
 //! The deterministic simulator: a whole store with its clients, its disk and its crashes, from one
 //! seed.
 //!
-//! Read in this order: [`rng`] (the random source), [`disk`] (a device that loses, tears and
+//! Read in this order: [`disk`] (a device that loses, tears and
 //! fails), [`net`], [`timing`], `host` and [`cluster`] (shards that exchange messages, each at its
 //! own speed), [`model`] and [`oracle`] (the promises that are checked), [`workload`] (requests of
 //! clients), [`run`] and `steps` (a whole run), `inject` (errors and damage), `strain` (large
@@ -28,7 +28,6 @@ pub mod oracle;
 pub mod plan;
 mod progress;
 pub mod rare;
-pub mod rng;
 pub mod run;
 pub mod shrink;
 mod steps;

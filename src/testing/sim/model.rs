@@ -7,53 +7,37 @@
 //!
 //! It does *not* know requests, acknowledgements or crashes; see `oracle`.
 
-use crate::base::{BLOCK, Lsn, PageId, PageKey, VolumeId};
+use crate::base::mix::mix;
+use crate::base::{BLOCK, Lsn, PageKey};
 use crate::engine::{Change, PageRef};
-use crate::testing::sim::rng::mix;
+use crate::testing::pattern::{self, Label};
 use bytes::Bytes;
 use std::collections::BTreeMap;
 
-const MAGIC: u64 = 0x6e65_6765_7061_6765;
-
 /// The bytes of a page; every word differs from page to page and from tag to tag.
 pub fn page_bytes(key: PageKey, tag: u64) -> Bytes {
-    let mut bytes = Vec::with_capacity(BLOCK);
-    for word in [MAGIC, u64::from(key.volume.get()), key.page.get(), tag] {
-        bytes.extend_from_slice(&word.to_le_bytes());
-    }
-    fill(&mut bytes, tag, BLOCK);
-    bytes.into()
+    pattern::page(label(key, tag)).into()
+}
+
+fn label(key: PageKey, tag: u64) -> Label {
+    Label { owner: key.volume.get().into(), number: key.page.get(), version: tag }
 }
 
 /// The bytes of a patch.
 pub fn patch_bytes(tag: u64, len: usize) -> Bytes {
-    let mut bytes = Vec::with_capacity(len + 8);
-    fill(&mut bytes, !tag, len);
-    bytes.truncate(len);
-    bytes.into()
-}
-
-fn fill(bytes: &mut Vec<u8>, tag: u64, len: usize) {
-    while bytes.len() < len {
-        let word = mix(tag.wrapping_mul(0x1_0001) ^ bytes.len() as u64);
-        bytes.extend_from_slice(&word.to_le_bytes());
-    }
+    pattern::words(mix(!tag), len).into()
 }
 
 /// What the bytes of a page say that they are.
 pub fn describe(bytes: &[u8]) -> String {
-    let word =
-        |n: usize| u64::from_le_bytes(bytes[n * 8..n * 8 + 8].try_into().expect("eight bytes"));
     if bytes.iter().all(|&byte| byte == 0) {
         return "zeros".into();
     }
-    if word(0) != MAGIC || word(1) > 255 {
+    let Some(label) = Label::of(bytes) else {
         return format!("bytes of no page: {:02x?}..", &bytes[..16]);
-    }
-    let key = PageKey::new(VolumeId::new(word(1) as u8), PageId::new(word(2)));
-    let tag = word(3);
-    let same = page_bytes(key, tag).iter().zip(bytes).filter(|(a, b)| a == b).count();
-    format!("{key:?} tag {tag}, {same} of {BLOCK} bytes as written whole")
+    };
+    let same = pattern::page(label).iter().zip(bytes).filter(|(a, b)| a == b).count();
+    format!("{label:?}, {same} of {BLOCK} bytes as written whole")
 }
 
 /// A page from some LSN on.

@@ -2,12 +2,12 @@
 
 use super::disk::{Latency, Loss};
 use super::model::page_bytes;
-use super::rng::Rng;
 use super::run::{Outcome, Plan, SimRun};
 use super::tests::{plan, quiet, run_all};
 use super::workload::{self, PrepareRequest, Profile};
 use crate::base::{PageId, PageKey, VolumeId};
 use crate::engine::{Change, Commit, Request};
+use crate::testing::random::Rng;
 
 fn key(n: u64) -> PageKey {
     PageKey::new(VolumeId::new(1), PageId::new(n))

@@ -21,14 +21,15 @@ use super::inject::is_of_the_device;
 use super::net::Mark;
 use super::oracle::{Oracle, Tolerance};
 pub use super::plan::{Failure, Plan, RunStats};
-use super::rng::{Rng, mix};
 use super::strain::{HeldPage, LARGE_EVENTS, LARGE_IMAGES, LARGE_LIVES, Strain, Trees, chance_of};
 use super::workload::{PrepareRequest, Profile, Workload};
 use crate::base::error::Result as StoreResult;
 use crate::base::metrics::ShardStats;
+use crate::base::mix::mix;
 use crate::base::options::Options;
 use crate::base::{Lsn, PageId, PageKey, ShardId, VolumeId};
 use crate::engine::{Request, Response, Token};
+use crate::testing::random::Rng;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Events after the answer to `Close` within which all shards are closed.

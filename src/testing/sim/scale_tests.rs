@@ -3,11 +3,11 @@
 //! `COREPAGE_SEEDS=n` runs so many seeds, as for the ordinary runs, of which a part is strained in
 //! the same way.
 
-use super::rng::Rng;
 use super::run::{Plan, run};
 use super::strain::{self, Layout, Strain};
 use super::tests::{many_seeds, number, run_all, strained};
 use crate::base::BLOCK;
+use crate::testing::random::Rng;
 
 /// A durable page that a slow read makes unreachable is lost as surely as one that was never
 /// written; a store that stands still for want of memory, or turns for nothing, is of no use to

@@ -7,13 +7,14 @@
 
 use super::disk::Loss;
 use super::model::{page_bytes, patch_bytes};
-use super::rng::{Rng, mix};
 use super::run::{Outcome, Plan, RunStats, SimRun};
 use super::tests::{number, quiet, run_cases};
 use super::workload::{self, Profile};
+use crate::base::mix::mix;
 use crate::base::options::{Geometry, Options};
 use crate::base::{PageId, PageKey, ShardId, ShardMap, VolumeId};
 use crate::engine::{Change, Commit, Request};
+use crate::testing::random::Rng;
 
 /// What a sequence is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

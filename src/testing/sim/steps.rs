@@ -8,11 +8,11 @@
 //! 3. Time moves only to the next event, or over a pause without requests.
 
 use super::cluster::{Cluster, Turn};
-use super::rng::mix;
 use super::run::{Outcome, SimRun};
 use super::workload::PrepareRequest;
 use crate::base::error::{ErrorKind, Result as StoreResult};
 use crate::base::metrics::ShardStats;
+use crate::base::mix::mix;
 use crate::base::{Micros, PageId, PageKey, ShardId, ShardMap, VolumeId};
 use crate::engine::{Commit, PageRange, PageRef, Request, Response, Token};
 use smallvec::SmallVec;

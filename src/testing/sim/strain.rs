@@ -16,13 +16,14 @@ use super::disk::Latency;
 use super::late::Holding;
 use super::model::page_bytes;
 use super::plan::Plan;
-use super::rng::{Rng, mix};
 use super::run::{Outcome, SimRun};
 use super::workload::{Profile, Workload, memory_for};
 use crate::base::error::ErrorKind;
+use crate::base::mix::mix;
 use crate::base::options::{Geometry, Options};
 use crate::base::{PageId, PageKey, VShard, VolumeId};
 use crate::engine::{Change, Commit, PageRef, Request};
+use crate::testing::random::Rng;
 use std::collections::BTreeSet;
 
 /// The smallest memory of a shard that is legal.

@@ -9,8 +9,8 @@
 //!
 //! It does *not* drive anything.
 
-use super::rng::Rng;
 use crate::base::{Micros, ShardId};
+use crate::testing::random::Rng;
 
 /// The delays of one life.
 #[derive(Clone, Debug)]

@@ -5,12 +5,12 @@
 
 use super::disk::{Area, Fault, Latency, Loss, OpKind, SimDisk};
 use super::parked_cluster::*;
-use super::rng::Rng;
 use super::run::Outcome;
 use crate::base::error::ErrorKind;
 use crate::base::options::{Geometry, Options};
 use crate::base::{BLOCK, Micros, PageKey, ShardId};
 use crate::engine::{Change, Commit, PageRef, Request, Response, Token};
+use crate::testing::random::Rng;
 use bytes::Bytes;
 use std::collections::BTreeMap;
 

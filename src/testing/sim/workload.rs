@@ -10,11 +10,11 @@
 
 use super::model::{page_bytes, patch_bytes};
 use super::oracle::Oracle;
-use super::rng::Rng;
 use super::shrink::Smaller;
 use crate::base::options::{Geometry, Options, SHARD_MEMORY_MIN, TABLE_BYTES_PER_FRAME};
 use crate::base::{BLOCK, Lsn, PageId, PageKey, ShardId, ShardMap, VolumeId};
 use crate::engine::{Change, Commit, Request};
+use crate::testing::random::Rng;
 use bytes::Bytes;
 use std::collections::BTreeMap;
 

@@ -19,10 +19,6 @@ mod transmission;
 pub use handshake::handshake;
 pub use transmission::transmission;
 
-#[cfg(test)]
-#[path = "../../../../tests/fuzz/replay.rs"]
-mod replay;
-
 use super::holes::Holes;
 use super::proto::{Extent, Fault};
 use super::{Export, Exports};
@@ -149,11 +145,11 @@ mod tests {
 
     #[test]
     fn handshake_survives_the_corpus_and_mutations_of_it() {
-        replay::run("handshake", 10_000, handshake);
+        corepage::testing::replay::run("handshake", 10_000, handshake);
     }
 
     #[test]
     fn transmission_survives_the_corpus_and_mutations_of_it() {
-        replay::run("transmission", 5000, transmission);
+        corepage::testing::replay::run("transmission", 5000, transmission);
     }
 }

@@ -152,6 +152,7 @@ fn in_chunks(out: &mut [u8], cookie: u64, offset: u64, is_last: bool, holes: &Ho
 #[cfg(test)]
 mod tests {
     use super::*;
+    use corepage::testing::random::Rng;
 
     /// A piece that never ends, or of no bytes, is a client that waits for ever.
     #[test]
@@ -180,11 +181,8 @@ mod tests {
     /// Chunks are made where the data lies: one byte moved too early is wrong data at a client.
     #[test]
     fn chunks_made_in_place_hold_what_was_read() {
-        let mut state = 1u64;
-        let mut below = |bound: usize| {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 33) as usize % bound
-        };
+        let mut rng = Rng::new(1);
+        let mut below = |bound: usize| rng.below(bound as u64) as usize;
         for _ in 0..500 {
             let length = 1 + below(600);
             let (mut data, mut holes, mut at) =

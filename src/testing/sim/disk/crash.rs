@@ -13,8 +13,9 @@ use super::device::{Landing, State};
 use super::file::{BlockState, SECTOR, SECTORS, SimFile, Version};
 use super::{DiskCounters, SimDisk};
 use crate::base::BLOCK;
+use crate::base::mix::mix;
 use crate::io::FileId;
-use crate::testing::sim::rng::{Rng, mix};
+use crate::testing::random::Rng;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 

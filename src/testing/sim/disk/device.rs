@@ -15,10 +15,11 @@ use super::Latency;
 use super::fault::{self, DiskCounters, Fault, OpKind};
 use super::file::{Block, SECTOR, SECTORS, SimFile, Version};
 use crate::base::error::{Error, Result};
+use crate::base::mix::mix;
 use crate::base::{BLOCK, Micros};
 use crate::io::{Completion, DiskOp, FileId, OpId};
+use crate::testing::random::Rng;
 use crate::testing::sim::canary::{Canary, planted};
-use crate::testing::sim::rng::{Rng, mix};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 

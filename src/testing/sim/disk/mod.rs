@@ -30,10 +30,10 @@ pub use damage::Damage;
 pub use fault::{Area, DiskCounters, EIO, ENOSPC, ERRNOS, Fault, OpKind, SHORT};
 pub use file::{SECTOR, SECTORS};
 
-use super::rng::Rng;
 use crate::base::error::Result;
 use crate::base::{BLOCK, Micros};
 use crate::io::{Completion, Disk, DiskOp, FileId, OpId};
+use crate::testing::random::Rng;
 use device::{State, power_is_off};
 use file::{Block, SimFile};
 use std::cell::RefCell;

@@ -2,6 +2,7 @@
 
 use super::super::memory::{REQUEST_BYTES, payload_charge};
 use super::*;
+use corepage::testing::random::Rng;
 
 /// A read by a client without structured replies.
 fn read_simple(client: &mut UnixStream, cookie: u64, length: usize) -> Vec<u8> {
@@ -43,11 +44,11 @@ fn read_chunks(
 
 fn filled() -> Memory {
     let export = Memory::new();
-    let mut number = 1u64;
-    for byte in export.data.lock().unwrap()[..8 << 20].iter_mut() {
-        number = number.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        *byte = (number >> 56) as u8 | 1;
-    }
+    let mut data = export.data.lock().unwrap();
+    Rng::new(1).fill(&mut data[..8 << 20]);
+    // No page of it is a hole.
+    data[..8 << 20].iter_mut().for_each(|byte| *byte |= 1);
+    drop(data);
     export
 }
 

@@ -1,25 +1,19 @@
-//! Chance from a seed: the only source of randomness of the simulator.
+//! Random numbers from a seed: the only source of them in the simulator, tests and benchmarks.
 //!
 //! Invariants
 //! 1. The same seed gives the same numbers, on every machine and in every version of the toolchain.
 //! 2. A fork is independent of its parent: drawing more from the one never changes what the other
 //!    gives, so that a change in the disk's use of chance does not change the workload.
 //!
-//! xoshiro256++ seeded by splitmix64 (Blackman and Vigna, "Scrambled linear pseudorandom number
+//! xoshiro256++ seeded by SplitMix64 (Blackman and Vigna, "Scrambled linear pseudorandom number
 //! generators", 2021). It is not for secrets.
+
+use crate::base::mix::mix;
 
 /// A stream of numbers.
 #[derive(Clone, Debug)]
 pub struct Rng {
     state: [u64; 4],
-}
-
-/// One step of splitmix64: mixes a counter into a number that looks random.
-pub fn mix(x: u64) -> u64 {
-    let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
 }
 
 impl Rng {
@@ -32,6 +26,11 @@ impl Rng {
             *word = x;
         }
         Rng { state }
+    }
+
+    /// Another stream for each list of numbers.
+    pub fn of(numbers: &[u64]) -> Self {
+        Rng::new(numbers.iter().fold(0, |seed, number| mix(seed ^ number)))
     }
 
     /// An independent stream; `purpose` keeps forks of one parent apart.
@@ -77,6 +76,20 @@ impl Rng {
     /// One of the items.
     pub fn pick<'a, T>(&mut self, items: &'a [T]) -> &'a T {
         &items[self.below(items.len() as u64) as usize]
+    }
+
+    /// Random bytes.
+    pub fn fill(&mut self, bytes: &mut [u8]) {
+        for chunk in bytes.chunks_mut(8) {
+            chunk.copy_from_slice(&self.draw().to_le_bytes()[..chunk.len()]);
+        }
+    }
+
+    /// So many random bytes.
+    pub fn bytes(&mut self, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; count];
+        self.fill(&mut bytes);
+        bytes
     }
 
     /// An index, each with a chance in proportion to its weight; the weights are not all zero.

@@ -3,7 +3,8 @@
 //!
 //! 1. An input that fails is printed in hexadecimal, to become a file of the corpus.
 
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use super::random::Rng;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 /// Runs the target over its corpus and over so many mutations; COREPAGE_FUZZ_MUTATIONS asks for
@@ -28,24 +29,18 @@ pub fn run(target: &str, mutations: u64, function: impl Fn(&[u8])) {
 }
 
 fn one(what: &str, bytes: &[u8], function: impl Fn(&[u8])) {
-    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| function(bytes))) {
+    // What went wrong was printed by the panic itself.
+    if catch_unwind(AssertUnwindSafe(|| function(bytes))).is_err() {
         let text: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-        eprintln!("the target failed on {what}: {text}");
-        resume_unwind(panic);
+        panic!("the target failed on {what}: {text}");
     }
 }
 
 /// One input, or the front of one and the back of another, with some bytes changed, left out and
 /// put in.
 fn mutated(corpus: &[Vec<u8>], seed: u64) -> Vec<u8> {
-    let mut state = seed;
-    // SplitMix64 (Steele, Lea and Flood, 2014).
-    let mut draw = |bound: usize| {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) % bound.max(1) as u64) as usize
-    };
+    let mut rng = Rng::new(seed);
+    let mut draw = |bound: usize| rng.below(bound.max(1) as u64) as usize;
     let mut bytes = corpus[draw(corpus.len())].clone();
     if draw(4) == 0 {
         let other = &corpus[draw(corpus.len())];
