@@ -13,11 +13,10 @@ use corepage::blocking::Wait;
 use corepage::{Options, PageId, Store};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Output, Stdio};
-use std::time::Duration;
+use std::process::{Child, ChildStderr, Output, Stdio};
 
 const NAME: &str = "corepage-bench";
 
@@ -74,21 +73,43 @@ fn bench(dir: &Path) -> Output {
     corepage(&arguments(dir, "1")).output().expect("it runs")
 }
 
-/// A benchmark that has begun to write pages of its own.
-fn begun(dir: &Path) -> Child {
-    let mut command = corepage(&arguments(dir, "600"));
-    let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("it runs");
-    // All its pages once are 8 MiB.
-    let written = || {
-        let told = std::fs::read_to_string(format!("/proc/{}/io", child.id())).unwrap_or_default();
-        let bytes = told.lines().find_map(|line| line.strip_prefix("write_bytes: "));
-        bytes.and_then(|bytes| bytes.parse::<u64>().ok()).unwrap_or(0)
-    };
-    while written() < 8 << 20 {
-        std::thread::sleep(Duration::from_millis(5));
+/// A benchmark that says that it measures now.
+struct Measuring {
+    child: Child,
+    stderr: BufReader<ChildStderr>,
+}
+
+impl Measuring {
+    fn start(at: &Path, arguments: &[&str]) -> Measuring {
+        let mut command = corepage(arguments);
+        command.current_dir(at).env("RUST_LOG", "info");
+        let mut child =
+            command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("it runs");
+        let mut stderr = BufReader::new(child.stderr.take().expect("stderr is piped"));
+        let mut text = String::new();
+        while !text.contains(" measuring ") {
+            let count = stderr.read_line(&mut text).expect("lines are text");
+            assert!(count > 0, "it ended before it measured: {text}");
+        }
+        Measuring { child, stderr }
     }
-    std::thread::sleep(Duration::from_millis(300));
-    child
+
+    /// What it says when it is interrupted.
+    fn interrupted(mut self) -> String {
+        kill_process(Pid::from_child(&self.child), Signal::INT).expect("it runs");
+        let mut text = String::new();
+        self.stderr.read_to_string(&mut text).expect("lines are text");
+        let status = self.child.wait().expect("it is ours");
+        assert_eq!(status.signal(), Some(Signal::INT.as_raw()), "{status}: {text}");
+        text
+    }
+}
+
+impl Drop for Measuring {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 #[test]
@@ -116,15 +137,8 @@ fn a_volume_of_the_same_name_with_data_of_somebody_is_left_alone() {
 fn an_interrupted_bench_takes_its_volume_out_of_the_store_again() {
     let dir = scratch("bench-int");
     store_with(dir.path(), "mine");
-    let child = begun(dir.path());
-    kill_process(Pid::from_child(&child), Signal::INT).expect("it runs");
-    let output = child.wait_with_output().expect("it is ours");
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(
-        output.status.signal() == Some(Signal::INT.as_raw())
-            && text.starts_with("error: interrupted"),
-        "{text}"
-    );
+    let text = Measuring::start(dir.path(), &arguments(dir.path(), "600")).interrupted();
+    assert!(text.starts_with("error: interrupted"), "{text}");
     only_mine_is_there(dir.path());
 }
 
@@ -132,9 +146,7 @@ fn an_interrupted_bench_takes_its_volume_out_of_the_store_again() {
 fn what_a_killed_bench_left_is_no_hindrance_for_the_next_one() {
     let dir = scratch("bench-kill");
     store_with(dir.path(), "mine");
-    let mut child = begun(dir.path());
-    child.kill().expect("it runs");
-    child.wait().expect("it is ours");
+    drop(Measuring::start(dir.path(), &arguments(dir.path(), "600")));
     let store = open(dir.path());
     assert!(
         store.volume(NAME).wait().expect("the catalog is read").is_some(),
@@ -240,24 +252,8 @@ fn bench_measures_verifies_and_leaves_nothing_behind() {
 fn an_interrupted_bench_removes_what_it_made() {
     let dir = scratch("interrupted");
     let arguments = ["bench", "write", "--size", "8M", "--memory", "16M", "--seconds", "60"];
-    let mut command = corepage(&arguments);
-    let mut child =
-        command.current_dir(dir.path()).stderr(Stdio::piped()).spawn().expect("it runs");
-    let meta = || {
-        let made = std::fs::read_dir(dir.path()).unwrap().flatten().next();
-        made.is_some_and(|made| made.path().join("meta").exists())
-    };
-    while !meta() {
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    std::thread::sleep(Duration::from_millis(500));
-    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
-    assert_eq!(child.wait().unwrap().signal(), Some(Signal::INT.as_raw()));
-    let mut text = String::new();
-    child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
-    // On a busy machine the store may still be opening: what was made goes all the same.
-    let says = ["error: interrupted", "error: signal 2 came while the store in"];
-    assert!(says.iter().any(|start| text.starts_with(start)), "{text}");
+    let text = Measuring::start(dir.path(), &arguments).interrupted();
+    assert!(text.starts_with("error: interrupted"), "{text}");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "it left its store behind");
 }
 

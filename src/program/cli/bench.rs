@@ -315,6 +315,7 @@ fn measure(
             Run { time: warming, ..run.clone() }.measure(bench)?;
         }
         let before = block_on(bench.store.stats())?;
+        tracing::info!(operation = name(operation), depth, seconds = time.as_secs(), "measuring");
         let outcome = run.measure(bench)?;
         let counted = block_on(bench.store.stats())?.since(&before);
         if stop.load(Ordering::Relaxed) {
