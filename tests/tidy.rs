@@ -96,23 +96,6 @@ const CIRCLES: &[(&[&str], &str)] = &[
         &["program/server/nbd/reads", "program/server/nbd/transmission"],
         "to go: the state of a connection in a file of its own",
     ),
-    (
-        &["testing/sim/cluster", "testing/sim/host", "testing/sim/watch"],
-        "to go: the watch looks into the cluster",
-    ),
-    (
-        &[
-            "testing/sim/inject",
-            "testing/sim/oracle",
-            "testing/sim/oracle/pending_requests",
-            "testing/sim/plan",
-            "testing/sim/run",
-            "testing/sim/shrink",
-            "testing/sim/strain",
-            "testing/sim/workload",
-        ],
-        "to go: a simulated run knows its oracle, and that the run",
-    ),
 ];
 
 /// What the top of the repository may hold, besides names with a leading dot and what Git ignores.

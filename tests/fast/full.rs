@@ -6,6 +6,7 @@
 
 use crate::common;
 use common::role::{Run, ring_works};
+use corepage::testing::pattern;
 use corepage::{Error, ErrorKind, Options, PageId, Store, Volume};
 use futures_lite::future::block_on;
 
@@ -28,7 +29,7 @@ fn fill(store: &Store, volume: &Volume, first: u64) -> (u64, Error) {
     loop {
         let mut txn = store.begin();
         for page in next..next + BATCH {
-            let bytes = page.to_le_bytes().repeat(512);
+            let bytes = pattern::words(page, 4096);
             txn.write(volume, PageId::new(page), bytes)
                 .expect("a write of a transaction is kept for its commit");
         }

@@ -15,6 +15,7 @@ use common::device::{Device, OF_STORE};
 use common::role::{Run, ring_works};
 use common::surroundings::{Mounted, Without, start_without, tool};
 use common::{Rng, Served, corepage, has_tool, nbd, scratch};
+use corepage::testing::pattern;
 use corepage::{Driver, Error, ErrorKind, Geometry, Options, PageId, Store, Volume};
 use futures_lite::future::{block_on, or};
 use std::collections::BTreeMap;
@@ -57,7 +58,7 @@ fn runs() -> Vec<Run> {
 }
 
 fn whole(value: u64) -> Vec<u8> {
-    value.to_le_bytes().repeat(PAGE / 8)
+    pattern::words(value, PAGE)
 }
 
 /// An open store, and what was acknowledged as durable.

@@ -19,20 +19,19 @@
 //! It does *not* route requests or judge anything.
 
 use super::disk::SimDisk;
-use super::host::{NodeHost, SHARD_SHIFT, Stop};
+use super::host::{Node, NodeHost, SHARD_SHIFT, Stop, Turn};
 use super::late::{Holding, Late};
 use super::net::{Mark, Net};
 use super::progress::{Progress, check_budget};
 use super::timing::Timing;
-use super::watch::TABLE_IS_BOUNDED;
 use crate::base::error::{Error, Result};
 use crate::base::mix::mix;
 use crate::base::options::Options;
 use crate::base::{Lsn, Micros, ShardId, ShardMap};
 use crate::engine::order::GlobalOrder;
 use crate::engine::recovery::RecoveryReport;
-use crate::engine::{Message, Request, Response, Shard, Token, step};
-use crate::io::{Completion, Disk, OpId};
+use crate::engine::{Message, Request, Shard, Token, step};
+use crate::io::{Disk, OpId};
 use crate::testing::random::Rng;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -71,23 +70,6 @@ pub struct Cluster {
     counters: ClusterCounters,
 }
 
-/// Arrivals for one shard, now or later, and observations after its last turn.
-pub(super) struct Node {
-    pub(super) requests: Vec<(Micros, Token, Request)>,
-    pub(super) completions: Vec<(Micros, Completion)>,
-    /// When its last turn ends.
-    free_at: Micros,
-    /// When it turns even if nothing arrives: at the beginning, and when the watermark has reached
-    /// what it waits for.
-    woken_at: Option<Micros>,
-    /// A commit waited for memory after its last turn.
-    pub(super) was_short: bool,
-    /// Segments of its log after its last turn.
-    pub(super) log_segments: u64,
-    /// Its checkpoint waits for memory; the number of checkpoints that had ended before.
-    pub(super) starved_after: Option<u64>,
-}
-
 /// The findings of an opening.
 #[derive(Clone, Copy, Debug)]
 pub struct Opened {
@@ -99,17 +81,6 @@ pub struct Opened {
     pub recovered_lsn: Lsn,
     /// Copies of the superblock that could not be used.
     pub warnings: usize,
-}
-
-/// The results of one step.
-#[derive(Debug, Default)]
-pub struct Turn {
-    /// The shard that turned.
-    pub shard: ShardId,
-    /// Requests and the LSNs they drew, in the order of the LSNs.
-    pub drawn: Vec<(Token, Lsn)>,
-    /// Answers, in order.
-    pub replies: Vec<(Token, Result<Response>)>,
 }
 
 /// Counters of a cluster.
@@ -407,9 +378,7 @@ impl Cluster {
         let (id, shard) = (ShardId::new(index as u16), &self.shards[index]);
         shard.audit().map_err(|drift| format!("{id:?} counts wrongly: {drift}"))?;
         let counts = shard.counts();
-        if TABLE_IS_BOUNDED {
-            check_budget(&counts).map_err(|why| format!("{id:?} keeps too much: {why}"))?;
-        }
+        check_budget(&counts).map_err(|why| format!("{id:?} keeps too much: {why}"))?;
         self.audit_at =
             self.counters.turns + AUDIT_EACH.max((counts.pages + counts.nodes) / AUDITED_A_TURN);
         Ok(())

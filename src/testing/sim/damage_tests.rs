@@ -5,8 +5,9 @@
 //! when it is damaged. Of one that was not, everything is damaged that is there.
 //! `COREPAGE_STORES=n` does it to n stores.
 
+use super::disk::DamageCounters;
 use super::disk::{Damage, Loss, SECTOR, SECTORS};
-use super::inject::{DamageCounters, Damaged};
+use super::inject::Damaged;
 use super::run::{Outcome, Plan, RunStats, SimRun};
 use super::tests::{number, quiet, run_cases};
 use super::workload::{self, Profile};

@@ -5,8 +5,8 @@
 //! error. `COREPAGE_ERRORS=all` tries each of the seven errors, once and for ever, at each
 //! operation, instead of one of them.
 
+use super::disk::is_of_the_device;
 use super::disk::{Area, ERRNOS, Fault, Loss};
-use super::inject::is_of_the_device;
 use super::model::{page_bytes, patch_bytes};
 use super::run::{Outcome, Plan, RunStats, SimRun};
 use super::tests::{quiet, run_cases};

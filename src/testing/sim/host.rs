@@ -8,14 +8,14 @@
 //!
 //! It does *not* choose which shard turns, or when: see `cluster`.
 
-use super::cluster::{Node, Turn};
 use super::disk::SimDisk;
 use super::late::Late;
 use super::net::Net;
 use super::timing::Timing;
-use crate::base::{Micros, ShardId};
-use crate::engine::{Effect, Host, Message, Shard};
-use crate::io::OpId;
+use crate::base::error::Result;
+use crate::base::{Lsn, Micros, ShardId};
+use crate::engine::{Effect, Host, Message, Request, Response, Shard, Token};
+use crate::io::{Completion, OpId};
 use crate::testing::random::Rng;
 use std::ops::ControlFlow;
 
@@ -28,6 +28,34 @@ pub(super) enum Stop {
     DiskEnded,
     /// What is wrong with the shard.
     Wrong(String),
+}
+
+/// Arrivals for one shard, now or later, and observations after its last turn.
+pub(super) struct Node {
+    pub(super) requests: Vec<(Micros, Token, Request)>,
+    pub(super) completions: Vec<(Micros, Completion)>,
+    /// When its last turn ends.
+    pub(super) free_at: Micros,
+    /// When it turns even if nothing arrives: at the beginning, and when the watermark has reached
+    /// what it waits for.
+    pub(super) woken_at: Option<Micros>,
+    /// A commit waited for memory after its last turn.
+    pub(super) was_short: bool,
+    /// Segments of its log after its last turn.
+    pub(super) log_segments: u64,
+    /// Its checkpoint waits for memory; the number of checkpoints that had ended before.
+    pub(super) starved_after: Option<u64>,
+}
+
+/// The results of one step.
+#[derive(Debug, Default)]
+pub struct Turn {
+    /// The shard that turned.
+    pub shard: ShardId,
+    /// Requests and the LSNs they drew, in the order of the LSNs.
+    pub drawn: Vec<(Token, Lsn)>,
+    /// Answers, in order.
+    pub replies: Vec<(Token, Result<Response>)>,
 }
 
 /// Everything around a shard during one step of it.

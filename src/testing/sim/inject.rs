@@ -24,35 +24,6 @@ use crate::memory::Arena;
 /// Steps of a store that has stopped before its process ends.
 const AFTER_FAILURE: u32 = 40;
 
-/// Counters of damaged stores.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct DamageCounters {
-    /// Sectors or blocks changed.
-    pub done: u64,
-    /// Stores that were not opened, with an error that names the damage.
-    pub refused: u64,
-    /// Stores that were opened and named the damage when something was read.
-    pub named: u64,
-    /// Stores that lost commits above every recorded watermark.
-    pub cut: u64,
-    /// Stores that had all, and mended a copy of the superblock with a warning.
-    pub mended: u64,
-    /// Stores that had all: the damaged bytes were not needed.
-    pub harmless: u64,
-}
-
-impl DamageCounters {
-    /// Adds another run's.
-    pub fn add(&mut self, other: &DamageCounters) {
-        self.done += other.done;
-        self.refused += other.refused;
-        self.named += other.named;
-        self.cut += other.cut;
-        self.mended += other.mended;
-        self.harmless += other.harmless;
-    }
-}
-
 /// The outcome of opening and reading a damaged store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Damaged {
@@ -61,16 +32,6 @@ pub(super) enum Damaged {
     Cut,
     Mended,
     Harmless,
-}
-
-/// Whether an opening that met an error of the device failed for that, and not for another reason.
-pub(super) fn is_of_the_device(error: &Error) -> Outcome {
-    match error.kind() {
-        ErrorKind::Io | ErrorKind::Full | ErrorKind::Closed => Ok(()),
-        kind => {
-            Err(format!("opening met an error of the device and failed with {kind:?}: {error}"))
-        }
-    }
 }
 
 impl SimRun {

@@ -40,6 +40,23 @@ pub fn describe(bytes: &[u8]) -> String {
     format!("{label:?}, {same} of {BLOCK} bytes as written whole")
 }
 
+/// Bytes of a change as the limit on commits counts them: the memory that it may need.
+pub fn change_bytes(change: &Change) -> u64 {
+    match change {
+        Change::Put(_) | Change::Patch { .. } => BLOCK as u64,
+        Change::Free => 512,
+    }
+}
+
+/// A change in a few words.
+pub fn describe_change((key, change): &(PageKey, Change)) -> String {
+    match change {
+        Change::Put(_) => format!("put {key:?}"),
+        Change::Patch { offset, bytes } => format!("patch {key:?} {offset}+{}", bytes.len()),
+        Change::Free => format!("free {key:?}"),
+    }
+}
+
 /// A page from some LSN on.
 #[derive(Clone, Debug)]
 pub struct Version {

@@ -2,13 +2,11 @@
 
 use super::canary::Canary;
 use super::cluster::ClusterCounters;
-use super::disk::DiskCounters;
-use super::inject::DamageCounters;
+use super::disk::{DamageCounters, DiskCounters};
 use super::oracle::OracleCounters;
 use super::rare::Rare;
-use super::shrink::Smaller;
 use super::strain::Strain;
-use super::workload::Profile;
+use super::workload::{Profile, Smaller};
 use crate::base::metrics::ShardStats;
 use crate::base::options::Options;
 

@@ -16,8 +16,7 @@ mod tally;
 
 use super::canary::plant;
 use super::cluster::{Cluster, Opened};
-use super::disk::{Latency, Loss, SimDisk};
-use super::inject::is_of_the_device;
+use super::disk::{Latency, Loss, SimDisk, is_of_the_device};
 use super::net::Mark;
 use super::oracle::{Oracle, Tolerance};
 pub use super::plan::{Failure, Plan, RunStats};
@@ -109,7 +108,10 @@ impl SimRun {
         let mut rng = Rng::new(plan.seed);
         let options = super::workload::options(&mut rng);
         let mut chance = chance_of(plan.seed);
-        let strain = Strain::of(&plan, &mut chance);
+        let is_free = plan.options.is_none() && plan.profile.is_none();
+        let strain = plan.strain.clone();
+        let strain =
+            strain.unwrap_or_else(|| Strain::random(plan.strain_percent, is_free, &mut chance));
         let options = strain.options(plan.options.clone().unwrap_or(options), &mut chance);
         let profile = Profile::random(&mut rng);
         let profile = plan.profile.clone().unwrap_or(profile);

@@ -9,18 +9,7 @@
 
 use super::plan::{Failure, Plan};
 use super::run::run;
-use super::workload::ASKS;
-
-/// What of a profile is left out.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Smaller {
-    /// Pages that are used, at most; 0: all.
-    pub pages: usize,
-    /// Requests under way, at most; 0: as the profile says.
-    pub in_flight: usize,
-    /// Kinds of requests that are left out, a bit for each, in the order of the workload.
-    pub without: u32,
-}
+use super::workload::{ASKS, Smaller};
 
 /// Seeds that are tried with a smaller plan.
 const SEEDS: u64 = 12;

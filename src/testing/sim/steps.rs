@@ -7,7 +7,8 @@
 //!    shards are asked for counters.
 //! 3. Time moves only to the next event, or over a pause without requests.
 
-use super::cluster::{Cluster, Turn};
+use super::cluster::Cluster;
+use super::host::Turn;
 use super::run::{Outcome, SimRun};
 use super::workload::PrepareRequest;
 use crate::base::error::{ErrorKind, Result as StoreResult};

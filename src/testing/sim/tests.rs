@@ -8,7 +8,8 @@
 use super::canary::{Canary, plant, take_fired};
 use super::race_tests::{checkpoints_in_redo, crashes_in_redo};
 use super::run::{Failure, Outcome, Plan, RunStats, run};
-use super::shrink::{Smaller, shrink};
+use super::shrink::shrink;
+use super::workload::Smaller;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 

@@ -10,7 +10,6 @@
 
 use super::model::{page_bytes, patch_bytes};
 use super::oracle::Oracle;
-use super::shrink::Smaller;
 use crate::base::options::{Geometry, Options, SHARD_MEMORY_MIN, TABLE_BYTES_PER_FRAME};
 use crate::base::{BLOCK, Lsn, PageId, PageKey, ShardId, ShardMap, VolumeId};
 use crate::engine::{Change, Commit, Request};
@@ -197,21 +196,15 @@ pub fn options(rng: &mut Rng) -> Options {
     }
 }
 
-/// Bytes of a change as the limit on commits counts them: the memory that it may need.
-pub fn change_bytes(change: &Change) -> u64 {
-    match change {
-        Change::Put(_) | Change::Patch { .. } => BLOCK as u64,
-        Change::Free => 512,
-    }
-}
-
-/// A change in a few words.
-pub fn describe_change((key, change): &(PageKey, Change)) -> String {
-    match change {
-        Change::Put(_) => format!("put {key:?}"),
-        Change::Patch { offset, bytes } => format!("patch {key:?} {offset}+{}", bytes.len()),
-        Change::Free => format!("free {key:?}"),
-    }
+/// What of a profile is left out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Smaller {
+    /// Pages that are used, at most; 0: all.
+    pub pages: usize,
+    /// Requests under way, at most; 0: as the profile says.
+    pub in_flight: usize,
+    /// Kinds of requests that are left out, a bit for each, in the order of the workload.
+    pub without: u32,
 }
 
 /// Makes requests.

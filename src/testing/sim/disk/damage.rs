@@ -12,6 +12,35 @@ use crate::base::BLOCK;
 use crate::io::FileId;
 use std::rc::Rc;
 
+/// Counters of damaged stores.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DamageCounters {
+    /// Sectors or blocks changed.
+    pub done: u64,
+    /// Stores that were not opened, with an error that names the damage.
+    pub refused: u64,
+    /// Stores that were opened and named the damage when something was read.
+    pub named: u64,
+    /// Stores that lost commits above every recorded watermark.
+    pub cut: u64,
+    /// Stores that had all, and mended a copy of the superblock with a warning.
+    pub mended: u64,
+    /// Stores that had all: the damaged bytes were not needed.
+    pub harmless: u64,
+}
+
+impl DamageCounters {
+    /// Adds another run's.
+    pub fn add(&mut self, other: &DamageCounters) {
+        self.done += other.done;
+        self.refused += other.refused;
+        self.named += other.named;
+        self.cut += other.cut;
+        self.mended += other.mended;
+        self.harmless += other.harmless;
+    }
+}
+
 /// Damage to some sectors of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Damage {

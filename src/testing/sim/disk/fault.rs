@@ -6,9 +6,19 @@
 //!
 //! It does *not* decide what a failed operation leaves behind; the disk does, by chance.
 
-use crate::base::error::Error as StoreError;
+use crate::base::error::{Error as StoreError, ErrorKind as StoreErrorKind};
 use crate::io::{DiskOp, FileId};
 use std::io::ErrorKind;
+
+/// Whether an opening that met an error of the device failed for that, and not for another reason.
+pub fn is_of_the_device(error: &StoreError) -> Result<(), String> {
+    match error.kind() {
+        StoreErrorKind::Io | StoreErrorKind::Full | StoreErrorKind::Closed => Ok(()),
+        kind => {
+            Err(format!("opening met an error of the device and failed with {kind:?}: {error}"))
+        }
+    }
+}
 
 /// The kinds of operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

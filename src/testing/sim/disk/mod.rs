@@ -26,8 +26,8 @@ mod file;
 mod tests;
 
 pub use crash::Loss;
-pub use damage::Damage;
-pub use fault::{Area, DiskCounters, EIO, ENOSPC, ERRNOS, Fault, OpKind, SHORT};
+pub use damage::{Damage, DamageCounters};
+pub use fault::{Area, DiskCounters, EIO, ENOSPC, ERRNOS, Fault, OpKind, SHORT, is_of_the_device};
 pub use file::{SECTOR, SECTORS};
 
 use crate::base::error::Result;

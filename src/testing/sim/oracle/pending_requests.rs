@@ -5,7 +5,7 @@
 use super::Tolerance;
 use crate::base::{BLOCK, Lsn, Micros, PageKey, ShardId};
 use crate::engine::{Change, Commit, Request};
-use crate::testing::sim::workload;
+use crate::testing::sim::model;
 
 /// Most map nodes above a page, its leaf included.
 const PATH_NODES_MAX: u64 = 9;
@@ -68,7 +68,7 @@ impl Kind {
     /// Its bytes, as the limit on commits counts them.
     pub fn bytes(&self) -> u64 {
         let Kind::Commit(commit) = self else { return 0 };
-        commit.changes.iter().map(|(_, change)| workload::change_bytes(change)).sum()
+        commit.changes.iter().map(|(_, change)| model::change_bytes(change)).sum()
     }
 
     /// Whether it may be refused as too large: by its bytes, or since there could be more map nodes
@@ -108,7 +108,7 @@ impl Kind {
         match self {
             Kind::Read(keys) => format!("read {keys:?}"),
             Kind::Commit(Commit { reads, changes, durable }) => {
-                let changes: Vec<_> = changes.iter().map(workload::describe_change).collect();
+                let changes: Vec<_> = changes.iter().map(model::describe_change).collect();
                 format!("commit of {changes:?}, reads {reads:?}, durable {durable}")
             }
             Kind::Flush => "flush".into(),

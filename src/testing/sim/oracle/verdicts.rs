@@ -257,7 +257,7 @@ impl Oracle {
             .flat_map(|(lsn, changes)| changes.iter().map(move |change| (*lsn, change)));
         let of_page = all.filter(|(_, change)| change.0 == key);
         of_page
-            .map(|(lsn, change)| (lsn, crate::testing::sim::workload::describe_change(change)))
+            .map(|(lsn, change)| (lsn, crate::testing::sim::model::describe_change(change)))
             .collect()
     }
 }
