@@ -32,8 +32,9 @@
 //! | Folder | Holds |
 //! |---|---|
 //! | `api` | [`Store`], [`Volume`], [`Txn`], [`Scan`]: what callers hold, over one [`Access`] |
-//! | `runtime` | the pinned threads that drive shards; `mesh`: the channels between them |
-//! | `engine` | one shard as a state machine: pages, commits, `log`, `coalesce`, `map`, checkpoints, `recovery` |
+//! | `runtime` | the pinned threads that drive shards |
+//! | `mesh` | the channels between threads |
+//! | `engine` | one shard as a state machine: `txn`, `cache`, `log`, `writeback`, `map`, `space`, `checkpoint`, `recovery` |
 //! | `format` | every byte on disk |
 //! | `io` | the seam to the device |
 //! | `memory` | the arena of page frames, and what is evicted from it |

@@ -52,14 +52,13 @@ const OUTER: &[&str] =
 const LAYERS: &[&[(&str, &[&str])]] = &[
     &[("base", &[]), ("base/sync", &[])],
     &[("base/error", &[])],
-    &[("mesh", &[])],
     &[("base/mix", &[])],
     &[("testing/pattern", &[]), ("testing/random", &[])],
     &[("testing/replay", &[])],
     &[("base/options", &[]), ("base/checksum", &[]), ("base/metrics", &[])],
-    &[("format", &[])],
     &[("memory", &[])],
     &[("io", &[])],
+    &[("format", &[])],
     &[("ops/probe", &[])],
     &[
         ("engine/map", &[]),
@@ -70,6 +69,7 @@ const LAYERS: &[&[(&str, &[&str])]] = &[
     ],
     &[("engine", &[])],
     &[("engine/recovery", &[])],
+    &[("mesh", &[])],
     &[("ops/verify", &[]), ("ops", &[])],
     &[("testing/local_cluster", &[]), ("runtime", &[])],
     &[("testing/sim", &[])],

@@ -41,6 +41,9 @@ struct Arguments {
     /// Only the engine: for a profiler
     #[arg(long)]
     alone: bool,
+    /// Where the medians go, a row a line, for scripts/record
+    #[arg(long)]
+    rows: Option<PathBuf>,
     /// read, commit, latency, overwrite, idle [default: all]
     workloads: Vec<String>,
     /// Given by `cargo bench`
@@ -149,6 +152,9 @@ fn main() {
         {
             report.add(workload(&plan));
         }
+    }
+    if let Some(rows) = &arguments.rows {
+        std::fs::write(rows, report.rows()).expect("the rows can be written");
     }
     report.end();
 }

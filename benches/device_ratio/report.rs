@@ -217,6 +217,18 @@ impl Report {
         }
     }
 
+    /// Medians as `scripts/record` takes them: name, unit, median, runs, the reference's median.
+    pub fn rows(&self) -> String {
+        let line = |row: &Row| {
+            let median = row.figure(&row.engine)?;
+            let (name, unit, runs) = (&row.what, row.unit(), row.engine.len());
+            let reference = row.figure(&row.reference);
+            let reference = reference.map_or(String::new(), |median| format!("{median:.3}"));
+            Some(format!("{name}\t{unit}\t{median:.3}\t{runs}\t{reference}\n"))
+        };
+        self.rows.iter().filter_map(line).collect()
+    }
+
     /// The table.
     pub fn end(self) {
         println!(

@@ -15,9 +15,17 @@ use smallvec::smallvec;
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
-const FILE_BYTES: u64 = 512 << 20;
-const ROUND: Duration = Duration::from_millis(700);
-const ROUNDS: usize = 5;
+/// How much is measured.
+#[derive(Clone, Copy)]
+struct Size {
+    file_bytes: u64,
+    round: Duration,
+    rounds: usize,
+}
+
+const WHOLE: Size = Size { file_bytes: 512 << 20, round: Duration::from_millis(700), rounds: 5 };
+/// Enough to see that a measurement works.
+const SMOKE: Size = Size { file_bytes: 8 << 20, round: Duration::from_millis(2), rounds: 1 };
 
 fn log(shard: u16) -> FileId {
     FileId::Log(ShardId::new(shard), SegmentNo::new(0))
@@ -35,16 +43,16 @@ fn make(files: &Arc<Files>, driver: Driver) -> Box<dyn DriverDisk> {
 }
 
 /// Keeps `depth` reads under way for a round: how many were done.
-fn reads(disk: &mut dyn Disk, arena: &mut Arena, depth: usize, rng: &mut Rng) -> f64 {
+fn reads(disk: &mut dyn Disk, arena: &mut Arena, depth: usize, rng: &mut Rng, size: Size) -> f64 {
     let mut done = Vec::new();
     let mut spare: Vec<_> = (0..depth).map(|_| arena.alloc(0).unwrap()).collect();
     let (mut count, mut flying) = (0u64, 0);
     let start = Instant::now();
-    while start.elapsed() < ROUND || flying > 0 {
-        while start.elapsed() < ROUND
+    while start.elapsed() < size.round || flying > 0 {
+        while start.elapsed() < size.round
             && let Some(frame) = spare.pop()
         {
-            let offset = rng.below(FILE_BYTES / 4096) * 4096;
+            let offset = rng.below(size.file_bytes / 4096) * 4096;
             disk.submit(OpId(0), DiskOp::Read { file: log(0), offset, into: smallvec![frame] });
             flying += 1;
         }
@@ -67,11 +75,11 @@ fn reads(disk: &mut dyn Disk, arena: &mut Arena, depth: usize, rng: &mut Rng) ->
 }
 
 /// Writes a block and flushes it, one after the other, for a round: microseconds of each.
-fn write_and_flush(disk: &mut dyn Disk, arena: &mut Arena, shard: u16) -> Vec<f64> {
+fn write_and_flush(disk: &mut dyn Disk, arena: &mut Arena, shard: u16, size: Size) -> Vec<f64> {
     let frame = filled(arena, 0, 1);
     let mut times = Vec::new();
     let start = Instant::now();
-    while start.elapsed() < ROUND {
+    while start.elapsed() < size.round {
         let begun = Instant::now();
         let offset = (times.len() as u64 % 2048) * 4096;
         let from = smallvec![IoSlice::whole(frame.pin())];
@@ -87,12 +95,12 @@ fn quantile(values: &mut [f64], q: f64) -> f64 {
     values[((values.len() - 1) as f64 * q) as usize]
 }
 
-fn store(page_cache: PageCache) -> (tempfile::TempDir, Arc<Files>) {
+fn store(page_cache: PageCache, size: Size) -> (tempfile::TempDir, Arc<Files>) {
     let dir = tempfile::tempdir().unwrap();
     let options = FileOptions { page_cache, ..FileOptions::default() };
     let files = Files::open(dir.path(), Access::ReadWrite, &options).unwrap();
     let mut disk = make(&files, Driver::Portable);
-    allocate(disk.as_mut(), log(0), 0, FILE_BYTES).unwrap();
+    allocate(disk.as_mut(), log(0), 0, size.file_bytes).unwrap();
     for shard in 1..4 {
         allocate(disk.as_mut(), log(shard), 0, 16 << 20).unwrap();
     }
@@ -109,14 +117,18 @@ fn processor_us() -> f64 {
 #[test]
 #[ignore = "a measurement"]
 fn ring_against_portable() {
+    compare_all_drivers(WHOLE);
+}
+
+fn compare_all_drivers(size: Size) {
     // From the page cache the device costs nothing: what is left is the drivers'.
     for page_cache in [PageCache::Bypass, PageCache::Use] {
-        compare_drivers(page_cache);
+        compare_drivers(page_cache, size);
     }
 }
 
-fn compare_drivers(page_cache: PageCache) {
-    let (_dir, files) = store(page_cache);
+fn compare_drivers(page_cache: PageCache, size: Size) {
+    let (_dir, files) = store(page_cache, size);
     let mut arena = Arena::new(4096).unwrap();
     let mut rng = Rng::new(1);
     let drivers = [Driver::Ring, Driver::Portable];
@@ -125,11 +137,11 @@ fn compare_drivers(page_cache: PageCache) {
     disks.iter().for_each(|disk| println!("{}", disk.report()));
     for depth in [1, 4, 16, 64, 256] {
         let (mut rates, mut costs) = ([vec![], vec![]], [vec![], vec![]]);
-        for _ in 0..ROUNDS {
+        for _ in 0..size.rounds {
             for (i, disk) in disks.iter_mut().enumerate() {
                 let before = processor_us();
-                let rate = reads(disk.as_mut(), &mut arena, depth, &mut rng);
-                costs[i].push((processor_us() - before) / (rate * ROUND.as_secs_f64()));
+                let rate = reads(disk.as_mut(), &mut arena, depth, &mut rng, size);
+                costs[i].push((processor_us() - before) / (rate * size.round.as_secs_f64()));
                 rates[i].push(rate / 1000.0);
             }
         }
@@ -142,9 +154,9 @@ fn compare_drivers(page_cache: PageCache) {
         );
     }
     let mut times = [vec![], vec![]];
-    for _ in 0..ROUNDS {
+    for _ in 0..size.rounds {
         for (disk, times) in disks.iter_mut().zip(&mut times) {
-            times.extend(write_and_flush(disk.as_mut(), &mut arena, 1));
+            times.extend(write_and_flush(disk.as_mut(), &mut arena, 1, size));
         }
     }
     for (driver, times) in drivers.iter().zip(&mut times) {
@@ -156,18 +168,22 @@ fn compare_drivers(page_cache: PageCache) {
 #[test]
 #[ignore = "a measurement"]
 fn one_flush_for_all_files_against_one_per_file() {
-    let (dir, files) = store(PageCache::Bypass);
+    compare_flushes(WHOLE);
+}
+
+fn compare_flushes(size: Size) {
+    let (dir, files) = store(PageCache::Bypass, size);
     drop(files);
     for (driver, shards) in [(Driver::Ring, 1), (Driver::Ring, 2), (Driver::Ring, 3)] {
         let mut times = [vec![], vec![]];
         let mut counts = [vec![], vec![]];
-        for round in 0..2 * ROUNDS {
+        for round in 0..2 * size.rounds {
             let i = round % 2;
             let flush = [FlushChoice::Shared, FlushChoice::PerFile][i];
             let options = FileOptions { flush, ..FileOptions::default() };
             let files = Files::open(dir.path(), Access::ReadWrite, &options).unwrap();
-            let both = at_a_time(&files, driver, shards);
-            counts[i].push(both.len() as f64 / ROUND.as_secs_f64() / 1000.0);
+            let both = at_a_time(&files, driver, shards, size);
+            counts[i].push(both.len() as f64 / size.round.as_secs_f64() / 1000.0);
             times[i].extend(both);
         }
         for (i, name) in ["shared", "per file"].into_iter().enumerate() {
@@ -181,8 +197,15 @@ fn one_flush_for_all_files_against_one_per_file() {
     }
 }
 
+/// If this fails, the figures in the decisions can't be measured again.
+#[test]
+fn each_measurement_works() {
+    compare_all_drivers(SMOKE);
+    compare_flushes(SMOKE);
+}
+
 /// Several shards write and flush, each on a thread of its own: microseconds of each.
-fn at_a_time(files: &Arc<Files>, driver: Driver, shards: u16) -> Vec<f64> {
+fn at_a_time(files: &Arc<Files>, driver: Driver, shards: u16, size: Size) -> Vec<f64> {
     let barrier = Barrier::new(shards.into());
     std::thread::scope(|scope| {
         let shard = |n| {
@@ -191,7 +214,7 @@ fn at_a_time(files: &Arc<Files>, driver: Driver, shards: u16) -> Vec<f64> {
                 let mut disk = make(files, driver);
                 let mut arena = Arena::new(64).unwrap();
                 barrier.wait();
-                write_and_flush(disk.as_mut(), &mut arena, n)
+                write_and_flush(disk.as_mut(), &mut arena, n, size)
             }
         };
         let threads: Vec<_> = (1..=shards).map(|n| scope.spawn(shard(n))).collect();

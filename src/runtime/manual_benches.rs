@@ -59,9 +59,22 @@ fn p50(mut times: Vec<Duration>) -> Duration {
     times[times.len() / 2]
 }
 
+/// If this fails, the figures that the documents name can't be measured again.
+#[test]
+fn each_measurement_works() {
+    reads_from_a_foreign_thread(1000);
+    reads_from_a_task(1000);
+    idle_store(Duration::from_millis(1));
+}
+
 #[test]
 #[ignore = "prints figures"]
 fn figures_of_a_cached_read_from_a_foreign_thread() {
+    reads_from_a_foreign_thread(1);
+}
+
+/// With so many times fewer reads than for a figure.
+fn reads_from_a_foreign_thread(part: usize) {
     for driver in [Driver::Ring, Driver::Portable] {
         for (name, poll, spins, pause, count) in [
             ("shard polls, caller polls", true, true, Duration::ZERO, 200_000),
@@ -71,7 +84,7 @@ fn figures_of_a_cached_read_from_a_foreign_thread() {
             ("shard parked, caller parks", false, false, Duration::from_millis(1), 1000),
         ] {
             with_page(driver, poll, |runtime, shard| {
-                let times = (0..count).map(|_| {
+                let times = (0..count / part).map(|_| {
                     std::thread::sleep(pause);
                     let start = Instant::now();
                     let asked = async { runtime.handle().submit_to(shard, read()).await?.await };
@@ -89,10 +102,14 @@ fn figures_of_a_cached_read_from_a_foreign_thread() {
 #[test]
 #[ignore = "prints figures"]
 fn figures_of_a_cached_read_from_a_task_on_the_shard() {
+    reads_from_a_task(1);
+}
+
+fn reads_from_a_task(part: usize) {
     for driver in [Driver::Ring, Driver::Portable] {
         for depth in [1usize, 16, 64] {
             with_page(driver, false, |runtime, shard| {
-                let calls = 2_000_000;
+                let calls = 2_000_000 / part;
                 let task = runtime.handle().spawn_on(shard, move |local| async move {
                     let start = Instant::now();
                     for _ in 0..calls / depth {
@@ -116,6 +133,10 @@ fn figures_of_a_cached_read_from_a_task_on_the_shard() {
 #[test]
 #[ignore = "prints figures"]
 fn figures_of_an_idle_store() {
+    idle_store(Duration::from_secs(5));
+}
+
+fn idle_store(time: Duration) {
     let ticks = || {
         let stat = std::fs::read_to_string("/proc/self/stat").expect("it is there");
         let fields: Vec<u64> =
@@ -124,10 +145,12 @@ fn figures_of_an_idle_store() {
     };
     for driver in [Driver::Ring, Driver::Portable] {
         with_page(driver, false, |_, _| {
-            std::thread::sleep(Duration::from_secs(1));
+            std::thread::sleep(time / 5);
             let before = ticks();
-            std::thread::sleep(Duration::from_secs(5));
-            println!("{driver:?}, idle: {:.2} % of a core", (ticks() - before) as f64 / 5.0);
+            std::thread::sleep(time);
+            // A tick is a hundredth of a second.
+            let percent = (ticks() - before) as f64 / time.as_secs_f64();
+            println!("{driver:?}, idle: {percent:.2} % of a core");
         });
     }
 }

@@ -416,5 +416,6 @@ mod tests {
             done("read-far-32").disk_reads > 256,
             "a volume larger than the memory is read from the disk"
         );
+        assert!(done("put-far-32").disk_bytes_written > 0, "its pages are written some time");
     }
 }

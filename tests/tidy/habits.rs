@@ -1,6 +1,12 @@
-//! Rules on what there is only one of: the random source, the pattern of pages.
+//! Rules on what there is only one of: the random source, the pattern of pages, the order of
+//! modules.
 
-use super::{can_fail, code_only, complain_about, files, line_of};
+use super::{LAYERS, can_fail, code_only, complain_about, files, line_of, root};
+use std::fs;
+
+/// The folders of `src` in the order in which a write travels, and those that stand beside its way.
+const ON_THE_WAY: &[&str] = &["api", "runtime", "mesh", "engine", "format", "io", "memory", "base"];
+const BESIDE: &[&str] = &["ops", "program", "testing"];
 
 /// Multipliers of well-known generators, in lower case without `_`, and the idiom of pages that
 /// repeat a word. Spelled in halves, so that this file does not complain about itself.
@@ -50,6 +56,66 @@ fn random_numbers_and_patterns_of_pages_come_from_one_place() {
         complain_about(files(folder, &[".rs"]), one_random_source);
         complain_about(files(folder, &[".rs"]), one_pattern_of_pages);
     }
+}
+
+/// What stands between `start` and `end` at the beginning of lines, without repetition.
+fn first_words<'a>(text: &'a str, start: &str, end: &[char]) -> Vec<&'a str> {
+    let mut found: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.trim_start_matches("pub ").strip_prefix(start)?.split(end).next())
+        .collect();
+    found.dedup();
+    found
+}
+
+/// The order of the folders in each place that states it.
+fn orders(library: &str, architecture: &str) -> Vec<(&'static str, Vec<String>)> {
+    let owned = |words: Vec<&str>| words.into_iter().map(str::to_owned).collect();
+    let map = architecture.split("\n## Module map\n").nth(1).unwrap_or_default();
+    let map = map.split("\n## ").next().unwrap_or_default();
+    vec![
+        ("the table at the top of src/lib.rs", owned(first_words(library, "//! | `", &['`']))),
+        ("`mod` lines of src/lib.rs", owned(first_words(library, "mod ", &[';']))),
+        ("src/docs/architecture.md", owned(first_words(map, "| `", &['`', '/']))),
+    ]
+}
+
+/// Where the folders stand in another order, or are missing. The program is no module of the
+/// library.
+fn out_of_order(orders: &[(&str, Vec<String>)]) -> Vec<String> {
+    let all = || ON_THE_WAY.iter().chain(BESIDE).copied();
+    let wanted = |place: &str| -> Vec<&str> {
+        all().filter(|name| *name != "program" || !place.starts_with("`mod`")).collect()
+    };
+    let differ = orders.iter().filter(|(place, found)| *found != wanted(place));
+    differ.map(|(place, found)| format!("{place}: {found:?}, not {:?}", wanted(place))).collect()
+}
+
+/// Whoever looks for the next step of a write finds it below the one before, wherever modules are
+/// listed.
+#[test]
+fn modules_stand_in_one_order_everywhere() {
+    let text = |path: &str| fs::read_to_string(root().join(path)).unwrap();
+    let mut all = orders(&text("src/lib.rs"), &text("src/docs/architecture.md"));
+    let complaints = out_of_order(&all);
+    assert!(complaints.is_empty(), "{complaints:#?}");
+    all[2].1.swap(1, 2);
+    assert_eq!(out_of_order(&all).len(), 1, "another order is not noticed");
+
+    let entries = fs::read_dir(root().join("src")).unwrap().map(|entry| entry.unwrap().path());
+    let mut folders: Vec<String> = entries
+        .filter(|path| path.is_dir())
+        .map(|path| path.file_name().unwrap().to_str().unwrap().to_owned())
+        .filter(|name| name != "docs")
+        .collect();
+    folders.sort();
+    let mut listed: Vec<&str> = ON_THE_WAY.iter().chain(BESIDE).copied().collect();
+    listed.sort();
+    assert_eq!(folders, listed, "folders of src");
+
+    let rows = LAYERS.iter().rev().flat_map(|row| row.iter().map(|(name, _)| *name));
+    let layers: Vec<&str> = rows.filter(|name| ON_THE_WAY.contains(name)).collect();
+    assert_eq!(layers, ON_THE_WAY, "LAYERS of tests/tidy.rs, from the top");
 }
 
 #[test]
