@@ -7,8 +7,8 @@ use super::random::Rng;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-/// Runs the target over its corpus and over so many mutations; COREPAGE_FUZZ_MUTATIONS asks for
-/// another number.
+/// Runs the target over its corpus and over this many mutations of it, or as many as
+/// COREPAGE_FUZZ_MUTATIONS says.
 pub fn run(target: &str, mutations: u64, function: impl Fn(&[u8])) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus").join(target);
     let entries =

@@ -1,7 +1,7 @@
 //! Other people's NBD clients against the real server: fio, qemu, libnbd, and a file system client
 //! over nbdfuse.
 //!
-//! If these fail, somebody's tool reads other bytes than it wrote, or takes the store for a broken
+//! If these fail, a user's tool reads other bytes than it wrote, or takes the store for a broken
 //! disk.
 
 // Real processes take real time; nothing here is replayed from a seed but the data.

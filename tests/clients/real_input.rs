@@ -136,7 +136,7 @@ fn a_disk_image_survives_on_each_driver_with_any_number_of_shards() {
     let image = image(dir.path(), SMALL);
     let (ring, portable) =
         (|shards| Run { ring: ring_works(), shards }, |shards| Run { ring: false, shards });
-    // What one driver wrote with so many shards, the other reads with another number.
+    // What one driver wrote is read by the other, with another number of shards.
     for (first, then) in [(ring(1), portable(2)), (ring(4), ring(1)), (portable(2), ring(4))] {
         in_and_out(&dir.path().join("way"), &image, SMALL, first, then);
     }

@@ -123,7 +123,7 @@ impl Served {
         Served::start_without(&[], dir, arguments)
     }
 
-    /// Serves `dir` on a free TCP port with this driver and so many shards.
+    /// Serves `dir` on a free TCP port with this driver and number of shards.
     pub fn start_as(run: role::Run, dir: &Path) -> Served {
         let run = run.arguments();
         let arguments: Vec<&str> =
@@ -143,7 +143,7 @@ impl Served {
         Served::spawn(command, arguments.iter().filter(|a| **a == "--nbd").count())
     }
 
-    /// Starts it, and waits until it listens on so many addresses.
+    /// Starts it, and waits until it listens on `wanted` addresses.
     pub fn spawn(mut command: Command, wanted: usize) -> Served {
         let mut child = command.stdout(Stdio::piped()).spawn().expect("corepage starts");
         let stdout = child.stdout.take().expect("stdout is piped");

@@ -72,7 +72,7 @@ impl Recording {
         points
     }
 
-    /// What was heard when the log had so many entries.
+    /// The lines that had been heard when the log had `end` entries.
     pub fn known(&self, end: usize) -> Said {
         let length = self.disk.log.entries[..end].last().map_or(0, |entry| entry.end);
         Said::parse(self.lines.iter().filter(|(at, _)| *at <= length).map(|(_, line)| line))

@@ -113,7 +113,7 @@ pub enum Subset {
     All,
     /// Each write by rng.
     Some,
-    /// Each piece of so many bytes of each write by rng.
+    /// Each piece of this many bytes of each write, at random.
     Torn(u64),
 }
 

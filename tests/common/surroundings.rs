@@ -33,13 +33,13 @@ pub enum Without {
     /// Direct I/O: opening with O_DIRECT, and setting it later, fail with EINVAL, as file systems
     /// do that lack it.
     DirectIo,
-    /// Locked memory above so many bytes; the capability to pass the limit is taken, too.
+    /// Locked memory above this many bytes; the capability to exceed the limit is removed, too.
     LocksAbove(u64),
     /// More open files than these.
     FilesAbove(u64),
-    /// Files larger than so many bytes.
+    /// Files larger than this many bytes.
     FileSizesAbove(u64),
-    /// More address space than so many bytes.
+    /// More address space than this many bytes.
     AddressSpaceAbove(u64),
     /// More threads and processes of its user than these.
     ThreadsAbove(u64),
@@ -278,7 +278,7 @@ pub fn make_file_system(kind: &str, options: &[&str], on: &Path) {
     run(command.args(["--", &mkfs]).args(options).arg(on));
 }
 
-/// A tool that may be in a folder that is not in everybody's PATH.
+/// A tool that may be in a folder which not every PATH contains.
 pub fn tool(name: &str) -> Command {
     let path = std::env::var("PATH").unwrap_or_default();
     let mut command = Command::new(name);

@@ -76,7 +76,7 @@ fn wrong_arguments_are_explained_and_touch_nothing() {
         (["--shards", "65"], "64"),
         (["--shards", "0"], "shards"),
     ] {
-        // Not the usual port, which somebody else may have.
+        // Not the usual port, which another process may have.
         let said = refused(
             1,
             &[&["serve", "--nbd", "tcp:127.0.0.1:0", "--dir", text(&store)], &arguments[..]]

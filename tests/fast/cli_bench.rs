@@ -1,5 +1,5 @@
-//! `corepage bench`: what it tells, and that whatever happens to it, somebody's data beside it
-//! stays and its own goes.
+//! `corepage bench`: what it tells, and that however it ends, other data in the store stays and its
+//! own volume goes.
 //!
 //! If these fail, figures can't be trusted or read by programs, or measuring a store costs its user
 //! a volume, or leaves one that nobody wants.
@@ -113,7 +113,7 @@ impl Drop for Measuring {
 }
 
 #[test]
-fn a_volume_of_the_same_name_with_data_of_somebody_is_left_alone() {
+fn a_volume_of_the_same_name_with_other_data_is_left_alone() {
     let dir = scratch("bench-name");
     store_with(dir.path(), NAME);
     let output = bench(dir.path());
@@ -206,7 +206,7 @@ fn bench_measures_verifies_and_leaves_nothing_behind() {
         );
     }
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "its store is removed");
-    // In a store with data of somebody's: it works beside it and leaves it alone.
+    // In a store with other data: it works beside that and leaves it alone.
     let served = Served::start(&dir.path().join("mine"));
     served.client().write(1, 0, b"mine");
     assert!(served.stop().success());

@@ -254,7 +254,7 @@ fn comes_true(what: impl Fn() -> bool) {
     }
 }
 
-/// Polls a future so many times, with a pause in between, and drops it; whether it was ready by
+/// Polls a future this many times, with a pause in between, and drops it; whether it was ready by
 /// then.
 fn polled<T>(mut future: Pin<Box<dyn Future<Output = T> + '_>>, times: usize) -> bool {
     let mut context = Context::from_waker(Waker::noop());

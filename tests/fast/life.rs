@@ -206,7 +206,7 @@ fn break_writes(served: &Served) {
     prlimit(Some(pid(served)), Resource::Fsize, none).expect("a limit for a child");
 }
 
-/// If this fails, a server whose device had an error answers EIO until somebody looks, though a
+/// If this fails, a server whose device had an error answers EIO until a person looks, though a
 /// start would mend it.
 #[test]
 fn a_store_that_has_stopped_ends_the_server_for_its_supervisor() {

@@ -1,7 +1,7 @@
 //! The NBD server as clients meet it: a real process, a real store, bytes on a real socket.
 //!
 //! If these fail, clients written against the specification can't connect, read other bytes than
-//! were written, lose what was acknowledged, or are disturbed by somebody else's connection.
+//! were written, lose what was acknowledged, or are disturbed by another connection.
 
 // Real processes take real time; nothing here is replayed from a seed but the data.
 #![allow(clippy::disallowed_methods)]

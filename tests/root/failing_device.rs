@@ -375,7 +375,7 @@ impl Rig {
     }
 }
 
-/// The message names the system's error, and where more is to be found.
+/// The message names the system's error, and where to find more.
 fn assert_named(case: &str, error: &Error) {
     let text = error.to_string();
     assert!(text.contains("os error"), "{case}: the system's error is not named: {text}");

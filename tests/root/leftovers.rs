@@ -1,6 +1,6 @@
-//! A run of the tests that was killed leaves file systems mounted, over loop devices, over a FUSE
-//! disk whose server died with it. If a test here fails, such a run makes later ones fail that have
-//! nothing to do with it, on this machine until somebody cleans up by hand.
+//! A killed run of the tests leaves file systems mounted, over loop devices, over a FUSE disk whose
+//! server died with it. If a test here fails, such a run makes unrelated tests of later runs fail,
+//! until a person cleans the machine up.
 
 // Real processes take real time.
 #![allow(clippy::disallowed_methods)]

@@ -142,7 +142,7 @@ impl Ballast {
     fn leave(dir: &Path, bytes: u64) -> Ballast {
         let file = File::create(dir.join("ballast")).expect("a file");
         let (mut taken, mut piece) = (0, 256 << 20);
-        // To the last block, if none is to be left: what is kept for root, too.
+        // To the last block if none may be left, including those reserved for root.
         while piece >= 4096 {
             let left = available(dir);
             if bytes > 0 && left <= bytes {

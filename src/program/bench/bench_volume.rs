@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Writes under way while it is prefilled.
-const SOWN_AT_A_TIME: usize = 256;
+const PREFILL_DEPTH: usize = 256;
 /// Between two tries while the store is busy, and two looks at whether it has done something.
 pub(super) const PAUSE: Duration = Duration::from_millis(5);
 /// Tries before a busy store is an error: about a minute.
@@ -85,7 +85,7 @@ impl BenchVolume {
 
     /// Writes every page once. `progress` hears how many are, and can end it.
     pub fn prefill(&self, mut progress: impl FnMut(u64) -> Result<()>) -> Result<()> {
-        let mut queue = Queue::new(SOWN_AT_A_TIME)?;
+        let mut queue = Queue::new(PREFILL_DEPTH)?;
         let (mut next, mut done, mut out, mut again) = (0, 0, Vec::new(), Vec::new());
         let op = |n| (n, Op::write_back(&self.volume, PageId::new(n), page(n, 0)));
         while done < self.pages {

@@ -396,7 +396,7 @@ impl Cluster {
             let reached = shard.waits_for().is_some_and(|lsn| lsn <= watermark);
             if reached && node.woken_at.is_none() {
                 self.counters.wakes += u64::from(other != index);
-                // A shard that is about to park looks at the watermark once more.
+                // A shard that is about to park looks at the watermark again.
                 let after = if other == index { 0 } else { self.timing.wake_us(&mut self.rng) };
                 node.woken_at = Some(now + after);
             }

@@ -18,7 +18,7 @@ use crate::format::superblock::{SUPERBLOCK_BYTES, SUPERBLOCK_COPIES};
 use crate::io::FileId;
 use crate::testing::random::Rng;
 
-/// A store, and which part of its sectors is to be damaged.
+/// A store, and which part of its sectors the test damages.
 #[derive(Clone, Copy, Debug)]
 struct Case {
     seed: u64,

@@ -1,6 +1,6 @@
 //! Stores far larger than their memory, with deep trees, slow reads and pages held on to.
 //!
-//! `COREPAGE_SEEDS=n` runs so many seeds, as for the ordinary runs, of which a part is strained in
+//! `COREPAGE_SEEDS=n` runs n seeds, as for the ordinary runs, of which a part is strained in
 //! the same way.
 
 use super::run::{Plan, run};
@@ -10,7 +10,7 @@ use crate::base::BLOCK;
 use crate::testing::random::Rng;
 
 /// A durable page that a slow read makes unreachable is lost as surely as one that was never
-/// written; a store that stands still for want of memory, or turns for nothing, is of no use to
+/// written; a store that stands still because it has no memory, or turns for nothing, is of no use to
 /// anybody.
 #[test]
 fn strained_stores_survive_every_crash() {
@@ -51,7 +51,7 @@ fn telling_strained_seeds_find_nothing() {
 /// Frames of a shard with the least memory that is legal.
 const FRAMES_LEAST: u64 = strain::MEMORY_LEAST / BLOCK as u64;
 
-/// A strained store of one shard with so many times as many pages as its memory has frames.
+/// A strained store of one shard, with `times` pages for each frame of its memory.
 fn of_memories(seed: u64, times: u64) -> Plan {
     let mut chance = Rng::new(seed);
     // Some of the frames hold the log, and some pages are left out or freed.

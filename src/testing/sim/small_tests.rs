@@ -45,7 +45,7 @@ const OPS: [Op; 8] = [
     Op::Checkpoint,
 ];
 
-/// A sequence, on so many shards; all asked for at once or one after another.
+/// A sequence of operations on a number of shards, requested all at once or one after another.
 #[derive(Clone, Debug)]
 struct Case {
     ops: Vec<Op>,

@@ -26,8 +26,8 @@ use std::collections::BTreeSet;
 
 /// The smallest memory of a shard that is legal.
 pub(super) const MEMORY_LEAST: u64 = 2 << 20;
-/// As many lives of a small store make one of a large one, which is so many times as long: memory
-/// must be turned over.
+/// A large store lives `1 / LARGE_LIVES` as many lives, each `LARGE_EVENTS` times as long, so that its
+/// memory is turned over.
 pub(super) const LARGE_LIVES: u32 = 5;
 pub(super) const LARGE_EVENTS: u64 = 20;
 /// Images of each crash of a large store that are recovered, at most.
@@ -99,8 +99,8 @@ impl HeldPage {
 pub type Trees = Vec<Vec<PageKey>>;
 
 impl Strain {
-    /// The strain of a seed: none, for all but so many in a hundred. `is_free`: the plan says
-    /// nothing about options and profile.
+    /// The strain of a seed; `percent` of all seeds have any. `is_free`: the plan leaves options and
+    /// profile to the seed.
     pub fn random(percent: u64, is_free: bool, chance: &mut Rng) -> Strain {
         if !chance.chance(percent) {
             return Strain::default();

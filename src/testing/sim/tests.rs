@@ -1,8 +1,8 @@
 //! The promises of the store, kept through thousands of crashes, errors of the device and planted
 //! bugs.
 //!
-//! `COREPAGE_SEED=n` runs one seed, `COREPAGE_SEEDS=n` so many, from `COREPAGE_FIRST_SEED=n` on,
-//! `COREPAGE_IMAGES=n` recovers so many images of each crash; each failure is made smaller, unless
+//! `COREPAGE_SEED=n` runs one seed, `COREPAGE_SEEDS=n` n of them, from `COREPAGE_FIRST_SEED=n` on,
+//! `COREPAGE_IMAGES=n` recovers n images of each crash; each failure is made smaller, unless
 //! `COREPAGE_SHRINK=0`, and prints the command that repeats it.
 
 use super::canary::{Canary, plant, take_fired};

@@ -165,7 +165,7 @@ fn universe(rng: &mut Rng) -> Vec<PageKey> {
     pages
 }
 
-/// Memory of a shard for so many MiB of frames: the least is that with frames alone.
+/// The memory of a shard that has this many MiB of frames; the legal minimum counts frames alone.
 pub fn memory_for(frames_mib: u64) -> u64 {
     match frames_mib << 20 {
         least @ SHARD_MEMORY_MIN => least,

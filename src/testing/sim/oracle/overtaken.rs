@@ -2,7 +2,7 @@
 //!
 //! How many have overtaken a request is counted and not judged: whoever asks for pages that are in
 //! memory rightly passes all who wait for the device, any number of times. What is judged is the
-//! time that a request waits (see `steps`): a queue that is not first in, first out lets somebody
+//! time that a request waits (see `steps`): a queue that is not first in, first out lets a request
 //! wait without end, and that is found.
 //!
 //! It does *not* know why a request waits.

@@ -23,7 +23,7 @@ impl SimRun {
         }
     }
 
-    /// After an answer: some of what is to be given back is.
+    /// Called after an answer: gives back some of the pages that clients have begun to give back.
     pub(in crate::testing::sim) fn give_some_back(&mut self) -> Outcome {
         if self.strain.pins_percent == 0 {
             return Ok(());

@@ -71,7 +71,7 @@ fn leaves_space_for_nodes(fill_percent: u32, may_be_full: bool) -> Outcome {
     check(&mut cluster, &model)
 }
 
-/// If this fails, a shard panics for want of a frame: its search for memory takes map nodes that
+/// If this fails, a shard panics because it has no frame left: its search for memory takes map nodes that
 /// are nowhere on the device, made by a commit that came to nothing, and the commit that has just
 /// counted them as there makes them anew.
 #[test]
