@@ -17,7 +17,7 @@ fn main() {
     let done = cost::run(name, count).unwrap_or_else(|| panic!("no operation is named {name}"));
     println!(
         "{} {} {} {} {}",
-        done.operations, done.laps, done.disk_reads, done.disk_bytes_written, done.contending
+        done.operations, done.polls, done.disk_reads, done.disk_bytes_written, done.contending
     );
 }
 

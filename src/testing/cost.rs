@@ -2,7 +2,7 @@
 //! on a quiet one.
 //!
 //! ```text
-//! Rig: shards of a store in memory, driven by one thread; time is virtual (100 us a lap)
+//! ClusterBench: shards of a store in memory, driven by one thread; time is virtual (100 us a poll)
 //!   └─ an operation of OPERATIONS: prepared (not counted), then repeated inside `counted`
 //! ```
 //! `scripts/instructions` runs it under callgrind, which counts what happens inside [`counted`]
@@ -44,15 +44,15 @@ const NEAR_PAGES: u64 = 256;
 const HOT_PAGES: u64 = 100;
 /// Commits over two shards, all of the same page, that wait for each other beside what is counted.
 const CONTENDING: usize = 8;
-/// Virtual time of a lap.
-const LAP_US: Micros = 100;
-/// An answer that takes more laps than this does not come: half a minute, longer than anything may
+/// Virtual time of a poll.
+const POLL_US: Micros = 100;
+/// An answer that takes more polls than this does not come: half a minute, longer than anything may
 /// wait.
-const LAPS_MAX: u64 = 300_000;
+const POLLS_MAX: u64 = 300_000;
 
 /// What is repeated.
 #[derive(Clone, Copy)]
-enum Work {
+enum Kind {
     Read,
     ReadAbsent,
     Put { durable: bool },
@@ -76,7 +76,7 @@ enum Pages {
 pub struct Operation {
     /// Its name.
     pub name: &'static str,
-    work: Work,
+    kind: Kind,
     pages: Pages,
     /// Requests that arrive together.
     batch: usize,
@@ -84,32 +84,32 @@ pub struct Operation {
     is_contended: bool,
 }
 
-const fn one(name: &'static str, work: Work, pages: Pages, batch: usize) -> Operation {
-    Operation { name, work, pages, batch, shards: 1, is_contended: false }
+const fn one(name: &'static str, kind: Kind, pages: Pages, batch: usize) -> Operation {
+    Operation { name, kind, pages, batch, shards: 1, is_contended: false }
 }
 
-const fn over_two(name: &'static str, work: Work, batch: usize, is_contended: bool) -> Operation {
-    Operation { name, work, pages: Pages::Near, batch, shards: 2, is_contended }
+const fn over_two(name: &'static str, kind: Kind, batch: usize, is_contended: bool) -> Operation {
+    Operation { name, kind, pages: Pages::Near, batch, shards: 2, is_contended }
 }
 
 /// All operations.
 pub const OPERATIONS: &[Operation] = &[
-    one("read-cached", Work::Read, Pages::Near, 1),
-    one("read-cached-32", Work::Read, Pages::Near, 32),
-    one("read-hot-32", Work::Read, Pages::Hot, 32),
-    one("read-far-32", Work::Read, Pages::Far, 32),
-    one("read-absent", Work::ReadAbsent, Pages::Near, 1),
-    one("read-absent-32", Work::ReadAbsent, Pages::Near, 32),
-    one("put", Work::Put { durable: false }, Pages::Near, 1),
-    one("put-32", Work::Put { durable: false }, Pages::Near, 32),
-    one("put-durable", Work::Put { durable: true }, Pages::Near, 1),
-    one("put-durable-32", Work::Put { durable: true }, Pages::Near, 32),
-    one("put-far-32", Work::Put { durable: false }, Pages::Far, 32),
-    one("patch-durable-32", Work::Patch, Pages::Near, 32),
-    over_two("over-two", Work::PutOverTwo, 1, false),
-    over_two("over-two-32", Work::PutOverTwo, 32, false),
-    over_two("put-beside-32", Work::Put { durable: false }, 32, false),
-    over_two("put-beside-contended-32", Work::Put { durable: false }, 32, true),
+    one("read-cached", Kind::Read, Pages::Near, 1),
+    one("read-cached-32", Kind::Read, Pages::Near, 32),
+    one("read-hot-32", Kind::Read, Pages::Hot, 32),
+    one("read-far-32", Kind::Read, Pages::Far, 32),
+    one("read-absent", Kind::ReadAbsent, Pages::Near, 1),
+    one("read-absent-32", Kind::ReadAbsent, Pages::Near, 32),
+    one("put", Kind::Put { durable: false }, Pages::Near, 1),
+    one("put-32", Kind::Put { durable: false }, Pages::Near, 32),
+    one("put-durable", Kind::Put { durable: true }, Pages::Near, 1),
+    one("put-durable-32", Kind::Put { durable: true }, Pages::Near, 32),
+    one("put-far-32", Kind::Put { durable: false }, Pages::Far, 32),
+    one("patch-durable-32", Kind::Patch, Pages::Near, 32),
+    over_two("over-two", Kind::PutOverTwo, 1, false),
+    over_two("over-two-32", Kind::PutOverTwo, 32, false),
+    over_two("put-beside-32", Kind::Put { durable: false }, 32, false),
+    over_two("put-beside-contended-32", Kind::Put { durable: false }, 32, true),
 ];
 
 /// What was done while counting.
@@ -117,8 +117,8 @@ pub const OPERATIONS: &[Operation] = &[
 pub struct Done {
     /// Operations.
     pub operations: u64,
-    /// Laps, of 100 virtual microseconds.
-    pub laps: u64,
+    /// Polls, of 100 virtual microseconds.
+    pub polls: u64,
     /// Reads that went to the disk.
     pub disk_reads: u64,
     /// Bytes that went to the disk.
@@ -169,7 +169,7 @@ impl ClusterBench {
         };
         let shards =
             opening.shards.into_iter().map(|shard| CountedShard { shard, is_counting: false });
-        let mut rig = ClusterBench {
+        let mut bench = ClusterBench {
             operation,
             disk,
             cluster: LocalCluster::new(shards.collect()),
@@ -183,8 +183,8 @@ impl ClusterBench {
             step: 0,
             contending: Vec::new(),
         };
-        rig.laps_until(|rig| rig.cluster.shards.iter().all(CountedShard::is_open));
-        rig
+        bench.poll_until(|bench| bench.cluster.shards.iter().all(CountedShard::is_open));
+        bench
     }
 
     fn measure(mut self, count: u64) -> Done {
@@ -249,12 +249,12 @@ impl ClusterBench {
     /// One batch of the operation.
     fn batch(&mut self) {
         let batch = self.operation.batch;
-        match self.operation.work {
-            Work::Read => {
+        match self.operation.kind {
+            Kind::Read => {
                 let keys: Vec<_> = (0..batch).map(|_| self.next_page(0)).collect();
                 self.read(&keys);
             }
-            Work::ReadAbsent => {
+            Kind::ReadAbsent => {
                 let absent = |_| {
                     self.step += 1;
                     read(key((1 << 40) + mix(self.step) % (1 << 32)))
@@ -264,7 +264,7 @@ impl ClusterBench {
                     assert!(matches!(answer, Response::Pages(pages) if pages[0].is_absent()));
                 }
             }
-            Work::Put { durable } => {
+            Kind::Put { durable } => {
                 self.keep_contending();
                 let puts = |_| {
                     let key = self.next_page(0);
@@ -273,7 +273,7 @@ impl ClusterBench {
                 let requests = (0..batch).map(puts).collect();
                 self.ask(ShardId::LEADER, requests);
             }
-            Work::Patch => {
+            Kind::Patch => {
                 let patch = |_| {
                     let key = self.next_page(0);
                     let bytes = pattern::patch(key.page.get(), self.step).into();
@@ -285,7 +285,7 @@ impl ClusterBench {
                 let requests = (0..batch).map(patch).collect();
                 self.ask(ShardId::LEADER, requests);
             }
-            Work::PutOverTwo => {
+            Kind::PutOverTwo => {
                 let puts = |_| {
                     let keys = [self.next_page(0), self.own[1][(self.step % NEAR_PAGES) as usize]];
                     commit(keys.map(|key| (key, put(key, self.step))).into(), true)
@@ -340,24 +340,24 @@ impl ClusterBench {
     fn ask(&mut self, to: ShardId, requests: Vec<Request>) -> Vec<Response> {
         let tokens: Vec<_> =
             requests.into_iter().map(|request| self.request(to, request)).collect();
-        self.laps_until(|rig| tokens.iter().all(|token| rig.answers.contains_key(token)));
+        self.poll_until(|bench| tokens.iter().all(|token| bench.answers.contains_key(token)));
         tokens.iter().map(|token| self.answers.remove(token).expect("it was answered")).collect()
     }
 
-    fn laps_until(&mut self, is_over: impl Fn(&ClusterBench) -> bool) {
-        for _ in 0..LAPS_MAX {
-            self.lap();
+    fn poll_until(&mut self, is_over: impl Fn(&ClusterBench) -> bool) {
+        for _ in 0..POLLS_MAX {
+            self.poll_once();
             if is_over(self) {
                 return;
             }
         }
-        panic!("no answer after {LAPS_MAX} laps: {:?}", self.done);
+        panic!("no answer after {POLLS_MAX} polls: {:?}", self.done);
     }
 
     /// Brings what has ended, turns each shard, and carries out what they want.
-    fn lap(&mut self) {
-        self.now += LAP_US;
-        self.done.laps += u64::from(self.is_counting);
+    fn poll_once(&mut self) {
+        self.now += POLL_US;
+        self.done.polls += u64::from(self.is_counting);
         self.cluster.poll_once(&mut self.disk, self.now);
         for (token, result) in self.cluster.replies.drain(..) {
             let answer = result.unwrap_or_else(|error| panic!("{}: {error}", self.operation.name));
@@ -400,7 +400,7 @@ mod tests {
             let done = done(operation.name);
             assert!(done.operations >= 256, "{}: {done:?}", operation.name);
             assert_eq!(done.disk_reads, 0, "{}: all is in memory", operation.name);
-            let is_read = matches!(operation.work, Work::Read | Work::ReadAbsent);
+            let is_read = matches!(operation.kind, Kind::Read | Kind::ReadAbsent);
             assert_eq!(done.disk_bytes_written == 0, is_read, "{}: {done:?}", operation.name);
         }
         assert!(run("no such operation", 1).is_none());

@@ -277,7 +277,7 @@ fn replay(base: &[Cell], found: &[Cell], history: &History) -> Result<(), String
 
 /// What a check went through.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Tally {
+pub struct Counts {
     /// Transactions that are there.
     pub there: u64,
     /// Acknowledgements, each of which was checked.
@@ -290,8 +290,8 @@ pub struct Tally {
     pub doubt_gone: u64,
 }
 
-impl std::ops::AddAssign for Tally {
-    fn add_assign(&mut self, more: Tally) {
+impl std::ops::AddAssign for Counts {
+    fn add_assign(&mut self, more: Counts) {
         self.there += more.there;
         self.acknowledged += more.acknowledged;
         self.crossing += more.crossing;
@@ -301,7 +301,7 @@ impl std::ops::AddAssign for Tally {
 }
 
 /// Whether what is `found` is what the commits up to `cut`, and no others, made of `base`.
-pub fn check(base: &[Cell], said: &Said, found: &[Cell], cut: u64) -> Result<Tally, String> {
+pub fn check(base: &[Cell], said: &Said, found: &[Cell], cut: u64) -> Result<Counts, String> {
     check_known(base, said, said, found, cut)
 }
 
@@ -313,7 +313,7 @@ pub fn check_known(
     known: &Said,
     found: &[Cell],
     cut: u64,
-) -> Result<Tally, String> {
+) -> Result<Counts, String> {
     let mut history = History::new();
     let there = transactions(base, said, found, &mut history)?;
     blind_commits(base, said, found, &mut history)?;
@@ -346,7 +346,7 @@ pub fn check_known(
         said.tries.keys().filter(doubtful).partition(|id| is_there.contains(id));
     let crossing =
         said.acks.keys().filter(|id| said.shards.get(id).is_some_and(|shards| *shards > 1));
-    Ok(Tally {
+    Ok(Counts {
         there,
         acknowledged: acknowledged.len() as u64,
         crossing: crossing.count() as u64,

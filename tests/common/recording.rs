@@ -23,15 +23,15 @@ pub struct Recording {
 
 /// What was gone through.
 #[derive(Debug, Default)]
-pub struct Tally {
+pub struct Counts {
     pub states: u64,
     pub unflushed: u64,
     pub there: u64,
     pub required: u64,
 }
 
-impl AddAssign for Tally {
-    fn add_assign(&mut self, more: Tally) {
+impl AddAssign for Counts {
+    fn add_assign(&mut self, more: Counts) {
         self.states += more.states;
         self.unflushed += more.unflushed;
         self.there += more.there;
@@ -86,11 +86,11 @@ impl Recording {
         let (found, cut) =
             block_on(read(&mounted.path().join("store"), run)).map_err(|e| e.to_string())?;
         let base = vec![Cell { lsn: 0, bytes: vec![0; PAGE] }; ALL_CELLS as usize];
-        check_known(&base, &self.all, known, &found, cut).map(|tally| tally.there)
+        check_known(&base, &self.all, known, &found, cut).map(|counts| counts.there)
     }
 
-    pub fn replay(&mut self, states: u64, step: u64, rng: &mut Rng) -> Tally {
-        let mut tally = Tally::default();
+    pub fn replay(&mut self, states: u64, step: u64, rng: &mut Rng) -> Counts {
+        let mut counts = Counts::default();
         for (n, end) in self.points(states, rng).into_iter().enumerate() {
             // ext4 can't always be mounted after a torn block of its own.
             let piece = if self.kind == "xfs" { SECTOR } else { 4096 };
@@ -99,7 +99,7 @@ impl Recording {
             let known = self.known(end);
             let run = Run::of_step(step + n as u64);
             match self.examine(&image, &known, run) {
-                Ok(there) => tally.there += there,
+                Ok(there) => counts.there += there,
                 Err(e) => {
                     let kept = std::env::temp_dir().join(format!("corepage-replay-{}", self.kind));
                     let kept = std::fs::copy(&image, &kept)
@@ -112,11 +112,11 @@ impl Recording {
                 }
             }
             std::fs::remove_file(&image).expect("the image goes");
-            tally.states += 1;
-            tally.unflushed += unflushed as u64;
-            tally.required += known.acknowledged().0.len() as u64;
+            counts.states += 1;
+            counts.unflushed += unflushed as u64;
+            counts.required += known.acknowledged().0.len() as u64;
         }
-        tally
+        counts
     }
 }
 

@@ -12,7 +12,7 @@
 
 use crate::common;
 use common::logged::{DISK_BYTES, Logged, log_bytes};
-use common::recording::{Recording, Tally};
+use common::recording::{Counts, Recording};
 use common::replay::{Log, SECTOR, Subset};
 use common::role::{Role, Run, Task, say};
 use common::workload::{open, work};
@@ -52,23 +52,23 @@ fn record(kind: &'static str, run: Run, ms: u64) -> Option<Recording> {
 
 /// A recording for each 100 states, each with another driver and number of shards.
 fn replay_on(kind: &'static str) {
-    let (mut left, mut step, mut sum) = (states_count(), 0, Tally::default());
+    let (mut left, mut step, mut sum) = (states_count(), 0, Counts::default());
     let mut rng = Rng::new(seed(9));
     while left > 0 {
         let states = left.min(100);
         let Some(mut recording) = record(kind, Run::of_step(step), 300 + 8 * states) else {
             return;
         };
-        let tally = recording.replay(states, step, &mut rng);
+        let counts = recording.replay(states, step, &mut rng);
         let (known, flushes) =
             (&recording.all, recording.disk.log.entries.iter().filter(|e| e.flushes()).count());
         println!(
-            "{kind}, {:?}: {tally:?}; {} entries, {flushes} flushes, {} acknowledged",
+            "{kind}, {:?}: {counts:?}; {} entries, {flushes} flushes, {} acknowledged",
             Run::of_step(step),
             recording.end(),
             known.acknowledged().0.len()
         );
-        sum += tally;
+        sum += counts;
         (left, step) = (left - states, step + 1);
     }
     println!("{kind}: {sum:?}");

@@ -11,7 +11,7 @@
 #![allow(clippy::disallowed_methods)]
 
 use crate::common;
-use common::history::{ALL_CELLS, CELLS, Cell, PAGE, Said, Tally, check, parse_dump, place};
+use common::history::{ALL_CELLS, CELLS, Cell, Counts, PAGE, Said, check, parse_dump, place};
 use common::role::{Role, Run, Task, say};
 use common::workload::{open, work};
 use common::{Rng, kills_count, progress, scratch, seed};
@@ -103,13 +103,13 @@ struct Loop {
     base: Vec<Cell>,
     newest: u64,
     round: u64,
-    tally: Tally,
+    counts: Counts,
 }
 
 impl Loop {
     fn new(name: &str) -> Loop {
         let base = vec![Cell { lsn: 0, bytes: vec![0; PAGE] }; ALL_CELLS as usize];
-        Loop { dir: scratch(name), base, newest: 0, round: 0, tally: Tally::default() }
+        Loop { dir: scratch(name), base, newest: 0, round: 0, counts: Counts::default() }
     }
 
     fn run(&self) -> Run {
@@ -144,7 +144,7 @@ impl Loop {
 
     /// Holds what was found against what was said, and goes on from there.
     fn check(&mut self, said: &Said, found: Vec<Cell>, cut: u64) -> Result<(), String> {
-        self.tally += check(&self.base, said, &found, cut)?;
+        self.counts += check(&self.base, said, &found, cut)?;
         let (acknowledged, _) = said.acknowledged();
         let lsns = || acknowledged.iter().map(|(_, lsn)| *lsn);
         if let Some(oldest) = lsns().min().filter(|oldest| *oldest <= self.newest) {
@@ -174,9 +174,9 @@ fn commits_over_shards_come_back_whole_in_order_and_as_they_saw_each_other() {
         }
         let run = it.run();
         it.check(&said, found, cut).unwrap_or_else(|e| panic!("round {round}, {run:?}: {e}"));
-        progress(round, || format!("{:?}", it.tally));
+        progress(round, || format!("{:?}", it.counts));
     }
-    let Tally { there, acknowledged, crossing, doubt_there, doubt_gone } = it.tally;
+    let Counts { there, acknowledged, crossing, doubt_there, doubt_gone } = it.counts;
     println!(
         "{there} transactions are there, {crossing} acknowledged ones over several shards; \
          {planted} canaries"

@@ -10,7 +10,7 @@
 use crate::common;
 use common::guest::{Disk, Guest, Machine, kernel};
 use common::history::{change, group_cells, place};
-use common::recording::{Recording, Tally};
+use common::recording::{Counts, Recording};
 use common::replay::Subset;
 use common::role::{Run, Task, say};
 use common::workload::{open, work};
@@ -110,10 +110,10 @@ fn power_is_cut(machine: Machine, polls: &str, seed_: u64) {
     else {
         return;
     };
-    let tally: Tally = recording.replay(cuts_count(), seed_, &mut Rng::new(seed(seed_)));
+    let counts: Counts = recording.replay(cuts_count(), seed_, &mut Rng::new(seed(seed_)));
     let flushes = recording.disk.log.entries.iter().filter(|entry| entry.flushes()).count();
-    println!("{machine:?}: {tally:?}; {} entries, {flushes} flushes", recording.end());
-    assert!(tally.states == cuts_count() && tally.required > 0, "{tally:?}");
+    println!("{machine:?}: {counts:?}; {} entries, {flushes} flushes", recording.end());
+    assert!(counts.states == cuts_count() && counts.required > 0, "{counts:?}");
 }
 
 #[test]

@@ -12,7 +12,7 @@
 //!
 //! It does *not* check answers; see `oracle`.
 
-mod tally;
+mod counts;
 
 use super::canary::plant;
 use super::cluster::{Cluster, Opened};

@@ -105,7 +105,7 @@ fn recorded_watermark(disk: &SimDisk, superblock: &Superblock) -> Lsn {
 }
 
 #[derive(Default, Debug)]
-struct Tally {
+struct ScanCounts {
     stores: u64,
     /// Damages that left a watermark above what the superblock records.
     telling: u64,
@@ -113,21 +113,21 @@ struct Tally {
     refused: u64,
 }
 
-fn examine(seed: u64, damages: u64, tally: &mut Tally) -> std::result::Result<(), String> {
+fn examine(seed: u64, damages: u64, counts: &mut ScanCounts) -> std::result::Result<(), String> {
     let (disk, mut rng) = (crashed(seed), Rng::new(seed));
     let mut arena = Arena::new(READ_BLOCKS).expect("memory");
     let superblock =
         find_superblock(&mut disk.clone(), &mut arena).expect("a superblock").superblock;
     let shard_map = ShardMap::new(superblock.geometry.vshards_count, superblock.logs.len() as u16);
-    tally.stores += 1;
+    counts.stores += 1;
     for round in 0..=damages {
         let mut image = disk.crash(Loss::Everything, &mut Rng::new(seed));
         let what = if round == 0 { "nothing".into() } else { damage(&image, &mut rng) };
         let recorded = recorded_watermark(&image, &superblock);
         let scanned = scan(&mut image, &mut arena, &superblock, shard_map);
-        tally.damaged += u64::from(round > 0);
-        tally.telling += u64::from(round > 0 && recorded > superblock.watermark);
-        tally.refused += u64::from(scanned.is_err());
+        counts.damaged += u64::from(round > 0);
+        counts.telling += u64::from(round > 0 && recorded > superblock.watermark);
+        counts.refused += u64::from(scanned.is_err());
         match scanned {
             Ok(scan) if scan.recovered_lsn >= recorded && scan.highest >= scan.recovered_lsn => {}
             Err(error) if round > 0 && error.kind() == ErrorKind::Corrupt => {}
@@ -146,10 +146,10 @@ fn examine(seed: u64, damages: u64, tally: &mut Tally) -> std::result::Result<()
 fn examine_all(
     seeds: std::ops::RangeInclusive<u64>,
     damages: u64,
-) -> std::result::Result<Tally, String> {
-    let mut tally = Tally::default();
-    seeds.into_iter().try_for_each(|seed| examine(seed, damages, &mut tally))?;
-    Ok(tally)
+) -> std::result::Result<ScanCounts, String> {
+    let mut counts = ScanCounts::default();
+    seeds.into_iter().try_for_each(|seed| examine(seed, damages, &mut counts))?;
+    Ok(counts)
 }
 
 /// One of the runs in which planted bugs are looked for.
@@ -163,7 +163,10 @@ pub(crate) fn examined() -> std::result::Result<(), String> {
 fn a_gap_is_the_end_of_a_log_only_after_every_block_was_examined() {
     let seeds =
         std::env::var("COREPAGE_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(150);
-    let tally = examine_all(1..=seeds, 40).unwrap_or_else(|why| panic!("{why}"));
-    println!("{tally:?}");
-    assert!(tally.telling * 4 > tally.damaged && tally.refused * 10 > tally.damaged, "{tally:?}");
+    let counts = examine_all(1..=seeds, 40).unwrap_or_else(|why| panic!("{why}"));
+    println!("{counts:?}");
+    assert!(
+        counts.telling * 4 > counts.damaged && counts.refused * 10 > counts.damaged,
+        "{counts:?}"
+    );
 }
