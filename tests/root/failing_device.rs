@@ -64,7 +64,7 @@ fn value_of(page: &[u8]) -> u64 {
 }
 
 /// A store on a device that fails now and then, and what is known of it.
-struct Rig {
+struct DeviceTest {
     // Before the device that it is on.
     store: Option<(Store, Volume)>,
     device: Device,
@@ -80,15 +80,23 @@ struct Rig {
     fired: u64,
 }
 
-impl Rig {
-    fn new(kind: &str, ring: bool) -> Option<Rig> {
+impl DeviceTest {
+    fn new(kind: &str, ring: bool) -> Option<DeviceTest> {
         let device = Device::new(kind)?;
         let (durable, doubt) = Default::default();
         let run = Run { ring, shards: 2 };
-        let mut rig =
-            Rig { device, run, store: None, pairs: Vec::new(), durable, doubt, next: 0, fired: 0 };
-        rig.open().expect("a well device");
-        Some(rig)
+        let mut test = DeviceTest {
+            device,
+            run,
+            store: None,
+            pairs: Vec::new(),
+            durable,
+            doubt,
+            next: 0,
+            fired: 0,
+        };
+        test.open().expect("a well device");
+        Some(test)
     }
 
     fn open(&mut self) -> Result<(), Error> {
@@ -403,47 +411,48 @@ fn dead(op: Op, after: u64) -> Fault {
 }
 
 fn short(kind: &str, ring: bool) {
-    let Some(mut rig) = Rig::new(kind, ring) else { return };
-    println!("{}", rig.handles().0.disk_report());
+    let Some(mut test) = DeviceTest::new(kind, ring) else { return };
+    println!("{}", test.handles().0.disk_report());
     for op in [Op::Flush, Op::Write] {
-        rig.fails_at_work(&format!("{op:?}, the first"), once(op, 0));
-        rig.fails_at_work(&format!("{op:?}, later"), once(op, 23));
-        assert!(rig.fails_at_checkpoint(&format!("{op:?}, the first"), once(op, 0)));
-        assert!(rig.fails_at_checkpoint(&format!("{op:?}, later"), once(op, 1)));
-        assert!(rig.fails_at_recovery(&format!("{op:?}, the first"), once(op, 0)));
+        test.fails_at_work(&format!("{op:?}, the first"), once(op, 0));
+        test.fails_at_work(&format!("{op:?}, later"), once(op, 23));
+        assert!(test.fails_at_checkpoint(&format!("{op:?}, the first"), once(op, 0)));
+        assert!(test.fails_at_checkpoint(&format!("{op:?}, later"), once(op, 1)));
+        assert!(test.fails_at_recovery(&format!("{op:?}, the first"), once(op, 0)));
     }
-    rig.fails_at_work(
+    test.fails_at_work(
         "Write, on the first shard of two",
         Fault { with: OF_FIRST, ..once(Op::Write, 3) },
     );
-    rig.fails_at_work(
+    test.fails_at_work(
         "Write, on the second shard of two",
         Fault { with: OF_SECOND, ..once(Op::Write, 3) },
     );
-    rig.fails_at_work(
+    test.fails_at_work(
         "Write, no space in the device",
         Fault { errno: libc::ENOSPC, ..once(Op::Write, 1) },
     );
-    rig.fails_at_work("Write, all from then on", dead(Op::Write, 11));
-    rig.fails_to_read("Read, of both", OF_STORE);
-    rig.fails_to_read("Read, on the second shard of two", OF_SECOND);
+    test.fails_at_work("Write, all from then on", dead(Op::Write, 11));
+    test.fails_to_read("Read, of both", OF_STORE);
+    test.fails_to_read("Read, on the second shard of two", OF_SECOND);
     // More than one, since btrfs tries again by itself.
-    assert!(rig.fails_at_recovery("Read, the first", Fault { times: 50, ..once(Op::Read, 0) }));
-    assert!(rig.fails_at_recovery("Read, later", Fault { times: 50, ..once(Op::Read, 7) }));
-    rig.end();
+    assert!(test.fails_at_recovery("Read, the first", Fault { times: 50, ..once(Op::Read, 0) }));
+    assert!(test.fails_at_recovery("Read, later", Fault { times: 50, ..once(Op::Read, 7) }));
+    test.end();
 }
 
 /// Checkpoint and recovery with each of their first operations failing, and faults at random
 /// moments of work.
 fn long(kind: &str, ring: bool, count: u64) {
-    let Some(mut rig) = Rig::new(kind, ring) else { return };
+    let Some(mut test) = DeviceTest::new(kind, ring) else { return };
     for op in [Op::Flush, Op::Write] {
-        let _ = (0..count).find(|n| !rig.fails_at_checkpoint(&format!("{op:?} {n}"), once(op, *n)));
+        let _ =
+            (0..count).find(|n| !test.fails_at_checkpoint(&format!("{op:?} {n}"), once(op, *n)));
     }
     for op in [Op::Flush, Op::Write, Op::Read] {
         let times = if op == Op::Read { 50 } else { 1 };
         let _ = (0..count).find(|n| {
-            !rig.fails_at_recovery(&format!("{op:?} {n}"), Fault { times, ..once(op, *n) })
+            !test.fails_at_recovery(&format!("{op:?} {n}"), Fault { times, ..once(op, *n) })
         });
     }
     let mut rng = Rng::new(seed(6));
@@ -451,9 +460,9 @@ fn long(kind: &str, ring: bool, count: u64) {
         let op = if rng.below(2) == 0 { Op::Flush } else { Op::Write };
         let after = rng.below(150);
         let fault = if rng.below(4) == 0 { dead(op, after) } else { once(op, after) };
-        rig.fails_at_work(&format!("{n}: {fault:?}"), fault);
+        test.fails_at_work(&format!("{n}: {fault:?}"), fault);
     }
-    rig.end();
+    test.end();
 }
 
 #[test]
