@@ -112,7 +112,7 @@ pub(super) struct Blocked {
     memory: [Shortage; STEPS],
     /// Requests for frames that failed in this lap: each has a step registered.
     refusals: u32,
-    /// The watermark that somebody waits for because too much is drawn above it.
+    /// The watermark that somebody waits for because too much is allocated above it.
     far_ahead: Option<Lsn>,
     /// When it was looked last into who has the memory.
     pub(super) judged_at: Micros,

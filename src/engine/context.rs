@@ -75,7 +75,7 @@ pub(super) struct Context {
     pub checkpoint: CheckpointStatus,
     /// Which request got which LSN.
     #[cfg(any(test, feature = "sim"))]
-    pub drawn: Vec<(Token, Lsn)>,
+    pub allocated: Vec<(Token, Lsn)>,
 }
 
 impl Context {
@@ -107,7 +107,7 @@ impl Context {
             superblock,
             checkpoint: CheckpointStatus::default(),
             #[cfg(any(test, feature = "sim"))]
-            drawn: Vec::new(),
+            allocated: Vec::new(),
         }
     }
 

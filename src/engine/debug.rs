@@ -10,8 +10,8 @@ use crate::base::Lsn;
 impl Shard {
     /// Which request got which LSN, in order, since last asked: also for commits that are never
     /// answered.
-    pub fn take_drawn(&mut self) -> Vec<(Token, Lsn)> {
-        std::mem::take(&mut self.ctx.drawn)
+    pub fn take_allocated(&mut self) -> Vec<(Token, Lsn)> {
+        std::mem::take(&mut self.ctx.allocated)
     }
 
     /// What it waits for, for the message about a run that hangs.

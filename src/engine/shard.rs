@@ -26,7 +26,7 @@ const STEPS: [(TurnStep, &str); 18] = [
         "votes before commits: a part that was promised room must not find it taken by the same \
          lap",
     ),
-    (Shard::run_commits, "draws LSNs and fills the open group"),
+    (Shard::run_commits, "allocates LSNs and fills the open group"),
     (
         Shard::run_redo,
         "before write-back: without room it presses for pages to be written, and that would be due \
@@ -34,7 +34,7 @@ const STEPS: [(TurnStep, &str); 18] = [
     ),
     (Shard::retry_coordinated, "asks again, also those that the commits above were in the way of"),
     (Shard::decide, "after the commits, so that one group takes both"),
-    (Shard::advance_groups, "closes the group with all that was drawn above"),
+    (Shard::advance_groups, "closes the group with all that was allocated above"),
     (
         Shard::write_back,
         "after the groups: a page that went to its place with one is dirty no more",

@@ -6,9 +6,9 @@
 //! ```
 //! The head is sealed by `head_crc`, seeded with the epoch's salt and covering the group's own
 //! position, so that neither recycled bytes, nor user data that happens to be a copy of a log, can
-//! pass for a group. `body_crc` covers the rest of the body blocks, padding included. An image stands
-//! for one whole page: its bytes are inline in this group, or at their final address in an extent,
-//! and its entry has their checksum.
+//! pass for a group. `body_crc` covers the rest of the body blocks, padding included. An image
+//! stands for one whole page: its bytes are inline in this group, or at their final address in an
+//! extent, and its entry has their checksum.
 
 use super::node::Entry;
 use super::{LSN_END, crc_around, get};
@@ -79,7 +79,7 @@ pub struct Head {
     pub watermark: U64,
     /// The newest superblock when this group was submitted.
     pub superblock_generation: U64,
-    /// All LSNs that this shard drew and this group accounts for, whether or not a commit uses
+    /// All LSNs that this shard allocated and this group accounts for, whether or not a commit uses
     /// them.
     pub runs: [RawRun; RUNS_MAX],
     /// Nonce of the encryption.
@@ -362,7 +362,7 @@ pub struct Body<'a> {
 pub enum Role {
     /// All of it.
     Whole,
-    /// The part of the shard that drew the LSN; the set has the other shards with parts.
+    /// The part of the shard that allocated the LSN; the set has the other shards with parts.
     Owner(ShardSet),
     /// The part of another shard; the set has the owner.
     Part(ShardSet),

@@ -60,7 +60,7 @@ pub struct Head {
     /// All commits up to here were durable when this was written.
     pub watermark: U64,
     /// After recovery, until a checkpoint has something of the epoch: the LSN after the recovered
-    /// one. Then: no LSN from here on was drawn when the last step of the checkpoint began.
+    /// one. Then: no LSN from here on was allocated when the last step of the checkpoint began.
     pub next_lsn: U64,
     /// Bytes of an extent.
     pub extent_bytes: U64,
@@ -138,7 +138,7 @@ pub struct Superblock {
     pub checkpoint: u64,
     /// Durable up to here.
     pub watermark: Lsn,
-    /// Above every LSN drawn.
+    /// Above every LSN allocated.
     pub next_lsn: Lsn,
     /// Fixed sizes.
     pub geometry: Geometry,

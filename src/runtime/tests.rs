@@ -37,9 +37,9 @@ enum Note {
     Close,
 }
 
-/// A shard that holds no pages. `WaitDurable(n)` goes to shard `n` and back; `Commit` draws an LSN,
-/// is "written" some time later, and waits for the watermark; `Flush` waits until a `Checkpoint`
-/// comes; `Stats` panics.
+/// A shard that holds no pages. `WaitDurable(n)` goes to shard `n` and back; `Commit` allocates an
+/// LSN, is "written" some time later, and waits for the watermark; `Flush` waits until a
+/// `Checkpoint` comes; `Stats` panics.
 struct Toy {
     id: ShardId,
     shards_count: u16,

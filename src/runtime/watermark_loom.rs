@@ -34,18 +34,18 @@ fn loom_a_risen_watermark_is_seen_by_a_parking_thread() {
 }
 
 /// As the event loop does it: one shard parks until its commit is durable, after a look at the
-/// watermark that was held back by another shard's draw; that one unparks it once its draw has let
-/// the watermark rise.
+/// watermark that was held back by another shard's allocation; that one unparks it once its
+/// allocation has let the watermark rise.
 #[test]
-fn loom_a_commit_that_a_draw_held_back_wakes_its_shard() {
+fn loom_a_commit_that_an_allocation_held_back_wakes_its_shard() {
     assert!(holds(None, |verdict| {
         let (parking, waker) = parking();
         let order = Arc::new(GlobalOrder::new(Lsn::new(1), 2));
-        let (theirs, drawing) = (parking.clone(), order.clone());
-        let drawer = thread::spawn(move || {
-            let seen = drawing.watermark();
-            let lsn = drawing.allocate_lsns(ShardId::new(1), 1);
-            let watermark = drawing.watermark();
+        let (theirs, allocating) = (parking.clone(), order.clone());
+        let allocator = thread::spawn(move || {
+            let seen = allocating.watermark();
+            let lsn = allocating.allocate_lsns(ShardId::new(1), 1);
+            let watermark = allocating.watermark();
             if watermark > seen {
                 unpark_for_level([&*theirs].into_iter(), watermark.get());
             }
@@ -55,7 +55,7 @@ fn loom_a_commit_that_a_draw_held_back_wakes_its_shard() {
         order.publish(ShardId::new(0), Lsn::MAX);
         let durable = order.refresh() >= lsn;
         let waits = !durable && parking.park(Some(lsn.get()), || order.watermark() >= lsn);
-        let not_durable = drawer.join().unwrap();
+        let not_durable = allocator.join().unwrap();
         verdict.expect(!waits || not_durable < lsn || waker.wakes() == 1);
     }));
 }

@@ -187,7 +187,7 @@ stats! {
     pub blocks_dead: u64,
     }
     max {
-    /// The newest LSN drawn.
+    /// The newest LSN allocated.
     pub last_lsn: u64,
     /// Everything up to here is durable.
     pub durable_lsn: u64,

@@ -46,7 +46,7 @@ pub(crate) enum GroupState {
 /// A group on its way to the device.
 pub(crate) struct InFlight {
     pub number: u64,
-    /// The lowest LSN that this shard drew for it; [`Lsn::MAX`] if it holds parts only.
+    /// The lowest LSN that this shard allocated for it; [`Lsn::MAX`] if it holds parts only.
     pub first_lsn: Lsn,
     /// Commits over shards whose part here becomes durable with it.
     pub parts: Vec<PartRef>,
@@ -324,7 +324,7 @@ impl Log {
         parts
     }
 
-    /// The lowest LSN that this shard has drawn and that is not durable in this log.
+    /// The lowest LSN that this shard has allocated and that is not durable in this log.
     pub(crate) fn bound(&self) -> Lsn {
         let flying = self.in_flight.iter().map(|group| group.first_lsn);
         flying.chain(self.open.first_lsn()).min().unwrap_or(Lsn::MAX)

@@ -1,13 +1,13 @@
 //! The group in the making: records gather in chunks of the arena until it is closed.
 //!
 //! Invariants
-//! 1. Records of one page stand in LSN order. All LSNs that this shard drew for the group are in
-//!    its runs, used or not; a part of another shard's commit is recorded, and its owner accounts
-//!    for the LSN.
-//! 2. An image stands for one page within one *atomic span*: further changes of the page in the same
-//!    span are absorbed by it. A span ends with a run, and before and after each commit over shards:
-//!    the end of a recovered log can lie between two spans, never within one, so no state that a
-//!    crash can ask for is lost.
+//! 1. Records of one page stand in LSN order. All LSNs that this shard allocated for the group are
+//!    in its runs, used or not; a part of another shard's commit is recorded, and its owner
+//!    accounts for the LSN.
+//! 2. An image stands for one page within one *atomic span*: further changes of the page in the
+//!    same span are absorbed by it. A span ends with a run, and before and after each commit over
+//!    shards: the end of a recovered log can lie between two spans, never within one, so no state
+//!    that a crash can ask for is lost.
 //! 3. Nothing here is written to a device before [`OpenGroup::finish`] has sealed it.
 
 use crate::base::checksum::crc32c_append;
@@ -129,7 +129,7 @@ impl OpenGroup {
             ),
             None => assert!(
                 self.commits_count == 0,
-                "{} commits, and no LSN was drawn for them",
+                "{} commits, and no LSN was allocated for them",
                 self.commits_count
             ),
         }
@@ -151,7 +151,7 @@ impl OpenGroup {
         );
     }
 
-    /// Nothing was drawn for it, and no part is in it.
+    /// Nothing was allocated for it, and no part is in it.
     pub(crate) fn is_empty(&self) -> bool {
         self.runs.is_empty() && self.len == HEAD_BYTES
     }

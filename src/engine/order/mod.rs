@@ -2,9 +2,9 @@
 //!
 //! Invariants
 //! 1. An LSN is allocated once; LSNs are allocated in order by one read-modify-write.
-//! 2. A shard's bound is at most every LSN that it has drawn, or is about to draw, and that is not
-//!    durable. It is lowered *before* the allocation of its LSN and raised only after the flush;
-//!    idle is [`Lsn::MAX`].
+//! 2. A shard's bound is at most every LSN that it has allocated, or is about to allocate, and that
+//!    is not durable. It is lowered *before* the allocation of its LSN and raised only after the
+//!    flush; idle is [`Lsn::MAX`].
 //! 3. The watermark never falls. All commits at or below it are durable.
 //! 4. Whoever raises a bound refreshes the watermark after it. So of two shards that raise theirs
 //!    at the same time the later one sees both, and no commit waits for an event that has already
@@ -17,8 +17,8 @@ use crate::base::{Lsn, ShardId};
 use crossbeam::utils::CachePadded;
 
 /// LSNs above the watermark at most. A new epoch begins this far above everything found, so that an
-/// LSN which was drawn, and perhaps told to somebody, but never reached a device, is not drawn
-/// again.
+/// LSN which was allocated, and perhaps told to somebody, but never reached a device, is not
+/// allocated again.
 pub(crate) const LSN_AHEAD_MAX: u64 = 1 << 24;
 
 /// Sequencer, bounds and watermark of one open store.
@@ -40,7 +40,7 @@ impl GlobalOrder {
         }
     }
 
-    /// The next LSN to be drawn.
+    /// The next LSN to be allocated.
     pub fn next(&self) -> Lsn {
         Lsn::new(self.next.load(Ordering::Acquire))
     }
@@ -56,7 +56,7 @@ impl GlobalOrder {
         }
         let first = self.next.fetch_add(count, Ordering::SeqCst);
         if lowers && first > floor {
-            // Others drew in between: their LSNs must not wait for these.
+            // Others allocated in between: their LSNs must not wait for these.
             bound.store(first, Ordering::SeqCst);
             // And one of them may have become durable meanwhile: whoever flushed it computed the
             // watermark from the lower bound, and does not look again.
@@ -78,8 +78,8 @@ impl GlobalOrder {
 
     /// Recomputes the watermark and returns it.
     pub fn refresh(&self) -> Lsn {
-        // The sequencer is read before the bounds: what is drawn after this read is above `next`
-        // anyway.
+        // The sequencer is read before the bounds: what is allocated after this read is above
+        // `next` anyway.
         let next = self.next.load(Ordering::SeqCst);
         let low = self.bounds.iter().map(|b| b.load(Ordering::SeqCst)).fold(next, u64::min);
         let found = low.saturating_sub(1);
@@ -121,21 +121,21 @@ mod loom {
     use ::loom::sync::Arc;
     use ::loom::thread;
 
-    type Draw = fn(&GlobalOrder, ShardId) -> Lsn;
+    type Allocate = fn(&GlobalOrder, ShardId) -> Lsn;
     type Refresh = fn(&GlobalOrder) -> Lsn;
 
-    /// Shards draw, wait for their device (here: nothing), and publish; one that refreshes at any
-    /// moment must not be told that an LSN is durable which was drawn and is not. `flushed[lsn]` is
-    /// set before its bound is raised. The first shard draws `draws` times before any of it is
-    /// durable, the others once.
-    fn run(verdict: &Verdict, shards: u16, draws: u16, draw: Draw, refresh: Refresh) {
+    /// Shards allocate, wait for their device (here: nothing), and publish; one that refreshes at
+    /// any moment must not be told that an LSN is durable which was allocated and is not.
+    /// `flushed[lsn]` is set before its bound is raised. The first shard allocates `allocations`
+    /// times before any of it is durable, the others once.
+    fn run(verdict: &Verdict, shards: u16, allocations: u16, allocate: Allocate, refresh: Refresh) {
         let order = Arc::new(GlobalOrder::new(Lsn::new(1), usize::from(shards)));
         let flushed: Arc<Vec<AtomicU64>> = Arc::new((0..8).map(|_| AtomicU64::new(0)).collect());
         let writers: Vec<_> = (1..shards)
             .map(|shard| {
                 let (order, flushed, verdict) = (order.clone(), flushed.clone(), verdict.clone());
                 thread::spawn(move || {
-                    let lsn = draw(&order, ShardId::new(shard));
+                    let lsn = allocate(&order, ShardId::new(shard));
                     flushed[lsn.get() as usize].store(1, Ordering::Release);
                     order.publish(ShardId::new(shard), Lsn::MAX);
                     check(&verdict, &flushed, refresh(&order));
@@ -143,15 +143,16 @@ mod loom {
             })
             .collect();
         check(verdict, &flushed, refresh(&order));
-        let drawn: Vec<Lsn> = (0..draws).map(|_| draw(&order, ShardId::new(0))).collect();
+        let allocated: Vec<Lsn> =
+            (0..allocations).map(|_| allocate(&order, ShardId::new(0))).collect();
         check(verdict, &flushed, refresh(&order));
-        for (no, lsn) in drawn.iter().enumerate() {
+        for (no, lsn) in allocated.iter().enumerate() {
             flushed[lsn.get() as usize].store(1, Ordering::Release);
-            order.publish(ShardId::new(0), drawn.get(no + 1).copied().unwrap_or(Lsn::MAX));
+            order.publish(ShardId::new(0), allocated.get(no + 1).copied().unwrap_or(Lsn::MAX));
         }
         writers.into_iter().for_each(|writer| writer.join().unwrap());
         // An idle store holds nothing back.
-        verdict.expect(refresh(&order) == Lsn::new(u64::from(shards - 1 + draws)));
+        verdict.expect(refresh(&order) == Lsn::new(u64::from(shards - 1 + allocations)));
     }
 
     fn check(verdict: &Verdict, flushed: &[AtomicU64], watermark: Lsn) {
@@ -159,19 +160,19 @@ mod loom {
             .for_each(|lsn| verdict.expect(flushed[lsn].load(Ordering::Acquire) == 1));
     }
 
-    /// One shard draws and makes its commit durable while another draws and does not. Each looks at
-    /// the watermark once, afterwards; then nothing more happens.
-    fn draw_beside_a_flush(draw: Draw) -> bool {
+    /// One shard allocates and makes its commit durable while another allocates and does not. Each
+    /// looks at the watermark once, afterwards; then nothing more happens.
+    fn allocate_beside_a_flush(allocate: Allocate) -> bool {
         model::holds(None, move |verdict| {
             let order = Arc::new(GlobalOrder::new(Lsn::new(1), 2));
             let theirs = order.clone();
             let flusher = thread::spawn(move || {
-                let lsn = draw(&theirs, ShardId::new(0));
+                let lsn = allocate(&theirs, ShardId::new(0));
                 theirs.publish(ShardId::new(0), Lsn::MAX);
                 theirs.refresh();
                 lsn
             });
-            let not_durable = draw(&order, ShardId::new(1));
+            let not_durable = allocate(&order, ShardId::new(1));
             let durable = flusher.join().unwrap();
             // The only LSN that may hold it back is one before it.
             verdict.expect(durable > not_durable || order.watermark() >= durable);
@@ -181,8 +182,8 @@ mod loom {
     /// A durable commit whose acknowledgement waits until another shard happens to flush something
     /// of its own.
     #[test]
-    fn loom_a_draw_holds_no_earlier_durable_commit_back() {
-        assert!(draw_beside_a_flush(draw_one));
+    fn loom_an_allocation_holds_no_earlier_durable_commit_back() {
+        assert!(allocate_beside_a_flush(allocate_one));
         let does_not_refresh = |order: &GlobalOrder, shard: ShardId| {
             let bound = &order.bounds[usize::from(shard.get())];
             let floor = order.next.load(Ordering::Acquire);
@@ -191,28 +192,33 @@ mod loom {
             bound.store(first, Ordering::SeqCst);
             Lsn::new(first)
         };
-        assert!(!draw_beside_a_flush(does_not_refresh), "a bound that rises without a refresh");
+        assert!(!allocate_beside_a_flush(does_not_refresh), "a bound that rises without a refresh");
     }
 
-    fn holds(shards: u16, preemptions: Option<usize>, draw: Draw, refresh: Refresh) -> bool {
-        model::holds(preemptions, move |verdict| run(verdict, shards, 1, draw, refresh))
+    fn holds(
+        shards: u16,
+        preemptions: Option<usize>,
+        allocate: Allocate,
+        refresh: Refresh,
+    ) -> bool {
+        model::holds(preemptions, move |verdict| run(verdict, shards, 1, allocate, refresh))
     }
 
-    /// As `holds`, of two shards, the first of which draws twice.
-    fn holds_twice(preemptions: Option<usize>, draw: Draw) -> bool {
-        model::holds(preemptions, move |verdict| run(verdict, 2, 2, draw, GlobalOrder::refresh))
+    /// As `holds`, of two shards, the first of which allocates twice.
+    fn holds_twice(preemptions: Option<usize>, allocate: Allocate) -> bool {
+        model::holds(preemptions, move |verdict| run(verdict, 2, 2, allocate, GlobalOrder::refresh))
     }
 
-    fn draw_one(order: &GlobalOrder, shard: ShardId) -> Lsn {
+    fn allocate_one(order: &GlobalOrder, shard: ShardId) -> Lsn {
         order.allocate_lsns(shard, 1)
     }
 
     /// An acknowledgement of an LSN that is not durable is a commit that a crash takes back.
     #[test]
-    fn loom_the_watermark_stays_below_what_is_drawn_and_not_durable() {
-        assert!(holds(2, None, draw_one, GlobalOrder::refresh), "two shards");
-        assert!(holds(3, Some(3), draw_one, GlobalOrder::refresh), "three shards");
-        assert!(holds_twice(Some(3), draw_one), "one draws again");
+    fn loom_the_watermark_stays_below_what_is_allocated_and_not_durable() {
+        assert!(holds(2, None, allocate_one, GlobalOrder::refresh), "two shards");
+        assert!(holds(3, Some(3), allocate_one, GlobalOrder::refresh), "three shards");
+        assert!(holds_twice(Some(3), allocate_one), "one allocates again");
     }
 
     /// The rules of the design, broken one at a time.
@@ -225,7 +231,7 @@ mod loom {
         };
         assert!(
             !holds(2, None, publishes_late, GlobalOrder::refresh),
-            "bound published after the draw"
+            "bound published after the allocation"
         );
         let reads_late = |order: &GlobalOrder| {
             let low =
@@ -233,18 +239,18 @@ mod loom {
             let found = low.min(order.next.load(Ordering::SeqCst)).saturating_sub(1);
             Lsn::new(order.watermark.fetch_max(found, Ordering::AcqRel).max(found))
         };
-        assert!(!holds(2, None, draw_one, reads_late), "sequencer read after the bounds");
+        assert!(!holds(2, None, allocate_one, reads_late), "sequencer read after the bounds");
         let forgets =
             |order: &GlobalOrder, _: ShardId| Lsn::new(order.next.fetch_add(1, Ordering::SeqCst));
         assert!(!holds(2, None, forgets, GlobalOrder::refresh), "no bound at all");
-        let draws_relaxed = |order: &GlobalOrder, shard: ShardId| {
+        let allocates_relaxed = |order: &GlobalOrder, shard: ShardId| {
             let floor = order.next.load(Ordering::Relaxed);
             order.bounds[usize::from(shard.get())].store(floor, Ordering::Relaxed);
             Lsn::new(order.next.fetch_add(1, Ordering::Relaxed))
         };
         assert!(
-            !holds(2, None, draws_relaxed, GlobalOrder::refresh),
-            "a draw that releases nothing"
+            !holds(2, None, allocates_relaxed, GlobalOrder::refresh),
+            "an allocation that releases nothing"
         );
         let raises = |order: &GlobalOrder, shard: ShardId| {
             let bound = &order.bounds[usize::from(shard.get())];
@@ -259,6 +265,9 @@ mod loom {
             }
             Lsn::new(first)
         };
-        assert!(!holds_twice(Some(3), raises), "a draw that raises the bound over an earlier one");
+        assert!(
+            !holds_twice(Some(3), raises),
+            "an allocation that raises the bound over an earlier one"
+        );
     }
 }

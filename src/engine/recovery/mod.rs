@@ -16,7 +16,7 @@
 //!    only means that the next one begins anew, from the same bytes.
 //! 2. One superblock write makes the new roots, the recovered LSN and the new epoch true together;
 //!    so exactly one epoch ever has records in the logs.
-//! 3. LSNs of the new epoch lie above every LSN that can have been drawn before.
+//! 3. LSNs of the new epoch lie above every LSN that can have been allocated before.
 //! 4. Damage at or below the highest recorded watermark is an error, never the end of the log.
 
 mod create;

@@ -116,13 +116,13 @@ impl Shard {
         }
     }
 
-    /// Blocks of inline pages that a group with `images` images has at most. No more than its pages:
-    /// `inline_pages_max` alone may be more than a small segment holds.
+    /// Blocks of inline pages that a group with `images` images has at most. No more than its
+    /// pages: `inline_pages_max` alone may be more than a small segment holds.
     fn inline_blocks(&self, images: usize) -> u32 {
         self.ctx.limits.inline_pages_max.min(images) as u32
     }
 
-    /// Whether so much is drawn above the watermark that `step` has to wait for it.
+    /// Whether so much is allocated above the watermark that `step` has to wait for it.
     pub(in crate::engine) fn lsns_are_far_ahead(&mut self, step: Step) -> bool {
         let lowest = Lsn::new(self.ctx.order.next().get().saturating_sub(LSN_AHEAD_MAX / 2));
         if self.ctx.order.watermark() >= lowest {

@@ -1,7 +1,8 @@
-//! Commits over several shards, at their owner: ask all, draw, tell all, and count who is durable.
+//! Commits over several shards, at their owner: ask all, allocate the LSN, tell all, and count who
+//! is durable.
 //!
 //! ```text
-//! Asking --all Yes--> Decidable --draw--> Drawn --every part durable--> gone
+//! Asking --all Yes--> Decidable --LSN--> Allocated --every part durable--> gone
 //!    \--a Conflict or Busy--> Waiting --time--> Asking (a commit that read gets `Conflict` for it)
 //!     \--a No--> refused
 //! ```
@@ -32,7 +33,7 @@ enum State {
     Asking,
     Waiting { until: Micros },
     Decidable,
-    Drawn,
+    Allocated,
 }
 
 /// A commit over shards under way.
@@ -80,7 +81,7 @@ impl CoordinatedCommit {
                     self.yes.len()
                 )
             }
-            State::Drawn => assert!(
+            State::Allocated => assert!(
                 self.lsn != Lsn::ZERO && self.applied_left <= self.parts_left,
                 "{} parts not durable, {} not applied, at {:?}",
                 self.parts_left,
@@ -356,7 +357,7 @@ impl Shard {
         let cross =
             self.coordinator.commits.get_mut(&txn).expect("a decidable commit is under way");
         assert_eq!(cross.state, State::Decidable, "all votes are in");
-        cross.state = State::Drawn;
+        cross.state = State::Allocated;
         cross.lsn = lsn;
         let writers: SmallVec<[ShardId; 4]> = cross
             .prepares
@@ -375,7 +376,7 @@ impl Shard {
         self.watermark.hold_back(lsn);
         self.ctx.stats.commits_cross += 1;
         #[cfg(any(test, feature = "sim"))]
-        self.ctx.drawn.push((token, lsn));
+        self.ctx.allocated.push((token, lsn));
         self.apply_own_part(txn, lsn, others, durable);
         let me = self.ctx.id;
         for shard in yes.into_iter().filter(|shard| *shard != me) {
@@ -455,11 +456,11 @@ impl Shard {
             self.reservations.request_bytes -= cross.weight;
             match cross.state {
                 // A durable one waits with all others for the watermark, and is told there.
-                State::Drawn if !cross.durable && cross.applied_left > 0 => {
+                State::Allocated if !cross.durable && cross.applied_left > 0 => {
                     let error = crate::engine::watermark::outcome_unknown(cross.lsn, cause);
                     self.ctx.reply(cross.token, Err(error));
                 }
-                State::Drawn => {}
+                State::Allocated => {}
                 _ => self.ctx.reply(cross.token, Err(stopped.clone())),
             }
         }

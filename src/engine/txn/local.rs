@@ -2,7 +2,7 @@
 //! allocation of its LSN each is admitted (see `admission`).
 //!
 //! Invariants
-//! 1. All commits of a turn get their LSNs by one draw, before any effect of the turn leaves.
+//! 1. All commits of a turn get their LSNs by one allocation, before any effect of the turn leaves.
 //! 2. Validation and effect are one step: no other commit comes between.
 //! 3. A allocated LSN that isn't used (a conflict with an earlier commit of the same turn) stays in
 //!    its group's run: it is void, and accounted for.
@@ -143,7 +143,7 @@ impl Shard {
         let PendingKind::Commit(commit) = pending.kind else { unreachable!("only commits") };
         #[cfg(any(test, feature = "sim"))]
         if let Ok(Some(lsn)) = &result {
-            self.ctx.drawn.push((token, *lsn));
+            self.ctx.allocated.push((token, *lsn));
         }
         match result {
             Err(error) => self.ctx.reply(token, Err(error)),

@@ -6,8 +6,8 @@
 //! 2. A commit over shards never waits for a hold: it votes
 //!    [`Vote::Conflict`](crate::engine::message::Vote), so there is no deadlock. Commits of this
 //!    shard alone do wait, in the order in which they came.
-//! 3. While a page is held, no LSN but the holder's is drawn for it. The holder's LSN is allocated
-//!    after the vote, so it is above every version of the page.
+//! 3. While a page is held, no LSN but the holder's is allocated for it. The holder's LSN is
+//!    allocated after the vote, so it is above every version of the page.
 
 use crate::base::{PageIdx, RequestIdx};
 use crate::engine::Shard;

@@ -51,7 +51,7 @@ canaries! {
     ReadsNotHeld,
     /// A shard votes without looking whether what was read there has changed.
     PartNotValidated,
-    /// The owner takes the vote "a page is held" for a yes, and draws.
+    /// The owner takes the vote "a page is held" for a yes, and allocates an LSN.
     VoteIgnored,
     /// A buffered commit over shards is acknowledged before all its parts are visible.
     AcknowledgedUnseen,
@@ -63,7 +63,7 @@ canaries! {
     /// The owner's bound rises when its own part is durable: the watermark passes parts that are
     /// not.
     PartsHoldNothingBack,
-    /// FLUSH waits for what its own shard has drawn only.
+    /// FLUSH waits for what its own shard has allocated only.
     FlushForOwnShard,
     /// An idle shard's bound is the next LSN instead of none: it holds the watermark back for ever.
     IdleHoldsBack,
@@ -76,7 +76,7 @@ canaries! {
     /// Recovery takes a group for complete without looking at the pages written straight to their
     /// places.
     PlacedUnchecked,
-    /// A new epoch begins right above the LSNs found, not above those that may have been drawn.
+    /// A new epoch begins right above the LSNs found, not above those that may have been allocated.
     LsnsReused,
     /// A flush that failed is taken for done: the next one succeeds, and proves nothing.
     FlushErrorForgotten,

@@ -226,7 +226,7 @@ impl Cluster {
         self.order.watermark()
     }
 
-    /// The newest LSN that was drawn, used or void.
+    /// The newest LSN that was allocated, used or void.
     pub fn newest(&self) -> Lsn {
         self.order.next().before()
     }

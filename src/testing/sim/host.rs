@@ -52,8 +52,8 @@ pub(super) struct Node {
 pub struct Turn {
     /// The shard that turned.
     pub shard: ShardId,
-    /// Requests and the LSNs they drew, in the order of the LSNs.
-    pub drawn: Vec<(Token, Lsn)>,
+    /// Requests and the LSNs they allocated, in the order of the LSNs.
+    pub allocated: Vec<(Token, Lsn)>,
     /// Answers, in order.
     pub replies: Vec<(Token, Result<Response>)>,
 }
@@ -102,8 +102,8 @@ impl Host<Shard> for NodeHost<'_> {
     }
 
     fn turned(&mut self, shard: &mut Shard) {
-        self.turn.drawn = shard.take_drawn();
-        self.turn.drawn.sort_by_key(|&(_, lsn)| lsn);
+        self.turn.allocated = shard.take_allocated();
+        self.turn.allocated.sort_by_key(|&(_, lsn)| lsn);
     }
 
     fn carry_out(&mut self, shard: &Shard, effect: Effect) -> ControlFlow<Stop> {

@@ -12,7 +12,7 @@
 //! Invariants
 //! 1. One thread, a virtual clock, one seed: the same plan gives the same trace, to the bit.
 //! 2. The shards are those of releases. The only lines in them for the simulator are the planted
-//!    bugs and the list of drawn LSNs.
+//!    bugs and the list of allocated LSNs.
 //!
 //! It does *not* run in a release: it is compiled for tests and for the feature `sim`.
 

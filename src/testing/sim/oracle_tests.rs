@@ -32,7 +32,7 @@ impl Court {
             Court { oracle: Oracle::new(tolerance), arena: Arena::new(64).unwrap(), token: 0 };
         for (n, durable) in [(1, true), (2, false)] {
             let token = court.put(n, Vec::new(), durable);
-            court.oracle.on_drawn(token, lsn(n)).unwrap();
+            court.oracle.on_allocated(token, lsn(n)).unwrap();
             court.oracle.on_reply(token, &Ok(Response::Committed(lsn(n)))).unwrap();
         }
         court
@@ -59,7 +59,7 @@ impl Court {
         Token(self.token)
     }
 
-    /// A commit over both shards, drawn: owned by that of P, or of R if `other`.
+    /// A commit over both shards, allocated: owned by that of P, or of R if `other`.
     fn spread(&mut self, n: u64, other: bool) -> Token {
         let mut changes =
             vec![(P, Change::Put(page_bytes(P, n))), (R, Change::Put(page_bytes(R, n)))];
@@ -68,7 +68,7 @@ impl Court {
         }
         let token =
             self.ask(Request::Commit(Commit { reads: Vec::new(), changes, durable: false }));
-        self.oracle.on_drawn(token, lsn(n)).unwrap();
+        self.oracle.on_allocated(token, lsn(n)).unwrap();
         token
     }
 
@@ -112,7 +112,7 @@ fn a_state_that_is_no_prefix_is_condemned() {
     assert!(!court.recovers(1, new), "a commit above the cut is there");
     assert!(!court.recovers(2, mixed), "old bytes under a new LSN");
     assert!(!court.recovers(0, PageRef::new(None, Lsn::ZERO)), "an acknowledged commit is gone");
-    assert!(!court.recovers(99, old), "recovered beyond everything that was drawn");
+    assert!(!court.recovers(99, old), "recovered beyond everything that was allocated");
 }
 
 /// Plain reads may be of any version since they were asked for, and of no other.
@@ -126,7 +126,7 @@ fn stale_foreign_and_mislabelled_reads_are_condemned() {
     assert!(!court.reads(PageRef::new(None, Lsn::ZERO)), "a page that is there is not absent");
     let token = court.ask(Request::Read(smallvec![P]));
     let commit = court.put(3, Vec::new(), true);
-    court.oracle.on_drawn(commit, lsn(3)).unwrap();
+    court.oracle.on_allocated(commit, lsn(3)).unwrap();
     let between = court.page(2, 2);
     court.oracle.on_reply(token, &Ok(Response::Pages(smallvec![between]))).unwrap();
 }
@@ -137,7 +137,7 @@ fn a_free_that_is_not_durable_and_not_told_is_condemned() {
     let mut court = Court::new();
     let free = court
         .ask(Request::Commit(Commit { changes: vec![(P, Change::Free)], ..Commit::default() }));
-    court.oracle.on_drawn(free, lsn(3)).unwrap();
+    court.oracle.on_allocated(free, lsn(3)).unwrap();
     let absent = |at| PageRef::new(None, lsn(at));
     let right: Vec<bool> = [0, 2, 3, 4].into_iter().map(|at| court.reads(absent(at))).collect();
     assert_eq!(right, [false, false, true, false]);
@@ -145,7 +145,7 @@ fn a_free_that_is_not_durable_and_not_told_is_condemned() {
     assert!(court.reads(absent(0)) && court.reads(absent(3)), "durable: nobody has to wait");
     let again = court
         .ask(Request::Commit(Commit { changes: vec![(P, Change::Free)], ..Commit::default() }));
-    court.oracle.on_drawn(again, lsn(4)).unwrap();
+    court.oracle.on_allocated(again, lsn(4)).unwrap();
     assert!(
         court.reads(absent(0)) && !court.reads(absent(4)),
         "it was absent before, and nothing has changed"
@@ -157,7 +157,7 @@ fn a_free_that_is_not_durable_and_not_told_is_condemned() {
 fn wrong_commits_and_wrong_conflicts_are_condemned() {
     let mut court = Court::new();
     let stale = court.put(3, vec![(P, lsn(1))], true);
-    assert!(court.oracle.on_drawn(stale, lsn(3)).unwrap_err().contains("it read"));
+    assert!(court.oracle.on_allocated(stale, lsn(3)).unwrap_err().contains("it read"));
     let mut court = Court::new();
     let stale = court.put(3, vec![(P, lsn(1))], true);
     court.oracle.on_reply(stale, &Err(no())).unwrap();
@@ -175,21 +175,24 @@ fn wrong_commits_and_wrong_conflicts_are_condemned() {
     assert!(court.oracle.on_reply(token, &Ok(Response::Committed(lsn(1)))).is_err());
 }
 
-/// LSNs used twice, drawn twice, out of order, by nobody; after a crash too.
+/// LSNs used twice, allocated twice, out of order, by nobody; after a crash too.
 #[test]
 fn lsns_that_are_not_new_are_condemned() {
     let mut court = Court::new();
     let token = court.put(3, Vec::new(), true);
-    assert!(court.oracle.on_drawn(token, lsn(2)).is_err());
-    court.oracle.on_drawn(token, lsn(3)).unwrap();
+    assert!(court.oracle.on_allocated(token, lsn(2)).is_err());
+    court.oracle.on_allocated(token, lsn(3)).unwrap();
     assert!(
-        court.oracle.on_drawn(token, lsn(4)).is_err()
-            && court.oracle.on_drawn(Token(99), lsn(5)).is_err()
+        court.oracle.on_allocated(token, lsn(4)).is_err()
+            && court.oracle.on_allocated(Token(99), lsn(5)).is_err()
     );
     court.oracle.on_crash();
     court.oracle.restart_at(lsn(1), lsn(1));
     let token = court.put(4, Vec::new(), true);
-    assert!(court.oracle.on_drawn(token, lsn(3)).is_err(), "drawn before the crash, and dropped");
+    assert!(
+        court.oracle.on_allocated(token, lsn(3)).is_err(),
+        "allocated before the crash, and dropped"
+    );
 }
 
 /// Answers that promise too much or the wrong thing, and errors without a reason.
@@ -220,8 +223,11 @@ fn false_answers_are_condemned() {
     }
     let mut court = Court::new();
     let token = court.put(3, Vec::new(), true);
-    court.oracle.on_drawn(token, lsn(3)).unwrap();
-    assert!(court.oracle.on_reply(token, &Err(no())).is_err(), "refused after its LSN was drawn");
+    court.oracle.on_allocated(token, lsn(3)).unwrap();
+    assert!(
+        court.oracle.on_reply(token, &Err(no())).is_err(),
+        "refused after its LSN was allocated"
+    );
     let token = court.ask(Request::Flush);
     court.oracle.on_reply(token, &Ok(Response::Flushed(lsn(3)))).unwrap();
     let lost = PageRef::new(None, Lsn::ZERO);
@@ -235,11 +241,11 @@ fn what_is_seen_of_a_commit_over_shards_never_goes_back() {
     let mut court = Court::of_two();
     let token = court.spread(3, true);
     let [old, new] = [(2, 2), (3, 3)].map(|(at, tag)| court.page(at, tag));
-    assert!(court.reads(old.clone()), "drawn at the other shard, on its way to that of P");
+    assert!(court.reads(old.clone()), "allocated at the other shard, on its way to that of P");
     assert!(court.reads(new.clone()) && !court.reads(old.clone()), "seen, and then not any more");
     let mut court = Court::of_two();
     let token_at_home = court.spread(3, false);
-    assert!(!court.reads(old.clone()), "drawn at the shard of P itself");
+    assert!(!court.reads(old.clone()), "allocated at the shard of P itself");
     court.acknowledge(token_at_home, 3);
     let mut court = Court::of_two();
     assert_eq!(court.spread(3, true), token);
@@ -248,7 +254,7 @@ fn what_is_seen_of_a_commit_over_shards_never_goes_back() {
     let mut court = Court::of_two();
     let token = court.spread(3, true);
     let alone = court.put(4, Vec::new(), false);
-    court.oracle.on_drawn(alone, lsn(4)).unwrap();
+    court.oracle.on_allocated(alone, lsn(4)).unwrap();
     assert!(!court.reads(old), "a later commit of the shard itself is there");
     court.acknowledge(token, 3);
 }

@@ -1,7 +1,7 @@
 //! The steps of a run: it sends requests, advances time, and passes answers to the oracle.
 //!
 //! Invariants
-//! 1. After a turn the oracle gets the drawn LSNs first, then the watermark, and only then the
+//! 1. After a turn the oracle gets the allocated LSNs first, then the watermark, and only then the
 //!    answers.
 //! 2. A request goes to one shard, as the handles of the store route it: reads are split, and all
 //!    shards are asked for counters.
@@ -138,8 +138,8 @@ impl SimRun {
 
     /// Passes the results of a turn to the oracle.
     fn judge(&mut self, turn: Turn) -> Outcome {
-        for &(token, lsn) in &turn.drawn {
-            self.oracle.on_drawn(token, lsn)?;
+        for &(token, lsn) in &turn.allocated {
+            self.oracle.on_allocated(token, lsn)?;
         }
         let watermark = self.cluster().watermark();
         let newest = self.cluster().newest();

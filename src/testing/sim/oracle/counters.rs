@@ -33,8 +33,8 @@ pub struct OracleCounters {
     pub unknown: u64,
     /// Pages read and found right.
     pub pages_read: u64,
-    /// Of those, older than the newest version drawn when they were asked for: a commit over
-    /// several shards had been drawn and not reached the page's shard.
+    /// Of those, older than the newest version allocated when they were asked for: a commit over
+    /// several shards had been allocated and not reached the page's shard.
     pub pages_behind: u64,
     /// Commits over several shards during which another one that touched one of its pages was under
     /// way.

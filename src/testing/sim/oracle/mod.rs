@@ -5,7 +5,7 @@
 //!    current then.
 //! 2. `durable` is the highest LSN of which any answer said that it is durable. No crash may take
 //!    it away. The watermark is such an answer to everybody who looks at it.
-//! 3. LSNs drawn only ever rise, over all lives of the store.
+//! 3. LSNs allocated only ever rise, over all lives of the store.
 //! 4. What a commit over several shards changed may be read as before until it is acknowledged, but
 //!    not at its owner; what it holds excuses conflicts (`visibility`). Transactions are exact:
 //!    what they read is current at the allocation of its LSN.
@@ -58,10 +58,10 @@ pub struct Oracle {
     /// The LSN with which this life began.
     began: Lsn,
     last: Lsn,
-    /// The newest LSN that was drawn, void ones too.
+    /// The newest LSN that was allocated, void ones too.
     newest: Lsn,
     /// All commits of this life, in order, for messages and for cuts that are not reported.
-    drawn: Vec<(Lsn, Vec<(PageKey, Change)>)>,
+    allocated: Vec<(Lsn, Vec<(PageKey, Change)>)>,
     ever: Lsn,
     durable: Lsn,
     /// Who said so.
@@ -87,7 +87,7 @@ impl Oracle {
             began: Lsn::ZERO,
             last: Lsn::ZERO,
             newest: Lsn::ZERO,
-            drawn: Vec::new(),
+            allocated: Vec::new(),
             ever: Lsn::ZERO,
             durable: Lsn::ZERO,
             promise: "nobody",
@@ -102,7 +102,7 @@ impl Oracle {
         }
     }
 
-    /// The newest LSN drawn in this life.
+    /// The newest LSN allocated in this life.
     pub fn last(&self) -> Lsn {
         self.last
     }
@@ -154,7 +154,7 @@ impl Oracle {
             seen: self.last,
             ordered: self.ordered,
             moment: self.moment,
-            drawn: None,
+            allocated: None,
             spread: false,
             overtaken: 0,
         };
@@ -179,7 +179,7 @@ impl Oracle {
     }
 
     /// The shards say that everything up to `watermark` is durable.
-    /// The newest LSN drawn is `newest`; it may be void.
+    /// The newest LSN allocated is `newest`; it may be void.
     pub fn on_watermark(&mut self, watermark: Lsn, newest: Lsn) -> Verdict {
         self.newest = newest;
         if watermark < self.watermark {
@@ -204,29 +204,29 @@ impl Oracle {
     }
 
     /// A request got its LSN.
-    pub fn on_drawn(&mut self, token: Token, lsn: Lsn) -> Verdict {
+    pub fn on_allocated(&mut self, token: Token, lsn: Lsn) -> Verdict {
         if lsn <= self.ever {
             return Err(format!(
-                "{token:?} drew {lsn:?}, and {:?} had been used before",
+                "{token:?} allocated {lsn:?}, and {:?} had been used before",
                 self.ever
             ));
         }
         let last = std::mem::replace(&mut self.last, lsn);
         self.ever = lsn;
         let Some(pending) = self.pending.get_mut(&token) else {
-            return Err(format!("{token:?} drew {lsn:?} without being under way"));
+            return Err(format!("{token:?} allocated {lsn:?} without being under way"));
         };
         if pending.what.must_fail(&self.tolerance) {
             return Err(format!(
-                "{token:?} drew {lsn:?}, and had to be refused: {}",
+                "{token:?} allocated {lsn:?}, and had to be refused: {}",
                 pending.what.describe()
             ));
         }
-        if let Some(before) = pending.drawn.replace(lsn) {
-            return Err(format!("{token:?} drew {before:?} and then {lsn:?}"));
+        if let Some(before) = pending.allocated.replace(lsn) {
+            return Err(format!("{token:?} allocated {before:?} and then {lsn:?}"));
         }
         let Kind::Commit(commit) = &pending.what else {
-            return Err(format!("{token:?}, no commit, drew {lsn:?}"));
+            return Err(format!("{token:?}, no commit, allocated {lsn:?}"));
         };
         for &(key, read) in &commit.reads {
             let version = self.model.at(key, last);
@@ -240,11 +240,11 @@ impl Oracle {
             self.visibility.gave(key, version.lsn);
         }
         if pending.spread {
-            self.visibility.drawn(lsn, pending.shard);
+            self.visibility.allocated(lsn, pending.shard);
             self.counters.spread_drawn += 1;
         }
         self.model.apply(lsn, &commit.changes);
-        self.drawn.push((lsn, commit.changes.clone()));
+        self.allocated.push((lsn, commit.changes.clone()));
         self.counters.commits_drawn += 1;
         Ok(())
     }
@@ -278,7 +278,7 @@ impl Oracle {
     /// The power is lost, the process is dead, or a closed store is about to be opened again.
     pub fn on_crash(&mut self) {
         for pending in
-            self.pending.values().filter(|a| a.drawn.is_some_and(|lsn| lsn > self.durable))
+            self.pending.values().filter(|a| a.allocated.is_some_and(|lsn| lsn > self.durable))
         {
             self.counters.in_doubt += 1;
             self.counters.spread_in_doubt += u64::from(pending.spread);
@@ -291,7 +291,7 @@ impl Oracle {
         for pending in self
             .pending
             .values()
-            .filter(|a| a.drawn.is_some_and(|lsn| lsn > self.durable && lsn <= recovered_lsn))
+            .filter(|a| a.allocated.is_some_and(|lsn| lsn > self.durable && lsn <= recovered_lsn))
         {
             self.counters.in_doubt_kept += 1;
             self.counters.spread_kept += u64::from(pending.spread);
@@ -300,7 +300,7 @@ impl Oracle {
         self.visibility = Visibility::default();
         self.watermark = Lsn::ZERO;
         self.model.restart_at(recovered_lsn);
-        self.drawn.clear();
+        self.allocated.clear();
         (self.began, self.last, self.newest, self.durable, self.ordered) =
             (recovered_lsn, recovered_lsn, recovered_lsn, recovered_lsn, recovered_lsn);
         self.ever = self.ever.max(reported);

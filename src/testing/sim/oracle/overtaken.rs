@@ -21,12 +21,12 @@ impl Oracle {
     /// The oldest request without an answer, for messages.
     pub fn oldest(&self) -> Option<String> {
         let (token, pending) = self.pending.iter().min_by_key(|(_, pending)| pending.at)?;
-        Some(format!("{token:?}: {}, drawn {:?}", pending.what.describe(), pending.drawn))
+        Some(format!("{token:?}: {}, allocated {:?}", pending.what.describe(), pending.allocated))
     }
 
     /// The pages that commits of this life have changed.
     pub fn changed(&self) -> BTreeSet<PageKey> {
-        self.drawn.iter().flat_map(|(_, changes)| changes.iter().map(|(key, _)| *key)).collect()
+        self.allocated.iter().flat_map(|(_, changes)| changes.iter().map(|(key, _)| *key)).collect()
     }
 
     /// Others of its kind have waited for longer.

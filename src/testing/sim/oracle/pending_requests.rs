@@ -22,7 +22,7 @@ pub(super) struct PendingRequest {
     pub ordered: Lsn,
     /// When it was asked, in events.
     pub moment: u64,
-    pub drawn: Option<Lsn>,
+    pub allocated: Option<Lsn>,
     /// A commit over several shards.
     pub spread: bool,
     /// Requests of its kind that came to its shard after it and were answered before it.

@@ -22,8 +22,11 @@ impl Oracle {
                 self.judge_reader(pending, commit, *lsn)
             }
             (Kind::Commit(commit), Response::Committed(lsn)) => {
-                if pending.drawn != Some(*lsn) {
-                    return Err(format!("acknowledged as {lsn:?}, drew {:?}", pending.drawn));
+                if pending.allocated != Some(*lsn) {
+                    return Err(format!(
+                        "acknowledged as {lsn:?}, allocated {:?}",
+                        pending.allocated
+                    ));
                 }
                 self.ordered = self.ordered.max(*lsn);
                 self.visibility.acknowledged(*lsn);
@@ -61,8 +64,9 @@ impl Oracle {
     /// An answer said that everything up to `lsn` is durable. What counts is the last commit up to
     /// there: an epoch begins far above the last one.
     pub(super) fn promise(&mut self, lsn: Lsn, who: &'static str) {
-        let commits = self.drawn.partition_point(|&(drawn, _)| drawn <= lsn);
-        let Some(&(lsn, _)) = commits.checked_sub(1).and_then(|last| self.drawn.get(last)) else {
+        let commits = self.allocated.partition_point(|&(allocated, _)| allocated <= lsn);
+        let Some(&(lsn, _)) = commits.checked_sub(1).and_then(|last| self.allocated.get(last))
+        else {
             return;
         };
         if lsn > self.durable {
@@ -148,10 +152,10 @@ impl Oracle {
         error: &Error,
     ) -> Verdict {
         let kind = error.kind();
-        if pending.drawn.is_some() && kind != ErrorKind::OutcomeUnknown {
+        if pending.allocated.is_some() && kind != ErrorKind::OutcomeUnknown {
             return Err(format!(
-                "it drew {:?} and was refused with {kind:?}: {error}",
-                pending.drawn
+                "it allocated {:?} and was refused with {kind:?}: {error}",
+                pending.allocated
             ));
         }
         let Tolerance { io, full, read_pages_max, .. } = self.tolerance;
@@ -189,8 +193,8 @@ impl Oracle {
     /// Holds what recovery says against what it had to find; returns the LSN that `pages`, all that
     /// there are, show.
     ///
-    /// It is the one reported, which is a commit that was drawn, or the state with which the life
-    /// began.
+    /// It is the one reported, which is a commit that was allocated, or the state with which the
+    /// life began.
     pub fn judge_state(
         &self,
         recovered_lsn: Lsn,
@@ -200,11 +204,14 @@ impl Oracle {
         if recovered_lsn < self.durable {
             return Err(format!(
                 "recovered to {recovered_lsn:?}, although everything up to {:?} was said to be durable, by {}; \
-                 drawn since {:?}: {:?}",
+                 allocated since {:?}: {:?}",
                 self.durable,
                 self.promise,
                 self.began,
-                self.drawn.iter().map(|(lsn, changes)| (lsn, changes.len())).collect::<Vec<_>>(),
+                self.allocated
+                    .iter()
+                    .map(|(lsn, changes)| (lsn, changes.len()))
+                    .collect::<Vec<_>>(),
             ));
         }
         if self.closed && !clean {
@@ -215,7 +222,7 @@ impl Oracle {
         };
         if recovered_lsn > self.last.max(self.newest) {
             return Err(format!(
-                "recovered to {recovered_lsn:?}, although nothing above {:?} was drawn",
+                "recovered to {recovered_lsn:?}, although nothing above {:?} was allocated",
                 self.newest
             ));
         }
@@ -252,7 +259,7 @@ impl Oracle {
     /// The changes of a page in this life, for messages.
     pub(super) fn history(&self, key: PageKey) -> Vec<(Lsn, String)> {
         let all = self
-            .drawn
+            .allocated
             .iter()
             .flat_map(|(lsn, changes)| changes.iter().map(move |change| (*lsn, change)));
         let of_page = all.filter(|(_, change)| change.0 == key);

@@ -2,8 +2,8 @@
 //! and which pages may be locked.
 //!
 //! Invariants
-//! 1. Between its draw and its answer such a commit may be unseen at every shard but its owner;
-//!    once a reader has been given a version, none is given an older one.
+//! 1. Between the allocation of its LSN and its answer such a commit may be unseen at every shard
+//!    but its owner; once a reader has been given a version, none is given an older one.
 //! 2. It may hold its pages from the moment at which it is asked until all is delivered that its
 //!    owner had sent when it answered. Only then, and only against others that touch a page that it
 //!    writes, or write one that it reads, is a hold an excuse for a conflict.
@@ -20,7 +20,7 @@ const ENDED_MAX: usize = 64;
 /// Commits over several shards.
 #[derive(Default)]
 pub(super) struct Visibility {
-    /// Drawn and not answered, with their owners.
+    /// Allocated and not answered, with their owners.
     unseen: BTreeMap<Lsn, ShardId>,
     /// What some reader has been given of a page.
     given: BTreeMap<PageKey, Lsn>,
@@ -69,8 +69,8 @@ impl Visibility {
         overlaps
     }
 
-    /// It is drawn.
-    pub fn drawn(&mut self, lsn: Lsn, owner: ShardId) {
+    /// It is allocated.
+    pub fn allocated(&mut self, lsn: Lsn, owner: ShardId) {
         self.unseen.insert(lsn, owner);
     }
 
