@@ -92,6 +92,7 @@ impl Shard {
         let finished =
             self.log.open.finish(&images, inline_blocks, &mut head, self.ctx.superblock.salt);
         assert_eq!(head.body_blocks, body_blocks, "the size was foreseen");
+        assert!(head.is_consistent(self.log.segment_blocks()), "no group to be read: {head:?}");
         self.log.sealed(head.head_crc);
         let mut from = body_slices(&finished.chunks, finished.body_len);
         let data_writes = if inline {

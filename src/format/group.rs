@@ -259,21 +259,8 @@ impl GroupHead {
         let here = raw.shard.get() == shard.get()
             && raw.segment.get() == segment.get()
             && raw.block.get() == block;
-        let (body, all) = (raw.body_blocks.get(), raw.blocks.get());
-        let fits = body >= 1 && body <= all && all <= segment_blocks - block.min(segment_blocks);
-        let needed = HEAD_BYTES as u64
-            + u64::from(raw.records_bytes.get())
-            + u64::from(raw.images_count.get()) * size_of::<RawImage>() as u64;
-        let runs_count = usize::from(raw.runs_count.get());
-        if !here || !fits || runs_count > RUNS_MAX || needed > u64::from(body) * BLOCK as u64 {
-            return None;
-        }
-        let run_end = |run: &RawRun| run.first.get().checked_add(run.count.get());
-        let ends = raw.runs[..runs_count].iter().map(|run| run_end(run).unwrap_or(u64::MAX));
-        if ends.chain([raw.watermark.get()]).any(|lsn| lsn >= LSN_END) {
-            return None;
-        }
-        Some(GroupHead {
+        let runs = raw.runs.get(..usize::from(raw.runs_count.get())).filter(|_| here)?;
+        let head = GroupHead {
             epoch,
             shard,
             segment,
@@ -283,18 +270,31 @@ impl GroupHead {
             prev_crc: raw.prev_crc.get(),
             head_crc: raw.head_crc.get(),
             body_crc: raw.body_crc.get(),
-            body_blocks: body,
-            blocks: all,
+            body_blocks: raw.body_blocks.get(),
+            blocks: raw.blocks.get(),
             records_bytes: raw.records_bytes.get(),
             images_count: raw.images_count.get(),
             commits_count: raw.commits_count.get(),
             watermark: Lsn::new(raw.watermark.get()),
             superblock_generation: raw.superblock_generation.get(),
-            runs: raw.runs[..runs_count]
-                .iter()
-                .map(|r| (Lsn::new(r.first.get()), r.count.get()))
-                .collect(),
-        })
+            runs: runs.iter().map(|r| (Lsn::new(r.first.get()), r.count.get())).collect(),
+        };
+        head.is_consistent(segment_blocks).then_some(head)
+    }
+
+    /// Whether the numbers fit each other and a segment of `segment_blocks`. Asked before a group
+    /// is written, and after one was read.
+    pub fn is_consistent(&self, segment_blocks: u32) -> bool {
+        let needed = HEAD_BYTES as u64
+            + u64::from(self.records_bytes)
+            + u64::from(self.images_count) * size_of::<RawImage>() as u64;
+        let end = |(first, count): &(Lsn, u64)| first.get().checked_add(*count);
+        let ends = self.runs.iter().map(|run| end(run).unwrap_or(u64::MAX));
+        (1..=self.blocks).contains(&self.body_blocks)
+            && self.blocks <= segment_blocks.saturating_sub(self.block)
+            && self.runs.len() <= RUNS_MAX
+            && needed <= u64::from(self.body_blocks) * BLOCK as u64
+            && ends.chain([self.watermark.get()]).all(|lsn| lsn < LSN_END)
     }
 }
 

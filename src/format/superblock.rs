@@ -334,24 +334,11 @@ impl Superblock {
             vshards_count: head.vshards_count.get(),
         };
         let shards = usize::from(head.shards_count.get());
-        if u64::from(head.copy.get()) != copy
-            || geometry.check().is_err()
-            || !(1..=SHARDS_MAX).contains(&shards)
-        {
-            return Err(Refusal::Values);
-        }
-        let counters = [head.generation, head.epoch, head.checkpoint];
-        let lsns = [head.epoch_first_lsn, head.watermark, head.next_lsn];
-        if counters.iter().chain(&lsns).any(|number| number.get() >= LSN_END) {
+        // Before rows are read by these counts.
+        if u64::from(head.copy.get()) != copy || geometry.check().is_err() || shards > SHARDS_MAX {
             return Err(Refusal::Values);
         }
         let logs = rows(bytes, LOGS_AT, shards, |row: &LogRow| row.decode(geometry.segments_count));
-        if logs
-            .iter()
-            .any(|log| !(SEGMENTS_MIN..=geometry.segments_count).contains(&log.segments_made))
-        {
-            return Err(Refusal::Values);
-        }
         let vshards =
             rows(bytes, VSHARDS_AT, geometry.vshards_count as usize, |row: &VShardRow| {
                 VShardState {
@@ -360,13 +347,7 @@ impl Superblock {
                     shard: ShardId::new(row.shard.get()),
                 }
             });
-        if vshards
-            .iter()
-            .any(|vshard| vshard.redo_lsn.get() >= LSN_END || vshard.root.generation >= LSN_END)
-        {
-            return Err(Refusal::Values);
-        }
-        Ok(Superblock {
+        let superblock = Superblock {
             clean: head.clean == 1,
             store_id: head.store_id,
             generation: head.generation.get(),
@@ -381,7 +362,23 @@ impl Superblock {
             table_crc: head.table_crc.get(),
             logs,
             vshards,
-        })
+        };
+        if superblock.is_consistent() { Ok(superblock) } else { Err(Refusal::Values) }
+    }
+
+    /// Whether the values can be a store's: one log for each shard, of as many segments as the
+    /// geometry allows, one row for each virtual shard, and counters that can still be raised.
+    /// Asked before a superblock is written, and after one was read.
+    pub fn is_consistent(&self) -> bool {
+        let segments = SEGMENTS_MIN..=self.geometry.segments_count;
+        let counters = [self.generation, self.epoch, self.checkpoint];
+        let lsns = [self.epoch_first_lsn, self.watermark, self.next_lsn];
+        let rows = self.vshards.iter().flat_map(|row| [row.redo_lsn.get(), row.root.generation]);
+        self.geometry.check().is_ok()
+            && (1..=SHARDS_MAX).contains(&self.logs.len())
+            && self.logs.iter().all(|log| segments.contains(&log.segments_made))
+            && self.vshards.len() == self.geometry.vshards_count as usize
+            && counters.into_iter().chain(lsns.map(Lsn::get)).chain(rows).all(|n| n < LSN_END)
     }
 }
 

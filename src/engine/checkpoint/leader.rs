@@ -387,6 +387,7 @@ impl Shard {
         let Some(next) = &self.checkpoint.leader.next else { return };
         let number = Superblock::copies_of(next.generation)[copy];
         let mut bytes = vec![0; SUPERBLOCK_BYTES];
+        assert!(next.is_consistent(), "this superblock can't be read again: {next:?}");
         next.encode(number, &mut bytes);
         let mut from = SmallVec::new();
         for (block, frame) in bytes.chunks(BLOCK).zip(&mut self.checkpoint.leader.superblock_frames)

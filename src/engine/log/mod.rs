@@ -139,6 +139,11 @@ impl Log {
         self.segments.iter().filter(|s| **s == Segment::Free).count()
     }
 
+    /// Blocks of a segment.
+    pub(crate) fn segment_blocks(&self) -> u32 {
+        self.segment_blocks
+    }
+
     /// Segments that may be used.
     pub(crate) fn segments_count(&self) -> usize {
         self.segments.len()

@@ -25,6 +25,8 @@
 //!    other of two areas. An extent gets at most one summary between two checkpoints.
 //! 6. Each extent has one owner: the shard that fills it, counts in it and frees it. A free extent
 //!    can change its owner.
+//! 7. The counts of an extent agree with each other and with its state before and after each
+//!    transition (`Extent::assert_state`).
 //!
 //! It plans; the shard writes.
 
@@ -130,6 +132,32 @@ impl Extent {
             && self.unpublished == 0
             && self.live > 0
             && self.live == self.garbage
+    }
+
+    /// Panics if the counts contradict each other or the state: a bug, and to go on would hand out
+    /// blocks that something names, or never free them.
+    fn assert_state(&self, data_blocks: u32) {
+        let (live, handed_out) = (self.live, self.live + self.unpublished);
+        assert!(self.garbage <= live, "more garbage than live blocks: {self:?}");
+        assert!(handed_out <= data_blocks, "more blocks in use than there are: {self:?}");
+        assert!(self.summarized <= self.items.len() || self.items.is_empty(), "{self:?}");
+        match self.state {
+            ExtentState::OfAnotherShard | ExtentState::Free => assert!(
+                handed_out == 0 && self.not_in_new_root == 0 && self.next_block == 0,
+                "an extent in which nothing is needed counts blocks: {self:?}"
+            ),
+            ExtentState::Open => {
+                let next = self.next_block;
+                assert!(0 < next && next < data_blocks && !self.is_final, "{self:?}");
+                assert!(handed_out <= next && self.items.len() <= next as usize, "{self:?}");
+            }
+            ExtentState::NamedByLog => assert!(self.next_block == 0 && !self.is_final, "{self:?}"),
+            ExtentState::Closing => assert!(
+                self.is_final == self.items.is_empty(),
+                "items are kept until the last summary is encoded: {self:?}"
+            ),
+            ExtentState::Closed => assert!(self.items.is_empty(), "{self:?}"),
+        }
     }
 }
 
@@ -245,7 +273,7 @@ impl Extents {
             let extent = &mut self.extents[no.index()];
             assert_eq!(extent.state, ExtentState::OfAnotherShard, "{no:?} is granted once");
             *extent = FREE;
-            self.free.insert(no.get());
+            assert!(self.free.insert(no.get()), "{no:?} was free, and of another shard");
             self.owned_count += 1;
         }
     }
@@ -254,6 +282,8 @@ impl Extents {
     pub(crate) fn give_away(&mut self, count: usize) -> Vec<ExtentNo> {
         let given: Vec<u32> = self.free.iter().rev().take(count).copied().collect();
         for no in &given {
+            self.assert_state(ExtentNo::new(*no));
+            assert_eq!(self.extents[*no as usize].state, ExtentState::Free, "extent {no}");
             self.free.remove(no);
             self.extents[*no as usize] = OF_ANOTHER_SHARD;
             self.owned_count -= 1;
@@ -323,12 +353,16 @@ impl Extents {
         let slot = stream as usize;
         if self.open[slot].is_none() {
             let no = self.free.pop_first()?;
+            assert_eq!(self.extents[no as usize].state, ExtentState::Free, "extent {no}");
             self.extents[no as usize] = Extent { state: ExtentState::Open, ..FREE };
             self.open[slot] = Some(ExtentNo::new(no));
+        } else if let Some(no) = self.open[slot] {
+            self.assert_state(no);
         }
         let no = self.open[slot]?;
         let data_blocks = self.data_blocks();
         let extent = &mut self.extents[no.index()];
+        assert_eq!(extent.state, ExtentState::Open, "{no:?} is filled");
         let block = extent.next_block;
         extent.next_block += 1;
         extent.unpublished += 1;
@@ -338,11 +372,14 @@ impl Extents {
             extent.state = ExtentState::Closing;
             self.open[slot] = None;
         }
+        self.assert_state(no);
         Some((BlockAddr { extent: no, block }, full.then_some(no)))
     }
 
     /// Fills the next summary of an open or closing extent, and returns where it goes.
     pub(crate) fn encode_summary(&mut self, no: ExtentNo, out: &mut [u8]) -> BlockAddr {
+        self.assert_state(no);
+        assert!(self.is_unsummarized(no), "one summary between two checkpoints, of {no:?}");
         let store_id = self.store_id;
         let extent = &mut self.extents[no.index()];
         extent.summary_slot ^= 1;
@@ -353,6 +390,7 @@ impl Extents {
             extent.items = Vec::new();
             extent.is_final = true;
         }
+        self.assert_state(no);
         self.summary_place(no)
     }
 
@@ -417,10 +455,17 @@ impl Extents {
 
     /// Changes an extent, and keeps the number of reclaimable ones up to date.
     fn edit(&mut self, no: ExtentNo, change: impl FnOnce(&mut Extent)) {
+        let data_blocks = self.data_blocks();
         let extent = &mut self.extents[no.index()];
+        extent.assert_state(data_blocks);
         self.reclaimable -= u32::from(extent.is_reclaimable());
         change(extent);
         self.reclaimable += u32::from(extent.is_reclaimable());
+        extent.assert_state(data_blocks);
+    }
+
+    fn assert_state(&self, no: ExtentNo) {
+        self.extents[no.index()].assert_state(self.data_blocks());
     }
 
     /// For the planted bug that reuses blocks too early: whether `place` could be taken once more.

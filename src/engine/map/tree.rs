@@ -61,6 +61,17 @@ struct Node {
     residency: Residency,
 }
 
+impl Node {
+    /// Panics if what is known of the node contradicts itself: a bug, and to go on would write it
+    /// to the wrong address, or drop it while something needs it.
+    fn assert_state(&self) {
+        let key = self.key;
+        assert!(!self.is_written || self.place.is_some(), "{key:?} is written to no address");
+        assert!(key.level > 0 || self.children == 0, "{key:?} is a leaf and has children");
+        assert!(self.children <= 1 << NODE_BITS, "{key:?} has {} children", self.children);
+    }
+}
+
 /// What a node takes beside its frame, at most: its entry, up to 16/7 places in the index, its
 /// places in three lists, and half of a place in the set of dirty nodes, of which a third may be
 /// dirty, in trees whose leaves are half full at least.
@@ -77,7 +88,7 @@ pub(crate) struct Root {
     pub children: Box<[Child; VOLUMES_MAX]>,
     /// The newest root written.
     pub version: RootVersion,
-    dirty: bool,
+    /// Its nodes that the next checkpoint writes, leaves first.
     dirty_nodes: BTreeSet<(u8, VolumeId, u64)>,
 }
 
@@ -145,12 +156,7 @@ fn parent_of(key: NodeKey) -> NodeKey {
 impl Map {
     /// The map with these roots, nothing else in memory.
     pub(crate) fn new(roots: Vec<(Box<[Child; VOLUMES_MAX]>, RootVersion)>, seed: u64) -> Self {
-        let root = |(children, version)| Root {
-            children,
-            version,
-            dirty: false,
-            dirty_nodes: BTreeSet::new(),
-        };
+        let root = |(children, version)| Root { children, version, dirty_nodes: BTreeSet::new() };
         Map {
             vshards_count: roots.len() as u32,
             roots: roots.into_iter().map(root).collect(),
@@ -187,6 +193,16 @@ impl Map {
     /// Nodes that the next checkpoint will write.
     pub(crate) fn dirty_count(&self) -> usize {
         self.dirty_count
+    }
+
+    /// Panics if the counts contradict each other: a bug, and to go on would write too few nodes, or
+    /// admit more changes than there are frames for.
+    fn assert_counts(&self) {
+        let nodes = self.index.len() as u64;
+        assert!(self.awaited_dirty <= self.awaited, "more awaited leaves are dirty than awaited");
+        assert!(self.awaited + self.interior <= nodes, "more nodes are counted than in memory");
+        assert!(self.dirty_count as u64 <= nodes, "more nodes are dirty than in memory");
+        assert_eq!(self.nodes.len(), nodes as usize + self.vacant.len(), "a node was lost");
     }
 
     fn node(&self, idx: NodeIdx) -> &Node {
@@ -294,8 +310,10 @@ impl Map {
         self.interior += u64::from(key.level > 0);
         if let Some(parent) = parent {
             self.node_mut(parent).children += 1;
+            self.node(parent).assert_state();
         }
         self.note_idle(idx);
+        self.assert_counts();
         idx
     }
 
@@ -303,13 +321,16 @@ impl Map {
         let node = self.nodes[idx.index()].take().expect("a node in the index exists");
         let is_needed = node.pins > 0 || node.is_written || node.children > 0 || node.dirty;
         assert!(!is_needed, "{:?} is needed in memory", node.key);
+        node.assert_state();
         self.vacant.push(idx);
         self.left(node.key, idx);
         self.interior -= u64::from(node.key.level > 0);
         if let Some(parent) = self.find(parent_of(node.key)) {
+            assert!(self.node(parent).children > 0, "{:?} is not counted", node.key);
             self.node_mut(parent).children -= 1;
             self.note_idle(parent);
         }
+        self.assert_counts();
         node
     }
 
@@ -385,7 +406,6 @@ impl Map {
             self.dirty_count += 1;
             self.awaited_dirty += u64::from(key.level == 0 && pins > 0);
             let root = &mut self.roots[key.vshard.index()];
-            root.dirty = true;
             root.dirty_nodes.insert((key.level, key.volume, key.prefix));
             match self.parent(key) {
                 Some(parent) => idx = parent,
@@ -396,7 +416,7 @@ impl Map {
 
     /// Whether virtual shard `vshard` has anything for a checkpoint to write.
     pub(crate) fn is_dirty(&self, vshard: VShard) -> bool {
-        self.roots[vshard.index()].dirty
+        !self.roots[vshard.index()].dirty_nodes.is_empty()
     }
 
     /// Dirty nodes of `vshard`: blocks that [`capture`](Self::capture) needs.
@@ -422,6 +442,8 @@ impl Map {
             let idx = self.find(key).expect("a node that is dirty or pinned is in memory");
             self.dirty_count -= 1;
             let node = self.node_mut(idx);
+            node.assert_state();
+            assert!(node.dirty && !node.is_written, "{key:?} is listed as dirty, or written twice");
             node.dirty = false;
             retired.extend(node.place.take());
             let is_awaited = level == 0 && node.pins > 0;
@@ -435,6 +457,7 @@ impl Map {
                 node.place = Some(place);
                 let crc = crc32c(&node.frame);
                 node.is_written = true;
+                node.assert_state();
                 writes.push(NodeWrite { place, frame: node.frame.pin(), node: idx });
                 Child::at(place, crc, level)
             };
@@ -444,8 +467,9 @@ impl Map {
             }
         }
         let root = &mut self.roots[vshard.index()];
-        root.dirty = false;
+        assert!(root.dirty_nodes.is_empty(), "{vshard:?} became dirty while it was captured");
         root.version.generation += 1;
+        self.assert_counts();
         writes
     }
 

@@ -223,6 +223,7 @@ pub(super) fn rewrite_copies(
     // What was read may be what a dead process has written and nobody flushed: it must not be lost
     // together with a copy that is torn.
     flush(disk, &[FileId::Meta])?;
+    assert!(superblock.is_consistent(), "this superblock can't be read again: {superblock:?}");
     let mut bytes = vec![0; SUPERBLOCK_BYTES];
     for copy in copies {
         superblock.encode(*copy, &mut bytes);

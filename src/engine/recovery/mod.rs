@@ -185,6 +185,13 @@ pub(crate) fn begin(
             false => scan.highest.plus(if planted!(LsnsReused) { 1 } else { LSN_AHEAD_MAX }),
         },
     };
+    assert!(
+        new_epoch.first_lsn > scan.highest,
+        "epoch {} would begin at {}, and {} was used before",
+        new_epoch.epoch,
+        new_epoch.first_lsn,
+        scan.highest
+    );
     report.epoch = new_epoch.epoch;
     let order = Arc::new(GlobalOrder::new(new_epoch.first_lsn, usize::from(shards_count)));
     let whole = Whole {

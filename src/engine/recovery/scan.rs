@@ -81,6 +81,18 @@ impl Scan {
         }
     }
 
+    /// Panics if what was found contradicts itself: a bug, and to go on would restore another state
+    /// than the one that is reported.
+    fn assert_state(&self) {
+        let (redo, recovered, highest) = (self.redo, self.recovered_lsn, self.highest);
+        assert!(redo <= recovered, "{recovered} is recovered, and the roots reflect {redo}");
+        assert!(recovered <= highest, "{recovered} is recovered, and {highest} is the last seen");
+        for ScannedGroup { head, places, .. } in &self.groups {
+            let named = places.iter().all(|place| place.extent.get() < self.extents_named);
+            assert!(named, "{head:?} names an extent above {}", self.extents_named);
+        }
+    }
+
     /// The last commit of the state to be restored: the epoch begins above LSNs that were dropped.
     pub(crate) fn state(&self, superblock: &Superblock) -> Lsn {
         if self.recovered_lsn < superblock.epoch_first_lsn {
@@ -209,7 +221,9 @@ impl Reader<'_> {
         }
         let lasts = found.iter().map(|f| f.last_lsn);
         let highest = lasts.fold(watermark.max(superblock.next_lsn.before()), Lsn::max);
-        Ok(Scan { highest, ..keep(found, redo, recovered_lsn, watermark) })
+        let scan = Scan { highest, ..keep(found, redo, recovered_lsn, watermark) };
+        scan.assert_state();
+        Ok(scan)
     }
 
     /// Groups above the watermark of which a page is not at its place are not whole.

@@ -57,6 +57,7 @@ impl Extents {
     /// something.
     pub(crate) fn rows(&self) -> Vec<(ExtentNo, TableRow)> {
         let row = |(i, e): (usize, &Extent)| {
+            assert!(e.live >= e.not_in_new_root, "extent {i} names less than nothing: {e:?}");
             let live = e.live - e.not_in_new_root;
             if live == 0 {
                 return None;
@@ -79,6 +80,7 @@ impl Extents {
     pub(crate) fn end_checkpoint(&mut self) -> u64 {
         self.interval += 1;
         let retiring = std::mem::take(&mut self.retiring);
+        assert!(self.garbage_blocks >= retiring.len(), "only garbage is retired");
         self.garbage_blocks -= retiring.len();
         for place in &retiring {
             self.edit(place.extent, |extent| {
@@ -95,9 +97,11 @@ impl Extents {
     pub(super) fn free_if_empty(&mut self, no: ExtentNo) {
         let extent = &mut self.extents[no.index()];
         if extent.state == ExtentState::Closed && extent.live == 0 && extent.unpublished == 0 {
+            assert!(extent.not_in_new_root == 0, "a root names {no:?}, which is free: {extent:?}");
             *extent = FREE;
-            self.free.insert(no.get());
+            assert!(self.free.insert(no.get()), "{no:?} becomes free once");
             self.unreadable.freed(no);
         }
+        self.assert_state(no);
     }
 }

@@ -23,16 +23,22 @@ impl Extents {
         if matches!(was, ExtentState::NamedByLog | ExtentState::OfAnotherShard) {
             return None;
         }
-        self.free.remove(&no.get());
+        assert!(matches!(was, ExtentState::Free | ExtentState::Closed), "{no:?} is {was:?}");
+        let summary = (was == ExtentState::Closed).then_some((at, extent.summary_crc));
         extent.state = ExtentState::NamedByLog;
-        (was == ExtentState::Closed).then_some((at, extent.summary_crc))
+        self.free.remove(&no.get());
+        self.assert_state(no);
+        summary
     }
 
     /// Sets the items that the summary of a [reserved](Self::reserve_named) extent lists.
     pub(crate) fn restore_items(&mut self, no: ExtentNo, items: Vec<Item>) {
         let extent = &mut self.extents[no.index()];
+        assert_eq!(extent.state, ExtentState::NamedByLog, "{no:?} was reserved");
+        assert!(extent.items.is_empty(), "the items of {no:?} are restored before the redo");
         extent.summarized = items.len();
         extent.items = items;
+        self.assert_state(no);
     }
 
     /// Ends the redo: no more items come from the log.
@@ -51,6 +57,7 @@ impl Extents {
             } else {
                 extent.state = ExtentState::Closing;
             }
+            self.assert_state(no);
         }
     }
 

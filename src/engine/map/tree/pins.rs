@@ -76,13 +76,18 @@ impl Map {
         let node = self.node_mut(idx);
         node.pins += 1;
         let (is_first, dirty) = (node.pins == 1, node.dirty);
+        assert!(node.key.level == 0, "{:?} is pinned as a leaf", node.key);
         self.awaited += u64::from(is_first);
         self.awaited_dirty += u64::from(is_first && dirty);
+        self.assert_counts();
     }
 
     /// The write of a node by a checkpoint has ended.
     pub(crate) fn written(&mut self, idx: NodeIdx) {
-        self.node_mut(idx).is_written = false;
+        let node = self.node_mut(idx);
+        node.assert_state();
+        assert!(node.is_written, "{:?} is not being written", node.key);
+        node.is_written = false;
         self.note_idle(idx);
     }
 
@@ -103,6 +108,7 @@ impl Map {
         let (is_last, dirty) = (node.pins == 0 && node.key.level == 0, node.dirty);
         self.awaited -= u64::from(is_last);
         self.awaited_dirty -= u64::from(is_last && dirty);
+        self.assert_counts();
         self.note_idle(idx);
     }
 
