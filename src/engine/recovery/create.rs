@@ -233,8 +233,8 @@ pub(super) fn rewrite_copies(
     Ok(())
 }
 
-/// Makes the first `segments` segments of a log that are not there yet; with `anew` all of them but
-/// the first of all, which a creation has made.
+/// Makes the first `segments` segments of a log that are not there yet; with `anew` all of them,
+/// whatever is there, but the first of all, which a creation has made.
 pub(super) fn make_log(
     disk: &mut dyn Disk,
     geometry: &Geometry,

@@ -161,13 +161,11 @@ pub(crate) fn begin(
     // be lost by then.
     create::rewrite_copies(disk, &mut arena, &superblock, &[unreadable, behind].concat())?;
     for shard in shard_map.shards() {
-        create::make_log(
-            disk,
-            &superblock.geometry,
-            shard,
-            segments_of(&superblock, shard),
-            false,
-        )?;
+        // The superblock is about to count the log of a new shard. Files of it that an opening
+        // before has left may be durable or not: that one may have been killed before its flush.
+        let is_new = superblock.logs.len() <= shard.index();
+        let segments = segments_of(&superblock, shard);
+        create::make_log(disk, &superblock.geometry, shard, segments, is_new)?;
     }
     if !superblock.clean {
         // A dead process may have left writes that we have just read and that no flush has covered.

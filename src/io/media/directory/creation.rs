@@ -68,8 +68,11 @@ impl Directory {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Opening;
     use super::*;
     use crate::base::error::ErrorKind;
+    use crate::io::cancel::Cancel;
+    use crate::io::media::{Creation, Media, MediaOptions, PageCache};
     use crate::io::{Access, DiskOp, FileOptions, Files, PortableDisk, PortableOptions, execute};
     use std::path::Path;
     use std::sync::Arc;
@@ -101,6 +104,39 @@ mod tests {
         );
         slower.remove_creation();
         drop(slower);
+        let left = std::fs::read(dir.path().join(FIRST.to_string())).expect("it is there");
+        assert!(left == [7; 4096], "it was written over");
+    }
+
+    /// If this fails, a process that is stopped between making the first file and locking it takes
+    /// the store of another one, which has used that file meanwhile, for its own: it writes over
+    /// it, or removes its first file, and what was acknowledged there is gone.
+    #[test]
+    fn a_first_file_that_another_has_locked_first_is_its_own() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let options = MediaOptions {
+            access: Access::ReadWrite,
+            creation: Creation::Allowed,
+            page_cache: PageCache::Use,
+            cancel: Cancel::default(),
+        };
+        let open = || Directory::open(dir.path(), &options).expect("no lock");
+        let slower = open();
+        let unlocked = slower.open_unlocked(FIRST, Opening::New).expect("there is none");
+        // The faster one finds an empty file, as a creation that was cut short leaves it.
+        let faster = open();
+        let (id, location) = faster.existing().pop().expect("the file that was made");
+        faster.grow(id, &location, 0..4096).expect("there is room");
+        std::fs::write(dir.path().join(FIRST.to_string()), [7; 4096]).expect("it is written");
+        drop((faster, location));
+
+        let error = slower.lock_file(FIRST, unlocked, Opening::New).expect_err("it is taken");
+        assert!(
+            error.kind() == ErrorKind::InUse
+                && error.to_string().contains("another process has made"),
+            "{error}"
+        );
+        slower.remove_creation();
         let left = std::fs::read(dir.path().join(FIRST.to_string())).expect("it is there");
         assert!(left == [7; 4096], "it was written over");
     }

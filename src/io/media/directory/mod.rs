@@ -165,6 +165,11 @@ impl Directory {
 
     /// Opens and locks a file that is not open yet.
     fn open_file(&self, id: FileId, opening: Opening) -> Result<Arc<File>> {
+        self.lock_file(id, self.open_unlocked(id, opening)?, opening)
+    }
+
+    /// Opens or makes a file; another process may still lock it first.
+    fn open_unlocked(&self, id: FileId, opening: Opening) -> Result<File> {
         let mut flags = OFlags::CLOEXEC | OFlags::NOFOLLOW;
         flags |= if self.access == Access::ReadWrite { OFlags::RDWR } else { OFlags::RDONLY };
         if self.direct {
@@ -192,6 +197,11 @@ impl Directory {
                 path.display()
             )));
         }
+        Ok(opened)
+    }
+
+    /// Locks a file that was opened just now, and keeps it.
+    fn lock_file(&self, id: FileId, opened: File, opening: Opening) -> Result<Arc<File>> {
         self.lock(&opened, id)?;
         if opening == Opening::New {
             // Not before it is locked, and only if nobody was faster with the lock, and has a store
