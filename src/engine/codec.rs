@@ -1,14 +1,15 @@
-//! Between a page and the bytes that are stored for it: [`seal`] makes them and the page's entry,
-//! [`open`] judges them.
+//! Converts between a page and its stored bytes: [`seal`] makes the bytes and the page's entry,
+//! [`open`] checks them.
 //!
 //! Invariants
-//! 1. Nothing else makes or judges an entry of the page map: write-back, group commit and
+//! 1. Nothing else makes or checks an entry of the page map: write-back, group commit and
 //!    compaction seal; loading, recovery and `verify` open.
-//! 2. A page is sealed before a place is allocated: how many blocks it takes is known only then.
+//! 2. A page is sealed before blocks are allocated for it: only then is their number known.
 //! 3. No byte passes [`open`] that is not what [`seal`] was given.
 //!
-//! There is one codec, *plain*: the stored bytes are the page's, one block, with their CRC32C. Map
-//! nodes are not pages: what names one has its checksum (see `format::node`).
+//! There is one codec, *plain*: the stored bytes are those of the page, one block, with their
+//! CRC32C. Map nodes are not pages: the entry that names a node has its checksum (see
+//! `format::node`).
 
 use crate::base::checksum::crc32c;
 use crate::base::{BLOCK, BlockAddr, Lsn};
@@ -28,24 +29,24 @@ pub(crate) fn seal(page: FrameRef) -> Sealed {
 }
 
 impl Sealed {
-    /// Blocks that it takes.
+    /// The number of blocks that it takes.
     pub(crate) fn blocks(&self) -> u32 {
         debug_assert_eq!(self.bytes.len(), BLOCK, "plain pages are a block");
         1
     }
 
-    /// The entry that names it, once it has a place.
+    /// The entry that names it at `place`.
     pub(crate) fn entry(&self, place: BlockAddr, lsn: Lsn) -> Entry {
         Entry::plain(place, lsn, self.checksum)
     }
 
-    /// What is written.
+    /// The bytes to write.
     pub(crate) fn into_bytes(self) -> FrameRef {
         self.bytes
     }
 }
 
-/// Why stored bytes are not given to anybody.
+/// Why stored bytes are not used as a page.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Refusal {
     /// The entry names a size, a codec or a key that this version does not write.
@@ -63,7 +64,7 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// What the bytes of an entry must be: little, for lists of many pages.
+/// What the bytes must be that an entry names, small enough for lists of many pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Expected {
     checksum: u32,
@@ -112,7 +113,7 @@ mod tests {
         seal(frame.pin())
     }
 
-    /// If this fails, a reader gets bytes that nobody wrote, or none of those that somebody did.
+    /// If this fails, a reader gets bytes that were never written, or is refused bytes that were.
     #[test]
     fn what_was_sealed_opens_and_nothing_else_does() {
         let sealed = sealed(7);

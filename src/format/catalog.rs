@@ -1,6 +1,6 @@
-//! The catalog: page `n` of volume 0 describes volume `n`. An ordinary page, written by ordinary
-//! transactions; its own checksum tells a page of the catalog from anything else that could stand
-//! there.
+//! The catalog: page `n` of volume 0 describes volume `n`. These are ordinary pages, written by
+//! ordinary transactions. A checksum of its own tells a page of the catalog from anything else that
+//! could stand there.
 
 use super::{crc_around, get, put};
 use crate::base::BLOCK;
@@ -11,16 +11,16 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 /// The most bytes of a volume's name.
 pub const NAME_BYTES_MAX: usize = 255;
 pub(super) const MAGIC: [u8; 8] = *b"CPVOLUME";
-/// Of a volume with pages that are to be freed: a program that does not know of it must not take
-/// the record for another.
+/// The magic of a volume with pages that must still be freed. It is another one, so that a program
+/// that does not free them refuses the record.
 pub(super) const MAGIC_CUT: [u8; 8] = *b"CPVOLCUT";
 
 /// A volume's record, at the start of its page; zeros follow.
 #[repr(C)]
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 pub struct VolumeRecord {
-    /// `CPVOLUME`; `CPVOLCUT`: pages from `bytes` on are to be freed, since the volume was deleted
-    /// or made smaller.
+    /// `CPVOLUME`; `CPVOLCUT`: pages from `bytes` on must still be freed, since the volume was
+    /// deleted or made smaller.
     pub magic: [u8; 8],
     /// CRC32C of the page, this field as zeros.
     pub crc: U32,
@@ -36,18 +36,18 @@ pub struct VolumeRecord {
 
 const _: () = assert!(size_of::<VolumeRecord>() == 280);
 
-/// What a volume's page says.
+/// A volume, as its page describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Volume {
-    /// Empty: the volume was deleted, and only its pages are still to be freed.
+    /// Empty: the volume was deleted, and its pages must still be freed.
     pub name: String,
     /// Its size.
     pub bytes: u64,
-    /// Pages from `bytes` on are to be freed: it was deleted, or made smaller.
+    /// Pages from `bytes` on must still be freed: it was deleted, or made smaller.
     pub is_cut: bool,
 }
 
-/// The page for a volume.
+/// Encodes the page of a volume.
 pub fn encode(volume: &Volume) -> Vec<u8> {
     let mut page = vec![0; BLOCK];
     let len = volume.name.len().min(NAME_BYTES_MAX);
@@ -66,7 +66,7 @@ pub fn encode(volume: &Volume) -> Vec<u8> {
     page
 }
 
-/// What the page says; else the message says what is wrong.
+/// Checks and decodes the page of a volume; the message says what is wrong.
 pub fn decode(page: &[u8]) -> Result<Volume, &'static str> {
     let record: &VolumeRecord = get(page, 0).ok_or("is too short")?;
     if record.magic != MAGIC && record.magic != MAGIC_CUT {

@@ -1,9 +1,9 @@
 //! The extent table, and the summaries at the end of an extent.
 //!
-//! Table block `i` describes extents `128 * i` and on; it stands in two slots, of which checkpoint
-//! number `c` writes slot `c % 2`, and counts if it carries the checkpoint number of the
-//! superblock. The superblock holds a checksum over all of them, too: a checkpoint that a crash has
-//! cut short had the number of the next one.
+//! Table block `i` describes extents `128 * i` and on. It has two slots: checkpoint number `c`
+//! writes slot `c % 2`. A block counts if it carries the checkpoint number of the superblock. The
+//! superblock also holds a checksum over all table blocks, since a checkpoint that a crash has
+//! interrupted had the same number as the next one.
 
 use super::{crc_around, get, put};
 use crate::base::checksum::crc32c_append;
@@ -35,7 +35,7 @@ pub struct TableHead {
     pub reserved: [u8; 24],
 }
 
-/// One extent as of a checkpoint. All zeros: free.
+/// One extent at the time of a checkpoint. All zeros: free.
 #[repr(C)]
 #[derive(
     Clone,
@@ -85,7 +85,7 @@ pub struct SummaryHead {
     pub reserved: [u8; 28],
 }
 
-/// What was written to one place of an extent. It may have been superseded since: the map decides.
+/// What was written to a block of an extent. It may have been superseded since: the map decides.
 #[repr(C)]
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 pub struct SummaryItem {
@@ -143,7 +143,7 @@ pub struct NodeKey {
     pub volume: VolumeId,
     /// Level; leaves have 0.
     pub level: u8,
-    /// The page's dense number without the bits that this node and those below it decode.
+    /// The page's index without the bits that this node and those below it decode.
     pub prefix: u64,
 }
 
@@ -186,7 +186,7 @@ pub const fn summary_at(extent_blocks: u32, slot: u8) -> u32 {
     data_blocks(extent_blocks) + (slot as u32 & 1) * summary_blocks(extent_blocks)
 }
 
-/// Where table block `index` of checkpoint `checkpoint` stands in the table file.
+/// The byte offset in the table file of block `index` of checkpoint `checkpoint`.
 pub const fn table_offset(index: u32, checkpoint: u64) -> u64 {
     (index as u64 * 2 + checkpoint % 2) * BLOCK as u64
 }
@@ -222,7 +222,7 @@ pub fn encode_table(
     crc
 }
 
-/// Checks and decodes a table block, and gives its checksum; the message says what is wrong.
+/// Checks and decodes a table block, and returns its checksum; the message says what is wrong.
 pub fn decode_table(
     store_id: [u8; 16],
     index: u32,

@@ -1,4 +1,4 @@
-//! A log group: the unit in which the log is written, and found again whole or not at all.
+//! A log group: the unit in which the log is written, and in which recovery accepts or drops it.
 //!
 //! ```text
 //! | head 256 B | records ... | images ... | zeros | inline page | inline page | ...
@@ -17,7 +17,7 @@ use std::mem::offset_of;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// LSN runs that one group can hold.
+/// The most runs of LSNs that a group can hold.
 pub const RUNS_MAX: usize = 8;
 /// Bytes of the head; records follow.
 pub const HEAD_BYTES: usize = size_of::<Head>();
@@ -29,9 +29,9 @@ pub(super) const MAGIC: [u8; 8] = *b"CPGROUP\0";
     Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Default,
 )]
 pub struct RawRun {
-    /// First.
+    /// The first LSN.
     pub first: U64,
-    /// How many.
+    /// The number of LSNs.
     pub count: U64,
 }
 
@@ -53,7 +53,7 @@ pub struct Head {
     pub number: U64,
     /// `head_crc` of the group before; zero for the first.
     pub prev_crc: U32,
-    /// Whose log.
+    /// The shard whose log it is.
     pub shard: U16,
     /// Runs in use.
     pub runs_count: U16,
@@ -71,11 +71,11 @@ pub struct Head {
     pub images_count: U32,
     /// Commits recorded.
     pub commits_count: U32,
-    /// With which key the body is encrypted: 0 = not.
+    /// The key with which the body is encrypted: 0 = not encrypted.
     pub key_id: U16,
     /// Zero.
     pub reserved: U16,
-    /// Durable up to here when this group was submitted.
+    /// Every commit up to here was durable when this group was submitted.
     pub watermark: U64,
     /// The newest superblock when this group was submitted.
     pub superblock_generation: U64,
@@ -146,13 +146,13 @@ pub struct RawImage {
     pub page: U64,
     /// The volume.
     pub volume: u8,
-    /// 0 = not written (freed again in the same span), 1 = inline, 2 = at its final place.
+    /// 0 = not written (freed again in the same span), 1 = inline, 2 = at its final address.
     pub state: u8,
     /// Zero.
     pub reserved: U16,
     /// For inline images, the block within the group.
     pub block: U32,
-    /// What the page map will say of it; the place only in state 2.
+    /// What the page map will say of it; the address only in state 2.
     pub entry: Entry,
 }
 
@@ -161,14 +161,14 @@ const _: () = assert!(
     size_of::<RawChange>() == 20 && size_of::<RawImage>() == 80 && size_of::<RawParts>() == 8
 );
 
-/// A sealed head in memory.
+/// A head in memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GroupHead {
     /// Epoch.
     pub epoch: u64,
-    /// Whose log.
+    /// The shard whose log it is.
     pub shard: ShardId,
-    /// Where it stands.
+    /// The segment it stands in.
     pub segment: SegmentNo,
     /// The block at which it begins.
     pub block: u32,
@@ -176,11 +176,11 @@ pub struct GroupHead {
     pub generation: u64,
     /// Group number.
     pub number: u64,
-    /// Sum of the head before.
+    /// Checksum of the previous head.
     pub prev_crc: u32,
-    /// Sum of this head.
+    /// Checksum of this head.
     pub head_crc: u32,
-    /// Sum of the body.
+    /// Checksum of the body.
     pub body_crc: u32,
     /// Body blocks.
     pub body_blocks: u32,
@@ -192,7 +192,7 @@ pub struct GroupHead {
     pub images_count: u32,
     /// Commits.
     pub commits_count: u32,
-    /// Durable up to here at submission.
+    /// Every commit up to here was durable at submission.
     pub watermark: Lsn,
     /// Newest superblock at submission.
     pub superblock_generation: u64,
@@ -252,8 +252,8 @@ impl GroupHead {
         segment_blocks: u32,
     ) -> Option<GroupHead> {
         let raw: &Head = get(block_bytes, 0)?;
-        let sum = || crc_around(seed(salt), raw.as_bytes(), offset_of!(Head, head_crc));
-        if raw.magic != MAGIC || raw.epoch.get() != epoch || raw.head_crc.get() != sum() {
+        let checksum = || crc_around(seed(salt), raw.as_bytes(), offset_of!(Head, head_crc));
+        if raw.magic != MAGIC || raw.epoch.get() != epoch || raw.head_crc.get() != checksum() {
             return None;
         }
         let here = raw.shard.get() == shard.get()
@@ -316,7 +316,7 @@ pub enum ImageState {
     NotWritten,
     /// In the group, at this block of it.
     Inline(u32),
-    /// At the place that the entry names.
+    /// At the address that the entry names.
     Placed,
 }
 
@@ -327,7 +327,7 @@ pub struct PageImage {
     pub key: PageKey,
     /// Where its bytes are.
     pub state: ImageState,
-    /// Version and checksum; place and all if placed.
+    /// Version and checksum; a complete entry if the image is at its final address.
     pub entry: Entry,
 }
 
@@ -357,7 +357,7 @@ pub struct Body<'a> {
     pub images: Vec<PageImage>,
 }
 
-/// What a record is of its commit.
+/// Which part of a commit a record holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// All of it.
@@ -391,7 +391,7 @@ impl Role {
 pub struct Record<'a> {
     /// The commit.
     pub lsn: Lsn,
-    /// What this is of it.
+    /// Which part of it this is.
     pub role: Role,
     /// Its changes, in order.
     pub changes: Vec<LoggedChange<'a>>,

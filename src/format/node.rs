@@ -1,8 +1,8 @@
 //! Map nodes: leaves of 64 entries and interior nodes of 256 children.
 //!
-//! A node has no head and no checksum of its own: its parent holds its place and its CRC32C, so one
-//! chain of checksums leads from the root to every byte, and a lost or misdirected write of a node
-//! shows in its parent.
+//! A node has no head and no checksum of its own: its parent holds its address and its CRC32C, so
+//! one chain of checksums leads from the root to every byte, and a lost or misdirected write of a
+//! node shows in its parent.
 
 use super::get;
 use crate::base::{BLOCK, BlockAddr, Lsn};
@@ -14,7 +14,7 @@ pub const LEAF_ENTRIES: usize = 64;
 /// Children of an interior node.
 pub const NODE_CHILDREN: usize = 256;
 
-/// Where a page is, and what its bytes must be. All zeros: no such page.
+/// The address of a page, and what its bytes must be. All zeros: there is no such page.
 #[repr(C)]
 #[derive(
     Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Default,
@@ -22,7 +22,7 @@ pub const NODE_CHILDREN: usize = 256;
 pub struct Entry {
     /// Extent in the high half, block in the low half.
     pub place: U64,
-    /// The commit that wrote this version; zero only in an entry for no page.
+    /// The commit that wrote this version; zero only in an entry without a page.
     pub lsn: U64,
     /// Bytes stored.
     pub len: U32,
@@ -30,9 +30,9 @@ pub struct Entry {
     pub crc: U32,
     /// Size of the page: 4 KiB << class.
     pub class: u8,
-    /// How it is compressed: 0 = not.
+    /// How it is compressed: 0 = not compressed.
     pub codec: u8,
-    /// With which key it is encrypted: 0 = not.
+    /// The key with which it is encrypted: 0 = not encrypted.
     pub key_id: U16,
     /// Zero.
     pub flags: U32,
@@ -44,7 +44,7 @@ pub struct Entry {
     pub reserved: U32,
 }
 
-/// Where a child node is, and its checksum. All zeros: no child.
+/// The address of a child node, and its checksum. All zeros: there is no child.
 #[repr(C)]
 #[derive(
     Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Default,
@@ -83,7 +83,7 @@ impl Entry {
         self.lsn.get() != 0
     }
 
-    /// The place.
+    /// The address.
     pub fn place(&self) -> BlockAddr {
         BlockAddr::unpack(self.place.get())
     }
@@ -105,18 +105,18 @@ impl Child {
         self.present == 1
     }
 
-    /// The place.
+    /// The address.
     pub fn place(&self) -> BlockAddr {
         BlockAddr::unpack(self.place.get())
     }
 }
 
-/// Entry `slot` of a leaf; one for no page if `slot` is out of range.
+/// Entry `slot` of a leaf; an empty one if `slot` is out of range.
 pub fn entry(leaf: &[u8], slot: usize) -> Entry {
     get::<Entry>(leaf, slot * size_of::<Entry>()).copied().unwrap_or_default()
 }
 
-/// Child `slot` of an interior node; none if `slot` is out of range.
+/// Child `slot` of an interior node; an empty one if `slot` is out of range.
 pub fn child(node: &[u8], slot: usize) -> Child {
     get::<Child>(node, slot * size_of::<Child>()).copied().unwrap_or_default()
 }

@@ -1,4 +1,4 @@
-//! A virtual shard's root: one block, in two alternating slots after the superblock copies.
+//! The root of a virtual shard: one block, in two alternating slots after the superblock copies.
 //!
 //! A root counts if the superblock names its generation and its checksum; the slot is `generation %
 //! 2`.
@@ -79,18 +79,18 @@ pub fn encode(head: &RootHead, children: &[Child; VOLUMES_MAX], out: &mut [u8]) 
     crc
 }
 
-/// What a root says of itself.
+/// The head of a root, in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RootHead {
-    /// Whose root.
+    /// The virtual shard whose root it is.
     pub vshard: VShard,
-    /// Which store's.
+    /// The store's identity.
     pub store_id: [u8; 16],
-    /// Which of its roots.
+    /// Grows by one with each root of this virtual shard.
     pub generation: u64,
-    /// Reflects every record up to here.
+    /// The tree reflects every record up to here.
     pub redo_lsn: Lsn,
-    /// Written by this checkpoint.
+    /// The checkpoint that wrote it.
     pub checkpoint: u64,
 }
 

@@ -1,5 +1,5 @@
-//! The superblock: what a store is, and the one write by which a checkpoint or a recovery becomes
-//! true.
+//! The superblock: it describes a store, and writing it is the one step that makes a checkpoint or
+//! a recovery valid.
 //!
 //! Four copies of 16 KiB stand at the start of the meta file. Generation `g` is written to copies
 //! `2 * (g % 2)` and the one after it, one after the other, a flush after each: so a crash spoils
@@ -59,18 +59,19 @@ pub struct Head {
     pub checkpoint: U64,
     /// All commits up to here were durable when this was written.
     pub watermark: U64,
-    /// After recovery, until a checkpoint has something of the epoch: the LSN after the recovered
-    /// one. Then: no LSN from here on was allocated when the last step of the checkpoint began.
+    /// After recovery, until a checkpoint contains commits of the epoch: the LSN after the
+    /// recovered one. From then on: no LSN from here on was allocated when the last step of the
+    /// checkpoint began.
     pub next_lsn: U64,
     /// Bytes of an extent.
     pub extent_bytes: U64,
     /// Bytes of a log segment.
     pub segment_bytes: U64,
-    /// Segments of each log at most: how many each has so far, its row says.
+    /// The most segments of a log; its row says how many it has so far.
     pub segments_count: U32,
     /// Virtual shards.
     pub vshards_count: U32,
-    /// Extents that existed; later ones, if the data file has grown since, are free.
+    /// Extents that existed. If the data file has grown since, later ones are free.
     pub extents_count: U32,
     /// CRC32C of the checksums of all blocks of the extent table, in order.
     pub table_crc: U32,
@@ -78,8 +79,8 @@ pub struct Head {
     pub reserved: [u8; 128],
 }
 
-/// The log of one shard: how long it is and, after a clean close, where it ends; the fields of the
-/// end are zeros otherwise.
+/// The log of one shard: its length, and its end after a clean close. Otherwise the fields of the
+/// end are zeros.
 #[repr(C)]
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Default)]
 pub struct LogRow {
@@ -97,7 +98,7 @@ pub struct LogRow {
     pub segments_made: U32,
 }
 
-/// What the superblock says of one virtual shard.
+/// One virtual shard: its root and its owner.
 #[repr(C)]
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Default)]
 pub struct VShardRow {
@@ -105,7 +106,7 @@ pub struct VShardRow {
     pub generation: U64,
     /// The roots named here reflect every record up to this LSN.
     pub redo_lsn: U64,
-    /// The shard to which it is dealt.
+    /// The shard that owns it in this epoch.
     pub shard: U16,
     /// Zero.
     pub reserved: U16,
@@ -122,7 +123,7 @@ const _: () = assert!(VSHARDS_AT + VSHARDS_MAX * size_of::<VShardRow>() <= SUPER
 /// A checked superblock in memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Superblock {
-    /// Clean close.
+    /// The store was closed cleanly.
     pub clean: bool,
     /// The store's identity.
     pub store_id: [u8; 16],
@@ -136,33 +137,33 @@ pub struct Superblock {
     pub salt: u64,
     /// Number of the newest checkpoint.
     pub checkpoint: u64,
-    /// Durable up to here.
+    /// Every commit up to here was durable.
     pub watermark: Lsn,
-    /// Above every LSN allocated.
+    /// Above every LSN that was allocated.
     pub next_lsn: Lsn,
     /// Fixed sizes.
     pub geometry: Geometry,
-    /// Extents.
+    /// Extents that existed.
     pub extents_count: u32,
     /// The checksum of the extent table.
     pub table_crc: u32,
-    /// One for each shard.
+    /// The log of each shard.
     pub logs: Vec<LogState>,
-    /// One for each virtual shard.
+    /// The root and the owner of each virtual shard.
     pub vshards: Vec<VShardState>,
 }
 
 /// [`LogRow`] in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LogState {
-    /// Segments that the log has, and recovery reads.
+    /// Segments of the log, which recovery reads.
     pub segments_made: u32,
-    /// Where it ends, after a clean close.
+    /// Its end, after a clean close.
     pub end: LogEnd,
 }
 
 impl LogState {
-    /// A log of so many segments, of which nothing is recorded.
+    /// A log of `segments_made` segments whose end is not recorded.
     pub fn without_end(segments_made: u32) -> Self {
         LogState { segments_made, end: LogEnd::default() }
     }
@@ -197,7 +198,7 @@ pub struct VShardState {
 impl LogRow {
     fn decode(&self, segments_count: u32) -> LogState {
         let segments_made = match self.segments_made.get() {
-            // Stores from before logs grew have all of them, and zeros here.
+            // A store from before logs could grow has all segments, and zero here.
             0 => segments_count,
             made => made,
         };
@@ -212,9 +213,9 @@ impl LogRow {
     }
 }
 
-/// Which of the roots of a virtual shard. Neither would do alone: a checkpoint that a crash has cut
-/// short has written roots of the generation that the next one writes, too, and a device may lose a
-/// write.
+/// Identifies a root among those of its virtual shard. It takes both fields: a checkpoint that a
+/// crash has interrupted has written a root of the same generation as the next one, and a device
+/// may lose a write.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RootVersion {
     /// Its generation, by which it is found.
@@ -223,12 +224,12 @@ pub struct RootVersion {
     pub crc: u32,
 }
 
-/// Why a copy does not count.
+/// Why bytes are not accepted as a copy of the superblock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
-    /// Not a superblock at all.
+    /// They are not a superblock.
     Magic,
-    /// A superblock of another version.
+    /// They are a superblock of another version.
     Version(u32),
     /// The checksum is wrong.
     Sum,
@@ -334,7 +335,7 @@ impl Superblock {
             vshards_count: head.vshards_count.get(),
         };
         let shards = usize::from(head.shards_count.get());
-        // Before rows are read by these counts.
+        // These counts say which rows are read.
         if u64::from(head.copy.get()) != copy || geometry.check().is_err() || shards > SHARDS_MAX {
             return Err(Refusal::Values);
         }

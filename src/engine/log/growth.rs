@@ -1,30 +1,30 @@
-//! How a log gets longer, while commits go on in what there is of it.
+//! Makes a log longer, while commits go on in the segments that it has.
 //!
 //! ```text
-//! counted --long when a checkpoint begins--> making, file by file --all there, or one can't be made--> made
+//! counted --long when a checkpoint begins--> making, file by file --all made, or one can't be made--> made
 //!    ^                                                                                                  |
-//!    +------------------------- a superblock that says so is durable: they may be used ----------------+
+//!    +------------------------- a durable superblock counts them: they may be used --------------------+
 //! ```
 //! Invariants
-//! 1. The superblock is told of a segment only when its file is there, as zeros, durably.
+//! 1. The superblock counts a segment only when its file exists, as durable zeros.
 //! 2. A segment is used only when a durable superblock counts it: recovery takes no group of any
 //!    other.
 //! 3. A file that can't be made ends this growth and nothing else. The next try comes with a later
 //!    checkpoint.
-//! 4. A checkpoint does not wait for a growth: what is made too late for its superblock is in the
-//!    next one.
+//! 4. A checkpoint does not wait for a growth: the next superblock counts the segments that are
+//!    made too late for this one.
 //!
-//! A file that a growth before a crash has left is made anew, whatever it holds.
+//! A file that was left by a growth before a crash is made anew, whatever it holds.
 
 use super::{Log, Segment};
 use crate::base::SegmentNo;
 
-/// Segments on their way into use.
+/// Segments that are made and not in use yet.
 #[derive(Debug)]
 pub(super) struct Growth {
-    /// Segments whose files are there, from the first one on.
+    /// The number of segments whose files exist.
     made: u32,
-    /// As many as are being made; `made` if none are.
+    /// The number of segments after the growth under way; `made` if there is none.
     goal: u32,
     /// The last try failed.
     has_failed: bool,
@@ -41,8 +41,8 @@ impl Growth {
 }
 
 impl Log {
-    /// Begins to make the log longer, twice as long if `most` allows it, when it is long and no
-    /// growth is on its way. The segment to be made first.
+    /// Begins to make the log twice as long, or as long as `most` allows, when it is long and no
+    /// growth is under way. Returns the segment to make first.
     pub(crate) fn grow(&mut self, most: u32) -> Option<SegmentNo> {
         let counted = self.segments.len() as u32;
         if self.growth.made > counted || self.is_growing() || !self.is_long() {
@@ -61,7 +61,7 @@ impl Log {
         self.is_growing().then(|| SegmentNo::new(self.growth.made))
     }
 
-    /// The segment that was being made is there. The next one to be made, if `more` are wanted.
+    /// The segment that was being made exists. Returns the next one to make, if `more` are wanted.
     pub(crate) fn segment_made(&mut self, more: bool) -> Option<SegmentNo> {
         assert!(self.is_growing(), "a segment was being made");
         self.growth.made += 1;
@@ -75,8 +75,8 @@ impl Log {
         self.next_to_make()
     }
 
-    /// The segment that was being made can't be. Whether the try before went well, so that this is
-    /// news.
+    /// The segment that was being made can't be made. Returns whether the attempt before had
+    /// succeeded, so that this failure is new.
     pub(crate) fn segment_not_made(&mut self) -> bool {
         assert!(self.is_growing(), "a segment was being made");
         if planted!(SegmentCountedUnmade) {
@@ -86,7 +86,7 @@ impl Log {
         !std::mem::replace(&mut self.growth.has_failed, true)
     }
 
-    /// A durable superblock counts so many segments.
+    /// A durable superblock counts `counted` segments: they may be used.
     pub(crate) fn use_segments(&mut self, counted: u32) {
         assert!(
             counted <= self.growth.made,

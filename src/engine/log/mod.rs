@@ -1,5 +1,5 @@
-//! The write-ahead log of one shard: where groups go, which of them are durable, and which segments
-//! are free.
+//! The write-ahead log of one shard: it gives groups their positions, and knows which of them are
+//! durable and which segments are free.
 //!
 //! ```text
 //! group:    open --close--> Writing --all writes completed--> Written --flush submitted--> Flushing --ok--> durable
@@ -8,14 +8,14 @@
 //! It begins with few segments, and gets longer when it is used: see [`growth`].
 //!
 //! Invariants
-//! 1. A block that holds a group is not written again before its segment was free in between.
+//! 1. A block that holds a group is not written again until its segment has been free.
 //! 2. A flush counts only for groups whose writes had all completed before it was submitted.
 //! 3. Groups become durable to the outside in the order of their numbers.
 //! 4. A segment is free only when a durable superblock says that every record in it is in the
 //!    roots.
-//! 5. What is open always fits into the rest of the active segment, or a segment is free: the shard
-//!    admits no commit otherwise. So a group can always be closed, and a checkpoint never waits for
-//!    log space.
+//! 5. The open group always fits into the rest of the active segment, or a segment is free: the
+//!    shard admits no commit otherwise. So a group can always be closed, and a checkpoint never
+//!    waits for log space.
 
 mod growth;
 mod open;
@@ -30,7 +30,7 @@ use crate::memory::Frame;
 use growth::Growth;
 use std::collections::VecDeque;
 
-/// How far a closed group has come.
+/// The state of a closed group.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum GroupState {
     /// Some of its writes are under way.
@@ -52,15 +52,15 @@ pub(crate) struct InFlight {
     pub parts: Vec<PartRef>,
     pub state: GroupState,
     pub segment: SegmentNo,
-    /// It has pages written straight to the data space.
+    /// It has pages that are written directly into extents.
     pub wrote_data: bool,
-    /// Its buffers, to be reused.
+    /// Its buffers, which are reused.
     pub chunks: Vec<Frame>,
 }
 
 impl InFlight {
-    /// Panics if what is known of the group contradicts itself: it would be acknowledged too soon,
-    /// or never.
+    /// Panics if the state of the group contradicts itself: it would be acknowledged too soon, or
+    /// never.
     fn assert_state(&self) {
         let number = self.number;
         assert!(
@@ -82,7 +82,7 @@ enum Segment {
     Sealed { max_lsn: Lsn },
 }
 
-/// The segment being filled.
+/// The segment that is being filled.
 #[derive(Clone, Copy, Debug)]
 struct Active {
     no: SegmentNo,
@@ -91,7 +91,7 @@ struct Active {
     max_lsn: Lsn,
 }
 
-/// Where a group goes, and what its head must say.
+/// The position of a group, and what its head must say.
 pub(crate) struct Position {
     pub segment: SegmentNo,
     pub block: u32,
@@ -109,11 +109,11 @@ pub(crate) struct Log {
     next_number: u64,
     prev_crc: u32,
     growth: Growth,
-    /// The group in the making.
+    /// The group that takes records.
     pub open: OpenGroup,
     /// Groups on their way, oldest first.
     pub in_flight: VecDeque<InFlight>,
-    /// A flush is under way, or has failed: then no other is begun.
+    /// A flush is under way, or has failed: no other one may begin then.
     pub flushing: bool,
 }
 
@@ -149,12 +149,12 @@ impl Log {
         self.segments.len()
     }
 
-    /// Whether so much of it is in use that its records should become part of the roots.
+    /// Whether so much of the log is in use that a checkpoint should free some of it.
     pub(crate) fn is_long(&self) -> bool {
         self.segments_count() - self.free_segments() > self.segments_count() / 2
     }
 
-    /// Whether a group of `blocks` would find a place.
+    /// Whether there is room for a group of `blocks`.
     pub(crate) fn has_room(&self, blocks: u32) -> bool {
         let rest = self.active.map_or(0, |a| self.segment_blocks - a.block);
         blocks <= rest || (blocks <= self.segment_blocks && self.segments.contains(&Segment::Free))
@@ -207,7 +207,7 @@ impl Log {
         }
     }
 
-    /// Takes the place for the next group. There must be [room](Self::has_room).
+    /// Takes the position of the next group. There must be [room](Self::has_room).
     pub(crate) fn place(&mut self, blocks: u32, last_lsn: Lsn) -> Position {
         self.assert_state();
         assert!(blocks > 0, "a group of no blocks, up to {last_lsn:?}");
@@ -248,12 +248,12 @@ impl Log {
         self.next_generation += 1;
     }
 
-    /// The checksum of the head just sealed, for the next group.
+    /// Keeps the checksum of the head that was just sealed, for the next group.
     pub(crate) fn sealed(&mut self, head_crc: u32) {
         self.prev_crc = head_crc;
     }
 
-    /// The writes of a group that was given its [place](Self::place) are on their way.
+    /// The writes of a group that has its [position](Self::place) are on their way.
     pub(crate) fn submitted(&mut self, group: InFlight) {
         assert!(
             matches!(group.state, GroupState::Writing(_)),
@@ -276,7 +276,7 @@ impl Log {
         self.assert_state();
     }
 
-    /// Group `number` had one of its writes completed.
+    /// One of the writes of group `number` has completed.
     pub(crate) fn write_completed(&mut self, number: u64) {
         if let Some(group) = self.in_flight.iter_mut().find(|g| g.number == number) {
             group.state = match group.state {
@@ -292,8 +292,7 @@ impl Log {
         self.assert_state();
     }
 
-    /// A flush is about to be submitted: the groups that it covers. Returns their numbers and the
-    /// segments.
+    /// Begins a flush; returns the groups that it covers, and their segments.
     pub(crate) fn begin_flush(&mut self) -> Option<FlushSet> {
         assert!(!self.flushing, "one flush of the log at a time");
         let mut set = FlushSet::default();
@@ -335,7 +334,7 @@ impl Log {
         flying.chain(self.open.first_lsn()).min().unwrap_or(Lsn::MAX)
     }
 
-    /// What a superblock says of it; its end after a clean close only.
+    /// What the superblock records of the log; its end only after a clean close.
     pub(crate) fn state(&self, clean: bool) -> LogState {
         LogState {
             segments_made: self.growth.made(),
@@ -357,10 +356,10 @@ impl Log {
 /// What one flush covers.
 #[derive(Default)]
 pub(crate) struct FlushSet {
-    /// Groups.
+    /// The numbers of the groups.
     pub numbers: Vec<u64>,
     /// Their segments.
     pub segments: Vec<SegmentNo>,
-    /// They have pages in the data space.
+    /// They have pages that were written directly into extents.
     pub data: bool,
 }

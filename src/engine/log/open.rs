@@ -1,4 +1,4 @@
-//! The group in the making: records gather in chunks of the arena until it is closed.
+//! The open group: records gather in chunks of the arena until it is closed.
 //!
 //! Invariants
 //! 1. Records of one page stand in LSN order. All LSNs that this shard allocated for the group are
@@ -6,9 +6,9 @@
 //!    accounts for the LSN.
 //! 2. An image stands for one page within one *atomic span*: further changes of the page in the
 //!    same span are absorbed by it. A span ends with a run, and before and after each commit over
-//!    shards: the end of a recovered log can lie between two spans, never within one, so no state
-//!    that a crash can ask for is lost.
-//! 3. Nothing here is written to a device before [`OpenGroup::finish`] has sealed it.
+//!    shards: the end of a recovered log can lie between two spans, never within one, so every
+//!    state in which a crash can leave the store can be restored.
+//! 3. Nothing of the group is written to a device before [`OpenGroup::finish`] has sealed it.
 
 use crate::base::checksum::crc32c_append;
 use crate::base::{BLOCK, Lsn, Micros, PageKey, ShardId};
@@ -22,12 +22,12 @@ use zerocopy::IntoBytes;
 pub(crate) struct Chunks {
     stock: Vec<Frame>,
     bytes: usize,
-    /// In stock, in the open group and in flight.
+    /// Their number: in stock, in the open group and in flight.
     count: usize,
 }
 
 impl Chunks {
-    /// These buffers, each of `bytes`.
+    /// Takes these buffers, each of `bytes`.
     pub(crate) fn new(stock: Vec<Frame>, bytes: usize) -> Self {
         let count = stock.len();
         assert!(count > 0 && bytes > 0, "{count} buffers of {bytes} bytes: no group can be made");
@@ -42,7 +42,7 @@ impl Chunks {
 /// The image of a page that goes with the group.
 pub(crate) struct OpenImage {
     pub key: PageKey,
-    /// Of the newest change that the image holds.
+    /// The LSN of the newest change in the image.
     pub lsn: Lsn,
     /// The atomic span it belongs to.
     pub span: u32,
@@ -65,22 +65,22 @@ pub(crate) struct OpenGroup {
     commits_count: u32,
     /// Page images.
     pub images: Vec<OpenImage>,
-    /// When the first thing came into it.
+    /// When its first record was begun.
     pub opened_at: Micros,
-    /// Somebody waits for its durability.
+    /// A request waits for its durability.
     pub urgent: bool,
     /// Commits over shards whose part here becomes durable with it.
     pub parts: Vec<PartRef>,
 }
 
-/// A commit over shards, by its owner and the owner's number for it.
+/// A commit over shards, by its owner and the number that the owner gave it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub(crate) struct PartRef {
     pub owner: ShardId,
     pub txn: u64,
 }
 
-/// A group ready to be written: `body` are its bytes without inline pages.
+/// A group that is ready to be written, without its inline pages.
 pub(crate) struct Finished {
     pub chunks: Vec<Frame>,
     pub parts: Vec<PartRef>,
@@ -106,7 +106,7 @@ impl OpenGroup {
         }
     }
 
-    /// Panics if what is known of the group contradicts itself: its head would say so to recovery.
+    /// Panics if the counts of the group contradict each other: recovery would refuse its head.
     fn assert_state(&self) {
         assert!(
             HEAD_BYTES <= self.len && self.record_at <= self.len,
@@ -151,7 +151,7 @@ impl OpenGroup {
         );
     }
 
-    /// Nothing was allocated for it, and no part is in it.
+    /// Whether it has no LSN and no record.
     pub(crate) fn is_empty(&self) -> bool {
         self.runs.is_empty() && self.len == HEAD_BYTES
     }
@@ -175,19 +175,19 @@ impl OpenGroup {
         self.span += 1;
     }
 
-    /// Whether one more run, not adjoining the last, would not fit.
+    /// Whether there is no room for another run of LSNs.
     pub(crate) fn runs_full(&self) -> bool {
         self.runs.len() == RUNS_MAX
     }
 
-    /// Body blocks if `bytes` of records and `images` images came on top.
+    /// The number of body blocks with `bytes` of records and `images` images more.
     pub(crate) fn body_blocks_with(&self, bytes: usize, images: usize) -> u32 {
         (self.len + bytes + (self.images.len() + images) * size_of::<RawImage>()).div_ceil(BLOCK)
             as u32
     }
 
-    /// Whether the stock has the chunks for bodies of `blocks` in all, of which up to `more` may
-    /// begin a chunk too many.
+    /// Whether the stock has chunks for bodies of `blocks` in all, if up to `more` of them begin
+    /// a chunk of their own.
     pub(crate) fn stock_suffices(&self, blocks: u32, more: usize) -> bool {
         let chunks = (blocks as usize * BLOCK).div_ceil(self.chunks.bytes) + more;
         chunks <= self.filled.len() + self.chunks.stock.len()
@@ -236,7 +236,7 @@ impl OpenGroup {
         }
     }
 
-    /// One change of the commit; `patch` are the bytes of a patch, empty otherwise.
+    /// Adds a change of the commit; `patch` has the bytes of a patch, and is empty otherwise.
     pub(crate) fn change(&mut self, kind: u8, key: PageKey, len: u32, offset: u32, patch: &[u8]) {
         let raw = RawChange {
             kind,
@@ -341,7 +341,7 @@ impl OpenGroup {
         sum
     }
 
-    /// Buffers of groups that are durable come back.
+    /// Takes back the buffers of groups that are durable.
     pub(super) fn restock(&mut self, chunks: Vec<Frame>) {
         self.chunks.stock.extend(chunks);
     }
@@ -349,12 +349,12 @@ impl OpenGroup {
 
 #[cfg(test)]
 impl Chunks {
-    /// Blocks of each.
+    /// Blocks of each buffer.
     pub(crate) fn chunk_blocks(&self) -> u32 {
         (self.bytes / BLOCK) as u32
     }
 
-    /// In stock.
+    /// Buffers in stock.
     pub(crate) fn count(&self) -> u32 {
         self.stock.len() as u32
     }
@@ -366,7 +366,7 @@ mod tests {
     use crate::base::ShardSet;
     use crate::memory::Arena;
 
-    /// What a head says is what recovery goes by; when a group closes goes by when it was opened.
+    /// If this fails, recovery reads a wrong head, or a group is closed too late.
     #[test]
     fn a_group_says_what_came_into_it() {
         let mut arena = Arena::new(32).expect("memory");

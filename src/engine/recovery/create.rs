@@ -1,14 +1,14 @@
-//! Making a store from nothing.
+//! Creates a store.
 //!
 //! ```text
 //! log-000-0000 (zeros) -> meta (zeros) -> mark in meta, flushed -> logs, data, extents, roots -> superblock, over the mark
 //! ```
 //! Invariants
-//! 1. The superblock comes last: until it is durable there is no store, and a creation that was cut
-//!    short begins anew.
-//! 2. A creation that was cut short is known by its mark in the meta file, or by having no file but
-//!    the first two, both empty. Anything else without a superblock is what is left of a store, and
-//!    is never written over.
+//! 1. The superblock comes last: until it is durable there is no store, and a creation that was
+//!    interrupted begins anew.
+//! 2. A creation that was interrupted has its mark in the meta file, or no files but the first two,
+//!    both empty. Anything else without a superblock is what is left of a store, and is never
+//!    overwritten.
 //! 3. The mark lies where the last copy of the first superblock is written: no finished store has
 //!    it.
 
@@ -34,24 +34,24 @@ pub(crate) const EXTENTS_MIN: u32 = 12;
 /// The file that a creation makes first.
 const FIRST_LOG: FileId = FileId::Log(ShardId::LEADER, SegmentNo::new(0));
 
-/// What is where a store is looked for.
+/// What a directory holds in which a store is looked for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Found {
-    /// No file, or those of a creation that did not get as far as its mark.
+    /// No file, or those of a creation that was interrupted before it made its mark.
     Nothing,
-    /// A creation that was cut short: it has its mark.
+    /// A creation that was interrupted, with its mark.
     Unfinished,
-    /// A store, or what is left of one: whether it can be used is seen when its superblock is read.
+    /// A store, or what is left of one; reading its superblock shows whether it can be used.
     Store,
 }
 
-/// The copy of the superblock where a creation has its mark until it writes that copy, as its last
-/// step.
+/// The copy of the superblock in whose place a creation has its mark until it writes that copy, as
+/// its last step.
 fn marked_copy() -> u64 {
     Superblock::copies_of(1)[1]
 }
 
-/// Looks whether there is a store. Nothing is changed.
+/// Finds out whether there is a store. Changes nothing.
 pub(super) fn look(disk: &mut dyn Disk, arena: &mut Arena) -> Result<Found> {
     let files = disk.files()?;
     let copies = Copies::read(disk, arena)?;
@@ -94,7 +94,7 @@ pub(super) fn look(disk: &mut dyn Disk, arena: &mut Arena) -> Result<Found> {
     Ok(Found::Nothing)
 }
 
-/// Whether there is what a creation has left that was cut short, and no store.
+/// Whether there is no store, and at most the files of a creation that was interrupted.
 pub(crate) fn creation_is_unfinished(disk: &mut dyn Disk, arena: &mut Arena) -> Result<bool> {
     Ok(look(disk, arena)? != Found::Store)
 }
@@ -103,7 +103,7 @@ fn is_zeros(bytes: &[u8]) -> bool {
     bytes.iter().all(|byte| *byte == 0)
 }
 
-/// `bytes` bytes at `offset`, or none if the file ends before.
+/// Reads `bytes` bytes at `offset`; returns none if the file ends before.
 fn read_up_to(
     disk: &mut dyn Disk,
     arena: &mut Arena,
@@ -194,8 +194,8 @@ pub(super) fn create(
     rewrite_copies(disk, arena, &superblock, &Superblock::copies_of(superblock.generation))
 }
 
-/// Makes the meta file with the mark of a creation in it, durably. One that has the mark must not
-/// lose it.
+/// Makes the meta file with the mark of a creation in it, durably. A file that has the mark keeps
+/// it meanwhile.
 fn make_mark(disk: &mut dyn Disk, arena: &mut Arena, meta_bytes: u64, found: Found) -> Result<()> {
     let file = FileId::Meta;
     let from = if found == Found::Unfinished { disk.len(file)?.unwrap_or(0) } else { 0 };
@@ -208,9 +208,9 @@ fn make_mark(disk: &mut dyn Disk, arena: &mut Arena, meta_bytes: u64, found: Fou
     flush(disk, &[file])
 }
 
-/// Writes the superblock into these copies, a flush after each. An open does so with the copies
-/// that a crash has spoiled: else a second crash could spoil the other copy of the same pair, and
-/// no generation could be trusted.
+/// Writes the superblock into these copies, with a flush after each. An opening does so with the
+/// copies that a crash has spoiled: otherwise a second crash could spoil the other copy of the same
+/// pair, and no generation could be trusted.
 pub(super) fn rewrite_copies(
     disk: &mut dyn Disk,
     arena: &mut Arena,
@@ -220,8 +220,8 @@ pub(super) fn rewrite_copies(
     if copies.is_empty() {
         return Ok(());
     }
-    // What was read may be what a dead process has written and nobody flushed: it must not be lost
-    // together with a copy that is torn.
+    // The copy that was read may have been written by a dead process and never flushed: it must not
+    // be lost together with a copy that is torn now.
     flush(disk, &[FileId::Meta])?;
     assert!(superblock.is_consistent(), "this superblock can't be read again: {superblock:?}");
     let mut bytes = vec![0; SUPERBLOCK_BYTES];
@@ -233,8 +233,8 @@ pub(super) fn rewrite_copies(
     Ok(())
 }
 
-/// Makes the first `segments` segments of a log that are not there yet; with `anew` all of them,
-/// whatever is there, but the first of all, which a creation has made.
+/// Makes those of the first `segments` segments of a log that are missing; with `anew` all of them,
+/// whatever is there, except the first file of a creation, which is made before.
 pub(super) fn make_log(
     disk: &mut dyn Disk,
     geometry: &Geometry,

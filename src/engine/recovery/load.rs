@@ -11,9 +11,9 @@ use crate::format::superblock::{RootVersion, Superblock};
 use crate::io::{Disk, FileId};
 use crate::memory::Arena;
 
-/// What the superblock names.
+/// The structures that the superblock names.
 pub(crate) struct Loaded {
-    /// Each virtual shard's root.
+    /// The root of each virtual shard.
     pub roots: Vec<(Box<[Child; VOLUMES_MAX]>, RootVersion)>,
     /// The extent table.
     pub table: Vec<TableRow>,
@@ -61,7 +61,7 @@ pub(crate) fn load(
     Ok(Loaded { roots, table })
 }
 
-/// The root of a virtual shard, in `bytes`.
+/// Decodes the root of a virtual shard.
 fn root(
     superblock: &Superblock,
     vshard: VShard,

@@ -4,19 +4,18 @@
 //! ```text
 //! superblock --> roots, extent table --clean------------------------+
 //!                        |not clean                                  v
-//!      scan all logs --> end of the log --> flush what was read --> new shard map: a shard for each core
+//!      scan all logs --> end of the log --> flush what was read --> a shard for each core
 //!                                                                    |
 //!                 each shard redoes its part, all at once, then one checkpoint begins the new epoch
 //! ```
-//! What stands above the line is done here, by one thread; the rest by the shards, wherever they
-//! are driven.
-
+//! One thread does the upper two lines here; the shards do the rest, wherever they are driven.
+//!
 //! Invariants
-//! 1. Until the last step nothing that is durable and needed is overwritten: a crash in a recovery
-//!    only means that the next one begins anew, from the same bytes.
+//! 1. Until the last step nothing that is durable and needed is overwritten: after a crash during a
+//!    recovery, the next one begins anew from the same bytes.
 //! 2. One superblock write makes the new roots, the recovered LSN and the new epoch true together;
 //!    so exactly one epoch ever has records in the logs.
-//! 3. LSNs of the new epoch lie above every LSN that can have been allocated before.
+//! 3. LSNs of the new epoch are above every LSN that can have been allocated before.
 //! 4. Damage at or below the highest recorded watermark is an error, never the end of the log.
 
 mod create;
@@ -57,20 +56,20 @@ pub struct RecoveryReport {
     pub created: bool,
     /// The store had been closed cleanly, or was just created: nothing had to be recovered.
     pub clean: bool,
-    /// Log groups found whole that hold something to be redone.
+    /// Whole log groups with changes to redo.
     pub groups_scanned: u64,
-    /// Log groups found torn, as a crash leaves them.
+    /// Torn log groups, as a crash leaves them.
     pub groups_torn: u64,
     /// The last LSN recovered: the store holds exactly the commits up to this one.
     pub recovered_lsn: Lsn,
     /// Commits redone.
     pub commits_applied: u64,
-    /// Commits found in the log above that LSN, and dropped.
+    /// Commits above that LSN that were found in the log, and dropped.
     pub commits_dropped: u64,
     /// The number of the epoch that begins with this opening.
     pub epoch: u64,
-    /// Superblock copies that could not be used, and extents that can't be filled on, each with the
-    /// reason.
+    /// Superblock copies that could not be used, and extents that can't be filled further, each
+    /// with the reason.
     pub warnings: Vec<String>,
 }
 
@@ -102,17 +101,17 @@ impl std::fmt::Display for RecoveryReport {
 
 /// A store being opened.
 pub(crate) struct Opening {
-    /// One for each core. They need turns, completions and messages until all of them say that they
-    /// are open; if one has failed by then, opening has.
+    /// One shard for each core. They need turns, completions and messages until all of them are
+    /// open. If one of them fails before, the opening has failed.
     pub shards: Vec<Shard>,
-    /// What was found.
+    /// What was found and done so far.
     pub report: RecoveryReport,
-    /// What the shards share.
+    /// The sequencer and the watermark, which the shards share.
     pub order: Arc<GlobalOrder>,
 }
 
-/// What was fixed when the store on `disk` was made; `None` if there is none yet. No other
-/// operation may be under way.
+/// The sizes that were fixed when the store on `disk` was made; `None` if there is none yet. No
+/// other operation may be under way.
 pub(crate) fn stored_geometry(disk: &mut dyn Disk) -> Result<Option<Geometry>> {
     let mut arena = Arena::new(READ_BLOCKS)?;
     if create::look(disk, &mut arena)? != Found::Store {
@@ -157,8 +156,8 @@ pub(crate) fn begin(
     report.recovered_lsn = scan.state(&superblock);
     report.commits_applied = scan.applied;
     report.commits_dropped = scan.dropped;
-    // What follows overwrites what the generation before needs: the only copy of this one must not
-    // be lost by then.
+    // The steps below overwrite what the generation before needs, so this generation must have more
+    // than one copy by then.
     create::rewrite_copies(disk, &mut arena, &superblock, &[unreadable, behind].concat())?;
     for shard in shard_map.shards() {
         // The superblock is about to count the log of a new shard. Files of it that an opening
@@ -168,7 +167,7 @@ pub(crate) fn begin(
         create::make_log(disk, &superblock.geometry, shard, segments, is_new)?;
     }
     if !superblock.clean {
-        // A dead process may have left writes that we have just read and that no flush has covered.
+        // The bytes just read may be writes of a dead process that no flush has covered.
         rewrite_doubtful(disk, &mut arena, &superblock, &scan)?;
         if !planted!(ReadNotFlushed) {
             flush_all(disk, &superblock)?;
@@ -178,7 +177,7 @@ pub(crate) fn begin(
         epoch: superblock.epoch + 1,
         salt: mix(seed ^ superblock.epoch),
         first_lsn: match superblock.clean {
-            // An epoch without a commit leaves the next LSN below its own first.
+            // After an epoch without a commit the next LSN is below its first one.
             true => superblock.next_lsn.max(superblock.epoch_first_lsn),
             false => scan.highest.plus(if planted!(LsnsReused) { 1 } else { LSN_AHEAD_MAX }),
         },
@@ -209,17 +208,16 @@ pub(crate) fn begin(
     Ok(Opening { shards, report, order })
 }
 
-/// How many segments the log of `shard` has: a shard that the store did not have begins like one of
-/// a new store.
+/// Segments of the log of `shard`. A shard that the store did not have before begins like one of a
+/// new store.
 fn segments_of(superblock: &Superblock, shard: ShardId) -> u32 {
     superblock.logs.get(shard.index()).map_or(SEGMENTS_FIRST, |log| log.segments_made)
 }
 
-/// Memory for what is read before there are shards: 4 MiB, for the reads that are in flight
-/// together (see `read`).
+/// Memory for the reads before there are shards: 4 MiB, enough for those in flight (see `read`).
 const READ_BLOCKS: u32 = 1024;
 
-/// What all shards are made from.
+/// What all shards are built from.
 struct Whole {
     shard_map: ShardMap,
     limits: Limits,
@@ -249,7 +247,7 @@ impl Whole {
         )))
     }
 
-    /// One shard, with memory of its own.
+    /// Builds one shard, with memory of its own.
     fn shard(
         &self,
         disk: &mut dyn Disk,
@@ -305,8 +303,7 @@ impl Whole {
     }
 }
 
-/// Keeps the extents that log records name as they are; what they hold already is listed by their
-/// summaries.
+/// Reserves the extents that log records name, with the items that their summaries list.
 fn reserve_named(
     disk: &mut dyn Disk,
     arena: &mut Arena,
@@ -330,12 +327,12 @@ fn reserve_named(
     Ok(())
 }
 
-/// Summaries that are read to find extents which are not full, for each shard: a few more than it
-/// has streams.
+/// Summaries that each shard reads to find extents which are not full: a few more than it has
+/// streams.
 const REFILL_LOOKS: usize = 8;
 
-/// Finds the extents that were being filled when the store was last in use, and goes on with them.
-/// One whose summary can't be read is left alone; that is returned, in words.
+/// Finds the extents that were being filled when the store was last in use, to fill them further.
+/// An extent whose summary can't be read is left as it is; the warning is returned.
 fn refill(
     disk: &mut dyn Disk,
     arena: &mut Arena,
@@ -373,13 +370,13 @@ fn refill(
     warning
 }
 
-/// The buffers in which log groups gather: enough for all that can be in flight, and one commit of
-/// the largest size.
+/// The buffers of log groups: enough for all groups that can be in flight, and one commit of the
+/// largest size.
 fn log_chunks(arena: &mut Arena, limits: &Limits) -> Result<Chunks> {
     let order = limits.group_blocks.min(16).ilog2() as u8;
     let chunk_blocks = 1u64 << order;
     let largest = limits.txn_bytes_max / BLOCK as u64 * 103 / 100 + 2;
-    // Parts of commits over shards may each begin a buffer.
+    // Each part of a commit over shards may begin a buffer.
     let parts =
         chunk_blocks * if limits.shards_count > 1 { limits.log_writes_max as u64 } else { 0 };
     let blocks = u64::from(limits.group_blocks) * limits.log_writes_max as u64
@@ -399,11 +396,11 @@ fn log_chunks(arena: &mut Arena, limits: &Limits) -> Result<Chunks> {
     Ok(Chunks::new(stock, chunk_blocks as usize * BLOCK))
 }
 
-/// Writes doubtful groups, and the pages that they have put to their places, once more. If a flush
-/// of the dead process has failed, the kernel may show what it will never write (it marks such
-/// pages clean), and a flush of ours would say that all is well. The redo writes what the groups
-/// hold anew, but a checkpoint in the middle of it records the recovered LSN, and the groups must
-/// last beyond it.
+/// Writes doubtful groups again, and the pages that they have put into extents. If a flush of the
+/// dead process has failed, the kernel may show bytes that it will never write (it marks such pages
+/// clean), and our own flush would succeed all the same. The redo writes the content of the groups
+/// anew, but a checkpoint in the middle of it records the recovered LSN, so the groups must be
+/// durable by then.
 fn rewrite_doubtful(
     disk: &mut dyn Disk,
     arena: &mut Arena,
@@ -431,7 +428,7 @@ fn rewrite_doubtful(
     Ok(())
 }
 
-/// Blocks of one write of them.
+/// Blocks of each of these writes.
 const REWRITE_BLOCKS: usize = 64;
 
 fn flush_all(disk: &mut dyn Disk, superblock: &Superblock) -> Result<()> {

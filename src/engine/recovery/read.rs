@@ -1,14 +1,14 @@
-//! Reading while a store is opened: many ranges of files, with many reads in flight.
+//! Reads ranges of files while a store is opened, with many reads in flight.
 //!
 //! Invariants
 //! 1. Bytes are delivered in the order of the ranges, and in each range from front to back,
 //!    whatever the order in which the reads complete.
 //! 2. At most [`IN_FLIGHT_MAX`] pieces (or as many as the caller says) of at most [`PIECE_BLOCKS`]
-//!    blocks are read or wait for their turn: memory does not grow with the ranges.
-//! 3. When it returns no operation is in flight, after an error too: the memory of the reads is
-//!    ours again.
+//!    blocks are being read or wait to be delivered: memory does not grow with the ranges.
+//! 3. When a function here returns, also with an error, no operation is in flight: the memory of
+//!    the reads is the arena's again.
 //!
-//! It does *not* check what it reads.
+//! It does *not* check what was read.
 
 use crate::base::BLOCK;
 use crate::base::error::{Error, Result};
@@ -16,11 +16,11 @@ use crate::io::{Completion, Disk, DiskOp, FileId, OpId};
 use crate::memory::{Arena, Frame};
 use std::collections::VecDeque;
 
-/// Reads in flight, and pieces read ahead of their turn: enough to keep a fast device busy with
+/// Reads in flight, and pieces that wait to be delivered: enough to keep a fast device busy with
 /// pieces of this size.
 pub(super) const IN_FLIGHT_MAX: usize = 16;
 
-/// Blocks of the largest piece, a power of two: 256 KiB is near the best throughput of most
+/// Blocks of the largest piece, a power of two. 256 KiB is near the best throughput of most
 /// devices, and below the 512 KiB above which the kernel hands an operation to its worker threads.
 const PIECE_BLOCKS: u64 = 64;
 
@@ -30,7 +30,7 @@ pub(crate) struct Range {
     pub file: FileId,
     /// First byte.
     pub offset: u64,
-    /// How many blocks.
+    /// The number of blocks.
     pub blocks: u64,
 }
 
@@ -40,11 +40,11 @@ struct Piece {
     range: usize,
     /// What it covers.
     of: Range,
-    /// The bytes, or why they could not be read, once that is known.
+    /// The bytes, or the error of the read, once it has completed.
     outcome: Option<Result<Frame>>,
 }
 
-/// Cuts ranges into pieces.
+/// Divides ranges into pieces.
 struct Pieces<I> {
     ranges: I,
     index: usize,
@@ -68,7 +68,7 @@ impl<I: Iterator<Item = Range>> Pieces<I> {
     }
 }
 
-/// Reads `ranges` and gives `each` their bytes: the index of the range, and some whole blocks of
+/// Reads `ranges` and calls `each` with their bytes: the index of a range, and some whole blocks of
 /// it.
 ///
 /// # Errors
@@ -82,9 +82,9 @@ pub(crate) fn read_ranges(
     read_pieces(disk, arena, IN_FLIGHT_MAX, ranges, |index, _, piece| each(index, piece?))
 }
 
-/// The same with at most `in_flight_max` pieces at a time; `each` also gets what the piece covers,
-/// and a piece that can't be read as an error: if `each` returns `Ok` all the same, reading goes on
-/// behind it.
+/// Like [`read_ranges`], with at most `in_flight_max` pieces at a time. `each` also gets the range
+/// of the piece, and the error of a piece that can't be read: if it returns `Ok` then, reading goes
+/// on behind that piece.
 ///
 /// # Errors
 /// The first error of `each`; `Invalid` if `arena` has no memory for a single piece.

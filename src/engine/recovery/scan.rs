@@ -1,25 +1,25 @@
 //! Reads the logs and finds where they end: the LSN up to which the store is recovered.
 //!
 //! Invariants
-//! 1. A group counts only whole: head, body, inline pages, and, above the highest recorded
-//!    watermark, the pages at their final places too. At or below the watermark a page that does
-//!    not match its checksum is damage, found when it is read.
+//! 1. A group counts only if it is whole: head, body, inline pages, and, above the highest recorded
+//!    watermark, also the pages at their final addresses. At or below the watermark a page that
+//!    does not match its checksum is damage, which is found when the page is read.
 //! 2. The search goes on behind a torn group, block by block: with several writes in flight a whole
 //!    group may stand behind it, and its head may record a watermark that makes the gap damage.
 //! 3. The recovered LSN is the last one before the first one, above what the roots reflect, that no
 //!    whole group of any log accounts for, or whose commit is not complete: a commit over shards
 //!    needs the part of each shard that its owner names. If it lies below the highest recorded
 //!    watermark, that is damage, and refused.
-//! 4. Bytes left from earlier uses of a segment pass only if they are groups of this epoch at this
-//!    very position; those are older than the redo LSN and ignored.
-//! 5. A log has the segments that the superblock counts. A file of a later one is what a growth
-//!    that was cut short has left, and holds no group of this epoch: if it does, the superblock
+//! 4. Bytes from earlier uses of a segment are accepted only if they are groups of this epoch at
+//!    this very position; those are older than the redo LSN and ignored.
+//! 5. A log has the segments that the superblock counts. The file of a later one was left by a
+//!    growth that was interrupted, and holds no group of this epoch: if it does, the superblock
 //!    that counts it was lost.
 //! 6. Every block of every log is examined before anything is dropped or refused. Any block may
-//!    hold a later watermark: whatever would say that a segment was not begun can be lost with the
-//!    groups before it.
-//! 7. The logs are read with many reads in flight, and memory is bounded by these, the largest
-//!    group, and a small part of what is to be redone (see `read` and `segment`).
+//!    hold a later watermark, and the groups that would show whether a segment was begun can be
+//!    lost.
+//! 7. The logs are read with many reads in flight. Memory is bounded by these, by the largest
+//!    group, and by a small part of the records to redo (see `read` and `segment`).
 
 use super::read::{IN_FLIGHT_MAX, Range, read_pieces, read_ranges};
 use super::segment::{Found, SegmentSearch};
@@ -37,23 +37,23 @@ pub(crate) struct ScannedGroup {
     pub head: GroupHead,
     /// Addresses of the pages that it has put into extents.
     pub places: Vec<BlockAddr>,
-    /// It lies above every recorded watermark: nobody knows whether a flush has covered it.
+    /// It lies above every recorded watermark, so a flush may not have covered it.
     pub is_doubtful: bool,
     /// The shards of the new shard map whose pages it changes.
     pub concerns: ShardSet,
 }
 
-/// What the logs hold.
+/// The result of reading the logs.
 pub(crate) struct Scan {
-    /// Whole groups with something above the redo LSN and at or below the recovered one, each log
-    /// in its order.
+    /// Whole groups with LSNs above the redo LSN, up to the recovered one; those of each log are in
+    /// order.
     pub groups: Vec<ScannedGroup>,
     /// Groups with a valid head that are not whole.
     pub torn: u64,
-    /// What the roots reflect.
+    /// The roots reflect every record up to here.
     pub redo: Lsn,
-    /// The state to be restored. If nothing of the epoch is left it lies right before the epoch's
-    /// first LSN.
+    /// The store is restored as of this LSN. If nothing of the epoch is left, it is the one before
+    /// the epoch's first.
     pub recovered_lsn: Lsn,
     /// The highest LSN seen anywhere.
     pub highest: Lsn,
@@ -61,12 +61,12 @@ pub(crate) struct Scan {
     pub applied: u64,
     /// Commits in whole groups above the recovered LSN.
     pub dropped: u64,
-    /// Extents up to the highest one that a kept group names.
+    /// The number of the highest extent that a kept group names, plus one.
     pub extents_named: u32,
 }
 
 impl Scan {
-    /// For a store that was closed cleanly.
+    /// The result for a store that was closed cleanly.
     pub(crate) fn nothing(superblock: &Superblock) -> Self {
         let recovered_lsn = superblock.next_lsn.before();
         Scan {
@@ -84,9 +84,8 @@ impl Scan {
     /// Panics if what was found contradicts itself: a bug, and to go on would restore another state
     /// than the one that is reported.
     fn assert_state(&self) {
-        let (redo, recovered, highest) = (self.redo, self.recovered_lsn, self.highest);
+        let (redo, recovered) = (self.redo, self.recovered_lsn);
         assert!(redo <= recovered, "{recovered} is recovered, and the roots reflect {redo}");
-        assert!(recovered <= highest, "{recovered} is recovered, and {highest} is the last seen");
         for ScannedGroup { head, places, .. } in &self.groups {
             let named = places.iter().all(|place| place.extent.get() < self.extents_named);
             assert!(named, "{head:?} names an extent above {}", self.extents_named);
@@ -103,17 +102,17 @@ impl Scan {
     }
 }
 
-/// The disk and what the logs are read with.
+/// The disk, and what it takes to read the logs.
 struct Reader<'a> {
     disk: &'a mut dyn Disk,
     arena: &'a mut Arena,
     superblock: &'a Superblock,
-    /// The shard map that the store gets now.
+    /// The shard map for the epoch that begins.
     shard_map: ShardMap,
 }
 
 impl Reader<'_> {
-    /// The segments to be read, with their blocks: first those that the superblock counts.
+    /// The segments to read, with their numbers of blocks: first those that the superblock counts.
     fn segments(&mut self) -> Result<Vec<(ShardId, SegmentNo, u64)>> {
         let (superblock, bytes) = (self.superblock, self.superblock.geometry.segment_bytes);
         let mut segments = Vec::new();
@@ -169,7 +168,7 @@ impl Reader<'_> {
                 _ if passed_over == Some(index) => return Ok(()),
                 Ok(bytes) => bytes,
                 Err(error) if !is_counted => {
-                    // Nothing in it is needed.
+                    // The store needs nothing in it.
                     let file = FileId::Log(shard, segment);
                     tracing::warn!(%error, %file, "a log file that is not in use can't be read");
                     passed_over = Some(index);
@@ -177,7 +176,7 @@ impl Reader<'_> {
                 }
                 Err(error) => return Err(error),
             };
-            // Ranges come one after another: one search at a time.
+            // Ranges are delivered one after another, so there is one search at a time.
             if search.as_ref().is_none_or(|(of, _)| *of != index) {
                 search = Some((index, SegmentSearch::new(superblock, shard_map, (shard, segment))));
             }
@@ -189,7 +188,7 @@ impl Reader<'_> {
         Ok(found)
     }
 
-    /// What follows from the groups that were found.
+    /// Decides where the log ends, by the groups that were found.
     fn judge(&mut self, mut found: Vec<Found>) -> Result<Scan> {
         let superblock = self.superblock;
         found.sort_by_key(|f| (f.head.shard, f.head.number));
@@ -220,17 +219,18 @@ impl Reader<'_> {
             return Err(missing(&found, recovered_lsn, watermark));
         }
         let lasts = found.iter().map(|f| f.last_lsn);
-        let highest = lasts.fold(watermark.max(superblock.next_lsn.before()), Lsn::max);
+        let named = watermark.max(superblock.next_lsn.before()).max(recovered_lsn);
+        let highest = lasts.fold(named, Lsn::max);
         let scan = Scan { highest, ..keep(found, redo, recovered_lsn, watermark) };
         scan.assert_state();
         Ok(scan)
     }
 
-    /// Groups above the watermark of which a page is not at its place are not whole.
+    /// Marks groups above the watermark as torn if one of their pages is not at its final address.
     fn check_placed(&mut self, found: &mut [Found], watermark: Lsn) -> Result<()> {
         let data_bytes = self.disk.len(FileId::Data)?.unwrap_or(0);
         let extent_bytes = self.superblock.geometry.extent_bytes;
-        // In the order in which they are read: offset, what must be there, group.
+        // In the order of the reads: offset, what must be there, group.
         let mut expected: Vec<(u64, Expected, usize)> = Vec::new();
         for (i, f) in
             found.iter_mut().enumerate().filter(|(_, f)| f.whole && f.last_lsn > watermark)
@@ -268,7 +268,7 @@ pub(crate) fn neighbours_together(offsets: impl Iterator<Item = u64>) -> Vec<(u6
     ranges
 }
 
-/// Scans the logs; `shard_map` is the one to be.
+/// Scans the logs; `shard_map` is that of the epoch that begins.
 pub(crate) fn scan(
     disk: &mut dyn Disk,
     arena: &mut Arena,

@@ -1,15 +1,16 @@
-//! One log segment, read from front to back: the groups in it.
+//! Finds the groups in a log segment, which is read from front to back.
 //!
 //! Invariants
-//! 1. A group counts only whole: head, body and inline pages. Behind a torn one the search goes on
-//!    block by block.
-//! 2. Bytes are kept only while a group that begins in them goes on in the next: at most as many as
-//!    the largest group has, which is bounded by the largest commit that the writer was open for.
-//! 3. Of a group is kept what finding the end of the log and preparing the redo need, not its
-//!    content: at most a third of the size of a log that consists of nothing but the smallest parts
-//!    of commits over shards, and 1 % of a usual one.
+//! 1. A group counts only if it is whole: head, body and inline pages. Behind a torn one the search
+//!    goes on block by block.
+//! 2. Bytes are kept only while a group that begins in them goes on in the next ones: at most as
+//!    many as the largest group has, which is bounded by the largest commit that the writer
+//!    allowed.
+//! 3. What is kept of a group is what the search for the end of the log and the redo need, not its
+//!    content: 1 % of the size of a usual log, and at most a third of one that consists only of the
+//!    smallest parts of commits over shards.
 //!
-//! It does *not* read, and does not judge what is missing; see `scan`.
+//! It does *not* read, and does not decide about what is missing; see `scan`.
 
 use crate::base::{BLOCK, BlockAddr, Lsn, SegmentNo, ShardId, ShardMap, ShardSet};
 use crate::engine::codec::Expected;
@@ -17,7 +18,7 @@ use crate::engine::log::{StoredGroup, head_at};
 use crate::format::group::{GroupHead, LoggedChange, Role};
 use crate::format::superblock::Superblock;
 
-/// A group whose head is right.
+/// A group with a valid head.
 pub(super) struct Found {
     pub head: GroupHead,
     /// Head, body and pages are as they were written.
@@ -26,19 +27,19 @@ pub(super) struct Found {
     pub first_lsn: Lsn,
     /// The highest one.
     pub last_lsn: Lsn,
-    /// Commits recorded in it, parts of other shards' commits not counted: first LSN and number of
+    /// Commits recorded in it, without the parts of other shards' commits: first LSN and number of
     /// consecutive ones.
     pub commits: Vec<(Lsn, u64)>,
     /// Records of commits over shards.
     pub parts: Vec<(Lsn, Role)>,
-    /// Pages written straight to their places, and what must be there.
+    /// Pages written directly into extents, and what must be there.
     pub placed: Vec<(BlockAddr, Expected)>,
     /// The shards of the new shard map whose pages it changes.
     pub concerns: ShardSet,
 }
 
 impl Found {
-    /// What is known from the head alone.
+    /// A group of which only the head is known.
     fn new(head: GroupHead) -> Self {
         let last = |(first, count): &(Lsn, u64)| {
             Lsn::new(first.get().saturating_add(count.saturating_sub(1)))
@@ -55,7 +56,7 @@ impl Found {
         }
     }
 
-    /// The group that `here` begins with; `here` has all blocks that the head claims.
+    /// Opens the group that `here` begins with; `here` has all blocks that the head claims.
     fn open(head: GroupHead, here: &[u8], shard_map: ShardMap) -> Self {
         let mut found = Found::new(head);
         let Ok(group) = StoredGroup::open(&found.head, here) else { return found };
@@ -93,7 +94,7 @@ impl Found {
         self.commits.iter().map(within).sum()
     }
 
-    /// The roots reflect all of it: what only the redo and the end of the log need is not kept.
+    /// Drops what only the redo and the end of the log need, of a group that the roots reflect.
     fn forget_content(&mut self) {
         (self.commits, self.parts, self.placed) = (Vec::new(), Vec::new(), Vec::new());
     }
@@ -104,13 +105,13 @@ pub(super) struct SegmentSearch<'a> {
     superblock: &'a Superblock,
     /// The roots reflect everything up to here, and all of it was durable.
     redo: Lsn,
-    /// The shard map that the store gets now.
+    /// The shard map for the epoch that begins.
     shard_map: ShardMap,
     shard: ShardId,
     segment: SegmentNo,
-    /// The block that is looked at next.
+    /// The block to look at next.
     at: u32,
-    /// The bytes from there on that have come: the beginning of a group whose end has not.
+    /// The bytes from there on: the beginning of a group of which the rest is not read yet.
     held: Vec<u8>,
 }
 
@@ -124,7 +125,7 @@ impl<'a> SegmentSearch<'a> {
         SegmentSearch { superblock, redo, shard_map, shard, segment, at: 0, held: Vec::new() }
     }
 
-    /// Takes the next whole blocks of the segment.
+    /// Searches the next whole blocks of the segment.
     pub(super) fn take(&mut self, bytes: &[u8], found: &mut Vec<Found>) {
         if self.held.is_empty() {
             let done = self.search(bytes, found);
@@ -134,12 +135,12 @@ impl<'a> SegmentSearch<'a> {
             held.extend_from_slice(bytes);
             let done = self.search(&held, found);
             held.drain(..done);
-            // Not kept for the next group, which is likely smaller.
+            // The memory is released: the next group is likely smaller.
             self.held = if held.is_empty() { Vec::new() } else { held };
         }
     }
 
-    /// Goes through `bytes`, which begin with block `at`; returns how many of them are done with.
+    /// Searches `bytes`, which begin with block `at`; returns how many of them are done.
     fn search(&mut self, bytes: &[u8], found: &mut Vec<Found>) -> usize {
         let mut done = 0;
         while let Some(here) = bytes.get(done..).filter(|here| !here.is_empty()) {

@@ -1,4 +1,4 @@
-//! Extents: what the map names in each, against its summary and its live count.
+//! Compares what the map names in each extent with its summary and its live count.
 
 use super::lost::Finder;
 use super::named::{IN_USE, Named, Trees, hash};
@@ -49,7 +49,7 @@ impl Verifier<'_> {
         }
     }
 
-    /// An extent that the table does not say is in use, and that is not free either.
+    /// Reports an extent that is neither in use by the table nor free.
     fn not_in_use(
         &mut self,
         superblock: &Superblock,
@@ -98,7 +98,7 @@ impl Verifier<'_> {
         self.damaged(structure, begin(superblock, no), what, affects, Mend::CopyOut);
     }
 
-    /// Checks the summary of an extent, and gives the items that it lists.
+    /// Checks the summary of an extent, and returns the items that it lists.
     fn summary(
         &mut self,
         superblock: &Superblock,
@@ -131,12 +131,12 @@ impl Verifier<'_> {
     }
 }
 
-/// Where an extent begins.
+/// The first byte of an extent.
 fn begin(superblock: &Superblock, no: ExtentNo) -> (FileId, u64) {
     (FileId::Data, BlockAddr { extent: no, block: 0 }.offset(superblock.geometry.extent_bytes))
 }
 
-/// Where the summary of an extent lies in the data file, and how long it is.
+/// The byte offset in the data file of the summary of an extent, and its length.
 fn summary_place(superblock: &Superblock, no: ExtentNo, row: TableRow) -> (u64, usize) {
     let blocks = superblock.geometry.extent_blocks();
     let place = BlockAddr { extent: no, block: summary_at(blocks, row.summary_slot) };

@@ -1,4 +1,5 @@
-//! The superblock copies, the roots that the newest names, and the extent table of its checkpoint.
+//! Checks the superblock copies, the roots that the newest names, and the extent table of its
+//! checkpoint.
 
 use super::named::{Named, Trees};
 use super::read::Bytes;
@@ -11,10 +12,10 @@ use crate::format::root;
 use crate::format::superblock::{SUPERBLOCK_BYTES, SUPERBLOCK_COPIES, Superblock};
 use crate::io::FileId;
 
-/// Whether this copy may have been in the making when the store was last in use: after a crash the
-/// second one of the newest generation, or the first of the next. A creation, and the first
-/// opening, write all of them, and say nothing about their end.
-fn may_have_been_in_the_making(newest: &Superblock, copy: u64) -> bool {
+/// Whether this copy may have been being written when the store was last in use. After a crash that
+/// is the second one of the newest generation, or the first one of the next. A creation, and the
+/// first opening, write all of them.
+fn may_have_been_written(newest: &Superblock, copy: u64) -> bool {
     let crashed = copy == Superblock::copies_of(newest.generation)[1]
         || copy == Superblock::copies_of(newest.generation + 1)[0];
     newest.generation == 1 || (!newest.clean && crashed)
@@ -44,7 +45,7 @@ impl Verifier<'_> {
         for (copy, state, what) in found {
             if state.may_be_torn()
                 && torn == 1
-                && newest.as_ref().is_some_and(|newest| may_have_been_in_the_making(newest, copy))
+                && newest.as_ref().is_some_and(|newest| may_have_been_written(newest, copy))
             {
                 let note = "as a crash leaves the one that was being written; the next opening \
                             writes it anew";
@@ -157,21 +158,21 @@ impl Verifier<'_> {
     }
 }
 
-/// What is wrong with a copy next to the superblock that counts; more than recovery asks, which
-/// uses a store as long as it is safe.
+/// What is wrong with a copy, compared with the superblock that counts. This is stricter than
+/// recovery, which opens a store whenever that is safe.
 fn copy_damage(copy: u64, state: &CopyState, newest: Option<&Superblock>) -> Option<String> {
     let found = match state {
         CopyState::Whole(found) => found,
-        // A store that was never opened after its creation has written one pair only.
+        // A store that was never opened after its creation has written only one pair.
         CopyState::Zeros if newest.is_some_and(|n| n.generation == 1) && copy < 2 => return None,
         _ => return Some(state.to_string()),
     };
     let newest = newest?;
     let own_pair = Superblock::copies_of(newest.generation).contains(&copy);
     let expected = newest.generation - u64::from(!own_pair);
-    // A crash between the writes of a pair leaves the second copy two generations behind. An
-    // opening writes the newest generation over what it can't read, as it does with the pair that a
-    // creation leaves empty: then it is one.
+    // After a crash between the writes of a pair, the second copy is two generations behind. An
+    // opening writes the newest generation over copies that it can't read, also over the pair that
+    // a creation leaves empty.
     let in_step = found.generation == expected
         || found.generation == newest.generation
         || (!newest.clean && (1..=2).any(|behind| found.generation + behind == expected));

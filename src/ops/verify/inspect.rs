@@ -1,16 +1,15 @@
-//! What a store is, found by reading a few blocks of it: nothing is opened for writing, made or
-//! changed.
+//! Finds out what a store is by reading a few of its blocks.
 //!
 //! ```text
-//! superblock -> roots -> tree of the catalog: the records of volumes, as the last checkpoint has left them
+//! superblock -> roots -> tree of the catalog: the records of volumes, as of the last checkpoint
 //! ```
 //! Invariants
-//! 1. No file is made or written, whoever asks: a command that looks spoils no store of another
-//!    user.
+//! 1. No file is made or opened for writing: a command that only looks does no harm to the store of
+//!    another user.
 //! 2. Each block is compared with its checksum before it is interpreted.
 //!
-//! It does *not* read the logs: of a store that was not closed cleanly, what they add is missing,
-//! and said to be.
+//! It does *not* read the logs: for a store that was not closed cleanly the result says that it is
+//! as of the last checkpoint.
 
 use super::require_store;
 use crate::base::checksum::crc32c;
@@ -28,23 +27,23 @@ use std::path::Path;
 
 /// Blocks of memory for reads: 1 MiB.
 const ARENA_BLOCKS: u32 = 256;
-/// Bits of a page's number that a leaf covers, and each level above it.
+/// Bits of a page's index that a leaf decodes, and each level above it.
 const LEAF_BITS: u32 = 6;
 const NODE_BITS: u32 = 8;
 
 /// What a closed store holds.
 #[derive(Clone, Debug)]
 pub struct StoreSummary {
-    /// It was closed cleanly: what follows is all. Otherwise it is as of the last checkpoint, and
-    /// its logs may add to it.
+    /// The store was closed cleanly. Otherwise `volumes` are those of the last checkpoint, and the
+    /// logs may add to them.
     pub clean: bool,
-    /// The shards with which it was last open.
+    /// The number of shards with which it was last opened.
     pub shards: u16,
     /// Its volumes.
     pub volumes: Vec<VolumeSummary>,
 }
 
-/// A volume, as its record says.
+/// A volume, as its record describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VolumeSummary {
     /// Its number.
@@ -93,8 +92,7 @@ pub(super) fn inspect_disk(disk: &mut dyn Disk) -> Result<StoreSummary> {
     Ok(StoreSummary { clean: superblock.clean, shards: superblock.logs.len() as u16, volumes })
 }
 
-/// What the tree below `top` says of the page with this number in its virtual shard; `None`: it is
-/// absent.
+/// The entry of the page with this index in the tree below `top`; `None` if it is absent.
 fn entry(
     disk: &mut dyn Disk,
     arena: &mut Arena,
@@ -129,7 +127,7 @@ fn entry(
     Ok(None)
 }
 
-/// A map node with this checksum.
+/// Reads a map node that must have this checksum.
 fn block(
     disk: &mut dyn Disk,
     arena: &mut Arena,

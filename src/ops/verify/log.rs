@@ -1,5 +1,5 @@
-//! The log: after a clean close up to its recorded end, group by group; else as a recovery would
-//! read it.
+//! Checks the log: after a clean close up to its recorded end, group by group, otherwise as a
+//! recovery reads it.
 
 use super::{Mend, Verifier};
 use crate::base::error::ErrorKind;
@@ -10,7 +10,7 @@ use crate::format::group::GroupHead;
 use crate::format::superblock::{LogEnd, Superblock};
 use crate::io::FileId;
 
-/// Blocks of the logs that are to be read: after a clean close up to their ends, else all.
+/// Blocks of the logs to read: up to their ends after a clean close, otherwise all.
 pub(super) fn blocks_to_read(superblock: &Superblock) -> u64 {
     if superblock.clean {
         return superblock.logs.iter().map(|log| u64::from(log.end.block)).sum();
@@ -29,7 +29,7 @@ impl Verifier<'_> {
         }
     }
 
-    /// What the next opening would find.
+    /// Checks what the next opening would find.
     fn unclean_log(&mut self, superblock: &Superblock) {
         let shard_map =
             ShardMap::new(superblock.geometry.vshards_count, superblock.logs.len() as u16);
@@ -56,10 +56,10 @@ impl Verifier<'_> {
         }
     }
 
-    /// The segment that the log ended in: its groups follow one another up to the recorded end.
+    /// Checks that the groups of the last segment follow one another up to the recorded end.
     fn closed_log(&mut self, superblock: &Superblock, shard: ShardId, end: LogEnd) {
         let file = FileId::Log(shard, end.segment);
-        // Behind its end a segment holds what nobody needs, and may be shorter than a full one.
+        // Nothing behind the end is needed, and the segment may be shorter than a full one.
         let blocks = u64::from(end.block).min(superblock.geometry.segment_bytes / BLOCK as u64);
         let affects = "nothing that was committed: after a clean close the log is not needed, but \
                        the device lost it";
@@ -95,7 +95,7 @@ impl Verifier<'_> {
     }
 }
 
-/// The group at `block`, if it is whole and follows `before`.
+/// Checks that the group at `block` is whole and follows `before`.
 fn group(
     superblock: &Superblock,
     (shard, end, block): (ShardId, LogEnd, u32),

@@ -1,22 +1,22 @@
-//! Pages that may be gone: an extent of which the table counts more blocks as live than the roots
-//! reach.
+//! Names pages that may be gone: those of an extent in which the table counts more live blocks than
+//! the roots reach.
 //!
 //! The counts of the table and the roots are of one checkpoint and must agree. Where the table
 //! counts more, a part of the map was lost, and with it, maybe, the pages that it named. The
-//! summary of the extent says what was written there, and the map which of it is dead for a good
-//! reason:
+//! summary of the extent says what was written there, and the map shows which of it was
+//! superseded:
 //!
 //! ```text
 //! item of the summary --block is named--> there
 //!                     --the map names the page at this version or a newer one--> superseded, or moved
-//!                     --else--> freed, or gone: it is told
+//!                     --else--> freed, or gone: it is reported
 //! ```
 //! Invariants
-//! 1. Only extents whose counts disagree are looked at: in a healthy store nothing is told,
-//!    whatever was freed in it.
-//! 2. What is told is bounded: [`PAGES_MAX`] pages of an extent, by name, and how many more.
+//! 1. Only extents whose counts disagree are examined: in a healthy store nothing is reported, even
+//!    if pages were freed in it.
+//! 2. The report is bounded: it names [`PAGES_MAX`] pages of an extent, and counts the others.
 //!
-//! It does *not* say that a page is gone: whether it was freed, only whoever wrote it knows.
+//! It does *not* say that a page is gone: it may have been freed, which only its user knows.
 
 use super::Verifier;
 use super::named::{LEVEL_MAX, Named, Trees};
@@ -29,7 +29,7 @@ use std::collections::BTreeMap;
 /// Pages of an extent that are named.
 const PAGES_MAX: usize = 16;
 
-/// The trees, and the nodes on the path of the last page that was looked up.
+/// The trees, and the nodes on the path to the last page that was looked up.
 pub(super) struct Finder<'a> {
     superblock: &'a Superblock,
     roots: &'a [Trees],
@@ -43,7 +43,7 @@ impl<'a> Finder<'a> {
 }
 
 impl Verifier<'_> {
-    /// What an extent may have lost of which `missing` blocks are counted as live and not reached.
+    /// Describes what an extent may have lost if `missing` of its live blocks are not reached.
     pub(super) fn lost(
         &mut self,
         finder: &mut Finder<'_>,
@@ -75,7 +75,7 @@ impl Verifier<'_> {
         describe(missing, pages.len(), pages.iter().take(PAGES_MAX).map(name), nodes)
     }
 
-    /// The version of a page that the map names.
+    /// The LSN of the version of a page that the map names.
     fn mapped_lsn(&mut self, finder: &mut Finder<'_>, key: PageKey) -> Option<Lsn> {
         let (vshard, page_index) = key.place_in(finder.superblock.geometry.vshards_count);
         let trees = finder.roots.get(vshard.index())?.as_ref()?;
@@ -111,7 +111,7 @@ impl Verifier<'_> {
     }
 }
 
-/// What may be gone of `missing` blocks, in words: some of `count` pages, the first of which are
+/// Describes what may be gone of `missing` blocks: some of `count` pages, the first of which are
 /// named, or of `nodes` map nodes.
 fn describe(
     missing: u32,

@@ -5,8 +5,8 @@
 //!                                                     --leaf------> pages, until there are enough: read by place, together
 //! ```
 //! Invariants
-//! 1. A node is taken apart only after its checksum was found right; a wrong one ends this branch
-//!    and no other.
+//! 1. A node is decoded only after its checksum was found right; a wrong one ends this branch and
+//!    no other.
 //! 2. The depth is that of the tree's top, which is bounded; no node can lead back up.
 //! 3. Memory is bounded: the stack holds the roots' trees and, of each level, the children of one
 //!    batch of nodes; of pages [`PAGES_AT_A_TIME`] and those of one batch of leaves are remembered,
@@ -27,8 +27,8 @@ use crate::io::FileId;
 
 /// Nodes of one batch: two for each read in flight, so that neighbours can be read together.
 const NODES_AT_A_TIME: usize = 128;
-/// Pages that are read together, sorted by place: the more, the longer the reads in a store that
-/// was written at random. As many as fill 256 MiB; what is remembered of them takes 2.5 MiB.
+/// Pages that are read together, sorted by address: the more, the longer the reads in a store that
+/// was written at random. They fill 256 MiB, and the list of them takes 2.5 MiB.
 const PAGES_AT_A_TIME: usize = 65_536;
 
 /// A page as a leaf names it.
@@ -38,7 +38,7 @@ struct NamedPage {
     expected: Expected,
 }
 
-/// The walk: what stays the same, and what is still to be read.
+/// The state of the walk: the nodes and pages that must still be read.
 struct Walk<'a> {
     superblock: &'a Superblock,
     extents: &'a mut [Named],
@@ -52,7 +52,7 @@ impl Walk<'_> {
         place.offset(self.superblock.geometry.extent_bytes)
     }
 
-    /// The map names `what` at `place`; the message says why that can't be.
+    /// Notes that the map names `what` at `place`; the message says why that can't be right.
     fn name(&mut self, place: BlockAddr, what: ItemKind) -> Result<(), &'static str> {
         let item = Item { block: place.block, what };
         let extent = self
@@ -62,8 +62,8 @@ impl Walk<'_> {
         extent.name(item, self.data_blocks)
     }
 
-    /// The first and the last id of the pages below a node. Those of other virtual shards between
-    /// them are not.
+    /// The first and the last id of the pages below a node. Pages of other virtual shards lie
+    /// between them.
     fn pages_below(&self, key: NodeKey) -> (PageId, PageId) {
         let bits = 6 + 8 * u32::from(key.level);
         let first = key.prefix.checked_shl(bits).unwrap_or(0);
@@ -76,7 +76,7 @@ impl Walk<'_> {
         (id(first), id(last))
     }
 
-    /// The next batch, in the order in which they lie on the device.
+    /// The next batch, in the order of their addresses.
     fn batch(&mut self) -> Vec<(NodeKey, Child)> {
         let mut batch = self.nodes.split_off(self.nodes.len().saturating_sub(NODES_AT_A_TIME));
         batch.sort_unstable_by_key(|(_, child)| child.place());
@@ -93,7 +93,7 @@ fn describe(key: NodeKey) -> String {
 }
 
 impl Verifier<'_> {
-    /// Walks all trees, that of the catalog first: then volumes have names.
+    /// Walks all trees, that of the catalog first, so that messages can name volumes.
     pub(super) fn map(&mut self, superblock: &Superblock, roots: &[Trees], extents: &mut [Named]) {
         let data_blocks = data_blocks(superblock.geometry.extent_blocks());
         let mut walk =
@@ -119,7 +119,7 @@ impl Verifier<'_> {
         }
     }
 
-    /// Reads a batch of nodes, and puts what they name where it is read next.
+    /// Reads a batch of nodes, and adds what they name to the lists of what to read.
     fn nodes(&mut self, walk: &mut Walk<'_>) {
         let mut batch = walk.batch();
         batch.retain(|(key, child)| {
@@ -199,7 +199,7 @@ impl Verifier<'_> {
             });
             match named {
                 Ok(expected) => walk.pages.push(NamedPage { place: entry.place(), page, expected }),
-                // Not the page, but what names it, is wrong.
+                // The entry is wrong, not the page.
                 Err(what) => {
                     self.map_is_whole = false;
                     self.page_damaged(page, walk.offset(entry.place()), what, Mend::CopyOut);
@@ -241,7 +241,7 @@ impl Verifier<'_> {
                 if page.volume == VolumeId::CATALOG { Mend::Restore } else { Mend::Overwrite };
             self.page_damaged(page, offsets[n], what, mend);
         }
-        // Its memory is used again.
+        // Keeps its memory for the next batch.
         pages.clear();
         walk.pages = pages;
     }
@@ -276,7 +276,7 @@ fn checked(bytes: Vec<u8>, child: Child) -> Result<Vec<u8>, String> {
     }
 }
 
-/// What the bytes of the page must be, if its entry can be true.
+/// What the bytes of the page must be, if its entry is plausible.
 fn expected(entry: &Entry, next_lsn: Lsn) -> Result<Expected, String> {
     let expected = Expected::of(entry).map_err(|refusal| refusal.to_string())?;
     match entry.lsn() < next_lsn {

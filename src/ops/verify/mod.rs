@@ -1,20 +1,20 @@
-//! Reads a closed store whole, and names what is damaged.
+//! Reads a whole closed store, and names what is damaged.
 //!
 //! ```text
 //! superblock copies --> roots, extent table --> map nodes --> pages
 //!                                                   |
 //!           summaries, live counts  <--- blocks that the map names
-//!           log: its recorded end (closed cleanly), or the scan that a recovery would make
+//!           log: its recorded end (closed cleanly), or the scan of a recovery
 //! ```
 //! Invariants
-//! 1. Everything that the superblock leads to is read once and compared with its checksum, and each
-//!    count that is stored is compared with the one found.
-//! 2. Damage does not end the search: whatever can still be reached is read.
+//! 1. Everything that can be reached from the superblock is read once and compared with its
+//!    checksum, and each stored count is compared with the one found.
+//! 2. Damage does not end the search: everything that can still be reached is read.
 //! 3. Nothing is written, and no damaged byte is interpreted.
-//! 4. Where the map reaches less than is counted as live, pages may be gone: they are named
-//!    (`lost`).
+//! 4. Where the table counts more live blocks than the map reaches, pages may be gone: they are
+//!    named (`lost`).
 //!
-//! It does *not* repair, and does not look at bytes that nothing refers to.
+//! It does *not* repair, and does not read bytes to which nothing refers.
 
 #[cfg(test)]
 mod damage_tests;
@@ -50,7 +50,7 @@ use std::path::Path;
 ///
 /// # Errors
 /// `NotFound` if there is no store, `InUse` if a process has it open, `Unsupported` for another
-/// format version, `Io` if its files can't be opened. Damage is no error: it is in the report.
+/// format version, `Io` if its files can't be opened. Damage is not an error: it is in the report.
 pub fn verify(dir: &Path) -> Result<VerifyReport> {
     verify_with(dir, |_| ())
 }
@@ -64,7 +64,7 @@ pub fn verify_with(dir: &Path, mut progress: impl FnMut(VerifyProgress)) -> Resu
     verify_telling(disk_over(files)?.as_mut(), &mut progress)
 }
 
-/// The same on any disk.
+/// Like [`verify`], on any disk.
 #[cfg(test)]
 pub(crate) fn verify_disk(disk: &mut dyn Disk) -> Result<VerifyReport> {
     verify_telling(disk, &mut |_| ())
@@ -93,7 +93,7 @@ fn verify_telling(
     Ok(this.report)
 }
 
-/// Refuses a directory without a store that is finished.
+/// Refuses a directory without a store, or with one whose creation was interrupted.
 fn require_store(disk: &mut dyn Disk, arena: &mut Arena) -> Result<()> {
     let text = if disk.len(FileId::Meta)?.is_none() {
         "there is no store: its file meta is missing"
@@ -105,18 +105,18 @@ fn require_store(disk: &mut dyn Disk, arena: &mut Arena) -> Result<()> {
     Err(Error::new(ErrorKind::NotFound, text))
 }
 
-/// The disk, and what was found so far.
+/// The disk, and the results so far.
 struct Verifier<'a> {
     disk: &'a mut dyn Disk,
     arena: Arena,
     report: VerifyReport,
-    /// Nothing that names pages or nodes is damaged. Otherwise less is named than is there, and
-    /// counts say nothing.
+    /// No structure that names pages or nodes is damaged. Otherwise some blocks are not named, and
+    /// counts can't be compared.
     map_is_whole: bool,
     meter: Meter<'a>,
-    /// Names of volumes, as far as the catalog has been read.
+    /// Names of volumes that were found in the catalog.
     volumes: BTreeMap<VolumeId, String>,
-    /// Of the files, once they were asked for.
+    /// Lengths of files that were asked for.
     lengths: BTreeMap<FileId, Result<u64, String>>,
 }
 
@@ -127,13 +127,13 @@ impl<'a> Verifier<'a> {
         Verifier { disk, arena, report, map_is_whole: true, meter, volumes, lengths }
     }
 
-    /// Tells how much is to be read, by what the extent table counts.
+    /// Reports how much there is to read, by the counts of the extent table.
     fn expect(&mut self, superblock: &Superblock, extents: &[Named]) {
         let blocks = extents.iter().map(|extent| extent.blocks_to_read(superblock)).sum::<u64>();
         self.meter.expect((blocks + log::blocks_to_read(superblock)) * BLOCK as u64);
     }
 
-    /// A volume in words.
+    /// How messages name a volume.
     fn volume(&self, volume: VolumeId) -> String {
         match self.volumes.get(&volume) {
             _ if volume == VolumeId::CATALOG => "the catalog".into(),

@@ -1,5 +1,5 @@
-//! What the passes of a verification hand to each other: the trees that the roots name, and which
-//! blocks of each extent the map has named so far.
+//! The data that the passes of a verification share: the trees that the roots name, and the blocks
+//! of each extent that the map has named so far.
 //!
 //! It does *not* read anything.
 
@@ -18,7 +18,7 @@ pub(super) type Trees = Option<Box<[Child; VOLUMES_MAX]>>;
 /// An extent's state in the table.
 pub(super) const IN_USE: u8 = 1;
 
-/// One extent as the table says, and what of it the map names.
+/// One extent: its row in the table, and its blocks that the map names.
 pub(super) struct Named {
     /// `None`: its table block is damaged.
     pub(super) row: Option<TableRow>,
@@ -33,7 +33,7 @@ impl Named {
         Named { row, blocks: vec![0; extent_blocks.div_ceil(64) as usize], hash: 0 }
     }
 
-    /// Blocks that are to be read if the table is right: what is live, and the summary.
+    /// Blocks to read if the table is right: the live ones, and the summary.
     pub(super) fn blocks_to_read(&self, superblock: &Superblock) -> u64 {
         let summary = u64::from(summary_blocks(superblock.geometry.extent_blocks()));
         self.row
@@ -49,7 +49,7 @@ impl Named {
         self.blocks.iter().map(|bits| bits.count_ones()).sum()
     }
 
-    /// The map names this item; the message says why it can't.
+    /// Notes that the map names this item; the message says why that can't be right.
     pub(super) fn name(&mut self, item: Item, data_blocks: u32) -> Result<(), &'static str> {
         if item.block >= data_blocks {
             return Err("is said to lie in the summaries of its extent");

@@ -1,12 +1,12 @@
-//! How a verification reads: many reads in flight, and a read that fails ends nothing but itself.
+//! The reads of a verification: many in flight, and a read that fails does not end the others.
 //!
 //! Invariants
-//! 1. Whatever was asked for is delivered once, in the order asked, as bytes or as the reason why
-//!    there are none.
+//! 1. Each range is delivered once, in the order in which it was asked for, as bytes or as the
+//!    reason why there are none.
 //! 2. Memory is bounded by [`IN_FLIGHT_MAX`] reads, and by what a caller asks for at a time.
 //! 3. Each file's length is asked for once: verification has the store locked against writers.
 //!
-//! It does *not* compare anything.
+//! It does *not* compare checksums.
 
 use super::{Verifier, VerifyProgress};
 use crate::base::BLOCK;
@@ -23,7 +23,7 @@ pub(super) const ARENA_BLOCKS: u32 = 64 * IN_FLIGHT_MAX as u32;
 pub(super) type Bytes = Result<Vec<u8>, String>;
 
 impl Verifier<'_> {
-    /// The length of a file; why it can't be used.
+    /// The length of a file, or why it can't be used.
     pub(super) fn len(&mut self, file: FileId) -> Result<u64, String> {
         if let Some(known) = self.lengths.get(&file) {
             return known.clone();
@@ -37,7 +37,7 @@ impl Verifier<'_> {
         len
     }
 
-    /// Whether the file has these bytes; if not, why not.
+    /// Checks that the file has these bytes; otherwise says why not.
     fn holds(&mut self, file: FileId, offset: u64, len: u64) -> Result<(), String> {
         let end = self.len(file)?;
         match offset.checked_add(len).is_some_and(|to| to <= end) {
@@ -80,9 +80,9 @@ impl Verifier<'_> {
         all
     }
 
-    /// Gives `each` the blocks at these offsets of the data file, which ascend: its index, and the
-    /// bytes or why there are none. Neighbours are read together; where that fails, one by one, to
-    /// know which of them it is.
+    /// Calls `each` for the blocks at these offsets of the data file, which ascend, with the index
+    /// of a block and its bytes, or why there are none. Neighbours are read together; where that
+    /// fails, one by one, to find out which of them can't be read.
     pub(super) fn blocks(
         &mut self,
         offsets: &[u64],
@@ -113,7 +113,7 @@ impl Verifier<'_> {
                 Ok(())
             })
         });
-        // Nothing that is asked for here ends reading; if something does, no block counts as read.
+        // No failed read ends the others; if something else does, no block counts as read.
         let missing = if outcome.is_ok() { held..offsets.len() } else { 0..offsets.len() };
         for n in missing {
             let why = self.holds(FileId::Data, offsets[n], BLOCK as u64).err();
@@ -123,7 +123,7 @@ impl Verifier<'_> {
     }
 }
 
-/// Counts what was read, and tells whoever wants to know.
+/// Counts the bytes that were read, and reports progress.
 pub(super) struct Meter<'a> {
     pub(super) progress: VerifyProgress,
     pub(super) tell: &'a mut dyn FnMut(VerifyProgress),
@@ -135,7 +135,7 @@ impl Meter<'_> {
         (self.tell)(self.progress);
     }
 
-    /// So many bytes are still to be read.
+    /// `bytes` more will be read.
     pub(super) fn expect(&mut self, bytes: u64) {
         self.progress.bytes_total = self.progress.bytes_done + bytes;
         (self.tell)(self.progress);

@@ -1,11 +1,12 @@
-//! What a verification found: damages, with where they lie, what they affect and what mends them.
+//! The result of a verification: damages, with their positions, what they affect and what mends
+//! them.
 //!
 //! Invariants
-//! 1. What is listed is bounded ([`DAMAGED_MAX`]); what is beyond that is counted.
-//! 2. Whatever mends a damage was tried: `src/ops/verify/store_damage_tests.rs` damages each
-//!    structure and does what is said here.
+//! 1. The list is bounded ([`DAMAGED_MAX`]); further damages are only counted.
+//! 2. What is said to mend a damage does: `src/ops/verify/store_damage_tests.rs` damages each
+//!    structure and tries it.
 //!
-//! It does *not* print, but for `Display`.
+//! It does *not* print; it implements `Display`.
 
 use crate::base::{BLOCK, PageId};
 use crate::io::FileId;
@@ -23,7 +24,7 @@ pub struct VolumeBytes {
     pub volume: String,
     /// The first byte, as clients of the volume count.
     pub offset: u64,
-    /// How many bytes.
+    /// The number of bytes.
     pub length: u64,
     /// Whether all of these bytes are affected. If not, pages of other virtual shards lie among
     /// them, which are not.
@@ -31,8 +32,8 @@ pub struct VolumeBytes {
 }
 
 impl VolumeBytes {
-    /// The pages `first` to `last`; `None` beyond what a volume of bytes can have: such ids are for
-    /// users of the library.
+    /// The pages `first` to `last`; `None` for ids beyond the largest volume of bytes, which only
+    /// users of the library can have.
     pub(super) fn of(
         volume: String,
         first: PageId,
@@ -44,20 +45,20 @@ impl VolumeBytes {
         Some(VolumeBytes { volume, offset, length: end.checked_sub(offset)?, all })
     }
 
-    /// The last of them.
+    /// The last byte.
     pub fn last(&self) -> u64 {
         self.offset + self.length.saturating_sub(1)
     }
 }
 
-/// What mends a damage.
+/// How a damage can be mended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mend {
     /// Writing the page anew.
     Overwrite,
     /// An opening and a clean close.
     Reopen,
-    /// Writing anew what is in an extent.
+    /// Writing anew the pages in an extent.
     Rewrite,
     /// Copying what can still be read into another store.
     CopyOut,
@@ -66,7 +67,7 @@ pub enum Mend {
 }
 
 impl Mend {
-    /// The kind in one word, for programs.
+    /// The variant in one word, for programs.
     pub fn name(self) -> &'static str {
         match self {
             Mend::Overwrite => "overwrite",
@@ -105,7 +106,7 @@ impl fmt::Display for Mend {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Damage {
-    /// What it is, by name: `page v1/p12`, `superblock copy 2`.
+    /// Its name: `page v1/p12`, `superblock copy 2`.
     pub structure: String,
     /// The file.
     pub file: FileId,
@@ -113,9 +114,9 @@ pub struct Damage {
     pub offset: u64,
     /// What is wrong with it.
     pub what: String,
-    /// What can't be read, or not be relied on, because of it.
+    /// What can't be read, or can't be relied on, because of it.
     pub affects: String,
-    /// The bytes of a volume that can't be read, if it is so many and no others.
+    /// The bytes of a volume that can't be read, if the damage affects only them.
     pub bytes: Option<VolumeBytes>,
     /// What mends it.
     pub mend: Mend,
@@ -141,10 +142,9 @@ pub struct VerifyReport {
     pub damaged: Vec<Damage>,
     /// Damaged structures beyond those listed.
     pub damaged_more: u64,
-    /// What is not damage, and worth knowing.
+    /// Notes that are worth knowing and not about damage.
     pub notes: Vec<String>,
-    /// The store was closed cleanly. If not, commits may be in the log that this did not read as
-    /// pages.
+    /// The store was closed cleanly. If not, the log may hold commits whose pages were not read.
     pub clean: bool,
     /// Pages read and compared.
     pub pages: u64,
@@ -162,7 +162,7 @@ impl VerifyReport {
         self.damaged.is_empty()
     }
 
-    /// How many structures are damaged, listed or not.
+    /// The number of damaged structures, listed or not.
     pub fn damaged_count(&self) -> u64 {
         self.damaged.len() as u64 + self.damaged_more
     }
@@ -195,13 +195,12 @@ impl fmt::Display for VerifyReport {
     }
 }
 
-/// How far a verification is.
+/// The progress of a verification.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct VerifyProgress {
     /// Bytes read.
     pub bytes_done: u64,
-    /// Bytes that are to be read in all, as far as the superblock and the extent table say; 0 until
-    /// they are read.
+    /// Bytes to read in all, by the superblock and the extent table; 0 until these are read.
     pub bytes_total: u64,
 }
