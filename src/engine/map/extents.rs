@@ -477,3 +477,55 @@ impl Extents {
         taken
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ExtentState::{Closed, Closing, Free, NamedByLog, OfAnotherShard, Open};
+
+    fn is_refused(extent: Extent) -> bool {
+        std::panic::catch_unwind(|| extent.assert_state(62)).is_err()
+    }
+
+    fn items(count: u32) -> Vec<Item> {
+        let what = ItemKind::Page(crate::base::PageKey::default(), crate::base::Lsn::new(1));
+        (0..count).map(|block| Item { block, what }).collect()
+    }
+
+    /// If this fails, counts that have drifted go unnoticed until a block that something names is
+    /// handed out once more, or one that nothing names is never free.
+    #[test]
+    fn an_extent_that_contradicts_itself_stops_the_shard() {
+        let in_state = |state| Extent { state, ..FREE };
+        let open = Extent { state: Open, next_block: 3, live: 2, items: items(3), ..FREE };
+        let closed = Extent { state: Closed, live: 5, garbage: 5, unpublished: 57, ..FREE };
+        let reserved = Extent { state: NamedByLog, live: 2, items: items(2), ..FREE };
+        let closing = Extent { state: Closing, next_block: 62, items: items(62), ..FREE };
+        let last = Extent { state: Closing, next_block: 62, is_final: true, ..FREE };
+        for right in [&FREE, &OF_ANOTHER_SHARD, &open, &closed, &reserved, &closing, &last] {
+            assert!(!is_refused(right.clone()), "{right:?}");
+        }
+        let wrong = [
+            Extent { garbage: 6, ..closed.clone() },
+            Extent { unpublished: 58, ..closed.clone() },
+            Extent { items: items(1), ..closed },
+            Extent { live: 1, ..in_state(Free) },
+            Extent { unpublished: 1, ..in_state(OfAnotherShard) },
+            Extent { not_in_new_root: 1, ..in_state(Free) },
+            Extent { next_block: 1, ..in_state(Free) },
+            Extent { unpublished: 2, ..open.clone() },
+            Extent { items: items(4), ..open.clone() },
+            Extent { summarized: 4, ..open.clone() },
+            Extent { is_final: true, ..open.clone() },
+            Extent { next_block: 62, ..open.clone() },
+            Extent { next_block: 0, live: 0, items: items(0), ..open },
+            Extent { next_block: 1, ..reserved.clone() },
+            Extent { is_final: true, ..reserved },
+            Extent { is_final: true, ..closing },
+            Extent { is_final: false, ..last },
+        ];
+        for extent in wrong {
+            assert!(is_refused(extent.clone()), "{extent:?}");
+        }
+    }
+}

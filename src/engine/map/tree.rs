@@ -5,17 +5,17 @@
 //! root block (virtual shard) --volume--> interior nodes (256 children) --...--> leaf (64 entries) --> page
 //! ```
 //! Invariants
-//! 1. A node is in memory only while its parent is; only the top of a tree has none, and the root
-//!    block, which always is in memory, names it (`arrival`). So marking a path dirty needs no I/O.
-//! 2. A dirty node's ancestors are dirty; `dirty` of its virtual shard holds exactly the dirty
-//!    nodes.
+//! 1. A node is in memory only while its parent is. Only the top of a tree has no parent: the root
+//!    block, which is always in memory, names it (`arrival`). So marking a path dirty needs no I/O.
+//! 2. The ancestors of a dirty node are dirty; `dirty_nodes` of its virtual shard holds exactly the
+//!    dirty nodes.
 //! 3. A node that is pinned, dirty, or has children in memory is not evicted.
-//! 4. A child entry in a parent states the place and checksum of the child as last *written*; while
-//!    the child is in memory, the child in memory counts.
+//! 4. A child entry in a parent states the address and checksum of the child as last *written*;
+//!    while the child is in memory, that one counts.
 //! 5. The map never names a version above the watermark: only the write-back calls [`Map::set`],
 //!    and only then.
 //!
-//! It does not read or write the device, allocate places, or know which pages are cached.
+//! It does not read or write the device, allocate blocks, or know which pages are cached.
 
 mod arrival;
 #[cfg(any(test, feature = "sim"))]
@@ -49,12 +49,12 @@ const NODE_BITS: u32 = 8;
 struct Node {
     key: NodeKey,
     frame: Frame,
-    /// Where it was last written.
+    /// The address to which it was last written.
     place: Option<BlockAddr>,
     dirty: bool,
-    /// A checkpoint writes it.
+    /// A checkpoint is writing it.
     is_written: bool,
-    /// Of a leaf: pages that will change it. Of others: reads of its children.
+    /// For a leaf: pages that will change it. For others: reads of its children.
     pins: u32,
     /// Children in memory.
     children: u16,
@@ -62,8 +62,8 @@ struct Node {
 }
 
 impl Node {
-    /// Panics if what is known of the node contradicts itself: a bug, and to go on would write it
-    /// to the wrong address, or drop it while something needs it.
+    /// Panics if the state of the node contradicts itself: a bug, and to go on would write it to
+    /// the wrong address, or drop it while something needs it.
     fn assert_state(&self) {
         let key = self.key;
         assert!(!self.is_written || self.place.is_some(), "{key:?} is written to no address");
@@ -72,9 +72,9 @@ impl Node {
     }
 }
 
-/// What a node takes beside its frame, at most: its entry, up to 16/7 places in the index, its
-/// places in three lists, and half of a place in the set of dirty nodes, of which a third may be
-/// dirty, in trees whose leaves are half full at least.
+/// The most memory that a node takes beside its frame: its entry, up to 16/7 slots in the index,
+/// its slots in three lists, and half a slot in the set of dirty nodes, of which a third may be
+/// dirty, if the leaves of that set are at least half full.
 #[cfg(test)]
 pub(crate) const NODE_BYTES: usize = size_of::<Option<Node>>()
     + (size_of::<NodeIdx>() + 1) * 16 / 7
@@ -86,7 +86,7 @@ pub(crate) const NODE_BYTES: usize = size_of::<Option<Node>>()
 pub(crate) struct Root {
     /// Children by volume.
     pub children: Box<[Child; VOLUMES_MAX]>,
-    /// The newest root written.
+    /// The root as last written.
     pub version: RootVersion,
     /// Its nodes that the next checkpoint writes, leaves first.
     dirty_nodes: BTreeSet<(u8, VolumeId, u64)>,
@@ -94,20 +94,20 @@ pub(crate) struct Root {
 
 /// What a lookup finds.
 pub(crate) enum Lookup {
-    /// The entry (or none): all nodes needed were in memory.
+    /// The entry, or none: all nodes on the path were in memory.
     Found(Option<Entry>),
-    /// This node must be read first, from here, with this checksum.
+    /// This node must be read first; the child entry has its address and checksum.
     Load(NodeKey, Child),
 }
 
-/// A node to be written by a checkpoint.
+/// A node that a checkpoint writes.
 pub(crate) struct NodeWrite {
-    /// Where to.
+    /// The address.
     pub place: BlockAddr,
-    /// Its bytes, fixed by a pin: until it is dropped the node is not changed.
+    /// Its bytes, fixed by a pin: the node is not changed until the pin is dropped.
     pub frame: FrameRef,
-    /// The node, kept in memory: until it is [written](Map::written) its place holds other bytes,
-    /// and it must not be read from there.
+    /// The node, which stays in memory: until it is [written](Map::written) other bytes are at its
+    /// address, and it must not be read from there.
     pub node: NodeIdx,
 }
 
@@ -120,12 +120,12 @@ pub(crate) struct Map {
     index: HashTable<NodeIdx>,
     hasher: foldhash::fast::FixedState,
     dirty_count: usize,
-    /// Leaves that pages will change, and how many of them are dirty already.
+    /// Leaves that pages will change, and the number of those that are dirty already.
     awaited: u64,
     awaited_dirty: u64,
-    /// Nodes in memory that are no leaves.
+    /// Nodes in memory that are not leaves.
     interior: u64,
-    /// Nodes that have become idle, for the eviction policy; and which nodes stand there.
+    /// Nodes that have become idle, for the eviction policy, and whether a node is in that list.
     idle: Vec<NodeIdx>,
     noted: Vec<bool>,
 }
@@ -154,7 +154,7 @@ fn parent_of(key: NodeKey) -> NodeKey {
 }
 
 impl Map {
-    /// The map with these roots, nothing else in memory.
+    /// The map with these roots, and no node in memory.
     pub(crate) fn new(roots: Vec<(Box<[Child; VOLUMES_MAX]>, RootVersion)>, seed: u64) -> Self {
         let root = |(children, version)| Root { children, version, dirty_nodes: BTreeSet::new() };
         Map {
@@ -173,7 +173,7 @@ impl Map {
         }
     }
 
-    /// Where `key` belongs.
+    /// The virtual shard of `key`, and its index there.
     pub(crate) fn position(&self, key: PageKey) -> (VShard, u64) {
         key.place_in(self.vshards_count)
     }
@@ -183,7 +183,7 @@ impl Map {
         self.index.len() as u32
     }
 
-    /// Nodes in memory, and how many of them are pinned.
+    /// The number of nodes in memory, and of those that are pinned.
     #[cfg(test)]
     pub(crate) fn in_memory(&self) -> (usize, usize) {
         let pinned = self.nodes.iter().flatten().filter(|node| node.pins > 0).count();
@@ -195,8 +195,8 @@ impl Map {
         self.dirty_count
     }
 
-    /// Panics if the counts contradict each other: a bug, and to go on would write too few nodes, or
-    /// admit more changes than there are frames for.
+    /// Panics if the counts contradict each other: a bug, and to go on would write too few nodes,
+    /// or admit more changes than there are frames for.
     fn assert_counts(&self) {
         let nodes = self.index.len() as u64;
         assert!(self.awaited_dirty <= self.awaited, "more awaited leaves are dirty than awaited");
@@ -254,13 +254,13 @@ impl Map {
         }
     }
 
-    /// Whether a node is in memory, and where it was last written.
+    /// The address to which a node was last written, if it is in memory.
     pub(crate) fn resident(&self, key: NodeKey) -> Option<Option<BlockAddr>> {
         self.find(key).map(|idx| self.node(idx).place)
     }
 
-    /// The place and checksum of node `key` by its parent, if the path to it is in memory; else the
-    /// first node on it that is not. `Ok(None)`: there is no such node.
+    /// The child entry of node `key` in its parent, if the path to it is in memory; otherwise the
+    /// first node on the path that is not. `Ok(None)`: there is no such node.
     pub(crate) fn find_node(&self, key: NodeKey) -> Result<Option<Child>, (NodeKey, Child)> {
         let mut child = self.top(key.vshard, key.volume);
         if !child.is_present() || child.level < key.level {
@@ -347,8 +347,7 @@ impl Map {
                 Child { level, present: 1, ..Child::default() };
             let idx =
                 self.insert(NodeKey { vshard, volume, level, prefix: 0 }, None, zeroed(arena));
-            // A top that is nowhere on disk must not leave memory before a checkpoint has written
-            // it.
+            // A top that was never written must not leave memory before a checkpoint writes it.
             self.mark_dirty(idx);
             return;
         }
@@ -388,7 +387,8 @@ impl Map {
         before
     }
 
-    /// Marks a node in memory to be written by the next checkpoint (compaction moves nodes so).
+    /// Marks a node in memory as dirty, so that the next checkpoint writes it elsewhere: this is
+    /// how compaction moves nodes.
     pub(crate) fn touch(&mut self, key: NodeKey) {
         if let Some(idx) = self.find(key) {
             self.mark_dirty(idx);
@@ -419,16 +419,16 @@ impl Map {
         !self.roots[vshard.index()].dirty_nodes.is_empty()
     }
 
-    /// Dirty nodes of `vshard`: blocks that [`capture`](Self::capture) needs.
+    /// Dirty nodes of `vshard`: the number of blocks that [`capture`](Self::capture) needs.
     pub(crate) fn dirty_in(&self, vshard: VShard) -> usize {
         self.roots[vshard.index()].dirty_nodes.len()
     }
 
-    /// Fixes the state of one virtual shard for a checkpoint: gives each dirty node a new place,
-    /// bottom up, and returns what is to be written, the nodes kept in memory; the places that they
-    /// leave go to `retired`. Afterwards nothing of the virtual shard is dirty and its root's
-    /// generation is one higher. It takes no memory, however many nodes there are: their own bytes
-    /// are written, and they are not changed meanwhile (`is_being_written`).
+    /// Fixes the state of one virtual shard for a checkpoint: gives each dirty node a new address,
+    /// bottom up, and returns the writes; the nodes stay in memory. The addresses that they give up
+    /// go to `retired`. Afterwards nothing of the virtual shard is dirty, and the generation of its
+    /// root is one higher. This takes no memory, however many nodes there are: their own bytes are
+    /// written, and they are not changed meanwhile (`is_being_written`).
     pub(crate) fn capture(
         &mut self,
         vshard: VShard,

@@ -234,7 +234,7 @@ pub(super) fn rewrite_copies(
 }
 
 /// Makes those of the first `segments` segments of a log that are missing; with `anew` all of them,
-/// whatever is there, except the first file of a creation, which is made before.
+/// except the first file of a creation, which is made before.
 pub(super) fn make_log(
     disk: &mut dyn Disk,
     geometry: &Geometry,
@@ -259,7 +259,7 @@ fn allocate(disk: &mut dyn Disk, file: FileId, to: u64) -> Result<()> {
     execute(disk, DiskOp::Allocate { file, from: 0, to }).map(drop)
 }
 
-fn flush(disk: &mut dyn Disk, files: &[FileId]) -> Result<()> {
+pub(super) fn flush(disk: &mut dyn Disk, files: &[FileId]) -> Result<()> {
     execute(disk, DiskOp::Flush { files: files.into() }).map(drop)
 }
 

@@ -35,7 +35,7 @@ pub(crate) use superblock::{Copies, CopyState, FoundSuperblock, find_superblock}
 
 use crate::base::error::{Error, Result};
 use crate::base::options::{Geometry, Limits, Options};
-use crate::base::{BLOCK, BlockAddr, ExtentNo, Lsn, Micros, ShardId, ShardMap};
+use crate::base::{BLOCK, BlockAddr, ExtentNo, Lsn, Micros, SegmentNo, ShardId, ShardMap};
 use crate::engine::log::{Chunks, Log};
 use crate::engine::map::{Extents, Map};
 use crate::engine::order::GlobalOrder;
@@ -159,13 +159,7 @@ pub(crate) fn begin(
     // The steps below overwrite what the generation before needs, so this generation must have more
     // than one copy by then.
     create::rewrite_copies(disk, &mut arena, &superblock, &[unreadable, behind].concat())?;
-    for shard in shard_map.shards() {
-        // The superblock is about to count the log of a new shard. Files of it that an opening
-        // before has left may be durable or not: that one may have been killed before its flush.
-        let is_new = superblock.logs.len() <= shard.index();
-        let segments = segments_of(&superblock, shard);
-        create::make_log(disk, &superblock.geometry, shard, segments, is_new)?;
-    }
+    make_logs(disk, &superblock, shard_map)?;
     if !superblock.clean {
         // The bytes just read may be writes of a dead process that no flush has covered.
         rewrite_doubtful(disk, &mut arena, &superblock, &scan)?;
@@ -206,6 +200,24 @@ pub(crate) fn begin(
     let mut shard = |id| whole.shard(disk, &mut arena, id, &mut report);
     let shards = shard_map.shards().map(&mut shard).collect::<Result<_>>()?;
     Ok(Opening { shards, report, order })
+}
+
+/// Makes the logs of all shards as long as the superblock says, and those of new shards, which it is
+/// about to count, durable: an opening that was killed may have left these complete and not flushed.
+fn make_logs(disk: &mut dyn Disk, superblock: &Superblock, shard_map: ShardMap) -> Result<()> {
+    let mut new_logs = Vec::new();
+    for shard in shard_map.shards() {
+        let segments = segments_of(superblock, shard);
+        create::make_log(disk, &superblock.geometry, shard, segments, false)?;
+        if superblock.logs.len() <= shard.index() {
+            let files = (0..segments).map(|no| FileId::Log(shard, SegmentNo::new(no)));
+            new_logs.extend(files);
+        }
+    }
+    match new_logs.is_empty() {
+        true => Ok(()),
+        false => create::flush(disk, &new_logs),
+    }
 }
 
 /// Segments of the log of `shard`. A shard that the store did not have before begins like one of a

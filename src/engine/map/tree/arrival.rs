@@ -1,19 +1,19 @@
-//! Nodes that arrive from the device: which of them are still part of the tree.
+//! Decides whether a node that arrives from the device is still part of the tree.
 //!
-//! A read takes as long as it takes, and the tree does not wait for it. The parent of the node is
-//! pinned meanwhile, but the top of a tree has none: while it is being read (or waits for memory to
-//! be read into) the tree may grow above it, and the new top may be written and evicted before the
-//! old one arrives.
+//! The tree does not wait for the read of a node. The parent of the node is pinned meanwhile, but
+//! the top of a tree has no parent: while it is being read (or waits for memory to be read into)
+//! the tree may grow above it, and the new top may be written and evicted before the old one
+//! arrives.
 //!
 //! Invariants
 //! 1. A node comes into memory only as the one that its parent in memory, or the root block, names
-//!    at that moment: at the same place, with the same checksum, at the same level. Any other is
-//!    dropped, and who waits for it looks up again.
-//! 2. Having no parent in memory is lawful for the top that the root block names, and for no other
-//!    node: taken for a top, a node further down would overwrite the root, and all that the tree
+//!    at that moment: at the same address, with the same checksum, at the same level. Any other is
+//!    dropped, and the requests that wait for it look it up again.
+//! 2. Only the top that the root block names may have no parent in memory. If it were taken for the
+//!    top, a node further down would overwrite the root, and all that the tree
 //!    above it names would be lost.
-//! 3. Looking up again ends: a node is dropped only after its tree has grown, and a tree grows
-//!    eight times at most.
+//! 3. A lookup is repeated at most eight times: a node is dropped only after its tree has grown,
+//!    and a tree grows at most eight times.
 
 use super::{Map, parent_of, slot_of};
 use crate::base::NodeIdx;
@@ -22,8 +22,8 @@ use crate::format::node::{self, Child};
 use crate::memory::Frame;
 
 impl Map {
-    /// Takes a node that was read from the place of `child`, and whose checksum was right. False:
-    /// the tree does not name it there any more, and it was dropped.
+    /// Takes a node that was read from the address in `child`, with the right checksum. Returns
+    /// false if the tree does not name it there any more: then it is dropped.
     pub(crate) fn insert_loaded(&mut self, key: NodeKey, child: Child, frame: Frame) -> bool {
         let is_current = self.names(key, child) || planted!(OrphanInserted);
         if is_current && self.find(key).is_none() {
@@ -37,8 +37,8 @@ impl Map {
         self.named(key) == Some(child)
     }
 
-    /// What the parent of a node, or the root block, says of it; `None`: there is no such node, or
-    /// its parent is not in memory.
+    /// The child entry of a node in its parent, or in the root block; `None` if there is no such
+    /// node, or if its parent is not in memory.
     pub(super) fn named(&self, key: NodeKey) -> Option<Child> {
         let child = match self.find(parent_of(key)) {
             Some(parent) => node::child(&self.node(parent).frame, slot_of(key)),
@@ -54,7 +54,7 @@ impl Map {
         top.is_present() && top.level == key.level && key.prefix == 0
     }
 
-    /// The parent of a node in memory, or of one that comes into it; `None`: it is the top.
+    /// The parent of a node that is in memory, or comes into it; `None` for the top.
     pub(super) fn parent(&self, key: NodeKey) -> Option<NodeIdx> {
         let parent = self.find(parent_of(key));
         assert!(

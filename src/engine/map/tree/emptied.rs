@@ -1,17 +1,16 @@
-//! Trees of which every page was freed: they leave nothing behind, whatever happens to be in memory
-//! below them.
+//! Removes nodes of which every page was freed, whatever is in memory below them.
 //!
-//! A commit that frees a page which is absent, or that comes to nothing, makes nodes in memory on
-//! the path to it. They are clean and empty, nothing on the device stands for them, and they say
-//! nothing about the tree: a node above them is as empty as without.
+//! A commit that frees an absent page, or that fails, makes nodes in memory on the path to that
+//! page. They are clean and empty, and the device has no copy of them: a node above them counts as
+//! empty.
 
 use super::{Map, NODE_BITS};
 use crate::base::NodeIdx;
 use crate::format::extent::NodeKey;
 
 impl Map {
-    /// Whether a node names nothing and nobody needs it; nodes below it that were never written,
-    /// hold nothing and are not pinned leave memory.
+    /// Whether a node names nothing and is not needed. Drops nodes below it that were never
+    /// written, hold nothing and are not pinned.
     pub(super) fn is_empty(&mut self, idx: NodeIdx) -> bool {
         let node = self.node(idx);
         if node.pins > 0 || node.is_written || node.frame.iter().any(|byte| *byte != 0) {

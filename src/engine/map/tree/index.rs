@@ -1,10 +1,10 @@
-//! Which nodes are in memory: found by key.
+//! Finds the nodes in memory by key.
 //!
 //! Invariants
-//! 1. The index holds exactly the nodes of the table, each once. It has their numbers only, and
-//!    compares keys in the table: so it takes a fifth of what keys in it would.
+//! 1. The index holds exactly the nodes of the table, each once. It has only their numbers, and
+//!    compares keys in the table, so it takes a fifth of the memory that keys would.
 //!
-//! It doesn't know why a node is in memory, or for how long.
+//! It does not know why a node is in memory, or for how long.
 
 use super::Map;
 use crate::base::NodeIdx;
@@ -18,7 +18,7 @@ impl Map {
         self.index.find(self.hasher.hash_one(key), |idx| self.node(*idx).key == key).copied()
     }
 
-    /// A node that is in the table is in memory from now on.
+    /// Adds a node that is in the table.
     pub(super) fn enter(&mut self, key: NodeKey, idx: NodeIdx) {
         assert!(self.find(key).is_none(), "{key:?} is in memory once");
         let (nodes, hasher) = (&self.nodes, &self.hasher);
@@ -28,14 +28,14 @@ impl Map {
         self.index.insert_unique(hasher.hash_one(key), idx, hash_of);
     }
 
-    /// A node of that key, which was `idx`, has left the table.
+    /// Removes the node of that key, which was `idx` and has left the table.
     pub(super) fn left(&mut self, key: NodeKey, idx: NodeIdx) {
         let entry = self.index.find_entry(self.hasher.hash_one(key), |at| *at == idx);
         entry.expect("a node in memory is in the index").remove();
     }
 
-    /// With room for so many nodes from the start, so that no table grows while the cache fills,
-    /// with two of them in memory for a while; what is not used yet takes no memory.
+    /// Makes room for `nodes` nodes from the start, so that no table grows, and is in memory twice,
+    /// while the cache fills. The unused part takes no memory.
     pub(crate) fn with_capacity(mut self, nodes: u32) -> Self {
         self.nodes.reserve_exact(nodes as usize);
         self.noted.reserve_exact(nodes as usize);

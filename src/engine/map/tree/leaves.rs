@@ -1,30 +1,30 @@
-//! The leaves of a volume in order: which come next, and which pages they name.
+//! Walks the leaves of a volume in order, and finds the pages that they name.
 //!
 //! Invariants
-//! 1. What has no node is passed over without looking at it; nodes on the way must be in memory,
+//! 1. Parts without nodes are skipped at once; nodes on the way must be in memory,
 //!    one after another.
 //! 2. A node that no checkpoint has written yet is found too: its parent does not name it, but the
 //!    index does.
 //!
-//! It knows nothing of pages whose newest version is not in the map.
+//! It does *not* know pages whose newest version is not in the map.
 
 use super::{LEAF_BITS, Map, NODE_BITS, prefix, slot_in};
 use crate::base::{VShard, VolumeId};
 use crate::format::extent::NodeKey;
 use crate::format::node::{self, Child};
 
-/// What a search for leaves finds.
+/// The result of a search for leaves.
 pub(crate) enum NextLeaf {
-    /// The leaf is in memory; the first dense number in it that was asked for.
+    /// The leaf is in memory; the first index in it that was asked for.
     Leaf(u64),
     /// This node must be read first, from here, with this checksum.
     Load(NodeKey, Child),
-    /// There is none.
+    /// There is no such leaf.
     None,
 }
 
 impl Map {
-    /// The first leaf of a volume in which a page with a dense number of `from..=last` may be.
+    /// The first leaf of a volume in which a page with an index of `from..=last` may be.
     pub(crate) fn next_leaf(
         &mut self,
         vshard: VShard,

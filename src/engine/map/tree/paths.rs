@@ -1,8 +1,7 @@
-//! What changes need of the map: the nodes from their leaves to the top, before there is a pin on
-//! any.
+//! Counts the nodes that changes need, from their leaves to the top, before any of them is pinned.
 //!
 //! Invariants
-//! 1. Nothing is read, created or marked: these are questions.
+//! 1. Nothing is read, created or marked.
 //! 2. The quick answers count a node once for each page below it, so they are upper bounds;
 //!    [`Map::nodes_for`] counts each once.
 
@@ -22,8 +21,8 @@ impl Map {
         u64::from(top) + 1
     }
 
-    /// Nodes that [`pin`](Self::pin) would have to create for `key`: frames that the arena must
-    /// have.
+    /// Nodes that [`pin`](Self::pin) would have to create for `key`: the number of frames that it
+    /// takes.
     pub(crate) fn missing_nodes(&self, key: PageKey) -> u32 {
         let (vshard, page_index) = self.position(key);
         let mut top = self.top(vshard, key.volume).level;
@@ -41,8 +40,8 @@ impl Map {
         path + u32::from(top - self.top(vshard, key.volume).level)
     }
 
-    /// Nodes that must be in memory at the same time so that all of `keys` can be changed, and how
-    /// many of them are not there.
+    /// Nodes that must be in memory at the same time so that all of `keys` can be changed, and the
+    /// number of those that are not.
     pub(crate) fn nodes_for(&self, keys: impl Iterator<Item = PageKey>) -> (u32, u32) {
         let mut nodes: HashSet<NodeKey, foldhash::fast::FixedState> = HashSet::default();
         for key in keys {

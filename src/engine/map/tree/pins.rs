@@ -1,13 +1,12 @@
-//! What keeps nodes in memory: pages that will change a leaf, reads of a node's children, and the
-//! node's own write.
+//! Keeps nodes in memory: for pages that will change a leaf, for reads of a node's children, and
+//! while the node is written.
 //!
 //! Invariants
-//! 1. A leaf is pinned by the pages that will change it, and by nothing else; so pinned leaves are
-//!    those that will be dirty.
-//! 2. Of these it is counted how many there are, since each will take a place in the data space,
-//!    and with it the nodes above it.
+//! 1. Only the pages that will change a leaf pin it, so pinned leaves are those that will be dirty.
+//! 2. Pinned leaves are counted, since each will take a block of the data space, and so will the
+//!    nodes above it.
 //!
-//! It does *not* know which pages these are, or when they come.
+//! It does *not* know which pages these are, or when they change the leaf.
 
 use super::{Map, parent_of, prefix, zeroed};
 use crate::base::{NodeIdx, PageKey};
@@ -18,17 +17,17 @@ use crate::memory::Arena;
 const LEVELS_ABOVE: u64 = 8;
 
 impl Map {
-    /// Pins the parent of a node that is about to be read, so that it is still there when the node
-    /// arrives. `None`: the root block names the node. That is no pin: the tree may have another
-    /// top when the node arrives.
+    /// Pins the parent of a node that is about to be read, so that it is in memory when the node
+    /// arrives. `None`: the root block names the node, so nothing is pinned, and the tree may have
+    /// another top when the node arrives.
     pub(crate) fn pin_parent(&mut self, key: NodeKey) -> Option<NodeIdx> {
         let parent = self.find(parent_of(key))?;
         self.node_mut(parent).pins += 1;
         Some(parent)
     }
 
-    /// Pins the lowest node in memory of those above the entry of `key`, and so all that are above
-    /// it: while the leaf is made.
+    /// Pins the lowest node in memory on the path to the entry of `key`, and so all above it, while
+    /// the leaf is made.
     pub(crate) fn pin_deepest(&mut self, key: PageKey) -> Option<NodeIdx> {
         let (vshard, page_index) = self.position(key);
         let top = self.top(vshard, key.volume);
@@ -45,8 +44,8 @@ impl Map {
         Some(node)
     }
 
-    /// Makes the leaf of `key` exist in memory and pins it. All nodes on the path that exist on
-    /// disk must be in memory (a lookup just found the entry or its absence).
+    /// Makes sure that the leaf of `key` is in memory, and pins it. All nodes on the path that
+    /// exist on disk must be in memory: a lookup has just found the entry or its absence.
     pub(crate) fn pin(&mut self, key: PageKey, arena: &mut Arena) -> NodeIdx {
         let (vshard, page_index) = self.position(key);
         let leaf = NodeKey { vshard, volume: key.volume, level: 0, prefix: prefix(page_index, 0) };
@@ -82,7 +81,7 @@ impl Map {
         self.assert_counts();
     }
 
-    /// The write of a node by a checkpoint has ended.
+    /// The write of a node by a checkpoint has completed.
     pub(crate) fn written(&mut self, idx: NodeIdx) {
         let node = self.node_mut(idx);
         node.assert_state();
@@ -100,7 +99,7 @@ impl Map {
         Some(idx)
     }
 
-    /// Takes a pin back.
+    /// Releases a pin.
     pub(crate) fn unpin(&mut self, idx: NodeIdx) {
         let node = self.node_mut(idx);
         assert!(node.pins > 0, "a pin too few on {:?}", node.key);
@@ -112,15 +111,14 @@ impl Map {
         self.note_idle(idx);
     }
 
-    /// Whether the node is on its way to the device by a checkpoint: until then it must not be
-    /// changed.
+    /// Whether a checkpoint is writing the node: it must not be changed meanwhile.
     pub(crate) fn is_being_written(&self, idx: NodeIdx) -> bool {
         self.node(idx).frame.pins() > 0
     }
 
-    /// Nodes that pages on their way into the map will make dirty, at most, and those above them. A
-    /// leaf that is dirty is among them while a checkpoint is under way, which may write it before
-    /// the page comes.
+    /// The most nodes that pages on their way into the map will make dirty, with those above them.
+    /// A dirty leaf counts as well while a checkpoint is under way, which may write it before the
+    /// page changes it.
     pub(crate) fn awaited_count(&self, in_checkpoint: bool) -> u64 {
         let leaves = if in_checkpoint { self.awaited } else { self.awaited - self.awaited_dirty };
         leaves + (leaves * LEVELS_ABOVE).min(self.interior)

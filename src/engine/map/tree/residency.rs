@@ -1,12 +1,11 @@
-//! Which nodes may leave memory: what the eviction policy asks of the map, and what the map tells
-//! it.
+//! Decides which nodes may leave memory, together with the eviction policy.
 //!
 //! Invariants
-//! 1. A node that is clean, not pinned and without children in memory can go; so a parent goes only
+//! 1. A node can go if it is clean, not pinned and has no children in memory, so a parent goes only
 //!    after its children.
-//! 2. Whatever makes a node such leaves it in `idle` unless the policy lists it already; the policy
-//!    takes it from there before it searches. A node stands in `idle` at most once, so it is no
-//!    longer than the table of nodes.
+//! 2. A node that becomes able to go is put into `idle`, unless the policy lists it already; the
+//!    policy takes it from there before it searches. A node is in `idle` at most once, so that list
+//!    is not longer than the table of nodes.
 
 use super::{Map, Node, parent_of};
 use crate::base::NodeIdx;
@@ -19,14 +18,15 @@ impl Node {
         !self.is_needed() && self.children == 0
     }
 
-    /// Whether it must stay, also without children in memory.
+    /// Whether it must stay in memory even without children there.
     fn is_needed(&self) -> bool {
         self.dirty || self.is_written || self.pins > 0
     }
 }
 
 impl Map {
-    /// A reference to the node has ended, or it is new: if it can go, the policy is to hear of it.
+    /// Called when a reference to the node ends, or when it is new: if it can go, the policy will
+    /// list it.
     pub(super) fn note_idle(&mut self, idx: NodeIdx) {
         let Some(node) = self.nodes[idx.index()].as_ref() else { return };
         if node.can_go()
@@ -37,7 +37,7 @@ impl Map {
         }
     }
 
-    /// Lists with the policy the nodes that have become idle since.
+    /// Gives the policy the nodes that have become idle since the last call.
     pub(crate) fn list_idle(&mut self, policy: &mut Eviction) {
         while let Some(idx) = self.idle.pop() {
             self.noted[idx.index()] = false;
@@ -61,8 +61,8 @@ impl Map {
         }
     }
 
-    /// How many nodes more could go if `nodes`, which can go, went: those above them that nothing
-    /// else keeps in memory.
+    /// The number of further nodes that could go if `nodes`, which can go, went: those above them
+    /// that nothing else keeps in memory.
     pub(crate) fn idle_above(&self, nodes: &[NodeIdx]) -> u32 {
         let mut gone: SmallVec<[NodeIdx; NODES_COUNTED]> = nodes.iter().copied().collect();
         // Parents, each with the children that would be gone.
@@ -84,7 +84,7 @@ impl Map {
         idle
     }
 
-    /// What node `idx` keeps for the policy.
+    /// The policy's record of node `idx`.
     pub(crate) fn residency(&mut self, idx: NodeIdx) -> &mut Residency {
         &mut self.node_mut(idx).residency
     }
