@@ -30,6 +30,7 @@ mod nbd_protocol;
 mod nbd_structured;
 #[cfg(feature = "cli")]
 mod opening;
+mod records;
 mod shards;
 mod store;
 #[cfg(feature = "cli")]
