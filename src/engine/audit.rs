@@ -25,10 +25,10 @@ impl Shard {
         self.map.audit()?;
         self.space.extents.audit()?;
         let pages = || self.cache.table.pages.iter().map(|(_, page)| page);
-        if !self.writeback.behind_nodes.is_empty() && self.ctx.ops.is_empty() {
+        if self.writeback.counts().behind_nodes > 0 && self.ctx.ops.is_empty() {
             return Err(format!(
                 "{} versions wait for a node write, and none is under way",
-                self.writeback.behind_nodes.len()
+                self.writeback.counts().behind_nodes
             ));
         }
         let images = self.log.open.images.iter().filter(|image| !image.is_freed).count();
@@ -43,7 +43,7 @@ impl Shard {
         same(
             "pages in the queue of the coalescer",
             pages().filter(|page| page.queued).count(),
-            self.writeback.dirty.len(),
+            self.writeback.counts().dirty,
         )?;
         same(
             "dirty pages that are not queued",
@@ -60,12 +60,12 @@ impl Shard {
         same(
             "versions on their way into the map",
             self.reservations.unpublished as usize,
-            self.writeback.versions.len(),
+            self.writeback.counts().versions,
         )?;
         let targets = pages().filter(|page| page.checkpoint_target != Lsn::ZERO).count();
         same(
             "pages that the checkpoint waits for",
-            self.writeback.checkpoint_versions,
+            self.writeback.awaited_versions(),
             targets as u64,
         )?;
 
@@ -93,7 +93,7 @@ impl Shard {
     /// Whether every version that is on its way from the table into the map is known to both ends.
     fn audit_versions(&self) -> Result<(), String> {
         let mut on_their_way: BTreeMap<PageIdx, usize> = BTreeMap::new();
-        let captured = self.writeback.versions.iter().map(|(_, version)| version.page);
+        let captured = self.writeback.versions().map(|version| version.page);
         captured
             .chain(self.space.compaction.moves.iter().copied())
             .for_each(|idx| *on_their_way.entry(idx).or_default() += 1);
@@ -111,7 +111,7 @@ impl Shard {
             OpKind::PageWrite(versions) => versions.len(),
             _ => 0,
         });
-        same("pages being written", self.writeback.page_writes, writes.sum())?;
+        same("pages being written", self.writeback.counts().page_writes, writes.sum())?;
         Ok(())
     }
 
@@ -179,7 +179,7 @@ impl Shard {
     fn audit_budget(&self) -> Result<(), String> {
         let pending: u64 =
             self.requests.pending.iter().map(|(_, p)| request_weight(&p.kind, p.pages.len())).sum();
-        let cross: u64 = self.coordinator.commits.values().map(|cross| cross.weight).sum();
+        let cross: u64 = self.coordinator.weight();
         if self.reservations.request_bytes != pending + cross {
             let kept = self.reservations.request_bytes;
             return Err(format!(
@@ -187,8 +187,7 @@ impl Shard {
             ));
         }
         let awaiting_watermark =
-            self.writeback.versions.iter().filter(|(_, version)| version.entry.is_none()).count()
-                as u64;
+            self.writeback.versions().filter(|version| version.entry.is_none()).count() as u64;
         if self.reservations.frees_unpublished != awaiting_watermark {
             return Err(format!(
                 "frees on their way: {} by what is kept, {awaiting_watermark} counted",

@@ -27,17 +27,17 @@ impl Shard {
             self.space.extents.pending_free_count(),
             self.space.extents.coming(),
             self.requests.pending.len(),
-            self.requests.ready.len(),
-            self.requests.finished.len(),
+            self.requests.queued().0,
+            self.requests.queued().1,
             self.ctx.ops.len(),
             self.watermark.replies_count(),
             self.log.open.images.len(),
             self.log.open.urgent,
             self.log.in_flight.len(),
             self.log.flushing,
-            self.writeback.dirty.len(),
-            self.writeback.versions.len(),
-            self.writeback.page_writes,
+            self.writeback.counts().dirty,
+            self.writeback.counts().versions,
+            self.writeback.counts().page_writes,
             self.reservations.dirty_blocks,
             self.map.dirty_count(),
             self.checkpoint,
@@ -64,15 +64,15 @@ impl std::fmt::Debug for Shard {
             .field("next", &self.ctx.order.next())
             .field("watermark", &self.ctx.order.watermark())
             .field("pending", &self.requests.pending.len())
-            .field("ready", &self.requests.ready.len())
+            .field("ready", &self.requests.queued().0)
             .field("waiting", &self.watermark.replies_count())
             .field("ops", &self.ctx.ops.len())
             .field("groups_in_flight", &self.log.in_flight.len())
             .field("open_group", &self.log.open.first_lsn())
             .field("free_segments", &self.log.free_segments())
             .field("flushing", &self.log.flushing)
-            .field("dirty", &self.writeback.dirty.len())
-            .field("versions", &self.writeback.versions.len())
+            .field("dirty", &self.writeback.counts().dirty)
+            .field("versions", &self.writeback.counts().versions)
             .field("reserved_blocks", &self.reservations.dirty_blocks)
             .field("dirty_nodes", &self.map.dirty_count())
             .field("memory", &self.memory())

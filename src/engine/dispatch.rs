@@ -22,7 +22,8 @@ use smallvec::SmallVec;
 impl Shard {
     /// Whether more requests may be brought; false is back-pressure.
     pub fn accepting(&self) -> bool {
-        self.requests.pending.len() + self.coordinator.commits.len() < self.ctx.limits.requests_max
+        self.requests.pending.len() + self.coordinator.commits_count()
+            < self.ctx.limits.requests_max
             && self.reservations.request_bytes < self.ctx.limits.request_bytes_max
             && self.reservations.holds_little()
             && !self.callers_are_behind()
@@ -105,7 +106,7 @@ impl Shard {
 
     /// Answers reads, and hands moves to compaction.
     pub(super) fn finish_ready(&mut self) {
-        while let Some(waiter) = self.requests.finished.pop_front() {
+        while let Some(waiter) = self.requests.next_finished() {
             match self.requests.pending[waiter].kind {
                 PendingKind::Move(from, home) => self.move_ready(waiter, from, home),
                 PendingKind::Walk => self.walk(waiter),

@@ -60,7 +60,7 @@ impl Shard {
     }
 
     fn close_group(&mut self) {
-        self.writeback.stuck_until = None;
+        self.writeback.unblock();
         let body_blocks = self.log.open.body_blocks_with(0, 0);
         let mut open = std::mem::take(&mut self.log.open.images);
         let mut sealed_images = self.take_images(&mut open);

@@ -92,9 +92,7 @@ impl Shard {
 
     /// Commits, and parts of them, whose pages are all there and that have not been carried out.
     pub(crate) fn commits_ready(&self) -> usize {
-        self.requests.ready.len()
-            + self.requests.ready_parts.len()
-            + usize::from(self.requests.ready_redo.is_some())
+        self.requests.queued().0
     }
 
     /// Whether a checkpoint waits for memory.
@@ -145,7 +143,7 @@ impl Shard {
                 .iter()
                 .map(|(_, pending)| pending.pages.len() as u64)
                 .sum(),
-            cross: self.coordinator.commits.len() as u64,
+            cross: self.coordinator.commits_count() as u64,
             waiting: self.watermark.replies_count() as u64,
             node_waits: self.cache.node_waiters.len() as u64,
             node_waiters: self
@@ -156,7 +154,7 @@ impl Shard {
                 .sum(),
             reads_wanted: self.cache.wanted.pages.len() as u64,
             ops: self.ctx.ops.len() as u64,
-            versions: self.writeback.versions.len() as u64,
+            versions: self.writeback.counts().versions as u64,
         }
     }
 }

@@ -255,11 +255,11 @@ impl Shard {
 
     /// Goes on with the batch, as far as there is room and what it needs is in memory.
     pub(super) fn run_redo(&mut self) {
-        let Some(waiter) = self.requests.ready_redo else { return };
+        let Some(waiter) = self.requests.ready_redo() else { return };
         if let Some(error) =
             self.requests.pending[waiter].error.take().or_else(|| self.ctx.failed.clone())
         {
-            self.requests.ready_redo = None;
+            self.requests.take_ready_redo();
             self.release(waiter);
             self.ctx.fail(error);
             return;
@@ -282,7 +282,7 @@ impl Shard {
             }
             if needs_data && !page.absent && page.frame.is_none() {
                 self.redo.batch.push(change);
-                self.requests.ready_redo = None;
+                self.requests.take_ready_redo();
                 self.requests.need_more(waiter);
                 if self.want(idx, true, waiter) {
                     self.requests.need_met(waiter, None, &mut self.ctx);
@@ -291,7 +291,7 @@ impl Shard {
             }
             self.redo_change(idx, change);
         }
-        self.requests.ready_redo = None;
+        self.requests.take_ready_redo();
         self.release(waiter);
         self.ctx.work_pending = true;
     }

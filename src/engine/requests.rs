@@ -101,13 +101,13 @@ pub(super) fn patched(changes: &[(PageKey, Change)]) -> Vec<bool> {
 pub(super) struct Requests {
     pub pending: IndexedSlab<RequestIdx, Pending>,
     /// Commits whose pages are all there, in the order in which they became so.
-    pub ready: VecDeque<RequestIdx>,
+    ready: VecDeque<RequestIdx>,
     /// Parts of commits over shards whose pages are all there.
-    pub ready_parts: VecDeque<RequestIdx>,
+    ready_parts: VecDeque<RequestIdx>,
     /// The batch of a redo whose pages are all there.
-    pub ready_redo: Option<RequestIdx>,
+    ready_redo: Option<RequestIdx>,
     /// Other requests whose pages are all there.
-    pub finished: VecDeque<RequestIdx>,
+    finished: VecDeque<RequestIdx>,
 }
 
 impl Requests {
@@ -143,6 +143,42 @@ impl Requests {
             weight,
             error: None,
         })
+    }
+
+    /// The first of the commits whose pages are all there.
+    pub fn first_ready(&self) -> Option<RequestIdx> {
+        self.ready.front().copied()
+    }
+
+    /// Takes the first of the commits whose pages are all there out of their queue.
+    pub fn take_ready(&mut self) {
+        assert!(self.ready.pop_front().is_some(), "no commit is ready");
+    }
+
+    /// The next part of a commit over shards whose pages are all there.
+    pub fn next_ready_part(&mut self) -> Option<RequestIdx> {
+        self.ready_parts.pop_front()
+    }
+
+    /// The batch of a redo whose pages are all there.
+    pub fn ready_redo(&self) -> Option<RequestIdx> {
+        self.ready_redo
+    }
+
+    /// Takes that batch out of its place: it has ended, or waits for something.
+    pub fn take_ready_redo(&mut self) -> Option<RequestIdx> {
+        self.ready_redo.take()
+    }
+
+    /// The next of the other requests whose pages are all there.
+    pub fn next_finished(&mut self) -> Option<RequestIdx> {
+        self.finished.pop_front()
+    }
+
+    /// Commits, parts and batches whose pages are all there, and other requests.
+    pub fn queued(&self) -> (usize, usize) {
+        let commits = self.ready.len() + self.ready_parts.len();
+        (commits + usize::from(self.ready_redo.is_some()), self.finished.len())
     }
 
     /// A request must wait for one more thing.

@@ -114,9 +114,7 @@ impl Shard {
         let may_go =
             !self.log.open.is_empty() && self.log.in_flight.len() < self.ctx.limits.log_writes_max;
         let group = may_go.then(|| self.log.open.opened_at + window);
-        let pages = self
-            .may_write_back()
-            .then(|| self.writeback.dirty_since.max(self.ctx.now.saturating_sub(window)) + window);
+        let pages = self.write_back_due();
         let growth = self.space.stalled.then_some(self.ctx.now + space::GROW_RETRY_US);
         // Memory that readers give back says nothing: whoever waits for it has to look.
         let memory = self.ctx.blocked.lacks_memory().then_some(self.ctx.now + MEMORY_RETRY_US);
@@ -155,13 +153,7 @@ impl Shard {
                 let parts = self.group_flushed(set, completion.result);
                 self.parts_durable(parts);
             }
-            OpKind::PageWrite(versions) => {
-                self.writeback.page_writes -= versions.len();
-                match completion.result {
-                    Ok(()) => self.versions_written(versions),
-                    Err(error) => self.ctx.fail(error),
-                }
-            }
+            OpKind::PageWrite(versions) => self.pages_written(versions, completion.result),
             OpKind::SummaryWrite(extent) => {
                 self.space.summaries_under_way -= 1;
                 match completion.result {
@@ -225,17 +217,13 @@ impl Shard {
     /// The lowest LSN for whose durability something here waits: when the watermark reaches it, a
     /// turn is due even if nothing has arrived. `None`: nothing waits.
     pub fn waits_for(&self) -> Option<Lsn> {
-        let page = self
-            .writeback
-            .awaiting_watermark
-            .peek()
-            .map(|awaiting_watermark| awaiting_watermark.lsn());
+        let page = self.writeback.awaited_lsn();
         let reply = self.watermark.next_reply().filter(|_| !planted!(NobodyWoken));
         // A shard that has stopped writes nothing more: for those it would be woken again and
         // again.
         let writes = [
             self.checkpoint.waits_for(),
-            self.writeback.stuck_until,
+            self.writeback.stuck_until(),
             self.ctx.blocked.awaited_lsn(),
         ]
         .map(|lsn| lsn.filter(|_| self.ctx.failed.is_none()));
@@ -267,7 +255,7 @@ impl Shard {
     pub(super) fn tell_failure(&mut self) {
         let Some(cause) = self.ctx.failure_cause.take() else { return };
         // No part is voted for any more, and reads go on.
-        self.participant.in_front = None;
+        self.participant.clear_front();
         if self.life.opening {
             self.life.open_error.get_or_insert_with(|| cause.clone());
         }

@@ -31,9 +31,7 @@ impl Shard {
                 .filter_map(waited)
                 .max();
         let Some(longest) = longest else { return };
-        let at_rest = self.ctx.ops.is_empty()
-            && self.writeback.dirty.is_empty()
-            && self.writeback.versions.is_empty();
+        let at_rest = self.ctx.ops.is_empty() && self.writeback.is_idle();
         let is_long = at_rest
             || longest >= SHORTAGE_US
             || REFUSED.into_iter().any(|step| self.is_met_still(step));
@@ -182,17 +180,17 @@ impl Shard {
     /// Refuses the commit that is first in the queue.
     fn refuse_commit(&mut self, error: Error) {
         // One that waits for a node is told by that.
-        let first = self.requests.ready.front().copied();
+        let first = self.requests.first_ready();
         let Some(waiter) = first.filter(|first| !self.requests.pending[*first].is_waiting()) else {
             return;
         };
-        self.requests.ready.pop_front();
+        self.requests.take_ready();
         self.finish_commit(waiter, Err(error), Lsn::ZERO);
     }
 
     /// Gives the recovery up.
     fn refuse_redo(&mut self, error: Error) {
-        let Some(waiter) = self.requests.ready_redo.take() else { return };
+        let Some(waiter) = self.requests.take_ready_redo() else { return };
         self.release(waiter);
         self.ctx.fail(error);
     }

@@ -443,7 +443,7 @@ impl Shard {
             return;
         }
         let busy = self.requests.pending.iter().any(|(_, pending)| pending.is_own())
-            || !self.coordinator.commits.is_empty()
+            || !self.coordinator.is_idle()
             || self.space.compaction.compactor.count() > 0
             || !self.space.compaction.moves.is_empty();
         if !busy && !self.life.quiet {

@@ -178,7 +178,7 @@ impl Checkpoint {
 impl Shard {
     /// All changes of the phase come through here: other components know of it by its status.
     fn enter_phase(&mut self, phase: Phase) {
-        let versions = self.writeback.checkpoint_versions;
+        let versions = self.writeback.awaited_versions();
         assert!(
             versions == 0 || phase == Phase::Pages,
             "{versions} pages are waited for while the checkpoint is {phase:?}"
@@ -208,7 +208,7 @@ impl Shard {
             {
                 self.count_pages();
             }
-            Phase::Pages if self.writeback.checkpoint_versions == 0 => {
+            Phase::Pages if self.writeback.awaited_versions() == 0 => {
                 self.enter_phase(Phase::Capture { next: 0 });
                 self.ctx.work_pending = true;
             }
@@ -253,8 +253,8 @@ impl Shard {
         // The last checkpoint finds nothing under way, and leaves nothing behind.
         if begin.clean
             && !(self.requests.pending.is_empty()
-                && self.participant.parts.is_empty()
-                && self.coordinator.commits.is_empty()
+                && self.participant.is_idle()
+                && self.coordinator.is_idle()
                 && !self.space.growing)
         {
             return;
@@ -294,19 +294,18 @@ impl Shard {
     fn count_pages(&mut self) {
         self.checkpoint.assert_state();
         self.enter_phase(Phase::Pages);
-        self.writeback.checkpoint_versions = 0;
         let images =
             self.log.open.images.iter().filter_map(|image| self.cache.table.find(image.key));
-        let flushed = self.writeback.versions.iter().map(|(_, version)| version.page);
-        let behind: Vec<PageIdx> =
-            self.writeback.dirty.iter().copied().chain(images).chain(flushed).collect();
+        let behind: Vec<PageIdx> = self.writeback.pages_behind().chain(images).collect();
+        let mut awaited = 0;
         for idx in behind {
             let page = &mut self.cache.table.pages[idx];
             if page.lsn > page.mapped_lsn && page.checkpoint_target == Lsn::ZERO {
                 page.checkpoint_target = page.lsn;
-                self.writeback.checkpoint_versions += 1;
+                awaited += 1;
             }
         }
+        self.writeback.await_versions(awaited);
         self.ctx.work_pending = true;
     }
 

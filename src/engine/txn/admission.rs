@@ -172,7 +172,7 @@ impl Shard {
     /// Makes room in memory: dirty pages go to their places, dirty nodes too if there are many.
     fn start_reclaim(&mut self) {
         self.log.open.urgent |= !self.log.open.is_empty();
-        self.writeback.dirty_since = 0;
+        self.writeback.hurry();
         if self.map.dirty_count() as u32 > self.ctx.limits.memory_blocks / 32 {
             self.ctx.need_checkpoint();
         }
@@ -378,7 +378,7 @@ impl Shard {
         match self.admit_memory(waiter, frames, Step::Redo) {
             Admission::Yes => true,
             Admission::Waiting => {
-                self.requests.ready_redo = None;
+                self.requests.take_ready_redo();
                 false
             }
             _ => false,

@@ -41,7 +41,7 @@ pub(in crate::engine) struct CoordinatedCommit {
     token: Token,
     durable: bool,
     /// Its part of `Reservations::request_bytes`.
-    pub weight: u64,
+    weight: u64,
     /// What each shard is asked.
     prepares: SmallVec<[(ShardId, PrepareRequest); 2]>,
     state: State,
@@ -103,12 +103,12 @@ impl CoordinatedCommit {
 /// Commits over shards that this shard owns.
 pub(in crate::engine) struct Coordinator {
     /// By this shard's number for them.
-    pub commits: BTreeMap<u64, CoordinatedCommit>,
-    pub next_txn: u64,
+    commits: BTreeMap<u64, CoordinatedCommit>,
+    next_txn: u64,
     /// Those that are asked for again later.
-    pub waiting: Vec<u64>,
+    waiting: Vec<u64>,
     /// Those for which all votes are in.
-    pub decidable: VecDeque<u64>,
+    decidable: VecDeque<u64>,
 }
 
 impl Coordinator {
@@ -119,6 +119,22 @@ impl Coordinator {
             waiting: Vec::new(),
             decidable: VecDeque::new(),
         }
+    }
+
+    /// Whether none is under way.
+    pub fn is_idle(&self) -> bool {
+        self.commits.is_empty()
+    }
+
+    /// Commits under way.
+    pub fn commits_count(&self) -> usize {
+        self.commits.len()
+    }
+
+    /// What they take of the heap, counted anew.
+    #[cfg(any(test, feature = "sim"))]
+    pub fn weight(&self) -> u64 {
+        self.commits.values().map(|commit| commit.weight).sum()
     }
 }
 

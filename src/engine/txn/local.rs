@@ -28,18 +28,18 @@ impl Shard {
         let mut batch: SmallVec<[RequestIdx; 32]> = SmallVec::new();
         let mut need = Need::default();
         self.space.stalled = false;
-        while let Some(waiter) = self.requests.ready.front().copied() {
+        while let Some(waiter) = self.requests.first_ready() {
             if self.requests.pending[waiter].is_waiting() {
                 break;
             }
             self.requests.pending[waiter].stays = false;
             if let Some(error) = self.refusal(waiter) {
-                self.requests.ready.pop_front();
+                self.requests.take_ready();
                 self.finish_commit(waiter, Err(error), Lsn::ZERO);
                 continue;
             }
             if let Some(idx) = self.locked_page(waiter).filter(|_| !planted!(HoldIgnored)) {
-                self.requests.ready.pop_front();
+                self.requests.take_ready();
                 self.wait_for_page_lock(waiter, idx);
                 continue;
             }
@@ -48,7 +48,7 @@ impl Shard {
             };
             if commit.changes.is_empty() {
                 // It needs no LSN: all that it read is current.
-                self.requests.ready.pop_front();
+                self.requests.take_ready();
                 let read_lsn = self.read_lsn(waiter);
                 self.finish_commit(waiter, Ok(None), read_lsn);
                 continue;
@@ -60,17 +60,17 @@ impl Shard {
             let with = need.plus(Need::of(commit, &self.map));
             match self.admit(waiter, with, batch.is_empty()) {
                 Admission::Yes => {
-                    self.requests.ready.pop_front();
+                    self.requests.take_ready();
                     batch.push(waiter);
                     need = with;
                 }
                 Admission::Waiting if self.requests.pending[waiter].stays => break,
                 Admission::Waiting => {
-                    self.requests.ready.pop_front();
+                    self.requests.take_ready();
                 }
                 Admission::Stalled => break,
                 Admission::No(error) => {
-                    self.requests.ready.pop_front();
+                    self.requests.take_ready();
                     self.finish_commit(waiter, Err(error), Lsn::ZERO);
                 }
             }
@@ -310,10 +310,7 @@ impl Shard {
         }
         if !page.queued {
             page.queued = true;
-            if self.writeback.dirty.is_empty() {
-                self.writeback.dirty_since = self.ctx.now;
-            }
-            self.writeback.dirty.push(idx);
+            self.writeback.enqueue(idx, self.ctx.now);
         }
         self.cache.table.pages[idx].assert_state();
         self.wake_waiters(idx);

@@ -30,14 +30,24 @@ pub(in crate::engine) type Parts = HashMap<PartRef, RequestIdx, foldhash::fast::
 
 /// Parts of commits over shards, voted for and not decided yet.
 pub(in crate::engine) struct Participant {
-    pub parts: Parts,
+    pub(super) parts: Parts,
     /// The part of a commit over shards that others let go first (see `precedence`).
-    pub in_front: Option<precedence::InFront>,
+    pub(super) in_front: Option<precedence::InFront>,
 }
 
 impl Participant {
     pub fn new(hasher: foldhash::fast::FixedState) -> Self {
         Participant { parts: HashMap::with_hasher(hasher), in_front: None }
+    }
+
+    /// Whether no part is voted for and not decided.
+    pub fn is_idle(&self) -> bool {
+        self.parts.is_empty()
+    }
+
+    /// The store has stopped: no part is voted for any more, and nobody waits behind one.
+    pub fn clear_front(&mut self) {
+        self.in_front = None;
     }
 }
 
@@ -74,7 +84,7 @@ impl Shard {
 
     /// Votes on the parts whose pages are there.
     pub(in crate::engine) fn run_parts(&mut self) {
-        while let Some(waiter) = self.requests.ready_parts.pop_front() {
+        while let Some(waiter) = self.requests.next_ready_part() {
             let Some(vote) = self.judge_part(waiter) else { continue };
             let PendingKind::Part(part) = &self.requests.pending[waiter].kind else {
                 unreachable!("only parts")

@@ -13,6 +13,7 @@
 
 pub(crate) mod plan;
 
+use crate::base::error::Error;
 use crate::base::{BlockAddr, IndexedSlab, Lsn, Micros, PageIdx, PageVersionIdx};
 use crate::engine::codec::{self, Sealed};
 use crate::engine::map::Stream;
@@ -45,19 +46,19 @@ impl AwaitingWatermark {
 #[derive(Default)]
 pub(in crate::engine) struct WriteBack {
     /// Dirty pages in the order in which they became so.
-    pub dirty: Vec<PageIdx>,
-    pub dirty_since: Micros,
-    pub versions: IndexedSlab<PageVersionIdx, PageVersion>,
+    dirty: Vec<PageIdx>,
+    dirty_since: Micros,
+    versions: IndexedSlab<PageVersionIdx, PageVersion>,
     /// Written versions that wait for the watermark.
-    pub awaiting_watermark: BinaryHeap<AwaitingWatermark>,
+    awaiting_watermark: BinaryHeap<AwaitingWatermark>,
     /// Pages being written.
-    pub page_writes: usize,
+    page_writes: usize,
     /// No dirty page can be written before something happens here, or the watermark reaches this.
-    pub stuck_until: Option<Lsn>,
+    stuck_until: Option<Lsn>,
     /// Written versions whose map leaf is being written.
-    pub behind_nodes: Vec<PageVersionIdx>,
+    behind_nodes: Vec<PageVersionIdx>,
     /// Pages whose version at the beginning of the checkpoint under way is not in the map yet.
-    pub checkpoint_versions: u64,
+    checkpoint_versions: u64,
 }
 
 /// Pages in flight to their places at most: enough for the queue of a fast device, few enough to
@@ -65,6 +66,89 @@ pub(in crate::engine) struct WriteBack {
 const PAGE_WRITES_MAX: usize = 1024;
 /// When dirty pages that found no place try again, if nothing else happens.
 const SPACE_RETRY_US: Micros = 100_000;
+
+impl WriteBack {
+    /// A page has changed: it goes to its place in time. `now` begins the window if it is the first.
+    pub fn enqueue(&mut self, page: PageIdx, now: Micros) {
+        if self.dirty.is_empty() {
+            self.dirty_since = now;
+        }
+        self.dirty.push(page);
+    }
+
+    /// Dirty pages are written as soon as they may be, and not when their window is over.
+    pub fn hurry(&mut self) {
+        self.dirty_since = 0;
+    }
+
+    /// Something has happened that dirty pages may have waited for.
+    pub fn unblock(&mut self) {
+        self.stuck_until = None;
+    }
+
+    /// The LSN that dirty pages wait for, if nothing else would let them be written.
+    pub fn stuck_until(&self) -> Option<Lsn> {
+        self.stuck_until
+    }
+
+    /// The lowest LSN that written versions wait for.
+    pub fn awaited_lsn(&self) -> Option<Lsn> {
+        self.awaiting_watermark.peek().map(|waiting| waiting.lsn())
+    }
+
+    /// Whether no page is dirty or on its way into the map.
+    pub fn is_idle(&self) -> bool {
+        self.dirty.is_empty() && self.versions.is_empty()
+    }
+
+    /// Pages that are dirty or on their way into the map, some more than once.
+    pub fn pages_behind(&self) -> impl Iterator<Item = PageIdx> {
+        self.dirty.iter().copied().chain(self.versions.iter().map(|(_, version)| version.page))
+    }
+
+    /// A checkpoint waits for `pages` to have the version in the map that they have now.
+    pub fn await_versions(&mut self, pages: u64) {
+        self.checkpoint_versions = pages;
+    }
+
+    /// Pages that the checkpoint under way waits for.
+    pub fn awaited_versions(&self) -> u64 {
+        self.checkpoint_versions
+    }
+
+    /// Versions on their way into the map.
+    #[cfg(any(test, feature = "sim"))]
+    pub fn versions(&self) -> impl Iterator<Item = &PageVersion> {
+        self.versions.iter().map(|(_, version)| version)
+    }
+
+    /// How much is under way: for audits and messages.
+    pub fn counts(&self) -> WriteBackCounts {
+        WriteBackCounts {
+            dirty: self.dirty.len(),
+            versions: self.versions.len(),
+            page_writes: self.page_writes,
+            behind_nodes: self.behind_nodes.len(),
+        }
+    }
+}
+
+/// How much of the write-back is under way.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(
+    not(any(test, feature = "sim")),
+    allow(dead_code, reason = "only audits and messages of tests read all of it")
+)]
+pub(in crate::engine) struct WriteBackCounts {
+    /// Dirty pages in the queue.
+    pub dirty: usize,
+    /// Versions on their way into the map.
+    pub versions: usize,
+    /// Pages being written.
+    pub page_writes: usize,
+    /// Written versions whose leaf is being written.
+    pub behind_nodes: usize,
+}
 
 impl Shard {
     /// Writes dirty pages if the batch is full, the window is over, or somebody presses.
@@ -123,7 +207,7 @@ impl Shard {
     /// Whether dirty pages can go to their places when their window is over: a deadline while they
     /// can't would be due again and again, for nothing. What they wait for then, a completion or
     /// the watermark, brings a turn.
-    pub(in crate::engine) fn may_write_back(&self) -> bool {
+    fn may_write_back(&self) -> bool {
         let has_room = self.writeback.page_writes < PAGE_WRITES_MAX || planted!(DeadlineInThePast);
         !self.writeback.dirty.is_empty() && self.writeback.stuck_until.is_none() && has_room
     }
@@ -250,6 +334,26 @@ impl Shard {
             self.ctx.stats.pages_moved += 1;
         }
         self.write_versions(blocks);
+    }
+
+    /// When dirty pages are due, if nothing else happens.
+    pub(in crate::engine) fn write_back_due(&self) -> Option<Micros> {
+        let (now, window) = (self.ctx.now, self.ctx.limits.coalesce_window_us);
+        let since = self.writeback.dirty_since.max(now.saturating_sub(window));
+        self.may_write_back().then_some(since + window)
+    }
+
+    /// A write of pages has ended.
+    pub(in crate::engine) fn pages_written(
+        &mut self,
+        versions: Vec<PageVersionIdx>,
+        result: Result<(), Error>,
+    ) {
+        self.writeback.page_writes -= versions.len();
+        match result {
+            Ok(()) => self.versions_written(versions),
+            Err(error) => self.ctx.fail(error),
+        }
     }
 
     /// Writes of these versions have completed.
