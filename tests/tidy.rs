@@ -8,10 +8,14 @@
 
 #[path = "tidy/calls.rs"]
 mod calls;
+#[path = "tidy/assertions.rs"]
+mod assertions;
 #[path = "tidy/habits.rs"]
 mod habits;
 #[path = "tidy/imports.rs"]
 mod imports;
+#[path = "tidy/patches.rs"]
+mod patches;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,6 +25,9 @@ use std::path::{Path, PathBuf};
 const FILE_LINES_MAX: usize = 500;
 /// Lines of a function, blank and comment lines not counted; at 100 columns.
 const FUNCTION_LINES_MAX: usize = 80;
+
+/// Assertions for each hundred functions of the engine, at least. It may only be raised.
+const ENGINE_ASSERTIONS_MIN: u32 = 30;
 
 /// The only files with `unsafe` code, each with the reason.
 const UNSAFE_FILES: &[(&str, &str)] = &[
@@ -837,6 +844,77 @@ fn planted_layer_breaks_are_found() {
         "\n#[cfg(test)]\nmod tests { use crate::testing::sim::X; }",
     );
     assert!(!rule("src/novel/x.rs", "").is_empty());
+}
+
+/// The engine's own checks are what stops a bug before it reaches the device: they don't get fewer.
+#[test]
+fn the_engine_asserts_what_it_takes_for_granted() {
+    let sources = sources();
+    let library = sources.iter().filter(|(name, _)| !is_test_file(name));
+    let counts = assertions::by_folder(
+        library.map(|(name, text)| (name.as_str(), code_only(before_tests(text)))),
+    );
+    println!("{}", assertions::table(&counts));
+    let engine = counts["src/engine"];
+    assert!(
+        engine.percent() >= ENGINE_ASSERTIONS_MIN,
+        "the engine has {} assertions for each hundred functions, fewer than \
+         {ENGINE_ASSERTIONS_MIN}: {engine:?}",
+        engine.percent()
+    );
+}
+
+#[test]
+fn planted_assertions_are_counted() {
+    let code = code_only(
+        "fn a() { assert!(x, \"assert!(y)\"); debug_assert!(z); } // assert!(w)\n\
+         pub(crate) fn b(f: fn(u8)) { q.expect(\"it is\"); assert_eq!(1, 2); unreachable!() }",
+    );
+    let count = assertions::Count { functions: 2, assertions: 3, expects: 1 };
+    assert_eq!(assertions::Count::of(&code), count);
+    assert_eq!(count.percent(), 200);
+    let sources = [("src/engine/log/a.rs", code.clone()), ("src/io/b.rs", code)];
+    let counts = assertions::by_folder(sources);
+    assert_eq!(counts.keys().collect::<Vec<_>>(), ["src/engine", "src/engine/log", "src/io"]);
+}
+
+/// A bug that can't be planted any more proves nothing.
+#[test]
+fn patches_of_bugs_still_apply() {
+    let patches = files("tests/mutants", &[".patch"]);
+    let text_of = |name: &str| fs::read_to_string(root().join(name)).ok();
+    complain_about(patches, |name, text| patches::complaints(name, text, text_of));
+}
+
+/// Bugs that are planted, in place or as patches: the checks of the simulator are as good as these.
+#[test]
+fn planted_bugs_are_not_given_up() {
+    let list = fs::read_to_string(root().join("src/testing/sim/canary.rs")).unwrap();
+    let list = list.split("\ncanaries! {\n").nth(1).unwrap().split("\n}\n").next().unwrap();
+    let in_place = list.lines().filter(|line| line.ends_with(',') && !line.contains("//")).count();
+    let patches = files("tests/mutants", &[".patch"]);
+    let patches = patches.iter().filter(|(_, text)| !text.contains("\nFires: ")).count();
+    assert!(in_place + patches >= 39, "{in_place} in place, {patches} as patches");
+}
+
+#[test]
+fn planted_faults_of_patches_are_found() {
+    let source = "impl X {\n    fn assert_state(&self) {\n        \"it is so\"\n    }\n}\nfn f() {\n    a();\n}\n";
+    let source = format!("use y;\n\n{source}");
+    let patch = "A bug.\n\nOf: src/x.rs X\nFires: it is so\n\n--- a/src/x.rs\n+++ b/src/x.rs\n\
+                 @@ -6,3 +6,3 @@\n fn f() {\n-    a();\n+    crate::patched(\"Bug\");\n }\n";
+    let complaints = |patch: &str, source: &str| {
+        let text_of = |name: &str| (name == "src/x.rs").then(|| source.to_owned());
+        patches::complaints("tests/mutants/Bug.patch", patch, text_of).len()
+    };
+    assert_eq!(complaints(patch, &source), 0);
+    assert_eq!(complaints(patch, &source.replace("a();", "b();")), 1, "the lines are gone");
+    assert_eq!(complaints(patch, &format!("{source}{source}")), 1, "the lines stand twice");
+    assert_eq!(complaints(&patch.replace("Bug", "Bag"), &source), 1, "another name");
+    assert_eq!(complaints(&patch.replace("Fires: it is so\n", ""), &source), 1, "one field");
+    assert_eq!(complaints(&patch.replace("it is so", "it is not"), &source), 1, "no such text");
+    assert_eq!(complaints(&patch.replace("rs X", "rs Y"), &source), 1, "no such type");
+    assert_eq!(complaints("A bug: crate::patched(\"Bug\")\n", &source), 1, "no change");
 }
 
 #[test]

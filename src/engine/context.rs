@@ -124,6 +124,7 @@ impl Context {
 
     /// Starts an operation of the device.
     pub fn submit(&mut self, kind: OpKind, op: DiskOp) {
+        assert!(op.is_aligned(), "{op:?} is not of whole blocks");
         let id = self.ops.insert(kind);
         self.effects.push_back(Effect::Submit(OpId(id.index() as u64), op));
     }

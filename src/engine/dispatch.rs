@@ -11,7 +11,7 @@ mod check;
 pub(super) use check::FREE_BYTES;
 
 use super::Shard;
-use super::cache::table::Page;
+use super::cache::table::{Needs, Page};
 use super::event::{Request, Response, Token};
 use super::requests::{PendingKind, patched};
 use super::watermark::Outcome;
@@ -46,7 +46,7 @@ impl Shard {
             Request::Read(keys) => {
                 let pages: SmallVec<[PageIdx; 2]> =
                     keys.iter().map(|key| self.cache.table.get(*key)).collect();
-                let stored = |page: &Page| page.has(true) && !page.absent;
+                let stored = |page: &Page| page.has(Needs::Bytes) && !page.absent;
                 let hits = pages.iter().filter(|idx| stored(&self.cache.table.pages[**idx])).count()
                     as u32;
                 self.begin(Some(token), PendingKind::Read(hits), pages, |_| true);

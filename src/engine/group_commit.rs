@@ -65,7 +65,12 @@ impl Shard {
         let mut open = std::mem::take(&mut self.log.open.images);
         let mut sealed_images = self.take_images(&mut open);
         let inline = sealed_images.len() <= self.ctx.limits.inline_pages_max;
-        self.reservations.dirty_blocks -= sealed_images.len() as u64;
+        let (images, reserved) = (sealed_images.len() as u64, self.reservations.dirty_blocks);
+        assert!(
+            images <= reserved,
+            "a group of {images} images, and {reserved} blocks are reserved"
+        );
+        self.reservations.dirty_blocks -= images;
         if !inline {
             self.place_images(&open, &mut sealed_images);
         }
@@ -133,6 +138,13 @@ impl Shard {
                 .expect("a page with an image in the group stays in the table");
             let page = &mut self.cache.table.pages[idx];
             let is_current = page.image == Some(at);
+            assert!(
+                if is_current { image.lsn == page.lsn } else { image.lsn < page.lsn },
+                "an image of {:?} at {:?}, the newest: {is_current}, and the page is at {:?}",
+                image.key,
+                image.lsn,
+                page.lsn
+            );
             if is_current {
                 page.image = None;
             }
@@ -236,9 +248,8 @@ impl Shard {
     /// A write of a group has ended.
     pub(super) fn group_written(&mut self, number: u64, result: Result<(), Error>) {
         match result {
-            Ok(()) => self.log.write_completed(number),
-            Err(_) if planted!(WriteErrorForgotten) => self.log.write_completed(number),
-            Err(error) => self.ctx.fail(error),
+            Err(error) if !planted!(WriteErrorForgotten) => self.ctx.fail(error),
+            _ => self.log.write_completed(number),
         }
     }
 
@@ -247,6 +258,7 @@ impl Shard {
             return;
         }
         let Some(set) = self.log.begin_flush() else { return };
+        assert!(!set.segments.is_empty(), "groups {:?} lie in no segment", set.numbers);
         let mut files: SmallVec<[FileId; 4]> =
             set.segments.iter().map(|no| FileId::Log(self.ctx.id, *no)).collect();
         if set.data && !planted!(DataNotFlushed) {
@@ -290,5 +302,6 @@ fn body_slices(chunks: &[Frame], len: usize) -> SmallVec<[IoSlice; 4]> {
         }
         left -= len;
     }
+    assert!(left == 0, "a group of {len} bytes is {left} longer than its buffers");
     slices
 }

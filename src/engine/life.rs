@@ -3,6 +3,14 @@
 use super::Token;
 use crate::base::error::Error;
 
+/// Who closes the store.
+pub(super) enum Closing {
+    /// A caller, who is answered when it is closed.
+    Caller(Token),
+    /// The leader; or the caller has been answered.
+    Leader,
+}
+
 /// Opening, open, closing, closed.
 pub(super) struct Life {
     /// No requests yet.
@@ -11,8 +19,8 @@ pub(super) struct Life {
     pub redoing: bool,
     /// The first failure, while opening.
     pub open_error: Option<Error>,
-    /// The store closes; at the leader with whom to answer.
-    pub closing: Option<Option<Token>>,
+    /// The store closes.
+    pub closing: Option<Closing>,
     /// The leader has been told that no request is under way any more.
     pub quiet: bool,
     pub closed: bool,

@@ -72,7 +72,7 @@ impl Shard {
         let is_top = top.is_present() && top.level == key.level;
         let levels = if top.is_present() { top.level + 1 } else { 0 };
         let above = NodeKey { level: key.level + 1, prefix: key.prefix >> 8, ..key };
-        let has_parent = is_top || self.map.resident(above).is_some();
+        let has_parent = is_top || self.map.is_resident(above);
         let is_current =
             matches!(self.map.find_node(key), Ok(Some(child)) if child.place() == place);
         Some(NodeLoad { is_top, levels, has_parent, is_current })

@@ -20,6 +20,7 @@
 //! 5. Nothing is served meanwhile, and nothing that is durable is overwritten: a crash here only
 //!    means to begin anew.
 
+use super::cache::table::Needs;
 use super::log::StoredGroup;
 use super::message::Message;
 use super::requests::PendingKind;
@@ -197,6 +198,13 @@ impl Shard {
         let Some(load) = self.redo.recovering.as_mut().and_then(|r| r.load.as_mut()) else {
             return;
         };
+        let end = (at + into.len()) * BLOCK;
+        assert!(
+            load.under_way > 0 && end <= load.bytes.len(),
+            "blocks up to byte {end} of a group of {}, by {} reads",
+            load.bytes.len(),
+            load.under_way
+        );
         for (block, frame) in load.bytes[at * BLOCK..].chunks_mut(BLOCK).zip(&into) {
             block.copy_from_slice(frame);
         }
@@ -245,6 +253,7 @@ impl Shard {
                 recovering.commits.pop_front();
             }
         }
+        assert!(!changes.is_empty(), "a commit is redone in which nothing is left to be done");
         let pages = changes.iter().map(|c| self.cache.table.entry(c.key)).collect();
         let data: Vec<bool> = changes.iter().map(|c| c.kind.needs_data()).collect();
         changes.reverse();
@@ -284,7 +293,7 @@ impl Shard {
                 self.redo.batch.push(change);
                 self.requests.take_ready_redo();
                 self.requests.need_more(waiter);
-                if self.want(idx, true, waiter) {
+                if self.want(idx, Needs::Bytes, waiter) {
                     self.requests.need_met(waiter, None, &mut self.ctx);
                 }
                 return;
@@ -298,6 +307,13 @@ impl Shard {
 
     fn redo_change(&mut self, idx: PageIdx, change: RedoChange) {
         let page = &mut self.cache.table.pages[idx];
+        assert!(
+            page.resolved && page.key == change.key,
+            "a change of {:?} is redone at {:?}, resolved: {}",
+            change.key,
+            page.key,
+            page.resolved
+        );
         if page.lsn >= change.lsn {
             return;
         }
@@ -327,6 +343,7 @@ impl Shard {
         self.set_absent(idx, false);
         let page = &mut self.cache.table.pages[idx];
         let (key, place) = (page.key, entry.place());
+        assert!(entry.lsn() == lsn, "{key:?} was placed at {:?}, by {lsn:?}", entry.lsn());
         page.lsn = lsn;
         page.mapped_lsn = lsn;
         page.entry = Some(entry);

@@ -63,6 +63,35 @@ pub(super) struct Part {
 }
 
 impl Pending {
+    /// Panics if what is known of the request contradicts itself: it would be carried out without a
+    /// page that it needs, or never be answered.
+    fn assert_state(&self) {
+        let pages = self.pages.len();
+        assert!(
+            self.token.is_some() == self.is_own(),
+            "a caller waits for {:?}, and {pages} pages are for a caller: {}",
+            self.token,
+            self.is_own()
+        );
+        assert!(
+            self.with_data.len() == pages.div_ceil(64).max(1),
+            "{pages} pages, and {} words say which of them must keep their bytes",
+            self.with_data.len()
+        );
+        let is_commit = matches!(self.kind, PendingKind::Commit(_));
+        assert!(
+            is_commit || !self.stays,
+            "a request of {pages} pages stays in the queue of commits, and is none"
+        );
+        if let Some(commit) = self.commit() {
+            let (reads, changes) = (commit.reads.len(), commit.changes.len());
+            assert!(
+                pages == reads + changes,
+                "a commit of {reads} reads and {changes} changes has {pages} pages"
+            );
+        }
+    }
+
     /// The commit, or the part of one.
     pub fn commit(&self) -> Option<&Commit> {
         match &self.kind {
@@ -189,6 +218,7 @@ impl Requests {
     /// One thing that the request waited for is there, or has failed.
     pub fn need_met(&mut self, waiter: RequestIdx, error: Option<Error>, ctx: &mut Context) {
         let pending = &mut self.pending[waiter];
+        assert!(pending.missing > 0, "{waiter:?} got something, and waited for nothing");
         if error.is_some() {
             pending.error = error;
         }
@@ -196,6 +226,7 @@ impl Requests {
         if pending.missing > 0 {
             return;
         }
+        pending.assert_state();
         ctx.work_pending = true;
         match pending.kind {
             PendingKind::Commit(_) if pending.stays => {}

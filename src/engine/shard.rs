@@ -155,6 +155,8 @@ impl Shard {
             }
             OpKind::PageWrite(versions) => self.pages_written(versions, completion.result),
             OpKind::SummaryWrite(extent) => {
+                let writes = self.space.summaries_under_way;
+                assert!(writes > 0, "the summary of {extent:?} is written, of {writes} writes");
                 self.space.summaries_under_way -= 1;
                 match completion.result {
                     Ok(()) => self.space.extents.summary_written(extent),

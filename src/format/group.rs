@@ -118,11 +118,29 @@ pub struct RawParts {
     pub shards: U64,
 }
 
+/// What a change does to its page.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum ChangeKind {
+    /// The page is as in a slot.
+    Image = 1,
+    /// Some of its bytes are replaced.
+    Patch = 2,
+    /// It is absent.
+    Free = 3,
+}
+
+impl ChangeKind {
+    fn decode(raw: u8) -> Option<ChangeKind> {
+        [Self::Image, Self::Patch, Self::Free].into_iter().find(|kind| *kind as u8 == raw)
+    }
+}
+
 /// One change; the bytes of a patch follow it.
 #[repr(C)]
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 pub struct RawChange {
-    /// 1 = the page is as in an image of the group, 2 = patch, 3 = free.
+    /// A [`ChangeKind`].
     pub kind: u8,
     /// The volume.
     pub volume: u8,
@@ -465,18 +483,18 @@ impl<'a> Body<'a> {
         let raw: &RawChange = get(self.records, *at)?;
         *at += size_of::<RawChange>();
         let key = PageKey::new(VolumeId::new(raw.volume), raw.page.get().into());
-        match raw.kind {
-            1 if (raw.len.get() as usize) < self.images.len() => {
+        match ChangeKind::decode(raw.kind)? {
+            ChangeKind::Image if (raw.len.get() as usize) < self.images.len() => {
                 Some(LoggedChange::Image(key, raw.len.get()))
             }
-            2 => {
+            ChangeKind::Image => None,
+            ChangeKind::Patch => {
                 let bytes = self.records.get(*at..*at + raw.len.get() as usize)?;
                 let end = u64::from(raw.offset.get()) + u64::from(raw.len.get());
                 *at += bytes.len();
                 (end <= BLOCK as u64).then_some(LoggedChange::Patch(key, raw.offset.get(), bytes))
             }
-            3 => Some(LoggedChange::Free(key)),
-            _ => None,
+            ChangeKind::Free => Some(LoggedChange::Free(key)),
         }
     }
 }

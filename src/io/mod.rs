@@ -146,6 +146,20 @@ pub enum DiskOp {
 }
 
 impl DiskOp {
+    /// Whether it is of whole blocks, and of one at least: direct I/O takes nothing else.
+    pub fn is_aligned(&self) -> bool {
+        let whole = |bytes: u64| bytes.is_multiple_of(crate::base::BLOCK as u64);
+        match self {
+            DiskOp::Read { offset, into, .. } => whole(*offset) && !into.is_empty(),
+            DiskOp::Write { offset, from, .. } => {
+                let bytes: u64 = from.iter().map(|slice| u64::from(slice.len)).sum();
+                whole(*offset) && whole(bytes) && bytes > 0
+            }
+            DiskOp::Flush { files } => !files.is_empty(),
+            DiskOp::Allocate { from, to, .. } => whole(*from) && whole(*to) && from < to,
+        }
+    }
+
     /// `read`, `write`, `flush` or `allocate`, for messages.
     pub fn name(&self) -> &'static str {
         match self {

@@ -6,7 +6,7 @@
 //! 2. A reader gets the newest version, durable or not, with the LSN that tells it which.
 
 use crate::base::{BLOCK, Lsn, PageIdx, PageKey, RequestIdx, VolumeId};
-use crate::engine::cache::table::Page;
+use crate::engine::cache::table::{Needs, Page};
 use crate::engine::map::Lookup;
 use crate::engine::op_kind::PageRead;
 use crate::engine::requests::PendingKind;
@@ -23,7 +23,7 @@ impl Shard {
         let mut found: SmallVec<[Option<PageIdx>; 2]> = SmallVec::new();
         for key in keys {
             match self.cache.table.find(*key) {
-                Some(idx) if self.cache.table.pages[idx].has(true) => found.push(Some(idx)),
+                Some(idx) if self.cache.table.pages[idx].has(Needs::Bytes) => found.push(Some(idx)),
                 Some(_) => return None,
                 None => match self.map.lookup(*key) {
                     Lookup::Found(None) => found.push(None),
@@ -37,13 +37,13 @@ impl Shard {
             }
         }
         let table = &mut self.cache.table;
-        let mut read = |idx: &Option<PageIdx>| {
+        let pages = found.iter().map(|idx| {
             let Some(idx) = idx else { return PageRef::new(None, Lsn::ZERO) };
             let page = &mut table.pages[*idx];
             page.residency.used();
             page.as_read(watermark)
-        };
-        let pages: SmallVec<[PageRef; 1]> = found.iter().map(&mut read).collect();
+        });
+        let pages: SmallVec<[PageRef; 1]> = pages.collect();
         let is_catalog = keys.first().is_some_and(|key| key.volume == VolumeId::CATALOG);
         self.count_read_pages(&pages, is_catalog, pages.len() as u32);
         Some(pages)
@@ -65,6 +65,10 @@ impl Shard {
     }
 
     pub(in crate::engine) fn finish_read(&mut self, waiter: RequestIdx) {
+        assert!(
+            !self.requests.pending[waiter].is_waiting(),
+            "{waiter:?} is answered, and waits for a page"
+        );
         // Before the release: the table keeps no entry of an absent page for which nobody asks.
         let watermark = self.ctx.order.watermark();
         let pages = self.requests.pending[waiter]

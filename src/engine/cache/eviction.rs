@@ -78,6 +78,8 @@ impl Shard {
                 self.memory()
             );
         }
+        let free = self.ctx.arena.free_blocks();
+        assert!(free >= frames, "{free} frames are free, of {frames} that were found");
         true
     }
 

@@ -8,6 +8,7 @@
 
 use crate::base::{Lsn, PageIdx, PageKey, RequestIdx};
 use crate::engine::budget::request_weight;
+use crate::engine::cache::table::Needs;
 use crate::engine::requests::{Pending, PendingKind};
 use crate::engine::{Change, Shard, Token};
 use smallvec::SmallVec;
@@ -56,7 +57,8 @@ impl Shard {
             let idx = self.requests.pending[waiter].pages[i];
             // Counted before it is asked for: the answer may come at once.
             self.requests.need_more(waiter);
-            if self.want(idx, data(i), waiter) {
+            let needs = if data(i) { Needs::Bytes } else { Needs::Version };
+            if self.want(idx, needs, waiter) {
                 self.requests.need_met(waiter, None, &mut self.ctx);
             }
         }
@@ -69,10 +71,15 @@ impl Shard {
     /// afterwards.
     pub(in crate::engine) fn release(&mut self, waiter: RequestIdx) -> Pending {
         let pending = self.requests.pending.remove(waiter);
-        self.reservations.request_bytes -= pending.weight;
+        assert!(!pending.is_waiting(), "{waiter:?} ends, and waits for something");
+        let (weight, held) = (pending.weight, self.reservations.request_bytes);
+        assert!(weight <= held, "{waiter:?} gives {weight} bytes back, of {held}");
+        self.reservations.request_bytes -= weight;
         self.reservations.moves -= usize::from(matches!(pending.kind, PendingKind::Move(..)));
         for (i, idx) in pending.pages.iter().enumerate() {
-            self.cache.table.pages[*idx].holds -= 1;
+            let page = &mut self.cache.table.pages[*idx];
+            assert!(page.holds > 0, "{waiter:?} lets {:?} go, which nothing held", page.key);
+            page.holds -= 1;
             if pending.needs_data(i) {
                 self.cache.table.let_bytes_go(*idx);
                 self.reservations.held_pages -= 1;

@@ -80,20 +80,14 @@ impl Shard {
         if *asked == 0 {
             *asked = self.cache.wanted.next_age();
         }
-        let asked = if planted!(NodesLastInFirstOut) {
-            u64::MAX - self.cache.wanted.asked_last
-        } else {
-            *asked
-        };
+        let asked = *asked;
         let waiters = self.cache.node_waiters.entry(key).or_default();
         waiters.list.push(waiter);
         let wanted = match waiters.list.len() {
             1 => Some(NodeWanted { key, child, parent: None }),
             // It is as old as the oldest of those who wait for it: whoever is between them would
             // else go first, and take its path.
-            _ if asked < waiters.asked && !planted!(NodesLastInFirstOut) => {
-                self.cache.wanted.nodes.remove(&waiters.asked)
-            }
+            _ if asked < waiters.asked => self.cache.wanted.nodes.remove(&waiters.asked),
             _ => None,
         };
         if let Some(wanted) = wanted {
@@ -131,7 +125,7 @@ impl Shard {
             let NodeWanted { key, child, .. } = wanted;
             // While it waited for memory the node above may have left it: whoever asked looks it up
             // again.
-            if !self.map.names(key, child) || self.map.resident(key).is_some() {
+            if !self.map.names(key, child) || self.map.is_resident(key) {
                 self.node_arrived(wanted, Ok(()));
                 continue;
             }
@@ -159,6 +153,7 @@ impl Shard {
         let mut wanted = std::mem::take(&mut self.cache.wanted.pages).into_iter();
         for idx in wanted.by_ref() {
             let page = &mut self.cache.table.pages[idx];
+            assert!(page.loading, "{:?} is to be read, and does not say so", page.key);
             match page.entry {
                 Some(entry) if page.frame.is_none() && !page.absent && entry.lsn() == page.lsn => {
                     if !self.ensure_frames(1, Step::PageRead) {
@@ -185,6 +180,8 @@ impl Shard {
     /// One operation for a run of pages, or, without memory for what lies between them, one for
     /// each.
     fn submit_read(&mut self, run: plan::Run<Option<(PageRead, Frame)>>) {
+        let wanted = run.items.iter().filter(|item| item.is_some()).count();
+        assert!(wanted > 0, "a read of {} blocks that nobody wants", run.items.len());
         let gaps = run.items.iter().filter(|item| item.is_none()).count() as u32;
         let bridges = gaps == 0
             || self.find_frames(
@@ -220,6 +217,12 @@ impl Shard {
         reads: Vec<Option<PageRead>>,
         into: SmallVec<[Frame; 4]>,
     ) {
+        assert!(
+            reads.len() == into.len(),
+            "{} pages are read into {} frames",
+            reads.len(),
+            into.len()
+        );
         if !reads.is_empty() {
             let offset = first.offset(self.ctx.limits.geometry.extent_bytes);
             self.count_page_read(&reads);
@@ -247,7 +250,9 @@ impl Shard {
     }
 
     fn give_page_up(&mut self, idx: PageIdx, error: &Error) {
-        self.cache.table.pages[idx].loading = false;
+        let page = &mut self.cache.table.pages[idx];
+        assert!(page.loading, "{:?} is given up, and was not wanted", page.key);
+        page.loading = false;
         self.fail_waiters(idx, error);
         self.reference_ended(idx);
     }
@@ -294,12 +299,14 @@ impl Shard {
         let DiskOp::Read { into, .. } = completion.op else {
             unreachable!("a read completes as a read")
         };
+        assert!(reads.len() == into.len(), "{} pages come in {} frames", reads.len(), into.len());
         if completion.result.is_err() && reads.len() > 1 {
             return self.read_apart(reads, into);
         }
         for (read, frame) in reads.into_iter().zip(into) {
             let Some(read) = read else { continue };
             let page = &mut self.cache.table.pages[read.page];
+            assert!(page.loading, "{:?} arrives, and was not being read", page.key);
             page.loading = false;
             if page.frame.is_some() || page.absent || page.entry != Some(read.entry) {
                 // Changed or moved since: these bytes are not its content any more.
@@ -363,8 +370,12 @@ impl Shard {
         let frame = into.pop().expect("a node is one frame");
         self.ctx.stats.checksums += 1;
         let result = match completion.result {
-            Ok(()) if crate::base::checksum::crc32c(&frame) == child.crc.get() => Ok(()),
-            Ok(()) if planted!(NodeSumIgnored) => Ok(()),
+            Ok(())
+                if crate::base::checksum::crc32c(&frame) == child.crc.get()
+                    || planted!(NodeSumIgnored) =>
+            {
+                Ok(())
+            }
             Ok(()) => Err(damaged(&format!("map node {key:?}"), child.place())),
             Err(error) => Err(error),
         };
@@ -387,7 +398,9 @@ impl Shard {
         for waiter in self.cache.node_waiters.remove(&key).unwrap_or_default().list {
             match waiter {
                 NodeWaiter::Page(idx) => {
-                    self.cache.table.pages[idx].resolving = false;
+                    let page = &mut self.cache.table.pages[idx];
+                    assert!(page.resolving, "{:?} gets {key:?}, and did not wait for it", page.key);
+                    page.resolving = false;
                     match &result {
                         Ok(()) => self.advance_page(idx),
                         Err(error) => self.fail_waiters(idx, error),

@@ -26,6 +26,15 @@ use hashbrown::HashTable;
 use smallvec::SmallVec;
 use std::hash::BuildHasher;
 
+/// What somebody needs of a page.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in crate::engine) enum Needs {
+    /// To know its version.
+    Version,
+    /// That, and its bytes in memory.
+    Bytes,
+}
+
 /// A page in the table.
 pub(in crate::engine) struct Page {
     pub key: PageKey,
@@ -62,7 +71,7 @@ pub(in crate::engine) struct Page {
     pub residency: Residency,
     /// When a node was asked for first to resolve it, as a number that grows; zero: not yet.
     pub asked: u64,
-    waiters: SmallVec<[(RequestIdx, bool); 1]>,
+    waiters: SmallVec<[(RequestIdx, Needs); 1]>,
 }
 
 impl Page {
@@ -130,9 +139,9 @@ impl Page {
         self.waiters.iter().map(|(waiter, _)| *waiter)
     }
 
-    /// Whether it is there for somebody who needs it, with its bytes if `data`.
-    pub fn has(&self, data: bool) -> bool {
-        self.resolved && (!data || self.absent || self.frame.is_some())
+    /// Whether it is there for somebody who needs this of it.
+    pub fn has(&self, needs: Needs) -> bool {
+        self.resolved && (needs == Needs::Version || self.absent || self.frame.is_some())
     }
 
     /// Whether nothing in the shard refers to it; readers may still hold its bytes.
@@ -192,6 +201,7 @@ impl Table {
     }
 
     /// The page's index, if the table has it.
+    #[inline]
     pub fn find(&self, key: PageKey) -> Option<PageIdx> {
         let is_it = |idx: &PageIdx| self.pages[*idx].key == key;
         self.index.find(self.hasher.hash_one(key), is_it).copied()
@@ -246,6 +256,13 @@ impl Table {
 
     pub fn remove(&mut self, idx: PageIdx) {
         let page = self.pages.remove(idx);
+        assert!(
+            page.is_unreferenced(),
+            "{:?} is removed, and {} requests and {} captures refer to it",
+            page.key,
+            page.holds,
+            page.versions
+        );
         assert_eq!(page.data_holds, 0, "{:?} is removed while a request needs its bytes", page.key);
         self.resident.pages -= u32::from(page.frame.is_some());
         let entry = self.index.find_entry(self.hasher.hash_one(page.key), |at| *at == idx);
@@ -262,18 +279,28 @@ impl Table {
         }
         page.frame = frame;
         page.residency.frame_changed();
+        let Resident { pages, held } = self.resident;
+        assert!(held <= pages, "{held} pages are needed by requests, and {pages} are in memory");
     }
 
     /// One more request needs the page's bytes.
     pub fn hold_bytes(&mut self, idx: PageIdx) {
         let page = &mut self.pages[idx];
         page.data_holds += 1;
+        assert!(
+            page.data_holds <= page.holds,
+            "{:?}: {} requests need its bytes, and {} the page",
+            page.key,
+            page.data_holds,
+            page.holds
+        );
         self.resident.held += u32::from(page.data_holds == 1 && page.frame.is_some());
     }
 
     /// A request needs them no more.
     pub fn let_bytes_go(&mut self, idx: PageIdx) {
         let page = &mut self.pages[idx];
+        assert!(page.data_holds > 0, "{:?}: no request needs its bytes", page.key);
         page.data_holds -= 1;
         self.resident.held -= u32::from(page.data_holds == 0 && page.frame.is_some());
     }
@@ -315,6 +342,7 @@ impl Table {
     pub fn evict(&mut self, idx: PageIdx) -> u64 {
         let page = &self.pages[idx];
         let key = page.key;
+        assert!(page.frame.is_some(), "{key:?} is evicted, and has no memory");
         if page.is_unreferenced() {
             self.remove(idx);
         } else {
@@ -325,13 +353,18 @@ impl Table {
 }
 
 impl Shard {
-    /// Registers that pending request `waiter` needs page `idx` (resolved; with its data if
-    /// `data`). Returns true if it has it already; else the waiter is told later.
-    pub(in crate::engine) fn want(&mut self, idx: PageIdx, data: bool, waiter: RequestIdx) -> bool {
-        if self.cache.table.pages[idx].has(data) {
+    /// Registers that pending request `waiter` needs page `idx`. Returns true if it has it already;
+    /// else the waiter is told later.
+    pub(in crate::engine) fn want(
+        &mut self,
+        idx: PageIdx,
+        needs: Needs,
+        waiter: RequestIdx,
+    ) -> bool {
+        if self.cache.table.pages[idx].has(needs) {
             return true;
         }
-        self.cache.table.pages[idx].waiters.push((waiter, data));
+        self.cache.table.pages[idx].waiters.push((waiter, needs));
         self.advance_page(idx);
         false
     }
@@ -349,7 +382,7 @@ impl Shard {
             }
         }
         let page = &mut self.cache.table.pages[idx];
-        let wants_data = page.waiters.iter().any(|(_, data)| *data);
+        let wants_data = page.waiters.iter().any(|(_, needs)| *needs == Needs::Bytes);
         if page.resolved && !page.absent && page.frame.is_none() && !page.loading && wants_data {
             page.loading = true;
             self.cache.wanted.pages.push(idx);
@@ -360,6 +393,11 @@ impl Shard {
     /// The map names `entry` for the page, or none.
     pub(in crate::engine) fn resolve(&mut self, idx: PageIdx, entry: Option<Entry>) {
         let page = &mut self.cache.table.pages[idx];
+        assert!(
+            !page.resolved,
+            "{:?} is resolved twice, at {:?} before",
+            page.key, page.mapped_lsn
+        );
         page.resolved = true;
         page.absent = entry.is_none();
         page.lsn = entry.map_or(Lsn::ZERO, |e| e.lsn());
@@ -375,9 +413,9 @@ impl Shard {
             return;
         }
         let mut met: SmallVec<[RequestIdx; 4]> = SmallVec::new();
-        let (resolved, all) = (page.has(false), page.has(true));
-        page.waiters.retain(|(waiter, data)| {
-            let has = if *data { all } else { resolved };
+        let (version, bytes) = (page.has(Needs::Version), page.has(Needs::Bytes));
+        page.waiters.retain(|(waiter, needs)| {
+            let has = if *needs == Needs::Bytes { bytes } else { version };
             if has {
                 met.push(*waiter);
             }

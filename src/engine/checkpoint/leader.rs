@@ -15,6 +15,7 @@
 //!    none.
 
 use crate::base::{BLOCK, Lsn, ShardId};
+use crate::engine::life::Closing;
 use crate::engine::message::{Begin, Contribution, Message, NewEpoch};
 use crate::engine::{Response, Shard, Step, Token};
 use crate::format::extent::{TABLE_ROWS, TableRow, encode_table, table_crc, table_offset};
@@ -365,14 +366,13 @@ impl Shard {
     pub(in crate::engine) fn leader_step_done(&mut self, op: DiskOp) {
         self.checkpoint.leader.assert_state();
         match self.checkpoint.leader.phase {
-            Phase::Flush => match op {
-                DiskOp::Flush { .. } => self.write_superblock(0),
-                _ if planted!(RootsNotFlushed) => self.write_superblock(0),
-                _ => {
-                    let files = smallvec::smallvec![FileId::Data, FileId::Meta, FileId::Table];
-                    self.checkpoint_op(DiskOp::Flush { files });
-                }
-            },
+            Phase::Flush if matches!(op, DiskOp::Flush { .. }) || planted!(RootsNotFlushed) => {
+                self.write_superblock(0)
+            }
+            Phase::Flush => {
+                let files = smallvec::smallvec![FileId::Data, FileId::Meta, FileId::Table];
+                self.checkpoint_op(DiskOp::Flush { files });
+            }
             Phase::Super { copy } => {
                 self.checkpoint.leader.enter(Phase::SuperFlush { copy });
                 self.checkpoint_op(DiskOp::Flush { files: smallvec::smallvec![FileId::Meta] });
@@ -417,7 +417,7 @@ impl Shard {
 
     /// A caller closes the store.
     pub(in crate::engine) fn request_close(&mut self, token: Token) {
-        self.life.closing = Some(Some(token));
+        self.life.closing = Some(Closing::Caller(token));
         for shard in self.ctx.shard_map.others(self.ctx.id) {
             self.ctx.send(shard, Message::Quiesce);
         }
@@ -425,7 +425,7 @@ impl Shard {
 
     /// The leader closes the store.
     pub(in crate::engine) fn quiesce(&mut self) {
-        self.life.closing = Some(None);
+        self.life.closing = Some(Closing::Leader);
         self.ctx.work_pending = true;
     }
 
@@ -455,7 +455,7 @@ impl Shard {
     /// The closing checkpoint is durable, or will not come.
     pub(in crate::engine) fn end_close(&mut self, result: crate::Result<()>) {
         self.life.closed = true;
-        if let Some(Some(token)) = self.life.closing.replace(None) {
+        if let Some(Closing::Caller(token)) = self.life.closing.replace(Closing::Leader) {
             self.ctx.reply(token, result.map(|()| Response::Closed));
         }
     }

@@ -270,7 +270,9 @@ impl Shard {
             self.life.redoing = false;
         }
         self.space.extents.begin_checkpoint();
-        self.trim_log_early();
+        if planted!(LogTrimmedEarly) {
+            self.log.recycle(Lsn::MAX);
+        }
         self.enter_phase(Phase::Begun);
         self.ctx.send(ShardId::LEADER, Message::Began);
         self.ctx.work_pending = true;
@@ -398,12 +400,6 @@ impl Shard {
         let waiters: Vec<Token> = c.waiters.drain(..).chain(c.next_waiters.drain(..)).collect();
         for token in waiters {
             self.ctx.reply(token, Err(stopped.clone()));
-        }
-    }
-
-    fn trim_log_early(&mut self) {
-        if planted!(LogTrimmedEarly) {
-            self.log.recycle(Lsn::MAX);
         }
     }
 }

@@ -21,7 +21,7 @@ mod growth;
 mod open;
 mod stored;
 
-pub(crate) use open::{Chunks, OpenGroup, OpenImage, PartRef};
+pub(crate) use open::{Chunks, OpenChange, OpenGroup, OpenImage, PartRef};
 pub(crate) use stored::{StoredGroup, head_at};
 
 use crate::base::{Lsn, SegmentNo};
@@ -179,8 +179,12 @@ impl Log {
                 first.number
             );
         }
-        let chunks: usize = self.in_flight.iter().map(|group| group.chunks.len()).sum();
-        self.open.assert_chunks(chunks);
+        let in_flight: usize = self.in_flight.iter().map(|group| group.chunks.len()).sum();
+        let (stock, filled, all) = self.open.chunk_counts();
+        assert!(
+            stock + filled + in_flight == all,
+            "buffers are missing: {stock} in stock, {filled} filled, {in_flight} in flight, of {all}"
+        );
         for group in &self.in_flight {
             group.assert_state();
             let segment = self.segments[group.segment.index()];
@@ -209,7 +213,6 @@ impl Log {
 
     /// Takes the position of the next group. There must be [room](Self::has_room).
     pub(crate) fn place(&mut self, blocks: u32, last_lsn: Lsn) -> Position {
-        self.assert_state();
         assert!(blocks > 0, "a group of no blocks, up to {last_lsn:?}");
         if self.active.is_none_or(|a| self.segment_blocks - a.block < blocks) {
             self.begin_segment();
@@ -226,6 +229,12 @@ impl Log {
             number: self.next_number,
             prev_crc: self.prev_crc,
         };
+        assert!(
+            active.block + blocks <= self.segment_blocks,
+            "a group of {blocks} blocks at block {} of {}",
+            active.block,
+            self.segment_blocks
+        );
         active.block += blocks;
         active.max_lsn = active.max_lsn.max(last_lsn);
         self.next_number += 1;
@@ -278,18 +287,14 @@ impl Log {
 
     /// One of the writes of group `number` has completed.
     pub(crate) fn write_completed(&mut self, number: u64) {
-        if let Some(group) = self.in_flight.iter_mut().find(|g| g.number == number) {
-            group.state = match group.state {
-                GroupState::Writing(1) => GroupState::Written,
-                GroupState::Writing(_) if planted!(FlushedTooSoon) => GroupState::Written,
-                state if !matches!(state, GroupState::Writing(_)) && planted!(FlushedTooSoon) => {
-                    state
-                }
-                GroupState::Writing(left) => GroupState::Writing(left - 1),
-                other => panic!("group {number} had no write under way: {other:?}"),
-            };
-        }
-        self.assert_state();
+        let group = self.in_flight.iter_mut().find(|group| group.number == number);
+        let group = group.expect("a group is in flight until all its writes have completed");
+        group.state = match group.state {
+            GroupState::Writing(1) => GroupState::Written,
+            GroupState::Writing(left) => GroupState::Writing(left - 1),
+            other => panic!("group {number} had no write under way: {other:?}"),
+        };
+        group.assert_state();
     }
 
     /// Begins a flush; returns the groups that it covers, and their segments.
@@ -305,14 +310,12 @@ impl Log {
             }
         }
         self.flushing = !set.numbers.is_empty();
-        self.assert_state();
         self.flushing.then_some(set)
     }
 
     /// A flush that covered `numbers` succeeded. Returns the parts of commits over shards in the
     /// groups that became durable in order.
     pub(crate) fn flushed(&mut self, numbers: &[u64]) -> Vec<PartRef> {
-        self.assert_state();
         assert!(self.flushing, "a flush of groups {numbers:?} has ended that was not submitted");
         self.flushing = false;
         for group in self.in_flight.iter_mut().filter(|g| numbers.contains(&g.number)) {

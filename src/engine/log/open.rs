@@ -11,9 +11,10 @@
 //! 3. Nothing of the group is written to a device before [`OpenGroup::finish`] has sealed it.
 
 use crate::base::checksum::crc32c_append;
-use crate::base::{BLOCK, Lsn, Micros, PageKey, ShardId};
+use crate::base::{BLOCK, ImageIdx, Lsn, Micros, PageKey, ShardId};
 use crate::format::group::{
-    GroupHead, HEAD_BYTES, PageImage, RUNS_MAX, RawChange, RawImage, RawParts, RawRecord, Role,
+    ChangeKind, GroupHead, HEAD_BYTES, PageImage, RUNS_MAX, RawChange, RawImage, RawParts,
+    RawRecord, Role,
 };
 use crate::memory::{Frame, FrameRef};
 use zerocopy::IntoBytes;
@@ -50,6 +51,17 @@ pub(crate) struct OpenImage {
     pub sealed: Option<FrameRef>,
     /// The page was freed again in the same span: nothing is written.
     pub is_freed: bool,
+}
+
+/// What a commit does to a page, as its record says.
+#[derive(Clone, Copy)]
+pub(crate) enum OpenChange<'a> {
+    /// The page is as in this image of the group.
+    Image(ImageIdx),
+    /// These bytes from this offset on.
+    Patch(u32, &'a [u8]),
+    /// It is absent.
+    Free,
 }
 
 /// The open group.
@@ -141,14 +153,10 @@ impl OpenGroup {
         );
     }
 
-    /// Panics if buffers are lost, or are in two places: `in_flight` are those of closed groups.
-    pub(super) fn assert_chunks(&self, in_flight: usize) {
-        let (stock, filled) = (self.chunks.stock.len(), self.filled.len());
-        assert!(
-            stock + filled + in_flight == self.chunks.count,
-            "{stock} buffers in stock, {filled} filled and {in_flight} in flight, of {}",
-            self.chunks.count
-        );
+    /// Buffers in stock, those that are filled, and all that there are: what is missing is in
+    /// flight.
+    pub(super) fn chunk_counts(&self) -> (usize, usize, usize) {
+        (self.chunks.stock.len(), self.filled.len(), self.chunks.count)
     }
 
     /// Whether it has no LSN and no record.
@@ -216,7 +224,6 @@ impl OpenGroup {
             "admission left a run free: there are {} of {RUNS_MAX}",
             self.runs.len()
         );
-        self.assert_state();
     }
 
     fn begin_at(&mut self, now: Micros) {
@@ -236,10 +243,21 @@ impl OpenGroup {
         }
     }
 
-    /// Adds a change of the commit; `patch` has the bytes of a patch, and is empty otherwise.
-    pub(crate) fn change(&mut self, kind: u8, key: PageKey, len: u32, offset: u32, patch: &[u8]) {
+    /// One change of the commit.
+    pub(crate) fn change(&mut self, key: PageKey, change: OpenChange<'_>) {
+        let (kind, len, offset, patch) = match change {
+            OpenChange::Image(image) => {
+                let images = self.images.len();
+                assert!(image.index() < images, "{key:?} is as in {image:?}, of {images}");
+                (ChangeKind::Image, image.index() as u32, 0, &[][..])
+            }
+            OpenChange::Patch(offset, bytes) => {
+                (ChangeKind::Patch, bytes.len() as u32, offset, bytes)
+            }
+            OpenChange::Free => (ChangeKind::Free, 0, 0, &[][..]),
+        };
         let raw = RawChange {
-            kind,
+            kind: kind as u8,
             volume: key.volume.get(),
             class: 0,
             reserved: 0,
@@ -264,7 +282,6 @@ impl OpenGroup {
         };
         self.overwrite(self.record_at, raw.as_bytes());
         self.commits_count += u32::from(!matches!(role, Role::Part(_)));
-        self.assert_state();
     }
 
     fn append(&mut self, bytes: &[u8]) {

@@ -467,15 +467,6 @@ impl Extents {
     fn assert_state(&self, no: ExtentNo) {
         self.extents[no.index()].assert_state(self.data_blocks());
     }
-
-    /// For the planted bug that reuses blocks too early: whether `place` could be taken once more.
-    #[cfg(any(test, feature = "sim"))]
-    pub(crate) fn hand_out_again(&mut self, place: BlockAddr) -> bool {
-        let extent = &mut self.extents[place.extent.index()];
-        let taken = extent.state != ExtentState::Free;
-        extent.unpublished += u32::from(taken);
-        taken
-    }
 }
 
 #[cfg(test)]

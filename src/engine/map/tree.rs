@@ -254,9 +254,15 @@ impl Map {
         }
     }
 
-    /// The address to which a node was last written, if it is in memory.
-    pub(crate) fn resident(&self, key: NodeKey) -> Option<Option<BlockAddr>> {
-        self.find(key).map(|idx| self.node(idx).place)
+    /// Whether a node is in memory.
+    pub(crate) fn is_resident(&self, key: NodeKey) -> bool {
+        self.find(key).is_some()
+    }
+
+    /// Where a node in memory was last written.
+    #[cfg(test)]
+    pub(crate) fn written_at(&self, key: NodeKey) -> Option<BlockAddr> {
+        self.node(self.find(key)?).place
     }
 
     /// The child entry of node `key` in its parent, if the path to it is in memory; otherwise the

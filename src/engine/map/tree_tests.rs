@@ -104,7 +104,7 @@ impl Store {
             taken || parent.is_none(),
             "{at:?}: what has a parent that is pinned is not overtaken"
         );
-        assert_eq!(taken, self.map.resident(at).is_some(), "{at:?}");
+        assert_eq!(taken, self.map.is_resident(at), "{at:?}");
         parent.into_iter().for_each(|parent| self.map.unpin(parent));
         self.audit();
     }
@@ -337,16 +337,12 @@ impl Store {
         }
         let Some((key, child)) = written.iter().nth(pick % written.len().max(1)) else { return };
         self.find_node(*key);
-        let in_memory = self.map.resident(*key);
-        assert!(in_memory.is_none_or(|place| place == Some(child.place())));
+        let in_memory = self.map.is_resident(*key);
+        assert!(!in_memory || self.map.written_at(*key) == Some(child.place()));
         self.map.touch(*key);
-        assert_eq!(self.map.is_dirty(key.vshard), in_memory.is_some());
+        assert_eq!(self.map.is_dirty(key.vshard), in_memory);
         self.capture(key.vshard);
-        assert_eq!(
-            self.nodes.contains_key(&child.place()),
-            in_memory.is_none(),
-            "{key:?} was moved"
-        );
+        assert_eq!(self.nodes.contains_key(&child.place()), !in_memory, "{key:?} was moved");
     }
 
     fn find_node(&mut self, key: NodeKey) -> Option<Child> {

@@ -24,6 +24,7 @@ use crate::base::error::{Error, ErrorKind};
 use crate::base::{
     BLOCK, BlockAddr, ExtentNo, IndexedSlab, NodeMoveIdx, PageIdx, RequestIdx, ShardId,
 };
+use crate::engine::cache::table::Needs;
 use crate::engine::map::Lookup;
 use crate::engine::message::Message;
 use crate::engine::requests::PendingKind;
@@ -404,9 +405,7 @@ impl Shard {
     fn move_node(&mut self, asked: Asked, key: NodeKey) {
         let Asked { owner, place, .. } = asked;
         let (wanted, child) = match self.map.find_node(key) {
-            Ok(Some(child)) if child.place() == place && self.map.resident(key).is_none() => {
-                (key, child)
-            }
+            Ok(Some(child)) if child.place() == place && !self.map.is_resident(key) => (key, child),
             Err(above) => above,
             Ok(child) => {
                 if child.is_some_and(|child| child.place() == place) {
@@ -453,7 +452,7 @@ impl Shard {
         if failed.is_none() && named && !busy && self.ctx.failed.is_none() {
             if page.frame.is_none() {
                 self.requests.need_more(waiter);
-                if self.want(idx, true, waiter) {
+                if self.want(idx, Needs::Bytes, waiter) {
                     self.requests.need_met(waiter, None, &mut self.ctx);
                 }
                 return;

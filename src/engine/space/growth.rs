@@ -72,6 +72,7 @@ impl Shard {
             // An eighth of what one shard has.
             let chunk = (count / u32::from(self.ctx.shard_map.shards_count()) / 8).clamp(4, 64);
             let to = count.saturating_add(chunk).min(most);
+            assert!(to > count, "{count} extents grow to {to}, of {most}");
             self.space.growth_under_way = true;
             let table = |extents: u32| table_offset(extents.div_ceil(TABLE_ROWS), 0);
             let growth = Growth { of, to, table_done: false };
@@ -94,6 +95,13 @@ impl Shard {
 
     /// A step of the growth has ended.
     pub(in crate::engine) fn grown(&mut self, growth: Growth, result: Result<()>) {
+        let count = self.space.extents.count();
+        assert!(
+            self.space.growth_under_way && growth.to > count,
+            "{count} extents have grown to {}, under way: {}",
+            growth.to,
+            self.space.growth_under_way
+        );
         self.ctx.work_pending = true;
         match result {
             Ok(()) if !growth.table_done => return self.grow_data(growth),
@@ -121,6 +129,7 @@ impl Shard {
     /// Extents that are this shard's from now on, by the leader or by another shard.
     pub(in crate::engine) fn space_granted(&mut self, extents: Vec<ExtentNo>) {
         let some = !extents.is_empty();
+        assert!(self.space.growing, "{extents:?} were granted, and not asked for");
         self.space.extents.grant(extents);
         match self.space.asked {
             SpaceAsked::Others { left, got, urgency } => {
@@ -140,6 +149,7 @@ impl Shard {
     }
 
     fn another_has_answered(&mut self, left: u16, got: bool, urgency: Urgency) {
+        assert!(self.space.growing, "space was not asked for, and {left} have not answered");
         self.space.asked = SpaceAsked::Others { left, got, urgency };
         if left == 0 {
             self.end_growth(got, urgency);

@@ -63,8 +63,6 @@ pub(in crate::engine) struct Space {
     /// Extents whose summary is to be written.
     pub summaries: Vec<ExtentNo>,
     pub summaries_under_way: usize,
-    #[cfg(any(test, feature = "sim"))]
-    pub reused_early: Vec<BlockAddr>,
     /// Dirty pages that are freed: a block is reserved for each as for any dirty page, and none
     /// will be taken.
     pub freed_pages: u64,
@@ -95,8 +93,6 @@ impl Space {
             extents,
             summaries: Vec::new(),
             summaries_under_way: 0,
-            #[cfg(any(test, feature = "sim"))]
-            reused_early: Vec::new(),
             freed_pages: 0,
             growing: false,
             granted: false,
@@ -133,13 +129,6 @@ impl Shard {
         blocks: u32,
     ) -> Option<BlockAddr> {
         assert_eq!(blocks, 1, "in format 3 a place is one block");
-        #[cfg(any(test, feature = "sim"))]
-        if matches!(what, ItemKind::Page(..))
-            && let Some(place) = self.space.reused_early.pop()
-            && self.space.extents.hand_out_again(place)
-        {
-            return Some(place);
-        }
         let (place, full) = self.space.extents.alloc(stream, what)?;
         self.space.summaries.extend(full);
         Some(place)

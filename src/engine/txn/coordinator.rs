@@ -214,6 +214,11 @@ impl Shard {
 
     fn ask(&mut self, txn: u64) {
         let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
+        assert!(
+            !matches!(cross.state, State::Decidable | State::Allocated),
+            "commit {txn} is asked for, and is {:?}",
+            cross.state
+        );
         cross.state = State::Asking;
         cross.votes_left = cross.prepares.len();
         (cross.refusal, cross.held, cross.not_now, cross.read_lsn) =
@@ -237,7 +242,6 @@ impl Shard {
                 cross.read_lsn = cross.read_lsn.max(read);
                 cross.yes.push(from);
             }
-            Vote::Conflict if planted!(VoteIgnored) => cross.yes.push(from),
             Vote::Conflict => cross.held = true,
             Vote::Busy => cross.not_now = true,
             Vote::No(error) => cross.refusal = Some(error),
@@ -338,6 +342,11 @@ impl Shard {
             return;
         }
         let first = self.ctx.order.allocate_lsns(self.ctx.id, count);
+        let watermark = self.ctx.order.watermark();
+        assert!(
+            first > watermark,
+            "{first:?} was allocated, and all up to {watermark:?} is durable"
+        );
         self.log.open.add_run(first, count, self.ctx.now);
         for (i, txn) in std::mem::take(&mut self.coordinator.decidable).into_iter().enumerate() {
             self.decide_commit(txn, first.plus(i as u64));
@@ -373,6 +382,11 @@ impl Shard {
         let cross =
             self.coordinator.commits.get_mut(&txn).expect("a decidable commit is under way");
         assert_eq!(cross.state, State::Decidable, "all votes are in");
+        assert!(
+            cross.read_lsn < lsn,
+            "commit {txn} got {lsn:?}, and has read {:?}",
+            cross.read_lsn
+        );
         cross.state = State::Allocated;
         cross.lsn = lsn;
         let writers: SmallVec<[ShardId; 4]> = cross
@@ -411,7 +425,7 @@ impl Shard {
                 Response::Committed(lsn),
                 Outcome::Unknown,
             );
-        } else if writers.is_empty() || self.acknowledges_unseen(txn) {
+        } else if writers.is_empty() {
             self.watermark.reply_when_durable(
                 &mut self.ctx,
                 &mut self.log,
@@ -423,19 +437,15 @@ impl Shard {
         }
     }
 
-    /// A planted bug: the answer does not wait until all parts are visible.
-    fn acknowledges_unseen(&mut self, txn: u64) -> bool {
-        let planted = planted!(AcknowledgedUnseen);
-        if let Some(cross) = self.coordinator.commits.get_mut(&txn).filter(|_| planted) {
-            // Nobody answers once more.
-            cross.durable = true;
-        }
-        planted
-    }
-
     /// Another shard's part is visible there.
     pub(in crate::engine) fn part_applied(&mut self, txn: u64) {
         let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
+        assert!(
+            cross.state == State::Allocated && cross.applied_left > 0,
+            "a part of commit {txn} is applied, {} are left, and it is {:?}",
+            cross.applied_left,
+            cross.state
+        );
         cross.applied_left -= 1;
         cross.assert_state();
         if cross.applied_left == 0 && !cross.durable {
@@ -454,6 +464,12 @@ impl Shard {
     /// A part is durable in the log of its shard.
     pub(in crate::engine) fn part_durable(&mut self, txn: u64) {
         let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
+        assert!(
+            cross.state == State::Allocated && cross.parts_left > 0,
+            "a part of commit {txn} is durable, {} are left, and it is {:?}",
+            cross.parts_left,
+            cross.state
+        );
         cross.parts_left -= 1;
         cross.assert_state();
         if cross.parts_left == 0 {

@@ -12,7 +12,7 @@
 
 use crate::base::error::{Error, Result};
 use crate::base::{BLOCK, ImageIdx, Lsn, PageIdx, PageKey, RequestIdx};
-use crate::engine::log::OpenImage;
+use crate::engine::log::{OpenChange, OpenImage};
 use crate::engine::requests::PendingKind;
 use crate::engine::reservations::Need;
 use crate::engine::txn::admission::Admission;
@@ -109,6 +109,11 @@ impl Shard {
             return;
         }
         let first = self.ctx.order.allocate_lsns(self.ctx.id, batch.len() as u64);
+        let watermark = self.ctx.order.watermark();
+        assert!(
+            first > watermark,
+            "{first:?} was allocated, and all up to {watermark:?} is durable"
+        );
         self.log.open.add_run(first, batch.len() as u64, self.ctx.now);
         for (i, waiter) in batch.iter().enumerate() {
             let lsn = first.plus(i as u64);
@@ -138,6 +143,9 @@ impl Shard {
         result: Result<Option<Lsn>>,
         read_lsn: Lsn,
     ) {
+        if let Ok(Some(lsn)) = result {
+            assert!(read_lsn < lsn, "{waiter:?} got {lsn:?}, and has read {read_lsn:?}");
+        }
         let pending = self.release(waiter);
         let token = pending.token.expect("a commit has a token");
         let PendingKind::Commit(commit) = pending.kind else { unreachable!("only commits") };
@@ -199,6 +207,7 @@ impl Shard {
     }
 
     fn apply_put(&mut self, idx: PageIdx, key: PageKey, bytes: &Bytes, lsn: Lsn) {
+        assert!(bytes.len() == BLOCK, "{key:?}: {} bytes are written", bytes.len());
         self.ctx.stats.page_writes += 1;
         self.ctx.stats.bytes_written += bytes.len() as u64;
         self.seal_older_image(idx);
@@ -211,7 +220,7 @@ impl Shard {
             None => self.new_image(idx, key, lsn),
         };
         self.log.open.images[image.index()].lsn = lsn;
-        self.log.open.change(1, key, image.index() as u32, 0, &[]);
+        self.log.open.change(key, OpenChange::Image(image));
         self.changed(idx, lsn);
     }
 
@@ -224,9 +233,9 @@ impl Shard {
             // The page's image goes with this group: it holds the patch.
             Some(image) => {
                 self.log.open.images[image.index()].lsn = lsn;
-                self.log.open.change(1, key, image.index() as u32, 0, &[]);
+                self.log.open.change(key, OpenChange::Image(image));
             }
-            None => self.log.open.change(2, key, bytes.len() as u32, offset, bytes),
+            None => self.log.open.change(key, OpenChange::Patch(offset, bytes)),
         }
         self.changed(idx, lsn);
     }
@@ -243,11 +252,18 @@ impl Shard {
             self.log.open.images[image.index()].is_freed = true;
             self.reservations.dirty_blocks -= 1;
         }
-        self.log.open.change(3, key, 0, 0, &[]);
+        self.log.open.change(key, OpenChange::Free);
         self.changed(idx, lsn);
     }
 
     fn new_image(&mut self, idx: PageIdx, key: PageKey, lsn: Lsn) -> ImageIdx {
+        let page = &self.cache.table.pages[idx];
+        assert!(
+            page.image.is_none() && page.frame.is_some(),
+            "{key:?} gets an image, has {:?}, and is in memory: {}",
+            page.image,
+            page.frame.is_some()
+        );
         let span = self.log.open.span();
         self.log.open.images.push(OpenImage { key, lsn, span, sealed: None, is_freed: false });
         self.reservations.dirty_blocks += 1;
@@ -259,9 +275,18 @@ impl Shard {
     /// Keeps an image of an earlier span as it was: a recovered log may end between the two.
     fn seal_older_image(&mut self, idx: PageIdx) {
         let page = &mut self.cache.table.pages[idx];
-        let Some(image) = page.image else { return };
-        if self.log.open.images[image.index()].span != self.log.open.span() {
-            self.log.open.images[image.index()].sealed = page.frame.as_ref().map(|f| f.pin());
+        let Some(at) = page.image else { return };
+        let span = self.log.open.span();
+        let image = &mut self.log.open.images[at.index()];
+        assert!(
+            image.key == page.key && !image.is_freed,
+            "{:?} has {at:?}, which is of {:?}, freed: {}",
+            page.key,
+            image.key,
+            image.is_freed
+        );
+        if image.span != span {
+            image.sealed = page.frame.as_ref().map(|f| f.pin());
             page.image = None;
         }
     }
@@ -271,6 +296,7 @@ impl Shard {
         let whole = bytes.len() == BLOCK;
         let page = &mut self.cache.table.pages[idx];
         let range = offset..offset + bytes.len();
+        assert!(range.end <= BLOCK, "{:?} is changed at {range:?}", page.key);
         if let Some(content) = page.frame.as_mut().and_then(|f| f.try_mut()) {
             content[range].copy_from_slice(bytes);
         } else {
@@ -300,6 +326,7 @@ impl Shard {
     /// The page has a new version: it must get to its place, and those who wait for it have it.
     pub(in crate::engine) fn changed(&mut self, idx: PageIdx, lsn: Lsn) {
         let page = &mut self.cache.table.pages[idx];
+        assert!(page.lsn <= lsn, "{:?} is at {:?}, and becomes {lsn:?}", page.key, page.lsn);
         page.lsn = lsn;
         if page.dirty_from.is_none() {
             page.dirty_from = Some(lsn);

@@ -11,6 +11,7 @@
 
 use crate::base::{PageIdx, RequestIdx};
 use crate::engine::Shard;
+use crate::engine::cache::page_lock::Access;
 use smallvec::SmallVec;
 
 impl Shard {
@@ -22,8 +23,9 @@ impl Shard {
         }
         let pending = &self.requests.pending[waiter];
         let reads = pending.reads_count();
-        let held =
-            |(i, idx): (usize, &PageIdx)| !self.cache.table.pages[*idx].hold.allows(i >= reads);
+        let held = |(i, idx): (usize, &PageIdx)| {
+            !self.cache.table.pages[*idx].hold.allows(Access::of(i, reads))
+        };
         pending.pages.iter().enumerate().find(|(i, idx)| held((*i, idx))).map(|(_, idx)| *idx)
     }
 
@@ -34,34 +36,34 @@ impl Shard {
         self.ctx.stats.held_back += 1;
     }
 
-    /// Pages of a part and whether each is changed; each page once.
-    fn lock_set(&self, waiter: RequestIdx) -> SmallVec<[(PageIdx, bool); 4]> {
+    /// Pages of a part and what it does with each; each page once.
+    fn lock_set(&self, waiter: RequestIdx) -> SmallVec<[(PageIdx, Access); 4]> {
         let pending = &self.requests.pending[waiter];
         let reads = pending.reads_count();
-        let mut set: SmallVec<[(PageIdx, bool); 4]> =
-            pending.pages.iter().enumerate().map(|(i, idx)| (*idx, i >= reads)).collect();
-        // The change counts where a page is read and changed.
-        set.sort_by_key(|(idx, change)| (*idx, !change));
+        let mut set: SmallVec<[(PageIdx, Access); 4]> =
+            pending.pages.iter().enumerate().map(|(i, idx)| (*idx, Access::of(i, reads))).collect();
+        // The change comes first, and counts, where a page is read and changed.
+        set.sort();
         set.dedup_by_key(|(idx, _)| *idx);
-        if set.iter().any(|(_, change)| !change) && planted!(ReadsNotHeld) {
-            set.retain(|(_, change)| *change);
+        if set.iter().any(|(_, access)| *access == Access::Read) && planted!(ReadsNotHeld) {
+            set.retain(|(_, access)| *access == Access::Change);
         }
         set
     }
 
     /// Holds the pages of a part.
     pub(in crate::engine) fn hold_pages(&mut self, waiter: RequestIdx) {
-        for (idx, change) in self.lock_set(waiter) {
+        for (idx, access) in self.lock_set(waiter) {
             let hold = &mut self.cache.table.pages[idx].hold;
-            hold.take(change);
+            hold.take(access);
         }
     }
 
     /// Lets the pages of a part go; those that waited for them go on.
     pub(in crate::engine) fn let_pages_go(&mut self, waiter: RequestIdx) {
-        for (idx, change) in self.lock_set(waiter) {
+        for (idx, access) in self.lock_set(waiter) {
             let hold = &mut self.cache.table.pages[idx].hold;
-            for waiter in hold.give_back(change) {
+            for waiter in hold.give_back(access) {
                 self.requests.need_met(waiter, None, &mut self.ctx);
             }
         }

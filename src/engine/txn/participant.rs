@@ -94,7 +94,8 @@ impl Shard {
             match vote {
                 Vote::Yes(_) => {
                     self.hold_pages(waiter);
-                    self.participant.parts.insert(of, waiter);
+                    let before = self.participant.parts.insert(of, waiter);
+                    assert!(before.is_none(), "{of:?} is voted for twice: {before:?}");
                 }
                 Vote::Conflict => self.ctx.stats.holds_met += 1,
                 Vote::Busy | Vote::No(_) => {}
@@ -185,6 +186,8 @@ impl Shard {
     }
 
     fn apply_part(&mut self, waiter: RequestIdx, of: PartRef, lsn: Lsn, role: Role, urgent: bool) {
+        let read = self.read_lsn(waiter);
+        assert!(read < lsn, "{of:?} got {lsn:?}, and has read {read:?}");
         self.unreserve(waiter);
         self.log.open.end_span();
         self.apply(waiter, lsn, role);

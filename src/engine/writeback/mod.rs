@@ -179,6 +179,7 @@ impl Shard {
         let room = PAGE_WRITES_MAX - self.writeback.page_writes;
         for idx in std::mem::take(&mut self.writeback.dirty) {
             let page = &mut self.cache.table.pages[idx];
+            assert!(page.queued, "{:?} stands in the queue, and does not say so", page.key);
             if page.dirty_from.is_none() {
                 // Its newest version went to its place with a group.
                 page.queued = false;
@@ -256,6 +257,13 @@ impl Shard {
     /// The page's newest version is on its way: it is dirty no more.
     fn begin_flush(&mut self, idx: PageIdx) {
         let page = &mut self.cache.table.pages[idx];
+        let reserved = self.reservations.dirty_blocks;
+        assert!(
+            page.dirty_from.is_some() && reserved > 0,
+            "{:?} is captured, dirty since {:?}, with {reserved} blocks reserved",
+            page.key,
+            page.dirty_from
+        );
         page.dirty_from = None;
         page.versions += 1;
         self.reservations.dirty_blocks -= 1;
@@ -300,10 +308,16 @@ impl Shard {
         self.writeback.page_writes += blocks.len();
         self.ctx.stats.pages_written += blocks.len() as u64;
         for run in plan::runs(blocks, self.ctx.limits.vectored_pages_max) {
+            let offset = run.place.offset(self.ctx.limits.geometry.extent_bytes);
+            let last = run.place.block as usize + run.items.len();
+            assert!(
+                last <= self.space.extents.data_blocks() as usize,
+                "pages are written to {:?} and up to block {last}: into the summary",
+                run.place
+            );
             self.ctx.stats.page_write_ops += 1;
             self.ctx.stats.coalesced_writes += run.items.len() as u64 - 1;
             let (versions, slices): (Vec<_>, Vec<_>) = run.items.into_iter().unzip();
-            let offset = run.place.offset(self.ctx.limits.geometry.extent_bytes);
             let op = DiskOp::Write { file: FileId::Data, offset, from: slices.into() };
             self.ctx.submit(OpKind::PageWrite(versions), op);
         }
@@ -325,7 +339,9 @@ impl Shard {
                 Some((from, sealed, place))
             });
             let Some((from, sealed, place)) = to else {
-                self.cache.table.pages[idx].versions -= 1;
+                let page = &mut self.cache.table.pages[idx];
+                assert!(page.versions > 0, "{:?} does not move, and nothing held it", page.key);
+                page.versions -= 1;
                 self.unpin_if_clean(idx);
                 continue;
             };
@@ -412,8 +428,19 @@ impl Shard {
             self.writeback.versions.remove(version);
         self.reservations.unpublished -= 1;
         let page = &mut self.cache.table.pages[idx];
-        page.versions -= 1;
         let key = page.key;
+        assert!(
+            page.versions > 0 && lsn <= page.lsn,
+            "{lsn:?} of {key:?} is published, of {} captures, and the page is at {:?}",
+            page.versions,
+            page.lsn
+        );
+        assert!(
+            entry.is_none_or(|entry| entry.lsn() == lsn),
+            "{:?} of {key:?} is published as {lsn:?}",
+            entry.map(|entry| entry.lsn())
+        );
+        page.versions -= 1;
         let (vshard, _) = self.map.position(key);
         let applies = match moved_from {
             Some(from) => {
@@ -431,23 +458,15 @@ impl Shard {
             page.entry = entry;
             page.mapped_lsn = lsn;
             if let Some(old) = self.map.set(leaf, key, entry) {
-                self.free_place_later(vshard, old.place());
+                self.space.extents.free_later(vshard, old.place());
             }
         } else if let Some(entry) = entry {
-            self.free_place_later(vshard, entry.place());
+            self.space.extents.free_later(vshard, entry.place());
         }
         self.cache.table.pages[idx].assert_state();
         self.page_published(idx);
         self.unpin_if_clean(idx);
         self.ctx.work_pending = true;
-    }
-
-    fn free_place_later(&mut self, vshard: crate::base::VShard, place: BlockAddr) {
-        self.space.extents.free_later(vshard, place);
-        #[cfg(any(test, feature = "sim"))]
-        if planted!(PlaceReusedEarly) {
-            self.space.reused_early.push(place);
-        }
     }
 
     /// A version of the page is in the map.

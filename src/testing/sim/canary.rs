@@ -3,7 +3,8 @@
 //! A place in the engine or in the simulated disk asks [`planted`] at the moment at which the bug
 //! would do its damage, and misbehaves if the answer is yes. Bugs are planted per thread: recovery,
 //! too, can ask. The question counts, so that a test can tell "not caught" from "never reached". To
-//! add one: its line in the list, and one question in the code.
+//! add one: its line in the list, and one question in the code. A bug that needs more than that is
+//! a patch in `tests/mutants`, which `scripts/mutants --patches` tries.
 //!
 //! It is compiled for tests and for the feature `sim` only, never into a release of the engine.
 
@@ -32,8 +33,6 @@ canaries! {
     ShortWriteIgnored,
     /// A durable commit is acknowledged before its log write and flush are done.
     AcknowledgedEarly,
-    /// A place is given out again while a durable root or a log record still names it.
-    PlaceReusedEarly,
     /// A log segment is recycled before a durable root covers the records in it.
     LogTrimmedEarly,
     /// A shard recycles its log when its own roots are written: others, and the superblock, are not
@@ -51,10 +50,6 @@ canaries! {
     ReadsNotHeld,
     /// A shard votes without looking whether what was read there has changed.
     PartNotValidated,
-    /// The owner takes the vote "a page is held" for a yes, and allocates an LSN.
-    VoteIgnored,
-    /// A buffered commit over shards is acknowledged before all its parts are visible.
-    AcknowledgedUnseen,
     /// A reader of an absent page is not told of the commit that freed it: it can't wait until that
     /// is durable.
     FreeUntold,
@@ -84,8 +79,6 @@ canaries! {
     WriteErrorForgotten,
     /// A page that could not be read is served as whatever its memory held.
     ReadErrorForgotten,
-    /// A flush is submitted when the first of a group's writes has completed, not the last.
-    FlushedTooSoon,
     /// A flush covers the log only, not the pages that its groups wrote straight to their places.
     DataNotFlushed,
     /// The superblock is written before a flush of the roots that it names.
@@ -139,9 +132,6 @@ canaries! {
     RedoneAllAtOnce,
     /// A commit that could never find its memory waits for it.
     TooLargeAdmitted,
-    /// The node that was asked for last is read first: under pressure the first one who asked waits
-    /// for ever.
-    NodesLastInFirstOut,
     /// A part of a commit over shards never goes in front of the commits of a shard, however long
     /// it has waited.
     VotesNeverFirst,
