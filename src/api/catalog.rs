@@ -191,8 +191,8 @@ impl<A: Access> Store<A> {
         Ok(())
     }
 
-    /// Waits until the pages of all volumes that were deleted or made smaller are freed. They take no
-    /// space after the next checkpoint.
+    /// Waits until the pages of all volumes that were deleted or made smaller are freed. They take
+    /// no space after the next checkpoint.
     ///
     /// # Errors
     /// `Corrupt`, `Io`: a part of the page map can't be read. `Closed`. In each case the next open
@@ -201,8 +201,8 @@ impl<A: Access> Store<A> {
         self.inner.freeing.wait().await
     }
 
-    /// The number of volumes that were deleted or made smaller, and whose pages are still being freed
-    /// in the background.
+    /// The number of volumes that were deleted or made smaller, and whose pages are still being
+    /// freed in the background.
     pub fn freeing_count(&self) -> usize {
         self.inner.freeing.count()
     }

@@ -2,7 +2,8 @@
 //! by back-pressure.
 //!
 //! ```text
-//! caller --accepting?--> request: weight added --> pages, parts on other shards, log --> reply: weight taken off
+//! caller --accepting?--> request: weight added --> pages, parts on other shards, log
+//!                                                --> reply: weight taken off
 //! ```
 //! Invariants
 //! 1. `Reservations::request_bytes` is the sum of the weights of the requests that callers have brought to

@@ -2,7 +2,8 @@
 //! pages, and does their changes again. They take the same way as new ones, without the log.
 //!
 //! ```text
-//! next group --read--> decoded: whole commits --a batch at a time: pages loaded, admitted, changed--> next group ... Redone
+//! next group --read--> whole commits --a batch at a time: pages loaded, admitted, changed--> next
+//!                                                                           ... --> Redone
 //! ```
 //! Invariants
 //! 1. All records of a page stand in one log, in LSN order: an epoch has one deal. So the logs need

@@ -3,7 +3,7 @@
 //! A run of blocks goes this way:
 //!
 //! ```text
-//!   free --alloc--> owned (Frame, pins >= 0) --Frame dropped, no pin--> returned --drained by the owner--> free
+//!   free --alloc--> owned (Frame, pins >= 0) --dropped, no pin--> returned --drained--> free
 //!                        \--Frame dropped, pins left--> orphan --last FrameRef dropped--> returned
 //! ```
 //!

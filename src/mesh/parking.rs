@@ -1,7 +1,8 @@
 //! Parking: how a thread says that it waits, and how others wake it.
 //!
 //! ```text
-//!   awake --park(level x)--> parked, also for level x --unpark, or a level >= x: one caller, one system call--> awake
+//!   awake --park(level x)--> parked, also for level x --unpark, or a level >= x--> awake
+//!                                                        (one caller, one system call)
 //!     ^---- there is work after all, or the wait has ended ----'
 //! ```
 //! A *level* is a number that only rises, such as a watermark: a parked thread can wait for it to

@@ -1,7 +1,8 @@
 //! Reads of map nodes and pages: who waits for what, which goes first, and what arrives.
 //!
 //! ```text
-//! wanted (by age of who asked) --a frame is free--> under way, its parent pinned --> arrived, checked --> whoever waits goes on
+//! wanted (oldest request first) --a frame is free--> under way, its parent pinned
+//!                               --> arrived, checked --> the requests that wait go on
 //! ```
 //! Invariants
 //! 1. The oldest request gets the first frame, and goes on from node to node before younger ones:

@@ -1,7 +1,8 @@
 //! Which pages of a volume there are: a walk through the map that skips what was never written.
 //!
 //! ```text
-//! virtual shards of this shard --next leaf of each--> heap by page id --first--> its pages: table, else map entry
+//! virtual shards of this shard --next leaf of each--> heap by page id --first--> its pages:
+//!                                                       the page table, else the map entry
 //! ```
 //! Invariants
 //! 1. A page counts as the next reader would find it: changes on their way to the map count.

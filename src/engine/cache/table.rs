@@ -8,8 +8,8 @@
 //! Invariants
 //! 1. `lsn` is the version of the content that the next reader gets; `mapped_lsn` is the version
 //!    that the map names. They differ only while a change is on its way to its place.
-//! 2. A page leaves the table only when nothing refers to it: no request, no version on its way, no image, not
-//!    dirty, no pin.
+//! 2. A page leaves the table only when nothing refers to it: no request, no version on its way, no
+//!    image, not dirty, no pin.
 //! 3. A page with a change on its way has its map leaf pinned, so that the map can be changed
 //!    without a read.
 //! 4. A request keeps the entries of its pages, and the bytes only of those that it reads or

@@ -3,8 +3,8 @@
 //!
 //! ```text
 //! Idle --Begin--> Begun --Redo(LSN)--> Watermark --> Pages --> Capture --> Handover --> Summaries --> Waiting --Done--> Idle
-//!                 places               it has        dirty     nodes, one  all others   of extents    Ready: table, flush and
-//!                 left so far          reached       pages     virtual     have         in use        superblock are the
+//!                 blocks               it has        dirty     nodes, one  all others   of extents    Ready: table, flush and
+//!                 given up             reached       pages     virtual     have         in use        superblock are the
 //!                 are retired          the LSN       written   shard a     captured                   leader's
 //!                                                              turn; roots too
 //! ```

@@ -1,9 +1,9 @@
 //! Makes a log longer, while commits go on in the segments that it has.
 //!
 //! ```text
-//! counted --long when a checkpoint begins--> making, file by file --all made, or one can't be made--> made
-//!    ^                                                                                                  |
-//!    +------------------------- a durable superblock counts them: they may be used --------------------+
+//! counted --long when a checkpoint begins--> making, file by file --all, or one failed--> made
+//!    ^                                                                                      |
+//!    +------------------ a durable superblock counts them: they may be used ----------------+
 //! ```
 //! Invariants
 //! 1. The superblock counts a segment only when its file exists, as durable zeros.

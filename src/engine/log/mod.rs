@@ -2,8 +2,8 @@
 //! durable and which segments are free.
 //!
 //! ```text
-//! group:    open --close--> Writing --all writes completed--> Written --flush submitted--> Flushing --ok--> durable
-//! segment:  Free --begun--> Active --too full for the next group--> Sealed --redo LSN has passed it--> Free
+//! group:    open --close--> Writing --written--> Written --flush--> Flushing --ok--> durable
+//! segment:  Free --begun--> Active --full--> Sealed --the redo LSN has passed it--> Free
 //! ```
 //! It begins with few segments, and gets longer when it is used: see [`growth`].
 //!

@@ -1,8 +1,8 @@
 //! A log group as it was read from a log: opened whole, or refused with the reason.
 //!
 //! ```text
-//! bytes at a position --head_at--> GroupHead --open--> records --placed--> addresses of pages, and what must be there
-//!                        |none                |NotWhole           |NotWhole
+//! bytes --head_at--> GroupHead --open--> records --placed--> pages in extents: address, checksum
+//!           |none                |NotWhole           |NotWhole
 //! ```
 //! Invariants
 //! 1. Nothing else judges the bytes of a group: the search for the end of the log, the redo and

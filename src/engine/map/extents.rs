@@ -1,7 +1,7 @@
 //! Extents: which shard may fill them, what is live in them, and when a block is free again.
 //!
 //! ```text
-//! Free --open--> Open(stream) --full-----------> Closing --summary written--> Closed --nothing live--> Free
+//! Free --open--> Open(stream) --full--> Closing --summary written--> Closed --none live--> Free
 //! Free, Closed --named by the log--> NamedByLog --end of redo--> Closing, Closed
 //! Closed --the store is opened, and it is not full--> Open(stream)
 //! ```

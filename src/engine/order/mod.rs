@@ -45,7 +45,7 @@ impl GlobalOrder {
         Lsn::new(self.next.load(Ordering::Acquire))
     }
 
-    /// Draws `count` consecutive LSNs for `shard` and returns the first. The watermark may rise
+    /// Allocates `count` consecutive LSNs for `shard` and returns the first. The watermark may rise
     /// meanwhile: the caller wakes those who wait for it, as after a [`refresh`](Self::refresh).
     pub fn allocate_lsns(&self, shard: ShardId, count: u64) -> Lsn {
         let bound = &self.bounds[usize::from(shard.get())];

@@ -2,7 +2,7 @@
 //! each of the others is.
 //!
 //! ```text
-//! meta file --read--> Copies: each whole, torn, of another kind, or unread --choose--> the newest, or why none may be used
+//! meta file --read--> Copies: what each of the four is --choose--> the newest, or an error
 //! ```
 //! Invariants
 //! 1. Nothing else reads or judges copies: recovery decides by [`Copies::choose`], and `verify`
@@ -171,8 +171,9 @@ impl Copies {
             |state: &CopyState| newest.generation > 1 || !matches!(state, CopyState::Zeros);
         let warnings = self.warnings(is_worth_a_warning);
         let generation_of = |copy: u64| self.0[copy as usize].whole().map(|s| s.generation);
-        let pair = Superblock::copies_of(newest.generation).into_iter();
+        let pair = Superblock::copies_of(newest.generation);
         let behind = pair
+            .into_iter()
             .filter(|copy| generation_of(*copy).is_some_and(|found| found < newest.generation))
             .collect();
         Ok(FoundSuperblock { superblock: newest.clone(), unreadable, behind, warnings })

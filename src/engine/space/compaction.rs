@@ -2,8 +2,9 @@
 //! moves elsewhere.
 //!
 //! ```text
-//! owner of the extent: summary read --> each item to the shard whose map would name it --Move--> ... --Moved--> next
-//! that shard: named here? no: Moved at once; else page: loaded, flushed to a new block; node: marked dirty
+//! owner of the extent: reads its summary --Move--> the shard whose map would name an item
+//! that shard: not named? --Moved--> owner
+//!             a page: loaded, flushed to a new block; a node: marked dirty --Moved--> owner
 //! ```
 //! Invariants
 //! 1. An item moves only if the map names this very place; everything else in the extent is garbage

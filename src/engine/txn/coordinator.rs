@@ -328,7 +328,7 @@ impl Shard {
         self.coordinator.waiting.iter().filter_map(until).min()
     }
 
-    /// Draws the LSNs of those for which all votes are in, and tells everybody.
+    /// Allocates the LSNs of those for which all votes are in, and tells all shards.
     pub(in crate::engine) fn decide(&mut self) {
         self.end_readers();
         let count = self.coordinator.decidable.len() as u64;

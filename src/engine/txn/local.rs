@@ -103,7 +103,7 @@ impl Shard {
         pending.pages[pending.reads_count()..].iter().copied().collect()
     }
 
-    /// Draws the LSNs of a turn's commits and carries them out.
+    /// Allocates the LSNs of a turn's commits and carries them out.
     fn execute(&mut self, batch: &[RequestIdx]) {
         if batch.is_empty() {
             return;

@@ -1,11 +1,12 @@
 //! Writes dirty pages to new blocks, and makes the map name them once they are durable.
 //!
 //! ```text
-//! Dirty --window, batch, pressure, checkpoint--> PageVersion --written--> waits for the watermark --> in the map
+//! Dirty --window, batch, pressure, checkpoint--> PageVersion --written--> awaits the watermark
+//!                                                                            --> in the map
 //! ```
 //! Invariants
-//! 1. A [`PageVersion`] is fixed: its frame is pinned until it is written, and later changes go to a
-//!    copy.
+//! 1. A [`PageVersion`] is fixed: its frame is pinned until it is written, and later changes go to
+//!    a copy.
 //! 2. The map gets a version only when it is written *and* at or below the watermark.
 //! 3. A version that comes late (the map names a newer one already) gives its block back like any
 //!    other: a log record may name it.

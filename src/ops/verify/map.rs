@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! stack of nodes --a batch, by place--> read together --interior--> their children, onto the stack
-//!                                                     --leaf------> pages, until there are enough: read by place, together
+//!                                                     --leaf------> pages, until there are enough: read in order
 //! ```
 //! Invariants
 //! 1. A node is decoded only after its checksum was found right; a wrong one ends this branch and
