@@ -1,7 +1,7 @@
 //! Numbers of things in a table: one type for each table, so that none is taken for another.
 //!
 //! Invariants
-//! 1. An index type is made by [`index_type!`] only, has the size of its number, and no arithmetic.
+//! 1. An index type is made by `index_type!` only, has the size of its number, and no arithmetic.
 //! 2. [`IndexedSlab`] hands out its own index type and takes no other.
 //!
 //! It does not know whether an index is still in use: a table gives the number of what has left it

@@ -5,7 +5,8 @@
 //!
 //! Invariants
 //! 1. A step that stops for memory, log room, space, the watermark or a node write is registered in
-//!    the lap in which it stops; [`Shard::ensure_frames`] registers its caller itself.
+//!    the lap in which it stops; [`Shard::ensure_frames`](super::Shard::ensure_frames) registers
+//!    its caller itself.
 //! 2. Whoever is registered is woken by something under way, or by a deadline. Memory always has a
 //!    deadline: readers drop their pages on other threads and tell nobody.
 //! 3. A step keeps the time since when it has been blocked without a success, and since when again

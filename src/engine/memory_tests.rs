@@ -310,6 +310,37 @@ fn the_largest_commits_over_shards_are_taken_at_their_owners_cost() {
     answer_all(&mut bench, 1);
 }
 
+/// If this fails, a commit that is durable is told "outcome unknown" because something else failed
+/// in the same moment: its client does it twice.
+#[test]
+fn what_is_durable_is_answered_so_though_the_store_stops_in_the_same_moment() {
+    let mut bench = Bench::open(&options());
+    let now = bench.now;
+    let shard = &mut bench.all.shards[0];
+    let changes = vec![(key(1), Change::Put(Bytes::from(vec![1; BLOCK])))];
+    shard
+        .request(Token(9), Request::Commit(Commit { changes, durable: true, ..Commit::default() }));
+    shard.turn(now);
+    let replies = |shard: &mut Shard| -> Vec<bool> {
+        std::iter::from_fn(|| shard.next_effect())
+            .filter_map(|effect| match effect {
+                super::Effect::Reply(Token(9), answer) => Some(answer.is_ok()),
+                _ => None,
+            })
+            .collect()
+    };
+    assert!(replies(shard).is_empty(), "it waits for the log");
+    // Its group has become durable, and before the next turn a write of pages fails.
+    let next = shard.ctx.order.next();
+    shard.ctx.order.publish(shard.ctx.id, next);
+    shard.ctx.order.refresh();
+    shard.message(
+        ShardId::LEADER,
+        super::Message::Failed(crate::base::error::Error::invalid("a write failed")),
+    );
+    assert_eq!(replies(shard), [true]);
+}
+
 /// If this fails, reads hang in front of a store that has failed while a part of a commit over
 /// shards was in front: nobody votes for it any more, and no deadline is left.
 #[test]

@@ -74,6 +74,8 @@ impl Shard {
             }
         }
         self.relieve_memory();
+        // Whoever drives the shard asks for the failure right after the turn.
+        self.tell_failure();
         self.watermark.request_flushes(&mut self.ctx);
         self.ctx.due = self.next_due();
     }
@@ -256,6 +258,8 @@ impl Shard {
     /// come.
     pub(super) fn tell_failure(&mut self) {
         let Some(cause) = self.ctx.failure_cause.take() else { return };
+        // What is durable by now is answered so: it may have become it in the same delivery.
+        self.note_watermark();
         // No part is voted for any more, and reads go on.
         self.participant.clear_front();
         if self.life.opening {

@@ -186,6 +186,7 @@ pub(crate) struct Space {
 pub(crate) struct Extents {
     store_id: [u8; 16],
     extent_blocks: u32,
+    data_blocks: u32,
     extents: Vec<Extent>,
     /// Extents that this shard owns.
     owned_count: u32,
@@ -225,6 +226,7 @@ impl Extents {
         let mut this = Extents {
             store_id,
             extent_blocks,
+            data_blocks: data_blocks(extent_blocks),
             extents: Vec::new(),
             owned_count: 0,
             remote_refs: RemoteRefs::new(vshards_count),
@@ -305,7 +307,7 @@ impl Extents {
 
     /// Blocks for data in an extent.
     pub(crate) fn data_blocks(&self) -> u32 {
-        data_blocks(self.extent_blocks)
+        self.data_blocks
     }
 
     /// The totals.
@@ -455,9 +457,9 @@ impl Extents {
 
     /// Changes an extent, and keeps the number of reclaimable ones up to date.
     fn edit(&mut self, no: ExtentNo, change: impl FnOnce(&mut Extent)) {
+        // All changes come through here: what it was has been asserted after the last one.
         let data_blocks = self.data_blocks();
         let extent = &mut self.extents[no.index()];
-        extent.assert_state(data_blocks);
         self.reclaimable -= u32::from(extent.is_reclaimable());
         change(extent);
         self.reclaimable += u32::from(extent.is_reclaimable());

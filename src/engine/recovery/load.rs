@@ -2,9 +2,11 @@
 //! named if it is damaged.
 
 use super::read::{Range, read_ranges};
-use crate::base::VShard;
 use crate::base::error::{Error, Result};
-use crate::format::extent::{TABLE_ROWS, TableRow, decode_table, table_crc, table_offset};
+use crate::base::{BLOCK, VShard};
+use crate::format::extent::{
+    TABLE_ROWS, TableRow, data_blocks, decode_table, table_crc, table_offset,
+};
 use crate::format::node::Child;
 use crate::format::root::{self, VOLUMES_MAX};
 use crate::format::superblock::{RootVersion, Superblock};
@@ -35,6 +37,7 @@ pub(crate) fn load(
         roots.push(root(superblock, VShard::new(i as u16), bytes)?);
         Ok(())
     })?;
+    let data_blocks = data_blocks((superblock.geometry.extent_bytes / BLOCK as u64) as u32);
     let table_blocks = superblock.extents_count.div_ceil(TABLE_ROWS);
     let table_ranges =
         (0..table_blocks).map(|index| block(FileId::Table, table_offset(index, checkpoint)));
@@ -47,6 +50,14 @@ pub(crate) fn load(
                 "block {index} of the extent table (byte {offset} of file extents) {what}"
             ))
         })?;
+        for (row, no) in rows.iter().zip(index * TABLE_ROWS..) {
+            if u32::from(row.live.get()) > data_blocks {
+                return Err(Error::corrupt(format_args!(
+                    "extent {no} has {} live blocks of {data_blocks} by the extent table",
+                    row.live.get()
+                )));
+            }
+        }
         table.extend(rows);
         sums.push(sum);
         Ok(())

@@ -40,6 +40,7 @@ use crate::engine::log::{Chunks, Log};
 use crate::engine::map::{Extents, Map};
 use crate::engine::order::GlobalOrder;
 use crate::engine::{LSN_AHEAD_MAX, NewEpoch, Recovering, Shard, ShardParts};
+use crate::format::LSN_END;
 use crate::format::extent::decode_summary;
 use crate::format::fresh::SEGMENTS_FIRST;
 use crate::format::superblock::{SUPERBLOCK_BYTES, Superblock};
@@ -176,6 +177,7 @@ pub(crate) fn begin(
             false => scan.highest.plus(if planted!(LsnsReused) { 1 } else { LSN_AHEAD_MAX }),
         },
     };
+    check_counters(&superblock, &new_epoch)?;
     assert!(
         new_epoch.first_lsn > scan.highest,
         "epoch {} would begin at {}, and {} was used before",
@@ -200,6 +202,24 @@ pub(crate) fn begin(
     let mut shard = |id| whole.shard(disk, &mut arena, id, &mut report);
     let shards = shard_map.shards().map(&mut shard).collect::<Result<_>>()?;
     Ok(Opening { shards, report, order })
+}
+
+/// Whether the numbers of the next life can be given out: a superblock whose checksum holds may still
+/// be another program's.
+fn check_counters(superblock: &Superblock, next: &NewEpoch) -> Result<()> {
+    let raised = [superblock.generation, superblock.checkpoint, superblock.epoch].map(|n| n + 1);
+    let is_at_end = |n: u64| n >= LSN_END - 1;
+    if superblock.next_lsn == Lsn::ZERO
+        || next.first_lsn == Lsn::ZERO
+        || raised.into_iter().chain([next.first_lsn.get()]).any(is_at_end)
+    {
+        return Err(Error::corrupt(format_args!(
+            "the superblock counts to where no store gets: generation {}, checkpoint {}, epoch {}, \
+             next LSN {}; restore the store from a backup",
+            superblock.generation, superblock.checkpoint, superblock.epoch, next.first_lsn
+        )));
+    }
+    Ok(())
 }
 
 /// Makes the logs of all shards as long as the superblock says, and those of new shards, which it is

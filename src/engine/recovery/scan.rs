@@ -87,7 +87,8 @@ impl Scan {
         let (redo, recovered) = (self.redo, self.recovered_lsn);
         assert!(redo <= recovered, "{recovered} is recovered, and the roots reflect {redo}");
         for ScannedGroup { head, places, .. } in &self.groups {
-            let named = places.iter().all(|place| place.extent.get() < self.extents_named);
+            let named =
+                places.iter().all(|p| p.extent.get().saturating_add(1) <= self.extents_named);
             assert!(named, "{head:?} names an extent above {}", self.extents_named);
         }
     }

@@ -59,7 +59,7 @@ pub(in crate::engine) struct Compactor {
     chosen: Vec<ExtentNo>,
     /// Since the last checkpoint.
     begun: hashbrown::HashSet<ExtentNo, foldhash::fast::FixedState>,
-    /// Skip victim selection until [`Extents::died`] reaches this.
+    /// Skip victim selection until `Extents::died` reaches this.
     rests_until: u64,
 }
 

@@ -45,9 +45,11 @@ impl Extents {
         };
         let next_block = last.block + 1;
         let is_full = next_block >= self.data_blocks();
-        // A summary lists all that its extent's row counts, or something is wrong with one of them:
+        // A summary lists all that its extent's row counts, each block once, or something is wrong
+        // with one of them:
         // such an extent is left to `verify`.
-        let is_listed = self.extents[no.index()].live as usize <= items.len();
+        let is_listed = self.extents[no.index()].live as usize <= items.len()
+            && items.len() <= next_block as usize;
         if is_full || !is_listed || self.open[stream as usize].is_some() {
             return;
         }
