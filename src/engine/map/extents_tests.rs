@@ -6,7 +6,7 @@
 
 use super::{Extents, Stream};
 use crate::base::{BLOCK, BlockAddr, ExtentNo, Lsn, PageId, PageKey, VShard, VolumeId};
-use crate::format::extent::{ItemKind, decode_summary, summary_at};
+use crate::format::extent::{Item, ItemKind, TableRow, decode_summary, summary_at};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -326,4 +326,15 @@ proptest! {
         prop_assert_eq!(space.live_blocks, model.nodes.iter().map(BTreeSet::len).sum::<usize>() as u64);
         prop_assert!(space.free as usize + 3 + nodes.len() >= space.total as usize, "{:?}", space);
     }
+}
+
+/// If this fails, a summary that no honest writer makes is a panic while the store is opened, where
+/// its extent should be left to `verify`.
+#[test]
+fn a_summary_that_lists_a_block_twice_is_not_gone_on_with() {
+    let row = TableRow { state: 1, live: 1.into(), ..TableRow::default() };
+    let mut extents = Extents::new(STORE, EXTENT_BLOCKS, VSHARDS.into(), &[row], 1, |_| true);
+    let what = ItemKind::Page(PageKey::new(VolumeId::new(1), PageId::new(1)), Lsn::new(1));
+    extents.refill(ExtentNo::new(0), vec![Item { block: 0, what }, Item { block: 0, what }]);
+    assert!(extents.alloc(Stream::Data, what).is_none(), "the only extent stays closed");
 }
