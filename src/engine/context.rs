@@ -67,7 +67,8 @@ pub(super) struct Context {
     pub due: Option<Micros>,
     /// Why this shard has stopped writing.
     pub failed: Option<Error>,
-    /// What made it stop, until whoever waits has been told (see `failure`).
+    /// What made it stop, until whoever waits has been told: see
+    /// [`Shard::tell_failure`](super::Shard).
     pub failure_cause: Option<Error>,
     /// The newest superblock that is durable. Only the end of a checkpoint replaces it.
     pub superblock: Superblock,

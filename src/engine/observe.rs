@@ -120,6 +120,11 @@ impl Shard {
         self.ctx.arena.blocks().into()
     }
 
+    /// A frame that the shard goes without from now on.
+    pub(crate) fn take_frame(&mut self) -> Option<crate::memory::Frame> {
+        self.ctx.arena.alloc(0)
+    }
+
     /// Counts everything.
     pub(crate) fn counts(&self) -> Counts {
         let pages = || self.cache.table.pages.iter().map(|(_, page)| page);

@@ -21,7 +21,7 @@ use crate::engine::budget::coordinated_bytes;
 use crate::engine::message::{Decision, Message, PrepareRequest, Vote};
 use crate::engine::txn::precedence;
 use crate::engine::watermark::Outcome;
-use crate::engine::{Commit, Lack, Response, Shard, Step, Token};
+use crate::engine::{Commit, Lack, Shard, Step, Token};
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, VecDeque};
 
@@ -363,14 +363,7 @@ impl Shard {
                     let (token, read) = (cross.token, cross.read_lsn);
                     self.abort_participants(txn);
                     self.remove_coordinated(txn);
-                    self.watermark.reply_when_durable(
-                        &mut self.ctx,
-                        &mut self.log,
-                        read,
-                        token,
-                        Response::Committed(read),
-                        Outcome::Known,
-                    );
+                    self.reply_committed(token, read, read, Outcome::Known);
                     self.ctx.work_pending = true;
                 }
                 _ => self.coordinator.decidable.push_back(txn),
@@ -417,23 +410,9 @@ impl Shard {
             self.ctx.send(shard, Message::Decide(txn, decision));
         }
         if durable {
-            self.watermark.reply_when_durable(
-                &mut self.ctx,
-                &mut self.log,
-                lsn.max(read),
-                token,
-                Response::Committed(lsn),
-                Outcome::Unknown,
-            );
+            self.reply_committed(token, lsn, lsn, Outcome::Unknown);
         } else if writers.is_empty() {
-            self.watermark.reply_when_durable(
-                &mut self.ctx,
-                &mut self.log,
-                read,
-                token,
-                Response::Committed(lsn),
-                Outcome::Unknown,
-            );
+            self.reply_committed(token, lsn, read, Outcome::Unknown);
         }
     }
 
@@ -450,14 +429,7 @@ impl Shard {
         cross.assert_state();
         if cross.applied_left == 0 && !cross.durable {
             let (token, lsn, read) = (cross.token, cross.lsn, cross.read_lsn);
-            self.watermark.reply_when_durable(
-                &mut self.ctx,
-                &mut self.log,
-                read,
-                token,
-                Response::Committed(lsn),
-                Outcome::Unknown,
-            );
+            self.reply_committed(token, lsn, read, Outcome::Unknown);
         }
     }
 

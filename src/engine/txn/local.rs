@@ -17,7 +17,7 @@ use crate::engine::requests::PendingKind;
 use crate::engine::reservations::Need;
 use crate::engine::txn::admission::Admission;
 use crate::engine::watermark::Outcome;
-use crate::engine::{Change, Lack, Response, Shard, Step};
+use crate::engine::{Change, Lack, Response, Shard, Step, Token};
 use crate::format::group::Role;
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -155,33 +155,31 @@ impl Shard {
         }
         match result {
             Err(error) => self.ctx.reply(token, Err(error)),
-            Ok(None) => self.watermark.reply_when_durable(
-                &mut self.ctx,
-                &mut self.log,
-                read_lsn,
-                token,
-                Response::Committed(read_lsn),
-                Outcome::Known,
-            ),
-            Ok(Some(lsn)) if commit.durable && !planted!(AcknowledgedEarly) => {
-                self.watermark.reply_when_durable(
-                    &mut self.ctx,
-                    &mut self.log,
-                    lsn,
-                    token,
-                    Response::Committed(lsn),
-                    Outcome::Unknown,
-                );
+            Ok(None) => self.reply_committed(token, read_lsn, read_lsn, Outcome::Known),
+            Ok(Some(lsn)) => {
+                let waits = commit.durable && !planted!(AcknowledgedEarly);
+                let awaited = if waits { lsn } else { read_lsn };
+                self.reply_committed(token, lsn, awaited, Outcome::Unknown);
             }
-            Ok(Some(lsn)) => self.watermark.reply_when_durable(
-                &mut self.ctx,
-                &mut self.log,
-                read_lsn,
-                token,
-                Response::Committed(lsn),
-                Outcome::Unknown,
-            ),
         }
+    }
+
+    /// Answers that the commit has `lsn`, when everything up to `awaited` is durable.
+    pub(in crate::engine) fn reply_committed(
+        &mut self,
+        token: Token,
+        lsn: Lsn,
+        awaited: Lsn,
+        outcome: Outcome,
+    ) {
+        self.watermark.reply_when_durable(
+            &mut self.ctx,
+            &mut self.log,
+            awaited,
+            token,
+            Response::Committed(lsn),
+            outcome,
+        );
     }
 
     /// Carries a commit out and writes its record into the open group.

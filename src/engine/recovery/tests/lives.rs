@@ -73,3 +73,35 @@ fn short_lives_give_back_what_they_took() {
         }
     }
 }
+
+/// If this fails, an opening that finds no memory says "closed, reopen it" and not what is short.
+#[test]
+fn an_opening_that_is_refused_for_memory_says_so() {
+    let (mut d, _) = Driver::open(SimDisk::new(1));
+    // So few that no checkpoint has come: no node of the map has to be read.
+    d.commit((0..4).map(|i| (key(i), put(1))).collect());
+    let mut disk = d.disk.crash(Loss::Everything, &mut Rng::new(1));
+    let opening = begin(&mut disk, &options(), 1, 7, 0).expect("the store can be opened");
+    let mut all = LocalCluster::new(opening.shards);
+    let (mut taken, mut now) = (Vec::new(), disk.now());
+    // Something else has all the memory, from the moment at which the log is being read.
+    let failure = (0..10_000).find_map(|_| {
+        now += 5_000;
+        if taken.is_empty() || all.shards[0].ops_under_way() > 0 {
+            all.poll_once(&mut disk, now);
+            disk.advance_to(now);
+        } else {
+            // As a shard's thread does: one turn, and then it asks.
+            all.shards[0].turn(now);
+        }
+        let shard = &mut all.shards[0];
+        assert!(!shard.is_open(), "without memory it can't open");
+        if shard.ops_under_way() > 0 || !taken.is_empty() {
+            taken.extend(std::iter::from_fn(|| shard.take_frame()));
+        }
+        shard.failure()
+    });
+    let error = failure.expect("it does not wait for ever");
+    assert_eq!(error.kind(), crate::ErrorKind::Busy, "{error}");
+    assert!(!taken.is_empty());
+}
