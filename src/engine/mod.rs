@@ -77,23 +77,21 @@ pub use state_machine::Effect;
 pub(crate) use state_machine::{Host, StateMachine, step};
 
 use blocked::{Lack, Step};
-use cache::NodeWaiter;
+use cache::{NodeWaiter, PageCache};
+use checkpoint::Checkpoint;
+use context::Context;
+use life::Life;
+use log::Log;
+use map::Map;
 use op_kind::OpKind;
-
-use crate::engine::cache::PageCache;
-use crate::engine::checkpoint::Checkpoint;
-use crate::engine::context::Context;
-use crate::engine::life::Life;
-use crate::engine::log::Log;
-use crate::engine::map::Map;
-use crate::engine::redo::Redo;
-use crate::engine::requests::Requests;
-use crate::engine::reservations::Reservations;
-use crate::engine::space::Space;
-use crate::engine::txn::coordinator::Coordinator;
-use crate::engine::txn::participant::Participant;
-use crate::engine::watermark::WatermarkWaiters;
-use crate::engine::writeback::WriteBack;
+use redo::Redo;
+use requests::Requests;
+use reservations::Reservations;
+use space::Space;
+use txn::coordinator::Coordinator;
+use txn::participant::Participant;
+use watermark::WatermarkWaiters;
+use writeback::WriteBack;
 
 /// One shard: its components, which [`turn`](Shard::turn) advances. Their order, the lowest first, is
 /// that of who may call whom; `tests/tidy/calls.rs` holds it.
