@@ -11,7 +11,8 @@
 //! Invariants
 //! 1. The table names a length only after the zeros up to there were written: opening after a crash
 //!    finds either.
-//! 2. The one descriptor is locked for as long as the medium is open.
+//! 2. The one descriptor is locked for as long as the medium is open, and unlocked explicitly when
+//!    it is dropped: a forked child may still hold a duplicate.
 //!
 //! It does *not* wait for the lock of a process that is dying.
 
@@ -23,6 +24,7 @@ use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::{BLOCK, SegmentNo, ShardId};
 use crate::io::FileId;
 use crate::io::cancel::Cancel;
+use crate::io::opener::Opener;
 use rustix::fs::FlockOperation;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -55,6 +57,7 @@ pub(in crate::io) struct SingleFile {
     regions: Mutex<Regions>,
     /// The file was made when the medium was opened.
     is_new: bool,
+    opener: Opener,
 }
 
 impl SingleFile {
@@ -109,6 +112,7 @@ impl SingleFile {
             cancel,
             regions,
             is_new,
+            opener: Opener::default(),
         })
     }
 
@@ -195,6 +199,15 @@ impl Media for SingleFile {
     fn remove_creation(&self) {
         if self.is_new {
             let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+impl Drop for SingleFile {
+    /// Invariant 2.
+    fn drop(&mut self) {
+        if self.opener.is_here() {
+            let _ = rustix::fs::flock(&*self.file, FlockOperation::Unlock);
         }
     }
 }
