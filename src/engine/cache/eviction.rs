@@ -130,6 +130,12 @@ impl Shard {
         if page.residency.is_listed() || !page.is_unreferenced() {
             return;
         }
+        let (newest, mapped) = (page.lsn, page.mapped_lsn);
+        assert!(
+            newest == mapped,
+            "{:?} may leave memory at {newest:?}, but the map has {mapped:?}",
+            page.key
+        );
         let (block, key) = (frame.block(), page.key);
         let hash = self.cache.table.hash(key);
         self.cache.eviction.list(

@@ -75,7 +75,11 @@ impl Shard {
         let (weight, held) = (pending.weight, self.reservations.request_bytes);
         assert!(weight <= held, "{waiter:?} gives {weight} bytes back, of {held}");
         self.reservations.request_bytes -= weight;
-        self.reservations.moves -= usize::from(matches!(pending.kind, PendingKind::Move(..)));
+        if let PendingKind::Move(from, owner) = &pending.kind {
+            let moves = self.reservations.moves;
+            assert!(moves > 0, "a move from {from:?} of {owner:?} ends, of {moves}");
+            self.reservations.moves -= 1;
+        }
         for (i, idx) in pending.pages.iter().enumerate() {
             let page = &mut self.cache.table.pages[*idx];
             assert!(page.holds > 0, "{waiter:?} lets {:?} go, which nothing held", page.key);

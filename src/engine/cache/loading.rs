@@ -396,7 +396,9 @@ impl Shard {
     fn node_arrived(&mut self, wanted: NodeWanted, result: Result<(), Error>) {
         let key = wanted.key;
         wanted.parent.into_iter().for_each(|parent| self.map.unpin(parent));
-        for waiter in self.cache.node_waiters.remove(&key).unwrap_or_default().list {
+        let waiters = self.cache.node_waiters.remove(&key).unwrap_or_default().list;
+        assert!(!waiters.is_empty(), "{key:?} comes from {:?} for nobody", wanted.child.place());
+        for waiter in waiters {
             match waiter {
                 NodeWaiter::Page(idx) => {
                     let page = &mut self.cache.table.pages[idx];

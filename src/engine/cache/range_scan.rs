@@ -68,7 +68,8 @@ impl Shard {
             lsn: Lsn::ZERO,
         });
         let waiter = self.begin(Some(token), PendingKind::Walk, SmallVec::new(), |_| false);
-        self.cache.walks.insert(waiter, walk);
+        let before = self.cache.walks.insert(waiter, walk);
+        assert!(before.is_none(), "{waiter:?} walks from {:?} while it walks already", asked.first);
     }
 
     /// Goes on with the walk of a pending request, until it ends or a node must be read.
@@ -104,6 +105,11 @@ impl Shard {
         if walk.found.len() >= ranges_max || walk.leaves_left == 0 {
             return Step::Done(Some(page));
         }
+        assert!(
+            (walk.asked.first..=last).contains(&page),
+            "a walk from {:?} to {last:?} visits a leaf at {page:?}",
+            walk.asked.first
+        );
         let page_index =
             PageKey::new(volume, page).place_in(self.ctx.limits.geometry.vshards_count).1;
         let Some(mapped) = self.map.leaf_bits(vshard, volume, page_index) else {
@@ -172,6 +178,10 @@ impl Shard {
 fn tell(found: &mut Vec<(PageId, PageId)>, page: PageId) {
     match found.last_mut() {
         Some((_, last)) if last.get() + 1 == page.get() => *last = page,
-        _ => found.push((page, page)),
+        last => {
+            let before = last.map(|(_, last)| *last);
+            assert!(before < Some(page), "a walk tells {page:?} behind {before:?}");
+            found.push((page, page));
+        }
     }
 }

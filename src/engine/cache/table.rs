@@ -343,6 +343,13 @@ impl Table {
         let page = &self.pages[idx];
         let key = page.key;
         assert!(page.frame.is_some(), "{key:?} is evicted, and has no memory");
+        assert!(
+            page.lsn == page.mapped_lsn && page.entry.is_some(),
+            "{key:?} is evicted at {:?}, but the map has {:?}, present: {}",
+            page.lsn,
+            page.mapped_lsn,
+            page.entry.is_some()
+        );
         if page.is_unreferenced() {
             self.remove(idx);
         } else {

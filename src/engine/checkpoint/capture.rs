@@ -66,6 +66,11 @@ impl Shard {
             place
         };
         let writes = self.map.capture(vshard, alloc, &mut retired);
+        assert!(
+            writes.len() <= nodes as usize,
+            "{} nodes of {vshard:?} are written, and there was room for {nodes}",
+            writes.len()
+        );
         self.space.extents.captured(vshard, writes.iter().map(|w| w.place), retired);
         self.checkpoint.nodes.extend(writes.iter().map(|w| w.node));
         self.ctx.stats.nodes_written += writes.len() as u64;
@@ -86,7 +91,9 @@ impl Shard {
             self.write_roots();
         }
         let blocks = writes.into_iter().map(|w| (w.place, IoSlice::whole(w.frame))).collect();
-        for run in plan::runs(blocks, self.ctx.limits.vectored_pages_max) {
+        let runs = plan::runs(blocks, self.ctx.limits.vectored_pages_max);
+        plan::assert_apart(&runs);
+        for run in runs {
             let offset = run.place.offset(self.ctx.limits.geometry.extent_bytes);
             self.checkpoint_op(DiskOp::Write {
                 file: FileId::Data,
@@ -149,6 +156,16 @@ impl Shard {
     pub(super) fn write_roots(&mut self) {
         let count = self.ctx.limits.geometry.vshards_count;
         let roots = std::mem::take(&mut self.checkpoint.roots);
+        for (vshard, _) in &roots {
+            let root = self.map.root(*vshard).version.generation;
+            let durable = self.ctx.superblock.vshards[vshard.index()].root.generation;
+            assert!(
+                root == durable + 1,
+                "root {root} of {vshard:?} is written, and {durable} is the one that counts: the \
+                 other of its two places is that of {}",
+                durable + 1
+            );
+        }
         let offset = |vshard| root::offset(vshard, self.map.root(vshard).version.generation, count);
         let writes = roots
             .into_iter()
@@ -161,7 +178,13 @@ impl Shard {
     pub(in crate::engine) fn submit_blocks(&mut self, mut writes: Vec<(FileId, u64, Frame)>) {
         writes.sort_by_key(|(file, offset, _)| (*file, *offset));
         let mut run: Option<(FileId, u64, SmallVec<[IoSlice; 4]>)> = None;
+        let mut end = None;
         for (file, offset, frame) in writes {
+            assert!(
+                end.is_none_or(|end| end <= (file, offset)),
+                "a block is written to {offset} of {file:?}, and another one up to {end:?}"
+            );
+            end = Some((file, offset + BLOCK as u64));
             let slice = IoSlice::whole(frame.pin());
             match &mut run {
                 Some((f, start, from))

@@ -123,6 +123,12 @@ impl Leader {
             "a superblock is there: {}, while the leader is {phase:?}",
             self.next.is_some()
         );
+        let (contributions, is_ready) =
+            (self.contributions.len(), has_next || phase == Phase::Table);
+        assert!(
+            (contributions > 0) == is_ready,
+            "{contributions} shards have contributed while the leader is {phase:?}"
+        );
         assert!(
             self.table.is_none() || phase == Phase::Table,
             "the extent table is being written while the leader is {phase:?}"
@@ -150,6 +156,7 @@ impl Shard {
 
     /// Some shard wants a checkpoint.
     pub(in crate::engine) fn checkpoint_wanted(&mut self) {
+        assert!(self.leads(), "a checkpoint is asked of {:?}, which does not lead", self.ctx.id);
         self.checkpoint.leader.wanted = true;
         self.ctx.work_pending = true;
     }
@@ -248,6 +255,10 @@ impl Shard {
             Phase::Running,
             "a contribution belongs to a checkpoint"
         );
+        for (vshard, root) in &contribution.roots {
+            let owner = self.ctx.shard_map.owner(*vshard);
+            assert!(owner == from, "{from:?} has written {root:?} of {vshard:?}, {owner:?}'s own");
+        }
         let before = self.checkpoint.leader.by_shard[from.index()].replace(contribution);
         assert!(before.is_none(), "{from:?} is ready twice in one checkpoint");
         self.checkpoint.leader.left -= 1;
@@ -325,6 +336,15 @@ impl Shard {
             vec![VShardState::default(); self.ctx.limits.geometry.vshards_count as usize];
         for (vshard, root) in leader.contributions.iter().flat_map(|c| &c.roots) {
             let shard = self.ctx.shard_map.owner(*vshard);
+            let VShardState { root: before, redo_lsn, .. } = old.vshards[vshard.index()];
+            // A root has two places, in turns: one more would be written over the one that counts.
+            assert!(
+                (before.generation..=before.generation + 1).contains(&root.generation)
+                    && redo_lsn <= leader.redo,
+                "the root of {vshard:?} is {root:?}, {before:?} before, and reflects all up to \
+                 {:?}, {redo_lsn:?} before",
+                leader.redo
+            );
             vshards[vshard.index()] = VShardState { root: *root, redo_lsn: leader.redo, shard };
         }
         let mut next = Superblock {

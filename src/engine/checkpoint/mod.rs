@@ -341,6 +341,12 @@ impl Shard {
         let mine = (0..self.ctx.limits.geometry.vshards_count as u16).map(VShard::new);
         let mine = mine.filter(|vshard| self.ctx.shard_map.owner(*vshard) == self.ctx.id);
         let clean = self.checkpoint.begin.is_some_and(|begin| begin.clean);
+        let (is_open, in_flight) = (!self.log.open.is_empty(), self.log.in_flight.len());
+        assert!(
+            !clean || (!is_open && in_flight == 0),
+            "the log is closed with commits in its open group: {is_open}, and {in_flight} groups in \
+             flight"
+        );
         let contribution = Contribution {
             rows: self.space.extents.rows(),
             roots: mine.map(|vshard| (vshard, self.map.root(vshard).version)).collect(),
@@ -370,6 +376,7 @@ impl Shard {
         );
         let begin = self.checkpoint.begin.take().expect("it has begun");
         let redo = self.checkpoint.redo;
+        self.assert_named(&superblock, redo);
         self.enter_phase(Phase::Idle);
         self.ctx.superblock = superblock;
         self.ctx.stats.checkpoints += 1;
@@ -392,6 +399,20 @@ impl Shard {
             self.ctx.checkpoint.wanted = true;
         }
         self.ctx.work_pending = true;
+    }
+
+    /// Panics if the superblock names other roots than this shard has written, or says that they
+    /// reflect more of the log than they do: what is recycled now would be missing.
+    fn assert_named(&self, superblock: &Superblock, redo: Lsn) {
+        for vshard in self.ctx.shard_map.owned_by(self.ctx.id) {
+            let (named, written) =
+                (&superblock.vshards[vshard.index()], self.map.root(vshard).version);
+            assert!(
+                named.root == written && named.redo_lsn == redo,
+                "the superblock names {named:?} for {vshard:?}, and {written:?} was written, which \
+                 reflects all up to {redo:?}"
+            );
+        }
     }
 
     /// No checkpoint will end any more.

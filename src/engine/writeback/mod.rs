@@ -7,12 +7,13 @@
 //! Invariants
 //! 1. A [`PageVersion`] is fixed: its frame is pinned until it is written, and later changes go to
 //!    a copy.
-//! 2. The map gets a version only when it is written *and* at or below the watermark.
-//! 3. A version that comes late (the map names a newer one already) gives its block back like any
-//!    other: a log record may name it.
-//! 4. A move changes the map only if the map still names the place that it moved from.
+//! 2. A page has one version on its way from the queue at a time; another one may be on its way
+//!    with a group.
+//!
+//! When the map names a version is the business of `publish`.
 
 pub(crate) mod plan;
+mod publish;
 
 use crate::base::error::Error;
 use crate::base::{BlockAddr, IndexedSlab, Lsn, Micros, PageIdx, PageVersionIdx};
@@ -109,6 +110,8 @@ impl WriteBack {
 
     /// A checkpoint waits for `pages` to have the version in the map that they have now.
     pub fn await_versions(&mut self, pages: u64) {
+        let before = self.checkpoint_versions;
+        assert!(before == 0, "a checkpoint waits for {pages} pages, the one before for {before}");
         self.checkpoint_versions = pages;
     }
 
@@ -265,10 +268,21 @@ impl Shard {
             page.key,
             page.dirty_from
         );
+        assert!(
+            page.versions == 0 && page.image.is_none(),
+            "{:?} is captured while {} versions and {:?} are on their way",
+            page.key,
+            page.versions,
+            page.image
+        );
         page.dirty_from = None;
         page.versions += 1;
         self.reservations.dirty_blocks -= 1;
-        self.space.freed_pages -= u64::from(page.absent);
+        if page.absent {
+            let freed = self.space.freed_pages;
+            assert!(freed > 0, "{:?} is freed, and one of {freed} dirty pages", page.key);
+            self.space.freed_pages -= 1;
+        }
         page.assert_state();
     }
 
@@ -308,7 +322,9 @@ impl Shard {
     fn write_versions(&mut self, blocks: Vec<(BlockAddr, (PageVersionIdx, IoSlice))>) {
         self.writeback.page_writes += blocks.len();
         self.ctx.stats.pages_written += blocks.len() as u64;
-        for run in plan::runs(blocks, self.ctx.limits.vectored_pages_max) {
+        let runs = plan::runs(blocks, self.ctx.limits.vectored_pages_max);
+        plan::assert_apart(&runs);
+        for run in runs {
             let offset = run.place.offset(self.ctx.limits.geometry.extent_bytes);
             let last = run.place.block as usize + run.items.len();
             assert!(
@@ -330,6 +346,12 @@ impl Shard {
         for idx in std::mem::take(&mut self.space.compaction.moves) {
             let page = &self.cache.table.pages[idx];
             let (key, lsn) = (page.key, page.lsn);
+            assert!(
+                page.versions > 0 && page.leaf.is_some(),
+                "{key:?} is moved, of {} versions, and its leaf is pinned: {}",
+                page.versions,
+                page.leaf.is_some()
+            );
             // Changed since: its new version leaves the old place anyway. Without space it stays.
             let moves = !page.absent && lsn == page.mapped_lsn && self.may_move(0);
             let from = page.entry.filter(|_| moves).map(|e| e.place());
@@ -340,9 +362,7 @@ impl Shard {
                 Some((from, sealed, place))
             });
             let Some((from, sealed, place)) = to else {
-                let page = &mut self.cache.table.pages[idx];
-                assert!(page.versions > 0, "{:?} does not move, and nothing held it", page.key);
-                page.versions -= 1;
+                self.cache.table.pages[idx].versions -= 1;
                 self.unpin_if_clean(idx);
                 continue;
             };
@@ -366,118 +386,12 @@ impl Shard {
         versions: Vec<PageVersionIdx>,
         result: Result<(), Error>,
     ) {
-        self.writeback.page_writes -= versions.len();
+        let (written, writes) = (versions.len(), self.writeback.page_writes);
+        assert!(written <= writes, "writes of {written} pages end, of {writes} under way");
+        self.writeback.page_writes -= written;
         match result {
             Ok(()) => self.versions_written(versions),
             Err(error) => self.ctx.fail(error),
-        }
-    }
-
-    /// Writes of these versions have completed.
-    pub(in crate::engine) fn versions_written(&mut self, versions: Vec<PageVersionIdx>) {
-        for version in versions {
-            self.version_written(version);
-        }
-    }
-
-    fn version_written(&mut self, version: PageVersionIdx) {
-        self.writeback.stuck_until = None;
-        let lsn = self.writeback.versions[version].lsn;
-        if lsn <= self.ctx.order.watermark() || planted!(MappedTooSoon) {
-            self.publish_or_wait(version);
-        } else {
-            self.log.open.urgent |= !self.log.open.is_empty();
-            self.watermark.want(lsn);
-            self.writeback.awaiting_watermark.push(AwaitingWatermark(Reverse((lsn, version))));
-        }
-    }
-
-    /// The watermark has advanced: what is written and durable goes into the map.
-    pub(in crate::engine) fn publish_durable(&mut self) {
-        self.writeback.stuck_until = None;
-        let watermark = self.ctx.order.watermark();
-        while self.writeback.awaiting_watermark.peek().is_some_and(|u| u.lsn() <= watermark) {
-            if let Some(AwaitingWatermark(Reverse((_, version)))) =
-                self.writeback.awaiting_watermark.pop()
-            {
-                self.publish_or_wait(version);
-            }
-        }
-    }
-
-    /// Node writes may have ended: what waited for them goes into the map.
-    pub(in crate::engine) fn publish_behind_nodes(&mut self) {
-        for version in std::mem::take(&mut self.writeback.behind_nodes) {
-            self.publish_or_wait(version);
-        }
-    }
-
-    /// Puts a version into the map, unless its leaf is on its way to the device: then when that
-    /// write has ended.
-    fn publish_or_wait(&mut self, version: PageVersionIdx) {
-        let leaf = self.cache.table.pages[self.writeback.versions[version].page].leaf;
-        if leaf.is_some_and(|leaf| self.map.is_being_written(leaf)) {
-            self.ctx.stats.settles_delayed += 1;
-            self.writeback.behind_nodes.push(version);
-        } else {
-            self.publish_to_map(version);
-        }
-    }
-
-    fn publish_to_map(&mut self, version: PageVersionIdx) {
-        let PageVersion { page: idx, lsn, entry, moved_from } =
-            self.writeback.versions.remove(version);
-        self.reservations.unpublished -= 1;
-        let page = &mut self.cache.table.pages[idx];
-        let key = page.key;
-        assert!(
-            page.versions > 0 && lsn <= page.lsn,
-            "{lsn:?} of {key:?} is published, of {} captures, and the page is at {:?}",
-            page.versions,
-            page.lsn
-        );
-        assert!(
-            entry.is_none_or(|entry| entry.lsn() == lsn),
-            "{:?} of {key:?} is published as {lsn:?}",
-            entry.map(|entry| entry.lsn())
-        );
-        page.versions -= 1;
-        let (vshard, _) = self.map.position(key);
-        let applies = match moved_from {
-            Some(from) => {
-                page.mapped_lsn == lsn && page.entry.is_some_and(|e| e.place() == from)
-                    || planted!(MovedAnyway)
-            }
-            None => page.mapped_lsn < lsn,
-        };
-        match entry {
-            Some(entry) => self.space.extents.name_page(vshard, entry.place()),
-            None => self.reservations.frees_unpublished -= 1,
-        }
-        if applies {
-            let leaf = page.leaf.expect("a page with a version on its way has its leaf pinned");
-            page.entry = entry;
-            page.mapped_lsn = lsn;
-            if let Some(old) = self.map.set(leaf, key, entry) {
-                self.space.extents.free_later(vshard, old.place());
-            }
-        } else if let Some(entry) = entry {
-            self.space.extents.free_later(vshard, entry.place());
-        }
-        self.cache.table.pages[idx].assert_state();
-        self.page_published(idx);
-        self.unpin_if_clean(idx);
-        self.ctx.work_pending = true;
-    }
-
-    /// A version of the page is in the map.
-    pub(in crate::engine) fn page_published(&mut self, idx: PageIdx) {
-        let page = &mut self.cache.table.pages[idx];
-        if page.checkpoint_target != Lsn::ZERO && page.mapped_lsn >= page.checkpoint_target {
-            let left = self.writeback.checkpoint_versions;
-            assert!(left > 0, "{:?} is waited for, of {left} pages", page.key);
-            page.checkpoint_target = Lsn::ZERO;
-            self.writeback.checkpoint_versions -= 1;
         }
     }
 }
