@@ -1,6 +1,7 @@
 //! A whole store on each medium: made, written, abandoned without a close, opened again.
 
-use super::tests::{Case, each_driver};
+use super::Access;
+use super::tests::{Case, LOG, allocate, each_driver};
 use crate::base::options::{Geometry, Options};
 use crate::base::{BLOCK, PageId, PageKey, VolumeId};
 use crate::engine::recovery;
@@ -75,9 +76,25 @@ fn a_store_opens_is_written_crashes_and_opens_again_on_every_medium() {
                 assert!(*pages[0] == content(page, round)[..], "page {page} after crash {round}");
             }
         }
-        let files = case
-            .try_files(super::Access::ReadOnly, &FileOptions::default())
-            .expect("nobody has it open");
+        let files =
+            case.try_files(Access::ReadOnly, &FileOptions::default()).expect("nobody has it open");
         assert!(files.existing().contains(&FileId::Data) && files.existing().len() > 4);
+    });
+}
+
+/// A child that the host program has forked, or a ring that the kernel still takes apart, holds the
+/// descriptors of a store for a moment longer than the store: it must not keep the next opening out
+/// as `InUse`.
+#[test]
+fn a_closed_store_is_unlocked_though_its_descriptors_are_still_held() {
+    each_driver(|case| {
+        let files = case.files();
+        let mut disk = case.make(files.clone());
+        allocate(disk.as_mut(), LOG, 0, 4096).unwrap();
+        let entry = files.file(LOG);
+        let held = files.location(&entry.file).unwrap().descriptor.clone();
+        drop((disk, files));
+        case.try_files(Access::ReadWrite, case.options).expect("it is closed");
+        drop(held);
     });
 }

@@ -67,7 +67,7 @@ pub(super) struct Case<'a> {
     dir: &'a Path,
     medium: Medium,
     driver: Driver,
-    options: &'a FileOptions,
+    pub(super) options: &'a FileOptions,
 }
 
 impl Case<'_> {
@@ -280,23 +280,6 @@ fn await_all(disk: &mut dyn Disk, done: &mut Vec<Completion>, count: usize) {
     if count == 1024 {
         done.clear();
     }
-}
-
-/// A child that the host program has forked, or a ring that the kernel still takes apart, holds the
-/// descriptors of a store for a moment longer than the store: it must not keep the next opening out
-/// as `InUse`.
-#[test]
-fn a_closed_store_is_unlocked_though_its_descriptors_are_still_held() {
-    each_driver(|case| {
-        let files = case.files();
-        let mut disk = case.make(files.clone());
-        allocate(disk.as_mut(), LOG, 0, 4096).unwrap();
-        let entry = files.file(LOG);
-        let held = files.location(&entry.file).unwrap().descriptor.clone();
-        drop((disk, files));
-        case.try_files(Access::ReadWrite, case.options).expect("it is closed");
-        drop(held);
-    });
 }
 
 /// Bytes that do not exist must never be made up, and the error must say where.
