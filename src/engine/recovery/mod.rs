@@ -204,8 +204,8 @@ pub(crate) fn begin(
     Ok(Opening { shards, report, order })
 }
 
-/// Whether the numbers of the next life can be given out: a superblock whose checksum holds may still
-/// be another program's.
+/// Whether the numbers of the next life can be given out, and the roots can be what they are said to
+/// be: a superblock whose checksum holds may still be another program's.
 fn check_counters(superblock: &Superblock, next: &NewEpoch) -> Result<()> {
     let raised = [superblock.generation, superblock.checkpoint, superblock.epoch].map(|n| n + 1);
     let is_at_end = |n: u64| n >= LSN_END - 1;
@@ -217,6 +217,16 @@ fn check_counters(superblock: &Superblock, next: &NewEpoch) -> Result<()> {
             "the superblock counts to where no store gets: generation {}, checkpoint {}, epoch {}, \
              next LSN {}; restore the store from a backup",
             superblock.generation, superblock.checkpoint, superblock.epoch, next.first_lsn
+        )));
+    }
+    // All roots that a superblock names reflect the log up to the same LSN.
+    let redo = superblock.redo_lsn();
+    let newest = superblock.vshards.iter().map(|vshard| vshard.redo_lsn).fold(redo, Lsn::max);
+    if newest > redo || newest >= next.first_lsn {
+        return Err(Error::corrupt(format_args!(
+            "the superblock names roots that reflect the log up to LSN {newest}, but all do up to \
+             {redo}, and no commit from LSN {} on exists; restore the store from a backup",
+            next.first_lsn
         )));
     }
     Ok(())

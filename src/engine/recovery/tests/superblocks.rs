@@ -81,6 +81,14 @@ fn what_no_store_can_count_is_refused_when_it_is_opened() {
         let error = refused(&superblock, &table).expect("it counts to the end");
         assert_eq!(error.kind(), crate::ErrorKind::Corrupt, "{error}");
     }
+    // Of one root, and of all: commits that no log holds and that were never made.
+    for forged in [1, honest.vshards.len()] {
+        let mut vshards = honest.vshards.clone();
+        vshards[..forged].iter_mut().for_each(|vshard| vshard.redo_lsn = honest.next_lsn);
+        let superblock = Superblock { vshards, ..honest.clone() };
+        let error = refused(&superblock, &table).expect("it reflects what was never committed");
+        assert_eq!(error.kind(), crate::ErrorKind::Corrupt, "{error}");
+    }
     let used = table.iter_mut().find(|row| row.state == 1).expect("an extent in use");
     used.live = 2000.into();
     let error = refused(&honest, &table).expect("more live blocks than there are");
