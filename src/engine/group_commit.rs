@@ -216,9 +216,8 @@ impl Shard {
                 .expect("a page with an image in the group stays in the table");
             let page = &mut self.cache.table.pages[idx];
             page.versions += 1;
-            if image.is_current && page.dirty_from.take().is_some() {
-                self.reservations.dirty_blocks -= 1;
-                self.space.freed_pages -= u64::from(page.absent);
+            if image.is_current && page.dirty_from.is_some() {
+                self.leave_dirty(idx);
             }
             let version = self.add_version(PageVersion {
                 page: idx,
@@ -229,7 +228,7 @@ impl Shard {
             blocks.push((entry.place(), (version, image.sealed.into_bytes())));
         }
         self.ctx.stats.pages_written += blocks.len() as u64;
-        let runs = plan::runs(blocks, self.ctx.limits.vectored_pages_max);
+        let runs = plan::writes(blocks, self.ctx.limits.vectored_pages_max);
         let count = runs.len() as u32;
         for run in runs {
             self.ctx.stats.page_write_ops += 1;

@@ -171,9 +171,7 @@ impl Shard {
             }
         }
         self.cache.wanted.pages.extend(wanted);
-        let runs = plan::runs(blocks, self.ctx.limits.vectored_pages_max);
-        let runs = plan::bridge(runs, READ_GAP_MAX, self.ctx.limits.vectored_pages_max);
-        for run in runs {
+        for run in plan::reads(blocks, READ_GAP_MAX, self.ctx.limits.vectored_pages_max) {
             self.submit_read(run);
         }
     }

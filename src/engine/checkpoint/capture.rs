@@ -91,9 +91,7 @@ impl Shard {
             self.write_roots();
         }
         let blocks = writes.into_iter().map(|w| (w.place, IoSlice::whole(w.frame))).collect();
-        let runs = plan::runs(blocks, self.ctx.limits.vectored_pages_max);
-        plan::assert_apart(&runs);
-        for run in runs {
+        for run in plan::writes(blocks, self.ctx.limits.vectored_pages_max) {
             let offset = run.place.offset(self.ctx.limits.geometry.extent_bytes);
             self.checkpoint_op(DiskOp::Write {
                 file: FileId::Data,

@@ -258,8 +258,23 @@ impl Shard {
         }
     }
 
-    /// The page's newest version is on its way: it is dirty no more.
+    /// The page's newest version is on its way from the queue.
     fn begin_flush(&mut self, idx: PageIdx) {
+        let page = &mut self.cache.table.pages[idx];
+        assert!(
+            page.versions == 0 && page.image.is_none(),
+            "{:?} is captured while {} versions and {:?} are on their way",
+            page.key,
+            page.versions,
+            page.image
+        );
+        page.versions += 1;
+        self.leave_dirty(idx);
+    }
+
+    /// The page's newest version is on its way: it is dirty no more, and the block that was reserved
+    /// for it is taken.
+    pub(in crate::engine) fn leave_dirty(&mut self, idx: PageIdx) {
         let page = &mut self.cache.table.pages[idx];
         let reserved = self.reservations.dirty_blocks;
         assert!(
@@ -268,15 +283,7 @@ impl Shard {
             page.key,
             page.dirty_from
         );
-        assert!(
-            page.versions == 0 && page.image.is_none(),
-            "{:?} is captured while {} versions and {:?} are on their way",
-            page.key,
-            page.versions,
-            page.image
-        );
         page.dirty_from = None;
-        page.versions += 1;
         self.reservations.dirty_blocks -= 1;
         if page.absent {
             let freed = self.space.freed_pages;
@@ -322,9 +329,7 @@ impl Shard {
     fn write_versions(&mut self, blocks: Vec<(BlockAddr, (PageVersionIdx, IoSlice))>) {
         self.writeback.page_writes += blocks.len();
         self.ctx.stats.pages_written += blocks.len() as u64;
-        let runs = plan::runs(blocks, self.ctx.limits.vectored_pages_max);
-        plan::assert_apart(&runs);
-        for run in runs {
+        for run in plan::writes(blocks, self.ctx.limits.vectored_pages_max) {
             let offset = run.place.offset(self.ctx.limits.geometry.extent_bytes);
             let last = run.place.block as usize + run.items.len();
             assert!(

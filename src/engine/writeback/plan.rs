@@ -1,8 +1,8 @@
 //! From many small transfers to few large ones: pure planning, no I/O.
 //!
 //! Given blocks with their places, in any order: sort them, put neighbours into one vectored
-//! operation of at most `blocks_max` blocks. The same plan serves writes (batches of dirty pages,
-//! checkpoints) and reads; reads may also bridge small gaps, by reading what nobody asked for.
+//! operation of at most `blocks_max` blocks. Writes (of groups, dirty pages, checkpoints) never meet
+//! in a block; reads may, and bridge small gaps by reading what nobody asked for.
 
 use crate::base::BlockAddr;
 
@@ -15,10 +15,12 @@ pub struct Run<T> {
     pub items: Vec<T>,
 }
 
-/// Panics if two of these runs, which [`runs`] has made, overlap: one of two blocks that are
-/// written to the same place would be lost. Reads may: what they ask for is what a map names, and
-/// a damaged one names anything.
-pub fn assert_apart<T>(runs: &[Run<T>]) {
+/// The writes of `blocks`, each of at most `blocks_max` neighbours.
+///
+/// # Panics
+/// If two blocks have the same place: one of them would be lost.
+pub fn writes<T>(blocks: Vec<(BlockAddr, T)>, blocks_max: usize) -> Vec<Run<T>> {
+    let runs = runs(blocks, blocks_max);
     for pair in runs.windows(2) {
         let (first, next) = (&pair[0], &pair[1]);
         let end = first.place.block + first.items.len() as u32;
@@ -30,10 +32,21 @@ pub fn assert_apart<T>(runs: &[Run<T>]) {
             next.place
         );
     }
+    runs
+}
+
+/// The reads of `blocks`, each of at most `blocks_max` blocks, with gaps of at most `gap_max` blocks
+/// read too (`None`). A place may be asked for twice: a damaged map names anything.
+pub fn reads<T>(
+    blocks: Vec<(BlockAddr, T)>,
+    gap_max: u32,
+    blocks_max: usize,
+) -> Vec<Run<Option<T>>> {
+    bridge(runs(blocks, blocks_max), gap_max, blocks_max)
 }
 
 /// Sorts `blocks` by place and merges neighbours into runs of at most `blocks_max`.
-pub fn runs<T>(mut blocks: Vec<(BlockAddr, T)>, blocks_max: usize) -> Vec<Run<T>> {
+fn runs<T>(mut blocks: Vec<(BlockAddr, T)>, blocks_max: usize) -> Vec<Run<T>> {
     blocks.sort_by_key(|(place, _)| *place);
     let mut runs: Vec<Run<T>> = Vec::new();
     for (place, item) in blocks {
@@ -53,7 +66,7 @@ pub fn runs<T>(mut blocks: Vec<(BlockAddr, T)>, blocks_max: usize) -> Vec<Run<T>
 /// Puts something into the gaps between neighbouring runs of one extent that are at most `gap_max`
 /// blocks wide, so that one operation reads them all: `None` stands for a block that nobody asked
 /// for.
-pub fn bridge<T>(runs: Vec<Run<T>>, gap_max: u32, blocks_max: usize) -> Vec<Run<Option<T>>> {
+fn bridge<T>(runs: Vec<Run<T>>, gap_max: u32, blocks_max: usize) -> Vec<Run<Option<T>>> {
     let mut bridged: Vec<Run<Option<T>>> = Vec::new();
     for run in runs {
         if let Some(last) = bridged.last_mut()
@@ -93,7 +106,7 @@ mod tests {
         ) {
             let place = |(e, b): &(u32, u32)| BlockAddr { extent: ExtentNo::new(*e), block: *b };
             let blocks: Vec<_> = places.iter().rev().map(|p| (place(p), *p)).collect();
-            let runs = runs(blocks, max);
+            let runs = writes(blocks, max);
             let mut seen = Vec::new();
             for run in &runs {
                 prop_assert!(run.items.len() <= max);
@@ -113,7 +126,7 @@ mod tests {
             let place = |(e, b): &(u32, u32)| BlockAddr { extent: ExtentNo::new(*e), block: *b };
             let blocks: Vec<_> = places.iter().map(|p| (place(p), *p)).collect();
             let mut seen = Vec::new();
-            for run in bridge(runs(blocks, max), gap, max) {
+            for run in reads(blocks, gap, max) {
                 prop_assert!(run.items.len() <= max);
                 prop_assert!(run.items.first().is_some_and(Option::is_some), "a run begins with what was asked for");
                 prop_assert!(run.items.last().is_some_and(Option::is_some), "and ends with it");
@@ -135,8 +148,8 @@ mod tests {
     #[test]
     fn a_block_that_is_asked_for_twice_is_read_twice() {
         let at = |block| BlockAddr { extent: ExtentNo::new(0), block };
-        let runs = runs(vec![(at(1), 'a'), (at(2), 'b'), (at(2), 'c')], 64);
-        let read: Vec<_> = bridge(runs, 1, 64).into_iter().map(|run| run.items).collect();
+        let reads = reads(vec![(at(1), 'a'), (at(2), 'b'), (at(2), 'c')], 1, 64);
+        let read: Vec<_> = reads.into_iter().map(|run| run.items).collect();
         assert_eq!(read, vec![vec![Some('a'), Some('b')], vec![Some('c')]]);
     }
 
@@ -146,14 +159,14 @@ mod tests {
     #[should_panic(expected = "and others to")]
     fn two_pages_are_not_written_to_one_block() {
         let at = |block| BlockAddr { extent: ExtentNo::new(0), block };
-        assert_apart(&runs(vec![(at(1), 'a'), (at(2), 'b'), (at(2), 'c')], 64));
+        writes(vec![(at(1), 'a'), (at(2), 'b'), (at(2), 'c')], 64);
     }
 
     /// Neighbours that aren't merged cost a device operation each.
     #[test]
     fn neighbours_are_merged() {
         let at = |block| BlockAddr { extent: ExtentNo::new(0), block };
-        let runs = runs(vec![(at(3), 'd'), (at(1), 'b'), (at(2), 'c'), (at(7), 'h')], 64);
+        let runs = writes(vec![(at(3), 'd'), (at(1), 'b'), (at(2), 'c'), (at(7), 'h')], 64);
         assert_eq!(runs.len(), 2);
         assert_eq!(runs[0].items, vec!['b', 'c', 'd']);
     }
