@@ -1,8 +1,7 @@
-//! Pauses before a call is repeated that the kernel has refused for now (`EAGAIN`, `EINTR`).
+//! Pauses between attempts of a call that the kernel refuses for now (`EAGAIN`, `EINTR`).
 //!
 //! Invariants
-//! 1. No refusal is answered by an immediate retry for ever: each pause in a row is at least as
-//!    long as the one before.
+//! 1. Retries slow down: each pause in a row is at least as long as the one before.
 //! 2. A device that refuses for [`REFUSALS_MAX`] pauses in a row, half a minute, counts as failed,
 //!    so that no caller waits for ever.
 //!
@@ -13,9 +12,10 @@ use crate::base::Micros;
 use rustix::io::Errno;
 use std::time::Duration;
 
-/// The first pause: a full device queue has room again by then, and no client notices it.
+/// The first pause: long enough for a full device queue to have room again, too short for a client
+/// to notice.
 const PAUSE_MIN_US: Micros = 100;
-/// The longest pause: it does not slow down a device that is this slow anyway.
+/// The longest pause: a device that refuses for this long is not slowed down by it.
 const PAUSE_MAX_US: Micros = 100 << 10;
 /// Refusals in a row after which a call counts as failed.
 const REFUSALS_MAX: u16 = 300;
@@ -25,15 +25,15 @@ const REFUSALS_MAX: u16 = 300;
 pub(super) struct Backoff(u16);
 
 impl Backoff {
-    /// Counts one more refusal. Returns how long to pause before the next attempt, or `None` once
-    /// that is a failure.
+    /// Counts one more refusal. Returns how long to pause before the next attempt, or `None` if the
+    /// call has been refused too often and counts as failed.
     pub(super) fn refused(&mut self) -> Option<Micros> {
         self.0 = self.0.saturating_add(1);
         (self.0 <= REFUSALS_MAX).then(|| self.pause_us())
     }
 
-    /// Sleeps if `e` says that it may work later. Otherwise, or if it has not worked for long, or
-    /// if the work was cancelled, `e` is the failure.
+    /// Sleeps if the call that failed with `e` may work later. Returns `e` as the failure if it
+    /// can't, if it has been refused too often, or if the work was cancelled.
     #[allow(clippy::disallowed_methods, reason = "the kernel tells nobody when it would take it")]
     pub(super) fn pause(&mut self, e: Errno, cancel: &Cancel) -> rustix::io::Result<()> {
         if !matches!(e, Errno::INTR | Errno::AGAIN) || cancel.is_cancelled() {
@@ -44,14 +44,14 @@ impl Backoff {
         Ok(())
     }
 
-    /// The pause after the present number of refusals.
+    /// The pause after the current number of refusals.
     pub(super) fn pause_us(self) -> Micros {
         (PAUSE_MIN_US << self.0.saturating_sub(1).min(16)).min(PAUSE_MAX_US)
     }
 }
 
-/// Repeats `call` after a pause while it is refused for now. For calls that are made before a store
-/// is open; it gives up after a fifth of a second, since nothing can cancel it.
+/// Repeats `call`, with pauses, while the kernel refuses it for now. For calls that are made before
+/// a store is open: it gives up after a fifth of a second, since nothing can cancel it.
 #[allow(clippy::disallowed_methods, reason = "the kernel tells nobody when it would take it")]
 pub(super) fn retry_transient<T>(
     mut call: impl FnMut() -> rustix::io::Result<T>,
@@ -93,8 +93,7 @@ mod tests {
         assert_eq!((failed, calls), (Err(Errno::IO), 1), "a failure is one at once");
     }
 
-    /// Without pauses a device that is busy costs a whole core; without an end its callers wait for
-    /// ever.
+    /// Without pauses a busy device costs a whole core; without a limit its callers wait for ever.
     #[test]
     fn pauses_grow_and_end() {
         let mut backoff = Backoff::default();

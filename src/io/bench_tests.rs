@@ -2,7 +2,7 @@
 //! --test-threads=1`.
 //!
 //! Goal: ratios between drivers and between flush methods on this machine, in interleaved rounds.
-//! No goal: absolute figures of a quiet machine; other processes take their share.
+//! Not a goal: absolute figures, which would need a quiet machine.
 #![allow(clippy::disallowed_methods, reason = "time is what is measured")]
 
 use super::tests::{DriverDisk, allocate, filled};
@@ -24,7 +24,7 @@ struct Size {
 }
 
 const WHOLE: Size = Size { file_bytes: 512 << 20, round: Duration::from_millis(700), rounds: 5 };
-/// Enough to see that a measurement works.
+/// Just enough to see that a measurement works.
 const SMOKE: Size = Size { file_bytes: 8 << 20, round: Duration::from_millis(2), rounds: 1 };
 
 fn log(shard: u16) -> FileId {
@@ -42,7 +42,7 @@ fn make(files: &Arc<Files>, driver: Driver) -> Box<dyn DriverDisk> {
     }
 }
 
-/// Keeps `depth` reads under way for a round: how many were done.
+/// Keeps `depth` reads under way for a round. Returns reads per second.
 fn reads(disk: &mut dyn Disk, arena: &mut Arena, depth: usize, rng: &mut Rng, size: Size) -> f64 {
     let mut done = Vec::new();
     let mut spare: Vec<_> = (0..depth).map(|_| arena.alloc(0).unwrap()).collect();
@@ -74,12 +74,13 @@ fn reads(disk: &mut dyn Disk, arena: &mut Arena, depth: usize, rng: &mut Rng, si
     count as f64 / start.elapsed().as_secs_f64()
 }
 
-/// Writes a block and flushes it, one after the other, for a round: microseconds of each.
+/// Writes a block and flushes it, again and again, for a round. Returns the microseconds that each
+/// took.
 fn write_and_flush(disk: &mut dyn Disk, arena: &mut Arena, shard: u16, size: Size) -> Vec<f64> {
     let frame = filled(arena, 0, 1);
     let mut times = Vec::new();
     let start = Instant::now();
-    // Once at least, however busy the machine is.
+    // At least once, however busy the machine is.
     while times.is_empty() || start.elapsed() < size.round {
         let begun = Instant::now();
         let offset = (times.len() as u64 % 2048) * 4096;
@@ -122,7 +123,7 @@ fn ring_against_portable() {
 }
 
 fn compare_all_drivers(size: Size) {
-    // From the page cache the device costs nothing: what is left is the drivers'.
+    // Reads from the page cache cost the device nothing, so they show what the drivers cost.
     for page_cache in [PageCache::Bypass, PageCache::Use] {
         compare_drivers(page_cache, size);
     }
@@ -205,7 +206,8 @@ fn each_measurement_works() {
     compare_flushes(SMOKE);
 }
 
-/// Several shards write and flush, each on a thread of its own: microseconds of each.
+/// Several shards write and flush, each on its own thread. Returns the microseconds that each flush
+/// took.
 fn at_a_time(files: &Arc<Files>, driver: Driver, shards: u16, size: Size) -> Vec<f64> {
     let barrier = Barrier::new(shards.into());
     std::thread::scope(|scope| {

@@ -2,9 +2,9 @@
 //! handle was dropped.
 //!
 //! Invariants
-//! 1. A token that was cancelled stays so.
-//! 2. Once cancelled, no operation begins; only those that are at the device already are waited
-//!    for. Work in many steps, such as an allocation, ends after the present step, with an error.
+//! 1. A cancelled token stays cancelled.
+//! 2. After cancellation no operation begins; only those that are at the device already are waited
+//!    for. Work in many steps, such as an allocation, ends with an error after the current step.
 //!
 //! It does *not* wake a thread: the caller that cancels does.
 
@@ -12,12 +12,12 @@ use crate::base::error::{Error, ErrorKind, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// A cancellation token. Clones are the same token.
+/// A cancellation token. Clones share its state.
 #[derive(Clone, Debug, Default)]
 pub struct Cancel(Arc<AtomicBool>);
 
 impl Cancel {
-    /// Cancels the work: no operation begins from now on.
+    /// Cancels the work: no further operation begins.
     pub fn cancel(&self) {
         self.0.store(true, Ordering::SeqCst);
     }
@@ -35,7 +35,7 @@ impl Cancel {
         match self.is_cancelled() {
             true => Err(Error::new(
                 ErrorKind::Closed,
-                "opening the store was given up; it is as after a crash: open it again",
+                "opening the store was cancelled, which left it as a crash would: open it again",
             )),
             false => Ok(()),
         }

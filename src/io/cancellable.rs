@@ -1,4 +1,4 @@
-//! A disk that refuses further operations once the work on the store was cancelled.
+//! A disk that refuses further operations once the work on the store is cancelled.
 //!
 //! It does *not* end an operation that is at the device.
 
@@ -8,8 +8,8 @@ use crate::base::Micros;
 use crate::base::error::Result;
 use crate::memory::Mapping;
 
-/// A disk for callers that run one operation after another, such as recovery: once cancelled, each
-/// further one fails at once.
+/// A disk for callers that run one operation after another, such as recovery: after cancellation
+/// each further one fails at once.
 pub(crate) struct CancellableDisk<'d> {
     disk: &'d mut dyn Disk,
     cancel: Cancel,

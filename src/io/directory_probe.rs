@@ -1,5 +1,5 @@
-//! What a store in a directory would get there: its file system, its space, direct I/O and the way
-//! of flushing.
+//! Probes what a directory offers a store: its file system, its space, direct I/O and the flush
+//! method.
 //!
 //! It does *not* open or create a store, and leaves nothing behind.
 
@@ -9,13 +9,13 @@ use crate::base::error::Result;
 use std::fs::File;
 use std::path::Path;
 
-/// What a store in a directory would get there.
+/// What a directory offers a store.
 pub(crate) struct DirectoryProbe {
     /// The file system's name, or its magic number.
     pub file_system: String,
     /// Bytes that this user may still fill, if the file system reports them.
     pub free_bytes: Option<u64>,
-    /// Whether direct I/O works there, and how writes would become durable.
+    /// Whether direct I/O works, and how writes would become durable.
     pub transfers: Result<(DirectIo, FlushMethod)>,
 }
 

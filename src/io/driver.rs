@@ -1,5 +1,5 @@
-//! A disk for a single thread that has no driver of its own, such as a verifier: a ring where
-//! io_uring works, else threads.
+//! A disk for a single thread outside of the runtime, such as a verifier: a ring where io_uring
+//! works, else threads.
 //!
 //! It does *not* serve the runtime, whose threads choose their driver before they start.
 

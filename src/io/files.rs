@@ -1,13 +1,13 @@
-//! The open files of a store, over any medium: which exist, what may be done to them, and how their
-//! writes become durable.
+//! The open files of a store, over any medium: which exist, which operations they allow, and how
+//! their writes become durable.
 //!
 //! One [`Files`] serves all disks of a store: each shard has a disk of its own, on a thread of its
-//! own, over the same descriptors. A file that one of them creates is there for all.
+//! own, over the same descriptors. A file that one of them creates exists for all.
 //!
 //! Invariants
-//! 1. Only [`Files::grow`] creates a file or makes one longer, one caller at a time for each file.
-//! 2. The medium, and with it every lock, is dropped when the last disk is gone, not before: so
-//!    nothing is in flight without the lock.
+//! 1. Only [`Files::grow`] creates or lengthens a file, one caller at a time for each file.
+//! 2. The medium, and with it every lock, is dropped with the last disk and not before, so nothing
+//!    is in flight without the lock.
 //! 3. A flush of one file stands for others only where the flush method says so, and never for a
 //!    file that was not flushed itself since the store was opened.
 //!
@@ -39,20 +39,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub struct FileOptions {
     /// Whether transfers bypass the page cache (default: where the file system can).
     pub page_cache: PageCache,
-    /// How writes become durable (default: what suits file system and device).
+    /// How writes become durable (default: the method that suits file system and device).
     pub flush: FlushChoice,
-    /// Ends opening, and what is done with the files afterwards.
+    /// Cancels opening, and later work on the files.
     pub cancel: Cancel,
     /// Whether a store may be made (default: yes).
     pub creation: Creation,
 }
 
-/// A file with what the disks share besides: its flushes and its growth.
+/// A file, with the state that the disks share about it: its flushes and its growth.
 pub(super) struct FileEntry {
     pub(super) file: Arc<StoreFile>,
-    /// Its own flushes, if none stands for all files.
+    /// The flushes of this file; not used where one flush stands for all files.
     flush_queue: Arc<FlushQueue>,
-    /// Held while the file is created or made longer.
+    /// Held while the file is created or lengthened.
     growth: Mutex<()>,
 }
 
@@ -70,7 +70,7 @@ impl FileEntry {
     }
 }
 
-/// Files of one operation: mostly one.
+/// The files of one operation: usually one.
 pub(super) type FileEntries = SmallVec<[Arc<FileEntry>; 1]>;
 
 /// The open files of a store, locked.
@@ -127,12 +127,12 @@ impl Files {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The file, which may not exist yet. All disks share the object.
+    /// The entry of a file, which may not exist yet. All disks share the entry.
     pub(super) fn file(&self, id: FileId) -> Arc<FileEntry> {
         self.entries().entry(id).or_insert_with(|| FileEntry::new(StoreFile::missing(id))).clone()
     }
 
-    /// Where a file lies that has to exist.
+    /// The location of a file that has to exist.
     ///
     /// # Errors
     /// `NotFound` if it does not.
@@ -140,7 +140,7 @@ impl Files {
         file.location().ok_or_else(|| {
             let described = self.media.describe(file.id());
             let context =
-                format_args!("the file {described} is missing: bring the store back from a backup");
+                format_args!("the file {described} is missing: restore the store from a backup");
             Error::new(ErrorKind::NotFound, context)
         })
     }
@@ -167,15 +167,15 @@ impl Files {
         self.method == FlushMethod::Dsync && matches!(id, FileId::Log(..))
     }
 
-    /// The flags of writes to this file.
+    /// The flags for writes to this file.
     pub(super) fn write_flags(&self, id: FileId) -> ReadWriteFlags {
         if self.writes_durably(id) { ReadWriteFlags::DSYNC } else { ReadWriteFlags::empty() }
     }
 
-    /// The files among `entries` that need a flush: none whose writes are all durable already, and
-    /// one for all where one flush stands for all. A file that was never flushed since it was
-    /// opened always needs its own: a process that died may have left it longer than its metadata
-    /// on the device says, or in the page cache.
+    /// The files among `entries` that need a flush. Files whose writes are durable on completion
+    /// need none; where one flush stands for all, one file is enough. A file that has not been
+    /// flushed since it was opened always needs its own: a process that died may have left its
+    /// metadata or its pages only in the page cache.
     ///
     /// # Errors
     /// `Invalid` if the store is open for reading only, `NotFound` if one of them does not exist.
@@ -194,7 +194,7 @@ impl Files {
         Ok(found)
     }
 
-    /// Asks for a flush of a file, for a disk whose queue is `own`. `Some`: the caller has to lead
+    /// Requests a flush of a file, for a disk whose queue is `own`. `Some`: the caller has to lead
     /// the batch.
     pub(super) fn join(
         &self,
@@ -218,11 +218,11 @@ impl Files {
         self.method
     }
 
-    /// Makes these bytes of a file exist as zeros, and the file itself if it is missing. The caller
-    /// flushes it.
+    /// Makes these bytes of a file exist as zeros, and creates the file if it is missing. The
+    /// caller flushes it.
     ///
     /// # Errors
-    /// `Invalid` if they are no whole blocks or the store is open for reading only, else as
+    /// `Invalid` if they are not whole blocks or the store is open for reading only, else as
     /// [`Media::grow`] and [`Media::create`].
     pub(super) fn grow(&self, entry: &FileEntry, bytes: Range<u64>) -> Result<()> {
         let id = entry.id();
@@ -241,7 +241,7 @@ impl Files {
         self.media.grow(id, location, bytes)
     }
 
-    /// A block that a trial may write. Nothing of it is left once it is dropped.
+    /// A block that a probe may write. It disappears when it is dropped.
     pub(super) fn scratch(&self) -> Result<Location> {
         self.media.scratch()
     }
@@ -299,18 +299,18 @@ impl Files {
         self.media.is_direct()
     }
 
-    /// The error for a store that does not exist although it has to.
+    /// The error for a missing store that had to exist.
     pub(crate) fn no_store(&self) -> Error {
         media::no_store(self.path())
     }
 
-    /// Removes the files of a creation that has failed, if all of them were made since these were
-    /// opened. Nothing may be under way.
+    /// Removes the files of a failed creation, if all of them were made since these were opened. No
+    /// operation may be in flight.
     pub(crate) fn remove_creation(&self) {
         self.media.remove_creation();
     }
 
-    /// How much space the store has, and how much is left.
+    /// How much space the store uses, and how much is free.
     pub(crate) fn room(&self) -> Room {
         self.media.room()
     }

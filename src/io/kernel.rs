@@ -1,12 +1,12 @@
 //! The oldest supported kernel, checked before a file is touched.
 //!
-//! It does *not* probe single features; each is probed where it is used.
+//! It does *not* probe individual features; each is probed where it is used.
 
 use crate::base::error::{Error, ErrorKind, Result};
 
 /// Major and minor number. Direct I/O, `preadv`, `pwritev`, `fallocate` and `flock` on all
-/// supported file systems are older; 4.14 is the oldest kernel that is promised to work, not where
-/// something breaks.
+/// supported file systems are older; 4.14 is the oldest kernel that we promise to support, not the
+/// point where something breaks.
 const OLDEST: (u32, u32) = (4, 14);
 
 /// Refuses an older kernel.
@@ -36,7 +36,8 @@ fn check_release(release: &str) -> Result<()> {
 mod tests {
     use super::*;
 
-    /// An old kernel must be told from a new one, and a strange name must not lock anybody out.
+    /// An old kernel must be told from a new one, and an unusual version name must not lock a user
+    /// out.
     #[test]
     fn old_kernels_are_refused_and_others_are_not() {
         for release in

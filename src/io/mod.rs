@@ -1,12 +1,12 @@
 //! The disk seam: the engine touches a device only through the trait [`Disk`].
 //!
 //! An operation owns the memory that it reads into or writes from, from `submit` until its
-//! completion hands it back: a buffer belongs to the kernel until then, after a cancellation too.
+//! completion hands it back: until then a buffer belongs to the kernel, even after a cancellation.
 //!
 //! Every implementation guarantees
 //! 1. An operation completes exactly once, with `Ok` only if every byte was transferred: short
-//!    transfers are continued, `EINTR` and `EAGAIN` repeated after a pause, for half a minute at
-//!    most; any other failure is an error, whatever its number.
+//!    transfers are continued, `EINTR` and `EAGAIN` are retried after pauses for at most half a
+//!    minute, and any other failure is an error, whatever its number.
 //! 2. `Flush` covers the writes that had *completed* before it was submitted, and no others. A
 //!    failed flush is never repeated and called good.
 //! 3. Completions come in any order.
@@ -81,7 +81,7 @@ impl fmt::Display for FileId {
     }
 }
 
-/// Bytes to be written: `len` bytes from `start` of a pinned frame. Both are multiples of 4 KiB.
+/// Bytes to write: `len` bytes from `start` of a pinned frame. Both are multiples of 4 KiB.
 #[derive(Clone)]
 pub struct IoSlice {
     /// The frame; it is pinned, so it does not change.
@@ -105,8 +105,7 @@ impl IoSlice {
     }
 }
 
-/// One operation. Offsets and lengths are multiples of 4 KiB, lists are not empty and have at most
-/// 256 entries.
+/// One operation. Offsets and lengths are multiples of 4 KiB; lists have 1 to 256 entries.
 pub enum DiskOp {
     /// Fills the frames, in order, from consecutive bytes beginning at `offset`.
     Read {
@@ -117,8 +116,8 @@ pub enum DiskOp {
         /// The frames to fill.
         into: SmallVec<[Frame; 4]>,
     },
-    /// Writes the slices, in order, to consecutive bytes beginning at `offset`; one vectored write.
-    /// The range must have been allocated. Nothing is durable until a later flush.
+    /// Writes the slices, in order, to consecutive bytes beginning at `offset`, in one vectored
+    /// write. The range must have been allocated. Nothing is durable until a later flush.
     Write {
         /// The file.
         file: FileId,
@@ -140,13 +139,13 @@ pub enum DiskOp {
         file: FileId,
         /// First byte.
         from: u64,
-        /// The byte behind the last.
+        /// The byte after the last.
         to: u64,
     },
 }
 
 impl DiskOp {
-    /// Whether it is of whole blocks, and of one at least: direct I/O takes nothing else.
+    /// Whether it covers whole blocks, and at least one: direct I/O accepts nothing else.
     pub fn is_aligned(&self) -> bool {
         let whole = |bytes: u64| bytes.is_multiple_of(crate::base::BLOCK as u64);
         match self {
@@ -210,8 +209,8 @@ pub struct Completion {
 /// A device, or several, with the store's files on it.
 pub trait Disk {
     /// Starts an operation. Never blocks for long; the implementation queues what the device can't
-    /// take yet. It may keep it back until the next [`push`](Self::push) or [`wait`](Self::wait),
-    /// so that many go in one system call.
+    /// take yet. It may hold operations back until the next [`push`](Self::push) or
+    /// [`wait`](Self::wait), so that one system call submits many.
     fn submit(&mut self, id: OpId, op: DiskOp);
 
     /// Submits the queued operations to the device. Called once per turn, after the operations.
@@ -238,12 +237,12 @@ pub trait Disk {
     /// The length of a file in bytes, `None` if it does not exist.
     fn len(&mut self, file: FileId) -> Result<Option<u64>>;
 
-    /// The files that exist, sorted.
+    /// The files that exist, sorted by role.
     fn files(&mut self) -> Result<Vec<FileId>>;
 }
 
-/// Runs one operation to its end: for opening, recovery and verification, which do one thing after
-/// another. No other operation may be in flight.
+/// Runs one operation to completion: for opening, recovery and verification, which do one thing
+/// after another. No other operation may be in flight.
 ///
 /// # Errors
 /// The operation's own.

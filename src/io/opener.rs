@@ -1,22 +1,22 @@
 //! Identifies the process that opened a store: a forked child inherits its memory and descriptors,
-//! and none of its threads.
+//! but none of its threads.
 //!
 //! ```text
 //!   a page that the kernel empties in a forked child: mark of this process --fork--> 0 in the child --its own first store--> another mark
 //! ```
 //! Invariants
-//! 1. In the process that opened the store [`Opener::is_here`] is true, in every child of it false,
-//!    also in one that opens stores of its own. It costs a load.
-//! 2. Marks are never used twice: a child counts on from what its parent had given.
+//! 1. [`Opener::is_here`] is true in the process that opened the store and false in every child of
+//!    it, even in one that opens stores of its own. It costs a load.
+//! 2. Marks are never used twice: a child continues the count of its parent.
 //!
-//! It does *not* watch for forks: each use of a store asks.
+//! It does *not* watch for forks: each use of a store checks.
 #![allow(unsafe_code)]
 
 use crate::base::error::{Error, ErrorKind};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A multiple of every page size that Linux has here.
+/// A multiple of every page size that Linux uses on supported machines.
 const PAGE_BYTES: usize = 64 << 10;
 
 /// The last mark that was given out.
@@ -44,7 +44,7 @@ impl Default for Opener {
 }
 
 impl Opener {
-    /// Whether this is still that process, and not a forked child of it.
+    /// Whether the calling process is the one that made this value, and not a forked child of it.
     #[inline]
     pub(crate) fn is_here(&self) -> bool {
         match word() {
@@ -59,7 +59,7 @@ impl Opener {
         Error::new(
             ErrorKind::InUse,
             format_args!(
-                "this handle is of a store that process {} has open, and this process {} was \
+                "this handle belongs to a store that process {} has open, and this process {} was \
                  forked from it: use the store there, or open it here once it is closed there",
                 self.pid,
                 std::process::id()
@@ -91,12 +91,12 @@ fn map() -> Option<&'static AtomicU64> {
     // SAFETY: the range is that mapping, which holds nothing yet.
     let wiped = unsafe { madvise(page, PAGE_BYTES, Advice::LinuxWipeOnFork) };
     if wiped.is_err() {
-        // SAFETY: the range is that mapping, and nobody was given a reference to it.
+        // SAFETY: the range is that mapping, and no reference to it has been given out.
         let _ = unsafe { rustix::mm::munmap(page, PAGE_BYTES) };
         return None;
     }
-    // SAFETY: the mapping is never undone, aligned to a page, zero at first, and accessed by
-    // atomics only.
+    // SAFETY: the mapping is never unmapped, is aligned to a page, is zero at first, and is
+    // accessed by atomics only.
     Some(unsafe { &*page.cast::<AtomicU64>() })
 }
 
@@ -104,7 +104,7 @@ fn map() -> Option<&'static AtomicU64> {
 mod tests {
     use super::*;
 
-    /// If this fails, a store that is in good order refuses its own process.
+    /// If this fails, an intact store refuses its own process.
     #[test]
     fn a_process_is_itself_on_every_thread() {
         let opener = Opener::default();

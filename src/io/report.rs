@@ -1,4 +1,4 @@
-//! The report of a disk: what was found when it was opened, in one line.
+//! The report of a disk: in one line, what was found when it was opened.
 //!
 //! It does *not* decide anything.
 
@@ -8,9 +8,9 @@ use std::fmt;
 /// Whether the driver polls the device for completions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Polling {
-    /// It polls.
+    /// The driver polls.
     On,
-    /// It does not poll, for this reason.
+    /// The driver does not poll, for this reason.
     Off(String),
 }
 
@@ -25,11 +25,11 @@ pub struct DiskReport {
     pub direct: bool,
     /// How writes become durable.
     pub flush: FlushMethod,
-    /// The most operations that are given to the device at a time.
+    /// The most operations that are at the device at a time.
     pub depth: usize,
     /// Entries of the ring; 0 without one.
     pub ring_entries: u32,
-    /// Bytes of memory registered with the kernel, which then need not be looked up for each
+    /// Bytes of memory registered with the kernel, which it then need not look up for each
     /// transfer.
     pub fixed_bytes: u64,
     /// Bytes of memory that were offered for registration.
@@ -41,7 +41,7 @@ pub struct DiskReport {
 }
 
 impl DiskReport {
-    /// The report if there is no disk.
+    /// The report for a store without a disk.
     pub fn none() -> Self {
         DiskReport {
             driver: "none",

@@ -2,8 +2,8 @@
 //!
 //! Invariants
 //! 1. Its location is set once, when the file exists and is locked, and stays.
-//! 2. It is synced only after a flush of this very file has succeeded since the store was opened:
-//!    what a process that died has left in the device's cache is durable then.
+//! 2. It counts as synced only after a flush of this very file has succeeded since the store was
+//!    opened: only then is durable what a process that died has left in the device's cache.
 
 use super::FileId;
 use super::media::Location;
@@ -30,12 +30,12 @@ impl StoreFile {
         self.id
     }
 
-    /// Where it lies; `None` while it does not exist.
+    /// Where the file lies; `None` while it does not exist.
     pub(super) fn location(&self) -> Option<&Location> {
         self.location.get()
     }
 
-    /// It exists now.
+    /// Records that the file exists, and where.
     pub(super) fn set_location(&self, location: Location) -> &Location {
         self.location.get_or_init(|| location)
     }

@@ -1,4 +1,5 @@
-//! A whole store on each medium: made, written, abandoned without a close, opened again.
+//! Runs a whole store on each medium: creates it, writes, abandons it without a close, opens it
+//! again.
 
 use super::Access;
 use super::tests::{Case, LOG, allocate, each_driver};
@@ -60,8 +61,8 @@ fn puts(round: u8) -> Vec<(PageKey, Request)> {
 }
 
 /// If this fails, a medium that is not a directory, such as a raw device, would need changes above
-/// the seam: the files of a store are found by their names somewhere, or an offset is taken for one
-/// of the descriptor.
+/// the seam: some code finds files by their names, or takes a file's offset for one of the
+/// descriptor.
 #[test]
 fn a_store_opens_is_written_crashes_and_opens_again_on_every_medium() {
     each_driver(|case| {
@@ -82,9 +83,9 @@ fn a_store_opens_is_written_crashes_and_opens_again_on_every_medium() {
     });
 }
 
-/// A child that the host program has forked, or a ring that the kernel still takes apart, holds the
-/// descriptors of a store for a moment longer than the store: it must not keep the next opening out
-/// as `InUse`.
+/// A child that the host program has forked, or a ring that the kernel is still tearing down, holds
+/// a store's descriptors a moment longer than the store does: that must not make the next opening
+/// fail with `InUse`.
 #[test]
 fn a_closed_store_is_unlocked_though_its_descriptors_are_still_held() {
     each_driver(|case| {

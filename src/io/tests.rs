@@ -1,4 +1,4 @@
-//! What every disk promises, held against each driver on each medium, on a real file system.
+//! Checks what every disk promises, with each driver on each medium, on a real file system.
 
 use super::media::MediaOptions;
 use super::media::single_file::SingleFile;
@@ -15,7 +15,7 @@ use std::sync::Arc;
 pub(super) const LOG: FileId = FileId::Log(ShardId::new(0), SegmentNo::new(0));
 pub(super) const OTHER: FileId = FileId::Log(ShardId::new(1), SegmentNo::new(0));
 
-/// What the drivers have in common besides the disk.
+/// What the drivers have in common besides the trait [`Disk`].
 pub(super) trait DriverDisk: Disk {
     fn waker(&self) -> DiskWaker;
     fn report(&self) -> DiskReport;
@@ -41,7 +41,7 @@ impl DriverDisk for PortableDisk {
     }
 }
 
-/// One more disk of this driver over these files.
+/// Makes another disk of this driver over these files.
 pub(super) fn disk(driver: Driver, files: Arc<Files>, workers_count: usize) -> Box<dyn DriverDisk> {
     let ring = UringOptions { ring_entries: 16, ..UringOptions::default() };
     match driver {
@@ -141,8 +141,8 @@ pub(super) fn flush(disk: &mut dyn Disk, files: &[FileId]) -> Result<()> {
     execute(disk, DiskOp::Flush { files: files.into() }).map(drop)
 }
 
-/// Every size, in one piece of memory and in many, registered and not: what is read is what was
-/// written.
+/// What was written is read back, at every size, in one piece of memory and in many, registered and
+/// not.
 #[test]
 fn all_sizes_and_all_runs_of_frames_come_back() {
     each_driver(|case| {
@@ -164,8 +164,7 @@ fn all_sizes_and_all_runs_of_frames_come_back() {
                 disk.register(arena.mapping());
             }
             for (i, orders) in shapes.iter().enumerate() {
-                // Every second one is given back at once, so that those which stay are no
-                // neighbours.
+                // Every second one is given back at once, so that those that stay are not adjacent.
                 let mut holes = Vec::new();
                 let frames: Vec<Frame> = (0u8..)
                     .zip(*orders)
@@ -189,7 +188,7 @@ fn all_sizes_and_all_runs_of_frames_come_back() {
     });
 }
 
-/// A part of a frame goes to its place and to no other.
+/// A part of a frame is written to its place and nowhere else.
 #[test]
 fn slices_of_frames_are_written_and_nothing_else() {
     each_driver(|case| {
@@ -209,7 +208,7 @@ fn slices_of_frames_are_written_and_nothing_else() {
     });
 }
 
-/// Far more than the ring takes: each comes back once, and right.
+/// With far more operations than the ring takes, each completes once, with the right result.
 #[test]
 fn a_flood_of_operations_completes() {
     each_driver(|case| {
@@ -282,7 +281,7 @@ fn await_all(disk: &mut dyn Disk, done: &mut Vec<Completion>, count: usize) {
     }
 }
 
-/// Bytes that do not exist must never be made up, and the error must say where.
+/// Bytes that do not exist must never be made up, and the error must say where they are missing.
 #[test]
 fn reads_past_the_end_are_errors_with_file_offset_and_length() {
     each_driver(|case| {
@@ -338,7 +337,7 @@ fn reads_past_the_end_are_errors_with_file_offset_and_length() {
     });
 }
 
-/// An error of an allocation or a flush belongs to its operation, and harms no other.
+/// An error of an allocation or a flush fails that operation and no other.
 #[test]
 fn what_can_t_be_done_is_refused_and_the_rest_goes_on() {
     each_driver(|case| {
@@ -373,8 +372,8 @@ fn what_can_t_be_done_is_refused_and_the_rest_goes_on() {
     });
 }
 
-/// Shards share the files: what one creates and writes, the others read, and the lock goes with the
-/// last of them.
+/// Shards share the files: what one creates and writes, the others read, and the lock is released
+/// with the last of them.
 #[test]
 fn disks_over_the_same_files_see_each_other() {
     each_driver(|case| {
@@ -423,7 +422,7 @@ fn another_thread_ends_a_wait_and_so_does_the_timeout() {
         disk.wait(None);
         #[expect(clippy::disallowed_methods, reason = "the wait is measured")]
         let start = std::time::Instant::now();
-        // A wait may end early for no reason, but not for ever.
+        // A wait may end early for no reason, but not every time.
         for _ in 0..10 {
             disk.wait(Some(20_000));
         }
@@ -466,8 +465,8 @@ fn a_disk_dropped_with_operations_in_flight_waits_for_them() {
     });
 }
 
-/// Each way of flushing ends, for one file and for several, and writes of logs are flushed again
-/// where need be.
+/// Each flush method completes, for one file and for several, and log writes are flushed again
+/// where necessary.
 #[test]
 fn every_flush_method_works_with_every_driver() {
     each_driver(|case| {
@@ -495,7 +494,7 @@ fn every_flush_method_works_with_every_driver() {
     });
 }
 
-/// Many flushes of many shards at a time: all are answered, and none waits for ever.
+/// When many shards flush many times at once, every flush is answered and none waits for ever.
 #[test]
 fn flushes_of_several_disks_at_a_time_are_all_answered() {
     each_driver(|case| {
@@ -531,7 +530,7 @@ fn flushes_of_several_disks_at_a_time_are_all_answered() {
                         }
                         assert!(done.drain(..).all(|c| c.result.is_ok()));
                     }
-                    // One is left in flight.
+                    // One flush stays in flight.
                     disk.submit(OpId(0), DiskOp::Flush { files: smallvec![log] });
                     disk.push();
                 });

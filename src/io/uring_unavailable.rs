@@ -1,11 +1,11 @@
-//! Why io_uring is unavailable: the kernel's error says little, so the limits of this process are
-//! read to explain it.
+//! Explains why io_uring is unavailable: the kernel's error says little, so the limits of this
+//! process are read as well.
 //!
 //! Invariants
 //! 1. Only an attempt shows whether a ring can be created. The files in /proc explain a refusal and
 //!    never predict one.
-//! 2. If several reasons hold, the one that has to be removed first is named: the machine's setting
-//!    before a filter.
+//! 2. If several reasons apply, the one that has to be removed first is named: the machine's
+//!    setting before a filter.
 //!
 //! It does *not* create a ring.
 
@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use std::fmt;
 use std::path::Path;
 
-/// The bits of capabilities in a set (capabilities(7)).
+/// Bit numbers of capabilities (capabilities(7)).
 const CAP_IPC_LOCK: u32 = 14;
 const CAP_SYS_ADMIN: u32 = 21;
 
@@ -22,20 +22,20 @@ const CAP_SYS_ADMIN: u32 = 21;
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum UnavailableReason {
-    /// The kernel does not have it, or not all of it that is needed: older than 5.11, or built
-    /// without.
+    /// The kernel lacks io_uring or a part of it that is needed: it is older than 5.11, or built
+    /// without it.
     Kernel,
-    /// A seccomp filter on this process refuses it, as those of containers do.
+    /// A seccomp filter on this process refuses it, as the filters of containers do.
     Seccomp,
     /// The setting kernel.io_uring_disabled refuses it.
     Setting,
-    /// A security module, or something else that gives no reason, refuses it.
+    /// A security module refuses it, or something else that gives no reason.
     Policy,
     /// The limit of locked memory is used up.
     MemoryLocks,
     /// The limit of open files is used up.
     OpenFiles,
-    /// Anything else; the error's name tells.
+    /// Any other reason; the error's name tells which.
     Other,
 }
 
@@ -43,18 +43,18 @@ pub enum UnavailableReason {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct UringUnavailable {
-    /// The reason, as far as it can be told.
+    /// The reason, as far as it is known.
     pub reason: UnavailableReason,
     /// The kernel's error (`EPERM`), or what its io_uring lacks.
     pub error: String,
 }
 
 impl UringUnavailable {
-    /// Explains an error of the kernel by the limits of this process.
+    /// Explains a kernel error from the limits of this process.
     pub(crate) fn by_error(doing: &str, e: &std::io::Error) -> UringUnavailable {
         let errno = Errno::from_io_error(e).unwrap_or(Errno::INVAL);
         let error = match doing {
-            "making a ring" => errno_name(errno),
+            "creating a ring" => errno_name(errno),
             _ => format!("{} when {doing}", errno_name(errno)),
         };
         UringUnavailable { reason: explain(errno, &ProcessLimits::read(Path::new("/proc"))), error }
@@ -84,8 +84,8 @@ impl fmt::Display for UringUnavailable {
 /// What may keep this process from using io_uring.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ProcessLimits {
-    /// kernel.io_uring_disabled: 0 allowed, 1 for the privileged only, 2 forbidden; absent before
-    /// Linux 6.6.
+    /// kernel.io_uring_disabled: 0 allows it, 1 allows it to the privileged only, 2 forbids it;
+    /// absent before Linux 6.6.
     pub setting: Option<u32>,
     /// Whether a seccomp filter is installed.
     pub filter: bool,
@@ -99,12 +99,12 @@ impl ProcessLimits {
     /// Reads `proc`, which is `/proc`.
     pub(crate) fn read(proc: &Path) -> ProcessLimits {
         let text = |name: &str| std::fs::read_to_string(proc.join(name)).unwrap_or_default();
-        // Filters and capabilities are each thread's own.
+        // Each thread has its own filters and capabilities.
         let (status, uid_map) = (text("thread-self/status"), text("self/uid_map"));
         let field =
             |name: &str| status.lines().find_map(|line| Some(line.strip_prefix(name)?.trim()));
         let has = |bit| field("CapEff:").is_some_and(|hex| has_capability(hex, bit));
-        // Capabilities in a user namespace of one's own do not count for locks.
+        // Capabilities in a user namespace other than the initial one do not count for locks.
         let is_initial = uid_map.is_empty() || is_whole_id_map(&uid_map);
         ProcessLimits {
             setting: text("sys/kernel/io_uring_disabled").trim().parse().ok(),
@@ -120,15 +120,15 @@ fn has_capability(hex: &str, bit: u32) -> bool {
     u64::from_str_radix(hex, 16).is_ok_and(|set| set >> bit & 1 == 1)
 }
 
-/// Whether a uid_map is that of the initial user namespace: all ids, as they are.
+/// Whether a uid_map is that of the initial user namespace, which maps every id to itself.
 fn is_whole_id_map(map: &str) -> bool {
     map.split_whitespace().eq(["0", "0", "4294967295"])
 }
 
 fn explain(errno: Errno, limits: &ProcessLimits) -> UnavailableReason {
     match errno {
-        // The setting exists only where io_uring does, so there it is a filter that plays an old
-        // kernel.
+        // The setting exists only where io_uring does, so this is a filter that pretends to be an
+        // old kernel.
         Errno::NOSYS if limits.filter && limits.setting.is_some() => UnavailableReason::Seccomp,
         Errno::NOSYS => UnavailableReason::Kernel,
         Errno::PERM | Errno::ACCESS => match limits.setting {

@@ -1,4 +1,4 @@
-//! Waking a thread that waits in its disk, from any thread.
+//! Wakes a thread that waits in its disk, from any thread.
 //!
 //! ```text
 //!   awake --prepare--> asleep --wake: writes the eventfd--> notified --awake--> awake
@@ -22,7 +22,7 @@ const AWAKE: u32 = 0;
 const NOTIFIED: u32 = 1;
 const ASLEEP: u32 = 2;
 
-/// Ends the present or the next [`Disk::wait`](super::Disk::wait) of the disk that it comes from.
+/// Ends the current or the next [`Disk::wait`](super::Disk::wait) of the disk that it comes from.
 #[derive(Clone)]
 pub struct DiskWaker(How);
 
@@ -33,7 +33,7 @@ enum How {
 }
 
 impl DiskWaker {
-    /// Wakes the disk's thread. It sees everything that was written before.
+    /// Wakes the disk's thread, which then sees everything that was written before.
     pub fn wake(&self) {
         match &self.0 {
             How::Park(unparker) => {
@@ -64,11 +64,11 @@ pub(super) struct Sleep {
     event: OwnedFd,
 }
 
-/// Whether it sleeps.
+/// Whether the thread is awake, asleep or notified.
 struct State(AtomicU32);
 
 impl State {
-    /// False: it was woken before, and must not sleep.
+    /// Marks the thread as asleep. False: it was woken before, and must not sleep.
     fn prepare(&self) -> bool {
         if self.0.compare_exchange(AWAKE, ASLEEP, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
             return true;
@@ -81,7 +81,7 @@ impl State {
         self.0.swap(AWAKE, Ordering::SeqCst);
     }
 
-    /// True: the thread sleeps, and this is the first wake-up.
+    /// Notifies the thread. True: it sleeps, and this is the first wake-up.
     fn wake(&self) -> bool {
         self.0.swap(NOTIFIED, Ordering::SeqCst) == ASLEEP
     }
@@ -97,12 +97,12 @@ impl Sleep {
         self.event.as_fd()
     }
 
-    /// The thread is about to sleep; false: it was woken already and must not.
+    /// Called before the thread sleeps. False: it was woken already, and must not sleep.
     pub(super) fn prepare(&self) -> bool {
         self.state.prepare()
     }
 
-    /// The thread is awake again, and has seen all wake-ups until now.
+    /// Called when the thread is awake again; it has seen all wake-ups until now.
     pub(super) fn awake(&self) {
         self.state.awake();
     }
@@ -113,7 +113,8 @@ impl Sleep {
         }
     }
 
-    /// Completes the read of the eventfd. It can't fail: a counter that is full is readable, too.
+    /// Completes the read of the eventfd. A failed write does no harm: a full counter is readable,
+    /// too.
     pub(super) fn ring(&self) {
         let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
     }
@@ -126,15 +127,16 @@ mod loom {
     use ::loom::sync::Arc;
     use ::loom::thread;
 
-    /// The word, the counter of the eventfd, and what each of two others wants to be seen.
+    /// The state, the counter of the eventfd, and the news of two other threads.
     struct Shared {
         state: State,
         event: AtomicU32,
         news: [AtomicU32; 2],
     }
 
-    /// Two threads leave news and wake; the third looks, and sleeps if there is none. It must see
-    /// both before it would sleep for good, which is when it sleeps while nobody is going to ring.
+    /// Two threads leave news and wake the third, which looks for news and sleeps if some is
+    /// missing. It must see both before it sleeps for good, which is to sleep while no thread is
+    /// going to ring.
     fn run(verdict: &Verdict, prepare: fn(&State) -> bool, wake: fn(&State) -> bool) {
         let shared = Arc::new(Shared {
             state: State(AtomicU32::new(AWAKE)),
@@ -153,19 +155,18 @@ mod loom {
             })
             .collect();
         let seen = || shared.news.iter().map(|news| news.load(Ordering::Relaxed)).sum::<u32>();
-        // A look, and perhaps the beginning of a sleep.
+        // It looks, and perhaps begins to sleep.
         let before = seen();
         let sleeps = before < 2 && prepare(&shared.state);
         wakers.into_iter().for_each(|waker| waker.join().unwrap());
         let rings = shared.event.load(Ordering::SeqCst);
         if sleeps {
-            // Asleep with news that it has not looked at: it must have been rung, and once is
-            // enough.
+            // It sleeps with news that it has not seen, so it must have been rung, exactly once.
             verdict.expect(rings == 1);
         } else {
             verdict.expect(rings == 0);
-            // It goes on without sleep: the news that made it do so is visible at the next look, or
-            // kept for the next sleep.
+            // It does not sleep: the news that kept it awake is visible at the next look, or kept
+            // for the next sleep.
             verdict.expect(before == 2 || seen() == 2 || !prepare(&shared.state));
         }
     }
@@ -174,7 +175,7 @@ mod loom {
         model::holds(None, move |verdict| run(verdict, prepare, wake))
     }
 
-    /// A wake-up that gets lost is a request that waits for the next one, if one comes.
+    /// If a wake-up is lost, a request waits until the next one, which may never come.
     #[test]
     fn loom_no_wake_up_is_lost_and_none_is_rung_twice() {
         assert!(holds(State::prepare, State::wake));
@@ -186,12 +187,12 @@ mod loom {
             state.0.store(ASLEEP, Ordering::SeqCst);
             true
         };
-        assert!(!holds(deaf, State::wake), "a sleeper that does not look whether it was woken");
+        assert!(!holds(deaf, State::wake), "a sleeper that does not check whether it was woken");
         let lazy = |state: &State| {
             let asleep = state.0.load(Ordering::SeqCst) == ASLEEP;
             state.0.store(NOTIFIED, Ordering::SeqCst);
             asleep
         };
-        assert!(!holds(State::prepare, lazy), "a look and then a store");
+        assert!(!holds(State::prepare, lazy), "a load and then a store");
     }
 }

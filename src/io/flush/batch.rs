@@ -1,23 +1,23 @@
-//! Flush batches: flushes that are asked for while one is in progress share the next one.
+//! Flush batches: flushes that are requested while one is in progress share the next one.
 //!
 //! ```text
 //!   join --no batch in progress--> the caller leads a batch: it syncs the batch's files, then calls `end`
 //!     \--a batch in progress-----> waits for the *next* batch, which begins when the present one ends
 //! ```
 //! Invariants
-//! 1. A batch covers the writes that had completed before it was joined: a flush that is asked for
-//!    while a batch is in progress goes into the next one, which is submitted after that.
+//! 1. A batch covers the writes that had completed before it was joined: a flush that is requested
+//!    while a batch is in progress goes into the next one, which is submitted later.
 //! 2. A queue has at most one batch in progress. The kernel reports a lost write to one caller
-//!    only, so of two flushes at a time one would report success for what the other knows to be
-//!    lost.
-//! 3. A failed batch is never repeated and called good: its error answers every flush in it, every
-//!    flush that waits, and every later one; where one flush stands for all files, in all queues of
+//!    only, so with two flushes at a time one would report success for a write that the other knows
+//!    is lost.
+//! 3. A failed batch is never repeated and called good: every flush in it, every flush that waits
+//!    and every later one gets its error; where one flush stands for all files, in all queues of
 //!    the store.
-//! 4. Each waiter is told exactly once, also when the leader panics.
+//! 4. Each waiter is notified exactly once, even when the leader panics.
 //!
-//! Batches over all shards, where one flush stands for all files, were measured and left out: the
+//! Where one flush stands for all files, batches over all shards were measured and rejected: the
 //! kernel merges concurrent flushes by itself, so they gained nothing on idle cores, and on busy
-//! ones each shard waited for another shard's thread to get its turn (0.4-0.9 k/s instead of 6-8
+//! ones each shard waited until another shard's thread was scheduled (0.4-0.9 k/s instead of 6-8
 //! k/s with two and three shards).
 //!
 //! It does *not* make system calls: the leader does, in its ring or on its thread.
@@ -29,11 +29,11 @@ use smallvec::SmallVec;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-/// Which operation of a disk that runs on a ring; other threads only hand it back.
+/// Identifies an operation of a ring disk; other threads only hand it back.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(in crate::io) struct OpIdx(pub(in crate::io) u32);
 
-/// An event that another thread sends to a disk that runs on a ring.
+/// An event that another thread sends to a ring disk.
 pub(in crate::io) enum RemoteEvent {
     /// A part of this operation has ended.
     PartEnded(OpIdx, Result<()>),
@@ -41,7 +41,7 @@ pub(in crate::io) enum RemoteEvent {
     Lead(FlushBatch),
 }
 
-/// The events that other threads have left for a disk, and how to wake it.
+/// The events that other threads have left for a disk, and the waker of its thread.
 pub(in crate::io) struct RemoteEvents {
     events: Mutex<Vec<RemoteEvent>>,
     any: AtomicBool,
@@ -77,9 +77,9 @@ impl RemoteEvents {
 
 /// The receiver of a batch's result.
 pub(in crate::io) enum FlushWaiter {
-    /// An operation of a disk on a ring, which can also lead batches.
+    /// An operation of a ring disk, which can also lead batches.
     Ring(Arc<RemoteEvents>, OpIdx),
-    /// Any other; called on the leader's thread.
+    /// Any other waiter; called on the leader's thread.
     Call(Box<dyn FnOnce(Result<()>) + Send>),
 }
 
@@ -92,7 +92,7 @@ impl FlushWaiter {
     }
 }
 
-/// The file that a flush has to sync.
+/// Which file a flush has to sync.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(in crate::io) enum Cover {
     /// A sync of any file of the queue is enough.
@@ -107,23 +107,23 @@ type BatchFiles = SmallVec<[Arc<StoreFile>; 1]>;
 #[derive(Default)]
 struct State {
     in_progress: bool,
-    /// Told when the batch in progress ends.
+    /// Notified when the batch in progress ends.
     waiting: Vec<FlushWaiter>,
-    /// Told when the next batch ends.
+    /// Notified when the next batch ends.
     next: Vec<FlushWaiter>,
     next_files: BatchFiles,
 }
 
 impl State {
-    /// Checked on entry and exit of each transition: it costs nothing beside a flush.
+    /// Checked on entry and exit of each transition: next to a flush it costs nothing.
     fn assert_state(&self) {
         assert!(
             self.in_progress != self.waiting.is_empty(),
-            "a batch is in progress if and only if it is waited for"
+            "a batch is in progress if and only if waiters wait for it"
         );
         assert!(
             self.in_progress || self.next.is_empty(),
-            "a next batch without a present one would never begin"
+            "a next batch without one in progress would never begin"
         );
         assert!(
             self.next.is_empty() == self.next_files.is_empty(),
@@ -147,7 +147,7 @@ impl FlushQueue {
         Arc::new(FlushQueue { state: Mutex::default(), failed })
     }
 
-    /// Asks for a flush. `Some`: no batch is in progress, and the caller has to lead this one now.
+    /// Requests a flush. `Some`: no batch is in progress, and the caller has to lead this one now.
     pub(in crate::io) fn join(
         self: &Arc<Self>,
         file: &Arc<StoreFile>,
@@ -176,20 +176,20 @@ impl FlushQueue {
     }
 }
 
-/// The right and the duty to sync these files now, and then to report the result.
+/// Obliges its holder, the leader, to sync these files now and then to report the result.
 #[must_use]
 pub(in crate::io) struct FlushBatch {
-    /// `None` once ended.
+    /// `None` once the batch has ended.
     queue: Option<Arc<FlushQueue>>,
     files: BatchFiles,
 }
 
-/// Whether the leader of a batch leads the next one, too.
+/// Whether the leader of a batch also leads the next one.
 pub(in crate::io) enum NextLeader<'a> {
-    /// Yes: its ring is at hand.
+    /// It leads the next one in the ring that it runs on.
     Same,
-    /// Only if no other disk with a ring waits for it. The events are the leader's own, if it has a
-    /// ring.
+    /// It leads the next one only if no other ring disk waits for it. The events are the leader's
+    /// own, if it has a ring.
     AnotherIfAny(Option<&'a Arc<RemoteEvents>>),
 }
 
@@ -199,7 +199,7 @@ impl FlushBatch {
         &self.files
     }
 
-    /// Ends the batch. `Some`: others wait already, and the caller has to lead the next one.
+    /// Ends the batch. `Some`: others already wait, and the caller has to lead the next one.
     #[must_use]
     pub(in crate::io) fn end(
         mut self,
@@ -211,8 +211,8 @@ impl FlushBatch {
 
     fn finish(&mut self, result: Result<()>, leader: NextLeader<'_>) -> Option<FlushBatch> {
         let queue = self.queue.take()?;
-        // Before anyone is told: a waiter may be the last to hold the files, and expect them to be
-        // closed.
+        // The files go before any waiter is notified: a waiter may be the last to hold them, and
+        // expect them to be closed.
         for file in self.files.drain(..) {
             if result.is_ok() {
                 file.set_synced();
@@ -252,8 +252,7 @@ impl FlushBatch {
     }
 }
 
-/// Gives a batch to a disk with a ring that waits for it; `Some`: there is none but the leader
-/// itself.
+/// Gives a batch to a ring disk that waits for it. `Some`: no other ring disk does.
 fn pass_on(
     batch: FlushBatch,
     waiting: &[FlushWaiter],

@@ -1,8 +1,8 @@
-//! How writes become durable, and which way suits a medium.
+//! How writes become durable, and which method suits a medium.
 //!
 //! Invariants
 //! 1. [`choose`] is a pure function of [`DeviceTraits`] and the user's choice.
-//! 2. A way of flushing that would lose data there is never chosen, and is refused if the user asks
+//! 2. A method that would lose data on the medium is never chosen, and is refused if the user asks
 //!    for it.
 
 use crate::base::error::{Error, Result};
@@ -16,7 +16,7 @@ use std::fmt;
 pub enum FlushMethod {
     /// One `fdatasync` for each file that was written.
     PerFile,
-    /// One `fdatasync` for all files that are flushed at a time.
+    /// One `fdatasync` for all files that are flushed together.
     Shared,
     /// Log writes are durable when they complete (`RWF_DSYNC`); other files get an `fdatasync`
     /// each.
@@ -45,19 +45,19 @@ pub enum FlushChoice {
     Auto,
     /// [`FlushMethod::PerFile`]: safe everywhere.
     PerFile,
-    /// [`FlushMethod::Shared`]; refused where it would lose data. On XFS it is up to the user that
-    /// no file of the store is ever copied by reference (`cp --reflink`, the default of `cp`): the
-    /// first write to such a file is no plain overwrite, and only a flush of that very file makes
-    /// it durable.
+    /// [`FlushMethod::Shared`]; refused where it would lose data. On XFS the user must make sure
+    /// that no file of the store is ever copied by reference (`cp --reflink`, the default of `cp`):
+    /// the first write to such a file is not a plain overwrite, and only a flush of that very file
+    /// makes it durable.
     Shared,
     /// [`FlushMethod::Dsync`].
     Dsync,
 }
 
-/// The way of flushing for such a device.
+/// The flush method for such a device.
 ///
 /// # Errors
-/// `Invalid` if what the user wants would lose data there.
+/// `Invalid` if the user's choice would lose data on it.
 pub fn choose(traits: &DeviceTraits, choice: FlushChoice) -> Result<FlushMethod> {
     match choice {
         FlushChoice::PerFile => Ok(FlushMethod::PerFile),
@@ -79,13 +79,13 @@ pub fn choose(traits: &DeviceTraits, choice: FlushChoice) -> Result<FlushMethod>
     }
 }
 
-/// Where one flush stands for all files without a promise of the user's: XFS needs one, see
+/// Whether one flush stands for all files without a promise by the user. XFS needs one: see
 /// [`FlushChoice::Shared`].
 fn prefers_shared(traits: &DeviceTraits) -> bool {
     traits.one_descriptor || traits.file_system == "ext4"
 }
 
-/// Why one `fdatasync` does not cover the other files.
+/// Why one `fdatasync` does not cover the other files, if it does not.
 fn obstacle(traits: &DeviceTraits) -> Option<String> {
     if traits.one_descriptor {
         return None;
@@ -121,7 +121,8 @@ mod tests {
         }
     }
 
-    /// One flush for all files where that is not enough loses acknowledged commits at a power loss.
+    /// One flush for all files, where that is not enough, loses acknowledged commits at a power
+    /// loss.
     #[test]
     fn one_flush_stands_for_all_files_only_where_that_is_safe() {
         use FlushChoice::{Auto, Shared};

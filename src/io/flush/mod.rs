@@ -1,5 +1,5 @@
-//! Durability: which way of flushing a store uses, and batches in which flushes that are asked for
-//! at a time share one system call.
+//! Durability: which flush method a store uses, and batches in which concurrent flushes share one
+//! system call.
 
 mod batch;
 mod method;

@@ -3,7 +3,7 @@
 //!
 //! 1. A property that the kernel does not report is absent, never guessed.
 //!
-//! It does *not* ask the device itself, or judge.
+//! It does *not* query the device itself, and draws no conclusions.
 
 use std::fs;
 use std::path::Path;
@@ -12,35 +12,35 @@ use std::path::Path;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct BlockDevice {
-    /// `vda`, `nvme0n1`; of the whole device.
+    /// The name of the whole device: `vda`, `nvme0n1`.
     pub name: String,
-    /// Major and minor number, as in `/sys/dev/block`; of the partition, if it is one.
+    /// Major and minor number, as in `/sys/dev/block`; those of the partition, if it is one.
     pub number: String,
-    /// The partition on it.
+    /// The partition that was looked up, if it is one.
     pub partition: Option<String>,
     /// The devices or the file below it, for a mapping, an array or a loop device.
     pub on: Vec<String>,
-    /// An NVMe device.
+    /// Whether it is an NVMe device.
     pub nvme: bool,
-    /// Whether it has a cache that a flush must empty; `write back`, or `write through` where a
-    /// completed write is durable.
+    /// `write back` if it has a cache that a flush must empty, `write through` if a completed write
+    /// is durable.
     pub write_cache: Option<String>,
     /// Whether it can make a single write durable.
     pub fua: Option<bool>,
     /// Whether completions can be polled.
     pub io_poll: Option<bool>,
-    /// Whether it is a rotating disk; absent for devices of virtual machines, which the kernel
-    /// always reports as rotating.
+    /// Whether it is a rotating disk; absent for virtual disks, which the kernel always reports as
+    /// rotating.
     pub rotational: Option<bool>,
     /// The smallest transfer.
     pub logical_block_bytes: Option<u32>,
-    /// The smallest write for which it does not have to read first.
+    /// The smallest write that needs no read first.
     pub physical_block_bytes: Option<u32>,
 }
 
 impl BlockDevice {
-    /// The device with the number `dev`, as `sys`, which is `/sys`, describes it; `None` if it is
-    /// none (tmpfs, btrfs, network file systems).
+    /// Describes the device with the number `dev` from `sys`, which is `/sys`; `None` if it is not
+    /// a block device (tmpfs, btrfs, network file systems).
     pub(crate) fn look(sys: &Path, dev: u64) -> Option<BlockDevice> {
         let number = format!("{}:{}", rustix::fs::major(dev), rustix::fs::minor(dev));
         let own = sys.join("dev/block").join(&number).canonicalize().ok()?;
@@ -87,7 +87,7 @@ fn text(path: &Path) -> Option<String> {
 mod tests {
     use super::*;
 
-    /// A tree as /sys has them: the device `name`, with files.
+    /// Makes a tree as in /sys: the device at `path`, with these files.
     fn device_tree(sys: &Path, number: &str, path: &str, files: &[(&str, &str)]) {
         let device = sys.join("devices").join(path);
         for (file, text) in files {
@@ -99,7 +99,7 @@ mod tests {
         std::os::unix::fs::symlink(&device, sys.join("dev/block").join(number)).unwrap();
     }
 
-    /// A partition has no queue of its own: asked there, every device would look as if it had no
+    /// A partition has no queue of its own: read from there, every device would seem to have no
     /// write cache.
     #[test]
     fn a_partition_is_judged_by_its_device_and_a_mapping_names_what_is_under_it() {
@@ -138,7 +138,11 @@ mod tests {
         assert_eq!(BlockDevice { number: "259:0".into(), partition: None, ..partition }, whole);
         assert_eq!(look(252, 0).unwrap().on, ["nvme0n1p1"]);
         assert_eq!(look(7, 0).unwrap().on, ["/srv/image"]);
-        assert_eq!(look(254, 0).unwrap().rotational, None, "virtual disks turn in no case");
+        assert_eq!(
+            look(254, 0).unwrap().rotational,
+            None,
+            "a virtual disk is not taken for a rotating one"
+        );
         assert_eq!(look(0, 40), None);
     }
 }

@@ -1,9 +1,9 @@
 //! What the file system and the device below it can do.
 //!
 //! Invariants
-//! 1. Whatever is not known for sure counts as the careful answer.
+//! 1. Whatever is not known for certain gets the cautious answer.
 //!
-//! It does *not* measure, and it trusts what the device says of its cache.
+//! It does *not* measure, and it trusts what the device says about its cache.
 
 use super::block::BlockDevice;
 use rustix::fs::{AtFlags, StatxFlags};
@@ -12,13 +12,13 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// What the medium and the device below it can do. The way of flushing follows from it.
+/// What the medium and the device below it can do. The flush method follows from it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceTraits {
     /// The file system's name, or its magic number.
     pub file_system: String,
     /// Whether transfers bypass the page cache, and the kernel vouches for it (statx, Linux 6.1).
-    /// ext4 accepts the flag and uses the cache all the same where it journals data.
+    /// ext4 accepts the flag and still uses the cache where it journals data.
     pub surely_direct: bool,
     /// Whether all files of the store are on one device.
     pub one_device: bool,
@@ -31,9 +31,8 @@ pub struct DeviceTraits {
 }
 
 impl DeviceTraits {
-    /// Describes the file system of `handle` and the device below it. How the files are spread and
-    /// whether direct I/O works there is for the medium to add; until then the careful answers
-    /// stand.
+    /// Describes the file system of `handle` and the device below it. The medium adds how the files
+    /// are spread and whether direct I/O works; until then the cautious answers stand.
     pub(in crate::io) fn look(handle: &File) -> DeviceTraits {
         let device = handle
             .metadata()
@@ -51,14 +50,15 @@ impl DeviceTraits {
     }
 }
 
-/// Whether the kernel says that it transfers directly; `None` if it does not say.
+/// Whether transfers of this file bypass the page cache, as the kernel reports it; `None` if it
+/// does not.
 pub(super) fn says_direct(file: &File) -> Option<bool> {
     let stat = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
     (stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0).then_some(stat.stx_dio_offset_align != 0)
 }
 
-/// Bytes that this user may still fill, if the file system says; those in memory say nothing: no
-/// blocks, none free.
+/// Bytes that this user may still fill, if the file system reports them. Those in memory may report
+/// zero blocks, none of them free, which says nothing.
 pub(in crate::io) fn free_bytes(handle: impl AsFd) -> Option<u64> {
     let stat = rustix::fs::fstatvfs(handle).ok().filter(|stat| stat.f_blocks > 0)?;
     Some(stat.f_bavail.saturating_mul(stat.f_frsize))

@@ -1,5 +1,5 @@
 //! The seam below the drivers: where the bytes of the store's files lie, and how files are locked,
-//! made and grown there.
+//! made and grown.
 //!
 //! ```text
 //!   Disk (ring, threads) --every transfer--> descriptor and offset, as a Location says
@@ -7,12 +7,12 @@
 //!                                                 a raw device or NVMe passthrough would be one more
 //! ```
 //! Invariants
-//! 1. A medium is asked when a store is opened, when a file is used for the first time, when one
-//!    grows and when an error is described. A transfer asks the [`Location`] only, which is plain
-//!    data: no call through the trait for each I/O.
+//! 1. A medium is called when a store is opened, when a file is used for the first time, when one
+//!    grows and when an error is described. A transfer uses only the [`Location`], which is plain
+//!    data: no I/O calls through the trait.
 //! 2. Whatever a medium hands out is locked, exclusively or shared, from before the first transfer
-//!    until the medium is dropped; [`Files`](super::Files) drops it after everything in flight has
-//!    come back.
+//!    until the medium is dropped; [`Files`](super::Files) drops it only after everything in flight
+//!    has completed.
 //! 3. A location never moves, and opening a medium neither creates nor changes a file: only
 //!    `create` and `grow` do.
 //!
@@ -42,7 +42,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The access to the files.
+/// How the files may be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// Reading, writing, creating and growing.
@@ -55,7 +55,7 @@ pub enum Access {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Creation {
     /// A directory without a store is opened, and made if it is missing, so that a store can be
-    /// created in it.
+    /// created there.
     #[default]
     Allowed,
     /// Only a store that exists is opened; if there is none, that is an error.
@@ -69,7 +69,7 @@ pub enum Creation {
 )]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PageCache {
-    /// They bypass it wherever the file system really can.
+    /// They bypass it wherever the file system really supports that.
     #[default]
     Bypass,
     /// All transfers go through it.
@@ -82,14 +82,14 @@ pub(super) struct MediaOptions {
     pub(super) access: Access,
     pub(super) creation: Creation,
     pub(super) page_cache: PageCache,
-    /// Ends opening and growing.
+    /// Cancels opening and growing.
     pub(super) cancel: Cancel,
 }
 
 /// Where one file of the store lies: bytes `base..` of a descriptor.
 #[derive(Clone, Debug)]
 pub(super) struct Location {
-    /// Shared by all files of the store where one device holds them all.
+    /// Shared by all files of the store where a single descriptor holds them all.
     pub(super) descriptor: Arc<File>,
     /// The first byte of this file on the descriptor.
     pub(super) base: u64,
@@ -108,7 +108,8 @@ impl Location {
     /// transferred.
     ///
     /// # Errors
-    /// `UnexpectedEof` if they are not all within the file, as far as this location knows its end.
+    /// `UnexpectedEof` if they are not all within the file, provided that this location knows its
+    /// end.
     #[inline]
     pub(super) fn address(&self, offset: u64, bytes: u64) -> std::io::Result<u64> {
         match &self.end {
@@ -135,32 +136,32 @@ pub(crate) struct Room {
     pub(crate) free: Option<u64>,
 }
 
-/// Something that holds the files of one store. One medium serves all disks of the store, on all
+/// The place that holds the files of one store. One medium serves all disks of the store, on all
 /// threads.
 pub(super) trait Media: Send + Sync {
     /// The files that existed when the medium was opened, sorted by role.
     fn existing(&self) -> Vec<(FileId, Location)>;
 
-    /// Makes a file that did not exist when the medium was opened; it is locked and empty.
+    /// Makes a file that did not exist when the medium was opened. It is locked and empty.
     ///
     /// # Errors
-    /// `InUse` if another process has made it meanwhile, `Full` if there is no room, `Io` for the
-    /// rest.
+    /// `InUse` if another process has made it in the meantime, `Full` if there is no room, `Io` for
+    /// the rest.
     fn create(&self, id: FileId) -> Result<Location>;
 
     /// The length of a file in bytes.
     fn len(&self, id: FileId, location: &Location) -> Result<u64>;
 
     /// Makes these bytes of a file exist as zeros that were really written, so that overwriting
-    /// them changes no metadata, and makes durable how the file is found. The caller makes the
-    /// bytes themselves durable, by a flush of the location. If it fails, or is cancelled, the file
-    /// has its former length.
+    /// them changes no metadata, and makes the file's name durable. The caller makes the bytes
+    /// themselves durable, by a flush of the location. If it fails or is cancelled, the file has
+    /// its former length.
     ///
     /// # Errors
     /// `Full` if there is no room, `Closed` if it was cancelled, `Io` for the rest.
     fn grow(&self, id: FileId, location: &Location, bytes: Range<u64>) -> Result<()>;
 
-    /// A block that a trial may write. Nothing of it is left once it is dropped.
+    /// A block that a probe may write. It disappears when it is dropped.
     fn scratch(&self) -> Result<Location>;
 
     /// What the medium and the device below it can do.
@@ -172,20 +173,20 @@ pub(super) trait Media: Send + Sync {
     /// The path under which the store was opened.
     fn path(&self) -> &Path;
 
-    /// What a message calls a file.
+    /// The name of a file in messages.
     fn describe(&self, id: FileId) -> String;
 
-    /// How much space the store has, and how much is left.
+    /// How much space the store uses, and how much is free.
     fn room(&self) -> Room;
 
-    /// Removes the files of a creation that has failed, if all of them were made since the medium
-    /// was opened. Nothing may be under way.
+    /// Removes the files of a failed creation, if all of them were made since the medium was
+    /// opened. No operation may be in flight.
     fn remove_creation(&self);
 }
 
-/// The error for a store that does not exist although it has to.
+/// The error for a missing store that had to exist.
 pub(super) fn no_store(path: &Path) -> Error {
     let context =
-        format_args!("there is no store in {}: is what it is on mounted?", path.display());
+        format_args!("there is no store in {}: is its file system mounted?", path.display());
     Error::new(ErrorKind::NotFound, context)
 }

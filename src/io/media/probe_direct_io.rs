@@ -1,10 +1,11 @@
-//! Whether direct I/O works in a directory, found out by writing and reading one block.
+//! Probes whether direct I/O works in a directory, by writing and reading one block.
 //!
-//! Some file systems accept the flag on open and fail each transfer, so that only a transfer shows.
+//! Some file systems accept the flag on open and then fail each transfer, so only a transfer can
+//! tell.
 //!
 //! Invariants
 //! 1. A probe leaves nothing behind, and changes no file of a store.
-//! 2. A full disk is told from a directory that this user may not write.
+//! 2. A full disk is distinguished from a directory that this user may not write.
 
 use super::device;
 use crate::base::BLOCK;
@@ -19,7 +20,7 @@ use std::path::Path;
 /// The result of a probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DirectIo {
-    /// The file system refuses direct I/O, or says that it uses the page cache all the same.
+    /// The file system refuses direct I/O, or says that it uses the page cache anyway.
     Refused,
     /// A block was transferred with it.
     Works,
@@ -63,7 +64,7 @@ pub(in crate::io) fn try_direct(directory: &File, path: &Path) -> Result<DirectI
     Ok(DirectIo::judged(works, &scratch))
 }
 
-/// Whether a direct read of a file works; the file stays as it is.
+/// Whether a direct read of a file works; the file is not changed.
 pub(super) fn try_direct_read(file: &File) -> DirectIo {
     let mut block = Box::new(Block([0; BLOCK]));
     let Ok(flags) = rustix::fs::fcntl_getfl(file) else { return DirectIo::Refused };
@@ -101,8 +102,8 @@ pub(super) fn scratch(directory: &File, path: &Path) -> Result<File> {
 }
 
 /// Does the same on file systems that have no files without a name (FUSE, NFS). The name is random:
-/// a process id would come again, in a container at each start, and a process that was killed in
-/// between has left its file.
+/// a process id recurs, in a container at each start, and would collide with the file that a killed
+/// process left.
 fn named_scratch(directory: &File, path: &Path) -> Result<File> {
     let mode = Mode::from_raw_mode(0o600);
     let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::CREATE | OFlags::EXCL;
@@ -127,19 +128,19 @@ fn named_scratch(directory: &File, path: &Path) -> Result<File> {
     }
 }
 
-/// A block at an address that direct I/O takes.
+/// A block at an address that direct I/O accepts.
 #[repr(C, align(4096))]
 pub(in crate::io) struct Block(pub(in crate::io) [u8; BLOCK]);
 
-/// The byte that a probe writes; neither a hole nor fresh memory reads like it.
+/// The byte that a probe writes; neither a hole nor fresh memory reads as this.
 pub(in crate::io) const PATTERN: u8 = 0x5a;
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// If this fails, a store can't be opened again in a container on a file system such as FUSE
-    /// after one kill at the wrong moment: the process id is the same at each start.
+    /// If this fails, a kill at the wrong moment keeps a store in a container on a file system such
+    /// as FUSE from ever being opened again: the process id is the same at each start.
     #[test]
     fn a_file_that_a_killed_process_left_does_not_stop_the_next_probe() {
         let dir = tempfile::tempdir().unwrap();

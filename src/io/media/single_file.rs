@@ -4,17 +4,17 @@
 //! ```text
 //!   block 0: table (role, length) | block 1: scratch | region 0 | region 1 | ...   a region for each role, never moved
 //! ```
-//! That the drivers and a whole store work on it shows that the seam has all that a raw device
+//! The drivers and a whole store work on it, which shows that the seam has all that a raw device
 //! needs: locations with a base and an end of their own, growth within a fixed region, and one
 //! flush that covers everything.
 //!
 //! Invariants
-//! 1. The table names a length only after the zeros up to there were written: opening after a crash
-//!    finds either.
+//! 1. The table names a length only after the zeros up to there were written: after a crash,
+//!    opening finds the old length or the new one.
 //! 2. The one descriptor is locked for as long as the medium is open, and unlocked explicitly when
 //!    it is dropped: a forked child may still hold a duplicate.
 //!
-//! It does *not* wait for the lock of a process that is dying.
+//! It does *not* wait for the lock of a dying process.
 
 use super::device::{DeviceTraits, free_bytes};
 use super::probe_direct_io::{Block, DirectIo, set_direct, try_direct};
@@ -37,15 +37,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 const NAME: &str = "store.img";
 /// Bytes of an entry of the table: kind, shard, segment and length, each in eight bytes.
 const ENTRY_BYTES: usize = 32;
-/// Entries that the table has room for.
+/// Entries that fit into the table.
 const ENTRIES: usize = BLOCK / ENTRY_BYTES;
 /// Bytes before the first region: the table and the scratch block.
 const REGIONS_AT: u64 = 2 * BLOCK as u64;
-/// Bytes of a region: more than any test fills. The file is sparse, so that what is unused takes no
-/// space.
+/// Bytes of a region: more than any test fills. The file is sparse, so unused bytes take no space.
 const REGION_BYTES: u64 = 1 << 33;
 
-/// The regions in use: by role, the number of the region and the length.
+/// The regions in use: the number and the length of each, by role.
 type Regions = BTreeMap<FileId, (usize, Arc<AtomicU64>)>;
 
 pub(in crate::io) struct SingleFile {
@@ -55,7 +54,7 @@ pub(in crate::io) struct SingleFile {
     direct: bool,
     cancel: Cancel,
     regions: Mutex<Regions>,
-    /// The file was made when the medium was opened.
+    /// Whether the file was made when the medium was opened.
     is_new: bool,
     opener: Opener,
 }

@@ -1,9 +1,9 @@
-//! Zeros that are really written: what a file grows by, so that overwriting it changes no metadata
-//! any more.
+//! Writes zeros to the device: a file grows by these, so that overwriting it later changes no
+//! metadata.
 //!
 //! Invariants
-//! 1. Nothing outside of the range is written.
-//! 2. Only whole blocks count as written: a short write continues after the last one.
+//! 1. Nothing outside the range is written.
+//! 2. Only whole blocks count as written: a short write continues after the last whole one.
 //!
 //! It does *not* flush.
 
@@ -17,20 +17,20 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 
-/// Calls in a row without a whole block after which writing is given up.
+/// Writing fails after this many calls in a row that complete no whole block.
 const STALLS_MAX: u32 = 4;
 /// Zeros are written from memory of this size, which stays in the processor's cache.
 const ZEROS_BYTES: usize = 1 << 20;
-/// Pieces of that in one call. The kernel has all of them at the device at a time, so that a device
-/// with a long latency is kept busy; a cancelled allocation waits for one call at most.
+/// Pieces of that size in one call. The kernel sends all of them to the device at once, which keeps
+/// a device with a long latency busy; a cancelled allocation waits for one call at most.
 const ZEROS_PIECES: usize = 4;
 
-/// Zeros at an address that direct I/O takes.
+/// Zeros at an address that direct I/O accepts.
 #[repr(C, align(4096))]
 struct Zeros([u8; ZEROS_BYTES]);
 static ZEROS: Zeros = Zeros([0; ZEROS_BYTES]);
 
-/// Writes zeros to these bytes of `file`. `CANCELED` if it was cancelled meanwhile.
+/// Writes zeros to these bytes of `file`. `CANCELED` if it is cancelled on the way.
 pub(super) fn write_zeros(
     file: &File,
     bytes: Range<u64>,
@@ -40,8 +40,8 @@ pub(super) fn write_zeros(
         return Ok(());
     }
     let (mut at, to) = (bytes.start, bytes.end);
-    // Asking for the space at once keeps it in one piece. Some file systems can't; then the writes
-    // below get it.
+    // Allocating all of the space at once keeps it contiguous. Some file systems can't; then the
+    // writes below allocate it.
     if let Err(e @ (Errno::NOSPC | Errno::DQUOT)) =
         rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, at, to - at)
     {
@@ -82,7 +82,8 @@ fn zeros(bytes: u64) -> SmallVec<[io::IoSlice<'static>; ZEROS_PIECES]> {
 mod tests {
     use super::*;
 
-    /// A hole in what should be zeros that were written is metadata in front of a commit.
+    /// A hole where zeros should have been written makes a later commit wait for a change of
+    /// metadata.
     #[test]
     fn zeros_cover_what_is_left_and_no_more() {
         for bytes in

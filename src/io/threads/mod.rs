@@ -1,22 +1,22 @@
 //! The portable disk: threads that call `preadv`, `pwritev` and `fdatasync`.
 //!
-//! For machines on which io_uring is missing or forbidden. The owner's thread queues operations to
-//! the workers and never makes a system call that waits for the device.
+//! It serves machines on which io_uring is missing or forbidden. The owner's thread queues
+//! operations to the workers and never makes a system call that waits for the device.
 //!
 //! ```text
 //!   submit --> [overflow] --> bounded channel --> worker: system calls --> channel of completions --> reap
 //!                                                      \--> wakes the owner's thread, if it waits
 //! ```
 //! Invariants
-//! 1. An operation sent to the workers comes back exactly once, also if carrying it out panicked.
-//! 2. `overflow` holds operations only while the channel is full. Then workers are busy, so a
-//!    completion will come, and the `reap` that fetches it sends the operations that wait.
-//! 3. A completion is in its channel before the owner is woken, so a woken owner finds it.
-//! 4. Dropping the disk waits for the operations that workers have begun, and for no more;
-//!    afterwards nothing is in flight and the files can be opened again.
+//! 1. An operation sent to the workers comes back exactly once, even if it panics.
+//! 2. `overflow` holds operations only while the channel is full. The workers are then busy, so a
+//!    completion will arrive, and the `reap` that fetches it sends the operations that wait.
+//! 3. A completion is in its channel before the owner is woken, so the owner finds it.
+//! 4. Dropping the disk waits only for the operations that workers have begun; afterwards nothing
+//!    is in flight and the files can be opened again.
 //!
-//! It does *not*: order operations (writes and flushes under way at a time overtake each other),
-//! schedule, or cache.
+//! It does *not* order operations (concurrent writes and flushes overtake each other), schedule, or
+//! cache.
 
 mod transfer;
 
@@ -35,14 +35,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// Operations that the channel holds for each worker: enough that none runs dry between two turns
-/// of the owner.
+/// Operations that the channel holds for each worker: enough that no worker runs out of work
+/// between two turns of the owner.
 const QUEUED_PER_WORKER: usize = 16;
 
 /// How to run the portable disk.
 #[derive(Clone, Debug)]
 pub struct PortableOptions {
-    /// Threads, and so operations under way at the device at a time (default 8).
+    /// Threads, and therefore operations at the device at a time (default 8).
     pub workers_count: usize,
 }
 
@@ -59,13 +59,13 @@ struct Job {
     files: FileEntries,
 }
 
-/// Ordinary files as the store's disk, and threads that use them.
+/// A disk over a store's files, whose operations a pool of threads carries out.
 pub struct PortableDisk {
     files: Arc<Files>,
     known: BTreeMap<FileId, Arc<FileEntry>>,
-    /// Taken only in `drop`.
+    /// `None` only in `drop`.
     jobs: Option<Sender<Job>>,
-    /// The workers' end, kept so that jobs which none has begun can be taken back in `drop`.
+    /// The workers' end, kept so that `drop` can take back jobs that no worker has begun.
     queue: Receiver<Job>,
     overflow: VecDeque<Job>,
     completions: Receiver<Completion>,
@@ -76,14 +76,15 @@ pub struct PortableDisk {
 }
 
 impl PortableDisk {
-    /// One more disk over these files.
+    /// Makes a disk over these files.
     ///
     /// # Errors
     /// `Io` if no thread can be started.
     pub fn with_files(files: Arc<Files>, options: &PortableOptions) -> Result<PortableDisk> {
         let workers_count = options.workers_count.clamp(1, 256);
         let (jobs, queue) = crossbeam::channel::bounded::<Job>(workers_count * QUEUED_PER_WORKER);
-        // Never holds more than the owner has under way, which is the owner's to bound.
+        // Unbounded, but it never holds more than the operations that the owner has in flight,
+        // which the owner bounds.
         let (done, completions) = crossbeam::channel::unbounded();
         let parker = Parker::new();
         let flush_queue = files.new_flush_queue();
@@ -115,12 +116,12 @@ impl PortableDisk {
         Ok(disk)
     }
 
-    /// Ends this disk's present or next wait, from any thread.
+    /// Returns a waker, which ends this disk's current or next wait from any thread.
     pub fn waker(&self) -> DiskWaker {
         DiskWaker::of_parker(self.parker.unparker().clone())
     }
 
-    /// What was found when the disk was opened.
+    /// Reports what was found when the disk was opened.
     pub fn report(&self) -> DiskReport {
         DiskReport { driver: "portable", depth: self.workers.len(), ..self.files.report() }
     }
@@ -195,8 +196,8 @@ impl Disk for PortableDisk {
 
 impl Drop for PortableDisk {
     fn drop(&mut self) {
-        // The workers finish what they have begun, and end: with a slow device, what is queued may
-        // be a minute's work.
+        // The workers finish what they have begun, then end; the queue is abandoned, since on a
+        // slow device it may be a minute's work.
         self.jobs = None;
         self.queue.try_iter().for_each(drop);
         for worker in self.workers.drain(..) {
@@ -232,8 +233,8 @@ impl Worker {
                     self.flush(id, op, files)
                 }
                 op => {
-                    // First: the receiver of the completion may be the last to hold the files, and
-                    // expect them to be closed.
+                    // Dropped first: the receiver of the completion may be the last to hold the
+                    // files, and expect them to be closed.
                     drop(files);
                     self.complete(Completion { id, op, result });
                 }
@@ -242,12 +243,12 @@ impl Worker {
     }
 
     fn complete(&self, completion: Completion) {
-        // Fails only when the disk is gone, and with it every receiver.
+        // This fails only when the disk is gone, and with it every receiver.
         let _ = self.done.send(completion);
         self.owner.unpark();
     }
 
-    /// Flushes the files, then completes the operation. An allocation needs a flush of that very
+    /// Flushes the files, then completes the operation. An allocation needs a flush of its own
     /// file.
     fn flush(&self, id: OpId, op: DiskOp, files: FileEntries) {
         let (cover, wanted) = match op {
@@ -282,14 +283,14 @@ impl Worker {
     }
 }
 
-/// A flush of several files, until the last one is done.
+/// An operation whose flushes, of one or several files, are under way.
 struct Pending {
     left: usize,
     completion: Option<Completion>,
 }
 
 impl Pending {
-    /// One flush has ended. Returns the completion if it was the last.
+    /// Records that one flush has ended. Returns the completion if it was the last.
     fn take_in(&mut self, result: Result<()>) -> Option<Completion> {
         self.left -= 1;
         if let (Err(_), Some(Completion { result: whole @ Ok(()), .. })) =

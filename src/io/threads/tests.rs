@@ -1,5 +1,5 @@
-//! Tests of the portable disk on a real directory: what it promises the engine, and what it does
-//! not touch.
+//! Tests of the portable disk on a real directory: what it promises the engine, and what it must
+//! leave alone.
 
 use super::*;
 use crate::base::error::ErrorKind;
@@ -51,7 +51,7 @@ fn error<T>(result: Result<T>) -> Error {
     result.err().expect("an error")
 }
 
-/// Everything above relies on getting back what it wrote, over many pieces and after reopening.
+/// Every layer above relies on getting back what it wrote, over many pieces and after reopening.
 #[test]
 fn what_was_written_is_read_back() {
     let dir = tempfile::tempdir().unwrap();
@@ -104,7 +104,7 @@ fn a_read_past_the_end_is_an_error_with_file_offset_and_length() {
     assert!(read(&mut disk, &mut arena, LOG, 8192, &[0]).is_err(), "a part of a block");
 }
 
-/// Allocation must give zeros, and must not harm what lies beside it.
+/// Allocation must give zeros, and must not damage what lies next to them.
 #[test]
 fn allocation_writes_zeros_there_and_only_there() {
     let dir = tempfile::tempdir().unwrap();
@@ -122,7 +122,7 @@ fn allocation_writes_zeros_there_and_only_there() {
     assert_eq!(error(allocate(&mut disk, LOG, 1, 4096)).kind(), ErrorKind::Invalid);
 }
 
-/// A full disk is an error to act upon, and the space taken on the way comes back.
+/// A full disk is an error that a user can act on, and the space taken on the way is given back.
 #[test]
 fn an_allocation_that_fails_leaves_the_former_length() {
     let dir = tempfile::tempdir().unwrap();
@@ -133,12 +133,13 @@ fn an_allocation_that_fails_leaves_the_former_length() {
     assert_eq!(disk.len(LOG).unwrap(), Some(8192));
 }
 
-/// Two processes over one store would destroy it.
+/// Two processes that used one store would destroy it.
 #[test]
 fn a_store_is_opened_once() {
     let dir = tempfile::tempdir().unwrap();
     let mut disk = open(dir.path(), Access::ReadWrite).unwrap();
-    // Both found an empty directory: the second one learns of the first at its first file.
+    // Both found an empty directory: the second one learns of the first when it makes its first
+    // file.
     let mut late = open(dir.path(), Access::ReadWrite).unwrap();
     allocate(&mut disk, LOG, 0, 4096).unwrap();
     assert_eq!(error(allocate(&mut late, LOG, 0, 4096)).kind(), ErrorKind::InUse);
@@ -155,7 +156,7 @@ fn a_store_is_opened_once() {
     drop(readers);
 }
 
-/// A verifier must not be able to harm what it looks at.
+/// A verifier must not be able to damage what it reads.
 #[test]
 fn read_only_changes_nothing() {
     let dir = tempfile::tempdir().unwrap();
@@ -175,7 +176,7 @@ fn read_only_changes_nothing() {
     assert!(read(&mut disk, &mut arena, LOG, 0, &[0]).unwrap()[0].iter().all(|b| *b == 0));
 }
 
-/// Somebody's `data` in the wrong directory must survive a mistyped path.
+/// A user's own file named `data` must survive a mistyped path.
 #[test]
 fn foreign_files_with_our_names_are_refused_and_untouched() {
     let dir = tempfile::tempdir().unwrap();
@@ -187,7 +188,7 @@ fn foreign_files_with_our_names_are_refused_and_untouched() {
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
 }
 
-/// More operations than the queue takes must all come back, each once.
+/// If more operations are submitted than the queue takes, all must come back, each once.
 #[test]
 fn a_flood_of_operations_completes() {
     let dir = tempfile::tempdir().unwrap();

@@ -2,8 +2,8 @@
 //! length.
 //!
 //! Invariants
-//! 1. `Ok` means every byte: short transfers are continued, `EINTR` and `EAGAIN` repeated after a
-//!    pause.
+//! 1. `Ok` means that every byte was transferred: short transfers are continued, `EINTR` and
+//!    `EAGAIN` are retried after a pause.
 //!
 //! It runs on the workers and may wait as long as the device does. It does *not* decide when to
 //! flush.
@@ -23,10 +23,11 @@ use std::io;
 
 /// Linux takes at most this many pieces in one call.
 const IOV_MAX: usize = 1024;
-/// Calls in a row without a whole block after which a transfer fails.
+/// A transfer fails after this many calls in a row that complete no whole block.
 const STALLS_MAX: u32 = 4;
 
-/// Carries out `op`, all of an allocation but its flush; `entry` is the file that it names.
+/// Carries out `op` on `entry`, the file that it names; the flush of an allocation is left to the
+/// caller.
 ///
 /// # Panics
 /// On a flush, which goes through a batch.
@@ -63,7 +64,7 @@ pub(super) fn carry_out(files: &Files, entry: &FileEntry, op: &mut DiskOp) -> Re
     }
 }
 
-/// Leads batches on this thread, until there are none or another disk leads.
+/// Leads batches on this thread, until there are none left or another disk leads.
 pub(super) fn lead(files: &Files, batch: FlushBatch) {
     let mut led_batches = Some(batch);
     while let Some(batch) = led_batches {
@@ -140,7 +141,7 @@ fn write_fully(
     Ok(())
 }
 
-/// The progress of a transfer. It continues at block boundaries only: direct I/O takes no others,
+/// The progress of a transfer. It continues only at block boundaries: direct I/O accepts no others,
 /// and transferring a part of a block again does no harm.
 struct Progress<'c> {
     done: usize,
@@ -155,12 +156,12 @@ impl<'c> Progress<'c> {
         Progress { done: 0, total, stalls: 0, backoff: Backoff::default(), cancel }
     }
 
-    /// Bytes already transferred, `None` if that is all.
+    /// The bytes already transferred; `None` if the transfer is complete.
     fn rest(&self) -> Option<usize> {
         (self.done < self.total).then_some(self.done)
     }
 
-    /// Accounts for the outcome of a call; `dry` is the error if it transferred nothing.
+    /// Accounts for the result of a call; `dry` is the error if it transferred nothing.
     fn advance(
         &mut self,
         outcome: rustix::io::Result<usize>,
@@ -192,8 +193,8 @@ mod tests {
     use rustix::io::Errno;
     use std::time::{Duration, Instant};
 
-    /// A thread that asks a busy device again and again takes a core from the work that would make
-    /// it less busy.
+    /// A thread that keeps retrying on a busy device takes a core from the work that would make it
+    /// less busy.
     #[test]
     #[allow(clippy::disallowed_methods, reason = "that time passes is what is tested")]
     fn a_refused_transfer_pauses_and_is_not_counted_as_done() {
@@ -205,7 +206,7 @@ mod tests {
                 progress.advance(Err(refusal), io::ErrorKind::WriteZero).unwrap();
                 assert_eq!(progress.rest(), Some(BLOCK), "nothing was transferred");
             }
-            // 0.1, 0.2, 0.4, 0.8, 1.6 and 3.2 ms.
+            // The pauses are 0.1, 0.2, 0.4, 0.8, 1.6 and 3.2 ms.
             assert!(since.elapsed() >= Duration::from_micros(6_300), "{:?}", since.elapsed());
             progress.advance(Ok(2 * BLOCK), io::ErrorKind::WriteZero).unwrap();
             assert_eq!((progress.rest(), progress.backoff), (None, Backoff::default()));

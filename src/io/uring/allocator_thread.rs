@@ -1,12 +1,12 @@
-//! The thread that allocates for a ring disk: zeros go out by plain system calls, which may wait as
-//! long as the device.
+//! The thread that allocates for a ring disk: it writes zeros by plain system calls, which may wait
+//! as long as the device does.
 //!
 //! Invariants
-//! 1. Each job is answered by a remote event exactly once, also if carrying it out panicked.
-//! 2. An allocation is answered only when a flush of its file was done after it. The disk leads
-//!    that flush, not this thread.
+//! 1. Each job is answered by a remote event exactly once, even if it panics.
+//! 2. An allocation is answered only after a flush of its file. The disk leads that flush, not this
+//!    thread.
 //!
-//! The first allocation starts it; it sleeps when it has no job.
+//! The first allocation starts the thread; it sleeps while it has no job.
 
 use crate::base::error::{Error, Result};
 use crate::io::files::{FileEntry, Files};
@@ -25,7 +25,7 @@ struct Job {
 
 /// The handle of the thread; dropping it ends the thread.
 pub(super) struct AllocatorThread {
-    /// Taken only in `drop`.
+    /// `None` only in `drop`.
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -36,7 +36,8 @@ impl AllocatorThread {
         flush_queue: Arc<FlushQueue>,
         remote_events: Arc<RemoteEvents>,
     ) -> Result<AllocatorThread> {
-        // Never holds more than the disk's owner has under way, which is the owner's to bound.
+        // Unbounded, but it never holds more than the operations that the disk's owner has in
+        // flight, which the owner bounds.
         let (jobs, queue) = crossbeam::channel::unbounded();
         let body = move || run(&files, &flush_queue, &remote_events, &queue);
         let thread = std::thread::Builder::new().name("corepage-alloc".into()).spawn(body);
@@ -44,7 +45,7 @@ impl AllocatorThread {
         Ok(AllocatorThread { jobs: Some(jobs), thread: Some(thread) })
     }
 
-    /// Allocates for the operation `key`.
+    /// Allocates these bytes of `file` for the operation `op`.
     pub(super) fn send(&self, op: OpIdx, file: Arc<FileEntry>, bytes: Range<u64>) {
         let sent = self.jobs.as_ref().map(|jobs| jobs.send(Job { op, file, bytes }));
         assert!(matches!(sent, Some(Ok(()))), "the thread ends only when the disk does");

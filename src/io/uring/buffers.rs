@@ -1,13 +1,13 @@
-//! Memory that the kernel knows: registered once, so that no transfer looks its pages up again.
+//! Memory that is registered with the kernel once, so that no transfer looks up its pages again.
 //!
 //! Invariants
-//! 1. What is registered stays mapped, at its place, until it is unregistered: [`Buffers`] holds
+//! 1. Registered memory stays mapped, at its address, until it is unregistered: [`Buffers`] holds
 //!    the mapping.
-//! 2. A place counts as registered only if all of it lies within one buffer.
+//! 2. A range counts as registered only if all of it lies within one buffer.
 //!
 //! The kernel may refuse: registered memory counts against the limit of locked memory (`ulimit
-//! -l`), which is 8 MiB as a rule and shared by all that a user runs. Then half is tried, and so
-//! on; the rest goes unregistered, and works.
+//! -l`), which is usually 8 MiB and shared by all processes of a user. Then half is tried, and so
+//! on; the rest stays unregistered, and works all the same.
 //!
 //! It does *not* fail.
 #![allow(unsafe_code)]
@@ -18,9 +18,9 @@ use io_uring::IoUring;
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
-/// The largest buffer that the kernel takes.
+/// The largest buffer that the kernel accepts.
 const BUFFER_BYTES: usize = 1 << 30;
-/// Less than this is not worth a buffer.
+/// The least memory that is worth a buffer.
 const LEAST_BYTES: usize = 64 << 10;
 
 #[derive(Default)]
@@ -31,8 +31,8 @@ pub(super) struct Buffers {
 }
 
 impl Buffers {
-    /// Registers as much of `memory` as the kernel takes. `sharers` disks have the limit of locked
-    /// memory in common.
+    /// Registers as much of `memory` as the kernel accepts. `sharers` disks share the limit of
+    /// locked memory.
     pub(super) fn register(ring: &IoUring, memory: Mapping, sharers: usize) -> Buffers {
         let start = memory.start().as_ptr() as usize;
         let mut buffers = Buffers { start, registered: 0, memory: None };
@@ -45,7 +45,7 @@ impl Buffers {
                     len: BUFFER_BYTES.min(bytes - at),
                 })
                 .collect();
-            // SAFETY: a IoVec is laid out as an iovec, and the list lives through the call.
+            // SAFETY: an `IoVec` is laid out as an `iovec`, and the list outlives the call.
             let list =
                 unsafe { std::slice::from_raw_parts(vectors.as_ptr().cast(), vectors.len()) };
             // SAFETY: the memory stays mapped (invariant 1). Its bytes change only by operations
@@ -65,7 +65,7 @@ impl Buffers {
         buffers
     }
 
-    /// The buffer in which these bytes lie.
+    /// The buffer that holds all of these bytes.
     pub(super) fn find(&self, at: *const u8, len: usize) -> Option<u16> {
         let from = (at as usize).checked_sub(self.start)?;
         let buffer = from / BUFFER_BYTES;
@@ -81,8 +81,7 @@ impl Buffers {
         self.memory.as_ref().map_or(0, |memory| memory.bytes() as u64)
     }
 
-    /// Takes them back from the kernel: at once, and not when it gets to it after the ring is
-    /// closed.
+    /// Unregisters the buffers now: the kernel would do so only some time after the ring is closed.
     pub(super) fn unregister(&mut self, ring: &IoUring) {
         if std::mem::take(&mut self.registered) > 0 {
             let _ = ring.submitter().unregister_buffers();
@@ -90,8 +89,9 @@ impl Buffers {
     }
 }
 
-/// What to try after `bytes` were refused: half of it, at most this disk's share of half of the
-/// limit. The other half is for the rings themselves and for whatever else this user runs.
+/// How many bytes to try after `bytes` were refused: half as many, at most this disk's share of
+/// half of the limit. The other half is for the rings themselves and for the user's other
+/// processes.
 fn less(bytes: usize, sharers: usize) -> usize {
     let limit = getrlimit(Resource::Memlock).current.map_or(usize::MAX, |limit| limit as usize);
     let next = (bytes / 2).min(limit / 2 / sharers.max(1));
@@ -102,7 +102,7 @@ fn less(bytes: usize, sharers: usize) -> usize {
 mod tests {
     use super::*;
 
-    /// The kernel would refuse a transfer that leaves its buffer, or worse.
+    /// The kernel would refuse a transfer that extends beyond its buffer, or do worse.
     #[test]
     fn only_what_lies_within_one_buffer_counts_as_registered() {
         let start = 1 << 40;
@@ -117,7 +117,7 @@ mod tests {
         assert_eq!(Buffers::default().find(std::ptr::without_provenance(start), 4096), None);
     }
 
-    /// Every refusal must bring the end nearer.
+    /// Every refusal must lead to a smaller attempt, or registration never ends.
     #[test]
     fn less_is_less() {
         for bytes in [LEAST_BYTES, 8 << 20, 3 << 30] {

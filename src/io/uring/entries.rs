@@ -1,13 +1,13 @@
-//! The submission entries that are with the kernel: what each stands for, and the memory that it
-//! points to besides the frames.
+//! The submission entries that are with the kernel: what each stands for, and the memory besides
+//! the frames that it points to.
 //!
 //! Invariants
-//! 1. Each entry with the kernel has a slot of its own, named in the entry's user data. A slot is
-//!    free again only by [`Entries::free`], when its completion was reaped.
+//! 1. Each entry with the kernel has a slot of its own, named in the entry's user data. Only
+//!    [`Entries::free`] frees a slot, once its completion has been reaped.
 //! 2. A slot's list of memory ranges changes only while the slot is free, and is on the heap, so it
-//!    stays where it is.
-//! 3. There is at most one read of the eventfd, into memory that lives as long as the entries do;
-//!    and one timer, whose time the kernel has copied when it took the entry.
+//!    does not move.
+//! 3. There is at most one read of the eventfd, into memory that lives as long as the entries do,
+//!    and one timer, whose time the kernel copies when it takes the entry.
 //!
 //! It does *not* make system calls.
 #![allow(unsafe_code)]
@@ -38,11 +38,11 @@ pub(super) enum InFlight {
     Sync(BatchIdx),
 }
 
-/// Which of the flush batches that this disk leads.
+/// The index of a flush batch that this disk leads.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct BatchIdx(pub(super) u32);
 
-/// Which entry with the kernel: its user data.
+/// The index of an entry's slot, which is its user data.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct SlotIdx(u32);
 
@@ -56,7 +56,7 @@ struct Slot {
 pub(super) struct Entries {
     slots: Vec<Slot>,
     free: Vec<SlotIdx>,
-    /// Where the eventfd's counter goes. The kernel writes it, and its value means nothing.
+    /// The buffer for the eventfd's counter. The kernel writes it; its value is not used.
     counter: Box<[u8; COUNTER_BYTES]>,
     event_read: bool,
     time: Box<types::Timespec>,
@@ -64,7 +64,7 @@ pub(super) struct Entries {
 }
 
 impl Entries {
-    /// Slots for as many entries as the rings have with the kernel at a time.
+    /// Makes `count` slots: as many as the entries that the rings have with the kernel at a time.
     pub(super) fn new(count: u32) -> Entries {
         Entries {
             slots: (0..count).map(|_| Slot::default()).collect(),
@@ -84,7 +84,8 @@ impl Entries {
         at
     }
 
-    /// Frees the slot whose completion with this user data was reaped; returns what it stood for.
+    /// Frees the slot of the reaped completion with this user data. Returns what the entry stood
+    /// for.
     pub(super) fn free(&mut self, user_data: u64) -> InFlight {
         let slot = usize::try_from(user_data).ok().and_then(|at| self.slots.get_mut(at));
         let Some(in_flight) = slot.and_then(|slot| slot.in_flight.take()) else {
@@ -127,9 +128,9 @@ impl Entries {
             (None, false) => opcode::Readv::new(fd, list, count).offset(address).build(),
         };
         let entry = entry.flags(flags).user_data(at.0.into());
-        // SAFETY: the frames belong to the operation, which is kept until all its spans are back;
-        // the list stays as it is until the slot is free (invariant 2); the descriptor is held by
-        // the file, and that by the operation. The caller that reaps the completion calls `free`,
+        // SAFETY: the frames belong to the operation, which is kept until all its spans have
+        // completed; the list does not change until the slot is free (invariant 2); the operation
+        // holds the file, and the file its descriptor. Whoever reaps the completion calls `free`
         // and `completed`.
         unsafe { ring.push(&entry, Counted::Yes) }
     }
@@ -141,7 +142,8 @@ impl Entries {
         // is no descriptor.
         let fd = types::Fd(file.location().map_or(-1, |location| location.descriptor.as_raw_fd()));
         let entry = opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build();
-        // SAFETY: it points to nothing; the batch holds the file. `free` and `completed` as above.
+        // SAFETY: the entry points to no memory; the batch holds the file. `free` and `completed`
+        // are called as above.
         unsafe { ring.push(&entry.user_data(at.0.into()), Counted::Yes) }
     }
 
@@ -153,8 +155,8 @@ impl Entries {
         let fd = types::Fd(sleep.event().as_raw_fd());
         let entry = opcode::Read::new(fd, self.counter.as_mut_ptr(), COUNTER_BYTES as u32).build();
         self.event_read = true;
-        // SAFETY: the counter is on the heap and lives until the disk is gone, which waits for this
-        // read. It is not counted.
+        // SAFETY: the counter is on the heap and lives until the disk is dropped, which waits for
+        // this read. The entry is not counted.
         unsafe { ring.push(&entry.user_data(EVENT_READ), Counted::No) }
     }
 
@@ -166,13 +168,13 @@ impl Entries {
         *self.time = timespec(us);
         let entry = opcode::Timeout::new(&raw const *self.time).build();
         self.timer = true;
-        // SAFETY: the time is on the heap, stays as it is while the timer is set, and lives as long
-        // as this; a ring that goes with the entry in its queue takes it no more. It is not
-        // counted.
+        // SAFETY: the time is on the heap, does not change while the timer is set, and lives as
+        // long as `self`; a ring that is closed with the entry in its queue never reads it. The
+        // entry is not counted.
         unsafe { ring.push(&entry.user_data(TIMER), Counted::No) }
     }
 
-    /// The timer has expired.
+    /// Records that the timer has expired.
     pub(super) fn timer_ended(&mut self) {
         self.timer = false;
     }
@@ -181,7 +183,7 @@ impl Entries {
         self.timer
     }
 
-    /// The read of the eventfd has completed.
+    /// Records that the read of the eventfd has completed.
     pub(super) fn event_read(&mut self) {
         self.event_read = false;
     }

@@ -1,10 +1,10 @@
-//! The files of one ring: registered with it where it takes them, so that a transfer touches no
-//! reference count that other cores touch, too.
+//! The files of one ring: registered with it where possible, so that a transfer touches no
+//! reference count that other cores also touch.
 //!
 //! Invariants
 //! 1. A slot of the ring's table refers to the file that its [`RingFile`] holds, for as long as the
 //!    ring lives.
-//! 2. A file that did not exist when it was first asked for is asked for again.
+//! 2. A missing file is not remembered: each use looks it up again until it exists.
 //!
 //! It does *not* open files.
 
@@ -19,7 +19,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 
-/// Slots of a ring's table; files beyond that are used by descriptor.
+/// Slots of a ring's table; files beyond these are used by descriptor.
 const SLOTS: u32 = 64;
 
 /// How a submission entry refers to a file.
@@ -32,7 +32,7 @@ pub(super) enum SqeFile {
 }
 
 impl SqeFile {
-    /// What stands in the entry's field for the file, and the flags that say how it is meant.
+    /// The value of the entry's field for the file, and the flags that tell how to interpret it.
     pub(super) fn encode(self) -> (types::Fd, squeue::Flags) {
         match self {
             SqeFile::Descriptor(descriptor) => (types::Fd(descriptor), squeue::Flags::empty()),
@@ -63,7 +63,7 @@ pub(super) struct FixedFiles {
 }
 
 impl FixedFiles {
-    /// Registers a table with the ring, if the kernel has them.
+    /// Registers a table with the ring, if the kernel supports that.
     pub(super) fn new(ring: &IoUring) -> FixedFiles {
         let slots = if ring.submitter().register_files_sparse(SLOTS).is_ok() { SLOTS } else { 0 };
         FixedFiles { slots, ..FixedFiles::default() }

@@ -1,5 +1,5 @@
-//! Flushes of the ring disk: joining batches, leading them, and the syncs of those that this disk
-//! leads.
+//! Flushes of the ring disk: how it joins batches, leads them, and submits the syncs of those that
+//! it leads.
 
 use super::UringDisk;
 use super::entries::BatchIdx;
@@ -16,7 +16,7 @@ pub(super) struct LedBatch {
     result: Result<()>,
 }
 
-/// A sync to be submitted: of which batch, and which of its files.
+/// A sync to submit: its batch, and the index of the file in it.
 pub(super) struct QueuedSync {
     pub(super) batch: BatchIdx,
     pub(super) file: usize,
@@ -30,7 +30,7 @@ impl UringDisk {
             Ok(wanted) if !wanted.is_empty() => wanted,
             other => return self.complete(id, op, other.map(drop)),
         };
-        // All are counted before the first joins, since it may fail at once.
+        // All flushes are counted before the first joins, since it may fail at once.
         let op = OpIdx(self.ops.insert(Op::untransferred(id, op, wanted.len() as u32)) as u32);
         self.remote_pending += wanted.len();
         for file in wanted {
@@ -51,11 +51,10 @@ impl UringDisk {
 
     pub(super) fn sync_completed(&mut self, batch: BatchIdx, result: i32) {
         let led = &mut self.led_batches[batch.0 as usize];
-        assert!(led.pending > 0, "a sync completed of a batch that has ended");
+        assert!(led.pending > 0, "a sync of a batch that has ended completed");
         led.pending -= 1;
         if result < 0 && led.result.is_ok() {
-            // An interrupted sync counts as failed, too: whether anything was lost by then is not
-            // known.
+            // An interrupted sync counts as failed, too: it may have lost writes already.
             let cause = std::io::Error::from_raw_os_error(-result);
             led.result = Err(self.files.error(led.batch.files()[0].id(), "flushing", cause));
         }

@@ -1,7 +1,6 @@
-//! A piece of memory as the kernel takes it in lists (`struct iovec`), for transfers and for
-//! registration.
+//! A range of memory in the kernel's layout (`struct iovec`), for transfers and for registration.
 
-/// A piece of memory as the kernel takes it (`struct iovec`).
+/// A range of memory in the kernel's layout.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct IoVec {

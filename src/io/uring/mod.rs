@@ -8,20 +8,20 @@
 //! ```
 //! Invariants
 //! 1. Each span is in `queue`, or with the kernel in one slot; its operation counts it until its
-//!    last result is there. No operation is handed back, and no memory freed, while the kernel has
-//!    one of its spans.
+//!    last result has arrived. No operation is handed back, and no memory freed, while the kernel
+//!    has one of its spans.
 //! 2. Operations beyond the ring's depth wait in `queue`, which the owner bounds by the operations
 //!    that it has in flight.
-//! 3. One system call per turn of the owner submits everything since the last; `submit` makes none,
-//!    except for a file's first use.
+//! 3. One system call per turn of the owner submits everything queued since the last one; `submit`
+//!    makes none, except for a file's first use.
 //! 4. A thread that waits here sleeps in the ring with a read of an eventfd in it, so that other
 //!    threads can wake it.
-//! 5. A ring that polls takes no flush and no eventfd (the kernel refuses them): they go into a
-//!    control ring then.
-//! 6. A transfer that the device refuses for now (`EAGAIN`) is submitted again after a pause, by a
-//!    timer in the ring.
-//! 7. Dropping waits for everything in flight. If the ring is broken, so that this can't be waited
-//!    for, the memory is leaked.
+//! 5. A ring that polls takes no flush and no eventfd, since the kernel refuses them: they go into
+//!    a control ring.
+//! 6. A transfer that the device refuses for now (`EAGAIN`) is submitted again after a pause, timed
+//!    by the ring.
+//! 7. Dropping the disk waits for everything in flight. If the ring is broken, so that waiting is
+//!    impossible, the memory is leaked.
 //!
 //! A ring belongs to the thread that made it: `UringDisk` is not `Send`. It does *not* order
 //! operations or retry a flush.
@@ -62,15 +62,15 @@ use std::collections::VecDeque;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-/// How often a polled device is asked before the owner gets a turn.
+/// How often a polled device is checked before the owner gets a turn.
 const POLLS: u32 = 64;
-/// The longest sleep while the kernel has refused to take an entry.
+/// The longest sleep while the kernel refuses to take an entry.
 const REFUSED_US: Micros = 1000;
-/// Entries of a ring: fewer than the least keep no device busy, and more than the most the kernel
-/// does not give.
+/// The entries of a ring: fewer than the minimum keep no device busy, and the kernel grants no more
+/// than the maximum.
 const DEPTH_MIN: u32 = 4;
 const DEPTH_MAX: u32 = 4096;
-/// Entries of the control ring, which has the syncs of a few batches.
+/// Entries of the control ring, which only has the syncs of a few batches.
 const CONTROL_DEPTH: u32 = 16;
 
 const _: () = assert!(
@@ -86,7 +86,7 @@ enum ControlRing {
     Own,
 }
 
-/// Files as the store's disk, through a ring of this thread's own.
+/// A disk over a store's files, through a ring that belongs to one thread.
 pub struct UringDisk {
     main: Ring,
     /// Takes what a polling ring refuses: flushes, the eventfd, the timer.
@@ -98,30 +98,30 @@ pub struct UringDisk {
     buffers: Buffers,
     ops: Slab<Op>,
     queue: VecDeque<Span>,
-    /// Spans that the device refused for now: put back into `queue` when the timer expires.
+    /// Spans that the device refused for now. They go back into `queue` when the timer expires.
     retries: Vec<Span>,
     syncs: VecDeque<QueuedSync>,
     led_batches: Slab<LedBatch>,
     /// Events that operations of this disk still wait for.
     remote_pending: usize,
     completions: Vec<Completion>,
-    /// Kept for its capacity: user data and results as they were reaped.
+    /// User data and results as they were reaped; kept for its capacity.
     reaped: Vec<(u64, i32)>,
     sleep: Arc<Sleep>,
     remote_events: Arc<RemoteEvents>,
     allocator: Option<AllocatorThread>,
     disks_count: usize,
     polling: Polling,
-    /// The disk is being dropped: nothing is submitted any more but what other disks wait for.
+    /// Set while the disk is being dropped: only what other disks wait for is still submitted.
     closing: bool,
     not_send: PhantomData<*const ()>,
 }
 
 impl UringDisk {
-    /// One more disk over these files, for the thread that calls this.
+    /// Makes a disk over these files, for the calling thread.
     ///
     /// # Errors
-    /// `Unsupported` if io_uring can't be used here, with the reason; take the portable disk then.
+    /// `Unsupported` if io_uring can't be used here, with the reason; use the portable disk then.
     pub fn with_files(files: Arc<Files>, options: &UringOptions) -> Result<UringDisk> {
         probe().map_err(|why| Error::new(ErrorKind::Unsupported, why))?;
         let polling = match options.polling {
@@ -140,7 +140,7 @@ impl UringDisk {
     ) -> Result<UringDisk> {
         let depth = options.ring_entries.clamp(DEPTH_MIN, DEPTH_MAX).next_power_of_two();
         let mode = if polling == Polling::On { RingMode::Polled } else { RingMode::Interrupts };
-        let making = |e| Error::new(ErrorKind::Unsupported, probe::refused("making a ring", &e));
+        let making = |e| Error::new(ErrorKind::Unsupported, probe::refused("creating a ring", &e));
         let main = Ring::new(depth, mode).map_err(making)?;
         let control_depth = depth.min(CONTROL_DEPTH);
         let control = match control {
@@ -149,8 +149,9 @@ impl UringDisk {
             }
             ControlRing::Main => None,
         };
-        let sleep = Sleep::new()
-            .map_err(|e| Error::io("making an eventfd (is the limit of open files reached?)", e))?;
+        let sleep = Sleep::new().map_err(|e| {
+            Error::io("creating an eventfd (is the limit of open files reached?)", e)
+        })?;
         let sleep = Arc::new(sleep);
         let remote_events = RemoteEvents::new(DiskWaker::of_sleep(sleep.clone()));
         Ok(UringDisk {
@@ -179,12 +180,12 @@ impl UringDisk {
         })
     }
 
-    /// Wakes this disk's thread from its present or next wait, from any thread.
+    /// Returns a waker, which ends this disk's current or next wait from any thread.
     pub fn waker(&self) -> DiskWaker {
         DiskWaker::of_sleep(self.sleep.clone())
     }
 
-    /// What the machine was found to give.
+    /// Reports what was found when the disk was opened.
     pub fn report(&self) -> DiskReport {
         DiskReport {
             driver: "io_uring",
@@ -245,7 +246,7 @@ impl UringDisk {
         }
     }
 
-    /// Handles the completions and the remote events that are there.
+    /// Handles the completions and the remote events that have arrived.
     fn handle_events(&mut self) {
         let mut reaped = std::mem::take(&mut self.reaped);
         self.main.reap(&mut reaped);
@@ -291,7 +292,7 @@ impl UringDisk {
         }
     }
 
-    /// A span, a flush or an allocation that an operation waits for has ended.
+    /// Records that a span, a flush or an allocation that an operation waits for has ended.
     fn part_ended(&mut self, at: OpIdx, error: Option<Error>) {
         let op = &mut self.ops[at.0 as usize];
         op.assert_state();
@@ -312,8 +313,8 @@ impl UringDisk {
             if let Some(control) = &mut self.control {
                 control.submit();
             }
-            // The queue may have been longer than the ring; what the kernel refuses waits for the
-            // next turn.
+            // The queue may have been longer than the ring, so go round again. What the kernel
+            // refuses waits for the next turn.
             if self.queue.is_empty() || !self.main.has_room() || self.main.has_unsubmitted() {
                 return;
             }
@@ -329,7 +330,7 @@ impl UringDisk {
 
     fn sleep_in_ring(&mut self, timeout_us: Option<Micros>) {
         if self.control.is_some() && self.main.in_flight() > 0 {
-            // A polled device interrupts nobody: it has to be asked, and one call may return with
+            // A polled device raises no interrupts: it has to be checked, and one call may find
             // nothing.
             for _ in 0..POLLS {
                 if !self.main.wait(None) || self.has_events() || self.main.broken().is_some() {
@@ -387,8 +388,8 @@ impl Disk for UringDisk {
 
     fn reap(&mut self, out: &mut Vec<Completion>) {
         self.handle_events();
-        // The next flush batch, or the remainder of a short transfer: the caller pushes only when
-        // an operation has ended.
+        // Submit the next flush batch or the remainder of a short transfer now: the caller pushes
+        // only once an operation has ended.
         let untimed = !self.retries.is_empty() && !self.entries.is_timer_set();
         if self.completions.is_empty()
             && (untimed || !self.queue.is_empty() || !self.syncs.is_empty())
@@ -400,7 +401,7 @@ impl Disk for UringDisk {
     }
 
     fn wait(&mut self, timeout_us: Option<Micros>) {
-        // In this order: a completion may queue more to submit, and that must not wait while this
+        // The order matters: a completion may queue more to submit, which must not wait while this
         // sleeps.
         self.handle_events();
         self.submit_queued();
@@ -447,7 +448,7 @@ impl Drop for UringDisk {
             self.handle_events();
         }
         if self.broken().is_some() {
-            // With them the lock stays: what is in flight may still be written.
+            // Leaking the files keeps the lock as well: what is in flight may still be written.
             std::mem::forget((std::mem::take(&mut self.ops), self.files.clone()));
             self.entries.leak();
             return;

@@ -6,10 +6,10 @@
 //!   spans (what one entry transfers) --> an entry: one range, or a list of them --> result: done, or the rest again
 //! ```
 //! Invariants
-//! 1. The spans of an operation cover its bytes, each byte once; `pending` counts those whose last
-//!    result is not there yet.
-//! 2. A span goes on at block boundaries only: direct I/O takes no others, and to transfer a range
-//!    of a block once more does no harm.
+//! 1. The spans of an operation cover each of its bytes once; `pending` counts those whose last
+//!    result has not arrived yet.
+//! 2. A span continues only at block boundaries: direct I/O accepts no others, and transferring a
+//!    part of a block again does no harm.
 //! 3. A range lies within one registered buffer or counts as unregistered.
 //!
 //! It does *not* touch the bytes or make system calls.
@@ -26,9 +26,10 @@ use smallvec::SmallVec;
 use std::io;
 use std::rc::Rc;
 
-/// Bytes of one entry. Larger ones go to a kernel worker, which costs more than the device does.
+/// Bytes of one entry. The kernel hands larger ones to a worker, which costs more than the device
+/// does.
 pub(super) const SPAN_BYTES: u32 = 512 << 10;
-/// Results in a row without a whole block after which a transfer fails.
+/// A transfer fails after this many results in a row that complete no whole block.
 const STALLS_MAX: u8 = 4;
 
 /// A contiguous range of memory.
@@ -40,7 +41,7 @@ pub(super) struct MemoryRange {
     pub(super) buffer: Option<u16>,
 }
 
-/// The memory of a transfer: mostly one piece or a few.
+/// The memory of a transfer: usually one range or a few.
 pub(super) type MemoryRanges = SmallVec<[MemoryRange; 4]>;
 
 /// The part of an operation that one entry transfers: bytes `from..from + len` of the operation
@@ -58,31 +59,27 @@ pub(super) struct Span {
 pub(super) struct Op {
     pub(super) id: OpId,
     pub(super) op: DiskOp,
-    /// Of transfers.
+    /// The file of a transfer; `None` for other operations.
     pub(super) file: Option<Rc<RingFile>>,
-    /// Of transfers: the first byte on the file's descriptor.
+    /// For a transfer, the address of its first byte on the file's descriptor.
     pub(super) address: u64,
     pub(super) memory: MemoryRanges,
-    /// Spans, flush_queue or jobs whose end is awaited.
+    /// Spans, flushes or jobs that have not ended yet.
     pub(super) pending: u32,
     /// The first failure.
     pub(super) error: Option<Error>,
 }
 
 impl Op {
-    /// An operation that moves no bytes between memory and device here: a flush or an allocation,
-    /// which ends when `pending` memory of it have.
+    /// An operation that transfers no bytes in this ring: a flush or an allocation, which ends when
+    /// `pending` parts of it have ended.
     pub(super) fn untransferred(id: OpId, op: DiskOp, pending: u32) -> Op {
         Op { id, op, file: None, address: 0, memory: MemoryRanges::new(), pending, error: None }
     }
 
-    /// Checked whenever a part of it ends: it costs a comparison.
+    /// Checked whenever a part of the operation ends: it costs a comparison.
     pub(super) fn assert_state(&self) {
-        assert!(
-            self.pending > 0,
-            "a part ended of an operation that waits for none: {:?}",
-            self.op
-        );
+        assert!(self.pending > 0, "a part ended, but the operation waits for none: {:?}", self.op);
         debug_assert!(
             self.file.is_some() != self.memory.is_empty(),
             "a transfer has a file and memory, or neither"
@@ -101,7 +98,7 @@ impl Op {
     }
 }
 
-/// The memory of a transfer; adjacent frames are one range.
+/// The memory of a transfer; adjacent frames become one range.
 ///
 /// # Errors
 /// `Invalid` if a frame to be read into is pinned.
@@ -153,7 +150,7 @@ pub(super) fn spans(op: OpIdx, bytes: u32) -> impl Iterator<Item = Span> {
     })
 }
 
-/// The memory of a span: one range, or several, which are then listed in `out`.
+/// The memory of a span: one range, or several, which are listed in `out`.
 pub(super) fn memory_of(
     memory: &[MemoryRange],
     span: &Span,
@@ -181,20 +178,20 @@ pub(super) fn memory_of(
     None
 }
 
-/// What a completion says of a span.
+/// What a completion means for a span.
 #[derive(Debug)]
 pub(super) enum SpanResult {
     /// All of it was transferred.
     Done,
     /// This remainder was not transferred yet.
     Remainder(Span),
-    /// The kernel refused it for now: it has to be submitted again after a pause.
+    /// The kernel refused it for now: submit it again after a pause.
     Retry(Span),
     /// It can't be transferred.
     Failed(io::Error),
 }
 
-/// Classifies the result of a span, as the kernel gave it.
+/// Classifies the kernel's result for a span.
 pub(super) fn classify(span: Span, result: i32, is_write: bool) -> SpanResult {
     use rustix::io::Errno;
     if result < 0 {
@@ -233,7 +230,7 @@ mod tests {
         MemoryRange { at: MEMORY.wrapping_add(start), len, buffer: None }
     }
 
-    /// A byte that no span covers would be a hole in a page.
+    /// A byte that no span covers would leave a hole in a page.
     #[test]
     fn spans_cover_every_byte_once() {
         for bytes in [4096, SPAN_BYTES - 4096, SPAN_BYTES, SPAN_BYTES + 4096, 5 * SPAN_BYTES - 4096]
@@ -248,7 +245,8 @@ mod tests {
         }
     }
 
-    /// Neighbours in memory go as one piece; others as a list that goes on at the right place.
+    /// Adjacent memory is transferred as one range, other memory as a list that continues at the
+    /// right place.
     #[test]
     fn the_memory_of_a_span_is_that_of_its_bytes() {
         let mut memory = SmallVec::new();
@@ -267,16 +265,18 @@ mod tests {
         assert_eq!(list, expected.map(vector));
     }
 
-    /// A short transfer taken for a whole one is a page of old bytes.
+    /// A short transfer that is taken for a whole one leaves old bytes in a page.
     #[test]
     fn short_results_go_on_at_a_block_and_give_up_in_the_end() {
         let span =
             Span { op: OpIdx(0), from: 8192, len: 16384, stalls: 0, backoff: Backoff::default() };
         assert!(matches!(classify(span, 16384, false), SpanResult::Done));
-        let SpanResult::Remainder(rest) = classify(span, 5000, false) else { panic!("it goes on") };
+        let SpanResult::Remainder(rest) = classify(span, 5000, false) else {
+            panic!("it continues")
+        };
         assert_eq!((rest.from, rest.len, rest.stalls), (8192 + 4096, 16384 - 4096, 0));
         let SpanResult::Remainder(mut stalled) = classify(span, 100, true) else {
-            panic!("it goes on")
+            panic!("it continues")
         };
         assert_eq!((stalled.from, stalled.len, stalled.stalls), (8192, 16384, 1));
         let failed = loop {
@@ -287,9 +287,10 @@ mod tests {
             }
         };
         assert_eq!(failed.kind(), io::ErrorKind::WriteZero);
-        assert!(
-            matches!(classify(span, 0, false), SpanResult::Failed(e) if e.kind() == io::ErrorKind::UnexpectedEof)
-        );
+        assert!(matches!(
+            classify(span, 0, false),
+            SpanResult::Failed(e) if e.kind() == io::ErrorKind::UnexpectedEof
+        ));
         for again in [rustix::io::Errno::INTR, rustix::io::Errno::AGAIN] {
             let mut refused = span;
             let mut times = 0;
@@ -309,7 +310,7 @@ mod tests {
             assert!(times >= 100, "a busy device is no failed one");
             assert_eq!(failed.raw_os_error(), Some(again.raw_os_error()));
             let SpanResult::Remainder(rest) = classify(refused, 4096, false) else {
-                panic!("it goes on")
+                panic!("it continues")
             };
             assert_eq!(
                 rest.backoff,

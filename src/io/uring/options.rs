@@ -3,10 +3,10 @@
 /// How to run the ring disk.
 #[derive(Clone, Debug)]
 pub struct UringOptions {
-    /// Entries of the ring, and so transfers at the device at a time (default 256).
+    /// Entries of the ring, and therefore transfers at the device at a time (default 256).
     pub ring_entries: u32,
-    /// Poll the device for completions if it can (default). Costs processor time while transfers
-    /// are under way.
+    /// Whether to poll the device for completions if it supports that (the default). Polling costs
+    /// processor time while transfers are in flight.
     pub polling: bool,
     /// Disks of this process that share the limit of locked memory (default 1).
     pub disks_count: usize,

@@ -17,13 +17,13 @@ use std::os::fd::AsRawFd;
 /// Entries of a ring that only serves a probe.
 const PROBE_DEPTH: u32 = 4;
 
-/// Whether the ring disk can be used here.
+/// Checks that the ring disk can be used here.
 ///
 /// # Errors
 /// The reason why it can't be used.
 pub fn probe() -> Result<(), UringUnavailable> {
     let ring =
-        Ring::new(PROBE_DEPTH, RingMode::Interrupts).map_err(|e| refused("making a ring", &e))?;
+        Ring::new(PROBE_DEPTH, RingMode::Interrupts).map_err(|e| refused("creating a ring", &e))?;
     let ring: &IoUring = ring.get();
     let params = ring.params();
     if !params.is_feature_ext_arg()
@@ -32,13 +32,13 @@ pub fn probe() -> Result<(), UringUnavailable> {
     {
         let release = rustix::system::uname().release().to_string_lossy().into_owned();
         return Err(lacking(format!(
-            "Linux {release} has no timed waits in it: 5.11 or newer is needed"
+            "Linux {release} has no timed waits in io_uring: 5.11 or newer is needed"
         )));
     }
     let mut supported = Probe::new();
     ring.submitter()
         .register_probe(&mut supported)
-        .map_err(|e| refused("asking what the ring can do", &e))?;
+        .map_err(|e| refused("querying what the ring supports", &e))?;
     let needed = [
         ("READ", opcode::Read::CODE),
         ("WRITE", opcode::Write::CODE),
@@ -49,13 +49,13 @@ pub fn probe() -> Result<(), UringUnavailable> {
         ("FSYNC", opcode::Fsync::CODE),
     ];
     match needed.iter().find(|(_, code)| !supported.is_supported(*code)) {
-        Some((name, _)) => Err(lacking(format!("it does not know {name}"))),
-        // Submitting entries is a right of its own, besides creating a ring.
+        Some((name, _)) => Err(lacking(format!("it does not support {name}"))),
+        // A filter may allow creating a ring and forbid submitting entries.
         None => ring.submit().map(drop).map_err(|e| refused("entering a ring", &e)),
     }
 }
 
-/// Probes a ring of ordinary size, too: little locked memory may be enough for a small one only.
+/// Probes a ring of the default size, too: the locked memory may be enough for a small one only.
 ///
 /// # Errors
 /// As [`probe`].
@@ -63,7 +63,7 @@ pub(crate) fn probe_ordinary() -> Result<(), UringUnavailable> {
     probe()?;
     Ring::new(UringOptions::default().ring_entries, RingMode::Interrupts)
         .map(drop)
-        .map_err(|e| refused("making a ring", &e))
+        .map_err(|e| refused("creating a ring", &e))
 }
 
 fn lacking(what: String) -> UringUnavailable {
@@ -75,8 +75,9 @@ pub(super) fn refused(doing: &str, e: &io::Error) -> UringUnavailable {
     UringUnavailable::by_error(doing, e)
 }
 
-/// Whether the device below these files can be polled: by a polled read of data that was really
-/// written. Without that, the kernel answers for a hole in the file, and every later read fails.
+/// Probes whether the device below these files can be polled, by a polled read of data that was
+/// really written. For a hole in the file the kernel would answer itself, and every later read
+/// would fail.
 pub(super) fn polling(files: &Files) -> Polling {
     match try_polling(files) {
         Ok(()) => Polling::On,
@@ -89,7 +90,7 @@ fn try_polling(files: &Files) -> Result<(), String> {
         return Err("the store is open for reading only".into());
     }
     if !files.is_direct() {
-        return Err("that needs direct I/O".into());
+        return Err("polling needs direct I/O".into());
     }
     let scratch = files.scratch().map_err(|e| e.to_string())?;
     let (file, at) = (&scratch.descriptor, scratch.base);
@@ -98,12 +99,12 @@ fn try_polling(files: &Files) -> Result<(), String> {
     let written = rustix::io::pwrite(file, &block.0, at).map_err(|e| failed("a write", &e))?;
     rustix::fs::fdatasync(file).map_err(|e| failed("a flush", &e))?;
     let mut ring = Ring::new(PROBE_DEPTH, RingMode::Polled)
-        .map_err(|e| failed("making a polling ring", &e))?;
+        .map_err(|e| failed("creating a polling ring", &e))?;
     block.0.fill(0);
     let read = opcode::Read::new(types::Fd(file.as_raw_fd()), block.0.as_mut_ptr(), BLOCK as u32)
         .offset(at)
         .build();
-    // SAFETY: the block and the file live until the completion was taken, below; if it never comes
+    // SAFETY: the block and the file live until the completion is taken, below; if it never arrives
     // they are leaked.
     unsafe { ring.push(&read, Counted::Yes) };
     let mut taken = Vec::new();
@@ -113,7 +114,7 @@ fn try_polling(files: &Files) -> Result<(), String> {
     }
     let Some((_, result)) = taken.pop() else {
         std::mem::forget((block, scratch));
-        return Err("a polled read could not be waited for".into());
+        return Err("waiting for a polled read failed".into());
     };
     ring.completed();
     match result {
@@ -124,6 +125,6 @@ fn try_polling(files: &Files) -> Result<(), String> {
                 "the device has no queues for it: a polled read says {e}; NVMe: nvme.poll_queues"
             ))
         }
-        n => Err(format!("a polled read gave {n} bytes, or not those written")),
+        n => Err(format!("a polled read returned {n} bytes, or wrong ones")),
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Invariants
 //! 1. At most `depth` counted entries are with the kernel at a time, fewer than its completion
-//!    queue holds, so that no completion ever waits outside of it.
+//!    queue holds, so that no completion ever overflows.
 //! 2. An entry in the submission queue stays there until the kernel has taken it: a refused `enter`
 //!    loses none.
 //! 3. The set-up flags ask for one issuing thread, so the owner of a ring is not `Send`.
@@ -16,15 +16,15 @@ use io_uring::{Builder, IoUring, cqueue, squeue};
 use std::io;
 use std::time::Duration;
 
-/// Completion entries beyond twice the depth: for the entries that are not counted, with a margin.
+/// Completion entries beyond twice the depth, for the entries that are not counted, with a margin.
 const CQ_SPARE: u32 = 4;
-/// How often, and after which pause, a ring is requested again if locked memory or another resource
-/// lacks for now: 100 ms in all.
+/// How often, and after which pause, creating a ring is retried while locked memory or another
+/// resource is short: 100 ms in all.
 const NO_ROOM_TRIES: u32 = 20;
 const NO_ROOM_PAUSE: Duration = Duration::from_millis(5);
-/// The sleep after the kernel has refused to take entries, or to wait, for now.
+/// The sleep after the kernel has refused, for now, to take entries or to wait.
 const REFUSED_PAUSE: Duration = Duration::from_millis(1);
-/// How often a call that does not wait is repeated after a signal has interrupted it; then the next
+/// How often a call that does not wait is repeated when signals interrupt it; after that the next
 /// turn repeats it.
 const INTERRUPTED_TRIES: u32 = 3;
 
@@ -48,7 +48,7 @@ pub(super) enum RingMode {
 pub(super) struct Ring {
     ring: IoUring,
     depth: u32,
-    /// With the kernel or in the submission queue, the uncounted ones left out.
+    /// Counted entries that are with the kernel or in the submission queue.
     in_flight: u32,
     mode: RingMode,
     broken: Option<io::Error>,
@@ -57,10 +57,10 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    /// A ring for `depth` entries at a time.
+    /// Creates a ring for `depth` entries at a time.
     ///
     /// The kernel returns the locked memory of a closed ring some milliseconds later. A server that
-    /// restarts at once, after a crash for instance, may find none yet, so this waits for it for a
+    /// restarts at once, after a crash for instance, may not find any yet, so this retries for a
     /// short time.
     #[allow(clippy::disallowed_methods, reason = "the kernel tells nobody when it is done")]
     pub(super) fn new(depth: u32, mode: RingMode) -> io::Result<Ring> {
@@ -76,7 +76,7 @@ impl Ring {
     }
 
     fn try_new(depth: u32, mode: RingMode) -> io::Result<Ring> {
-        // The flags with the cheapest completions first; older kernels know fewer.
+        // The flags with the cheapest completions come first; older kernels know fewer.
         let flags: [fn(&mut Builder) -> &mut Builder; 3] = [
             |b| {
                 b.setup_single_issuer()
@@ -99,7 +99,7 @@ impl Ring {
                 Ok(ring) => {
                     return Ok(Ring { ring, depth, in_flight: 0, mode, broken: None, calls: 0 });
                 }
-                // A flag that this kernel does not know.
+                // This kernel does not know one of the flags.
                 Err(e) if e.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => {
                     refused = Some(e)
                 }
@@ -109,7 +109,7 @@ impl Ring {
         Err(refused.unwrap_or_else(|| io::ErrorKind::Unsupported.into()))
     }
 
-    /// An error that no set-up of ours can cause, after which the state of what is in flight is
+    /// An error that our use of the ring can't cause, after which the state of what is in flight is
     /// unknown.
     pub(super) fn broken(&self) -> Option<&io::Error> {
         self.broken.as_ref()
@@ -127,12 +127,12 @@ impl Ring {
         self.in_flight
     }
 
-    /// Whether one more entry can go in now.
+    /// Whether the ring can take another counted entry now.
     pub(super) fn has_room(&mut self) -> bool {
         self.in_flight < self.depth && self.has_slot()
     }
 
-    /// Whether an entry that is not counted can go in now.
+    /// Whether the ring can take an entry that is not counted now.
     pub(super) fn has_slot(&mut self) -> bool {
         !self.ring.submission().is_full()
     }
@@ -141,9 +141,9 @@ impl Ring {
     ///
     /// # Safety
     /// * The memory that the entry points to is valid, and belongs to the kernel, until its
-    ///   completion was reaped.
-    /// * For an entry that is counted, [`completed`](Self::completed) is called once its completion
-    ///   was reaped.
+    ///   completion is reaped.
+    /// * For a counted entry, [`completed`](Self::completed) is called once its completion is
+    ///   reaped.
     pub(super) unsafe fn push(&mut self, entry: &squeue::Entry, counted: Counted) {
         // SAFETY: as the caller promises.
         let pushed = unsafe { self.ring.submission().push(entry) };
@@ -155,13 +155,13 @@ impl Ring {
         );
     }
 
-    /// A counted entry has come back.
+    /// Records that a counted entry has completed.
     pub(super) fn completed(&mut self) {
-        assert!(self.in_flight > 0, "an entry came back that was not with the kernel");
+        assert!(self.in_flight > 0, "an entry that was not with the kernel completed");
         self.in_flight -= 1;
     }
 
-    /// Whether the kernel has something to take or to say that needs a system call.
+    /// Whether there is something to submit or to collect that needs a system call.
     fn wants_call(&mut self) -> bool {
         let queue = self.ring.submission();
         !queue.is_empty()
@@ -170,7 +170,7 @@ impl Ring {
             || (self.mode == RingMode::Polled && self.in_flight > 0)
     }
 
-    /// Entries that the kernel has not taken yet.
+    /// Whether the submission queue has entries that the kernel has not taken yet.
     pub(super) fn has_unsubmitted(&mut self) -> bool {
         !self.ring.submission().is_empty()
     }
@@ -194,9 +194,9 @@ impl Ring {
         }
     }
 
-    /// Submits, and waits for a completion or until `timeout_us` has passed. It may return early
-    /// for no reason. False: the kernel refused to wait, and this has slept a moment instead, so
-    /// that a loop around it does not spin.
+    /// Submits, and waits for a completion or until `timeout_us` has passed. May return early for
+    /// no reason. Returns false if the kernel refused to wait: then this has slept for a moment,
+    /// unless a completion has arrived, so that a loop around it does not spin.
     pub(super) fn wait(&mut self, timeout_us: Option<Micros>) -> bool {
         self.calls += 1;
         let outcome = match timeout_us {
@@ -209,7 +209,7 @@ impl Ring {
         match outcome {
             Ok(_) => {}
             Err(e) if is_transient(&e) => {
-                // Completions that were not reaped may be the reason why the kernel takes no more.
+                // The kernel may have refused because completions have not been reaped.
                 if !self.has_completion() {
                     pause(timeout_us);
                 }
@@ -224,15 +224,15 @@ impl Ring {
         true
     }
 
-    /// Whether a completion is there.
+    /// Whether a completion has arrived.
     pub(super) fn has_completion(&mut self) -> bool {
         !self.ring.completion().is_empty()
     }
 
-    /// Appends the completions that are there: user data and result.
+    /// Appends the completions that have arrived: user data and result.
     pub(super) fn reap(&mut self, out: &mut Vec<(u64, i32)>) {
         if self.mode == RingMode::Polled || !self.has_completion() {
-            // The kernel may only wait for a call to post completions.
+            // The kernel may need a system call to post completions.
             if self.in_flight > 0 && self.wants_call() {
                 self.submit();
             }
@@ -243,7 +243,7 @@ impl Ring {
     }
 }
 
-/// A time span as the kernel takes it.
+/// A duration in the kernel's layout.
 pub(super) fn timespec(us: Micros) -> Timespec {
     let time = Duration::from_micros(us);
     Timespec::new().sec(time.as_secs()).nsec(time.subsec_nanos())

@@ -1,8 +1,7 @@
-//! What only the ring disk has: limits of locked memory, a kernel that forbids it, flush_queue over
-//! several rings, polling.
+//! Tests what only the ring disk has: limits of locked memory, a kernel that forbids it, flushes
+//! over several rings, polling.
 //!
-//! Some tests run themselves once more as a child process, because limits and filters can't be
-//! taken back.
+//! Some tests run themselves again as a child process, because limits and filters can't be undone.
 
 use super::super::execute;
 use super::super::tests::{LOG, OTHER, allocate, filled, flush, read, write};
@@ -19,21 +18,21 @@ use smallvec::smallvec;
 use std::path::Path;
 use std::process::Command;
 
-/// A ring over the store in `dir`, for itself alone.
+/// A ring disk with its own files over the store in `dir`.
 fn open(dir: &Path) -> UringDisk {
     let files = Files::open(dir, Access::ReadWrite, &FileOptions::default()).unwrap();
     UringDisk::with_files(files, &UringOptions::default()).unwrap()
 }
 
-/// Set in a child process: what it is to do.
+/// Set in a child process: its role.
 const ROLE: &str = "COREPAGE_DISK_TEST_ROLE";
 
-/// The kernel counts locked memory for each user: children that are bound by limits would be in
-/// each other's way.
+/// The kernel counts locked memory per user: concurrent children that are bound by limits would
+/// disturb each other.
 static LOCKED: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
-/// Runs the test named `name` of this module in a child process, in the given role, and gives what
-/// it printed.
+/// Runs the test named `name` of this module in a child process, in the given role, and returns
+/// what it printed.
 fn child(name: &str, role: &str) -> String {
     let mut command = Command::new(std::env::current_exe().unwrap());
     let (_, module) = module_path!().split_once("::").unwrap();
@@ -51,7 +50,7 @@ fn role() -> Option<String> {
     std::env::var(ROLE).ok()
 }
 
-/// With little locked memory the ring must work, with less of it registered, and say so.
+/// With little locked memory the ring must work, with less memory registered, and report that.
 #[test]
 fn every_limit_of_locked_memory_works_and_is_reported() {
     let Some(role) = role() else {
@@ -77,7 +76,7 @@ fn every_limit_of_locked_memory_works_and_is_reported() {
     println!("registered={}", disk.report().fixed_bytes);
     println!("{}", disk.report());
     allocate(&mut disk, LOG, 0, 64 << 20).unwrap();
-    // Memory from one end of the arena to the other: registered, half registered, not registered.
+    // The frames span the arena, so some are registered, some in part, and some not at all.
     let frames: Vec<Frame> = (0..30).map(|i| filled(&mut arena, 9, i)).collect();
     for (i, frame) in (0..).zip(&frames) {
         write(&mut disk, LOG, i << 21, &[frame]).unwrap();
@@ -89,8 +88,8 @@ fn every_limit_of_locked_memory_works_and_is_reported() {
     }
 }
 
-/// Binds this thread to a limit of locked memory: whoever may lock without limit is not bound by
-/// it.
+/// Binds this thread to a limit of locked memory. Drops the right to exceed it first: with that
+/// right it would not apply.
 fn limit_locks(bytes: u64) {
     if let Ok(mut sets) = rustix::thread::capabilities(None) {
         sets.effective.remove(CapabilitySet::IPC_LOCK);
@@ -99,8 +98,8 @@ fn limit_locks(bytes: u64) {
     setrlimit(Resource::Memlock, Rlimit { current: Some(bytes), maximum: Some(bytes) }).unwrap();
 }
 
-/// A server that is started again at once must not take the slow way for want of what its
-/// predecessor just had.
+/// A server that restarts at once must not fall back to the slow driver because its predecessor's
+/// memory has not been returned yet.
 #[test]
 fn a_ring_made_again_at_once_finds_room() {
     if role().is_none() {
@@ -115,7 +114,7 @@ fn a_ring_made_again_at_once_finds_room() {
     }
 }
 
-/// Where io_uring is forbidden the reason must be said, and the portable disk taken.
+/// Where io_uring is forbidden, the reason must be reported and the portable disk used.
 #[test]
 fn a_forbidden_io_uring_is_named_and_the_portable_disk_taken() {
     let Some(role) = role() else {
@@ -143,7 +142,7 @@ fn a_forbidden_io_uring_is_named_and_the_portable_disk_taken() {
     allocate(disk.as_mut(), LOG, 0, 4096).unwrap();
 }
 
-/// Makes a system call fail with `errno` for this thread and those that it starts.
+/// Makes a system call fail with `errno` on this thread and on those that it starts.
 fn forbid(number: i64, errno: u32) {
     use seccompiler::{SeccompAction, SeccompFilter};
     let arch = std::env::consts::ARCH.try_into().unwrap();
@@ -154,26 +153,26 @@ fn forbid(number: i64, errno: u32) {
     seccompiler::apply_filter(&program).unwrap();
 }
 
-/// A log segment whose name a power loss takes is a log that was never written. A directory that
-/// can't be synced must fail what would rely on it, with any driver.
+/// A log segment whose name a power loss removes might as well never have been written. If a
+/// directory can't be synced, every operation that would rely on it must fail, with any driver.
 #[test]
 fn a_directory_that_can_t_be_synced_fails_the_allocation() {
     if role().is_none() {
         child("a_directory_that_can_t_be_synced_fails_the_allocation", "sync");
         return;
     }
-    // Before there are workers: a filter holds for threads that are started later.
+    // Set before the workers start: a filter applies to threads that are started later.
     forbid(libc::SYS_fsync, 5);
     for driver in [Driver::Ring, Driver::Portable] {
         let dir = tempfile::tempdir().unwrap();
         let files = Files::open(dir.path(), Access::ReadWrite, &FileOptions::default()).unwrap();
         let mut disk = disk(driver, files, 8);
         let error = allocate(disk.as_mut(), LOG, 0, 4096).expect_err("its name is not durable");
-        assert!(error.to_string().contains("making durable the name of"), "{error}");
+        assert!(error.to_string().contains("syncing the directory entry of"), "{error}");
     }
 }
 
-/// A right to make rings without the right to use them is no io_uring either.
+/// The right to create rings is useless without the right to use them.
 #[test]
 fn a_ring_that_can_t_be_entered_is_found_by_the_probe() {
     if role().is_none() {
@@ -185,7 +184,8 @@ fn a_ring_that_can_t_be_entered_is_found_by_the_probe() {
     assert!(why.to_string().contains("entering"), "{why}");
 }
 
-/// This tells what the machine gives; it must never claim polling that fails the first read.
+/// The report tells what the machine offers; it must never claim polling if the first polled read
+/// fails.
 #[test]
 fn polling_is_used_only_where_it_works() {
     let dir = tempfile::tempdir().unwrap();
@@ -205,15 +205,15 @@ fn polling_is_used_only_where_it_works() {
     assert_eq!(disk.report().ring_entries, 8);
 }
 
-/// The disk must not end a wait for ever because one entry was refused: here the file is closed to
-/// the ring.
+/// The disk must not stop waiting for good because one entry was refused: here the ring can't use
+/// the file.
 #[test]
 fn an_error_of_the_device_is_an_error_of_the_operation() {
     let dir = tempfile::tempdir().unwrap();
     let mut disk = open(dir.path());
     let mut arena = Arena::new(1024).unwrap();
     allocate(&mut disk, LOG, 0, 4 << 20).unwrap();
-    // An offset that direct I/O does not take: each of the entries fails, the operation once.
+    // Direct I/O does not accept this offset: each of the entries fails, the operation once.
     let into = smallvec![arena.alloc(9).unwrap()];
     let error = execute(&mut disk, DiskOp::Read { file: LOG, offset: 1, into })
         .expect_err("it is no block");
@@ -222,8 +222,8 @@ fn an_error_of_the_device_is_an_error_of_the_operation() {
     read(&mut disk, &mut arena, LOG, 0, &[9]).unwrap();
 }
 
-/// A ring for a directory whose log is really flushed, whatever single writes the device could make
-/// durable; one flush for all files, if `shared` and where that may be.
+/// A ring over a directory whose log is really flushed, whether or not the device could make single
+/// writes durable; with one flush for all files if `shared`, where that is allowed.
 fn flushing(dir: &std::path::Path, shared: bool) -> (Arc<Files>, UringDisk) {
     let open = |flush| {
         Files::open(dir, Access::ReadWrite, &FileOptions { flush, ..FileOptions::default() })
@@ -241,7 +241,7 @@ fn flushing(dir: &std::path::Path, shared: bool) -> (Arc<Files>, UringDisk) {
     (files, disk)
 }
 
-/// A flush that failed must stay failed, for every disk and every file that it stood for.
+/// A failed flush must stay failed, for every disk and every file that it stood for.
 #[test]
 fn a_failed_round_is_the_answer_to_all_later_flushes() {
     for shared in [false, true] {
@@ -252,7 +252,7 @@ fn a_failed_round_is_the_answer_to_all_later_flushes() {
         allocate(&mut disks[0], LOG, 0, 8192).unwrap();
         allocate(&mut disks[1], OTHER, 0, 8192).unwrap();
         flush(&mut disks[0], &[LOG, OTHER]).unwrap();
-        // A batch that somebody else leads: who comes now waits for the next one.
+        // Another thread leads this batch: whoever joins now waits for the next one.
         let file = files.file(LOG);
         let nobody = FlushWaiter::Call(Box::new(|_| {}));
         let batch = files
@@ -277,7 +277,7 @@ fn a_failed_round_is_the_answer_to_all_later_flushes() {
     }
 }
 
-/// Where one flush stands for all files, one that was under way when another failed is not to be
+/// Where one flush stands for all files, a flush that was in progress when another failed can't be
 /// trusted.
 #[test]
 fn a_failure_reaches_the_rounds_of_other_disks_that_are_under_way() {
@@ -294,13 +294,14 @@ fn a_failure_reaches_the_rounds_of_other_disks_that_are_under_way() {
         }));
         flush_queue.join(&file.file, Cover::AnyFile, waiter).expect("nothing is under way")
     });
-    // A leader that panics has failed.
+    // The batch of a leader that panics has failed.
     drop(one);
     assert!(two.end(Ok(()), NextLeader::Same).is_none());
     assert_eq!(*told.lock().unwrap(), [false, false]);
 }
 
-/// Who comes while a batch is under way goes into the next, which another disk may have to lead.
+/// A flush that is requested while a batch is in progress joins the next one, which another disk
+/// may have to lead.
 #[test]
 fn the_next_round_is_led_by_whoever_waits_for_it() {
     let dir = tempfile::tempdir().unwrap();
@@ -328,7 +329,7 @@ fn the_next_round_is_led_by_whoever_waits_for_it() {
             batch.expect("nothing is under way").end(Ok(()), leader).is_none(),
             "the ring leads"
         );
-        // A shard that polls never waits, and has nothing to push.
+        // A thread that polls never waits, and has nothing to push.
         let laps = if polls { 60_000 } else { u32::MAX };
         for _ in 0..laps {
             match polls {
@@ -348,8 +349,8 @@ fn the_next_round_is_led_by_whoever_waits_for_it() {
     }
 }
 
-/// The first flush of a log after opening covers what a process that died has left; it must be a
-/// real one.
+/// The first flush of a log after opening also covers what a process that died has left, so it must
+/// be a real one.
 #[test]
 fn durable_writes_spare_only_flushes_of_what_this_process_wrote() {
     let dir = tempfile::tempdir().unwrap();
@@ -377,8 +378,8 @@ fn durable_writes_spare_only_flushes_of_what_this_process_wrote() {
     execute(&mut disk, DiskOp::Write { file: LOG, offset: 0, from }).unwrap();
 }
 
-/// What a process that died has left of a file is durable only by a flush of that very file; after
-/// that one flush stands for all, where it may.
+/// Only a flush of that very file makes durable what a process that died has left in it; after that
+/// one flush stands for all, where that is allowed.
 #[test]
 fn one_flush_stands_for_all_files_once_each_was_flushed() {
     let dir = tempfile::tempdir().unwrap();
@@ -395,8 +396,8 @@ fn one_flush_stands_for_all_files_once_each_was_flushed() {
     assert_eq!(files.to_flush(&all).unwrap().len(), syncs);
 }
 
-/// A device that polls needs a second ring for flushes and wake-ups. There is none here, so the two
-/// are tried alone.
+/// A device that polls needs a second ring for flushes and wake-ups. No such device is at hand, so
+/// the two rings are tested without one.
 #[test]
 fn two_rings_work_as_one_disk() {
     let dir = tempfile::tempdir().unwrap();
@@ -437,7 +438,7 @@ fn two_rings_work_as_one_disk() {
     Files::open(dir.path(), Access::ReadWrite, &FileOptions::default()).unwrap();
 }
 
-/// On a file system in memory and on one without direct I/O the ring works like everywhere.
+/// The ring must work on a file system in memory and on one without direct I/O, too.
 #[test]
 fn the_ring_works_on_file_systems_of_all_kinds() {
     for base in ["/dev/shm", "/run", "/var/tmp", "/tmp"] {
@@ -455,8 +456,8 @@ fn the_ring_works_on_file_systems_of_all_kinds() {
     }
 }
 
-/// A device whose queue is full, or a kernel short of memory, must get time, not a core that asks
-/// again and again; and what it did not take must not count as done.
+/// A device whose queue is full, or a kernel short of memory, must get time instead of constant
+/// retries, and what it refused must not count as done.
 #[test]
 fn a_transfer_that_the_device_refuses_for_now_is_repeated_after_a_pause() {
     for control in [ControlRing::Main, ControlRing::Own] {
@@ -482,8 +483,8 @@ fn a_transfer_that_the_device_refuses_for_now_is_repeated_after_a_pause() {
             }
             assert!(waits <= 4, "refusal {refusals}: {waits} waits for one pause");
             if !disk.completions.is_empty() {
-                // A slow machine: the pause had ended when a wait began, which repeated the
-                // transfer itself.
+                // On a slow machine the pause may be over when a wait begins, which then repeats
+                // the transfer itself.
                 break;
             }
         }
@@ -499,7 +500,7 @@ fn a_transfer_that_the_device_refuses_for_now_is_repeated_after_a_pause() {
         };
         assert!(into[0].iter().all(|byte| *byte == 7));
         assert!(disk.calls() - before < 64, "{} system calls", disk.calls() - before);
-        // One that is refused when the disk goes is not waited for.
+        // Dropping the disk does not wait for a transfer that was refused.
         disk.submit(OpId(2), DiskOp::Read { file: LOG, offset: 0, into });
         let mut span = disk.queue.pop_front().expect("it is to be transferred");
         (0..100).for_each(|_| assert!(span.backoff.refused().is_some()));
@@ -508,8 +509,8 @@ fn a_transfer_that_the_device_refuses_for_now_is_repeated_after_a_pause() {
     }
 }
 
-/// A kernel that takes no entries just now must not be asked without a pause by a thread that only
-/// wants to wait.
+/// While the kernel takes no entries, a thread that only wants to wait must not retry without
+/// pauses.
 #[test]
 #[allow(clippy::disallowed_methods, reason = "that time passes is what is tested")]
 fn a_ring_that_can_t_be_waited_in_pauses_the_waiter() {
@@ -522,11 +523,11 @@ fn a_ring_that_can_t_be_waited_in_pauses_the_waiter() {
     forbid(libc::SYS_io_uring_enter, libc::EAGAIN as u32);
     let since = std::time::Instant::now();
     (0..20).for_each(|_| disk.wait(None));
-    // Each slept for a millisecond; without a pause all of them take a few microseconds.
+    // Each wait slept for a millisecond; without a pause all of them would take a few microseconds.
     assert!(since.elapsed() >= std::time::Duration::from_millis(20), "{:?}", since.elapsed());
-    // Whoever wants to wait for less does.
+    // A wait with a shorter timeout is shorter.
     disk.wait(Some(100));
     assert!(disk.broken().is_none(), "it may work later");
-    // The ring can't be asked for its last completions either.
+    // The ring can't deliver its last completions either.
     std::mem::forget(disk);
 }

@@ -1,5 +1,5 @@
-//! Reads and writes of the ring disk: from an operation to spans in the queue, and what becomes of
-//! each span's result.
+//! Reads and writes of the ring disk: turns an operation into queued spans, and handles each span's
+//! result.
 
 use super::UringDisk;
 use super::fixed_files::RingFile;

@@ -1,9 +1,9 @@
-//! Files that are made: their owner and mode, and their removal if the creation of the store fails.
+//! Newly made files: their owner and mode, and their removal if the creation of the store fails.
 //!
 //! Invariants
-//! 1. Only a store whose first file this opening has made and locked is ever removed: nobody was
-//!    given it, so it holds nothing. A file that has taken the place of one of its own stays.
-//! 2. Its first file goes last: without that the others are no store's.
+//! 1. Only a store whose first file this opening has made and locked is ever removed: nobody has
+//!    used it yet, so it holds nothing. A file that has replaced one of ours stays.
+//! 2. Its first file is removed last: without it the others are not taken for a store.
 
 use super::{Directory, FIRST};
 use crate::io::FileId;
@@ -15,8 +15,8 @@ use std::sync::PoisonError;
 const PERMISSIONS: u32 = 0o777;
 
 impl Directory {
-    /// Gives a file that was made the owner and mode of those that are there, or the owner of the
-    /// directory: a store that an administrator has opened once stays its user's.
+    /// Gives a new file the owner and mode of those that exist, or the owner of the directory, so
+    /// that a store that an administrator opens once still belongs to its user.
     pub(super) fn give_to_owner_of_the_others(&self, made: impl std::os::fd::AsFd) {
         let first = self.files().values().find_map(|file| file.metadata().ok());
         let like = first.map(|meta| (meta.uid(), meta.gid(), Some(meta.mode() & PERMISSIONS)));
@@ -29,15 +29,15 @@ impl Directory {
         if let Some(mode) = mode {
             let _ = rustix::fs::fchmod(&made, Mode::from_raw_mode(mode));
         }
-        // Only root may give files away. Any other user has made them as itself, like those that
-        // are there.
+        // Only root may change the owner. Any other user owns the new files, as it owns the
+        // existing ones.
         if rustix::process::geteuid().is_root() {
             let _ = rustix::fs::fchown(&made, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
         }
     }
 
-    /// Removes the files of a creation that has failed, if all of them were made since the
-    /// directory was opened.
+    /// Removes the files of a failed creation, if all of them were made since the directory was
+    /// opened.
     pub(super) fn remove_what_was_made(&self) {
         let made = std::mem::take(&mut *self.made.lock().unwrap_or_else(PoisonError::into_inner));
         if made.first() != Some(&FIRST) {
@@ -57,12 +57,13 @@ impl Directory {
         }
     }
 
-    /// Whether the file of this name is still the one that is open here, and not one that has been
-    /// put in its place.
+    /// Whether the file of this name is still the one that is open here, and not another that has
+    /// replaced it.
     fn is_ours(&self, id: FileId, name: &str) -> bool {
         let named = rustix::fs::statat(&self.handle, name, AtFlags::SYMLINK_NOFOLLOW);
         let open = self.files().get(&id).and_then(|open| rustix::fs::fstat(open).ok());
-        matches!((named, open), (Ok(named), Some(open)) if (named.st_dev, named.st_ino) == (open.st_dev, open.st_ino))
+        let (Ok(named), Some(open)) = (named, open) else { return false };
+        (named.st_dev, named.st_ino) == (open.st_dev, open.st_ino)
     }
 }
 
@@ -87,8 +88,8 @@ mod tests {
         execute(&mut disk, DiskOp::Allocate { file, from: 0, to: 4096 }).map(drop)
     }
 
-    /// If this fails, of two commands that make a store in the same place at once the slower one
-    /// makes its own over the other's, and what that one has acknowledged is gone.
+    /// If this fails and two commands create a store in the same place at once, the slower one
+    /// overwrites the other's store, and what that one has acknowledged is lost.
     #[test]
     fn a_store_that_was_made_meanwhile_is_not_written_over() {
         let dir = tempfile::tempdir().expect("a directory");
@@ -109,8 +110,8 @@ mod tests {
     }
 
     /// If this fails, a process that is stopped between making the first file and locking it takes
-    /// the store of another one, which has used that file meanwhile, for its own: it writes over
-    /// it, or removes its first file, and what was acknowledged there is gone.
+    /// another's store, which has used that file meanwhile, for its own: it overwrites it or
+    /// removes its first file, and what was acknowledged there is lost.
     #[test]
     fn a_first_file_that_another_has_locked_first_is_its_own() {
         let dir = tempfile::tempdir().expect("a directory");
@@ -141,8 +142,8 @@ mod tests {
         assert!(left == [7; 4096], "it was written over");
     }
 
-    /// If this fails, a process whose creation fails takes away the store that another one has made
-    /// after an operator has removed the files of the first.
+    /// If this fails, a process whose creation fails removes the store that another process made
+    /// after an operator had removed the first one's files.
     #[test]
     fn a_failed_creation_removes_no_file_that_has_taken_the_place_of_its_own() {
         let dir = tempfile::tempdir().expect("a directory");
@@ -157,7 +158,7 @@ mod tests {
         assert!(!dir.path().join("meta").exists(), "its own are removed");
     }
 
-    /// If this fails, a process that waited for the lock of another that was making a store reports
+    /// If this fails, a process that waited for the lock while another one made a store reports
     /// files as missing.
     #[test]
     #[allow(clippy::disallowed_methods, reason = "so that the listing comes first")]

@@ -1,4 +1,4 @@
-//! Growth of a file: whether there is room, the zeros, and the way back if it fails.
+//! Growth of a file: the check for room, the zeros, and the undo if it fails.
 //!
 //! Invariants
 //! 1. If growing fails or is cancelled, the file has its former length again, and the space is
@@ -15,27 +15,27 @@ use std::ops::Range;
 
 impl Directory {
     pub(super) fn grow_file(&self, id: FileId, file: &File, bytes: Range<u64>) -> Result<()> {
-        let former = file.metadata().map_err(|e| self.error(id, "looking at", e))?.len();
-        // Asked first: an attempt would fill the disk to the last block, at the expense of
+        let former = file.metadata().map_err(|e| self.error(id, "reading attributes of", e))?.len();
+        // Checked first: an attempt would fill the disk to the last block, at the expense of
         // everything else on it.
         let needed = bytes.end.saturating_sub(former.max(bytes.start));
         let fits = free_bytes(&self.handle).is_none_or(|free| free >= needed);
         let zeroed =
             if fits { write_zeros(file, bytes.clone(), &self.cancel) } else { Err(Errno::NOSPC) };
         if let Err(e) = zeroed {
-            // Gives the space back that was taken so far, or a full disk would stay full.
+            // Gives back the space that was taken so far, or a full disk would stay full.
             let _ = rustix::fs::ftruncate(file, former);
             if e == Errno::CANCELED {
                 self.cancel.check()?;
             }
             let doing =
                 format_args!("allocating {} bytes at {} of", bytes.end - bytes.start, bytes.start);
-            // A limit of file sizes (`ulimit -f`) counts as a full disk, too.
+            // A limit on file sizes (`ulimit -f`) counts as a full disk, too.
             let full = matches!(e, Errno::NOSPC | Errno::DQUOT | Errno::FBIG);
             let error = self.error(id, doing, e.into());
             return Err(if full { error.with_kind(ErrorKind::Full) } else { error });
         }
-        self.handle.sync_all().map_err(|e| self.error(id, "making durable the name of", e))
+        self.handle.sync_all().map_err(|e| self.error(id, "syncing the directory entry of", e))
     }
 }
 
@@ -46,7 +46,7 @@ mod tests {
     use crate::io::{Access, FileId, FileOptions, Files};
 
     /// A caller that gives up must not wait until gigabytes are zeroed, and the space that was
-    /// taken goes back.
+    /// taken is given back.
     #[test]
     fn a_cancelled_allocation_ends_and_leaves_the_file_as_it_was() {
         let dir = tempfile::tempdir().unwrap();

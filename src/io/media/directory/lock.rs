@@ -1,10 +1,10 @@
-//! The lock on a store's files, and which process holds it if it can't be taken.
+//! Takes the lock on a store's files, and tells which process holds it if it can't.
 //!
 //! Invariants
-//! 1. A lock that a dying process still holds is waited for, for [`DYING_MAX`] at most; then
-//!    opening is refused.
-//! 2. The directories that this process has open are recorded, so that a second opening is not told
-//!    to look for another process.
+//! 1. Opening waits at most [`DYING_MAX`] for a lock that a dying process still holds; then it is
+//!    refused.
+//! 2. The directories that this process has open are recorded, so that the error of a second
+//!    opening does not send its reader looking for another process.
 //!
 //! It does *not* unlock: the directory does, when it is dropped.
 
@@ -23,16 +23,16 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// How long the lock of a dying process is waited for. A killed process that drove a ring can be
-/// waited for by its parent before the kernel has taken the ring, and with it the locked
-/// descriptors, down.
+/// How long to wait for the lock of a dying process. When a process that drove a ring is killed,
+/// its parent can see its end before the kernel has torn down the ring and with it the locked
+/// descriptors.
 const DYING_MAX: Duration = Duration::from_secs(2);
 const DYING_STEP: Duration = Duration::from_millis(5);
 
 /// A directory, by device and inode.
 type DirectoryInode = (u64, u64);
 
-/// How often each directory is open in which process: a forked child has none open.
+/// How many times each directory is open, and in which process: a forked child has none open.
 static OPEN: Mutex<BTreeMap<DirectoryInode, (Opener, usize)>> = Mutex::new(BTreeMap::new());
 
 fn open_here() -> MutexGuard<'static, BTreeMap<DirectoryInode, (Opener, usize)>> {
@@ -76,7 +76,7 @@ impl Drop for OpenHere {
 }
 
 impl Directory {
-    /// Locks a file that was opened just now.
+    /// Locks a file that has just been opened.
     pub(super) fn lock(&self, file: &File, id: FileId) -> Result<()> {
         let how = match self.access {
             Access::ReadWrite => FlockOperation::NonBlockingLockExclusive,
@@ -89,8 +89,8 @@ impl Directory {
             Err(e) => Err(self.error(id, "locking", e.into())),
         }?;
         match file.metadata() {
-            // Its store was removed while the lock was waited for: what is written to it would be
-            // nowhere.
+            // The store was removed while this waited for the lock: writes to the file would be
+            // lost.
             Ok(meta) if meta.nlink() == 0 => Err(Error::new(
                 ErrorKind::InUse,
                 format_args!(
@@ -103,7 +103,7 @@ impl Directory {
     }
 }
 
-/// The error for a store in `path`, whose directory is `handle`, that is open already.
+/// The error for a store in `path`, whose directory is `handle`, that is already open.
 fn in_use(handle: &File, path: &Path, id: FileId) -> Error {
     let open = directory(handle).and_then(|directory| open_here().get(&directory).copied());
     let path = path.display();
@@ -111,7 +111,7 @@ fn in_use(handle: &File, path: &Path, id: FileId) -> Error {
         true => Error::new(
             ErrorKind::InUse,
             format_args!(
-                "the store in {path} is open in this process already: use a clone of that handle, \
+                "the store in {path} is already open in this process: use a clone of that handle, \
                  or close it first"
             ),
         ),
@@ -125,19 +125,18 @@ fn in_use(handle: &File, path: &Path, id: FileId) -> Error {
     }
 }
 
-/// The error for files that another process has made in `path` where there were none when it was
-/// opened.
+/// The error for files that another process has made in `path` since it was opened.
 pub(super) fn made_meanwhile(path: &Path) -> Error {
     Error::new(
         ErrorKind::InUse,
         format_args!(
-            "another process has made a store in {} meanwhile: open that one",
+            "another process has made a store in {} in the meantime: open that one",
             path.display()
         ),
     )
 }
 
-/// Takes a lock. `WOULDBLOCK` if another process has held it for all of [`DYING_MAX`].
+/// Takes a lock. `WOULDBLOCK` if another process holds it for all of [`DYING_MAX`].
 #[allow(clippy::disallowed_methods, reason = "the end of another process is waited for")]
 fn wait_for_lock(file: &File, how: FlockOperation, cancel: &Cancel) -> rustix::io::Result<()> {
     let mut waited = Duration::ZERO;

@@ -6,10 +6,10 @@
 //!    process that are still in flight hold it.
 //! 2. Direct I/O is used only where a real block was transferred with it.
 //! 3. Descriptors are unlocked when the medium is dropped: explicitly, since a forked child may
-//!    keep a copy of them for long; and never by such a child, whose copies share the same lock.
+//!    keep copies of them for a long time; and never by such a child, whose copies share the lock.
 //!
-//! Names, locks, creation and growth are in files of their own. It does *not* transfer anything but
-//! what a probe takes.
+//! Names, locks, creation and growth are in files of their own. It does *not* transfer anything
+//! except for a probe.
 
 mod creation;
 mod growth;
@@ -42,7 +42,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// The file with which a creation begins.
 const FIRST: FileId = FileId::Log(ShardId::LEADER, SegmentNo::new(0));
 
-/// Files by role, each locked.
+/// The files by role, each locked.
 type OpenFiles = BTreeMap<FileId, Arc<File>>;
 
 /// The open directory of a store.
@@ -54,19 +54,19 @@ pub(in crate::io) struct Directory {
     traits: DeviceTraits,
     cancel: Cancel,
     opener: Opener,
-    /// Kept for as long as the directory is open.
+    /// Records that this process has the directory open.
     _open_here: OpenHere,
     files: Mutex<OpenFiles>,
-    /// Made since the directory was opened, in this order.
+    /// The files that were made since the directory was opened, in this order.
     made: Mutex<Vec<FileId>>,
 }
 
-/// Whether a file is opened or made.
+/// Whether a file is expected to exist or is made.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Opening {
     /// The file exists.
     Existing,
-    /// The file is made, and must not exist: one that has come since the directory was opened
+    /// The file is made, and must not exist: one that has appeared since the directory was opened
     /// belongs to another process, whose store must not be overwritten.
     New,
 }
@@ -78,8 +78,8 @@ impl Directory {
     ///
     /// # Errors
     /// `InUse` if another process has the store open, `NotFound` if there is nothing to open,
-    /// `Invalid` if the directory holds files that are no store's but have the names of its files,
-    /// `Io` for the rest.
+    /// `Invalid` if the directory has files with the names of a store's that are not a store, `Io`
+    /// for the rest.
     pub(in crate::io) fn open(path: &Path, options: &MediaOptions) -> Result<Directory> {
         let creation =
             if options.access == Access::ReadOnly { Creation::Refused } else { options.creation };
@@ -110,7 +110,7 @@ impl Directory {
             files: Mutex::default(),
             made: Mutex::default(),
         };
-        // Locks first: a probe in a directory that another process uses would be in its way.
+        // The locks are taken first: a probe would disturb another process that uses the directory.
         directory.open_all(creation)?;
         directory.cancel.check()?;
         if directory.files().is_empty() {
@@ -122,7 +122,8 @@ impl Directory {
         };
         directory.direct = direct != DirectIo::Refused;
         if directory.direct {
-            // On the descriptors that hold the locks, so that there is no moment without one.
+            // Set on the descriptors that hold the locks, so that there is no moment without a
+            // lock.
             for (id, file) in directory.files().iter() {
                 set_direct(file)
                     .map_err(|e| directory.error(*id, "setting direct I/O on", e.into()))?;
@@ -146,8 +147,8 @@ impl Directory {
         own.is_some() && self.files().values().all(|file| device(file) == own)
     }
 
-    /// Opens and locks the files that are there, until a listing finds no more of them: the process
-    /// whose lock was waited for may have made some meanwhile.
+    /// Opens and locks the files that exist, until a listing finds no more of them: while this
+    /// waited for a lock, its holder may have made some.
     fn open_all(&self, creation: Creation) -> Result<()> {
         loop {
             let mut ids = names::store_files(&self.path)?;
@@ -168,7 +169,7 @@ impl Directory {
         self.lock_file(id, self.open_unlocked(id, opening)?, opening)
     }
 
-    /// Opens or makes a file; another process may still lock it first.
+    /// Opens or makes a file without locking it; another process may still lock it first.
     fn open_unlocked(&self, id: FileId, opening: Opening) -> Result<File> {
         let mut flags = OFlags::CLOEXEC | OFlags::NOFOLLOW;
         flags |= if self.access == Access::ReadWrite { OFlags::RDWR } else { OFlags::RDONLY };
@@ -189,7 +190,8 @@ impl Directory {
             not_made(format_args!("opening {}", self.path.join(&name).display()), "", e.into())
         })?;
         let opened = File::from(opened);
-        let kind = opened.metadata().map_err(|e| self.error(id, "looking at", e))?.file_type();
+        let kind =
+            opened.metadata().map_err(|e| self.error(id, "reading attributes of", e))?.file_type();
         if !kind.is_file() {
             let path = self.path.join(&name);
             return Err(Error::invalid(format_args!(
@@ -200,13 +202,15 @@ impl Directory {
         Ok(opened)
     }
 
-    /// Locks a file that was opened just now, and keeps it.
+    /// Locks a file that has just been opened, and keeps it.
     fn lock_file(&self, id: FileId, opened: File, opening: Opening) -> Result<Arc<File>> {
         self.lock(&opened, id)?;
         if opening == Opening::New {
-            // Not before it is locked, and only if nobody was faster with the lock, and has a store
-            // in it: its maker gives a file its length before anything else.
-            let bytes = opened.metadata().map_err(|e| self.error(id, "looking at", e))?.len();
+            // It counts as ours only now that it is locked, and only if no other process locked it
+            // earlier and put a store there: a creator gives the file its length before anything
+            // else.
+            let bytes =
+                opened.metadata().map_err(|e| self.error(id, "reading attributes of", e))?.len();
             if bytes > 0 {
                 return Err(lock::made_meanwhile(&self.path));
             }
@@ -218,17 +222,17 @@ impl Directory {
         Ok(opened)
     }
 
-    /// Whether direct I/O works: by a write and a read of a scratch file without a name, or, if
-    /// nothing may be written or there is no room, by a read of a file of the store.
+    /// Finds out whether direct I/O works, by a write and a read of a scratch file without a name
+    /// or, if nothing may be written or there is no room, by a read of a file of the store.
     fn probe(&self) -> Result<DirectIo> {
         let sample = self.files().values().next().cloned();
         if self.access == Access::ReadOnly {
-            // Flushes are of no interest then, so nothing is claimed that they would rely on.
+            // A reader does not flush, so this does not claim what only flushes would rely on.
             let direct = sample.map_or(DirectIo::Refused, |file| try_direct_read(&file));
             return Ok(if direct == DirectIo::Vouched { DirectIo::Works } else { direct });
         }
         match (try_direct(&self.handle, &self.path), sample) {
-            // A full disk has no room for a scratch file; the store that is there needs none.
+            // A full disk has no room for a scratch file, but the store in it can still be opened.
             (Err(error), Some(file)) if error.kind() == ErrorKind::Full => {
                 Ok(try_direct_read(&file))
             }
@@ -251,7 +255,10 @@ impl Media for Directory {
     }
 
     fn len(&self, id: FileId, location: &Location) -> Result<u64> {
-        let meta = location.descriptor.metadata().map_err(|e| self.error(id, "looking at", e))?;
+        let meta = location
+            .descriptor
+            .metadata()
+            .map_err(|e| self.error(id, "reading attributes of", e))?;
         Ok(meta.len())
     }
 

@@ -1,10 +1,10 @@
-//! Names of files: which role a file in the directory has.
+//! File names, and the role that each name stands for.
 //!
 //! Invariants
-//! 1. A role has one name, and only that very name stands for it.
-//! 2. A directory without the first log segment holds no store, for creation begins with that file.
-//!    If it has other files with a store's names, they belong to something else, and opening
-//!    refuses.
+//! 1. Each role has exactly one name.
+//! 2. A directory without the first log segment holds no store, since creation begins with that
+//!    file. If it has other files with a store's names, they belong to something else, and opening
+//!    is refused.
 
 use super::FIRST;
 use crate::base::error::{Error, Result};
@@ -13,7 +13,7 @@ use crate::io::FileId;
 use crate::io::media::{Creation, no_store};
 use std::path::Path;
 
-/// The files in a directory that have names of a store's, in a fixed order.
+/// The files in a directory whose names are those of a store's files, in a fixed order.
 pub(super) fn store_files(path: &Path) -> Result<Vec<FileId>> {
     let context = |e| Error::io(format_args!("listing the directory {}", path.display()), e);
     let mut ids = Vec::new();
@@ -36,7 +36,7 @@ fn parse_name(name: &str) -> Option<FileId> {
             FileId::Log(ShardId::new(shard.parse().ok()?), SegmentNo::new(segment.parse().ok()?))
         }
     };
-    // "log-0-0" is not a name that we give.
+    // "log-0-0" is not a name that we would write.
     (id.to_string() == name).then_some(id)
 }
 
@@ -57,7 +57,7 @@ pub(super) fn refuse_foreign(path: &Path, ids: &[FileId], creation: Creation) ->
 mod tests {
     use super::*;
 
-    /// A file of the user's that looks like one of ours must not be taken for it.
+    /// A user's file that looks like one of ours must not be taken for it.
     #[test]
     fn file_names_have_one_form() {
         let log = |shard, segment| FileId::Log(ShardId::new(shard), SegmentNo::new(segment));

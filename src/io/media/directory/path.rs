@@ -1,7 +1,7 @@
-//! The path to the directory: making it, and making its name durable.
+//! Makes the path to the directory, and makes its name durable.
 //!
-//! If a power loss took the name of one directory on the way, the store below it could not be found
-//! any more.
+//! If a power loss removed the name of one directory on the path, the store below it could no
+//! longer be found.
 
 use crate::base::error::{Error, Result};
 use crate::io::media::probe_direct_io::not_made;
@@ -9,12 +9,13 @@ use std::fs::File;
 use std::path::Path;
 
 /// Makes the directory and its missing parents, and makes their names durable: a crash must not
-/// take a part of the path.
+/// remove a part of the path.
 pub(super) fn make_directory(path: &Path) -> Result<()> {
     make_directories(path, path, &mut |parent| File::open(parent)?.sync_all())
 }
 
-/// Makes `path`, which is on the way to `whole`; `sync` makes the names in a directory durable.
+/// Makes `path`, which is a part of the path `whole`; `sync` makes the names in a directory
+/// durable.
 fn make_directories(
     path: &Path,
     whole: &Path,
@@ -27,7 +28,7 @@ fn make_directories(
         path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     make_directories(parent, whole, sync)?;
     match std::fs::create_dir(path) {
-        // Another process was faster; whether it has synced the name by now is not known.
+        // Another process was faster, but may not have synced the name yet.
         Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && path.is_dir() => {}
         Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
             return Err(in_the_way(path, whole, e));
@@ -38,16 +39,16 @@ fn make_directories(
         })?,
     }
     match sync(parent) {
-        // A parent that may be written and not read: its owner has to see to it that the name
-        // lasts.
+        // A parent may be writable and not readable: then its owner must make sure that the name is
+        // durable.
         Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => Ok(()),
         synced => synced.map_err(|e| {
-            Error::io(format_args!("making durable the name of {}", path.display()), e)
+            Error::io(format_args!("syncing the directory entry of {}", path.display()), e)
         }),
     }
 }
 
-/// The error for a `path` on the way to `whole` that is not a directory.
+/// The error for a `path` that is a part of `whole` and not a directory.
 fn in_the_way(path: &Path, whole: &Path, e: std::io::Error) -> Error {
     let link = std::fs::read_link(path);
     let is_file = std::fs::symlink_metadata(path).map(|meta| !meta.is_dir());
@@ -63,16 +64,16 @@ fn in_the_way(path: &Path, whole: &Path, e: std::io::Error) -> Error {
                 "the directory {whole} can't be made: {path} is a file; name another directory, \
                  or move the file away"
             )),
-            // There is a directory, and it can't be looked at: the file system has failed.
+            // The directory exists but can't be examined: the file system has failed.
             Ok(false) => Error::io(format_args!("making the directory {whole}"), e),
-            Err(e) => Error::io(format_args!("looking at {path}"), e),
+            Err(e) => Error::io(format_args!("reading attributes of {path}"), e),
         },
     }
 }
 
-/// Makes the names on the way to a directory durable: an earlier opening may have made some of them
-/// and died before it synced them. Done once for a store, before it is made; errors are ignored,
-/// since a parent may not be readable.
+/// Makes the names on the path to a directory durable: an earlier opening may have made some of
+/// them and died before it synced them. Done once for a store, before it is created; errors are
+/// ignored, since a parent may not be readable.
 pub(super) fn sync_names_of(path: &Path) {
     let Ok(path) = path.canonicalize() else { return };
     for above in path.ancestors().skip(1) {
@@ -85,7 +86,7 @@ mod tests {
     use super::*;
     use std::path::PathBuf;
 
-    /// A user who names a file, or a link to a disk that is not mounted, has to learn which, and
+    /// A user who names a file, or a link to a disk that is not mounted, must learn which it is and
     /// what to do.
     #[test]
     fn what_is_in_the_way_of_a_directory_is_named() {
@@ -103,8 +104,8 @@ mod tests {
         assert!(text(&link).contains("a symbolic link to /nothing/is/there"), "{}", text(&link));
     }
 
-    /// A power loss that takes the name of one directory on the way takes the store, with all that
-    /// was acknowledged.
+    /// A power loss that removes the name of one directory on the path loses the store, with all
+    /// that was acknowledged.
     #[test]
     fn the_name_of_each_directory_that_is_made_is_made_durable() {
         let dir = tempfile::tempdir().unwrap();
@@ -112,7 +113,7 @@ mod tests {
         std::fs::create_dir(&there).unwrap();
         let mut synced: Vec<(PathBuf, bool)> = Vec::new();
         make_directories(&there.join("a/b/c"), &there.join("a/b/c"), &mut |parent| {
-            // As it is when its names become durable.
+            // Record whether the parent has entries when its names become durable.
             synced.push((parent.to_owned(), parent.read_dir()?.next().is_some()));
             Ok(())
         })
@@ -127,8 +128,8 @@ mod tests {
         };
         of("a/b", &mut |_| panic!("it is there")).unwrap();
         let refused = of("d", &mut |_| Err(std::io::Error::other("planted"))).unwrap_err();
-        assert!(refused.to_string().contains("making durable the name of"), "{refused}");
-        // The directory that was asked for is named, not one on the way to it.
+        assert!(refused.to_string().contains("syncing the directory entry of"), "{refused}");
+        // The error names the directory that was asked for, not one on the path to it.
         std::fs::write(there.join("file"), "mine").unwrap();
         let refused = of("file/below/it", &mut |_| Ok(())).unwrap_err();
         assert!(refused.to_string().contains("file/below/it"), "{refused}");
