@@ -1,4 +1,4 @@
-//! Opening a store begins here: one thread runs recovery's first part on its disk, which makes the
+//! Begins to open a store: one thread runs the first part of recovery on its disk, which makes the
 //! shards of all threads.
 
 use crate::base::error::{Error, Result};
@@ -10,12 +10,12 @@ use crate::engine::recovery::{self, RecoveryReport};
 use crate::io::Disk;
 use std::sync::Arc;
 
-/// The shards of a store that is being opened, and what they have in common.
+/// The shards of a store that is being opened, and what they share.
 pub(super) struct Bootstrap<M> {
     pub(super) shards: Vec<M>,
     pub(super) recovery: RecoveryReport,
     pub(super) order: Arc<GlobalOrder>,
-    /// The most bytes of one commit.
+    /// The most bytes that one commit may have.
     pub(super) txn_bytes_max: u64,
     /// Which shard owns which pages.
     pub(super) shard_map: ShardMap,
@@ -30,7 +30,7 @@ pub(super) fn bootstrap(
 ) -> Result<Bootstrap<Shard>> {
     let mut random = [0; 8];
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
-        .map_err(|e| Error::io("asking the kernel for random bytes", e.into()))?;
+        .map_err(|e| Error::io("getting random bytes from the kernel", e.into()))?;
     let opening = recovery::begin(disk, options, shards_count, u64::from_le_bytes(random), now)?;
     let report = opening.report;
     for warning in &report.warnings {

@@ -1,5 +1,5 @@
-//! The clock that all shards of a store share. Shards read none: the event loop tells them the
-//! time.
+//! The clock that all shards of a store share. Shards do not read it: the event loop passes them
+//! the time.
 
 use crate::base::Micros;
 use std::time::Instant;

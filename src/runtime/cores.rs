@@ -1,12 +1,12 @@
-//! Which shard runs on which core.
+//! Plans which shard runs on which core.
 //!
 //! Invariants
 //! 1. [`plan`] is a pure function of the options, the machine and the store's geometry.
-//! 2. A number of shards that is chosen here (none is named) can be run: the store has a virtual
-//!    shard for each, memory and data space are enough, and control groups allow the processor
+//! 2. If the options name no number of shards, the chosen one is feasible: the store has a virtual
+//!    shard for each, memory and data space are sufficient, and control groups allow the processor
 //!    time. A number that is named is not changed.
 //!
-//! It does *not* look at what else runs on the machine.
+//! It does *not* consider what else runs on the machine.
 
 use crate::base::error::{Error, Result};
 use crate::base::options::{Geometry, Options, SHARD_MEMORY_MIN, SHARDS_MAX};
@@ -17,18 +17,19 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct CorePlan {
     pub(super) shards_count: u16,
-    /// For each shard the core that its thread is pinned to.
+    /// The core that each shard's thread is pinned to.
     pub(super) pins: Vec<Option<usize>>,
-    /// There are more shards than cores: none may spin, as it would use the time of another.
+    /// Whether there are more shards than cores: then none may spin, since it would take time from
+    /// another.
     pub(super) oversubscribed: bool,
     /// Thousandths of a processor that control groups allow, if that is less than the cores.
     pub(super) quota_millis: Option<u64>,
 }
 
-/// What the machine gives this thread.
+/// What the machine offers this process.
 #[derive(Clone, Default, Debug)]
 pub(super) struct Processors {
-    /// The cores that it may use, in order; empty if that can't be found out.
+    /// The cores that it may use, in order; empty if they are not known.
     pub(super) allowed: Vec<usize>,
     /// Thousandths of a processor that control groups allow, if they limit it.
     pub(super) quota_millis: Option<u64>,
@@ -46,7 +47,7 @@ impl Processors {
 /// Plans for `options` on such a machine, for a store of this geometry.
 ///
 /// # Errors
-/// `Invalid`: a core that is not there, or twice.
+/// `Invalid` if a core is named that does not exist, or is named twice.
 pub(super) fn plan(
     options: &Options,
     processors: &Processors,
@@ -59,7 +60,7 @@ pub(super) fn plan(
     };
     let cores_count = chosen.len().max(1);
     let quota_millis = processors.quota_millis.filter(|millis| *millis < cores_count as u64 * 1000);
-    // A part of a processor is used best by one more shard; whoever names cores means them.
+    // A fraction of a processor is best used by one more shard. Named cores are used as they are.
     let timed = match (quota_millis, &options.cores) {
         (Some(millis), None) => millis.div_ceil(1000).max(1) as usize,
         _ => cores_count,
@@ -74,9 +75,9 @@ pub(super) fn plan(
     let shards_count = options.shards.unwrap_or((timed as u64).min(most) as u16);
     let whole = quota_millis.map_or(cores_count, |millis| (millis / 1000) as usize);
     let oversubscribed = usize::from(shards_count) > whole;
-    // The scheduler spreads them better than we could: where they are more than the cores; and
-    // where time is shared out, as other processes with a share of it would be pinned to the same
-    // first cores. Unless cores are named, as the others must be left alone then.
+    // The scheduler spreads shards better than we could where there are more of them than cores,
+    // and where processor time is limited: other processes with such a limit would be pinned to the
+    // same first cores. Named cores are still pinned, since the others must be left alone.
     let scattered = options.cores.is_none()
         && (usize::from(shards_count) > cores_count || quota_millis.is_some());
     let pin =
@@ -103,14 +104,14 @@ fn chosen(cores: &[usize], allowed: &[usize]) -> Result<Vec<usize>> {
         }
         if cores[..at].contains(core) {
             return Err(Error::invalid(format_args!(
-                "core {core} is named twice; shards says how many shards to run"
+                "core {core} is named twice; use shards to run several on a core"
             )));
         }
     }
     Ok(cores.to_vec())
 }
 
-/// Pins the calling thread to a core; whether that worked.
+/// Pins the calling thread to a core. Returns whether that worked.
 pub(super) fn pin(core: usize) -> bool {
     let mut cores = CpuSet::new();
     core < CpuSet::MAX_CPU && {
@@ -135,8 +136,8 @@ mod tests {
         Processors { allowed: allowed.to_vec(), quota_millis }
     }
 
-    /// Two shards pinned to one core, or one that spins on the core of another, halve the store's
-    /// speed unnoticed.
+    /// Two shards pinned to one core, or one that spins on another's core, silently halve the
+    /// store's speed.
     #[test]
     fn each_shard_gets_a_core_of_its_own_if_there_are_enough() {
         let plan = |cores, shards| {
@@ -154,8 +155,8 @@ mod tests {
         assert!(kept_together.oversubscribed && kept_together.pins == [Some(1); 2]);
     }
 
-    /// 64 shards on the time of two processors are halted by the kernel in the middle of their
-    /// work, all at a time, for most of each tenth of a second.
+    /// The kernel halts 64 shards that have the time of two processors in the middle of their work,
+    /// all at once, for most of each tenth of a second.
     #[test]
     fn a_quota_of_processor_time_bounds_the_shards() {
         let many: Vec<usize> = (0..64).collect();
@@ -170,26 +171,26 @@ mod tests {
         assert_eq!(
             counts(with(Some(1500), None, None)),
             (2, true, true),
-            "no spinning on a time that is not there"
+            "no spinning on time that it does not have"
         );
         assert_eq!(counts(with(Some(100), None, None)), (1, true, true));
         assert_eq!(
             counts(with(Some(64_000), None, None)),
             (64, false, false),
-            "a quota that binds nobody"
+            "a quota that limits nothing"
         );
         assert_eq!(
             with(Some(2000), None, None).pins,
             [None; 2],
-            "not the cores of everybody else with a quota"
+            "not the cores of all other processes with a quota"
         );
-        // What is named is done.
+        // A named number is used as it is.
         assert_eq!(counts(with(Some(2000), None, Some(8))), (8, true, true));
         assert_eq!(with(Some(2000), Some(&[3, 4, 5]), None).pins, [Some(3), Some(4), Some(5)]);
     }
 
-    /// A store that opens on the machine where it was made, and not on a larger one, breaks the
-    /// promise of any core count.
+    /// A store that opens on the machine where it was made and not on a larger one breaks the
+    /// promise that any number of cores will do.
     #[test]
     fn a_number_of_shards_that_nobody_named_is_one_that_the_store_can_have() {
         let machine = processors(&[0, 1, 2, 3], None);
@@ -214,7 +215,7 @@ mod tests {
         assert_eq!(
             [8 << 20, 4 << 20, 16 << 20, 1 << 30].map(shards),
             [4, 4, 2, 1],
-            "extents for the reserves of each"
+            "enough extents for the reserves of each shard"
         );
         assert_eq!(
             plan(&options(None, Some(4)), &machine, &stored(1))
@@ -224,7 +225,7 @@ mod tests {
         );
     }
 
-    /// A typing error in `--cores` must not run the store somewhere else.
+    /// A typing error in `--cores` must not run the store on other cores.
     #[test]
     fn cores_that_are_not_there_are_refused_by_name() {
         let refused = |cores: &[usize]| {

@@ -1,7 +1,7 @@
-//! How a store ends, and how opening it is given up: whoever drops the last handle, and wherever.
+//! Tests how a store ends, and how opening is cancelled, wherever the last handle is dropped.
 //!
 //! If these fail, a program hangs for ever in a destructor, or a store can't be opened again after
-//! one.
+//! it.
 #![allow(clippy::disallowed_methods, reason = "tests let real shards wait")]
 
 use super::bootstrap::Bootstrap;
@@ -24,13 +24,11 @@ use std::path::Path;
 use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
-/// Longer than anything here takes on the slowest machine: what has not happened by then never
-/// will.
+/// Longer than any step takes on the slowest machine: what has not happened by then never will.
 const FOR_EVER: Duration = Duration::from_secs(60);
 const FILE: FileId = FileId::Log(ShardId::new(0), SegmentNo::new(0));
 
-/// A shard that does nothing but flush one file, which all shards have in common. It is open if
-/// `open` says so.
+/// A shard that only flushes one file, which all shards share. `open`: whether it counts as open.
 struct Flusher {
     effects: VecDeque<Effect<()>>,
     flushing: Vec<Token>,
@@ -133,7 +131,7 @@ fn flushers(
     Ok(bootstrap(shards_count, true))
 }
 
-/// Their shards never get as far as to be open.
+/// Makes shards that never become open.
 fn endless(
     _: &mut dyn Disk,
     _: &Options,
@@ -148,8 +146,8 @@ fn start(dir: &Path, driver: Driver, begin: BootstrapFn<Flusher>) -> Result<Runt
     block_on(start_with(dir.to_path_buf(), options, begin))
 }
 
-/// With each driver that works here, in a directory of memory: there no flush stands for all files,
-/// so that shards share rounds, as on XFS.
+/// Runs `test` with each driver that works here, in a directory in memory: there no flush stands
+/// for all files, so shards share flush batches, as on XFS.
 fn each_driver(test: impl Fn(&dyn Fn() -> Runtime)) {
     let drivers =
         ring::probe().is_ok().then_some(Driver::Ring).into_iter().chain([Driver::Portable]);
@@ -158,7 +156,7 @@ fn each_driver(test: impl Fn(&dyn Fn() -> Runtime)) {
         let dir = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
         let dir = dir.expect("a directory");
         test(&|| start(dir.path(), driver, flushers).expect("it opens"));
-        // Wherever the last handle went: the files are let go, and opening waits for that.
+        // Wherever the last handle was dropped, the files are released, and opening waits for that.
         drop(start(dir.path(), driver, flushers).expect("it opens again"));
     }
 }
@@ -167,16 +165,17 @@ fn ends<T>(receiver: &Receiver<T>, what: &str) -> T {
     receiver.recv_timeout(FOR_EVER).unwrap_or_else(|_| panic!("{what} hangs"))
 }
 
-/// What the task has asked for is submitted, and nothing was taken back from the disk since: a lap
-/// submits what tasks have asked for in the one before, and then runs tasks, at most so many times.
+/// Returns once what the task has requested is submitted and before any completion is taken from
+/// the disk: a lap submits what tasks requested in the lap before, and then runs tasks, at most
+/// this many times.
 async fn next_lap() {
     for _ in 0..TASKS_PER_ROUND {
         yield_now().await;
     }
 }
 
-/// The last handle goes with a task of a shard that leads a flush for which the other shard waits,
-/// and that flush can't end while the task keeps the shard's thread.
+/// The last handle is dropped by a task of a shard that leads a flush for which the other shard
+/// waits; that flush can't end while the task occupies the shard's thread.
 #[test]
 fn the_last_handle_may_go_on_a_shard_that_flushes_for_others() {
     each_driver(|start| {
@@ -197,7 +196,7 @@ fn the_last_handle_may_go_on_a_shard_that_flushes_for_others() {
             next_lap().await;
             leads.send(()).expect("the other task waits");
             joined.recv().expect("the other shard takes part in the flush, or waits for it");
-            // Only when the test has let go of its own.
+            // Wait until the test has dropped its own handle.
             while Arc::strong_count(&last) > 1 {
                 std::thread::yield_now();
             }
@@ -209,7 +208,7 @@ fn the_last_handle_may_go_on_a_shard_that_flushes_for_others() {
     });
 }
 
-/// Two stores in a program, and each one's last handle in a task of the other.
+/// A program has two stores, and each one's last handle is in a task of the other.
 #[test]
 fn shards_of_two_stores_may_drop_each_others_last_handles_at_a_time() {
     each_driver(|start| {
@@ -239,8 +238,8 @@ fn shards_of_two_stores_may_drop_each_others_last_handles_at_a_time() {
     });
 }
 
-/// What holds the last handle may be the waker of a reply, a task that ends with its shard, or one
-/// that never started.
+/// The last handle may be held by the waker of a reply, by a task that ends with its shard, or by a
+/// task that never started.
 #[test]
 fn the_last_handle_may_go_wherever_callers_code_runs_on_a_shard() {
     struct Holds(#[allow(dead_code, reason = "held")] Arc<Runtime>, Sender<()>);
@@ -261,7 +260,7 @@ fn the_last_handle_may_go_wherever_callers_code_runs_on_a_shard() {
         let mut reply = Box::pin(reply);
         let done = reply.as_mut().poll(&mut std::task::Context::from_waker(&waker)).is_ready();
         drop(waker);
-        // The reply is kept, and with it the waker, unless it was there at once.
+        // The reply is kept, and the waker with it, unless it arrived at once.
         drop(runtime);
         ends(&ended, "a waker");
         drop((reply, done));
@@ -272,7 +271,7 @@ fn the_last_handle_may_go_wherever_callers_code_runs_on_a_shard() {
             std::future::pending::<()>().await;
             drop(holds);
         });
-        // All shards end when one has, and their tasks with them.
+        // All shards end when one does, and their tasks with them.
         let closed = block_on(async {
             runtime.handle().submit_to(ShardId::new(0), Request::Close).await?.await
         });
@@ -283,8 +282,8 @@ fn the_last_handle_may_go_wherever_callers_code_runs_on_a_shard() {
     });
 }
 
-/// A caller who no longer wants a store that takes hours to recover, or that never opens, must get
-/// rid of it.
+/// A caller must be able to cancel the opening of a store that takes hours to recover, or that
+/// never opens.
 #[test]
 fn opening_is_given_up_when_its_future_is_dropped() {
     for driver in
@@ -298,7 +297,7 @@ fn opening_is_given_up_when_its_future_is_dropped() {
             let thread = std::thread::spawn(move || {
                 let mut opening = Box::pin(start_with(path, options, endless));
                 assert!(block_on(poll_once(&mut opening)).is_none(), "it never opens");
-                // At some moment, in the middle of whatever it does.
+                // Cancel at an arbitrary moment of its work.
                 std::thread::sleep(Duration::from_millis(pause_ms));
                 drop(opening);
                 send.send(()).expect("the test waits");
@@ -310,8 +309,8 @@ fn opening_is_given_up_when_its_future_is_dropped() {
     }
 }
 
-/// Recovery reads the log with one read after another: each that is bootstrap after opening was
-/// given up is one too many.
+/// Recovery reads the log with one read after another: each that begins after opening was cancelled
+/// is one too many.
 #[test]
 fn no_operation_begins_after_opening_was_given_up() {
     fn reads_for_ever(

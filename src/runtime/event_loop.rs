@@ -1,4 +1,4 @@
-//! The event loop of one shard's thread, the same over every disk.
+//! The event loop of one shard's thread; it is the same over every disk.
 //!
 //! ```text
 //!   round: take requests, messages, completions --> turn --> submit once, reply, send --> unpark waiters --> run tasks
@@ -7,12 +7,12 @@
 //! Invariants
 //! 1. The shard turns only when something has arrived, its deadline has passed, or the watermark
 //!    has reached the LSN it waits for.
-//! 2. The thread says that it parks before it looks for work once more, for tasks of its own too;
-//!    it waits only if there is none.
-//! 3. All operations of a round go to the device in one call.
+//! 2. The thread announces that it parks before it looks for work one last time, in its own tasks
+//!    as well; it waits only if there is none.
+//! 3. All operations of a round are submitted in one call.
 //! 4. Spinning ends after a bounded time, and at once while a flush is under way: a spinning core
 //!    can starve the kernel's workers that flush.
-//! 5. Completions are taken in parts, so that the device has work while the rest waits.
+//! 5. Completions are taken in portions, so that the device has work while the rest waits.
 //!
 //! It does *not* know which disk or executor it runs on.
 
@@ -30,16 +30,17 @@ use std::convert::Infallible;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-/// Requests taken from the inbox in one round, and the same number from tasks.
+/// The most requests that one round takes from the inbox; it takes up to the same number from
+/// tasks.
 const REQUESTS_PER_ROUND: usize = 256;
 
-/// Completions taken in one round: at most one in `COMPLETIONS_SHARE` of the operations at the
+/// A round takes completions for at most one in `COMPLETIONS_SHARE` of the operations at the
 /// device, but always up to `COMPLETIONS_MIN`.
 const COMPLETIONS_SHARE: usize = 4;
 const COMPLETIONS_MIN: usize = 4;
 const _: () = assert!(
     COMPLETIONS_SHARE > 0 && COMPLETIONS_MIN > 0 && REQUESTS_PER_ROUND > 0,
-    "each round gets on"
+    "each round makes progress"
 );
 
 /// How long a thread spins after its last event, before it parks.
@@ -112,13 +113,13 @@ struct ThreadHost<M: StateMachine, D: Disk> {
     /// step.
     released: ReleasedPermits,
     reaped: Vec<Completion>,
-    /// Reaped from the disk, and not handed to the shard yet.
+    /// Completions that were reaped from the disk and not handed to the shard yet.
     completions: VecDeque<Completion>,
-    /// Operations at the disk, or completed and not handed to the shard yet; and the flushes among
-    /// them.
+    /// Operations at the disk, or completed and not handed to the shard yet; and how many of them
+    /// are flushes.
     operations: usize,
     flushes: usize,
-    /// The watermark at the last look; other shards are unparked when it has risen.
+    /// The watermark when it was last checked; other shards are unparked when it has risen.
     watermark_seen: Lsn,
     due: Option<Micros>,
     turned: bool,
@@ -174,7 +175,7 @@ impl<M: StateMachine, D: Disk> EventLoop<M, D> {
         &self.shard
     }
 
-    /// Between two rounds nothing is half done.
+    /// Checked between two rounds, when nothing may be half done.
     fn assert_state(&self) {
         let host = &self.host;
         let under_way = host.operations;
@@ -187,7 +188,7 @@ impl<M: StateMachine, D: Disk> EventLoop<M, D> {
         );
     }
 
-    /// One round. After an idle one the caller calls
+    /// Runs one round. Afterwards the caller calls
     /// [`park_or_spin_if_idle`](Self::park_or_spin_if_idle).
     pub(super) fn poll_once(&mut self) -> PollOutcome {
         self.assert_state();
@@ -223,8 +224,8 @@ impl<M: StateMachine, D: Disk> EventLoop<M, D> {
         }
     }
 
-    /// Ends the shard: first its operations, then its tasks, then the replies that are waited for.
-    /// Its files are closed on return.
+    /// Ends the shard: first its operations, then its tasks, then the replies that callers wait
+    /// for. Its files are closed on return.
     pub(super) fn end(self) {
         let EventLoop { shard, host } = self;
         let ThreadHost { id, shared, channels, disk, tasks, recorder, released, .. } = host;
@@ -238,7 +239,7 @@ impl<M: StateMachine, D: Disk> EventLoop<M, D> {
             tracing::error!(shard = id.get(), "ending the shard panicked");
         }
         let mailbox = &shared.mailboxes[id.index()];
-        // Permits of the last round, if a waker panicked in it.
+        // These are the permits of the last round, if a waker panicked in it.
         released.release_to(&shared, mailbox);
         shared.close_mailbox(mailbox, recorder.into_unanswered());
     }
@@ -259,7 +260,7 @@ impl<M: StateMachine, D: Disk> Host<M> for ThreadHost<M, D> {
         (is_due || self.is_durable(shard)).then_some(self.now)
     }
 
-    /// Reports the shard's failure, once: the store takes no writes any more.
+    /// Reports the shard's failure, once: from then on the store takes no writes.
     fn turned(&mut self, shard: &mut M) {
         self.turned = true;
         if !self.failure_reported
@@ -338,9 +339,9 @@ impl<M: StateMachine, D: Disk> ThreadHost<M, D> {
         )
     }
 
-    /// Hands over a part of the completions, so that what they lead to reaches the device before
-    /// the rest is handed over. If all were taken at once, device and core would wait for each
-    /// other in turns.
+    /// Hands over a portion of the completions, so that the operations that result reach the device
+    /// before the rest is handed over. If all were taken at once, device and core would take turns
+    /// waiting for each other.
     fn take_completions(&mut self, shard: &mut M) -> bool {
         self.disk.reap(&mut self.reaped);
         self.completions.extend(self.reaped.drain(..));
@@ -363,7 +364,7 @@ impl<M: StateMachine, D: Disk> ThreadHost<M, D> {
         shard.waits_for().is_some_and(|lsn| lsn <= self.order.watermark())
     }
 
-    /// Unparks other shards that wait for the present watermark.
+    /// Unparks the other shards that wait for the current watermark.
     fn unpark_watermark_waiters(&mut self) {
         let watermark = self.order.watermark();
         if watermark > self.watermark_seen {
@@ -382,7 +383,7 @@ impl<M: StateMachine, D: Disk> ThreadHost<M, D> {
 
     fn park_or_spin(&mut self, shard: &M) {
         match self.poll_policy {
-            // A worker of the kernel flushes, maybe on this core.
+            // A kernel worker flushes, possibly on this core.
             PollPolicy::SpinFor(_) if self.flushes > 0 => {}
             PollPolicy::SpinFor(us) if self.now.saturating_sub(self.active_at) >= us => {}
             _ => return std::hint::spin_loop(),
@@ -391,7 +392,7 @@ impl<M: StateMachine, D: Disk> ThreadHost<M, D> {
         if timeout == Some(0) {
             return;
         }
-        // While the shard accepts nothing, requests in the inbox are no reason to stay awake.
+        // While the shard accepts no requests, those in the inbox are no reason to stay awake.
         let accepting = shard.accepting();
         let has_work = || {
             (accepting && !self.mailbox().inbox.is_empty())

@@ -1,4 +1,5 @@
-//! The running store: its threads, and the handle by which requests reach them and are answered.
+//! The running store: its threads, and the handle through which requests reach them and are
+//! answered.
 
 use super::reply::Reply;
 use super::report::RuntimeReport;
@@ -21,19 +22,19 @@ pub(crate) struct Runtime {
     threads: Vec<JoinHandle<()>>,
 }
 
-/// How requests reach the shards of one store. It keeps no thread running: once they have ended,
-/// requests are refused.
+/// The handle through which requests reach the shards of one store. It keeps no thread running:
+/// once they have ended, requests are refused.
 pub(crate) struct RuntimeHandle {
     shared: Arc<RuntimeShared>,
     shard_map: ShardMap,
     order: Arc<GlobalOrder>,
-    /// For requests that any shard can answer.
+    /// The next shard in turn for a request that any shard can answer.
     next: AtomicUsize,
     /// What recovery found.
     pub(crate) recovery: RecoveryReport,
     /// How the store is driven.
     pub(crate) report: RuntimeReport,
-    /// The most bytes of one commit.
+    /// The most bytes that one commit may have.
     pub(crate) txn_bytes_max: u64,
 }
 
@@ -53,7 +54,7 @@ impl Runtime {
         Runtime { handle: Arc::new(handle), threads }
     }
 
-    /// The report, while the store is being opened.
+    /// The report, to be completed while the store is being opened.
     pub(super) fn report_mut(&mut self) -> &mut RuntimeReport {
         &mut Arc::get_mut(&mut self.handle).expect("no handle has been given out").report
     }
@@ -70,7 +71,7 @@ impl RuntimeHandle {
         self.shard_map
     }
 
-    /// Everything up to here is durable.
+    /// The watermark: every commit at or below it is durable.
     pub(crate) fn watermark(&self) -> Lsn {
         self.order.watermark()
     }
@@ -79,8 +80,8 @@ impl RuntimeHandle {
     ///
     /// The pages of a read belong to one shard; a commit goes to the shard of its first changed
     /// page, or of the first that it read; what any shard can answer goes to each in turn.
-    /// [`Request::Stats`] and [`Request::Allocated`] are of each shard: here they are the first
-    /// one's.
+    /// [`Request::Stats`] and [`Request::Allocated`] concern each shard: this returns the first one
+    /// for them.
     pub(crate) fn shard_for(&self, request: &Request) -> ShardId {
         let key = match request {
             Request::Read(keys) => {
@@ -106,19 +107,20 @@ impl RuntimeHandle {
         key.map_or(ShardId::LEADER, |key| self.shard_map.shard_of(*key))
     }
 
-    /// Submits a request to a shard; once this returns, dropping the reply does not undo it.
+    /// Submits a request to a shard. Once this returns, dropping the reply does not undo the
+    /// request.
     pub(crate) async fn submit_to(&self, shard: ShardId, request: Request) -> Result<Reply> {
         let shared = &self.shared;
         let mailbox = &shared.mailboxes[usize::from(shard.get())];
         shared.check_open()?;
-        // Bytes first: a caller with a request permit waits for nothing more.
+        // Bytes come first, so that a caller with a request permit waits for nothing else.
         let permit = BytesPermit::acquire(mailbox, charged_bytes(&request)).await?;
         shared.request_permits.acquire(0).await?;
         let Some((key, reply)) = shared.in_flight.register() else {
             shared.request_permits.release(1, 0);
             return Err(Error::new(
                 ErrorKind::Busy,
-                "too many requests are under way; wait for some replies and try again",
+                "too many requests are in flight; wait for some replies and try again",
             ));
         };
         let token = Token(key);
@@ -138,7 +140,8 @@ impl RuntimeHandle {
         Ok(Reply(reply))
     }
 
-    /// Runs what `make` makes as a task on the shard's own thread, where its requests take no hop.
+    /// Runs the future that `make` returns as a task on the shard's own thread, where its requests
+    /// take no hop.
     pub(crate) fn spawn_on<T, F, G>(&self, shard: ShardId, make: G) -> Result<TaskHandle<T>>
     where
         T: Send + 'static,
@@ -171,13 +174,13 @@ impl RuntimeHandle {
         &self.shared
     }
 
-    /// Waits until a shard has failed, and says why.
+    /// Waits until a shard has failed. Returns the reason.
     pub(crate) async fn failed(&self) -> Error {
         self.shared.failed().await
     }
 
-    /// Closes the store cleanly. Requests that come later are refused at once, unless the shards
-    /// have been too busy to be told.
+    /// Closes the store cleanly. Later requests are refused at once, unless the shards were too
+    /// busy to take the `Close`.
     pub(crate) async fn close(&self) -> Result<()> {
         let reply = self.submit_to(ShardId::LEADER, Request::Close).await?;
         self.shared.begin_closing();
@@ -188,7 +191,7 @@ impl RuntimeHandle {
         result
     }
 
-    /// Waits until the shards have let go of their files; they do after `Close`.
+    /// Waits until the shards have released their files, which they do after `Close`.
     pub(crate) async fn ended(&self) {
         if self.shared.is_forked() {
             return;
@@ -198,12 +201,12 @@ impl RuntimeHandle {
 }
 
 impl Drop for Runtime {
-    /// Ends the threads without a clean close, as a crash would, but waits for what the device has
-    /// under way: the store can be opened again at once.
+    /// Ends the threads without a clean close, as a crash would, but waits for the operations at
+    /// the device: the store can be opened again at once.
     ///
-    /// A thread of a shard, of whatever store, waits for none: it may lead a flush that the others
-    /// wait for, or they may be dropping the last handle of its own store. Then the threads end by
-    /// themselves, and opening waits for their locks.
+    /// On a shard's thread, of any store, this waits for no thread: the calling one may lead a
+    /// flush that the others wait for, or they may be dropping the last handle of its own store.
+    /// The threads then end by themselves, and the next opening waits for their locks.
     ///
     /// A forked child has no threads to end, and must leave alone what belongs to its parent.
     fn drop(&mut self) {

@@ -1,13 +1,13 @@
-//! Measurements of one shard: how long its requests take, how many there are, and what goes to the
+//! Measures one shard: how long its requests take, how many there are, and what it submits to the
 //! device.
 //!
 //! Invariants
-//! 1. No lock, no atomics; the clock is read once for the requests taken in a round, and once for
-//!    those answered in it.
-//! 2. A request is measured from when the shard takes it to its answer; the time in the inbox is
-//!    not included.
-//! 3. The recorder knows every request that was taken and not answered: the thread's end answers
-//!    those.
+//! 1. It takes no lock and uses no atomics; it reads the clock once for the requests taken in a
+//!    round, and once for those answered in it.
+//! 2. A request is measured from the moment when the shard takes it until its answer; the time in
+//!    the inbox is not included.
+//! 3. The recorder knows every request that was taken and not answered: when the thread ends, it
+//!    answers those.
 
 use super::clock::Clock;
 use super::task_context::LOCAL_TOKEN_BIT;
@@ -30,7 +30,7 @@ enum Kind {
 impl Kind {
     fn of(request: &Request) -> Kind {
         match request {
-            // The records of volumes are read by the engine.
+            // The library itself reads the records of volumes.
             Request::Read(keys)
                 if keys.first().is_some_and(|key| key.volume == VolumeId::CATALOG) =>
             {
@@ -49,7 +49,7 @@ impl Kind {
 struct RequestStart {
     at: Micros,
     kind: Kind,
-    /// Bytes that it is charged with until it is answered.
+    /// Bytes that the request is charged with until it is answered.
     bytes: u64,
 }
 
@@ -66,8 +66,7 @@ pub(super) struct LatencyRecorder {
     flush: Latency,
     recent: Recent,
     device: ShardStats,
-    /// When the requests of this round were taken, and when its answers were given; set by the
-    /// first of each.
+    /// When this round took its requests, and when it gave its answers; set by the first of each.
     taken_at: Option<Micros>,
     answered_at: Option<Micros>,
     answered: u32,
@@ -95,7 +94,7 @@ impl LatencyRecorder {
         }
     }
 
-    /// A request goes to the shard, charged with `bytes`.
+    /// Records that a request goes to the shard, charged with `bytes`.
     pub(super) fn request_started(&mut self, token: Token, request: &Request, bytes: u64) {
         let now = *self.taken_at.get_or_insert_with(|| self.clock.now());
         let start = RequestStart { at: now, kind: Kind::of(request), bytes };
@@ -110,7 +109,7 @@ impl LatencyRecorder {
         self.local[place] = start;
     }
 
-    /// The request is answered. Returns the bytes that it was charged with.
+    /// Records that the request is answered. Returns the bytes that it was charged with.
     pub(super) fn request_answered(&mut self, token: Token) -> u64 {
         let start = match token.0 & LOCAL_TOKEN_BIT {
             0 => self.foreign.remove(&token),
@@ -130,7 +129,7 @@ impl LatencyRecorder {
         bytes
     }
 
-    /// An operation goes to the device.
+    /// Records that an operation goes to the device.
     pub(super) fn operation_submitted(&mut self, op: &DiskOp) {
         let device = &mut self.device;
         device.device_operations += 1;
@@ -152,7 +151,7 @@ impl LatencyRecorder {
         }
     }
 
-    /// The round ends.
+    /// Ends the round, so that the next one reads the clock again.
     pub(super) fn end_round(&mut self) {
         if self.answered > 0
             && let Some(now) = self.answered_at

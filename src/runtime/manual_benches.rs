@@ -1,7 +1,8 @@
-//! Figures of the runtime, by hand: `cargo test --release --lib figures -- --ignored --nocapture
-//! --test-threads 1`.
+//! Benchmarks of the runtime that are run by hand: `cargo test --release --lib figures -- --ignored
+//! --nocapture --test-threads 1`.
 //!
-//! Not tests: they print, and assert only what would make the figures meaningless.
+//! They are not tests: they print figures, and assert only what would otherwise make these
+//! meaningless.
 #![allow(clippy::disallowed_methods, reason = "figures are times")]
 
 use super::handle::Runtime;
@@ -9,7 +10,7 @@ use crate::base::options::{Driver, Options};
 use crate::base::{PageId, PageKey, ShardId, VolumeId};
 use crate::engine::{Change, Commit, Request, Response};
 use futures_lite::future::{block_on, poll_once};
-use smallvec::smallvec;
+use smallvec::{SmallVec, smallvec};
 use std::future::Future;
 use std::time::{Duration, Instant};
 
@@ -59,7 +60,7 @@ fn p50(mut times: Vec<Duration>) -> Duration {
     times[times.len() / 2]
 }
 
-/// If this fails, the figures that the documents name can't be measured again.
+/// If this fails, the figures that the documents give can't be measured again.
 #[test]
 fn each_measurement_works() {
     reads_from_a_foreign_thread(1000);
@@ -73,7 +74,7 @@ fn figures_of_a_cached_read_from_a_foreign_thread() {
     reads_from_a_foreign_thread(1);
 }
 
-/// With so many times fewer reads than for a figure.
+/// Makes `part` times fewer reads than a measurement needs.
 fn reads_from_a_foreign_thread(part: usize) {
     for driver in [Driver::Ring, Driver::Portable] {
         for (name, poll, spins, pause, count) in [
@@ -113,9 +114,13 @@ fn reads_from_a_task(part: usize) {
                 let task = runtime.handle().spawn_on(shard, move |local| async move {
                     let start = Instant::now();
                     for _ in 0..calls / depth {
-                        let replies: smallvec::SmallVec<[_; 64]> = (0..depth).map(|_| local.call(read())).collect();
+                        let replies: SmallVec<[_; 64]> =
+                            (0..depth).map(|_| local.call(read())).collect();
                         for reply in replies {
-                            assert!(matches!(reply.await, Ok(Response::Pages(pages)) if pages[0][0] == 7));
+                            let reply = reply.await;
+                            assert!(
+                                matches!(reply, Ok(Response::Pages(pages)) if pages[0][0] == 7)
+                            );
                         }
                     }
                     start.elapsed()
@@ -148,7 +153,7 @@ fn idle_store(time: Duration) {
             std::thread::sleep(time / 5);
             let before = ticks();
             std::thread::sleep(time);
-            // A tick is a hundredth of a second.
+            // A tick is a hundredth of a second, so ticks per second are percent.
             let percent = (ticks() - before) as f64 / time.as_secs_f64();
             println!("{driver:?}, idle: {percent:.2} % of a core");
         });

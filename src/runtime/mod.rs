@@ -10,13 +10,13 @@
 //! a shard's own thread), `handle` (the running store).
 //!
 //! Invariants
-//! 1. Every request gets a reply, also when a shard panics or the store is dropped: nothing hangs.
-//! 2. At most `requests_max` requests of handles are under way, and those to one shard carry at
-//!    most a sixteenth of its memory and one request more; callers beyond that wait, and get `Busy`
-//!    if too many wait already.
+//! 1. Every request gets a reply, even when a shard panics or the store is dropped: nothing hangs.
+//! 2. At most `requests_max` requests of handles are in flight, and those to one shard carry at
+//!    most a sixteenth of its memory plus one request; callers beyond that wait, and get `Busy` if
+//!    too many already wait.
 //! 3. If one shard ends without a clean close, all do.
-//! 4. Whether this machine lacks something (io_uring, memory locks) is found out before the store
-//!    is touched; then the portable driver runs, and the report says why.
+//! 4. The runtime finds out whether the machine lacks something (io_uring, memory locks) before it
+//!    touches the store; if so, the portable driver runs, and the report says why.
 
 mod bootstrap;
 mod clock;

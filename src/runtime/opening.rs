@@ -1,13 +1,14 @@
-//! A store that is being opened on a thread of its own, and how opening is given up.
+//! A store that is being opened on a thread of its own, the coordinator, and how opening is
+//! cancelled.
 //!
 //! Invariants
-//! 1. Once given up, opening begins nothing more: no operation, no thread, no store. It waits for
-//!    its operations at the device, and for nothing else.
-//! 2. When its [`OpenGuard`] has gone, so have the threads and the locks, except where a shard's
-//!    thread dropped it (which waits for no other).
+//! 1. Once it is cancelled, opening begins nothing more: no operation, no thread, no store. It
+//!    waits for its operations at the device, and for nothing else.
+//! 2. When the [`OpenGuard`] has been dropped, the threads and the locks are gone too, except if a
+//!    shard's thread dropped it, which waits for no other thread.
 //!
-//! It does *not* undo what was done: that is as after a crash, and the next opening goes on from
-//! there.
+//! It does *not* undo what was done: the store is as after a crash, and the next opening continues
+//! from there.
 
 use super::shard_thread::is_shard_thread;
 use super::shared::RuntimeShared;
@@ -32,26 +33,26 @@ impl PendingOpen {
         }
     }
 
-    /// Threads are being started: they end if opening is, or was, given up.
+    /// Registers the threads that are being started: they end if opening is, or was, cancelled.
     pub(super) fn threads_starting(&self, shared: &Arc<RuntimeShared>) {
         *self.starting.lock().unwrap_or_else(PoisonError::into_inner) = Some(shared.clone());
-        // After they are stored, so that either this sees that opening was given up, or `give_up`
-        // sees them.
+        // Checked after they are stored, so that either this sees that opening was cancelled, or
+        // `give_up` sees them.
         if self.cancel.is_cancelled() {
             shared.abandon();
         }
     }
 
-    /// The threads run, or have ended: giving up must not end them any more.
+    /// Unregisters the threads, which run or have ended: cancelling must no longer end them.
     pub(super) fn threads_settled(&self) {
         *self.starting.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
-/// Gives opening up if it is dropped unfinished, and waits for the coordinator's end.
+/// Cancels opening if it is dropped unfinished, and waits for the coordinator to end.
 pub(super) struct OpenGuard {
     opening: Arc<PendingOpen>,
-    /// Taken only in `drop`.
+    /// `None` only in `drop`.
     coordinator: Option<JoinHandle<()>>,
     finished: bool,
 }
@@ -61,7 +62,7 @@ impl OpenGuard {
         OpenGuard { opening, coordinator: Some(coordinator), finished: false }
     }
 
-    /// The coordinator's result was taken: a store that is open now stays so.
+    /// Called when the coordinator's result was taken: a store that is now open stays open.
     pub(super) fn finish(&mut self) {
         self.finished = true;
     }

@@ -1,15 +1,16 @@
-//! The portable driver: a plain thread drives the shard, others do its I/O with plain system calls.
+//! The portable driver: a plain thread drives the shard, and others do its I/O with plain system
+//! calls.
 //!
-//! It polls only if it is told to: the threads that do the I/O need the cores.
+//! It polls only if an option says so: the threads that do the I/O need the cores.
 
 use super::cores;
 use super::shard_thread::ThreadContext;
 use crate::engine::StateMachine;
 use crate::io::{PortableDisk, PortableOptions};
 
-/// Threads that do I/O, over all shards.
+/// The most threads that do I/O, over all shards.
 const WORKERS_MAX: usize = 64;
-/// The same for one shard.
+/// The most threads that do I/O for one shard.
 const WORKERS: usize = 8;
 
 /// The body of a shard's thread.
@@ -20,7 +21,7 @@ pub(super) fn thread<M: StateMachine>(context: ThreadContext<M>) {
             Ok(disk) => disk,
             Err(error) => return context.refuse(error),
         };
-    // After the disk has started its threads: they inherit what this one may use.
+    // Pinned after the disk has started its threads, which inherit the cores that this one may use.
     if let Some(core) = context.pin
         && !cores::pin(core)
     {

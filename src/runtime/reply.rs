@@ -1,4 +1,4 @@
-//! The reply to a request of another thread, to come.
+//! The pending reply to a request from another thread.
 
 use crate::base::error::{Error, Result};
 use crate::engine::Response;
@@ -15,7 +15,7 @@ impl Future for Reply {
     type Output = Result<Response>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let taken = || Err(Error::internal("the reply was taken already"));
+        let taken = || Err(Error::internal("the reply has already been taken"));
         Pin::new(&mut self.0).poll(cx).map(|reply| reply.unwrap_or_else(taken))
     }
 }

@@ -8,15 +8,15 @@ use std::fmt;
 pub struct RuntimeReport {
     /// `io_uring` or `portable`.
     pub driver: &'static str,
-    /// For each shard the core that its thread is pinned to; `None` if it is not pinned.
+    /// The core that each shard's thread is pinned to; `None` if it is not pinned.
     pub pins: Vec<Option<usize>>,
     /// The processor time that control groups allow, in thousandths of a processor, if that is less
-    /// than the cores that could be used. More shards don't get more.
+    /// than the usable cores. More shards don't get more.
     pub quota_millis: Option<u64>,
-    /// How long a shard polls after its last work before it waits, in microseconds; `None`: it
+    /// How long a shard polls after its last work before it waits, in microseconds; `None` if it
     /// never waits.
     pub poll_us: Option<u64>,
-    /// The report of the first shard's disk; those of the other shards are the same.
+    /// The report of the first shard's disk, which stands for the others.
     pub disk: DiskReport,
 }
 
@@ -39,7 +39,7 @@ impl fmt::Display for RuntimeReport {
             )?;
         }
         match self.poll_us {
-            None => write!(f, ", polling without end")?,
+            None => write!(f, ", polling all the time")?,
             Some(0) => write!(f, ", not polling")?,
             Some(us) => write!(f, ", polling for {us} µs")?,
         }

@@ -1,4 +1,4 @@
-//! Back-pressure: permits for requests under way, and for the bytes that they carry.
+//! Back-pressure: permits for requests in flight, and for the bytes that they carry.
 //!
 //! ```text
 //!   acquire --room--> under way --answered: release--> the first waiter gets its permit, and is woken
@@ -10,16 +10,16 @@
 //! 1. A request has a permit, and its bytes are counted, from before it is submitted until it is
 //!    answered.
 //! 2. A permit is granted while fewer than `permits_max` are taken and fewer than `bytes_max` bytes
-//!    are counted. So a request of any size gets one, one request at most passes the limit of
+//!    are counted. So a request of any size gets one, at most one request exceeds the limit of
 //!    bytes, and a large request waits no longer than a small one.
-//! 3. First come, first served: no request overtakes one that waits. Nothing waits while nothing is
-//!    under way.
+//! 3. First come, first served: no request overtakes one that waits. No request waits while none is
+//!    in flight.
 //! 4. At most [`WAITERS_FACTOR`] times as many callers wait as there are permits; more get `Busy`.
 //! 5. Whoever releases a permit grants it to the first waiter. A waiter that gives up releases a
 //!    permit that it was granted.
 //!
-//! Without waiters a request costs one atomic step to acquire, and one to release for any number
-//! that end together. It does *not* know what a request carries: that is
+//! Without waiters, a request costs one atomic operation to acquire, and any number that end
+//! together cost one to release. It does *not* know what a request carries: that is
 //! [`request_bytes`](crate::engine::request_bytes).
 
 use crate::base::error::{Error, ErrorKind, Result};
@@ -35,19 +35,19 @@ use std::task::{Context, Poll, Waker};
 /// Callers that may wait, as a multiple of the permits, before more get `Busy`.
 const WAITERS_FACTOR: usize = 4;
 
-/// The most bytes that one request is charged with: more than any memory, and small enough for the
-/// sum of all to fit the word.
+/// The most bytes that one request is charged with: more than any memory, and small enough that the
+/// sum of all fits into the word.
 pub(super) const CHARGED_BYTES_MAX: u64 = 1 << 40;
 
 /// Set while callers wait.
 const HAS_WAITERS: u64 = 1;
-/// Above this bit 42 for the bytes, and above them 21 for the permits.
+/// Above this bit are 42 bits for the bytes, and above those 21 for the permits.
 const BYTES_SHIFT: u32 = 1;
 const PERMITS_SHIFT: u32 = 43;
 const BYTES_MASK: u64 = (1 << (PERMITS_SHIFT - BYTES_SHIFT)) - 1;
 const PERMITS_MAX: u64 = (1 << (u64::BITS - PERMITS_SHIFT)) - 1;
-/// `requests_max` is 2^20 at most, and the bytes of a shard a sixteenth of its memory, 2^42 at
-/// most.
+/// `requests_max` is at most 2^20, and the bytes of a shard are a sixteenth of its memory, which is
+/// at most 2^42.
 const _: () = assert!(PERMITS_MAX >= 1 << 20 && (1 << 38) + CHARGED_BYTES_MAX <= BYTES_MASK);
 
 /// The state in one word: permits and bytes that are taken, and whether callers wait.
@@ -90,7 +90,7 @@ struct WaitQueue {
 /// Wakers to call once the lock is released.
 type Wakers = SmallVec<[Waker; 4]>;
 
-/// A waiting caller's permit, to come.
+/// The future permit of a waiting caller.
 struct PermitFuture<'a> {
     permits: &'a RequestPermits,
     number: u64,
@@ -113,7 +113,7 @@ impl RequestPermits {
         }
     }
 
-    /// Waits for a permit for a request with `bytes` bytes, [`CHARGED_BYTES_MAX`] at most.
+    /// Waits for a permit for a request with `bytes` bytes, at most [`CHARGED_BYTES_MAX`].
     pub(super) async fn acquire(&self, bytes: u64) -> Result<()> {
         if !self.try_acquire(bytes)
             && let Some(turn) = self.enqueue(bytes)?
@@ -138,7 +138,8 @@ impl RequestPermits {
         state.permits() < self.permits_max && state.bytes() < self.bytes_max
     }
 
-    /// Permits and bytes within their limits; one request may pass the limit of bytes.
+    /// Checks that permits and bytes are within their limits; one request may exceed the limit of
+    /// bytes.
     fn assert_state(&self, state: State) {
         let (permits, bytes) = (state.permits(), state.bytes());
         assert!(
@@ -153,7 +154,7 @@ impl RequestPermits {
         );
     }
 
-    /// Queues a caller. `None`: it has been granted its permit meanwhile.
+    /// Queues a caller. `None`: it has been granted its permit in the meantime.
     fn enqueue(&self, bytes: u64) -> Result<Option<PermitFuture<'_>>> {
         let mut waiting = self.lock();
         if waiting.callers.len() as u64 >= self.permits_max.saturating_mul(WAITERS_FACTOR as u64) {
@@ -161,8 +162,8 @@ impl RequestPermits {
             return Err(Error::new(
                 ErrorKind::Busy,
                 format_args!(
-                    "{} requests with {} bytes are under way, and as many as may wait do; wait \
-                     for replies, or raise requests_max, or memory_bytes for what commits carry",
+                    "{} requests with {} bytes are in flight, and no more callers may wait; wait \
+                     for replies, or raise requests_max, or memory_bytes for large commits",
                     state.permits(),
                     state.bytes()
                 ),
@@ -171,18 +172,18 @@ impl RequestPermits {
         let number = waiting.next;
         waiting.next += 1;
         waiting.callers.insert(number, (bytes, Waker::noop().clone()));
-        // A release from here on sees the flag and takes the lock; an earlier one is seen by
-        // `grant`.
+        // A later release sees the flag and takes the lock; `grant` sees what an earlier one
+        // released.
         self.state.fetch_or(HAS_WAITERS, Ordering::AcqRel);
         let wakers = self.grant(&mut waiting);
         let granted = !waiting.callers.contains_key(&number);
         drop(waiting);
         wakers.into_iter().for_each(Waker::wake);
-        // Made only now: dropping it releases its permit.
+        // Made only now, since dropping it releases its permit.
         Ok((!granted).then(|| PermitFuture { permits: self, number, bytes, done: false }))
     }
 
-    /// Grants permits to waiting callers, in their order, as far as there is room.
+    /// Grants permits to waiting callers, in order, as far as there is room.
     fn grant(&self, waiting: &mut WaitQueue) -> Wakers {
         let mut wakers = Wakers::new();
         while let Some((_, (bytes, _))) = waiting.callers.first_key_value() {
@@ -205,7 +206,7 @@ impl RequestPermits {
         wakers
     }
 
-    /// Returns `count` permits of requests with `bytes` bytes in all.
+    /// Releases `count` permits of requests with `bytes` bytes in all.
     pub(super) fn release(&self, count: usize, bytes: u64) {
         if count == 0 {
             return;
@@ -240,7 +241,8 @@ impl Future for PermitFuture<'_> {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        // A waker is the caller's code: made before, and dropped after the lock is held.
+        // A waker runs the caller's code: it is cloned before the lock is taken and dropped after
+        // it is released.
         let own = cx.waker().clone();
         let mut waiting = self.permits.lock();
         let former =
@@ -272,8 +274,8 @@ impl Drop for PermitFuture<'_> {
 mod tests {
     use super::*;
 
-    /// A permit that is released twice wraps the count: no request would ever be refused again, or
-    /// none let in.
+    /// Releasing a permit twice would wrap the count: no request would be refused any more, or none
+    /// accepted.
     #[test]
     #[should_panic(expected = "1 permits and 5 bytes are released, 0 and 0 were taken")]
     fn a_permit_is_released_once() {
@@ -310,7 +312,7 @@ mod loom {
     }
 
     /// The only permit is released while two callers ask for it in turn. The first gives up, before
-    /// or after it has polled; the second must get the permit, and be told.
+    /// or after it has polled; the second must get the permit, and must be woken.
     fn exchange(verdict: &Verdict, queue: Queue, leave: Leave, looks: bool) {
         let permits = Arc::new(RequestPermits::new(1, 1));
         assert!(permits.try_acquire(1));
@@ -319,7 +321,7 @@ mod loom {
         let (first, bell) = (queue(&permits, 1), std::sync::Arc::new(Bell::default()));
         let given_up = first.map(|mut turn| looks && look(&mut turn, &std::sync::Arc::default()));
         if given_up != Some(false) {
-            // It had its permit, at once or later.
+            // It got its permit, at once or later.
             permits.release(1, 1);
         }
         let mut second = queue(&permits, 0);
@@ -352,7 +354,7 @@ mod loom {
 
     #[test]
     fn loom_mutants_of_the_permits_are_caught() {
-        // It looks for room before it sets the flag.
+        // This one looks for room before it sets the flag.
         let late: Queue = |permits, bytes| {
             let mut waiting = permits.lock();
             let number = waiting.next;
@@ -367,7 +369,7 @@ mod loom {
         };
         assert!(
             !holds(late, RequestPermits::release),
-            "a waiter that looks before it says that it waits"
+            "a waiter that looks before it announces that it waits"
         );
         let hasty: Leave = |permits, count, bytes| {
             let waits = State(permits.state.load(Ordering::Acquire)).has_waiters();
@@ -377,6 +379,6 @@ mod loom {
                 wakers.into_iter().for_each(Waker::wake);
             }
         };
-        assert!(!holds(queue, hasty), "one who leaves looks for waiters before");
+        assert!(!holds(queue, hasty), "a caller that leaves looks for waiters first");
     }
 }

@@ -1,15 +1,15 @@
-//! The ring driver: a pinned glommio executor on each core, in which one task drives the shard and
-//! its io_uring.
+//! The ring driver: a pinned glommio executor for each shard, in which one task drives the shard
+//! and its io_uring.
 //!
 //! Invariants
-//! 1. While the shard has nothing to do the thread waits in the shard's own ring, not in the
+//! 1. While the shard has nothing to do, the thread waits in the shard's own ring, not in the
 //!    executor's: whatever must wake the core goes through the shard's ring. The executor's reactor
 //!    (6.6 µs a turn) stays off the path of an operation: it gets a turn when its preemption timer
-//!    says so.
-//! 2. What an executor panics about is found out before one is started.
+//!    expires.
+//! 2. Whatever would make an executor panic is checked before one is started.
 //!
-//! It does *not* use glommio's files, channels or buffers: measured, they cost 1.4 to 90 times what
-//! ours do.
+//! It does *not* use glommio's files, channels or buffers: in measurements they cost 1.4 to 90
+//! times as much as ours.
 
 use super::shard_thread::ThreadContext;
 use crate::base::error::{Error, ErrorKind};
@@ -19,17 +19,18 @@ use glommio::{LocalExecutor, LocalExecutorBuilder, Placement};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
-/// Not under 1 ms: with less an executor that has runnable tasks can stall for ever.
+/// At least 1 ms: with less, an executor that has runnable tasks can stall for ever.
 const PREEMPT_TIMER: Duration = Duration::from_millis(100);
-/// The least that an executor takes; it is charged three times against the limit of locked memory.
+/// The least memory that an executor accepts; it counts three times against the limit of locked
+/// memory.
 const IO_MEMORY: usize = 64 << 10;
 /// Entries of the executor's own rings, which only its timers use.
 const RING_DEPTH: usize = 32;
 
-/// Whether the ring driver can run here.
+/// Checks that the ring driver can run here.
 ///
 /// # Errors
-/// Why not, with what mends it.
+/// The reason why it can't, with the remedy.
 pub(super) fn probe() -> Result<(), String> {
     uring::probe().map_err(|why| why.to_string())?;
     crate::ops::probe::executor_refused().map_or(Ok(()), Err)
@@ -39,7 +40,8 @@ fn executor(pin: Option<usize>) -> Result<LocalExecutor, Error> {
     let refused = |why: &str| {
         Error::new(ErrorKind::Unsupported, format_args!("starting an executor failed: {why}"))
     };
-    // Not by the builder: it asks /sys for all cores, and panics in a container that has none.
+    // The executor's builder can't pin it: it reads all cores from /sys, and panics in a container
+    // without /sys.
     if let Some(core) = pin.filter(|core| !super::cores::pin(*core)) {
         return Err(refused(&format!("its thread can't be pinned to core {core}")));
     }

@@ -1,4 +1,4 @@
-//! The life of a shard's thread, from its first moment to its last, on any driver.
+//! The life of a shard's thread from beginning to end, on any driver.
 //!
 //! ```text
 //!   made a disk --ready--> waits for commands --bootstrap (one thread only)--> bootstrapped
@@ -8,12 +8,12 @@
 //!    ends                       |failed: ends, and so do all
 //! ```
 //! Invariants
-//! 1. The coordinator is told in any case: refused; or ready, and then open or failed. A panic is a
-//!    failure.
+//! 1. The coordinator is notified in any case: refused; or ready, and then open or failed. A panic
+//!    is a failure.
 //! 2. A thread that panics ends all threads.
 //! 3. `RuntimeShared::thread_ended` is the last call of a thread, after it has closed its files.
 //! 4. Such a thread never waits for another one: each may lead a flush that the other needs in
-//!    order to end. Code that runs on it (tasks, wakers, destructors of callers) can ask
+//!    order to end. Code that runs on it (tasks, wakers, destructors of callers) can check
 //!    [`is_shard_thread`].
 
 use super::bootstrap::Bootstrap;
@@ -32,11 +32,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 thread_local! {
-    /// From the thread's first moment to its very last.
+    /// Set from the thread's beginning to its very end.
     static IS_SHARD: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether the calling thread is a shard's, of any store, also while it begins or ends.
+/// Whether the calling thread is a shard's, of any store, even while it begins or ends.
 pub(crate) fn is_shard_thread() -> bool {
     IS_SHARD.with(Cell::get)
 }
@@ -51,7 +51,7 @@ pub(super) type BootstrapTask<M> = Box<dyn FnOnce(&mut dyn Disk) -> Result<Boots
 pub(super) enum StartupStatus<M> {
     /// The thread has its disk.
     Ready(DiskReport),
-    /// The driver can't run here, and why.
+    /// The driver can't run here, for this reason.
     Refused(Error),
     /// The result of [`StartupCommand::Bootstrap`].
     Bootstrapped(Result<Bootstrap<M>>),
@@ -88,13 +88,13 @@ pub(super) struct ThreadContext<M: StateMachine> {
 
 /// A thread that drives its shard.
 pub(super) struct ShardThread<M: StateMachine, D: Disk> {
-    /// Taken only in `drop`.
+    /// `None` only in `drop`.
     event_loop: Option<EventLoop<M, D>>,
     life: Life<M>,
     shared: Arc<RuntimeShared>,
 }
 
-/// How far a shard's thread is in its life. It only moves forward.
+/// The stage of a shard's thread. It only moves forward.
 enum Life<M> {
     /// The coordinator waits for a report.
     Opening(Sender<StartupStatus<M>>),
@@ -108,7 +108,7 @@ impl<M: StateMachine> ThreadContext<M> {
         let _ = self.status.send(StartupStatus::Refused(error));
     }
 
-    /// Reports that the thread has its disk, and waits for its shard. `None`: it gets none, and
+    /// Reports that the thread has its disk, and waits for its shard. `None`: it gets no shard, and
     /// ends.
     pub(super) fn attach_disk<D: Disk>(
         self,
@@ -130,7 +130,7 @@ impl<M: StateMachine> ThreadContext<M> {
             ..
         } = self;
         let cancel = files.cancel().clone();
-        // The disk has a reference of its own; the last one holds the store's lock.
+        // The disk has a reference of its own; the last reference holds the store's lock.
         drop(files);
         shared.mailboxes[usize::from(id.get())].parking.set_waker(waker);
         let _ = status.send(StartupStatus::Ready(report));
@@ -191,7 +191,8 @@ fn panicked() -> Error {
 }
 
 impl<M: StateMachine, D: Disk> ShardThread<M, D> {
-    /// Runs some rounds of the event loop. False: the shard has ended, and nothing is left to do.
+    /// Runs some rounds of the event loop. False: the shard has ended, and nothing remains to be
+    /// done.
     pub(super) fn run(&mut self) -> bool {
         assert!(!matches!(self.life, Life::Ended), "a shard that has ended runs no more rounds");
         let goes_on = catch_unwind(AssertUnwindSafe(|| self.run_rounds())).unwrap_or_else(|_| {
@@ -205,7 +206,7 @@ impl<M: StateMachine, D: Disk> ShardThread<M, D> {
         goes_on
     }
 
-    /// A shard is reported as open in the round in which it opens, and stays open.
+    /// Checks that a shard is reported as open in the round in which it opens, and stays open.
     fn assert_state(&self, goes_on: bool) {
         let is_open =
             self.event_loop.as_ref().is_some_and(|event_loop| event_loop.shard().is_open());
@@ -214,11 +215,11 @@ impl<M: StateMachine, D: Disk> ShardThread<M, D> {
             Life::Open => {
                 assert!(goes_on && is_open, "a shard that was reported as open opens again")
             }
-            Life::Ended => assert!(!goes_on, "a shard that has ended goes on"),
+            Life::Ended => assert!(!goes_on, "a shard that has ended continues"),
         }
     }
 
-    /// The shard ends; if the coordinator waits for a report it gets `status`.
+    /// Ends the shard. If the coordinator waits for a report, it gets `status`.
     fn end(&mut self, status: StartupStatus<M>) -> bool {
         if let Life::Opening(report) = std::mem::replace(&mut self.life, Life::Ended) {
             // Nothing receives it if opening was given up.

@@ -5,8 +5,8 @@
 //! 1. A request is in an inbox, in a shard or answered. When a thread ends it answers what it had
 //!    accepted, closes its inbox, and refuses the rest.
 //! 2. `abandoned` ends all threads: no handle is left, or a shard has stopped without a clean
-//!    close. Each waits for its operations at the device, and for nothing else; work of many steps
-//!    ends after the present step.
+//!    close. Each waits for its operations at the device, and for nothing else; work in many steps
+//!    ends after the current step.
 
 use super::request_permits::{CHARGED_BYTES_MAX, RequestPermits};
 use crate::base::error::{Error, ErrorKind, Result};
@@ -20,16 +20,17 @@ use std::any::Any;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
-/// Requests that an inbox holds whatever `requests_max` is; beyond it, a share of that.
+/// Requests that an inbox holds whatever `requests_max` is; if that is larger, the inbox holds a
+/// share of it.
 const INBOX_MAX: usize = 16_384;
-/// Closures on their way to a shard, at most.
+/// The most closures on their way to a shard.
 const SPAWNS_MAX: usize = 1024;
 
 /// A request on its way to a shard.
 pub(super) struct QueuedRequest {
     pub(super) token: Token,
     pub(super) request: Request,
-    /// Bytes that it holds of [`ShardMailbox::byte_permits`] until it is answered.
+    /// Bytes of [`ShardMailbox::byte_permits`] that the request holds until it is answered.
     pub(super) bytes: u64,
 }
 
@@ -51,12 +52,12 @@ pub(super) type SpawnRequest = Box<dyn FnOnce(&dyn Any) + Send>;
 pub(super) struct ShardMailbox {
     pub(super) inbox: Inbox<QueuedRequest>,
     pub(super) spawn_queue: Inbox<SpawnRequest>,
-    /// Tasks of the shard that other threads have woken. Each is in it at most once, so the number
-    /// of tasks bounds it.
+    /// Tasks of the shard that other threads have woken. Each is in the queue at most once, so the
+    /// number of tasks bounds it.
     pub(super) woken_tasks: SegQueue<Runnable>,
     pub(super) parking: Parking<DiskWaker>,
-    /// Permits for requests that carry bytes. Each shard has its own, so that a slow one holds up
-    /// no commits to others.
+    /// Permits for requests that carry bytes. Each shard has its own, so that a slow one does not
+    /// delay commits to others.
     pub(super) byte_permits: RequestPermits,
 }
 
@@ -68,7 +69,7 @@ pub(super) struct BytesPermit<'a> {
 }
 
 impl<'a> BytesPermit<'a> {
-    /// Waits until `bytes` may be under way to the shard. Zero bytes need no permit.
+    /// Waits for a permit to have `bytes` in flight to the shard. Zero bytes need none.
     pub(super) async fn acquire(mailbox: &'a ShardMailbox, bytes: u64) -> Result<BytesPermit<'a>> {
         if bytes > 0 {
             mailbox.byte_permits.acquire(bytes).await?;
@@ -76,7 +77,7 @@ impl<'a> BytesPermit<'a> {
         Ok(BytesPermit { mailbox, bytes })
     }
 
-    /// Charges the bytes to a request that is on its way: they are returned when it is answered.
+    /// Charges the bytes to a request that is on its way: they are released when it is answered.
     pub(super) fn into_charged(mut self) -> u64 {
         std::mem::take(&mut self.bytes)
     }
@@ -95,13 +96,13 @@ pub(super) struct RuntimeShared {
     pub(super) request_permits: RequestPermits,
     abandoned: AtomicBool,
     opener: Opener,
-    /// A clean close was requested: nothing more is handed to the shards.
+    /// Set when a clean close was requested: nothing more is handed to the shards.
     closing: AtomicBool,
-    /// The files' switch that ends work of many steps.
+    /// The files' token, which ends work in many steps.
     cancel: Cancel,
     running: AtomicUsize,
     ended: Event,
-    /// Why the store takes no writes any more, once a shard has failed.
+    /// Why the store no longer takes writes, once a shard has failed.
     failure: OnceLock<Error>,
     has_failed: Event,
 }
@@ -137,14 +138,14 @@ impl RuntimeShared {
         }
     }
 
-    /// Ends all threads without a clean close, and makes the files useless.
+    /// Ends all threads without a clean close, and cancels further work on the files.
     pub(super) fn abandon(&self) {
         self.cancel.cancel();
         self.end_threads();
     }
 
-    /// Records that a shard has failed, so that no shard takes writes any more. The first failure
-    /// is the one that is reported.
+    /// Records that a shard has failed, so that no shard takes writes any more. Only the first
+    /// failure is reported.
     pub(super) fn fail(&self, error: Error) {
         if self.failure.set(error).is_ok() {
             self.has_failed.notify(usize::MAX);
@@ -168,13 +169,13 @@ impl RuntimeShared {
         self.mailboxes.iter().for_each(|mailbox| mailbox.parking.force_unpark());
     }
 
-    /// Refuses requests before they reach a shard, so that callers who retry take no time from the
+    /// Refuses requests before they reach a shard, so that callers that retry take no time from the
     /// shards' last work.
     pub(super) fn begin_closing(&self) {
         self.closing.store(true, Ordering::Release);
     }
 
-    /// Lets requests through again: the shards were too busy to close.
+    /// Accepts requests again: the shards were too busy to close.
     pub(super) fn cancel_closing(&self) {
         self.closing.store(false, Ordering::Release);
     }
@@ -183,13 +184,14 @@ impl RuntimeShared {
         self.closing.load(Ordering::Acquire)
     }
 
-    /// Whether this is a forked child: it has none of the threads.
+    /// Whether this is a forked child, which has none of the threads.
     pub(super) fn is_forked(&self) -> bool {
         !self.opener.is_here()
     }
 
     /// # Errors
-    /// Why no request can reach a shard: the store is closing, or a forked child asks.
+    /// The reason why no request can reach a shard: the store is closing, or the caller is a forked
+    /// child.
     pub(super) fn check_open(&self) -> Result<()> {
         match () {
             () if self.is_forked() => Err(self.opener.refusal()),
@@ -216,7 +218,7 @@ impl RuntimeShared {
     }
 
     /// Closes a mailbox when its shard's thread ends: accepted requests have an unknown outcome,
-    /// the rest were not begun.
+    /// the rest have not begun.
     pub(super) fn close_mailbox(
         &self,
         mailbox: &ShardMailbox,
@@ -244,7 +246,7 @@ impl RuntimeShared {
     /// Called by each thread when it has closed its files.
     pub(super) fn thread_ended(&self) {
         let running = self.running.fetch_sub(1, Ordering::SeqCst);
-        assert!(running > 0, "more threads end than were started");
+        assert!(running > 0, "more threads ended than were started");
         if running == 1 {
             self.ended.notify(usize::MAX);
         }

@@ -1,14 +1,15 @@
-//! Starting: a coordinator opens the files, starts a thread for each shard, has one of them begin
-//! to open the store, hands each thread its shard, and waits until all are open.
+//! Starts a store: a coordinator opens the files, starts a thread for each shard, has one of them
+//! begin to open the store, hands each thread its shard, and waits until all are open.
 //!
 //! Invariants
-//! 1. Nothing of the store is touched before every thread has what its driver needs; so the
-//!    portable driver can still be taken instead.
-//! 2. If one shard can't be opened, all threads have ended, and the files are let go, when the
+//! 1. Nothing in the store is touched before every thread has what its driver needs, so the
+//!    portable driver can still be used instead.
+//! 2. If one shard can't be opened, all threads have ended and the files are released before the
 //!    error is returned.
-//! 3. A caller who gives up leaves no store open: all ends as soon as the device has answered, as
-//!    after a crash.
-//! 4. The number of shards is settled when the store's geometry is known, before there are threads.
+//! 3. A caller that gives up leaves no store open: everything ends as soon as the device has
+//!    answered, as in a crash.
+//! 4. The number of shards is settled once the store's geometry is known, before any thread is
+//!    started.
 
 use super::bootstrap::{self, Bootstrap};
 use super::clock::Clock;
@@ -40,21 +41,21 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-/// How long a shard polls after the last thing that happened: longer than a read of a fast device
-/// takes, short enough not to starve the kernel worker that completes a durable write.
+/// How long a shard polls after its last event: longer than a read from a fast device takes, short
+/// enough not to starve the kernel worker that completes a durable write.
 const POLL_US: Micros = 50;
 
-/// A shard's thread, and one that its executor starts.
+/// A shard's own thread, and one that its executor starts.
 const THREADS_PER_RING_SHARD: usize = 2;
 /// The stack of a thread that only waits.
 const TRIAL_STACK_BYTES: usize = 64 << 10;
 
-/// How shards are made; tests replace it.
+/// The function that makes the shards; tests replace it.
 pub(super) type BootstrapFn<M> =
     fn(&mut dyn crate::io::Disk, &Options, u16, Micros) -> Result<Bootstrap<M>>;
 
-/// Opens the store in `dir`, without blocking the caller. Dropping the future gives it up, and
-/// waits for what is at the device.
+/// Opens the store in `dir` without blocking the caller. Dropping the future cancels that, and
+/// waits for the operations at the device.
 pub(crate) async fn start(dir: PathBuf, options: Options, mode: OpenMode) -> Result<Runtime> {
     start_in_mode(dir, options, mode, bootstrap::bootstrap).await
 }
@@ -62,9 +63,9 @@ pub(crate) async fn start(dir: PathBuf, options: Options, mode: OpenMode) -> Res
 /// Which store to open.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum OpenMode {
-    /// The one that is there, or a new one.
+    /// The existing one, or a new one.
     CreateIfMissing,
-    /// One that is there.
+    /// Only an existing one.
     MustExist,
 }
 
@@ -92,7 +93,7 @@ async fn start_in_mode<M: StateMachine>(
         let opened =
             catch_unwind(AssertUnwindSafe(|| open(&dir, &options, mode, bootstrap_fn, &own)));
         let opened = opened.unwrap_or_else(|_| Err(Error::internal("opening the store panicked")));
-        // If the caller has gone, the runtime is dropped here, and the store closed.
+        // If the caller has gone, the runtime is dropped here, which ends the store.
         let _ = send.send(opened);
         wake.notify(usize::MAX);
     };
@@ -133,8 +134,8 @@ fn open<M: StateMachine>(
         let plan = cores::plan(options, &processors, geometry)?;
         options.limits(geometry, plan.shards_count).map(|_| plan)
     };
-    // What can be known to be wrong is refused before a directory is made. A store that is there
-    // has a geometry of its own.
+    // What is known to be wrong is refused before a directory is made. An existing store has a
+    // geometry of its own.
     let existing = mode == OpenMode::MustExist;
     if !existing && !dir.join(FileId::Meta.to_string()).exists() {
         checked(&options.geometry)?;
@@ -152,23 +153,23 @@ fn open<M: StateMachine>(
     }
     let opened = open_on_threads(&files, options, &plan, bootstrap_fn, opening);
     if opened.is_err() {
-        // No caller was given the store, so it holds nothing.
+        // No caller has used the store, so it holds nothing.
         files.remove_creation();
     }
     opened
 }
 
-/// Whether the file system has room for a new store: before its first file is made.
+/// Checks, before its first file is made, that the file system has room for a new store.
 fn check_room(files: &Files, limits: &Limits) -> Result<()> {
     let needed = fresh::store_bytes(&limits.geometry, limits.shards_count, limits.data_extents_max);
-    // What a creation that was cut short has left is used.
+    // What an interrupted creation has left is reused.
     let room = files.room();
     let Some(free) = room.free.filter(|free| free.saturating_add(room.used) < needed) else {
         return Ok(());
     };
     let context = format_args!(
-        "a new store with {} shards takes {} MiB in {} (and up to {} more when it is used, for \
-         its logs), where {} MiB are free; make room, or open it with fewer shards",
+        "a new store with {} shards takes {} MiB in {} (and up to {} more as its logs \
+         grow), where {} MiB are free; free some space, or open it with fewer shards",
         limits.shards_count,
         needed.div_ceil(1 << 20),
         files.path().display(),
@@ -179,7 +180,7 @@ fn check_room(files: &Files, limits: &Limits) -> Result<()> {
     Err(Error::io(context, cause).with_kind(ErrorKind::Full))
 }
 
-/// Starts the threads of the driver that is wanted, or can be had, and opens the store on them.
+/// Starts the threads of the requested or the best available driver, and opens the store on them.
 fn open_on_threads<M: StateMachine>(
     files: &Arc<Files>,
     options: &Options,
@@ -229,7 +230,7 @@ fn open_on_threads<M: StateMachine>(
     }
 }
 
-/// Checks that `count` threads can be started: an executor that can't start its own thread panics.
+/// Checks that `count` threads can be started: an executor panics if it can't start its own thread.
 fn check_threads(count: usize) -> Result<()> {
     let (end, ended) = crossbeam::channel::bounded::<()>(0);
     let start = |_| {
@@ -253,7 +254,7 @@ fn stored_geometry(files: &Arc<Files>) -> Result<Option<Geometry>> {
     recovery::stored_geometry(&mut CancellableDisk::new(&mut disk, files.cancel().clone()))
 }
 
-/// The driver that threads are started for, once it is chosen.
+/// The driver whose threads are started, once it is chosen.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum DriverKind {
     Ring,
@@ -268,7 +269,7 @@ impl DriverKind {
         }
     }
 
-    /// How long its threads spin, if no option says otherwise: the portable driver's I/O threads
+    /// How long the threads spin unless an option says otherwise: the portable driver's I/O threads
     /// need the cores.
     fn poll_us(self) -> Micros {
         match self {
@@ -326,7 +327,7 @@ impl<'a> ThreadLauncher<'a> {
             Ok((bootstrap, disk)) => Ok(self.runtime(bootstrap, disk)),
             Err(error) => {
                 match &error {
-                    // The files are needed for another try, with the other driver.
+                    // The files are needed for another attempt, with the other driver.
                     StartError::DriverUnavailable(_) => self.shared.end_threads(),
                     StartError::Failed(_) => self.shared.abandon(),
                 }
@@ -454,7 +455,7 @@ fn recv_status<M>(
         Ok(StartupStatus::Failed(error)) => Err(StartError::Failed(error)),
         Ok(status) => Ok(status),
         Err(_) => Err(StartError::Failed(Error::internal(
-            "the shards' threads ended while they opened the store, and did not say why",
+            "the shards' threads ended while they opened the store, without reporting why",
         ))),
     }
 }

@@ -5,18 +5,19 @@
 //!   woken on the thread: run queue.   woken elsewhere: the mailbox's `woken_tasks`, and the thread is unparked
 //! ```
 //! Invariants
-//! 1. Futures and their requests never leave the thread: no atomics but the task's own.
+//! 1. Futures and their requests never leave the thread: there are no atomics but the task's own.
 //! 2. A task is in a run queue at most once; a wake-up from another thread reaches a parked shard.
-//! 3. When the shard ends its tasks are dropped, on their thread. Whoever waits for them is told.
-//! 4. A task that panics ends alone; the panic goes on where the task is awaited.
-//! 5. Of requests with bytes no more are queued once `request_bytes_max` are under way; one at
-//!    least is. The others are kept with their replies, in their order, and go with them if those
-//!    are dropped.
+//! 3. When the shard ends, its tasks are dropped on their thread, and whoever waits for them gets
+//!    an error.
+//! 4. A task that panics ends alone; the panic resumes where the task is awaited.
+//! 5. Once `request_bytes_max` bytes are in flight, no more requests with bytes are queued; at
+//!    least one always is. The others are deferred, in order, together with their replies, and are
+//!    dropped with these.
 //! 6. No borrow of a cell here is held while a waker, a future or a closure of a caller runs.
 //!
-//! The tasks are `async-task`'s, on both drivers. An executor that parks in a ring of its own would
-//! not see wake-ups from other threads while the shard waits in the shard's ring, nor say whether a
-//! task is runnable before it does.
+//! Both drivers use the tasks of `async-task`. An executor that parks in a ring of its own would
+//! not see wake-ups from other threads while the shard waits in the shard's ring, nor could it say
+//! beforehand whether a task is runnable.
 
 mod local_reply;
 
@@ -40,9 +41,9 @@ use std::task::{Context, Poll, Waker};
 
 /// Marks the tokens of requests that stay on their thread.
 pub(super) const LOCAL_TOKEN_BIT: u64 = 1 << 63;
-/// Tasks of one shard, at most.
+/// The most tasks of one shard.
 pub(super) const TASKS_MAX: usize = 1 << 16;
-/// Tasks run in one round.
+/// The most tasks that run in one round.
 pub(super) const TASKS_PER_ROUND: usize = 512;
 
 thread_local! {
@@ -56,11 +57,11 @@ enum TaskOutcome<T> {
     Done(T),
     Panicked(Box<dyn Any + Send>),
     ShardEnded,
-    /// It was not begun: the shard has the most tasks allowed.
+    /// It did not begin: the shard already has the most tasks allowed.
     Refused,
 }
 
-/// A task's result, to come. Dropping it does not stop the task.
+/// The pending result of a task. Dropping it does not stop the task.
 #[must_use = "the task runs whether this is awaited or not"]
 pub(crate) struct TaskHandle<T>(Option<Arc<ReplySlot<TaskOutcome<T>>>>);
 
@@ -86,7 +87,7 @@ impl<T> Future for TaskHandle<T> {
 impl<T> Drop for TaskHandle<T> {
     fn drop(&mut self) {
         if let Some(slot) = &self.0 {
-            // The slot is freed with its last reference, whoever has it.
+            // The slot is freed with its last reference, whoever holds that.
             let (Abandoned::Left | Abandoned::Free) = slot.abandon();
         }
     }
@@ -119,15 +120,15 @@ where
     (Box::new(spawn), TaskHandle(Some(slot)))
 }
 
-/// One request of a task, which stays on its thread.
+/// A request of a task, which stays on its thread.
 enum PendingRequest {
-    /// Too many bytes are under way, so it is kept back: its number among those kept back, and the
+    /// Deferred, because too many bytes are in flight: its number among the deferred ones, and the
     /// request.
     Deferred(u64, Request, Option<Waker>),
-    /// Under way, charged with these bytes.
+    /// In flight, charged with these bytes.
     InFlight(u64, Option<Waker>),
     Answered(Result<Response>),
-    /// Under way, charged with these bytes; its reply was dropped.
+    /// In flight, charged with these bytes; its reply was dropped.
     Abandoned(u64),
 }
 
@@ -139,21 +140,21 @@ pub(super) struct ShardTasks {
     request_bytes_max: u64,
     queue: RefCell<VecDeque<(Token, Request)>>,
     replies: RefCell<Slab<PendingRequest>>,
-    /// Bytes of the requests under way, those in the queue included.
+    /// Bytes of the requests in flight, including those in the queue.
     bytes: Cell<u64>,
-    /// Keys of the requests that are kept back, in the order of arrival.
+    /// Keys of the deferred requests, in the order of arrival.
     deferred: RefCell<BTreeMap<u64, usize>>,
     deferred_next: Cell<u64>,
     tasks: RefCell<Slab<Task<()>>>,
     closed: Cell<bool>,
 }
 
-/// A shard, for a task that runs on its thread.
+/// A shard, as a task that runs on its thread sees it.
 #[derive(Clone)]
 pub(crate) struct TaskContext(Rc<ShardTasks>);
 
 impl TaskContext {
-    /// The tasks of `shard`, driven by this thread.
+    /// Makes the context for the tasks of `shard`, which the calling thread drives.
     pub(super) fn new(
         shard: ShardId,
         shared: Arc<RuntimeShared>,
@@ -181,14 +182,14 @@ impl TaskContext {
         &self.0.shared.mailboxes[usize::from(self.0.shard.get())]
     }
 
-    /// The shard.
+    /// Which shard this is.
     pub(crate) fn shard(&self) -> ShardId {
         self.0.shard
     }
 
-    /// Asks the shard, without a hop. The request must be one that belongs there. Dropping the
-    /// reply undoes nothing, but for a request that was kept back until then: it was not begun.
-    /// `Busy` at once if as many requests as `requests_max` are under way from this shard's tasks.
+    /// Submits a request to the shard, without a hop. The request must belong to this shard.
+    /// Dropping the reply undoes nothing, except that a request that is still deferred never
+    /// begins. `Busy` at once if this shard's tasks already have `requests_max` requests in flight.
     pub(crate) fn call(&self, request: Request) -> LocalReply {
         let mut replies = self.0.replies.borrow_mut();
         if self.0.is_closed() || replies.len() >= self.0.requests_max {
@@ -256,12 +257,12 @@ impl TaskContext {
         runnable.schedule();
     }
 
-    /// The requests that tasks have made, in order.
+    /// Takes the next request that a task has made, in order.
     pub(super) fn next_request(&self) -> Option<(Token, Request)> {
         self.0.queue.borrow_mut().pop_front()
     }
 
-    /// The reply to one of them.
+    /// Completes the reply to one of these requests.
     pub(super) fn reply(&self, token: Token, result: Result<Response>) {
         let key = (token.0 & !LOCAL_TOKEN_BIT) as usize;
         let mut replies = self.0.replies.borrow_mut();
@@ -271,7 +272,7 @@ impl TaskContext {
             PendingRequest::Answered(_) => return,
             PendingRequest::InFlight(bytes, waker) => (*bytes, waker.take()),
             PendingRequest::Deferred(..) => {
-                unreachable!("a request that is kept back is not under way")
+                unreachable!("a deferred request is not in flight")
             }
         };
         let unwanted = match pending {
@@ -287,7 +288,7 @@ impl TaskContext {
         }
     }
 
-    /// Whether a task could run, or a request be taken.
+    /// Whether a task can run, or a request can be taken.
     pub(super) fn has_work(&self, accepting: bool) -> bool {
         let mailbox = self.mailbox();
         RUNNABLE.with_borrow(|tasks| !tasks.is_empty())
@@ -296,8 +297,8 @@ impl TaskContext {
             || accepting && !self.0.queue.borrow().is_empty()
     }
 
-    /// Starts tasks that other threads have sent, and runs up to [`TASKS_PER_ROUND`]; whether any
-    /// ran.
+    /// Starts tasks that other threads have sent, and runs up to [`TASKS_PER_ROUND`] tasks. Returns
+    /// whether any ran.
     pub(super) fn run(&self) -> bool {
         let mailbox = self.mailbox();
         while let Some(start) = mailbox.spawn_queue.pop() {
@@ -318,7 +319,7 @@ impl TaskContext {
         ran > 0
     }
 
-    /// Answers the requests that were kept back when the shard ends: they were not begun.
+    /// Answers the deferred requests when the shard ends: they never began.
     fn refuse_deferred(&self) {
         for key in self.0.deferred.take().into_values() {
             let refused = PendingRequest::Answered(Err(closed()));
@@ -335,11 +336,12 @@ impl TaskContext {
         }
     }
 
-    /// The shard has ended: answers its tasks' requests, and then drops the tasks, on this thread.
+    /// Called when the shard has ended: answers its tasks' requests, and then drops the tasks, on
+    /// this thread.
     pub(super) fn end(&self) {
         self.0.closed.set(true);
         self.refuse_deferred();
-        // Not begun, and answered like the rest below.
+        // These never began, but are answered like the rest below.
         let queued = self.0.queue.take();
         let waiting: Vec<usize> = self.0.replies.borrow().iter().map(|(key, _)| key).collect();
         let context =
@@ -350,7 +352,7 @@ impl TaskContext {
         drop(queued);
         self.run();
         let tasks: Vec<Task<()>> = self.0.tasks.borrow_mut().drain().collect();
-        // Each is scheduled once more, to drop its future here.
+        // Each task is scheduled again, so that its future is dropped here.
         drop(tasks);
         while self.run() {}
         CURRENT_SHARD.set(std::ptr::null());
@@ -358,18 +360,18 @@ impl TaskContext {
 }
 
 impl ShardTasks {
-    /// The shard takes nothing more from its tasks.
+    /// Whether the shard takes no more requests from its tasks.
     fn is_closed(&self) -> bool {
         self.closed.get() || self.shared.is_closing()
     }
 
-    /// Requests are kept back only while too many bytes are under way; each has its place among the
-    /// replies.
+    /// Checks that requests are deferred only while too many bytes are in flight, and that each has
+    /// its place among the replies.
     fn assert_state(&self, replies: &Slab<PendingRequest>) {
         let (deferred, replies) = (self.deferred.borrow().len(), replies.len());
         assert!(
             deferred == 0 || !self.has_room_for_bytes(),
-            "{deferred} requests are kept back, and there is room"
+            "{deferred} requests are deferred although there is room"
         );
         assert!(
             deferred + self.queue.borrow().len() <= replies,
@@ -377,7 +379,7 @@ impl ShardTasks {
         );
         assert!(
             replies <= self.requests_max,
-            "{replies} requests are under way, of {}",
+            "{replies} requests are in flight, of {}",
             self.requests_max
         );
     }
@@ -386,8 +388,8 @@ impl ShardTasks {
         self.bytes.get() < self.request_bytes_max
     }
 
-    /// Releases the bytes of an answered request, and starts requests that were kept back as long
-    /// as there is room.
+    /// Releases the bytes of an answered request, and starts deferred requests as long as there is
+    /// room.
     fn release_bytes(&self, bytes: u64, replies: &mut Slab<PendingRequest>) {
         assert!(
             bytes <= self.bytes.get(),
@@ -398,7 +400,7 @@ impl ShardTasks {
         while self.has_room_for_bytes() {
             let Some((_, key)) = self.deferred.borrow_mut().pop_first() else { return };
             let Some(pending @ PendingRequest::Deferred(..)) = replies.get_mut(key) else {
-                unreachable!("it is kept back")
+                unreachable!("it is deferred")
             };
             let PendingRequest::Deferred(_, request, waker) =
                 std::mem::replace(pending, PendingRequest::Abandoned(0))

@@ -1,5 +1,5 @@
-//! The drivers with shards of a simple kind: every request answered, no wake-up lost, whatever ends
-//! how.
+//! Tests the drivers with shards of a simple kind: every request is answered and no wake-up is
+//! lost, whatever ends and however.
 //!
 //! If these fail, callers hang, or a store can't be opened again after a failure.
 #![allow(clippy::disallowed_methods, reason = "tests let real shards park")]
@@ -29,9 +29,9 @@ use std::time::Duration;
 /// How long a commit of a [`Toy`] takes.
 const COMMIT_US: Micros = 300;
 
-/// What toys say to each other.
+/// The messages between toys.
 enum Note {
-    /// To be sent back.
+    /// A question, which is sent back.
     There(Token, u64),
     Back(Token, u64),
     Close,
@@ -49,9 +49,9 @@ struct Toy {
     written_at: VecDeque<(Micros, Lsn)>,
     waiting: VecDeque<(Lsn, Token)>,
     held: Vec<Token>,
-    /// It takes so long to close.
+    /// How long it takes to close.
     close_us: Micros,
-    /// When it is closed, and who waits for that.
+    /// When it will be closed, and the request that waits for that.
     closing: Option<(Micros, Token)>,
     closed: bool,
     failure: Option<Error>,
@@ -218,7 +218,7 @@ fn toys_of_which_one_fails(
     Ok(bootstrap)
 }
 
-/// The drivers that work here.
+/// The drivers that work on this machine.
 fn drivers() -> Vec<Driver> {
     let ring = ring::probe().is_ok().then_some(Driver::Ring);
     ring.into_iter().chain([Driver::Portable]).collect()
@@ -233,7 +233,7 @@ fn with_toys(shards: u16, requests_max: usize, test: impl Fn(Runtime)) {
         let dir = tempfile::tempdir().expect("a directory");
         let options = Options { shards: Some(shards), driver, requests_max, ..Options::default() };
         test(start(&dir, options.clone(), toys).expect("toys open"));
-        // Whatever happened, the files are free again.
+        // Whatever happened, the files can be opened again.
         drop(start(&dir, options, toys).expect("toys open again"));
     }
 }
@@ -242,7 +242,7 @@ fn ask(runtime: &Runtime, shard: u16, request: Request) -> Result<Response> {
     block_on(async { runtime.handle().submit_to(ShardId::new(shard), request).await?.await })
 }
 
-/// Answers all held flushes, by tasks on the shards, which need no place.
+/// Answers all held flushes, through tasks on the shards, which need no permit.
 fn answer_held(runtime: &Runtime) {
     for shard in runtime.handle().shard_map().shards() {
         let task = runtime
@@ -257,8 +257,8 @@ fn close(runtime: &Runtime) {
     block_on(runtime.handle().ended());
 }
 
-/// Lost wake-ups show as hangs, rarely: so many threads, few places, messages both ways, and pauses
-/// in which shards park.
+/// Lost wake-ups show as rare hangs, hence many threads, few permits, messages both ways, and
+/// pauses in which shards park.
 #[test]
 fn every_request_of_many_threads_to_many_shards_is_answered() {
     for shards in [1, 2, 4] {
@@ -285,7 +285,7 @@ fn every_request_of_many_threads_to_many_shards_is_answered() {
     }
 }
 
-/// A shard whose commit waits for another shard's is woken by that one's flush, not by luck.
+/// A shard whose commit waits for another shard's must be woken by that one's flush, not by luck.
 #[test]
 fn commits_are_answered_when_the_watermark_rises_elsewhere() {
     for shards in [2, 4] {
@@ -310,7 +310,7 @@ fn commits_are_answered_when_the_watermark_rises_elsewhere() {
     }
 }
 
-/// Without a bound a slow device fills the memory; without waiting, every burst fails.
+/// Without a bound, a slow device would fill the memory; without waiting, every burst would fail.
 #[test]
 fn callers_beyond_the_places_wait_and_then_get_busy() {
     with_toys(2, 4, |runtime| {
@@ -324,8 +324,8 @@ fn callers_beyond_the_places_wait_and_then_get_busy() {
         );
         let refused = block_on(flush(0)).map(drop).expect_err("nobody else may wait");
         assert_eq!(refused.kind(), ErrorKind::Busy);
-        // Half of them give up, and take no place from the others; dropping a reply frees none
-        // before it is answered.
+        // Half of them give up, and take no permit from the others; dropping a reply frees no
+        // permit before the request is answered.
         waiting.truncate(8);
         drop(taken);
         let since = std::time::Instant::now();
@@ -340,7 +340,7 @@ fn callers_beyond_the_places_wait_and_then_get_busy() {
     });
 }
 
-/// A bug in one shard must not become a caller that waits for ever, nor a promise that nobody can
+/// A bug in one shard must not make a caller wait for ever, nor make a promise that no one can
 /// keep.
 #[test]
 fn a_panic_of_one_shard_answers_everybody_on_all_shards() {
@@ -354,12 +354,12 @@ fn a_panic_of_one_shard_answers_everybody_on_all_shards() {
         let panicked = ask(&runtime, 1, Request::Stats).expect_err("the shard has panicked");
         assert_eq!(panicked.kind(), ErrorKind::OutcomeUnknown);
         for reply in held {
-            // Taken and not done, or never taken.
+            // The request was taken and not carried out, or never taken.
             let kind = block_on(reply).expect_err("the store is closed").kind();
             assert!(matches!(kind, ErrorKind::OutcomeUnknown | ErrorKind::Closed), "{kind:?}");
         }
-        // Whoever holds the store for others can end it: a server that looks healthy and answers
-        // nothing is of no use.
+        // A server that holds the store learns of the failure and can end: one that looks healthy
+        // and answers nothing is useless.
         let why = block_on(runtime.handle().failed());
         assert_eq!(why.kind(), ErrorKind::Internal, "{why}");
         assert!(why.to_string().contains("panicked"), "{why}");
@@ -396,7 +396,7 @@ fn dropped_replies_leak_nothing() {
     });
 }
 
-/// A store with one damaged shard opened on the others would give half its pages.
+/// A store with one damaged shard, if it opened on the others, would serve half of its pages.
 #[test]
 fn if_one_shard_cannot_be_opened_all_end_and_the_error_says_why() {
     for driver in drivers() {
@@ -412,7 +412,7 @@ fn if_one_shard_cannot_be_opened_all_end_and_the_error_says_why() {
     }
 }
 
-/// Tasks on a shard call it without a hop, and see whatever wakes them, from wherever.
+/// Tasks on a shard call it without a hop, and notice every wake-up, wherever it comes from.
 #[test]
 fn tasks_run_on_their_shard_and_are_woken_from_anywhere() {
     with_toys(2, 64, |runtime| {
@@ -433,7 +433,7 @@ fn tasks_run_on_their_shard_and_are_woken_from_anywhere() {
             let side = local.spawn(receive);
             (sum, side.await.expect("it ends"))
         });
-        // The shard parks meanwhile.
+        // The shard parks in the meantime.
         std::thread::sleep(Duration::from_millis(20));
         send.set(7);
         let (sum, sent) = block_on(task.expect("it starts")).expect("it ends");
@@ -442,7 +442,7 @@ fn tasks_run_on_their_shard_and_are_woken_from_anywhere() {
     });
 }
 
-/// A bug in a caller's task is the caller's.
+/// A bug in a caller's task must harm the caller only.
 #[test]
 fn a_task_that_panics_ends_alone() {
     with_toys(1, 64, |runtime| {
@@ -459,7 +459,7 @@ fn a_task_that_panics_ends_alone() {
     });
 }
 
-/// A task that never ends must not keep its store open, nor those who wait for it waiting.
+/// A task that never ends must neither keep its store open nor block those who wait for it.
 #[test]
 fn the_end_of_a_shard_ends_its_tasks_on_their_thread() {
     struct DroppedAt(crossbeam::channel::Sender<Option<String>>);
@@ -488,7 +488,7 @@ fn the_end_of_a_shard_ends_its_tasks_on_their_thread() {
     });
 }
 
-/// TaskContext calls beyond the bound are refused, and dropped ones free their place.
+/// Calls of tasks beyond the limit are refused, and dropped ones free their place.
 #[test]
 fn local_calls_are_bounded() {
     with_toys(1, 8, |runtime| {
@@ -499,7 +499,7 @@ fn local_calls_are_bounded() {
                 ErrorKind::Busy
             );
             held.truncate(4);
-            // What was dropped is under way all the same.
+            // Dropped calls are still in flight.
             assert_eq!(
                 local.call(Request::Flush).await.expect_err("it is one too many").kind(),
                 ErrorKind::Busy
@@ -516,8 +516,8 @@ fn local_calls_are_bounded() {
     });
 }
 
-/// If this fails, a program that starts too many tasks at a time hears that its store is closed,
-/// and may give it up.
+/// If this fails, a program that starts too many tasks at once is told that its store is closed,
+/// and may abandon it.
 #[test]
 fn tasks_beyond_the_bound_are_refused_as_busy() {
     with_toys(1, 8, |runtime| {

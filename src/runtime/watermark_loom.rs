@@ -1,4 +1,4 @@
-//! loom models of the watermark and the parking words together, as the event loop uses them.
+//! loom models of the watermark together with the parking words, as the event loop uses them.
 
 use crate::base::sync::model::holds;
 use crate::base::{Lsn, ShardId};
@@ -14,7 +14,8 @@ fn parking() -> (Arc<Parking<CountingWaker>>, CountingWaker) {
     (Arc::new(parking), waker)
 }
 
-/// A commit over two shards whose second half is durable last would be acknowledged only by chance.
+/// If this fails, a commit over two shards whose second part becomes durable last is acknowledged
+/// only by chance.
 #[test]
 fn loom_a_risen_watermark_is_seen_by_a_parking_thread() {
     assert!(holds(None, move |verdict| {
@@ -28,14 +29,14 @@ fn loom_a_risen_watermark_is_seen_by_a_parking_thread() {
         });
         let waits = parking.park(Some(lsn.get()), || order.watermark() >= lsn);
         raiser.join().unwrap();
-        // Otherwise it waits for ever.
+        // If it is not woken, it waits for ever.
         verdict.expect(!waits || waker.wakes() == 1);
     }));
 }
 
-/// As the event loop does it: one shard parks until its commit is durable, after a look at the
-/// watermark that was held back by another shard's allocation; that one unparks it once its
-/// allocation has let the watermark rise.
+/// The model follows the event loop: one shard finds the watermark held back by another shard's
+/// allocation and parks until its own commit is durable; the other unparks it once its allocation
+/// has let the watermark rise.
 #[test]
 fn loom_a_commit_that_an_allocation_held_back_wakes_its_shard() {
     assert!(holds(None, |verdict| {

@@ -1,4 +1,4 @@
-//! The future of a reply to a request that a task has made of its own shard.
+//! The future of the reply to a request that a task has sent to its own shard.
 
 use super::{PendingRequest, TaskContext};
 use crate::base::error::{Error, ErrorKind, Result};
@@ -8,11 +8,11 @@ use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-/// The reply to a request that stays on its thread, to come.
+/// The pending reply to a request that stays on its thread.
 #[must_use = "the request is under way whether this is awaited or not"]
 pub(crate) struct LocalReply {
     pub(super) local: TaskContext,
-    /// `None`: it was refused, or the reply was taken.
+    /// `None` if the request was refused, or the reply was taken.
     pub(super) key: Option<usize>,
 }
 

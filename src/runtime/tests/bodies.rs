@@ -1,7 +1,8 @@
-//! Requests under way are bounded by the bytes that they carry, not by their number only.
+//! Tests that requests in flight are bounded by the bytes that they carry, not only by their
+//! number.
 //!
-//! If these fail, callers that give up on a store whose device is slow fill the process's memory
-//! with what they have asked for, or a commit that is large waits for ever behind others.
+//! If these fail, callers that give up on a store with a slow device fill the process's memory with
+//! their requests, or a large commit waits for ever behind others.
 
 use super::*;
 use crate::base::{BLOCK, PageId, PageKey, VolumeId};
@@ -9,7 +10,7 @@ use crate::engine::Change;
 use bytes::Bytes;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Bytes of bodies that somebody holds.
+/// Counts the bytes of request bodies that still exist.
 #[derive(Clone, Default)]
 struct Held(Arc<AtomicU64>);
 
@@ -50,7 +51,7 @@ impl Held {
     }
 }
 
-/// The least that a store's requests may take: 256 KiB for each shard.
+/// The smallest limit on a store's requests: 256 KiB for each shard.
 const SHARD_BYTES: u64 = 256 << 10;
 
 fn with_little_memory(shards: u16, requests_max: usize, test: impl Fn(Runtime)) {
@@ -81,7 +82,7 @@ fn stop(runtime: &Runtime, shard: ShardId) -> crossbeam::channel::Sender<()> {
     go
 }
 
-/// Until nothing is under way; a hang is what this would show.
+/// Waits until nothing is in flight; if something stays in flight, it fails.
 fn settle(runtime: &Runtime, held: &Held) {
     let shared = runtime.handle().shared_for_tests();
     let all = || {
@@ -100,8 +101,8 @@ fn settle(runtime: &Runtime, held: &Held) {
     }
 }
 
-/// 4,096 requests of the largest size are many times the memory, and all were taken from callers
-/// that give up.
+/// 4,096 requests of the largest size are many times the memory, and all of them used to be
+/// accepted from callers that gave up.
 #[test]
 fn commits_of_callers_that_give_up_take_a_sixteenth_of_the_memory() {
     with_little_memory(2, 4096, |runtime| {
@@ -121,12 +122,12 @@ fn commits_of_callers_that_give_up_take_a_sixteenth_of_the_memory() {
             );
         }
         assert!(held.bytes() >= SHARD_BYTES / 2, "the bound is used: {}", held.bytes());
-        // Other shards have their own.
+        // Other shards have limits of their own.
         assert!(
             matches!(ask(&runtime, 1, held.commit(100)), Ok(Response::Committed(_))),
             "one shard holds up another"
         );
-        // What carries nothing goes all the same, to this shard and to others.
+        // A request without bytes still gets through, to this shard and to others.
         let reply = ask(&runtime, 1, Request::WaitDurable(Lsn::new(1)));
         assert!(matches!(reply, Ok(Response::Flushed(_))), "{reply:?}");
         let mut light = Box::pin(
@@ -140,7 +141,7 @@ fn commits_of_callers_that_give_up_take_a_sixteenth_of_the_memory() {
     });
 }
 
-/// The same for tasks on the shard's own thread, whose replies are dropped.
+/// The limit must also hold for tasks on the shard's own thread whose replies are dropped.
 #[test]
 fn commits_that_tasks_give_up_take_a_sixteenth_of_the_memory() {
     with_little_memory(1, 4096, |runtime| {
@@ -152,8 +153,8 @@ fn commits_that_tasks_give_up_take_a_sixteenth_of_the_memory() {
                 drop(local.call(theirs.commit(1 + n % 16)));
                 largest = largest.max(theirs.bytes());
             }
-            // Those that are waited for are answered, each, in their order; so is one that is
-            // larger than all that may be under way.
+            // Each call that is awaited is answered, in order, and so is one that is larger than
+            // the whole limit.
             let calls: Vec<_> = (0..200)
                 .map(|n| local.call(theirs.commit(if n == 100 { 100 } else { 1 })))
                 .collect();
@@ -179,7 +180,7 @@ fn commits_that_tasks_give_up_take_a_sixteenth_of_the_memory() {
     });
 }
 
-/// The end of a shard tells those whose requests were kept back, too.
+/// When a shard ends, deferred requests must be answered, too.
 #[test]
 fn the_end_of_a_shard_answers_what_was_kept_back() {
     with_little_memory(1, 64, |runtime| {
@@ -190,7 +191,7 @@ fn the_end_of_a_shard_answers_what_was_kept_back() {
             go.send(Vec::new()).expect("it is waited for");
             let mut kinds = Vec::new();
             for call in calls {
-                // What an endless task would see; the planted panic comes first.
+                // An endless task would see these results; the planted panic comes first.
                 kinds.push(call.await.map(drop).map_err(|error| error.kind()));
             }
             tell.send(kinds).expect("it is waited for");
@@ -204,12 +205,12 @@ fn the_end_of_a_shard_answers_what_was_kept_back() {
         }
         block_on(runtime.handle().ended());
         drop(runtime);
-        assert_eq!(held.bytes(), 0, "nothing is kept of what was not bootstrap");
+        assert_eq!(held.bytes(), 0, "nothing is kept of requests that did not begin");
     });
 }
 
-/// A large commit goes when its turn has come, whatever small ones come after it; and one of any
-/// size goes.
+/// A large commit gets its turn, however many small ones come after it, and so does one of any
+/// size.
 #[test]
 fn a_commit_of_any_size_goes_in_its_turn() {
     with_little_memory(2, 64, |runtime| {
@@ -227,7 +228,7 @@ fn a_commit_of_any_size_goes_in_its_turn() {
             waiting.iter_mut().all(|one| block_on(poll_once(one)).is_none()),
             "too much is under way"
         );
-        // One that gives up is in nobody's way.
+        // A caller that gives up blocks no other.
         drop(waiting.remove(0));
         drop(go);
         let mut lsns = Vec::new();
@@ -243,8 +244,8 @@ fn a_commit_of_any_size_goes_in_its_turn() {
     });
 }
 
-/// Lost wake-ups show as hangs: few places, few bytes, callers of both kinds, and some that give up
-/// in every state.
+/// Lost wake-ups show as hangs, hence few permits, few bytes, callers of both kinds, and some that
+/// give up in every state.
 #[test]
 fn every_request_is_answered_however_places_and_bytes_run_out() {
     with_little_memory(2, 3, |runtime| {
@@ -257,7 +258,7 @@ fn every_request_is_answered_however_places_and_bytes_run_out() {
                         let n = thread * 1000 + i;
                         let request = match n % 3 {
                             0 => Request::WaitDurable(Lsn::new(n)),
-                            // 1 to 200 pages: up to more than there is room for.
+                            // 1 to 200 pages, which can be more than there is room for.
                             _ => held.commit(1 + n * 37 % 200 * (n % 2)),
                         };
                         let mut asked = Box::pin(
@@ -266,7 +267,7 @@ fn every_request_is_answered_however_places_and_bytes_run_out() {
                         match n % 5 {
                             0 => drop(block_on(poll_once(&mut asked))),
                             _ => {
-                                // There may be too many that wait, never too few answers.
+                                // Too many callers may wait, but each must get an answer.
                                 if let Err(error) = block_on(async { asked.await?.await }) {
                                     assert_eq!(error.kind(), ErrorKind::Busy);
                                 }

@@ -1,4 +1,4 @@
-//! Callers who meet a store that is closing.
+//! Tests callers that meet a store that is closing.
 
 use super::*;
 
@@ -14,8 +14,8 @@ fn toys_that_close_slowly(
 }
 
 /// If this fails, a close takes as long as its callers like (22 to 42 s were seen): threads that
-/// get `Closed` and call again keep the shards busy with refusals, and from what is left to be
-/// written.
+/// get `Closed` and call again keep the shards busy with refusals, and away from what is left to
+/// write.
 #[test]
 fn callers_who_try_again_take_no_time_from_a_store_that_is_closing() {
     for driver in drivers() {
@@ -51,7 +51,7 @@ fn callers_who_try_again_take_no_time_from_a_store_that_is_closing() {
         assert_eq!(
             TAKEN_WHILE_CLOSING.load(Ordering::SeqCst),
             0,
-            "of {refused}, so many reached the shard"
+            "this many of {refused} reached the shard"
         );
         block_on(runtime.handle().ended());
     }
