@@ -4,24 +4,24 @@
 //!   send --> [outbox, while the ring is full] --> ring --> receive, at the other end
 //! ```
 //! Invariants
-//! 1. Between two threads messages arrive in the order in which they were sent, each once: what is
-//!    sent while the outbox holds something goes behind it.
-//! 2. A sender whose ring is full says so before it tries again; a receiver that has made room
-//!    looks for that, and wakes the sender. So nothing stays in an outbox for ever.
-//! 3. Each ring has one end here and one there; ends are never cloned.
+//! 1. Between two threads messages arrive in the order in which they were sent, each once: a
+//!    message that is sent while the outbox holds others is queued behind them.
+//! 2. A sender whose ring is full sets a flag before it tries again; a receiver that has made room
+//!    checks the flag, and wakes the sender. So nothing stays in an outbox for ever.
+//! 3. Each ring has one end at each of its two threads; ends are never cloned.
 //!
 //! Threads are numbered from zero. The outbox has no bound of its own: the protocol above limits
-//! what is under way between two threads.
+//! the messages in flight between two threads.
 
 use crate::base::sync::{AtomicBool, Ordering, fence};
 use rtrb::{Consumer, Producer, RingBuffer};
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-/// Messages that a ring holds: enough for some rounds of the receiver, so that outboxes are the
-/// exception.
+/// Messages that a ring holds: enough for several rounds of the receiver, so that outboxes are
+/// rarely used.
 const RING_MESSAGES: usize = 512;
-/// Messages taken from one ring in one round.
+/// The most messages that one round takes from one ring.
 const TAKE_MAX: usize = 512;
 const _: () = assert!(TAKE_MAX >= RING_MESSAGES, "one round empties a ring");
 
@@ -29,15 +29,16 @@ const _: () = assert!(TAKE_MAX >= RING_MESSAGES, "one round empties a ring");
 struct SenderWaits(AtomicBool);
 
 impl SenderWaits {
-    /// Says that the sender waits, and then calls `again` to try once more, in case room was made
-    /// meanwhile.
+    /// Announces that the sender waits, and then calls `again` to try again, in case room was made
+    /// in the meantime.
     fn wait(&self, again: impl FnOnce()) {
         self.0.store(true, Ordering::Relaxed);
         fence(Ordering::SeqCst);
         again();
     }
 
-    /// The receiver has made room; whether the sender waits for that, and must be woken.
+    /// Called when the receiver has made room. Returns whether the sender waits for that and must
+    /// be woken.
     fn made_room(&self) -> bool {
         fence(Ordering::SeqCst);
         self.0.load(Ordering::Relaxed) && self.0.swap(false, Ordering::AcqRel)
@@ -48,7 +49,7 @@ struct Outgoing<T> {
     ring: Producer<T>,
     outbox: VecDeque<T>,
     sender_waits: Arc<SenderWaits>,
-    /// Something went into the ring since the receiver was last unparked.
+    /// Whether anything went into the ring since the receiver was last unparked.
     unannounced: bool,
 }
 
@@ -61,12 +62,12 @@ struct Incoming<T> {
 pub(crate) struct Channels<T> {
     outgoing: Vec<Option<Outgoing<T>>>,
     incoming: Vec<Option<Incoming<T>>>,
-    /// Messages in outboxes.
+    /// Messages in all outboxes.
     outboxes_len: usize,
 }
 
 impl<T> Channels<T> {
-    /// The channels of `threads_count` threads, in their order.
+    /// Makes the channels of `threads_count` threads, in the order of the threads.
     pub(crate) fn all(threads_count: u16) -> Vec<Channels<T>> {
         Self::with_capacity(threads_count, RING_MESSAGES)
     }
@@ -117,7 +118,7 @@ impl<T> Channels<T> {
         }
     }
 
-    /// Moves messages from the outboxes into the rings as far as those have room, and calls
+    /// Moves messages from the outboxes into the rings as far as these have room, and calls
     /// `unpark` for each thread whose ring got something new. Must be called before each wait, and
     /// after the last `send` of a round.
     pub(crate) fn flush(&mut self, mut unpark: impl FnMut(usize)) {
@@ -137,8 +138,8 @@ impl<T> Channels<T> {
         );
     }
 
-    /// Hands what has arrived to `message`, up to [`TAKE_MAX`] from each thread, and calls `unpark`
-    /// for the senders that wait for the room made. Returns whether there was anything.
+    /// Passes the messages that have arrived to `message`, up to [`TAKE_MAX`] from each thread, and
+    /// calls `unpark` for the senders that wait for the room. Returns whether there were any.
     pub(crate) fn receive(
         &mut self,
         mut message: impl FnMut(usize, T),
@@ -165,7 +166,7 @@ impl<T> Channels<T> {
         any
     }
 
-    /// Whether something has arrived, or a ring has room for what is in its outbox.
+    /// Whether a message has arrived, or a ring has room for its outbox.
     pub(crate) fn has_work(&self) -> bool {
         self.incoming.iter().flatten().any(|channel| !channel.ring.is_empty())
             || self.outboxes_len > 0
@@ -188,7 +189,7 @@ impl<T> Channels<T> {
 }
 
 impl<T> Outgoing<T> {
-    /// Moves messages from the outbox into the ring; returns how many.
+    /// Moves messages from the outbox into the ring. Returns how many.
     fn refill(&mut self) -> usize {
         let before = self.outbox.len();
         self.push_all();
@@ -218,7 +219,7 @@ mod tests {
     const A: usize = 0;
     const B: usize = 1;
 
-    /// A vote that overtakes its prepare, or one that is lost, is a commit that hangs.
+    /// If a vote is lost or overtakes its prepare, a commit hangs.
     #[test]
     fn messages_arrive_in_order_and_once_however_full_the_rings_are() {
         const MESSAGES: u64 = 20_000;
@@ -245,7 +246,7 @@ mod tests {
         });
         for n in 0..MESSAGES {
             a.send(B, n);
-            // In bursts, so that the outbox fills up.
+            // Messages go in bursts, so that the outbox fills up.
             if n % 64 == 63 {
                 a.flush(|_| to_b.send(()).expect("it listens"));
             }
@@ -300,12 +301,12 @@ mod loom {
             let mut sent = false;
             wait(&full, &mut || sent = room.load(Ordering::Acquire));
             let woken = receiver.join().unwrap();
-            // Otherwise what is in the outbox waits for ever.
+            // If neither holds, the message in the outbox waits for ever.
             verdict.expect(sent || woken);
         })
     }
 
-    /// A message that stays in an outbox is a commit over two shards that hangs.
+    /// If a message stays in an outbox, a commit over two shards hangs.
     #[test]
     fn loom_a_sender_that_waits_for_room_gets_it() {
         assert!(making_room(SenderWaits::made_room, |full, again| full.wait(again)));

@@ -1,16 +1,17 @@
-//! The table of requests of other threads that wait for their reply.
+//! The table of requests from other threads that wait for their replies.
 //!
 //! Invariants
-//! 1. A slot lives from `register` until both sides are done with it: the reply has come, and the
-//!    future has taken it or was dropped. Dropping a future never undoes its request, and leaks
+//! 1. A slot lives from `register` until both sides are done with it: the reply has arrived, and
+//!    the future has taken it or was dropped. Dropping a future never undoes its request, and leaks
 //!    nothing.
 //! 2. Keys carry a generation (`sharded-slab`): a late reply can't reach a later request in the
 //!    same slot.
-//! 3. The first completion counts; others are ignored.
-//! 4. The highest bit of a key is never set: it is free for whoever keeps other keys beside these.
+//! 3. The first completion counts; later ones are ignored.
+//! 4. The highest bit of a key is never set: it is free to mark other keys that are used next to
+//!    these.
 //!
-//! Nothing here waits: table and slots are lock-free. What happens in a slot is up to
-//! [`reply_slot`](super::reply_slot).
+//! Nothing here waits: table and slots are lock-free. [`reply_slot`](super::reply_slot) implements
+//! the slots.
 
 use super::reply_slot::{Abandoned, Completed, Polled, ReplySlot};
 use sharded_slab::{Config, Slab};
@@ -19,11 +20,11 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-/// Keys that leave the highest bit alone.
+/// A configuration whose keys never use the highest bit.
 struct Keys;
 
-/// Threads that may call at a time: as many as Linux gives a machine by default. The table panics
-/// for one more, and has a pointer for each: 256 KiB.
+/// The most threads that may call at a time: as many as Linux allows a machine by default. The
+/// table panics at one more, and has a pointer for each: 256 KiB.
 const THREADS_MAX: usize = 1 << 15;
 
 impl Config for Keys {
@@ -41,14 +42,14 @@ impl<T: Send + 'static> InFlight<T> {
         InFlight { slots: Slab::new_with_config() }
     }
 
-    /// Registers a new request: returns its key, and the future of its reply. `None`: the table is
-    /// full.
+    /// Registers a new request. Returns its key and the future of its reply, or `None` if the table
+    /// is full.
     pub(crate) fn register(self: &Arc<Self>) -> Option<(u64, Reply<T>)> {
         let key = self.slots.insert(ReplySlot::default())?;
         Some((key as u64, Reply { table: self.clone(), key, done: false }))
     }
 
-    /// Gives the request with this key its reply.
+    /// Completes the request with this key.
     pub(crate) fn complete(&self, key: u64, result: T) {
         let key = key as usize;
         let Some(slot) = self.slots.get(key) else { return };
@@ -64,7 +65,7 @@ impl<T: Send + 'static> InFlight<T> {
     }
 }
 
-/// The future of one reply. `None`: it was taken before.
+/// The future of one reply. Its output is `None` if the reply was already taken.
 #[must_use = "the request is under way whether this is awaited or not"]
 pub(crate) struct Reply<T: 'static> {
     table: Arc<InFlight<T>>,
@@ -110,7 +111,7 @@ mod tests {
     use super::*;
     use futures_lite::future::{block_on, poll_once};
 
-    /// A reply that goes to another caller would tell it of a commit that is not its own.
+    /// A reply that went to the wrong caller would report a commit that is not its own.
     #[test]
     fn each_request_gets_its_own_reply() {
         let table = Arc::new(InFlight::new());
@@ -125,7 +126,7 @@ mod tests {
         assert_eq!(block_on(reply_a), None, "it was taken");
     }
 
-    /// Callers give up all the time; each must cost nothing afterwards.
+    /// Callers give up all the time; none may cost anything afterwards.
     #[test]
     fn a_dropped_future_leaks_nothing() {
         let table = Arc::new(InFlight::new());
@@ -142,8 +143,8 @@ mod tests {
         }
     }
 
-    /// If this fails, a server with a thread for each of its clients panics at the 4,097th that
-    /// calls the store.
+    /// If this fails, a server with a thread for each client panics when the 4,097th calls the
+    /// store.
     #[test]
     fn thousands_of_threads_may_call_at_a_time() {
         let (table, begun) = (Arc::new(InFlight::new()), std::sync::atomic::AtomicUsize::new(0));
@@ -154,14 +155,15 @@ mod tests {
                 table.complete(key, 1);
                 assert!(block_on(reply).is_some());
                 begun.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
-                // A thread that has ended leaves its place to another.
+                // A thread that ends would leave its place to another, so all stay until all have
+                // called.
                 while !all_called.load(std::sync::atomic::Ordering::SeqCst) {
                     std::thread::park();
                 }
             };
             let spawn =
                 |_| std::thread::Builder::new().stack_size(128 << 10).spawn_scoped(scope, call);
-            // Where a machine does not give that many, so many do that there are.
+            // A machine that does not allow that many threads tests with as many as it does.
             let threads: Vec<_> = (0..4200).map_while(|n| spawn(n).ok()).collect();
             let mut panicked = 0;
             while begun.load(std::sync::atomic::Ordering::SeqCst) + panicked < threads.len() {
@@ -174,7 +176,7 @@ mod tests {
         });
     }
 
-    /// The mark of requests that stay on their thread must never be taken for part of a key.
+    /// The mark of requests that stay on their thread must never be part of a key.
     #[test]
     fn keys_leave_the_highest_bit_alone() {
         let table = Arc::new(InFlight::new());

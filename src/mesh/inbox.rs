@@ -1,8 +1,8 @@
 //! The bounded lock-free inbox of one thread.
 //!
 //! Invariants
-//! 1. After `close` nothing stays in it: the thread that closes takes out what is there, and
-//!    whoever pushes looks afterwards whether it is closed, and then takes out what is there too.
+//! 1. After `close` nothing stays in the inbox: the thread that closes it takes everything out, and
+//!    whoever pushes checks afterwards whether it is closed, and if so takes everything out, too.
 //!    One of the two sees the item.
 //!
 //! It does *not* wake the thread: that is [`Parking`](super::Parking).
@@ -20,7 +20,7 @@ impl<T> Inbox<T> {
         Inbox { queue: Queue::new(capacity), closed: AtomicBool::new(false) }
     }
 
-    /// Pushes an item; returns it if the inbox is full. Afterwards the caller must ask
+    /// Pushes an item; returns it if the inbox is full. Afterwards the caller must check
     /// [`is_closed`](Self::is_closed), and take everything out if it is.
     pub(crate) fn push(&self, item: T) -> Result<(), T> {
         self.queue.push(item)?;
@@ -36,7 +36,7 @@ impl<T> Inbox<T> {
         self.queue.is_empty()
     }
 
-    /// Closes the inbox. The caller then takes out what is left in it, and pops no more.
+    /// Closes the inbox. The caller then takes out what is left in it, and never pops again.
     pub(crate) fn close(&self) {
         self.closed.store(true, Ordering::Release);
         fence(Ordering::SeqCst);
@@ -75,12 +75,12 @@ mod loom {
             inbox.close();
             refuse(&inbox, &refused);
             sender.join().unwrap();
-            // Each is refused, and once.
+            // The request is refused exactly once.
             verdict.expect(refused.load(Ordering::SeqCst) == 1);
         })
     }
 
-    /// A request that a closed inbox keeps is a caller that waits for ever.
+    /// If a closed inbox keeps a request, its caller waits for ever.
     #[test]
     fn loom_nothing_stays_in_a_closed_inbox() {
         assert!(closing(|inbox| inbox.push(1).unwrap(), true));
@@ -88,7 +88,7 @@ mod loom {
 
     #[test]
     fn loom_mutants_of_the_inbox_are_caught() {
-        assert!(!closing(|inbox| inbox.push(1).unwrap(), false), "a sender that does not look");
+        assert!(!closing(|inbox| inbox.push(1).unwrap(), false), "a sender that does not check");
         assert!(
             !closing(|inbox| inbox.queue.push(1).unwrap(), true),
             "a sender that does not fence"

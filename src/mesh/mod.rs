@@ -1,22 +1,23 @@
-//! Generic channels between threads: a bounded inbox, replies that are waited for, queues between
-//! each pair of threads, and parking. What they carry is a type parameter.
+//! Generic channels between threads: a bounded inbox, slots for replies, queues between each pair
+//! of threads, and parking. What they carry is a type parameter.
 //!
 //! ```text
-//! foreign thread --in-flight table--> inbox --\                       /--> reply slot --> foreign thread
-//!                                              > one thread's round  <
-//! other thread ----SPSC ring----------------> /    |                  \--> SPSC ring, or outbox --> other thread
-//!                                             parking word: "I wait, for level x too" <-- whoever brings something
+//! foreign thread --in-flight table--> inbox --\                     /--> reply slot --> foreign thread
+//!                                              > one thread's round <
+//! other thread ----SPSC ring----------------> /         |           \--> SPSC ring --> other thread
+//!                                                       |                (or outbox)
+//!                              parking word: "I wait, for level x too" <-- whoever brings something
 //! ```
 //! Invariants
 //! 1. No lock is taken, and no system call is made unless the thread to be woken is parked.
-//! 2. Whoever brings something makes it visible, fences, then looks at the parking word; a thread
-//!    that parks says so, fences, then looks at everything again. One of the two sees the other, so
-//!    no wake-up is lost.
-//! 3. All queues are bounded, except the outboxes: those hold what the protocol above them allows
-//!    to be under way.
+//! 2. A thread that brings something makes it visible, fences, then checks the parking word; a
+//!    thread that parks announces it, fences, then checks everything again. One of the two sees the
+//!    other, so no wake-up is lost.
+//! 3. All queues are bounded, except the outboxes: these hold at most what the protocol above them
+//!    allows in flight.
 //!
 //! loom checks the protocols (the `loom` modules in `parking`, `inbox`, `channels` and
-//! `reply_slot`). Nothing here knows shards, requests or pages: `runtime` puts those in.
+//! `reply_slot`). Nothing here knows shards, requests or pages: `runtime` supplies those.
 
 mod channels;
 mod in_flight;

@@ -1,4 +1,4 @@
-//! Parking: how a thread says that it waits, and how others wake it.
+//! Parking: how a thread announces that it waits, and how others wake it.
 //!
 //! ```text
 //!   awake --park(level x)--> parked, also for level x --unpark, or a level >= x--> awake
@@ -9,24 +9,24 @@
 //! reach a value.
 //!
 //! Invariants
-//! 1. No wake-up is lost: `park` publishes, fences, and then looks for work; whoever brings work
-//!    makes it visible, fences, and then looks whether the thread is parked. One of the two sees
-//!    the other.
-//! 2. Only the caller that takes the word from parked to awake makes the system call.
-//! 3. The waker keeps a wake-up that comes between `park` and the wait.
+//! 1. No wake-up is lost: `park` publishes, fences, and then looks for work; a thread that brings
+//!    work makes it visible, fences, and then checks whether the thread is parked. One of the two
+//!    sees the other.
+//! 2. Only the caller that changes the word from parked to awake makes the system call.
+//! 3. The waker keeps a wake-up that arrives between `park` and the wait.
 
 use crate::base::sync::{AtomicU64, Ordering, fence};
 use crossbeam::utils::CachePadded;
 use std::sync::OnceLock;
 
 const AWAKE: u64 = 0;
-/// Parked, and waiting for no level. Levels that are waited for lie between the two constants.
+/// Parked without waiting for a level. Levels to wait for lie between the two constants.
 const FOR_NO_LEVEL: u64 = u64::MAX;
 const _: () = assert!(AWAKE + 1 < FOR_NO_LEVEL - 1);
 
 /// How a thread is woken.
 pub(crate) trait Wake {
-    /// Ends the present or the next wait.
+    /// Ends the current or the next wait.
     fn wake(&self);
 }
 
@@ -41,16 +41,16 @@ impl<W: Wake> Parking<W> {
         Parking { word: CachePadded::new(AtomicU64::new(AWAKE)), waker: OnceLock::new() }
     }
 
-    /// Says how the thread is woken: once, before any other thread can have a reason to.
+    /// Sets how the thread is woken: once, before any other thread can have a reason to wake it.
     pub(crate) fn set_waker(&self, waker: W) {
         assert!(self.waker.set(waker).is_ok(), "a thread has one waker");
     }
 
-    /// The thread is about to wait, also for `level` if one is given; `has_work` looks at
+    /// Called before the thread waits, for `level` as well if one is given; `has_work` checks
     /// everything that could have arrived.
     ///
-    /// False: there is work, so the thread must not wait. True: it may, and calls
-    /// [`awake`](Self::awake) afterwards.
+    /// Returns false if there is work, so that the thread must not wait; true if it may, and must
+    /// call [`awake`](Self::awake) afterwards.
     pub(crate) fn park(&self, level: Option<u64>, has_work: impl FnOnce() -> bool) -> bool {
         assert_eq!(self.word.load(Ordering::Relaxed), AWAKE, "a thread that parks is awake");
         let parked = level.map_or(FOR_NO_LEVEL, |level| level.clamp(AWAKE + 1, FOR_NO_LEVEL - 1));
@@ -63,7 +63,7 @@ impl<W: Wake> Parking<W> {
         true
     }
 
-    /// The thread is awake.
+    /// Called when the thread is awake again.
     pub(crate) fn awake(&self) {
         self.word.store(AWAKE, Ordering::Release);
     }
@@ -104,7 +104,7 @@ impl<W: Wake> Parking<W> {
     }
 }
 
-/// The level has risen to `level`: wakes those threads that are parked for it.
+/// Wakes the threads that are parked for a level, once it has risen to `level`.
 pub(crate) fn unpark_for_level<'a, W: Wake + 'a>(
     threads: impl Iterator<Item = &'a Parking<W>>,
     level: u64,
@@ -147,8 +147,7 @@ mod tests {
         (parking, waker)
     }
 
-    /// A system call for each request to a shard that is awake anyway would halve the rate of
-    /// requests.
+    /// A system call for each request to a shard that is awake would halve the rate of requests.
     #[test]
     fn only_a_parked_thread_is_woken_and_only_once() {
         let (parking, waker) = parking();
@@ -163,7 +162,8 @@ mod tests {
         assert_eq!(waker.wakes(), 1, "it did not park");
     }
 
-    /// A thread that parks twice would overwrite the level that it waits for, and sleep through it.
+    /// A thread that parked twice would overwrite the level that it waits for, and sleep through
+    /// it.
     #[test]
     #[should_panic(expected = "a thread that parks is awake")]
     fn a_thread_parks_once_before_it_is_awake() {
@@ -172,7 +172,7 @@ mod tests {
         parking.park(Some(7), || false);
     }
 
-    /// A shard that is woken for every step of the watermark does no work of its own.
+    /// A shard that is woken for every step of the watermark gets no work done.
     #[test]
     fn a_parked_thread_is_woken_for_the_level_that_it_waits_for() {
         let (parking, waker) = parking();
@@ -221,7 +221,7 @@ mod loom {
         })
     }
 
-    /// A lost wake-up is a request that nobody answers until something else happens to arrive.
+    /// If a wake-up is lost, a request is not answered until something else happens to arrive.
     #[test]
     fn loom_what_is_brought_to_a_parking_thread_is_seen() {
         let park = |parking: &Parking<CountingWaker>, brought: &AtomicBool| {
@@ -243,7 +243,7 @@ mod loom {
         assert!(!bring(no_fence, park), "a sender that does not fence");
         assert!(
             !bring(Parking::unpark, |parking, _| parking.park(None, || false)),
-            "a receiver that does not look again"
+            "a receiver that does not check again"
         );
         let parks_late = |parking: &Parking<CountingWaker>, brought: &AtomicBool| {
             let has_work = brought.load(Ordering::Acquire);
@@ -251,7 +251,7 @@ mod loom {
         };
         assert!(
             !bring(Parking::unpark, parks_late),
-            "a receiver that looks before it says that it parks"
+            "a receiver that checks before it announces that it parks"
         );
         let parks_unfenced = |parking: &Parking<CountingWaker>, brought: &AtomicBool| {
             parking.word.store(FOR_NO_LEVEL, Ordering::Release);
@@ -278,8 +278,8 @@ mod loom {
         })
     }
 
-    /// A commit over two shards whose second half is durable last would be acknowledged only by
-    /// chance.
+    /// If this fails, a commit over two shards whose second part becomes durable last is
+    /// acknowledged only by chance.
     #[test]
     fn loom_a_risen_level_is_seen_by_a_parking_thread() {
         assert!(raise(|parking, level| unpark_for_level([parking].into_iter(), level), true));
@@ -289,7 +289,7 @@ mod loom {
     fn loom_mutants_of_the_level_wake_up_are_caught() {
         assert!(
             !raise(|parking, level| unpark_for_level([parking].into_iter(), level), false),
-            "does not look again"
+            "does not check again"
         );
         assert!(!raise(|parking, level| parking.unpark_if_reached(level), true), "does not fence");
     }

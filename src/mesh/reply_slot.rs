@@ -1,5 +1,5 @@
-//! A slot for the reply to one request: one side completes it, the other side, the asker, waits for
-//! it.
+//! A slot for the reply to one request: one side, the answerer, completes it; the other side, the
+//! asker, waits for it.
 //!
 //! ```text
 //!            complete                    put
@@ -9,8 +9,8 @@
 //!   abandoned           abandoned: the answerer frees the slot, now or when it answers
 //! ```
 //! Invariants
-//! 1. The first completion counts; others do nothing.
-//! 2. The result is taken by the asker once, or dropped with the slot.
+//! 1. The first completion counts; later ones do nothing.
+//! 2. The asker takes the result once, or it is dropped with the slot.
 //! 3. Exactly one side is told to free the slot, and after that neither touches it again.
 
 use crate::base::sync::{AtomicU8, AtomicWaker, Hand, Ordering};
@@ -35,14 +35,14 @@ pub(crate) enum Completed {
     Delivered,
     /// The asker has gone: the caller frees the slot.
     Free,
-    /// It had been completed before.
+    /// It was completed before.
     Ignored,
 }
 
 /// The result of [`ReplySlot::poll`].
 pub(crate) enum Polled<T> {
     Pending,
-    /// The result, if there was one; the caller frees the slot.
+    /// The result, unless it was taken before; the caller frees the slot.
     Free(Option<Box<T>>),
 }
 
@@ -73,7 +73,7 @@ impl<T> ReplySlot<T> {
             Ok(_) => {}
             Err(ABANDONED) => return Completed::Free,
             Err(ANSWERING | ANSWERED) => return Completed::Ignored,
-            Err(state) => unreachable!("{state} is no state of a slot"),
+            Err(state) => unreachable!("{state} is not a state of a slot"),
         }
         self.result.store(Some(Box::new(result)));
         match self.state.compare_exchange(ANSWERING, ANSWERED, Ordering::AcqRel, Ordering::Acquire)
@@ -86,7 +86,7 @@ impl<T> ReplySlot<T> {
         }
     }
 
-    /// Takes the reply if it has come; if not, `waker` is woken when it does.
+    /// Takes the reply if it has arrived; if not, wakes `waker` when it does.
     pub(crate) fn poll(&self, waker: &Waker) -> Polled<T> {
         if self.state.load(Ordering::Acquire) != ANSWERED {
             self.waker.register(waker);
@@ -97,13 +97,13 @@ impl<T> ReplySlot<T> {
         Polled::Free(self.result.take())
     }
 
-    /// The asker gives up waiting for the reply.
+    /// Called when the asker gives up waiting for the reply.
     pub(crate) fn abandon(&self) -> Abandoned {
         match self.state.swap(ABANDONED, Ordering::AcqRel) {
             ANSWERED => Abandoned::Free,
             WAITING | ANSWERING => Abandoned::Left,
             state => {
-                unreachable!("a slot in state {state} is abandoned: its asker has gone before")
+                unreachable!("a slot in state {state} is abandoned: its asker is already gone")
             }
         }
     }
@@ -113,9 +113,9 @@ impl<T> ReplySlot<T> {
 mod tests {
     use super::*;
 
-    /// A slot that is abandoned twice is freed twice, and gives its place to two requests.
+    /// A slot that is abandoned twice would be freed twice, and two requests would get its place.
     #[test]
-    #[should_panic(expected = "its asker has gone before")]
+    #[should_panic(expected = "its asker is already gone")]
     fn a_slot_is_abandoned_once() {
         let slot = ReplySlot::<u32>::default();
         assert_eq!(slot.abandon(), Abandoned::Left);
@@ -141,8 +141,8 @@ mod loom {
         }
     }
 
-    /// One answerer, one asker that looks and then waits or goes; the slot is freed once, whatever
-    /// happens.
+    /// One answerer, and one asker that checks and then waits or goes; the slot is freed once,
+    /// whatever happens.
     fn exchange(
         verdict: &Verdict,
         complete: fn(&ReplySlot<u32>) -> Completed,
@@ -175,7 +175,7 @@ mod loom {
             verdict.expect(freed.load(Real::SeqCst) == 1);
             return;
         }
-        // Otherwise the asker waits for ever.
+        // If it is not woken, the asker waits for ever.
         verdict.expect(bell.0.load(Real::SeqCst) == 1);
         verdict.expect(matches!(poll(&slot, &waker), Polled::Free(Some(result)) if *result == 7));
     }
@@ -188,8 +188,8 @@ mod loom {
         model::holds(None, move |verdict| exchange(verdict, complete, poll, goes))
     }
 
-    /// A slot freed twice gives its place to two requests; one freed never is a leak; a lost reply
-    /// is a hang.
+    /// If a slot is freed twice, two requests get its place; if it is never freed, it leaks; if a
+    /// reply is lost, its caller hangs.
     #[test]
     fn loom_each_reply_is_taken_once_and_each_slot_freed_once() {
         for goes in [false, true] {
@@ -197,7 +197,7 @@ mod loom {
         }
     }
 
-    /// Two completions at a time: a reply, and the end of the shard that gives up.
+    /// Two completions race: a reply, and the end of the shard that gives up.
     #[test]
     fn loom_the_first_completion_counts() {
         assert!(model::holds(None, |verdict| {
@@ -209,7 +209,7 @@ mod loom {
                 [own, other.join().unwrap()].map(|c| u32::from(c == Completed::Delivered));
             verdict.expect(counted.iter().sum::<u32>() == 1);
             let wanted = if counted[0] == 1 { 7 } else { 8 };
-            // The result is that of the completion that counted.
+            // The result must be that of the completion that counted.
             verdict.expect(
                 matches!(slot.poll(Waker::noop()), Polled::Free(Some(result)) if *result == wanted),
             );
@@ -232,7 +232,7 @@ mod loom {
             slot.waker.register(waker);
             Polled::Pending
         };
-        assert!(!holds(|slot| slot.complete(7), deaf, false), "an asker that does not look again");
+        assert!(!holds(|slot| slot.complete(7), deaf, false), "an asker that does not check again");
         let blind = |slot: &ReplySlot<u32>| {
             slot.result.store(Some(Box::new(7)));
             slot.state.store(ANSWERED, Ordering::Release);
